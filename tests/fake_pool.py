@@ -1,0 +1,140 @@
+"""A pool without a model, for tests of the HTTP side: it answers what the test tells it to, when the test tells it to."""
+
+import asyncio
+import contextlib
+import json
+import time
+
+import chat_server
+from chat_server import Accepted, EngineFailure, Finished, Overloaded, Piece, RequestError, Settings
+
+
+def finished(pieces, reason="stop", stop_reason="eos"):
+    return Finished(reason, stop_reason, prompt_tokens=7, completion_tokens=len(pieces), cached_tokens=3, queue_ms=0.25,
+                    ttft_ms=8.125, tokens_per_second=212.34, gpu=0)
+
+
+class FakePool:
+    """Answers every request with `pieces` (an exception among them is raised in its place).
+
+    `gate`: when set to an asyncio.Event, every piece waits for it. `requests` are those that arrived; `open` is how many
+    are being answered, and `until_open(n)` waits for a number without polling.
+    """
+
+    model_name, created, context_length = "fake-model", 1_700_000_000, 4096
+
+    def __init__(self, pieces=("Hello", ", ", "world!"), *, reason="stop", stop_reason="eos", refuse=None, gate=None):
+        self.pieces, self.reason, self.stop_reason, self.refuse, self.gate = pieces, reason, stop_reason, refuse, gate
+        self.ready, self.draining, self.open, self.requests = True, False, 0, []
+        self.cancelled, self.closed = {}, False
+        self.changed = asyncio.Condition()
+        self.loading = None         # an asyncio.Event to make start-up wait; then `failure` or ready
+        self.failure = None
+        self.on_progress = lambda stage, fraction: None
+
+    @property
+    def model_names(self):
+        return (self.model_name,)
+
+    async def answer(self, request):
+        if self.draining or not self.ready:
+            raise Overloaded("the model is still loading", retry_after_s=2)
+        if self.refuse:
+            raise self.refuse
+        self.requests.append(request)
+        self.cancelled[request.id] = asyncio.Event()
+        await self._count(+1)
+        try:
+            yield Accepted(7, request.sampling.seed)
+            for piece in self.pieces:
+                if self.gate:
+                    await self._gate_or_cancel(request)
+                if isinstance(piece, Exception):
+                    raise piece
+                yield Piece(piece, (1,), 0)
+            yield finished(self.pieces, self.reason, self.stop_reason)
+        finally:
+            del self.cancelled[request.id]
+            await asyncio.shield(self._count(-1))
+
+    async def _gate_or_cancel(self, request):
+        waits = [asyncio.ensure_future(event.wait()) for event in (self.gate, self.cancelled[request.id])]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if self.cancelled[request.id].is_set():
+            raise RequestError("the request was cancelled", status=499, code="cancelled")
+
+    async def _count(self, change):
+        async with self.changed:
+            self.open += change
+            self.changed.notify_all()
+
+    async def until_open(self, count):
+        async with self.changed:
+            await asyncio.wait_for(self.changed.wait_for(lambda: self.open == count), 20)
+
+    def cancel(self, request_id):
+        if request_id in self.cancelled:
+            self.cancelled[request_id].set()
+        return request_id in self.cancelled
+
+    def health(self):
+        body = {"status": "ok" if self.ready else "loading", "ready": self.ready, "num_gpus": 1, "available_workers": 1}
+        if not self.ready:
+            body["loading"] = {"stage": "loading weights", "fraction": 0.5}
+        return (200 if self.ready else 503), body
+
+    def stats(self):
+        return {"total_workers": 1, "available_workers": 1, "busy_workers": 0, "workers": [], "model": self.model_name}
+
+    def describe(self):
+        return ["Model: fake-model"]
+
+    async def start(self):
+        self.ready = self.loading is None
+
+    async def wait_ready(self):
+        if self.loading:
+            await self.loading.wait()
+        if self.failure:
+            raise self.failure
+        self.ready = True
+
+    def begin_drain(self):
+        self.draining, self.ready = True, False
+
+    async def drain(self, timeout_s):
+        self.begin_drain()
+        await self.until_open(0)
+        return True
+
+    async def close(self):
+        self.closed = True
+        for request_id in self.cancelled:
+            self.cancel(request_id)
+
+
+@contextlib.asynccontextmanager
+async def serving(pool, settings=None):
+    """`pool` behind the real routes on a port of 127.0.0.1, run as `serve_forever` runs them; yields the base URL."""
+    runner = chat_server.make_runner(chat_server.create_app(pool, settings or Settings()))
+    listener = chat_server.listen_on("127.0.0.1", 0)
+    await runner.setup()
+    await chat_server.web.SockSite(runner, listener).start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        await runner.cleanup()
+
+
+def frames(body: bytes) -> list:
+    """The `data:` objects of a whole event stream, `[DONE]` as that string."""
+    lines = [block.removeprefix("data: ") for block in body.decode().split("\n\n") if block.startswith("data: ")]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+def conversation(text="Hi"):
+    return {"messages": [{"role": "user", "content": text}]}

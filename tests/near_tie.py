@@ -1,0 +1,60 @@
+"""The one helper by which tests compare answers where logits are not row-invariant (DESIGN.md, Exactness)."""
+
+from dataclasses import dataclass, field
+
+import numpy
+
+import chat_server
+
+
+@dataclass
+class Traced:
+    """An answer and, for each of its tokens, how close the draw was (in units of logit / T + noise)."""
+
+    tokens: list[int] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+
+    def append(self, logits, row) -> int:
+        """Draw one token from logits (V,) as the engine would, and remember the gap."""
+        token = int(chat_server.sample_reference(logits[None], [row])[0])
+        self.tokens.append(token)
+        self.gaps.append(draw_gap(logits, row))
+        return token
+
+
+def draw_gap(logits, row) -> float:
+    """How much z + noise would have to move to draw another token: the smallest of the lead over the runner-up, the
+    winner's distance from being filtered out, and the distance from the filter of dropped ids that would have won."""
+    params = row.params
+    logits = chat_server.penalize(chat_server.clean_logits(logits), row)
+    if params.temperature <= 0:
+        second, first = numpy.partition(logits, -2)[-2:]
+        return float(first - second)
+    ids, z = chat_server.survivors(logits, params)
+    everything = numpy.arange(len(logits))
+    all_z = (logits - logits.max()) / params.temperature
+    noise = chat_server.gumbel(chat_server.uniform_noise(everything, params.seed, row.position, params.choice))
+    scores = z + noise[ids]
+    order = numpy.argsort(scores)
+    winner = order[-1]
+    dropped = numpy.setdiff1d(everything, ids)
+    gaps = [float(scores[winner] - scores[order[-2]])] if len(ids) > 1 else []
+    if len(dropped):
+        gaps.append(float(z[winner] - all_z[dropped].max()))
+        rivals = dropped[(all_z + noise)[dropped] > scores[winner]]
+        gaps.append(float(z.min() - all_z[rivals].max()) if len(rivals) else numpy.inf)
+    return min(gaps, default=numpy.inf)
+
+
+def assert_same_tokens_or_near_tie(a, b, margin: float) -> None:
+    """`a` and `b` (Traced, or anything with `tokens` and `gaps`) agree, or differ first where the draw was a near tie.
+
+    With margin 0, for row-invariant paths, the tokens have to be equal.
+    """
+    first = next((i for i, (x, y) in enumerate(zip(a.tokens, b.tokens)) if x != y), None)
+    if first is None:
+        assert len(a.tokens) == len(b.tokens), f"one answer ends after {min(len(a.tokens), len(b.tokens))} tokens"
+        return
+    gap = min(a.gaps[first], b.gaps[first])
+    assert gap < margin, (f"token {first} differs ({a.tokens[first]} and {b.tokens[first]}) with a gap of {gap:.4f}, "
+                          f"not below the margin of {margin}")

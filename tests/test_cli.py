@@ -1,0 +1,361 @@
+"""The command line: flags, environment, `chat`, `generate` and `--url`, over pools without a model."""
+
+import asyncio
+import dataclasses
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import chat_server
+from chat_server import (ConfigError, EngineFailure, Finished, Overloaded, Piece, RemotePool, RequestError, Settings,
+                         parse_command_line)
+from fake_pool import FakePool, finished, serving
+
+
+def parsed(line="", **environment):
+    return parse_command_line(line.split(), environment)
+
+
+# flags
+
+
+def test_no_words_serve_with_the_table_s_defaults():
+    assert parsed() == Settings()
+
+
+@pytest.mark.parametrize("line, changed", [
+    ("model.gguf --port 80", dict(model="model.gguf", port=80)), ("--port 80 model.gguf", dict(model="model.gguf", port=80)),
+    ("serve -p 80 model.gguf --host ::1", dict(model="model.gguf", port=80, host="::1")),
+    ("server -n auto -m 7", dict(num_gpus="auto", max_tokens=7)), ("--max-new-tokens 9", dict(max_tokens=9)),
+    ("chat -p hi x.gguf", dict(command="chat", prompt="hi", model="x.gguf")),
+    ("generate --prompt - -t 0 -k 1", dict(command="generate", prompt="-", temperature=0.0, top_k=1)),
+    ("--served-model-name a --served-model-name b", dict(served_model_name=("a", "b"))),
+    ("--kv-cache-memory 2G --log-conversations", dict(kv_cache_memory=2 << 30, log_conversations=True)),
+    ("-i mid -g d20 -s 300 -d float32", dict(source="mid", model_tag="d20", step=300, dtype="float32"))])
+def test_flags_and_model_come_in_any_order(line, changed):
+    assert parsed(line) == dataclasses.replace(Settings(), **changed)
+
+
+def test_each_flag_has_an_environment_variable_and_the_flag_wins():
+    environment = {"CHAT_SERVER_PORT": "81", "CHAT_SERVER_LOG_CONVERSATIONS": "yes", "CHAT_SERVER_SERVED_MODEL_NAME": "a,b",
+                   "CHAT_SERVER_MODEL": "m", "CHAT_SERVER_TOP_K": "", "CHAT_SERVER_DTYPE": "float32"}
+    assert parsed("", **environment) == Settings(port=81, log_conversations=True, served_model_name=("a", "b"), model="m",
+                                                 dtype="float32")
+    line = "other --port 82 --no-log-conversations --served-model-name c -d bfloat16"
+    assert parsed(line, **environment) == Settings(port=82, served_model_name=("c",), model="other", dtype="bfloat16")
+
+
+@pytest.mark.parametrize("line, environment, words", [
+    ("--port x", {}, "--port"), ("--port 70000", {}, "65535"), ("a b", {}, "b"), ("--nonsense", {}, "--nonsense"),
+    ("--por 80", {}, "--por"), ("-t nan", {}, "temperature"), ("-i moon", {}, "moon"), ("chat --port 80", {}, "--port"),
+    ("--kv-cache-memory much", {}, "kv-cache-memory"), ("", {"CHAT_SERVER_PORT": "x"}, "CHAT_SERVER_PORT"),
+    ("", {"CHAT_SERVER_LOG_CONVERSATIONS": "perhaps"}, "true, yes"), ("", {"CHAT_SERVER_SOURCE": "moon"}, "sft, rl")])
+def test_what_cannot_be_is_a_config_error_that_names_it(line, environment, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        parsed(line, **environment)
+
+
+def test_a_config_error_is_one_line_and_status_2_and_the_version_is_printed():
+    run = subprocess.run([sys.executable, chat_server.__file__, "chat", "--top-k", "x"], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2 and run.stdout == "" and re.fullmatch(r"chat_server: [^\n]*--top-k[^\n]*\n", run.stderr)
+    run = subprocess.run([sys.executable, chat_server.__file__, "--version"], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stdout) == (0, f"chat_server {chat_server.__version__}\n")
+
+
+def test_the_help_of_each_command_lists_its_flags(capsys):
+    for command, flag, foreign in (("serve", "--port", "--prompt"), ("chat", "--system", "--port"), ("generate", "--url", "--host")):
+        with pytest.raises(SystemExit) as left:
+            parsed(f"{command} --help")
+        text = capsys.readouterr().out
+        assert left.value.code == 0 and flag in text and foreign not in text
+
+
+# generate
+
+
+@pytest.fixture
+def local_pool(monkeypatch):
+    """Every command starts this pool instead of one with a model."""
+    pool = FakePool()
+    monkeypatch.setattr(chat_server, "LocalPool", lambda settings: pool)
+    return pool
+
+
+def run_main(*argv):
+    """main() without its logging set-up reaching the other tests."""
+    return chat_server.main(argv)
+
+
+def test_generate_writes_the_answer_to_stdout_and_its_speed_to_stderr(local_pool, capsys):
+    assert run_main("generate", "--prompt", "Hi", "--system", "Be brief", "-t", "0", "--seed", "4", "-m", "9") == 0
+    out, err = capsys.readouterr()
+    assert out == "Hello, world!\n" and "[3 tokens, 212.3 tok/s, first token after 8 ms]" in err
+    request = local_pool.requests[0]
+    assert [(m.role, m.content) for m in request.messages] == [("system", "Be brief"), ("user", "Hi")]
+    assert (request.sampling.temperature, request.sampling.seed, request.max_tokens) == (0.0, 4, 9)
+    assert local_pool.closed
+
+
+@pytest.mark.parametrize("words", [["--prompt", "-"], []])
+def test_generate_reads_stdin(local_pool, monkeypatch, words):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("two\nlines\n"))
+    assert run_main("generate", *words) == 0
+    assert local_pool.requests[0].messages[0].content == "two\nlines"
+
+
+def test_generate_without_a_prompt_says_what_is_missing(local_pool, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(" \n"))
+    assert run_main("generate") == 2
+    assert "prompt" in capsys.readouterr().err and local_pool.requests == []
+
+
+def test_a_model_without_a_chat_template_continues_the_text(local_pool):
+    plain, local_pool.answer = local_pool.answer, lambda request: refuse_messages(request, plain)
+    assert run_main("generate", "--prompt", "Once") == 0
+    assert (local_pool.requests[0].prompt, local_pool.requests[0].messages) == ("Once", None)
+
+
+async def refuse_messages(request, answer):
+    if request.messages:
+        raise RequestError("no template", code="no_chat_template")
+    async for event in answer(request):
+        yield event
+
+
+@pytest.mark.parametrize("error, status", [(ConfigError("no model"), 2), (EngineFailure("broken"), 1), (Overloaded("busy"), 1),
+                                           (RequestError("too long"), 1)])
+def test_failures_are_one_line_and_a_status(local_pool, capsys, error, status):
+    local_pool.refuse = error
+    assert run_main("generate", "--prompt", "Hi") == status
+    out, err = capsys.readouterr()
+    assert out == "" and err.splitlines()[-1].endswith(str(error)) and "Traceback" not in err and local_pool.closed
+
+
+def test_a_chat_with_a_prompt_answers_once(local_pool, capsys):
+    assert run_main("chat", "-p", "Hi") == 0
+    assert capsys.readouterr().out == "Hello, world!\n"
+    assert local_pool.requests[0].sampling.temperature == 0.6
+
+
+# chat
+
+
+class Typist:
+    """stdin of `chat` as a pipe: the test types into it while `chat` runs as a task."""
+
+    def __init__(self, monkeypatch):
+        read, self.descriptor = os.pipe()
+        monkeypatch.setattr(sys, "stdin", os.fdopen(read))
+
+    def type(self, text):
+        os.write(self.descriptor, text.encode())
+
+    def leave(self):
+        os.close(self.descriptor)
+
+
+@pytest.fixture
+def typist(monkeypatch):
+    return Typist(monkeypatch)
+
+
+async def test_chat_keeps_the_conversation_until_it_is_cleared(local_pool, typist, capsys):
+    typist.type("One\n\n  \nTwo\n/clear\nThree\nclear\n/help\nquit\nnot reached\n")
+    assert await chat_server.chat(Settings(command="chat", system="Be brief")) == 0
+    turns = [[(m.role, m.content) for m in request.messages] for request in local_pool.requests]
+    system, answer = ("system", "Be brief"), ("assistant", "Hello, world!")
+    assert turns == [[system, ("user", "One")], [system, ("user", "One"), answer, ("user", "Two")], [system, ("user", "Three")]]
+    out = capsys.readouterr().out
+    assert out.count("Hello, world!\n[3 tokens, 212.3 tok/s, first token after 8 ms]\n") == 3
+    assert "\x1b" not in out and "Ctrl-C" in out and local_pool.closed
+
+
+@pytest.mark.parametrize("last", ["exit\n", "/quit\n", "EXIT\n", "no newline at the end"])
+async def test_chat_ends_with_exit_quit_and_the_end_of_file(local_pool, typist, last):
+    typist.type(last)
+    typist.leave()
+    assert await chat_server.chat(Settings(command="chat")) == 0
+    assert len(local_pool.requests) == (last[0] == "n")
+
+
+async def test_ctrl_c_stops_the_answer_but_not_the_program(local_pool, typist, capsys):
+    local_pool.pieces, local_pool.gate = ["Hel", "lo"], Tickets(1)
+    task = asyncio.ensure_future(chat_server.chat(Settings(command="chat")))
+    typist.type("Hi\n")
+    await local_pool.gate.used_up.wait()
+    signal.raise_signal(signal.SIGINT)
+    await local_pool.until_open(0)
+    local_pool.gate = None
+    typist.type("Go on\nquit\n")
+    assert await task == 0
+    assert "Hel\n[stopped]\n" in capsys.readouterr().out
+    assert [m.content for m in local_pool.requests[1].messages] == ["Hi", "Hel", "Go on"]
+
+
+class Tickets:
+    """A gate that lets the first `count` pieces through."""
+
+    def __init__(self, count):
+        self.count, self.used_up = count, asyncio.Event()
+
+    async def wait(self):
+        self.count -= 1
+        if self.count < 0:
+            self.used_up.set()
+            await asyncio.Event().wait()
+
+
+async def test_ctrl_c_at_an_empty_prompt_leaves(local_pool, typist, capsys):
+    task = asyncio.ensure_future(chat_server.chat(Settings(command="chat")))
+    typist.type("Hi\n")
+    while "tok/s" not in capsys.readouterr().out:
+        await asyncio.sleep(0)
+    signal.raise_signal(signal.SIGINT)
+    assert await task == 0 and local_pool.closed
+
+
+async def test_an_error_is_shown_and_its_message_is_not_kept(local_pool, typist, capsys):
+    local_pool.pieces = [EngineFailure("a worker died")]
+    typist.type("Hi\n")
+    task = asyncio.ensure_future(chat_server.chat(Settings(command="chat")))
+    await local_pool.until_open(1)
+    await local_pool.until_open(0)
+    local_pool.pieces = ["fine"]
+    typist.type("Again\nquit\n")
+    assert await task == 0
+    assert "error: a worker died" in capsys.readouterr().out
+    assert [m.content for m in local_pool.requests[1].messages] == ["Again"]
+
+
+async def test_a_full_context_drops_the_oldest_turns_and_says_so(local_pool, typist, capsys):
+    plain, local_pool.answer = local_pool.answer, lambda request: at_most_four_messages(request, plain)
+    typist.type("One\nTwo\nThree\nquit\n")
+    assert await chat_server.chat(Settings(command="chat")) == 0
+    assert [m.content for m in local_pool.requests[2].messages] == ["Two", "Hello, world!", "Three"]
+    assert "dropped" in capsys.readouterr().out
+
+
+async def at_most_four_messages(request, answer):
+    if len(request.messages) > 4:
+        raise RequestError("the prompt has 99 tokens and the context holds 64", code="context_length_exceeded")
+    async for event in answer(request):
+        yield event
+
+
+async def test_a_message_that_can_never_fit_is_refused_and_the_chat_goes_on(local_pool, typist, capsys):
+    local_pool.refuse = RequestError("the prompt has 99 tokens and the context holds 64", code="context_length_exceeded")
+    typist.type("long\nquit\n")
+    assert await chat_server.chat(Settings(command="chat")) == 0
+    assert "error: the prompt has 99 tokens" in capsys.readouterr().out
+
+
+async def test_a_pasted_text_is_one_message(local_pool, monkeypatch):
+    create_pipe_input = pytest.importorskip("prompt_toolkit.input").create_pipe_input
+    from prompt_toolkit.application import create_app_session
+    from prompt_toolkit.output import DummyOutput
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        keys.send_text("\x1b[200~first line\nsecond line\x1b[201~\r")
+        keys.send_text("\x03")                  # Ctrl-C at an empty prompt
+        assert await chat_server.chat(Settings(command="chat")) == 0
+    assert [m.content for m in local_pool.requests[0].messages] == ["first line\nsecond line"]
+
+
+def test_a_terminal_gets_no_control_characters_of_the_model(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    chat_server.write("a\x1b[31mb\x07\n\tc\x9b")
+    assert capsys.readouterr().out == "a[31mb\n\tc"
+
+
+# --url
+
+
+def remote(url, command="chat"):
+    return Settings(command=command, url=url)
+
+
+async def test_a_remote_pool_yields_the_same_events():
+    local = FakePool(["日本", "", "🎉"], reason="length", stop_reason="max_tokens")
+    async with serving(local) as url:
+        pool = RemotePool(remote(url + "/v1/"))
+        await pool.start()
+        await pool.wait_ready()
+        request = chat_server.new_request(remote(url), messages=(chat_server.Message("user", "Hi"),))
+        events = [event async for event in pool.answer(request)]
+        await pool.close()
+    assert events[0].seed == request.sampling.seed == local.requests[0].sampling.seed
+    assert events[1:3] == [Piece("日本", (), 0), Piece("🎉", (), 0)]
+    expected = finished(local.pieces, "length", "max_tokens")
+    assert events[3] == dataclasses.replace(expected, queue_ms=0.2, ttft_ms=8.1, tokens_per_second=212.3)
+    sent = local.requests[0]
+    assert (sent.sampling, sent.max_tokens, sent.messages) == (request.sampling, 512, request.messages)
+
+
+@pytest.mark.parametrize("error", [RequestError("the prompt has 9 tokens", code="context_length_exceeded"), RequestError("bad"),
+                                   Overloaded("busy", retry_after_s=7), EngineFailure("broken")])
+@pytest.mark.parametrize("late", [False, True])
+async def test_a_remote_pool_raises_what_the_server_raised(error, late):
+    async with serving(FakePool(["Hel", error]) if late else FakePool(refuse=error)) as url:
+        pool = RemotePool(remote(url))
+        await pool.start()
+        with pytest.raises(chat_server.ChatServerError) as caught:
+            async for _ in pool.answer(chat_server.new_request(remote(url), messages=(chat_server.Message("user", "Hi"),))):
+                pass
+        await pool.close()
+    assert (type(caught.value), str(caught.value), caught.value.code) == (type(error), str(error), error.code)
+    assert late or getattr(caught.value, "retry_after_s", 0) == getattr(error, "retry_after_s", 0)
+
+
+async def test_leaving_a_remote_answer_ends_it_on_the_server():
+    local = FakePool(gate=asyncio.Event())
+    async with serving(local) as url:
+        pool = RemotePool(remote(url))
+        await pool.start()
+        events = pool.answer(chat_server.new_request(remote(url), messages=(chat_server.Message("user", "Hi"),)))
+        await anext(events)
+        await local.until_open(1)
+        await events.aclose()
+        await local.until_open(0)
+        await pool.close()
+
+
+async def test_chat_talks_to_a_running_server(typist, capsys):
+    typist.type("One\nTwo\nquit\n")
+    local = FakePool()
+    async with serving(local) as url:
+        assert await chat_server.chat(remote(url)) == 0
+    assert [len(request.messages) for request in local.requests] == [1, 3]
+    assert capsys.readouterr().out.count("212.3 tok/s") == 2
+
+
+async def test_nanochat_s_own_server_is_understood():
+    assert chat_server.native_event({"token": "x", "gpu": 2}) == Piece("x", (), 2)
+    assert chat_server.native_event({"done": True}) == Finished("stop", None, 0, 0, 0, 0.0, 0.0, 0.0, 0)
+
+
+def test_no_server_is_one_line_that_names_the_url(capsys):
+    with chat_server.listen_on("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+    assert run_main("generate", "--prompt", "Hi", "--url", f"localhost:{port}") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and re.fullmatch(rf"chat_server: no server answers at http://localhost:{port}: .*\n", err)
+
+
+async def test_a_server_that_is_no_chat_server_is_named():
+    async def no_json(http):
+        return chat_server.web.Response(text="welcome")
+    app = chat_server.web.Application()
+    app.add_routes([chat_server.web.get("/health", no_json)])
+    runner = chat_server.make_runner(app)
+    await runner.setup()
+    with chat_server.listen_on("127.0.0.1", 0) as listener:
+        await chat_server.web.SockSite(runner, listener).start()
+        with pytest.raises(ConfigError, match="not a chat server"):
+            await chat_server.generate(Settings(command="generate", prompt="Hi", url=f"127.0.0.1:{listener.getsockname()[1]}"))
+        await runner.cleanup()

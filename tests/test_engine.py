@@ -1,0 +1,239 @@
+"""Section 9: schedule, run, postprocess, on the real default model and the nanochat fixtures, in float32.
+
+The torch path is not row-invariant, so answers that must be equal are compared by the near-tie helper: they may differ
+only where the best two candidates of a draw were closer than rounding can move them.
+"""
+
+import json
+import random
+
+import pytest
+import torch
+
+import chat_server
+from chat_server import Engine, Message, PAGE_SIZE, SamplingParams, Work
+from engines import chat_work, load, make_engine, run
+from near_tie import assert_same_tokens_or_near_tie
+
+MARGIN = 2e-3       # far above what float32 rounding moves a logit by here (1e-4), far below a typical gap (0.1 .. 5)
+
+QUESTIONS = ["What is the capital of Japan?", "Name three colours.", "Write a haiku about rain.", "Why is the sky blue?",
+             "Count from one to ten.", "What is 12 plus 30?", "Tell me about cats.", "Who wrote Hamlet?"]
+
+
+@pytest.fixture(scope="module")
+def smollm(default_model_path):
+    return make_engine(default_model_path)
+
+
+@pytest.fixture
+def gen5(nanochat_fixtures):
+    return make_engine(nanochat_fixtures / "gen5", num_pages=200)
+
+
+def same(one, other, name, other_name=None):
+    other_name = other_name or name
+    assert_same_tokens_or_near_tie(one.traced(name), other.traced(other_name), MARGIN)
+
+
+def test_the_default_model_knows_the_capital_of_japan_and_stops(smollm):
+    result = run(smollm, [chat_work(smollm, "a", "What is the capital of Japan?")])
+    assert result.text["a"] == "The capital of Japan is Tokyo."
+    assert result.end["a"].reason == "stop" and result.end["a"].stop_reason == "eos"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_an_answer_alone_equals_the_answer_in_a_batch_of_32(smollm, temperature):
+    works = [chat_work(smollm, f"w{i}", QUESTIONS[i % len(QUESTIONS)] + f" ({i})", 24, temperature=temperature, seed=i, top_k=0)
+             for i in range(32)]
+    together = run(smollm, works)
+    smollm.pool.forget_cached()
+    for i in (0, 5, 31):
+        same(run(smollm, [works[i]]), together, f"w{i}")
+
+
+@pytest.mark.parametrize("chunk", [16, 17, 100])
+def test_the_prefill_chunk_changes_nothing(smollm, chunk):
+    work = chat_work(smollm, "a", "Summarize: " + " ".join(QUESTIONS * 4), 24)
+    smollm.pool.forget_cached()
+    whole = run(smollm, [work])
+    smollm.pool.forget_cached()
+    smollm.scheduler.prefill_chunk, before = chunk, smollm.scheduler.prefill_chunk
+    try:
+        same(run(smollm, [work]), whole, "a")
+    finally:
+        smollm.scheduler.prefill_chunk = before
+
+
+def test_conversations_a_b_a_reuse_their_prefix_and_answer_as_if_alone(smollm):
+    first = {name: chat_work(smollm, name, f"My name is {name}. " + QUESTIONS[i] * 3, 20)
+             for i, name in enumerate(("Alice", "Bob"))}
+    smollm.pool.forget_cached()
+    cold = {name: run(smollm, [work]) for name, work in first.items() if not smollm.pool.forget_cached()}
+    assert cold["Alice"].end["Alice"].cached_tokens == 0
+
+    def second_turn(name):
+        turns = [Message("user", f"My name is {name}. " + QUESTIONS[("Alice", "Bob").index(name)] * 3),
+                 Message("assistant", cold[name].text[name]), Message("user", "And what is my name?")]
+        return Work(name, tuple(smollm.tokenizer.render(turns)), SamplingParams(temperature=0.0), 20)
+
+    smollm.pool.forget_cached()
+    alone = {}
+    for name in first:
+        alone[name] = run(smollm, [second_turn(name)])
+        smollm.pool.forget_cached()
+    for name in ("Alice", "Bob"):
+        run(smollm, [first[name]])
+    for name in ("Alice", "Bob", "Alice"):
+        warm = run(smollm, [second_turn(name)])
+        assert warm.end[name].cached_tokens >= len(first[name].prompt_ids) // PAGE_SIZE * PAGE_SIZE
+        same(warm, alone[name], name)
+
+
+def test_a_7000_token_prompt_never_holds_up_8_streaming_answers(smollm):
+    smollm.pool.forget_cached()
+    words = smollm.tokenizer.encode(" ".join(QUESTIONS) * 200)[:7000]
+    streams = [chat_work(smollm, f"s{i}", QUESTIONS[i], 400) for i in range(8)]
+    streams = [chat_server.replace(work, ignore_eos=True, max_tokens=60) for work in streams]
+    prefilling = []
+
+    def watch(plan):
+        counts = {chunk.sequence.work.id: chunk.count for chunk in plan}
+        if counts.get("long", 1) > 1:
+            running = [s.work.id for s in smollm.scheduler.running if s.work.id != "long" and s.pending == 1]
+            assert all(counts[name] == 1 for name in running)       # nobody waits longer than one chunk
+            assert counts["long"] <= smollm.scheduler.prefill_chunk
+            prefilling.append(len(running))
+
+    run(smollm, [*streams, Work("long", tuple(words), SamplingParams(temperature=0.0), 2)], on_step=watch, check=False)
+    assert len(prefilling) >= 7000 // smollm.scheduler.prefill_chunk
+    assert prefilling.count(8) > 20
+
+
+def test_out_of_pages_answers_are_preempted_and_still_the_same(nanochat_fixtures):
+    roomy = make_engine(nanochat_fixtures / "gen5", num_pages=200)
+    tight = make_engine(nanochat_fixtures / "gen5", num_pages=14)
+    works = [Work(f"w{i}", tuple(range(40 * i % 200 + 1, 40 * i % 200 + 21)), SamplingParams(temperature=0.9, seed=i), 60,
+                  ignore_eos=True) for i in range(5)]
+    expected, got = run(roomy, works), run(tight, works)
+    assert tight.scheduler.preemptions > 0 and roomy.scheduler.preemptions == 0
+    for work in works:
+        same(got, expected, work.id)
+        assert len(got.tokens[work.id]) == 60
+
+
+@pytest.mark.parametrize("generation", ["gen1", "gen2", "gen3", "gen4", "gen5"])
+def test_every_nanochat_generation_answers_as_upstream_does_alone_and_together(nanochat_fixtures, generation):
+    engine = make_engine(nanochat_fixtures / generation, num_pages=200)
+    cases = json.loads((nanochat_fixtures / generation / "oracle.json").read_text())["cases"]
+    works = [Work(f"c{i}", tuple(case["prompt_ids"]), SamplingParams(temperature=0.0), len(case["greedy"]), ignore_eos=True)
+             for i, case in enumerate(cases)]
+    together = run(engine, works)
+    for i, case in enumerate(cases):
+        assert engine.tokenizer.render([Message(**message) for message in case["messages"]]) == case["prompt_ids"]
+        assert together.tokens[f"c{i}"][:len(case["greedy"])] == case["greedy"]
+        engine.pool.forget_cached()
+        assert run(engine, [works[i]]).tokens[f"c{i}"] == together.tokens[f"c{i}"]
+
+
+def test_a_resumed_answer_goes_on_as_if_nothing_had_happened(gen5):
+    work = Work("a", tuple(range(30, 60)), SamplingParams(temperature=0.9, seed=5), 50, ignore_eos=True)
+    whole = run(gen5, [work])
+    for cut in (1, 7, 49):
+        before = run(gen5, [chat_server.replace(work, max_tokens=cut)])
+        sent = len(before.text["a"].rstrip("\ufffd"))
+        resumed = chat_server.replace(work, resumed_ids=tuple(before.tokens["a"]), sent_characters=sent)
+        after = run(gen5, [resumed])
+        assert before.tokens["a"] + after.tokens["a"] == whole.tokens["a"]
+        assert before.text["a"][:sent] + after.text["a"] == whole.text["a"]
+
+
+def test_sampled_answers_depend_on_the_seed_and_on_nothing_else(smollm):
+    works = [chat_work(smollm, name, "Tell me a story.", 30, temperature=1.0, seed=seed) for name, seed in
+             (("one", 1), ("again", 1), ("two", 2))]
+    result = run(smollm, works)
+    same(result, result, "one", "again")
+    assert result.tokens["one"] != result.tokens["two"]
+
+
+def test_a_stop_string_split_over_tokens_ends_the_answer_before_it(smollm):
+    plain = run(smollm, [chat_work(smollm, "a", "What is the capital of Japan?")])
+    work = chat_server.replace(chat_work(smollm, "b", "What is the capital of Japan?"), stop=("pan is To",))
+    stopped = run(smollm, [work])
+    assert plain.text["a"].startswith("The capital of Japan is To")
+    assert stopped.text["b"] == "The capital of Ja"
+    assert (stopped.end["b"].reason, stopped.end["b"].stop_reason) == ("stop", "pan is To")
+
+
+def test_max_tokens_context_min_tokens_and_stop_ids_end_answers_as_they_say(smollm, gen5):
+    work = chat_work(smollm, "a", "What is the capital of Japan?")
+    answer = run(smollm, [work])
+    cut = run(smollm, [chat_server.replace(work, max_tokens=3)])
+    assert cut.tokens["a"] == answer.tokens["a"][:3]
+    assert (cut.end["a"].reason, cut.end["a"].stop_reason) == ("length", "max_tokens")
+    longer = run(smollm, [chat_server.replace(work, min_tokens=20)])
+    assert len(longer.tokens["a"]) >= 20 and not set(longer.tokens["a"][:19]) & smollm.tokenizer.stop_tokens
+    by_id = run(smollm, [chat_server.replace(work, stop_token_ids=(answer.tokens["a"][4],))])
+    assert by_id.tokens["a"] == answer.tokens["a"][:5] and by_id.end["a"].reason == "stop"
+    gen5.context_length = 40
+    full = run(gen5, [Work("a", tuple(range(30, 60)), SamplingParams(temperature=0.0), 400, ignore_eos=True)])
+    assert len(full.tokens["a"]) == 10 and full.end["a"].stop_reason == "context_length"
+
+
+class ScriptedDraws:
+    """Stands in for sampling: dictates the next tokens of every sequence, so that tool use can be driven exactly."""
+
+    def __init__(self, tokens):
+        self.tokens = list(tokens)
+
+    def __call__(self, logits, rows):
+        return [self.tokens.pop(0)]
+
+
+@pytest.mark.parametrize("expression, answer", [("12*(3+4)", "84"), ("'strawberry'.count('r')", "3"), ("2**9999", None)])
+def test_nanochats_calculator_is_forced_into_the_answer(gen5, expression, answer):
+    ids = gen5.tokenizer.tool_tokens
+    script = [ids.python_start, *gen5.tokenizer.encode(expression), ids.python_end, *gen5.tokenizer.encode("ok")]
+    forced = [ids.output_start, *gen5.tokenizer.encode(answer), ids.output_end] if answer else []
+    gen5.kernels = chat_server.replace(gen5.kernels, sample=ScriptedDraws(script + [0] * 50))
+    gen5.add(Work("a", (1, 2, 3), SamplingParams(), len(script) + len(forced), ignore_eos=True))
+    tokens, text = [], ""
+    with torch.inference_mode():
+        while gen5.busy:
+            for update in gen5.step():
+                tokens += update.tokens
+                text += update.text
+    after_call = script.index(ids.python_end) + 1
+    assert tokens == script[:after_call] + forced + script[after_call:]
+    assert text == expression + (answer or "") + "ok"
+    gen5.check_integrity()
+
+
+def test_requests_that_come_and_go_at_random_moments_leave_nothing_behind(gen5):
+    generator = random.Random(11)
+    alive = set()
+    with torch.inference_mode():
+        for number in range(200):
+            name = f"r{number}"
+            prompt = tuple(generator.choices(range(250), k=generator.randrange(1, 90)))
+            gen5.add(Work(name, prompt, SamplingParams(seed=number), generator.randrange(1, 40)))
+            alive.add(name)
+            for _ in range(generator.randrange(4)):
+                for update in gen5.step():
+                    if update.reason:
+                        alive.discard(update.id)
+            if alive and generator.random() < 0.6:
+                gone = generator.choice(sorted(alive))
+                assert gen5.cancel(gone)
+                alive.discard(gone)
+            gen5.check_integrity()
+        for name in alive:
+            gen5.cancel(name)
+    assert not gen5.busy
+    assert gen5.pool.available == gen5.pool.num_pages
+
+
+def test_weights_are_held_once(default_model_path):
+    model = load(default_model_path)
+    assert model.tensors["head"].data_ptr() == model.tensors["embed"].data_ptr()
+    assert isinstance(make_engine(default_model_path, num_pages=8), Engine)

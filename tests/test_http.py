@@ -1,0 +1,707 @@
+"""The HTTP side, over a pool without a model: shapes, limits, streams, and clients that leave."""
+
+import asyncio
+import gzip
+import json
+import logging
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import aiohttp
+import pytest
+import pytest_asyncio
+from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
+
+import chat_server
+from chat_server import ConfigError, EngineFailure, LIMITS, Overloaded, RequestError, Settings
+from fake_pool import FakePool, conversation, frames, serving
+
+NATIVE, OPENAI = "/chat/completions", "/v1/chat/completions"
+
+
+@pytest_asyncio.fixture
+async def client():
+    async with aiohttp.ClientSession() as session:
+        yield session
+
+
+async def ask(client, url, body, **options):
+    """(status, body) of a POST; a dict goes as JSON, bytes as they are."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    async with client.post(url, data=data, **options) as response:
+        return response.status, await response.read()
+
+
+# the native API
+
+
+async def test_the_native_stream_has_pieces_then_done(client):
+    async with serving(FakePool(["Mach", "", "ine"])) as url:
+        async with client.post(url + NATIVE, json=conversation()) as response:
+            assert response.status == 200
+            assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
+            assert response.headers["Cache-Control"] == "no-cache, no-transform"
+            assert response.headers["X-Accel-Buffering"] == "no"
+            assert "Content-Encoding" not in response.headers
+            events = frames(await response.read())
+    assert events[:2] == [{"token": "Mach", "gpu": 0}, {"token": "ine", "gpu": 0}]
+    assert events[2].pop("seed") >= 0
+    assert events[2:] == [{"done": True, "finish_reason": "stop", "stop_reason": "eos", "gpu": 0,
+                           "usage": {"prompt_tokens": 7, "completion_tokens": 3, "cached_tokens": 3},
+                           "timings": {"queue_ms": 0.2, "ttft_ms": 8.1, "tokens_per_second": 212.3}}]
+
+
+async def test_text_passes_unharmed_and_every_line_reader_sees_one_line(client):
+    pieces = ["日本", "🎉", "a\u2028b\u2029c\x85d", 'quote " \\ \n\r\n data: x']
+    async with serving(FakePool(pieces)) as url:
+        status, body = await ask(client, url + NATIVE, conversation())
+    assert [event["token"] for event in frames(body)[:-1]] == pieces
+    assert all(line.startswith(("data: ", "")) and (not line or line.startswith("data: "))
+               for line in body.decode().splitlines())
+
+
+async def test_headers_leave_before_the_first_piece(client):
+    pool = FakePool(gate=asyncio.Event())
+    async with serving(pool) as url:
+        async with client.post(url + NATIVE, json=conversation()) as response:      # the gate is still closed
+            assert response.status == 200
+            pool.gate.set()
+            assert frames(await response.read())[-1]["done"]
+
+
+async def test_defaults_come_from_the_operator_and_the_request_wins(client):
+    pool = FakePool()
+    async with serving(pool, Settings(temperature=0.3, top_k=7, max_tokens=99)) as url:
+        await ask(client, url + NATIVE, conversation())
+        await ask(client, url + NATIVE, conversation() | {"temperature": 0, "top_k": 0, "max_tokens": 5, "seed": 11,
+                                                          "stop": "\n", "top_p": 0.5, "min_p": 0.1, "ignore_eos": True})
+    first, second = pool.requests
+    assert (first.sampling.temperature, first.sampling.top_k, first.max_tokens, first.stop) == (0.3, 7, 99, ())
+    assert (second.sampling.temperature, second.sampling.top_k, second.max_tokens) == (0.0, 0, 5)
+    assert (second.sampling.seed, second.stop, second.ignore_eos) == (11, ("\n",), True)
+    assert (second.sampling.top_p, second.sampling.min_p) == (0.5, 0.1)
+
+
+async def test_null_is_unset_and_unknown_fields_are_ignored(client):
+    pool = FakePool()
+    async with serving(pool) as url:
+        nulls = dict.fromkeys(["temperature", "max_tokens", "top_k", "top_p", "min_p", "seed", "stop", "ignore_eos"])
+        status, _ = await ask(client, url + NATIVE, conversation() | nulls | {"nonsense": {"a": [1]}})
+    assert status == 200
+    assert (pool.requests[0].sampling.temperature, pool.requests[0].max_tokens) == (0.8, 512)
+
+
+async def test_requests_without_a_seed_get_different_ones(client):
+    pool = FakePool()
+    async with serving(pool) as url:
+        for _ in range(2):
+            await ask(client, url + NATIVE, conversation())
+    seeds = [request.sampling.seed for request in pool.requests]
+    assert seeds[0] != seeds[1] and max(seeds) < 2**53
+
+
+@pytest.mark.parametrize("field, given, used", [
+    ("temperature", -1, 0), ("temperature", 99, 2), ("temperature", 10**300, 2), ("top_k", -5, 0), ("top_k", 1e9, 200),
+    ("top_p", 7, 1), ("min_p", -0.5, 0)])
+async def test_finite_numbers_out_of_range_are_clamped(client, field, given, used):
+    pool = FakePool()
+    async with serving(pool) as url:
+        status, _ = await ask(client, url + NATIVE, conversation() | {field: given})
+    assert (status, getattr(pool.requests[0].sampling, field)) == (200, used)
+
+
+@pytest.mark.parametrize("given, used", [(0, 1), (-3, 1), (10**30, 4096), (12.0, 12)])
+async def test_max_tokens_is_clamped_to_1_to_4096(client, given, used):
+    pool = FakePool()
+    async with serving(pool) as url:
+        status, _ = await ask(client, url + NATIVE, conversation() | {"max_tokens": given})
+    assert (status, pool.requests[0].max_tokens) == (200, used)
+
+
+@pytest.mark.parametrize("path", [NATIVE, OPENAI])
+@pytest.mark.parametrize("field, literal", [
+    ("temperature", '"0.5"'), ("temperature", "true"), ("temperature", "NaN"), ("temperature", "1e999"),
+    ("temperature", "-Infinity"), ("temperature", "[1]"), ("max_tokens", "1.5"), ("max_tokens", "NaN"),
+    ("max_tokens", "false"), ("top_k", "Infinity"), ("top_k", "{}"), ("seed", '"x"'), ("seed", "0.5"), ("stop", "5"),
+    ("stop", '["a", null]'), ("stop", '["a", "b", "c", "d", "e"]'), ("ignore_eos", "1"), ("messages", '"hi"'),
+    ("messages", "{}"), ("messages", "[]"), ("messages", "null"), ("messages", "[5]"),
+    ("messages", '[{"role": "alien", "content": "x"}]'), ("messages", '[{"role": ["user"], "content": "x"}]'),
+    ("messages", '[{"role": "user", "content": 5}]'), ("messages", '[{"content": "x"}]')])
+async def test_wrong_types_and_values_are_400_and_named(client, path, field, literal):
+    body = json.dumps(conversation())[:-1] + f', "{field}": {literal}}}'
+    pool = FakePool()
+    async with serving(pool) as url:
+        status, answer = await ask(client, url + path, body.encode())
+    answer = json.loads(answer)
+    message = answer["detail"] if path == NATIVE else answer["error"]["message"]
+    assert status == 400 and field in message and not pool.requests
+    if literal in ("NaN", "true", "1.5", '"0.5"', "5"):
+        assert literal in message
+
+
+@pytest.mark.parametrize("messages, numbers", [
+    ([{"role": "user", "content": "a"}] * 501, ("501", "500")),
+    ([{"role": "user", "content": "a" * 8001}], ("8001", "8000")),
+    ([{"role": "user", "content": "a" * 8000}] * 4 + [{"role": "user", "content": "b"}], ("32001", "32000"))])
+async def test_the_native_limits_name_the_limit_and_the_value(client, messages, numbers):
+    async with serving(FakePool()) as url:
+        status, answer = await ask(client, url + NATIVE, {"messages": messages})
+    assert status == 400
+    assert list(json.loads(answer)) == ["detail"] and all(number in json.loads(answer)["detail"] for number in numbers)
+
+
+@pytest.mark.parametrize("messages", [[{"role": "user", "content": "a"}] * 500, [{"role": "user", "content": "😀" * 8000}] * 4])
+async def test_the_native_limits_themselves_are_allowed(client, messages):
+    async with serving(FakePool()) as url:
+        assert (await ask(client, url + NATIVE, {"messages": messages}))[0] == 200
+
+
+@pytest.mark.parametrize("path", [NATIVE, OPENAI])
+@pytest.mark.parametrize("body", [
+    b"", b"\xff\xfe{}", b"no json", b"[]", b'"text"', b"null", b"5", b"[" * 100_000, b'{"a":' * 100_000, b"{" + b"1" * 5000 + b"}",
+    b'{"seed": ' + b"1" * 5000 + b"}", b'{"messages": [{"role": "user", "content": "\\ud800', b"\x00\x01\x02", b"{} {}"])
+async def test_bytes_that_are_no_request_are_400(client, path, body):
+    async with serving(FakePool()) as url:
+        status, answer = await ask(client, url + path, body)
+    assert status == 400
+    assert json.loads(answer).get("detail") or json.loads(answer)["error"]["type"] == "invalid_request_error"
+
+
+async def test_odd_but_usable_bodies_are_accepted(client):
+    pool = FakePool()
+    odd = b'\xef\xbb\xbf{"messages": [], "messages": [{"role": "user", "content": "\\ud83d\\ude00 \\ud800!"}]}'
+    async with serving(pool) as url:
+        assert (await ask(client, url + NATIVE, odd, headers={"Content-Type": "application/x-strange"}))[0] == 200
+        assert (await ask(client, url + OPENAI, odd, headers={"Content-Type": "text/plain; charset=latin-1"}))[0] == 200
+    assert {request.messages[0].content for request in pool.requests} == {"😀 \ufffd!"}
+
+
+async def test_a_compressed_body_is_refused_and_the_connection_goes_on(client):
+    async with serving(FakePool()) as url:
+        for body in (gzip.compress(json.dumps(conversation()).encode()), b"this is not gzip"):
+            assert (await ask(client, url + NATIVE, body, headers={"Content-Encoding": "gzip"}))[0] == 415
+        assert (await ask(client, url + NATIVE, conversation()))[0] == 200
+
+
+@pytest.mark.parametrize("path", [NATIVE, OPENAI])
+async def test_a_body_above_the_limit_is_413(client, path, monkeypatch):
+    monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(LIMITS, body_bytes=1000))
+    async def pieces():
+        for _ in range(40):
+            yield b" " * 100
+    async with serving(FakePool()) as url:
+        status, answer = await ask(client, url + path, conversation("a" * 2000))
+        async with client.post(url + path, data=pieces()) as response:      # chunked: no length is announced
+            assert response.status == 413
+    assert status == 413 and "1000" in json.loads(answer)["error"]["message"]
+
+
+@hypothesis_settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@given(body=st.dictionaries(
+    st.sampled_from([field.name for field in chat_server.OPENAI_FIELDS] + ["tool_choice", "x"]),
+    st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None), max_size=5),
+                 lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+                     st.sampled_from(["role", "content", "type", "text", "1", "include_usage"]), inner, max_size=3), max_leaves=8)))
+def test_no_json_object_breaks_the_parsers(body):
+    for with_messages in (body, body | conversation()):
+        raw = json.loads(json.dumps(with_messages))
+        try:
+            chat_server.parse_chat_request(raw, Settings(), "id")
+        except RequestError as error:
+            assert error.status == 400 and str(error)
+        try:
+            values = chat_server.parse_fields(raw, chat_server.OPENAI_FIELDS)
+            chat_server.refuse_unsupported(raw, values)
+            chat_server.parse_openai_request(values, Settings(), "id")
+        except RequestError as error:
+            assert error.status == 400 and str(error)
+
+
+# the OpenAI API
+
+
+async def test_the_openai_stream_has_exactly_openai_s_shape(client):
+    async with serving(FakePool(["Hel", "", "lo"])) as url:
+        status, body = await ask(client, url + OPENAI, conversation() | {"stream": True, "seed": 5})
+    events = frames(body)
+    assert events.pop() == "[DONE]"
+    assert [event["choices"][0]["delta"] for event in events] == [
+        {"role": "assistant", "content": ""}, {"content": "Hel"}, {"content": "lo"}, {}]
+    assert [event["choices"][0]["finish_reason"] for event in events] == [None, None, None, "stop"]
+    assert events[-1]["choices"][0]["stop_reason"] == "eos" and events[-1]["timings"]["ttft_ms"] == 8.1
+    heads = [{key: event[key] for key in ("id", "object", "created", "model", "system_fingerprint", "seed")} for event in events]
+    assert all(head == heads[0] for head in heads) and heads[0]["object"] == "chat.completion.chunk"
+    assert re.fullmatch(r"chatcmpl-[0-9a-f]{32}", heads[0]["id"]) and heads[0]["seed"] == 5
+    assert not any("usage" in event for event in events)
+
+
+async def test_the_usage_chunk_comes_only_when_asked_for(client):
+    async with serving(FakePool()) as url:
+        _, asked = await ask(client, url + OPENAI, conversation() | {"stream": "true", "stream_options": {"include_usage": True}})
+        _, refused = await ask(client, url + OPENAI, conversation() | {"stream": True, "stream_options": {"include_usage": False}})
+    *chunks, last, done = frames(asked)
+    assert all(chunk["usage"] is None for chunk in chunks) and done == "[DONE]"
+    assert last["choices"] == [] and last["usage"] == {
+        "prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10, "prompt_tokens_details": {"cached_tokens": 3}}
+    assert b"usage" not in refused
+
+
+async def test_the_whole_completion_has_openai_s_shape(client):
+    async with serving(FakePool(reason="length", stop_reason="max_tokens")) as url:
+        status, body = await ask(client, url + OPENAI, conversation() | {"seed": -1})
+    body = json.loads(body)
+    assert status == 200 and body["object"] == "chat.completion" and body["model"] == "fake-model"
+    assert body["choices"] == [{"index": 0, "message": {"role": "assistant", "content": "Hello, world!", "refusal": None},
+                                "logprobs": None, "finish_reason": "length", "stop_reason": "max_tokens"}]
+    assert body["usage"]["total_tokens"] == 10 and body["usage"]["prompt_tokens_details"] == {"cached_tokens": 3}
+    assert body["seed"] == 2**64 - 1 and isinstance(body["created"], int)
+
+
+async def test_content_may_be_text_null_or_text_parts_and_developer_is_system(client):
+    pool = FakePool()
+    messages = [{"role": "developer", "content": [{"type": "text", "text": "Be"}, {"type": "text", "text": "brief"}]},
+                {"role": "user", "content": "Hi", "name": None}, {"role": "assistant", "content": None, "tool_calls": None},
+                {"role": "assistant", "content": ""}, {"role": "user", "content": []}]
+    async with serving(pool) as url:
+        assert (await ask(client, url + OPENAI, {"messages": messages}))[0] == 200
+    assert [(m.role, m.content) for m in pool.requests[0].messages] == [
+        ("system", "Be\nbrief"), ("user", "Hi"), ("assistant", ""), ("assistant", ""), ("user", "")]
+
+
+@pytest.mark.parametrize("body, code", [
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools_not_supported"),
+    ({"tool_choice": "required"}, "tools_not_supported"),
+    ({"functions": [{"name": "f"}]}, "tools_not_supported"),
+    ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "tools_not_supported"),
+    ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]}, "tools_not_supported"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "unsupported_content"),
+    ({"response_format": {"type": "json_object"}}, "unsupported_response_format"),
+    ({"n": 2}, "unsupported_n"), ({"logprobs": True}, "unsupported_logprobs"), ({"top_logprobs": 2}, "unsupported_logprobs"),
+    ({"temperature": 2.1}, "invalid_value"), ({"top_p": -0.1}, "invalid_value"), ({"max_tokens": 0}, "invalid_value"),
+    ({"max_tokens": -2}, "invalid_value"), ({"presence_penalty": 3}, "invalid_value"),
+    ({"logit_bias": {"x": 1}}, "invalid_value"), ({"logit_bias": {"1": 101}}, "invalid_value"),
+    ({"stop_token_ids": [-1]}, "invalid_value"), ({"seed": 2**64}, "invalid_value")])
+async def test_what_is_not_supported_or_out_of_range_is_400_with_a_code(client, body, code):
+    async with serving(FakePool()) as url:
+        status, answer = await ask(client, url + OPENAI, conversation() | body)
+    error = json.loads(answer)["error"]
+    assert (status, error["code"], error["type"]) == (400, code, "invalid_request_error")
+    assert error["message"] and error["param"]
+
+
+@pytest.mark.parametrize("body", [
+    {"tools": []}, {"tools": [{"type": "function"}], "tool_choice": "none"}, {"tool_choice": "auto"}, {"n": 1},
+    {"response_format": {"type": "text"}}, {"logprobs": False, "top_logprobs": 0}, {"top_k": -1}, {"user": "me", "store": True},
+    {"parallel_tool_calls": True, "metadata": {}}, {"stream_options": None}, {"logit_bias": {}}, {"stop": []}, {"stop": ["", "x"]}])
+async def test_harmless_parameters_are_accepted(client, body):
+    async with serving(FakePool()) as url:
+        assert (await ask(client, url + OPENAI, conversation() | body))[0] == 200
+
+
+@pytest.mark.parametrize("settings, body, cap", [
+    (Settings(), {}, None), (Settings(max_tokens=40), {}, 40), (Settings(max_tokens=40), {"max_tokens": -1}, None),
+    (Settings(), {"max_tokens": 9}, 9), (Settings(), {"max_tokens": 9, "max_completion_tokens": 5}, 5),
+    (Settings(), {"max_completion_tokens": 10**9}, 10**9), (Settings(max_tokens=40), {"max_tokens": None}, 40)])
+async def test_the_answer_goes_up_to_the_context_unless_capped(client, settings, body, cap):
+    pool = FakePool()
+    async with serving(pool, settings) as url:
+        assert (await ask(client, url + OPENAI, conversation() | body))[0] == 200
+    assert pool.requests[0].max_tokens == cap
+
+
+async def test_openai_parameters_reach_the_sampler(client):
+    pool = FakePool()
+    wanted = {"temperature": 1.5, "top_p": 0.25, "top_k": -1, "min_p": 0.5, "seed": 3, "presence_penalty": -2,
+              "frequency_penalty": 2, "repetition_penalty": 1.25}
+    body = wanted | {"logit_bias": {"7": -100, "8": 5, "9": None}, "stop": ["a", "b"], "stop_token_ids": [4], "min_tokens": 2}
+    async with serving(pool, Settings(top_k=9)) as url:
+        assert (await ask(client, url + OPENAI, conversation() | body))[0] == 200
+    request = pool.requests[0]
+    assert {name: getattr(request.sampling, name) for name in wanted} == wanted | {"top_k": 0}
+    assert request.sampling.logit_bias == ((7, -100.0), (8, 5.0))
+    assert (request.stop, request.stop_token_ids, request.min_tokens) == (("a", "b"), (4,), 2)
+
+
+async def test_the_openai_api_has_no_text_limits_of_its_own(client):
+    async with serving(FakePool()) as url:
+        assert (await ask(client, url + OPENAI, {"messages": [{"role": "user", "content": "a" * 70}] * 600}))[0] == 200
+
+
+@pytest.mark.parametrize("name, status", [(None, 200), ("", 200), ("default", 200), ("owner/fake-model", 200), ("fake-model", 200),
+                                          ("other", 200), ("a/alias", 200), ("alias", 200), ("gpt-4", 404)])
+async def test_the_model_is_known_by_its_names_only(client, name, status):
+    pool = FakePool()
+    pool.model_name = "owner/fake-model"
+    async with serving(pool, Settings(served_model_name=("other", "a/alias"))) as url:
+        got, body = await ask(client, url + OPENAI, conversation() | {"model": name})
+    assert got == status
+    if status == 404:
+        assert json.loads(body)["error"]["code"] == "model_not_found"
+
+
+async def test_models_lists_one_real_id_under_both_paths(client):
+    async with serving(FakePool()) as url:
+        lists = [await (await client.get(url + path)).json() for path in ("/v1/models", "/models")]
+        one = await (await client.get(url + "/v1/models/fake-model")).json()
+        missing = await client.get(url + "/v1/models/nothing/there")
+    assert lists[0] == lists[1] == {"object": "list", "data": [one]}
+    assert one["id"] == "fake-model" and one["context_length"] == 4096 and isinstance(one["created"], int)
+    assert missing.status == 404
+
+
+# errors
+
+
+@pytest.mark.parametrize("path", [NATIVE, OPENAI])
+@pytest.mark.parametrize("error, status, code", [
+    (RequestError("the prompt has 9 tokens, the context 8", code="context_length_exceeded"), 400, "context_length_exceeded"),
+    (Overloaded("queue full", retry_after_s=7), 503, "overloaded"), (Overloaded("slow down", status=429), 429, "overloaded"),
+    (EngineFailure("a worker died"), 500, "engine_failure"), (ZeroDivisionError("secret"), 500, "engine_failure")])
+async def test_what_the_pool_refuses_is_a_real_status_even_for_streams(client, path, error, status, code):
+    async with serving(FakePool(refuse=error)) as url:
+        async with client.post(url + path, json=conversation() | {"stream": True}) as response:
+            body = await response.json()
+            assert response.status == status and response.content_type == "application/json"
+            assert response.headers.get("Retry-After") == {"queue full": "7", "slow down": "1"}.get(str(error))
+    assert body["error"]["code"] == code and "secret" not in json.dumps(body)
+    assert path == OPENAI or body["detail"] == body["error"]["message"]
+
+
+@pytest.mark.parametrize("path", [NATIVE, OPENAI])
+@pytest.mark.parametrize("error", [EngineFailure("a worker died"), ZeroDivisionError("secret"), ConnectionResetError("pipe")])
+async def test_an_error_after_the_first_byte_is_one_error_frame_and_the_end(client, path, error):
+    async with serving(FakePool(["Hel", error])) as url:
+        status, body = await ask(client, url + path, conversation() | {"stream": True})
+    assert status == 200 and set(frames(body)[-1]) == {"error"} and b"secret" not in body
+    assert frames(body)[-1]["error"]["type"] == "server_error"
+    assert b'"done"' not in body and b"[DONE]" not in body and b'finish_reason": "' not in body
+
+
+@pytest.mark.parametrize("path", [NATIVE, OPENAI])
+async def test_an_answer_without_an_end_is_an_error_not_an_end(client, path):
+    class Forgetful(FakePool):
+        async def answer(self, request):
+            yield chat_server.Accepted(7, 0)
+            yield chat_server.Piece("Hel", (1,), 0)
+    async with serving(Forgetful()) as url:
+        _, body = await ask(client, url + path, conversation() | {"stream": True})
+        assert frames(body)[-1]["error"]["message"] == "the answer ended early"
+        assert path == NATIVE or (await ask(client, url + path, conversation()))[0] == 500
+
+
+async def test_an_error_in_a_whole_completion_is_a_status(client):
+    async with serving(FakePool(["Hel", EngineFailure("a worker died")])) as url:
+        assert (await ask(client, url + OPENAI, conversation()))[0] == 500
+
+
+async def test_404_and_405_have_the_shape_of_their_api(client):
+    async with serving(FakePool()) as url:
+        native, openai = await client.get(url + "/nothing"), await client.get(url + "/v1/nothing")
+        wrong, wrong_openai = await client.get(url + NATIVE), await client.get(url + OPENAI)
+        assert (native.status, openai.status, wrong.status, wrong_openai.status) == (404, 404, 405, 405)
+        assert "/nothing" in (await native.json())["detail"] and wrong.headers["Allow"] == "POST"
+        assert (await openai.json())["error"]["code"] == "not_found"
+        assert (await wrong_openai.json())["error"]["type"] == "invalid_request_error"
+
+
+# streams that behave
+
+
+async def test_a_silent_stream_carries_pings_of_their_own(client, monkeypatch):
+    monkeypatch.setattr(chat_server, "PING_S", 0.01)
+    pool = FakePool(["one"], gate=asyncio.Event())
+    async with serving(pool) as url:
+        async with client.post(url + NATIVE, json=conversation()) as response:
+            begin = await response.content.readexactly(len(b": ping\n\n") * 2)
+            pool.gate.set()
+            rest = await response.read()
+    assert begin == b": ping\n\n" * 2
+    assert frames(rest)[-1]["done"] and frames(rest)[0]["token"] == "one"
+
+
+@pytest.mark.parametrize("path, stream", [(NATIVE, True), (OPENAI, True), (OPENAI, False)])
+async def test_a_client_that_leaves_ends_its_work_at_once(path, stream):
+    pool = FakePool(gate=asyncio.Event())
+    async with serving(pool) as url:
+        async with aiohttp.ClientSession() as leaving:
+            task = asyncio.ensure_future(ask(leaving, url + path, conversation() | {"stream": stream}))
+            await pool.until_open(1)
+            task.cancel()
+        await pool.until_open(0)        # the gate never opened
+    assert len(pool.requests) == 1
+
+
+async def test_a_client_that_leaves_in_the_middle_of_a_stream_ends_its_work():
+    pool = FakePool(["x"] * 1000)
+    pool.gate = asyncio.Event()
+    async with serving(pool) as url:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        body = json.dumps(conversation()).encode()
+        writer.write(b"POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        await reader.readuntil(b"\r\n\r\n")
+        writer.transport.abort()
+        await pool.until_open(0)
+
+
+async def test_a_client_that_leaves_just_before_the_headers_is_no_error_in_the_log(client, caplog, monkeypatch):
+    class Leaving(chat_server.web.StreamResponse):
+        async def prepare(self, http):
+            http.transport.abort()
+            return await super().prepare(http)
+
+    class Quick(FakePool):
+        async def answer(self, request):        # never waits: the handler meets the closed connection before it is cancelled
+            yield chat_server.Accepted(7, 0)
+    async with serving(Quick()) as url:
+        monkeypatch.setattr(chat_server.web, "StreamResponse", Leaving)
+        with pytest.raises(aiohttp.ClientError):
+            await ask(client, url + NATIVE, conversation())
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+async def test_a_reader_that_does_not_read_is_dropped_without_slowing_others(client, monkeypatch):
+    monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(LIMITS, outbox_bytes=1 << 16))
+    pool = FakePool(["x" * 10_000] * 5_000)         # 50 MB: more than any socket buffer
+    async with serving(pool) as url:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]), limit=1 << 16)
+        body = json.dumps(conversation()).encode()
+        writer.write(b"POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        await pool.until_open(1)
+        await pool.until_open(0)
+        pool.pieces = ["fine"]
+        assert (await ask(client, url + NATIVE, conversation()))[0] == 200
+        writer.transport.abort()
+
+
+@pytest.mark.parametrize("path", [NATIVE, OPENAI])
+async def test_an_answer_is_cancelled_by_the_id_of_its_header(client, path):
+    pool = FakePool(gate=asyncio.Event())
+    async with serving(pool) as url:
+        async with client.post(url + path, json=conversation() | {"stream": True}, headers={"X-Request-Id": "my id/1"}) as response:
+            assert response.headers["X-Request-Id"] == "myid1"
+            cancel = await client.post(url + "/v1/cancel/" + ("chatcmpl-myid1" if path == OPENAI else "myid1"))
+            assert (cancel.status, await cancel.json()) == (200, {"id": "myid1", "cancelled": True})
+            assert frames(await response.read())[-1]["error"]["code"] == "cancelled"
+        assert (await client.post(url + "/v1/cancel/myid1")).status == 404
+
+
+async def test_a_request_id_in_use_is_not_shared(client):
+    pool = FakePool(gate=asyncio.Event())
+    async with serving(pool) as url:
+        async with client.post(url + NATIVE, json=conversation(), headers={"X-Request-Id": "twice"}) as first, \
+                client.post(url + NATIVE, json=conversation(), headers={"X-Request-Id": "twice"}) as second:
+            assert first.headers["X-Request-Id"] == "twice"
+            assert re.fullmatch("[0-9a-f]{32}", second.headers["X-Request-Id"])
+
+
+async def test_an_upgrade_attempt_to_http2_is_answered_over_http1():
+    async with serving(FakePool(["hi"])) as url:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        body = json.dumps(conversation()).encode()
+        writer.write(b"POST /chat/completions HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings, close\r\nUpgrade: h2c\r\n"
+                     b"HTTP2-Settings: AAMAAABkAAQAAP__\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        answer = await asyncio.wait_for(reader.read(), 20)
+        writer.close()
+    assert answer.startswith(b"HTTP/1.1 200") and b'"done": true' in answer
+
+
+async def test_a_connection_is_kept_after_a_stream(client):
+    async with serving(FakePool(["hi"])) as url:
+        ports = set()
+        for _ in range(2):
+            async with client.post(url + NATIVE, json=conversation()) as response:
+                ports.add(response.connection.transport.get_extra_info("sockname"))
+                await response.read()
+    assert len(ports) == 1
+
+
+# health, page, log
+
+
+async def test_health_while_loading_is_503_with_the_stage(client):
+    pool = FakePool()
+    pool.ready = False
+    async with serving(pool) as url:
+        health, ready, alive = [await client.get(url + path) for path in ("/health", "/readyz", "/livez")]
+        assert (health.status, ready.status, alive.status) == (503, 503, 200)
+        assert (await health.json())["loading"] == {"stage": "loading weights", "fraction": 0.5}
+        assert await ready.json() == {"ready": False, "reason": "loading"}
+        assert (await client.get(url + "/v1/models")).status == 503
+        status, body = await ask(client, url + OPENAI, conversation() | {"model": "whatever"})
+        assert (status, json.loads(body)["error"]["code"]) == (503, "overloaded")
+        pool.ready = True
+        assert ((await client.get(url + "/health")).status, (await client.get(url + "/readyz")).status) == (200, 200)
+        assert (await (await client.get(url + "/stats")).json())["model"] == "fake-model"
+
+
+async def test_the_page_comes_with_a_base_a_strict_policy_and_fresh_files(client, tmp_path, monkeypatch):
+    (tmp_path / "static").mkdir()
+    (tmp_path / "static/index.html").write_text("<html><head></head></html>")
+    (tmp_path / "static/chat.js").write_text("let a;")
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "static/link").symlink_to(tmp_path / "secret")
+    monkeypatch.setattr(chat_server, "STATIC", tmp_path / "static")
+    async with serving(FakePool()) as url:
+        page, script = await client.get(url + "/"), await client.get(url + "/static/chat.js")
+        assert '<head>\n<base href="static/">' in await page.text() and page.content_type == "text/html"
+        policy = page.headers["Content-Security-Policy"]
+        assert "default-src 'self'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
+        assert page.headers["X-Content-Type-Options"] == "nosniff"
+        assert "javascript" in script.content_type and script.headers["Cache-Control"] == "no-cache"
+        again = await client.get(url + "/static/chat.js", headers={"If-None-Match": script.headers["ETag"]})
+        assert again.status == 304
+        port = int(url.rsplit(":", 1)[1])
+        for path in ("/static/../secret", "/static/%2e%2e/secret", "/static/..%2fsecret", "/static/link", "/static//etc/passwd", "/static/"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            answer = await reader.read()
+            assert re.match(rb"HTTP/1.1 40[34] ", answer) and b"secret\n" not in answer.split(b"\r\n\r\n", 1)[1], path
+            writer.close()
+
+
+async def test_without_a_page_the_root_says_so_in_one_line(client, tmp_path, monkeypatch):
+    monkeypatch.setattr(chat_server, "STATIC", tmp_path / "nothing")
+    async with serving(FakePool()) as url:
+        response = await client.get(url + "/")
+        assert response.status == 200 and "static/" in await response.text()
+
+
+async def test_the_log_has_one_line_a_request_and_no_texts(client, caplog):
+    with caplog.at_level(logging.INFO, logger="chat_server"):
+        async with serving(FakePool()) as url:
+            await ask(client, url + NATIVE, conversation("my secret question"))
+            await client.get(url + "/no\n/such")
+    lines = [record.getMessage() for record in caplog.records if record.name == "chat_server"]
+    assert len(lines) == 2 and not any("secret" in line or "Hello" in line or "\n" in line for line in lines)
+    assert re.match(r"POST /chat/completions 200 \d+ ms 7\+3 tokens stop", lines[0]) and " 404 " in lines[1]
+
+
+async def test_texts_are_logged_when_the_operator_wants_them(client, caplog):
+    with caplog.at_level(logging.INFO, logger="chat_server"):
+        async with serving(FakePool(), Settings(log_conversations=True)) as url:
+            await ask(client, url + NATIVE, conversation("my question"))
+    assert '["user", "my question"], ["assistant", "Hello, world!"]' in caplog.text
+
+
+# start and stop
+
+
+class Server:
+    """`serve_forever` as a task, on a free port, with its output."""
+
+    def __init__(self, pool, capsys, **settings):
+        self.pool, self.capsys, self.text = pool, capsys, ""
+        self.task = asyncio.ensure_future(chat_server.serve_forever(Settings(host="127.0.0.1", port=0, **settings), pool))
+
+    async def printed(self, pattern):
+        """The match of `pattern` in what was printed, as soon as it is there."""
+        while not (found := re.search(pattern, self.text)):
+            assert not self.task.done(), self.task
+            await asyncio.sleep(0)
+            captured = self.capsys.readouterr()
+            self.text += captured.out + captured.err
+        return found
+
+
+async def test_the_server_listens_while_it_loads_and_says_when_it_is_ready(client, capsys, monkeypatch):
+    listeners, listen_on = [], chat_server.listen_on
+    monkeypatch.setattr(chat_server, "listen_on", lambda *at: listeners.append(listen_on(*at)) or listeners[-1])
+    pool = FakePool()
+    pool.loading = asyncio.Event()
+    server = Server(pool, capsys)
+    while not listeners:
+        await asyncio.sleep(0)
+    url = "http://127.0.0.1:%d" % listeners[0].getsockname()[1]
+    async with client.get(url + "/health") as response:
+        assert response.status == 503
+    pool.loading.set()
+    printed = await server.printed(r"(?s)Model: fake-model\nApplication startup complete\n  (http://127.0.0.1:\d+)\n")
+    assert printed[1] == url
+    chat_server.signal.raise_signal(chat_server.signal.SIGTERM)
+    assert await server.task == 0 and pool.closed
+
+
+async def test_sigterm_lets_running_answers_finish_and_refuses_new_ones(client, capsys):
+    pool = FakePool(["one"], gate=asyncio.Event())
+    server = Server(pool, capsys)
+    url = (await server.printed(r"  (http://\S+)\n"))[1]
+    async with client.post(url + NATIVE, json=conversation()) as running:
+        chat_server.signal.raise_signal(chat_server.signal.SIGTERM)
+        await server.printed("second signal")
+        status, body = await ask(client, url + NATIVE, conversation())
+        assert status == 503
+        pool.gate.set()
+        assert frames(await running.read())[-1]["done"]
+    assert await server.task == 0 and pool.closed
+
+
+async def test_a_second_signal_stops_now(client, capsys):
+    pool = FakePool(gate=asyncio.Event())
+    server = Server(pool, capsys)
+    url = (await server.printed(r"  (http://\S+)\n"))[1]
+    async with client.post(url + NATIVE, json=conversation()):
+        chat_server.signal.raise_signal(chat_server.signal.SIGINT)
+        await server.printed("second signal")
+        chat_server.signal.raise_signal(chat_server.signal.SIGINT)
+        assert await server.task == 0       # the gate never opened
+    assert pool.open == 0
+
+
+async def test_a_failed_start_closes_the_pool_and_raises(capsys):
+    pool = FakePool()
+    pool.failure = ConfigError("no such model")
+    with pytest.raises(ConfigError, match="no such model"):
+        await Server(pool, capsys).task
+    assert pool.closed
+
+
+async def test_the_network_is_warned_about_only_when_it_can_reach_the_port(capsys):
+    chat_server.announce(FakePool(), Settings(host="0.0.0.0"), 8000)
+    chat_server.announce(FakePool(), Settings(host="127.0.0.1"), 8001)
+    open_, closed = capsys.readouterr().out.split("8001")[0].split("Model:")[1:]
+    assert "http://127.0.0.1:8000" in open_ and "Warning: anyone" in open_ and "Warning" not in closed
+
+
+def test_a_busy_port_is_one_clear_line_and_status_2():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        run = subprocess.run([sys.executable, chat_server.__file__, "--host", "127.0.0.1", "--port", str(port)],
+                             capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2 and run.stdout == ""
+    assert re.fullmatch(rf"chat_server: port {port} on 127.0.0.1 is already in use; .*--port.*\n", run.stderr)
+
+
+@pytest.mark.parametrize("host, words", [("no.such.host.invalid", "cannot listen on no.such.host.invalid"),
+                                         ("192.0.2.77", "cannot listen on 192.0.2.77")])
+def test_an_address_that_cannot_be_had_is_a_config_error(host, words):
+    with pytest.raises(ConfigError, match=words):
+        chat_server.listen_on(host, 0)
+
+
+def test_an_ipv6_address_is_listened_on_and_printed_in_brackets():
+    if not socket.has_ipv6 or not Path("/proc/net/if_inet6").exists() or not Path("/proc/net/if_inet6").read_text():
+        pytest.skip("this machine has no IPv6")
+    with chat_server.listen_on("::1", 0) as listener:
+        assert listener.family == socket.AF_INET6
+    assert chat_server.server_urls("::1", 80) == ["http://[::1]:80"]
+
+
+def test_the_front_of_a_server_needs_neither_torch_nor_numpy():
+    code = f"""
+import asyncio, sys
+sys.path[:0] = [{str(Path(chat_server.__file__).parent)!r}, {str(Path(__file__).parent)!r}]
+import chat_server, fake_pool, aiohttp
+async def use():
+    async with fake_pool.serving(fake_pool.FakePool()) as url, aiohttp.ClientSession() as client:
+        for path in ("/chat/completions", "/v1/chat/completions"):
+            async with client.post(url + path, json=fake_pool.conversation()) as response:
+                assert response.status == 200, await response.text()
+asyncio.run(use())
+print([name for name in ("torch", "numpy") if name in sys.modules])
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout == "[]\n"

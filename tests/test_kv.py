@@ -1,0 +1,126 @@
+"""Section 5: pages, references, the prefix index."""
+
+import random
+
+import pytest
+
+from chat_server import PAGE_SIZE, PagePool
+
+
+def fill(pool, tokens, pages, serial=PagePool.ROOT, first=0):
+    """Register the whole pages of `tokens`, as a sequence does when they have been computed."""
+    for i in range(first, len(tokens) // pool.page_size):
+        serial = pool.register(serial, tokens[i * pool.page_size:(i + 1) * pool.page_size], pages[i])
+    return serial
+
+
+def test_allocate_gives_distinct_pages_or_none_at_all():
+    pool = PagePool(8)
+    pages = pool.allocate(5)
+    assert len(set(pages)) == 5
+    assert pool.allocate(4) is None
+    assert pool.available == 3
+    pool.check_integrity([pages])
+
+
+def test_a_released_prefix_is_found_again_and_only_whole_pages_of_it():
+    pool = PagePool(8)
+    tokens = list(range(40))
+    pages = pool.allocate(3)
+    fill(pool, tokens, pages)
+    pool.release(pages)
+    matched, _ = pool.match_prefix(tokens)
+    assert matched == pages[:2]
+    pool.check_integrity([matched])
+
+
+def test_the_last_token_is_never_matched_because_its_logits_are_needed():
+    pool = PagePool(8)
+    tokens = list(range(2 * PAGE_SIZE))
+    pages = pool.allocate(2)
+    fill(pool, tokens, pages)
+    matched, _ = pool.match_prefix(tokens)
+    assert matched == pages[:1]
+
+
+def test_equal_pages_below_different_prefixes_are_not_confused():
+    pool = PagePool(8)
+    same = [7] * PAGE_SIZE
+    one, two = [1] * PAGE_SIZE + same, [2] * PAGE_SIZE + same
+    first, second = pool.allocate(2), pool.allocate(2)
+    fill(pool, one, first)
+    fill(pool, two, second)
+    assert pool.match_prefix(two + [0])[0] == second
+    assert pool.match_prefix([3] * PAGE_SIZE + same + [0])[0] == []
+
+
+def test_tokens_with_equal_hashes_are_told_apart():
+    # hash(-1) == hash(-2) in CPython: the index must compare the tokens, not their hash
+    pool = PagePool(4)
+    fill(pool, [-1] * PAGE_SIZE, pool.allocate(1))
+    assert hash((-1,) * PAGE_SIZE) == hash((-2,) * PAGE_SIZE)
+    assert pool.match_prefix([-2] * PAGE_SIZE + [0])[0] == []
+
+
+def test_a_prefix_computed_twice_is_indexed_once_and_the_copy_stays_private():
+    pool = PagePool(8)
+    tokens = list(range(2 * PAGE_SIZE))
+    first, second = pool.allocate(2), pool.allocate(2)
+    assert fill(pool, tokens, first) == fill(pool, tokens, second)
+    pool.release(second)
+    assert pool.match_prefix(tokens + [0])[0] == first
+    pool.check_integrity([first, first])
+
+
+def test_eviction_takes_the_least_recently_released_and_the_end_of_a_chain_first():
+    pool = PagePool(4)
+    old, young = list(range(2 * PAGE_SIZE)), list(range(100, 100 + 2 * PAGE_SIZE))
+    old_pages = pool.allocate(2)
+    fill(pool, old, old_pages)
+    young_pages = pool.allocate(2)
+    fill(pool, young, young_pages)
+    pool.release(old_pages)
+    pool.release(young_pages)
+    assert pool.allocate(1) == [old_pages[1]]
+    assert pool.match_prefix(old + [0])[0] == old_pages[:1]
+    assert pool.match_prefix(young + [0])[0] == young_pages
+
+
+def test_a_shared_page_is_freed_by_its_last_owner():
+    pool = PagePool(2)
+    tokens = list(range(PAGE_SIZE + 1))
+    pages = pool.allocate(1)
+    fill(pool, tokens, pages)
+    shared, _ = pool.match_prefix(tokens)
+    pool.release(pages)
+    assert pool.available == 1
+    pool.release(shared)
+    assert pool.available == 2
+
+
+def test_a_thousand_random_operations_keep_the_cache_whole():
+    generator = random.Random(1)
+    pool = PagePool(24)
+    owned = []      # (tokens, pages)
+    for _ in range(1000):
+        if owned and generator.random() < 0.45:
+            tokens, pages = owned.pop(generator.randrange(len(owned)))
+            pool.release(pages)
+        else:
+            tokens = [generator.randrange(2) for _ in range(generator.randrange(1, 6 * PAGE_SIZE))]
+            tokens[:PAGE_SIZE] = [generator.randrange(2)] * min(PAGE_SIZE, len(tokens))
+            matched, serial = pool.match_prefix(tokens)
+            fresh = pool.allocate(-(-len(tokens) // PAGE_SIZE) - len(matched))
+            if fresh is None:
+                pool.release(matched)
+            else:
+                fill(pool, tokens, matched + fresh, serial, first=len(matched))
+                owned.append((tokens, matched + fresh))
+        pool.check_integrity(pages for _, pages in owned)
+
+
+def test_check_integrity_notices_a_leak():
+    pool = PagePool(4)
+    pool.allocate(1)
+    with pytest.raises(AssertionError, match="1 refs, 0 owners"):
+        pool.check_integrity([])

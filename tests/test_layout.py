@@ -1,0 +1,46 @@
+"""chat_server.py reads from top to bottom: banners in order, and a manual whose names exist."""
+
+import ast
+import re
+from pathlib import Path
+
+import chat_server
+
+SOURCE = Path(chat_server.__file__).read_text(encoding="utf-8")
+SECTIONS = ["config", "errors", "text", "ops", "kv cache", "model", "weights", "scheduler", "engine", "workers", "http",
+            "command line"]
+
+
+def test_the_banners_are_the_table_of_contents():
+    banners = re.findall(r"^# (\d+)\. ([a-z ]+)", SOURCE, re.MULTILINE)
+    assert [(int(number), name.strip()) for number, name in banners] == list(enumerate(SECTIONS, 1))
+
+
+def test_the_life_of_a_request_names_real_functions():
+    life = chat_server.__doc__.split("Life of a request")[1].split("Exactness")[0]
+    names = re.findall(r"[A-Za-z_]+(?:\.[a-z_]+)?", re.sub(r"(front|worker) process", "", life))
+    assert len(names) > 12
+    methods = {name for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.ClassDef)
+               for name in [f"{node.name}.{item.name}" for item in node.body if hasattr(item, "name")] + [item.name for item in node.body if hasattr(item, "name")]}
+    unknown = [name for name in names if not hasattr(chat_server, name) and name not in methods]
+    assert unknown == []
+
+
+def test_functions_stay_small():
+    lengths = sorted(node.end_lineno - node.lineno + 1 for node in ast.walk(ast.parse(SOURCE))
+                     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+    assert lengths[-1] <= 80
+    assert lengths[len(lengths) * 9 // 10] <= 40
+
+
+def test_settings_and_options_name_the_same_flags():
+    fields = {name for name in chat_server.Settings.__dataclass_fields__} - {"command", "model"}
+    assert {chat_server.option_field(option) for option in chat_server.OPTIONS} == fields
+
+
+def test_nothing_names_a_registry_or_a_model_hub():
+    for path in Path(chat_server.__file__).parent.rglob("*"):
+        if path.suffix in (".py", ".md", ".toml", ".js", ".html", ".txt") and not {".venv", "vendor", "build"} & set(path.parts):
+            hosts = re.findall(r"(?:py" + r"pi\.org|files\.python" + r"hosted|registry\.npm" + r"js|huggingface\.c" + r"o/)",
+                               path.read_text(encoding="utf-8", errors="replace"))
+            assert hosts == [], path

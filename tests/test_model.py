@@ -1,0 +1,214 @@
+"""Section 6: one forward for all families, against upstream's oracle, in any chunks, and through ops alone."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import chat_server as cs
+from chat_server import PAGE_SIZE, Batch, ModelSpec, Transformer
+
+GENERATIONS = ("gen1", "gen2", "gen3", "gen4", "gen5")
+
+
+def llama_like(seed=0, **changes):
+    """A small random model with every feature that llama files can have."""
+    spec = ModelSpec(vocab_size=100, layers=3, width=48, heads=6, kv_heads=2, head_size=8, ffn_size=64, max_positions=512,
+                     qkv_bias=True, rope_factors=(1.0, 2.0, 4.0, 8.0), **changes)
+    random = torch.Generator().manual_seed(seed)
+    return spec, {name: torch.randn(shape, generator=random) * (0.15 if len(shape) > 1 else 1.0)
+                  for name, shape in cs.expected_tensors(spec).items()}
+
+
+def nanochat_like(folder, name):
+    settings = cs.Settings(model=str(folder / name))
+    model = cs.open_model(cs.resolve_model(settings), settings, torch.float32)
+    return model.spec, model.tensors
+
+
+def transformer(spec, tensors, kernels=None, num_pages=80, dtype=torch.float32):
+    return Transformer(spec, dict(tensors), kernels or cs.load_kernels("cpu"), num_pages=num_pages, max_tokens=400, dtype=dtype)
+
+
+def make_batch(*chunks):
+    """chunks: (all tokens, already computed, new, pages) of each sequence; logits for the last token of each."""
+    ids, previous, positions, slots, starts, lengths = [], [], [], [], [0], []
+    for tokens, computed, new, pages in chunks:
+        span = range(computed, computed + new)
+        ids += [tokens[p] for p in span]
+        previous += [tokens[p - 1] if p else -1 for p in span]
+        positions += span
+        slots += [pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in span]
+        starts.append(starts[-1] + new)
+        lengths.append(computed + new)
+    return Batch(*map(torch.tensor, (ids, previous, positions, slots)), starts, lengths, [chunk[3] for chunk in chunks],
+                 torch.tensor([start - 1 for start in starts[1:]]))
+
+
+def some_tokens(count, vocab_size, seed=1):
+    return np.random.default_rng(seed).integers(0, vocab_size, count).tolist()
+
+
+# --- upstream's oracle -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GENERATIONS)
+def test_logits_and_greedy_tokens_of_each_nanochat_generation_are_upstreams(name, nanochat_fixtures):
+    model = transformer(*nanochat_like(nanochat_fixtures, name))
+    pages = list(range(5, 30))
+    for case in json.loads((nanochat_fixtures / name / "oracle.json").read_text())["cases"]:
+        tokens = list(case["prompt_ids"])
+        logits = model.forward(make_batch((tokens, 0, len(tokens), pages)))[0].clone()
+        assert np.abs(logits.numpy() - case["next_logits"]).max() < 2e-3
+        for expected in case["greedy"]:
+            assert int(logits.argmax()) == expected
+            tokens.append(expected)
+            logits = model.forward(make_batch((tokens, len(tokens) - 1, 1, pages)))[0]
+
+
+# --- chunks, batches, pages -----------------------------------------------------------------------------------------------
+
+
+def models(nanochat_fixtures):
+    yield "llama", llama_like()
+    yield "gen3", nanochat_like(nanochat_fixtures, "gen3")      # windows, value embeddings
+    yield "gen5", nanochat_like(nanochat_fixtures, "gen5")      # and smear, backout
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_chunks_batches_and_page_placement_do_not_change_logits(which, nanochat_fixtures):
+    _, (spec, tensors) = list(models(nanochat_fixtures))[which]
+    rng = np.random.default_rng(3)
+    a, b, c = (some_tokens(n, spec.vocab_size, seed) for seed, n in enumerate((300, 45, 8)))
+    alone = transformer(spec, tensors)
+    expected = [alone.forward(make_batch((tokens, 0, len(tokens), list(range(30)))))[0].clone() for tokens in (a, b, c)]
+
+    shared = transformer(spec, tensors)
+    pages = rng.permutation(80).tolist()
+    pa, pb, pc = pages[:20], pages[20:40], pages[40:45]
+    shared.forward(make_batch((a, 0, 100, pa), (b, 0, 44, pb)))                 # prompts side by side
+    shared.forward(make_batch((a, 100, 199, pa), (c, 0, 7, pc)))
+    logits = shared.forward(make_batch((a, 299, 1, pa), (b, 44, 1, pb), (c, 7, 1, pc)))     # and decoded together
+    for row, whole in zip(logits, expected):
+        assert (row - whole).abs().max() < 1e-4 * whole.abs().max()
+
+    mixed = transformer(spec, tensors)
+    mixed.forward(make_batch((b, 0, 44, pb)))
+    logits = mixed.forward(make_batch((b, 44, 1, pb), (a, 0, 300, pa), (c, 0, 8, pc)))      # a decode row beside prompts
+    for row, whole in zip(logits, (expected[1], expected[0], expected[2])):
+        assert (row - whole).abs().max() < 1e-4 * whole.abs().max()
+
+
+def test_bfloat16_follows_float32():
+    spec, tensors = llama_like()
+    tokens = some_tokens(60, spec.vocab_size)
+    rounded = {name: tensor.bfloat16() if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
+    exact = transformer(spec, {name: tensor.float() for name, tensor in rounded.items()})
+    fast = transformer(spec, rounded, dtype=torch.bfloat16)
+    batch = make_batch((tokens, 0, 60, [3, 1, 4, 2]))
+    expected, actual = exact.forward(batch)[0], fast.forward(batch)[0]
+    assert actual.dtype == torch.float32
+    assert (actual - expected).norm() < 0.03 * expected.norm()
+
+
+def test_a_step_without_logit_rows_fills_the_cache_and_returns_no_rows():
+    spec, tensors = llama_like()
+    model, tokens = transformer(spec, tensors), some_tokens(20, 100)
+    batch = make_batch((tokens, 0, 19, [0, 1]))
+    batch.logit_rows = torch.empty(0, dtype=torch.int64)
+    assert model.forward(batch).shape == (0, 100)
+    whole = transformer(spec, tensors).forward(make_batch((tokens, 0, 20, [0, 1])))
+    assert torch.allclose(model.forward(make_batch((tokens, 19, 1, [0, 1]))), whole, atol=1e-4)
+
+
+# --- the seam ----------------------------------------------------------------------------------------------------------------
+
+
+class NoArithmetic(TorchDispatchMode):
+    """Fails on every torch call that is made outside an op and is more than a view."""
+
+    VIEWS = {"slice", "select", "view", "unflatten"}
+
+    def __init__(self):
+        super().__init__()
+        self.inside = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert self.inside or name in self.VIEWS, f"forward itself calls {func}"
+        return func(*args, **(kwargs or {}))
+
+
+def recording_kernels(calls, guard):
+    """The reference ops, which also append (op, arguments) to `calls`."""
+    kernels = cs.load_kernels("cpu")
+
+    def recorded(op):
+        def call(*args, **kwargs):
+            guard.inside = True
+            result = op(*args, **kwargs)
+            guard.inside = False
+            calls.append((op, args, kwargs))
+            return result
+        return call
+
+    fields = [field.name for field in dataclasses.fields(kernels) if callable(getattr(kernels, field.name))]
+    return dataclasses.replace(kernels, **{name: recorded(getattr(kernels, name)) for name in fields if name != "pack"})
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_forward_is_a_list_of_ops_that_can_be_replayed_over_scribbled_buffers(which, nanochat_fixtures):
+    """What a recorder or a graph needs: nothing is computed between the ops, and every activation lives in a buffer
+    that some op writes before another reads it."""
+    _, (spec, tensors) = list(models(nanochat_fixtures))[which]
+    calls, guard = [], NoArithmetic()
+    model = transformer(spec, tensors, recording_kernels(calls, guard))
+    tokens = some_tokens(50, spec.vocab_size)
+    model.forward(make_batch((tokens, 0, 30, [7, 5, 6, 2])))
+    calls.clear()
+    cache = model.cache.clone()
+    addresses = {name: buffer.data_ptr() for name, buffer in model.buffers.items()}
+    batch = make_batch((tokens, 30, 20, [7, 5, 6, 2]))
+    with guard:
+        logits = model.forward(batch)
+    expected, cache_after = logits.clone(), model.cache.clone()
+
+    assert addresses == {name: buffer.data_ptr() for name, buffer in model.buffers.items()}
+    with torch.inference_mode():
+        model.cache.copy_(cache)
+        for buffer in model.buffers.values():
+            buffer.fill_(math.nan)
+        for op, args, kwargs in calls:
+            op(*args, **kwargs)
+    assert torch.equal(logits, expected) and torch.equal(model.cache, cache_after)
+    outputs = [kwargs["out"] for _, _, kwargs in calls if "out" in kwargs]
+    inside = [(buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes) for buffer in model.buffers.values()]
+    assert outputs and all(any(low <= out.data_ptr() < high for low, high in inside) for out in outputs)
+
+
+# --- spec and weights -------------------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_taken_over_and_a_tied_head_is_the_embedding():
+    spec, tensors = llama_like(tied_head=True)
+    tensors["head"] = tensors["embed"]
+    given = dict(tensors)
+    model = Transformer(spec, given, cs.load_kernels("cpu"), num_pages=4, max_tokens=8, dtype=torch.float32)
+    assert not given and model.weights["head"] is model.weights["embed"]
+
+
+def test_page_bytes_is_what_a_page_takes():
+    spec, tensors = llama_like()
+    model = transformer(spec, tensors, num_pages=7, dtype=torch.bfloat16)
+    assert 7 * Transformer.page_bytes(spec, torch.bfloat16) == model.cache.nbytes
+
+
+def test_expected_tensors_counts_the_parameters_of_smollm2():
+    spec = ModelSpec(vocab_size=49152, layers=30, width=576, heads=9, kv_heads=3, head_size=64, ffn_size=1536, max_positions=8192,
+                     tied_head=True)
+    shapes = {name: shape for name, shape in cs.expected_tensors(spec).items() if name != "head"}
+    assert sum(map(math.prod, shapes.values())) == 134_515_008

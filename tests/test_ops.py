@@ -1,0 +1,216 @@
+"""Section 4: every torch op against its definition in float64 numpy, and the writing into given outputs."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import chat_server as cs
+from chat_server import PAGE_SIZE, ModelSpec
+
+KERNELS = cs.load_kernels("cpu")
+
+
+def random(*shape, seed=0, scale=1.0, dtype=torch.float32):
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+
+
+def f64(tensor):
+    return tensor.to(torch.float64).numpy()
+
+
+def close(actual, expected, tolerance=2e-6):
+    expected = np.asarray(expected)
+    assert actual.shape == expected.shape
+    assert np.abs(f64(actual) - expected).max() <= tolerance * max(1.0, np.abs(expected).max())
+
+
+def rms(x):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+# --- the small ops --------------------------------------------------------------------------------------------------
+
+
+def test_embed_takes_rows_and_widens_them_and_survives_the_id_before_the_first():
+    table, out = random(10, 6, dtype=torch.bfloat16), torch.full((3, 6), math.nan)
+    KERNELS.embed(table, torch.tensor([7, -1, 2]), out=out)
+    assert torch.equal(out[[0, 2]], table[[7, 2]].float()) and out.isfinite().all()
+
+
+@pytest.mark.parametrize("weight", [None, random(24, seed=3)])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_rms_norm(weight, kind):
+    x, out = random(5, 24, seed=1), torch.empty(5, 24, dtype=kind)
+    KERNELS.rms_norm(x, weight, 1e-5, out=out)
+    close(out, rms(f64(x)) * (1 if weight is None else f64(weight)), 2e-6 if kind == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 70])
+@pytest.mark.parametrize("kind, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)])
+@pytest.mark.parametrize("bias", [None, 1.0])
+def test_packed_and_plain_products_are_products(rows, kind, tolerance, bias):
+    x, weight = random(rows, 96, seed=1, dtype=kind), random(80, 96, seed=2, dtype=kind)
+    bias = None if bias is None else random(80, seed=3, dtype=kind)
+    expected = f64(x) @ f64(weight).T + (0 if bias is None else f64(bias))
+    for matrix in (weight, KERNELS.pack(weight)):
+        out = torch.full((rows, 80), math.nan)
+        KERNELS.linear(x, matrix, bias, out=out)
+        close(out, expected, tolerance)
+
+
+def test_elementwise_ops():
+    x, y, first = random(4, 8, seed=1), random(4, 8, seed=2), torch.tensor([0, 1, 1, 1])
+    a, b = torch.tensor(0.7), torch.tensor(-0.3)
+    gate = random(1, 5, seed=3)
+    out = torch.empty(4, 8)
+    cases = [
+        (lambda: KERNELS.swiglu(torch.cat((x, y), 1), out=out), f64(x) * sigmoid(f64(x)) * f64(y)),
+        (lambda: KERNELS.relu2(x, out=out), np.maximum(f64(x), 0) ** 2),
+        (lambda: KERNELS.copy(x, out=out), f64(x)),
+        (lambda: KERNELS.add(x, y.bfloat16(), out=out), f64(x) + f64(y.bfloat16())),
+        (lambda: KERNELS.mix(x, y, a, b, out=out), 0.7 * f64(x) - 0.3 * f64(y)),
+        (lambda: KERNELS.backout(x, y, a, out=out), f64(x) - 0.7 * f64(y)),
+        (lambda: KERNELS.softcap(x * 20, 15.0, out=out), 15 * np.tanh(f64(x) * 20 / 15)),
+        (lambda: KERNELS.smear(x, y, first - 1, gate, a, out=out),
+         f64(x) + 0.7 * sigmoid(f64(x)[:, :5] @ f64(gate).T) * f64(y) * f64(first)[:, None]),
+        (lambda: KERNELS.gather_rows(x, torch.tensor([3, 0, 0, 1]), out=out), f64(x)[[3, 0, 0, 1]]),
+    ]
+    for op, expected in cases:
+        out.fill_(math.nan)
+        op()
+        close(out, expected)
+
+
+# --- rotary, norms and the append ---------------------------------------------------------------------------------------
+
+
+def rope_reference(qkv, positions, spec, q_norm, k_norm, value_embed, gate):
+    """The definition, head by head and pair by pair, in float64; returns q (T, H, D), k and v (T, Hkv, D)."""
+    H, Hkv, D = spec.heads, spec.kv_heads, spec.head_size
+    x = f64(qkv).reshape(len(positions), H + 2 * Hkv, D)
+    qk, v = x[:, :H + Hkv], x[:, H + Hkv:]
+    norm_weights = np.stack([f64(q_norm)] * H + [f64(k_norm)] * Hkv) if q_norm is not None else 1.0
+    if spec.qk_norm == "before_rope":
+        qk = rms(qk) * norm_weights
+    rot = spec.rope_size or D
+    angle = np.outer(positions, spec.rope_base ** (-np.arange(0, rot, 2) / rot)) / np.array(spec.rope_factors or 1.0)
+    cos, sin = np.cos(angle)[:, None], spec.rope_direction * np.sin(angle)[:, None]
+    if spec.rope_bfloat16:
+        cos, sin = (f64(torch.from_numpy(t).float().bfloat16()) for t in (cos, sin))
+    a, b = qk[..., :rot // 2], qk[..., rot // 2:rot]
+    qk = np.concatenate((a * cos - b * sin, b * cos + a * sin, qk[..., rot:]), -1)
+    if spec.qk_norm == "after_rope":
+        qk = rms(qk) * norm_weights
+    if value_embed is not None:
+        v = v + spec.ve_gate_scale * sigmoid(f64(gate))[..., None] * f64(value_embed).reshape(v.shape)
+    return qk[:, :H] * spec.qk_scale, qk[:, H:] * spec.qk_scale, v
+
+
+ROPE_VARIANTS = {
+    "plain": {},
+    "other direction, rounded, scaled, norm after": dict(rope_direction=-1, rope_bfloat16=True, qk_norm="after_rope", qk_scale=1.2),
+    "norm before with weights": dict(qk_norm="before_rope", qk_norm_weights=True),
+    "part of the head": dict(rope_size=4, rope_base=100_000.0),
+    "stretched frequencies": dict(rope_factors=(1.0, 1.0, 4.0, 8.0)),
+    "value embedding": dict(value_embed_layers=(0,), ve_gate_scale=3.0),
+}
+
+
+@pytest.mark.parametrize("variant", ROPE_VARIANTS)
+def test_rope_append_normalizes_rotates_gates_and_appends(variant):
+    spec = ModelSpec(vocab_size=8, layers=1, width=32, heads=4, kv_heads=2, head_size=8, ffn_size=8, max_positions=400,
+                     **ROPE_VARIANTS[variant])
+    positions, slots = [0, 5, 6, 399], torch.tensor([40, 3, 17, 18])
+    qkv, cache = random(4, 64, seed=1), torch.full((64, 2, 2, 8), 7.0)
+    q_norm, k_norm = (random(8, seed=s) for s in (2, 3)) if spec.qk_norm_weights else (None, None)
+    value_embed, gate = (random(4, 16, seed=4), random(4, 2, seed=5)) if spec.value_embed_layers else (None, None)
+    q, k, v = rope_reference(qkv, positions, spec, q_norm, k_norm, value_embed, gate)
+    cos, sin = (table[positions] for table in cs.rope_tables(spec, "cpu"))
+    KERNELS.rope_append(qkv, cos, sin, slots, cache, spec, q_norm, k_norm, value_embed, gate)
+    close(qkv[:, :32].reshape(4, 4, 8), q)
+    close(cache[slots, 0], k)
+    close(cache[slots, 1], v)
+    untouched = np.setdiff1d(np.arange(64), slots)
+    assert (cache[untouched] == 7).all()
+
+
+# --- paged attention ------------------------------------------------------------------------------------------------------
+
+
+def attention_reference(q, cache, batch, window, scale):
+    """softmax(q k) v in float64, one query and head at a time, keys looked up slot by slot."""
+    T, H, D = q.shape
+    group = H // cache.shape[2]
+    out = np.zeros((T, H, D))
+    for i, table in enumerate(batch.tables):
+        for row in range(batch.starts[i], batch.starts[i + 1]):
+            position = batch.lengths[i] - batch.starts[i + 1] + row
+            seen = range(max(0, position - window + 1) if window else 0, position + 1)
+            kv = f64(cache[[table[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in seen]])
+            for h in range(H):
+                score = kv[:, 0, h // group] @ f64(q[row, h]) * scale
+                weight = np.exp(score - score.max())
+                out[row, h] = weight @ kv[:, 1, h // group] / weight.sum()
+    return out.reshape(T, H * D)
+
+
+def paged_batch(rng, sequences, num_pages, scattered):
+    """sequences: (new tokens, length after the step) each; the other fields of a Batch are not attention's business."""
+    pages = rng.permutation(num_pages).tolist() if scattered else list(range(num_pages))
+    starts, positions, lengths, tables = [0], [], [], []
+    for new, length in sequences:
+        starts.append(starts[-1] + new)
+        positions += range(length - new, length)
+        lengths.append(length)
+        tables.append([pages.pop(0) for _ in range(-(-length // PAGE_SIZE))])
+    return SimpleNamespace(positions=torch.tensor(positions), starts=starts, lengths=lengths, tables=tables)
+
+
+@pytest.mark.parametrize("scattered", [False, True], ids=["consecutive pages", "scattered pages"])
+@pytest.mark.parametrize("window", [0, 1, 17, 32, 100])
+@pytest.mark.parametrize("sequences", [
+    [(1, 1)], [(1, 16)], [(1, 75)], [(1, 5), (1, 90), (1, 32), (1, 33)], [(1, 40), (1, 40)],
+    [(7, 7)], [(60, 60)], [(9, 41)], [(20, 52)], [(1, 33), (1, 2), (30, 70), (5, 5), (1, 64), (16, 16)],
+], ids=str)
+def test_paged_attention_is_attention_over_each_rows_own_pages(sequences, window, scattered):
+    rng = np.random.default_rng(5)
+    batch = paged_batch(rng, sequences, 40, scattered)
+    q, cache = random(batch.starts[-1], 6, 8, seed=1), random(40 * PAGE_SIZE, 2, 2, 8, seed=2)
+    expected = attention_reference(q, cache, batch, window, 0.3)
+    used = {table[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE
+            for table, length in zip(batch.tables, batch.lengths) for p in range(length)}
+    cache[[slot for slot in range(40 * PAGE_SIZE) if slot not in used]] = 1e4       # others' keys must not leak in
+    out = torch.full((len(q), 48), math.nan)
+    spans = KERNELS.plan_attention(batch, [window, 0], torch.float32)
+    KERNELS.paged_attention(q, cache, spans[window], 0.3, out=out)
+    close(out, expected)
+
+
+def test_a_window_reads_only_the_pages_it_reaches_into():
+    batch = paged_batch(np.random.default_rng(0), [(1, 1600), (1, 1600), (20, 800)], 300, scattered=True)
+    spans = KERNELS.plan_attention(batch, [64], torch.float32)[64]
+    assert [span.size for span in spans] == [64, 96]        # 800 - 20 + 1 - 64 = 717, in the page that begins at 704
+
+
+# --- the table of kernels -----------------------------------------------------------------------------------------------------
+
+
+def test_every_op_has_an_implementation_and_a_name():
+    described = KERNELS.describe()
+    assert all(callable(getattr(KERNELS, name)) for name in described)
+    assert {"sample", "paged_attention", "linear"} <= described.keys() and described["linear"] == "torch/reference"
+    assert KERNELS.row_invariant is False
+
+
+def test_sampling_takes_logits_of_any_type_and_returns_plain_ints():
+    logits = torch.tensor([[0.0, 9, 1], [5, 0, 0]], dtype=torch.bfloat16)
+    rows = [cs.SampleRow(cs.SamplingParams(temperature=0), 0)] * 2
+    tokens = KERNELS.sample(logits, rows)
+    assert tokens == [1, 0] and all(type(token) is int for token in tokens)

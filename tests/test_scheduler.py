@@ -1,0 +1,146 @@
+"""Section 8: who runs next. Plain lists stand in for the model; there is no tensor here."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import chat_server
+from chat_server import PAGE_SIZE, PagePool, SamplingParams, Scheduler, Sequence, Work
+
+
+def scheduler(num_pages=64, max_batch=8, prefill_chunk=64):
+    return Scheduler(PagePool(num_pages), max_batch=max_batch, prefill_chunk=prefill_chunk)
+
+
+def sequence(name, tokens):
+    tokens = list(range(tokens)) if isinstance(tokens, int) else list(tokens)
+    return Sequence(Work(name, tuple(tokens), SamplingParams(), 1000), list(tokens))
+
+
+def step(s, next_token=1):
+    """Schedule, pretend to compute, append a token to everything that sampled; {name: tokens computed}."""
+    plan = s.schedule()
+    assert len({id(chunk.sequence) for chunk in plan}) == len(plan)
+    for chunk in plan:
+        samples = chunk.samples
+        assert chunk.sequence.computed + chunk.count <= len(chunk.sequence.pages) * PAGE_SIZE
+        s.advance(chunk)
+        if samples:
+            chunk.sequence.tokens.append(next_token)
+    s.check_integrity()
+    return {chunk.sequence.work.id: chunk.count for chunk in plan}
+
+
+def test_a_prompt_is_computed_in_chunks_and_then_decodes_one_token_a_step():
+    s = scheduler()
+    s.add(sequence("a", 150))
+    assert [step(s) for _ in range(5)] == [{"a": 64}, {"a": 64}, {"a": 22}, {"a": 1}, {"a": 1}]
+
+
+def test_decoding_sequences_run_in_every_step_beside_a_long_prompt():
+    s = scheduler(num_pages=600)
+    for name in "abc":
+        s.add(sequence(name, [ord(name)] * 5))
+    step(s)
+    s.add(sequence("long", 7000))
+    for _ in range(100):
+        counts = step(s)
+        assert all(counts[name] == 1 for name in "abc")
+        assert counts["long"] == 64
+
+
+def test_a_short_prompt_overtakes_a_long_one_and_the_long_one_keeps_half_the_budget():
+    s = scheduler(num_pages=600)
+    s.add(sequence("long", 7000))
+    step(s)
+    s.add(sequence("short", [9] * 20))
+    assert step(s) == {"long": 44, "short": 20}
+    for i in range(6):
+        s.add(sequence(f"more {i}", [10 + i] * 60))
+    for _ in range(12):
+        assert step(s)["long"] >= 32
+
+
+def test_waiting_sequences_are_admitted_in_order_when_a_row_is_free():
+    s = scheduler(max_batch=2)
+    a, b, c = (sequence(name, [ord(name)] * 3) for name in "abc")
+    for each in (a, b, c):
+        s.add(each)
+    assert step(s) == {"a": 3, "b": 3}
+    s.remove(a)
+    assert step(s) == {"b": 1, "c": 3}
+
+
+def test_a_cached_prefix_is_not_computed_again():
+    s = scheduler()
+    a = sequence("a", 100)
+    s.add(a)
+    step(s), step(s)
+    s.remove(a)
+    b = sequence("b", [*range(100), 7, 7])
+    s.add(b)
+    assert step(s) == {"b": 102 - 96}
+    assert b.cached_tokens == 96
+
+
+def test_out_of_pages_the_youngest_gives_way_and_is_recomputed_with_nothing_lost():
+    s = scheduler(num_pages=6, max_batch=4)
+    old, young = sequence("old", [1] * 30), sequence("young", [2] * 30)
+    s.add(old), s.add(young)
+    for _ in range(40):
+        step(s)
+    assert s.preemptions > 0
+    assert old in s.running
+    tokens = list(young.tokens)
+    s.remove(old)
+    for _ in range(5):
+        step(s)
+    assert young.tokens[:len(tokens)] == tokens and len(young.tokens) > len(tokens)
+
+
+def test_cancel_frees_pages_wherever_the_request_is():
+    s = scheduler(max_batch=2)
+    for name in ("decoding", "prefilling", "queued"):
+        s.add(sequence(name, [ord(name[0])] * (5 if name == "decoding" else 200)))
+    step(s)
+    for name in ("decoding", "prefilling", "queued"):
+        assert len(s.cancel(name)) == 1
+        s.check_integrity()
+    assert s.cancel("queued") == []
+    assert s.pool.available == s.pool.num_pages
+
+
+def test_random_traffic_loses_no_page_and_starves_nobody():
+    generator = random.Random(3)
+    s = scheduler(num_pages=40, max_batch=6, prefill_chunk=32)
+    alive, finished = [], 0
+    for number in range(600):
+        if generator.random() < 0.3 and len(alive) < 12:
+            shared = [generator.randrange(2)] * generator.randrange(1, 80)
+            alive.append(sequence(f"r{number}", shared + [number] * generator.randrange(1, 100)))
+            s.add(alive[-1])
+        if alive and generator.random() < 0.05:
+            gone = alive.pop(generator.randrange(len(alive)))
+            s.cancel(gone.work.id)
+        step(s, next_token=number)
+        for each in [e for e in alive if e.generated >= 8]:
+            s.remove(each)
+            alive.remove(each)
+            finished += 1
+    for _ in range(400):
+        step(s)
+        for each in [e for e in alive if e.generated >= 8]:
+            s.remove(each)
+            alive.remove(each)
+            finished += 1
+    assert not alive and finished > 50
+    assert s.pool.available == s.pool.num_pages
+
+
+def test_scheduling_needs_no_torch():
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import chat_server as c; "
+            "s = c.Scheduler(c.PagePool(9), max_batch=2, prefill_chunk=8); "
+            "s.add(c.Sequence(c.Work('a', (1, 2), c.SamplingParams(), 5), [1, 2])); assert len(s.schedule()) == 1; "
+            "assert not {'torch', 'numpy'} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", code, str(Path(chat_server.__file__).parent)], check=True, timeout=60)

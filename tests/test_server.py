@@ -1,0 +1,277 @@
+"""The whole thing as a user runs it: `python chat_server.py` as a process, real models, real clients, real signals."""
+
+import asyncio
+import importlib.metadata
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import aiohttp
+import psutil
+import pytest
+
+import chat_server
+from chat_server import LocalPool, Settings
+
+SCRIPT = Path(chat_server.__file__).resolve()
+
+
+@contextmanager
+def server(*arguments, script=SCRIPT, python=sys.executable, env=None):
+    """A running server: yields (process, url) when it is ready; killed at the end."""
+    process = subprocess.Popen([python, str(script), *map(str, arguments), "--port", "0", "--host", "127.0.0.1"],
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    try:
+        yield process, wait_for(process, r"(http://127\.0\.0\.1:\d+)")
+    finally:
+        process.kill()
+        process.stdout.close()
+        process.wait()
+
+
+def wait_for(process, pattern):
+    """Read the log up to a line that matches; its first group. Fails with the log when the process ends before."""
+    log = []
+    for line in process.stdout:
+        log.append(line)
+        if match := re.search(pattern, line):
+            return match[1] if match.groups() else line
+    raise AssertionError(f"the server ended without {pattern!r}:\n{''.join(log)}")
+
+
+def get(url):
+    with urllib.request.urlopen(url, timeout=30) as response:
+        return json.load(response)
+
+
+def post(url, body):
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    return urllib.request.urlopen(request, timeout=60)
+
+
+def events(response):
+    return [json.loads(line[6:]) for line in response if line.startswith(b"data: ")]
+
+
+def ask(text, **changes):
+    return {"messages": [{"role": "user", "content": text}], "temperature": 0} | changes
+
+
+def gone(processes):
+    """All of them ended within 10 s."""
+    return not psutil.wait_procs(processes, timeout=10)[1]
+
+
+def test_the_default_model_answers_over_both_apis_and_the_page_is_served(default_model_path):
+    with server() as (process, url):
+        answer = events(post(url + "/chat/completions", ask("What is the capital of Japan?")))
+        assert "".join(event.get("token", "") for event in answer) == "The capital of Japan is Tokyo."
+        assert answer[-1]["finish_reason"] == "stop" and answer[-1]["usage"]["completion_tokens"] == 8
+        openai = json.load(post(url + "/v1/chat/completions", ask("What is the capital of Japan?", model="default")))
+        assert openai["choices"][0]["message"]["content"] == "The capital of Japan is Tokyo."
+        assert openai["usage"]["prompt_tokens_details"]["cached_tokens"] == 32
+        with urllib.request.urlopen(url, timeout=10) as page:
+            assert b"Message" in page.read()
+        stats = get(url + "/stats")
+        assert stats["workers"][0]["state"] == "ready" and stats["row_invariant"] is False
+        assert stats["kernels"]["sample"] == "numpy/reference"
+
+
+def test_the_front_never_loads_torch_and_the_worker_opens_no_port(nanochat_fixtures):
+    with server(nanochat_fixtures / "gen5") as (process, url):
+        events(post(url + "/chat/completions", ask("hello", max_tokens=5)))
+        assert not [m.path for m in psutil.Process(process.pid).memory_maps() if "libtorch" in m.path]
+        (worker,) = psutil.Process(process.pid).children(recursive=True)
+        assert [m.path for m in worker.memory_maps() if "libtorch" in m.path]
+        assert worker.net_connections("inet") == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("answering", [False, True])
+def test_however_the_front_ends_no_process_is_left(nanochat_fixtures, number, answering):
+    with server(nanochat_fixtures / "gen5", "--num-workers", "2") as (process, url):
+        children = psutil.Process(process.pid).children(recursive=True)
+        if answering:
+            stream = post(url + "/chat/completions", ask("hello", max_tokens=4096, ignore_eos=True))
+            stream.readline()
+        process.send_signal(number)
+        if answering and number != signal.SIGKILL:
+            assert events(stream)[-1]["done"]           # draining lets it finish
+        assert process.wait(30) == (-signal.SIGKILL if number == signal.SIGKILL else 0)
+        assert gone(children)
+
+
+def test_killing_the_front_while_it_loads_leaves_nothing(nanochat_fixtures):
+    process = subprocess.Popen([sys.executable, SCRIPT, nanochat_fixtures / "gen5", "--port", "0"], stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "importing torch" in line:
+            break
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    process.kill()
+    process.wait()
+    process.stderr.close()
+    assert gone(children)
+
+
+def test_a_busy_port_is_one_line_and_nothing_is_loaded(nanochat_fixtures):
+    with server(nanochat_fixtures / "gen5") as (process, url):
+        port = url.rsplit(":", 1)[1]
+        second = subprocess.run([sys.executable, SCRIPT, nanochat_fixtures / "gen5", "--port", port, "--host", "127.0.0.1"],
+                                capture_output=True, text=True, timeout=30)
+        assert second.returncode == 2
+        assert second.stderr.count("\n") == 1 and port in second.stderr and "in use" in second.stderr
+
+
+def test_a_request_after_a_killed_worker_is_answered(nanochat_fixtures):
+    with server(nanochat_fixtures / "gen5") as (process, url):
+        before = events(post(url + "/chat/completions", ask("hello", max_tokens=300, ignore_eos=True)))
+        stream = post(url + "/chat/completions", ask("hello", max_tokens=300, ignore_eos=True))
+        stream.readline()
+        os.kill(get(url + "/stats")["workers"][0]["pid"], signal.SIGKILL)
+        text = "".join(event.get("token", "") for event in before)
+        after = [json.loads(line[6:]) for line in stream if line.startswith(b"data: ")]
+        assert after[-1]["done"] and after[-1]["usage"] == before[-1]["usage"] | {"cached_tokens": 0}
+        assert text.endswith("".join(event.get("token", "") for event in after))
+        wait_for(process, "restarting")
+
+
+@asynccontextmanager
+async def served(settings):
+    """A LocalPool behind the real HTTP front in this process: (pool, url)."""
+    pool = LocalPool(settings)
+    runner = chat_server.make_runner(chat_server.create_app(pool, settings))
+    await runner.setup()
+    listener = chat_server.listen_on("127.0.0.1", 0)
+    try:
+        await chat_server.web.SockSite(runner, listener).start()
+        await pool.start()
+        await pool.wait_ready()
+        yield pool, f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        await pool.close()
+        await runner.cleanup()
+        listener.close()
+
+
+async def test_200_clients_who_vanish_at_random_moments_leave_nothing_behind(nanochat_fixtures):
+    generator = random.Random(7)
+    async with served(Settings(model=str(nanochat_fixtures / "gen5"), kv_cache_memory=1 << 20, max_batch=8)) as (pool, url):
+
+        async def client(session, number):
+            body = ask("hello " * generator.randrange(1, 60), max_tokens=100, ignore_eos=True, seed=number, temperature=1)
+            path = "/chat/completions" if number % 2 else "/v1/chat/completions"
+            leave_after = generator.choice((0, 0, 1, 2, 7, 1000))      # lines read before leaving; 1000: stays to the end
+            if leave_after == 0:        # queued or prefilling, streaming or not
+                with pytest.raises(asyncio.TimeoutError):
+                    async with asyncio.timeout(generator.random() / 20):
+                        async with session.post(url + path, json=body | {"max_tokens": 4096}) as response:
+                            await response.read()
+                            await asyncio.Event().wait()
+                return
+            async with session.post(url + path, json=body | {"stream": True}) as response:
+                assert response.status == 200
+                async for line in response.content:
+                    leave_after -= line.startswith(b"data")
+                    if leave_after == 0:
+                        response.close()
+                        return
+
+        gate = asyncio.Semaphore(24)
+
+        async def one(session, number):
+            async with gate:
+                await client(session, number)
+
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            await asyncio.gather(*(one(session, number) for number in range(200)))
+            while pool.jobs:        # the last who left: the server learns of it in its own time
+                await asyncio.sleep(0.01)
+            (worker,) = pool.workers
+            assert await pool.check_integrity(worker) is None
+            assert (worker.gauges["running"], worker.gauges["queued"], worker.gauges["kv_pages_used"]) == (0, 0, 0)
+            async with session.get(url + "/stats") as response:
+                stats = await response.json()
+            assert (stats["busy_workers"], stats["available_workers"], stats["queue_depth"]) == (0, 1, 0)
+            async with session.post(url + "/chat/completions", json=ask("hello", max_tokens=3)) as response:
+                assert b'"done"' in await response.read()
+
+
+# a copy of the script and the page, with just the libraries that DESIGN.md names
+
+
+def requirements_of(names):
+    """The distributions that `names` need, themselves included (extras and markers that do not hold left out)."""
+    from packaging.requirements import Requirement
+    found, todo = {}, list(names)
+    while todo:
+        name = todo.pop()
+        if name.lower().replace("_", "-") in found:
+            continue
+        distribution = importlib.metadata.distribution(name)
+        found[name.lower().replace("_", "-")] = distribution
+        for line in distribution.requires or ():
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                todo.append(requirement.name)
+    return found
+
+
+def bare_python(folder, names):
+    """A virtual environment that has only `names` and what they need, linked from this one; its interpreter."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, timeout=60)
+    (site,) = folder.glob("lib/python*/site-packages")
+    for distribution in requirements_of(names).values():
+        for file in {Path(entry).parts[0] for entry in distribution.files if not str(entry).startswith("..")}:
+            if file != "__pycache__" and not (site / file).exists():
+                (site / file).symlink_to(Path(distribution.locate_file(file)))
+    return folder / "bin/python"
+
+
+LIBRARIES = {"nanochat": ["torch", "aiohttp", "numpy", "tiktoken"],
+             "gguf": ["torch", "aiohttp", "numpy", "gguf", "tokenizers", "jinja2"]}
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """Only chat_server.py and static/, in an empty folder."""
+    shutil.copy(SCRIPT, tmp_path / "chat_server.py")
+    shutil.copytree(SCRIPT.parent / "static", tmp_path / "static")
+    return tmp_path / "chat_server.py"
+
+
+@pytest.mark.parametrize("form", ["nanochat", "gguf"])
+def test_a_copy_of_the_script_and_the_page_is_a_working_deployment(form, copied, tmp_path, nanochat_fixtures, default_model_path):
+    python = bare_python(tmp_path / "venv", LIBRARIES[form])
+    model = nanochat_fixtures / "gen5" if form == "nanochat" else default_model_path
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "GOMP_SPINCOUNT": "1000"}
+    with server(model, script=copied, python=python, env=env) as (process, url):
+        answer = events(post(url + "/chat/completions", ask("What is the capital of Japan?", max_tokens=12)))
+        assert answer[-1]["done"]
+        if form == "gguf":
+            assert answer[0]["token"] == "The"
+        with urllib.request.urlopen(url, timeout=10) as page:
+            assert b"Message" in page.read()
+
+
+@pytest.mark.parametrize("form, missing", [("nanochat", "tiktoken"), ("nanochat", "aiohttp"), ("nanochat", "torch"),
+                                           ("gguf", "gguf"), ("gguf", "tokenizers"), ("gguf", "jinja2")])
+def test_each_missing_library_is_one_line_with_the_pip_command(form, missing, copied, tmp_path, nanochat_fixtures, default_model_path):
+    python = bare_python(tmp_path / "venv", LIBRARIES[form])
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (site / missing).unlink()
+    model = nanochat_fixtures / "gen5" if form == "nanochat" else default_model_path
+    ended = subprocess.run([python, copied, model, "--port", "0", "--host", "127.0.0.1"], capture_output=True, text=True, timeout=60,
+                           env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)})
+    assert ended.returncode == 2
+    (line,) = [line for line in ended.stderr.splitlines() if not line.endswith(" ...")]
+    assert f"pip install {missing}" in line
+    assert "Traceback" not in ended.stderr

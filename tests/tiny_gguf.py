@@ -1,0 +1,78 @@
+"""Tiny GGUF files and metadata for tests."""
+
+import random
+
+import gguf
+import numpy
+
+
+def small_gguf_metadata(pre, model="gpt2", **more):
+    """A vocabulary of bytes, a few merges, digits and one special token, as GGUF metadata."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    letters = list(bytes_to_unicode().values())
+    merges = ["h e", "l l", "he ll", "hell o", "1 2", "12 3", "Ġ Ġ", "Ġ hello", "' s", "Ċ Ċ", "Ġ 1", "A B"]
+    tokens = letters + ["".join(merge.split()) for merge in merges] + ["A" + "BC", "<|end|>"]
+    return {"tokenizer.ggml.model": model, "tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.merges": merges, "tokenizer.ggml.token_type": [1] * (len(tokens) - 1) + [3],
+            "tokenizer.ggml.eos_token_id": len(tokens) - 1, "general.architecture": "llama", **more}
+
+
+def sentencepiece_metadata():
+    pieces = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
+    types = [2, 3, 3] + [6] * 256
+    words = ["▁", "e", "t", "o", "h", "l", "w", "r", "d", "s", "<", "/", ">", "/s", "</", "s>", "he", "ll", "▁he", "hell", "llo",
+             "▁hell", "▁hello", "hello", "▁w", "or", "ld", "▁wor", "▁world", "▁▁", "日", "本", "日本"]
+    scores = [0.0] * len(pieces) + [-1.0 - i for i in random.Random(5).sample(range(len(words)), len(words))]
+    return {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": pieces + words, "tokenizer.ggml.scores": scores,
+            "tokenizer.ggml.token_type": types + [1] * len(words), "tokenizer.ggml.bos_token_id": 1,
+            "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0}
+
+
+def write_gguf(path, tensors, numbers, metadata=None):
+    """`tensors` is name -> array, or (raw bytes as uint8 rows, type); `numbers` are the llama.* metadata."""
+    writer = gguf.GGUFWriter(path, (metadata or {}).get("general.architecture", "llama"))
+    for key, value in {**numbers, **(metadata or small_gguf_metadata("gpt-2"))}.items():
+        if key == "general.architecture":
+            continue
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(key, value)
+    for name, tensor in tensors.items():
+        data, kind = tensor if isinstance(tensor, tuple) else (tensor, None)
+        writer.add_tensor(name, numpy.ascontiguousarray(data), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+LLAMA_NUMBERS = {"llama.block_count": 1, "llama.context_length": 128, "llama.embedding_length": 256,
+                 "llama.feed_forward_length": 512, "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2,
+                 "llama.attention.layer_norm_rms_epsilon": 1e-5, "llama.rope.freq_base": 10000.0}
+
+
+def llama_shapes(vocab, numbers=LLAMA_NUMBERS):
+    """The tensors of a llama GGUF (rows, columns), head tied."""
+    width, ffn = numbers["llama.embedding_length"], numbers["llama.feed_forward_length"]
+    size = numbers.get("llama.attention.key_length", width // numbers["llama.attention.head_count"])
+    query, key = size * numbers["llama.attention.head_count"], size * numbers["llama.attention.head_count_kv"]
+    shapes = {"token_embd.weight": (vocab, width), "output_norm.weight": (width,)}
+    for layer in range(numbers["llama.block_count"]):
+        shapes |= {f"blk.{layer}.{name}.weight": shape for name, shape in {
+            "attn_norm": (width,), "attn_q": (query, width), "attn_k": (key, width), "attn_v": (key, width),
+            "attn_output": (width, query), "ffn_norm": (width,), "ffn_gate": (ffn, width), "ffn_up": (ffn, width),
+            "ffn_down": (width, ffn)}.items()}
+    return shapes
+
+
+def random_llama(seed=0, vocab=None, numbers=LLAMA_NUMBERS):
+    """Random float32 tensors of a llama GGUF."""
+    dice = numpy.random.default_rng(seed)
+    vocab = vocab or len(small_gguf_metadata("gpt-2")["tokenizer.ggml.tokens"])
+    return {name: (dice.standard_normal(shape) / 16).astype(numpy.float32) for name, shape in llama_shapes(vocab, numbers).items()}
