@@ -64,7 +64,8 @@ def test_prefill_chunk_of_256(benchmark, model, context):
 
 
 @pytest.mark.parametrize("rows", [1, 8, 32])
-@pytest.mark.parametrize("params", [dict(), dict(temperature=0), dict(top_p=0.95), dict(top_k=0, top_p=0.95), dict(top_k=0)], ids=str)
+@pytest.mark.parametrize("params", [dict(), dict(temperature=0), dict(top_p=0.95), dict(top_k=0, top_p=0.95),
+                                    dict(top_k=0)], ids=str)
 def test_sampling(benchmark, rows, params):
     """The numpy reference at V = 49152."""
     logits = (np.random.default_rng(0).standard_normal((rows, 49152)) * 3).astype(np.float32)

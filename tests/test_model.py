@@ -17,8 +17,8 @@ GENERATIONS = ("gen1", "gen2", "gen3", "gen4", "gen5")
 
 def llama_like(seed=0, **changes):
     """A small random model with every feature that llama files can have."""
-    spec = ModelSpec(vocab_size=100, layers=3, width=48, heads=6, kv_heads=2, head_size=8, ffn_size=64, max_positions=512,
-                     qkv_bias=True, rope_factors=(1.0, 2.0, 4.0, 8.0), **changes)
+    spec = ModelSpec(vocab_size=100, layers=3, width=48, heads=6, kv_heads=2, head_size=8, ffn_size=64,
+                     max_positions=512, qkv_bias=True, rope_factors=(1.0, 2.0, 4.0, 8.0), **changes)
     random = torch.Generator().manual_seed(seed)
     return spec, {name: torch.randn(shape, generator=random) * (0.15 if len(shape) > 1 else 1.0)
                   for name, shape in cs.expected_tensors(spec).items()}
@@ -31,7 +31,8 @@ def nanochat_like(folder, name):
 
 
 def transformer(spec, tensors, kernels=None, num_pages=80, dtype=torch.float32):
-    return Transformer(spec, dict(tensors), kernels or cs.load_kernels("cpu"), num_pages=num_pages, max_tokens=400, dtype=dtype)
+    kernels = kernels or cs.load_kernels("cpu")
+    return Transformer(spec, dict(tensors), kernels, num_pages=num_pages, max_tokens=400, dtype=dtype)
 
 
 def make_batch(*chunks):
@@ -53,7 +54,7 @@ def some_tokens(count, vocab_size, seed=1):
     return np.random.default_rng(seed).integers(0, vocab_size, count).tolist()
 
 
-# --- upstream's oracle -------------------------------------------------------------------------------------------------
+# --- upstream's oracle -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", GENERATIONS)
@@ -70,7 +71,7 @@ def test_logits_and_greedy_tokens_of_each_nanochat_generation_are_upstreams(name
             logits = model.forward(make_batch((tokens, len(tokens) - 1, 1, pages)))[0]
 
 
-# --- chunks, batches, pages -----------------------------------------------------------------------------------------------
+# --- chunks, batches, pages --------------------------------------------------------------------------------------
 
 
 def models(nanochat_fixtures):
@@ -98,7 +99,7 @@ def test_chunks_batches_and_page_placement_do_not_change_logits(which, nanochat_
 
     mixed = transformer(spec, tensors)
     mixed.forward(make_batch((b, 0, 44, pb)))
-    logits = mixed.forward(make_batch((b, 44, 1, pb), (a, 0, 300, pa), (c, 0, 8, pc)))      # a decode row beside prompts
+    logits = mixed.forward(make_batch((b, 44, 1, pb), (a, 0, 300, pa), (c, 0, 8, pc)))  # a decode row beside prompts
     for row, whole in zip(logits, (expected[1], expected[0], expected[2])):
         assert (row - whole).abs().max() < 1e-4 * whole.abs().max()
 
@@ -125,7 +126,7 @@ def test_a_step_without_logit_rows_fills_the_cache_and_returns_no_rows():
     assert torch.allclose(model.forward(make_batch((tokens, 19, 1, [0, 1]))), whole, atol=1e-4)
 
 
-# --- the seam ----------------------------------------------------------------------------------------------------------------
+# --- the seam ----------------------------------------------------------------------------------------------------
 
 
 class NoArithmetic(TorchDispatchMode):
@@ -190,7 +191,7 @@ def test_forward_is_a_list_of_ops_that_can_be_replayed_over_scribbled_buffers(wh
     assert outputs and all(any(low <= out.data_ptr() < high for low, high in inside) for out in outputs)
 
 
-# --- spec and weights -------------------------------------------------------------------------------------------------------------
+# --- spec and weights --------------------------------------------------------------------------------------------
 
 
 def test_weights_are_taken_over_and_a_tied_head_is_the_embedding():
@@ -208,7 +209,7 @@ def test_page_bytes_is_what_a_page_takes():
 
 
 def test_expected_tensors_counts_the_parameters_of_smollm2():
-    spec = ModelSpec(vocab_size=49152, layers=30, width=576, heads=9, kv_heads=3, head_size=64, ffn_size=1536, max_positions=8192,
-                     tied_head=True)
+    spec = ModelSpec(vocab_size=49152, layers=30, width=576, heads=9, kv_heads=3, head_size=64, ffn_size=1536,
+                     max_positions=8192, tied_head=True)
     shapes = {name: shape for name, shape in cs.expected_tensors(spec).items() if name != "head"}
     assert sum(map(math.prod, shapes.values())) == 134_515_008

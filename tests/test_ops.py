@@ -35,7 +35,7 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-# --- the small ops --------------------------------------------------------------------------------------------------
+# --- the small ops -----------------------------------------------------------------------------------------------
 
 
 def test_embed_takes_rows_and_widens_them_and_survives_the_id_before_the_first():
@@ -88,7 +88,7 @@ def test_elementwise_ops():
         close(out, expected)
 
 
-# --- rotary, norms and the append ---------------------------------------------------------------------------------------
+# --- rotary, norms and the append --------------------------------------------------------------------------------
 
 
 def rope_reference(qkv, positions, spec, q_norm, k_norm, value_embed, gate):
@@ -115,7 +115,8 @@ def rope_reference(qkv, positions, spec, q_norm, k_norm, value_embed, gate):
 
 ROPE_VARIANTS = {
     "plain": {},
-    "other direction, rounded, scaled, norm after": dict(rope_direction=-1, rope_bfloat16=True, qk_norm="after_rope", qk_scale=1.2),
+    "other direction, rounded, scaled, norm after": dict(rope_direction=-1, rope_bfloat16=True, qk_norm="after_rope",
+                                                         qk_scale=1.2),
     "norm before with weights": dict(qk_norm="before_rope", qk_norm_weights=True),
     "part of the head": dict(rope_size=4, rope_base=100_000.0),
     "stretched frequencies": dict(rope_factors=(1.0, 1.0, 4.0, 8.0)),
@@ -141,7 +142,7 @@ def test_rope_append_normalizes_rotates_gates_and_appends(variant):
     assert (cache[untouched] == 7).all()
 
 
-# --- paged attention ------------------------------------------------------------------------------------------------------
+# --- paged attention ---------------------------------------------------------------------------------------------
 
 
 def attention_reference(q, cache, batch, window, scale):
@@ -189,7 +190,8 @@ def test_paged_attention_is_attention_over_each_rows_own_pages(sequences, window
     cache[[slot for slot in range(40 * PAGE_SIZE) if slot not in used]] = 1e4       # others' keys must not leak in
     out = torch.full((len(q), 48), math.nan)
     spans = KERNELS.plan_attention(batch, [window, 0], torch.float32)
-    KERNELS.paged_attention(q, cache, spans[window], 0.3, out=out)
+    scratch = torch.full((4 * 3 * 90,), math.nan)       # four queries at once of the longest
+    KERNELS.paged_attention(q, cache, spans[window], 0.3, scratch, out=out)
     close(out, expected)
 
 
@@ -199,7 +201,7 @@ def test_a_window_reads_only_the_pages_it_reaches_into():
     assert [span.size for span in spans] == [64, 96]        # 800 - 20 + 1 - 64 = 717, in the page that begins at 704
 
 
-# --- the table of kernels -----------------------------------------------------------------------------------------------------
+# --- the table of kernels ----------------------------------------------------------------------------------------
 
 
 def test_every_op_has_an_implementation_and_a_name():

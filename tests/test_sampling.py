@@ -14,7 +14,8 @@ NEG_INF = np.float32(-np.inf)
 
 
 def draw(logits, position=0, **params):
-    return int(cs.sample_reference(np.asarray(logits, np.float32)[None], [SampleRow(SamplingParams(**params), position)])[0])
+    row = SampleRow(SamplingParams(**params), position)
+    return int(cs.sample_reference(np.asarray(logits, np.float32)[None], [row])[0])
 
 
 def many_draws(logits, count, position=0, step=1, **params):
@@ -22,13 +23,14 @@ def many_draws(logits, count, position=0, step=1, **params):
     logits = np.asarray(logits, np.float32)
     tokens = []
     for start in range(0, count, 5000):
-        rows = [SampleRow(SamplingParams(**params), position + step * i) for i in range(start, min(count, start + 5000))]
+        end = min(count, start + 5000)
+        rows = [SampleRow(SamplingParams(**params), position + step * i) for i in range(start, end)]
         ids, z = cs.survivors(logits, rows[0].params)
         tokens.append(cs.draw([(ids, z)] * len(rows), rows))
     return np.concatenate(tokens)
 
 
-# --- noise ---------------------------------------------------------------------------------------------------------
+# --- noise -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("counter, key, words", [
@@ -77,7 +79,7 @@ def test_uniform_noise_passes_a_chi_square_and_reaches_both_ends():
     assert 0 < u.min() < 1e-5 and 1 - 1e-5 < u.max() < 1
 
 
-# --- survivors against brute force ---------------------------------------------------------------------------------
+# --- survivors against brute force -------------------------------------------------------------------------------
 
 
 def brute_survivors(logits, top_k=0, top_p=1.0, min_p=0.0, temperature=1.0):
@@ -121,8 +123,9 @@ def edge_rows(rng, V):
 @pytest.mark.parametrize("V", [1, 2, 5, 64, 300, 5000])
 def test_survivors_are_those_of_a_brute_force_sort(V):
     rng = np.random.default_rng(V)
-    settings = [dict(), dict(top_k=1), dict(top_k=min(7, V)), dict(top_k=V), dict(top_k=V + 1), dict(top_p=0.0), dict(top_p=0.5),
-                dict(top_p=0.999999), dict(min_p=1.0), dict(min_p=0.05), dict(temperature=1e-6), dict(temperature=2.0, top_p=0.3),
+    settings = [dict(), dict(top_k=1), dict(top_k=min(7, V)), dict(top_k=V), dict(top_k=V + 1),
+                dict(top_p=0.0), dict(top_p=0.5), dict(top_p=0.999999), dict(min_p=1.0), dict(min_p=0.05),
+                dict(temperature=1e-6), dict(temperature=2.0, top_p=0.3),
                 dict(top_k=40, top_p=0.95), dict(top_k=40, top_p=0.95, min_p=0.1), dict(top_p=0.9, min_p=0.2)]
     rows = [cs.clean_logits(row) for _ in range(1 if V == 5000 else 4) for row in edge_rows(rng, V)]
     for logits in rows:
@@ -140,10 +143,11 @@ def test_exactly_k_survive_and_the_lower_ids_win_the_ties():
 
 
 def test_top_p_keeps_the_lowest_ids_among_ties_at_the_cut():
-    assert cs.survivors(np.zeros(8, np.float32), SamplingParams(temperature=1.0, top_k=0, top_p=0.5))[0].tolist() == [0, 1, 2, 3]
+    ids, _ = cs.survivors(np.zeros(8, np.float32), SamplingParams(temperature=1.0, top_k=0, top_p=0.5))
+    assert ids.tolist() == [0, 1, 2, 3]
 
 
-# --- edge rows and parameters --------------------------------------------------------------------------------------
+# --- edge rows and parameters ------------------------------------------------------------------------------------
 
 
 def test_temperature_zero_takes_the_largest_logit_and_the_lowest_id():
@@ -178,13 +182,14 @@ def test_penalties_leave_the_callers_logits_alone():
     assert (logits == 1).all()
 
 
-# --- exactness -----------------------------------------------------------------------------------------------------
+# --- exactness ---------------------------------------------------------------------------------------------------
 
 
 def mixed_rows(rng, count, V):
     rows = []
     for i in range(count):
-        params = SamplingParams(temperature=float(rng.choice([0, 0.3, 0.8, 1.5])), top_k=int(rng.choice([0, 1, 40, 50, 700])),
+        params = SamplingParams(temperature=float(rng.choice([0, 0.3, 0.8, 1.5])),
+                                top_k=int(rng.choice([0, 1, 40, 50, 700])),
                                 top_p=float(rng.choice([1, 0.9])), min_p=float(rng.choice([0, 0.02])),
                                 repetition_penalty=float(rng.choice([1, 1.2])), seed=int(rng.integers(2**63)))
         rows.append(SampleRow(params, int(rng.integers(5000)), rng.integers(0, V, 9).tolist(), 4))
@@ -212,12 +217,13 @@ def test_a_draw_is_the_argmax_of_exact_scores_over_all_survivors():
 
 def test_choices_and_seeds_and_positions_each_give_other_noise():
     base = dict(temperature=1.0, top_k=0, seed=3)
-    drawn = [many_draws(np.zeros(1000), 64, **(base | other)).tolist() for other in ({}, {"seed": 4}, {"choice": 1}, {"seed": 3 + 2**40})]
+    others = ({}, {"seed": 4}, {"choice": 1}, {"seed": 3 + 2**40})
+    drawn = [many_draws(np.zeros(1000), 64, **(base | other)).tolist() for other in others]
     drawn.append(many_draws(np.zeros(1000), 64, position=2**32, **base).tolist())
     assert len({tuple(tokens) for tokens in drawn}) == len(drawn)
 
 
-# --- law -------------------------------------------------------------------------------------------------------------
+# --- law ---------------------------------------------------------------------------------------------------------
 
 
 def chi_square_p(counts, probabilities):
@@ -233,7 +239,8 @@ def chi_square_p(counts, probabilities):
     return 0.5 * math.erfc(normal / math.sqrt(2))
 
 
-@pytest.mark.parametrize("params", [dict(temperature=1.0, top_k=0), dict(temperature=0.7, top_k=40), dict(temperature=1.3, top_k=0, top_p=0.8)])
+@pytest.mark.parametrize("params", [dict(temperature=1.0, top_k=0), dict(temperature=0.7, top_k=40),
+                                    dict(temperature=1.3, top_k=0, top_p=0.8)])
 def test_tokens_follow_the_softmax_law_of_the_survivors(params):
     """False alarms: 1e-4 for the chi-square; the total variation bound is 1.3 times its expectation at K bins."""
     logits = (np.random.default_rng(11).standard_normal(200) * 1.5).astype(np.float32)
@@ -258,11 +265,12 @@ def test_neighbouring_positions_seeds_and_choices_are_independent(other):
     assert chi_square_p(pairs, np.outer(law, law).ravel()) > 1e-4
 
 
-# --- the near-tie helper itself ----------------------------------------------------------------------------------------
+# --- the near-tie helper itself ----------------------------------------------------------------------------------
 
 
 def test_the_near_tie_helper_accepts_only_close_draws():
-    assert_same_tokens_or_near_tie(Traced([1, 2, 3], [0.5, 0.001, 0.5]), Traced([1, 7, 9], [0.5, 0.5, 0.5]), margin=0.01)
+    close, far = Traced([1, 2, 3], [0.5, 0.001, 0.5]), Traced([1, 7, 9], [0.5, 0.5, 0.5])
+    assert_same_tokens_or_near_tie(close, far, margin=0.01)
     for a, b in ((Traced([1, 2], [9, 9]), Traced([1, 3], [9, 9])), (Traced([1], [9]), Traced([1, 3], [9, 9]))):
         with pytest.raises(AssertionError):
             assert_same_tokens_or_near_tie(a, b, margin=0.01)
@@ -273,7 +281,8 @@ def test_the_near_tie_helper_accepts_only_close_draws():
 def test_small_changes_of_logits_change_tokens_only_at_near_ties():
     rng = np.random.default_rng(13)
     for case in range(60):
-        params = SamplingParams(temperature=0.8, top_k=int(rng.choice([0, 20])), top_p=float(rng.choice([1.0, 0.9])), seed=case)
+        params = SamplingParams(temperature=0.8, top_k=int(rng.choice([0, 20])), top_p=float(rng.choice([1.0, 0.9])),
+                                seed=case)
         exact, moved = Traced(), Traced()
         for position in range(20):
             logits = (rng.standard_normal(400) * 2).astype(np.float32)
