@@ -131,8 +131,8 @@ def test_a_busy_port_is_one_line_and_nothing_is_loaded(nanochat_fixtures):
         assert second.stderr.count("\n") == 1 and port in second.stderr and "in use" in second.stderr
 
 
-def test_a_request_after_a_killed_worker_is_answered(nanochat_fixtures):
-    with server(nanochat_fixtures / "gen5") as (process, url):
+def test_an_answer_whose_worker_is_killed_goes_on_where_it_was(nanochat_fixtures):
+    with server(nanochat_fixtures / "gen5", "--dtype", "float32") as (process, url):    # float32: no near ties in 300 tokens
         before = events(post(url + "/chat/completions", ask("hello", max_tokens=300, ignore_eos=True)))
         stream = post(url + "/chat/completions", ask("hello", max_tokens=300, ignore_eos=True))
         stream.readline()
