@@ -36,7 +36,6 @@ from __future__ import annotations
 import argparse
 import ast
 import asyncio
-import base64
 import codecs
 import collections
 import contextlib
@@ -46,7 +45,6 @@ import errno
 import functools
 import hashlib
 import importlib
-import io
 import json
 import logging
 import math
@@ -72,7 +70,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 __version__ = "0.1.0"
 
@@ -102,6 +100,7 @@ numpy = LazyModule("numpy")
 web = LazyModule("aiohttp.web", "web")
 
 log = logging.getLogger("chat_server")
+
 
 # 1. config ---------------------------------------------------------------------------------------------------
 
@@ -235,6 +234,8 @@ class Settings:
     @property
     def default_max_tokens(self) -> int:
         return self.max_tokens if self.max_tokens is not None else 512
+
+
 # 2. errors: raised deep, answered in one place ------------------------------------------------------------------
 
 
@@ -658,6 +659,8 @@ def evaluate_node(node: ast.expr, depth: int) -> int | float | str:
             if isinstance(text, str) and isinstance(part, str):
                 return text.count(part)
     raise ValueError("not arithmetic and not a count")
+
+
 # 4. ops: everything that computes; each fast op will stand beside its reference --------------------------------------
 #
 # An op writes into the output it is given. `X_reference` is torch (any device) or, for sampling, numpy; it defines
@@ -1147,12 +1150,13 @@ def load_kernels(device) -> Kernels:
     """Choose the op of each name for a device: so far the reference of each."""
     ops = {op.name: globals().get(f"{op.name}_reference") for op in dataclasses.fields(Kernels)[:-2]}
     ops["sample"] = sample_on_host
-    return Kernels(**ops, names={name: "torch/reference" for name in ops} | {"sample": "numpy/reference"})
+    return Kernels(**ops, names=dict.fromkeys(ops, "torch/reference") | {"sample": "numpy/reference"})
 
 
 def fastest_dtype(device) -> "torch.dtype":
     """bfloat16, except on a CPU without instructions for it."""
     return torch.float32 if torch.device(device).type == "cpu" and not mkldnn_bfloat16() else torch.bfloat16
+
 
 # 5. kv cache: who owns which page --------------------------------------------------------------------------------
 #
@@ -1266,6 +1270,7 @@ class PagePool:
             assert page not in free or self.keys[page] is None, f"free page {page} is in the index"
         for key, (page, _) in self.index.items():
             assert self.keys[page] == key, f"the index entry of page {page} is stale"
+
 
 # 6. model: one forward for every family ---------------------------------------------------------------------------
 
@@ -2263,6 +2268,8 @@ def merges_of_scores(tokens: Seq[str], scores: Seq[float], types: Seq[int]) -> l
               for i in range(1, len(token)) if token[:i] in usable and token[i:] in usable]
     merges.sort(key=lambda merge: merge[:2], reverse=True)
     return [(left, right) for _, _, left, right in merges]
+
+
 # 8. scheduler: requests, events and who runs next; no tensors here -------------------------------------------------
 
 
@@ -2489,6 +2496,7 @@ class Scheduler:
         assert all(not sequence.pages for sequence in self.waiting), "a waiting sequence owns pages"
         self.pool.check_integrity(sequence.pages for sequence in self.running)
 
+
 # 9. engine: schedule, run, postprocess ----------------------------------------------------------------------------
 
 
@@ -2685,6 +2693,7 @@ def sample_row(sequence: Sequence, eos_tokens: frozenset[int]) -> SampleRow:
         params = replace(params, logit_bias=params.logit_bias + banned)
     return SampleRow(params, len(sequence.tokens), sequence.tokens, len(work.prompt_ids))
 
+
 # 10. workers: processes, pipes, the pool and its supervision ------------------------------------------------------
 #
 # Messages are pickles behind a 4-byte length, both ways over one socket pair per worker.
@@ -2873,7 +2882,7 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig, dty
     pages, device = engine.pool.num_pages, engine.transformer.device
     place = f"{device} with {config.threads} thread(s)" if device.type == "cpu" else torch.cuda.get_device_name(device)
     kernels = engine.kernels.describe()
-    lines = (f"Model: {model.description}",
+    lines = (f"Model {model.name}: {model.description}",
              f"Running on {place}, {str(dtype).removeprefix('torch.')}; kernels: "
              + ", ".join(sorted(set(kernels.values()))),
              f"KV cache: {pages:,} pages of {PAGE_SIZE} tokens = {pages * PAGE_SIZE:,} tokens "
@@ -3464,8 +3473,8 @@ class LocalPool:
 
     def describe(self) -> list[str]:
         """Lines of the start-up log: what was chosen, what else was there, where and how it runs."""
-        lines = list(self.card.lines) if self.card else []
-        return lines + ([self.source.alternatives] if self.source and self.source.alternatives else [])
+        chosen = [line for line in (self.source.chosen, self.source.alternatives) if line] if self.source else []
+        return chosen + (list(self.card.lines) if self.card else [])
 
     def health(self) -> tuple[int, dict[str, Any]]:
         """HTTP status and body of /health."""
@@ -3519,6 +3528,7 @@ def cuda_device_count() -> int:
     if visible is None:
         return len(files)
     return min(len(files), len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1")]))
+
 
 # 11. http: routes parse, answer() works, encoders write -------------------------------------------------------------
 
@@ -4189,7 +4199,7 @@ def server_urls(host: str, port: int) -> list[str]:
     return urls
 
 
-class Progress:
+class ProgressDisplay:
     """Loading on stderr: a bar on a terminal, else one line for each stage."""
 
     def __init__(self) -> None:
@@ -4247,7 +4257,7 @@ async def serve_forever(settings: Settings, pool: Pool | None = None) -> int:
     drain, now = stop_signals()
     pool = pool or LocalPool(settings)
     runner = make_runner(create_app(pool, settings))
-    pool.on_progress = progress = Progress()
+    pool.on_progress = progress = ProgressDisplay()
     try:
         await runner.setup()
         await web.SockSite(runner, listener).start()
@@ -4264,6 +4274,8 @@ async def serve_forever(settings: Settings, pool: Pool | None = None) -> int:
         await runner.cleanup()
         listener.close()
     return 0
+
+
 # 12. command line ---------------------------------------------------------------------------------------------------
 
 USAGE = """python chat_server.py [serve|chat|generate] [MODEL] [flags]
@@ -4442,7 +4454,7 @@ def remote_error(error: Any, status: int, retry_after_s: int = 1) -> ChatServerE
 async def open_pool(settings: Settings) -> AsyncIterator[Pool]:
     """A pool that is ready: the server at --url, or one of our own."""
     pool = RemotePool(settings) if settings.url else LocalPool(settings)
-    pool.on_progress = progress = Progress()
+    pool.on_progress = progress = ProgressDisplay()
     try:
         await pool.start()
         await pool.wait_ready()

@@ -275,3 +275,55 @@ def test_each_missing_library_is_one_line_with_the_pip_command(form, missing, co
     (line,) = [line for line in ended.stderr.splitlines() if not line.endswith(" ...")]
     assert f"pip install {missing}" in line
     assert "Traceback" not in ended.stderr
+
+
+# the real clients on the real model
+
+
+@pytest.fixture(scope="module")
+def smollm_url(default_model_path):
+    with server() as (process, url):
+        yield url
+
+
+def test_the_openai_package_chats_with_the_real_model(smollm_url):
+    import openai
+    with openai.OpenAI(base_url=smollm_url + "/v1", api_key="none", max_retries=0) as client:
+        question = {"model": client.models.list().data[0].id, "temperature": 0,
+                    "messages": [{"role": "user", "content": "What is the capital of Japan?"}]}
+        whole = client.chat.completions.create(**question)
+        assert whole.choices[0].message.content == "The capital of Japan is Tokyo." and whole.choices[0].finish_reason == "stop"
+        chunks = list(client.chat.completions.create(**question, stream=True, stream_options={"include_usage": True}))
+        assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "The capital of Japan is Tokyo."
+        assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens == 8
+        longer = client.chat.completions.create(**question, max_tokens=30, extra_body={"ignore_eos": True})
+        assert longer.usage.completion_tokens == 30 and longer.choices[0].finish_reason == "length"
+
+
+def test_emoji_and_cjk_arrive_as_whole_characters(smollm_url):
+    answer = events(post(smollm_url + "/chat/completions", ask("Repeat exactly: 日本語 👩‍👩‍👧 🎉🎉", max_tokens=60)))
+    pieces = [event["token"] for event in answer if "token" in event]
+    assert all("\ufffd" not in piece for piece in pieces)
+    assert re.search(r"[\u3040-\u9fff]|[\U0001f300-\U0001faff]", "".join(pieces))     # several tokens a character
+
+
+def cli(*arguments, stdin=None):
+    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], input=stdin, capture_output=True, text=True, timeout=90)
+
+
+def test_generate_answers_with_a_pool_of_its_own_from_a_flag_and_from_stdin(default_model_path):
+    said = cli("generate", "--prompt", "What is the capital of Japan?", "-t", "0")
+    assert (said.returncode, said.stdout) == (0, "The capital of Japan is Tokyo.\n")
+    assert "tok/s" in said.stderr
+    piped = cli("generate", default_model_path, "--prompt", "-", "-t", "0", stdin="What is the capital of Japan?\n")
+    assert (piped.returncode, piped.stdout) == (0, "The capital of Japan is Tokyo.\n")
+
+
+def test_chat_with_a_running_server_remembers_clears_and_quits(smollm_url):
+    said = cli("chat", "--url", smollm_url, "-t", "0", "-m", "30",
+               stdin="What is the capital of Japan?\nAnd of France?\nclear\nAnd of France?\nquit\nnever read\n")
+    assert said.returncode == 0
+    remembered, forgotten = said.stdout.split("The conversation is forgotten.")
+    assert "The capital of Japan is Tokyo." in remembered and "The capital of France is Paris." in remembered
+    assert "Paris" not in forgotten
+    assert said.stdout.count("tok/s") == 3
