@@ -2831,6 +2831,9 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
     """Load, allocate, announce, warm up."""
     settings = config.settings
     torch.set_num_threads(config.threads)
+    if config.device_type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"torch {torch.__version__} cannot use the CUDA device (a build without CUDA, or a driver that is too "
+                          "old); install a matching torch, or use --device-type cpu")
     device = torch.device(config.device_type, config.gpu if config.device_type == "cuda" else None)
     kernels = load_kernels(device)
     dtype = getattr(torch, settings.dtype) if settings.dtype else fastest_dtype(device)
@@ -2880,7 +2883,9 @@ def available_memory() -> int:
 
 def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig, dtype: "torch.dtype") -> ModelCard:
     pages, device = engine.pool.num_pages, engine.transformer.device
-    place = f"{device} with {config.threads} thread(s)" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    place = f"{device} with {config.threads} thread(s)" if device.type == "cpu" else str(device)
+    if device.type == "cuda":
+        place += f" ({torch.cuda.get_device_name(device)})"
     kernels = engine.kernels.describe()
     lines = (f"Model {model.name}: {model.description}",
              f"Running on {place}, {str(dtype).removeprefix('torch.')}; kernels: "
@@ -3327,6 +3332,7 @@ class LocalPool:
         arrived_s = time.monotonic()
         self._check_capacity(request)
         prompt_ids = await self._tokenize(request)
+        self._check_vocabulary(request, prompt_ids)
         self._check_capacity(request)
         room = self._room(prompt_ids)
         max_tokens = min(request.max_tokens or room, room)
@@ -3368,6 +3374,16 @@ class LocalPool:
         else:
             return request.prompt
         return tuple(render() if size <= self.INLINE_CHARACTERS else await asyncio.to_thread(render))
+
+    def _check_vocabulary(self, request: Request, prompt_ids: tuple[int, ...]) -> None:
+        """RequestError for token ids that the model does not have: in the engine they would fail the whole batch."""
+        size = self.tokenizer.vocab_size
+        for name, ids in (("prompt", prompt_ids), ("logit_bias", [token for token, _ in request.sampling.logit_bias]),
+                          ("stop_token_ids", request.stop_token_ids)):
+            if ids and not 0 <= min(ids) <= max(ids) < size:
+                wrong = next(token for token in ids if not 0 <= token < size)
+                raise RequestError(f"{name} has the token id {wrong}; this model's are 0 to {size - 1}",
+                                   code="invalid_value", param=name)
 
     def _room(self, prompt_ids: tuple[int, ...]) -> int:
         """Tokens that fit behind the prompt. RequestError 400 with both numbers when there is none."""

@@ -199,6 +199,17 @@ async def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(sta
     assert len(tokens) == 4 and last.reason == "length"
 
 
+@pytest.mark.parametrize("wrong, name", [
+    (dict(prompt=(5, 100_000)), "prompt"), (dict(prompt=(5, -1)), "prompt"),
+    (dict(prompt=(5,), stop_token_ids=(284,)), "stop_token_ids"),
+    (dict(prompt=(5,), sampling=SamplingParams(logit_bias=((3, 1.0), (999, 1.0)))), "logit_bias")])
+async def test_token_ids_that_the_model_does_not_have_are_refused(start_pool, wrong, name):
+    pool = await start_pool()
+    with pytest.raises(RequestError, match="this model's are 0 to 283") as refused:
+        await collect(pool, Request("a", **wrong))
+    assert refused.value.param == name
+
+
 async def test_two_requests_with_one_id_are_refused(start_pool):
     pool = await start_pool()
     first = pool.answer(greedy("same", max_tokens=400, ignore_eos=True))
@@ -245,6 +256,7 @@ async def test_a_broken_checkpoint_is_a_config_error_from_the_worker(nanochat_fi
 
 async def test_a_step_that_fails_fails_its_requests_and_the_worker_goes_on(start_pool):
     pool = await start_pool()
+    pool._check_vocabulary = lambda *request: None
     with pytest.raises(EngineFailure, match="failed while computing"):      # an id outside the vocabulary
         await collect(pool, Request("bad", prompt=(10**9,), max_tokens=5))
     pid = pool.workers[0].process.pid
