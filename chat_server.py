@@ -2813,6 +2813,7 @@ def worker_main(arguments: Seq[str]) -> int:
     try:
         (_, config), *queued = channel.receive(wait=True)
         channel.send("loading", "importing torch", 0.0)
+        numpy.ndarray       # a ConfigError when it is missing; torch would only warn
         with torch.inference_mode():
             engine = start_engine(channel, config)
             for message in queued:
