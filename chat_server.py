@@ -2476,7 +2476,8 @@ class Scheduler:
         chunks = []
         for sequence in (oldest, *others):
             share = max(left // 2, left - wanted) if sequence is oldest else left
-            if (count := min(sequence.pending, share)) > 0 and self._grow(sequence):
+            count = min(sequence.pending, share)
+            if count > 0 and sequence in self.running and self._grow(sequence):     # an earlier one may have preempted it
                 chunks.append(Chunk(sequence, count))
                 left -= count
         return chunks

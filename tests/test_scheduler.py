@@ -99,6 +99,19 @@ def test_out_of_pages_the_youngest_gives_way_and_is_recomputed_with_nothing_lost
     assert young.tokens[:len(tokens)] == tokens and len(young.tokens) > len(tokens)
 
 
+def test_forced_tokens_that_need_pages_may_preempt_a_prompt_in_the_same_step():
+    s = scheduler(num_pages=4, prefill_chunk=16)
+    calling, prompt = sequence("calling", [1] * 12), sequence("prompt", [2] * 40)
+    s.add(calling)
+    step(s)
+    s.add(prompt)
+    step(s)
+    assert len(prompt.pages) == 3 and s.pool.available == 0
+    calling.tokens += [7] * 20          # what a tool's answer forces
+    assert "prompt" not in step(s)
+    assert prompt in s.waiting and not prompt.pages
+
+
 def test_cancel_frees_pages_wherever_the_request_is():
     s = scheduler(max_batch=2)
     for name in ("decoding", "prefilling", "queued"):
