@@ -742,7 +742,7 @@ def softcap_reference(logits, cap, out):
     torch.mul(torch.tanh(logits / cap), cap, out=out)
 
 
-def rope_tables(spec: "ModelSpec", device) -> tuple:
+def rope_tables_reference(spec, device) -> tuple:
     """(cos, cos) and direction * (-sin, sin) of every position, (max_positions, rope_size) float32 each."""
     size = spec.rope_size or spec.head_size
     frequencies = 1.0 / spec.rope_base ** (numpy.arange(0, size, 2, dtype=numpy.float64) / size)
@@ -755,8 +755,24 @@ def rope_tables(spec: "ModelSpec", device) -> tuple:
                  for halves in ((cos, cos), (-sin, sin)))
 
 
-def rope_append_reference(qkv, cos, sin, slots, cache, spec, q_norm, k_norm, value_embed, gate):
-    """Everything between the qkv product and attention, in place.
+def zeroed(shape: tuple[int, ...], dtype, device):
+    """A tensor of zeros; on CPU its memory is only taken when it is written (torch.zeros writes all of it at once)."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):      # Linux; first writes of 4-KiB pages made the first prefill 15 % slower
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def make_cache_reference(spec, num_pages, dtype, device):
+    """KV pages of all layers, in the layout that rope_append and paged_attention share: [layer][slot][k, v][Hkv][D]."""
+    return zeroed((spec.layers, num_pages * PAGE_SIZE, 2, spec.kv_heads, spec.head_size), dtype, device)
+
+
+def rope_append_reference(qkv, cos, sin, slots, cache, spec, q_norm, k_norm, value_embed, gate, out):
+    """Everything between the qkv product and attention: q -> out (T, H * D), k and v -> the cache; qkv is overwritten.
 
     qkv (T, (H + 2 Hkv) * D): q and k are normalized, rotated by the rows cos, sin (T, rot) and scaled; v gets
     `ve_gate_scale * sigmoid(gate) * value_embed`, gate (T, Hkv), value_embed (T, Hkv * D); then k and v go into
@@ -774,6 +790,7 @@ def rope_append_reference(qkv, cos, sin, slots, cache, spec, q_norm, k_norm, val
     if value_embed is not None:
         strength = spec.ve_gate_scale * torch.sigmoid(gate.float()).unsqueeze(-1)               # (T, Hkv, 1)
         heads[:, H + Hkv:] += strength * value_embed.view(T, Hkv, D)
+    out.copy_(qkv[:, :H * D])
     cache.view(-1, 2 * Hkv * D).index_copy_(0, slots, qkv[:, H * D:])
 
 
@@ -787,7 +804,7 @@ def norm_heads(qk, H, q_norm, k_norm, eps):
 
 
 def rotate_half_split(x, cos, sin):
-    """Rotate the pairs (x[i], x[i + rot/2]) of x (T, heads, D) in place; cos, sin (T, 1, rot) as in rope_tables."""
+    """Rotate the pairs (x[i], x[i + rot/2]) of x (T, heads, D) in place; cos, sin (T, 1, rot)."""
     size = cos.shape[-1]
     x = x if size == x.shape[-1] else x[..., :size]
     swapped = x.roll(size // 2, dims=-1).mul_(sin)
@@ -1135,6 +1152,8 @@ class Kernels:
     smear: Callable
     backout: Callable
     softcap: Callable
+    rope_tables: Callable
+    make_cache: Callable
     rope_append: Callable
     plan_attention: Callable
     paged_attention: Callable
@@ -1359,17 +1378,6 @@ class Batch:
     logit_rows: Any             # (R,) int64: which of the T rows need logits
 
 
-def zeroed(shape: tuple[int, ...], dtype, device):
-    """A tensor of zeros; on CPU its memory is only taken when it is written (torch.zeros writes all of it at once)."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
-    if hasattr(mmap, "MADV_HUGEPAGE"):      # Linux; first writes of 4-KiB pages made the first prefill 15 % slower
-        with contextlib.suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
-
-
 class Transformer:
     """A model's packed weights, KV pages and activation buffers, all allocated here and once.
 
@@ -1385,8 +1393,8 @@ class Transformer:
             self.weights = self._pack(tensors)
             self.layers = [{name.partition(".")[2]: tensor for name, tensor in self.weights.items()
                             if name.startswith(f"{l}.")} for l in range(spec.layers)]
-            self.rope_cos, self.rope_sin = rope_tables(spec, self.device)
-            self.cache = zeroed((spec.layers, num_pages * PAGE_SIZE, 2, spec.kv_heads, spec.head_size), self.dtype, self.device)
+            self.rope_cos, self.rope_sin = kernels.rope_tables(spec, self.device)
+            self.cache = kernels.make_cache(spec, num_pages, self.dtype, self.device)
             self.buffers = self._allocate(max_tokens, min(max_rows or max_tokens, max_tokens))
             # attention's scores: a few MB at once, and at least those of one query over the whole context
             scores = max(SCRATCH_SCORES, spec.heads // spec.kv_heads * spec.max_positions)
@@ -1414,8 +1422,8 @@ class Transformer:
         sizes = {
             "x": (T, C, f32), "x0": (T, C, f32), "middle": (T, C, f32), "previous": (T, C, f32),
             "cos": (T, rot, f32), "sin": (T, rot, f32), "normed": (T, C, dtype), "projected": (T, C, dtype),
-            "qkv": (T, (H + 2 * Hkv) * D, dtype), "attended": (T, H * D, dtype), "gate": (T, Hkv, dtype),
-            "value": (T, Hkv * D, dtype), "up": (T, F * (2 if spec.activation == "swiglu" else 1), dtype),
+            "qkv": (T, (H + 2 * Hkv) * D, dtype), "q": (T, H * D, dtype), "attended": (T, H * D, dtype),
+            "gate": (T, Hkv, dtype), "value": (T, Hkv * D, dtype), "up": (T, F * (2 if spec.activation == "swiglu" else 1), dtype),
             "hidden": (T, F, dtype), "last": (R, C, f32), "last_normed": (R, C, dtype),
             "logits": (R, spec.vocab_size, f32),
         }
@@ -1480,8 +1488,8 @@ class Transformer:
             k.embed(layer["value_embed"], batch.token_ids, out=value)                       # (T, Hkv * D)
             k.linear(b.normed[:, :spec.ve_gate_channels], layer["ve_gate"], None, out=gate)     # (T, Hkv)
         k.rope_append(b.qkv, b.cos, b.sin, batch.slots, cache, spec, layer.get("q_norm"), layer.get("k_norm"),
-                      value, gate)
-        q = b.qkv[:, :spec.heads * spec.head_size].unflatten(1, (spec.heads, spec.head_size))   # (T, H, D)
+                      value, gate, out=b.q)                                                 # (T, H * D)
+        q = b.q.unflatten(1, (spec.heads, spec.head_size))                                  # (T, H, D)
         k.paged_attention(q, cache, spans, spec.head_size**-0.5, b.scratch, out=b.attended)     # (T, H * D)
         k.linear(b.attended, layer["output"], None, out=b.projected)                        # (T, C)
         k.add(b.x, b.projected, out=b.x)
