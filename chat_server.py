@@ -824,12 +824,12 @@ class Span(NamedTuple):
     mask: Any               # additive (B, 1, queries, S); None where every key counts
 
 
-def plan_attention_reference(batch, windows, dtype) -> dict:
+def plan_attention_reference(batch, windows, heads, cache) -> dict:
     """Work out once per step, for all layers, which pages and masks attention needs: {window: [Span, ...]}."""
     counts = [end - start for start, end in zip(batch.starts, batch.starts[1:])]
     decode = next((i for i, count in enumerate(counts) if count != 1), len(counts))
     groups = [range(decode)] * (decode > 0) + [range(i, i + 1) for i in range(decode, len(counts))]
-    return {window: [make_span(batch, group, window, dtype) for group in groups] for window in set(windows)}
+    return {window: [make_span(batch, group, window, cache.dtype) for group in groups] for window in set(windows)}
 
 
 def make_span(batch, group, window, dtype) -> Span:
@@ -1159,17 +1159,80 @@ class Kernels:
     paged_attention: Callable
     sample: Callable
     names: Mapping[str, str]
+    float_queries: bool = False         # rope_append writes queries in float32, whatever the weights' type
     row_invariant: bool = False         # each row's bits depend on nothing else in the batch
 
     def describe(self) -> dict[str, str]:
         return dict(self.names)
 
 
-def load_kernels(device) -> Kernels:
-    """Choose the op of each name for a device: so far the reference of each."""
-    ops = {op.name: globals().get(f"{op.name}_reference") for op in dataclasses.fields(Kernels)[:-2]}
+def load_kernels(device, spec=None) -> Kernels:
+    """Choose the op of each name for a device and a model: decode_core's where it is there and fits, else the reference.
+
+    CHAT_SERVER_KERNELS=reference keeps decode_core out.
+    """
+    ops = {op.name: globals().get(f"{op.name}_reference") for op in dataclasses.fields(Kernels)[:-3]}
     ops["sample"] = sample_on_host
-    return Kernels(**ops, names=dict.fromkeys(ops, "torch/reference") | {"sample": "numpy/reference"})
+    names = dict.fromkeys(ops, "torch/reference") | {"sample": "numpy/reference"}
+    core = decode_core() if torch.device(device).type == "cpu" and spec is not None else None
+    fast = core_kernels(core, spec) if core else {}
+    names |= dict.fromkeys(fast, f"decode_core/{core.info()['isa']}" if core else "")
+    return Kernels(**ops | fast, names=names, float_queries="rope_append" in fast)
+
+
+@functools.cache
+def decode_core() -> Any:
+    """The compiled core (`pip install .` in the checkout), or None."""
+    if os.environ.get("CHAT_SERVER_KERNELS") == "reference":
+        return None
+    try:
+        return importlib.import_module("decode_core")
+    except ImportError as error:
+        log.info("decode_core is not installed, so the slower reference ops run; `pip install .` builds it (%s)", error)
+        return None
+
+
+def core_kernels(core: Any, spec) -> dict[str, Callable]:
+    """decode_core's ops in the form that `forward` calls them; references stay where the model's shape does not fit.
+
+    A layer's cache is (P, Hkv, 2, 16 * D), keys transposed, in float16 beside bfloat16 weights, else float32. Queries are
+    float32 and scaled by rope_append.
+    """
+    core.set_threads(torch.get_num_threads())
+    chosen: dict[str, Callable] = {"sample": core.Sampler()}
+    if spec.width % 16 == spec.ffn_size % 16 == 0:
+        chosen |= {"rms_norm": core.rms_norm, "add": core.add, "swiglu": core.swiglu, "relu2": core.relu2}
+    if spec.head_size % 16 or spec.head_size > 256 or spec.heads // spec.kv_heads > 16:
+        return chosen
+    order = torch.arange(0)
+
+    def rope_tables(spec, device):
+        cos, sin = rope_tables_reference(spec, device)
+        half = cos.shape[1] // 2
+        return cos[:, :half].contiguous(), sin[:, half:].contiguous()          # sin carries the direction
+
+    def make_cache(spec, num_pages, dtype, device):
+        kind = torch.float32 if dtype == torch.float32 else torch.float16
+        return zeroed((spec.layers, num_pages, spec.kv_heads, 2, PAGE_SIZE * spec.head_size), kind, device)
+
+    def rope_append(qkv, cos, sin, slots, cache, spec, q_norm, k_norm, value_embed, gate, out):
+        nonlocal order
+        if len(order) < len(qkv):           # cos and sin are the rows of each token already
+            order = torch.arange(len(qkv))
+        core.rope_append(qkv, cos, sin, order[:len(qkv)], slots, cache, out.view(len(qkv), spec.heads, spec.head_size),
+                         norm=spec.qk_norm, q_norm=q_norm, k_norm=k_norm, eps=spec.norm_eps, post_scale=spec.qk_scale,
+                         value_embed=value_embed, gate=gate, gate_scale=spec.ve_gate_scale)
+
+    def plan_attention(batch, windows, heads, cache):
+        plan = core.plan_attention(batch.tables, batch.lengths, batch.starts, heads, cache.shape[1], cache.shape[0])
+        return {window: (plan, window) for window in windows}
+
+    def paged_attention(q, cache, spans, scale, scratch, out):
+        plan, window = spans
+        core.paged_attention(q, cache, plan, out, window=window)
+
+    return chosen | {"rope_tables": rope_tables, "make_cache": make_cache, "rope_append": rope_append,
+                     "plan_attention": plan_attention, "paged_attention": paged_attention}
 
 
 def fastest_dtype(device) -> "torch.dtype":
@@ -1422,7 +1485,7 @@ class Transformer:
         sizes = {
             "x": (T, C, f32), "x0": (T, C, f32), "middle": (T, C, f32), "previous": (T, C, f32),
             "cos": (T, rot, f32), "sin": (T, rot, f32), "normed": (T, C, dtype), "projected": (T, C, dtype),
-            "qkv": (T, (H + 2 * Hkv) * D, dtype), "q": (T, H * D, dtype), "attended": (T, H * D, dtype),
+            "qkv": (T, (H + 2 * Hkv) * D, dtype), "q": (T, H * D, f32 if self.kernels.float_queries else dtype), "attended": (T, H * D, dtype),
             "gate": (T, Hkv, dtype), "value": (T, Hkv * D, dtype), "up": (T, F * (2 if spec.activation == "swiglu" else 1), dtype),
             "hidden": (T, F, dtype), "last": (R, C, f32), "last_normed": (R, C, dtype),
             "logits": (R, spec.vocab_size, f32),
@@ -1449,7 +1512,7 @@ class Transformer:
         spec, k, w = self.spec, self.kernels, self.weights
         b = self._cut(len(batch.token_ids), R := len(batch.logit_rows))
         with torch.inference_mode():
-            spans = k.plan_attention(batch, [spec.window(l) for l in range(spec.layers)], self.dtype)
+            spans = k.plan_attention(batch, [spec.window(l) for l in range(spec.layers)], spec.heads, self.cache[0])
             k.gather_rows(self.rope_cos, batch.positions, out=b.cos)                        # (T, rot)
             k.gather_rows(self.rope_sin, batch.positions, out=b.sin)
             k.embed(w["embed"], batch.token_ids, out=b.x)                                   # (T, C)
@@ -2845,9 +2908,9 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
         raise ConfigError(f"torch {torch.__version__} cannot use the CUDA device (a build without CUDA, or a driver that is too "
                           "old); install a matching torch, or use --device-type cpu")
     device = torch.device(config.device_type, config.gpu if config.device_type == "cuda" else None)
-    kernels = load_kernels(device)
     dtype = getattr(torch, settings.dtype) if settings.dtype else fastest_dtype(device)
     model = open_model(config.source, settings, dtype, device, lambda *at: channel.send("loading", *at))
+    kernels = load_kernels(device, model.spec)
     context_length = min(settings.context_length or model.context_length, model.context_length)
     num_pages = kv_pages(model.spec, settings, device, dtype, context_length)
     transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device, dtype=dtype,

@@ -16,10 +16,13 @@ def load(path):
     return chat_server.open_model(source, settings, torch.float32, torch.device("cpu"))
 
 
-def make_engine(path, *, num_pages=600, max_batch=32, prefill_chunk=256, context_length=None):
-    """A float32 engine over the model at `path` (the weights are read once per test session)."""
+def make_engine(path, *, num_pages=600, max_batch=32, prefill_chunk=256, context_length=None, reference=False):
+    """A float32 engine over the model at `path` (the weights are read once per test session).
+
+    It runs the ops that a server would choose: decode_core's where it is built, unless `reference`.
+    """
     model = load(path)
-    device, kernels = torch.device("cpu"), chat_server.load_kernels("cpu")
+    device, kernels = torch.device("cpu"), chat_server.load_kernels("cpu", None if reference else model.spec)
     transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=num_pages, device=device,
                               dtype=torch.float32, max_tokens=prefill_chunk + max_batch)
     return Engine(transformer, chat_server.open_tokenizer(model.text), kernels, num_pages=num_pages, max_batch=max_batch,

@@ -26,6 +26,11 @@ def smollm(default_model_path):
     return make_engine(default_model_path)
 
 
+@pytest.fixture(params=[False, True], ids=["chosen ops", "reference ops"])
+def reference(request):
+    return request.param
+
+
 @pytest.fixture
 def gen5(nanochat_fixtures):
     return make_engine(nanochat_fixtures / "gen5", num_pages=200)
@@ -36,7 +41,8 @@ def same(one, other, name, other_name=None):
     assert_same_tokens_or_near_tie(one.traced(name), other.traced(other_name), MARGIN)
 
 
-def test_the_default_model_knows_the_capital_of_japan_and_stops(smollm):
+def test_the_default_model_knows_the_capital_of_japan_and_stops(default_model_path, reference):
+    smollm = make_engine(default_model_path, num_pages=20, reference=reference)
     result = run(smollm, [chat_work(smollm, "a", "What is the capital of Japan?")])
     assert result.text["a"] == "The capital of Japan is Tokyo."
     assert result.end["a"].reason == "stop" and result.end["a"].stop_reason == "eos"
@@ -110,9 +116,9 @@ def test_a_7000_token_prompt_never_holds_up_8_streaming_answers(smollm):
     assert prefilling.count(8) > 20
 
 
-def test_out_of_pages_answers_are_preempted_and_still_the_same(nanochat_fixtures):
-    roomy = make_engine(nanochat_fixtures / "gen5", num_pages=200)
-    tight = make_engine(nanochat_fixtures / "gen5", num_pages=14)
+def test_out_of_pages_answers_are_preempted_and_still_the_same(nanochat_fixtures, reference):
+    roomy = make_engine(nanochat_fixtures / "gen5", num_pages=200, reference=reference)
+    tight = make_engine(nanochat_fixtures / "gen5", num_pages=14, reference=reference)
     works = [Work(f"w{i}", tuple(range(40 * i % 200 + 1, 40 * i % 200 + 21)), SamplingParams(temperature=0.9, seed=i), 60,
                   ignore_eos=True) for i in range(5)]
     expected, got = run(roomy, works), run(tight, works)
@@ -123,8 +129,8 @@ def test_out_of_pages_answers_are_preempted_and_still_the_same(nanochat_fixtures
 
 
 @pytest.mark.parametrize("generation", ["gen1", "gen2", "gen3", "gen4", "gen5"])
-def test_every_nanochat_generation_answers_as_upstream_does_alone_and_together(nanochat_fixtures, generation):
-    engine = make_engine(nanochat_fixtures / generation, num_pages=200)
+def test_every_nanochat_generation_answers_as_upstream_does_alone_and_together(nanochat_fixtures, generation, reference):
+    engine = make_engine(nanochat_fixtures / generation, num_pages=200, reference=reference)
     cases = json.loads((nanochat_fixtures / generation / "oracle.json").read_text())["cases"]
     works = [Work(f"c{i}", tuple(case["prompt_ids"]), SamplingParams(temperature=0.0), len(case["greedy"]), ignore_eos=True)
              for i, case in enumerate(cases)]
@@ -237,3 +243,20 @@ def test_weights_are_held_once(default_model_path):
     model = load(default_model_path)
     assert model.tensors["head"].data_ptr() == model.tensors["embed"].data_ptr()
     assert isinstance(make_engine(default_model_path, num_pages=8), Engine)
+
+
+def test_the_chosen_sampler_draws_what_the_reference_draws(gen5):
+    params = [dict(temperature=0.0), dict(temperature=0.9, top_k=0), dict(temperature=1.5, top_p=0.8, min_p=0.02),
+              dict(presence_penalty=1.0, frequency_penalty=0.5, repetition_penalty=1.2, logit_bias=((7, 5.0), (9, -100.0)))]
+    works = [Work(f"w{i}", tuple(range(30 + i, 60)), SamplingParams(seed=i, **given), 40, ignore_eos=True)
+             for i, given in enumerate(params)]
+    traced = run(gen5, works)           # draws with the reference
+    gen5.pool.forget_cached()
+    for work in works:
+        gen5.add(work)
+    tokens = {work.id: [] for work in works}
+    with torch.inference_mode():
+        while gen5.busy:
+            for update in gen5.step():
+                tokens[update.id] += update.tokens
+    assert tokens == traced.tokens

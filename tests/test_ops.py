@@ -190,7 +190,7 @@ def test_paged_attention_is_attention_over_each_rows_own_pages(sequences, window
             for table, length in zip(batch.tables, batch.lengths) for p in range(length)}
     cache[[slot for slot in range(40 * PAGE_SIZE) if slot not in used]] = 1e4       # others' keys must not leak in
     out = torch.full((len(q), 48), math.nan)
-    spans = KERNELS.plan_attention(batch, [window, 0], torch.float32)
+    spans = KERNELS.plan_attention(batch, [window, 0], 6, cache)
     scratch = torch.full((4 * 3 * 90,), math.nan)       # four queries at once of the longest
     KERNELS.paged_attention(q, cache, spans[window], 0.3, scratch, out=out)
     close(out, expected)
@@ -198,7 +198,7 @@ def test_paged_attention_is_attention_over_each_rows_own_pages(sequences, window
 
 def test_a_window_reads_only_the_pages_it_reaches_into():
     batch = paged_batch(np.random.default_rng(0), [(1, 1600), (1, 1600), (20, 800)], 300, scattered=True)
-    spans = KERNELS.plan_attention(batch, [64], torch.float32)[64]
+    spans = KERNELS.plan_attention(batch, [64], 1, torch.empty(0))[64]
     assert [span.size for span in spans] == [64, 96]        # 800 - 20 + 1 - 64 = 717, in the page that begins at 704
 
 
