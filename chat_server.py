@@ -1187,9 +1187,15 @@ def decode_core() -> Any:
         return None
     try:
         return importlib.import_module("decode_core")
-    except ImportError as error:
-        log.info("decode_core is not installed, so the slower reference ops run; `pip install .` builds it (%s)", error)
+    except ImportError:
         return None
+
+
+def kernels_line() -> str:
+    """For the start-up log and --version: which compiled core runs, or how to get one."""
+    if core := decode_core():
+        return f"decode_core runs with {core.info()['isa']} instructions"
+    return "decode_core is not installed, so slower reference ops run; `pip install .` in the checkout builds it"
 
 
 def core_kernels(core: Any, spec) -> dict[str, Callable]:
@@ -2960,7 +2966,7 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig, dty
     if device.type == "cuda":
         place += f" ({torch.cuda.get_device_name(device)})"
     kernels = engine.kernels.describe()
-    lines = (f"Model {model.name}: {model.description}",
+    lines = (f"Model {model.name}: {model.description}", kernels_line(),
              f"Running on {place}, {str(dtype).removeprefix('torch.')}; kernels: "
              + ", ".join(sorted(set(kernels.values()))),
              f"KV cache: {pages:,} pages of {PAGE_SIZE} tokens = {pages * PAGE_SIZE:,} tokens "
@@ -4383,6 +4389,14 @@ class CommandLine(argparse.ArgumentParser):
         raise ConfigError(f"{message} (--help lists the flags)")
 
 
+class ShowVersion(argparse.Action):
+    """--version; asks for the compiled core only when it is given."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
+        print(f"chat_server {__version__}; {kernels_line()}")
+        parser.exit()
+
+
 def environment_value(option: Option, environment: Mapping[str, str]) -> Any:
     """The value of a flag that was not given: its environment variable's when that is set, else the table's."""
     variable = f"CHAT_SERVER_{option_field(option).upper()}"
@@ -4420,7 +4434,7 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
     parser = CommandLine(prog=f"chat_server.py {command}", description=USAGE, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", nargs="?", default=environment.get("CHAT_SERVER_MODEL") or None)
-    parser.add_argument("--version", action="version", version=f"chat_server {__version__}")
+    parser.add_argument("--version", action=ShowVersion, nargs=0, help="print the version and which kernels run")
     options = {option_field(option): option for option in OPTIONS if command in option.commands.split()}
     for option in options.values():
         add_option(parser, option)
