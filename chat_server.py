@@ -164,19 +164,22 @@ OPTIONS = (
     Option("source", "i", None, str, "nanochat checkpoint folder", choices=("sft", "rl", "mid", "base")),
     Option("model-tag", "g", None, str, "nanochat model tag, such as d20 (default: the largest)"),
     Option("step", "s", None, number(int, 0), "nanochat checkpoint step (default: the last)"),
-    Option("softcap", None, None, number(float, 0.1, 1000), "override a nanochat model's logit softcap (15; 20 for one week of generation 3)"),
+    Option("softcap", None, None, number(float, 0.1, 1000),
+           "override a nanochat model's logit softcap (15; 20 for one week of generation 3)"),
     Option("temperature", "t", None, number(float, 0, 2), "default temperature, 0 = greedy (0.8; chat: 0.6)"),
     Option("top-k", "k", 50, number(int, 0), "default top-k, 0 = whole vocabulary"),
     Option("top-p", None, 1.0, number(float, 0, 1), "default top-p, 1 = off"),
     Option("min-p", None, 0.0, number(float, 0, 1), "default min-p, 0 = off"),
-    Option("max-tokens max-new-tokens", "m", None, number(int, 1), "default answer length in tokens (512; /v1: up to the context)"),
+    Option("max-tokens max-new-tokens", "m", None, number(int, 1),
+           "default answer length in tokens (512; /v1: up to the context)"),
     Option("seed", None, None, number(int, 0, 2**64 - 1), "fixed seed (default: random per answer)", "chat generate"),
     Option("prompt", "p", None, str, "one prompt, one answer; `-` reads stdin", "chat generate"),
     Option("system", None, None, str, "system message", "chat generate"),
     Option("url", None, None, str, "talk to a running server instead of loading a model", "chat generate"),
     Option("port", "p", 8000, number(int, 0, 65535), "port to listen on, 0 = any free one", "serve"),
     Option("host", None, "0.0.0.0", str, "address to listen on", "serve"),
-    Option("dtype", "d", None, str, "weights and KV cache (default: bfloat16 on CUDA, the faster on CPU)", choices=("bfloat16", "float32")),
+    Option("dtype", "d", None, str, "weights and KV cache (default: bfloat16 on CUDA, the faster on CPU)",
+           choices=("bfloat16", "float32")),
     Option("device-type", None, "auto", str, "where the model runs", choices=("auto", "cuda", "cpu", "mps")),
     Option("gpu-memory-utilization", None, 0.90, number(float, 0.05, 1.0), "share of device memory for weights and KV pages"),
     Option("kv-cache-memory", None, None, parse_bytes, "bytes for KV pages per replica (suffixes K, M, G)"),
@@ -1491,9 +1494,9 @@ class Transformer:
         sizes = {
             "x": (T, C, f32), "x0": (T, C, f32), "middle": (T, C, f32), "previous": (T, C, f32),
             "cos": (T, rot, f32), "sin": (T, rot, f32), "normed": (T, C, dtype), "projected": (T, C, dtype),
-            "qkv": (T, (H + 2 * Hkv) * D, dtype), "q": (T, H * D, f32 if self.kernels.float_queries else dtype), "attended": (T, H * D, dtype),
-            "gate": (T, Hkv, dtype), "value": (T, Hkv * D, dtype), "up": (T, F * (2 if spec.activation == "swiglu" else 1), dtype),
-            "hidden": (T, F, dtype), "last": (R, C, f32), "last_normed": (R, C, dtype),
+            "qkv": (T, (H + 2 * Hkv) * D, dtype), "q": (T, H * D, f32 if self.kernels.float_queries else dtype),
+            "attended": (T, H * D, dtype), "gate": (T, Hkv, dtype), "value": (T, Hkv * D, dtype),
+            "up": (T, F * (2 if spec.activation == "swiglu" else 1), dtype), "hidden": (T, F, dtype), "last": (R, C, f32), "last_normed": (R, C, dtype),
             "logits": (R, spec.vocab_size, f32),
         }
         return {name: torch.empty(rows, columns, dtype=kind, device=self.device)
@@ -4434,7 +4437,8 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
     parser = CommandLine(prog=f"chat_server.py {command}", description=USAGE, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", nargs="?", default=environment.get("CHAT_SERVER_MODEL") or None)
-    parser.add_argument("--version", action=ShowVersion, nargs=0, help="print the version and which kernels run")
+    parser.add_argument("--version", action=ShowVersion, nargs=0, default=argparse.SUPPRESS, dest=argparse.SUPPRESS,
+                        help="print the version and which kernels run")
     options = {option_field(option): option for option in OPTIONS if command in option.commands.split()}
     for option in options.values():
         add_option(parser, option)

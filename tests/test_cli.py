@@ -64,7 +64,7 @@ def test_a_config_error_is_one_line_and_status_2_and_the_version_is_printed():
     run = subprocess.run([sys.executable, chat_server.__file__, "chat", "--top-k", "x"], capture_output=True, text=True, timeout=60)
     assert run.returncode == 2 and run.stdout == "" and re.fullmatch(r"chat_server: [^\n]*--top-k[^\n]*\n", run.stderr)
     run = subprocess.run([sys.executable, chat_server.__file__, "--version"], capture_output=True, text=True, timeout=60)
-    assert (run.returncode, run.stdout) == (0, f"chat_server {chat_server.__version__}\n")
+    assert (run.returncode, run.stdout) == (0, f"chat_server {chat_server.__version__}; {chat_server.kernels_line()}\n")
 
 
 def test_the_help_of_each_command_lists_its_flags(capsys):
