@@ -1,0 +1,126 @@
+// Python's door to the ops: pybind11 only. Pointers and streams come as integers, checked by csrc/decode_core/*.py; what is
+// quicker to check here is checked here (checks.h). Every op releases the GIL.
+#include <pybind11/pybind11.h>
+
+#include "checks.h"
+#include "cpu/cpu.h"
+#include "cpu/pool.h"
+#include "ops.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Gil = py::gil_scoped_release;
+
+void bind_runtime(py::module_& m) {
+    m.def("isa", [] { return dc::name_of(dc::chosen_isa()); });
+    m.def("set_isa", [](const std::string& name) { dc::set_isa(name.c_str()); }, py::arg("isa"));
+    m.def("offered_isas", [] {
+        py::list names;
+        for (dc::Isa isa : {dc::Isa::avx512, dc::Isa::avx2, dc::Isa::portable})
+            if (dc::offers(isa)) names.append(dc::name_of(isa));
+        return names;
+    });
+    m.def("cpu_has", [](const std::string& feature) { return dc::cpu_has(feature.c_str()); }, py::arg("feature"));
+    m.def("set_threads", &dc::set_threads, py::arg("threads"), py::call_guard<Gil>());
+    m.def("get_threads", &dc::get_threads);
+    m.def("sleeping_threads", &dc::sleeping_threads);
+}
+
+// --- sample (helper E) -----------------------------------------------------------------------------------------------
+
+void bind_sample(py::module_&) {}
+
+// --- rope_append, paged_attention (helper F) -------------------------------------------------------------------------
+
+std::vector<int64_t> integers(const py::handle& list, const char* complaint) {
+    if (!PyList_Check(list.ptr())) throw std::invalid_argument(complaint);
+    std::vector<int64_t> values(size_t(PyList_GET_SIZE(list.ptr())));
+    for (size_t i = 0; i < values.size(); i++) {
+        values[i] = PyLong_AsLongLong(PyList_GET_ITEM(list.ptr(), Py_ssize_t(i)));
+        if (values[i] == -1 && PyErr_Occurred()) PyErr_Clear(), throw std::invalid_argument(complaint);
+    }
+    return values;
+}
+
+dc::AttentionPlan plan_attention(const py::list& tables, const py::list& lengths, const py::list& starts, int heads,
+                                 int kv_heads, int64_t num_pages) {
+    std::vector<int32_t> pages;
+    std::vector<int64_t> offsets{0};
+    for (const py::handle& table : tables) {
+        for (int64_t page : integers(table, "tables: lists of page numbers")) {
+            dc::require(page >= 0 && page < num_pages && page <= INT32_MAX, "tables: each page must lie in the cache");
+            pages.push_back(int32_t(page));
+        }
+        offsets.push_back(int64_t(pages.size()));
+    }
+    return {std::move(pages), std::move(offsets), integers(lengths, "lengths: a list of integers"),
+            integers(starts, "starts: a list of integers"), heads, kv_heads, num_pages};
+}
+
+template <class T>
+T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+void paged_attention(dc::AttentionPlan& plan, int window, uintptr_t q, uintptr_t cache, int cache_type, uintptr_t out,
+                     int out_type, int head_size) {
+    const dc::AttentionJob job{at<const float>(q), at<const void>(cache), dc::Element(cache_type), at<void>(out),
+                               dc::Element(out_type), plan.heads, plan.kv_heads, head_size, window};
+    const dc::AttentionPlan::Work& work = plan.work(window);
+    Gil released;
+    dc::paged_attention(job, work);
+}
+
+// Sizes and flags first, then the addresses, as attention.py packs them.
+void rope_append(int64_t rows, int64_t row_stride, int qkv_type, int heads, int kv_heads, int head_size, int half_rotated,
+                 bool interleaved, float direction, int norm, float epsilon, float post_scale, float q_scale,
+                 float gate_scale, int64_t value_stride, int64_t gate_stride, int cache_type, int64_t max_positions,
+                 int64_t num_pages, uintptr_t qkv, uintptr_t positions, uintptr_t slots, uintptr_t cos, uintptr_t sin,
+                 uintptr_t q_norm, uintptr_t k_norm, uintptr_t value_embed, uintptr_t gate, uintptr_t q_out,
+                 uintptr_t cache) {
+    dc::RopeJob job{};
+    job.rows = rows, job.row_stride = row_stride, job.qkv_type = dc::Element(qkv_type);
+    job.heads = heads, job.kv_heads = kv_heads, job.head_size = head_size;
+    job.half_rotated = half_rotated, job.interleaved = interleaved, job.direction = direction;
+    job.norm = dc::QkNorm(norm), job.epsilon = epsilon, job.post_scale = post_scale, job.q_scale = q_scale;
+    job.gate_scale = gate_scale, job.value_stride = value_stride, job.gate_stride = gate_stride;
+    job.cache_type = dc::Element(cache_type);
+    job.qkv = at<const void>(qkv), job.positions = at<const int64_t>(positions), job.slots = at<const int64_t>(slots);
+    job.cos = at<const float>(cos), job.sin = at<const float>(sin);
+    job.q_norm = at<const float>(q_norm), job.k_norm = at<const float>(k_norm);
+    job.value_embed = at<const void>(value_embed), job.gate = at<const void>(gate);
+    job.q_out = at<float>(q_out), job.cache = at<void>(cache);
+    Gil released;
+    dc::rope_append(job, max_positions, num_pages);
+}
+
+void bind_attention(py::module_& m) {
+    py::class_<dc::AttentionPlan>(m, "AttentionPlan")
+        .def_property_readonly("rows", &dc::AttentionPlan::rows)
+        .def_readonly("heads", &dc::AttentionPlan::heads)
+        .def_readonly("kv_heads", &dc::AttentionPlan::kv_heads)
+        .def_readonly("num_pages", &dc::AttentionPlan::num_pages);
+    m.def("plan_attention", &plan_attention);
+    m.def("paged_attention", &paged_attention);
+    m.def("rope_append", &rope_append);
+}
+
+}  // namespace
+
+#if defined(DECODE_CORE_CUDA)
+void bind_cuda(py::module_& m);         // csrc/cuda/bindings.cpp (helper G)
+#endif
+
+PYBIND11_MODULE(_core, m) {
+    m.doc() = "decode_core's compiled half; use decode_core, which checks what it passes here";
+    dc::set_isa_from_environment();
+    bind_runtime(m);
+    bind_sample(m);
+    bind_attention(m);
+#if defined(DECODE_CORE_CUDA)
+    m.attr("cuda_compiled") = true;
+    bind_cuda(m);
+#else
+    m.attr("cuda_compiled") = false;
+#endif
+}

@@ -1,0 +1,130 @@
+// What surrounds the kernels of rope_append and paged_attention: dividing the work, sharing it out, checking indices.
+#include "cpu/attention_plan.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+
+#include "checks.h"
+#include "cpu/pool.h"
+#include "ops.h"
+
+namespace dc {
+namespace {
+
+const AttentionKernels& kernels() { return DC_CHOSEN(attention_kernels); }
+
+constexpr int64_t ROWS_AT_ONCE = 32;            // of rope_append: two pages, so that few cache lines of K have two writers
+constexpr int64_t ROWS_WORTH_SHARING = 8;       // one row takes 0.1 us, waking a spinning helper about as much
+
+}  // namespace
+
+void rope_append(const RopeJob& job, int64_t max_positions, int64_t num_pages) {
+    bool good_slots = true, good_positions = true;
+    for (int64_t row = 0; row < job.rows; row++) {
+        const bool padding = job.slots[row] == -1;
+        good_slots &= padding || (job.slots[row] >= 0 && job.slots[row] < num_pages * PAGE_SIZE);
+        good_positions &= padding || (job.positions[row] >= 0 && job.positions[row] < max_positions);
+    }
+    require(good_slots, "slots: each must be -1 or lie in the cache");
+    require(good_positions, "positions: each must lie in the tables cos and sin");
+    const AttentionKernels& use = kernels();
+    if (job.rows < ROWS_WORTH_SHARING) return use.rope_rows(job, 0, job.rows);
+    const int64_t step = std::min(ROWS_AT_ONCE, (job.rows + 1) / 2);
+    parallel_for((job.rows + step - 1) / step, [&](int64_t i) {
+        use.rope_rows(job, i * step, std::min((i + 1) * step, job.rows));
+    });
+}
+
+// ---- plan
+
+AttentionPlan::AttentionPlan(std::vector<int32_t> pages_, std::vector<int64_t> offsets_, std::vector<int64_t> lengths_,
+                             std::vector<int64_t> starts_, int heads_, int kv_heads_, int64_t num_pages_)
+    : heads(heads_), kv_heads(kv_heads_), num_pages(num_pages_), pages(std::move(pages_)), offsets(std::move(offsets_)),
+      lengths(std::move(lengths_)), starts(std::move(starts_)) {
+    const size_t count = lengths.size();
+    require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0 && heads / kv_heads <= MAX_GROUP,
+            "heads: a multiple of kv_heads, at most 16 for each");
+    require(starts.size() == count + 1 && starts[0] == 0, "starts: one more than lengths, beginning at 0");
+    require(offsets.size() == count + 1, "tables: as many as lengths");
+    for (size_t i = 0; i < count; i++) {
+        const int64_t rows = starts[i + 1] - starts[i];
+        require(rows >= 0, "starts: must not fall");
+        require(lengths[i] == 0 || lengths[i] >= rows, "lengths: a sequence is 0 (padding) or at least as long as its new rows");
+        require(lengths[i] <= (offsets[i + 1] - offsets[i]) * PAGE_SIZE, "tables: too few pages for the length");
+        require(lengths[i] <= INT32_MAX - 2 * CHUNK_SIZE, "lengths: too long");
+    }
+    require(starts.back() <= INT32_MAX, "starts: too many rows");
+    bool good = true;
+    for (int32_t page : pages) good &= page >= 0 && page < num_pages;
+    require(good, "tables: each page must lie in the cache");
+}
+
+const AttentionPlan::Work& AttentionPlan::work(int window) {
+    auto found = by_window.find(window);
+    if (found == by_window.end()) found = by_window.emplace(window, divide(window)).first;
+    return found->second;
+}
+
+AttentionPlan::Work AttentionPlan::divide(int window) const {
+    const int64_t rows_at_once = std::max(1, WANTED_QUERIES / (heads / kv_heads));
+    Work work;
+    for (size_t i = 0; i < lengths.size(); i++) {
+        const int64_t end = starts[i + 1], first_position = lengths[i] - (end - starts[i]);
+        // One group of rows alone (decoding) is divided by chunks; many groups are work enough for all threads.
+        const bool divided = end - starts[i] <= rows_at_once;
+        for (int64_t row = starts[i]; row < end; row += rows_at_once) {
+            AttentionItem item{};
+            item.pages = pages.data() + offsets[i];
+            item.row = int32_t(row);
+            item.rows = int32_t(std::min(rows_at_once, end - row));
+            item.merge = -1;
+            if (lengths[i] > 0) {
+                item.position = int32_t(first_position + row - starts[i]);
+                item.chunk_begin = window > 0 ? std::max(0, item.position + 1 - window) / CHUNK_SIZE : 0;
+                item.chunk_end = (item.position + item.rows - 1) / CHUNK_SIZE + 1;
+            }
+            const int chunks = item.chunk_end - item.chunk_begin, queries = item.rows * (heads / kv_heads);
+            for (item.kv_head = 0; item.kv_head < kv_heads; item.kv_head++) {
+                if (!divided || chunks <= 1) {
+                    work.items.push_back(item);
+                    continue;
+                }
+                AttentionItem part = item;
+                part.merge = work.merges++;
+                part.merge_begin = work.states;
+                part.merge_count = chunks;
+                for (int c = 0; c < chunks; c++) {
+                    part.chunk_begin = item.chunk_begin + c;
+                    part.chunk_end = part.chunk_begin + 1;
+                    part.state = work.states;
+                    work.states += queries;
+                    work.items.push_back(part);
+                }
+            }
+        }
+    }
+    return work;
+}
+
+// ---- run
+
+void paged_attention(const AttentionJob& job, const AttentionPlan::Work& work) {
+    const AttentionKernels& use = kernels();
+    const int64_t query_floats = state_floats(1, job.head_size);
+    const size_t counter_bytes = (work.merges * sizeof(std::atomic<int>) + 63) / 64 * 64;
+    char* memory = static_cast<char*>(scratch(counter_bytes + work.states * query_floats * sizeof(float)));
+    auto* unfinished = reinterpret_cast<std::atomic<int>*>(memory);
+    float* states = reinterpret_cast<float*>(memory + counter_bytes);
+    for (const AttentionItem& item : work.items)
+        if (item.merge >= 0) new (&unfinished[item.merge]) std::atomic<int>(item.merge_count);
+    parallel_for(int64_t(work.items.size()), [&](int64_t i) {
+        const AttentionItem& item = work.items[i];
+        if (item.merge < 0) return use.attend(job, item, nullptr);
+        use.attend(job, item, states + item.state * query_floats);
+        if (unfinished[item.merge].fetch_sub(1, std::memory_order_acq_rel) == 1)
+            use.merge(job, item, states + item.merge_begin * query_floats, item.merge_count);
+    });
+}
+
+}  // namespace dc
