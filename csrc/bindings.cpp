@@ -32,7 +32,7 @@ void bind_runtime(py::module_& m) {
 
 void bind_sample(py::module_&) {}
 
-// --- rope_append, paged_attention (helper F) -------------------------------------------------------------------------
+// --- rope_append, paged_attention -------------------------------------------------------------------------
 
 std::vector<int64_t> integers(const py::handle& list, const char* complaint) {
     if (!PyList_Check(list.ptr())) throw std::invalid_argument(complaint);
@@ -103,6 +103,8 @@ void bind_attention(py::module_& m) {
     m.def("plan_attention", &plan_attention);
     m.def("paged_attention", &paged_attention);
     m.def("rope_append", &rope_append);
+    m.def("read_memory", [](uintptr_t memory, int64_t bytes) { return dc::read_memory(at<const void>(memory), bytes); },
+          py::call_guard<Gil>());
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "contract.h"
+#include "cpu/attention_plan.h"
 #include "cpu/cpu.h"
 
 namespace dc {
@@ -36,5 +37,15 @@ size_t sample_scratch_bytes(int64_t vocab);
 DC_EACH_ISA(void sample_row(const SampleArgs& args, int64_t row))
 
 // --- rope_append, paged_attention ------------------------------------------------------------------------------------
+
+// Norm, rotation, value embedding and scale of each row's q, k and v; k and v go into the pages (cpu/attention.h says how
+// a page lies in memory). Throws std::invalid_argument, before it writes, for a slot or position out of bounds.
+void rope_append(const RopeJob& job, int64_t max_positions, int64_t num_pages);
+
+// softmax(q K^T) V of each row over its own pages, decode rows and prompt chunks alike; a row's bits depend on nothing else.
+void paged_attention(const AttentionJob& job, const AttentionPlan::Work& work);
+
+// The sum of the memory's 64-bit words, on all threads: attention's reads without its arithmetic, for benches.
+uint64_t read_memory(const void* memory, int64_t bytes);
 
 }  // namespace dc

@@ -127,4 +127,18 @@ void paged_attention(const AttentionJob& job, const AttentionPlan::Work& work) {
     });
 }
 
+// Reads memory as attention does, an item of 64 KB after another, and does nothing with it: what a bench compares with.
+uint64_t read_memory(const void* memory, int64_t bytes) {
+    constexpr int64_t item_bytes = 65536, lines = 8;
+    std::atomic<uint64_t> total{0};
+    parallel_for(bytes / item_bytes, [&](int64_t i) {
+        const uint64_t* from = static_cast<const uint64_t*>(memory) + i * item_bytes / 8;
+        uint64_t sums[lines] = {};
+        for (int64_t j = 0; j < item_bytes / 8; j += lines)
+            for (int k = 0; k < lines; k++) sums[k] += from[j + k];
+        total.fetch_add(sums[0] + sums[1] + sums[2] + sums[3] + sums[4] + sums[5] + sums[6] + sums[7]);
+    });
+    return total.load();
+}
+
 }  // namespace dc

@@ -7,11 +7,11 @@
 
 #include <cstdint>
 
+#include "contract.h"
 #include "cpu/cpu.h"
 
 namespace dc {
 
-constexpr int PAGE_SIZE = 16;
 constexpr int CHUNK_SIZE = 256;             // positions whose softmax is one state; merged in the order of positions
 constexpr int CHUNK_PAGES = CHUNK_SIZE / PAGE_SIZE;
 constexpr int MAX_HEAD_SIZE = 256;
