@@ -15,6 +15,7 @@ namespace {
 const AttentionKernels& kernels() { return DC_CHOSEN(attention_kernels); }
 
 constexpr int64_t ROWS_AT_ONCE = 32;            // of rope_append: two pages, so that few cache lines of K have two writers
+constexpr int64_t RUNS_PER_THREAD = 4, LONGEST_RUN = 8;     // of paged_attention's items
 constexpr int64_t ROWS_WORTH_SHARING = 8;       // one row takes 0.1 us, waking a spinning helper about as much
 
 }  // namespace
@@ -118,12 +119,21 @@ void paged_attention(const AttentionJob& job, const AttentionPlan::Work& work) {
     float* states = reinterpret_cast<float*>(memory + counter_bytes);
     for (const AttentionItem& item : work.items)
         if (item.merge >= 0) new (&unfinished[item.merge]) std::atomic<int>(item.merge_count);
-    parallel_for(int64_t(work.items.size()), [&](int64_t i) {
-        const AttentionItem& item = work.items[i];
-        if (item.merge < 0) return use.attend(job, item, nullptr);
-        use.attend(job, item, states + item.state * query_floats);
-        if (unfinished[item.merge].fetch_sub(1, std::memory_order_acq_rel) == 1)
-            use.merge(job, item, states + item.merge_begin * query_floats, item.merge_count);
+    // Runs of items, so that a thread knows what it reads next; short enough that the threads end together.
+    const int64_t count = int64_t(work.items.size());
+    const int64_t run = std::clamp<int64_t>(count / (RUNS_PER_THREAD * get_threads()), 1, LONGEST_RUN);
+    parallel_for((count + run - 1) / run, [&](int64_t i) {
+        for (int64_t j = i * run; j < std::min((i + 1) * run, count); j++) {
+            const AttentionItem& item = work.items[j];
+            const AttentionItem* following = j + 1 < count ? &item + 1 : nullptr;
+            if (item.merge < 0) {
+                use.attend(job, item, following, nullptr);
+                continue;
+            }
+            use.attend(job, item, following, states + item.state * query_floats);
+            if (unfinished[item.merge].fetch_sub(1, std::memory_order_acq_rel) == 1)
+                use.merge(job, item, states + item.merge_begin * query_floats, item.merge_count);
+        }
     });
 }
 

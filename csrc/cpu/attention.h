@@ -81,8 +81,8 @@ static inline int64_t state_floats(int queries, int head_size) { return int64_t(
 
 struct AttentionKernels {
     void (*rope_rows)(const RopeJob&, int64_t begin, int64_t end);
-    // state == nullptr: the item covers every chunk, write out
-    void (*attend)(const AttentionJob&, const AttentionItem&, float* state);
+    // state == nullptr: the item covers every chunk, write out. `following` (or null) is likely to be this thread's next.
+    void (*attend)(const AttentionJob&, const AttentionItem&, const AttentionItem* following, float* state);
     // merge `count` consecutive states, in order, and write out
     void (*merge)(const AttentionJob&, const AttentionItem&, const float* states, int count);
 };

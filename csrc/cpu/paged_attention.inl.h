@@ -21,27 +21,32 @@ constexpr float LOWEST = -3.402823466e38f;
 constexpr int least(int a, int b) { return a < b ? a : b; }
 constexpr int most(int a, int b) { return a > b ? a : b; }
 
+DC_INLINE void prefetch(const void* line) { __builtin_prefetch(line, 0, 2); }       // into L2
+
 // ---- scores: s[query][position] = sum over d of q[d][query] * K[d][position], one chain each
 
 template <class Stored, int Queries, int Pages>
-DC_INLINE void score_tile(const float* q, const Stored* const* k, int D, float* s) {
+DC_INLINE void score_tile(const float* q, const Stored* const* k, const Stored* const* ahead, int D, float* s) {
     Lanes sums[Queries][Pages];
 #pragma GCC unroll 16
     for (int i = 0; i < Queries; i++)
 #pragma GCC unroll 16
         for (int p = 0; p < Pages; p++) sums[i][p] = all(0.0f);
-    const Stored* block[Pages];
+    constexpr int rows_in_line = 64 / (PAGE_SIZE * sizeof(Stored));
+    for (int line = 0; line < D; line += rows_in_line) {
 #pragma GCC unroll 16
-    for (int p = 0; p < Pages; p++) block[p] = k[p];
-    for (int d = 0; d < D; d++) {
-        Lanes keys[Pages];
+        for (int p = 0; p < Pages; p++) prefetch(ahead[p] + line * PAGE_SIZE);
+#pragma GCC unroll 2
+        for (int d = line; d < line + rows_in_line; d++) {
+            Lanes keys[Pages];
 #pragma GCC unroll 16
-        for (int p = 0; p < Pages; p++) keys[p] = load(block[p] + d * PAGE_SIZE);
+            for (int p = 0; p < Pages; p++) keys[p] = load(k[p] + d * PAGE_SIZE);
 #pragma GCC unroll 16
-        for (int i = 0; i < Queries; i++) {
-            Lanes x = all(q[d * Queries + i]);
+            for (int i = 0; i < Queries; i++) {
+                Lanes x = all(q[d * Queries + i]);
 #pragma GCC unroll 16
-            for (int p = 0; p < Pages; p++) sums[i][p] = fma(x, keys[p], sums[i][p]);
+                for (int p = 0; p < Pages; p++) sums[i][p] = fma(x, keys[p], sums[i][p]);
+            }
         }
     }
 #pragma GCC unroll 16
@@ -55,17 +60,20 @@ constexpr int pages_in_registers(int queries) {
 }
 
 template <class Stored, int Queries>
-__attribute__((noinline)) void score_pages(const float* q, const Stored* const* k, int pages, int D, float* s) {
+__attribute__((noinline)) void score_pages(const float* q, const Stored* const* k, const Stored* const* ahead, int pages,
+                                           int D, float* s) {
     constexpr int together = pages_in_registers(Queries);
     int p = 0;
-    for (; p + together <= pages; p += together) score_tile<Stored, Queries, together>(q, k + p, D, s + p * PAGE_SIZE);
-    for (; p < pages; p++) score_tile<Stored, Queries, 1>(q, k + p, D, s + p * PAGE_SIZE);
+    for (; p + together <= pages; p += together)
+        score_tile<Stored, Queries, together>(q, k + p, ahead + p, D, s + p * PAGE_SIZE);
+    for (; p < pages; p++) score_tile<Stored, Queries, 1>(q, k + p, ahead + p, D, s + p * PAGE_SIZE);
 }
 
 // ---- values: acc[query][d] += sum over positions [begin, end) of p[query][position] * V[position][d], one chain each
 
 template <class Stored, int Queries, int Vectors>
-DC_INLINE void value_tile(const float* p, const Stored* const* v, int begin, int end, int D, int d, float* acc) {
+DC_INLINE void value_tile(const float* p, const Stored* const* v, const Stored* const* ahead, int begin, int end, int D,
+                          int d, float* acc) {
     Lanes sums[Queries][Vectors];
 #pragma GCC unroll 16
     for (int i = 0; i < Queries; i++)
@@ -74,7 +82,10 @@ DC_INLINE void value_tile(const float* p, const Stored* const* v, int begin, int
     while (begin < end) {
         const int page_end = least(end, (begin | (PAGE_SIZE - 1)) + 1);
         const Stored* row = v[begin / PAGE_SIZE] + (begin % PAGE_SIZE) * D + d;
-        for (; begin < page_end; begin++, row += D) {
+        const Stored* row_ahead = ahead[begin / PAGE_SIZE] + (begin % PAGE_SIZE) * D + d;
+        for (; begin < page_end; begin++, row += D, row_ahead += D) {
+#pragma GCC unroll 16
+            for (unsigned j = 0; j < 16 * Vectors; j += 64 / sizeof(Stored)) prefetch(row_ahead + j);
             Lanes values[Vectors];
 #pragma GCC unroll 16
             for (int j = 0; j < Vectors; j++) values[j] = load(row + 16 * j);
@@ -97,14 +108,15 @@ constexpr int vectors_in_registers(int queries) {
 }
 
 template <class Stored, int Queries>
-__attribute__((noinline)) void add_values(const float* p, const Stored* const* v, int begin, int end, int D, float* acc) {
+__attribute__((noinline)) void add_values(const float* p, const Stored* const* v, const Stored* const* ahead, int begin,
+                                          int end, int D, float* acc) {
     constexpr int together = vectors_in_registers(Queries);
     int d = 0;
     for (; d + 16 * together <= D; d += 16 * together)
-        value_tile<Stored, Queries, together>(p, v, begin, end, D, d, acc);
+        value_tile<Stored, Queries, together>(p, v, ahead, begin, end, D, d, acc);
     if constexpr (together > 4)
-        for (; d + 64 <= D; d += 64) value_tile<Stored, Queries, 4>(p, v, begin, end, D, d, acc);
-    for (; d < D; d += 16) value_tile<Stored, Queries, 1>(p, v, begin, end, D, d, acc);
+        for (; d + 64 <= D; d += 64) value_tile<Stored, Queries, 4>(p, v, ahead, begin, end, D, d, acc);
+    for (; d < D; d += 16) value_tile<Stored, Queries, 1>(p, v, ahead, begin, end, D, d, acc);
 }
 
 // ---- any number of queries as tiles of 12, 6, 4, 3, 2 or 1 that fit the registers: visit(tile, first query)
@@ -210,6 +222,7 @@ struct Attention {
     alignas(64) float acc[MAX_QUERIES * MAX_HEAD_SIZE];
     const Stored* k[CHUNK_PAGES];                           // [D][16]
     const Stored* v[CHUNK_PAGES];                           // [16][D]
+    const Stored* next[CHUNK_PAGES];                        // k of the chunk after this one, to be fetched meanwhile
 
     Attention(const AttentionJob& job, const AttentionItem& item) : job(job), item(item) {
         each_tile(queries, [&](auto t, int i) {
@@ -221,12 +234,19 @@ struct Attention {
         });
     }
 
-    void find_pages(int chunk, int first, int last) {
-        const Stored* cache = static_cast<const Stored*>(job.cache);
+    const Stored* block(const AttentionItem& of, int64_t page) const {
+        const int64_t number = of.pages[page] * int64_t(job.kv_heads) + of.kv_head;
+        return static_cast<const Stored*>(job.cache) + number * 2 * PAGE_SIZE * D;
+    }
+
+    void find_pages(int chunk, int first, int last, const AttentionItem* following) {
+        if (chunk + 1 < item.chunk_end) following = &item;
+        const int64_t next_page = int64_t(following == &item ? chunk + 1 : following ? following->chunk_begin : 0) * CHUNK_PAGES;
+        const int next_pages = following ? (following->position + following->rows - 1) / PAGE_SIZE + 1 - next_page : 0;
         for (int p = first / PAGE_SIZE; p * PAGE_SIZE < last; p++) {
-            const int64_t page = item.pages[chunk * CHUNK_PAGES + p];
-            k[p] = cache + (page * job.kv_heads + item.kv_head) * 2 * PAGE_SIZE * D;
+            k[p] = block(item, int64_t(chunk) * CHUNK_PAGES + p);
             v[p] = k[p] + PAGE_SIZE * D;
+            next[p] = p < next_pages ? block(*following, next_page + p) : v[p];
         }
     }
 
@@ -234,18 +254,18 @@ struct Attention {
         if (begin < end)
             each_tile(G, [&](auto t, int i) {
                 i += row * G;
-                add_values<Stored, t.queries>(s + i * CHUNK_SIZE, v, begin, end, D, acc + i * D);
+                add_values<Stored, t.queries>(s + i * CHUNK_SIZE, v, next, begin, end, D, acc + i * D);
             });
     }
 
     // The chunk's states are merged into m [queries], l [queries], total [queries][D].
-    void add_chunk(int chunk, float* m, float* l, float* total) {
+    void add_chunk(int chunk, const AttentionItem* following, float* m, float* l, float* total) {
         const Visible see(item, chunk, job.window);
         if (see.first >= see.last) return;
-        find_pages(chunk, see.first, see.last);
+        find_pages(chunk, see.first, see.last, following);
         const int first = see.first / PAGE_SIZE, pages = (see.last + PAGE_SIZE - 1) / PAGE_SIZE - first;
         each_tile(queries, [&](auto t, int i) {
-            score_pages<Stored, t.queries>(q + i * D, k + first, pages, D, s + i * CHUNK_SIZE + first * PAGE_SIZE);
+            score_pages<Stored, t.queries>(q + i * D, k + first, v + first, pages, D, s + i * CHUNK_SIZE + first * PAGE_SIZE);
         });
         float largest[MAX_QUERIES], sums[MAX_QUERIES];
         for (int i = 0; i < queries; i++) {
@@ -259,7 +279,7 @@ struct Attention {
         if (begin < end) {
             for (int r = 0; r < item.rows; r++) add_row_values(r, see.begin[r], begin);
             each_tile(queries, [&](auto t, int i) {
-                add_values<Stored, t.queries>(s + i * CHUNK_SIZE, v, begin, end, D, acc + i * D);
+                add_values<Stored, t.queries>(s + i * CHUNK_SIZE, v, next, begin, end, D, acc + i * D);
             });
             for (int r = 0; r < item.rows; r++) add_row_values(r, end, see.end[r]);
         } else {
@@ -271,21 +291,21 @@ struct Attention {
 };
 
 template <class Stored>
-void attend_to(const AttentionJob& job, const AttentionItem& item, float* state) {
+void attend_to(const AttentionJob& job, const AttentionItem& item, const AttentionItem* following, float* state) {
     Attention<Stored> work(job, item);
     alignas(64) float own[MAX_QUERIES * (2 + MAX_HEAD_SIZE)];
     float* m = state ? state : own;
     float* l = m + work.queries;
     float* total = l + work.queries;
     for (int i = 0; i < work.queries; i++) m[i] = LOWEST, l[i] = 0.0f;
-    for (int chunk = item.chunk_begin; chunk < item.chunk_end; chunk++) work.add_chunk(chunk, m, l, total);
+    for (int chunk = item.chunk_begin; chunk < item.chunk_end; chunk++) work.add_chunk(chunk, following, m, l, total);
     if (!state) write_out(job, item, l, total);
 }
 
-void attend(const AttentionJob& job, const AttentionItem& item, float* state) {
-    if (job.cache_type == Element::float32) attend_to<float>(job, item, state);
-    if (job.cache_type == Element::float16) attend_to<Half>(job, item, state);
-    if (job.cache_type == Element::bfloat16) attend_to<Bfloat>(job, item, state);
+void attend(const AttentionJob& job, const AttentionItem& item, const AttentionItem* following, float* state) {
+    if (job.cache_type == Element::float32) attend_to<float>(job, item, following, state);
+    if (job.cache_type == Element::float16) attend_to<Half>(job, item, following, state);
+    if (job.cache_type == Element::bfloat16) attend_to<Bfloat>(job, item, following, state);
 }
 
 void merge(const AttentionJob& job, const AttentionItem& item, const float* states, int count) {
