@@ -1,0 +1,207 @@
+// The scheduler of emulation.h, and the kernels compiled against it: one library with the entry points of launch.h.
+
+#include "emulation.h"
+
+#include <csetjmp>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include <ucontext.h>
+
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulation {
+namespace {
+
+constexpr size_t STACK_BYTES = 128 * 1024, SHARED_BYTES = 228 * 1024;
+constexpr int MAX_THREADS = 1024;
+
+enum State { READY, AT_BARRIER, AT_WARP, FINISHED };
+
+struct Fibre {
+    jmp_buf context;
+    ucontext_t start;
+    std::unique_ptr<char[]> stack;      // kept from launch to launch
+    State state = FINISHED;
+    const char *file = nullptr;         // the barrier it waits at
+    int line = 0;
+    unsigned generation = 0;            // warp operations done: the parity picks a row of Warp::values
+};
+
+struct Warp {
+    uint64_t values[2][32];             // a lane may be one operation ahead, never two
+};
+
+Fibre fibres[MAX_THREADS];
+Warp warps[MAX_THREADS / 32];
+jmp_buf scheduler;
+const std::function<void()> *kernel;
+alignas(128) char shared_memory[SHARED_BYTES];
+bool shared_overflow;
+Order order = ASCENDING;
+uint64_t random_state = 1;
+char message[256];
+
+uint64_t next_random() {                // xorshift64*
+    random_state ^= random_state >> 12;
+    random_state ^= random_state << 25;
+    random_state ^= random_state >> 27;
+    return random_state * 0x2545F4914F6CDD1Dull;
+}
+
+Fibre &current() { return fibres[threadIdx.x]; }
+
+void leave(State state, const char *file, int line) {
+    Fibre &self = current();
+    self.state = state;
+    self.file = file;
+    self.line = line;
+    if (_setjmp(self.context) == 0) _longjmp(scheduler, 1);
+}
+
+void live() {                           // a fibre's whole life: one kernel after another
+    for (;;) {
+        (*kernel)();
+        leave(FINISHED, nullptr, 0);
+    }
+}
+
+void resume(unsigned thread) {
+    Fibre &fibre = fibres[thread];
+    threadIdx.x = thread;
+    if (_setjmp(scheduler) != 0) return;
+    if (fibre.stack) _longjmp(fibre.context, 1);
+    fibre.stack.reset(new char[STACK_BYTES]);
+    getcontext(&fibre.start);
+    fibre.start.uc_stack.ss_sp = fibre.stack.get();
+    fibre.start.uc_stack.ss_size = STACK_BYTES;
+    makecontext(&fibre.start, live, 0);
+    setcontext(&fibre.start);
+}
+
+const char *fail(const char *what, const Fibre &a, const Fibre &b) {
+    std::snprintf(message, sizeof message, "block (%u, %u, %u): %s: %s:%d and %s:%d", blockIdx.x, blockIdx.y, blockIdx.z,
+                  what, a.file ? a.file : "left", a.line, b.file ? b.file : "left", b.line);
+    for (Fibre &fibre : fibres) {       // their stacks hold half a kernel
+        fibre.stack.reset();
+        fibre.state = FINISHED;
+    }
+    return message;
+}
+
+// Lets those go whose partners have all arrived; says what can never go on.
+const char *release(unsigned threads, bool &finished) {
+    unsigned waiting = 0, left = 0;
+    bool released = false;
+    for (unsigned first = 0; first < threads; first += 32) {
+        unsigned arrived = 0;
+        for (unsigned i = first; i < first + 32; i++) {
+            arrived += fibres[i].state == AT_WARP;
+            waiting += fibres[i].state == AT_BARRIER;
+            left += fibres[i].state == FINISHED;
+        }
+        if (arrived < 32) continue;
+        for (unsigned i = first; i < first + 32; i++) {
+            if (fibres[i].file != fibres[first].file || fibres[i].line != fibres[first].line)
+                return fail("lanes of a warp met at different operations", fibres[first], fibres[i]);
+            fibres[i].state = READY;
+        }
+        released = true;
+    }
+    finished = left == threads;
+    if (finished || released) return nullptr;
+    for (unsigned i = 0; i < threads; i++) {
+        if (fibres[i].state != fibres[0].state || fibres[i].line != fibres[0].line)
+            return fail("threads wait for ever", fibres[0], fibres[i]);
+    }
+    for (unsigned i = 0; i < threads; i++) fibres[i].state = READY;
+    return nullptr;
+}
+
+void arrange(std::vector<unsigned> &items) {
+    std::sort(items.begin(), items.end());
+    if (order == DESCENDING) std::reverse(items.begin(), items.end());
+    if (order != RANDOM) return;
+    for (size_t i = items.size(); i > 1; i--) std::swap(items[i - 1], items[next_random() % i]);
+}
+
+const char *run_block(unsigned threads) {
+    std::memset(shared_memory, 0xA5, sizeof shared_memory);
+    std::memset(warps, 0xA5, sizeof warps);
+    std::vector<unsigned> turns(threads);
+    for (unsigned i = 0; i < threads; i++) {
+        turns[i] = i;
+        fibres[i].state = READY;
+        fibres[i].generation = 0;
+    }
+    for (bool finished = false; !finished;) {
+        arrange(turns);
+        for (bool ran = true; ran;) {   // until nobody can go on: those interrupted at an atomic come again
+            ran = false;
+            for (unsigned thread : turns) {
+                if (fibres[thread].state != READY) continue;
+                resume(thread);
+                ran = true;
+            }
+        }
+        if (const char *error = release(threads, finished)) return error;
+    }
+    return nullptr;
+}
+
+}  // namespace
+
+const char *launch(dim3 grid, unsigned threads, const std::function<void()> &body) {
+    if (threads == 0 || threads > MAX_THREADS || threads % 32 != 0) return "threads must be a multiple of 32 up to 1024";
+    kernel = &body;
+    shared_overflow = false;
+    gridDim = grid;
+    blockDim = dim3(threads);
+    std::vector<unsigned> blocks(size_t(grid.x) * grid.y * grid.z);
+    for (size_t i = 0; i < blocks.size(); i++) blocks[i] = static_cast<unsigned>(i);
+    arrange(blocks);
+    for (unsigned block : blocks) {
+        blockIdx = dim3(block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y);
+        if (const char *error = run_block(threads)) return error;
+        if (shared_overflow) return "a block needs more shared memory than there is";
+    }
+    return nullptr;
+}
+
+void *shared(size_t bytes) {
+    shared_overflow |= bytes > 48 * 1024;       // what a kernel has without opting in
+    return shared_memory;
+}
+
+void wait_for_block(const char *file, int line) { leave(AT_BARRIER, file, line); }
+
+const uint64_t *exchange(uint64_t value, const char *file, int line) {
+    const unsigned thread = threadIdx.x;
+    uint64_t *values = warps[thread / 32].values[fibres[thread].generation++ % 2];
+    values[thread % 32] = value;
+    leave(AT_WARP, file, line);
+    return values;
+}
+
+void maybe_switch() {
+    if (order == RANDOM && next_random() % 8 == 0) leave(READY, nullptr, 0);
+}
+
+float half_to_float(uint16_t bits) { return static_cast<float>(from_bits<_Float16>(bits)); }
+
+uint16_t float_to_half(float x) { return static_cast<uint16_t>(to_bits(static_cast<_Float16>(x))); }
+
+}  // namespace emulation
+
+extern "C" void dc_emulation_order(int64_t order, int64_t seed) {
+    emulation::order = static_cast<emulation::Order>(order);
+    emulation::random_state = static_cast<uint64_t>(seed) * 2 + 1;
+}
+
+#include "sample.cu"
+#include "rope_append.cu"
+#include "paged_attention.cu"
+
+int64_t dc_cuda_devices() { return 0; }
