@@ -1,6 +1,10 @@
 // Python's door to the ops: pybind11 only. Pointers and streams come as integers, checked by csrc/decode_core/*.py; what is
 // quicker to check here is checked here (checks.h). Every op releases the GIL.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <vector>
 
 #include "checks.h"
 #include "cpu/cpu.h"
@@ -30,7 +34,57 @@ void bind_runtime(py::module_& m) {
 
 // --- sample (helper E) -----------------------------------------------------------------------------------------------
 
-void bind_sample(py::module_&) {}
+// How often each row's answer holds each id of its context: [(tokens, prompt_tokens)] -> (ends of the rows, ids, counts).
+py::tuple count_tokens(const py::list& rows, int64_t vocab) {
+    static thread_local std::vector<int32_t> place;             // id -> its place in this row's list, or -1
+    dc::require(vocab > 0 && vocab <= INT32_MAX, "vocab_size: must be positive");
+    if (int64_t(place.size()) < vocab) place.assign(size_t(vocab), -1);
+    std::vector<int32_t> ids, counts, ends;
+    bool good = true;
+    for (const py::handle& row : rows) {
+        const auto pair = py::cast<py::tuple>(row);
+        const int64_t prompt_tokens = py::cast<int64_t>(pair[1]);
+        const auto list = py::reinterpret_steal<py::object>(PySequence_Fast(pair[0].ptr(), "rows: tokens must be a list"));
+        if (!list) throw py::error_already_set();
+        const size_t begin = ids.size();
+        for (Py_ssize_t i = 0, length = PySequence_Fast_GET_SIZE(list.ptr()); i < length && good; i++) {
+            const int64_t id = PyLong_AsLongLong(PySequence_Fast_GET_ITEM(list.ptr(), i));
+            good = id >= 0 && id < vocab;
+            if (!good) break;
+            if (place[size_t(id)] < 0) {
+                place[size_t(id)] = int32_t(ids.size());
+                ids.push_back(int32_t(id)), counts.push_back(0);
+            }
+            counts[size_t(place[size_t(id)])] += i >= prompt_tokens;
+        }
+        for (size_t i = begin; i < ids.size(); i++) place[size_t(ids[i])] = -1;
+        ends.push_back(int32_t(ids.size()));
+    }
+    PyErr_Clear();                                              // of a token that is no integer
+    dc::require(good, "rows: each of a row's tokens must be an id of the vocabulary");
+    const auto bytes = [](const std::vector<int32_t>& v) { return py::bytes(reinterpret_cast<const char*>(v.data()), 4 * v.size()); };
+    return py::make_tuple(py::cast(ends), bytes(ids), bytes(counts));
+}
+
+void sample(uintptr_t logits, bool bf16, int64_t rows, int64_t vocab, int64_t stride, uintptr_t params, uintptr_t count_ids,
+            uintptr_t counts, uintptr_t bias_ids, uintptr_t bias_values, uintptr_t tokens, uintptr_t logprobs) {
+    const dc::SampleArgs args{
+        reinterpret_cast<const void*>(logits), bf16, rows, vocab, stride, reinterpret_cast<const dc::SampleRow*>(params),
+        reinterpret_cast<const int32_t*>(count_ids), reinterpret_cast<const int32_t*>(counts),
+        reinterpret_cast<const int32_t*>(bias_ids), reinterpret_cast<const float*>(bias_values),
+        reinterpret_cast<int32_t*>(tokens), reinterpret_cast<float*>(logprobs)};
+    Gil released;
+    dc::sample(args);
+}
+
+void bind_sample(py::module_& m) {
+    m.def("count_tokens", &count_tokens, py::arg("rows"), py::arg("vocab_size"));
+    m.def("sample", &sample);
+    m.def("philox", [](std::array<uint32_t, 4> c, std::array<uint32_t, 2> k) {
+        const dc::PhiloxWords words = dc::philox(c[0], c[1], c[2], c[3], k[0], k[1]);
+        return std::array<uint32_t, 4>{words.word[0], words.word[1], words.word[2], words.word[3]};
+    });
+}
 
 // --- rope_append, paged_attention -------------------------------------------------------------------------
 
@@ -44,8 +98,9 @@ std::vector<int64_t> integers(const py::handle& list, const char* complaint) {
     return values;
 }
 
-dc::AttentionPlan plan_attention(const py::list& tables, const py::list& lengths, const py::list& starts, int heads,
+dc::AttentionPlan plan_attention(const py::object& tables, const py::object& lengths, const py::object& starts, int heads,
                                  int kv_heads, int64_t num_pages) {
+    dc::require(PyList_Check(tables.ptr()), "tables: a list of lists of page numbers");
     std::vector<int32_t> pages;
     std::vector<int64_t> offsets{0};
     for (const py::handle& table : tables) {

@@ -122,8 +122,6 @@ def plan_attention(tables, lengths, starts, heads: int, kv_heads: int, num_pages
     Rows starts[i] .. starts[i + 1] of the step are the newest of the lengths[i] positions of sequence i, whose pages are
     tables[i]; length 0 is padding, whose rows become 0. Lists of integers; a page must be below num_pages.
     """
-    if not isinstance(tables, list):
-        raise ValueError(f"tables: must be a list of lists, not {type(tables).__name__}")
     return _core.plan_attention(tables, lengths, starts, heads, kv_heads, num_pages)
 
 
