@@ -32,7 +32,8 @@ COMMON_FLAGS += ["-Werror"] if os.environ.get("DECODE_CORE_WERROR") == "1" else 
 LINK_FLAGS = ["-pthread"] + (["-fsanitize=address,undefined"] if SANITIZE else ["-Wl,-s"] if sys.platform == "linux" else [])
 ISA_FLAGS = {               # ending of a source's stem -> what its instructions may need; dispatch.cpp asks the same of the CPU
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+    "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512",
+                "-Wno-maybe-uninitialized"],            # GCC 12's own intrinsics headers warn
 }
 
 NVCC_FLAGS = ["-std=c++17", "-O3", "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]",
