@@ -39,8 +39,9 @@ DC_EACH_ISA(void sample_row(const SampleArgs& args, int64_t row))
 // --- rope_append, paged_attention ------------------------------------------------------------------------------------
 
 // Norm, rotation, value embedding and scale of each row's q, k and v; k and v go into the pages (cpu/attention.h says how
-// a page lies in memory). Throws std::invalid_argument, before it writes, for a slot or position out of bounds.
-void rope_append(const RopeJob& job, int64_t max_positions, int64_t num_pages);
+// a page lies in memory). Its slots and positions have passed check_rope_indices, which throws std::invalid_argument.
+void rope_append(const RopeJob& job);
+void check_rope_indices(const RopeJob& job, int64_t max_positions, int64_t num_pages);
 
 // softmax(q K^T) V of each row over its own pages, decode rows and prompt chunks alike; a row's bits depend on nothing else.
 void paged_attention(const AttentionJob& job, const AttentionPlan::Work& work);

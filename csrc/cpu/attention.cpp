@@ -20,7 +20,7 @@ constexpr int64_t ROWS_WORTH_SHARING = 8;       // one row takes 0.1 us, waking 
 
 }  // namespace
 
-void rope_append(const RopeJob& job, int64_t max_positions, int64_t num_pages) {
+void check_rope_indices(const RopeJob& job, int64_t max_positions, int64_t num_pages) {
     bool good_slots = true, good_positions = true;
     for (int64_t row = 0; row < job.rows; row++) {
         const bool padding = job.slots[row] == -1;
@@ -29,6 +29,9 @@ void rope_append(const RopeJob& job, int64_t max_positions, int64_t num_pages) {
     }
     require(good_slots, "slots: each must be -1 or lie in the cache");
     require(good_positions, "positions: each must lie in the tables cos and sin");
+}
+
+void rope_append(const RopeJob& job) {
     const AttentionKernels& use = kernels();
     if (job.rows < ROWS_WORTH_SHARING) return use.rope_rows(job, 0, job.rows);
     const int64_t step = std::min(ROWS_AT_ONCE, (job.rows + 1) / 2);

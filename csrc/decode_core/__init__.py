@@ -10,7 +10,7 @@ try:
 except ImportError as failure:
     raise ImportError(f"decode_core was installed without its compiled half, or it cannot run here: {failure}") from failure
 
-from .attention import paged_attention, plan_attention, rope_append
+from .attention import AttentionStep, paged_attention, plan_attention, rope_append
 from .sampling import SampleBatch, Sampler, sample
 
 set_threads, get_threads, set_isa = _core.set_threads, _core.get_threads, _core.set_isa

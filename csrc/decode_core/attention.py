@@ -53,12 +53,13 @@ def _pointer(name: str, array, codes: tuple, *, rows_only: bool = False, writabl
     return address, code, shape, stride[0] // width
 
 
-def _cache(cache) -> tuple:
-    """(address, type code, P, Hkv, D) of one layer's cache."""
+def _cache(cache, layers: bool = False) -> tuple:
+    """(address, type code, P, Hkv, D) of one layer's cache, or with `layers` of (L, P, Hkv, 2, 16 * D)."""
     address, code, shape, _ = _pointer("cache", cache, (FLOAT32, FLOAT16, BFLOAT16), writable=True)
-    if len(shape) != 4 or shape[2] != 2 or shape[3] % (PAGE_SIZE * 16) or not 0 < shape[3] <= PAGE_SIZE * MAX_HEAD_SIZE:
-        raise ValueError(f"cache: must be (P, Hkv, 2, 16 * D) with D a multiple of 16 up to 256, not {tuple(shape)}")
-    return address, code, shape[0], shape[1], shape[3] // PAGE_SIZE
+    wanted = "(L, P, Hkv, 2, 16 * D)" if layers else "(P, Hkv, 2, 16 * D)"
+    if len(shape) != 4 + layers or shape[-2] != 2 or shape[-1] % (PAGE_SIZE * 16) or not 0 < shape[-1] <= PAGE_SIZE * MAX_HEAD_SIZE:
+        raise ValueError(f"cache: must be {wanted} with D a multiple of 16 up to 256, not {tuple(shape)}")
+    return address, code, shape[-4], shape[-3], shape[-1] // PAGE_SIZE
 
 
 def _vector(name: str, array, code: int, size: int) -> int:
@@ -66,6 +67,12 @@ def _vector(name: str, array, code: int, size: int) -> int:
     if tuple(shape) != (size,):
         raise ValueError(f"{name}: must be ({size},), not {tuple(shape)}")
     return address
+
+
+def _norms(q_norm, k_norm, size: int) -> tuple:
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("k_norm: q_norm and k_norm come together or not at all")
+    return (0, 0) if q_norm is None else (_vector("q_norm", q_norm, FLOAT32, size), _vector("k_norm", k_norm, FLOAT32, size))
 
 
 def _matrix(name: str, array, code: int, rows: int, columns: int) -> tuple:
@@ -84,7 +91,14 @@ def rope_append(qkv, cos, sin, positions, slots, cache, q_out, *, norm="none", q
     q_norm, k_norm (D,) float32 or None; then q and k times post_scale, q also times q_scale (None: D ** -0.5);
     v += gate_scale * sigmoid(gate) * value_embed with gate (T, Hkv) and value_embed (T, Hkv * D) in qkv's type.
     """
-    cache_at, cache_code, pages, Hkv, D = _cache(cache)
+    _core.rope_append(_rope_job(_cache(cache), qkv, cos, sin, positions, slots, q_out, norm, q_norm, k_norm, eps, post_scale,
+                                q_scale, interleaved, direction, value_embed, gate, gate_scale))
+
+
+def _rope_job(cache: tuple, qkv, cos, sin, positions, slots, q_out, norm, q_norm, k_norm, eps, post_scale, q_scale,
+              interleaved, direction, value_embed, gate, gate_scale):
+    """All of rope_append's arguments, checked, as the kernel reads them; `cache` as from _cache."""
+    cache_at, cache_code, pages, Hkv, D = cache
     q_at, _, q_shape, _ = _pointer("q_out", q_out, (FLOAT32,), writable=True)
     if len(q_shape) != 3 or q_shape[2] != D or not q_shape[1]:
         raise ValueError(f"q_out: must be (T, H, {D}), not {tuple(q_shape)}")
@@ -102,18 +116,16 @@ def rope_append(qkv, cos, sin, positions, slots, cache, q_out, *, norm="none", q
         raise ValueError(f"norm: must be one of {', '.join(NORMS)}, not {norm!r}")
     if direction not in (1, -1):
         raise ValueError(f"direction: must be 1 or -1, not {direction!r}")
-    if (q_norm is None) != (k_norm is None):
-        raise ValueError("k_norm: q_norm and k_norm come together or not at all")
     if (value_embed is None) != (gate is None):
         raise ValueError("gate: value_embed and gate come together or not at all")
-    q_norm_at = 0 if q_norm is None else _vector("q_norm", q_norm, FLOAT32, D)
-    k_norm_at = 0 if k_norm is None else _vector("k_norm", k_norm, FLOAT32, D)
+    q_norm_at, k_norm_at = _norms(q_norm, k_norm, D)
     value_at, value_stride = (0, 0) if value_embed is None else _matrix("value_embed", value_embed, code, T, Hkv * D)
     gate_at, gate_stride = (0, 0) if gate is None else _matrix("gate", gate, code, T, Hkv)
-    _core.rope_append(T, row_stride, code, H, Hkv, D, table[1], interleaved, direction, NORMS[norm], eps, post_scale,
-                      D**-0.5 if q_scale is None else q_scale, gate_scale, value_stride, gate_stride, cache_code, table[0],
-                      pages, qkv_at, _vector("positions", positions, INT64, T), _vector("slots", slots, INT64, T), cos_at,
-                      sin_at, q_norm_at, k_norm_at, value_at, gate_at, q_at, cache_at)
+    return _core.rope_job(
+        T, row_stride, code, H, Hkv, D, table[1], interleaved, direction, NORMS[norm], eps, post_scale,
+        D**-0.5 if q_scale is None else q_scale, gate_scale, value_stride, gate_stride, cache_code, table[0], pages, qkv_at,
+        _vector("positions", positions, INT64, T), _vector("slots", slots, INT64, T), cos_at, sin_at, q_norm_at, k_norm_at,
+        value_at, gate_at, q_at, cache_at)
 
 
 def plan_attention(tables, lengths, starts, heads: int, kv_heads: int, num_pages: int):
@@ -132,16 +144,52 @@ def paged_attention(q, cache, plan, out, *, window=0):
     depend on its own q, keys and values alone: not on the batch, the chunk, the threads or the instruction set.
     """
     cache_at, cache_code, pages, Hkv, D = _cache(cache)
-    if not isinstance(plan, _core.AttentionPlan):
-        raise ValueError(f"plan: must come from plan_attention, not {type(plan).__name__}")
-    if plan.num_pages != pages or plan.kv_heads != Hkv:
-        raise ValueError(f"cache: the plan is for {plan.num_pages} pages of {plan.kv_heads} kv heads, not {pages} of {Hkv}")
+    _check_plan(plan, pages, Hkv)
     q_at, _, shape, _ = _pointer("q", q, (FLOAT32,))
     if tuple(shape) != (plan.rows, plan.heads, D):
         raise ValueError(f"q: must be ({plan.rows}, {plan.heads}, {D}), not {tuple(shape)}")
-    out_at, out_code, shape, _ = _pointer("out", out, (FLOAT32, BFLOAT16), writable=True)
-    if tuple(shape) != (plan.rows, plan.heads * D):
-        raise ValueError(f"out: must be ({plan.rows}, {plan.heads * D}), not {tuple(shape)}")
+    out_at, out_code = _output(out, plan, D)
     if window < -1 or window > 2**31 - 1:
         raise ValueError(f"window: must be a number of keys, 0 or -1, not {window}")
     _core.paged_attention(plan, max(window, 0), q_at, cache_at, cache_code, out_at, out_code, D)
+
+
+def _check_plan(plan, pages: int, kv_heads: int) -> None:
+    if not isinstance(plan, _core.AttentionPlan):
+        raise ValueError(f"plan: must come from plan_attention, not {type(plan).__name__}")
+    if plan.num_pages != pages or plan.kv_heads != kv_heads:
+        raise ValueError(f"cache: the plan is for {plan.num_pages} pages of {plan.kv_heads} kv heads, not {pages} of {kv_heads}")
+
+
+def _output(out, plan, size: int) -> tuple:
+    address, code, shape, _ = _pointer("out", out, (FLOAT32, BFLOAT16), writable=True)
+    if tuple(shape) != (plan.rows, plan.heads * size):
+        raise ValueError(f"out: must be ({plan.rows}, {plan.heads * size}), not {tuple(shape)}")
+    return address, code
+
+
+class AttentionStep:
+    """rope_append and paged_attention of one step for all layers: its buffers are checked once, here.
+
+    cache (L, P, Hkv, 2, 16 * D); the rest as in `rope_append` and `paged_attention`. A call for a layer then takes about
+    1 us besides its work. The indices are copied; the arrays are kept alive and must keep their memory.
+    """
+
+    def __init__(self, plan, cache, *, qkv, cos, sin, positions, slots, q, out, norm="none", eps=1e-5, post_scale=1.0,
+                 q_scale=None, interleaved=False, direction=1, value_embed=None, gate=None, gate_scale=1.0):
+        first_layer = _cache(cache, layers=True)
+        address, code, pages, kv_heads, self.head_size = first_layer
+        _check_plan(plan, pages, kv_heads)
+        job = _rope_job(first_layer, qkv, cos, sin, positions, slots, q, norm, None, None, eps, post_scale, q_scale, interleaved,
+                        direction, value_embed, gate, gate_scale)
+        if tuple(q.shape) != (plan.rows, plan.heads, self.head_size):
+            raise ValueError(f"q: must be ({plan.rows}, {plan.heads}, {self.head_size}), not {tuple(q.shape)}")
+        out_at, out_code = _output(out, plan, self.head_size)
+        layer_bytes = pages * kv_heads * 2 * PAGE_SIZE * self.head_size * (4 if code == FLOAT32 else 2)
+        step = _core.attention_step(plan, job, address, cache.shape[0], layer_bytes, out_at, out_code)
+        self._append, self._keep = step.rope_append, (cache, qkv, cos, sin, q, out, value_embed, gate)
+        self.paged_attention = step.paged_attention         # (layer, window): q -> out
+
+    def rope_append(self, layer: int, q_norm=None, k_norm=None, values: bool = False) -> None:
+        """qkv -> q and the layer's pages; `values`: with value_embed and gate as they are now."""
+        self._append(layer, *_norms(q_norm, k_norm, self.head_size), values)
