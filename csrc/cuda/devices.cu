@@ -11,3 +11,8 @@ int64_t dc_cuda_devices() {
     cudaGetLastError();                     // a missing driver is an answer, not an error for the next launch to find
     return devices;
 }
+
+int64_t dc_cuda_current_device() {
+    int device = -1;
+    return cudaGetDevice(&device) == cudaSuccess ? device : -1;
+}

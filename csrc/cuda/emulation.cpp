@@ -1,5 +1,9 @@
 // The scheduler of emulation.h, and the kernels compiled against it: one library with the entry points of launch.h.
 
+#pragma GCC visibility push(default)
+#include "launch.h"
+#pragma GCC visibility pop
+
 #include "emulation.h"
 
 #include <csetjmp>
@@ -195,7 +199,7 @@ uint16_t float_to_half(float x) { return static_cast<uint16_t>(to_bits(static_ca
 
 }  // namespace emulation
 
-extern "C" void dc_emulation_order(int64_t order, int64_t seed) {
+extern "C" __attribute__((visibility("default"))) void dc_emulation_order(int64_t order, int64_t seed) {
     emulation::order = static_cast<emulation::Order>(order);
     emulation::random_state = static_cast<uint64_t>(seed) * 2 + 1;
 }
@@ -205,3 +209,4 @@ extern "C" void dc_emulation_order(int64_t order, int64_t seed) {
 #include "paged_attention.cu"
 
 int64_t dc_cuda_devices() { return 0; }
+int64_t dc_cuda_current_device() { return 0; }

@@ -109,5 +109,7 @@ template <class T> T atomicMin(T *address, T value) {
     return old;
 }
 
+using std::max;
+using std::min;
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }

@@ -14,14 +14,18 @@ extern "C" {
 // Number of usable devices: 0 without a driver, with one that is too old, or without a device. Never fails.
 int64_t dc_cuda_devices();
 
+// The current device's index, or -1.
+int64_t dc_cuda_current_device();
+
 // One token for each row of logits (rows, vocabulary), element type 0 = f32 or 2 = bf16, vocabulary <= 2^18. `params`:
-// dc::SampleRow[rows] of csrc/contract.h; its lists in count_ids, counts, bias_ids (i32) and bias_values (f32); all on the
-// device. Rows with penalties or bias are changed in place (f32 only: 0 instead of the lists leaves every row alone).
+// dc::SampleRow[rows] of csrc/contract.h; its lists in count_ids, counts (count_size i32 each) and bias_ids, bias_values
+// (bias_size i32, f32); all on the device. f32 rows that have penalties or bias are changed in place, bf16 rows never.
 // tokens (i32): -1 for a row with position < 0. logprobs (f32) or 0: ln softmax of the token after penalties and bias,
 // before temperature. threads: 1024; tests also take 32 .. 512, powers of two.
 const char *dc_cuda_sample(int64_t logits, int64_t type, int64_t row_stride, int64_t rows, int64_t vocabulary,
-                           int64_t params, int64_t count_ids, int64_t counts, int64_t bias_ids, int64_t bias_values,
-                           int64_t tokens, int64_t logprobs, int64_t threads, int64_t stream);
+                           int64_t params, int64_t count_ids, int64_t counts, int64_t count_size, int64_t bias_ids,
+                           int64_t bias_values, int64_t bias_size, int64_t tokens, int64_t logprobs, int64_t threads,
+                           int64_t stream);
 
 // qkv (rows, (heads + 2 kv_heads) * head_size) f32 or bf16 -> q_out (rows, heads, head_size) f32 and the pages. positions,
 // slots (rows) i64: slot = page * 16 + place; outside [0, num_slots) the row is left alone (padding: -1). cos, sin

@@ -130,7 +130,7 @@ DC_DEVICE void score(const AttentionJob &job, const Range &range, const Stored *
             DC_UNROLL
             for (int h = 0; h < HEADS; h++) {
                 DC_UNROLL
-                for (int e = 0; e < S::PACK; e++) dot[h] += query[h][i][e] * k[e];
+                for (int e = 0; e < S::PACK; e++) dot[h] = fmaf(query[h][i][e], k[e], dot[h]);
             }
         }
         const float total = sum_over_lanes<HEADS>(dot, lane);       // every lane takes part, seen or not
@@ -178,7 +178,7 @@ DC_DEVICE void weigh(const AttentionJob &job, const Range &range, const Stored *
         DC_UNROLL
         for (int h = 0; h < HEADS; h++) {
             DC_UNROLL
-            for (int e = 0; e < S::PACK; e++) sums[h][e] += shared.scores[h][p] * v[e];
+            for (int e = 0; e < S::PACK; e++) sums[h][e] = fmaf(shared.scores[h][p], v[e], sums[h][e]);
         }
     }
     DC_UNROLL

@@ -279,26 +279,35 @@ DC_DEVICE uint32_t choose(Items<T> &items, const dc::SampleRow &p, uint32_t own_
     return draw(items, p, cut, least, shared);
 }
 
+struct Lists {                              // of all rows; a SampleRow says which part is its own
+    const int32_t *count_ids, *counts;
+    int count_size;
+    const int32_t *bias_ids;
+    const float *bias_values;
+    int bias_size;
+};
+
 // Penalties and bias of one row, in place. Ids in count_ids are distinct; equal ids in bias_ids are neighbours.
-DC_DEVICE void change_row(float *row, uint32_t vocabulary, const dc::SampleRow &p, const int32_t *count_ids,
-                          const int32_t *counts, const int32_t *bias_ids, const float *bias_values) {
+DC_DEVICE void change_row(float *row, uint32_t vocabulary, const dc::SampleRow &p, const Lists &lists) {
     const auto valid = [&](int32_t id) { return id >= 0 && static_cast<uint32_t>(id) < vocabulary; };
-    const int first = static_cast<int>(threadIdx.x), step = static_cast<int>(blockDim.x);
-    const auto starts_run = [&](int i) { return i == p.bias_begin || bias_ids[i] != bias_ids[i - 1]; };
-    for (int i = p.bias_begin + first; i < p.bias_end; i += step) {
-        if (valid(bias_ids[i])) row[bias_ids[i]] = dc::clean(row[bias_ids[i]]);
+    const int step = static_cast<int>(blockDim.x), first = static_cast<int>(threadIdx.x);
+    const int counts = p.count_begin < 0 ? lists.count_size : p.count_begin, counts_end = min(p.count_end, lists.count_size);
+    const int biases = p.bias_begin < 0 ? lists.bias_size : p.bias_begin, biases_end = min(p.bias_end, lists.bias_size);
+    for (int i = biases + first; i < biases_end; i += step) {
+        const int32_t id = lists.bias_ids[i];
+        if (valid(id)) row[id] = dc::clean(row[id]);            // equal ids write equal values
     }
     __syncthreads();
-    for (int i = p.count_begin + first; i < p.count_end; i += step) {
-        const int32_t id = count_ids[i];
-        if (valid(id)) row[id] = dc::penalize(dc::clean(row[id]), p, counts[i]);
+    for (int i = counts + first; i < counts_end; i += step) {
+        const int32_t id = lists.count_ids[i];
+        if (valid(id)) row[id] = dc::penalize(dc::clean(row[id]), p, lists.counts[i]);
     }
     __syncthreads();
-    for (int i = p.bias_begin + first; i < p.bias_end; i += step) {
-        const int32_t id = bias_ids[i];
-        if (!valid(id) || !starts_run(i)) continue;
+    for (int i = biases + first; i < biases_end; i += step) {
+        const int32_t id = lists.bias_ids[i];
+        if (!valid(id) || (i > biases && lists.bias_ids[i - 1] == id)) continue;       // the first of a run adds them all
         float logit = row[id];
-        for (int j = i; j < p.bias_end && bias_ids[j] == id; j++) logit = dc::add(logit, bias_values[j]);
+        for (int j = i; j < biases_end && lists.bias_ids[j] == id; j++) logit = dc::add(logit, lists.bias_values[j]);
         row[id] = logit;
     }
     __syncthreads();
@@ -306,8 +315,7 @@ DC_DEVICE void change_row(float *row, uint32_t vocabulary, const dc::SampleRow &
 
 template <class T>
 DC_KERNEL(SAMPLE_THREADS) sample_kernel(T *logits, int64_t row_stride, uint32_t vocabulary, const dc::SampleRow *params,
-                                        const int32_t *count_ids, const int32_t *counts, const int32_t *bias_ids,
-                                        const float *bias_values, int32_t *tokens, float *logprobs) {
+                                        Lists lists, int32_t *tokens, float *logprobs) {
     DC_SHARED(SampleShared, shared);
     const uint32_t r = blockIdx.x;
     const dc::SampleRow p = params[r];
@@ -318,7 +326,7 @@ DC_KERNEL(SAMPLE_THREADS) sample_kernel(T *logits, int64_t row_stride, uint32_t 
         return;
     }
     if constexpr (sizeof(T) == 4) {
-        if (count_ids != nullptr) change_row(row, vocabulary, p, count_ids, counts, bias_ids, bias_values);
+        if (lists.count_size + lists.bias_size > 0) change_row(row, vocabulary, p, lists);
     }
 
     uint32_t own_key = 0, own_id = 0;       // this thread's best; no logit has key 0, and a thread's ids ascend
@@ -334,7 +342,8 @@ DC_KERNEL(SAMPLE_THREADS) sample_kernel(T *logits, int64_t row_stride, uint32_t 
     if (p.inverse_temperature >= 0 && !hopeless) {
         const int id_bits = bits_of(vocabulary - 1);
         Items<T> items{row, vocabulary, top_key, id_bits, 32 + id_bits, p.inverse_temperature, shared, false};
-        token = choose(items, p, own_key, shared);
+        const uint32_t drawn = choose(items, p, own_key, shared);
+        token = drawn == NOBODY ? token : drawn;        // nobody: parameters that are not numbers
     }
     if (threadIdx.x == 0) tokens[r] = static_cast<int32_t>(token);
     if (logprobs == nullptr) return;
@@ -352,23 +361,23 @@ DC_KERNEL(SAMPLE_THREADS) sample_kernel(T *logits, int64_t row_stride, uint32_t 
 
 template <class T>
 const char *launch_sample(int64_t logits, int64_t row_stride, int64_t rows, int64_t vocabulary, int64_t params,
-                          int64_t count_ids, int64_t counts, int64_t bias_ids, int64_t bias_values, int64_t tokens,
-                          int64_t logprobs, int64_t threads, int64_t stream) {
+                          const Lists &lists, int64_t tokens, int64_t logprobs, int64_t threads, int64_t stream) {
     const auto kernel = sample_kernel<T>;
     return DC_LAUNCH(kernel, dim3(static_cast<unsigned>(rows)), static_cast<unsigned>(threads), as_pointer<void>(stream),
                      as_pointer<T>(logits), row_stride, static_cast<uint32_t>(vocabulary),
-                     as_pointer<const dc::SampleRow>(params), as_pointer<const int32_t>(count_ids),
-                     as_pointer<const int32_t>(counts), as_pointer<const int32_t>(bias_ids),
-                     as_pointer<const float>(bias_values), as_pointer<int32_t>(tokens), as_pointer<float>(logprobs));
+                     as_pointer<const dc::SampleRow>(params), lists, as_pointer<int32_t>(tokens),
+                     as_pointer<float>(logprobs));
 }
 
 }  // namespace
 
 const char *dc_cuda_sample(int64_t logits, int64_t type, int64_t row_stride, int64_t rows, int64_t vocabulary,
-                           int64_t params, int64_t count_ids, int64_t counts, int64_t bias_ids, int64_t bias_values,
-                           int64_t tokens, int64_t logprobs, int64_t threads, int64_t stream) {
+                           int64_t params, int64_t count_ids, int64_t counts, int64_t count_size, int64_t bias_ids,
+                           int64_t bias_values, int64_t bias_size, int64_t tokens, int64_t logprobs, int64_t threads,
+                           int64_t stream) {
     if (rows == 0) return nullptr;
+    const Lists lists{as_pointer<const int32_t>(count_ids), as_pointer<const int32_t>(counts), static_cast<int>(count_size),
+                      as_pointer<const int32_t>(bias_ids), as_pointer<const float>(bias_values), static_cast<int>(bias_size)};
     const auto launch = type == F32 ? launch_sample<float> : launch_sample<bf16>;
-    return launch(logits, row_stride, rows, vocabulary, params, count_ids, counts, bias_ids, bias_values, tokens, logprobs,
-                  threads, stream);
+    return launch(logits, row_stride, rows, vocabulary, params, lists, tokens, logprobs, threads, stream);
 }
