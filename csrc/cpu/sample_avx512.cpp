@@ -38,21 +38,16 @@ struct Lanes {
 
     // --- weights (exp_weight) ---------------------------------------------------------------------------------------
 
-    static W weigh(F z) {
+    static W weigh(F z) {                       // what is computed for dead lanes is masked out at the end
         const __mmask16 alive = at_least(z, all(EXP_CUTOFF));
-        z = _mm512_maskz_mov_ps(alive, z);
         const F n = _mm512_roundscale_ps(_mm512_add_ps(mul(z, all(LOG2_E)), all(0.5f)), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
         const F r = sub(sub(z, mul(n, all(LN2_HIGH))), mul(n, all(LN2_LOW)));
         constexpr float terms[8] = DC_EXP_TERMS;
         F series = all(terms[0]);
         for (int i = 1; i < 8; i++) series = _mm512_add_ps(mul(series, r), all(terms[i]));
-        const __m512i mantissa = _mm512_maskz_cvttps_epi32(alive, mul(series, all(16777216.0f)));
-        const __m512i shift = _mm512_cvttps_epi32(sub(_mm512_setzero_ps(), n));
-        return {shifted(_mm512_castsi512_si256(mantissa), _mm512_castsi512_si256(shift)),
-                shifted(_mm512_extracti64x4_epi64(mantissa, 1), _mm512_extracti64x4_epi64(shift, 1))};
-    }
-    static __m512i shifted(__m256i mantissa, __m256i shift) {
-        return _mm512_srlv_epi64(_mm512_slli_epi64(_mm512_cvtepu32_epi64(mantissa), 16), _mm512_cvtepu32_epi64(shift));
+        const F scaled = _mm512_scalef_ps(series, _mm512_add_ps(n, all(40)));           // exact; the shift is a truncation
+        return {_mm512_maskz_cvttps_epu64(__mmask8(alive), _mm512_castps512_ps256(scaled)),
+                _mm512_maskz_cvttps_epu64(__mmask8(alive >> 8), _mm512_extractf32x8_ps(scaled, 1))};
     }
     static W no_weight() { return {none(), none()}; }
     static W plus(W a, W b) { return {_mm512_add_epi64(a.low, b.low), _mm512_add_epi64(a.high, b.high)}; }

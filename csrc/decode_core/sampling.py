@@ -90,7 +90,7 @@ class SampleBatch:
             self._locate()
 
     def _locate(self) -> None:
-        arrays = self.records, self.count_ids, self.counts, self.bias_ids, self.bias_values
+        arrays = self.records, self.count_ids, self.counts, self.bias_ids, self.bias_values, self.tokens
         self._addresses = tuple(array.__array_interface__["data"][0] for array in arrays)
 
     def is_of(self, rows) -> bool:
@@ -106,10 +106,12 @@ def sample(logits, batch: SampleBatch, tokens=None, logprobs=None):
     address, kind, rows, columns, stride = matrix("logits", logits, ("float32", "bfloat16"))
     if rows != len(batch.params) or columns != batch.vocab_size:
         raise ValueError(f"logits: must be ({len(batch.params)}, {batch.vocab_size}) as the batch, not ({rows}, {columns})")
-    tokens = batch.tokens if tokens is None else tokens
-    tokens_at = vector("tokens", tokens, "int32", rows, writable=True)
+    if tokens is None:
+        tokens, tokens_at = batch.tokens, batch._addresses[-1]
+    else:
+        tokens_at = vector("tokens", tokens, "int32", rows, writable=True)
     logprobs_at = 0 if logprobs is None else vector("logprobs", logprobs, "float32", rows, writable=True)
-    _core.sample(address, kind == "bfloat16", rows, columns, stride, *batch._addresses, tokens_at, logprobs_at)
+    _core.sample(address, kind == "bfloat16", rows, columns, stride, *batch._addresses[:-1], tokens_at, logprobs_at)
     return tokens
 
 
