@@ -23,31 +23,6 @@ wrappers = importlib.util.module_from_spec(specification)       # without the co
 specification.loader.exec_module(wrappers)
 
 
-class Emulation:
-    """The entry points of csrc/cuda/launch.h as functions of integers and floats; a message raises."""
-
-    def __init__(self, library):
-        self.library = ctypes.CDLL(str(library))
-        self.threads = 1024             # of a sampling block: any number must give the same tokens
-
-    def __getattr__(self, name):
-        function = self.library[f"dc_{name}"]
-        if name in ("cuda_devices", "cuda_current_device"):
-            return lambda: int(function())
-        function.restype = ctypes.c_char_p
-
-        def call(*values):
-            if name == "cuda_sample":
-                values = (*values[:-2], self.threads, values[-1])
-            kinds = (ctypes.c_double(v) if isinstance(v, float) else ctypes.c_int64(v) for v in values)
-            return (message := function(*kinds)) and message.decode()
-        return call
-
-    def order(self, order, seed=0):
-        """In which order blocks and threads run from now on."""
-        self.library.dc_emulation_order(ctypes.c_int64(order), ctypes.c_int64(seed))
-
-
 class Tensor:
     """A numpy array as the wrappers see a torch CUDA tensor; bfloat16 lies in uint16."""
 
@@ -63,6 +38,71 @@ class Tensor:
     def data_ptr(self):
         return self.array.__array_interface__["data"][0]
 
+    def read(self):
+        return self.array
+
+
+class Emulation:
+    """The kernels' text compiled by g++, run by csrc/cuda/emulation.cpp on the host's memory."""
+
+    def __init__(self, library):
+        self.library = ctypes.CDLL(str(library))
+        self.ops, self.tensor, self.stream = wrappers.CudaOps(self), Tensor, 0
+
+    def cuda_current_device(self):
+        return 0
+
+    def __getattr__(self, name):
+        function = self.library[f"dc_{name}"]
+        function.restype = ctypes.c_char_p
+
+        def call(*values):
+            message = function(*(ctypes.c_double(v) if isinstance(v, float) else ctypes.c_int64(v) for v in values))
+            return message and message.decode()
+        return call
+
+    def order(self, order, seed=0):
+        """In which order blocks and threads run from now on."""
+        self.library.dc_emulation_order(ctypes.c_int64(order), ctypes.c_int64(seed))
+
+
+class GpuTensor:
+    """A numpy array copied to the GPU, strides and gaps included."""
+
+    def __init__(self, array, dtype=None, device="cuda"):
+        import torch
+        base = array
+        while isinstance(base.base, np.ndarray) and base.base.dtype == array.dtype:
+            base = base.base
+        flat = torch.from_numpy(base.reshape(-1).view(np.uint8).copy()).to(device)
+        offset = (array.__array_interface__["data"][0] - base.__array_interface__["data"][0]) // array.itemsize
+        steps = [step // array.itemsize for step in array.strides]
+        dtype = dtype or f"torch.{array.dtype}"
+        self.tensor = flat.view(getattr(torch, dtype.removeprefix("torch."))).as_strided(array.shape, steps, offset)
+        self.kind, self.shape, self.dtype = array.dtype, self.tensor.shape, dtype
+
+    def __getattr__(self, name):        # is_cuda, device, stride, data_ptr, requires_grad
+        return getattr(self.tensor, name)
+
+    def read(self):
+        whole = self.tensor.cpu().contiguous()
+        return whole.view(__import__("torch").uint8).numpy().view(self.kind).reshape(self.shape)
+
+
+class Gpu:
+    """The compiled kernels on the first GPU."""
+
+    def __init__(self, core):
+        import torch
+        self.torch, self.ops, self.tensor = torch, wrappers.CudaOps(core), GpuTensor
+
+    @property
+    def stream(self):
+        return self.torch.cuda.current_stream().cuda_stream
+
+    def order(self, order, seed=0):
+        """The hardware's, whatever it is."""
+
 
 @pytest.fixture(scope="module")
 def emulation(tmp_path_factory):
@@ -72,6 +112,24 @@ def emulation(tmp_path_factory):
     subprocess.run(["g++", "-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wall",
                     "-Wextra", "-Werror", str(CSRC / "cuda" / "emulation.cpp"), "-o", str(library)], check=True, timeout=170)
     return Emulation(library)
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    try:
+        from decode_core import _core
+    except ImportError as failure:
+        pytest.skip(f"no compiled decode_core: {failure}")
+    if not _core.cuda_compiled:
+        pytest.skip("decode_core was compiled without CUDA")
+    if not _core.cuda_devices():
+        pytest.skip("no GPU here")
+    return Gpu(_core)
+
+
+@pytest.fixture(params=["emulation", "gpu"])
+def backend(request):
+    return request.getfixturevalue(request.param)
 
 
 # --- sample ------------------------------------------------------------------------------------------------------
@@ -104,18 +162,17 @@ def pack_rows(rows):
     return packed, as_array, bool(count_ids or bias_ids)
 
 
-def emulated_tokens(emulation, logits, rows, threads=1024, logprobs=None, dtype=None, gap=0):
-    """sample_reference by the CUDA kernel's text; leaves `logits` as they are. Rows lie `gap` elements apart."""
+def drawn_tokens(backend, logits, rows, dtype=None, gap=0, logprobs=None):
+    """sample_reference by the CUDA kernel; leaves `logits` as they are. Rows lie `gap` elements apart."""
     wide = np.full((len(logits), logits.shape[1] + gap), 99, logits.dtype)
-    wide[:, gap // 2:][:, :logits.shape[1]] = logits
+    x = wide[:, gap // 2:][:, :logits.shape[1]]
+    x[:] = logits
     packed, lists, changes = pack_rows(rows)
-    tokens = Tensor(np.full(len(rows), -7, np.int32))
+    tokens = backend.tensor(np.full(len(rows), -7, np.int32))
     names = ("count_ids", "counts", "bias_ids", "bias_values")
-    emulation.threads = threads
-    wrappers.CudaOps(emulation).sample(
-        Tensor(wide[:, gap // 2:][:, :logits.shape[1]], dtype), Tensor(packed.view(np.uint8)), tokens, logprobs=logprobs, stream=0,
-        **(dict(zip(names, map(Tensor, lists))) if changes else {}))
-    return tokens.array
+    backend.ops.sample(backend.tensor(x, dtype), backend.tensor(packed.view(np.uint8)), tokens, logprobs=logprobs,
+                       stream=backend.stream, **(dict(zip(names, map(backend.tensor, lists))) if changes else {}))
+    return tokens.read()
 
 
 def random_rows(rng, count, vocabulary):
@@ -163,63 +220,64 @@ def random_logits(rng, count, vocabulary):
 @pytest.mark.parametrize("vocabulary, count, threads", [
     (1, 40, 32), (2, 60, 32), (31, 400, 32), (257, 1200, 64), (1000, 1200, 128), (1024, 300, 1024), (3001, 600, 256),
     (5000, 300, 1024), (20011, 60, 1024), (49152, 24, 1024), (262144, 4, 1024)])
-def test_the_sampling_kernel_draws_the_references_tokens(emulation, vocabulary, count, threads):
+def test_the_sampling_kernel_draws_the_references_tokens(backend, monkeypatch, vocabulary, count, threads):
+    monkeypatch.setattr(wrappers, "SAMPLE_THREADS", threads)
     rng = np.random.default_rng(vocabulary)
     logits, rows = random_logits(rng, count, vocabulary), random_rows(rng, count, vocabulary)
     expected = cs.sample_reference(logits, rows)
     for order in (ASCENDING, DESCENDING, RANDOM):
-        emulation.order(order, vocabulary)
-        assert emulated_tokens(emulation, logits, rows, threads).tolist() == expected.tolist()
+        backend.order(order, vocabulary)
+        assert drawn_tokens(backend, logits, rows).tolist() == expected.tolist()
 
 
-def test_tokens_ignore_the_row_index_the_batch_and_how_far_rows_lie_apart(emulation):
+def test_tokens_ignore_the_row_index_the_batch_and_how_far_rows_lie_apart(backend):
     rng = np.random.default_rng(3)
     logits, rows = random_logits(rng, 12, 1001), random_rows(rng, 12, 1001)
     expected = cs.sample_reference(logits, rows).tolist()
     for order, gap in (([11, 3, 7], 3), ([5], 2), (list(range(12)), 203)):
-        got = emulated_tokens(emulation, logits[order], [rows[i] for i in order], gap=gap)
+        got = drawn_tokens(backend, logits[order], [rows[i] for i in order], gap=gap)
         assert got.tolist() == [expected[i] for i in order]
 
 
-def test_a_row_without_a_position_gets_no_token_and_disturbs_nobody(emulation):
+def test_a_row_without_a_position_gets_no_token_and_disturbs_nobody(backend):
     rng = np.random.default_rng(4)
     logits, rows = random_logits(rng, 3, 500), random_rows(rng, 3, 500)
     expected = cs.sample_reference(logits, rows).tolist()
     idle = rows[1]._replace(position=-1)
-    assert emulated_tokens(emulation, logits, [rows[0], idle, rows[2]]).tolist() == [expected[0], -1, expected[2]]
+    assert drawn_tokens(backend, logits, [rows[0], idle, rows[2]]).tolist() == [expected[0], -1, expected[2]]
 
 
-def test_bfloat16_logits_draw_what_their_exact_widening_draws(emulation):
+def test_bfloat16_logits_draw_what_their_exact_widening_draws(backend):
     rng = np.random.default_rng(5)
     bits = random_logits(rng, 60, 3000).view(np.uint32) >> 16
     wide = (bits << 16).astype(np.uint32).view(np.float32)
     rows = [row._replace(params=replace(row.params, repetition_penalty=1.0, frequency_penalty=0.0, presence_penalty=0.0,
                                         logit_bias=())) for row in random_rows(rng, 60, 3000)]
-    assert (emulated_tokens(emulation, bits.astype(np.uint16), rows, dtype="torch.bfloat16").tolist()
+    assert (drawn_tokens(backend, bits.astype(np.uint16), rows, dtype="torch.bfloat16").tolist()
             == cs.sample_reference(wide, rows).tolist())
 
 
-def test_biases_of_one_id_add_up_in_order_and_overflowing_penalties_are_cleaned(emulation):
+def test_biases_of_one_id_add_up_in_order_and_overflowing_penalties_are_cleaned(backend):
     logits = np.zeros((3, 40), np.float32)
     logits[1, 5] = np.inf
     logits[2, 7] = 3e38
     rows = [SampleRow(SamplingParams(temperature=0, logit_bias=((3, 1e8), (3, 1.0), (3, -1e8), (4, 0.5))), 0),
             SampleRow(SamplingParams(temperature=0, logit_bias=((5, -3e38), (6, 3e37))), 0),
             SampleRow(SamplingParams(temperature=0, repetition_penalty=0.1, logit_bias=((7, -1e38), (8, 3.4e38))), 0, (7, 9))]
-    assert emulated_tokens(emulation, logits, rows).tolist() == cs.sample_reference(logits, rows).tolist() == [4, 5, 7]
+    assert drawn_tokens(backend, logits, rows).tolist() == cs.sample_reference(logits, rows).tolist() == [4, 5, 7]
 
 
-def test_logprobs_are_the_log_softmax_of_the_token(emulation):
+def test_logprobs_are_the_log_softmax_of_the_token(backend):
     rng = np.random.default_rng(6)
     logits = rng.normal(0, 3, (20, 2000)).astype(np.float32)
     logits[3] = NO_LOGIT
     rows = random_rows(rng, 20, 2000)
-    got = Tensor(np.empty(20, np.float32))
-    tokens = emulated_tokens(emulation, logits, rows, logprobs=got)
+    got = backend.tensor(np.empty(20, np.float32))
+    tokens = drawn_tokens(backend, logits, rows, logprobs=got)
     for i, (row, token) in enumerate(zip(rows, tokens)):
         x = cs.penalize(logits[i], row).astype(np.float64)
         expected = x[token] - x.max() - np.log(np.exp(x - x.max()).sum()) if x.max() > NO_LOGIT else NO_LOGIT
-        assert got.array[i] == pytest.approx(expected, abs=2e-5)
+        assert got.read()[i] == pytest.approx(expected, abs=2e-5)
 
 
 # --- rope_append -------------------------------------------------------------------------------------------------
@@ -240,13 +298,13 @@ def widen(array, dtype):
     return (array.astype(np.uint32) << 16).view(np.float32) if dtype == "torch.bfloat16" else array.astype(np.float32)
 
 
-def cache_views(num_pages, kv_heads, size, dtype, slot_major):
-    """K and V pages (P, Hkv, 16, D) filled with NaN: two tensors, or two views of a slot-major one."""
+def cache_arrays(num_pages, kv_heads, size, dtype, slot_major):
+    """K and V pages (P, Hkv, 16, D) filled with NaN: two arrays, or two views of a slot-major one."""
     filler = 0x7FC1 if dtype == "torch.bfloat16" else np.nan
     if slot_major:
         whole = np.full((num_pages, 16, 2, kv_heads, size), filler, STORED[dtype])
-        return [Tensor(whole[:, :, i].transpose(0, 2, 1, 3), dtype) for i in (0, 1)]
-    return [Tensor(np.full((num_pages, kv_heads, 16, size), filler, STORED[dtype]), dtype) for _ in range(2)]
+        return [whole[:, :, i].transpose(0, 2, 1, 3) for i in (0, 1)]
+    return [np.full((num_pages, kv_heads, 16, size), filler, STORED[dtype]) for _ in range(2)]
 
 
 def rope_oracle(x, cos, sin, norm, weight, eps, interleaved, direction):
@@ -269,9 +327,9 @@ def rope_oracle(x, cos, sin, norm, weight, eps, interleaved, direction):
     (5, 1, 80, 20, "torch.float32", "torch.float32", "after_rope", True, False, 1, True, True),
     (2, 1, 256, 128, "torch.bfloat16", "torch.float16", "before_rope", False, True, -1, False, False),
     (1, 1, 16, 2, "torch.float32", "torch.bfloat16", "none", False, False, 1, True, False)])
-def test_rope_append_is_within_rounding_of_float64(emulation, heads, kv_heads, size, rot, qkv_type, cache_type, norm, weighted,
+def test_rope_append_is_within_rounding_of_float64(backend, heads, kv_heads, size, rot, qkv_type, cache_type, norm, weighted,
                                                    interleaved, direction, embed, slot_major):
-    rng = np.random.default_rng(size)
+    rng, tensor = np.random.default_rng(size), backend.tensor
     rows, num_pages, max_positions, eps = 7, 5, 4096, 1e-5
     qkv = narrow(rng.normal(0, 2, (rows, (heads + 2 * kv_heads) * size + 24)), qkv_type)[:, :-24]     # rows lie apart
     angles = np.outer(np.arange(max_positions), 1 / 10000.0 ** (np.arange(0, rot, 2) / rot))
@@ -283,15 +341,15 @@ def test_rope_append_is_within_rounding_of_float64(emulation, heads, kv_heads, s
     gates = narrow(rng.normal(0, 3, (rows, kv_heads)), qkv_type) if embed else None
     results = []
     for order in (ASCENDING, DESCENDING, RANDOM):
-        emulation.order(order, size)
-        pages = cache_views(num_pages, kv_heads, size, cache_type, slot_major)
-        q = Tensor(np.full((rows, heads, size), 77, np.float32))
-        wrappers.CudaOps(emulation).rope_append(
-            Tensor(qkv, qkv_type), Tensor(cos), Tensor(sin), Tensor(positions), Tensor(slots), *pages, q, norm=norm, eps=eps,
-            q_norm=weighted and Tensor(weights[0]) or None, k_norm=weighted and Tensor(weights[1]) or None, post_scale=1.2,
-            interleaved=interleaved, direction=direction, value_embed=embed and Tensor(values, qkv_type) or None,
-            gate=embed and Tensor(gates, qkv_type) or None, gate_scale=2.0, stream=0)
-        results.append((q.array, *(page.array for page in pages)))
+        backend.order(order, size)
+        pages = [tensor(array, cache_type) for array in cache_arrays(num_pages, kv_heads, size, cache_type, slot_major)]
+        q = tensor(np.full((rows, heads, size), 77, np.float32))
+        options = dict(q_norm=tensor(weights[0]), k_norm=tensor(weights[1])) if weighted else {}
+        if embed:
+            options |= dict(value_embed=tensor(values, qkv_type), gate=tensor(gates, qkv_type), gate_scale=2.0)
+        backend.ops.rope_append(tensor(qkv, qkv_type), *map(tensor, (cos, sin, positions, slots)), *pages, q, norm=norm, eps=eps,
+                                post_scale=1.2, interleaved=interleaved, direction=direction, stream=backend.stream, **options)
+        results.append((q.read(), *(page.read() for page in pages)))
     for other in results[1:]:
         assert all(a.tobytes() == b.tobytes() for a, b in zip(results[0], other))
 
@@ -332,30 +390,32 @@ def attention_case(seed, rows, heads, kv_heads, size, dtype, lengths, slot_major
     needed = [-(-max(length, 0) // 16) for length in lengths]
     ids = rng.permutation(sum(needed) + 3).astype(np.int32)
     table = np.full((rows, width), -5, np.int32)
-    k, v = cache_views(len(ids), kv_heads, size, dtype, slot_major)
+    k, v = cache_arrays(len(ids), kv_heads, size, dtype, slot_major)
     for r, length in enumerate(lengths):
         table[r, :needed[r]], ids = ids[:needed[r]], ids[needed[r]:]
         for position in range(length):
             for pages, spread in ((k, 1.0), (v, 3.0)):
-                pages.array[table[r, position // 16], :, position % 16] = narrow(rng.normal(0, spread, (kv_heads, size)), dtype)
-    return rng.normal(0, 1.5, (rows, heads, size)).astype(np.float32) * size**-0.5, k, v, table, np.array(lengths, np.int32)
+                pages[table[r, position // 16], :, position % 16] = narrow(rng.normal(0, spread, (kv_heads, size)), dtype)
+    q = rng.normal(0, 1.5, (rows, heads, size)).astype(np.float32) * np.float32(size**-0.5)
+    return q, k, v, dtype, table, np.array(lengths, np.int32)
 
 
-def emulated_attention(emulation, q, k, v, table, lengths, window, out_type="torch.float32", spare=0):
+def attend(backend, q, k, v, dtype, table, lengths, window, out_type="torch.float32"):
     rows, heads, size = q.shape
+    tensor = backend.tensor
     floats, integers = wrappers.attention_workspace(rows, heads, k.shape[1], size, table.shape[1])
-    states, tickets = np.full(floats + spare, np.nan, np.float32), np.zeros(integers, np.int32)
-    out = Tensor(np.full((rows, heads * size), 55, STORED[out_type]), out_type)
-    wrappers.CudaOps(emulation).paged_attention(Tensor(q), k, v, Tensor(table), Tensor(lengths), Tensor(states), Tensor(tickets),
-                                                out, window=window, stream=0)
-    assert not tickets.any()            # ready for the next launch
-    return out.array
+    states, tickets = tensor(np.full(floats, np.nan, np.float32)), tensor(np.zeros(integers, np.int32))
+    out = tensor(np.full((rows, heads * size), 55, STORED[out_type]), out_type)
+    backend.ops.paged_attention(tensor(q), tensor(k, dtype), tensor(v, dtype), tensor(table), tensor(lengths), states, tickets,
+                                out, window=window, stream=backend.stream)
+    assert not tickets.read().any()     # ready for the next launch
+    return out.read()
 
 
-def attention_oracle(q, k, v, table, length, window):
+def attention_oracle(q, k, v, dtype, table, length, window):
     """One row in float64 -> (H, D)."""
     heads, size = q.shape
-    keys, values = (widen(pages.array[table], pages.dtype).astype(np.float64) for pages in (k, v))      # (W, Hkv, 16, D)
+    keys, values = (widen(pages[table], dtype).astype(np.float64) for pages in (k, v))                  # (W, Hkv, 16, D)
     keys, values = (x.transpose(1, 0, 2, 3).reshape(k.shape[1], -1, size)[:, :length] for x in (keys, values))
     if window:
         keys, values = keys[:, max(0, length - window):], values[:, max(0, length - window):]
@@ -371,43 +431,114 @@ def attention_oracle(q, k, v, table, length, window):
     (4, 2, 80, "torch.float16", "torch.float32", True), (3, 1, 256, "torch.bfloat16", "torch.float32", False),
     (11, 1, 16, "torch.float32", "torch.bfloat16", True), (5, 1, 256, "torch.float32", "torch.float32", False),
     (2, 1, 256, "torch.float16", "torch.float32", False), (1, 1, 48, "torch.bfloat16", "torch.float32", False)])
-def test_attention_is_within_rounding_of_float64_for_ragged_rows_and_windows(emulation, heads, kv_heads, size, dtype, out_type,
+def test_attention_is_within_rounding_of_float64_for_ragged_rows_and_windows(backend, heads, kv_heads, size, dtype, out_type,
                                                                              slot_major):
     lengths = [1, 16, 17, 256, 0, 257, 513, 770, -1]
     case = attention_case(size, len(lengths), heads, kv_heads, size, dtype, lengths, slot_major)
-    q, k, v, table, _ = case
+    q, k, v, _, table, _ = case
     for window in (0, 1, 2, 100, 256, 257, 258, 700):
-        emulation.order(window % 3, window)
-        got = emulated_attention(emulation, *case, window, out_type)
+        backend.order(window % 3, window)
+        got = attend(backend, *case, window, out_type)
         for r, length in enumerate(lengths):
             if length <= 0:
                 assert (got[r] == 55).all()
                 continue
-            expected = attention_oracle(q[r], k, v, table[r], length, window)
+            expected = attention_oracle(q[r], k, v, dtype, table[r], length, window)
             tolerance = 1e-5 * np.abs(expected).max() + (STEP[out_type] * np.abs(expected) if "b" in out_type else 0)
             assert (np.abs(widen(got[r], out_type).reshape(heads, size) - expected) <= tolerance).all()
 
 
-def test_a_rows_attention_has_the_same_bits_in_any_batch_table_and_order_of_threads_and_blocks(emulation):
+def test_a_rows_attention_has_the_same_bits_in_any_batch_table_and_order_of_threads_and_blocks(backend):
     lengths = [700, 40, 1030, 256, 999]
-    q, k, v, table, sizes = attention_case(1, 5, 6, 2, 64, "torch.float16", lengths)
+    q, k, v, dtype, table, sizes = attention_case(1, 5, 6, 2, 64, "torch.float16", lengths)
     for window in (0, 300):
-        emulation.order(ASCENDING)
-        expected = emulated_attention(emulation, q, k, v, table, sizes, window)
+        backend.order(ASCENDING)
+        expected = attend(backend, q, k, v, dtype, table, sizes, window)
         for order in (DESCENDING, RANDOM):
-            emulation.order(order, 8)
-            assert emulated_attention(emulation, q, k, v, table, sizes, window).tobytes() == expected.tobytes()
+            backend.order(order, 8)
+            assert attend(backend, q, k, v, dtype, table, sizes, window).tobytes() == expected.tobytes()
             for some in ([2], [4, 2, 0], [3, 3, 1]):
                 wide = np.pad(table[some], ((0, 0), (0, 40)), constant_values=-1)      # a longer bucket
-                got = emulated_attention(emulation, q[some], k, v, wide, sizes[some], window)
+                got = attend(backend, q[some], k, v, dtype, wide, sizes[some], window)
                 assert got.tobytes() == expected[some].tobytes()
 
 
-def test_page_ids_out_of_range_are_masked_and_never_followed(emulation):
-    q, k, v, table, sizes = attention_case(2, 2, 2, 1, 32, "torch.float32", [40, 600])
-    good = emulated_attention(emulation, q, k, v, table, sizes, 0)
+def test_page_ids_out_of_range_are_masked_and_never_followed(backend):
+    q, k, v, dtype, table, sizes = attention_case(2, 2, 2, 1, 32, "torch.float32", [40, 600])
+    good = attend(backend, q, k, v, dtype, table, sizes, 0)
     table[0], table[1, 3] = 1 << 30, -1
-    got = emulated_attention(emulation, q, k, v, table, sizes, 0)
+    got = attend(backend, q, k, v, dtype, table, sizes, 0)
     assert (got[0] == 0).all() and np.isfinite(got[1]).all() and (got[1] != good[1]).any()
     sizes[0] = 1 << 30                                                  # longer than the table
-    emulated_attention(emulation, q, k, v, table, sizes, 0)
+    attend(backend, q, k, v, dtype, table, sizes, 0)
+
+
+# --- what the wrappers refuse ------------------------------------------------------------------------------------
+
+
+def sample_arguments():
+    return dict(logits=np.zeros((2, 8), np.float32), params=np.zeros(144, np.uint8), tokens=np.zeros(2, np.int32))
+
+
+def rope_arguments():
+    k, v = cache_arrays(3, 2, 32, "torch.float32", False)
+    return dict(qkv=np.zeros((2, 8 * 32), np.float32), cos=np.zeros((9, 16), np.float32), sin=np.zeros((9, 16), np.float32),
+                positions=np.zeros(2, np.int64), slots=np.zeros(2, np.int64), k_pages=k, v_pages=v,
+                q_out=np.zeros((2, 4, 32), np.float32))
+
+
+def attention_arguments():
+    q, k, v, _, table, lengths = attention_case(0, 2, 4, 2, 32, "torch.float32", [20, 300])
+    floats, integers = wrappers.attention_workspace(2, 4, 2, 32, table.shape[1])
+    return dict(q=q, k_pages=k, v_pages=v, block_table=table, lengths=lengths, states=np.zeros(floats, np.float32),
+                tickets=np.zeros(integers, np.int32), out=np.zeros((2, 128), np.float32))
+
+
+ARGUMENTS = {"sample": sample_arguments, "rope_append": rope_arguments, "paged_attention": attention_arguments}
+
+
+def call(op, core=None, **changes):
+    arguments = {name: Tensor(value) if isinstance(value, np.ndarray) else value
+                 for name, value in (ARGUMENTS[op]() | changes).items()}
+    core = core or SimpleNamespace(cuda_current_device=lambda: 0, **{f"cuda_{op}": lambda *_: None})
+    getattr(wrappers.CudaOps(core), op)(**arguments, stream=0)
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_a_wrong_tensor_is_a_value_error_that_names_it(op):
+    call(op)                                                            # as it should be
+    for name, array in ARGUMENTS[op]().items():
+        elsewhere, trained, other = Tensor(array), Tensor(array), Tensor(array)
+        elsewhere.is_cuda, trained.requires_grad, other.device = False, True, SimpleNamespace(index=1)
+        for wrong in (array.tolist(), None, elsewhere, trained, other, array.astype(np.complex64), array[None],
+                      np.repeat(array, 2, axis=-1)[..., ::2]):
+            with pytest.raises(ValueError, match=name):
+                call(op, **{name: wrong})
+
+
+@pytest.mark.parametrize("op, name, wrong", [
+    ("sample", "logits", np.zeros((2, (1 << 18) + 1), np.float32)), ("sample", "params", np.zeros(145, np.uint8)[1:]),
+    ("sample", "logprobs", np.zeros(3, np.float32)), ("sample", "counts", np.zeros(3, np.int32)),
+    ("sample", "logits", np.zeros((3, 8), np.float32)[[0, 0]][:, :0]), ("rope_append", "norm", "sometimes"),
+    ("rope_append", "direction", 0), ("rope_append", "k_norm", np.zeros(32, np.float32)),
+    ("rope_append", "gate", np.zeros((2, 2), np.float32)), ("rope_append", "cos", np.zeros((9, 17), np.float32)),
+    ("rope_append", "v_pages", np.zeros((3, 2, 16, 64), np.float32)), ("rope_append", "k_pages", np.zeros((3, 2, 8, 32), np.float32)),
+    ("rope_append", "k_pages", np.zeros((3, 2, 16, 40), np.float32)), ("rope_append", "q_out", np.zeros((2, 0, 32), np.float32)),
+    ("paged_attention", "k_pages", np.zeros(3 * 2 * 16 * 33, np.float32)[1:][:3 * 2 * 16 * 32].reshape(3, 2, 16, 32)),
+    ("paged_attention", "q", np.zeros((2, 5, 32), np.float32)), ("paged_attention", "window", -1),
+    ("paged_attention", "states", np.zeros(9, np.float32)), ("paged_attention", "tickets", np.zeros(3, np.int32)),
+    ("paged_attention", "block_table", np.zeros((2, 0), np.int32))])
+def test_a_wrong_size_or_option_is_a_value_error_that_names_it(op, name, wrong):
+    with pytest.raises(ValueError, match=name):
+        call(op, **{name: wrong})
+
+
+def test_bfloat16_logits_with_penalties_are_refused():
+    ones = Tensor(np.ones(1, np.int32))
+    with pytest.raises(ValueError, match="float32 logits"):
+        call("sample", logits=Tensor(np.zeros((2, 8), np.uint16), "torch.bfloat16"), count_ids=ones, counts=ones)
+
+
+def test_what_the_launch_says_is_raised():
+    with pytest.raises(RuntimeError, match="out of luck"):
+        call("sample", SimpleNamespace(cuda_current_device=lambda: 0, cuda_sample=lambda *_: "out of luck"))

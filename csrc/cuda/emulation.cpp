@@ -19,8 +19,8 @@ dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace emulation {
 namespace {
 
-constexpr size_t STACK_BYTES = 128 * 1024, SHARED_BYTES = 228 * 1024;
-constexpr int MAX_THREADS = 1024;
+constexpr size_t STACK_BYTES = 64 * 1024, SHARED_BYTES = 48 * 1024;     // of shared memory: without opting in
+constexpr unsigned MAX_THREADS = 1024, MAX_RESIDENT = 3;
 
 enum State { READY, AT_BARRIER, AT_WARP, FINISHED };
 
@@ -38,11 +38,17 @@ struct Warp {
     uint64_t values[2][32];             // a lane may be one operation ahead, never two
 };
 
-Fibre fibres[MAX_THREADS];
-Warp warps[MAX_THREADS / 32];
+struct Block {                          // a place for a resident block
+    Fibre fibres[MAX_THREADS];
+    Warp warps[MAX_THREADS / 32];
+    alignas(128) char shared_memory[SHARED_BYTES];
+    std::vector<unsigned> turns;        // its threads in the order of this interval
+    dim3 index;
+};
+
+Block resident[MAX_RESIDENT], *running;
 jmp_buf scheduler;
 const std::function<void()> *kernel;
-alignas(128) char shared_memory[SHARED_BYTES];
 bool shared_overflow;
 Order order = ASCENDING;
 uint64_t random_state = 1;
@@ -55,10 +61,8 @@ uint64_t next_random() {                // xorshift64*
     return random_state * 0x2545F4914F6CDD1Dull;
 }
 
-Fibre &current() { return fibres[threadIdx.x]; }
-
 void leave(State state, const char *file, int line) {
-    Fibre &self = current();
+    Fibre &self = running->fibres[threadIdx.x];
     self.state = state;
     self.file = file;
     self.line = line;
@@ -73,7 +77,7 @@ void live() {                           // a fibre's whole life: one kernel afte
 }
 
 void resume(unsigned thread) {
-    Fibre &fibre = fibres[thread];
+    Fibre &fibre = running->fibres[thread];
     threadIdx.x = thread;
     if (_setjmp(scheduler) != 0) return;
     if (fibre.stack) _longjmp(fibre.context, 1);
@@ -88,22 +92,22 @@ void resume(unsigned thread) {
 const char *fail(const char *what, const Fibre &a, const Fibre &b) {
     std::snprintf(message, sizeof message, "block (%u, %u, %u): %s: %s:%d and %s:%d", blockIdx.x, blockIdx.y, blockIdx.z,
                   what, a.file ? a.file : "left", a.line, b.file ? b.file : "left", b.line);
-    for (Fibre &fibre : fibres) {       // their stacks hold half a kernel
-        fibre.stack.reset();
-        fibre.state = FINISHED;
+    for (Block &block : resident) {     // the stacks hold half a kernel
+        for (Fibre &fibre : block.fibres) fibre.stack.reset();
     }
     return message;
 }
 
-// Lets those go whose partners have all arrived; says what can never go on.
-const char *release(unsigned threads, bool &finished) {
-    unsigned waiting = 0, left = 0;
+// Once no thread of the running block can go on: lets those go whose partners have all arrived, or says what never can.
+const char *release(bool &finished) {
+    Fibre *fibres = running->fibres;
+    const unsigned threads = blockDim.x;
+    unsigned left = 0;
     bool released = false;
     for (unsigned first = 0; first < threads; first += 32) {
         unsigned arrived = 0;
         for (unsigned i = first; i < first + 32; i++) {
             arrived += fibres[i].state == AT_WARP;
-            waiting += fibres[i].state == AT_BARRIER;
             left += fibres[i].state == FINISHED;
         }
         if (arrived < 32) continue;
@@ -131,28 +135,32 @@ void arrange(std::vector<unsigned> &items) {
     for (size_t i = items.size(); i > 1; i--) std::swap(items[i - 1], items[next_random() % i]);
 }
 
-const char *run_block(unsigned threads) {
-    std::memset(shared_memory, 0xA5, sizeof shared_memory);
-    std::memset(warps, 0xA5, sizeof warps);
-    std::vector<unsigned> turns(threads);
-    for (unsigned i = 0; i < threads; i++) {
-        turns[i] = i;
-        fibres[i].state = READY;
-        fibres[i].generation = 0;
+void enter(Block &block, unsigned number) {
+    block.index = dim3(number % gridDim.x, number / gridDim.x % gridDim.y, number / gridDim.x / gridDim.y);
+    std::memset(block.shared_memory, 0xA5, sizeof block.shared_memory);
+    std::memset(block.warps, 0xA5, sizeof block.warps);
+    block.turns.resize(blockDim.x);
+    for (unsigned i = 0; i < blockDim.x; i++) {
+        block.turns[i] = i;
+        block.fibres[i].state = READY;
+        block.fibres[i].generation = 0;
     }
-    for (bool finished = false; !finished;) {
-        arrange(turns);
-        for (bool ran = true; ran;) {   // until nobody can go on: those interrupted at an atomic come again
-            ran = false;
-            for (unsigned thread : turns) {
-                if (fibres[thread].state != READY) continue;
-                resume(thread);
-                ran = true;
-            }
-        }
-        if (const char *error = release(threads, finished)) return error;
+    arrange(block.turns);
+}
+
+// Gives threads of one block their turns: all of them, or at random only some, so that blocks overtake each other.
+const char *advance(Block &block, bool &finished) {
+    running = &block;
+    blockIdx = block.index;
+    bool waiting = true;
+    for (unsigned thread : block.turns) {
+        if (block.fibres[thread].state != READY) continue;
+        if (order != RANDOM || next_random() % 4 != 0) resume(thread);
+        waiting &= block.fibres[thread].state != READY;         // else it comes again
     }
-    return nullptr;
+    if (!waiting) return nullptr;
+    arrange(block.turns);
+    return release(finished);
 }
 
 }  // namespace
@@ -166,24 +174,35 @@ const char *launch(dim3 grid, unsigned threads, const std::function<void()> &bod
     std::vector<unsigned> blocks(size_t(grid.x) * grid.y * grid.z);
     for (size_t i = 0; i < blocks.size(); i++) blocks[i] = static_cast<unsigned>(i);
     arrange(blocks);
-    for (unsigned block : blocks) {
-        blockIdx = dim3(block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y);
-        if (const char *error = run_block(threads)) return error;
-        if (shared_overflow) return "a block needs more shared memory than there is";
+    std::vector<Block *> active, idle;
+    for (Block &block : resident) idle.push_back(&block);
+    if (order != RANDOM) idle.resize(1);
+    for (size_t next = 0; next < blocks.size() || !active.empty();) {
+        while (next < blocks.size() && !idle.empty()) {
+            enter(*idle.back(), blocks[next++]);
+            active.push_back(idle.back());
+            idle.pop_back();
+        }
+        const size_t chosen = order == RANDOM ? next_random() % active.size() : 0;
+        bool finished = false;
+        if (const char *error = advance(*active[chosen], finished)) return error;
+        if (!finished) continue;
+        idle.push_back(active[chosen]);
+        active.erase(active.begin() + chosen);
     }
-    return nullptr;
+    return shared_overflow ? "a block needs more shared memory than there is" : nullptr;
 }
 
 void *shared(size_t bytes) {
-    shared_overflow |= bytes > 48 * 1024;       // what a kernel has without opting in
-    return shared_memory;
+    shared_overflow |= bytes > SHARED_BYTES;
+    return running->shared_memory;
 }
 
 void wait_for_block(const char *file, int line) { leave(AT_BARRIER, file, line); }
 
 const uint64_t *exchange(uint64_t value, const char *file, int line) {
     const unsigned thread = threadIdx.x;
-    uint64_t *values = warps[thread / 32].values[fibres[thread].generation++ % 2];
+    uint64_t *values = running->warps[thread / 32].values[running->fibres[thread].generation++ % 2];
     values[thread % 32] = value;
     leave(AT_WARP, file, line);
     return values;

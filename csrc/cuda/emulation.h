@@ -1,13 +1,14 @@
-// CUDA's execution model on the host: one block at a time, each of its threads a fibre.
+// CUDA's execution model on the host: each thread of a block is a fibre.
 //
 // A thread runs until it meets a barrier (__syncthreads or a warp operation); then another one runs. In which order
-// is chosen by `order`: ascending, descending, or at random with extra switches at every atomic operation. A kernel
-// that forgets a barrier therefore computes something else in some order, and the tests compare orders bit for bit.
+// is chosen by `order`: ascending, descending, or at random, with extra switches at atomic operations and with three
+// blocks that overtake each other. A kernel that forgets a barrier therefore computes something else in some order,
+// and the tests compare orders bit for bit.
 // Shared memory is filled with a pattern before each block. A launch fails, with a message, when threads of a block
 // wait at different barriers, when some left while others wait, and when lanes of a warp meet at different calls.
 //
-// What it does not show: races between memory operations within one interval of a *single* instruction order (tears),
-// the cost of anything, and numerics of CUDA's own exp and log.
+// What it does not show: missing memory fences (memory is sequentially consistent here), races that need a switch in
+// the middle of an interval, the cost of anything, and the last bits of CUDA's own exp, log and square root.
 #pragma once
 
 #include <algorithm>

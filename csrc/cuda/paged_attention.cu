@@ -30,6 +30,8 @@ struct AttentionJob {                       // by value into the kernel; strides
     int64_t table_stride, num_pages;
     int table_width, heads, kv_heads, head_size, window, max_chunks;
     int64_t page_stride, head_stride, slot_stride;
+    void *out;
+    int64_t out_type;
     float *states;                          // (B, Hq, max_chunks, 2 + D): largest score, sum of weights, weighted values
     int32_t *tickets;                       // (B, Hk), zero between launches
 };
@@ -195,8 +197,19 @@ DC_DEVICE void weigh(const AttentionJob &job, const Range &range, const Stored *
     }
 }
 
-// The states of a head's chunks, in order -> out (D).
-template <class Out> DC_DEVICE void merge(const float *states, int chunks, int size, Out *out) {
+DC_DEVICE void write_out(const AttentionJob &job, int64_t index, float sum, float value) {
+    const float y = sum > 0 ? value / sum : 0.0f;               // no key at all: 0
+    if (job.out_type == F32) {
+        static_cast<float *>(job.out)[index] = y;
+    } else {
+        static_cast<bf16 *>(job.out)[index] = from_float<bf16>(y);
+    }
+}
+
+// The states of a head's chunks, in order, to its D outputs.
+DC_DEVICE void merge(const AttentionJob &job, int64_t head, int chunks) {
+    const int size = job.head_size;
+    const float *states = job.states + head * job.max_chunks * (2 + size);
     float largest = -INFINITY;
     for (int c = 0; c < chunks; c++) largest = fmaxf(largest, load_fresh(states + c * (2 + size)));
     for (int d = threadIdx.x; d < size; d += ATTENTION_THREADS) {
@@ -208,12 +221,12 @@ template <class Out> DC_DEVICE void merge(const float *states, int chunks, int s
             sum += factor * load_fresh(state + 1);
             value += factor * load_fresh(state + 2 + d);
         }
-        out[d] = from_float<Out>(sum > 0 ? value / sum : 0.0f);
+        write_out(job, head * size + d, sum, value);
     }
 }
 
-template <class Stored, class Out, int MAX_SIZE, int HEADS>
-DC_KERNEL(ATTENTION_THREADS) attention_kernel(AttentionJob job, const Stored *k_pages, const Stored *v_pages, Out *out) {
+template <class Stored, int MAX_SIZE, int HEADS>
+DC_KERNEL(ATTENTION_THREADS) attention_kernel(AttentionJob job, const Stored *k_pages, const Stored *v_pages) {
     using S = Shape<Stored, MAX_SIZE, HEADS>;
     DC_SHARED(typename S::Shared, shared);
     Range range;
@@ -245,7 +258,7 @@ DC_KERNEL(ATTENTION_THREADS) attention_kernel(AttentionJob job, const Stored *k_
             float value = shared.values[0][h][d];
             for (int part = 1; part < S::PARTS; part++) value += shared.values[part][h][d];
             if (range.chunks == 1) {
-                out[head * D + d] = from_float<Out>(shared.sum[h] > 0 ? value / shared.sum[h] : 0.0f);
+                write_out(job, head * D + d, shared.sum[h], value);
                 continue;
             }
             float *state = job.states + (head * job.max_chunks + range.chunk) * (2 + D);
@@ -268,8 +281,7 @@ DC_KERNEL(ATTENTION_THREADS) attention_kernel(AttentionJob job, const Stored *k_
     __syncthreads();
     if (!shared.last) return;
     __threadfence();                        // the others' states, after their tickets
-    for (int h = 0; h < group; h++)
-        merge(job.states + (first_head + h) * job.max_chunks * (2 + D), range.chunks, D, out + (first_head + h) * D);
+    for (int h = 0; h < group; h++) merge(job, first_head + h, range.chunks);
 }
 
 // --- which instance ----------------------------------------------------------------------------------------------
@@ -277,19 +289,14 @@ DC_KERNEL(ATTENTION_THREADS) attention_kernel(AttentionJob job, const Stored *k_
 struct AttentionLaunch {
     AttentionJob job;
     unsigned rows;
-    int64_t k_pages, v_pages, out, out_type, stream;
+    int64_t k_pages, v_pages, stream;
 };
 
 template <class Stored, int MAX_SIZE, int HEADS> const char *launch_instance(const AttentionLaunch &l) {
     const dim3 grid(static_cast<unsigned>(l.job.max_chunks), static_cast<unsigned>(l.job.kv_heads), l.rows);
-    const auto *k = as_pointer<const Stored>(l.k_pages), *v = as_pointer<const Stored>(l.v_pages);
-    void *stream = as_pointer<void>(l.stream);
-    if (l.out_type == F32) {
-        const auto kernel = attention_kernel<Stored, float, MAX_SIZE, HEADS>;
-        return DC_LAUNCH(kernel, grid, ATTENTION_THREADS, stream, l.job, k, v, as_pointer<float>(l.out));
-    }
-    const auto kernel = attention_kernel<Stored, bf16, MAX_SIZE, HEADS>;
-    return DC_LAUNCH(kernel, grid, ATTENTION_THREADS, stream, l.job, k, v, as_pointer<bf16>(l.out));
+    const auto kernel = attention_kernel<Stored, MAX_SIZE, HEADS>;
+    return DC_LAUNCH(kernel, grid, ATTENTION_THREADS, as_pointer<void>(l.stream), l.job, as_pointer<const Stored>(l.k_pages),
+                     as_pointer<const Stored>(l.v_pages));
 }
 
 template <class Stored, int MAX_SIZE> const char *launch_heads(const AttentionLaunch &l) {
@@ -334,11 +341,11 @@ const char *dc_cuda_paged_attention(int64_t q, int64_t rows, int64_t heads, int6
     l.job.slot_stride = slot_stride;
     l.job.states = as_pointer<float>(states);
     l.job.tickets = as_pointer<int32_t>(tickets);
+    l.job.out = as_pointer<void>(out);
+    l.job.out_type = out_type;
     l.rows = static_cast<unsigned>(rows);
     l.k_pages = k_pages;
     l.v_pages = v_pages;
-    l.out = out;
-    l.out_type = out_type;
     l.stream = stream;
     if (cache_type == F32) return launch_size<float>(l);
     if (cache_type == F16) return launch_size<f16>(l);

@@ -72,11 +72,10 @@ DC_KERNEL(ROPE_WARPS * 32) rope_append_kernel(RopeJob job, const Input *qkv, con
     float *x = shared.x[warp];
     const Input *source = qkv + row * job.row_stride + static_cast<int64_t>(head) * D;
     for (int d = lane; d < D; d += 32) x[d] = to_float(source[d]);
-    __syncwarp();
     if (kind < 2) {
         const float *weight = kind == 0 ? job.q_norm : job.k_norm;
         if (job.norm == BEFORE_ROPE) normalize(x, D, weight, job.epsilon, lane);
-        __syncwarp();                       // a lane rotates what other lanes normalized
+        __syncwarp();                       // a lane rotates what other lanes loaded and normalized
         rotate(x, job, position, lane);
         __syncwarp();
         if (job.norm == AFTER_ROPE) normalize(x, D, weight, job.epsilon, lane);

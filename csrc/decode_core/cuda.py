@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 PAGE_SIZE, CHUNK_SIZE = 16, 256
 MAX_VOCABULARY, MAX_ROWS, MAX_HEAD_SIZE = 1 << 18, 65535, 256
+SAMPLE_THREADS = 1024                   # of a row's block; tests try others, which must give the same tokens
 SAMPLE_ROW_BYTES = 72                   # dc::SampleRow of csrc/contract.h
 CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8, "uint8": 1}
@@ -103,8 +104,8 @@ class CudaOps:
                  *self.pair("bias_values", bias_ids, bias_values, "float32", x.dtype)]
         out = self.tensor("tokens", tokens, ("int32",), B)
         logs = self.tensor("logprobs", logprobs, ("float32",), B).address if logprobs is not None else 0
-        call(self.core.cuda_sample, x.address, CODES[x.dtype], x.strides[0], B, V, rows.address, *lists, out.address, logs, 1024,
-             stream)
+        call(self.core.cuda_sample, x.address, CODES[x.dtype], x.strides[0], B, V, rows.address, *lists, out.address, logs,
+             SAMPLE_THREADS, stream)
 
     def pair(self, name, ids, values, dtype, logits_dtype) -> tuple[int, int, int]:
         """(address of ids, of values, how many) of one list, or zeros."""
