@@ -15,7 +15,7 @@ namespace {
 const AttentionKernels& kernels() { return DC_CHOSEN(attention_kernels); }
 
 constexpr int64_t ROWS_AT_ONCE = 32;            // of rope_append: two pages, so that few cache lines of K have two writers
-constexpr int64_t RUNS_PER_THREAD = 4, LONGEST_RUN = 8;     // of paged_attention's items
+constexpr int64_t RUNS_PER_THREAD = 2, LONGEST_RUN = 8;     // of paged_attention's items
 constexpr int64_t ROWS_WORTH_SHARING = 8;       // one row takes 0.1 us, waking a spinning helper about as much
 
 }  // namespace
@@ -123,12 +123,14 @@ void paged_attention(const AttentionJob& job, const AttentionPlan::Work& work) {
     for (const AttentionItem& item : work.items)
         if (item.merge >= 0) new (&unfinished[item.merge]) std::atomic<int>(item.merge_count);
     // Runs of items, so that a thread knows what it reads next; short enough that the threads end together.
-    const int64_t count = int64_t(work.items.size());
-    const int64_t run = std::clamp<int64_t>(count / (RUNS_PER_THREAD * get_threads()), 1, LONGEST_RUN);
+    const int64_t count = int64_t(work.items.size()), threads = get_threads();
+    const int64_t run = std::clamp<int64_t>(count / (RUNS_PER_THREAD * threads), 1, LONGEST_RUN);
     parallel_for((count + run - 1) / run, [&](int64_t i) {
-        for (int64_t j = i * run; j < std::min((i + 1) * run, count); j++) {
+        const int64_t end = std::min((i + 1) * run, count);
+        for (int64_t j = i * run; j < end; j++) {
             const AttentionItem& item = work.items[j];
-            const AttentionItem* following = j + 1 < count ? &item + 1 : nullptr;
+            const int64_t next = j + 1 < end ? j + 1 : (i + threads) * run;     // the others are probably at the runs between
+            const AttentionItem* following = next < count ? &work.items[next] : nullptr;
             if (item.merge < 0) {
                 use.attend(job, item, following, nullptr);
                 continue;

@@ -58,6 +58,36 @@ void prepare_head(const RopeJob& job, const Input* head, const float* weight, in
         for (int d = 0; d < D; d += 16) store(x + d, load(x + d) * all(scale));
 }
 
+// The same for D = 16 * Vectors rotated as a whole by halves, as nearly every model has it: all in registers.
+template <int Vectors>
+struct HeadInRegisters {
+    Lanes x[Vectors];
+
+    void normalize(const float* weight, float epsilon) {
+        Lanes squares = all(0.0f);
+        for (int i = 0; i < Vectors; i++) squares = fma(x[i], x[i], squares);
+        const Lanes scale = all(1.0f / __builtin_sqrtf(sum(squares) / float(16 * Vectors) + epsilon));
+        for (int i = 0; i < Vectors; i++) {
+            x[i] = x[i] * scale;
+            if (weight) x[i] = x[i] * load(weight + 16 * i);
+        }
+    }
+
+    template <class Input>
+    inline __attribute__((always_inline)) void prepare(const RopeJob& job, const Input* head, const float* weight, const Lanes* cos, const Lanes* sin) {
+        for (int i = 0; i < Vectors; i++) x[i] = load(head + 16 * i);
+        if (job.norm == QkNorm::before_rope) normalize(weight, job.epsilon);
+        for (int i = 0; i < Vectors / 2; i++) {
+            const Lanes a = x[i], b = x[i + Vectors / 2];
+            x[i] = fma(a, cos[i], all(-1.0f) * (b * sin[i]));
+            x[i + Vectors / 2] = fma(b, cos[i], a * sin[i]);
+        }
+        if (job.norm == QkNorm::after_rope) normalize(weight, job.epsilon);
+        if (job.post_scale != 1.0f)
+            for (int i = 0; i < Vectors; i++) x[i] = x[i] * all(job.post_scale);
+    }
+};
+
 template <class Input>
 void add_value_embedding(const RopeJob& job, int64_t row, int h, float* v) {
     const int D = job.head_size;
@@ -68,30 +98,67 @@ void add_value_embedding(const RopeJob& job, int64_t row, int h, float* v) {
     for (int d = 0; d < D; d += 16) store(v + d, fma(strength, load(embed + d), load(v + d)));
 }
 
+// q and k of one row: q -> `q` [Hq][D] float32, k narrowed into column `offset` of the page's K blocks
+template <class Input, class Stored, int Vectors>
+void rope_heads_in_registers(const RopeJob& job, int64_t position, const Input* head, float* q, Stored* block) {
+    constexpr int D = 16 * Vectors;
+    alignas(64) Stored narrowed[D];
+    HeadInRegisters<Vectors> h;
+    Lanes cos[Vectors / 2], sin[Vectors / 2];
+    for (int i = 0; i < Vectors / 2; i++) {
+        cos[i] = load(job.cos + position * job.half_rotated + 16 * i);
+        sin[i] = load(job.sin + position * job.half_rotated + 16 * i) * all(job.direction);
+    }
+    for (int n = 0; n < job.heads; n++, head += D, q += D) {
+        h.prepare(job, head, job.q_norm, cos, sin);
+        for (int i = 0; i < Vectors; i++) store(q + 16 * i, h.x[i] * all(job.q_scale));
+    }
+    for (int n = 0; n < job.kv_heads; n++, head += D, block += 2 * PAGE_SIZE * D) {
+        h.prepare(job, head, job.k_norm, cos, sin);
+        for (int i = 0; i < Vectors; i++) store(narrowed + 16 * i, h.x[i]);
+        for (int d = 0; d < D; d++) block[d * PAGE_SIZE] = narrowed[d];
+    }
+}
+
 template <class Input, class Stored>
-void rope_row(const RopeJob& job, int64_t row) {
+void rope_heads(const RopeJob& job, int64_t position, const Input* head, float* q, Stored* block) {
     const int D = job.head_size;
-    const int64_t position = job.positions[row], page = job.slots[row] / PAGE_SIZE, offset = job.slots[row] % PAGE_SIZE;
-    const Input* head = static_cast<const Input*>(job.qkv) + row * job.row_stride;
     alignas(64) float x[MAX_HEAD_SIZE];
     alignas(64) Stored narrowed[MAX_HEAD_SIZE];
-
-    float* q = job.q_out + row * job.heads * D;
-    for (int h = 0; h < job.heads; h++, head += D, q += D) {
+    for (int n = 0; n < job.heads; n++, head += D, q += D) {
         prepare_head(job, head, job.q_norm, position, job.post_scale, x);
         for (int d = 0; d < D; d += 16) store(q + d, load(x + d) * all(job.q_scale));
     }
-    Stored* block = static_cast<Stored*>(job.cache) + page * job.kv_heads * 2 * PAGE_SIZE * D;
-    for (int h = 0; h < job.kv_heads; h++, head += D) {
+    for (int n = 0; n < job.kv_heads; n++, head += D, block += 2 * PAGE_SIZE * D) {
         prepare_head(job, head, job.k_norm, position, job.post_scale, x);
         for (int d = 0; d < D; d += 16) store(narrowed + d, load(x + d));
-        Stored* k = block + int64_t(2 * h) * PAGE_SIZE * D + offset;
-        for (int d = 0; d < D; d++) k[d * PAGE_SIZE] = narrowed[d];
+        for (int d = 0; d < D; d++) block[d * PAGE_SIZE] = narrowed[d];
     }
-    for (int h = 0; h < job.kv_heads; h++, head += D) {
+}
+
+template <class Input, class Stored>
+void rope_row(const RopeJob& job, int64_t row) {
+    const int D = job.head_size;
+    const int64_t position = job.positions[row], offset = place_of(job.slots[row]);
+    const Input* head = static_cast<const Input*>(job.qkv) + row * job.row_stride;
+    float* q = job.q_out + row * job.heads * D;
+    Stored* block = static_cast<Stored*>(job.cache) + page_of(job.slots[row]) * job.kv_heads * 2 * PAGE_SIZE * D;
+
+    const bool whole = !job.interleaved && 2 * job.half_rotated == D;
+    if (whole && D == 64) rope_heads_in_registers<Input, Stored, 4>(job, position, head, q, block + offset);
+    else if (whole && D == 128) rope_heads_in_registers<Input, Stored, 8>(job, position, head, q, block + offset);
+    else rope_heads(job, position, head, q, block + offset);
+
+    head += int64_t(job.heads + job.kv_heads) * D;
+    alignas(64) float x[MAX_HEAD_SIZE];
+    for (int n = 0; n < job.kv_heads; n++, head += D) {
+        Stored* v = block + (2 * n + 1) * PAGE_SIZE * D + offset * D;
+        if (!job.value_embed) {
+            for (int d = 0; d < D; d += 16) store(v + d, load(head + d));
+            continue;
+        }
         for (int d = 0; d < D; d += 16) store(x + d, load(head + d));
-        if (job.value_embed) add_value_embedding<Input>(job, row, h, x);
-        Stored* v = block + int64_t(2 * h + 1) * PAGE_SIZE * D + offset * D;
+        add_value_embedding<Input>(job, row, n, x);
         for (int d = 0; d < D; d += 16) store(v + d, load(x + d));
     }
 }
