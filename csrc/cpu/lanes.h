@@ -98,6 +98,7 @@ DC_INLINE Lanes fma(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.
 DC_INLINE Lanes operator+(Lanes a, Lanes b) { return {_mm512_add_ps(a.v, b.v)}; }
 DC_INLINE Lanes operator-(Lanes a, Lanes b) { return {_mm512_sub_ps(a.v, b.v)}; }
 DC_INLINE Lanes operator*(Lanes a, Lanes b) { return {_mm512_mul_ps(a.v, b.v)}; }
+DC_INLINE Lanes operator/(Lanes a, Lanes b) { return {_mm512_div_ps(a.v, b.v)}; }
 DC_INLINE Lanes maximum(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
 DC_INLINE Lanes zero_below(Lanes x, Lanes limit, Lanes a) {         // x < limit ? 0 : a
     return {_mm512_mask_mov_ps(a.v, _mm512_cmp_ps_mask(x.v, limit.v, _CMP_LT_OQ), _mm512_setzero_ps())};
@@ -138,6 +139,7 @@ DC_INLINE Lanes fma(Lanes a, Lanes b, Lanes c) {
 DC_INLINE Lanes operator+(Lanes a, Lanes b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
 DC_INLINE Lanes operator-(Lanes a, Lanes b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
 DC_INLINE Lanes operator*(Lanes a, Lanes b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+DC_INLINE Lanes operator/(Lanes a, Lanes b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
 DC_INLINE Lanes maximum(Lanes a, Lanes b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
 DC_INLINE __m256 zero_below8(__m256 x, __m256 limit, __m256 a) {
     return _mm256_andnot_ps(_mm256_cmp_ps(x, limit, _CMP_LT_OQ), a);
@@ -173,6 +175,7 @@ DC_INLINE Lanes fma(Lanes a, Lanes b, Lanes c) { DC_EACH(fma1(a.v[i], b.v[i], c.
 DC_INLINE Lanes operator+(Lanes a, Lanes b) { DC_EACH(a.v[i] + b.v[i]); }
 DC_INLINE Lanes operator-(Lanes a, Lanes b) { DC_EACH(a.v[i] - b.v[i]); }
 DC_INLINE Lanes operator*(Lanes a, Lanes b) { DC_EACH(a.v[i] * b.v[i]); }
+DC_INLINE Lanes operator/(Lanes a, Lanes b) { DC_EACH(a.v[i] / b.v[i]); }
 DC_INLINE Lanes maximum(Lanes a, Lanes b) { DC_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 DC_INLINE Lanes zero_below(Lanes x, Lanes limit, Lanes a) {
     DC_EACH(x.v[i] < limit.v[i] ? 0.0f : a.v[i]);

@@ -42,7 +42,7 @@ struct Block {                          // a place for a resident block
     Fibre fibres[MAX_THREADS];
     Warp warps[MAX_THREADS / 32];
     alignas(128) char shared_memory[SHARED_BYTES];
-    std::vector<unsigned> turns;        // its threads in the order of this interval
+    std::vector<unsigned> warp_turns, lane_turns;
     dim3 index;
 };
 
@@ -98,36 +98,6 @@ const char *fail(const char *what, const Fibre &a, const Fibre &b) {
     return message;
 }
 
-// Once no thread of the running block can go on: lets those go whose partners have all arrived, or says what never can.
-const char *release(bool &finished) {
-    Fibre *fibres = running->fibres;
-    const unsigned threads = blockDim.x;
-    unsigned left = 0;
-    bool released = false;
-    for (unsigned first = 0; first < threads; first += 32) {
-        unsigned arrived = 0;
-        for (unsigned i = first; i < first + 32; i++) {
-            arrived += fibres[i].state == AT_WARP;
-            left += fibres[i].state == FINISHED;
-        }
-        if (arrived < 32) continue;
-        for (unsigned i = first; i < first + 32; i++) {
-            if (fibres[i].file != fibres[first].file || fibres[i].line != fibres[first].line)
-                return fail("lanes of a warp met at different operations", fibres[first], fibres[i]);
-            fibres[i].state = READY;
-        }
-        released = true;
-    }
-    finished = left == threads;
-    if (finished || released) return nullptr;
-    for (unsigned i = 0; i < threads; i++) {
-        if (fibres[i].state != fibres[0].state || fibres[i].line != fibres[0].line)
-            return fail("threads wait for ever", fibres[0], fibres[i]);
-    }
-    for (unsigned i = 0; i < threads; i++) fibres[i].state = READY;
-    return nullptr;
-}
-
 void arrange(std::vector<unsigned> &items) {
     std::sort(items.begin(), items.end());
     if (order == DESCENDING) std::reverse(items.begin(), items.end());
@@ -139,28 +109,61 @@ void enter(Block &block, unsigned number) {
     block.index = dim3(number % gridDim.x, number / gridDim.x % gridDim.y, number / gridDim.x / gridDim.y);
     std::memset(block.shared_memory, 0xA5, sizeof block.shared_memory);
     std::memset(block.warps, 0xA5, sizeof block.warps);
-    block.turns.resize(blockDim.x);
+    block.warp_turns.resize(blockDim.x / 32);
+    block.lane_turns.resize(32);
+    for (unsigned i = 0; i < blockDim.x / 32; i++) block.warp_turns[i] = i;
+    for (unsigned i = 0; i < 32; i++) block.lane_turns[i] = i;
     for (unsigned i = 0; i < blockDim.x; i++) {
-        block.turns[i] = i;
         block.fibres[i].state = READY;
         block.fibres[i].generation = 0;
     }
-    arrange(block.turns);
+    arrange(block.warp_turns);
 }
 
-// Gives threads of one block their turns: all of them, or at random only some, so that blocks overtake each other.
+bool has_ready(const Fibre *lanes) {
+    return std::any_of(lanes, lanes + 32, [](const Fibre &lane) { return lane.state == READY; });
+}
+
+// Every lane up to its next operation; then, if they met at one, they may go on.
+const char *step(Block &block, unsigned warp) {
+    Fibre *lanes = block.fibres + 32 * warp;
+    arrange(block.lane_turns);
+    for (unsigned lane : block.lane_turns) {
+        if (lanes[lane].state == READY) resume(32 * warp + lane);
+    }
+    if (std::any_of(lanes, lanes + 32, [](const Fibre &lane) { return lane.state != AT_WARP; })) return nullptr;
+    for (unsigned i = 0; i < 32; i++) {
+        if (lanes[i].file != lanes[0].file || lanes[i].line != lanes[0].line)
+            return fail("lanes of a warp met at different operations", lanes[0], lanes[i]);
+        lanes[i].state = READY;
+    }
+    return nullptr;
+}
+
+// Gives the warps of one block their turns: one after the other as far as it gets, or at random some of them one step.
 const char *advance(Block &block, bool &finished) {
     running = &block;
     blockIdx = block.index;
-    bool waiting = true;
-    for (unsigned thread : block.turns) {
-        if (block.fibres[thread].state != READY) continue;
-        if (order != RANDOM || next_random() % 4 != 0) resume(thread);
-        waiting &= block.fibres[thread].state != READY;         // else it comes again
+    bool stuck = true;
+    for (unsigned warp : block.warp_turns) {
+        const Fibre *lanes = block.fibres + 32 * warp;
+        while (has_ready(lanes)) {
+            stuck = false;
+            if (order == RANDOM && next_random() % 2 == 0) break;
+            if (const char *error = step(block, warp)) return error;
+            if (order == RANDOM) break;
+        }
     }
-    if (!waiting) return nullptr;
-    arrange(block.turns);
-    return release(finished);
+    if (!stuck) return nullptr;
+    const Fibre *end = block.fibres + blockDim.x, &first = block.fibres[0];
+    for (const Fibre *fibre = block.fibres; fibre < end; fibre++) {
+        if (fibre->state != first.state || fibre->state == AT_WARP || fibre->file != first.file || fibre->line != first.line)
+            return fail("threads wait for ever", first, *fibre);
+    }
+    finished = first.state == FINISHED;
+    for (unsigned i = 0; i < blockDim.x && !finished; i++) block.fibres[i].state = READY;
+    arrange(block.warp_turns);
+    return nullptr;
 }
 
 }  // namespace
