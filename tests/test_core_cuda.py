@@ -132,6 +132,23 @@ def backend(request):
     return request.getfixturevalue(request.param)
 
 
+# --- the emulation itself ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault, complaint", [
+    (0, None), (1, "another sum"), (2, "threads wait for ever"), (3, "lanes of a warp met at different operations"),
+    (4, "another sum")])
+def test_the_emulation_shows_a_forgotten_or_divided_barrier(emulation, fault, complaint):
+    seen = set()
+    for order, seeds in ((ASCENDING, 1), (DESCENDING, 1), (RANDOM, 20)):
+        for seed in range(seeds):
+            emulation.order(order, seed)
+            total = np.zeros(1, np.int32)
+            message = emulation.emulation_faulty(fault, total.ctypes.data)
+            seen.add(message.split(": ")[1] if message else None if total[0] == 8 * 2016 else "another sum")
+    assert complaint in seen and (fault != 0 or seen == {None})
+
+
 # --- sample ------------------------------------------------------------------------------------------------------
 
 ROW = np.dtype([
@@ -218,8 +235,8 @@ def random_logits(rng, count, vocabulary):
 
 
 @pytest.mark.parametrize("vocabulary, count, threads", [
-    (1, 40, 32), (2, 60, 32), (31, 400, 32), (257, 1200, 64), (1000, 1200, 128), (1024, 300, 1024), (3001, 600, 256),
-    (5000, 300, 1024), (20011, 60, 1024), (49152, 24, 1024), (262144, 4, 1024)])
+    (1, 40, 32), (2, 60, 32), (31, 400, 32), (257, 1200, 64), (1000, 1200, 128), (1024, 150, 1024), (3001, 600, 256),
+    (5000, 150, 1024), (20011, 60, 1024), (49152, 24, 1024), (262144, 4, 1024)])
 def test_the_sampling_kernel_draws_the_references_tokens(backend, monkeypatch, vocabulary, count, threads):
     monkeypatch.setattr(wrappers, "SAMPLE_THREADS", threads)
     rng = np.random.default_rng(vocabulary)
@@ -471,6 +488,56 @@ def test_page_ids_out_of_range_are_masked_and_never_followed(backend):
     assert (got[0] == 0).all() and np.isfinite(got[1]).all() and (got[1] != good[1]).any()
     sizes[0] = 1 << 30                                                  # longer than the table
     attend(backend, q, k, v, dtype, table, sizes, 0)
+
+
+# --- captured in a CUDA graph --------------------------------------------------------------------------------------
+
+
+def test_a_captured_step_replays_what_eager_calls_compute_on_new_inputs(gpu):
+    torch, ops, tensor = gpu.torch, gpu.ops, gpu.tensor
+    rng = np.random.default_rng(9)
+    q, k, v, dtype, table, lengths = attention_case(9, 4, 8, 2, 128, "torch.bfloat16", [1000, 3, 400, 257])
+    floats, integers = wrappers.attention_workspace(4, 8, 2, 128, table.shape[1])
+    held = {name: tensor(array, kind) for name, (array, kind) in dict(
+        qkv=(narrow(rng.normal(0, 1, (4, 12 * 128)), dtype), dtype), k=(k, dtype), v=(v, dtype), q=(q, None), table=(table, None),
+        lengths=(lengths, None), positions=(lengths.astype(np.int64) - 1, None),
+        slots=(table[range(4), (lengths - 1) // 16].astype(np.int64) * 16 + (lengths - 1) % 16, None),
+        cos=(np.ones((1024, 64), np.float32), None), sin=(np.zeros((1024, 64), np.float32), None),
+        states=(np.zeros(floats, np.float32), None), tickets=(np.zeros(integers, np.int32), None),
+        out=(np.zeros((4, 1024), np.float32), None), logits=(random_logits(rng, 4, 32768), None),
+        params=(pack_rows(random_rows(rng, 4, 32768))[0].view(np.uint8), None), tokens=(np.zeros(4, np.int32), None)).items()}
+    t = SimpleNamespace(**held)
+
+    def step():
+        ops.rope_append(t.qkv, t.cos, t.sin, t.positions, t.slots, t.k, t.v, t.q, stream=gpu.stream)
+        ops.paged_attention(t.q, t.k, t.v, t.table, t.lengths, t.states, t.tickets, t.out, stream=gpu.stream)
+        ops.sample(t.logits, t.params, t.tokens, stream=gpu.stream)
+
+    step()                                                              # kernels are loaded before the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(3):
+        t.qkv.tensor.copy_(torch.randn(4, 12 * 128, device="cuda"))
+        t.logits.tensor.copy_(torch.randn(4, 32768, device="cuda") * 3)
+        graph.replay()
+        replayed = t.out.read().copy(), t.tokens.read().copy()
+        step()
+        assert replayed[0].tobytes() == t.out.read().tobytes() and replayed[1].tolist() == t.tokens.read().tolist()
+
+
+# --- nvcc --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", sorted(path.name for path in (CSRC / "cuda").glob("*.cu")))
+def test_nvcc_compiles_without_warnings_for_sm_80_and_sm_90(source, tmp_path):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc here")
+    subprocess.run([nvcc, "-std=c++17", "-O3", "-c", "-gencode=arch=compute_80,code=sm_80",
+                    "-gencode=arch=compute_90,code=[sm_90,compute_90]", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror",
+                    str(CSRC / "cuda" / source), "-o", str(tmp_path / "object.o")], check=True, timeout=170)
 
 
 # --- what the wrappers refuse ------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ jmp_buf scheduler;
 const std::function<void()> *kernel;
 bool shared_overflow;
 Order order = ASCENDING;
-uint64_t random_state = 1;
+uint64_t random_state = 1, lazy = 0;    // bits of warps that hardly move for a while
 char message[256];
 
 uint64_t next_random() {                // xorshift64*
@@ -144,12 +144,14 @@ const char *step(Block &block, unsigned warp) {
 const char *advance(Block &block, bool &finished) {
     running = &block;
     blockIdx = block.index;
+    if (next_random() % 64 == 0) lazy = next_random() & next_random();
     bool stuck = true;
     for (unsigned warp : block.warp_turns) {
         const Fibre *lanes = block.fibres + 32 * warp;
         while (has_ready(lanes)) {
             stuck = false;
-            if (order == RANDOM && next_random() % 2 == 0) break;
+            const unsigned name = warp + 23 * static_cast<unsigned>(&block - resident);
+            if (order == RANDOM && next_random() % (lazy >> name % 64 & 1 ? 32 : 2) != 0) break;
             if (const char *error = step(block, warp)) return error;
             if (order == RANDOM) break;
         }
@@ -224,6 +226,48 @@ uint16_t float_to_half(float x) { return static_cast<uint16_t>(to_bits(static_ca
 extern "C" __attribute__((visibility("default"))) void dc_emulation_order(int64_t order, int64_t seed) {
     emulation::order = static_cast<emulation::Order>(order);
     emulation::random_state = static_cast<uint64_t>(seed) * 2 + 1;
+}
+
+// --- kernels with a fault each, to test the emulation itself -------------------------------------------------------
+
+namespace {
+
+enum Fault : int64_t { NONE, NO_BARRIER, DIVIDED_BARRIER, DIVIDED_WARP, NO_BLOCK_BARRIER_BEFORE_TICKET };
+
+struct FaultShared {
+    int32_t values[64];
+    bool last;
+};
+
+// sums[block] = sum of 0 .. 63, by neighbours' values; total = the sum over the blocks, by the last one.
+DC_KERNEL(64) faulty_kernel(int64_t fault, volatile int32_t *sums, int32_t *ticket, int32_t *total) {
+    DC_SHARED(FaultShared, shared);
+    const unsigned i = threadIdx.x;
+    shared.values[i] = static_cast<int32_t>(i);
+    if (fault != NO_BARRIER && (fault != DIVIDED_BARRIER || i != 7)) __syncthreads();
+    int32_t x = shared.values[(i + 33) % 64];
+    if (fault == DIVIDED_WARP && i < 5) x = __shfl_xor_sync(0xffffffffu, x, 0);
+    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
+    __syncthreads();
+    if (i % 32 == 0) shared.values[i / 32] = x;
+    __syncthreads();
+    if (i == 63) sums[blockIdx.x] = shared.values[0] + shared.values[1];
+    if (fault != NO_BLOCK_BARRIER_BEFORE_TICKET) __syncthreads();
+    if (i == 0) shared.last = atomicAdd(ticket, 1) == static_cast<int32_t>(gridDim.x) - 1;
+    __syncthreads();
+    if (i == 0 && shared.last) {
+        *total = 0;
+        for (unsigned block = 0; block < gridDim.x; block++) *total += sums[block];
+    }
+}
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) const char *dc_emulation_faulty(int64_t fault, int64_t total) {
+    int32_t sums[8] = {}, ticket = 0;
+    volatile int32_t *each = sums;
+    int32_t *counter = &ticket, *result = reinterpret_cast<int32_t *>(static_cast<uintptr_t>(total));
+    return DC_LAUNCH(faulty_kernel, dim3(8), 64, nullptr, fault, each, counter, result);
 }
 
 #include "sample.cu"
