@@ -26,10 +26,10 @@ X86 = platform.machine().lower() in ("x86_64", "amd64") and os.name == "posix"
 
 SANITIZE = os.environ.get("DECODE_CORE_SANITIZE") == "1"
 COMMON_FLAGS = ["-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-Wall", "-Wextra"]
-COMMON_FLAGS += ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined",
-                 "-fno-omit-frame-pointer"] if SANITIZE else ["-O3", "-g0"]
+COMMON_FLAGS += ["-O1", "-g"] if SANITIZE else ["-O3", "-g0"]
 COMMON_FLAGS += ["-Werror"] if os.environ.get("DECODE_CORE_WERROR") == "1" else []
 LINK_FLAGS = ["-pthread"] + (["-fsanitize=address,undefined"] if SANITIZE else ["-Wl,-s"] if sys.platform == "linux" else [])
+SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]    # not pybind11's
 ISA_FLAGS = {               # ending of a source's stem -> what its instructions may need; dispatch.cpp asks the same of the CPU
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512",
@@ -95,6 +95,7 @@ class BuildCore(build_ext):
         if not fresh:
             import pybind11
             isa = next((flags for ending, flags in ISA_FLAGS.items() if source.stem.endswith(ending)), [])
+            isa = isa + (SANITIZE_FLAGS if SANITIZE and not source.stem.startswith("bindings") else [])
             command = [part for part in self.compiler.compiler_so if not part.startswith(("-O", "-g", "-W", "-march", "-mtune"))]
             command = [*(self.compiler_cxx() or command), "-fPIC", *COMMON_FLAGS, *isa, f"-I{CSRC}", f"-isystem{pybind11.get_include()}"]
             command += [f"-isystem{folder}" for folder in self.compiler.include_dirs]
