@@ -16,7 +16,7 @@ const AttentionKernels& kernels() { return DC_CHOSEN(attention_kernels); }
 
 constexpr int64_t ROWS_AT_ONCE = 32;            // of rope_append: two pages, so that few cache lines of K have two writers
 constexpr int64_t RUNS_PER_THREAD = 2, LONGEST_RUN = 8;     // of paged_attention's items
-constexpr int64_t ROWS_WORTH_SHARING = 8;       // one row takes 0.1 us, waking a spinning helper about as much
+constexpr int64_t ROWS_WORTH_SHARING = 64;      // one row takes 0.1 us; a helper that is preempted in its part costs far more
 
 }  // namespace
 
@@ -33,8 +33,7 @@ void check_rope_indices(const RopeJob& job, int64_t max_positions, int64_t num_p
 
 void rope_append(const RopeJob& job) {
     const AttentionKernels& use = kernels();
-    if (job.rows < ROWS_WORTH_SHARING) return use.rope_rows(job, 0, job.rows);
-    const int64_t step = std::min(ROWS_AT_ONCE, (job.rows + 1) / 2);
+    const int64_t step = job.rows < ROWS_WORTH_SHARING ? ROWS_WORTH_SHARING : ROWS_AT_ONCE;
     parallel_for((job.rows + step - 1) / step, [&](int64_t i) {
         use.rope_rows(job, i * step, std::min((i + 1) * step, job.rows));
     });

@@ -116,6 +116,7 @@ void rope_heads_in_registers(const RopeJob& job, int64_t position, const Input* 
     for (int n = 0; n < job.kv_heads; n++, head += D, block += 2 * PAGE_SIZE * D) {
         h.prepare(job, head, job.k_norm, cos, sin);
         for (int i = 0; i < Vectors; i++) store(narrowed + 16 * i, h.x[i]);
+#pragma GCC unroll 16
         for (int d = 0; d < D; d++) block[d * PAGE_SIZE] = narrowed[d];
     }
 }
