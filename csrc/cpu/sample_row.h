@@ -2,7 +2,8 @@
 //           sample_{avx512,avx2,portable}.cpp give the vectors (`S` below) and instantiate it.
 // shapes    logits f32 or bf16 [vocab] -> token i32 (and logprob f32)
 // mapping   Rows are items of the pool. A row is cut into groups of 256 ids = 16 vectors; lane j of a group's maxima is the
-//           largest of its ids j, j + 16, ...; whatever is no survivor by its group's maxima is not read again.
+//           largest of its ids j, j + 16, ... (and of 4 groups' in the coarse maxima); whatever is no survivor by its group's
+//           maxima is not read again.
 // cost      Bytes: the row once (4 V; from L2 when the head has just written it) for greedy and top-k, twice otherwise. Then
 //           instructions: an exponential an id for top-p, 1/4 Philox an id for unfiltered rows, logs for a handful of ids.
 // numerics  contract.h, bit for bit: float32 z, integer weights, float64 noise; no fma. Bounds (what can be skipped) are
@@ -17,7 +18,7 @@ namespace dc {
 namespace sampling {
 namespace {                             // internal: each file compiles this for its own instructions
 
-constexpr int LANES = 16, GROUP = 256;
+constexpr int LANES = 16, GROUP = 256, COARSE = 4;         // ids in a vector, in a group; groups of a coarse maximum
 constexpr float NOT_A_NUMBER = __builtin_nanf("");
 
 // What of the row can still win: the best score so far, and the same in the units and with the error of S::rough_score.
@@ -46,7 +47,7 @@ class Row {
     const SampleRow& row;
     const int64_t vocab, groups;                // the last group may be `tail`, filled up with -inf
     const float* logits;
-    float *copy, *maxima, *tail, *kept;         // kept, ids, weights: the ids that may still survive, ascending
+    float *copy, *maxima, *coarse, *tail, *kept;        // kept, ids, weights: the ids that may still survive, ascending
     uint32_t* ids;
     uint64_t* weights;
     int64_t count = 0;                          // of them
@@ -85,7 +86,7 @@ class Row {
             const int64_t whole = vocab / GROUP * GROUP;
             for (int64_t i = 0; i < GROUP; i++) tail[i] = whole + i < vocab ? logits[whole + i] : -DC_INFINITY;
         }
-        F all = S::all(-DC_INFINITY);
+        F all = S::all(-DC_INFINITY), several = all;
         for (int64_t g = 0; g < groups; g++) {
             const float* from = group(g);
             F a = S::all(-DC_INFINITY), b = a, c = a, d = a;
@@ -97,7 +98,11 @@ class Row {
             }
             a = S::max(S::max(a, b), S::max(c, d));
             S::store(maxima + g * LANES, a);
-            all = S::max(a, all);
+            several = S::max(a, several);
+            if (g % COARSE != COARSE - 1 && g != groups - 1) continue;
+            S::store(coarse + g / COARSE * LANES, several);
+            all = S::max(several, all);
+            several = S::all(-DC_INFINITY);
         }
         top = S::largest(all);
     }
@@ -334,9 +339,11 @@ class Row {
         // what min-p will drop counts for top-p, so it only bounds the search where there is no top-p
         const float floor = floor_of_survivors(row.top_p < 1ull << 32 ? EXP_CUTOFF : row.min_z);
         const auto in_maxima = [&](float t) { return count_at_least(maxima, groups * LANES, t); };
+        const auto in_coarse = [&](float t) { return count_at_least(coarse, (groups + COARSE - 1) / COARSE * LANES, t); };
         const auto in_row = [&](float t) { return count_in_row(t); };
         const int64_t enough = k + k / 4 + 8;
-        if (in_maxima(floor) >= k) list_from(threshold(floor, k, enough, in_maxima));
+        if (in_coarse(floor) >= 4 * k) list_from(threshold(floor, k, enough, in_coarse));
+        else if (in_maxima(floor) >= k) list_from(threshold(floor, k, enough, in_maxima));
         else if (in_row(floor) > k) list_from(threshold(floor, k, enough, in_row));
         else return false;
         keep_top_k(k);
@@ -361,7 +368,7 @@ public:
     // How scratch memory is cut up; every array may be read and written one vector beyond its end.
     static size_t scratch_bytes(int64_t vocab) {
         const size_t padded = size_t(vocab + GROUP - 1) / GROUP * GROUP;
-        return 4 * (padded + padded / LANES + GROUP + 3 * (padded + LANES)) + 8 * (padded + LANES) + 64 * LANES;
+        return 4 * (padded + 2 * (padded / LANES + LANES) + GROUP + 3 * (padded + LANES)) + 8 * (padded + LANES);
     }
 
     Row(const SampleArgs& a, int64_t index, float* memory)
@@ -370,7 +377,8 @@ public:
         const int64_t padded = groups * GROUP;
         copy = memory;
         maxima = copy + padded;
-        tail = maxima + groups * LANES;
+        coarse = maxima + groups * LANES;
+        tail = coarse + (groups / COARSE + 1) * LANES;
         weights = reinterpret_cast<uint64_t*>(tail + GROUP);
         kept = reinterpret_cast<float*>(weights + padded + LANES);          // and as much again for keep_top_p
         ids = reinterpret_cast<uint32_t*>(kept + 2 * capacity());

@@ -1,6 +1,9 @@
 """Looking at numpy arrays and torch tensors without importing torch: the checks behind every wrapper."""
 
+from . import _core
+
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4}
+FORMATS = {"f": "float32", "e": "float16", "d": "float64", "i": "int32", "l": "int64", "q": "int64"}    # of buffers, by letter
 _names: dict = {}           # a dtype object -> its name, filled as they come: str(dtype) takes longer than a whole check
 
 
@@ -18,13 +21,14 @@ def look_at(name: str, array, types: tuple, *, writable: bool = False, device: s
             if array.device.type != device:
                 raise ValueError(f"{name}: must be on {device}, not on {array.device}")
         else:
-            interface = array.__array_interface__
-            (address, read_only), shape = interface["data"], interface["shape"]
-            kind, strides = type_name(array.dtype), [bytes_ // array.itemsize for bytes_ in array.strides]
+            if (buffer := _core.look_at_buffer(array)) is None:
+                raise ValueError(f"{name}: must be a numpy array or a torch tensor, not {type(array).__name__}")
+            address, letter, size, read_only, shape, steps = buffer
+            kind, strides = FORMATS.get(letter.lstrip("@=<^"), letter), [step // size for step in steps]
             if device != "cpu":
                 raise ValueError(f"{name}: must be on {device}, not a numpy array")
-    except AttributeError:
-        raise ValueError(f"{name}: must be a numpy array or a torch tensor, not {type(array).__name__}") from None
+    except (AttributeError, RuntimeError) as missing:     # RuntimeError: a sparse tensor has no strides
+        raise ValueError(f"{name}: must be a numpy array or a torch tensor ({missing})") from None
     if kind not in types:
         raise ValueError(f"{name}: must be {' or '.join(types)}, not {kind}")
     if writable and read_only:
