@@ -442,6 +442,29 @@ def test_rope_append_has_the_same_bits_on_every_instruction_set(name, cache_kind
     assert all(other == first for other in others)
 
 
+def test_a_fused_multiply_add_rounds_once_on_every_instruction_set():
+    """q = fma(a, cos, -(b * sin)) of products in the middle of two floats, pushed off it by far smaller ones; subnormals too."""
+    rng, T = numpy.random.default_rng(10), 4000
+
+    def few_bits(shape, low, high, width):
+        return (rng.integers(2**(width - 1), 2**width, shape) | 1) * 2.0**rng.integers(low, high, shape) * rng.choice([-1, 1], shape)
+
+    a, b = few_bits((T, 32), -20, 0, 13), few_bits((T, 32), -90, -30, 13)
+    a[::4] *= 2.0**-110                                                         # products around 2**-126
+    cos, sin = few_bits((T, 32), -20, 0, 12), few_bits((T, 32), -20, 0, 12)
+    qkv = numpy.concatenate([a, b, a, b, a, b], axis=1).astype(numpy.float32)
+
+    def run():
+        q = numpy.empty((T, 1, 64), numpy.float32)
+        decode_core.rope_append(qkv, cos.astype(numpy.float32), sin.astype(numpy.float32), numpy.arange(T), numpy.arange(T) % 16,
+                                numpy.zeros((1, 1, 2, PAGE * 64), numpy.float32), q, q_scale=1.0)
+        return bits(q)
+    results = on_every_isa(run)
+    assert all((result == results[0]).all() for result in results)
+    naive = (a * cos - b * sin).astype(numpy.float32)                           # rounds twice
+    assert (results[0][:, 0, :32] != bits(naive)).sum() > 1000
+
+
 def test_rope_appends_rows_do_not_depend_on_each_other_or_on_threads(isa, threads):
     call, _, cache, slots = rope_case("nanochat", 9, 3, 64, T=150, cache_kind="float16")
     q = run_rope(call, cache, slots, 9)

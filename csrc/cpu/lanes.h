@@ -171,7 +171,31 @@ DC_INLINE Lanes all(float x) { DC_EACH(x); }
 template <class T> DC_INLINE Lanes load(const T* p) { DC_EACH(widen(p[i])); }
 DC_INLINE void store(float* p, Lanes a) { std::memcpy(p, a.v, sizeof a.v); }
 DC_INLINE void store(Half* p, Lanes a) { for (int i = 0; i < 16; i++) narrow(a.v[i], p + i); }
+#if defined(__SSE2__) && !defined(__FMA__)
+// Rounding the sum to double and then to float can only go wrong where the double lies in the middle of two floats (its
+// low 29 bits say so) or where the float is subnormal: then, which is rare, all lanes take the exact way.
+DC_INLINE Lanes fma(Lanes a, Lanes b, Lanes c) {
+    Lanes r;
+    __m128i doubtful = _mm_setzero_si128();
+    for (int i = 0; i < 16; i += 4) {
+        const __m128 x = _mm_loadu_ps(a.v + i), y = _mm_loadu_ps(b.v + i), z = _mm_loadu_ps(c.v + i);
+        const __m128d low = _mm_add_pd(_mm_mul_pd(_mm_cvtps_pd(x), _mm_cvtps_pd(y)), _mm_cvtps_pd(z));
+        const __m128d high = _mm_add_pd(_mm_mul_pd(_mm_cvtps_pd(_mm_movehl_ps(x, x)), _mm_cvtps_pd(_mm_movehl_ps(y, y))),
+                                        _mm_cvtps_pd(_mm_movehl_ps(z, z)));
+        _mm_storeu_ps(r.v + i, _mm_movelh_ps(_mm_cvtpd_ps(low), _mm_cvtpd_ps(high)));
+        const __m128 p = _mm_castpd_ps(low), q = _mm_castpd_ps(high);
+        const __m128i fraction = _mm_and_si128(_mm_castps_si128(_mm_shuffle_ps(p, q, 0x88)), _mm_set1_epi32(0x1fffffff));
+        const __m128i exponent = _mm_and_si128(_mm_castps_si128(_mm_shuffle_ps(p, q, 0xdd)), _mm_set1_epi32(0x7fffffff));
+        doubtful = _mm_or_si128(doubtful, _mm_or_si128(_mm_cmpeq_epi32(fraction, _mm_set1_epi32(0x10000000)),
+                                                       _mm_cmplt_epi32(exponent, _mm_set1_epi32(0x38100000))));
+    }
+    if (_mm_movemask_epi8(doubtful))
+        for (int i = 0; i < 16; i++) r.v[i] = fma1(a.v[i], b.v[i], c.v[i]);
+    return r;
+}
+#else
 DC_INLINE Lanes fma(Lanes a, Lanes b, Lanes c) { DC_EACH(fma1(a.v[i], b.v[i], c.v[i])); }
+#endif
 DC_INLINE Lanes operator+(Lanes a, Lanes b) { DC_EACH(a.v[i] + b.v[i]); }
 DC_INLINE Lanes operator-(Lanes a, Lanes b) { DC_EACH(a.v[i] - b.v[i]); }
 DC_INLINE Lanes operator*(Lanes a, Lanes b) { DC_EACH(a.v[i] * b.v[i]); }
