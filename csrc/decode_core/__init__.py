@@ -2,15 +2,16 @@
 
 Wrappers check device, type, shape, strides, alignment and index bounds and raise ValueError naming the argument; only then
 do pointers cross to `_core`. Arrays are numpy's or torch's (never imported here): anything with `data_ptr` or
-`__array_interface__`. Without the compiled half `import decode_core` raises ImportError, and chat_server runs references.
+the buffer protocol. Without the compiled half `import decode_core` raises ImportError, and chat_server runs references.
 """
 
 try:
-    from . import _core
+    import decode_core._core as _core
 except ImportError as failure:
     raise ImportError(f"decode_core was installed without its compiled half, or it cannot run here: {failure}") from failure
 
 from .attention import AttentionStep, paged_attention, plan_attention, rope_append
+from .elementwise import add, relu2, rms_norm, swiglu
 from .sampling import SampleBatch, Sampler, sample
 
 set_threads, get_threads, set_isa = _core.set_threads, _core.get_threads, _core.set_isa
