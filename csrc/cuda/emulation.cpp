@@ -228,6 +228,10 @@ extern "C" __attribute__((visibility("default"))) void dc_emulation_order(int64_
     emulation::random_state = static_cast<uint64_t>(seed) * 2 + 1;
 }
 
+#include "sample.cu"
+#include "rope_append.cu"
+#include "paged_attention.cu"
+
 // --- kernels with a fault each, to test the emulation itself -------------------------------------------------------
 
 namespace {
@@ -235,17 +239,17 @@ namespace {
 enum Fault : int64_t { NONE, NO_BARRIER, DIVIDED_BARRIER, DIVIDED_WARP, NO_BLOCK_BARRIER_BEFORE_TICKET };
 
 struct FaultShared {
-    int32_t values[64];
+    uint32_t values[64];
     bool last;
 };
 
 // sums[block] = sum of 0 .. 63, by neighbours' values; total = the sum over the blocks, by the last one.
-DC_KERNEL(64) faulty_kernel(int64_t fault, volatile int32_t *sums, int32_t *ticket, int32_t *total) {
+DC_KERNEL(64) faulty_kernel(int64_t fault, volatile uint32_t *sums, uint32_t *ticket, uint32_t *total) {
     DC_SHARED(FaultShared, shared);
     const unsigned i = threadIdx.x;
-    shared.values[i] = static_cast<int32_t>(i);
+    shared.values[i] = i;
     if (fault != NO_BARRIER && (fault != DIVIDED_BARRIER || i != 7)) __syncthreads();
-    int32_t x = shared.values[(i + 33) % 64];
+    uint32_t x = shared.values[(i + 33) % 64];
     if (fault == DIVIDED_WARP && i < 5) x = __shfl_xor_sync(0xffffffffu, x, 0);
     for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
     __syncthreads();
@@ -253,7 +257,7 @@ DC_KERNEL(64) faulty_kernel(int64_t fault, volatile int32_t *sums, int32_t *tick
     __syncthreads();
     if (i == 63) sums[blockIdx.x] = shared.values[0] + shared.values[1];
     if (fault != NO_BLOCK_BARRIER_BEFORE_TICKET) __syncthreads();
-    if (i == 0) shared.last = atomicAdd(ticket, 1) == static_cast<int32_t>(gridDim.x) - 1;
+    if (i == 0) shared.last = atomicAdd(ticket, 1u) == gridDim.x - 1;
     __syncthreads();
     if (i == 0 && shared.last) {
         *total = 0;
@@ -264,15 +268,11 @@ DC_KERNEL(64) faulty_kernel(int64_t fault, volatile int32_t *sums, int32_t *tick
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) const char *dc_emulation_faulty(int64_t fault, int64_t total) {
-    int32_t sums[8] = {}, ticket = 0;
-    volatile int32_t *each = sums;
-    int32_t *counter = &ticket, *result = reinterpret_cast<int32_t *>(static_cast<uintptr_t>(total));
+    uint32_t sums[8] = {}, ticket = 0;
+    volatile uint32_t *each = sums;
+    uint32_t *counter = &ticket, *result = dc_device::as_pointer<uint32_t>(total);
     return DC_LAUNCH(faulty_kernel, dim3(8), 64, nullptr, fault, each, counter, result);
 }
-
-#include "sample.cu"
-#include "rope_append.cu"
-#include "paged_attention.cu"
 
 int64_t dc_cuda_devices() { return 0; }
 int64_t dc_cuda_current_device() { return 0; }
