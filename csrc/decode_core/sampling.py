@@ -44,6 +44,10 @@ def _record(params, where: str, vocab_size: int) -> tuple:
             repetition, 1 / repetition, frequency, presence, 0, 0, 0, 0)
 
 
+def _address(array) -> int:
+    return array.__array_interface__["data"][0]
+
+
 class SampleBatch:
     """The rows of a batch as the kernels read them, kept from step to step while the same requests are decoded.
 
@@ -73,7 +77,9 @@ class SampleBatch:
         self.any_penalized = any(self.penalized)
         self.count_ids = self.counts = numpy.zeros(0, numpy.int32)
         self.tokens = numpy.zeros(len(self.params), numpy.int32)
-        self._locate()
+        self._count_begins, self._count_ends = self.records["count_begin"], self.records["count_end"]
+        self._addresses = tuple(map(_address, (self.records, self.count_ids, self.counts, self.bias_ids, self.bias_values,
+                                               self.tokens)))
         self.update(rows)
 
     def update(self, rows) -> None:
@@ -85,13 +91,10 @@ class SampleBatch:
         if self.any_penalized:
             lists = [(row.tokens if on else [], row.prompt_tokens) for row, on in zip(rows, self.penalized)]
             ends, ids, counts = _core.count_tokens(lists, self.vocab_size)
-            self.records["count_end"], self.records["count_begin"][1:] = ends, ends[:-1]
+            self._count_ends[:], self._count_begins[1:] = ends, ends[:-1]
             self.count_ids, self.counts = numpy.frombuffer(ids, numpy.int32), numpy.frombuffer(counts, numpy.int32)
-            self._locate()
-
-    def _locate(self) -> None:
-        arrays = self.records, self.count_ids, self.counts, self.bias_ids, self.bias_values, self.tokens
-        self._addresses = tuple(array.__array_interface__["data"][0] for array in arrays)
+            records, _, _, *others = self._addresses
+            self._addresses = records, _address(self.count_ids), _address(self.counts), *others
 
     def is_of(self, rows) -> bool:
         """Do these rows have the parameters of this batch, in its order?"""
