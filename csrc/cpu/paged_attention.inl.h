@@ -23,7 +23,7 @@ constexpr int most(int a, int b) { return a > b ? a : b; }
 
 DC_INLINE void prefetch(const void* line) { __builtin_prefetch(line, 0, 2); }       // into L2
 
-// ---- scores: s[query][position] = sum over d of q[d][query] * K[d][position], one chain each
+// ---- scores: s[query][position] = sum over d of q[query][d] * K[d][position], one chain each
 
 template <class Stored, int Queries, int Pages>
 DC_INLINE void score_tile(const float* q, const Stored* const* k, const Stored* const* ahead, int D, float* s) {
@@ -43,7 +43,7 @@ DC_INLINE void score_tile(const float* q, const Stored* const* k, const Stored* 
             for (int p = 0; p < Pages; p++) keys[p] = load(k[p] + d * PAGE_SIZE);
 #pragma GCC unroll 16
             for (int i = 0; i < Queries; i++) {
-                Lanes x = all(q[d * Queries + i]);
+                Lanes x = all(q[i * MAX_HEAD_SIZE + d]);
 #pragma GCC unroll 16
                 for (int p = 0; p < Pages; p++) sums[i][p] = fma(x, keys[p], sums[i][p]);
             }
@@ -140,7 +140,9 @@ void each_tile(int queries, Visit visit) {
 // ---- states
 
 // Scores [begin, end) of one query become exp(score - largest), the others of their pages 0; -> largest and sum.
-void softmax(float* s, int begin, int end, float* largest, float* total) {
+// Meanwhile `lines` cache lines of each page `ahead` are fetched.
+template <class Stored>
+void softmax(float* s, int begin, int end, float* largest, float* total, const Stored* const* ahead, int from, int lines) {
     const int first = begin / PAGE_SIZE, last = (end + PAGE_SIZE - 1) / PAGE_SIZE;
     Lanes top = all(LOWEST);
     for (int p = first; p < last; p++) {
@@ -157,6 +159,7 @@ void softmax(float* s, int begin, int end, float* largest, float* total) {
         Lanes e = exp_negative(load(s + p * PAGE_SIZE) - all(*largest));
         store(s + p * PAGE_SIZE, e);
         sums = sums + e;
+        for (int line = from; line < from + lines; line++) prefetch(ahead[p] + line * (64 / sizeof(Stored)));
     }
     *total = sum(sums);
 }
@@ -217,21 +220,19 @@ struct Attention {
     const AttentionJob& job;
     const AttentionItem& item;
     const int D = job.head_size, G = job.heads / job.kv_heads, queries = item.rows * G;
-    alignas(64) float q[MAX_QUERIES * MAX_HEAD_SIZE];       // tile after tile, each [D][queries of the tile]
+    alignas(64) float q[MAX_QUERIES][MAX_HEAD_SIZE];
     alignas(64) float s[MAX_QUERIES * CHUNK_SIZE];          // scores, then weights
     alignas(64) float acc[MAX_QUERIES * MAX_HEAD_SIZE];
+    bool empty = true;                                      // no chunk was added yet
     const Stored* k[CHUNK_PAGES];                           // [D][16]
     const Stored* v[CHUNK_PAGES];                           // [16][D]
     const Stored* next[CHUNK_PAGES];                        // k of the chunk after this one, to be fetched meanwhile
 
     Attention(const AttentionJob& job, const AttentionItem& item) : job(job), item(item) {
-        each_tile(queries, [&](auto t, int i) {
-            for (int j = 0; j < t.queries; j++) {
-                const int64_t row = item.row + (i + j) / G, head = item.kv_head * G + (i + j) % G;
-                const float* from = job.q + (row * job.heads + head) * D;
-                for (int d = 0; d < D; d++) q[i * D + d * t.queries + j] = from[d];
-            }
-        });
+        for (int i = 0; i < queries; i++) {
+            const int64_t row = item.row + i / G, head = item.kv_head * G + i % G;
+            for (int d = 0; d < D; d += 16) store(q[i] + d, load(job.q + (row * job.heads + head) * D + d));
+        }
     }
 
     const Stored* block(const AttentionItem& of, int64_t page) const {
@@ -250,14 +251,6 @@ struct Attention {
         }
     }
 
-    void add_row_values(int row, int begin, int end) {
-        if (begin < end)
-            each_tile(G, [&](auto t, int i) {
-                i += row * G;
-                add_values<Stored, t.queries>(s + i * CHUNK_SIZE, v, next, begin, end, D, acc + i * D);
-            });
-    }
-
     // The chunk's states are merged into m [queries], l [queries], total [queries][D].
     void add_chunk(int chunk, const AttentionItem* following, float* m, float* l, float* total) {
         const Visible see(item, chunk, job.window);
@@ -265,28 +258,46 @@ struct Attention {
         find_pages(chunk, see.first, see.last, following);
         const int first = see.first / PAGE_SIZE, pages = (see.last + PAGE_SIZE - 1) / PAGE_SIZE - first;
         each_tile(queries, [&](auto t, int i) {
-            score_pages<Stored, t.queries>(q + i * D, k + first, v + first, pages, D, s + i * CHUNK_SIZE + first * PAGE_SIZE);
+            score_pages<Stored, t.queries>(q[i], k + first, v + first, pages, D, s + i * CHUNK_SIZE + first * PAGE_SIZE);
         });
         float largest[MAX_QUERIES], sums[MAX_QUERIES];
+        const int lines = D * PAGE_SIZE * int(sizeof(Stored)) / 64 / (2 * queries);       // half of the next keys
         for (int i = 0; i < queries; i++) {
             const int r = i / G;
             largest[i] = LOWEST, sums[i] = 0.0f;
-            if (see.begin[r] < see.end[r]) softmax(s + i * CHUNK_SIZE, see.begin[r], see.end[r], &largest[i], &sums[i]);
+            if (see.begin[r] < see.end[r])
+                softmax(s + i * CHUNK_SIZE, see.begin[r], see.end[r], &largest[i], &sums[i], next, i * lines, lines);
         }
-        // Rows may see a few positions more than all of them do, before a window's start and after the diagonal.
-        std::memset(acc, 0, sizeof(float) * queries * D);
+        float* sum_here = empty ? total : acc;
+        add_all_values(see, sum_here);
+        for (int i = 0; i < queries; i++) {
+            if (empty) m[i] = largest[i], l[i] = sums[i];
+            else merge_state(m + i, l + i, total + i * D, largest[i], sums[i], acc + i * D, D);
+        }
+        empty = false;
+    }
+
+    // Rows may see a few positions more than all of them do, before a window's start and after the diagonal.
+    void add_all_values(const Visible& see, float* sums) {
+        std::memset(sums, 0, sizeof(float) * queries * D);
         const int begin = see.common_begin, end = see.common_end;
-        if (begin < end) {
-            for (int r = 0; r < item.rows; r++) add_row_values(r, see.begin[r], begin);
-            each_tile(queries, [&](auto t, int i) {
-                add_values<Stored, t.queries>(s + i * CHUNK_SIZE, v, next, begin, end, D, acc + i * D);
-            });
-            for (int r = 0; r < item.rows; r++) add_row_values(r, end, see.end[r]);
-        } else {
-            for (int r = 0; r < item.rows; r++) add_row_values(r, see.begin[r], see.end[r]);
+        if (begin >= end) {
+            for (int r = 0; r < item.rows; r++) add_row_values(r, see.begin[r], see.end[r], sums);
+            return;
         }
-        for (int i = 0; i < queries; i++)
-            merge_state(m + i, l + i, total + i * D, largest[i], sums[i], acc + i * D, D);
+        for (int r = 0; r < item.rows; r++) add_row_values(r, see.begin[r], begin, sums);
+        each_tile(queries, [&](auto t, int i) {
+            add_values<Stored, t.queries>(s + i * CHUNK_SIZE, v, next, begin, end, D, sums + i * D);
+        });
+        for (int r = 0; r < item.rows; r++) add_row_values(r, end, see.end[r], sums);
+    }
+
+    void add_row_values(int row, int begin, int end, float* sums) {
+        if (begin < end)
+            each_tile(G, [&](auto t, int i) {
+                i += row * G;
+                add_values<Stored, t.queries>(s + i * CHUNK_SIZE, v, next, begin, end, D, sums + i * D);
+            });
     }
 };
 
