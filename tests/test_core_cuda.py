@@ -283,8 +283,11 @@ def test_biases_of_one_id_add_up_in_order_and_overflowing_penalties_are_cleaned(
     logits[2, 7] = 3e38
     rows = [SampleRow(SamplingParams(temperature=0, logit_bias=((3, 1e8), (3, 1.0), (3, -1e8), (4, 0.5))), 0),
             SampleRow(SamplingParams(temperature=0, logit_bias=((5, -3e38), (6, 3e37))), 0),
-            SampleRow(SamplingParams(temperature=0, repetition_penalty=0.1, logit_bias=((7, -1e38), (8, 3.4e38))), 0, (7, 9))]
-    assert drawn_tokens(backend, logits, rows).tolist() == cs.sample_reference(logits, rows).tolist() == [4, 5, 7]
+            SampleRow(SamplingParams(temperature=0, repetition_penalty=0.1, logit_bias=((7, -1e38), (8, 3.4e38))), 0, (3, 7, 9))]
+    assert cs.sample_reference(logits, rows).tolist() == [4, 5, 7]
+    for order in (ASCENDING, DESCENDING, RANDOM):
+        backend.order(order, 5)
+        assert drawn_tokens(backend, logits, rows).tolist() == [4, 5, 7]
 
 
 def test_logprobs_are_the_log_softmax_of_the_token(backend):

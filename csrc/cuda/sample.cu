@@ -54,7 +54,7 @@ template <class Combine> DC_DEVICE uint64_t block_reduce(uint64_t value, SampleS
     return value;
 }
 
-// The sum of the values of all threads before this one.
+// The sum of the values of all threads before this one. A barrier must come before `partial` is written again.
 DC_DEVICE uint64_t block_sum_before(uint64_t value, SampleShared &shared) {
     const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     uint64_t through = value;
@@ -66,7 +66,6 @@ DC_DEVICE uint64_t block_sum_before(uint64_t value, SampleShared &shared) {
     __syncthreads();
     uint64_t before = through - value;
     for (unsigned i = 0; i < warp; i++) before += shared.partial[i];
-    __syncthreads();
     return before;
 }
 
@@ -183,7 +182,6 @@ DC_DEVICE uint64_t find_cut(const Items &items, Measure measure, uint64_t target
         prefix = prefix << width | shared.digit;
         const bool whole = shared.through == target;
         target -= shared.above;
-        __syncthreads();                                        // `digit` is written again in the next pass
         if (whole) return ((prefix + 1) << shift) - 1;
     }
     return prefix;

@@ -89,9 +89,9 @@ class CudaOps:
                stream: int):
         """One token for each row of logits (B, V) float32 or bfloat16 -> tokens (B,) int32, and logprobs (B,) float32.
 
-        params (B * 72,) uint8: csrc/contract.h's SampleRow, prepared on the host. count_ids, counts (N,) int32 and
-        bias_ids (M,) int32, bias_values (M,) float32 belong to it; rows with such entries are changed in place, which
-        needs float32 logits. Rows with a negative position get token -1.
+        params (B * 72,) uint8: the bytes of SampleBatch.records (sampling.py), copied to the device; count_ids, counts (N,)
+        int32 and bias_ids (M,) int32, bias_values (M,) float32: its lists, or longer buffers that begin with them. Rows with
+        such entries are changed in place, which needs float32 logits. Rows with a negative position get token -1.
         """
         x = self.tensor("logits", logits, LOGITS, None, None, loose=1)
         B, V = x.shape
