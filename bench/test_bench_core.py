@@ -19,7 +19,7 @@ import torch  # noqa: E402
 
 import chat_server as cs  # noqa: E402
 
-core = pytest.importorskip("decode_core", reason="the compiled core is not installed")
+core = pytest.importorskip("decode_core", exc_type=ImportError, reason="the compiled core is not installed")
 
 SIZES = [(V, B) for V in (32768, 49152, 151936) for B in (1, 8, 32)]
 SETTINGS = {"greedy": dict(temperature=0.0), "top_k": dict(top_k=50), "top_k_top_p": dict(top_k=40, top_p=0.95),

@@ -17,7 +17,7 @@ import pytest
 import chat_server as cs
 from chat_server import SampleRow, SamplingParams
 
-core = pytest.importorskip("decode_core", reason="the compiled core is not installed")
+core = pytest.importorskip("decode_core", exc_type=ImportError, reason="the compiled core is not installed")
 
 ISAS = core.info()["offered_isas"]
 SHARE = float(os.environ.get("DECODE_CORE_TEST_SHARE", "1"))       # of the random rows; the sanitizer build takes fewer
