@@ -289,6 +289,15 @@ def test_a_padding_sequence_gets_zeros():
     assert (out[1] == 0).all() and (out[0] == out[2]).all() and numpy.isfinite(out).all()
 
 
+def test_a_step_may_end_in_padding_or_be_nothing_else(isa):
+    cache, rng = Cache(20, 1, 32), numpy.random.default_rng(8)
+    pages, q = sequence(rng, cache, 300, 1, 2, list(range(20)))
+    out = attend(numpy.concatenate([q] * 3), cache, [pages, [], []], [300, 0, 0], [0, 1, 2, 3])
+    assert (out[1:] == 0).all() and numpy.isfinite(out[0]).all()
+    assert (attend(q, cache, [[]], [0], [0, 1]) == 0).all()
+    assert attend(q[:0], cache, [], [], [0]).shape == (0, 64)
+
+
 def test_a_row_with_a_nan_keeps_it_to_itself(isa):
     rng = numpy.random.default_rng(9)
     cache = Cache(40, 3, 64)

@@ -9,7 +9,7 @@
 //          own q, K and V alone: not on batch, threads, tiles or instruction set. Slots that a row does not see are
 //          never used, whatever they hold.
 #include "cpu/attention.h"
-#include "lanes.h"
+#include "cpu/lanes.h"
 
 namespace dc {
 namespace DC_ISA {
@@ -21,9 +21,12 @@ constexpr float LOWEST = -3.402823466e38f;
 constexpr int least(int a, int b) { return a < b ? a : b; }
 constexpr int most(int a, int b) { return a > b ? a : b; }
 
+// Half a chunk is fetched while the other half is used: V during the scores, the next chunk's K after them. The processor's
+// own prefetching stops at each block: 65 % of the read bandwidth without this, 85 to 90 % with it (Zen 5, two threads).
 DC_INLINE void prefetch(const void* line) { __builtin_prefetch(line, 0, 2); }       // into L2
 
-// ---- scores: s[query][position] = sum over d of q[query][d] * K[d][position], one chain each
+// ---- scores: s[query][position] = sum over d of q[query][d] * K[d][position], one chain each; `ahead` is
+// fetched line by line
 
 template <class Stored, int Queries, int Pages>
 DC_INLINE void score_tile(const float* q, const Stored* const* k, const Stored* const* ahead, int D, float* s) {
@@ -241,13 +244,14 @@ struct Attention {
     }
 
     void find_pages(int chunk, int first, int last, const AttentionItem* following) {
-        if (chunk + 1 < item.chunk_end) following = &item;
-        const int64_t next_page = int64_t(following == &item ? chunk + 1 : following ? following->chunk_begin : 0) * CHUNK_PAGES;
-        const int next_pages = following ? (following->position + following->rows - 1) / PAGE_SIZE + 1 - next_page : 0;
+        int next_chunk = following ? following->chunk_begin : 0, next_pages = 0;
+        if (chunk + 1 < item.chunk_end) following = &item, next_chunk = chunk + 1;
+        if (following && next_chunk < following->chunk_end)             // a padding row has no pages
+            next_pages = (following->position + following->rows - 1) / PAGE_SIZE + 1 - next_chunk * CHUNK_PAGES;
         for (int p = first / PAGE_SIZE; p * PAGE_SIZE < last; p++) {
             k[p] = block(item, int64_t(chunk) * CHUNK_PAGES + p);
             v[p] = k[p] + PAGE_SIZE * D;
-            next[p] = p < next_pages ? block(*following, next_page + p) : v[p];
+            next[p] = p < next_pages ? block(*following, int64_t(next_chunk) * CHUNK_PAGES + p) : v[p];
         }
     }
 
@@ -268,8 +272,7 @@ struct Attention {
             if (see.begin[r] < see.end[r])
                 softmax(s + i * CHUNK_SIZE, see.begin[r], see.end[r], &largest[i], &sums[i], next, i * lines, lines);
         }
-        float* sum_here = empty ? total : acc;
-        add_all_values(see, sum_here);
+        add_all_values(see, empty ? total : acc);
         for (int i = 0; i < queries; i++) {
             if (empty) m[i] = largest[i], l[i] = sums[i];
             else merge_state(m + i, l + i, total + i * D, largest[i], sums[i], acc + i * D, D);
