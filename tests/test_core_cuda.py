@@ -113,7 +113,8 @@ def emulation(tmp_path_factory):
     # For example, with libasan preloaded: -fsanitize=address,undefined -fno-sanitize-recover=undefined --param=asan-stack=0
     more = os.environ.get("DECODE_CORE_EMULATION_FLAGS", "").split()
     subprocess.run(["g++", "-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wall",
-                    "-Wextra", "-Werror", *more, str(CSRC / "cuda" / "emulation.cpp"), "-o", str(library)], check=True, timeout=170)
+                    "-Wextra", "-Werror", *more, str(CSRC / "cuda" / "emulation.cpp"), "-o", str(library)],
+                   check=True, timeout=170)
     return Emulation(library)
 
 
@@ -343,7 +344,8 @@ def rope_oracle(x, cos, sin, norm, weight, eps, interleaved, direction):
     return normalized(x) if norm == "after_rope" else x
 
 
-@pytest.mark.parametrize("heads, kv_heads, size, rot, qkv_type, cache_type, norm, weighted, interleaved, direction, embed, slot_major", [
+@pytest.mark.parametrize("heads, kv_heads, size, rot, qkv_type, cache_type, norm, weighted, interleaved, direction, embed, "
+                         "slot_major", [
     (9, 3, 64, 64, "torch.float32", "torch.float16", "none", False, True, 1, False, False),
     (4, 2, 128, 128, "torch.bfloat16", "torch.bfloat16", "before_rope", True, False, 1, False, True),
     (6, 6, 128, 128, "torch.bfloat16", "torch.bfloat16", "after_rope", False, False, -1, True, False),
@@ -367,9 +369,9 @@ def test_rope_append_is_within_rounding_of_float64(backend, heads, kv_heads, siz
         backend.order(order, size)
         pages = [tensor(array, cache_type) for array in cache_arrays(num_pages, kv_heads, size, cache_type, slot_major)]
         q = tensor(np.full((rows, heads, size), 77, np.float32))
-        options = dict(q_norm=tensor(weights[0]), k_norm=tensor(weights[1])) if weighted else {}
+        options = {"q_norm": tensor(weights[0]), "k_norm": tensor(weights[1])} if weighted else {}
         if embed:
-            options |= dict(value_embed=tensor(values, qkv_type), gate=tensor(gates, qkv_type), gate_scale=2.0)
+            options |= {"value_embed": tensor(values, qkv_type), "gate": tensor(gates, qkv_type), "gate_scale": 2.0}
         backend.ops.rope_append(tensor(qkv, qkv_type), *map(tensor, (cos, sin, positions, slots)), *pages, q, norm=norm, eps=eps,
                                 post_scale=1.2, interleaved=interleaved, direction=direction, stream=backend.stream, **options)
         results.append((q.read(), *(page.read() for page in pages)))
@@ -505,14 +507,14 @@ def test_a_captured_step_replays_what_eager_calls_compute_on_new_inputs(gpu):
     rng = np.random.default_rng(9)
     q, k, v, dtype, table, lengths = attention_case(9, 4, 8, 2, 128, "torch.bfloat16", [1000, 3, 400, 257])
     floats, integers = wrappers.attention_workspace(4, 8, 2, 128, table.shape[1])
-    held = {name: tensor(array, kind) for name, (array, kind) in dict(
-        qkv=(narrow(rng.normal(0, 1, (4, 12 * 128)), dtype), dtype), k=(k, dtype), v=(v, dtype), q=(q, None), table=(table, None),
-        lengths=(lengths, None), positions=(lengths.astype(np.int64) - 1, None),
-        slots=(table[range(4), (lengths - 1) // 16].astype(np.int64) * 16 + (lengths - 1) % 16, None),
-        cos=(np.ones((1024, 64), np.float32), None), sin=(np.zeros((1024, 64), np.float32), None),
-        states=(np.zeros(floats, np.float32), None), tickets=(np.zeros(integers, np.int32), None),
-        out=(np.zeros((4, 1024), np.float32), None), logits=(random_logits(rng, 4, 32768), None),
-        params=(pack_rows(random_rows(rng, 4, 32768))[0].view(np.uint8), None), tokens=(np.zeros(4, np.int32), None)).items()}
+    held = {name: tensor(array, kind) for name, (array, kind) in {
+        "qkv": (narrow(rng.normal(0, 1, (4, 12 * 128)), dtype), dtype), "k": (k, dtype), "v": (v, dtype), "q": (q, None), "table": (table, None),
+        "lengths": (lengths, None), "positions": (lengths.astype(np.int64) - 1, None),
+        "slots": (table[range(4), (lengths - 1) // 16].astype(np.int64) * 16 + (lengths - 1) % 16, None),
+        "cos": (np.ones((1024, 64), np.float32), None), "sin": (np.zeros((1024, 64), np.float32), None),
+        "states": (np.zeros(floats, np.float32), None), "tickets": (np.zeros(integers, np.int32), None),
+        "out": (np.zeros((4, 1024), np.float32), None), "logits": (random_logits(rng, 4, 32768), None),
+        "params": (pack_rows(random_rows(rng, 4, 32768))[0].view(np.uint8), None), "tokens": (np.zeros(4, np.int32), None)}.items()}
     t = SimpleNamespace(**held)
 
     def step():
@@ -543,29 +545,30 @@ def test_nvcc_compiles_without_warnings_for_sm_80_and_sm_90(source, tmp_path):
     if nvcc is None:
         pytest.skip("no nvcc here")
     subprocess.run([nvcc, "-std=c++17", "-O3", "-c", "-gencode=arch=compute_80,code=sm_80",
-                    "-gencode=arch=compute_90,code=[sm_90,compute_90]", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror",
-                    str(CSRC / "cuda" / source), "-o", str(tmp_path / "object.o")], check=True, timeout=170)
+                    "-gencode=arch=compute_90,code=[sm_90,compute_90]", "-Werror=all-warnings",
+                    "-Xcompiler=-Wall,-Wextra,-Werror", str(CSRC / "cuda" / source), "-o", str(tmp_path / "object.o")],
+                   check=True, timeout=170)
 
 
 # --- what the wrappers refuse ------------------------------------------------------------------------------------
 
 
 def sample_arguments():
-    return dict(logits=np.zeros((2, 8), np.float32), params=np.zeros(144, np.uint8), tokens=np.zeros(2, np.int32))
+    return {"logits": np.zeros((2, 8), np.float32), "params": np.zeros(144, np.uint8), "tokens": np.zeros(2, np.int32)}
 
 
 def rope_arguments():
     k, v = cache_arrays(3, 2, 32, "torch.float32", False)
-    return dict(qkv=np.zeros((2, 8 * 32), np.float32), cos=np.zeros((9, 16), np.float32), sin=np.zeros((9, 16), np.float32),
-                positions=np.zeros(2, np.int64), slots=np.zeros(2, np.int64), k_pages=k, v_pages=v,
-                q_out=np.zeros((2, 4, 32), np.float32))
+    return {"qkv": np.zeros((2, 8 * 32), np.float32), "cos": np.zeros((9, 16), np.float32), "sin": np.zeros((9, 16), np.float32),
+                "positions": np.zeros(2, np.int64), "slots": np.zeros(2, np.int64), "k_pages": k, "v_pages": v,
+                "q_out": np.zeros((2, 4, 32), np.float32)}
 
 
 def attention_arguments():
     q, k, v, _, table, lengths = attention_case(0, 2, 4, 2, 32, "torch.float32", [20, 300])
     floats, integers = wrappers.attention_workspace(2, 4, 2, 32, table.shape[1])
-    return dict(q=q, k_pages=k, v_pages=v, block_table=table, lengths=lengths, states=np.zeros(floats, np.float32),
-                tickets=np.zeros(integers, np.int32), out=np.zeros((2, 128), np.float32))
+    return {"q": q, "k_pages": k, "v_pages": v, "block_table": table, "lengths": lengths, "states": np.zeros(floats, np.float32),
+                "tickets": np.zeros(integers, np.int32), "out": np.zeros((2, 128), np.float32)}
 
 
 ARGUMENTS = {"sample": sample_arguments, "rope_append": rope_arguments, "paged_attention": attention_arguments}
@@ -596,7 +599,8 @@ def test_a_wrong_tensor_is_a_value_error_that_names_it(op):
     ("sample", "logits", np.zeros((3, 8), np.float32)[[0, 0]][:, :0]), ("rope_append", "norm", "sometimes"),
     ("rope_append", "direction", 0), ("rope_append", "k_norm", np.zeros(32, np.float32)),
     ("rope_append", "gate", np.zeros((2, 2), np.float32)), ("rope_append", "cos", np.zeros((9, 17), np.float32)),
-    ("rope_append", "v_pages", np.zeros((3, 2, 16, 64), np.float32)), ("rope_append", "k_pages", np.zeros((3, 2, 8, 32), np.float32)),
+    ("rope_append", "v_pages", np.zeros((3, 2, 16, 64), np.float32)),
+    ("rope_append", "k_pages", np.zeros((3, 2, 8, 32), np.float32)),
     ("rope_append", "k_pages", np.zeros((3, 2, 16, 40), np.float32)), ("rope_append", "q_out", np.zeros((2, 0, 32), np.float32)),
     ("paged_attention", "k_pages", np.zeros(3 * 2 * 16 * 33, np.float32)[1:][:3 * 2 * 16 * 32].reshape(3, 2, 16, 32)),
     ("paged_attention", "q", np.zeros((2, 5, 32), np.float32)), ("paged_attention", "window", -1),
