@@ -14,9 +14,9 @@ namespace {
 
 const AttentionKernels& kernels() { return DC_CHOSEN(attention_kernels); }
 
-constexpr int64_t ROWS_AT_ONCE = 32;            // of rope_append: two pages, so that few cache lines of K have two writers
+constexpr int64_t ROWS_AT_ONCE = 16;            // of rope_append: a page, so that few cache lines of K have two writers
 constexpr int64_t RUNS_PER_THREAD = 2, LONGEST_RUN = 8;     // of paged_attention's items
-constexpr int64_t ROWS_WORTH_SHARING = 64;      // one row takes 0.1 us; a helper that is preempted in its part costs far more
+constexpr int64_t ROWS_WORTH_SHARING = 32;      // one row takes 0.1 us
 
 }  // namespace
 
