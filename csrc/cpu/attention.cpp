@@ -16,7 +16,10 @@ const AttentionKernels& kernels() { return DC_CHOSEN(attention_kernels); }
 
 constexpr int64_t ROWS_AT_ONCE = 16;            // of rope_append: a page, so that few cache lines of K have two writers
 constexpr int64_t RUNS_PER_THREAD = 2, LONGEST_RUN = 8;     // of paged_attention's items
-constexpr int64_t ROWS_WORTH_SHARING = 32;      // one row takes 0.1 us
+// Less work than about 7 us stays with the caller: it gains little from a helper, and loses much where the helper sleeps or
+// another process has its CPU (measured beside one: 32 rows took 24 us for 3.5, attention to 128 positions 9 for 4).
+constexpr int64_t ROWS_WORTH_SHARING = 64;
+constexpr int64_t BYTES_WORTH_SHARING = 256 << 10;          // of cache, counted again for each row of an item
 
 }  // namespace
 
@@ -87,6 +90,7 @@ AttentionPlan::Work AttentionPlan::divide(int window) const {
                 item.chunk_begin = window > 0 ? std::max(0, item.position + 1 - window) / CHUNK_SIZE : 0;
                 item.chunk_end = (item.position + item.rows - 1) / CHUNK_SIZE + 1;
             }
+            work.positions += int64_t(item.rows) * (item.chunk_end - item.chunk_begin) * kv_heads * CHUNK_SIZE;
             const int chunks = item.chunk_end - item.chunk_begin, queries = item.rows * (heads / kv_heads);
             for (item.kv_head = 0; item.kv_head < kv_heads; item.kv_head++) {
                 if (!divided || chunks <= 1) {
@@ -123,7 +127,8 @@ void paged_attention(const AttentionJob& job, const AttentionPlan::Work& work) {
         if (item.merge >= 0) new (&unfinished[item.merge]) std::atomic<int>(item.merge_count);
     // Runs of items, so that a thread knows what it reads next; short enough that the threads end together.
     const int64_t count = int64_t(work.items.size()), threads = get_threads();
-    const int64_t run = std::clamp<int64_t>(count / (RUNS_PER_THREAD * threads), 1, LONGEST_RUN);
+    const bool shared = work.positions * 2 * job.head_size * bytes_of(job.cache_type) > BYTES_WORTH_SHARING;
+    const int64_t run = shared ? std::clamp<int64_t>(count / (RUNS_PER_THREAD * threads), 1, LONGEST_RUN) : std::max<int64_t>(count, 1);
     parallel_for((count + run - 1) / run, [&](int64_t i) {
         const int64_t end = std::min((i + 1) * run, count);
         for (int64_t j = i * run; j < end; j++) {

@@ -19,6 +19,7 @@ constexpr int MAX_GROUP = 16;               // query heads of one kv head
 constexpr int WANTED_QUERIES = 12;          // (row, head) pairs that share each load of K and V in a prompt's chunk
 
 enum class Element : int { float32 = 0, float16 = 1, bfloat16 = 2 };
+static inline int bytes_of(Element type) { return type == Element::float32 ? 4 : 2; }
 enum class QkNorm : int { none = 0, before_rope = 1, after_rope = 2 };
 
 // ---- rope_append: rows of qkv [T, (Hq + 2 Hk) * D] -> q_out [T, Hq, D] float32 and the pages

@@ -19,6 +19,7 @@ public:
         std::vector<AttentionItem> items;
         int64_t states = 0;             // of one query, summed over the items that are merged
         int merges = 0;
+        int64_t positions = 0;          // of all items and rows, in whole chunks: a measure of the work
     };
     const Work& work(int window);       // guarded by the GIL; stays valid as long as the plan
 
