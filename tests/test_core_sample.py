@@ -104,10 +104,11 @@ def test_model_like_rows_equal_the_references_at_usual_settings(isa):
 @pytest.mark.parametrize("isa", ISAS)
 def test_top_p_is_of_all_that_top_k_kept_whatever_min_p_will_drop(isa):
     core.set_isa(isa)
-    rng, params = np.random.default_rng(5), SamplingParams(temperature=1.0, top_k=700, top_p=0.5, min_p=0.1)
-    logits = np.repeat(rng.standard_normal((1, 5000)).astype(np.float32), 300, axis=0)
-    rows = [SampleRow(params, position) for position in range(300)]
-    assert 0 < len(cs.survivors(logits[0], params)[0]) < 700
+    line = np.random.default_rng(5).standard_normal(5000).astype(np.float32)
+    falling = np.sort(line.astype(np.float64))[::-1]
+    params = SamplingParams(temperature=1.0, top_k=700, top_p=0.5, min_p=math.exp(falling[500] - falling[0]))
+    assert len(cs.survivors(line, params)[0]) < 300         # 500 of the 700 pass min-p; top-p over all 5000 would keep more
+    logits, rows = np.repeat(line[None], 300, axis=0), [SampleRow(params, position) for position in range(300)]
     assert sampled(logits, rows) == cs.sample_reference(logits, rows).tolist()
 
 
