@@ -1,0 +1,164 @@
+"""rope_append and paged_attention of decode_core: `pytest bench/test_bench_core_attention.py --benchmark-enable`.
+
+SmolLM2-135M's attention (9 query heads on 3 kv heads, size 64, float16 cache). Decode runs walk through 264 MB of layers, so
+that no cache holds what they read; `read_share` is their GB/s over what the same threads read without arithmetic, the two
+measured in turns. DECODE_CORE_THREADS (2) says how many threads, DECODE_CORE_ISA which instruction set.
+"""
+
+import mmap
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy
+import pytest
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # as the server's workers have it
+sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resolve().parent.parent))
+
+decode_core = pytest.importorskip("decode_core")
+from decode_core import _core  # noqa: E402
+
+H, Hkv, D, PAGE = 9, 3, 64, 16
+THREADS = int(os.environ.get("DECODE_CORE_THREADS", "2"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads():
+    before = decode_core.get_threads()
+    decode_core.set_threads(THREADS)
+    yield
+    decode_core.set_threads(before)
+
+
+@pytest.fixture(scope="module")
+def arena(request):
+    """264 MB of float16 in huge pages where there are any (32 MB when nothing is measured)."""
+    measured = request.config.getoption("benchmark_enable") or not request.config.getoption("benchmark_disable")
+    size = (264 if measured else 32) << 20
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    array = numpy.frombuffer(memory, numpy.float16)
+    array[:] = 0.01
+    return array
+
+
+def in_turns(*contestants, rounds=15):
+    """The median seconds of each, run one after the other `rounds` times."""
+    times = [[] for _ in contestants]
+    for _ in range(rounds):
+        for run, spent in zip(contestants, times):
+            begin = time.perf_counter()
+            run()
+            spent.append(time.perf_counter() - begin)
+    return [statistics.median(spent) for spent in times]
+
+
+@pytest.mark.parametrize("context, rows, window", [
+    (128, 1, 0), (256, 1, 0), (512, 1, 0), (1024, 1, 0), (2048, 1, 0), (8192, 1, 0), (8192, 1, 512),
+    (128, 8, 0), (1024, 8, 0), (8192, 8, 512), (128, 32, 0), (256, 32, 0), (1024, 32, 0)])
+def test_decode_attention(benchmark, arena, context, rows, window):
+    """One call for each of as many layers as the arena holds, as the model's step calls it."""
+    benchmark.group = f"decode attention, {THREADS} threads, {_core.isa()}"
+    pages = rows * -(-context // PAGE)
+    layers = arena.size // (pages * Hkv * 2 * PAGE * D)
+    if not layers:
+        pytest.skip("the small arena of a run that measures nothing does not hold one layer")
+    cache = arena[:layers * pages * Hkv * 2 * PAGE * D].reshape(layers, pages, Hkv, 2, PAGE * D)
+    tables = numpy.random.default_rng(0).permutation(pages).reshape(rows, -1).tolist()
+    plan = decode_core.plan_attention(tables, [context] * rows, list(range(rows + 1)), H, Hkv, pages)
+    step = make_step(plan, cache, rows, numpy.arange(rows) * 0 + context - 1, numpy.arange(rows))
+
+    def attend():
+        for layer in range(layers):
+            step.paged_attention(layer, window)
+
+    benchmark.pedantic(attend, rounds=5, warmup_rounds=1)
+    if benchmark.stats:
+        ours, read = in_turns(attend, lambda: _core.read_memory(arena.ctypes.data, arena.nbytes))
+        seen = rows * min(context, window or context)
+        benchmark.extra_info["us_per_layer"] = round(ours / layers * 1e6, 1)
+        benchmark.extra_info["GB_per_s"] = round(seen * Hkv * 2 * D * 2 * layers / ours / 1e9, 1)
+        benchmark.extra_info["read_GB_per_s"] = round(arena.nbytes / read / 1e9, 1)
+        benchmark.extra_info["read_share"] = round(benchmark.extra_info["GB_per_s"] / benchmark.extra_info["read_GB_per_s"], 2)
+
+
+def make_step(plan, cache, rows, positions, slots, qkv=None):
+    rng = numpy.random.default_rng(1)
+    angles = numpy.outer(numpy.arange(8192), 10000.0 ** (-numpy.arange(D // 2) / (D // 2)))
+    qkv = rng.standard_normal((rows, (H + 2 * Hkv) * D), numpy.float32) if qkv is None else qkv
+    return decode_core.AttentionStep(
+        plan, cache, qkv=qkv, cos=numpy.cos(angles).astype(numpy.float32), sin=numpy.sin(angles).astype(numpy.float32),
+        positions=positions, slots=slots, q=rng.standard_normal((rows, H, D), numpy.float32) / 8,
+        out=numpy.zeros((rows, H * D), numpy.float32))
+
+
+@pytest.mark.parametrize("rows, context", [(256, 256), (256, 1024), (256, 4096), (64, 1024)])
+def test_prefill_attention(benchmark, rows, context):
+    """The last `rows` of `context` positions at once, against torch's two products in bfloat16 (attend_chunk)."""
+    torch, cs = pytest.importorskip("torch"), pytest.importorskip("chat_server")
+    torch.set_num_threads(THREADS)
+    benchmark.group = f"prefill attention, {THREADS} threads, {_core.isa()}"
+    pages = context // PAGE
+    plan = decode_core.plan_attention([list(range(pages))], [context], [0, rows], H, Hkv, pages)
+    cache = numpy.random.default_rng(0).standard_normal((pages, Hkv, 2, PAGE * D)).astype(numpy.float16)
+    q, out = numpy.random.default_rng(0).standard_normal((rows, H, D), numpy.float32) / 8, numpy.zeros((rows, H * D), numpy.float32)
+
+    def attend():
+        decode_core.paged_attention(q, cache, plan, out)
+
+    benchmark.pedantic(attend, rounds=10, warmup_rounds=1)
+    if benchmark.stats:
+        queries = torch.randn(rows, Hkv, H // Hkv, D).bfloat16()
+        k, v = torch.randn(2, Hkv, context, D).bfloat16()
+        positions = torch.arange(context)
+        future = positions > positions[-rows:, None]
+        mask = torch.zeros(1, 1, rows, context, dtype=torch.bfloat16).masked_fill_(future, -float("inf"))
+        scratch = torch.zeros(cs.SCRATCH_SCORES, dtype=torch.bfloat16)
+        with torch.inference_mode():
+            ours, theirs = in_turns(attend, lambda: cs.attend_chunk(queries, k, v, mask, 0.125, scratch))
+        seen = sum(range(context - rows + 1, context + 1))
+        benchmark.extra_info["ms"] = round(ours * 1e3, 2)
+        benchmark.extra_info["torch_ms"] = round(theirs * 1e3, 2)
+        benchmark.extra_info["times_torch"] = round(theirs / ours, 2)
+        benchmark.extra_info["G_multiply_adds_per_s"] = round(seen * H * 2 * D / ours / 1e9)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 32, 256])
+def test_rope_append(benchmark, rows):
+    """One layer's rows in bfloat16, decode rows in a page each or a prompt's chunk, against the torch reference."""
+    torch, cs = pytest.importorskip("torch"), pytest.importorskip("chat_server")
+    torch.set_num_threads(THREADS)
+    benchmark.group = f"rope and append, {THREADS} threads, {_core.isa()}"
+    chunk = rows > 32
+    qkv = torch.randn(rows, (H + 2 * Hkv) * D).bfloat16()
+    slots = torch.arange(rows) * (1 if chunk else PAGE + 1)
+    positions = torch.arange(rows) if chunk else torch.arange(rows) + 100
+    cache = torch.zeros(1, 64, Hkv, 2, PAGE * D, dtype=torch.float16)
+    tables, lengths, starts = ([list(range(rows // PAGE))], [rows], [0, rows]) if chunk else (
+        [[0]] * rows, [1] * rows, list(range(rows + 1)))
+    plan = decode_core.plan_attention(tables, lengths, starts, H, Hkv, 64)
+    step = make_step(plan, cache, rows, positions, slots, qkv)
+    benchmark(lambda: step.rope_append(0))
+    if benchmark.stats:
+        spec = SimpleNamespace(heads=H, kv_heads=Hkv, head_size=D, qk_norm="none", qk_scale=1.0, norm_eps=1e-5)
+        cos, sin = torch.randn(2, rows, D)
+        plain = torch.zeros(64 * PAGE, 2, Hkv, D, dtype=torch.bfloat16)
+
+        def ours():
+            for _ in range(20):
+                step.rope_append(0)
+
+        def reference():
+            for _ in range(20):
+                cs.rope_append_reference(qkv, cos, sin, slots, plain, spec, None, None, None, None)
+
+        with torch.inference_mode():
+            spent, theirs = in_turns(ours, reference)
+        benchmark.extra_info["us_per_row"] = round(spent / 20 / rows * 1e6, 2)
+        benchmark.extra_info["reference_us_per_row"] = round(theirs / 20 / rows * 1e6, 2)
+        benchmark.extra_info["times_reference"] = round(theirs / spent, 1)

@@ -1,0 +1,254 @@
+// Python's door to the ops: pybind11 only. Pointers and streams come as integers, checked by csrc/decode_core/*.py; what is
+// quicker to check here is checked here (checks.h). Every op releases the GIL.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/cpu.h"
+#include "cpu/pool.h"
+#include "ops.h"
+
+namespace py = pybind11;
+
+void bind_elementwise(py::module_& m);      // bindings_elementwise.cpp
+
+namespace {
+
+using Gil = py::gil_scoped_release;
+
+// What arrays.py asks of a numpy array, by the buffer protocol, which takes a fifth of __array_interface__'s time:
+// (address, format, item size, read-only, shape, strides in bytes); None if `array` has no buffer.
+py::object look_at_buffer(const py::object& array) {
+    Py_buffer view;
+    if (PyObject_GetBuffer(array.ptr(), &view, PyBUF_STRIDES | PyBUF_FORMAT)) {
+        PyErr_Clear();
+        return py::none();
+    }
+    const auto numbers = [&](const Py_ssize_t* values) {
+        py::tuple all(size_t(view.ndim));
+        for (int i = 0; i < view.ndim; i++) all[size_t(i)] = py::int_(values[i]);
+        return all;
+    };
+    py::tuple seen = py::make_tuple(reinterpret_cast<uintptr_t>(view.buf), view.format, view.itemsize, bool(view.readonly),
+                                    numbers(view.shape), numbers(view.strides));
+    PyBuffer_Release(&view);
+    return std::move(seen);
+}
+
+void bind_runtime(py::module_& m) {
+    m.def("look_at_buffer", &look_at_buffer);
+    m.def("isa", [] { return dc::name_of(dc::chosen_isa()); });
+    m.def("set_isa", [](const std::string& name) { dc::set_isa(name.c_str()); }, py::arg("isa"));
+    m.def("offered_isas", [] {
+        py::list names;
+        for (dc::Isa isa : {dc::Isa::avx512, dc::Isa::avx2, dc::Isa::portable})
+            if (dc::offers(isa)) names.append(dc::name_of(isa));
+        return names;
+    });
+    m.def("cpu_has", [](const std::string& feature) { return dc::cpu_has(feature.c_str()); }, py::arg("feature"));
+    m.def("set_threads", &dc::set_threads, py::arg("threads"), py::call_guard<Gil>());
+    m.def("get_threads", &dc::get_threads);
+    m.def("sleeping_threads", &dc::sleeping_threads);
+}
+
+// --- sample (helper E) -----------------------------------------------------------------------------------------------
+
+// How often each row's answer holds each id of its context: [(tokens, prompt_tokens)] -> (ends of the rows, ids, counts).
+py::tuple count_tokens(const py::list& rows, int64_t vocab) {
+    static thread_local std::vector<int32_t> place;             // id -> its place in this row's list, or -1
+    dc::require(vocab > 0 && vocab <= INT32_MAX, "vocab_size: must be positive");
+    if (int64_t(place.size()) < vocab) place.assign(size_t(vocab), -1);
+    std::vector<int32_t> ids, counts, ends;
+    bool good = true;
+    for (const py::handle& row : rows) {
+        const auto pair = py::cast<py::tuple>(row);
+        const int64_t prompt_tokens = py::cast<int64_t>(pair[1]);
+        const auto list = py::reinterpret_steal<py::object>(PySequence_Fast(pair[0].ptr(), "rows: tokens must be a list"));
+        if (!list) throw py::error_already_set();
+        const size_t begin = ids.size();
+        for (Py_ssize_t i = 0, length = PySequence_Fast_GET_SIZE(list.ptr()); i < length && good; i++) {
+            const int64_t id = PyLong_AsLongLong(PySequence_Fast_GET_ITEM(list.ptr(), i));
+            good = id >= 0 && id < vocab;
+            if (!good) break;
+            if (place[size_t(id)] < 0) {
+                place[size_t(id)] = int32_t(ids.size());
+                ids.push_back(int32_t(id)), counts.push_back(0);
+            }
+            counts[size_t(place[size_t(id)])] += i >= prompt_tokens;
+        }
+        for (size_t i = begin; i < ids.size(); i++) place[size_t(ids[i])] = -1;
+        ends.push_back(int32_t(ids.size()));
+    }
+    PyErr_Clear();                                              // of a token that is no integer
+    dc::require(good, "rows: each of a row's tokens must be an id of the vocabulary");
+    const auto bytes = [](const std::vector<int32_t>& v) { return py::bytes(reinterpret_cast<const char*>(v.data()), 4 * v.size()); };
+    return py::make_tuple(py::cast(ends), bytes(ids), bytes(counts));
+}
+
+void sample(uintptr_t logits, bool bf16, int64_t rows, int64_t vocab, int64_t stride, uintptr_t params, uintptr_t count_ids,
+            uintptr_t counts, uintptr_t bias_ids, uintptr_t bias_values, uintptr_t tokens, uintptr_t logprobs) {
+    const dc::SampleArgs args{
+        reinterpret_cast<const void*>(logits), bf16, rows, vocab, stride, reinterpret_cast<const dc::SampleRow*>(params),
+        reinterpret_cast<const int32_t*>(count_ids), reinterpret_cast<const int32_t*>(counts),
+        reinterpret_cast<const int32_t*>(bias_ids), reinterpret_cast<const float*>(bias_values),
+        reinterpret_cast<int32_t*>(tokens), reinterpret_cast<float*>(logprobs)};
+    Gil released;
+    dc::sample(args);
+}
+
+void bind_sample(py::module_& m) {
+    m.def("count_tokens", &count_tokens, py::arg("rows"), py::arg("vocab_size"));
+    m.def("sample", &sample);
+    m.def("philox", [](std::array<uint32_t, 4> c, std::array<uint32_t, 2> k) {
+        const dc::PhiloxWords words = dc::philox(c[0], c[1], c[2], c[3], k[0], k[1]);
+        return std::array<uint32_t, 4>{words.word[0], words.word[1], words.word[2], words.word[3]};
+    });
+}
+
+// --- rope_append, paged_attention -------------------------------------------------------------------------
+
+std::vector<int64_t> integers(const py::handle& list, const char* complaint) {
+    if (!PyList_Check(list.ptr())) throw std::invalid_argument(complaint);
+    std::vector<int64_t> values(size_t(PyList_GET_SIZE(list.ptr())));
+    for (size_t i = 0; i < values.size(); i++) {
+        values[i] = PyLong_AsLongLong(PyList_GET_ITEM(list.ptr(), Py_ssize_t(i)));
+        if (values[i] == -1 && PyErr_Occurred()) PyErr_Clear(), throw std::invalid_argument(complaint);
+    }
+    return values;
+}
+
+dc::AttentionPlan plan_attention(const py::object& tables, const py::object& lengths, const py::object& starts, int heads,
+                                 int kv_heads, int64_t num_pages) {
+    dc::require(PyList_Check(tables.ptr()), "tables: a list of lists of page numbers");
+    std::vector<int32_t> pages;
+    std::vector<int64_t> offsets{0};
+    for (const py::handle& table : tables) {
+        for (int64_t page : integers(table, "tables: lists of page numbers")) {
+            dc::require(page >= 0 && page < num_pages && page <= INT32_MAX, "tables: each page must lie in the cache");
+            pages.push_back(int32_t(page));
+        }
+        offsets.push_back(int64_t(pages.size()));
+    }
+    return {std::move(pages), std::move(offsets), integers(lengths, "lengths: a list of integers"),
+            integers(starts, "starts: a list of integers"), heads, kv_heads, num_pages};
+}
+
+template <class T>
+T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+// What a step's layers share, with its own copy of the checked indices; the arrays are kept alive by attention.py's Step.
+struct AttentionStep {
+    dc::AttentionPlan& plan;
+    dc::RopeJob rope;
+    std::vector<int64_t> positions, slots;
+    uintptr_t cache, layer_bytes, out;
+    dc::Element out_type;
+    int64_t layers;
+
+    uintptr_t layer_at(int64_t layer) const {
+        dc::require(layer >= 0 && layer < layers, "layer: must be one of the cache's");
+        return cache + uintptr_t(layer) * layer_bytes;
+    }
+
+    void rope_append(int64_t layer, uintptr_t q_norm, uintptr_t k_norm, bool values) const {
+        dc::RopeJob job = rope;
+        job.positions = positions.data(), job.slots = slots.data();
+        dc::require(!values || job.value_embed, "values: the step was given no value_embed");
+        if (!values) job.value_embed = nullptr;
+        job.q_norm = at<const float>(q_norm), job.k_norm = at<const float>(k_norm);
+        job.cache = at<void>(layer_at(layer));
+        Gil released;
+        dc::rope_append(job);
+    }
+
+    void paged_attention(int64_t layer, int64_t window) const {
+        dc::require(window >= -1 && window <= INT32_MAX, "window: must be a number of keys, 0 or -1");
+        const dc::AttentionJob job{rope.q_out, at<const void>(layer_at(layer)), rope.cache_type, at<void>(out), out_type,
+                                   rope.heads, rope.kv_heads, rope.head_size, int(window > 0 ? window : 0)};
+        const dc::AttentionPlan::Work& work = plan.work(job.window);
+        Gil released;
+        dc::paged_attention(job, work);
+    }
+};
+
+void paged_attention(dc::AttentionPlan& plan, int window, uintptr_t q, uintptr_t cache, int cache_type, uintptr_t out,
+                     int out_type, int head_size) {
+    const dc::AttentionJob job{at<const float>(q), at<const void>(cache), dc::Element(cache_type), at<void>(out),
+                               dc::Element(out_type), plan.heads, plan.kv_heads, head_size, window};
+    const dc::AttentionPlan::Work& work = plan.work(window);
+    Gil released;
+    dc::paged_attention(job, work);
+}
+
+// Sizes and flags first, then the addresses, as attention.py packs them.
+dc::RopeJob rope_job(int64_t rows, int64_t row_stride, int qkv_type, int heads, int kv_heads, int head_size, int half_rotated,
+                     bool interleaved, float direction, int norm, float epsilon, float post_scale, float q_scale,
+                     float gate_scale, int64_t value_stride, int64_t gate_stride, int cache_type, int64_t max_positions,
+                     int64_t num_pages, uintptr_t qkv, uintptr_t positions, uintptr_t slots, uintptr_t cos, uintptr_t sin,
+                     uintptr_t q_norm, uintptr_t k_norm, uintptr_t value_embed, uintptr_t gate, uintptr_t q_out,
+                     uintptr_t cache) {
+    dc::RopeJob job{};
+    job.rows = rows, job.row_stride = row_stride, job.qkv_type = dc::Element(qkv_type);
+    job.heads = heads, job.kv_heads = kv_heads, job.head_size = head_size;
+    job.half_rotated = half_rotated, job.interleaved = interleaved, job.direction = direction;
+    job.norm = dc::QkNorm(norm), job.epsilon = epsilon, job.post_scale = post_scale, job.q_scale = q_scale;
+    job.gate_scale = gate_scale, job.value_stride = value_stride, job.gate_stride = gate_stride;
+    job.cache_type = dc::Element(cache_type);
+    job.qkv = at<const void>(qkv), job.positions = at<const int64_t>(positions), job.slots = at<const int64_t>(slots);
+    job.cos = at<const float>(cos), job.sin = at<const float>(sin);
+    job.q_norm = at<const float>(q_norm), job.k_norm = at<const float>(k_norm);
+    job.value_embed = at<const void>(value_embed), job.gate = at<const void>(gate);
+    job.q_out = at<float>(q_out), job.cache = at<void>(cache);
+    dc::check_rope_indices(job, max_positions, num_pages);
+    return job;
+}
+
+AttentionStep attention_step(dc::AttentionPlan& plan, const dc::RopeJob& job, uintptr_t cache, int64_t layers, uintptr_t layer_bytes,
+                             uintptr_t out, int out_type) {
+    dc::require(plan.rows() == job.rows, "plan: must have as many rows as qkv");
+    return {plan, job, {job.positions, job.positions + job.rows}, {job.slots, job.slots + job.rows}, cache, layer_bytes, out,
+            dc::Element(out_type), layers};
+}
+
+void bind_attention(py::module_& m) {
+    py::class_<dc::AttentionPlan>(m, "AttentionPlan")
+        .def_property_readonly("rows", &dc::AttentionPlan::rows)
+        .def_readonly("heads", &dc::AttentionPlan::heads)
+        .def_readonly("kv_heads", &dc::AttentionPlan::kv_heads)
+        .def_readonly("num_pages", &dc::AttentionPlan::num_pages);
+    py::class_<dc::RopeJob>(m, "RopeJob");
+    py::class_<AttentionStep>(m, "AttentionStep")
+        .def("rope_append", &AttentionStep::rope_append)
+        .def("paged_attention", &AttentionStep::paged_attention);
+    m.def("plan_attention", &plan_attention);
+    m.def("paged_attention", &paged_attention);
+    m.def("rope_job", &rope_job);
+    m.def("rope_append", &dc::rope_append, py::call_guard<Gil>());
+    m.def("attention_step", &attention_step, py::keep_alive<0, 1>());
+    m.def("read_memory", [](uintptr_t memory, int64_t bytes) { return dc::read_memory(at<const void>(memory), bytes); },
+          py::call_guard<Gil>());
+}
+
+}  // namespace
+
+#if defined(DECODE_CORE_CUDA)
+void bind_cuda(py::module_& m);         // csrc/cuda/bindings.cpp (helper G)
+#endif
+
+PYBIND11_MODULE(_core, m) {
+    m.doc() = "decode_core's compiled half; use decode_core, which checks what it passes here";
+    dc::set_isa_from_environment();
+    bind_runtime(m);
+    bind_sample(m);
+    bind_attention(m);
+    bind_elementwise(m);
+#if defined(DECODE_CORE_CUDA)
+    m.attr("cuda_compiled") = true;
+    bind_cuda(m);
+#else
+    m.attr("cuda_compiled") = false;
+#endif
+}

@@ -1,0 +1,163 @@
+// What surrounds the kernels of rope_append and paged_attention: dividing the work, sharing it out, checking indices.
+#include "cpu/attention_plan.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+
+#include "checks.h"
+#include "cpu/pool.h"
+#include "ops.h"
+
+namespace dc {
+namespace {
+
+const AttentionKernels& kernels() { return DC_CHOSEN(attention_kernels); }
+
+constexpr int64_t ROWS_AT_ONCE = 16;            // of rope_append: a page, so that few cache lines of K have two writers
+constexpr int64_t RUNS_PER_THREAD = 2, LONGEST_RUN = 8;     // of paged_attention's items
+// Less work than about 7 us stays with the caller: it gains little from a helper, and loses much where the helper sleeps or
+// another process has its CPU (measured beside one: 32 rows took 24 us for 3.5, attention to 128 positions 9 for 4).
+constexpr int64_t ROWS_WORTH_SHARING = 64;
+constexpr int64_t BYTES_WORTH_SHARING = 256 << 10;          // of cache, counted again for each row of an item
+
+}  // namespace
+
+void check_rope_indices(const RopeJob& job, int64_t max_positions, int64_t num_pages) {
+    bool good_slots = true, good_positions = true;
+    for (int64_t row = 0; row < job.rows; row++) {
+        const bool padding = job.slots[row] == -1;
+        good_slots &= padding || (job.slots[row] >= 0 && job.slots[row] < num_pages * PAGE_SIZE);
+        good_positions &= padding || (job.positions[row] >= 0 && job.positions[row] < max_positions);
+    }
+    require(good_slots, "slots: each must be -1 or lie in the cache");
+    require(good_positions, "positions: each must lie in the tables cos and sin");
+}
+
+void rope_append(const RopeJob& job) {
+    const AttentionKernels& use = kernels();
+    const int64_t step = job.rows < ROWS_WORTH_SHARING ? ROWS_WORTH_SHARING : ROWS_AT_ONCE;
+    parallel_for((job.rows + step - 1) / step, [&](int64_t i) {
+        use.rope_rows(job, i * step, std::min((i + 1) * step, job.rows));
+    });
+}
+
+// ---- plan
+
+AttentionPlan::AttentionPlan(std::vector<int32_t> pages_, std::vector<int64_t> offsets_, std::vector<int64_t> lengths_,
+                             std::vector<int64_t> starts_, int heads_, int kv_heads_, int64_t num_pages_)
+    : heads(heads_), kv_heads(kv_heads_), num_pages(num_pages_), pages(std::move(pages_)), offsets(std::move(offsets_)),
+      lengths(std::move(lengths_)), starts(std::move(starts_)) {
+    const size_t count = lengths.size();
+    require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0 && heads / kv_heads <= MAX_GROUP,
+            "heads: a multiple of kv_heads, at most 16 for each");
+    require(starts.size() == count + 1 && starts[0] == 0, "starts: one more than lengths, beginning at 0");
+    require(offsets.size() == count + 1, "tables: as many as lengths");
+    for (size_t i = 0; i < count; i++) {
+        const int64_t rows = starts[i + 1] - starts[i];
+        require(rows >= 0, "starts: must not fall");
+        require(lengths[i] == 0 || lengths[i] >= rows, "lengths: a sequence is 0 (padding) or at least as long as its new rows");
+        require(lengths[i] <= (offsets[i + 1] - offsets[i]) * PAGE_SIZE, "tables: too few pages for the length");
+        require(lengths[i] <= INT32_MAX - 2 * CHUNK_SIZE, "lengths: too long");
+    }
+    require(starts.back() <= INT32_MAX, "starts: too many rows");
+    bool good = true;
+    for (int32_t page : pages) good &= page >= 0 && page < num_pages;
+    require(good, "tables: each page must lie in the cache");
+}
+
+const AttentionPlan::Work& AttentionPlan::work(int window) {
+    auto found = by_window.find(window);
+    if (found == by_window.end()) found = by_window.emplace(window, divide(window)).first;
+    return found->second;
+}
+
+AttentionPlan::Work AttentionPlan::divide(int window) const {
+    const int64_t rows_at_once = std::max(1, WANTED_QUERIES / (heads / kv_heads));
+    Work work;
+    for (size_t i = 0; i < lengths.size(); i++) {
+        const int64_t end = starts[i + 1], first_position = lengths[i] - (end - starts[i]);
+        // One group of rows alone (decoding) is divided by chunks; many groups are work enough for all threads.
+        const bool divided = end - starts[i] <= rows_at_once;
+        for (int64_t row = starts[i]; row < end; row += rows_at_once) {
+            AttentionItem item{};
+            item.pages = pages.data() + offsets[i];
+            item.row = int32_t(row);
+            item.rows = int32_t(std::min(rows_at_once, end - row));
+            item.merge = -1;
+            if (lengths[i] > 0) {
+                item.position = int32_t(first_position + row - starts[i]);
+                item.chunk_begin = window > 0 ? std::max(0, item.position + 1 - window) / CHUNK_SIZE : 0;
+                item.chunk_end = (item.position + item.rows - 1) / CHUNK_SIZE + 1;
+            }
+            work.positions += int64_t(item.rows) * (item.chunk_end - item.chunk_begin) * kv_heads * CHUNK_SIZE;
+            const int chunks = item.chunk_end - item.chunk_begin, queries = item.rows * (heads / kv_heads);
+            for (item.kv_head = 0; item.kv_head < kv_heads; item.kv_head++) {
+                if (!divided || chunks <= 1) {
+                    work.items.push_back(item);
+                    continue;
+                }
+                AttentionItem part = item;
+                part.merge = work.merges++;
+                part.merge_begin = work.states;
+                part.merge_count = chunks;
+                for (int c = 0; c < chunks; c++) {
+                    part.chunk_begin = item.chunk_begin + c;
+                    part.chunk_end = part.chunk_begin + 1;
+                    part.state = work.states;
+                    work.states += queries;
+                    work.items.push_back(part);
+                }
+            }
+        }
+    }
+    return work;
+}
+
+// ---- run
+
+void paged_attention(const AttentionJob& job, const AttentionPlan::Work& work) {
+    const AttentionKernels& use = kernels();
+    const int64_t query_floats = state_floats(1, job.head_size);
+    const size_t counter_bytes = (work.merges * sizeof(std::atomic<int>) + 63) / 64 * 64;
+    char* memory = static_cast<char*>(scratch(counter_bytes + work.states * query_floats * sizeof(float)));
+    auto* unfinished = reinterpret_cast<std::atomic<int>*>(memory);
+    float* states = reinterpret_cast<float*>(memory + counter_bytes);
+    for (const AttentionItem& item : work.items)
+        if (item.merge >= 0) new (&unfinished[item.merge]) std::atomic<int>(item.merge_count);
+    // Runs of items, so that a thread knows what it reads next; short enough that the threads end together.
+    const int64_t count = int64_t(work.items.size()), threads = get_threads();
+    const bool shared = work.positions * 2 * job.head_size * bytes_of(job.cache_type) > BYTES_WORTH_SHARING;
+    const int64_t run = shared ? std::clamp<int64_t>(count / (RUNS_PER_THREAD * threads), 1, LONGEST_RUN) : std::max<int64_t>(count, 1);
+    parallel_for((count + run - 1) / run, [&](int64_t i) {
+        const int64_t end = std::min((i + 1) * run, count);
+        for (int64_t j = i * run; j < end; j++) {
+            const AttentionItem& item = work.items[j];
+            const int64_t next = j + 1 < end ? j + 1 : (i + threads) * run;     // the others are probably at the runs between
+            const AttentionItem* following = next < count ? &work.items[next] : nullptr;
+            if (item.merge < 0) {
+                use.attend(job, item, following, nullptr);
+                continue;
+            }
+            use.attend(job, item, following, states + item.state * query_floats);
+            if (unfinished[item.merge].fetch_sub(1, std::memory_order_acq_rel) == 1)
+                use.merge(job, item, states + item.merge_begin * query_floats, item.merge_count);
+        }
+    });
+}
+
+// Reads memory as attention does, an item of 64 KB after another, and does nothing with it: what a bench compares with.
+uint64_t read_memory(const void* memory, int64_t bytes) {
+    constexpr int64_t item_bytes = 65536, lines = 8;
+    std::atomic<uint64_t> total{0};
+    parallel_for(bytes / item_bytes, [&](int64_t i) {
+        const uint64_t* from = static_cast<const uint64_t*>(memory) + i * item_bytes / 8;
+        uint64_t sums[lines] = {};
+        for (int64_t j = 0; j < item_bytes / 8; j += lines)
+            for (int k = 0; k < lines; k++) sums[k] += from[j + k];
+        total.fetch_add(sums[0] + sums[1] + sums[2] + sums[3] + sums[4] + sums[5] + sums[6] + sums[7]);
+    });
+    return total.load();
+}
+
+}  // namespace dc

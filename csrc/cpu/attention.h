@@ -1,0 +1,93 @@
+// rope_append and paged_attention on CPU: what their kernels are told, and who offers them.
+//
+// KV cache of one layer, on CPU: [P][Hk][2][16 * D] elements of float32, float16 or bfloat16; P pages of 16 positions.
+// The first of the two blocks of (page, kv head) holds K transposed, [D][16], so that 16 scores are one vector without
+// any horizontal sum; the second holds V, [16][D]. Both lie side by side because attention reads both.
+#pragma once
+
+#include <cstdint>
+
+#include "contract.h"
+#include "cpu/cpu.h"
+
+namespace dc {
+
+constexpr int CHUNK_SIZE = 256;             // positions whose softmax is one state; merged in the order of positions
+constexpr int CHUNK_PAGES = CHUNK_SIZE / PAGE_SIZE;
+constexpr int MAX_HEAD_SIZE = 256;
+constexpr int MAX_GROUP = 16;               // query heads of one kv head
+constexpr int WANTED_QUERIES = 12;          // (row, head) pairs that share each load of K and V in a prompt's chunk
+
+enum class Element : int { float32 = 0, float16 = 1, bfloat16 = 2 };
+static inline int bytes_of(Element type) { return type == Element::float32 ? 4 : 2; }
+enum class QkNorm : int { none = 0, before_rope = 1, after_rope = 2 };
+
+// ---- rope_append: rows of qkv [T, (Hq + 2 Hk) * D] -> q_out [T, Hq, D] float32 and the pages
+
+struct RopeJob {
+    const void* qkv;                        // float32 or bfloat16, `row_stride` elements apart
+    Element qkv_type;
+    int64_t row_stride;
+    int64_t rows;
+    int heads, kv_heads, head_size;
+    const int64_t* positions;               // [T]
+    const int64_t* slots;                   // [T] page * 16 + offset; -1: a padding row, which is left alone
+    const float* cos;                       // [max_positions, half_rotated]
+    const float* sin;
+    int half_rotated;                       // D / 2 or less: dims at and after 2 * half_rotated keep their values
+    bool interleaved;                       // pairs (2 i, 2 i + 1), else (i, i + half_rotated)
+    float direction;                        // +1 or -1: sign of every angle
+    QkNorm norm;
+    const float* q_norm;                    // [D] or null
+    const float* k_norm;
+    float epsilon;
+    float post_scale;                       // of q and k, after norm and rotation
+    float q_scale;                          // of q only: 1 / sqrt(D)
+    const void* value_embed;                // [T, Hk * D] in qkv's type, or null
+    int64_t value_stride;
+    const void* gate;                       // [T, Hk] in qkv's type
+    int64_t gate_stride;
+    float gate_scale;                       // v += gate_scale * sigmoid(gate) * value_embed
+    float* q_out;                           // [T, Hq, D]
+    void* cache;                            // one layer's
+    Element cache_type;
+};
+
+// ---- paged_attention: q [T, Hq, D] float32, scaled already -> out [T, Hq * D] float32 or bfloat16
+
+struct AttentionJob {
+    const float* q;
+    const void* cache;                      // one layer's
+    Element cache_type;
+    void* out;
+    Element out_type;
+    int heads, kv_heads, head_size;
+    int window;                             // keys that a row sees, itself included; 0: all
+};
+
+// `rows` consecutive rows of one sequence, one kv head, some of the chunks that these rows see.
+struct AttentionItem {
+    const int32_t* pages;                   // of the sequence
+    int32_t row, rows;
+    int32_t position;                       // of the first row
+    int32_t kv_head;
+    int32_t chunk_begin, chunk_end;
+    int32_t merge;                          // which counter: the last item of a counter merges all its states; -1: none
+    int32_t merge_count;                    // how many states those are, in the order of their chunks
+    int64_t merge_begin, state;             // where they begin and where this item's goes, in queries
+};
+
+// A state is, for each of rows * Hq / Hk queries: m, l (largest score, sum of exp) and then acc [D] of each query.
+static inline int64_t state_floats(int queries, int head_size) { return int64_t(queries) * (2 + head_size); }
+
+struct AttentionKernels {
+    void (*rope_rows)(const RopeJob&, int64_t begin, int64_t end);
+    // state == nullptr: the item covers every chunk, write out. `following` (or null) is likely to be this thread's next.
+    void (*attend)(const AttentionJob&, const AttentionItem&, const AttentionItem* following, float* state);
+    // merge `count` consecutive states, in order, and write out
+    void (*merge)(const AttentionJob&, const AttentionItem&, const float* states, int count);
+};
+
+DC_EACH_ISA(extern const AttentionKernels attention_kernels)
+
+}  // namespace dc

@@ -1,0 +1,37 @@
+// Which items a step's attention consists of: worked out once per step and window, used by every layer.
+#pragma once
+
+#include <map>
+#include <vector>
+
+#include "cpu/attention.h"
+
+namespace dc {
+
+// The sequences of a step: rows starts[i] .. starts[i + 1] are the newest of lengths[i] positions, whose pages are
+// pages[offsets[i]] ... A sequence of length 0 is padding: its rows get zeros. What is wrong throws std::invalid_argument.
+class AttentionPlan {
+public:
+    AttentionPlan(std::vector<int32_t> pages, std::vector<int64_t> offsets, std::vector<int64_t> lengths,
+                  std::vector<int64_t> starts, int heads, int kv_heads, int64_t num_pages);
+
+    struct Work {
+        std::vector<AttentionItem> items;
+        int64_t states = 0;             // of one query, summed over the items that are merged
+        int merges = 0;
+        int64_t positions = 0;          // of all items and rows, in whole chunks: a measure of the work
+    };
+    const Work& work(int window);       // guarded by the GIL; stays valid as long as the plan
+
+    int64_t rows() const { return starts.back(); }
+    const int heads, kv_heads;
+    const int64_t num_pages;
+
+private:
+    Work divide(int window) const;
+    std::vector<int32_t> pages;
+    std::vector<int64_t> offsets, lengths, starts;
+    std::map<int, Work> by_window;
+};
+
+}  // namespace dc

@@ -1,0 +1,34 @@
+// Which instruction sets this CPU and its operating system offer, which one the kernels use, and how an op reaches its path.
+//
+// An op `f` with a path per instruction set is declared once in ops.h's style as
+//     DC_EACH_ISA(void f(const FArgs& args))              // portable::f, avx2::f, avx512::f
+// defined in cpu/f_portable.cpp, cpu/f_avx2.cpp and cpu/f_avx512.cpp (the ending chooses the compiler flags, see setup.py),
+// and called as  DC_CHOSEN(f)(args).
+#pragma once
+
+namespace dc {
+
+enum class Isa { portable, avx2, avx512 };
+
+Isa chosen_isa();                       // the best that the CPU offers, or what DECODE_CORE_ISA or set_isa names
+bool offers(Isa isa);
+void set_isa(const char* name);         // std::invalid_argument for an unknown name or one this CPU lacks
+void set_isa_from_environment();        // DECODE_CORE_ISA = avx512 | avx2 | portable
+const char* name_of(Isa isa);
+bool cpu_has(const char* feature);      // "avx512_vnni", "avx512_bf16", "avx_vnni", "amx": for info()
+
+}  // namespace dc
+
+#define DC_EACH_ISA(declaration)          \
+    namespace portable { declaration; }   \
+    namespace avx2 { declaration; }       \
+    namespace avx512 { declaration; }
+
+#if defined(__x86_64__)
+#define DC_CHOSEN(op)                                              \
+    (::dc::chosen_isa() == ::dc::Isa::avx512 ? ::dc::avx512::op    \
+     : ::dc::chosen_isa() == ::dc::Isa::avx2 ? ::dc::avx2::op      \
+                                             : ::dc::portable::op)
+#else
+#define DC_CHOSEN(op) (::dc::portable::op)
+#endif

@@ -1,0 +1,265 @@
+// Sixteen float lanes with one meaning on every instruction set.
+//
+// A file that includes this defines DC_ISA (avx512, avx2 or portable) and is compiled with the flags
+// of that instruction set. Every function rounds once, as IEEE 754 says, so a kernel written with these lanes gives the
+// same bits everywhere: that is why even `portable` computes a true fused multiply-add. Nothing here may call an inline
+// function of the standard library: the linker might then keep the copy that was compiled for the wider instruction set.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)      // GCC 12's AVX-512 header reads its own "undefined" registers (PR 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#endif
+
+#define DC_INLINE static inline __attribute__((always_inline))
+
+namespace dc {
+namespace DC_ISA {
+
+struct Half { uint16_t bits; };
+struct Bfloat { uint16_t bits; };
+
+template <class To, class From>
+DC_INLINE To bits_of(From x) {
+    static_assert(sizeof(To) == sizeof(From), "");
+    To to;
+    std::memcpy(&to, &x, sizeof to);
+    return to;
+}
+
+// ---- one element: the storage types, widened exactly and narrowed to the nearest, ties to even
+
+DC_INLINE float widen(float x) { return x; }
+DC_INLINE float widen(Bfloat x) { return bits_of<float>(uint32_t(x.bits) << 16); }
+DC_INLINE float widen(Half x) {
+    uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
+    uint32_t normal = (magnitude << 13) + ((127 - 15) << 23);
+    uint32_t special = (magnitude << 13) | 0x7f800000;
+    uint32_t tiny = bits_of<uint32_t>(float(int32_t(magnitude)) * 0x1p-24f);   // never a subnormal float
+    return bits_of<float>(sign | (magnitude < 0x0400 ? tiny : magnitude < 0x7c00 ? normal : special));
+}
+
+DC_INLINE void narrow(float x, float* to) { *to = x; }
+DC_INLINE void narrow(float x, Bfloat* to) {
+    uint32_t u = bits_of<uint32_t>(x);
+    bool nan = (u & 0x7fffffff) > 0x7f800000;
+    to->bits = uint16_t(nan ? (u >> 16) | 0x40 : (u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+DC_INLINE void narrow(float x, Half* to) {
+    uint32_t u = bits_of<uint32_t>(x), magnitude = u & 0x7fffffff, sign = (u >> 16) & 0x8000;
+    uint32_t normal = (magnitude - ((127 - 15) << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    uint32_t tiny = bits_of<uint32_t>(bits_of<float>(magnitude) + 0.5f) - 0x3f000000;     // the sum rounds at 2^-24
+    uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+    to->bits = uint16_t(sign | (magnitude >= 0x47800000 ? special : magnitude < 0x38800000 ? tiny : normal));
+}
+
+// ---- one fused multiply-add
+
+#if defined(__FMA__) || defined(__FP_FAST_FMAF)
+DC_INLINE float fma1(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+#else
+// Without the instruction: the product is exact in double, the sum is rounded to odd (Boldo and Melquiond, 2008), and
+// rounding that to float gives what one rounding would have given.
+DC_INLINE float fma1(float a, float b, float c) {
+    double product = double(a) * double(b), sum = product + c;
+    double back = sum - product, error = (product - (sum - back)) + (c - back);
+    int64_t u = bits_of<int64_t>(sum);
+    int64_t inexact = (error < 0) | (error > 0), even = ~u & 1;     // a NaN error (infinite sum) is neither
+    int64_t outward = (error > 0) == (sum > 0);
+    return float(bits_of<double>(u + (inexact & even) * (2 * outward - 1)));
+}
+#endif
+
+// ---- sixteen lanes. maximum(a, b) is a > b ? a : b, so b where either is NaN, as x86 has it.
+
+#if defined(__AVX512F__)
+
+struct Lanes { __m512 v; };
+DC_INLINE Lanes all(float x) { return {_mm512_set1_ps(x)}; }
+DC_INLINE Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
+DC_INLINE Lanes load(const Half* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+DC_INLINE Lanes load(const Bfloat* p) {
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+DC_INLINE void store(float* p, Lanes a) { _mm512_storeu_ps(p, a.v); }
+DC_INLINE void store(Half* p, Lanes a) {
+    __m256i narrowed = _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrowed);
+}
+DC_INLINE Lanes fma(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+DC_INLINE Lanes operator+(Lanes a, Lanes b) { return {_mm512_add_ps(a.v, b.v)}; }
+DC_INLINE Lanes operator-(Lanes a, Lanes b) { return {_mm512_sub_ps(a.v, b.v)}; }
+DC_INLINE Lanes operator*(Lanes a, Lanes b) { return {_mm512_mul_ps(a.v, b.v)}; }
+DC_INLINE Lanes operator/(Lanes a, Lanes b) { return {_mm512_div_ps(a.v, b.v)}; }
+DC_INLINE Lanes maximum(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
+DC_INLINE Lanes zero_below(Lanes x, Lanes limit, Lanes a) {         // x < limit ? 0 : a
+    return {_mm512_mask_mov_ps(a.v, _mm512_cmp_ps_mask(x.v, limit.v, _CMP_LT_OQ), _mm512_setzero_ps())};
+}
+DC_INLINE Lanes add_exponent(Lanes a, Lanes n) {                    // integer a + (n << 23) on the bits
+    return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.v),
+                                                 _mm512_slli_epi32(_mm512_castps_si512(n.v), 23)))};
+}
+DC_INLINE Lanes keep(Lanes a, int begin, int end, float other) {    // lanes outside [begin, end) become other
+    __mmask16 mask = __mmask16(((1u << end) - 1) & ~((1u << begin) - 1));
+    return {_mm512_mask_mov_ps(_mm512_set1_ps(other), mask, a.v)};
+}
+constexpr int QUERIES_IN_REGISTERS = 12;
+constexpr int REGISTERS = 32;
+
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+
+struct Lanes { __m256 lo, hi; };
+DC_INLINE Lanes all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+DC_INLINE Lanes load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+DC_INLINE __m128i load8(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+DC_INLINE Lanes load(const Half* p) {
+    return {_mm256_cvtph_ps(load8(&p[0].bits)), _mm256_cvtph_ps(load8(&p[8].bits))};
+}
+DC_INLINE __m256 widen8(const Bfloat* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load8(&p->bits)), 16));
+}
+DC_INLINE Lanes load(const Bfloat* p) { return {widen8(p), widen8(p + 8)}; }
+DC_INLINE void store(float* p, Lanes a) { _mm256_storeu_ps(p, a.lo); _mm256_storeu_ps(p + 8, a.hi); }
+DC_INLINE void store8(Half* p, __m256 a) {
+    __m128i narrowed = _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrowed);
+}
+DC_INLINE void store(Half* p, Lanes a) { store8(p, a.lo); store8(p + 8, a.hi); }
+DC_INLINE Lanes fma(Lanes a, Lanes b, Lanes c) {
+    return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+DC_INLINE Lanes operator+(Lanes a, Lanes b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+DC_INLINE Lanes operator-(Lanes a, Lanes b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+DC_INLINE Lanes operator*(Lanes a, Lanes b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+DC_INLINE Lanes operator/(Lanes a, Lanes b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+DC_INLINE Lanes maximum(Lanes a, Lanes b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+DC_INLINE __m256 zero_below8(__m256 x, __m256 limit, __m256 a) {
+    return _mm256_andnot_ps(_mm256_cmp_ps(x, limit, _CMP_LT_OQ), a);
+}
+DC_INLINE Lanes zero_below(Lanes x, Lanes limit, Lanes a) {
+    return {zero_below8(x.lo, limit.lo, a.lo), zero_below8(x.hi, limit.hi, a.hi)};
+}
+DC_INLINE __m256 add_exponent8(__m256 a, __m256 n) {
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_castps_si256(n), 23)));
+}
+DC_INLINE Lanes add_exponent(Lanes a, Lanes n) { return {add_exponent8(a.lo, n.lo), add_exponent8(a.hi, n.hi)}; }
+DC_INLINE Lanes keep(Lanes a, int begin, int end, float other) {
+    alignas(32) float x[16];
+    store(x, a);
+    for (int i = 0; i < 16; i++) x[i] = i >= begin && i < end ? x[i] : other;
+    return load(x);
+}
+constexpr int QUERIES_IN_REGISTERS = 6;
+constexpr int REGISTERS = 8;                    // pairs of ymm
+
+#else
+
+struct Lanes { float v[16]; };
+#define DC_EACH(expression)                       \
+    Lanes r;                                               \
+    for (int i = 0; i < 16; i++) r.v[i] = (expression);    \
+    return r
+DC_INLINE Lanes all(float x) { DC_EACH(x); }
+template <class T> DC_INLINE Lanes load(const T* p) { DC_EACH(widen(p[i])); }
+DC_INLINE void store(float* p, Lanes a) { std::memcpy(p, a.v, sizeof a.v); }
+DC_INLINE void store(Half* p, Lanes a) { for (int i = 0; i < 16; i++) narrow(a.v[i], p + i); }
+#if defined(__SSE2__) && !defined(__FMA__)
+// Rounding the sum to double and then to float can only go wrong where the double lies in the middle of two floats (its
+// low 29 bits say so) or where the float is subnormal: then, which is rare, all lanes take the exact way.
+DC_INLINE Lanes fma(Lanes a, Lanes b, Lanes c) {
+    Lanes r;
+    __m128i doubtful = _mm_setzero_si128();
+    for (int i = 0; i < 16; i += 4) {
+        const __m128 x = _mm_loadu_ps(a.v + i), y = _mm_loadu_ps(b.v + i), z = _mm_loadu_ps(c.v + i);
+        const __m128d low = _mm_add_pd(_mm_mul_pd(_mm_cvtps_pd(x), _mm_cvtps_pd(y)), _mm_cvtps_pd(z));
+        const __m128d high = _mm_add_pd(_mm_mul_pd(_mm_cvtps_pd(_mm_movehl_ps(x, x)), _mm_cvtps_pd(_mm_movehl_ps(y, y))),
+                                        _mm_cvtps_pd(_mm_movehl_ps(z, z)));
+        _mm_storeu_ps(r.v + i, _mm_movelh_ps(_mm_cvtpd_ps(low), _mm_cvtpd_ps(high)));
+        const __m128 p = _mm_castpd_ps(low), q = _mm_castpd_ps(high);
+        const __m128i fraction = _mm_and_si128(_mm_castps_si128(_mm_shuffle_ps(p, q, 0x88)), _mm_set1_epi32(0x1fffffff));
+        const __m128i exponent = _mm_and_si128(_mm_castps_si128(_mm_shuffle_ps(p, q, 0xdd)), _mm_set1_epi32(0x7fffffff));
+        doubtful = _mm_or_si128(doubtful, _mm_or_si128(_mm_cmpeq_epi32(fraction, _mm_set1_epi32(0x10000000)),
+                                                       _mm_cmplt_epi32(exponent, _mm_set1_epi32(0x38100000))));
+    }
+    if (_mm_movemask_epi8(doubtful))
+        for (int i = 0; i < 16; i++) r.v[i] = fma1(a.v[i], b.v[i], c.v[i]);
+    return r;
+}
+#else
+DC_INLINE Lanes fma(Lanes a, Lanes b, Lanes c) { DC_EACH(fma1(a.v[i], b.v[i], c.v[i])); }
+#endif
+DC_INLINE Lanes operator+(Lanes a, Lanes b) { DC_EACH(a.v[i] + b.v[i]); }
+DC_INLINE Lanes operator-(Lanes a, Lanes b) { DC_EACH(a.v[i] - b.v[i]); }
+DC_INLINE Lanes operator*(Lanes a, Lanes b) { DC_EACH(a.v[i] * b.v[i]); }
+DC_INLINE Lanes operator/(Lanes a, Lanes b) { DC_EACH(a.v[i] / b.v[i]); }
+DC_INLINE Lanes maximum(Lanes a, Lanes b) { DC_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+DC_INLINE Lanes zero_below(Lanes x, Lanes limit, Lanes a) {
+    DC_EACH(x.v[i] < limit.v[i] ? 0.0f : a.v[i]);
+}
+DC_INLINE Lanes add_exponent(Lanes a, Lanes n) {
+    DC_EACH(bits_of<float>(bits_of<uint32_t>(a.v[i]) + (bits_of<uint32_t>(n.v[i]) << 23)));
+}
+DC_INLINE Lanes keep(Lanes a, int begin, int end, float other) {
+    DC_EACH(i >= begin && i < end ? a.v[i] : other);
+}
+#undef DC_EACH
+constexpr int QUERIES_IN_REGISTERS = 4;
+constexpr int REGISTERS = 8;
+
+#endif
+
+DC_INLINE void store(Bfloat* p, Lanes a) {
+    float x[16];
+    store(x, a);
+    for (int i = 0; i < 16; i++) narrow(x[i], p + i);
+}
+
+// ---- over the lanes, always as the same tree: i with i + 8, then i + 4, i + 2, i + 1
+
+DC_INLINE float sum(Lanes a) {
+    float x[16];
+    store(x, a);
+    for (int width = 8; width; width /= 2)
+        for (int i = 0; i < width; i++) x[i] += x[i + width];
+    return x[0];
+}
+DC_INLINE float maximum(Lanes a) {
+    float x[16];
+    store(x, a);
+    for (int width = 8; width; width /= 2)
+        for (int i = 0; i < width; i++) x[i] = x[i] > x[i + width] ? x[i] : x[i + width];
+    return x[0];
+}
+
+// exp(x) for x <= 0, within 1.5 ulp; 0 below -87, where float would go subnormal; NaN stays NaN.
+// exp(x) = 2^n * exp(r) with |r| <= ln(2)/2, the polynomial of Cephes' expf.
+DC_INLINE Lanes exp_negative(Lanes x) {
+    const Lanes limit = all(-87.0f), magic = all(12582912.0f);      // 1.5 * 2^23: adding it rounds to an integer
+    Lanes y = maximum(limit, x);
+    Lanes shifted = fma(y, all(1.44269504f), magic), n = shifted - magic;
+    Lanes r = fma(n, all(2.12194440e-4f), fma(n, all(-0.693359375f), y));
+    Lanes p = fma(all(1.9875691500e-4f), r, all(1.3981999507e-3f));
+    p = fma(p, r, all(8.3334519073e-3f));
+    p = fma(p, r, all(4.1665795894e-2f));
+    p = fma(p, r, all(1.6666665459e-1f));
+    p = fma(p, r, all(5.0000001201e-1f));
+    p = fma(p, r * r, r) + all(1.0f);
+    return zero_below(x, limit, add_exponent(p, shifted));
+}
+
+DC_INLINE float exp_negative(float x) {
+    float y[16];
+    store(y, exp_negative(all(x)));
+    return y[0];
+}
+
+}  // namespace DC_ISA
+}  // namespace dc

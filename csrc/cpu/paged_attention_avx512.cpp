@@ -1,0 +1,10 @@
+// The kernels of paged_attention and rope_append with the instructions of avx512.
+#define DC_ISA avx512
+#include "cpu/paged_attention.inl.h"
+#include "cpu/rope_append.inl.h"
+
+namespace dc {
+namespace avx512 {
+const AttentionKernels attention_kernels = {rope_rows, attend, merge};
+}
+}  // namespace dc

@@ -1,0 +1,10 @@
+// The kernels of paged_attention and rope_append with the instructions of portable.
+#define DC_ISA portable
+#include "cpu/paged_attention.inl.h"
+#include "cpu/rope_append.inl.h"
+
+namespace dc {
+namespace portable {
+const AttentionKernels attention_kernels = {rope_rows, attend, merge};
+}
+}  // namespace dc

@@ -1,0 +1,13 @@
+// The CUDA ops as functions of the module: integers and floats in, None or a message out; the GIL is released.
+#include <pybind11/pybind11.h>
+
+#include "launch.h"
+
+void bind_cuda(pybind11::module_ &m) {
+    using Gil = pybind11::call_guard<pybind11::gil_scoped_release>;
+    m.def("cuda_devices", &dc_cuda_devices, Gil());
+    m.def("cuda_current_device", &dc_cuda_current_device, Gil());
+    m.def("cuda_sample", &dc_cuda_sample, Gil());
+    m.def("cuda_rope_append", &dc_cuda_rope_append, Gil());
+    m.def("cuda_paged_attention", &dc_cuda_paged_attention, Gil());
+}

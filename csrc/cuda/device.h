@@ -1,0 +1,113 @@
+// What a kernel file may use, under nvcc and in the host emulation alike.
+//
+// The kernels of this folder are written once. nvcc compiles them for the GPU; g++ compiles the same text against
+// emulation.h, where a block's threads are fibres, so that CI runs every kernel against its oracle without a GPU.
+// Differences between the two compilers end in this header.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define DC_DEVICE __device__ __forceinline__
+#define DC_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define DC_SHARED(Type, name) __shared__ Type name
+#define DC_UNROLL _Pragma("unroll")
+#define DC_UNROLL_4 _Pragma("unroll 4")
+// Returns nullptr, or why the launch was refused; errors of earlier asynchronous work surface here too.
+#define DC_LAUNCH(kernel, grid, threads, stream, ...)                                             \
+    (kernel<<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__), dc_last_error())
+
+inline const char *dc_last_error() {
+    const cudaError_t error = cudaGetLastError();
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+#else
+
+#include "emulation.h"
+
+#endif
+
+namespace dc_device {
+
+constexpr uint32_t ALL_LANES = 0xffffffffu;
+
+// Element types as launchers receive them.
+enum Type : int64_t { F32 = 0, F16 = 1, BF16 = 2 };
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+struct alignas(16) Bytes16 { uint32_t words[4]; };     // one 16-byte load
+
+DC_DEVICE float to_float(float x) { return x; }
+
+DC_DEVICE float to_float(bf16 x) {
+    union { uint32_t bits; float value; } wide;
+    wide.bits = static_cast<uint32_t>(x.bits) << 16;
+    return wide.value;
+}
+
+DC_DEVICE float to_float(f16 x) {
+#ifdef __CUDACC__
+    return __half2float(__ushort_as_half(x.bits));
+#else
+    return emulation::half_to_float(x.bits);
+#endif
+}
+
+template <class T> DC_DEVICE T from_float(float x);
+
+template <> DC_DEVICE float from_float<float>(float x) { return x; }
+
+// Round to nearest, ties to even; NaN stays a (quiet) NaN.
+template <> DC_DEVICE bf16 from_float<bf16>(float x) {
+    union { float value; uint32_t bits; } wide;
+    wide.value = x;
+    if (x != x) return bf16{static_cast<uint16_t>((wide.bits >> 16) | 0x40u)};
+    return bf16{static_cast<uint16_t>((wide.bits + 0x7fffu + ((wide.bits >> 16) & 1u)) >> 16)};
+}
+
+template <> DC_DEVICE f16 from_float<f16>(float x) {
+#ifdef __CUDACC__
+    return f16{__half_as_ushort(__float2half_rn(x))};
+#else
+    return f16{emulation::float_to_half(x)};
+#endif
+}
+
+template <class T> T *as_pointer(int64_t address) {     // on the host
+    return reinterpret_cast<T *>(static_cast<uintptr_t>(address));
+}
+
+// Reads what another block of this launch wrote (and announced), past this SM's own cache.
+DC_DEVICE float load_fresh(const float *from) {
+#ifdef __CUDACC__
+    return __ldcg(from);
+#else
+    return *from;
+#endif
+}
+
+// ln x to 1e-5 or better, for bounds only.
+DC_DEVICE float fast_log(float x) {
+#ifdef __CUDACC__
+    return __logf(x);
+#else
+    return std::log(x);
+#endif
+}
+
+// All lanes receive the sum of a warp's values; the order of additions is fixed by the lane numbers.
+DC_DEVICE float warp_sum(float x) {
+    DC_UNROLL
+    for (int distance = 16; distance > 0; distance /= 2) x = x + __shfl_xor_sync(ALL_LANES, x, distance);
+    return x;
+}
+
+}  // namespace dc_device

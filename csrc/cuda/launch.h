@@ -1,0 +1,54 @@
+// The CUDA ops as C functions: what bindings.cpp exposes and tests/test_core_cuda.py calls in the host emulation.
+//
+// Every integer and every address is an int64_t and every real a double, so that pybind11 and ctypes pass the same
+// Python numbers. Addresses are device addresses (host addresses in the emulation); 0 only where "or 0" is said. All
+// work goes to `stream` (a cudaStream_t). The functions allocate nothing, read nothing back and launch grids that depend
+// on the sizes alone, so a captured graph replays them on whatever the arrays then hold. They return nullptr, or a
+// message. Arguments are not checked here: csrc/decode_core/cuda.py does that before an address crosses.
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+// Number of usable devices: 0 without a driver, with one that is too old, or without a device. Never fails.
+int64_t dc_cuda_devices();
+
+// The current device's index, or -1.
+int64_t dc_cuda_current_device();
+
+// One token for each row of logits (rows, vocabulary), element type 0 = f32 or 2 = bf16, vocabulary <= 2^18. `params`:
+// dc::SampleRow[rows] of csrc/contract.h; its lists in count_ids, counts (count_size i32 each) and bias_ids, bias_values
+// (bias_size i32, f32); all on the device. f32 rows that have penalties or bias are changed in place, bf16 rows never.
+// tokens (i32): -1 for a row with position < 0. logprobs (f32) or 0: ln softmax of the token after penalties and bias,
+// before temperature. threads: 1024; tests also take 32 .. 512, powers of two.
+const char *dc_cuda_sample(int64_t logits, int64_t type, int64_t row_stride, int64_t rows, int64_t vocabulary,
+                           int64_t params, int64_t count_ids, int64_t counts, int64_t count_size, int64_t bias_ids,
+                           int64_t bias_values, int64_t bias_size, int64_t tokens, int64_t logprobs, int64_t threads,
+                           int64_t stream);
+
+// qkv (rows, (heads + 2 kv_heads) * head_size) f32 or bf16 -> q_out (rows, heads, head_size) f32 and the pages. positions,
+// slots (rows) i64: slot = page * 16 + place; outside [0, num_slots) the row is left alone (padding: -1). cos, sin
+// (max_positions, half_rotated) f32. norm: 0 none, 1 before rope, 2 after it; q_norm, k_norm (head_size) f32 or 0. q and k are
+// multiplied by post_scale, q also by q_scale. value_embed (rows, kv_heads * head_size), gate (rows, kv_heads) in
+// qkv's type, or 0: v += gate_scale * sigmoid(gate) * value_embed. Strides count elements.
+const char *dc_cuda_rope_append(int64_t qkv, int64_t qkv_type, int64_t row_stride, int64_t rows, int64_t heads,
+                                int64_t kv_heads, int64_t head_size, int64_t positions, int64_t slots,
+                                int64_t max_positions, int64_t num_slots, int64_t cos, int64_t sin, int64_t half_rotated,
+                                int64_t interleaved, double direction, int64_t norm, int64_t q_norm, int64_t k_norm,
+                                double epsilon, double post_scale, double q_scale, int64_t value_embed,
+                                int64_t value_stride, int64_t gate, int64_t gate_stride, double gate_scale, int64_t q_out,
+                                int64_t k_pages, int64_t v_pages, int64_t cache_type, int64_t page_stride,
+                                int64_t head_stride, int64_t slot_stride, int64_t stream);
+
+// Decode attention: q (rows, heads, head_size) f32, scaled already; block_table (rows, table_width) i32; lengths (rows) i32,
+// <= 0 = inactive: its output is left alone; window 0 = every key. max_chunks: chunks of 256 positions that a row can see.
+// states: rows * heads * max_chunks * (2 + head_size) f32, any content; tickets: rows * kv_heads i32, zero before the first
+// launch and after every one. out (rows, heads * head_size), type 0 = f32 or 2 = bf16.
+const char *dc_cuda_paged_attention(int64_t q, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_size,
+                                    int64_t k_pages, int64_t v_pages, int64_t cache_type, int64_t num_pages,
+                                    int64_t page_stride, int64_t head_stride, int64_t slot_stride, int64_t block_table,
+                                    int64_t table_stride, int64_t table_width, int64_t lengths, int64_t window,
+                                    int64_t max_chunks, int64_t states, int64_t tickets, int64_t out, int64_t out_type,
+                                    int64_t stream);
+}

@@ -1,0 +1,353 @@
+// op       paged_attention of decode rows: softmax(q k) v over each row's own pages.
+// shapes   q (B, Hq, D) f32, scaled already; K and V pages of 16 slots, f32, f16 or bf16, strides as arguments; block_table
+//          (B, W) i32; lengths (B) i32, the row itself included, <= 0 = inactive -> out (B, Hq * D) f32 or bf16.
+//          D a multiple of 16 up to 256, Hq / Hk up to 64.
+// mapping  Block = (chunk of 256 positions at absolute borders, kv head, row), 128 threads, all query heads of the group
+//          (8 at a time). Scores: 8 lanes share a key, so the block takes a page at once. Values: a thread owns 16 bytes of
+//          columns and every n-th position. The grid covers the longest row the table allows; blocks beyond a
+//          row's length leave at once. The block that arrives last at the (row, head) ticket merges the chunks in order.
+// cost     2 * D * bytes per (position, kv head) read, once per group of up to 8 query heads; bound by memory bandwidth.
+// numerics Scores, softmax and sums in f32; every sum has an order fixed by lane and position, so a row's bits depend on
+//          nothing but the row. Window W: a row at position i sees 0 <= i - j < W. Pages left of it are not read.
+//          A page id out of range is skipped like a masked one.
+
+#include "launch.h"
+
+#include "device.h"
+
+namespace {
+
+using namespace dc_device;
+
+constexpr int ATTENTION_THREADS = 128, ATTENTION_WARPS = ATTENTION_THREADS / 32;
+constexpr int CHUNK = 256, PAGE = 16, CHUNK_PAGES = CHUNK / PAGE;
+constexpr int KEY_LANES = 8;                // lanes that share a key
+static_assert(ATTENTION_THREADS == KEY_LANES * PAGE, "a pass of the block scores one page");
+
+struct AttentionJob {                       // by value into the kernel; strides in elements
+    const float *q;
+    const int32_t *block_table, *lengths;
+    int64_t table_stride, num_pages;
+    int table_width, heads, kv_heads, head_size, window, max_chunks;
+    int64_t page_stride, head_stride, slot_stride;
+    void *out;
+    int64_t out_type;
+    float *states;                          // (B, Hq, max_chunks, 2 + D): largest score, sum of weights, weighted values
+    int32_t *tickets;                       // (B, Hk), zero between launches
+};
+
+template <class Stored, int MAX_SIZE, int HEADS> struct Shape {
+    static constexpr int PACK = 16 / sizeof(Stored);                        // elements of one load
+    static constexpr int KEY_PACKS = MAX_SIZE / (KEY_LANES * PACK);         // loads of a lane per key
+    static constexpr int COLUMNS = MAX_SIZE / PACK;                         // threads that share a value row
+    static constexpr int VALUE_ROWS = ATTENTION_THREADS / COLUMNS;
+    static constexpr int PARTS = ATTENTION_THREADS / (COLUMNS > 32 ? COLUMNS : 32);     // sums left after the warps'
+
+    struct Shared {
+        int32_t pages[CHUNK_PAGES];         // -1: masked
+        float scores[HEADS][CHUNK];         // then the weights
+        float largest[HEADS], sum[HEADS];
+        float values[PARTS][HEADS][MAX_SIZE];
+        bool last;
+    };
+};
+
+struct Range {                              // of one block: absolute positions [begin, end) of one chunk
+    int begin, end, chunk, chunks;          // index among the chunks that the row sees
+};
+
+DC_DEVICE bool find_range(const AttentionJob &job, Range &range) {
+    int length = job.lengths[blockIdx.z];
+    if (length > job.table_width * PAGE) length = job.table_width * PAGE;
+    if (length <= 0) return false;
+    const int first_key = job.window > 0 && length > job.window ? length - job.window : 0;
+    const int first_chunk = first_key / CHUNK;
+    range.chunk = static_cast<int>(blockIdx.x);
+    range.chunks = (length + CHUNK - 1) / CHUNK - first_chunk;
+    const int start = (first_chunk + range.chunk) * CHUNK;
+    range.begin = start > first_key ? start : first_key;
+    range.end = start + CHUNK < length ? start + CHUNK : length;
+    return range.chunk < range.chunks;
+}
+
+template <class T, int N> DC_DEVICE void load_pack(const T *from, float (&to)[N]) {
+    union { Bytes16 bytes; T values[N]; } pack;
+    static_assert(sizeof pack == 16, "one load");
+    pack.bytes = *reinterpret_cast<const Bytes16 *>(from);
+    DC_UNROLL
+    for (int i = 0; i < N; i++) to[i] = to_float(pack.values[i]);
+}
+
+// Sums over the 8 lanes of a key, for all heads at once: each step halves the heads a lane is responsible for. The
+// tree of additions is the same for every head and every HEADS. Returns the sum for head `lane * HEADS / 8`.
+template <int HEADS> DC_DEVICE float sum_over_lanes(float (&x)[HEADS], unsigned lane) {
+    int mine = HEADS;
+    DC_UNROLL
+    for (int distance = KEY_LANES / 2; distance > 0; distance /= 2) {
+        const bool upper = (lane & distance) != 0;
+        if (mine > 1) {
+            mine /= 2;
+            DC_UNROLL
+            for (int h = 0; h < HEADS / 2; h++) {
+                if (h >= mine) continue;
+                const float keep = upper ? x[h + mine] : x[h], give = upper ? x[h] : x[h + mine];
+                x[h] = keep + __shfl_xor_sync(ALL_LANES, give, distance);
+            }
+        } else {
+            x[0] = x[0] + __shfl_xor_sync(ALL_LANES, x[0], distance);
+        }
+    }
+    return x[0];
+}
+
+// scores[h][p] = q_h k_p for the positions of the chunk, -infinity where masked.
+template <class Stored, int MAX_SIZE, int HEADS>
+DC_DEVICE void score(const AttentionJob &job, const Range &range, const Stored *k_pages, const float *q, int heads,
+                     typename Shape<Stored, MAX_SIZE, HEADS>::Shared &shared) {
+    using S = Shape<Stored, MAX_SIZE, HEADS>;
+    const unsigned lane = threadIdx.x % KEY_LANES;
+    const int slot = threadIdx.x / KEY_LANES, first = range.begin / CHUNK * CHUNK;
+    float query[HEADS][S::KEY_PACKS][S::PACK];
+    DC_UNROLL
+    for (int h = 0; h < HEADS; h++) {
+        DC_UNROLL
+        for (int i = 0; i < S::KEY_PACKS; i++) {
+            const int d = (i * KEY_LANES + lane) * S::PACK;
+            DC_UNROLL
+            for (int e = 0; e < S::PACK; e++)
+                query[h][i][e] = h < heads && d < job.head_size ? q[h * job.head_size + d + e] : 0.0f;
+        }
+    }
+    DC_UNROLL_4
+    for (int page = 0; page < CHUNK_PAGES; page++) {
+        const int p = page * PAGE + slot, position = first + p;
+        const bool seen = position >= range.begin && position < range.end && shared.pages[page] >= 0;
+        const Stored *key = k_pages + shared.pages[page] * job.page_stride + slot * job.slot_stride;
+        float dot[HEADS] = {};
+        DC_UNROLL
+        for (int i = 0; i < S::KEY_PACKS; i++) {
+            const int d = (i * KEY_LANES + lane) * S::PACK;
+            float k[S::PACK] = {};
+            if (seen && d < job.head_size) load_pack(key + d, k);
+            DC_UNROLL
+            for (int h = 0; h < HEADS; h++) {
+                DC_UNROLL
+                for (int e = 0; e < S::PACK; e++) dot[h] = fmaf(query[h][i][e], k[e], dot[h]);
+            }
+        }
+        const float total = sum_over_lanes<HEADS>(dot, lane);       // every lane takes part, seen or not
+        if (lane % (KEY_LANES / HEADS) == 0) shared.scores[lane * HEADS / KEY_LANES][p] = seen ? total : -INFINITY;
+    }
+}
+
+// scores -> weights exp(score - largest), a warp per head.
+template <class Shared> DC_DEVICE void soften(Shared &shared, int heads) {
+    const unsigned lane = threadIdx.x % 32;
+    for (int h = threadIdx.x / 32; h < heads; h += ATTENTION_WARPS) {
+        float largest = -INFINITY;
+        for (int p = lane; p < CHUNK; p += 32) largest = fmaxf(largest, shared.scores[h][p]);
+        for (int distance = 16; distance > 0; distance /= 2)
+            largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, distance));
+        float sum = 0;
+        for (int p = lane; p < CHUNK; p += 32) {
+            const float score = shared.scores[h][p];
+            const float weight = score == -INFINITY ? 0.0f : expf(score - largest);
+            shared.scores[h][p] = weight;
+            sum += weight;
+        }
+        sum = warp_sum(sum);
+        if (lane == 0) {
+            shared.largest[h] = largest;
+            shared.sum[h] = sum;
+        }
+    }
+}
+
+// values[part][h] = sums of weight * v over a part of the positions; the parts' own sum is left to the reader.
+template <class Stored, int MAX_SIZE, int HEADS>
+DC_DEVICE void weigh(const AttentionJob &job, const Range &range, const Stored *v_pages,
+                     typename Shape<Stored, MAX_SIZE, HEADS>::Shared &shared) {
+    using S = Shape<Stored, MAX_SIZE, HEADS>;
+    const int column = threadIdx.x % S::COLUMNS * S::PACK, row = threadIdx.x / S::COLUMNS;
+    const int first = range.begin / CHUNK * CHUNK;
+    float sums[HEADS][S::PACK] = {};
+    DC_UNROLL_4
+    for (int p = row; p < CHUNK; p += S::VALUE_ROWS) {
+        const int position = first + p, page = shared.pages[p / PAGE];
+        if (position < range.begin || position >= range.end || page < 0 || column >= job.head_size) continue;
+        float v[S::PACK];
+        load_pack(v_pages + page * job.page_stride + p % PAGE * job.slot_stride + column, v);
+        DC_UNROLL
+        for (int h = 0; h < HEADS; h++) {
+            DC_UNROLL
+            for (int e = 0; e < S::PACK; e++) sums[h][e] = fmaf(shared.scores[h][p], v[e], sums[h][e]);
+        }
+    }
+    DC_UNROLL
+    for (int h = 0; h < HEADS; h++) {
+        DC_UNROLL
+        for (int e = 0; e < S::PACK; e++) {
+            float sum = sums[h][e];
+            DC_UNROLL
+            for (int distance = S::COLUMNS; distance < 32; distance *= 2)
+                sum = sum + __shfl_xor_sync(ALL_LANES, sum, distance);
+            const bool writes = S::COLUMNS >= 32 || threadIdx.x % 32 < S::COLUMNS;
+            if (writes) shared.values[threadIdx.x / (S::COLUMNS > 32 ? S::COLUMNS : 32)][h][column + e] = sum;
+        }
+    }
+}
+
+DC_DEVICE void write_out(const AttentionJob &job, int64_t index, float sum, float value) {
+    const float y = sum > 0 ? value / sum : 0.0f;               // no key at all: 0
+    if (job.out_type == F32) {
+        static_cast<float *>(job.out)[index] = y;
+    } else {
+        static_cast<bf16 *>(job.out)[index] = from_float<bf16>(y);
+    }
+}
+
+// The states of a head's chunks, in order, to its D outputs.
+DC_DEVICE void merge(const AttentionJob &job, int64_t head, int chunks) {
+    const int size = job.head_size;
+    const float *states = job.states + head * job.max_chunks * (2 + size);
+    float largest = -INFINITY;
+    for (int c = 0; c < chunks; c++) largest = fmaxf(largest, load_fresh(states + c * (2 + size)));
+    for (int d = threadIdx.x; d < size; d += ATTENTION_THREADS) {
+        float sum = 0, value = 0;
+        for (int c = 0; c < chunks; c++) {
+            const float *state = states + c * (2 + size);
+            const float chunk_largest = load_fresh(state);
+            const float factor = chunk_largest == -INFINITY ? 0.0f : expf(chunk_largest - largest);
+            sum += factor * load_fresh(state + 1);
+            value += factor * load_fresh(state + 2 + d);
+        }
+        write_out(job, head * size + d, sum, value);
+    }
+}
+
+template <class Stored, int MAX_SIZE, int HEADS>
+DC_KERNEL(ATTENTION_THREADS) attention_kernel(AttentionJob job, const Stored *k_pages, const Stored *v_pages) {
+    using S = Shape<Stored, MAX_SIZE, HEADS>;
+    DC_SHARED(typename S::Shared, shared);
+    Range range;
+    if (!find_range(job, range)) return;
+    const int64_t row = blockIdx.z, kv_head = blockIdx.y;
+    const int group = job.heads / job.kv_heads, D = job.head_size;
+    const int64_t first_head = row * job.heads + kv_head * group;
+    k_pages += kv_head * job.head_stride;
+    v_pages += kv_head * job.head_stride;
+
+    if (threadIdx.x < CHUNK_PAGES) {
+        const int index = range.begin / CHUNK * CHUNK_PAGES + threadIdx.x;
+        const bool wanted = index >= range.begin / PAGE && index <= (range.end - 1) / PAGE;
+        const int page = wanted ? job.block_table[row * job.table_stride + index] : -1;
+        shared.pages[threadIdx.x] = page < job.num_pages ? page : -1;
+    }
+    for (int done = 0; done < group; done += HEADS) {
+        const int heads = group - done < HEADS ? group - done : HEADS;
+        __syncthreads();                    // the pages are there; the last round's weights and values are done with
+        score<Stored, MAX_SIZE, HEADS>(job, range, k_pages, job.q + (first_head + done) * D, heads, shared);
+        __syncthreads();
+        soften(shared, HEADS);              // heads past the group have query 0: harmless, and no branch in `weigh`
+        __syncthreads();
+        weigh<Stored, MAX_SIZE, HEADS>(job, range, v_pages, shared);
+        __syncthreads();
+        for (int i = threadIdx.x; i < heads * D; i += ATTENTION_THREADS) {
+            const int h = i / D, d = i % D;
+            const int64_t head = first_head + done + h;
+            float value = shared.values[0][h][d];
+            for (int part = 1; part < S::PARTS; part++) value += shared.values[part][h][d];
+            if (range.chunks == 1) {
+                write_out(job, head * D + d, shared.sum[h], value);
+                continue;
+            }
+            float *state = job.states + (head * job.max_chunks + range.chunk) * (2 + D);
+            state[2 + d] = value;
+            if (d == 0) {
+                state[0] = shared.largest[h];
+                state[1] = shared.sum[h];
+            }
+        }
+    }
+    if (range.chunks == 1) return;
+
+    __threadfence();                        // this block's states, before its ticket
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        int32_t *ticket = job.tickets + row * job.kv_heads + kv_head;
+        shared.last = atomicAdd(ticket, 1) == range.chunks - 1;
+        if (shared.last) *ticket = 0;       // ready for the next launch
+    }
+    __syncthreads();
+    if (!shared.last) return;
+    __threadfence();                        // the others' states, after their tickets
+    for (int h = 0; h < group; h++) merge(job, first_head + h, range.chunks);
+}
+
+// --- which instance ----------------------------------------------------------------------------------------------
+
+struct AttentionLaunch {
+    AttentionJob job;
+    unsigned rows;
+    int64_t k_pages, v_pages, stream;
+};
+
+template <class Stored, int MAX_SIZE, int HEADS> const char *launch_instance(const AttentionLaunch &l) {
+    const dim3 grid(static_cast<unsigned>(l.job.max_chunks), static_cast<unsigned>(l.job.kv_heads), l.rows);
+    const auto kernel = attention_kernel<Stored, MAX_SIZE, HEADS>;
+    return DC_LAUNCH(kernel, grid, ATTENTION_THREADS, as_pointer<void>(l.stream), l.job, as_pointer<const Stored>(l.k_pages),
+                     as_pointer<const Stored>(l.v_pages));
+}
+
+template <class Stored, int MAX_SIZE> const char *launch_heads(const AttentionLaunch &l) {
+    const int group = l.job.heads / l.job.kv_heads;
+    if (group == 1) return launch_instance<Stored, MAX_SIZE, 1>(l);
+    if (group == 2) return launch_instance<Stored, MAX_SIZE, 2>(l);
+    if constexpr (MAX_SIZE <= 128) {        // more would not fit the registers
+        if (group > 4) return launch_instance<Stored, MAX_SIZE, 8>(l);
+    }
+    return launch_instance<Stored, MAX_SIZE, 4>(l);
+}
+
+template <class Stored> const char *launch_size(const AttentionLaunch &l) {
+    if (l.job.head_size <= 64) return launch_heads<Stored, 64>(l);
+    if (l.job.head_size <= 128) return launch_heads<Stored, 128>(l);
+    return launch_heads<Stored, 256>(l);
+}
+
+}  // namespace
+
+const char *dc_cuda_paged_attention(int64_t q, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_size,
+                                    int64_t k_pages, int64_t v_pages, int64_t cache_type, int64_t num_pages,
+                                    int64_t page_stride, int64_t head_stride, int64_t slot_stride, int64_t block_table,
+                                    int64_t table_stride, int64_t table_width, int64_t lengths, int64_t window,
+                                    int64_t max_chunks, int64_t states, int64_t tickets, int64_t out, int64_t out_type,
+                                    int64_t stream) {
+    if (rows == 0) return nullptr;
+    AttentionLaunch l{};
+    l.job.q = as_pointer<const float>(q);
+    l.job.block_table = as_pointer<const int32_t>(block_table);
+    l.job.lengths = as_pointer<const int32_t>(lengths);
+    l.job.table_stride = table_stride;
+    l.job.num_pages = num_pages;
+    l.job.table_width = static_cast<int>(table_width);
+    l.job.heads = static_cast<int>(heads);
+    l.job.kv_heads = static_cast<int>(kv_heads);
+    l.job.head_size = static_cast<int>(head_size);
+    l.job.window = static_cast<int>(window);
+    l.job.max_chunks = static_cast<int>(max_chunks);
+    l.job.page_stride = page_stride;
+    l.job.head_stride = head_stride;
+    l.job.slot_stride = slot_stride;
+    l.job.states = as_pointer<float>(states);
+    l.job.tickets = as_pointer<int32_t>(tickets);
+    l.job.out = as_pointer<void>(out);
+    l.job.out_type = out_type;
+    l.rows = static_cast<unsigned>(rows);
+    l.k_pages = k_pages;
+    l.v_pages = v_pages;
+    l.stream = stream;
+    if (cache_type == F32) return launch_size<float>(l);
+    if (cache_type == F16) return launch_size<f16>(l);
+    return launch_size<bf16>(l);
+}

@@ -1,0 +1,24 @@
+"""decode_core: what the decode loop does per token besides matrix products, compiled for CPU and CUDA.
+
+Wrappers check device, type, shape, strides, alignment and index bounds and raise ValueError naming the argument; only then
+do pointers cross to `_core`. Arrays are numpy's or torch's (never imported here): anything with `data_ptr` or
+the buffer protocol. Without the compiled half `import decode_core` raises ImportError, and chat_server runs references.
+"""
+
+try:
+    import decode_core._core as _core
+except ImportError as failure:
+    raise ImportError(f"decode_core was installed without its compiled half, or it cannot run here: {failure}") from failure
+
+from .attention import AttentionStep, paged_attention, plan_attention, rope_append
+from .elementwise import add, relu2, rms_norm, swiglu
+from .sampling import SampleBatch, Sampler, sample
+
+set_threads, get_threads, set_isa = _core.set_threads, _core.get_threads, _core.set_isa
+
+
+def info() -> dict:
+    """What was compiled and what runs: {"isa", "offered_isas", "features", "threads", "cuda_compiled"}."""
+    features = [name for name in ("avx512_vnni", "avx512_bf16") if _core.cpu_has(name)]
+    return {"isa": _core.isa(), "offered_isas": _core.offered_isas(), "features": features, "threads": get_threads(),
+            "cuda_compiled": _core.cuda_compiled}

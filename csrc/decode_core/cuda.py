@@ -1,0 +1,199 @@
+"""sample, rope_append and paged_attention on CUDA: checked calls of the kernels of csrc/cuda, for torch CUDA tensors.
+
+Nothing is allocated, read back or waited for, and grids depend on shapes alone: every call may be captured in a CUDA graph
+and replayed on whatever the tensors then hold. What lies on the device cannot be checked here: the kernels skip slots, pages,
+positions and ids that are out of range, and rows marked inactive. A wrong argument is a ValueError that names it.
+torch is not imported: a tensor is anything with is_cuda, device, dtype, shape, stride() and data_ptr().
+"""
+
+from types import SimpleNamespace
+
+PAGE_SIZE, CHUNK_SIZE = 16, 256
+MAX_VOCABULARY, MAX_ROWS, MAX_HEAD_SIZE = 1 << 18, 65535, 256
+SAMPLE_THREADS = 1024                   # of a row's block; tests try others, which must give the same tokens
+SAMPLE_ROW_BYTES = 72                   # dc::SampleRow of csrc/contract.h
+CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
+SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8, "uint8": 1}
+NORMS = {"none": 0, "before_rope": 1, "after_rope": 2}
+LOGITS, CACHES = ("float32", "bfloat16"), ("float32", "float16", "bfloat16")
+
+
+def attention_workspace(rows: int, heads: int, kv_heads: int, head_size: int, table_width: int) -> tuple[int, int]:
+    """(float32 elements, int32 elements) that paged_attention needs for at most `rows` rows and `table_width` pages each.
+
+    The integers must be zero before the first call; each call leaves them zero. Calls in order may share both.
+    """
+    return rows * heads * max_chunks(table_width, 0) * (2 + head_size), rows * kv_heads
+
+
+def max_chunks(table_width: int, window: int) -> int:
+    """Chunks of 256 positions that a row of at most `table_width` pages can see through `window` (0: all)."""
+    chunks = -(-table_width * PAGE_SIZE // CHUNK_SIZE)
+    return min(chunks, (window + CHUNK_SIZE - 2) // CHUNK_SIZE + 1) if window else chunks
+
+
+class CudaOps:
+    """The ops behind their checks. `core`: the functions of csrc/cuda/launch.h, without their prefix."""
+
+    def __init__(self, core):
+        self.core = core
+
+    def available(self) -> bool:
+        """Whether there is a device and a driver that is new enough; never raises."""
+        return self.core.cuda_devices() > 0
+
+    def tensor(self, name: str, tensor, dtypes: tuple, *shape, loose=0) -> SimpleNamespace:
+        """`tensor` as (address, dtype, shape, strides), on the current device; None in `shape` admits any size.
+
+        Contiguous, but for the `loose` first axes, whose strides the kernels are told.
+        """
+        try:
+            on_device, dtype, size = tensor.is_cuda, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+            strides, address, device = tuple(tensor.stride()), tensor.data_ptr(), tensor.device.index
+        except (AttributeError, TypeError):
+            raise ValueError(f"{name}: must be a CUDA tensor, not {type(tensor).__name__}") from None
+        if not on_device or device != self.core.cuda_current_device():
+            raise ValueError(f"{name}: must be on the current CUDA device, not on {tensor.device}")
+        if getattr(tensor, "requires_grad", False):
+            raise ValueError(f"{name}: must not require gradients")
+        if dtype not in dtypes:
+            raise ValueError(f"{name}: must be {' or '.join(dtypes)}, not {dtype}")
+        if len(size) != len(shape) or any(want not in (None, have) for want, have in zip(shape, size)):
+            wanted = ", ".join("any" if want is None else str(want) for want in shape)
+            raise ValueError(f"{name}: must have shape ({wanted}), not {size}")
+        expected = 1
+        for axis in reversed(range(loose, len(size))):
+            if size[axis] > 1 and strides[axis] != expected:
+                raise ValueError(f"{name}: must be contiguous{f' from axis {loose} on' if loose else ''}")
+            expected *= size[axis]
+        if any(n > 1 and step < expected for n, step in zip(size[:loose], strides)):
+            raise ValueError(f"{name}: rows must not overlap")
+        if address % SIZES[dtype] or address == 0 and 0 not in size:
+            raise ValueError(f"{name}: is not aligned to its elements")
+        return SimpleNamespace(address=address, dtype=dtype, shape=size, strides=strides)
+
+    def pages(self, name: str, pages, like=None) -> SimpleNamespace:
+        """One layer's K or V pages (P, Hkv, 16, D): any strides, but each slot's D values together and 16-byte aligned."""
+        dtypes, shape = ((like.dtype,), like.shape) if like else (CACHES, (None, None, PAGE_SIZE, None))
+        found = self.tensor(name, pages, dtypes, *shape, loose=3)
+        per_load = 16 // SIZES[found.dtype]
+        if found.shape[3] % 16 or not 0 < found.shape[3] <= MAX_HEAD_SIZE:
+            raise ValueError(f"{name}: must be (P, Hkv, 16, D), D a multiple of 16 up to 256, not {found.shape}")
+        if found.address % 16 or any(step % per_load for step in found.strides[:3]):
+            raise ValueError(f"{name}: pages, heads and slots must start at multiples of 16 bytes")
+        if like and found.strides != like.strides:
+            raise ValueError(f"{name}: must have the strides of k_pages, {like.strides}, not {found.strides}")
+        return found
+
+    def sample(self, logits, params, tokens, *, count_ids=None, counts=None, bias_ids=None, bias_values=None, logprobs=None,
+               stream: int):
+        """One token for each row of logits (B, V) float32 or bfloat16 -> tokens (B,) int32, and logprobs (B,) float32.
+
+        params (B * 72,) uint8: the bytes of SampleBatch.records (sampling.py), copied to the device; count_ids, counts (N,)
+        int32 and bias_ids (M,) int32, bias_values (M,) float32: its lists, or longer buffers that begin with them. Rows with
+        such entries are changed in place, which needs float32 logits. Rows with a negative position get token -1.
+        """
+        x = self.tensor("logits", logits, LOGITS, None, None, loose=1)
+        B, V = x.shape
+        if not 0 < V <= MAX_VOCABULARY:
+            raise ValueError(f"logits: must have 1 to {MAX_VOCABULARY} columns, not {V}")
+        rows = self.tensor("params", params, ("uint8",), B * SAMPLE_ROW_BYTES)
+        if rows.address % 8:
+            raise ValueError("params: must be aligned to 8 bytes")
+        lists = [*self.pair("counts", count_ids, counts, "int32", x.dtype),
+                 *self.pair("bias_values", bias_ids, bias_values, "float32", x.dtype)]
+        out = self.tensor("tokens", tokens, ("int32",), B)
+        logs = self.tensor("logprobs", logprobs, ("float32",), B).address if logprobs is not None else 0
+        call(self.core.cuda_sample, x.address, CODES[x.dtype], x.strides[0], B, V, rows.address, *lists, out.address, logs,
+             SAMPLE_THREADS, stream)
+
+    def pair(self, name, ids, values, dtype, logits_dtype) -> tuple[int, int, int]:
+        """(address of ids, of values, how many) of one list, or zeros."""
+        if (ids is None) != (values is None):
+            raise ValueError(f"{name}: ids and values come together or not at all")
+        if ids is None:
+            return 0, 0, 0
+        ids = self.tensor(f"the ids of {name}", ids, ("int32",), None)
+        values = self.tensor(name, values, (dtype,), *ids.shape)
+        if ids.shape[0] and logits_dtype != "float32":
+            raise ValueError(f"{name}: needs float32 logits, which are changed in place")
+        return ids.address, values.address, ids.shape[0]
+
+    def rope_append(self, qkv, cos, sin, positions, slots, k_pages, v_pages, q_out, *, norm="none", q_norm=None, k_norm=None,
+                    eps=1e-5, post_scale=1.0, q_scale=None, interleaved=False, direction=1, value_embed=None, gate=None,
+                    gate_scale=1.0, stream: int):
+        """Everything between the qkv product and attention: q -> q_out (B, H, D) float32, k and v -> pages.
+
+        As decode_core.attention.rope_append, except the cache: k_pages, v_pages (P, Hkv, 16, D), two tensors or two views of
+        one. Rows with a slot or position out of range (padding: -1) are left alone.
+        """
+        k = self.pages("k_pages", k_pages)
+        v = self.pages("v_pages", v_pages, like=k)
+        P, Hkv, _, D = k.shape
+        q = self.tensor("q_out", q_out, ("float32",), None, None, D)
+        B, H = q.shape[:2]
+        if B > MAX_ROWS or H == 0:
+            raise ValueError(f"q_out: must have at most {MAX_ROWS} rows and at least one head, not {q.shape}")
+        x = self.tensor("qkv", qkv, LOGITS, B, (H + 2 * Hkv) * D, loose=1)
+        table = self.tensor("cos", cos, ("float32",), None, None)
+        if not 0 < 2 * table.shape[1] <= D:
+            raise ValueError(f"cos: must be (max_positions, rot / 2) with rot <= {D}, not {table.shape}")
+        sines = self.tensor("sin", sin, ("float32",), *table.shape)
+        if norm not in NORMS:
+            raise ValueError(f"norm: must be one of {', '.join(NORMS)}, not {norm!r}")
+        if direction not in (1, -1):
+            raise ValueError(f"direction: must be 1 or -1, not {direction!r}")
+        if (q_norm is None) != (k_norm is None):
+            raise ValueError("k_norm: q_norm and k_norm come together or not at all")
+        if (value_embed is None) != (gate is None):
+            raise ValueError("gate: value_embed and gate come together or not at all")
+        weights = [self.tensor(name, weight, ("float32",), D).address if weight is not None else 0
+                   for name, weight in (("q_norm", q_norm), ("k_norm", k_norm))]
+        embeds = [0, 0, 0, 0]
+        if value_embed is not None:
+            e = self.tensor("value_embed", value_embed, (x.dtype,), B, Hkv * D, loose=1)
+            g = self.tensor("gate", gate, (x.dtype,), B, Hkv, loose=1)
+            embeds = [e.address, e.strides[0], g.address, g.strides[0]]
+        at = [self.tensor(name, t, ("int64",), B).address for name, t in (("positions", positions), ("slots", slots))]
+        call(self.core.cuda_rope_append, x.address, CODES[x.dtype], x.strides[0], B, H, Hkv, D, *at, table.shape[0],
+             P * PAGE_SIZE, table.address, sines.address, table.shape[1], int(interleaved), float(direction), NORMS[norm],
+             *weights, float(eps), float(post_scale), float(D**-0.5 if q_scale is None else q_scale), *embeds,
+             float(gate_scale), q.address, k.address, v.address, CODES[k.dtype], *k.strides[:3], stream)
+
+    def paged_attention(self, q, k_pages, v_pages, block_table, lengths, states, tickets, out, *, window=0, stream: int):
+        """Attention of decode rows: q (B, H, D) float32, scaled already -> out (B, H * D) float32 or bfloat16.
+
+        block_table (B, W) int32: each row's pages; lengths (B,) int32: its keys, its own included, 0 = inactive (its output
+        is left alone); window: keys it sees, itself included, 0 = all. states (float32) and tickets (int32, zeros) are the
+        workspace, see attention_workspace. Each row's bits depend on nothing else in the batch.
+        """
+        k = self.pages("k_pages", k_pages)
+        v = self.pages("v_pages", v_pages, like=k)
+        P, Hkv, _, D = k.shape
+        query = self.tensor("q", q, ("float32",), None, None, D)
+        B, H = query.shape[:2]
+        if B > MAX_ROWS or H == 0 or H % Hkv or Hkv > MAX_ROWS:
+            raise ValueError(f"q: must have at most {MAX_ROWS} rows and a multiple of {Hkv} heads, not {query.shape}")
+        table = self.tensor("block_table", block_table, ("int32",), B, None, loose=1)
+        W = table.shape[1]
+        if not 0 < W <= (1 << 31) // PAGE_SIZE - CHUNK_SIZE:
+            raise ValueError(f"block_table: must have at least one column, not {W}")
+        sizes = self.tensor("lengths", lengths, ("int32",), B)
+        if not isinstance(window, int) or not 0 <= window < 1 << 31:
+            raise ValueError(f"window: must be an integer from 0, not {window!r}")
+        floats, integers = attention_workspace(B, H, Hkv, D, W)
+        state = self.tensor("states", states, ("float32",), None)
+        ticket = self.tensor("tickets", tickets, ("int32",), None)
+        if state.shape[0] < floats:
+            raise ValueError(f"states: needs {floats} elements, has {state.shape[0]}")
+        if ticket.shape[0] < integers:
+            raise ValueError(f"tickets: needs {integers} elements, has {ticket.shape[0]}")
+        y = self.tensor("out", out, LOGITS, B, H * D)
+        call(self.core.cuda_paged_attention, query.address, B, H, Hkv, D, k.address, v.address, CODES[k.dtype], P,
+             *k.strides[:3], table.address, table.strides[0], W, sizes.address, window, max_chunks(W, window), state.address,
+             ticket.address, y.address, CODES[y.dtype], stream)
+
+
+def call(function, *arguments) -> None:
+    if message := function(*arguments):
+        raise RuntimeError(f"CUDA: {message}")

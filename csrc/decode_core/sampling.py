@@ -1,0 +1,133 @@
+"""sample: one token for each row of logits. The one place where a row's parameters become what kernels read.
+
+chat_server's `sample_reference` is the definition; tokens are equal to its, bit for bit, on equal logits.
+"""
+
+import math
+
+import numpy
+
+from . import _core
+from .arrays import matrix, vector
+
+ROW = numpy.dtype([         # struct SampleRow of csrc/contract.h
+    ("seed", "u8"), ("position", "i8"), ("top_p", "u8"), ("inverse_temperature", "f4"), ("min_z", "f4"), ("top_k", "i4"),
+    ("choice", "u4"), ("repetition", "f4"), ("inverse_repetition", "f4"), ("frequency", "f4"), ("presence", "f4"),
+    ("count_begin", "i4"), ("count_end", "i4"), ("bias_begin", "i4"), ("bias_end", "i4")])
+EXP_CUTOFF, FLOAT_MAX = -27.7, 3.4028234663852886e38
+MAX_VOCABULARY = 2**27      # sums of weights stay below 2^63 and offsets within 32 bits
+
+
+def _require(holds, name: str, value, wanted: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}: must be {wanted}, not {value!r}")
+
+
+def _record(params, where: str, vocab_size: int) -> tuple:
+    """One row's fixed fields of ROW; its position and lists come later."""
+    def field(name, holds, wanted):
+        value = getattr(params, name)
+        _require(holds(value), f"{where}.params.{name}", value, wanted)
+        return value
+
+    temperature = field("temperature", lambda t: not math.isnan(t), "a number")
+    top_p = field("top_p", lambda p: not math.isnan(p), "a number")
+    min_p = field("min_p", lambda p: not math.isnan(p), "a number")
+    repetition = field("repetition_penalty", lambda r: 0 < r < math.inf, "a positive number")
+    frequency, presence = (field(name, math.isfinite, "a finite number") for name in ("frequency_penalty", "presence_penalty"))
+    seed = field("seed", lambda s: 0 <= s < 2**64, "in [0, 2^64)")
+    choice = field("choice", lambda c: 0 <= c < 2**32, "in [0, 2^32)")
+    return (seed, 0, 1 << 32 if top_p >= 1 else round(max(top_p, 0.0) * 2**32),
+            min(1 / temperature, FLOAT_MAX) if temperature > 0 else -1.0,
+            max(math.log(min(min_p, 1.0)), EXP_CUTOFF) if min_p > 0 else EXP_CUTOFF,
+            min(max(params.top_k, 0), vocab_size), choice,
+            repetition, 1 / repetition, frequency, presence, 0, 0, 0, 0)
+
+
+def _address(array) -> int:
+    return array.__array_interface__["data"][0]
+
+
+class SampleBatch:
+    """The rows of a batch as the kernels read them, kept from step to step while the same requests are decoded.
+
+    rows    like chat_server's SampleRow: `params` (temperature, top_k, top_p, min_p, presence_penalty, frequency_penalty,
+            repetition_penalty, logit_bias ((id, value), ...), seed, choice; not changed afterwards), `position` (the token's
+            absolute index; < 0 leaves the row out), `tokens` (prompt and answer, a list) and `prompt_tokens`
+    records, count_ids, counts, bias_ids, bias_values    numpy arrays, described in csrc/contract.h and csrc/ops.h
+    """
+
+    def __init__(self, rows, vocab_size: int):
+        _require(0 < vocab_size <= MAX_VOCABULARY, "vocab_size", vocab_size, f"in 1..{MAX_VOCABULARY}")
+        self.vocab_size, self.params = vocab_size, [row.params for row in rows]
+        with numpy.errstate(over="ignore"):             # 1 / a tiny repetition penalty is infinite
+            self.records = numpy.array([_record(p, f"rows[{i}]", vocab_size) for i, p in enumerate(self.params)], ROW)
+        self.positions = self.records["position"]
+        biases = [sorted(p.logit_bias, key=lambda pair: pair[0]) for p in self.params]      # stable: equal ids keep their order
+        for i, pairs in enumerate(biases):
+            _require(not pairs or 0 <= pairs[0][0] and pairs[-1][0] < vocab_size, f"rows[{i}].params.logit_bias", pairs,
+                     f"of ids in [0, {vocab_size})")
+        flat = [pair for pairs in biases for pair in pairs]
+        self.bias_ids = numpy.array([token for token, _ in flat], numpy.int32)
+        with numpy.errstate(over="ignore"):
+            self.bias_values = numpy.array([value for _, value in flat], numpy.float32)
+        ends = numpy.cumsum([len(pairs) for pairs in biases], dtype=numpy.int64)
+        self.records["bias_end"], self.records["bias_begin"][1:] = ends, ends[:-1]
+        self.penalized = [p.repetition_penalty != 1 or bool(p.frequency_penalty or p.presence_penalty) for p in self.params]
+        self.any_penalized = any(self.penalized)
+        self.count_ids = self.counts = numpy.zeros(0, numpy.int32)
+        self.tokens = numpy.zeros(len(self.params), numpy.int32)
+        self._count_begins, self._count_ends = self.records["count_begin"], self.records["count_end"]
+        self._addresses = tuple(map(_address, (self.records, self.count_ids, self.counts, self.bias_ids, self.bias_values,
+                                               self.tokens)))
+        self.update(rows)
+
+    def update(self, rows) -> None:
+        """The next step of the same rows: their positions, and what the penalties count."""
+        try:
+            self.positions[:] = [row.position for row in rows]
+        except (OverflowError, TypeError, ValueError):
+            raise ValueError(f"rows: must be {len(self.params)} rows with positions in [-2^63, 2^63)") from None
+        if self.any_penalized:
+            lists = [(row.tokens if on else [], row.prompt_tokens) for row, on in zip(rows, self.penalized)]
+            ends, ids, counts = _core.count_tokens(lists, self.vocab_size)
+            self._count_ends[:], self._count_begins[1:] = ends, ends[:-1]
+            self.count_ids, self.counts = numpy.frombuffer(ids, numpy.int32), numpy.frombuffer(counts, numpy.int32)
+            records, _, _, *others = self._addresses
+            self._addresses = records, _address(self.count_ids), _address(self.counts), *others
+
+    def is_of(self, rows) -> bool:
+        """Do these rows have the parameters of this batch, in its order?"""
+        return len(rows) == len(self.params) and all(row.params is mine for row, mine in zip(rows, self.params))
+
+
+def sample(logits, batch: SampleBatch, tokens=None, logprobs=None):
+    """logits (B, V) float32 or bfloat16, rows may be apart -> tokens (B,) int32 (the batch's own array if none is given).
+
+    logprobs (B,) float32, if given, receives ln softmax of each token after penalties and bias, before temperature.
+    """
+    address, kind, rows, columns, stride = matrix("logits", logits, ("float32", "bfloat16"))
+    if rows != len(batch.params) or columns != batch.vocab_size:
+        raise ValueError(f"logits: must be ({len(batch.params)}, {batch.vocab_size}) as the batch, not ({rows}, {columns})")
+    if tokens is None:
+        tokens, tokens_at = batch.tokens, batch._addresses[-1]
+    else:
+        tokens_at = vector("tokens", tokens, "int32", rows, writable=True)
+    logprobs_at = 0 if logprobs is None else vector("logprobs", logprobs, "float32", rows, writable=True)
+    _core.sample(address, kind == "bfloat16", rows, columns, stride, *batch._addresses[:-1], tokens_at, logprobs_at)
+    return tokens
+
+
+class Sampler:
+    """chat_server's `sample` kernel: (logits (B, V), rows) -> list of tokens. It keeps the batch while the rows' parameters stay."""
+
+    def __init__(self):
+        self.batch = None
+
+    def __call__(self, logits, rows) -> list[int]:
+        batch = self.batch
+        if batch is None or batch.vocab_size != logits.shape[1] or not batch.is_of(rows):
+            batch = self.batch = SampleBatch(rows, int(logits.shape[1]))
+        else:
+            batch.update(rows)
+        return sample(logits, batch).tolist()

@@ -1,0 +1,52 @@
+// The ops of decode_core, each with its contract. Pointers have been checked by the caller (csrc/decode_core/*.py, bindings.cpp).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "contract.h"
+#include "cpu/attention_plan.h"
+#include "cpu/cpu.h"
+
+namespace dc {
+
+// --- sample ----------------------------------------------------------------------------------------------------------
+// One token for each row of logits: penalties and bias -> temperature -> top-k -> top-p over what top-k kept -> min-p -> the
+// largest z + Gumbel noise. Token = function of (the row's logits bits, its SampleRow and lists) and of nothing else: not of
+// its index, the batch, the threads or the instruction set. Ties: lower id. A row without a finite logit gives id 0.
+//   logits        f32 or bf16 (widened exactly) [rows][vocab], `stride` elements from row to row; not changed
+//   params        SampleRow[rows]; ids in the lists are in [0, vocab)
+//   tokens        i32[rows]; -1 where the row is inactive
+//   logprobs      f32[rows] or null: ln softmax of the token after penalties and bias, before temperature (not bit-exact
+//                 between backends; -inf for a row without a finite logit, 0 for an inactive one)
+struct SampleArgs {
+    const void* logits;
+    bool bf16;
+    int64_t rows, vocab, stride;
+    const SampleRow* params;
+    const int32_t* count_ids;
+    const int32_t* counts;
+    const int32_t* bias_ids;
+    const float* bias_values;
+    int32_t* tokens;
+    float* logprobs;
+};
+
+void sample(const SampleArgs& args);                            // rows are shared out over the pool
+size_t sample_scratch_bytes(int64_t vocab);
+DC_EACH_ISA(void sample_row(const SampleArgs& args, int64_t row))
+
+// --- rope_append, paged_attention ------------------------------------------------------------------------------------
+
+// Norm, rotation, value embedding and scale of each row's q, k and v; k and v go into the pages (cpu/attention.h says how
+// a page lies in memory). Its slots and positions have passed check_rope_indices, which throws std::invalid_argument.
+void rope_append(const RopeJob& job);
+void check_rope_indices(const RopeJob& job, int64_t max_positions, int64_t num_pages);
+
+// softmax(q K^T) V of each row over its own pages, decode rows and prompt chunks alike; a row's bits depend on nothing else.
+void paged_attention(const AttentionJob& job, const AttentionPlan::Work& work);
+
+// The sum of the memory's 64-bit words, on all threads: attention's reads without its arithmetic, for benches.
+uint64_t read_memory(const void* memory, int64_t bytes);
+
+}  // namespace dc

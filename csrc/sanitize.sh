@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# The kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer (CPU paths; numpy only): csrc/sanitize.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
+built=${DECODE_CORE_SANITIZE_BUILD:-build-sanitize}
+
+DECODE_CORE_SANITIZE=1 DECODE_CORE_CUDA=0 "$python" setup.py -q build --build-base "$built" --build-lib "$built/lib" >"$built.log" 2>&1 \
+    || { cat "$built.log"; exit 1; }
+mv -f "$built.log" "$built/log"
+export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
+# Python leaks by design; a sanitizer's abort must fail the test that ran in a child process too
+export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0:exitcode=99 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
+export PYTHONPATH="$PWD/$built/lib:$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
+export DECODE_CORE_TEST_SHARE=${DECODE_CORE_TEST_SHARE:-0.05}
+arguments=("$@")
+[ $# -gt 0 ] || arguments=(tests/test_core_sample.py $(ls tests/test_core_attention.py 2>/dev/null))
+exec timeout --kill-after=10 "${DECODE_CORE_SANITIZE_SECONDS:-300}" \
+    "$python" -m pytest -q -c /dev/null --rootdir=. --noconftest -p no:cacheprovider "${arguments[@]}"

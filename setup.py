@@ -1,0 +1,138 @@
+"""Builds decode_core, the compiled core: `pip install .` with gcc (or clang) alone takes seconds and never needs torch.
+
+    sources    csrc/*.cpp, csrc/cpu/*.cpp; a name's ending gives its instruction set (ISA_FLAGS), nothing uses -march=native
+    CUDA       csrc/cuda/*.cu and csrc/cuda/bindings*.cpp where nvcc is found; DECODE_CORE_CUDA=0 leaves it out, =1 insists
+    emulation  csrc/cuda/emulation*.cpp as a second module, decode_core._emulation, when DECODE_CORE_EMULATION=1 (for tests)
+    checks     DECODE_CORE_WERROR=1: warnings are errors; DECODE_CORE_SANITIZE=1: address and undefined-behaviour sanitizers
+
+No compiler: the installation still succeeds, `import decode_core` raises ImportError and chat_server runs its references.
+In a private folder:   python setup.py build --build-base build-x --build-lib build-x/lib;  PYTHONPATH=build-x/lib python ...
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path("csrc")
+HEADERS = sorted(str(path) for pattern in ("*.h", "*/*.h", "*/*.cuh") for path in CSRC.glob(pattern))
+X86 = platform.machine().lower() in ("x86_64", "amd64") and os.name == "posix"
+
+SANITIZE = os.environ.get("DECODE_CORE_SANITIZE") == "1"
+COMMON_FLAGS = ["-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-Wall", "-Wextra"]
+COMMON_FLAGS += ["-O1", "-g"] if SANITIZE else ["-O3", "-g0"]
+COMMON_FLAGS += ["-Werror"] if os.environ.get("DECODE_CORE_WERROR") == "1" else []
+LINK_FLAGS = ["-pthread"] + (["-fsanitize=address,undefined"] if SANITIZE else ["-Wl,-s"] if sys.platform == "linux" else [])
+SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]    # not pybind11's
+ISA_FLAGS = {               # ending of a source's stem -> what its instructions may need; dispatch.cpp asks the same of the CPU
+    "_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512",
+                "-Wno-maybe-uninitialized"],            # GCC 12's own intrinsics headers warn
+}
+
+NVCC_FLAGS = ["-std=c++17", "-O3", "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]",
+              "--cudart=static", "-fmad=false", "-Werror=all-warnings", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
+              "-DDECODE_CORE_CUDA=1"]
+
+
+def find_nvcc() -> str | None:
+    wanted = os.environ.get("DECODE_CORE_CUDA")
+    places = [shutil.which("nvcc"), *(os.path.join(os.environ.get(name, ""), "bin", "nvcc") for name in ("CUDA_HOME", "CUDA_PATH")),
+              "/usr/local/cuda/bin/nvcc"]
+    nvcc = next((place for place in places if place and os.access(place, os.X_OK)), None)
+    if wanted == "1" and not nvcc:
+        raise SystemExit("DECODE_CORE_CUDA=1, but there is no nvcc on the PATH, in CUDA_HOME or in /usr/local/cuda")
+    return None if wanted == "0" or SANITIZE or not list(CSRC.glob("cuda/*.cu")) else nvcc
+
+
+def cudart_folder(nvcc: str) -> str:
+    """Where libcudart_static.a lies: nvcc may be a link or a script, so it is asked."""
+    said = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
+    top = next((line.split("=", 1)[1].strip() for line in said.splitlines() if line.startswith("#$ TOP=")), None)
+    top = Path(top) if top else Path(os.path.realpath(nvcc)).parent.parent
+    folders = [top / "lib64", *top.glob("targets/*/lib"), top / "lib"]
+    return str(next((folder for folder in folders if (folder / "libcudart_static.a").exists()), folders[0]))
+
+
+class BuildCore(build_ext):
+    """build_ext with flags per source, two compilers and objects that are kept while nothing they include has changed."""
+
+    def build_extension(self, extension):
+        try:
+            self.build_core(extension)
+        except Exception as failure:
+            if os.environ.get("DECODE_CORE_WERROR") == "1" or SANITIZE or os.environ.get("DECODE_CORE_CUDA") == "1":
+                raise
+            print(f"\n*** decode_core was not compiled ({failure}).\n*** chat_server still works, with its slower reference kernels;"
+                  " install g++ and run pip again for the fast ones.\n", file=sys.stderr)
+
+    def build_core(self, extension):
+        nvcc = find_nvcc() if extension.name == "decode_core._core" else None
+        macros = [("DECODE_CORE_CUDA", "1")] if nvcc else []
+        sources = [Path(source) for source in extension.sources] + (sorted(CSRC.glob("cuda/bindings*.cpp")) if nvcc else [])
+        jobs = [(self.compile_cpp, source, macros) for source in sources]
+        jobs += [(self.compile_cuda, source, nvcc) for source in sorted(CSRC.glob("cuda/*.cu"))] if nvcc else []
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
+            objects = list(pool.map(lambda job: job[0](*job[1:]), jobs))
+        target = self.get_ext_fullpath(extension.name)
+        cuda = [f"-L{cudart_folder(nvcc)}", "-lcudart_static", "-ldl", "-lrt"] if nvcc else []
+        self.compiler.link_shared_object(objects, target, extra_postargs=LINK_FLAGS + cuda, target_lang="c++")
+
+    def object_of(self, source: Path) -> tuple[Path, bool]:
+        target = Path(self.build_temp) / source.with_suffix(source.suffix + ".o")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        newest = max(os.path.getmtime(path) for path in (source, __file__, *HEADERS))
+        return target, target.exists() and target.stat().st_mtime > newest
+
+    def compile_cpp(self, source: Path, macros) -> str:
+        target, fresh = self.object_of(source)
+        if not fresh:
+            import pybind11
+            isa = next((flags for ending, flags in ISA_FLAGS.items() if source.stem.endswith(ending)), [])
+            isa = isa + (SANITIZE_FLAGS if SANITIZE and not source.stem.startswith("bindings") else [])
+            command = [part for part in self.compiler.compiler_so if not part.startswith(("-O", "-g", "-W", "-march", "-mtune"))]
+            command = [*(self.compiler_cxx() or command), "-fPIC", *COMMON_FLAGS, *isa, f"-I{CSRC}", f"-isystem{pybind11.get_include()}"]
+            command += [f"-isystem{folder}" for folder in self.compiler.include_dirs]
+            self.call([*command, *(f"-D{name}={value}" for name, value in macros), "-c", str(source), "-o", str(target)])
+        return str(target)
+
+    def compile_cuda(self, source: Path, nvcc: str) -> str:
+        target, fresh = self.object_of(source)
+        if not fresh:
+            self.call([nvcc, *NVCC_FLAGS, f"-I{CSRC}", "-c", str(source), "-o", str(target)])
+        return str(target)
+
+    def compiler_cxx(self) -> list[str]:
+        """The C++ compiler: $CXX, or g++ or clang++; Python's own choice may be a C compiler."""
+        named = os.environ.get("CXX")
+        return named.split() if named else next(([path] for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), [])
+
+    def call(self, command: list[str]) -> None:
+        print(" ".join(command), flush=True)
+        done = subprocess.run(command, capture_output=True, text=True)
+        sys.stderr.write(done.stdout + done.stderr)
+        if done.returncode:
+            raise RuntimeError(f"{command[0]} failed on {command[-3]}: {(done.stderr or done.stdout).strip()[:2000]}")
+
+
+def sources() -> list[str]:
+    found = sorted(str(path) for pattern in ("*.cpp", "cpu/*.cpp") for path in CSRC.glob(pattern))
+    return [path for path in found if X86 or not Path(path).stem.endswith(tuple(ISA_FLAGS))]
+
+
+def extensions() -> list[Extension]:
+    cuda = sorted(str(path) for pattern in ("cuda/*.cu", "cuda/*.cpp") for path in CSRC.glob(pattern))
+    built = [Extension("decode_core._core", sources(), depends=HEADERS + cuda, language="c++")]
+    emulation = [path for path in cuda if Path(path).name.startswith("emulation") and path.endswith(".cpp")]
+    if os.environ.get("DECODE_CORE_EMULATION") == "1" and emulation:
+        built.append(Extension("decode_core._emulation", emulation, depends=HEADERS, language="c++"))
+    return built
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildCore})

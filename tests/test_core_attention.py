@@ -1,0 +1,664 @@
+"""rope_append and paged_attention of decode_core against float64, and their bits against themselves (numpy only)."""
+
+import numpy
+import pytest
+
+decode_core = pytest.importorskip("decode_core")
+from decode_core import _core  # noqa: E402
+
+PAGE = 16
+NAN = float("nan")
+
+
+# ---- bfloat16 as numpy has none: the wrappers take anything with data_ptr, as torch's tensors have it
+
+class Bfloat16:
+    """A CPU array of bfloat16 with the few attributes of a torch tensor that the wrappers read; `bits` are uint16."""
+
+    def __init__(self, bits):
+        self.bits, self.shape, self.dtype = bits, bits.shape, "bfloat16"
+        self.device = type("Device", (), {"type": "cpu"})
+
+    def data_ptr(self):
+        return self.bits.__array_interface__["data"][0]
+
+    def stride(self):
+        return tuple(stride // 2 for stride in self.bits.strides)
+
+    def is_contiguous(self):
+        return self.bits.flags.c_contiguous
+
+
+def round_bfloat16(x):
+    """float32 -> the bits of the nearest bfloat16, ties to even."""
+    u = numpy.asarray(x, numpy.float32).view(numpy.uint32).astype(numpy.uint64)
+    return ((u + 0x7FFF + ((u >> 16) & 1)) >> 16).astype(numpy.uint16)
+
+
+def widen_bfloat16(bits):
+    return (bits.astype(numpy.uint32) << 16).view(numpy.float32)
+
+
+def make(kind, values):
+    """float32 values as an array of `kind`, and what that array holds as float64."""
+    if kind == "bfloat16":
+        bits = round_bfloat16(values)
+        return Bfloat16(bits), widen_bfloat16(bits).astype(numpy.float64)
+    array = values.astype(kind)
+    return array, array.astype(numpy.float64)
+
+
+# ---- a cache, filled the plain way
+
+class Cache:
+    """Pages of one layer; every slot that nothing was put into holds NaN."""
+
+    def __init__(self, pages, kv_heads, size, kind="float32"):
+        self.kind, self.size = kind, size
+        self.store = numpy.full((pages, kv_heads, 2, PAGE * size), 0x7FC0 if kind == "bfloat16" else NAN,
+                                numpy.uint16 if kind == "bfloat16" else kind)
+        self.array = Bfloat16(self.store) if kind == "bfloat16" else self.store
+
+    def keys_values(self):
+        """Views: k (P, Hkv, D, 16), v (P, Hkv, 16, D)."""
+        P, Hkv = self.store.shape[:2]
+        return (self.store[:, :, 0].reshape(P, Hkv, self.size, PAGE), self.store[:, :, 1].reshape(P, Hkv, PAGE, self.size))
+
+    def put(self, pages, k, v):
+        """k, v (S, Hkv, D) float32 -> positions 0 .. S - 1 of a sequence with these pages."""
+        keys, values = self.keys_values()
+        pages, offset = numpy.asarray(pages)[numpy.arange(len(k)) // PAGE], numpy.arange(len(k)) % PAGE
+        narrow = round_bfloat16 if self.kind == "bfloat16" else lambda x: x.astype(self.kind)
+        keys[pages, :, :, offset], values[pages, :, offset] = narrow(k), narrow(v)
+
+    def get(self, pages, size):
+        """-> k, v (size, Hkv, D) float64 as stored."""
+        keys, values = self.keys_values()
+        pages, offset = numpy.asarray(pages)[numpy.arange(size) // PAGE], numpy.arange(size) % PAGE
+        widen = widen_bfloat16 if self.kind == "bfloat16" else lambda x: x
+        return (widen(keys[pages, :, :, offset]).astype(numpy.float64), widen(values[pages, :, offset]).astype(numpy.float64))
+
+
+def attend(q, cache, tables, lengths, starts, *, window=0, heads=None, out=None):
+    out = numpy.full((len(q), q.shape[1] * q.shape[2]), NAN, numpy.float32) if out is None else out
+    plan = decode_core.plan_attention(tables, lengths, starts, q.shape[1], cache.store.shape[1], len(cache.store))
+    decode_core.paged_attention(q, cache.array, plan, out, window=window)
+    return out
+
+
+def attend_float64(q, k, v, first_position, window):
+    """q (T, H, D) at positions first_position ..., k and v (S, Hkv, D) -> (T, H * D)."""
+    T, H, D = q.shape
+    group, out = H // k.shape[1], numpy.empty(q.shape)
+    for t in range(T):
+        position = first_position + t
+        seen = slice(max(0, position + 1 - window) if window > 0 else 0, position + 1)
+        for h in range(H):
+            score = k[seen, h // group] @ q[t, h].astype(numpy.float64)
+            weight = numpy.exp(score - score.max())
+            out[t, h] = weight @ v[seen, h // group] / weight.sum()
+    return out.reshape(T, H * D)
+
+
+def sequence(rng, cache, length, rows, heads, free):
+    """Puts a random sequence into pages taken from `free` -> (pages, q (rows, H, D))."""
+    kv_heads, size = cache.store.shape[1], cache.size
+    pages = [free.pop() for _ in range(-(-length // PAGE))]
+    k, v = rng.standard_normal((2, length, kv_heads, size), numpy.float32)
+    cache.put(pages, k, v)
+    return pages, rng.standard_normal((rows, heads, size), numpy.float32) * numpy.float32(size**-0.5)
+
+
+@pytest.fixture(params=_core.offered_isas())
+def isa(request):
+    before = _core.isa()
+    decode_core.set_isa(request.param)
+    yield request.param
+    decode_core.set_isa(before)
+
+
+@pytest.fixture
+def threads():
+    before = decode_core.get_threads()
+    yield decode_core.set_threads
+    decode_core.set_threads(before)
+
+
+def on_every_isa(run):
+    """`run` once for each instruction set -> the results, in the order of offered_isas."""
+    before, results = _core.isa(), []
+    for name in _core.offered_isas():
+        decode_core.set_isa(name)
+        results.append(run())
+    decode_core.set_isa(before)
+    return results
+
+
+SHAPES = [(9, 3, 64), (32, 8, 128), (16, 1, 80), (7, 1, 256), (4, 4, 16), (5, 1, 48), (1, 1, 64), (12, 1, 96), (6, 3, 112)]
+
+
+# ---- paged_attention: values
+
+@pytest.mark.parametrize("H, Hkv, D", SHAPES)
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
+def test_attention_is_float64s_on_the_stored_cache(isa, kind, H, Hkv, D):
+    rng = numpy.random.default_rng(D + H)
+    for length, rows in ((1, 1), (16, 1), (17, 3), (255, 1), (256, 1), (257, 2), (530, 5)):
+        cache = Cache(-(-length // PAGE) + 2, Hkv, D, kind)
+        free = rng.permutation(len(cache.store)).tolist()
+        pages, q = sequence(rng, cache, length, rows, H, free)
+        k, v = cache.get(pages, length)
+        out = attend(q, cache, [pages], [length], [0, rows])
+        numpy.testing.assert_allclose(out, attend_float64(q, k, v, length - rows, 0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 255, 256, 257, 300, 599, 600, 601])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_a_window_counts_the_keys_that_a_row_sees(isa, window, rows):
+    rng = numpy.random.default_rng(window)
+    cache = Cache(40, 2, 32)
+    pages, q = sequence(rng, cache, 600, rows, 6, rng.permutation(40).tolist())
+    k, v = cache.get(pages, 600)
+    out = attend(q, cache, [pages], [600], [0, rows], window=window)
+    numpy.testing.assert_allclose(out, attend_float64(q, k, v, 600 - rows, window), rtol=0, atol=1e-5)
+
+
+def test_no_window_may_be_said_in_two_ways():
+    rng = numpy.random.default_rng(0)
+    cache = Cache(4, 1, 16)
+    pages, q = sequence(rng, cache, 50, 1, 2, [0, 1, 2, 3])
+    assert (attend(q, cache, [pages], [50], [0, 1], window=0) == attend(q, cache, [pages], [50], [0, 1], window=-1)).all()
+
+
+def test_pages_before_the_window_are_not_even_read():
+    """Their entries in the table stay, but the pages may belong to others: here they hold NaN."""
+    rng = numpy.random.default_rng(0)
+    cache = Cache(40, 1, 32)
+    pages, q = sequence(rng, cache, 600, 1, 3, list(range(40)))
+    before = attend(q, cache, [pages], [600], [0, 1], window=20)
+    for page in pages[:(600 - 20) // PAGE]:
+        cache.store[page] = NAN
+    assert (attend(q, cache, [pages], [600], [0, 1], window=20) == before).all()
+
+
+def test_large_scores_do_not_overflow(isa):
+    rng = numpy.random.default_rng(1)
+    cache = Cache(40, 1, 32)
+    pages, q = sequence(rng, cache, 600, 2, 3, list(range(40)))
+    q *= 1e4
+    k, v = cache.get(pages, 600)
+    numpy.testing.assert_allclose(attend(q, cache, [pages], [600], [0, 2]), attend_float64(q, k, v, 598, 0), atol=2e-3)
+
+
+def test_output_in_bfloat16_is_the_float32_output_rounded(isa):
+    rng = numpy.random.default_rng(2)
+    cache = Cache(40, 3, 64, "float16")
+    pages, q = sequence(rng, cache, 600, 9, 9, list(range(40)))
+    exact = attend(q, cache, [pages], [600], [0, 9])
+    rounded = Bfloat16(numpy.zeros(exact.shape, numpy.uint16))
+    attend(q, cache, [pages], [600], [0, 9], out=rounded)
+    assert (rounded.bits == round_bfloat16(exact)).all()
+
+
+# ---- paged_attention: bits
+
+def bits(array):
+    return array.view(numpy.uint32)
+
+
+def a_batch(rng, kind="float16", H=9, Hkv=3, D=64, decode=32, chunks=(40, 7, 260)):
+    """32 decode rows and three prompt chunks of different lengths -> (cache, tables, lengths, starts, q)."""
+    cache = Cache(1200, Hkv, D, kind)
+    free = rng.permutation(1200).tolist()
+    tables, lengths, starts, queries = [], [], [0], []
+    for rows in [1] * decode + list(chunks):
+        length = int(rng.integers(rows, 900))
+        pages, q = sequence(rng, cache, length, rows, H, free)
+        tables.append(pages), lengths.append(length), starts.append(starts[-1] + rows), queries.append(q)
+    return cache, tables, lengths, starts, numpy.concatenate(queries)
+
+
+@pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize("kind, H, Hkv, D", [("float16", 9, 3, 64), ("float32", 4, 4, 48), ("bfloat16", 14, 2, 64)])
+def test_a_rows_bits_depend_on_nothing_else_in_the_batch(isa, threads, window, kind, H, Hkv, D):
+    """Alone, in a batch, in a prompt's chunk or one by one, on one thread or two: the same bits."""
+    cache, tables, lengths, starts, q = a_batch(numpy.random.default_rng(3), kind, H, Hkv, D)
+    together = attend(q, cache, tables, lengths, starts, window=window)
+    assert numpy.isfinite(together).all()
+    threads(2)
+    assert (bits(attend(q, cache, tables, lengths, starts, window=window)) == bits(together)).all()
+    for i, table in enumerate(tables):
+        for row in range(starts[i], starts[i + 1]):
+            length = lengths[i] - (starts[i + 1] - row) + 1
+            alone = attend(q[row:row + 1], cache, [table[:-(-length // PAGE)]], [length], [0, 1], window=window)
+            assert (bits(alone[0]) == bits(together[row])).all(), (i, row)
+
+
+def test_chunks_of_a_prompt_may_be_cut_anywhere(isa):
+    rng = numpy.random.default_rng(4)
+    cache = Cache(40, 3, 64, "float16")
+    pages, q = sequence(rng, cache, 600, 600, 9, list(range(40)))
+    whole = attend(q, cache, [pages], [600], [0, 600])
+    for cuts in ((0, 1, 5, 260, 600), (0, 256, 512, 600), (0, 255, 257, 300, 600)):
+        parts = [attend(q[a:b], cache, [pages], [b], [0, b - a]) for a, b in zip(cuts, cuts[1:])]
+        assert (bits(numpy.concatenate(parts)) == bits(whole)).all()
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("H, Hkv, D", SHAPES)
+def test_every_instruction_set_gives_the_same_bits(kind, H, Hkv, D):
+    rng = numpy.random.default_rng(5)
+    cache, tables, lengths, starts, q = a_batch(rng, kind, H, Hkv, D, decode=3, chunks=(20, 3))
+    first, *others = on_every_isa(lambda: attend(q, cache, tables, lengths, starts, window=200))
+    for other in others:
+        assert (bits(first) == bits(other)).all()
+
+
+def test_pages_in_any_order_give_the_same_bits():
+    rng = numpy.random.default_rng(6)
+    k, v = rng.standard_normal((2, 300, 2, 32), numpy.float32)
+    q = rng.standard_normal((1, 4, 32), numpy.float32)
+    outputs = []
+    for order in (range(19), rng.permutation(30)[:19]):
+        cache = Cache(30, 2, 32)
+        cache.put(list(order), k, v)
+        outputs.append(attend(q, cache, [[int(page) for page in order]], [300], [0, 1]))
+    assert (bits(outputs[0]) == bits(outputs[1])).all()
+
+
+def test_what_lies_in_unused_slots_does_not_matter(isa):
+    """Every page but the used slots held NaN above; here infinities and huge numbers, against zeros."""
+    rng = numpy.random.default_rng(7)
+    cache = Cache(60, 3, 64, "float32")
+    free = rng.permutation(60).tolist()
+    pages, q = sequence(rng, cache, 407, 9, 9, free)
+    unused = numpy.isnan(cache.store)
+    outputs = []
+    for garbage in (NAN, numpy.inf, -numpy.inf, 3e38, 0.0):
+        cache.store[unused] = garbage
+        outputs.append(bits(attend(q, cache, [pages], [407], [0, 9], window=111)))
+    assert all((output == outputs[0]).all() for output in outputs)
+
+
+def test_a_padding_sequence_gets_zeros():
+    rng = numpy.random.default_rng(8)
+    cache = Cache(8, 1, 32)
+    pages, q = sequence(rng, cache, 40, 1, 2, list(range(8)))
+    q = numpy.concatenate([q, q * NAN, q])
+    out = attend(q, cache, [pages, [], pages], [40, 0, 40], [0, 1, 2, 3])
+    assert (out[1] == 0).all() and (out[0] == out[2]).all() and numpy.isfinite(out).all()
+
+
+def test_a_step_may_end_in_padding_or_be_nothing_else(isa):
+    cache, rng = Cache(20, 1, 32), numpy.random.default_rng(8)
+    pages, q = sequence(rng, cache, 300, 1, 2, list(range(20)))
+    out = attend(numpy.concatenate([q] * 3), cache, [pages, [], []], [300, 0, 0], [0, 1, 2, 3])
+    assert (out[1:] == 0).all() and numpy.isfinite(out[0]).all()
+    assert (attend(q, cache, [[]], [0], [0, 1]) == 0).all()
+    assert attend(q[:0], cache, [], [], [0]).shape == (0, 64)
+
+
+def test_a_row_with_a_nan_keeps_it_to_itself(isa):
+    rng = numpy.random.default_rng(9)
+    cache = Cache(40, 3, 64)
+    pages, q = sequence(rng, cache, 400, 12, 9, list(range(40)))
+    clean = attend(q, cache, [pages], [400], [0, 12])
+    cache.keys_values()[1][pages[395 // PAGE], :, 395 % PAGE] = NAN             # seen by the rows at 395 and after
+    dirty = attend(q, cache, [pages], [400], [0, 12])
+    assert (bits(dirty[:7]) == bits(clean[:7])).all() and numpy.isnan(dirty[7:]).all()
+
+
+# ---- rope_append
+
+def rope_float64(qkv, cos, sin, positions, H, Hkv, D, norm="none", q_norm=None, k_norm=None, eps=1e-5, post_scale=1.0,
+                 interleaved=False, direction=1, value_embed=None, gate=None, gate_scale=1.0):
+    """-> q (T, H, D) without its own scale, k, v (T, Hkv, D), all float64."""
+    x = qkv.reshape(len(qkv), H + 2 * Hkv, D).astype(numpy.float64).copy()
+    qk, v = x[:, :H + Hkv], x[:, H + Hkv:]
+
+    def normalize(qk):
+        qk = qk / numpy.sqrt((qk**2).mean(-1, keepdims=True) + eps)
+        if q_norm is not None:
+            qk[:, :H] *= q_norm
+            qk[:, H:] *= k_norm
+        return qk
+
+    if norm == "before_rope":
+        qk = normalize(qk)
+    half = cos.shape[1]
+    c, s = cos[positions].astype(numpy.float64)[:, None], direction * sin[positions].astype(numpy.float64)[:, None]
+    first, second = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(0, half), slice(half, 2 * half))
+    a, b = qk[..., first].copy(), qk[..., second].copy()
+    qk[..., first], qk[..., second] = a * c - b * s, b * c + a * s
+    if norm == "after_rope":
+        qk = normalize(qk)
+    qk = qk * post_scale
+    if value_embed is not None:
+        v = v + gate_scale / (1 + numpy.exp(-gate))[..., None] * value_embed.reshape(v.shape)
+    return qk[:, :H], qk[:, H:], v
+
+
+ROPES = {
+    "llama": {},
+    "interleaved": {"interleaved": True},
+    "backwards": {"direction": -1},
+    "partial": {"rot": 0.5},
+    "partial, interleaved": {"rot": 0.25, "interleaved": True},
+    "qwen3": {"norm": "before_rope", "weights": True, "eps": 1e-6},
+    "nanochat": {"norm": "after_rope", "direction": -1, "post_scale": 1.2, "values": True, "gate_scale": 3.0},
+    "after_rope with weights": {"norm": "after_rope", "weights": True},
+    "before_rope without weights": {"norm": "before_rope", "values": True, "gate_scale": 2.0},
+}
+
+
+def rope_case(name, H, Hkv, D, T=21, kind="float32", cache_kind="float32", seed=0):
+    """-> (arguments of the call, arguments of the oracle, cache, slots)"""
+    options = dict(ROPES[name])
+    rng = numpy.random.default_rng(seed)
+    rot, weights, values = options.pop("rot", 1), options.pop("weights", False), options.pop("values", False)
+    half = max(1, int(D * rot) // 2)
+    angles = numpy.outer(numpy.arange(100), 0.7 ** numpy.arange(half))
+    cos, sin = numpy.cos(angles).astype(numpy.float32), numpy.sin(angles).astype(numpy.float32)
+    cache = Cache(12, Hkv, D, cache_kind)
+    slots, positions = rng.permutation(12 * PAGE)[:T].astype(numpy.int64), rng.integers(0, 100, T)
+    call, oracle = dict(options, cos=cos, sin=sin, positions=positions), dict(options, cos=cos, sin=sin, positions=positions)
+    call["qkv"], oracle["qkv"] = make(kind, rng.standard_normal((T, (H + 2 * Hkv) * D), numpy.float32))
+    if weights:
+        for which in ("q_norm", "k_norm"):
+            call[which] = oracle[which] = rng.uniform(0.5, 2, D).astype(numpy.float32)
+    if values:
+        call["value_embed"], oracle["value_embed"] = make(kind, rng.standard_normal((T, Hkv * D), numpy.float32))
+        call["gate"], oracle["gate"] = make(kind, (rng.standard_normal((T, Hkv), numpy.float32) * 30))
+    return call, oracle, cache, slots
+
+
+def run_rope(call, cache, slots, H, q=None):
+    T = len(slots)
+    q = numpy.full((T, H, cache.size), NAN, numpy.float32) if q is None else q
+    decode_core.rope_append(**call, slots=slots, cache=cache.array, q_out=q)
+    return q
+
+
+@pytest.mark.parametrize("name", ROPES)
+@pytest.mark.parametrize("H, Hkv, D", [(9, 3, 64), (4, 2, 16), (7, 1, 80), (3, 1, 128), (2, 2, 256)])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_rope_append_is_float64s(isa, name, H, Hkv, D, kind):
+    call, oracle, cache, slots = rope_case(name, H, Hkv, D, kind=kind)
+    q = run_rope(call, cache, slots, H)
+    q64, k64, v64 = rope_float64(**oracle, H=H, Hkv=Hkv, D=D)
+    keys, values = cache.keys_values()
+    k, v = keys[slots // PAGE, :, :, slots % PAGE], values[slots // PAGE, :, slots % PAGE]
+    for ours, exact in ((q, q64 * D**-0.5), (k, k64), (v, v64)):
+        numpy.testing.assert_allclose(ours, exact, rtol=0, atol=2e-6 * numpy.abs(exact).max())
+    untouched = numpy.ones((12, PAGE), bool)
+    untouched[slots // PAGE, slots % PAGE] = False
+    assert numpy.isnan(keys.transpose(0, 3, 1, 2)[untouched]).all() and numpy.isnan(values.transpose(0, 2, 1, 3)[untouched]).all()
+
+
+@pytest.mark.parametrize("cache_kind", ["float16", "bfloat16"])
+def test_narrow_caches_hold_the_float32_values_rounded_once(isa, cache_kind):
+    stored = {}
+    for kind in ("float32", cache_kind):
+        call, _, cache, slots = rope_case("nanochat", 9, 3, 64, cache_kind=kind)
+        run_rope(call, cache, slots, 9)
+        stored[kind] = [x[slots // PAGE, :, :, slots % PAGE] if i == 0 else x[slots // PAGE, :, slots % PAGE]
+                        for i, x in enumerate(cache.keys_values())]
+    for wide, narrow in zip(stored["float32"], stored[cache_kind]):
+        expected = round_bfloat16(wide) if cache_kind == "bfloat16" else wide.astype(numpy.float16)
+        assert (narrow == expected).all()
+
+
+def test_every_float16_is_widened_and_rounded_as_numpy_does(isa):
+    """All halves through attention's V (one key: out = v), and floats around every half through rope_append's V."""
+    halves = numpy.arange(0x7C01, dtype=numpy.uint16)                           # 0 .. infinity
+    halves = numpy.concatenate([halves, halves | 0x8000]).view(numpy.float16)
+    finite = halves[numpy.isfinite(halves)]
+    padded = numpy.zeros(-(-len(finite) // 256) * 256, numpy.float16)
+    padded[:len(finite)] = finite
+    rows = padded.reshape(-1, 1, 256)
+    cache = Cache(len(rows), 1, 256, "float16")
+    for page, row in enumerate(rows):
+        cache.put([page], row.reshape(1, 1, 256) * 0, row.reshape(1, 1, 256))
+    q = numpy.zeros((len(rows), 1, 256), numpy.float32)
+    out = attend(q, cache, [[page] for page in range(len(rows))], [1] * len(rows), list(range(len(rows) + 1)))
+    assert (out == rows[:, 0].astype(numpy.float32)).all()
+
+    exact = finite.astype(numpy.float32)
+    with numpy.errstate(over="ignore"):
+        middle = (exact + numpy.nextafter(finite, numpy.float16(numpy.inf)).astype(numpy.float32)) / 2
+        middle = numpy.concatenate([middle, numpy.nextafter(middle, numpy.float32(0)), numpy.nextafter(middle, numpy.float32(1e9))])
+        values = numpy.concatenate([exact, middle[numpy.isfinite(middle)], [65519.9, 65520, 1e6, -1e6, 1e-8, 3e-8, 1e-40]])
+        values = numpy.resize(values.astype(numpy.float32), (-(-len(values) // 256), 256))
+        expected = values.astype(numpy.float16)
+    T = len(values)
+    cache = Cache(-(-T // PAGE), 1, 256, "float16")
+    qkv = numpy.concatenate([values * 0, values * 0, values], axis=1)
+    cos, sin = numpy.ones((1, 8), numpy.float32), numpy.zeros((1, 8), numpy.float32)
+    decode_core.rope_append(qkv, cos, sin, numpy.zeros(T, numpy.int64), numpy.arange(T), cache.array,
+                            numpy.empty((T, 1, 256), numpy.float32))
+    stored = cache.keys_values()[1].reshape(-1, 256)[:T]
+    assert (stored.view(numpy.uint16) == expected.view(numpy.uint16)).all()
+
+
+@pytest.mark.parametrize("name", ROPES)
+@pytest.mark.parametrize("cache_kind", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("D", [64, 80])
+def test_rope_append_has_the_same_bits_on_every_instruction_set(name, cache_kind, D):
+    def run():
+        call, _, cache, slots = rope_case(name, 6, 2, D, cache_kind=cache_kind)
+        return run_rope(call, cache, slots, 6).tobytes() + cache.store.tobytes()
+    first, *others = on_every_isa(run)
+    assert all(other == first for other in others)
+
+
+def test_a_fused_multiply_add_rounds_once_on_every_instruction_set():
+    """q = fma(a, cos, -(b * sin)) of products in the middle of two floats, pushed off it by far smaller ones; subnormals too."""
+    rng, T = numpy.random.default_rng(10), 4000
+
+    def few_bits(shape, low, high, width):
+        return (rng.integers(2**(width - 1), 2**width, shape) | 1) * 2.0**rng.integers(low, high, shape) * rng.choice([-1, 1], shape)
+
+    a, b = few_bits((T, 32), -20, 0, 13), few_bits((T, 32), -90, -30, 13)
+    a[::4] *= 2.0**-110                                                         # products around 2**-126
+    cos, sin = few_bits((T, 32), -20, 0, 12), few_bits((T, 32), -20, 0, 12)
+    qkv = numpy.concatenate([a, b, a, b, a, b], axis=1).astype(numpy.float32)
+
+    def run():
+        q = numpy.empty((T, 1, 64), numpy.float32)
+        decode_core.rope_append(qkv, cos.astype(numpy.float32), sin.astype(numpy.float32), numpy.arange(T), numpy.arange(T) % 16,
+                                numpy.zeros((1, 1, 2, PAGE * 64), numpy.float32), q, q_scale=1.0)
+        return bits(q)
+    results = on_every_isa(run)
+    assert all((result == results[0]).all() for result in results)
+    naive = (a * cos - b * sin).astype(numpy.float32)                           # rounds twice
+    assert (results[0][:, 0, :32] != bits(naive)).sum() > 1000
+
+
+def test_rope_appends_rows_do_not_depend_on_each_other_or_on_threads(isa, threads):
+    call, _, cache, slots = rope_case("nanochat", 9, 3, 64, T=150, cache_kind="float16")
+    q = run_rope(call, cache, slots, 9)
+    alone = Cache(12, 3, 64, "float16")
+    by_row = [run_rope(dict(call, **{name: call[name][i:i + 1] for name in ("qkv", "positions", "value_embed", "gate")}),
+                       alone, slots[i:i + 1], 9) for i in range(150)]
+    assert (bits(numpy.concatenate(by_row)) == bits(q)).all() and alone.store.tobytes() == cache.store.tobytes()
+    threads(2)
+    shared = Cache(12, 3, 64, "float16")
+    assert (bits(run_rope(call, shared, slots, 9)) == bits(q)).all() and shared.store.tobytes() == cache.store.tobytes()
+
+
+def test_a_padding_row_is_left_alone_and_writes_nothing():
+    call, _, cache, slots = rope_case("llama", 4, 2, 32, T=3)
+    slots[1], call["positions"][1] = -1, 10**9
+    q = run_rope(call, cache, slots, 4)
+    assert numpy.isnan(q[1]).all() and numpy.isfinite(q[[0, 2]]).all()
+    assert numpy.isfinite(cache.store).sum() == 2 * 2 * 2 * 32
+
+
+def test_rows_of_qkv_may_lie_apart():
+    call, _, cache, slots = rope_case("nanochat", 4, 2, 32)
+    q = run_rope(call, cache, slots, 4)
+    for name in ("qkv", "value_embed", "gate"):
+        wide = numpy.full((len(slots), call[name].shape[1] + 5), NAN, numpy.float32)
+        wide[:, :-5] = call[name]
+        call[name] = wide[:, :-5]
+    again = Cache(12, 2, 32)
+    assert (bits(run_rope(call, again, slots, 4)) == bits(q)).all() and again.store.tobytes() == cache.store.tobytes()
+
+
+def test_what_was_appended_is_what_attention_reads():
+    """30 tokens through both ops, one by one and at once."""
+    outputs = []
+    for step in (1, 7, 30):
+        call, _, cache, _ = rope_case("llama", 4, 2, 32, T=30)
+        slots, out = numpy.arange(30) + PAGE, []
+        call["positions"] = numpy.arange(30)
+        for a in range(0, 30, step):
+            b = min(30, a + step)
+            part = dict(call, qkv=call["qkv"][a:b], positions=call["positions"][a:b])
+            out.append(attend(run_rope(part, cache, slots[a:b], 4), cache, [[1, 2]], [b], [0, b - a]))
+        outputs.append(bits(numpy.concatenate(out)))
+    assert (outputs[0] == outputs[1]).all() and (outputs[0] == outputs[2]).all()
+
+
+# ---- a step for all layers
+
+def a_step(layers=3, **changed):
+    call, _, cache, slots = rope_case("nanochat", 4, 2, 32, T=3)
+    slots[:] = [PAGE + 2, PAGE + 3, 5 * PAGE + 7]
+    plan = decode_core.plan_attention([[1], [5]], [4, 8], [0, 2, 3], 4, 2, 12)
+    store = numpy.zeros((layers, *cache.store.shape), numpy.float32)
+    arrays = dict(call, slots=slots, q=numpy.zeros((3, 4, 32), numpy.float32), out=numpy.zeros((3, 128), numpy.float32))
+    return plan, store, arrays | changed
+
+
+def test_a_step_does_for_every_layer_what_the_single_calls_do():
+    plan, store, arrays = a_step()
+    step, expected = decode_core.AttentionStep(plan, store, **arrays), numpy.zeros_like(store)
+    norms = [numpy.full(32, x, numpy.float32) for x in (0.5, 2)]
+    for layer, (window, weights, values) in enumerate(((0, False, True), (3, True, False), (-1, True, True))):
+        step.rope_append(layer, *(norms if weights else ()), values=values)
+        step.paged_attention(layer, window)
+        call = {name: array for name, array in arrays.items() if name not in ("q", "out")}
+        call |= dict(zip(("q_norm", "k_norm"), norms)) if weights else {}
+        call |= {} if values else {"value_embed": None, "gate": None}
+        q, out = numpy.zeros_like(arrays["q"]), numpy.zeros_like(arrays["out"])
+        decode_core.rope_append(**call, cache=expected[layer], q_out=q)
+        decode_core.paged_attention(q, expected[layer], plan, out, window=window)
+        assert (bits(arrays["q"]) == bits(q)).all() and (bits(arrays["out"]) == bits(out)).all()
+    assert (bits(store) == bits(expected)).all()
+
+
+def test_a_step_keeps_its_arrays_and_its_checked_indices():
+    plan, store, arrays = a_step()
+    step = decode_core.AttentionStep(plan, store, **arrays)
+    arrays["slots"][:] = 2**40
+    del plan, arrays
+    step.rope_append(2)
+    step.paged_attention(2, 0)
+    assert (store[2] != 0).any() and (store[:2] == 0).all()
+
+
+@pytest.mark.parametrize("call", [lambda step: step.rope_append(3), lambda step: step.rope_append(-1),
+                                  lambda step: step.paged_attention(3, 0)])
+def test_a_step_refuses_a_layer_that_is_not_there(call):
+    plan, store, arrays = a_step()
+    with pytest.raises(ValueError, match="^layer: "):
+        call(decode_core.AttentionStep(plan, store, **arrays))
+
+
+def test_a_wrong_step_names_the_argument():
+    plan, store, arrays = a_step()
+    four = decode_core.plan_attention([[1]], [4], [0, 4], 4, 2, 12)
+    wrong = {"plan": (None, store, arrays), "cache": (plan, store[:, :-1].copy(), arrays),
+             "q": (four, store, arrays), "out": (plan, store, arrays | {"out": arrays["out"][:2]}),
+             "slots": (plan, store, arrays | {"slots": arrays["slots"] + 12 * PAGE})}
+    for name, (a_plan, a_store, some) in wrong.items():
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            decode_core.AttentionStep(a_plan, a_store, **some)
+    del arrays["value_embed"], arrays["gate"]
+    with pytest.raises(ValueError, match="^values: "):
+        decode_core.AttentionStep(plan, store, **arrays).rope_append(0, values=True)
+    with pytest.raises(ValueError, match="^window: "):
+        decode_core.AttentionStep(plan, store, **arrays).paged_attention(0, -2)
+
+
+# ---- wrong calls: ValueError, which names the argument
+
+def good_rope():
+    call, _, cache, slots = rope_case("nanochat", 4, 2, 32, T=5)
+    return dict(call, slots=slots, cache=cache.array, q_out=numpy.zeros((5, 4, 32), numpy.float32))
+
+
+@pytest.mark.parametrize("name, wrong", [
+    ("qkv", lambda x: x.astype(numpy.float64)), ("qkv", lambda x: x[:4]), ("qkv", lambda x: x[:, :-1]),
+    ("qkv", lambda x: numpy.asfortranarray(x)), ("qkv", lambda x: x.tolist()), ("qkv", lambda x: None),
+    ("cos", lambda x: x[:, ::2]), ("cos", lambda x: x[0]), ("cos", lambda x: numpy.zeros((9, 17), numpy.float32)),
+    ("sin", lambda x: x[:-1].copy()), ("positions", lambda x: x + 100), ("positions", lambda x: x - 100),
+    ("positions", lambda x: x.astype(numpy.int32)), ("positions", lambda x: x[:-1]), ("slots", lambda x: x * 0 - 2),
+    ("slots", lambda x: x * 0 + 12 * PAGE), ("slots", lambda x: x[:, None]), ("cache", lambda x: x[:, :, 0]),
+    ("cache", lambda x: x[:, ::2]), ("cache", lambda x: x.astype(numpy.float64)), ("cache", lambda x: x[..., :-16].copy()),
+    ("q_out", lambda x: x[:, :, :16].copy()), ("q_out", lambda x: x.astype(numpy.float16)), ("q_out", lambda x: x[0]),
+    ("norm", lambda x: "sometimes"), ("direction", lambda x: 0), ("value_embed", lambda x: x[:, :-1].copy()),
+    ("gate", lambda x: x.astype(numpy.float16)), ("gate", lambda x: None), ("k_norm", lambda x: numpy.ones(32, numpy.float32)),
+    ("q_norm", lambda x: numpy.ones(31, numpy.float32)),
+])
+def test_a_wrong_rope_append_names_the_argument(name, wrong):
+    call = good_rope()
+    decode_core.rope_append(**call)
+    before = call["cache"].tobytes()
+    call[name] = wrong(call.get(name))
+    if name == "q_norm":
+        call["k_norm"] = numpy.ones(32, numpy.float32)
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        decode_core.rope_append(**call)
+    if name not in ("cache",):
+        assert call["cache"].tobytes() == before
+
+
+def test_a_read_only_or_misaligned_array_is_refused():
+    call = good_rope()
+    call["q_out"].flags.writeable = False
+    with pytest.raises(ValueError, match="^q_out: "):
+        decode_core.rope_append(**call)
+    call = good_rope()
+    call["cos"] = numpy.frombuffer(b"x" * (call["cos"].nbytes + 1), numpy.uint8)[1:].view(numpy.float32).reshape(call["cos"].shape)
+    with pytest.raises(ValueError, match="^cos: "):
+        decode_core.rope_append(**call)
+
+
+def test_an_array_on_a_gpu_is_refused():
+    call = good_rope()
+    call["qkv"] = Bfloat16(round_bfloat16(call["qkv"]))
+    call["qkv"].device = type("Device", (), {"type": "cuda"})
+    with pytest.raises(ValueError, match="^qkv: must be on the CPU"):
+        decode_core.rope_append(**call)
+
+
+@pytest.mark.parametrize("name, changed", [
+    ("tables", dict(tables=[[0, 1, 8]])), ("tables", dict(tables=[[0, -1, 2]])), ("tables", dict(tables=[[0, 1]])),
+    ("tables", dict(tables=[[0, 1, 2], [3]])), ("tables", dict(tables=[["a", 1, 2]])), ("tables", dict(tables=[[0, 1, 2**40]])),
+    ("tables", dict(tables=((0, 1, 2),))), ("tables", dict(tables=[0, 1, 2])), ("tables", dict(tables=[[0, 1.5, 2]])),
+    ("lengths", dict(lengths=[2], starts=[0, 3])), ("lengths", dict(lengths=["x"])), ("lengths", dict(lengths=None)),
+    ("starts", dict(starts=[0])), ("starts", dict(starts=[1, 2])), ("starts", dict(starts=[0, -1])),
+    ("heads", dict(heads=5)), ("heads", dict(heads=34)), ("heads", dict(heads=0)),
+])
+def test_a_wrong_plan_names_the_argument(name, changed):
+    good = dict(tables=[[0, 1, 2]], lengths=[40], starts=[0, 1], heads=4, kv_heads=2, num_pages=8)
+    decode_core.plan_attention(**good)
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        decode_core.plan_attention(**(good | changed))
+
+
+@pytest.mark.parametrize("name, wrong", [
+    ("q", lambda x: x.astype(numpy.float16)), ("q", lambda x: x[:, :2].copy()), ("q", lambda x: x[..., :16].copy()),
+    ("q", lambda x: numpy.concatenate([x, x])), ("q", lambda x: x[:, ::-1]), ("cache", lambda x: x[:-1].copy()),
+    ("cache", lambda x: x[:, :1].copy()), ("plan", lambda x: None), ("out", lambda x: x.astype(numpy.float16)),
+    ("out", lambda x: x[:, :-1]), ("window", lambda x: -2),
+])
+def test_a_wrong_paged_attention_names_the_argument(name, wrong):
+    call = dict(q=numpy.zeros((1, 4, 32), numpy.float32), cache=numpy.zeros((8, 2, 2, 16 * 32), numpy.float32),
+                plan=decode_core.plan_attention([[0, 1, 2]], [40], [0, 1], 4, 2, 8), out=numpy.zeros((1, 128), numpy.float32),
+                window=0)
+    decode_core.paged_attention(**call)
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        decode_core.paged_attention(**(call | {name: wrong(call[name])}))

@@ -1,0 +1,365 @@
+"""decode_core's sample against the reference, bit for bit: edge rows, every instruction set, any batch; its checks; the pool.
+
+Needs numpy and the compiled core only (no torch), so that the sanitizer build can run it (csrc/sanitize.sh).
+"""
+
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import chat_server as cs
+from chat_server import SampleRow, SamplingParams
+
+core = pytest.importorskip("decode_core", exc_type=ImportError, reason="the compiled core is not installed")
+
+ISAS = core.info()["offered_isas"]
+SHARE = float(os.environ.get("DECODE_CORE_TEST_SHARE", "1"))       # of the random rows; the sanitizer build takes fewer
+NEG_INF = np.float32(-np.inf)
+
+
+@pytest.fixture(autouse=True)
+def default_settings():
+    yield
+    core.set_isa(ISAS[0])
+    core.set_threads(1)
+
+
+def sampled(logits, rows, **options):
+    return core.sample(logits, core.SampleBatch(rows, logits.shape[1]), **options).tolist()
+
+
+# --- equality ------------------------------------------------------------------------------------------------------
+
+
+def edge_rows(rng, V):
+    """Rows where ties, infinities, NaN, denormals and extreme sizes meet every border."""
+    one, spoiled = np.full(V, NEG_INF), rng.standard_normal(V)
+    one[V // 2] = -3
+    spoiled[rng.integers(0, V, 3)], spoiled[rng.integers(0, V, 2)] = np.nan, np.inf
+    rows = [np.zeros(V), np.full(V, NEG_INF), np.full(V, np.nan), one, spoiled, rng.integers(-2, 3, V),
+            np.where(rng.random(V) < 0.5, 0.0, -0.0), rng.choice([1e30, -1e30, 0, 3e38, -3e38], V),
+            rng.choice([0, -0.0, 1e-45, -1e-45, 1e-39, -1e-39], V), np.full(V, cs.FLOAT_MAX), np.full(V, -cs.FLOAT_MAX),
+            np.sort(rng.standard_normal(V)) * 5, np.round(rng.standard_normal(V) * 4) / 2]
+    rows += [rng.standard_normal(V) * scale for scale in (0.01, 1, 3, 3, 10, 1e4, 1e30)]
+    with np.errstate(over="ignore"):
+        return np.array(rows).astype(np.float32)
+
+
+def any_params(rng, V):
+    def choose(*values):
+        return values[rng.integers(len(values))]
+
+    bias = choose((), (), ((int(rng.integers(V)), 5.0), (int(rng.integers(V)), -math.inf)),
+                  ((V - 1, math.inf), (0, -100.0), (0, 100.0)), tuple((token, -math.inf) for token in range(V - 1)))
+    return SamplingParams(
+        temperature=choose(0, 1e-30, 1e-6, 0.3, 0.8, 1.0, 1.5, 1e10, math.inf),
+        top_k=int(choose(0, 0, 1, 2, 7, 40, 50, 700, V - 1, V, V + 1, 2**40)),
+        top_p=choose(1.0, 1.0, 0.0, 1e-12, 0.1, 0.5, 0.9, 0.95, 0.999999, 1 - 1e-12), min_p=choose(0.0, 0.0, 0.02, 0.1, 1.0, 1e-20),
+        repetition_penalty=choose(1.0, 1.0, 1.3, 0.7), frequency_penalty=choose(0.0, 0.0, 0.5, -1.0),
+        presence_penalty=choose(0.0, 0.0, 0.25), logit_bias=bias, seed=int(rng.integers(2**64, dtype=np.uint64)),
+        choice=int(choose(0, 1, 5, 2**32 - 1)))
+
+
+def any_batch(rng, V):
+    logits = edge_rows(rng, V)
+    return logits, [SampleRow(any_params(rng, V), int(rng.integers(2 ** rng.integers(1, 63))),
+                              rng.integers(0, V, rng.integers(0, 30)).tolist(), 8) for _ in logits]
+
+
+@pytest.mark.parametrize("V, rows", [(1, 4000), (2, 8000), (5, 12000), (16, 12000), (63, 12000), (255, 12000), (256, 12000),
+                                     (257, 12000), (1000, 12000), (5003, 3500), (20011, 900), (49152, 400), (151936, 80)])
+def test_tokens_equal_the_references_on_every_instruction_set(V, rows):
+    rng = np.random.default_rng(V)
+    for _ in range(math.ceil(rows * SHARE / 20)):           # 100,880 rows in all
+        logits, batch = any_batch(rng, V)
+        with np.errstate(all="ignore"):
+            expected = cs.sample_reference(logits, batch).tolist()
+        for isa in ISAS:
+            core.set_isa(isa)
+            tokens = sampled(logits, batch)
+            wrong = [i for i in range(len(batch)) if tokens[i] != expected[i]]
+            assert not wrong, (isa, wrong[0], tokens[wrong[0]], expected[wrong[0]], batch[wrong[0]])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_model_like_rows_equal_the_references_at_usual_settings(isa):
+    core.set_isa(isa)
+    rng, V = np.random.default_rng(4), 49152
+    settings = [dict(), dict(top_k=0), dict(top_k=0, top_p=0.95), dict(top_k=40, top_p=0.95), dict(top_k=0, min_p=0.05),
+                dict(temperature=0.0), dict(top_k=5000), dict(top_k=0, temperature=1.5), dict(repetition_penalty=1.1)]
+    for scale in (1, 2.5, 5):
+        logits = (rng.standard_normal((len(settings), V)) * scale).astype(np.float32)
+        for position in range(math.ceil(4 * SHARE)):
+            rows = [SampleRow(SamplingParams(**(dict(seed=position) | chosen)), position, [1, 2, 2], 1) for chosen in settings]
+            assert sampled(logits, rows) == cs.sample_reference(logits, rows).tolist()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_top_p_is_of_all_that_top_k_kept_whatever_min_p_will_drop(isa):
+    core.set_isa(isa)
+    line = np.random.default_rng(5).standard_normal(5000).astype(np.float32)
+    falling = np.sort(line.astype(np.float64))[::-1]
+    params = SamplingParams(temperature=1.0, top_k=700, top_p=0.5, min_p=math.exp(falling[500] - falling[0]))
+    assert len(cs.survivors(line, params)[0]) < 300         # 500 of the 700 pass min-p; top-p over all 5000 would keep more
+    logits, rows = np.repeat(line[None], 300, axis=0), [SampleRow(params, position) for position in range(300)]
+    assert sampled(logits, rows) == cs.sample_reference(logits, rows).tolist()
+
+
+def test_bfloat16_rows_are_widened_exactly():
+    class Tensor:                           # what the wrapper asks of a torch tensor
+        def __init__(self, bits):
+            self.bits, self.shape, self.dtype = bits, bits.shape, "torch.bfloat16"
+            self.device = type("device", (), {"type": "cpu"})
+
+        def data_ptr(self):
+            return self.bits.ctypes.data
+
+        def stride(self):
+            return tuple(step // 2 for step in self.bits.strides)
+
+    rng = np.random.default_rng(6)
+    logits, rows = any_batch(rng, 3000)
+    bits = (logits.view(np.uint32) >> 16).astype(np.uint16)
+    with np.errstate(all="ignore"):
+        expected = cs.sample_reference((bits.astype(np.uint32) << 16).view(np.float32), rows).tolist()
+    assert sampled(Tensor(bits), rows) == expected
+
+
+def test_the_generator_gives_random123s_known_answers():
+    assert core._core.philox([0] * 4, [0] * 2) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert core._core.philox([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+    assert core._core.philox([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0]) == [
+        0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+
+
+def test_a_row_draws_the_same_token_alone_in_any_order_and_at_any_stride():
+    rng = np.random.default_rng(7)
+    logits, rows = any_batch(rng, 5000)
+    together = sampled(logits, rows)
+    assert together == [sampled(logits[i:i + 1], rows[i:i + 1])[0] for i in range(len(rows))]
+    order = rng.permutation(len(rows))
+    assert [together[i] for i in order] == sampled(logits[order], [rows[i] for i in order])
+    wide = np.full((len(rows), 5007), np.float32(1e9))
+    wide[:, 3:5003] = logits
+    assert sampled(wide[:, 3:5003], rows) == together
+    assert sampled(logits[::2], rows[::2]) == together[::2]
+
+
+def test_logits_stay_as_they_were():
+    logits, rows = any_batch(np.random.default_rng(8), 700)
+    before = logits.copy()
+    logits.flags.writeable = False
+    sampled(logits, rows)
+    assert logits.tobytes() == before.tobytes()
+
+
+def test_a_row_with_a_negative_position_is_left_out():
+    logits = np.zeros((3, 10), np.float32)
+    logprobs = np.full(3, 7, np.float32)
+    rows = [SampleRow(SamplingParams(temperature=0), position) for position in (4, -1, 0)]
+    assert sampled(logits, rows, logprobs=logprobs) == [0, -1, 0]
+    assert logprobs.tolist() == pytest.approx([-math.log(10), 0, -math.log(10)], abs=1e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_logprobs_are_those_of_the_penalized_logits_before_temperature(isa):
+    core.set_isa(isa)
+    rng = np.random.default_rng(9)
+    logits = (rng.standard_normal((20, 3000)) * rng.choice([0.1, 1, 5], (20, 1))).astype(np.float32)
+    rows = [SampleRow(any_params(rng, 3000), 3, rng.integers(0, 3000, 40).tolist(), 10) for _ in range(20)]
+    tokens, logprobs = np.zeros(20, np.int32), np.zeros(20, np.float32)
+    assert core.sample(logits, core.SampleBatch(rows, 3000), tokens, logprobs) is tokens
+    for line, row, token, logprob in zip(logits, rows, tokens, logprobs):
+        with np.errstate(all="ignore"):
+            line = cs.penalize(line, row).astype(np.float64)
+        assert logprob == pytest.approx(line[token] - line.max() - math.log(np.exp(line - line.max()).sum()), abs=1e-5)
+
+
+def test_a_sampler_keeps_up_with_answers_that_grow_and_batches_that_change():
+    rng, V = np.random.default_rng(10), 900
+    sampler = core.Sampler()
+    params = [any_params(rng, V) for _ in range(6)]
+    contexts = [rng.integers(0, V, 12).tolist() for _ in params]
+    for step in range(40):
+        some = sorted(rng.choice(6, rng.integers(1, 7), replace=False)) if step % 5 == 0 else some
+        logits = (rng.standard_normal((len(some), V)) * 3).astype(np.float32)
+        rows = [SampleRow(params[i], len(contexts[i]), contexts[i], 12) for i in some]
+        with np.errstate(all="ignore"):
+            expected = cs.sample_reference(logits, rows).tolist()
+        assert sampler(logits, rows) == expected
+        for i, token in zip(some, expected):
+            contexts[i].append(token)
+
+
+# --- wrong calls ----------------------------------------------------------------------------------------------------
+
+
+def small_batch(count=2, V=8, **params):
+    return core.SampleBatch([SampleRow(SamplingParams(**params), 1)] * count, V)
+
+
+GOOD = np.zeros((2, 8), np.float32)
+WRONG_CALLS = {
+    "logits: .*float32 or bfloat16": lambda: core.sample(GOOD.astype(np.float64), small_batch()),
+    "logits: .*two dimensions": lambda: core.sample(GOOD[0], small_batch()),
+    "logits: .*as the batch": lambda: core.sample(GOOD[:, :7], small_batch()),
+    "logits: .*as the batch,": lambda: core.sample(GOOD[:1], small_batch()),
+    "logits: .*contiguous within": lambda: core.sample(np.zeros((8, 2), np.float32).T, small_batch()),
+    "logits: .*contiguous within each row": lambda: core.sample(np.zeros((2, 16), np.float32)[:, ::2], small_batch()),
+    "logits: .*rows apart": lambda: core.sample(np.broadcast_to(GOOD[0], (2, 8)), small_batch()),
+    "logits: .*not aligned": lambda: core.sample(np.zeros(65, np.uint8)[1:].view(np.float32).reshape(2, 8), small_batch()),
+    "logits: .*numpy array or a torch tensor": lambda: core.sample([[0.0] * 8] * 2, small_batch()),
+    "tokens: .*int32": lambda: core.sample(GOOD, small_batch(), np.zeros(2, np.int64)),
+    "tokens: .*shape": lambda: core.sample(GOOD, small_batch(), np.zeros(3, np.int32)),
+    "tokens: .*contiguous": lambda: core.sample(GOOD, small_batch(), np.zeros(4, np.int32)[::2]),
+    "tokens: .*read-only": lambda: core.sample(GOOD, small_batch(), np.frombuffer(bytes(8), np.int32)),
+    "logprobs: .*float32": lambda: core.sample(GOOD, small_batch(), None, np.zeros(2)),
+    "vocab_size": lambda: small_batch(V=0),
+    r"rows\[0\].params.temperature": lambda: small_batch(temperature=math.nan),
+    r"rows\[0\].params.top_p": lambda: small_batch(top_p=math.nan),
+    r"rows\[0\].params.min_p": lambda: small_batch(min_p=math.nan),
+    r"rows\[0\].params.repetition_penalty": lambda: small_batch(repetition_penalty=0.0),
+    r"rows\[0\].params.frequency_penalty": lambda: small_batch(frequency_penalty=math.inf),
+    r"rows\[0\].params.presence_penalty": lambda: small_batch(presence_penalty=math.nan),
+    r"rows\[0\].params.seed": lambda: small_batch(seed=-1),
+    r"rows\[0\].params.choice": lambda: small_batch(choice=2**32),
+    r"rows\[0\].params.logit_bias": lambda: small_batch(logit_bias=((8, 1.0),)),
+    r"rows\[0\].params.logit_bias: ": lambda: small_batch(logit_bias=((-1, 1.0),)),
+    "rows: .*positions": lambda: core.SampleBatch([SampleRow(SamplingParams(), 2**63)], 8),
+    "rows: .*rows with positions": lambda: small_batch(2).update([SampleRow(SamplingParams(), 1)] * 3),
+    "rows: .*tokens": lambda: core.SampleBatch([SampleRow(SamplingParams(repetition_penalty=2.0), 1, [8])], 8),
+    "rows: .*tokens ": lambda: core.SampleBatch([SampleRow(SamplingParams(repetition_penalty=2.0), 1, [-1])], 8),
+    "rows: each of a row's tokens": lambda: core.SampleBatch([SampleRow(SamplingParams(repetition_penalty=2.0), 1, ["a"])], 8),
+    "threads": lambda: core.set_threads(0),
+    "isa": lambda: core.set_isa("avx1024"),
+}
+
+
+@pytest.mark.parametrize("complaint", WRONG_CALLS)
+def test_a_wrong_call_is_a_value_error_that_names_the_argument(complaint):
+    with pytest.raises(ValueError, match=complaint):
+        WRONG_CALLS[complaint]()
+
+
+def test_a_tensor_on_another_device_is_refused():
+    tensor = type("Tensor", (), dict(shape=(2, 8), dtype="torch.float32", device=type("device", (), {"type": "cuda"}),
+                                     data_ptr=lambda self: 64, stride=lambda self: (8, 1)))()
+    with pytest.raises(ValueError, match="logits: must be on cpu"):
+        core.sample(tensor, small_batch())
+
+
+# --- runtime ---------------------------------------------------------------------------------------------------------
+
+
+def run_python(code: str, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment})
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_environment_forces_an_instruction_set(isa):
+    said = run_python("import decode_core; print(decode_core.info()['isa'])", DECODE_CORE_ISA=isa)
+    assert said.stdout.strip() == isa, said.stderr
+
+
+def test_an_unknown_instruction_set_in_the_environment_is_an_import_error():
+    said = run_python("import decode_core", DECODE_CORE_ISA="avx1024")
+    assert said.returncode and "ImportError" in said.stderr and "avx1024" in said.stderr
+
+
+def test_a_missing_compiled_half_is_an_import_error_that_says_so(tmp_path):
+    package = tmp_path / "decode_core"
+    package.mkdir()
+    for source in Path(core.__file__).parent.glob("*.py"):
+        (package / source.name).write_bytes(source.read_bytes())
+    said = run_python(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import decode_core")
+    assert "ImportError: decode_core was installed without its compiled half" in said.stderr
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_the_number_of_threads_does_not_change_a_token(threads):
+    rng = np.random.default_rng(threads)
+    for _ in range(math.ceil(30 * SHARE)):
+        logits, rows = any_batch(rng, 2000)
+        core.set_threads(1)
+        alone = sampled(logits, rows)
+        core.set_threads(threads)
+        assert [sampled(logits, rows) for _ in range(20)] == [alone] * 20
+
+
+def test_idle_helpers_go_to_sleep_and_wake_up_again():
+    logits, rows = any_batch(np.random.default_rng(1), 300)
+    core.set_threads(4)
+    for _ in range(3):
+        expected = sampled(logits, rows)
+        deadline = time.monotonic() + 30
+        while core._core.sleeping_threads() < 3:
+            assert time.monotonic() < deadline, "helpers still spin"
+            time.sleep(0.001)
+        assert sampled(logits, rows) == expected
+
+
+def test_several_python_threads_may_sample_at_once():
+    rng = np.random.default_rng(2)
+    core.set_threads(3)
+    batches = [any_batch(rng, 1500) for _ in range(4)]
+    expected, got = [sampled(*batch) for batch in batches], [[] for _ in batches]
+
+    def work(i):
+        got[i] = [sampled(*batches[i]) for _ in range(30)]
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert got == [[tokens] * 30 for tokens in expected]
+
+
+def test_the_interpreter_goes_on_while_tokens_are_drawn():
+    """With the switch interval out of reach, the main thread runs during the call only if the call lets go of the GIL."""
+    logits = np.zeros((48, 151936), np.float32)
+    batch = core.SampleBatch([SampleRow(SamplingParams(top_k=0, top_p=0.9), 1)] * len(logits), logits.shape[1])
+    before, started, ended = sys.getswitchinterval(), threading.Event(), []
+
+    def work():
+        started.set()
+        core.sample(logits, batch)
+        ended.append(True)
+
+    sys.setswitchinterval(100)
+    try:
+        worker = threading.Thread(target=work)
+        worker.start()
+        started.wait()
+        assert not ended
+    finally:
+        sys.setswitchinterval(before)
+    worker.join()
+
+
+def test_a_forked_child_makes_its_own_pool():
+    said = run_python("""
+import os, numpy as np, decode_core as core
+from types import SimpleNamespace as Row
+params = Row(temperature=1, top_k=0, top_p=1, min_p=0, presence_penalty=0, frequency_penalty=0, repetition_penalty=1,
+             logit_bias=(), seed=1, choice=0)
+batch = core.SampleBatch([Row(params=params, position=i) for i in range(64)], 1000)
+logits = np.zeros((64, 1000), np.float32)
+core.set_threads(3)
+expected = core.sample(logits, batch).tolist()
+child = os.fork()
+if child == 0:
+    os._exit(0 if all(core.sample(logits, batch).tolist() == expected for _ in range(50)) else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert core.sample(logits, batch).tolist() == expected
+print("good")
+""")
+    assert said.stdout.strip() == "good", said.stderr
