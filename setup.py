@@ -64,16 +64,19 @@ class BuildCore(build_ext):
     """build_ext with flags per source, two compilers and objects that are kept while nothing they include has changed."""
 
     def build_extension(self, extension):
-        try:
-            self.build_core(extension)
-        except Exception as failure:
-            if os.environ.get("DECODE_CORE_WERROR") == "1" or SANITIZE or os.environ.get("DECODE_CORE_CUDA") == "1":
-                raise
-            print(f"\n*** decode_core was not compiled ({failure}).\n*** chat_server still works, with its slower reference kernels;"
-                  " install g++ and run pip again for the fast ones.\n", file=sys.stderr)
-
-    def build_core(self, extension):
         nvcc = find_nvcc() if extension.name == "decode_core._core" else None
+        insist = os.environ.get("DECODE_CORE_WERROR") == "1" or SANITIZE or os.environ.get("DECODE_CORE_CUDA") == "1"
+        for compiler in dict.fromkeys((nvcc, None)):        # an nvcc that does not suit costs the CUDA half only
+            try:
+                return self.build_core(extension, compiler)
+            except Exception as failure:
+                if insist:
+                    raise
+                half = "decode_core's CUDA half" if compiler else "decode_core"
+                print(f"\n*** {half} was not compiled ({failure}).\n*** chat_server still works, with slower kernels; "
+                      f"mend {'nvcc' if compiler else 'or install g++'} and run pip again for the fast ones.\n", file=sys.stderr)
+
+    def build_core(self, extension, nvcc):
         macros = [("DECODE_CORE_CUDA", "1")] if nvcc else []
         sources = [Path(source) for source in extension.sources] + (sorted(CSRC.glob("cuda/bindings*.cpp")) if nvcc else [])
         jobs = [(self.compile_cpp, source, macros) for source in sources]
