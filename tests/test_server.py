@@ -25,21 +25,21 @@ SCRIPT = Path(chat_server.__file__).resolve()
 
 
 @contextmanager
-def server(*arguments, script=SCRIPT, python=sys.executable, env=None):
+def server(*arguments, script=SCRIPT, python=sys.executable, env=None, log=None):
     """A running server: yields (process, url) when it is ready; killed at the end."""
     process = subprocess.Popen([python, str(script), *map(str, arguments), "--port", "0", "--host", "127.0.0.1"],
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
     try:
-        yield process, wait_for(process, r"(http://127\.0\.0\.1:\d+)")
+        yield process, wait_for(process, r"(http://127\.0\.0\.1:\d+)", log)
     finally:
         process.kill()
         process.stdout.close()
         process.wait()
 
 
-def wait_for(process, pattern):
+def wait_for(process, pattern, log=None):
     """Read the log up to a line that matches; its first group. Fails with the log when the process ends before."""
-    log = []
+    log = [] if log is None else log
     for line in process.stdout:
         log.append(line)
         if match := re.search(pattern, line):
@@ -82,7 +82,8 @@ def test_the_default_model_answers_over_both_apis_and_the_page_is_served(default
             assert b"Message" in page.read()
         stats = get(url + "/stats")
         assert stats["workers"][0]["state"] == "ready" and stats["row_invariant"] is False
-        assert stats["kernels"]["sample"] == "numpy/reference"
+        core = chat_server.decode_core()
+        assert stats["kernels"]["sample"] == (f"decode_core/{core.info()['isa']}" if core else "numpy/reference")
 
 
 def test_the_front_never_loads_torch_and_the_worker_opens_no_port(nanochat_fixtures):
@@ -253,11 +254,14 @@ def test_a_copy_of_the_script_and_the_page_is_a_working_deployment(form, copied,
     python = bare_python(tmp_path / "venv", LIBRARIES[form])
     model = nanochat_fixtures / "gen5" if form == "nanochat" else default_model_path
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "GOMP_SPINCOUNT": "1000"}
-    with server(model, script=copied, python=python, env=env) as (process, url):
+    log = []
+    with server(model, script=copied, python=python, env=env, log=log) as (process, url):
+        assert "decode_core is not installed, so slower reference ops run" in "".join(log)
         answer = events(post(url + "/chat/completions", ask("What is the capital of Japan?", max_tokens=12)))
         assert answer[-1]["done"]
         if form == "gguf":
             assert answer[0]["token"] == "The"
+        assert get(url + "/stats")["kernels"]["sample"] == "numpy/reference"
         with urllib.request.urlopen(url, timeout=10) as page:
             assert b"Message" in page.read()
 
