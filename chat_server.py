@@ -3115,7 +3115,7 @@ class Worker:
         ours, theirs = socket.socketpair()
         # OpenMP's default spins for milliseconds at each barrier: with one core taken by another program that made
         # decoding 25 times slower here (1.6 against 40 tok/s)
-        environment = {"GOMP_SPINCOUNT": "1000"} | os.environ | {"OMP_NUM_THREADS": str(config.threads)}
+        environment = {"GOMP_SPINCOUNT": "2000"} | os.environ | {"OMP_NUM_THREADS": str(config.threads)}
         command = [*self.pool.worker_command, "worker", str(theirs.fileno()), str(os.getpid())]
         with theirs:
             self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,

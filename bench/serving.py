@@ -21,7 +21,7 @@ from pathlib import Path
 import aiohttp
 import psutil
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # as the server gives its workers; before torch
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")     # as the server gives its workers; before torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import chat_server      # noqa: E402

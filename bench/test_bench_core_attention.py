@@ -19,7 +19,7 @@ import pytest
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # as the server's workers have it
 sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resolve().parent.parent))
 
-decode_core = pytest.importorskip("decode_core")
+decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
 from decode_core import _core  # noqa: E402
 
 H, Hkv, D, PAGE = 9, 3, 64, 16

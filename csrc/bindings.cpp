@@ -14,6 +14,7 @@
 namespace py = pybind11;
 
 void bind_elementwise(py::module_& m);      // bindings_elementwise.cpp
+void bind_arrays(py::module_& m);           // bindings_arrays.cpp
 
 namespace {
 
@@ -245,6 +246,7 @@ PYBIND11_MODULE(_core, m) {
     bind_sample(m);
     bind_attention(m);
     bind_elementwise(m);
+    bind_arrays(m);
 #if defined(DECODE_CORE_CUDA)
     m.attr("cuda_compiled") = true;
     bind_cuda(m);

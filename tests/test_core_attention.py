@@ -3,7 +3,7 @@
 import numpy
 import pytest
 
-decode_core = pytest.importorskip("decode_core")
+decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
 from decode_core import _core  # noqa: E402
 
 PAGE = 16

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-decode_core = pytest.importorskip("decode_core", reason="decode_core is not built")
+decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
 
 ISAS = decode_core.info()["offered_isas"]
 

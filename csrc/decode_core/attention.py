@@ -18,6 +18,7 @@ _codes_by_dtype: dict = {}          # a dtype object -> its code, filled as they
 def _code(dtype) -> int:
     if dtype not in _codes_by_dtype:
         _codes_by_dtype[dtype] = _CODES.get(str(dtype).removeprefix("torch."), -1)
+        _core.know_type(dtype, _codes_by_dtype[dtype])
     return _codes_by_dtype[dtype]
 
 
@@ -26,6 +27,8 @@ def _pointer(name: str, array, codes: tuple, *, rows_only: bool = False, writabl
 
     It must be contiguous, or with `rows_only` only within each row of a matrix.
     """
+    if (found := _core.look_at_tensor(array, codes, rows_only)) is not None:
+        return found
     try:
         shape, dtype = array.shape, array.dtype
         if hasattr(array, "data_ptr"):
