@@ -1178,9 +1178,11 @@ def load_kernels(device, spec=None) -> Kernels:
     ops["sample"] = sample_on_host
     names = dict.fromkeys(ops, "torch/reference") | {"sample": "numpy/reference"}
     core = decode_core() if torch.device(device).type == "cpu" and spec is not None else None
-    fast = core_kernels(core, spec) if core else {}
-    names |= dict.fromkeys(fast, f"decode_core/{core.info()['isa']}" if core else "")
-    return Kernels(**ops | fast, names=names, float_queries="rope_append" in fast)
+    if core:
+        fast = core_kernels(core, spec)
+        ops |= fast
+        names |= dict.fromkeys(fast, f"decode_core/{core.info()['isa']}")
+    return Kernels(**ops, names=names, float_queries=ops["rope_append"] is not rope_append_reference)
 
 
 @functools.cache
@@ -2917,19 +2919,25 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
         raise ConfigError(f"torch {torch.__version__} cannot use the CUDA device (a build without CUDA, or a driver that is too "
                           "old); install a matching torch, or use --device-type cpu")
     device = torch.device(config.device_type, config.gpu if config.device_type == "cuda" else None)
-    dtype = getattr(torch, settings.dtype) if settings.dtype else fastest_dtype(device)
-    model = open_model(config.source, settings, dtype, device, lambda *at: channel.send("loading", *at))
-    kernels = load_kernels(device, model.spec)
-    context_length = min(settings.context_length or model.context_length, model.context_length)
-    num_pages = kv_pages(model.spec, settings, device, dtype, context_length)
-    transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device, dtype=dtype,
-                              max_tokens=settings.prefill_chunk + settings.max_batch, max_rows=settings.max_batch)
-    engine = Engine(transformer, open_tokenizer(model.text), kernels, num_pages=num_pages, max_batch=settings.max_batch,
-                    context_length=context_length, prefill_chunk=settings.prefill_chunk)
-    channel.send("loaded", describe_model(model, engine, config, dtype))
+    model, engine = build_engine(config.source, settings, device, lambda *at: channel.send("loading", *at))
+    channel.send("loaded", describe_model(model, engine, config))
     engine.warm_up(lambda fraction: channel.send("loading", "warming up", fraction))
     channel.send("ready", gauges(engine))
     return engine
+
+
+def build_engine(source: ModelSource, settings: Settings, device: "torch.device",
+                 progress: Progress = no_progress) -> tuple[LoadedModel, Engine]:
+    """A model and the engine that runs it, as the settings say; not warmed up yet."""
+    dtype = getattr(torch, settings.dtype) if settings.dtype else fastest_dtype(device)
+    model = open_model(source, settings, dtype, device, progress)
+    kernels = load_kernels(device, model.spec)
+    num_pages = kv_pages(model.spec, settings, device, dtype, model.context_length)
+    transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device, dtype=dtype,
+                              max_tokens=settings.prefill_chunk + settings.max_batch, max_rows=settings.max_batch)
+    return model, Engine(transformer, open_tokenizer(model.text), kernels, num_pages=num_pages,
+                         max_batch=settings.max_batch, context_length=model.context_length,
+                         prefill_chunk=settings.prefill_chunk)
 
 
 def kv_pages(spec: ModelSpec, settings: Settings, device: "torch.device", dtype: "torch.dtype", context: int) -> int:
@@ -2963,8 +2971,8 @@ def available_memory() -> int:
     return free
 
 
-def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig, dtype: "torch.dtype") -> ModelCard:
-    pages, device = engine.pool.num_pages, engine.transformer.device
+def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> ModelCard:
+    pages, device, dtype = engine.pool.num_pages, engine.transformer.device, engine.transformer.dtype
     place = f"{device} with {config.threads} thread(s)" if device.type == "cpu" else str(device)
     if device.type == "cuda":
         place += f" ({torch.cuda.get_device_name(device)})"

@@ -156,19 +156,10 @@ async def first_token(session, server, engine, rounds):
 
 def bench_engine(path):
     """The same engine as the server's worker, in this process."""
-    settings = chat_server.Settings(model=str(path), kv_cache_memory=256 << 20)
     import torch
     torch.set_num_threads(chat_server.threads_per_worker(1))
-    device, dtype = torch.device("cpu"), torch.bfloat16
-    source = chat_server.resolve_model(settings, lambda *at: None)
-    model = chat_server.open_model(source, settings, dtype, device, lambda *at: None)
-    pages = chat_server.kv_pages(model.spec, settings, device, dtype, model.context_length)
-    kernels = chat_server.load_kernels(device)
-    transformer = chat_server.Transformer(model.spec, model.tensors, kernels, num_pages=pages, device=device, dtype=dtype,
-                                          max_tokens=settings.prefill_chunk + settings.max_batch)
-    engine = chat_server.Engine(transformer, chat_server.open_tokenizer(model.text), kernels, num_pages=pages,
-                                context_length=model.context_length, max_batch=settings.max_batch,
-                                prefill_chunk=settings.prefill_chunk)
+    settings = chat_server.Settings(model=str(path), kv_cache_memory=256 << 20)
+    _, engine = chat_server.build_engine(chat_server.resolve_model(settings), settings, torch.device("cpu"))
     engine.warm_up(lambda fraction: None)
     return engine
 
