@@ -697,31 +697,38 @@ def mkldnn_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def linear_reference(x, weight, bias, out):
-    """x (T, K) @ weight (N, K, packed or plain) transposed + bias (N) -> out (T, N) in the type of `out`."""
+class Norm(NamedTuple):
+    """What `linear` does to its input first: RMS norm, with a weight (C) or None."""
+
+    weight: Any
+    eps: float
+
+
+def linear_reference(x, weight, out, norm=None, bias=None, activation=None, residual=None):
+    """residual + activation(norm(x) @ weight.T + bias) -> out; weight (N, K) packed or plain, of x (T, >= K) its first K columns.
+
+    activation: None, "relu2" or "swiglu"; swiglu's weight has the gates' rows first and gives (T, N / 2).
+    """
+    if norm:
+        x = torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
+    x = x[:, :weight.shape[1]].to(weight.dtype)
     if weight.is_mkldnn:
-        out.copy_(torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
+        y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     else:
-        out.copy_(torch.nn.functional.linear(x, weight, bias))
-
-
-def swiglu_reference(gate_up, out):
-    """gate_up (T, 2F), gates first -> silu(gate) * up in out (T, F)."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    torch.mul(torch.nn.functional.silu(gate), up, out=out)
-
-
-def relu2_reference(x, out):
-    torch.square(torch.relu(x), out=out)
+        y = torch.nn.functional.linear(x, weight, bias)
+    if activation == "swiglu":
+        gate, up = y.chunk(2, dim=-1)
+        y = torch.nn.functional.silu(gate) * up
+    elif activation == "relu2":
+        y = torch.square(torch.relu(y))
+    if residual is None:
+        out.copy_(y)
+    else:
+        torch.add(residual, y, out=out)
 
 
 def copy_reference(x, out):
     out.copy_(x)
-
-
-def add_reference(x, y, out):
-    """x (T, C) float32 + y (T, C) -> out; `out` may be x."""
-    torch.add(x, y, out=out)
 
 
 def mix_reference(x, x0, resid_lambda, x0_lambda, out):
@@ -774,14 +781,15 @@ def make_cache_reference(spec, num_pages, dtype, device):
     return zeroed((spec.layers, num_pages * PAGE_SIZE, 2, spec.kv_heads, spec.head_size), dtype, device)
 
 
-def rope_append_reference(qkv, cos, sin, slots, cache, spec, q_norm, k_norm, value_embed, gate, out):
+def rope_append_reference(qkv, tables, positions, slots, cache, spec, q_norm, k_norm, value_embed, gate, out):
     """Everything between the qkv product and attention: q -> out (T, H * D), k and v -> the cache; qkv is overwritten.
 
-    qkv (T, (H + 2 Hkv) * D): q and k are normalized, rotated by the rows cos, sin (T, rot) and scaled; v gets
-    `ve_gate_scale * sigmoid(gate) * value_embed`, gate (T, Hkv), value_embed (T, Hkv * D); then k and v go into
+    qkv (T, (H + 2 Hkv) * D): q and k are normalized, rotated by the rows `positions` (T,) of the rope tables and scaled;
+    v gets `ve_gate_scale * sigmoid(gate) * value_embed`, gate (T, Hkv), value_embed (T, Hkv * D); then k and v go into
     `cache`, one layer's, at `slots` (T,).
     """
     T, H, Hkv, D = qkv.shape[0], spec.heads, spec.kv_heads, spec.head_size
+    cos, sin = (torch.index_select(table, 0, positions) for table in tables)                    # (T, rot) each
     heads = qkv.view(T, H + 2 * Hkv, D)
     qk = heads[:, :H + Hkv].float()                                     # (T, H + Hkv, D), a copy
     if spec.qk_norm == "before_rope":
@@ -794,7 +802,7 @@ def rope_append_reference(qkv, cos, sin, slots, cache, spec, q_norm, k_norm, val
         strength = spec.ve_gate_scale * torch.sigmoid(gate.float()).unsqueeze(-1)               # (T, Hkv, 1)
         heads[:, H + Hkv:] += strength * value_embed.view(T, Hkv, D)
     out.copy_(qkv[:, :H * D])
-    cache.view(-1, 2 * Hkv * D).index_copy_(0, slots, qkv[:, H * D:])
+    cache.view(-1, 2 * Hkv * D).index_copy_(0, slots, qkv[:, H * D:].to(cache.dtype))
 
 
 def norm_heads(qk, H, q_norm, k_norm, eps):
@@ -827,15 +835,15 @@ class Span(NamedTuple):
     mask: Any               # additive (B, 1, queries, S); None where every key counts
 
 
-def plan_attention_reference(batch, windows, heads, cache) -> dict:
+def plan_attention_reference(batch, positions, windows, dtype) -> dict:
     """Work out once per step, for all layers, which pages and masks attention needs: {window: [Span, ...]}."""
     counts = [end - start for start, end in zip(batch.starts, batch.starts[1:])]
     decode = next((i for i, count in enumerate(counts) if count != 1), len(counts))
     groups = [range(decode)] * (decode > 0) + [range(i, i + 1) for i in range(decode, len(counts))]
-    return {window: [make_span(batch, group, window, cache.dtype) for group in groups] for window in set(windows)}
+    return {window: [make_span(batch, positions, group, window, dtype) for group in groups] for window in set(windows)}
 
 
-def make_span(batch, group, window, dtype) -> Span:
+def make_span(batch, positions, group, window, dtype) -> Span:
     """The Span of the sequences `group`: decode rows, or one sequence with any number of new tokens."""
     rows = slice(batch.starts[group.start], batch.starts[group.stop])
     count = batch.starts[group.start + 1] - batch.starts[group.start]           # new tokens of each sequence
@@ -844,12 +852,12 @@ def make_span(batch, group, window, dtype) -> Span:
     tables = [batch.tables[i][f:-(-batch.lengths[i] // PAGE_SIZE)] for i, f in zip(group, first)]
     sizes = [batch.lengths[i] - f * PAGE_SIZE for i, f in zip(group, first)]
     size = max(sizes)
-    keys = key_location(tables, size, batch.positions.device)
+    keys = key_location(tables, size, positions.device)
     if count == 1 and min(sizes) == size and (not window or size <= window):
         return Span(rows, len(group), keys, size, None)
-    begin = torch.tensor(first, device=batch.positions.device).mul_(PAGE_SIZE)
+    begin = torch.tensor(first, device=positions.device).mul_(PAGE_SIZE)
     position = begin.unsqueeze(1) + torch.arange(size, device=begin.device)     # (B, S) absolute position of each key
-    age = batch.positions[rows].view(len(group), count, 1) - position.unsqueeze(1)      # (B, queries, S); < 0: future
+    age = positions[rows].view(len(group), count, 1) - position.unsqueeze(1)      # (B, queries, S); < 0: future
     hidden = (age < 0) | (age >= window) if window else age < 0
     mask = torch.zeros(hidden.shape, dtype=dtype, device=begin.device).masked_fill_(hidden, -math.inf)
     return Span(rows, len(group), keys, size, mask.unsqueeze(1))
@@ -864,14 +872,15 @@ def key_location(tables, size, device):
     return torch.tensor(padded, device=device).flatten()
 
 
-def paged_attention_reference(q, cache, spans, scale, scratch, out):
-    """softmax(q k * scale) v over each row's own pages: q (T, H, D), one layer's cache -> out (T, H * D).
+def paged_attention_reference(q, cache, plan, window, out):
+    """softmax(q k / sqrt(D)) v over each row's own pages: q (T, H * D), one layer's cache -> out (T, H * D).
 
     The query heads that share a kv head are rows of one product when decoding and broadcast over its keys in
     prefill, so that keys are never repeated in memory.
     """
     attend, Hkv, D = torch.nn.functional.scaled_dot_product_attention, cache.shape[2], cache.shape[3]
-    for rows, B, keys, size, mask in spans:
+    q, scale = q.unflatten(1, (-1, D)), D**-0.5                                 # (T, H, D)
+    for rows, B, keys, size, mask in plan[window]:
         if isinstance(keys, slice):
             k, v = cache[keys].permute(1, 2, 0, 3).unsqueeze(1)                 # (B = 1, Hkv, S, D) each
         else:
@@ -881,7 +890,7 @@ def paged_attention_reference(q, cache, spans, scale, scratch, out):
         if len(grouped) == B:
             y = attend(grouped, k, v, attn_mask=mask, scale=scale)
         elif q.device.type == "cpu":
-            y = attend_chunk(grouped, k[0], v[0], mask, scale, scratch)
+            y = attend_chunk(grouped, k[0], v[0], mask, scale)
         else:
             grouped = grouped.permute(1, 2, 0, 3)                               # (Hkv, H / Hkv, queries, D)
             k, v = (t.transpose(0, 1).expand(-1, grouped.shape[1], -1, -1) for t in (k, v))
@@ -889,16 +898,23 @@ def paged_attention_reference(q, cache, spans, scale, scratch, out):
         out[rows].view(y.shape).copy_(y)
 
 
-def attend_chunk(q, k, v, mask, scale, scratch):
+@functools.lru_cache(maxsize=1)
+def scores_scratch(dtype, size):
+    """Memory for `size` attention scores, which stays touched from step to step."""
+    return torch.empty(size, dtype=dtype)
+
+
+def attend_chunk(q, k, v, mask, scale):
     """A prefill chunk on CPU by two products per kv head: q (T, Hkv, G, D), k and v (Hkv, S, D), mask (1, 1, T, S) ->
-    (T, Hkv, G, D). Scores have the weights' type and lie in `scratch`, so many queries at once as fit there.
+    (T, Hkv, G, D). Scores have the weights' type and lie in scratch memory, so many queries at once as fit there.
 
     2.5 to 3 times faster than torch's fused attention here (256 queries over 256 to 7168 keys, bfloat16, 2 threads),
     but only in memory that is touched already: fresh pages for the scores take longer than the products.
     """
     T, Hkv, G, D = q.shape
     S, y = k.shape[1], torch.empty_like(q)
-    step = max(1, len(scratch) // (G * S))
+    step = max(1, SCRATCH_SCORES // (G * S))
+    scratch = scores_scratch(q.dtype, SCRATCH_SCORES * -(-max(SCRATCH_SCORES, G * S) // SCRATCH_SCORES))
     for h in range(Hkv):
         for first in range(0, T, step):
             block = slice(first, first + step)
@@ -1147,10 +1163,7 @@ class Kernels:
     rms_norm: Callable
     pack: Callable
     linear: Callable
-    swiglu: Callable
-    relu2: Callable
     copy: Callable
-    add: Callable
     mix: Callable
     smear: Callable
     backout: Callable
@@ -1162,11 +1175,13 @@ class Kernels:
     paged_attention: Callable
     sample: Callable
     names: Mapping[str, str]
-    float_queries: bool = False         # rope_append writes queries in float32, whatever the weights' type
     row_invariant: bool = False         # each row's bits depend on nothing else in the batch
 
     def describe(self) -> dict[str, str]:
         return dict(self.names)
+
+
+OP_NAMES = tuple(op.name for op in dataclasses.fields(Kernels)[:-2])
 
 
 def load_kernels(device, spec=None) -> Kernels:
@@ -1174,15 +1189,14 @@ def load_kernels(device, spec=None) -> Kernels:
 
     CHAT_SERVER_KERNELS=reference keeps decode_core out.
     """
-    ops = {op.name: globals().get(f"{op.name}_reference") for op in dataclasses.fields(Kernels)[:-3]}
-    ops["sample"] = sample_on_host
+    ops = {name: globals().get(f"{name}_reference") for name in OP_NAMES} | {"sample": sample_on_host}
     names = dict.fromkeys(ops, "torch/reference") | {"sample": "numpy/reference"}
     core = decode_core() if torch.device(device).type == "cpu" and spec is not None else None
     if core:
         fast = core_kernels(core, spec)
         ops |= fast
         names |= dict.fromkeys(fast, f"decode_core/{core.info()['isa']}")
-    return Kernels(**ops, names=names, float_queries=ops["rope_append"] is not rope_append_reference)
+    return Kernels(**ops, names=names)
 
 
 @functools.cache
@@ -1204,46 +1218,9 @@ def kernels_line() -> str:
 
 
 def core_kernels(core: Any, spec) -> dict[str, Callable]:
-    """decode_core's ops in the form that `forward` calls them; references stay where the model's shape does not fit.
-
-    A layer's cache is (P, Hkv, 2, 16 * D), keys transposed, in float16 beside bfloat16 weights, else float32. Queries are
-    float32 and scaled by rope_append.
-    """
+    """decode_core's ops in the form that `forward` calls them; references stay where the model's shape does not fit."""
     core.set_threads(torch.get_num_threads())
-    chosen: dict[str, Callable] = {"sample": core.Sampler()}
-    if spec.width % 16 == spec.ffn_size % 16 == 0:
-        chosen |= {"rms_norm": core.rms_norm, "add": core.add, "swiglu": core.swiglu, "relu2": core.relu2}
-    if spec.head_size % 16 or spec.head_size > 256 or spec.heads // spec.kv_heads > 16:
-        return chosen
-    order = torch.arange(0)
-
-    def rope_tables(spec, device):
-        cos, sin = rope_tables_reference(spec, device)
-        half = cos.shape[1] // 2
-        return cos[:, :half].contiguous(), sin[:, half:].contiguous()          # sin carries the direction
-
-    def make_cache(spec, num_pages, dtype, device):
-        kind = torch.float32 if dtype == torch.float32 else torch.float16
-        return zeroed((spec.layers, num_pages, spec.kv_heads, 2, PAGE_SIZE * spec.head_size), kind, device)
-
-    def rope_append(qkv, cos, sin, slots, cache, spec, q_norm, k_norm, value_embed, gate, out):
-        nonlocal order
-        if len(order) < len(qkv):           # cos and sin are the rows of each token already
-            order = torch.arange(len(qkv))
-        core.rope_append(qkv, cos, sin, order[:len(qkv)], slots, cache, out.view(len(qkv), spec.heads, spec.head_size),
-                         norm=spec.qk_norm, q_norm=q_norm, k_norm=k_norm, eps=spec.norm_eps, post_scale=spec.qk_scale,
-                         value_embed=value_embed, gate=gate, gate_scale=spec.ve_gate_scale)
-
-    def plan_attention(batch, windows, heads, cache):
-        plan = core.plan_attention(batch.tables, batch.lengths, batch.starts, heads, cache.shape[1], cache.shape[0])
-        return {window: (plan, window) for window in windows}
-
-    def paged_attention(q, cache, spans, scale, scratch, out):
-        plan, window = spans
-        core.paged_attention(q, cache, plan, out, window=window)
-
-    return chosen | {"rope_tables": rope_tables, "make_cache": make_cache, "rope_append": rope_append,
-                     "plan_attention": plan_attention, "paged_attention": paged_attention}
+    return {"sample": core.Sampler()}
 
 
 def fastest_dtype(device) -> "torch.dtype":
@@ -1442,14 +1419,35 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 class Batch:
     """One flattened step: the T new tokens of N sequences, sequence after sequence; one-token sequences first."""
 
-    token_ids: Any              # (T,) int64
-    previous_token_ids: Any     # (T,) int64, -1 at position 0
-    positions: Any              # (T,) int64
-    slots: Any                  # (T,) int64: page * PAGE_SIZE + offset, where k and v go
-    starts: list[int]           # (N + 1): tokens starts[i] .. starts[i + 1] belong to sequence i
-    lengths: list[int]          # (N): keys of sequence i after this step
-    tables: list[list[int]]     # (N): its pages, in order
-    logit_rows: Any             # (R,) int64: which of the T rows need logits
+    token_ids: list[int]            # (T); ~i, where steps are begun ahead: the token that row i of the step before draws
+    previous_token_ids: list[int]   # (T); -1 at position 0
+    starts: list[int]               # (N + 1): tokens starts[i] .. starts[i + 1] belong to sequence i
+    lengths: list[int]              # (N): keys of sequence i after this step
+    tables: list[list[int]]         # (N): its pages, in order
+    logit_rows: list[int]           # (R): which of the T rows need logits
+
+
+class Inputs(NamedTuple):
+    """What of a Batch the ops read: int64 tensors on the device, and attention's plan."""
+
+    token_ids: Any                  # (T,)
+    previous_token_ids: Any         # (T,)
+    positions: Any                  # (T,)
+    slots: Any                      # (T,) page * PAGE_SIZE + offset, where k and v go
+    logit_rows: Any                 # (R,)
+    attention: Any                  # the kernels' plan of where each row's keys are
+
+
+def make_inputs(batch: Batch, kernels: Kernels, spec: ModelSpec, device, dtype) -> Inputs:
+    counts = [end - start for start, end in zip(batch.starts, batch.starts[1:])]
+    places = [(position, table[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE)
+              for count, length, table in zip(counts, batch.lengths, batch.tables)
+              for position in range(length - count, length)]
+    positions, slots = zip(*places)
+    columns = (batch.token_ids, batch.previous_token_ids, positions, slots, batch.logit_rows)
+    tensors = [torch.tensor(column, dtype=torch.int64, device=device) for column in columns]
+    windows = [spec.window(l) for l in range(spec.layers)]
+    return Inputs(*tensors, attention=kernels.plan_attention(batch, tensors[2], windows, dtype))
 
 
 class Transformer:
@@ -1467,12 +1465,9 @@ class Transformer:
             self.weights = self._pack(tensors)
             self.layers = [{name.partition(".")[2]: tensor for name, tensor in self.weights.items()
                             if name.startswith(f"{l}.")} for l in range(spec.layers)]
-            self.rope_cos, self.rope_sin = kernels.rope_tables(spec, self.device)
+            self.rope_tables = kernels.rope_tables(spec, self.device)
             self.cache = kernels.make_cache(spec, num_pages, self.dtype, self.device)
             self.buffers = self._allocate(max_tokens, min(max_rows or max_tokens, max_tokens))
-            # attention's scores: a few MB at once, and at least those of one query over the whole context
-            scores = max(SCRATCH_SCORES, spec.heads // spec.kv_heads * spec.max_positions)
-            self.scratch = torch.empty(scores, dtype=self.dtype, device=self.device)
 
     def _pack(self, tensors: dict) -> dict:
         """Move every weight to the device, matrices into the kernels' layout; a tied head stays the plain embedding."""
@@ -1492,23 +1487,19 @@ class Transformer:
         """One buffer for each activation: the residual stream and logits in float32, the rest in the weights' type."""
         spec, f32, dtype = self.spec, torch.float32, self.dtype
         C, D, F, H, Hkv = spec.width, spec.head_size, spec.ffn_size, spec.heads, spec.kv_heads
-        rot = self.rope_cos.shape[1]
         sizes = {
-            "x": (T, C, f32), "x0": (T, C, f32), "middle": (T, C, f32), "previous": (T, C, f32),
-            "cos": (T, rot, f32), "sin": (T, rot, f32), "normed": (T, C, dtype), "projected": (T, C, dtype),
-            "qkv": (T, (H + 2 * Hkv) * D, dtype), "q": (T, H * D, f32 if self.kernels.float_queries else dtype),
-            "attended": (T, H * D, dtype), "gate": (T, Hkv, dtype), "value": (T, Hkv * D, dtype),
-            "up": (T, F * (2 if spec.activation == "swiglu" else 1), dtype), "hidden": (T, F, dtype), "last": (R, C, f32), "last_normed": (R, C, dtype),
-            "logits": (R, spec.vocab_size, f32),
+            "x": (T, C, f32), "between": (T, C, f32), "x0": (T, C, f32), "middle": (T, C, f32), "previous": (T, C, f32),
+            "qkv": (T, (H + 2 * Hkv) * D, dtype), "q": (T, H * D, dtype), "attended": (T, H * D, dtype),
+            "gate": (T, Hkv, dtype), "value": (T, Hkv * D, dtype), "hidden": (T, F, dtype),
+            "last": (R, C, f32), "logits": (R, spec.vocab_size, f32),
         }
         return {name: torch.empty(rows, columns, dtype=kind, device=self.device)
                 for name, (rows, columns, kind) in sizes.items()}
 
     def _cut(self, T: int, R: int) -> SimpleNamespace:
         """The buffers' first T rows, or R for what follows the last layer."""
-        after = ("last", "last_normed", "logits")
-        return SimpleNamespace(scratch=self.scratch,
-                               **{name: buffer[:R if name in after else T] for name, buffer in self.buffers.items()})
+        return SimpleNamespace(**{name: buffer[:R if name in ("last", "logits") else T]
+                                  for name, buffer in self.buffers.items()})
 
     @staticmethod
     def page_bytes(spec: ModelSpec, dtype) -> int:
@@ -1516,70 +1507,62 @@ class Transformer:
         return spec.layers * PAGE_SIZE * 2 * spec.kv_heads * spec.head_size * dtype.itemsize
 
     def forward(self, batch: Batch):
-        """Run T new tokens through the model -> logits (R, V) float32, a view of a buffer that the next step reuses.
+        """Run a step's new tokens through the model -> logits (R, V) float32, a view of a buffer that the next step reuses."""
+        buffers = self._cut(len(batch.token_ids), len(batch.logit_rows))
+        with torch.inference_mode():
+            self.compute(make_inputs(batch, self.kernels, self.spec, self.device, self.dtype), buffers)
+        return buffers.logits
+
+    def compute(self, inputs: Inputs, b: SimpleNamespace) -> None:
+        """The model: T new tokens -> b.logits (R, V).
 
         Every line is an op of section 4 into a given buffer, so that a recorder or a graph can stand behind it.
         """
         spec, k, w = self.spec, self.kernels, self.weights
-        b = self._cut(len(batch.token_ids), R := len(batch.logit_rows))
-        with torch.inference_mode():
-            spans = k.plan_attention(batch, [spec.window(l) for l in range(spec.layers)], spec.heads, self.cache[0])
-            k.gather_rows(self.rope_cos, batch.positions, out=b.cos)                        # (T, rot)
-            k.gather_rows(self.rope_sin, batch.positions, out=b.sin)
-            k.embed(w["embed"], batch.token_ids, out=b.x)                                   # (T, C)
-            if spec.embedding_norm:
-                k.rms_norm(b.x, None, spec.norm_eps, out=b.x)
-            if spec.smear_channels:     # the embedding before this one, itself not smeared
-                k.embed(w["embed"], batch.previous_token_ids, out=b.previous)
-                k.rms_norm(b.previous, None, spec.norm_eps, out=b.previous)
-                k.smear(b.x, b.previous, batch.previous_token_ids, w["smear_gate"], w["smear_lambda"], out=b.x)
+        k.embed(w["embed"], inputs.token_ids, out=b.x)                                      # (T, C)
+        if spec.embedding_norm:
+            k.rms_norm(b.x, None, spec.norm_eps, out=b.x)
+        if spec.smear_channels:     # the embedding before this one, itself not smeared
+            k.embed(w["embed"], inputs.previous_token_ids, out=b.previous)
+            k.rms_norm(b.previous, None, spec.norm_eps, out=b.previous)
+            k.smear(b.x, b.previous, inputs.previous_token_ids, w["smear_gate"], w["smear_lambda"], out=b.x)
+        if spec.residual_lambdas:
+            k.copy(b.x, out=b.x0)
+        for l, layer in enumerate(self.layers):
             if spec.residual_lambdas:
-                k.copy(b.x, out=b.x0)
-            for l, layer in enumerate(self.layers):
-                if spec.residual_lambdas:
-                    k.mix(b.x, b.x0, w["resid_lambdas"][l], w["x0_lambdas"][l], out=b.x)
-                self._attention(batch, b, layer, self.cache[l], spans[spec.window(l)])
-                self._feed_forward(b, layer)
-                if l == spec.backout_layer:
-                    k.copy(b.x, out=b.middle)
-            if spec.backout_layer is not None:
-                k.backout(b.x, b.middle, w["backout_lambda"], out=b.x)
-            if R:
-                k.gather_rows(b.x, batch.logit_rows, out=b.last)                            # (R, C)
-                k.rms_norm(b.last, w.get("final_norm"), spec.norm_eps, out=b.last_normed)
-                k.linear(b.last_normed, w["head"], None, out=b.logits)                      # (R, V)
-                if spec.softcap:
-                    k.softcap(b.logits, spec.softcap, out=b.logits)
-        return b.logits
+                k.mix(b.x, b.x0, w["resid_lambdas"][l], w["x0_lambdas"][l], out=b.x)
+            self._attention(inputs, b, layer, self.cache[l], spec.window(l))
+            self._feed_forward(b, layer)
+            if l == spec.backout_layer:
+                k.copy(b.x, out=b.middle)
+        if spec.backout_layer is not None:
+            k.backout(b.x, b.middle, w["backout_lambda"], out=b.x)
+        k.gather_rows(b.x, inputs.logit_rows, out=b.last)                                   # (R, C)
+        k.linear(b.last, w["head"], norm=Norm(w.get("final_norm"), spec.norm_eps), out=b.logits)    # (R, V)
+        if spec.softcap:
+            k.softcap(b.logits, spec.softcap, out=b.logits)
 
-    def _attention(self, batch: Batch, b: SimpleNamespace, layer: dict, cache, spans) -> None:
-        """x += output(attention(norm(x))): keys and values of the new tokens go into the layer's pages first."""
+    def _attention(self, inputs: Inputs, b: SimpleNamespace, layer: dict, cache, window: int) -> None:
+        """between = x + output(attention(norm(x))): keys and values of the new tokens go into the layer's pages first."""
         spec, k, value, gate = self.spec, self.kernels, None, None
-        k.rms_norm(b.x, layer.get("attention_norm"), spec.norm_eps, out=b.normed)
-        k.linear(b.normed, layer["qkv"], layer.get("qkv_bias"), out=b.qkv)                  # (T, (H + 2 Hkv) * D)
+        norm = Norm(layer.get("attention_norm"), spec.norm_eps)
+        k.linear(b.x, layer["qkv"], norm=norm, bias=layer.get("qkv_bias"), out=b.qkv)       # (T, (H + 2 Hkv) * D)
         if "value_embed" in layer:
             value, gate = b.value, b.gate
-            k.embed(layer["value_embed"], batch.token_ids, out=value)                       # (T, Hkv * D)
-            k.linear(b.normed[:, :spec.ve_gate_channels], layer["ve_gate"], None, out=gate)     # (T, Hkv)
-        k.rope_append(b.qkv, b.cos, b.sin, batch.slots, cache, spec, layer.get("q_norm"), layer.get("k_norm"),
-                      value, gate, out=b.q)                                                 # (T, H * D)
-        q = b.q.unflatten(1, (spec.heads, spec.head_size))                                  # (T, H, D)
-        k.paged_attention(q, cache, spans, spec.head_size**-0.5, b.scratch, out=b.attended)     # (T, H * D)
-        k.linear(b.attended, layer["output"], None, out=b.projected)                        # (T, C)
-        k.add(b.x, b.projected, out=b.x)
+            k.embed(layer["value_embed"], inputs.token_ids, out=value)                      # (T, Hkv * D)
+            k.linear(b.x, layer["ve_gate"], norm=norm, out=gate)                            # (T, Hkv), of few channels
+        k.rope_append(b.qkv, self.rope_tables, inputs.positions, inputs.slots, cache, spec, layer.get("q_norm"),
+                      layer.get("k_norm"), value, gate, out=b.q)                            # (T, H * D)
+        k.paged_attention(b.q, cache, inputs.attention, window, out=b.attended)             # (T, H * D)
+        k.linear(b.attended, layer["output"], residual=b.x, out=b.between)                  # (T, C)
 
     def _feed_forward(self, b: SimpleNamespace, layer: dict) -> None:
-        """x += down(activation(up(norm(x))))."""
+        """x = between + down(activation(up(norm(between))))."""
         spec, k = self.spec, self.kernels
-        k.rms_norm(b.x, layer.get("ffn_norm"), spec.norm_eps, out=b.normed)
-        if spec.activation == "swiglu":
-            k.linear(b.normed, layer["gate_up"], None, out=b.up)                            # (T, 2F), gates first
-            k.swiglu(b.up, out=b.hidden)                                                    # (T, F)
-        else:
-            k.linear(b.normed, layer["up"], None, out=b.up)                                 # (T, F)
-            k.relu2(b.up, out=b.hidden)
-        k.linear(b.hidden, layer["down"], None, out=b.projected)                            # (T, C)
-        k.add(b.x, b.projected, out=b.x)
+        norm = Norm(layer.get("ffn_norm"), spec.norm_eps)
+        up = layer["gate_up" if spec.activation == "swiglu" else "up"]
+        k.linear(b.between, up, norm=norm, activation=spec.activation, out=b.hidden)        # (T, F)
+        k.linear(b.hidden, layer["down"], residual=b.between, out=b.x)                      # (T, C)
 
 
 # 7. weights: a path becomes (ModelSpec, named tensors, TextSpec) --------------------------------------------------
@@ -2708,7 +2691,7 @@ class Engine:
 
     def run(self, plan: Seq[Chunk]) -> list[int]:
         """Forward and sample: one token for each chunk of the plan that completes its sequence."""
-        logits = self.transformer.forward(make_batch(plan, self.transformer.device))
+        logits = self.transformer.forward(make_batch(plan))
         rows = [sample_row(chunk.sequence, self.tokenizer.stop_tokens) for chunk in plan if chunk.samples]
         return self.kernels.sample(logits, rows) if rows else []
 
@@ -2750,22 +2733,19 @@ class Engine:
         self.pool.forget_cached()
 
 
-def make_batch(plan: Seq[Chunk], device: "torch.device") -> Batch:
-    """Flatten the plan into the tensors of one forward pass, sequence after sequence."""
-    ids, previous, positions, slots, rows, starts = [], [], [], [], [], [0]
+def make_batch(plan: Seq[Chunk]) -> Batch:
+    """Flatten the plan into one forward pass, sequence after sequence."""
+    batch = Batch([], [], [0], [], [], [])
     for sequence, count in plan:
         first, tokens = sequence.computed, sequence.tokens
-        span = range(first, first + count)
-        ids += tokens[first:first + count]
-        previous += tokens[first - 1:first + count - 1] if first else [-1, *tokens[:count - 1]]
-        positions += span
-        slots += [sequence.pages[i // PAGE_SIZE] * PAGE_SIZE + i % PAGE_SIZE for i in span]
-        starts.append(starts[-1] + count)
+        batch.token_ids += tokens[first:first + count]
+        batch.previous_token_ids += tokens[first - 1:first + count - 1] if first else [-1, *tokens[:count - 1]]
+        batch.starts.append(len(batch.token_ids))
+        batch.lengths.append(first + count)
+        batch.tables.append(sequence.pages)
         if count == sequence.pending:
-            rows.append(starts[-1] - 1)
-    tensors = (torch.tensor(column, dtype=torch.int64, device=device) for column in (ids, previous, positions, slots))
-    return Batch(*tensors, starts=starts, lengths=[s.computed + count for s, count in plan],
-                 tables=[s.pages for s, _ in plan], logit_rows=torch.tensor(rows, dtype=torch.int64, device=device))
+            batch.logit_rows.append(len(batch.token_ids) - 1)
+    return batch
 
 
 def sample_row(sequence: Sequence, eos_tokens: frozenset[int]) -> SampleRow:

@@ -32,11 +32,10 @@ def model():
 def make_batch(rows, context, new):
     """`rows` sequences that each compute `new` tokens and then are `context` long."""
     pages = -(-context // cs.PAGE_SIZE)
-    positions = torch.arange(context - new, context).repeat(rows)
-    first_page = torch.arange(rows).repeat_interleave(new) * pages
-    return cs.Batch((positions * 37 + 5) % 40000, (positions * 37 + 4) % 40000, positions,
-                    (first_page * cs.PAGE_SIZE) + positions, [new * i for i in range(rows + 1)], [context] * rows,
-                    [list(range(i * pages, (i + 1) * pages)) for i in range(rows)], torch.arange(1, rows + 1) * new - 1)
+    positions = [*range(context - new, context)] * rows
+    return cs.Batch([(p * 37 + 5) % 40000 for p in positions], [(p * 37 + 4) % 40000 for p in positions],
+                    [new * i for i in range(rows + 1)], [context] * rows,
+                    [list(range(i * pages, (i + 1) * pages)) for i in range(rows)], [new * i + new - 1 for i in range(rows)])
 
 
 def record(benchmark, tokens):

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import chat_server as cs
-from chat_server import PAGE_SIZE, Batch, ModelSpec, Transformer
+from chat_server import Batch, ModelSpec, Transformer
 
 GENERATIONS = ("gen1", "gen2", "gen3", "gen4", "gen5")
 
@@ -37,17 +37,14 @@ def transformer(spec, tensors, kernels=None, num_pages=80, dtype=torch.float32):
 
 def make_batch(*chunks):
     """chunks: (all tokens, already computed, new, pages) of each sequence; logits for the last token of each."""
-    ids, previous, positions, slots, starts, lengths = [], [], [], [], [0], []
+    ids, previous, starts, lengths = [], [], [0], []
     for tokens, computed, new, pages in chunks:
         span = range(computed, computed + new)
         ids += [tokens[p] for p in span]
         previous += [tokens[p - 1] if p else -1 for p in span]
-        positions += span
-        slots += [pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in span]
         starts.append(starts[-1] + new)
         lengths.append(computed + new)
-    return Batch(*map(torch.tensor, (ids, previous, positions, slots)), starts, lengths, [chunk[3] for chunk in chunks],
-                 torch.tensor([start - 1 for start in starts[1:]]))
+    return Batch(ids, previous, starts, lengths, [chunk[3] for chunk in chunks], [start - 1 for start in starts[1:]])
 
 
 def some_tokens(count, vocab_size, seed=1):
@@ -120,7 +117,7 @@ def test_a_step_without_logit_rows_fills_the_cache_and_returns_no_rows():
     spec, tensors = llama_like()
     model, tokens = transformer(spec, tensors), some_tokens(20, 100)
     batch = make_batch((tokens, 0, 19, [0, 1]))
-    batch.logit_rows = torch.empty(0, dtype=torch.int64)
+    batch.logit_rows = []
     assert model.forward(batch).shape == (0, 100)
     whole = transformer(spec, tensors).forward(make_batch((tokens, 0, 20, [0, 1])))
     assert torch.allclose(model.forward(make_batch((tokens, 19, 1, [0, 1]))), whole, atol=1e-4)
@@ -174,8 +171,11 @@ def test_forward_is_a_list_of_ops_that_can_be_replayed_over_scribbled_buffers(wh
     cache = model.cache.clone()
     addresses = {name: buffer.data_ptr() for name, buffer in model.buffers.items()}
     batch = make_batch((tokens, 30, 20, [7, 5, 6, 2]))
-    with guard:
-        logits = model.forward(batch)
+    inputs = cs.make_inputs(batch, model.kernels, spec, model.device, model.dtype)
+    buffers = model._cut(20, 1)
+    with torch.inference_mode(), guard:
+        model.compute(inputs, buffers)
+    logits = buffers.logits
     expected, cache_after = logits.clone(), model.cache.clone()
 
     assert addresses == {name: buffer.data_ptr() for name, buffer in model.buffers.items()}

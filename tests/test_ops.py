@@ -61,8 +61,27 @@ def test_packed_and_plain_products_are_products(rows, kind, tolerance, bias):
     expected = f64(x) @ f64(weight).T + (0 if bias is None else f64(bias))
     for matrix in (weight, KERNELS.pack(weight)):
         out = torch.full((rows, 80), math.nan)
-        KERNELS.linear(x, matrix, bias, out=out)
+        KERNELS.linear(x, matrix, bias=bias, out=out)
         close(out, expected, tolerance)
+
+
+@pytest.mark.parametrize("norm", [None, cs.Norm(None, 1e-5), cs.Norm(random(96, seed=7), 1e-5)])
+@pytest.mark.parametrize("activation", [None, "relu2", "swiglu"])
+@pytest.mark.parametrize("channels", [96, 12])
+def test_linear_norms_first_and_activates_and_adds_afterwards(norm, activation, channels):
+    x, weight, residual = random(5, 96, seed=1), random(80, channels, seed=2), random(5, 80, seed=3)
+    normed = f64(x) if norm is None else rms(f64(x)) * (1 if norm.weight is None else f64(norm.weight))
+    y = normed[:, :channels] @ f64(weight).T
+    if activation == "relu2":
+        y = np.maximum(y, 0) ** 2
+    if activation == "swiglu":
+        y, residual = y[:, :40] * sigmoid(y[:, :40]) * y[:, 40:], residual[:, :40].contiguous()
+    for matrix in (weight, KERNELS.pack(weight)):
+        out = torch.full(y.shape, math.nan)
+        KERNELS.linear(x, matrix, out=out, norm=norm, activation=activation)
+        close(out, y)
+        KERNELS.linear(x, matrix, out=out, norm=norm, activation=activation, residual=residual)
+        close(out, y + f64(residual))
 
 
 def test_elementwise_ops():
@@ -71,10 +90,7 @@ def test_elementwise_ops():
     gate = random(1, 5, seed=3)
     out = torch.empty(4, 8)
     cases = [
-        (lambda: KERNELS.swiglu(torch.cat((x, y), 1), out=out), f64(x) * sigmoid(f64(x)) * f64(y)),
-        (lambda: KERNELS.relu2(x, out=out), np.maximum(f64(x), 0) ** 2),
         (lambda: KERNELS.copy(x, out=out), f64(x)),
-        (lambda: KERNELS.add(x, y.bfloat16(), out=out), f64(x) + f64(y.bfloat16())),
         (lambda: KERNELS.mix(x, y, a, b, out=out), 0.7 * f64(x) - 0.3 * f64(y)),
         (lambda: KERNELS.backout(x, y, a, out=out), f64(x) - 0.7 * f64(y)),
         (lambda: KERNELS.softcap(x * 20, 15.0, out=out), 15 * np.tanh(f64(x) * 20 / 15)),
@@ -133,9 +149,9 @@ def test_rope_append_normalizes_rotates_gates_and_appends(variant):
     q_norm, k_norm = (random(8, seed=s) for s in (2, 3)) if spec.qk_norm_weights else (None, None)
     value_embed, gate = (random(4, 16, seed=4), random(4, 2, seed=5)) if spec.value_embed_layers else (None, None)
     q, k, v = rope_reference(qkv, positions, spec, q_norm, k_norm, value_embed, gate)
-    cos, sin = (table[positions] for table in KERNELS.rope_tables(spec, "cpu"))
+    tables = KERNELS.rope_tables(spec, "cpu")
     rotated = torch.full((4, 32), math.nan)
-    KERNELS.rope_append(qkv, cos, sin, slots, cache, spec, q_norm, k_norm, value_embed, gate, out=rotated)
+    KERNELS.rope_append(qkv, tables, torch.tensor(positions), slots, cache, spec, q_norm, k_norm, value_embed, gate, out=rotated)
     close(rotated.reshape(4, 4, 8), q)
     close(cache[slots, 0], k)
     close(cache[slots, 1], v)
@@ -181,24 +197,24 @@ def paged_batch(rng, sequences, num_pages, scattered):
     [(1, 1)], [(1, 16)], [(1, 75)], [(1, 5), (1, 90), (1, 32), (1, 33)], [(1, 40), (1, 40)],
     [(7, 7)], [(60, 60)], [(9, 41)], [(20, 52)], [(1, 33), (1, 2), (30, 70), (5, 5), (1, 64), (16, 16)],
 ], ids=str)
-def test_paged_attention_is_attention_over_each_rows_own_pages(sequences, window, scattered):
+def test_paged_attention_is_attention_over_each_rows_own_pages(sequences, window, scattered, monkeypatch):
     rng = np.random.default_rng(5)
     batch = paged_batch(rng, sequences, 40, scattered)
     q, cache = random(batch.starts[-1], 6, 8, seed=1), random(40 * PAGE_SIZE, 2, 2, 8, seed=2)
-    expected = attention_reference(q, cache, batch, window, 0.3)
+    expected = attention_reference(q, cache, batch, window, 8**-0.5)
     used = {table[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE
             for table, length in zip(batch.tables, batch.lengths) for p in range(length)}
     cache[[slot for slot in range(40 * PAGE_SIZE) if slot not in used]] = 1e4       # others' keys must not leak in
     out = torch.full((len(q), 48), math.nan)
-    spans = KERNELS.plan_attention(batch, [window, 0], 6, cache)
-    scratch = torch.full((4 * 3 * 90,), math.nan)       # four queries at once of the longest
-    KERNELS.paged_attention(q, cache, spans[window], 0.3, scratch, out=out)
+    monkeypatch.setattr(cs, "SCRATCH_SCORES", 4 * 3 * 90)       # four queries at once of the longest
+    plan = KERNELS.plan_attention(batch, batch.positions, [window, 0], torch.float32)
+    KERNELS.paged_attention(q.reshape(len(q), 48), cache, plan, window, out=out)
     close(out, expected)
 
 
 def test_a_window_reads_only_the_pages_it_reaches_into():
     batch = paged_batch(np.random.default_rng(0), [(1, 1600), (1, 1600), (20, 800)], 300, scattered=True)
-    spans = KERNELS.plan_attention(batch, [64], 1, torch.empty(0))[64]
+    spans = KERNELS.plan_attention(batch, batch.positions, [64], torch.float32)[64]
     assert [span.size for span in spans] == [64, 96]        # 800 - 20 + 1 - 64 = 717, in the page that begins at 704
 
 

@@ -42,13 +42,11 @@ class Reader:
         self.tokens, self.table = [], list(range(pages))
 
     def feed(self, tokens, all_logits=False):
-        start, previous = len(self.tokens), self.tokens[-1:] or [-1]
+        previous = self.tokens[-1:] or [-1]
         self.tokens += tokens
-        positions = torch.arange(start, len(self.tokens))
-        batch = Batch(token_ids=torch.tensor(tokens), previous_token_ids=torch.tensor((previous + tokens)[:-1]),
-                      positions=positions, slots=positions.clone(), starts=[0, len(tokens)], lengths=[len(self.tokens)],
-                      tables=[self.table[:-(-len(self.tokens) // PAGE_SIZE)]],
-                      logit_rows=torch.arange(len(tokens)) if all_logits else torch.tensor([len(tokens) - 1]))
+        batch = Batch(token_ids=tokens, previous_token_ids=(previous + tokens)[:-1], starts=[0, len(tokens)],
+                      lengths=[len(self.tokens)], tables=[self.table[:-(-len(self.tokens) // PAGE_SIZE)]],
+                      logit_rows=list(range(len(tokens))) if all_logits else [len(tokens) - 1])
         return self.transformer.forward(batch).clone()
 
 
