@@ -1565,6 +1565,26 @@ class Transformer:
         k.linear(b.hidden, layer["down"], residual=b.between, out=b.x)                      # (T, C)
 
 
+class EagerSteps:
+    """Runs steps of a transformer at once, on any device: `start` computes and draws, `finish` hands over the tokens."""
+
+    ahead = False           # may a step be started before the one before is finished?
+
+    def __init__(self, transformer: Transformer):
+        self.transformer = transformer
+        self.drawn: list[int] = []
+
+    def start(self, batch: Batch, rows: Seq[SampleRow]) -> list[int]:
+        """`rows` tell how to draw the token of each of the batch's logit rows. Returns a ticket for `finish`."""
+        batch.token_ids = [self.drawn[~token] if token < 0 else token for token in batch.token_ids]
+        logits = self.transformer.forward(batch)
+        self.drawn = self.transformer.kernels.sample(logits, rows) if rows else []
+        return self.drawn
+
+    def finish(self, ticket: list[int]) -> list[int]:
+        return ticket
+
+
 # 7. weights: a path becomes (ModelSpec, named tensors, TextSpec) --------------------------------------------------
 #   resolve_model (front, paths only, no torch) > ModelSource > open_model (worker) > LoadedModel
 
@@ -2411,8 +2431,10 @@ class Sequence:
     """Tokens being decoded: slots [0, computed) of its pages hold keys and values; the tokens after are pending."""
 
     work: Work
-    tokens: list[int]                       # prompt and everything generated
+    tokens: list[int]                       # prompt and everything generated; the last is ~row while a step draws it
+    limit: int                              # tokens after which it ends for sure
     computed: int = 0
+    finished: bool = False                  # it ended or was cancelled
     pages: list[int] = field(default_factory=list)
     indexed_pages: int = 0                  # how many of them the prefix index has seen
     serial: int = PagePool.ROOT             # content serial of the last of those
@@ -2428,6 +2450,11 @@ class Sequence:
     @property
     def generated(self) -> int:
         return len(self.tokens) - len(self.work.prompt_ids)
+
+    @property
+    def drawing_last(self) -> bool:
+        """The step under way draws its last token: there is nothing to compute after it."""
+        return self.tokens[-1] < 0 and len(self.tokens) >= self.limit
 
 
 class Chunk(NamedTuple):
@@ -2467,6 +2494,7 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         (self.running if sequence in self.running else self.waiting).remove(sequence)
+        sequence.finished = True
         self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
@@ -2488,7 +2516,8 @@ class Scheduler:
         """The running sequences with one pending token, each with a slot for it; the youngest give way."""
         ready = []
         for sequence in list(self.running):
-            if sequence.pending == 1 and sequence in self.running and self._grow(sequence):
+            able = sequence.pending == 1 and not sequence.drawing_last
+            if able and sequence in self.running and self._grow(sequence):      # an earlier one may have preempted it
                 ready.append(sequence)
         return ready
 
@@ -2542,13 +2571,16 @@ class Scheduler:
         for sequence in (oldest, *others):
             share = max(left // 2, left - wanted) if sequence is oldest else left
             count = min(sequence.pending, share)
-            if count > 0 and sequence in self.running and self._grow(sequence):     # an earlier one may have preempted it
+            if count > 0 and sequence in self.running and self._grow(sequence):
                 chunks.append(Chunk(sequence, count))
                 left -= count
         return chunks
 
     def advance(self, chunk: Chunk) -> None:
-        """A chunk has been computed: enter the pages that are whole now into the prefix index."""
+        """A chunk's step has been started: enter the pages that it makes whole into the prefix index.
+
+        Steps run in the order in which they are started, so whoever finds these pages reads them after they are written.
+        """
         sequence, size = chunk.sequence, self.pool.page_size
         sequence.computed += chunk.count
         while (sequence.indexed_pages + 1) * size <= sequence.computed:
@@ -2659,8 +2691,19 @@ class Answer:
         return text
 
 
+class Started(NamedTuple):
+    """A step under way: the sequences whose next tokens its rows draw; None where one ended or was forced on meanwhile."""
+
+    ticket: Any
+    sequences: list[Sequence | None]
+
+
 class Engine:
-    """One model replica: sequences in, updates out, one `step` at a time."""
+    """One model replica: sequences in, updates out, one `step` at a time.
+
+    Where the device works beside Python (`steps.ahead`), the next step is started before the last one's tokens are
+    turned into text: it takes them where they were drawn. What then turns out to have ended has computed one row in vain.
+    """
 
     def __init__(self, transformer: Transformer, tokenizer: Tokenizer, kernels: Kernels, *, num_pages: int,
                  context_length: int, max_batch: int, prefill_chunk: int):
@@ -2669,14 +2712,17 @@ class Engine:
         self.scheduler = Scheduler(self.pool, max_batch=max_batch, prefill_chunk=prefill_chunk)
         self.context_length = min(context_length, num_pages * PAGE_SIZE)
         self.tool_thread = ThreadPoolExecutor(1, "calculator")
+        self.steps = EagerSteps(transformer)
+        self.under_way: Started | None = None
 
     @property
     def busy(self) -> bool:
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        return bool(self.under_way or self.scheduler.running or self.scheduler.waiting)
 
     def add(self, work: Work) -> None:
         """Queue a request; its prompt must fit the context (the front has checked it)."""
-        sequence = Sequence(work, [*work.prompt_ids, *work.resumed_ids])
+        limit = min(len(work.prompt_ids) + work.max_tokens, self.context_length)
+        sequence = Sequence(work, [*work.prompt_ids, *work.resumed_ids], limit)
         sequence.text = Answer(work, self.tokenizer, self.tool_thread, self.context_length)
         self.scheduler.add(sequence)
 
@@ -2684,36 +2730,55 @@ class Engine:
         return bool(self.scheduler.cancel(request_id))
 
     def step(self) -> list[Update]:
-        """Compute one chunk of every scheduled sequence and return what came of it."""
+        """Start the next step and finish the one before; return what came of it."""
+        ahead = self.steps.ahead and not any(needs_tokens(sequence.work.sampling) for sequence in self.scheduler.running)
+        updates = [] if ahead else self._finish()
         plan = self.scheduler.schedule()
-        tokens = self.run(plan) if plan else []
-        return self.postprocess(plan, tokens)
+        drawing = [chunk.sequence for chunk in plan if chunk.samples]
+        rows = [sample_row(sequence, self.tokenizer.stop_tokens) for sequence in drawing]
+        ticket = self.steps.start(make_batch(plan), rows) if plan else None
+        updates += self._finish()
+        if plan:
+            self._advance(plan, ticket, drawing)
+        return updates if ahead else updates + self._finish()
 
-    def run(self, plan: Seq[Chunk]) -> list[int]:
-        """Forward and sample: one token for each chunk of the plan that completes its sequence."""
-        logits = self.transformer.forward(make_batch(plan))
-        rows = [sample_row(chunk.sequence, self.tokenizer.stop_tokens) for chunk in plan if chunk.samples]
-        return self.kernels.sample(logits, rows) if rows else []
-
-    def postprocess(self, plan: Seq[Chunk], tokens: Seq[int]) -> list[Update]:
-        """Advance the cache, append the tokens, turn them into text, and let finished sequences go."""
-        sampled = iter(tokens)
-        updates = []
+    def _advance(self, plan: Seq[Chunk], ticket: Any, drawing: list[Sequence]) -> None:
+        """The started step's effect on its sequences: slots are computed, and the last token is being drawn."""
         for chunk in plan:
-            samples = chunk.samples     # before advance() moves the sequence on
-            self.scheduler.advance(chunk)
-            if samples:
-                updates.append(self._extend(chunk.sequence, int(next(sampled))))
-        return updates
+            if not chunk.sequence.finished:
+                self.scheduler.advance(chunk)
+        valid = [None if sequence.finished or sequence.pending else sequence for sequence in drawing]
+        for row, sequence in enumerate(valid):
+            if sequence:
+                sequence.tokens.append(~row)
+        self.under_way = Started(ticket, valid)
+
+    def _finish(self) -> list[Update]:
+        """Wait for the step under way, put its tokens where they were awaited, and turn them into text."""
+        if self.under_way is None:
+            return []
+        (ticket, sequences), self.under_way = self.under_way, None
+        tokens = self.steps.finish(ticket)
+        return [self._extend(sequence, token) for sequence, token in zip(sequences, tokens)
+                if sequence and not sequence.finished]
 
     def _extend(self, sequence: Sequence, token: int) -> Update:
-        sequence.tokens.append(token)
+        sequence.tokens[-1] = token
         forced, text, reason, cause = sequence.text.push(token, sequence.generated, len(sequence.tokens))
         sequence.tokens += forced
         if reason is not None:
             self.scheduler.remove(sequence)
         return Update(sequence.work.id, sequence.work.sampling.choice, (token, *forced), text, reason, cause,
                       sequence.cached_tokens, sequence.queued_s)
+
+    def give_up(self) -> list[str]:
+        """A step failed: drop what was running and whatever it may have written; returns the ids of those requests."""
+        self.under_way = None
+        ids = list(dict.fromkeys(sequence.work.id for sequence in self.scheduler.running))
+        for request_id in ids:
+            self.cancel(request_id)
+        self.pool.forget_cached()
+        return ids
 
     def check_integrity(self) -> None:
         self.scheduler.check_integrity()
@@ -2746,6 +2811,11 @@ def make_batch(plan: Seq[Chunk]) -> Batch:
         if count == sequence.pending:
             batch.logit_rows.append(len(batch.token_ids) - 1)
     return batch
+
+
+def needs_tokens(params: SamplingParams) -> bool:
+    """Does drawing a token take all the tokens before it, and not just how many there are?"""
+    return params.repetition_penalty != 1 or bool(params.frequency_penalty or params.presence_penalty)
 
 
 def sample_row(sequence: Sequence, eos_tokens: frozenset[int]) -> SampleRow:
@@ -3019,9 +3089,7 @@ def check_engine(engine: Engine) -> tuple[str | None, dict[str, int]]:
 def fail_running(channel: Channel, engine: Engine, error: Exception) -> None:
     """A step raised: give up what was running (not what waits), free its pages, and say so."""
     log.error("a step failed", exc_info=error)
-    ids = list(dict.fromkeys(sequence.work.id for sequence in engine.scheduler.running))
-    for request_id in ids:
-        engine.cancel(request_id)
+    ids = engine.give_up()
     channel.send("failed", ids, f"the model failed while computing this answer ({type(error).__name__})")
     if not ids:                         # nothing to blame: only a fresh process can help
         raise error
