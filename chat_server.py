@@ -45,6 +45,7 @@ import errno
 import functools
 import hashlib
 import importlib
+import itertools
 import json
 import logging
 import math
@@ -178,8 +179,10 @@ OPTIONS = (
     Option("url", None, None, str, "talk to a running server instead of loading a model", "chat generate"),
     Option("port", "p", 8000, number(int, 0, 65535), "port to listen on, 0 = any free one", "serve"),
     Option("host", None, "0.0.0.0", str, "address to listen on", "serve"),
-    Option("dtype", "d", None, str, "weights and KV cache (default: bfloat16 on CUDA, the faster on CPU)",
+    Option("dtype", "d", None, str, "weights and KV cache (default: as the file has them where kernels can, else bfloat16)",
            choices=("bfloat16", "float32")),
+    Option("quantize", None, None, str, "float weight matrices become 8 or 4 bits when they are loaded (CPU, with decode_core)",
+           choices=("q8_0", "q4_0", "q4_1")),
     Option("device-type", None, "auto", str, "where the model runs", choices=("auto", "cuda", "cpu", "mps")),
     Option("gpu-memory-utilization", None, 0.90, number(float, 0.05, 1.0), "share of device memory for weights and KV pages"),
     Option("kv-cache-memory", None, None, parse_bytes, "bytes for KV pages per replica (suffixes K, M, G)"),
@@ -220,6 +223,7 @@ class Settings:
     port: int = 8000
     host: str = "0.0.0.0"
     dtype: str | None = None
+    quantize: str | None = None
     device_type: str = "auto"
     gpu_memory_utilization: float = 0.90
     kv_cache_memory: int | None = None
@@ -685,12 +689,17 @@ def rms_norm_reference(x, weight, eps, out):
     out.copy_(torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps))
 
 
-def pack_reference(weight):
-    """(N, K) -> what `linear` reads fastest; on x86 oneDNN's blocked layout: 2.4 times faster than the plain one
+def pack_reference(name, weight):
+    """The matrix `name` (N, K) -> what `linear` reads fastest; on x86 oneDNN's blocked layout: 2.4 times faster than the plain one
     at one row (bfloat16, SmolLM2-135M's layers, 2 threads: 4.7 against 11.1 ms), 1.2 times at 256."""
     x86 = weight.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
     able = x86 and torch.backends.mkldnn.is_available() and (weight.dtype == torch.float32 or mkldnn_bfloat16())
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if able else weight
+
+
+def pack_table_reference(weight, is_head):
+    """The embedding (V, C), which a tied head shares, stays as it is."""
+    return weight
 
 
 def mkldnn_bfloat16() -> bool:
@@ -1162,6 +1171,7 @@ class Kernels:
     gather_rows: Callable
     rms_norm: Callable
     pack: Callable
+    pack_table: Callable
     linear: Callable
     copy: Callable
     mix: Callable
@@ -1175,28 +1185,34 @@ class Kernels:
     paged_attention: Callable
     sample: Callable
     names: Mapping[str, str]
+    program: Any = None                 # where the ops are recorded instead of computing; it runs whole steps
     row_invariant: bool = False         # each row's bits depend on nothing else in the batch
 
     def describe(self) -> dict[str, str]:
         return dict(self.names)
 
 
-OP_NAMES = tuple(op.name for op in dataclasses.fields(Kernels)[:-2])
+OP_NAMES = tuple(op.name for op in dataclasses.fields(Kernels)[:-3])
 
 
-def load_kernels(device, spec=None) -> Kernels:
+def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=None) -> Kernels:
     """Choose the op of each name for a device and a model: decode_core's where it is there and fits, else the reference.
 
-    CHAT_SERVER_KERNELS=reference keeps decode_core out.
+    Steps have at most `max_tokens` tokens and `max_rows` rows of logits; `quantize` names the type that float weights
+    become. CHAT_SERVER_KERNELS=reference keeps decode_core out.
     """
     ops = {name: globals().get(f"{name}_reference") for name in OP_NAMES} | {"sample": sample_on_host}
     names = dict.fromkeys(ops, "torch/reference") | {"sample": "numpy/reference"}
-    core = decode_core() if torch.device(device).type == "cpu" and spec is not None else None
-    if core:
-        fast = core_kernels(core, spec)
-        ops |= fast
-        names |= dict.fromkeys(fast, f"decode_core/{core.info()['isa']}")
-    return Kernels(**ops, names=names)
+    if spec is None or not core_runs(spec, device):
+        if quantize:
+            raise ConfigError("--quantize needs decode_core and a CPU: `pip install .` in the checkout builds it")
+        return Kernels(**ops, names=names)
+    core = decode_core()
+    core.set_threads(torch.get_num_threads())
+    program = core.Program(max_tokens, max_rows)
+    fast = program_ops(core, program, spec, quantize)
+    names |= dict.fromkeys(fast, f"decode_core/{core.info()['isa']}")
+    return Kernels(**ops | fast, names=names, program=program, row_invariant=True)
 
 
 @functools.cache
@@ -1217,10 +1233,60 @@ def kernels_line() -> str:
     return "decode_core is not installed, so slower reference ops run; `pip install .` in the checkout builds it"
 
 
-def core_kernels(core: Any, spec) -> dict[str, Callable]:
-    """decode_core's ops in the form that `forward` calls them; references stay where the model's shape does not fit."""
-    core.set_threads(torch.get_num_threads())
-    return {"sample": core.Sampler()}
+def core_runs(spec, device) -> bool:
+    """Does decode_core compute this model's steps: is it there, and do its CPU kernels fit the model's shape?"""
+    fits = spec.head_size % 16 == 0 and spec.head_size <= 256 and spec.heads // spec.kv_heads <= 16 and spec.ffn_size % 16 == 0
+    return fits and torch.device(device).type == "cpu" and decode_core() is not None
+
+
+def program_ops(core: Any, program: Any, spec, quantize: str | None) -> dict[str, Callable]:
+    """The ops that append themselves to decode_core's `program`: `compute` runs once against them, then the program runs.
+
+    Weights lie in tiles in the order of use. A layer's cache is (P, Hkv, 2, 16 * D), keys transposed, in float16 beside
+    16-bit and quantized weights, else float32. Activations are float32.
+    """
+    arena = core.Arena(64 << 20)
+    kinds = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+    def pack(name, weight):
+        (N, K), given = weight.shape, isinstance(weight, QuantizedMatrix)
+        rows, kind = (weight.rows, weight.kind) if given else (weight, kinds[weight.dtype])
+        small = given or K % 32 or name.endswith("ve_gate")
+        matrix = core.Matrix(arena, kind if small or not quantize else quantize, N, K)
+        parts = 2 if name.endswith("gate_up") else 1        # tiles of gates and ups take turns: swiglu has both at hand
+        for part in range(parts):
+            matrix.fill(rows[N // parts * part:N // parts * (part + 1)], kind, first_tile=part, tile_step=parts)
+        return matrix
+
+    def pack_table(weight, is_head):
+        return pack("embed", weight) if is_head or isinstance(weight, QuantizedMatrix) else weight
+
+    def rope_tables(spec, device):
+        cos, sin = rope_tables_reference(spec, device)
+        half = cos.shape[1] // 2
+        return cos[:, :half].contiguous(), sin[:, half:].contiguous()          # sin carries the direction
+
+    def make_cache(spec, num_pages, dtype, device):
+        kind = torch.float32 if dtype == torch.float32 else torch.float16
+        return zeroed((spec.layers, num_pages, spec.kv_heads, 2, PAGE_SIZE * spec.head_size), kind, device)
+
+    def rope_append(qkv, tables, positions, slots, cache, spec, q_norm, k_norm, value_embed, gate, out):
+        program.rope_append(qkv, *tables, positions, slots, cache, heads=spec.heads, norm=spec.qk_norm, q_norm=q_norm,
+                            k_norm=k_norm, eps=spec.norm_eps, post_scale=spec.qk_scale, value_embed=value_embed, gate=gate,
+                            gate_scale=spec.ve_gate_scale, out=out)
+
+    def paged_attention(q, cache, plan, window, out):
+        program.paged_attention(q, cache, plan, window=window, out=out)
+
+    same = ("embed", "gather_rows", "rms_norm", "linear", "copy", "mix", "smear", "backout", "softcap")
+    return {name: getattr(program, name) for name in same} | {
+        "pack": pack, "pack_table": pack_table, "rope_tables": rope_tables, "make_cache": make_cache,
+        "rope_append": rope_append, "paged_attention": paged_attention, "sample": core.Sampler()}
+
+
+def weights_dtype(spec, device) -> "torch.dtype":
+    """What float weights become where neither the user nor the file says it."""
+    return torch.bfloat16 if core_runs(spec, device) else fastest_dtype(device)
 
 
 def fastest_dtype(device) -> "torch.dtype":
@@ -1415,8 +1481,7 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """One flattened step: the T new tokens of N sequences, sequence after sequence; one-token sequences first."""
 
     token_ids: list[int]            # (T); ~i, where steps are begun ahead: the token that row i of the step before draws
@@ -1450,6 +1515,19 @@ def make_inputs(batch: Batch, kernels: Kernels, spec: ModelSpec, device, dtype) 
     return Inputs(*tensors, attention=kernels.plan_attention(batch, tensors[2], windows, dtype))
 
 
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """Weights (N, K) as GGUF files have them: rows of blocks of 32 weights that share a scale."""
+
+    kind: str               # "q4_0", "q4_1", "q8_0"
+    rows: Any               # (N, bytes of a row) uint8, numpy
+    columns: int            # K
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.rows), self.columns
+
+
 class Transformer:
     """A model's packed weights, KV pages and activation buffers, all allocated here and once.
 
@@ -1460,7 +1538,7 @@ class Transformer:
     def __init__(self, spec: ModelSpec, tensors: dict, kernels: Kernels, *, num_pages: int, max_tokens: int,
                  max_rows: int | None = None, device="cpu", dtype=None):
         self.spec, self.kernels = spec, kernels
-        self.device, self.dtype = torch.device(device), dtype or fastest_dtype(device)
+        self.device, self.dtype = torch.device(device), dtype
         with torch.inference_mode():
             self.weights = self._pack(tensors)
             self.layers = [{name.partition(".")[2]: tensor for name, tensor in self.weights.items()
@@ -1468,24 +1546,32 @@ class Transformer:
             self.rope_tables = kernels.rope_tables(spec, self.device)
             self.cache = kernels.make_cache(spec, num_pages, self.dtype, self.device)
             self.buffers = self._allocate(max_tokens, min(max_rows or max_tokens, max_tokens))
+            if kernels.program:
+                self.compute(kernels.program, SimpleNamespace(**self.buffers))
+                kernels.program.sample(self.buffers["logits"])
 
     def _pack(self, tensors: dict) -> dict:
-        """Move every weight to the device, matrices into the kernels' layout; a tied head stays the plain embedding."""
-        weights = {}
+        """Move every weight to the device, matrices into the kernels' layout; a tied head is the embedding."""
+        weights, tied = {}, self.spec.tied_head
         for name in expected_tensors(self.spec):
-            if name == "head" and self.spec.tied_head:
-                tensors.pop(name)
+            tensor = tensors.pop(name)
+            if name == "head" and tied:
                 weights[name] = weights["embed"]
                 continue
-            tensor = tensors.pop(name)
-            tensor = tensor.to(self.device, self.dtype if tensor.ndim > 1 or name.endswith("bias") else torch.float32)
-            matrix = name.rpartition(".")[2] in ("qkv", "output", "gate_up", "up", "down", "head")
-            weights[name] = self.kernels.pack(tensor) if matrix else tensor
+            if not isinstance(tensor, QuantizedMatrix):
+                tensor = tensor.to(self.device, self.dtype if tensor.ndim > 1 else torch.float32)
+            if name == "embed":
+                weights[name] = self.kernels.pack_table(tensor, tied)
+            elif name.rpartition(".")[2] in ("qkv", "output", "gate_up", "up", "down", "head", "ve_gate"):
+                weights[name] = self.kernels.pack(name, tensor)
+            else:
+                weights[name] = tensor
         return weights
 
     def _allocate(self, T: int, R: int) -> dict:
         """One buffer for each activation: the residual stream and logits in float32, the rest in the weights' type."""
-        spec, f32, dtype = self.spec, torch.float32, self.dtype
+        spec, f32 = self.spec, torch.float32
+        dtype = f32 if self.kernels.program else self.dtype
         C, D, F, H, Hkv = spec.width, spec.head_size, spec.ffn_size, spec.heads, spec.kv_heads
         sizes = {
             "x": (T, C, f32), "between": (T, C, f32), "x0": (T, C, f32), "middle": (T, C, f32), "previous": (T, C, f32),
@@ -1503,12 +1589,22 @@ class Transformer:
 
     @staticmethod
     def page_bytes(spec: ModelSpec, dtype) -> int:
-        """Bytes of one KV page over all layers."""
-        return spec.layers * PAGE_SIZE * 2 * spec.kv_heads * spec.head_size * dtype.itemsize
+        """Bytes of one KV page over all layers; dtype None: weights as the file has them, keys and values in float16."""
+        return spec.layers * PAGE_SIZE * 2 * spec.kv_heads * spec.head_size * (dtype or torch.float16).itemsize
+
+    @property
+    def weight_types(self) -> str:
+        """Of the matrices, the commonest first: "q4_1, q8_0"."""
+        kinds = collections.Counter(getattr(w, "kind", None) or str(w.dtype).removeprefix("torch.")
+                                    for w in self.weights.values() if getattr(w, "kind", None) or w.ndim > 1)
+        return ", ".join(kind for kind, _ in kinds.most_common())
 
     def forward(self, batch: Batch):
         """Run a step's new tokens through the model -> logits (R, V) float32, a view of a buffer that the next step reuses."""
         buffers = self._cut(len(batch.token_ids), len(batch.logit_rows))
+        if program := self.kernels.program:
+            program.finish(program.start(*batch))
+            return buffers.logits
         with torch.inference_mode():
             self.compute(make_inputs(batch, self.kernels, self.spec, self.device, self.dtype), buffers)
         return buffers.logits
@@ -1576,13 +1672,33 @@ class EagerSteps:
 
     def start(self, batch: Batch, rows: Seq[SampleRow]) -> list[int]:
         """`rows` tell how to draw the token of each of the batch's logit rows. Returns a ticket for `finish`."""
-        batch.token_ids = [self.drawn[~token] if token < 0 else token for token in batch.token_ids]
+        batch.token_ids[:] = [self.drawn[~token] if token < 0 else token for token in batch.token_ids]
         logits = self.transformer.forward(batch)
         self.drawn = self.transformer.kernels.sample(logits, rows) if rows else []
         return self.drawn
 
     def finish(self, ticket: list[int]) -> list[int]:
         return ticket
+
+
+class ProgramSteps:
+    """Runs steps as decode_core's recorded program on its own threads; two may be under way."""
+
+    ahead = True
+
+    def __init__(self, transformer: Transformer):
+        self.program, self.vocab_size = transformer.kernels.program, transformer.spec.vocab_size
+
+    def start(self, batch: Batch, rows: Seq[SampleRow]) -> Any:
+        sampling = decode_core().SampleBatch(rows, self.vocab_size) if rows else None
+        return self.program.start(*batch, sampling)
+
+    def finish(self, ticket: Any) -> list[int]:
+        return self.program.finish(ticket)
+
+
+def make_steps(transformer: Transformer) -> EagerSteps | ProgramSteps:
+    return ProgramSteps(transformer) if transformer.kernels.program else EagerSteps(transformer)
 
 
 # 7. weights: a path becomes (ModelSpec, named tensors, TextSpec) --------------------------------------------------
@@ -1613,6 +1729,7 @@ class LoadedModel:
     name: str
     context_length: int                 # tokens
     description: str
+    dtype: torch.dtype | None           # of the weight matrices; None: as the file has them
 
 
 # --- which model -------------------------------------------------------------------------------------------------
@@ -1849,9 +1966,9 @@ def download_fraction(lines: Iterable[str], folder: Path) -> float:
 # --- opening: the worker's side ------------------------------------------------------------------------------------
 
 
-def open_model(source: ModelSource, settings: Settings, dtype: torch.dtype, device: Any = "cpu",
+def open_model(source: ModelSource, settings: Settings, dtype: torch.dtype | None, device: Any = "cpu",
                progress: Progress = no_progress) -> LoadedModel:
-    """Read the weights once, into `dtype` on `device` (norms and per-layer scalars stay float32).
+    """Read the weights once, into `dtype` on `device` (norms and per-layer scalars stay float32); None: what runs fastest.
 
     Raises ConfigError naming file, keys and shapes when the files are not a whole model of a known kind.
     """
@@ -1939,7 +2056,7 @@ def open_nanochat(source: ModelSource, settings: Settings, dtype: torch.dtype, d
     names = source_names(spec, NANOCHAT_TENSORS)
     check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()},
                            source_shapes(spec, names, max(padded, spec.vocab_size)))
-    tensors = {}
+    tensors, dtype = {}, dtype or weights_dtype(spec, device)
     for i, (ours, (shape, theirs)) in enumerate(names.items()):
         progress("loading weights", i / len(names))
         rows = [state[name][:shape[0]] for name in theirs]      # crops a padded vocabulary
@@ -1947,7 +2064,7 @@ def open_nanochat(source: ModelSource, settings: Settings, dtype: torch.dtype, d
         tensors[ours] = torch.cat(rows).to(device, kind) if len(rows) > 1 else rows[0].to(device, kind, copy=True)
     since = GENERATIONS[number].since
     description = f"nanochat generation {number} ({since}), {spec.layers} layers, width {spec.width}"
-    return LoadedModel(spec, tensors, text, source.name, spec.max_positions, description)
+    return LoadedModel(spec, tensors, text, source.name, spec.max_positions, description, dtype)
 
 
 NANOCHAT_SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
@@ -2093,6 +2210,8 @@ def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, devic
         shapes = {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in stored.items()}
         shapes.pop("rope_freqs.weight", None)       # has become spec.rope_factors
         check_names_and_shapes(source.path, shapes, source_shapes(spec, names, spec.vocab_size))
+        if dtype is None and not core_runs(spec, device):
+            dtype = fastest_dtype(device)
         # the tokenizer is built by Python while torch, which holds no interpreter lock, fills the tensors
         with ThreadPoolExecutor(1) as pool:
             loading = pool.submit(gguf_tensors, spec, names, stored, dtype, device, progress)
@@ -2103,7 +2222,7 @@ def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, devic
     types = collections.Counter(tensor.tensor_type.name for tensor in stored.values())
     description = f"{metadata.get('general.name', source.name)}: llama, {spec.layers} layers, width {spec.width}, " + \
         ", ".join(f"{count} {name}" for name, count in types.most_common())
-    return LoadedModel(spec, tensors, text, source.name, spec.max_positions, description)
+    return LoadedModel(spec, tensors, text, source.name, spec.max_positions, description, dtype)
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -2189,23 +2308,25 @@ def gguf_rope_factors(path: Path, value: Callable, stored: Mapping[str, Any], co
     return None if set(factors) == {1.0} else factors
 
 
-def gguf_tensors(spec: ModelSpec, names: Mapping[str, tuple], stored: Mapping[str, Any], dtype: torch.dtype,
-                 device: Any, progress: Progress) -> dict[str, torch.Tensor]:
-    """Dequantized tensors; two threads of one core each, for torch's own lose more than they gain at such sizes."""
+def gguf_tensors(spec: ModelSpec, names: Mapping[str, tuple], stored: Mapping[str, Any], dtype: torch.dtype | None,
+                 device: Any, progress: Progress) -> dict[str, torch.Tensor | QuantizedMatrix]:
+    """Tensors of `dtype`; None: as the file has them, types that the kernels do not know re-quantized to Q8_0.
+
+    Two threads of one core each, for torch's own lose more than they gain at such sizes.
+    """
     done = 0
 
-    def load(ours: str) -> torch.Tensor:
+    def load(ours: str) -> torch.Tensor | QuantizedMatrix:
         nonlocal done
         shape, theirs = names[ours]
-        out, row = torch.empty(shape, dtype=torch.float32 if len(shape) == 1 else dtype), 0
-        for name in theirs:
-            rows = int(stored[name].shape[-1])
-            turned = re.search(r"attn_[qk]\.", name)        # rotary pairs lie interleaved in llama's GGUF files
-            dequantize_rows(stored[name], out[row:row + rows], spec.head_size if turned else 0)
-            row += rows
+        parts = [(stored[name], spec.head_size if re.search(r"attn_[qk]\.", name) else 0) for name in theirs]
+        if dtype is None and len(shape) == 2:
+            loaded = as_stored(shape, parts)
+        else:
+            loaded = dequantized(shape, parts, torch.float32 if len(shape) == 1 else dtype).to(device)
         done += 1
         progress("loading weights", done / len(names))
-        return out.to(device)
+        return loaded
 
     threads = torch.get_num_threads()
     try:
@@ -2218,19 +2339,46 @@ def gguf_tensors(spec: ModelSpec, names: Mapping[str, tuple], stored: Mapping[st
     return tensors
 
 
+NATIVE_FLOATS = {"F32": "bfloat16", "F16": "float16", "BF16": "bfloat16"}     # float32 matrices are not worth their bytes
 DEQUANTIZE_ELEMENTS = 1 << 19       # at a time: stays in cache, and needs no second copy of a large matrix
 
 
-def dequantize_rows(tensor: Any, out: torch.Tensor, head_size: int = 0) -> None:
-    """gguf.ReaderTensor -> out (N, K) or (N,), any float dtype; bit-equal to gguf.dequantize rounded to out's dtype.
+def as_stored(shape: tuple[int, int], parts: Seq[tuple[Any, int]]) -> torch.Tensor | QuantizedMatrix:
+    """The (tensor, head size to turn or 0) of a matrix below each other, in the file's own type if they share one."""
+    kinds = {tensor.tensor_type.name for tensor, _ in parts}
+    kind = kinds.pop() if len(kinds) == 1 else "mixed"
+    if kind in NATIVE_FLOATS:
+        return dequantized(shape, parts, getattr(torch, NATIVE_FLOATS[kind]))
+    if kind in FAST_DEQUANTIZERS:
+        rows = numpy.concatenate([turned(numpy.asarray(tensor.data), head_size) for tensor, head_size in parts])
+        return QuantizedMatrix(kind.lower(), rows, shape[1])
+    gguf = require_library("gguf", "a GGUF file")
+    rows = dequantized(shape, parts, torch.float32).numpy()
+    return QuantizedMatrix("q8_0", gguf.quantize(rows, gguf.GGMLQuantizationType.Q8_0), shape[1])
 
-    With head_size the rows of each head, rotary pairs interleaved (0, 1), .., are put half-split (0, D/2), ..
-    """
+
+def dequantized(shape: tuple[int, ...], parts: Seq[tuple[Any, int]], dtype: torch.dtype) -> torch.Tensor:
+    out, row = torch.empty(shape, dtype=dtype), 0
+    for tensor, head_size in parts:
+        count = int(tensor.shape[-1])
+        dequantize_rows(tensor, out[row:row + count], head_size)
+        row += count
+    return out
+
+
+def turned(rows: Any, head_size: int) -> Any:
+    """Rows of each head, which llama's GGUF files have with rotary pairs interleaved (0, 1), .., half-split: (0, D/2), .."""
+    if not head_size:
+        return rows
+    return rows.reshape(-1, head_size // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def dequantize_rows(tensor: Any, out: torch.Tensor, head_size: int = 0) -> None:
+    """gguf.ReaderTensor -> out (N, K) or (N,), any float dtype; bit-equal to gguf.dequantize rounded to out's dtype."""
     kind, data = tensor.tensor_type.name, torch.from_numpy(numpy.asarray(tensor.data))
     if kind not in FAST_DEQUANTIZERS:
         data = data.view(torch.uint8) if data.dtype != torch.float32 else data
-    if head_size:
-        data = data.reshape(-1, head_size // 2, 2, *data.shape[1:]).transpose(1, 2).reshape(data.shape)
+    data = turned(data, head_size)
     step = max(1, DEQUANTIZE_ELEMENTS // max(1, out.shape[-1])) if out.dim() > 1 else len(out)
     for i in range(0, len(out), step):
         rows = out[i:i + step]
@@ -2435,6 +2583,9 @@ class Sequence:
     limit: int                              # tokens after which it ends for sure
     computed: int = 0
     finished: bool = False                  # it ended or was cancelled
+    draft: list[int] = field(default_factory=list)      # what may follow, to be computed in one step with what is pending
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0                # of those, how many were right
     pages: list[int] = field(default_factory=list)
     indexed_pages: int = 0                  # how many of them the prefix index has seen
     serial: int = PagePool.ROOT             # content serial of the last of those
@@ -2442,6 +2593,7 @@ class Sequence:
     added_s: float = 0.0
     queued_s: float | None = None           # how long it waited here before it first ran
     text: "Answer | None" = None            # the engine's state of the answer's text
+    drafter: "Drafter | None" = None        # and what proposes its drafts
 
     @property
     def pending(self) -> int:
@@ -2458,14 +2610,22 @@ class Sequence:
 
 
 class Chunk(NamedTuple):
-    """Compute `count` pending tokens of `sequence`; when they are the last ones, sample the next token."""
+    """Compute `count` pending tokens of `sequence`; when they are the last ones, draw the next token.
+
+    With a draft its tokens are computed too, each as if it were right, and the token after each is drawn.
+    """
 
     sequence: Sequence
     count: int
+    draft: tuple[int, ...] = ()
 
     @property
-    def samples(self) -> bool:
-        return self.count == self.sequence.pending
+    def draws(self) -> int:
+        """How many tokens are drawn: none while a prompt is not complete, then one and one for each drafted token."""
+        return 1 + len(self.draft) if self.count == self.sequence.pending else 0
+
+
+FREE_ROWS = 8       # rows that a step of decode_core computes in hardly more time than one (KERNELS.md, section 9)
 
 
 class Scheduler:
@@ -2475,8 +2635,9 @@ class Scheduler:
     never starves, the rest to those with least to do, so that a long prompt never stalls short ones.
     """
 
-    def __init__(self, pool: PagePool, *, max_batch: int, prefill_chunk: int):
+    def __init__(self, pool: PagePool, *, max_batch: int, prefill_chunk: int, free_rows: int = 0):
         self.pool, self.max_batch, self.prefill_chunk = pool, max_batch, prefill_chunk
+        self.free_rows = free_rows              # a step of so many rows takes hardly longer than one of one: room for drafts
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []       # in order of admission
         self.preemptions = 0
@@ -2506,7 +2667,9 @@ class Scheduler:
         """The next step: a one-token chunk for each decoding sequence, then chunks of prompts."""
         self._admit()
         preemptions = self.preemptions
-        plan = [Chunk(sequence, 1) for sequence in self._decoding()]
+        decoding = self._decoding()
+        room = (self.free_rows - len(decoding)) // max(1, sum(bool(sequence.draft) for sequence in decoding))
+        plan = [Chunk(sequence, 1, self._draft(sequence, room)) for sequence in decoding]
         plan += self._share_prefill([s for s in self.running if s.pending > 1])
         if self.preemptions > preemptions:
             plan = [chunk for chunk in plan if chunk.sequence in self.running]
@@ -2531,6 +2694,14 @@ class Scheduler:
             if self._preempt(self.running[-1]) is sequence:
                 return False
         return True
+
+    def _draft(self, sequence: Sequence, room: int) -> tuple[int, ...]:
+        """As much of a sequence's draft as there is room for in the step, before its limit and in its pages."""
+        size, length = self.pool.page_size, len(sequence.tokens)
+        draft = sequence.draft[:max(0, min(room, sequence.limit - length - 1))]
+        if length + len(draft) > len(sequence.pages) * size and self.pool.available > len(self.running):
+            sequence.pages += self.pool.allocate(1)
+        return tuple(draft[:len(sequence.pages) * size - length])
 
     def _preempt(self, sequence: Sequence) -> Sequence:
         """Take a sequence's pages; it goes back to the head of the queue and is recomputed from its tokens."""
@@ -2609,6 +2780,38 @@ class Update(NamedTuple):
     stop_reason: str | None = None
     cached_tokens: int = 0
     queued_s: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+
+
+class Drafter:
+    """Prompt lookup: proposes what followed the latest tokens where they occurred before, while that proves right.
+
+    (Saxena, "Prompt Lookup Decoding", 2023.) Costs one dictionary entry per token; no model.
+    """
+
+    LENGTH, LONGEST = 3, 7          # tokens that must recur; tokens proposed
+    PATIENCE = 64                   # tokens without a proposal after too many wrong ones
+
+    def __init__(self, tokens: Seq[int]):
+        self.tokens = tokens                                        # the sequence's own list
+        self.places: dict[tuple[int, ...], int] = {}                # LENGTH tokens -> where they last ended
+        self.seen = self.LENGTH                                     # tokens whose place is known
+        self.right, self.silent_until = 0.5, 0                      # moving share of proposals that began right
+
+    def propose(self) -> list[int]:
+        """Tokens that may come next; call it after every token."""
+        tokens, n = self.tokens, self.LENGTH
+        for end in range(self.seen, len(tokens)):
+            self.places[tuple(tokens[end - n:end])] = end
+        self.seen = max(self.seen, len(tokens))
+        place = self.places.get(tuple(tokens[-n:]))
+        return tokens[place:place + self.LONGEST] if place and len(tokens) >= self.silent_until else []
+
+    def judge(self, accepted: int) -> None:
+        self.right += 0.2 * ((accepted > 0) - self.right)
+        if self.right < 0.25:
+            self.right, self.silent_until = 0.4, len(self.tokens) + self.PATIENCE
 
 
 class CalculatorTool:
@@ -2692,10 +2895,10 @@ class Answer:
 
 
 class Started(NamedTuple):
-    """A step under way: the sequences whose next tokens its rows draw; None where one ended or was forced on meanwhile."""
+    """A step under way: its ticket and what it draws, in the order of its rows."""
 
     ticket: Any
-    sequences: list[Sequence | None]
+    draws: list[tuple[Sequence | None, tuple[int, ...]]]    # (None where one ended or was forced on meanwhile, its draft)
 
 
 class Engine:
@@ -2709,11 +2912,12 @@ class Engine:
                  context_length: int, max_batch: int, prefill_chunk: int):
         self.transformer, self.tokenizer, self.kernels = transformer, tokenizer, kernels
         self.pool = PagePool(num_pages)
-        self.scheduler = Scheduler(self.pool, max_batch=max_batch, prefill_chunk=prefill_chunk)
+        self.scheduler = Scheduler(self.pool, max_batch=max_batch, prefill_chunk=prefill_chunk, free_rows=FREE_ROWS)
         self.context_length = min(context_length, num_pages * PAGE_SIZE)
         self.tool_thread = ThreadPoolExecutor(1, "calculator")
-        self.steps = EagerSteps(transformer)
+        self.steps = make_steps(transformer)
         self.under_way: Started | None = None
+        self.drafts = kernels.row_invariant     # elsewhere a drafted row might differ from the same row alone
 
     @property
     def busy(self) -> bool:
@@ -2724,6 +2928,7 @@ class Engine:
         limit = min(len(work.prompt_ids) + work.max_tokens, self.context_length)
         sequence = Sequence(work, [*work.prompt_ids, *work.resumed_ids], limit)
         sequence.text = Answer(work, self.tokenizer, self.tool_thread, self.context_length)
+        sequence.drafter = Drafter(sequence.tokens) if self.drafts and not needs_tokens(work.sampling) else None
         self.scheduler.add(sequence)
 
     def cancel(self, request_id: str) -> bool:
@@ -2731,45 +2936,79 @@ class Engine:
 
     def step(self) -> list[Update]:
         """Start the next step and finish the one before; return what came of it."""
-        ahead = self.steps.ahead and not any(needs_tokens(sequence.work.sampling) for sequence in self.scheduler.running)
+        ahead = self.steps.ahead and not any(self._waits(sequence) for sequence in self.scheduler.running)
         updates = [] if ahead else self._finish()
         plan = self.scheduler.schedule()
-        drawing = [chunk.sequence for chunk in plan if chunk.samples]
-        rows = [sample_row(sequence, self.tokenizer.stop_tokens) for sequence in drawing]
+        drawing = [chunk for chunk in plan if chunk.draws]
+        rows = [sample_row(chunk.sequence, self.tokenizer.stop_tokens, i) for chunk in drawing for i in range(chunk.draws)]
         ticket = self.steps.start(make_batch(plan), rows) if plan else None
         updates += self._finish()
         if plan:
             self._advance(plan, ticket, drawing)
         return updates if ahead else updates + self._finish()
 
-    def _advance(self, plan: Seq[Chunk], ticket: Any, drawing: list[Sequence]) -> None:
+    @staticmethod
+    def _waits(sequence: Sequence) -> bool:
+        """Must a sequence's last token be known before its next step can start?"""
+        return bool(sequence.draft) or needs_tokens(sequence.work.sampling)
+
+    def _advance(self, plan: Seq[Chunk], ticket: Any, drawing: Seq[Chunk]) -> None:
         """The started step's effect on its sequences: slots are computed, and the last token is being drawn."""
         for chunk in plan:
             if not chunk.sequence.finished:
                 self.scheduler.advance(chunk)
-        valid = [None if sequence.finished or sequence.pending else sequence for sequence in drawing]
-        for row, sequence in enumerate(valid):
-            if sequence:
+        draws, row = [], 0
+        for sequence, _, draft in drawing:
+            valid = not sequence.finished and sequence.pending == 0
+            draws.append((sequence if valid else None, draft))
+            if valid:
                 sequence.tokens.append(~row)
-        self.under_way = Started(ticket, valid)
+            row += 1 + len(draft)
+        self.under_way = Started(ticket, draws)
 
     def _finish(self) -> list[Update]:
         """Wait for the step under way, put its tokens where they were awaited, and turn them into text."""
         if self.under_way is None:
             return []
-        (ticket, sequences), self.under_way = self.under_way, None
-        tokens = self.steps.finish(ticket)
-        return [self._extend(sequence, token) for sequence, token in zip(sequences, tokens)
-                if sequence and not sequence.finished]
+        (ticket, draws), self.under_way = self.under_way, None
+        tokens = iter(self.steps.finish(ticket))
+        updates = []
+        for sequence, draft in draws:
+            drawn = list(itertools.islice(tokens, 1 + len(draft)))
+            if sequence and not sequence.finished:
+                updates.append(self._accept(sequence, draft, drawn))
+        return updates
 
-    def _extend(self, sequence: Sequence, token: int) -> Update:
-        sequence.tokens[-1] = token
-        forced, text, reason, cause = sequence.text.push(token, sequence.generated, len(sequence.tokens))
-        sequence.tokens += forced
+    def _accept(self, sequence: Sequence, draft: tuple[int, ...], drawn: Seq[int]) -> Update:
+        """Take the tokens drawn after what turned out to be right, and propose the next draft."""
+        right = next((i for i, (guess, token) in enumerate(zip(draft, drawn)) if guess != token), len(draft))
+        sequence.tokens.pop()                       # the mark of the token being drawn
+        update = self._extend(sequence, drawn[:right + 1])
+        if draft and sequence.drafter:
+            sequence.drafter.judge(right)
+            sequence.drafted_tokens += len(draft)
+            sequence.accepted_tokens += right
+        if sequence.drafter and not sequence.finished:
+            sequence.draft = sequence.drafter.propose() if sequence.pending == 1 else []
+        return update
+
+    def _extend(self, sequence: Sequence, drawn: Seq[int]) -> Update:
+        """Append tokens one after the other, with their text, until one ends the answer or forces others."""
+        taken, texts, forced, reason, cause = [], [], [], None, None
+        for i, token in enumerate(drawn):
+            if i:
+                self.scheduler.advance(Chunk(sequence, 1))          # the drafted token before this one is computed
+            sequence.tokens.append(token)
+            forced, text, reason, cause = sequence.text.push(token, sequence.generated, len(sequence.tokens))
+            sequence.tokens += forced
+            taken += (token, *forced)
+            texts.append(text)
+            if forced or reason is not None:
+                break
         if reason is not None:
             self.scheduler.remove(sequence)
-        return Update(sequence.work.id, sequence.work.sampling.choice, (token, *forced), text, reason, cause,
-                      sequence.cached_tokens, sequence.queued_s)
+        return Update(sequence.work.id, sequence.work.sampling.choice, tuple(taken), "".join(texts), reason, cause,
+                      sequence.cached_tokens, sequence.queued_s, sequence.drafted_tokens, sequence.accepted_tokens)
 
     def give_up(self) -> list[str]:
         """A step failed: drop what was running and whatever it may have written; returns the ids of those requests."""
@@ -2801,15 +3040,17 @@ class Engine:
 def make_batch(plan: Seq[Chunk]) -> Batch:
     """Flatten the plan into one forward pass, sequence after sequence."""
     batch = Batch([], [], [0], [], [], [])
-    for sequence, count in plan:
+    for sequence, count, draft in plan:
         first, tokens = sequence.computed, sequence.tokens
-        batch.token_ids += tokens[first:first + count]
-        batch.previous_token_ids += tokens[first - 1:first + count - 1] if first else [-1, *tokens[:count - 1]]
-        batch.starts.append(len(batch.token_ids))
-        batch.lengths.append(first + count)
+        ids = [*tokens[first:first + count], *draft]
+        batch.token_ids.extend(ids)
+        batch.previous_token_ids.extend([tokens[first - 1] if first else -1, *ids[:-1]])
+        end = len(batch.token_ids)
+        batch.starts.append(end)
+        batch.lengths.append(first + len(ids))
         batch.tables.append(sequence.pages)
         if count == sequence.pending:
-            batch.logit_rows.append(len(batch.token_ids) - 1)
+            batch.logit_rows.extend(range(end - 1 - len(draft), end))
     return batch
 
 
@@ -2818,13 +3059,14 @@ def needs_tokens(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1 or bool(params.frequency_penalty or params.presence_penalty)
 
 
-def sample_row(sequence: Sequence, eos_tokens: frozenset[int]) -> SampleRow:
-    """How to draw a sequence's next token: its parameters, the absolute position, the tokens that penalties count."""
+def sample_row(sequence: Sequence, eos_tokens: frozenset[int], offset: int = 0) -> SampleRow:
+    """How to draw a sequence's next token, or the one `offset` after it: its parameters, the absolute position, the tokens
+    that penalties count."""
     work, params = sequence.work, sequence.work.sampling
-    if sequence.generated < work.min_tokens and not work.ignore_eos:
+    if sequence.generated + offset < work.min_tokens and not work.ignore_eos:
         banned = tuple((token, -math.inf) for token in sorted(eos_tokens | set(work.stop_token_ids)))
         params = replace(params, logit_bias=params.logit_bias + banned)
-    return SampleRow(params, len(sequence.tokens), sequence.tokens, len(work.prompt_ids))
+    return SampleRow(params, len(sequence.tokens) + offset, sequence.tokens, len(work.prompt_ids))
 
 
 # 10. workers: processes, pipes, the pool and its supervision ------------------------------------------------------
@@ -2979,18 +3221,18 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
 def build_engine(source: ModelSource, settings: Settings, device: "torch.device",
                  progress: Progress = no_progress) -> tuple[LoadedModel, Engine]:
     """A model and the engine that runs it, as the settings say; not warmed up yet."""
-    dtype = getattr(torch, settings.dtype) if settings.dtype else fastest_dtype(device)
-    model = open_model(source, settings, dtype, device, progress)
-    kernels = load_kernels(device, model.spec)
-    num_pages = kv_pages(model.spec, settings, device, dtype, model.context_length)
-    transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device, dtype=dtype,
-                              max_tokens=settings.prefill_chunk + settings.max_batch, max_rows=settings.max_batch)
+    model = open_model(source, settings, getattr(torch, settings.dtype) if settings.dtype else None, device, progress)
+    num_pages = kv_pages(model.spec, settings, device, model.dtype, model.context_length)
+    rows = max(settings.max_batch, FREE_ROWS)
+    limits = {"max_tokens": settings.prefill_chunk + rows, "max_rows": rows}
+    kernels = load_kernels(device, model.spec, **limits, quantize=settings.quantize)
+    transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device, dtype=model.dtype, **limits)
     return model, Engine(transformer, open_tokenizer(model.text), kernels, num_pages=num_pages,
                          max_batch=settings.max_batch, context_length=model.context_length,
                          prefill_chunk=settings.prefill_chunk)
 
 
-def kv_pages(spec: ModelSpec, settings: Settings, device: "torch.device", dtype: "torch.dtype", context: int) -> int:
+def kv_pages(spec: ModelSpec, settings: Settings, device: "torch.device", dtype: "torch.dtype | None", context: int) -> int:
     """KV pages to allocate: --kv-cache-memory, or a share of what is free. ConfigError when not even 64 tokens fit."""
     page_bytes = Transformer.page_bytes(spec, dtype)
     if settings.kv_cache_memory is not None:
@@ -3028,7 +3270,7 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
         place += f" ({torch.cuda.get_device_name(device)})"
     kernels = engine.kernels.describe()
     lines = (f"Model {model.name}: {model.description}", kernels_line(),
-             f"Running on {place}, {str(dtype).removeprefix('torch.')}; kernels: "
+             f"Running on {place}, weights in {engine.transformer.weight_types}; kernels: "
              + ", ".join(sorted(set(kernels.values()))),
              f"KV cache: {pages:,} pages of {PAGE_SIZE} tokens = {pages * PAGE_SIZE:,} tokens "
              f"({pages * Transformer.page_bytes(model.spec, dtype) / 2**20:,.0f} MiB); context {engine.context_length:,} tokens")

@@ -22,9 +22,10 @@ def make_engine(path, *, num_pages=600, max_batch=32, prefill_chunk=256, context
     It runs the ops that a server would choose: decode_core's where it is built, unless `reference`.
     """
     model = load(path)
-    device, kernels = torch.device("cpu"), chat_server.load_kernels("cpu", None if reference else model.spec)
-    transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=num_pages, device=device,
-                              dtype=torch.float32, max_tokens=prefill_chunk + max_batch)
+    rows = max(max_batch, chat_server.FREE_ROWS)
+    limits = {"max_tokens": prefill_chunk + rows, "max_rows": rows}
+    kernels = chat_server.load_kernels("cpu", None if reference else model.spec, **limits)
+    transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=num_pages, dtype=model.dtype, **limits)
     return Engine(transformer, chat_server.open_tokenizer(model.text), kernels, num_pages=num_pages, max_batch=max_batch,
                   context_length=context_length or model.context_length, prefill_chunk=prefill_chunk)
 
@@ -47,7 +48,7 @@ class TracedSteps(EagerSteps):
         self.ahead, self.on_draw = ahead, on_draw
 
     def start(self, batch, rows):
-        batch.token_ids = [self.drawn[~token] if token < 0 else token for token in batch.token_ids]
+        batch.token_ids[:] = [self.drawn[~token] if token < 0 else token for token in batch.token_ids]
         logits = self.transformer.forward(batch).float().cpu().numpy()
         for i, (line, row) in enumerate(zip(logits, rows)):
             self.on_draw(i, line, row)
@@ -76,7 +77,7 @@ def run(engine, works, *, check=True, on_step=lambda plan: None, ahead=False):
 
     def watched_schedule():
         plan = schedule()
-        names[:] = [chunk.sequence.work.id for chunk in plan if chunk.samples]
+        names[:] = [chunk.sequence.work.id for chunk in plan for _ in range(chunk.draws)]
         on_step(plan)
         return plan
 

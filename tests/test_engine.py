@@ -165,6 +165,33 @@ def test_steps_started_ahead_give_the_same_answers(smollm, gen5, nanochat_fixtur
         assert len(got.tokens[work.id]) == 60
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_drafts_change_nothing_but_the_number_of_steps(smollm, ahead):
+    text = "Say it again, word for word: the quick brown fox jumps over the lazy dog and the cat sleeps by the fire."
+    works = [chat_work(smollm, "greedy", text, 40), chat_work(smollm, "drawn", text, 40, temperature=0.3, seed=3),
+             chat_server.replace(chat_work(smollm, "stop", text, 40), stop=("azy do",)),
+             chat_work(smollm, "other", QUESTIONS[2], 30, temperature=0.9, seed=1)]
+    steps = []
+    for drafts in (False, True):
+        smollm.drafts, before = drafts, smollm.drafts
+        smollm.pool.forget_cached()
+        try:
+            steps.append([])
+            result = run(smollm, works, on_step=steps[-1].append, ahead=ahead)
+        finally:
+            smollm.drafts = before
+        if not drafts:
+            plain = result
+    assert plain.end["greedy"].drafted_tokens == 0 < result.end["greedy"].accepted_tokens <= result.end["greedy"].drafted_tokens
+    without, with_drafts = (sum(chunk.sequence.work.id == "greedy" for plan in plans for chunk in plan) for plans in steps)
+    assert with_drafts < without
+    for work in works:
+        same(result, plain, work.id)
+        if result.tokens[work.id] == plain.tokens[work.id]:
+            assert result.text[work.id] == plain.text[work.id]
+            assert result.end[work.id].stop_reason == plain.end[work.id].stop_reason
+
+
 def test_a_resumed_answer_goes_on_as_if_nothing_had_happened(gen5):
     work = Work("a", tuple(range(30, 60)), SamplingParams(temperature=0.9, seed=5), 50, ignore_eos=True)
     whole = run(gen5, [work])
