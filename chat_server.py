@@ -44,6 +44,7 @@ import dataclasses
 import errno
 import functools
 import hashlib
+import hmac
 import importlib
 import json
 import logging
@@ -178,6 +179,8 @@ OPTIONS = (
     Option("url", None, None, str, "talk to a running server instead of loading a model", "chat generate"),
     Option("port", "p", 8000, number(int, 0, 65535), "port to listen on, 0 = any free one", "serve"),
     Option("host", None, "0.0.0.0", str, "address to listen on", "serve"),
+    Option("api-key", None, (), str, "key that requests must bring, may repeat; sent to --url by chat and generate", many=True),
+    Option("api-key-file", None, None, str, "file of more keys, one a line: `name: key` or `key`", "serve"),
     Option("dtype", "d", None, str, "weights and KV cache (default: bfloat16 on CUDA, the faster on CPU)",
            choices=("bfloat16", "float32")),
     Option("device-type", None, "auto", str, "where the model runs", choices=("auto", "cuda", "cpu", "mps")),
@@ -196,39 +199,8 @@ def option_field(option: Option) -> str:
     return option.name.split()[0].replace("-", "_")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Every flag's value (the field of `--max-tokens` is `max_tokens`), plus the command and MODEL."""
-
-    command: str = "serve"
-    model: str | None = None
-    num_gpus: str = "1"
-    num_workers: int = 1
-    source: str | None = None
-    model_tag: str | None = None
-    step: int | None = None
-    softcap: float | None = None
-    temperature: float | None = None
-    top_k: int = 50
-    top_p: float = 1.0
-    min_p: float = 0.0
-    max_tokens: int | None = None
-    seed: int | None = None
-    prompt: str | None = None
-    system: str | None = None
-    url: str | None = None
-    port: int = 8000
-    host: str = "0.0.0.0"
-    dtype: str | None = None
-    device_type: str = "auto"
-    gpu_memory_utilization: float = 0.90
-    kv_cache_memory: int | None = None
-    max_batch: int = 64
-    max_queue: int = 256
-    context_length: int | None = None
-    prefill_chunk: int = 256
-    served_model_name: tuple[str, ...] = ()
-    log_conversations: bool = False
+class SettingsBase:
+    """What follows from the flags."""
 
     @property
     def default_temperature(self) -> float:
@@ -237,6 +209,41 @@ class Settings:
     @property
     def default_max_tokens(self) -> int:
         return self.max_tokens if self.max_tokens is not None else 512
+
+
+# Every flag's value (the field of `--max-tokens` is `max_tokens`), the command, MODEL, and the API keys, hashed.
+Settings = dataclasses.make_dataclass(
+    "Settings", [("command", str, "serve"), ("model", "str | None", None), ("keys", "tuple[ApiKey, ...]", ()),
+                 *((option_field(option), Any, option.default) for option in OPTIONS)], bases=(SettingsBase,), frozen=True)
+Settings.__module__ = __name__      # where pickles find it
+
+
+class ApiKey(NamedTuple):
+    """A key that opens the server: only its hash is kept."""
+
+    name: str           # shown in the access log
+    digest: bytes
+
+    @classmethod
+    def hashed(cls, key: str, name: str) -> "ApiKey":
+        return cls(name, hashlib.sha256(key.encode("utf-8", "replace")).digest())
+
+
+def read_api_keys(keys: Iterable[str], path: str | None) -> tuple[ApiKey, ...]:
+    """The keys of --api-key and --api-key-file (lines `name: key` or `key`). ConfigErrors never show a key."""
+    found = [ApiKey.hashed(key.strip(), f"key-{number_}") for number_, key in enumerate(keys, 1) if key.strip()]
+    if path is not None:
+        try:
+            lines = [line.strip() for line in Path(path).expanduser().read_text().splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--api-key-file {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
+        for number_, line in enumerate(lines, 1):
+            name, _, key = line.rpartition(":")
+            if line and not line.startswith("#"):
+                found.append(ApiKey.hashed(key.strip(), name.strip() or f"line-{number_}"))
+    if not found and (path is not None or list(keys)):
+        raise ConfigError("no API key in --api-key or --api-key-file; without one the server would be open")
+    return tuple(found)
 
 
 # 2. errors: raised deep, answered in one place ------------------------------------------------------------------
@@ -2368,6 +2375,8 @@ class Request:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
+    client: str = ""                                # whose request it is: a key's name, or an address
+    low_priority: bool = False                      # waits until nothing else does
 
 
 @dataclass(frozen=True)
@@ -3640,6 +3649,7 @@ def cuda_device_count() -> int:
 
 PING_S = 10.0               # a silent stream carries a comment this often
 DRAIN_S = 30.0              # how long SIGTERM lets running answers go on
+OPEN_ROUTES = ("/", "/static", "/livez", "/readyz", "/health")     # these need no API key
 POLLED_PATHS = ("/health", "/livez", "/readyz", "/stats")
 STATIC = Path(__file__).resolve().parent / "static"
 SYSTEM_FINGERPRINT = f"chat_server-{__version__}"
@@ -3888,7 +3898,7 @@ def part_text(part: Any, name: str) -> str:
     return whole_unicode(text or "")
 
 
-def parse_chat_request(body: dict, settings: Settings, request_id: str) -> Request:
+def parse_chat_request(body: dict, settings: Settings, request_id: str = "") -> Request:
     """The native API's body as a Request."""
     values = parse_fields(body, NATIVE_FIELDS)
     return Request(request_id, native_messages(values.get("messages")), sampling=sampling_params(values, settings),
@@ -3896,7 +3906,7 @@ def parse_chat_request(body: dict, settings: Settings, request_id: str) -> Reque
                    ignore_eos=values.get("ignore_eos", False))
 
 
-def parse_openai_request(values: Mapping[str, Any], settings: Settings, request_id: str) -> Request:
+def parse_openai_request(values: Mapping[str, Any], settings: Settings, request_id: str = "") -> Request:
     """The checked OPENAI_FIELDS as a Request."""
     cap = values.get("max_completion_tokens", values.get("max_tokens", settings.max_tokens))
     sampling = sampling_params({**values, "top_k": max(0, values.get("top_k", settings.top_k))}, settings)
@@ -4069,18 +4079,34 @@ async def logged(request: Request, events: AsyncIterator[Event]) -> AsyncIterato
         log.info("conversation %s %s", request.id, dump([*turns, ["assistant", "".join(texts)]]).decode())
 
 
+@dataclass
+class Visit:
+    """What the front knows of one HTTP request besides aiohttp."""
+
+    id: str             # X-Request-Id of the response
+    client: str = ""    # the name of its API key, else its address
+    note: str = ""      # what the access log adds
+
+
 class Front:
     """The HTTP side of a pool: every route is a method here, and every error is answered in `errors_to_responses`."""
 
     def __init__(self, pool: Pool, settings: Settings):
         self.pool, self.settings = pool, settings
-        self.running: set[str] = set()          # ids of the answers under way
-        self.notes: dict[int, str] = {}         # id of the HTTP request -> what the access log adds
+        self.running: dict[str, str] = {}       # id of each answer under way -> the client it belongs to
+        self.visits: dict[int, Visit] = {}      # by id() of the HTTP request, as long as it is handled
 
-    def new_id(self, http: web.Request) -> str:
-        """The client's X-Request-Id if it is usable and not in use, else 128 random bits."""
+    def visit(self, http: web.Request) -> Visit:
+        """Its X-Request-Id is the client's if that is usable and no running answer has it, else 128 random bits."""
         named = re.sub(r"[^A-Za-z0-9._-]", "", http.headers.get("X-Request-Id", ""))[:64]
-        return named if named and named not in self.running else secrets.token_hex(16)
+        return Visit(named if named and named not in self.running else secrets.token_hex(16))
+
+    def owned(self, http: web.Request, request: Request) -> Request:
+        """The request as its client's, under an id that no other has taken while the body came."""
+        visit = self.visits[id(http)]
+        if visit.id in self.running:
+            visit.id = secrets.token_hex(16)
+        return replace(request, id=visit.id, client=visit.client)
 
     @contextlib.asynccontextmanager
     async def answering(self, request: Request) -> AsyncIterator[AsyncIterator[Event]]:
@@ -4088,17 +4114,18 @@ class Front:
         events = self.pool.answer(request)
         if self.settings.log_conversations:
             events = logged(request, events)
-        self.running.add(request.id)
+        self.running[request.id] = request.client
         try:
             await anext(events)         # Accepted; what the pool refuses is an ordinary error response
             yield events
         finally:
-            self.running.discard(request.id)
+            self.running.pop(request.id, None)
             await events.aclose()
 
     async def handle_chat(self, http: web.Request) -> web.StreamResponse:
         """POST /chat/completions: nanochat's API, always a stream."""
-        request = parse_chat_request(await read_body(http), self.settings, self.new_id(http))
+        body = await read_body(http)
+        request = self.owned(http, parse_chat_request(body, self.settings))
         async with self.answering(request) as events:
             return await self.stream(http, request, events, NativeEncoder(request))
 
@@ -4108,7 +4135,7 @@ class Front:
         values = parse_fields(body, OPENAI_FIELDS)
         self.check_model(values.get("model", ""))
         refuse_unsupported(body, values)
-        request = parse_openai_request(values, self.settings, self.new_id(http))
+        request = self.owned(http, parse_openai_request(values, self.settings))
         include_usage = values.get("stream_options", {}).get("include_usage") is True
         async with self.answering(request) as events:
             encoder = OpenAIEncoder(request, self.pool.model_name, include_usage)
@@ -4129,7 +4156,7 @@ class Front:
             except ClientGone:
                 raise
             except Exception as error:
-                self.notes[id(http)] = f"failed: {error}"
+                self.visits[id(http)].note = f"failed: {error}"
                 await stream.send(frame(error_body(public_error(error))))
             await stream.response.write_eof()
         return stream.response
@@ -4147,7 +4174,7 @@ class Front:
     def note_end(self, http: web.Request, event: Event | None) -> None:
         if not isinstance(event, Finished):
             raise EngineFailure("the answer ended early")
-        self.notes[id(http)] = f"{event.prompt_tokens}+{event.completion_tokens} tokens {event.reason}"
+        self.visits[id(http)].note = f"{event.prompt_tokens}+{event.completion_tokens} tokens {event.reason}"
 
     def check_model(self, name: str) -> None:
         """404 for a model that is not the loaded one; while loading, nobody knows, and the pool says 503."""
@@ -4174,7 +4201,7 @@ class Front:
     async def handle_cancel(self, http: web.Request) -> web.Response:
         """POST /v1/cancel/{id}: the id of the X-Request-Id header of the answer, or of the chunks."""
         request_id = http.match_info["id"].removeprefix("chatcmpl-")
-        if request_id not in self.running or not self.pool.cancel(request_id):
+        if self.running.get(request_id) != self.visits[id(http)].client or not self.pool.cancel(request_id):
             raise RequestError("no answer with this id is running", status=404, code="not_running", param="id")
         return json_response({"id": request_id, "cancelled": True})
 
@@ -4201,6 +4228,27 @@ class Front:
         page = page.replace(b"<head>", b'<head>\n<base href="static/">', 1)
         return web.Response(body=page, content_type="text/html", charset="utf-8")
 
+    def client_of(self, http: web.Request) -> str:
+        """Whose request it is: its key's name, else its address. RequestError 401 where a key is wanted."""
+        scheme, _, bearer = http.headers.get("Authorization", "").partition(" ")
+        given = bearer.strip() if scheme.lower() == "bearer" else http.headers.get("X-Api-Key", "")
+        digest = ApiKey.hashed(given, "").digest
+        found = [key.name for key in self.settings.keys if hmac.compare_digest(key.digest, digest)]    # looks at all
+        if self.settings.keys and not found and self.route_of(http) not in OPEN_ROUTES:
+            raise RequestError("this server wants an API key: Authorization: Bearer KEY" if not given else
+                               "the API key is not one of this server's", status=401, code="invalid_api_key")
+        return found[0] if found else http.remote or ""
+
+    def route_of(self, http: web.Request) -> str:
+        """The pattern of the route that will answer, "" when there is none."""
+        resource = http.match_info.route.resource
+        return resource.canonical if resource else ""
+
+    async def guard(self, http: web.Request, handler: Callable) -> web.StreamResponse:
+        """Who may come in."""
+        self.visits[id(http)].client = self.client_of(http)
+        return await handler(http)
+
     async def set_headers(self, http: web.Request, response: web.StreamResponse) -> None:
         response.headers.update(SECURITY_HEADERS)
         if "Cache-Control" not in response.headers:     # files: ask again each time, the ETag makes it cheap
@@ -4209,14 +4257,16 @@ class Front:
     async def access_log(self, http: web.Request, handler: Callable) -> web.StreamResponse:
         """One line of metadata for each request, polls only at level debug; 499: the client left before the answer."""
         began_s, status = time.monotonic(), 499
+        visit = self.visits[id(http)] = self.visit(http)
         try:
             response = await handler(http)
             status = response.status
             return response
         finally:
+            del self.visits[id(http)]
             level = logging.DEBUG if http.path in POLLED_PATHS else logging.INFO
             log.log(level, "%s %s %d %.0f ms %s", http.method, http.rel_url.raw_path[:200], status,
-                     1000 * (time.monotonic() - began_s), self.notes.pop(id(http), ""))
+                    1000 * (time.monotonic() - began_s), visit.note)
 
 
 def public_error(error: Exception) -> ChatServerError:
@@ -4244,6 +4294,8 @@ async def errors_to_responses(http: web.Request, handler: Callable) -> web.Strea
         failure, headers = public_error(error), {}
     if isinstance(failure, Overloaded):
         headers["Retry-After"] = str(failure.retry_after_s)
+    if failure.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     body = error_body(failure)
     if not http.path.startswith("/v1/") and http.path != "/models":
         plain = failure.status == 400 and failure.code != "context_length_exceeded"     # `chat --url` needs that code
@@ -4254,7 +4306,7 @@ async def errors_to_responses(http: web.Request, handler: Callable) -> web.Strea
 def create_app(pool: Pool, settings: Settings) -> web.Application:
     """The routes of API.md over a pool."""
     front = Front(pool, settings)
-    middlewares = [functools.partial(Front.access_log, front), errors_to_responses]
+    middlewares = [functools.partial(Front.access_log, front), errors_to_responses, functools.partial(Front.guard, front)]
     app = web.Application(client_max_size=LIMITS.body_bytes, middlewares=[web.middleware(each) for each in middlewares])
     app.on_response_prepare.append(front.set_headers)
     app.add_routes([
@@ -4292,6 +4344,10 @@ def listen_on(host: str, port: int) -> socket.socket:
             raise ConfigError(f"port {port} on {host} is already in use; choose another with --port, "
                               "or stop the program that has it") from None
         raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
+
+
+def is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or re.fullmatch(r"127(\.\d+){1,3}", host) is not None
 
 
 def server_urls(host: str, port: int) -> list[str]:
@@ -4351,8 +4407,8 @@ def announce(pool: Pool, settings: Settings, port: int) -> None:
     """What runs, and where to find it."""
     urls = [f"  {url}" for url in server_urls(settings.host, port)]
     lines = [*pool.describe(), "Application startup complete", *urls]
-    if settings.host not in ("127.0.0.1", "localhost", "::1"):
-        lines.append("Warning: anyone who reaches this port can use the server; --host 127.0.0.1 keeps it here")
+    if not settings.keys and not is_loopback(settings.host):
+        lines.append("Warning: anyone who reaches this port can use the server; --api-key KEY or --host 127.0.0.1 prevents that")
     print("\n".join(lines), flush=True)
 
 
@@ -4454,7 +4510,10 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
     for name, option in options.items():
         if values[name] is None:
             values[name] = environment_value(option, environment)
-    return Settings(command=command, **values | {name: tuple(values[name]) for name in options if options[name].many})
+    values |= {name: tuple(values[name]) for name in options if options[name].many}
+    if command == "serve":      # from here on only the hashes are kept
+        values["keys"] = read_api_keys(values.pop("api_key"), values["api_key_file"])
+    return Settings(command=command, **values)
 
 
 class RemotePool:
@@ -4465,13 +4524,14 @@ class RemotePool:
     def __init__(self, settings: Settings):
         url = settings.url.rstrip("/").removesuffix("/v1")
         self.url = url if "://" in url else f"http://{url}"
+        self.headers = {"Authorization": f"Bearer {key}" for key in settings.api_key[:1]}
         self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
         self.client: Any = None
 
     async def start(self) -> None:
         aiohttp = require_library("aiohttp", "--url")
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=6 * PING_S)
-        self.client = aiohttp.ClientSession(timeout=timeout)
+        self.client = aiohttp.ClientSession(timeout=timeout, headers=self.headers)
 
     async def wait_ready(self) -> None:
         """Until the server is ready; ConfigError when there is none."""
