@@ -146,6 +146,13 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
     return parse
 
 
+def origin(text: str) -> str:
+    """An argparse type: what browsers send as Origin, or * for all of them."""
+    if text not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no origin such as https://chat.example.org (no path), null or *")
+    return text
+
+
 class Option(NamedTuple):
     """One command-line flag: argparse, the environment variable, `Settings` and the README table come from this row."""
 
@@ -181,6 +188,10 @@ OPTIONS = (
     Option("host", None, "0.0.0.0", str, "address to listen on", "serve"),
     Option("api-key", None, (), str, "key that requests must bring, may repeat; sent to --url by chat and generate", many=True),
     Option("api-key-file", None, None, str, "file of more keys, one a line: `name: key` or `key`", "serve"),
+    Option("cors-origin", None, (), origin, "web origin whose pages may use the server, may repeat; `null` = pages opened "
+           "from files, `*` = any", "serve", many=True),
+    Option("allowed-host", None, (), str, "host name that requests may ask for when --host is loopback, may repeat "
+           "(localhost always may)", "serve", many=True),
     Option("dtype", "d", None, str, "weights and KV cache (default: bfloat16 on CUDA, the faster on CPU)",
            choices=("bfloat16", "float32")),
     Option("device-type", None, "auto", str, "where the model runs", choices=("auto", "cuda", "cpu", "mps")),
@@ -3648,6 +3659,8 @@ def cuda_device_count() -> int:
 # 11. http: routes parse, answer() works, encoders write -------------------------------------------------------------
 
 PING_S = 10.0               # a silent stream carries a comment this often
+HEADER_S = 15.0             # a connection that has not brought a whole request header by then is closed
+BODY_S = 30.0               # so long may a body pause
 DRAIN_S = 30.0              # how long SIGTERM lets running answers go on
 OPEN_ROUTES = ("/", "/static", "/livez", "/readyz", "/health")     # these need no API key
 POLLED_PATHS = ("/health", "/livez", "/readyz", "/stats")
@@ -3664,6 +3677,9 @@ SECURITY_HEADERS = {
         "object-src 'none'; base-uri 'self'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Server": "chat_server",
 }
 
 
@@ -3805,12 +3821,26 @@ OPENAI_FIELDS = (
 )
 
 
+async def read_bytes(http: web.Request) -> bytes:
+    """The body; 413 above LIMITS.body_bytes, 408 when it pauses for BODY_S."""
+    body = bytearray()
+    if (http.content_length or 0) > LIMITS.body_bytes:
+        raise web.HTTPRequestEntityTooLarge(LIMITS.body_bytes, http.content_length)
+    with contextlib.suppress(asyncio.TimeoutError):
+        while chunk := await asyncio.wait_for(http.content.readany(), BODY_S):
+            body += chunk
+            if len(body) > LIMITS.body_bytes:
+                raise web.HTTPRequestEntityTooLarge(LIMITS.body_bytes, len(body))
+        return bytes(body)
+    raise RequestError(f"nothing of the body came for {BODY_S:g} s", status=408, code="body_timeout")
+
+
 async def read_body(http: web.Request) -> dict:
-    """The body as a JSON object; 413 above LIMITS.body_bytes, 400 for anything that is none."""
+    """The body as a JSON object; 400 for anything that is none."""
     if http.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise RequestError("compressed bodies are not supported", status=415, code="unsupported_encoding")
     try:
-        body = json.loads((await http.read()).decode("utf-8-sig"))
+        body = json.loads((await read_bytes(http)).decode("utf-8-sig"))
     except RecursionError:
         raise RequestError("the body is no usable JSON: nested too deeply") from None
     except (ValueError, web.RequestPayloadError) as error:      # not UTF-8, not JSON, 5,000 digits, broken chunks
@@ -4244,13 +4274,42 @@ class Front:
         resource = http.match_info.route.resource
         return resource.canonical if resource else ""
 
+    def check_host(self, http: web.Request) -> None:
+        """On loopback only names of this machine: a page elsewhere may have its own name resolve to 127.0.0.1."""
+        name = re.sub(r":\d*$", "", http.headers.get("Host", "localhost")).strip("[]").lower()
+        if is_loopback(self.settings.host) and not is_loopback(name) and name not in self.settings.allowed_host:
+            raise RequestError(f"this server does not answer to the name {shown(name)} (--allowed-host)",
+                               status=403, code="host_not_allowed")
+
+    def cors_headers(self, http: web.Request) -> dict[str, str]:
+        """What lets a page of another origin read the response; nothing unless --cors-origin names it."""
+        allowed, given = self.settings.cors_origin, http.headers.get("Origin")
+        if given is None or not {given, "*"} & set(allowed):
+            return {"Vary": "Origin"} if allowed else {}
+        return {"Access-Control-Allow-Origin": given, "Vary": "Origin",
+                "Access-Control-Expose-Headers": "X-Request-Id, Retry-After"}
+
+    def preflight(self, http: web.Request) -> web.Response:
+        """A browser asks whether a page may send what it wants to; it brings no key, so it needs none."""
+        if "Access-Control-Allow-Origin" not in self.cors_headers(http):
+            raise RequestError("this origin is not allowed (--cors-origin)", status=403, code="origin_not_allowed")
+        return web.Response(status=204, headers={
+            "Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": "600",
+            "Access-Control-Allow-Headers": http.headers.get("Access-Control-Request-Headers", "Authorization, Content-Type"),
+            "Access-Control-Allow-Private-Network": "true"})
+
     async def guard(self, http: web.Request, handler: Callable) -> web.StreamResponse:
-        """Who may come in."""
+        """Who may come in: hosts, preflights, pages of other origins (which could post without reading), keys."""
+        self.check_host(http)
+        if http.method == "OPTIONS" and "Access-Control-Request-Method" in http.headers:
+            return self.preflight(http)
+        if http.method == "POST" and http.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+            self.preflight(http)
         self.visits[id(http)].client = self.client_of(http)
         return await handler(http)
 
     async def set_headers(self, http: web.Request, response: web.StreamResponse) -> None:
-        response.headers.update(SECURITY_HEADERS)
+        response.headers.update(SECURITY_HEADERS | self.cors_headers(http))
         if "Cache-Control" not in response.headers:     # files: ask again each time, the ETag makes it cheap
             response.headers["Cache-Control"] = "no-cache" if http.method in ("GET", "HEAD") else "no-store"
 
@@ -4329,8 +4388,34 @@ def create_app(pool: Pool, settings: Settings) -> web.Application:
 
 def make_runner(app: web.Application) -> web.AppRunner:
     """handler_cancellation: a client that leaves ends its handler at once, and so the work for it."""
-    return web.AppRunner(app, handler_cancellation=True, access_log=None, auto_decompress=False,
-                         keepalive_timeout=75, shutdown_timeout=2.0)
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, auto_decompress=False,
+                           keepalive_timeout=75, shutdown_timeout=2.0)
+    served: set[Any] = set()        # connections that have brought a request: from then on the keep-alive time-out holds
+
+    async def note_connection(http: web.Request, handler: Callable) -> web.StreamResponse:
+        served.add(http.protocol)
+        return await handler(http)
+
+    async def watch_connections(app: web.Application) -> AsyncIterator[None]:
+        watch = asyncio.create_task(drop_silent_connections(runner, served))
+        yield
+        watch.cancel()
+
+    app.middlewares.insert(0, web.middleware(note_connection))
+    app.cleanup_ctx.append(watch_connections)
+    return runner
+
+
+async def drop_silent_connections(runner: web.AppRunner, served: set[Any]) -> None:
+    """Close what has not brought a whole request header within HEADER_S; aiohttp has no such limit."""
+    since_s: dict[Any, float] = {}
+    while True:
+        await asyncio.sleep(HEADER_S / 15)
+        now, connections = time.monotonic(), runner.server.connections
+        served.intersection_update(connections)
+        since_s = {each: since_s.get(each, now) for each in connections if each not in served}
+        for each in [each for each, at in since_s.items() if now - at > HEADER_S]:
+            each.force_close()
 
 
 def listen_on(host: str, port: int) -> socket.socket:

@@ -593,6 +593,19 @@ def test_a_server_with_keys_asks_for_one_and_the_page_keeps_it(page):
         expect(page.get_by_role("alert")).to_have_count(0)
 
 
+def test_a_page_from_a_file_talks_to_a_server_that_admits_it(page):
+    with fake_front(cors_origin=("null",), keys=(chat_server.ApiKey.hashed("key", "alice"),)) as url:
+        page.route("http://127.0.0.1:8000/**", lambda route: route.abort())
+        page.goto((ROOT / "static" / "index.html").as_uri())
+        button(page, "Server").click()
+        page.get_by_role("textbox", name="URL").fill(url)
+        page.get_by_label("API key").fill("key")
+        button(page, "Done").click()
+        expect(page.get_by_role("heading", name="fake-model").first).to_be_visible()
+        ask(page, "hello")
+        expect(answers(page)).to_contain_text("Hello, world!")
+
+
 def test_an_exported_conversation_can_be_imported(page, stand_in, tmp_path):
     open_page(page, stand_in.url)
     ask(page, "keep me")
