@@ -199,9 +199,11 @@ OPTIONS = (
     Option("kv-cache-memory", None, None, parse_bytes, "bytes for KV pages per replica (suffixes K, M, G)"),
     Option("max-batch", None, 64, number(int, 1, 1024), "sequences decoded together per replica"),
     Option("max-queue", None, 256, number(int, 0), "requests waiting in the whole server before 503", "serve"),
+    Option("drain-timeout", None, 30.0, number(float, 0), "seconds that SIGTERM gives running answers", "serve"),
     Option("context-length", None, None, number(int, 16), "tokens per sequence (default: the model's)"),
     Option("prefill-chunk", None, 256, number(int, 16, 65536), "tokens of prompts computed in one step"),
     Option("served-model-name", None, (), str, "extra names for the model, may repeat", "serve", many=True),
+    Option("log-format", None, "text", str, "the log as lines of text or of JSON", "serve", choices=("text", "json")),
     Option("log-conversations", None, False, None, "message texts in the log; otherwise metadata only", "serve"),
 )
 
@@ -2912,9 +2914,9 @@ def worker_main(arguments: Seq[str]) -> int:
         signal.signal(number_, signal.SIG_IGN)
     die_with_parent(parent)
     channel = Channel(socket.socket(fileno=descriptor))
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:
         (_, config), *queued = channel.receive(wait=True)
+        start_logging(config.settings)
         channel.send("loading", "importing torch", 0.0)
         numpy.ndarray       # a ConfigError when it is missing; torch would only warn
         with torch.inference_mode():
@@ -3661,9 +3663,8 @@ def cuda_device_count() -> int:
 PING_S = 10.0               # a silent stream carries a comment this often
 HEADER_S = 15.0             # a connection that has not brought a whole request header by then is closed
 BODY_S = 30.0               # so long may a body pause
-DRAIN_S = 30.0              # how long SIGTERM lets running answers go on
 OPEN_ROUTES = ("/", "/static", "/livez", "/readyz", "/health")     # these need no API key
-POLLED_PATHS = ("/health", "/livez", "/readyz", "/stats")
+POLLED_ROUTES = ("/health", "/livez", "/readyz", "/stats", "/metrics")      # logged at level debug only
 STATIC = Path(__file__).resolve().parent / "static"
 SYSTEM_FINGERPRINT = f"chat_server-{__version__}"
 SSE_HEADERS = {
@@ -4106,7 +4107,76 @@ async def logged(request: Request, events: AsyncIterator[Event]) -> AsyncIterato
     finally:
         await events.aclose()
         turns = [[message.role, message.content] for message in request.messages or ()]
-        log.info("conversation %s %s", request.id, dump([*turns, ["assistant", "".join(texts)]]).decode())
+        turns.append(["assistant", "".join(texts)])
+        log.info("conversation %s %s", request.id, dump(turns).decode(), extra={"fields": {"id": request.id, "turns": turns}})
+
+
+class Metrics:
+    """What /metrics shows: histograms and counters are fed by `watch`, the rest is read from the pool when asked for."""
+
+    SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+    REASONS = ("stop", "length", "cancelled", "refused", "error")
+
+    def __init__(self, pool: Pool):
+        self.pool, self.library = pool, require_library("prometheus_client", "/metrics")
+        self.registry = self.library.CollectorRegistry()
+        self.registry.register(self)
+        how = {"namespace": "chat_server", "registry": self.registry}
+        seconds = functools.partial(self.library.Histogram, **how, unit="seconds", buckets=self.SECONDS)
+        counter = functools.partial(self.library.Counter, **how)
+        self.ttft = seconds("time_to_first_token", "from a request to its first token")
+        self.itl = seconds("inter_token_latency", "between two tokens of an answer")
+        self.queue = seconds("queue", "what a request waited before it ran")
+        self.whole = seconds("request_duration", "from a request to its end", ["finish_reason"])
+        self.requests = counter("requests", "requests by how they ended", ["finish_reason"])
+        self.tokens = counter("tokens", "prompt (computed or cached) and generated tokens", ["kind"])
+        self.responses = counter("http_responses", "responses by route and status", ["route", "status"])
+        for reason in self.REASONS:
+            self.requests.labels(reason)
+
+    def collect(self) -> Iterator[Any]:
+        """Called by prometheus_client for what the pool counts."""
+        stats, families = self.pool.stats(), self.library.metrics_core
+        workers = stats["workers"]
+        total = lambda name: sum(worker[name] for worker in workers)      # noqa: E731
+        for name, doc, value in (
+                ("running", "requests on workers", total("running")), ("queued", "requests that wait", stats["queue_depth"]),
+                ("kv_pages_used", "KV pages in use", total("kv_pages_used")), ("kv_pages", "KV pages", total("kv_pages_total")),
+                ("workers", "configured workers", stats["total_workers"]),
+                ("workers_up", "workers that are ready", sum(worker["state"] == "ready" for worker in workers))):
+            yield families.GaugeMetricFamily(f"chat_server_{name}", doc, value)
+        yield families.CounterMetricFamily("chat_server_worker_restarts", "workers started again", total("restarts"))
+
+    async def watch(self, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+        """The same events, counted and timed."""
+        began_s, last_s, reason = time.monotonic(), None, "cancelled"
+        try:
+            async for event in events:
+                if isinstance(event, Piece) and event.tokens:
+                    now = time.monotonic()
+                    if last_s is None:
+                        self.ttft.observe(now - began_s)
+                    else:
+                        self.itl.observe((now - last_s) / len(event.tokens))
+                    last_s = now
+                elif isinstance(event, Finished):
+                    reason = event.reason
+                    self.count_tokens(event)
+                yield event
+        except Exception as error:
+            reason = {"cancelled": "cancelled"}.get(getattr(error, "code", None)) or \
+                ("refused" if isinstance(error, (Overloaded, RequestError)) else "error")
+            raise
+        finally:
+            await events.aclose()
+            self.requests.labels(reason).inc()
+            self.whole.labels(reason).observe(time.monotonic() - began_s)
+
+    def count_tokens(self, done: Finished) -> None:
+        self.queue.observe(done.queue_ms / 1e3)
+        for kind, count in (("prompt", done.prompt_tokens - done.cached_tokens), ("prompt_cached", done.cached_tokens),
+                            ("generated", done.completion_tokens)):
+            self.tokens.labels(kind).inc(count)
 
 
 @dataclass
@@ -4116,6 +4186,7 @@ class Visit:
     id: str             # X-Request-Id of the response
     client: str = ""    # the name of its API key, else its address
     note: str = ""      # what the access log adds
+    counts: dict[str, Any] = field(default_factory=dict)        # and what its JSON form adds
 
 
 class Front:
@@ -4124,6 +4195,9 @@ class Front:
     def __init__(self, pool: Pool, settings: Settings):
         self.pool, self.settings = pool, settings
         self.running: dict[str, str] = {}       # id of each answer under way -> the client it belongs to
+        self.metrics: Metrics | None = None
+        with contextlib.suppress(ConfigError):  # prometheus_client is missing: /metrics says so
+            self.metrics = Metrics(pool)
         self.visits: dict[int, Visit] = {}      # by id() of the HTTP request, as long as it is handled
 
     def visit(self, http: web.Request) -> Visit:
@@ -4142,6 +4216,8 @@ class Front:
     async def answering(self, request: Request) -> AsyncIterator[AsyncIterator[Event]]:
         """The answer's events, once it is accepted; leaving the block, in whatever way, ends the work for it."""
         events = self.pool.answer(request)
+        if self.metrics:
+            events = self.metrics.watch(events)
         if self.settings.log_conversations:
             events = logged(request, events)
         self.running[request.id] = request.client
@@ -4204,7 +4280,9 @@ class Front:
     def note_end(self, http: web.Request, event: Event | None) -> None:
         if not isinstance(event, Finished):
             raise EngineFailure("the answer ended early")
-        self.visits[id(http)].note = f"{event.prompt_tokens}+{event.completion_tokens} tokens {event.reason}"
+        visit = self.visits[id(http)]
+        visit.note = f"{event.prompt_tokens}+{event.completion_tokens} tokens {event.reason}"
+        visit.counts = {name: getattr(event, name) for name in ("prompt_tokens", "completion_tokens", "cached_tokens", "reason")}
 
     def check_model(self, name: str) -> None:
         """404 for a model that is not the loaded one; while loading, nobody knows, and the pool says 503."""
@@ -4249,6 +4327,13 @@ class Front:
 
     async def handle_stats(self, http: web.Request) -> web.Response:
         return json_response(self.pool.stats())
+
+    async def handle_metrics(self, http: web.Request) -> web.Response:
+        if self.metrics is None:
+            raise RequestError("the Python package prometheus_client is not installed", status=501, code="no_metrics")
+        library = self.metrics.library
+        return web.Response(body=library.generate_latest(self.metrics.registry),
+                            headers={"Content-Type": library.CONTENT_TYPE_LATEST})
 
     async def handle_page(self, http: web.Request) -> web.Response:
         try:
@@ -4320,12 +4405,21 @@ class Front:
         try:
             response = await handler(http)
             status = response.status
+            if not response.prepared:
+                response.headers["X-Request-Id"] = visit.id
             return response
         finally:
             del self.visits[id(http)]
-            level = logging.DEBUG if http.path in POLLED_PATHS else logging.INFO
-            log.log(level, "%s %s %d %.0f ms %s", http.method, http.rel_url.raw_path[:200], status,
-                    1000 * (time.monotonic() - began_s), visit.note)
+            self.log_visit(http, visit, status, 1000 * (time.monotonic() - began_s))
+
+    def log_visit(self, http: web.Request, visit: Visit, status: int, ms: float) -> None:
+        path = http.rel_url.raw_path[:200]      # no query: it may hold anything
+        log.log(logging.DEBUG if self.route_of(http) in POLLED_ROUTES else logging.INFO, "%s %s %d %.0f ms %s [%s %s]",
+                http.method, path, status, ms, visit.note, visit.client or "-", visit.id, extra={"fields": {
+                    "method": http.method, "path": path, "status": status, "ms": round(ms, 1), "client": visit.client,
+                    "id": visit.id, **visit.counts}})
+        if self.metrics:
+            self.metrics.responses.labels(self.route_of(http), status).inc()
 
 
 def public_error(error: Exception) -> ChatServerError:
@@ -4380,15 +4474,25 @@ def create_app(pool: Pool, settings: Settings) -> web.Application:
         web.get("/livez", front.handle_livez),
         web.get("/readyz", front.handle_readyz),
         web.get("/stats", front.handle_stats),
+        web.get("/metrics", front.handle_metrics),
     ])
     if STATIC.is_dir():
         app.router.add_static("/static", STATIC)
     return app
 
 
+def without_bytes(record: logging.LogRecord) -> bool:
+    """A filter: what aiohttp logs of requests that are no HTTP, without the bytes, which may be somebody's secret."""
+    if record.exc_info and isinstance(record.exc_info[1], importlib.import_module("aiohttp.http_exceptions").HttpProcessingError):
+        record.msg, record.exc_info = f"{record.msg}: this is no HTTP", None
+    return True
+
+
 def make_runner(app: web.Application) -> web.AppRunner:
     """handler_cancellation: a client that leaves ends its handler at once, and so the work for it."""
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, auto_decompress=False,
+    logger = log.getChild("connections")
+    logger.addFilter(without_bytes)
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, auto_decompress=False, logger=logger,
                            keepalive_timeout=75, shutdown_timeout=2.0)
     served: set[Any] = set()        # connections that have brought a request: from then on the keep-alive time-out holds
 
@@ -4514,7 +4618,7 @@ async def serve_forever(settings: Settings, pool: Pool | None = None) -> int:
             announce(pool, settings, port)
             await drain.wait()
             print("Stopping: running answers may finish; a second signal stops now.", file=sys.stderr, flush=True)
-            await first_of(pool.drain(DRAIN_S), now.wait())
+            await first_of(pool.drain(settings.drain_timeout), now.wait())
     finally:
         progress.close()
         await pool.close()
@@ -4539,6 +4643,23 @@ class CommandLine(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         raise ConfigError(f"{message} (--help lists the flags)")
+
+
+class JsonLines(logging.Formatter):
+    """--log-format json: one object a line; the `fields` of a record are members of it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{record.msecs:03.0f}Z"
+        body = {"time": at, "level": record.levelname.lower(), "message": record.getMessage(), **getattr(record, "fields", {})}
+        if record.exc_info:
+            body["traceback"] = self.formatException(record.exc_info)
+        return dump(body).decode()
+
+
+def start_logging(settings: Settings) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines() if settings.log_format == "json" else logging.Formatter("%(asctime)s %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO if settings.command == "serve" else logging.WARNING)
 
 
 class ShowVersion(argparse.Action):
@@ -4923,8 +5044,7 @@ def main(argv: Seq[str] | None = None) -> int:
         stream.reconfigure(errors="replace")
     try:
         settings = parse_command_line(argv, os.environ)
-        level = logging.INFO if settings.command == "serve" else logging.WARNING
-        logging.basicConfig(format="%(asctime)s %(message)s", level=level)
+        start_logging(settings)
         return asyncio.run({"serve": serve_forever, "chat": chat, "generate": generate}[settings.command](settings))
     except ConfigError as error:
         return complain(error, 2)
