@@ -153,6 +153,14 @@ def origin(text: str) -> str:
     return text
 
 
+def url_prefix(text: str) -> str:
+    """An argparse type: "" or a path without its last slash."""
+    path = "/" + text.strip("/") if text.strip("/") else ""
+    if not re.fullmatch(r"(/[A-Za-z0-9._~-]+)*", path):
+        raise argparse.ArgumentTypeError(f"{text!r} is no path such as /chat")
+    return path
+
+
 class Option(NamedTuple):
     """One command-line flag: argparse, the environment variable, `Settings` and the README table come from this row."""
 
@@ -186,6 +194,7 @@ OPTIONS = (
     Option("url", None, None, str, "talk to a running server instead of loading a model", "chat generate"),
     Option("port", "p", 8000, number(int, 0, 65535), "port to listen on, 0 = any free one", "serve"),
     Option("host", None, "0.0.0.0", str, "address to listen on", "serve"),
+    Option("prefix", None, "", url_prefix, "path to serve under, such as /chat", "serve"),
     Option("api-key", None, (), str, "key that requests must bring, may repeat; sent to --url by chat and generate", many=True),
     Option("api-key-file", None, None, str, "file of more keys, one a line: `name: key` or `key`", "serve"),
     Option("cors-origin", None, (), origin, "web origin whose pages may use the server, may repeat; `null` = pages opened "
@@ -202,6 +211,7 @@ OPTIONS = (
     Option("drain-timeout", None, 30.0, number(float, 0), "seconds that SIGTERM gives running answers", "serve"),
     Option("context-length", None, None, number(int, 16), "tokens per sequence (default: the model's)"),
     Option("prefill-chunk", None, 256, number(int, 16, 65536), "tokens of prompts computed in one step"),
+    Option("config", None, None, str, "TOML file of flags: `max-batch = 8`; flags and environment variables win"),
     Option("served-model-name", None, (), str, "extra names for the model, may repeat", "serve", many=True),
     Option("log-format", None, "text", str, "the log as lines of text or of JSON", "serve", choices=("text", "json")),
     Option("log-conversations", None, False, None, "message texts in the log; otherwise metadata only", "serve"),
@@ -4343,6 +4353,10 @@ class Front:
         page = page.replace(b"<head>", b'<head>\n<base href="static/">', 1)
         return web.Response(body=page, content_type="text/html", charset="utf-8")
 
+    async def handle_bare_prefix(self, http: web.Request) -> web.Response:
+        """/chat becomes /chat/, where the page's relative addresses are right."""
+        return web.Response(status=308, headers={"Location": self.settings.prefix + "/"})
+
     def client_of(self, http: web.Request) -> str:
         """Whose request it is: its key's name, else its address. RequestError 401 where a key is wanted."""
         scheme, _, bearer = http.headers.get("Authorization", "").partition(" ")
@@ -4357,7 +4371,7 @@ class Front:
     def route_of(self, http: web.Request) -> str:
         """The pattern of the route that will answer, "" when there is none."""
         resource = http.match_info.route.resource
-        return resource.canonical if resource else ""
+        return resource.canonical.removeprefix(self.settings.prefix) or "/" if resource else ""
 
     def check_host(self, http: web.Request) -> None:
         """On loopback only names of this machine: a page elsewhere may have its own name resolve to 127.0.0.1."""
@@ -4450,10 +4464,26 @@ async def errors_to_responses(http: web.Request, handler: Callable) -> web.Strea
     if failure.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     body = error_body(failure)
-    if not http.path.startswith("/v1/") and http.path != "/models":
+    if not re.search(r"/v1/|/models$", http.path):
         plain = failure.status == 400 and failure.code != "context_length_exceeded"     # `chat --url` needs that code
         body = {"detail": failure.message, **({} if plain else body)}
     return json_response(body, failure.status, headers)
+
+
+ROUTES = (
+    ("GET", "/", "handle_page"),
+    ("POST", "/chat/completions", "handle_chat"),
+    ("POST", "/v1/chat/completions", "handle_openai_chat"),
+    ("GET", "/v1/models", "handle_models"),
+    ("GET", "/models", "handle_models"),
+    ("GET", "/v1/models/{name:.+}", "handle_model"),
+    ("POST", "/v1/cancel/{id}", "handle_cancel"),
+    ("GET", "/health", "handle_health"),
+    ("GET", "/livez", "handle_livez"),
+    ("GET", "/readyz", "handle_readyz"),
+    ("GET", "/stats", "handle_stats"),
+    ("GET", "/metrics", "handle_metrics"),
+)
 
 
 def create_app(pool: Pool, settings: Settings) -> web.Application:
@@ -4462,22 +4492,13 @@ def create_app(pool: Pool, settings: Settings) -> web.Application:
     middlewares = [functools.partial(Front.access_log, front), errors_to_responses, functools.partial(Front.guard, front)]
     app = web.Application(client_max_size=LIMITS.body_bytes, middlewares=[web.middleware(each) for each in middlewares])
     app.on_response_prepare.append(front.set_headers)
-    app.add_routes([
-        web.get("/", front.handle_page),
-        web.post("/chat/completions", front.handle_chat),
-        web.post("/v1/chat/completions", front.handle_openai_chat),
-        web.get("/v1/models", front.handle_models),
-        web.get("/models", front.handle_models),
-        web.get("/v1/models/{name:.+}", front.handle_model),
-        web.post("/v1/cancel/{id}", front.handle_cancel),
-        web.get("/health", front.handle_health),
-        web.get("/livez", front.handle_livez),
-        web.get("/readyz", front.handle_readyz),
-        web.get("/stats", front.handle_stats),
-        web.get("/metrics", front.handle_metrics),
-    ])
+    for method, path, handler in ROUTES:
+        add = app.router.add_get if method == "GET" else app.router.add_post     # add_get: HEAD too
+        add(settings.prefix + path, getattr(front, handler))
+    if settings.prefix:
+        app.router.add_get(settings.prefix, front.handle_bare_prefix)
     if STATIC.is_dir():
-        app.router.add_static("/static", STATIC)
+        app.router.add_static(settings.prefix + "/static", STATIC)
     return app
 
 
@@ -4594,7 +4615,7 @@ def stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
 
 def announce(pool: Pool, settings: Settings, port: int) -> None:
     """What runs, and where to find it."""
-    urls = [f"  {url}" for url in server_urls(settings.host, port)]
+    urls = [f"  {url}{settings.prefix and settings.prefix + '/'}" for url in server_urls(settings.host, port)]
     lines = [*pool.describe(), "Application startup complete", *urls]
     if not settings.keys and not is_loopback(settings.host):
         lines.append("Warning: anyone who reaches this port can use the server; --api-key KEY or --host 127.0.0.1 prevents that")
@@ -4633,7 +4654,7 @@ USAGE = """python chat_server.py [serve|chat|generate] [MODEL] [flags]
 
 serve (the default) offers the page and the APIs, chat talks in the terminal, generate answers one prompt.
 MODEL: nothing (a nanochat checkpoint, else the embedded default), a nanochat folder, a .gguf file, a Hugging Face
-folder or id. Each flag has an environment variable: --max-tokens is CHAT_SERVER_MAX_TOKENS."""
+folder or id. Each flag has an environment variable: --max-tokens is CHAT_SERVER_MAX_TOKENS. --config FILE.toml has them as lines."""
 CHAT_HELP = "clear: forget the conversation; quit, exit: leave; Ctrl-C: stop the answer (at an empty prompt: leave)"
 TERMINAL_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
@@ -4670,21 +4691,52 @@ class ShowVersion(argparse.Action):
         parser.exit()
 
 
-def environment_value(option: Option, environment: Mapping[str, str]) -> Any:
-    """The value of a flag that was not given: its environment variable's when that is set, else the table's."""
-    variable = f"CHAT_SERVER_{option_field(option).upper()}"
-    if not (text := environment.get(variable, "").strip()):
-        return option.default
-    switch = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-    allowed = option.choices or (() if option.parse else switch)
-    if allowed and text.lower() not in allowed:
-        raise ConfigError(f"{variable}={text!r} must be one of {', '.join(allowed)}")
-    parse = option.parse or (lambda word: switch[word.lower()])
+SWITCH_WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+
+def worded_value(option: Option, words: list[str], place: str) -> Any:
+    """The value of a flag that is written as words in `place`, an environment variable or a line of --config."""
+    shown_words = repr(",".join(words)) if option.name != "api-key" else "the key"
+    allowed = option.choices or (() if option.parse else SWITCH_WORDS)
+    if allowed and not {word.lower() for word in words} <= set(allowed):
+        raise ConfigError(f"{place}={shown_words} must be one of {', '.join(allowed)}")
+    if not option.many and len(words) != 1:
+        raise ConfigError(f"{place}={shown_words} must be one value")
+    parse = option.parse or (lambda word: SWITCH_WORDS[word.lower()])
     try:
-        values = [parse(part) for part in (text.split(",") if option.many else [text])]
+        values = tuple(parse(word) for word in words)
     except (ValueError, argparse.ArgumentTypeError) as error:
-        raise ConfigError(f"{variable}={text!r} is not usable: {error}") from None
-    return tuple(values) if option.many else values[0]
+        raise ConfigError(f"{place}={shown_words} is not usable: {error}") from None
+    return values if option.many else values[0]
+
+
+def read_config(path: str | None) -> dict[str, list[str]]:
+    """--config: the words of each flag in a TOML file, by the flag's field name. ConfigError for unknown names."""
+    if path is None:
+        return {}
+    tomllib = require_library("tomllib", "--config (Python 3.11)")
+    try:
+        table = tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from None
+    fields = {name.replace("-", "_"): option_field(option) for option in OPTIONS for name in option.name.split()}
+    words = {}
+    for name, value in table.items():
+        if (known := (fields | {"model": "model"}).get(name.replace("-", "_"))) is None:
+            raise ConfigError(f"--config {path}: there is no flag --{name}")
+        if isinstance(value, dict):
+            raise ConfigError(f"--config {path}: {name} must be a value or a list, not a table")
+        words[known] = [str(each) for each in (value if isinstance(value, list) else [value])]
+    return words
+
+
+def unflagged_value(option: Option, environment: Mapping[str, str], config: Mapping[str, list[str]]) -> Any:
+    """The value of a flag that was not given: its environment variable's, else --config's, else the table's."""
+    name = option_field(option)
+    variable = f"CHAT_SERVER_{name.upper()}"
+    if text := environment.get(variable, "").strip():
+        return worded_value(option, text.split(",") if option.many else [text], variable)
+    return worded_value(option, config[name], f"--config: {name}") if name in config else option.default
 
 
 def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
@@ -4706,16 +4758,18 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
         command = words.pop(0).replace("server", "serve")
     parser = CommandLine(prog=f"chat_server.py {command}", description=USAGE, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="MODEL", nargs="?", default=environment.get("CHAT_SERVER_MODEL") or None)
+    parser.add_argument("model", metavar="MODEL", nargs="?", default=None)
     parser.add_argument("--version", action=ShowVersion, nargs=0, default=argparse.SUPPRESS, dest=argparse.SUPPRESS,
                         help="print the version and which kernels run")
     options = {option_field(option): option for option in OPTIONS if command in option.commands.split()}
     for option in options.values():
         add_option(parser, option)
     values = vars(parser.parse_args(words))
+    config = read_config(values["config"] or environment.get("CHAT_SERVER_CONFIG") or None)
+    values["model"] = values["model"] or environment.get("CHAT_SERVER_MODEL") or (config.get("model") or [None])[0]
     for name, option in options.items():
         if values[name] is None:
-            values[name] = environment_value(option, environment)
+            values[name] = unflagged_value(option, environment, config)
     values |= {name: tuple(values[name]) for name in options if options[name].many}
     if command == "serve":      # from here on only the hashes are kept
         values["keys"] = read_api_keys(values.pop("api_key"), values["api_key_file"])

@@ -593,6 +593,14 @@ def test_a_server_with_keys_asks_for_one_and_the_page_keeps_it(page):
         expect(page.get_by_role("alert")).to_have_count(0)
 
 
+def test_the_page_works_under_the_server_s_own_prefix(page):
+    with fake_front(prefix="/deep/down") as url:
+        open_page(page, url.rstrip("/"))            # the server adds the slash
+        assert page.url == url
+        ask(page, "hello")
+        expect(answers(page)).to_contain_text("Hello, world!")
+
+
 def test_a_page_from_a_file_talks_to_a_server_that_admits_it(page):
     with fake_front(cors_origin=("null",), keys=(chat_server.ApiKey.hashed("key", "alice"),)) as url:
         page.route("http://127.0.0.1:8000/**", lambda route: route.abort())
