@@ -207,7 +207,9 @@ OPTIONS = (
     Option("gpu-memory-utilization", None, 0.90, number(float, 0.05, 1.0), "share of device memory for weights and KV pages"),
     Option("kv-cache-memory", None, None, parse_bytes, "bytes for KV pages per replica (suffixes K, M, G)"),
     Option("max-batch", None, 64, number(int, 1, 1024), "sequences decoded together per replica"),
-    Option("max-queue", None, 256, number(int, 0), "requests waiting in the whole server before 503", "serve"),
+    Option("max-queue", None, 256, number(int, 0), "requests waiting in the whole server before 429", "serve"),
+    Option("max-concurrent-per-key", None, 0, number(int, 0),
+           "requests of one API key (without keys: of one address) at a time before 429, 0 = any number", "serve"),
     Option("drain-timeout", None, 30.0, number(float, 0), "seconds that SIGTERM gives running answers", "serve"),
     Option("context-length", None, None, number(int, 16), "tokens per sequence (default: the model's)"),
     Option("prefill-chunk", None, 256, number(int, 16, 65536), "tokens of prompts computed in one step"),
@@ -3262,6 +3264,42 @@ class Worker:
                 "utilization": round(len(self.jobs) / self.pool.settings.max_batch, 3)}
 
 
+class WaitingQueue:
+    """Jobs that wait for a row. First those whose worker died, then one job of each client in turn, so that nobody's
+    pile holds up the others, and only then those of low priority, in turn too."""
+
+    def __init__(self):
+        self.resumed: deque[Job] = deque()
+        self.lanes: tuple[OrderedDict[str, deque[Job]], ...] = (OrderedDict(), OrderedDict())   # by client; [1] is the low one
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __iter__(self) -> Iterator[Job]:
+        for jobs in (self.resumed, *self.lanes[0].values(), *self.lanes[1].values()):
+            yield from jobs
+
+    def append(self, job: Job) -> None:
+        self.lanes[job.request.low_priority].setdefault(job.request.client, deque()).append(job)
+
+    def first(self) -> Job | None:
+        return next(iter(self), None)
+
+    def take(self, job: Job) -> None:
+        """The first job leaves, and its client goes to the end of its lane."""
+        self.remove(job)
+        lane, client = self.lanes[job.request.low_priority], job.request.client
+        if client in lane:
+            lane.move_to_end(client)
+
+    def remove(self, job: Job) -> None:
+        lane, client = self.lanes[job.request.low_priority], job.request.client
+        jobs = self.resumed if job in self.resumed else lane[client]
+        jobs.remove(job)
+        if not lane.get(client, True):
+            del lane[client]
+
+
 class LocalPool:
     """The replicas of this machine behind one `answer`: routing, queueing, supervision, failover.
 
@@ -3280,7 +3318,7 @@ class LocalPool:
         self.device_type, count = choose_devices(settings)
         self.workers = [Worker(self, gpu) for gpu in range(count)]
         self.jobs: dict[str, Job] = {}
-        self.pending: deque[Job] = deque()
+        self.pending = WaitingQueue()
         self.source: ModelSource | None = None
         self.card: ModelCard | None = None
         self.tokenizer: Tokenizer | None = None
@@ -3360,7 +3398,7 @@ class LocalPool:
             if job.failovers >= self.MAX_FAILOVERS:
                 self.fail(job.request.id, EngineFailure(f"{job.failovers} workers died while computing this answer"))
             else:
-                self.pending.appendleft(job)
+                self.pending.resumed.appendleft(job)
         self.dispatch()
 
     async def _watch(self) -> None:
@@ -3480,7 +3518,10 @@ class LocalPool:
         if self.tokenizer is None or not self.became_ready.done():
             raise Overloaded(f"the model is still loading ({self.loading[0]})", retry_after_s=2)
         if len(self.pending) >= self.settings.max_queue and not self._free_workers():
-            raise Overloaded(f"{len(self.pending)} requests are waiting already (--max-queue)", retry_after_s=5)
+            raise Overloaded(f"{len(self.pending)} requests are waiting already (--max-queue)", retry_after_s=5, status=429)
+        limit = self.settings.max_concurrent_per_key
+        if limit and sum(job.request.client == request.client for job in self.jobs.values()) >= limit:
+            raise Overloaded(f"{limit} requests of yours are under way already (--max-concurrent-per-key)", status=429)
         if request.id in self.jobs:
             raise RequestError(f"a request with the id {request.id!r} is running", status=409, code="duplicate_id")
 
@@ -3519,8 +3560,8 @@ class LocalPool:
 
     def dispatch(self) -> None:
         """Hand waiting jobs to workers with a free row."""
-        while self.pending and (worker := self._choose_worker(self.pending[0])):
-            job = self.pending.popleft()
+        while (job := self.pending.first()) and (worker := self._choose_worker(job)):
+            self.pending.take(job)
             job.worker, worker.jobs[job.request.id] = worker, job
             if job.dispatched_s is None:
                 job.dispatched_s = time.monotonic()
@@ -3760,6 +3801,13 @@ def read_switch(field: Field, value: Any) -> bool:
     return value
 
 
+def read_priority(field: Field, value: Any) -> bool:
+    """Whether it is low: "low", or as with vLLM a number above 0."""
+    if value not in ("low", "normal") and (isinstance(value, bool) or not isinstance(value, int)):
+        raise field.refusal(value, '"low", "normal" or an integer, above 0 meaning low')
+    return value == "low" or not isinstance(value, str) and value > 0
+
+
 def read_stop(field: Field, value: Any) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value
     allowed = f"a string or a list of at most {LIMITS.stop_strings} strings"
@@ -3801,6 +3849,7 @@ NATIVE_FIELDS = (
     Field("seed", read_seed, "same seed, same answer; random when absent"),
     Field("stop", read_stop, "strings that end the answer"),
     Field("ignore_eos", read_switch, "go on to max_tokens"),
+    Field("priority", read_priority, "`low`: runs when nothing else waits"),
 )
 
 OPENAI_FIELDS = (
@@ -3829,6 +3878,7 @@ OPENAI_FIELDS = (
     Field("tools", read_list, "functions the model may call"),
     Field("functions", read_list, "the same, of old"),
     Field("response_format", read_object, "shape of the answer"),
+    Field("priority", read_priority, "`low`: runs when nothing else waits"),
 )
 
 
@@ -3944,7 +3994,7 @@ def parse_chat_request(body: dict, settings: Settings, request_id: str = "") -> 
     values = parse_fields(body, NATIVE_FIELDS)
     return Request(request_id, native_messages(values.get("messages")), sampling=sampling_params(values, settings),
                    max_tokens=values.get("max_tokens", settings.default_max_tokens), stop=values.get("stop", ()),
-                   ignore_eos=values.get("ignore_eos", False))
+                   ignore_eos=values.get("ignore_eos", False), low_priority=values.get("priority", False))
 
 
 def parse_openai_request(values: Mapping[str, Any], settings: Settings, request_id: str = "") -> Request:
@@ -3954,7 +4004,7 @@ def parse_openai_request(values: Mapping[str, Any], settings: Settings, request_
     return Request(request_id, openai_messages(values.get("messages")), sampling=sampling,
                    max_tokens=None if cap == -1 else cap, stop=values.get("stop", ()),
                    stop_token_ids=values.get("stop_token_ids", ()), ignore_eos=values.get("ignore_eos", False),
-                   min_tokens=values.get("min_tokens", 0))
+                   min_tokens=values.get("min_tokens", 0), low_priority=values.get("priority", False))
 
 
 def refuse_unsupported(body: dict, values: Mapping[str, Any]) -> None:
