@@ -44,6 +44,7 @@ import dataclasses
 import errno
 import functools
 import hashlib
+import hmac
 import importlib
 import itertools
 import json
@@ -146,6 +147,21 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
     return parse
 
 
+def origin(text: str) -> str:
+    """An argparse type: what browsers send as Origin, or * for all of them."""
+    if text not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no origin such as https://chat.example.org (no path), null or *")
+    return text
+
+
+def url_prefix(text: str) -> str:
+    """An argparse type: "" or a path without its last slash."""
+    path = "/" + text.strip("/") if text.strip("/") else ""
+    if not re.fullmatch(r"(/[A-Za-z0-9._~-]+)*", path):
+        raise argparse.ArgumentTypeError(f"{text!r} is no path such as /chat")
+    return path
+
+
 class Option(NamedTuple):
     """One command-line flag: argparse, the environment variable, `Settings` and the README table come from this row."""
 
@@ -179,6 +195,13 @@ OPTIONS = (
     Option("url", None, None, str, "talk to a running server instead of loading a model", "chat generate"),
     Option("port", "p", 8000, number(int, 0, 65535), "port to listen on, 0 = any free one", "serve"),
     Option("host", None, "0.0.0.0", str, "address to listen on", "serve"),
+    Option("prefix", None, "", url_prefix, "path to serve under, such as /chat", "serve"),
+    Option("api-key", None, (), str, "key that requests must bring, may repeat; sent to --url by chat and generate", many=True),
+    Option("api-key-file", None, None, str, "file of more keys, one a line: `name: key` or `key`", "serve"),
+    Option("cors-origin", None, (), origin, "web origin whose pages may use the server, may repeat; `null` = pages opened "
+           "from files, `*` = any", "serve", many=True),
+    Option("allowed-host", None, (), str, "host name that requests may ask for when --host is loopback, may repeat "
+           "(localhost always may)", "serve", many=True),
     Option("dtype", "d", None, str, "weights and KV cache (default: as the file has them where kernels can, else bfloat16)",
            choices=("bfloat16", "float32")),
     Option("quantize", None, None, str, "float weight matrices become 8 or 4 bits when they are loaded (CPU, with decode_core)",
@@ -187,10 +210,15 @@ OPTIONS = (
     Option("gpu-memory-utilization", None, 0.90, number(float, 0.05, 1.0), "share of device memory for weights and KV pages"),
     Option("kv-cache-memory", None, None, parse_bytes, "bytes for KV pages per replica (suffixes K, M, G)"),
     Option("max-batch", None, 64, number(int, 1, 1024), "sequences decoded together per replica"),
-    Option("max-queue", None, 256, number(int, 0), "requests waiting in the whole server before 503", "serve"),
+    Option("max-queue", None, 256, number(int, 0), "requests waiting in the whole server before 429", "serve"),
+    Option("max-concurrent-per-key", None, 0, number(int, 0),
+           "requests of one API key (without keys: of one address) at a time before 429, 0 = any number", "serve"),
+    Option("drain-timeout", None, 30.0, number(float, 0), "seconds that SIGTERM gives running answers", "serve"),
     Option("context-length", None, None, number(int, 16), "tokens per sequence (default: the model's)"),
     Option("prefill-chunk", None, 256, number(int, 16, 65536), "tokens of prompts computed in one step"),
+    Option("config", None, None, str, "TOML file of flags: `max-batch = 8`; flags and environment variables win"),
     Option("served-model-name", None, (), str, "extra names for the model, may repeat", "serve", many=True),
+    Option("log-format", None, "text", str, "the log as lines of text or of JSON", "serve", choices=("text", "json")),
     Option("log-conversations", None, False, None, "message texts in the log; otherwise metadata only", "serve"),
 )
 
@@ -199,40 +227,8 @@ def option_field(option: Option) -> str:
     return option.name.split()[0].replace("-", "_")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Every flag's value (the field of `--max-tokens` is `max_tokens`), plus the command and MODEL."""
-
-    command: str = "serve"
-    model: str | None = None
-    num_gpus: str = "1"
-    num_workers: int = 1
-    source: str | None = None
-    model_tag: str | None = None
-    step: int | None = None
-    softcap: float | None = None
-    temperature: float | None = None
-    top_k: int = 50
-    top_p: float = 1.0
-    min_p: float = 0.0
-    max_tokens: int | None = None
-    seed: int | None = None
-    prompt: str | None = None
-    system: str | None = None
-    url: str | None = None
-    port: int = 8000
-    host: str = "0.0.0.0"
-    dtype: str | None = None
-    quantize: str | None = None
-    device_type: str = "auto"
-    gpu_memory_utilization: float = 0.90
-    kv_cache_memory: int | None = None
-    max_batch: int = 64
-    max_queue: int = 256
-    context_length: int | None = None
-    prefill_chunk: int = 256
-    served_model_name: tuple[str, ...] = ()
-    log_conversations: bool = False
+class SettingsBase:
+    """What follows from the flags."""
 
     @property
     def default_temperature(self) -> float:
@@ -241,6 +237,41 @@ class Settings:
     @property
     def default_max_tokens(self) -> int:
         return self.max_tokens if self.max_tokens is not None else 512
+
+
+# Every flag's value (the field of `--max-tokens` is `max_tokens`), the command, MODEL, and the API keys, hashed.
+Settings = dataclasses.make_dataclass(
+    "Settings", [("command", str, "serve"), ("model", "str | None", None), ("keys", "tuple[ApiKey, ...]", ()),
+                 *((option_field(option), Any, option.default) for option in OPTIONS)], bases=(SettingsBase,), frozen=True)
+Settings.__module__ = __name__      # where pickles find it
+
+
+class ApiKey(NamedTuple):
+    """A key that opens the server: only its hash is kept."""
+
+    name: str           # shown in the access log
+    digest: bytes
+
+    @classmethod
+    def hashed(cls, key: str, name: str) -> "ApiKey":
+        return cls(name, hashlib.sha256(key.encode("utf-8", "replace")).digest())
+
+
+def read_api_keys(keys: Iterable[str], path: str | None) -> tuple[ApiKey, ...]:
+    """The keys of --api-key and --api-key-file (lines `name: key` or `key`). ConfigErrors never show a key."""
+    found = [ApiKey.hashed(key.strip(), f"key-{number_}") for number_, key in enumerate(keys, 1) if key.strip()]
+    if path is not None:
+        try:
+            lines = [line.strip() for line in Path(path).expanduser().read_text().splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--api-key-file {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
+        for number_, line in enumerate(lines, 1):
+            name, _, key = line.rpartition(":")
+            if line and not line.startswith("#"):
+                found.append(ApiKey.hashed(key.strip(), name.strip() or f"line-{number_}"))
+    if not found and (path is not None or list(keys)):
+        raise ConfigError("no API key in --api-key or --api-key-file; without one the server would be open")
+    return tuple(found)
 
 
 # 2. errors: raised deep, answered in one place ------------------------------------------------------------------
@@ -2519,6 +2550,8 @@ class Request:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
+    client: str = ""                                # whose request it is: a key's name, or an address
+    low_priority: bool = False                      # waits until nothing else does
 
 
 @dataclass(frozen=True)
@@ -3184,9 +3217,9 @@ def worker_main(arguments: Seq[str]) -> int:
         signal.signal(number_, signal.SIG_IGN)
     die_with_parent(parent)
     channel = Channel(socket.socket(fileno=descriptor))
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:
         (_, config), *queued = channel.receive(wait=True)
+        start_logging(config.settings)
         channel.send("loading", "importing torch", 0.0)
         numpy.ndarray       # a ConfigError when it is missing; torch would only warn
         with torch.inference_mode():
@@ -3520,6 +3553,42 @@ class Worker:
                 "utilization": round(len(self.jobs) / self.pool.settings.max_batch, 3)}
 
 
+class WaitingQueue:
+    """Jobs that wait for a row. First those whose worker died, then one job of each client in turn, so that nobody's
+    pile holds up the others, and only then those of low priority, in turn too."""
+
+    def __init__(self):
+        self.resumed: deque[Job] = deque()
+        self.lanes: tuple[OrderedDict[str, deque[Job]], ...] = (OrderedDict(), OrderedDict())   # by client; [1] is the low one
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __iter__(self) -> Iterator[Job]:
+        for jobs in (self.resumed, *self.lanes[0].values(), *self.lanes[1].values()):
+            yield from jobs
+
+    def append(self, job: Job) -> None:
+        self.lanes[job.request.low_priority].setdefault(job.request.client, deque()).append(job)
+
+    def first(self) -> Job | None:
+        return next(iter(self), None)
+
+    def take(self, job: Job) -> None:
+        """The first job leaves, and its client goes to the end of its lane."""
+        self.remove(job)
+        lane, client = self.lanes[job.request.low_priority], job.request.client
+        if client in lane:
+            lane.move_to_end(client)
+
+    def remove(self, job: Job) -> None:
+        lane, client = self.lanes[job.request.low_priority], job.request.client
+        jobs = self.resumed if job in self.resumed else lane[client]
+        jobs.remove(job)
+        if not lane.get(client, True):
+            del lane[client]
+
+
 class LocalPool:
     """The replicas of this machine behind one `answer`: routing, queueing, supervision, failover.
 
@@ -3538,7 +3607,7 @@ class LocalPool:
         self.device_type, count = choose_devices(settings)
         self.workers = [Worker(self, gpu) for gpu in range(count)]
         self.jobs: dict[str, Job] = {}
-        self.pending: deque[Job] = deque()
+        self.pending = WaitingQueue()
         self.source: ModelSource | None = None
         self.card: ModelCard | None = None
         self.tokenizer: Tokenizer | None = None
@@ -3618,7 +3687,7 @@ class LocalPool:
             if job.failovers >= self.MAX_FAILOVERS:
                 self.fail(job.request.id, EngineFailure(f"{job.failovers} workers died while computing this answer"))
             else:
-                self.pending.appendleft(job)
+                self.pending.resumed.appendleft(job)
         self.dispatch()
 
     async def _watch(self) -> None:
@@ -3738,7 +3807,10 @@ class LocalPool:
         if self.tokenizer is None or not self.became_ready.done():
             raise Overloaded(f"the model is still loading ({self.loading[0]})", retry_after_s=2)
         if len(self.pending) >= self.settings.max_queue and not self._free_workers():
-            raise Overloaded(f"{len(self.pending)} requests are waiting already (--max-queue)", retry_after_s=5)
+            raise Overloaded(f"{len(self.pending)} requests are waiting already (--max-queue)", retry_after_s=5, status=429)
+        limit = self.settings.max_concurrent_per_key
+        if limit and sum(job.request.client == request.client for job in self.jobs.values()) >= limit:
+            raise Overloaded(f"{limit} requests of yours are under way already (--max-concurrent-per-key)", status=429)
         if request.id in self.jobs:
             raise RequestError(f"a request with the id {request.id!r} is running", status=409, code="duplicate_id")
 
@@ -3777,8 +3849,8 @@ class LocalPool:
 
     def dispatch(self) -> None:
         """Hand waiting jobs to workers with a free row."""
-        while self.pending and (worker := self._choose_worker(self.pending[0])):
-            job = self.pending.popleft()
+        while (job := self.pending.first()) and (worker := self._choose_worker(job)):
+            self.pending.take(job)
             job.worker, worker.jobs[job.request.id] = worker, job
             if job.dispatched_s is None:
                 job.dispatched_s = time.monotonic()
@@ -3929,8 +4001,10 @@ def cuda_device_count() -> int:
 # 11. http: routes parse, answer() works, encoders write -------------------------------------------------------------
 
 PING_S = 10.0               # a silent stream carries a comment this often
-DRAIN_S = 30.0              # how long SIGTERM lets running answers go on
-POLLED_PATHS = ("/health", "/livez", "/readyz", "/stats")
+HEADER_S = 15.0             # a connection that has not brought a whole request header by then is closed
+BODY_S = 30.0               # so long may a body pause
+OPEN_ROUTES = ("/", "/static", "/livez", "/readyz", "/health")     # these need no API key
+POLLED_ROUTES = ("/health", "/livez", "/readyz", "/stats", "/metrics")      # logged at level debug only
 STATIC = Path(__file__).resolve().parent / "static"
 SYSTEM_FINGERPRINT = f"chat_server-{__version__}"
 SSE_HEADERS = {
@@ -3944,6 +4018,9 @@ SECURITY_HEADERS = {
         "object-src 'none'; base-uri 'self'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Server": "chat_server",
 }
 
 
@@ -4013,6 +4090,13 @@ def read_switch(field: Field, value: Any) -> bool:
     return value
 
 
+def read_priority(field: Field, value: Any) -> bool:
+    """Whether it is low: "low", or as with vLLM a number above 0."""
+    if value not in ("low", "normal") and (isinstance(value, bool) or not isinstance(value, int)):
+        raise field.refusal(value, '"low", "normal" or an integer, above 0 meaning low')
+    return value == "low" or not isinstance(value, str) and value > 0
+
+
 def read_stop(field: Field, value: Any) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value
     allowed = f"a string or a list of at most {LIMITS.stop_strings} strings"
@@ -4054,6 +4138,7 @@ NATIVE_FIELDS = (
     Field("seed", read_seed, "same seed, same answer; random when absent"),
     Field("stop", read_stop, "strings that end the answer"),
     Field("ignore_eos", read_switch, "go on to max_tokens"),
+    Field("priority", read_priority, "`low`: runs when nothing else waits"),
 )
 
 OPENAI_FIELDS = (
@@ -4082,15 +4167,30 @@ OPENAI_FIELDS = (
     Field("tools", read_list, "functions the model may call"),
     Field("functions", read_list, "the same, of old"),
     Field("response_format", read_object, "shape of the answer"),
+    Field("priority", read_priority, "`low`: runs when nothing else waits"),
 )
 
 
+async def read_bytes(http: web.Request) -> bytes:
+    """The body; 413 above LIMITS.body_bytes, 408 when it pauses for BODY_S."""
+    body = bytearray()
+    if (http.content_length or 0) > LIMITS.body_bytes:
+        raise web.HTTPRequestEntityTooLarge(LIMITS.body_bytes, http.content_length)
+    with contextlib.suppress(asyncio.TimeoutError):
+        while chunk := await asyncio.wait_for(http.content.readany(), BODY_S):
+            body += chunk
+            if len(body) > LIMITS.body_bytes:
+                raise web.HTTPRequestEntityTooLarge(LIMITS.body_bytes, len(body))
+        return bytes(body)
+    raise RequestError(f"nothing of the body came for {BODY_S:g} s", status=408, code="body_timeout")
+
+
 async def read_body(http: web.Request) -> dict:
-    """The body as a JSON object; 413 above LIMITS.body_bytes, 400 for anything that is none."""
+    """The body as a JSON object; 400 for anything that is none."""
     if http.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise RequestError("compressed bodies are not supported", status=415, code="unsupported_encoding")
     try:
-        body = json.loads((await http.read()).decode("utf-8-sig"))
+        body = json.loads((await read_bytes(http)).decode("utf-8-sig"))
     except RecursionError:
         raise RequestError("the body is no usable JSON: nested too deeply") from None
     except (ValueError, web.RequestPayloadError) as error:      # not UTF-8, not JSON, 5,000 digits, broken chunks
@@ -4178,22 +4278,22 @@ def part_text(part: Any, name: str) -> str:
     return whole_unicode(text or "")
 
 
-def parse_chat_request(body: dict, settings: Settings, request_id: str) -> Request:
+def parse_chat_request(body: dict, settings: Settings, request_id: str = "") -> Request:
     """The native API's body as a Request."""
     values = parse_fields(body, NATIVE_FIELDS)
     return Request(request_id, native_messages(values.get("messages")), sampling=sampling_params(values, settings),
                    max_tokens=values.get("max_tokens", settings.default_max_tokens), stop=values.get("stop", ()),
-                   ignore_eos=values.get("ignore_eos", False))
+                   ignore_eos=values.get("ignore_eos", False), low_priority=values.get("priority", False))
 
 
-def parse_openai_request(values: Mapping[str, Any], settings: Settings, request_id: str) -> Request:
+def parse_openai_request(values: Mapping[str, Any], settings: Settings, request_id: str = "") -> Request:
     """The checked OPENAI_FIELDS as a Request."""
     cap = values.get("max_completion_tokens", values.get("max_tokens", settings.max_tokens))
     sampling = sampling_params({**values, "top_k": max(0, values.get("top_k", settings.top_k))}, settings)
     return Request(request_id, openai_messages(values.get("messages")), sampling=sampling,
                    max_tokens=None if cap == -1 else cap, stop=values.get("stop", ()),
                    stop_token_ids=values.get("stop_token_ids", ()), ignore_eos=values.get("ignore_eos", False),
-                   min_tokens=values.get("min_tokens", 0))
+                   min_tokens=values.get("min_tokens", 0), low_priority=values.get("priority", False))
 
 
 def refuse_unsupported(body: dict, values: Mapping[str, Any]) -> None:
@@ -4356,7 +4456,86 @@ async def logged(request: Request, events: AsyncIterator[Event]) -> AsyncIterato
     finally:
         await events.aclose()
         turns = [[message.role, message.content] for message in request.messages or ()]
-        log.info("conversation %s %s", request.id, dump([*turns, ["assistant", "".join(texts)]]).decode())
+        turns.append(["assistant", "".join(texts)])
+        log.info("conversation %s %s", request.id, dump(turns).decode(), extra={"fields": {"id": request.id, "turns": turns}})
+
+
+class Metrics:
+    """What /metrics shows: histograms and counters are fed by `watch`, the rest is read from the pool when asked for."""
+
+    SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+    REASONS = ("stop", "length", "cancelled", "refused", "error")
+
+    def __init__(self, pool: Pool):
+        self.pool, self.library = pool, require_library("prometheus_client", "/metrics")
+        self.registry = self.library.CollectorRegistry()
+        self.registry.register(self)
+        how = {"namespace": "chat_server", "registry": self.registry}
+        seconds = functools.partial(self.library.Histogram, **how, unit="seconds", buckets=self.SECONDS)
+        counter = functools.partial(self.library.Counter, **how)
+        self.ttft = seconds("time_to_first_token", "from a request to its first token")
+        self.itl = seconds("inter_token_latency", "between two tokens of an answer")
+        self.queue = seconds("queue", "what a request waited before it ran")
+        self.whole = seconds("request_duration", "from a request to its end", ["finish_reason"])
+        self.requests = counter("requests", "requests by how they ended", ["finish_reason"])
+        self.tokens = counter("tokens", "prompt (computed or cached) and generated tokens", ["kind"])
+        self.responses = counter("http_responses", "responses by route and status", ["route", "status"])
+        for reason in self.REASONS:
+            self.requests.labels(reason)
+
+    def collect(self) -> Iterator[Any]:
+        """Called by prometheus_client for what the pool counts."""
+        stats, families = self.pool.stats(), self.library.metrics_core
+        workers = stats["workers"]
+        total = lambda name: sum(worker[name] for worker in workers)      # noqa: E731
+        for name, doc, value in (
+                ("running", "requests on workers", total("running")), ("queued", "requests that wait", stats["queue_depth"]),
+                ("kv_pages_used", "KV pages in use", total("kv_pages_used")), ("kv_pages", "KV pages", total("kv_pages_total")),
+                ("workers", "configured workers", stats["total_workers"]),
+                ("workers_up", "workers that are ready", sum(worker["state"] == "ready" for worker in workers))):
+            yield families.GaugeMetricFamily(f"chat_server_{name}", doc, value)
+        yield families.CounterMetricFamily("chat_server_worker_restarts", "workers started again", total("restarts"))
+
+    async def watch(self, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+        """The same events, counted and timed."""
+        began_s, last_s, reason = time.monotonic(), None, "cancelled"
+        try:
+            async for event in events:
+                if isinstance(event, Piece) and event.tokens:
+                    now = time.monotonic()
+                    if last_s is None:
+                        self.ttft.observe(now - began_s)
+                    else:
+                        self.itl.observe((now - last_s) / len(event.tokens))
+                    last_s = now
+                elif isinstance(event, Finished):
+                    reason = event.reason
+                    self.count_tokens(event)
+                yield event
+        except Exception as error:
+            reason = {"cancelled": "cancelled"}.get(getattr(error, "code", None)) or \
+                ("refused" if isinstance(error, (Overloaded, RequestError)) else "error")
+            raise
+        finally:
+            await events.aclose()
+            self.requests.labels(reason).inc()
+            self.whole.labels(reason).observe(time.monotonic() - began_s)
+
+    def count_tokens(self, done: Finished) -> None:
+        self.queue.observe(done.queue_ms / 1e3)
+        for kind, count in (("prompt", done.prompt_tokens - done.cached_tokens), ("prompt_cached", done.cached_tokens),
+                            ("generated", done.completion_tokens)):
+            self.tokens.labels(kind).inc(count)
+
+
+@dataclass
+class Visit:
+    """What the front knows of one HTTP request besides aiohttp."""
+
+    id: str             # X-Request-Id of the response
+    client: str = ""    # the name of its API key, else its address
+    note: str = ""      # what the access log adds
+    counts: dict[str, Any] = field(default_factory=dict)        # and what its JSON form adds
 
 
 class Front:
@@ -4364,31 +4543,44 @@ class Front:
 
     def __init__(self, pool: Pool, settings: Settings):
         self.pool, self.settings = pool, settings
-        self.running: set[str] = set()          # ids of the answers under way
-        self.notes: dict[int, str] = {}         # id of the HTTP request -> what the access log adds
+        self.running: dict[str, str] = {}       # id of each answer under way -> the client it belongs to
+        self.metrics: Metrics | None = None
+        with contextlib.suppress(ConfigError):  # prometheus_client is missing: /metrics says so
+            self.metrics = Metrics(pool)
+        self.visits: dict[int, Visit] = {}      # by id() of the HTTP request, as long as it is handled
 
-    def new_id(self, http: web.Request) -> str:
-        """The client's X-Request-Id if it is usable and not in use, else 128 random bits."""
+    def visit(self, http: web.Request) -> Visit:
+        """Its X-Request-Id is the client's if that is usable and no running answer has it, else 128 random bits."""
         named = re.sub(r"[^A-Za-z0-9._-]", "", http.headers.get("X-Request-Id", ""))[:64]
-        return named if named and named not in self.running else secrets.token_hex(16)
+        return Visit(named if named and named not in self.running else secrets.token_hex(16))
+
+    def owned(self, http: web.Request, request: Request) -> Request:
+        """The request as its client's, under an id that no other has taken while the body came."""
+        visit = self.visits[id(http)]
+        if visit.id in self.running:
+            visit.id = secrets.token_hex(16)
+        return replace(request, id=visit.id, client=visit.client)
 
     @contextlib.asynccontextmanager
     async def answering(self, request: Request) -> AsyncIterator[AsyncIterator[Event]]:
         """The answer's events, once it is accepted; leaving the block, in whatever way, ends the work for it."""
         events = self.pool.answer(request)
+        if self.metrics:
+            events = self.metrics.watch(events)
         if self.settings.log_conversations:
             events = logged(request, events)
-        self.running.add(request.id)
+        self.running[request.id] = request.client
         try:
             await anext(events)         # Accepted; what the pool refuses is an ordinary error response
             yield events
         finally:
-            self.running.discard(request.id)
+            self.running.pop(request.id, None)
             await events.aclose()
 
     async def handle_chat(self, http: web.Request) -> web.StreamResponse:
         """POST /chat/completions: nanochat's API, always a stream."""
-        request = parse_chat_request(await read_body(http), self.settings, self.new_id(http))
+        body = await read_body(http)
+        request = self.owned(http, parse_chat_request(body, self.settings))
         async with self.answering(request) as events:
             return await self.stream(http, request, events, NativeEncoder(request))
 
@@ -4398,7 +4590,7 @@ class Front:
         values = parse_fields(body, OPENAI_FIELDS)
         self.check_model(values.get("model", ""))
         refuse_unsupported(body, values)
-        request = parse_openai_request(values, self.settings, self.new_id(http))
+        request = self.owned(http, parse_openai_request(values, self.settings))
         include_usage = values.get("stream_options", {}).get("include_usage") is True
         async with self.answering(request) as events:
             encoder = OpenAIEncoder(request, self.pool.model_name, include_usage)
@@ -4419,7 +4611,7 @@ class Front:
             except ClientGone:
                 raise
             except Exception as error:
-                self.notes[id(http)] = f"failed: {error}"
+                self.visits[id(http)].note = f"failed: {error}"
                 await stream.send(frame(error_body(public_error(error))))
             await stream.response.write_eof()
         return stream.response
@@ -4437,7 +4629,9 @@ class Front:
     def note_end(self, http: web.Request, event: Event | None) -> None:
         if not isinstance(event, Finished):
             raise EngineFailure("the answer ended early")
-        self.notes[id(http)] = f"{event.prompt_tokens}+{event.completion_tokens} tokens {event.reason}"
+        visit = self.visits[id(http)]
+        visit.note = f"{event.prompt_tokens}+{event.completion_tokens} tokens {event.reason}"
+        visit.counts = {name: getattr(event, name) for name in ("prompt_tokens", "completion_tokens", "cached_tokens", "reason")}
 
     def check_model(self, name: str) -> None:
         """404 for a model that is not the loaded one; while loading, nobody knows, and the pool says 503."""
@@ -4464,7 +4658,7 @@ class Front:
     async def handle_cancel(self, http: web.Request) -> web.Response:
         """POST /v1/cancel/{id}: the id of the X-Request-Id header of the answer, or of the chunks."""
         request_id = http.match_info["id"].removeprefix("chatcmpl-")
-        if request_id not in self.running or not self.pool.cancel(request_id):
+        if self.running.get(request_id) != self.visits[id(http)].client or not self.pool.cancel(request_id):
             raise RequestError("no answer with this id is running", status=404, code="not_running", param="id")
         return json_response({"id": request_id, "cancelled": True})
 
@@ -4483,6 +4677,13 @@ class Front:
     async def handle_stats(self, http: web.Request) -> web.Response:
         return json_response(self.pool.stats())
 
+    async def handle_metrics(self, http: web.Request) -> web.Response:
+        if self.metrics is None:
+            raise RequestError("the Python package prometheus_client is not installed", status=501, code="no_metrics")
+        library = self.metrics.library
+        return web.Response(body=library.generate_latest(self.metrics.registry),
+                            headers={"Content-Type": library.CONTENT_TYPE_LATEST})
+
     async def handle_page(self, http: web.Request) -> web.Response:
         try:
             page = (STATIC / "index.html").read_bytes()
@@ -4491,22 +4692,87 @@ class Front:
         page = page.replace(b"<head>", b'<head>\n<base href="static/">', 1)
         return web.Response(body=page, content_type="text/html", charset="utf-8")
 
+    async def handle_bare_prefix(self, http: web.Request) -> web.Response:
+        """/chat becomes /chat/, where the page's relative addresses are right."""
+        return web.Response(status=308, headers={"Location": self.settings.prefix + "/"})
+
+    def client_of(self, http: web.Request) -> str:
+        """Whose request it is: its key's name, else its address. RequestError 401 where a key is wanted."""
+        scheme, _, bearer = http.headers.get("Authorization", "").partition(" ")
+        given = bearer.strip() if scheme.lower() == "bearer" else http.headers.get("X-Api-Key", "")
+        digest = ApiKey.hashed(given, "").digest
+        found = [key.name for key in self.settings.keys if hmac.compare_digest(key.digest, digest)]    # looks at all
+        if self.settings.keys and not found and self.route_of(http) not in OPEN_ROUTES:
+            raise RequestError("this server wants an API key: Authorization: Bearer KEY" if not given else
+                               "the API key is not one of this server's", status=401, code="invalid_api_key")
+        return found[0] if found else http.remote or ""
+
+    def route_of(self, http: web.Request) -> str:
+        """The pattern of the route that will answer, "" when there is none."""
+        resource = http.match_info.route.resource
+        return resource.canonical.removeprefix(self.settings.prefix) or "/" if resource else ""
+
+    def check_host(self, http: web.Request) -> None:
+        """On loopback only names of this machine: a page elsewhere may have its own name resolve to 127.0.0.1."""
+        name = re.sub(r":\d*$", "", http.headers.get("Host", "localhost")).strip("[]").lower()
+        if is_loopback(self.settings.host) and not is_loopback(name) and name not in self.settings.allowed_host:
+            raise RequestError(f"this server does not answer to the name {shown(name)} (--allowed-host)",
+                               status=403, code="host_not_allowed")
+
+    def cors_headers(self, http: web.Request) -> dict[str, str]:
+        """What lets a page of another origin read the response; nothing unless --cors-origin names it."""
+        allowed, given = self.settings.cors_origin, http.headers.get("Origin")
+        if given is None or not {given, "*"} & set(allowed):
+            return {"Vary": "Origin"} if allowed else {}
+        return {"Access-Control-Allow-Origin": given, "Vary": "Origin",
+                "Access-Control-Expose-Headers": "X-Request-Id, Retry-After"}
+
+    def preflight(self, http: web.Request) -> web.Response:
+        """A browser asks whether a page may send what it wants to; it brings no key, so it needs none."""
+        if "Access-Control-Allow-Origin" not in self.cors_headers(http):
+            raise RequestError("this origin is not allowed (--cors-origin)", status=403, code="origin_not_allowed")
+        return web.Response(status=204, headers={
+            "Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": "600",
+            "Access-Control-Allow-Headers": http.headers.get("Access-Control-Request-Headers", "Authorization, Content-Type"),
+            "Access-Control-Allow-Private-Network": "true"})
+
+    async def guard(self, http: web.Request, handler: Callable) -> web.StreamResponse:
+        """Who may come in: hosts, preflights, pages of other origins (which could post without reading), keys."""
+        self.check_host(http)
+        if http.method == "OPTIONS" and "Access-Control-Request-Method" in http.headers:
+            return self.preflight(http)
+        if http.method == "POST" and http.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+            self.preflight(http)
+        self.visits[id(http)].client = self.client_of(http)
+        return await handler(http)
+
     async def set_headers(self, http: web.Request, response: web.StreamResponse) -> None:
-        response.headers.update(SECURITY_HEADERS)
+        response.headers.update(SECURITY_HEADERS | self.cors_headers(http))
         if "Cache-Control" not in response.headers:     # files: ask again each time, the ETag makes it cheap
             response.headers["Cache-Control"] = "no-cache" if http.method in ("GET", "HEAD") else "no-store"
 
     async def access_log(self, http: web.Request, handler: Callable) -> web.StreamResponse:
         """One line of metadata for each request, polls only at level debug; 499: the client left before the answer."""
         began_s, status = time.monotonic(), 499
+        visit = self.visits[id(http)] = self.visit(http)
         try:
             response = await handler(http)
             status = response.status
+            if not response.prepared:
+                response.headers["X-Request-Id"] = visit.id
             return response
         finally:
-            level = logging.DEBUG if http.path in POLLED_PATHS else logging.INFO
-            log.log(level, "%s %s %d %.0f ms %s", http.method, http.rel_url.raw_path[:200], status,
-                     1000 * (time.monotonic() - began_s), self.notes.pop(id(http), ""))
+            del self.visits[id(http)]
+            self.log_visit(http, visit, status, 1000 * (time.monotonic() - began_s))
+
+    def log_visit(self, http: web.Request, visit: Visit, status: int, ms: float) -> None:
+        path = http.rel_url.raw_path[:200]      # no query: it may hold anything
+        log.log(logging.DEBUG if self.route_of(http) in POLLED_ROUTES else logging.INFO, "%s %s %d %.0f ms %s [%s %s]",
+                http.method, path, status, ms, visit.note, visit.client or "-", visit.id, extra={"fields": {
+                    "method": http.method, "path": path, "status": status, "ms": round(ms, 1), "client": visit.client,
+                    "id": visit.id, **visit.counts}})
+        if self.metrics:
+            self.metrics.responses.labels(self.route_of(http), status).inc()
 
 
 def public_error(error: Exception) -> ChatServerError:
@@ -4534,41 +4800,86 @@ async def errors_to_responses(http: web.Request, handler: Callable) -> web.Strea
         failure, headers = public_error(error), {}
     if isinstance(failure, Overloaded):
         headers["Retry-After"] = str(failure.retry_after_s)
+    if failure.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     body = error_body(failure)
-    if not http.path.startswith("/v1/") and http.path != "/models":
+    if not re.search(r"/v1/|/models$", http.path):
         plain = failure.status == 400 and failure.code != "context_length_exceeded"     # `chat --url` needs that code
         body = {"detail": failure.message, **({} if plain else body)}
     return json_response(body, failure.status, headers)
 
 
+ROUTES = (
+    ("GET", "/", "handle_page"),
+    ("POST", "/chat/completions", "handle_chat"),
+    ("POST", "/v1/chat/completions", "handle_openai_chat"),
+    ("GET", "/v1/models", "handle_models"),
+    ("GET", "/models", "handle_models"),
+    ("GET", "/v1/models/{name:.+}", "handle_model"),
+    ("POST", "/v1/cancel/{id}", "handle_cancel"),
+    ("GET", "/health", "handle_health"),
+    ("GET", "/livez", "handle_livez"),
+    ("GET", "/readyz", "handle_readyz"),
+    ("GET", "/stats", "handle_stats"),
+    ("GET", "/metrics", "handle_metrics"),
+)
+
+
 def create_app(pool: Pool, settings: Settings) -> web.Application:
     """The routes of API.md over a pool."""
     front = Front(pool, settings)
-    middlewares = [functools.partial(Front.access_log, front), errors_to_responses]
+    middlewares = [functools.partial(Front.access_log, front), errors_to_responses, functools.partial(Front.guard, front)]
     app = web.Application(client_max_size=LIMITS.body_bytes, middlewares=[web.middleware(each) for each in middlewares])
     app.on_response_prepare.append(front.set_headers)
-    app.add_routes([
-        web.get("/", front.handle_page),
-        web.post("/chat/completions", front.handle_chat),
-        web.post("/v1/chat/completions", front.handle_openai_chat),
-        web.get("/v1/models", front.handle_models),
-        web.get("/models", front.handle_models),
-        web.get("/v1/models/{name:.+}", front.handle_model),
-        web.post("/v1/cancel/{id}", front.handle_cancel),
-        web.get("/health", front.handle_health),
-        web.get("/livez", front.handle_livez),
-        web.get("/readyz", front.handle_readyz),
-        web.get("/stats", front.handle_stats),
-    ])
+    for method, path, handler in ROUTES:
+        add = app.router.add_get if method == "GET" else app.router.add_post     # add_get: HEAD too
+        add(settings.prefix + path, getattr(front, handler))
+    if settings.prefix:
+        app.router.add_get(settings.prefix, front.handle_bare_prefix)
     if STATIC.is_dir():
-        app.router.add_static("/static", STATIC)
+        app.router.add_static(settings.prefix + "/static", STATIC)
     return app
+
+
+def without_bytes(record: logging.LogRecord) -> bool:
+    """A filter: what aiohttp logs of requests that are no HTTP, without the bytes, which may be somebody's secret."""
+    if record.exc_info and isinstance(record.exc_info[1], importlib.import_module("aiohttp.http_exceptions").HttpProcessingError):
+        record.msg, record.exc_info = f"{record.msg}: this is no HTTP", None
+    return True
 
 
 def make_runner(app: web.Application) -> web.AppRunner:
     """handler_cancellation: a client that leaves ends its handler at once, and so the work for it."""
-    return web.AppRunner(app, handler_cancellation=True, access_log=None, auto_decompress=False,
-                         keepalive_timeout=75, shutdown_timeout=2.0)
+    logger = log.getChild("connections")
+    logger.addFilter(without_bytes)
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, auto_decompress=False, logger=logger,
+                           keepalive_timeout=75, shutdown_timeout=2.0)
+    served: set[Any] = set()        # connections that have brought a request: from then on the keep-alive time-out holds
+
+    async def note_connection(http: web.Request, handler: Callable) -> web.StreamResponse:
+        served.add(http.protocol)
+        return await handler(http)
+
+    async def watch_connections(app: web.Application) -> AsyncIterator[None]:
+        watch = asyncio.create_task(drop_silent_connections(runner, served))
+        yield
+        watch.cancel()
+
+    app.middlewares.insert(0, web.middleware(note_connection))
+    app.cleanup_ctx.append(watch_connections)
+    return runner
+
+
+async def drop_silent_connections(runner: web.AppRunner, served: set[Any]) -> None:
+    """Close what has not brought a whole request header within HEADER_S; aiohttp has no such limit."""
+    since_s: dict[Any, float] = {}
+    while True:
+        await asyncio.sleep(HEADER_S / 15)
+        now, connections = time.monotonic(), runner.server.connections
+        served.intersection_update(connections)
+        since_s = {each: since_s.get(each, now) for each in connections if each not in served}
+        for each in [each for each, at in since_s.items() if now - at > HEADER_S]:
+            each.force_close()
 
 
 def listen_on(host: str, port: int) -> socket.socket:
@@ -4582,6 +4893,10 @@ def listen_on(host: str, port: int) -> socket.socket:
             raise ConfigError(f"port {port} on {host} is already in use; choose another with --port, "
                               "or stop the program that has it") from None
         raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
+
+
+def is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or re.fullmatch(r"127(\.\d+){1,3}", host) is not None
 
 
 def server_urls(host: str, port: int) -> list[str]:
@@ -4639,10 +4954,10 @@ def stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
 
 def announce(pool: Pool, settings: Settings, port: int) -> None:
     """What runs, and where to find it."""
-    urls = [f"  {url}" for url in server_urls(settings.host, port)]
+    urls = [f"  {url}{settings.prefix and settings.prefix + '/'}" for url in server_urls(settings.host, port)]
     lines = [*pool.describe(), "Application startup complete", *urls]
-    if settings.host not in ("127.0.0.1", "localhost", "::1"):
-        lines.append("Warning: anyone who reaches this port can use the server; --host 127.0.0.1 keeps it here")
+    if not settings.keys and not is_loopback(settings.host):
+        lines.append("Warning: anyone who reaches this port can use the server; --api-key KEY or --host 127.0.0.1 prevents that")
     print("\n".join(lines), flush=True)
 
 
@@ -4663,7 +4978,7 @@ async def serve_forever(settings: Settings, pool: Pool | None = None) -> int:
             announce(pool, settings, port)
             await drain.wait()
             print("Stopping: running answers may finish; a second signal stops now.", file=sys.stderr, flush=True)
-            await first_of(pool.drain(DRAIN_S), now.wait())
+            await first_of(pool.drain(settings.drain_timeout), now.wait())
     finally:
         progress.close()
         await pool.close()
@@ -4678,7 +4993,7 @@ USAGE = """python chat_server.py [serve|chat|generate] [MODEL] [flags]
 
 serve (the default) offers the page and the APIs, chat talks in the terminal, generate answers one prompt.
 MODEL: nothing (a nanochat checkpoint, else the embedded default), a nanochat folder, a .gguf file, a Hugging Face
-folder or id. Each flag has an environment variable: --max-tokens is CHAT_SERVER_MAX_TOKENS."""
+folder or id. Each flag has an environment variable: --max-tokens is CHAT_SERVER_MAX_TOKENS. --config FILE.toml has them as lines."""
 CHAT_HELP = "clear: forget the conversation; quit, exit: leave; Ctrl-C: stop the answer (at an empty prompt: leave)"
 TERMINAL_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
@@ -4690,6 +5005,23 @@ class CommandLine(argparse.ArgumentParser):
         raise ConfigError(f"{message} (--help lists the flags)")
 
 
+class JsonLines(logging.Formatter):
+    """--log-format json: one object a line; the `fields` of a record are members of it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{record.msecs:03.0f}Z"
+        body = {"time": at, "level": record.levelname.lower(), "message": record.getMessage(), **getattr(record, "fields", {})}
+        if record.exc_info:
+            body["traceback"] = self.formatException(record.exc_info)
+        return dump(body).decode()
+
+
+def start_logging(settings: Settings) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines() if settings.log_format == "json" else logging.Formatter("%(asctime)s %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO if settings.command == "serve" else logging.WARNING)
+
+
 class ShowVersion(argparse.Action):
     """--version; asks for the compiled core only when it is given."""
 
@@ -4698,21 +5030,52 @@ class ShowVersion(argparse.Action):
         parser.exit()
 
 
-def environment_value(option: Option, environment: Mapping[str, str]) -> Any:
-    """The value of a flag that was not given: its environment variable's when that is set, else the table's."""
-    variable = f"CHAT_SERVER_{option_field(option).upper()}"
-    if not (text := environment.get(variable, "").strip()):
-        return option.default
-    switch = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-    allowed = option.choices or (() if option.parse else switch)
-    if allowed and text.lower() not in allowed:
-        raise ConfigError(f"{variable}={text!r} must be one of {', '.join(allowed)}")
-    parse = option.parse or (lambda word: switch[word.lower()])
+SWITCH_WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+
+def worded_value(option: Option, words: list[str], place: str) -> Any:
+    """The value of a flag that is written as words in `place`, an environment variable or a line of --config."""
+    shown_words = repr(",".join(words)) if option.name != "api-key" else "the key"
+    allowed = option.choices or (() if option.parse else SWITCH_WORDS)
+    if allowed and not {word.lower() for word in words} <= set(allowed):
+        raise ConfigError(f"{place}={shown_words} must be one of {', '.join(allowed)}")
+    if not option.many and len(words) != 1:
+        raise ConfigError(f"{place}={shown_words} must be one value")
+    parse = option.parse or (lambda word: SWITCH_WORDS[word.lower()])
     try:
-        values = [parse(part) for part in (text.split(",") if option.many else [text])]
+        values = tuple(parse(word) for word in words)
     except (ValueError, argparse.ArgumentTypeError) as error:
-        raise ConfigError(f"{variable}={text!r} is not usable: {error}") from None
-    return tuple(values) if option.many else values[0]
+        raise ConfigError(f"{place}={shown_words} is not usable: {error}") from None
+    return values if option.many else values[0]
+
+
+def read_config(path: str | None) -> dict[str, list[str]]:
+    """--config: the words of each flag in a TOML file, by the flag's field name. ConfigError for unknown names."""
+    if path is None:
+        return {}
+    tomllib = require_library("tomllib", "--config (Python 3.11)")
+    try:
+        table = tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from None
+    fields = {name.replace("-", "_"): option_field(option) for option in OPTIONS for name in option.name.split()}
+    words = {}
+    for name, value in table.items():
+        if (known := (fields | {"model": "model"}).get(name.replace("-", "_"))) is None:
+            raise ConfigError(f"--config {path}: there is no flag --{name}")
+        if isinstance(value, dict):
+            raise ConfigError(f"--config {path}: {name} must be a value or a list, not a table")
+        words[known] = [str(each) for each in (value if isinstance(value, list) else [value])]
+    return words
+
+
+def unflagged_value(option: Option, environment: Mapping[str, str], config: Mapping[str, list[str]]) -> Any:
+    """The value of a flag that was not given: its environment variable's, else --config's, else the table's."""
+    name = option_field(option)
+    variable = f"CHAT_SERVER_{name.upper()}"
+    if text := environment.get(variable, "").strip():
+        return worded_value(option, text.split(",") if option.many else [text], variable)
+    return worded_value(option, config[name], f"--config: {name}") if name in config else option.default
 
 
 def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
@@ -4734,17 +5097,22 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
         command = words.pop(0).replace("server", "serve")
     parser = CommandLine(prog=f"chat_server.py {command}", description=USAGE, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="MODEL", nargs="?", default=environment.get("CHAT_SERVER_MODEL") or None)
+    parser.add_argument("model", metavar="MODEL", nargs="?", default=None)
     parser.add_argument("--version", action=ShowVersion, nargs=0, default=argparse.SUPPRESS, dest=argparse.SUPPRESS,
                         help="print the version and which kernels run")
     options = {option_field(option): option for option in OPTIONS if command in option.commands.split()}
     for option in options.values():
         add_option(parser, option)
     values = vars(parser.parse_args(words))
+    config = read_config(values["config"] or environment.get("CHAT_SERVER_CONFIG") or None)
+    values["model"] = values["model"] or environment.get("CHAT_SERVER_MODEL") or (config.get("model") or [None])[0]
     for name, option in options.items():
         if values[name] is None:
-            values[name] = environment_value(option, environment)
-    return Settings(command=command, **values | {name: tuple(values[name]) for name in options if options[name].many})
+            values[name] = unflagged_value(option, environment, config)
+    values |= {name: tuple(values[name]) for name in options if options[name].many}
+    if command == "serve":      # from here on only the hashes are kept
+        values["keys"] = read_api_keys(values.pop("api_key"), values["api_key_file"])
+    return Settings(command=command, **values)
 
 
 class RemotePool:
@@ -4755,13 +5123,14 @@ class RemotePool:
     def __init__(self, settings: Settings):
         url = settings.url.rstrip("/").removesuffix("/v1")
         self.url = url if "://" in url else f"http://{url}"
+        self.headers = {"Authorization": f"Bearer {key}" for key in settings.api_key[:1]}
         self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
         self.client: Any = None
 
     async def start(self) -> None:
         aiohttp = require_library("aiohttp", "--url")
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=6 * PING_S)
-        self.client = aiohttp.ClientSession(timeout=timeout)
+        self.client = aiohttp.ClientSession(timeout=timeout, headers=self.headers)
 
     async def wait_ready(self) -> None:
         """Until the server is ready; ConfigError when there is none."""
@@ -5068,8 +5437,7 @@ def main(argv: Seq[str] | None = None) -> int:
         stream.reconfigure(errors="replace")
     try:
         settings = parse_command_line(argv, os.environ)
-        level = logging.INFO if settings.command == "serve" else logging.WARNING
-        logging.basicConfig(format="%(asctime)s %(message)s", level=level)
+        start_logging(settings)
         return asyncio.run({"serve": serve_forever, "chat": chat, "generate": generate}[settings.command](settings))
     except ConfigError as error:
         return complain(error, 2)
