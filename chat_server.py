@@ -1719,10 +1719,14 @@ class ProgramSteps:
 
     def __init__(self, transformer: Transformer):
         self.program, self.vocab_size = transformer.kernels.program, transformer.spec.vocab_size
+        self.sampling: Any = None               # of the step before: mostly the same rows are drawn again
 
     def start(self, batch: Batch, rows: Seq[SampleRow]) -> Any:
-        sampling = decode_core().SampleBatch(rows, self.vocab_size) if rows else None
-        return self.program.start(*batch, sampling)
+        if self.sampling and self.sampling.is_of(rows):
+            self.sampling.update(rows)
+        else:
+            self.sampling = decode_core().SampleBatch(rows, self.vocab_size) if rows else None
+        return self.program.start(*batch, self.sampling)
 
     def finish(self, ticket: Any) -> list[int]:
         return self.program.finish(ticket)
