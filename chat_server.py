@@ -4007,7 +4007,7 @@ def cuda_device_count() -> int:
 PING_S = 10.0               # a silent stream carries a comment this often
 HEADER_S = 15.0             # a connection that has not brought a whole request header by then is closed
 BODY_S = 30.0               # so long may a body pause
-OPEN_ROUTES = ("/", "/static", "/livez", "/readyz", "/health")     # these need no API key
+OPEN_ROUTES = ("/", "/static/{name}", "/livez", "/readyz", "/health")     # these need no API key
 POLLED_ROUTES = ("/health", "/livez", "/readyz", "/stats", "/metrics")      # logged at level debug only
 STATIC = Path(__file__).resolve().parent / "static"
 SYSTEM_FINGERPRINT = f"chat_server-{__version__}"
@@ -4551,6 +4551,8 @@ class Front:
         self.metrics: Metrics | None = None
         with contextlib.suppress(ConfigError):  # prometheus_client is missing: /metrics says so
             self.metrics = Metrics(pool)
+        self.files = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*")
+                      if path.is_file() and not path.is_symlink()}
         self.visits: dict[int, Visit] = {}      # by id() of the HTTP request, as long as it is handled
 
     def visit(self, http: web.Request) -> Visit:
@@ -4688,6 +4690,9 @@ class Front:
         return web.Response(body=library.generate_latest(self.metrics.registry),
                             headers={"Content-Type": library.CONTENT_TYPE_LATEST})
 
+    async def handle_openapi(self, http: web.Request) -> web.Response:
+        return json_response(openapi_document(self.settings.prefix))
+
     async def handle_page(self, http: web.Request) -> web.Response:
         try:
             page = (STATIC / "index.html").read_bytes()
@@ -4695,6 +4700,12 @@ class Front:
             return web.Response(text="chat_server runs; the page is missing (no static/ beside chat_server.py).\n")
         page = page.replace(b"<head>", b'<head>\n<base href="static/">', 1)
         return web.Response(body=page, content_type="text/html", charset="utf-8")
+
+    async def handle_static(self, http: web.Request) -> web.StreamResponse:
+        """Only what was there at the start, by its exact name: no path is ever built from a request."""
+        if (path := self.files.get(http.match_info["name"])) is None:
+            raise web.HTTPNotFound
+        return web.FileResponse(path)
 
     async def handle_bare_prefix(self, http: web.Request) -> web.Response:
         """/chat becomes /chat/, where the page's relative addresses are right."""
@@ -4813,20 +4824,72 @@ async def errors_to_responses(http: web.Request, handler: Callable) -> web.Strea
     return json_response(body, failure.status, headers)
 
 
+class Route(NamedTuple):
+    """One route: the router and /openapi.json come from this row."""
+
+    method: str
+    path: str
+    handler: str
+    doc: str
+    fields: tuple[Field, ...] = ()
+
+    @property
+    def pattern(self) -> str:
+        return re.sub(r":[^}]*", "", self.path)
+
+
 ROUTES = (
-    ("GET", "/", "handle_page"),
-    ("POST", "/chat/completions", "handle_chat"),
-    ("POST", "/v1/chat/completions", "handle_openai_chat"),
-    ("GET", "/v1/models", "handle_models"),
-    ("GET", "/models", "handle_models"),
-    ("GET", "/v1/models/{name:.+}", "handle_model"),
-    ("POST", "/v1/cancel/{id}", "handle_cancel"),
-    ("GET", "/health", "handle_health"),
-    ("GET", "/livez", "handle_livez"),
-    ("GET", "/readyz", "handle_readyz"),
-    ("GET", "/stats", "handle_stats"),
-    ("GET", "/metrics", "handle_metrics"),
+    Route("GET", "/", "handle_page", "the page"),
+    Route("GET", "/static/{name:.+}", "handle_static", "its files"),
+    Route("POST", "/chat/completions", "handle_chat", "an answer as nanochat's event stream", NATIVE_FIELDS),
+    Route("POST", "/v1/chat/completions", "handle_openai_chat", "an answer as OpenAI has it, streamed or whole", OPENAI_FIELDS),
+    Route("GET", "/v1/models", "handle_models", "the served model"),
+    Route("GET", "/models", "handle_models", "the served model"),
+    Route("GET", "/v1/models/{name:.+}", "handle_model", "the served model, by a name of it"),
+    Route("POST", "/v1/cancel/{id}", "handle_cancel", "stop an answer by the X-Request-Id of its response"),
+    Route("GET", "/health", "handle_health", "200 when ready, else 503 with the stage"),
+    Route("GET", "/livez", "handle_livez", "200 as long as the event loop turns"),
+    Route("GET", "/readyz", "handle_readyz", "200 when a request would be served now, else 503 with the reason"),
+    Route("GET", "/stats", "handle_stats", "workers, KV pages, speed, kernels, queue"),
+    Route("GET", "/metrics", "handle_metrics", "Prometheus metrics"),
+    Route("GET", "/openapi.json", "handle_openapi", "this description"),
 )
+
+INTEGER, STRING = {"type": "integer"}, {"type": "string"}
+SCHEMAS = {     # JSON Schema of what a Field's reader takes, besides its range; a reader without a row takes anything
+    read_number: {"type": "number"}, read_integer: INTEGER, read_seed: INTEGER, read_cap: INTEGER, read_text: STRING,
+    read_switch: {"enum": [True, False, "true", "false"]}, read_list: {"type": "array"}, read_object: {"type": "object"},
+    read_stop: {"anyOf": [STRING, {"type": "array", "items": STRING, "maxItems": LIMITS.stop_strings}]},
+    read_token_ids: {"type": "array", "items": INTEGER}, read_priority: {"anyOf": [{"enum": ["low", "normal"]}, INTEGER]},
+    read_logit_bias: {"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}},
+}
+
+
+def field_schema(field: Field) -> dict[str, Any]:
+    bounds = {"minimum": field.low, "maximum": field.high}
+    ranged = {name: value for name, value in bounds.items() if math.isfinite(value) and not field.clamp}
+    return {"description": field.doc, "anyOf": [SCHEMAS.get(field.read, {}) | ranged, {"type": "null"}]}
+
+
+def openapi_operation(route: Route) -> dict[str, Any]:
+    """What /openapi.json says of a route."""
+    error = {"description": "what was wrong", "content": {"application/json": {"schema": {"type": "object"}}}}
+    operation = {"summary": route.doc, "responses": {"200": {"description": route.doc}, "default": error}, "parameters": [
+        {"name": name, "in": "path", "required": True, "schema": STRING} for name in re.findall(r"{(\w+)", route.path)]}
+    if route.fields:
+        schema = {"type": "object", "required": ["messages"], "properties": {f.name: field_schema(f) for f in route.fields}}
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    return operation | ({"security": []} if route.pattern in OPEN_ROUTES else {})
+
+
+def openapi_document(prefix: str) -> dict[str, Any]:
+    """Every route and every field of every body, from the tables that the server itself uses."""
+    paths: dict[str, dict] = {}
+    for route in ROUTES:
+        paths.setdefault(route.pattern, {})[route.method.lower()] = openapi_operation(route)
+    return {"openapi": "3.1.0", "info": {"title": "chat_server", "version": __version__}, "servers": [{"url": prefix or "/"}],
+            "security": [{"bearer": []}, {"header": []}], "paths": paths, "components": {"securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"}, "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"}}}}
 
 
 def create_app(pool: Pool, settings: Settings) -> web.Application:
@@ -4835,13 +4898,11 @@ def create_app(pool: Pool, settings: Settings) -> web.Application:
     middlewares = [functools.partial(Front.access_log, front), errors_to_responses, functools.partial(Front.guard, front)]
     app = web.Application(client_max_size=LIMITS.body_bytes, middlewares=[web.middleware(each) for each in middlewares])
     app.on_response_prepare.append(front.set_headers)
-    for method, path, handler in ROUTES:
-        add = app.router.add_get if method == "GET" else app.router.add_post     # add_get: HEAD too
-        add(settings.prefix + path, getattr(front, handler))
+    for route in ROUTES:
+        add = app.router.add_get if route.method == "GET" else app.router.add_post     # add_get: HEAD too
+        add(settings.prefix + route.path, getattr(front, route.handler))
     if settings.prefix:
         app.router.add_get(settings.prefix, front.handle_bare_prefix)
-    if STATIC.is_dir():
-        app.router.add_static(settings.prefix + "/static", STATIC)
     return app
 
 
