@@ -2543,17 +2543,20 @@ def merges_of_scores(tokens: Seq[str], scores: Seq[float], types: Seq[int]) -> l
 
 @dataclass(frozen=True)
 class Request:
-    """What a client asked, parsed and checked; exactly one of `messages` and `prompt` is set."""
+    """What a client asked, parsed and checked: either `messages` or `prompts` is set."""
 
     id: str
     messages: tuple[Message, ...] | None = None
-    prompt: str | tuple[int, ...] | None = None     # raw completion: text or token ids
+    prompts: tuple[str | tuple[int, ...], ...] = ()     # raw completions: text or token ids
     sampling: SamplingParams = SamplingParams()
     max_tokens: int | None = None                   # None: up to the context
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
+    n: int = 1                                      # answers to each prompt
+    logprobs: int | None = None                     # with so many of the likeliest tokens beside each; None: without
+    prompt_logprobs: int | None = None              # the same for the prompt's tokens
     client: str = ""                                # whose request it is: a key's name, or an address
     low_priority: bool = False                      # waits until nothing else does
 
@@ -2566,14 +2569,24 @@ class Accepted:
     seed: int
 
 
+class TokenLogprob(NamedTuple):
+    """How likely the model found a token, after bias and penalties, before temperature; and which it found likeliest."""
+
+    token: int
+    logprob: float | None                           # None: nothing comes before it
+    top: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass(frozen=True)
 class Piece:
-    """Some more of the answer: whole characters, and the token ids behind them."""
+    """Some more of an answer: whole characters, and the token ids behind them."""
 
     text: str
     tokens: tuple[int, ...]
     gpu: int
-    choice: int = 0
+    choice: int = 0                                 # which answer: prompt * n + index
+    logprobs: tuple[TokenLogprob, ...] = ()         # of the tokens that were drawn, without the one that ended the answer
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # before the first token
 
 
 @dataclass(frozen=True)
@@ -2609,6 +2622,13 @@ class Work:
     min_tokens: int = 0
     resumed_ids: tuple[int, ...] = ()
     sent_characters: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    @property
+    def needs_logits(self) -> bool:
+        """Must its logits be looked at on the host?"""
+        return self.logprobs is not None or self.prompt_logprobs is not None
 
 
 @dataclass(eq=False)
@@ -2629,6 +2649,8 @@ class Sequence:
     cached_tokens: int = 0                  # prompt tokens found in the prefix cache at first admission
     added_s: float = 0.0
     queued_s: float | None = None           # how long it waited here before it first ran
+    logprob: TokenLogprob | None = None     # of the token drawn last, where it was asked for
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     text: "Answer | None" = None            # the engine's state of the answer's text
     drafter: "Drafter | None" = None        # and what proposes its drafts
 
@@ -2639,6 +2661,11 @@ class Sequence:
     @property
     def generated(self) -> int:
         return len(self.tokens) - len(self.work.prompt_ids)
+
+    @property
+    def scoring(self) -> bool:
+        """Is every token of its prompt still to be scored, so that no cached page spares computing it?"""
+        return self.work.prompt_logprobs is not None and not self.generated
 
     @property
     def drawing_last(self) -> bool:
@@ -2661,6 +2688,11 @@ class Chunk(NamedTuple):
         """How many tokens are drawn: none while a prompt is not complete, then one and one for each drafted token."""
         return 1 + len(self.draft) if self.count == self.sequence.pending else 0
 
+    @property
+    def rows(self) -> int:
+        """How many of its last tokens need logits: those that draw, or all of a prompt that is being scored."""
+        return self.count if self.sequence.scoring else self.draws
+
 
 FREE_ROWS = 8       # rows that a step of decode_core computes in hardly more time than one (KERNELS.md, section 9)
 
@@ -2672,8 +2704,9 @@ class Scheduler:
     never starves, the rest to those with least to do, so that a long prompt never stalls short ones.
     """
 
-    def __init__(self, pool: PagePool, *, max_batch: int, prefill_chunk: int, free_rows: int = 0):
+    def __init__(self, pool: PagePool, *, max_batch: int, prefill_chunk: int, free_rows: int = 0, max_rows: int | None = None):
         self.pool, self.max_batch, self.prefill_chunk = pool, max_batch, prefill_chunk
+        self.max_rows = max_rows or max(max_batch, free_rows)       # of logits in a step
         self.free_rows = free_rows              # a step of so many rows takes hardly longer than one of one: room for drafts
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []       # in order of admission
@@ -2705,9 +2738,10 @@ class Scheduler:
         self._admit()
         preemptions = self.preemptions
         decoding = self._decoding()
-        room = (self.free_rows - len(decoding)) // max(1, sum(bool(sequence.draft) for sequence in decoding))
+        room = (self.free_rows - len(self.running)) // max(1, sum(bool(sequence.draft) for sequence in decoding))
         plan = [Chunk(sequence, 1, self._draft(sequence, room)) for sequence in decoding]
-        plan += self._share_prefill([s for s in self.running if s.pending > 1])
+        spare_rows = self.max_rows - sum(chunk.draws for chunk in plan)
+        plan += self._share_prefill([s for s in self.running if s.pending > 1], spare_rows)
         if self.preemptions > preemptions:
             plan = [chunk for chunk in plan if chunk.sequence in self.running]
         return plan
@@ -2752,7 +2786,7 @@ class Scheduler:
         """Move waiting sequences into the batch, in order, while rows and pages last."""
         while self.waiting and len(self.running) < self.max_batch:
             sequence = self.waiting[0]
-            matched, serial = self.pool.match_prefix(sequence.tokens)
+            matched, serial = self.pool.match_prefix([] if sequence.scoring else sequence.tokens)
             needed = -(-len(sequence.tokens) // self.pool.page_size) - len(matched)
             headroom = len(self.running)        # one page for each, so that newcomers do not preempt at once
             pages = self.pool.allocate(needed) if needed + headroom <= self.pool.available else None
@@ -2767,21 +2801,25 @@ class Scheduler:
                 sequence.queued_s = time.monotonic() - sequence.added_s
                 sequence.cached_tokens = min(sequence.computed, len(sequence.work.prompt_ids))
 
-    def _share_prefill(self, prefilling: list[Sequence]) -> list[Chunk]:
-        """Split the step's prefill budget: at least half for the oldest, then the shortest remaining first."""
+    def _share_prefill(self, prefilling: list[Sequence], rows: int) -> list[Chunk]:
+        """Split the step's prefill budget: at least half for the oldest, then the shortest remaining first.
+
+        Each may need one of `rows` rows of logits; what is left of these limits prompts that are being scored.
+        """
         if not prefilling:
             return []
         oldest, *others = prefilling
         others.sort(key=lambda sequence: sequence.pending)
         wanted = sum(sequence.pending for sequence in others)
-        left = self.prefill_chunk
+        left, rows = self.prefill_chunk, rows - len(prefilling)
         chunks = []
         for sequence in (oldest, *others):
             share = max(left // 2, left - wanted) if sequence is oldest else left
-            count = min(sequence.pending, share)
+            count = min(sequence.pending, share, 1 + rows if sequence.scoring else share)
             if count > 0 and sequence in self.running and self._grow(sequence):
                 chunks.append(Chunk(sequence, count))
                 left -= count
+                rows -= count - 1 if sequence.scoring else 0
         return chunks
 
     def advance(self, chunk: Chunk) -> None:
@@ -2810,7 +2848,6 @@ class Update(NamedTuple):
     """What one step gave one request; crosses the pipe to the front."""
 
     id: str
-    choice: int
     tokens: tuple[int, ...]
     text: str
     reason: str | None = None           # set on the last update
@@ -2819,6 +2856,8 @@ class Update(NamedTuple):
     queued_s: float = 0.0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Drafter:
@@ -2938,6 +2977,12 @@ class Started(NamedTuple):
     draws: list[tuple[Sequence | None, tuple[int, ...]]]    # (None where one ended or was forced on meanwhile, its draft)
 
 
+class HostDraw(NamedTuple):
+    """The ticket of a step whose logits were looked at: it is done, and these are its tokens."""
+
+    tokens: list[int]
+
+
 class Engine:
     """One model replica: sequences in, updates out, one `step` at a time.
 
@@ -2949,7 +2994,8 @@ class Engine:
                  context_length: int, max_batch: int, prefill_chunk: int):
         self.transformer, self.tokenizer, self.kernels = transformer, tokenizer, kernels
         self.pool = PagePool(num_pages)
-        self.scheduler = Scheduler(self.pool, max_batch=max_batch, prefill_chunk=prefill_chunk, free_rows=FREE_ROWS)
+        self.scheduler = Scheduler(self.pool, max_batch=max_batch, prefill_chunk=prefill_chunk, free_rows=FREE_ROWS,
+                                   max_rows=len(transformer.buffers["logits"]))
         self.context_length = min(context_length, num_pages * PAGE_SIZE)
         self.tool_thread = ThreadPoolExecutor(1, "calculator")
         self.steps = make_steps(transformer)
@@ -2965,7 +3011,7 @@ class Engine:
         limit = min(len(work.prompt_ids) + work.max_tokens, self.context_length)
         sequence = Sequence(work, [*work.prompt_ids, *work.resumed_ids], limit)
         sequence.text = Answer(work, self.tokenizer, self.tool_thread, self.context_length)
-        sequence.drafter = Drafter(sequence.tokens) if self.drafts and not needs_tokens(work.sampling) else None
+        sequence.drafter = Drafter(sequence.tokens) if self.drafts and not self._waits(sequence) else None
         self.scheduler.add(sequence)
 
     def cancel(self, request_id: str) -> bool:
@@ -2973,12 +3019,11 @@ class Engine:
 
     def step(self) -> list[Update]:
         """Start the next step and finish the one before; return what came of it."""
-        ahead = self.steps.ahead and not any(self._waits(sequence) for sequence in self.scheduler.running)
+        ahead = self.steps.ahead and not any(map(self._waits, (*self.scheduler.running, *self.scheduler.waiting)))
         updates = [] if ahead else self._finish()
         plan = self.scheduler.schedule()
         drawing = [chunk for chunk in plan if chunk.draws]
-        rows = [sample_row(chunk.sequence, self.tokenizer.stop_tokens, i) for chunk in drawing for i in range(chunk.draws)]
-        ticket = self.steps.start(make_batch(plan), rows) if plan else None
+        ticket = self._start(plan, drawing) if plan else None
         updates += self._finish()
         if plan:
             self._advance(plan, ticket, drawing)
@@ -2987,7 +3032,33 @@ class Engine:
     @staticmethod
     def _waits(sequence: Sequence) -> bool:
         """Must a sequence's last token be known before its next step can start?"""
-        return bool(sequence.draft) or needs_tokens(sequence.work.sampling)
+        return bool(sequence.draft) or sequence.work.needs_logits or needs_tokens(sequence.work.sampling)
+
+    def _start(self, plan: Seq[Chunk], drawing: Seq[Chunk]) -> Any:
+        """Start a step: drawn where it runs, or here when somebody needs its logits."""
+        rows = [sample_row(chunk.sequence, self.tokenizer.stop_tokens, i) for chunk in drawing for i in range(chunk.draws)]
+        batch = make_batch(plan)
+        if any(chunk.sequence.work.needs_logits for chunk in plan):
+            return self._draw_on_host(plan, self.transformer.forward(batch), rows)
+        return self.steps.start(batch, rows)
+
+    def _draw_on_host(self, plan: Seq[Chunk], logits, rows: Seq[SampleRow]) -> HostDraw:
+        """Score prompts, draw, and note how likely the drawn tokens were. No other step is under way."""
+        drawn, row = [], 0
+        for chunk in plan:
+            if chunk.sequence.scoring:
+                score_prompt(chunk, logits[row:row + chunk.rows])
+            row += chunk.rows
+            drawn += range(row - chunk.draws, row)
+        if not rows:
+            return HostDraw([])
+        logits = logits if len(drawn) == row else logits[drawn]         # (len(rows), V)
+        owners = [chunk.sequence for chunk in plan for _ in range(chunk.draws)]
+        lines = {i: host_row(logits[i]) for i, owner in enumerate(owners) if owner.work.logprobs is not None}
+        tokens = self.kernels.sample(logits, rows)
+        for i, line in lines.items():
+            owners[i].logprob = logprob_of(penalize(line, rows[i]), tokens[i], owners[i].work.logprobs)
+        return HostDraw(tokens)
 
     def _advance(self, plan: Seq[Chunk], ticket: Any, drawing: Seq[Chunk]) -> None:
         """The started step's effect on its sequences: slots are computed, and the last token is being drawn."""
@@ -3008,7 +3079,7 @@ class Engine:
         if self.under_way is None:
             return []
         (ticket, draws), self.under_way = self.under_way, None
-        tokens = iter(self.steps.finish(ticket))
+        tokens = iter(ticket.tokens if isinstance(ticket, HostDraw) else self.steps.finish(ticket))
         updates = []
         for sequence, draft in draws:
             drawn = list(itertools.islice(tokens, 1 + len(draft)))
@@ -3044,8 +3115,13 @@ class Engine:
                 break
         if reason is not None:
             self.scheduler.remove(sequence)
-        return Update(sequence.work.id, sequence.work.sampling.choice, tuple(taken), "".join(texts), reason, cause,
-                      sequence.cached_tokens, sequence.queued_s, sequence.drafted_tokens, sequence.accepted_tokens)
+        ended_it = reason == "stop" and token in sequence.text.stop_tokens
+        logprobs = () if sequence.logprob is None or ended_it else (sequence.logprob,)
+        prompt_logprobs = tuple(sequence.prompt_logprobs)
+        sequence.prompt_logprobs.clear()
+        return Update(sequence.work.id, tuple(taken), "".join(texts), reason, cause,
+                      sequence.cached_tokens, sequence.queued_s, sequence.drafted_tokens, sequence.accepted_tokens,
+                      logprobs, prompt_logprobs)
 
     def give_up(self) -> list[str]:
         """A step failed: drop what was running and whatever it may have written; returns the ids of those requests."""
@@ -3077,7 +3153,8 @@ class Engine:
 def make_batch(plan: Seq[Chunk]) -> Batch:
     """Flatten the plan into one forward pass, sequence after sequence."""
     batch = Batch([], [], [0], [], [], [])
-    for sequence, count, draft in plan:
+    for chunk in plan:
+        (sequence, count, draft) = chunk
         first, tokens = sequence.computed, sequence.tokens
         ids = [*tokens[first:first + count], *draft]
         batch.token_ids.extend(ids)
@@ -3086,14 +3163,35 @@ def make_batch(plan: Seq[Chunk]) -> Batch:
         batch.starts.append(end)
         batch.lengths.append(first + len(ids))
         batch.tables.append(sequence.pages)
-        if count == sequence.pending:
-            batch.logit_rows.extend(range(end - 1 - len(draft), end))
+        batch.logit_rows.extend(range(end - chunk.rows, end))
     return batch
 
 
 def needs_tokens(params: SamplingParams) -> bool:
     """Does drawing a token take all the tokens before it, and not just how many there are?"""
     return params.repetition_penalty != 1 or bool(params.frequency_penalty or params.presence_penalty)
+
+
+def host_row(logits) -> "numpy.ndarray":
+    """A clean copy of one row of logits (V,), float32."""
+    return clean_logits(numpy.array(logits.float().cpu().numpy()))
+
+
+def logprob_of(logits: "numpy.ndarray", token: int, top: int) -> TokenLogprob:
+    """The log-probability of a token by its row of clean logits (V,), and the `top` largest."""
+    highest = logits.max()
+    total = highest + math.log(float(numpy.exp(logits - highest).sum(dtype=numpy.float64)))
+    ids = top_ids(logits, top).tolist() if top else []
+    return TokenLogprob(token, float(logits[token]) - total, tuple((id_, float(logits[id_]) - total) for id_ in ids))
+
+
+def score_prompt(chunk: Chunk, logits) -> None:
+    """Add what the logits (rows of the chunk, V) say of the prompt tokens that follow the chunk's own."""
+    sequence, first = chunk.sequence, chunk.sequence.computed
+    ids, top = sequence.work.prompt_ids, sequence.work.prompt_logprobs
+    if first == 0:                      # also when it begins again after it was preempted
+        sequence.prompt_logprobs = [TokenLogprob(ids[0], None)]
+    sequence.prompt_logprobs += [logprob_of(host_row(line), token, top) for line, token in zip(logits, ids[first + 1:])]
 
 
 def sample_row(sequence: Sequence, eos_tokens: frozenset[int], offset: int = 0) -> SampleRow:
@@ -3379,13 +3477,14 @@ def fail_running(channel: Channel, engine: Engine, error: Exception) -> None:
 
 @dataclass(eq=False)
 class Job:
-    """A request in the front: enough to continue it on another worker, and the queue its reader waits on."""
+    """One answer of a request in the front: enough to continue it on another worker, and the queue its reader waits on."""
 
     request: Request
     prompt_ids: tuple[int, ...]
     max_tokens: int
-    events: asyncio.Queue
+    events: asyncio.Queue       # shared by the answers of the request
     arrived_s: float
+    choice: int = 0
     output_ids: list[int] = field(default_factory=list)
     sent_characters: int = 0
     worker: "Worker | None" = None
@@ -3395,6 +3494,10 @@ class Job:
     failovers: int = 0
 
     @property
+    def id(self) -> str:
+        return f"{self.request.id}#{self.choice}" if self.choice else self.request.id       # no client's id has a #
+
+    @property
     def outstanding_tokens(self) -> int:
         """An upper bound of what is still to compute, for routing."""
         done = len(self.output_ids)
@@ -3402,18 +3505,22 @@ class Job:
 
     def work(self) -> Work:
         request = self.request
-        return Work(request.id, self.prompt_ids, request.sampling, self.max_tokens, request.stop, request.stop_token_ids,
-                    request.ignore_eos, request.min_tokens, tuple(self.output_ids), self.sent_characters)
+        sampling = replace(request.sampling, choice=self.choice % request.n)
+        return Work(self.id, self.prompt_ids, sampling, self.max_tokens, request.stop, request.stop_token_ids,
+                    request.ignore_eos, request.min_tokens, tuple(self.output_ids), self.sent_characters,
+                    request.logprobs, None if self.output_ids else request.prompt_logprobs)
 
     def take(self, update: Update, gpu: int) -> None:
         """Turn a worker's update into events for the reader."""
+        if self.request.max_tokens == 0:        # only the prompt was asked for; the worker draws a token nevertheless
+            update = update._replace(tokens=(), text="", logprobs=(), reason="length", stop_reason="max_tokens")
         now = time.monotonic()
         if self.first_token_s is None:
             self.first_token_s = now
         self.last_token_s = now
         self.output_ids += update.tokens
         self.sent_characters += len(update.text)
-        self.events.put_nowait(Piece(update.text, update.tokens, gpu, update.choice))
+        self.events.put_nowait(Piece(update.text, update.tokens, gpu, self.choice, update.logprobs, update.prompt_logprobs))
         if update.reason is not None:
             self.events.put_nowait(self._finished(update, gpu))
 
@@ -3422,7 +3529,7 @@ class Job:
         return Finished(update.reason, update.stop_reason, len(self.prompt_ids), count, update.cached_tokens,
                         queue_ms=(self.dispatched_s - self.arrived_s + update.queued_s) * 1e3,
                         ttft_ms=(self.first_token_s - self.arrived_s) * 1e3,
-                        tokens_per_second=(count - 1) / seconds if seconds > 0 else 0.0, gpu=gpu, choice=update.choice)
+                        tokens_per_second=(count - 1) / seconds if seconds > 0 else 0.0, gpu=gpu, choice=self.choice)
 
 
 class Worker:
@@ -3509,8 +3616,8 @@ class Worker:
                 self.gauges = gauges_
                 self.deliver(updates, now)
             case ("failed", ids, text):
-                for request_id in ids:
-                    self.pool.fail(request_id, EngineFailure(text))
+                for job_id in ids:
+                    self.pool.fail(job_id, EngineFailure(text))
             case ("checked", wrong, gauges_):
                 self.gauges = gauges_
                 self.checked.set_result(wrong)
@@ -3689,7 +3796,7 @@ class LocalPool:
         for job in reversed(jobs):
             job.worker, job.failovers = None, job.failovers + 1
             if job.failovers >= self.MAX_FAILOVERS:
-                self.fail(job.request.id, EngineFailure(f"{job.failovers} workers died while computing this answer"))
+                self.fail(job.id, EngineFailure(f"{job.failovers} workers died while computing this answer"))
             else:
                 self.pending.resumed.appendleft(job)
         self.dispatch()
@@ -3708,7 +3815,7 @@ class LocalPool:
                 self.orphaned_since_s = time.monotonic()
             elif time.monotonic() - self.orphaned_since_s > self.ORPHAN_S:
                 for job in list(self.pending):
-                    self.fail(job.request.id, EngineFailure(f"no worker came back within {self.ORPHAN_S:.0f} s"))
+                    self.fail(job.id, EngineFailure(f"no worker came back within {self.ORPHAN_S:.0f} s"))
 
     async def wait_ready(self) -> None:
         """Until a request would be served. Raises ConfigError or EngineFailure when start-up failed."""
@@ -3729,8 +3836,8 @@ class LocalPool:
     async def close(self) -> None:
         """End every request with an error and every worker for certain."""
         self.closing = self.draining = True
-        for request_id in list(self.jobs):
-            self.fail(request_id, EngineFailure("the server is shutting down"))
+        for job_id in list(self.jobs):
+            self.fail(job_id, EngineFailure("the server is shutting down"))
         for worker in self.workers:
             if worker.process:
                 worker.process.kill()
@@ -3782,28 +3889,35 @@ class LocalPool:
         Raises RequestError (the prompt does not fit, ...), Overloaded (not ready, draining, queue full) and
         EngineFailure (workers died too often, shutdown).
         """
-        arrived_s = time.monotonic()
+        arrived_s, events = time.monotonic(), asyncio.Queue()
         self._check_capacity(request)
-        prompt_ids = await self._tokenize(request)
-        self._check_vocabulary(request, prompt_ids)
+        prompts = await self._tokenize(request)
+        for ids in prompts:
+            self._check_vocabulary(request, ids)
         self._check_capacity(request)
-        room = self._room(prompt_ids)
-        max_tokens = min(request.max_tokens or room, room)
-        job = Job(request, prompt_ids, max_tokens, asyncio.Queue(), arrived_s)
-        self.jobs[request.id] = job
-        self.pending.append(job)
+        lengths = [self._answer_length(request, ids) for ids in prompts]
+        jobs = [Job(request, ids, length, events, arrived_s, prompt * request.n + index)
+                for prompt, (ids, length) in enumerate(zip(prompts, lengths)) for index in range(request.n)]
         try:
-            self.dispatch()
-            yield Accepted(len(prompt_ids), request.sampling.seed)
-            while True:
-                event = await job.events.get()
+            self._submit(jobs[::request.n])
+            yield Accepted(sum(map(len, prompts)), request.sampling.seed)
+            left, others = len(jobs), {job.choice: jobs[job.choice + 1:job.choice + request.n] for job in jobs[::request.n]}
+            while left:
+                event = await events.get()
                 if isinstance(event, Exception):
                     raise event
+                self._submit(others.pop(event.choice, []))      # the prompt's pages are there for them now
                 yield event
-                if isinstance(event, Finished):
-                    return
+                left -= isinstance(event, Finished)
         finally:
-            self._abandon(job)
+            for job in jobs:
+                self._abandon(job)
+
+    def _submit(self, jobs: Seq[Job]) -> None:
+        for job in jobs:
+            self.jobs[job.id] = job
+            self.pending.append(job)
+        self.dispatch()
 
     def _check_capacity(self, request: Request) -> None:
         if self.draining:
@@ -3813,23 +3927,26 @@ class LocalPool:
         if len(self.pending) >= self.settings.max_queue and not self._free_workers():
             raise Overloaded(f"{len(self.pending)} requests are waiting already (--max-queue)", retry_after_s=5, status=429)
         limit = self.settings.max_concurrent_per_key
-        if limit and sum(job.request.client == request.client for job in self.jobs.values()) >= limit:
+        if limit and len({job.request.id for job in self.jobs.values() if job.request.client == request.client}) >= limit:
             raise Overloaded(f"{limit} requests of yours are under way already (--max-concurrent-per-key)", status=429)
         if request.id in self.jobs:
             raise RequestError(f"a request with the id {request.id!r} is running", status=409, code="duplicate_id")
 
-    async def _tokenize(self, request: Request) -> tuple[int, ...]:
-        """Prompt ids of a request; long ones are tokenized in a thread so that other streams go on."""
+    async def _tokenize(self, request: Request) -> list[tuple[int, ...]]:
+        """The ids of each prompt of a request; long ones are tokenized in a thread so that other streams go on."""
         if request.messages is not None:
             if not self.tokenizer.has_chat_template:
                 raise RequestError("this model has no chat template; use raw completion", code="no_chat_template")
-            render, size = functools.partial(self.tokenizer.render, request.messages), \
-                sum(len(message.content) for message in request.messages)
-        elif isinstance(request.prompt, str):
-            render, size = functools.partial(self.tokenizer.encode_prompt, request.prompt), len(request.prompt)
-        else:
-            return request.prompt
-        return tuple(render() if size <= self.INLINE_CHARACTERS else await asyncio.to_thread(render))
+            size = sum(len(message.content) for message in request.messages)
+            return [tuple(await self.tokenizing(self.tokenizer.render, request.messages, size))]
+        size = sum(len(prompt) for prompt in request.prompts)
+        encode = self.tokenizer.encode_prompt
+        return await self.tokenizing(lambda prompts: [
+            tuple(encode(prompt)) if isinstance(prompt, str) else prompt for prompt in prompts], request.prompts, size)
+
+    async def tokenizing(self, work: Callable[[Any], Any], text: Any, size: int) -> Any:
+        """work(text), off the event loop when the text has many characters."""
+        return work(text) if size <= self.INLINE_CHARACTERS else await asyncio.to_thread(work, text)
 
     def _check_vocabulary(self, request: Request, prompt_ids: tuple[int, ...]) -> None:
         """RequestError for token ids that the model does not have: in the engine they would fail the whole batch."""
@@ -3841,21 +3958,22 @@ class LocalPool:
                 raise RequestError(f"{name} has the token id {wrong}; this model's are 0 to {size - 1}",
                                    code="invalid_value", param=name)
 
-    def _room(self, prompt_ids: tuple[int, ...]) -> int:
-        """Tokens that fit behind the prompt. RequestError 400 with both numbers when there is none."""
+    def _answer_length(self, request: Request, prompt_ids: tuple[int, ...]) -> int:
+        """How long the answer may get. RequestError 400 with both numbers when nothing fits behind the prompt."""
         limit = self.context_length
         if not prompt_ids:
             raise RequestError("the prompt is empty", param="prompt")
         if len(prompt_ids) >= limit:
             raise RequestError(f"the prompt has {len(prompt_ids):,} tokens and the context holds {limit:,} "
                                "(prompt and answer together)", code="context_length_exceeded", param="messages")
-        return limit - len(prompt_ids)
+        room = limit - len(prompt_ids)
+        return room if request.max_tokens is None else max(1, min(request.max_tokens, room))
 
     def dispatch(self) -> None:
         """Hand waiting jobs to workers with a free row."""
         while (job := self.pending.first()) and (worker := self._choose_worker(job)):
             self.pending.take(job)
-            job.worker, worker.jobs[job.request.id] = worker, job
+            job.worker, worker.jobs[job.id] = worker, job
             if job.dispatched_s is None:
                 job.dispatched_s = time.monotonic()
             if len(worker.jobs) == 1:
@@ -3893,29 +4011,29 @@ class LocalPool:
 
     def cancel(self, request_id: str) -> bool:
         """Stop a running request; its reader gets a Finished-less end as RequestError 'cancelled'."""
-        if request_id not in self.jobs:
-            return False
-        self.fail(request_id, RequestError("the request was cancelled", status=499, code="cancelled"))
-        return True
+        jobs = [job for job in self.jobs.values() if job.request.id == request_id]
+        for job in jobs:
+            self.fail(job.id, RequestError("the request was cancelled", status=499, code="cancelled"))
+        return bool(jobs)
 
-    def fail(self, request_id: str, error: ChatServerError) -> None:
-        if job := self.jobs.get(request_id):
+    def fail(self, job_id: str, error: ChatServerError) -> None:
+        if job := self.jobs.get(job_id):
             job.events.put_nowait(error)
             self._abandon(job)
 
     def _abandon(self, job: Job) -> None:
         """The reader is gone or the job failed: free its row and pages within one step."""
-        if self.jobs.get(job.request.id) is job:
+        if self.jobs.get(job.id) is job:
             if job.worker:
-                job.worker.send("cancel", job.request.id)
+                job.worker.send("cancel", job.id)
             self.forget(job)
             self.dispatch()
 
     def forget(self, job: Job) -> None:
         """The front no longer holds the job; its queue lives on until the reader has drained it."""
-        del self.jobs[job.request.id]
+        del self.jobs[job.id]
         if job.worker:
-            del job.worker.jobs[job.request.id]
+            del job.worker.jobs[job.id]
         else:
             self.pending.remove(job)
 
@@ -5248,7 +5366,7 @@ class RemotePool:
 def native_body(request: Request) -> dict[str, Any]:
     """A Request as the body of POST /chat/completions."""
     sampling = request.sampling
-    messages = request.messages or (Message("user", str(request.prompt)),)
+    messages = request.messages or (Message("user", str(request.prompts[0])),)
     return {"messages": [{"role": m.role, "content": m.content} for m in messages], "max_tokens": request.max_tokens,
             "stop": list(request.stop), "ignore_eos": request.ignore_eos,
             **{name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}}
@@ -5483,7 +5601,7 @@ async def generate(settings: Settings) -> int:
         except RequestError as error:
             if error.code != "no_chat_template":
                 raise
-            done = await print_answer(pool, new_request(settings, prompt=text), [])
+            done = await print_answer(pool, new_request(settings, prompts=(text,)), [])
         print(speed(done), file=sys.stderr)
     return 0
 
