@@ -15,6 +15,7 @@ namespace py = pybind11;
 
 void bind_elementwise(py::module_& m);      // bindings_elementwise.cpp
 void bind_arrays(py::module_& m);           // bindings_arrays.cpp
+void bind_tiles(py::module_& m);            // bindings_tiles.cpp
 
 namespace {
 
@@ -247,6 +248,7 @@ PYBIND11_MODULE(_core, m) {
     bind_attention(m);
     bind_elementwise(m);
     bind_arrays(m);
+    bind_tiles(m);
 #if defined(DECODE_CORE_CUDA)
     m.attr("cuda_compiled") = true;
     bind_cuda(m);
