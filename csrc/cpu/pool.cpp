@@ -27,14 +27,6 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-void pause() {
-#if defined(__x86_64__)
-    _mm_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-}
-
 thread_local bool inside = false;               // this thread is running a chunk
 std::atomic<int> width_forced{0};
 std::atomic<bool> steal_forced{false};
@@ -179,7 +171,7 @@ class Pool {
         for (; coming.bytes > 0; coming.fetch_some())
             if (something_to_do(me)) return true;
         do {
-            for (int i = 0; i < 32; i++, pause())
+            for (int i = 0; i < 32; i++, relax())
                 if (something_to_do(me)) return true;
             if (something_to_steal(me)) return true;
         } while (Clock::now() < end);
@@ -294,6 +286,14 @@ struct Scratch {
 };
 
 }  // namespace
+
+void relax() {
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
 
 #if defined(__x86_64__)
 DefaultFloatMode::DefaultFloatMode() : before(_mm_getcsr()) { _mm_setcsr(0x1F80); }

@@ -53,6 +53,7 @@ struct Run {
 
 void run_phases(Run& run);              // waits for the pool if it is busy
 
+void relax();                           // what a spinning thread does between two looks
 uint64_t ticks();                       // a clock that takes 10 ns to read and counts evenly; which unit it has, only time tells
 
 using ItemFunction = void (*)(void* context, int64_t item);

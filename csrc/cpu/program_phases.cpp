@@ -256,7 +256,7 @@ void Step::do_sample(const Part& part, int64_t row) const {
 
 // ---- after it
 
-StepTimes Step::times(double us) const {
+StepTimes Step::times() const {
     StepTimes all{tokens, logit_rows, outcome.width, outcome.stalled, us, {}};
     const double tick = us / double(std::max<uint64_t>(stamps.back() - stamps.front(), 1));
     for (size_t i = 0; i < phases.size(); i++) {

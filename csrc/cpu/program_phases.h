@@ -44,14 +44,15 @@ public:
     // Ids below 0 become what the step before drew.
     void resolve_ids(const std::vector<int32_t>& drawn);
     void run(int width);
-    StepTimes times(double us) const;
+    StepTimes times() const;
     bool by_rows() const { return tokens >= TOKENS_BY_ROWS; }
 
     const int64_t tokens, logit_rows;
     std::vector<int32_t> drawn;
     Run outcome{};
-    int64_t ticket = 0;                         // these three belong to Program
+    int64_t ticket = 0;                         // these belong to Program
     bool ended = false;
+    double us = 0;
     std::string error;
 
 private:

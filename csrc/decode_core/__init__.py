@@ -12,6 +12,7 @@ except ImportError as failure:
 
 from .attention import AttentionStep, paged_attention, plan_attention, rope_append
 from .elementwise import add, relu2, rms_norm, swiglu
+from .program import Program
 from .sampling import SampleBatch, Sampler, sample
 from .tiles import Arena, Matrix, embed, multiply
 
