@@ -751,7 +751,7 @@ def linear_reference(x, weight, out, norm=None, bias=None, activation=None, resi
     """
     if norm:
         x = torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
-    x = x[:, :weight.shape[1]].to(weight.dtype)
+    x, bias = x[:, :weight.shape[1]].to(weight.dtype), bias if bias is None else bias.to(weight.dtype)
     if weight.is_mkldnn:
         y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     else:
@@ -1302,9 +1302,9 @@ def program_ops(core: Any, program: Any, spec, quantize: str | None) -> dict[str
         return zeroed((spec.layers, num_pages, spec.kv_heads, 2, PAGE_SIZE * spec.head_size), kind, device)
 
     def rope_append(qkv, tables, positions, slots, cache, spec, q_norm, k_norm, value_embed, gate, out):
-        program.rope_append(qkv, *tables, positions, slots, cache, heads=spec.heads, norm=spec.qk_norm, q_norm=q_norm,
+        program.rope_append(qkv, *tables, positions, slots, cache, out, norm=spec.qk_norm, q_norm=q_norm,
                             k_norm=k_norm, eps=spec.norm_eps, post_scale=spec.qk_scale, value_embed=value_embed, gate=gate,
-                            gate_scale=spec.ve_gate_scale, out=out)
+                            gate_scale=spec.ve_gate_scale)
 
     def paged_attention(q, cache, plan, window, out):
         program.paged_attention(q, cache, plan, window=window, out=out)
@@ -1590,7 +1590,8 @@ class Transformer:
                 weights[name] = weights["embed"]
                 continue
             if not isinstance(tensor, QuantizedMatrix):
-                tensor = tensor.to(self.device, self.dtype if tensor.ndim > 1 else torch.float32)
+                large = tensor.ndim > 1 and name != "smear_gate"
+                tensor = tensor.to(self.device, self.dtype if large else torch.float32)
             if name == "embed":
                 weights[name] = self.kernels.pack_table(tensor, tied)
             elif name.rpartition(".")[2] in ("qkv", "output", "gate_up", "up", "down", "head", "ve_gate"):
