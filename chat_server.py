@@ -213,6 +213,8 @@ OPTIONS = (
     Option("max-queue", None, 256, number(int, 0), "requests waiting in the whole server before 429", "serve"),
     Option("max-concurrent-per-key", None, 0, number(int, 0),
            "requests of one API key (without keys: of one address) at a time before 429, 0 = any number", "serve"),
+    Option("idle-unload", None, 0.0, number(float, 0), "seconds without a request after which the model leaves memory until "
+           "the next one, 0 = never", "serve"),
     Option("drain-timeout", None, 30.0, number(float, 0), "seconds that SIGTERM gives running answers", "serve"),
     Option("context-length", None, None, number(int, 16), "tokens per sequence (default: the model's)"),
     Option("prefill-chunk", None, 256, number(int, 16, 65536), "tokens of prompts computed in one step"),
@@ -3433,7 +3435,7 @@ class Worker:
 
     def __init__(self, pool: "LocalPool", gpu: int):
         self.pool, self.gpu = pool, gpu
-        self.state = "loading"                      # loading, ready, dead
+        self.state = "loading"                      # loading, ready, dead, unloaded
         self.jobs: dict[str, Job] = {}
         self.process: subprocess.Popen | None = None
         self.writer: asyncio.StreamWriter | None = None
@@ -3441,6 +3443,7 @@ class Worker:
         self.gauges: dict[str, int] = {}
         self.loading = ("starting", 0.0)
         self.restarts = 0
+        self.unloading = False                      # its death was wanted
         self.crashes_in_row = 0
         self.last_message_s = self.slowest_step_s = 0.0
         self.recent: deque[tuple[float, int]] = deque()     # (time, tokens) of the last seconds
@@ -3617,6 +3620,10 @@ class LocalPool:
         self.card: ModelCard | None = None
         self.tokenizer: Tokenizer | None = None
         self.draining = self.closing = False
+        self.wanted = asyncio.Event()               # cleared: workers stay unloaded until the next request
+        self.wanted.set()
+        self.asleep = False                         # from unloading until the model is back
+        self.used_s = time.monotonic()              # when the last request came, or was still running
         self.started_s = time.monotonic()
         self.created = int(time.time())
         self.loading = ("starting", 0.0)
@@ -3664,12 +3671,17 @@ class LocalPool:
     async def _keep_alive(self, worker: Worker, config: WorkerConfig) -> None:
         """Start the worker again whenever it dies, waiting longer after each crash in a row."""
         while not self.closing:
+            await self.wanted.wait()
             try:
                 await worker.live(config)
             except Exception:
                 log.exception("worker %d could not be run", worker.gpu)
             if self.closing or self.fatal.done():
                 return
+            if worker.unloading:
+                worker.unloading, worker.state, worker.gauges = False, "unloaded", {}
+                continue
+            self.asleep = False
             worker.crashes_in_row += 1
             code = worker.process.returncode
             if self.card is None and worker.crashes_in_row >= 3:
@@ -3703,13 +3715,34 @@ class LocalPool:
                 if worker.hung:
                     log.error("worker %d has made no progress; killing it", worker.gpu)
                     worker.process.kill()
-            if any(worker.state == "ready" for worker in self.workers) or not self.pending:
+            self._unload_when_idle()
+            if self.asleep or any(worker.state == "ready" for worker in self.workers) or not self.pending:
                 self.orphaned_since_s = None
             elif self.orphaned_since_s is None:
                 self.orphaned_since_s = time.monotonic()
             elif time.monotonic() - self.orphaned_since_s > self.ORPHAN_S:
                 for job in list(self.pending):
                     self.fail(job.request.id, EngineFailure(f"no worker came back within {self.ORPHAN_S:.0f} s"))
+
+    def _unload_when_idle(self) -> None:
+        """--idle-unload: end the processes of workers that nobody has asked for so long; polls of /health do not count."""
+        now, idle_s = time.monotonic(), self.settings.idle_unload
+        if self.jobs:
+            self.used_s = now
+        if idle_s and now - self.used_s > idle_s and all(worker.state == "ready" for worker in self.workers):
+            log.info("no request for %g s: the model is unloaded until the next one", idle_s)
+            self.asleep = True
+            self.wanted.clear()
+            self.affinity.clear()
+            for worker in self.workers:
+                worker.unloading, worker.state = True, "unloaded"
+                worker.process.kill()
+
+    def _wake(self) -> None:
+        self.used_s = time.monotonic()
+        if not self.wanted.is_set():
+            log.info("a request: loading the model again")
+            self.wanted.set()
 
     async def wait_ready(self) -> None:
         """Until a request would be served. Raises ConfigError or EngineFailure when start-up failed."""
@@ -3760,7 +3793,8 @@ class LocalPool:
         self._check_ready()
 
     def worker_ready(self, worker: Worker) -> None:
-        worker.crashes_in_row = 0
+        worker.crashes_in_row, self.asleep = 0, False
+        self.used_s = time.monotonic()
         self._check_ready()
         self.dispatch()
 
@@ -3793,6 +3827,7 @@ class LocalPool:
         job = Job(request, prompt_ids, max_tokens, asyncio.Queue(), arrived_s)
         self.jobs[request.id] = job
         self.pending.append(job)
+        self._wake()
         try:
             self.dispatch()
             yield Accepted(len(prompt_ids), request.sampling.seed)
@@ -3930,7 +3965,8 @@ class LocalPool:
 
     @property
     def ready(self) -> bool:
-        return self.tokenizer is not None and not self.draining and any(w.state == "ready" for w in self.workers)
+        served = self.asleep or any(worker.state == "ready" for worker in self.workers)
+        return self.tokenizer is not None and not self.draining and served
 
     @property
     def model_name(self) -> str:
@@ -4008,7 +4044,7 @@ def cuda_device_count() -> int:
 PING_S = 10.0               # a silent stream carries a comment this often
 HEADER_S = 15.0             # a connection that has not brought a whole request header by then is closed
 BODY_S = 30.0               # so long may a body pause
-OPEN_ROUTES = ("/", "/static", "/livez", "/readyz", "/health")     # these need no API key
+OPEN_ROUTES = ("/", "/static/{name}", "/livez", "/readyz", "/health")     # these need no API key
 POLLED_ROUTES = ("/health", "/livez", "/readyz", "/stats", "/metrics")      # logged at level debug only
 STATIC = Path(__file__).resolve().parent / "static"
 SYSTEM_FINGERPRINT = f"chat_server-{__version__}"
@@ -4552,6 +4588,8 @@ class Front:
         self.metrics: Metrics | None = None
         with contextlib.suppress(ConfigError):  # prometheus_client is missing: /metrics says so
             self.metrics = Metrics(pool)
+        self.files = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*")
+                      if path.is_file() and not path.is_symlink()}
         self.visits: dict[int, Visit] = {}      # by id() of the HTTP request, as long as it is handled
 
     def visit(self, http: web.Request) -> Visit:
@@ -4689,6 +4727,9 @@ class Front:
         return web.Response(body=library.generate_latest(self.metrics.registry),
                             headers={"Content-Type": library.CONTENT_TYPE_LATEST})
 
+    async def handle_openapi(self, http: web.Request) -> web.Response:
+        return json_response(openapi_document(self.settings.prefix))
+
     async def handle_page(self, http: web.Request) -> web.Response:
         try:
             page = (STATIC / "index.html").read_bytes()
@@ -4696,6 +4737,12 @@ class Front:
             return web.Response(text="chat_server runs; the page is missing (no static/ beside chat_server.py).\n")
         page = page.replace(b"<head>", b'<head>\n<base href="static/">', 1)
         return web.Response(body=page, content_type="text/html", charset="utf-8")
+
+    async def handle_static(self, http: web.Request) -> web.StreamResponse:
+        """Only what was there at the start, by its exact name: no path is ever built from a request."""
+        if (path := self.files.get(http.match_info["name"])) is None:
+            raise web.HTTPNotFound
+        return web.FileResponse(path)
 
     async def handle_bare_prefix(self, http: web.Request) -> web.Response:
         """/chat becomes /chat/, where the page's relative addresses are right."""
@@ -4814,20 +4861,72 @@ async def errors_to_responses(http: web.Request, handler: Callable) -> web.Strea
     return json_response(body, failure.status, headers)
 
 
+class Route(NamedTuple):
+    """One route: the router and /openapi.json come from this row."""
+
+    method: str
+    path: str
+    handler: str
+    doc: str
+    fields: tuple[Field, ...] = ()
+
+    @property
+    def pattern(self) -> str:
+        return re.sub(r":[^}]*", "", self.path)
+
+
 ROUTES = (
-    ("GET", "/", "handle_page"),
-    ("POST", "/chat/completions", "handle_chat"),
-    ("POST", "/v1/chat/completions", "handle_openai_chat"),
-    ("GET", "/v1/models", "handle_models"),
-    ("GET", "/models", "handle_models"),
-    ("GET", "/v1/models/{name:.+}", "handle_model"),
-    ("POST", "/v1/cancel/{id}", "handle_cancel"),
-    ("GET", "/health", "handle_health"),
-    ("GET", "/livez", "handle_livez"),
-    ("GET", "/readyz", "handle_readyz"),
-    ("GET", "/stats", "handle_stats"),
-    ("GET", "/metrics", "handle_metrics"),
+    Route("GET", "/", "handle_page", "the page"),
+    Route("GET", "/static/{name:.+}", "handle_static", "its files"),
+    Route("POST", "/chat/completions", "handle_chat", "an answer as nanochat's event stream", NATIVE_FIELDS),
+    Route("POST", "/v1/chat/completions", "handle_openai_chat", "an answer as OpenAI has it, streamed or whole", OPENAI_FIELDS),
+    Route("GET", "/v1/models", "handle_models", "the served model"),
+    Route("GET", "/models", "handle_models", "the served model"),
+    Route("GET", "/v1/models/{name:.+}", "handle_model", "the served model, by a name of it"),
+    Route("POST", "/v1/cancel/{id}", "handle_cancel", "stop an answer by the X-Request-Id of its response"),
+    Route("GET", "/health", "handle_health", "200 when ready, else 503 with the stage"),
+    Route("GET", "/livez", "handle_livez", "200 as long as the event loop turns"),
+    Route("GET", "/readyz", "handle_readyz", "200 when a request would be served now, else 503 with the reason"),
+    Route("GET", "/stats", "handle_stats", "workers, KV pages, speed, kernels, queue"),
+    Route("GET", "/metrics", "handle_metrics", "Prometheus metrics"),
+    Route("GET", "/openapi.json", "handle_openapi", "this description"),
 )
+
+INTEGER, STRING = {"type": "integer"}, {"type": "string"}
+SCHEMAS = {     # JSON Schema of what a Field's reader takes, besides its range; a reader without a row takes anything
+    read_number: {"type": "number"}, read_integer: INTEGER, read_seed: INTEGER, read_cap: INTEGER, read_text: STRING,
+    read_switch: {"enum": [True, False, "true", "false"]}, read_list: {"type": "array"}, read_object: {"type": "object"},
+    read_stop: {"anyOf": [STRING, {"type": "array", "items": STRING, "maxItems": LIMITS.stop_strings}]},
+    read_token_ids: {"type": "array", "items": INTEGER}, read_priority: {"anyOf": [{"enum": ["low", "normal"]}, INTEGER]},
+    read_logit_bias: {"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}},
+}
+
+
+def field_schema(field: Field) -> dict[str, Any]:
+    bounds = {"minimum": field.low, "maximum": field.high}
+    ranged = {name: value for name, value in bounds.items() if math.isfinite(value) and not field.clamp}
+    return {"description": field.doc, "anyOf": [SCHEMAS.get(field.read, {}) | ranged, {"type": "null"}]}
+
+
+def openapi_operation(route: Route) -> dict[str, Any]:
+    """What /openapi.json says of a route."""
+    error = {"description": "what was wrong", "content": {"application/json": {"schema": {"type": "object"}}}}
+    operation = {"summary": route.doc, "responses": {"200": {"description": route.doc}, "default": error}, "parameters": [
+        {"name": name, "in": "path", "required": True, "schema": STRING} for name in re.findall(r"{(\w+)", route.path)]}
+    if route.fields:
+        schema = {"type": "object", "required": ["messages"], "properties": {f.name: field_schema(f) for f in route.fields}}
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    return operation | ({"security": []} if route.pattern in OPEN_ROUTES else {})
+
+
+def openapi_document(prefix: str) -> dict[str, Any]:
+    """Every route and every field of every body, from the tables that the server itself uses."""
+    paths: dict[str, dict] = {}
+    for route in ROUTES:
+        paths.setdefault(route.pattern, {})[route.method.lower()] = openapi_operation(route)
+    return {"openapi": "3.1.0", "info": {"title": "chat_server", "version": __version__}, "servers": [{"url": prefix or "/"}],
+            "security": [{"bearer": []}, {"header": []}], "paths": paths, "components": {"securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"}, "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"}}}}
 
 
 def create_app(pool: Pool, settings: Settings) -> web.Application:
@@ -4836,13 +4935,11 @@ def create_app(pool: Pool, settings: Settings) -> web.Application:
     middlewares = [functools.partial(Front.access_log, front), errors_to_responses, functools.partial(Front.guard, front)]
     app = web.Application(client_max_size=LIMITS.body_bytes, middlewares=[web.middleware(each) for each in middlewares])
     app.on_response_prepare.append(front.set_headers)
-    for method, path, handler in ROUTES:
-        add = app.router.add_get if method == "GET" else app.router.add_post     # add_get: HEAD too
-        add(settings.prefix + path, getattr(front, handler))
+    for route in ROUTES:
+        add = app.router.add_get if route.method == "GET" else app.router.add_post     # add_get: HEAD too
+        add(settings.prefix + route.path, getattr(front, route.handler))
     if settings.prefix:
         app.router.add_get(settings.prefix, front.handle_bare_prefix)
-    if STATIC.is_dir():
-        app.router.add_static(settings.prefix + "/static", STATIC)
     return app
 
 
