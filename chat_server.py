@@ -1243,9 +1243,8 @@ def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=No
     core = decode_core()
     core.set_threads(torch.get_num_threads())
     program = core.Program(max_tokens, max_rows)
-    fast = program_ops(core, program, spec, quantize)
-    names |= dict.fromkeys(fast, f"decode_core/{core.info()['isa']}")
-    return Kernels(**ops | fast, names=names, program=program, row_invariant=True)
+    names = dict.fromkeys(ops, f"decode_core/{core.info()['isa']}")
+    return Kernels(**ops | program_ops(core, program, spec, quantize), names=names, program=program, row_invariant=True)
 
 
 @functools.cache
