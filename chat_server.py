@@ -213,6 +213,8 @@ OPTIONS = (
     Option("max-queue", None, 256, number(int, 0), "requests waiting in the whole server before 429", "serve"),
     Option("max-concurrent-per-key", None, 0, number(int, 0),
            "requests of one API key (without keys: of one address) at a time before 429, 0 = any number", "serve"),
+    Option("idle-unload", None, 0.0, number(float, 0), "seconds without a request after which the model leaves memory until "
+           "the next one, 0 = never", "serve"),
     Option("drain-timeout", None, 30.0, number(float, 0), "seconds that SIGTERM gives running answers", "serve"),
     Option("context-length", None, None, number(int, 16), "tokens per sequence (default: the model's)"),
     Option("prefill-chunk", None, 256, number(int, 16, 65536), "tokens of prompts computed in one step"),
@@ -751,7 +753,7 @@ def linear_reference(x, weight, out, norm=None, bias=None, activation=None, resi
     """
     if norm:
         x = torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
-    x = x[:, :weight.shape[1]].to(weight.dtype)
+    x, bias = x[:, :weight.shape[1]].to(weight.dtype), bias if bias is None else bias.to(weight.dtype)
     if weight.is_mkldnn:
         y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     else:
@@ -1241,9 +1243,8 @@ def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=No
     core = decode_core()
     core.set_threads(torch.get_num_threads())
     program = core.Program(max_tokens, max_rows)
-    fast = program_ops(core, program, spec, quantize)
-    names |= dict.fromkeys(fast, f"decode_core/{core.info()['isa']}")
-    return Kernels(**ops | fast, names=names, program=program, row_invariant=True)
+    names = dict.fromkeys(ops, f"decode_core/{core.info()['isa']}")
+    return Kernels(**ops | program_ops(core, program, spec, quantize), names=names, program=program, row_invariant=True)
 
 
 @functools.cache
@@ -1302,9 +1303,9 @@ def program_ops(core: Any, program: Any, spec, quantize: str | None) -> dict[str
         return zeroed((spec.layers, num_pages, spec.kv_heads, 2, PAGE_SIZE * spec.head_size), kind, device)
 
     def rope_append(qkv, tables, positions, slots, cache, spec, q_norm, k_norm, value_embed, gate, out):
-        program.rope_append(qkv, *tables, positions, slots, cache, heads=spec.heads, norm=spec.qk_norm, q_norm=q_norm,
+        program.rope_append(qkv, *tables, positions, slots, cache, out, norm=spec.qk_norm, q_norm=q_norm,
                             k_norm=k_norm, eps=spec.norm_eps, post_scale=spec.qk_scale, value_embed=value_embed, gate=gate,
-                            gate_scale=spec.ve_gate_scale, out=out)
+                            gate_scale=spec.ve_gate_scale)
 
     def paged_attention(q, cache, plan, window, out):
         program.paged_attention(q, cache, plan, window=window, out=out)
@@ -1590,7 +1591,8 @@ class Transformer:
                 weights[name] = weights["embed"]
                 continue
             if not isinstance(tensor, QuantizedMatrix):
-                tensor = tensor.to(self.device, self.dtype if tensor.ndim > 1 else torch.float32)
+                large = tensor.ndim > 1 and name != "smear_gate"
+                tensor = tensor.to(self.device, self.dtype if large else torch.float32)
             if name == "embed":
                 weights[name] = self.kernels.pack_table(tensor, tied)
             elif name.rpartition(".")[2] in ("qkv", "output", "gate_up", "up", "down", "head", "ve_gate"):
@@ -3539,7 +3541,7 @@ class Worker:
 
     def __init__(self, pool: "LocalPool", gpu: int):
         self.pool, self.gpu = pool, gpu
-        self.state = "loading"                      # loading, ready, dead
+        self.state = "loading"                      # loading, ready, dead, unloaded
         self.jobs: dict[str, Job] = {}
         self.process: subprocess.Popen | None = None
         self.writer: asyncio.StreamWriter | None = None
@@ -3547,6 +3549,7 @@ class Worker:
         self.gauges: dict[str, int] = {}
         self.loading = ("starting", 0.0)
         self.restarts = 0
+        self.unloading = False                      # its death was wanted
         self.crashes_in_row = 0
         self.last_message_s = self.slowest_step_s = 0.0
         self.recent: deque[tuple[float, int]] = deque()     # (time, tokens) of the last seconds
@@ -3723,6 +3726,10 @@ class LocalPool:
         self.card: ModelCard | None = None
         self.tokenizer: Tokenizer | None = None
         self.draining = self.closing = False
+        self.wanted = asyncio.Event()               # cleared: workers stay unloaded until the next request
+        self.wanted.set()
+        self.asleep = False                         # from unloading until the model is back
+        self.used_s = time.monotonic()              # when the last request came, or was still running
         self.started_s = time.monotonic()
         self.created = int(time.time())
         self.loading = ("starting", 0.0)
@@ -3770,12 +3777,17 @@ class LocalPool:
     async def _keep_alive(self, worker: Worker, config: WorkerConfig) -> None:
         """Start the worker again whenever it dies, waiting longer after each crash in a row."""
         while not self.closing:
+            await self.wanted.wait()
             try:
                 await worker.live(config)
             except Exception:
                 log.exception("worker %d could not be run", worker.gpu)
             if self.closing or self.fatal.done():
                 return
+            if worker.unloading:
+                worker.unloading, worker.state, worker.gauges = False, "unloaded", {}
+                continue
+            self.asleep = False
             worker.crashes_in_row += 1
             code = worker.process.returncode
             if self.card is None and worker.crashes_in_row >= 3:
@@ -3809,13 +3821,34 @@ class LocalPool:
                 if worker.hung:
                     log.error("worker %d has made no progress; killing it", worker.gpu)
                     worker.process.kill()
-            if any(worker.state == "ready" for worker in self.workers) or not self.pending:
+            self._unload_when_idle()
+            if self.asleep or any(worker.state == "ready" for worker in self.workers) or not self.pending:
                 self.orphaned_since_s = None
             elif self.orphaned_since_s is None:
                 self.orphaned_since_s = time.monotonic()
             elif time.monotonic() - self.orphaned_since_s > self.ORPHAN_S:
                 for job in list(self.pending):
                     self.fail(job.id, EngineFailure(f"no worker came back within {self.ORPHAN_S:.0f} s"))
+
+    def _unload_when_idle(self) -> None:
+        """--idle-unload: end the processes of workers that nobody has asked for so long; polls of /health do not count."""
+        now, idle_s = time.monotonic(), self.settings.idle_unload
+        if self.jobs:
+            self.used_s = now
+        if idle_s and now - self.used_s > idle_s and all(worker.state == "ready" for worker in self.workers):
+            log.info("no request for %g s: the model is unloaded until the next one", idle_s)
+            self.asleep = True
+            self.wanted.clear()
+            self.affinity.clear()
+            for worker in self.workers:
+                worker.unloading, worker.state = True, "unloaded"
+                worker.process.kill()
+
+    def _wake(self) -> None:
+        self.used_s = time.monotonic()
+        if not self.wanted.is_set():
+            log.info("a request: loading the model again")
+            self.wanted.set()
 
     async def wait_ready(self) -> None:
         """Until a request would be served. Raises ConfigError or EngineFailure when start-up failed."""
@@ -3866,7 +3899,8 @@ class LocalPool:
         self._check_ready()
 
     def worker_ready(self, worker: Worker) -> None:
-        worker.crashes_in_row = 0
+        worker.crashes_in_row, self.asleep = 0, False
+        self.used_s = time.monotonic()
         self._check_ready()
         self.dispatch()
 
@@ -3917,6 +3951,7 @@ class LocalPool:
         for job in jobs:
             self.jobs[job.id] = job
             self.pending.append(job)
+        self._wake()
         self.dispatch()
 
     def _check_capacity(self, request: Request) -> None:
@@ -4047,7 +4082,8 @@ class LocalPool:
 
     @property
     def ready(self) -> bool:
-        return self.tokenizer is not None and not self.draining and any(w.state == "ready" for w in self.workers)
+        served = self.asleep or any(worker.state == "ready" for worker in self.workers)
+        return self.tokenizer is not None and not self.draining and served
 
     @property
     def model_name(self) -> str:

@@ -10,18 +10,19 @@ from near_tie import Traced, draw_gap
 
 
 @functools.cache
-def load(path):
+def load(path, as_stored=False):
     settings = Settings(model=str(path))
     source = chat_server.resolve_model(settings)
-    return chat_server.open_model(source, settings, torch.float32, torch.device("cpu"))
+    return chat_server.open_model(source, settings, None if as_stored else torch.float32, torch.device("cpu"))
 
 
-def make_engine(path, *, num_pages=600, max_batch=32, prefill_chunk=256, context_length=None, reference=False):
+def make_engine(path, *, num_pages=600, max_batch=32, prefill_chunk=256, context_length=None, reference=False, as_stored=False):
     """A float32 engine over the model at `path` (the weights are read once per test session).
 
-    It runs the ops that a server would choose: decode_core's where it is built, unless `reference`.
+    It runs the ops that a server would choose: decode_core's where it is built, unless `reference`; with `as_stored` on the
+    quantized weights too.
     """
-    model = load(path)
+    model = load(path, as_stored and chat_server.decode_core() is not None and not reference)
     rows = max(max_batch, chat_server.FREE_ROWS)
     limits = {"max_tokens": prefill_chunk + rows, "max_rows": rows}
     kernels = chat_server.load_kernels("cpu", None if reference else model.spec, **limits)
