@@ -121,6 +121,7 @@ class Limits:
     top_k: tuple[int, int] = (0, 200)
     max_tokens: tuple[int, int] = (1, 4096)
     stop_strings: int = 4
+    choices: int = 128              # answers of one request
     body_bytes: int = 16 << 20
     outbox_bytes: int = 1 << 20     # unsent bytes after which a reader counts as gone
 
@@ -395,6 +396,7 @@ class Tokenizer:
     def __init__(self, spec: TextSpec):
         self.spec = spec
         self.stop_tokens = spec.stop_tokens
+        self.specials: dict[str, int] = {}
         self._bytes: dict[int, bytes] = {}      # token_bytes, filled on demand
 
     def encode(self, text: str) -> list[int]:
@@ -426,6 +428,15 @@ class Tokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         return b"".join(map(self.token_bytes, tokens)).decode("utf-8", "replace")
+
+    @functools.cached_property
+    def special_names(self) -> dict[int, str]:
+        return {token: name for name, token in self.specials.items()}
+
+    def show(self, tokens: Iterable[int]) -> str:
+        """Like `decode`, with special tokens by their names."""
+        return b"".join(self.special_names[token].encode() if token in self.special_names else self.token_bytes(token)
+                        for token in tokens).decode("utf-8", "replace")
 
 
 NANOCHAT_CHAT_TOKENS = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
@@ -3181,8 +3192,9 @@ def host_row(logits) -> "numpy.ndarray":
 
 def logprob_of(logits: "numpy.ndarray", token: int, top: int) -> TokenLogprob:
     """The log-probability of a token by its row of clean logits (V,), and the `top` largest."""
-    highest = logits.max()
-    total = highest + math.log(float(numpy.exp(logits - highest).sum(dtype=numpy.float64)))
+    with numpy.errstate(over="ignore"):
+        weights = numpy.exp(logits - logits.max())
+    total = float(logits.max()) + math.log(float(weights.sum(dtype=numpy.float64)))
     ids = top_ids(logits, top).tolist() if top else []
     return TokenLogprob(token, float(logits[token]) - total, tuple((id_, float(logits[id_]) - total) for id_ in ids))
 
@@ -3940,7 +3952,8 @@ class LocalPool:
                 event = await events.get()
                 if isinstance(event, Exception):
                     raise event
-                self._submit(others.pop(event.choice, []))      # the prompt's pages are there for them now
+                if event.choice in others:
+                    self._submit(others.pop(event.choice))      # the prompt's pages are there for them now
                 yield event
                 left -= isinstance(event, Finished)
         finally:
@@ -3975,9 +3988,10 @@ class LocalPool:
             size = sum(len(message.content) for message in request.messages)
             return [tuple(await self.tokenizing(self.tokenizer.render, request.messages, size))]
         size = sum(len(prompt) for prompt in request.prompts)
-        encode = self.tokenizer.encode_prompt
-        return await self.tokenizing(lambda prompts: [
-            tuple(encode(prompt)) if isinstance(prompt, str) else prompt for prompt in prompts], request.prompts, size)
+        return await self.tokenizing(self._encode_prompts, request.prompts, size)
+
+    def _encode_prompts(self, prompts: Seq[str | tuple[int, ...]]) -> list[tuple[int, ...]]:
+        return [tuple(self.tokenizer.encode_prompt(prompt)) if isinstance(prompt, str) else prompt for prompt in prompts]
 
     async def tokenizing(self, work: Callable[[Any], Any], text: Any, size: int) -> Any:
         """work(text), off the event loop when the text has many characters."""
@@ -4191,6 +4205,7 @@ class Field(NamedTuple):
     low: float = -math.inf
     high: float = math.inf
     clamp: bool = False                     # out of range: moved to the edge, instead of refused
+    required: bool = False
 
     def refusal(self, value: Any, allowed: str) -> RequestError:
         if math.isfinite(self.low) and not self.clamp:
@@ -4276,6 +4291,14 @@ def read_logit_bias(field: Field, value: Any) -> tuple[tuple[int, float], ...]:
     return tuple((int(token), read_number(bias, amount)) for token, amount in value.items() if amount is not None)
 
 
+def read_prompts(field: Field, value: Any) -> tuple[str | tuple[int, ...], ...]:
+    """Always as a list of prompts."""
+    prompts = [value] if isinstance(value, str) or isinstance(value, list) and value and type(value[0]) is int else value
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, (str, list)) for prompt in prompts):
+        raise field.refusal(value, "a string, a list of token ids, or a list of such")
+    return tuple(whole_unicode(p) if isinstance(p, str) else read_token_ids(field, p) for p in prompts)
+
+
 def typed(kind: type, allowed: str) -> Callable[[Field, Any], Any]:
     def read(field: Field, value: Any) -> Any:
         if not isinstance(value, kind):
@@ -4287,7 +4310,7 @@ def typed(kind: type, allowed: str) -> Callable[[Field, Any], Any]:
 read_text, read_list, read_object = typed(str, "a string"), typed(list, "a list"), typed(dict, "an object")
 
 NATIVE_FIELDS = (
-    Field("messages", read_list, "the conversation: objects with role (system, user, assistant) and content"),
+    Field("messages", read_list, "the conversation: objects with role (system, user, assistant) and content", required=True),
     Field("temperature", read_number, "0 = greedy", *LIMITS.temperature, clamp=True),
     Field("max_tokens", read_integer, "length of the answer", *LIMITS.max_tokens, clamp=True),
     Field("top_k", read_integer, "0 = whole vocabulary", *LIMITS.top_k, clamp=True),
@@ -4299,13 +4322,10 @@ NATIVE_FIELDS = (
     Field("priority", read_priority, "`low`: runs when nothing else waits"),
 )
 
-OPENAI_FIELDS = (
+SHARED_FIELDS = (       # of both OpenAI routes
     Field("model", read_text, "absent, empty or `default`: the loaded one"),
-    Field("messages", read_list, "the conversation"),
     Field("stream", read_switch, "server-sent events"),
     Field("stream_options", read_object, "include_usage: a last chunk with the usage"),
-    Field("max_tokens", read_cap, "length of the answer; -1 = up to the context", -1, 2**53),
-    Field("max_completion_tokens", read_cap, "the same, and wins", -1, 2**53),
     Field("temperature", read_number, "0 = greedy", 0, 2),
     Field("top_p", read_number, "1 = off", 0, 1),
     Field("top_k", read_integer, "0 or -1 = whole vocabulary", -1, 2**31 - 1),
@@ -4319,13 +4339,30 @@ OPENAI_FIELDS = (
     Field("frequency_penalty", read_number, "for each time they occurred", -2, 2),
     Field("repetition_penalty", read_number, "1 = off", 0.01, 10),
     Field("logit_bias", read_logit_bias, "token id -> bias"),
-    Field("n", read_integer, "choices", 1, 128),
+    Field("n", read_integer, "choices", 1, LIMITS.choices),
+    Field("priority", read_priority, "`low`: runs when nothing else waits"),
+)
+
+OPENAI_FIELDS = (
+    Field("messages", read_list, "the conversation", required=True),
+    *SHARED_FIELDS,
+    Field("max_tokens", read_cap, "length of the answer; -1 = up to the context", -1, 2**53),
+    Field("max_completion_tokens", read_cap, "the same, and wins", -1, 2**53),
     Field("logprobs", read_switch, "log-probabilities of the answer"),
     Field("top_logprobs", read_integer, "alternatives in them", 0, 20),
     Field("tools", read_list, "functions the model may call"),
     Field("functions", read_list, "the same, of old"),
     Field("response_format", read_object, "shape of the answer"),
-    Field("priority", read_priority, "`low`: runs when nothing else waits"),
+)
+
+COMPLETION_FIELDS = (
+    Field("prompt", read_prompts, "text, token ids, or a list of such", required=True),
+    *SHARED_FIELDS,
+    Field("max_tokens", read_integer, "length of the answer; -1 = up to the context, 0 = only echo", -1, 2**53),
+    Field("logprobs", read_integer, "log-probabilities, with so many alternatives", 0, 20),
+    Field("echo", read_switch, "the prompt before the answer, in the log-probabilities too"),
+    Field("best_of", read_integer, "the same as n", 1, LIMITS.choices),
+    Field("suffix", read_text, "refused: no model here fills in"),
 )
 
 
@@ -4360,6 +4397,8 @@ async def read_body(http: web.Request) -> dict:
 
 def parse_fields(body: dict, fields: Seq[Field]) -> dict[str, Any]:
     """The fields that are set, by name, checked; unknown fields are ignored."""
+    if missing := [field.name for field in fields if field.required and body.get(field.name) is None]:
+        raise RequestError(f"{missing[0]} is missing", code="missing_required_parameter", param=missing[0])
     return {field.name: field.read(field, body[field.name]) for field in fields if body.get(field.name) is not None}
 
 
@@ -4444,14 +4483,34 @@ def parse_chat_request(body: dict, settings: Settings, request_id: str = "") -> 
                    ignore_eos=values.get("ignore_eos", False), low_priority=values.get("priority", False))
 
 
-def parse_openai_request(values: Mapping[str, Any], settings: Settings, request_id: str = "") -> Request:
-    """The checked OPENAI_FIELDS as a Request."""
+def openai_request(values: Mapping[str, Any], settings: Settings, **source: Any) -> Request:
+    """What both OpenAI routes have in common, as a Request."""
     cap = values.get("max_completion_tokens", values.get("max_tokens", settings.max_tokens))
     sampling = sampling_params({**values, "top_k": max(0, values.get("top_k", settings.top_k))}, settings)
-    return Request(request_id, openai_messages(values.get("messages")), sampling=sampling,
-                   max_tokens=None if cap == -1 else cap, stop=values.get("stop", ()),
+    return Request("", sampling=sampling, max_tokens=None if cap == -1 else cap, stop=values.get("stop", ()),
                    stop_token_ids=values.get("stop_token_ids", ()), ignore_eos=values.get("ignore_eos", False),
-                   min_tokens=values.get("min_tokens", 0), low_priority=values.get("priority", False))
+                   min_tokens=values.get("min_tokens", 0), n=values.get("n", 1), low_priority=values.get("priority", False),
+                   **source)
+
+
+def parse_openai_request(values: Mapping[str, Any], settings: Settings) -> Request:
+    """The checked OPENAI_FIELDS as a Request."""
+    logprobs, top = values.get("logprobs", False), values.get("top_logprobs", 0)
+    if top and not logprobs:
+        raise RequestError("top_logprobs needs logprobs: true", code="invalid_value", param="top_logprobs")
+    return openai_request(values, settings, messages=openai_messages(values.get("messages")), logprobs=top if logprobs else None)
+
+
+def parse_completion_request(values: Mapping[str, Any], settings: Settings) -> Request:
+    """The checked COMPLETION_FIELDS as a Request."""
+    prompts, n, logprobs = values["prompt"], values.get("n", 1), values.get("logprobs")
+    if values.get("suffix"):
+        raise RequestError("suffix is not supported: this model does not fill in", code="unsupported_suffix", param="suffix")
+    if values.get("best_of", n) != n:
+        raise RequestError("best_of must be n", code="unsupported_best_of", param="best_of")
+    within_limit("answers (prompts times n)", len(prompts) * n, LIMITS.choices, "prompt")
+    return openai_request(values, settings, prompts=prompts, logprobs=logprobs,
+                          prompt_logprobs=logprobs if values.get("echo") else None)
 
 
 def refuse_unsupported(body: dict, values: Mapping[str, Any]) -> None:
@@ -4464,10 +4523,6 @@ def refuse_unsupported(body: dict, values: Mapping[str, Any]) -> None:
     if shape not in (None, "text"):
         raise RequestError(f"response_format must be text, not {shown(shape)}: other shapes are not supported",
                            code="unsupported_response_format", param="response_format")
-    if values.get("n", 1) != 1:
-        raise RequestError(f"n must be 1, not {values['n']}: one choice a request", code="unsupported_n", param="n")
-    if values.get("logprobs") or values.get("top_logprobs"):
-        raise RequestError("logprobs are not supported", code="unsupported_logprobs", param="logprobs")
 
 
 def dump(value: Any) -> bytes:
@@ -4486,12 +4541,6 @@ def frame(value: Any) -> bytes:
 
 def error_body(error: ChatServerError) -> dict:
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
-
-
-def usage_body(done: Finished) -> dict:
-    return {"prompt_tokens": done.prompt_tokens, "completion_tokens": done.completion_tokens,
-            "total_tokens": done.prompt_tokens + done.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": done.cached_tokens}}
 
 
 def timings_body(done: Finished) -> dict:
@@ -4516,40 +4565,164 @@ class NativeEncoder:
                       "usage": usage, "timings": timings_body(event), "seed": self.seed})
 
 
-class OpenAIEncoder:
-    """Events as chunks of `/v1/chat/completions`, or all of them as one completion."""
+def logprob_number(logprob: float | None) -> float | None:
+    """JSON knows no infinity; OpenAI's floor is this."""
+    return None if logprob is None else max(logprob, -9999.0)
 
-    def __init__(self, request: Request, model: str, include_usage: bool = False):
-        self.include_usage = include_usage
-        self.head = {"id": f"chatcmpl-{request.id}", "object": "chat.completion.chunk", "created": int(time.time()),
+
+def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, list[int] | None]:
+    """A token as log-probabilities show it, and its bytes: special ones by name, parts of characters as OpenAI does."""
+    if name := tokenizer.special_names.get(token):
+        return name, None
+    data = tokenizer.token_bytes(token)
+    try:
+        return data.decode(), list(data)
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data), list(data)
+
+
+class OpenAIEncoder:
+    """Events as chunks of a stream, or all of them as one body: what both OpenAI routes have in common."""
+
+    id_prefix = ""
+    chunk_object = whole_object = ""
+
+    def __init__(self, request: Request, model: str, tokenizer: Tokenizer | None = None, include_usage: bool = False):
+        self.request, self.tokenizer, self.include_usage = request, tokenizer, include_usage
+        self.held: dict[int, list[TokenLogprob]] = collections.defaultdict(list)    # by choice: of tokens whose text is to come
+        self.ended: dict[int, Finished] = {}
+        self.choices = (len(request.prompts) or 1) * request.n
+        self.head = {"id": self.id_prefix + request.id, "object": self.chunk_object, "created": int(time.time()),
                      "model": model, "system_fingerprint": SYSTEM_FINGERPRINT, "seed": request.sampling.seed}
 
     def start(self) -> bytes:
-        return self._chunk({"role": "assistant", "content": ""})
+        return b""
+
+    def delta(self, choice: int, text: str | None, logprobs: Seq[TokenLogprob]) -> dict:
+        """What a chunk's choice has besides index and finish_reason; text None: nothing more comes."""
+        raise NotImplementedError
+
+    def whole(self, choice: int, text: str, logprobs: Seq[TokenLogprob]) -> dict:
+        """The same for a choice in one body."""
+        raise NotImplementedError
+
+    def take(self, event: Event) -> tuple[str, list[TokenLogprob]]:
+        """The text that comes out, and the log-probabilities of its tokens; those of a stop string never do."""
+        held = self.held[event.choice]
+        if isinstance(event, Finished):
+            self.ended[event.choice] = event
+            return "", [] if event.stop_reason in self.request.stop else held
+        released = held + list(event.logprobs)
+        self.held[event.choice] = [] if event.text else released
+        return event.text, released if event.text else []
 
     def encode(self, event: Event) -> bytes:
+        text, logprobs = self.take(event)
         if isinstance(event, Piece):
-            return self._chunk({"content": event.text}, event.choice) if event.text else b""
-        return self._end(event)
+            return self.chunk(event.choice, self.delta(event.choice, text, logprobs)) if text or logprobs else b""
+        return self.chunk(event.choice, self.delta(event.choice, None, logprobs), event) + self.end()
 
-    def _chunk(self, delta: dict, index: int = 0, done: Finished | None = None) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": done.reason if done else None}
+    def chunk(self, index: int, delta: dict, done: Finished | None = None) -> bytes:
+        choice = {"index": index, **delta, "finish_reason": done.reason if done else None}
         ending = {}
         if done:
             choice["stop_reason"], ending = done.stop_reason, {"timings": timings_body(done)}
         usage = {"usage": None} if self.include_usage else {}
         return frame({**self.head, "choices": [choice], **usage, **ending})
 
-    def _end(self, done: Finished) -> bytes:
-        last = frame({**self.head, "choices": [], "usage": usage_body(done)}) if self.include_usage else b""
-        return self._chunk({}, done.choice, done) + last + b"data: [DONE]\n\n"
+    def end(self) -> bytes:
+        """After the last choice's last chunk."""
+        if len(self.ended) < self.choices:
+            return b""
+        usage = frame({**self.head, "choices": [], "usage": self.usage()}) if self.include_usage else b""
+        return usage + b"data: [DONE]\n\n"
 
-    def completion(self, text: str, done: Finished) -> dict:
+    def usage(self) -> dict:
+        """Each prompt counts once, each answer for itself."""
+        firsts = [done for choice, done in self.ended.items() if choice % self.request.n == 0]
+        prompt, cached = (sum(getattr(done, name) for done in firsts) for name in ("prompt_tokens", "cached_tokens"))
+        completion = sum(done.completion_tokens for done in self.ended.values())
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
+                "prompt_tokens_details": {"cached_tokens": cached}}
+
+    def completion(self, events: Iterable[Event]) -> dict:
         """The whole answer as one object, for a client that does not stream."""
-        choice = {"index": 0, "message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": None,
-                  "finish_reason": done.reason, "stop_reason": done.stop_reason}
-        return {**self.head, "object": "chat.completion", "choices": [choice], "usage": usage_body(done),
-                "timings": timings_body(done)}
+        texts: dict[int, list[str]] = collections.defaultdict(list)
+        logprobs: dict[int, list[TokenLogprob]] = collections.defaultdict(list)
+        for event in events:
+            text, entries = self.take(event)
+            texts[event.choice].append(text)
+            logprobs[event.choice] += entries
+        choices = [{"index": choice, **self.whole(choice, "".join(texts[choice]), logprobs[choice]),
+                    "finish_reason": done.reason, "stop_reason": done.stop_reason} for choice, done in sorted(self.ended.items())]
+        return {**self.head, "object": self.whole_object, "choices": choices, "usage": self.usage(),
+                "timings": timings_body(self.ended[0])}
+
+
+class ChatEncoder(OpenAIEncoder):
+    """`/v1/chat/completions`."""
+
+    id_prefix, chunk_object, whole_object = "chatcmpl-", "chat.completion.chunk", "chat.completion"
+
+    def start(self) -> bytes:
+        opening = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
+        return b"".join(self.chunk(choice, opening) for choice in range(self.choices))
+
+    def delta(self, choice: int, text: str | None, logprobs: Seq[TokenLogprob]) -> dict:
+        return {"delta": {} if text is None else {"content": text}, "logprobs": self.logprobs_body(logprobs) if logprobs else None}
+
+    def whole(self, choice: int, text: str, logprobs: Seq[TokenLogprob]) -> dict:
+        wanted = self.request.logprobs is not None
+        return {"message": {"role": "assistant", "content": text, "refusal": None},
+                "logprobs": self.logprobs_body(logprobs) if wanted else None}
+
+    def logprobs_body(self, logprobs: Seq[TokenLogprob]) -> dict:
+        def entry(token: int, logprob: float | None) -> dict:
+            text, data = token_text(self.tokenizer, token)
+            return {"token": text, "logprob": logprob_number(logprob), "bytes": data}
+        return {"content": [{**entry(each.token, each.logprob), "top_logprobs": [entry(*top) for top in each.top]}
+                            for each in logprobs], "refusal": None}
+
+
+class CompletionEncoder(OpenAIEncoder):
+    """`/v1/completions`, with the prompt before each answer if `echo`."""
+
+    id_prefix, chunk_object, whole_object = "cmpl-", "text_completion", "text_completion"
+
+    def __init__(self, *arguments: Any, echo: bool = False, **options: Any):
+        super().__init__(*arguments, **options)
+        self.to_echo = set(range(self.choices if echo else 0))
+        self.offsets: dict[int, tuple[Any, int]] = {}       # by choice: a decoder, and the characters it gave so far
+
+    def take(self, event: Event) -> tuple[str, list[TokenLogprob]]:
+        text, logprobs = super().take(event)
+        if event.choice in self.to_echo:                    # its first event is a piece, maybe an empty one
+            self.to_echo.remove(event.choice)
+            prompt = self.request.prompts[event.choice // self.request.n]
+            text = (prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)) + text
+            logprobs = [*event.prompt_logprobs, *logprobs]
+        return text, logprobs
+
+    def delta(self, choice: int, text: str | None, logprobs: Seq[TokenLogprob]) -> dict:
+        return {"text": text or "", "logprobs": self.logprobs_body(choice, logprobs) if logprobs else None}
+
+    def whole(self, choice: int, text: str, logprobs: Seq[TokenLogprob]) -> dict:
+        wanted = self.request.logprobs is not None
+        return {"text": text, "logprobs": self.logprobs_body(choice, logprobs) if wanted else None}
+
+    def logprobs_body(self, choice: int, logprobs: Seq[TokenLogprob]) -> dict:
+        """Four lists; an offset is where in the choice's text a token begins."""
+        decoder, offset = self.offsets.get(choice) or (codecs.getincrementaldecoder("utf-8")("replace"), 0)
+        texts, offsets, tops = [], [], []
+        for token, logprob, top in logprobs:
+            texts.append(token_text(self.tokenizer, token)[0])
+            offsets.append(offset)
+            offset += len(decoder.decode(self.tokenizer.token_bytes(token)))
+            tops.append(None if logprob is None else {token_text(self.tokenizer, each)[0]: logprob_number(number_)
+                                                      for each, number_ in (*top, (token, logprob))})
+        self.offsets[choice] = decoder, offset
+        return {"tokens": texts, "token_logprobs": [logprob_number(each.logprob) for each in logprobs],
+                "top_logprobs": tops, "text_offset": offsets}
 
 
 class ClientGone(ConnectionResetError):
@@ -4750,10 +4923,21 @@ class Front:
         values = parse_fields(body, OPENAI_FIELDS)
         self.check_model(values.get("model", ""))
         refuse_unsupported(body, values)
-        request = self.owned(http, parse_openai_request(values, self.settings))
+        return await self.answer_openai(http, values, parse_openai_request(values, self.settings), ChatEncoder)
+
+    async def handle_completions(self, http: web.Request) -> web.StreamResponse:
+        """POST /v1/completions."""
+        values = parse_fields(await read_body(http), COMPLETION_FIELDS)
+        self.check_model(values.get("model", ""))
+        encoder = functools.partial(CompletionEncoder, echo=values.get("echo", False))
+        return await self.answer_openai(http, values, parse_completion_request(values, self.settings), encoder)
+
+    async def answer_openai(self, http: web.Request, values: Mapping[str, Any], request: Request,
+                            make_encoder: Callable[..., OpenAIEncoder]) -> web.StreamResponse:
+        request = self.owned(http, request)
         include_usage = values.get("stream_options", {}).get("include_usage") is True
         async with self.answering(request) as events:
-            encoder = OpenAIEncoder(request, self.pool.model_name, include_usage)
+            encoder = make_encoder(request, self.pool.model_name, self.pool.tokenizer, include_usage=include_usage)
             if values.get("stream"):
                 return await self.stream(http, request, events, encoder)
             return await self.collect(http, request, events, encoder)
@@ -4779,12 +4963,9 @@ class Front:
     async def collect(self, http: web.Request, request: Request, events: AsyncIterator[Event],
                       encoder: OpenAIEncoder) -> web.Response:
         """The whole answer in one body."""
-        texts, event = [], None
-        async for event in events:
-            if isinstance(event, Piece):
-                texts.append(event.text)
-        self.note_end(http, event)
-        return json_response(encoder.completion("".join(texts), event), headers={"X-Request-Id": request.id})
+        answer = [event async for event in events]
+        self.note_end(http, answer[-1] if answer else None)
+        return json_response(encoder.completion(answer), headers={"X-Request-Id": request.id})
 
     def note_end(self, http: web.Request, event: Event | None) -> None:
         if not isinstance(event, Finished):
@@ -4817,7 +4998,7 @@ class Front:
 
     async def handle_cancel(self, http: web.Request) -> web.Response:
         """POST /v1/cancel/{id}: the id of the X-Request-Id header of the answer, or of the chunks."""
-        request_id = http.match_info["id"].removeprefix("chatcmpl-")
+        request_id = re.sub("^(chat)?cmpl-", "", http.match_info["id"])
         if self.running.get(request_id) != self.visits[id(http)].client or not self.pool.cancel(request_id):
             raise RequestError("no answer with this id is running", status=404, code="not_running", param="id")
         return json_response({"id": request_id, "cancelled": True})
@@ -4997,6 +5178,7 @@ ROUTES = (
     Route("GET", "/static/{name:.+}", "handle_static", "its files"),
     Route("POST", "/chat/completions", "handle_chat", "an answer as nanochat's event stream", NATIVE_FIELDS),
     Route("POST", "/v1/chat/completions", "handle_openai_chat", "an answer as OpenAI has it, streamed or whole", OPENAI_FIELDS),
+    Route("POST", "/v1/completions", "handle_completions", "what follows a text, streamed or whole", COMPLETION_FIELDS),
     Route("GET", "/v1/models", "handle_models", "the served model"),
     Route("GET", "/models", "handle_models", "the served model"),
     Route("GET", "/v1/models/{name:.+}", "handle_model", "the served model, by a name of it"),
@@ -5015,6 +5197,7 @@ SCHEMAS = {     # JSON Schema of what a Field's reader takes, besides its range;
     read_switch: {"enum": [True, False, "true", "false"]}, read_list: {"type": "array"}, read_object: {"type": "object"},
     read_stop: {"anyOf": [STRING, {"type": "array", "items": STRING, "maxItems": LIMITS.stop_strings}]},
     read_token_ids: {"type": "array", "items": INTEGER}, read_priority: {"anyOf": [{"enum": ["low", "normal"]}, INTEGER]},
+    read_prompts: {"anyOf": [STRING, {"type": "array", "items": {"anyOf": [STRING, INTEGER, {"type": "array", "items": INTEGER}]}}]},
     read_logit_bias: {"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}},
 }
 
@@ -5031,7 +5214,8 @@ def openapi_operation(route: Route) -> dict[str, Any]:
     operation = {"summary": route.doc, "responses": {"200": {"description": route.doc}, "default": error}, "parameters": [
         {"name": name, "in": "path", "required": True, "schema": STRING} for name in re.findall(r"{(\w+)", route.path)]}
     if route.fields:
-        schema = {"type": "object", "required": ["messages"], "properties": {f.name: field_schema(f) for f in route.fields}}
+        required = [field.name for field in route.fields if field.required]
+        schema = {"type": "object", "required": required, "properties": {f.name: field_schema(f) for f in route.fields}}
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     return operation | ({"security": []} if route.pattern in OPEN_ROUTES else {})
 
