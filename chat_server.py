@@ -4817,14 +4817,20 @@ class ToolCallReader:
         texts, calls = [], []
         while (begin := self.held.find(self.OPEN)) >= 0 and (end := self.held.find(self.CLOSE, begin)) >= 0:
             found = self._calls_in(self.held[begin + len(self.OPEN):end])
-            texts += [self.held[:begin], *([] if found else [self.held[begin:end + len(self.CLOSE)]])]
-            calls += found
-            self.held = self.held[end + len(self.CLOSE):]
+            end += len(self.CLOSE)
+            texts.append(self._spoken(self.held[:begin] if found else self.held[:end]))
+            calls, self.called, self.held = calls + found, self.called or bool(found), self.held[end:]
         if begin < 0:           # no call has begun, but its tag may have
             begin = len(self.held) - max(n for n in range(len(self.OPEN)) if self.held.endswith(self.OPEN[:n]))
-        text, self.held = "".join(texts) + self.held[:begin], self.held[begin:]
-        self.called |= bool(calls)
-        return (text.strip() if self.called else text), calls
+        texts.append(self._spoken(self.held[:begin]))
+        self.held = self.held[begin:]
+        return "".join(texts), calls
+
+    def _spoken(self, text: str) -> str:
+        """Whitespace right after a call is no text."""
+        text = text.lstrip() if self.called else text
+        self.called = self.called and not text
+        return text
 
     def _unless_json(self) -> tuple[str, list[dict]]:
         if self.held.lstrip()[:1] in ("", "{", "["):
