@@ -135,8 +135,7 @@ DC_INLINE void sum_block(const uint8_t* quants, const int8_t* x, Sum* sum) {
 template <Weight TYPE, int R>
 __attribute__((noinline)) void q_rows(const uint8_t* tile, int64_t blocks, int64_t ahead, const PanelBlock* panel, int row,
                                       float* y) {
-    Lanes total[R];
-    for (int r = 0; r < R; r++) total[r] = all(0.0f);
+    Lanes total[R] = {};                            // zeroed by a loop, GCC 12 would keep it in memory
     for (int64_t b = 0; b < blocks; b++) {
         const BlockOfTile w = block_of<TYPE>(tile, b);
         const int8_t* x = panel[b].x[row];
@@ -157,6 +156,7 @@ __attribute__((noinline)) void q_rows(const uint8_t* tile, int64_t blocks, int64
         const Lanes m = load(reinterpret_cast<const Half*>(w.scales) + 16);
         for (int r = 0; r < R; r++) total[r] = fma(m, all(offset[r].product), total[r]);
     }
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++) store(y + 16 * r, total[r]);
 }
 
@@ -180,9 +180,7 @@ __attribute__((noinline)) void float_rows(const uint8_t* tile, int64_t columns, 
                                           float* y) {
     const int64_t bytes = columns * 16 * int64_t(sizeof(W));
     constexpr int64_t step = 256 * sizeof(W), panel_step = 16 * GROUP_ROWS;
-    Lanes total[T][R];
-    for (int t = 0; t < T; t++)
-        for (int r = 0; r < R; r++) total[t][r] = all(0.0f);
+    Lanes total[T][R] = {};
     const float* x = panel + 16 * row;
     int64_t left = columns;
     for (; left >= 16; left -= 16, tile += step, x += panel_step) {
@@ -192,7 +190,9 @@ __attribute__((noinline)) void float_rows(const uint8_t* tile, int64_t columns, 
         float_columns<W, T, R>(tile, bytes, x, 16, total);
     }
     for (int k = 0; k < left; k++) float_columns<W, T, R>(tile + k * (step / 16), bytes, x + k, 1, total);
+#pragma GCC unroll 2
     for (int t = 0; t < T; t++)
+#pragma GCC unroll 8
         for (int r = 0; r < R; r++) store(y + (t * GROUP_ROWS + r) * 16, total[t][r]);
 }
 
