@@ -418,7 +418,7 @@ def output_of(*command):
 
 def conditions(arguments):
     cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    version = "" if arguments.ours_only else output_of(arguments.llama_server, "--version").splitlines()[0]
+    version = "" if arguments.ours_only else output_of(arguments.llama_server, "--version").partition("\n")[0]
     return {"date": time.strftime("%Y-%m-%d %H:%M"), "cpu": cpu[1] if cpu else platform.processor(), "cpus": os.cpu_count(),
             "model": Path(arguments.model).name, "ours": output_of(sys.executable, "chat_server.py", "--version"),
             "commit": output_of("git", "describe", "--always", "--dirty"), "llama-server": version,
