@@ -121,6 +121,7 @@ class Limits:
     top_k: tuple[int, int] = (0, 200)
     max_tokens: tuple[int, int] = (1, 4096)
     stop_strings: int = 4
+    choices: int = 128              # answers of one request
     body_bytes: int = 16 << 20
     outbox_bytes: int = 1 << 20     # unsent bytes after which a reader counts as gone
 
@@ -395,6 +396,7 @@ class Tokenizer:
     def __init__(self, spec: TextSpec):
         self.spec = spec
         self.stop_tokens = spec.stop_tokens
+        self.specials: dict[str, int] = {}
         self._bytes: dict[int, bytes] = {}      # token_bytes, filled on demand
 
     def encode(self, text: str) -> list[int]:
@@ -426,6 +428,15 @@ class Tokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         return b"".join(map(self.token_bytes, tokens)).decode("utf-8", "replace")
+
+    @functools.cached_property
+    def special_names(self) -> dict[int, str]:
+        return {token: name for name, token in self.specials.items()}
+
+    def show(self, tokens: Iterable[int]) -> str:
+        """Like `decode`, with special tokens by their names."""
+        return b"".join(self.special_names[token].encode() if token in self.special_names else self.token_bytes(token)
+                        for token in tokens).decode("utf-8", "replace")
 
 
 NANOCHAT_CHAT_TOKENS = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
@@ -2545,17 +2556,20 @@ def merges_of_scores(tokens: Seq[str], scores: Seq[float], types: Seq[int]) -> l
 
 @dataclass(frozen=True)
 class Request:
-    """What a client asked, parsed and checked; exactly one of `messages` and `prompt` is set."""
+    """What a client asked, parsed and checked: either `messages` or `prompts` is set."""
 
     id: str
     messages: tuple[Message, ...] | None = None
-    prompt: str | tuple[int, ...] | None = None     # raw completion: text or token ids
+    prompts: tuple[str | tuple[int, ...], ...] = ()     # raw completions: text or token ids
     sampling: SamplingParams = SamplingParams()
     max_tokens: int | None = None                   # None: up to the context
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
+    n: int = 1                                      # answers to each prompt
+    logprobs: int | None = None                     # with so many of the likeliest tokens beside each; None: without
+    prompt_logprobs: int | None = None              # the same for the prompt's tokens
     client: str = ""                                # whose request it is: a key's name, or an address
     low_priority: bool = False                      # waits until nothing else does
 
@@ -2568,14 +2582,24 @@ class Accepted:
     seed: int
 
 
+class TokenLogprob(NamedTuple):
+    """How likely the model found a token, after bias and penalties, before temperature; and which it found likeliest."""
+
+    token: int
+    logprob: float | None                           # None: nothing comes before it
+    top: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass(frozen=True)
 class Piece:
-    """Some more of the answer: whole characters, and the token ids behind them."""
+    """Some more of an answer: whole characters, and the token ids behind them."""
 
     text: str
     tokens: tuple[int, ...]
     gpu: int
-    choice: int = 0
+    choice: int = 0                                 # which answer: prompt * n + index
+    logprobs: tuple[TokenLogprob, ...] = ()         # of the tokens that were drawn, without the one that ended the answer
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # before the first token
 
 
 @dataclass(frozen=True)
@@ -2611,6 +2635,13 @@ class Work:
     min_tokens: int = 0
     resumed_ids: tuple[int, ...] = ()
     sent_characters: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    @property
+    def needs_logits(self) -> bool:
+        """Must its logits be looked at on the host?"""
+        return self.logprobs is not None or self.prompt_logprobs is not None
 
 
 @dataclass(eq=False)
@@ -2631,6 +2662,8 @@ class Sequence:
     cached_tokens: int = 0                  # prompt tokens found in the prefix cache at first admission
     added_s: float = 0.0
     queued_s: float | None = None           # how long it waited here before it first ran
+    logprob: TokenLogprob | None = None     # of the token drawn last, where it was asked for
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     text: "Answer | None" = None            # the engine's state of the answer's text
     drafter: "Drafter | None" = None        # and what proposes its drafts
 
@@ -2641,6 +2674,11 @@ class Sequence:
     @property
     def generated(self) -> int:
         return len(self.tokens) - len(self.work.prompt_ids)
+
+    @property
+    def scoring(self) -> bool:
+        """Is every token of its prompt still to be scored, so that no cached page spares computing it?"""
+        return self.work.prompt_logprobs is not None and not self.generated
 
     @property
     def drawing_last(self) -> bool:
@@ -2663,6 +2701,11 @@ class Chunk(NamedTuple):
         """How many tokens are drawn: none while a prompt is not complete, then one and one for each drafted token."""
         return 1 + len(self.draft) if self.count == self.sequence.pending else 0
 
+    @property
+    def rows(self) -> int:
+        """How many of its last tokens need logits: those that draw, or all of a prompt that is being scored."""
+        return self.count if self.sequence.scoring else self.draws
+
 
 FREE_ROWS = 8       # rows that a step of decode_core computes in hardly more time than one (KERNELS.md, section 9)
 
@@ -2674,8 +2717,9 @@ class Scheduler:
     never starves, the rest to those with least to do, so that a long prompt never stalls short ones.
     """
 
-    def __init__(self, pool: PagePool, *, max_batch: int, prefill_chunk: int, free_rows: int = 0):
+    def __init__(self, pool: PagePool, *, max_batch: int, prefill_chunk: int, free_rows: int = 0, max_rows: int | None = None):
         self.pool, self.max_batch, self.prefill_chunk = pool, max_batch, prefill_chunk
+        self.max_rows = max_rows or max(max_batch, free_rows)       # of logits in a step
         self.free_rows = free_rows              # a step of so many rows takes hardly longer than one of one: room for drafts
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []       # in order of admission
@@ -2707,9 +2751,10 @@ class Scheduler:
         self._admit()
         preemptions = self.preemptions
         decoding = self._decoding()
-        room = (self.free_rows - len(decoding)) // max(1, sum(bool(sequence.draft) for sequence in decoding))
+        room = (self.free_rows - len(self.running)) // max(1, sum(bool(sequence.draft) for sequence in decoding))
         plan = [Chunk(sequence, 1, self._draft(sequence, room)) for sequence in decoding]
-        plan += self._share_prefill([s for s in self.running if s.pending > 1])
+        spare_rows = self.max_rows - sum(chunk.draws for chunk in plan)
+        plan += self._share_prefill([s for s in self.running if s.pending > 1], spare_rows)
         if self.preemptions > preemptions:
             plan = [chunk for chunk in plan if chunk.sequence in self.running]
         return plan
@@ -2754,7 +2799,7 @@ class Scheduler:
         """Move waiting sequences into the batch, in order, while rows and pages last."""
         while self.waiting and len(self.running) < self.max_batch:
             sequence = self.waiting[0]
-            matched, serial = self.pool.match_prefix(sequence.tokens)
+            matched, serial = self.pool.match_prefix([] if sequence.scoring else sequence.tokens)
             needed = -(-len(sequence.tokens) // self.pool.page_size) - len(matched)
             headroom = len(self.running)        # one page for each, so that newcomers do not preempt at once
             pages = self.pool.allocate(needed) if needed + headroom <= self.pool.available else None
@@ -2769,21 +2814,25 @@ class Scheduler:
                 sequence.queued_s = time.monotonic() - sequence.added_s
                 sequence.cached_tokens = min(sequence.computed, len(sequence.work.prompt_ids))
 
-    def _share_prefill(self, prefilling: list[Sequence]) -> list[Chunk]:
-        """Split the step's prefill budget: at least half for the oldest, then the shortest remaining first."""
+    def _share_prefill(self, prefilling: list[Sequence], rows: int) -> list[Chunk]:
+        """Split the step's prefill budget: at least half for the oldest, then the shortest remaining first.
+
+        Each may need one of `rows` rows of logits; what is left of these limits prompts that are being scored.
+        """
         if not prefilling:
             return []
         oldest, *others = prefilling
         others.sort(key=lambda sequence: sequence.pending)
         wanted = sum(sequence.pending for sequence in others)
-        left = self.prefill_chunk
+        left, rows = self.prefill_chunk, rows - len(prefilling)
         chunks = []
         for sequence in (oldest, *others):
             share = max(left // 2, left - wanted) if sequence is oldest else left
-            count = min(sequence.pending, share)
+            count = min(sequence.pending, share, 1 + rows if sequence.scoring else share)
             if count > 0 and sequence in self.running and self._grow(sequence):
                 chunks.append(Chunk(sequence, count))
                 left -= count
+                rows -= count - 1 if sequence.scoring else 0
         return chunks
 
     def advance(self, chunk: Chunk) -> None:
@@ -2812,7 +2861,6 @@ class Update(NamedTuple):
     """What one step gave one request; crosses the pipe to the front."""
 
     id: str
-    choice: int
     tokens: tuple[int, ...]
     text: str
     reason: str | None = None           # set on the last update
@@ -2821,6 +2869,8 @@ class Update(NamedTuple):
     queued_s: float = 0.0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Drafter:
@@ -2940,6 +2990,12 @@ class Started(NamedTuple):
     draws: list[tuple[Sequence | None, tuple[int, ...]]]    # (None where one ended or was forced on meanwhile, its draft)
 
 
+class HostDraw(NamedTuple):
+    """The ticket of a step whose logits were looked at: it is done, and these are its tokens."""
+
+    tokens: list[int]
+
+
 class Engine:
     """One model replica: sequences in, updates out, one `step` at a time.
 
@@ -2951,7 +3007,8 @@ class Engine:
                  context_length: int, max_batch: int, prefill_chunk: int):
         self.transformer, self.tokenizer, self.kernels = transformer, tokenizer, kernels
         self.pool = PagePool(num_pages)
-        self.scheduler = Scheduler(self.pool, max_batch=max_batch, prefill_chunk=prefill_chunk, free_rows=FREE_ROWS)
+        self.scheduler = Scheduler(self.pool, max_batch=max_batch, prefill_chunk=prefill_chunk, free_rows=FREE_ROWS,
+                                   max_rows=len(transformer.buffers["logits"]))
         self.context_length = min(context_length, num_pages * PAGE_SIZE)
         self.tool_thread = ThreadPoolExecutor(1, "calculator")
         self.steps = make_steps(transformer)
@@ -2967,7 +3024,7 @@ class Engine:
         limit = min(len(work.prompt_ids) + work.max_tokens, self.context_length)
         sequence = Sequence(work, [*work.prompt_ids, *work.resumed_ids], limit)
         sequence.text = Answer(work, self.tokenizer, self.tool_thread, self.context_length)
-        sequence.drafter = Drafter(sequence.tokens) if self.drafts and not needs_tokens(work.sampling) else None
+        sequence.drafter = Drafter(sequence.tokens) if self.drafts and not self._waits(sequence) else None
         self.scheduler.add(sequence)
 
     def cancel(self, request_id: str) -> bool:
@@ -2975,12 +3032,11 @@ class Engine:
 
     def step(self) -> list[Update]:
         """Start the next step and finish the one before; return what came of it."""
-        ahead = self.steps.ahead and not any(self._waits(sequence) for sequence in self.scheduler.running)
+        ahead = self.steps.ahead and not any(map(self._waits, (*self.scheduler.running, *self.scheduler.waiting)))
         updates = [] if ahead else self._finish()
         plan = self.scheduler.schedule()
         drawing = [chunk for chunk in plan if chunk.draws]
-        rows = [sample_row(chunk.sequence, self.tokenizer.stop_tokens, i) for chunk in drawing for i in range(chunk.draws)]
-        ticket = self.steps.start(make_batch(plan), rows) if plan else None
+        ticket = self._start(plan, drawing) if plan else None
         updates += self._finish()
         if plan:
             self._advance(plan, ticket, drawing)
@@ -2989,7 +3045,33 @@ class Engine:
     @staticmethod
     def _waits(sequence: Sequence) -> bool:
         """Must a sequence's last token be known before its next step can start?"""
-        return bool(sequence.draft) or needs_tokens(sequence.work.sampling)
+        return bool(sequence.draft) or sequence.work.needs_logits or needs_tokens(sequence.work.sampling)
+
+    def _start(self, plan: Seq[Chunk], drawing: Seq[Chunk]) -> Any:
+        """Start a step: drawn where it runs, or here when somebody needs its logits."""
+        rows = [sample_row(chunk.sequence, self.tokenizer.stop_tokens, i) for chunk in drawing for i in range(chunk.draws)]
+        batch = make_batch(plan)
+        if any(chunk.sequence.work.needs_logits for chunk in plan):
+            return self._draw_on_host(plan, self.transformer.forward(batch), rows)
+        return self.steps.start(batch, rows)
+
+    def _draw_on_host(self, plan: Seq[Chunk], logits, rows: Seq[SampleRow]) -> HostDraw:
+        """Score prompts, draw, and note how likely the drawn tokens were. No other step is under way."""
+        drawn, row = [], 0
+        for chunk in plan:
+            if chunk.sequence.scoring:
+                score_prompt(chunk, logits[row:row + chunk.rows])
+            row += chunk.rows
+            drawn += range(row - chunk.draws, row)
+        if not rows:
+            return HostDraw([])
+        logits = logits if len(drawn) == row else logits[drawn]         # (len(rows), V)
+        owners = [chunk.sequence for chunk in plan for _ in range(chunk.draws)]
+        lines = {i: host_row(logits[i]) for i, owner in enumerate(owners) if owner.work.logprobs is not None}
+        tokens = self.kernels.sample(logits, rows)
+        for i, line in lines.items():
+            owners[i].logprob = logprob_of(penalize(line, rows[i]), tokens[i], owners[i].work.logprobs)
+        return HostDraw(tokens)
 
     def _advance(self, plan: Seq[Chunk], ticket: Any, drawing: Seq[Chunk]) -> None:
         """The started step's effect on its sequences: slots are computed, and the last token is being drawn."""
@@ -3010,7 +3092,7 @@ class Engine:
         if self.under_way is None:
             return []
         (ticket, draws), self.under_way = self.under_way, None
-        tokens = iter(self.steps.finish(ticket))
+        tokens = iter(ticket.tokens if isinstance(ticket, HostDraw) else self.steps.finish(ticket))
         updates = []
         for sequence, draft in draws:
             drawn = list(itertools.islice(tokens, 1 + len(draft)))
@@ -3046,8 +3128,13 @@ class Engine:
                 break
         if reason is not None:
             self.scheduler.remove(sequence)
-        return Update(sequence.work.id, sequence.work.sampling.choice, tuple(taken), "".join(texts), reason, cause,
-                      sequence.cached_tokens, sequence.queued_s, sequence.drafted_tokens, sequence.accepted_tokens)
+        ended_it = reason == "stop" and token in sequence.text.stop_tokens
+        logprobs = () if sequence.logprob is None or ended_it else (sequence.logprob,)
+        prompt_logprobs = tuple(sequence.prompt_logprobs)
+        sequence.prompt_logprobs.clear()
+        return Update(sequence.work.id, tuple(taken), "".join(texts), reason, cause,
+                      sequence.cached_tokens, sequence.queued_s, sequence.drafted_tokens, sequence.accepted_tokens,
+                      logprobs, prompt_logprobs)
 
     def give_up(self) -> list[str]:
         """A step failed: drop what was running and whatever it may have written; returns the ids of those requests."""
@@ -3079,7 +3166,8 @@ class Engine:
 def make_batch(plan: Seq[Chunk]) -> Batch:
     """Flatten the plan into one forward pass, sequence after sequence."""
     batch = Batch([], [], [0], [], [], [])
-    for sequence, count, draft in plan:
+    for chunk in plan:
+        (sequence, count, draft) = chunk
         first, tokens = sequence.computed, sequence.tokens
         ids = [*tokens[first:first + count], *draft]
         batch.token_ids.extend(ids)
@@ -3088,14 +3176,36 @@ def make_batch(plan: Seq[Chunk]) -> Batch:
         batch.starts.append(end)
         batch.lengths.append(first + len(ids))
         batch.tables.append(sequence.pages)
-        if count == sequence.pending:
-            batch.logit_rows.extend(range(end - 1 - len(draft), end))
+        batch.logit_rows.extend(range(end - chunk.rows, end))
     return batch
 
 
 def needs_tokens(params: SamplingParams) -> bool:
     """Does drawing a token take all the tokens before it, and not just how many there are?"""
     return params.repetition_penalty != 1 or bool(params.frequency_penalty or params.presence_penalty)
+
+
+def host_row(logits) -> "numpy.ndarray":
+    """A clean copy of one row of logits (V,), float32."""
+    return clean_logits(numpy.array(logits.float().cpu().numpy()))
+
+
+def logprob_of(logits: "numpy.ndarray", token: int, top: int) -> TokenLogprob:
+    """The log-probability of a token by its row of clean logits (V,), and the `top` largest."""
+    with numpy.errstate(over="ignore"):
+        weights = numpy.exp(logits - logits.max())
+    total = float(logits.max()) + math.log(float(weights.sum(dtype=numpy.float64)))
+    ids = top_ids(logits, top).tolist() if top else []
+    return TokenLogprob(token, float(logits[token]) - total, tuple((id_, float(logits[id_]) - total) for id_ in ids))
+
+
+def score_prompt(chunk: Chunk, logits) -> None:
+    """Add what the logits (rows of the chunk, V) say of the prompt tokens that follow the chunk's own."""
+    sequence, first = chunk.sequence, chunk.sequence.computed
+    ids, top = sequence.work.prompt_ids, sequence.work.prompt_logprobs
+    if first == 0:                      # also when it begins again after it was preempted
+        sequence.prompt_logprobs = [TokenLogprob(ids[0], None)]
+    sequence.prompt_logprobs += [logprob_of(host_row(line), token, top) for line, token in zip(logits, ids[first + 1:])]
 
 
 def sample_row(sequence: Sequence, eos_tokens: frozenset[int], offset: int = 0) -> SampleRow:
@@ -3381,13 +3491,14 @@ def fail_running(channel: Channel, engine: Engine, error: Exception) -> None:
 
 @dataclass(eq=False)
 class Job:
-    """A request in the front: enough to continue it on another worker, and the queue its reader waits on."""
+    """One answer of a request in the front: enough to continue it on another worker, and the queue its reader waits on."""
 
     request: Request
     prompt_ids: tuple[int, ...]
     max_tokens: int
-    events: asyncio.Queue
+    events: asyncio.Queue       # shared by the answers of the request
     arrived_s: float
+    choice: int = 0
     output_ids: list[int] = field(default_factory=list)
     sent_characters: int = 0
     worker: "Worker | None" = None
@@ -3397,6 +3508,10 @@ class Job:
     failovers: int = 0
 
     @property
+    def id(self) -> str:
+        return f"{self.request.id}#{self.choice}" if self.choice else self.request.id       # no client's id has a #
+
+    @property
     def outstanding_tokens(self) -> int:
         """An upper bound of what is still to compute, for routing."""
         done = len(self.output_ids)
@@ -3404,18 +3519,22 @@ class Job:
 
     def work(self) -> Work:
         request = self.request
-        return Work(request.id, self.prompt_ids, request.sampling, self.max_tokens, request.stop, request.stop_token_ids,
-                    request.ignore_eos, request.min_tokens, tuple(self.output_ids), self.sent_characters)
+        sampling = replace(request.sampling, choice=self.choice % request.n)
+        return Work(self.id, self.prompt_ids, sampling, self.max_tokens, request.stop, request.stop_token_ids,
+                    request.ignore_eos, request.min_tokens, tuple(self.output_ids), self.sent_characters,
+                    request.logprobs, None if self.output_ids else request.prompt_logprobs)
 
     def take(self, update: Update, gpu: int) -> None:
         """Turn a worker's update into events for the reader."""
+        if self.request.max_tokens == 0:        # only the prompt was asked for; the worker draws a token nevertheless
+            update = update._replace(tokens=(), text="", logprobs=(), reason="length", stop_reason="max_tokens")
         now = time.monotonic()
         if self.first_token_s is None:
             self.first_token_s = now
         self.last_token_s = now
         self.output_ids += update.tokens
         self.sent_characters += len(update.text)
-        self.events.put_nowait(Piece(update.text, update.tokens, gpu, update.choice))
+        self.events.put_nowait(Piece(update.text, update.tokens, gpu, self.choice, update.logprobs, update.prompt_logprobs))
         if update.reason is not None:
             self.events.put_nowait(self._finished(update, gpu))
 
@@ -3424,7 +3543,7 @@ class Job:
         return Finished(update.reason, update.stop_reason, len(self.prompt_ids), count, update.cached_tokens,
                         queue_ms=(self.dispatched_s - self.arrived_s + update.queued_s) * 1e3,
                         ttft_ms=(self.first_token_s - self.arrived_s) * 1e3,
-                        tokens_per_second=(count - 1) / seconds if seconds > 0 else 0.0, gpu=gpu, choice=update.choice)
+                        tokens_per_second=(count - 1) / seconds if seconds > 0 else 0.0, gpu=gpu, choice=self.choice)
 
 
 class Worker:
@@ -3512,8 +3631,8 @@ class Worker:
                 self.gauges = gauges_
                 self.deliver(updates, now)
             case ("failed", ids, text):
-                for request_id in ids:
-                    self.pool.fail(request_id, EngineFailure(text))
+                for job_id in ids:
+                    self.pool.fail(job_id, EngineFailure(text))
             case ("checked", wrong, gauges_):
                 self.gauges = gauges_
                 self.checked.set_result(wrong)
@@ -3701,7 +3820,7 @@ class LocalPool:
         for job in reversed(jobs):
             job.worker, job.failovers = None, job.failovers + 1
             if job.failovers >= self.MAX_FAILOVERS:
-                self.fail(job.request.id, EngineFailure(f"{job.failovers} workers died while computing this answer"))
+                self.fail(job.id, EngineFailure(f"{job.failovers} workers died while computing this answer"))
             else:
                 self.pending.resumed.appendleft(job)
         self.dispatch()
@@ -3721,7 +3840,7 @@ class LocalPool:
                 self.orphaned_since_s = time.monotonic()
             elif time.monotonic() - self.orphaned_since_s > self.ORPHAN_S:
                 for job in list(self.pending):
-                    self.fail(job.request.id, EngineFailure(f"no worker came back within {self.ORPHAN_S:.0f} s"))
+                    self.fail(job.id, EngineFailure(f"no worker came back within {self.ORPHAN_S:.0f} s"))
 
     def _unload_when_idle(self) -> None:
         """--idle-unload: end the processes of workers that nobody has asked for so long; polls of /health do not count."""
@@ -3762,8 +3881,8 @@ class LocalPool:
     async def close(self) -> None:
         """End every request with an error and every worker for certain."""
         self.closing = self.draining = True
-        for request_id in list(self.jobs):
-            self.fail(request_id, EngineFailure("the server is shutting down"))
+        for job_id in list(self.jobs):
+            self.fail(job_id, EngineFailure("the server is shutting down"))
         for worker in self.workers:
             if worker.process:
                 worker.process.kill()
@@ -3816,29 +3935,37 @@ class LocalPool:
         Raises RequestError (the prompt does not fit, ...), Overloaded (not ready, draining, queue full) and
         EngineFailure (workers died too often, shutdown).
         """
-        arrived_s = time.monotonic()
+        arrived_s, events = time.monotonic(), asyncio.Queue()
         self._check_capacity(request)
-        prompt_ids = await self._tokenize(request)
-        self._check_vocabulary(request, prompt_ids)
+        prompts = await self._tokenize(request)
+        for ids in prompts:
+            self._check_vocabulary(request, ids)
         self._check_capacity(request)
-        room = self._room(prompt_ids)
-        max_tokens = min(request.max_tokens or room, room)
-        job = Job(request, prompt_ids, max_tokens, asyncio.Queue(), arrived_s)
-        self.jobs[request.id] = job
-        self.pending.append(job)
-        self._wake()
+        lengths = [self._answer_length(request, ids) for ids in prompts]
+        jobs = [Job(request, ids, length, events, arrived_s, prompt * request.n + index)
+                for prompt, (ids, length) in enumerate(zip(prompts, lengths)) for index in range(request.n)]
         try:
-            self.dispatch()
-            yield Accepted(len(prompt_ids), request.sampling.seed)
-            while True:
-                event = await job.events.get()
+            self._submit(jobs[::request.n])
+            yield Accepted(sum(map(len, prompts)), request.sampling.seed)
+            left, others = len(jobs), {job.choice: jobs[job.choice + 1:job.choice + request.n] for job in jobs[::request.n]}
+            while left:
+                event = await events.get()
                 if isinstance(event, Exception):
                     raise event
+                if event.choice in others:
+                    self._submit(others.pop(event.choice))      # the prompt's pages are there for them now
                 yield event
-                if isinstance(event, Finished):
-                    return
+                left -= isinstance(event, Finished)
         finally:
-            self._abandon(job)
+            for job in jobs:
+                self._abandon(job)
+
+    def _submit(self, jobs: Seq[Job]) -> None:
+        for job in jobs:
+            self.jobs[job.id] = job
+            self.pending.append(job)
+        self._wake()
+        self.dispatch()
 
     def _check_capacity(self, request: Request) -> None:
         if self.draining:
@@ -3848,23 +3975,27 @@ class LocalPool:
         if len(self.pending) >= self.settings.max_queue and not self._free_workers():
             raise Overloaded(f"{len(self.pending)} requests are waiting already (--max-queue)", retry_after_s=5, status=429)
         limit = self.settings.max_concurrent_per_key
-        if limit and sum(job.request.client == request.client for job in self.jobs.values()) >= limit:
+        if limit and len({job.request.id for job in self.jobs.values() if job.request.client == request.client}) >= limit:
             raise Overloaded(f"{limit} requests of yours are under way already (--max-concurrent-per-key)", status=429)
         if request.id in self.jobs:
             raise RequestError(f"a request with the id {request.id!r} is running", status=409, code="duplicate_id")
 
-    async def _tokenize(self, request: Request) -> tuple[int, ...]:
-        """Prompt ids of a request; long ones are tokenized in a thread so that other streams go on."""
+    async def _tokenize(self, request: Request) -> list[tuple[int, ...]]:
+        """The ids of each prompt of a request; long ones are tokenized in a thread so that other streams go on."""
         if request.messages is not None:
             if not self.tokenizer.has_chat_template:
                 raise RequestError("this model has no chat template; use raw completion", code="no_chat_template")
-            render, size = functools.partial(self.tokenizer.render, request.messages), \
-                sum(len(message.content) for message in request.messages)
-        elif isinstance(request.prompt, str):
-            render, size = functools.partial(self.tokenizer.encode_prompt, request.prompt), len(request.prompt)
-        else:
-            return request.prompt
-        return tuple(render() if size <= self.INLINE_CHARACTERS else await asyncio.to_thread(render))
+            size = sum(len(message.content) for message in request.messages)
+            return [tuple(await self.tokenizing(self.tokenizer.render, request.messages, size))]
+        size = sum(len(prompt) for prompt in request.prompts)
+        return await self.tokenizing(self._encode_prompts, request.prompts, size)
+
+    def _encode_prompts(self, prompts: Seq[str | tuple[int, ...]]) -> list[tuple[int, ...]]:
+        return [tuple(self.tokenizer.encode_prompt(prompt)) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+    async def tokenizing(self, work: Callable[[Any], Any], text: Any, size: int) -> Any:
+        """work(text), off the event loop when the text has many characters."""
+        return work(text) if size <= self.INLINE_CHARACTERS else await asyncio.to_thread(work, text)
 
     def _check_vocabulary(self, request: Request, prompt_ids: tuple[int, ...]) -> None:
         """RequestError for token ids that the model does not have: in the engine they would fail the whole batch."""
@@ -3876,21 +4007,22 @@ class LocalPool:
                 raise RequestError(f"{name} has the token id {wrong}; this model's are 0 to {size - 1}",
                                    code="invalid_value", param=name)
 
-    def _room(self, prompt_ids: tuple[int, ...]) -> int:
-        """Tokens that fit behind the prompt. RequestError 400 with both numbers when there is none."""
+    def _answer_length(self, request: Request, prompt_ids: tuple[int, ...]) -> int:
+        """How long the answer may get. RequestError 400 with both numbers when nothing fits behind the prompt."""
         limit = self.context_length
         if not prompt_ids:
             raise RequestError("the prompt is empty", param="prompt")
         if len(prompt_ids) >= limit:
             raise RequestError(f"the prompt has {len(prompt_ids):,} tokens and the context holds {limit:,} "
                                "(prompt and answer together)", code="context_length_exceeded", param="messages")
-        return limit - len(prompt_ids)
+        room = limit - len(prompt_ids)
+        return room if request.max_tokens is None else max(1, min(request.max_tokens, room))
 
     def dispatch(self) -> None:
         """Hand waiting jobs to workers with a free row."""
         while (job := self.pending.first()) and (worker := self._choose_worker(job)):
             self.pending.take(job)
-            job.worker, worker.jobs[job.request.id] = worker, job
+            job.worker, worker.jobs[job.id] = worker, job
             if job.dispatched_s is None:
                 job.dispatched_s = time.monotonic()
             if len(worker.jobs) == 1:
@@ -3928,29 +4060,29 @@ class LocalPool:
 
     def cancel(self, request_id: str) -> bool:
         """Stop a running request; its reader gets a Finished-less end as RequestError 'cancelled'."""
-        if request_id not in self.jobs:
-            return False
-        self.fail(request_id, RequestError("the request was cancelled", status=499, code="cancelled"))
-        return True
+        jobs = [job for job in self.jobs.values() if job.request.id == request_id]
+        for job in jobs:
+            self.fail(job.id, RequestError("the request was cancelled", status=499, code="cancelled"))
+        return bool(jobs)
 
-    def fail(self, request_id: str, error: ChatServerError) -> None:
-        if job := self.jobs.get(request_id):
+    def fail(self, job_id: str, error: ChatServerError) -> None:
+        if job := self.jobs.get(job_id):
             job.events.put_nowait(error)
             self._abandon(job)
 
     def _abandon(self, job: Job) -> None:
         """The reader is gone or the job failed: free its row and pages within one step."""
-        if self.jobs.get(job.request.id) is job:
+        if self.jobs.get(job.id) is job:
             if job.worker:
-                job.worker.send("cancel", job.request.id)
+                job.worker.send("cancel", job.id)
             self.forget(job)
             self.dispatch()
 
     def forget(self, job: Job) -> None:
         """The front no longer holds the job; its queue lives on until the reader has drained it."""
-        del self.jobs[job.request.id]
+        del self.jobs[job.id]
         if job.worker:
-            del job.worker.jobs[job.request.id]
+            del job.worker.jobs[job.id]
         else:
             self.pending.remove(job)
 
@@ -4073,6 +4205,7 @@ class Field(NamedTuple):
     low: float = -math.inf
     high: float = math.inf
     clamp: bool = False                     # out of range: moved to the edge, instead of refused
+    required: bool = False
 
     def refusal(self, value: Any, allowed: str) -> RequestError:
         if math.isfinite(self.low) and not self.clamp:
@@ -4158,6 +4291,14 @@ def read_logit_bias(field: Field, value: Any) -> tuple[tuple[int, float], ...]:
     return tuple((int(token), read_number(bias, amount)) for token, amount in value.items() if amount is not None)
 
 
+def read_prompts(field: Field, value: Any) -> tuple[str | tuple[int, ...], ...]:
+    """Always as a list of prompts."""
+    prompts = [value] if isinstance(value, str) or isinstance(value, list) and value and type(value[0]) is int else value
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, (str, list)) for prompt in prompts):
+        raise field.refusal(value, "a string, a list of token ids, or a list of such")
+    return tuple(whole_unicode(p) if isinstance(p, str) else read_token_ids(field, p) for p in prompts)
+
+
 def typed(kind: type, allowed: str) -> Callable[[Field, Any], Any]:
     def read(field: Field, value: Any) -> Any:
         if not isinstance(value, kind):
@@ -4169,7 +4310,7 @@ def typed(kind: type, allowed: str) -> Callable[[Field, Any], Any]:
 read_text, read_list, read_object = typed(str, "a string"), typed(list, "a list"), typed(dict, "an object")
 
 NATIVE_FIELDS = (
-    Field("messages", read_list, "the conversation: objects with role (system, user, assistant) and content"),
+    Field("messages", read_list, "the conversation: objects with role (system, user, assistant) and content", required=True),
     Field("temperature", read_number, "0 = greedy", *LIMITS.temperature, clamp=True),
     Field("max_tokens", read_integer, "length of the answer", *LIMITS.max_tokens, clamp=True),
     Field("top_k", read_integer, "0 = whole vocabulary", *LIMITS.top_k, clamp=True),
@@ -4181,13 +4322,10 @@ NATIVE_FIELDS = (
     Field("priority", read_priority, "`low`: runs when nothing else waits"),
 )
 
-OPENAI_FIELDS = (
+SHARED_FIELDS = (       # of both OpenAI routes
     Field("model", read_text, "absent, empty or `default`: the loaded one"),
-    Field("messages", read_list, "the conversation"),
     Field("stream", read_switch, "server-sent events"),
     Field("stream_options", read_object, "include_usage: a last chunk with the usage"),
-    Field("max_tokens", read_cap, "length of the answer; -1 = up to the context", -1, 2**53),
-    Field("max_completion_tokens", read_cap, "the same, and wins", -1, 2**53),
     Field("temperature", read_number, "0 = greedy", 0, 2),
     Field("top_p", read_number, "1 = off", 0, 1),
     Field("top_k", read_integer, "0 or -1 = whole vocabulary", -1, 2**31 - 1),
@@ -4201,13 +4339,30 @@ OPENAI_FIELDS = (
     Field("frequency_penalty", read_number, "for each time they occurred", -2, 2),
     Field("repetition_penalty", read_number, "1 = off", 0.01, 10),
     Field("logit_bias", read_logit_bias, "token id -> bias"),
-    Field("n", read_integer, "choices", 1, 128),
+    Field("n", read_integer, "choices", 1, LIMITS.choices),
+    Field("priority", read_priority, "`low`: runs when nothing else waits"),
+)
+
+OPENAI_FIELDS = (
+    Field("messages", read_list, "the conversation", required=True),
+    *SHARED_FIELDS,
+    Field("max_tokens", read_cap, "length of the answer; -1 = up to the context", -1, 2**53),
+    Field("max_completion_tokens", read_cap, "the same, and wins", -1, 2**53),
     Field("logprobs", read_switch, "log-probabilities of the answer"),
     Field("top_logprobs", read_integer, "alternatives in them", 0, 20),
     Field("tools", read_list, "functions the model may call"),
     Field("functions", read_list, "the same, of old"),
     Field("response_format", read_object, "shape of the answer"),
-    Field("priority", read_priority, "`low`: runs when nothing else waits"),
+)
+
+COMPLETION_FIELDS = (
+    Field("prompt", read_prompts, "text, token ids, or a list of such", required=True),
+    *SHARED_FIELDS,
+    Field("max_tokens", read_integer, "length of the answer; -1 = up to the context, 0 = only echo", -1, 2**53),
+    Field("logprobs", read_integer, "log-probabilities, with so many alternatives", 0, 20),
+    Field("echo", read_switch, "the prompt before the answer, in the log-probabilities too"),
+    Field("best_of", read_integer, "the same as n", 1, LIMITS.choices),
+    Field("suffix", read_text, "refused: no model here fills in"),
 )
 
 
@@ -4242,6 +4397,8 @@ async def read_body(http: web.Request) -> dict:
 
 def parse_fields(body: dict, fields: Seq[Field]) -> dict[str, Any]:
     """The fields that are set, by name, checked; unknown fields are ignored."""
+    if missing := [field.name for field in fields if field.required and body.get(field.name) is None]:
+        raise RequestError(f"{missing[0]} is missing", code="missing_required_parameter", param=missing[0])
     return {field.name: field.read(field, body[field.name]) for field in fields if body.get(field.name) is not None}
 
 
@@ -4326,14 +4483,34 @@ def parse_chat_request(body: dict, settings: Settings, request_id: str = "") -> 
                    ignore_eos=values.get("ignore_eos", False), low_priority=values.get("priority", False))
 
 
-def parse_openai_request(values: Mapping[str, Any], settings: Settings, request_id: str = "") -> Request:
-    """The checked OPENAI_FIELDS as a Request."""
+def openai_request(values: Mapping[str, Any], settings: Settings, **source: Any) -> Request:
+    """What both OpenAI routes have in common, as a Request."""
     cap = values.get("max_completion_tokens", values.get("max_tokens", settings.max_tokens))
     sampling = sampling_params({**values, "top_k": max(0, values.get("top_k", settings.top_k))}, settings)
-    return Request(request_id, openai_messages(values.get("messages")), sampling=sampling,
-                   max_tokens=None if cap == -1 else cap, stop=values.get("stop", ()),
+    return Request("", sampling=sampling, max_tokens=None if cap == -1 else cap, stop=values.get("stop", ()),
                    stop_token_ids=values.get("stop_token_ids", ()), ignore_eos=values.get("ignore_eos", False),
-                   min_tokens=values.get("min_tokens", 0), low_priority=values.get("priority", False))
+                   min_tokens=values.get("min_tokens", 0), n=values.get("n", 1), low_priority=values.get("priority", False),
+                   **source)
+
+
+def parse_openai_request(values: Mapping[str, Any], settings: Settings) -> Request:
+    """The checked OPENAI_FIELDS as a Request."""
+    logprobs, top = values.get("logprobs", False), values.get("top_logprobs", 0)
+    if top and not logprobs:
+        raise RequestError("top_logprobs needs logprobs: true", code="invalid_value", param="top_logprobs")
+    return openai_request(values, settings, messages=openai_messages(values.get("messages")), logprobs=top if logprobs else None)
+
+
+def parse_completion_request(values: Mapping[str, Any], settings: Settings) -> Request:
+    """The checked COMPLETION_FIELDS as a Request."""
+    prompts, n, logprobs = values["prompt"], values.get("n", 1), values.get("logprobs")
+    if values.get("suffix"):
+        raise RequestError("suffix is not supported: this model does not fill in", code="unsupported_suffix", param="suffix")
+    if values.get("best_of", n) != n:
+        raise RequestError("best_of must be n", code="unsupported_best_of", param="best_of")
+    within_limit("answers (prompts times n)", len(prompts) * n, LIMITS.choices, "prompt")
+    return openai_request(values, settings, prompts=prompts, logprobs=logprobs,
+                          prompt_logprobs=logprobs if values.get("echo") else None)
 
 
 def refuse_unsupported(body: dict, values: Mapping[str, Any]) -> None:
@@ -4346,10 +4523,6 @@ def refuse_unsupported(body: dict, values: Mapping[str, Any]) -> None:
     if shape not in (None, "text"):
         raise RequestError(f"response_format must be text, not {shown(shape)}: other shapes are not supported",
                            code="unsupported_response_format", param="response_format")
-    if values.get("n", 1) != 1:
-        raise RequestError(f"n must be 1, not {values['n']}: one choice a request", code="unsupported_n", param="n")
-    if values.get("logprobs") or values.get("top_logprobs"):
-        raise RequestError("logprobs are not supported", code="unsupported_logprobs", param="logprobs")
 
 
 def dump(value: Any) -> bytes:
@@ -4368,12 +4541,6 @@ def frame(value: Any) -> bytes:
 
 def error_body(error: ChatServerError) -> dict:
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
-
-
-def usage_body(done: Finished) -> dict:
-    return {"prompt_tokens": done.prompt_tokens, "completion_tokens": done.completion_tokens,
-            "total_tokens": done.prompt_tokens + done.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": done.cached_tokens}}
 
 
 def timings_body(done: Finished) -> dict:
@@ -4398,40 +4565,164 @@ class NativeEncoder:
                       "usage": usage, "timings": timings_body(event), "seed": self.seed})
 
 
-class OpenAIEncoder:
-    """Events as chunks of `/v1/chat/completions`, or all of them as one completion."""
+def logprob_number(logprob: float | None) -> float | None:
+    """JSON knows no infinity; OpenAI's floor is this."""
+    return None if logprob is None else max(logprob, -9999.0)
 
-    def __init__(self, request: Request, model: str, include_usage: bool = False):
-        self.include_usage = include_usage
-        self.head = {"id": f"chatcmpl-{request.id}", "object": "chat.completion.chunk", "created": int(time.time()),
+
+def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, list[int] | None]:
+    """A token as log-probabilities show it, and its bytes: special ones by name, parts of characters as OpenAI does."""
+    if name := tokenizer.special_names.get(token):
+        return name, None
+    data = tokenizer.token_bytes(token)
+    try:
+        return data.decode(), list(data)
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data), list(data)
+
+
+class OpenAIEncoder:
+    """Events as chunks of a stream, or all of them as one body: what both OpenAI routes have in common."""
+
+    id_prefix = ""
+    chunk_object = whole_object = ""
+
+    def __init__(self, request: Request, model: str, tokenizer: Tokenizer | None = None, include_usage: bool = False):
+        self.request, self.tokenizer, self.include_usage = request, tokenizer, include_usage
+        self.held: dict[int, list[TokenLogprob]] = collections.defaultdict(list)    # by choice: of tokens whose text is to come
+        self.ended: dict[int, Finished] = {}
+        self.choices = (len(request.prompts) or 1) * request.n
+        self.head = {"id": self.id_prefix + request.id, "object": self.chunk_object, "created": int(time.time()),
                      "model": model, "system_fingerprint": SYSTEM_FINGERPRINT, "seed": request.sampling.seed}
 
     def start(self) -> bytes:
-        return self._chunk({"role": "assistant", "content": ""})
+        return b""
+
+    def delta(self, choice: int, text: str | None, logprobs: Seq[TokenLogprob]) -> dict:
+        """What a chunk's choice has besides index and finish_reason; text None: nothing more comes."""
+        raise NotImplementedError
+
+    def whole(self, choice: int, text: str, logprobs: Seq[TokenLogprob]) -> dict:
+        """The same for a choice in one body."""
+        raise NotImplementedError
+
+    def take(self, event: Event) -> tuple[str, list[TokenLogprob]]:
+        """The text that comes out, and the log-probabilities of its tokens; those of a stop string never do."""
+        held = self.held[event.choice]
+        if isinstance(event, Finished):
+            self.ended[event.choice] = event
+            return "", [] if event.stop_reason in self.request.stop else held
+        released = held + list(event.logprobs)
+        self.held[event.choice] = [] if event.text else released
+        return event.text, released if event.text else []
 
     def encode(self, event: Event) -> bytes:
+        text, logprobs = self.take(event)
         if isinstance(event, Piece):
-            return self._chunk({"content": event.text}, event.choice) if event.text else b""
-        return self._end(event)
+            return self.chunk(event.choice, self.delta(event.choice, text, logprobs)) if text or logprobs else b""
+        return self.chunk(event.choice, self.delta(event.choice, None, logprobs), event) + self.end()
 
-    def _chunk(self, delta: dict, index: int = 0, done: Finished | None = None) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": done.reason if done else None}
+    def chunk(self, index: int, delta: dict, done: Finished | None = None) -> bytes:
+        choice = {"index": index, **delta, "finish_reason": done.reason if done else None}
         ending = {}
         if done:
             choice["stop_reason"], ending = done.stop_reason, {"timings": timings_body(done)}
         usage = {"usage": None} if self.include_usage else {}
         return frame({**self.head, "choices": [choice], **usage, **ending})
 
-    def _end(self, done: Finished) -> bytes:
-        last = frame({**self.head, "choices": [], "usage": usage_body(done)}) if self.include_usage else b""
-        return self._chunk({}, done.choice, done) + last + b"data: [DONE]\n\n"
+    def end(self) -> bytes:
+        """After the last choice's last chunk."""
+        if len(self.ended) < self.choices:
+            return b""
+        usage = frame({**self.head, "choices": [], "usage": self.usage()}) if self.include_usage else b""
+        return usage + b"data: [DONE]\n\n"
 
-    def completion(self, text: str, done: Finished) -> dict:
+    def usage(self) -> dict:
+        """Each prompt counts once, each answer for itself."""
+        firsts = [done for choice, done in self.ended.items() if choice % self.request.n == 0]
+        prompt, cached = (sum(getattr(done, name) for done in firsts) for name in ("prompt_tokens", "cached_tokens"))
+        completion = sum(done.completion_tokens for done in self.ended.values())
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
+                "prompt_tokens_details": {"cached_tokens": cached}}
+
+    def completion(self, events: Iterable[Event]) -> dict:
         """The whole answer as one object, for a client that does not stream."""
-        choice = {"index": 0, "message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": None,
-                  "finish_reason": done.reason, "stop_reason": done.stop_reason}
-        return {**self.head, "object": "chat.completion", "choices": [choice], "usage": usage_body(done),
-                "timings": timings_body(done)}
+        texts: dict[int, list[str]] = collections.defaultdict(list)
+        logprobs: dict[int, list[TokenLogprob]] = collections.defaultdict(list)
+        for event in events:
+            text, entries = self.take(event)
+            texts[event.choice].append(text)
+            logprobs[event.choice] += entries
+        choices = [{"index": choice, **self.whole(choice, "".join(texts[choice]), logprobs[choice]),
+                    "finish_reason": done.reason, "stop_reason": done.stop_reason} for choice, done in sorted(self.ended.items())]
+        return {**self.head, "object": self.whole_object, "choices": choices, "usage": self.usage(),
+                "timings": timings_body(self.ended[0])}
+
+
+class ChatEncoder(OpenAIEncoder):
+    """`/v1/chat/completions`."""
+
+    id_prefix, chunk_object, whole_object = "chatcmpl-", "chat.completion.chunk", "chat.completion"
+
+    def start(self) -> bytes:
+        opening = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
+        return b"".join(self.chunk(choice, opening) for choice in range(self.choices))
+
+    def delta(self, choice: int, text: str | None, logprobs: Seq[TokenLogprob]) -> dict:
+        return {"delta": {} if text is None else {"content": text}, "logprobs": self.logprobs_body(logprobs) if logprobs else None}
+
+    def whole(self, choice: int, text: str, logprobs: Seq[TokenLogprob]) -> dict:
+        wanted = self.request.logprobs is not None
+        return {"message": {"role": "assistant", "content": text, "refusal": None},
+                "logprobs": self.logprobs_body(logprobs) if wanted else None}
+
+    def logprobs_body(self, logprobs: Seq[TokenLogprob]) -> dict:
+        def entry(token: int, logprob: float | None) -> dict:
+            text, data = token_text(self.tokenizer, token)
+            return {"token": text, "logprob": logprob_number(logprob), "bytes": data}
+        return {"content": [{**entry(each.token, each.logprob), "top_logprobs": [entry(*top) for top in each.top]}
+                            for each in logprobs], "refusal": None}
+
+
+class CompletionEncoder(OpenAIEncoder):
+    """`/v1/completions`, with the prompt before each answer if `echo`."""
+
+    id_prefix, chunk_object, whole_object = "cmpl-", "text_completion", "text_completion"
+
+    def __init__(self, *arguments: Any, echo: bool = False, **options: Any):
+        super().__init__(*arguments, **options)
+        self.to_echo = set(range(self.choices if echo else 0))
+        self.offsets: dict[int, tuple[Any, int]] = {}       # by choice: a decoder, and the characters it gave so far
+
+    def take(self, event: Event) -> tuple[str, list[TokenLogprob]]:
+        text, logprobs = super().take(event)
+        if event.choice in self.to_echo:                    # its first event is a piece, maybe an empty one
+            self.to_echo.remove(event.choice)
+            prompt = self.request.prompts[event.choice // self.request.n]
+            text = (prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)) + text
+            logprobs = [*event.prompt_logprobs, *logprobs]
+        return text, logprobs
+
+    def delta(self, choice: int, text: str | None, logprobs: Seq[TokenLogprob]) -> dict:
+        return {"text": text or "", "logprobs": self.logprobs_body(choice, logprobs) if logprobs else None}
+
+    def whole(self, choice: int, text: str, logprobs: Seq[TokenLogprob]) -> dict:
+        wanted = self.request.logprobs is not None
+        return {"text": text, "logprobs": self.logprobs_body(choice, logprobs) if wanted else None}
+
+    def logprobs_body(self, choice: int, logprobs: Seq[TokenLogprob]) -> dict:
+        """Four lists; an offset is where in the choice's text a token begins."""
+        decoder, offset = self.offsets.get(choice) or (codecs.getincrementaldecoder("utf-8")("replace"), 0)
+        texts, offsets, tops = [], [], []
+        for token, logprob, top in logprobs:
+            texts.append(token_text(self.tokenizer, token)[0])
+            offsets.append(offset)
+            offset += len(decoder.decode(self.tokenizer.token_bytes(token)))
+            tops.append(None if logprob is None else {token_text(self.tokenizer, each)[0]: logprob_number(number_)
+                                                      for each, number_ in (*top, (token, logprob))})
+        self.offsets[choice] = decoder, offset
+        return {"tokens": texts, "token_logprobs": [logprob_number(each.logprob) for each in logprobs],
+                "top_logprobs": tops, "text_offset": offsets}
 
 
 class ClientGone(ConnectionResetError):
@@ -4632,10 +4923,21 @@ class Front:
         values = parse_fields(body, OPENAI_FIELDS)
         self.check_model(values.get("model", ""))
         refuse_unsupported(body, values)
-        request = self.owned(http, parse_openai_request(values, self.settings))
+        return await self.answer_openai(http, values, parse_openai_request(values, self.settings), ChatEncoder)
+
+    async def handle_completions(self, http: web.Request) -> web.StreamResponse:
+        """POST /v1/completions."""
+        values = parse_fields(await read_body(http), COMPLETION_FIELDS)
+        self.check_model(values.get("model", ""))
+        encoder = functools.partial(CompletionEncoder, echo=values.get("echo", False))
+        return await self.answer_openai(http, values, parse_completion_request(values, self.settings), encoder)
+
+    async def answer_openai(self, http: web.Request, values: Mapping[str, Any], request: Request,
+                            make_encoder: Callable[..., OpenAIEncoder]) -> web.StreamResponse:
+        request = self.owned(http, request)
         include_usage = values.get("stream_options", {}).get("include_usage") is True
         async with self.answering(request) as events:
-            encoder = OpenAIEncoder(request, self.pool.model_name, include_usage)
+            encoder = make_encoder(request, self.pool.model_name, self.pool.tokenizer, include_usage=include_usage)
             if values.get("stream"):
                 return await self.stream(http, request, events, encoder)
             return await self.collect(http, request, events, encoder)
@@ -4661,12 +4963,9 @@ class Front:
     async def collect(self, http: web.Request, request: Request, events: AsyncIterator[Event],
                       encoder: OpenAIEncoder) -> web.Response:
         """The whole answer in one body."""
-        texts, event = [], None
-        async for event in events:
-            if isinstance(event, Piece):
-                texts.append(event.text)
-        self.note_end(http, event)
-        return json_response(encoder.completion("".join(texts), event), headers={"X-Request-Id": request.id})
+        answer = [event async for event in events]
+        self.note_end(http, answer[-1] if answer else None)
+        return json_response(encoder.completion(answer), headers={"X-Request-Id": request.id})
 
     def note_end(self, http: web.Request, event: Event | None) -> None:
         if not isinstance(event, Finished):
@@ -4699,7 +4998,7 @@ class Front:
 
     async def handle_cancel(self, http: web.Request) -> web.Response:
         """POST /v1/cancel/{id}: the id of the X-Request-Id header of the answer, or of the chunks."""
-        request_id = http.match_info["id"].removeprefix("chatcmpl-")
+        request_id = re.sub("^(chat)?cmpl-", "", http.match_info["id"])
         if self.running.get(request_id) != self.visits[id(http)].client or not self.pool.cancel(request_id):
             raise RequestError("no answer with this id is running", status=404, code="not_running", param="id")
         return json_response({"id": request_id, "cancelled": True})
@@ -4879,6 +5178,7 @@ ROUTES = (
     Route("GET", "/static/{name:.+}", "handle_static", "its files"),
     Route("POST", "/chat/completions", "handle_chat", "an answer as nanochat's event stream", NATIVE_FIELDS),
     Route("POST", "/v1/chat/completions", "handle_openai_chat", "an answer as OpenAI has it, streamed or whole", OPENAI_FIELDS),
+    Route("POST", "/v1/completions", "handle_completions", "what follows a text, streamed or whole", COMPLETION_FIELDS),
     Route("GET", "/v1/models", "handle_models", "the served model"),
     Route("GET", "/models", "handle_models", "the served model"),
     Route("GET", "/v1/models/{name:.+}", "handle_model", "the served model, by a name of it"),
@@ -4897,6 +5197,7 @@ SCHEMAS = {     # JSON Schema of what a Field's reader takes, besides its range;
     read_switch: {"enum": [True, False, "true", "false"]}, read_list: {"type": "array"}, read_object: {"type": "object"},
     read_stop: {"anyOf": [STRING, {"type": "array", "items": STRING, "maxItems": LIMITS.stop_strings}]},
     read_token_ids: {"type": "array", "items": INTEGER}, read_priority: {"anyOf": [{"enum": ["low", "normal"]}, INTEGER]},
+    read_prompts: {"anyOf": [STRING, {"type": "array", "items": {"anyOf": [STRING, INTEGER, {"type": "array", "items": INTEGER}]}}]},
     read_logit_bias: {"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}},
 }
 
@@ -4913,7 +5214,8 @@ def openapi_operation(route: Route) -> dict[str, Any]:
     operation = {"summary": route.doc, "responses": {"200": {"description": route.doc}, "default": error}, "parameters": [
         {"name": name, "in": "path", "required": True, "schema": STRING} for name in re.findall(r"{(\w+)", route.path)]}
     if route.fields:
-        schema = {"type": "object", "required": ["messages"], "properties": {f.name: field_schema(f) for f in route.fields}}
+        required = [field.name for field in route.fields if field.required]
+        schema = {"type": "object", "required": required, "properties": {f.name: field_schema(f) for f in route.fields}}
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     return operation | ({"security": []} if route.pattern in OPEN_ROUTES else {})
 
@@ -5284,7 +5586,7 @@ class RemotePool:
 def native_body(request: Request) -> dict[str, Any]:
     """A Request as the body of POST /chat/completions."""
     sampling = request.sampling
-    messages = request.messages or (Message("user", str(request.prompt)),)
+    messages = request.messages or (Message("user", str(request.prompts[0])),)
     return {"messages": [{"role": m.role, "content": m.content} for m in messages], "max_tokens": request.max_tokens,
             "stop": list(request.stop), "ignore_eos": request.ignore_eos,
             **{name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}}
@@ -5519,7 +5821,7 @@ async def generate(settings: Settings) -> int:
         except RequestError as error:
             if error.code != "no_chat_template":
                 raise
-            done = await print_answer(pool, new_request(settings, prompt=text), [])
+            done = await print_answer(pool, new_request(settings, prompts=(text,)), [])
         print(speed(done), file=sys.stderr)
     return 0
 

@@ -117,7 +117,7 @@ def test_generate_without_a_prompt_says_what_is_missing(local_pool, monkeypatch,
 def test_a_model_without_a_chat_template_continues_the_text(local_pool):
     plain, local_pool.answer = local_pool.answer, lambda request: refuse_messages(request, plain)
     assert run_main("generate", "--prompt", "Once") == 0
-    assert (local_pool.requests[0].prompt, local_pool.requests[0].messages) == ("Once", None)
+    assert (local_pool.requests[0].prompts, local_pool.requests[0].messages) == (("Once",), None)
 
 
 async def refuse_messages(request, answer):

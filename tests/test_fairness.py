@@ -13,7 +13,7 @@ from fake_pool import FakePool, conversation, serving
 
 
 def job(name, client="", low=False):
-    return Job(Request(name, prompt=(1,), client=client, low_priority=low), (1,), 8, None, 0.0)
+    return Job(Request(name, prompts=((1,),), client=client, low_priority=low), (1,), 8, None, 0.0)
 
 
 def drained(queue):
@@ -95,7 +95,7 @@ async def pool(monkeypatch):
 
 
 def request(name, client, low=False):
-    return Request(name, prompt=(1, 2), client=client, low_priority=low)
+    return Request(name, prompts=((1, 2),), client=client, low_priority=low)
 
 
 async def test_the_pool_gives_rows_in_turn_and_refuses_above_the_limits(pool):

@@ -215,7 +215,7 @@ def test_no_json_object_breaks_the_parsers(body):
         try:
             values = chat_server.parse_fields(raw, chat_server.OPENAI_FIELDS)
             chat_server.refuse_unsupported(raw, values)
-            chat_server.parse_openai_request(values, Settings(), "id")
+            chat_server.parse_openai_request(values, Settings())
         except RequestError as error:
             assert error.status == 400 and str(error)
 
@@ -279,7 +279,8 @@ async def test_content_may_be_text_null_or_text_parts_and_developer_is_system(cl
     ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]}, "tools_not_supported"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "unsupported_content"),
     ({"response_format": {"type": "json_object"}}, "unsupported_response_format"),
-    ({"n": 2}, "unsupported_n"), ({"logprobs": True}, "unsupported_logprobs"), ({"top_logprobs": 2}, "unsupported_logprobs"),
+    ({"n": 0}, "invalid_value"), ({"n": 129}, "invalid_value"), ({"top_logprobs": 2}, "invalid_value"),
+    ({"logprobs": True, "top_logprobs": 21}, "invalid_value"), ({"logprobs": 5}, "invalid_value"),
     ({"temperature": 2.1}, "invalid_value"), ({"top_p": -0.1}, "invalid_value"), ({"max_tokens": 0}, "invalid_value"),
     ({"max_tokens": -2}, "invalid_value"), ({"presence_penalty": 3}, "invalid_value"),
     ({"logit_bias": {"x": 1}}, "invalid_value"), ({"logit_bias": {"1": 101}}, "invalid_value"),

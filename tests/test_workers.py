@@ -216,16 +216,16 @@ async def test_closing_the_pool_ends_streams_with_an_error_and_not_a_fake_finish
 async def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(start_pool):
     pool = await start_pool(context_length=64)
     with pytest.raises(RequestError, match=r"has [\d,]+ tokens and the context holds 64") as refused:
-        await collect(pool, Request("a", prompt=tuple([5] * 64)))
+        await collect(pool, Request("a", prompts=(tuple([5] * 64),)))
     assert refused.value.code == "context_length_exceeded"
-    _, tokens, last = await collect(pool, Request("b", prompt=tuple([5] * 60), ignore_eos=True))
+    _, tokens, last = await collect(pool, Request("b", prompts=(tuple([5] * 60),), ignore_eos=True))
     assert len(tokens) == 4 and last.reason == "length"
 
 
 @pytest.mark.parametrize("wrong, name", [
-    (dict(prompt=(5, 100_000)), "prompt"), (dict(prompt=(5, -1)), "prompt"),
-    (dict(prompt=(5,), stop_token_ids=(284,)), "stop_token_ids"),
-    (dict(prompt=(5,), sampling=SamplingParams(logit_bias=((3, 1.0), (999, 1.0)))), "logit_bias")])
+    (dict(prompts=((5, 100_000),)), "prompt"), (dict(prompts=((5, -1),)), "prompt"),
+    (dict(prompts=((5,),), stop_token_ids=(284,)), "stop_token_ids"),
+    (dict(prompts=((5,),), sampling=SamplingParams(logit_bias=((3, 1.0), (999, 1.0)))), "logit_bias")])
 async def test_token_ids_that_the_model_does_not_have_are_refused(start_pool, wrong, name):
     pool = await start_pool()
     with pytest.raises(RequestError, match="this model's are 0 to 283") as refused:
@@ -252,7 +252,7 @@ async def test_replicas_share_the_load_and_conversations_stay_where_their_prefix
     for stream in both:
         await stream.aclose()
     prompt = tuple(range(100, 240))
-    last = [(await collect(pool, Request(f"c{i}", prompt=prompt, max_tokens=2, ignore_eos=True)))[2] for i in range(4)]
+    last = [(await collect(pool, Request(f"c{i}", prompts=(prompt,), max_tokens=2, ignore_eos=True)))[2] for i in range(4)]
     assert len({finished.gpu for finished in last}) == 1
     assert [finished.cached_tokens for finished in last] == [0, 128, 128, 128]
 
@@ -281,7 +281,7 @@ async def test_a_step_that_fails_fails_its_requests_and_the_worker_goes_on(start
     pool = await start_pool()
     pool._check_vocabulary = lambda *request: None
     with pytest.raises(EngineFailure, match="failed while computing"):      # an id outside the vocabulary
-        await collect(pool, Request("bad", prompt=(10**9,), max_tokens=5))
+        await collect(pool, Request("bad", prompts=((10**9,),), max_tokens=5))
     pid = pool.workers[0].process.pid
     assert (await collect(pool, greedy("good")))[2].completion_tokens > 0
     assert pool.workers[0].process.pid == pid
