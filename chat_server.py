@@ -1714,6 +1714,36 @@ class Transformer:
         k.linear(b.hidden, layer["down"], residual=b.between, out=b.x)                      # (T, C)
 
 
+class EagerSteps:
+    """Runs steps of a transformer at once, on any device: `start` computes and draws, `finish` hands over the tokens."""
+
+    ahead = False           # may a step be started before the one before is finished?
+
+    def __init__(self, transformer: Transformer):
+        self.transformer = transformer
+        self.drawn: list[int] = []
+
+    def start(self, batch: Batch, rows: Seq[SampleRow]) -> list[int]:
+        """`rows` tell how to draw the token of each of the batch's logit rows. Returns a ticket for `finish`."""
+        batch.token_ids = [self.drawn[~token] if token < 0 else token for token in batch.token_ids]
+        logits = self.transformer.forward(batch)
+        self.drawn = self.transformer.kernels.sample(logits, rows) if rows else []
+        return self.drawn
+
+    def finish(self, ticket: list[int]) -> list[int]:
+        return ticket
+
+    def prepare(self, progress: Callable[[float], None]) -> None:
+        """Do what would make the first steps slow; before any step."""
+
+
+def choose_steps(transformer: Transformer, max_batch: int, context_length: int) -> "EagerSteps | GraphSteps":
+    """What runs an engine's steps: graphs where decode_core runs on CUDA."""
+    if transformer.kernels.cuda:
+        return GraphSteps(transformer, max_batch=max_batch, context_length=context_length)
+    return EagerSteps(transformer)
+
+
 # 6b. steps on CUDA: decode steps are graphs, replayed once each; tokens are drawn on the device -----------------------------
 #
 #   start   fill pinned memory > one copy to the device > replay (or, with prompts, the ops themselves) > tokens come back
@@ -1826,8 +1856,8 @@ class Staging:
 
     def __init__(self, queue: Any, size: int, max_rows: int):
         self.inputs, self.tokens = queue.pinned(size, torch.uint8), queue.pinned(max_rows, torch.int32)
-        self.in_use = False
         self.fields: dict[StepShape, SimpleNamespace] = {}      # numpy views, kept for the graphs' shapes
+        self.done: Any = None                                   # of the step that used it last
 
 
 class Ticket(NamedTuple):
@@ -1866,7 +1896,7 @@ class GraphSteps:
         self.graphs: dict[tuple[int, int], Graph] = {}
         self.sampling: Any = None           # decode_core's SampleBatch, kept while the same rows are decoded
 
-    def prepare(self, progress: Callable[[float], None] = lambda fraction: None) -> None:
+    def prepare(self, progress: Callable[[float], None]) -> None:
         """Capture the graph of every bucket, the largest first; no step may be under way."""
         buckets = [(rows, pages) for rows in reversed(self.row_buckets) for pages in reversed(self.page_buckets)]
         for done, bucket in enumerate(buckets):
@@ -1888,8 +1918,10 @@ class GraphSteps:
 
     def start(self, batch: Batch, rows: Seq[SampleRow]) -> Ticket:
         """Queue a step; `rows` say how to draw at batch.logit_rows. At most two steps may be under way."""
-        staging = next((staging for staging in self.staging if not staging.in_use), None)
-        assert staging, "two steps are under way"
+        self.staging.reverse()
+        staging = self.staging[0]
+        if staging.done:            # long since, unless that step was given up
+            self.queue.wait(staging.done)
         with torch.inference_mode():
             sampling = self._sampling(rows)
             if graph := self._graph(batch, sampling):
@@ -1901,22 +1933,18 @@ class GraphSteps:
                 work()
                 staging.tokens[:len(rows)].copy_(self.tokens[:len(rows)], non_blocking=True)
 
-            ticket = Ticket(staging, len(rows), self.queue.submit(step))
-        staging.in_use = True
-        return ticket
+            staging.done = self.queue.submit(step)
+        return Ticket(staging, len(rows), staging.done)
 
     def finish(self, ticket: Ticket) -> list[int]:
+        assert ticket.staging.done is ticket.done, "more than two steps were under way"
         self.queue.wait(ticket.done)
-        ticket.staging.in_use = False
         return ticket.staging.tokens[:ticket.rows].tolist()
 
     def _sampling(self, rows: Seq[SampleRow]) -> Any:
         """decode_core's SampleBatch of these rows, None without rows."""
         if not rows:
             return None
-        for row in rows:
-            p = row.params
-            assert not (p.repetition_penalty != 1 or p.frequency_penalty or p.presence_penalty) or row.position == len(row.tokens)
         if self.sampling and self.sampling.is_of(rows):
             self.sampling.update(rows)
         else:
@@ -2838,8 +2866,10 @@ class Sequence:
     """Tokens being decoded: slots [0, computed) of its pages hold keys and values; the tokens after are pending."""
 
     work: Work
-    tokens: list[int]                       # prompt and everything generated
+    tokens: list[int]                       # prompt and everything generated; the last is ~row while a step draws it
+    limit: int                              # tokens after which it ends for sure
     computed: int = 0
+    finished: bool = False                  # it ended or was cancelled
     pages: list[int] = field(default_factory=list)
     indexed_pages: int = 0                  # how many of them the prefix index has seen
     serial: int = PagePool.ROOT             # content serial of the last of those
@@ -2855,6 +2885,11 @@ class Sequence:
     @property
     def generated(self) -> int:
         return len(self.tokens) - len(self.work.prompt_ids)
+
+    @property
+    def drawing_last(self) -> bool:
+        """The step under way draws its last token: there is nothing to compute after it."""
+        return self.tokens[-1] < 0 and len(self.tokens) >= self.limit
 
 
 class Chunk(NamedTuple):
@@ -2894,6 +2929,7 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         (self.running if sequence in self.running else self.waiting).remove(sequence)
+        sequence.finished = True
         self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
@@ -2915,7 +2951,8 @@ class Scheduler:
         """The running sequences with one pending token, each with a slot for it; the youngest give way."""
         ready = []
         for sequence in list(self.running):
-            if sequence.pending == 1 and sequence in self.running and self._grow(sequence):
+            able = sequence.pending == 1 and not sequence.drawing_last
+            if able and sequence in self.running and self._grow(sequence):      # an earlier one may have preempted it
                 ready.append(sequence)
         return ready
 
@@ -2969,13 +3006,16 @@ class Scheduler:
         for sequence in (oldest, *others):
             share = max(left // 2, left - wanted) if sequence is oldest else left
             count = min(sequence.pending, share)
-            if count > 0 and sequence in self.running and self._grow(sequence):     # an earlier one may have preempted it
+            if count > 0 and sequence in self.running and self._grow(sequence):
                 chunks.append(Chunk(sequence, count))
                 left -= count
         return chunks
 
     def advance(self, chunk: Chunk) -> None:
-        """A chunk has been computed: enter the pages that are whole now into the prefix index."""
+        """A chunk's step has been started: enter the pages that it makes whole into the prefix index.
+
+        Steps run in the order in which they are started, so whoever finds these pages reads them after they are written.
+        """
         sequence, size = chunk.sequence, self.pool.page_size
         sequence.computed += chunk.count
         while (sequence.indexed_pages + 1) * size <= sequence.computed:
@@ -3086,8 +3126,19 @@ class Answer:
         return text
 
 
+class Started(NamedTuple):
+    """A step under way: the sequences whose next tokens its rows draw; None where one ended or was forced on meanwhile."""
+
+    ticket: Any
+    sequences: list[Sequence | None]
+
+
 class Engine:
-    """One model replica: sequences in, updates out, one `step` at a time."""
+    """One model replica: sequences in, updates out, one `step` at a time.
+
+    Where the device works beside Python (`steps.ahead`), the next step is started before the last one's tokens are
+    turned into text: it takes them where they were drawn. What then turns out to have ended has computed one row in vain.
+    """
 
     def __init__(self, transformer: Transformer, tokenizer: Tokenizer, kernels: Kernels, *, num_pages: int,
                  context_length: int, max_batch: int, prefill_chunk: int):
@@ -3096,14 +3147,17 @@ class Engine:
         self.scheduler = Scheduler(self.pool, max_batch=max_batch, prefill_chunk=prefill_chunk)
         self.context_length = min(context_length, num_pages * PAGE_SIZE)
         self.tool_thread = ThreadPoolExecutor(1, "calculator")
+        self.steps = choose_steps(transformer, max_batch, self.context_length)
+        self.under_way: Started | None = None
 
     @property
     def busy(self) -> bool:
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        return bool(self.under_way or self.scheduler.running or self.scheduler.waiting)
 
     def add(self, work: Work) -> None:
         """Queue a request; its prompt must fit the context (the front has checked it)."""
-        sequence = Sequence(work, [*work.prompt_ids, *work.resumed_ids])
+        limit = min(len(work.prompt_ids) + work.max_tokens, self.context_length)
+        sequence = Sequence(work, [*work.prompt_ids, *work.resumed_ids], limit)
         sequence.text = Answer(work, self.tokenizer, self.tool_thread, self.context_length)
         self.scheduler.add(sequence)
 
@@ -3111,36 +3165,55 @@ class Engine:
         return bool(self.scheduler.cancel(request_id))
 
     def step(self) -> list[Update]:
-        """Compute one chunk of every scheduled sequence and return what came of it."""
+        """Start the next step and finish the one before; return what came of it."""
+        ahead = self.steps.ahead and not any(needs_tokens(sequence.work.sampling) for sequence in self.scheduler.running)
+        updates = [] if ahead else self._finish()
         plan = self.scheduler.schedule()
-        tokens = self.run(plan) if plan else []
-        return self.postprocess(plan, tokens)
+        drawing = [chunk.sequence for chunk in plan if chunk.samples]
+        rows = [sample_row(sequence, self.tokenizer.stop_tokens) for sequence in drawing]
+        ticket = self.steps.start(make_batch(plan), rows) if plan else None
+        updates += self._finish()
+        if plan:
+            self._advance(plan, ticket, drawing)
+        return updates if ahead else updates + self._finish()
 
-    def run(self, plan: Seq[Chunk]) -> list[int]:
-        """Forward and sample: one token for each chunk of the plan that completes its sequence."""
-        logits = self.transformer.forward(make_batch(plan))
-        rows = [sample_row(chunk.sequence, self.tokenizer.stop_tokens) for chunk in plan if chunk.samples]
-        return self.kernels.sample(logits, rows) if rows else []
-
-    def postprocess(self, plan: Seq[Chunk], tokens: Seq[int]) -> list[Update]:
-        """Advance the cache, append the tokens, turn them into text, and let finished sequences go."""
-        sampled = iter(tokens)
-        updates = []
+    def _advance(self, plan: Seq[Chunk], ticket: Any, drawing: list[Sequence]) -> None:
+        """The started step's effect on its sequences: slots are computed, and the last token is being drawn."""
         for chunk in plan:
-            samples = chunk.samples     # before advance() moves the sequence on
-            self.scheduler.advance(chunk)
-            if samples:
-                updates.append(self._extend(chunk.sequence, int(next(sampled))))
-        return updates
+            if not chunk.sequence.finished:
+                self.scheduler.advance(chunk)
+        valid = [None if sequence.finished or sequence.pending else sequence for sequence in drawing]
+        for row, sequence in enumerate(valid):
+            if sequence:
+                sequence.tokens.append(~row)
+        self.under_way = Started(ticket, valid)
+
+    def _finish(self) -> list[Update]:
+        """Wait for the step under way, put its tokens where they were awaited, and turn them into text."""
+        if self.under_way is None:
+            return []
+        (ticket, sequences), self.under_way = self.under_way, None
+        tokens = self.steps.finish(ticket)
+        return [self._extend(sequence, token) for sequence, token in zip(sequences, tokens)
+                if sequence and not sequence.finished]
 
     def _extend(self, sequence: Sequence, token: int) -> Update:
-        sequence.tokens.append(token)
+        sequence.tokens[-1] = token
         forced, text, reason, cause = sequence.text.push(token, sequence.generated, len(sequence.tokens))
         sequence.tokens += forced
         if reason is not None:
             self.scheduler.remove(sequence)
         return Update(sequence.work.id, sequence.work.sampling.choice, (token, *forced), text, reason, cause,
                       sequence.cached_tokens, sequence.queued_s)
+
+    def give_up(self) -> list[str]:
+        """A step failed: drop what was running and whatever it may have written; returns the ids of those requests."""
+        self.under_way = None
+        ids = list(dict.fromkeys(sequence.work.id for sequence in self.scheduler.running))
+        for request_id in ids:
+            self.cancel(request_id)
+        self.pool.forget_cached()
+        return ids
 
     def check_integrity(self) -> None:
         self.scheduler.check_integrity()
@@ -3150,8 +3223,9 @@ class Engine:
         max_batch = self.scheduler.max_batch
         chunk = min(self.scheduler.prefill_chunk, self.context_length // 2)
         shapes = [(1, chunk), *((1 << n, 1) for n in range(10) if 1 << n < max_batch), (max_batch, 1)]
+        self.steps.prepare(lambda fraction: progress(fraction / 2))
         for done, (rows, length) in enumerate(shapes):
-            progress(done / len(shapes))
+            progress(0.5 + done / len(shapes) / 2)
             for row in range(min(rows, self.pool.num_pages // 2)):
                 ids = tuple((row + 7 * i) % self.tokenizer.vocab_size for i in range(length))
                 self.add(Work(f"warm-up {row}", ids, SamplingParams(), 1))
@@ -3173,6 +3247,11 @@ def make_batch(plan: Seq[Chunk]) -> Batch:
         if count == sequence.pending:
             batch.logit_rows.append(len(batch.token_ids) - 1)
     return batch
+
+
+def needs_tokens(params: SamplingParams) -> bool:
+    """Does drawing a token take all the tokens before it, and not just how many there are?"""
+    return params.repetition_penalty != 1 or bool(params.frequency_penalty or params.presence_penalty)
 
 
 def sample_row(sequence: Sequence, eos_tokens: frozenset[int]) -> SampleRow:
@@ -3448,9 +3527,7 @@ def check_engine(engine: Engine) -> tuple[str | None, dict[str, int]]:
 def fail_running(channel: Channel, engine: Engine, error: Exception) -> None:
     """A step raised: give up what was running (not what waits), free its pages, and say so."""
     log.error("a step failed", exc_info=error)
-    ids = list(dict.fromkeys(sequence.work.id for sequence in engine.scheduler.running))
-    for request_id in ids:
-        engine.cancel(request_id)
+    ids = engine.give_up()
     channel.send("failed", ids, f"the model failed while computing this answer ({type(error).__name__})")
     if not ids:                         # nothing to blame: only a fresh process can help
         raise error

@@ -5,7 +5,7 @@ import functools
 import torch
 
 import chat_server
-from chat_server import Engine, SamplingParams, Settings, Transformer, Work
+from chat_server import EagerSteps, Engine, SamplingParams, Settings, Transformer, Work
 from near_tie import Traced, draw_gap
 
 
@@ -39,8 +39,27 @@ class Run:
         return Traced(self.tokens[name], self.gaps[name])
 
 
+class TracedSteps(EagerSteps):
+    """Draws on the host from logits that it also looks at; `ahead` makes the engine start steps as early as it can."""
+
+    def __init__(self, transformer, ahead=False, on_draw=lambda row, logits, params: None):
+        super().__init__(transformer)
+        self.ahead, self.on_draw = ahead, on_draw
+
+    def start(self, batch, rows):
+        batch.token_ids = [self.drawn[~token] if token < 0 else token for token in batch.token_ids]
+        logits = self.transformer.forward(batch).float().cpu().numpy()
+        for i, (line, row) in enumerate(zip(logits, rows)):
+            self.on_draw(i, line, row)
+        self.drawn = self.draw(logits, rows)
+        return self.drawn
+
+    def draw(self, logits, rows):
+        return chat_server.sample_reference(logits, rows).tolist() if rows else []
+
+
 @torch.inference_mode()
-def run(engine, works, *, check=True, on_step=lambda plan: None):
+def run(engine, works, *, check=True, on_step=lambda plan: None, ahead=False):
     """Add `works`, step until all are done, and return the Run; the cache is walked after every step."""
     result = Run()
     for work in works:
@@ -48,12 +67,12 @@ def run(engine, works, *, check=True, on_step=lambda plan: None):
         result.tokens[work.id], result.text[work.id], result.gaps[work.id] = [], "", []
     names = []
 
-    def sample(logits, rows):
-        for name, line, row in zip(names, logits.float().cpu().numpy(), rows):
-            result.gaps[name].append(draw_gap(line, row))
-        return chat_server.sample_on_host(logits, rows)
+    def on_draw(i, logits, row):
+        drawn = row.position - lengths[names[i]]        # of an answer that has forced tokens: at least so many
+        result.gaps[names[i]][drawn:] = [draw_gap(logits, row)]
 
-    kernels, schedule = engine.kernels, engine.scheduler.schedule
+    lengths = {work.id: len(work.prompt_ids) + len(work.resumed_ids) for work in works}
+    steps, schedule = engine.steps, engine.scheduler.schedule
 
     def watched_schedule():
         plan = schedule()
@@ -61,7 +80,7 @@ def run(engine, works, *, check=True, on_step=lambda plan: None):
         on_step(plan)
         return plan
 
-    engine.kernels = chat_server.replace(kernels, sample=sample)
+    engine.steps = TracedSteps(engine.transformer, ahead, on_draw)
     engine.scheduler.schedule = watched_schedule
     try:
         while engine.busy:
@@ -73,7 +92,7 @@ def run(engine, works, *, check=True, on_step=lambda plan: None):
             if check:
                 engine.check_integrity()
     finally:
-        engine.kernels, engine.scheduler.schedule = kernels, schedule
+        engine.steps, engine.scheduler.schedule = steps, schedule
     assert engine.pool.available == engine.pool.num_pages
     return result
 

@@ -12,7 +12,7 @@ import torch
 
 import chat_server
 from chat_server import Engine, Message, PAGE_SIZE, SamplingParams, Work
-from engines import chat_work, load, make_engine, run
+from engines import TracedSteps, chat_work, load, make_engine, run
 from near_tie import assert_same_tokens_or_near_tie
 
 MARGIN = 2e-3       # far above what float32 rounding moves a logit by here (1e-4), far below a typical gap (0.1 .. 5)
@@ -142,6 +142,29 @@ def test_every_nanochat_generation_answers_as_upstream_does_alone_and_together(n
         assert run(engine, [works[i]]).tokens[f"c{i}"] == together.tokens[f"c{i}"]
 
 
+def test_steps_started_ahead_give_the_same_answers(smollm, gen5, nanochat_fixtures):
+    """Answers that end by eos, by a stop string and by their length, in batches that change at every end."""
+    works = [chat_work(smollm, f"w{i}", question, 8 + 5 * i, temperature=0.7, seed=i) for i, question in enumerate(QUESTIONS)]
+    works.append(chat_server.replace(chat_work(smollm, "s", "What is the capital of Japan?"), stop=("pan is To",)))
+    works.append(chat_work(smollm, "p", QUESTIONS[2], 12, presence_penalty=0.5))
+    smollm.pool.forget_cached()
+    expected = run(smollm, works)
+    smollm.pool.forget_cached()
+    got = run(smollm, works, ahead=True)
+    for work in works:
+        same(got, expected, work.id)
+        if got.tokens[work.id] == expected.tokens[work.id]:
+            assert got.text[work.id] == expected.text[work.id] and got.end[work.id].reason == expected.end[work.id].reason
+    tight = make_engine(nanochat_fixtures / "gen5", num_pages=14)
+    works = [Work(f"w{i}", tuple(range(40 * i % 200 + 1, 40 * i % 200 + 21)), SamplingParams(temperature=0.9, seed=i), 60,
+                  ignore_eos=True) for i in range(5)]
+    expected, got = run(gen5, works), run(tight, works, ahead=True)
+    assert tight.scheduler.preemptions > 0
+    for work in works:
+        same(got, expected, work.id)
+        assert len(got.tokens[work.id]) == 60
+
+
 def test_a_resumed_answer_goes_on_as_if_nothing_had_happened(gen5):
     work = Work("a", tuple(range(30, 60)), SamplingParams(temperature=0.9, seed=5), 50, ignore_eos=True)
     whole = run(gen5, [work])
@@ -186,22 +209,23 @@ def test_max_tokens_context_min_tokens_and_stop_ids_end_answers_as_they_say(smol
     assert len(full.tokens["a"]) == 10 and full.end["a"].stop_reason == "context_length"
 
 
-class ScriptedDraws:
-    """Stands in for sampling: dictates the next tokens of every sequence, so that tool use can be driven exactly."""
+class ScriptedSteps(TracedSteps):
+    """Dictates the token of every position, so that tool use can be driven exactly."""
 
-    def __init__(self, tokens):
-        self.tokens = list(tokens)
-
-    def __call__(self, logits, rows):
-        return [self.tokens.pop(0)]
+    def draw(self, logits, rows):
+        return [self.script[row.position] for row in rows]
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("expression, answer", [("12*(3+4)", "84"), ("'strawberry'.count('r')", "3"), ("2**9999", None)])
-def test_nanochats_calculator_is_forced_into_the_answer(gen5, expression, answer):
+def test_nanochats_calculator_is_forced_into_the_answer(gen5, expression, answer, ahead):
     ids = gen5.tokenizer.tool_tokens
     script = [ids.python_start, *gen5.tokenizer.encode(expression), ids.python_end, *gen5.tokenizer.encode("ok")]
     forced = [ids.output_start, *gen5.tokenizer.encode(answer), ids.output_end] if answer else []
-    gen5.kernels = chat_server.replace(gen5.kernels, sample=ScriptedDraws(script + [0] * 50))
+    after_call = script.index(ids.python_end) + 1
+    expected = script[:after_call] + forced + script[after_call:]
+    gen5.steps = ScriptedSteps(gen5.transformer, ahead)
+    gen5.steps.script = [1, 2, 3, *expected, 0, 0]
     gen5.add(Work("a", (1, 2, 3), SamplingParams(), len(script) + len(forced), ignore_eos=True))
     tokens, text = [], ""
     with torch.inference_mode():
@@ -209,14 +233,15 @@ def test_nanochats_calculator_is_forced_into_the_answer(gen5, expression, answer
             for update in gen5.step():
                 tokens += update.tokens
                 text += update.text
-    after_call = script.index(ids.python_end) + 1
-    assert tokens == script[:after_call] + forced + script[after_call:]
+    assert tokens == expected
     assert text == expression + (answer or "") + "ok"
     gen5.check_integrity()
 
 
-def test_requests_that_come_and_go_at_random_moments_leave_nothing_behind(gen5):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_requests_that_come_and_go_at_random_moments_leave_nothing_behind(gen5, ahead):
     generator = random.Random(11)
+    gen5.steps = TracedSteps(gen5.transformer, ahead)
     alive = set()
     with torch.inference_mode():
         for number in range(200):
@@ -235,6 +260,7 @@ def test_requests_that_come_and_go_at_random_moments_leave_nothing_behind(gen5):
             gen5.check_integrity()
         for name in alive:
             gen5.cancel(name)
+    gen5.step()         # what is under way
     assert not gen5.busy
     assert gen5.pool.available == gen5.pool.num_pages
 
