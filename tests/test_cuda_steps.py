@@ -6,8 +6,8 @@ reference engine gives on the CPU.
 
 import functools
 import json
-import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -372,3 +372,21 @@ def test_load_kernels_takes_decode_core_on_cuda_where_the_model_fits(monkeypatch
 
 def test_the_core_says_whether_cuda_can_be_used():
     assert (decode_core.cuda_ops() is not None) == bool(decode_core._core.cuda_compiled and decode_core._core.cuda_devices())
+
+
+# --- the bench ---------------------------------------------------------------------------------------------------
+
+
+def test_the_decode_bench_runs(backend):
+    from importlib.util import module_from_spec, spec_from_file_location
+    place = spec_from_file_location("cuda_decode", Path(__file__).parent.parent / "bench" / "cuda_decode.py")
+    bench = module_from_spec(place)
+    place.loader.exec_module(bench)
+    for shape in bench.SHAPES.values():
+        spec = replace(shape, layers=1, width=64, heads=4, kv_heads=2, head_size=16, ffn_size=96, vocab_size=200, max_positions=400)
+        steps = bench.make_steps(spec, backend.kernels(spec), backend.device, torch.bfloat16, 3, 200, backend.queue())
+        assert bench.seconds_per_step(bench.Decoding(steps, 3, 100, 60), 40) > 0
+        assert steps.queue.replays == 40 and bench.seconds_per_replay(steps, 3, 2) > 0
+        weights = 64 * (4 + 4) * 16 + 64 * 64 + 64 * 96 * (2 if spec.activation == "relu2" else 3) + 200 * 64
+        norms = 3 * 64 * 4 if spec.norm_weights else 0
+        assert bench.bytes_of_a_step(steps.transformer, 3, 100) == 2 * weights + norms + 3 * 100 * 2 * 2 * 16 * 2
