@@ -44,7 +44,9 @@ import dataclasses
 import errno
 import functools
 import hashlib
+import hmac
 import importlib
+import itertools
 import json
 import logging
 import math
@@ -145,6 +147,21 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
     return parse
 
 
+def origin(text: str) -> str:
+    """An argparse type: what browsers send as Origin, or * for all of them."""
+    if text not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no origin such as https://chat.example.org (no path), null or *")
+    return text
+
+
+def url_prefix(text: str) -> str:
+    """An argparse type: "" or a path without its last slash."""
+    path = "/" + text.strip("/") if text.strip("/") else ""
+    if not re.fullmatch(r"(/[A-Za-z0-9._~-]+)*", path):
+        raise argparse.ArgumentTypeError(f"{text!r} is no path such as /chat")
+    return path
+
+
 class Option(NamedTuple):
     """One command-line flag: argparse, the environment variable, `Settings` and the README table come from this row."""
 
@@ -178,16 +195,32 @@ OPTIONS = (
     Option("url", None, None, str, "talk to a running server instead of loading a model", "chat generate"),
     Option("port", "p", 8000, number(int, 0, 65535), "port to listen on, 0 = any free one", "serve"),
     Option("host", None, "0.0.0.0", str, "address to listen on", "serve"),
-    Option("dtype", "d", None, str, "weights and KV cache (default: bfloat16 on CUDA, the faster on CPU)",
+    Option("prefix", None, "", url_prefix, "path to serve under, such as /chat", "serve"),
+    Option("api-key", None, (), str, "key that requests must bring, may repeat; sent to --url by chat and generate", many=True),
+    Option("api-key-file", None, None, str, "file of more keys, one a line: `name: key` or `key`", "serve"),
+    Option("cors-origin", None, (), origin, "web origin whose pages may use the server, may repeat; `null` = pages opened "
+           "from files, `*` = any", "serve", many=True),
+    Option("allowed-host", None, (), str, "host name that requests may ask for when --host is loopback, may repeat "
+           "(localhost always may)", "serve", many=True),
+    Option("dtype", "d", None, str, "weights and KV cache (default: as the file has them where kernels can, else bfloat16)",
            choices=("bfloat16", "float32")),
+    Option("quantize", None, None, str, "float weight matrices become 8 or 4 bits when they are loaded (CPU, with decode_core)",
+           choices=("q8_0", "q4_0", "q4_1")),
     Option("device-type", None, "auto", str, "where the model runs", choices=("auto", "cuda", "cpu", "mps")),
     Option("gpu-memory-utilization", None, 0.90, number(float, 0.05, 1.0), "share of device memory for weights and KV pages"),
     Option("kv-cache-memory", None, None, parse_bytes, "bytes for KV pages per replica (suffixes K, M, G)"),
     Option("max-batch", None, 64, number(int, 1, 1024), "sequences decoded together per replica"),
-    Option("max-queue", None, 256, number(int, 0), "requests waiting in the whole server before 503", "serve"),
+    Option("max-queue", None, 256, number(int, 0), "requests waiting in the whole server before 429", "serve"),
+    Option("max-concurrent-per-key", None, 0, number(int, 0),
+           "requests of one API key (without keys: of one address) at a time before 429, 0 = any number", "serve"),
+    Option("idle-unload", None, 0.0, number(float, 0), "seconds without a request after which the model leaves memory until "
+           "the next one, 0 = never", "serve"),
+    Option("drain-timeout", None, 30.0, number(float, 0), "seconds that SIGTERM gives running answers", "serve"),
     Option("context-length", None, None, number(int, 16), "tokens per sequence (default: the model's)"),
     Option("prefill-chunk", None, 256, number(int, 16, 65536), "tokens of prompts computed in one step"),
+    Option("config", None, None, str, "TOML file of flags: `max-batch = 8`; flags and environment variables win"),
     Option("served-model-name", None, (), str, "extra names for the model, may repeat", "serve", many=True),
+    Option("log-format", None, "text", str, "the log as lines of text or of JSON", "serve", choices=("text", "json")),
     Option("log-conversations", None, False, None, "message texts in the log; otherwise metadata only", "serve"),
 )
 
@@ -196,39 +229,8 @@ def option_field(option: Option) -> str:
     return option.name.split()[0].replace("-", "_")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Every flag's value (the field of `--max-tokens` is `max_tokens`), plus the command and MODEL."""
-
-    command: str = "serve"
-    model: str | None = None
-    num_gpus: str = "1"
-    num_workers: int = 1
-    source: str | None = None
-    model_tag: str | None = None
-    step: int | None = None
-    softcap: float | None = None
-    temperature: float | None = None
-    top_k: int = 50
-    top_p: float = 1.0
-    min_p: float = 0.0
-    max_tokens: int | None = None
-    seed: int | None = None
-    prompt: str | None = None
-    system: str | None = None
-    url: str | None = None
-    port: int = 8000
-    host: str = "0.0.0.0"
-    dtype: str | None = None
-    device_type: str = "auto"
-    gpu_memory_utilization: float = 0.90
-    kv_cache_memory: int | None = None
-    max_batch: int = 64
-    max_queue: int = 256
-    context_length: int | None = None
-    prefill_chunk: int = 256
-    served_model_name: tuple[str, ...] = ()
-    log_conversations: bool = False
+class SettingsBase:
+    """What follows from the flags."""
 
     @property
     def default_temperature(self) -> float:
@@ -237,6 +239,41 @@ class Settings:
     @property
     def default_max_tokens(self) -> int:
         return self.max_tokens if self.max_tokens is not None else 512
+
+
+# Every flag's value (the field of `--max-tokens` is `max_tokens`), the command, MODEL, and the API keys, hashed.
+Settings = dataclasses.make_dataclass(
+    "Settings", [("command", str, "serve"), ("model", "str | None", None), ("keys", "tuple[ApiKey, ...]", ()),
+                 *((option_field(option), Any, option.default) for option in OPTIONS)], bases=(SettingsBase,), frozen=True)
+Settings.__module__ = __name__      # where pickles find it
+
+
+class ApiKey(NamedTuple):
+    """A key that opens the server: only its hash is kept."""
+
+    name: str           # shown in the access log
+    digest: bytes
+
+    @classmethod
+    def hashed(cls, key: str, name: str) -> "ApiKey":
+        return cls(name, hashlib.sha256(key.encode("utf-8", "replace")).digest())
+
+
+def read_api_keys(keys: Iterable[str], path: str | None) -> tuple[ApiKey, ...]:
+    """The keys of --api-key and --api-key-file (lines `name: key` or `key`). ConfigErrors never show a key."""
+    found = [ApiKey.hashed(key.strip(), f"key-{number_}") for number_, key in enumerate(keys, 1) if key.strip()]
+    if path is not None:
+        try:
+            lines = [line.strip() for line in Path(path).expanduser().read_text().splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--api-key-file {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
+        for number_, line in enumerate(lines, 1):
+            name, _, key = line.rpartition(":")
+            if line and not line.startswith("#"):
+                found.append(ApiKey.hashed(key.strip(), name.strip() or f"line-{number_}"))
+    if not found and (path is not None or list(keys)):
+        raise ConfigError("no API key in --api-key or --api-key-file; without one the server would be open")
+    return tuple(found)
 
 
 # 2. errors: raised deep, answered in one place ------------------------------------------------------------------
@@ -685,12 +722,17 @@ def rms_norm_reference(x, weight, eps, out):
     out.copy_(torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps))
 
 
-def pack_reference(weight):
-    """(N, K) -> what `linear` reads fastest; on x86 oneDNN's blocked layout: 2.4 times faster than the plain one
+def pack_reference(name, weight):
+    """The matrix `name` (N, K) -> what `linear` reads fastest; on x86 oneDNN's blocked layout: 2.4 times faster than the plain one
     at one row (bfloat16, SmolLM2-135M's layers, 2 threads: 4.7 against 11.1 ms), 1.2 times at 256."""
     x86 = weight.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
     able = x86 and torch.backends.mkldnn.is_available() and (weight.dtype == torch.float32 or mkldnn_bfloat16())
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if able else weight
+
+
+def pack_table_reference(weight, is_head):
+    """The embedding (V, C), which a tied head shares, stays as it is."""
+    return weight
 
 
 def mkldnn_bfloat16() -> bool:
@@ -711,7 +753,7 @@ def linear_reference(x, weight, out, norm=None, bias=None, activation=None, resi
     """
     if norm:
         x = torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
-    x = x[:, :weight.shape[1]].to(weight.dtype)
+    x, bias = x[:, :weight.shape[1]].to(weight.dtype), bias if bias is None else bias.to(weight.dtype)
     if weight.is_mkldnn:
         y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     else:
@@ -1162,6 +1204,7 @@ class Kernels:
     gather_rows: Callable
     rms_norm: Callable
     pack: Callable
+    pack_table: Callable
     linear: Callable
     copy: Callable
     mix: Callable
@@ -1175,6 +1218,7 @@ class Kernels:
     paged_attention: Callable
     sample: Callable
     names: Mapping[str, str]
+    program: Any = None                 # where the ops are recorded instead of computing; it runs whole steps
     row_invariant: bool = False         # each row's bits depend on nothing else in the batch
     cuda: CudaKernels | None = None     # where decode_core runs on CUDA: what GraphSteps needs besides the ops
 
@@ -1182,26 +1226,28 @@ class Kernels:
         return dict(self.names)
 
 
-OP_NAMES = tuple(op.name for op in dataclasses.fields(Kernels)[:-3])
+OP_NAMES = tuple(op.name for op in dataclasses.fields(Kernels)[:-4])
 
 
-def load_kernels(device, spec=None) -> Kernels:
+def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=None) -> Kernels:
     """Choose the op of each name for a device and a model: decode_core's where it is there and fits, else the reference.
 
-    CHAT_SERVER_KERNELS=reference keeps decode_core out.
+    Steps have at most `max_tokens` tokens and `max_rows` rows of logits; `quantize` names the type that float weights
+    become. CHAT_SERVER_KERNELS=reference keeps decode_core out.
     """
     ops = {name: globals().get(f"{name}_reference") for name in OP_NAMES} | {"sample": sample_on_host}
     names = dict.fromkeys(ops, "torch/reference") | {"sample": "numpy/reference"}
-    kind, core, cuda = torch.device(device).type, decode_core() if spec is not None else None, None
-    if core and kind == "cpu":
-        fast = core_kernels(core, spec)
-        ops |= fast
-        names |= dict.fromkeys(fast, f"decode_core/{core.info()['isa']}")
-    elif core and kind == "cuda" and fits_cuda(spec) and (cuda_ops := core.cuda_ops()):
-        cuda = CudaKernels(core, cuda_ops, spec)
-        ops |= cuda.ops()
-        names |= dict.fromkeys(cuda.ops(), "decode_core/cuda")
-    return Kernels(**ops, names=names, cuda=cuda)
+    if spec and (cuda := cuda_kernels(spec, device)):
+        return Kernels(**ops | cuda.ops(), names=names | dict.fromkeys(cuda.ops(), "decode_core/cuda"), cuda=cuda)
+    if spec is None or not core_runs(spec, device):
+        if quantize:
+            raise ConfigError("--quantize needs decode_core and a CPU: `pip install .` in the checkout builds it")
+        return Kernels(**ops, names=names)
+    core = decode_core()
+    core.set_threads(torch.get_num_threads())
+    program = core.Program(max_tokens, max_rows)
+    names = dict.fromkeys(ops, f"decode_core/{core.info()['isa']}")
+    return Kernels(**ops | program_ops(core, program, spec, quantize), names=names, program=program, row_invariant=True)
 
 
 @functools.cache
@@ -1222,10 +1268,60 @@ def kernels_line() -> str:
     return "decode_core is not installed, so slower reference ops run; `pip install .` in the checkout builds it"
 
 
-def core_kernels(core: Any, spec) -> dict[str, Callable]:
-    """decode_core's ops in the form that `forward` calls them; references stay where the model's shape does not fit."""
-    core.set_threads(torch.get_num_threads())
-    return {"sample": core.Sampler()}
+def core_runs(spec, device) -> bool:
+    """Does decode_core compute this model's steps: is it there, and do its CPU kernels fit the model's shape?"""
+    fits = spec.head_size % 16 == 0 and spec.head_size <= 256 and spec.heads // spec.kv_heads <= 16 and spec.ffn_size % 16 == 0
+    return fits and torch.device(device).type == "cpu" and decode_core() is not None
+
+
+def program_ops(core: Any, program: Any, spec, quantize: str | None) -> dict[str, Callable]:
+    """The ops that append themselves to decode_core's `program`: `compute` runs once against them, then the program runs.
+
+    Weights lie in tiles in the order of use. A layer's cache is (P, Hkv, 2, 16 * D), keys transposed, in float16 beside
+    16-bit and quantized weights, else float32. Activations are float32.
+    """
+    arena = core.Arena(64 << 20)
+    kinds = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+    def pack(name, weight):
+        (N, K), given = weight.shape, isinstance(weight, QuantizedMatrix)
+        rows, kind = (weight.rows, weight.kind) if given else (weight, kinds[weight.dtype])
+        small = given or K % 32 or name.endswith("ve_gate")
+        matrix = core.Matrix(arena, kind if small or not quantize else quantize, N, K)
+        parts = 2 if name.endswith("gate_up") else 1        # tiles of gates and ups take turns: swiglu has both at hand
+        for part in range(parts):
+            matrix.fill(rows[N // parts * part:N // parts * (part + 1)], kind, first_tile=part, tile_step=parts)
+        return matrix
+
+    def pack_table(weight, is_head):
+        return pack("embed", weight) if is_head or isinstance(weight, QuantizedMatrix) else weight
+
+    def rope_tables(spec, device):
+        cos, sin = rope_tables_reference(spec, device)
+        half = cos.shape[1] // 2
+        return cos[:, :half].contiguous(), sin[:, half:].contiguous()          # sin carries the direction
+
+    def make_cache(spec, num_pages, dtype, device):
+        kind = torch.float32 if dtype == torch.float32 else torch.float16
+        return zeroed((spec.layers, num_pages, spec.kv_heads, 2, PAGE_SIZE * spec.head_size), kind, device)
+
+    def rope_append(qkv, tables, positions, slots, cache, spec, q_norm, k_norm, value_embed, gate, out):
+        program.rope_append(qkv, *tables, positions, slots, cache, out, norm=spec.qk_norm, q_norm=q_norm,
+                            k_norm=k_norm, eps=spec.norm_eps, post_scale=spec.qk_scale, value_embed=value_embed, gate=gate,
+                            gate_scale=spec.ve_gate_scale)
+
+    def paged_attention(q, cache, plan, window, out):
+        program.paged_attention(q, cache, plan, window=window, out=out)
+
+    same = ("embed", "gather_rows", "rms_norm", "linear", "copy", "mix", "smear", "backout", "softcap")
+    return {name: getattr(program, name) for name in same} | {
+        "pack": pack, "pack_table": pack_table, "rope_tables": rope_tables, "make_cache": make_cache,
+        "rope_append": rope_append, "paged_attention": paged_attention, "sample": core.Sampler()}
+
+
+def weights_dtype(spec, device) -> "torch.dtype":
+    """What float weights become where neither the user nor the file says it."""
+    return torch.bfloat16 if core_runs(spec, device) else fastest_dtype(device)
 
 
 # 4c. decode_core on CUDA: decode rows by its kernels, a prompt's attention by torch over the same pages -------------------
@@ -1251,10 +1347,13 @@ class CudaPlan(NamedTuple):
     tickets: Any
 
 
-def fits_cuda(spec: ModelSpec) -> bool:
-    """Whether decode_core's CUDA kernels take a model of these sizes."""
+def cuda_kernels(spec: ModelSpec, device) -> CudaKernels | None:
+    """decode_core's ops on a CUDA device, where they were compiled, a driver is there and they take a model of these sizes."""
     size, group = spec.head_size, spec.heads // spec.kv_heads
-    return size % 16 == 0 and size <= 256 and group <= 64 and spec.heads % spec.kv_heads == 0 and spec.vocab_size <= 1 << 18
+    fits = size % 16 == 0 and size <= 256 and group <= 64 and spec.heads % spec.kv_heads == 0 and spec.vocab_size <= 1 << 18
+    core = decode_core() if fits and torch.device(device).type == "cuda" else None
+    cuda_ops = core.cuda_ops() if core else None
+    return CudaKernels(core, cuda_ops, spec) if cuda_ops else None
 
 
 def current_cuda_stream() -> int:
@@ -1559,8 +1658,7 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """One flattened step: the T new tokens of N sequences, sequence after sequence; one-token sequences first."""
 
     token_ids: list[int]            # (T); ~i, where steps are begun ahead: the token that row i of the step before draws
@@ -1599,6 +1697,19 @@ def make_inputs(batch: Batch, kernels: Kernels, spec: ModelSpec, device, dtype) 
     return Inputs(*tensors, attention=kernels.plan_attention(batch, tensors[2], windows, dtype))
 
 
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """Weights (N, K) as GGUF files have them: rows of blocks of 32 weights that share a scale."""
+
+    kind: str               # "q4_0", "q4_1", "q8_0"
+    rows: Any               # (N, bytes of a row) uint8, numpy
+    columns: int            # K
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.rows), self.columns
+
+
 class Transformer:
     """A model's packed weights, KV pages and activation buffers, all allocated here and once.
 
@@ -1609,7 +1720,7 @@ class Transformer:
     def __init__(self, spec: ModelSpec, tensors: dict, kernels: Kernels, *, num_pages: int, max_tokens: int,
                  max_rows: int | None = None, device="cpu", dtype=None):
         self.spec, self.kernels = spec, kernels
-        self.device, self.dtype = torch.device(device), dtype or fastest_dtype(device)
+        self.device, self.dtype = torch.device(device), dtype
         with torch.inference_mode():
             self.weights = self._pack(tensors)
             self.layers = [{name.partition(".")[2]: tensor for name, tensor in self.weights.items()
@@ -1617,24 +1728,33 @@ class Transformer:
             self.rope_tables = kernels.rope_tables(spec, self.device)
             self.cache = kernels.make_cache(spec, num_pages, self.dtype, self.device)
             self.buffers = self._allocate(max_tokens, min(max_rows or max_tokens, max_tokens))
+            if kernels.program:
+                self.compute(kernels.program, SimpleNamespace(**self.buffers))
+                kernels.program.sample(self.buffers["logits"])
 
     def _pack(self, tensors: dict) -> dict:
-        """Move every weight to the device, matrices into the kernels' layout; a tied head stays the plain embedding."""
-        weights = {}
+        """Move every weight to the device, matrices into the kernels' layout; a tied head is the embedding."""
+        weights, tied = {}, self.spec.tied_head
         for name in expected_tensors(self.spec):
-            if name == "head" and self.spec.tied_head:
-                tensors.pop(name)
+            tensor = tensors.pop(name)
+            if name == "head" and tied:
                 weights[name] = weights["embed"]
                 continue
-            tensor = tensors.pop(name)
-            tensor = tensor.to(self.device, self.dtype if tensor.ndim > 1 or name.endswith("bias") else torch.float32)
-            matrix = name.rpartition(".")[2] in ("qkv", "output", "gate_up", "up", "down", "head")
-            weights[name] = self.kernels.pack(tensor) if matrix else tensor
+            if not isinstance(tensor, QuantizedMatrix):
+                large = tensor.ndim > 1 and name != "smear_gate"
+                tensor = tensor.to(self.device, self.dtype if large else torch.float32)
+            if name == "embed":
+                weights[name] = self.kernels.pack_table(tensor, tied)
+            elif name.rpartition(".")[2] in ("qkv", "output", "gate_up", "up", "down", "head", "ve_gate"):
+                weights[name] = self.kernels.pack(name, tensor)
+            else:
+                weights[name] = tensor
         return weights
 
     def _allocate(self, T: int, R: int) -> dict:
         """One buffer for each activation: the residual stream, q and logits in float32, the rest in the weights' type."""
-        spec, f32, dtype = self.spec, torch.float32, self.dtype
+        spec, f32 = self.spec, torch.float32
+        dtype = f32 if self.kernels.program else self.dtype
         C, D, F, H, Hkv = spec.width, spec.head_size, spec.ffn_size, spec.heads, spec.kv_heads
         sizes = {
             "x": (T, C, f32), "between": (T, C, f32), "x0": (T, C, f32), "middle": (T, C, f32), "previous": (T, C, f32),
@@ -1652,12 +1772,22 @@ class Transformer:
 
     @staticmethod
     def page_bytes(spec: ModelSpec, dtype) -> int:
-        """Bytes of one KV page over all layers."""
-        return spec.layers * PAGE_SIZE * 2 * spec.kv_heads * spec.head_size * dtype.itemsize
+        """Bytes of one KV page over all layers; dtype None: weights as the file has them, keys and values in float16."""
+        return spec.layers * PAGE_SIZE * 2 * spec.kv_heads * spec.head_size * (dtype or torch.float16).itemsize
+
+    @property
+    def weight_types(self) -> str:
+        """Of the matrices, the commonest first: "q4_1, q8_0"."""
+        kinds = collections.Counter(getattr(w, "kind", None) or str(w.dtype).removeprefix("torch.")
+                                    for w in self.weights.values() if getattr(w, "kind", None) or w.ndim > 1)
+        return ", ".join(kind for kind, _ in kinds.most_common())
 
     def forward(self, batch: Batch):
         """Run a step's new tokens through the model -> logits (R, V) float32, a view of a buffer that the next step reuses."""
         buffers = self._cut(len(batch.token_ids), len(batch.logit_rows))
+        if program := self.kernels.program:
+            program.finish(program.start(*batch))
+            return buffers.logits
         with torch.inference_mode():
             self.compute(make_inputs(batch, self.kernels, self.spec, self.device, self.dtype), buffers)
         return buffers.logits
@@ -1725,7 +1855,7 @@ class EagerSteps:
 
     def start(self, batch: Batch, rows: Seq[SampleRow]) -> list[int]:
         """`rows` tell how to draw the token of each of the batch's logit rows. Returns a ticket for `finish`."""
-        batch.token_ids = [self.drawn[~token] if token < 0 else token for token in batch.token_ids]
+        batch.token_ids[:] = [self.drawn[~token] if token < 0 else token for token in batch.token_ids]
         logits = self.transformer.forward(batch)
         self.drawn = self.transformer.kernels.sample(logits, rows) if rows else []
         return self.drawn
@@ -1737,11 +1867,27 @@ class EagerSteps:
         """Do what would make the first steps slow; before any step."""
 
 
-def choose_steps(transformer: Transformer, max_batch: int, context_length: int) -> "EagerSteps | GraphSteps":
-    """What runs an engine's steps: graphs where decode_core runs on CUDA."""
-    if transformer.kernels.cuda:
-        return GraphSteps(transformer, max_batch=max_batch, context_length=context_length)
-    return EagerSteps(transformer)
+class ProgramSteps:
+    """Runs steps as decode_core's recorded program on its own threads; two may be under way."""
+
+    ahead = True
+
+    def __init__(self, transformer: Transformer):
+        self.program, self.vocab_size = transformer.kernels.program, transformer.spec.vocab_size
+        self.sampling: Any = None               # of the step before: mostly the same rows are drawn again
+
+    def start(self, batch: Batch, rows: Seq[SampleRow]) -> Any:
+        if self.sampling and self.sampling.is_of(rows):
+            self.sampling.update(rows)
+        else:
+            self.sampling = decode_core().SampleBatch(rows, self.vocab_size) if rows else None
+        return self.program.start(*batch, self.sampling)
+
+    def finish(self, ticket: Any) -> list[int]:
+        return self.program.finish(ticket)
+
+    def prepare(self, progress: Callable[[float], None]) -> None:
+        """Nothing: the program was recorded with the transformer."""
 
 
 # 6b. steps on CUDA: decode steps are graphs, replayed once each; tokens are drawn on the device -----------------------------
@@ -2020,6 +2166,15 @@ def doubling(first: int, last: int, factor: int) -> list[int]:
     return [*sizes[:-1], last]
 
 
+def make_steps(transformer: Transformer, max_batch: int, context_length: int) -> EagerSteps | ProgramSteps | GraphSteps:
+    """What runs an engine's steps: decode_core's program on a CPU, graphs on CUDA, else the ops one by one."""
+    if transformer.kernels.program:
+        return ProgramSteps(transformer)
+    if transformer.kernels.cuda:
+        return GraphSteps(transformer, max_batch=max_batch, context_length=context_length)
+    return EagerSteps(transformer)
+
+
 # 7. weights: a path becomes (ModelSpec, named tensors, TextSpec) --------------------------------------------------
 #   resolve_model (front, paths only, no torch) > ModelSource > open_model (worker) > LoadedModel
 
@@ -2048,6 +2203,7 @@ class LoadedModel:
     name: str
     context_length: int                 # tokens
     description: str
+    dtype: torch.dtype | None           # of the weight matrices; None: as the file has them
 
 
 # --- which model -------------------------------------------------------------------------------------------------
@@ -2284,9 +2440,9 @@ def download_fraction(lines: Iterable[str], folder: Path) -> float:
 # --- opening: the worker's side ------------------------------------------------------------------------------------
 
 
-def open_model(source: ModelSource, settings: Settings, dtype: torch.dtype, device: Any = "cpu",
+def open_model(source: ModelSource, settings: Settings, dtype: torch.dtype | None, device: Any = "cpu",
                progress: Progress = no_progress) -> LoadedModel:
-    """Read the weights once, into `dtype` on `device` (norms and per-layer scalars stay float32).
+    """Read the weights once, into `dtype` on `device` (norms and per-layer scalars stay float32); None: what runs fastest.
 
     Raises ConfigError naming file, keys and shapes when the files are not a whole model of a known kind.
     """
@@ -2374,7 +2530,7 @@ def open_nanochat(source: ModelSource, settings: Settings, dtype: torch.dtype, d
     names = source_names(spec, NANOCHAT_TENSORS)
     check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()},
                            source_shapes(spec, names, max(padded, spec.vocab_size)))
-    tensors = {}
+    tensors, dtype = {}, dtype or weights_dtype(spec, device)
     for i, (ours, (shape, theirs)) in enumerate(names.items()):
         progress("loading weights", i / len(names))
         rows = [state[name][:shape[0]] for name in theirs]      # crops a padded vocabulary
@@ -2382,7 +2538,7 @@ def open_nanochat(source: ModelSource, settings: Settings, dtype: torch.dtype, d
         tensors[ours] = torch.cat(rows).to(device, kind) if len(rows) > 1 else rows[0].to(device, kind, copy=True)
     since = GENERATIONS[number].since
     description = f"nanochat generation {number} ({since}), {spec.layers} layers, width {spec.width}"
-    return LoadedModel(spec, tensors, text, source.name, spec.max_positions, description)
+    return LoadedModel(spec, tensors, text, source.name, spec.max_positions, description, dtype)
 
 
 NANOCHAT_SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
@@ -2528,6 +2684,8 @@ def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, devic
         shapes = {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in stored.items()}
         shapes.pop("rope_freqs.weight", None)       # has become spec.rope_factors
         check_names_and_shapes(source.path, shapes, source_shapes(spec, names, spec.vocab_size))
+        if dtype is None and not core_runs(spec, device):
+            dtype = fastest_dtype(device)
         # the tokenizer is built by Python while torch, which holds no interpreter lock, fills the tensors
         with ThreadPoolExecutor(1) as pool:
             loading = pool.submit(gguf_tensors, spec, names, stored, dtype, device, progress)
@@ -2538,7 +2696,7 @@ def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, devic
     types = collections.Counter(tensor.tensor_type.name for tensor in stored.values())
     description = f"{metadata.get('general.name', source.name)}: llama, {spec.layers} layers, width {spec.width}, " + \
         ", ".join(f"{count} {name}" for name, count in types.most_common())
-    return LoadedModel(spec, tensors, text, source.name, spec.max_positions, description)
+    return LoadedModel(spec, tensors, text, source.name, spec.max_positions, description, dtype)
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -2624,23 +2782,25 @@ def gguf_rope_factors(path: Path, value: Callable, stored: Mapping[str, Any], co
     return None if set(factors) == {1.0} else factors
 
 
-def gguf_tensors(spec: ModelSpec, names: Mapping[str, tuple], stored: Mapping[str, Any], dtype: torch.dtype,
-                 device: Any, progress: Progress) -> dict[str, torch.Tensor]:
-    """Dequantized tensors; two threads of one core each, for torch's own lose more than they gain at such sizes."""
+def gguf_tensors(spec: ModelSpec, names: Mapping[str, tuple], stored: Mapping[str, Any], dtype: torch.dtype | None,
+                 device: Any, progress: Progress) -> dict[str, torch.Tensor | QuantizedMatrix]:
+    """Tensors of `dtype`; None: as the file has them, types that the kernels do not know re-quantized to Q8_0.
+
+    Two threads of one core each, for torch's own lose more than they gain at such sizes.
+    """
     done = 0
 
-    def load(ours: str) -> torch.Tensor:
+    def load(ours: str) -> torch.Tensor | QuantizedMatrix:
         nonlocal done
         shape, theirs = names[ours]
-        out, row = torch.empty(shape, dtype=torch.float32 if len(shape) == 1 else dtype), 0
-        for name in theirs:
-            rows = int(stored[name].shape[-1])
-            turned = re.search(r"attn_[qk]\.", name)        # rotary pairs lie interleaved in llama's GGUF files
-            dequantize_rows(stored[name], out[row:row + rows], spec.head_size if turned else 0)
-            row += rows
+        parts = [(stored[name], spec.head_size if re.search(r"attn_[qk]\.", name) else 0) for name in theirs]
+        if dtype is None and len(shape) == 2:
+            loaded = as_stored(shape, parts)
+        else:
+            loaded = dequantized(shape, parts, torch.float32 if len(shape) == 1 else dtype).to(device)
         done += 1
         progress("loading weights", done / len(names))
-        return out.to(device)
+        return loaded
 
     threads = torch.get_num_threads()
     try:
@@ -2653,19 +2813,46 @@ def gguf_tensors(spec: ModelSpec, names: Mapping[str, tuple], stored: Mapping[st
     return tensors
 
 
+NATIVE_FLOATS = {"F32": "bfloat16", "F16": "float16", "BF16": "bfloat16"}     # float32 matrices are not worth their bytes
 DEQUANTIZE_ELEMENTS = 1 << 19       # at a time: stays in cache, and needs no second copy of a large matrix
 
 
-def dequantize_rows(tensor: Any, out: torch.Tensor, head_size: int = 0) -> None:
-    """gguf.ReaderTensor -> out (N, K) or (N,), any float dtype; bit-equal to gguf.dequantize rounded to out's dtype.
+def as_stored(shape: tuple[int, int], parts: Seq[tuple[Any, int]]) -> torch.Tensor | QuantizedMatrix:
+    """The (tensor, head size to turn or 0) of a matrix below each other, in the file's own type if they share one."""
+    kinds = {tensor.tensor_type.name for tensor, _ in parts}
+    kind = kinds.pop() if len(kinds) == 1 else "mixed"
+    if kind in NATIVE_FLOATS:
+        return dequantized(shape, parts, getattr(torch, NATIVE_FLOATS[kind]))
+    if kind in FAST_DEQUANTIZERS:
+        rows = numpy.concatenate([turned(numpy.asarray(tensor.data), head_size) for tensor, head_size in parts])
+        return QuantizedMatrix(kind.lower(), rows, shape[1])
+    gguf = require_library("gguf", "a GGUF file")
+    rows = dequantized(shape, parts, torch.float32).numpy()
+    return QuantizedMatrix("q8_0", gguf.quantize(rows, gguf.GGMLQuantizationType.Q8_0), shape[1])
 
-    With head_size the rows of each head, rotary pairs interleaved (0, 1), .., are put half-split (0, D/2), ..
-    """
+
+def dequantized(shape: tuple[int, ...], parts: Seq[tuple[Any, int]], dtype: torch.dtype) -> torch.Tensor:
+    out, row = torch.empty(shape, dtype=dtype), 0
+    for tensor, head_size in parts:
+        count = int(tensor.shape[-1])
+        dequantize_rows(tensor, out[row:row + count], head_size)
+        row += count
+    return out
+
+
+def turned(rows: Any, head_size: int) -> Any:
+    """Rows of each head, which llama's GGUF files have with rotary pairs interleaved (0, 1), .., half-split: (0, D/2), .."""
+    if not head_size:
+        return rows
+    return rows.reshape(-1, head_size // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def dequantize_rows(tensor: Any, out: torch.Tensor, head_size: int = 0) -> None:
+    """gguf.ReaderTensor -> out (N, K) or (N,), any float dtype; bit-equal to gguf.dequantize rounded to out's dtype."""
     kind, data = tensor.tensor_type.name, torch.from_numpy(numpy.asarray(tensor.data))
     if kind not in FAST_DEQUANTIZERS:
         data = data.view(torch.uint8) if data.dtype != torch.float32 else data
-    if head_size:
-        data = data.reshape(-1, head_size // 2, 2, *data.shape[1:]).transpose(1, 2).reshape(data.shape)
+    data = turned(data, head_size)
     step = max(1, DEQUANTIZE_ELEMENTS // max(1, out.shape[-1])) if out.dim() > 1 else len(out)
     for i in range(0, len(out), step):
         rows = out[i:i + step]
@@ -2806,6 +2993,8 @@ class Request:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
+    client: str = ""                                # whose request it is: a key's name, or an address
+    low_priority: bool = False                      # waits until nothing else does
 
 
 @dataclass(frozen=True)
@@ -2870,6 +3059,9 @@ class Sequence:
     limit: int                              # tokens after which it ends for sure
     computed: int = 0
     finished: bool = False                  # it ended or was cancelled
+    draft: list[int] = field(default_factory=list)      # what may follow, to be computed in one step with what is pending
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0                # of those, how many were right
     pages: list[int] = field(default_factory=list)
     indexed_pages: int = 0                  # how many of them the prefix index has seen
     serial: int = PagePool.ROOT             # content serial of the last of those
@@ -2877,6 +3069,7 @@ class Sequence:
     added_s: float = 0.0
     queued_s: float | None = None           # how long it waited here before it first ran
     text: "Answer | None" = None            # the engine's state of the answer's text
+    drafter: "Drafter | None" = None        # and what proposes its drafts
 
     @property
     def pending(self) -> int:
@@ -2893,14 +3086,22 @@ class Sequence:
 
 
 class Chunk(NamedTuple):
-    """Compute `count` pending tokens of `sequence`; when they are the last ones, sample the next token."""
+    """Compute `count` pending tokens of `sequence`; when they are the last ones, draw the next token.
+
+    With a draft its tokens are computed too, each as if it were right, and the token after each is drawn.
+    """
 
     sequence: Sequence
     count: int
+    draft: tuple[int, ...] = ()
 
     @property
-    def samples(self) -> bool:
-        return self.count == self.sequence.pending
+    def draws(self) -> int:
+        """How many tokens are drawn: none while a prompt is not complete, then one and one for each drafted token."""
+        return 1 + len(self.draft) if self.count == self.sequence.pending else 0
+
+
+FREE_ROWS = 8       # rows that a step of decode_core computes in hardly more time than one (KERNELS.md, section 9)
 
 
 class Scheduler:
@@ -2910,8 +3111,9 @@ class Scheduler:
     never starves, the rest to those with least to do, so that a long prompt never stalls short ones.
     """
 
-    def __init__(self, pool: PagePool, *, max_batch: int, prefill_chunk: int):
+    def __init__(self, pool: PagePool, *, max_batch: int, prefill_chunk: int, free_rows: int = 0):
         self.pool, self.max_batch, self.prefill_chunk = pool, max_batch, prefill_chunk
+        self.free_rows = free_rows              # a step of so many rows takes hardly longer than one of one: room for drafts
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []       # in order of admission
         self.preemptions = 0
@@ -2941,7 +3143,9 @@ class Scheduler:
         """The next step: a one-token chunk for each decoding sequence, then chunks of prompts."""
         self._admit()
         preemptions = self.preemptions
-        plan = [Chunk(sequence, 1) for sequence in self._decoding()]
+        decoding = self._decoding()
+        room = (self.free_rows - len(decoding)) // max(1, sum(bool(sequence.draft) for sequence in decoding))
+        plan = [Chunk(sequence, 1, self._draft(sequence, room)) for sequence in decoding]
         plan += self._share_prefill([s for s in self.running if s.pending > 1])
         if self.preemptions > preemptions:
             plan = [chunk for chunk in plan if chunk.sequence in self.running]
@@ -2966,6 +3170,14 @@ class Scheduler:
             if self._preempt(self.running[-1]) is sequence:
                 return False
         return True
+
+    def _draft(self, sequence: Sequence, room: int) -> tuple[int, ...]:
+        """As much of a sequence's draft as there is room for in the step, before its limit and in its pages."""
+        size, length = self.pool.page_size, len(sequence.tokens)
+        draft = sequence.draft[:max(0, min(room, sequence.limit - length - 1))]
+        if length + len(draft) > len(sequence.pages) * size and self.pool.available > len(self.running):
+            sequence.pages += self.pool.allocate(1)
+        return tuple(draft[:len(sequence.pages) * size - length])
 
     def _preempt(self, sequence: Sequence) -> Sequence:
         """Take a sequence's pages; it goes back to the head of the queue and is recomputed from its tokens."""
@@ -3044,6 +3256,38 @@ class Update(NamedTuple):
     stop_reason: str | None = None
     cached_tokens: int = 0
     queued_s: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+
+
+class Drafter:
+    """Prompt lookup: proposes what followed the latest tokens where they occurred before, while that proves right.
+
+    (Saxena, "Prompt Lookup Decoding", 2023.) Costs one dictionary entry per token; no model.
+    """
+
+    LENGTH, LONGEST = 3, 7          # tokens that must recur; tokens proposed
+    PATIENCE = 64                   # tokens without a proposal after too many wrong ones
+
+    def __init__(self, tokens: Seq[int]):
+        self.tokens = tokens                                        # the sequence's own list
+        self.places: dict[tuple[int, ...], int] = {}                # LENGTH tokens -> where they last ended
+        self.seen = self.LENGTH                                     # tokens whose place is known
+        self.right, self.silent_until = 0.5, 0                      # moving share of proposals that began right
+
+    def propose(self) -> list[int]:
+        """Tokens that may come next; call it after every token."""
+        tokens, n = self.tokens, self.LENGTH
+        for end in range(self.seen, len(tokens)):
+            self.places[tuple(tokens[end - n:end])] = end
+        self.seen = max(self.seen, len(tokens))
+        place = self.places.get(tuple(tokens[-n:]))
+        return tokens[place:place + self.LONGEST] if place and len(tokens) >= self.silent_until else []
+
+    def judge(self, accepted: int) -> None:
+        self.right += 0.2 * ((accepted > 0) - self.right)
+        if self.right < 0.25:
+            self.right, self.silent_until = 0.4, len(self.tokens) + self.PATIENCE
 
 
 class CalculatorTool:
@@ -3127,10 +3371,10 @@ class Answer:
 
 
 class Started(NamedTuple):
-    """A step under way: the sequences whose next tokens its rows draw; None where one ended or was forced on meanwhile."""
+    """A step under way: its ticket and what it draws, in the order of its rows."""
 
     ticket: Any
-    sequences: list[Sequence | None]
+    draws: list[tuple[Sequence | None, tuple[int, ...]]]    # (None where one ended or was forced on meanwhile, its draft)
 
 
 class Engine:
@@ -3144,11 +3388,12 @@ class Engine:
                  context_length: int, max_batch: int, prefill_chunk: int):
         self.transformer, self.tokenizer, self.kernels = transformer, tokenizer, kernels
         self.pool = PagePool(num_pages)
-        self.scheduler = Scheduler(self.pool, max_batch=max_batch, prefill_chunk=prefill_chunk)
+        self.scheduler = Scheduler(self.pool, max_batch=max_batch, prefill_chunk=prefill_chunk, free_rows=FREE_ROWS)
         self.context_length = min(context_length, num_pages * PAGE_SIZE)
         self.tool_thread = ThreadPoolExecutor(1, "calculator")
-        self.steps = choose_steps(transformer, max_batch, self.context_length)
+        self.steps = make_steps(transformer, max_batch, self.context_length)
         self.under_way: Started | None = None
+        self.drafts = kernels.row_invariant     # elsewhere a drafted row might differ from the same row alone
 
     @property
     def busy(self) -> bool:
@@ -3159,6 +3404,7 @@ class Engine:
         limit = min(len(work.prompt_ids) + work.max_tokens, self.context_length)
         sequence = Sequence(work, [*work.prompt_ids, *work.resumed_ids], limit)
         sequence.text = Answer(work, self.tokenizer, self.tool_thread, self.context_length)
+        sequence.drafter = Drafter(sequence.tokens) if self.drafts and not needs_tokens(work.sampling) else None
         self.scheduler.add(sequence)
 
     def cancel(self, request_id: str) -> bool:
@@ -3166,45 +3412,79 @@ class Engine:
 
     def step(self) -> list[Update]:
         """Start the next step and finish the one before; return what came of it."""
-        ahead = self.steps.ahead and not any(needs_tokens(sequence.work.sampling) for sequence in self.scheduler.running)
+        ahead = self.steps.ahead and not any(self._waits(sequence) for sequence in self.scheduler.running)
         updates = [] if ahead else self._finish()
         plan = self.scheduler.schedule()
-        drawing = [chunk.sequence for chunk in plan if chunk.samples]
-        rows = [sample_row(sequence, self.tokenizer.stop_tokens) for sequence in drawing]
+        drawing = [chunk for chunk in plan if chunk.draws]
+        rows = [sample_row(chunk.sequence, self.tokenizer.stop_tokens, i) for chunk in drawing for i in range(chunk.draws)]
         ticket = self.steps.start(make_batch(plan), rows) if plan else None
         updates += self._finish()
         if plan:
             self._advance(plan, ticket, drawing)
         return updates if ahead else updates + self._finish()
 
-    def _advance(self, plan: Seq[Chunk], ticket: Any, drawing: list[Sequence]) -> None:
+    @staticmethod
+    def _waits(sequence: Sequence) -> bool:
+        """Must a sequence's last token be known before its next step can start?"""
+        return bool(sequence.draft) or needs_tokens(sequence.work.sampling)
+
+    def _advance(self, plan: Seq[Chunk], ticket: Any, drawing: Seq[Chunk]) -> None:
         """The started step's effect on its sequences: slots are computed, and the last token is being drawn."""
         for chunk in plan:
             if not chunk.sequence.finished:
                 self.scheduler.advance(chunk)
-        valid = [None if sequence.finished or sequence.pending else sequence for sequence in drawing]
-        for row, sequence in enumerate(valid):
-            if sequence:
+        draws, row = [], 0
+        for sequence, _, draft in drawing:
+            valid = not sequence.finished and sequence.pending == 0
+            draws.append((sequence if valid else None, draft))
+            if valid:
                 sequence.tokens.append(~row)
-        self.under_way = Started(ticket, valid)
+            row += 1 + len(draft)
+        self.under_way = Started(ticket, draws)
 
     def _finish(self) -> list[Update]:
         """Wait for the step under way, put its tokens where they were awaited, and turn them into text."""
         if self.under_way is None:
             return []
-        (ticket, sequences), self.under_way = self.under_way, None
-        tokens = self.steps.finish(ticket)
-        return [self._extend(sequence, token) for sequence, token in zip(sequences, tokens)
-                if sequence and not sequence.finished]
+        (ticket, draws), self.under_way = self.under_way, None
+        tokens = iter(self.steps.finish(ticket))
+        updates = []
+        for sequence, draft in draws:
+            drawn = list(itertools.islice(tokens, 1 + len(draft)))
+            if sequence and not sequence.finished:
+                updates.append(self._accept(sequence, draft, drawn))
+        return updates
 
-    def _extend(self, sequence: Sequence, token: int) -> Update:
-        sequence.tokens[-1] = token
-        forced, text, reason, cause = sequence.text.push(token, sequence.generated, len(sequence.tokens))
-        sequence.tokens += forced
+    def _accept(self, sequence: Sequence, draft: tuple[int, ...], drawn: Seq[int]) -> Update:
+        """Take the tokens drawn after what turned out to be right, and propose the next draft."""
+        right = next((i for i, (guess, token) in enumerate(zip(draft, drawn)) if guess != token), len(draft))
+        sequence.tokens.pop()                       # the mark of the token being drawn
+        update = self._extend(sequence, drawn[:right + 1])
+        if draft and sequence.drafter:
+            sequence.drafter.judge(right)
+            sequence.drafted_tokens += len(draft)
+            sequence.accepted_tokens += right
+        if sequence.drafter and not sequence.finished:
+            sequence.draft = sequence.drafter.propose() if sequence.pending == 1 else []
+        return update
+
+    def _extend(self, sequence: Sequence, drawn: Seq[int]) -> Update:
+        """Append tokens one after the other, with their text, until one ends the answer or forces others."""
+        taken, texts, forced, reason, cause = [], [], [], None, None
+        for i, token in enumerate(drawn):
+            if i:
+                self.scheduler.advance(Chunk(sequence, 1))          # the drafted token before this one is computed
+            sequence.tokens.append(token)
+            forced, text, reason, cause = sequence.text.push(token, sequence.generated, len(sequence.tokens))
+            sequence.tokens += forced
+            taken += (token, *forced)
+            texts.append(text)
+            if forced or reason is not None:
+                break
         if reason is not None:
             self.scheduler.remove(sequence)
-        return Update(sequence.work.id, sequence.work.sampling.choice, (token, *forced), text, reason, cause,
-                      sequence.cached_tokens, sequence.queued_s)
+        return Update(sequence.work.id, sequence.work.sampling.choice, tuple(taken), "".join(texts), reason, cause,
+                      sequence.cached_tokens, sequence.queued_s, sequence.drafted_tokens, sequence.accepted_tokens)
 
     def give_up(self) -> list[str]:
         """A step failed: drop what was running and whatever it may have written; returns the ids of those requests."""
@@ -3237,15 +3517,17 @@ class Engine:
 def make_batch(plan: Seq[Chunk]) -> Batch:
     """Flatten the plan into one forward pass, sequence after sequence."""
     batch = Batch([], [], [0], [], [], [])
-    for sequence, count in plan:
+    for sequence, count, draft in plan:
         first, tokens = sequence.computed, sequence.tokens
-        batch.token_ids += tokens[first:first + count]
-        batch.previous_token_ids += tokens[first - 1:first + count - 1] if first else [-1, *tokens[:count - 1]]
-        batch.starts.append(len(batch.token_ids))
-        batch.lengths.append(first + count)
+        ids = [*tokens[first:first + count], *draft]
+        batch.token_ids.extend(ids)
+        batch.previous_token_ids.extend([tokens[first - 1] if first else -1, *ids[:-1]])
+        end = len(batch.token_ids)
+        batch.starts.append(end)
+        batch.lengths.append(first + len(ids))
         batch.tables.append(sequence.pages)
         if count == sequence.pending:
-            batch.logit_rows.append(len(batch.token_ids) - 1)
+            batch.logit_rows.extend(range(end - 1 - len(draft), end))
     return batch
 
 
@@ -3254,13 +3536,14 @@ def needs_tokens(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1 or bool(params.frequency_penalty or params.presence_penalty)
 
 
-def sample_row(sequence: Sequence, eos_tokens: frozenset[int]) -> SampleRow:
-    """How to draw a sequence's next token: its parameters, the absolute position, the tokens that penalties count."""
+def sample_row(sequence: Sequence, eos_tokens: frozenset[int], offset: int = 0) -> SampleRow:
+    """How to draw a sequence's next token, or the one `offset` after it: its parameters, the absolute position, the tokens
+    that penalties count."""
     work, params = sequence.work, sequence.work.sampling
-    if sequence.generated < work.min_tokens and not work.ignore_eos:
+    if sequence.generated + offset < work.min_tokens and not work.ignore_eos:
         banned = tuple((token, -math.inf) for token in sorted(eos_tokens | set(work.stop_token_ids)))
         params = replace(params, logit_bias=params.logit_bias + banned)
-    return SampleRow(params, len(sequence.tokens), sequence.tokens, len(work.prompt_ids))
+    return SampleRow(params, len(sequence.tokens) + offset, sequence.tokens, len(work.prompt_ids))
 
 
 # 10. workers: processes, pipes, the pool and its supervision ------------------------------------------------------
@@ -3378,9 +3661,9 @@ def worker_main(arguments: Seq[str]) -> int:
         signal.signal(number_, signal.SIG_IGN)
     die_with_parent(parent)
     channel = Channel(socket.socket(fileno=descriptor))
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:
         (_, config), *queued = channel.receive(wait=True)
+        start_logging(config.settings)
         channel.send("loading", "importing torch", 0.0)
         numpy.ndarray       # a ConfigError when it is missing; torch would only warn
         with torch.inference_mode():
@@ -3417,18 +3700,18 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
 def build_engine(source: ModelSource, settings: Settings, device: "torch.device",
                  progress: Progress = no_progress) -> tuple[LoadedModel, Engine]:
     """A model and the engine that runs it, as the settings say; not warmed up yet."""
-    dtype = getattr(torch, settings.dtype) if settings.dtype else fastest_dtype(device)
-    model = open_model(source, settings, dtype, device, progress)
-    kernels = load_kernels(device, model.spec)
-    num_pages = kv_pages(model.spec, settings, device, dtype, model.context_length)
-    transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device, dtype=dtype,
-                              max_tokens=settings.prefill_chunk + settings.max_batch, max_rows=settings.max_batch)
+    model = open_model(source, settings, getattr(torch, settings.dtype) if settings.dtype else None, device, progress)
+    num_pages = kv_pages(model.spec, settings, device, model.dtype, model.context_length)
+    rows = max(settings.max_batch, FREE_ROWS)
+    limits = {"max_tokens": settings.prefill_chunk + rows, "max_rows": rows}
+    kernels = load_kernels(device, model.spec, **limits, quantize=settings.quantize)
+    transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device, dtype=model.dtype, **limits)
     return model, Engine(transformer, open_tokenizer(model.text), kernels, num_pages=num_pages,
                          max_batch=settings.max_batch, context_length=model.context_length,
                          prefill_chunk=settings.prefill_chunk)
 
 
-def kv_pages(spec: ModelSpec, settings: Settings, device: "torch.device", dtype: "torch.dtype", context: int) -> int:
+def kv_pages(spec: ModelSpec, settings: Settings, device: "torch.device", dtype: "torch.dtype | None", context: int) -> int:
     """KV pages to allocate: --kv-cache-memory, or a share of what is free. ConfigError when not even 64 tokens fit."""
     page_bytes = Transformer.page_bytes(spec, dtype)
     if settings.kv_cache_memory is not None:
@@ -3466,7 +3749,7 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
         place += f" ({torch.cuda.get_device_name(device)})"
     kernels = engine.kernels.describe()
     lines = (f"Model {model.name}: {model.description}", kernels_line(),
-             f"Running on {place}, {str(dtype).removeprefix('torch.')}; kernels: "
+             f"Running on {place}, weights in {engine.transformer.weight_types}; kernels: "
              + ", ".join(sorted(set(kernels.values()))),
              f"KV cache: {pages:,} pages of {PAGE_SIZE} tokens = {pages * PAGE_SIZE:,} tokens "
              f"({pages * Transformer.page_bytes(model.spec, dtype) / 2**20:,.0f} MiB); context {engine.context_length:,} tokens")
@@ -3591,7 +3874,7 @@ class Worker:
 
     def __init__(self, pool: "LocalPool", gpu: int):
         self.pool, self.gpu = pool, gpu
-        self.state = "loading"                      # loading, ready, dead
+        self.state = "loading"                      # loading, ready, dead, unloaded
         self.jobs: dict[str, Job] = {}
         self.process: subprocess.Popen | None = None
         self.writer: asyncio.StreamWriter | None = None
@@ -3599,6 +3882,7 @@ class Worker:
         self.gauges: dict[str, int] = {}
         self.loading = ("starting", 0.0)
         self.restarts = 0
+        self.unloading = False                      # its death was wanted
         self.crashes_in_row = 0
         self.last_message_s = self.slowest_step_s = 0.0
         self.recent: deque[tuple[float, int]] = deque()     # (time, tokens) of the last seconds
@@ -3716,6 +4000,42 @@ class Worker:
                 "utilization": round(len(self.jobs) / self.pool.settings.max_batch, 3)}
 
 
+class WaitingQueue:
+    """Jobs that wait for a row. First those whose worker died, then one job of each client in turn, so that nobody's
+    pile holds up the others, and only then those of low priority, in turn too."""
+
+    def __init__(self):
+        self.resumed: deque[Job] = deque()
+        self.lanes: tuple[OrderedDict[str, deque[Job]], ...] = (OrderedDict(), OrderedDict())   # by client; [1] is the low one
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __iter__(self) -> Iterator[Job]:
+        for jobs in (self.resumed, *self.lanes[0].values(), *self.lanes[1].values()):
+            yield from jobs
+
+    def append(self, job: Job) -> None:
+        self.lanes[job.request.low_priority].setdefault(job.request.client, deque()).append(job)
+
+    def first(self) -> Job | None:
+        return next(iter(self), None)
+
+    def take(self, job: Job) -> None:
+        """The first job leaves, and its client goes to the end of its lane."""
+        self.remove(job)
+        lane, client = self.lanes[job.request.low_priority], job.request.client
+        if client in lane:
+            lane.move_to_end(client)
+
+    def remove(self, job: Job) -> None:
+        lane, client = self.lanes[job.request.low_priority], job.request.client
+        jobs = self.resumed if job in self.resumed else lane[client]
+        jobs.remove(job)
+        if not lane.get(client, True):
+            del lane[client]
+
+
 class LocalPool:
     """The replicas of this machine behind one `answer`: routing, queueing, supervision, failover.
 
@@ -3734,11 +4054,15 @@ class LocalPool:
         self.device_type, count = choose_devices(settings)
         self.workers = [Worker(self, gpu) for gpu in range(count)]
         self.jobs: dict[str, Job] = {}
-        self.pending: deque[Job] = deque()
+        self.pending = WaitingQueue()
         self.source: ModelSource | None = None
         self.card: ModelCard | None = None
         self.tokenizer: Tokenizer | None = None
         self.draining = self.closing = False
+        self.wanted = asyncio.Event()               # cleared: workers stay unloaded until the next request
+        self.wanted.set()
+        self.asleep = False                         # from unloading until the model is back
+        self.used_s = time.monotonic()              # when the last request came, or was still running
         self.started_s = time.monotonic()
         self.created = int(time.time())
         self.loading = ("starting", 0.0)
@@ -3786,12 +4110,17 @@ class LocalPool:
     async def _keep_alive(self, worker: Worker, config: WorkerConfig) -> None:
         """Start the worker again whenever it dies, waiting longer after each crash in a row."""
         while not self.closing:
+            await self.wanted.wait()
             try:
                 await worker.live(config)
             except Exception:
                 log.exception("worker %d could not be run", worker.gpu)
             if self.closing or self.fatal.done():
                 return
+            if worker.unloading:
+                worker.unloading, worker.state, worker.gauges = False, "unloaded", {}
+                continue
+            self.asleep = False
             worker.crashes_in_row += 1
             code = worker.process.returncode
             if self.card is None and worker.crashes_in_row >= 3:
@@ -3814,7 +4143,7 @@ class LocalPool:
             if job.failovers >= self.MAX_FAILOVERS:
                 self.fail(job.request.id, EngineFailure(f"{job.failovers} workers died while computing this answer"))
             else:
-                self.pending.appendleft(job)
+                self.pending.resumed.appendleft(job)
         self.dispatch()
 
     async def _watch(self) -> None:
@@ -3825,13 +4154,34 @@ class LocalPool:
                 if worker.hung:
                     log.error("worker %d has made no progress; killing it", worker.gpu)
                     worker.process.kill()
-            if any(worker.state == "ready" for worker in self.workers) or not self.pending:
+            self._unload_when_idle()
+            if self.asleep or any(worker.state == "ready" for worker in self.workers) or not self.pending:
                 self.orphaned_since_s = None
             elif self.orphaned_since_s is None:
                 self.orphaned_since_s = time.monotonic()
             elif time.monotonic() - self.orphaned_since_s > self.ORPHAN_S:
                 for job in list(self.pending):
                     self.fail(job.request.id, EngineFailure(f"no worker came back within {self.ORPHAN_S:.0f} s"))
+
+    def _unload_when_idle(self) -> None:
+        """--idle-unload: end the processes of workers that nobody has asked for so long; polls of /health do not count."""
+        now, idle_s = time.monotonic(), self.settings.idle_unload
+        if self.jobs:
+            self.used_s = now
+        if idle_s and now - self.used_s > idle_s and all(worker.state == "ready" for worker in self.workers):
+            log.info("no request for %g s: the model is unloaded until the next one", idle_s)
+            self.asleep = True
+            self.wanted.clear()
+            self.affinity.clear()
+            for worker in self.workers:
+                worker.unloading, worker.state = True, "unloaded"
+                worker.process.kill()
+
+    def _wake(self) -> None:
+        self.used_s = time.monotonic()
+        if not self.wanted.is_set():
+            log.info("a request: loading the model again")
+            self.wanted.set()
 
     async def wait_ready(self) -> None:
         """Until a request would be served. Raises ConfigError or EngineFailure when start-up failed."""
@@ -3882,7 +4232,8 @@ class LocalPool:
         self._check_ready()
 
     def worker_ready(self, worker: Worker) -> None:
-        worker.crashes_in_row = 0
+        worker.crashes_in_row, self.asleep = 0, False
+        self.used_s = time.monotonic()
         self._check_ready()
         self.dispatch()
 
@@ -3915,6 +4266,7 @@ class LocalPool:
         job = Job(request, prompt_ids, max_tokens, asyncio.Queue(), arrived_s)
         self.jobs[request.id] = job
         self.pending.append(job)
+        self._wake()
         try:
             self.dispatch()
             yield Accepted(len(prompt_ids), request.sampling.seed)
@@ -3934,7 +4286,10 @@ class LocalPool:
         if self.tokenizer is None or not self.became_ready.done():
             raise Overloaded(f"the model is still loading ({self.loading[0]})", retry_after_s=2)
         if len(self.pending) >= self.settings.max_queue and not self._free_workers():
-            raise Overloaded(f"{len(self.pending)} requests are waiting already (--max-queue)", retry_after_s=5)
+            raise Overloaded(f"{len(self.pending)} requests are waiting already (--max-queue)", retry_after_s=5, status=429)
+        limit = self.settings.max_concurrent_per_key
+        if limit and sum(job.request.client == request.client for job in self.jobs.values()) >= limit:
+            raise Overloaded(f"{limit} requests of yours are under way already (--max-concurrent-per-key)", status=429)
         if request.id in self.jobs:
             raise RequestError(f"a request with the id {request.id!r} is running", status=409, code="duplicate_id")
 
@@ -3973,8 +4328,8 @@ class LocalPool:
 
     def dispatch(self) -> None:
         """Hand waiting jobs to workers with a free row."""
-        while self.pending and (worker := self._choose_worker(self.pending[0])):
-            job = self.pending.popleft()
+        while (job := self.pending.first()) and (worker := self._choose_worker(job)):
+            self.pending.take(job)
             job.worker, worker.jobs[job.request.id] = worker, job
             if job.dispatched_s is None:
                 job.dispatched_s = time.monotonic()
@@ -4049,7 +4404,8 @@ class LocalPool:
 
     @property
     def ready(self) -> bool:
-        return self.tokenizer is not None and not self.draining and any(w.state == "ready" for w in self.workers)
+        served = self.asleep or any(worker.state == "ready" for worker in self.workers)
+        return self.tokenizer is not None and not self.draining and served
 
     @property
     def model_name(self) -> str:
@@ -4125,8 +4481,10 @@ def cuda_device_count() -> int:
 # 11. http: routes parse, answer() works, encoders write -------------------------------------------------------------
 
 PING_S = 10.0               # a silent stream carries a comment this often
-DRAIN_S = 30.0              # how long SIGTERM lets running answers go on
-POLLED_PATHS = ("/health", "/livez", "/readyz", "/stats")
+HEADER_S = 15.0             # a connection that has not brought a whole request header by then is closed
+BODY_S = 30.0               # so long may a body pause
+OPEN_ROUTES = ("/", "/static/{name}", "/livez", "/readyz", "/health")     # these need no API key
+POLLED_ROUTES = ("/health", "/livez", "/readyz", "/stats", "/metrics")      # logged at level debug only
 STATIC = Path(__file__).resolve().parent / "static"
 SYSTEM_FINGERPRINT = f"chat_server-{__version__}"
 SSE_HEADERS = {
@@ -4140,6 +4498,9 @@ SECURITY_HEADERS = {
         "object-src 'none'; base-uri 'self'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Server": "chat_server",
 }
 
 
@@ -4209,6 +4570,13 @@ def read_switch(field: Field, value: Any) -> bool:
     return value
 
 
+def read_priority(field: Field, value: Any) -> bool:
+    """Whether it is low: "low", or as with vLLM a number above 0."""
+    if value not in ("low", "normal") and (isinstance(value, bool) or not isinstance(value, int)):
+        raise field.refusal(value, '"low", "normal" or an integer, above 0 meaning low')
+    return value == "low" or not isinstance(value, str) and value > 0
+
+
 def read_stop(field: Field, value: Any) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value
     allowed = f"a string or a list of at most {LIMITS.stop_strings} strings"
@@ -4250,6 +4618,7 @@ NATIVE_FIELDS = (
     Field("seed", read_seed, "same seed, same answer; random when absent"),
     Field("stop", read_stop, "strings that end the answer"),
     Field("ignore_eos", read_switch, "go on to max_tokens"),
+    Field("priority", read_priority, "`low`: runs when nothing else waits"),
 )
 
 OPENAI_FIELDS = (
@@ -4278,15 +4647,30 @@ OPENAI_FIELDS = (
     Field("tools", read_list, "functions the model may call"),
     Field("functions", read_list, "the same, of old"),
     Field("response_format", read_object, "shape of the answer"),
+    Field("priority", read_priority, "`low`: runs when nothing else waits"),
 )
 
 
+async def read_bytes(http: web.Request) -> bytes:
+    """The body; 413 above LIMITS.body_bytes, 408 when it pauses for BODY_S."""
+    body = bytearray()
+    if (http.content_length or 0) > LIMITS.body_bytes:
+        raise web.HTTPRequestEntityTooLarge(LIMITS.body_bytes, http.content_length)
+    with contextlib.suppress(asyncio.TimeoutError):
+        while chunk := await asyncio.wait_for(http.content.readany(), BODY_S):
+            body += chunk
+            if len(body) > LIMITS.body_bytes:
+                raise web.HTTPRequestEntityTooLarge(LIMITS.body_bytes, len(body))
+        return bytes(body)
+    raise RequestError(f"nothing of the body came for {BODY_S:g} s", status=408, code="body_timeout")
+
+
 async def read_body(http: web.Request) -> dict:
-    """The body as a JSON object; 413 above LIMITS.body_bytes, 400 for anything that is none."""
+    """The body as a JSON object; 400 for anything that is none."""
     if http.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise RequestError("compressed bodies are not supported", status=415, code="unsupported_encoding")
     try:
-        body = json.loads((await http.read()).decode("utf-8-sig"))
+        body = json.loads((await read_bytes(http)).decode("utf-8-sig"))
     except RecursionError:
         raise RequestError("the body is no usable JSON: nested too deeply") from None
     except (ValueError, web.RequestPayloadError) as error:      # not UTF-8, not JSON, 5,000 digits, broken chunks
@@ -4374,22 +4758,22 @@ def part_text(part: Any, name: str) -> str:
     return whole_unicode(text or "")
 
 
-def parse_chat_request(body: dict, settings: Settings, request_id: str) -> Request:
+def parse_chat_request(body: dict, settings: Settings, request_id: str = "") -> Request:
     """The native API's body as a Request."""
     values = parse_fields(body, NATIVE_FIELDS)
     return Request(request_id, native_messages(values.get("messages")), sampling=sampling_params(values, settings),
                    max_tokens=values.get("max_tokens", settings.default_max_tokens), stop=values.get("stop", ()),
-                   ignore_eos=values.get("ignore_eos", False))
+                   ignore_eos=values.get("ignore_eos", False), low_priority=values.get("priority", False))
 
 
-def parse_openai_request(values: Mapping[str, Any], settings: Settings, request_id: str) -> Request:
+def parse_openai_request(values: Mapping[str, Any], settings: Settings, request_id: str = "") -> Request:
     """The checked OPENAI_FIELDS as a Request."""
     cap = values.get("max_completion_tokens", values.get("max_tokens", settings.max_tokens))
     sampling = sampling_params({**values, "top_k": max(0, values.get("top_k", settings.top_k))}, settings)
     return Request(request_id, openai_messages(values.get("messages")), sampling=sampling,
                    max_tokens=None if cap == -1 else cap, stop=values.get("stop", ()),
                    stop_token_ids=values.get("stop_token_ids", ()), ignore_eos=values.get("ignore_eos", False),
-                   min_tokens=values.get("min_tokens", 0))
+                   min_tokens=values.get("min_tokens", 0), low_priority=values.get("priority", False))
 
 
 def refuse_unsupported(body: dict, values: Mapping[str, Any]) -> None:
@@ -4552,7 +4936,86 @@ async def logged(request: Request, events: AsyncIterator[Event]) -> AsyncIterato
     finally:
         await events.aclose()
         turns = [[message.role, message.content] for message in request.messages or ()]
-        log.info("conversation %s %s", request.id, dump([*turns, ["assistant", "".join(texts)]]).decode())
+        turns.append(["assistant", "".join(texts)])
+        log.info("conversation %s %s", request.id, dump(turns).decode(), extra={"fields": {"id": request.id, "turns": turns}})
+
+
+class Metrics:
+    """What /metrics shows: histograms and counters are fed by `watch`, the rest is read from the pool when asked for."""
+
+    SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+    REASONS = ("stop", "length", "cancelled", "refused", "error")
+
+    def __init__(self, pool: Pool):
+        self.pool, self.library = pool, require_library("prometheus_client", "/metrics")
+        self.registry = self.library.CollectorRegistry()
+        self.registry.register(self)
+        how = {"namespace": "chat_server", "registry": self.registry}
+        seconds = functools.partial(self.library.Histogram, **how, unit="seconds", buckets=self.SECONDS)
+        counter = functools.partial(self.library.Counter, **how)
+        self.ttft = seconds("time_to_first_token", "from a request to its first token")
+        self.itl = seconds("inter_token_latency", "between two tokens of an answer")
+        self.queue = seconds("queue", "what a request waited before it ran")
+        self.whole = seconds("request_duration", "from a request to its end", ["finish_reason"])
+        self.requests = counter("requests", "requests by how they ended", ["finish_reason"])
+        self.tokens = counter("tokens", "prompt (computed or cached) and generated tokens", ["kind"])
+        self.responses = counter("http_responses", "responses by route and status", ["route", "status"])
+        for reason in self.REASONS:
+            self.requests.labels(reason)
+
+    def collect(self) -> Iterator[Any]:
+        """Called by prometheus_client for what the pool counts."""
+        stats, families = self.pool.stats(), self.library.metrics_core
+        workers = stats["workers"]
+        total = lambda name: sum(worker[name] for worker in workers)      # noqa: E731
+        for name, doc, value in (
+                ("running", "requests on workers", total("running")), ("queued", "requests that wait", stats["queue_depth"]),
+                ("kv_pages_used", "KV pages in use", total("kv_pages_used")), ("kv_pages", "KV pages", total("kv_pages_total")),
+                ("workers", "configured workers", stats["total_workers"]),
+                ("workers_up", "workers that are ready", sum(worker["state"] == "ready" for worker in workers))):
+            yield families.GaugeMetricFamily(f"chat_server_{name}", doc, value)
+        yield families.CounterMetricFamily("chat_server_worker_restarts", "workers started again", total("restarts"))
+
+    async def watch(self, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+        """The same events, counted and timed."""
+        began_s, last_s, reason = time.monotonic(), None, "cancelled"
+        try:
+            async for event in events:
+                if isinstance(event, Piece) and event.tokens:
+                    now = time.monotonic()
+                    if last_s is None:
+                        self.ttft.observe(now - began_s)
+                    else:
+                        self.itl.observe((now - last_s) / len(event.tokens))
+                    last_s = now
+                elif isinstance(event, Finished):
+                    reason = event.reason
+                    self.count_tokens(event)
+                yield event
+        except Exception as error:
+            reason = {"cancelled": "cancelled"}.get(getattr(error, "code", None)) or \
+                ("refused" if isinstance(error, (Overloaded, RequestError)) else "error")
+            raise
+        finally:
+            await events.aclose()
+            self.requests.labels(reason).inc()
+            self.whole.labels(reason).observe(time.monotonic() - began_s)
+
+    def count_tokens(self, done: Finished) -> None:
+        self.queue.observe(done.queue_ms / 1e3)
+        for kind, count in (("prompt", done.prompt_tokens - done.cached_tokens), ("prompt_cached", done.cached_tokens),
+                            ("generated", done.completion_tokens)):
+            self.tokens.labels(kind).inc(count)
+
+
+@dataclass
+class Visit:
+    """What the front knows of one HTTP request besides aiohttp."""
+
+    id: str             # X-Request-Id of the response
+    client: str = ""    # the name of its API key, else its address
+    note: str = ""      # what the access log adds
+    counts: dict[str, Any] = field(default_factory=dict)        # and what its JSON form adds
 
 
 class Front:
@@ -4560,31 +5023,46 @@ class Front:
 
     def __init__(self, pool: Pool, settings: Settings):
         self.pool, self.settings = pool, settings
-        self.running: set[str] = set()          # ids of the answers under way
-        self.notes: dict[int, str] = {}         # id of the HTTP request -> what the access log adds
+        self.running: dict[str, str] = {}       # id of each answer under way -> the client it belongs to
+        self.metrics: Metrics | None = None
+        with contextlib.suppress(ConfigError):  # prometheus_client is missing: /metrics says so
+            self.metrics = Metrics(pool)
+        self.files = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*")
+                      if path.is_file() and not path.is_symlink()}
+        self.visits: dict[int, Visit] = {}      # by id() of the HTTP request, as long as it is handled
 
-    def new_id(self, http: web.Request) -> str:
-        """The client's X-Request-Id if it is usable and not in use, else 128 random bits."""
+    def visit(self, http: web.Request) -> Visit:
+        """Its X-Request-Id is the client's if that is usable and no running answer has it, else 128 random bits."""
         named = re.sub(r"[^A-Za-z0-9._-]", "", http.headers.get("X-Request-Id", ""))[:64]
-        return named if named and named not in self.running else secrets.token_hex(16)
+        return Visit(named if named and named not in self.running else secrets.token_hex(16))
+
+    def owned(self, http: web.Request, request: Request) -> Request:
+        """The request as its client's, under an id that no other has taken while the body came."""
+        visit = self.visits[id(http)]
+        if visit.id in self.running:
+            visit.id = secrets.token_hex(16)
+        return replace(request, id=visit.id, client=visit.client)
 
     @contextlib.asynccontextmanager
     async def answering(self, request: Request) -> AsyncIterator[AsyncIterator[Event]]:
         """The answer's events, once it is accepted; leaving the block, in whatever way, ends the work for it."""
         events = self.pool.answer(request)
+        if self.metrics:
+            events = self.metrics.watch(events)
         if self.settings.log_conversations:
             events = logged(request, events)
-        self.running.add(request.id)
+        self.running[request.id] = request.client
         try:
             await anext(events)         # Accepted; what the pool refuses is an ordinary error response
             yield events
         finally:
-            self.running.discard(request.id)
+            self.running.pop(request.id, None)
             await events.aclose()
 
     async def handle_chat(self, http: web.Request) -> web.StreamResponse:
         """POST /chat/completions: nanochat's API, always a stream."""
-        request = parse_chat_request(await read_body(http), self.settings, self.new_id(http))
+        body = await read_body(http)
+        request = self.owned(http, parse_chat_request(body, self.settings))
         async with self.answering(request) as events:
             return await self.stream(http, request, events, NativeEncoder(request))
 
@@ -4594,7 +5072,7 @@ class Front:
         values = parse_fields(body, OPENAI_FIELDS)
         self.check_model(values.get("model", ""))
         refuse_unsupported(body, values)
-        request = parse_openai_request(values, self.settings, self.new_id(http))
+        request = self.owned(http, parse_openai_request(values, self.settings))
         include_usage = values.get("stream_options", {}).get("include_usage") is True
         async with self.answering(request) as events:
             encoder = OpenAIEncoder(request, self.pool.model_name, include_usage)
@@ -4615,7 +5093,7 @@ class Front:
             except ClientGone:
                 raise
             except Exception as error:
-                self.notes[id(http)] = f"failed: {error}"
+                self.visits[id(http)].note = f"failed: {error}"
                 await stream.send(frame(error_body(public_error(error))))
             await stream.response.write_eof()
         return stream.response
@@ -4633,7 +5111,9 @@ class Front:
     def note_end(self, http: web.Request, event: Event | None) -> None:
         if not isinstance(event, Finished):
             raise EngineFailure("the answer ended early")
-        self.notes[id(http)] = f"{event.prompt_tokens}+{event.completion_tokens} tokens {event.reason}"
+        visit = self.visits[id(http)]
+        visit.note = f"{event.prompt_tokens}+{event.completion_tokens} tokens {event.reason}"
+        visit.counts = {name: getattr(event, name) for name in ("prompt_tokens", "completion_tokens", "cached_tokens", "reason")}
 
     def check_model(self, name: str) -> None:
         """404 for a model that is not the loaded one; while loading, nobody knows, and the pool says 503."""
@@ -4660,7 +5140,7 @@ class Front:
     async def handle_cancel(self, http: web.Request) -> web.Response:
         """POST /v1/cancel/{id}: the id of the X-Request-Id header of the answer, or of the chunks."""
         request_id = http.match_info["id"].removeprefix("chatcmpl-")
-        if request_id not in self.running or not self.pool.cancel(request_id):
+        if self.running.get(request_id) != self.visits[id(http)].client or not self.pool.cancel(request_id):
             raise RequestError("no answer with this id is running", status=404, code="not_running", param="id")
         return json_response({"id": request_id, "cancelled": True})
 
@@ -4679,6 +5159,16 @@ class Front:
     async def handle_stats(self, http: web.Request) -> web.Response:
         return json_response(self.pool.stats())
 
+    async def handle_metrics(self, http: web.Request) -> web.Response:
+        if self.metrics is None:
+            raise RequestError("the Python package prometheus_client is not installed", status=501, code="no_metrics")
+        library = self.metrics.library
+        return web.Response(body=library.generate_latest(self.metrics.registry),
+                            headers={"Content-Type": library.CONTENT_TYPE_LATEST})
+
+    async def handle_openapi(self, http: web.Request) -> web.Response:
+        return json_response(openapi_document(self.settings.prefix))
+
     async def handle_page(self, http: web.Request) -> web.Response:
         try:
             page = (STATIC / "index.html").read_bytes()
@@ -4687,22 +5177,93 @@ class Front:
         page = page.replace(b"<head>", b'<head>\n<base href="static/">', 1)
         return web.Response(body=page, content_type="text/html", charset="utf-8")
 
+    async def handle_static(self, http: web.Request) -> web.StreamResponse:
+        """Only what was there at the start, by its exact name: no path is ever built from a request."""
+        if (path := self.files.get(http.match_info["name"])) is None:
+            raise web.HTTPNotFound
+        return web.FileResponse(path)
+
+    async def handle_bare_prefix(self, http: web.Request) -> web.Response:
+        """/chat becomes /chat/, where the page's relative addresses are right."""
+        return web.Response(status=308, headers={"Location": self.settings.prefix + "/"})
+
+    def client_of(self, http: web.Request) -> str:
+        """Whose request it is: its key's name, else its address. RequestError 401 where a key is wanted."""
+        scheme, _, bearer = http.headers.get("Authorization", "").partition(" ")
+        given = bearer.strip() if scheme.lower() == "bearer" else http.headers.get("X-Api-Key", "")
+        digest = ApiKey.hashed(given, "").digest
+        found = [key.name for key in self.settings.keys if hmac.compare_digest(key.digest, digest)]    # looks at all
+        if self.settings.keys and not found and self.route_of(http) not in OPEN_ROUTES:
+            raise RequestError("this server wants an API key: Authorization: Bearer KEY" if not given else
+                               "the API key is not one of this server's", status=401, code="invalid_api_key")
+        return found[0] if found else http.remote or ""
+
+    def route_of(self, http: web.Request) -> str:
+        """The pattern of the route that will answer, "" when there is none."""
+        resource = http.match_info.route.resource
+        return resource.canonical.removeprefix(self.settings.prefix) or "/" if resource else ""
+
+    def check_host(self, http: web.Request) -> None:
+        """On loopback only names of this machine: a page elsewhere may have its own name resolve to 127.0.0.1."""
+        name = re.sub(r":\d*$", "", http.headers.get("Host", "localhost")).strip("[]").lower()
+        if is_loopback(self.settings.host) and not is_loopback(name) and name not in self.settings.allowed_host:
+            raise RequestError(f"this server does not answer to the name {shown(name)} (--allowed-host)",
+                               status=403, code="host_not_allowed")
+
+    def cors_headers(self, http: web.Request) -> dict[str, str]:
+        """What lets a page of another origin read the response; nothing unless --cors-origin names it."""
+        allowed, given = self.settings.cors_origin, http.headers.get("Origin")
+        if given is None or not {given, "*"} & set(allowed):
+            return {"Vary": "Origin"} if allowed else {}
+        return {"Access-Control-Allow-Origin": given, "Vary": "Origin",
+                "Access-Control-Expose-Headers": "X-Request-Id, Retry-After"}
+
+    def preflight(self, http: web.Request) -> web.Response:
+        """A browser asks whether a page may send what it wants to; it brings no key, so it needs none."""
+        if "Access-Control-Allow-Origin" not in self.cors_headers(http):
+            raise RequestError("this origin is not allowed (--cors-origin)", status=403, code="origin_not_allowed")
+        return web.Response(status=204, headers={
+            "Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": "600",
+            "Access-Control-Allow-Headers": http.headers.get("Access-Control-Request-Headers", "Authorization, Content-Type"),
+            "Access-Control-Allow-Private-Network": "true"})
+
+    async def guard(self, http: web.Request, handler: Callable) -> web.StreamResponse:
+        """Who may come in: hosts, preflights, pages of other origins (which could post without reading), keys."""
+        self.check_host(http)
+        if http.method == "OPTIONS" and "Access-Control-Request-Method" in http.headers:
+            return self.preflight(http)
+        if http.method == "POST" and http.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+            self.preflight(http)
+        self.visits[id(http)].client = self.client_of(http)
+        return await handler(http)
+
     async def set_headers(self, http: web.Request, response: web.StreamResponse) -> None:
-        response.headers.update(SECURITY_HEADERS)
+        response.headers.update(SECURITY_HEADERS | self.cors_headers(http))
         if "Cache-Control" not in response.headers:     # files: ask again each time, the ETag makes it cheap
             response.headers["Cache-Control"] = "no-cache" if http.method in ("GET", "HEAD") else "no-store"
 
     async def access_log(self, http: web.Request, handler: Callable) -> web.StreamResponse:
         """One line of metadata for each request, polls only at level debug; 499: the client left before the answer."""
         began_s, status = time.monotonic(), 499
+        visit = self.visits[id(http)] = self.visit(http)
         try:
             response = await handler(http)
             status = response.status
+            if not response.prepared:
+                response.headers["X-Request-Id"] = visit.id
             return response
         finally:
-            level = logging.DEBUG if http.path in POLLED_PATHS else logging.INFO
-            log.log(level, "%s %s %d %.0f ms %s", http.method, http.rel_url.raw_path[:200], status,
-                     1000 * (time.monotonic() - began_s), self.notes.pop(id(http), ""))
+            del self.visits[id(http)]
+            self.log_visit(http, visit, status, 1000 * (time.monotonic() - began_s))
+
+    def log_visit(self, http: web.Request, visit: Visit, status: int, ms: float) -> None:
+        path = http.rel_url.raw_path[:200]      # no query: it may hold anything
+        log.log(logging.DEBUG if self.route_of(http) in POLLED_ROUTES else logging.INFO, "%s %s %d %.0f ms %s [%s %s]",
+                http.method, path, status, ms, visit.note, visit.client or "-", visit.id, extra={"fields": {
+                    "method": http.method, "path": path, "status": status, "ms": round(ms, 1), "client": visit.client,
+                    "id": visit.id, **visit.counts}})
+        if self.metrics:
+            self.metrics.responses.labels(self.route_of(http), status).inc()
 
 
 def public_error(error: Exception) -> ChatServerError:
@@ -4730,41 +5291,136 @@ async def errors_to_responses(http: web.Request, handler: Callable) -> web.Strea
         failure, headers = public_error(error), {}
     if isinstance(failure, Overloaded):
         headers["Retry-After"] = str(failure.retry_after_s)
+    if failure.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     body = error_body(failure)
-    if not http.path.startswith("/v1/") and http.path != "/models":
+    if not re.search(r"/v1/|/models$", http.path):
         plain = failure.status == 400 and failure.code != "context_length_exceeded"     # `chat --url` needs that code
         body = {"detail": failure.message, **({} if plain else body)}
     return json_response(body, failure.status, headers)
 
 
+class Route(NamedTuple):
+    """One route: the router and /openapi.json come from this row."""
+
+    method: str
+    path: str
+    handler: str
+    doc: str
+    fields: tuple[Field, ...] = ()
+
+    @property
+    def pattern(self) -> str:
+        return re.sub(r":[^}]*", "", self.path)
+
+
+ROUTES = (
+    Route("GET", "/", "handle_page", "the page"),
+    Route("GET", "/static/{name:.+}", "handle_static", "its files"),
+    Route("POST", "/chat/completions", "handle_chat", "an answer as nanochat's event stream", NATIVE_FIELDS),
+    Route("POST", "/v1/chat/completions", "handle_openai_chat", "an answer as OpenAI has it, streamed or whole", OPENAI_FIELDS),
+    Route("GET", "/v1/models", "handle_models", "the served model"),
+    Route("GET", "/models", "handle_models", "the served model"),
+    Route("GET", "/v1/models/{name:.+}", "handle_model", "the served model, by a name of it"),
+    Route("POST", "/v1/cancel/{id}", "handle_cancel", "stop an answer by the X-Request-Id of its response"),
+    Route("GET", "/health", "handle_health", "200 when ready, else 503 with the stage"),
+    Route("GET", "/livez", "handle_livez", "200 as long as the event loop turns"),
+    Route("GET", "/readyz", "handle_readyz", "200 when a request would be served now, else 503 with the reason"),
+    Route("GET", "/stats", "handle_stats", "workers, KV pages, speed, kernels, queue"),
+    Route("GET", "/metrics", "handle_metrics", "Prometheus metrics"),
+    Route("GET", "/openapi.json", "handle_openapi", "this description"),
+)
+
+INTEGER, STRING = {"type": "integer"}, {"type": "string"}
+SCHEMAS = {     # JSON Schema of what a Field's reader takes, besides its range; a reader without a row takes anything
+    read_number: {"type": "number"}, read_integer: INTEGER, read_seed: INTEGER, read_cap: INTEGER, read_text: STRING,
+    read_switch: {"enum": [True, False, "true", "false"]}, read_list: {"type": "array"}, read_object: {"type": "object"},
+    read_stop: {"anyOf": [STRING, {"type": "array", "items": STRING, "maxItems": LIMITS.stop_strings}]},
+    read_token_ids: {"type": "array", "items": INTEGER}, read_priority: {"anyOf": [{"enum": ["low", "normal"]}, INTEGER]},
+    read_logit_bias: {"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}},
+}
+
+
+def field_schema(field: Field) -> dict[str, Any]:
+    bounds = {"minimum": field.low, "maximum": field.high}
+    ranged = {name: value for name, value in bounds.items() if math.isfinite(value) and not field.clamp}
+    return {"description": field.doc, "anyOf": [SCHEMAS.get(field.read, {}) | ranged, {"type": "null"}]}
+
+
+def openapi_operation(route: Route) -> dict[str, Any]:
+    """What /openapi.json says of a route."""
+    error = {"description": "what was wrong", "content": {"application/json": {"schema": {"type": "object"}}}}
+    operation = {"summary": route.doc, "responses": {"200": {"description": route.doc}, "default": error}, "parameters": [
+        {"name": name, "in": "path", "required": True, "schema": STRING} for name in re.findall(r"{(\w+)", route.path)]}
+    if route.fields:
+        schema = {"type": "object", "required": ["messages"], "properties": {f.name: field_schema(f) for f in route.fields}}
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    return operation | ({"security": []} if route.pattern in OPEN_ROUTES else {})
+
+
+def openapi_document(prefix: str) -> dict[str, Any]:
+    """Every route and every field of every body, from the tables that the server itself uses."""
+    paths: dict[str, dict] = {}
+    for route in ROUTES:
+        paths.setdefault(route.pattern, {})[route.method.lower()] = openapi_operation(route)
+    return {"openapi": "3.1.0", "info": {"title": "chat_server", "version": __version__}, "servers": [{"url": prefix or "/"}],
+            "security": [{"bearer": []}, {"header": []}], "paths": paths, "components": {"securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"}, "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"}}}}
+
+
 def create_app(pool: Pool, settings: Settings) -> web.Application:
     """The routes of API.md over a pool."""
     front = Front(pool, settings)
-    middlewares = [functools.partial(Front.access_log, front), errors_to_responses]
+    middlewares = [functools.partial(Front.access_log, front), errors_to_responses, functools.partial(Front.guard, front)]
     app = web.Application(client_max_size=LIMITS.body_bytes, middlewares=[web.middleware(each) for each in middlewares])
     app.on_response_prepare.append(front.set_headers)
-    app.add_routes([
-        web.get("/", front.handle_page),
-        web.post("/chat/completions", front.handle_chat),
-        web.post("/v1/chat/completions", front.handle_openai_chat),
-        web.get("/v1/models", front.handle_models),
-        web.get("/models", front.handle_models),
-        web.get("/v1/models/{name:.+}", front.handle_model),
-        web.post("/v1/cancel/{id}", front.handle_cancel),
-        web.get("/health", front.handle_health),
-        web.get("/livez", front.handle_livez),
-        web.get("/readyz", front.handle_readyz),
-        web.get("/stats", front.handle_stats),
-    ])
-    if STATIC.is_dir():
-        app.router.add_static("/static", STATIC)
+    for route in ROUTES:
+        add = app.router.add_get if route.method == "GET" else app.router.add_post     # add_get: HEAD too
+        add(settings.prefix + route.path, getattr(front, route.handler))
+    if settings.prefix:
+        app.router.add_get(settings.prefix, front.handle_bare_prefix)
     return app
+
+
+def without_bytes(record: logging.LogRecord) -> bool:
+    """A filter: what aiohttp logs of requests that are no HTTP, without the bytes, which may be somebody's secret."""
+    if record.exc_info and isinstance(record.exc_info[1], importlib.import_module("aiohttp.http_exceptions").HttpProcessingError):
+        record.msg, record.exc_info = f"{record.msg}: this is no HTTP", None
+    return True
 
 
 def make_runner(app: web.Application) -> web.AppRunner:
     """handler_cancellation: a client that leaves ends its handler at once, and so the work for it."""
-    return web.AppRunner(app, handler_cancellation=True, access_log=None, auto_decompress=False,
-                         keepalive_timeout=75, shutdown_timeout=2.0)
+    logger = log.getChild("connections")
+    logger.addFilter(without_bytes)
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, auto_decompress=False, logger=logger,
+                           keepalive_timeout=75, shutdown_timeout=2.0)
+    served: set[Any] = set()        # connections that have brought a request: from then on the keep-alive time-out holds
+
+    async def note_connection(http: web.Request, handler: Callable) -> web.StreamResponse:
+        served.add(http.protocol)
+        return await handler(http)
+
+    async def watch_connections(app: web.Application) -> AsyncIterator[None]:
+        watch = asyncio.create_task(drop_silent_connections(runner, served))
+        yield
+        watch.cancel()
+
+    app.middlewares.insert(0, web.middleware(note_connection))
+    app.cleanup_ctx.append(watch_connections)
+    return runner
+
+
+async def drop_silent_connections(runner: web.AppRunner, served: set[Any]) -> None:
+    """Close what has not brought a whole request header within HEADER_S; aiohttp has no such limit."""
+    since_s: dict[Any, float] = {}
+    while True:
+        await asyncio.sleep(HEADER_S / 15)
+        now, connections = time.monotonic(), runner.server.connections
+        served.intersection_update(connections)
+        since_s = {each: since_s.get(each, now) for each in connections if each not in served}
+        for each in [each for each, at in since_s.items() if now - at > HEADER_S]:
+            each.force_close()
 
 
 def listen_on(host: str, port: int) -> socket.socket:
@@ -4778,6 +5434,10 @@ def listen_on(host: str, port: int) -> socket.socket:
             raise ConfigError(f"port {port} on {host} is already in use; choose another with --port, "
                               "or stop the program that has it") from None
         raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
+
+
+def is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or re.fullmatch(r"127(\.\d+){1,3}", host) is not None
 
 
 def server_urls(host: str, port: int) -> list[str]:
@@ -4835,10 +5495,10 @@ def stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
 
 def announce(pool: Pool, settings: Settings, port: int) -> None:
     """What runs, and where to find it."""
-    urls = [f"  {url}" for url in server_urls(settings.host, port)]
+    urls = [f"  {url}{settings.prefix and settings.prefix + '/'}" for url in server_urls(settings.host, port)]
     lines = [*pool.describe(), "Application startup complete", *urls]
-    if settings.host not in ("127.0.0.1", "localhost", "::1"):
-        lines.append("Warning: anyone who reaches this port can use the server; --host 127.0.0.1 keeps it here")
+    if not settings.keys and not is_loopback(settings.host):
+        lines.append("Warning: anyone who reaches this port can use the server; --api-key KEY or --host 127.0.0.1 prevents that")
     print("\n".join(lines), flush=True)
 
 
@@ -4859,7 +5519,7 @@ async def serve_forever(settings: Settings, pool: Pool | None = None) -> int:
             announce(pool, settings, port)
             await drain.wait()
             print("Stopping: running answers may finish; a second signal stops now.", file=sys.stderr, flush=True)
-            await first_of(pool.drain(DRAIN_S), now.wait())
+            await first_of(pool.drain(settings.drain_timeout), now.wait())
     finally:
         progress.close()
         await pool.close()
@@ -4874,7 +5534,7 @@ USAGE = """python chat_server.py [serve|chat|generate] [MODEL] [flags]
 
 serve (the default) offers the page and the APIs, chat talks in the terminal, generate answers one prompt.
 MODEL: nothing (a nanochat checkpoint, else the embedded default), a nanochat folder, a .gguf file, a Hugging Face
-folder or id. Each flag has an environment variable: --max-tokens is CHAT_SERVER_MAX_TOKENS."""
+folder or id. Each flag has an environment variable: --max-tokens is CHAT_SERVER_MAX_TOKENS. --config FILE.toml has them as lines."""
 CHAT_HELP = "clear: forget the conversation; quit, exit: leave; Ctrl-C: stop the answer (at an empty prompt: leave)"
 TERMINAL_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
@@ -4886,6 +5546,23 @@ class CommandLine(argparse.ArgumentParser):
         raise ConfigError(f"{message} (--help lists the flags)")
 
 
+class JsonLines(logging.Formatter):
+    """--log-format json: one object a line; the `fields` of a record are members of it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{record.msecs:03.0f}Z"
+        body = {"time": at, "level": record.levelname.lower(), "message": record.getMessage(), **getattr(record, "fields", {})}
+        if record.exc_info:
+            body["traceback"] = self.formatException(record.exc_info)
+        return dump(body).decode()
+
+
+def start_logging(settings: Settings) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines() if settings.log_format == "json" else logging.Formatter("%(asctime)s %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO if settings.command == "serve" else logging.WARNING)
+
+
 class ShowVersion(argparse.Action):
     """--version; asks for the compiled core only when it is given."""
 
@@ -4894,21 +5571,52 @@ class ShowVersion(argparse.Action):
         parser.exit()
 
 
-def environment_value(option: Option, environment: Mapping[str, str]) -> Any:
-    """The value of a flag that was not given: its environment variable's when that is set, else the table's."""
-    variable = f"CHAT_SERVER_{option_field(option).upper()}"
-    if not (text := environment.get(variable, "").strip()):
-        return option.default
-    switch = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-    allowed = option.choices or (() if option.parse else switch)
-    if allowed and text.lower() not in allowed:
-        raise ConfigError(f"{variable}={text!r} must be one of {', '.join(allowed)}")
-    parse = option.parse or (lambda word: switch[word.lower()])
+SWITCH_WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+
+def worded_value(option: Option, words: list[str], place: str) -> Any:
+    """The value of a flag that is written as words in `place`, an environment variable or a line of --config."""
+    shown_words = repr(",".join(words)) if option.name != "api-key" else "the key"
+    allowed = option.choices or (() if option.parse else SWITCH_WORDS)
+    if allowed and not {word.lower() for word in words} <= set(allowed):
+        raise ConfigError(f"{place}={shown_words} must be one of {', '.join(allowed)}")
+    if not option.many and len(words) != 1:
+        raise ConfigError(f"{place}={shown_words} must be one value")
+    parse = option.parse or (lambda word: SWITCH_WORDS[word.lower()])
     try:
-        values = [parse(part) for part in (text.split(",") if option.many else [text])]
+        values = tuple(parse(word) for word in words)
     except (ValueError, argparse.ArgumentTypeError) as error:
-        raise ConfigError(f"{variable}={text!r} is not usable: {error}") from None
-    return tuple(values) if option.many else values[0]
+        raise ConfigError(f"{place}={shown_words} is not usable: {error}") from None
+    return values if option.many else values[0]
+
+
+def read_config(path: str | None) -> dict[str, list[str]]:
+    """--config: the words of each flag in a TOML file, by the flag's field name. ConfigError for unknown names."""
+    if path is None:
+        return {}
+    tomllib = require_library("tomllib", "--config (Python 3.11)")
+    try:
+        table = tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from None
+    fields = {name.replace("-", "_"): option_field(option) for option in OPTIONS for name in option.name.split()}
+    words = {}
+    for name, value in table.items():
+        if (known := (fields | {"model": "model"}).get(name.replace("-", "_"))) is None:
+            raise ConfigError(f"--config {path}: there is no flag --{name}")
+        if isinstance(value, dict):
+            raise ConfigError(f"--config {path}: {name} must be a value or a list, not a table")
+        words[known] = [str(each) for each in (value if isinstance(value, list) else [value])]
+    return words
+
+
+def unflagged_value(option: Option, environment: Mapping[str, str], config: Mapping[str, list[str]]) -> Any:
+    """The value of a flag that was not given: its environment variable's, else --config's, else the table's."""
+    name = option_field(option)
+    variable = f"CHAT_SERVER_{name.upper()}"
+    if text := environment.get(variable, "").strip():
+        return worded_value(option, text.split(",") if option.many else [text], variable)
+    return worded_value(option, config[name], f"--config: {name}") if name in config else option.default
 
 
 def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
@@ -4930,17 +5638,22 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
         command = words.pop(0).replace("server", "serve")
     parser = CommandLine(prog=f"chat_server.py {command}", description=USAGE, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="MODEL", nargs="?", default=environment.get("CHAT_SERVER_MODEL") or None)
+    parser.add_argument("model", metavar="MODEL", nargs="?", default=None)
     parser.add_argument("--version", action=ShowVersion, nargs=0, default=argparse.SUPPRESS, dest=argparse.SUPPRESS,
                         help="print the version and which kernels run")
     options = {option_field(option): option for option in OPTIONS if command in option.commands.split()}
     for option in options.values():
         add_option(parser, option)
     values = vars(parser.parse_args(words))
+    config = read_config(values["config"] or environment.get("CHAT_SERVER_CONFIG") or None)
+    values["model"] = values["model"] or environment.get("CHAT_SERVER_MODEL") or (config.get("model") or [None])[0]
     for name, option in options.items():
         if values[name] is None:
-            values[name] = environment_value(option, environment)
-    return Settings(command=command, **values | {name: tuple(values[name]) for name in options if options[name].many})
+            values[name] = unflagged_value(option, environment, config)
+    values |= {name: tuple(values[name]) for name in options if options[name].many}
+    if command == "serve":      # from here on only the hashes are kept
+        values["keys"] = read_api_keys(values.pop("api_key"), values["api_key_file"])
+    return Settings(command=command, **values)
 
 
 class RemotePool:
@@ -4951,13 +5664,14 @@ class RemotePool:
     def __init__(self, settings: Settings):
         url = settings.url.rstrip("/").removesuffix("/v1")
         self.url = url if "://" in url else f"http://{url}"
+        self.headers = {"Authorization": f"Bearer {key}" for key in settings.api_key[:1]}
         self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
         self.client: Any = None
 
     async def start(self) -> None:
         aiohttp = require_library("aiohttp", "--url")
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=6 * PING_S)
-        self.client = aiohttp.ClientSession(timeout=timeout)
+        self.client = aiohttp.ClientSession(timeout=timeout, headers=self.headers)
 
     async def wait_ready(self) -> None:
         """Until the server is ready; ConfigError when there is none."""
@@ -5264,8 +5978,7 @@ def main(argv: Seq[str] | None = None) -> int:
         stream.reconfigure(errors="replace")
     try:
         settings = parse_command_line(argv, os.environ)
-        level = logging.INFO if settings.command == "serve" else logging.WARNING
-        logging.basicConfig(format="%(asctime)s %(message)s", level=level)
+        start_logging(settings)
         return asyncio.run({"serve": serve_forever, "chat": chat, "generate": generate}[settings.command](settings))
     except ConfigError as error:
         return complain(error, 2)

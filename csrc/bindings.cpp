@@ -10,11 +10,14 @@
 #include "cpu/cpu.h"
 #include "cpu/pool.h"
 #include "ops.h"
+#include "python_lists.h"
 
 namespace py = pybind11;
 
 void bind_elementwise(py::module_& m);      // bindings_elementwise.cpp
 void bind_arrays(py::module_& m);           // bindings_arrays.cpp
+void bind_tiles(py::module_& m);            // bindings_tiles.cpp
+void bind_program(py::module_& m);          // bindings_program.cpp
 
 namespace {
 
@@ -53,6 +56,7 @@ void bind_runtime(py::module_& m) {
     m.def("set_threads", &dc::set_threads, py::arg("threads"), py::call_guard<Gil>());
     m.def("get_threads", &dc::get_threads);
     m.def("sleeping_threads", &dc::sleeping_threads);
+    m.def("force_schedule", &dc::force_schedule, py::arg("width"), py::arg("steal_first"));     // for tests
 }
 
 // --- sample (helper E) -----------------------------------------------------------------------------------------------
@@ -111,30 +115,13 @@ void bind_sample(py::module_& m) {
 
 // --- rope_append, paged_attention -------------------------------------------------------------------------
 
-std::vector<int64_t> integers(const py::handle& list, const char* complaint) {
-    if (!PyList_Check(list.ptr())) throw std::invalid_argument(complaint);
-    std::vector<int64_t> values(size_t(PyList_GET_SIZE(list.ptr())));
-    for (size_t i = 0; i < values.size(); i++) {
-        values[i] = PyLong_AsLongLong(PyList_GET_ITEM(list.ptr(), Py_ssize_t(i)));
-        if (values[i] == -1 && PyErr_Occurred()) PyErr_Clear(), throw std::invalid_argument(complaint);
-    }
-    return values;
-}
-
 dc::AttentionPlan plan_attention(const py::object& tables, const py::object& lengths, const py::object& starts, int heads,
                                  int kv_heads, int64_t num_pages) {
-    dc::require(PyList_Check(tables.ptr()), "tables: a list of lists of page numbers");
     std::vector<int32_t> pages;
-    std::vector<int64_t> offsets{0};
-    for (const py::handle& table : tables) {
-        for (int64_t page : integers(table, "tables: lists of page numbers")) {
-            dc::require(page >= 0 && page < num_pages && page <= INT32_MAX, "tables: each page must lie in the cache");
-            pages.push_back(int32_t(page));
-        }
-        offsets.push_back(int64_t(pages.size()));
-    }
-    return {std::move(pages), std::move(offsets), integers(lengths, "lengths: a list of integers"),
-            integers(starts, "starts: a list of integers"), heads, kv_heads, num_pages};
+    std::vector<int64_t> offsets;
+    dc::read_tables(tables, num_pages, pages, offsets);
+    return {std::move(pages), std::move(offsets), dc::integers(lengths, "lengths: a list of integers"),
+            dc::integers(starts, "starts: a list of integers"), heads, kv_heads, num_pages};
 }
 
 template <class T>
@@ -247,6 +234,8 @@ PYBIND11_MODULE(_core, m) {
     bind_attention(m);
     bind_elementwise(m);
     bind_arrays(m);
+    bind_tiles(m);
+    bind_program(m);
 #if defined(DECODE_CORE_CUDA)
     m.attr("cuda_compiled") = true;
     bind_cuda(m);

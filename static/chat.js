@@ -29,6 +29,7 @@ const state = {
   model: {name: "", context: 0, device: ""},
   run: null,                      // the answer in progress: {turn, controller, pieces, firstAt}
   editing: null,                  // the user turn that is being edited
+  refusedKey: null,               // the API key that the server refused last, "" = that there was none
   notice: "",                     // the page's own words below the turns
   following: true,                // the log stays at its end while an answer grows
 };
@@ -110,7 +111,9 @@ async function request(path, options = {}) {
   const headers = {...options.headers};
   if (state.server.key) headers.Authorization = `Bearer ${state.server.key}`;
   try {
-    return await fetch(serverUrl(path), {...options, headers});
+    const response = await fetch(serverUrl(path), {...options, headers});
+    if (response.status === 401) wantKey();
+    return response;
   } catch (error) {
     if (error.name === "AbortError") throw error;
     const other = new URL(serverUrl("")).origin !== location.origin;
@@ -118,6 +121,17 @@ async function request(path, options = {}) {
     throw new Error(`No answer from ${serverUrl("")}: is the server running` +
       (other ? `, and does it allow this page (--cors-origin ${origin})?` : "?"));
   }
+}
+
+// Opens the Server dialog for a key, once for each key that is refused: closing it unchanged is an answer too.
+function wantKey() {
+  const {server, refusedKey} = state;
+  if (refusedKey === server.key) return;
+  state.refusedKey = server.key;
+  $("key-wanted").textContent = server.key ? "The server does not know this API key." : "This server wants an API key.";
+  $("key-wanted").hidden = false;
+  if (!document.querySelector("dialog[open]")) $("server").click();
+  $("server-dialog").querySelector("[name=key]").focus();
 }
 
 async function errorOf(response) {
@@ -674,6 +688,7 @@ function bindDialog(dialog, part, defaults, onChange = () => {}) {
 }
 
 function onServerChange() {
+  $("key-wanted").hidden = true;
   Object.assign(state, {phase: "connecting", model: {name: "", context: 0, device: ""}});
   render();
   watchServer();

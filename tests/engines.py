@@ -10,21 +10,23 @@ from near_tie import Traced, draw_gap
 
 
 @functools.cache
-def load(path):
+def load(path, as_stored=False):
     settings = Settings(model=str(path))
     source = chat_server.resolve_model(settings)
-    return chat_server.open_model(source, settings, torch.float32, torch.device("cpu"))
+    return chat_server.open_model(source, settings, None if as_stored else torch.float32, torch.device("cpu"))
 
 
-def make_engine(path, *, num_pages=600, max_batch=32, prefill_chunk=256, context_length=None, reference=False):
+def make_engine(path, *, num_pages=600, max_batch=32, prefill_chunk=256, context_length=None, reference=False, as_stored=False):
     """A float32 engine over the model at `path` (the weights are read once per test session).
 
-    It runs the ops that a server would choose: decode_core's where it is built, unless `reference`.
+    It runs the ops that a server would choose: decode_core's where it is built, unless `reference`; with `as_stored` on the
+    quantized weights too.
     """
-    model = load(path)
-    device, kernels = torch.device("cpu"), chat_server.load_kernels("cpu", None if reference else model.spec)
-    transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=num_pages, device=device,
-                              dtype=torch.float32, max_tokens=prefill_chunk + max_batch)
+    model = load(path, as_stored and chat_server.decode_core() is not None and not reference)
+    rows = max(max_batch, chat_server.FREE_ROWS)
+    limits = {"max_tokens": prefill_chunk + rows, "max_rows": rows}
+    kernels = chat_server.load_kernels("cpu", None if reference else model.spec, **limits)
+    transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=num_pages, dtype=model.dtype, **limits)
     return Engine(transformer, chat_server.open_tokenizer(model.text), kernels, num_pages=num_pages, max_batch=max_batch,
                   context_length=context_length or model.context_length, prefill_chunk=prefill_chunk)
 
@@ -47,7 +49,7 @@ class TracedSteps(EagerSteps):
         self.ahead, self.on_draw = ahead, on_draw
 
     def start(self, batch, rows):
-        batch.token_ids = [self.drawn[~token] if token < 0 else token for token in batch.token_ids]
+        batch.token_ids[:] = [self.drawn[~token] if token < 0 else token for token in batch.token_ids]
         logits = self.transformer.forward(batch).float().cpu().numpy()
         for i, (line, row) in enumerate(zip(logits, rows)):
             self.on_draw(i, line, row)
@@ -76,7 +78,7 @@ def run(engine, works, *, check=True, on_step=lambda plan: None, ahead=False):
 
     def watched_schedule():
         plan = schedule()
-        names[:] = [chunk.sequence.work.id for chunk in plan if chunk.samples]
+        names[:] = [chunk.sequence.work.id for chunk in plan for _ in range(chunk.draws)]
         on_step(plan)
         return plan
 

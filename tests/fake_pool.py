@@ -88,7 +88,8 @@ class FakePool:
         return (200 if self.ready else 503), body
 
     def stats(self):
-        return {"total_workers": 1, "available_workers": 1, "busy_workers": 0, "workers": [], "model": self.model_name}
+        return {"total_workers": 1, "available_workers": 1, "busy_workers": 0, "workers": [], "queue_depth": 0,
+                "model": self.model_name}
 
     def describe(self):
         return ["Model: fake-model"]
@@ -108,8 +109,9 @@ class FakePool:
 
     async def drain(self, timeout_s):
         self.begin_drain()
-        await self.until_open(0)
-        return True
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.until_open(0), timeout_s)
+        return not self.open
 
     async def close(self):
         self.closed = True

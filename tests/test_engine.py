@@ -23,7 +23,7 @@ QUESTIONS = ["What is the capital of Japan?", "Name three colours.", "Write a ha
 
 @pytest.fixture(scope="module")
 def smollm(default_model_path):
-    return make_engine(default_model_path)
+    return make_engine(default_model_path, as_stored=True)
 
 
 @pytest.fixture(params=[False, True], ids=["chosen ops", "reference ops"])
@@ -36,13 +36,27 @@ def gen5(nanochat_fixtures):
     return make_engine(nanochat_fixtures / "gen5", num_pages=200)
 
 
-def same(one, other, name, other_name=None):
-    other_name = other_name or name
-    assert_same_tokens_or_near_tie(one.traced(name), other.traced(other_name), MARGIN)
+def same(engine, one, other, name, other_name=None):
+    """Equal answers: on decode_core always, elsewhere up to the first near tie."""
+    margin = 0.0 if engine.kernels.row_invariant else MARGIN
+    assert_same_tokens_or_near_tie(one.traced(name), other.traced(other_name or name), margin)
+
+
+@torch.inference_mode()
+def answers(engine, works):
+    """The tokens of each work as a worker would get them: by the engine's own steps, untraced."""
+    tokens = {work.id: [] for work in works}
+    for work in works:
+        engine.add(work)
+    while engine.busy:
+        for update in engine.step():
+            tokens[update.id] += update.tokens
+        engine.check_integrity()
+    return tokens
 
 
 def test_the_default_model_knows_the_capital_of_japan_and_stops(default_model_path, reference):
-    smollm = make_engine(default_model_path, num_pages=20, reference=reference)
+    smollm = make_engine(default_model_path, num_pages=20, reference=reference, as_stored=True)
     result = run(smollm, [chat_work(smollm, "a", "What is the capital of Japan?")])
     assert result.text["a"] == "The capital of Japan is Tokyo."
     assert result.end["a"].reason == "stop" and result.end["a"].stop_reason == "eos"
@@ -55,7 +69,7 @@ def test_an_answer_alone_equals_the_answer_in_a_batch_of_32(smollm, temperature)
     together = run(smollm, works)
     smollm.pool.forget_cached()
     for i in (0, 5, 31):
-        same(run(smollm, [works[i]]), together, f"w{i}")
+        same(smollm, run(smollm, [works[i]]), together, f"w{i}")
 
 
 @pytest.mark.parametrize("chunk", [16, 17, 100])
@@ -66,7 +80,7 @@ def test_the_prefill_chunk_changes_nothing(smollm, chunk):
     smollm.pool.forget_cached()
     smollm.scheduler.prefill_chunk, before = chunk, smollm.scheduler.prefill_chunk
     try:
-        same(run(smollm, [work]), whole, "a")
+        same(smollm, run(smollm, [work]), whole, "a")
     finally:
         smollm.scheduler.prefill_chunk = before
 
@@ -93,7 +107,7 @@ def test_conversations_a_b_a_reuse_their_prefix_and_answer_as_if_alone(smollm):
     for name in ("Alice", "Bob", "Alice"):
         warm = run(smollm, [second_turn(name)])
         assert warm.end[name].cached_tokens >= len(first[name].prompt_ids) // PAGE_SIZE * PAGE_SIZE
-        same(warm, alone[name], name)
+        same(smollm, warm, alone[name], name)
 
 
 def test_a_7000_token_prompt_never_holds_up_8_streaming_answers(smollm):
@@ -124,7 +138,7 @@ def test_out_of_pages_answers_are_preempted_and_still_the_same(nanochat_fixtures
     expected, got = run(roomy, works), run(tight, works)
     assert tight.scheduler.preemptions > 0 and roomy.scheduler.preemptions == 0
     for work in works:
-        same(got, expected, work.id)
+        same(roomy, got, expected, work.id)
         assert len(got.tokens[work.id]) == 60
 
 
@@ -151,8 +165,12 @@ def test_steps_started_ahead_give_the_same_answers(smollm, gen5, nanochat_fixtur
     expected = run(smollm, works)
     smollm.pool.forget_cached()
     got = run(smollm, works, ahead=True)
+    smollm.pool.forget_cached()
+    if smollm.steps.ahead:
+        drawn_by_the_program = answers(smollm, works)
+        assert drawn_by_the_program == expected.tokens
     for work in works:
-        same(got, expected, work.id)
+        same(smollm, got, expected, work.id)
         if got.tokens[work.id] == expected.tokens[work.id]:
             assert got.text[work.id] == expected.text[work.id] and got.end[work.id].reason == expected.end[work.id].reason
     tight = make_engine(nanochat_fixtures / "gen5", num_pages=14)
@@ -161,8 +179,35 @@ def test_steps_started_ahead_give_the_same_answers(smollm, gen5, nanochat_fixtur
     expected, got = run(gen5, works), run(tight, works, ahead=True)
     assert tight.scheduler.preemptions > 0
     for work in works:
-        same(got, expected, work.id)
+        same(gen5, got, expected, work.id)
         assert len(got.tokens[work.id]) == 60
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_drafts_change_nothing_but_the_number_of_steps(smollm, ahead):
+    text = "Say it again, word for word: the quick brown fox jumps over the lazy dog and the cat sleeps by the fire."
+    works = [chat_work(smollm, "greedy", text, 40), chat_work(smollm, "drawn", text, 40, temperature=0.3, seed=3),
+             chat_server.replace(chat_work(smollm, "stop", text, 40), stop=("azy do",)),
+             chat_work(smollm, "other", QUESTIONS[2], 30, temperature=0.9, seed=1)]
+    steps = []
+    for drafts in (False, True):
+        smollm.drafts, before = drafts, smollm.drafts
+        smollm.pool.forget_cached()
+        try:
+            steps.append([])
+            result = run(smollm, works, on_step=steps[-1].append, ahead=ahead)
+        finally:
+            smollm.drafts = before
+        if not drafts:
+            plain = result
+    assert plain.end["greedy"].drafted_tokens == 0 < result.end["greedy"].accepted_tokens <= result.end["greedy"].drafted_tokens
+    without, with_drafts = (sum(chunk.sequence.work.id == "greedy" for plan in plans for chunk in plan) for plans in steps)
+    assert with_drafts < without
+    for work in works:
+        same(smollm, result, plain, work.id)
+        if result.tokens[work.id] == plain.tokens[work.id]:
+            assert result.text[work.id] == plain.text[work.id]
+            assert result.end[work.id].stop_reason == plain.end[work.id].stop_reason
 
 
 def test_a_resumed_answer_goes_on_as_if_nothing_had_happened(gen5):
@@ -181,7 +226,7 @@ def test_sampled_answers_depend_on_the_seed_and_on_nothing_else(smollm):
     works = [chat_work(smollm, name, "Tell me a story.", 30, temperature=1.0, seed=seed) for name, seed in
              (("one", 1), ("again", 1), ("two", 2))]
     result = run(smollm, works)
-    same(result, result, "one", "again")
+    same(smollm, result, result, "one", "again")
     assert result.tokens["one"] != result.tokens["two"]
 
 
@@ -278,11 +323,4 @@ def test_the_chosen_sampler_draws_what_the_reference_draws(gen5):
              for i, given in enumerate(params)]
     traced = run(gen5, works)           # draws with the reference
     gen5.pool.forget_cached()
-    for work in works:
-        gen5.add(work)
-    tokens = {work.id: [] for work in works}
-    with torch.inference_mode():
-        while gen5.busy:
-            for update in gen5.step():
-                tokens[update.id] += update.tokens
-    assert tokens == traced.tokens
+    assert answers(gen5, works) == traced.tokens

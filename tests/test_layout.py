@@ -1,6 +1,7 @@
 """chat_server.py reads from top to bottom: banners in order, and a manual whose names exist."""
 
 import ast
+import pickle
 import re
 from pathlib import Path
 
@@ -33,9 +34,11 @@ def test_functions_stay_small():
     assert lengths[len(lengths) * 9 // 10] <= 40
 
 
-def test_settings_and_options_name_the_same_flags():
-    fields = {name for name in chat_server.Settings.__dataclass_fields__} - {"command", "model"}
-    assert {chat_server.option_field(option) for option in chat_server.OPTIONS} == fields
+def test_the_flags_names_are_unique_and_their_settings_cross_a_pipe():
+    names = [chat_server.option_field(option) for option in chat_server.OPTIONS]
+    assert len(set(names) | {"command", "model", "keys"}) == len(names) + 3
+    settings = chat_server.Settings(model="m", port=1)
+    assert pickle.loads(pickle.dumps(settings)) == settings != chat_server.Settings()
 
 
 def test_nothing_names_a_registry_or_a_model_hub():

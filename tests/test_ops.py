@@ -59,7 +59,7 @@ def test_packed_and_plain_products_are_products(rows, kind, tolerance, bias):
     x, weight = random(rows, 96, seed=1, dtype=kind), random(80, 96, seed=2, dtype=kind)
     bias = None if bias is None else random(80, seed=3, dtype=kind)
     expected = f64(x) @ f64(weight).T + (0 if bias is None else f64(bias))
-    for matrix in (weight, KERNELS.pack(weight)):
+    for matrix in (weight, KERNELS.pack("up", weight)):
         out = torch.full((rows, 80), math.nan)
         KERNELS.linear(x, matrix, bias=bias, out=out)
         close(out, expected, tolerance)
@@ -76,7 +76,7 @@ def test_linear_norms_first_and_activates_and_adds_afterwards(norm, activation, 
         y = np.maximum(y, 0) ** 2
     if activation == "swiglu":
         y, residual = y[:, :40] * sigmoid(y[:, :40]) * y[:, 40:], residual[:, :40].contiguous()
-    for matrix in (weight, KERNELS.pack(weight)):
+    for matrix in (weight, KERNELS.pack("up", weight)):
         out = torch.full(y.shape, math.nan)
         KERNELS.linear(x, matrix, out=out, norm=norm, activation=activation)
         close(out, y)

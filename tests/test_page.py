@@ -2,8 +2,11 @@
 
 `CHAT_SERVER_URL` names a running server to test instead of starting one; `PAGE_STAND_IN=1` uses the stand-in for all.
 """
+import asyncio
+import contextlib
 import json
 import os
+import queue
 import re
 import shutil
 import subprocess
@@ -12,6 +15,9 @@ import threading
 from pathlib import Path
 
 import pytest
+
+import chat_server
+from fake_pool import FakePool, serving
 from page_server import BLOCKS, HOSTILE, MARKDOWN, StandIn
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the page is tested with playwright")
@@ -61,6 +67,24 @@ def started_server():
     yield found[0].rstrip("/") + "/"
     process.terminate()
     process.communicate(timeout=30)
+
+
+@contextlib.contextmanager
+def fake_front(**settings):
+    """The real HTTP side over a pool without a model, in a thread: its URL."""
+    loop, url, stop = asyncio.new_event_loop(), queue.SimpleQueue(), asyncio.Event()
+
+    async def serve():
+        async with serving(FakePool(), chat_server.Settings(**settings)) as at:
+            url.put(at + settings.get("prefix", "") + "/")
+            await stop.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    yield url.get(timeout=30)
+    loop.call_soon_threadsafe(stop.set)
+    thread.join()
+    loop.close()
 
 
 @pytest.fixture
@@ -549,6 +573,45 @@ def test_the_page_opens_from_a_file_and_says_which_server_it_wants(page, stand_i
         ask(page, "hello")
     assert sent.value.headers["authorization"] == "Bearer secret"
     expect(answers(page)).to_contain_text("You said: hello")
+
+
+def test_a_server_with_keys_asks_for_one_and_the_page_keeps_it(page):
+    keys = (chat_server.ApiKey.hashed("right key", "alice"),)
+    with fake_front(keys=keys) as url:
+        page.goto(url)
+        expect(page.get_by_role("alert")).to_have_text("This server wants an API key.")
+        page.keyboard.type("wrong")             # the field has the focus
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("alert")).to_have_text("The server does not know this API key.")
+        page.get_by_label("API key").fill("right key")
+        button(page, "Done").click()
+        expect(page.get_by_role("heading", name="fake-model").first).to_be_visible()
+        page.reload()
+        expect(page.get_by_role("heading", name="fake-model").first).to_be_visible()
+        ask(page, "hello")
+        expect(answers(page)).to_contain_text("Hello, world!")
+        expect(page.get_by_role("alert")).to_have_count(0)
+
+
+def test_the_page_works_under_the_server_s_own_prefix(page):
+    with fake_front(prefix="/deep/down") as url:
+        open_page(page, url.rstrip("/"))            # the server adds the slash
+        assert page.url == url
+        ask(page, "hello")
+        expect(answers(page)).to_contain_text("Hello, world!")
+
+
+def test_a_page_from_a_file_talks_to_a_server_that_admits_it(page):
+    with fake_front(cors_origin=("null",), keys=(chat_server.ApiKey.hashed("key", "alice"),)) as url:
+        page.route("http://127.0.0.1:8000/**", lambda route: route.abort())
+        page.goto((ROOT / "static" / "index.html").as_uri())
+        button(page, "Server").click()
+        page.get_by_role("textbox", name="URL").fill(url)
+        page.get_by_label("API key").fill("key")
+        button(page, "Done").click()
+        expect(page.get_by_role("heading", name="fake-model").first).to_be_visible()
+        ask(page, "hello")
+        expect(answers(page)).to_contain_text("Hello, world!")
 
 
 def test_an_exported_conversation_can_be_imported(page, stand_in, tmp_path):

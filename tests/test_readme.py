@@ -29,3 +29,8 @@ def test_there_are_exactly_two_set_up_and_go_commands_and_ci_runs_the_second():
 def test_the_pictures_and_files_it_names_exist():
     for name in re.findall(r"\]\(([^)]+)\)|`((?:bench|static)/[a-zA-Z.]+)`", README):
         assert (ROOT / (name[0] or name[1])).exists(), name
+
+
+def test_every_route_is_in_the_readme():
+    for route in chat_server.ROUTES:
+        assert route.pattern + "`" in README, route

@@ -23,7 +23,7 @@ def step(s, next_token=1):
     plan = s.schedule()
     assert len({id(chunk.sequence) for chunk in plan}) == len(plan)
     for chunk in plan:
-        samples = chunk.samples
+        samples = chunk.draws
         assert chunk.sequence.computed + chunk.count <= len(chunk.sequence.pages) * PAGE_SIZE
         s.advance(chunk)
         if samples:

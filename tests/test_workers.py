@@ -152,6 +152,29 @@ async def test_a_worker_that_hangs_is_killed_and_its_answers_go_on(start_pool):
     assert pool.workers[0].restarts == 1
 
 
+async def test_an_idle_model_leaves_memory_and_comes_back_for_the_next_request(start_pool):
+    pool = await start_pool(idle_unload=0.01)
+    (worker,) = pool.workers
+    before, pid = await collect(pool, greedy("a")), worker.process.pid
+    while worker.state != "unloaded" or worker.process.poll() is None:
+        pool.health(), pool.stats()             # polls do not keep it loaded
+        await asyncio.sleep(0.02)
+    assert not psutil.pid_exists(pid) and pool.ready and pool.health()[0] == 200
+    after, also = await asyncio.gather(collect(pool, greedy("b")), collect(pool, greedy("c")))
+    assert after[:2] == also[:2] == before[:2]
+    assert worker.restarts == 0 and worker.crashes_in_row == 0 and worker.process.pid != pid
+
+
+async def test_a_running_answer_keeps_the_model_loaded(start_pool):
+    pool = await start_pool(idle_unload=0.01)
+    stream = pool.answer(greedy("a", max_tokens=400, ignore_eos=True))
+    await anext(stream)
+    pool.used_s = 0.0
+    pool._unload_when_idle()
+    assert pool.workers[0].state == "ready" and not pool.asleep
+    await stream.aclose()
+
+
 async def test_a_full_queue_refuses_and_says_when_to_come_back(start_pool):
     pool = await start_pool(max_batch=1, max_queue=1)
     running, queued = (pool.answer(greedy(name, max_tokens=400, ignore_eos=True)) for name in ("running", "queued"))

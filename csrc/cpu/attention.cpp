@@ -116,34 +116,44 @@ AttentionPlan::Work AttentionPlan::divide(int window) const {
 
 // ---- run
 
-void paged_attention(const AttentionJob& job, const AttentionPlan::Work& work) {
-    const AttentionKernels& use = kernels();
-    const int64_t query_floats = state_floats(1, job.head_size);
-    const size_t counter_bytes = (work.merges * sizeof(std::atomic<int>) + 63) / 64 * 64;
-    char* memory = static_cast<char*>(scratch(counter_bytes + work.states * query_floats * sizeof(float)));
-    auto* unfinished = reinterpret_cast<std::atomic<int>*>(memory);
-    float* states = reinterpret_cast<float*>(memory + counter_bytes);
+size_t AttentionRun::counter_bytes(const AttentionPlan::Work& work) {
+    return (size_t(work.merges) * sizeof(std::atomic<int>) + 63) / 64 * 64;
+}
+
+size_t AttentionRun::memory_bytes(const AttentionPlan::Work& work, int head_size) {
+    return counter_bytes(work) + size_t(work.states * state_floats(1, head_size)) * sizeof(float);
+}
+
+AttentionRun::AttentionRun(const AttentionPlan::Work& work, int head_size, Element cache_type, void* memory, int threads)
+    : work(work), unfinished(static_cast<std::atomic<int>*>(memory)),
+      states(reinterpret_cast<float*>(static_cast<char*>(memory) + counter_bytes(work))), count(int64_t(work.items.size())) {
     for (const AttentionItem& item : work.items)
         if (item.merge >= 0) new (&unfinished[item.merge]) std::atomic<int>(item.merge_count);
     // Runs of items, so that a thread knows what it reads next; short enough that the threads end together.
-    const int64_t count = int64_t(work.items.size()), threads = get_threads();
-    const bool shared = work.positions * 2 * job.head_size * bytes_of(job.cache_type) > BYTES_WORTH_SHARING;
-    const int64_t run = shared ? std::clamp<int64_t>(count / (RUNS_PER_THREAD * threads), 1, LONGEST_RUN) : std::max<int64_t>(count, 1);
-    parallel_for((count + run - 1) / run, [&](int64_t i) {
-        const int64_t end = std::min((i + 1) * run, count);
-        for (int64_t j = i * run; j < end; j++) {
-            const AttentionItem& item = work.items[j];
-            const int64_t next = j + 1 < end ? j + 1 : (i + threads) * run;     // the others are probably at the runs between
-            const AttentionItem* following = next < count ? &work.items[next] : nullptr;
-            if (item.merge < 0) {
-                use.attend(job, item, following, nullptr);
-                continue;
-            }
-            use.attend(job, item, following, states + item.state * query_floats);
-            if (unfinished[item.merge].fetch_sub(1, std::memory_order_acq_rel) == 1)
-                use.merge(job, item, states + item.merge_begin * query_floats, item.merge_count);
+    const bool shared = work.positions * 2 * head_size * bytes_of(cache_type) > BYTES_WORTH_SHARING;
+    per_chunk = shared ? std::clamp<int64_t>(count / (RUNS_PER_THREAD * threads), 1, LONGEST_RUN) : std::max<int64_t>(count, 1);
+}
+
+void AttentionRun::run(const AttentionJob& job, int64_t chunk) const {
+    const AttentionKernels& use = kernels();
+    const int64_t query_floats = state_floats(1, job.head_size), end = std::min((chunk + 1) * per_chunk, count);
+    for (int64_t j = chunk * per_chunk; j < end; j++) {
+        const AttentionItem& item = work.items[size_t(j)];
+        const AttentionItem* following = j + 1 < count ? &work.items[size_t(j + 1)] : nullptr;
+        if (item.merge < 0) {
+            use.attend(job, item, following, nullptr);
+            continue;
         }
-    });
+        use.attend(job, item, following, states + item.state * query_floats);
+        if (unfinished[item.merge].fetch_sub(1, std::memory_order_acq_rel) != 1) continue;
+        unfinished[item.merge].store(item.merge_count, std::memory_order_relaxed);       // for the next layer
+        use.merge(job, item, states + item.merge_begin * query_floats, item.merge_count);
+    }
+}
+
+void paged_attention(const AttentionJob& job, const AttentionPlan::Work& work) {
+    const AttentionRun run(work, job.head_size, job.cache_type, scratch(AttentionRun::memory_bytes(work, job.head_size)), get_threads());
+    parallel_for(run.chunks(), [&](int64_t i) { run.run(job, i); });
 }
 
 // Reads memory as attention does, an item of 64 KB after another, and does nothing with it: what a bench compares with.

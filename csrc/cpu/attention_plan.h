@@ -1,6 +1,7 @@
 // Which items a step's attention consists of: worked out once per step and window, used by every layer.
 #pragma once
 
+#include <atomic>
 #include <map>
 #include <vector>
 
@@ -32,6 +33,23 @@ private:
     std::vector<int32_t> pages;
     std::vector<int64_t> offsets, lengths, starts;
     std::map<int, Work> by_window;
+};
+
+// A step's attention over one window: chunks of items that threads may run in any order, layer after layer. `memory`
+// (memory_bytes, aligned to 64) holds the states of divided sequences; a layer leaves it ready for the next.
+class AttentionRun {
+public:
+    static size_t memory_bytes(const AttentionPlan::Work& work, int head_size);
+    AttentionRun(const AttentionPlan::Work& work, int head_size, Element cache_type, void* memory, int threads);
+    int64_t chunks() const { return (count + per_chunk - 1) / per_chunk; }
+    void run(const AttentionJob& job, int64_t chunk) const;
+
+private:
+    static size_t counter_bytes(const AttentionPlan::Work& work);
+    const AttentionPlan::Work& work;
+    std::atomic<int>* unfinished;
+    float* states;
+    int64_t count, per_chunk;
 };
 
 }  // namespace dc

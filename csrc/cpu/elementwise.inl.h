@@ -37,13 +37,6 @@ void add_rows(const RowsJob& job, int64_t begin, int64_t end) {
     }
 }
 
-// g * sigmoid(g) without overflow: e^-|g| on either side of zero
-DC_INLINE Lanes silu(Lanes g) {
-    const Lanes zero = all(0.0f), above = maximum(g, zero), below = g - above;
-    const Lanes e = exp_negative(below - above);
-    return fma(below, e, above) / (all(1.0f) + e);
-}
-
 template <class T>
 void swiglu_rows(const RowsJob& job, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++) {

@@ -261,5 +261,12 @@ DC_INLINE float exp_negative(float x) {
     return y[0];
 }
 
+// g * sigmoid(g) without overflow: e^-|g| on either side of zero
+DC_INLINE Lanes silu(Lanes g) {
+    const Lanes zero = all(0.0f), above = maximum(g, zero), below = g - above;
+    const Lanes e = exp_negative(below - above);
+    return fma(below, e, above) / (all(1.0f) + e);
+}
+
 }  // namespace DC_ISA
 }  // namespace dc

@@ -1,12 +1,16 @@
-// A persistent pool of threads that shares out the items of one loop at a time.
+// A persistent team of threads that shares out the chunks of one phase at a time.
 //
-//     parallel_for(count, [&](int64_t item) { ... });         // returns when every item is done
+//     parallel_for(count, [&](int64_t item) { ... });     // one phase; the caller works too and returns when all is done
+//     run_phases(run);                                    // a list of phases, each begun when the one before has ended
 //
-// Items are claimed one by one and the caller works too; it waits for *items done*, not for threads to arrive, so a thread
-// that the operating system does not run costs speed and never a stall. Idle threads spin for SPIN_US and then sleep.
+// A phase's chunks are divided into one contiguous share per thread, so that a thread reads straight through the weights (and
+// keeps its rows in a long prompt); whoever has finished its own takes from the ends of the others'. A phase ends when its
+// *chunks are done*, not when threads arrive: one that the operating system does not run costs speed and never a stall.
+// Whoever does the last chunk begins the next phase, and runs phases of one chunk itself, without waking anyone. Waiting
+// threads fetch the weights they will need, spin for a while and then sleep. Chunks must not throw.
 // The pool starts with the first loop that needs it (per process: a forked child starts its own). A loop inside a loop, or
-// one that finds the pool busy with another Python thread's loop, runs on its caller alone. Items must not throw.
-// Every item runs with the default floating-point mode: round to nearest, denormals kept (torch can switch them off).
+// one that finds the pool busy, runs on its caller alone. Every chunk runs with the default floating-point mode: round to
+// nearest, denormals kept (torch can switch them off).
 #pragma once
 
 #include <cstddef>
@@ -15,11 +19,42 @@
 namespace dc {
 
 constexpr int MAX_THREADS = 256;
-constexpr int SPIN_US = 50;             // entering a futex costs 40-50 us here, so a shorter spin would cost more than it saves
+// Entering a futex costs 40-50 us here, so a shorter spin would cost more than it saves; with 20 us every tenth step of a
+// model with long phases slept (KERNELS.md 9.5: spins of 20 and of 100 us do equally well beside a busy program).
+constexpr int SPIN_US = 100;
+constexpr int64_t MAX_CHUNKS = 65535;
 
 void set_threads(int threads);          // 1 (the start) = every loop runs on its caller; std::invalid_argument outside 1..MAX_THREADS
 int get_threads();
 int sleeping_threads();                 // of the pool's helpers, how many are parked; for tests
+int fork_generation();                  // changes in a forked child: threads made before are not there
+
+// For tests: every run uses `width` threads (0: as it asks), and takes the others' chunks before its own.
+void force_schedule(int width, bool steal_first);
+int forced_width();
+
+struct Phase {
+    void (*run)(const void* context, int64_t chunk);
+    const void* context;
+    int64_t chunks;                     // 1..MAX_CHUNKS
+    const uint8_t* weights = nullptr;   // what the chunks read, in their order; null: nothing worth fetching early
+    int64_t weight_bytes = 0;
+    const Phase* ahead = nullptr;       // the next phase that has weights
+};
+
+struct Run {
+    const Phase* phases;
+    int64_t count;
+    int width;                          // at most so many threads
+    int spin_us;                        // how long a thread waits for the others before it sleeps
+    uint64_t* stamps;                   // [count + 1] ticks() at each phase's begin and at the end, or null
+    bool stalled = false;               // out: the caller waited longer than spin_us within a phase, and went on alone
+};
+
+void run_phases(Run& run);              // waits for the pool if it is busy
+
+void relax();                           // what a spinning thread does between two looks
+uint64_t ticks();                       // a clock that takes 10 ns to read and counts evenly; which unit it has, only time tells
 
 using ItemFunction = void (*)(void* context, int64_t item);
 void run_items(int64_t count, ItemFunction function, void* context);
@@ -28,6 +63,15 @@ template <class Body>
 void parallel_for(int64_t count, const Body& body) {
     run_items(count, [](void* context, int64_t item) { (*static_cast<const Body*>(context))(item); }, const_cast<Body*>(&body));
 }
+
+// Sets the default floating-point mode for as long as it lives.
+class DefaultFloatMode {
+public:
+    DefaultFloatMode();
+    ~DefaultFloatMode();
+private:
+    [[maybe_unused]] unsigned before = 0;
+};
 
 // This thread's scratch memory of at least `bytes`, aligned to 64, contents undefined; valid until the next call on the thread.
 void* scratch(size_t bytes);

@@ -2,8 +2,9 @@
 
 from . import _core
 
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4}
-FORMATS = {"f": "float32", "e": "float16", "d": "float64", "i": "int32", "l": "int64", "q": "int64"}    # of buffers, by letter
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "uint16": 2, "uint8": 1}
+FORMATS = {"f": "float32", "e": "float16", "d": "float64", "i": "int32", "l": "int64", "q": "int64",
+           "H": "uint16", "B": "uint8"}    # of buffers, by letter
 _names: dict = {}           # a dtype object -> its name, filled as they come: str(dtype) takes longer than a whole check
 
 

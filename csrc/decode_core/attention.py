@@ -109,6 +109,19 @@ def _rope_job(cache: tuple, qkv, cos, sin, positions, slots, q_out, norm, q_norm
     qkv_at, code, shape, row_stride = _pointer("qkv", qkv, (FLOAT32, BFLOAT16), rows_only=True)
     if tuple(shape) != (T, (H + 2 * Hkv) * D):
         raise ValueError(f"qkv: must be ({T}, {(H + 2 * Hkv) * D}), not {tuple(shape)}")
+    if (value_embed is None) != (gate is None):
+        raise ValueError("gate: value_embed and gate come together or not at all")
+    value = (0, 0) if value_embed is None else _matrix("value_embed", value_embed, code, T, Hkv * D)
+    strength = (0, 0) if gate is None else _matrix("gate", gate, code, T, Hkv)
+    indices = _vector("positions", positions, INT64, T), _vector("slots", slots, INT64, T)
+    return _rope_job_of(cache, (qkv_at, code, row_stride), (q_at, T, H), cos, sin, indices, norm, q_norm, k_norm, eps, post_scale, q_scale,
+                        interleaved, direction, value, strength, gate_scale)[0]
+
+
+def _rope_job_of(cache: tuple, qkv: tuple, q: tuple, cos, sin, indices: tuple, norm, q_norm, k_norm, eps, post_scale, q_scale, interleaved,
+                 direction, value: tuple, gate: tuple, gate_scale) -> tuple:
+    """(job, max_positions); cache as from _cache, qkv (address, type, row stride), q (address, T, H), value and gate (address, stride)."""
+    (cache_at, cache_code, pages, Hkv, D), (qkv_at, code, row_stride), (q_at, T, H) = cache, qkv, q
     cos_at, _, table, _ = _pointer("cos", cos, (FLOAT32,))
     sin_at, _, sin_table, _ = _pointer("sin", sin, (FLOAT32,))
     if len(table) != 2 or not 0 < 2 * table[1] <= D:
@@ -119,16 +132,12 @@ def _rope_job(cache: tuple, qkv, cos, sin, positions, slots, q_out, norm, q_norm
         raise ValueError(f"norm: must be one of {', '.join(NORMS)}, not {norm!r}")
     if direction not in (1, -1):
         raise ValueError(f"direction: must be 1 or -1, not {direction!r}")
-    if (value_embed is None) != (gate is None):
-        raise ValueError("gate: value_embed and gate come together or not at all")
     q_norm_at, k_norm_at = _norms(q_norm, k_norm, D)
-    value_at, value_stride = (0, 0) if value_embed is None else _matrix("value_embed", value_embed, code, T, Hkv * D)
-    gate_at, gate_stride = (0, 0) if gate is None else _matrix("gate", gate, code, T, Hkv)
-    return _core.rope_job(
+    job = _core.rope_job(
         T, row_stride, code, H, Hkv, D, table[1], interleaved, direction, NORMS[norm], eps, post_scale,
-        D**-0.5 if q_scale is None else q_scale, gate_scale, value_stride, gate_stride, cache_code, table[0], pages, qkv_at,
-        _vector("positions", positions, INT64, T), _vector("slots", slots, INT64, T), cos_at, sin_at, q_norm_at, k_norm_at,
-        value_at, gate_at, q_at, cache_at)
+        D**-0.5 if q_scale is None else q_scale, gate_scale, value[1], gate[1], cache_code, table[0], pages, qkv_at,
+        *indices, cos_at, sin_at, q_norm_at, k_norm_at, value[0], gate[0], q_at, cache_at)
+    return job, table[0]
 
 
 def plan_attention(tables, lengths, starts, heads: int, kv_heads: int, num_pages: int):

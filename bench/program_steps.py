@@ -1,0 +1,154 @@
+"""Whole steps of decode_core.Program on a model of random weights, without chat_server: tok/s and where each microsecond goes.
+
+    python bench/program_steps.py [--batches 1,4,16] [--context 256] [--prompt 256] [--threads 1,2] [--seconds 1] [--phases]
+
+The default is the default model's shape (SmolLM2-135M: Q4_1 layers, Q8_0 head). Thread counts alternate in short repeats, and
+the median is printed with the best, since the two CPUs of a virtual machine may be one core or two from minute to minute.
+"""
+
+import argparse
+import statistics
+import time
+from types import SimpleNamespace
+
+import numpy as np
+
+import decode_core
+
+PAGE = 16
+SMOLLM2 = SimpleNamespace(layers=30, C=576, H=9, Hkv=3, D=64, F=1536, V=49152, kind="q4_1", head="q8_0")
+
+
+def random_matrix(arena, kind, rows, columns, generator):
+    matrix = decode_core.Matrix(arena, kind, rows, columns)
+    for first in range(0, rows, 4096):
+        count = min(4096, rows - first)
+        blocks = quantized(kind, count, columns, generator)
+        matrix.fill(blocks, kind, first_tile=first // 16)
+    return matrix
+
+
+def quantized(kind, rows, columns, generator):
+    """Random blocks as GGUF has them, small enough for a sane forward pass."""
+    blocks = columns // 32
+    halves = lambda scale: (generator.random((rows, blocks, 1), np.float32) * scale).astype(np.float16).view(np.uint8)
+    if kind == "q4_1":
+        d = halves(0.02)
+        m = (-7.5 * d.view(np.float16).astype(np.float32)).astype(np.float16).view(np.uint8)
+        parts = [d, m, generator.integers(0, 256, (rows, blocks, 16), np.uint8)]
+    else:
+        parts = [halves(0.001), generator.integers(0, 256, (rows, blocks, 32), np.uint8)]
+    return np.ascontiguousarray(np.concatenate(parts, axis=2).reshape(rows, -1))
+
+
+class Model:
+    """The ops of a llama-like model, recorded as chat_server records them."""
+
+    def __init__(self, s, max_tokens, max_rows, pages, seed=0):
+        self.s, generator = s, np.random.default_rng(seed)
+        self.program = p = decode_core.Program(max_tokens, max_rows)
+        arena = decode_core.Arena(128 << 20)
+        qkv = (s.H + 2 * s.Hkv) * s.D
+        layers = [{name: random_matrix(arena, s.kind, *shape, generator) for name, shape in
+                   (("qkv", (qkv, s.C)), ("output", (s.C, s.H * s.D)), ("gate_up", (2 * s.F, s.C)), ("down", (s.C, s.F)))}
+                  for _ in range(s.layers)]
+        head = random_matrix(arena, s.head, s.V, s.C, generator)
+        self.bytes = sum(m.nbytes for layer in layers for m in layer.values()) + head.nbytes
+        self.cache = np.zeros((s.layers, pages, s.Hkv, 2, PAGE * s.D), np.float16)
+        self.cache[:] = generator.standard_normal((1, 1, s.Hkv, 2, PAGE * s.D))
+        angles = np.outer(np.arange(8192), 1e4 ** -(np.arange(0, s.D, 2) / s.D))
+        cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+        buffer = lambda columns, rows=max_tokens: np.zeros((rows, columns), np.float32)
+        x, q, attended, hidden, ones = buffer(s.C), buffer(s.H * s.D), buffer(s.H * s.D), buffer(s.F), np.ones(s.C, np.float32)
+        projected, last, logits = buffer(qkv), buffer(s.C, max_rows), buffer(s.V, max_rows)
+        p.embed(head, p.token_ids, x)
+        for layer, cache in zip(layers, self.cache):
+            p.linear(x, layer["qkv"], projected, norm=(ones, 1e-5))
+            p.rope_append(projected, cos, sin, p.positions, p.slots, cache, q)
+            p.paged_attention(q, cache, p.attention, 0, attended)
+            p.linear(attended, layer["output"], x, residual=x)
+            p.linear(x, layer["gate_up"], hidden, norm=(ones, 1e-5), activation="swiglu")
+            p.linear(hidden, layer["down"], x, residual=x)
+        p.gather_rows(x, p.logit_rows, last)
+        p.linear(last, head, logits, norm=(ones, 1e-5))
+        p.sample(logits)
+
+
+def sampling(rows, position, vocab):
+    params = SimpleNamespace(temperature=0.8, top_k=40, top_p=0.95, min_p=0.0, presence_penalty=0.0, frequency_penalty=0.0,
+                             repetition_penalty=1.0, logit_bias=(), seed=1, choice=0)
+    return decode_core.SampleBatch([SimpleNamespace(params=params, position=position, tokens=[], prompt_tokens=0) for _ in range(rows)], vocab)
+
+
+def decode(model, batch, context, steps):
+    """us per step of `batch` sequences, pipelined as the engine does it: the next step starts before the last is finished."""
+    pages = -(-(context + steps + 1) // PAGE)
+    tables = [list(range(i * pages, (i + 1) * pages)) for i in range(batch)]
+    sampler = sampling(batch, context, model.s.V)
+    drawn = [~i for i in range(batch)]
+    begin, tickets = time.perf_counter(), []
+    for n in range(steps):
+        sampler.positions[:] = context + n
+        tickets.append(model.program.start(drawn if n else [5] * batch, [1] * batch, list(range(batch + 1)), [context + n + 1] * batch, tables,
+                                           list(range(batch)), sampler))
+        if len(tickets) == 2:
+            model.program.finish(tickets.pop(0))
+    for ticket in tickets:
+        model.program.finish(ticket)
+    return (time.perf_counter() - begin) / steps * 1e6
+
+
+def prefill(model, tokens, context):
+    pages = list(range(-(-(context + tokens) // PAGE)))
+    begin = time.perf_counter()
+    model.program.finish(model.program.start(list(range(tokens)), [1] * tokens, [0, tokens], [context + tokens], [pages], [tokens - 1],
+                                             sampling(1, context + tokens, model.s.V)))
+    return (time.perf_counter() - begin) * 1e6
+
+
+def show_phases(model):
+    steps = model.program.times()
+    kinds = {}
+    for step in steps:
+        for what, us in step["kinds"].items():
+            kinds[what] = kinds.get(what, 0) + us / len(steps)
+    total = statistics.mean(step["us"] for step in steps)
+    print(f"    {total:8.0f} us a step, {len(steps[-1]['phases'])} phases, width {[s['width'] for s in steps]}")
+    for what, us in sorted(kinds.items(), key=lambda item: -item[1]):
+        print(f"    {us:8.1f} us  {us / total:6.1%}  {sum(w == what for w, _ in steps[-1]['phases']):4d}  {what}")
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--batches", default="1,4,16")
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--prompt", type=int, default=256)
+    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--phases", action="store_true")
+    parser.add_argument("--free-width", action="store_true", help="let the policy narrow; otherwise the width is forced")
+    options = parser.parse_args()
+    batches, threads = ([int(n) for n in text.split(",") if n] for text in (options.batches, options.threads))
+    model = Model(SMOLLM2, 512, 64, max(batches + [1]) * (options.context // PAGE + 64) + 64)
+    print(f"weights {model.bytes / 1e6:.1f} MB, {decode_core.info()['isa']}, context {options.context}")
+    cases = [(f"B={b}", b, lambda b=b: decode(model, b, options.context, max(8, int(options.seconds / options.repeats * 400 / (1 + b / 5)))) / b)
+             for b in batches] + ([("prefill", options.prompt, lambda: prefill(model, options.prompt, 0) / options.prompt)] if options.prompt else [])
+    for name, _, run in cases:
+        figures = {n: [] for n in threads}
+        for _ in range(options.repeats):
+            for n in threads:
+                decode_core.set_threads(n)
+                decode_core._core.force_schedule(0 if options.free_width else n, False)
+                figures[n].append(1e6 / run())
+        for n in threads:
+            print(f"{name:>8} {n} threads: median {statistics.median(figures[n]):7.0f} best {max(figures[n]):7.0f} tok/s")
+            if options.phases:
+                decode_core.set_threads(n)
+                decode_core._core.force_schedule(0 if options.free_width else n, False)
+                run()
+                show_phases(model)
+
+
+if __name__ == "__main__":
+    main()

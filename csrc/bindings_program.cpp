@@ -1,0 +1,154 @@
+// Python's door to Program; decode_core/program.py checks the buffers, cpu/program.cpp what a step brings.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/program.h"
+#include "python_lists.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Gil = py::gil_scoped_release;
+using Buffer = std::pair<uintptr_t, int64_t>;       // address, columns; (0, 0): none
+
+template <class T>
+T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+dc::Rows rows_of(const Buffer& buffer) { return {at<float>(buffer.first), buffer.second}; }
+
+dc::Op make_op(dc::OpKind kind, bool on_logit_rows, const Buffer& x, const Buffer& out) {
+    dc::Op op;
+    op.kind = kind, op.on_logit_rows = on_logit_rows, op.x = rows_of(x), op.out = rows_of(out);
+    return op;
+}
+
+void embed(dc::Program& program, const py::object& tiles, uintptr_t table, int type, int64_t table_rows, bool previous, const Buffer& out) {
+    dc::Op op = make_op(dc::OpKind::embed, false, {}, out);
+    if (!tiles.is_none()) op.tiles = tiles.cast<const dc::Tiles&>();
+    op.table = at<const void>(table), op.table_type = dc::Element(type), op.table_rows = table_rows, op.previous_ids = previous;
+    program.record(op);
+}
+
+void rms_norm(dc::Program& program, bool on_logit_rows, const Buffer& x, uintptr_t weight, float epsilon, const Buffer& out) {
+    dc::Op op = make_op(dc::OpKind::rms_norm, on_logit_rows, x, out);
+    op.weight = at<const float>(weight), op.epsilon = epsilon;
+    program.record(op);
+}
+
+void linear(dc::Program& program, bool on_logit_rows, const Buffer& x, const dc::Tiles& tiles, const Buffer& out, bool norm, uintptr_t weight,
+            float epsilon, uintptr_t bias, int activation, const Buffer& residual) {
+    dc::Op op = make_op(dc::OpKind::linear, on_logit_rows, x, out);
+    op.tiles = tiles, op.norm = norm, op.weight = at<const float>(weight), op.epsilon = epsilon;
+    op.bias = at<const float>(bias), op.activation = dc::Activation(activation), op.other = rows_of(residual);
+    program.record(op);
+}
+
+void mix(dc::Program& program, bool on_logit_rows, const Buffer& x, float a, const Buffer& y, float b, const Buffer& out) {
+    dc::Op op = make_op(dc::OpKind::mix, on_logit_rows, x, out);
+    op.other = rows_of(y), op.a = a, op.b = b;
+    program.record(op);
+}
+
+void smear(dc::Program& program, const Buffer& x, const Buffer& previous, uintptr_t gate, int64_t channels, float lambda, const Buffer& out) {
+    dc::Op op = make_op(dc::OpKind::smear, false, x, out);
+    op.other = rows_of(previous), op.weight = at<const float>(gate), op.channels = channels, op.a = lambda;
+    program.record(op);
+}
+
+void softcap(dc::Program& program, bool on_logit_rows, const Buffer& x, float cap, const Buffer& out) {
+    dc::Op op = make_op(dc::OpKind::softcap, on_logit_rows, x, out);
+    op.a = cap;
+    program.record(op);
+}
+
+void rope_append(dc::Program& program, const dc::RopeJob& job, int64_t max_positions, int64_t num_pages) {
+    dc::Op op = make_op(dc::OpKind::rope_append, false, {}, {});
+    op.rope = job, op.max_positions = max_positions, op.num_pages = num_pages;
+    program.record(op);
+}
+
+void paged_attention(dc::Program& program, const Buffer& q, uintptr_t cache, int cache_type, int64_t num_pages, int heads, int kv_heads,
+                     int head_size, int window, const Buffer& out) {
+    dc::Op op = make_op(dc::OpKind::paged_attention, false, q, out);
+    op.attention = {at<const float>(q.first), at<const void>(cache), dc::Element(cache_type), at<void>(out.first), dc::Element::float32,
+                    heads, kv_heads, head_size, window};
+    op.num_pages = num_pages;
+    program.record(op);
+}
+
+template <class T>
+std::vector<T> copied(uintptr_t address, size_t count) { return {at<const T>(address), at<const T>(address) + count}; }
+
+// `sampling`: None, or a SampleBatch's addresses and sizes as decode_core/program.py packs them.
+int64_t start(dc::Program& program, const py::object& token_ids, const py::object& previous, const py::object& starts, const py::object& lengths,
+              const py::object& tables, const py::object& logit_rows, const py::object& sampling) {
+    dc::StepInput in;
+    in.token_ids = dc::integers(token_ids, "token_ids: a list of integers");
+    in.previous_ids = dc::integers(previous, "previous: a list of integers");
+    in.starts = dc::integers(starts, "starts: a list of integers");
+    in.lengths = dc::integers(lengths, "lengths: a list of integers");
+    in.logit_rows = dc::integers(logit_rows, "logit_rows: a list of integers");
+    dc::read_tables(tables, int64_t(INT32_MAX) + 1, in.pages, in.offsets);
+    in.samples = !sampling.is_none();
+    if (in.samples) {
+        const auto [records, rows, count_ids, counts, counted, bias_ids, bias_values, biased] =
+            sampling.cast<std::tuple<uintptr_t, size_t, uintptr_t, uintptr_t, size_t, uintptr_t, uintptr_t, size_t>>();
+        in.sample_rows = copied<dc::SampleRow>(records, rows);
+        in.count_ids = copied<int32_t>(count_ids, counted), in.counts = copied<int32_t>(counts, counted);
+        in.bias_ids = copied<int32_t>(bias_ids, biased), in.bias_values = copied<float>(bias_values, biased);
+    }
+    Gil released;
+    return program.start(std::move(in));
+}
+
+py::list times(const dc::Program& program) {
+    py::list all;
+    for (const dc::StepTimes& step : program.times()) {
+        py::dict kinds;
+        for (const auto& [what, us] : step.phases) {
+            const py::str key(what);
+            kinds[key] = py::float_(us + (kinds.contains(key) ? kinds[key].cast<double>() : 0.0));
+        }
+        py::dict one;
+        one["tokens"] = step.tokens, one["logit_rows"] = step.logit_rows, one["width"] = step.width, one["stalled"] = step.stalled;
+        one["us"] = step.us, one["phases"] = step.phases, one["kinds"] = kinds;
+        all.append(one);
+    }
+    return all;
+}
+
+}  // namespace
+
+void bind_program(py::module_& m) {
+    using dc::Program;
+    using dc::OpKind;
+    const auto simple = [](OpKind kind) {
+        return [kind](Program& program, bool on_logit_rows, const Buffer& x, const Buffer& out) {
+            program.record(make_op(kind, on_logit_rows, x, out));
+        };
+    };
+    struct Delete {                                 // waits for the step under way, so without the GIL
+        void operator()(Program* program) const {
+            Gil released;
+            delete program;
+        }
+    };
+    py::class_<Program, std::unique_ptr<Program, Delete>>(m, "Program")
+        .def(py::init([](int64_t max_tokens, int64_t max_rows) { return std::unique_ptr<Program, Delete>(new Program(max_tokens, max_rows)); }))
+        .def("embed", &embed)
+        .def("gather_rows", simple(OpKind::gather_rows))
+        .def("copy", simple(OpKind::copy))
+        .def("rms_norm", &rms_norm)
+        .def("linear", &linear)
+        .def("mix", &mix)
+        .def("smear", &smear)
+        .def("softcap", &softcap)
+        .def("rope_append", &rope_append)
+        .def("paged_attention", &paged_attention)
+        .def("sample", simple(OpKind::sample))
+        .def("start", &start)
+        .def("finish", &Program::finish, py::call_guard<Gil>())
+        .def("times", &times)
+        .def("describe", &Program::describe);
+}

@@ -1,0 +1,71 @@
+// Python's door to tiles; decode_core/tiles.py checks what comes in.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+
+#include "cpu/pool.h"
+#include "cpu/tiles.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Gil = py::gil_scoped_release;
+
+template <class T>
+T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+dc::Tiles allocate(dc::Arena& arena, int type, int64_t rows, int64_t columns) {
+    const dc::Weight weight = dc::Weight(type);
+    return {weight, rows, columns, arena.allocate(size_t(dc::tile_count(rows) * dc::tile_bytes(weight, columns)))};
+}
+
+void embed(const dc::Tiles& tiles, uintptr_t ids, int64_t count, uintptr_t out, int64_t out_stride) {
+    constexpr int64_t AT_ONCE = 32;
+    dc::parallel_for((count + AT_ONCE - 1) / AT_ONCE, [&](int64_t item) {
+        for (int64_t i = item * AT_ONCE; i < std::min((item + 1) * AT_ONCE, count); i++)
+            dc::embed_row(tiles, at<const int64_t>(ids)[i], at<float>(out) + i * out_stride);
+    });
+}
+
+// The whole product at once. Work is shared out in parts of `tiles_at_once` tiles by `groups_at_once` groups; 0: as suits.
+void multiply(const dc::Tiles& tiles, uintptr_t x, int64_t rows, int64_t x_stride, bool norm, uintptr_t norm_weight, float epsilon,
+              uintptr_t bias, uintptr_t residual, int64_t residual_stride, int activation, uintptr_t out, int64_t out_stride,
+              int64_t out_columns, int64_t tiles_at_once, int64_t groups_at_once) {
+    void* prepared = dc::scratch(dc::prepared_bytes(tiles.type, tiles.columns, rows));
+    const dc::Product product{tiles, prepared, rows, at<const float>(bias), at<const float>(residual), residual_stride,
+                              dc::Activation(activation), at<float>(out), out_stride, out_columns};
+    const int64_t count = dc::tile_count(tiles.rows), groups = dc::group_count(rows);
+    const int64_t tile_step = tiles_at_once ? tiles_at_once : groups < 16 ? 16 : count + count % 2;
+    const int64_t group_step = groups_at_once ? groups_at_once : groups < 16 ? groups : 4;
+    dc::parallel_for(groups, [&](int64_t g) {
+        dc::prepare(tiles.type, at<const float>(x), x_stride, tiles.columns, g * dc::GROUP_ROWS, std::min((g + 1) * dc::GROUP_ROWS, rows),
+                    norm, at<const float>(norm_weight), epsilon, prepared);
+    });
+    const int64_t parts = (count + tile_step - 1) / tile_step;
+    dc::parallel_for(groups ? parts * ((groups + group_step - 1) / group_step) : 0, [&](int64_t item) {
+        const int64_t tile = item % parts * tile_step, group = item / parts * group_step;
+        dc::multiply(product, tile, std::min(tile + tile_step, count), group, std::min(group + group_step, groups));
+    });
+}
+
+}  // namespace
+
+void bind_tiles(py::module_& m) {
+    py::class_<dc::Arena>(m, "Arena")
+        .def(py::init<size_t>())
+        .def("allocate", &allocate, py::keep_alive<0, 1>())
+        .def_property_readonly("used", &dc::Arena::used)
+        .def_property_readonly("reserved", &dc::Arena::reserved);
+    py::class_<dc::Tiles>(m, "Tiles")
+        .def_property_readonly("count", [](const dc::Tiles& t) { return dc::tile_count(t.rows); })
+        .def_property_readonly("bytes", [](const dc::Tiles& t) { return dc::tile_count(t.rows) * dc::tile_bytes(t.type, t.columns); })
+        .def_property_readonly("address", [](const dc::Tiles& t) { return reinterpret_cast<uintptr_t>(t.memory); })
+        .def("fill", [](const dc::Tiles& to, uintptr_t source, int source_type, int64_t row_stride, int64_t rows, int64_t first_tile,
+                        int64_t tile_step) {
+            dc::fill_tiles(to, at<const uint8_t>(source), dc::Weight(source_type), row_stride, rows, first_tile, tile_step);
+        }, py::call_guard<Gil>())
+        .def("embed", &embed, py::call_guard<Gil>())
+        .def("multiply", &multiply, py::call_guard<Gil>());
+    m.def("row_bytes", [](int type, int64_t columns) { return dc::row_bytes(dc::Weight(type), columns); });
+}

@@ -1,0 +1,257 @@
+// Recording, checking and queueing steps; the leader: a thread per Program that runs them, one after the other.
+// What crosses threads does so under `mutex`: a step belongs to the leader from being queued until `ended`. A run never
+// throws into another thread: what goes wrong becomes the step's `error`, which finish() raises.
+#include "cpu/program.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <mutex>
+#include <stdexcept>
+#include <thread>
+
+#include "checks.h"
+#include "cpu/pool.h"
+#include "cpu/program_phases.h"
+#include "cpu/width.h"
+
+namespace dc {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+constexpr size_t STEPS_AT_ONCE = 2, STEPS_REMEMBERED = 16;
+constexpr int PROBE_STEPS = 6, PROMPT_PROBE_STEPS = 1;          // a prompt's step takes as long as 30 of decoding
+
+double us_since(Clock::time_point begin) { return std::chrono::duration<double, std::micro>(Clock::now() - begin).count(); }
+
+class Leader {
+    std::mutex mutex;
+    std::condition_variable queued, ended;
+    std::deque<std::shared_ptr<Step>> waiting;          // started and not begun
+    std::deque<std::shared_ptr<Step>> started;          // and not finished by the caller
+    std::deque<std::shared_ptr<const Step>> remembered;
+    std::atomic<bool> something{false};                 // waiting is not empty, or stop
+    bool stop = false;
+    std::vector<int32_t> drawn;                         // by the step that ended last
+    Width decoding{PROBE_STEPS}, prompts{PROMPT_PROBE_STEPS};
+    std::thread thread;
+
+    std::shared_ptr<Step> next() {                      // null: stop
+        const auto end = Clock::now() + std::chrono::microseconds(SPIN_US);
+        while (!something.load() && Clock::now() < end) relax();
+        std::unique_lock<std::mutex> lock(mutex);
+        queued.wait(lock, [&] { return stop || !waiting.empty(); });
+        if (waiting.empty()) return nullptr;
+        auto step = std::move(waiting.front());
+        waiting.pop_front();
+        something.store(stop || !waiting.empty());
+        return step;
+    }
+
+    void run(Step& step) {
+        Width& policy = step.by_rows() ? prompts : decoding;
+        const int width = policy.choose(get_threads());
+        step.resolve_ids(drawn);
+        const auto begin = Clock::now();
+        step.run(width);
+        const double us = us_since(begin);
+        if (step.by_rows()) policy.learn(0, us / double(step.tokens), step.outcome.stalled);
+        else policy.learn(step.tokens << 32 | step.logit_rows, us, step.outcome.stalled);
+        step.us = us;
+    }
+
+    void lead() {
+        while (const std::shared_ptr<Step> step = next()) {
+            std::string error;
+            try {
+                run(*step);
+            } catch (const std::exception& failure) {   // std::bad_alloc, or ids that a failed step did not draw
+                error = failure.what();
+            }
+            std::lock_guard<std::mutex> lock(mutex);
+            step->error = error;
+            drawn = error.empty() ? step->drawn : std::vector<int32_t>();
+            remembered.push_back(step);
+            if (remembered.size() > STEPS_REMEMBERED) remembered.pop_front();
+            step->ended = true;
+            ended.notify_all();
+        }
+    }
+
+public:
+    const int generation = fork_generation();
+
+    Leader() : thread([this] { lead(); }) {}
+
+    ~Leader() {
+        {
+            std::lock_guard<std::mutex> lock(mutex);
+            stop = true;
+            something.store(true);
+            queued.notify_all();
+        }
+        thread.join();
+    }
+
+    void check_room() {
+        std::lock_guard<std::mutex> lock(mutex);
+        require(started.size() < STEPS_AT_ONCE, "start: two steps are under way; finish one first");
+    }
+
+    void start(std::shared_ptr<Step> step) {
+        std::lock_guard<std::mutex> lock(mutex);
+        started.push_back(step);
+        waiting.push_back(std::move(step));
+        something.store(true);
+        queued.notify_all();
+    }
+
+    std::vector<int32_t> finish(int64_t ticket) {
+        std::unique_lock<std::mutex> lock(mutex);
+        const auto found = std::find_if(started.begin(), started.end(), [&](const auto& step) { return step->ticket == ticket; });
+        require(found != started.end(), "ticket: must be of a step that was started and not finished");
+        const std::shared_ptr<Step> step = *found;
+        started.erase(found);
+        ended.wait(lock, [&] { return step->ended; });
+        if (!step->error.empty()) throw std::runtime_error("the step failed: " + step->error);
+        return step->drawn;
+    }
+
+    std::vector<StepTimes> times() {
+        std::lock_guard<std::mutex> lock(mutex);
+        std::vector<StepTimes> all;
+        for (const auto& step : remembered) all.push_back(step->times());
+        return all;
+    }
+};
+
+}  // namespace
+
+const char* name_of(OpKind kind) {
+    static const char* const names[] = {"embed", "gather_rows", "rms_norm", "linear", "copy", "mix", "smear", "softcap",
+                                        "rope_append", "paged_attention", "sample"};
+    return names[int(kind)];
+}
+
+struct Program::Inside {
+    std::vector<Op> ops;
+    Memory prepared;
+    size_t prepared_size = 0;
+    int64_t vocab = INT32_MAX, max_positions = INT32_MAX, sampled_vocab = 0;    // the least of any table; of the logits
+    int64_t tickets = 0;
+    std::vector<bool> draws;                            // for each logit row of the step started last: does it draw a token?
+    std::unique_ptr<Leader> leader;
+    std::mutex starting;
+
+    void check_ids(const std::vector<int64_t>& ids, int64_t none, const char* range, const char* earlier) const {
+        bool in_range = true, drawn = true;
+        for (const int64_t id : ids) {
+            in_range &= id < vocab;
+            if (id < -none) drawn &= size_t(-1 - none - id) < draws.size() && draws[size_t(-1 - none - id)];
+        }
+        require(in_range, range);
+        require(drawn, earlier);
+    }
+
+    void check_sampling(const StepInput& in) const {
+        if (!in.samples) return;
+        require(sampled_vocab > 0, "sampling: no sample op was recorded");
+        require(in.sample_rows.size() == in.logit_rows.size(), "sampling: must have a row for each of logit_rows");
+        require(in.counts.size() == in.count_ids.size() && in.bias_values.size() == in.bias_ids.size(), "sampling: its lists differ in length");
+        check_range(in.count_ids.data(), int64_t(in.count_ids.size()), 0, int32_t(sampled_vocab), "sampling: counted ids must lie in the vocabulary");
+        check_range(in.bias_ids.data(), int64_t(in.bias_ids.size()), 0, int32_t(sampled_vocab), "sampling: biased ids must lie in the vocabulary");
+        bool good = true;
+        for (const SampleRow& row : in.sample_rows)
+            good &= row.count_begin >= 0 && row.count_begin <= row.count_end && size_t(row.count_end) <= in.counts.size() &&
+                    row.bias_begin >= 0 && row.bias_begin <= row.bias_end && size_t(row.bias_end) <= in.bias_ids.size();
+        require(good, "sampling: a row's part of the lists must lie in them");
+    }
+
+    void check(const StepInput& in, int64_t max_tokens, int64_t max_rows) const {
+        const int64_t tokens = int64_t(in.token_ids.size());
+        require(tokens > 0 && tokens <= max_tokens, "token_ids: must be 1 to max_tokens");
+        require(in.previous_ids.size() == in.token_ids.size(), "previous: must be as many as token_ids");
+        check_ids(in.token_ids, 0, "token_ids: must lie in the vocabulary", "token_ids: ~i must name a row of the step before that draws");
+        check_ids(in.previous_ids, 1, "previous: must lie in the vocabulary", "previous: -2 - i must name a row of the step before that draws");
+        require(!in.starts.empty() && in.starts.back() == tokens, "starts: must end with the number of tokens");
+        require(in.starts.size() == in.lengths.size() + 1, "starts: one more than lengths");
+        for (const int64_t length : in.lengths) require(length <= max_positions, "lengths: must not pass the tables cos and sin");
+        require(int64_t(in.logit_rows.size()) <= max_rows, "logit_rows: must be at most max_rows");
+        for (const int64_t row : in.logit_rows) require(row >= 0 && row < tokens, "logit_rows: must be rows of the step");
+        check_sampling(in);
+    }
+};
+
+Program::Program(int64_t max_tokens, int64_t max_rows) : max_tokens(max_tokens), max_rows(max_rows), inside(new Inside) {
+    require(max_tokens > 0 && max_tokens <= MAX_CHUNKS, "max_tokens: 1 to 65535");
+    require(max_rows > 0 && max_rows <= max_tokens, "max_rows: 1 to max_tokens");
+}
+
+Program::~Program() {
+    if (inside->leader && inside->leader->generation != fork_generation()) inside->leader.release();    // its thread is the parent's
+}
+
+void Program::record(const Op& op) {
+    Inside& in = *inside;
+    require(in.tickets == 0, "program: nothing can be recorded after the first step");
+    require(in.sampled_vocab == 0, "program: sample is the last op");
+    if (op.kind == OpKind::paged_attention)
+        for (const Op& other : in.ops)
+            require(other.kind != OpKind::paged_attention ||
+                        (other.attention.heads == op.attention.heads && other.attention.kv_heads == op.attention.kv_heads &&
+                         other.attention.head_size == op.attention.head_size && other.attention.cache_type == op.attention.cache_type),
+                    "q: every attention of a program must have the same heads, head size and type of cache");
+    if (op.kind == OpKind::embed) in.vocab = std::min(in.vocab, op.tiles.memory ? op.tiles.rows : op.table_rows);
+    if (op.kind == OpKind::rope_append) in.max_positions = std::min(in.max_positions, op.max_positions);
+    if (op.kind == OpKind::sample) in.sampled_vocab = op.x.columns;
+    if (op.kind == OpKind::linear) {
+        const int64_t rows = op.on_logit_rows ? max_rows : std::min(max_tokens, TOKENS_BY_ROWS);
+        in.prepared_size = std::max(in.prepared_size, prepared_bytes(op, rows));
+    }
+    in.ops.push_back(op);
+}
+
+int64_t Program::start(StepInput input) {
+    Inside& in = *inside;
+    std::lock_guard<std::mutex> one_at_a_time(in.starting);
+    if (in.leader && in.leader->generation != fork_generation()) {      // a forked child: the parent's leader is not here
+        in.leader.release();
+        in.draws.clear();
+    }
+    if (!in.leader) in.leader.reset(new Leader);
+    in.leader->check_room();
+    in.check(input, max_tokens, max_rows);
+    std::vector<bool> draws(input.samples ? input.logit_rows.size() : 0);
+    for (size_t i = 0; i < draws.size(); i++) draws[i] = input.sample_rows[i].position >= 0;
+    const auto step = std::make_shared<Step>(in.ops, std::move(input), in.prepared.at_least(in.prepared_size), get_threads());
+    step->ticket = ++in.tickets;
+    in.draws = std::move(draws);
+    in.leader->start(step);
+    return step->ticket;
+}
+
+std::vector<int32_t> Program::finish(int64_t ticket) {
+    require(inside->leader && inside->leader->generation == fork_generation(), "ticket: must be of a step that was started and not finished");
+    return inside->leader->finish(ticket);
+}
+
+std::vector<StepTimes> Program::times() const { return inside->leader ? inside->leader->times() : std::vector<StepTimes>(); }
+
+std::vector<std::string> Program::describe() const {
+    std::vector<std::string> lines;
+    for (const Op& op : inside->ops) {
+        std::string line = name_of(op.kind);
+        if (op.kind == OpKind::linear) line += " " + std::to_string(op.tiles.rows) + "x" + std::to_string(op.tiles.columns);
+        if (op.norm && op.kind == OpKind::linear) line += " norm";
+        if (op.activation != Activation::none) line += op.activation == Activation::swiglu ? " swiglu" : " relu2";
+        if (op.kind == OpKind::linear && op.bias) line += " bias";
+        if (op.kind == OpKind::linear && op.other.at) line += " residual";
+        if (op.kind == OpKind::paged_attention && op.attention.window) line += " window " + std::to_string(op.attention.window);
+        lines.push_back(line + (op.on_logit_rows ? " (logit rows)" : ""));
+    }
+    return lines;
+}
+
+}  // namespace dc

@@ -1,0 +1,94 @@
+// A model's step as a list of ops over fixed buffers, run by a thread of its own and the pool's helpers.
+//
+//     record(op) ...;  ticket = start(input);  tokens = finish(ticket)
+//
+// The same list serves every batch: T tokens and R logit rows are counts of a step. start() checks the step, works out what
+// its layers share (positions, slots, attention's items, the phases) and queues it; at most two steps wait or run, and the
+// second may take ids that the first has yet to draw. finish() waits. How ops become phases: program_phases.cpp.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cpu/attention.h"
+#include "cpu/tiles.h"
+#include "ops.h"
+
+namespace dc {
+
+enum class OpKind { embed, gather_rows, rms_norm, linear, copy, mix, smear, softcap, rope_append, paged_attention, sample };
+const char* name_of(OpKind kind);
+
+struct Rows {                           // a buffer: contiguous rows of `columns`
+    float* at = nullptr;
+    int64_t columns = 0;
+    float* row(int64_t i) const { return at + i * columns; }
+};
+
+struct Op {
+    OpKind kind{};
+    bool on_logit_rows = false;         // runs over the R rows that have logits, else over the T tokens
+    Rows x, out;
+    Rows other;                         // linear: residual; mix: x0 (or backout's middle); smear: previous
+    bool norm = false;                  // linear: of x first; weight and epsilon are the norm's
+    const float* weight = nullptr;      // smear: the gate
+    float epsilon = 0;
+    Tiles tiles{};                      // linear; embed unless memory is null
+    const float* bias = nullptr;
+    Activation activation = Activation::none;
+    const void* table = nullptr;        // embed: plain (table_rows, columns)
+    Element table_type{};
+    int64_t table_rows = 0;
+    bool previous_ids = false;          // embed: of the tokens before
+    int64_t channels = 0;               // smear
+    float a = 0, b = 0;                 // mix: a x + b other; smear: lambda; softcap: cap
+    RopeJob rope{};                     // positions and slots come with the step
+    int64_t max_positions = 0;          // of the tables cos and sin
+    AttentionJob attention{};
+    int64_t num_pages = 0;              // of rope's and attention's cache
+};
+
+// What a step brings. Ids below 0: token_ids ~i (-1 - i) is the token that row i of the step before draws; previous_ids
+// -1 is none, -2 - i the token that row i of the step before draws.
+struct StepInput {
+    std::vector<int64_t> token_ids, previous_ids, starts, lengths, logit_rows;
+    std::vector<int32_t> pages;                                 // of all sequences; sequence i's from offsets[i]
+    std::vector<int64_t> offsets;
+    bool samples = false;
+    std::vector<SampleRow> sample_rows;                         // one for each logit row
+    std::vector<int32_t> count_ids, counts, bias_ids;
+    std::vector<float> bias_values;
+};
+
+struct StepTimes {                      // of one step that has ended
+    int64_t tokens, logit_rows;
+    int width;
+    bool stalled;
+    double us;
+    std::vector<std::pair<std::string, double>> phases;         // (what, us)
+};
+
+class Program {
+public:
+    Program(int64_t max_tokens, int64_t max_rows);
+    ~Program();                         // after the steps that were started
+    Program(const Program&) = delete;
+    Program& operator=(const Program&) = delete;
+
+    void record(const Op& op);          // std::invalid_argument after the first start
+    int64_t start(StepInput input);     // a ticket; std::invalid_argument that names what is wrong, and then nothing has happened
+    std::vector<int32_t> finish(int64_t ticket);
+    std::vector<StepTimes> times() const;                       // the last steps, oldest first
+    std::vector<std::string> describe() const;
+
+    const int64_t max_tokens, max_rows;
+
+private:
+    struct Inside;
+    std::unique_ptr<Inside> inside;
+    Inside& here();
+};
+
+}  // namespace dc

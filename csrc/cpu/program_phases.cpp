@@ -1,0 +1,274 @@
+// How ops become phases, and what a chunk of each phase does.
+#include "cpu/program_phases.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/rows.h"
+
+namespace dc {
+namespace {
+
+// A chunk of a product is 64 KB of weights: 1.5 to 3 us. Less than half of that is not worth a hand-over (0.1 to 0.4 us).
+constexpr int64_t CHUNK_BYTES = 64 << 10;
+constexpr int64_t FREE_ROWS = 4;                // so many rows take the time of one: beyond, chunks take fewer tiles
+constexpr int64_t SMALL_CHUNK_ROWS = 4;         // rows of a chunk between two products: 1 to 3 us
+constexpr int64_t CAP_COLUMNS = 8192;
+
+const RowKernels& row_kernels_here() { return DC_CHOSEN(row_kernels); }
+
+// x's rows [begin, end) made ready as rows `to` ... of `prepared`; `wide` has room for a row of x.
+void prepare_rows(const Op& op, int64_t begin, int64_t end, int64_t to, void* prepared, float* wide) {
+    const Tiles& w = op.tiles;
+    if (!op.norm || op.x.columns == w.columns) {
+        prepare(w.type, op.x.row(begin - to), op.x.columns, w.columns, to, to + end - begin, op.norm, op.weight, op.epsilon, prepared);
+        return;
+    }
+    for (int64_t row = begin; row < end; row++, to++) {         // the norm is of more columns than the product takes
+        row_kernels_here().rms_norm(op.x.row(row), op.weight, op.epsilon, op.x.columns, wide);
+        prepare(w.type, wide - to * op.x.columns, op.x.columns, w.columns, to, to + 1, false, nullptr, 0, prepared);
+    }
+}
+
+// The product of `rows` rows, whose outputs begin at row `first`.
+Product product_of(const Op& op, const void* prepared, int64_t first, int64_t rows) {
+    return {op.tiles, prepared, rows, op.bias, op.other.at ? op.other.row(first) : nullptr, op.other.columns, op.activation,
+            op.out.row(first), op.out.columns, op.out.columns};
+}
+
+int64_t unit_of(const Op& op) { return op.activation == Activation::swiglu ? 2 : 1; }      // tiles that stay together
+
+}  // namespace
+
+void* Memory::at_least(size_t bytes) {
+    if (bytes > size) {
+        size = (bytes + 4095) / 4096 * 4096;
+        memory.reset(std::aligned_alloc(64, size));
+        if (!memory) throw std::bad_alloc();
+    }
+    return memory.get();
+}
+
+size_t prepared_bytes(const Op& op, int64_t rows) { return prepared_bytes(op.tiles.type, op.tiles.columns, rows); }
+
+// ---- before the run
+
+Step::Step(const std::vector<Op>& ops, StepInput given, void* prepared, int threads)
+    : tokens(int64_t(given.token_ids.size())), logit_rows(int64_t(given.logit_rows.size())), ops(ops), input(std::move(given)),
+      prepared(prepared), threads(threads) {
+    find_slots();
+    plan_attention();
+    make_phases();
+    drawn.resize(input.samples ? size_t(logit_rows) : 0);
+    stamps.resize(phases.size() + 1);
+}
+
+void Step::find_slots() {
+    positions.resize(size_t(tokens)), slots.resize(size_t(tokens));
+    for (size_t i = 0; i < input.lengths.size(); i++) {
+        const int64_t begin = input.starts[i], end = input.starts[i + 1], first = input.lengths[i] - (end - begin);
+        const int32_t* pages = input.pages.data() + input.offsets[i];
+        for (int64_t row = begin; row < end; row++) {
+            const int64_t position = first + row - begin;
+            const bool padding = input.lengths[i] == 0;
+            positions[size_t(row)] = padding ? 0 : position;
+            slots[size_t(row)] = padding ? -1 : pages[page_of(position)] * int64_t(PAGE_SIZE) + place_of(position);
+        }
+    }
+}
+
+void Step::plan_attention() {
+    int heads = 1, kv_heads = 1;
+    int64_t num_pages = INT32_MAX;
+    for (const Op& op : ops)
+        if (op.kind == OpKind::paged_attention)
+            heads = op.attention.heads, kv_heads = op.attention.kv_heads, num_pages = std::min(num_pages, op.num_pages);
+    // throws for what is wrong, also without any attention; rows, lengths and tables are as it says from here on
+    plan = std::make_unique<AttentionPlan>(input.pages, input.offsets, input.lengths, input.starts, heads, kv_heads, num_pages);
+    for (const Op& op : ops) {
+        const AttentionJob& job = op.attention;
+        if (op.kind != OpKind::paged_attention || attention.count(job.window)) continue;
+        const AttentionPlan::Work& work = plan->work(job.window);
+        attention_memory.emplace_back();
+        void* memory = attention_memory.back().at_least(AttentionRun::memory_bytes(work, job.head_size) + 64);
+        attention.emplace(job.window, AttentionRun(work, job.head_size, job.cache_type, memory, threads));
+    }
+}
+
+template <Step::Body body>
+void Step::add_phase(Part part, const uint8_t* weights, int64_t bytes) {
+    const auto run = [](const void* context, int64_t chunk) {
+        const Part& its = *static_cast<const Part*>(context);
+        (its.step->*body)(its, chunk);
+    };
+    part.step = this;
+    part.chunks = std::min(part.chunks, MAX_CHUNKS);
+    parts.push_back(part);
+    phases.push_back({run, nullptr, part.chunks, weights, bytes, nullptr});
+}
+
+void Step::add_rows(int first, int end, int prepares, int64_t rows) {
+    if (rows == 0 || (first == end && prepares < 0)) return;
+    int64_t per_chunk = SMALL_CHUNK_ROWS;
+    if (rows == tokens && by_rows()) {          // a multiple of GROUP_ROWS; the more, the less often weights are read
+        per_chunk = 4 * GROUP_ROWS;
+        while (per_chunk > GROUP_ROWS && rows < 3 * threads * per_chunk) per_chunk /= 2;
+    }
+    add_phase<&Step::do_rows>({nullptr, first, end, prepares, rows, per_chunk, (rows + per_chunk - 1) / per_chunk});
+}
+
+void Step::add_product(int index) {
+    const Op& op = ops[size_t(index)];
+    const int64_t rows = count_of(op), tiles = tile_count(op.tiles.rows), units = tiles / unit_of(op);
+    const int64_t bytes = tiles * tile_bytes(op.tiles.type, op.tiles.columns), work = bytes * std::max(rows, FREE_ROWS) / FREE_ROWS;
+    int64_t chunks = work < CHUNK_BYTES / 2 ? 1 : (work / CHUNK_BYTES / threads + 1) * threads;
+    chunks = std::min({chunks, units, MAX_CHUNKS});
+    add_phase<&Step::do_product>({nullptr, index, index + 1, -1, rows, rows, chunks}, op.tiles.memory, bytes);
+}
+
+void Step::add_attention(int index) {
+    const AttentionRun& run = attention.at(ops[size_t(index)].attention.window);
+    add_phase<&Step::do_attention>({nullptr, index, index + 1, -1, tokens, tokens, run.chunks()});
+}
+
+void Step::make_phases() {
+    int first = 0;                              // ops [first, i) are of the rows' phase that is being collected
+    const auto flush = [&](int i, int prepares, int next) {
+        if (first < i || prepares >= 0) add_rows(first, i, prepares, count_of(ops[size_t(prepares >= 0 ? prepares : first)]));
+        first = next;
+    };
+    const int count = int(ops.size());
+    for (int i = 0; i < count; i++) {
+        const Op& op = ops[size_t(i)];
+        const int64_t rows = count_of(op);
+        if (first < i && ops[size_t(i - 1)].on_logit_rows != op.on_logit_rows) flush(i, -1, i);
+        if (rows == 0) first = i + 1;
+        else if (op.kind == OpKind::linear && (op.on_logit_rows || !by_rows())) flush(i, i, i + 1), add_product(i);
+        else if (op.kind == OpKind::paged_attention) flush(i, -1, i + 1), add_attention(i);
+        else if (op.kind == OpKind::softcap) {
+            const int64_t segments = (op.x.columns + CAP_COLUMNS - 1) / CAP_COLUMNS;
+            flush(i, -1, i + 1), add_phase<&Step::do_softcap>({nullptr, i, i + 1, -1, rows, segments, rows * segments});
+        } else if (op.kind == OpKind::sample) {
+            flush(i, -1, i + 1);
+            if (input.samples) add_phase<&Step::do_sample>({nullptr, i, i + 1, -1, rows, 1, rows});
+        }
+    }
+    flush(count, -1, count);
+    const Phase* ahead = nullptr;
+    for (size_t i = phases.size(); i-- > 0;) {
+        phases[i].context = &parts[i], phases[i].ahead = ahead;
+        if (phases[i].weights && phases[i].chunks > 1) ahead = &phases[i];
+    }
+}
+
+// ---- the run
+
+void Step::resolve_ids(const std::vector<int32_t>& before) {
+    for (int64_t& id : input.token_ids)
+        if (id < 0) id = before.at(size_t(-1 - id));
+    for (int64_t& id : input.previous_ids)
+        if (id < -1) id = before.at(size_t(-2 - id));
+}
+
+void Step::run(int width) {
+    outcome = {phases.data(), int64_t(phases.size()), width, by_rows() ? 5 * SPIN_US : SPIN_US, stamps.data(), false};
+    run_phases(outcome);
+}
+
+void Step::do_rows(const Part& part, int64_t chunk) const {
+    const int64_t begin = chunk * part.rows_per_chunk, end = std::min(begin + part.rows_per_chunk, part.rows);
+    for (int i = part.first; i < part.end; i++) do_row_op(ops[size_t(i)], begin, end);
+    if (part.prepares < 0) return;
+    const Op& op = ops[size_t(part.prepares)];
+    prepare_rows(op, begin, end, begin, prepared, static_cast<float*>(scratch(size_t(op.x.columns) * sizeof(float))));
+}
+
+void Step::do_row_op(const Op& op, int64_t begin, int64_t end) const {
+    const RowKernels& use = row_kernels_here();
+    if (op.kind == OpKind::linear) return linear_of_rows(op, begin, end);
+    if (op.kind == OpKind::rope_append) return append(op, begin, end);
+    for (int64_t row = begin; row < end; row++) {
+        float* out = op.out.row(row);
+        const int64_t columns = op.out.columns;
+        switch (op.kind) {
+            case OpKind::embed: embed(op, row); break;
+            case OpKind::gather_rows: std::memcpy(out, op.x.row(input.logit_rows[size_t(row)]), size_t(columns) * sizeof(float)); break;
+            case OpKind::copy: std::memcpy(out, op.x.row(row), size_t(columns) * sizeof(float)); break;
+            case OpKind::rms_norm: use.rms_norm(op.x.row(row), op.weight, op.epsilon, columns, out); break;
+            case OpKind::mix: use.mix(op.x.row(row), op.a, op.other.row(row), op.b, columns, out); break;
+            case OpKind::smear: {
+                const float* previous = input.previous_ids[size_t(row)] >= 0 ? op.other.row(row) : nullptr;
+                use.smear(op.x.row(row), previous, op.weight, op.channels, op.a, columns, out);
+                break;
+            }
+            default: break;
+        }
+    }
+}
+
+void Step::embed(const Op& op, int64_t row) const {
+    const int64_t id = std::max<int64_t>((op.previous_ids ? input.previous_ids : input.token_ids)[size_t(row)], 0);
+    if (op.tiles.memory) return embed_row(op.tiles, id, op.out.row(row));
+    const char* from = static_cast<const char*>(op.table) + id * op.out.columns * bytes_of(op.table_type);
+    row_kernels_here().widen(op.table_type, from, op.out.columns, op.out.row(row));
+}
+
+void Step::append(const Op& op, int64_t begin, int64_t end) const {
+    RopeJob job = op.rope;
+    job.rows = tokens, job.positions = positions.data(), job.slots = slots.data();
+    DC_CHOSEN(attention_kernels).rope_rows(job, begin, end);
+}
+
+void Step::linear_of_rows(const Op& op, int64_t begin, int64_t end) const {
+    const size_t bytes = (prepared_bytes(op, end - begin) + 63) / 64 * 64;
+    char* memory = static_cast<char*>(scratch(bytes + size_t(op.x.columns) * sizeof(float)));
+    prepare_rows(op, begin, end, 0, memory, reinterpret_cast<float*>(memory + bytes));
+    multiply(product_of(op, memory, begin, end - begin), 0, tile_count(op.tiles.rows), 0, group_count(end - begin));
+}
+
+void Step::do_product(const Part& part, int64_t chunk) const {
+    const Op& op = ops[size_t(part.first)];
+    const int64_t unit = unit_of(op), units = tile_count(op.tiles.rows) / unit;
+    const int64_t begin = units * chunk / part.chunks * unit, end = units * (chunk + 1) / part.chunks * unit;
+    multiply(product_of(op, prepared, 0, part.rows), begin, end, 0, group_count(part.rows));
+}
+
+void Step::do_attention(const Part& part, int64_t chunk) const {
+    const AttentionJob& job = ops[size_t(part.first)].attention;
+    attention.at(job.window).run(job, chunk);
+}
+
+void Step::do_softcap(const Part& part, int64_t chunk) const {
+    const Op& op = ops[size_t(part.first)];
+    const int64_t segments = part.rows_per_chunk, per_chunk = part.rows * segments / part.chunks + (part.rows * segments % part.chunks != 0);
+    for (int64_t i = chunk * per_chunk; i < std::min((chunk + 1) * per_chunk, part.rows * segments); i++) {
+        const int64_t row = i / segments, begin = i % segments * CAP_COLUMNS, columns = std::min(CAP_COLUMNS, op.x.columns - begin);
+        row_kernels_here().soft_cap(op.x.row(row) + begin, op.a, columns, op.out.row(row) + begin);
+    }
+}
+
+void Step::do_sample(const Part& part, int64_t row) const {
+    const Rows& logits = ops[size_t(part.first)].x;
+    const SampleArgs args{logits.at, false, logit_rows, logits.columns, logits.columns, input.sample_rows.data(), input.count_ids.data(),
+                          input.counts.data(), input.bias_ids.data(), input.bias_values.data(), const_cast<int32_t*>(drawn.data()), nullptr};
+    DC_CHOSEN(sample_row)(args, row);
+}
+
+// ---- after it
+
+StepTimes Step::times() const {
+    StepTimes all{tokens, logit_rows, outcome.width, outcome.stalled, us, {}};
+    const double tick = us / double(std::max<uint64_t>(stamps.back() - stamps.front(), 1));
+    for (size_t i = 0; i < phases.size(); i++) {
+        std::string what;
+        for (int j = parts[i].first; j < parts[i].end; j++)
+            if (const std::string name = name_of(ops[size_t(j)].kind); what.find(name) == std::string::npos) what += (what.empty() ? "" : "+") + name;
+        if (const Op& op = ops[size_t(parts[i].first)]; what == "linear")
+            what += " " + std::to_string(op.tiles.rows) + "x" + std::to_string(op.tiles.columns);
+        if (parts[i].prepares >= 0) what += what.empty() ? "prepare" : "+prepare";
+        all.phases.emplace_back(what, double(stamps[i + 1] - stamps[i]) * tick);
+    }
+    return all;
+}
+
+}  // namespace dc

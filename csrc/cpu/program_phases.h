@@ -1,0 +1,100 @@
+// One step of a Program, ready to run: its checked input, what its layers share, and its phases.
+//
+// How ops become phases, for T tokens:
+//   T < 32   a product's tiles are divided among the threads, so that each weight is read once; what stands between two
+//            products (norm, mixing, rope, making x ready for the next product) is one phase of 4 rows a chunk, hence for
+//            T <= 4 no phase of its own: the thread that ends one product does it and begins the next.
+//   T >= 32  rows are divided: everything from one attention to the next is one phase whose chunks take 8 to 32 rows through
+//            all products, so that a thread keeps its rows in its cache (KERNELS.md 9.4: 4,360-4,880 tok/s on two chips,
+//            2,960 with the products divided).
+// Logit rows are always treated the first way: the head is too large to be read again for each chunk.
+// The bits of a row are the same either way (tiles.h, attention.h).
+#pragma once
+
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cpu/pool.h"
+#include "cpu/program.h"
+
+namespace dc {
+
+constexpr int64_t TOKENS_BY_ROWS = 32;          // from here on a step's rows are divided
+
+class Memory {                                  // aligned to 64, only ever grows
+public:
+    void* at_least(size_t bytes);
+private:
+    std::unique_ptr<void, void (*)(void*)> memory{nullptr, std::free};
+    size_t size = 0;
+};
+
+size_t prepared_bytes(const Op& op, int64_t rows);      // a linear's x, made ready
+
+class Step {
+public:
+    // `prepared` is large enough for any linear over TOKENS_BY_ROWS tokens or the most logit rows.
+    Step(const std::vector<Op>& ops, StepInput input, void* prepared, int threads);
+    Step(const Step&) = delete;
+    Step& operator=(const Step&) = delete;
+
+    // Ids below 0 become what the step before drew.
+    void resolve_ids(const std::vector<int32_t>& drawn);
+    void run(int width);
+    StepTimes times() const;
+    bool by_rows() const { return tokens >= TOKENS_BY_ROWS; }
+
+    const int64_t tokens, logit_rows;
+    std::vector<int32_t> drawn;
+    Run outcome{};
+    int64_t ticket = 0;                         // these belong to Program
+    bool ended = false;
+    double us = 0;
+    std::string error;
+
+private:
+    struct Part {                               // what a phase consists of: ops [first, end) of each row, then x of `prepares`
+        const Step* step;
+        int first, end, prepares;               // prepares: a linear, or -1
+        int64_t rows, rows_per_chunk, chunks;
+    };
+    using Body = void (Step::*)(const Part&, int64_t chunk) const;
+
+    template <Body body> void add_phase(Part part, const uint8_t* weights = nullptr, int64_t bytes = 0);
+    void add_rows(int first, int end, int prepares, int64_t rows);
+    void add_product(int op);
+    void add_attention(int op);
+    void make_phases();
+    void find_slots();
+    void plan_attention();
+
+    void do_rows(const Part& part, int64_t chunk) const;
+    void do_product(const Part& part, int64_t chunk) const;
+    void do_attention(const Part& part, int64_t chunk) const;
+    void do_softcap(const Part& part, int64_t chunk) const;
+    void do_sample(const Part& part, int64_t chunk) const;
+
+    void do_row_op(const Op& op, int64_t begin, int64_t end) const;
+    void embed(const Op& op, int64_t row) const;
+    void append(const Op& op, int64_t begin, int64_t end) const;
+    void linear_of_rows(const Op& op, int64_t begin, int64_t end) const;
+
+    int64_t count_of(const Op& op) const { return op.on_logit_rows ? logit_rows : tokens; }
+
+    const std::vector<Op>& ops;
+    StepInput input;
+    void* const prepared;
+    const int threads;
+    std::vector<int64_t> positions, slots;
+    std::unique_ptr<AttentionPlan> plan;
+    std::map<int, AttentionRun> attention;      // by window
+    std::vector<Memory> attention_memory;
+    std::vector<Part> parts;
+    std::vector<Phase> phases;
+    std::vector<uint64_t> stamps;
+};
+
+}  // namespace dc

@@ -1,0 +1,81 @@
+// op       rms_norm, mix (backout is a mix), smear, soft_cap, widen: rows between two products
+// shapes   x [C] float32 -> out [C] float32
+// mapping  the caller's thread, one row; 16 lanes along it
+// cost     every value read and written once, from L1 or L2: 0.03 to 0.1 us a row at C = 576; soft_cap 10 us a row at V = 32768
+// numerics float32, each product and sum rounded; sum of squares in 16 lanes, then a fixed tree; sigmoid and tanh by
+//          exp_negative (absolute error of tanh below 2e-7); the same bits on every instruction set
+#include "cpu/attention.h"
+#include "cpu/rows.h"
+#include "lanes.h"
+
+namespace dc {
+namespace DC_ISA {
+namespace {
+
+void rms_norm(const float* x, const float* weight, float epsilon, int64_t columns, float* out) {
+    Lanes squares = all(0.0f);
+    for (int64_t c = 0; c < columns; c += 16) squares = fma(load(x + c), load(x + c), squares);
+    const Lanes scale = all(1.0f / __builtin_sqrtf(sum(squares) / float(columns) + epsilon));
+    for (int64_t c = 0; c < columns; c += 16) {
+        const Lanes y = load(x + c) * scale;
+        store(out + c, weight ? y * load(weight + c) : y);
+    }
+}
+
+void mix(const float* x, float a, const float* y, float b, int64_t columns, float* out) {
+    for (int64_t c = 0; c < columns; c += 16) store(out + c, load(x + c) * all(a) + load(y + c) * all(b));
+}
+
+float sigmoid(float x) {                        // without overflow: e^-|x| on either side of zero
+    const float e = exp_negative(x < 0 ? x : -x);
+    return (x < 0 ? e : 1.0f) / (1.0f + e);
+}
+
+void smear(const float* x, const float* previous, const float* gate, int64_t channels, float lambda, int64_t columns, float* out) {
+    float strength = 0.0f;
+    for (int64_t c = 0; c < channels; c++) strength = fma1(x[c], gate[c], strength);
+    strength = previous ? lambda * sigmoid(strength) : 0.0f;
+    for (int64_t c = 0; c < columns; c += 16) {
+        const Lanes own = load(x + c);
+        store(out + c, previous ? own + all(strength) * load(previous + c) : own);
+    }
+}
+
+// tanh |x| = (1 - e) / (1 + e) with e = exp(-2 |x|)
+DC_INLINE Lanes capped(Lanes x, Lanes cap) {
+    const Lanes zero = all(0.0f), one = all(1.0f), t = x / cap;
+    const Lanes e = exp_negative(maximum(t, zero - t) * all(-2.0f));
+    const Lanes size = (one - e) / (one + e) * cap;
+    return zero_below(t, zero, size) - zero_below(zero - t, zero, size);
+}
+
+void soft_cap(const float* x, float cap, int64_t columns, float* out) {
+    int64_t c = 0;
+    for (; c + 16 <= columns; c += 16) store(out + c, capped(load(x + c), all(cap)));
+    if (c == columns) return;
+    float rest[16] = {};
+    std::memcpy(rest, x + c, sizeof(float) * size_t(columns - c));
+    store(rest, capped(load(rest), all(cap)));
+    std::memcpy(out + c, rest, sizeof(float) * size_t(columns - c));
+}
+
+template <class Stored>
+void widen_row(const void* from, int64_t columns, float* out) {
+    const Stored* x = static_cast<const Stored*>(from);
+    int64_t c = 0;
+    for (; c + 16 <= columns; c += 16) store(out + c, load(x + c));
+    for (; c < columns; c++) out[c] = widen(x[c]);
+}
+
+void widen_any(Element type, const void* from, int64_t columns, float* out) {
+    if (type == Element::float32) widen_row<float>(from, columns, out);
+    if (type == Element::float16) widen_row<Half>(from, columns, out);
+    if (type == Element::bfloat16) widen_row<Bfloat>(from, columns, out);
+}
+
+}  // namespace
+
+extern const RowKernels row_kernels = {rms_norm, mix, smear, soft_cap, widen_any};
+
+}  // namespace DC_ISA
+}  // namespace dc

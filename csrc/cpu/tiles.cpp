@@ -1,0 +1,111 @@
+// Sizes of tiles, the way to the kernels, and the memory that tiles lie in.
+#include "cpu/tiles.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <new>
+
+namespace dc {
+namespace {
+
+constexpr size_t HUGE_PAGE = 2 << 20;
+
+size_t rounded_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
+
+const TileKernels& kernels() {
+#if defined(__x86_64__)
+    static const bool vnni = cpu_has("avx512_vnni");
+    if (chosen_isa() == Isa::portable) return portable::tile_kernels;
+    return chosen_isa() == Isa::avx512 && vnni ? avx512::tile_kernels : avx2::tile_kernels;
+#else
+    return portable::tile_kernels;
+#endif
+}
+
+}  // namespace
+
+int64_t tile_count(int64_t rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
+
+int64_t tile_bytes(Weight type, int64_t columns) {
+    const int64_t blocks = columns / BLOCK;
+    switch (type) {
+        case Weight::f32: return columns * 64;
+        case Weight::f16:
+        case Weight::bf16: return columns * 32;
+        case Weight::q8_0: return (blocks + 1) / 2 * 1088;
+        case Weight::q4_0: return blocks * 288;
+        case Weight::q4_1: return blocks * 320;
+    }
+    return 0;
+}
+
+int64_t row_bytes(Weight type, int64_t columns) {
+    const int64_t blocks = columns / BLOCK;
+    switch (type) {
+        case Weight::f32: return columns * 4;
+        case Weight::f16:
+        case Weight::bf16: return columns * 2;
+        case Weight::q8_0: return blocks * 34;
+        case Weight::q4_0: return blocks * 18;
+        case Weight::q4_1: return blocks * 20;
+    }
+    return 0;
+}
+
+size_t prepared_bytes(Weight type, int64_t columns, int64_t rows) {
+    return size_t(group_count(rows) * group_bytes(type, columns));
+}
+
+void prepare(Weight type, const float* x, int64_t stride, int64_t columns, int64_t row_begin, int64_t row_end, bool norm,
+             const float* norm_weight, float epsilon, void* prepared) {
+    kernels().prepare({type, x, stride, columns, norm, norm_weight, epsilon, static_cast<uint8_t*>(prepared)}, row_begin, row_end);
+}
+
+void multiply(const Product& product, int64_t tile_begin, int64_t tile_end, int64_t group_begin, int64_t group_end) {
+    kernels().multiply(product, tile_begin, tile_end, group_begin, group_end);
+}
+
+// ---- memory
+
+struct Arena::Segment {
+    Segment* next;
+    void* mapping;
+    size_t mapped;
+    uint8_t *at, *end;
+};
+
+Arena::Arena(size_t bytes) { add_segment(bytes); }
+
+Arena::~Arena() {
+    while (segments) {
+        Segment* next = segments->next;
+        munmap(segments->mapping, segments->mapped);
+        delete segments;
+        segments = next;
+    }
+}
+
+void Arena::add_segment(size_t bytes) {
+    bytes = rounded_up(std::max(bytes, HUGE_PAGE), HUGE_PAGE);
+    const size_t mapped = bytes + HUGE_PAGE;            // room for the alignment; what is not touched costs nothing
+    void* mapping = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (mapping == MAP_FAILED) throw std::bad_alloc();
+    uint8_t* begin = reinterpret_cast<uint8_t*>(rounded_up(reinterpret_cast<uintptr_t>(mapping), HUGE_PAGE));
+#if defined(MADV_HUGEPAGE)
+    madvise(begin, bytes, MADV_HUGEPAGE);               // a refusal costs speed only
+#endif
+    segments = new Segment{segments, mapping, mapped, begin, begin + bytes};
+    reserved_ += bytes;
+}
+
+uint8_t* Arena::allocate(size_t bytes) {
+    bytes = rounded_up(bytes, 64);
+    if (size_t(segments->end - segments->at) < bytes) add_segment(bytes);
+    uint8_t* memory = segments->at;
+    segments->at += bytes;
+    used_ += bytes;
+    return memory;
+}
+
+}  // namespace dc

@@ -1,0 +1,308 @@
+// op       prepare, multiply: out (T, N) = residual + activation(norm(x) (T, K) W^T + bias), W in tiles (cpu/tiles.h)
+// shapes   x f32 -> panels of 8 rows (int8 per 32 + scale, or f32); W (N, K) f32, f16, bf16, q8_0, q4_0, q4_1; out f32
+// mapping  16 lanes = the 16 rows of a tile; a kernel holds one tile (float types: two) times up to 8 rows of x in registers,
+//          so a tile is unpacked once for 8 rows. Few groups: tiles stream from memory, each prefetching the next. Many
+//          groups: a tile stays in the L1 cache while as many groups as fit in the L2 cache pass by it
+// cost     decoding: a tile's bytes, read once for up to 8 rows; bound by memory up to 4 rows. Prefill: bound by the multipliers,
+//          11 of their instructions for each row and 16 x 32 block of q4_1. bench/RESULTS.md has the figures
+// numerics cpu/tiles.h; integer sums exact, one fused multiply-add a block and row (q4_1: two), so equal bits everywhere
+#include "cpu/dots.h"
+#include "cpu/lanes.h"
+#include "cpu/tiles.h"
+
+namespace dc {
+namespace DC_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int Q_ROWS = 8, FLOAT_ROWS = 8, FLOAT_TILES = 2;      // rows of x and tiles that fit in the registers at once
+#elif defined(__AVX2__)
+constexpr int Q_ROWS = 4, FLOAT_ROWS = 3, FLOAT_TILES = 2;
+#else
+constexpr int Q_ROWS = 4, FLOAT_ROWS = 4, FLOAT_TILES = 1;
+#endif
+
+constexpr int64_t GROUPS_BYTES = 256 << 10;         // of panels that pass by one tile: a quarter of the L2 cache
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// `count` values, the other lanes 0; 16 or more: a plain load.
+template <class T>
+DC_INLINE Lanes load_some(const T* p, int64_t count) {
+    if (count >= 16) return load(p);
+    float x[16] = {};
+    for (int64_t i = 0; i < count; i++) x[i] = widen(p[i]);
+    return load(x);
+}
+
+DC_INLINE void store_some(float* p, Lanes a, int64_t count) {
+    if (count >= 16) return store(p, a);
+    float x[16];
+    store(x, a);
+    for (int64_t i = 0; i < count; i++) p[i] = x[i];
+}
+
+// ---- prepare
+
+struct Row {
+    const Preparation& job;
+    const float* x;
+    Lanes scale;
+};
+
+DC_INLINE Lanes value_at(const Row& row, int64_t c) {       // 16 values from column c; beyond the last column 0
+    const int64_t count = row.job.columns - c;
+    const Lanes y = load_some(row.x + c, count);
+    if (!row.job.norm) return y;
+    return row.job.norm_weight ? y * row.scale * load_some(row.job.norm_weight + c, count) : y * row.scale;
+}
+
+DC_INLINE Lanes rms_scale(const float* x, int64_t columns, float epsilon) {     // with rms_norm's bits
+    Lanes squares = all(0.0f);
+    for (int64_t c = 0; c < columns; c += 16) {
+        const Lanes y = load_some(x + c, columns - c);
+        squares = fma(y, y, squares);
+    }
+    return all(1.0f / __builtin_sqrtf(sum(squares) / float(columns) + epsilon));
+}
+
+template <Weight TYPE>
+DC_INLINE void quantize_row(const Row& row, PanelBlock* panel, int r) {
+    for (int64_t b = 0; b < row.job.columns / BLOCK; b++) {
+        const Quantized q = quantize_block(value_at(row, b * BLOCK), value_at(row, b * BLOCK + 16), panel[b].x[r]);
+        panel[b].scale[r] = q.scale;
+        if (TYPE == Weight::q4_1) panel[b].offset[r].product = q.scale * float(q.sum);
+        else panel[b].offset[r].start = (TYPE == Weight::q8_0 ? -128 : -8) * q.sum;
+    }
+}
+
+void copy_row(const Row& row, float* panel, int r) {
+    for (int64_t c = 0; c < row.job.columns; c += 16) store(panel + c * GROUP_ROWS + r * 16, value_at(row, c));
+}
+
+void prepare(const Preparation& job, int64_t row_begin, int64_t row_end) {
+    for (int64_t i = row_begin; i < row_end; i++) {
+        const float* x = job.x + i * job.stride;
+        const Row row{job, x, job.norm ? rms_scale(x, job.columns, job.epsilon) : all(1.0f)};
+        uint8_t* panel = job.prepared + i / GROUP_ROWS * group_bytes(job.type, job.columns);
+        const int r = int(i % GROUP_ROWS);
+        switch (job.type) {
+            case Weight::q8_0: quantize_row<Weight::q8_0>(row, reinterpret_cast<PanelBlock*>(panel), r); break;
+            case Weight::q4_0: quantize_row<Weight::q4_0>(row, reinterpret_cast<PanelBlock*>(panel), r); break;
+            case Weight::q4_1: quantize_row<Weight::q4_1>(row, reinterpret_cast<PanelBlock*>(panel), r); break;
+            default: copy_row(row, reinterpret_cast<float*>(panel), r);
+        }
+    }
+}
+
+// ---- one q tile times R rows of a panel. Kernels are never inlined: in their caller GCC gives them half the registers.
+
+struct BlockOfTile { const uint8_t *scales, *quants; };
+
+template <Weight TYPE>
+DC_INLINE BlockOfTile block_of(const uint8_t* tile, int64_t b) {
+    if (TYPE == Weight::q8_0) {
+        const uint8_t* two = tile + b / 2 * 1088;
+        return {two + b % 2 * 32, two + 64 + b % 2 * 512};
+    }
+    const int64_t scales = TYPE == Weight::q4_1 ? 64 : 32;
+    return {tile + b * (scales + 256), tile + b * (scales + 256) + scales};
+}
+
+template <Weight TYPE>
+DC_INLINE void prefetch_block(BlockOfTile w, int64_t ahead) {       // each line once, block after block
+    for (int64_t line = 0; line < (TYPE == Weight::q8_0 ? 512 : 256); line += 64) __builtin_prefetch(w.quants + ahead + line);
+    __builtin_prefetch(w.scales + ahead);
+}
+
+template <Weight TYPE, int R>
+DC_INLINE void sum_block(const uint8_t* quants, const int8_t* x, Sum* sum) {
+    if (TYPE == Weight::q8_0) {
+        for (int c = 0; c < 8; c++) {
+            const Bytes w = load_bytes(quants + 64 * c);
+            for (int r = 0; r < R; r++) dot_bytes(sum[r], w, x + r * BLOCK + 4 * c);
+        }
+        return;
+    }
+    for (int c = 0; c < 4; c++) {
+        const Words both = load_words(quants + 64 * c), low = low_nibbles(both), high = high_nibbles(both);
+        for (int r = 0; r < R; r++) dot_nibbles(sum[r], low, x + r * BLOCK + 4 * c);
+        for (int r = 0; r < R; r++) dot_nibbles(sum[r], high, x + r * BLOCK + 16 + 4 * c);
+    }
+}
+
+// Rows row .. row + R - 1 of the panel -> y [R][16]; `ahead`: prefetch what lies that many bytes further on, unless 0.
+template <Weight TYPE, int R>
+__attribute__((noinline)) void q_rows(const uint8_t* tile, int64_t blocks, int64_t ahead, const PanelBlock* panel, int row,
+                                      float* y) {
+    Lanes total[R];
+    for (int r = 0; r < R; r++) total[r] = all(0.0f);
+    for (int64_t b = 0; b < blocks; b++) {
+        const BlockOfTile w = block_of<TYPE>(tile, b);
+        const int8_t* x = panel[b].x[row];
+        const float* scale = panel[b].scale + row;
+        const auto* offset = panel[b].offset + row;
+        if (ahead) prefetch_block<TYPE>(w, ahead);
+        Sum sum[R];
+        for (int r = 0; r < R; r++) sum[r] = TYPE == Weight::q4_1 ? begin_sum() : begin_sum(offset[r].start);
+        sum_block<TYPE, R>(w.quants, x, sum);
+        const Lanes d = load(reinterpret_cast<const Half*>(w.scales));
+        for (int r = 0; r < R; r++) {
+            const Lanes whole = TYPE == Weight::q8_0   ? end_bytes(sum[r], offset[r].start)
+                                : TYPE == Weight::q4_0 ? end_nibbles(sum[r], offset[r].start)
+                                                       : end_nibbles(sum[r], 0);
+            total[r] = fma(d * all(scale[r]), whole, total[r]);
+        }
+        if (TYPE != Weight::q4_1) continue;
+        const Lanes m = load(reinterpret_cast<const Half*>(w.scales) + 16);
+        for (int r = 0; r < R; r++) total[r] = fma(m, all(offset[r].product), total[r]);
+    }
+    for (int r = 0; r < R; r++) store(y + 16 * r, total[r]);
+}
+
+// ---- T float tiles, tile_bytes apart, times R rows of a panel
+
+template <class W, int T, int R>
+DC_INLINE void float_columns(const uint8_t* tile, int64_t tile_bytes, const float* x, int count, Lanes (&total)[T][R]) {
+#pragma GCC unroll 16
+    for (int k = 0; k < count; k++) {
+        Lanes w[T];
+        for (int t = 0; t < T; t++) w[t] = load(reinterpret_cast<const W*>(tile + t * tile_bytes) + 16 * k);
+        for (int r = 0; r < R; r++) {
+            const Lanes shared = all(x[16 * r + k]);
+            for (int t = 0; t < T; t++) total[t][r] = fma(w[t], shared, total[t][r]);
+        }
+    }
+}
+
+template <class W, int T, int R>
+__attribute__((noinline)) void float_rows(const uint8_t* tile, int64_t columns, int64_t ahead, const float* panel, int row,
+                                          float* y) {
+    const int64_t bytes = columns * 16 * int64_t(sizeof(W));
+    constexpr int64_t step = 256 * sizeof(W), panel_step = 16 * GROUP_ROWS;
+    Lanes total[T][R];
+    for (int t = 0; t < T; t++)
+        for (int r = 0; r < R; r++) total[t][r] = all(0.0f);
+    const float* x = panel + 16 * row;
+    int64_t left = columns;
+    for (; left >= 16; left -= 16, tile += step, x += panel_step) {
+        if (ahead)
+            for (int t = 0; t < T; t++)
+                for (int64_t line = 0; line < step; line += 64) __builtin_prefetch(tile + t * bytes + ahead + line);
+        float_columns<W, T, R>(tile, bytes, x, 16, total);
+    }
+    for (int k = 0; k < left; k++) float_columns<W, T, R>(tile + k * (step / 16), bytes, x + k, 1, total);
+    for (int t = 0; t < T; t++)
+        for (int r = 0; r < R; r++) store(y + (t * GROUP_ROWS + r) * 16, total[t][r]);
+}
+
+// ---- the kernel of a type for 1 .. MAX rows
+
+using QKernel = void (*)(const uint8_t*, int64_t, int64_t, const PanelBlock*, int, float*);
+using FloatKernel = void (*)(const uint8_t*, int64_t, int64_t, const float*, int, float*);
+
+template <Weight TYPE, int R>
+QKernel pick_q(int rows) {
+    if constexpr (R == 0) return nullptr;
+    else return rows == R ? &q_rows<TYPE, R> : pick_q<TYPE, R - 1>(rows);
+}
+
+template <class W, int T, int R>
+FloatKernel pick_float(int rows) {
+    if constexpr (R == 0) return nullptr;
+    else return rows == R ? &float_rows<W, T, R> : pick_float<W, T, R - 1>(rows);
+}
+
+QKernel q_kernel(Weight type, int rows) {
+    return type == Weight::q8_0   ? pick_q<Weight::q8_0, Q_ROWS>(rows)
+           : type == Weight::q4_0 ? pick_q<Weight::q4_0, Q_ROWS>(rows)
+                                  : pick_q<Weight::q4_1, Q_ROWS>(rows);
+}
+
+template <int T>
+FloatKernel float_kernel(Weight type, int rows) {
+    return type == Weight::f32   ? pick_float<float, T, FLOAT_ROWS>(rows)
+           : type == Weight::f16 ? pick_float<Half, T, FLOAT_ROWS>(rows)
+                                 : pick_float<Bfloat, T, FLOAT_ROWS>(rows);
+}
+
+// ---- multiply
+
+struct Pair { float y[2][GROUP_ROWS][16]; };        // one or two tiles times a group
+
+// `count` tiles from `tile` times the rows of a group.
+void multiply_tiles(const Product& job, const uint8_t* tile, int count, int64_t ahead, const void* panel, int rows, Pair& out) {
+    const Tiles& w = job.tiles;
+    const int64_t bytes = tile_bytes(w.type, w.columns);
+    if (is_float(w.type)) {
+        const float* x = static_cast<const float*>(panel);
+        for (int row = 0, n; row < rows; row += n) {
+            n = int(least(FLOAT_ROWS, rows - row));
+            if (count == 2 && FLOAT_TILES == 2) {
+                float_kernel<FLOAT_TILES>(w.type, n)(tile, w.columns, ahead, x, row, out.y[0][row]);
+                continue;
+            }
+            for (int t = 0; t < count; t++)
+                float_kernel<1>(w.type, n)(tile + t * bytes, w.columns, ahead, x, row, out.y[t][row]);
+        }
+        return;
+    }
+    for (int t = 0; t < count; t++)
+        for (int row = 0, n; row < rows; row += n) {
+            n = int(least(Q_ROWS, rows - row));
+            q_kernel(w.type, n)(tile + t * bytes, w.columns / BLOCK, row ? 0 : ahead, static_cast<const PanelBlock*>(panel), row,
+                                out.y[t][row]);
+        }
+}
+
+DC_INLINE Lanes biased(const Product& job, int64_t tile, const float* y) {
+    const int64_t first = tile * TILE_ROWS;
+    return job.bias ? load(y) + load_some(job.bias + first, job.tiles.rows - first) : load(y);
+}
+
+DC_INLINE void write(const Product& job, int64_t row, int64_t column, Lanes y) {
+    const int64_t count = job.out_columns - column;
+    if (count <= 0) return;
+    if (job.residual) y = load_some(job.residual + row * job.residual_stride + column, count) + y;
+    store_some(job.out + row * job.out_stride + column, y, count);
+}
+
+void finish(const Product& job, int64_t tile, int count, int64_t first_row, int rows, const Pair& in) {
+    for (int r = 0; r < rows; r++) {
+        if (job.activation == Activation::swiglu) {
+            write(job, first_row + r, tile / 2 * TILE_ROWS,
+                  silu(biased(job, tile, in.y[0][r])) * biased(job, tile + 1, in.y[1][r]));
+            continue;
+        }
+        for (int t = 0; t < count; t++) {
+            Lanes y = biased(job, tile + t, in.y[t][r]);
+            if (job.activation == Activation::relu2) y = maximum(y, all(0.0f)), y = y * y;
+            write(job, first_row + r, (tile + t) * TILE_ROWS, y);
+        }
+    }
+}
+
+void multiply(const Product& job, int64_t tile_begin, int64_t tile_end, int64_t group_begin, int64_t group_end) {
+    const Tiles& w = job.tiles;
+    const int64_t bytes = tile_bytes(w.type, w.columns), panel_bytes = group_bytes(w.type, w.columns);
+    const int64_t at_once = GROUPS_BYTES / panel_bytes > 1 ? GROUPS_BYTES / panel_bytes : 1;
+    const int step = is_float(w.type) || job.activation == Activation::swiglu ? 2 : 1;
+    for (int64_t first = group_begin; first < group_end; first += at_once)
+        for (int64_t tile = tile_begin; tile < tile_end; tile += step) {
+            const int count = int(least(step, tile_end - tile));
+            for (int64_t group = first; group < least(first + at_once, group_end); group++) {
+                const int rows = int(least(GROUP_ROWS, job.rows - group * GROUP_ROWS));
+                const uint8_t* panel = static_cast<const uint8_t*>(job.prepared) + group * panel_bytes;
+                Pair y;
+                multiply_tiles(job, w.memory + tile * bytes, count, group == first ? step * bytes : 0, panel, rows, y);
+                finish(job, tile, count, group * GROUP_ROWS, rows, y);
+            }
+        }
+}
+
+}  // namespace
+
+extern const TileKernels tile_kernels = {prepare, multiply};
+
+}  // namespace DC_ISA
+}  // namespace dc

@@ -1,0 +1,64 @@
+// How many threads a step gets: all, or one. One policy object sees the steps of one sort (decoding, or long prompts).
+//
+// Why: the weights stream through one thread at 80 % of the speed of two on two cores of one cache, at all of it on two
+// hardware threads of one core, at half of it on two chips; and a second thread whose CPU another program takes costs more
+// than it gives: 172 tok/s with two threads beside a busy loop, 435 with one (KERNELS.md 9.6). Which of these holds changes
+// within seconds and nobody says so; hence measured times of steps of the same shape decide, stalls included:
+//   - now and then a few steps run with the other width, and the faster one stays. A probe that changes nothing doubles the
+//     time to the next: at first 64 steps, at most 2,048, so that probes cost 0.2 % in the long run;
+//   - a stall (a thread waited 100 us for another's chunk) brings the probe forward, at most once in an eighth of that time;
+//     the step that stalled goes on alone (pool.cpp).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace dc {
+
+class Width {
+public:
+    static constexpr int FIRST_INTERVAL = 64, LONGEST_INTERVAL = 2048;
+    static constexpr double GAIN = 0.97;            // the other width must take less than this part of the time
+
+    explicit Width(int probe_steps) : probe_steps(probe_steps) {}
+
+    int choose(int threads) const { return wide != probing ? threads : 1; }
+
+    // The step took `cost` (us, or us per token) with the width chosen; `shape` tells which steps compare.
+    void learn(int64_t shape, double cost, bool stalled) {
+        if (shape != last_shape) {                  // nothing to compare with yet
+            last_shape = shape;
+            usual = Mean(), probe = Mean(), probing = false;
+        }
+        since_probe++;
+        if (probing) {
+            probe.add(cost);
+            if (probe.count >= probe_steps) decide();
+            return;
+        }
+        usual.add(cost);
+        const bool due = since_probe >= interval, sooner = stalled && wide && since_probe >= interval / 8;
+        if (usual.count >= probe_steps && (due || sooner)) probing = true, probe = Mean();
+    }
+
+private:
+    struct Mean {                                   // of the last few
+        double value = 0;
+        int count = 0;
+        void add(double x) { count++, value += (x - value) / std::min(count, 16); }
+    };
+
+    void decide() {
+        const bool better = probe.value < GAIN * usual.value;
+        if (better) wide = !wide, usual = probe;
+        interval = better ? FIRST_INTERVAL : std::min(2 * interval, LONGEST_INTERVAL);
+        probing = false, since_probe = 0;
+    }
+
+    int probe_steps, interval = FIRST_INTERVAL, since_probe = 0;
+    bool wide = true, probing = false;
+    int64_t last_shape = -1;
+    Mean usual, probe;
+};
+
+}  // namespace dc

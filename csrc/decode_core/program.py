@@ -1,0 +1,275 @@
+"""Program: a model's step recorded once as a list of ops over fixed buffers, then run by compiled threads alone.
+
+    program = Program(max_tokens=512, max_rows=64)
+    program.embed(table, program.token_ids, x)                          # x (512, C) float32: numpy or torch CPU, contiguous
+    program.linear(x, qkv_matrix, qkv, norm=(weight, 1e-5)); ...        # see each method
+    program.gather_rows(x, program.logit_rows, last)                    # last (64, C): from here on, rows that have logits
+    program.linear(last, head_matrix, logits, norm=(weight, 1e-5)); program.sample(logits)
+
+    ticket = program.start(token_ids, previous, starts, lengths, tables, logit_rows, sampling)
+    tokens = program.finish(ticket)
+
+One recording serves every step of T <= max_tokens tokens and R <= max_rows logit rows: an op runs over the step's T rows, or
+over its R rows when what it reads came through `gather_rows`. The bits of a row depend on that row alone: not on the batch, the
+threads or the instruction set. A wrong argument is a ValueError that names it, when recording and before anything runs.
+"""
+
+from . import _core
+from .attention import FLOAT32, _cache, _pointer, _rope_job_of, _vector
+from .sampling import SampleBatch
+from .tiles import ACTIVATIONS, TILE_ROWS, Matrix, _matrix
+
+NONE = (0, 0)               # no buffer
+TOKENS, LOGIT_ROWS = "max_tokens", "max_rows"
+TABLE_TYPES = (0, 1, 2)     # float32, float16, bfloat16
+
+
+class Marker:
+    """A step's own data, in the place of an array when recording."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __repr__(self):
+        return f"<program.{self.name}>"
+
+
+class Program:
+    """See the module. Everything recorded is kept alive; a step under way is waited for when the Program goes."""
+
+    token_ids, previous_token_ids, positions, slots, attention, logit_rows = map(
+        Marker, ("token_ids", "previous_token_ids", "positions", "slots", "attention", "logit_rows"))
+
+    def __init__(self, max_tokens: int, max_rows: int):
+        self._program = _core.Program(max_tokens, max_rows)
+        self._limits = {TOKENS: max_tokens, LOGIT_ROWS: max_rows}
+        self._rows_of: dict[int, str] = {}      # a buffer that has been written -> TOKENS or LOGIT_ROWS
+        self._kept: list = []
+        self._logits, self.logits = None, None
+
+    # ---- recording
+
+    def embed(self, table, ids, out) -> None:
+        """Rows `ids` (token_ids or previous_token_ids) of a Matrix or a plain (V, C) table -> out; a negative id: row 0."""
+        if ids not in (self.token_ids, self.previous_token_ids):
+            raise ValueError(f"ids: must be program.token_ids or program.previous_token_ids, not {ids!r}")
+        if isinstance(table, Matrix):
+            tiles, address, kind, shape = table.tiles, 0, 0, (table.rows, table.columns)
+        else:
+            address, kind, shape, _ = _pointer("table", table, TABLE_TYPES)
+            tiles = None
+            if len(shape) != 2:
+                raise ValueError(f"table: must be (V, C), not {tuple(shape)}")
+        buffer = self._written("out", out, TOKENS, shape[1])
+        self._keep(table, out)
+        self._program.embed(tiles, address, kind, shape[0], ids is self.previous_token_ids, buffer)
+
+    def gather_rows(self, x, rows, out) -> None:
+        """The rows of x that have logits -> out (max_rows, C)."""
+        _is_marker("rows", rows, self.logit_rows)
+        x_at, kind = self._read("x", x)
+        if kind != TOKENS:
+            raise ValueError("x: was gathered already")
+        self._record(self._program.gather_rows, True, x_at, self._written("out", out, LOGIT_ROWS, x_at[1]), keep=(x, out))
+
+    def rms_norm(self, x, weight, eps: float, out) -> None:
+        """x / its root mean square (* weight (C,) or None) -> out, which may be x."""
+        x_at, kind = self._read("x", x, 16)
+        weight_at = 0 if weight is None else _vector("weight", weight, FLOAT32, x_at[1])
+        out_at = self._written("out", out, kind, x_at[1])
+        self._record(self._program.rms_norm, kind == LOGIT_ROWS, x_at, weight_at, float(eps), out_at, keep=(x, weight, out))
+
+    def linear(self, x, matrix, out, norm=None, bias=None, activation=None, residual=None) -> None:
+        """out = residual + activation(norm(x) W^T + bias); residual may be out, x may not.
+
+        norm        None, or (weight or None, eps): RMS norm over the whole width of x
+        activation  None, "relu2", or "swiglu": the matrix' tiles alternate gate and up, and out is half as wide
+        A matrix narrower than x takes the first columns of (the normalized) x.
+        """
+        _matrix("matrix", matrix)
+        x_at, kind = self._read("x", x)
+        if x_at[1] < matrix.columns:
+            raise ValueError(f"x: must have at least the matrix' {matrix.columns} columns, not {x_at[1]}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: must be None, 'swiglu' or 'relu2', not {activation!r}")
+        if activation == "swiglu" and matrix.tiles.count % 2:
+            raise ValueError(f"matrix: swiglu takes an even number of tiles, not {matrix.tiles.count}")
+        if norm is not None and (not isinstance(norm, tuple) or len(norm) != 2):
+            raise ValueError(f"norm: must be None or (weight, eps), not {norm!r}")
+        if norm is not None and x_at[1] != matrix.columns and x_at[1] % 16:
+            raise ValueError(f"x: must have a multiple of 16 columns, not {x_at[1]}")
+        weight, eps = norm or (None, 0.0)
+        weight_at = 0 if weight is None else _vector("norm", weight, FLOAT32, x_at[1])
+        bias_at = 0 if bias is None else _vector("bias", bias, FLOAT32, matrix.rows)
+        out_at = self._written("out", out, kind)
+        most = matrix.tiles.count // 2 * TILE_ROWS if activation == "swiglu" else matrix.rows
+        if not out_at[1] <= most:
+            raise ValueError(f"out: must have 1 to {most} columns, not {out_at[1]}")
+        if out_at[0] == x_at[0]:
+            raise ValueError("out: may not be x")
+        residual_at = NONE if residual is None else self._read_like("residual", residual, kind, out_at[1])
+        self._record(self._program.linear, kind == LOGIT_ROWS, x_at, matrix.tiles, out_at, norm is not None, weight_at, float(eps), bias_at,
+                     ACTIVATIONS[activation], residual_at, keep=(x, matrix, out, weight, bias, residual))
+
+    def copy(self, x, out) -> None:
+        """x -> out."""
+        x_at, kind = self._read("x", x)
+        self._record(self._program.copy, kind == LOGIT_ROWS, x_at, self._written("out", out, kind, x_at[1]), keep=(x, out))
+
+    def mix(self, x, x0, resid_lambda, x0_lambda, out) -> None:
+        """resid_lambda * x + x0_lambda * x0 -> out, which may be x; the lambdas are numbers or arrays of one."""
+        x_at, kind = self._read("x", x, 16)
+        x0_at = self._read_like("x0", x0, kind, x_at[1])
+        self._record(self._program.mix, kind == LOGIT_ROWS, x_at, float(resid_lambda), x0_at, float(x0_lambda),
+                     self._written("out", out, kind, x_at[1]), keep=(x, x0, out))
+
+    def backout(self, x, middle, backout_lambda, out) -> None:
+        """x - backout_lambda * middle -> out, which may be x."""
+        self.mix(x, middle, 1.0, -float(backout_lambda), out)
+
+    def smear(self, x, previous, previous_ids, gate, smear_lambda, out) -> None:
+        """x + lambda * sigmoid(x[:, :channels] . gate) * previous -> out, which may be x; gate (channels,) or (1, channels) float32."""
+        _is_marker("previous_ids", previous_ids, self.previous_token_ids)
+        x_at, kind = self._read("x", x, 16)
+        previous_at = self._read_like("previous", previous, kind, x_at[1])
+        gate_at, _, shape, _ = _pointer("gate", gate, (FLOAT32,))
+        if kind != TOKENS or len(shape) > 2 or (len(shape) == 2 and shape[0] != 1) or not 0 < shape[-1] <= x_at[1]:
+            raise ValueError(f"gate: must be (1, channels) for rows of tokens, not {tuple(shape)}")
+        out_at = self._written("out", out, kind, x_at[1])
+        self._keep(x, previous, gate, out)
+        self._program.smear(x_at, previous_at, gate_at, shape[-1], float(smear_lambda), out_at)
+
+    def softcap(self, logits, cap: float, out) -> None:
+        """cap * tanh(logits / cap) -> out, which may be logits."""
+        x_at, kind = self._read("logits", logits)
+        if not float(cap) > 0:
+            raise ValueError(f"cap: must be positive, not {cap}")
+        self._record(self._program.softcap, kind == LOGIT_ROWS, x_at, float(cap), self._written("out", out, kind, x_at[1]), keep=(logits, out))
+
+    def rope_append(self, qkv, cos, sin, positions, slots, cache, out, *, norm="none", q_norm=None, k_norm=None, eps=1e-5, post_scale=1.0,
+                    q_scale=None, interleaved=False, direction=1, value_embed=None, gate=None, gate_scale=1.0) -> None:
+        """decode_core.rope_append with the step's positions and slots: qkv -> out (max_tokens, H * D) and one layer's cache."""
+        _is_marker("positions", positions, self.positions)
+        _is_marker("slots", slots, self.slots)
+        qkv_at, kind = self._read("qkv", qkv)
+        layer = cache_at, _, pages, Hkv, D = _cache(cache)
+        H, rest = divmod(qkv_at[1] - 2 * Hkv * D, D)
+        if kind != TOKENS or rest or H <= 0:
+            raise ValueError(f"qkv: must be (max_tokens, (H + 2 * {Hkv}) * {D}), not {qkv_at[1]} columns")
+        if (value_embed is None) != (gate is None):
+            raise ValueError("gate: value_embed and gate come together or not at all")
+        value_at = NONE if value_embed is None else self._read_like("value_embed", value_embed, kind, Hkv * D)
+        gate_at = NONE if gate is None else self._read_like("gate", gate, kind, Hkv)
+        out_at = self._written("out", out, kind, H * D)
+        job, max_positions = _rope_job_of(
+            layer, (qkv_at[0], FLOAT32, qkv_at[1]), (out_at[0], 0, H), cos, sin, (0, 0), norm, q_norm, k_norm, eps, post_scale, q_scale,
+            interleaved, direction, value_at, gate_at, gate_scale)
+        self._keep(qkv, cos, sin, cache, out, q_norm, k_norm, value_embed, gate)
+        self._program.rope_append(job, max_positions, pages)
+
+    def paged_attention(self, q, cache, attention, window: int, out) -> None:
+        """softmax(q k) v of each row over its own pages: q (max_tokens, H * D) as rope_append left it -> out, as wide."""
+        _is_marker("attention", attention, self.attention)
+        q_at, kind = self._read("q", q)
+        cache_at, cache_kind, pages, Hkv, D = _cache(cache)
+        H, rest = divmod(q_at[1], D)
+        if kind != TOKENS or rest or H % Hkv or H // Hkv > 16:
+            raise ValueError(f"q: must have H * {D} columns, H a multiple of {Hkv} up to 16 times, not {q_at[1]}")
+        if not isinstance(window, int) or not -1 <= window < 2**31:
+            raise ValueError(f"window: must be a number of keys, 0 or -1, not {window!r}")
+        out_at = self._written("out", out, kind, q_at[1])
+        self._record(self._program.paged_attention, q_at, cache_at, cache_kind, pages, H, Hkv, D, max(window, 0), out_at, keep=(q, cache, out))
+
+    def sample(self, logits) -> None:
+        """The last op: a token for each logit row, in the steps that bring a SampleBatch."""
+        x_at, kind = self._read("logits", logits)
+        if kind != LOGIT_ROWS:
+            raise ValueError("logits: must come from rows that were gathered")
+        self._record(self._program.sample, True, x_at, NONE, keep=(logits,))
+        self.logits = logits
+
+    # ---- running
+
+    def start(self, token_ids, previous, starts, lengths, tables, logit_rows, sampling=None) -> int:
+        """Queue a step and return its ticket; at most two may be unfinished. Lists of integers, copied:
+
+        token_ids   T ids; ~i (-1 - i): what row i of the step started before draws, which may still be running
+        previous    T ids of the tokens before those; -1: none (position 0); -2 - i: what row i of the step before draws
+        starts, lengths, tables     rows starts[i] .. starts[i + 1] are the newest of the lengths[i] positions of sequence i,
+                    whose pages are tables[i]; length 0 is padding, which writes nothing
+        logit_rows  R rows of the T that get logits, and a token each when `sampling`, a SampleBatch of R rows, is given; what
+                    its penalties count is what it holds now. A row of position < 0 draws nothing.
+        """
+        if sampling is not None:
+            sampling = self._sampling(sampling)
+        return self._program.start(token_ids, previous, starts, lengths, tables, logit_rows, sampling)
+
+    def finish(self, ticket: int) -> list[int]:
+        """Wait for a step (without the GIL) -> its tokens, one a logit row; [] for a step without sampling.
+
+        `logits` then holds its logits until the next step begins. RuntimeError if the step failed.
+        """
+        return self._program.finish(ticket)
+
+    def times(self) -> list[dict]:
+        """The last steps, oldest first: {"tokens", "logit_rows", "width", "stalled", "us", "phases": [(what, us)], "kinds": {what: us}}."""
+        return self._program.times()
+
+    def describe(self) -> list[str]:
+        """The recorded ops, a line each."""
+        return self._program.describe()
+
+    # ---- checks
+
+    def _keep(self, *arrays) -> None:
+        self._kept += [array for array in arrays if array is not None]
+
+    def _record(self, method, *arguments, keep) -> None:
+        self._keep(*keep)
+        method(*arguments)
+
+    def _buffer(self, name: str, array, kind: str, columns: int | None = None, writable: bool = False) -> tuple:
+        address, _, shape, _ = _pointer(name, array, (FLOAT32,), writable=writable)
+        if len(shape) != 2 or shape[0] != self._limits[kind] or (columns is not None and shape[1] != columns):
+            raise ValueError(f"{name}: must be ({kind} = {self._limits[kind]}, {columns or 'columns'}), not {tuple(shape)}")
+        if not shape[1]:
+            raise ValueError(f"{name}: must have columns")
+        return address, shape[1]
+
+    def _written(self, name: str, array, kind: str, columns: int | None = None) -> tuple:
+        """(address, columns) of a buffer that an op writes for every row of a kind."""
+        buffer = self._buffer(name, array, kind, columns, writable=True)
+        if self._rows_of.setdefault(buffer[0], kind) != kind:
+            raise ValueError(f"{name}: holds rows of {self._rows_of[buffer[0]]} already")
+        return buffer
+
+    def _read(self, name: str, array, multiple: int = 1) -> tuple:
+        """((address, columns), kind) of a buffer that an earlier op wrote."""
+        address = _pointer(name, array, (FLOAT32,))[0]
+        if (kind := self._rows_of.get(address)) is None:
+            raise ValueError(f"{name}: no op has written it yet")
+        buffer = self._buffer(name, array, kind)
+        if buffer[1] % multiple:
+            raise ValueError(f"{name}: must have a multiple of {multiple} columns, not {buffer[1]}")
+        return buffer, kind
+
+    def _read_like(self, name: str, array, kind: str, columns: int) -> tuple:
+        buffer, its = self._read(name, array)
+        if its != kind or buffer[1] != columns:
+            raise ValueError(f"{name}: must be ({kind} = {self._limits[kind]}, {columns}), as what it goes with")
+        return buffer
+
+    def _sampling(self, batch) -> tuple:
+        if not isinstance(batch, SampleBatch):
+            raise ValueError(f"sampling: must be a SampleBatch, not {type(batch).__name__}")
+        if self.logits is None:
+            raise ValueError("sampling: no sample op was recorded")
+        if batch.vocab_size != self.logits.shape[1]:
+            raise ValueError(f"sampling: is for {batch.vocab_size} ids, and logits have {self.logits.shape[1]}")
+        records, count_ids, counts, bias_ids, bias_values, _ = batch._addresses
+        return (records, len(batch.params), count_ids, counts, len(batch.counts), bias_ids, bias_values, len(batch.bias_values))
+
+
+def _is_marker(name: str, value, wanted: Marker) -> None:
+    if value is not wanted:
+        raise ValueError(f"{name}: must be {wanted!r}, not {value!r}")

@@ -1,0 +1,146 @@
+"""Weight matrices in tiles and their products: checked calls of the compiled kernels, for numpy arrays and torch CPU tensors.
+
+    arena = Arena(100 << 20)                                    # huge-page memory; one for a model, filled in the order of use
+    qkv = Matrix(arena, "q4_1", 960, 576)                       # (N, K), in tiles of 16 rows
+    qkv.fill(q, "q4_1"); qkv.fill(k, "q4_1", first_tile=36)     # GGUF's blocks as uint8 rows, or floats that are quantized
+    multiply(x, qkv, norm=(weight, 1e-5), out=out)              # out = norm(x) W^T
+
+x is made int8 per 32 columns for q types and stays float32 for float types. A row's bits depend on that row alone.
+A wrong argument is a ValueError that names it.
+"""
+
+from . import _core
+from .arrays import matrix, vector
+
+KINDS = {"f32": 0, "f16": 1, "bf16": 2, "q8_0": 3, "q4_0": 4, "q4_1": 5}        # tiles.h's Weight
+SOURCES = {"f32": ("float32",), "f16": ("float16",), "bf16": ("bfloat16", "uint16")}    # what the rows may be besides uint8
+ACTIVATIONS = {None: 0, "swiglu": 1, "relu2": 2}
+TILE_ROWS, BLOCK, LIMIT = 16, 32, 1 << 31
+
+
+def _kind(name: str, kind) -> int:
+    if kind not in KINDS:
+        raise ValueError(f"{name}: must be one of {', '.join(KINDS)}, not {kind!r}")
+    return KINDS[kind]
+
+
+def _integer(name: str, value, least: int, most: int) -> int:
+    if not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"{name}: must be an integer from {least} to {most}, not {value!r}")
+    return value
+
+
+class Arena:
+    """Memory for matrices, in huge pages where the system has them; what is not filled costs nothing. More is added when it is full."""
+
+    def __init__(self, size: int):
+        self._arena = _core.Arena(_integer("size", size, 1, 1 << 46))
+
+    @property
+    def used_bytes(self) -> int:
+        return self._arena.used
+
+    @property
+    def reserved_bytes(self) -> int:
+        return self._arena.reserved
+
+
+class Matrix:
+    """(rows, columns) weights of one kind in `arena`, zero until filled; `tiles` is what the compiled half takes."""
+
+    def __init__(self, arena: Arena, kind: str, rows: int, columns: int):
+        if not isinstance(arena, Arena):
+            raise ValueError(f"arena: must be an Arena, not {type(arena).__name__}")
+        code = _kind("kind", kind)
+        _integer("rows", rows, 1, LIMIT)
+        _integer("columns", columns, 1, LIMIT)
+        if kind not in SOURCES and columns % BLOCK:
+            raise ValueError(f"columns: must be a multiple of {BLOCK} for {kind}, not {columns}")
+        self.kind, self.rows, self.columns, self.arena = kind, rows, columns, arena
+        self.tiles = arena._arena.allocate(code, rows, columns)
+
+    @property
+    def nbytes(self) -> int:
+        return self.tiles.bytes
+
+    def fill(self, source, source_kind: str, first_tile: int = 0, tile_step: int = 1) -> None:
+        """Rows 16 i .. 16 i + 15 of `source` -> tile first_tile + i * tile_step; floats are rounded or quantized to the kind.
+
+        source: (n, columns) of its kind, or uint8 (n, bytes of a row) as GGUF has it; a q source must be of the matrix' own kind.
+        """
+        code = _kind("source_kind", source_kind)
+        if source_kind not in SOURCES and source_kind != self.kind:
+            raise ValueError(f"source_kind: {source_kind} blocks fit {source_kind} tiles only, not {self.kind}")
+        address, kind, rows, columns, stride = matrix("source", source, (*SOURCES.get(source_kind, ()), "uint8"))
+        raw = _core.row_bytes(code, self.columns)
+        if columns != (raw if kind == "uint8" else self.columns):
+            raise ValueError(f"source: must have {raw if kind == 'uint8' else self.columns} columns ({kind}), not {columns}")
+        tiles = -(-rows // TILE_ROWS)
+        _integer("tile_step", tile_step, 1, LIMIT)
+        _integer("first_tile", first_tile, 0, self.tiles.count - 1)
+        if tiles and first_tile + (tiles - 1) * tile_step >= self.tiles.count:
+            raise ValueError(f"source: its {rows} rows reach beyond the matrix' {self.tiles.count} tiles")
+        self.tiles.fill(address, code, stride if kind == "uint8" else stride * raw // self.columns, rows, first_tile, tile_step)
+
+    def dequantize(self):
+        """A numpy array (rows, columns) float32 of exactly what the tiles hold."""
+        import numpy as np
+        out = np.empty((self.rows, self.columns), np.float32)
+        embed(self, np.arange(self.rows), out)
+        return out
+
+
+def _matrix(name: str, weights) -> Matrix:
+    if not isinstance(weights, Matrix):
+        raise ValueError(f"{name}: must be a Matrix, not {type(weights).__name__}")
+    return weights
+
+
+def embed(weights: Matrix, ids, out) -> None:
+    """Row ids[i] of the matrix -> out[i]; ids (n,) int64, out (n, columns) float32."""
+    _matrix("weights", weights)
+    out_at, _, rows, columns, stride = matrix("out", out, ("float32",), writable=True)
+    if columns != weights.columns:
+        raise ValueError(f"out: must have {weights.columns} columns, not {columns}")
+    ids_at = vector("ids", ids, "int64", rows)
+    if rows and not (0 <= int(ids.min()) and int(ids.max()) < weights.rows):
+        raise ValueError(f"ids: each must be a row of the matrix' {weights.rows}")
+    weights.tiles.embed(ids_at, rows, out_at, stride)
+
+
+def _float_vector(name: str, array, size: int) -> int:
+    return 0 if array is None else vector(name, array, "float32", size)
+
+
+def multiply(x, weights: Matrix, *, norm=None, bias=None, activation=None, residual=None, out, _tiles_at_once=0, _groups_at_once=0):
+    """out = residual + activation(norm(x) W^T + bias); x (T, K), residual and out (T, up to N; swiglu: half of N) float32.
+
+    norm        None, or (weight (K,) or None, eps): RMS norm of each row of x
+    bias        (N,), in the order of the tiles' rows
+    activation  None, "relu2", or "swiglu": tiles alternate gate and up, 16 rows each
+    residual    may be out itself; x may not share memory with out
+    """
+    _matrix("weights", weights)
+    x_at, _, rows, columns, x_stride = matrix("x", x, ("float32",))
+    if columns != weights.columns:
+        raise ValueError(f"x: must have {weights.columns} columns, not {columns}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: must be None, 'swiglu' or 'relu2', not {activation!r}")
+    if activation == "swiglu" and weights.tiles.count % 2:
+        raise ValueError(f"weights: swiglu takes an even number of tiles, not {weights.tiles.count}")
+    out_at, _, out_rows, out_columns, out_stride = matrix("out", out, ("float32",), writable=True)
+    most = weights.tiles.count // 2 * TILE_ROWS if activation == "swiglu" else weights.rows
+    if out_rows != rows or not 1 <= out_columns <= most:
+        raise ValueError(f"out: must have {rows} rows of 1 to {most} columns, not {(out_rows, out_columns)}")
+    residual_at, residual_stride = 0, 0
+    if residual is not None:
+        residual_at, _, r_rows, r_columns, residual_stride = matrix("residual", residual, ("float32",))
+        if (r_rows, r_columns) != (out_rows, out_columns):
+            raise ValueError(f"residual: must have out's shape {(out_rows, out_columns)}, not {(r_rows, r_columns)}")
+    if norm is not None and (not isinstance(norm, tuple) or len(norm) != 2):
+        raise ValueError(f"norm: must be None or (weight, eps), not {norm!r}")
+    norm_weight, epsilon = norm or (None, 0.0)
+    weights.tiles.multiply(
+        x_at, rows, x_stride, norm is not None, _float_vector("norm", norm_weight, columns), float(epsilon),
+        _float_vector("bias", bias, weights.rows), residual_at, residual_stride, ACTIVATIONS[activation], out_at, out_stride,
+        out_columns, _integer("_tiles_at_once", _tiles_at_once, 0, LIMIT), _integer("_groups_at_once", _groups_at_once, 0, LIMIT))

@@ -1,0 +1,127 @@
+"""The README's deployment section, as far as this machine can run it: behind nginx, under systemd's eyes."""
+
+import asyncio
+import contextlib
+import json
+import re
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+import chat_server
+from chat_server import Settings, parse_command_line
+from fake_pool import FakePool, conversation, frames, serving
+
+README = (Path(chat_server.__file__).parent / "README.md").read_text(encoding="utf-8")
+DEPLOYMENT = README.split("## Deployment")[1].split("## Troubleshooting")[0]
+NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+needs_nginx = pytest.mark.skipif(NGINX is None, reason="no nginx (Debian: apt install nginx-light)")
+
+
+def block(language):
+    return re.search(rf"```{language}\n(.*?)```", DEPLOYMENT, re.DOTALL)[1]
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@contextlib.asynccontextmanager
+async def behind_nginx(folder, pool, **settings):
+    """The URL of an nginx with the README's location, before `pool` behind the real HTTP side on loopback with --prefix /chat."""
+    port = free_port()
+    async with serving(pool, Settings(prefix="/chat", host="127.0.0.1", **settings)) as url:
+        location = block("nginx").replace("http://127.0.0.1:8000", url)
+        paths = "".join(f"{name}_temp_path {folder}/{name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+        (folder / "nginx.conf").write_text(f"daemon off; pid {folder}/pid; error_log stderr; worker_processes 1;\n"
+                                           "events {} http { access_log off; " + paths +
+                                           f"server {{ listen 127.0.0.1:{port}; {location} }} }}")
+        process = await asyncio.create_subprocess_exec(NGINX, "-p", folder, "-c", folder / "nginx.conf", stderr=subprocess.PIPE)
+        try:
+            while True:
+                with contextlib.suppress(OSError):
+                    (await asyncio.open_connection("127.0.0.1", port))[1].close()
+                    break
+                assert process.returncode is None, (await process.stderr.read()).decode()
+                await asyncio.sleep(0)
+            yield f"http://127.0.0.1:{port}/chat"
+        finally:
+            process.terminate()
+            await process.communicate()
+
+
+@needs_nginx
+async def test_behind_nginx_the_page_and_both_apis_work(tmp_path):
+    async with behind_nginx(tmp_path, FakePool()) as url, aiohttp.ClientSession() as client:
+        async with client.get(url + "/") as page:
+            assert 'href="static/"' in await page.text()
+        assert (await client.get(url + "/static/chat.js")).status == 200
+        async with client.get(url) as redirected:       # nginx itself adds the slash
+            assert redirected.status == 200 and str(redirected.url).endswith("/chat/")
+        for path, body in (("/chat/completions", conversation()), ("/v1/chat/completions", conversation() | {"stream": True})):
+            async with client.post(url + path, json=body, headers={"X-Request-Id": "traced"}) as response:
+                assert response.headers["X-Request-Id"] == "traced" and len(frames(await response.read())) >= 4
+        assert (await client.post(url + "/v1/chat/completions", json={})).status == 400
+
+
+class FirstPieceFree:
+    """A gate that lets one piece through and holds the others."""
+
+    def __init__(self):
+        self.used, self.rest = False, asyncio.Event()
+
+    async def wait(self):
+        if self.used:
+            await self.rest.wait()
+        self.used = True
+
+
+@needs_nginx
+async def test_nginx_passes_each_piece_on_at_once_and_tells_when_the_client_leaves(tmp_path):
+    pool = FakePool(["one", "two"], gate=FirstPieceFree())
+    async with behind_nginx(tmp_path, pool) as url, aiohttp.ClientSession() as client:
+        async with client.post(url + "/chat/completions", json=conversation()) as response:
+            assert b"one" in await response.content.readuntil(b"\n\n")         # the second is still held
+            pool.gate.rest.set()
+            assert frames(await response.read())[-1]["done"]
+        pool.gate = asyncio.Event()
+        async with client.post(url + "/chat/completions", json=conversation()) as response:     # headers, and no piece
+            response.close()
+        await pool.until_open(0)
+
+
+@needs_nginx
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
+async def test_an_upgrade_to_http2_does_not_hang_behind_nginx_nor_without(tmp_path):
+    async with behind_nginx(tmp_path, FakePool()) as proxied, serving(FakePool()) as direct:
+        for url in (proxied, direct):
+            curl = await asyncio.create_subprocess_exec(
+                "curl", "-sS", "--max-time", "30", "--http2", "-d", json.dumps(conversation()), url + "/chat/completions",
+                stdout=subprocess.PIPE)
+            answer, _ = await curl.communicate()
+            assert curl.returncode == 0 and frames(answer)[-1]["done"]
+
+
+def test_the_flags_of_the_deployment_section_are_ours(tmp_path):
+    known = {name for option in chat_server.OPTIONS for name in option.name.split()}
+    foreign = {"no-cache-dir", "no-install-recommends", "create-home"}
+    assert set(re.findall(r"--([a-z][a-z-]+)", DEPLOYMENT)) <= known | foreign
+    (tmp_path / "keys").write_text("alice: key\n")
+    (tmp_path / "server.toml").write_text(block("toml"))
+    line = re.search(r"ExecStart=\S+ \S+chat_server\.py (.*)", block("ini"))[1]
+    line = line.replace("/etc/chat_server.toml", str(tmp_path / "server.toml")).replace("${CREDENTIALS_DIRECTORY}", str(tmp_path))
+    settings = parse_command_line(line.split(), {})
+    assert (settings.host, settings.max_concurrent_per_key, settings.log_format, len(settings.keys)) == ("127.0.0.1", 8, "json", 1)
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd")
+def test_systemd_understands_the_unit(tmp_path):
+    unit = tmp_path / "chat_server.service"
+    unit.write_text(block("ini").replace("/opt/chat_server/.venv/bin/python", shutil.which("env")))
+    run = subprocess.run(["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True, timeout=60)
+    assert not re.search(r"chat_server.service:\d+:", run.stderr), run.stderr

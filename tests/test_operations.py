@@ -1,0 +1,232 @@
+"""What operators use: metrics, logs, request ids, draining, configuration, sub-paths."""
+
+import asyncio
+import io
+import json
+import logging
+import re
+import subprocess
+import sys
+
+import aiohttp
+import pytest
+import pytest_asyncio
+
+import chat_server
+from chat_server import ApiKey, ConfigError, EngineFailure, Overloaded, RequestError, Settings, parse_command_line
+from fake_pool import FakePool, conversation, frames, serving
+
+NATIVE, OPENAI = "/chat/completions", "/v1/chat/completions"
+
+
+@pytest_asyncio.fixture
+async def client():
+    async with aiohttp.ClientSession() as session:
+        yield session
+
+
+# metrics
+
+
+async def metrics(client, url):
+    """{name{labels}: value} of /metrics."""
+    async with client.get(url + "/metrics") as response:
+        assert response.status == 200 and response.headers["Content-Type"].startswith("text/plain")
+        lines = (await response.text()).splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+
+
+async def test_an_answer_is_counted_and_timed(client):
+    async with serving(FakePool(["a", "b", "c"])) as url:
+        before = await metrics(client, url)
+        for path in (NATIVE, OPENAI):
+            await (await client.post(url + path, json=conversation())).read()
+        after = await metrics(client, url)
+    assert before['chat_server_requests_total{finish_reason="stop"}'] == before["chat_server_time_to_first_token_seconds_count"] == 0
+    assert after['chat_server_requests_total{finish_reason="stop"}'] == 2
+    assert after['chat_server_tokens_total{kind="generated"}'] == 6
+    assert after['chat_server_tokens_total{kind="prompt"}'] == 8 and after['chat_server_tokens_total{kind="prompt_cached"}'] == 6
+    counts = {name: after[f"chat_server_{name}_seconds_count"] for name in ("time_to_first_token", "inter_token_latency", "queue")}
+    assert counts == {"time_to_first_token": 2, "inter_token_latency": 4, "queue": 2}
+    assert after["chat_server_queue_seconds_sum"] == pytest.approx(2 * 0.25e-3)
+    assert after['chat_server_request_duration_seconds_count{finish_reason="stop"}'] == 2
+    assert after['chat_server_http_responses_total{route="/v1/chat/completions",status="200"}'] == 1
+
+
+@pytest.mark.parametrize("error, reason", [
+    (EngineFailure("broken"), "error"), (ZeroDivisionError(), "error"), (Overloaded("full"), "refused"),
+    (RequestError("too long"), "refused"), (RequestError("stopped", status=499, code="cancelled"), "cancelled")])
+async def test_what_fails_is_counted_by_its_reason(client, error, reason):
+    async with serving(FakePool(refuse=error)) as url:
+        await (await client.post(url + NATIVE, json=conversation())).read()
+        counts = await metrics(client, url)
+    assert {name: value for name, value in counts.items() if "requests_total" in name and value} == {
+        f'chat_server_requests_total{{finish_reason="{reason}"}}': 1}
+
+
+async def test_a_client_that_leaves_is_counted_as_cancelled(client):
+    pool = FakePool(gate=asyncio.Event())
+    async with serving(pool) as url:
+        async with client.post(url + NATIVE, json=conversation()) as response:
+            response.close()
+        await pool.until_open(0)
+        assert (await metrics(client, url))['chat_server_requests_total{finish_reason="cancelled"}'] == 1
+
+
+async def test_the_gauges_are_the_pool_s_at_that_moment(client):
+    pool = FakePool()
+    worker = {"state": "ready", "running": 3, "restarts": 2, "kv_pages_used": 10, "kv_pages_total": 64}
+    pool.stats = lambda: {"total_workers": 2, "queue_depth": 5, "workers": [worker, worker | {"state": "dead", "restarts": 1}]}
+    async with serving(pool) as url:
+        shown = await metrics(client, url)
+    wanted = {"running": 6, "queued": 5, "kv_pages_used": 20, "kv_pages": 128, "workers": 2, "workers_up": 1, "worker_restarts_total": 3}
+    assert {name: shown[f"chat_server_{name}"] for name in wanted} == wanted
+
+
+async def test_without_prometheus_client_the_server_serves_and_metrics_say_why_not(client, monkeypatch):
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    async with serving(FakePool()) as url:
+        assert (await client.post(url + NATIVE, json=conversation())).status == 200
+        response = await client.get(url + "/metrics")
+        assert response.status == 501 and "prometheus_client" in await response.text()
+
+
+# logs and ids
+
+
+async def test_every_response_has_an_id_and_it_is_the_client_s_if_it_gave_one(client):
+    async with serving(FakePool()) as url:
+        for method, path in (("GET", "/"), ("GET", "/health"), ("GET", "/nothing"), ("POST", NATIVE), ("POST", OPENAI), ("GET", "/static/chat.js")):
+            async with client.request(method, url + path, json=conversation()) as drawn:
+                assert re.fullmatch("[0-9a-f]{32}", drawn.headers["X-Request-Id"]), path
+            async with client.request(method, url + path, json=conversation(), headers={"X-Request-Id": "trace-1.2_3"}) as given:
+                assert given.headers["X-Request-Id"] == "trace-1.2_3", path
+
+
+async def test_the_id_of_a_completion_is_the_one_in_the_header_and_in_the_log(client, caplog):
+    with caplog.at_level(logging.INFO, logger="chat_server"):
+        async with serving(FakePool(), Settings(keys=(ApiKey.hashed("key", "alice"),))) as url:
+            async with client.post(url + OPENAI, json=conversation(), headers={"X-Request-Id": "mine", "X-Api-Key": "key"}) as response:
+                assert (await response.json())["id"] == "chatcmpl-mine"
+    assert "POST /v1/chat/completions 200" in caplog.text and "[alice mine]" in caplog.text
+
+
+def json_lines(records):
+    return [json.loads(chat_server.JsonLines().format(record)) for record in records]
+
+
+async def test_the_log_as_json_has_the_fields_of_each_request_and_no_text(client, caplog):
+    with caplog.at_level(logging.INFO, logger="chat_server"):
+        async with serving(FakePool()) as url:
+            await (await client.post(url + NATIVE, json=conversation("my secret"), headers={"X-Request-Id": "x"})).read()
+            await client.get(url + "/no\u2028such?secret=1")
+            await client.get(url + "/health")
+    lines = json_lines(caplog.records)
+    assert len(lines) == 2 and "secret" not in json.dumps(lines)
+    assert lines[0] | {"ms": 0, "time": "", "message": ""} == {
+        "time": "", "level": "info", "message": "", "method": "POST", "path": NATIVE, "status": 200, "ms": 0, "client": "127.0.0.1",
+        "id": "x", "prompt_tokens": 7, "completion_tokens": 3, "cached_tokens": 3, "reason": "stop"}
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", lines[0]["time"]) and lines[1]["status"] == 404
+
+
+def test_a_json_line_holds_a_whole_traceback_and_stays_one_line():
+    try:
+        raise ZeroDivisionError("one\ntwo")
+    except ZeroDivisionError:
+        record = logging.LogRecord("chat_server", logging.ERROR, "", 0, "broke: %s", ("x\ny",), sys.exc_info())
+    line = chat_server.JsonLines().format(record)
+    assert "\n" not in line and json.loads(line)["message"] == "broke: x\ny" and "ZeroDivisionError" in json.loads(line)["traceback"]
+
+
+@pytest.mark.parametrize("format_, wanted", [("json", r'\{"time": .*"message": "hello"\}\n'), ("text", r"\d{4}-.* hello\n")])
+def test_log_format_chooses_the_format(format_, wanted):
+    code = f"import chat_server; chat_server.start_logging(chat_server.Settings(log_format={format_!r})); chat_server.log.info('hello')"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=chat_server.STATIC.parent)
+    assert re.fullmatch(wanted, run.stderr)
+
+
+async def test_bytes_that_are_no_http_are_not_logged(caplog):
+    async with serving(FakePool()) as url:
+        for request in (b"GET /\x00secret HTTP/1.1\r\n\r\n", b"secret\r\n\r\n", b"GET / HTTP/1.1\r\nAuthorization\x01: secret\r\n\r\n"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+            writer.write(request)
+            assert (await reader.read()).startswith(b"HTTP/1.") and not writer.close()
+    assert "this is no HTTP" in caplog.text and "secret" not in caplog.text
+
+
+# draining
+
+
+async def test_answers_that_outlast_the_drain_time_out_end_with_an_error_event(client, capsys):
+    pool = FakePool(["one"], gate=asyncio.Event())
+    server = asyncio.ensure_future(chat_server.serve_forever(Settings(host="127.0.0.1", port=0, drain_timeout=0.01), pool))
+    printed = ""
+    while not (found := re.search(r"  (http://\S+)\n", printed)):
+        await asyncio.sleep(0)
+        printed += capsys.readouterr().out
+    async with client.post(found[1] + NATIVE, json=conversation()) as running:
+        chat_server.signal.raise_signal(chat_server.signal.SIGTERM)
+        last = frames(await running.read())[-1]
+    assert "error" in last and await server == 0
+
+
+# configuration
+
+
+def configured(tmp_path, text, line="", **environment):
+    path = tmp_path / "server.toml"
+    path.write_text(text)
+    return parse_command_line([*line.split(), "--config", str(path)], environment)
+
+
+def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path):
+    text = 'model = "from-file"\nport = 1\nmax-batch = 2\ntop_p = 0.5\nserved-model-name = ["a", "b"]\nlog-conversations = true\n' \
+           'api-key = "secret"\nkv-cache-memory = "1G"\nmax-new-tokens = 7\nprompt = "of another command"\n'
+    settings = configured(tmp_path, text, "--port 3", CHAT_SERVER_MAX_BATCH="4", CHAT_SERVER_PORT="5")
+    path = str(tmp_path / "server.toml")
+    assert settings == Settings(model="from-file", port=3, max_batch=4, top_p=0.5, served_model_name=("a", "b"), log_conversations=True,
+                                keys=(ApiKey.hashed("secret", "key-1"),), kv_cache_memory=1 << 30, max_tokens=7, config=path)
+    assert parse_command_line(["--no-log-conversations", "m"], {"CHAT_SERVER_CONFIG": path}).model == "m"
+
+
+@pytest.mark.parametrize("text, words", [
+    ("prot = 1", "no flag --prot"), ("port = 99999", "config: port"), ("port = [1, 2]", "one value"), ("[port]\nx = 1", "not a table"),
+    ("port =", "server.toml"), ("source = 'moon'", "sft, rl"), ("log-conversations = 'perhaps'", "true, yes"), ("temperature = nan", "temperature")])
+def test_a_wrong_config_file_is_one_clear_error(tmp_path, text, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        configured(tmp_path, text)
+    with pytest.raises(ConfigError, match="No such file"):
+        parse_command_line(["--config", str(tmp_path / "missing.toml")], {})
+
+
+# under a sub-path
+
+
+@pytest.mark.parametrize("given, used", [("/chat", "/chat"), ("chat/", "/chat"), ("/a/b/", "/a/b"), ("/", ""), ("", "")])
+def test_a_prefix_is_normalized(given, used):
+    assert parse_command_line(["--prefix", given], {}).prefix == used
+
+
+@pytest.mark.parametrize("wrong", ["/a b", "/{x}", "/a//b", "/ä"])
+def test_a_prefix_that_is_no_path_is_refused(wrong):
+    with pytest.raises(ConfigError, match="no path"):
+        parse_command_line(["--prefix", wrong], {})
+
+
+async def test_everything_is_served_under_the_prefix_and_nothing_elsewhere(client, capsys):
+    settings = Settings(prefix="/deep/chat", keys=(ApiKey.hashed("key", "alice"),))
+    async with serving(FakePool(), settings) as url:
+        bare = await client.get(url + "/deep/chat", allow_redirects=False)
+        assert (bare.status, bare.headers["Location"]) == (308, "/deep/chat/")
+        page = await client.get(url + "/deep/chat/")
+        assert 'href="static/"' in await page.text()
+        for path in ("static/chat.js", "livez", "health"):
+            assert (await client.get(f"{url}/deep/chat/{path}")).status == 200
+        for path in (NATIVE, OPENAI):
+            assert (await client.post(url + "/deep/chat" + path, json=conversation())).status == 401
+            assert (await client.post(url + "/deep/chat" + path, json=conversation(), headers={"X-Api-Key": "key"})).status == 200
+            assert (await client.post(url + path, json=conversation(), headers={"X-Api-Key": "key"})).status == 404
+        wrong = await client.post(url + "/deep/chat" + OPENAI, json={}, headers={"X-Api-Key": "key"})
+        assert (await wrong.json())["error"]["param"] == "messages"
+    chat_server.announce(FakePool(), settings, 8000)
+    assert "http://127.0.0.1:8000/deep/chat/" in capsys.readouterr().out

@@ -1,0 +1,237 @@
+"""Who may come in: API keys, other origins, host names, slow senders."""
+
+import asyncio
+import json
+import logging
+import pickle
+
+import aiohttp
+import pytest
+import pytest_asyncio
+
+import chat_server
+from chat_server import ApiKey, ConfigError, RemotePool, Settings, parse_command_line, read_api_keys
+from fake_pool import FakePool, conversation, serving
+
+NATIVE, OPENAI = "/chat/completions", "/v1/chat/completions"
+KEYS = (ApiKey.hashed("alices-secret", "alice"), ApiKey.hashed("bobs-secret", "bob"))
+ALICE, BOB = {"Authorization": "Bearer alices-secret"}, {"X-Api-Key": "bobs-secret"}
+
+
+@pytest_asyncio.fixture
+async def client():
+    async with aiohttp.ClientSession() as session:
+        yield session
+
+
+# keys
+
+
+@pytest.mark.parametrize("method, path", [
+    ("POST", NATIVE), ("POST", OPENAI), ("GET", "/v1/models"), ("GET", "/models"), ("GET", "/v1/models/fake-model"),
+    ("POST", "/v1/cancel/x"), ("GET", "/stats"), ("GET", "/nothing"), ("GET", "/v1/chat/completions"), ("GET", "/static/../stats"),
+    ("GET", "//stats"), ("GET", "/%73tats"), ("GET", "/livez/../stats")])
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer"}, {"X-Api-Key": ""},
+                                     {"Authorization": "Basic alices-secret"}, {"Authorization": "Bearer alices-secre"}])
+async def test_without_a_right_key_everything_else_is_401(client, method, path, headers):
+    pool = FakePool()
+    async with serving(pool, Settings(keys=KEYS)) as url:
+        target = aiohttp.client.URL(url + path, encoded=True)
+        async with client.request(method, target, headers=headers, json=conversation()) as response:
+            body = await response.json()
+            if path.startswith("/static"):      # yarl has made /stats of it, or the file server refuses
+                assert response.status in (401, 403, 404)
+                return
+            assert response.status == 401 and response.headers["WWW-Authenticate"] == "Bearer"
+    assert body["error"]["code"] == "invalid_api_key" and "secret" not in json.dumps(body) and not pool.requests
+
+
+@pytest.mark.parametrize("headers", [ALICE, BOB, {"Authorization": "bearer  alices-secret "}])
+async def test_any_of_the_keys_opens_in_either_header(client, headers):
+    async with serving(FakePool(), Settings(keys=KEYS)) as url:
+        for path in (NATIVE, OPENAI):
+            async with client.post(url + path, json=conversation(), headers=headers) as response:
+                assert response.status == 200
+        assert (await client.get(url + "/v1/models", headers=headers)).status == 200
+
+
+async def test_the_page_and_the_health_checks_need_no_key(client):
+    async with serving(FakePool(), Settings(keys=KEYS)) as url:
+        for path in ("/", "/static/chat.js", "/livez", "/readyz", "/health"):
+            assert (await client.get(url + path)).status == 200, path
+
+
+async def test_only_its_own_key_stops_an_answer(client):
+    pool = FakePool(gate=asyncio.Event())
+    async with serving(pool, Settings(keys=KEYS)) as url:
+        async with client.post(url + NATIVE, json=conversation(), headers=ALICE | {"X-Request-Id": "mine"}):
+            assert pool.requests[0].client == "alice"
+            assert (await client.post(url + "/v1/cancel/mine", headers=BOB)).status == 404
+            assert (await client.post(url + "/v1/cancel/mine", headers=ALICE)).status == 200
+
+
+def test_keys_come_from_flags_files_and_the_environment_and_only_hashes_stay(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("# people\nalice: sk-one\n\nsk-two\n")
+    settings = parse_command_line(["--api-key-file", str(path), "--api-key", "sk-three"], {})
+    assert settings.keys == (ApiKey.hashed("sk-three", "key-1"), ApiKey.hashed("sk-one", "alice"), ApiKey.hashed("sk-two", "line-4"))
+    assert parse_command_line([], {"CHAT_SERVER_API_KEY": "a,b"}).keys == (ApiKey.hashed("a", "key-1"), ApiKey.hashed("b", "key-2"))
+    assert "sk-" not in repr(settings) and b"sk-" not in pickle.dumps(settings)
+
+
+@pytest.mark.parametrize("content", [None, "", "# only a comment\n", b"\xff\xfe"])
+def test_a_key_file_without_keys_does_not_open_the_server(tmp_path, content):
+    path = tmp_path / "keys"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError):
+        read_api_keys((), str(path))
+    with pytest.raises(ConfigError):
+        read_api_keys(("",), None)
+
+
+async def test_the_terminal_chat_brings_its_key_to_a_server():
+    async with serving(FakePool(), Settings(keys=KEYS)) as url:
+        for key, fails in (("alices-secret", False), ("wrong", True)):
+            settings = parse_command_line(["chat", "--url", url, "--api-key", key], {})
+            pool = RemotePool(settings)
+            await pool.start()
+            request = chat_server.new_request(settings, messages=(chat_server.Message("user", "Hi"),))
+            try:
+                events = [event async for event in pool.answer(request)]
+                assert not fails and events
+            except chat_server.RequestError as error:
+                assert fails and error.code == "invalid_api_key"
+            await pool.close()
+
+
+async def test_a_key_is_never_logged(client, caplog):
+    with caplog.at_level(logging.DEBUG):
+        async with serving(FakePool(), Settings(keys=KEYS)) as url:
+            for headers in (ALICE, BOB, {"Authorization": "Bearer alices-secret-mistyped"}):
+                await client.post(url + NATIVE, json=conversation(), headers=headers)
+                await client.get(url + "/v1/models?api_key=alices-secret", headers=headers)
+    assert "POST /chat/completions 200" in caplog.text and "secret" not in caplog.text
+
+
+async def test_an_open_server_on_the_network_is_warned_about_and_a_locked_one_is_not(capsys):
+    for host, keys in (("0.0.0.0", ()), ("0.0.0.0", KEYS), ("127.0.0.1", ())):
+        chat_server.announce(FakePool(), Settings(host=host, keys=keys), 8000)
+        assert ("Warning" in capsys.readouterr().out) == (host == "0.0.0.0" and not keys)
+
+
+# other origins
+
+
+def preflight(client, url, origin, **headers):
+    return client.options(url + NATIVE, headers={"Origin": origin, "Access-Control-Request-Method": "POST",
+                                                 "Access-Control-Request-Headers": "authorization, x-stainless-os", **headers})
+
+
+@pytest.mark.parametrize("origin", ["https://chat.example.org", "null", "http://127.0.0.1:3000"])
+async def test_by_default_no_other_origin_may_do_anything(client, origin):
+    pool = FakePool()
+    async with serving(pool) as url:
+        answers = [await preflight(client, url, origin), await client.get(url + "/v1/models", headers={"Origin": origin}),
+                   await client.post(url + NATIVE, json=conversation(), headers={"Origin": origin, "Sec-Fetch-Site": "cross-site"})]
+    assert [answer.status for answer in answers] == [403, 200, 403] and not pool.requests
+    assert not any(name.startswith("Access-Control") for answer in answers for name in answer.headers)
+
+
+@pytest.mark.parametrize("allowed, origin, admitted", [
+    ("https://a.example", "https://a.example", True), ("https://a.example", "https://b.example", False),
+    ("https://a.example", "https://a.example.evil", False), ("https://a.example", "null", False), ("null", "null", True),
+    ("null", "https://a.example", False), ("*", "https://a.example", True), ("*", "null", True)])
+async def test_a_named_origin_passes_the_preflight_without_a_key_and_reads_even_errors(client, allowed, origin, admitted):
+    async with serving(FakePool(), Settings(keys=KEYS, cors_origin=("https://other.example", allowed))) as url:
+        asked = await preflight(client, url, origin, **{"Access-Control-Request-Private-Network": "true"})
+        assert asked.status == (204 if admitted else 403)
+        if admitted:
+            assert asked.headers["Access-Control-Allow-Headers"] == "authorization, x-stainless-os"
+            assert "POST" in asked.headers["Access-Control-Allow-Methods"]
+        for path, headers, status in ((NATIVE, {}, 401), (NATIVE, ALICE, 200), (OPENAI, ALICE, 200), ("/nothing", ALICE, 404)):
+            async with client.post(url + path, json=conversation(), headers=headers | {"Origin": origin}) as response:
+                assert response.status == status
+                assert response.headers.get("Access-Control-Allow-Origin") == (origin if admitted else None)
+                assert response.headers["Vary"] == "Origin" and "Access-Control-Allow-Credentials" not in response.headers
+        cross = await client.post(url + NATIVE, json=conversation(), headers=ALICE | {"Origin": origin, "Sec-Fetch-Site": "cross-site"})
+        assert cross.status == (200 if admitted else 403)
+
+
+async def test_the_page_itself_and_programs_are_no_other_origin(client):
+    async with serving(FakePool()) as url:
+        for headers in ({"Origin": url, "Sec-Fetch-Site": "same-origin"}, {"Sec-Fetch-Site": "none"}, {}, {"Origin": "https://proxy.example"}):
+            assert (await client.post(url + NATIVE, json=conversation(), headers=headers)).status == 200
+
+
+@pytest.mark.parametrize("wrong", ["https://a.example/", "a.example", "https://a.example/path", ""])
+def test_an_origin_with_a_path_is_refused_at_the_start(wrong):
+    with pytest.raises(ConfigError, match="origin"):
+        parse_command_line([f"--cors-origin={wrong}"], {})
+
+
+# host names
+
+
+@pytest.mark.parametrize("name, status", [
+    ("localhost:8000", 200), ("127.0.0.1", 200), ("127.0.0.1:1", 200), ("[::1]:8000", 200), ("LOCALHOST", 200), ("chat.example", 200),
+    ("evil.example", 403), ("evil.example:8000", 403), ("127.0.0.1.evil.example", 403), ("localhost.evil.example", 403), ("[::2]", 403),
+    ("x y", 403), ("", 403)])
+async def test_on_loopback_only_names_of_this_machine_are_answered(client, name, status):
+    for settings in (Settings(host="127.0.0.1", allowed_host=("chat.example",)), Settings(host="localhost", allowed_host=("chat.example",))):
+        async with serving(FakePool(), settings) as url:
+            async with client.get(url + "/", headers={"Host": name}) as response:
+                assert response.status == status
+    async with serving(FakePool(), Settings(host="0.0.0.0")) as url:
+        assert (await client.get(url + "/", headers={"Host": "any.example"})).status == 200
+
+
+async def test_every_response_has_the_security_headers_and_no_versions(client):
+    async with serving(FakePool()) as url:
+        for method, path in (("GET", "/"), ("GET", "/static/chat.js"), ("GET", "/nothing"), ("POST", NATIVE), ("GET", "/health")):
+            async with client.request(method, url + path, json=conversation()) as response:
+                for name in ("Content-Security-Policy", "Cross-Origin-Resource-Policy", "Referrer-Policy"):
+                    assert name in response.headers, (path, name)
+                assert response.headers["X-Content-Type-Options"] == "nosniff" and response.headers["Server"] == "chat_server"
+
+
+# slow senders
+
+
+async def connect(url):
+    return await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /chat/compl", b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: "])
+async def test_a_connection_without_a_whole_header_is_closed(monkeypatch, sent):
+    monkeypatch.setattr(chat_server, "HEADER_S", 0.05)
+    async with serving(FakePool()) as url:
+        reader, writer = await connect(url)
+        writer.write(sent)
+        assert await reader.read() == b""
+        writer.close()
+
+
+async def test_a_connection_that_has_brought_a_request_may_be_silent_for_longer(client, monkeypatch):
+    monkeypatch.setattr(chat_server, "HEADER_S", 0.05)
+    pool = FakePool(gate=asyncio.Event())
+    async with serving(pool) as url:
+        reader, writer = await connect(url)             # a running answer, while another connection is swept
+        body = json.dumps(conversation()).encode()
+        writer.write(b"POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        await pool.until_open(1)
+        silent, silent_writer = await connect(url)
+        assert await silent.read() == b""
+        silent_writer.close()
+        pool.gate.set()
+        assert b'"done": true' in await reader.readuntil(b"\r\n0\r\n\r\n")
+        writer.close()
+
+
+async def test_a_body_that_pauses_is_408(monkeypatch):
+    monkeypatch.setattr(chat_server, "BODY_S", 0.05)
+    async with serving(FakePool()) as url:
+        reader, writer = await connect(url)
+        writer.write(b'POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"messages"')
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 408 ")
+        writer.close()
