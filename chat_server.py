@@ -2005,6 +2005,9 @@ class Staging:
         self.fields: dict[StepShape, SimpleNamespace] = {}      # numpy views, kept for the graphs' shapes
         self.done: Any = None                                   # of the step that used it last
 
+    def send(self, inputs: Any, size: int) -> None:
+        inputs[:size].copy_(self.inputs[:size], non_blocking=True)
+
 
 class Ticket(NamedTuple):
     """A step that was started."""
@@ -2049,18 +2052,14 @@ class GraphSteps:
             progress(done / len(buckets))
             self._capture(*bucket)
 
-    @torch.inference_mode()
     def _capture(self, rows: int, pages: int) -> None:
-        shape = StepShape(rows, rows, rows, pages, LIST_CAPACITY, LIST_CAPACITY)
-        fill_step(self._host_fields(self.staging[0], shape), Batch([], [], [0], [], [], []), None)
-        fields = shape.views(self.inputs)
-        plan = CudaPlan(rows, fields.table, fields.lengths, dict.fromkeys(self.windows, ()), *self.workspace)
-
-        def work() -> None:
-            self._compute(fields, plan)
-
-        self.queue.wait(self.queue.submit(lambda: self._send(self.staging[0], shape, True)))    # nothing but padding
-        self.graphs[rows, pages] = Graph(shape, self.queue.capture(work))
+        shape, staging = StepShape(rows, rows, rows, pages, LIST_CAPACITY, LIST_CAPACITY), self.staging[0]
+        with torch.inference_mode():
+            fields = shape.views(self.inputs)
+            plan = CudaPlan(rows, fields.table, fields.lengths, dict.fromkeys(self.windows, ()), *self.workspace)
+            fill_step(self._host_fields(staging, shape), Batch([], [], [0], [], [], []), None)      # nothing but padding
+            self.queue.wait(self.queue.submit(lambda: staging.send(self.inputs, shape.bytes())))
+            self.graphs[rows, pages] = Graph(shape, self.queue.capture(lambda: self._compute(fields, plan)))
 
     def start(self, batch: Batch, rows: Seq[SampleRow]) -> Ticket:
         """Queue a step; `rows` say how to draw at batch.logit_rows. At most two steps may be under way."""
@@ -2109,10 +2108,10 @@ class GraphSteps:
 
     def _start_graph(self, graph: Graph, staging: Staging, batch: Batch, sampling: Any) -> Callable[[], None]:
         fill_step(self._host_fields(staging, graph.shape), batch, sampling)
-        lists = bool(len(sampling.count_ids) or len(sampling.bias_ids))
+        size = graph.shape.bytes(lists=bool(len(sampling.count_ids) or len(sampling.bias_ids)))
 
         def work() -> None:
-            self._send(staging, graph.shape, lists)
+            staging.send(self.inputs, size)
             graph.replay()
         return work
 
@@ -2126,7 +2125,7 @@ class GraphSteps:
         fill_step(self._host_fields(staging, shape, keep=False), batch, sampling)
 
         def work() -> None:
-            self._send(staging, shape, True, inputs)
+            staging.send(inputs, shape.bytes())
             fields = shape.views(inputs)
             plan = self.kernels.plan(batch, fields.positions, self.windows, self.transformer.dtype, fields.table, fields.lengths,
                                      self.workspace)
@@ -2140,10 +2139,6 @@ class GraphSteps:
             if keep:
                 staging.fields[shape] = fields
         return fields
-
-    def _send(self, staging: Staging, shape: StepShape, lists: bool, inputs: Any = None) -> None:
-        size = shape.bytes(lists)
-        (self.inputs if inputs is None else inputs)[:size].copy_(staging.inputs[:size], non_blocking=True)
 
     def _compute(self, fields: SimpleNamespace, plan: CudaPlan) -> None:
         """The model and the draw: everything here is captured, so it reads tensors on the device and shapes only."""

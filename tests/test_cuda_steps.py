@@ -306,8 +306,8 @@ def chunks(*sequences):
     """sequences: (all tokens, already computed, new, pages) of each; logits for the last token of each."""
     batch = Batch([], [], [0], [], [], [])
     for tokens, computed, new, pages in sequences:
-        batch.token_ids += tokens[computed:computed + new]
-        batch.previous_token_ids += [tokens[p - 1] if p else -1 for p in range(computed, computed + new)]
+        batch.token_ids.extend(tokens[computed:computed + new])
+        batch.previous_token_ids.extend(tokens[p - 1] if p else -1 for p in range(computed, computed + new))
         batch.starts.append(batch.starts[-1] + new)
         batch.lengths.append(computed + new)
         batch.tables.append(pages)
