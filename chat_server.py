@@ -1020,7 +1020,7 @@ def paged_attention_reference(q, cache, plan, window, out):
     prefill, so that keys are never repeated in memory.
     """
     attend, Hkv, D = torch.nn.functional.scaled_dot_product_attention, cache.shape[2], cache.shape[3]
-    q, scale = q.unflatten(1, (-1, D)), D**-0.5                                 # (T, H, D)
+    q, scale = q.to(cache.dtype).unflatten(1, (-1, D)), D**-0.5                 # (T, H, D)
     for rows, B, keys, size, mask in plan[window]:
         if isinstance(keys, slice):
             k, v = cache[keys].permute(1, 2, 0, 3).unsqueeze(1)                 # (B = 1, Hkv, S, D) each
@@ -1319,12 +1319,13 @@ class Kernels:
     names: Mapping[str, str]
     program: Any = None                 # where the ops are recorded instead of computing; it runs whole steps
     row_invariant: bool = False         # each row's bits depend on nothing else in the batch
+    cuda: CudaKernels | None = None     # where decode_core runs on CUDA: what GraphSteps needs besides the ops
 
     def describe(self) -> dict[str, str]:
         return dict(self.names)
 
 
-OP_NAMES = tuple(op.name for op in dataclasses.fields(Kernels)[:-3])
+OP_NAMES = tuple(op.name for op in dataclasses.fields(Kernels)[:-4])
 
 
 def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=None) -> Kernels:
@@ -1335,6 +1336,8 @@ def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=No
     """
     ops = {name: globals().get(f"{name}_reference") for name in OP_NAMES} | {"sample": sample_on_host}
     names = dict.fromkeys(ops, "torch/reference") | {"sample": "numpy/reference"}
+    if spec and (cuda := cuda_kernels(spec, device)):
+        return Kernels(**ops | cuda.ops(), names=names | dict.fromkeys(cuda.ops(), "decode_core/cuda"), cuda=cuda)
     if spec is None or not core_runs(spec, device):
         if quantize:
             raise ConfigError("--quantize needs decode_core and a CPU: `pip install .` in the checkout builds it")
@@ -1360,7 +1363,7 @@ def decode_core() -> Any:
 def kernels_line() -> str:
     """For the start-up log and --version: which compiled core runs, or how to get one."""
     if core := decode_core():
-        return f"decode_core runs with {core.info()['isa']} instructions"
+        return f"decode_core runs with {core.info()['isa']} instructions" + " and CUDA" * core.info()["cuda_compiled"]
     return "decode_core is not installed, so slower reference ops run; `pip install .` in the checkout builds it"
 
 
@@ -1418,6 +1421,148 @@ def program_ops(core: Any, program: Any, spec, quantize: str | None) -> dict[str
 def weights_dtype(spec, device) -> "torch.dtype":
     """What float weights become where neither the user nor the file says it."""
     return torch.bfloat16 if core_runs(spec, device) else fastest_dtype(device)
+
+
+# 4c. decode_core on CUDA: decode rows by its kernels, a prompt's attention by torch over the same pages -------------------
+
+
+class PromptSpan(NamedTuple):
+    """One sequence's chunk of several tokens: its rows of the step, and where their keys lie."""
+
+    rows: slice             # of the T rows
+    pages: Any              # (n,) int32 page ids on the device, from the first that the window reaches
+    size: int               # S: keys read from them
+    mask: Any               # additive (queries, S)
+
+
+class CudaPlan(NamedTuple):
+    """Where a step's keys lie, all on the device: the same tensors in every step where the step is a graph."""
+
+    decode: int             # so many first sequences have one token each: decode_core's rows
+    table: Any              # (N, W) int32 page ids of each sequence
+    lengths: Any            # (N,) int32 keys of each, its new ones included; 0 = padding
+    prompts: Mapping[int, Seq[PromptSpan]]      # {window: the other sequences}
+    states: Any             # decode_core's workspace, shared by all layers
+    tickets: Any
+
+
+def cuda_kernels(spec: ModelSpec, device) -> CudaKernels | None:
+    """decode_core's ops on a CUDA device, where they were compiled, a driver is there and they take a model of these sizes."""
+    size, group = spec.head_size, spec.heads // spec.kv_heads
+    fits = size % 16 == 0 and size <= 256 and group <= 64 and spec.heads % spec.kv_heads == 0 and spec.vocab_size <= 1 << 18
+    core = decode_core() if fits and torch.device(device).type == "cuda" else None
+    cuda_ops = core.cuda_ops() if core else None
+    return CudaKernels(core, cuda_ops, spec) if cuda_ops else None
+
+
+def current_cuda_stream() -> int:
+    return torch.cuda.current_stream().cuda_stream
+
+
+class CudaKernels:
+    """The ops of section 4 that differ on CUDA. `core`: the module decode_core; `cuda_ops`: its CudaOps, or one emulated.
+
+    A layer's cache is (2, P, Hkv, PAGE_SIZE, D), keys and values apart: what one block of the decode kernel reads of a page,
+    and what a prompt gathers, are whole runs of PAGE_SIZE * D values. Queries are scaled by 1 / sqrt(D) as they are made.
+    """
+
+    def __init__(self, core: Any, cuda_ops: Any, spec: ModelSpec, stream: Callable[[], int] = current_cuda_stream):
+        self.core, self.cuda_ops, self.spec, self.stream = core, cuda_ops, spec, stream
+
+    def ops(self) -> dict[str, Callable]:
+        return {name: getattr(self, name) for name in
+                ("rope_tables", "make_cache", "rope_append", "plan_attention", "paged_attention", "sample")}
+
+    def rope_tables(self, spec, device) -> tuple:
+        """cos and direction * sin of every position, (max_positions, rope_size / 2) float32 each."""
+        cos, sin = rope_tables_reference(spec, device)
+        half = cos.shape[1] // 2
+        return cos[:, :half].contiguous(), sin[:, half:].contiguous()
+
+    def make_cache(self, spec, num_pages, dtype, device):
+        return zeroed((spec.layers, 2, num_pages, spec.kv_heads, PAGE_SIZE, spec.head_size), dtype, device)
+
+    def rope_append(self, qkv, tables, positions, slots, cache, spec, q_norm, k_norm, value_embed, gate, out):
+        """As rope_append_reference, but q comes scaled, and rows with slot -1 (padding) are left alone."""
+        self.cuda_ops.rope_append(
+            qkv, *tables, positions, slots, *cache, out.unflatten(1, (-1, spec.head_size)), norm=spec.qk_norm, q_norm=q_norm,
+            k_norm=k_norm, eps=spec.norm_eps, post_scale=spec.qk_scale, value_embed=value_embed, gate=gate,
+            gate_scale=spec.ve_gate_scale, stream=self.stream())
+
+    def workspace(self, rows: int, width: int, device) -> tuple:
+        """Decode attention's (states, tickets) for so many rows and pages in each; tickets are zero between calls."""
+        spec = self.spec
+        floats, integers = self.core.cuda.attention_workspace(rows, spec.heads, spec.kv_heads, spec.head_size, width)
+        return (torch.empty(floats, dtype=torch.float32, device=device),
+                torch.zeros(integers, dtype=torch.int32, device=device))
+
+    def plan_attention(self, batch, positions, windows, dtype) -> CudaPlan:
+        width, device = max(map(len, batch.tables)), positions.device
+        table = torch.tensor([pages + [0] * (width - len(pages)) for pages in batch.tables], dtype=torch.int32, device=device)
+        lengths = torch.tensor(batch.lengths, dtype=torch.int32, device=device)
+        return self.plan(batch, positions, windows, dtype, table, lengths, self.workspace(len(batch.lengths), width, device))
+
+    def plan(self, batch, positions, windows, dtype, table, lengths, workspace) -> CudaPlan:
+        """The plan of a step whose tables and lengths are on the device already; waits for nothing."""
+        counts = [end - start for start, end in zip(batch.starts, batch.starts[1:])]
+        decode = next((i for i, count in enumerate(counts) if count != 1), len(counts))
+        prompts = {window: [prompt_span(batch, i, positions, table, window, dtype) for i in range(decode, len(counts))]
+                   for window in set(windows)}
+        return CudaPlan(decode, table, lengths, prompts, *workspace)
+
+    def paged_attention(self, q, cache, plan, window, out):
+        """softmax(q k) v over each row's own pages: q (T, H * D) float32, scaled -> out (T, H * D)."""
+        heads, rows = q.unflatten(1, (-1, cache.shape[-1])), slice(plan.decode)         # (T, H, D)
+        if plan.decode:
+            self.cuda_ops.paged_attention(heads[rows], *cache, plan.table[rows], plan.lengths[rows], plan.states, plan.tickets,
+                                          out[rows], window=window, stream=self.stream())
+        for span in plan.prompts[window]:
+            attend_prompt(heads[span.rows], cache, span, out[span.rows])
+
+    def draw(self, logits, records, lists, tokens) -> None:
+        """One token for each row of logits (R, V) -> tokens (R,) int32, all on the device; rows with penalties are changed.
+
+        records (R, 9) int64: SampleBatch.records; lists: (count_ids, counts, bias_ids, bias_values), or longer ones.
+        """
+        names = ("count_ids", "counts", "bias_ids", "bias_values")
+        self.cuda_ops.sample(logits, records.view(-1).view(torch.uint8), tokens, stream=self.stream(), **dict(zip(names, lists)))
+
+    def sample(self, logits, rows) -> list[int]:
+        """One token for each row of logits (R, V), which stays as it is, drawn on the device and waited for."""
+        batch = self.core.SampleBatch(rows, logits.shape[1])
+        arrays = record_words(batch), batch.count_ids, batch.counts, batch.bias_ids, batch.bias_values
+        records, *lists = (torch.tensor(array, device=logits.device) for array in arrays)
+        tokens = torch.empty(len(rows), dtype=torch.int32, device=logits.device)
+        self.draw(logits.to(torch.float32, copy=any(map(len, lists))), records, lists, tokens)
+        return tokens.tolist()
+
+
+def record_words(batch) -> "numpy.ndarray":
+    """The records of a decode_core.SampleBatch as (R, 9) int64; word 1 is the position, negative = no token."""
+    return batch.records.view(numpy.int64).reshape(len(batch.records), -1)
+
+
+def prompt_span(batch, i, positions, table, window, dtype) -> PromptSpan:
+    """The PromptSpan of sequence i; only page ids in `table` are read, on the device."""
+    rows, length = slice(batch.starts[i], batch.starts[i + 1]), batch.lengths[i]
+    oldest = length - (rows.stop - rows.start)                                  # absolute position of the first query
+    first = max(0, oldest + 1 - window) // PAGE_SIZE if window else 0
+    keys = torch.arange(first * PAGE_SIZE, length, device=positions.device)     # (S,) absolute position of each key
+    age = positions[rows].unsqueeze(1) - keys                                   # (queries, S); < 0: future
+    hidden = (age < 0) | (age >= window) if window else age < 0
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=keys.device).masked_fill_(hidden, -math.inf)
+    return PromptSpan(rows, table[i, first:-(-length // PAGE_SIZE)], len(keys), mask)
+
+
+def attend_prompt(q, cache, span, out) -> None:
+    """softmax(q k + mask) v of one sequence's rows: q (t, H, D) scaled, cache (2, P, Hkv, PAGE_SIZE, D) -> out (t, H * D)."""
+    kv = torch.index_select(cache.transpose(1, 2), 2, span.pages)                       # (2, Hkv, n, PAGE_SIZE, D)
+    q = q.to(cache.dtype).unflatten(1, (cache.shape[2], -1)).permute(1, 2, 0, 3)        # (Hkv, H / Hkv, t, D)
+    # the query heads of a kv head share its keys by a stride of 0
+    k, v = (x.unsqueeze(1).expand(-1, q.shape[1], -1, -1) for x in kv.flatten(2, 3)[:, :, :span.size])
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=span.mask, scale=1.0)
+    y = y.permute(2, 0, 1, 3)                                                           # (t, Hkv, H / Hkv, D)
+    out.view(y.shape).copy_(y)
 
 
 def fastest_dtype(device) -> "torch.dtype":
@@ -1634,12 +1779,17 @@ class Inputs(NamedTuple):
     attention: Any                  # the kernels' plan of where each row's keys are
 
 
-def make_inputs(batch: Batch, kernels: Kernels, spec: ModelSpec, device, dtype) -> Inputs:
+def token_places(batch: Batch) -> tuple[Seq[int], Seq[int]]:
+    """Each new token's absolute position, and the slot for its keys and values."""
     counts = [end - start for start, end in zip(batch.starts, batch.starts[1:])]
     places = [(position, table[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE)
               for count, length, table in zip(counts, batch.lengths, batch.tables)
               for position in range(length - count, length)]
-    positions, slots = zip(*places)
+    return tuple(zip(*places))
+
+
+def make_inputs(batch: Batch, kernels: Kernels, spec: ModelSpec, device, dtype) -> Inputs:
+    positions, slots = token_places(batch)
     columns = (batch.token_ids, batch.previous_token_ids, positions, slots, batch.logit_rows)
     tensors = [torch.tensor(column, dtype=torch.int64, device=device) for column in columns]
     windows = [spec.window(l) for l in range(spec.layers)]
@@ -1701,13 +1851,13 @@ class Transformer:
         return weights
 
     def _allocate(self, T: int, R: int) -> dict:
-        """One buffer for each activation: the residual stream and logits in float32, the rest in the weights' type."""
+        """One buffer for each activation: the residual stream, q and logits in float32, the rest in the weights' type."""
         spec, f32 = self.spec, torch.float32
         dtype = f32 if self.kernels.program else self.dtype
         C, D, F, H, Hkv = spec.width, spec.head_size, spec.ffn_size, spec.heads, spec.kv_heads
         sizes = {
             "x": (T, C, f32), "between": (T, C, f32), "x0": (T, C, f32), "middle": (T, C, f32), "previous": (T, C, f32),
-            "qkv": (T, (H + 2 * Hkv) * D, dtype), "q": (T, H * D, dtype), "attended": (T, H * D, dtype),
+            "qkv": (T, (H + 2 * Hkv) * D, dtype), "q": (T, H * D, f32), "attended": (T, H * D, dtype),
             "gate": (T, Hkv, dtype), "value": (T, Hkv * D, dtype), "hidden": (T, F, dtype),
             "last": (R, C, f32), "logits": (R, spec.vocab_size, f32),
         }
@@ -1812,6 +1962,9 @@ class EagerSteps:
     def finish(self, ticket: list[int]) -> list[int]:
         return ticket
 
+    def prepare(self, progress: Callable[[float], None]) -> None:
+        """Do what would make the first steps slow; before any step."""
+
 
 class ProgramSteps:
     """Runs steps as decode_core's recorded program on its own threads; two may be under way."""
@@ -1832,9 +1985,288 @@ class ProgramSteps:
     def finish(self, ticket: Any) -> list[int]:
         return self.program.finish(ticket)
 
+    def prepare(self, progress: Callable[[float], None]) -> None:
+        """Nothing: the program was recorded with the transformer."""
 
-def make_steps(transformer: Transformer) -> EagerSteps | ProgramSteps:
-    return ProgramSteps(transformer) if transformer.kernels.program else EagerSteps(transformer)
+
+# 6b. steps on CUDA: decode steps are graphs, replayed once each; tokens are drawn on the device -----------------------------
+#
+#   start   fill pinned memory > one copy to the device > replay (or, with prompts, the ops themselves) > tokens come back
+#   finish  wait for that
+#
+# One stream runs it all in order, so one piece of device memory serves the inputs of every step, and one the tokens.
+
+LIST_CAPACITY = 1 << 14         # penalised tokens, and biases, of one step; a graph has room for so many
+
+STEP_FIELDS = (                 # a step's inputs in the order in which they lie in memory: name, type, shape by letter
+    ("token_ids", "int64", "T"), ("previous_token_ids", "int64", "T"), ("positions", "int64", "T"), ("slots", "int64", "T"),
+    ("logit_rows", "int64", "R"), ("records", "int64", "R9"), ("lengths", "int32", "N"), ("table", "int32", "NW"),
+    ("count_ids", "int32", "C"), ("counts", "int32", "C"), ("bias_ids", "int32", "B"), ("bias_values", "float32", "B"))
+LISTS = tuple(name for name, _, _ in STEP_FIELDS[-4:])
+
+
+class StepShape(NamedTuple):
+    """The sizes that STEP_FIELDS speaks of."""
+
+    T: int                      # tokens
+    N: int                      # sequences
+    R: int                      # rows that sample
+    W: int                      # pages of the longest sequence
+    C: int = 0                  # entries of the penalties' lists
+    B: int = 0                  # entries of the bias' lists
+
+    def places(self) -> Iterator[tuple[str, str, list[int], int, int]]:
+        """Name, type, shape, first and last byte of each field."""
+        sizes, end = self._asdict() | {"9": 9}, 0
+        for name, kind, letters in STEP_FIELDS:
+            shape = [sizes[letter] for letter in letters]
+            begin, end = end, end + math.prod(shape) * (8 if kind == "int64" else 4)
+            yield name, kind, shape, begin, end
+
+    def bytes(self, lists: bool = True) -> int:
+        """Of all fields, or of those before the lists."""
+        return next(end for name, *_, end in self.places() if name == ("bias_values" if lists else "table"))
+
+    def views(self, memory) -> SimpleNamespace:
+        """The fields as tensors in `memory` (bytes), on the host or on the device."""
+        return SimpleNamespace(**{name: memory[begin:end].view(getattr(torch, kind)).view(shape)
+                                  for name, kind, shape, begin, end in self.places()})
+
+
+def fill_step(fields: SimpleNamespace, batch: Batch, sampling: Any) -> None:
+    """Write a batch, and decode_core's SampleBatch of its rows (or None), into numpy `fields`; what is left over is padding.
+
+    A padding row has slot -1, so that nothing is stored, length 0, so that it attends to nothing, and no position to draw at.
+    """
+    positions, slots = token_places(batch) if batch.token_ids else ((), ())
+    for column, values, padding in (
+            (fields.token_ids, batch.token_ids, 0), (fields.previous_token_ids, batch.previous_token_ids, -1),
+            (fields.positions, positions, 0), (fields.slots, slots, -1), (fields.logit_rows, batch.logit_rows, 0),
+            (fields.lengths, batch.lengths, 0)):
+        column[:len(values)] = values
+        column[len(values):] = padding
+    for row, pages in zip(fields.table, batch.tables):
+        row[:len(pages)] = pages
+    fields.records[len(batch.logit_rows):, 1] = -1
+    if sampling:
+        fields.records[:len(batch.logit_rows)] = record_words(sampling)
+        for name in LISTS:
+            values = getattr(sampling, name)
+            getattr(fields, name)[:len(values)] = values
+
+
+class CudaQueue:
+    """What only CUDA has: a stream whose work runs in order behind the caller's back, and graphs of such work."""
+
+    def __init__(self, device):
+        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()      # graphs never run side by side: they share their memory
+
+    def pinned(self, size: int, dtype):
+        return torch.empty(size, dtype=dtype, pin_memory=True)
+
+    def submit(self, work: Callable[[], None]) -> Any:
+        """Queue `work` and return what `wait` takes. It runs after what the caller's own stream holds by now, and before
+        what comes there later: `Transformer.forward` uses the same buffers."""
+        own = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(own)
+        with torch.cuda.stream(self.stream):
+            work()
+            done = torch.cuda.Event()
+            done.record()
+        own.wait_event(done)
+        return done
+
+    def wait(self, done: Any) -> None:
+        done.synchronize()
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """`work` as one launch. It runs once before: kernels are loaded then, and libraries choose theirs."""
+        self.wait(self.submit(work))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            work()
+        return graph.replay
+
+
+class Graph(NamedTuple):
+    """A decode step of fixed shape."""
+
+    shape: StepShape
+    replay: Callable[[], None]
+
+
+class Staging:
+    """Pinned memory of one step: its inputs on their way to the device, and its tokens on their way back."""
+
+    def __init__(self, queue: Any, size: int, max_rows: int):
+        self.inputs, self.tokens = queue.pinned(size, torch.uint8), queue.pinned(max_rows, torch.int32)
+        self.fields: dict[StepShape, SimpleNamespace] = {}      # numpy views, kept for the graphs' shapes
+        self.done: Any = None                                   # of the step that used it last
+
+    def send(self, inputs: Any, size: int) -> None:
+        inputs[:size].copy_(self.inputs[:size], non_blocking=True)
+
+
+class Ticket(NamedTuple):
+    """A step that was started."""
+
+    staging: Staging
+    rows: int
+    done: Any
+
+
+class GraphSteps:
+    """Runs steps on CUDA; a second one may be started before the first is finished.
+
+    start(batch, rows) -> ticket; finish(ticket) -> one token for each row. Where batch.token_ids holds ~i, that is the token
+    that row i of the step before draws: it never leaves the device for that. `start` waits for nothing.
+    A step of decode rows alone is a graph, of the next larger number of rows and of pages that `prepare` has captured.
+    Steps with prompts, and those whose penalties do not fit LIST_CAPACITY, run op by op on the same stream.
+    Penalties count row.tokens, so a row with penalties can be started only when all its tokens are known.
+    """
+
+    ahead = True
+
+    def __init__(self, transformer: Transformer, *, max_batch: int, context_length: int, queue: Any = None):
+        self.transformer, self.spec, self.kernels = transformer, transformer.spec, transformer.kernels.cuda
+        self.queue = queue or CudaQueue(transformer.device)
+        self.windows = [self.spec.window(l) for l in range(self.spec.layers)]
+        most, max_pages = len(transformer.buffers["x"]), -(-context_length // PAGE_SIZE)
+        self.row_buckets = doubling(1, max_batch, 2)
+        self.page_buckets = doubling(64, max_pages, 4)          # a grid covers the longest table: 64 pages are 1,024 tokens
+        largest = StepShape(most, max_batch, max_batch, max_pages, LIST_CAPACITY, LIST_CAPACITY)
+        with torch.inference_mode():
+            self.inputs = torch.empty(largest.bytes(), dtype=torch.uint8, device=transformer.device)
+            self.tokens = torch.zeros(max_batch, dtype=torch.int32, device=transformer.device)     # of the newest step
+            self.workspace = self.kernels.workspace(max_batch, max_pages, transformer.device)
+        self.staging = [Staging(self.queue, largest.bytes(), max_batch) for _ in range(2)]
+        self.graphs: dict[tuple[int, int], Graph] = {}
+        self.sampling: Any = None           # decode_core's SampleBatch, kept while the same rows are decoded
+
+    def prepare(self, progress: Callable[[float], None]) -> None:
+        """Capture the graph of every bucket, the largest first; no step may be under way."""
+        buckets = [(rows, pages) for rows in reversed(self.row_buckets) for pages in reversed(self.page_buckets)]
+        for done, bucket in enumerate(buckets):
+            progress(done / len(buckets))
+            self._capture(*bucket)
+
+    def _capture(self, rows: int, pages: int) -> None:
+        shape, staging = StepShape(rows, rows, rows, pages, LIST_CAPACITY, LIST_CAPACITY), self.staging[0]
+        with torch.inference_mode():
+            fields = shape.views(self.inputs)
+            plan = CudaPlan(rows, fields.table, fields.lengths, dict.fromkeys(self.windows, ()), *self.workspace)
+            fill_step(self._host_fields(staging, shape), Batch([], [], [0], [], [], []), None)      # nothing but padding
+            self.queue.wait(self.queue.submit(lambda: staging.send(self.inputs, shape.bytes())))
+            self.graphs[rows, pages] = Graph(shape, self.queue.capture(lambda: self._compute(fields, plan)))
+
+    def start(self, batch: Batch, rows: Seq[SampleRow]) -> Ticket:
+        """Queue a step; `rows` say how to draw at batch.logit_rows. At most two steps may be under way."""
+        self.staging.reverse()
+        staging = self.staging[0]
+        if staging.done:            # long since, unless that step was given up
+            self.queue.wait(staging.done)
+        with torch.inference_mode():
+            sampling = self._sampling(rows)
+            if graph := self._graph(batch, sampling):
+                work = self._start_graph(graph, staging, batch, sampling)
+            else:
+                work = self._start_ops(staging, batch, sampling)
+
+            def step() -> None:
+                work()
+                staging.tokens[:len(rows)].copy_(self.tokens[:len(rows)], non_blocking=True)
+
+            staging.done = self.queue.submit(step)
+        return Ticket(staging, len(rows), staging.done)
+
+    def finish(self, ticket: Ticket) -> list[int]:
+        assert ticket.staging.done is ticket.done, "more than two steps were under way"
+        self.queue.wait(ticket.done)
+        return ticket.staging.tokens[:ticket.rows].tolist()
+
+    def _sampling(self, rows: Seq[SampleRow]) -> Any:
+        """decode_core's SampleBatch of these rows, None without rows."""
+        if not rows:
+            return None
+        if self.sampling and self.sampling.is_of(rows):
+            self.sampling.update(rows)
+        else:
+            self.sampling = self.kernels.core.SampleBatch(rows, self.spec.vocab_size)
+        return self.sampling
+
+    def _graph(self, batch: Batch, sampling: Any) -> Graph | None:
+        """The smallest graph that holds a step of decode rows; None for any other step."""
+        rows, pages = len(batch.lengths), max(map(len, batch.tables))
+        if not len(batch.token_ids) == len(batch.logit_rows) == rows:
+            return None
+        if max(len(sampling.count_ids), len(sampling.bias_ids)) > LIST_CAPACITY:
+            return None
+        return self.graphs.get((next((n for n in self.row_buckets if n >= rows), 0),
+                                next((n for n in self.page_buckets if n >= pages), 0)))
+
+    def _start_graph(self, graph: Graph, staging: Staging, batch: Batch, sampling: Any) -> Callable[[], None]:
+        fill_step(self._host_fields(staging, graph.shape), batch, sampling)
+        size = graph.shape.bytes(lists=bool(len(sampling.count_ids) or len(sampling.bias_ids)))
+
+        def work() -> None:
+            staging.send(self.inputs, size)
+            graph.replay()
+        return work
+
+    def _start_ops(self, staging: Staging, batch: Batch, sampling: Any) -> Callable[[], None]:
+        counts, biases = (len(sampling.count_ids), len(sampling.bias_ids)) if sampling else (0, 0)
+        shape = StepShape(len(batch.token_ids), len(batch.lengths), len(batch.logit_rows), max(map(len, batch.tables)), counts, biases)
+        inputs = self.inputs
+        if shape.bytes() > len(inputs):         # very long lists: memory for this step alone
+            staging.inputs, inputs = self.queue.pinned(shape.bytes(), torch.uint8), inputs.new_empty(shape.bytes())
+            staging.fields.clear()
+        fill_step(self._host_fields(staging, shape, keep=False), batch, sampling)
+
+        def work() -> None:
+            staging.send(inputs, shape.bytes())
+            fields = shape.views(inputs)
+            plan = self.kernels.plan(batch, fields.positions, self.windows, self.transformer.dtype, fields.table, fields.lengths,
+                                     self.workspace)
+            self._compute(fields, plan)
+        return work
+
+    def _host_fields(self, staging: Staging, shape: StepShape, keep: bool = True) -> SimpleNamespace:
+        """A step's inputs in pinned memory as numpy arrays, to be written."""
+        if (fields := staging.fields.get(shape)) is None:
+            fields = SimpleNamespace(**{name: view.numpy() for name, view in vars(shape.views(staging.inputs)).items()})
+            if keep:
+                staging.fields[shape] = fields
+        return fields
+
+    def _compute(self, fields: SimpleNamespace, plan: CudaPlan) -> None:
+        """The model and the draw: everything here is captured, so it reads tensors on the device and shapes only."""
+        T, R = len(fields.token_ids), len(fields.logit_rows)
+        drawn = torch.index_select(self.tokens, 0, (~fields.token_ids).clamp(min=0))
+        fields.token_ids.copy_(torch.where(fields.token_ids < 0, drawn, fields.token_ids))
+        buffers = self.transformer._cut(T, R)
+        self.transformer.compute(Inputs(fields.token_ids, fields.previous_token_ids, fields.positions, fields.slots,
+                                        fields.logit_rows, plan), buffers)
+        if R:
+            lists = [getattr(fields, name) for name in LISTS]
+            self.kernels.draw(buffers.logits, fields.records, lists, self.tokens[:R])
+
+
+def doubling(first: int, last: int, factor: int) -> list[int]:
+    """first, first * factor, ... below last, and last."""
+    sizes = [first]
+    while sizes[-1] < last:
+        sizes.append(sizes[-1] * factor)
+    return [*sizes[:-1], last]
+
+
+def make_steps(transformer: Transformer, max_batch: int, context_length: int) -> EagerSteps | ProgramSteps | GraphSteps:
+    """What runs an engine's steps: decode_core's program on a CPU, graphs on CUDA, else the ops one by one."""
+    if transformer.kernels.program:
+        return ProgramSteps(transformer)
+    if transformer.kernels.cuda:
+        return GraphSteps(transformer, max_batch=max_batch, context_length=context_length)
+    return EagerSteps(transformer)
 
 
 # 7. weights: a path becomes (ModelSpec, named tensors, TextSpec) --------------------------------------------------
@@ -3109,7 +3541,7 @@ class Engine:
                                    max_rows=len(transformer.buffers["logits"]))
         self.context_length = min(context_length, num_pages * PAGE_SIZE)
         self.tool_thread = ThreadPoolExecutor(1, "calculator")
-        self.steps = make_steps(transformer)
+        self.steps = make_steps(transformer, max_batch, self.context_length)
         self.under_way: Started | None = None
         self.drafts = kernels.row_invariant     # elsewhere a drafted row might differ from the same row alone
 
@@ -3256,8 +3688,9 @@ class Engine:
         max_batch = self.scheduler.max_batch
         chunk = min(self.scheduler.prefill_chunk, self.context_length // 2)
         shapes = [(1, chunk), *((1 << n, 1) for n in range(10) if 1 << n < max_batch), (max_batch, 1)]
+        self.steps.prepare(lambda fraction: progress(fraction / 2))
         for done, (rows, length) in enumerate(shapes):
-            progress(done / len(shapes))
+            progress(0.5 + done / len(shapes) / 2)
             for row in range(min(rows, self.pool.num_pages // 2)):
                 ids = tuple((row + 7 * i) % self.tokenizer.vocab_size for i in range(length))
                 self.add(Work(f"warm-up {row}", ids, SamplingParams(), 1))
@@ -3463,6 +3896,8 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
         raise ConfigError(f"torch {torch.__version__} cannot use the CUDA device (a build without CUDA, or a driver that is too "
                           "old); install a matching torch, or use --device-type cpu")
     device = torch.device(config.device_type, config.gpu if config.device_type == "cuda" else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)       # decode_core launches on the current one
     model, engine = build_engine(config.source, settings, device, lambda *at: channel.send("loading", *at))
     channel.send("loaded", describe_model(model, engine, config))
     engine.warm_up(lambda fraction: channel.send("loading", "warming up", fraction))
