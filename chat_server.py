@@ -3582,7 +3582,10 @@ class Engine:
         rows = [sample_row(chunk.sequence, self.tokenizer.stop_tokens, i) for chunk in drawing for i in range(chunk.draws)]
         batch = make_batch(plan)
         if any(chunk.sequence.work.needs_logits for chunk in plan):
-            return self._draw_on_host(plan, self.transformer.forward(batch), rows)
+            logits = self.transformer.forward(batch)
+            if logits.is_cuda:          # on a stream of its own: the next step may be on another
+                torch.cuda.current_stream(logits.device).synchronize()
+            return self._draw_on_host(plan, logits, rows)
         return self.steps.start(batch, rows)
 
     def _draw_on_host(self, plan: Seq[Chunk], logits, rows: Seq[SampleRow]) -> HostDraw:
@@ -4081,7 +4084,10 @@ class Job:
 
     def _finished(self, update: Update, gpu: int) -> Finished:
         count, seconds = len(self.output_ids), self.last_token_s - self.first_token_s
-        return Finished(update.reason, update.stop_reason, len(self.prompt_ids), count, update.cached_tokens,
+        wanted, cause = self.request.max_tokens, update.stop_reason
+        if update.reason == "length" and (wanted is None or wanted > count):
+            cause = "context_length"
+        return Finished(update.reason, cause, len(self.prompt_ids), count, update.cached_tokens,
                         queue_ms=(self.dispatched_s - self.arrived_s + update.queued_s) * 1e3,
                         ttft_ms=(self.first_token_s - self.arrived_s) * 1e3,
                         tokens_per_second=(count - 1) / seconds if seconds > 0 else 0.0, gpu=gpu, choice=self.choice)
@@ -4870,8 +4876,8 @@ def read_tool_choice(field: Field, value: Any) -> str:
 
 def read_mixed(field: Field, value: Any) -> list[str | int]:
     """Text, or a list of texts and token ids."""
-    parts = value if isinstance(value, list) else [value]
-    if not all(isinstance(part, str) or type(part) is int for part in parts):
+    parts = [value] if isinstance(value, str) else value
+    if not isinstance(parts, list) or not all(isinstance(part, str) or type(part) is int for part in parts):
         raise field.refusal(value, "a string, or a list of strings and token ids")
     return [whole_unicode(part) if isinstance(part, str) else part for part in parts]
 
@@ -5016,7 +5022,7 @@ def within_limit(what: str, count: int, limit: int, param: str) -> None:
 def message_parts(messages: list | None, roles: Mapping[str, str]) -> Iterator[tuple[str, str, Any, dict]]:
     """(name for errors, role, content, message) of each message; `roles` maps what is accepted to ours."""
     if not messages:
-        raise RequestError("messages must be a list of at least one message", param="messages")
+        raise RequestError("messages must be a list of at least one message", code="invalid_value", param="messages")
     for index, message in enumerate(messages):
         name = f"messages[{index}]"
         if not isinstance(message, dict):
