@@ -1275,7 +1275,7 @@ def decode_core() -> Any:
 def kernels_line() -> str:
     """For the start-up log and --version: which compiled core runs, or how to get one."""
     if core := decode_core():
-        return f"decode_core runs with {core.info()['isa']} instructions" + " and CUDA" * core.info()["cuda_compiled"]
+        return f"decode_core runs with {core.info()['isa']} instructions" + ", compiled with CUDA too" * core.info()["cuda_compiled"]
     return "decode_core is not installed, so slower reference ops run; `pip install .` in the checkout builds it"
 
 
