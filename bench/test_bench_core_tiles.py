@@ -91,7 +91,7 @@ def test_decoding(benchmark, cold_parts, kind, K, B):
 @pytest.mark.parametrize("kind", KINDS)
 def test_prefill(benchmark, kind, isa, B):
     core.set_isa(isa)
-    N, K = 512 if kind != "f32" else 256, 576
+    N, K = 1024 if kind in ("q4_1", "q4_0", "q8_0") else 256, 576
     matrix, x, out = matrix_of(core.Arena(1 << 20), kind, random(N, K)), random(B, K), np.empty((B, N), np.float32)
     benchmark.group = f"tiles, prefill {kind}"
     benchmark.pedantic(lambda: core.multiply(x, matrix, out=out, _groups_at_once=B), rounds=200 if isa != "portable" else 5,
