@@ -3048,6 +3048,8 @@ class Finished:
     tokens_per_second: float
     gpu: int
     choice: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0            # of those, how many were right: steps saved
 
 
 Event = Accepted | Piece | Finished
@@ -3446,6 +3448,7 @@ class Engine:
         self.steps = make_steps(transformer, max_batch, self.context_length)
         self.under_way: Started | None = None
         self.drafts = kernels.row_invariant     # elsewhere a drafted row might differ from the same row alone
+        self.drafted_tokens = self.accepted_tokens = 0
 
     @property
     def busy(self) -> bool:
@@ -3539,8 +3542,9 @@ class Engine:
         update = self._extend(sequence, drawn[:right + 1])
         if draft and sequence.drafter:
             sequence.drafter.judge(right)
-            sequence.drafted_tokens += len(draft)
-            sequence.accepted_tokens += right
+            for owner in (self, sequence):
+                owner.drafted_tokens += len(draft)
+                owner.accepted_tokens += right
         if sequence.drafter and not sequence.finished:
             sequence.draft = sequence.drafter.propose() if sequence.pending == 1 else []
         return update
@@ -3866,7 +3870,8 @@ def gauges(engine: Engine) -> dict[str, int]:
     used, total = memory_use(engine.transformer.device)
     return {"running": len(engine.scheduler.running), "queued": len(engine.scheduler.waiting),
             "kv_pages_used": engine.pool.num_pages - engine.pool.available, "kv_pages_total": engine.pool.num_pages,
-            "preemptions": engine.scheduler.preemptions, "memory_used": used, "memory_total": total}
+            "preemptions": engine.scheduler.preemptions, "drafted_tokens": engine.drafted_tokens,
+            "accepted_tokens": engine.accepted_tokens, "memory_used": used, "memory_total": total}
 
 
 def memory_use(device: "torch.device") -> tuple[int, int]:
@@ -3978,7 +3983,8 @@ class Job:
         return Finished(update.reason, update.stop_reason, len(self.prompt_ids), count, update.cached_tokens,
                         queue_ms=(self.dispatched_s - self.arrived_s + update.queued_s) * 1e3,
                         ttft_ms=(self.first_token_s - self.arrived_s) * 1e3,
-                        tokens_per_second=(count - 1) / seconds if seconds > 0 else 0.0, gpu=gpu, choice=self.choice)
+                        tokens_per_second=(count - 1) / seconds if seconds > 0 else 0.0, gpu=gpu, choice=self.choice,
+                        drafted_tokens=update.drafted_tokens, accepted_tokens=update.accepted_tokens)
 
 
 class Worker:
@@ -4110,7 +4116,7 @@ class Worker:
                 "running": len(self.jobs), "queued": gauges_.get("queued", 0), "restarts": self.restarts,
                 "tokens_per_second": round(self.tokens_per_second(), 1),
                 **{key: gauges_[key] for key in ("kv_pages_used", "kv_pages_total", "memory_used", "memory_total")},
-                "preemptions": gauges_.get("preemptions", 0),
+                **{key: gauges_.get(key, 0) for key in ("preemptions", "drafted_tokens", "accepted_tokens")},
                 "utilization": round(len(self.jobs) / self.pool.settings.max_batch, 3)}
 
 
@@ -4980,7 +4986,8 @@ def error_body(error: ChatServerError) -> dict:
 
 def timings_body(done: Finished) -> dict:
     return {"queue_ms": round(done.queue_ms, 1), "ttft_ms": round(done.ttft_ms, 1),
-            "tokens_per_second": round(done.tokens_per_second, 1)}
+            "tokens_per_second": round(done.tokens_per_second, 1),
+            "drafted_tokens": done.drafted_tokens, "accepted_tokens": done.accepted_tokens}
 
 
 class NativeEncoder:
@@ -5076,9 +5083,12 @@ class OpenAIEncoder:
         """Each prompt counts once, each answer for itself."""
         firsts = [done for choice, done in self.ended.items() if choice % self.request.n == 0]
         prompt, cached = (sum(getattr(done, name) for done in firsts) for name in ("prompt_tokens", "cached_tokens"))
-        completion = sum(done.completion_tokens for done in self.ended.values())
+        completion, drafted, accepted = (sum(getattr(done, name) for done in self.ended.values())
+                                         for name in ("completion_tokens", "drafted_tokens", "accepted_tokens"))
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
-                "prompt_tokens_details": {"cached_tokens": cached}}
+                "prompt_tokens_details": {"cached_tokens": cached},
+                "completion_tokens_details": {"accepted_prediction_tokens": accepted,
+                                              "rejected_prediction_tokens": drafted - accepted}}
 
     def completion(self, events: Iterable[Event]) -> dict:
         """The whole answer as one object, for a client that does not stream."""
@@ -6035,7 +6045,7 @@ def native_event(body: dict[str, Any]) -> Event:
         return Piece(body.get("token", ""), (), body.get("gpu", 0))
     usage, timings = body.get("usage") or {}, body.get("timings") or {}
     counts = {name: usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens", "cached_tokens")}
-    times = {name: timings.get(name, 0.0) for name in ("queue_ms", "ttft_ms", "tokens_per_second")}
+    times = {name: timings.get(name, 0) for name in ("queue_ms", "ttft_ms", "tokens_per_second", "drafted_tokens", "accepted_tokens")}
     reason, gpu = body.get("finish_reason", "stop"), body.get("gpu", 0)
     return Finished(reason, body.get("stop_reason"), **counts, **times, gpu=gpu)
 
