@@ -5299,7 +5299,7 @@ class Visit:
     """What the front knows of one HTTP request besides aiohttp."""
 
     id: str             # X-Request-Id of the response
-    client: str = ""    # the name of its API key, else its address
+    client: str         # its address; once it has shown an API key, the name of that
     note: str = ""      # what the access log adds
     counts: dict[str, Any] = field(default_factory=dict)        # and what its JSON form adds
 
@@ -5320,7 +5320,7 @@ class Front:
     def visit(self, http: web.Request) -> Visit:
         """Its X-Request-Id is the client's if that is usable and no running answer has it, else 128 random bits."""
         named = re.sub(r"[^A-Za-z0-9._-]", "", http.headers.get("X-Request-Id", ""))[:64]
-        return Visit(named if named and named not in self.running else secrets.token_hex(16))
+        return Visit(named if named and named not in self.running else secrets.token_hex(16), http.remote or "")
 
     def owned(self, http: web.Request, request: Request) -> Request:
         """The request as its client's, under an id that no other has taken while the body came."""
