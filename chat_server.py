@@ -5234,6 +5234,7 @@ class Metrics:
 
     def __init__(self, pool: Pool):
         self.pool, self.library = pool, require_library("prometheus_client", "/metrics")
+        self.library.disable_created_metrics()          # a second line for each counter: when it began
         self.registry = self.library.CollectorRegistry()
         self.registry.register(self)
         how = {"namespace": "chat_server", "registry": self.registry}
@@ -5552,7 +5553,8 @@ class Front:
 
     def log_visit(self, http: web.Request, visit: Visit, status: int, ms: float) -> None:
         path = http.rel_url.raw_path[:200]      # no query: it may hold anything
-        log.log(logging.DEBUG if self.route_of(http) in POLLED_ROUTES else logging.INFO, "%s %s %d %.0f ms %s [%s %s]",
+        poll = self.route_of(http) in POLLED_ROUTES and status not in (401, 403)
+        log.log(logging.DEBUG if poll else logging.INFO, "%s %s %d %.0f ms %s [%s %s]",
                 http.method, path, status, ms, visit.note, visit.client or "-", visit.id, extra={"fields": {
                     "method": http.method, "path": path, "status": status, "ms": round(ms, 1), "client": visit.client,
                     "id": visit.id, **visit.counts}})
