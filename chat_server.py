@@ -5265,16 +5265,17 @@ class Metrics:
 
     async def watch(self, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
         """The same events, counted and timed."""
-        began_s, last_s, reason = time.monotonic(), None, "cancelled"
+        began_s, reason = time.monotonic(), "cancelled"
+        last_s: dict[int, float] = {}       # by choice
         try:
             async for event in events:
                 if isinstance(event, Piece) and event.tokens:
                     now = time.monotonic()
-                    if last_s is None:
+                    if event.choice not in last_s:
                         self.ttft.observe(now - began_s)
                     else:
-                        self.itl.observe((now - last_s) / len(event.tokens))
-                    last_s = now
+                        self.itl.observe((now - last_s[event.choice]) / len(event.tokens))
+                    last_s[event.choice] = now
                 elif isinstance(event, Finished):
                     reason = event.reason
                     self.count_tokens(event)

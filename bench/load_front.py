@@ -54,15 +54,16 @@ def fake_worker(descriptor):
         stamp, updates = f"{time.monotonic():.6f} {filler}", []
         for name in list(left):
             left[name] -= 1
-            updates.append(Update(name, 0, (5,), stamp, *(() if left[name] else ("length", "max_tokens"))))
+            updates.append(Update(id=name, tokens=(5,), text=stamp, reason=None if left[name] else "length"))
             if not left[name]:
                 del left[name]
         if updates:
             channel.send("step", updates, gauges)
 
 
-def front(port, workers):
+def front(port, workers, parent):
     """The server as it is, with fake workers behind it."""
+    chat_server.die_with_parent(parent)
     os.sched_setaffinity(0, FRONT_CORE)
     settings = Settings(model=str(ROOT / "tests/fixtures/nanochat/gen5"), host="127.0.0.1", port=port, num_workers=workers,
                         device_type="cpu", max_batch=1024, max_queue=1024)
@@ -150,7 +151,7 @@ def main():
     with chat_server.listen_on("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
     environment = os.environ | {"FAKE_RATE": str(args.rate), "FAKE_PIECE_BYTES": str(args.piece_bytes)}
-    server = subprocess.Popen([sys.executable, __file__, "front", str(port), str(args.workers)], env=environment,
+    server = subprocess.Popen([sys.executable, __file__, "front", str(port), str(args.workers), str(os.getpid())], env=environment,
                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         next(line for line in server.stdout if "startup complete" in line)
@@ -166,6 +167,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
         fake_worker(int(sys.argv[2]))
     elif sys.argv[1:2] == ["front"]:
-        front(int(sys.argv[2]), int(sys.argv[3]))
+        front(*map(int, sys.argv[2:]))
     else:
         main()
