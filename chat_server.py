@@ -5244,6 +5244,7 @@ class Metrics:
 
     def __init__(self, pool: Pool):
         self.pool, self.library = pool, require_library("prometheus_client", "/metrics")
+        self.library.disable_created_metrics()          # a second line for each counter: when it began
         self.registry = self.library.CollectorRegistry()
         self.registry.register(self)
         how = {"namespace": "chat_server", "registry": self.registry}
@@ -5274,16 +5275,17 @@ class Metrics:
 
     async def watch(self, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
         """The same events, counted and timed."""
-        began_s, last_s, reason = time.monotonic(), None, "cancelled"
+        began_s, reason = time.monotonic(), "cancelled"
+        last_s: dict[int, float] = {}       # by choice
         try:
             async for event in events:
                 if isinstance(event, Piece) and event.tokens:
                     now = time.monotonic()
-                    if last_s is None:
+                    if event.choice not in last_s:
                         self.ttft.observe(now - began_s)
                     else:
-                        self.itl.observe((now - last_s) / len(event.tokens))
-                    last_s = now
+                        self.itl.observe((now - last_s[event.choice]) / len(event.tokens))
+                    last_s[event.choice] = now
                 elif isinstance(event, Finished):
                     reason = event.reason
                     self.count_tokens(event)
@@ -5309,7 +5311,7 @@ class Visit:
     """What the front knows of one HTTP request besides aiohttp."""
 
     id: str             # X-Request-Id of the response
-    client: str = ""    # the name of its API key, else its address
+    client: str         # its address; once it has shown an API key, the name of that
     note: str = ""      # what the access log adds
     counts: dict[str, Any] = field(default_factory=dict)        # and what its JSON form adds
 
@@ -5330,7 +5332,7 @@ class Front:
     def visit(self, http: web.Request) -> Visit:
         """Its X-Request-Id is the client's if that is usable and no running answer has it, else 128 random bits."""
         named = re.sub(r"[^A-Za-z0-9._-]", "", http.headers.get("X-Request-Id", ""))[:64]
-        return Visit(named if named and named not in self.running else secrets.token_hex(16))
+        return Visit(named if named and named not in self.running else secrets.token_hex(16), http.remote or "")
 
     def owned(self, http: web.Request, request: Request) -> Request:
         """The request as its client's, under an id that no other has taken while the body came."""
@@ -5562,7 +5564,8 @@ class Front:
 
     def log_visit(self, http: web.Request, visit: Visit, status: int, ms: float) -> None:
         path = http.rel_url.raw_path[:200]      # no query: it may hold anything
-        log.log(logging.DEBUG if self.route_of(http) in POLLED_ROUTES else logging.INFO, "%s %s %d %.0f ms %s [%s %s]",
+        poll = self.route_of(http) in POLLED_ROUTES and status not in (401, 403)
+        log.log(logging.DEBUG if poll else logging.INFO, "%s %s %d %.0f ms %s [%s %s]",
                 http.method, path, status, ms, visit.note, visit.client or "-", visit.id, extra={"fields": {
                     "method": http.method, "path": path, "status": status, "ms": round(ms, 1), "client": visit.client,
                     "id": visit.id, **visit.counts}})
