@@ -14,6 +14,27 @@ def finished(pieces, reason="stop", stop_reason="eos", choice=0):
                     ttft_ms=8.125, tokens_per_second=212.34, gpu=0, choice=choice)
 
 
+class Letters(chat_server.Tokenizer):
+    """Every byte is a token, and 256 is special."""
+
+    vocab_size = 257
+
+    def __init__(self):
+        super().__init__(chat_server.TextSpec("letters", b"", stop_tokens=frozenset({256}), eos_token=256))
+        self.specials = {"<|end|>": 256}
+
+    def encode(self, text):
+        return list(text.encode())
+
+    encode_with_specials = encode
+
+    def render(self, messages, tools=()):
+        return self.encode("".join(f"{message.role}: {message.content}\n" for message in messages))
+
+    def piece(self, token):
+        return bytes([token]) if token < 256 else b""
+
+
 class FakePool:
     """Answers every request with `pieces` (an exception among them is raised in its place; one may be a Piece itself), each of
     its choices in turn.
@@ -22,7 +43,7 @@ class FakePool:
     are being answered, and `until_open(n)` waits for a number without polling.
     """
 
-    model_name, created, context_length, tokenizer = "fake-model", 1_700_000_000, 4096, None
+    model_name, created, context_length, tokenizer = "fake-model", 1_700_000_000, 4096, Letters()
 
     def __init__(self, pieces=("Hello", ", ", "world!"), *, reason="stop", stop_reason="eos", refuse=None, gate=None):
         self.pieces, self.reason, self.stop_reason, self.refuse, self.gate = pieces, reason, stop_reason, refuse, gate
