@@ -1,8 +1,8 @@
 // op       prepare, multiply: out (T, N) = residual + activation(norm(x) (T, K) W^T + bias), W in tiles (cpu/tiles.h)
 // shapes   x f32 -> panels of 8 rows (int8 per 32 + scale, or f32); W (N, K) f32, f16, bf16, q8_0, q4_0, q4_1; out f32
-// mapping  16 lanes = the 16 rows of a tile; a kernel holds one tile (float types: two) times up to 8 rows of x in registers,
-//          so a tile is unpacked once for 8 rows. Few groups: tiles stream from memory, each prefetching the next. Many
-//          groups: a tile stays in the L1 cache while as many groups as fit in the L2 cache pass by it
+// mapping  16 lanes = the 16 rows of a tile; a kernel holds the sums of one tile (float types: two) and up to 8 rows of x in
+//          registers, so a tile is unpacked once for 8 rows. The first group to meet a tile streams it from memory, prefetching;
+//          then it stays in the L1 cache while as many groups as a quarter of the L2 cache holds pass by it
 // cost     decoding: a tile's bytes, read once for up to 8 rows; bound by memory up to 4 rows. Prefill: bound by the multipliers,
 //          11 of their instructions for each row and 16 x 32 block of q4_1. bench/RESULTS.md has the figures
 // numerics cpu/tiles.h; integer sums exact, one fused multiply-add a block and row (q4_1: two), so equal bits everywhere
@@ -14,15 +14,18 @@ namespace dc {
 namespace DC_ISA {
 namespace {
 
+// Rows of x that fit in the registers with one q tile, and with two float tiles.
 #if defined(__AVX512F__)
-constexpr int Q_ROWS = 8, FLOAT_ROWS = 8, FLOAT_TILES = 2;      // rows of x and tiles that fit in the registers at once
+constexpr int Q_ROWS = 8, FLOAT_ROWS = 8;
 #elif defined(__AVX2__)
-constexpr int Q_ROWS = 4, FLOAT_ROWS = 3, FLOAT_TILES = 2;
+constexpr int Q_ROWS = 4, FLOAT_ROWS = 3;
 #else
-constexpr int Q_ROWS = 4, FLOAT_ROWS = 4, FLOAT_TILES = 1;
+constexpr int Q_ROWS = 4, FLOAT_ROWS = 4;
 #endif
 
+constexpr int PAIR = 2;                             // tiles at once: gate and up, or floats, of which one tile would wait for its sums
 constexpr int64_t GROUPS_BYTES = 256 << 10;         // of panels that pass by one tile: a quarter of the L2 cache
+constexpr int64_t AHEAD = 8 << 10;                  // bytes from what is read to what is prefetched; 4 KB cost 10 %, 16 KB nothing
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -184,9 +187,11 @@ __attribute__((noinline)) void float_rows(const uint8_t* tile, int64_t columns, 
     const float* x = panel + 16 * row;
     int64_t left = columns;
     for (; left >= 16; left -= 16, tile += step, x += panel_step) {
-        if (ahead)
+        if (ahead) {                                // within the tile, then within the one that follows these T
+            const uint8_t* next = tile + ahead + (left * 16 * int64_t(sizeof(W)) > ahead ? 0 : (T - 1) * bytes);
             for (int t = 0; t < T; t++)
-                for (int64_t line = 0; line < step; line += 64) __builtin_prefetch(tile + t * bytes + ahead + line);
+                for (int64_t line = 0; line < step; line += 64) __builtin_prefetch(next + t * bytes + line);
+        }
         float_columns<W, T, R>(tile, bytes, x, 16, total);
     }
     for (int k = 0; k < left; k++) float_columns<W, T, R>(tile + k * (step / 16), bytes, x + k, 1, total);
@@ -196,63 +201,69 @@ __attribute__((noinline)) void float_rows(const uint8_t* tile, int64_t columns, 
         for (int r = 0; r < R; r++) store(y + (t * GROUP_ROWS + r) * 16, total[t][r]);
 }
 
-// ---- the kernel of a type for 1 .. MAX rows
+// ---- the kernels of a type, by rows of x
 
 using QKernel = void (*)(const uint8_t*, int64_t, int64_t, const PanelBlock*, int, float*);
 using FloatKernel = void (*)(const uint8_t*, int64_t, int64_t, const float*, int, float*);
 
-template <Weight TYPE, int R>
+template <Weight TYPE, int R = Q_ROWS>
 QKernel pick_q(int rows) {
     if constexpr (R == 0) return nullptr;
     else return rows == R ? &q_rows<TYPE, R> : pick_q<TYPE, R - 1>(rows);
 }
 
-template <class W, int T, int R>
+template <class W, int T, int R = FLOAT_ROWS>
 FloatKernel pick_float(int rows) {
     if constexpr (R == 0) return nullptr;
     else return rows == R ? &float_rows<W, T, R> : pick_float<W, T, R - 1>(rows);
 }
 
+template <class W>
+FloatKernel pick_float(int tiles, int rows) { return tiles == PAIR ? pick_float<W, PAIR>(rows) : pick_float<W, 1>(rows); }
+
 QKernel q_kernel(Weight type, int rows) {
-    return type == Weight::q8_0   ? pick_q<Weight::q8_0, Q_ROWS>(rows)
-           : type == Weight::q4_0 ? pick_q<Weight::q4_0, Q_ROWS>(rows)
-                                  : pick_q<Weight::q4_1, Q_ROWS>(rows);
+    return type == Weight::q8_0   ? pick_q<Weight::q8_0>(rows)
+           : type == Weight::q4_0 ? pick_q<Weight::q4_0>(rows)
+                                  : pick_q<Weight::q4_1>(rows);
 }
 
-template <int T>
-FloatKernel float_kernel(Weight type, int rows) {
-    return type == Weight::f32   ? pick_float<float, T, FLOAT_ROWS>(rows)
-           : type == Weight::f16 ? pick_float<Half, T, FLOAT_ROWS>(rows)
-                                 : pick_float<Bfloat, T, FLOAT_ROWS>(rows);
+FloatKernel float_kernel(Weight type, int tiles, int rows) {
+    return type == Weight::f32   ? pick_float<float>(tiles, rows)
+           : type == Weight::f16 ? pick_float<Half>(tiles, rows)
+                                 : pick_float<Bfloat>(tiles, rows);
 }
 
 // ---- multiply
 
-struct Pair { float y[2][GROUP_ROWS][16]; };        // one or two tiles times a group
+struct Sums { float y[PAIR][GROUP_ROWS][16]; };
 
-// `count` tiles from `tile` times the rows of a group.
-void multiply_tiles(const Product& job, const uint8_t* tile, int count, int64_t ahead, const void* panel, int rows, Pair& out) {
-    const Tiles& w = job.tiles;
-    const int64_t bytes = tile_bytes(w.type, w.columns);
-    if (is_float(w.type)) {
-        const float* x = static_cast<const float*>(panel);
-        for (int row = 0, n; row < rows; row += n) {
-            n = int(least(FLOAT_ROWS, rows - row));
-            if (count == 2 && FLOAT_TILES == 2) {
-                float_kernel<FLOAT_TILES>(w.type, n)(tile, w.columns, ahead, x, row, out.y[0][row]);
-                continue;
-            }
-            for (int t = 0; t < count; t++)
-                float_kernel<1>(w.type, n)(tile + t * bytes, w.columns, ahead, x, row, out.y[t][row]);
-        }
-        return;
+// Some tiles, which lie one after another, times the rows of one panel.
+struct Meeting {
+    const Tiles& w;
+    const uint8_t* tile;
+    int64_t tile_bytes;
+    int tiles;
+    const uint8_t* panel;
+    int rows;
+    int64_t ahead;
+};
+
+void multiply_floats(const Meeting& m, Sums& out) {
+    for (int row = 0, n; row < m.rows; row += n) {
+        n = int(least(FLOAT_ROWS, m.rows - row));
+        float_kernel(m.w.type, m.tiles, n)(m.tile, m.w.columns, row ? 0 : m.ahead, reinterpret_cast<const float*>(m.panel), row,
+                                           out.y[0][row]);
     }
-    for (int t = 0; t < count; t++)
-        for (int row = 0, n; row < rows; row += n) {
-            n = int(least(Q_ROWS, rows - row));
-            q_kernel(w.type, n)(tile + t * bytes, w.columns / BLOCK, row ? 0 : ahead, static_cast<const PanelBlock*>(panel), row,
-                                out.y[t][row]);
-        }
+}
+
+void multiply_blocks(const Meeting& m, Sums& out) {
+    for (int row = 0, n; row < m.rows; row += n) {
+        n = int(least(Q_ROWS, m.rows - row));
+        const QKernel kernel = q_kernel(m.w.type, n);
+        for (int t = 0; t < m.tiles; t++)
+            kernel(m.tile + t * m.tile_bytes, m.w.columns / BLOCK, row ? 0 : m.ahead, reinterpret_cast<const PanelBlock*>(m.panel), row,
+                   out.y[t][row]);
+    }
 }
 
 DC_INLINE Lanes biased(const Product& job, int64_t tile, const float* y) {
@@ -267,37 +278,36 @@ DC_INLINE void write(const Product& job, int64_t row, int64_t column, Lanes y) {
     store_some(job.out + row * job.out_stride + column, y, count);
 }
 
-void finish(const Product& job, int64_t tile, int count, int64_t first_row, int rows, const Pair& in) {
-    for (int r = 0; r < rows; r++) {
-        if (job.activation == Activation::swiglu) {
-            write(job, first_row + r, tile / 2 * TILE_ROWS,
-                  silu(biased(job, tile, in.y[0][r])) * biased(job, tile + 1, in.y[1][r]));
-            continue;
-        }
-        for (int t = 0; t < count; t++) {
-            Lanes y = biased(job, tile + t, in.y[t][r]);
-            if (job.activation == Activation::relu2) y = maximum(y, all(0.0f)), y = y * y;
-            write(job, first_row + r, (tile + t) * TILE_ROWS, y);
-        }
+void finish_row(const Product& job, int64_t tile, int tiles, int64_t row, int r, const Sums& in) {
+    for (int t = 0; t < tiles; t++) {
+        Lanes y = biased(job, tile + t, in.y[t][r]);
+        if (job.activation == Activation::relu2) y = maximum(y, all(0.0f)), y = y * y;
+        write(job, row, (tile + t) * TILE_ROWS, y);
     }
+}
+
+void finish_swiglu_row(const Product& job, int64_t tile, int, int64_t row, int r, const Sums& in) {
+    write(job, row, tile / 2 * TILE_ROWS, silu(biased(job, tile, in.y[0][r])) * biased(job, tile + 1, in.y[1][r]));
 }
 
 void multiply(const Product& job, int64_t tile_begin, int64_t tile_end, int64_t group_begin, int64_t group_end) {
     const Tiles& w = job.tiles;
+    const bool swiglu = job.activation == Activation::swiglu;
     const int64_t bytes = tile_bytes(w.type, w.columns), panel_bytes = group_bytes(w.type, w.columns);
-    const int64_t at_once = GROUPS_BYTES / panel_bytes > 1 ? GROUPS_BYTES / panel_bytes : 1;
-    const int step = is_float(w.type) || job.activation == Activation::swiglu ? 2 : 1;
+    const int64_t fit = GROUPS_BYTES / panel_bytes, at_once = fit > 1 ? fit : 1, step = is_float(w.type) || swiglu ? PAIR : 1;
+    const auto multiply_some = is_float(w.type) ? multiply_floats : multiply_blocks;
+    const auto finish = swiglu ? finish_swiglu_row : finish_row;
     for (int64_t first = group_begin; first < group_end; first += at_once)
-        for (int64_t tile = tile_begin; tile < tile_end; tile += step) {
-            const int count = int(least(step, tile_end - tile));
+        for (int64_t tile = tile_begin; tile < tile_end; tile += step)
             for (int64_t group = first; group < least(first + at_once, group_end); group++) {
-                const int rows = int(least(GROUP_ROWS, job.rows - group * GROUP_ROWS));
-                const uint8_t* panel = static_cast<const uint8_t*>(job.prepared) + group * panel_bytes;
-                Pair y;
-                multiply_tiles(job, w.memory + tile * bytes, count, group == first ? step * bytes : 0, panel, rows, y);
-                finish(job, tile, count, group * GROUP_ROWS, rows, y);
+                const int64_t row = group * GROUP_ROWS;
+                const Meeting m{w, w.memory + tile * bytes, bytes, int(least(step, tile_end - tile)),
+                                static_cast<const uint8_t*>(job.prepared) + group * panel_bytes,
+                                int(least(GROUP_ROWS, job.rows - row)), group == first ? AHEAD : 0};
+                Sums sums;
+                multiply_some(m, sums);
+                for (int r = 0; r < m.rows; r++) finish(job, tile, m.tiles, row + r, r, sums);
             }
-        }
 }
 
 }  // namespace
