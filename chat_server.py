@@ -46,6 +46,7 @@ import functools
 import hashlib
 import hmac
 import importlib
+import importlib.util
 import itertools
 import json
 import logging
@@ -121,6 +122,7 @@ class Limits:
     top_k: tuple[int, int] = (0, 200)
     max_tokens: tuple[int, int] = (1, 4096)
     stop_strings: int = 4
+    choices: int = 128              # answers of one request
     body_bytes: int = 16 << 20
     outbox_bytes: int = 1 << 20     # unsent bytes after which a reader counts as gone
 
@@ -344,8 +346,9 @@ def require_library(name: str, purpose: str) -> Any:
 
 @dataclass(frozen=True)
 class Message:
-    role: str       # system, user or assistant (developer is mapped to system by HTTP parsing)
+    role: str       # system, user, assistant or tool (developer is mapped to system by HTTP parsing)
     content: str
+    more: Mapping[str, Any] | None = None       # what templates that know tools read besides: tool_calls, tool_call_id, name
 
 
 class ToolTokens(NamedTuple):
@@ -391,10 +394,12 @@ class Tokenizer:
     vocab_size: int
     has_chat_template = True
     tool_tokens: ToolTokens | None = None
+    tool_format: str | None = None      # how it calls functions of the client; None: it knows none (see tool_format_of)
 
     def __init__(self, spec: TextSpec):
         self.spec = spec
         self.stop_tokens = spec.stop_tokens
+        self.specials: dict[str, int] = {}
         self._bytes: dict[int, bytes] = {}      # token_bytes, filled on demand
 
     def encode(self, text: str) -> list[int]:
@@ -403,7 +408,7 @@ class Tokenizer:
     def encode_with_specials(self, text: str) -> list[int]:
         """Text whose special-token strings mean the tokens."""
 
-    def render(self, messages: Seq[Message]) -> list[int]:
+    def render(self, messages: Seq[Message], tools: Seq[dict] = ()) -> list[int]:
         """The conversation in the model's chat format, up to where the assistant begins; RequestError if it refuses."""
 
     def piece(self, token: int) -> bytes:
@@ -411,9 +416,9 @@ class Tokenizer:
 
     def encode_prompt(self, text: str) -> list[int]:
         """A raw completion prompt: special tokens are parsed (as llama-server does), bos is added once if wanted."""
-        return self._with_bos(self.encode_with_specials(text))
+        return self.with_bos(self.encode_with_specials(text))
 
-    def _with_bos(self, tokens: list[int]) -> list[int]:
+    def with_bos(self, tokens: list[int]) -> list[int]:
         wanted = [self.spec.bos_token] if self.spec.add_bos and self.spec.bos_token is not None else []
         return tokens if tokens[:1] == wanted else wanted + tokens
 
@@ -426,6 +431,31 @@ class Tokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         return b"".join(map(self.token_bytes, tokens)).decode("utf-8", "replace")
+
+    @functools.cached_property
+    def special_names(self) -> dict[int, str]:
+        return {token: name for name, token in self.specials.items()}
+
+    def show(self, tokens: Iterable[int]) -> str:
+        """Like `decode`, with special tokens by their names."""
+        return b"".join(self.special_names[token].encode() if token in self.special_names else self.token_bytes(token)
+                        for token in tokens).decode("utf-8", "replace")
+
+    @functools.cached_property
+    def grammar_vocabulary(self) -> Any:
+        """The tokens as llguidance wants them (0.2 s for 49,152 tokens)."""
+        llguidance = require_library("llguidance", "constrained decoding")
+        pieces = [self.token_bytes(token) for token in range(self.vocab_size)]
+        ends = sorted(self.stop_tokens) or [self.spec.eos_token or 0]
+
+        class Words:
+            eos_token_id, bos_token_id, tokens = ends[0], self.spec.bos_token, pieces
+            special_token_ids = [token for token, piece in enumerate(pieces) if not piece]
+
+            def __call__(words, text: bytes) -> list[int]:
+                return self.encode(text.decode("utf-8", "replace"))
+
+        return llguidance.LLTokenizer(llguidance.TokenizerWrapper(Words()), eos_token=ends)
 
 
 NANOCHAT_CHAT_TOKENS = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
@@ -463,7 +493,7 @@ class NanochatTokenizer(Tokenizer):
     def piece(self, token: int) -> bytes:
         return self.pieces.get(token, b"")
 
-    def render(self, messages: Seq[Message]) -> list[int]:
+    def render(self, messages: Seq[Message], tools: Seq[dict] = ()) -> list[int]:
         bos, user_start, user_end, assistant_start, assistant_end = map(self.specials.get, NANOCHAT_CHAT_TOKENS)
         tokens = [bos]
         for message in merge_system_message(messages):
@@ -514,6 +544,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._alias_specials(tokenizers, added)
         self.template = compile_chat_template(spec.chat_template) if spec.chat_template else None
         self.has_chat_template = self.template is not None
+        self.tool_format = tool_format_of(spec.chat_template or "")
 
     def _alias_specials(self, tokenizers: Any, added: Mapping[int, Any]) -> None:
         nonce = secrets.token_hex(8)
@@ -536,23 +567,31 @@ class HuggingFaceTokenizer(Tokenizer):
         text = self.special_pattern.sub(lambda match: self.alias[match[0]], text)
         return [self.token_of_alias.get(id, id) for id in self.encode(text.replace(self.mark, ""))]
 
-    def _mark_specials(self, content: str) -> str:
+    def _mark_specials(self, content: Any) -> Any:
+        """The strings in a JSON value, made unlike special tokens."""
+        if isinstance(content, dict):
+            return {self._mark_specials(name): self._mark_specials(value) for name, value in content.items()}
+        if isinstance(content, (list, tuple)):
+            return [self._mark_specials(value) for value in content]
+        if not isinstance(content, str):
+            return content
         return self.special_pattern.sub(lambda match: match[0][0] + self.mark + match[0][1:], content)
 
     def _special_text(self, token: int | None) -> str:
         return "" if token is None else self.pipeline.id_to_token(token) or ""
 
-    def render(self, messages: Seq[Message]) -> list[int]:
+    def render(self, messages: Seq[Message], tools: Seq[dict] = ()) -> list[int]:
         if self.template is None:
             raise RequestError("this model has no chat template; use /v1/completions", code="no_chat_template")
-        dialogue = [{"role": message.role, "content": self._mark_specials(message.content)} for message in messages]
+        dialogue = self._mark_specials([{"role": each.role, "content": each.content, **(each.more or {})} for each in messages])
+        known_tools = self._mark_specials(tools) or None
         try:
-            text = self.template.render(messages=dialogue, add_generation_prompt=True, tools=None, documents=None,
+            text = self.template.render(messages=dialogue, add_generation_prompt=True, tools=known_tools, documents=None,
                                         bos_token=self._special_text(self.spec.bos_token),
                                         eos_token=self._special_text(self.spec.eos_token))
         except Exception as error:      # jinja's own errors, raise_exception, or the template's Python (None + str)
             raise RequestError(f"the model's chat template refused the messages: {error}", param="messages") from None
-        return self._with_bos(self.encode_with_specials(text))
+        return self.with_bos(self.encode_with_specials(text))
 
     def piece(self, token: int) -> bytes:
         text = self.pipeline.id_to_token(token) if token >= 0 else None
@@ -565,6 +604,17 @@ class HuggingFaceTokenizer(Tokenizer):
             return bytes(table[character] for character in text if character in table)
         byte = re.fullmatch(r"<0x([0-9A-F]{2})>", text)     # sentencepiece's byte fallback
         return bytes([int(byte[1], 16)]) if byte else text.replace("\u2581", " ").encode()
+
+
+def tool_format_of(template: str) -> str | None:
+    """How a chat template has the model call functions; None when it knows none.
+
+    "tagged": <tool_call>{"name": ..., "arguments": ...}</tool_call> in the text (Hermes, Qwen);
+    "json": the whole answer is such an object, or a list of them (Llama 3, Mistral).
+    """
+    if not re.search(r"{[{%][^{}%]*\btools\b", template):
+        return None
+    return "tagged" if "<tool_call>" in template else "json"
 
 
 def compile_chat_template(source: str) -> Any:
@@ -658,6 +708,55 @@ class StreamDecoder:
         keep = len(text) - max(matcher.matched for matcher in self.matchers)
         self.held = text[keep:]
         return text[:keep]
+
+
+JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}      # models never choose whitespace
+
+
+def json_grammar(schema: Any, param: str) -> str:
+    """A JSON schema as a grammar for llguidance; RequestError for what it cannot hold an answer to."""
+    try:
+        return checked_grammar(grammar_library().LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_STYLE), param)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the JSON schema is not usable: {error}", code="invalid_json_schema", param=param) from None
+
+
+def checked_grammar(grammar: str, param: str) -> str:
+    is_error, texts = grammar_library().LLMatcher.validate_grammar_with_warnings(grammar)
+    if is_error:
+        raise RequestError(f"the JSON schema is not usable: {texts[0].strip()[:300]}", code="invalid_json_schema", param=param)
+    return grammar
+
+
+def grammar_library() -> Any:
+    try:
+        return importlib.import_module("llguidance")
+    except ImportError:
+        raise RequestError("this server cannot hold answers to a grammar: the Python package llguidance is not installed there",
+                           code="unsupported_response_format", param="response_format") from None
+
+
+class Grammar:
+    """Which tokens an answer may go on with."""
+
+    def __init__(self, tokenizer: Tokenizer, source: str):
+        self.matcher = grammar_library().LLMatcher(tokenizer.grammar_vocabulary, source, log_level=0)
+
+    def allowed(self, vocab_size: int) -> "numpy.ndarray":
+        """A flag for each token (vocab_size,)."""
+        bits = numpy.unpackbits(numpy.frombuffer(self.matcher.compute_bitmask(), dtype=numpy.uint8), bitorder="little")
+        flags = numpy.zeros(vocab_size, dtype=bool)
+        flags[:len(bits)] = bits[:vocab_size]
+        return flags
+
+    def feed(self, token: int) -> bool:
+        """False: the grammar does not have it, or has become too large to follow."""
+        return self.matcher.consume_token(token)
+
+    @property
+    def complete(self) -> bool:
+        """Nothing can follow."""
+        return self.matcher.is_stopped()
 
 
 CALCULATOR_CHARACTERS = 1_000       # so no integer has more digits, and no text is longer
@@ -921,7 +1020,7 @@ def paged_attention_reference(q, cache, plan, window, out):
     prefill, so that keys are never repeated in memory.
     """
     attend, Hkv, D = torch.nn.functional.scaled_dot_product_attention, cache.shape[2], cache.shape[3]
-    q, scale = q.unflatten(1, (-1, D)), D**-0.5                                 # (T, H, D)
+    q, scale = q.to(cache.dtype).unflatten(1, (-1, D)), D**-0.5                 # (T, H, D)
     for rows, B, keys, size, mask in plan[window]:
         if isinstance(keys, slice):
             k, v = cache[keys].permute(1, 2, 0, 3).unsqueeze(1)                 # (B = 1, Hkv, S, D) each
@@ -1220,12 +1319,13 @@ class Kernels:
     names: Mapping[str, str]
     program: Any = None                 # where the ops are recorded instead of computing; it runs whole steps
     row_invariant: bool = False         # each row's bits depend on nothing else in the batch
+    cuda: CudaKernels | None = None     # where decode_core runs on CUDA: what GraphSteps needs besides the ops
 
     def describe(self) -> dict[str, str]:
         return dict(self.names)
 
 
-OP_NAMES = tuple(op.name for op in dataclasses.fields(Kernels)[:-3])
+OP_NAMES = tuple(op.name for op in dataclasses.fields(Kernels)[:-4])
 
 
 def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=None) -> Kernels:
@@ -1236,6 +1336,8 @@ def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=No
     """
     ops = {name: globals().get(f"{name}_reference") for name in OP_NAMES} | {"sample": sample_on_host}
     names = dict.fromkeys(ops, "torch/reference") | {"sample": "numpy/reference"}
+    if spec and (cuda := cuda_kernels(spec, device)):
+        return Kernels(**ops | cuda.ops(), names=names | dict.fromkeys(cuda.ops(), "decode_core/cuda"), cuda=cuda)
     if spec is None or not core_runs(spec, device):
         if quantize:
             raise ConfigError("--quantize needs decode_core and a CPU: `pip install .` in the checkout builds it")
@@ -1261,7 +1363,7 @@ def decode_core() -> Any:
 def kernels_line() -> str:
     """For the start-up log and --version: which compiled core runs, or how to get one."""
     if core := decode_core():
-        return f"decode_core runs with {core.info()['isa']} instructions"
+        return f"decode_core runs with {core.info()['isa']} instructions" + " and CUDA" * core.info()["cuda_compiled"]
     return "decode_core is not installed, so slower reference ops run; `pip install .` in the checkout builds it"
 
 
@@ -1319,6 +1421,148 @@ def program_ops(core: Any, program: Any, spec, quantize: str | None) -> dict[str
 def weights_dtype(spec, device) -> "torch.dtype":
     """What float weights become where neither the user nor the file says it."""
     return torch.bfloat16 if core_runs(spec, device) else fastest_dtype(device)
+
+
+# 4c. decode_core on CUDA: decode rows by its kernels, a prompt's attention by torch over the same pages -------------------
+
+
+class PromptSpan(NamedTuple):
+    """One sequence's chunk of several tokens: its rows of the step, and where their keys lie."""
+
+    rows: slice             # of the T rows
+    pages: Any              # (n,) int32 page ids on the device, from the first that the window reaches
+    size: int               # S: keys read from them
+    mask: Any               # additive (queries, S)
+
+
+class CudaPlan(NamedTuple):
+    """Where a step's keys lie, all on the device: the same tensors in every step where the step is a graph."""
+
+    decode: int             # so many first sequences have one token each: decode_core's rows
+    table: Any              # (N, W) int32 page ids of each sequence
+    lengths: Any            # (N,) int32 keys of each, its new ones included; 0 = padding
+    prompts: Mapping[int, Seq[PromptSpan]]      # {window: the other sequences}
+    states: Any             # decode_core's workspace, shared by all layers
+    tickets: Any
+
+
+def cuda_kernels(spec: ModelSpec, device) -> CudaKernels | None:
+    """decode_core's ops on a CUDA device, where they were compiled, a driver is there and they take a model of these sizes."""
+    size, group = spec.head_size, spec.heads // spec.kv_heads
+    fits = size % 16 == 0 and size <= 256 and group <= 64 and spec.heads % spec.kv_heads == 0 and spec.vocab_size <= 1 << 18
+    core = decode_core() if fits and torch.device(device).type == "cuda" else None
+    cuda_ops = core.cuda_ops() if core else None
+    return CudaKernels(core, cuda_ops, spec) if cuda_ops else None
+
+
+def current_cuda_stream() -> int:
+    return torch.cuda.current_stream().cuda_stream
+
+
+class CudaKernels:
+    """The ops of section 4 that differ on CUDA. `core`: the module decode_core; `cuda_ops`: its CudaOps, or one emulated.
+
+    A layer's cache is (2, P, Hkv, PAGE_SIZE, D), keys and values apart: what one block of the decode kernel reads of a page,
+    and what a prompt gathers, are whole runs of PAGE_SIZE * D values. Queries are scaled by 1 / sqrt(D) as they are made.
+    """
+
+    def __init__(self, core: Any, cuda_ops: Any, spec: ModelSpec, stream: Callable[[], int] = current_cuda_stream):
+        self.core, self.cuda_ops, self.spec, self.stream = core, cuda_ops, spec, stream
+
+    def ops(self) -> dict[str, Callable]:
+        return {name: getattr(self, name) for name in
+                ("rope_tables", "make_cache", "rope_append", "plan_attention", "paged_attention", "sample")}
+
+    def rope_tables(self, spec, device) -> tuple:
+        """cos and direction * sin of every position, (max_positions, rope_size / 2) float32 each."""
+        cos, sin = rope_tables_reference(spec, device)
+        half = cos.shape[1] // 2
+        return cos[:, :half].contiguous(), sin[:, half:].contiguous()
+
+    def make_cache(self, spec, num_pages, dtype, device):
+        return zeroed((spec.layers, 2, num_pages, spec.kv_heads, PAGE_SIZE, spec.head_size), dtype, device)
+
+    def rope_append(self, qkv, tables, positions, slots, cache, spec, q_norm, k_norm, value_embed, gate, out):
+        """As rope_append_reference, but q comes scaled, and rows with slot -1 (padding) are left alone."""
+        self.cuda_ops.rope_append(
+            qkv, *tables, positions, slots, *cache, out.unflatten(1, (-1, spec.head_size)), norm=spec.qk_norm, q_norm=q_norm,
+            k_norm=k_norm, eps=spec.norm_eps, post_scale=spec.qk_scale, value_embed=value_embed, gate=gate,
+            gate_scale=spec.ve_gate_scale, stream=self.stream())
+
+    def workspace(self, rows: int, width: int, device) -> tuple:
+        """Decode attention's (states, tickets) for so many rows and pages in each; tickets are zero between calls."""
+        spec = self.spec
+        floats, integers = self.core.cuda.attention_workspace(rows, spec.heads, spec.kv_heads, spec.head_size, width)
+        return (torch.empty(floats, dtype=torch.float32, device=device),
+                torch.zeros(integers, dtype=torch.int32, device=device))
+
+    def plan_attention(self, batch, positions, windows, dtype) -> CudaPlan:
+        width, device = max(map(len, batch.tables)), positions.device
+        table = torch.tensor([pages + [0] * (width - len(pages)) for pages in batch.tables], dtype=torch.int32, device=device)
+        lengths = torch.tensor(batch.lengths, dtype=torch.int32, device=device)
+        return self.plan(batch, positions, windows, dtype, table, lengths, self.workspace(len(batch.lengths), width, device))
+
+    def plan(self, batch, positions, windows, dtype, table, lengths, workspace) -> CudaPlan:
+        """The plan of a step whose tables and lengths are on the device already; waits for nothing."""
+        counts = [end - start for start, end in zip(batch.starts, batch.starts[1:])]
+        decode = next((i for i, count in enumerate(counts) if count != 1), len(counts))
+        prompts = {window: [prompt_span(batch, i, positions, table, window, dtype) for i in range(decode, len(counts))]
+                   for window in set(windows)}
+        return CudaPlan(decode, table, lengths, prompts, *workspace)
+
+    def paged_attention(self, q, cache, plan, window, out):
+        """softmax(q k) v over each row's own pages: q (T, H * D) float32, scaled -> out (T, H * D)."""
+        heads, rows = q.unflatten(1, (-1, cache.shape[-1])), slice(plan.decode)         # (T, H, D)
+        if plan.decode:
+            self.cuda_ops.paged_attention(heads[rows], *cache, plan.table[rows], plan.lengths[rows], plan.states, plan.tickets,
+                                          out[rows], window=window, stream=self.stream())
+        for span in plan.prompts[window]:
+            attend_prompt(heads[span.rows], cache, span, out[span.rows])
+
+    def draw(self, logits, records, lists, tokens) -> None:
+        """One token for each row of logits (R, V) -> tokens (R,) int32, all on the device; rows with penalties are changed.
+
+        records (R, 9) int64: SampleBatch.records; lists: (count_ids, counts, bias_ids, bias_values), or longer ones.
+        """
+        names = ("count_ids", "counts", "bias_ids", "bias_values")
+        self.cuda_ops.sample(logits, records.view(-1).view(torch.uint8), tokens, stream=self.stream(), **dict(zip(names, lists)))
+
+    def sample(self, logits, rows) -> list[int]:
+        """One token for each row of logits (R, V), which stays as it is, drawn on the device and waited for."""
+        batch = self.core.SampleBatch(rows, logits.shape[1])
+        arrays = record_words(batch), batch.count_ids, batch.counts, batch.bias_ids, batch.bias_values
+        records, *lists = (torch.tensor(array, device=logits.device) for array in arrays)
+        tokens = torch.empty(len(rows), dtype=torch.int32, device=logits.device)
+        self.draw(logits.to(torch.float32, copy=any(map(len, lists))), records, lists, tokens)
+        return tokens.tolist()
+
+
+def record_words(batch) -> "numpy.ndarray":
+    """The records of a decode_core.SampleBatch as (R, 9) int64; word 1 is the position, negative = no token."""
+    return batch.records.view(numpy.int64).reshape(len(batch.records), -1)
+
+
+def prompt_span(batch, i, positions, table, window, dtype) -> PromptSpan:
+    """The PromptSpan of sequence i; only page ids in `table` are read, on the device."""
+    rows, length = slice(batch.starts[i], batch.starts[i + 1]), batch.lengths[i]
+    oldest = length - (rows.stop - rows.start)                                  # absolute position of the first query
+    first = max(0, oldest + 1 - window) // PAGE_SIZE if window else 0
+    keys = torch.arange(first * PAGE_SIZE, length, device=positions.device)     # (S,) absolute position of each key
+    age = positions[rows].unsqueeze(1) - keys                                   # (queries, S); < 0: future
+    hidden = (age < 0) | (age >= window) if window else age < 0
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=keys.device).masked_fill_(hidden, -math.inf)
+    return PromptSpan(rows, table[i, first:-(-length // PAGE_SIZE)], len(keys), mask)
+
+
+def attend_prompt(q, cache, span, out) -> None:
+    """softmax(q k + mask) v of one sequence's rows: q (t, H, D) scaled, cache (2, P, Hkv, PAGE_SIZE, D) -> out (t, H * D)."""
+    kv = torch.index_select(cache.transpose(1, 2), 2, span.pages)                       # (2, Hkv, n, PAGE_SIZE, D)
+    q = q.to(cache.dtype).unflatten(1, (cache.shape[2], -1)).permute(1, 2, 0, 3)        # (Hkv, H / Hkv, t, D)
+    # the query heads of a kv head share its keys by a stride of 0
+    k, v = (x.unsqueeze(1).expand(-1, q.shape[1], -1, -1) for x in kv.flatten(2, 3)[:, :, :span.size])
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=span.mask, scale=1.0)
+    y = y.permute(2, 0, 1, 3)                                                           # (t, Hkv, H / Hkv, D)
+    out.view(y.shape).copy_(y)
 
 
 def fastest_dtype(device) -> "torch.dtype":
@@ -1535,12 +1779,17 @@ class Inputs(NamedTuple):
     attention: Any                  # the kernels' plan of where each row's keys are
 
 
-def make_inputs(batch: Batch, kernels: Kernels, spec: ModelSpec, device, dtype) -> Inputs:
+def token_places(batch: Batch) -> tuple[Seq[int], Seq[int]]:
+    """Each new token's absolute position, and the slot for its keys and values."""
     counts = [end - start for start, end in zip(batch.starts, batch.starts[1:])]
     places = [(position, table[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE)
               for count, length, table in zip(counts, batch.lengths, batch.tables)
               for position in range(length - count, length)]
-    positions, slots = zip(*places)
+    return tuple(zip(*places))
+
+
+def make_inputs(batch: Batch, kernels: Kernels, spec: ModelSpec, device, dtype) -> Inputs:
+    positions, slots = token_places(batch)
     columns = (batch.token_ids, batch.previous_token_ids, positions, slots, batch.logit_rows)
     tensors = [torch.tensor(column, dtype=torch.int64, device=device) for column in columns]
     windows = [spec.window(l) for l in range(spec.layers)]
@@ -1602,13 +1851,13 @@ class Transformer:
         return weights
 
     def _allocate(self, T: int, R: int) -> dict:
-        """One buffer for each activation: the residual stream and logits in float32, the rest in the weights' type."""
+        """One buffer for each activation: the residual stream, q and logits in float32, the rest in the weights' type."""
         spec, f32 = self.spec, torch.float32
         dtype = f32 if self.kernels.program else self.dtype
         C, D, F, H, Hkv = spec.width, spec.head_size, spec.ffn_size, spec.heads, spec.kv_heads
         sizes = {
             "x": (T, C, f32), "between": (T, C, f32), "x0": (T, C, f32), "middle": (T, C, f32), "previous": (T, C, f32),
-            "qkv": (T, (H + 2 * Hkv) * D, dtype), "q": (T, H * D, dtype), "attended": (T, H * D, dtype),
+            "qkv": (T, (H + 2 * Hkv) * D, dtype), "q": (T, H * D, f32), "attended": (T, H * D, dtype),
             "gate": (T, Hkv, dtype), "value": (T, Hkv * D, dtype), "hidden": (T, F, dtype),
             "last": (R, C, f32), "logits": (R, spec.vocab_size, f32),
         }
@@ -1713,6 +1962,9 @@ class EagerSteps:
     def finish(self, ticket: list[int]) -> list[int]:
         return ticket
 
+    def prepare(self, progress: Callable[[float], None]) -> None:
+        """Do what would make the first steps slow; before any step."""
+
 
 class ProgramSteps:
     """Runs steps as decode_core's recorded program on its own threads; two may be under way."""
@@ -1733,9 +1985,288 @@ class ProgramSteps:
     def finish(self, ticket: Any) -> list[int]:
         return self.program.finish(ticket)
 
+    def prepare(self, progress: Callable[[float], None]) -> None:
+        """Nothing: the program was recorded with the transformer."""
 
-def make_steps(transformer: Transformer) -> EagerSteps | ProgramSteps:
-    return ProgramSteps(transformer) if transformer.kernels.program else EagerSteps(transformer)
+
+# 6b. steps on CUDA: decode steps are graphs, replayed once each; tokens are drawn on the device -----------------------------
+#
+#   start   fill pinned memory > one copy to the device > replay (or, with prompts, the ops themselves) > tokens come back
+#   finish  wait for that
+#
+# One stream runs it all in order, so one piece of device memory serves the inputs of every step, and one the tokens.
+
+LIST_CAPACITY = 1 << 14         # penalised tokens, and biases, of one step; a graph has room for so many
+
+STEP_FIELDS = (                 # a step's inputs in the order in which they lie in memory: name, type, shape by letter
+    ("token_ids", "int64", "T"), ("previous_token_ids", "int64", "T"), ("positions", "int64", "T"), ("slots", "int64", "T"),
+    ("logit_rows", "int64", "R"), ("records", "int64", "R9"), ("lengths", "int32", "N"), ("table", "int32", "NW"),
+    ("count_ids", "int32", "C"), ("counts", "int32", "C"), ("bias_ids", "int32", "B"), ("bias_values", "float32", "B"))
+LISTS = tuple(name for name, _, _ in STEP_FIELDS[-4:])
+
+
+class StepShape(NamedTuple):
+    """The sizes that STEP_FIELDS speaks of."""
+
+    T: int                      # tokens
+    N: int                      # sequences
+    R: int                      # rows that sample
+    W: int                      # pages of the longest sequence
+    C: int = 0                  # entries of the penalties' lists
+    B: int = 0                  # entries of the bias' lists
+
+    def places(self) -> Iterator[tuple[str, str, list[int], int, int]]:
+        """Name, type, shape, first and last byte of each field."""
+        sizes, end = self._asdict() | {"9": 9}, 0
+        for name, kind, letters in STEP_FIELDS:
+            shape = [sizes[letter] for letter in letters]
+            begin, end = end, end + math.prod(shape) * (8 if kind == "int64" else 4)
+            yield name, kind, shape, begin, end
+
+    def bytes(self, lists: bool = True) -> int:
+        """Of all fields, or of those before the lists."""
+        return next(end for name, *_, end in self.places() if name == ("bias_values" if lists else "table"))
+
+    def views(self, memory) -> SimpleNamespace:
+        """The fields as tensors in `memory` (bytes), on the host or on the device."""
+        return SimpleNamespace(**{name: memory[begin:end].view(getattr(torch, kind)).view(shape)
+                                  for name, kind, shape, begin, end in self.places()})
+
+
+def fill_step(fields: SimpleNamespace, batch: Batch, sampling: Any) -> None:
+    """Write a batch, and decode_core's SampleBatch of its rows (or None), into numpy `fields`; what is left over is padding.
+
+    A padding row has slot -1, so that nothing is stored, length 0, so that it attends to nothing, and no position to draw at.
+    """
+    positions, slots = token_places(batch) if batch.token_ids else ((), ())
+    for column, values, padding in (
+            (fields.token_ids, batch.token_ids, 0), (fields.previous_token_ids, batch.previous_token_ids, -1),
+            (fields.positions, positions, 0), (fields.slots, slots, -1), (fields.logit_rows, batch.logit_rows, 0),
+            (fields.lengths, batch.lengths, 0)):
+        column[:len(values)] = values
+        column[len(values):] = padding
+    for row, pages in zip(fields.table, batch.tables):
+        row[:len(pages)] = pages
+    fields.records[len(batch.logit_rows):, 1] = -1
+    if sampling:
+        fields.records[:len(batch.logit_rows)] = record_words(sampling)
+        for name in LISTS:
+            values = getattr(sampling, name)
+            getattr(fields, name)[:len(values)] = values
+
+
+class CudaQueue:
+    """What only CUDA has: a stream whose work runs in order behind the caller's back, and graphs of such work."""
+
+    def __init__(self, device):
+        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()      # graphs never run side by side: they share their memory
+
+    def pinned(self, size: int, dtype):
+        return torch.empty(size, dtype=dtype, pin_memory=True)
+
+    def submit(self, work: Callable[[], None]) -> Any:
+        """Queue `work` and return what `wait` takes. It runs after what the caller's own stream holds by now, and before
+        what comes there later: `Transformer.forward` uses the same buffers."""
+        own = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(own)
+        with torch.cuda.stream(self.stream):
+            work()
+            done = torch.cuda.Event()
+            done.record()
+        own.wait_event(done)
+        return done
+
+    def wait(self, done: Any) -> None:
+        done.synchronize()
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """`work` as one launch. It runs once before: kernels are loaded then, and libraries choose theirs."""
+        self.wait(self.submit(work))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            work()
+        return graph.replay
+
+
+class Graph(NamedTuple):
+    """A decode step of fixed shape."""
+
+    shape: StepShape
+    replay: Callable[[], None]
+
+
+class Staging:
+    """Pinned memory of one step: its inputs on their way to the device, and its tokens on their way back."""
+
+    def __init__(self, queue: Any, size: int, max_rows: int):
+        self.inputs, self.tokens = queue.pinned(size, torch.uint8), queue.pinned(max_rows, torch.int32)
+        self.fields: dict[StepShape, SimpleNamespace] = {}      # numpy views, kept for the graphs' shapes
+        self.done: Any = None                                   # of the step that used it last
+
+    def send(self, inputs: Any, size: int) -> None:
+        inputs[:size].copy_(self.inputs[:size], non_blocking=True)
+
+
+class Ticket(NamedTuple):
+    """A step that was started."""
+
+    staging: Staging
+    rows: int
+    done: Any
+
+
+class GraphSteps:
+    """Runs steps on CUDA; a second one may be started before the first is finished.
+
+    start(batch, rows) -> ticket; finish(ticket) -> one token for each row. Where batch.token_ids holds ~i, that is the token
+    that row i of the step before draws: it never leaves the device for that. `start` waits for nothing.
+    A step of decode rows alone is a graph, of the next larger number of rows and of pages that `prepare` has captured.
+    Steps with prompts, and those whose penalties do not fit LIST_CAPACITY, run op by op on the same stream.
+    Penalties count row.tokens, so a row with penalties can be started only when all its tokens are known.
+    """
+
+    ahead = True
+
+    def __init__(self, transformer: Transformer, *, max_batch: int, context_length: int, queue: Any = None):
+        self.transformer, self.spec, self.kernels = transformer, transformer.spec, transformer.kernels.cuda
+        self.queue = queue or CudaQueue(transformer.device)
+        self.windows = [self.spec.window(l) for l in range(self.spec.layers)]
+        most, max_pages = len(transformer.buffers["x"]), -(-context_length // PAGE_SIZE)
+        self.row_buckets = doubling(1, max_batch, 2)
+        self.page_buckets = doubling(64, max_pages, 4)          # a grid covers the longest table: 64 pages are 1,024 tokens
+        largest = StepShape(most, max_batch, max_batch, max_pages, LIST_CAPACITY, LIST_CAPACITY)
+        with torch.inference_mode():
+            self.inputs = torch.empty(largest.bytes(), dtype=torch.uint8, device=transformer.device)
+            self.tokens = torch.zeros(max_batch, dtype=torch.int32, device=transformer.device)     # of the newest step
+            self.workspace = self.kernels.workspace(max_batch, max_pages, transformer.device)
+        self.staging = [Staging(self.queue, largest.bytes(), max_batch) for _ in range(2)]
+        self.graphs: dict[tuple[int, int], Graph] = {}
+        self.sampling: Any = None           # decode_core's SampleBatch, kept while the same rows are decoded
+
+    def prepare(self, progress: Callable[[float], None]) -> None:
+        """Capture the graph of every bucket, the largest first; no step may be under way."""
+        buckets = [(rows, pages) for rows in reversed(self.row_buckets) for pages in reversed(self.page_buckets)]
+        for done, bucket in enumerate(buckets):
+            progress(done / len(buckets))
+            self._capture(*bucket)
+
+    def _capture(self, rows: int, pages: int) -> None:
+        shape, staging = StepShape(rows, rows, rows, pages, LIST_CAPACITY, LIST_CAPACITY), self.staging[0]
+        with torch.inference_mode():
+            fields = shape.views(self.inputs)
+            plan = CudaPlan(rows, fields.table, fields.lengths, dict.fromkeys(self.windows, ()), *self.workspace)
+            fill_step(self._host_fields(staging, shape), Batch([], [], [0], [], [], []), None)      # nothing but padding
+            self.queue.wait(self.queue.submit(lambda: staging.send(self.inputs, shape.bytes())))
+            self.graphs[rows, pages] = Graph(shape, self.queue.capture(lambda: self._compute(fields, plan)))
+
+    def start(self, batch: Batch, rows: Seq[SampleRow]) -> Ticket:
+        """Queue a step; `rows` say how to draw at batch.logit_rows. At most two steps may be under way."""
+        self.staging.reverse()
+        staging = self.staging[0]
+        if staging.done:            # long since, unless that step was given up
+            self.queue.wait(staging.done)
+        with torch.inference_mode():
+            sampling = self._sampling(rows)
+            if graph := self._graph(batch, sampling):
+                work = self._start_graph(graph, staging, batch, sampling)
+            else:
+                work = self._start_ops(staging, batch, sampling)
+
+            def step() -> None:
+                work()
+                staging.tokens[:len(rows)].copy_(self.tokens[:len(rows)], non_blocking=True)
+
+            staging.done = self.queue.submit(step)
+        return Ticket(staging, len(rows), staging.done)
+
+    def finish(self, ticket: Ticket) -> list[int]:
+        assert ticket.staging.done is ticket.done, "more than two steps were under way"
+        self.queue.wait(ticket.done)
+        return ticket.staging.tokens[:ticket.rows].tolist()
+
+    def _sampling(self, rows: Seq[SampleRow]) -> Any:
+        """decode_core's SampleBatch of these rows, None without rows."""
+        if not rows:
+            return None
+        if self.sampling and self.sampling.is_of(rows):
+            self.sampling.update(rows)
+        else:
+            self.sampling = self.kernels.core.SampleBatch(rows, self.spec.vocab_size)
+        return self.sampling
+
+    def _graph(self, batch: Batch, sampling: Any) -> Graph | None:
+        """The smallest graph that holds a step of decode rows; None for any other step."""
+        rows, pages = len(batch.lengths), max(map(len, batch.tables))
+        if not len(batch.token_ids) == len(batch.logit_rows) == rows:
+            return None
+        if max(len(sampling.count_ids), len(sampling.bias_ids)) > LIST_CAPACITY:
+            return None
+        return self.graphs.get((next((n for n in self.row_buckets if n >= rows), 0),
+                                next((n for n in self.page_buckets if n >= pages), 0)))
+
+    def _start_graph(self, graph: Graph, staging: Staging, batch: Batch, sampling: Any) -> Callable[[], None]:
+        fill_step(self._host_fields(staging, graph.shape), batch, sampling)
+        size = graph.shape.bytes(lists=bool(len(sampling.count_ids) or len(sampling.bias_ids)))
+
+        def work() -> None:
+            staging.send(self.inputs, size)
+            graph.replay()
+        return work
+
+    def _start_ops(self, staging: Staging, batch: Batch, sampling: Any) -> Callable[[], None]:
+        counts, biases = (len(sampling.count_ids), len(sampling.bias_ids)) if sampling else (0, 0)
+        shape = StepShape(len(batch.token_ids), len(batch.lengths), len(batch.logit_rows), max(map(len, batch.tables)), counts, biases)
+        inputs = self.inputs
+        if shape.bytes() > len(inputs):         # very long lists: memory for this step alone
+            staging.inputs, inputs = self.queue.pinned(shape.bytes(), torch.uint8), inputs.new_empty(shape.bytes())
+            staging.fields.clear()
+        fill_step(self._host_fields(staging, shape, keep=False), batch, sampling)
+
+        def work() -> None:
+            staging.send(inputs, shape.bytes())
+            fields = shape.views(inputs)
+            plan = self.kernels.plan(batch, fields.positions, self.windows, self.transformer.dtype, fields.table, fields.lengths,
+                                     self.workspace)
+            self._compute(fields, plan)
+        return work
+
+    def _host_fields(self, staging: Staging, shape: StepShape, keep: bool = True) -> SimpleNamespace:
+        """A step's inputs in pinned memory as numpy arrays, to be written."""
+        if (fields := staging.fields.get(shape)) is None:
+            fields = SimpleNamespace(**{name: view.numpy() for name, view in vars(shape.views(staging.inputs)).items()})
+            if keep:
+                staging.fields[shape] = fields
+        return fields
+
+    def _compute(self, fields: SimpleNamespace, plan: CudaPlan) -> None:
+        """The model and the draw: everything here is captured, so it reads tensors on the device and shapes only."""
+        T, R = len(fields.token_ids), len(fields.logit_rows)
+        drawn = torch.index_select(self.tokens, 0, (~fields.token_ids).clamp(min=0))
+        fields.token_ids.copy_(torch.where(fields.token_ids < 0, drawn, fields.token_ids))
+        buffers = self.transformer._cut(T, R)
+        self.transformer.compute(Inputs(fields.token_ids, fields.previous_token_ids, fields.positions, fields.slots,
+                                        fields.logit_rows, plan), buffers)
+        if R:
+            lists = [getattr(fields, name) for name in LISTS]
+            self.kernels.draw(buffers.logits, fields.records, lists, self.tokens[:R])
+
+
+def doubling(first: int, last: int, factor: int) -> list[int]:
+    """first, first * factor, ... below last, and last."""
+    sizes = [first]
+    while sizes[-1] < last:
+        sizes.append(sizes[-1] * factor)
+    return [*sizes[:-1], last]
+
+
+def make_steps(transformer: Transformer, max_batch: int, context_length: int) -> EagerSteps | ProgramSteps | GraphSteps:
+    """What runs an engine's steps: decode_core's program on a CPU, graphs on CUDA, else the ops one by one."""
+    if transformer.kernels.program:
+        return ProgramSteps(transformer)
+    if transformer.kernels.cuda:
+        return GraphSteps(transformer, max_batch=max_batch, context_length=context_length)
+    return EagerSteps(transformer)
 
 
 # 7. weights: a path becomes (ModelSpec, named tensors, TextSpec) --------------------------------------------------
@@ -2559,6 +3090,8 @@ class Request:
     n: int = 1                                      # answers to each prompt
     logprobs: int | None = None                     # with so many of the likeliest tokens beside each; None: without
     prompt_logprobs: int | None = None              # the same for the prompt's tokens
+    grammar: str = ""                               # what the answer must be
+    tools: tuple[dict, ...] = ()                    # functions that the model may call
     client: str = ""                                # whose request it is: a key's name, or an address
     low_priority: bool = False                      # waits until nothing else does
 
@@ -2626,11 +3159,12 @@ class Work:
     sent_characters: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: str = ""
 
     @property
     def needs_logits(self) -> bool:
         """Must its logits be looked at on the host?"""
-        return self.logprobs is not None or self.prompt_logprobs is not None
+        return self.logprobs is not None or self.prompt_logprobs is not None or bool(self.grammar)
 
 
 @dataclass(eq=False)
@@ -2958,12 +3492,15 @@ class Answer:
         self.tool = CalculatorTool(tokenizer, thread) if tokenizer.tool_tokens else None
         self.eos_tokens = frozenset() if work.ignore_eos else tokenizer.stop_tokens
         self.stop_tokens = self.eos_tokens | frozenset(work.stop_token_ids)
+        self.grammar = Grammar(tokenizer, work.grammar) if work.grammar else None
         replayed = "".join(self._replay(token) for token in work.resumed_ids)
         self.unsent = replayed[work.sent_characters:]
 
     def _replay(self, token: int) -> str:
         if self.tool:
             self.tool.follow(token)     # its forced answer is among the resumed ids already
+        if self.grammar:
+            self.grammar.feed(token)
         return self.decoder.push(token)
 
     def push(self, token: int, generated: int, length: int) -> tuple[list[int], str, str | None, str | None]:
@@ -2971,6 +3508,8 @@ class Answer:
 
         Returns the tokens to force after it, the text that may go out, the finish reason and its cause.
         """
+        if self.grammar and not self.grammar.feed(token):
+            return [], "", "error", "the grammar of the answer became too large"
         if token in self.stop_tokens and generated >= self.work.min_tokens:
             cause = "eos" if token in self.eos_tokens else str(token)
             return [], self._flush(), "stop", cause
@@ -2978,6 +3517,8 @@ class Answer:
         self.unsent = ""
         if self.decoder.stopped_by is not None:
             return [], text, "stop", self.decoder.stopped_by
+        if self.grammar and self.grammar.complete:
+            return [], text + self.decoder.finish(), "stop", "grammar"
         forced = self.tool.feed(token) if self.tool else []
         room = min(self.work.max_tokens - generated, self.context_length - length)
         forced = forced[:max(room, 0)]
@@ -3020,7 +3561,7 @@ class Engine:
                                    max_rows=len(transformer.buffers["logits"]))
         self.context_length = min(context_length, num_pages * PAGE_SIZE)
         self.tool_thread = ThreadPoolExecutor(1, "calculator")
-        self.steps = make_steps(transformer)
+        self.steps = make_steps(transformer, max_batch, self.context_length)
         self.under_way: Started | None = None
         self.drafts = kernels.row_invariant     # elsewhere a drafted row might differ from the same row alone
 
@@ -3065,7 +3606,10 @@ class Engine:
         return self.steps.start(batch, rows)
 
     def _draw_on_host(self, plan: Seq[Chunk], logits, rows: Seq[SampleRow]) -> HostDraw:
-        """Score prompts, draw, and note how likely the drawn tokens were. No other step is under way."""
+        """Score prompts, ban what grammars do not have, draw, and note how likely the drawn tokens were.
+
+        No other step is under way.
+        """
         drawn, row = [], 0
         for chunk in plan:
             if chunk.sequence.scoring:
@@ -3077,6 +3621,8 @@ class Engine:
         logits = logits if len(drawn) == row else logits[drawn]         # (len(rows), V)
         owners = [chunk.sequence for chunk in plan for _ in range(chunk.draws)]
         lines = {i: host_row(logits[i]) for i, owner in enumerate(owners) if owner.work.logprobs is not None}
+        for line, grammar in ((logits[i], owner.text.grammar) for i, owner in enumerate(owners) if owner.text.grammar):
+            line.masked_fill_(~torch.from_numpy(grammar.allowed(len(line))).to(line.device), -math.inf)
         tokens = self.kernels.sample(logits, rows)
         for i, line in lines.items():
             owners[i].logprob = logprob_of(penalize(line, rows[i]), tokens[i], owners[i].work.logprobs)
@@ -3164,8 +3710,9 @@ class Engine:
         max_batch = self.scheduler.max_batch
         chunk = min(self.scheduler.prefill_chunk, self.context_length // 2)
         shapes = [(1, chunk), *((1 << n, 1) for n in range(10) if 1 << n < max_batch), (max_batch, 1)]
+        self.steps.prepare(lambda fraction: progress(fraction / 2))
         for done, (rows, length) in enumerate(shapes):
-            progress(done / len(shapes))
+            progress(0.5 + done / len(shapes) / 2)
             for row in range(min(rows, self.pool.num_pages // 2)):
                 ids = tuple((row + 7 * i) % self.tokenizer.vocab_size for i in range(length))
                 self.add(Work(f"warm-up {row}", ids, SamplingParams(), 1))
@@ -3203,8 +3750,9 @@ def host_row(logits) -> "numpy.ndarray":
 
 def logprob_of(logits: "numpy.ndarray", token: int, top: int) -> TokenLogprob:
     """The log-probability of a token by its row of clean logits (V,), and the `top` largest."""
-    highest = logits.max()
-    total = highest + math.log(float(numpy.exp(logits - highest).sum(dtype=numpy.float64)))
+    with numpy.errstate(over="ignore"):
+        weights = numpy.exp(logits - logits.max())
+    total = float(logits.max()) + math.log(float(weights.sum(dtype=numpy.float64)))
     ids = top_ids(logits, top).tolist() if top else []
     return TokenLogprob(token, float(logits[token]) - total, tuple((id_, float(logits[id_]) - total) for id_ in ids))
 
@@ -3370,6 +3918,8 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
         raise ConfigError(f"torch {torch.__version__} cannot use the CUDA device (a build without CUDA, or a driver that is too "
                           "old); install a matching torch, or use --device-type cpu")
     device = torch.device(config.device_type, config.gpu if config.device_type == "cuda" else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)       # decode_core launches on the current one
     model, engine = build_engine(config.source, settings, device, lambda *at: channel.send("loading", *at))
     channel.send("loaded", describe_model(model, engine, config))
     engine.warm_up(lambda fraction: channel.send("loading", "warming up", fraction))
@@ -3538,7 +4088,7 @@ class Job:
         sampling = replace(request.sampling, choice=self.choice % request.n)
         return Work(self.id, self.prompt_ids, sampling, self.max_tokens, request.stop, request.stop_token_ids,
                     request.ignore_eos, request.min_tokens, tuple(self.output_ids), self.sent_characters,
-                    request.logprobs, None if self.output_ids else request.prompt_logprobs)
+                    request.logprobs, None if self.output_ids else request.prompt_logprobs, request.grammar)
 
     def take(self, update: Update, gpu: int) -> None:
         """Turn a worker's update into events for the reader."""
@@ -3549,6 +4099,9 @@ class Job:
             self.first_token_s = now
         self.last_token_s = now
         self.failovers = 0
+        if update.reason == "error":
+            self.events.put_nowait(EngineFailure(update.stop_reason))
+            return
         self.output_ids += update.tokens
         self.sent_characters += len(update.text)
         self.events.put_nowait(Piece(update.text, update.tokens, gpu, self.choice, update.logprobs, update.prompt_logprobs))
@@ -3991,7 +4544,8 @@ class LocalPool:
                 event = await events.get()
                 if isinstance(event, Exception):
                     raise event
-                self._submit(others.pop(event.choice, []))      # the prompt's pages are there for them now
+                if event.choice in others:
+                    self._submit(others.pop(event.choice))      # the prompt's pages are there for them now
                 yield event
                 left -= isinstance(event, Finished)
         finally:
@@ -4024,15 +4578,13 @@ class LocalPool:
             if not self.tokenizer.has_chat_template:
                 raise RequestError("this model has no chat template; use raw completion", code="no_chat_template")
             size = sum(len(message.content) for message in request.messages)
-            return [tuple(await self.tokenizing(self.tokenizer.render, request.messages, size))]
+            render = functools.partial(self.tokenizer.render, tools=request.tools)
+            return [tuple(await tokenizing(render, request.messages, size))]
         size = sum(len(prompt) for prompt in request.prompts)
-        encode = self.tokenizer.encode_prompt
-        return await self.tokenizing(lambda prompts: [
-            tuple(encode(prompt)) if isinstance(prompt, str) else prompt for prompt in prompts], request.prompts, size)
+        return await tokenizing(self._encode_prompts, request.prompts, size)
 
-    async def tokenizing(self, work: Callable[[Any], Any], text: Any, size: int) -> Any:
-        """work(text), off the event loop when the text has many characters."""
-        return work(text) if size <= self.INLINE_CHARACTERS else await asyncio.to_thread(work, text)
+    def _encode_prompts(self, prompts: Seq[str | tuple[int, ...]]) -> list[tuple[int, ...]]:
+        return [tuple(self.tokenizer.encode_prompt(prompt)) if isinstance(prompt, str) else prompt for prompt in prompts]
 
     def _check_vocabulary(self, request: Request, prompt_ids: tuple[int, ...]) -> None:
         """RequestError for token ids that the model does not have: in the engine they would fail the whole batch."""
@@ -4179,6 +4731,11 @@ class LocalPool:
                 "uptime_s": round(time.monotonic() - self.started_s, 1)}
 
 
+async def tokenizing(work: Callable[[Any], Any], text: Any, size: int) -> Any:
+    """work(text), off the event loop when the text has many characters."""
+    return work(text) if size <= LocalPool.INLINE_CHARACTERS else await asyncio.to_thread(work, text)
+
+
 def choose_devices(settings: Settings) -> tuple[str, int]:
     """(device type, replicas) by the flags and what is there, without importing torch.
 
@@ -4246,6 +4803,7 @@ class Field(NamedTuple):
     low: float = -math.inf
     high: float = math.inf
     clamp: bool = False                     # out of range: moved to the edge, instead of refused
+    required: bool = False
 
     def refusal(self, value: Any, allowed: str) -> RequestError:
         if math.isfinite(self.low) and not self.clamp:
@@ -4331,6 +4889,56 @@ def read_logit_bias(field: Field, value: Any) -> tuple[tuple[int, float], ...]:
     return tuple((int(token), read_number(bias, amount)) for token, amount in value.items() if amount is not None)
 
 
+def read_response_format(field: Field, value: Any) -> str:
+    """A grammar; "" for text."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "text":
+        return ""
+    if kind not in ("json_object", "json_schema"):
+        raise field.refusal(kind if isinstance(value, dict) else value, "an object of type text, json_object or json_schema")
+    holder = value.get("json_schema") if kind == "json_schema" else value       # llama-server takes {"type", "schema"} for both
+    schema = holder.get("schema", value.get("schema")) if isinstance(holder, dict) else value.get("schema")
+    if kind == "json_schema" and not isinstance(schema, dict):
+        raise RequestError("response_format.json_schema.schema must be an object", code="invalid_json_schema", param=field.name)
+    return json_grammar({"type": "object"} if schema is None else schema, field.name)
+
+
+def read_tools(field: Field, value: Any) -> tuple[dict, ...]:
+    """Functions with a name; parameters are a JSON schema."""
+    allowed = 'a list of {"type": "function", "function": {"name", "description", "parameters"}}'
+    functions = [tool.get("function") if isinstance(tool, dict) else None for tool in value] if isinstance(value, list) else [None]
+    for function in functions:
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) \
+                or not isinstance(function.get("parameters", {}), (dict, type(None))):
+            raise field.refusal(value, allowed)
+    return tuple(value)
+
+
+def read_tool_choice(field: Field, value: Any) -> str:
+    """auto, none, required, or "=" and the name of the function that has to be called."""
+    if isinstance(value, dict) and isinstance(function := value.get("function"), dict) and isinstance(function.get("name"), str):
+        return "=" + function["name"]
+    if value not in ("auto", "none", "required"):
+        raise field.refusal(value, '"auto", "none", "required" or a function by its name')
+    return value
+
+
+def read_mixed(field: Field, value: Any) -> list[str | int]:
+    """Text, or a list of texts and token ids."""
+    parts = value if isinstance(value, list) else [value]
+    if not all(isinstance(part, str) or type(part) is int for part in parts):
+        raise field.refusal(value, "a string, or a list of strings and token ids")
+    return [whole_unicode(part) if isinstance(part, str) else part for part in parts]
+
+
+def read_prompts(field: Field, value: Any) -> tuple[str | tuple[int, ...], ...]:
+    """Always as a list of prompts."""
+    prompts = [value] if isinstance(value, str) or isinstance(value, list) and value and type(value[0]) is int else value
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, (str, list)) for prompt in prompts):
+        raise field.refusal(value, "a string, a list of token ids, or a list of such")
+    return tuple(whole_unicode(p) if isinstance(p, str) else read_token_ids(field, p) for p in prompts)
+
+
 def typed(kind: type, allowed: str) -> Callable[[Field, Any], Any]:
     def read(field: Field, value: Any) -> Any:
         if not isinstance(value, kind):
@@ -4342,7 +4950,7 @@ def typed(kind: type, allowed: str) -> Callable[[Field, Any], Any]:
 read_text, read_list, read_object = typed(str, "a string"), typed(list, "a list"), typed(dict, "an object")
 
 NATIVE_FIELDS = (
-    Field("messages", read_list, "the conversation: objects with role (system, user, assistant) and content"),
+    Field("messages", read_list, "the conversation: objects with role (system, user, assistant) and content", required=True),
     Field("temperature", read_number, "0 = greedy", *LIMITS.temperature, clamp=True),
     Field("max_tokens", read_integer, "length of the answer", *LIMITS.max_tokens, clamp=True),
     Field("top_k", read_integer, "0 = whole vocabulary", *LIMITS.top_k, clamp=True),
@@ -4354,13 +4962,10 @@ NATIVE_FIELDS = (
     Field("priority", read_priority, "`low`: runs when nothing else waits"),
 )
 
-OPENAI_FIELDS = (
+SHARED_FIELDS = (       # of both OpenAI routes
     Field("model", read_text, "absent, empty or `default`: the loaded one"),
-    Field("messages", read_list, "the conversation"),
     Field("stream", read_switch, "server-sent events"),
     Field("stream_options", read_object, "include_usage: a last chunk with the usage"),
-    Field("max_tokens", read_cap, "length of the answer; -1 = up to the context", -1, 2**53),
-    Field("max_completion_tokens", read_cap, "the same, and wins", -1, 2**53),
     Field("temperature", read_number, "0 = greedy", 0, 2),
     Field("top_p", read_number, "1 = off", 0, 1),
     Field("top_k", read_integer, "0 or -1 = whole vocabulary", -1, 2**31 - 1),
@@ -4374,14 +4979,43 @@ OPENAI_FIELDS = (
     Field("frequency_penalty", read_number, "for each time they occurred", -2, 2),
     Field("repetition_penalty", read_number, "1 = off", 0.01, 10),
     Field("logit_bias", read_logit_bias, "token id -> bias"),
-    Field("n", read_integer, "choices", 1, 128),
-    Field("logprobs", read_switch, "log-probabilities of the answer"),
-    Field("top_logprobs", read_integer, "alternatives in them", 0, 20),
-    Field("tools", read_list, "functions the model may call"),
-    Field("functions", read_list, "the same, of old"),
-    Field("response_format", read_object, "shape of the answer"),
+    Field("n", read_integer, "choices", 1, LIMITS.choices),
     Field("priority", read_priority, "`low`: runs when nothing else waits"),
 )
+
+OPENAI_FIELDS = (
+    Field("messages", read_list, "the conversation", required=True),
+    *SHARED_FIELDS,
+    Field("max_tokens", read_cap, "length of the answer; -1 = up to the context", -1, 2**53),
+    Field("max_completion_tokens", read_cap, "the same, and wins", -1, 2**53),
+    Field("logprobs", read_switch, "log-probabilities of the answer"),
+    Field("top_logprobs", read_integer, "alternatives in them", 0, 20),
+    Field("tools", read_tools, "functions the model may call"),
+    Field("tool_choice", read_tool_choice, "auto, none, required, or one of them"),
+    Field("parallel_tool_calls", read_switch, "false: one call at most where one is required"),
+    Field("functions", read_list, "refused: tools of old"),
+    Field("response_format", read_response_format, "shape of the answer: text, json_object or json_schema"),
+)
+
+COMPLETION_FIELDS = (
+    Field("prompt", read_prompts, "text, token ids, or a list of such", required=True),
+    *SHARED_FIELDS,
+    Field("max_tokens", read_integer, "length of the answer; -1 = up to the context, 0 = only echo", -1, 2**53),
+    Field("logprobs", read_integer, "log-probabilities, with so many alternatives", 0, 20),
+    Field("echo", read_switch, "the prompt before the answer, in the log-probabilities too"),
+    Field("best_of", read_integer, "the same as n", 1, LIMITS.choices),
+    Field("suffix", read_text, "refused: no model here fills in"),
+)
+
+
+TOKENIZE_FIELDS = (
+    Field("content", read_mixed, "text, or a list of texts and token ids", required=True),
+    Field("add_special", read_switch, "begin with bos where the model wants it"),
+    Field("parse_special", read_switch, "names of special tokens mean the tokens (the default)"),
+    Field("with_pieces", read_switch, "each token's text too"),
+)
+DETOKENIZE_FIELDS = (Field("tokens", read_token_ids, "token ids", required=True),)
+TEMPLATE_FIELDS = (Field("messages", read_list, "the conversation", required=True), Field("tools", read_tools, "functions"))
 
 
 async def read_bytes(http: web.Request) -> bytes:
@@ -4415,6 +5049,8 @@ async def read_body(http: web.Request) -> dict:
 
 def parse_fields(body: dict, fields: Seq[Field]) -> dict[str, Any]:
     """The fields that are set, by name, checked; unknown fields are ignored."""
+    if missing := [field.name for field in fields if field.required and body.get(field.name) is None]:
+        raise RequestError(f"{missing[0]} is missing", code="missing_required_parameter", param=missing[0])
     return {field.name: field.read(field, body[field.name]) for field in fields if body.get(field.name) is not None}
 
 
@@ -4441,7 +5077,7 @@ def message_parts(messages: list | None, roles: Mapping[str, str]) -> Iterator[t
         if not isinstance(message, dict):
             raise bad_value(name, message, "an object with role and content")
         role = message.get("role")
-        if role in ("tool", "function"):
+        if role in ("tool", "function") and role not in roles:
             raise RequestError("this model has no tools", code="tools_not_supported", param=f"{name}.role")
         if not isinstance(role, str) or role not in roles:
             raise bad_value(f"{name}.role", role, f"one of {', '.join(roles)}")
@@ -4461,14 +5097,33 @@ def native_messages(messages: list | None) -> tuple[Message, ...]:
     return tuple(parsed)
 
 
-def openai_messages(messages: list | None) -> tuple[Message, ...]:
-    roles = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+def openai_messages(messages: list | None, with_tools: bool = False) -> tuple[Message, ...]:
+    roles = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"} | ({"tool": "tool"} if with_tools else {})
     parsed = []
     for name, role, content, message in message_parts(messages, roles):
-        if message.get("tool_calls"):
+        calls = message.get("tool_calls")
+        if calls and not with_tools:
             raise RequestError("this model has no tools", code="tools_not_supported", param=f"{name}.tool_calls")
-        parsed.append(Message(role, content_text(content, f"{name}.content")))
+        more = {key: message[key] for key in ("name", "tool_call_id") if isinstance(message.get(key), str) and with_tools}
+        if calls:
+            more["tool_calls"] = called_before(calls, f"{name}.tool_calls")
+        parsed.append(Message(role, content_text(content, f"{name}.content"), more or None))
     return tuple(parsed)
+
+
+def called_before(calls: Any, name: str) -> list[dict]:
+    """The assistant's earlier calls as templates want them: arguments as an object."""
+    read = []
+    for call in calls if isinstance(calls, list) else [None]:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise bad_value(name, calls, "a list of calls with a function each")
+        arguments = function.get("arguments") or {}
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            arguments = json.loads(arguments)
+        read.append({"id": str(call.get("id", "")), "type": "function",
+                     "function": {"name": function["name"], "arguments": arguments}})
+    return read
 
 
 def content_text(content: Any, name: str) -> str:
@@ -4499,30 +5154,62 @@ def parse_chat_request(body: dict, settings: Settings, request_id: str = "") -> 
                    ignore_eos=values.get("ignore_eos", False), low_priority=values.get("priority", False))
 
 
-def parse_openai_request(values: Mapping[str, Any], settings: Settings, request_id: str = "") -> Request:
-    """The checked OPENAI_FIELDS as a Request."""
+def openai_request(values: Mapping[str, Any], settings: Settings, **source: Any) -> Request:
+    """What both OpenAI routes have in common, as a Request."""
     cap = values.get("max_completion_tokens", values.get("max_tokens", settings.max_tokens))
     sampling = sampling_params({**values, "top_k": max(0, values.get("top_k", settings.top_k))}, settings)
-    return Request(request_id, openai_messages(values.get("messages")), sampling=sampling,
-                   max_tokens=None if cap == -1 else cap, stop=values.get("stop", ()),
-                   stop_token_ids=values.get("stop_token_ids", ()), ignore_eos=values.get("ignore_eos", False),
-                   min_tokens=values.get("min_tokens", 0), low_priority=values.get("priority", False))
+    free = not source.get("grammar")            # a grammar decides alone where its answer ends
+    return Request("", sampling=sampling, max_tokens=None if cap == -1 else cap, stop=values.get("stop", ()),
+                   stop_token_ids=values.get("stop_token_ids", ()), ignore_eos=values.get("ignore_eos", False) and free,
+                   min_tokens=values.get("min_tokens", 0) * free, n=values.get("n", 1),
+                   low_priority=values.get("priority", False), **source)
 
 
-def refuse_unsupported(body: dict, values: Mapping[str, Any]) -> None:
-    """Say so, rather than answer something else than was asked."""
-    choice = body.get("tool_choice")
-    if choice != "none" and (values.get("tools") or values.get("functions") or choice not in (None, "auto")):
+def parse_openai_request(values: Mapping[str, Any], settings: Settings, tool_format: str | None = None) -> Request:
+    """The checked OPENAI_FIELDS as a Request to a model that calls functions in this format."""
+    logprobs, top = values.get("logprobs", False), values.get("top_logprobs", 0)
+    if top and not logprobs:
+        raise RequestError("top_logprobs needs logprobs: true", code="invalid_value", param="top_logprobs")
+    choice, tools = values.get("tool_choice", "auto"), values.get("tools", ())
+    if choice != "none" and (values.get("functions") or (tools or choice != "auto") and tool_format is None):
         raise RequestError("this model has no tools; leave out tools or send tool_choice \"none\"",
-                           code="tools_not_supported", param="tools" if values.get("tools") else "tool_choice")
-    shape = values.get("response_format", {}).get("type")
-    if shape not in (None, "text"):
-        raise RequestError(f"response_format must be text, not {shown(shape)}: other shapes are not supported",
-                           code="unsupported_response_format", param="response_format")
-    if values.get("n", 1) != 1:
-        raise RequestError(f"n must be 1, not {values['n']}: one choice a request", code="unsupported_n", param="n")
-    if values.get("logprobs") or values.get("top_logprobs"):
-        raise RequestError("logprobs are not supported", code="unsupported_logprobs", param="logprobs")
+                           code="tools_not_supported", param="tools" if tools else "tool_choice")
+    tools = () if choice == "none" else tools
+    grammar = values.get("response_format", "")
+    if choice not in ("auto", "none"):
+        grammar = tool_grammar(tools, choice, tool_format, values.get("parallel_tool_calls", True))
+    return openai_request(values, settings, messages=openai_messages(values.get("messages"), tool_format is not None),
+                          logprobs=top if logprobs else None, grammar=grammar, tools=tools)
+
+
+def tool_grammar(tools: Seq[dict], choice: str, tool_format: str, parallel: bool) -> str:
+    """Calls, and nothing else: of any of the tools, or of the one that `choice` names."""
+    functions = [tool["function"] for tool in tools if choice == "required" or tool["function"]["name"] == choice[1:]]
+    if not functions:
+        raise RequestError(f"tool_choice names no function of tools: {shown(choice.removeprefix('='))}", code="invalid_value",
+                           param="tool_choice")
+    given = "arguments" if tool_format == "tagged" else "parameters"
+    calls = [{"type": "object", "required": ["name", given], "additionalProperties": False, "properties": {
+        "name": {"const": function["name"]}, given: function.get("parameters") or {"type": "object"}}} for function in functions]
+    schema = {"anyOf": calls}
+    if tool_format == "json":
+        return json_grammar(schema, "tools")
+    more = r'("\n" call)*' if parallel else ""
+    rules = (f"start: call {more}", r'call: "<tool_call>\n" object "\n</tool_call>"',
+             f"object: %json {json.dumps({'x-guidance': JSON_STYLE, **schema})}")
+    return checked_grammar(grammar_library().LLMatcher.grammar_from_lark("\n".join(rules)), "tools")
+
+
+def parse_completion_request(values: Mapping[str, Any], settings: Settings) -> Request:
+    """The checked COMPLETION_FIELDS as a Request."""
+    prompts, n, logprobs = values["prompt"], values.get("n", 1), values.get("logprobs")
+    if values.get("suffix"):
+        raise RequestError("suffix is not supported: this model does not fill in", code="unsupported_suffix", param="suffix")
+    if values.get("best_of", n) != n:
+        raise RequestError("best_of must be n", code="unsupported_best_of", param="best_of")
+    within_limit("answers (prompts times n)", len(prompts) * n, LIMITS.choices, "prompt")
+    return openai_request(values, settings, prompts=prompts, logprobs=logprobs,
+                          prompt_logprobs=logprobs if values.get("echo") else None)
 
 
 def dump(value: Any) -> bytes:
@@ -4541,12 +5228,6 @@ def frame(value: Any) -> bytes:
 
 def error_body(error: ChatServerError) -> dict:
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
-
-
-def usage_body(done: Finished) -> dict:
-    return {"prompt_tokens": done.prompt_tokens, "completion_tokens": done.completion_tokens,
-            "total_tokens": done.prompt_tokens + done.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": done.cached_tokens}}
 
 
 def timings_body(done: Finished) -> dict:
@@ -4571,40 +5252,270 @@ class NativeEncoder:
                       "usage": usage, "timings": timings_body(event), "seed": self.seed})
 
 
-class OpenAIEncoder:
-    """Events as chunks of `/v1/chat/completions`, or all of them as one completion."""
+def checked_ids(tokens: Seq[int], tokenizer: Tokenizer, name: str) -> list[int]:
+    if wrong := [token for token in tokens if not 0 <= token < tokenizer.vocab_size]:
+        raise RequestError(f"{name} has the token id {wrong[0]}; this model's are 0 to {tokenizer.vocab_size - 1}",
+                           code="invalid_value", param=name)
+    return list(tokens)
 
-    def __init__(self, request: Request, model: str, include_usage: bool = False):
-        self.include_usage = include_usage
-        self.head = {"id": f"chatcmpl-{request.id}", "object": "chat.completion.chunk", "created": int(time.time()),
+
+def piece_body(tokenizer: Tokenizer, token: int) -> str | list[int]:
+    """llama-server's piece: a string, or the bytes of what is no whole character."""
+    data = tokenizer.special_names[token].encode() if token in tokenizer.special_names else tokenizer.token_bytes(token)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return list(data)
+
+
+def logprob_number(logprob: float | None) -> float | None:
+    """JSON knows no infinity; OpenAI's floor is this."""
+    return None if logprob is None else max(logprob, -9999.0)
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, list[int] | None]:
+    """A token as log-probabilities show it, and its bytes: special ones by name, parts of characters as OpenAI does."""
+    if name := tokenizer.special_names.get(token):
+        return name, None
+    data = tokenizer.token_bytes(token)
+    try:
+        return data.decode(), list(data)
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data), list(data)
+
+
+class ToolCallReader:
+    """Finds calls of `tools` in an answer's text as it comes (see tool_format_of); everything else stays text."""
+
+    OPEN, CLOSE = "<tool_call>", "</tool_call>"
+
+    def __init__(self, tool_format: str, tools: Seq[dict]):
+        self.form, self.names = tool_format, {tool["function"]["name"] for tool in tools}
+        self.held, self.called = "", False
+
+    def push(self, text: str) -> tuple[str, list[dict]]:
+        """The text that is no call, and the calls that are whole now."""
+        self.held += text
+        return self._untag() if self.form == "tagged" else self._unless_json()
+
+    def finish(self) -> tuple[str, list[dict]]:
+        rest, self.held = self.held, ""
+        calls = self._calls_in(rest) if self.form == "json" else []
+        return ("" if calls else rest), calls
+
+    def _untag(self) -> tuple[str, list[dict]]:
+        texts, calls = [], []
+        while (begin := self.held.find(self.OPEN)) >= 0 and (end := self.held.find(self.CLOSE, begin)) >= 0:
+            found = self._calls_in(self.held[begin + len(self.OPEN):end])
+            end += len(self.CLOSE)
+            texts.append(self._spoken(self.held[:begin] if found else self.held[:end]))
+            calls, self.called, self.held = calls + found, self.called or bool(found), self.held[end:]
+        if begin < 0:           # no call has begun, but its tag may have
+            begin = len(self.held) - max(n for n in range(len(self.OPEN)) if self.held.endswith(self.OPEN[:n]))
+        texts.append(self._spoken(self.held[:begin]))
+        self.held = self.held[begin:]
+        return "".join(texts), calls
+
+    def _spoken(self, text: str) -> str:
+        """Whitespace right after a call is no text."""
+        text = text.lstrip() if self.called else text
+        self.called = self.called and not text
+        return text
+
+    def _unless_json(self) -> tuple[str, list[dict]]:
+        if self.held.lstrip()[:1] in ("", "{", "["):
+            return "", []
+        self.form, text, self.held = "none", self.held, ""
+        return text, []
+
+    def _calls_in(self, text: str) -> list[dict]:
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            return []
+        calls = found if isinstance(found, list) else [found]
+        if not all(isinstance(call, dict) and isinstance(call.get("name"), str) and call["name"] in self.names for call in calls):
+            return []
+        return [{"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": {
+            "name": call["name"], "arguments": json.dumps(call.get("arguments", call.get("parameters")) or {}, ensure_ascii=False)}}
+            for call in calls]
+
+
+class Part(NamedTuple):
+    """What an event brings to a choice."""
+
+    text: str = ""
+    logprobs: Seq[TokenLogprob] = ()
+    calls: Seq[dict] = ()
+
+
+class OpenAIEncoder:
+    """Events as chunks of a stream, or all of them as one body: what both OpenAI routes have in common."""
+
+    id_prefix = chunk_object = whole_object = ""
+
+    def __init__(self, request: Request, model: str, tokenizer: Tokenizer | None = None, include_usage: bool = False):
+        self.request, self.tokenizer, self.include_usage = request, tokenizer, include_usage
+        self.held: dict[int, list[TokenLogprob]] = collections.defaultdict(list)    # by choice: of tokens whose text is to come
+        self.ended: dict[int, Finished] = {}
+        self.choices = (len(request.prompts) or 1) * request.n
+        self.head = {"id": self.id_prefix + request.id, "object": self.chunk_object, "created": int(time.time()),
                      "model": model, "system_fingerprint": SYSTEM_FINGERPRINT, "seed": request.sampling.seed}
 
     def start(self) -> bytes:
-        return self._chunk({"role": "assistant", "content": ""})
+        return b""
+
+    def delta(self, choice: int, part: Part) -> dict:
+        """What a chunk's choice has besides its index and finish_reason."""
+        raise NotImplementedError
+
+    def whole(self, choice: int, part: Part) -> dict:
+        """The same for a choice in one body."""
+        raise NotImplementedError
+
+    def reason(self, done: Finished) -> str:
+        return done.reason
+
+    def take(self, event: Event) -> Part:
+        """The text that comes out, and the log-probabilities of its tokens; those of a stop string never do."""
+        held = self.held[event.choice]
+        if isinstance(event, Finished):
+            self.ended[event.choice] = event
+            return Part("", [] if event.stop_reason in self.request.stop else held)
+        released = held + list(event.logprobs)
+        self.held[event.choice] = [] if event.text else released
+        return Part(event.text, released if event.text else [])
 
     def encode(self, event: Event) -> bytes:
-        if isinstance(event, Piece):
-            return self._chunk({"content": event.text}, event.choice) if event.text else b""
-        return self._end(event)
+        part = self.take(event)
+        more = self.chunk(event.choice, self.delta(event.choice, part)) if any(part) else b""
+        if isinstance(event, Finished):
+            more += self.chunk(event.choice, self.delta(event.choice, Part()), event) + self.end()
+        return more
 
-    def _chunk(self, delta: dict, index: int = 0, done: Finished | None = None) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": done.reason if done else None}
+    def chunk(self, index: int, delta: dict, done: Finished | None = None) -> bytes:
+        choice = {"index": index, **delta, "finish_reason": self.reason(done) if done else None}
         ending = {}
         if done:
             choice["stop_reason"], ending = done.stop_reason, {"timings": timings_body(done)}
         usage = {"usage": None} if self.include_usage else {}
         return frame({**self.head, "choices": [choice], **usage, **ending})
 
-    def _end(self, done: Finished) -> bytes:
-        last = frame({**self.head, "choices": [], "usage": usage_body(done)}) if self.include_usage else b""
-        return self._chunk({}, done.choice, done) + last + b"data: [DONE]\n\n"
+    def end(self) -> bytes:
+        """After the last choice's last chunk."""
+        if len(self.ended) < self.choices:
+            return b""
+        usage = frame({**self.head, "choices": [], "usage": self.usage()}) if self.include_usage else b""
+        return usage + b"data: [DONE]\n\n"
 
-    def completion(self, text: str, done: Finished) -> dict:
+    def usage(self) -> dict:
+        """Each prompt counts once, each answer for itself."""
+        firsts = [done for choice, done in self.ended.items() if choice % self.request.n == 0]
+        prompt, cached = (sum(getattr(done, name) for done in firsts) for name in ("prompt_tokens", "cached_tokens"))
+        completion = sum(done.completion_tokens for done in self.ended.values())
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
+                "prompt_tokens_details": {"cached_tokens": cached}}
+
+    def completion(self, events: Iterable[Event]) -> dict:
         """The whole answer as one object, for a client that does not stream."""
-        choice = {"index": 0, "message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": None,
-                  "finish_reason": done.reason, "stop_reason": done.stop_reason}
-        return {**self.head, "object": "chat.completion", "choices": [choice], "usage": usage_body(done),
-                "timings": timings_body(done)}
+        parts: dict[int, list[Part]] = collections.defaultdict(list)
+        for event in events:
+            parts[event.choice].append(self.take(event))
+        joined = {choice: Part("".join(part.text for part in mine), [each for part in mine for each in part.logprobs],
+                               [call for part in mine for call in part.calls]) for choice, mine in parts.items()}
+        choices = [{"index": choice, **self.whole(choice, joined[choice]), "finish_reason": self.reason(done),
+                    "stop_reason": done.stop_reason} for choice, done in sorted(self.ended.items())]
+        return {**self.head, "object": self.whole_object, "choices": choices, "usage": self.usage(),
+                "timings": timings_body(self.ended[0])}
+
+
+class ChatEncoder(OpenAIEncoder):
+    """`/v1/chat/completions`; for a request with tools also the calls in the text."""
+
+    id_prefix, chunk_object, whole_object = "chatcmpl-", "chat.completion.chunk", "chat.completion"
+
+    def __init__(self, request: Request, *more: Any, **options: Any):
+        super().__init__(request, *more, **options)
+        self.calls: collections.Counter = collections.Counter()         # by choice: how many there were
+        self.readers = {choice: ToolCallReader(self.tokenizer.tool_format, request.tools)
+                        for choice in range(self.choices if request.tools else 0)}
+
+    def start(self) -> bytes:
+        opening = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
+        return b"".join(self.chunk(choice, opening) for choice in range(self.choices))
+
+    def take(self, event: Event) -> Part:
+        part = super().take(event)
+        if reader := self.readers.get(event.choice):
+            text, calls = reader.finish() if isinstance(event, Finished) else reader.push(part.text)
+            part = part._replace(text=text, calls=calls)
+        return part
+
+    def reason(self, done: Finished) -> str:
+        return "tool_calls" if self.calls[done.choice] and done.reason == "stop" else done.reason
+
+    def delta(self, choice: int, part: Part) -> dict:
+        delta: dict[str, Any] = {"content": part.text} if part.text or part.logprobs else {}
+        if part.calls:
+            delta["tool_calls"] = [{"index": self.calls[choice] + i, **call} for i, call in enumerate(part.calls)]
+            self.calls[choice] += len(part.calls)
+        return {"delta": delta, "logprobs": self.logprobs_body(part.logprobs) if part.logprobs else None}
+
+    def whole(self, choice: int, part: Part) -> dict:
+        message = {"role": "assistant", "content": part.text, "refusal": None}
+        if part.calls:
+            message |= {"content": part.text or None, "tool_calls": part.calls}
+            self.calls[choice] += len(part.calls)
+        wanted = self.request.logprobs is not None
+        return {"message": message, "logprobs": self.logprobs_body(part.logprobs) if wanted else None}
+
+    def logprobs_body(self, logprobs: Seq[TokenLogprob]) -> dict:
+        def entry(token: int, logprob: float | None) -> dict:
+            text, data = token_text(self.tokenizer, token)
+            return {"token": text, "logprob": logprob_number(logprob), "bytes": data}
+        return {"content": [{**entry(each.token, each.logprob), "top_logprobs": [entry(*top) for top in each.top]}
+                            for each in logprobs], "refusal": None}
+
+
+class CompletionEncoder(OpenAIEncoder):
+    """`/v1/completions`, with the prompt before each answer if `echo`."""
+
+    id_prefix, chunk_object, whole_object = "cmpl-", "text_completion", "text_completion"
+
+    def __init__(self, *arguments: Any, echo: bool = False, **options: Any):
+        super().__init__(*arguments, **options)
+        self.to_echo = set(range(self.choices if echo else 0))
+        self.offsets: dict[int, tuple[Any, int]] = {}       # by choice: a decoder, and the characters it gave so far
+
+    def take(self, event: Event) -> Part:
+        part = super().take(event)
+        if event.choice not in self.to_echo:
+            return part
+        self.to_echo.remove(event.choice)                   # its first event is a piece, maybe an empty one
+        prompt = self.request.prompts[event.choice // self.request.n]
+        text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
+        return Part(text + part.text, [*event.prompt_logprobs, *part.logprobs])
+
+    def delta(self, choice: int, part: Part) -> dict:
+        return {"text": part.text, "logprobs": self.logprobs_body(choice, part.logprobs) if part.logprobs else None}
+
+    def whole(self, choice: int, part: Part) -> dict:
+        wanted = self.request.logprobs is not None
+        return {"text": part.text, "logprobs": self.logprobs_body(choice, part.logprobs) if wanted else None}
+
+    def logprobs_body(self, choice: int, logprobs: Seq[TokenLogprob]) -> dict:
+        """Four lists; an offset is where in the choice's text a token begins."""
+        decoder, offset = self.offsets.get(choice) or (codecs.getincrementaldecoder("utf-8")("replace"), 0)
+        texts, offsets, tops = [], [], []
+        for token, logprob, top in logprobs:
+            texts.append(token_text(self.tokenizer, token)[0])
+            offsets.append(offset)
+            offset += len(decoder.decode(self.tokenizer.token_bytes(token)))
+            tops.append(None if logprob is None else {token_text(self.tokenizer, each)[0]: logprob_number(number_)
+                                                      for each, number_ in (*top, (token, logprob))})
+        self.offsets[choice] = decoder, offset
+        return {"tokens": texts, "token_logprobs": [logprob_number(each.logprob) for each in logprobs],
+                "top_logprobs": tops, "text_offset": offsets}
 
 
 class ClientGone(ConnectionResetError):
@@ -4802,14 +5713,54 @@ class Front:
 
     async def handle_openai_chat(self, http: web.Request) -> web.StreamResponse:
         """POST /v1/chat/completions."""
-        body = await read_body(http)
-        values = parse_fields(body, OPENAI_FIELDS)
+        values = parse_fields(await read_body(http), OPENAI_FIELDS)
         self.check_model(values.get("model", ""))
-        refuse_unsupported(body, values)
-        request = self.owned(http, parse_openai_request(values, self.settings))
+        request = parse_openai_request(values, self.settings, self.tokenizer().tool_format)
+        return await self.answer_openai(http, values, request, ChatEncoder)
+
+    async def handle_completions(self, http: web.Request) -> web.StreamResponse:
+        """POST /v1/completions."""
+        values = parse_fields(await read_body(http), COMPLETION_FIELDS)
+        self.check_model(values.get("model", ""))
+        encoder = functools.partial(CompletionEncoder, echo=values.get("echo", False))
+        return await self.answer_openai(http, values, parse_completion_request(values, self.settings), encoder)
+
+    async def handle_tokenize(self, http: web.Request) -> web.Response:
+        """POST /tokenize, as llama-server has it."""
+        values, tokenizer = parse_fields(await read_body(http), TOKENIZE_FIELDS), self.tokenizer()
+        encode = tokenizer.encode_with_specials if values.get("parse_special", True) else tokenizer.encode
+        parts = values["content"]
+        tokens = await tokenizing(lambda parts: [token for part in parts for token in (encode(part) if isinstance(part, str) else [part])],
+                                  parts, sum(len(part) for part in parts if isinstance(part, str)))
+        tokens = checked_ids(tokenizer.with_bos(tokens) if values.get("add_special") else tokens, tokenizer, "content")
+        if values.get("with_pieces"):
+            tokens = [{"id": token, "piece": piece_body(tokenizer, token)} for token in tokens]
+        return json_response({"tokens": tokens})
+
+    async def handle_detokenize(self, http: web.Request) -> web.Response:
+        """POST /detokenize, as llama-server has it: special tokens by their names."""
+        values, tokenizer = parse_fields(await read_body(http), DETOKENIZE_FIELDS), self.tokenizer()
+        return json_response({"content": tokenizer.show(checked_ids(values["tokens"], tokenizer, "tokens"))})
+
+    async def handle_apply_template(self, http: web.Request) -> web.Response:
+        """POST /apply-template, as llama-server has it: the text that a conversation becomes."""
+        values, tokenizer = parse_fields(await read_body(http), TEMPLATE_FIELDS), self.tokenizer()
+        messages = openai_messages(values["messages"], tokenizer.tool_format is not None)
+        tools = values.get("tools", ()) if tokenizer.tool_format else ()
+        tokens = await tokenizing(functools.partial(tokenizer.render, tools=tools), messages, sum(len(m.content) for m in messages))
+        return json_response({"prompt": tokenizer.show(tokens)})
+
+    def tokenizer(self) -> Tokenizer:
+        if (tokenizer := self.pool.tokenizer) is None:
+            raise Overloaded("the model is still loading", retry_after_s=2)
+        return tokenizer
+
+    async def answer_openai(self, http: web.Request, values: Mapping[str, Any], request: Request,
+                            make_encoder: Callable[..., OpenAIEncoder]) -> web.StreamResponse:
+        request = self.owned(http, request)
         include_usage = values.get("stream_options", {}).get("include_usage") is True
         async with self.answering(request) as events:
-            encoder = OpenAIEncoder(request, self.pool.model_name, include_usage)
+            encoder = make_encoder(request, self.pool.model_name, self.pool.tokenizer, include_usage=include_usage)
             if values.get("stream"):
                 return await self.stream(http, request, events, encoder)
             return await self.collect(http, request, events, encoder)
@@ -4835,12 +5786,9 @@ class Front:
     async def collect(self, http: web.Request, request: Request, events: AsyncIterator[Event],
                       encoder: OpenAIEncoder) -> web.Response:
         """The whole answer in one body."""
-        texts, event = [], None
-        async for event in events:
-            if isinstance(event, Piece):
-                texts.append(event.text)
-        self.note_end(http, event)
-        return json_response(encoder.completion("".join(texts), event), headers={"X-Request-Id": request.id})
+        answer = [event async for event in events]
+        self.note_end(http, answer[-1] if answer else None)
+        return json_response(encoder.completion(answer), headers={"X-Request-Id": request.id})
 
     def note_end(self, http: web.Request, event: Event | None) -> None:
         if not isinstance(event, Finished):
@@ -4860,8 +5808,12 @@ class Front:
     def model_body(self) -> dict:
         if not self.pool.ready:
             raise Overloaded("the model is not ready")
+        tokenizer = self.tokenizer()
+        able = {"chat": tokenizer.has_chat_template, "completions": True, "logprobs": True, "tools": tokenizer.tool_format is not None,
+                "json_schema": importlib.util.find_spec("llguidance") is not None}
         return {"id": self.pool.model_name, "object": "model", "created": self.pool.created, "owned_by": "chat_server",
-                "context_length": self.pool.context_length, "max_model_len": self.pool.context_length}
+                "context_length": self.pool.context_length, "max_model_len": self.pool.context_length, "capabilities": able,
+                "meta": {"n_vocab": tokenizer.vocab_size, "n_ctx": self.pool.context_length}}
 
     async def handle_models(self, http: web.Request) -> web.Response:
         return json_response({"object": "list", "data": [self.model_body()]})
@@ -4873,7 +5825,7 @@ class Front:
 
     async def handle_cancel(self, http: web.Request) -> web.Response:
         """POST /v1/cancel/{id}: the id of the X-Request-Id header of the answer, or of the chunks."""
-        request_id = http.match_info["id"].removeprefix("chatcmpl-")
+        request_id = re.sub("^(chat)?cmpl-", "", http.match_info["id"])
         if self.running.get(request_id) != self.visits[id(http)].client or not self.pool.cancel(request_id):
             raise RequestError("no answer with this id is running", status=404, code="not_running", param="id")
         return json_response({"id": request_id, "cancelled": True})
@@ -5028,7 +5980,7 @@ async def errors_to_responses(http: web.Request, handler: Callable) -> web.Strea
     if failure.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     body = error_body(failure)
-    if not re.search(r"/v1/|/models$", http.path):
+    if not re.search(r"/v1/|/models$|tokenize$|/apply-template$", http.path):
         plain = failure.status == 400 and failure.code != "context_length_exceeded"     # `chat --url` needs that code
         body = {"detail": failure.message, **({} if plain else body)}
     return json_response(body, failure.status, headers)
@@ -5053,6 +6005,10 @@ ROUTES = (
     Route("GET", "/static/{name:.+}", "handle_static", "its files"),
     Route("POST", "/chat/completions", "handle_chat", "an answer as nanochat's event stream", NATIVE_FIELDS),
     Route("POST", "/v1/chat/completions", "handle_openai_chat", "an answer as OpenAI has it, streamed or whole", OPENAI_FIELDS),
+    Route("POST", "/v1/completions", "handle_completions", "what follows a text, streamed or whole", COMPLETION_FIELDS),
+    Route("POST", "/tokenize", "handle_tokenize", "text to token ids", TOKENIZE_FIELDS),
+    Route("POST", "/detokenize", "handle_detokenize", "token ids to text", DETOKENIZE_FIELDS),
+    Route("POST", "/apply-template", "handle_apply_template", "a conversation to the prompt's text", TEMPLATE_FIELDS),
     Route("GET", "/v1/models", "handle_models", "the served model"),
     Route("GET", "/models", "handle_models", "the served model"),
     Route("GET", "/v1/models/{name:.+}", "handle_model", "the served model, by a name of it"),
@@ -5071,6 +6027,10 @@ SCHEMAS = {     # JSON Schema of what a Field's reader takes, besides its range;
     read_switch: {"enum": [True, False, "true", "false"]}, read_list: {"type": "array"}, read_object: {"type": "object"},
     read_stop: {"anyOf": [STRING, {"type": "array", "items": STRING, "maxItems": LIMITS.stop_strings}]},
     read_token_ids: {"type": "array", "items": INTEGER}, read_priority: {"anyOf": [{"enum": ["low", "normal"]}, INTEGER]},
+    read_tools: {"type": "array", "items": {"type": "object"}}, read_response_format: {"type": "object"},
+    read_tool_choice: {"anyOf": [{"enum": ["auto", "none", "required"]}, {"type": "object"}]},
+    read_mixed: {"anyOf": [STRING, {"type": "array", "items": {"anyOf": [STRING, INTEGER]}}]},
+    read_prompts: {"anyOf": [STRING, {"type": "array", "items": {"anyOf": [STRING, INTEGER, {"type": "array", "items": INTEGER}]}}]},
     read_logit_bias: {"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}},
 }
 
@@ -5087,7 +6047,8 @@ def openapi_operation(route: Route) -> dict[str, Any]:
     operation = {"summary": route.doc, "responses": {"200": {"description": route.doc}, "default": error}, "parameters": [
         {"name": name, "in": "path", "required": True, "schema": STRING} for name in re.findall(r"{(\w+)", route.path)]}
     if route.fields:
-        schema = {"type": "object", "required": ["messages"], "properties": {f.name: field_schema(f) for f in route.fields}}
+        required = [field.name for field in route.fields if field.required]
+        schema = {"type": "object", "required": required, "properties": {f.name: field_schema(f) for f in route.fields}}
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     return operation | ({"security": []} if route.pattern in OPEN_ROUTES else {})
 

@@ -106,16 +106,23 @@ def prefill(model, tokens, context):
     return (time.perf_counter() - begin) * 1e6
 
 
-def show_phases(model):
-    steps = model.program.times()
+def show_phases(model, run, tokens, rounds):
+    """Each phase's least time over many steps, and their sum: what a step takes while nobody else uses the machine."""
+    least, names, steps = None, [], 0
+    for _ in range(rounds):
+        run()
+        for step in model.program.times():
+            if step["tokens"] != tokens:
+                continue                        # of the case before
+            phases, steps = [us for _, us in step["phases"]], steps + 1
+            least, names = (phases if least is None else list(map(min, least, phases))), [what for what, _ in step["phases"]]
     kinds = {}
-    for step in steps:
-        for what, us in step["kinds"].items():
-            kinds[what] = kinds.get(what, 0) + us / len(steps)
-    total = statistics.mean(step["us"] for step in steps)
-    print(f"    {total:8.0f} us a step, {len(steps[-1]['phases'])} phases, width {[s['width'] for s in steps]}")
+    for what, us in zip(names, least):
+        kinds[what] = kinds.get(what, 0) + us
+    print(f"    {sum(least):8.0f} us: sum of {len(names)} phases' least times over {steps} steps")
     for what, us in sorted(kinds.items(), key=lambda item: -item[1]):
-        print(f"    {us:8.1f} us  {us / total:6.1%}  {sum(w == what for w, _ in steps[-1]['phases']):4d}  {what}")
+        print(f"    {us:8.1f} us  {us / sum(least):6.1%}  {names.count(what):4d}  {what}")
+    return sum(least)
 
 
 def main():
@@ -126,15 +133,16 @@ def main():
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--phases", action="store_true")
+    parser.add_argument("--phases", action="store_true", help="each phase's least time over many steps")
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--free-width", action="store_true", help="let the policy narrow; otherwise the width is forced")
     options = parser.parse_args()
     batches, threads = ([int(n) for n in text.split(",") if n] for text in (options.batches, options.threads))
     model = Model(SMOLLM2, 512, 64, max(batches + [1]) * (options.context // PAGE + 64) + 64)
     print(f"weights {model.bytes / 1e6:.1f} MB, {decode_core.info()['isa']}, context {options.context}")
-    cases = [(f"B={b}", b, lambda b=b: decode(model, b, options.context, max(8, int(options.seconds / options.repeats * 400 / (1 + b / 5)))) / b)
-             for b in batches] + ([("prefill", options.prompt, lambda: prefill(model, options.prompt, 0) / options.prompt)] if options.prompt else [])
-    for name, _, run in cases:
+    cases = [(f"B={b}", b, lambda n=0, b=b: decode(model, b, options.context, n or max(8, int(options.seconds / options.repeats * 400 / (1 + b / 5)))) / b)
+             for b in batches] + ([("prefill", options.prompt, lambda n=0: prefill(model, options.prompt, 0) / options.prompt)] if options.prompt else [])
+    for name, size, run in cases:
         figures = {n: [] for n in threads}
         for _ in range(options.repeats):
             for n in threads:
@@ -146,8 +154,9 @@ def main():
             if options.phases:
                 decode_core.set_threads(n)
                 decode_core._core.force_schedule(0 if options.free_width else n, False)
-                run()
-                show_phases(model)
+                tokens = options.prompt if name == "prefill" else size
+                quiet = show_phases(model, lambda: run(16), tokens, options.rounds)
+                print(f"    quiet: {1e6 * tokens / quiet:.0f} tok/s")
 
 
 if __name__ == "__main__":

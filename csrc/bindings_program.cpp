@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/program.h"
+#include "cpu/width.h"
 #include "python_lists.h"
 
 namespace py = pybind11;
@@ -134,6 +135,10 @@ void bind_program(py::module_& m) {
             delete program;
         }
     };
+    py::class_<dc::Width>(m, "Width")               // for tests
+        .def(py::init<int>())
+        .def("choose", &dc::Width::choose)
+        .def("learn", &dc::Width::learn);
     py::class_<Program, std::unique_ptr<Program, Delete>>(m, "Program")
         .def(py::init([](int64_t max_tokens, int64_t max_rows) { return std::unique_ptr<Program, Delete>(new Program(max_tokens, max_rows)); }))
         .def("embed", &embed)

@@ -1,6 +1,8 @@
 """The code under test and the models every module may use."""
 
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,3 +25,17 @@ def default_model_path():
 def nanochat_fixtures():
     """gen1 .. gen5: a tiny checkpoint of each nanochat generation in upstream's layout, with oracle.json."""
     return Path(__file__).parent / "fixtures" / "nanochat"
+
+
+@pytest.fixture(scope="session")
+def emulation_library(tmp_path_factory):
+    """The CUDA kernels' text compiled by g++ against csrc/cuda/emulation.h: a library with the functions of launch.h."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ here")
+    library = tmp_path_factory.mktemp("emulation") / "emulation.so"
+    # For example, with libasan preloaded: -fsanitize=address,undefined -fno-sanitize-recover=undefined --param=asan-stack=0
+    more = os.environ.get("DECODE_CORE_EMULATION_FLAGS", "").split()
+    subprocess.run(["g++", "-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wall",
+                    "-Wextra", "-Werror", *more, str(REPOSITORY / "csrc" / "cuda" / "emulation.cpp"), "-o", str(library)],
+                   check=True, timeout=170)
+    return library

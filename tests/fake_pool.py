@@ -9,19 +9,41 @@ import chat_server
 from chat_server import Accepted, EngineFailure, Finished, Overloaded, Piece, RequestError, Settings
 
 
-def finished(pieces, reason="stop", stop_reason="eos"):
+def finished(pieces, reason="stop", stop_reason="eos", choice=0):
     return Finished(reason, stop_reason, prompt_tokens=7, completion_tokens=len(pieces), cached_tokens=3, queue_ms=0.25,
-                    ttft_ms=8.125, tokens_per_second=212.34, gpu=0)
+                    ttft_ms=8.125, tokens_per_second=212.34, gpu=0, choice=choice)
+
+
+class Letters(chat_server.Tokenizer):
+    """Every byte is a token, and 256 is special."""
+
+    vocab_size = 257
+
+    def __init__(self):
+        super().__init__(chat_server.TextSpec("letters", b"", stop_tokens=frozenset({256}), eos_token=256))
+        self.specials = {"<|end|>": 256}
+
+    def encode(self, text):
+        return list(text.encode())
+
+    encode_with_specials = encode
+
+    def render(self, messages, tools=()):
+        return self.encode("".join(f"{message.role}: {message.content}\n" for message in messages))
+
+    def piece(self, token):
+        return bytes([token]) if token < 256 else b""
 
 
 class FakePool:
-    """Answers every request with `pieces` (an exception among them is raised in its place).
+    """Answers every request with `pieces` (an exception among them is raised in its place; one may be a Piece itself), each of
+    its choices in turn.
 
     `gate`: when set to an asyncio.Event, every piece waits for it. `requests` are those that arrived; `open` is how many
     are being answered, and `until_open(n)` waits for a number without polling.
     """
 
-    model_name, created, context_length = "fake-model", 1_700_000_000, 4096
+    model_name, created, context_length, tokenizer = "fake-model", 1_700_000_000, 4096, Letters()
 
     def __init__(self, pieces=("Hello", ", ", "world!"), *, reason="stop", stop_reason="eos", refuse=None, gate=None):
         self.pieces, self.reason, self.stop_reason, self.refuse, self.gate = pieces, reason, stop_reason, refuse, gate
@@ -46,13 +68,14 @@ class FakePool:
         await self._count(+1)
         try:
             yield Accepted(7, request.sampling.seed)
-            for piece in self.pieces:
-                if self.gate:
-                    await self._gate_or_cancel(request)
-                if isinstance(piece, Exception):
-                    raise piece
-                yield Piece(piece, (1,), 0)
-            yield finished(self.pieces, self.reason, self.stop_reason)
+            for choice in range((len(request.prompts) or 1) * request.n):
+                for piece in self.pieces:
+                    if self.gate:
+                        await self._gate_or_cancel(request)
+                    if isinstance(piece, Exception):
+                        raise piece
+                    yield chat_server.replace(piece, choice=choice) if isinstance(piece, Piece) else Piece(piece, (1,), 0, choice)
+                yield finished(self.pieces, self.reason, self.stop_reason, choice)
         finally:
             del self.cancelled[request.id]
             await asyncio.shield(self._count(-1))

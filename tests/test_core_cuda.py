@@ -2,7 +2,6 @@
 
 import ctypes
 import importlib.util
-import os
 import shutil
 import subprocess
 from dataclasses import replace
@@ -106,16 +105,8 @@ class Gpu:
 
 
 @pytest.fixture(scope="module")
-def emulation(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ here")
-    library = tmp_path_factory.mktemp("emulation") / "emulation.so"
-    # For example, with libasan preloaded: -fsanitize=address,undefined -fno-sanitize-recover=undefined --param=asan-stack=0
-    more = os.environ.get("DECODE_CORE_EMULATION_FLAGS", "").split()
-    subprocess.run(["g++", "-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wall",
-                    "-Wextra", "-Werror", *more, str(CSRC / "cuda" / "emulation.cpp"), "-o", str(library)],
-                   check=True, timeout=170)
-    return Emulation(library)
+def emulation(emulation_library):
+    return Emulation(emulation_library)
 
 
 @pytest.fixture(scope="module")

@@ -201,7 +201,7 @@ async def test_a_body_above_the_limit_is_413(client, path, monkeypatch):
 
 @hypothesis_settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(body=st.dictionaries(
-    st.sampled_from([field.name for field in chat_server.OPENAI_FIELDS] + ["tool_choice", "x"]),
+    st.sampled_from([field.name for field in chat_server.OPENAI_FIELDS] + ["x"]),
     st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None), max_size=5),
                  lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
                      st.sampled_from(["role", "content", "type", "text", "1", "include_usage"]), inner, max_size=3), max_leaves=8)))
@@ -214,8 +214,7 @@ def test_no_json_object_breaks_the_parsers(body):
             assert error.status == 400 and str(error)
         try:
             values = chat_server.parse_fields(raw, chat_server.OPENAI_FIELDS)
-            chat_server.refuse_unsupported(raw, values)
-            chat_server.parse_openai_request(values, Settings(), "id")
+            chat_server.parse_openai_request(values, Settings(), "tagged")
         except RequestError as error:
             assert error.status == 400 and str(error)
 
@@ -278,8 +277,10 @@ async def test_content_may_be_text_null_or_text_parts_and_developer_is_system(cl
     ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "tools_not_supported"),
     ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]}, "tools_not_supported"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "unsupported_content"),
-    ({"response_format": {"type": "json_object"}}, "unsupported_response_format"),
-    ({"n": 2}, "unsupported_n"), ({"logprobs": True}, "unsupported_logprobs"), ({"top_logprobs": 2}, "unsupported_logprobs"),
+    ({"response_format": {"type": "xml"}}, "invalid_value"), ({"response_format": {"type": "json_schema"}}, "invalid_json_schema"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nope"}}}}, "invalid_json_schema"),
+    ({"n": 0}, "invalid_value"), ({"n": 129}, "invalid_value"), ({"top_logprobs": 2}, "invalid_value"),
+    ({"logprobs": True, "top_logprobs": 21}, "invalid_value"), ({"logprobs": 5}, "invalid_value"),
     ({"temperature": 2.1}, "invalid_value"), ({"top_p": -0.1}, "invalid_value"), ({"max_tokens": 0}, "invalid_value"),
     ({"max_tokens": -2}, "invalid_value"), ({"presence_penalty": 3}, "invalid_value"),
     ({"logit_bias": {"x": 1}}, "invalid_value"), ({"logit_bias": {"1": 101}}, "invalid_value"),
@@ -293,7 +294,7 @@ async def test_what_is_not_supported_or_out_of_range_is_400_with_a_code(client, 
 
 
 @pytest.mark.parametrize("body", [
-    {"tools": []}, {"tools": [{"type": "function"}], "tool_choice": "none"}, {"tool_choice": "auto"}, {"n": 1},
+    {"tools": []}, {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"}, {"tool_choice": "auto"}, {"n": 1},
     {"response_format": {"type": "text"}}, {"logprobs": False, "top_logprobs": 0}, {"top_k": -1}, {"user": "me", "store": True},
     {"parallel_tool_calls": True, "metadata": {}}, {"stream_options": None}, {"logit_bias": {}}, {"stop": []}, {"stop": ["", "x"]}])
 async def test_harmless_parameters_are_accepted(client, body):

@@ -160,7 +160,7 @@ def test_no_body_is_answered_with_5xx(port, request):
     method, path, body = request
     status, answer = exchange(port, method, path, body, {})
     check(status, answer)
-    if status == 200:
+    if status == 200 and "completions" in path:
         assert b"x" in answer       # the answer came through
 
 

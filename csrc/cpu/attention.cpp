@@ -111,6 +111,11 @@ AttentionPlan::Work AttentionPlan::divide(int window) const {
             }
         }
     }
+    // Chunk after chunk over all sequences and heads: an item fetches as many pages of the next as it has itself, so a short
+    // last chunk must not stand before a whole one (16 rows of 264 positions: 21 GB/s in the order of rows, 25 in this one).
+    std::stable_sort(work.items.begin(), work.items.end(), [](const AttentionItem& a, const AttentionItem& b) {
+        return (a.merge >= 0 ? a.chunk_begin : 0) < (b.merge >= 0 ? b.chunk_begin : 0);
+    });
     return work;
 }
 
@@ -134,9 +139,20 @@ AttentionRun::AttentionRun(const AttentionPlan::Work& work, int head_size, Eleme
     per_chunk = shared ? std::clamp<int64_t>(count / (RUNS_PER_THREAD * threads), 1, LONGEST_RUN) : std::max<int64_t>(count, 1);
 }
 
+// The keys of an item's first chunk, at once: later ones are fetched while the item before is computed.
+void fetch_keys(const AttentionJob& job, const AttentionItem& item) {
+    const int64_t bytes = int64_t(PAGE_SIZE) * job.head_size * bytes_of(job.cache_type);
+    const int first = item.chunk_begin * CHUNK_PAGES, seen = item.chunk_begin < item.chunk_end ? (item.position + item.rows - 1) / PAGE_SIZE + 1 : 0;
+    for (int page = first; page < std::min(first + CHUNK_PAGES, seen); page++) {
+        const char* keys = static_cast<const char*>(job.cache) + (item.pages[page] * int64_t(job.kv_heads) + item.kv_head) * 2 * bytes;
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(keys + i);
+    }
+}
+
 void AttentionRun::run(const AttentionJob& job, int64_t chunk) const {
     const AttentionKernels& use = kernels();
     const int64_t query_floats = state_floats(1, job.head_size), end = std::min((chunk + 1) * per_chunk, count);
+    if (chunk * per_chunk < end) fetch_keys(job, work.items[size_t(chunk * per_chunk)]);
     for (int64_t j = chunk * per_chunk; j < end; j++) {
         const AttentionItem& item = work.items[size_t(j)];
         const AttentionItem* following = j + 1 < count ? &work.items[size_t(j + 1)] : nullptr;

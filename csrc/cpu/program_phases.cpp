@@ -56,8 +56,8 @@ size_t prepared_bytes(const Op& op, int64_t rows) { return prepared_bytes(op.til
 Step::Step(const std::vector<Op>& ops, StepInput given, void* prepared, int threads)
     : tokens(int64_t(given.token_ids.size())), logit_rows(int64_t(given.logit_rows.size())), ops(ops), input(std::move(given)),
       prepared(prepared), threads(threads) {
-    find_slots();
     plan_attention();
+    find_slots();
     make_phases();
     drawn.resize(input.samples ? size_t(logit_rows) : 0);
     stamps.resize(phases.size() + 1);
@@ -80,9 +80,10 @@ void Step::find_slots() {
 void Step::plan_attention() {
     int heads = 1, kv_heads = 1;
     int64_t num_pages = INT32_MAX;
-    for (const Op& op : ops)
-        if (op.kind == OpKind::paged_attention)
-            heads = op.attention.heads, kv_heads = op.attention.kv_heads, num_pages = std::min(num_pages, op.num_pages);
+    for (const Op& op : ops) {
+        if (op.num_pages) num_pages = std::min(num_pages, op.num_pages);
+        if (op.kind == OpKind::paged_attention) heads = op.attention.heads, kv_heads = op.attention.kv_heads;
+    }
     // throws for what is wrong, also without any attention; rows, lengths and tables are as it says from here on
     plan = std::make_unique<AttentionPlan>(input.pages, input.offsets, input.lengths, input.starts, heads, kv_heads, num_pages);
     for (const Op& op : ops) {

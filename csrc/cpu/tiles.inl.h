@@ -14,15 +14,18 @@ namespace dc {
 namespace DC_ISA {
 namespace {
 
+// Rows of x that fit in the registers with one q tile, and with two float tiles.
 #if defined(__AVX512F__)
-constexpr int Q_ROWS = 8, FLOAT_ROWS = 8, FLOAT_TILES = 2;      // rows of x and tiles that fit in the registers at once
+constexpr int Q_ROWS = 8, FLOAT_ROWS = 8;
 #elif defined(__AVX2__)
-constexpr int Q_ROWS = 4, FLOAT_ROWS = 3, FLOAT_TILES = 2;
+constexpr int Q_ROWS = 4, FLOAT_ROWS = 3;
 #else
-constexpr int Q_ROWS = 4, FLOAT_ROWS = 4, FLOAT_TILES = 1;
+constexpr int Q_ROWS = 4, FLOAT_ROWS = 4;
 #endif
 
+constexpr int FLOAT_TILES = 2, MOST_TILES = 2;       // one row and one tile of floats would be one chain of additions, waiting
 constexpr int64_t GROUPS_BYTES = 256 << 10;         // of panels that pass by one tile: a quarter of the L2 cache
+constexpr int64_t AHEAD = 8 << 10;                  // bytes from what is read to what is prefetched; 4 KB cost 10 %, 16 KB nothing
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -135,8 +138,7 @@ DC_INLINE void sum_block(const uint8_t* quants, const int8_t* x, Sum* sum) {
 template <Weight TYPE, int R>
 __attribute__((noinline)) void q_rows(const uint8_t* tile, int64_t blocks, int64_t ahead, const PanelBlock* panel, int row,
                                       float* y) {
-    Lanes total[R];
-    for (int r = 0; r < R; r++) total[r] = all(0.0f);
+    Lanes total[R] = {};                            // zeroed by a loop, GCC 12 would keep it in memory
     for (int64_t b = 0; b < blocks; b++) {
         const BlockOfTile w = block_of<TYPE>(tile, b);
         const int8_t* x = panel[b].x[row];
@@ -157,6 +159,7 @@ __attribute__((noinline)) void q_rows(const uint8_t* tile, int64_t blocks, int64
         const Lanes m = load(reinterpret_cast<const Half*>(w.scales) + 16);
         for (int r = 0; r < R; r++) total[r] = fma(m, all(offset[r].product), total[r]);
     }
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++) store(y + 16 * r, total[r]);
 }
 
@@ -180,28 +183,30 @@ __attribute__((noinline)) void float_rows(const uint8_t* tile, int64_t columns, 
                                           float* y) {
     const int64_t bytes = columns * 16 * int64_t(sizeof(W));
     constexpr int64_t step = 256 * sizeof(W), panel_step = 16 * GROUP_ROWS;
-    Lanes total[T][R];
-    for (int t = 0; t < T; t++)
-        for (int r = 0; r < R; r++) total[t][r] = all(0.0f);
+    Lanes total[T][R] = {};
     const float* x = panel + 16 * row;
     int64_t left = columns;
     for (; left >= 16; left -= 16, tile += step, x += panel_step) {
-        if (ahead)
+        if (ahead) {                                // within the tile, then within the one that follows these T
+            const uint8_t* next = tile + ahead + (left * 16 * int64_t(sizeof(W)) > ahead ? 0 : (T - 1) * bytes);
             for (int t = 0; t < T; t++)
-                for (int64_t line = 0; line < step; line += 64) __builtin_prefetch(tile + t * bytes + ahead + line);
+                for (int64_t line = 0; line < step; line += 64) __builtin_prefetch(next + t * bytes + line);
+        }
         float_columns<W, T, R>(tile, bytes, x, 16, total);
     }
     for (int k = 0; k < left; k++) float_columns<W, T, R>(tile + k * (step / 16), bytes, x + k, 1, total);
+#pragma GCC unroll 2
     for (int t = 0; t < T; t++)
+#pragma GCC unroll 8
         for (int r = 0; r < R; r++) store(y + (t * GROUP_ROWS + r) * 16, total[t][r]);
 }
 
-// ---- the kernel of a type for 1 .. MAX rows
+// ---- the kernel of a type for some rows
 
 using QKernel = void (*)(const uint8_t*, int64_t, int64_t, const PanelBlock*, int, float*);
 using FloatKernel = void (*)(const uint8_t*, int64_t, int64_t, const float*, int, float*);
 
-template <Weight TYPE, int R>
+template <Weight TYPE, int R = Q_ROWS>
 QKernel pick_q(int rows) {
     if constexpr (R == 0) return nullptr;
     else return rows == R ? &q_rows<TYPE, R> : pick_q<TYPE, R - 1>(rows);
@@ -213,44 +218,39 @@ FloatKernel pick_float(int rows) {
     else return rows == R ? &float_rows<W, T, R> : pick_float<W, T, R - 1>(rows);
 }
 
-QKernel q_kernel(Weight type, int rows) {
-    return type == Weight::q8_0   ? pick_q<Weight::q8_0, Q_ROWS>(rows)
-           : type == Weight::q4_0 ? pick_q<Weight::q4_0, Q_ROWS>(rows)
-                                  : pick_q<Weight::q4_1, Q_ROWS>(rows);
+template <class W>
+FloatKernel pick_float(int tiles, int rows) {
+    return tiles == FLOAT_TILES ? pick_float<W, FLOAT_TILES, FLOAT_ROWS>(rows) : pick_float<W, 1, FLOAT_ROWS>(rows);
 }
 
-template <int T>
-FloatKernel float_kernel(Weight type, int rows) {
-    return type == Weight::f32   ? pick_float<float, T, FLOAT_ROWS>(rows)
-           : type == Weight::f16 ? pick_float<Half, T, FLOAT_ROWS>(rows)
-                                 : pick_float<Bfloat, T, FLOAT_ROWS>(rows);
+QKernel q_kernel(Weight type, int rows) {
+    return type == Weight::q8_0   ? pick_q<Weight::q8_0>(rows)
+           : type == Weight::q4_0 ? pick_q<Weight::q4_0>(rows)
+                                  : pick_q<Weight::q4_1>(rows);
+}
+
+FloatKernel float_kernel(Weight type, int tiles, int rows) {
+    return type == Weight::f32   ? pick_float<float>(tiles, rows)
+           : type == Weight::f16 ? pick_float<Half>(tiles, rows)
+                                 : pick_float<Bfloat>(tiles, rows);
 }
 
 // ---- multiply
 
-struct Pair { float y[2][GROUP_ROWS][16]; };        // one or two tiles times a group
+struct Sums { float y[MOST_TILES][GROUP_ROWS][16]; };       // of some tiles and a group
 
-// `count` tiles from `tile` times the rows of a group.
-void multiply_tiles(const Product& job, const uint8_t* tile, int count, int64_t ahead, const void* panel, int rows, Pair& out) {
-    const Tiles& w = job.tiles;
-    const int64_t bytes = tile_bytes(w.type, w.columns);
-    if (is_float(w.type)) {
-        const float* x = static_cast<const float*>(panel);
-        for (int row = 0, n; row < rows; row += n) {
-            n = int(least(FLOAT_ROWS, rows - row));
-            if (count == 2 && FLOAT_TILES == 2) {
-                float_kernel<FLOAT_TILES>(w.type, n)(tile, w.columns, ahead, x, row, out.y[0][row]);
-                continue;
-            }
-            for (int t = 0; t < count; t++)
-                float_kernel<1>(w.type, n)(tile + t * bytes, w.columns, ahead, x, row, out.y[t][row]);
-        }
-        return;
+void multiply_floats(const Tiles& w, const uint8_t* tile, int tiles, int64_t ahead, const float* panel, int rows, Sums& out) {
+    for (int row = 0, n; row < rows; row += n) {
+        n = int(least(FLOAT_ROWS, rows - row));
+        float_kernel(w.type, tiles, n)(tile, w.columns, row ? 0 : ahead, panel, row, out.y[0][row]);
     }
-    for (int t = 0; t < count; t++)
+}
+
+void multiply_blocks(const Tiles& w, const uint8_t* tile, int tiles, int64_t ahead, const PanelBlock* panel, int rows, Sums& out) {
+    for (int t = 0; t < tiles; t++)
         for (int row = 0, n; row < rows; row += n) {
             n = int(least(Q_ROWS, rows - row));
-            q_kernel(w.type, n)(tile + t * bytes, w.columns / BLOCK, row ? 0 : ahead, static_cast<const PanelBlock*>(panel), row,
+            q_kernel(w.type, n)(tile + t * tile_bytes(w.type, w.columns), w.columns / BLOCK, row ? 0 : ahead, panel, row,
                                 out.y[t][row]);
         }
 }
@@ -267,37 +267,40 @@ DC_INLINE void write(const Product& job, int64_t row, int64_t column, Lanes y) {
     store_some(job.out + row * job.out_stride + column, y, count);
 }
 
-void finish(const Product& job, int64_t tile, int count, int64_t first_row, int rows, const Pair& in) {
-    for (int r = 0; r < rows; r++) {
-        if (job.activation == Activation::swiglu) {
-            write(job, first_row + r, tile / 2 * TILE_ROWS,
-                  silu(biased(job, tile, in.y[0][r])) * biased(job, tile + 1, in.y[1][r]));
-            continue;
-        }
-        for (int t = 0; t < count; t++) {
-            Lanes y = biased(job, tile + t, in.y[t][r]);
-            if (job.activation == Activation::relu2) y = maximum(y, all(0.0f)), y = y * y;
-            write(job, first_row + r, (tile + t) * TILE_ROWS, y);
-        }
+void finish_row(const Product& job, int64_t tile, int tiles, int64_t row, int r, const Sums& in) {
+    for (int t = 0; t < tiles; t++) {
+        Lanes y = biased(job, tile + t, in.y[t][r]);
+        if (job.activation == Activation::relu2) y = maximum(y, all(0.0f)), y = y * y;
+        write(job, row, (tile + t) * TILE_ROWS, y);
     }
+}
+
+void finish_swiglu_row(const Product& job, int64_t tile, int, int64_t row, int r, const Sums& in) {
+    write(job, row, tile / 2 * TILE_ROWS, silu(biased(job, tile, in.y[0][r])) * biased(job, tile + 1, in.y[1][r]));
+}
+
+// `tiles` tiles from number `tile`, times one group.
+void multiply_group(const Product& job, int64_t tile, int tiles, int64_t group, int64_t ahead) {
+    const Tiles& w = job.tiles;
+    const uint8_t* memory = w.memory + tile * tile_bytes(w.type, w.columns);
+    const uint8_t* panel = static_cast<const uint8_t*>(job.prepared) + group * group_bytes(w.type, w.columns);
+    const int64_t first_row = group * GROUP_ROWS;
+    const int rows = int(least(GROUP_ROWS, job.rows - first_row));
+    Sums sums;
+    if (is_float(w.type)) multiply_floats(w, memory, tiles, ahead, reinterpret_cast<const float*>(panel), rows, sums);
+    else multiply_blocks(w, memory, tiles, ahead, reinterpret_cast<const PanelBlock*>(panel), rows, sums);
+    const auto finish = job.activation == Activation::swiglu ? finish_swiglu_row : finish_row;
+    for (int r = 0; r < rows; r++) finish(job, tile, tiles, first_row + r, r, sums);
 }
 
 void multiply(const Product& job, int64_t tile_begin, int64_t tile_end, int64_t group_begin, int64_t group_end) {
     const Tiles& w = job.tiles;
-    const int64_t bytes = tile_bytes(w.type, w.columns), panel_bytes = group_bytes(w.type, w.columns);
-    const int64_t at_once = GROUPS_BYTES / panel_bytes > 1 ? GROUPS_BYTES / panel_bytes : 1;
-    const int step = is_float(w.type) || job.activation == Activation::swiglu ? 2 : 1;
+    const int64_t fit = GROUPS_BYTES / group_bytes(w.type, w.columns), at_once = fit > 1 ? fit : 1;
+    const int step = is_float(w.type) ? FLOAT_TILES : job.activation == Activation::swiglu ? 2 : 1;
     for (int64_t first = group_begin; first < group_end; first += at_once)
-        for (int64_t tile = tile_begin; tile < tile_end; tile += step) {
-            const int count = int(least(step, tile_end - tile));
-            for (int64_t group = first; group < least(first + at_once, group_end); group++) {
-                const int rows = int(least(GROUP_ROWS, job.rows - group * GROUP_ROWS));
-                const uint8_t* panel = static_cast<const uint8_t*>(job.prepared) + group * panel_bytes;
-                Pair y;
-                multiply_tiles(job, w.memory + tile * bytes, count, group == first ? step * bytes : 0, panel, rows, y);
-                finish(job, tile, count, group * GROUP_ROWS, rows, y);
-            }
-        }
+        for (int64_t tile = tile_begin; tile < tile_end; tile += step)
+            for (int64_t group = first; group < least(first + at_once, group_end); group++)
+                multiply_group(job, tile, int(least(step, tile_end - tile)), group, group == first ? AHEAD : 0);
 }
 
 }  // namespace

@@ -6,8 +6,8 @@
 // within seconds and nobody says so; hence measured times of steps of the same shape decide, stalls included:
 //   - now and then a few steps run with the other width, and the faster one stays. A probe that changes nothing doubles the
 //     time to the next: at first 64 steps, at most 2,048, so that probes cost 0.2 % in the long run;
-//   - a stall (a thread waited 100 us for another's chunk) brings the probe forward, at most once in an eighth of that time;
-//     the step that stalled goes on alone (pool.cpp).
+//   - a stall (a thread waited 100 us for another's chunk) brings the probe forward if steps have become slower since the
+//     last one; the step that stalled goes on alone (pool.cpp).
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@ namespace dc {
 
 class Width {
 public:
-    static constexpr int FIRST_INTERVAL = 64, LONGEST_INTERVAL = 2048;
+    static constexpr int FIRST_INTERVAL = 64, LONGEST_INTERVAL = 2048, LEAST_INTERVAL = 32;
     static constexpr double GAIN = 0.97;            // the other width must take less than this part of the time
 
     explicit Width(int probe_steps) : probe_steps(probe_steps) {}
@@ -28,7 +28,7 @@ public:
     void learn(int64_t shape, double cost, bool stalled) {
         if (shape != last_shape) {                  // nothing to compare with yet
             last_shape = shape;
-            usual = Mean(), probe = Mean(), probing = false;
+            usual = Mean(), probe = Mean(), probing = false, settled = 0;
         }
         since_probe++;
         if (probing) {
@@ -37,7 +37,8 @@ public:
             return;
         }
         usual.add(cost);
-        const bool due = since_probe >= interval, sooner = stalled && wide && since_probe >= interval / 8;
+        const bool slower = usual.value * GAIN * GAIN > settled, sooner = stalled && wide && slower && since_probe >= LEAST_INTERVAL;
+        const bool due = since_probe >= interval;
         if (usual.count >= probe_steps && (due || sooner)) probing = true, probe = Mean();
     }
 
@@ -52,13 +53,14 @@ private:
         const bool better = probe.value < GAIN * usual.value;
         if (better) wide = !wide, usual = probe;
         interval = better ? FIRST_INTERVAL : std::min(2 * interval, LONGEST_INTERVAL);
-        probing = false, since_probe = 0;
+        probing = false, since_probe = 0, settled = usual.value;
     }
 
     int probe_steps, interval = FIRST_INTERVAL, since_probe = 0;
     bool wide = true, probing = false;
     int64_t last_shape = -1;
     Mean usual, probe;
+    double settled = 0;                             // `usual` when last decided
 };
 
 }  // namespace dc

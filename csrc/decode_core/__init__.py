@@ -10,6 +10,7 @@ try:
 except ImportError as failure:
     raise ImportError(f"decode_core was installed without its compiled half, or it cannot run here: {failure}") from failure
 
+from . import cuda
 from .attention import AttentionStep, paged_attention, plan_attention, rope_append
 from .elementwise import add, relu2, rms_norm, swiglu
 from .program import Program
@@ -17,6 +18,12 @@ from .sampling import SampleBatch, Sampler, sample
 from .tiles import Arena, Matrix, embed, multiply
 
 set_threads, get_threads, set_isa = _core.set_threads, _core.get_threads, _core.set_isa
+
+
+def cuda_ops() -> cuda.CudaOps | None:
+    """The CUDA ops, where they were compiled and there is a device and a driver for them."""
+    ops = cuda.CudaOps(_core) if _core.cuda_compiled else None
+    return ops if ops and ops.available() else None
 
 
 def info() -> dict:

@@ -128,6 +128,10 @@ def multiply(x, weights: Matrix, *, norm=None, bias=None, activation=None, resid
         raise ValueError(f"activation: must be None, 'swiglu' or 'relu2', not {activation!r}")
     if activation == "swiglu" and weights.tiles.count % 2:
         raise ValueError(f"weights: swiglu takes an even number of tiles, not {weights.tiles.count}")
+    _integer("_tiles_at_once", _tiles_at_once, 0, LIMIT)
+    _integer("_groups_at_once", _groups_at_once, 0, LIMIT)
+    if activation == "swiglu" and _tiles_at_once % 2:
+        raise ValueError(f"_tiles_at_once: must be even for swiglu, not {_tiles_at_once}")
     out_at, _, out_rows, out_columns, out_stride = matrix("out", out, ("float32",), writable=True)
     most = weights.tiles.count // 2 * TILE_ROWS if activation == "swiglu" else weights.rows
     if out_rows != rows or not 1 <= out_columns <= most:
@@ -143,4 +147,4 @@ def multiply(x, weights: Matrix, *, norm=None, bias=None, activation=None, resid
     weights.tiles.multiply(
         x_at, rows, x_stride, norm is not None, _float_vector("norm", norm_weight, columns), float(epsilon),
         _float_vector("bias", bias, weights.rows), residual_at, residual_stride, ACTIVATIONS[activation], out_at, out_stride,
-        out_columns, _integer("_tiles_at_once", _tiles_at_once, 0, LIMIT), _integer("_groups_at_once", _groups_at_once, 0, LIMIT))
+        out_columns, _tiles_at_once, _groups_at_once)

@@ -1,0 +1,484 @@
+"""Our server beside llama-server: the same GGUF file, the same machine, one run; medians, ranges and ratios.
+
+    python bench/compare.py --llama-server PATH [--model FILE.gguf] [--rounds 5] [--only single,16,...] [--json FILE]
+    python bench/compare.py --ours-only --only single --server-args="--max-batch 16"
+
+Both are started as a user starts them and are asked through HTTP by one load generator (this process: asyncio, aiohttp)
+on the same cores: `/v1/chat/completions`, streamed, temperature 0, ignore_eos. Every prompt is new, so no cache helps,
+though the caches are on. Tokens are counted by the servers' own usage figures, times by this process's clock; tokens per
+second include the prompt's time, except at a stated context. llama-server runs with -t 1, with -t 2, and with its own
+defaults under GOMP_SPINCOUNT=1000 (OpenMP's long spinning costs it much beside a busy program); ratios are to the better
+of the first two. It has as many slots, and as much context, as a scenario needs.
+
+Contestants alternate within a round and the order turns with every round. Before each measurement a short probe asks
+what two threads give: 2.0 means two free cores, 1.0 that the host runs both CPUs on one core, or that something else was
+running. A figure of two threads whose probe is far from 2 says little about the contestant.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import platform
+import random
+import re
+import shlex
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import aiohttp
+import psutil
+
+ENVIRONMENT = dict(os.environ)                  # what servers get
+os.environ["OPENBLAS_NUM_THREADS"] = "1"        # one thread per product in the probe; before numpy
+import numpy    # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+START_LIMIT_S, REQUEST_LIMIT_S, STOP_LIMIT_S = 60, 240, 15
+ANSWER_TOKENS = 128
+
+# 1. prompts ------------------------------------------------------------------------------------------------------
+
+WORDS = "the river carried small boats past gardens and markets where people talked about weather bread and music".split()
+TEMPLATE_TOKENS = 19        # of the chat template around the words, about
+
+
+def prompt(tokens, seed):
+    """Messages of about `tokens` tokens; the seed's digits are at their very beginning, so no two share a page."""
+    words = random.Random(seed).choices(WORDS, k=max(tokens - TEMPLATE_TOKENS, 1))
+    return [{"role": "system", "content": f"{seed}"}, {"role": "user", "content": " ".join(words)}]
+
+
+# 2. the load generator -------------------------------------------------------------------------------------------
+
+
+class Answer(NamedTuple):
+    first_s: float          # from the request to the first text
+    total_s: float
+    prompt_tokens: int
+    tokens: int
+
+
+async def ask(session, url, messages, tokens):
+    """One streamed answer of exactly `tokens` tokens, none of its prompt from a cache."""
+    first_s, total_s, body = await stream(session, url, messages, tokens)
+    return read_answer(first_s, total_s, body, tokens)
+
+
+async def stream(session, url, messages, tokens):
+    """(seconds to the first text, to the end, the bytes); parsing waits, as it would take time from the servers."""
+    body = {"messages": messages, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True,
+            "stream_options": {"include_usage": True}}
+    received, started, first_s = bytearray(), time.perf_counter(), None
+    async with session.post(f"{url}/v1/chat/completions", json=body) as response:
+        if response.status != 200:
+            raise RuntimeError(f"{url} answered {response.status}: {await response.text()}")
+        async for data in response.content.iter_any():
+            received += data
+            if first_s is None and re.search(rb'"content":\s*"[^"]', received):
+                first_s = time.perf_counter() - started
+    total_s = time.perf_counter() - started
+    return first_s or total_s, total_s, bytes(received)
+
+
+def read_answer(first_s, total_s, body, expected):
+    events = [json.loads(line[6:]) for line in body.splitlines() if line.startswith(b"data: {")]
+    usage = next((event["usage"] for event in reversed(events) if event.get("usage")), None)
+    if usage is None or usage["completion_tokens"] != expected:
+        raise RuntimeError(f"expected {expected} tokens and their usage: {body[-1000:]!r}")
+    if (cached := usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)) >= 16:
+        raise RuntimeError(f"{cached} of {usage['prompt_tokens']} prompt tokens came from the cache")
+    return Answer(first_s, total_s, usage["prompt_tokens"], usage["completion_tokens"])
+
+
+async def answers_per_second(session, url, clients, seed):
+    """Generated tokens per second of `clients` answers at once, from the first request to the last token."""
+    started = time.perf_counter()
+    streams = await asyncio.gather(*(stream(session, url, prompt(40, seed + i), ANSWER_TOKENS) for i in range(clients)))
+    seconds = time.perf_counter() - started
+    return sum(read_answer(*got, ANSWER_TOKENS).tokens for got in streams) / seconds
+
+
+async def first_token_ms(session, url, tokens, seed):
+    return 1e3 * (await ask(session, url, prompt(tokens, seed), 1)).first_s
+
+
+async def decode_speed(session, url, context, seed):
+    """Tokens per second after the first one; the last of 64 is at position `context`, about."""
+    answer = await ask(session, url, prompt(context - 64, seed), 64)
+    return (answer.tokens - 1) / (answer.total_s - answer.first_s)
+
+
+async def beside_a_hog(session, url, seed):
+    """Single stream while another process never leaves one core."""
+    hog = subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
+    try:
+        hog.stdout.readline()
+        return await answers_per_second(session, url, 1, seed)
+    finally:
+        hog.kill()
+        hog.wait()
+
+
+# 3. the host -----------------------------------------------------------------------------------------------------
+
+
+def probe(seconds=0.05):
+    """Products per second of two threads over those of one: 2.0 on two free cores, 1.0 where they share one."""
+    matrix = numpy.full((256, 256), 0.5, numpy.float32)
+
+    def count(until):
+        done = 0
+        while time.perf_counter() < until:
+            numpy.matmul(matrix, matrix)        # without the GIL
+            done += 1
+        return done
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(count, [0.0, 0.0]))
+        one = threads.submit(count, time.perf_counter() + seconds).result()
+        two = sum(threads.map(count, [time.perf_counter() + seconds] * 2))
+    return two / one
+
+
+def proportional_set_size(pid):
+    """MB (10**6 bytes) of a process and its descendants; what processes share is divided among them."""
+    processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    texts = [Path(f"/proc/{process.pid}/smaps_rollup").read_text() for process in processes]
+    return sum(int(re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)[1]) for text in texts) * 1024 / 1e6
+
+
+# 4. servers ------------------------------------------------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    """Answers at once and tokens of context for each, as llama-server must be told at its start."""
+
+    slots: int
+    context: int
+    bounded: bool = False       # ours gets the same limits; else its defaults, which are larger
+
+
+@dataclass(frozen=True)
+class Contestant:
+    name: str
+    program: tuple[str, ...]
+    environment: dict = field(default_factory=dict)
+    ours: bool = False
+    rival: bool = False         # ratios are to the best of these
+
+    def command(self, model, port, layout):
+        listen = ["--host", "127.0.0.1", "--port", str(port)]
+        if not self.ours:       # the cache of prompts is as large as our pages; its default of 8 GiB fills the machine
+            return [*self.program, "-m", str(model), *listen, "-np", str(layout.slots),
+                    "-c", str(layout.slots * layout.context), "--cache-ram", "1024"]
+        limits = ["--max-batch", str(layout.slots), "--context-length", str(layout.context)] if layout.bounded else []
+        return [*self.program, "serve", str(model), *listen, *limits]
+
+
+def contestants(arguments):
+    ours = (sys.executable, str(ROOT / "chat_server.py"))
+    found = [Contestant("ours", ours, ours=True)]
+    if not arguments.ours_only:
+        binary = arguments.llama_server
+        found += [Contestant(f"llama-server -t {n}", (binary, "-t", str(n)), rival=True) for n in (1, 2)]
+        found += [Contestant("llama-server, GOMP_SPINCOUNT=1000", (binary,), {"GOMP_SPINCOUNT": "1000"})]
+    return found
+
+
+class Server:
+    """One running contestant; `ready_s` counts from its command."""
+
+    def __init__(self, contestant, model, layout, extra=()):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self.contestant, self.url, self.ready_s = contestant, f"http://127.0.0.1:{port}", None
+        self.log = tempfile.TemporaryFile()
+        self.command = [*contestant.command(model, port, layout), *(extra if contestant.ours else ())]
+        self.started = time.perf_counter()
+        self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log,
+                                        env=ENVIRONMENT | contestant.environment)
+
+    async def ready(self, session):
+        while (elapsed := time.perf_counter() - self.started) < START_LIMIT_S and self.process.poll() is None:
+            with contextlib.suppress(aiohttp.ClientError):
+                async with session.get(f"{self.url}/health") as response:
+                    if response.status == 200:
+                        self.ready_s = time.perf_counter() - self.started
+                        return
+            await asyncio.sleep(0.005)
+        raise RuntimeError(f"not ready after {elapsed:.0f} s: {shlex.join(self.command)}\n{self.last_words()}")
+
+    def last_words(self):
+        self.log.seek(0)
+        return self.log.read().decode("utf-8", "replace")[-3000:]
+
+    async def kv_capacity(self, session):
+        """Tokens that its key-value cache holds, by its own account."""
+        route = "/stats" if self.contestant.ours else "/props"
+        async with session.get(self.url + route) as response:
+            said = await response.json()
+        if self.contestant.ours:
+            return 16 * sum(worker["kv_pages_total"] for worker in said["workers"])
+        return said["default_generation_settings"]["n_ctx"] * said["total_slots"]
+
+    def stop(self):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = psutil.Process(self.process.pid).children(recursive=True)
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(STOP_LIMIT_S)
+            for process in (child for child in family if child.is_running()):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self.log.close()
+
+
+@contextlib.asynccontextmanager
+async def running(contestants_, model, layout, extra, session):
+    """Servers of one layout, ready and past their first request."""
+    servers = []
+    try:
+        for contestant in contestants_:
+            servers.append(Server(contestant, model, layout, extra))
+            await servers[-1].ready(session)
+            await ask(session, servers[-1].url, prompt(40, 1), 8)
+        yield servers
+    finally:
+        for server in servers:
+            server.process.terminate()      # all at once: each may be in the middle of a long prompt
+        for server in servers:
+            server.stop()
+
+
+# 5. scenarios ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scenario:
+    name: str               # for --only
+    title: str
+    unit: str
+    layout: Layout
+    measure: Callable[..., Awaitable[float]]        # (session, url, seed)
+
+
+ALONE = Layout(1, 4608)
+FILLED = Layout(4, 1024, bounded=True)
+
+
+def clients_scenario(clients):
+    return Scenario(str(clients), f"{clients} clients", "tok/s", Layout(clients, 512),
+                    lambda session, url, seed: answers_per_second(session, url, clients, seed))
+
+
+def prefill_scenario(tokens):
+    return Scenario(f"prefill-{tokens}", f"first token of {tokens:,}", "ms", ALONE,
+                    lambda session, url, seed: first_token_ms(session, url, tokens, seed))
+
+
+def context_scenario(context):
+    return Scenario(f"context-{context}", f"decode at context {context:,}", "tok/s", ALONE,
+                    lambda session, url, seed: decode_speed(session, url, context, seed))
+
+
+SCENARIOS = (
+    Scenario("single", "single stream", "tok/s", ALONE, lambda session, url, seed: answers_per_second(session, url, 1, seed)),
+    Scenario("hog", "single stream, one core taken", "tok/s", ALONE, beside_a_hog),
+    *(prefill_scenario(tokens) for tokens in (600, 4000)),
+    *(context_scenario(context) for context in (128, 1024, 4096)),
+    *(clients_scenario(clients) for clients in (4, 16, 32)),
+)
+STARTUP = "startup"         # also memory: those servers run alone
+
+
+class Figures:
+    """Values of every (title, unit, contestant), each with the probe that came before it."""
+
+    def __init__(self):
+        self.values = {}
+
+    def add(self, title, unit, contestant, value, two_threads=None):
+        """One measurement; the value None: it ran into the time limit."""
+        self.values.setdefault((title, unit), {}).setdefault(contestant.name, []).append((value, two_threads))
+        print(f"  {title}: {contestant.name}: " + (f"{value:.1f} {unit}" if value else "time limit")
+              + (f" (probe {two_threads:.2f})" if two_threads else ""), file=sys.stderr, flush=True)
+
+    def medians(self, title, unit):
+        """Contestant -> median of what was measured."""
+        measured = {name: [value for value, _ in pairs if value] for name, pairs in self.values[title, unit].items()}
+        return {name: statistics.median(values) for name, values in measured.items() if values}
+
+
+def in_turn(things, turn):
+    """The things, beginning with another one every second time, and backwards every other time."""
+    at = turn // 2 % len(things)
+    return [*things[at:], *things[:at]][::-1 if turn % 2 else 1]
+
+
+async def compare_speeds(figures, competing, scenarios, arguments, session):
+    for layout, group in itertools.groupby(scenarios, lambda scenario: scenario.layout):
+        group = list(group)
+        async with running(competing, arguments.model, layout, arguments.server_args, session) as servers:
+            for turn, scenario in itertools.product(range(arguments.rounds), group):
+                seed = 100_000 + 10_000 * turn + 1000 * SCENARIOS.index(scenario)
+                for server in in_turn(servers, turn):
+                    two_threads, value = probe(), None
+                    with contextlib.suppress(asyncio.TimeoutError):
+                        value = await scenario.measure(session, server.url, seed)
+                    figures.add(scenario.title, scenario.unit, server.contestant, value, two_threads)
+
+
+async def compare_starts(figures, competing, arguments, session):
+    """Time to ready, one server at a time, the file in the page cache; memory once, when the KV cache has been full."""
+    for turn in range(arguments.rounds):
+        for contestant in in_turn(competing, turn):
+            server = Server(contestant, arguments.model, FILLED, arguments.server_args)
+            try:
+                await server.ready(session)
+                figures.add("ready after the command", "ms", contestant, 1e3 * server.ready_s)
+                if turn == 0:
+                    await fill(session, server)
+                    title = f"memory (PSS), room for {await server.kv_capacity(session):,} tokens, all used"
+                    figures.add(title, "MB", contestant, proportional_set_size(server.process.pid))
+            finally:
+                server.stop()
+
+
+async def fill(session, server):
+    """Use every slot of the KV cache once, nearly."""
+    await asyncio.gather(*(ask(session, server.url, prompt(FILLED.context - 30, 700_000 + 1000 * i), 8)
+                           for i in range(FILLED.slots)))
+
+
+# 6. the report ---------------------------------------------------------------------------------------------------
+
+
+def advantage(unit, ours, theirs):
+    """How much better ours is: times as fast, or MB more."""
+    return f"{ours - theirs:+.0f} MB" if unit == "MB" else f"{ours / theirs if unit == 'tok/s' else theirs / ours:.2f}"
+
+
+def spread(values, digits):
+    """`median (least .. most)`, and how many measurements have no value."""
+    found, missing = [value for value in values if value], sum(value is None for value in values)
+    text = f"{statistics.median(found):.{digits}f} ({min(found):.{digits}f} .. {max(found):.{digits}f})" if found else ""
+    return text + (f", {missing} beyond the time limit" if missing else "")
+
+
+def table(figures, competing):
+    """Markdown: medians (least .. most), the probe beside them, and what ours is to each; to the best rival in bold."""
+    rivals = [contestant.name for contestant in competing if contestant.rival]
+    lines = ["| figure | contestant | median (least .. most) | probe | ours against it |", "|---|---|---|---|---|"]
+    for (title, unit), results in figures.values.items():
+        medians = figures.medians(title, unit)
+        best = (max if unit == "tok/s" else min)((name for name in rivals if name in medians), key=medians.get, default=None)
+        for name, pairs in results.items():
+            values, probes = zip(*pairs)
+            against = advantage(unit, medians["ours"], medians[name]) if name != "ours" and {"ours", name} <= medians.keys() else ""
+            lines.append(f"| {title}, {unit} | {name} | {spread(values, 0 if unit == 'ms' else 1)} | "
+                         f"{spread(probes, 2) if any(probes) else ''} | {f'**{against}**' if name == best and against else against} |")
+    return "\n".join(lines)
+
+
+def summary(figures, competing):
+    """Markdown: one line for each figure with every contestant's median."""
+    names = [contestant.name for contestant in competing]
+    rivals = [contestant.name for contestant in competing if contestant.rival]
+    lines = [f"| figure | {' | '.join(names)} | ours to the better of {' and '.join(rivals)} |", "|---" * (len(names) + 2) + "|"]
+    for title, unit in figures.values:
+        medians = figures.medians(title, unit)
+        pick = max if unit == "tok/s" else min
+        best = pick((medians[name] for name in rivals if name in medians), default=None)
+        cells = [f"{medians[name]:,.0f}" if name in medians else "" for name in names]
+        cells.append(advantage(unit, medians["ours"], best) if best and "ours" in medians else "")
+        lines.append(f"| {title}, {unit} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def output_of(*command):
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    return (done.stdout + done.stderr).strip()
+
+
+def conditions(arguments):
+    cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    version = "" if arguments.ours_only else output_of(arguments.llama_server, "--version").partition("\n")[0]
+    return {"date": time.strftime("%Y-%m-%d %H:%M"), "cpu": cpu[1] if cpu else platform.processor(), "cpus": os.cpu_count(),
+            "model": Path(arguments.model).name, "ours": output_of(sys.executable, "chat_server.py", "--version"),
+            "commit": output_of("git", "describe", "--always", "--dirty"), "llama-server": version,
+            "rounds": arguments.rounds, "server args": shlex.join(arguments.server_args),
+            "load average": " ".join(f"{load:.1f}" for load in os.getloadavg())}
+
+
+def report(figures, competing, about, arguments):
+    print("\n".join(f"{name}: {value}" for name, value in about.items() if value != ""), end="\n\n")
+    print(table(figures, competing), end="\n\n")
+    if len(competing) > 1:
+        print(summary(figures, competing), flush=True)
+    if arguments.json:
+        rows = [{"figure": title, "unit": unit, "contestant": name, "values": [value for value, _ in measured],
+                 "probes": [two for _, two in measured]}
+                for (title, unit), results in figures.values.items() for name, measured in results.items()]
+        Path(arguments.json).write_text(json.dumps({"conditions": about, "figures": rows}, indent=1) + "\n")
+
+
+# 7. command line -------------------------------------------------------------------------------------------------
+
+
+def default_model():
+    sys.path.insert(0, str(ROOT))
+    import chat_server
+    return chat_server.fetch_default_model()
+
+
+def parse_command_line():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--llama-server", help="the binary to compare with")
+    parser.add_argument("--model", help="a GGUF file (default: the server's default model)")
+    parser.add_argument("--rounds", type=int, default=5)
+    names = [scenario.name for scenario in SCENARIOS] + [STARTUP]
+    parser.add_argument("--only", type=lambda text: text.split(","), default=names, help=f"of {','.join(names)}")
+    parser.add_argument("--ours-only", action="store_true", help="no llama-server")
+    parser.add_argument("--server-args", type=shlex.split, default=[], help="more flags for our server, in one string")
+    parser.add_argument("--json", help="store every value in this file")
+    arguments = parser.parse_args()
+    if not arguments.ours_only and not arguments.llama_server:
+        parser.error("--llama-server PATH, or --ours-only")
+    if unknown := set(arguments.only) - set(names):
+        parser.error(f"--only knows {','.join(names)}, not {','.join(sorted(unknown))}")
+    arguments.model = Path(arguments.model).resolve() if arguments.model else default_model()
+    return arguments
+
+
+async def main(arguments):
+    competing, figures, about = contestants(arguments), Figures(), conditions(arguments)
+    chosen = [scenario for scenario in SCENARIOS if scenario.name in arguments.only]
+    try:
+        timeout = aiohttp.ClientTimeout(total=REQUEST_LIMIT_S)
+        async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+            await compare_speeds(figures, competing, chosen, arguments, session)
+            if STARTUP in arguments.only:
+                await compare_starts(figures, competing, arguments, session)
+    finally:
+        report(figures, competing, about, arguments)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # so that the servers are stopped
+    asyncio.run(main(parse_command_line()))

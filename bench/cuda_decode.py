@@ -1,0 +1,148 @@
+"""Decode steps on one GPU against the bytes they must read: random bfloat16 models in the shapes of nanochat d32 and Llama 8B.
+
+    python bench/cuda_decode.py [--shapes d32 llama-8b] [--batches 1 8] [--context 1024] [--steps 200]
+
+For each shape and batch: `step`, the median over blocks of 20 steps that are begun ahead, as the engine does (start the next,
+finish the last); `graph`, the same graph replayed without Python between; the floor, (weights + KV bytes) / copy bandwidth
+of the same device, measured first (bytes read and written by copying 1 GiB); and their ratios. Not measured yet: no GPU was lent.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+
+import chat_server as cs  # noqa: E402
+from chat_server import Batch, GraphSteps, ModelSpec, PAGE_SIZE, SampleRow, SamplingParams, Transformer  # noqa: E402
+
+SHAPES = {
+    "d32": ModelSpec(vocab_size=65536, layers=32, width=2048, heads=16, kv_heads=16, head_size=128, ffn_size=8192,
+                     max_positions=4096, norm_weights=False, embedding_norm=True, rope_direction=-1, qk_norm="after_rope",
+                     activation="relu2", softcap=15.0),
+    "llama-8b": ModelSpec(vocab_size=128256, layers=32, width=4096, heads=32, kv_heads=8, head_size=128, ffn_size=14336,
+                          max_positions=8192, rope_base=500000.0),
+}
+
+
+def random_model(spec, kernels, device, dtype, **sizes):
+    """A Transformer with small random weights, made on the device."""
+    random = torch.Generator(device).manual_seed(1)
+    tensors = {}
+    for name, shape in cs.expected_tensors(spec).items():
+        matrix = len(shape) > 1
+        tensors[name] = torch.randn(shape, device=device, dtype=dtype if matrix else torch.float32, generator=random)
+        tensors[name].mul_(0.02 if matrix else 1.0)
+    return Transformer(spec, tensors, kernels, device=device, dtype=dtype, **sizes)
+
+
+def bytes_of_a_step(transformer, batch, context):
+    """What a decode step must read: every weight but the embedding's other rows, and the keys and values."""
+    weights = sum(tensor.nbytes for name, tensor in transformer.weights.items()
+                  if name != "embed" and not name.endswith("value_embed"))
+    page = Transformer.page_bytes(transformer.spec, transformer.dtype)
+    return weights + batch * context * page // PAGE_SIZE
+
+
+class Decoding:
+    """`batch` sequences that grow by a token with every step, the first of which has `context` keys."""
+
+    def __init__(self, steps, batch, context, length):
+        self.steps, self.batch, self.keys = steps, batch, context
+        pages = -(-(context + length) // PAGE_SIZE)
+        self.tables = [list(range(row * pages, (row + 1) * pages)) for row in range(batch)]
+        self.params = [SamplingParams(seed=row) for row in range(batch)]
+        self.ids, self.previous, self.ticket = [1] * batch, [1] * batch, None
+
+    def step(self):
+        """Start a step, finish the one before."""
+        rows = list(range(self.batch))
+        batch = Batch(self.ids, self.previous, [*rows, self.batch], [self.keys] * self.batch, self.tables, rows)
+        ticket = self.steps.start(batch, [SampleRow(params, self.keys) for params in self.params])
+        if self.ticket:
+            self.previous = self.steps.finish(self.ticket)
+        self.ticket, self.ids, self.keys = ticket, [~row for row in rows], self.keys + 1
+
+    def finish(self):
+        return self.steps.finish(self.ticket)
+
+
+def seconds_per_step(decoding, steps, block=20):
+    """The median over blocks of steps, after one block that is not counted."""
+    times = []
+    for _ in range(max(2, steps // block)):
+        begin = time.perf_counter()
+        for _ in range(block):
+            decoding.step()
+        times.append((time.perf_counter() - begin) / block)
+    decoding.finish()
+    return statistics.median(times[1:])
+
+
+def seconds_per_replay(steps, batch, replays=50):
+    """The graph of the last steps alone, without Python between."""
+    graph = steps.graphs[next((rows, pages) for rows, pages in sorted(steps.graphs) if rows >= batch)]
+    begin = time.perf_counter()
+
+    def replay():
+        for _ in range(replays):
+            graph.replay()
+
+    steps.queue.wait(steps.queue.submit(replay))
+    return (time.perf_counter() - begin) / replays
+
+
+def make_steps(spec, kernels, device, dtype, batch, length, queue=None):
+    pages = -(-length // PAGE_SIZE)
+    transformer = random_model(spec, kernels, device, dtype, num_pages=batch * pages, max_tokens=max(batch, 8))
+    steps = GraphSteps(transformer, max_batch=batch, context_length=length, queue=queue)
+    steps.prepare(lambda fraction: None)
+    return steps
+
+
+def copy_bandwidth(device, size=1 << 30):
+    """Bytes per second, read and written; the best of 10."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target, times = torch.empty_like(source), []
+    for _ in range(10):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        target.copy_(source)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return 2 * size / min(times)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=200)
+    arguments = parser.parse_args()
+    device = torch.device("cuda", 0)
+    bandwidth = copy_bandwidth(device)
+    print(f"{torch.cuda.get_device_name(device)}: copies {bandwidth / 1e12:.2f} TB/s")
+    for shape in arguments.shapes:
+        spec = SHAPES[shape]
+        kernels = cs.load_kernels(device, spec)
+        assert kernels.cuda, f"decode_core does not run here on CUDA: {kernels.describe()}"
+        for batch in arguments.batches:
+            length = arguments.context + arguments.steps + 20
+            steps = make_steps(spec, kernels, device, torch.bfloat16, batch, length)
+            step = seconds_per_step(Decoding(steps, batch, arguments.context, arguments.steps + 20), arguments.steps)
+            graph = seconds_per_replay(steps, batch)
+            floor = bytes_of_a_step(steps.transformer, batch, arguments.context + arguments.steps // 2) / bandwidth
+            print(f"{shape} batch {batch} context {arguments.context}: step {step * 1e3:.3f} ms, graph {graph * 1e3:.3f} ms, "
+                  f"floor {floor * 1e3:.3f} ms: {step / floor:.2f} and {graph / floor:.2f} times the floor")
+            del steps
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""The front alone under load: many streams through the real pool and HTTP side, from workers that compute nothing.
+
+    python bench/load_front.py [--streams 1000] [--rate 20] [--seconds 20] [--workers 1]
+    python bench/load_front.py --streams 20 --seconds 10 --slow-readers 5 --piece-bytes 100000
+
+The front has a core to itself; the fake workers and the clients share the others. Every piece is the moment at which its
+worker sent it, so what a client measures is all that pipe, front, socket and client add. Every stream must get every piece;
+readers that do not read must be dropped and cost the others nothing. Prints delays, losses and the front's memory.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import chat_server      # noqa: E402
+from chat_server import Channel, LocalPool, ModelCard, Settings, Update    # noqa: E402
+
+CORES = sorted(os.sched_getaffinity(0))
+FRONT_CORE, OTHER_CORES = CORES[:1], CORES[1:] or CORES
+STAMP = re.compile(rb'"token": "([\d.]+)')
+
+
+def fake_worker(descriptor):
+    """A worker that answers each request with a time stamp per step, all requests in one message, --rate steps a second."""
+    os.sched_setaffinity(0, OTHER_CORES)
+    channel = Channel(socket.socket(fileno=descriptor))
+    (_, config), *_ = channel.receive(wait=True)
+    rate, filler = float(os.environ["FAKE_RATE"]), os.environ["FAKE_FILLER"]
+    text = chat_server.read_nanochat_tokenizer(config.source.path, 284)
+    gauges = dict.fromkeys(("running", "queued", "kv_pages_used", "kv_pages_total", "preemptions", "memory_used", "memory_total"), 0)
+    channel.send("loaded", ModelCard(text, "fake", 1 << 20, (), "cpu", {}, False))
+    channel.send("ready", gauges)
+    left, tick = {}, time.monotonic()
+    while True:
+        for verb, argument in channel.receive(wait=not left):
+            if verb == "add":
+                left[argument.id] = argument.max_tokens
+            else:
+                left.pop(argument, None)
+        tick = max(tick + 1 / rate, time.monotonic() - 1 / rate)
+        time.sleep(max(0.0, tick - time.monotonic()))
+        stamp, updates = f"{time.monotonic():.6f} {filler}", []
+        for name in list(left):
+            left[name] -= 1
+            updates.append(Update(name, 0, (5,), stamp, *(() if left[name] else ("length", "max_tokens"))))
+            if not left[name]:
+                del left[name]
+        if updates:
+            channel.send("step", updates, gauges)
+
+
+def front(port, workers):
+    """The server as it is, with fake workers behind it."""
+    os.sched_setaffinity(0, FRONT_CORE)
+    settings = Settings(model=str(ROOT / "tests/fixtures/nanochat/gen5"), host="127.0.0.1", port=port, num_workers=workers,
+                        device_type="cpu", max_batch=1024, max_queue=1024)
+    pool = LocalPool(settings, worker_command=(sys.executable, __file__))
+    asyncio.run(chat_server.serve_forever(settings, pool))
+
+
+class Stream(asyncio.Protocol):
+    """One client; as little work as possible for each piece."""
+
+    def __init__(self, tokens, reads=True):
+        self.tokens, self.reads, self.delays, self.tail = tokens, reads, [], b""
+        self.ended = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport):
+        self.transport = transport
+        body = json.dumps({"messages": [{"role": "user", "content": "hi"}], "max_tokens": self.tokens}).encode()
+        transport.write(b"POST /chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"
+                        % (len(body), body))
+        if not self.reads:
+            transport.pause_reading()
+
+    def data_received(self, data):
+        now = time.monotonic()
+        found = STAMP.findall(data)
+        self.delays += [now - float(stamp) for stamp in found]
+        self.tail = (self.tail + data)[-400:]
+
+    def connection_lost(self, error):
+        if not self.ended.done():
+            self.ended.set_result(b'"done": true' in self.tail)
+
+
+def shown(delays):
+    delays = sorted(delays)
+    return ", ".join(f"{name} {1e3 * delays[min(len(delays) - 1, int(len(delays) * share))]:.1f} ms"
+                     for name, share in (("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999), ("max", 1.0)))
+
+
+async def load(url_port, process, args):
+    tokens = int(args.rate * args.seconds)
+    loop, memory = asyncio.get_running_loop(), []
+
+    async def connect(reads):
+        connection = socket.socket()
+        connection.setblocking(False)
+        if not reads:       # else the kernel takes megabytes on its behalf
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        await loop.sock_connect(connection, ("127.0.0.1", url_port))
+        return await loop.create_connection(lambda: Stream(tokens, reads), sock=connection)
+
+    began_cpu, began_s = sum(process.cpu_times()[:2]), time.monotonic()
+    streams = [protocol for _, protocol in await asyncio.gather(*(connect(True) for _ in range(args.streams)))]
+    slow = [protocol for _, protocol in await asyncio.gather(*(connect(False) for _ in range(args.slow_readers)))]
+    everything = asyncio.gather(*(stream.ended for stream in streams))
+    while not everything.done():
+        await asyncio.wait([everything], timeout=args.seconds / 8)
+        memory.append(process.memory_info().rss / 2**20)
+    seconds = time.monotonic() - began_s
+    delays = [delay for stream in streams for delay in stream.delays]
+    print(f"{args.streams} streams, {args.rate:g} events a second each, {seconds:.1f} s: {len(delays) / seconds:,.0f} events a second; "
+          f"front's CPU {(sum(process.cpu_times()[:2]) - began_cpu) / seconds:.0%}")
+    print(f"added delay: {shown(delays)}")
+    print(f"lost events: {args.streams * tokens - len(delays)}; streams without their end: {sum(not s.ended.result() for s in streams)}")
+    print("front's memory (MiB): " + " ".join(f"{each:.0f}" for each in memory))
+    for stream in slow:
+        stream.transport.resume_reading()
+    if slow:
+        ends = await asyncio.gather(*(stream.ended for stream in slow))
+        print(f"slow readers dropped before their end: {sum(not end for end in ends)} of {len(slow)}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in (("streams", 1000), ("rate", 20.0), ("seconds", 20.0), ("workers", 1), ("slow-readers", 0), ("piece-bytes", 0)):
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    args = parser.parse_args()
+    with chat_server.listen_on("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    environment = os.environ | {"FAKE_RATE": str(args.rate), "FAKE_FILLER": "x" * args.piece_bytes}
+    server = subprocess.Popen([sys.executable, __file__, "front", str(port), str(args.workers)], env=environment,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        next(line for line in server.stdout if "startup complete" in line)
+        os.sched_setaffinity(0, OTHER_CORES)
+        asyncio.run(load(port, psutil.Process(server.pid), args))
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["worker"]:
+        fake_worker(int(sys.argv[2]))
+    elif sys.argv[1:2] == ["front"]:
+        front(int(sys.argv[2]), int(sys.argv[3]))
+    else:
+        main()

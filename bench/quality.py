@@ -1,0 +1,228 @@
+"""What quantized arithmetic costs in quality: our engine, and llama.cpp, against float32 on the dequantized weights.
+
+    python bench/quality.py [MODEL] [--llama-perplexity PATH] [--text FILE ...] [--chunks 8] [--server-args "..."]
+
+Real text (README.md and bench/RESULTS.md unless said) is cut into chunks of 512 tokens; at the positions of each chunk's
+second half the next-token distributions are compared: top-1 agreement with its standard error, KL(float32 || measured)
+as mean and largest, perplexity. The judge of a GGUF file is transformers in float32 on the dequantized weights; of a
+nanochat checkpoint our own reference ops in float32 (so `--server-args "--quantize q8_0"` can be judged, too).
+
+llama.cpp answers through `llama-perplexity --save-all-logits` (llama-server gives no prompt logprobs): its logits of the
+same positions, in 65,536 steps over the 16 below the largest: wrong by 1.2e-4 at most, which adds 2e-9 to a KL. Tokens
+more than 16 below the largest are left out, for every contestant. `--ubatch 1` takes its one-row (decode) kernels
+instead of its prefill. Our rows do not depend on the batch; `--rows 1` lets that be seen.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import chat_server      # noqa: E402
+
+CHUNK = 512                         # tokens; judged are positions FIRST .. CHUNK - 2, as llama-perplexity does
+FIRST = CHUNK // 2
+SPAN = 16.0                         # llama-perplexity keeps logits within this of the largest
+
+
+# 1. contestants: each gives the logprobs (CHUNK - 1 - FIRST, V), float64, of a chunk's judged positions -------------------
+
+
+def build_engine(model, flags):
+    """The engine that `chat_server.py MODEL flags` would run on the CPU, in this process."""
+    settings = chat_server.parse_command_line(["serve", *([model] if model else []), *flags], os.environ)
+    source = chat_server.resolve_model(settings)
+    torch.set_num_threads(chat_server.threads_per_worker(1))
+    return chat_server.build_engine(source, settings, torch.device("cpu"))[1]
+
+
+def our_logits(engine, ids, rows):
+    """Logits (N, V) after each of the N ids, `rows` of them in a step. The only lines here that know the engine's inside."""
+    pages = list(range(-(-len(ids) // chat_server.PAGE_SIZE)))
+    found = []
+    for start in range(0, len(ids), rows):
+        span = range(start, min(start + rows, len(ids)))
+        tokens, positions = torch.tensor([ids[i] for i in span]), torch.tensor(span)
+        previous = torch.tensor([ids[i - 1] if i else -1 for i in span])
+        batch = chat_server.Batch(tokens, previous, positions, positions.clone(), starts=[0, len(span)], lengths=[span.stop],
+                                  tables=[pages], logit_rows=torch.arange(len(span)))
+        found.append(engine.transformer.forward(batch).float().clone())
+    return torch.cat(found)
+
+
+class Ours:
+    def __init__(self, model, flags, rows):
+        self.name, self.engine, self.rows = " ".join(["ours", *flags]), build_engine(model, flags), rows
+
+    def logprobs(self, index, ids):
+        return torch.log_softmax(our_logits(self.engine, ids[:-1], self.rows)[FIRST:].double(), 1)
+
+
+@contextlib.contextmanager
+def environment(**values):
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+class ReferenceOps(Ours):
+    """Our slow, obviously right ops in float32."""
+
+    def __init__(self, model):
+        with environment(CHAT_SERVER_KERNELS="reference"):
+            super().__init__(model, ["--dtype", "float32"], 32)
+        self.name = "reference ops, float32"
+
+
+class Transformers:
+    """Hugging Face transformers in float32 on a GGUF file's dequantized weights."""
+
+    name = "transformers, float32"
+
+    def __init__(self, path):
+        import transformers
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+
+    def logprobs(self, index, ids):
+        with torch.inference_mode():
+            return torch.log_softmax(self.model(torch.tensor([ids[:-1]])).logits[0, FIRST:].double(), 1)
+
+
+class LlamaCpp:
+    """What llama-perplexity saved; `ids` are the text's tokens by its own tokenizer.
+
+    The file: "_logits_", context, vocabulary and chunks (int32 each), the tokens (int32), and for each judged position
+    float32 scale and least logprob, then a uint16 for each token; logprob = least + scale * value.
+    """
+
+    def __init__(self, program, path, text, chunks, ubatch, folder):
+        self.name = f"llama.cpp, ubatch {ubatch}"
+        saved, source = folder / f"logits-{ubatch}", folder / "text"
+        source.write_text(text)
+        done = subprocess.run([program, "-m", str(path), "-f", str(source), "--save-all-logits", str(saved), "-c", str(CHUNK),
+                               "-b", str(CHUNK), "-ub", str(ubatch), "--chunks", str(chunks), "-t", str(os.cpu_count())],
+                              capture_output=True, text=True, errors="replace", timeout=1800)
+        if done.returncode or not saved.exists():
+            raise SystemExit(f"llama-perplexity failed:\n{done.stderr[-2000:]}")
+        magic, (context, vocabulary, chunks) = saved.read_bytes()[:8], numpy.fromfile(saved, "<i4", 3, offset=8)
+        assert magic == b"_logits_" and context == CHUNK
+        self.ids = numpy.fromfile(saved, "<i4", chunks * CHUNK, offset=20).reshape(chunks, CHUNK).tolist()
+        width = 4 + 2 * ((vocabulary + 1) // 2)
+        rows = numpy.memmap(saved, "<u2", "r", offset=20 + 4 * chunks * CHUNK)
+        self.rows, self.vocabulary = rows.reshape(chunks, CHUNK - 1 - FIRST, width), vocabulary
+
+    def logprobs(self, index, ids):
+        rows = self.rows[index]
+        scale, least = numpy.ascontiguousarray(rows[:, :4]).view("<f4").astype("<f8").T[..., None]
+        return torch.from_numpy(least + scale * rows[:, 4:4 + self.vocabulary])
+
+
+# 2. the comparison -----------------------------------------------------------------------------------------------
+
+
+def divergence(p, q):
+    """KL(p || q) of each row in nats, from logprobs (N, V), over the tokens that llama-perplexity would have kept of q.
+
+    Each token adds p log(p / q) - p + q, which sums to the KL and is never negative, so that what is left out
+    (below 1e-6) and the rounding of saved logprobs count in the second order only.
+    """
+    kept = q > q.amax(1, keepdim=True) - SPAN * (1 - 1e-4)
+    return torch.where(kept, p.exp() * (p - q) - p.exp() + q.exp(), 0).sum(1)
+
+
+class Score:
+    """One contestant at all judged positions."""
+
+    def __init__(self, name):
+        self.name, self.equal, self.kl, self.surprise = name, [], [], []
+
+    def add(self, judge, measured, following):
+        """Logprobs (N, V) of both, and the N tokens that do follow."""
+        self.equal += (judge.argmax(1) == measured.argmax(1)).tolist()
+        self.kl += divergence(judge, measured).tolist()
+        self.surprise += (-measured.gather(1, following[:, None])[:, 0]).tolist()
+
+    def figures(self):
+        n, agreement = len(self.equal), statistics.mean(self.equal)
+        return {"contestant": self.name, "positions": n, "top-1": agreement,
+                "top-1 error": math.sqrt(agreement * (1 - agreement) / n), "mean KL": statistics.mean(self.kl),
+                "KL 99 %": sorted(self.kl)[int(0.99 * n)], "max KL": max(self.kl), "perplexity": math.exp(statistics.mean(self.surprise))}
+
+
+def compare(judge, contestants, chunks):
+    """The judge's own score first: its perplexity belongs beside the others'."""
+    scores = [Score(judge.name), *(Score(contestant.name) for contestant in contestants)]
+    for index, ids in enumerate(chunks):
+        print(f"  chunk {index + 1} of {len(chunks)}", file=sys.stderr, flush=True)
+        right, following = judge.logprobs(index, ids), torch.tensor(ids[FIRST + 1:])
+        for score, contestant in zip(scores, [None, *contestants]):
+            score.add(right, contestant.logprobs(index, ids) if contestant else right, following)
+    return [score.figures() for score in scores]
+
+
+def table(rows):
+    lines = ["| contestant | top-1 equal | mean KL | KL, 99 % | largest KL | perplexity |", "|---|---|---|---|---|---|"]
+    lines += [f"| {row['contestant']} | {row['top-1']:.2%} +- {row['top-1 error']:.2%} | {row['mean KL']:.2e} | {row['KL 99 %']:.2e} | "
+              f"{row['max KL']:.2e} | {row['perplexity']:.3f} |" for row in rows]
+    return "\n".join(lines)
+
+
+# 3. command line -------------------------------------------------------------------------------------------------
+
+
+def parse_command_line():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", help="a GGUF file or a nanochat folder (default: the server's default model)")
+    parser.add_argument("--llama-perplexity", help="the binary to compare with (GGUF files only)")
+    parser.add_argument("--text", nargs="+", type=Path, default=[ROOT / "README.md", ROOT / "bench" / "RESULTS.md"])
+    parser.add_argument("--chunks", type=int, default=8, help="of 512 tokens each")
+    parser.add_argument("--rows", type=int, default=32, help="tokens in one step of ours; at most --max-batch")
+    parser.add_argument("--ubatch", type=int, default=512, help="tokens in one step of llama.cpp")
+    parser.add_argument("--server-args", type=shlex.split, default=[], help="more flags for ours, in one string")
+    parser.add_argument("--json", type=Path, help="store the figures in this file")
+    return parser.parse_args()
+
+
+def cut(tokenizer, text, chunks):
+    ids = tokenizer.encode(text)
+    return [ids[start:start + CHUNK] for start in range(0, len(ids) - CHUNK + 1, CHUNK)][:chunks]
+
+
+def main(arguments):
+    text = "\n\n".join(path.read_text() for path in arguments.text)
+    model = arguments.model or str(chat_server.fetch_default_model())
+    ours = Ours(model, arguments.server_args, arguments.rows)
+    is_gguf = Path(model).suffix == ".gguf"
+    judge, peers, chunks = Transformers(Path(model)) if is_gguf else ReferenceOps(model), [], cut(ours.engine.tokenizer, text, arguments.chunks)
+    if arguments.llama_perplexity:
+        with tempfile.TemporaryDirectory() as folder:
+            peers = [LlamaCpp(arguments.llama_perplexity, model, text, arguments.chunks, arguments.ubatch, Path(folder))]
+        if peers[0].ids != chunks:
+            print("the two tokenize the text differently: llama.cpp's tokens are judged", file=sys.stderr)
+            chunks = peers[0].ids
+    rows = compare(judge, [ours, *peers], chunks)
+    print(table(rows))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"model": Path(model).name, "text": [path.name for path in arguments.text], "figures": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(parse_command_line())

@@ -1,0 +1,182 @@
+"""What tests/test_cuda_steps.py runs on: decode_core's CUDA kernels emulated on CPU tensors, or a GPU.
+
+The stand-in for CUDA's stream runs its work as late as it may: when somebody waits. So whatever `start` should have left
+to the device (reading a token, or memory that the step before still needs) gives other tokens. Its graph is the list of
+operations that ran during the capture, replayed on the memory they ran on: nothing that Python decides is decided again.
+"""
+
+import ctypes
+from collections import deque
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import chat_server as cs
+
+decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="the compiled core is not installed")
+
+HOST_READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "lift_fresh", "lift_fresh_copy"}
+
+
+class Recording(TorchDispatchMode):
+    """What torch and decode_core compute meanwhile, as a list of calls; no host reads, nothing that came from the host."""
+
+    active = None
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __enter__(self):
+        Recording.active = self
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        Recording.active = None
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in HOST_READS, f"{func} can not be captured"
+        result = func(*args, **(kwargs or {}))
+        self.calls.append(lambda: self.repeat(func, args, kwargs or {}, result))
+        return result
+
+    @staticmethod
+    def repeat(func, args, kwargs, result):
+        """Into the memory of the first result; views and outputs that were given lie there already."""
+        again = func(*args, **kwargs)
+        for old, new in zip(*((x if isinstance(x, (tuple, list)) else [x]) for x in (result, again))):
+            if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                old.copy_(new)
+
+    def replay(self):
+        for call in self.calls:
+            call()
+
+
+class HostQueue:
+    """CudaQueue without CUDA."""
+
+    def __init__(self):
+        self.waiting, self.submitted, self.run, self.replays = deque(), 0, 0, 0
+
+    def pinned(self, size, dtype):
+        return torch.empty(size, dtype=dtype)
+
+    def submit(self, work):
+        self.waiting.append(work)
+        self.submitted += 1
+        return self.submitted
+
+    @torch.inference_mode()
+    def wait(self, done):
+        while self.run < done:
+            self.waiting.popleft()()
+            self.run += 1
+
+    def capture(self, work):
+        self.wait(self.submit(work))
+        recording = Recording()
+        with recording:
+            work()
+
+        def replay():
+            self.replays += 1
+            recording.replay()
+        return replay
+
+
+class EmulatedCore:
+    """The functions of csrc/cuda/launch.h on host memory, and into a recording while there is one."""
+
+    def __init__(self, library):
+        self.library = ctypes.CDLL(str(library))
+
+    def cuda_current_device(self):
+        return 0
+
+    def __getattr__(self, name):
+        function = self.library[f"dc_{name}"]
+        function.restype = ctypes.c_char_p
+
+        def call(*values):
+            arguments = [ctypes.c_double(v) if isinstance(v, float) else ctypes.c_int64(v) for v in values]
+            if Recording.active:
+                Recording.active.calls.append(lambda: function(*arguments))
+            message = function(*arguments)
+            return message and message.decode()
+        return call
+
+
+class AsCuda:
+    """A CPU tensor as one of the GPU."""
+
+    is_cuda, device = True, SimpleNamespace(type="cuda", index=0)
+
+    def __init__(self, tensor):
+        assert tensor.device.type == "cpu"
+        self.tensor = tensor
+
+    def __getattr__(self, name):
+        return getattr(self.tensor, name)
+
+
+class EmulatedOps(decode_core.cuda.CudaOps):
+    def tensor(self, name, tensor, *args, **kwargs):
+        return super().tensor(name, AsCuda(tensor) if isinstance(tensor, torch.Tensor) else tensor, *args, **kwargs)
+
+
+class Emulated:
+    name, device = "emulation", torch.device("cpu")
+
+    def __init__(self, library):
+        self.ops = EmulatedOps(EmulatedCore(library))
+
+    def kernels(self, spec):
+        """As load_kernels chooses them for CUDA; products are the reference's."""
+        cuda = cs.CudaKernels(decode_core, self.ops, spec, stream=lambda: 0)
+        return replace(cs.load_kernels("cpu"), **cuda.ops(), cuda=cuda)
+
+    def queue(self):
+        return HostQueue()
+
+
+class CountingQueue(cs.CudaQueue):
+    """CudaQueue, which counts replays and lets nothing that is submitted wait for the device."""
+
+    replays = 0
+
+    def submit(self, work):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return super().submit(work)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def capture(self, work):
+        replay = super().capture(work)
+
+        def counted():
+            self.replays += 1
+            replay()
+        return counted
+
+
+class Gpu:
+    name = "gpu"
+
+    def __init__(self):
+        self.device = torch.device("cuda", 0)
+
+    def kernels(self, spec):
+        return cs.load_kernels(self.device, spec)
+
+    def queue(self):
+        return CountingQueue(self.device)
+
+
+def has_gpu():
+    return torch.cuda.is_available() and decode_core.cuda_ops() is not None

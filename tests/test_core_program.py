@@ -1,0 +1,628 @@
+"""decode_core.Program: a step replayed has the bits of its ops called one by one, however it is divided (numpy only)."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
+from decode_core import _core  # noqa: E402
+
+PAGE, MAX_TOKENS, MAX_ROWS, PAGES = 16, 128, 128, 64
+SHARE = float(os.environ.get("DECODE_CORE_TEST_SHARE", "1"))
+ISAS = _core.offered_isas()
+
+
+@pytest.fixture(autouse=True)
+def usual_settings():
+    before = decode_core.info()["isa"], decode_core.get_threads()
+    yield
+    decode_core.set_isa(before[0])
+    decode_core.set_threads(before[1])
+    _core.force_schedule(0, False)
+
+
+# ---- the row ops in numpy, bit for bit: float32, with a fused multiply-add that rounds once (but for 1 in 2^29, in float64)
+
+def fma(a, b, c):
+    return (np.float64(a) * np.float64(b) + np.float64(c)).astype(np.float32)
+
+
+def exp_negative(x):
+    f = np.float32
+    y = np.maximum(np.asarray(x, f), f(-87))
+    n = fma(y, f(1.44269504), f(12582912)) - f(12582912)
+    r = fma(n, f(2.12194440e-4), fma(n, f(-0.693359375), y))
+    p = fma(np.full_like(r, f(1.9875691500e-4)), r, f(1.3981999507e-3))
+    for term in (8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = fma(p, r, f(term))
+    return np.where(np.asarray(x) < -87, f(0), np.ldexp(fma(p, r * r, r) + f(1), n.astype(int)).astype(f))
+
+
+def rms_norm(x, weight, eps):
+    squares = np.zeros((len(x), 16), np.float32)
+    for c in range(0, x.shape[1], 16):
+        squares = fma(x[:, c:c + 16], x[:, c:c + 16], squares)
+    for width in (8, 4, 2, 1):
+        squares = squares[:, :width] + squares[:, width:2 * width]
+    scale = np.float32(1) / np.sqrt(squares / np.float32(x.shape[1]) + np.float32(eps))
+    return x * scale if weight is None else x * scale * weight
+
+
+def sigmoid(x):
+    e = exp_negative(-np.abs(x))
+    return np.where(x < 0, e, np.float32(1)) / (np.float32(1) + e)
+
+
+def softcap(x, cap):
+    t = x / np.float32(cap)
+    e = exp_negative(np.abs(t) * np.float32(-2))
+    return np.copysign((np.float32(1) - e) / (np.float32(1) + e) * np.float32(cap), t)
+
+
+class Eager:
+    """Program's methods, each computing at once on the first T (or R) rows of its buffers."""
+
+    token_ids, previous_token_ids, positions, slots, attention, logit_rows = "ids", "previous", "positions", "slots", "plan", "rows"
+
+    def __init__(self, step, heads, kv_heads):
+        self.step, self.T, self.R = step, len(step.token_ids), len(step.logit_rows)
+        self.plan = decode_core.plan_attention(step.tables, step.lengths, step.starts, heads, kv_heads, PAGES)
+        counts = np.diff(step.starts)
+        position = [np.arange(length - count, length) for count, length in zip(counts, step.lengths)]
+        self.at = np.concatenate(position)
+        self.into = np.concatenate([np.array(table)[p // PAGE] * PAGE + p % PAGE for table, p in zip(step.tables, position)])
+        self.gathered, self.tokens = set(), []
+
+    def rows(self, x):
+        return self.R if id(x) in self.gathered else self.T
+
+    def embed(self, table, ids, out):
+        ids = np.maximum(np.array(self.step.token_ids if ids == "ids" else self.step.previous), 0)
+        if isinstance(table, decode_core.Matrix):
+            decode_core.embed(table, ids, out[:self.T])
+        else:
+            out[:self.T] = table[ids]
+
+    def gather_rows(self, x, rows, out):
+        self.gathered.add(id(out))
+        out[:self.R] = x[self.step.logit_rows]
+
+    def rms_norm(self, x, weight, eps, out):
+        n = self.rows(x)
+        out[:n] = rms_norm(x[:n], weight, eps)
+
+    def linear(self, x, matrix, out, norm=None, bias=None, activation=None, residual=None):
+        if n := self.rows(x):
+            if id(x) in self.gathered:
+                self.gathered.add(id(out))
+            x = x[:n]
+            if x.shape[1] != matrix.columns:
+                x, norm = np.ascontiguousarray((rms_norm(x, *norm) if norm else x)[:, :matrix.columns]), None
+            decode_core.multiply(x, matrix, norm=norm, bias=bias, activation=activation, out=out[:n],
+                                 residual=None if residual is None else residual[:n])
+
+    def copy(self, x, out):
+        out[:self.rows(x)] = x[:self.rows(x)]
+
+    def mix(self, x, x0, resid_lambda, x0_lambda, out):
+        n = self.rows(x)
+        out[:n] = x[:n] * np.float32(resid_lambda) + x0[:n] * np.float32(x0_lambda)
+
+    def backout(self, x, middle, backout_lambda, out):
+        out[:self.T] = x[:self.T] - middle[:self.T] * np.float32(backout_lambda)
+
+    def smear(self, x, previous, previous_ids, gate, smear_lambda, out):
+        strength = np.zeros(self.T, np.float32)
+        for c in range(gate.shape[1]):
+            strength = fma(x[:self.T, c], gate[0, c], strength)
+        strength = np.float32(smear_lambda) * sigmoid(strength)
+        has = (np.array(self.step.previous) >= 0)[:, None]
+        out[:self.T] = np.where(has, x[:self.T] + strength[:, None] * previous[:self.T], x[:self.T])
+
+    def softcap(self, logits, cap, out):
+        out[:self.R] = softcap(logits[:self.R], cap)
+
+    def rope_append(self, qkv, cos, sin, positions, slots, cache, out, *, value_embed=None, gate=None, **more):
+        D = cache.shape[3] // PAGE
+        rows = {} if gate is None else {"value_embed": value_embed[:self.T], "gate": gate[:self.T]}
+        decode_core.rope_append(qkv[:self.T], cos, sin, self.at, self.into, cache, out[:self.T].reshape(self.T, -1, D), **rows, **more)
+
+    def paged_attention(self, q, cache, attention, window, out):
+        decode_core.paged_attention(q[:self.T].reshape(self.T, self.plan.heads, -1), cache, self.plan, out[:self.T], window=window)
+
+    def sample(self, logits):
+        if self.R and self.step.sampling:
+            self.tokens = decode_core.sample(logits[:self.R], self.step.sampling).tolist()
+
+
+# ---- two small models: one like llama, one with everything that a nanochat checkpoint has
+
+class Model:
+    def __init__(self, name, seed=0):
+        self.name, generator = name, np.random.default_rng(seed)
+        self.H, self.Hkv, self.D, self.C, self.F, self.V = (4, 2, 16, 64, 96, 320) if name == "llama" else (3, 3, 32, 96, 128, 163)
+        kind, self.arena = ("q4_1", decode_core.Arena(1 << 20)) if name == "llama" else ("bf16", decode_core.Arena(1 << 20))
+        qkv = (self.H + 2 * self.Hkv) * self.D
+        shapes = {"qkv": (qkv, self.C), "output": (self.C, self.H * self.D), "down": (self.C, self.F)}
+        shapes |= {"up": (2 * self.F if name == "llama" else self.F, self.C)}
+        self.layers = [{key: self.matrix(kind, shape, generator) for key, shape in shapes.items()} for _ in range(3)]
+        self.head = self.matrix("q8_0" if name == "llama" else "bf16", (self.V, self.C), generator)
+        normal = lambda *shape: generator.standard_normal(shape, np.float32)
+        self.norm, self.bias, self.table, self.gate = 1 + normal(self.C) / 8, normal(qkv) / 8, normal(self.V, self.C), normal(1, 24)
+        self.values, self.ve_gate = normal(self.V, self.Hkv * self.D).astype(np.float16), self.matrix("f32", (self.Hkv, 12), generator)
+        angles = np.outer(np.arange(PAGES * PAGE), 100.0 ** -(np.arange(self.D // 2) / self.D))
+        self.cos, self.sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+        sizes = {"x": self.C, "x0": self.C, "middle": self.C, "previous": self.C, "qkv": qkv, "q": self.H * self.D, "attended": self.H * self.D,
+                 "hidden": self.F, "value": self.Hkv * self.D, "strength": self.Hkv}
+        self.buffers = lambda: SimpleNamespace(
+            **{key: np.full((MAX_TOKENS, columns), np.nan, np.float32) for key, columns in sizes.items()},
+            last=np.full((MAX_ROWS, self.C), np.nan, np.float32), logits=np.full((MAX_ROWS, self.V), np.nan, np.float32))
+        self.make_cache = lambda: np.zeros((len(self.layers), PAGES, self.Hkv, 2, PAGE * self.D), np.float16)
+
+    def matrix(self, kind, shape, generator):
+        matrix = decode_core.Matrix(self.arena, kind, *shape)
+        if kind == "q4_1":
+            d = (generator.random((*shape[:1], shape[1] // 32, 1), np.float32) / 40).astype(np.float16)
+            parts = [d.view(np.uint8), (-7.5 * d).astype(np.float16).view(np.uint8), generator.integers(0, 256, (*d.shape[:2], 16), np.uint8)]
+            matrix.fill(np.ascontiguousarray(np.concatenate(parts, 2).reshape(shape[0], -1)), kind)
+        else:
+            matrix.fill(generator.standard_normal(shape, np.float32) / 8, "f32")
+        return matrix
+
+    def forward(self, k, b, cache):
+        """The ops of a step, in `k` (a Program that records them or an Eager that runs them)."""
+        (self.llama if self.name == "llama" else self.nanochat)(k, b, cache)
+        k.sample(b.logits)
+
+    def llama(self, k, b, cache):
+        k.embed(self.head, k.token_ids, b.x)
+        for layer, pages in zip(self.layers, cache):
+            k.linear(b.x, layer["qkv"], b.qkv, norm=(self.norm, 1e-5), bias=self.bias)
+            k.rope_append(b.qkv, self.cos, self.sin, k.positions, k.slots, pages, b.q)
+            k.paged_attention(b.q, pages, k.attention, 0, b.attended)
+            k.linear(b.attended, layer["output"], b.x, residual=b.x)
+            k.linear(b.x, layer["up"], b.hidden, norm=(self.norm, 1e-5), activation="swiglu")
+            k.linear(b.hidden, layer["down"], b.x, residual=b.x)
+        k.gather_rows(b.x, k.logit_rows, b.last)
+        k.linear(b.last, self.head, b.logits, norm=(self.norm, 1e-5))
+
+    def nanochat(self, k, b, cache):
+        k.embed(self.table, k.token_ids, b.x)
+        k.rms_norm(b.x, None, 1e-6, b.x)
+        k.embed(self.table, k.previous_token_ids, b.previous)
+        k.rms_norm(b.previous, self.norm, 1e-6, b.previous)
+        k.smear(b.x, b.previous, k.previous_token_ids, self.gate, 0.4, b.x)
+        k.copy(b.x, b.x0)
+        for l, (layer, pages) in enumerate(zip(self.layers, cache)):
+            k.mix(b.x, b.x0, 0.9, np.float32(0.2), b.x)
+            k.linear(b.x, layer["qkv"], b.qkv, norm=(None, 1e-6))
+            k.embed(self.values, k.token_ids, b.value)
+            k.linear(b.x, self.ve_gate, b.strength, norm=(None, 1e-6))
+            k.rope_append(b.qkv, self.cos, self.sin, k.positions, k.slots, pages, b.q, norm="after_rope", post_scale=1.2, direction=-1,
+                          value_embed=b.value, gate=b.strength, gate_scale=3.0)
+            k.paged_attention(b.q, pages, k.attention, (20, 0, 33)[l], b.attended)
+            k.linear(b.attended, layer["output"], b.x, residual=b.x)
+            k.linear(b.x, layer["up"], b.hidden, norm=(None, 1e-6), activation="relu2")
+            k.linear(b.hidden, layer["down"], b.x, residual=b.x)
+            if l == 1:
+                k.copy(b.x, b.middle)
+        k.backout(b.x, b.middle, 0.3, b.x)
+        k.gather_rows(b.x, k.logit_rows, b.last)
+        k.rms_norm(b.last, None, 1e-6, b.last)
+        k.linear(b.last, self.head, b.logits)
+        k.softcap(b.logits, 2.0, b.logits)
+
+
+MODELS = {name: Model(name) for name in ("llama", "nanochat")}
+
+
+class Recorded:
+    """A Program of the model and its own cache."""
+
+    def __init__(self, name):
+        self.model, self.program = MODELS[name], decode_core.Program(MAX_TOKENS, MAX_ROWS)
+        self.buffers, self.cache = self.model.buffers(), self.model.make_cache()
+        self.model.forward(self.program, self.buffers, self.cache)
+
+    def start(self, step):
+        return self.program.start(step.token_ids, step.previous, step.starts, step.lengths, step.tables, step.logit_rows, step.sampling)
+
+    def run(self, step):
+        return self.program.finish(self.start(step))
+
+
+def sampling(model, rows, position, seed=1):
+    params = SimpleNamespace(temperature=0.9, top_k=0, top_p=1.0, min_p=0.0, presence_penalty=0.0, frequency_penalty=0.0,
+                             repetition_penalty=1.0, logit_bias=((3, 0.5),), seed=seed, choice=0)
+    return decode_core.SampleBatch([SimpleNamespace(params=params, position=position + i, tokens=[], prompt_tokens=0) for i in range(rows)], model.V)
+
+
+def make_step(model, sequences, logit_rows, seed, samples=True):
+    """sequences: [(positions before, new tokens)]; sequence i has the pages from i * 8."""
+    generator = np.random.default_rng(seed)
+    starts = [0, *np.cumsum([new for _, new in sequences]).tolist()]
+    T = starts[-1]
+    ids = generator.integers(0, model.V, T + 1).tolist()
+    previous = [-1 if before + i == 0 else ids[start + i] for (before, new), start in zip(sequences, starts) for i in range(new)]
+    tables = [[(i * 8 + 5 * p) % PAGES for p in range(-(-(before + new) // PAGE))] for i, (before, new) in enumerate(sequences)]
+    rows = {"none": [], "one": [T - 1], "all": list(range(T))[::-1]}[logit_rows]
+    return SimpleNamespace(token_ids=ids[1:], previous=previous, starts=starts, lengths=[b + n for b, n in sequences], tables=tables,
+                           logit_rows=rows, sampling=sampling(model, len(rows), 7, seed) if rows and samples else None)
+
+
+def run_eagerly(model, step, buffers, cache):
+    eager = Eager(step, model.H, model.Hkv)
+    model.forward(eager, buffers, cache)
+    return eager.tokens
+
+
+MIXES = {                       # T tokens: what the sequences bring, first and then again
+    1: [(0, 1)],
+    2: [(5, 1), (40, 1)],
+    5: [(31, 1), (3, 1), (0, 3)],
+    33: [(90, 1), (17, 1), (0, 31)],
+    100: [(100, 1), (2, 1), (0, 58), (16, 40)],
+}
+# (threads, forced width, take others' chunks first)
+SCHEDULES = [(1, 0, False), (2, 0, False), (2, 2, True), (2, 1, False), (4, 4, False), (4, 4, True), (4, 3, False)]
+
+
+@pytest.mark.parametrize("logit_rows", ["none", "one", "all"])
+@pytest.mark.parametrize("tokens", MIXES)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_has_the_bits_of_its_ops_called_one_by_one(name, tokens, logit_rows):
+    model, recorded = MODELS[name], Recorded(name)
+    buffers, cache = model.buffers(), model.make_cache()
+    for round, (threads, width, steal) in enumerate(SCHEDULES):
+        decode_core.set_isa(ISAS[round % len(ISAS)])
+        step = make_step(model, MIXES[tokens], logit_rows, seed=round)
+        decode_core.set_threads(1)
+        expected = run_eagerly(model, step, buffers, cache)
+        decode_core.set_threads(threads)
+        _core.force_schedule(width, steal)
+        assert recorded.run(step) == expected
+        R = len(step.logit_rows)
+        assert np.array_equal(recorded.buffers.logits[:R].view(np.int32), buffers.logits[:R].view(np.int32))
+        assert np.array_equal(recorded.buffers.x[:tokens].view(np.int32), buffers.x[:tokens].view(np.int32))
+        assert np.array_equal(recorded.cache.view(np.uint16), cache.view(np.uint16))
+        assert np.isnan(recorded.buffers.x[tokens:]).all() and np.isnan(recorded.buffers.logits[R:]).all()
+
+
+@pytest.mark.parametrize("threads, width, steal", [(2, 0, False), (2, 2, True), (4, 4, False), (3, 2, False)])
+def test_thousands_of_steps_of_changing_shapes_give_the_same_tokens_as_the_first_time(threads, width, steal):
+    model, recorded = MODELS["llama"], Recorded("llama")
+    shapes = [MIXES[1], MIXES[2], MIXES[5], MIXES[33], [(0, 4)], [(9, 1)] * 6]
+    steps = [make_step(model, shape, "all", seed) for seed, shape in enumerate(shapes)]
+    decode_core.set_threads(1)
+    expected = []
+    for step in steps * 4:                  # each on the cache as the one before left it, which settles layer after layer
+        recorded.run(step)
+    for step in steps:
+        expected.append((recorded.run(step), recorded.buffers.logits[:len(step.logit_rows)].copy()))
+    decode_core.set_threads(threads)
+    _core.force_schedule(width, steal)
+    for n in range(int(2500 * SHARE)):
+        step, (tokens, logits) = steps[n % len(steps)], expected[n % len(steps)]
+        assert recorded.run(step) == tokens
+        assert n % 50 or np.array_equal(recorded.buffers.logits[:len(tokens)], logits)
+
+
+def decode_alone(recorded, tables, prompts, count, pipelined):
+    """Greedy-like decoding of some sequences, one step after another or with the next step started before the last is finished."""
+    model, N = recorded.model, len(prompts)
+    tokens, started = [[] for _ in prompts], None
+    for n in range(count):
+        ids = [list(p) for p in prompts] if n == 0 else [[~i] if pipelined else [tokens[i][-1]] for i in range(N)]
+        lengths = [len(p) + n for p in prompts]
+        starts = [0, *np.cumsum([len(i) for i in ids]).tolist()]
+        # the token before the newest is known when the newest is not; a drafted one behind the newest would say -2 - i
+        flat = [i for row in ids for i in row]
+        before = [[-1, *p[:-1]] for p in prompts] if n == 0 else [[prompts[i][-1] if n == 1 else tokens[i][n - 2]] for i in range(N)]
+        batch = sampling(model, N, 0)
+        batch.positions[:] = lengths
+        step = SimpleNamespace(token_ids=flat, previous=[i for row in before for i in row], starts=starts, lengths=lengths, tables=tables,
+                               logit_rows=[end - 1 for end in starts[1:]], sampling=batch)
+        ticket = recorded.start(step)
+        if started is not None:
+            for row, token in zip(tokens, recorded.program.finish(started)):
+                row.append(token)
+        started = ticket
+        if not pipelined:
+            for row, token in zip(tokens, recorded.program.finish(started)):
+                row.append(token)
+            started = None
+    if started is not None:
+        for row, token in zip(tokens, recorded.program.finish(started)):
+            row.append(token)
+    return tokens
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_step_may_take_its_ids_from_the_one_before_which_still_runs(name, threads):
+    decode_core.set_threads(threads)
+    tables, prompts = [[1, 2, 3, 4], [9, 8, 7, 6], [20, 22, 21, 23]], [[5, 6, 7], [1], [4, 4, 4, 9, 11]]
+    one_by_one = decode_alone(Recorded(name), tables, prompts, 40, pipelined=False)
+    assert decode_alone(Recorded(name), tables, prompts, 40, pipelined=True) == one_by_one
+    alone = decode_alone(Recorded(name), tables[1:2], prompts[1:2], 40, pipelined=True)
+    seeds_differ = one_by_one[1] != alone[0]            # row i draws at position + i in `sampling`: set to its own length, so equal
+    assert not seeds_differ
+
+
+def test_drafted_rows_may_follow_a_token_that_is_still_being_drawn():
+    model, recorded = MODELS["nanochat"], Recorded("nanochat")
+    first = make_step(model, [(0, 4)], "one", seed=3)
+    token, = recorded.run(first)
+    step = lambda ids, previous: SimpleNamespace(token_ids=ids, previous=previous, starts=[0, 3], lengths=[7], tables=first.tables,
+                                                 logit_rows=[0, 1, 2], sampling=sampling(model, 3, 4))
+    expected = recorded.run(step([token, 11, 12], [first.token_ids[-1], token, 11]))
+    logits = recorded.buffers.logits[:3].copy()
+    one = recorded.start(first)
+    two = recorded.start(step([~0, 11, 12], [first.token_ids[-1], -2 - 0, 11]))
+    assert recorded.program.finish(one) == [token]
+    assert recorded.program.finish(two) == expected and np.array_equal(recorded.buffers.logits[:3], logits)
+
+
+def test_a_padding_sequence_and_a_row_that_draws_nothing():
+    model, recorded = MODELS["llama"], Recorded("llama")
+    step = make_step(model, [(0, 1), (0, 1), (0, 2)], "all", seed=5)
+    expected, cache = recorded.run(step), recorded.cache.copy()
+    step.lengths[1], step.tables[1], step.sampling.positions[2] = 0, [], -1         # rows 3, 2, 1, 0 are asked for
+    drawn = recorded.run(step)
+    assert drawn[2] == -1 and [drawn[i] for i in (0, 1, 3)] == [expected[i] for i in (0, 1, 3)]
+    assert np.array_equal(recorded.cache.view(np.uint16), cache.view(np.uint16))
+
+
+# ---- what is refused
+
+def good_step():
+    return make_step(MODELS["llama"], [(3, 1), (0, 4)], "one", seed=0)
+
+
+WRONG_STEPS = {
+    "token_ids: must lie": {"token_ids": [320, 0, 0, 0, 0]},
+    "token_ids: ~i": {"token_ids": [-1, 0, 0, 0, 0]},
+    "token_ids: must be 1": {"token_ids": [], "previous": []},
+    "token_ids: a list": {"token_ids": (1, 2)},
+    "token_ids: a list of": {"token_ids": [1.5, 0, 0, 0, 0]},
+    "previous: must be as many": {"previous": [1]},
+    "previous: must lie": {"previous": [0, 0, 0, 0, 320]},
+    "previous: -2 - i": {"previous": [-2, 0, 0, 0, 0]},
+    "starts: must end": {"starts": [0, 1, 4]},
+    "starts: one more": {"starts": [0, 5]},
+    "starts: must not fall": {"starts": [0, 6, 5], "lengths": [6, 4]},
+    "lengths: a sequence": {"lengths": [4, 3]},
+    "lengths: must not pass": {"lengths": [2000, 4]},
+    "tables: too few": {"lengths": [50, 4]},
+    "tables: each page": {"tables": [[64], [1]]},
+    "tables: lists": {"tables": [[0], [None]]},
+    "logit_rows: must be rows": {"logit_rows": [5]},
+    "logit_rows: must be at most": {"logit_rows": [0] * 129},
+    "sampling: must have": {"logit_rows": [0, 1]},
+    "sampling: must be a SampleBatch": {"sampling": [1]},
+    "sampling: is for": {"sampling": sampling(SimpleNamespace(V=99), 1, 0)},
+}
+
+
+@pytest.mark.parametrize("complaint", WRONG_STEPS)
+def test_a_wrong_step_is_a_value_error_and_changes_nothing(complaint):
+    recorded = Recorded("llama")
+    wrong = good_step()
+    vars(wrong).update(WRONG_STEPS[complaint])
+    with pytest.raises(ValueError, match=complaint.replace("(", r"\(")):
+        recorded.start(wrong)
+    assert not recorded.cache.any()
+    assert recorded.run(good_step()) == Recorded("llama").run(good_step())
+
+
+def test_ids_that_nobody_draws_are_refused():
+    recorded, step = Recorded("llama"), good_step()
+    step.sampling.positions[:] = -1
+    ticket = recorded.start(step)
+    following = make_step(MODELS["llama"], [(4, 1)], "one", seed=1)
+    following.token_ids = [~0]
+    with pytest.raises(ValueError, match="token_ids: ~i"):
+        recorded.start(following)
+    assert recorded.program.finish(ticket) == [-1]
+
+
+def test_at_most_two_steps_are_under_way_and_a_ticket_counts_once():
+    recorded, step = Recorded("llama"), good_step()
+    one, two = recorded.start(step), recorded.start(step)
+    with pytest.raises(ValueError, match="two steps are under way"):
+        recorded.start(step)
+    assert recorded.program.finish(two) == recorded.program.finish(one)
+    with pytest.raises(ValueError, match="ticket"):
+        recorded.program.finish(one)
+    with pytest.raises(ValueError, match="ticket"):
+        Recorded("llama").program.finish(1)
+
+
+def buffer(columns, rows=MAX_TOKENS, dtype=np.float32):
+    return np.zeros((rows, columns), dtype)
+
+
+def wrong_ops(p, m):
+    """(complaint, call) for a Program to which x (C wide), x2 and last (gathered) have been written."""
+    x, last = buffer(m.C), buffer(m.C)
+    p.embed(m.head, p.token_ids, x)
+    p.gather_rows(x, p.logit_rows, last)
+    cache, q, qkv = m.make_cache()[0], buffer(m.H * m.D), buffer((m.H + 2 * m.Hkv) * m.D)
+    p.linear(x, m.layers[0]["qkv"], qkv)
+    p.rope_append(qkv, m.cos, m.sin, p.positions, p.slots, cache, q)
+    yield "ids", lambda: p.embed(m.head, [1], x)
+    yield "table", lambda: p.embed(np.zeros(3, np.float32), p.token_ids, x)
+    yield "out", lambda: p.embed(m.head, p.token_ids, buffer(m.C + 1))
+    yield "out", lambda: p.embed(m.head, p.token_ids, buffer(m.C, rows=7))
+    yield "out", lambda: p.embed(m.head, p.token_ids, buffer(m.C, dtype=np.float64))
+    yield "out", lambda: p.embed(m.head, p.token_ids, buffer(2 * m.C)[:, :m.C])
+    yield "out", lambda: p.copy(x, last)
+    yield "x", lambda: p.copy(buffer(m.C), buffer(m.C))
+    yield "rows", lambda: p.gather_rows(x, p.slots, buffer(m.C))
+    yield "x: was gathered", lambda: p.gather_rows(last, p.logit_rows, buffer(m.C))
+    yield "weight", lambda: p.rms_norm(x, np.ones(3, np.float32), 1e-5, x)
+    yield "matrix", lambda: p.linear(x, m.table, buffer(m.C))
+    yield "x", lambda: p.linear(q, m.layers[0]["down"], buffer(m.C))
+    yield "out", lambda: p.linear(x, m.layers[0]["output"], x)
+    yield "out", lambda: p.linear(x, m.layers[0]["output"], buffer(m.C + 1))
+    yield "out", lambda: p.linear(x, m.layers[0]["up"], buffer(2 * m.F), activation="swiglu")
+    yield "activation", lambda: p.linear(x, m.layers[0]["up"], buffer(m.F), activation="gelu")
+    yield "norm", lambda: p.linear(x, m.layers[0]["output"], buffer(m.C), norm=1e-5)
+    yield "norm", lambda: p.linear(x, m.layers[0]["output"], buffer(m.C), norm=(np.ones(4, np.float32), 1e-5))
+    yield "bias", lambda: p.linear(x, m.layers[0]["output"], buffer(m.C), bias=np.ones(4, np.float32))
+    yield "residual", lambda: p.linear(x, m.layers[0]["output"], buffer(m.C), residual=last)
+    yield "x0", lambda: p.mix(x, q[:, :3], 1, 1, x)
+    yield "gate", lambda: p.smear(x, x, p.previous_token_ids, np.ones((2, 4), np.float32), 1, x)
+    yield "previous_ids", lambda: p.smear(x, x, p.token_ids, np.ones((1, 4), np.float32), 1, x)
+    yield "cap", lambda: p.softcap(last, 0, last)
+    yield "qkv", lambda: p.rope_append(x, m.cos, m.sin, p.positions, p.slots, cache, q)
+    yield "cos", lambda: p.rope_append(qkv, m.cos[0], m.sin, p.positions, p.slots, cache, q)
+    yield "slots", lambda: p.rope_append(qkv, m.cos, m.sin, p.positions, p.positions, cache, q)
+    yield "cache", lambda: p.rope_append(qkv, m.cos, m.sin, p.positions, p.slots, cache[0], q)
+    yield "gate", lambda: p.rope_append(qkv, m.cos, m.sin, p.positions, p.slots, cache, q, value_embed=x)
+    yield "window", lambda: p.paged_attention(q, cache, p.attention, -2, buffer(m.H * m.D))
+    yield "attention", lambda: p.paged_attention(q, cache, None, 0, buffer(m.H * m.D))
+    yield "q", lambda: p.paged_attention(x, np.zeros((4, 3, 2, 16 * 16), np.float16), p.attention, 0, buffer(m.C))
+    yield "logits", lambda: p.sample(x)
+
+
+def test_a_wrong_op_is_a_value_error_that_names_the_argument():
+    program, count = decode_core.Program(MAX_TOKENS, MAX_ROWS), 0
+    for complaint, call in wrong_ops(program, MODELS["llama"]):
+        with pytest.raises(ValueError, match=f"^{complaint}"):
+            call()
+        count += 1
+    assert count > 30 and len(program.describe()) == 4
+    for sizes in ((0, 1), (4, 5), (1 << 20, 1)):
+        with pytest.raises(ValueError, match="max_"):
+            decode_core.Program(*sizes)
+
+
+def test_nothing_is_recorded_after_the_first_step_or_behind_sample():
+    recorded = Recorded("llama")
+    with pytest.raises(ValueError, match="sample is the last"):
+        recorded.program.copy(recorded.buffers.x, recorded.buffers.x0)
+    program, x = decode_core.Program(4, 4), buffer(64, rows=4)
+    program.embed(MODELS["llama"].head, program.token_ids, x)
+    assert program.finish(program.start([1], [-1], [0, 1], [1], [[0]], [])) == []
+    with pytest.raises(ValueError, match="after the first step"):
+        program.copy(x, x)
+
+
+# ---- the life of a Program
+
+def test_what_was_recorded_is_kept_alive_and_described():
+    recorded = Recorded("nanochat")
+    lines = recorded.program.describe()
+    assert lines[0] == "embed" and lines[-1] == "sample (logit rows)" and "linear 128x96 norm relu2" in lines
+    assert "paged_attention window 33" in lines and "softcap (logit rows)" in lines
+    recorded.run(make_step(recorded.model, MIXES[5], "one", seed=1))
+    times = recorded.program.times()[-1]
+    assert times["tokens"] == 5 and times["logit_rows"] == 1 and times["width"] >= 1
+    assert abs(sum(us for _, us in times["phases"]) - times["us"]) < 1e-3 * times["us"] + 1
+    assert {"paged_attention", "sample"} <= set(times["kinds"])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_program_may_go_while_its_step_runs(threads):
+    decode_core.set_threads(threads)
+    for seed in range(int(20 * SHARE) + 2):
+        recorded = Recorded("llama")
+        recorded.start(make_step(recorded.model, MIXES[100], "all", seed))
+        if seed % 2:
+            recorded.start(make_step(recorded.model, MIXES[1], "all", seed))
+        del recorded
+
+
+def test_programs_eager_ops_and_changes_of_threads_do_not_disturb_each_other():
+    model, results, stop = MODELS["llama"], {}, threading.Event()
+
+    def decode(key):
+        results[key] = decode_alone(Recorded("llama"), [[1, 2, 3]], [[5, 6, 7]], 40, pipelined=True)
+
+    def disturb():
+        x, out = np.ones((8, model.C), np.float32), np.zeros((8, 160), np.float32)
+        while not stop.is_set():
+            for threads in (1, 3, 2):
+                decode_core.set_threads(threads)
+                decode_core.multiply(x, model.layers[0]["qkv"], out=out[:, :128])
+
+    decode("alone")
+    threads = [threading.Thread(target=decode, args=(key,)) for key in range(3)]
+    other = threading.Thread(target=disturb)
+    for thread in (*threads, other):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stop.set()
+    other.join()
+    assert len(results) == 4 and all(tokens == results["alone"] for tokens in results.values())
+
+
+FORK = """
+    import os
+    from test_core_program import *
+    decode_core.set_threads(2)
+    recorded = Recorded("llama")
+    step = make_step(recorded.model, MIXES[33], "all", seed=2)
+    expected = recorded.run(step)
+    ticket = recorded.start(step)           # the fork comes while a step may run
+    child = os.fork()
+    if child == 0:
+        status = recorded.run(step) != expected or Recorded("llama").run(step) is None
+        del recorded
+        os._exit(int(status))
+    assert recorded.program.finish(ticket) == expected == recorded.run(step)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+
+def test_a_forked_child_runs_steps_with_threads_of_its_own():
+    here = os.path.dirname(__file__)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, *sys.path])}
+    for _ in range(int(5 * SHARE) + 1):
+        subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(FORK)], env=environment, check=True, timeout=60)
+
+
+# ---- how many threads (cpu/width.h)
+
+def simulate(steps, cost, stalls=lambda step: False):
+    """Which steps ran wide, when a step takes cost(wide, step)."""
+    policy, wide = _core.Width(6), []
+    for step in range(steps):
+        wide.append(policy.choose(2) == 2)
+        policy.learn(7, cost(wide[-1], step), wide[-1] and stalls(step))
+    return wide
+
+
+def test_the_faster_width_is_found_and_probes_become_rare():
+    wide = simulate(20_000, lambda wide, _: 1.0 if wide else 1.3)
+    assert wide[:64] == [True] * 64 and wide.count(False) < 150
+    narrow = simulate(20_000, lambda wide, _: 1.3 if wide else 1.0)
+    assert narrow[:64] == [True] * 64 and narrow.count(True) < 64 + 6 + 150
+
+
+def test_a_stall_brings_the_probe_forward_and_a_freed_core_is_found_again():
+    hog = range(1000, 5000)                     # beside a busy program two threads stall and take four times as long
+    wide = simulate(12_000, lambda wide, step: (4.0 if step in hog else 1.0) if wide else 1.5, lambda step: step in hog)
+    assert wide[1000:5000].count(True) < 400 and wide[1000:1100].count(False) > 40
+    assert wide[8000:].count(True) > 3900
+
+
+def test_stalls_that_cost_less_than_the_second_thread_gives_are_borne():
+    wide = simulate(10_000, lambda wide, step: (2.0 if step % 10 == 0 else 1.0) if wide else 1.5, lambda step: step % 10 == 0)
+    assert wide.count(True) > 9700
+
+
+def test_steps_of_another_shape_are_not_compared():
+    policy = _core.Width(6)
+    for step in range(3000):                    # long steps of one shape, short ones of another: no width is better
+        width = policy.choose(2)
+        policy.learn(step % 2, 100.0 if step % 2 else 1.0, False)
+        assert width == 2

@@ -1,0 +1,381 @@
+"""decode_core's tiles: float64 oracles, equal bits on every instruction set, batch and split, gguf's packing, checked arguments."""
+
+import gc
+
+import numpy as np
+import pytest
+
+decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
+
+ISAS = decode_core.info()["offered_isas"]
+FLOATS, QUANTIZED = ["f32", "f16", "bf16"], ["q8_0", "q4_0", "q4_1"]
+KINDS = FLOATS + QUANTIZED
+LAYOUT = {"q8_0": [("d", "<f2"), ("q", "i1", 32)], "q4_0": [("d", "<f2"), ("q", "u1", 16)],
+          "q4_1": [("d", "<f2"), ("m", "<f2"), ("q", "u1", 16)]}         # GGUF's blocks
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    before = decode_core.info()["isa"]
+    decode_core.set_isa(request.param)
+    yield request.param
+    decode_core.set_isa(before)
+
+
+@pytest.fixture
+def settings():
+    """For tests that change the instruction set and the threads themselves."""
+    before = decode_core.info()["isa"], decode_core.get_threads()
+    yield
+    decode_core.set_isa(before[0])
+    decode_core.set_threads(before[1])
+
+
+def random(*shape, seed=0, scale=1.0):
+    return (np.random.default_rng(seed).standard_normal(shape) * scale).astype(np.float32)
+
+
+def make_matrix(kind, weights, **places):
+    matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, *weights.shape)
+    matrix.fill(weights, "f32", **places)
+    return matrix
+
+
+def product(x, matrix, columns=None, **options):
+    out = np.full((len(x), columns or matrix.rows), np.nan, np.float32)
+    decode_core.multiply(x, matrix, out=out, **options)
+    return out
+
+
+def as_multiplied(x, kind):
+    """x in float64 as the products see it: int8 per 32 columns for q types, itself for floats."""
+    if kind in FLOATS:
+        return x.astype(np.float64)
+    blocks = x.reshape(len(x), -1, 32)
+    amax = np.abs(blocks).max(-1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = np.where(amax < 1e-30, 0, np.rint(blocks * (np.float32(127) / amax)))
+    return (values.astype(np.float64) * (amax / np.float32(127))).reshape(x.shape)
+
+
+def assert_product(out, x, matrix):
+    seen, w = as_multiplied(x, matrix.kind), matrix.dequantize().astype(np.float64)
+    assert (np.abs(out - seen @ w.T) <= 1e-5 * (np.abs(seen) @ np.abs(w).T) + 1e-30).all()
+
+
+def raw_blocks(kind, rows, columns, seed=0, **fields):
+    """Random blocks as GGUF stores them, (rows, bytes) uint8; `fields` fix d, m or q."""
+    generator = np.random.default_rng(seed)
+    blocks = np.zeros((rows, columns // 32), np.dtype(LAYOUT[kind]))
+    blocks.view(np.uint8)[:] = generator.integers(0, 256, (rows, columns // 32 * blocks.dtype.itemsize), np.uint8)
+    blocks["d"] = generator.standard_normal(blocks.shape)
+    if kind == "q4_1":
+        blocks["m"] = generator.standard_normal(blocks.shape)
+    for name, value in fields.items():
+        blocks[name] = value
+    return blocks.view(np.uint8)
+
+
+# ---- products
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("N, K", [(16, 32), (48, 64), (49, 576), (960, 96), (33, 1536)])
+def test_a_product_is_that_of_the_dequantized_weights_and_x(isa, kind, N, K):
+    matrix, x = make_matrix(kind, random(N, K, seed=N)), random(11, K, seed=K, scale=3)
+    out = product(x, matrix)
+    assert_product(out, x, matrix)
+    exact = x.astype(np.float64) @ matrix.dequantize().astype(np.float64).T
+    assert ((out - exact) ** 2).mean() < 5e-4 * (exact**2).mean()
+
+
+@pytest.mark.parametrize("kind", FLOATS)
+@pytest.mark.parametrize("K", [1, 15, 17, 50])
+def test_float_tiles_take_any_number_of_columns(isa, kind, K):
+    matrix, x, weight = make_matrix(kind, random(20, K)), random(9, K, seed=1), random(K, seed=2)
+    assert_product(product(x, matrix), x, matrix)
+    wide = x.astype(np.float64)
+    normed = (wide / np.sqrt((wide**2).mean(1, keepdims=True) + 1e-5) * weight).astype(np.float32)
+    np.testing.assert_allclose(product(x, matrix, norm=(weight, 1e-5)), product(normed, matrix), rtol=1e-4, atol=1e-5)
+
+
+def test_a_large_vocabulary_is_multiplied():
+    head = decode_core.Matrix(decode_core.Arena(32 << 20), "q8_0", 49152, 576)
+    part = random(4096, 576)
+    for first in range(0, 3072, 256):
+        head.fill(part * np.float32(1 + first), "f32", first_tile=first)
+    x = random(3, 576, seed=1)
+    out = product(x, head)
+    few = decode_core.Matrix(decode_core.Arena(1 << 20), "q8_0", 4096, 576)
+    few.fill(part * np.float32(1 + 2816), "f32")
+    np.testing.assert_array_equal(out[:, -4096:], product(x, few))
+    assert_product(out[:, -4096:], x, few)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_depend_on_the_row_alone(settings, kind):
+    matrix, x, weight = make_matrix(kind, random(49, 96)), random(33, 96, seed=1), random(96, seed=2)
+    residual, bias = random(33, 49, seed=3), random(49, seed=4)
+
+    def run(rows, **split):
+        return product(x[rows], matrix, norm=(weight, 1e-5), bias=bias, activation="relu2", residual=residual[rows], **split)
+    decode_core.set_threads(2)
+    expected = run(slice(33))
+    for name in ISAS:
+        decode_core.set_isa(name)
+        for threads in (1, 2):
+            decode_core.set_threads(threads)
+            for tiles, groups in [(0, 0), (1, 1), (3, 2), (4, 5)]:
+                np.testing.assert_array_equal(run(slice(33), _tiles_at_once=tiles, _groups_at_once=groups), expected)
+        for count in range(1, 33):
+            np.testing.assert_array_equal(run(slice(count)), expected[:count])
+        np.testing.assert_array_equal(run(slice(20, 21)), expected[20:21])
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_every_instruction_set_gives_the_same_bits_for_random_blocks(settings, kind):
+    matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, 64, 576)
+    matrix.fill(raw_blocks(kind, 64, 576), kind)
+    x = random(19, 576, seed=5) * np.exp(random(19, 576, seed=6, scale=4))
+    results = set()
+    for name in ISAS:
+        decode_core.set_isa(name)
+        results.add(product(x, matrix).tobytes())
+    assert len(results) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_norm_before_a_product_has_the_bits_of_rms_norm(isa, kind, weighted):
+    matrix, x, weight = make_matrix(kind, random(32, 576)), random(9, 576, seed=1), random(576, seed=2) if weighted else None
+    normed = np.empty_like(x)
+    decode_core.rms_norm(x, weight, 1e-5, normed)
+    np.testing.assert_array_equal(product(x, matrix, norm=(weight, 1e-5)), product(normed, matrix))
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0", "q4_1"])
+def test_bias_activation_and_residual_come_in_this_order(isa, kind):
+    matrix, x = make_matrix(kind, random(41, 64)), random(10, 64, seed=1)
+    bias, residual, plain = random(41, seed=2), random(10, 41, seed=3), product(x, matrix)
+    np.testing.assert_array_equal(product(x, matrix, bias=bias), plain + bias)
+    np.testing.assert_array_equal(product(x, matrix, bias=bias, activation="relu2", residual=residual),
+                                  residual + np.maximum(plain + bias, 0) ** 2)
+    out = residual.copy()
+    decode_core.multiply(x, matrix, residual=out, out=out)
+    np.testing.assert_array_equal(out, residual + plain)
+
+
+@pytest.mark.parametrize("kind", ["f16", "q4_0", "q4_1"])
+@pytest.mark.parametrize("F", [16, 40, 96])
+def test_swiglu_takes_gate_and_up_from_alternate_tiles(isa, kind, F):
+    gate, up, x, residual = random(F, 64, seed=1), random(F, 64, seed=2), random(9, 64, seed=3), random(9, F, seed=4)
+    matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, 2 * -(-F // 16) * 16, 64)
+    matrix.fill(gate, "f32", first_tile=0, tile_step=2)
+    matrix.fill(up, "f32", first_tile=1, tile_step=2)
+    gated, upped = product(x, make_matrix(kind, gate)), product(x, make_matrix(kind, up))
+    expected, together = np.empty((9, F), np.float32), np.concatenate([np.pad(gated, [(0, 0), (0, -F % 16)]),
+                                                                      np.pad(upped, [(0, 0), (0, -F % 16)])], 1)
+    wide = np.empty((9, together.shape[1] // 2), np.float32)
+    decode_core.swiglu(together, wide)
+    expected[:] = wide[:, :F]
+    np.testing.assert_array_equal(product(x, matrix, F, activation="swiglu"), expected)
+    np.testing.assert_array_equal(product(x, matrix, F, activation="swiglu", residual=residual), residual + expected)
+    bias = random(matrix.rows, seed=5)
+    biased = [half + bias.reshape(-1, 2, 16)[:, i].reshape(-1)[:F] for i, half in enumerate((gated, upped))]
+    wide = biased[0].astype(np.float64) / (1 + np.exp(-biased[0].astype(np.float64))) * biased[1]
+    np.testing.assert_allclose(product(x, matrix, F, activation="swiglu", bias=bias), wide, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["f32", "q8_0", "q4_1"])
+@pytest.mark.parametrize("columns", [1, 16, 31, 49])
+def test_nothing_is_written_beyond_the_columns_of_out(isa, kind, columns):
+    matrix, x = make_matrix(kind, random(49, 64)), random(9, 64, seed=1)
+    paper = np.full((9, 80), -7, np.float32)
+    residual = np.full((9, columns), 0.5, np.float32)
+    decode_core.multiply(x, matrix, out=paper[:, :columns], residual=residual)
+    assert (paper[:, columns:] == -7).all()
+    np.testing.assert_array_equal(paper[:, :columns], product(x, matrix)[:, :columns] + np.float32(0.5))
+
+
+# ---- extremes
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_integer_sums_are_exact_at_their_extremes(isa, kind):
+    least, most = (-128, 127) if kind == "q8_0" else (0, 255)               # of q's bytes: nibbles all 0 or all 15
+    generator, K = np.random.default_rng(0), 96
+    for low, high in [(least, least), (most, most), (least, most)]:
+        q = generator.choice([low, high], (32, K // 32, 32 if kind == "q8_0" else 16))
+        matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, 32, K)
+        matrix.fill(raw_blocks(kind, 32, K, d=1, q=q, **({"m": 0} if kind == "q4_1" else {})), kind)
+        x = np.concatenate([np.full((1, K), 127), np.full((1, K), -127), generator.choice([-127, 127], (7, K))]).astype(np.float32)
+        np.testing.assert_array_equal(product(x, matrix), x @ matrix.dequantize().T)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_of_zeros_and_tiny_values_count_as_zero(isa, kind):
+    weights, x = random(17, 96), random(9, 96, seed=1)
+    weights[3], weights[5, 32:64], x[2], x[4, :32] = 0, 0, 0, 0
+    matrix = make_matrix(kind, weights)
+    out = product(x, matrix)
+    assert_product(out, x, matrix)
+    assert (out[2] == 0).all() and (out[:, 3] == 0).all()
+    x[6, 32:64] = 1e-35
+    assert np.isfinite(product(x, matrix)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_row_that_is_not_finite_spoils_itself_only(isa, kind, bad):
+    matrix, x = make_matrix(kind, np.abs(random(16, 64)) + 1), random(9, 64, seed=1)
+    expected = product(x, matrix)
+    x[3, 40] = bad
+    out = product(x, matrix)
+    assert not np.isfinite(out[3]).any()
+    np.testing.assert_array_equal(np.delete(out, 3, 0), np.delete(expected, 3, 0))
+
+
+# ---- packing
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("N, K", [(16, 32), (49, 96), (160, 576)])
+def test_packing_agrees_with_gguf(kind, N, K):
+    quants = pytest.importorskip("gguf.quants")
+    kind_there = __import__("gguf").GGMLQuantizationType[kind.upper()]
+    matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, N, K)
+    raw = raw_blocks(kind, N, K, seed=K)
+    matrix.fill(raw, kind)
+    np.testing.assert_array_equal(matrix.dequantize(), quants.dequantize(raw, kind_there))
+    steps = np.round(random(N, K, seed=1, scale=40)) / 2                     # many halves and ties
+    for weights in (random(N, K), steps.astype(np.float32), random(N, K, scale=1e-6), np.zeros((N, K), np.float32)):
+        weights[0, :32] = np.abs(weights[0, :32])
+        matrix.fill(weights, "f32")
+        np.testing.assert_array_equal(matrix.dequantize(), quants.dequantize(quants.quantize(weights, kind_there), kind_there))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float16_and_bfloat16_rows_are_widened_first(kind):
+    half = random(33, 64).astype(np.float16)
+    brain = (random(33, 64, seed=1).view(np.uint32) >> 16).astype(np.uint16)
+    for source, source_kind, wide in [(half, "f16", half.astype(np.float32)),
+                                      (half.view(np.uint8), "f16", half.astype(np.float32)),
+                                      (brain, "bf16", (brain.astype(np.uint32) << 16).view(np.float32)),
+                                      (brain.view(np.uint8), "bf16", (brain.astype(np.uint32) << 16).view(np.float32))]:
+        matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, 33, 64)
+        matrix.fill(source, source_kind)
+        np.testing.assert_array_equal(matrix.dequantize(), make_matrix(kind, wide).dequantize())
+        if kind in ("f32", source_kind):
+            np.testing.assert_array_equal(matrix.dequantize(), wide)
+
+
+def test_float_kinds_round_to_nearest():
+    weights = np.concatenate([random(32, 50), random(1, 50, scale=1e-7), random(1, 50, scale=1e5)])
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(make_matrix("f16", weights).dequantize(), weights.astype(np.float16).astype(np.float32))
+    np.testing.assert_array_equal(make_matrix("f32", weights).dequantize(), weights)
+    bits = weights.view(np.uint32)
+    rounded = ((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000).view(np.float32)
+    np.testing.assert_array_equal(make_matrix("bf16", weights).dequantize(), rounded)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_land_on_the_tiles_they_are_sent_to(settings, kind):
+    parts = [random(rows, 64, seed=rows) for rows in (48, 16, 20)]
+    matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, 96, 64)
+    decode_core.set_threads(2)
+    matrix.fill(parts[0], "f32", first_tile=0, tile_step=2)
+    matrix.fill(parts[1], "f32", first_tile=1)
+    matrix.fill(np.concatenate([parts[2], parts[2]], 1)[:, :64], "f32", first_tile=3, tile_step=2)      # rows apart
+    tiles = matrix.dequantize().reshape(6, 16, 64)
+    np.testing.assert_array_equal(tiles[[0, 2, 4]].reshape(48, 64), make_matrix(kind, parts[0]).dequantize())
+    np.testing.assert_array_equal(tiles[1], make_matrix(kind, parts[1]).dequantize())
+    np.testing.assert_array_equal(tiles[[3, 5]].reshape(32, 64)[:20], make_matrix(kind, parts[2]).dequantize())
+    assert (tiles[5, 4:] == 0).all()                                        # a part's missing rows are zero
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_embed_reads_rows_as_dequantize_does(kind):
+    matrix = make_matrix(kind, random(49, 96))
+    ids, paper = np.array([48, 0, 17, 17] * 20), np.full((80, 100), -7, np.float32)
+    decode_core.embed(matrix, ids, paper[:, :96])
+    np.testing.assert_array_equal(paper[:, :96], matrix.dequantize()[ids])
+    assert (paper[:, 96:] == -7).all()
+
+
+def test_an_arena_grows_and_outlives_its_name():
+    arena = decode_core.Arena(1)
+    matrices = [decode_core.Matrix(arena, "f32", 1024, 512 * i) for i in (1, 2, 3)]
+    assert arena.used_bytes == sum(matrix.nbytes for matrix in matrices) <= arena.reserved_bytes
+    assert all(matrix.tiles.address % 64 == 0 for matrix in matrices)
+    tiles = matrices[2].tiles
+    matrices[2].fill(random(1024, 1536), "f32")
+    expected = matrices[2].dequantize()
+    del arena, matrices
+    gc.collect()
+    out = np.empty((1024, 1536), np.float32)
+    tiles.embed(np.arange(1024).ctypes.data, 0, out.ctypes.data, 1536)      # the address of nothing: no rows
+    ids = np.arange(1024)
+    tiles.embed(ids.ctypes.data, 1024, out.ctypes.data, 1536)
+    np.testing.assert_array_equal(out, expected)
+
+
+# ---- wrong calls
+
+def test_a_wrong_argument_is_a_value_error_that_names_it():
+    arena = decode_core.Arena(1 << 20)
+    q4, wide = decode_core.Matrix(arena, "q4_1", 48, 64), decode_core.Matrix(arena, "f32", 49, 33)
+    x, out, rows = random(4, 64), np.empty((4, 48), np.float32), random(48, 64)
+    multiply, embed, Matrix = decode_core.multiply, decode_core.embed, decode_core.Matrix
+    read_only = out.copy()
+    read_only.flags.writeable = False
+    for call, name in [
+        (lambda: decode_core.Arena(0), "size"),
+        (lambda: decode_core.Arena(1.5), "size"),
+        (lambda: Matrix(None, "f32", 16, 32), "arena"),
+        (lambda: Matrix(arena, "q5_0", 16, 32), "kind"),
+        (lambda: Matrix(arena, "f32", 0, 32), "rows"),
+        (lambda: Matrix(arena, "f32", 16, -1), "columns"),
+        (lambda: Matrix(arena, "q8_0", 16, 48), "columns"),
+        (lambda: q4.fill(rows, "f64"), "source_kind"),
+        (lambda: q4.fill(raw_blocks("q8_0", 48, 64), "q8_0"), "source_kind"),
+        (lambda: wide.fill(raw_blocks("q8_0", 48, 64), "q8_0"), "source_kind"),
+        (lambda: q4.fill(rows.astype(np.float64), "f32"), "source"),
+        (lambda: q4.fill(rows, "f16"), "source"),
+        (lambda: q4.fill(rows[:, :32], "f32"), "source"),
+        (lambda: q4.fill(rows[0], "f32"), "source"),
+        (lambda: q4.fill(rows.T, "f32"), "source"),
+        (lambda: q4.fill(raw_blocks("q4_1", 48, 32), "q4_1"), "source"),
+        (lambda: q4.fill(rows[:33], "f32", first_tile=1), "source"),
+        (lambda: q4.fill(rows[:33], "f32", tile_step=2), "source"),
+        (lambda: q4.fill(rows[:16], "f32", first_tile=3), "first_tile"),
+        (lambda: q4.fill(rows[:16], "f32", first_tile=-1), "first_tile"),
+        (lambda: q4.fill(rows[:16], "f32", tile_step=0), "tile_step"),
+        (lambda: embed(q4, np.array([0, 48]), x[:2].copy()), "ids"),
+        (lambda: embed(q4, np.array([-1, 0]), x[:2].copy()), "ids"),
+        (lambda: embed(q4, np.array([0]), x[:2].copy()), "ids"),
+        (lambda: embed(q4, np.array([0, 1], np.int32), x[:2].copy()), "ids"),
+        (lambda: embed(q4, np.array([0, 1]), out[:2]), "out"),
+        (lambda: embed(x, np.array([0, 1]), x[:2].copy()), "weights"),
+        (lambda: multiply(x, rows, out=out), "weights"),
+        (lambda: multiply(x[:, :32], q4, out=out), "x"),
+        (lambda: multiply(x.astype(np.float16), q4, out=out), "x"),
+        (lambda: multiply(x[:, ::-1], q4, out=out), "x"),
+        (lambda: multiply(x, q4, out=out[:3]), "out"),
+        (lambda: multiply(x, q4, out=np.empty((4, 49), np.float32)), "out"),
+        (lambda: multiply(x, q4, out=np.empty((4, 0), np.float32)), "out"),
+        (lambda: multiply(x, q4, out=read_only), "out"),
+        (lambda: multiply(x, q4, activation="gelu", out=out), "activation"),
+        (lambda: multiply(x, q4, activation="swiglu", out=out), "weights"),
+        (lambda: multiply(x, q4, norm=1e-5, out=out), "norm"),
+        (lambda: multiply(x, q4, norm=(random(63), 1e-5), out=out), "norm"),
+        (lambda: multiply(x, q4, bias=random(47), out=out), "bias"),
+        (lambda: multiply(x, q4, residual=out[:, :47], out=out), "residual"),
+        (lambda: multiply(x, q4, _tiles_at_once=-1, out=out), "_tiles_at_once"),
+    ]:
+        with pytest.raises(ValueError, match=f"^{name}:"):
+            call()
+
+
+def test_no_rows_are_no_work():
+    matrix = make_matrix("q4_1", random(32, 64))
+    decode_core.multiply(np.empty((0, 64), np.float32), matrix, out=np.empty((0, 32), np.float32))
+    decode_core.embed(matrix, np.empty(0, np.int64), np.empty((0, 64), np.float32))
+    matrix.fill(np.empty((0, 64), np.float32), "f32")

@@ -1,0 +1,392 @@
+"""Steps on CUDA: graphs of decode steps, prompts between them, tokens that stay on the device; and the ops of section 4c.
+
+On a GPU, where there is one, and everywhere in the emulation (tests/cuda_backends.py). What they must give is what the
+reference engine gives on the CPU.
+"""
+
+import functools
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import chat_server as cs
+from chat_server import Batch, Engine, ModelSpec, PAGE_SIZE, SampleRow, SamplingParams, Transformer, Work
+from engines import load, make_engine, run
+from near_tie import assert_same_tokens_or_near_tie
+
+backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="the compiled core is not installed")
+decode_core = backends.decode_core
+
+MARGIN = 2e-3           # as in tests/test_engine.py
+
+
+@pytest.fixture(params=["emulation", "gpu"])
+def backend(request, monkeypatch):
+    if request.param == "gpu":
+        if not backends.has_gpu():
+            pytest.skip("no GPU here, or decode_core was compiled without CUDA")
+        return backends.Gpu()
+    monkeypatch.setattr(decode_core.cuda, "SAMPLE_THREADS", 32)     # the token is the same, the emulation faster
+    return backends.Emulated(request.getfixturevalue("emulation_library"))
+
+
+@functools.cache
+def llama_like():
+    """A small random model with what llama files can have; words and their tokens are a nanochat fixture's."""
+    spec = ModelSpec(vocab_size=284, layers=2, width=48, heads=6, kv_heads=2, head_size=16, ffn_size=64, max_positions=512,
+                     qkv_bias=True, tied_head=True, rope_size=8, qk_norm="before_rope", qk_norm_weights=True)
+    random = torch.Generator().manual_seed(3)
+    tensors = {name: torch.randn(shape, generator=random) * (0.15 if len(shape) > 1 else 1.0)
+               for name, shape in cs.expected_tensors(spec).items()}
+    return spec, tensors
+
+
+def model_of(name, fixtures):
+    """(spec, tensors, tokenizer) of a nanochat fixture or of the llama-like model."""
+    fixture = load(fixtures / ("gen5" if name == "llama" else name))
+    spec, tensors = llama_like() if name == "llama" else (fixture.spec, fixture.tensors)
+    return spec, dict(tensors), cs.open_tokenizer(fixture.text)
+
+
+def engine_on(kernels, model, device="cpu", *, num_pages=200, max_batch=6, prefill_chunk=64, context_length=512):
+    spec, tensors, tokenizer = model
+    transformer = Transformer(spec, {name: t.to(device) for name, t in tensors.items()}, kernels, num_pages=num_pages,
+                              device=device, dtype=torch.float32, max_tokens=prefill_chunk + max_batch, max_rows=max_batch)
+    return Engine(transformer, tokenizer, kernels, num_pages=num_pages, max_batch=max_batch, context_length=context_length,
+                  prefill_chunk=prefill_chunk)
+
+
+def cuda_engine(backend, model, monkeypatch, prepare=True, **sizes):
+    """An engine as a worker builds it on CUDA; its steps' queue is `engine.steps.queue`."""
+    monkeypatch.setattr(cs, "CudaQueue", lambda device: backend.queue())
+    engine = engine_on(backend.kernels(model[0]), model, backend.device, **sizes)
+    assert isinstance(engine.steps, cs.GraphSteps)
+    if prepare:
+        engine.steps.prepare(lambda fraction: None)
+    return engine
+
+
+@torch.inference_mode()
+def answers(engine, works, arrivals=None, on_step=lambda: None):
+    """Tokens of each work by its id; work i is added before step arrivals[i]."""
+    arrivals = arrivals or [0] * len(works)
+    tokens, step = {work.id: [] for work in works}, 0
+    while engine.busy or step <= max(arrivals):
+        for work in [work for work, at in zip(works, arrivals) if at == step]:
+            engine.add(work)
+        for update in engine.step():
+            tokens[update.id] += update.tokens
+        engine.check_integrity()
+        on_step()
+        step += 1
+    assert engine.pool.available == engine.pool.num_pages
+    return tokens
+
+
+def some_works(vocabulary, count=7, tokens=24):
+    """Prompts of 1 to 300 tokens; greedy, filtered and unfiltered draws."""
+    rng = np.random.default_rng(5)
+    sampling = [dict(temperature=0.0), dict(temperature=0.8, top_k=50), dict(temperature=1.0, top_k=0),
+                dict(temperature=1.2, top_k=0, top_p=0.9), dict(temperature=0.9, min_p=0.05, top_k=20)]
+    return [Work(f"w{i}", tuple(rng.integers(0, vocabulary, length).tolist()), SamplingParams(seed=i, **sampling[i % 5]),
+                 tokens + 3 * i, ignore_eos=True) for i, length in enumerate((5, 300, 17, 1, 130, 64, 33)[:count])]
+
+
+def same_answers(expected, got):
+    for name, tokens in got.items():
+        traced = expected.traced(name)
+        assert_same_tokens_or_near_tie(traced, SimpleNamespace(tokens=tokens, gaps=traced.gaps), MARGIN)
+
+
+# --- whole answers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gen1", "gen3", "gen5", "llama"])
+def test_answers_that_come_and_go_are_the_reference_engines(backend, name, nanochat_fixtures, monkeypatch):
+    """Seven sequences for six rows; prompts of several chunks arrive between decode steps, which are begun ahead."""
+    model = model_of(name, nanochat_fixtures)
+    works = some_works(model[0].vocab_size)
+    expected = run(engine_on(cs.load_kernels("cpu"), model), works)
+    engine = cuda_engine(backend, model, monkeypatch)
+    same_answers(expected, answers(engine, works, [0, 2, 2, 5, 9, 9, 14]))
+    assert engine.steps.queue.replays > 30
+
+
+def test_every_nanochat_generations_greedy_answers_are_upstreams(backend, nanochat_fixtures, monkeypatch):
+    for generation in ("gen1", "gen2", "gen3", "gen4", "gen5"):
+        folder = nanochat_fixtures / generation
+        cases = json.loads((folder / "oracle.json").read_text())["cases"][:2]
+        engine = cuda_engine(backend, model_of(generation, nanochat_fixtures), monkeypatch, max_batch=2)
+        works = [Work(f"c{i}", tuple(case["prompt_ids"]), SamplingParams(temperature=0.0), 24, ignore_eos=True)
+                 for i, case in enumerate(cases)]
+        assert list(answers(engine, works).values()) == [case["greedy"][:24] for case in cases]
+
+
+def test_graphs_give_what_the_ops_one_by_one_give(backend, nanochat_fixtures, monkeypatch):
+    model = model_of("gen5", nanochat_fixtures)
+    works = some_works(model[0].vocab_size, 5, 12)
+    op_by_op = cuda_engine(backend, model, monkeypatch, prepare=False)
+    graphs = cuda_engine(backend, model, monkeypatch)
+    expected = answers(op_by_op, works)
+    assert op_by_op.steps.queue.replays == 0
+    if backend.name == "emulation":         # on a GPU cuBLAS may choose by the number of rows, which padding changes
+        assert answers(graphs, works) == expected
+    assert graphs.steps.queue.replays > 0 or backend.name == "gpu"
+
+
+def test_penalties_and_biases_are_drawn_on_the_device(backend, nanochat_fixtures, monkeypatch):
+    """Penalties count all tokens, so the engine waits for each; their lists are tensors of the graph, or do not fit it."""
+    model = model_of("gen3", nanochat_fixtures)
+    given = [dict(presence_penalty=1.0, frequency_penalty=0.5, repetition_penalty=1.2, logit_bias=((7, 5.0), (9, -100.0))),
+             dict(temperature=0.0, repetition_penalty=1.5), dict(temperature=1.0), dict(logit_bias=((3, 2.0), (3, 1.0)))]
+    works = [Work(f"w{i}", tuple(range(30 + i, 60)), SamplingParams(**(dict(seed=i) | params)), 20, ignore_eos=True)
+             for i, params in enumerate(given)]
+    expected = run(engine_on(cs.load_kernels("cpu"), model), works)
+    engine = cuda_engine(backend, model, monkeypatch)
+    same_answers(expected, answers(engine, works))
+    replays = engine.steps.queue.replays
+    assert replays >= 19
+    monkeypatch.setattr(cs, "LIST_CAPACITY", 20)        # and larger than the memory that was made for one step
+    tight = cuda_engine(backend, model, monkeypatch, prefill_chunk=4, context_length=64, max_batch=4)
+    same_answers(expected, answers(tight, works))
+    assert tight.steps.queue.replays == 0
+
+
+def test_forced_tokens_and_answers_that_end_while_the_next_step_runs_leave_nothing_behind(backend, nanochat_fixtures, monkeypatch):
+    model = model_of("gen5", nanochat_fixtures)
+    works = [replace(work, ignore_eos=False, max_tokens=n, stop_token_ids=(100, 101, 102, 103, 104))
+             for work, n in zip(some_works(model[0].vocab_size), (1, 2, 30, 1, 30, 3, 30))]
+    expected = run(engine_on(cs.load_kernels("cpu"), model), works)
+    engine = cuda_engine(backend, model, monkeypatch)
+    same_answers(expected, answers(engine, works, [0, 0, 1, 1, 2, 8, 8]))
+
+
+def test_preempted_sequences_are_computed_again(backend, nanochat_fixtures, monkeypatch):
+    model = model_of("gen5", nanochat_fixtures)
+    works = [Work(f"w{i}", tuple(range(40 * i % 200 + 1, 40 * i % 200 + 21)), SamplingParams(temperature=0.9, seed=i), 40,
+                  ignore_eos=True) for i in range(5)]
+    expected = run(engine_on(cs.load_kernels("cpu"), model), works)
+    engine = cuda_engine(backend, model, monkeypatch, num_pages=12, context_length=192)
+    same_answers(expected, answers(engine, works))
+    assert engine.scheduler.preemptions > 0
+
+
+def test_a_step_that_was_given_up_does_not_stop_the_next_ones(backend, nanochat_fixtures, monkeypatch):
+    model = model_of("gen5", nanochat_fixtures)
+    engine = cuda_engine(backend, model, monkeypatch, max_batch=2)
+    works = some_works(model[0].vocab_size, 3, 8)
+    with torch.inference_mode():
+        for _ in range(3):
+            engine.add(works[0])
+            for _ in range(4):
+                engine.step()
+            assert engine.give_up() == [works[0].id]
+    expected = run(engine_on(cs.load_kernels("cpu"), model), works)
+    same_answers(expected, answers(engine, works))
+
+
+# --- start and finish --------------------------------------------------------------------------------------------
+
+
+def decode_batch(previous, ids, lengths, tables):
+    rows = list(range(len(ids)))
+    return Batch(ids, previous, [*rows, len(rows)], lengths, tables, rows)
+
+
+def sampled_rows(lengths):
+    return [SampleRow(SamplingParams(temperature=0.9, seed=i), length) for i, length in enumerate(lengths)]
+
+
+def steps_on(backend, model, monkeypatch, **sizes):
+    engine = cuda_engine(backend, model, monkeypatch, **sizes)
+    return engine.steps
+
+
+def test_start_leaves_all_work_to_the_device_and_two_steps_may_wait_there(backend, nanochat_fixtures, monkeypatch):
+    model = model_of("gen5", nanochat_fixtures)
+    steps = steps_on(backend, model, monkeypatch)
+    tables = [[3, 4], [9], [7]]
+    drawn = []
+    for ahead in (False, True):
+        tickets, ids, previous, tokens = [], [5, 6, 7], [-1, -1, -1], []
+        for position in range(6):
+            tickets.append(steps.start(decode_batch(previous, ids, [position + 1] * 3, tables), sampled_rows([position + 1] * 3)))
+            if ahead and backend.name == "emulation":
+                assert len(steps.queue.waiting) == min(position + 1, 2)     # nothing has run
+            if ahead and position:
+                tokens.append(steps.finish(tickets.pop(0)))
+            if ahead:
+                previous, ids = (tokens[-1] if tokens else [5, 6, 7]), [~0, ~1, ~2]
+            else:
+                previous, ids = ids, steps.finish(tickets.pop(0))
+                tokens.append(ids)
+        tokens += [steps.finish(ticket) for ticket in tickets]
+        drawn.append(tokens)
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 6
+
+
+def test_rows_may_change_places_and_number_between_steps_that_are_begun_ahead(backend, nanochat_fixtures, monkeypatch):
+    """Row ~2 of a step becomes row 0 of the next, in another graph, and stands beside a prompt in the one after."""
+    model = model_of("gen5", nanochat_fixtures)
+    results = []
+    for ahead in (False, True):
+        steps = steps_on(backend, model, monkeypatch)
+        first = steps.start(decode_batch([-1, -1, -1], [5, 6, 7], [1, 1, 1], [[3], [9], [7]]), sampled_rows([1, 1, 1]))
+        a = None if ahead else steps.finish(first)
+        second = steps.start(decode_batch([7, 5], [~2, ~0] if ahead else [a[2], a[0]], [2, 2], [[7], [3]]), sampled_rows([2, 2]))
+        a = steps.finish(first) if ahead else a
+        b = None if ahead else steps.finish(second)
+        prompt = list(range(20, 40))
+        mixed = Batch([~1 if ahead else b[1], *prompt], [a[0], -1, *prompt[:-1]], [0, 1, 21], [3, 20], [[3], [1, 2]], [0, 20])
+        third = steps.start(mixed, sampled_rows([3, 20]))
+        b = steps.finish(second) if ahead else b
+        results.append((a, b, steps.finish(third)))
+    assert results[0] == results[1]
+
+
+def test_padding_draws_nothing_and_stores_nothing(backend, nanochat_fixtures, monkeypatch):
+    steps = steps_on(backend, model_of("gen5", nanochat_fixtures), monkeypatch)
+    before = steps.transformer.cache.clone()
+    ticket = steps.start(decode_batch([-1] * 3, [5, 6, 7], [1] * 3, [[3], [9], [7]]), sampled_rows([1] * 3))
+    assert len(steps.finish(ticket)) == 3 and steps.queue.replays == 1
+    assert steps.tokens.tolist()[:4][3] == -1
+    changed = (steps.transformer.cache != before).any(-1).any(3).any(0).any(0)      # (P, PAGE_SIZE)
+    assert changed.nonzero().tolist() == [[3, 0], [7, 0], [9, 0]]
+
+
+def test_the_smallest_graph_that_holds_a_step_is_replayed(backend, nanochat_fixtures, monkeypatch):
+    steps = steps_on(backend, model_of("gen1", nanochat_fixtures), monkeypatch, max_batch=6, num_pages=80)
+    assert sorted(steps.graphs) == [(1, 32), (2, 32), (4, 32), (6, 32)]
+    assert (cs.doubling(1, 64, 2), cs.doubling(64, 600, 4), cs.doubling(64, 20, 4)) == ([1, 2, 4, 8, 16, 32, 64], [64, 256, 600], [20])
+    sampling = SimpleNamespace(count_ids=[], bias_ids=[])
+    for rows, expected in ((1, 1), (2, 2), (3, 4), (4, 4), (5, 6), (6, 6)):
+        batch = decode_batch([0] * rows, [0] * rows, [1] * rows, [[0]] * rows)
+        assert steps._graph(batch, sampling) is steps.graphs[expected, 32]
+    prompt = Batch([1, 2], [-1, 1], [0, 2], [2], [[0]], [1])
+    assert steps._graph(prompt, sampling) is None
+
+
+def test_warming_an_engine_up_captures_every_graph_before_any_step(backend, nanochat_fixtures, monkeypatch):
+    engine = cuda_engine(backend, model_of("gen1", nanochat_fixtures), monkeypatch, prepare=False, max_batch=3)
+    shares = []
+    with torch.inference_mode():
+        engine.warm_up(shares.append)
+    assert set(engine.steps.graphs) == {(rows, 32) for rows in (1, 2, 3)}
+    assert shares == sorted(shares) and engine.pool.available == engine.pool.num_pages
+
+
+# --- ops ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gen1", "gen3", "gen5", "llama"])
+def test_logits_of_prompts_chunks_and_decode_rows_are_the_references(backend, name, nanochat_fixtures):
+    spec, tensors, _ = model_of(name, nanochat_fixtures)
+    rng = np.random.default_rng(1)
+    a, b, c = (rng.integers(0, spec.vocab_size, n).tolist() for n in (290, 45, 8))
+    pages = rng.permutation(60).tolist()
+    pa, pb, pc = pages[:20], pages[20:30], pages[30:31]
+    logits = {}
+    for kernels, device in ((cs.load_kernels("cpu"), "cpu"), (backend.kernels(spec), backend.device)):
+        model = Transformer(spec, {n: t.to(device) for n, t in tensors.items()}, kernels, num_pages=60, max_tokens=400,
+                            dtype=torch.float32, device=device)
+        steps = [[(a, 0, 100, pa), (b, 0, 44, pb)], [(b, 44, 1, pb), (a, 100, 189, pa), (c, 0, 7, pc)],
+                 [(a, 289, 1, pa), (c, 7, 1, pc)]]
+        logits[str(device), kernels.cuda is None] = [model.forward(chunks(*step)).cpu().clone() for step in steps]
+    reference, fast = logits.values()
+    for expected, got in zip(reference, fast):
+        assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def chunks(*sequences):
+    """sequences: (all tokens, already computed, new, pages) of each; logits for the last token of each."""
+    batch = Batch([], [], [0], [], [], [])
+    for tokens, computed, new, pages in sequences:
+        batch.token_ids.extend(tokens[computed:computed + new])
+        batch.previous_token_ids.extend(tokens[p - 1] if p else -1 for p in range(computed, computed + new))
+        batch.starts.append(batch.starts[-1] + new)
+        batch.lengths.append(computed + new)
+        batch.tables.append(pages)
+        batch.logit_rows.append(batch.starts[-1] - 1)
+    return batch
+
+
+def test_bfloat16_follows_float32(backend, nanochat_fixtures):
+    spec, tensors, _ = model_of("llama", nanochat_fixtures)
+    tokens = np.random.default_rng(2).integers(0, spec.vocab_size, 60).tolist()
+    rounded = {name: tensor.bfloat16() if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = Transformer(spec, {name: t.to(backend.device, dtype) if t.ndim > 1 else t.to(backend.device)
+                                   for name, t in rounded.items()},
+                            backend.kernels(spec), num_pages=8, max_tokens=64, dtype=dtype, device=backend.device)
+        prompt = model.forward(chunks((tokens, 0, 59, [3, 1, 4, 2])))[0].clone()
+        results.append((prompt, model.forward(chunks((tokens, 59, 1, [3, 1, 4, 2])))[0].clone()))
+    for exact, fast in zip(*results):
+        assert fast.dtype == torch.float32 and (exact - fast).norm() < 0.03 * exact.norm()
+
+
+def test_sampling_on_the_device_draws_the_references_tokens_and_leaves_logits_alone(backend):
+    from test_core_cuda import random_logits, random_rows
+    rng = np.random.default_rng(8)
+    spec = llama_like()[0]
+    kernels = backend.kernels(spec)
+    for vocabulary, count in ((284, 400), (5003, 60)):
+        logits, rows = random_logits(rng, count, vocabulary), random_rows(rng, count, vocabulary)
+        tensor = torch.from_numpy(logits.copy()).to(backend.device)
+        assert kernels.sample(tensor, rows) == cs.sample_reference(logits, rows).tolist()
+        assert tensor.cpu().numpy().tobytes() == logits.tobytes()
+
+
+# --- the choice --------------------------------------------------------------------------------------------------
+
+
+class Pretended:
+    """decode_core as it looks where there is a GPU."""
+
+    cuda = decode_core.cuda
+
+    def __init__(self, ops=SimpleNamespace()):
+        self.ops = ops
+
+    def cuda_ops(self):
+        return self.ops
+
+
+def test_load_kernels_takes_decode_core_on_cuda_where_the_model_fits(monkeypatch):
+    spec = llama_like()[0]
+    monkeypatch.setattr(cs, "decode_core", Pretended)
+    kernels = cs.load_kernels("cuda", spec)
+    names = kernels.describe()
+    assert {name for name, by in names.items() if by == "decode_core/cuda"} >= {"rope_append", "paged_attention", "sample"}
+    assert names["linear"] == "torch/reference" and kernels.cuda and not kernels.row_invariant
+    for unfit in (replace(spec, head_size=24), replace(spec, head_size=272), replace(spec, vocab_size=(1 << 18) + 1)):
+        assert cs.load_kernels("cuda", unfit).cuda is None
+    monkeypatch.setattr(cs, "decode_core", lambda: Pretended(None))        # no driver, or no device
+    assert cs.load_kernels("cuda", spec).names["sample"] == "numpy/reference"
+
+
+def test_the_core_says_whether_cuda_can_be_used():
+    assert (decode_core.cuda_ops() is not None) == bool(decode_core._core.cuda_compiled and decode_core._core.cuda_devices())
+
+
+# --- the bench ---------------------------------------------------------------------------------------------------
+
+
+def test_the_decode_bench_runs(backend):
+    from importlib.util import module_from_spec, spec_from_file_location
+    place = spec_from_file_location("cuda_decode", Path(__file__).parent.parent / "bench" / "cuda_decode.py")
+    bench = module_from_spec(place)
+    place.loader.exec_module(bench)
+    for shape in bench.SHAPES.values():
+        spec = replace(shape, layers=1, width=64, heads=4, kv_heads=2, head_size=16, ffn_size=96, vocab_size=200, max_positions=400)
+        steps = bench.make_steps(spec, backend.kernels(spec), backend.device, torch.bfloat16, 3, 200, backend.queue())
+        assert bench.seconds_per_step(bench.Decoding(steps, 3, 100, 60), 40) > 0
+        assert steps.queue.replays == 40 and bench.seconds_per_replay(steps, 3, 2) > 0
+        weights = 64 * (4 + 4) * 16 + 64 * 64 + 64 * 96 * (2 if spec.activation == "relu2" else 3) + 200 * 64
+        norms = 3 * 64 * 4 if spec.norm_weights else 0
+        assert bench.bytes_of_a_step(steps.transformer, 3, 100) == 2 * weights + norms + 3 * 100 * 2 * 2 * 16 * 2

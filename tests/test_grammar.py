@@ -1,0 +1,126 @@
+"""Answers that a grammar holds: JSON of a schema's shape, whatever the model would rather say."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import chat_server
+from chat_server import Message, RequestError, SamplingParams, Work
+from engines import make_engine
+from test_logprobs import updates
+
+PERSON = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0, "maximum": 130},
+                                           "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 3}},
+          "required": ["name", "age", "tags"], "additionalProperties": False}
+
+
+def grammar(schema):
+    return chat_server.json_grammar(schema, "response_format")
+
+
+@pytest.fixture(scope="module", params=["nanochat", "gguf"])
+def engine(request, nanochat_fixtures, default_model_path):
+    """tiktoken's tokenizer with random weights, and a byte-level BPE from a GGUF file with a real model."""
+    return make_engine(*((nanochat_fixtures / "gen5",) if request.param == "nanochat" else (default_model_path,)), num_pages=200, max_batch=8)
+
+
+def work(engine, name, schema, seed=0, **more):
+    prompt = tuple(engine.tokenizer.render([Message("user", "Describe a person as JSON.")]))
+    return Work(name, prompt, SamplingParams(1.0, seed=seed), 120, grammar=grammar(schema), **more)
+
+
+def text_of(found):
+    return "".join(update.text for update in found)
+
+
+def test_answers_are_of_the_schema_whatever_the_seed_and_beside_free_ones(engine):
+    works = [work(engine, f"g{seed}", PERSON, seed) for seed in range(4)]
+    free = [Work(f"f{seed}", works[0].prompt_ids, SamplingParams(1.0, seed=seed), 15, ignore_eos=True) for seed in range(2)]
+    found = updates(engine, works + free)
+    for each in works:
+        last, text = found[each.id][-1], text_of(found[each.id])
+        if last.reason == "length":
+            continue
+        person = json.loads(text)
+        assert (last.reason, last.stop_reason) == ("stop", "grammar")
+        assert list(person) == ["name", "age", "tags"] and 0 <= person["age"] <= 130 and set(person["tags"]) <= {"a", "b"}
+        assert text == json.dumps(person, ensure_ascii=False) or "\\" in text          # one style, no free whitespace
+    assert any(found[each.id][-1].reason == "stop" for each in works)
+    alone = updates(engine, free[:1])
+    assert alone["f0"][-1].tokens == found["f0"][-1].tokens
+
+
+def test_greedy_answers_are_held_too_and_log_probabilities_are_the_models_own(engine):
+    one = work(engine, "a", {"enum": ["yes", "no"]}, logprobs=2)
+    found = updates(engine, [chat_server.replace(one, sampling=SamplingParams(0.0))])["a"]
+    assert json.loads(text_of(found)) in ("yes", "no")
+    entries = [entry for update in found for entry in update.logprobs]
+    assert len(entries) == sum(len(update.tokens) for update in found)
+    assert entries[0].logprob < 0 and entries[0].top[0][1] >= entries[0].logprob
+
+
+def test_a_resumed_answer_goes_on_in_its_grammar(engine):
+    whole = updates(engine, [work(engine, "a", PERSON, 3)])["a"]
+    tokens = [token for update in whole for token in update.tokens]
+    for cut in (1, 5, len(tokens) - 1):
+        sent = len(text_of(whole[:cut]))
+        rest = updates(engine, [work(engine, "b", PERSON, 3, resumed_ids=tuple(tokens[:cut]), sent_characters=sent)])["b"]
+        assert [token for update in rest for token in update.tokens] == tokens[cut:]
+        assert text_of(whole[:cut]) + text_of(rest) == text_of(whole)
+
+
+def test_a_top_level_number_ends_where_the_model_ends_it(engine):
+    end = max(engine.tokenizer.stop_tokens)
+    one = work(engine, "a", {"type": "integer"})
+    one = chat_server.replace(one, sampling=SamplingParams(1.0, seed=1, logit_bias=((end, 50.0),)))
+    found = updates(engine, [one])["a"]
+    assert found[-1].reason == "stop" and found[-1].stop_reason == "eos" and isinstance(json.loads(text_of(found)), int)
+
+
+def test_a_grammar_that_cannot_be_followed_fails_its_request_only(engine, monkeypatch):
+    monkeypatch.setattr(chat_server.Grammar, "feed", lambda self, token: False)
+    free = Work("f", (5, 6, 7), SamplingParams(0.0), 5, ignore_eos=True)
+    found = updates(engine, [work(engine, "a", PERSON), free])
+    assert found["a"][-1].reason == "error" and text_of(found["a"]) == ""
+    assert found["f"][-1].reason == "length"
+
+
+@pytest.mark.parametrize("schema", [{"type": "nope"}, {"$ref": "#/nope"}, {"not": {}}, {"type": "string", "pattern": "(?=x)"}, {"enum": []},
+                                    {"type": "object", "properties": {"\ud800": {}}}])
+def test_a_schema_that_no_answer_can_be_held_to_is_refused(schema):
+    with pytest.raises(RequestError) as refused:
+        grammar(schema)
+    assert refused.value.code == "invalid_json_schema" and refused.value.status == 400
+
+
+def test_a_schema_nested_too_deeply_is_refused():
+    schema = {}
+    for _ in range(5000):
+        schema = {"type": "array", "items": schema}
+    with pytest.raises(RequestError, match="not usable"):
+        grammar(schema)
+
+
+def test_without_the_library_it_is_a_clear_400(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(RequestError, match="llguidance is not installed") as refused:
+        chat_server.parse_fields({"messages": [1], "response_format": {"type": "json_object"}}, chat_server.OPENAI_FIELDS)
+    assert refused.value.code == "unsupported_response_format"
+
+
+@torch.inference_mode()
+def test_the_mask_is_exactly_what_the_grammar_takes(engine):
+    """Token by token: what the mask allows is consumed, what it forbids is not."""
+    rules = grammar(PERSON)
+    guide = chat_server.Grammar(engine.tokenizer, rules)
+    for token in engine.tokenizer.encode('{"name": "Bo"'):
+        assert guide.feed(token)
+    flags = guide.allowed(engine.tokenizer.vocab_size)
+    assert 0 < flags.sum() < 20
+    for token in [*flags.nonzero()[0].tolist(), 5, 65, 200]:
+        probe = chat_server.Grammar(engine.tokenizer, rules)
+        for before in engine.tokenizer.encode('{"name": "Bo"'):
+            probe.feed(before)
+        assert probe.feed(token) == bool(flags[token])

@@ -1,0 +1,135 @@
+"""Log-probabilities of answers and of prompts: those of the model's own distribution, whatever else the step computes."""
+
+import math
+
+import numpy
+import pytest
+import torch
+
+import chat_server
+from chat_server import Batch, PAGE_SIZE, SampleRow, SamplingParams, Work
+from engines import TracedSteps, make_engine
+
+PROMPT = tuple((7 * i + i * i) % 250 for i in range(75))
+
+
+@pytest.fixture
+def engine(nanochat_fixtures):
+    return make_engine(nanochat_fixtures / "gen5", num_pages=200, max_batch=8, prefill_chunk=64)
+
+
+@torch.inference_mode()
+def updates(engine, works, ahead=False):
+    """Run `works` -> {id: [Update]}."""
+    if ahead:
+        engine.steps = TracedSteps(engine.transformer, ahead=True)
+    found = {work.id: [] for work in works}
+    for work in works:
+        engine.add(work)
+    while engine.busy:
+        for update in engine.step():
+            found[update.id].append(update)
+        engine.check_integrity()
+    return found
+
+
+@torch.inference_mode()
+def logits_of(engine, tokens):
+    """What the model says after each of the tokens, (len(tokens), V), row by row in an engine of its own pages."""
+    pages = engine.pool.allocate(-(-len(tokens) // PAGE_SIZE))
+    lines = [engine.transformer.forward(Batch([token], [tokens[i - 1] if i else -1], [0, 1], [i + 1], [pages], [0]))[0].clone()
+             for i, token in enumerate(tokens)]
+    engine.pool.release(pages)
+    return torch.stack(lines)
+
+
+def check(entries, logits, tokens, top):
+    expected = torch.log_softmax(logits.double(), -1)
+    for entry, line, token in zip(entries, expected, tokens, strict=True):
+        assert entry.token == token
+        assert math.isclose(entry.logprob, float(line[token]), abs_tol=2e-3)
+        assert len(entry.top) == top and [pair[1] for pair in entry.top] == sorted([pair[1] for pair in entry.top], reverse=True)
+        for (_, logprob), value in zip(entry.top, line.topk(top).values if top else []):
+            assert math.isclose(logprob, float(value), abs_tol=2e-3)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_each_drawn_token_comes_with_how_likely_it_was(engine, ahead):
+    """Beside an answer that wants none, and whatever the temperature."""
+    works = [Work("a", PROMPT, SamplingParams(1.3, seed=1), 12, ignore_eos=True, logprobs=5),
+             Work("b", PROMPT[:20], SamplingParams(0.7, seed=2), 20, ignore_eos=True),
+             Work("c", PROMPT[:33], SamplingParams(0.0), 9, ignore_eos=True, logprobs=0)]
+    found = updates(engine, works, ahead)
+    assert all(update.logprobs == () for update in found["b"])
+    for name, prompt, top in (("a", PROMPT, 5), ("c", PROMPT[:33], 0)):
+        tokens = [token for update in found[name] for token in update.tokens]
+        entries = [entry for update in found[name] for entry in update.logprobs]
+        logits = logits_of(engine, [*prompt, *tokens])[len(prompt) - 1:-1]
+        check(entries, logits, tokens, top)
+
+
+def test_looking_at_logits_changes_no_answer(engine):
+    work = Work("a", PROMPT, SamplingParams(1.0, seed=5, top_k=0), 24, ignore_eos=True)
+    plain = [token for update in updates(engine, [work])["a"] for token in update.tokens]
+    engine.pool.forget_cached()
+    looked = updates(engine, [chat_server.replace(work, logprobs=2, prompt_logprobs=2)])["a"]
+    assert [token for update in looked for token in update.tokens] == plain
+
+
+def test_penalties_and_bias_count_and_temperature_does_not(engine):
+    params = dict(logit_bias=((11, 30.0),), frequency_penalty=1.5, presence_penalty=0.5, repetition_penalty=1.3)
+    work = Work("a", PROMPT, SamplingParams(0.2, seed=5, **params), 6, ignore_eos=True, logprobs=3)
+    found = updates(engine, [work])["a"]
+    tokens = [token for update in found for token in update.tokens]
+    logits = logits_of(engine, [*PROMPT, *tokens])[len(PROMPT) - 1:-1].numpy()
+    rows = [SampleRow(work.sampling, len(PROMPT) + i, [*PROMPT, *tokens[:i]], len(PROMPT)) for i in range(len(tokens))]
+    logits = torch.from_numpy(numpy.stack([chat_server.penalize(*pair) for pair in zip(logits, rows)]))
+    check([entry for update in found for entry in update.logprobs], logits, tokens, 3)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_prompts_are_scored_whole_also_when_their_pages_are_cached_and_steps_have_few_rows(engine, ahead):
+    """75 tokens in steps of at most 8 rows of logits, beside answers that take some of them."""
+    others = [Work(f"o{i}", PROMPT[:30 + i], SamplingParams(1.0, seed=i), 40, ignore_eos=True) for i in range(4)]
+    scored = [Work(f"s{i}", PROMPT[i:], SamplingParams(0.0), 2, ignore_eos=True, logprobs=2, prompt_logprobs=2) for i in range(2)]
+    updates(engine, [Work("warm", PROMPT, SamplingParams(0.0), 1)])
+    rows = []
+    forward = engine.transformer.forward
+    engine.transformer.forward = lambda batch: (rows.append(len(batch.logit_rows)), forward(batch))[1]
+    found = updates(engine, others + scored, ahead)
+    engine.transformer.forward = forward
+    assert max(rows) <= engine.scheduler.max_rows == 8
+    for i, work in enumerate(scored):
+        first, *rest = found[work.id]
+        assert not any(update.prompt_logprobs for update in rest) and len(first.tokens) == 1
+        assert first.prompt_logprobs[0] == chat_server.TokenLogprob(PROMPT[i], None)
+        check(first.prompt_logprobs[1:], logits_of(engine, work.prompt_ids)[:-1], work.prompt_ids[1:], 2)
+        assert first.cached_tokens == 0
+
+
+def test_a_scored_prompt_that_is_preempted_is_scored_again_and_once(engine):
+    works = [Work("old", PROMPT, SamplingParams(0.0), 30, ignore_eos=True),
+             Work("s", PROMPT[:60], SamplingParams(0.0), 3, ignore_eos=True, prompt_logprobs=1)]
+    with torch.inference_mode():
+        for work in works:
+            engine.add(work)
+        while not (sequence := next((s for s in engine.scheduler.running if s.work.id == "s"), None)) or sequence.computed < 20:
+            engine.step()
+        engine._finish()
+        engine.scheduler._preempt(sequence)
+        found = [update for _ in range(200) if engine.busy for update in engine.step() if update.id == "s"]
+    check(found[0].prompt_logprobs[1:], logits_of(engine, PROMPT[:60])[:-1], PROMPT[1:60], 1)
+
+
+def test_the_token_that_ends_an_answer_has_no_logprob(engine):
+    end = min(engine.tokenizer.stop_tokens)
+    work = Work("a", PROMPT, SamplingParams(0.0, logit_bias=((end, 100.0),)), 8, logprobs=1)
+    (update,) = updates(engine, [work])["a"]
+    assert (update.tokens, update.reason, update.logprobs) == ((end,), "stop", ())
+
+
+def test_the_largest_and_smallest_numbers_stay_numbers():
+    line = numpy.array([-numpy.inf, 3.4e38, 0.0, -3.4e38], dtype=numpy.float32)
+    found = chat_server.logprob_of(line, 2, 4)
+    assert found.top[0] == (1, 0.0) and chat_server.logprob_number(found.logprob) == -9999.0
+    assert all(chat_server.logprob_number(logprob) >= -9999.0 for _, logprob in found.top)

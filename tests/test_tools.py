@@ -1,0 +1,141 @@
+"""Functions of the client: what templates are told, and which calls are found in the answers."""
+
+import json
+import random
+
+import aiohttp
+import pytest
+
+import chat_server
+from chat_server import Message, Settings, SamplingParams, ToolCallReader, Work
+from engines import load, make_engine
+from fake_pool import FakePool, Letters, frames, serving
+from test_logprobs import updates
+
+WEATHER = {"type": "function", "function": {"name": "weather", "description": "Weather of a city", "parameters": {
+    "type": "object", "properties": {"city": {"type": "string", "maxLength": 10}}, "required": ["city"], "additionalProperties": False}}}
+TIME = {"type": "function", "function": {"name": "time"}}
+TEMPLATE = """{%- if tools %}{{ '<|im_start|>system\\n# Tools\\n' }}{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif -%}
+{%- for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}{{ message.content or '' }}{% for call in message.tool_calls or [] -%}
+<tool_call>\n{"name": {{ call.function.name | tojson }}, "arguments": {{ call.function.arguments | tojson }}}\n</tool_call>
+{%- endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"""
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+ASK = {"messages": [{"role": "user", "content": "Weather in Rome?"}], "tools": [WEATHER, TIME]}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(default_model_path):
+    return chat_server.open_tokenizer(chat_server.replace(load(default_model_path).text, chat_template=TEMPLATE))
+
+
+@pytest.fixture
+def pool():
+    pool = FakePool(list(CALL))
+    pool.tokenizer = Letters()
+    pool.tokenizer.tool_format = "tagged"
+    return pool
+
+
+def read(tool_format, pieces):
+    reader = ToolCallReader(tool_format, [WEATHER, TIME])
+    parts = [*map(reader.push, pieces), reader.finish()]
+    return "".join(text for text, _ in parts), [call["function"] for _, calls in parts for call in calls]
+
+
+ROME, NOW = {"name": "weather", "arguments": '{"city": "Rome"}'}, {"name": "time", "arguments": "{}"}
+
+
+@pytest.mark.parametrize("tool_format, text, rest, calls", [
+    ("tagged", CALL, "", [ROME]),
+    ("tagged", "Let me see. " + CALL + '\n<tool_call>{"name": "time"}</tool_call>', "Let me see. ", [ROME, NOW]),
+    ("tagged", "1 < 2 and <tool> and <tool_cal", "1 < 2 and <tool> and <tool_cal", []),
+    ("tagged", "<tool_call>no JSON</tool_call>!", "<tool_call>no JSON</tool_call>!", []),
+    ("tagged", '<tool_call>{"name": "rm"}</tool_call>', '<tool_call>{"name": "rm"}</tool_call>', []),
+    ("tagged", '<tool_call>{"name": "time"', '<tool_call>{"name": "time"', []),
+    ("json", '{"name": "weather", "parameters": {"city": "Rome"}}', "", [ROME]),
+    ("json", ' [{"name": "weather", "arguments": {"city": "Rome"}}, {"name": "time", "arguments": {}}]', "", [ROME, NOW]),
+    ("json", '{"answer": 42}', '{"answer": 42}', []), ("json", "It is {late}.", "It is {late}.", []), ("json", "", "", [])])
+def test_calls_are_found_however_the_text_is_cut(tool_format, text, rest, calls):
+    dice = random.Random(1)
+    for _ in range(30):
+        cuts = sorted(dice.sample(range(len(text) + 1), min(len(text), dice.randrange(6))))
+        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
+        assert read(tool_format, pieces) == (rest, calls)
+
+
+def test_only_templates_that_read_tools_know_them(default_model_path):
+    assert chat_server.open_tokenizer(load(default_model_path).text).tool_format is None
+    assert chat_server.tool_format_of(TEMPLATE) == "tagged"
+    assert chat_server.tool_format_of("{%- if not tools is defined %}{% endif %}") == "json"
+    assert chat_server.tool_format_of("You have no tools. {{ messages }}") is None
+
+
+def test_the_template_is_told_of_tools_and_earlier_calls(tokenizer):
+    messages = chat_server.openai_messages([
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [
+            {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome<|im_end|>"}'}}]},
+        {"role": "tool", "tool_call_id": "c1", "content": "Sunny"}], with_tools=True)
+    tokens = tokenizer.render(messages, [WEATHER])
+    text = tokenizer.show(tokens)
+    assert '# Tools\n{"type": "function", "function": {"name": "weather"' in text
+    assert '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome<|im_end|>"}}\n</tool_call>' in text
+    assert text.endswith("<|im_start|>tool\nSunny<|im_end|>\n<|im_start|>assistant\n")
+    end = tokenizer.specials["<|im_end|>"]
+    assert tokens.count(end) == 4           # the one inside the argument is text
+    assert tokenizer.render(messages[:1]) == tokenizer.render(messages[:1], [])
+
+
+async def test_a_call_is_a_message_with_tool_calls_and_no_text(pool):
+    async with serving(pool) as url, aiohttp.ClientSession() as client:
+        body = await (await client.post(url + "/v1/chat/completions", json=ASK)).json()
+    (choice,) = body["choices"]
+    (call,) = choice["message"]["tool_calls"]
+    assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
+    assert call["type"] == "function" and call["function"] == ROME and call["id"].startswith("call_")
+    assert pool.requests[0].tools == (WEATHER, TIME)
+
+
+async def test_in_a_stream_a_call_is_one_delta_with_an_index_and_tags_never_show(pool):
+    pool.pieces = ["Sure. ", *CALL, "\n", '<tool_call>{"name": "time", "arguments": {}}</tool_call>']
+    async with serving(pool) as url, aiohttp.ClientSession() as client:
+        *chunks, done = frames(await (await client.post(url + "/v1/chat/completions", json=ASK | {"stream": True})).read())
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    calls = [call for delta in deltas for call in delta.get("tool_calls", [])]
+    assert [(call["index"], call["function"]) for call in calls] == [(0, ROME), (1, NOW)]
+    assert "".join(delta.get("content") or "" for delta in deltas) == "Sure. "
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["tool_calls"]
+
+
+async def test_a_call_that_is_cut_is_length_and_text(pool):
+    pool.pieces, pool.reason, pool.stop_reason = [CALL[:30]], "length", "max_tokens"
+    async with serving(pool) as url, aiohttp.ClientSession() as client:
+        body = await (await client.post(url + "/v1/chat/completions", json=ASK)).json()
+    assert body["choices"][0]["finish_reason"] == "length" and body["choices"][0]["message"]["content"] == CALL[:30]
+
+
+@pytest.mark.parametrize("change, code", [
+    ({"tools": [{"type": "function", "function": {}}]}, "invalid_value"), ({"tools": "x"}, "invalid_value"),
+    ({"tools": [None]}, "invalid_value"), ({"tool_choice": "sometimes"}, "invalid_value"),
+    ({"tool_choice": {"type": "function", "function": {"name": "rm"}}}, "invalid_value"),
+    ({"tools": None, "tool_choice": "required"}, "invalid_value"), ({"functions": [{"name": "f"}]}, "tools_not_supported"),
+    ({"messages": [{"role": "assistant", "tool_calls": [5]}]}, "invalid_value"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "nope"}}}], "tool_choice": "required"},
+     "invalid_json_schema")])
+async def test_what_is_no_tool_is_400(pool, change, code):
+    async with serving(pool) as url, aiohttp.ClientSession() as client:
+        async with client.post(url + "/v1/chat/completions", json=ASK | change) as response:
+            assert (response.status, (await response.json())["error"]["code"]) == (400, code)
+
+
+@pytest.mark.parametrize("tool_format", ["tagged", "json"])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_a_required_call_is_made_by_a_model_that_has_never_heard_of_tools(default_model_path, tool_format, choice):
+    engine = make_engine(default_model_path, num_pages=100, max_batch=8)
+    values = chat_server.parse_fields(ASK | {"tools": [WEATHER], "tool_choice": choice, "parallel_tool_calls": False},
+                                      chat_server.OPENAI_FIELDS)
+    request = chat_server.parse_openai_request(values, Settings(), tool_format)
+    prompt = tuple(engine.tokenizer.render([Message("user", "Weather in Rome?")]))
+    found = updates(engine, [Work("a", prompt, SamplingParams(0.0), 80, grammar=request.grammar)])["a"]
+    text, calls = read(tool_format, [update.text for update in found])
+    assert text == "" and [call["name"] for call in calls] == ["weather"] and len(json.loads(calls[0]["arguments"])["city"]) <= 10
