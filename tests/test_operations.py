@@ -75,11 +75,13 @@ async def test_a_client_that_leaves_is_counted_as_cancelled(client):
 
 async def test_the_gauges_are_the_pool_s_at_that_moment(client):
     pool = FakePool()
-    worker = {"state": "ready", "running": 3, "restarts": 2, "kv_pages_used": 10, "kv_pages_total": 64}
-    pool.stats = lambda: {"total_workers": 2, "queue_depth": 5, "workers": [worker, worker | {"state": "dead", "restarts": 1}]}
+    worker = {"state": "ready", "running": 3, "restarts": 2, "crashes_in_row": 0, "kv_pages_used": 10, "kv_pages_total": 64}
+    dead = worker | {"state": "dead", "restarts": 1, "crashes_in_row": 4}
+    pool.stats = lambda: {"total_workers": 2, "queue_depth": 5, "workers": [worker, dead]}
     async with serving(pool) as url:
         shown = await metrics(client, url)
-    wanted = {"running": 6, "queued": 5, "kv_pages_used": 20, "kv_pages": 128, "workers": 2, "workers_up": 1, "worker_restarts_total": 3}
+    wanted = {"running": 6, "queued": 5, "kv_pages_used": 20, "kv_pages": 128, "workers": 2, "workers_up": 1, "worker_restarts_total": 3,
+              "workers_in_crash_loop": 1}
     assert {name: shown[f"chat_server_{name}"] for name in wanted} == wanted
 
 
