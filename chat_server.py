@@ -1363,7 +1363,7 @@ def decode_core() -> Any:
 def kernels_line() -> str:
     """For the start-up log and --version: which compiled core runs, or how to get one."""
     if core := decode_core():
-        return f"decode_core runs with {core.info()['isa']} instructions" + " and CUDA" * core.info()["cuda_compiled"]
+        return f"decode_core runs with {core.info()['isa']} instructions" + ", compiled with CUDA too" * core.info()["cuda_compiled"]
     return "decode_core is not installed, so slower reference ops run; `pip install .` in the checkout builds it"
 
 
@@ -3138,6 +3138,8 @@ class Finished:
     tokens_per_second: float
     gpu: int
     choice: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0            # of those, how many were right: steps saved
 
 
 Event = Accepted | Piece | Finished
@@ -3176,6 +3178,7 @@ class Sequence:
     limit: int                              # tokens after which it ends for sure
     computed: int = 0
     finished: bool = False                  # it ended or was cancelled
+    suspect: bool = False                   # it was in a step that failed: nothing starts beside it until it has drawn a token
     draft: list[int] = field(default_factory=list)      # what may follow, to be computed in one step with what is pending
     drafted_tokens: int = 0
     accepted_tokens: int = 0                # of those, how many were right
@@ -3318,9 +3321,23 @@ class Scheduler:
         self.preemptions += 1
         return sequence
 
+    def isolate(self) -> list[Sequence]:
+        """A step failed: all that ran is computed again, one by one; what ran alone, or under suspicion, is dropped."""
+        running = list(self.running)
+        blamed = [sequence for sequence in running if sequence.suspect] or running
+        for sequence in (*running, *self.waiting):
+            if sequence.tokens[-1] < 0:         # the token that the step should have drawn
+                sequence.tokens.pop()
+        for sequence in reversed(running):
+            self._preempt(sequence).suspect = True
+        if len(blamed) != 1:
+            return []
+        self.remove(blamed[0])
+        return blamed
+
     def _admit(self) -> None:
-        """Move waiting sequences into the batch, in order, while rows and pages last."""
-        while self.waiting and len(self.running) < self.max_batch:
+        """Move waiting sequences into the batch, in order, while rows and pages last; suspects one by one."""
+        while self.waiting and len(self.running) < self.max_batch and not any(s.suspect for s in self.running):
             sequence = self.waiting[0]
             matched, serial = self.pool.match_prefix([] if sequence.scoring else sequence.tokens)
             needed = -(-len(sequence.tokens) // self.pool.page_size) - len(matched)
@@ -3438,15 +3455,20 @@ class CalculatorTool:
 
     def feed(self, token: int) -> list[int]:
         """One generated token; returns the tokens to force after it (mostly none)."""
-        ids = self.tokenizer.tool_tokens
+        expression = self.follow(token)
+        return [] if expression is None else self._answer(self.tokenizer.decode(expression))
+
+    def follow(self, token: int) -> list[int] | None:
+        """Keep track of where the answer is; the expression that this token completes, if it does."""
+        ids, expression = self.tokenizer.tool_tokens, self.expression
         if token == ids.python_start:
             self.expression = []
-        elif token == ids.python_end and self.expression is not None:
-            expression, self.expression = self.expression, None
-            return self._answer(self.tokenizer.decode(expression))
-        elif self.expression is not None:
-            self.expression.append(token)
-        return []
+        elif token == ids.python_end:
+            self.expression = None
+            return expression
+        elif expression is not None:
+            expression.append(token)
+        return None
 
     def _answer(self, expression: str) -> list[int]:
         try:
@@ -3478,7 +3500,7 @@ class Answer:
 
     def _replay(self, token: int) -> str:
         if self.tool:
-            self.tool.feed(token)       # its forced answer is among the resumed ids already
+            self.tool.follow(token)     # its forced answer is among the resumed ids already
         if self.grammar:
             self.grammar.feed(token)
         return self.decoder.push(token)
@@ -3544,6 +3566,7 @@ class Engine:
         self.steps = make_steps(transformer, max_batch, self.context_length)
         self.under_way: Started | None = None
         self.drafts = kernels.row_invariant     # elsewhere a drafted row might differ from the same row alone
+        self.drafted_tokens = self.accepted_tokens = 0
 
     @property
     def busy(self) -> bool:
@@ -3642,11 +3665,13 @@ class Engine:
         """Take the tokens drawn after what turned out to be right, and propose the next draft."""
         right = next((i for i, (guess, token) in enumerate(zip(draft, drawn)) if guess != token), len(draft))
         sequence.tokens.pop()                       # the mark of the token being drawn
+        sequence.suspect = False
         update = self._extend(sequence, drawn[:right + 1])
         if draft and sequence.drafter:
             sequence.drafter.judge(right)
-            sequence.drafted_tokens += len(draft)
-            sequence.accepted_tokens += right
+            for owner in (self, sequence):
+                owner.drafted_tokens += len(draft)
+                owner.accepted_tokens += right
         if sequence.drafter and not sequence.finished:
             sequence.draft = sequence.drafter.propose() if sequence.pending == 1 else []
         return update
@@ -3675,13 +3700,14 @@ class Engine:
                       logprobs, prompt_logprobs)
 
     def give_up(self) -> list[str]:
-        """A step failed: drop what was running and whatever it may have written; returns the ids of those requests."""
+        """A step failed: forget whatever it may have written; returns the ids of the requests that are dropped for it."""
+        if self.under_way and not isinstance(self.under_way.ticket, HostDraw):
+            with contextlib.suppress(Exception):        # the step before the one that failed: it is repeated too
+                self.steps.finish(self.under_way.ticket)
         self.under_way = None
-        ids = list(dict.fromkeys(sequence.work.id for sequence in self.scheduler.running))
-        for request_id in ids:
-            self.cancel(request_id)
+        blamed = self.scheduler.isolate()
         self.pool.forget_cached()
-        return ids
+        return [sequence.work.id for sequence in blamed]
 
     def check_integrity(self) -> None:
         self.scheduler.check_integrity()
@@ -3972,7 +3998,8 @@ def gauges(engine: Engine) -> dict[str, int]:
     used, total = memory_use(engine.transformer.device)
     return {"running": len(engine.scheduler.running), "queued": len(engine.scheduler.waiting),
             "kv_pages_used": engine.pool.num_pages - engine.pool.available, "kv_pages_total": engine.pool.num_pages,
-            "preemptions": engine.scheduler.preemptions, "memory_used": used, "memory_total": total}
+            "preemptions": engine.scheduler.preemptions, "drafted_tokens": engine.drafted_tokens,
+            "accepted_tokens": engine.accepted_tokens, "memory_used": used, "memory_total": total}
 
 
 def memory_use(device: "torch.device") -> tuple[int, int]:
@@ -3986,8 +4013,12 @@ def memory_use(device: "torch.device") -> tuple[int, int]:
     return 0, os.sysconf("SC_PHYS_PAGES") * page
 
 
+MAX_FAILURES = 3        # steps that may fail in a row before a worker is replaced
+
+
 def run_engine(channel: Channel, engine: Engine) -> None:
     """The worker's life: obey what came, step, report; asleep while there is nothing to do. Ends with EOFError."""
+    failures = 0            # steps that failed in a row
     while True:
         messages = channel.receive(wait=not engine.busy)
         for message in messages:
@@ -3996,9 +4027,15 @@ def run_engine(channel: Channel, engine: Engine) -> None:
             obey(engine, message)
         try:
             updates = engine.step()
-        except Exception as error:      # one bad step fails its requests, not the server
-            fail_running(channel, engine, error)
+        except Exception as error:      # one bad step fails one request, not the server
+            failures += 1
+            if failures > MAX_FAILURES or "CUDA error" in str(error):       # only a fresh process can help
+                raise
+            log.error("a step failed", exc_info=error)
+            if ids := engine.give_up():
+                channel.send("failed", ids, f"the model failed while computing this answer ({type(error).__name__})")
             continue
+        failures = 0
         channel.send("step", updates, gauges(engine))
 
 
@@ -4016,15 +4053,6 @@ def check_engine(engine: Engine) -> tuple[str | None, dict[str, int]]:
     except AssertionError as error:
         return str(error), gauges(engine)
     return None, gauges(engine)
-
-
-def fail_running(channel: Channel, engine: Engine, error: Exception) -> None:
-    """A step raised: give up what was running (not what waits), free its pages, and say so."""
-    log.error("a step failed", exc_info=error)
-    ids = engine.give_up()
-    channel.send("failed", ids, f"the model failed while computing this answer ({type(error).__name__})")
-    if not ids:                         # nothing to blame: only a fresh process can help
-        raise error
 
 
 # the front's side
@@ -4046,7 +4074,12 @@ class Job:
     dispatched_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float = 0.0
-    failovers: int = 0
+    failovers: int = 0          # deaths of workers that had it, since its last token
+
+    @property
+    def suspect(self) -> bool:
+        """Was it there at two deaths in a row? It may be the cause: no others start beside it until it has moved on."""
+        return self.failovers > 1
 
     @property
     def id(self) -> str:
@@ -4073,6 +4106,7 @@ class Job:
         if self.first_token_s is None:
             self.first_token_s = now
         self.last_token_s = now
+        self.failovers = 0
         if update.reason == "error":
             self.events.put_nowait(EngineFailure(update.stop_reason))
             return
@@ -4090,7 +4124,8 @@ class Job:
         return Finished(update.reason, cause, len(self.prompt_ids), count, update.cached_tokens,
                         queue_ms=(self.dispatched_s - self.arrived_s + update.queued_s) * 1e3,
                         ttft_ms=(self.first_token_s - self.arrived_s) * 1e3,
-                        tokens_per_second=(count - 1) / seconds if seconds > 0 else 0.0, gpu=gpu, choice=self.choice)
+                        tokens_per_second=(count - 1) / seconds if seconds > 0 else 0.0, gpu=gpu, choice=self.choice,
+                        drafted_tokens=update.drafted_tokens, accepted_tokens=update.accepted_tokens)
 
 
 class Worker:
@@ -4109,8 +4144,9 @@ class Worker:
         self.loading = ("starting", 0.0)
         self.restarts = 0
         self.unloading = False                      # its death was wanted
-        self.crashes_in_row = 0
-        self.last_message_s = self.slowest_step_s = 0.0
+        self.crashes_in_row = 0                     # without an answer finished or a minute lived in between
+        self.spawned_s = self.ready_s = self.last_message_s = self.slowest_step_s = 0.0
+        self.pinged = False                         # an idle worker was asked for a sign of life
         self.recent: deque[tuple[float, int]] = deque()     # (time, tokens) of the last seconds
         self.checked: asyncio.Future[str | None] | None = None
 
@@ -4124,7 +4160,8 @@ class Worker:
         with theirs:
             self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
                                             env=environment, start_new_session=True)
-        self.state, self.last_message_s = "loading", time.monotonic()
+        self.state, self.pinged = "loading", False
+        self.spawned_s = self.last_message_s = time.monotonic()
         return ours
 
     async def live(self, config: WorkerConfig) -> None:
@@ -4139,6 +4176,7 @@ class Worker:
                     self.hear(pickle.loads(await reader.readexactly(size)))
         finally:
             self.state = "dead"
+            self.pool.orphan(self)          # first: a process that hangs in its driver takes long to bury
             await self.bury()
 
     async def bury(self) -> None:
@@ -4160,7 +4198,7 @@ class Worker:
 
     def hear(self, message: tuple) -> None:
         now = time.monotonic()
-        silent_s, self.last_message_s = now - self.last_message_s, now
+        silent_s, self.last_message_s, self.pinged = now - self.last_message_s, now, False
         match message:
             case ("loading", stage, fraction):
                 self.loading = (stage, fraction)
@@ -4170,7 +4208,7 @@ class Worker:
                 self.pool.loaded(card)
             case ("ready", gauges_):
                 self.gauges = gauges_
-                self.state = "ready"
+                self.state, self.ready_s = "ready", now
                 self.pool.worker_ready(self)
             case ("step", updates, gauges_):
                 if self.jobs:
@@ -4195,6 +4233,7 @@ class Worker:
                 continue
             job.take(update, self.gpu)
             if update.reason is not None:
+                self.crashes_in_row = 0
                 self.pool.forget(job)
         self.recent.append((now, tokens))
         while self.recent[0][0] < now - 5:
@@ -4207,9 +4246,23 @@ class Worker:
 
     @property
     def hung(self) -> bool:
-        """No step finished for max(30 s, 20 times the slowest step) while work is queued; never while loading."""
-        patience_s = max(self.pool.HANG_S, 20 * self.slowest_step_s)
-        return self.state == "ready" and bool(self.jobs) and time.monotonic() - self.last_message_s > patience_s
+        """No step finished for max(30 s, 20 times the slowest step) while work is queued, nor a ping answered; never while
+        loading."""
+        expected = self.state == "ready" and bool(self.jobs or self.pinged)
+        return expected and time.monotonic() - self.last_message_s > max(self.pool.HANG_S, 20 * self.slowest_step_s)
+
+    def look_after(self) -> None:
+        """Once a second: kill it when it hangs, ask for a sign of life when it is idle, forgive crashes of long ago."""
+        now = time.monotonic()
+        if self.hung:
+            log.error("worker %d has made no progress; killing it", self.gpu)
+            self.process.kill()
+        elif self.state == "ready":
+            if not self.jobs and not self.pinged and now - self.last_message_s > self.pool.HANG_S / 3:
+                self.pinged = True
+                self.send("ping", None)             # whatever it is sent, it makes a step, if an empty one, and says so
+            if now - self.ready_s > self.pool.STABLE_S:
+                self.crashes_in_row = 0
 
     def tokens_per_second(self) -> float:
         since = time.monotonic() - 5
@@ -4220,9 +4273,10 @@ class Worker:
         return {"gpu_id": self.gpu, "device": self.card.device if self.card else None,
                 "pid": self.process.pid if self.process else None, "state": self.state,
                 "running": len(self.jobs), "queued": gauges_.get("queued", 0), "restarts": self.restarts,
+                "crashes_in_row": self.crashes_in_row,
                 "tokens_per_second": round(self.tokens_per_second(), 1),
                 **{key: gauges_[key] for key in ("kv_pages_used", "kv_pages_total", "memory_used", "memory_total")},
-                "preemptions": gauges_.get("preemptions", 0),
+                **{key: gauges_.get(key, 0) for key in ("preemptions", "drafted_tokens", "accepted_tokens")},
                 "utilization": round(len(self.jobs) / self.pool.settings.max_batch, 3)}
 
 
@@ -4270,8 +4324,9 @@ class LocalPool:
     """
 
     HANG_S = 30.0               # see Worker.hung
-    ORPHAN_S = 60.0             # how long requests wait for a worker when none is alive
-    MAX_FAILOVERS = 3           # a request that was there at so many deaths is given up
+    ORPHAN_S = 60.0             # how long requests wait for a worker when none is alive, besides twice the time to load
+    STABLE_S = 60.0             # a worker that lives so long is in no crash loop
+    MAX_FAILOVERS = 3           # a request that was there at so many deaths, without a token in between, is given up
     INLINE_CHARACTERS = 4_000   # longer prompts are rendered and tokenized off the event loop
     AFFINITY_TOKENS = 64        # prompts are matched to workers by prefixes of multiples of this
 
@@ -4296,6 +4351,7 @@ class LocalPool:
         self.became_ready: asyncio.Future | None = None
         self.fatal: asyncio.Future | None = None
         self.orphaned_since_s: float | None = None
+        self.load_s = 0.0                           # how long the last worker took from its start until it was ready
         self.affinity: OrderedDict[int, Worker] = OrderedDict()
         self.tasks: list[asyncio.Task] = []
 
@@ -4352,13 +4408,12 @@ class LocalPool:
             if self.card is None and worker.crashes_in_row >= 3:
                 return self._give_up(EngineFailure(f"worker {worker.gpu} died {worker.crashes_in_row} times while "
                                                    f"starting (exit status {code})"))
-            self._orphan(worker)
             delay_s = min(30.0, 0.25 * 2 ** worker.crashes_in_row)
             log.error("worker %d died (exit status %s); restarting it in %.1f s", worker.gpu, code, delay_s)
             await asyncio.sleep(delay_s)
             worker.restarts += 1
 
-    def _orphan(self, worker: Worker) -> None:
+    def orphan(self, worker: Worker) -> None:
         """A worker died: its jobs go to the head of the queue, in order, and continue elsewhere."""
         jobs, worker.jobs = list(worker.jobs.values()), {}
         worker.gauges = {}
@@ -4366,10 +4421,10 @@ class LocalPool:
             del self.affinity[key]
         for job in reversed(jobs):
             job.worker, job.failovers = None, job.failovers + 1
+            self.pending.resumed.appendleft(job)
+        for job in jobs:
             if job.failovers >= self.MAX_FAILOVERS:
                 self.fail(job.id, EngineFailure(f"{job.failovers} workers died while computing this answer"))
-            else:
-                self.pending.resumed.appendleft(job)
         self.dispatch()
 
     async def _watch(self) -> None:
@@ -4377,17 +4432,16 @@ class LocalPool:
         while True:
             await asyncio.sleep(1)
             for worker in self.workers:
-                if worker.hung:
-                    log.error("worker %d has made no progress; killing it", worker.gpu)
-                    worker.process.kill()
+                worker.look_after()
             self._unload_when_idle()
+            patience_s = self.ORPHAN_S + 2 * self.load_s
             if self.asleep or any(worker.state == "ready" for worker in self.workers) or not self.pending:
                 self.orphaned_since_s = None
             elif self.orphaned_since_s is None:
                 self.orphaned_since_s = time.monotonic()
-            elif time.monotonic() - self.orphaned_since_s > self.ORPHAN_S:
+            elif time.monotonic() - self.orphaned_since_s > patience_s:
                 for job in list(self.pending):
-                    self.fail(job.id, EngineFailure(f"no worker came back within {self.ORPHAN_S:.0f} s"))
+                    self.fail(job.id, EngineFailure(f"no worker came back within {patience_s:.0f} s"))
 
     def _unload_when_idle(self) -> None:
         """--idle-unload: end the processes of workers that nobody has asked for so long; polls of /health do not count."""
@@ -4436,6 +4490,9 @@ class LocalPool:
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
+        for worker in self.workers:
+            if worker.process:
+                await asyncio.to_thread(worker.process.wait)    # one that was being buried
 
     # what workers report
 
@@ -4458,7 +4515,7 @@ class LocalPool:
         self._check_ready()
 
     def worker_ready(self, worker: Worker) -> None:
-        worker.crashes_in_row, self.asleep = 0, False
+        self.asleep, self.load_s = False, worker.ready_s - worker.spawned_s
         self.used_s = time.monotonic()
         self._check_ready()
         self.dispatch()
@@ -4575,7 +4632,8 @@ class LocalPool:
             self._remember_prefix(job, worker)
 
     def _free_workers(self) -> list[Worker]:
-        return [w for w in self.workers if w.state == "ready" and len(w.jobs) < self.settings.max_batch]
+        return [w for w in self.workers if w.state == "ready" and len(w.jobs) < self.settings.max_batch
+                and not any(job.suspect for job in w.jobs.values())]
 
     def _choose_worker(self, job: Job) -> Worker | None:
         """The free worker with the fewest outstanding tokens; a prefix holder wins unless it is far busier."""
@@ -4668,6 +4726,9 @@ class LocalPool:
         body = {"status": status, "ready": self.ready, "num_gpus": len(self.workers), "available_workers": available}
         if status == "loading":
             body["loading"] = {"stage": self.loading[0], "fraction": round(self.loading[1], 3)}
+        if looping := [worker for worker in self.workers if worker.crashes_in_row > 1]:
+            body["crash_loops"] = [{"gpu_id": each.gpu, "crashes_in_row": each.crashes_in_row} for each in looping]
+            body["status"] = "degraded" if self.ready else status
         return 200 if self.ready else 503, body
 
     def stats(self) -> dict[str, Any]:
@@ -5183,7 +5244,8 @@ def error_body(error: ChatServerError) -> dict:
 
 def timings_body(done: Finished) -> dict:
     return {"queue_ms": round(done.queue_ms, 1), "ttft_ms": round(done.ttft_ms, 1),
-            "tokens_per_second": round(done.tokens_per_second, 1)}
+            "tokens_per_second": round(done.tokens_per_second, 1),
+            "drafted_tokens": done.drafted_tokens, "accepted_tokens": done.accepted_tokens}
 
 
 class NativeEncoder:
@@ -5363,9 +5425,12 @@ class OpenAIEncoder:
         """Each prompt counts once, each answer for itself."""
         firsts = [done for choice, done in self.ended.items() if choice % self.request.n == 0]
         prompt, cached = (sum(getattr(done, name) for done in firsts) for name in ("prompt_tokens", "cached_tokens"))
-        completion = sum(done.completion_tokens for done in self.ended.values())
+        completion, drafted, accepted = (sum(getattr(done, name) for done in self.ended.values())
+                                         for name in ("completion_tokens", "drafted_tokens", "accepted_tokens"))
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
-                "prompt_tokens_details": {"cached_tokens": cached}}
+                "prompt_tokens_details": {"cached_tokens": cached},
+                "completion_tokens_details": {"accepted_prediction_tokens": accepted,
+                                              "rejected_prediction_tokens": drafted - accepted}}
 
     def completion(self, events: Iterable[Event]) -> dict:
         """The whole answer as one object, for a client that does not stream."""
@@ -5543,6 +5608,7 @@ class Metrics:
 
     def __init__(self, pool: Pool):
         self.pool, self.library = pool, require_library("prometheus_client", "/metrics")
+        self.library.disable_created_metrics()          # a second line for each counter: when it began
         self.registry = self.library.CollectorRegistry()
         self.registry.register(self)
         how = {"namespace": "chat_server", "registry": self.registry}
@@ -5567,22 +5633,24 @@ class Metrics:
                 ("running", "requests on workers", total("running")), ("queued", "requests that wait", stats["queue_depth"]),
                 ("kv_pages_used", "KV pages in use", total("kv_pages_used")), ("kv_pages", "KV pages", total("kv_pages_total")),
                 ("workers", "configured workers", stats["total_workers"]),
-                ("workers_up", "workers that are ready", sum(worker["state"] == "ready" for worker in workers))):
+                ("workers_up", "workers that are ready", sum(worker["state"] == "ready" for worker in workers)),
+                ("workers_in_crash_loop", "workers that die again and again", sum(w["crashes_in_row"] > 1 for w in workers))):
             yield families.GaugeMetricFamily(f"chat_server_{name}", doc, value)
         yield families.CounterMetricFamily("chat_server_worker_restarts", "workers started again", total("restarts"))
 
     async def watch(self, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
         """The same events, counted and timed."""
-        began_s, last_s, reason = time.monotonic(), None, "cancelled"
+        began_s, reason = time.monotonic(), "cancelled"
+        last_s: dict[int, float] = {}       # by choice
         try:
             async for event in events:
                 if isinstance(event, Piece) and event.tokens:
                     now = time.monotonic()
-                    if last_s is None:
+                    if event.choice not in last_s:
                         self.ttft.observe(now - began_s)
                     else:
-                        self.itl.observe((now - last_s) / len(event.tokens))
-                    last_s = now
+                        self.itl.observe((now - last_s[event.choice]) / len(event.tokens))
+                    last_s[event.choice] = now
                 elif isinstance(event, Finished):
                     reason = event.reason
                     self.count_tokens(event)
@@ -5608,7 +5676,7 @@ class Visit:
     """What the front knows of one HTTP request besides aiohttp."""
 
     id: str             # X-Request-Id of the response
-    client: str = ""    # the name of its API key, else its address
+    client: str         # its address; once it has shown an API key, the name of that
     note: str = ""      # what the access log adds
     counts: dict[str, Any] = field(default_factory=dict)        # and what its JSON form adds
 
@@ -5629,7 +5697,7 @@ class Front:
     def visit(self, http: web.Request) -> Visit:
         """Its X-Request-Id is the client's if that is usable and no running answer has it, else 128 random bits."""
         named = re.sub(r"[^A-Za-z0-9._-]", "", http.headers.get("X-Request-Id", ""))[:64]
-        return Visit(named if named and named not in self.running else secrets.token_hex(16))
+        return Visit(named if named and named not in self.running else secrets.token_hex(16), http.remote or "")
 
     def owned(self, http: web.Request, request: Request) -> Request:
         """The request as its client's, under an id that no other has taken while the body came."""
@@ -5894,7 +5962,8 @@ class Front:
 
     def log_visit(self, http: web.Request, visit: Visit, status: int, ms: float) -> None:
         path = http.rel_url.raw_path[:200]      # no query: it may hold anything
-        log.log(logging.DEBUG if self.route_of(http) in POLLED_ROUTES else logging.INFO, "%s %s %d %.0f ms %s [%s %s]",
+        poll = self.route_of(http) in POLLED_ROUTES and status not in (401, 403)
+        log.log(logging.DEBUG if poll else logging.INFO, "%s %s %d %.0f ms %s [%s %s]",
                 http.method, path, status, ms, visit.note, visit.client or "-", visit.id, extra={"fields": {
                     "method": http.method, "path": path, "status": status, "ms": round(ms, 1), "client": visit.client,
                     "id": visit.id, **visit.counts}})
@@ -6383,7 +6452,7 @@ def native_event(body: dict[str, Any]) -> Event:
         return Piece(body.get("token", ""), (), body.get("gpu", 0))
     usage, timings = body.get("usage") or {}, body.get("timings") or {}
     counts = {name: usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens", "cached_tokens")}
-    times = {name: timings.get(name, 0.0) for name in ("queue_ms", "ttft_ms", "tokens_per_second")}
+    times = {name: timings.get(name, 0) for name in ("queue_ms", "ttft_ms", "tokens_per_second", "drafted_tokens", "accepted_tokens")}
     reason, gpu = body.get("finish_reason", "stop"), body.get("gpu", 0)
     return Finished(reason, body.get("stop_reason"), **counts, **times, gpu=gpu)
 

@@ -75,11 +75,13 @@ async def test_a_client_that_leaves_is_counted_as_cancelled(client):
 
 async def test_the_gauges_are_the_pool_s_at_that_moment(client):
     pool = FakePool()
-    worker = {"state": "ready", "running": 3, "restarts": 2, "kv_pages_used": 10, "kv_pages_total": 64}
-    pool.stats = lambda: {"total_workers": 2, "queue_depth": 5, "workers": [worker, worker | {"state": "dead", "restarts": 1}]}
+    worker = {"state": "ready", "running": 3, "restarts": 2, "crashes_in_row": 0, "kv_pages_used": 10, "kv_pages_total": 64}
+    dead = worker | {"state": "dead", "restarts": 1, "crashes_in_row": 4}
+    pool.stats = lambda: {"total_workers": 2, "queue_depth": 5, "workers": [worker, dead]}
     async with serving(pool) as url:
         shown = await metrics(client, url)
-    wanted = {"running": 6, "queued": 5, "kv_pages_used": 20, "kv_pages": 128, "workers": 2, "workers_up": 1, "worker_restarts_total": 3}
+    wanted = {"running": 6, "queued": 5, "kv_pages_used": 20, "kv_pages": 128, "workers": 2, "workers_up": 1, "worker_restarts_total": 3,
+              "workers_in_crash_loop": 1}
     assert {name: shown[f"chat_server_{name}"] for name in wanted} == wanted
 
 
@@ -127,6 +129,16 @@ async def test_the_log_as_json_has_the_fields_of_each_request_and_no_text(client
         "time": "", "level": "info", "message": "", "method": "POST", "path": NATIVE, "status": 200, "ms": 0, "client": "127.0.0.1",
         "id": "x", "prompt_tokens": 7, "completion_tokens": 3, "cached_tokens": 3, "reason": "stop"}
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", lines[0]["time"]) and lines[1]["status"] == 404
+
+
+async def test_polls_are_not_logged_but_attempts_without_a_key_are_with_their_address(client, caplog):
+    with caplog.at_level(logging.INFO, logger="chat_server"):
+        async with serving(FakePool(), Settings(keys=(ApiKey.hashed("key", "alice"),))) as url:
+            for path in ("/health", "/livez", "/readyz", "/stats", "/metrics"):
+                await client.get(url + path, headers={"X-Api-Key": "key"})
+            await client.get(url + "/stats", headers={"X-Request-Id": "x"})
+    (record,) = caplog.records
+    assert re.fullmatch(r"GET /stats 401 \d+ ms  \[127.0.0.1 x\]", record.getMessage())
 
 
 def test_a_json_line_holds_a_whole_traceback_and_stays_one_line():

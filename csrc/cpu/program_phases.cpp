@@ -58,6 +58,7 @@ Step::Step(const std::vector<Op>& ops, StepInput given, void* prepared, int thre
       prepared(prepared), threads(threads) {
     plan_attention();
     find_slots();
+    find_needed();
     make_phases();
     drawn.resize(input.samples ? size_t(logit_rows) : 0);
     stamps.resize(phases.size() + 1);
@@ -88,11 +89,31 @@ void Step::plan_attention() {
     plan = std::make_unique<AttentionPlan>(input.pages, input.offsets, input.lengths, input.starts, heads, kv_heads, num_pages);
     for (const Op& op : ops) {
         const AttentionJob& job = op.attention;
-        if (op.kind != OpKind::paged_attention || attention.count(job.window)) continue;
-        const AttentionPlan::Work& work = plan->work(job.window);
-        attention_memory.emplace_back();
-        void* memory = attention_memory.back().at_least(AttentionRun::memory_bytes(work, job.head_size) + 64);
-        attention.emplace(job.window, AttentionRun(work, job.head_size, job.cache_type, memory, threads));
+        if (op.kind == OpKind::paged_attention && !attention.count(job.window)) add_attention_run(job.window, plan->work(job.window), job);
+    }
+}
+
+void Step::add_attention_run(int key, const AttentionPlan::Work& work, const AttentionJob& job) {
+    attention_memory.emplace_back();
+    void* memory = attention_memory.back().at_least(AttentionRun::memory_bytes(work, job.head_size) + 64);
+    attention.emplace(key, AttentionRun(work, job.head_size, job.cache_type, memory, threads));
+}
+
+void Step::find_needed() {
+    needed.resize(size_t(tokens));
+    for (const int64_t row : input.logit_rows) needed[size_t(row)] = true;
+    const auto append = std::find_if(ops.rbegin(), ops.rend(), [](const Op& op) { return op.kind == OpKind::rope_append; });
+    if (append == ops.rend() || (!by_rows() && logit_rows > 0)) return;
+    last_append = int(ops.rend() - append) - 1;
+    if (logit_rows == 0) return;
+    for (size_t i = size_t(last_append); i < ops.size(); i++) {
+        if (ops[i].kind != OpKind::paged_attention) continue;
+        needed_work = plan->work(ops[i].attention.window);
+        const auto unneeded = [&](const AttentionItem& item) {
+            return std::find(needed.begin() + item.row, needed.begin() + item.row + item.rows, 1) == needed.begin() + item.row + item.rows;
+        };
+        needed_work.items.erase(std::remove_if(needed_work.items.begin(), needed_work.items.end(), unneeded), needed_work.items.end());
+        return add_attention_run(LAST_LAYER, needed_work, ops[i].attention);
     }
 }
 
@@ -115,7 +136,8 @@ void Step::add_rows(int first, int end, int prepares, int64_t rows) {
         per_chunk = 4 * GROUP_ROWS;
         while (per_chunk > GROUP_ROWS && rows < 3 * threads * per_chunk) per_chunk /= 2;
     }
-    add_phase<&Step::do_rows>({nullptr, first, end, prepares, rows, per_chunk, (rows + per_chunk - 1) / per_chunk});
+    const bool needed_only = first < end && is_needed_only(first);
+    add_phase<&Step::do_rows>({nullptr, first, end, prepares, rows, per_chunk, (rows + per_chunk - 1) / per_chunk, needed_only});
 }
 
 void Step::add_product(int index) {
@@ -128,8 +150,9 @@ void Step::add_product(int index) {
 }
 
 void Step::add_attention(int index) {
-    const AttentionRun& run = attention.at(ops[size_t(index)].attention.window);
-    add_phase<&Step::do_attention>({nullptr, index, index + 1, -1, tokens, tokens, run.chunks()});
+    const bool needed_only = is_needed_only(index);
+    const AttentionRun& run = attention.at(needed_only ? LAST_LAYER : ops[size_t(index)].attention.window);
+    if (run.chunks()) add_phase<&Step::do_attention>({nullptr, index, index + 1, -1, tokens, tokens, run.chunks(), needed_only});
 }
 
 void Step::make_phases() {
@@ -143,7 +166,7 @@ void Step::make_phases() {
         const Op& op = ops[size_t(i)];
         const int64_t rows = count_of(op);
         if (first < i && ops[size_t(i - 1)].on_logit_rows != op.on_logit_rows) flush(i, -1, i);
-        if (rows == 0) first = i + 1;
+        if (rows == 0 || (is_needed_only(i) && logit_rows == 0)) flush(i, -1, i + 1);
         else if (op.kind == OpKind::linear && (op.on_logit_rows || !by_rows())) flush(i, i, i + 1), add_product(i);
         else if (op.kind == OpKind::paged_attention) flush(i, -1, i + 1), add_attention(i);
         else if (op.kind == OpKind::softcap) {
@@ -177,7 +200,12 @@ void Step::run(int width) {
 }
 
 void Step::do_rows(const Part& part, int64_t chunk) const {
-    const int64_t begin = chunk * part.rows_per_chunk, end = std::min(begin + part.rows_per_chunk, part.rows);
+    int64_t begin = chunk * part.rows_per_chunk, end = std::min(begin + part.rows_per_chunk, part.rows);
+    if (part.needed_only) {
+        while (begin < end && !needed[size_t(begin)]) begin++;
+        while (begin < end && !needed[size_t(end - 1)]) end--;
+        if (begin == end) return;
+    }
     for (int i = part.first; i < part.end; i++) do_row_op(ops[size_t(i)], begin, end);
     if (part.prepares < 0) return;
     const Op& op = ops[size_t(part.prepares)];
@@ -236,7 +264,7 @@ void Step::do_product(const Part& part, int64_t chunk) const {
 
 void Step::do_attention(const Part& part, int64_t chunk) const {
     const AttentionJob& job = ops[size_t(part.first)].attention;
-    attention.at(job.window).run(job, chunk);
+    attention.at(part.needed_only ? LAST_LAYER : job.window).run(job, chunk);
 }
 
 void Step::do_softcap(const Part& part, int64_t chunk) const {

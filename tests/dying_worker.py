@@ -1,0 +1,48 @@
+"""A worker that is struck at an exact moment, once for each request: `python tests/dying_worker.py worker FD PARENT`.
+
+A request's id says what happens to its worker and when: `kill-tool-1` kills the process when its answer has a tool call
+open, `hang-decode-1` stops it. $STRUCK is a folder with one file for each request that has struck. `poison` always kills.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import chat_server
+
+SIGNALS = {"kill": signal.SIGKILL, "hang": signal.SIGSTOP}
+MOMENTS = {     # looked at before a step: what the steps before gave has left through the pipe
+    "queued": lambda s: not s.computed,
+    "prefill": lambda s: s.computed > 40 and s.pending > 1,
+    "decode": lambda s: s.generated >= 7,
+    "character": lambda s: s.generated >= 7 and s.text.decoder.utf8.getstate()[0],
+    "stop": lambda s: s.generated >= 7 and len(s.text.decoder.held) > 1,
+    "call": lambda s: s.generated >= 7 and s.text.tool.expression,
+}
+
+
+def strike(engine, moments):
+    scheduler = engine.scheduler
+    for sequence in (*scheduler.running, *scheduler.waiting):
+        what, moment, *_ = (sequence.work.id + "--").split("-")
+        if what == "poison" and sequence.computed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif what in SIGNALS and moment in moments and moments[moment](sequence):
+            try:
+                (Path(os.environ["STRUCK"]) / sequence.work.id).touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            os.kill(os.getpid(), SIGNALS[what])
+
+
+def step(engine, original=chat_server.Engine.step):
+    strike(engine, MOMENTS)
+    updates = original(engine)
+    strike(engine, {"unsent": MOMENTS["decode"]})       # these updates are lost
+    return updates
+
+
+if __name__ == "__main__":
+    chat_server.Engine.step = step
+    sys.exit(chat_server.main())

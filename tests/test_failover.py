@@ -1,0 +1,223 @@
+"""Workers that die or hang at every moment of an answer: real processes, a tiny real nanochat model."""
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+import chat_server
+from chat_server import EngineFailure, Finished, LocalPool, Message, Piece, Request, SamplingParams, Settings
+
+pytestmark = pytest.mark.timeout(120)
+DYING = (sys.executable, str(Path(__file__).with_name("dying_worker.py")))
+
+
+@pytest.fixture
+async def start_pool(nanochat_fixtures, tmp_path, monkeypatch):
+    """A function that starts a LocalPool of workers that die as requests tell them to."""
+    pools = []
+    monkeypatch.setenv("STRUCK", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+
+    async def start(worker_command=DYING, **changes):
+        settings = Settings(model=str(nanochat_fixtures / "gen5"), dtype="float32", prefill_chunk=16, **({"kv_cache_memory": 8 << 20} | changes))
+        pools.append(pool := LocalPool(settings, worker_command=worker_command))
+        await pool.start()
+        await pool.wait_ready()
+        await all_ready(pool)
+        return pool
+
+    yield start
+    for pool in pools:
+        await pool.close()
+
+
+async def all_ready(pool):
+    while any(worker.state != "ready" for worker in pool.workers):
+        await asyncio.sleep(0.02)
+
+
+async def collect(pool, request, on_piece=lambda piece: None):
+    """(text, tokens, Finished) of one answer."""
+    text, tokens, last = "", [], None
+    async for last in pool.answer(request):
+        if isinstance(last, Piece):
+            text, tokens = text + last.text, [*tokens, *last.tokens]
+            on_piece(last)
+    assert isinstance(last, Finished) and last.completion_tokens == len(tokens)
+    return text, tokens, last
+
+
+def greedy(name, max_tokens=40, **changes):
+    return Request(name, messages=(Message("user", "hello"),), sampling=SamplingParams(temperature=0.0), max_tokens=max_tokens,
+                   ignore_eos=True, **changes)
+
+
+async def idle(pool):
+    """Nothing runs anywhere, and every worker's page table is whole and empty."""
+    await all_ready(pool)
+    assert not pool.jobs and not pool.pending
+    for worker in pool.workers:
+        assert await pool.check_integrity(worker) is None
+        assert worker.gauges["running"] == worker.gauges["queued"] == worker.gauges["kv_pages_used"] == 0
+
+
+def drawn_from(tokens, **changes):
+    """A request that draws, nearly at random, from these tokens only."""
+    bias = tuple((token, 100.0) for token in tokens)
+    return dict(sampling=SamplingParams(temperature=8.0, top_k=0, seed=3, logit_bias=bias), max_tokens=150) | changes
+
+
+PLAIN = dict(sampling=SamplingParams(temperature=1.0, seed=5), max_tokens=60)
+LONG_PROMPT = dict(prompts=(tuple(range(100, 220)),), max_tokens=40, ignore_eos=True, sampling=SamplingParams(temperature=0.0))
+PENALTIES = SamplingParams(temperature=0.7, seed=5, presence_penalty=1.0, frequency_penalty=0.5, repetition_penalty=1.3)
+PYTHON_START, PYTHON_END, OUTPUT_START = 280, 281, 282
+CASES = {       # moment and request: what a worker must rebuild from the ids alone when it takes over
+    "queued": PLAIN,
+    "prefill": LONG_PROMPT | dict(messages=None),
+    "decode": PLAIN,
+    "decode with penalties": PLAIN | dict(sampling=PENALTIES),
+    "decode before min_tokens": drawn_from([*b"abc"], min_tokens=30, stop_token_ids=(97,)),
+    "decode of the third of three": PLAIN | dict(n=3),
+    "unsent": PLAIN,
+    "character": drawn_from("日".encode(), max_tokens=60),
+    "stop": drawn_from(b"abc", stop=("abcab", "zzz")),
+    "call": drawn_from([PYTHON_START, PYTHON_END, *b"12+"], max_tokens=100),
+}
+
+
+async def answers(pool, request):
+    """{choice: (text, tokens, reason, cause)} of all answers to a request."""
+    found = {}
+    async for event in pool.answer(request):
+        if isinstance(event, Piece):
+            text, tokens = found.get(event.choice, ("", ()))
+            found[event.choice] = text + event.text, tokens + event.tokens
+        elif isinstance(event, Finished):
+            found[event.choice] += event.reason, event.stop_reason
+    return found
+
+
+async def test_a_worker_killed_at_any_moment_costs_a_pause_and_not_a_word(start_pool, tmp_path):
+    pool = await start_pool(num_workers=2)
+    for number, (case, changes) in enumerate(CASES.items()):
+        request = dict(messages=(Message("user", "hello"),), ignore_eos=True) | changes
+        name = f"kill-{case.split()[0]}-{number}"
+        disturbed = await answers(pool, Request(name, **request))       # first: the other finds its prompt in the prefix cache
+        undisturbed = await answers(pool, Request(f"undisturbed {number}", **request))
+        assert disturbed == undisturbed, case
+        assert [path for path in tmp_path.iterdir() if path.name.split("#")[0] == name], f"{case}: no worker was killed"
+        text, tokens, reason, cause = undisturbed[0]
+        assert case != "call" or OUTPUT_START in tokens
+        assert case != "character" or any(character in text for character in "日楥旗")
+        assert case != "stop" or (reason, cause) == ("stop", "abcab")
+    assert sum(worker.restarts + (worker.state != "ready") for worker in pool.workers) >= len(CASES)
+    await idle(pool)
+
+
+async def test_with_one_worker_streams_wait_for_its_restart_and_go_on(start_pool):
+    pool = await start_pool(max_batch=2)
+    names = ["kill-prefill", "kill-decode", "bystander 1", "bystander 2"]       # two in the batch, two in the queue
+    got = await asyncio.gather(*(answers(pool, Request(name, **LONG_PROMPT)) for name in names))
+    assert got == [await answers(pool, Request("undisturbed", **LONG_PROMPT))] * 4
+    assert pool.workers[0].restarts == 2
+    await idle(pool)
+
+
+async def test_a_worker_that_hangs_while_it_answers_is_replaced(start_pool):
+    pool = await start_pool(num_workers=2)
+    hang_soon(pool)
+    got = await answers(pool, Request("hang-decode", **LONG_PROMPT))
+    pool.HANG_S = 30.0
+    assert got == await answers(pool, Request("undisturbed", **LONG_PROMPT))
+    await idle(pool)
+    assert sorted(worker.restarts for worker in pool.workers) == [0, 1]
+
+
+def hang_soon(pool):
+    pool.HANG_S = 0.5
+    for worker in pool.workers:
+        worker.slowest_step_s = 0.0
+
+
+async def test_an_idle_worker_that_hangs_is_replaced_before_anybody_asks(start_pool):
+    pool = await start_pool(worker_command=(sys.executable, chat_server.__file__))
+    (worker,) = pool.workers
+    hang_soon(pool)
+    pid = worker.process.pid
+    os.kill(pid, signal.SIGSTOP)
+    while worker.process.pid == pid or worker.state != "ready":
+        await asyncio.sleep(0.02)
+    pool.HANG_S = 30.0
+    assert (await collect(pool, greedy("after")))[2].completion_tokens == 40
+
+
+async def test_an_idle_worker_that_answers_pings_lives_on(start_pool):
+    pool = await start_pool()
+    (worker,) = pool.workers
+    worker.last_message_s -= 1000
+    assert not worker.hung
+    worker.look_after()
+    assert worker.pinged and worker.hung            # until it answers
+    while worker.pinged:
+        await asyncio.sleep(0.01)
+    assert not worker.hung and worker.restarts == 0
+
+
+async def test_the_request_that_kills_workers_is_given_up_and_those_beside_it_are_not(start_pool):
+    pool = await start_pool()
+    undisturbed = await collect(pool, greedy("undisturbed", max_tokens=30))
+    names = ["a", "b", "poison", "c"]
+    got = await asyncio.gather(*(collect(pool, greedy(name, max_tokens=30)) for name in names), return_exceptions=True)
+    poisoned = got.pop(2)
+    assert isinstance(poisoned, EngineFailure) and "3 workers died" in str(poisoned)
+    assert [answer[:2] for answer in got] == [undisturbed[:2]] * 3
+    await idle(pool)
+
+
+async def test_an_answer_survives_more_deaths_than_a_request_may_cause(start_pool):
+    pool = await start_pool(num_workers=2)
+    pool.MAX_FAILOVERS, deaths = 2, []
+    undisturbed = await collect(pool, greedy("undisturbed", max_tokens=200))
+
+    def kill(piece):        # the worker that sent a piece, unless it is dead already
+        worker = pool.workers[piece.gpu]
+        if len(deaths) < 3 and worker.state == "ready" and worker.process.pid not in deaths:
+            deaths.append(worker.process.pid)
+            worker.process.kill()
+
+    assert (await collect(pool, greedy("b", max_tokens=200), on_piece=kill))[:2] == undisturbed[:2]
+    assert len(deaths) == 3
+    await idle(pool)
+
+
+async def test_a_crash_loop_backs_off_and_shows_until_an_answer_is_finished(start_pool, caplog):
+    pool = await start_pool()
+    (worker,) = pool.workers
+    for crash in (1, 2):
+        worker.process.kill()
+        while worker.crashes_in_row != crash or worker.state != "ready":
+            await asyncio.sleep(0.02)
+        status, body = pool.health()
+        loops = [{"gpu_id": 0, "crashes_in_row": crash}] if crash > 1 else None
+        assert (status, body["status"], body.get("crash_loops")) == (200, "degraded" if crash > 1 else "ok", loops)
+    assert [record.getMessage().split()[-2] for record in caplog.records if "restarting it" in record.message] == ["0.5", "1.0"]
+    await collect(pool, greedy("a", max_tokens=3))
+    assert pool.health()[1]["status"] == "ok" and pool.stats()["workers"][0]["crashes_in_row"] == 0
+
+
+async def test_a_step_that_fails_fails_only_the_request_that_is_its_cause(start_pool):
+    pool = await start_pool()
+    pool._check_vocabulary = lambda *request: None
+    undisturbed = await collect(pool, greedy("undisturbed", max_tokens=100))
+    pid = pool.workers[0].process.pid
+    bad = Request("bad", prompts=((10**9,),), max_tokens=5)         # a token id that the model does not have
+    running = [asyncio.ensure_future(collect(pool, greedy(name, max_tokens=100))) for name in "abc"]
+    with pytest.raises(EngineFailure, match="failed while computing"):
+        await collect(pool, bad)
+    assert [(await each)[:2] for each in running] == [undisturbed[:2]] * 3
+    assert pool.workers[0].process.pid == pid
+    await idle(pool)
