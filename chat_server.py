@@ -123,6 +123,7 @@ class Limits:
     max_tokens: tuple[int, int] = (1, 4096)
     stop_strings: int = 4
     choices: int = 128              # answers of one request
+    grammar_characters: int = 1 << 16       # of a JSON schema: compiling this much takes up to 0.3 s
     body_bytes: int = 16 << 20
     outbox_bytes: int = 1 << 20     # unsent bytes after which a reader counts as gone
 
@@ -715,16 +716,20 @@ JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separat
 
 def json_grammar(schema: Any, param: str) -> str:
     """A JSON schema as a grammar for llguidance; RequestError for what it cannot hold an answer to."""
+    return checked_grammar(lambda matcher: matcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_STYLE), param)
+
+
+def checked_grammar(make: Callable[[Any], str], param: str) -> str:
+    """What `make` makes with llguidance's matcher; RequestError, about the field `param`, when it cannot be or is too large."""
+    matcher = grammar_library().LLMatcher
     try:
-        return checked_grammar(grammar_library().LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_STYLE), param)
+        if len(grammar := make(matcher)) > LIMITS.grammar_characters:
+            raise ValueError(f"as a grammar it has {len(grammar)} characters, at most {LIMITS.grammar_characters} are allowed")
+        is_wrong, texts = matcher.validate_grammar_with_warnings(grammar)
+        if is_wrong:
+            raise ValueError(texts[0].strip()[:300])
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the JSON schema is not usable: {error}", code="invalid_json_schema", param=param) from None
-
-
-def checked_grammar(grammar: str, param: str) -> str:
-    is_error, texts = grammar_library().LLMatcher.validate_grammar_with_warnings(grammar)
-    if is_error:
-        raise RequestError(f"the JSON schema is not usable: {texts[0].strip()[:300]}", code="invalid_json_schema", param=param)
     return grammar
 
 
@@ -741,6 +746,7 @@ class Grammar:
 
     def __init__(self, tokenizer: Tokenizer, source: str):
         self.matcher = grammar_library().LLMatcher(tokenizer.grammar_vocabulary, source, log_level=0)
+        self.ends = tokenizer.stop_tokens
 
     def allowed(self, vocab_size: int) -> "numpy.ndarray":
         """A flag for each token (vocab_size,)."""
@@ -750,8 +756,8 @@ class Grammar:
         return flags
 
     def feed(self, token: int) -> bool:
-        """False: the grammar does not have it, or has become too large to follow."""
-        return self.matcher.consume_token(token)
+        """False: the grammar does not have it, or has become too large to follow, or nothing fulfils it."""
+        return self.matcher.is_accepting() if token in self.ends else self.matcher.consume_token(token)
 
     @property
     def complete(self) -> bool:
@@ -3511,7 +3517,7 @@ class Answer:
         Returns the tokens to force after it, the text that may go out, the finish reason and its cause.
         """
         if self.grammar and not self.grammar.feed(token):
-            return [], "", "error", "the grammar of the answer became too large"
+            return [], "", "error", "the answer could not be held to its grammar"
         if token in self.stop_tokens and generated >= self.work.min_tokens:
             cause = "eos" if token in self.eos_tokens else str(token)
             return [], self._flush(), "stop", cause
@@ -5206,10 +5212,10 @@ def tool_grammar(tools: Seq[dict], choice: str, tool_format: str, parallel: bool
     schema = {"anyOf": calls}
     if tool_format == "json":
         return json_grammar(schema, "tools")
-    more = r'("\n" call)*' if parallel else ""
-    rules = (f"start: call {more}", r'call: "<tool_call>\n" object "\n</tool_call>"',
-             f"object: %json {json.dumps({'x-guidance': JSON_STYLE, **schema})}")
-    return checked_grammar(grammar_library().LLMatcher.grammar_from_lark("\n".join(rules)), "tools")
+    start = r'start: call ("\n" call)*' if parallel else "start: call"
+    call = r'call: "<tool_call>\n" object "\n</tool_call>"'
+    return checked_grammar(lambda matcher: matcher.grammar_from_lark(
+        f"{start}\n{call}\nobject: %json {json.dumps({'x-guidance': JSON_STYLE, **schema})}"), "tools")
 
 
 def parse_completion_request(values: Mapping[str, Any], settings: Settings) -> Request:
