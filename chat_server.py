@@ -5225,10 +5225,14 @@ def parse_completion_request(values: Mapping[str, Any], settings: Settings) -> R
                           prompt_logprobs=logprobs if values.get("echo") else None)
 
 
+as_json = json.JSONEncoder(ensure_ascii=False).encode     # json.dumps would make an encoder each time: 2 us a token
+LINE_ENDS = re.compile("[\x85\u2028\u2029]")
+
+
 def dump(value: Any) -> bytes:
     """JSON in one line for every reader: some split lines at U+0085, U+2028 and U+2029 too."""
-    text = json.dumps(value, ensure_ascii=False)
-    return re.sub("[\x85\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text).encode("utf-8", "replace")
+    text = as_json(value)
+    return LINE_ENDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text).encode("utf-8", "replace")
 
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
@@ -5370,11 +5374,12 @@ class OpenAIEncoder:
 
     def __init__(self, request: Request, model: str, tokenizer: Tokenizer | None = None, include_usage: bool = False):
         self.request, self.tokenizer, self.include_usage = request, tokenizer, include_usage
-        self.held: dict[int, list[TokenLogprob]] = collections.defaultdict(list)    # by choice: of tokens whose text is to come
+        self.held: dict[int, list[TokenLogprob]] = {}       # by choice: of tokens whose text is to come
         self.ended: dict[int, Finished] = {}
         self.choices = (len(request.prompts) or 1) * request.n
         self.head = {"id": self.id_prefix + request.id, "object": self.chunk_object, "created": int(time.time()),
                      "model": model, "system_fingerprint": SYSTEM_FINGERPRINT, "seed": request.sampling.seed}
+        self.begin = b"data: " + dump(self.head)[:-1] + b", "       # of every frame
 
     def start(self) -> bytes:
         return b""
@@ -5392,34 +5397,41 @@ class OpenAIEncoder:
 
     def take(self, event: Event) -> Part:
         """The text that comes out, and the log-probabilities of its tokens; those of a stop string never do."""
-        held = self.held[event.choice]
+        held = self.held.pop(event.choice, [])
         if isinstance(event, Finished):
             self.ended[event.choice] = event
             return Part("", [] if event.stop_reason in self.request.stop else held)
-        released = held + list(event.logprobs)
-        self.held[event.choice] = [] if event.text else released
-        return Part(event.text, released if event.text else [])
+        if event.logprobs:
+            held += event.logprobs
+        if event.text or not held:
+            return Part(event.text, held)
+        self.held[event.choice] = held
+        return Part()
 
     def encode(self, event: Event) -> bytes:
         part = self.take(event)
-        more = self.chunk(event.choice, self.delta(event.choice, part)) if any(part) else b""
+        more = self.chunk(event.choice, self.delta(event.choice, part)) if part.text or part.logprobs or part.calls else b""
         if isinstance(event, Finished):
             more += self.chunk(event.choice, self.delta(event.choice, Part()), event) + self.end()
         return more
 
     def chunk(self, index: int, delta: dict, done: Finished | None = None) -> bytes:
         choice = {"index": index, **delta, "finish_reason": self.reason(done) if done else None}
-        ending = {}
+        body: dict[str, Any] = {"choices": [choice]}
+        if self.include_usage:
+            body["usage"] = None
         if done:
-            choice["stop_reason"], ending = done.stop_reason, {"timings": timings_body(done)}
-        usage = {"usage": None} if self.include_usage else {}
-        return frame({**self.head, "choices": [choice], **usage, **ending})
+            choice["stop_reason"], body["timings"] = done.stop_reason, timings_body(done)
+        return self.framed(body)
+
+    def framed(self, body: dict) -> bytes:
+        return self.begin + dump(body)[1:] + b"\n\n"
 
     def end(self) -> bytes:
         """After the last choice's last chunk."""
         if len(self.ended) < self.choices:
             return b""
-        usage = frame({**self.head, "choices": [], "usage": self.usage()}) if self.include_usage else b""
+        usage = self.framed({"choices": [], "usage": self.usage()}) if self.include_usage else b""
         return usage + b"data: [DONE]\n\n"
 
     def usage(self) -> dict:
