@@ -269,17 +269,19 @@ void Step::do_attention(const Part& part, int64_t chunk) const {
 
 void Step::do_softcap(const Part& part, int64_t chunk) const {
     const Op& op = ops[size_t(part.first)];
-    const int64_t segments = part.rows_per_chunk, per_chunk = part.rows * segments / part.chunks + (part.rows * segments % part.chunks != 0);
-    for (int64_t i = chunk * per_chunk; i < std::min((chunk + 1) * per_chunk, part.rows * segments); i++) {
-        const int64_t row = i / segments, begin = i % segments * CAP_COLUMNS, columns = std::min(CAP_COLUMNS, op.x.columns - begin);
+    const int64_t segments = part.rows_per_chunk, all = part.rows * segments, end = all * (chunk + 1) / part.chunks;
+    for (int64_t i = all * chunk / part.chunks; i < end; i++) {
+        const int64_t row = i / segments, begin = i % segments * CAP_COLUMNS;
+        const int64_t columns = std::min(CAP_COLUMNS, op.x.columns - begin);
         row_kernels_here().soft_cap(op.x.row(row) + begin, op.a, columns, op.out.row(row) + begin);
     }
 }
 
 void Step::do_sample(const Part& part, int64_t row) const {
     const Rows& logits = ops[size_t(part.first)].x;
-    const SampleArgs args{logits.at, false, logit_rows, logits.columns, logits.columns, input.sample_rows.data(), input.count_ids.data(),
-                          input.counts.data(), input.bias_ids.data(), input.bias_values.data(), const_cast<int32_t*>(drawn.data()), nullptr};
+    const SampleArgs args{logits.at, false, logit_rows, logits.columns, logits.columns, input.sample_rows.data(),
+                          input.count_ids.data(), input.counts.data(), input.bias_ids.data(), input.bias_values.data(),
+                          const_cast<int32_t*>(drawn.data()), nullptr};
     DC_CHOSEN(sample_row)(args, row);
 }
 
@@ -290,8 +292,10 @@ StepTimes Step::times() const {
     const double tick = us / double(std::max<uint64_t>(stamps.back() - stamps.front(), 1));
     for (size_t i = 0; i < phases.size(); i++) {
         std::string what;
-        for (int j = parts[i].first; j < parts[i].end; j++)
-            if (const std::string name = name_of(ops[size_t(j)].kind); what.find(name) == std::string::npos) what += (what.empty() ? "" : "+") + name;
+        for (int j = parts[i].first; j < parts[i].end; j++) {
+            const std::string name = name_of(ops[size_t(j)].kind);
+            if (what.find(name) == std::string::npos) what += (what.empty() ? "" : "+") + name;
+        }
         if (const Op& op = ops[size_t(parts[i].first)]; what == "linear")
             what += " " + std::to_string(op.tiles.rows) + "x" + std::to_string(op.tiles.columns);
         if (parts[i].prepares >= 0) what += what.empty() ? "prepare" : "+prepare";
