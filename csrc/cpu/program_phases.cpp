@@ -9,10 +9,11 @@
 namespace dc {
 namespace {
 
-// A chunk of a product is 64 KB of weights: 1.5 to 3 us. Less than half of that is not worth a hand-over (0.1 to 0.4 us).
+// A chunk of a product is 64 KB of weights: 1.5 to 3 us at 20 to 40 GB/s. Less than half of that is not worth a hand-over
+// (0.1 to 0.4 us, KERNELS.md 9.5). Chosen by this reckoning; other sizes were not tried.
 constexpr int64_t CHUNK_BYTES = 64 << 10;
 constexpr int64_t FREE_ROWS = 4;                // so many rows take the time of one: beyond, chunks take fewer tiles
-constexpr int64_t SMALL_CHUNK_ROWS = 4;         // rows of a chunk between two products: 1 to 3 us
+constexpr int64_t SMALL_CHUNK_ROWS = 4;         // rows of a chunk between two products: 0.7 us of prepare, 2 us of rope
 constexpr int64_t CAP_COLUMNS = 8192;
 
 const RowKernels& row_kernels_here() { return DC_CHOSEN(row_kernels); }
