@@ -64,6 +64,7 @@ def fake_worker(descriptor):
 def front(port, workers, parent):
     """The server as it is, with fake workers behind it."""
     chat_server.die_with_parent(parent)
+    chat_server.calm_collector()
     os.sched_setaffinity(0, FRONT_CORE)
     settings = Settings(model=str(ROOT / "tests/fixtures/nanochat/gen5"), host="127.0.0.1", port=port, num_workers=workers,
                         device_type="cpu", max_batch=1024, max_queue=1024)

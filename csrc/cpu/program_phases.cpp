@@ -9,10 +9,11 @@
 namespace dc {
 namespace {
 
-// A chunk of a product is 64 KB of weights: 1.5 to 3 us. Less than half of that is not worth a hand-over (0.1 to 0.4 us).
+// A chunk of a product is 64 KB of weights: 1.5 to 3 us at 20 to 40 GB/s. Less than half of that is not worth a hand-over
+// (0.1 to 0.4 us, KERNELS.md 9.5). Chosen by this reckoning; other sizes were not tried.
 constexpr int64_t CHUNK_BYTES = 64 << 10;
 constexpr int64_t FREE_ROWS = 4;                // so many rows take the time of one: beyond, chunks take fewer tiles
-constexpr int64_t SMALL_CHUNK_ROWS = 4;         // rows of a chunk between two products: 1 to 3 us
+constexpr int64_t SMALL_CHUNK_ROWS = 4;         // rows of a chunk between two products: 0.7 us of prepare, 2 us of rope
 constexpr int64_t CAP_COLUMNS = 8192;
 
 const RowKernels& row_kernels_here() { return DC_CHOSEN(row_kernels); }
@@ -269,17 +270,19 @@ void Step::do_attention(const Part& part, int64_t chunk) const {
 
 void Step::do_softcap(const Part& part, int64_t chunk) const {
     const Op& op = ops[size_t(part.first)];
-    const int64_t segments = part.rows_per_chunk, per_chunk = part.rows * segments / part.chunks + (part.rows * segments % part.chunks != 0);
-    for (int64_t i = chunk * per_chunk; i < std::min((chunk + 1) * per_chunk, part.rows * segments); i++) {
-        const int64_t row = i / segments, begin = i % segments * CAP_COLUMNS, columns = std::min(CAP_COLUMNS, op.x.columns - begin);
+    const int64_t segments = part.rows_per_chunk, all = part.rows * segments, end = all * (chunk + 1) / part.chunks;
+    for (int64_t i = all * chunk / part.chunks; i < end; i++) {
+        const int64_t row = i / segments, begin = i % segments * CAP_COLUMNS;
+        const int64_t columns = std::min(CAP_COLUMNS, op.x.columns - begin);
         row_kernels_here().soft_cap(op.x.row(row) + begin, op.a, columns, op.out.row(row) + begin);
     }
 }
 
 void Step::do_sample(const Part& part, int64_t row) const {
     const Rows& logits = ops[size_t(part.first)].x;
-    const SampleArgs args{logits.at, false, logit_rows, logits.columns, logits.columns, input.sample_rows.data(), input.count_ids.data(),
-                          input.counts.data(), input.bias_ids.data(), input.bias_values.data(), const_cast<int32_t*>(drawn.data()), nullptr};
+    const SampleArgs args{logits.at, false, logit_rows, logits.columns, logits.columns, input.sample_rows.data(),
+                          input.count_ids.data(), input.counts.data(), input.bias_ids.data(), input.bias_values.data(),
+                          const_cast<int32_t*>(drawn.data()), nullptr};
     DC_CHOSEN(sample_row)(args, row);
 }
 
@@ -290,8 +293,10 @@ StepTimes Step::times() const {
     const double tick = us / double(std::max<uint64_t>(stamps.back() - stamps.front(), 1));
     for (size_t i = 0; i < phases.size(); i++) {
         std::string what;
-        for (int j = parts[i].first; j < parts[i].end; j++)
-            if (const std::string name = name_of(ops[size_t(j)].kind); what.find(name) == std::string::npos) what += (what.empty() ? "" : "+") + name;
+        for (int j = parts[i].first; j < parts[i].end; j++) {
+            const std::string name = name_of(ops[size_t(j)].kind);
+            if (what.find(name) == std::string::npos) what += (what.empty() ? "" : "+") + name;
+        }
         if (const Op& op = ops[size_t(parts[i].first)]; what == "linear")
             what += " " + std::to_string(op.tiles.rows) + "x" + std::to_string(op.tiles.columns);
         if (parts[i].prepares >= 0) what += what.empty() ? "prepare" : "+prepare";
