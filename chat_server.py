@@ -127,6 +127,7 @@ class Limits:
     grammar_characters: int = 1 << 16       # of a JSON schema: compiling this much takes up to 0.3 s
     body_bytes: int = 16 << 20
     outbox_bytes: int = 1 << 20     # unsent bytes after which a reader counts as gone
+    recorded_bytes: int = 64 << 20  # of resumable streams, together
 
 
 LIMITS = Limits()
@@ -3101,6 +3102,8 @@ class Request:
     tools: tuple[dict, ...] = ()                    # functions that the model may call
     client: str = ""                                # whose request it is: a key's name, or an address
     low_priority: bool = False                      # waits until nothing else does
+    truncate: bool = False                          # what does not fit loses its oldest turns
+    resumable: bool = False                         # its stream may be left and taken up again
 
 
 @dataclass(frozen=True)
@@ -3147,6 +3150,7 @@ class Finished:
     choice: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0            # of those, how many were right: steps saved
+    dropped_messages: int = 0           # by `truncate`
 
 
 Event = Accepted | Piece | Finished
@@ -4075,6 +4079,7 @@ class Job:
     events: asyncio.Queue       # shared by the answers of the request
     arrived_s: float
     choice: int = 0
+    dropped_messages: int = 0
     output_ids: list[int] = field(default_factory=list)
     sent_characters: int = 0
     worker: "Worker | None" = None
@@ -4132,7 +4137,8 @@ class Job:
                         queue_ms=(self.dispatched_s - self.arrived_s + update.queued_s) * 1e3,
                         ttft_ms=(self.first_token_s - self.arrived_s) * 1e3,
                         tokens_per_second=(count - 1) / seconds if seconds > 0 else 0.0, gpu=gpu, choice=self.choice,
-                        drafted_tokens=update.drafted_tokens, accepted_tokens=update.accepted_tokens)
+                        drafted_tokens=update.drafted_tokens, accepted_tokens=update.accepted_tokens,
+                        dropped_messages=self.dropped_messages)
 
 
 class Worker:
@@ -4548,12 +4554,14 @@ class LocalPool:
         """
         arrived_s, events = time.monotonic(), asyncio.Queue()
         self._check_capacity(request)
-        prompts = await self._tokenize(request)
+        prompts, dropped = await self._tokenize(request), 0
+        if request.truncate and request.messages and not self._roomy(request, prompts[0]):
+            prompts, dropped = await self._without_oldest(request)
         for ids in prompts:
             self._check_vocabulary(request, ids)
         self._check_capacity(request)
         lengths = [self._answer_length(request, ids) for ids in prompts]
-        jobs = [Job(request, ids, length, events, arrived_s, prompt * request.n + index)
+        jobs = [Job(request, ids, length, events, arrived_s, prompt * request.n + index, dropped)
                 for prompt, (ids, length) in enumerate(zip(prompts, lengths)) for index in range(request.n)]
         try:
             self._submit(jobs[::request.n])
@@ -4625,6 +4633,28 @@ class LocalPool:
                                "(prompt and answer together)", code="context_length_exceeded", param="messages")
         room = limit - len(prompt_ids)
         return room if request.max_tokens is None else max(1, min(request.max_tokens, room))
+
+    def _roomy(self, request: Request, prompt_ids: tuple[int, ...]) -> bool:
+        """Does a prompt leave room for max_tokens, or at least for a quarter of the context?"""
+        return len(prompt_ids) + min(request.max_tokens or math.inf, self.context_length // 4) <= self.context_length
+
+    async def _without_oldest(self, request: Request) -> tuple[list[tuple[int, ...]], int]:
+        """The prompt without as few of the oldest turns as will do, and how many messages that are.
+
+        A turn is a user message and what follows it; system messages and the last user message stay in any case.
+        """
+        messages = request.messages
+        starts = [index for index, message in enumerate(messages) if message.role == "user"][1:]
+        prompts, kept, fewest, most = await self._tokenize(request), messages, 0, len(starts)
+        while fewest < most:            # fewer than `fewest` turns are too few
+            middle = (fewest + most) // 2
+            rest = tuple(m for index, m in enumerate(messages) if m.role == "system" or index >= starts[middle])
+            shorter = await self._tokenize(replace(request, messages=rest))
+            fits = self._roomy(request, shorter[0])
+            fewest, most = (fewest, middle) if fits else (middle + 1, most)
+            if fits or middle + 1 == len(starts):
+                prompts, kept = shorter, rest
+        return prompts, len(messages) - len(kept)
 
     def dispatch(self) -> None:
         """Hand waiting jobs to workers with a free row."""
@@ -4792,6 +4822,8 @@ def cuda_device_count() -> int:
 PING_S = 10.0               # a silent stream carries a comment this often
 HEADER_S = 15.0             # a connection that has not brought a whole request header by then is closed
 BODY_S = 30.0               # so long may a body pause
+GRACE_S = 30.0              # so long goes a resumable answer on without a reader
+KEPT_S = 600.0              # and so long can an ended one be read
 OPEN_ROUTES = ("/", "/static/{name}", "/livez", "/readyz", "/health")     # these need no API key
 POLLED_ROUTES = ("/health", "/livez", "/readyz", "/stats", "/metrics")      # logged at level debug only
 STATIC = Path(__file__).resolve().parent / "static"
@@ -4887,6 +4919,12 @@ def read_priority(field: Field, value: Any) -> bool:
     return value == "low" or not isinstance(value, str) and value > 0
 
 
+def read_truncate(field: Field, value: Any) -> bool:
+    if value not in ("oldest", "none"):
+        raise field.refusal(value, '"oldest" or "none"')
+    return value == "oldest"
+
+
 def read_stop(field: Field, value: Any) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value
     allowed = f"a string or a list of at most {LIMITS.stop_strings} strings"
@@ -4979,6 +5017,8 @@ NATIVE_FIELDS = (
     Field("stop", read_stop, "strings that end the answer"),
     Field("ignore_eos", read_switch, "go on to max_tokens"),
     Field("priority", read_priority, "`low`: runs when nothing else waits"),
+    Field("truncate", read_truncate, "`oldest`: what does not fit into the context loses its oldest turns, and timings say so"),
+    Field("resumable", read_switch, "numbered events; GET /v1/streams/{id} goes on with the stream where it was left"),
 )
 
 SHARED_FIELDS = (       # of both OpenAI routes
@@ -5000,6 +5040,8 @@ SHARED_FIELDS = (       # of both OpenAI routes
     Field("logit_bias", read_logit_bias, "token id -> bias"),
     Field("n", read_integer, "choices", 1, LIMITS.choices),
     Field("priority", read_priority, "`low`: runs when nothing else waits"),
+    Field("truncate", read_truncate, "`oldest`: what does not fit into the context loses its oldest turns, and timings say so"),
+    Field("resumable", read_switch, "numbered events; GET /v1/streams/{id} goes on with the stream where it was left"),
 )
 
 OPENAI_FIELDS = (
@@ -5170,7 +5212,12 @@ def parse_chat_request(body: dict, settings: Settings, request_id: str = "") -> 
     values = parse_fields(body, NATIVE_FIELDS)
     return Request(request_id, native_messages(values.get("messages")), sampling=sampling_params(values, settings),
                    max_tokens=values.get("max_tokens", settings.default_max_tokens), stop=values.get("stop", ()),
-                   ignore_eos=values.get("ignore_eos", False), low_priority=values.get("priority", False))
+                   ignore_eos=values.get("ignore_eos", False), **request_options(values))
+
+
+def request_options(values: Mapping[str, Any]) -> dict[str, bool]:
+    return {"low_priority": values.get("priority", False), "truncate": values.get("truncate", False),
+            "resumable": values.get("resumable", False)}
 
 
 def openai_request(values: Mapping[str, Any], settings: Settings, **source: Any) -> Request:
@@ -5181,7 +5228,7 @@ def openai_request(values: Mapping[str, Any], settings: Settings, **source: Any)
     return Request("", sampling=sampling, max_tokens=None if cap == -1 else cap, stop=values.get("stop", ()),
                    stop_token_ids=values.get("stop_token_ids", ()), ignore_eos=values.get("ignore_eos", False) and free,
                    min_tokens=values.get("min_tokens", 0) * free, n=values.get("n", 1),
-                   low_priority=values.get("priority", False), **source)
+                   **request_options(values), **source)
 
 
 def parse_openai_request(values: Mapping[str, Any], settings: Settings, tool_format: str | None = None) -> Request:
@@ -5256,7 +5303,8 @@ def error_body(error: ChatServerError) -> dict:
 def timings_body(done: Finished) -> dict:
     return {"queue_ms": round(done.queue_ms, 1), "ttft_ms": round(done.ttft_ms, 1),
             "tokens_per_second": round(done.tokens_per_second, 1),
-            "drafted_tokens": done.drafted_tokens, "accepted_tokens": done.accepted_tokens}
+            "drafted_tokens": done.drafted_tokens, "accepted_tokens": done.accepted_tokens,
+            **({"dropped_messages": done.dropped_messages} if done.dropped_messages else {})}
 
 
 class NativeEncoder:
@@ -5560,8 +5608,8 @@ class ClientGone(ConnectionResetError):
 class EventStream:
     """One Server-Sent-Events response: frames, pings while silent, and an end for readers that do not read."""
 
-    def __init__(self, http: web.Request, request_id: str):
-        self.http = http
+    def __init__(self, http: web.Request, request_id: str, patient: bool = False):
+        self.http, self.patient = http, patient     # patient: what it sends may wait for the reader
         self.response = web.StreamResponse(headers={**SSE_HEADERS, "X-Request-Id": request_id})
         self.last_s = time.monotonic()
 
@@ -5570,7 +5618,7 @@ class EventStream:
             await self.response.prepare(self.http)  # the headers leave now, before any prefill
         except ConnectionError as error:
             raise ClientGone("the client has left") from error
-        if self.http.transport is not None:         # never wait for a slow reader: the events would pile up elsewhere
+        if self.http.transport is not None and not self.patient:        # never wait for a slow reader: the events would pile up elsewhere
             self.http.transport.set_write_buffer_limits(high=2 * LIMITS.outbox_bytes)
         self.pings = asyncio.ensure_future(self._ping())
         return self
@@ -5585,12 +5633,16 @@ class EventStream:
         transport = self.http.transport
         if transport is None:
             raise ClientGone("the client has left")
-        if transport.get_write_buffer_size() > LIMITS.outbox_bytes:
+        if not self.patient and transport.get_write_buffer_size() > LIMITS.outbox_bytes:
             transport.abort()
             raise ClientGone("the client does not read")
         self.last_s = time.monotonic()
         try:
-            await self.response.write(data)
+            write = self.response.write(data)
+            await (asyncio.wait_for(write, BODY_S) if self.patient else write)
+        except asyncio.TimeoutError:
+            transport.abort()
+            raise ClientGone("the client does not read") from None
         except ConnectionError as error:
             raise ClientGone("the client has left") from error
 
@@ -5602,6 +5654,131 @@ class EventStream:
                     await self.send(b": ping\n\n")
                     silent_s = 0.0
                 await asyncio.sleep(PING_S - silent_s)
+
+
+def forgotten(before: int) -> RequestError:
+    return RequestError(f"the events before {before} are no longer kept", status=410, code="gone", param="from")
+
+
+class Recording:
+    """A resumable answer: its events as frames, numbered from 0, for whoever follows it."""
+
+    PART_FRAMES = 500
+
+    def __init__(self, owner: str):
+        self.owner, self.frames, self.dropped, self.size = owner, [], 0, 0      # the first `dropped` frames are forgotten
+        self.followers, self.ended, self.news = 0, False, asyncio.Event()
+        self.task: asyncio.Task | None = None
+
+    @property
+    def length(self) -> int:
+        return self.dropped + len(self.frames)
+
+    def append(self, data: bytes) -> None:
+        for event in data.split(b"\n\n")[:-1]:
+            self.frames.append(b"id: %d\n%s\n\n" % (self.length, event))
+            self.size += len(self.frames[-1])
+        self.tell()
+
+    def end(self) -> None:
+        self.ended = True
+        self.tell()
+
+    def tell(self) -> None:
+        self.news.set()
+        self.news = asyncio.Event()
+
+    def forget_half(self) -> None:
+        count = (len(self.frames) + 1) // 2
+        self.size -= sum(map(len, self.frames[:count]))
+        del self.frames[:count]
+        self.dropped += count
+
+    async def follow(self, position: int) -> AsyncIterator[bytes]:
+        """The frames from a position on, many at once where they are there."""
+        while True:
+            if position < self.dropped:         # this reader was too slow
+                yield frame(error_body(forgotten(self.dropped)))
+                return
+            part = self.frames[(first := position - self.dropped):first + self.PART_FRAMES]
+            position += len(part)
+            if part:
+                yield b"".join(part)
+            elif self.ended:
+                return
+            else:
+                await self.news.wait()
+
+
+class Recordings:
+    """The resumable answers by their ids; together no larger than LIMITS.recorded_bytes."""
+
+    def __init__(self, cancel: Callable[[str], Any]):
+        self.cancel, self.by_id, self.size = cancel, {}, 0
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self.by_id
+
+    def find(self, request_id: str, owner: str) -> Recording:
+        recording = self.by_id.get(request_id)
+        if recording is None or recording.owner != owner:
+            raise RequestError("there is no resumable stream with this id", status=404, code="not_found", param="id")
+        return recording
+
+    def start(self, request_id: str, owner: str, frames: AsyncIterator[bytes], work: contextlib.AsyncExitStack) -> Recording:
+        """Record an answer in a task of its own, which closes `work` at its end."""
+        recording = self.by_id[request_id] = Recording(owner)
+        recording.task = asyncio.create_task(self._record(request_id, recording, frames, work))
+        return recording
+
+    async def _record(self, request_id: str, recording: Recording, frames: AsyncIterator[bytes],
+                      work: contextlib.AsyncExitStack) -> None:
+        try:
+            async with work:
+                async for data in frames:
+                    before = recording.size
+                    recording.append(data)
+                    self.size += recording.size - before
+                    self._make_room(recording)
+        finally:
+            recording.end()
+            asyncio.get_running_loop().call_later(KEPT_S, self._forget, request_id, recording)
+
+    def _make_room(self, growing: Recording) -> None:
+        """Forget the oldest answer that has ended, else the beginning of the one that grows."""
+        while self.size > LIMITS.recorded_bytes:
+            ended = next((each for each in self.by_id.items() if each[1].ended and not each[1].followers), None)
+            before = growing.size
+            if ended:
+                self._forget(*ended)
+            else:
+                growing.forget_half()
+                self.size -= before - growing.size
+
+    def _forget(self, request_id: str, recording: Recording) -> None:
+        if self.by_id.get(request_id) is recording:
+            del self.by_id[request_id]
+            self.size -= recording.size
+
+    @contextlib.contextmanager
+    def following(self, request_id: str, recording: Recording) -> Iterator[None]:
+        """While somebody reads; GRACE_S after the last reader has gone an answer that has not ended is cancelled."""
+        recording.followers += 1
+        try:
+            yield
+        finally:
+            recording.followers -= 1
+            asyncio.get_running_loop().call_later(GRACE_S, self._expire, request_id, recording)
+
+    async def close(self) -> None:
+        tasks = [recording.task for recording in self.by_id.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _expire(self, request_id: str, recording: Recording) -> None:
+        if not recording.followers and not recording.ended:
+            self.cancel(request_id)
 
 
 async def logged(request: Request, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
@@ -5706,6 +5883,7 @@ class Front:
     def __init__(self, pool: Pool, settings: Settings):
         self.pool, self.settings = pool, settings
         self.running: dict[str, str] = {}       # id of each answer under way -> the client it belongs to
+        self.recordings = Recordings(pool.cancel)
         self.metrics: Metrics | None = None
         with contextlib.suppress(ConfigError):  # prometheus_client is missing: /metrics says so
             self.metrics = Metrics(pool)
@@ -5714,14 +5892,24 @@ class Front:
         self.visits: dict[int, Visit] = {}      # by id() of the HTTP request, as long as it is handled
 
     def visit(self, http: web.Request) -> Visit:
-        """Its X-Request-Id is the client's if that is usable and no running answer has it, else 128 random bits."""
+        """Its X-Request-Id is the client's if that is usable and no other answer has it, else 128 random bits."""
         named = re.sub(r"[^A-Za-z0-9._-]", "", http.headers.get("X-Request-Id", ""))[:64]
-        return Visit(named if named and named not in self.running else secrets.token_hex(16), http.remote or "")
+        return Visit(named if named and not self.taken(named) else secrets.token_hex(16), http.remote or "")
+
+    def taken(self, request_id: str) -> bool:
+        return request_id in self.running or request_id in self.recordings
+
+    def owner(self, request_id: str, client: str) -> str:
+        """Whom an answer belongs to: its key; without keys to who knows its id, if nobody can guess that, else its address.
+
+        A phone has another address in another network.
+        """
+        return "" if not self.settings.keys and re.fullmatch("[0-9a-f]{32}", request_id) else client
 
     def owned(self, http: web.Request, request: Request) -> Request:
         """The request as its client's, under an id that no other has taken while the body came."""
         visit = self.visits[id(http)]
-        if visit.id in self.running:
+        if self.taken(visit.id):
             visit.id = secrets.token_hex(16)
         return replace(request, id=visit.id, client=visit.client)
 
@@ -5733,7 +5921,7 @@ class Front:
             events = self.metrics.watch(events)
         if self.settings.log_conversations:
             events = logged(request, events)
-        self.running[request.id] = request.client
+        self.running[request.id] = self.owner(request.id, request.client)
         try:
             await anext(events)         # Accepted; what the pool refuses is an ordinary error response
             yield events
@@ -5745,8 +5933,7 @@ class Front:
         """POST /chat/completions: nanochat's API, always a stream."""
         body = await read_body(http)
         request = self.owned(http, parse_chat_request(body, self.settings))
-        async with self.answering(request) as events:
-            return await self.stream(http, request, events, NativeEncoder(request))
+        return await self.stream(http, request, NativeEncoder(request))
 
     async def handle_openai_chat(self, http: web.Request) -> web.StreamResponse:
         """POST /v1/chat/completions."""
@@ -5796,41 +5983,72 @@ class Front:
                             make_encoder: Callable[..., OpenAIEncoder]) -> web.StreamResponse:
         request = self.owned(http, request)
         include_usage = values.get("stream_options", {}).get("include_usage") is True
+        encoder = make_encoder(request, self.pool.model_name, self.tokenizer(), include_usage=include_usage)
+        if values.get("stream"):
+            return await self.stream(http, request, encoder)
         async with self.answering(request) as events:
-            encoder = make_encoder(request, self.pool.model_name, self.pool.tokenizer, include_usage=include_usage)
-            if values.get("stream"):
-                return await self.stream(http, request, events, encoder)
             return await self.collect(http, request, events, encoder)
 
-    async def stream(self, http: web.Request, request: Request, events: AsyncIterator[Event],
-                     encoder: NativeEncoder | OpenAIEncoder) -> web.StreamResponse:
-        """Send events as they come. What fails after the headers is one error frame, and no pretended end."""
-        async with EventStream(http, request.id) as stream:
-            try:
-                await stream.send(encoder.start())
-                event = None
-                async for event in events:
-                    await stream.send(encoder.encode(event))
-                self.note_end(http, event)
-            except ClientGone:
-                raise
-            except Exception as error:
-                self.visits[id(http)].note = f"failed: {error}"
-                await stream.send(frame(error_body(public_error(error))))
-            await stream.response.write_eof()
+    async def stream(self, http: web.Request, request: Request, encoder: NativeEncoder | OpenAIEncoder) -> web.StreamResponse:
+        """Send an answer as it comes; a resumable one is recorded, and this client is its first follower."""
+        async with contextlib.AsyncExitStack() as work:
+            events = await work.enter_async_context(self.answering(request))
+            frames = self.frames(self.visits[id(http)], events, encoder)
+            await work.enter_async_context(contextlib.aclosing(frames))
+            if request.resumable:
+                owner = self.owner(request.id, request.client)
+                recording = self.recordings.start(request.id, owner, frames, work.pop_all())
+                return await self.follow(http, request.id, recording, 0)
+            async with EventStream(http, request.id) as stream:
+                async for data in frames:
+                    await stream.send(data)
+                await stream.response.write_eof()
         return stream.response
+
+    async def frames(self, visit: Visit, events: AsyncIterator[Event], encoder: NativeEncoder | OpenAIEncoder) -> AsyncIterator[bytes]:
+        """An answer as frames. What fails after the headers is one error frame, and no pretended end."""
+        try:
+            yield encoder.start()
+            event = None
+            async for event in events:
+                yield encoder.encode(event)
+            self.note_end(visit, event)
+        except Exception as error:
+            visit.note = f"failed: {error}"
+            yield frame(error_body(public_error(error)))
+
+    async def follow(self, http: web.Request, request_id: str, recording: Recording, start: int) -> web.StreamResponse:
+        with self.recordings.following(request_id, recording):
+            async with EventStream(http, request_id, patient=True) as stream, contextlib.aclosing(recording.follow(start)) as parts:
+                async for data in parts:
+                    await stream.send(data)
+                await stream.response.write_eof()
+        return stream.response
+
+    async def handle_stream(self, http: web.Request) -> web.StreamResponse:
+        """GET /v1/streams/{id}: from event ?from=N on, or after the Last-Event-ID that a reconnecting EventSource sends."""
+        request_id, visit = bare_id(http.match_info["id"]), self.visits[id(http)]
+        last, wanted = http.headers.get("Last-Event-ID", ""), http.query.get("from", "0")
+        if not re.fullmatch(r"\d{1,15}", last or wanted):
+            raise bad_value("Last-Event-ID" if last else "from", last or wanted, "the number of an event")
+        recording = self.recordings.find(request_id, self.owner(request_id, visit.client))
+        start = int(last) + 1 if last else int(wanted)
+        if start < recording.dropped:
+            raise forgotten(recording.dropped)
+        if recording.ended and start >= recording.length:
+            return web.Response(status=204)         # tells an EventSource that there is no more
+        return await self.follow(http, request_id, recording, start)
 
     async def collect(self, http: web.Request, request: Request, events: AsyncIterator[Event],
                       encoder: OpenAIEncoder) -> web.Response:
         """The whole answer in one body."""
         answer = [event async for event in events]
-        self.note_end(http, answer[-1] if answer else None)
+        self.note_end(self.visits[id(http)], answer[-1] if answer else None)
         return json_response(encoder.completion(answer), headers={"X-Request-Id": request.id})
 
-    def note_end(self, http: web.Request, event: Event | None) -> None:
+    def note_end(self, visit: Visit, event: Event | None) -> None:
         if not isinstance(event, Finished):
             raise EngineFailure("the answer ended early")
-        visit = self.visits[id(http)]
         visit.note = f"{event.prompt_tokens}+{event.completion_tokens} tokens {event.reason}"
         visit.counts = {name: getattr(event, name) for name in ("prompt_tokens", "completion_tokens", "cached_tokens", "reason")}
 
@@ -5862,8 +6080,9 @@ class Front:
 
     async def handle_cancel(self, http: web.Request) -> web.Response:
         """POST /v1/cancel/{id}: the id of the X-Request-Id header of the answer, or of the chunks."""
-        request_id = re.sub("^(chat)?cmpl-", "", http.match_info["id"])
-        if self.running.get(request_id) != self.visits[id(http)].client or not self.pool.cancel(request_id):
+        request_id = bare_id(http.match_info["id"])
+        owner = self.owner(request_id, self.visits[id(http)].client)
+        if self.running.get(request_id) != owner or not self.pool.cancel(request_id):
             raise RequestError("no answer with this id is running", status=404, code="not_running", param="id")
         return json_response({"id": request_id, "cancelled": True})
 
@@ -5990,6 +6209,11 @@ class Front:
             self.metrics.responses.labels(self.route_of(http), status).inc()
 
 
+def bare_id(shown_id: str) -> str:
+    """The id of a request by the one that its response's header or chunks have."""
+    return re.sub("^(chat)?cmpl-", "", shown_id)
+
+
 def public_error(error: Exception) -> ChatServerError:
     """What a client may know of an exception: ours say it themselves, the rest goes to the log."""
     if isinstance(error, ChatServerError):
@@ -6051,6 +6275,7 @@ ROUTES = (
     Route("GET", "/models", "handle_models", "the served model"),
     Route("GET", "/v1/models/{name:.+}", "handle_model", "the served model, by a name of it"),
     Route("POST", "/v1/cancel/{id}", "handle_cancel", "stop an answer by the X-Request-Id of its response"),
+    Route("GET", "/v1/streams/{id}", "handle_stream", "a resumable stream from event ?from=N or after Last-Event-ID on"),
     Route("GET", "/health", "handle_health", "200 when ready, else 503 with the stage"),
     Route("GET", "/livez", "handle_livez", "200 as long as the event loop turns"),
     Route("GET", "/readyz", "handle_readyz", "200 when a request would be served now, else 503 with the reason"),
@@ -6064,7 +6289,7 @@ SCHEMAS = {     # JSON Schema of what a Field's reader takes, besides its range;
     read_number: {"type": "number"}, read_integer: INTEGER, read_seed: INTEGER, read_cap: INTEGER, read_text: STRING,
     read_switch: {"enum": [True, False, "true", "false"]}, read_list: {"type": "array"}, read_object: {"type": "object"},
     read_stop: {"anyOf": [STRING, {"type": "array", "items": STRING, "maxItems": LIMITS.stop_strings}]},
-    read_token_ids: {"type": "array", "items": INTEGER}, read_priority: {"anyOf": [{"enum": ["low", "normal"]}, INTEGER]},
+    read_token_ids: {"type": "array", "items": INTEGER}, read_truncate: {"enum": ["oldest", "none"]}, read_priority: {"anyOf": [{"enum": ["low", "normal"]}, INTEGER]},
     read_tools: {"type": "array", "items": {"type": "object"}}, read_response_format: {"type": "object"},
     read_tool_choice: {"anyOf": [{"enum": ["auto", "none", "required"]}, {"type": "object"}]},
     read_mixed: {"anyOf": [STRING, {"type": "array", "items": {"anyOf": [STRING, INTEGER]}}]},
@@ -6107,6 +6332,7 @@ def create_app(pool: Pool, settings: Settings) -> web.Application:
     middlewares = [functools.partial(Front.access_log, front), errors_to_responses, functools.partial(Front.guard, front)]
     app = web.Application(client_max_size=LIMITS.body_bytes, middlewares=[web.middleware(each) for each in middlewares])
     app.on_response_prepare.append(front.set_headers)
+    app.on_cleanup.append(lambda app: front.recordings.close())
     for route in ROUTES:
         add = app.router.add_get if route.method == "GET" else app.router.add_post     # add_get: HEAD too
         add(settings.prefix + route.path, getattr(front, route.handler))

@@ -2,6 +2,7 @@
 
 A request's id says what happens to its worker and when: `kill-tool-1` kills the process when its answer has a tool call
 open, `hang-decode-1` stops it. $STRUCK is a folder with one file for each request that has struck. `poison` always kills.
+More than three requests `crowd-...` in a step run out of memory.
 """
 
 import os
@@ -43,6 +44,12 @@ def step(engine, original=chat_server.Engine.step):
     return updates
 
 
+def start(engine, plan, drawing, original=chat_server.Engine._start):
+    if sum(chunk.sequence.work.id.startswith("crowd-") for chunk in plan) > 3:
+        raise MemoryError
+    return original(engine, plan, drawing)
+
+
 if __name__ == "__main__":
-    chat_server.Engine.step = step
+    chat_server.Engine.step, chat_server.Engine._start = step, start
     sys.exit(chat_server.main())

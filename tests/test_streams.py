@@ -1,0 +1,269 @@
+"""Resumable streams: an answer that outlives its connection, over a pool without a model."""
+
+import asyncio
+import json
+
+import aiohttp
+import pytest
+
+import chat_server
+from chat_server import LIMITS, Settings
+from fake_pool import FakePool, conversation, serving
+
+NATIVE, OPENAI = "/chat/completions", "/v1/chat/completions"
+WORDS = ["one ", "two ", "three ", "four ", "five"]
+RESUMABLE = conversation() | {"resumable": True, "stream": True}
+pytestmark = pytest.mark.timeout(60)
+
+
+class Turnstile(asyncio.Semaphore):
+    """A gate of FakePool that lets through as many pieces as the test says."""
+
+    def __init__(self):
+        super().__init__(0)
+        self.wait = self.acquire
+
+    def admit(self, count):
+        for _ in range(count):
+            self.release()
+
+
+@pytest.fixture
+async def client():
+    async with aiohttp.ClientSession() as session:
+        yield session
+
+
+@pytest.fixture
+async def front():
+    """(pool, url) of the HTTP side; pieces pass when pool.gate admits them."""
+    pool = FakePool(WORDS)
+    pool.gate = Turnstile()
+    async with serving(pool) as url:
+        yield pool, url
+        pool.gate.admit(100)
+
+
+async def read(response, count):
+    """The next `count` events of a stream, as (id or None, parsed data)."""
+    events, number = [], None
+    while len(events) < count:
+        line = (await response.content.readline()).decode()
+        assert line, f"the stream ended after {len(events)} events"
+        if line.startswith("id: "):
+            number = int(line[4:])
+        elif line.startswith("data: "):
+            events.append((number, line[6:].strip() if line.startswith("data: [") else json.loads(line[6:])))
+            number = None
+    return events
+
+
+async def read_all(response):
+    return [(int(frame.split("\n")[0][4:]), frame.split("data: ", 1)[1]) for frame in (await response.text()).lstrip().split("\n\n")
+            if frame.startswith("id: ")]
+
+
+def words(events):
+    return "".join(json.loads(data).get("token", "") for _, data in events if data != "[DONE]")
+
+
+async def test_events_have_ids_only_when_asked_for(client, front):
+    pool, url = front
+    pool.gate.admit(15)
+    for path in (NATIVE, OPENAI):
+        async with client.post(url + path, json=conversation() | {"stream": True}) as response:
+            assert b"id:" not in (await response.read()).replace(b'"id":', b"")
+    async with client.post(url + NATIVE, json=RESUMABLE) as response:
+        events = await read_all(response)
+    assert [number for number, _ in events] == list(range(6)) and words(events) == "".join(WORDS)
+
+
+@pytest.mark.parametrize("path, first", [(NATIVE, 0), (OPENAI, 1)])     # OpenAI's event 0 is the role
+@pytest.mark.parametrize("how", ["from", "Last-Event-ID", "both"])
+async def test_a_lost_connection_is_taken_up_again_where_it_was(client, front, path, first, how):
+    pool, url = front
+    response = await client.post(url + path, json=RESUMABLE)
+    pool.gate.admit(2)
+    seen = await read(response, first + 2)
+    assert [number for number, _ in seen] == list(range(first + 2))
+    response.close()
+    name, last = response.headers["X-Request-Id"], seen[-1][0]
+    query = {"from": last + 1} if how == "from" else {"from": 0} if how == "both" else {}
+    headers = {} if how == "from" else {"Last-Event-ID": str(last)}
+    pool.gate.admit(1)
+    async with client.get(f"{url}/v1/streams/{name}", params=query, headers=headers) as again:
+        assert again.headers["Content-Type"].startswith("text/event-stream") and again.headers["X-Accel-Buffering"] == "no"
+        assert (await read(again, 1))[0][0] == last + 1         # it replays
+        pool.gate.admit(2)
+        rest = await read_all(again)                            # and follows
+    assert [number for number, _ in rest] == list(range(last + 2, last + 2 + len(rest)))
+    async with client.get(f"{url}/v1/streams/{name}") as whole:
+        replayed = await read_all(whole)
+    assert [number for number, _ in replayed] == list(range(len(replayed))) and replayed[-len(rest):] == rest
+    assert pool.open == 0 and len(pool.requests) == 1
+    if path == NATIVE:
+        assert words(replayed) == "".join(WORDS) and json.loads(replayed[-1][1])["done"]
+    else:
+        assert replayed[-1][1] == "[DONE]"
+
+
+async def test_several_readers_follow_one_answer(client, front):
+    pool, url = front
+    first = await client.post(url + NATIVE, json=RESUMABLE)
+    others = [await client.get(f"{url}/v1/streams/{first.headers['X-Request-Id']}") for _ in range(3)]
+    pool.gate.admit(5)
+    read = [await read_all(response) for response in (first, *others)]
+    assert words(read[0]) == "".join(WORDS) and read == [read[0]] * 4
+
+
+async def test_a_reader_at_the_end_is_told_that_there_is_no_more(client, front):
+    pool, url = front
+    pool.gate.admit(5)
+    async with client.post(url + NATIVE, json=RESUMABLE) as response:
+        count = len(await read_all(response))
+    address = f"{url}/v1/streams/{response.headers['X-Request-Id']}"
+    assert (await client.get(address, headers={"Last-Event-ID": str(count - 1)})).status == 204     # EventSource gives up at 204
+    assert (await client.get(address, params={"from": count})).status == 204
+
+
+async def test_without_a_reader_the_answer_ends_after_the_grace_and_what_it_had_stays(client, front, monkeypatch):
+    monkeypatch.setattr(chat_server, "GRACE_S", 0.05)
+    pool, url = front
+    response = await client.post(url + NATIVE, json=RESUMABLE)
+    pool.gate.admit(2)
+    await read(response, 2)
+    response.close()
+    await pool.until_open(0)            # the gate admitted no more
+    async with client.get(f"{url}/v1/streams/{response.headers['X-Request-Id']}") as again:
+        events = await read_all(again)
+    assert words(events[:-1]) == "one two " and json.loads(events[-1][1])["error"]["code"] == "cancelled"
+
+
+async def test_a_reader_who_comes_back_in_time_keeps_the_answer_alive(client, front, monkeypatch):
+    monkeypatch.setattr(chat_server, "GRACE_S", 123)
+    graces, pool, url = [], *front
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(loop, "call_later", lambda s, act, *to: graces.append((act, to)) if s == 123 else
+                        type(loop).call_later(loop, s, act, *to))
+    response = await client.post(url + NATIVE, json=RESUMABLE)
+    pool.gate.admit(1)
+    await read(response, 1)
+    response.close()
+    while not graces:
+        await asyncio.sleep(0.01)
+    async with client.get(f"{url}/v1/streams/{response.headers['X-Request-Id']}") as again:
+        await read(again, 1)
+        (act, to), = graces
+        act(*to)                        # its grace is over
+        pool.gate.admit(4)
+        assert words(await read_all(again)) == "".join(WORDS[1:])
+
+
+async def test_an_ordinary_stream_still_ends_with_its_connection(client, front):
+    pool, url = front
+    response = await client.post(url + NATIVE, json=conversation())
+    pool.gate.admit(1)
+    await read(response, 1)
+    response.close()
+    await pool.until_open(0)
+    assert (await client.get(f"{url}/v1/streams/{response.headers['X-Request-Id']}")).status == 404
+
+
+async def test_stop_works_after_the_connection_was_lost(client, front):
+    pool, url = front
+    response = await client.post(url + OPENAI, json=RESUMABLE)
+    pool.gate.admit(1)
+    name = json.loads(json.dumps((await read(response, 1))[0][1]))["id"]        # chatcmpl-...
+    response.close()
+    assert (await client.post(f"{url}/v1/cancel/{name}")).status == 200
+    await pool.until_open(0)
+    async with client.get(f"{url}/v1/streams/{name}") as again:
+        assert "cancelled" in (await read_all(again))[-1][1]
+    assert (await client.post(f"{url}/v1/cancel/{name}")).status == 404
+
+
+async def test_what_the_pool_refuses_is_no_stream(client, front):
+    pool, url = front
+    pool.refuse = chat_server.Overloaded("full", status=429)
+    async with client.post(url + NATIVE, json=RESUMABLE) as response:
+        assert response.status == 429
+    assert (await client.get(f"{url}/v1/streams/{response.headers['X-Request-Id']}")).status == 404
+
+
+@pytest.mark.parametrize("query, headers", [({"from": "-1"}, {}), ({"from": "one"}, {}), ({"from": ""}, {}), ({}, {"Last-Event-ID": "x"}),
+                                            ({"from": "9" * 5000}, {})])
+async def test_a_position_that_is_none_is_400(client, front, query, headers):
+    pool, url = front
+    pool.gate.admit(5)
+    response = await client.post(url + NATIVE, json=RESUMABLE)
+    again = await client.get(f"{url}/v1/streams/{response.headers['X-Request-Id']}", params=query, headers=headers)
+    assert again.status == 400 and (await again.json())["error"]["code"] == "invalid_value"
+
+
+async def test_only_its_own_key_reads_and_stops_a_stream(client):
+    pool = FakePool(WORDS)
+    pool.gate = Turnstile()
+    keys = chat_server.read_api_keys(("key-a", "key-b"), None)
+    a, b = ({"Authorization": f"Bearer {key}"} for key in ("key-a", "key-b"))
+    async with serving(pool, Settings(keys=keys)) as url:
+        response = await client.post(url + NATIVE, json=RESUMABLE, headers=a)
+        address, stop = (f"{url}/v1/{what}/{response.headers['X-Request-Id']}" for what in ("streams", "cancel"))
+        assert [(await client.get(address, headers=headers)).status for headers in ({}, b)] == [401, 404]
+        assert [(await client.post(stop, headers=headers)).status for headers in ({}, b)] == [401, 404]
+        pool.gate.admit(5)
+        async with client.get(address, headers=a) as again:
+            assert words(await read_all(again)) == "".join(WORDS)
+        assert (await client.get(address, headers=b)).status == 404         # nor when it has ended
+
+
+@pytest.mark.parametrize("name, status", [("ab" * 16, 200), ("my-chat", 404)])
+async def test_without_keys_an_unguessable_id_is_enough_and_a_guessable_one_belongs_to_its_address(client, front, monkeypatch, name, status):
+    pool, url = front
+    pool.gate.admit(5)
+    response = await client.post(url + NATIVE, json=RESUMABLE, headers={"X-Request-Id": name})
+    assert response.headers["X-Request-Id"] == name
+    monkeypatch.setattr(chat_server.Front, "client_of", lambda self, http: "192.0.2.7")      # a phone in another network
+    assert (await client.get(f"{url}/v1/streams/{name}")).status == status
+
+
+async def test_the_id_of_a_kept_stream_is_not_given_to_another(client, front):
+    pool, url = front
+    pool.gate.admit(10)
+    headers = {"X-Request-Id": "twice"}
+    first = await client.post(url + NATIVE, json=RESUMABLE, headers=headers)
+    await read_all(first)
+    second = await client.post(url + NATIVE, json=RESUMABLE, headers=headers)
+    assert first.headers["X-Request-Id"] == "twice" != second.headers["X-Request-Id"]
+
+
+async def test_what_is_kept_is_bounded_and_the_oldest_goes_first(client, front, monkeypatch):
+    monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(LIMITS, recorded_bytes=2000))
+    pool, url = front
+    names = []
+    for _ in range(20):
+        pool.gate.admit(5)
+        async with client.post(url + NATIVE, json=RESUMABLE) as response:
+            assert words(await read_all(response)) == "".join(WORDS)
+            names.append(response.headers["X-Request-Id"])
+    statuses = [(await client.get(f"{url}/v1/streams/{name}")).status for name in names]
+    assert statuses == sorted(statuses, reverse=True) and {200, 404} == set(statuses)
+    pool.pieces = ["x" * 100] * 40          # one answer that is too long alone: its beginning goes
+    pool.gate.admit(40)
+    async with client.post(url + NATIVE, json=RESUMABLE) as response:
+        events = await read_all(response)
+        assert len(events) == 41 or "no longer kept" in events[-1][1]
+    gone = await client.get(f"{url}/v1/streams/{response.headers['X-Request-Id']}")
+    assert gone.status == 410 and (await gone.json())["error"]["code"] == "gone"
+    first = int((await gone.json())["error"]["message"].split()[3])
+    async with client.get(f"{url}/v1/streams/{response.headers['X-Request-Id']}", params={"from": first}) as rest:
+        assert [number for number, _ in await read_all(rest)] == list(range(first, 41))
+
+
+async def test_a_follower_who_reads_slowly_gets_everything(client, front, monkeypatch):
+    monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(LIMITS, outbox_bytes=1 << 16))
+    pool, url = front
+    pool.pieces = ["x" * 10_000] * 1_000            # 10 MB: more than any socket buffer
+    pool.gate.admit(1000)
+    response = await client.post(url + NATIVE, json=RESUMABLE)
+    await pool.until_open(0)                        # it is complete, and hardly any of it was read
+    assert len(await read_all(response)) == 1001
