@@ -20,13 +20,17 @@ its answers go on elsewhere from the tokens they have: the client sees a pause, 
 Life of a request
 
     handle_chat > parse_chat_request > LocalPool.answer > Tokenizer.render > LocalPool.dispatch         front process
-        > Engine.add > Scheduler.schedule > make_batch > Transformer.forward > sample_reference
+        > Engine.add > Scheduler.schedule > make_batch > EagerSteps.start > Transformer.forward > sample_reference
         > Scheduler.advance > Answer.push > StreamDecoder.push > Update                                 worker process
         > Worker.deliver > Job.take > NativeEncoder.encode | OpenAIEncoder.encode > EventStream.send    front process
 
+On a CPU with decode_core, Transformer.compute is recorded once and ProgramSteps replays it (on CUDA, GraphSteps a graph):
+the next step is started before the last one's text is made.
+
 Exactness: the next token is a function of the logits, the request's parameters, its seed and the token's position
-(counter-based noise), never of what else is in the batch. Logits on this torch path may differ in their last bits with
-the batch; `/stats` says so as `row_invariant: false`.
+(counter-based noise), never of what else is in the batch. With decode_core on a CPU each row's logits are the same to the
+bit alone or batched, cached or cold, drafted or not, so the same request gives the same tokens; elsewhere they may differ in
+their last bits with the batch. `/stats` says which as `row_invariant`.
 
 Sections: grep '^# [0-9]*\\. ' chat_server.py
 """
