@@ -14,6 +14,9 @@ Processes
           | one socket pair per replica: one message per engine step, all its requests' pieces together
     worker process (one per replica)                  Engine: schedule, run, postprocess; detokenize
 
+On a CPU with decode_core the worker records Transformer.compute once, and ProgramSteps replays it on compiled threads (on
+CUDA GraphSteps replays graphs); the next step is started before the last one's text is made.
+
 The front never imports torch; a worker never touches a socket of the network. A worker that dies is started again and
 its answers go on elsewhere from the tokens they have: the client sees a pause, not an error.
 
@@ -23,9 +26,6 @@ Life of a request
         > Engine.add > Scheduler.schedule > make_batch > EagerSteps.start > Transformer.forward > sample_reference
         > Scheduler.advance > Answer.push > StreamDecoder.push > Update                                 worker process
         > Worker.deliver > Job.take > NativeEncoder.encode | OpenAIEncoder.encode > EventStream.send    front process
-
-On a CPU with decode_core, Transformer.compute is recorded once and ProgramSteps replays it (on CUDA, GraphSteps a graph):
-the next step is started before the last one's text is made.
 
 Exactness: the next token is a function of the logits, the request's parameters, its seed and the token's position
 (counter-based noise), never of what else is in the batch. With decode_core on a CPU each row's logits are the same to the
