@@ -1375,7 +1375,8 @@ def kernels_line() -> str:
 
 def core_runs(spec, device) -> bool:
     """Does decode_core compute this model's steps: is it there, and do its CPU kernels fit the model's shape?"""
-    fits = spec.head_size % 16 == 0 and spec.head_size <= 256 and spec.heads // spec.kv_heads <= 16 and spec.ffn_size % 16 == 0
+    aligned = spec.width % 16 == spec.head_size % 16 == spec.ffn_size % 16 == 0
+    fits = aligned and spec.head_size <= 256 and spec.heads // spec.kv_heads <= 16
     return fits and torch.device(device).type == "cpu" and decode_core() is not None
 
 
