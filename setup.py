@@ -3,7 +3,8 @@
     sources    csrc/*.cpp, csrc/cpu/*.cpp; a name's ending gives its instruction set (ISA_FLAGS), nothing uses -march=native
     CUDA       csrc/cuda/*.cu and csrc/cuda/bindings*.cpp where nvcc is found; DECODE_CORE_CUDA=0 leaves it out, =1 insists
     emulation  csrc/cuda/emulation*.cpp as a second module, decode_core._emulation, when DECODE_CORE_EMULATION=1 (for tests)
-    checks     DECODE_CORE_WERROR=1: warnings are errors; DECODE_CORE_SANITIZE=1: address and undefined-behaviour sanitizers
+    checks     DECODE_CORE_WERROR=1: warnings are errors; DECODE_CORE_SANITIZE=1: address and undefined-behaviour sanitizers,
+               DECODE_CORE_SANITIZE=thread: the thread sanitizer
 
 No compiler: the installation still succeeds, `import decode_core` raises ImportError and chat_server runs its references.
 In a private folder:   python setup.py build --build-base build-x --build-lib build-x/lib;  PYTHONPATH=build-x/lib python ...
@@ -24,12 +25,12 @@ CSRC = Path("csrc")
 HEADERS = sorted(str(path) for pattern in ("*.h", "*/*.h", "*/*.cuh") for path in CSRC.glob(pattern))
 X86 = platform.machine().lower() in ("x86_64", "amd64") and os.name == "posix"
 
-SANITIZE = os.environ.get("DECODE_CORE_SANITIZE") == "1"
+SANITIZE = {"1": "address,undefined", "thread": "thread"}.get(os.environ.get("DECODE_CORE_SANITIZE", ""))
 COMMON_FLAGS = ["-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-Wall", "-Wextra"]
 COMMON_FLAGS += ["-O1", "-g"] if SANITIZE else ["-O3", "-g0"]
 COMMON_FLAGS += ["-Werror"] if os.environ.get("DECODE_CORE_WERROR") == "1" else []
-LINK_FLAGS = ["-pthread"] + (["-fsanitize=address,undefined"] if SANITIZE else ["-Wl,-s"] if sys.platform == "linux" else [])
-SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]    # not pybind11's
+LINK_FLAGS = ["-pthread"] + ([f"-fsanitize={SANITIZE}"] if SANITIZE else ["-Wl,-s"] if sys.platform == "linux" else [])
+SANITIZE_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]   # not pybind11's
 AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512",
                 "-Wno-maybe-uninitialized"]             # GCC 12's own intrinsics headers warn
 ISA_FLAGS = {               # ending of a source's stem -> what its instructions may need; dispatch.cpp asks the same of the CPU

@@ -10,6 +10,7 @@ readers that do not read must be dropped and cost the others nothing. Prints del
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import re
@@ -36,7 +37,7 @@ def fake_worker(descriptor):
     os.sched_setaffinity(0, OTHER_CORES)
     channel = Channel(socket.socket(fileno=descriptor))
     (_, config), *_ = channel.receive(wait=True)
-    rate, filler = float(os.environ["FAKE_RATE"]), os.environ["FAKE_FILLER"]
+    rate, filler = float(os.environ["FAKE_RATE"]), "x" * int(os.environ["FAKE_PIECE_BYTES"])
     text = chat_server.read_nanochat_tokenizer(config.source.path, 284)
     gauges = dict.fromkeys(("running", "queued", "kv_pages_used", "kv_pages_total", "preemptions", "memory_used", "memory_total"), 0)
     channel.send("loaded", ModelCard(text, "fake", 1 << 20, (), "cpu", {}, False))
@@ -53,15 +54,17 @@ def fake_worker(descriptor):
         stamp, updates = f"{time.monotonic():.6f} {filler}", []
         for name in list(left):
             left[name] -= 1
-            updates.append(Update(name, 0, (5,), stamp, *(() if left[name] else ("length", "max_tokens"))))
+            updates.append(Update(id=name, tokens=(5,), text=stamp, reason=None if left[name] else "length"))
             if not left[name]:
                 del left[name]
         if updates:
             channel.send("step", updates, gauges)
 
 
-def front(port, workers):
+def front(port, workers, parent):
     """The server as it is, with fake workers behind it."""
+    chat_server.die_with_parent(parent)
+    chat_server.calm_collector()
     os.sched_setaffinity(0, FRONT_CORE)
     settings = Settings(model=str(ROOT / "tests/fixtures/nanochat/gen5"), host="127.0.0.1", port=port, num_workers=workers,
                         device_type="cpu", max_batch=1024, max_queue=1024)
@@ -73,7 +76,7 @@ class Stream(asyncio.Protocol):
     """One client; as little work as possible for each piece."""
 
     def __init__(self, tokens, reads=True):
-        self.tokens, self.reads, self.delays, self.tail = tokens, reads, [], b""
+        self.tokens, self.reads, self.times, self.tail = tokens, reads, [], b""     # times: (sent, received) of each piece
         self.ended = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport):
@@ -86,8 +89,7 @@ class Stream(asyncio.Protocol):
 
     def data_received(self, data):
         now = time.monotonic()
-        found = STAMP.findall(data)
-        self.delays += [now - float(stamp) for stamp in found]
+        self.times += [(float(stamp), now) for stamp in STAMP.findall(data)]
         self.tail = (self.tail + data)[-400:]
 
     def connection_lost(self, error):
@@ -113,7 +115,11 @@ async def load(url_port, process, args):
         await loop.sock_connect(connection, ("127.0.0.1", url_port))
         return await loop.create_connection(lambda: Stream(tokens, reads), sock=connection)
 
-    began_cpu, began_s = sum(process.cpu_times()[:2]), time.monotonic()
+    def cpu_s():
+        workers = [sum(child.cpu_times()[:2]) for child in process.children(recursive=True)]
+        return [sum(process.cpu_times()[:2]), sum(workers), time.process_time()]
+
+    began_cpu, began_s = cpu_s(), time.monotonic()
     streams = [protocol for _, protocol in await asyncio.gather(*(connect(True) for _ in range(args.streams)))]
     slow = [protocol for _, protocol in await asyncio.gather(*(connect(False) for _ in range(args.slow_readers)))]
     everything = asyncio.gather(*(stream.ended for stream in streams))
@@ -121,11 +127,15 @@ async def load(url_port, process, args):
         await asyncio.wait([everything], timeout=args.seconds / 8)
         memory.append(process.memory_info().rss / 2**20)
     seconds = time.monotonic() - began_s
-    delays = [delay for stream in streams for delay in stream.delays]
-    print(f"{args.streams} streams, {args.rate:g} events a second each, {seconds:.1f} s: {len(delays) / seconds:,.0f} events a second; "
-          f"front's CPU {(sum(process.cpu_times()[:2]) - began_cpu) / seconds:.0%}")
-    print(f"added delay: {shown(delays)}")
-    print(f"lost events: {args.streams * tokens - len(delays)}; streams without their end: {sum(not s.ended.result() for s in streams)}")
+    times = [each for stream in streams for each in stream.times]
+    all_there_s = max(stream.times[0][1] for stream in streams)
+    shares = [f"{(now - before) / seconds:.0%}" for now, before in zip(cpu_s(), began_cpu)]
+    print(f"{args.streams} streams, {args.rate:g} events a second each, {seconds:.1f} s: {len(times) / seconds:,.0f} events a second; "
+          f"CPU: front {shares[0]} of its core, fake workers {shares[1]} and these clients {shares[2]} of the others")
+    print(f"added delay: {shown([received - sent for sent, received in times if sent > all_there_s])}")
+    print(f"  while the {args.streams} requests arrived, all at once ({all_there_s - began_s:.1f} s): "
+          f"{shown([received - sent for sent, received in times if sent <= all_there_s])}")
+    print(f"lost events: {args.streams * tokens - len(times)}; streams without their end: {sum(not s.ended.result() for s in streams)}")
     print("front's memory (MiB): " + " ".join(f"{each:.0f}" for each in memory))
     for stream in slow:
         stream.transport.resume_reading()
@@ -141,12 +151,13 @@ def main():
     args = parser.parse_args()
     with chat_server.listen_on("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
-    environment = os.environ | {"FAKE_RATE": str(args.rate), "FAKE_FILLER": "x" * args.piece_bytes}
-    server = subprocess.Popen([sys.executable, __file__, "front", str(port), str(args.workers)], env=environment,
+    environment = os.environ | {"FAKE_RATE": str(args.rate), "FAKE_PIECE_BYTES": str(args.piece_bytes)}
+    server = subprocess.Popen([sys.executable, __file__, "front", str(port), str(args.workers), str(os.getpid())], env=environment,
                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         next(line for line in server.stdout if "startup complete" in line)
         os.sched_setaffinity(0, OTHER_CORES)
+        gc.disable()        # the clients' own pauses are not the front's
         asyncio.run(load(port, psutil.Process(server.pid), args))
     finally:
         server.terminate()
@@ -157,6 +168,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
         fake_worker(int(sys.argv[2]))
     elif sys.argv[1:2] == ["front"]:
-        front(int(sys.argv[2]), int(sys.argv[3]))
+        front(*map(int, sys.argv[2:]))
     else:
         main()

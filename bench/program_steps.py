@@ -1,6 +1,6 @@
 """Whole steps of decode_core.Program on a model of random weights, without chat_server: tok/s and where each microsecond goes.
 
-    python bench/program_steps.py [--batches 1,4,16] [--context 256] [--prompt 256] [--threads 1,2] [--seconds 1] [--phases]
+    python bench/program_steps.py [--batches 1,4,16] [--context 256] [--prompt 256] [--threads 1,2,0] [--seconds 1] [--phases]
 
 The default is the default model's shape (SmolLM2-135M: Q4_1 layers, Q8_0 head). Thread counts alternate in short repeats, and
 the median is printed with the best, since the two CPUs of a virtual machine may be one core or two from minute to minute.
@@ -125,17 +125,21 @@ def show_phases(model, run, tokens, rounds):
     return sum(least)
 
 
+def set_schedule(threads):
+    decode_core.set_threads(threads or 2)
+    decode_core._core.force_schedule(threads, False)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--batches", default="1,4,16")
-    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--threads", default="1,2,0", help="forced widths; 0: two threads, and the policy decides how many work")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--phases", action="store_true", help="each phase's least time over many steps")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--free-width", action="store_true", help="let the policy narrow; otherwise the width is forced")
     options = parser.parse_args()
     batches, threads = ([int(n) for n in text.split(",") if n] for text in (options.batches, options.threads))
     model = Model(SMOLLM2, 512, 64, max(batches + [1]) * (options.context // PAGE + 64) + 64)
@@ -146,14 +150,12 @@ def main():
         figures = {n: [] for n in threads}
         for _ in range(options.repeats):
             for n in threads:
-                decode_core.set_threads(n)
-                decode_core._core.force_schedule(0 if options.free_width else n, False)
+                set_schedule(n)
                 figures[n].append(1e6 / run())
         for n in threads:
-            print(f"{name:>8} {n} threads: median {statistics.median(figures[n]):7.0f} best {max(figures[n]):7.0f} tok/s")
+            print(f"{name:>8} {f'{n} threads' if n else 'adaptive '}: median {statistics.median(figures[n]):7.0f} best {max(figures[n]):7.0f} tok/s")
             if options.phases:
-                decode_core.set_threads(n)
-                decode_core._core.force_schedule(0 if options.free_width else n, False)
+                set_schedule(n)
                 tokens = options.prompt if name == "prefill" else size
                 quiet = show_phases(model, lambda: run(16), tokens, options.rounds)
                 print(f"    quiet: {1e6 * tokens / quiet:.0f} tok/s")

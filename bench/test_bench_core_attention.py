@@ -21,6 +21,7 @@ sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resol
 
 decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
 from decode_core import _core  # noqa: E402
+from decode_core.attention import FLOAT16, FLOAT32, _cache, _rope_job  # noqa: E402
 
 H, Hkv, D, PAGE = 9, 3, 64, 16
 THREADS = int(os.environ.get("DECODE_CORE_THREADS", "2"))
@@ -71,11 +72,11 @@ def test_decode_attention(benchmark, arena, context, rows, window):
     cache = arena[:layers * pages * Hkv * 2 * PAGE * D].reshape(layers, pages, Hkv, 2, PAGE * D)
     tables = numpy.random.default_rng(0).permutation(pages).reshape(rows, -1).tolist()
     plan = decode_core.plan_attention(tables, [context] * rows, list(range(rows + 1)), H, Hkv, pages)
-    step = make_step(plan, cache, rows, numpy.arange(rows) * 0 + context - 1, numpy.arange(rows))
+    _, attend_layer = make_step(plan, cache, rows, numpy.arange(rows) * 0 + context - 1, numpy.arange(rows))
 
     def attend():
         for layer in range(layers):
-            step.paged_attention(layer, window)
+            attend_layer(layer, window)
 
     benchmark.pedantic(attend, rounds=5, warmup_rounds=1)
     if benchmark.stats:
@@ -88,13 +89,22 @@ def test_decode_attention(benchmark, arena, context, rows, window):
 
 
 def make_step(plan, cache, rows, positions, slots, qkv=None):
+    """(rope_append of layer 0, paged_attention of a layer and window), checked here and not in each call, as a step runs them."""
     rng = numpy.random.default_rng(1)
     angles = numpy.outer(numpy.arange(8192), 10000.0 ** (-numpy.arange(D // 2) / (D // 2)))
+    cos, sin = numpy.cos(angles).astype(numpy.float32), numpy.sin(angles).astype(numpy.float32)
     qkv = rng.standard_normal((rows, (H + 2 * Hkv) * D), numpy.float32) if qkv is None else qkv
-    return decode_core.AttentionStep(
-        plan, cache, qkv=qkv, cos=numpy.cos(angles).astype(numpy.float32), sin=numpy.sin(angles).astype(numpy.float32),
-        positions=positions, slots=slots, q=rng.standard_normal((rows, H, D), numpy.float32) / 8,
-        out=numpy.zeros((rows, H * D), numpy.float32))
+    q, out = rng.standard_normal((rows, H, D), numpy.float32) / 8, numpy.zeros((rows, H * D), numpy.float32)
+    kept = qkv, cos, sin, positions, slots, q, out, cache
+    job = _rope_job(_cache(cache[0]), qkv, cos, sin, positions, slots, q, "none", None, None, 1e-5, 1.0, None, False, 1, None, None, 1.0)
+
+    def append(kept=kept):
+        _core.rope_append(job)
+
+    def attend(layer, window):
+        _core.paged_attention(plan, window, q.ctypes.data, cache.ctypes.data + layer * cache[0].nbytes, FLOAT16, out.ctypes.data, FLOAT32, D)
+
+    return append, attend
 
 
 @pytest.mark.parametrize("rows, context", [(256, 256), (256, 1024), (256, 4096), (64, 1024)])
@@ -141,7 +151,7 @@ def test_rope_append(benchmark, rows):
     tables, lengths, starts = ([list(range(rows // PAGE))], [rows], [0, rows]) if chunk else (
         [[0]] * rows, [1] * rows, list(range(rows + 1)))
     plan = decode_core.plan_attention(tables, lengths, starts, H, Hkv, 64)
-    step = make_step(plan, cache, rows, positions, slots, qkv)
+    append, _ = make_step(plan, cache, rows, positions, slots, qkv)
     spec = SimpleNamespace(heads=H, kv_heads=Hkv, head_size=D, qk_norm="none", qk_scale=1.0, norm_eps=1e-5)
     tables_, order = torch.randn(2, rows, D).unbind(), torch.arange(rows)
     plain = torch.zeros(64 * PAGE, 2, Hkv, D, dtype=torch.bfloat16)
@@ -149,14 +159,14 @@ def test_rope_append(benchmark, rows):
 
     def ours():
         for _ in range(20):
-            step.rope_append(0)
+            append()
 
     def reference():
         for _ in range(20):
             cs.rope_append_reference(qkv, tables_, order, slots, plain, spec, None, None, None, None, out=q)
 
     reference()         # also where nothing is measured, so that it cannot rot
-    benchmark(lambda: step.rope_append(0))
+    benchmark(append)
     if benchmark.stats:
         with torch.inference_mode():
             spent, theirs = in_turns(ours, reference)

@@ -14,7 +14,6 @@
 
 namespace py = pybind11;
 
-void bind_elementwise(py::module_& m);      // bindings_elementwise.cpp
 void bind_arrays(py::module_& m);           // bindings_arrays.cpp
 void bind_tiles(py::module_& m);            // bindings_tiles.cpp
 void bind_program(py::module_& m);          // bindings_program.cpp
@@ -127,41 +126,6 @@ dc::AttentionPlan plan_attention(const py::object& tables, const py::object& len
 template <class T>
 T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
-// What a step's layers share, with its own copy of the checked indices; the arrays are kept alive by attention.py's Step.
-struct AttentionStep {
-    dc::AttentionPlan& plan;
-    dc::RopeJob rope;
-    std::vector<int64_t> positions, slots;
-    uintptr_t cache, layer_bytes, out;
-    dc::Element out_type;
-    int64_t layers;
-
-    uintptr_t layer_at(int64_t layer) const {
-        dc::require(layer >= 0 && layer < layers, "layer: must be one of the cache's");
-        return cache + uintptr_t(layer) * layer_bytes;
-    }
-
-    void rope_append(int64_t layer, uintptr_t q_norm, uintptr_t k_norm, bool values) const {
-        dc::RopeJob job = rope;
-        job.positions = positions.data(), job.slots = slots.data();
-        dc::require(!values || job.value_embed, "values: the step was given no value_embed");
-        if (!values) job.value_embed = nullptr;
-        job.q_norm = at<const float>(q_norm), job.k_norm = at<const float>(k_norm);
-        job.cache = at<void>(layer_at(layer));
-        Gil released;
-        dc::rope_append(job);
-    }
-
-    void paged_attention(int64_t layer, int64_t window) const {
-        dc::require(window >= -1 && window <= INT32_MAX, "window: must be a number of keys, 0 or -1");
-        const dc::AttentionJob job{rope.q_out, at<const void>(layer_at(layer)), rope.cache_type, at<void>(out), out_type,
-                                   rope.heads, rope.kv_heads, rope.head_size, int(window > 0 ? window : 0)};
-        const dc::AttentionPlan::Work& work = plan.work(job.window);
-        Gil released;
-        dc::paged_attention(job, work);
-    }
-};
-
 void paged_attention(dc::AttentionPlan& plan, int window, uintptr_t q, uintptr_t cache, int cache_type, uintptr_t out,
                      int out_type, int head_size) {
     const dc::AttentionJob job{at<const float>(q), at<const void>(cache), dc::Element(cache_type), at<void>(out),
@@ -194,13 +158,6 @@ dc::RopeJob rope_job(int64_t rows, int64_t row_stride, int qkv_type, int heads, 
     return job;
 }
 
-AttentionStep attention_step(dc::AttentionPlan& plan, const dc::RopeJob& job, uintptr_t cache, int64_t layers, uintptr_t layer_bytes,
-                             uintptr_t out, int out_type) {
-    dc::require(plan.rows() == job.rows, "plan: must have as many rows as qkv");
-    return {plan, job, {job.positions, job.positions + job.rows}, {job.slots, job.slots + job.rows}, cache, layer_bytes, out,
-            dc::Element(out_type), layers};
-}
-
 void bind_attention(py::module_& m) {
     py::class_<dc::AttentionPlan>(m, "AttentionPlan")
         .def_property_readonly("rows", &dc::AttentionPlan::rows)
@@ -208,14 +165,10 @@ void bind_attention(py::module_& m) {
         .def_readonly("kv_heads", &dc::AttentionPlan::kv_heads)
         .def_readonly("num_pages", &dc::AttentionPlan::num_pages);
     py::class_<dc::RopeJob>(m, "RopeJob");
-    py::class_<AttentionStep>(m, "AttentionStep")
-        .def("rope_append", &AttentionStep::rope_append)
-        .def("paged_attention", &AttentionStep::paged_attention);
     m.def("plan_attention", &plan_attention);
     m.def("paged_attention", &paged_attention);
     m.def("rope_job", &rope_job);
     m.def("rope_append", &dc::rope_append, py::call_guard<Gil>());
-    m.def("attention_step", &attention_step, py::keep_alive<0, 1>());
     m.def("read_memory", [](uintptr_t memory, int64_t bytes) { return dc::read_memory(at<const void>(memory), bytes); },
           py::call_guard<Gil>());
 }
@@ -232,7 +185,6 @@ PYBIND11_MODULE(_core, m) {
     bind_runtime(m);
     bind_sample(m);
     bind_attention(m);
-    bind_elementwise(m);
     bind_arrays(m);
     bind_tiles(m);
     bind_program(m);

@@ -520,68 +520,6 @@ def test_what_was_appended_is_what_attention_reads():
     assert (outputs[0] == outputs[1]).all() and (outputs[0] == outputs[2]).all()
 
 
-# ---- a step for all layers
-
-def a_step(layers=3, **changed):
-    call, _, cache, slots = rope_case("nanochat", 4, 2, 32, T=3)
-    slots[:] = [PAGE + 2, PAGE + 3, 5 * PAGE + 7]
-    plan = decode_core.plan_attention([[1], [5]], [4, 8], [0, 2, 3], 4, 2, 12)
-    store = numpy.zeros((layers, *cache.store.shape), numpy.float32)
-    arrays = dict(call, slots=slots, q=numpy.zeros((3, 4, 32), numpy.float32), out=numpy.zeros((3, 128), numpy.float32))
-    return plan, store, arrays | changed
-
-
-def test_a_step_does_for_every_layer_what_the_single_calls_do():
-    plan, store, arrays = a_step()
-    step, expected = decode_core.AttentionStep(plan, store, **arrays), numpy.zeros_like(store)
-    norms = [numpy.full(32, x, numpy.float32) for x in (0.5, 2)]
-    for layer, (window, weights, values) in enumerate(((0, False, True), (3, True, False), (-1, True, True))):
-        step.rope_append(layer, *(norms if weights else ()), values=values)
-        step.paged_attention(layer, window)
-        call = {name: array for name, array in arrays.items() if name not in ("q", "out")}
-        call |= dict(zip(("q_norm", "k_norm"), norms)) if weights else {}
-        call |= {} if values else {"value_embed": None, "gate": None}
-        q, out = numpy.zeros_like(arrays["q"]), numpy.zeros_like(arrays["out"])
-        decode_core.rope_append(**call, cache=expected[layer], q_out=q)
-        decode_core.paged_attention(q, expected[layer], plan, out, window=window)
-        assert (bits(arrays["q"]) == bits(q)).all() and (bits(arrays["out"]) == bits(out)).all()
-    assert (bits(store) == bits(expected)).all()
-
-
-def test_a_step_keeps_its_arrays_and_its_checked_indices():
-    plan, store, arrays = a_step()
-    step = decode_core.AttentionStep(plan, store, **arrays)
-    arrays["slots"][:] = 2**40
-    del plan, arrays
-    step.rope_append(2)
-    step.paged_attention(2, 0)
-    assert (store[2] != 0).any() and (store[:2] == 0).all()
-
-
-@pytest.mark.parametrize("call", [lambda step: step.rope_append(3), lambda step: step.rope_append(-1),
-                                  lambda step: step.paged_attention(3, 0)])
-def test_a_step_refuses_a_layer_that_is_not_there(call):
-    plan, store, arrays = a_step()
-    with pytest.raises(ValueError, match="^layer: "):
-        call(decode_core.AttentionStep(plan, store, **arrays))
-
-
-def test_a_wrong_step_names_the_argument():
-    plan, store, arrays = a_step()
-    four = decode_core.plan_attention([[1]], [4], [0, 4], 4, 2, 12)
-    wrong = {"plan": (None, store, arrays), "cache": (plan, store[:, :-1].copy(), arrays),
-             "q": (four, store, arrays), "out": (plan, store, arrays | {"out": arrays["out"][:2]}),
-             "slots": (plan, store, arrays | {"slots": arrays["slots"] + 12 * PAGE})}
-    for name, (a_plan, a_store, some) in wrong.items():
-        with pytest.raises(ValueError, match=f"^{name}: "):
-            decode_core.AttentionStep(a_plan, a_store, **some)
-    del arrays["value_embed"], arrays["gate"]
-    with pytest.raises(ValueError, match="^values: "):
-        decode_core.AttentionStep(plan, store, **arrays).rope_append(0, values=True)
-    with pytest.raises(ValueError, match="^window: "):
-        decode_core.AttentionStep(plan, store, **arrays).paged_attention(0, -2)
-
-
 # ---- wrong calls: ValueError, which names the argument
 
 def good_rope():

@@ -82,6 +82,10 @@ CASES = {       # moment and request: what a worker must rebuild from the ids al
     "decode with penalties": PLAIN | dict(sampling=PENALTIES),
     "decode before min_tokens": drawn_from([*b"abc"], min_tokens=30, stop_token_ids=(97,)),
     "decode of the third of three": PLAIN | dict(n=3),
+    "decode in a grammar": dict(sampling=SamplingParams(temperature=1.0, seed=3), max_tokens=60,
+                                grammar=chat_server.json_grammar({"type": "array", "items": {"enum": ["ab", "c"]}, "minItems": 9}, "")),
+    "decode with log-probabilities": PLAIN | dict(prompts=(tuple(range(100, 140)),), messages=None, logprobs=2, prompt_logprobs=1),
+    "prefill of a scored prompt": LONG_PROMPT | dict(messages=None, logprobs=0, prompt_logprobs=1),
     "unsent": PLAIN,
     "character": drawn_from("日".encode(), max_tokens=60),
     "stop": drawn_from(b"abc", stop=("abcab", "zzz")),
@@ -90,12 +94,13 @@ CASES = {       # moment and request: what a worker must rebuild from the ids al
 
 
 async def answers(pool, request):
-    """{choice: (text, tokens, reason, cause)} of all answers to a request."""
+    """{choice: (text, tokens, tokens with log-probabilities, reason, cause)} of all answers to a request."""
     found = {}
     async for event in pool.answer(request):
         if isinstance(event, Piece):
-            text, tokens = found.get(event.choice, ("", ()))
-            found[event.choice] = text + event.text, tokens + event.tokens
+            text, tokens, scored = found.get(event.choice, ("", (), ()))
+            scores = tuple(entry.token for entry in event.prompt_logprobs + event.logprobs)
+            found[event.choice] = text + event.text, tokens + event.tokens, scored + scores
         elif isinstance(event, Finished):
             found[event.choice] += event.reason, event.stop_reason
     return found
@@ -110,7 +115,7 @@ async def test_a_worker_killed_at_any_moment_costs_a_pause_and_not_a_word(start_
         undisturbed = await answers(pool, Request(f"undisturbed {number}", **request))
         assert disturbed == undisturbed, case
         assert [path for path in tmp_path.iterdir() if path.name.split("#")[0] == name], f"{case}: no worker was killed"
-        text, tokens, reason, cause = undisturbed[0]
+        text, tokens, _, reason, cause = undisturbed[0]
         assert case != "call" or OUTPUT_START in tokens
         assert case != "character" or any(character in text for character in "日楥旗")
         assert case != "stop" or (reason, cause) == ("stop", "abcab")

@@ -101,6 +101,13 @@ def test_a_schema_nested_too_deeply_is_refused():
         schema = {"type": "array", "items": schema}
     with pytest.raises(RequestError, match="not usable"):
         grammar(schema)
+    with pytest.raises(RequestError, match="at most 65536"):
+        grammar({"enum": ["x" * 70_000]})
+
+
+def test_a_schema_that_nothing_fulfils_is_an_error_and_not_an_answer(engine):
+    found = updates(engine, [work(engine, "a", {"$ref": "#"})])["a"]
+    assert found[-1].reason == "error" and text_of(found) == ""
 
 
 def test_without_the_library_it_is_a_clear_400(monkeypatch):

@@ -51,7 +51,7 @@ async def test_the_native_stream_has_pieces_then_done(client):
     assert events[2].pop("seed") >= 0
     assert events[2:] == [{"done": True, "finish_reason": "stop", "stop_reason": "eos", "gpu": 0,
                            "usage": {"prompt_tokens": 7, "completion_tokens": 3, "cached_tokens": 3},
-                           "timings": {"queue_ms": 0.2, "ttft_ms": 8.1, "tokens_per_second": 212.3}}]
+                           "timings": {"queue_ms": 0.2, "ttft_ms": 8.1, "tokens_per_second": 212.3, "drafted_tokens": 0, "accepted_tokens": 0}}]
 
 
 async def test_text_passes_unharmed_and_every_line_reader_sees_one_line(client):
@@ -244,7 +244,8 @@ async def test_the_usage_chunk_comes_only_when_asked_for(client):
     *chunks, last, done = frames(asked)
     assert all(chunk["usage"] is None for chunk in chunks) and done == "[DONE]"
     assert last["choices"] == [] and last["usage"] == {
-        "prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10, "prompt_tokens_details": {"cached_tokens": 3}}
+        "prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10, "prompt_tokens_details": {"cached_tokens": 3},
+        "completion_tokens_details": {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}}
     assert b"usage" not in refused
 
 

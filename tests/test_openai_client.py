@@ -7,8 +7,8 @@ import openai
 import pytest
 import pytest_asyncio
 
-from chat_server import EngineFailure, Overloaded, RequestError
-from fake_pool import FakePool, serving
+from chat_server import EngineFailure, Overloaded, Piece, RequestError, TokenLogprob
+from fake_pool import FakePool, Letters, serving
 
 HI = [{"role": "user", "content": "Hi"}]
 
@@ -52,6 +52,48 @@ async def test_extra_parameters_pass(client, pool):
                                          extra_body={"ignore_eos": True, "top_k": 5})
     request = pool.requests[0]
     assert (request.max_tokens, request.stop, request.ignore_eos, request.sampling.top_k) == (4, ("x",), True, 5)
+
+
+async def test_choices_and_logprobs_parse_whole_and_streamed(client, pool):
+    entry = TokenLogprob(72, -0.5, ((72, -0.5), (105, -1.25)))
+    pool.pieces = [Piece("H", (72,), 0, logprobs=(entry,)), Piece("i", (105,), 0, logprobs=(TokenLogprob(105, -2.0),))]
+    wanted = dict(model="fake-model", messages=HI, n=2, logprobs=True, top_logprobs=2)
+    answer = await client.chat.completions.create(**wanted)
+    assert [(choice.index, choice.message.content) for choice in answer.choices] == [(0, "Hi"), (1, "Hi")]
+    first, second = answer.choices[1].logprobs.content
+    assert (first.token, first.logprob, first.bytes) == ("H", -0.5, [72]) and second.top_logprobs == []
+    assert [(top.token, top.logprob) for top in first.top_logprobs] == [("H", -0.5), ("i", -1.25)]
+    assert answer.usage.prompt_tokens == 7 and answer.usage.completion_tokens == 4
+    chunks = [chunk async for chunk in await client.chat.completions.create(stream=True, **wanted)]
+    streamed = [(choice.index, entry.token) for chunk in chunks for choice in chunk.choices if choice.logprobs for entry in choice.logprobs.content]
+    assert sorted(streamed) == [(0, "H"), (0, "i"), (1, "H"), (1, "i")]
+
+
+async def test_text_completions_parse_with_echo_and_logprobs(client, pool):
+    scores = (TokenLogprob(79, None), TokenLogprob(240, -1.0, ((240, -1.0),)))
+    pool.pieces = [Piece("!", (33,), 0, logprobs=(TokenLogprob(33, -0.25),), prompt_logprobs=scores)]
+    answer = await client.completions.create(model="fake-model", prompt=["Oh", [79, 240]], echo=True, logprobs=1, max_tokens=1)
+    assert [choice.text for choice in answer.choices] == ["Oh!", "O\ufffd!"]
+    found = answer.choices[1].logprobs
+    assert found.tokens == ["O", "bytes:\\xf0", "!"] and found.token_logprobs == [None, -1.0, -0.25]
+    assert found.top_logprobs == [None, {"bytes:\\xf0": -1.0}, {"!": -0.25}] and found.text_offset == [0, 1, 1]
+    chunks = [chunk async for chunk in await client.completions.create(model="", prompt="Oh", stream=True)]
+    assert "".join(chunk.choices[0].text for chunk in chunks) == "!" and chunks[-1].choices[0].finish_reason == "stop"
+
+
+async def test_the_stream_helper_accumulates_tool_calls(client, pool):
+    pool.tokenizer = Letters()
+    pool.tokenizer.tool_format = "tagged"
+    pool.pieces = ["Sure.", '<tool_call>{"name": "f", ', '"arguments": {"x": 1}}</tool_call>']
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}}]
+    async with client.chat.completions.stream(model="fake-model", messages=HI, tools=tools) as stream:
+        final = await stream.get_final_completion()
+    (call,) = final.choices[0].message.tool_calls
+    assert (call.function.name, call.function.arguments, call.type) == ("f", '{"x": 1}', "function")
+    assert final.choices[0].finish_reason == "tool_calls" and final.choices[0].message.content == "Sure."
+    again = await client.chat.completions.create(model="fake-model", tools=tools, messages=[
+        *HI, final.choices[0].message.to_dict(), {"role": "tool", "tool_call_id": call.id, "content": "2"}])
+    assert again.choices[0].finish_reason == "tool_calls" and pool.requests[-1].messages[1].more["tool_calls"][0]["id"] == call.id
 
 
 async def test_models_list_and_retrieve(client):

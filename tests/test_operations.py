@@ -131,6 +131,16 @@ async def test_the_log_as_json_has_the_fields_of_each_request_and_no_text(client
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", lines[0]["time"]) and lines[1]["status"] == 404
 
 
+async def test_polls_are_not_logged_but_attempts_without_a_key_are_with_their_address(client, caplog):
+    with caplog.at_level(logging.INFO, logger="chat_server"):
+        async with serving(FakePool(), Settings(keys=(ApiKey.hashed("key", "alice"),))) as url:
+            for path in ("/health", "/livez", "/readyz", "/stats", "/metrics"):
+                await client.get(url + path, headers={"X-Api-Key": "key"})
+            await client.get(url + "/stats", headers={"X-Request-Id": "x"})
+    (record,) = caplog.records
+    assert re.fullmatch(r"GET /stats 401 \d+ ms  \[127.0.0.1 x\]", record.getMessage())
+
+
 def test_a_json_line_holds_a_whole_traceback_and_stays_one_line():
     try:
         raise ZeroDivisionError("one\ntwo")

@@ -112,7 +112,7 @@ AttentionPlan::Work AttentionPlan::divide(int window) const {
         }
     }
     // Chunk after chunk over all sequences and heads: an item fetches as many pages of the next as it has itself, so a short
-    // last chunk must not stand before a whole one (16 rows of 264 positions: 21 GB/s in the order of rows, 25 in this one).
+    // last chunk must not stand before a whole one (16 rows of 264 positions, one thread: 4.5 ms for 30 layers in the order of rows, 3.7 in this one with fetch_keys).
     std::stable_sort(work.items.begin(), work.items.end(), [](const AttentionItem& a, const AttentionItem& b) {
         return (a.merge >= 0 ? a.chunk_begin : 0) < (b.merge >= 0 ? b.chunk_begin : 0);
     });

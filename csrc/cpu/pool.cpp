@@ -46,7 +46,7 @@ int64_t take(std::atomic<uint64_t>& share, bool from_end) {
     return from_end ? int64_t(seen & 0xFFFF) - 1 : int64_t(seen >> 16 & 0xFFFF);
 }
 
-// What a thread reads first in a coming phase. 64 KB are about 2 us of reading, which is what a wait lasts.
+// What a thread reads first in a coming phase: 64 KB, some 2 us of reading at 25 to 40 GB/s. Not measured with and without.
 struct Coming {
     const uint8_t* at = nullptr;
     int64_t bytes = 0;

@@ -19,8 +19,8 @@
 namespace dc {
 
 constexpr int MAX_THREADS = 256;
-// Entering a futex costs 40-50 us here, so a shorter spin would cost more than it saves; with 20 us every tenth step of a
-// model with long phases slept (KERNELS.md 9.5: spins of 20 and of 100 us do equally well beside a busy program).
+// Entering a futex costs 40-50 us here, so a shorter spin would cost more than it saves; of 20 and 100 us the longer did as
+// well or better (KERNELS.md 9.5, a prototype; not measured again in this pool).
 constexpr int SPIN_US = 100;
 constexpr int64_t MAX_CHUNKS = 65535;
 

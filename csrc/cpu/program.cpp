@@ -52,14 +52,15 @@ class Leader {
 
     void run(Step& step) {
         Width& policy = step.by_rows() ? prompts : decoding;
-        const int width = policy.choose(get_threads());
+        const int threads = get_threads(), width = policy.choose(threads);
         step.resolve_ids(drawn);
         const auto begin = Clock::now();
         step.run(width);
         const double us = us_since(begin);
-        if (step.by_rows()) policy.learn(0, us / double(step.tokens), step.outcome.stalled);
-        else policy.learn(step.tokens << 32 | step.logit_rows, us, step.outcome.stalled);
         step.us = us;
+        if (threads == 1 || forced_width()) return;     // nothing to choose
+        if (step.by_rows()) policy.learn(0, us / double(step.tokens), step.outcome.stalled);
+        else policy.learn(step.tokens * (MAX_CHUNKS + 1) + step.logit_rows, us, step.outcome.stalled);
     }
 
     void lead() {
@@ -159,13 +160,15 @@ struct Program::Inside {
         if (!in.samples) return;
         require(sampled_vocab > 0, "sampling: no sample op was recorded");
         require(in.sample_rows.size() == in.logit_rows.size(), "sampling: must have a row for each of logit_rows");
-        require(in.counts.size() == in.count_ids.size() && in.bias_values.size() == in.bias_ids.size(), "sampling: its lists differ in length");
-        check_range(in.count_ids.data(), int64_t(in.count_ids.size()), 0, int32_t(sampled_vocab), "sampling: counted ids must lie in the vocabulary");
-        check_range(in.bias_ids.data(), int64_t(in.bias_ids.size()), 0, int32_t(sampled_vocab), "sampling: biased ids must lie in the vocabulary");
+        const size_t counted = in.count_ids.size(), biased = in.bias_ids.size();
+        require(in.counts.size() == counted && in.bias_values.size() == biased, "sampling: its lists differ in length");
+        const int32_t below = int32_t(sampled_vocab);
+        check_range(in.count_ids.data(), int64_t(counted), 0, below, "sampling: counted ids must lie in the vocabulary");
+        check_range(in.bias_ids.data(), int64_t(biased), 0, below, "sampling: biased ids must lie in the vocabulary");
         bool good = true;
         for (const SampleRow& row : in.sample_rows)
-            good &= row.count_begin >= 0 && row.count_begin <= row.count_end && size_t(row.count_end) <= in.counts.size() &&
-                    row.bias_begin >= 0 && row.bias_begin <= row.bias_end && size_t(row.bias_end) <= in.bias_ids.size();
+            good &= row.count_begin >= 0 && row.count_begin <= row.count_end && size_t(row.count_end) <= counted &&
+                    row.bias_begin >= 0 && row.bias_begin <= row.bias_end && size_t(row.bias_end) <= biased;
         require(good, "sampling: a row's part of the lists must lie in them");
     }
 
@@ -174,7 +177,8 @@ struct Program::Inside {
         require(tokens > 0 && tokens <= max_tokens, "token_ids: must be 1 to max_tokens");
         require(in.previous_ids.size() == in.token_ids.size(), "previous: must be as many as token_ids");
         check_ids(in.token_ids, 0, "token_ids: must lie in the vocabulary", "token_ids: ~i must name a row of the step before that draws");
-        check_ids(in.previous_ids, 1, "previous: must lie in the vocabulary", "previous: -2 - i must name a row of the step before that draws");
+        check_ids(in.previous_ids, 1, "previous: must lie in the vocabulary",
+                  "previous: -2 - i must name a row of the step before that draws");
         require(!in.starts.empty() && in.starts.back() == tokens, "starts: must end with the number of tokens");
         require(in.starts.size() == in.lengths.size() + 1, "starts: one more than lengths");
         for (const int64_t length : in.lengths) require(length <= max_positions, "lengths: must not pass the tables cos and sin");
@@ -233,7 +237,8 @@ int64_t Program::start(StepInput input) {
 }
 
 std::vector<int32_t> Program::finish(int64_t ticket) {
-    require(inside->leader && inside->leader->generation == fork_generation(), "ticket: must be of a step that was started and not finished");
+    const bool here = inside->leader && inside->leader->generation == fork_generation();
+    require(here, "ticket: must be of a step that was started and not finished");
     return inside->leader->finish(ticket);
 }
 

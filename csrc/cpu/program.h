@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/attention.h"
@@ -88,7 +89,6 @@ public:
 private:
     struct Inside;
     std::unique_ptr<Inside> inside;
-    Inside& here();
 };
 
 }  // namespace dc

@@ -9,10 +9,11 @@
 namespace dc {
 namespace {
 
-// A chunk of a product is 64 KB of weights: 1.5 to 3 us. Less than half of that is not worth a hand-over (0.1 to 0.4 us).
+// A chunk of a product is 64 KB of weights: 1.5 to 3 us at 20 to 40 GB/s. Less than half of that is not worth a hand-over
+// (0.1 to 0.4 us, KERNELS.md 9.5). Chosen by this reckoning; other sizes were not tried.
 constexpr int64_t CHUNK_BYTES = 64 << 10;
 constexpr int64_t FREE_ROWS = 4;                // so many rows take the time of one: beyond, chunks take fewer tiles
-constexpr int64_t SMALL_CHUNK_ROWS = 4;         // rows of a chunk between two products: 1 to 3 us
+constexpr int64_t SMALL_CHUNK_ROWS = 4;         // rows of a chunk between two products: 0.7 us of prepare, 2 us of rope
 constexpr int64_t CAP_COLUMNS = 8192;
 
 const RowKernels& row_kernels_here() { return DC_CHOSEN(row_kernels); }
@@ -58,6 +59,7 @@ Step::Step(const std::vector<Op>& ops, StepInput given, void* prepared, int thre
       prepared(prepared), threads(threads) {
     plan_attention();
     find_slots();
+    find_needed();
     make_phases();
     drawn.resize(input.samples ? size_t(logit_rows) : 0);
     stamps.resize(phases.size() + 1);
@@ -88,11 +90,31 @@ void Step::plan_attention() {
     plan = std::make_unique<AttentionPlan>(input.pages, input.offsets, input.lengths, input.starts, heads, kv_heads, num_pages);
     for (const Op& op : ops) {
         const AttentionJob& job = op.attention;
-        if (op.kind != OpKind::paged_attention || attention.count(job.window)) continue;
-        const AttentionPlan::Work& work = plan->work(job.window);
-        attention_memory.emplace_back();
-        void* memory = attention_memory.back().at_least(AttentionRun::memory_bytes(work, job.head_size) + 64);
-        attention.emplace(job.window, AttentionRun(work, job.head_size, job.cache_type, memory, threads));
+        if (op.kind == OpKind::paged_attention && !attention.count(job.window)) add_attention_run(job.window, plan->work(job.window), job);
+    }
+}
+
+void Step::add_attention_run(int key, const AttentionPlan::Work& work, const AttentionJob& job) {
+    attention_memory.emplace_back();
+    void* memory = attention_memory.back().at_least(AttentionRun::memory_bytes(work, job.head_size) + 64);
+    attention.emplace(key, AttentionRun(work, job.head_size, job.cache_type, memory, threads));
+}
+
+void Step::find_needed() {
+    needed.resize(size_t(tokens));
+    for (const int64_t row : input.logit_rows) needed[size_t(row)] = true;
+    const auto append = std::find_if(ops.rbegin(), ops.rend(), [](const Op& op) { return op.kind == OpKind::rope_append; });
+    if (append == ops.rend() || (!by_rows() && logit_rows > 0)) return;
+    last_append = int(ops.rend() - append) - 1;
+    if (logit_rows == 0) return;
+    for (size_t i = size_t(last_append); i < ops.size(); i++) {
+        if (ops[i].kind != OpKind::paged_attention) continue;
+        needed_work = plan->work(ops[i].attention.window);
+        const auto unneeded = [&](const AttentionItem& item) {
+            return std::find(needed.begin() + item.row, needed.begin() + item.row + item.rows, 1) == needed.begin() + item.row + item.rows;
+        };
+        needed_work.items.erase(std::remove_if(needed_work.items.begin(), needed_work.items.end(), unneeded), needed_work.items.end());
+        return add_attention_run(LAST_LAYER, needed_work, ops[i].attention);
     }
 }
 
@@ -115,7 +137,8 @@ void Step::add_rows(int first, int end, int prepares, int64_t rows) {
         per_chunk = 4 * GROUP_ROWS;
         while (per_chunk > GROUP_ROWS && rows < 3 * threads * per_chunk) per_chunk /= 2;
     }
-    add_phase<&Step::do_rows>({nullptr, first, end, prepares, rows, per_chunk, (rows + per_chunk - 1) / per_chunk});
+    const bool needed_only = first < end && is_needed_only(first);
+    add_phase<&Step::do_rows>({nullptr, first, end, prepares, rows, per_chunk, (rows + per_chunk - 1) / per_chunk, needed_only});
 }
 
 void Step::add_product(int index) {
@@ -128,8 +151,9 @@ void Step::add_product(int index) {
 }
 
 void Step::add_attention(int index) {
-    const AttentionRun& run = attention.at(ops[size_t(index)].attention.window);
-    add_phase<&Step::do_attention>({nullptr, index, index + 1, -1, tokens, tokens, run.chunks()});
+    const bool needed_only = is_needed_only(index);
+    const AttentionRun& run = attention.at(needed_only ? LAST_LAYER : ops[size_t(index)].attention.window);
+    if (run.chunks()) add_phase<&Step::do_attention>({nullptr, index, index + 1, -1, tokens, tokens, run.chunks(), needed_only});
 }
 
 void Step::make_phases() {
@@ -143,7 +167,7 @@ void Step::make_phases() {
         const Op& op = ops[size_t(i)];
         const int64_t rows = count_of(op);
         if (first < i && ops[size_t(i - 1)].on_logit_rows != op.on_logit_rows) flush(i, -1, i);
-        if (rows == 0) first = i + 1;
+        if (rows == 0 || (is_needed_only(i) && logit_rows == 0)) flush(i, -1, i + 1);
         else if (op.kind == OpKind::linear && (op.on_logit_rows || !by_rows())) flush(i, i, i + 1), add_product(i);
         else if (op.kind == OpKind::paged_attention) flush(i, -1, i + 1), add_attention(i);
         else if (op.kind == OpKind::softcap) {
@@ -177,7 +201,12 @@ void Step::run(int width) {
 }
 
 void Step::do_rows(const Part& part, int64_t chunk) const {
-    const int64_t begin = chunk * part.rows_per_chunk, end = std::min(begin + part.rows_per_chunk, part.rows);
+    int64_t begin = chunk * part.rows_per_chunk, end = std::min(begin + part.rows_per_chunk, part.rows);
+    if (part.needed_only) {
+        while (begin < end && !needed[size_t(begin)]) begin++;
+        while (begin < end && !needed[size_t(end - 1)]) end--;
+        if (begin == end) return;
+    }
     for (int i = part.first; i < part.end; i++) do_row_op(ops[size_t(i)], begin, end);
     if (part.prepares < 0) return;
     const Op& op = ops[size_t(part.prepares)];
@@ -236,22 +265,24 @@ void Step::do_product(const Part& part, int64_t chunk) const {
 
 void Step::do_attention(const Part& part, int64_t chunk) const {
     const AttentionJob& job = ops[size_t(part.first)].attention;
-    attention.at(job.window).run(job, chunk);
+    attention.at(part.needed_only ? LAST_LAYER : job.window).run(job, chunk);
 }
 
 void Step::do_softcap(const Part& part, int64_t chunk) const {
     const Op& op = ops[size_t(part.first)];
-    const int64_t segments = part.rows_per_chunk, per_chunk = part.rows * segments / part.chunks + (part.rows * segments % part.chunks != 0);
-    for (int64_t i = chunk * per_chunk; i < std::min((chunk + 1) * per_chunk, part.rows * segments); i++) {
-        const int64_t row = i / segments, begin = i % segments * CAP_COLUMNS, columns = std::min(CAP_COLUMNS, op.x.columns - begin);
+    const int64_t segments = part.rows_per_chunk, all = part.rows * segments, end = all * (chunk + 1) / part.chunks;
+    for (int64_t i = all * chunk / part.chunks; i < end; i++) {
+        const int64_t row = i / segments, begin = i % segments * CAP_COLUMNS;
+        const int64_t columns = std::min(CAP_COLUMNS, op.x.columns - begin);
         row_kernels_here().soft_cap(op.x.row(row) + begin, op.a, columns, op.out.row(row) + begin);
     }
 }
 
 void Step::do_sample(const Part& part, int64_t row) const {
     const Rows& logits = ops[size_t(part.first)].x;
-    const SampleArgs args{logits.at, false, logit_rows, logits.columns, logits.columns, input.sample_rows.data(), input.count_ids.data(),
-                          input.counts.data(), input.bias_ids.data(), input.bias_values.data(), const_cast<int32_t*>(drawn.data()), nullptr};
+    const SampleArgs args{logits.at, false, logit_rows, logits.columns, logits.columns, input.sample_rows.data(),
+                          input.count_ids.data(), input.counts.data(), input.bias_ids.data(), input.bias_values.data(),
+                          const_cast<int32_t*>(drawn.data()), nullptr};
     DC_CHOSEN(sample_row)(args, row);
 }
 
@@ -262,8 +293,10 @@ StepTimes Step::times() const {
     const double tick = us / double(std::max<uint64_t>(stamps.back() - stamps.front(), 1));
     for (size_t i = 0; i < phases.size(); i++) {
         std::string what;
-        for (int j = parts[i].first; j < parts[i].end; j++)
-            if (const std::string name = name_of(ops[size_t(j)].kind); what.find(name) == std::string::npos) what += (what.empty() ? "" : "+") + name;
+        for (int j = parts[i].first; j < parts[i].end; j++) {
+            const std::string name = name_of(ops[size_t(j)].kind);
+            if (what.find(name) == std::string::npos) what += (what.empty() ? "" : "+") + name;
+        }
         if (const Op& op = ops[size_t(parts[i].first)]; what == "linear")
             what += " " + std::to_string(op.tiles.rows) + "x" + std::to_string(op.tiles.columns);
         if (parts[i].prepares >= 0) what += what.empty() ? "prepare" : "+prepare";

@@ -8,6 +8,7 @@
 //            all products, so that a thread keeps its rows in its cache (KERNELS.md 9.4: 4,360-4,880 tok/s on two chips,
 //            2,960 with the products divided).
 // Logit rows are always treated the first way: the head is too large to be read again for each chunk.
+// After the last rope_append only tokens with logits are computed on: nothing else reads the others (a thirtieth of a prompt).
 // The bits of a row are the same either way (tiles.h, attention.h).
 #pragma once
 
@@ -60,7 +61,9 @@ private:
         const Step* step;
         int first, end, prepares;               // prepares: a linear, or -1
         int64_t rows, rows_per_chunk, chunks;
+        bool needed_only = false;               // of the tokens, only those with logits
     };
+    static constexpr int LAST_LAYER = -1;
     using Body = void (Step::*)(const Part&, int64_t chunk) const;
 
     template <Body body> void add_phase(Part part, const uint8_t* weights = nullptr, int64_t bytes = 0);
@@ -70,6 +73,9 @@ private:
     void make_phases();
     void find_slots();
     void plan_attention();
+    void find_needed();
+    void add_attention_run(int key, const AttentionPlan::Work& work, const AttentionJob& job);
+    bool is_needed_only(int op) const { return op > last_append && !ops[size_t(op)].on_logit_rows; }
 
     void do_rows(const Part& part, int64_t chunk) const;
     void do_product(const Part& part, int64_t chunk) const;
@@ -90,7 +96,10 @@ private:
     const int threads;
     std::vector<int64_t> positions, slots;
     std::unique_ptr<AttentionPlan> plan;
-    std::map<int, AttentionRun> attention;      // by window
+    std::map<int, AttentionRun> attention;      // by window; LAST_LAYER: of the needed tokens only
+    int last_append = INT32_MAX;
+    std::vector<char> needed;                   // for each token: has it logits?
+    AttentionPlan::Work needed_work;
     std::vector<Memory> attention_memory;
     std::vector<Part> parts;
     std::vector<Phase> phases;

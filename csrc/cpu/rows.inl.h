@@ -1,7 +1,7 @@
 // op       rms_norm, mix (backout is a mix), smear, soft_cap, widen: rows between two products
 // shapes   x [C] float32 -> out [C] float32
 // mapping  the caller's thread, one row; 16 lanes along it
-// cost     every value read and written once, from L1 or L2: 0.03 to 0.1 us a row at C = 576; soft_cap 10 us a row at V = 32768
+// cost     every value read and written once, from L1 or L2: estimated 0.1 us a row at C = 576, soft_cap 10 us at V = 32768
 // numerics float32, each product and sum rounded; sum of squares in 16 lanes, then a fixed tree; sigmoid and tanh by
 //          exp_negative (absolute error of tanh below 2e-7); the same bits on every instruction set
 #include "cpu/attention.h"

@@ -31,7 +31,7 @@ constexpr int TILE_ROWS = 16;
 constexpr int BLOCK = 32;               // columns that share a scale
 constexpr int GROUP_ROWS = 8;           // rows of x that meet each unpacked tile together
 
-constexpr bool is_float(Weight type) { return type <= Weight::bf16; }
+static constexpr bool is_float(Weight type) { return type <= Weight::bf16; }
 
 struct Tiles {
     Weight type;
@@ -66,7 +66,7 @@ struct Product {
     int64_t out_stride, out_columns;    // out_columns: at most tiles.rows, for swiglu at most 16 for each pair of tiles
 };
 
-inline int64_t group_count(int64_t rows) { return (rows + GROUP_ROWS - 1) / GROUP_ROWS; }
+static inline int64_t group_count(int64_t rows) { return (rows + GROUP_ROWS - 1) / GROUP_ROWS; }
 
 // Tiles [tile_begin, tile_end) (swiglu: both even) of tile_count, groups [group_begin, group_end) of group_count(rows).
 void multiply(const Product& product, int64_t tile_begin, int64_t tile_end, int64_t group_begin, int64_t group_end);
@@ -106,7 +106,7 @@ struct PanelBlock {
     union { float product; int32_t start; } offset[GROUP_ROWS];     // q4_1: dx * float(sum of x); q8_0, q4_0: -128, -8 times the sum
 };
 
-inline int64_t group_bytes(Weight type, int64_t columns) {
+static inline int64_t group_bytes(Weight type, int64_t columns) {
     return is_float(type) ? (columns + 15) / 16 * GROUP_ROWS * 16 * int64_t(sizeof(float))
                           : columns / BLOCK * int64_t(sizeof(PanelBlock));
 }

@@ -1,8 +1,8 @@
 // op       prepare, multiply: out (T, N) = residual + activation(norm(x) (T, K) W^T + bias), W in tiles (cpu/tiles.h)
 // shapes   x f32 -> panels of 8 rows (int8 per 32 + scale, or f32); W (N, K) f32, f16, bf16, q8_0, q4_0, q4_1; out f32
-// mapping  16 lanes = the 16 rows of a tile; a kernel holds one tile (float types: two) times up to 8 rows of x in registers,
-//          so a tile is unpacked once for 8 rows. Few groups: tiles stream from memory, each prefetching the next. Many
-//          groups: a tile stays in the L1 cache while as many groups as fit in the L2 cache pass by it
+// mapping  16 lanes = the 16 rows of a tile; a kernel holds the sums of one tile (float types: two) and up to 8 rows of x in
+//          registers, so a tile is unpacked once for 8 rows. The first group to meet a tile streams it from memory, prefetching;
+//          then it stays in the L1 cache while as many groups as a quarter of the L2 cache holds pass by it
 // cost     decoding: a tile's bytes, read once for up to 8 rows; bound by memory up to 4 rows. Prefill: bound by the multipliers,
 //          11 of their instructions for each row and 16 x 32 block of q4_1. bench/RESULTS.md has the figures
 // numerics cpu/tiles.h; integer sums exact, one fused multiply-add a block and row (q4_1: two), so equal bits everywhere
@@ -23,7 +23,7 @@ constexpr int Q_ROWS = 4, FLOAT_ROWS = 3;
 constexpr int Q_ROWS = 4, FLOAT_ROWS = 4;
 #endif
 
-constexpr int FLOAT_TILES = 2, MOST_TILES = 2;       // one row and one tile of floats would be one chain of additions, waiting
+constexpr int PAIR = 2;                             // tiles at once: gate and up, or floats, of which one tile would wait for its sums
 constexpr int64_t GROUPS_BYTES = 256 << 10;         // of panels that pass by one tile: a quarter of the L2 cache
 constexpr int64_t AHEAD = 8 << 10;                  // bytes from what is read to what is prefetched; 4 KB cost 10 %, 16 KB nothing
 
@@ -201,7 +201,7 @@ __attribute__((noinline)) void float_rows(const uint8_t* tile, int64_t columns, 
         for (int r = 0; r < R; r++) store(y + (t * GROUP_ROWS + r) * 16, total[t][r]);
 }
 
-// ---- the kernel of a type for some rows
+// ---- the kernels of a type, by rows of x
 
 using QKernel = void (*)(const uint8_t*, int64_t, int64_t, const PanelBlock*, int, float*);
 using FloatKernel = void (*)(const uint8_t*, int64_t, int64_t, const float*, int, float*);
@@ -212,16 +212,14 @@ QKernel pick_q(int rows) {
     else return rows == R ? &q_rows<TYPE, R> : pick_q<TYPE, R - 1>(rows);
 }
 
-template <class W, int T, int R>
+template <class W, int T, int R = FLOAT_ROWS>
 FloatKernel pick_float(int rows) {
     if constexpr (R == 0) return nullptr;
     else return rows == R ? &float_rows<W, T, R> : pick_float<W, T, R - 1>(rows);
 }
 
 template <class W>
-FloatKernel pick_float(int tiles, int rows) {
-    return tiles == FLOAT_TILES ? pick_float<W, FLOAT_TILES, FLOAT_ROWS>(rows) : pick_float<W, 1, FLOAT_ROWS>(rows);
-}
+FloatKernel pick_float(int tiles, int rows) { return tiles == PAIR ? pick_float<W, PAIR>(rows) : pick_float<W, 1>(rows); }
 
 QKernel q_kernel(Weight type, int rows) {
     return type == Weight::q8_0   ? pick_q<Weight::q8_0>(rows)
@@ -237,22 +235,35 @@ FloatKernel float_kernel(Weight type, int tiles, int rows) {
 
 // ---- multiply
 
-struct Sums { float y[MOST_TILES][GROUP_ROWS][16]; };       // of some tiles and a group
+struct Sums { float y[PAIR][GROUP_ROWS][16]; };
 
-void multiply_floats(const Tiles& w, const uint8_t* tile, int tiles, int64_t ahead, const float* panel, int rows, Sums& out) {
-    for (int row = 0, n; row < rows; row += n) {
-        n = int(least(FLOAT_ROWS, rows - row));
-        float_kernel(w.type, tiles, n)(tile, w.columns, row ? 0 : ahead, panel, row, out.y[0][row]);
+// Some tiles, which lie one after another, times the rows of one panel.
+struct Meeting {
+    const Tiles& w;
+    const uint8_t* tile;
+    int64_t tile_bytes;
+    int tiles;
+    const uint8_t* panel;
+    int rows;
+    int64_t ahead;
+};
+
+void multiply_floats(const Meeting& m, Sums& out) {
+    for (int row = 0, n; row < m.rows; row += n) {
+        n = int(least(FLOAT_ROWS, m.rows - row));
+        float_kernel(m.w.type, m.tiles, n)(m.tile, m.w.columns, row ? 0 : m.ahead, reinterpret_cast<const float*>(m.panel), row,
+                                           out.y[0][row]);
     }
 }
 
-void multiply_blocks(const Tiles& w, const uint8_t* tile, int tiles, int64_t ahead, const PanelBlock* panel, int rows, Sums& out) {
-    for (int t = 0; t < tiles; t++)
-        for (int row = 0, n; row < rows; row += n) {
-            n = int(least(Q_ROWS, rows - row));
-            q_kernel(w.type, n)(tile + t * tile_bytes(w.type, w.columns), w.columns / BLOCK, row ? 0 : ahead, panel, row,
-                                out.y[t][row]);
-        }
+void multiply_blocks(const Meeting& m, Sums& out) {
+    for (int row = 0, n; row < m.rows; row += n) {
+        n = int(least(Q_ROWS, m.rows - row));
+        const QKernel kernel = q_kernel(m.w.type, n);
+        for (int t = 0; t < m.tiles; t++)
+            kernel(m.tile + t * m.tile_bytes, m.w.columns / BLOCK, row ? 0 : m.ahead, reinterpret_cast<const PanelBlock*>(m.panel), row,
+                   out.y[t][row]);
+    }
 }
 
 DC_INLINE Lanes biased(const Product& job, int64_t tile, const float* y) {
@@ -279,28 +290,24 @@ void finish_swiglu_row(const Product& job, int64_t tile, int, int64_t row, int r
     write(job, row, tile / 2 * TILE_ROWS, silu(biased(job, tile, in.y[0][r])) * biased(job, tile + 1, in.y[1][r]));
 }
 
-// `tiles` tiles from number `tile`, times one group.
-void multiply_group(const Product& job, int64_t tile, int tiles, int64_t group, int64_t ahead) {
-    const Tiles& w = job.tiles;
-    const uint8_t* memory = w.memory + tile * tile_bytes(w.type, w.columns);
-    const uint8_t* panel = static_cast<const uint8_t*>(job.prepared) + group * group_bytes(w.type, w.columns);
-    const int64_t first_row = group * GROUP_ROWS;
-    const int rows = int(least(GROUP_ROWS, job.rows - first_row));
-    Sums sums;
-    if (is_float(w.type)) multiply_floats(w, memory, tiles, ahead, reinterpret_cast<const float*>(panel), rows, sums);
-    else multiply_blocks(w, memory, tiles, ahead, reinterpret_cast<const PanelBlock*>(panel), rows, sums);
-    const auto finish = job.activation == Activation::swiglu ? finish_swiglu_row : finish_row;
-    for (int r = 0; r < rows; r++) finish(job, tile, tiles, first_row + r, r, sums);
-}
-
 void multiply(const Product& job, int64_t tile_begin, int64_t tile_end, int64_t group_begin, int64_t group_end) {
     const Tiles& w = job.tiles;
-    const int64_t fit = GROUPS_BYTES / group_bytes(w.type, w.columns), at_once = fit > 1 ? fit : 1;
-    const int step = is_float(w.type) ? FLOAT_TILES : job.activation == Activation::swiglu ? 2 : 1;
+    const bool swiglu = job.activation == Activation::swiglu;
+    const int64_t bytes = tile_bytes(w.type, w.columns), panel_bytes = group_bytes(w.type, w.columns);
+    const int64_t fit = GROUPS_BYTES / panel_bytes, at_once = fit > 1 ? fit : 1, step = is_float(w.type) || swiglu ? PAIR : 1;
+    const auto multiply_some = is_float(w.type) ? multiply_floats : multiply_blocks;
+    const auto finish = swiglu ? finish_swiglu_row : finish_row;
     for (int64_t first = group_begin; first < group_end; first += at_once)
         for (int64_t tile = tile_begin; tile < tile_end; tile += step)
-            for (int64_t group = first; group < least(first + at_once, group_end); group++)
-                multiply_group(job, tile, int(least(step, tile_end - tile)), group, group == first ? AHEAD : 0);
+            for (int64_t group = first; group < least(first + at_once, group_end); group++) {
+                const int64_t row = group * GROUP_ROWS;
+                const Meeting m{w, w.memory + tile * bytes, bytes, int(least(step, tile_end - tile)),
+                                static_cast<const uint8_t*>(job.prepared) + group * panel_bytes,
+                                int(least(GROUP_ROWS, job.rows - row)), group == first ? AHEAD : 0};
+                Sums sums;
+                multiply_some(m, sums);
+                for (int r = 0; r < m.rows; r++) finish(job, tile, m.tiles, row + r, r, sums);
+            }
 }
 
 }  // namespace

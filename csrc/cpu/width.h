@@ -5,7 +5,7 @@
 // than it gives: 172 tok/s with two threads beside a busy loop, 435 with one (KERNELS.md 9.6). Which of these holds changes
 // within seconds and nobody says so; hence measured times of steps of the same shape decide, stalls included:
 //   - now and then a few steps run with the other width, and the faster one stays. A probe that changes nothing doubles the
-//     time to the next: at first 64 steps, at most 2,048, so that probes cost 0.2 % in the long run;
+//     time to the next: at first 64 steps, at most 2,048, so that, reckoned, probes cost 0.1 to 0.3 % in the long run;
 //   - a stall (a thread waited 100 us for another's chunk) brings the probe forward if steps have become slower since the
 //     last one; the step that stalled goes on alone (pool.cpp).
 #pragma once

@@ -11,8 +11,7 @@ except ImportError as failure:
     raise ImportError(f"decode_core was installed without its compiled half, or it cannot run here: {failure}") from failure
 
 from . import cuda
-from .attention import AttentionStep, paged_attention, plan_attention, rope_append
-from .elementwise import add, relu2, rms_norm, swiglu
+from .attention import paged_attention, plan_attention, rope_append
 from .program import Program
 from .sampling import SampleBatch, Sampler, sample
 from .tiles import Arena, Matrix, embed, multiply

@@ -56,12 +56,11 @@ def _pointer(name: str, array, codes: tuple, *, rows_only: bool = False, writabl
     return address, code, shape, stride[0] // width
 
 
-def _cache(cache, layers: bool = False) -> tuple:
-    """(address, type code, P, Hkv, D) of one layer's cache, or with `layers` of (L, P, Hkv, 2, 16 * D)."""
+def _cache(cache) -> tuple:
+    """(address, type code, P, Hkv, D) of one layer's cache."""
     address, code, shape, _ = _pointer("cache", cache, (FLOAT32, FLOAT16, BFLOAT16), writable=True)
-    wanted = "(L, P, Hkv, 2, 16 * D)" if layers else "(P, Hkv, 2, 16 * D)"
-    if len(shape) != 4 + layers or shape[-2] != 2 or shape[-1] % (PAGE_SIZE * 16) or not 0 < shape[-1] <= PAGE_SIZE * MAX_HEAD_SIZE:
-        raise ValueError(f"cache: must be {wanted} with D a multiple of 16 up to 256, not {tuple(shape)}")
+    if len(shape) != 4 or shape[-2] != 2 or shape[-1] % (PAGE_SIZE * 16) or not 0 < shape[-1] <= PAGE_SIZE * MAX_HEAD_SIZE:
+        raise ValueError(f"cache: must be (P, Hkv, 2, 16 * D) with D a multiple of 16 up to 256, not {tuple(shape)}")
     return address, code, shape[-4], shape[-3], shape[-1] // PAGE_SIZE
 
 
@@ -178,30 +177,3 @@ def _output(out, plan, size: int) -> tuple:
     if tuple(shape) != (plan.rows, plan.heads * size):
         raise ValueError(f"out: must be ({plan.rows}, {plan.heads * size}), not {tuple(shape)}")
     return address, code
-
-
-class AttentionStep:
-    """rope_append and paged_attention of one step for all layers: its buffers are checked once, here.
-
-    cache (L, P, Hkv, 2, 16 * D); the rest as in `rope_append` and `paged_attention`. A call for a layer then takes about
-    1 us besides its work. The indices are copied; the arrays are kept alive and must keep their memory.
-    """
-
-    def __init__(self, plan, cache, *, qkv, cos, sin, positions, slots, q, out, norm="none", eps=1e-5, post_scale=1.0,
-                 q_scale=None, interleaved=False, direction=1, value_embed=None, gate=None, gate_scale=1.0):
-        first_layer = _cache(cache, layers=True)
-        address, code, pages, kv_heads, self.head_size = first_layer
-        _check_plan(plan, pages, kv_heads)
-        job = _rope_job(first_layer, qkv, cos, sin, positions, slots, q, norm, None, None, eps, post_scale, q_scale, interleaved,
-                        direction, value_embed, gate, gate_scale)
-        if tuple(q.shape) != (plan.rows, plan.heads, self.head_size):
-            raise ValueError(f"q: must be ({plan.rows}, {plan.heads}, {self.head_size}), not {tuple(q.shape)}")
-        out_at, out_code = _output(out, plan, self.head_size)
-        layer_bytes = pages * kv_heads * 2 * PAGE_SIZE * self.head_size * (4 if code == FLOAT32 else 2)
-        step = _core.attention_step(plan, job, address, cache.shape[0], layer_bytes, out_at, out_code)
-        self._append, self._keep = step.rope_append, (cache, qkv, cos, sin, q, out, value_embed, gate)
-        self.paged_attention = step.paged_attention         # (layer, window): q -> out
-
-    def rope_append(self, layer: int, q_norm=None, k_norm=None, values: bool = False) -> None:
-        """qkv -> q and the layer's pages; `values`: with value_embed and gate as they are now."""
-        self._append(layer, *_norms(q_norm, k_norm, self.head_size), values)

@@ -1,0 +1,152 @@
+"""Several answers to a request: a job, a row and a stream of noise for each, one queue of events for the reader."""
+
+import asyncio
+
+import pytest
+
+import chat_server
+from chat_server import EngineFailure, Finished, LocalPool, Overloaded, Piece, Request, RequestError, SamplingParams, Settings, Update
+from fake_pool import Letters
+
+
+class KeepingWorker(chat_server.Worker):
+    """Keeps what it is sent; the test says what came of it."""
+
+    def __init__(self, pool):
+        super().__init__(pool, 0)
+        self.state, self.works, self.cancelled = "ready", {}, []
+
+    def send(self, verb, argument):
+        if verb == "add":
+            self.works[argument.id] = argument
+        else:
+            self.cancelled.append(argument)
+
+    def says(self, name, token, reason=None):
+        self.deliver([Update(name, (token,), chr(token), reason, reason and "eos")], 1e9)
+
+
+@pytest.fixture
+async def pool():
+    pool = LocalPool(Settings(max_batch=8, max_concurrent_per_key=2))
+    pool.workers = [KeepingWorker(pool)]
+    pool.card = chat_server.ModelCard(None, "fake", 64, (), "cpu", {}, False)
+    pool.tokenizer = Letters()
+    pool.became_ready = asyncio.get_running_loop().create_future()
+    pool.became_ready.set_result(None)
+    return pool
+
+
+def request(**more):
+    return Request("a", **{"prompts": ((1, 2),), "sampling": SamplingParams(seed=5), "client": "me"} | more)
+
+
+async def test_the_others_start_when_the_first_has_computed_the_prompt_and_the_first_is_that_of_n_1(pool):
+    (worker,) = pool.workers
+    events = pool.answer(request(n=3))
+    assert (await anext(events)).prompt_tokens == 2
+    assert list(worker.works) == ["a"]
+    worker.says("a", 65)
+    assert (await anext(events)).choice == 0
+    assert [work.sampling for work in worker.works.values()] == [SamplingParams(seed=5, choice=choice) for choice in range(3)]
+    await events.aclose()
+    assert sorted(worker.cancelled) == ["a", "a#1", "a#2"] and not pool.jobs and not worker.jobs
+    alone = pool.answer(request())
+    await anext(alone)
+    assert worker.works["a"].sampling == SamplingParams(seed=5)
+    await alone.aclose()
+
+
+async def test_events_say_whose_they_are_and_end_with_the_last(pool):
+    (worker,) = pool.workers
+    events = pool.answer(request(n=2, prompts=((1,), (2, 3))))
+    await anext(events)
+    assert list(worker.works) == ["a", "a#2"] and worker.works["a#2"].prompt_ids == (2, 3)
+    for name, token in (("a", 65), ("a#2", 67)):
+        worker.says(name, token, "stop")
+    for _ in range(4):
+        await anext(events)             # the readers of both firsts have seen them, so both others run
+    for name, token in (("a#3", 68), ("a#1", 66)):
+        worker.says(name, token, "stop")
+    rest = [event async for event in events]
+    assert [(type(event), event.choice) for event in rest] == [(Piece, 3), (Finished, 3), (Piece, 1), (Finished, 1)]
+    assert rest[1].prompt_tokens == 2 and rest[3].prompt_tokens == 1
+    assert {work.sampling.choice for name, work in worker.works.items() if name in ("a#1", "a#3")} == {1}
+
+
+async def test_one_that_fails_ends_all(pool):
+    (worker,) = pool.workers
+    events = pool.answer(request(n=3))
+    await anext(events)
+    worker.says("a", 65)
+    await anext(events)
+    worker.hear(("failed", ["a#1"], "the model failed"))
+    with pytest.raises(EngineFailure, match="the model failed"):
+        async for _ in events:
+            pass
+    assert not pool.jobs and not worker.jobs and not len(pool.pending)
+
+
+async def test_an_answer_whose_grammar_broke_is_an_error_and_not_an_end(pool):
+    events = pool.answer(request(grammar="x"))
+    await anext(events)
+    pool.workers[0].deliver([Update("a", (5,), "", "error", "the grammar became too large")], 1e9)
+    with pytest.raises(EngineFailure, match="too large"):
+        await anext(events)
+
+
+async def test_cancelling_by_the_request_s_id_stops_all_and_they_count_as_one_for_the_client(pool):
+    (worker,) = pool.workers
+    events = pool.answer(request(n=3))
+    await anext(events)
+    worker.says("a", 65)
+    await anext(events)
+    second = pool.answer(chat_server.replace(request(), id="b"))
+    await anext(second)
+    with pytest.raises(Overloaded):
+        await anext(pool.answer(chat_server.replace(request(), id="c")))
+    assert pool.cancel("a") and not pool.cancel("nobody")
+    assert sorted(worker.cancelled) == ["a", "a#1", "a#2"]
+    with pytest.raises(RequestError, match="cancelled"):
+        async for _ in events:
+            pass
+    await second.aclose()
+
+
+async def test_a_worker_that_dies_costs_no_answer_its_place(pool):
+    (worker,) = pool.workers
+    events = pool.answer(request(n=2))
+    await anext(events)
+    worker.says("a", 65)
+    await anext(events)
+    worker.says("a#1", 66)
+    worker.state, worker.works = "dead", {}
+    pool._orphan(worker)
+    worker.state = "ready"
+    pool.dispatch()
+    assert {name: (work.sampling.choice, work.resumed_ids) for name, work in worker.works.items()} == {"a": (0, (65,)), "a#1": (1, (66,))}
+    await events.aclose()
+
+
+async def test_only_the_prompt_s_scores_are_wanted_with_max_tokens_0_and_a_resumed_answer_does_not_score_again(pool):
+    (worker,) = pool.workers
+    events = pool.answer(request(max_tokens=0, prompt_logprobs=1))
+    await anext(events)
+    assert (worker.works["a"].max_tokens, worker.works["a"].prompt_logprobs) == (1, 1)
+    scores = (chat_server.TokenLogprob(1, None), chat_server.TokenLogprob(2, -1.0))
+    worker.deliver([Update("a", (65,), "A", "length", "max_tokens", prompt_logprobs=scores)], 1e9)
+    piece, done = [event async for event in events]
+    assert (piece.text, piece.tokens, piece.prompt_logprobs) == ("", (), scores)
+    assert (done.completion_tokens, done.reason, done.stop_reason) == (0, "length", "max_tokens")
+    job = chat_server.Job(request(prompt_logprobs=1), (1, 2), 5, None, 0.0, output_ids=[65])
+    assert job.work().prompt_logprobs is None
+
+
+async def test_an_answer_that_fills_the_context_says_so(pool):
+    events = pool.answer(request(prompts=((1,) * 60,), max_tokens=50))
+    await anext(events)
+    assert pool.workers[0].works["a"].max_tokens == 4
+    for token in (65, 66, 67):
+        pool.workers[0].says("a", token)
+    pool.workers[0].deliver([Update("a", (68,), "D", "length", "max_tokens")], 1e9)
+    assert [event async for event in events][-1].stop_reason == "context_length"

@@ -1,0 +1,436 @@
+"""Shapes and behaviours that break clients of other servers (where each was found: see the peers' issue trackers), checked against
+the default model in a real server."""
+
+import base64
+import concurrent.futures
+import json
+import re
+import urllib.error
+import urllib.request
+
+import pytest
+
+from test_server import server
+
+HI = [{"role": "user", "content": "What is the capital of Japan?"}]
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def url(default_model_path):
+    with server(default_model_path, "--context-length", "512", "--served-model-name", "gpt-4o") as (_, url):
+        yield url
+
+
+@pytest.fixture
+def exact(url):
+    """For tests of answers that are equal only where logits are (DESIGN.md, Exactness)."""
+    if not call(url, "/stats")[2]["row_invariant"]:
+        pytest.skip("the reference ops are not row-invariant")
+
+
+def call(url, path, body=None, method=None):
+    """(status, headers, body as JSON or text) of one request."""
+    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"}, method=method)
+    try:
+        response = urllib.request.urlopen(request, timeout=120)
+    except urllib.error.HTTPError as error:
+        response = error
+    with response:
+        text = response.read().decode()
+        return response.status, response.headers, json.loads(text) if "json" in response.headers["Content-Type"] else text
+
+
+def ask(url, path=CHAT, **changes):
+    """The JSON of a request that succeeds; `changes` over a short greedy one."""
+    base = {"temperature": 0, "max_tokens": 12} | ({"messages": HI} if path == CHAT else {"prompt": "The capital of Japan is"})
+    status, _, body = call(url, path, base | changes)
+    assert status == 200, body
+    return body
+
+
+def refused(url, path=CHAT, **changes):
+    """(status, error) of a request that does not."""
+    base = {"max_tokens": 4} | ({"messages": HI} if path == CHAT else {"prompt": "Hi"})
+    status, _, body = call(url, path, base | changes)
+    assert status >= 400 and set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}, body
+    return status, body["error"]
+
+
+def stream(url, path=CHAT, **changes):
+    """The chunks of a stream; its end and its lines are checked for every one."""
+    text = ask(url, path, stream=True, **changes)
+    lines = [line for line in text.split("\n") if line]
+    assert all(line.startswith(("data: ", ": ")) for line in lines) and text.endswith("data: [DONE]\n\n")
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: ") and line != "data: [DONE]"]
+    assert len([line for line in lines if line == "data: [DONE]"]) == 1
+    return chunks
+
+
+def content(body, index=0):
+    return body["choices"][index]["message"]["content"]
+
+
+def joined(chunks, index=0):
+    return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"] if choice["index"] == index)
+
+
+# one body
+
+
+def test_a_completion_has_every_member_that_clients_read(url):
+    body = ask(url)
+    assert body["object"] == "chat.completion" and body["model"] == call(url, "/v1/models")[2]["data"][0]["id"]
+    assert re.fullmatch(r"chatcmpl-\w{32}", body["id"]) and type(body["created"]) is int and body["system_fingerprint"]
+    (choice,) = body["choices"]
+    assert choice["index"] == 0 and choice["finish_reason"] == "stop" and choice["logprobs"] is None
+    assert choice["message"] == {"role": "assistant", "content": "The capital of Japan is Tokyo.", "refusal": None}
+    usage = body["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert usage["completion_tokens"] == 8 and usage["prompt_tokens_details"]["cached_tokens"] >= 0
+
+
+def test_finish_reason_tells_length_from_stop_and_stop_reason_the_cause(url):
+    cut, ended = ask(url, max_tokens=3)["choices"][0], ask(url)["choices"][0]
+    assert (cut["finish_reason"], cut["stop_reason"]) == ("length", "max_tokens")
+    assert (ended["finish_reason"], ended["stop_reason"]) == ("stop", "eos")
+    by_text = ask(url, stop=" Japan")["choices"][0]
+    assert (by_text["finish_reason"], by_text["stop_reason"], by_text["message"]["content"]) == ("stop", " Japan", "The capital of")
+
+
+def test_a_full_context_is_length_too(url):
+    body = ask(url, max_tokens=None, ignore_eos=True, messages=[{"role": "user", "content": "tell " * 460}])
+    assert (body["choices"][0]["finish_reason"], body["choices"][0]["stop_reason"]) == ("length", "context_length")
+    assert body["usage"]["total_tokens"] == 512
+
+
+def test_special_tokens_never_show(url):
+    body = ask(url, ignore_eos=True, max_tokens=20)
+    assert body["usage"]["completion_tokens"] == 20 and "<|" not in content(body)
+
+
+def test_seeds_repeat_and_are_reported_also_when_they_were_drawn(url, exact):
+    first = ask(url, temperature=1, seed=None)
+    assert content(ask(url, temperature=1, seed=first["seed"])) == content(first)
+    assert len({content(ask(url, temperature=1.5, top_k=0, seed=seed)) for seed in range(4)}) > 1
+    assert ask(url, seed=-5)["seed"] == 2**64 - 5
+
+
+def test_a_seed_gives_the_same_text_whoever_else_is_there(url, exact):
+    wanted = dict(temperature=1, seed=7, max_tokens=16)
+    alone = content(ask(url, **wanted))
+    with concurrent.futures.ThreadPoolExecutor(6) as threads:
+        others = [threads.submit(ask, url, temperature=1, seed=seed, max_tokens=16) for seed in range(5)]
+        assert content(threads.submit(ask, url, **wanted).result()) == alone
+        assert len({content(other.result()) for other in others}) > 1
+
+
+# streams
+
+
+def test_the_role_comes_once_and_first(url):
+    chunks = stream(url)
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert deltas[0] == {"role": "assistant", "content": ""} and not any("role" in delta for delta in deltas[1:])
+    assert joined(chunks) == content(ask(url))
+
+
+def test_finish_reason_is_null_and_then_once(url):
+    chunks = stream(url)
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
+    assert chunks[-1]["choices"][0]["delta"] == {}
+
+
+def test_every_chunk_has_the_same_head(url):
+    heads = [{name: chunk[name] for name in ("id", "object", "created", "model")} for chunk in stream(url)]
+    assert all(head == heads[0] for head in heads) and heads[0]["object"] == "chat.completion.chunk"
+
+
+def test_no_chunk_has_usage_unless_it_was_asked_for(url):
+    assert not any("usage" in chunk for chunk in stream(url))
+    assert not any("usage" in chunk for chunk in stream(url, stream_options={"include_usage": False}))
+    assert not any("usage" in chunk for chunk in stream(url, stream_options=None))
+
+
+def test_the_usage_chunk_is_last_has_no_choices_and_the_others_null(url):
+    *chunks, last = stream(url, stream_options={"include_usage": True})
+    assert last["choices"] == [] and last["usage"]["completion_tokens"] == 8
+    assert all(chunk["usage"] is None and len(chunk["choices"]) == 1 for chunk in chunks)
+
+
+def test_the_headers_of_a_stream_keep_proxies_from_holding_it(url):
+    status, headers, _ = call(url, CHAT, {"messages": HI, "stream": True, "max_tokens": 2})
+    assert status == 200 and headers["Content-Type"] == "text/event-stream; charset=utf-8"
+    assert headers["X-Accel-Buffering"] == "no" and "no-cache" in headers["Cache-Control"] and headers["Content-Encoding"] is None
+
+
+@pytest.mark.parametrize("text", ["true", "True"])
+def test_stream_may_be_a_string(url, text):
+    status, headers, _ = call(url, CHAT, {"messages": HI, "stream": text, "max_tokens": 2})
+    assert status == 200 and "event-stream" in headers["Content-Type"]
+
+
+def test_an_error_before_the_first_byte_is_a_status_also_for_streams(url):
+    assert refused(url, stream=True, temperature=9)[0] == 400
+
+
+# parameters
+
+
+def test_null_anywhere_is_unset(url):
+    names = ["temperature", "top_p", "top_k", "min_p", "seed", "stop", "stream", "stream_options", "n", "logprobs", "top_logprobs", "tools",
+             "tool_choice", "response_format", "logit_bias", "presence_penalty", "frequency_penalty", "max_completion_tokens", "user",
+             "parallel_tool_calls", "functions", "model", "metadata"]
+    assert ask(url, **dict.fromkeys(names), max_tokens=2)["choices"][0]["finish_reason"] == "length"
+
+
+def test_unknown_fields_are_ignored(url):
+    ask(url, store=True, service_tier="auto", reasoning_effort="low", prediction=None, extra={"a": [1]}, top_a=0.5, max_tokens=1)
+
+
+@pytest.mark.parametrize("given, tokens", [({"max_completion_tokens": 2, "max_tokens": 9}, 2), ({"max_tokens": 3}, 3), ({"max_tokens": -1}, 8)])
+def test_both_names_of_the_length_and_minus_one(url, given, tokens):
+    assert ask(url, **given)["usage"]["completion_tokens"] == tokens
+
+
+@pytest.mark.parametrize("parts", [[{"type": "text", "text": "What is the capital"}, {"type": "text", "text": "of Japan?"}],
+                                   [{"type": "text", "text": "What is the capital of Japan?"}]])
+def test_content_may_be_parts(url, parts):
+    assert "Tokyo" in content(ask(url, messages=[{"role": "user", "content": parts}]))
+
+
+def test_an_image_is_a_clear_400(url):
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(b"x" * 50).decode()}}
+    status, error = refused(url, messages=[{"role": "user", "content": [{"type": "text", "text": "?"}, picture]}])
+    assert status == 400 and error["param"] == "messages[0].content[1]" and "text" in error["message"]
+
+
+def test_developer_is_system_and_empty_and_null_contents_are_accepted(url):
+    messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": ""}, {"role": "assistant", "content": None},
+                {"role": "assistant", "content": ""}, *HI]
+    system = [{"role": "system", "content": "Be brief."}, *messages[1:]]
+    assert content(ask(url, messages=messages)) == content(ask(url, messages=system))
+
+
+@pytest.mark.parametrize("stop, text", [("Tokyo", "The capital of Japan is "), (["x!", " is"], "The capital of Japan"), ([], None), ("", None),
+                                        (["The"], ""), ([" capital of", "capital"], "The ")])
+def test_stop_strings_end_the_answer_and_are_not_in_it(url, stop, text):
+    whole = "The capital of Japan is Tokyo."
+    assert content(ask(url, stop=stop)) == (whole if text is None else text)
+    assert joined(stream(url, stop=stop)) == (whole if text is None else text)
+
+
+def test_penalties_and_bias_change_the_answer(url):
+    long = dict(max_tokens=40, ignore_eos=True)
+    plain = content(ask(url, **long))
+    assert content(ask(url, frequency_penalty=2, **long)) != plain != content(ask(url, repetition_penalty=1.5, **long))
+    (token,) = call(url, "/tokenize", {"content": " Tokyo"})[2]["tokens"]
+    assert " Tokyo" not in content(ask(url, logit_bias={str(token): -100}))
+    assert content(ask(url, logit_bias={str(token): 100}, max_tokens=3)) == " Tokyo Tokyo Tokyo"
+
+
+@pytest.mark.parametrize("change, param", [
+    ({"temperature": 2.5}, "temperature"), ({"temperature": "hot"}, "temperature"), ({"top_p": 1.5}, "top_p"), ({"n": 0}, "n"),
+    ({"max_tokens": 0}, "max_tokens"), ({"stop": ["a"] * 5}, "stop"), ({"logit_bias": {"999999": 1}}, "logit_bias"), ({"seed": 1.5}, "seed"),
+    ({"messages": []}, "messages"), ({"messages": None}, "messages"), ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role"),
+    ({"top_logprobs": 30, "logprobs": True}, "top_logprobs"), ({"response_format": {"type": "yaml"}}, "response_format")])
+def test_what_is_wrong_is_400_and_names_the_parameter(url, change, param):
+    status, error = refused(url, **change)
+    assert (status, error["type"], error["param"]) == (400, "invalid_request_error", param) and error["code"] and error["message"]
+
+
+def test_a_context_overflow_is_an_error_with_both_numbers_and_never_cut_silently(url):
+    status, error = refused(url, messages=[{"role": "user", "content": "word " * 600}])
+    assert (status, error["code"]) == (400, "context_length_exceeded") and "512" in error["message"] and re.search(r"6\d\d", error["message"])
+
+
+def test_tools_on_a_model_without_them_are_a_clear_400_and_harmless_forms_pass(url):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    status, error = refused(url, tools=[tool])
+    assert (status, error["code"]) == (400, "tools_not_supported")
+    assert refused(url, messages=[*HI, {"role": "tool", "content": "x", "tool_call_id": "1"}])[1]["code"] == "tools_not_supported"
+    ask(url, tools=[], max_tokens=1)
+    ask(url, tools=[tool], tool_choice="none", max_tokens=1)
+
+
+# models and routes
+
+
+def test_models_list_one_real_id_under_every_path(url):
+    (model,) = call(url, "/v1/models")[2]["data"]
+    assert model["object"] == "model" and type(model["created"]) is int and model["context_length"] == 512
+    assert call(url, "/models")[2]["data"] == [model] and call(url, "/v1/models/" + model["id"])[2] == model
+    assert model["capabilities"] == {"chat": True, "completions": True, "logprobs": True, "tools": False, "json_schema": True}
+
+
+def test_an_unknown_model_is_404_and_served_names_are_known(url):
+    status, error = refused(url, model="gpt-3")
+    assert (status, error["code"], error["param"]) == (404, "model_not_found", "model")
+    for name in ("gpt-4o", call(url, "/v1/models")[2]["data"][0]["id"], "default", "", None):
+        ask(url, model=name, max_tokens=1)
+
+
+def test_wrong_paths_methods_and_bodies_have_openai_s_error_shape(url):
+    for path, body, method, status in (("/v1/nothing", None, None, 404), (CHAT, None, "GET", 405), (CHAT, b"{", None, 400), (CHAT, b"[]", None, 400)):
+        got, _, answer = call(url, path, body, method)
+        assert got == status and set(answer["error"]) == {"message", "type", "param", "code"}
+
+
+# log-probabilities and several choices
+
+
+def test_logprobs_of_a_chat_have_a_token_its_bytes_and_alternatives(url):
+    choice = ask(url, logprobs=True, top_logprobs=2)["choices"][0]
+    entries = choice["logprobs"]["content"]
+    assert b"".join(bytes(entry["bytes"]) for entry in entries).decode() == choice["message"]["content"]
+    assert "".join(entry["token"] for entry in entries) == choice["message"]["content"] and choice["logprobs"]["refusal"] is None
+    for entry in entries:       # greedy: the token is the likeliest
+        assert entry["logprob"] <= 0 and len(entry["top_logprobs"]) == 2
+        assert entry["top_logprobs"][0] == {name: entry[name] for name in ("token", "logprob", "bytes")}
+
+
+def test_streamed_logprobs_are_those_of_the_whole(url):
+    wanted = dict(logprobs=True, top_logprobs=1, stop=[" Tokyo"])
+    whole, chunks = ask(url, **wanted)["choices"][0]["logprobs"]["content"], stream(url, **wanted)
+    streamed = [entry for chunk in chunks for entry in (chunk["choices"][0]["logprobs"] or {"content": []})["content"]]
+    assert [entry["token"] for entry in streamed] == [entry["token"] for entry in whole] == ["The", " capital", " of", " Japan", " is"]
+    assert ask(url, logprobs=True, max_tokens=1)["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
+
+
+def test_logprobs_of_parts_of_characters_keep_their_bytes(url):
+    tokens = call(url, "/tokenize", {"content": "😀"})[2]["tokens"]
+    bias = {str(token): 100 for token in tokens}
+    choice = ask(url, logprobs=True, logit_bias=bias, max_tokens=6)["choices"][0]
+    data = b"".join(bytes(entry["bytes"]) for entry in choice["logprobs"]["content"])
+    assert data.decode("utf-8", "replace") == choice["message"]["content"]
+    assert all("\ufffd" not in entry["token"] for entry in choice["logprobs"]["content"])
+
+
+def test_n_choices_differ_and_the_first_is_that_of_n_1(url, exact):
+    wanted = dict(temperature=1, seed=11, max_tokens=16, messages=[{"role": "user", "content": "Write a line of a poem. " * 4}])
+    one, three = ask(url, **wanted), ask(url, n=3, **wanted)
+    assert [choice["index"] for choice in three["choices"]] == [0, 1, 2]
+    assert content(three) == content(one) and len({content(three, index) for index in range(3)}) > 1
+    assert three["usage"]["prompt_tokens"] == one["usage"]["prompt_tokens"]
+    assert three["usage"]["completion_tokens"] > one["usage"]["completion_tokens"]
+    chunks = stream(url, n=3, **wanted)
+    assert [joined(chunks, index) for index in range(3)] == [content(three, index) for index in range(3)]
+    opened = [choice["index"] for chunk in chunks for choice in chunk["choices"] if "role" in choice["delta"]]
+    ended = [choice["index"] for chunk in chunks for choice in chunk["choices"] if choice["finish_reason"]]
+    assert sorted(opened) == sorted(ended) == [0, 1, 2]
+
+
+# shapes of answers
+
+
+def test_json_mode_gives_json(url):
+    body = ask(url, response_format={"type": "json_object"}, temperature=1, seed=2, max_tokens=200)
+    assert body["choices"][0]["finish_reason"] == "length" or type(json.loads(content(body))) is dict
+
+
+def test_a_json_schema_is_kept_streamed_or_not_and_none_of_it_comes_twice(url):
+    schema = {"type": "object", "properties": {"city": {"enum": ["Tokyo", "Kyoto"]}, "big": {"type": "boolean"}},
+              "required": ["city", "big"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "city", "strict": True, "schema": schema}}
+    body, chunks = ask(url, response_format=form, max_tokens=40), stream(url, response_format=form, max_tokens=40)
+    answer = json.loads(content(body))
+    assert set(answer) == {"city", "big"} and answer["city"] in ("Tokyo", "Kyoto") and body["choices"][0]["finish_reason"] == "stop"
+    assert joined(chunks) == content(body) == json.dumps(answer)
+    cut = ask(url, response_format=form, max_tokens=2)["choices"][0]
+    assert cut["finish_reason"] == "length"
+
+
+# completions
+
+
+def test_a_text_completion_has_its_shape(url):
+    body = ask(url, COMPLETIONS, max_tokens=1)
+    assert body["object"] == "text_completion" and body["id"].startswith("cmpl-")
+    assert {name: body["choices"][0][name] for name in ("index", "text", "logprobs", "finish_reason")} == {
+        "index": 0, "text": " Tokyo", "logprobs": None, "finish_reason": "length"}
+    assert body["usage"]["prompt_tokens"] == 5
+
+
+def test_a_streamed_text_completion_ends_once(url):
+    chunks = stream(url, COMPLETIONS, max_tokens=4, stream_options={"include_usage": True})
+    *texts, last = chunks
+    assert "".join(chunk["choices"][0]["text"] for chunk in texts) == ask(url, COMPLETIONS, max_tokens=4)["choices"][0]["text"]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in texts] == [None] * (len(texts) - 1) + ["length"]
+    assert last["choices"] == [] and last["usage"]["completion_tokens"] == 4
+
+
+def test_prompts_may_be_texts_or_token_ids_one_or_many(url):
+    ids = call(url, "/tokenize", {"content": "The capital of Japan is"})[2]["tokens"]
+    text = ask(url, COMPLETIONS, max_tokens=3)["choices"][0]["text"]
+    for prompt, count in ((ids, 1), (["The capital of Japan is"], 1), ([ids, ids], 2), (["The capital of Japan is", ids], 2)):
+        choices = ask(url, COMPLETIONS, prompt=prompt, max_tokens=3)["choices"]
+        assert [choice["index"] for choice in choices] == list(range(count)) and {choice["text"] for choice in choices} == {text}
+    choices = ask(url, COMPLETIONS, prompt=["One", "Two"], n=2, max_tokens=2, temperature=1, seed=1)["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1, 2, 3]
+    assert choices[2]["text"] == ask(url, COMPLETIONS, prompt="Two", max_tokens=2, temperature=1, seed=1)["choices"][0]["text"]
+
+
+def test_echo_with_logprobs_scores_the_prompt(url):
+    """What loglikelihood evaluations read: a null first, one number for each token, offsets into the text."""
+    choice = ask(url, COMPLETIONS, echo=True, logprobs=1, max_tokens=1)["choices"][0]
+    found = choice["logprobs"]
+    assert choice["text"] == "The capital of Japan is Tokyo" == "".join(found["tokens"])
+    assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None and all(n <= 0 for n in found["token_logprobs"][1:])
+    assert [choice["text"][at:at + len(token)] for at, token in zip(found["text_offset"], found["tokens"])] == found["tokens"]
+    assert all(token in top for token, top in zip(found["tokens"][1:], found["top_logprobs"][1:]))
+    only = ask(url, COMPLETIONS, echo=True, logprobs=1, max_tokens=0)
+    assert only["choices"][0]["text"] == "The capital of Japan is" and only["usage"]["completion_tokens"] == 0
+    for ours, theirs in zip(only["choices"][0]["logprobs"]["token_logprobs"][1:], found["token_logprobs"][1:-1], strict=True):
+        assert abs(ours - theirs) < 0.05
+
+
+def test_a_likelier_text_scores_higher_and_batches_score_as_singles(url):
+    prompts = ["The capital of Japan is Tokyo.", "The capital of Japan is Banana."]
+    wanted = dict(echo=True, logprobs=1, max_tokens=1)
+    scores = [sum(choice["logprobs"]["token_logprobs"][1:-1]) for choice in ask(url, COMPLETIONS, prompt=prompts, **wanted)["choices"]]
+    singles = [sum(ask(url, COMPLETIONS, prompt=prompt, **wanted)["choices"][0]["logprobs"]["token_logprobs"][1:-1]) for prompt in prompts]
+    assert scores[0] > scores[1] + 5 and all(abs(a - b) < 0.2 for a, b in zip(scores, singles))
+
+
+@pytest.mark.parametrize("change, code", [
+    ({"suffix": "end"}, "unsupported_suffix"), ({"best_of": 3}, "unsupported_best_of"), ({"prompt": None}, "missing_required_parameter"),
+    ({"prompt": [1, "a"]}, "invalid_value"), ({"prompt": [10**8]}, "invalid_value"), ({"prompt": []}, "invalid_value"), ({"prompt": 5}, "invalid_value"),
+    ({"prompt": ["x"] * 129}, "limit_exceeded"), ({"logprobs": 21}, "invalid_value"), ({"max_tokens": -2}, "invalid_value")])
+def test_completions_that_cannot_be_are_400(url, change, code):
+    status, error = refused(url, COMPLETIONS, **change)
+    assert (status, error["code"]) == (400, code)
+    assert refused(url, COMPLETIONS, **change, stream=True)[0] == 400
+
+
+# tokenize, detokenize, apply-template
+
+
+@pytest.mark.parametrize("text", ["Hello world", "日本語 😀", "<|im_end|> and \x00", ""])
+def test_tokens_and_text_go_both_ways(url, text):
+    tokens = call(url, "/tokenize", {"content": text})[2]["tokens"]
+    assert call(url, "/detokenize", {"tokens": tokens})[2] == {"content": text}
+    pieces = call(url, "/tokenize", {"content": text, "with_pieces": True})[2]["tokens"]
+    assert [piece["id"] for piece in pieces] == tokens
+    data = b"".join(piece["piece"].encode() if isinstance(piece["piece"], str) else bytes(piece["piece"]) for piece in pieces)
+    assert data.decode() == text
+
+
+def test_special_tokens_in_a_text_may_be_text(url):
+    parsed, plain = (call(url, "/tokenize", {"content": "a<|im_end|>", "parse_special": special})[2]["tokens"] for special in (True, False))
+    assert len(parsed) == 2 < len(plain)
+    assert call(url, "/tokenize", {"content": ["a", parsed[1]]})[2]["tokens"] == parsed
+
+
+def test_the_template_s_text_is_what_a_chat_is_computed_from(url):
+    prompt = call(url, "/apply-template", {"messages": HI})[2]["prompt"]
+    assert prompt.endswith("<|im_start|>user\nWhat is the capital of Japan?<|im_end|>\n<|im_start|>assistant\n")
+    body = ask(url, COMPLETIONS, prompt=prompt)
+    assert body["choices"][0]["text"] == "The capital of Japan is Tokyo." and body["usage"]["prompt_tokens"] == ask(url)["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize("path, body", [("/tokenize", {}), ("/tokenize", {"content": 5}), ("/tokenize", {"content": [-1]}), ("/detokenize", {}),
+                                        ("/detokenize", {"tokens": [10**8]}), ("/detokenize", {"tokens": "x"}), ("/apply-template", {"messages": "x"})])
+def test_nonsense_to_the_tokenizer_is_400(url, path, body):
+    status, _, answer = call(url, path, body)
+    assert status == 400 and answer["error"]["param"]
