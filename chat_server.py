@@ -3148,9 +3148,9 @@ class Finished:
     tokens_per_second: float
     gpu: int
     choice: int = 0
-    dropped_messages: int = 0           # by `truncate`
     drafted_tokens: int = 0
     accepted_tokens: int = 0            # of those, how many were right: steps saved
+    dropped_messages: int = 0           # by `truncate`
 
 
 Event = Accepted | Piece | Finished
@@ -4149,8 +4149,8 @@ class Job:
                         queue_ms=(self.dispatched_s - self.arrived_s + update.queued_s) * 1e3,
                         ttft_ms=(self.first_token_s - self.arrived_s) * 1e3,
                         tokens_per_second=(count - 1) / seconds if seconds > 0 else 0.0, gpu=gpu, choice=self.choice,
-                        dropped_messages=self.dropped_messages,
-                        drafted_tokens=update.drafted_tokens, accepted_tokens=update.accepted_tokens)
+                        drafted_tokens=update.drafted_tokens, accepted_tokens=update.accepted_tokens,
+                        dropped_messages=self.dropped_messages)
 
 
 class Worker:

@@ -121,7 +121,7 @@ async def test_a_worker_that_dies_costs_no_answer_its_place(pool):
     await anext(events)
     worker.says("a#1", 66)
     worker.state, worker.works = "dead", {}
-    pool._orphan(worker)
+    pool.orphan(worker)
     worker.state = "ready"
     pool.dispatch()
     assert {name: (work.sampling.choice, work.resumed_ids) for name, work in worker.works.items()} == {"a": (0, (65,)), "a#1": (1, (66,))}
