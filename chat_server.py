@@ -131,7 +131,7 @@ class Limits:
     grammar_characters: int = 1 << 16       # of a JSON schema: compiling this much takes up to 0.3 s
     body_bytes: int = 16 << 20
     outbox_bytes: int = 1 << 20     # unsent bytes after which a reader counts as gone
-    recorded_bytes: int = 64 << 20  # of resumable streams, together
+    recorded_bytes: int = 32 << 20  # of resumable streams, together
 
 
 LIMITS = Limits()
@@ -3581,6 +3581,7 @@ class Engine:
         self.tool_thread = ThreadPoolExecutor(1, "calculator")
         self.steps = make_steps(transformer, max_batch, self.context_length)
         self.under_way: Started | None = None
+        self.updates: list[Update] = []         # to be returned by `step`, also if the one that made them fails
         self.drafts = kernels.row_invariant     # elsewhere a drafted row might differ from the same row alone
         self.drafted_tokens = self.accepted_tokens = 0
 
@@ -3602,14 +3603,18 @@ class Engine:
     def step(self) -> list[Update]:
         """Start the next step and finish the one before; return what came of it."""
         ahead = self.steps.ahead and not any(map(self._waits, (*self.scheduler.running, *self.scheduler.waiting)))
-        updates = [] if ahead else self._finish()
+        if not ahead:
+            self._finish()
         plan = self.scheduler.schedule()
         drawing = [chunk for chunk in plan if chunk.draws]
         ticket = self._start(plan, drawing) if plan else None
-        updates += self._finish()
+        self._finish()
         if plan:
             self._advance(plan, ticket, drawing)
-        return updates if ahead else updates + self._finish()
+        if not ahead:
+            self._finish()
+        updates, self.updates = self.updates, []
+        return updates
 
     @staticmethod
     def _waits(sequence: Sequence) -> bool:
@@ -3664,18 +3669,21 @@ class Engine:
             row += 1 + len(draft)
         self.under_way = Started(ticket, draws)
 
-    def _finish(self) -> list[Update]:
+    def _finish(self) -> None:
         """Wait for the step under way, put its tokens where they were awaited, and turn them into text."""
         if self.under_way is None:
-            return []
+            return
         (ticket, draws), self.under_way = self.under_way, None
         tokens = iter(ticket.tokens if isinstance(ticket, HostDraw) else self.steps.finish(ticket))
-        updates = []
         for sequence, draft in draws:
             drawn = list(itertools.islice(tokens, 1 + len(draft)))
             if sequence and not sequence.finished:
-                updates.append(self._accept(sequence, draft, drawn))
-        return updates
+                try:
+                    self.updates.append(self._accept(sequence, draft, drawn))
+                except Exception as error:      # in its text, tool or grammar: nobody else's fault
+                    log.exception("an answer could not go on")
+                    self.updates.append(Update(sequence.work.id, (), "", "error", failure_text(error)))
+                    self.scheduler.remove(sequence)
 
     def _accept(self, sequence: Sequence, draft: tuple[int, ...], drawn: Seq[int]) -> Update:
         """Take the tokens drawn after what turned out to be right, and propose the next draft."""
@@ -3742,6 +3750,10 @@ class Engine:
             while self.busy:
                 self.step()
         self.pool.forget_cached()
+
+
+def failure_text(error: Exception) -> str:
+    return f"the model failed while computing this answer ({type(error).__name__})"
 
 
 def make_batch(plan: Seq[Chunk]) -> Batch:
@@ -4049,7 +4061,7 @@ def run_engine(channel: Channel, engine: Engine) -> None:
                 raise
             log.error("a step failed", exc_info=error)
             if ids := engine.give_up():
-                channel.send("failed", ids, f"the model failed while computing this answer ({type(error).__name__})")
+                channel.send("failed", ids, failure_text(error))
             continue
         failures = 0
         channel.send("step", updates, gauges(engine))
@@ -4422,7 +4434,7 @@ class LocalPool:
                 continue
             self.asleep = False
             worker.crashes_in_row += 1
-            code = worker.process.returncode
+            code = worker.process.returncode if worker.process else None
             if self.card is None and worker.crashes_in_row >= 3:
                 return self._give_up(EngineFailure(f"worker {worker.gpu} died {worker.crashes_in_row} times while "
                                                    f"starting (exit status {code})"))
@@ -5744,21 +5756,22 @@ class Recordings:
                     before = recording.size
                     recording.append(data)
                     self.size += recording.size - before
-                    self._make_room(recording)
+                    self._make_room()
         finally:
             recording.end()
             asyncio.get_running_loop().call_later(KEPT_S, self._forget, request_id, recording)
 
-    def _make_room(self, growing: Recording) -> None:
-        """Forget the oldest answer that has ended, else the beginning of the one that grows."""
+    def _make_room(self) -> None:
+        """Forget the oldest answer that has ended, else the beginning of the longest."""
         while self.size > LIMITS.recorded_bytes:
             ended = next((each for each in self.by_id.items() if each[1].ended and not each[1].followers), None)
-            before = growing.size
             if ended:
                 self._forget(*ended)
-            else:
-                growing.forget_half()
-                self.size -= before - growing.size
+                continue
+            largest = max(self.by_id.values(), key=lambda recording: recording.size)
+            self.size -= largest.size
+            largest.forget_half()
+            self.size += largest.size
 
     def _forget(self, request_id: str, recording: Recording) -> None:
         if self.by_id.get(request_id) is recording:

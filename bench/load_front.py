@@ -57,8 +57,7 @@ def fake_worker(descriptor):
             updates.append(Update(id=name, tokens=(5,), text=stamp, reason=None if left[name] else "length"))
             if not left[name]:
                 del left[name]
-        if updates:
-            channel.send("step", updates, gauges)
+        channel.send("step", updates, gauges)        # also when only asked for a sign of life
 
 
 def front(port, workers, parent):

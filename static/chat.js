@@ -1,7 +1,7 @@
 // The page of chat_server.py: one plain `state`, drawn by small functions; no build step and no framework.
 //
-// A message's way: `send` adds the user's turn, `generate` adds the assistant's and reads the stream (`readAnswer`,
-// `serverEvents`), every piece grows `turn.content`, and once per frame `paintAnswer` draws what is new (`drawMarkdown`).
+// A message's way: `send` adds the user's turn, `generate` adds the assistant's and reads the stream (`runAnswer`, `readAnswer`,
+// `serverEvents`; `reconnect` takes it up again when the connection or the page was lost), every piece grows `turn.content`, and once per frame `paintAnswer` draws what is new (`drawMarkdown`).
 // Everything else calls `render`, which brings the whole page in line with `state` and touches only what differs.
 // Sections: 1 state, 2 storage, 3 server, 4 asking, 5 markdown, 6 turns, 7 rendering, 8 composer, 9 dialogs, 10 start
 "use strict";
@@ -18,7 +18,8 @@ const HELP = "/temperature N · /topk N · /topp N · /maxtokens N (no number: t
   "Enter sends, Shift+Enter starts a new line, Esc stops the answer.";
 
 const state = {
-  turns: [],                      // {role: "user" | "assistant", content, stats?, note?, error?}
+  turns: [],                      // {role: "user" | "assistant", content, stats?, note?, error?, stream?}
+                                  // stream: {id, next}, while an answer is under way: its id and the number of its next event
   previous: [],                   // the turns that "New chat" or "Import" put aside
   settings: {...NO_SETTINGS},
   server: {url: "", key: ""},     // "" = where the page came from, no key
@@ -27,13 +28,15 @@ const state = {
   phase: "connecting",            // connecting, loading, ready, unreachable
   loading: {stage: "", fraction: null},
   model: {name: "", context: 0, device: ""},
-  run: null,                      // the answer in progress: {turn, controller, pieces, firstAt}
+  run: null,                      // the answer in progress: {turn, controller, pieces, firstAt, resumable, lost}
   editing: null,                  // the user turn that is being edited
   refusedKey: null,               // the API key that the server refused last, "" = that there was none
   notice: "",                     // the page's own words below the turns
   following: true,                // the log stays at its end while an answer grows
 };
 
+const SILENCE_MS = 30000;         // the server pings three times as often
+const FOREVER_MS = 2 ** 31 - 1;
 const $ = id => document.getElementById(id);
 const wait = ms => new Promise(resolve => setTimeout(resolve, ms));
 const canAsk = () => !state.run && (state.phase === "ready" || state.phase === "unreachable");
@@ -59,7 +62,7 @@ function load() {
   if (!stored) return;
   state.turns = checkedTurns(stored.turns) ?? [];
   const last = state.turns.at(-1);
-  if (last && !last.stats && !last.note && !last.error) last.note = "interrupted";
+  if (last && !last.stats && !last.note && !last.error && !last.stream) last.note = "interrupted";
   state.previous = checkedTurns(stored.previous) ?? [];
   Object.assign(state.settings, stored.settings);
   Object.assign(state.server, stored.server);
@@ -70,13 +73,19 @@ function load() {
 function checkedTurns(turns) {
   const good = turn => ["user", "assistant"].includes(turn?.role) && typeof turn.content === "string";
   if (!Array.isArray(turns) || !turns.every(good)) return null;
-  const checked = turns.map(({role, content, stats, note, error}) => {
+  const checked = turns.map(({role, content, stats, note, error, stream}) => {
     const numbers = Object.entries(stats ?? {}).filter(([name, value]) => Number.isFinite(value) || name === "finish_reason");
     return {role, content, stats: stats ? Object.fromEntries(numbers) : undefined,
-      note: note && String(note), error: error && String(error)};
+      note: note && String(note), error: error && String(error),
+      stream: checkedStream(stream)};
   });
   if (checked.at(-1)?.role === "user") checked.push({role: "assistant", content: "", note: "not answered yet"});
   return checked;
+}
+
+function checkedStream(stream) {
+  const {id, next} = stream ?? {};
+  return typeof id === "string" && /^[\w.-]{1,64}$/.test(id) && Number.isInteger(next) ? {id, next} : undefined;
 }
 
 function exportChat() {
@@ -189,21 +198,38 @@ async function describeModel() {
   render();
 }
 
-// Yields the JSON of each `data:` frame. Comments (": ping") carry no data; characters may be split over chunks.
-async function* serverEvents(body) {
+class Lost extends Error {}       // the connection, not the answer
+
+// Yields {id, event} of each `data:` frame, the id "" where it has none. Comments (": ping") carry no data; characters may be
+// split over chunks. Throws Lost when the connection breaks, or when not even a ping came for `patience` ms: after a sleep
+// nobody says that a connection is dead.
+async function* serverEvents(body, patience) {
   const reader = body.getReader();
   const decoder = new TextDecoder();
   let buffer = "";
-  for (let done = false; !done;) {
-    const chunk = await reader.read();
-    done = chunk.done;
-    buffer += done ? decoder.decode() + "\n\n" : decoder.decode(chunk.value, {stream: true});
+  for (let chunk; !(chunk = await readChunk(reader, patience)).done;) {
+    buffer += decoder.decode(chunk.value, {stream: true});
     const frames = buffer.split(/\r?\n\r?\n/);
     buffer = frames.pop();
     for (const frame of frames) {
-      const data = frame.split(/\r?\n/).filter(line => line.startsWith("data:")).map(line => line.slice(5).trimStart());
-      if (data.length && data[0] !== "[DONE]") yield JSON.parse(data.join("\n"));
+      const field = name => frame.split(/\r?\n/).filter(line => line.startsWith(name)).map(line => line.slice(name.length).trimStart());
+      const data = field("data:");
+      if (data.length && data[0] !== "[DONE]") yield {id: field("id:").join(""), event: JSON.parse(data.join("\n"))};
     }
+  }
+}
+
+async function readChunk(reader, patience) {
+  let timer = 0;
+  const silence = new Promise((_, reject) => { timer = setTimeout(reject, patience, new Error("silence")); });
+  try {
+    return await Promise.race([reader.read(), silence]);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    reader.cancel().catch(() => {});
+    throw new Lost(`The connection broke: ${error.message}`);
+  } finally {
+    clearTimeout(timer);
   }
 }
 
@@ -222,7 +248,7 @@ function messagesToSend() {
 }
 
 function requestBody() {
-  const body = {messages: messagesToSend()};
+  const body = {messages: messagesToSend(), resumable: true, truncate: "oldest"};
   for (const [name, value] of Object.entries(state.settings)) {
     if (name !== "system" && value !== "") body[name] = Number(value);
   }
@@ -244,21 +270,36 @@ function regenerate() {
   focusAfterClick();
 }
 
-async function generate() {
-  const turn = {role: "assistant", content: ""};
-  const run = {turn, controller: new AbortController(), pieces: 0, firstAt: 0};
+function generate() {
+  const turn = {role: "assistant", content: "", stream: {id: randomId(), next: 0}};
   state.turns.push(turn);
+  return runAnswer(turn, askAnswer);
+}
+
+// Goes on with the answer that was under way when the page was left.
+function resume() {
+  const turn = state.turns.at(-1);
+  if (turn?.stream) runAnswer(turn, reconnect);
+}
+
+const randomId = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), byte => byte.toString(16).padStart(2, "0")).join("");
+
+// Shows an answer growing until it has ended in one way or another; `connect(run)` gives the response with its first events.
+async function runAnswer(turn, connect) {
+  const run = {turn, controller: new AbortController(), pieces: 0, firstAt: 0, resumable: true, lost: false};
   Object.assign(state, {run, following: true, notice: ""});
   save();
   render();
   announce("Waiting for the answer");
   try {
-    await readAnswer(run);
+    await readAnswer(run, await connect(run));
   } catch (error) {
     if (run.controller.signal.aborted) turn.note = "stopped";
-    else turn.error = error instanceof TypeError ? `The connection broke: ${error.message}` : error.message;
+    else if (error.note) turn.note = error.note;
+    else turn.error = error.message;
     run.controller.abort();                              // the rest of the stream, if any, is of no use
   }
+  delete turn.stream;
   turn.stats ??= run.pieces > 1 ? {measured: liveSpeed(run)} : undefined;
   if (state.run !== run) return;                         // New chat took it away
   state.run = null;
@@ -267,18 +308,61 @@ async function generate() {
   announce(turn.error ? "" : turn.note ? "Answer stopped" : "Answer finished");
 }
 
-async function readAnswer(run) {
-  const response = await request("chat/completions", {method: "POST", body: requestBody(), signal: run.controller.signal,
-    headers: {"Content-Type": "application/json", Accept: "text/event-stream"}}).catch(lostServer);
+async function askAnswer(run) {
+  const {stream} = run.turn;
+  const headers = {"Content-Type": "application/json", Accept: "text/event-stream", "X-Request-Id": stream.id};
+  const options = {method: "POST", body: requestBody(), signal: run.controller.signal, headers};
+  const response = await request("chat/completions", options).catch(lostServer);
   if (response.status === 503) lostServer();
   if (!response.ok) throw await errorOf(response);
-  for await (const event of serverEvents(response.body)) {
+  run.resumable = response.headers.has("X-Request-Id");
+  stream.id = response.headers.get("X-Request-Id") ?? stream.id;
+  return response;
+}
+
+async function readAnswer(run, response) {
+  for (;;) {
+    try {
+      return await readEvents(run, response);
+    } catch (error) {
+      if (!(error instanceof Lost) || !run.resumable) throw error;
+      response = await reconnect(run);
+    }
+  }
+}
+
+async function readEvents(run, response) {
+  const {turn} = run;
+  for await (const {id, event} of serverEvents(response.body, run.resumable ? SILENCE_MS : FOREVER_MS)) {
+    if (event.error?.code === "cancelled") throw noted("stopped");
     if (event.error || event.detail) throw new Error(errorText(event) || "The server gave up");
-    if (event.done) run.turn.stats = {...event.timings, ...event.usage, finish_reason: event.finish_reason};
+    if (id) turn.stream.next = Number(id) + 1;
+    if (event.done) turn.stats = {...event.timings, ...event.usage, finish_reason: event.finish_reason};
     else if (event.token) addPiece(run, event.token);
   }
-  if (!run.turn.stats) throw new Error("The connection ended before the answer did");
+  if (!turn.stats) throw new Lost("The connection ended before the answer did");
 }
+
+// The rest of an answer whose connection was lost, as soon as the server can be reached again; for about two minutes.
+async function reconnect(run) {
+  const {stream} = run.turn, {signal} = run.controller;
+  const aborted = new Promise((_, reject) => signal.addEventListener("abort", () => reject(signal.reason)));
+  aborted.catch(() => {});
+  run.lost = true;
+  renderState();
+  for (let pause = 200, tries = 0; tries < 30; pause = Math.min(2 * pause, 5000), tries++) {
+    const response = await request(`v1/streams/${stream.id}?from=${stream.next}`, {signal, cache: "no-store"}).catch(error => {
+      if (error.name === "AbortError") throw error;
+    });
+    run.lost = !response?.ok;
+    if (response?.status === 200) return response;
+    if (response && response.status < 500) throw response.status === 401 ? await errorOf(response) : noted("interrupted");
+    await Promise.race([wait(pause), aborted]);
+  }
+  throw new Error("The connection to the server was lost");
+}
+
+const noted = note => Object.assign(new Error(note), {note});
 
 function lostServer(error) {
   if (error?.name !== "AbortError") watchServer();
@@ -292,7 +376,13 @@ function addPiece(run, text) {
   if (!run.frame) run.frame = requestAnimationFrame(() => { run.frame = 0; if (state.run === run) paintAnswer(run); });
 }
 
-const stopAnswer = () => state.run?.controller.abort();
+// Closing the connection is not enough: the server would wait for this page to come back.
+function stopAnswer() {
+  const {run} = state;
+  if (!run) return;
+  run.controller.abort();
+  request(`v1/cancel/${run.turn.stream.id}`, {method: "POST"}).catch(() => {});
+}
 
 // Pieces per second so far: about tokens per second, as one piece is mostly one token.
 const liveSpeed = run => (run.pieces - 1) / Math.max(0.001, (performance.now() - run.firstAt) / 1000);
@@ -300,7 +390,7 @@ const liveSpeed = run => (run.pieces - 1) / Math.max(0.001, (performance.now() -
 // Puts the conversation aside (it can be brought back from the empty page) and shows these turns instead.
 function replaceTurns(turns) {
   const {run} = state;
-  if (run) { run.turn.note = "stopped"; run.controller.abort(); }
+  if (run) { run.turn.note = "stopped"; stopAnswer(); }
   const previous = state.turns.length ? state.turns : state.previous;
   Object.assign(state, {previous, turns, run: null, editing: null, notice: "", following: true});
   save();
@@ -486,6 +576,7 @@ function speedText({stats = {}, note}) {
   if (stats.ttft_ms != null) words.push(`TTFT ${Math.round(stats.ttft_ms)} ms`);
   if (stats.completion_tokens) words.push(`${stats.completion_tokens} tokens`);
   if (stats.finish_reason === "length") words.push("cut at the length limit");
+  if (stats.dropped_messages) words.push(`without the ${stats.dropped_messages} oldest messages, which no longer fit`);
   return words.join(" · ");
 }
 
@@ -546,7 +637,8 @@ function renderState() {
   const last = turns.findLast(turn => turn.stats?.prompt_tokens)?.stats;
   const used = last && model.context
     ? `${last.prompt_tokens + last.completion_tokens} of ${model.context} tokens of context used` : "";
-  $("state").textContent = run?.pieces > 1 ? `Generating · ${liveSpeed(run).toFixed(0)} tok/s`
+  $("state").textContent = run?.lost ? "The connection is lost; trying again…"
+    : run?.pieces > 1 ? `Generating · ${liveSpeed(run).toFixed(0)} tok/s`
     : run?.pieces ? "Generating"
     : run ? "Waiting for the first token…"
     : phase === "loading" ? loadingText(loading)
@@ -729,6 +821,7 @@ function takeOver() {
 bindPage();
 load();
 setDraft(state.draft);
+resume();
 render();
 if (!touch.matches) focusAfterClick();
 watchServer();

@@ -50,6 +50,12 @@ def start(engine, plan, drawing, original=chat_server.Engine._start):
     return original(engine, plan, drawing)
 
 
+def push(answer, *arguments, original=chat_server.Answer.push):
+    if answer.work.id == "untranslatable" and arguments[1] == 5:
+        raise RuntimeError("no text for this token")
+    return original(answer, *arguments)
+
+
 if __name__ == "__main__":
-    chat_server.Engine.step, chat_server.Engine._start = step, start
+    chat_server.Engine.step, chat_server.Engine._start, chat_server.Answer.push = step, start, push
     sys.exit(chat_server.main())

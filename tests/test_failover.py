@@ -214,6 +214,17 @@ async def test_a_crash_loop_backs_off_and_shows_until_an_answer_is_finished(star
     assert pool.health()[1]["status"] == "ok" and pool.stats()["workers"][0]["crashes_in_row"] == 0
 
 
+async def test_an_answer_whose_text_fails_fails_alone(start_pool):
+    pool = await start_pool()
+    undisturbed = await collect(pool, greedy("undisturbed", max_tokens=100))
+    names = ["a", "untranslatable", "b"]
+    got = await asyncio.gather(*(collect(pool, greedy(name, max_tokens=100)) for name in names), return_exceptions=True)
+    failed = got.pop(1)
+    assert isinstance(failed, EngineFailure) and "failed while computing this answer (RuntimeError)" in str(failed)
+    assert [each[:2] for each in got] == [undisturbed[:2]] * 2 and pool.workers[0].restarts == 0
+    await idle(pool)
+
+
 async def test_a_step_that_fails_fails_only_the_request_that_is_its_cause(start_pool):
     pool = await start_pool()
     pool._check_vocabulary = lambda *request: None

@@ -87,6 +87,56 @@ def fake_front(**settings):
     loop.close()
 
 
+class HeldFront:
+    """The real HTTP side, in a thread, over a pool whose answers have one more word with each `admit`."""
+
+    WORDS = ["one ", "two ", "three ", "four ", "five"]
+
+    def __init__(self):
+        self.loop, started = asyncio.new_event_loop(), queue.SimpleQueue()
+        self.thread = threading.Thread(target=self.loop.run_until_complete, args=(self._serve(started),))
+        self.thread.start()
+        self.url = started.get(timeout=30)
+
+    async def _serve(self, started):
+        self.stop, self.pool, self.gate = asyncio.Event(), FakePool(self.WORDS), asyncio.Semaphore(0)
+        self.gate.wait, self.pool.gate = self.gate.acquire, self.gate
+        self.runner = chat_server.make_runner(chat_server.create_app(self.pool, chat_server.Settings()))
+        await self.runner.setup()
+        listener = chat_server.listen_on("127.0.0.1", 0)
+        await chat_server.web.SockSite(self.runner, listener).start()
+        started.put(f"http://127.0.0.1:{listener.getsockname()[1]}/")
+        await self.stop.wait()
+        await self.runner.cleanup()
+
+    def run(self, work):
+        async def call():
+            return work()
+        return asyncio.run_coroutine_threadsafe(call(), self.loop).result(30)
+
+    def admit(self, count):
+        self.run(lambda: [self.gate.release() for _ in range(count)])
+
+    def drop(self):
+        """Every connection breaks."""
+        self.run(lambda: [connection.transport.abort() for connection in self.runner.server.connections if connection.transport])
+
+    def until_open(self, count):
+        asyncio.run_coroutine_threadsafe(self.pool.until_open(count), self.loop).result(30)
+
+    def close(self):
+        self.run(self.stop.set)
+        self.thread.join()
+        self.loop.close()
+
+
+@pytest.fixture
+def held_front():
+    front = HeldFront()
+    yield front
+    front.close()
+
+
 @pytest.fixture
 def stand_in():
     server = StandIn()
@@ -166,6 +216,18 @@ def test_stop_ends_the_answer_and_keeps_its_text(page, server_url):
     expect(button(page, "Stop")).to_be_hidden()
     expect(answers(page).locator(".body")).to_have_text(re.compile(r"\w+ \w+"))
     expect(button(page, "Regenerate")).to_be_enabled()
+
+
+def test_a_real_answer_goes_on_after_a_reload_and_can_be_stopped(page, server_url):
+    open_page(page, server_url)
+    ask(page, "Write a very long story about a river, with many chapters.")
+    expect(answers(page).locator(".body")).to_have_text(re.compile(r"\w+ \w+ \w+"), timeout=SLOW_MS)
+    page.reload()
+    before = answers(page).locator(".body").inner_text()
+    expect(answers(page).locator(".body")).to_have_text(re.compile(r"[\s\S]{%d}" % (len(before) + 100)), timeout=SLOW_MS)
+    assert answers(page).locator(".body").inner_text().startswith(before[:-5])
+    button(page, "Stop").click()
+    expect(answers(page)).to_contain_text("stopped")
 
 
 def test_escape_stops_the_answer_too(page, server_url):
@@ -289,6 +351,102 @@ def test_new_chat_while_an_answer_streams_cancels_it(page, stand_in):
     expect(answers(page)).to_contain_text("You said: again")
 
 
+def ask_for_two_words(page, front):
+    open_page(page, front.url)
+    ask(page, "count")
+    front.admit(2)
+    expect(answers(page).locator(".body")).to_have_text("one two")
+
+
+def expect_all_words(page, front):
+    """The whole answer, from one request, as if nothing had happened."""
+    expect(answers(page).locator(".body")).to_have_text("one two three four five")
+    expect_answered(page)
+    expect(page.get_by_role("alert")).to_have_count(0)
+    expect(button(page, "Send")).to_be_visible()
+    assert len(front.pool.requests) == 1
+
+
+@pytest.mark.parametrize("seen", ["nothing", "something"])
+def test_a_reload_in_the_middle_of_an_answer_loses_nothing(page, held_front, seen):
+    if seen == "something":
+        ask_for_two_words(page, held_front)
+    else:                   # not even the first word was there
+        open_page(page, held_front.url)
+        ask(page, "count")
+        held_front.until_open(1)
+        held_front.admit(2)
+    page.reload()
+    expect(answers(page).locator(".body")).to_have_text("one two")
+    expect(button(page, "Stop")).to_be_visible()
+    held_front.admit(1)
+    expect(answers(page).locator(".body")).to_have_text("one two three")
+    page.reload()
+    held_front.admit(2)
+    expect_all_words(page, held_front)
+
+
+def test_an_answer_that_ended_while_the_page_was_away_is_there_when_it_comes_back(page, held_front):
+    ask_for_two_words(page, held_front)
+    page.goto("about:blank")
+    held_front.admit(3)
+    held_front.until_open(0)
+    page.goto(held_front.url)
+    expect_all_words(page, held_front)
+
+
+def test_stop_still_works_after_a_reload(page, held_front):
+    ask_for_two_words(page, held_front)
+    page.reload()
+    expect(answers(page).locator(".body")).to_have_text("one two")
+    held_front.until_open(1)
+    button(page, "Stop").click()
+    held_front.until_open(0)
+    expect(answers(page)).to_contain_text("stopped")
+    page.reload()
+    expect(answers(page).locator(".body")).to_have_text("one two")
+    expect(button(page, "Send")).to_be_visible()
+
+
+def test_a_dropped_connection_is_taken_up_again(page, held_front):
+    ask_for_two_words(page, held_front)
+    held_front.drop()
+    held_front.admit(1)
+    expect(answers(page).locator(".body")).to_have_text("one two three")
+    held_front.drop()
+    held_front.admit(2)
+    expect_all_words(page, held_front)
+
+
+def test_while_the_network_is_away_the_page_says_so_and_goes_on_when_it_is_back(page, held_front):
+    ask_for_two_words(page, held_front)
+    page.context.set_offline(True)
+    held_front.drop()
+    expect(page.locator("#state")).to_contain_text("The connection is lost; trying again")
+    held_front.admit(3)
+    held_front.until_open(0)
+    page.context.set_offline(False)
+    expect_all_words(page, held_front)
+
+
+def test_stop_works_while_the_network_is_away(page, held_front):
+    ask_for_two_words(page, held_front)
+    page.context.set_offline(True)
+    held_front.drop()
+    expect(page.locator("#state")).to_contain_text("The connection is lost; trying again")
+    button(page, "Stop").click()
+    expect(answers(page)).to_contain_text("stopped")
+
+
+def test_a_server_that_no_longer_has_the_answer_leaves_it_as_interrupted(page, held_front):
+    ask_for_two_words(page, held_front)
+    page.route("**/v1/streams/*", lambda route: route.fulfill(status=404, body="{}"))
+    page.reload()
+    expect(answers(page)).to_contain_text("interrupted")
+    expect(answers(page).locator(".body")).to_have_text("one two")
+    expect(button(page, "Regenerate")).to_be_enabled()
+
+
 def test_waiting_is_shown_and_pings_are_no_text(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "silence")
@@ -347,7 +505,7 @@ def test_settings_and_slash_commands_reach_the_server(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "one")
     expect_answered(page, 1)
-    assert set(stand_in.bodies[0]) == {"messages"}          # untouched settings are the server's business
+    assert set(stand_in.bodies[0]) == {"messages", "resumable", "truncate"}         # untouched settings are the server's business
     command(page, "/topk 7")
     expect(page.get_by_role("log").get_by_text("topk is now 7.")).to_be_visible()
     button(page, "Settings").click()

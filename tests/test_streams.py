@@ -259,6 +259,16 @@ async def test_what_is_kept_is_bounded_and_the_oldest_goes_first(client, front, 
         assert [number for number, _ in await read_all(rest)] == list(range(first, 41))
 
 
+async def test_many_answers_at_once_share_what_may_be_kept(client, front, monkeypatch):
+    monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(LIMITS, recorded_bytes=2000))
+    pool, url = front
+    responses = [await client.post(url + NATIVE, json=RESUMABLE) for _ in range(30)]
+    pool.gate.admit(30 * 5)
+    ends = [(await response.text()).split("\n\n")[-2] for response in responses]
+    assert all('"done": true' in end or "no longer kept" in end for end in ends)
+    await pool.until_open(0)
+
+
 async def test_a_follower_who_reads_slowly_gets_everything(client, front, monkeypatch):
     monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(LIMITS, outbox_bytes=1 << 16))
     pool, url = front

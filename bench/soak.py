@@ -1,0 +1,209 @@
+"""Everything goes wrong for ten minutes: workers are killed and hang, clients vanish, connections break.
+
+    python bench/soak.py [--seconds 600] [--model FOLDER] [--clients 12] [--workers 2] [--seed 1]
+
+Runs the server as a user would, with a tiny nanochat model unless told otherwise, and clients that read to the end, vanish,
+cancel, or lose their connection and take the stream up again. The last fifth is without kills, so that pages which only a
+kill would free show. Prints memory as time passes, then lost answers (of clients that stayed: an error, an early end, or a
+text other than the undisturbed one where /stats promises the same), leaked pages and the growth of the front. Exits with 1
+when an answer was lost, a page leaked, or the front grew by more than a tenth and 16 MB.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import aiohttp
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+PATHS = ("/chat/completions", "/v1/chat/completions")
+QUESTIONS = [{"messages": [{"role": "user", "content": f"Question {number}: " + "why? " * (7 * number)}], "max_tokens": 40 + 15 * number,
+              "seed": number, "stream": True, "ignore_eos": True, **how}
+             for number, how in enumerate(({"temperature": 0}, {"temperature": 1}, {"temperature": 0.8, "top_p": 0.9}, {"stop": ["ab", "e "]},
+                                           {"temperature": 1.5, "top_k": 0}, {"temperature": 0.5}, {"priority": "low"}, {"min_p": 0.1}))]
+
+
+class Lost(Exception):
+    """A client that stayed did not get its answer."""
+
+
+class Soak:
+    def __init__(self, options, url, session, front):
+        self.options, self.url, self.session, self.front = options, url, session, front
+        self.random, self.counts, self.expected, self.memory = random.Random(options.seed), Counter(), {}, []
+        self.began_s = time.monotonic()
+
+    @property
+    def share(self):
+        """How much of the time is over."""
+        return (time.monotonic() - self.began_s) / self.options.seconds
+
+    async def get(self, path):
+        async with self.session.get(self.url + path) as response:
+            return await response.json()
+
+    async def answer(self, path, body, leave_after=None, drop_after=None):
+        """The text of a whole answer; None when the client left after so many events. A dropped stream is taken up again."""
+        text, seen, last = "", 0, -1
+        post = self.session.post(self.url + path, json=body)
+        while True:
+            async with post as response:
+                if response.status in (429, 503):
+                    return await self.refused(path, body, leave_after, drop_after)
+                if response.status != 200:
+                    raise Lost(f"status {response.status}: {await response.text()}")
+                name = response.headers["X-Request-Id"]
+                async for line in response.content:
+                    if line.startswith(b"id: "):
+                        last = int(line[4:])
+                    if not line.startswith(b"data: "):
+                        continue
+                    piece, ended = read_event(line[6:])
+                    text, seen = text + piece, seen + 1
+                    if ended:
+                        return text
+                    if seen == leave_after:
+                        return await self.leave(response, name)
+                    if seen == drop_after:
+                        break
+                else:
+                    raise Lost("the stream ended before the answer did")
+                response.close()
+            self.counts["resumed"] += 1
+            post = self.session.get(f"{self.url}/v1/streams/{name}", headers={"Last-Event-ID": str(last)})
+
+    async def refused(self, *request):
+        self.counts["refused for a moment"] += 1
+        await asyncio.sleep(0.2)
+        return await self.answer(*request)
+
+    async def leave(self, response, name):
+        if self.random.random() < 0.3:
+            await self.session.post(f"{self.url}/v1/cancel/{name}")
+        response.close()
+        self.counts["vanished"] += 1
+
+    async def client(self):
+        while self.share < 1:
+            number, path = self.random.randrange(len(QUESTIONS)), self.random.choice(PATHS)
+            body, how = QUESTIONS[number], self.random.random()
+            try:
+                if how < 0.25:
+                    await self.answer(path, body, leave_after=self.random.choice((1, 1, 2, 5, 20)))
+                    continue
+                if how < 0.35:
+                    await self.vanish_at_once(path, body)
+                    continue
+                drop = self.random.choice((1, 3, 10)) if how < 0.45 else None
+                text = await self.answer(path, body | {"resumable": bool(drop)}, drop_after=drop)
+                if text != self.expected.get(number, text):
+                    raise Lost(f"another text: {text[:60]!r} instead of {self.expected[number][:60]!r}")
+                self.counts["answers"] += 1
+            except (Lost, aiohttp.ClientError, asyncio.TimeoutError) as error:
+                self.counts["lost"] += 1
+                print(f"LOST after {time.monotonic() - self.began_s:.1f} s, question {number}: {error!r}", flush=True)
+
+    async def vanish_at_once(self, path, body):
+        """Queued or in prefill, streaming or not."""
+        asked = asyncio.ensure_future(self.session.post(self.url + path, json=body | {"stream": self.random.random() < 0.5}))
+        await asyncio.sleep(self.random.random() / 20)
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+        self.counts["vanished"] += 1
+
+    async def killer(self):
+        """Kill or, in long runs, stop a worker that is ready, every few seconds."""
+        while self.share < 0.8:
+            await asyncio.sleep(self.random.uniform(1, 8))
+            ready = [worker for worker in (await self.get("/stats"))["workers"] if worker["state"] == "ready"]
+            if ready and self.share < 0.8:
+                hang = self.options.seconds >= 300 and self.random.random() < 0.1
+                self.counts["hung" if hang else "killed"] += 1
+                os.kill(self.random.choice(ready)["pid"], signal.SIGSTOP if hang else signal.SIGKILL)
+
+    async def watch(self):
+        """The front's memory; a line now and then."""
+        pause_s = max(0.5, self.options.seconds / 120)
+        while self.share < 1:
+            self.memory.append((self.share, self.front.memory_info().rss / 2**20))
+            if len(self.memory) % 6 == 1:
+                workers = sum(process.memory_info().rss for process in self.front.children()) / 2**20
+                print(f"{time.monotonic() - self.began_s:6.0f} s  front {self.memory[-1][1]:6.1f} MB  workers {workers:7.1f} MB  {dict(self.counts)}",
+                      flush=True)
+            await asyncio.sleep(pause_s)
+
+    async def run(self):
+        stats = await self.get("/stats")
+        for number, question in enumerate(QUESTIONS):
+            text = await self.answer(PATHS[1], question)
+            if stats["row_invariant"]:
+                self.expected[number] = text
+        print(f"texts are {'compared' if self.expected else 'not compared: these kernels do not promise the same text'}", flush=True)
+        self.began_s = time.monotonic()
+        await asyncio.gather(self.killer(), self.watch(), *(self.client() for _ in range(self.options.clients)))
+        return await self.judge()
+
+    async def judge(self):
+        """What is left when all is quiet."""
+        deadline_s, leaked = time.monotonic() + 90, None
+        while leaked != 0 and time.monotonic() < deadline_s:
+            stats = await self.get("/stats")
+            quiet = all(worker["state"] == "ready" and worker["running"] == worker["queued"] == 0 for worker in stats["workers"])
+            leaked = sum(worker["kv_pages_used"] for worker in stats["workers"]) if quiet else None
+            await asyncio.sleep(0.2)
+        early, late = (statistics.median(mb for share, mb in self.memory if low <= share < high) for low, high in ((0.2, 0.5), (0.8, 1.1)))
+        failed = self.counts["lost"] or leaked != 0 or late - early > max(16, early / 10)
+        print(json.dumps({"lost": self.counts["lost"], "leaked_pages": leaked, "front_mb": [round(early, 1), round(late, 1)],
+                          **{name: count for name, count in self.counts.items() if name != "lost"},
+                          "restarts": sum(worker["restarts"] for worker in stats["workers"]), "ok": not failed}), flush=True)
+        return int(bool(failed))
+
+
+def read_event(data):
+    """(text, whether the answer has ended) of one event of either API; Lost for an error."""
+    if data.strip() == b"[DONE]":
+        return "", True
+    event = json.loads(data)
+    if "error" in event:
+        raise Lost(str(event["error"]))
+    choices = event.get("choices")
+    return (choices[0]["delta"].get("content") or "" if choices else event.get("token", "")), "done" in event
+
+
+async def soak(options):
+    command = [sys.executable, str(ROOT / "chat_server.py"), str(options.model), "--port", "0", "--host", "127.0.0.1", "--dtype", "float32",
+               "--num-workers", str(options.workers), "--max-batch", "4", "--kv-cache-memory", "512K", "--drain-timeout", "5"]
+    log = open(options.log, "w") if options.log else subprocess.DEVNULL
+    server = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=log)
+    try:
+        while not (found := re.search(rb"http://127\.0\.0\.1:\d+", line := await server.stdout.readline())):
+            if not line:
+                raise SystemExit("the server did not start")
+        timeout = aiohttp.ClientTimeout(total=None, sock_read=240)
+        async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+            return await Soak(options, found[0].decode(), session, psutil.Process(server.pid)).run()
+    finally:
+        server.kill()
+        await server.wait()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--model", default=ROOT / "tests/fixtures/nanochat/gen5")
+    parser.add_argument("--clients", type=int, default=12)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--log", help="the server's log goes into this file")
+    sys.exit(asyncio.run(soak(parser.parse_args())))
