@@ -72,6 +72,7 @@ import tempfile
 import threading
 import time
 import zipfile
+import zlib
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
@@ -5681,35 +5682,47 @@ class Recording:
     """A resumable answer: its events as frames, numbered from 0, for whoever follows it."""
 
     PART_FRAMES = 500
+    FRAME_BYTES = 50            # what Python needs for a frame besides its text
+    PACKED_BYTES = 1 << 18      # to compress more than this would hold up the event loop
 
     def __init__(self, owner: str):
-        self.owner, self.frames, self.dropped, self.size = owner, [], 0, 0      # the first `dropped` frames are forgotten
+        self.owner, self.frames, self.packed, self.size = owner, [], b"", 0
+        self.length = self.dropped = 0          # events so far; and of these, how many are forgotten, the first ones
         self.followers, self.ended, self.news = 0, False, asyncio.Event()
         self.task: asyncio.Task | None = None
-
-    @property
-    def length(self) -> int:
-        return self.dropped + len(self.frames)
 
     def append(self, data: bytes) -> None:
         for event in data.split(b"\n\n")[:-1]:
             self.frames.append(b"id: %d\n%s\n\n" % (self.length, event))
-            self.size += len(self.frames[-1])
-        self.tell()
+            self.length += 1
+            self.size += len(self.frames[-1]) + self.FRAME_BYTES
+        self._tell()
 
     def end(self) -> None:
         self.ended = True
-        self.tell()
+        self._tell()
+        self.pack()
 
-    def tell(self) -> None:
+    def _tell(self) -> None:
         self.news.set()
         self.news = asyncio.Event()
 
     def forget_half(self) -> None:
         count = (len(self.frames) + 1) // 2
-        self.size -= sum(map(len, self.frames[:count]))
+        self.size -= sum(map(len, self.frames[:count])) + count * self.FRAME_BYTES
         del self.frames[:count]
         self.dropped += count
+
+    def pack(self) -> None:
+        """What has ended and has no reader is compressed, to about a tenth."""
+        if self.ended and self.frames and not self.followers and self.size <= self.PACKED_BYTES:
+            self.packed, self.frames = zlib.compress(b"".join(self.frames), 1), []
+            self.size = len(self.packed)
+
+    def unpack(self) -> None:
+        if self.packed:
+            self.frames = [event + b"\n\n" for event in zlib.decompress(self.packed).split(b"\n\n")[:-1]]
+            self.packed, self.size = b"", sum(map(len, self.frames)) + len(self.frames) * self.FRAME_BYTES
 
     async def follow(self, position: int) -> AsyncIterator[bytes]:
         """The frames from a position on, many at once where they are there."""
@@ -5753,39 +5766,45 @@ class Recordings:
         try:
             async with work:
                 async for data in frames:
-                    before = recording.size
-                    recording.append(data)
-                    self.size += recording.size - before
-                    self._make_room()
+                    self._change(recording, recording.append, data)
         finally:
-            recording.end()
+            self._change(recording, recording.end)
             asyncio.get_running_loop().call_later(KEPT_S, self._forget, request_id, recording)
 
-    def _make_room(self) -> None:
-        """Forget the oldest answer that has ended, else the beginning of the longest."""
+    def _change(self, recording: Recording, change: Callable[..., None], *arguments: Any) -> None:
+        """Do something to a recording and keep to the limit: the oldest that has ended goes first, then half of the largest."""
+        before = recording.size
+        change(*arguments)
+        self.size += recording.size - before
         while self.size > LIMITS.recorded_bytes:
             ended = next((each for each in self.by_id.items() if each[1].ended and not each[1].followers), None)
             if ended:
                 self._forget(*ended)
-                continue
-            largest = max(self.by_id.values(), key=lambda recording: recording.size)
-            self.size -= largest.size
-            largest.forget_half()
-            self.size += largest.size
+            else:
+                largest = max(self.by_id.values(), key=lambda each: each.size)
+                self.size -= largest.size
+                largest.forget_half()
+                self.size += largest.size
 
     def _forget(self, request_id: str, recording: Recording) -> None:
-        if self.by_id.get(request_id) is recording:
-            del self.by_id[request_id]
-            self.size -= recording.size
+        if self.by_id.get(request_id) is not recording:
+            return
+        if recording.followers:         # not in the middle of their reading
+            asyncio.get_running_loop().call_later(KEPT_S, self._forget, request_id, recording)
+            return
+        del self.by_id[request_id]
+        self.size -= recording.size
 
     @contextlib.contextmanager
     def following(self, request_id: str, recording: Recording) -> Iterator[None]:
         """While somebody reads; GRACE_S after the last reader has gone an answer that has not ended is cancelled."""
         recording.followers += 1
+        self._change(recording, recording.unpack)
         try:
             yield
         finally:
             recording.followers -= 1
+            self._change(recording, recording.pack)
             asyncio.get_running_loop().call_later(GRACE_S, self._expire, request_id, recording)
 
     async def close(self) -> None:
