@@ -28,10 +28,10 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = ("/chat/completions", "/v1/chat/completions")
-QUESTIONS = [{"messages": [{"role": "user", "content": f"Question {number}: " + "why? " * (7 * number)}], "max_tokens": 40 + 15 * number,
-              "seed": number, "stream": True, "ignore_eos": True, **how}
-             for number, how in enumerate(({"temperature": 0}, {"temperature": 1}, {"temperature": 0.8, "top_p": 0.9}, {"stop": ["ab", "e "]},
-                                           {"temperature": 1.5, "top_k": 0}, {"temperature": 0.5}, {"priority": "low"}, {"min_p": 0.1}))]
+KINDS = ({"temperature": 0}, {"temperature": 1}, {"temperature": 0.8, "top_p": 0.9}, {"stop": ["ab", "e "]},
+         {"temperature": 1.5, "top_k": 0}, {"temperature": 0.5}, {"priority": "low"}, {"min_p": 0.1})
+QUESTIONS = [{"messages": [{"role": "user", "content": f"Question {number}: " + "why? " * (7 * number)}], "stream": True,
+              "max_tokens": 40 + 15 * number, "seed": number, "ignore_eos": True, **kind} for number, kind in enumerate(KINDS)]
 
 
 class Lost(Exception):
@@ -139,8 +139,8 @@ class Soak:
             self.memory.append((self.share, self.front.memory_info().rss / 2**20))
             if len(self.memory) % 6 == 1:
                 workers = sum(process.memory_info().rss for process in self.front.children()) / 2**20
-                print(f"{time.monotonic() - self.began_s:6.0f} s  front {self.memory[-1][1]:6.1f} MB  workers {workers:7.1f} MB  {dict(self.counts)}",
-                      flush=True)
+                print(f"{time.monotonic() - self.began_s:6.0f} s  front {self.memory[-1][1]:6.1f} MB  workers {workers:7.1f} MB  "
+                      f"{dict(self.counts)}", flush=True)
             await asyncio.sleep(pause_s)
 
     async def run(self):
@@ -149,7 +149,7 @@ class Soak:
             text = await self.answer(PATHS[1], question)
             if stats["row_invariant"]:
                 self.expected[number] = text
-        print(f"texts are {'compared' if self.expected else 'not compared: these kernels do not promise the same text'}", flush=True)
+        print("texts are " + ("compared" if self.expected else "not compared: these kernels do not promise them"), flush=True)
         self.began_s = time.monotonic()
         await asyncio.gather(self.killer(), self.watch(), *(self.client() for _ in range(self.options.clients)))
         return await self.judge()
@@ -162,7 +162,8 @@ class Soak:
             quiet = all(worker["state"] == "ready" and worker["running"] == worker["queued"] == 0 for worker in stats["workers"])
             leaked = sum(worker["kv_pages_used"] for worker in stats["workers"]) if quiet else None
             await asyncio.sleep(0.2)
-        early, late = (statistics.median(mb for share, mb in self.memory if low <= share < high) for low, high in ((0.2, 0.5), (0.8, 1.1)))
+        early, late = (statistics.median(mb for share, mb in self.memory if low <= share < high)
+                       for low, high in ((0.2, 0.5), (0.8, 1.1)))
         failed = self.counts["lost"] or leaked != 0 or late - early > max(16, early / 10)
         print(json.dumps({"lost": self.counts["lost"], "leaked_pages": leaked, "front_mb": [round(early, 1), round(late, 1)],
                           **{name: count for name, count in self.counts.items() if name != "lost"},
@@ -182,8 +183,8 @@ def read_event(data):
 
 
 async def soak(options):
-    command = [sys.executable, str(ROOT / "chat_server.py"), str(options.model), "--port", "0", "--host", "127.0.0.1", "--dtype", "float32",
-               "--num-workers", str(options.workers), "--max-batch", "4", "--kv-cache-memory", "512K", "--drain-timeout", "5"]
+    command = [sys.executable, ROOT / "chat_server.py", options.model, "--port", "0", "--host", "127.0.0.1", "--dtype", "float32",
+               "--num-workers", str(options.workers), "--max-batch", "4", "--kv-cache-memory", "512K"]
     log = open(options.log, "w") if options.log else subprocess.DEVNULL
     server = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=log)
     try:

@@ -1,7 +1,8 @@
 // The page of chat_server.py: one plain `state`, drawn by small functions; no build step and no framework.
 //
-// A message's way: `send` adds the user's turn, `generate` adds the assistant's and reads the stream (`runAnswer`, `readAnswer`,
-// `serverEvents`; `reconnect` takes it up again when the connection or the page was lost), every piece grows `turn.content`, and once per frame `paintAnswer` draws what is new (`drawMarkdown`).
+// A message's way: `send` adds the user's turn, `generate` adds the assistant's and reads the stream (`runAnswer`,
+// `readAnswer`, `serverEvents`; `reconnect` takes it up again when the connection or the page was lost), every piece grows
+// `turn.content`, and once per frame `paintAnswer` draws what is new (`drawMarkdown`).
 // Everything else calls `render`, which brings the whole page in line with `state` and touches only what differs.
 // Sections: 1 state, 2 storage, 3 server, 4 asking, 5 markdown, 6 turns, 7 rendering, 8 composer, 9 dialogs, 10 start
 "use strict";
@@ -212,7 +213,8 @@ async function* serverEvents(body, patience) {
     const frames = buffer.split(/\r?\n\r?\n/);
     buffer = frames.pop();
     for (const frame of frames) {
-      const field = name => frame.split(/\r?\n/).filter(line => line.startsWith(name)).map(line => line.slice(name.length).trimStart());
+      const lines = frame.split(/\r?\n/);
+      const field = name => lines.filter(line => line.startsWith(name)).map(line => line.slice(name.length).trimStart());
       const data = field("data:");
       if (data.length && data[0] !== "[DONE]") yield {id: field("id:").join(""), event: JSON.parse(data.join("\n"))};
     }

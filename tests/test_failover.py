@@ -23,7 +23,8 @@ async def start_pool(nanochat_fixtures, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
 
     async def start(worker_command=DYING, **changes):
-        settings = Settings(model=str(nanochat_fixtures / "gen5"), dtype="float32", prefill_chunk=16, **({"kv_cache_memory": 8 << 20} | changes))
+        settings = Settings(model=str(nanochat_fixtures / "gen5"), dtype="float32", prefill_chunk=16, kv_cache_memory=8 << 20)
+        settings = chat_server.replace(settings, **changes)
         pools.append(pool := LocalPool(settings, worker_command=worker_command))
         await pool.start()
         await pool.wait_ready()

@@ -190,8 +190,8 @@ async def test_what_the_pool_refuses_is_no_stream(client, front):
     assert (await client.get(f"{url}/v1/streams/{response.headers['X-Request-Id']}")).status == 404
 
 
-@pytest.mark.parametrize("query, headers", [({"from": "-1"}, {}), ({"from": "one"}, {}), ({"from": ""}, {}), ({}, {"Last-Event-ID": "x"}),
-                                            ({"from": "9" * 5000}, {})])
+@pytest.mark.parametrize("query, headers", [
+    ({"from": "-1"}, {}), ({"from": "one"}, {}), ({"from": ""}, {}), ({"from": "9" * 5000}, {}), ({}, {"Last-Event-ID": "x"})])
 async def test_a_position_that_is_none_is_400(client, front, query, headers):
     pool, url = front
     pool.gate.admit(5)
@@ -217,7 +217,7 @@ async def test_only_its_own_key_reads_and_stops_a_stream(client):
 
 
 @pytest.mark.parametrize("name, status", [("ab" * 16, 200), ("my-chat", 404)])
-async def test_without_keys_an_unguessable_id_is_enough_and_a_guessable_one_belongs_to_its_address(client, front, monkeypatch, name, status):
+async def test_without_keys_an_unguessable_id_is_enough_and_another_belongs_to_its_address(client, front, monkeypatch, name, status):
     pool, url = front
     pool.gate.admit(5)
     response = await client.post(url + NATIVE, json=RESUMABLE, headers={"X-Request-Id": name})
