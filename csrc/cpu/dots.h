@@ -157,14 +157,28 @@ DC_INLINE int32_t store_low_bytes(Lanes a, Lanes b, int8_t* to) {
 
 #endif
 
+constexpr float MAGIC = 12582912.0f;                // 1.5 * 2^23: adding it rounds, and leaves the integer in the low bits
+
 // to = nearest, ties to even, of x / scale with scale = amax / 127.
 DC_INLINE Quantized quantize_block(Lanes a, Lanes b, int8_t* to) {
     const float amax = largest_magnitude(a, b);
     const bool zero = amax < 1e-30f;
-    const Lanes inverse = all(zero ? 0.0f : 127.0f / amax), least = all(-127.0f);
-    const Lanes magic = all(12582912.0f);           // 1.5 * 2^23: adding it rounds, and leaves the integer in the low bits
+    const Lanes inverse = all(zero ? 0.0f : 127.0f / amax), least = all(-127.0f), magic = all(MAGIC);
     const int32_t sum = store_low_bytes(maximum(a * inverse, least) + magic, maximum(b * inverse, least) + magic, to);
     return {zero ? 0.0f : amax / 127.0f, sum};
+}
+
+// What that rounding took from 16 values, in steps of scale / 256, + MAGIC. Half a step would be 128 of them: it counts as 127.
+DC_INLINE Lanes rest_of(Lanes x, Lanes inverse) {
+    const Lanes least = all(-127.0f), magic = all(MAGIC), zero = all(0.0f), y = maximum(x * inverse, least);
+    const Lanes rest = (y - ((y + magic) - magic)) * all(256.0f);
+    return (zero - maximum(zero - maximum(rest, least), least)) + magic;
+}
+
+// to = that, of a block whose scale is a number and not 0; returns the sum.
+DC_INLINE int32_t quantize_rest(Lanes a, Lanes b, int8_t* to) {
+    const Lanes inverse = all(127.0f / largest_magnitude(a, b));
+    return store_low_bytes(rest_of(a, inverse), rest_of(b, inverse), to);
 }
 
 }  // namespace DC_ISA

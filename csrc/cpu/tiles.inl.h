@@ -69,14 +69,38 @@ DC_INLINE Lanes rms_scale(const float* x, int64_t columns, float epsilon) {     
     return all(1.0f / __builtin_sqrtf(sum(squares) / float(columns) + epsilon));
 }
 
+// The list of row r in a panel.
+DC_INLINE FineBlock* fine_blocks(uint8_t* panel, int64_t columns, int r) {
+    return reinterpret_cast<FineBlock*>(panel + columns / BLOCK * int64_t(sizeof(PanelBlock))) + r * fine_room(columns);
+}
+DC_INLINE const FineBlock* fine_blocks(const uint8_t* panel, int64_t columns, int r) {
+    return fine_blocks(const_cast<uint8_t*>(panel), columns, r);
+}
+
 template <Weight TYPE>
-DC_INLINE void quantize_row(const Row& row, PanelBlock* panel, int r) {
-    for (int64_t b = 0; b < row.job.columns / BLOCK; b++) {
+DC_INLINE void quantize_row(const Row& row, PanelBlock* panel, FineBlock* fine, int r) {
+    constexpr int32_t OFFSET = TYPE == Weight::q8_0 ? -128 : -8;
+    const int64_t blocks = row.job.columns / BLOCK;
+    float scales = 0;
+    for (int64_t b = 0; b < blocks; b++) {
         const Quantized q = quantize_block(value_at(row, b * BLOCK), value_at(row, b * BLOCK + 16), panel[b].x[r]);
         panel[b].scale[r] = q.scale;
         if (TYPE == Weight::q4_1) panel[b].offset[r].product = q.scale * float(q.sum);
-        else panel[b].offset[r].start = (TYPE == Weight::q8_0 ? -128 : -8) * q.sum;
+        else panel[b].offset[r].start = OFFSET * q.sum;
+        scales += q.scale;
     }
+    const float limit = FINE_ABOVE * (scales / float(blocks));
+    const FineBlock* const last = fine + fine_room(row.job.columns) - 1;
+    for (int64_t b = 0; b < blocks && fine < last; b++) {
+        if (!(panel[b].scale[r] > limit)) continue;
+        const int32_t sum = quantize_rest(value_at(row, b * BLOCK), value_at(row, b * BLOCK + 16), fine->x);
+        fine->scale = panel[b].scale[r] / 256;
+        fine->start = OFFSET * sum;
+        fine->block = int32_t(b);
+        if (TYPE == Weight::q4_1) panel[b].offset[r].product += fine->scale * float(sum);
+        fine++;
+    }
+    fine->block = -1;
 }
 
 void copy_row(const Row& row, float* panel, int r) {
@@ -89,10 +113,11 @@ void prepare(const Preparation& job, int64_t row_begin, int64_t row_end) {
         const Row row{job, x, job.norm ? rms_scale(x, job.columns, job.epsilon) : all(1.0f)};
         uint8_t* panel = job.prepared + i / GROUP_ROWS * group_bytes(job.type, job.columns);
         const int r = int(i % GROUP_ROWS);
+        PanelBlock* const blocks = reinterpret_cast<PanelBlock*>(panel);
         switch (job.type) {
-            case Weight::q8_0: quantize_row<Weight::q8_0>(row, reinterpret_cast<PanelBlock*>(panel), r); break;
-            case Weight::q4_0: quantize_row<Weight::q4_0>(row, reinterpret_cast<PanelBlock*>(panel), r); break;
-            case Weight::q4_1: quantize_row<Weight::q4_1>(row, reinterpret_cast<PanelBlock*>(panel), r); break;
+            case Weight::q8_0: quantize_row<Weight::q8_0>(row, blocks, fine_blocks(panel, job.columns, r), r); break;
+            case Weight::q4_0: quantize_row<Weight::q4_0>(row, blocks, fine_blocks(panel, job.columns, r), r); break;
+            case Weight::q4_1: quantize_row<Weight::q4_1>(row, blocks, fine_blocks(panel, job.columns, r), r); break;
             default: copy_row(row, reinterpret_cast<float*>(panel), r);
         }
     }
@@ -134,6 +159,11 @@ DC_INLINE void sum_block(const uint8_t* quants, const int8_t* x, Sum* sum) {
     }
 }
 
+template <Weight TYPE>
+DC_INLINE Lanes end_sum(const Sum& sum, int32_t start) {
+    return TYPE == Weight::q8_0 ? end_bytes(sum, start) : end_nibbles(sum, TYPE == Weight::q4_1 ? 0 : start);
+}
+
 // Rows row .. row + R - 1 of the panel -> y [R][16]; `ahead`: prefetch what lies that many bytes further on, unless 0.
 template <Weight TYPE, int R>
 __attribute__((noinline)) void q_rows(const uint8_t* tile, int64_t blocks, int64_t ahead, const PanelBlock* panel, int row,
@@ -150,9 +180,7 @@ __attribute__((noinline)) void q_rows(const uint8_t* tile, int64_t blocks, int64
         sum_block<TYPE, R>(w.quants, x, sum);
         const Lanes d = load(reinterpret_cast<const Half*>(w.scales));
         for (int r = 0; r < R; r++) {
-            const Lanes whole = TYPE == Weight::q8_0   ? end_bytes(sum[r], offset[r].start)
-                                : TYPE == Weight::q4_0 ? end_nibbles(sum[r], offset[r].start)
-                                                       : end_nibbles(sum[r], 0);
+            const Lanes whole = end_sum<TYPE>(sum[r], offset[r].start);
             total[r] = fma(d * all(scale[r]), whole, total[r]);
         }
         if (TYPE != Weight::q4_1) continue;
@@ -161,6 +189,20 @@ __attribute__((noinline)) void q_rows(const uint8_t* tile, int64_t blocks, int64
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) store(y + 16 * r, total[r]);
+}
+
+// The fine blocks of one row, added to y [16]; the tile is in the L1 cache.
+template <Weight TYPE>
+__attribute__((noinline)) void fine_row(const uint8_t* tile, const FineBlock* fine, float* y) {
+    Lanes total = load(y);
+    for (; fine->block >= 0; fine++) {
+        const BlockOfTile w = block_of<TYPE>(tile, fine->block);
+        Sum sum[1] = {TYPE == Weight::q4_1 ? begin_sum() : begin_sum(fine->start)};
+        sum_block<TYPE, 1>(w.quants, fine->x, sum);
+        const Lanes d = load(reinterpret_cast<const Half*>(w.scales));
+        total = fma(d * all(fine->scale), end_sum<TYPE>(sum[0], fine->start), total);
+    }
+    store(y, total);
 }
 
 // ---- T float tiles, tile_bytes apart, times R rows of a panel
@@ -204,6 +246,7 @@ __attribute__((noinline)) void float_rows(const uint8_t* tile, int64_t columns, 
 // ---- the kernels of a type, by rows of x
 
 using QKernel = void (*)(const uint8_t*, int64_t, int64_t, const PanelBlock*, int, float*);
+using FineKernel = void (*)(const uint8_t*, const FineBlock*, float*);
 using FloatKernel = void (*)(const uint8_t*, int64_t, int64_t, const float*, int, float*);
 
 template <Weight TYPE, int R = Q_ROWS>
@@ -225,6 +268,12 @@ QKernel q_kernel(Weight type, int rows) {
     return type == Weight::q8_0   ? pick_q<Weight::q8_0>(rows)
            : type == Weight::q4_0 ? pick_q<Weight::q4_0>(rows)
                                   : pick_q<Weight::q4_1>(rows);
+}
+
+FineKernel fine_kernel(Weight type) {
+    return type == Weight::q8_0   ? &fine_row<Weight::q8_0>
+           : type == Weight::q4_0 ? &fine_row<Weight::q4_0>
+                                  : &fine_row<Weight::q4_1>;
 }
 
 FloatKernel float_kernel(Weight type, int tiles, int rows) {
@@ -264,6 +313,10 @@ void multiply_blocks(const Meeting& m, Sums& out) {
             kernel(m.tile + t * m.tile_bytes, m.w.columns / BLOCK, row ? 0 : m.ahead, reinterpret_cast<const PanelBlock*>(m.panel), row,
                    out.y[t][row]);
     }
+    const FineKernel kernel = fine_kernel(m.w.type);
+    for (int r = 0; r < m.rows; r++)
+        if (const FineBlock* fine = fine_blocks(m.panel, m.w.columns, r); fine->block >= 0)
+            for (int t = 0; t < m.tiles; t++) kernel(m.tile + t * m.tile_bytes, fine, out.y[t][r]);
 }
 
 DC_INLINE Lanes biased(const Product& job, int64_t tile, const float* y) {
