@@ -1,6 +1,6 @@
 // Weight matrices (N, K) in tiles of 16 rows, and their product with rows of x: quantized and float weights alike.
 //
-//     prepare(type, x, ...)               x (T, K) f32 [-> RMS norm] -> int8 (q types) or f32 (float types), in panels
+//     prepare(type, x, ...)               x (T, K) f32 [-> RMS norm] -> int8 planes (q types) or f32 (float types), in panels
 //     multiply(product, tiles, groups)    out = residual + activation(x W^T + bias), any part of it at a time
 //
 // A tile holds its 16 rows' weights side by side, lane r = row r, so that 16 outputs grow in one register, k after k:
@@ -11,16 +11,16 @@
 //     q4_1             a block: d f16 [16], m f16 [16], then 4 chunks                                               320 B
 // The last tile's missing rows are zero. K is a multiple of 32 for q types.
 //
-// For q types a block of 32 values of x becomes dx * x8, int8 by its largest value, and where dx is more than FINE_ABOVE times
-// the mean of the row's, where int8 would be coarse against the row's other values, dx * (x8 + fine / 256): 16 bits. Those are
-// about a seventh of a real model's blocks, the ones with outlier channels. They carry most of the error: without them KL
-// against float32 is 3e-3, with them 5e-4 (bench/RESULTS.md).
+// For q types a block of 32 values of x is dx * x8 with x8 int8 and dx = max |x| / 127. Where dx is more than FINE_ABOVE times the
+// mean over the row's blocks, it is dx * (x8 + fine / 256), about 16 bits. A model's outlier channels lie in these blocks, a
+// seventh of all; they make most of the error: KL against float32 products 3.5e-3 without fine planes, 5e-4 with them.
 //
-// numerics  q: y = fma(d * dx, float(int32 sum), y) block after block, each followed (q4_1) by y = fma(m, sum of x, y), where x is
-//           as above; then the fine blocks of the row, y = fma(d * (dx / 256), float(int32 sum), y). Float types:
-//           y = fma(w, x, y), k after k. One accumulator for an output, starting at 0; then + bias, activation, + residual,
-//           each rounded. So a row's bits depend on nothing but the row: not on T, ranges, threads, instruction set.
-//           A block of x with |x| < 1e-30 counts as zero; one that holds a NaN or an infinity makes its row's outputs NaN.
+// numerics  q: y = fma(d * dx, float(int32 sum), y) block after block, or fma(d / 256 * dx, float(256 * int32 sum + the fine one), y);
+//           then (q4_1) y = fma(m, dx * (sum of x8 + sum of fine / 256), y). Float types: y = fma(w, x, y), k after k. One
+//           accumulator for an output, starting at 0; then + bias, activation, + residual, each rounded. So a row's bits depend
+//           on nothing but the row: not on T, ranges, threads, instruction set.
+//           A block of x with |x| < 1e-24 counts as zero; one that holds a NaN, or more than 1e35, makes its row's outputs NaN:
+//           between these neither d * dx nor d / 256 * dx leaves the normal floats, so that both forms above have the same bits.
 #pragma once
 
 #include <cstddef>
@@ -105,30 +105,23 @@ struct TileKernels {
 
 DC_EACH_ISA(extern const TileKernels tile_kernels)
 
-// The panel of a group: for float types f32 [K / 16, rounded up][8][16], for q types PanelBlock [K / 32], then for each of the
-// 8 rows FineBlock [fine_room], of which the first with block < 0 ends the row's list.
+// The panel of a group: for q types [K / 32] of these, for float types f32 [K / 16, rounded up][8][16].
 struct PanelBlock {
     int8_t x[GROUP_ROWS][BLOCK];
     float scale[GROUP_ROWS];                            // dx = amax / 127
     union { float product; int32_t start; } offset[GROUP_ROWS];     // q4_1: the sum of x; q8_0, q4_0: -128, -8 times that of x8
+    uint8_t has_fine[GROUP_ROWS];                       // 1 or 0
+    int32_t fine_start[GROUP_ROWS];                     // q8_0, q4_0: -128, -8 times the sum of fine
+    alignas(64) int8_t fine[GROUP_ROWS][BLOCK];         // 0 without has_fine, at most +-127
 };
 
-struct alignas(16) FineBlock {
-    int8_t x[BLOCK];
-    float scale;                                        // dx / 256
-    int32_t start;                                      // q8_0, q4_0: -128, -8 times the sum of x
-    int32_t block;
-};
-
-constexpr float FINE_ABOVE = 1.5f;      // KL, share of the blocks: 2: 8.0e-4, 9 %; 1.5: 5.3e-4, 14 %; 1.3: 4.5e-4, 18 %
-
-// Fewer than blocks / FINE_ABOVE can lie above FINE_ABOVE times the mean; with room for the end.
-static inline int64_t fine_room(int64_t columns) { return columns / BLOCK * 2 / 3 + 2; }
+// Against the cost: KL, and the share of the blocks that one row of 8 wants fine. 1.3: 4.5e-4, 45 %; 1.5: 5.3e-4, 36 %;
+// 2: 8.0e-4, 22 %. So many of the largest for each row are worse: 2 of 18, 7.9e-4, 32 %; 4 of 18, 4.4e-4, 57 %.
+constexpr float FINE_ABOVE = 1.5f;
 
 static inline int64_t group_bytes(Weight type, int64_t columns) {
     return is_float(type) ? (columns + 15) / 16 * GROUP_ROWS * 16 * int64_t(sizeof(float))
-                          : columns / BLOCK * int64_t(sizeof(PanelBlock))
-                                + (fine_room(columns) * GROUP_ROWS * int64_t(sizeof(FineBlock)) + 63) / 64 * 64;
+                          : columns / BLOCK * int64_t(sizeof(PanelBlock));
 }
 
 // ---- memory

@@ -4,7 +4,9 @@
 //          registers, so a tile is unpacked once for 8 rows. The first group to meet a tile streams it from memory, prefetching;
 //          then it stays in the L1 cache while as many groups as a quarter of the L2 cache holds pass by it
 // cost     decoding: a tile's bytes, read once for up to 8 rows; bound by memory up to 4 rows. Prefill: bound by the multipliers,
-//          11 of their instructions for each row and 16 x 32 block of q4_1. bench/RESULTS.md has the figures
+//          11 of their instructions for each row and 16 x 32 block of q4_1, and 8 more where one of 4 rows has a fine plane: every
+//          third block, a fifth of the time. (Fine blocks as lists of each row, after the others: twice that time.)
+//          bench/RESULTS.md has the figures
 // numerics cpu/tiles.h; integer sums exact, one fused multiply-add a block and row (q4_1: two), so equal bits everywhere
 #include "cpu/dots.h"
 #include "cpu/lanes.h"
@@ -23,6 +25,7 @@ constexpr int Q_ROWS = 4, FLOAT_ROWS = 3;
 constexpr int Q_ROWS = 4, FLOAT_ROWS = 4;
 #endif
 
+constexpr int FINE_ROWS = 4;                        // rows that take a block's fine plane together: of 8, twice as often one has it
 constexpr int PAIR = 2;                             // tiles at once: gate and up, or floats, of which one tile would wait for its sums
 constexpr int64_t GROUPS_BYTES = 256 << 10;         // of panels that pass by one tile: a quarter of the L2 cache
 constexpr int64_t AHEAD = 8 << 10;                  // bytes from what is read to what is prefetched; 4 KB cost 10 %, 16 KB nothing
@@ -69,38 +72,31 @@ DC_INLINE Lanes rms_scale(const float* x, int64_t columns, float epsilon) {     
     return all(1.0f / __builtin_sqrtf(sum(squares) / float(columns) + epsilon));
 }
 
-// The list of row r in a panel.
-DC_INLINE FineBlock* fine_blocks(uint8_t* panel, int64_t columns, int r) {
-    return reinterpret_cast<FineBlock*>(panel + columns / BLOCK * int64_t(sizeof(PanelBlock))) + r * fine_room(columns);
-}
-DC_INLINE const FineBlock* fine_blocks(const uint8_t* panel, int64_t columns, int r) {
-    return fine_blocks(const_cast<uint8_t*>(panel), columns, r);
-}
-
 template <Weight TYPE>
-DC_INLINE void quantize_row(const Row& row, PanelBlock* panel, FineBlock* fine, int r) {
+DC_INLINE void quantize_row(const Row& row, PanelBlock* panel, int r) {
     constexpr int32_t OFFSET = TYPE == Weight::q8_0 ? -128 : -8;
     const int64_t blocks = row.job.columns / BLOCK;
     float scales = 0;
     for (int64_t b = 0; b < blocks; b++) {
         const Quantized q = quantize_block(value_at(row, b * BLOCK), value_at(row, b * BLOCK + 16), panel[b].x[r]);
-        panel[b].scale[r] = q.scale;
-        if (TYPE == Weight::q4_1) panel[b].offset[r].product = q.scale * float(q.sum);
-        else panel[b].offset[r].start = OFFSET * q.sum;
+        PanelBlock& to = panel[b];
+        to.scale[r] = q.scale;
+        to.has_fine[r] = 0;
+        to.fine_start[r] = 0;
+        std::memset(to.fine[r], 0, BLOCK);
+        if (TYPE == Weight::q4_1) to.offset[r].product = q.scale * float(q.sum);
+        else to.offset[r].start = OFFSET * q.sum;
         scales += q.scale;
     }
     const float limit = FINE_ABOVE * (scales / float(blocks));
-    const FineBlock* const last = fine + fine_room(row.job.columns) - 1;
-    for (int64_t b = 0; b < blocks && fine < last; b++) {
-        if (!(panel[b].scale[r] > limit)) continue;
-        const int32_t sum = quantize_rest(value_at(row, b * BLOCK), value_at(row, b * BLOCK + 16), fine->x);
-        fine->scale = panel[b].scale[r] / 256;
-        fine->start = OFFSET * sum;
-        fine->block = int32_t(b);
-        if (TYPE == Weight::q4_1) panel[b].offset[r].product += fine->scale * float(sum);
-        fine++;
+    for (int64_t b = 0; b < blocks; b++) {
+        PanelBlock& to = panel[b];
+        if (!(to.scale[r] > limit)) continue;
+        const int32_t sum = quantize_rest(value_at(row, b * BLOCK), value_at(row, b * BLOCK + 16), to.fine[r]);
+        to.has_fine[r] = 1;
+        if (TYPE == Weight::q4_1) to.offset[r].product += to.scale[r] / 256 * float(sum);
+        else to.fine_start[r] = OFFSET * sum;
     }
-    fine->block = -1;
 }
 
 void copy_row(const Row& row, float* panel, int r) {
@@ -113,11 +109,10 @@ void prepare(const Preparation& job, int64_t row_begin, int64_t row_end) {
         const Row row{job, x, job.norm ? rms_scale(x, job.columns, job.epsilon) : all(1.0f)};
         uint8_t* panel = job.prepared + i / GROUP_ROWS * group_bytes(job.type, job.columns);
         const int r = int(i % GROUP_ROWS);
-        PanelBlock* const blocks = reinterpret_cast<PanelBlock*>(panel);
         switch (job.type) {
-            case Weight::q8_0: quantize_row<Weight::q8_0>(row, blocks, fine_blocks(panel, job.columns, r), r); break;
-            case Weight::q4_0: quantize_row<Weight::q4_0>(row, blocks, fine_blocks(panel, job.columns, r), r); break;
-            case Weight::q4_1: quantize_row<Weight::q4_1>(row, blocks, fine_blocks(panel, job.columns, r), r); break;
+            case Weight::q8_0: quantize_row<Weight::q8_0>(row, reinterpret_cast<PanelBlock*>(panel), r); break;
+            case Weight::q4_0: quantize_row<Weight::q4_0>(row, reinterpret_cast<PanelBlock*>(panel), r); break;
+            case Weight::q4_1: quantize_row<Weight::q4_1>(row, reinterpret_cast<PanelBlock*>(panel), r); break;
             default: copy_row(row, reinterpret_cast<float*>(panel), r);
         }
     }
@@ -160,8 +155,30 @@ DC_INLINE void sum_block(const uint8_t* quants, const int8_t* x, Sum* sum) {
 }
 
 template <Weight TYPE>
-DC_INLINE Lanes end_sum(const Sum& sum, int32_t start) {
+DC_INLINE Whole end_sum(const Sum& sum, int32_t start) {
     return TYPE == Weight::q8_0 ? end_bytes(sum, start) : end_nibbles(sum, TYPE == Weight::q4_1 ? 0 : start);
+}
+
+template <int R>
+DC_INLINE bool any_fine(const uint8_t* has_fine) {
+    uint64_t flags = 0;
+    std::memcpy(&flags, has_fine, R);
+    return flags != 0;
+}
+
+// A block's sums of R rows, after the fine plane's if one of these rows has it, onto the rows' totals. To a row without, it makes
+// no difference whether another has one: d * dx * sum is (d / 256) * dx * (256 * sum), to the bit.
+template <Weight TYPE, int R>
+DC_INLINE void add_block(const uint8_t* quants, const PanelBlock& x, int row, Lanes d, const float* scale, Whole* whole, Lanes* total) {
+    if (any_fine<R>(x.has_fine + row)) {
+        const int32_t* start = x.fine_start + row;
+        Sum sum[R];
+        for (int r = 0; r < R; r++) sum[r] = TYPE == Weight::q4_1 ? begin_sum() : begin_sum(start[r]);
+        sum_block<TYPE, R>(quants, x.fine[row], sum);
+        for (int r = 0; r < R; r++) whole[r] = add_fine(whole[r], end_sum<TYPE>(sum[r], start[r]));
+        d = d * all(1.0f / 256);
+    }
+    for (int r = 0; r < R; r++) total[r] = fma(d * all(scale[r]), to_floats(whole[r]), total[r]);
 }
 
 // Rows row .. row + R - 1 of the panel -> y [R][16]; `ahead`: prefetch what lies that many bytes further on, unless 0.
@@ -179,30 +196,18 @@ __attribute__((noinline)) void q_rows(const uint8_t* tile, int64_t blocks, int64
         for (int r = 0; r < R; r++) sum[r] = TYPE == Weight::q4_1 ? begin_sum() : begin_sum(offset[r].start);
         sum_block<TYPE, R>(w.quants, x, sum);
         const Lanes d = load(reinterpret_cast<const Half*>(w.scales));
-        for (int r = 0; r < R; r++) {
-            const Lanes whole = end_sum<TYPE>(sum[r], offset[r].start);
-            total[r] = fma(d * all(scale[r]), whole, total[r]);
-        }
+        Whole whole[R];
+        for (int r = 0; r < R; r++) whole[r] = end_sum<TYPE>(sum[r], offset[r].start);
+        constexpr int FIRST = R < FINE_ROWS ? R : FINE_ROWS;
+        add_block<TYPE, FIRST>(w.quants, panel[b], row, d, scale, whole, total);
+        if constexpr (R > FIRST)
+            add_block<TYPE, R - FIRST>(w.quants, panel[b], row + FIRST, d, scale + FIRST, whole + FIRST, total + FIRST);
         if (TYPE != Weight::q4_1) continue;
         const Lanes m = load(reinterpret_cast<const Half*>(w.scales) + 16);
         for (int r = 0; r < R; r++) total[r] = fma(m, all(offset[r].product), total[r]);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) store(y + 16 * r, total[r]);
-}
-
-// The fine blocks of one row, added to y [16]; the tile is in the L1 cache.
-template <Weight TYPE>
-__attribute__((noinline)) void fine_row(const uint8_t* tile, const FineBlock* fine, float* y) {
-    Lanes total = load(y);
-    for (; fine->block >= 0; fine++) {
-        const BlockOfTile w = block_of<TYPE>(tile, fine->block);
-        Sum sum[1] = {TYPE == Weight::q4_1 ? begin_sum() : begin_sum(fine->start)};
-        sum_block<TYPE, 1>(w.quants, fine->x, sum);
-        const Lanes d = load(reinterpret_cast<const Half*>(w.scales));
-        total = fma(d * all(fine->scale), end_sum<TYPE>(sum[0], fine->start), total);
-    }
-    store(y, total);
 }
 
 // ---- T float tiles, tile_bytes apart, times R rows of a panel
@@ -246,7 +251,6 @@ __attribute__((noinline)) void float_rows(const uint8_t* tile, int64_t columns, 
 // ---- the kernels of a type, by rows of x
 
 using QKernel = void (*)(const uint8_t*, int64_t, int64_t, const PanelBlock*, int, float*);
-using FineKernel = void (*)(const uint8_t*, const FineBlock*, float*);
 using FloatKernel = void (*)(const uint8_t*, int64_t, int64_t, const float*, int, float*);
 
 template <Weight TYPE, int R = Q_ROWS>
@@ -268,12 +272,6 @@ QKernel q_kernel(Weight type, int rows) {
     return type == Weight::q8_0   ? pick_q<Weight::q8_0>(rows)
            : type == Weight::q4_0 ? pick_q<Weight::q4_0>(rows)
                                   : pick_q<Weight::q4_1>(rows);
-}
-
-FineKernel fine_kernel(Weight type) {
-    return type == Weight::q8_0   ? &fine_row<Weight::q8_0>
-           : type == Weight::q4_0 ? &fine_row<Weight::q4_0>
-                                  : &fine_row<Weight::q4_1>;
 }
 
 FloatKernel float_kernel(Weight type, int tiles, int rows) {
@@ -313,10 +311,6 @@ void multiply_blocks(const Meeting& m, Sums& out) {
             kernel(m.tile + t * m.tile_bytes, m.w.columns / BLOCK, row ? 0 : m.ahead, reinterpret_cast<const PanelBlock*>(m.panel), row,
                    out.y[t][row]);
     }
-    const FineKernel kernel = fine_kernel(m.w.type);
-    for (int r = 0; r < m.rows; r++)
-        if (const FineBlock* fine = fine_blocks(m.panel, m.w.columns, r); fine->block >= 0)
-            for (int t = 0; t < m.tiles; t++) kernel(m.tile + t * m.tile_bytes, fine, out.y[t][r]);
 }
 
 DC_INLINE Lanes biased(const Product& job, int64_t tile, const float* y) {
