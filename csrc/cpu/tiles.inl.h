@@ -5,7 +5,7 @@
 //          then it stays in the L1 cache while as many groups as a quarter of the L2 cache holds pass by it
 // cost     decoding: a tile's bytes, read once for up to 8 rows; bound by memory up to 4 rows. Prefill: bound by the multipliers,
 //          11 of their instructions for each row and 16 x 32 block of q4_1, and 8 more where one of 4 rows has a fine plane: every
-//          third block, a fifth of the time. (Fine blocks as lists of each row, after the others: twice that time.)
+//          third block, a quarter of the time. (Fine blocks as lists of each row, after the others: a third.)
 //          bench/RESULTS.md has the figures
 // numerics cpu/tiles.h; integer sums exact, one fused multiply-add a block and row (q4_1: two), so equal bits everywhere
 #include "cpu/dots.h"
@@ -25,7 +25,7 @@ constexpr int Q_ROWS = 4, FLOAT_ROWS = 3;
 constexpr int Q_ROWS = 4, FLOAT_ROWS = 4;
 #endif
 
-constexpr int FINE_ROWS = 4;                        // rows that take a block's fine plane together: of 8, twice as often one has it
+constexpr int FINE_ROWS = 4;                        // rows that take a fine plane together: of 8 more often one has it; 2 gain nothing
 constexpr int PAIR = 2;                             // tiles at once: gate and up, or floats, of which one tile would wait for its sums
 constexpr int64_t GROUPS_BYTES = 256 << 10;         // of panels that pass by one tile: a quarter of the L2 cache
 constexpr int64_t AHEAD = 8 << 10;                  // bytes from what is read to what is prefetched; 4 KB cost 10 %, 16 KB nothing
@@ -169,7 +169,11 @@ DC_INLINE bool any_fine(const uint8_t* has_fine) {
 // A block's sums of R rows, after the fine plane's if one of these rows has it, onto the rows' totals. To a row without, it makes
 // no difference whether another has one: d * dx * sum is (d / 256) * dx * (256 * sum), to the bit.
 template <Weight TYPE, int R>
-DC_INLINE void add_block(const uint8_t* quants, const PanelBlock& x, int row, Lanes d, const float* scale, Whole* whole, Lanes* total) {
+DC_INLINE void add_block(const uint8_t* quants, const PanelBlock& x, int row, Lanes d, Whole* whole, Lanes* total) {
+    if constexpr (R > FINE_ROWS) {
+        add_block<TYPE, FINE_ROWS>(quants, x, row, d, whole, total);
+        return add_block<TYPE, R - FINE_ROWS>(quants, x, row + FINE_ROWS, d, whole + FINE_ROWS, total + FINE_ROWS);
+    }
     if (any_fine<R>(x.has_fine + row)) {
         const int32_t* start = x.fine_start + row;
         Sum sum[R];
@@ -178,7 +182,7 @@ DC_INLINE void add_block(const uint8_t* quants, const PanelBlock& x, int row, La
         for (int r = 0; r < R; r++) whole[r] = add_fine(whole[r], end_sum<TYPE>(sum[r], start[r]));
         d = d * all(1.0f / 256);
     }
-    for (int r = 0; r < R; r++) total[r] = fma(d * all(scale[r]), to_floats(whole[r]), total[r]);
+    for (int r = 0; r < R; r++) total[r] = fma(d * all(x.scale[row + r]), to_floats(whole[r]), total[r]);
 }
 
 // Rows row .. row + R - 1 of the panel -> y [R][16]; `ahead`: prefetch what lies that many bytes further on, unless 0.
@@ -189,7 +193,6 @@ __attribute__((noinline)) void q_rows(const uint8_t* tile, int64_t blocks, int64
     for (int64_t b = 0; b < blocks; b++) {
         const BlockOfTile w = block_of<TYPE>(tile, b);
         const int8_t* x = panel[b].x[row];
-        const float* scale = panel[b].scale + row;
         const auto* offset = panel[b].offset + row;
         if (ahead) prefetch_block<TYPE>(w, ahead);
         Sum sum[R];
@@ -198,10 +201,7 @@ __attribute__((noinline)) void q_rows(const uint8_t* tile, int64_t blocks, int64
         const Lanes d = load(reinterpret_cast<const Half*>(w.scales));
         Whole whole[R];
         for (int r = 0; r < R; r++) whole[r] = end_sum<TYPE>(sum[r], offset[r].start);
-        constexpr int FIRST = R < FINE_ROWS ? R : FINE_ROWS;
-        add_block<TYPE, FIRST>(w.quants, panel[b], row, d, scale, whole, total);
-        if constexpr (R > FIRST)
-            add_block<TYPE, R - FIRST>(w.quants, panel[b], row + FIRST, d, scale + FIRST, whole + FIRST, total + FIRST);
+        add_block<TYPE, R>(w.quants, panel[b], row, d, whole, total);
         if (TYPE != Weight::q4_1) continue;
         const Lanes m = load(reinterpret_cast<const Half*>(w.scales) + 16);
         for (int r = 0; r < R; r++) total[r] = fma(m, all(offset[r].product), total[r]);
