@@ -5,7 +5,8 @@
 //          then it stays in the L1 cache while as many groups as a quarter of the L2 cache holds pass by it
 // cost     decoding: a tile's bytes, read once for up to 8 rows; bound by memory up to 4 rows. Prefill: bound by the multipliers,
 //          11 of their instructions for each row and 16 x 32 block of q4_1, and 8 more where one of 4 rows has a fine plane: every
-//          third block, a quarter of the time. (Fine blocks as lists of each row, after the others: a third.)
+//          third block, a quarter of the time. (As lists of each row, after the others, it is more for Q8_0
+//          and less with AVX2.)
 //          bench/RESULTS.md has the figures
 // numerics cpu/tiles.h; integer sums exact, one fused multiply-add a block and row (q4_1: two), so equal bits everywhere
 #include "cpu/dots.h"
