@@ -227,8 +227,7 @@ public:
             Coming coming;
             work(0, coming);
             if (spin(0, coming)) continue;
-            wanted.stalled = true;              // a helper has been stopped inside a chunk: from here on it gets none
-            if (!forced) width.store(1);
+            wanted.stalled = true;              // a helper has been stopped inside a chunk
             sleep(0);
         }
     }

@@ -48,7 +48,7 @@ struct Run {
     int width;                          // at most so many threads
     int spin_us;                        // how long a thread waits for the others before it sleeps
     uint64_t* stamps;                   // [count + 1] ticks() at each phase's begin and at the end, or null
-    bool stalled = false;               // out: the caller waited longer than spin_us within a phase, and went on alone
+    bool stalled = false;               // out: the caller waited longer than spin_us within a phase
 };
 
 void run_phases(Run& run);              // waits for the pool if it is busy

@@ -196,7 +196,7 @@ void Step::resolve_ids(const std::vector<int32_t>& before) {
 }
 
 void Step::run(int width) {
-    outcome = {phases.data(), int64_t(phases.size()), width, by_rows() ? 5 * SPIN_US : SPIN_US, stamps.data(), false};
+    outcome = {phases.data(), int64_t(phases.size()), width, by_rows() ? 20 * SPIN_US : SPIN_US, stamps.data(), false};
     run_phases(outcome);
 }
 
