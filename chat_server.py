@@ -14,19 +14,23 @@ Processes
           | one socket pair per replica: one message per engine step, all its requests' pieces together
     worker process (one per replica)                  Engine: schedule, run, postprocess; detokenize
 
+On a CPU with decode_core the worker records Transformer.compute once, and ProgramSteps replays it on compiled threads (on
+CUDA GraphSteps replays graphs); the next step is started before the last one's text is made.
+
 The front never imports torch; a worker never touches a socket of the network. A worker that dies is started again and
 its answers go on elsewhere from the tokens they have: the client sees a pause, not an error.
 
 Life of a request
 
     handle_chat > parse_chat_request > LocalPool.answer > Tokenizer.render > LocalPool.dispatch         front process
-        > Engine.add > Scheduler.schedule > make_batch > Transformer.forward > sample_reference
+        > Engine.add > Scheduler.schedule > make_batch > EagerSteps.start > Transformer.forward > sample_reference
         > Scheduler.advance > Answer.push > StreamDecoder.push > Update                                 worker process
         > Worker.deliver > Job.take > NativeEncoder.encode | OpenAIEncoder.encode > EventStream.send    front process
 
 Exactness: the next token is a function of the logits, the request's parameters, its seed and the token's position
-(counter-based noise), never of what else is in the batch. Logits on this torch path may differ in their last bits with
-the batch; `/stats` says so as `row_invariant: false`.
+(counter-based noise), never of what else is in the batch. With decode_core on a CPU each row's logits are the same to the
+bit alone or batched, cached or cold, drafted or not, so the same request gives the same tokens; elsewhere they may differ in
+their last bits with the batch. `/stats` says which as `row_invariant`.
 
 Sections: grep '^# [0-9]*\\. ' chat_server.py
 """
@@ -1378,7 +1382,8 @@ def kernels_line() -> str:
 
 def core_runs(spec, device) -> bool:
     """Does decode_core compute this model's steps: is it there, and do its CPU kernels fit the model's shape?"""
-    fits = spec.head_size % 16 == 0 and spec.head_size <= 256 and spec.heads // spec.kv_heads <= 16 and spec.ffn_size % 16 == 0
+    aligned = spec.width % 16 == spec.head_size % 16 == spec.ffn_size % 16 == 0
+    fits = aligned and spec.head_size <= 256 and spec.heads // spec.kv_heads <= 16
     return fits and torch.device(device).type == "cpu" and decode_core() is not None
 
 

@@ -53,11 +53,9 @@ def our_logits(engine, ids, rows):
     pages = list(range(-(-len(ids) // chat_server.PAGE_SIZE)))
     found = []
     for start in range(0, len(ids), rows):
-        span = range(start, min(start + rows, len(ids)))
-        tokens, positions = torch.tensor([ids[i] for i in span]), torch.tensor(span)
-        previous = torch.tensor([ids[i - 1] if i else -1 for i in span])
-        batch = chat_server.Batch(tokens, previous, positions, positions.clone(), starts=[0, len(span)], lengths=[span.stop],
-                                  tables=[pages], logit_rows=torch.arange(len(span)))
+        end = min(start + rows, len(ids))
+        batch = chat_server.Batch(ids[start:end], [ids[i - 1] if i else -1 for i in range(start, end)], starts=[0, end - start],
+                                  lengths=[end], tables=[pages], logit_rows=list(range(end - start)))
         found.append(engine.transformer.forward(batch).float().clone())
     return torch.cat(found)
 

@@ -16,6 +16,7 @@ namespace DC_ISA {
 struct Words { __m512i v; };
 using Bytes = Words;                    // weights + 128
 using Sum = Words;
+using Whole = Words;
 
 DC_INLINE Words load_words(const uint8_t* p) {
     __m512i words = _mm512_loadu_si512(p);
@@ -32,14 +33,17 @@ DC_INLINE void dot_bytes(Sum& sum, Bytes w, const int8_t* x) {      // GCC 12 wo
     asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum.v) : "v"(w.v), "m"(*reinterpret_cast<const Four*>(x)));
 }
 DC_INLINE void dot_nibbles(Sum& sum, Words w, const int8_t* x) { dot_bytes(sum, w, x); }
-DC_INLINE Lanes end_bytes(Sum sum, int32_t) { return {_mm512_cvtepi32_ps(sum.v)}; }
-DC_INLINE Lanes end_nibbles(Sum sum, int32_t) { return {_mm512_cvtepi32_ps(sum.v)}; }
+DC_INLINE Whole end_bytes(Sum sum, int32_t) { return sum; }
+DC_INLINE Whole end_nibbles(Sum sum, int32_t) { return sum; }
+DC_INLINE Whole add_fine(Whole sum, Whole fine) { return {_mm512_add_epi32(_mm512_slli_epi32(sum.v, 8), fine.v)}; }
+DC_INLINE Lanes to_floats(Whole sum) { return {_mm512_cvtepi32_ps(sum.v)}; }
 
 #elif defined(__AVX2__)
 
 struct Words { __m256i lo, hi; };
 struct Bytes { Words size, sign; };
 using Sum = Words;
+using Whole = Words;
 
 DC_INLINE Words load_words(const uint8_t* p) {
     return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
@@ -71,17 +75,22 @@ DC_INLINE void dot_bytes(Sum& sum, const Bytes& w, const int8_t* x) {
     sum.lo = _mm256_add_epi32(sum.lo, widen_pairs(_mm256_maddubs_epi16(w.size.lo, _mm256_sign_epi8(shared, w.sign.lo))));
     sum.hi = _mm256_add_epi32(sum.hi, widen_pairs(_mm256_maddubs_epi16(w.size.hi, _mm256_sign_epi8(shared, w.sign.hi))));
 }
-DC_INLINE Lanes end_bytes(Sum sum, int32_t) { return {_mm256_cvtepi32_ps(sum.lo), _mm256_cvtepi32_ps(sum.hi)}; }
-DC_INLINE Lanes end_nibbles(Sum sum, int32_t start) {
+DC_INLINE Whole end_bytes(Sum sum, int32_t) { return sum; }
+DC_INLINE Whole end_nibbles(Sum sum, int32_t start) {
     const __m256i first = _mm256_set1_epi32(start);
-    return end_bytes({_mm256_add_epi32(widen_pairs(sum.lo), first), _mm256_add_epi32(widen_pairs(sum.hi), first)}, 0);
+    return {_mm256_add_epi32(widen_pairs(sum.lo), first), _mm256_add_epi32(widen_pairs(sum.hi), first)};
 }
+DC_INLINE Whole add_fine(Whole sum, Whole fine) {
+    return {_mm256_add_epi32(_mm256_slli_epi32(sum.lo, 8), fine.lo), _mm256_add_epi32(_mm256_slli_epi32(sum.hi, 8), fine.hi)};
+}
+DC_INLINE Lanes to_floats(Whole sum) { return {_mm256_cvtepi32_ps(sum.lo), _mm256_cvtepi32_ps(sum.hi)}; }
 
 #else
 
 struct Words { uint8_t of[16][4]; };
 using Bytes = Words;
 struct Sum { int32_t of[16]; };
+using Whole = Sum;
 
 DC_INLINE Words load_words(const uint8_t* p) {
     Words w;
@@ -107,12 +116,17 @@ DC_INLINE void dot_bytes(Sum& sum, const Bytes& w, const int8_t* x) {
         sum.of[i] += w.of[i][0] * x[0] + w.of[i][1] * x[1] + w.of[i][2] * x[2] + w.of[i][3] * x[3];
 }
 DC_INLINE void dot_nibbles(Sum& sum, const Words& w, const int8_t* x) { dot_bytes(sum, w, x); }
-DC_INLINE Lanes end_bytes(const Sum& sum, int32_t) {
+DC_INLINE Whole end_bytes(const Sum& sum, int32_t) { return sum; }
+DC_INLINE Whole end_nibbles(const Sum& sum, int32_t) { return sum; }
+DC_INLINE Whole add_fine(Whole sum, const Whole& fine) {
+    for (int i = 0; i < 16; i++) sum.of[i] = sum.of[i] * 256 + fine.of[i];
+    return sum;
+}
+DC_INLINE Lanes to_floats(const Whole& sum) {
     Lanes y;
     for (int i = 0; i < 16; i++) y.v[i] = float(sum.of[i]);
     return y;
 }
-DC_INLINE Lanes end_nibbles(const Sum& sum, int32_t) { return end_bytes(sum, 0); }
 
 #endif
 
@@ -157,14 +171,29 @@ DC_INLINE int32_t store_low_bytes(Lanes a, Lanes b, int8_t* to) {
 
 #endif
 
-// to = nearest, ties to even, of x / scale with scale = amax / 127.
+constexpr float MAGIC = 12582912.0f;                // 1.5 * 2^23: adding it rounds, and leaves the integer in the low bits
+
+// to = nearest, ties to even, of x / scale with scale = amax / 127; the scale of what is too large is not a number.
 DC_INLINE Quantized quantize_block(Lanes a, Lanes b, int8_t* to) {
     const float amax = largest_magnitude(a, b);
-    const bool zero = amax < 1e-30f;
-    const Lanes inverse = all(zero ? 0.0f : 127.0f / amax), least = all(-127.0f);
-    const Lanes magic = all(12582912.0f);           // 1.5 * 2^23: adding it rounds, and leaves the integer in the low bits
+    const bool zero = amax < 1e-24f;
+    const Lanes inverse = all(zero ? 0.0f : 127.0f / amax), least = all(-127.0f), magic = all(MAGIC);
     const int32_t sum = store_low_bytes(maximum(a * inverse, least) + magic, maximum(b * inverse, least) + magic, to);
-    return {zero ? 0.0f : amax / 127.0f, sum};
+    return {zero ? 0.0f : amax <= 1e35f ? amax / 127.0f : __builtin_nanf(""), sum};
+}
+
+// What that rounding took from 16 values, in steps of scale / 256, + MAGIC. Half a step is 128 of them and counts as 127, which
+// AVX2's signs need and its sums of pairs (30,480) as well.
+DC_INLINE Lanes rest_of(Lanes x, Lanes inverse) {
+    const Lanes least = all(-127.0f), magic = all(MAGIC), zero = all(0.0f), y = maximum(x * inverse, least);
+    const Lanes rest = (y - ((y + magic) - magic)) * all(256.0f);
+    return (zero - maximum(zero - maximum(rest, least), least)) + magic;
+}
+
+// to = that, of a block whose scale is a number and not 0; returns the sum.
+DC_INLINE int32_t quantize_rest(Lanes a, Lanes b, int8_t* to) {
+    const Lanes inverse = all(127.0f / largest_magnitude(a, b));
+    return store_low_bytes(rest_of(a, inverse), rest_of(b, inverse), to);
 }
 
 }  // namespace DC_ISA

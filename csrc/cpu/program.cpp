@@ -22,7 +22,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 constexpr size_t STEPS_AT_ONCE = 2, STEPS_REMEMBERED = 16;
-constexpr int PROBE_STEPS = 6, PROMPT_PROBE_STEPS = 1;          // a prompt's step takes as long as 30 of decoding
+constexpr int PROBE_STEPS = 6;
 
 double us_since(Clock::time_point begin) { return std::chrono::duration<double, std::micro>(Clock::now() - begin).count(); }
 
@@ -35,7 +35,8 @@ class Leader {
     std::atomic<bool> something{false};                 // waiting is not empty, or stop
     bool stop = false;
     std::vector<int32_t> drawn;                         // by the step that ended last
-    Width decoding{PROBE_STEPS}, prompts{PROMPT_PROBE_STEPS};
+    Width decoding{PROBE_STEPS};                        // a prompt's step always gets all threads: its chunks are long, so they
+                                                        // are shared out even where another program has a CPU
     std::thread thread;
 
     std::shared_ptr<Step> next() {                      // null: stop
@@ -51,16 +52,14 @@ class Leader {
     }
 
     void run(Step& step) {
-        Width& policy = step.by_rows() ? prompts : decoding;
-        const int threads = get_threads(), width = policy.choose(threads);
+        const int threads = get_threads(), width = step.by_rows() ? threads : decoding.choose(threads);
         step.resolve_ids(drawn);
         const auto begin = Clock::now();
         step.run(width);
         const double us = us_since(begin);
         step.us = us;
-        if (threads == 1 || forced_width()) return;     // nothing to choose
-        if (step.by_rows()) policy.learn(0, us / double(step.tokens), step.outcome.stalled);
-        else policy.learn(step.tokens * (MAX_CHUNKS + 1) + step.logit_rows, us, step.outcome.stalled);
+        if (threads == 1 || forced_width() || step.by_rows()) return;       // nothing to choose
+        decoding.learn(step.tokens * (MAX_CHUNKS + 1) + step.logit_rows, us, step.outcome.stalled);
     }
 
     void lead() {

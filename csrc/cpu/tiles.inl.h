@@ -4,7 +4,10 @@
 //          registers, so a tile is unpacked once for 8 rows. The first group to meet a tile streams it from memory, prefetching;
 //          then it stays in the L1 cache while as many groups as a quarter of the L2 cache holds pass by it
 // cost     decoding: a tile's bytes, read once for up to 8 rows; bound by memory up to 4 rows. Prefill: bound by the multipliers,
-//          11 of their instructions for each row and 16 x 32 block of q4_1. bench/RESULTS.md has the figures
+//          11 of their instructions for each row and 16 x 32 block of q4_1, and 8 more where one of 4 rows has a fine plane: every
+//          third block, a quarter of the time. (As lists of each row, after the others, it is more for Q8_0
+//          and less with AVX2.)
+//          bench/RESULTS.md has the figures
 // numerics cpu/tiles.h; integer sums exact, one fused multiply-add a block and row (q4_1: two), so equal bits everywhere
 #include "cpu/dots.h"
 #include "cpu/lanes.h"
@@ -23,6 +26,7 @@ constexpr int Q_ROWS = 4, FLOAT_ROWS = 3;
 constexpr int Q_ROWS = 4, FLOAT_ROWS = 4;
 #endif
 
+constexpr int FINE_ROWS = 4;                        // rows that take a fine plane together: of 8 more often one has it; 2 gain nothing
 constexpr int PAIR = 2;                             // tiles at once: gate and up, or floats, of which one tile would wait for its sums
 constexpr int64_t GROUPS_BYTES = 256 << 10;         // of panels that pass by one tile: a quarter of the L2 cache
 constexpr int64_t AHEAD = 8 << 10;                  // bytes from what is read to what is prefetched; 4 KB cost 10 %, 16 KB nothing
@@ -71,11 +75,28 @@ DC_INLINE Lanes rms_scale(const float* x, int64_t columns, float epsilon) {     
 
 template <Weight TYPE>
 DC_INLINE void quantize_row(const Row& row, PanelBlock* panel, int r) {
-    for (int64_t b = 0; b < row.job.columns / BLOCK; b++) {
+    constexpr int32_t OFFSET = TYPE == Weight::q8_0 ? -128 : -8;
+    const int64_t blocks = row.job.columns / BLOCK;
+    float scales = 0;
+    for (int64_t b = 0; b < blocks; b++) {
         const Quantized q = quantize_block(value_at(row, b * BLOCK), value_at(row, b * BLOCK + 16), panel[b].x[r]);
-        panel[b].scale[r] = q.scale;
-        if (TYPE == Weight::q4_1) panel[b].offset[r].product = q.scale * float(q.sum);
-        else panel[b].offset[r].start = (TYPE == Weight::q8_0 ? -128 : -8) * q.sum;
+        PanelBlock& to = panel[b];
+        to.scale[r] = q.scale;
+        to.has_fine[r] = 0;
+        to.fine_start[r] = 0;
+        std::memset(to.fine[r], 0, BLOCK);
+        if (TYPE == Weight::q4_1) to.offset[r].product = q.scale * float(q.sum);
+        else to.offset[r].start = OFFSET * q.sum;
+        scales += q.scale;
+    }
+    const float limit = FINE_ABOVE * (scales / float(blocks));
+    for (int64_t b = 0; b < blocks; b++) {
+        PanelBlock& to = panel[b];
+        if (!(to.scale[r] > limit)) continue;
+        const int32_t sum = quantize_rest(value_at(row, b * BLOCK), value_at(row, b * BLOCK + 16), to.fine[r]);
+        to.has_fine[r] = 1;
+        if (TYPE == Weight::q4_1) to.offset[r].product += to.scale[r] / 256 * float(sum);
+        else to.fine_start[r] = OFFSET * sum;
     }
 }
 
@@ -134,6 +155,37 @@ DC_INLINE void sum_block(const uint8_t* quants, const int8_t* x, Sum* sum) {
     }
 }
 
+template <Weight TYPE>
+DC_INLINE Whole end_sum(const Sum& sum, int32_t start) {
+    return TYPE == Weight::q8_0 ? end_bytes(sum, start) : end_nibbles(sum, TYPE == Weight::q4_1 ? 0 : start);
+}
+
+template <int R>
+DC_INLINE bool any_fine(const uint8_t* has_fine) {
+    uint64_t flags = 0;
+    std::memcpy(&flags, has_fine, R);
+    return flags != 0;
+}
+
+// A block's sums of R rows, after the fine plane's if one of these rows has it, onto the rows' totals. To a row without, it makes
+// no difference whether another has one: d * dx * sum is (d / 256) * dx * (256 * sum), to the bit.
+template <Weight TYPE, int R>
+DC_INLINE void add_block(const uint8_t* quants, const PanelBlock& x, int row, Lanes d, Whole* whole, Lanes* total) {
+    if constexpr (R > FINE_ROWS) {
+        add_block<TYPE, FINE_ROWS>(quants, x, row, d, whole, total);
+        return add_block<TYPE, R - FINE_ROWS>(quants, x, row + FINE_ROWS, d, whole + FINE_ROWS, total + FINE_ROWS);
+    }
+    if (any_fine<R>(x.has_fine + row)) {
+        const int32_t* start = x.fine_start + row;
+        Sum sum[R];
+        for (int r = 0; r < R; r++) sum[r] = TYPE == Weight::q4_1 ? begin_sum() : begin_sum(start[r]);
+        sum_block<TYPE, R>(quants, x.fine[row], sum);
+        for (int r = 0; r < R; r++) whole[r] = add_fine(whole[r], end_sum<TYPE>(sum[r], start[r]));
+        d = d * all(1.0f / 256);
+    }
+    for (int r = 0; r < R; r++) total[r] = fma(d * all(x.scale[row + r]), to_floats(whole[r]), total[r]);
+}
+
 // Rows row .. row + R - 1 of the panel -> y [R][16]; `ahead`: prefetch what lies that many bytes further on, unless 0.
 template <Weight TYPE, int R>
 __attribute__((noinline)) void q_rows(const uint8_t* tile, int64_t blocks, int64_t ahead, const PanelBlock* panel, int row,
@@ -142,19 +194,15 @@ __attribute__((noinline)) void q_rows(const uint8_t* tile, int64_t blocks, int64
     for (int64_t b = 0; b < blocks; b++) {
         const BlockOfTile w = block_of<TYPE>(tile, b);
         const int8_t* x = panel[b].x[row];
-        const float* scale = panel[b].scale + row;
         const auto* offset = panel[b].offset + row;
         if (ahead) prefetch_block<TYPE>(w, ahead);
         Sum sum[R];
         for (int r = 0; r < R; r++) sum[r] = TYPE == Weight::q4_1 ? begin_sum() : begin_sum(offset[r].start);
         sum_block<TYPE, R>(w.quants, x, sum);
         const Lanes d = load(reinterpret_cast<const Half*>(w.scales));
-        for (int r = 0; r < R; r++) {
-            const Lanes whole = TYPE == Weight::q8_0   ? end_bytes(sum[r], offset[r].start)
-                                : TYPE == Weight::q4_0 ? end_nibbles(sum[r], offset[r].start)
-                                                       : end_nibbles(sum[r], 0);
-            total[r] = fma(d * all(scale[r]), whole, total[r]);
-        }
+        Whole whole[R];
+        for (int r = 0; r < R; r++) whole[r] = end_sum<TYPE>(sum[r], offset[r].start);
+        add_block<TYPE, R>(w.quants, panel[b], row, d, whole, total);
         if (TYPE != Weight::q4_1) continue;
         const Lanes m = load(reinterpret_cast<const Half*>(w.scales) + 16);
         for (int r = 0; r < R; r++) total[r] = fma(m, all(offset[r].product), total[r]);

@@ -1,4 +1,4 @@
-// How many threads a step gets: all, or one. One policy object sees the steps of one sort (decoding, or long prompts).
+// How many threads a decoding step gets: all, or one.
 //
 // Why: the weights stream through one thread at 80 % of the speed of two on two cores of one cache, at all of it on two
 // hardware threads of one core, at half of it on two chips; and a second thread whose CPU another program takes costs more
@@ -24,7 +24,7 @@ public:
 
     int choose(int threads) const { return wide != probing ? threads : 1; }
 
-    // The step took `cost` (us, or us per token) with the width chosen; `shape` tells which steps compare.
+    // The step took `cost` (us) with the width chosen; `shape` tells which steps compare.
     void learn(int64_t shape, double cost, bool stalled) {
         if (shape != last_shape) {                  // nothing to compare with yet
             last_shape = shape;

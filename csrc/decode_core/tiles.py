@@ -5,7 +5,8 @@
     qkv.fill(q, "q4_1"); qkv.fill(k, "q4_1", first_tile=36)     # GGUF's blocks as uint8 rows, or floats that are quantized
     multiply(x, qkv, norm=(weight, 1e-5), out=out)              # out = norm(x) W^T
 
-x is made int8 per 32 columns for q types and stays float32 for float types. A row's bits depend on that row alone.
+x is made int8 per 32 columns for q types, 16 bits where a block stands out of its row, and stays float32 for float types.
+A row's bits depend on that row alone.
 A wrong argument is a ValueError that names it.
 """
 
