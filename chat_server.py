@@ -132,7 +132,7 @@ class Limits:
     grammar_characters: int = 1 << 16       # of a JSON schema: compiling this much takes up to 0.3 s
     body_bytes: int = 16 << 20
     outbox_bytes: int = 1 << 20     # unsent bytes after which a reader counts as gone
-    recorded_bytes: int = 32 << 20  # of resumable streams, together
+    recorded_bytes: int = 16 << 20  # of resumable streams, together
 
 
 LIMITS = Limits()
@@ -5682,11 +5682,11 @@ class Recording:
     """A resumable answer: its events as frames, numbered from 0, for whoever follows it."""
 
     PART_FRAMES = 500
-    FRAME_BYTES = 50            # what Python needs for a frame besides its text
+    OWN_BYTES, FRAME_BYTES = 2000, 50       # what Python needs for it, and for a frame, besides the text
     PACKED_BYTES = 1 << 18      # to compress more than this would hold up the event loop
 
     def __init__(self, owner: str):
-        self.owner, self.frames, self.packed, self.size = owner, [], b"", 0
+        self.owner, self.frames, self.packed, self.size = owner, [], b"", self.OWN_BYTES
         self.length = self.dropped = 0          # events so far; and of these, how many are forgotten, the first ones
         self.followers, self.ended, self.news = 0, False, asyncio.Event()
         self.task: asyncio.Task | None = None
@@ -5717,12 +5717,13 @@ class Recording:
         """What has ended and has no reader is compressed, to about a tenth."""
         if self.ended and self.frames and not self.followers and self.size <= self.PACKED_BYTES:
             self.packed, self.frames = zlib.compress(b"".join(self.frames), 1), []
-            self.size = len(self.packed)
+            self.size = self.OWN_BYTES + len(self.packed)
 
     def unpack(self) -> None:
         if self.packed:
             self.frames = [event + b"\n\n" for event in zlib.decompress(self.packed).split(b"\n\n")[:-1]]
-            self.packed, self.size = b"", sum(map(len, self.frames)) + len(self.frames) * self.FRAME_BYTES
+            self.packed = b""
+            self.size = self.OWN_BYTES + sum(map(len, self.frames)) + len(self.frames) * self.FRAME_BYTES
 
     async def follow(self, position: int) -> AsyncIterator[bytes]:
         """The frames from a position on, many at once where they are there."""
@@ -5758,6 +5759,7 @@ class Recordings:
     def start(self, request_id: str, owner: str, frames: AsyncIterator[bytes], work: contextlib.AsyncExitStack) -> Recording:
         """Record an answer in a task of its own, which closes `work` at its end."""
         recording = self.by_id[request_id] = Recording(owner)
+        self.size += recording.size
         recording.task = asyncio.create_task(self._record(request_id, recording, frames, work))
         return recording
 
@@ -5782,6 +5784,8 @@ class Recordings:
                 self._forget(*ended)
             else:
                 largest = max(self.by_id.values(), key=lambda each: each.size)
+                if not largest.frames:
+                    break
                 self.size -= largest.size
                 largest.forget_half()
                 self.size += largest.size

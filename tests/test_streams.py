@@ -237,7 +237,7 @@ async def test_the_id_of_a_kept_stream_is_not_given_to_another(client, front):
 
 
 async def test_what_is_kept_is_bounded_and_the_oldest_goes_first(client, front, monkeypatch):
-    monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(LIMITS, recorded_bytes=2000))
+    monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(LIMITS, recorded_bytes=20_000))
     pool, url = front
     names = []
     for _ in range(20):
@@ -247,7 +247,7 @@ async def test_what_is_kept_is_bounded_and_the_oldest_goes_first(client, front, 
             names.append(response.headers["X-Request-Id"])
     statuses = [(await client.get(f"{url}/v1/streams/{name}")).status for name in names]
     assert statuses == sorted(statuses, reverse=True) and {200, 404} == set(statuses)
-    pool.pieces = ["x" * 100] * 40          # one answer that is too long alone: its beginning goes
+    pool.pieces = ["x" * 1000] * 40          # one answer that is too long alone: its beginning goes
     pool.gate.admit(40)
     async with client.post(url + NATIVE, json=RESUMABLE) as response:
         events = await read_all(response)
@@ -260,7 +260,7 @@ async def test_what_is_kept_is_bounded_and_the_oldest_goes_first(client, front, 
 
 
 async def test_many_answers_at_once_share_what_may_be_kept(client, front, monkeypatch):
-    monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(LIMITS, recorded_bytes=2000))
+    monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(LIMITS, recorded_bytes=20_000))
     pool, url = front
     responses = [await client.post(url + NATIVE, json=RESUMABLE) for _ in range(30)]
     pool.gate.admit(30 * 5)
