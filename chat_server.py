@@ -5104,13 +5104,16 @@ async def read_bytes(http: web.Request) -> bytes:
     body = bytearray()
     if (http.content_length or 0) > LIMITS.body_bytes:
         raise web.HTTPRequestEntityTooLarge(LIMITS.body_bytes, http.content_length)
-    with contextlib.suppress(asyncio.TimeoutError):
+    try:
         while chunk := await asyncio.wait_for(http.content.readany(), BODY_S):
             body += chunk
             if len(body) > LIMITS.body_bytes:
                 raise web.HTTPRequestEntityTooLarge(LIMITS.body_bytes, len(body))
         return bytes(body)
-    raise RequestError(f"nothing of the body came for {BODY_S:g} s", status=408, code="body_timeout")
+    except asyncio.TimeoutError:
+        raise RequestError(f"nothing of the body came for {BODY_S:g} s", status=408, code="body_timeout") from None
+    except ConnectionError as error:
+        raise ClientGone("the client has left") from error
 
 
 async def read_body(http: web.Request) -> dict:
