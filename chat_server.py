@@ -4355,7 +4355,8 @@ class LocalPool:
     """
 
     HANG_S = 30.0               # see Worker.hung
-    ORPHAN_S = 60.0             # how long requests wait for a worker when none is alive, besides twice the time to load
+    ORPHAN_S = 300.0            # how long requests wait for a worker when none is ready, besides twice the time to load;
+    CRASHING_S = 60.0           # and if one of them is in a crash loop
     STABLE_S = 60.0             # a worker that lives so long is in no crash loop
     MAX_FAILOVERS = 3           # a request that was there at so many deaths, without a token in between, is given up
     INLINE_CHARACTERS = 4_000   # longer prompts are rendered and tokenized off the event loop
@@ -4465,7 +4466,8 @@ class LocalPool:
             for worker in self.workers:
                 worker.look_after()
             self._unload_when_idle()
-            patience_s = self.ORPHAN_S + 2 * self.load_s
+            crashing = any(worker.crashes_in_row > 1 for worker in self.workers)
+            patience_s = 2 * self.load_s + (self.CRASHING_S if crashing else self.ORPHAN_S)
             if self.asleep or any(worker.state == "ready" for worker in self.workers) or not self.pending:
                 self.orphaned_since_s = None
             elif self.orphaned_since_s is None:
@@ -5102,13 +5104,16 @@ async def read_bytes(http: web.Request) -> bytes:
     body = bytearray()
     if (http.content_length or 0) > LIMITS.body_bytes:
         raise web.HTTPRequestEntityTooLarge(LIMITS.body_bytes, http.content_length)
-    with contextlib.suppress(asyncio.TimeoutError):
+    try:
         while chunk := await asyncio.wait_for(http.content.readany(), BODY_S):
             body += chunk
             if len(body) > LIMITS.body_bytes:
                 raise web.HTTPRequestEntityTooLarge(LIMITS.body_bytes, len(body))
         return bytes(body)
-    raise RequestError(f"nothing of the body came for {BODY_S:g} s", status=408, code="body_timeout")
+    except asyncio.TimeoutError:
+        raise RequestError(f"nothing of the body came for {BODY_S:g} s", status=408, code="body_timeout") from None
+    except ConnectionError as error:
+        raise ClientGone("the client has left") from error
 
 
 async def read_body(http: web.Request) -> dict:
@@ -5664,6 +5669,12 @@ class EventStream:
         except ConnectionError as error:
             raise ClientGone("the client has left") from error
 
+    async def end(self) -> None:
+        try:
+            await self.response.write_eof()
+        except ConnectionError as error:
+            raise ClientGone("the client has left") from error
+
     async def _ping(self) -> None:
         with contextlib.suppress(ClientGone):
             while True:
@@ -6043,7 +6054,7 @@ class Front:
             async with EventStream(http, request.id) as stream:
                 async for data in frames:
                     await stream.send(data)
-                await stream.response.write_eof()
+                await stream.end()
         return stream.response
 
     async def frames(self, visit: Visit, events: AsyncIterator[Event], encoder: NativeEncoder | OpenAIEncoder) -> AsyncIterator[bytes]:
@@ -6063,7 +6074,7 @@ class Front:
             async with EventStream(http, request_id, patient=True) as stream, contextlib.aclosing(recording.follow(start)) as parts:
                 async for data in parts:
                     await stream.send(data)
-                await stream.response.write_eof()
+                await stream.end()
         return stream.response
 
     async def handle_stream(self, http: web.Request) -> web.StreamResponse:

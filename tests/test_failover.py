@@ -238,3 +238,16 @@ async def test_a_step_that_fails_fails_only_the_request_that_is_its_cause(start_
     assert [(await each)[:2] for each in running] == [undisturbed[:2]] * 3
     assert pool.workers[0].process.pid == pid
     await idle(pool)
+
+
+async def test_requests_that_no_worker_comes_back_for_get_an_honest_error(start_pool):
+    pool = await start_pool()
+    pool.CRASHING_S = pool.load_s = 0.0
+    stream = pool.answer(greedy("a", max_tokens=400))
+    await anext(stream), await anext(stream)
+    pool.worker_command = (sys.executable, "-c", "raise SystemExit(3)")
+    pool.workers[0].process.kill()
+    with pytest.raises(EngineFailure, match="no worker came back within"):
+        async for event in stream:
+            assert isinstance(event, Piece)
+    assert pool.workers[0].crashes_in_row > 1 and not pool.jobs and pool.health()[1]["status"] == "unavailable"

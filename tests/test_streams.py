@@ -277,3 +277,34 @@ async def test_a_follower_who_reads_slowly_gets_everything(client, front, monkey
     response = await client.post(url + NATIVE, json=RESUMABLE)
     await pool.until_open(0)                        # it is complete, and hardly any of it was read
     assert len(await read_all(response)) == 1001
+
+
+async def test_a_client_that_leaves_within_its_body_is_no_error_in_the_log(front, caplog, monkeypatch):
+    met = asyncio.Event()
+
+    async def lost(self):
+        if met.is_set():            # aiohttp reads on
+            return b""
+        met.set()
+        raise ConnectionResetError("Connection lost")
+
+    monkeypatch.setattr(aiohttp.StreamReader, "readany", lost)
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(front[1].rsplit(":", 1)[1]))
+    writer.write(b"POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+    await met.wait()
+    await reader.readline()
+    writer.close()
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_a_client_that_leaves_at_the_very_end_is_no_error_in_the_log(client, front, caplog, monkeypatch):
+    async def gone(self, data=b""):
+        raise aiohttp.ClientConnectionResetError("Cannot write to closing transport")
+
+    monkeypatch.setattr(chat_server.web.StreamResponse, "write_eof", gone)
+    pool, url = front
+    pool.gate.admit(10)
+    for body in (RESUMABLE, conversation()):
+        with pytest.raises(aiohttp.ClientError):
+            await (await client.post(url + NATIVE, json=body)).read()
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
