@@ -216,6 +216,7 @@ OPTIONS = (
            choices=("bfloat16", "float32")),
     Option("quantize", None, None, str, "float weight matrices become 8 or 4 bits when they are loaded (CPU, with decode_core)",
            choices=("q8_0", "q4_0", "q4_1")),
+    Option("no-drafts", None, False, None, "compute one token a step even where text repeats itself (answers are the same)"),
     Option("device-type", None, "auto", str, "where the model runs", choices=("auto", "cuda", "cpu", "mps")),
     Option("gpu-memory-utilization", None, 0.90, number(float, 0.05, 1.0), "share of device memory for weights and KV pages"),
     Option("kv-cache-memory", None, None, parse_bytes, "bytes for KV pages per replica (suffixes K, M, G)"),
@@ -3573,7 +3574,7 @@ class Engine:
     """
 
     def __init__(self, transformer: Transformer, tokenizer: Tokenizer, kernels: Kernels, *, num_pages: int,
-                 context_length: int, max_batch: int, prefill_chunk: int):
+                 context_length: int, max_batch: int, prefill_chunk: int, drafts: bool = True):
         self.transformer, self.tokenizer, self.kernels = transformer, tokenizer, kernels
         self.pool = PagePool(num_pages)
         self.scheduler = Scheduler(self.pool, max_batch=max_batch, prefill_chunk=prefill_chunk, free_rows=FREE_ROWS,
@@ -3583,7 +3584,7 @@ class Engine:
         self.steps = make_steps(transformer, max_batch, self.context_length)
         self.under_way: Started | None = None
         self.updates: list[Update] = []         # to be returned by `step`, also if the one that made them fails
-        self.drafts = kernels.row_invariant     # elsewhere a drafted row might differ from the same row alone
+        self.drafts = drafts and kernels.row_invariant      # elsewhere a drafted row might differ from the same row alone
         self.drafted_tokens = self.accepted_tokens = 0
 
     @property
@@ -3698,7 +3699,8 @@ class Engine:
                 owner.drafted_tokens += len(draft)
                 owner.accepted_tokens += right
         if sequence.drafter and not sequence.finished:
-            sequence.draft = sequence.drafter.propose() if sequence.pending == 1 else []
+            room = 2 * len(self.scheduler.running) <= FREE_ROWS     # else a draft would only keep the next step waiting
+            sequence.draft = sequence.drafter.propose() if room and sequence.pending == 1 else []
         return update
 
     def _extend(self, sequence: Sequence, drawn: Seq[int]) -> Update:
@@ -3974,7 +3976,7 @@ def build_engine(source: ModelSource, settings: Settings, device: "torch.device"
     transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device, dtype=model.dtype, **limits)
     return model, Engine(transformer, open_tokenizer(model.text), kernels, num_pages=num_pages,
                          max_batch=settings.max_batch, context_length=model.context_length,
-                         prefill_chunk=settings.prefill_chunk)
+                         prefill_chunk=settings.prefill_chunk, drafts=not settings.no_drafts)
 
 
 def kv_pages(spec: ModelSpec, settings: Settings, device: "torch.device", dtype: "torch.dtype | None", context: int) -> int:

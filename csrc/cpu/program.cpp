@@ -23,6 +23,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 constexpr size_t STEPS_AT_ONCE = 2, STEPS_REMEMBERED = 16;
 constexpr int PROBE_STEPS = 6;
+constexpr double MOST_GAP_US = 10000;           // after more nobody was waiting for a token
 
 double us_since(Clock::time_point begin) { return std::chrono::duration<double, std::micro>(Clock::now() - begin).count(); }
 
@@ -37,6 +38,7 @@ class Leader {
     std::vector<int32_t> drawn;                         // by the step that ended last
     Width decoding{PROBE_STEPS};                        // a prompt's step always gets all threads: its chunks are long, so they
                                                         // are shared out even where another program has a CPU
+    Clock::time_point last_end;
     std::thread thread;
 
     std::shared_ptr<Step> next() {                      // null: stop
@@ -56,10 +58,12 @@ class Leader {
         step.resolve_ids(drawn);
         const auto begin = Clock::now();
         step.run(width);
-        const double us = us_since(begin);
-        step.us = us;
+        step.us = us_since(begin);
+        // What counts is the time from token to token: where kernels hold every CPU, Python comes late with the next step.
+        const double gap = std::chrono::duration<double, std::micro>(begin - last_end).count();
+        last_end = Clock::now();
         if (threads == 1 || forced_width() || step.by_rows()) return;       // nothing to choose
-        decoding.learn(step.tokens * (MAX_CHUNKS + 1) + step.logit_rows, us, step.outcome.stalled);
+        decoding.learn(step.tokens * (MAX_CHUNKS + 1) + step.logit_rows, step.us + (gap < MOST_GAP_US ? gap : 0), step.outcome.stalled);
     }
 
     void lead() {
