@@ -3960,9 +3960,18 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
         torch.cuda.set_device(device)       # decode_core launches on the current one
     model, engine = build_engine(config.source, settings, device, lambda *at: channel.send("loading", *at))
     channel.send("loaded", describe_model(model, engine, config))
+    del model
+    give_memory_back()
     engine.warm_up(lambda fraction: channel.send("loading", "warming up", fraction))
     channel.send("ready", gauges(engine))
     return engine
+
+
+def give_memory_back() -> None:
+    """What loading needed (the file's metadata, a tokenizer's parts, copies of weights) is free but stays in the heap."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):      # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def build_engine(source: ModelSource, settings: Settings, device: "torch.device",
