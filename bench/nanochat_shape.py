@@ -1,0 +1,84 @@
+"""Decode and prefill speed of a nanochat-shaped model with random weights, in one process: bfloat16 tiles, q8_0, q4_0.
+
+    python bench/nanochat_shape.py [--depth 12] [--threads 2] [--rounds 5]
+
+Speed does not depend on the weights' values, and no trained d12 is at hand. The engine alone, without HTTP; settings alternate;
+medians. Upstream's own engine gave 38 tok/s for d12 in float32 on this kind of machine (issue 4).
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import chat_server as cs
+
+KINDS = {"bfloat16": None, "q8_0": "q8_0", "q4_0": "q4_0"}
+
+
+def shape(depth: int) -> cs.ModelSpec:
+    """Generation 5 of nanochat at a depth: width 64 * depth, heads of 128, vocabulary 32,768."""
+    width = 64 * depth
+    return cs.ModelSpec(
+        vocab_size=32768, layers=depth, width=width, heads=width // 128, kv_heads=width // 128, head_size=128, ffn_size=4 * width,
+        max_positions=2048, norm_weights=False, embedding_norm=True, rope_base=100_000.0, rope_direction=-1, qk_norm="after_rope",
+        qk_scale=1.2, activation="relu2", softcap=15.0, residual_lambdas=True,
+        value_embed_layers=tuple(range((depth - 1) % 2, depth, 2)), ve_gate_scale=3.0, ve_gate_channels=12, smear_channels=24,
+        backout_layer=depth // 2)
+
+
+def build(spec: cs.ModelSpec, quantize: str | None) -> cs.Transformer:
+    random = torch.Generator().manual_seed(1)
+    tensors = {name: torch.randn(size, generator=random).mul_(0.02) for name, size in cs.expected_tensors(spec).items()}
+    kernels = cs.load_kernels("cpu", spec, max_tokens=264, max_rows=8, quantize=quantize)
+    return cs.Transformer(spec, tensors, kernels, num_pages=130, max_tokens=264, max_rows=8, dtype=torch.bfloat16)
+
+
+def batch(length: int, new: int) -> cs.Batch:
+    ids = [(7 * i) % 32768 for i in range(length)]
+    return cs.Batch(ids[length - new:], [ids[length - new - 1] if length > new else -1, *ids[length - new:-1]], [0, new], [length],
+                    [list(range(-(-length // cs.PAGE_SIZE)))], [new - 1])
+
+
+def decode_speed(model: cs.Transformer, tokens: int = 64, context: int = 256) -> float:
+    """tok/s of one answer at about `context` tokens."""
+    began = time.perf_counter()
+    for i in range(tokens):
+        model.forward(batch(context + i, 1))
+    return tokens / (time.perf_counter() - began)
+
+
+def first_token_ms(model: cs.Transformer, prompt: int = 256) -> float:
+    began = time.perf_counter()
+    model.forward(batch(prompt, prompt))
+    return (time.perf_counter() - began) * 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--depth", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    spec = shape(arguments.depth)
+    models = {kind: build(spec, quantize) for kind, quantize in KINDS.items()}
+    parameters = sum(torch.Size(size).numel() for size in cs.expected_tensors(spec).values())
+    print(f"d{arguments.depth}: {parameters / 1e6:.0f} M parameters, {arguments.threads} threads, {cs.kernels_line()}")
+    speeds, firsts = {kind: [] for kind in models}, {kind: [] for kind in models}
+    for _ in range(arguments.rounds + 1):
+        for kind, model in models.items():
+            speeds[kind].append(decode_speed(model))
+            firsts[kind].append(first_token_ms(model))
+    for kind in models:
+        print(f"{kind}: {statistics.median(speeds[kind][1:]):.0f} tok/s at context 256, "
+              f"first token of 256 {statistics.median(firsts[kind][1:]):.0f} ms")
+
+
+if __name__ == "__main__":
+    main()
