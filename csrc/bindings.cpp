@@ -14,7 +14,6 @@
 
 namespace py = pybind11;
 
-void bind_arrays(py::module_& m);           // bindings_arrays.cpp
 void bind_tiles(py::module_& m);            // bindings_tiles.cpp
 void bind_program(py::module_& m);          // bindings_program.cpp
 
@@ -58,7 +57,7 @@ void bind_runtime(py::module_& m) {
     m.def("force_schedule", &dc::force_schedule, py::arg("width"), py::arg("steal_first"));     // for tests
 }
 
-// --- sample (helper E) -----------------------------------------------------------------------------------------------
+// --- sample -----------------------------------------------------------------------------------------------
 
 // How often each row's answer holds each id of its context: [(tokens, prompt_tokens)] -> (ends of the rows, ids, counts).
 py::tuple count_tokens(const py::list& rows, int64_t vocab) {
@@ -176,7 +175,7 @@ void bind_attention(py::module_& m) {
 }  // namespace
 
 #if defined(DECODE_CORE_CUDA)
-void bind_cuda(py::module_& m);         // csrc/cuda/bindings.cpp (helper G)
+void bind_cuda(py::module_& m);          // csrc/cuda/bindings.cpp
 #endif
 
 PYBIND11_MODULE(_core, m) {
@@ -185,7 +184,6 @@ PYBIND11_MODULE(_core, m) {
     bind_runtime(m);
     bind_sample(m);
     bind_attention(m);
-    bind_arrays(m);
     bind_tiles(m);
     bind_program(m);
 #if defined(DECODE_CORE_CUDA)

@@ -3,10 +3,9 @@
 import asyncio
 import contextlib
 import json
-import time
 
 import chat_server
-from chat_server import Accepted, EngineFailure, Finished, Overloaded, Piece, RequestError, Settings
+from chat_server import Accepted, Finished, Overloaded, Piece, RequestError, Settings
 
 
 def finished(pieces, reason="stop", stop_reason="eos", choice=0):

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import chat_server as cs
-from chat_server import Batch, Engine, ModelSpec, PAGE_SIZE, SampleRow, SamplingParams, Transformer, Work
-from engines import load, make_engine, run
+from chat_server import Batch, Engine, ModelSpec, SampleRow, SamplingParams, Transformer, Work
+from engines import load, run
 from near_tie import assert_same_tokens_or_near_tie
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="the compiled core is not installed")

@@ -1,7 +1,6 @@
 """What operators use: metrics, logs, request ids, draining, configuration, sub-paths."""
 
 import asyncio
-import io
 import json
 import logging
 import re

@@ -1,6 +1,5 @@
 """Section 7: which model, the default model's download, nanochat checkpoints, GGUF files."""
 
-import collections
 import hashlib
 import http.server
 import json

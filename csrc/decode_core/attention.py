@@ -12,14 +12,6 @@ MAX_HEAD_SIZE = 256
 FLOAT32, FLOAT16, BFLOAT16, INT64 = 0, 1, 2, 3
 NORMS = {"none": 0, "before_rope": 1, "after_rope": 2}
 _CODES = {"float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16, "int64": INT64}
-_codes_by_dtype: dict = {}          # a dtype object -> its code, filled as they come: str(dtype) takes longer than a check
-
-
-def _code(dtype) -> int:
-    if dtype not in _codes_by_dtype:
-        _codes_by_dtype[dtype] = _CODES.get(str(dtype).removeprefix("torch."), -1)
-        _core.know_type(dtype, _codes_by_dtype[dtype])
-    return _codes_by_dtype[dtype]
 
 
 def _pointer(name: str, array, codes: tuple, *, rows_only: bool = False, writable: bool = False) -> tuple:
@@ -27,8 +19,6 @@ def _pointer(name: str, array, codes: tuple, *, rows_only: bool = False, writabl
 
     It must be contiguous, or with `rows_only` only within each row of a matrix.
     """
-    if (found := _core.look_at_tensor(array, codes, rows_only)) is not None:
-        return found
     try:
         shape, dtype = array.shape, array.dtype
         if hasattr(array, "data_ptr"):
@@ -44,7 +34,7 @@ def _pointer(name: str, array, codes: tuple, *, rows_only: bool = False, writabl
             stride, width, contiguous = array.strides, array.itemsize, array.flags.c_contiguous
     except AttributeError:
         raise ValueError(f"{name}: must be a numpy array or a torch tensor, not {type(array).__name__}") from None
-    code = _code(dtype)
+    code = _CODES.get(str(dtype).removeprefix("torch."), -1)
     if code not in codes:
         raise ValueError(f"{name}: must be {' or '.join(n for n, c in _CODES.items() if c in codes)}, not {dtype}")
     if address % (2 if code in (FLOAT16, BFLOAT16) else 8 if code == INT64 else 4):
