@@ -2805,6 +2805,8 @@ def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, devic
     types = collections.Counter(tensor.tensor_type.name for tensor in stored.values())
     description = f"{metadata.get('general.name', source.name)}: llama, {spec.layers} layers, width {spec.width}, " + \
         ", ".join(f"{count} {name}" for name, count in types.most_common())
+    if dtype is None:
+        description += converted(names, stored)
     return LoadedModel(spec, tensors, text, source.name, spec.max_positions, description, dtype)
 
 
@@ -2922,22 +2924,38 @@ def gguf_tensors(spec: ModelSpec, names: Mapping[str, tuple], stored: Mapping[st
     return tensors
 
 
-NATIVE_FLOATS = {"F32": "bfloat16", "F16": "float16", "BF16": "bfloat16"}     # float32 matrices are not worth their bytes
+KEPT_TYPES = {kind: kind for kind in ("F16", "BF16", "Q4_0", "Q4_1", "Q8_0")} | {"F32": "BF16"}   # all else: Q8_0
 DEQUANTIZE_ELEMENTS = 1 << 19       # at a time: stays in cache, and needs no second copy of a large matrix
+
+
+def common_type(tensors: Iterable[Any]) -> str:
+    """The GGUF type of tensors that become one matrix, or the types they mix."""
+    return " with ".join(sorted({tensor.tensor_type.name for tensor in tensors}))
+
+
+def converted(names: Mapping[str, tuple], stored: Mapping[str, Any]) -> str:
+    """In words, which matrices `as_stored` cannot keep in the file's type; "" when it keeps all."""
+    changed = collections.defaultdict(list)
+    for shape, theirs in names.values():
+        kind = common_type(stored[name] for name in theirs)
+        if len(shape) == 2 and KEPT_TYPES.get(kind) != kind:
+            changed[kind] += theirs
+    return "".join(f"; re-quantized from {kind} to {KEPT_TYPES.get(kind, 'Q8_0')}: {len(tensors)} tensors "
+                   f"({', '.join(tensors[:4])}{', ..' if len(tensors) > 4 else ''})" for kind, tensors in changed.items())
 
 
 def as_stored(shape: tuple[int, int], parts: Seq[tuple[Any, int]]) -> torch.Tensor | QuantizedMatrix:
     """The (tensor, head size to turn or 0) of a matrix below each other, in the file's own type if they share one."""
-    kinds = {tensor.tensor_type.name for tensor, _ in parts}
-    kind = kinds.pop() if len(kinds) == 1 else "mixed"
-    if kind in NATIVE_FLOATS:
-        return dequantized(shape, parts, getattr(torch, NATIVE_FLOATS[kind]))
-    if kind in FAST_DEQUANTIZERS:
+    was = common_type(tensor for tensor, _ in parts)
+    kind = KEPT_TYPES.get(was, "Q8_0")
+    if kind in ("F16", "BF16"):
+        return dequantized(shape, parts, {"F16": torch.float16, "BF16": torch.bfloat16}[kind])
+    if kind == was:
         rows = numpy.concatenate([turned(numpy.asarray(tensor.data), head_size) for tensor, head_size in parts])
-        return QuantizedMatrix(kind.lower(), rows, shape[1])
-    gguf = require_library("gguf", "a GGUF file")
-    rows = dequantized(shape, parts, torch.float32).numpy()
-    return QuantizedMatrix("q8_0", gguf.quantize(rows, gguf.GGMLQuantizationType.Q8_0), shape[1])
+    else:
+        gguf = require_library("gguf", "a GGUF file")
+        rows = gguf.quantize(dequantized(shape, parts, torch.float32).numpy(), gguf.GGMLQuantizationType[kind])
+    return QuantizedMatrix(kind.lower(), rows, shape[1])
 
 
 def dequantized(shape: tuple[int, ...], parts: Seq[tuple[Any, int]], dtype: torch.dtype) -> torch.Tensor:

@@ -461,6 +461,33 @@ def unturned(rows, head_size):
     return rows[order]
 
 
+@pytest.mark.skipif(chat_server.decode_core() is None, reason="weights stay as stored only where decode_core runs")
+@pytest.mark.parametrize("name", [*BLOCK_SCALES, "F16", "BF16", "F32"])
+def test_weights_stay_as_stored_or_the_log_says_what_they_became(tmp_path, name):
+    kind, dice = gguf.GGMLQuantizationType[name], numpy.random.default_rng(2)
+    stored = {key: (random_blocks(kind, *tensor.shape, dice), kind) if tensor.ndim == 2 and name != "F32" else tensor
+              for key, tensor in random_llama().items()}
+    stored["blk.0.attn_v.weight"] = random_llama()["blk.0.attn_v.weight"]       # q, k and v become one matrix
+    model = load(write_gguf(tmp_path / "tiny.gguf", stored, LLAMA_NUMBERS), None)
+    becomes = {"F16": "F16", "BF16": "BF16", "F32": "BF16", "Q4_0": "Q4_0", "Q4_1": "Q4_1", "Q8_0": "Q8_0"}.get(name, "Q8_0")
+    down, exact = model.tensors["0.down"], torch.from_numpy(gguf.dequantize(*stored["blk.0.ffn_down.weight"])
+                                                            if name != "F32" else stored["blk.0.ffn_down.weight"])
+    if becomes in ("F16", "BF16"):
+        assert down.dtype == {"F16": torch.float16, "BF16": torch.bfloat16}[becomes]
+        assert torch.equal(down, exact.to(down.dtype))
+    else:
+        values = torch.from_numpy(gguf.dequantize(down.rows, gguf.GGMLQuantizationType[becomes]))
+        scale = exact.view(-1, 32).abs().amax(-1, keepdim=True) / 127
+        error = (values - exact).view(-1, 32).abs()
+        assert down.kind == becomes.lower() and (error <= (0 if name == becomes else 0.57 * scale + 4e-6)).all()     # half a step, and its float16
+    if name == "F32":
+        assert "re-quantized from F32 to BF16: 8 tensors (token_embd.weight" in model.description
+    else:
+        mixed = " with ".join(sorted(("F32", name)))
+        assert f"re-quantized from {mixed} to Q8_0: 3 tensors (blk.0.attn_q.weight" in model.description
+        assert (f"re-quantized from {name} to {becomes}: 5 tensors (token_embd.weight" in model.description) == (name != becomes)
+
+
 @pytest.mark.parametrize("name", [*BLOCK_SCALES, "F16", "BF16", "F32"])
 def test_every_quantization_loads_bit_equal_to_the_packages_dequantization(tmp_path, name):
     kind, dice, plain = gguf.GGMLQuantizationType[name], numpy.random.default_rng(1), random_llama()
