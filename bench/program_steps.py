@@ -1,9 +1,10 @@
 """Whole steps of decode_core.Program on a model of random weights, without chat_server: tok/s and where each microsecond goes.
 
-    python bench/program_steps.py [--batches 1,4,16] [--context 256] [--prompt 256] [--threads 1,2,0] [--seconds 1] [--phases]
+    python bench/program_steps.py [--batches 1,4,16] [--context 256] [--prompt 256] [--threads 1,2,0] [--seconds 1] [--phases] [--plain]
 
 The default is the default model's shape (SmolLM2-135M: Q4_1 layers, Q8_0 head). Thread counts alternate in short repeats, and
 the median is printed with the best, since the two CPUs of a virtual machine may be one core or two from minute to minute.
+--plain alternates with it a call of the same compiled op for each op of the step, 182 calls from Python with the same buffers.
 """
 
 import argparse
@@ -46,13 +47,14 @@ class Model:
 
     def __init__(self, s, max_tokens, max_rows, pages, seed=0):
         self.s, generator = s, np.random.default_rng(seed)
-        self.program = p = decode_core.Program(max_tokens, max_rows)
+        self.program, self.sampler = decode_core.Program(max_tokens, max_rows), decode_core.Sampler()
+        p = self.program
         arena = decode_core.Arena(128 << 20)
         qkv = (s.H + 2 * s.Hkv) * s.D
-        layers = [{name: random_matrix(arena, s.kind, *shape, generator) for name, shape in
+        self.layers = layers = [{name: random_matrix(arena, s.kind, *shape, generator) for name, shape in
                    (("qkv", (qkv, s.C)), ("output", (s.C, s.H * s.D)), ("gate_up", (2 * s.F, s.C)), ("down", (s.C, s.F)))}
                   for _ in range(s.layers)]
-        head = random_matrix(arena, s.head, s.V, s.C, generator)
+        self.head = head = random_matrix(arena, s.head, s.V, s.C, generator)
         self.bytes = sum(m.nbytes for layer in layers for m in layer.values()) + head.nbytes
         self.cache = np.zeros((s.layers, pages, s.Hkv, 2, PAGE * s.D), np.float16)
         self.cache[:] = generator.standard_normal((1, 1, s.Hkv, 2, PAGE * s.D))
@@ -72,12 +74,38 @@ class Model:
         p.gather_rows(x, p.logit_rows, last)
         p.linear(last, head, logits, norm=(ones, 1e-5))
         p.sample(logits)
+        self.buffers = x, q, attended, hidden, ones, projected, logits, cos, sin
+
+    def plain_step(self, token_ids, starts, lengths, tables, rows):
+        """A step of decode rows (one token each) or of one prompt, by calls of the ops -> the drawn tokens."""
+        s, T = self.s, len(token_ids)
+        x, q, attended, hidden, ones, projected, logits, cos, sin = self.buffers
+        x, q, attended, hidden, projected = (buffer[:T] for buffer in (x, q, attended, hidden, projected))
+        positions = np.concatenate([np.arange(n - (b - a), n) for a, b, n in zip(starts, starts[1:], lengths)])
+        pages = np.concatenate([np.repeat([table], b - a, axis=0) for a, b, table in zip(starts, starts[1:], tables)])
+        slots = pages[np.arange(T), positions // PAGE] * PAGE + positions % PAGE
+        plan = decode_core.plan_attention(tables, lengths, starts, s.H, s.Hkv, self.cache.shape[1])
+        decode_core.embed(self.head, np.array(token_ids), x)
+        for layer, cache in zip(self.layers, self.cache):
+            decode_core.multiply(x, layer["qkv"], norm=(ones, 1e-5), out=projected)
+            decode_core.rope_append(projected, cos, sin, positions, slots, cache, q.reshape(T, s.H, s.D))
+            decode_core.paged_attention(q.reshape(T, s.H, s.D), cache, plan, attended)
+            decode_core.multiply(attended, layer["output"], residual=x, out=x)
+            decode_core.multiply(x, layer["gate_up"], norm=(ones, 1e-5), activation="swiglu", out=hidden)
+            decode_core.multiply(hidden, layer["down"], residual=x, out=x)
+        last = x[np.array(starts[1:]) - 1]
+        decode_core.multiply(last, self.head, norm=(ones, 1e-5), out=logits[:len(last)])
+        return self.sampler(logits[:len(last)], rows)
+
+
+def sampling_rows(rows, position):
+    params = SimpleNamespace(temperature=0.8, top_k=40, top_p=0.95, min_p=0.0, presence_penalty=0.0, frequency_penalty=0.0,
+                             repetition_penalty=1.0, logit_bias=(), seed=1, choice=0)
+    return [SimpleNamespace(params=params, position=position, tokens=[], prompt_tokens=0) for _ in range(rows)]
 
 
 def sampling(rows, position, vocab):
-    params = SimpleNamespace(temperature=0.8, top_k=40, top_p=0.95, min_p=0.0, presence_penalty=0.0, frequency_penalty=0.0,
-                             repetition_penalty=1.0, logit_bias=(), seed=1, choice=0)
-    return decode_core.SampleBatch([SimpleNamespace(params=params, position=position, tokens=[], prompt_tokens=0) for _ in range(rows)], vocab)
+    return decode_core.SampleBatch(sampling_rows(rows, position), vocab)
 
 
 def decode(model, batch, context, steps):
@@ -103,6 +131,25 @@ def prefill(model, tokens, context):
     begin = time.perf_counter()
     model.program.finish(model.program.start(list(range(tokens)), [1] * tokens, [0, tokens], [context + tokens], [pages], [tokens - 1],
                                              sampling(1, context + tokens, model.s.V)))
+    return (time.perf_counter() - begin) * 1e6
+
+
+def decode_plain(model, batch, context, steps):
+    """us per step, by plain calls."""
+    pages = -(-(context + steps + 1) // PAGE)
+    tables = [list(range(i * pages, (i + 1) * pages)) for i in range(batch)]
+    rows, token_ids, begin = sampling_rows(batch, context), [5] * batch, time.perf_counter()
+    for n in range(steps):
+        for row in rows:
+            row.position = context + n
+        token_ids = model.plain_step(token_ids, list(range(batch + 1)), [context + n + 1] * batch, tables, rows)
+    return (time.perf_counter() - begin) / steps * 1e6
+
+
+def prefill_plain(model, tokens, context):
+    pages = list(range(-(-(context + tokens) // PAGE)))
+    begin = time.perf_counter()
+    model.plain_step(list(range(tokens)), [0, tokens], [context + tokens], [pages], sampling_rows(1, context + tokens))
     return (time.perf_counter() - begin) * 1e6
 
 
@@ -139,21 +186,31 @@ def main():
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--phases", action="store_true", help="each phase's least time over many steps")
+    parser.add_argument("--plain", action="store_true", help="beside it, a call from Python for each op")
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
     batches, threads = ([int(n) for n in text.split(",") if n] for text in (options.batches, options.threads))
     model = Model(SMOLLM2, 512, 64, max(batches + [1]) * (options.context // PAGE + 64) + 64)
     print(f"weights {model.bytes / 1e6:.1f} MB, {decode_core.info()['isa']}, context {options.context}")
-    cases = [(f"B={b}", b, lambda n=0, b=b: decode(model, b, options.context, n or max(8, int(options.seconds / options.repeats * 400 / (1 + b / 5)))) / b)
-             for b in batches] + ([("prefill", options.prompt, lambda n=0: prefill(model, options.prompt, 0) / options.prompt)] if options.prompt else [])
-    for name, size, run in cases:
-        figures = {n: [] for n in threads}
+    steps = {b: max(8, int(options.seconds / options.repeats * 400 / (1 + b / 5))) for b in batches}
+    cases = [(f"B={b}", b, lambda n=0, b=b: decode(model, b, options.context, n or steps[b]) / b,
+              lambda b=b: decode_plain(model, b, options.context, steps[b]) / b) for b in batches]
+    if options.prompt:
+        cases.append(("prefill", options.prompt, lambda n=0: prefill(model, options.prompt, 0) / options.prompt,
+                      lambda: prefill_plain(model, options.prompt, 0) / options.prompt))
+    for name, size, run, plain in cases:
+        figures, plain_figures = {n: [] for n in threads}, {n: [] for n in threads}
         for _ in range(options.repeats):
             for n in threads:
                 set_schedule(n)
                 figures[n].append(1e6 / run())
+                if options.plain and n:                 # calls have no policy
+                    plain_figures[n].append(1e6 / plain())
         for n in threads:
             print(f"{name:>8} {f'{n} threads' if n else 'adaptive '}: median {statistics.median(figures[n]):7.0f} best {max(figures[n]):7.0f} tok/s")
+            if plain_figures[n]:
+                ratio = statistics.median(figures[n]) / statistics.median(plain_figures[n])
+                print(f"   plain calls: median {statistics.median(plain_figures[n]):7.0f} best {max(plain_figures[n]):7.0f} tok/s; Program is {ratio:.2f} times")
             if options.phases:
                 set_schedule(n)
                 tokens = options.prompt if name == "prefill" else size
