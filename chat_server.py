@@ -5677,6 +5677,7 @@ class EventStream:
 
     async def __aexit__(self, *error: Any) -> None:
         self.pings.cancel()
+        del self.pings          # it refers to this stream, too: a circle would keep the connection until the next collection
 
     async def send(self, data: bytes) -> None:
         """Write frames, if there are any; ClientGone when the reader has left or has too much unread."""
@@ -5722,14 +5723,15 @@ class Recording:
     """A resumable answer: its events as frames, numbered from 0, for whoever follows it."""
 
     PART_FRAMES = 500
-    OWN_BYTES, FRAME_BYTES = 2000, 50       # what Python needs for it, and for a frame, besides the text
+    OWN_BYTES, FRAME_BYTES = 1000, 50       # what Python needs for it, and for a frame, besides the text
     PACKED_BYTES = 1 << 18      # to compress more than this would hold up the event loop
 
     def __init__(self, owner: str):
         self.owner, self.frames, self.packed, self.size = owner, [], b"", self.OWN_BYTES
         self.length = self.dropped = 0          # events so far; and of these, how many are forgotten, the first ones
         self.followers, self.ended, self.news = 0, False, asyncio.Event()
-        self.task: asyncio.Task | None = None
+        self.task: asyncio.Task | None = None   # while it is recorded
+        self.ended_s = 0.0
 
     def append(self, data: bytes) -> None:
         for event in data.split(b"\n\n")[:-1]:
@@ -5739,8 +5741,9 @@ class Recording:
         self._tell()
 
     def end(self) -> None:
-        self.ended = True
-        self._tell()
+        self.ended, self.ended_s = True, time.monotonic()
+        self.news.set()
+        self.news = self.task = None            # thousands may be kept: only what is read
         self.pack()
 
     def _tell(self) -> None:
@@ -5782,23 +5785,25 @@ class Recording:
 
 
 class Recordings:
-    """The resumable answers by their ids; together no larger than LIMITS.recorded_bytes."""
+    """The resumable answers by their ids, the ended ones in the order of their ends; all no larger than LIMITS.recorded_bytes."""
+
+    SWEEP_S = 30.0
 
     def __init__(self, cancel: Callable[[str], Any]):
-        self.cancel, self.by_id, self.size = cancel, {}, 0
+        self.cancel, self.running, self.ended, self.size = cancel, {}, {}, 0
 
     def __contains__(self, request_id: str) -> bool:
-        return request_id in self.by_id
+        return request_id in self.running or request_id in self.ended
 
     def find(self, request_id: str, owner: str) -> Recording:
-        recording = self.by_id.get(request_id)
+        recording = self.running.get(request_id) or self.ended.get(request_id)
         if recording is None or recording.owner != owner:
             raise RequestError("there is no resumable stream with this id", status=404, code="not_found", param="id")
         return recording
 
     def start(self, request_id: str, owner: str, frames: AsyncIterator[bytes], work: contextlib.AsyncExitStack) -> Recording:
         """Record an answer in a task of its own, which closes `work` at its end."""
-        recording = self.by_id[request_id] = Recording(owner)
+        recording = self.running[request_id] = Recording(owner)
         self.size += recording.size
         recording.task = asyncio.create_task(self._record(request_id, recording, frames, work))
         return recording
@@ -5810,34 +5815,37 @@ class Recordings:
                 async for data in frames:
                     self._change(recording, recording.append, data)
         finally:
+            if not self.ended:
+                asyncio.get_running_loop().call_later(self.SWEEP_S, self._sweep)
+            self.ended[request_id] = self.running.pop(request_id)
             self._change(recording, recording.end)
-            asyncio.get_running_loop().call_later(KEPT_S, self._forget, request_id, recording)
 
     def _change(self, recording: Recording, change: Callable[..., None], *arguments: Any) -> None:
-        """Do something to a recording and keep to the limit: the oldest that has ended goes first, then half of the largest."""
+        """Do something to a recording and keep to the limit: the first that has ended goes first, then half of the largest."""
         before = recording.size
         change(*arguments)
         self.size += recording.size - before
         while self.size > LIMITS.recorded_bytes:
-            ended = next((each for each in self.by_id.items() if each[1].ended and not each[1].followers), None)
-            if ended:
-                self._forget(*ended)
+            unread = next((request_id for request_id, each in self.ended.items() if not each.followers), None)
+            if unread:
+                self.size -= self.ended.pop(unread).size
             else:
-                largest = max(self.by_id.values(), key=lambda each: each.size)
+                largest = max([*self.running.values(), *self.ended.values()], key=lambda each: each.size)
                 if not largest.frames:
                     break
                 self.size -= largest.size
                 largest.forget_half()
                 self.size += largest.size
 
-    def _forget(self, request_id: str, recording: Recording) -> None:
-        if self.by_id.get(request_id) is not recording:
-            return
-        if recording.followers:         # not in the middle of their reading
-            asyncio.get_running_loop().call_later(KEPT_S, self._forget, request_id, recording)
-            return
-        del self.by_id[request_id]
-        self.size -= recording.size
+    def _sweep(self) -> None:
+        """Forget what ended KEPT_S ago; one timer for all, since a timer for each would hold what the limit has thrown out."""
+        for request_id, recording in list(self.ended.items()):
+            if recording.ended_s + KEPT_S > time.monotonic():
+                break
+            if not recording.followers:         # not in the middle of their reading
+                self.size -= self.ended.pop(request_id).size
+        if self.ended:
+            asyncio.get_running_loop().call_later(self.SWEEP_S, self._sweep)
 
     @contextlib.contextmanager
     def following(self, request_id: str, recording: Recording) -> Iterator[None]:
@@ -5849,10 +5857,11 @@ class Recordings:
         finally:
             recording.followers -= 1
             self._change(recording, recording.pack)
-            asyncio.get_running_loop().call_later(GRACE_S, self._expire, request_id, recording)
+            if not recording.ended:
+                asyncio.get_running_loop().call_later(GRACE_S, self._expire, request_id, recording)
 
     async def close(self) -> None:
-        tasks = [recording.task for recording in self.by_id.values()]
+        tasks = [recording.task for recording in self.running.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,7 +1,9 @@
 """Resumable streams: an answer that outlives its connection, over a pool without a model."""
 
 import asyncio
+import gc
 import json
+import weakref
 
 import aiohttp
 import pytest
@@ -257,6 +259,36 @@ async def test_what_is_kept_is_bounded_and_the_oldest_goes_first(client, front, 
     first = int((await gone.json())["error"]["message"].split()[3])
     async with client.get(f"{url}/v1/streams/{response.headers['X-Request-Id']}", params={"from": first}) as rest:
         assert [number for number, _ in await read_all(rest)] == list(range(first, 41))
+
+
+async def test_what_is_no_longer_kept_is_nowhere_in_memory(client, front, monkeypatch):
+    monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(LIMITS, recorded_bytes=8_000))
+    pool, url = front
+    made, make = [], chat_server.Recording
+    monkeypatch.setattr(chat_server, "Recording", lambda owner: made.append(weakref.ref(recording := make(owner))) or recording)
+    gc.disable()                # no circles either
+    try:
+        for _ in range(30):
+            pool.gate.admit(5)
+            async with client.post(url + NATIVE, json=RESUMABLE) as response:
+                await read_all(response)
+    finally:
+        gc.enable()
+    alive = sum(recording() is not None for recording in made)
+    assert len(made) == 30 and 0 < alive <= 8, f"{alive} recordings of at least 1,000 bytes, where 8,000 may be kept"
+
+
+async def test_an_ended_answer_is_forgotten_after_its_time(client, front, monkeypatch):
+    monkeypatch.setattr(chat_server.Recordings, "SWEEP_S", 0.02)
+    pool, url = front
+    pool.gate.admit(5)
+    async with client.post(url + NATIVE, json=RESUMABLE) as response:
+        await read_all(response)
+    address = f"{url}/v1/streams/{response.headers['X-Request-Id']}"
+    assert (await client.get(address)).status == 200
+    monkeypatch.setattr(chat_server, "KEPT_S", 0.0)
+    while (await client.get(address)).status != 404:
+        await asyncio.sleep(0.01)
 
 
 async def test_many_answers_at_once_share_what_may_be_kept(client, front, monkeypatch):
