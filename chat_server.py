@@ -132,7 +132,7 @@ class Limits:
     grammar_characters: int = 1 << 16       # of a JSON schema: compiling this much takes up to 0.3 s
     body_bytes: int = 16 << 20
     outbox_bytes: int = 1 << 20     # unsent bytes after which a reader counts as gone
-    recorded_bytes: int = 16 << 20  # of resumable streams, together
+    recorded_bytes: int = 8 << 20  # of resumable streams, together
 
 
 LIMITS = Limits()
