@@ -4053,15 +4053,16 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
 
 def gauges(engine: Engine) -> dict[str, int]:
     """The numbers of a worker that `/stats` shows (bytes, pages, sequences)."""
-    used, total = memory_use(engine.transformer.device)
+    used, total = memory_use(engine.transformer.device, int(time.monotonic()))
     return {"running": len(engine.scheduler.running), "queued": len(engine.scheduler.waiting),
             "kv_pages_used": engine.pool.num_pages - engine.pool.available, "kv_pages_total": engine.pool.num_pages,
             "preemptions": engine.scheduler.preemptions, "drafted_tokens": engine.drafted_tokens,
             "accepted_tokens": engine.accepted_tokens, "memory_used": used, "memory_total": total}
 
 
-def memory_use(device: "torch.device") -> tuple[int, int]:
-    """(used, total) bytes: of the GPU, or this process's resident set and the machine's memory."""
+@functools.lru_cache(1)
+def memory_use(device: "torch.device", second: int) -> tuple[int, int]:
+    """(used, total) bytes: of the GPU, or this process's resident set and the machine's memory; asked once a second, not each step."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total - free, total
