@@ -3948,15 +3948,12 @@ def worker_main(arguments: Seq[str]) -> int:
     die_with_parent(parent)
     channel = Channel(socket.socket(fileno=descriptor))
     try:
-        (_, config), *queued = channel.receive(wait=True)
+        ((_, config),) = channel.receive(wait=True)     # nothing follows before "ready"
         start_logging(config.settings)
         channel.send("loading", "importing torch", 0.0)
         numpy.ndarray       # a ConfigError when it is missing; torch would only warn
         with torch.inference_mode():
-            engine = start_engine(channel, config)
-            for message in queued:
-                obey(engine, message)
-            run_engine(channel, engine)
+            run_engine(channel, start_engine(channel, config))
     except ConfigError as error:
         channel.send("config_error", str(error))
         with contextlib.suppress(EOFError, ConnectionError):
@@ -4202,7 +4199,6 @@ class Worker:
         self.writer: asyncio.StreamWriter | None = None
         self.card: ModelCard | None = None
         self.gauges: dict[str, int] = {}
-        self.loading = ("starting", 0.0)
         self.restarts = 0
         self.unloading = False                      # its death was wanted
         self.crashes_in_row = 0                     # without an answer finished or a minute lived in between
@@ -4262,7 +4258,6 @@ class Worker:
         silent_s, self.last_message_s, self.pinged = now - self.last_message_s, now, False
         match message:
             case ("loading", stage, fraction):
-                self.loading = (stage, fraction)
                 self.pool.progress(stage, fraction)
             case ("loaded", card):
                 self.card = card
@@ -4530,13 +4525,9 @@ class LocalPool:
         """Until a request would be served. Raises ConfigError or EngineFailure when start-up failed."""
         await asyncio.shield(self.became_ready)
 
-    def begin_drain(self) -> None:
-        """Refuse new requests; those admitted go on."""
-        self.draining = True
-
     async def drain(self, timeout_s: float) -> bool:
-        """Wait until every admitted request is done; False when some were still running after `timeout_s`."""
-        self.begin_drain()
+        """Refuse new requests, and wait until every admitted one is done; False when some were still running after `timeout_s`."""
+        self.draining = True
         deadline_s = time.monotonic() + timeout_s
         while self.jobs and time.monotonic() < deadline_s:
             await asyncio.sleep(0.05)
@@ -4791,10 +4782,6 @@ class LocalPool:
     @property
     def model_name(self) -> str:
         return self.card.name if self.card else self.source.name if self.source else "loading"
-
-    @property
-    def model_names(self) -> tuple[str, ...]:
-        return (self.model_name, *self.settings.served_model_name)
 
     @property
     def context_length(self) -> int:
@@ -6145,7 +6132,7 @@ class Front:
 
     def check_model(self, name: str) -> None:
         """404 for a model that is not the loaded one; while loading, nobody knows, and the pool says 503."""
-        names = (self.pool.model_name, *self.pool.model_names, *self.settings.served_model_name)
+        names = (self.pool.model_name, *self.settings.served_model_name)
         known = {"", "default", *names, *(n.rstrip("/").rsplit("/", 1)[-1] for n in names if n)}
         if self.pool.ready and name not in known:
             raise RequestError(f"the model {shown(name)} does not exist; this server has {self.pool.model_name!r}",
