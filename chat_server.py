@@ -4202,8 +4202,8 @@ class Worker:
         self.restarts = 0
         self.unloading = False                      # its death was wanted
         self.crashes_in_row = 0                     # without an answer finished or a minute lived in between
-        self.spawned_s = self.ready_s = self.last_message_s = self.slowest_step_s = 0.0
-        self.pinged = False                         # an idle worker was asked for a sign of life
+        self.spawned_s = self.ready_s = self.slowest_step_s = 0.0
+        self.awaited_s: float | None = None         # since when it owes a message, or the next one; None: nothing was asked
         self.recent: deque[tuple[float, int]] = deque()     # (time, tokens) of the last seconds
         self.checked: asyncio.Future[str | None] | None = None
 
@@ -4217,8 +4217,8 @@ class Worker:
         with theirs:
             self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
                                             env=environment, start_new_session=True)
-        self.state, self.pinged = "loading", False
-        self.spawned_s = self.last_message_s = time.monotonic()
+        self.state = "loading"
+        self.spawned_s = self.awaited_s = time.monotonic()
         return ours
 
     async def live(self, config: WorkerConfig) -> None:
@@ -4232,7 +4232,7 @@ class Worker:
                     (size,) = HEADER.unpack(await reader.readexactly(HEADER.size))
                     self.hear(pickle.loads(await reader.readexactly(size)))
         finally:
-            self.state = "dead"
+            self.state, self.awaited_s = "dead", None
             self.pool.orphan(self)          # first: a process that hangs in its driver takes long to bury
             await self.bury()
 
@@ -4245,9 +4245,11 @@ class Worker:
             self.writer = None
 
     def send(self, *message: Any) -> None:
-        """Queue a message; never blocks. A worker that no longer reads is killed."""
+        """Queue a message, which is answered by one or more; never blocks. A worker that no longer reads is killed."""
         if self.writer is None:
             return
+        if self.awaited_s is None:
+            self.awaited_s = time.monotonic()
         self.writer.write(packed(message))
         if self.writer.transport.get_write_buffer_size() > self.OUTBOX_BYTES:
             log.error("worker %d does not read its pipe; restarting it", self.gpu)
@@ -4255,7 +4257,7 @@ class Worker:
 
     def hear(self, message: tuple) -> None:
         now = time.monotonic()
-        silent_s, self.last_message_s, self.pinged = now - self.last_message_s, now, False
+        waited_s, self.awaited_s = now - (self.awaited_s or now), now
         match message:
             case ("loading", stage, fraction):
                 self.pool.progress(stage, fraction)
@@ -4268,7 +4270,7 @@ class Worker:
                 self.pool.worker_ready(self)
             case ("step", updates, gauges_):
                 if self.jobs:
-                    self.slowest_step_s = max(self.slowest_step_s, min(silent_s, 30.0))
+                    self.slowest_step_s = max(self.slowest_step_s, min(waited_s, 30.0))
                 self.gauges = gauges_
                 self.deliver(updates, now)
             case ("failed", ids, text):
@@ -4279,6 +4281,8 @@ class Worker:
                 self.checked.set_result(wrong)
             case ("config_error", text):
                 self.pool.config_error(self, text)
+        if self.state == "ready" and not self.jobs:
+            self.awaited_s = None
 
     def deliver(self, updates: list[Update], now: float) -> None:
         tokens = 0
@@ -4302,22 +4306,20 @@ class Worker:
 
     @property
     def hung(self) -> bool:
-        """No step finished for max(30 s, 20 times the slowest step) while work is queued, nor a ping answered; never while
-        loading."""
-        expected = self.state == "ready" and bool(self.jobs or self.pinged)
-        return expected and time.monotonic() - self.last_message_s > max(self.pool.HANG_S, 20 * self.slowest_step_s)
+        """Has it owed a message too long: a step or the answer to a ping, or, while it loads, a report of progress?"""
+        patience_s = self.pool.LOAD_HANG_S if self.state == "loading" else max(self.pool.HANG_S, 20 * self.slowest_step_s)
+        return self.awaited_s is not None and time.monotonic() - self.awaited_s > patience_s
 
     def look_after(self) -> None:
         """Once a second: kill it when it hangs, ask for a sign of life when it is idle, forgive crashes of long ago."""
-        now = time.monotonic()
         if self.hung:
-            log.error("worker %d has made no progress; killing it", self.gpu)
+            log.error("worker %d has made no progress while %s; killing it", self.gpu,
+                      "loading" if self.state == "loading" else "answering" if self.jobs else "idle")
             self.process.kill()
         elif self.state == "ready":
-            if not self.jobs and not self.pinged and now - self.last_message_s > self.pool.HANG_S / 3:
-                self.pinged = True
+            if self.awaited_s is None:
                 self.send("ping", None)             # whatever it is sent, it makes a step, if an empty one, and says so
-            if now - self.ready_s > self.pool.STABLE_S:
+            if time.monotonic() - self.ready_s > self.pool.STABLE_S:
                 self.crashes_in_row = 0
 
     def tokens_per_second(self) -> float:
@@ -4379,7 +4381,8 @@ class LocalPool:
     tokens takes it, preferring one that holds its conversation's prefix.
     """
 
-    HANG_S = 30.0               # see Worker.hung
+    HANG_S = 30.0               # a step or ping that takes longer than this, and 20 times the slowest step so far, hangs
+    LOAD_HANG_S = 300.0         # so does a load between two reports, one for each tensor: gigabytes of a slow disk or network
     ORPHAN_S = 300.0            # how long requests wait for a worker when none is ready, besides twice the time to load;
     CRASHING_S = 60.0           # and if one of them is in a crash loop
     STABLE_S = 60.0             # a worker that lives so long is in no crash loop
@@ -4704,8 +4707,6 @@ class LocalPool:
             job.worker, worker.jobs[job.id] = worker, job
             if job.dispatched_s is None:
                 job.dispatched_s = time.monotonic()
-            if len(worker.jobs) == 1:
-                worker.last_message_s = time.monotonic()        # it was idle: the clock of `hung` starts now
             worker.send("add", job.work())
             self._remember_prefix(job, worker)
 

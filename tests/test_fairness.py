@@ -76,7 +76,7 @@ class FakeWorker:
     """A worker that is always ready and keeps what it is sent."""
 
     def __init__(self, gpu=0):
-        self.gpu, self.state, self.jobs, self.sent, self.last_message_s, self.outstanding_tokens = gpu, "ready", {}, [], 0.0, 0
+        self.gpu, self.state, self.jobs, self.sent, self.outstanding_tokens = gpu, "ready", {}, [], 0
 
     def send(self, verb, argument):
         self.sent.append((verb, getattr(argument, "id", argument)))
