@@ -3835,10 +3835,9 @@ def sample_row(sequence: Sequence, eos_tokens: frozenset[int], offset: int = 0) 
 # 10. workers: processes, pipes, the pool and its supervision ------------------------------------------------------
 #
 # Messages are pickles behind a 4-byte length, both ways over one socket pair per worker.
-#   front -> worker   ("start", WorkerConfig)  ("add", Work)  ("cancel", id)
+#   front -> worker   ("start", WorkerConfig)  ("add", Work)  ("cancel", id)  ("ping", None)
 #   worker -> front   ("loading", stage, fraction)  ("loaded", ModelCard)  ("ready", gauges)  ("step", [Update], gauges)
 #                     ("failed", [id], message)  ("config_error", message)
-# and for tests: ("check", None) is answered by ("checked", what is wrong or None, gauges)
 
 
 @dataclass(frozen=True)
@@ -4076,11 +4075,11 @@ def run_engine(channel: Channel, engine: Engine) -> None:
     """The worker's life: obey what came, step, report; asleep while there is nothing to do. Ends with EOFError."""
     failures = 0            # steps that failed in a row
     while True:
-        messages = channel.receive(wait=not engine.busy)
-        for message in messages:
-            if message[0] == "check":
-                channel.send("checked", *check_engine(engine))
-            obey(engine, message)
+        for verb, argument in channel.receive(wait=not engine.busy):
+            if verb == "add":
+                engine.add(argument)
+            elif verb == "cancel":
+                engine.cancel(argument)
         try:
             updates = engine.step()
         except Exception as error:      # one bad step fails one request, not the server
@@ -4093,22 +4092,6 @@ def run_engine(channel: Channel, engine: Engine) -> None:
             continue
         failures = 0
         channel.send("step", updates, gauges(engine))
-
-
-def obey(engine: Engine, message: tuple) -> None:
-    verb, argument = message
-    if verb == "add":
-        engine.add(argument)
-    elif verb == "cancel":
-        engine.cancel(argument)
-
-
-def check_engine(engine: Engine) -> tuple[str | None, dict[str, int]]:
-    try:
-        engine.check_integrity()
-    except AssertionError as error:
-        return str(error), gauges(engine)
-    return None, gauges(engine)
 
 
 # the front's side
@@ -4205,7 +4188,6 @@ class Worker:
         self.spawned_s = self.ready_s = self.slowest_step_s = 0.0
         self.awaited_s: float | None = None         # since when it owes a message, or the next one; None: nothing was asked
         self.recent: deque[tuple[float, int]] = deque()     # (time, tokens) of the last seconds
-        self.checked: asyncio.Future[str | None] | None = None
 
     def spawn(self, config: WorkerConfig) -> socket.socket:
         """Start the process; returns the front's end of its pipe."""
@@ -4276,9 +4258,6 @@ class Worker:
             case ("failed", ids, text):
                 for job_id in ids:
                     self.pool.fail(job_id, EngineFailure(text))
-            case ("checked", wrong, gauges_):
-                self.gauges = gauges_
-                self.checked.set_result(wrong)
             case ("config_error", text):
                 self.pool.config_error(self, text)
         if self.state == "ready" and not self.jobs:
@@ -4766,12 +4745,6 @@ class LocalPool:
             del job.worker.jobs[job.id]
         else:
             self.pending.remove(job)
-
-    async def check_integrity(self, worker: Worker) -> str | None:
-        """Have a worker walk its page table; what is wrong with it, or None (tests, soak)."""
-        worker.checked = asyncio.get_running_loop().create_future()
-        worker.send("check", None)
-        return await worker.checked
 
     # what the server shows
 

@@ -2,7 +2,8 @@
 
 A request's id says what happens to its worker and when: `kill-tool-1` kills the process when its answer has a tool call
 open, `hang-decode-1` stops it. $STRUCK is a folder with one file for each request that has struck. `poison` always kills.
-More than three requests `crowd-...` in a step run out of memory.
+More than three requests `crowd-...` in a step run out of memory. A file `hang-load` in $STRUCK stops the process that finds
+it while it loads. After every step the whole KV cache is walked; a wrong page table fails the step.
 """
 
 import os
@@ -10,7 +11,9 @@ import signal
 import sys
 from pathlib import Path
 
-import chat_server
+sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resolve().parent.parent))
+
+import chat_server      # noqa: E402
 
 SIGNALS = {"kill": signal.SIGKILL, "hang": signal.SIGSTOP}
 MOMENTS = {     # looked at before a step: what the steps before gave has left through the pipe
@@ -41,7 +44,17 @@ def step(engine, original=chat_server.Engine.step):
     strike(engine, MOMENTS)
     updates = original(engine)
     strike(engine, {"unsent": MOMENTS["decode"]})       # these updates are lost
+    engine.check_integrity()
     return updates
+
+
+def open_model(*arguments, original=chat_server.open_model):
+    try:
+        (Path(os.environ.get("STRUCK", "/none")) / "hang-load").unlink()
+    except FileNotFoundError:
+        return original(*arguments)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    raise SystemExit("it was woken up")
 
 
 def start(engine, plan, drawing, original=chat_server.Engine._start):
@@ -58,4 +71,5 @@ def push(answer, *arguments, original=chat_server.Answer.push):
 
 if __name__ == "__main__":
     chat_server.Engine.step, chat_server.Engine._start, chat_server.Answer.push = step, start, push
+    chat_server.open_model = open_model
     sys.exit(chat_server.main())

@@ -4,15 +4,14 @@ import asyncio
 import os
 import signal
 import sys
-from pathlib import Path
 
 import pytest
 
 import chat_server
 from chat_server import EngineFailure, Finished, LocalPool, Message, Piece, Request, SamplingParams, Settings
+from pools import DYING, all_ready, collect, idle
 
 pytestmark = pytest.mark.timeout(120)
-DYING = (sys.executable, str(Path(__file__).with_name("dying_worker.py")))
 
 
 @pytest.fixture
@@ -20,7 +19,6 @@ async def start_pool(nanochat_fixtures, tmp_path, monkeypatch):
     """A function that starts a LocalPool of workers that die as requests tell them to."""
     pools = []
     monkeypatch.setenv("STRUCK", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
 
     async def start(worker_command=DYING, **changes):
         settings = Settings(model=str(nanochat_fixtures / "gen5"), dtype="float32", prefill_chunk=16, kv_cache_memory=8 << 20)
@@ -36,34 +34,9 @@ async def start_pool(nanochat_fixtures, tmp_path, monkeypatch):
         await pool.close()
 
 
-async def all_ready(pool):
-    while any(worker.state != "ready" for worker in pool.workers):
-        await asyncio.sleep(0.02)
-
-
-async def collect(pool, request, on_piece=lambda piece: None):
-    """(text, tokens, Finished) of one answer."""
-    text, tokens, last = "", [], None
-    async for last in pool.answer(request):
-        if isinstance(last, Piece):
-            text, tokens = text + last.text, [*tokens, *last.tokens]
-            on_piece(last)
-    assert isinstance(last, Finished) and last.completion_tokens == len(tokens)
-    return text, tokens, last
-
-
 def greedy(name, max_tokens=40, **changes):
     return Request(name, messages=(Message("user", "hello"),), sampling=SamplingParams(temperature=0.0), max_tokens=max_tokens,
                    ignore_eos=True, **changes)
-
-
-async def idle(pool):
-    """Nothing runs anywhere, and every worker's page table is whole and empty."""
-    await all_ready(pool)
-    assert not pool.jobs and not pool.pending
-    for worker in pool.workers:
-        assert await pool.check_integrity(worker) is None
-        assert worker.gauges["running"] == worker.gauges["queued"] == worker.gauges["kv_pages_used"] == 0
 
 
 def drawn_from(tokens, **changes):
@@ -190,7 +163,7 @@ async def test_an_answer_survives_more_deaths_than_a_request_may_cause(start_poo
     pool.MAX_FAILOVERS, deaths = 2, []
     undisturbed = await collect(pool, greedy("undisturbed", max_tokens=200))
 
-    def kill(piece):        # the worker that sent a piece, unless it is dead already
+    def kill(piece, count):     # the worker that sent a piece, unless it is dead already
         worker = pool.workers[piece.gpu]
         if len(deaths) < 3 and worker.state == "ready" and worker.process.pid not in deaths:
             deaths.append(worker.process.pid)
