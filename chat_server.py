@@ -3837,7 +3837,7 @@ def sample_row(sequence: Sequence, eos_tokens: frozenset[int], offset: int = 0) 
 # Messages are pickles behind a 4-byte length, both ways over one socket pair per worker.
 #   front -> worker   ("start", WorkerConfig)  ("add", Work)  ("cancel", id)  ("ping", None)
 #   worker -> front   ("loading", stage, fraction)  ("loaded", ModelCard)  ("ready", gauges)  ("step", [Update], gauges)
-#                     ("failed", [id], message)  ("config_error", message)
+#                     ("config_error", message)
 
 
 @dataclass(frozen=True)
@@ -4081,16 +4081,13 @@ def run_engine(channel: Channel, engine: Engine) -> None:
             elif verb == "cancel":
                 engine.cancel(argument)
         try:
-            updates = engine.step()
+            updates, failures = engine.step(), 0
         except Exception as error:      # one bad step fails one request, not the server
             failures += 1
             if failures > MAX_FAILURES or "CUDA error" in str(error):       # only a fresh process can help
                 raise
             log.error("a step failed", exc_info=error)
-            if ids := engine.give_up():
-                channel.send("failed", ids, failure_text(error))
-            continue
-        failures = 0
+            updates = [Update(id_, (), "", "error", failure_text(error)) for id_ in engine.give_up()]
         channel.send("step", updates, gauges(engine))
 
 
@@ -4140,16 +4137,15 @@ class Job:
 
     def take(self, update: Update, gpu: int) -> None:
         """Turn a worker's update into events for the reader."""
-        if self.request.max_tokens == 0:        # only the prompt was asked for; the worker draws a token nevertheless
-            update = update._replace(tokens=(), text="", logprobs=(), reason="length", stop_reason="max_tokens")
-        now = time.monotonic()
-        if self.first_token_s is None:
-            self.first_token_s = now
-        self.last_token_s = now
-        self.failovers = 0
         if update.reason == "error":
             self.events.put_nowait(EngineFailure(update.stop_reason))
             return
+        if self.request.max_tokens == 0:        # only the prompt was asked for; the worker draws a token nevertheless
+            update = update._replace(tokens=(), text="", logprobs=(), reason="length", stop_reason="max_tokens")
+        self.last_token_s = time.monotonic()
+        if self.first_token_s is None:
+            self.first_token_s = self.last_token_s
+        self.failovers = 0
         self.output_ids += update.tokens
         self.sent_characters += len(update.text)
         self.events.put_nowait(Piece(update.text, update.tokens, gpu, self.choice, update.logprobs, update.prompt_logprobs))
@@ -4255,9 +4251,6 @@ class Worker:
                     self.slowest_step_s = max(self.slowest_step_s, min(waited_s, 30.0))
                 self.gauges = gauges_
                 self.deliver(updates, now)
-            case ("failed", ids, text):
-                for job_id in ids:
-                    self.pool.fail(job_id, EngineFailure(text))
             case ("config_error", text):
                 self.pool.config_error(self, text)
         if self.state == "ready" and not self.jobs:
@@ -4272,8 +4265,9 @@ class Worker:
                 continue
             job.take(update, self.gpu)
             if update.reason is not None:
-                self.crashes_in_row = 0
                 self.pool.forget(job)
+                if update.reason != "error":
+                    self.crashes_in_row = 0
         self.recent.append((now, tokens))
         while self.recent[0][0] < now - 5:
             self.recent.popleft()
@@ -4463,7 +4457,7 @@ class LocalPool:
             self.pending.resumed.appendleft(job)
         for job in jobs:
             if job.failovers >= self.MAX_FAILOVERS:
-                self.fail(job.id, EngineFailure(f"{job.failovers} workers died while computing this answer"))
+                self.fail(job, EngineFailure(f"{job.failovers} workers died while computing this answer"))
         self.dispatch()
 
     async def _watch(self) -> None:
@@ -4481,7 +4475,7 @@ class LocalPool:
                 self.orphaned_since_s = time.monotonic()
             elif time.monotonic() - self.orphaned_since_s > patience_s:
                 for job in list(self.pending):
-                    self.fail(job.id, EngineFailure(f"no worker came back within {patience_s:.0f} s"))
+                    self.fail(job, EngineFailure(f"no worker came back within {patience_s:.0f} s"))
 
     def _unload_when_idle(self) -> None:
         """--idle-unload: end the processes of workers that nobody has asked for so long; polls of /health do not count."""
@@ -4518,8 +4512,8 @@ class LocalPool:
     async def close(self) -> None:
         """End every request with an error and every worker for certain."""
         self.closing = self.draining = True
-        for job_id in list(self.jobs):
-            self.fail(job_id, EngineFailure("the server is shutting down"))
+        for job in list(self.jobs.values()):
+            self.fail(job, EngineFailure("the server is shutting down"))
         for worker in self.workers:
             if worker.process:
                 worker.process.kill()
@@ -4722,13 +4716,12 @@ class LocalPool:
         """Stop a running request; its reader gets a Finished-less end as RequestError 'cancelled'."""
         jobs = [job for job in self.jobs.values() if job.request.id == request_id]
         for job in jobs:
-            self.fail(job.id, RequestError("the request was cancelled", status=499, code="cancelled"))
+            self.fail(job, RequestError("the request was cancelled", status=499, code="cancelled"))
         return bool(jobs)
 
-    def fail(self, job_id: str, error: ChatServerError) -> None:
-        if job := self.jobs.get(job_id):
-            job.events.put_nowait(error)
-            self._abandon(job)
+    def fail(self, job: Job, error: ChatServerError) -> None:
+        job.events.put_nowait(error)
+        self._abandon(job)
 
     def _abandon(self, job: Job) -> None:
         """The reader is gone or the job failed: free its row and pages within one step."""

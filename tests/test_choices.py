@@ -80,15 +80,16 @@ async def test_one_that_fails_ends_all(pool):
     await anext(events)
     worker.says("a", 65)
     await anext(events)
-    worker.hear(("failed", ["a#1"], "the model failed"))
+    worker.deliver([Update("a#1", (), "", "error", "the model failed")], 1e9)
     with pytest.raises(EngineFailure, match="the model failed"):
         async for _ in events:
             pass
     assert not pool.jobs and not worker.jobs and not len(pool.pending)
 
 
-async def test_an_answer_whose_grammar_broke_is_an_error_and_not_an_end(pool):
-    events = pool.answer(request(grammar="x"))
+@pytest.mark.parametrize("changes", [dict(grammar="x"), dict(max_tokens=0, prompt_logprobs=1)])
+async def test_an_answer_that_fails_is_an_error_and_not_an_end(pool, changes):
+    events = pool.answer(request(**changes))
     await anext(events)
     pool.workers[0].deliver([Update("a", (5,), "", "error", "the grammar became too large")], 1e9)
     with pytest.raises(EngineFailure, match="too large"):
