@@ -4184,6 +4184,7 @@ class Worker:
         self.spawned_s = self.ready_s = self.slowest_step_s = 0.0
         self.awaited_s: float | None = None         # since when it owes a message, or the next one; None: nothing was asked
         self.recent: deque[tuple[float, int]] = deque()     # (time, tokens) of the last seconds
+        self.prefixes: dict[int, int] = {}          # hash -> length of the prompts' beginnings that its cache may hold
 
     def spawn(self, config: WorkerConfig) -> socket.socket:
         """Start the process; returns the front's end of its pipe."""
@@ -4351,7 +4352,7 @@ class LocalPool:
     """The replicas of this machine behind one `answer`: routing, queueing, supervision, failover.
 
     A request waits in `pending` until a ready worker has a free row; then the worker with the fewest outstanding
-    tokens takes it, preferring one that holds its conversation's prefix.
+    tokens takes it, those of its prompt included that no conversation before has left in the worker's cache.
     """
 
     HANG_S = 30.0               # a step or ping that takes longer than this, and 20 times the slowest step so far, hangs
@@ -4361,7 +4362,8 @@ class LocalPool:
     STABLE_S = 60.0             # a worker that lives so long is in no crash loop
     MAX_FAILOVERS = 3           # a request that was there at so many deaths, without a token in between, is given up
     INLINE_CHARACTERS = 4_000   # longer prompts are rendered and tokenized off the event loop
-    AFFINITY_TOKENS = 64        # prompts are matched to workers by prefixes of multiples of this
+    AFFINITY_TOKENS = 64        # prompts are matched to workers by prefixes of this, twice this, four times this ..
+    PREFIXES = 10_000           # of each worker
 
     def __init__(self, settings: Settings, *, worker_command: Seq[str] = (sys.executable, os.path.abspath(__file__))):
         self.settings, self.worker_command = settings, worker_command
@@ -4385,7 +4387,6 @@ class LocalPool:
         self.fatal: asyncio.Future | None = None
         self.orphaned_since_s: float | None = None
         self.load_s = 0.0                           # how long the last worker took from its start until it was ready
-        self.affinity: OrderedDict[int, Worker] = OrderedDict()
         self.tasks: list[asyncio.Task] = []
 
     # life
@@ -4450,8 +4451,7 @@ class LocalPool:
         """A worker died: its jobs go to the head of the queue, in order, and continue elsewhere."""
         jobs, worker.jobs = list(worker.jobs.values()), {}
         worker.gauges = {}
-        for key in [key for key, holder in self.affinity.items() if holder is worker]:
-            del self.affinity[key]
+        worker.prefixes.clear()
         for job in reversed(jobs):
             job.worker, job.failovers = None, job.failovers + 1
             self.pending.resumed.appendleft(job)
@@ -4486,7 +4486,6 @@ class LocalPool:
             log.info("no request for %g s: the model is unloaded until the next one", idle_s)
             self.asleep = True
             self.wanted.clear()
-            self.affinity.clear()
             for worker in self.workers:
                 worker.unloading, worker.state = True, "unloaded"
                 worker.process.kill()
@@ -4681,36 +4680,27 @@ class LocalPool:
             if job.dispatched_s is None:
                 job.dispatched_s = time.monotonic()
             worker.send("add", job.work())
-            self._remember_prefix(job, worker)
+            worker.prefixes |= self._prefixes(job)
+            while len(worker.prefixes) > self.PREFIXES:         # the oldest goes
+                del worker.prefixes[next(iter(worker.prefixes))]
 
     def _free_workers(self) -> list[Worker]:
         return [w for w in self.workers if w.state == "ready" and len(w.jobs) < self.settings.max_batch
                 and not any(job.suspect for job in w.jobs.values())]
 
     def _choose_worker(self, job: Job) -> Worker | None:
-        """The free worker with the fewest outstanding tokens; a prefix holder wins unless it is far busier."""
+        """The free worker with the fewest outstanding tokens, less what its cache spares it of this prompt."""
         if not (free := self._free_workers()):
             return None
-        least = min(free, key=lambda worker: worker.outstanding_tokens)
-        if len(self.workers) > 1:
-            for key, length in reversed(self._prefix_keys(job.prompt_ids)):
-                holder = self.affinity.get(key)
-                if holder in free and holder.outstanding_tokens <= least.outstanding_tokens + length:
-                    return holder
-        return least
+        prefixes = self._prefixes(job)
+        return min(free, key=lambda worker: worker.outstanding_tokens - max(
+            (length for key, length in prefixes.items() if key in worker.prefixes), default=0))
 
-    def _prefix_keys(self, ids: tuple[int, ...]) -> list[tuple[int, int]]:
-        """(hash, length) of the prompt's prefixes whose lengths are powers of two times AFFINITY_TOKENS."""
-        lengths = [self.AFFINITY_TOKENS << n for n in range(16) if self.AFFINITY_TOKENS << n <= len(ids)]
-        return [(hash(ids[:length]), length) for length in lengths]
-
-    def _remember_prefix(self, job: Job, worker: Worker) -> None:
-        if len(self.workers) > 1:
-            for key, _ in self._prefix_keys(job.prompt_ids):
-                self.affinity[key] = worker
-                self.affinity.move_to_end(key)
-            while len(self.affinity) > 10_000:
-                self.affinity.popitem(last=False)
+    def _prefixes(self, job: Job) -> dict[int, int]:
+        """hash -> length of the prompt's prefixes that tell which worker may hold it; where there is but one, none."""
+        ids = job.prompt_ids if len(self.workers) > 1 else ()
+        lengths = (self.AFFINITY_TOKENS << n for n in range(16))
+        return {hash(ids[:length]): length for length in lengths if length <= len(ids)}
 
     def cancel(self, request_id: str) -> bool:
         """Stop a running request; its reader gets a Finished-less end as RequestError 'cancelled'."""

@@ -72,11 +72,12 @@ def test_leaving_jobs_leave_no_trace_whatever_the_order():
     assert queue.first() is None and not any(queue.lanes)
 
 
-class FakeWorker:
+class FakeWorker(chat_server.Worker):
     """A worker that is always ready and keeps what it is sent."""
 
-    def __init__(self, gpu=0):
-        self.gpu, self.state, self.jobs, self.sent, self.outstanding_tokens = gpu, "ready", {}, [], 0
+    def __init__(self, pool):
+        super().__init__(pool, 0)
+        self.state, self.sent = "ready", []
 
     def send(self, verb, argument):
         self.sent.append((verb, getattr(argument, "id", argument)))
@@ -86,7 +87,7 @@ class FakeWorker:
 async def pool(monkeypatch):
     """A LocalPool whose one worker has a single row and never answers."""
     pool = LocalPool(Settings(max_batch=1, max_queue=3, max_concurrent_per_key=2))
-    pool.workers = [FakeWorker()]
+    pool.workers = [FakeWorker(pool)]
     pool.card = chat_server.ModelCard(None, "fake", 64, (), "cpu", {}, False)
     pool.tokenizer = type("Tokenizer", (), {"vocab_size": 100})()
     pool.became_ready = asyncio.get_running_loop().create_future()
