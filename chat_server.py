@@ -40,6 +40,7 @@ from __future__ import annotations
 import argparse
 import ast
 import asyncio
+import bisect
 import codecs
 import collections
 import contextlib
@@ -4570,11 +4571,11 @@ class LocalPool:
         """
         arrived_s, events = time.monotonic(), asyncio.Queue()
         self._check_capacity(request)
-        prompts, dropped = await self._tokenize(request), 0
-        if request.truncate and request.messages and not self._roomy(request, prompts[0]):
-            prompts, dropped = await self._without_oldest(request)
-        for ids in prompts:
-            self._check_vocabulary(request, ids)
+        size = sum(map(len, request.prompts)) + sum(len(message.content) for message in request.messages or ())
+        prompts, dropped = await tokenizing(self._prompt_ids, request, size)
+        for name, ids in (*(("prompt", ids) for ids in prompts), ("stop_token_ids", request.stop_token_ids),
+                          ("logit_bias", [token for token, _ in request.sampling.logit_bias])):
+            checked_ids(ids, self.tokenizer, name)
         self._check_capacity(request)
         lengths = [self._answer_length(request, ids) for ids in prompts]
         jobs = [Job(request, ids, length, events, arrived_s, prompt * request.n + index, dropped)
@@ -4615,29 +4616,29 @@ class LocalPool:
         if request.id in self.jobs:
             raise RequestError(f"a request with the id {request.id!r} is running", status=409, code="duplicate_id")
 
-    async def _tokenize(self, request: Request) -> list[tuple[int, ...]]:
-        """The ids of each prompt of a request; long ones are tokenized in a thread so that other streams go on."""
-        if request.messages is not None:
-            if not self.tokenizer.has_chat_template:
-                raise RequestError("this model has no chat template; use raw completion", code="no_chat_template")
-            size = sum(len(message.content) for message in request.messages)
-            render = functools.partial(self.tokenizer.render, tools=request.tools)
-            return [tuple(await tokenizing(render, request.messages, size))]
-        size = sum(len(prompt) for prompt in request.prompts)
-        return await tokenizing(self._encode_prompts, request.prompts, size)
+    def _prompt_ids(self, request: Request) -> tuple[list[tuple[int, ...]], int]:
+        """The ids of each prompt, and how many messages `truncate` drops so that they fit: as few of the oldest turns as will do.
 
-    def _encode_prompts(self, prompts: Seq[str | tuple[int, ...]]) -> list[tuple[int, ...]]:
-        return [tuple(self.tokenizer.encode_prompt(prompt)) if isinstance(prompt, str) else prompt for prompt in prompts]
+        A turn is a user message and what follows it; system messages and the last user message stay in any case.
+        """
+        if (messages := request.messages) is None:
+            return [tuple(self.tokenizer.encode_prompt(prompt)) if isinstance(prompt, str) else prompt
+                    for prompt in request.prompts], 0
+        starts = [0, *[index for index, message in enumerate(messages) if message.role == "user"][1:]]
 
-    def _check_vocabulary(self, request: Request, prompt_ids: tuple[int, ...]) -> None:
-        """RequestError for token ids that the model does not have: in the engine they would fail the whole batch."""
-        size = self.tokenizer.vocab_size
-        for name, ids in (("prompt", prompt_ids), ("logit_bias", [token for token, _ in request.sampling.logit_bias]),
-                          ("stop_token_ids", request.stop_token_ids)):
-            if ids and not 0 <= min(ids) <= max(ids) < size:
-                wrong = next(token for token in ids if not 0 <= token < size)
-                raise RequestError(f"{name} has the token id {wrong}; this model's are 0 to {size - 1}",
-                                   code="invalid_value", param=name)
+        @functools.cache
+        def without(turns: int) -> tuple[tuple[int, ...], int]:
+            kept = [message for index, message in enumerate(messages) if message.role == "system" or index >= starts[turns]]
+            return tuple(self.tokenizer.render(kept, tools=request.tools)), len(messages) - len(kept)
+
+        def fits(turns: int) -> bool:       # with room for max_tokens, or at least for a quarter of the context
+            return len(without(turns)[0]) + min(request.max_tokens or math.inf, self.context_length // 4) <= self.context_length
+
+        turns = 0
+        if request.truncate and len(starts) > 1 and not fits(0):
+            turns = bisect.bisect_left(range(len(starts) - 1), True, lo=1, key=fits)
+        ids, dropped = without(turns)
+        return [ids], dropped
 
     def _answer_length(self, request: Request, prompt_ids: tuple[int, ...]) -> int:
         """How long the answer may get. RequestError 400 with both numbers when nothing fits behind the prompt."""
@@ -4649,28 +4650,6 @@ class LocalPool:
                                "(prompt and answer together)", code="context_length_exceeded", param="messages")
         room = limit - len(prompt_ids)
         return room if request.max_tokens is None else max(1, min(request.max_tokens, room))
-
-    def _roomy(self, request: Request, prompt_ids: tuple[int, ...]) -> bool:
-        """Does a prompt leave room for max_tokens, or at least for a quarter of the context?"""
-        return len(prompt_ids) + min(request.max_tokens or math.inf, self.context_length // 4) <= self.context_length
-
-    async def _without_oldest(self, request: Request) -> tuple[list[tuple[int, ...]], int]:
-        """The prompt without as few of the oldest turns as will do, and how many messages that are.
-
-        A turn is a user message and what follows it; system messages and the last user message stay in any case.
-        """
-        messages = request.messages
-        starts = [index for index, message in enumerate(messages) if message.role == "user"][1:]
-        prompts, kept, fewest, most = await self._tokenize(request), messages, 0, len(starts)
-        while fewest < most:            # fewer than `fewest` turns are too few
-            middle = (fewest + most) // 2
-            rest = tuple(m for index, m in enumerate(messages) if m.role == "system" or index >= starts[middle])
-            shorter = await self._tokenize(replace(request, messages=rest))
-            fits = self._roomy(request, shorter[0])
-            fewest, most = (fewest, middle) if fits else (middle + 1, most)
-            if fits or middle + 1 == len(starts):
-                prompts, kept = shorter, rest
-        return prompts, len(messages) - len(kept)
 
     def dispatch(self) -> None:
         """Hand waiting jobs to workers with a free row."""
@@ -4775,8 +4754,17 @@ class LocalPool:
 
 
 async def tokenizing(work: Callable[[Any], Any], text: Any, size: int) -> Any:
-    """work(text), off the event loop when the text has many characters."""
+    """work(text), off the event loop when the text has many characters: other streams go on."""
     return work(text) if size <= LocalPool.INLINE_CHARACTERS else await asyncio.to_thread(work, text)
+
+
+def checked_ids(tokens: Seq[int], tokenizer: Tokenizer, name: str) -> Seq[int]:
+    """RequestError for token ids that the model does not have: in the engine they would fail the whole batch."""
+    size = tokenizer.vocab_size
+    if tokens and not 0 <= min(tokens) <= max(tokens) < size:
+        wrong = next(token for token in tokens if not 0 <= token < size)
+        raise RequestError(f"{name} has the token id {wrong}; this model's are 0 to {size - 1}", code="invalid_value", param=name)
+    return tokens
 
 
 def choose_devices(settings: Settings) -> tuple[str, int]:
@@ -5319,13 +5307,6 @@ class NativeEncoder:
         usage = {name: getattr(event, name) for name in ("prompt_tokens", "completion_tokens", "cached_tokens")}
         return frame({"done": True, "finish_reason": event.reason, "stop_reason": event.stop_reason, "gpu": event.gpu,
                       "usage": usage, "timings": timings_body(event), "seed": self.seed})
-
-
-def checked_ids(tokens: Seq[int], tokenizer: Tokenizer, name: str) -> list[int]:
-    if wrong := [token for token in tokens if not 0 <= token < tokenizer.vocab_size]:
-        raise RequestError(f"{name} has the token id {wrong[0]}; this model's are 0 to {tokenizer.vocab_size - 1}",
-                           code="invalid_value", param=name)
-    return list(tokens)
 
 
 def piece_body(tokenizer: Tokenizer, token: int) -> str | list[int]:

@@ -200,9 +200,9 @@ async def test_an_answer_whose_text_fails_fails_alone(start_pool):
     await idle(pool)
 
 
-async def test_a_step_that_fails_fails_only_the_request_that_is_its_cause(start_pool):
+async def test_a_step_that_fails_fails_only_the_request_that_is_its_cause(start_pool, monkeypatch):
     pool = await start_pool()
-    pool._check_vocabulary = lambda *request: None
+    monkeypatch.setattr(chat_server, "checked_ids", lambda *request: None)
     undisturbed = await collect(pool, greedy("undisturbed", max_tokens=100))
     pid = pool.workers[0].process.pid
     bad = Request("bad", prompts=((10**9,),), max_tokens=5)         # a token id that the model does not have
