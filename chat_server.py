@@ -63,6 +63,7 @@ import os
 import pickle
 import re
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -3875,34 +3876,25 @@ class Channel:
     """The worker's end of its pipe: blocking sends, receives that wait only when asked to."""
 
     def __init__(self, connection: socket.socket):
-        self.connection = connection
-        self.buffer = bytearray()
+        self.connection, self.poll = connection, select.poll()
+        self.poll.register(connection, select.POLLIN)
 
     def send(self, *message: Any) -> None:
         self.connection.sendall(packed(message))
 
     def receive(self, wait: bool) -> list[Any]:
-        """All whole messages that are there; with `wait`, at least one. EOFError when the front is gone."""
-        messages = list(self._whole())
-        while True:
-            flags = 0 if wait and not messages else socket.MSG_DONTWAIT
-            try:
-                data = self.connection.recv(1 << 18, flags)
-            except BlockingIOError:
-                return messages
-            if not data:
-                raise EOFError
-            self.buffer += data
-            messages += self._whole()
+        """All messages that are there; with `wait`, at least one. EOFError when the front is gone."""
+        messages = []
+        while self.poll.poll(None if wait and not messages else 0):
+            (size,) = HEADER.unpack(self._read(HEADER.size))
+            messages.append(pickle.loads(self._read(size)))
+        return messages
 
-    def _whole(self) -> Iterator[Any]:
-        while len(self.buffer) >= HEADER.size:
-            end = HEADER.size + HEADER.unpack_from(self.buffer)[0]
-            if len(self.buffer) < end:
-                return
-            message = pickle.loads(memoryview(self.buffer)[HEADER.size:end])
-            del self.buffer[:end]
-            yield message
+    def _read(self, size: int) -> bytes:
+        data = self.connection.recv(size, socket.MSG_WAITALL)
+        if len(data) < size:
+            raise EOFError
+        return data
 
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float:
