@@ -4165,14 +4165,13 @@ class Worker:
 
     def __init__(self, pool: "LocalPool", gpu: int):
         self.pool, self.gpu = pool, gpu
-        self.state = "loading"                      # loading, ready, dead, unloaded
+        self.state = "loading"                      # loading, ready, dead, or unloaded: its death was wanted
         self.jobs: dict[str, Job] = {}
         self.process: subprocess.Popen | None = None
         self.writer: asyncio.StreamWriter | None = None
         self.card: ModelCard | None = None
         self.gauges: dict[str, int] = {}
         self.restarts = 0
-        self.unloading = False                      # its death was wanted
         self.crashes_in_row = 0                     # without an answer finished or a minute lived in between
         self.spawned_s = self.ready_s = self.slowest_step_s = 0.0
         self.awaited_s: float | None = None         # since when it owes a message, or the next one; None: nothing was asked
@@ -4181,6 +4180,7 @@ class Worker:
 
     def spawn(self, config: WorkerConfig) -> socket.socket:
         """Start the process; returns the front's end of its pipe."""
+        self.state = "loading"
         ours, theirs = socket.socketpair()
         # OpenMP's default spins for milliseconds at each barrier: with one core taken by another program that made
         # decoding 25 times slower here (1.6 against 40 tok/s). One malloc arena: 60 MB less than one for each thread
@@ -4189,7 +4189,6 @@ class Worker:
         with theirs:
             self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
                                             env=environment, start_new_session=True)
-        self.state = "loading"
         self.spawned_s = self.awaited_s = time.monotonic()
         return ours
 
@@ -4204,7 +4203,7 @@ class Worker:
                     (size,) = HEADER.unpack(await reader.readexactly(HEADER.size))
                     self.hear(pickle.loads(await reader.readexactly(size)))
         finally:
-            self.state, self.awaited_s = "dead", None
+            self.state, self.awaited_s = self.state if self.state == "unloaded" else "dead", None
             self.pool.orphan(self)          # first: a process that hangs in its driver takes long to bury
             await self.bury()
 
@@ -4214,12 +4213,9 @@ class Worker:
         await asyncio.to_thread(self.process.wait)
         if self.writer:
             self.writer.close()
-            self.writer = None
 
     def send(self, *message: Any) -> None:
         """Queue a message, which is answered by one or more; never blocks. A worker that no longer reads is killed."""
-        if self.writer is None:
-            return
         if self.awaited_s is None:
             self.awaited_s = time.monotonic()
         self.writer.write(packed(message))
@@ -4376,9 +4372,9 @@ class LocalPool:
         self.created = int(time.time())
         self.loading = ("starting", 0.0)
         self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
-        self.became_ready: asyncio.Future | None = None
-        self.fatal: asyncio.Future | None = None
-        self.orphaned_since_s: float | None = None
+        self.became_ready = asyncio.Event()         # or start-up failed
+        self.failure: ChatServerError | None = None
+        self.served_s = time.monotonic()            # when there last was a worker that is ready, or nothing waited for one
         self.load_s = 0.0                           # how long the last worker took from its start until it was ready
         self.tasks: list[asyncio.Task] = []
 
@@ -4386,8 +4382,6 @@ class LocalPool:
 
     async def start(self) -> None:
         """Find the model and spawn the workers in the background; returns at once."""
-        loop = asyncio.get_running_loop()
-        self.became_ready, self.fatal = loop.create_future(), loop.create_future()
         self.tasks = [asyncio.create_task(self._start_workers()), asyncio.create_task(self._watch())]
 
     async def _start_workers(self) -> None:
@@ -4411,10 +4405,9 @@ class LocalPool:
             self.tasks.append(asyncio.create_task(self._keep_alive(worker, config)))
 
     def _give_up(self, error: ChatServerError) -> None:
-        for future in (self.fatal, self.became_ready):
-            if not future.done():
-                future.set_exception(error)
-                future.exception()      # whoever awaits it still sees it; nobody has to
+        """Start-up failed, and is not tried again."""
+        self.failure, self.closing = self.failure or error, True
+        self.became_ready.set()
 
     async def _keep_alive(self, worker: Worker, config: WorkerConfig) -> None:
         """Start the worker again whenever it dies, waiting longer after each crash in a row."""
@@ -4424,14 +4417,11 @@ class LocalPool:
                 await worker.live(config)
             except Exception:
                 log.exception("worker %d could not be run", worker.gpu)
-            if self.closing or self.fatal.done():
-                return
-            if worker.unloading:
-                worker.unloading, worker.state, worker.gauges = False, "unloaded", {}
+            if self.closing or worker.state == "unloaded":
                 continue
             self.asleep = False
             worker.crashes_in_row += 1
-            code = worker.process.returncode if worker.process else None
+            code = worker.process and worker.process.returncode
             if self.card is None and worker.crashes_in_row >= 3:
                 return self._give_up(EngineFailure(f"worker {worker.gpu} died {worker.crashes_in_row} times while "
                                                    f"starting (exit status {code})"))
@@ -4463,10 +4453,8 @@ class LocalPool:
             crashing = any(worker.crashes_in_row > 1 for worker in self.workers)
             patience_s = 2 * self.load_s + (self.CRASHING_S if crashing else self.ORPHAN_S)
             if self.asleep or any(worker.state == "ready" for worker in self.workers) or not self.pending:
-                self.orphaned_since_s = None
-            elif self.orphaned_since_s is None:
-                self.orphaned_since_s = time.monotonic()
-            elif time.monotonic() - self.orphaned_since_s > patience_s:
+                self.served_s = time.monotonic()
+            elif time.monotonic() - self.served_s > patience_s:
                 for job in list(self.pending):
                     self.fail(job, EngineFailure(f"no worker came back within {patience_s:.0f} s"))
 
@@ -4480,7 +4468,7 @@ class LocalPool:
             self.asleep = True
             self.wanted.clear()
             for worker in self.workers:
-                worker.unloading, worker.state = True, "unloaded"
+                worker.state = "unloaded"
                 worker.process.kill()
 
     def _wake(self) -> None:
@@ -4491,7 +4479,9 @@ class LocalPool:
 
     async def wait_ready(self) -> None:
         """Until a request would be served. Raises ConfigError or EngineFailure when start-up failed."""
-        await asyncio.shield(self.became_ready)
+        await self.became_ready.wait()
+        if self.failure:
+            raise self.failure
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests, and wait until every admitted one is done; False when some were still running after `timeout_s`."""
@@ -4506,21 +4496,20 @@ class LocalPool:
         self.closing = self.draining = True
         for job in list(self.jobs.values()):
             self.fail(job, EngineFailure("the server is shutting down"))
-        for worker in self.workers:
-            if worker.process:
-                worker.process.kill()
+        processes = [worker.process for worker in self.workers if worker.process]
+        for process in processes:
+            process.kill()
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
-        for worker in self.workers:
-            if worker.process:
-                await asyncio.to_thread(worker.process.wait)    # one that was being buried
+        for process in processes:
+            await asyncio.to_thread(process.wait)       # one that was being buried
 
     # what workers report
 
     def progress(self, stage: str, fraction: float) -> None:
         self.loading = (stage, fraction)
-        if self.card is None or not self.ready:
+        if not self.ready:
             self.on_progress(stage, fraction)
 
     def loaded(self, card: ModelCard) -> None:
@@ -4543,8 +4532,8 @@ class LocalPool:
         self.dispatch()
 
     def _check_ready(self) -> None:
-        if self.ready and not self.became_ready.done():
-            self.became_ready.set_result(None)
+        if self.ready:
+            self.became_ready.set()
 
     def config_error(self, worker: Worker, text: str) -> None:
         if self.card is None:
@@ -4598,7 +4587,7 @@ class LocalPool:
     def _check_capacity(self, request: Request) -> None:
         if self.draining:
             raise Overloaded("the server is shutting down", retry_after_s=10)
-        if self.tokenizer is None or not self.became_ready.done():
+        if self.tokenizer is None or not self.became_ready.is_set():
             raise Overloaded(f"the model is still loading ({self.loading[0]})", retry_after_s=2)
         if len(self.pending) >= self.settings.max_queue and not self._free_workers():
             raise Overloaded(f"{len(self.pending)} requests are waiting already (--max-queue)", retry_after_s=5, status=429)
@@ -4723,8 +4712,7 @@ class LocalPool:
     def health(self) -> tuple[int, dict[str, Any]]:
         """HTTP status and body of /health."""
         available = sum(worker.state == "ready" and not worker.jobs for worker in self.workers)
-        status = "ok" if self.ready else "draining" if self.draining else "loading" if self.card is None or \
-            not self.became_ready.done() else "unavailable"
+        status = "ok" if self.ready else "draining" if self.draining else "unavailable" if self.became_ready.is_set() else "loading"
         body = {"status": status, "ready": self.ready, "num_gpus": len(self.workers), "available_workers": available}
         if status == "loading":
             body["loading"] = {"stage": self.loading[0], "fraction": round(self.loading[1], 3)}

@@ -32,8 +32,7 @@ async def pool():
     pool.workers = [KeepingWorker(pool)]
     pool.card = chat_server.ModelCard(None, "fake", 64, (), "cpu", {}, False)
     pool.tokenizer = Letters()
-    pool.became_ready = asyncio.get_running_loop().create_future()
-    pool.became_ready.set_result(None)
+    pool.became_ready.set()
     return pool
 
 

@@ -90,8 +90,7 @@ async def pool(monkeypatch):
     pool.workers = [FakeWorker(pool)]
     pool.card = chat_server.ModelCard(None, "fake", 64, (), "cpu", {}, False)
     pool.tokenizer = type("Tokenizer", (), {"vocab_size": 100})()
-    pool.became_ready = asyncio.get_running_loop().create_future()
-    pool.became_ready.set_result(None)
+    pool.became_ready.set()
     return pool
 
 

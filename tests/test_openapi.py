@@ -66,8 +66,7 @@ def port(nanochat_fixtures):
         pool.workers[0].state = "ready"
         pool.card = chat_server.ModelCard(text, "fake", 64, (), "cpu", {}, False)
         pool.tokenizer = chat_server.open_tokenizer(text)
-        pool.became_ready = loop.create_future()
-        pool.became_ready.set_result(None)
+        pool.became_ready.set()
         async with serving(pool) as url:
             found.append(int(url.rsplit(":", 1)[1]))
             ready.set()
