@@ -4306,34 +4306,37 @@ class WaitingQueue:
     pile holds up the others, and only then those of low priority, in turn too."""
 
     def __init__(self):
-        self.resumed: deque[Job] = deque()
-        self.lanes: tuple[OrderedDict[str, deque[Job]], ...] = (OrderedDict(), OrderedDict())   # by client; [1] is the low one
+        self.lanes: tuple[OrderedDict[str, deque[Job]], ...] = (OrderedDict(), OrderedDict(), OrderedDict())    # by client
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def __iter__(self) -> Iterator[Job]:
-        for jobs in (self.resumed, *self.lanes[0].values(), *self.lanes[1].values()):
-            yield from jobs
+        return (job for lane in self.lanes for jobs in lane.values() for job in jobs)
+
+    def _place(self, job: Job) -> tuple[OrderedDict[str, deque[Job]], str]:
+        """A job's lane, and its client there; those whose worker died wait in one line."""
+        if job.failovers:
+            return self.lanes[0], ""
+        return self.lanes[2 if job.request.low_priority else 1], job.request.client
 
     def append(self, job: Job) -> None:
-        self.lanes[job.request.low_priority].setdefault(job.request.client, deque()).append(job)
+        lane, client = self._place(job)
+        lane.setdefault(client, deque()).append(job)
 
     def first(self) -> Job | None:
         return next(iter(self), None)
 
     def take(self, job: Job) -> None:
         """The first job leaves, and its client goes to the end of its lane."""
+        lane, client = self._place(job)
+        lane.move_to_end(client)
         self.remove(job)
-        lane, client = self.lanes[job.request.low_priority], job.request.client
-        if client in lane:
-            lane.move_to_end(client)
 
     def remove(self, job: Job) -> None:
-        lane, client = self.lanes[job.request.low_priority], job.request.client
-        jobs = self.resumed if job in self.resumed else lane[client]
-        jobs.remove(job)
-        if not lane.get(client, True):
+        lane, client = self._place(job)
+        lane[client].remove(job)
+        if not lane[client]:
             del lane[client]
 
 
@@ -4431,13 +4434,13 @@ class LocalPool:
             worker.restarts += 1
 
     def orphan(self, worker: Worker) -> None:
-        """A worker died: its jobs go to the head of the queue, in order, and continue elsewhere."""
+        """A worker died: its jobs wait before all others and continue elsewhere."""
         jobs, worker.jobs = list(worker.jobs.values()), {}
         worker.gauges = {}
         worker.prefixes.clear()
-        for job in reversed(jobs):
+        for job in jobs:
             job.worker, job.failovers = None, job.failovers + 1
-            self.pending.resumed.appendleft(job)
+            self.pending.append(job)
         for job in jobs:
             if job.failovers >= self.MAX_FAILOVERS:
                 self.fail(job, EngineFailure(f"{job.failovers} workers died while computing this answer"))

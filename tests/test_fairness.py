@@ -12,8 +12,8 @@ from chat_server import Job, LocalPool, Overloaded, Request, Settings, WaitingQu
 from fake_pool import FakePool, conversation, serving
 
 
-def job(name, client="", low=False):
-    return Job(Request(name, prompts=((1,),), client=client, low_priority=low), (1,), 8, None, 0.0)
+def job(name, client="", low=False, deaths=0):
+    return Job(Request(name, prompts=((1,),), client=client, low_priority=low), (1,), 8, None, 0.0, failovers=deaths)
 
 
 def drained(queue):
@@ -50,9 +50,9 @@ def test_low_priority_waits_until_nothing_else_does_and_takes_turns_too():
 
 def test_jobs_whose_worker_died_go_first_even_if_low():
     queue = WaitingQueue()
-    queue.append(job("a1", "a"))
-    queue.resumed.append(job("l1", "l", low=True))
-    assert drained(queue) == "l1 a1"
+    for waiting in (job("a1", "a"), job("l1", "l", low=True, deaths=1), job("b1", "b", deaths=2), job("l2", "l", low=True, deaths=1)):
+        queue.append(waiting)
+    assert drained(queue) == "l1 b1 l2 a1"
 
 
 def test_leaving_jobs_leave_no_trace_whatever_the_order():
@@ -61,8 +61,8 @@ def test_leaving_jobs_leave_no_trace_whatever_the_order():
     for index in range(2000):
         action = generator.random()
         if action < 0.5:
-            waiting.append(job(str(index), generator.choice("abc"), generator.random() < 0.3))
-            queue.resumed.append(waiting[-1]) if action < 0.05 else queue.append(waiting[-1])
+            waiting.append(job(str(index), generator.choice("abc"), generator.random() < 0.3, deaths=int(action < 0.05)))
+            queue.append(waiting[-1])
         elif waiting:
             gone = waiting.pop(generator.randrange(len(waiting)))
             queue.take(gone) if gone is queue.first() else queue.remove(gone)
