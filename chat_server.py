@@ -25,7 +25,7 @@ Life of a request
     handle_chat > parse_chat_request > LocalPool.answer > Tokenizer.render > LocalPool.dispatch         front process
         > Engine.add > Scheduler.schedule > make_batch > EagerSteps.start > Transformer.forward > sample_reference
         > Scheduler.advance > Answer.push > StreamDecoder.push > Update                                 worker process
-        > Worker.deliver > Job.take > NativeEncoder.encode | OpenAIEncoder.encode > EventStream.send    front process
+        > LocalPool.deliver > Job.take > NativeEncoder.encode | OpenAIEncoder.encode > EventStream.send    front process
 
 Exactness: the next token is a function of the logits, the request's parameters, its seed and the token's position
 (counter-based noise), never of what else is in the batch. With decode_core on a CPU each row's logits are the same to the
@@ -4061,6 +4061,8 @@ def memory_use(device: "torch.device", second: int) -> tuple[int, int]:
     return 0, os.sysconf("SC_PHYS_PAGES") * page
 
 
+NO_GAUGES = dict.fromkeys(("running", "queued", "kv_pages_used", "kv_pages_total", "preemptions", "drafted_tokens",
+                           "accepted_tokens", "memory_used", "memory_total"), 0)        # of a worker that is not there
 MAX_FAILURES = 3        # steps that may fail in a row before a worker is replaced
 
 
@@ -4085,6 +4087,8 @@ def run_engine(channel: Channel, engine: Engine) -> None:
 
 
 # the front's side
+
+RECENT_S = 5            # /stats shows the speed of so many seconds
 
 
 @dataclass(eq=False)
@@ -4170,7 +4174,7 @@ class Worker:
         self.process: subprocess.Popen | None = None
         self.writer: asyncio.StreamWriter | None = None
         self.card: ModelCard | None = None
-        self.gauges: dict[str, int] = {}
+        self.gauges = NO_GAUGES
         self.restarts = 0
         self.crashes_in_row = 0                     # without an answer finished or a minute lived in between
         self.spawned_s = self.ready_s = self.slowest_step_s = 0.0
@@ -4193,7 +4197,7 @@ class Worker:
         return ours
 
     async def live(self, config: WorkerConfig) -> None:
-        """One life of the process: start it, read what it says until it is gone, bury it."""
+        """One life of the process: start it, listen until it is gone, and end it for certain."""
         ours = self.spawn(config)
         try:
             reader, self.writer = await asyncio.open_connection(sock=ours)
@@ -4204,15 +4208,11 @@ class Worker:
                     self.hear(pickle.loads(await reader.readexactly(size)))
         finally:
             self.state, self.awaited_s = self.state if self.state == "unloaded" else "dead", None
-            self.pool.orphan(self)          # first: a process that hangs in its driver takes long to bury
-            await self.bury()
-
-    async def bury(self) -> None:
-        """Kill the process for certain, reap it, close the pipe."""
-        self.process.kill()
-        await asyncio.to_thread(self.process.wait)
-        if self.writer:
-            self.writer.close()
+            self.pool.orphan(self)          # first: a process that hangs in its driver takes long to end
+            self.process.kill()
+            await asyncio.to_thread(self.process.wait)
+            if self.writer:
+                self.writer.close()
 
     def send(self, *message: Any) -> None:
         """Queue a message, which is answered by one or more; never blocks. A worker that no longer reads is killed."""
@@ -4224,44 +4224,14 @@ class Worker:
             self.process.kill()
 
     def hear(self, message: tuple) -> None:
+        """Pass a message on to the pool, and set the clock of what is awaited."""
         now = time.monotonic()
-        waited_s, self.awaited_s = now - (self.awaited_s or now), now
-        match message:
-            case ("loading", stage, fraction):
-                self.pool.progress(stage, fraction)
-            case ("loaded", card):
-                self.card = card
-                self.pool.loaded(card)
-            case ("ready", gauges_):
-                self.gauges = gauges_
-                self.state, self.ready_s = "ready", now
-                self.pool.worker_ready(self)
-            case ("step", updates, gauges_):
-                if self.jobs:
-                    self.slowest_step_s = max(self.slowest_step_s, min(waited_s, 30.0))
-                self.gauges = gauges_
-                self.deliver(updates, now)
-            case ("config_error", text):
-                self.pool.config_error(self, text)
+        if message[0] == "step" and self.jobs:
+            self.slowest_step_s = max(self.slowest_step_s, min(now - self.awaited_s, 30.0))
+        self.awaited_s = now
+        self.pool.hear(self, message)
         if self.state == "ready" and not self.jobs:
             self.awaited_s = None
-
-    def deliver(self, updates: list[Update], now: float) -> None:
-        tokens = 0
-        for update in updates:
-            tokens += len(update.tokens)
-            job = self.jobs.get(update.id)
-            if job is None:                 # cancelled meanwhile
-                continue
-            job.take(update, self.gpu)
-            if update.reason is not None:
-                self.pool.forget(job)
-                if update.reason != "error":
-                    self.crashes_in_row = 0
-        self.recent.append((now, tokens))
-        while self.recent[0][0] < now - 5:
-            self.recent.popleft()
-        self.pool.dispatch()
 
     @property
     def outstanding_tokens(self) -> int:
@@ -4285,19 +4255,12 @@ class Worker:
             if time.monotonic() - self.ready_s > self.pool.STABLE_S:
                 self.crashes_in_row = 0
 
-    def tokens_per_second(self) -> float:
-        since = time.monotonic() - 5
-        return sum(tokens for at, tokens in self.recent if at > since) / 5
-
     def stats(self) -> dict[str, Any]:
-        gauges_ = self.gauges or dict.fromkeys(("kv_pages_used", "kv_pages_total", "memory_used", "memory_total"), 0)
-        return {"gpu_id": self.gpu, "device": self.card.device if self.card else None,
-                "pid": self.process.pid if self.process else None, "state": self.state,
-                "running": len(self.jobs), "queued": gauges_.get("queued", 0), "restarts": self.restarts,
-                "crashes_in_row": self.crashes_in_row,
-                "tokens_per_second": round(self.tokens_per_second(), 1),
-                **{key: gauges_[key] for key in ("kv_pages_used", "kv_pages_total", "memory_used", "memory_total")},
-                **{key: gauges_.get(key, 0) for key in ("preemptions", "drafted_tokens", "accepted_tokens")},
+        since = time.monotonic() - RECENT_S
+        tokens_per_second = sum(tokens for at, tokens in self.recent if at > since) / RECENT_S
+        return {"gpu_id": self.gpu, "device": self.card and self.card.device, "pid": self.process and self.process.pid,
+                "state": self.state, **self.gauges, "running": len(self.jobs), "restarts": self.restarts,
+                "crashes_in_row": self.crashes_in_row, "tokens_per_second": round(tokens_per_second, 1),
                 "utilization": round(len(self.jobs) / self.pool.settings.max_batch, 3)}
 
 
@@ -4436,7 +4399,7 @@ class LocalPool:
     def orphan(self, worker: Worker) -> None:
         """A worker died: its jobs wait before all others and continue elsewhere."""
         jobs, worker.jobs = list(worker.jobs.values()), {}
-        worker.gauges = {}
+        worker.gauges = NO_GAUGES
         worker.prefixes.clear()
         for job in jobs:
             job.worker, job.failovers = None, job.failovers + 1
@@ -4474,12 +4437,6 @@ class LocalPool:
                 worker.state = "unloaded"
                 worker.process.kill()
 
-    def _wake(self) -> None:
-        self.used_s = time.monotonic()
-        if not self.wanted.is_set():
-            log.info("a request: loading the model again")
-            self.wanted.set()
-
     async def wait_ready(self) -> None:
         """Until a request would be served. Raises ConfigError or EngineFailure when start-up failed."""
         await self.became_ready.wait()
@@ -4506,20 +4463,38 @@ class LocalPool:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
         for process in processes:
-            await asyncio.to_thread(process.wait)       # one that was being buried
+            await asyncio.to_thread(process.wait)       # also one whose task waited for it already
 
     # what workers report
+
+    def hear(self, worker: Worker, message: tuple) -> None:
+        match message:
+            case ("loading", stage, fraction):
+                self.progress(stage, fraction)
+            case ("loaded", card):
+                worker.card = card
+                if self.card is None:       # the first: the front's tokenizer is built while the workers warm up
+                    self.card = card
+                    self.tasks.append(asyncio.create_task(self._open_tokenizer(card.text)))
+            case ("ready", gauges_):
+                worker.state, worker.gauges, worker.ready_s = "ready", gauges_, time.monotonic()
+                self.asleep, self.used_s, self.load_s = False, worker.ready_s, worker.ready_s - worker.spawned_s
+                self._check_ready()
+                self.dispatch()
+            case ("step", updates, gauges_):
+                worker.gauges = gauges_
+                self.deliver(worker, updates)
+            case ("config_error", text):
+                if self.card is None:
+                    self._give_up(ConfigError(text))
+                else:
+                    log.error("worker %d: %s", worker.gpu, text)
+                worker.process.kill()
 
     def progress(self, stage: str, fraction: float) -> None:
         self.loading = (stage, fraction)
         if not self.ready:
             self.on_progress(stage, fraction)
-
-    def loaded(self, card: ModelCard) -> None:
-        """The first worker knows the model: build the front's tokenizer while it warms up."""
-        if self.card is None:
-            self.card = card
-            self.tasks.append(asyncio.create_task(self._open_tokenizer(card.text)))
 
     async def _open_tokenizer(self, text: TextSpec) -> None:
         tokenizer = await asyncio.to_thread(open_tokenizer, text)
@@ -4528,22 +4503,24 @@ class LocalPool:
         self.tokenizer = tokenizer
         self._check_ready()
 
-    def worker_ready(self, worker: Worker) -> None:
-        self.asleep, self.load_s = False, worker.ready_s - worker.spawned_s
-        self.used_s = time.monotonic()
-        self._check_ready()
-        self.dispatch()
-
     def _check_ready(self) -> None:
         if self.ready:
             self.became_ready.set()
 
-    def config_error(self, worker: Worker, text: str) -> None:
-        if self.card is None:
-            self._give_up(ConfigError(text))
-        else:
-            log.error("worker %d: %s", worker.gpu, text)
-        worker.process.kill()
+    def deliver(self, worker: Worker, updates: Seq[Update]) -> None:
+        """Give each update to its job, unless that was cancelled meanwhile."""
+        now = time.monotonic()
+        worker.recent.append((now, sum(len(update.tokens) for update in updates)))
+        while worker.recent[0][0] < now - RECENT_S:
+            worker.recent.popleft()
+        for update in updates:
+            if job := worker.jobs.get(update.id):
+                job.take(update, worker.gpu)
+                if update.reason is not None:
+                    self.forget(job)
+                if update.reason not in (None, "error"):
+                    worker.crashes_in_row = 0
+        self.dispatch()
 
     # requests
 
@@ -4584,7 +4561,10 @@ class LocalPool:
         for job in jobs:
             self.jobs[job.id] = job
             self.pending.append(job)
-        self._wake()
+        self.used_s = time.monotonic()
+        if not self.wanted.is_set():
+            log.info("a request: loading the model again")
+            self.wanted.set()
         self.dispatch()
 
     def _check_capacity(self, request: Request) -> None:
@@ -4708,9 +4688,8 @@ class LocalPool:
         return self.card.context_length if self.card else 0
 
     def describe(self) -> list[str]:
-        """Lines of the start-up log: what was chosen, what else was there, where and how it runs."""
-        chosen = [line for line in (self.source.chosen, self.source.alternatives) if line] if self.source else []
-        return chosen + (list(self.card.lines) if self.card else [])
+        """Lines of the start-up log of a pool that is ready: what was chosen, what else was there, where and how it runs."""
+        return [line for line in (self.source.chosen, self.source.alternatives, *self.card.lines) if line]
 
     def health(self) -> tuple[int, dict[str, Any]]:
         """HTTP status and body of /health."""

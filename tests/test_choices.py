@@ -23,7 +23,7 @@ class KeepingWorker(chat_server.Worker):
             self.cancelled.append(argument)
 
     def says(self, name, token, reason=None):
-        self.deliver([Update(name, (token,), chr(token), reason, reason and "eos")], 1e9)
+        self.pool.deliver(self, [Update(name, (token,), chr(token), reason, reason and "eos")])
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ async def test_one_that_fails_ends_all(pool):
     await anext(events)
     worker.says("a", 65)
     await anext(events)
-    worker.deliver([Update("a#1", (), "", "error", "the model failed")], 1e9)
+    pool.deliver(worker, [Update("a#1", (), "", "error", "the model failed")])
     with pytest.raises(EngineFailure, match="the model failed"):
         async for _ in events:
             pass
@@ -90,7 +90,7 @@ async def test_one_that_fails_ends_all(pool):
 async def test_an_answer_that_fails_is_an_error_and_not_an_end(pool, changes):
     events = pool.answer(request(**changes))
     await anext(events)
-    pool.workers[0].deliver([Update("a", (5,), "", "error", "the grammar became too large")], 1e9)
+    pool.deliver(pool.workers[0], [Update("a", (5,), "", "error", "the grammar became too large")])
     with pytest.raises(EngineFailure, match="too large"):
         await anext(events)
 
@@ -134,7 +134,7 @@ async def test_only_the_prompt_s_scores_are_wanted_with_max_tokens_0_and_a_resum
     await anext(events)
     assert (worker.works["a"].max_tokens, worker.works["a"].prompt_logprobs) == (1, 1)
     scores = (chat_server.TokenLogprob(1, None), chat_server.TokenLogprob(2, -1.0))
-    worker.deliver([Update("a", (65,), "A", "length", "max_tokens", prompt_logprobs=scores)], 1e9)
+    pool.deliver(worker, [Update("a", (65,), "A", "length", "max_tokens", prompt_logprobs=scores)])
     piece, done = [event async for event in events]
     assert (piece.text, piece.tokens, piece.prompt_logprobs) == ("", (), scores)
     assert (done.completion_tokens, done.reason, done.stop_reason) == (0, "length", "max_tokens")
@@ -148,5 +148,5 @@ async def test_an_answer_that_fills_the_context_says_so(pool):
     assert pool.workers[0].works["a"].max_tokens == 4
     for token in (65, 66, 67):
         pool.workers[0].says("a", token)
-    pool.workers[0].deliver([Update("a", (68,), "D", "length", "max_tokens")], 1e9)
+    pool.deliver(pool.workers[0], [Update("a", (68,), "D", "length", "max_tokens")])
     assert [event async for event in events][-1].stop_reason == "context_length"

@@ -49,7 +49,7 @@ class EchoWorker(Worker):
         if verb == "add":
             assert argument.max_tokens >= 1 and all(0 <= token < 300 for token in argument.prompt_ids)
             update = Update(argument.id, (5,), "x", "stop", "eos")
-            asyncio.get_running_loop().call_soon(self.deliver, [update], 1e9)
+            asyncio.get_running_loop().call_soon(self.pool.deliver, self, [update])
 
 
 @pytest.fixture(scope="module")
