@@ -1834,11 +1834,11 @@ class Transformer:
     """
 
     def __init__(self, spec: ModelSpec, tensors: dict, kernels: Kernels, *, num_pages: int, max_tokens: int,
-                 max_rows: int | None = None, device="cpu", dtype=None):
+                 max_rows: int | None = None, device="cpu", dtype=None, progress=lambda stage, fraction: None):
         self.spec, self.kernels = spec, kernels
         self.device, self.dtype = torch.device(device), dtype
         with torch.inference_mode():
-            self.weights = self._pack(tensors)
+            self.weights = self._pack(tensors, progress)
             self.layers = [{name.partition(".")[2]: tensor for name, tensor in self.weights.items()
                             if name.startswith(f"{l}.")} for l in range(spec.layers)]
             self.rope_tables = kernels.rope_tables(spec, self.device)
@@ -1848,10 +1848,11 @@ class Transformer:
                 self.compute(kernels.program, SimpleNamespace(**self.buffers))
                 kernels.program.sample(self.buffers["logits"])
 
-    def _pack(self, tensors: dict) -> dict:
+    def _pack(self, tensors: dict, progress: "Progress") -> dict:
         """Move every weight to the device, matrices into the kernels' layout; a tied head is the embedding."""
-        weights, tied = {}, self.spec.tied_head
-        for name in expected_tensors(self.spec):
+        weights, tied, names = {}, self.spec.tied_head, expected_tensors(self.spec)
+        for name in names:
+            progress("packing weights", len(weights) / len(names))
             tensor = tensors.pop(name)
             if name == "head" and tied:
                 weights[name] = weights["embed"]
@@ -3989,7 +3990,8 @@ def build_engine(source: ModelSource, settings: Settings, device: "torch.device"
     rows = max(settings.max_batch, FREE_ROWS)
     limits = {"max_tokens": settings.prefill_chunk + rows, "max_rows": rows}
     kernels = load_kernels(device, model.spec, **limits, quantize=settings.quantize)
-    transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device, dtype=model.dtype, **limits)
+    transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device, dtype=model.dtype,
+                              progress=progress, **limits)
     return model, Engine(transformer, open_tokenizer(model.text), kernels, num_pages=num_pages,
                          max_batch=settings.max_batch, context_length=model.context_length,
                          prefill_chunk=settings.prefill_chunk, drafts=not settings.no_drafts)

@@ -4,7 +4,9 @@ import asyncio
 import os
 import signal
 import sys
+import time
 
+import psutil
 import pytest
 
 import chat_server
@@ -20,13 +22,14 @@ async def start_pool(nanochat_fixtures, tmp_path, monkeypatch):
     pools = []
     monkeypatch.setenv("STRUCK", str(tmp_path))
 
-    async def start(worker_command=DYING, **changes):
+    async def start(worker_command=DYING, wait=True, **changes):
         settings = Settings(model=str(nanochat_fixtures / "gen5"), dtype="float32", prefill_chunk=16, kv_cache_memory=8 << 20)
         settings = chat_server.replace(settings, **changes)
         pools.append(pool := LocalPool(settings, worker_command=worker_command))
         await pool.start()
-        await pool.wait_ready()
-        await all_ready(pool)
+        if wait:
+            await all_ready(pool)
+            await pool.wait_ready()
         return pool
 
     yield start
@@ -106,31 +109,38 @@ async def test_with_one_worker_streams_wait_for_its_restart_and_go_on(start_pool
     await idle(pool)
 
 
-async def test_a_worker_that_hangs_while_it_answers_is_replaced(start_pool):
-    pool = await start_pool(num_workers=2)
-    hang_soon(pool)
-    got = await answers(pool, Request("hang-decode", **LONG_PROMPT))
-    pool.HANG_S = 30.0
-    assert got == await answers(pool, Request("undisturbed", **LONG_PROMPT))
+async def stopped_worker(pool):
+    """The worker whose process is stopped, as soon as there is one."""
+    while True:
+        for worker in pool.workers:
+            if worker.process and worker.process.poll() is None and \
+                    psutil.Process(worker.process.pid).status() == psutil.STATUS_STOPPED:
+                return worker
+        await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_a_worker_that_hangs_while_it_answers_is_replaced(start_pool, workers):
+    pool = await start_pool(num_workers=workers)
+    disturbed = asyncio.ensure_future(answers(pool, Request("hang-decode", **LONG_PROMPT)))
+    worker = await stopped_worker(pool)
+    assert worker.jobs and not worker.hung
+    worker.awaited_s -= max(pool.HANG_S, 20 * worker.slowest_step_s)
+    assert await disturbed == await answers(pool, Request("undisturbed", **LONG_PROMPT))
     await idle(pool)
-    assert sorted(worker.restarts for worker in pool.workers) == [0, 1]
-
-
-def hang_soon(pool):
-    pool.HANG_S = 0.5
-    for worker in pool.workers:
-        worker.slowest_step_s = 0.0
+    assert [each.restarts for each in pool.workers] == [int(each is worker) for each in pool.workers]
 
 
 async def test_an_idle_worker_that_hangs_is_replaced_before_anybody_asks(start_pool):
     pool = await start_pool(worker_command=(sys.executable, chat_server.__file__))
     (worker,) = pool.workers
-    hang_soon(pool)
-    pid = worker.process.pid
-    os.kill(pid, signal.SIGSTOP)
-    while worker.process.pid == pid or worker.state != "ready":
+    os.kill(worker.process.pid, signal.SIGSTOP)
+    assert await stopped_worker(pool) is worker
+    while worker.awaited_s is None:                 # until the next ping
         await asyncio.sleep(0.02)
-    pool.HANG_S = 30.0
+    worker.awaited_s -= pool.HANG_S
+    while worker.restarts == 0 or worker.state != "ready":
+        await asyncio.sleep(0.02)
     assert (await collect(pool, greedy("after")))[2].completion_tokens == 40
 
 
@@ -145,6 +155,44 @@ async def test_an_idle_worker_that_answers_pings_lives_on(start_pool):
     while worker.awaited_s is not None:
         await asyncio.sleep(0.01)
     assert not worker.hung and worker.restarts == 0
+
+
+async def test_a_worker_that_hangs_in_its_first_load_is_replaced(start_pool, tmp_path, caplog):
+    (tmp_path / "hang-load").touch()
+    pool = await start_pool(wait=False)
+    worker = await stopped_worker(pool)
+    worker.look_after()
+    assert (pool.health()[0], worker.state) == (503, "loading") and not caplog.text        # it may take long
+    worker.awaited_s -= pool.LOAD_HANG_S
+    await pool.wait_ready()
+    assert pool.stats()["workers"][0]["restarts"] == 1 and "worker 0 has made no progress while loading" in caplog.text
+    await idle(pool)
+
+
+async def test_a_worker_that_hangs_while_it_loads_again_keeps_no_answer_from_going_on(start_pool, tmp_path):
+    pool = await start_pool()
+    (worker,) = pool.workers
+    undisturbed = await answers(pool, Request("undisturbed", **LONG_PROMPT))
+    (tmp_path / "hang-load").touch()
+    disturbed = asyncio.ensure_future(answers(pool, Request("kill-decode", **LONG_PROMPT)))
+    assert await stopped_worker(pool) is worker and worker.state == "loading"
+    worker.awaited_s -= pool.LOAD_HANG_S
+    while worker.crashes_in_row < 2:
+        await asyncio.sleep(0.02)
+    assert pool.health() == (503, {"status": "unavailable", "ready": False, "num_gpus": 1, "available_workers": 0,
+                                   "crash_loops": [{"gpu_id": 0, "crashes_in_row": 2}]})
+    assert await disturbed == undisturbed
+    assert pool.stats()["workers"][0]["restarts"] == 2
+    await idle(pool)
+
+
+def test_each_report_of_a_load_gives_it_the_whole_time_again():
+    pool = LocalPool(Settings())
+    (worker,) = pool.workers
+    worker.awaited_s = time.monotonic() - pool.LOAD_HANG_S - 1
+    assert worker.state == "loading" and worker.hung
+    worker.hear(("loading", "weights", 0.5))
+    assert not worker.hung
 
 
 async def test_the_request_that_kills_workers_is_given_up_and_those_beside_it_are_not(start_pool):

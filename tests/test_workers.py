@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import signal
 import sys
 
 import psutil
@@ -93,20 +92,6 @@ async def test_a_killed_worker_costs_a_pause_and_not_a_word(start_pool):
     assert pool.jobs == {}
 
 
-async def test_with_one_worker_the_answer_waits_for_its_restart(start_pool):
-    pool = await start_pool()
-    undisturbed = await collect(pool, greedy("a", max_tokens=60, ignore_eos=True))
-
-    def kill(piece, count):
-        if count == 3 and pool.workers[0].restarts == 0:
-            pool.workers[0].process.kill()
-
-    text, tokens, last = await collect(pool, greedy("b", max_tokens=60, ignore_eos=True), on_piece=kill)
-    assert (text, tokens) == undisturbed[:2]
-    assert pool.stats()["workers"][0]["restarts"] == 1
-    await idle(pool)
-
-
 async def test_a_request_that_kills_every_worker_is_given_up(start_pool):
     pool = await start_pool()
     pool.MAX_FAILOVERS = 1
@@ -114,20 +99,6 @@ async def test_a_request_that_kills_every_worker_is_given_up(start_pool):
         await collect(pool, greedy("a", max_tokens=400, ignore_eos=True),
                       on_piece=lambda piece, count: pool.workers[0].process.kill())
     assert pool.jobs == {}
-
-
-async def test_a_worker_that_hangs_is_killed_and_its_answers_go_on(start_pool):
-    pool = await start_pool()
-    undisturbed = await collect(pool, greedy("a", max_tokens=60, ignore_eos=True))
-    pool.HANG_S = 0.5
-    pool.workers[0].slowest_step_s = 0.0
-
-    def stop(piece, count):
-        if count == 3 and pool.workers[0].restarts == 0:
-            pool.workers[0].process.send_signal(signal.SIGSTOP)
-
-    assert (await collect(pool, greedy("b", max_tokens=60, ignore_eos=True), on_piece=stop))[:2] == undisturbed[:2]
-    assert pool.workers[0].restarts == 1
 
 
 async def test_an_idle_model_leaves_memory_and_comes_back_for_the_next_request(start_pool):
