@@ -4556,6 +4556,7 @@ class LocalPool:
                 yield event
                 left -= isinstance(event, Finished)
         finally:
+            event = None            # an exception holds this frame, and would be held by it
             for job in jobs:
                 self._abandon(job)
 

@@ -1,6 +1,8 @@
 """Several answers to a request: a job, a row and a stream of noise for each, one queue of events for the reader."""
 
 import asyncio
+import contextlib
+import gc
 
 import pytest
 
@@ -150,3 +152,31 @@ async def test_an_answer_that_fills_the_context_says_so(pool):
         pool.workers[0].says("a", token)
     pool.deliver(pool.workers[0], [Update("a", (68,), "D", "length", "max_tokens")])
     assert [event async for event in events][-1].stop_reason == "context_length"
+
+
+async def ended_as(pool, how):
+    """An answer that ends, fails, is cancelled or is left after its first token."""
+    (worker,) = pool.workers
+    async with contextlib.aclosing(pool.answer(request(max_tokens=9))) as events:
+        await anext(events)
+        worker.says("a", 65, "stop" if how == "ends" else "error" if how == "fails" else None)
+        if how == "is cancelled":
+            pool.cancel("a")
+        with contextlib.suppress(EngineFailure, RequestError):
+            while how != "is left" and not isinstance(await anext(events), Finished):
+                pass
+
+
+@pytest.mark.parametrize("how", ["ends", "fails", "is cancelled", "is left"])
+async def test_whatever_becomes_of_an_answer_nothing_of_it_stays_in_memory(pool, how):
+    await ended_as(pool, how)                   # what is made once
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(gc.get_objects())
+        for _ in range(50):
+            await ended_as(pool, how)
+        pool.workers[0].recent.clear(), pool.workers[0].works.clear(), pool.workers[0].cancelled.clear()
+        assert len(gc.get_objects()) - before < 50 and gc.collect() == 0
+    finally:
+        gc.enable()
