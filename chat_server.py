@@ -3847,8 +3847,7 @@ def sample_row(sequence: Sequence, eos_tokens: frozenset[int], offset: int = 0) 
 class WorkerConfig:
     settings: Settings
     source: ModelSource
-    gpu: int                # replica number; the CUDA device on GPU boxes
-    device_type: str
+    device: str             # of torch
     threads: int
 
 
@@ -3860,7 +3859,6 @@ class ModelCard:
     name: str
     context_length: int
     lines: tuple[str, ...]          # for the start-up log
-    device: str
     kernels: dict[str, str]
     row_invariant: bool
 
@@ -3960,11 +3958,11 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
     """Load, allocate, announce, warm up."""
     settings = config.settings
     torch.set_num_threads(config.threads)
-    if config.device_type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"torch {torch.__version__} cannot use the CUDA device (a build without CUDA, or a driver that is too "
-                          "old); install a matching torch, or use --device-type cpu")
-    device = torch.device(config.device_type, config.gpu if config.device_type == "cuda" else None)
+    device = torch.device(config.device)
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"torch {torch.__version__} cannot use the CUDA device (a build without CUDA, or a driver that is "
+                              "too old); install a matching torch, or use --device-type cpu")
         torch.cuda.set_device(device)       # decode_core launches on the current one
     model, engine = build_engine(config.source, settings, device, lambda *at: channel.send("loading", *at))
     channel.send("loaded", describe_model(model, engine, config))
@@ -4039,7 +4037,7 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
              + ", ".join(sorted(set(kernels.values()))),
              f"KV cache: {pages:,} pages of {PAGE_SIZE} tokens = {pages * PAGE_SIZE:,} tokens "
              f"({pages * Transformer.page_bytes(model.spec, dtype) / 2**20:,.0f} MiB); context {engine.context_length:,} tokens")
-    return ModelCard(model.text, model.name, engine.context_length, lines, str(device), kernels, engine.kernels.row_invariant)
+    return ModelCard(model.text, model.name, engine.context_length, lines, kernels, engine.kernels.row_invariant)
 
 
 def gauges(engine: Engine) -> dict[str, int]:
@@ -4169,13 +4167,12 @@ class Worker:
 
     OUTBOX_BYTES = 64 << 20     # unsent bytes after which a worker that does not read counts as hung
 
-    def __init__(self, pool: "LocalPool", gpu: int):
-        self.pool, self.gpu = pool, gpu
+    def __init__(self, pool: "LocalPool", gpu: int, device: str = "cpu"):
+        self.pool, self.gpu, self.device = pool, gpu, device
         self.state = "loading"                      # loading, ready, dead, or unloaded: its death was wanted
         self.jobs: dict[str, Job] = {}
         self.process: subprocess.Popen | None = None
         self.writer: asyncio.StreamWriter | None = None
-        self.card: ModelCard | None = None
         self.gauges = NO_GAUGES
         self.restarts = 0
         self.crashes_in_row = 0                     # without an answer finished or a minute lived in between
@@ -4260,7 +4257,7 @@ class Worker:
     def stats(self) -> dict[str, Any]:
         since = time.monotonic() - RECENT_S
         tokens_per_second = sum(tokens for at, tokens in self.recent if at > since) / RECENT_S
-        return {"gpu_id": self.gpu, "device": self.card and self.card.device, "pid": self.process and self.process.pid,
+        return {"gpu_id": self.gpu, "device": self.device, "pid": self.process and self.process.pid,
                 "state": self.state, **self.gauges, "running": len(self.jobs), "restarts": self.restarts,
                 "crashes_in_row": self.crashes_in_row, "tokens_per_second": round(tokens_per_second, 1),
                 "utilization": round(len(self.jobs) / self.pool.settings.max_batch, 3)}
@@ -4324,8 +4321,7 @@ class LocalPool:
 
     def __init__(self, settings: Settings, *, worker_command: Seq[str] = (sys.executable, os.path.abspath(__file__))):
         self.settings, self.worker_command = settings, worker_command
-        self.device_type, count = choose_devices(settings)
-        self.workers = [Worker(self, gpu) for gpu in range(count)]
+        self.workers = [Worker(self, gpu, device) for gpu, device in enumerate(choose_devices(settings))]
         self.jobs: dict[str, Job] = {}
         self.pending = WaitingQueue()
         self.source: ModelSource | None = None
@@ -4369,7 +4365,7 @@ class LocalPool:
             return self._give_up(EngineFailure(f"finding the model failed: {error}"))
         threads = threads_per_worker(len(self.workers))
         for worker in self.workers:
-            config = WorkerConfig(self.settings, self.source, worker.gpu, self.device_type, threads)
+            config = WorkerConfig(self.settings, self.source, worker.device, threads)
             self.tasks.append(asyncio.create_task(self._keep_alive(worker, config)))
 
     def _give_up(self, error: ChatServerError) -> None:
@@ -4474,7 +4470,6 @@ class LocalPool:
             case ("loading", stage, fraction):
                 self.progress(stage, fraction)
             case ("loaded", card):
-                worker.card = card
                 if self.card is None:       # the first: the front's tokenizer is built while the workers warm up
                     self.card = card
                     self.tasks.append(asyncio.create_task(self._open_tokenizer(card.text)))
@@ -4732,8 +4727,8 @@ def checked_ids(tokens: Seq[int], tokenizer: Tokenizer, name: str) -> Seq[int]:
     return tokens
 
 
-def choose_devices(settings: Settings) -> tuple[str, int]:
-    """(device type, replicas) by the flags and what is there, without importing torch.
+def choose_devices(settings: Settings) -> list[str]:
+    """torch's name of each replica's device by the flags and what is there, without importing torch.
 
     ConfigError for more than one GPU replica without CUDA.
     """
@@ -4745,14 +4740,13 @@ def choose_devices(settings: Settings) -> tuple[str, int]:
         count = cuda if wanted == "auto" else int(wanted)
         if count > cuda:
             raise ConfigError(f"--num-gpus {count}, but this machine has {cuda} CUDA device(s)")
-        return "cuda", count
+        return [f"cuda:{gpu}" for gpu in range(count)]
     if settings.device_type == "cuda":
         raise ConfigError("--device-type cuda, but no CUDA device was found (nvidia-smi -L lists none)")
     if wanted not in ("auto", "1"):
         raise ConfigError(f"--num-gpus {wanted} needs CUDA devices, and none was found; on CPU use --num-workers {wanted}")
-    if settings.device_type == "mps" or settings.device_type == "auto" and sys.platform == "darwin":
-        return ("mps", 1) if settings.num_workers == 1 else ("cpu", settings.num_workers)
-    return "cpu", settings.num_workers
+    metal = settings.device_type == "mps" or settings.device_type == "auto" and sys.platform == "darwin"
+    return ["mps"] if metal and settings.num_workers == 1 else ["cpu"] * settings.num_workers
 
 
 def cuda_device_count() -> int:

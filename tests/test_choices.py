@@ -32,7 +32,7 @@ class KeepingWorker(chat_server.Worker):
 async def pool():
     pool = LocalPool(Settings(max_batch=8, max_concurrent_per_key=2))
     pool.workers = [KeepingWorker(pool)]
-    pool.card = chat_server.ModelCard(None, "fake", 64, (), "cpu", {}, False)
+    pool.card = chat_server.ModelCard(None, "fake", 64, (), {}, False)
     pool.tokenizer = Letters()
     pool.became_ready.set()
     return pool

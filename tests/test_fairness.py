@@ -88,7 +88,7 @@ async def pool(monkeypatch):
     """A LocalPool whose one worker has a single row and never answers."""
     pool = LocalPool(Settings(max_batch=1, max_queue=3, max_concurrent_per_key=2))
     pool.workers = [FakeWorker(pool)]
-    pool.card = chat_server.ModelCard(None, "fake", 64, (), "cpu", {}, False)
+    pool.card = chat_server.ModelCard(None, "fake", 64, (), {}, False)
     pool.tokenizer = type("Tokenizer", (), {"vocab_size": 100})()
     pool.became_ready.set()
     return pool

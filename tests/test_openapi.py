@@ -64,7 +64,7 @@ def port(nanochat_fixtures):
         pool = LocalPool(Settings())
         pool.workers = [EchoWorker(pool, 0)]
         pool.workers[0].state = "ready"
-        pool.card = chat_server.ModelCard(text, "fake", 64, (), "cpu", {}, False)
+        pool.card = chat_server.ModelCard(text, "fake", 64, (), {}, False)
         pool.tokenizer = chat_server.open_tokenizer(text)
         pool.became_ready.set()
         async with serving(pool) as url:

@@ -264,9 +264,9 @@ def test_more_gpus_than_there_are_is_a_config_error(changes, message, monkeypatc
 
 def test_replicas_on_gpus_are_counted_without_torch(monkeypatch):
     monkeypatch.setattr(chat_server, "cuda_device_count", lambda: 8)
-    assert chat_server.choose_devices(Settings(num_gpus="auto")) == ("cuda", 8)
-    assert chat_server.choose_devices(Settings(num_gpus="3")) == ("cuda", 3)
-    assert chat_server.choose_devices(Settings(device_type="cpu", num_workers=2)) == ("cpu", 2)
+    assert chat_server.choose_devices(Settings(num_gpus="auto")) == [f"cuda:{gpu}" for gpu in range(8)]
+    assert chat_server.choose_devices(Settings(num_gpus="3")) == ["cuda:0", "cuda:1", "cuda:2"]
+    assert chat_server.choose_devices(Settings(device_type="cpu", num_workers=2)) == ["cpu", "cpu"]
     with pytest.raises(chat_server.ConfigError, match="has 8 CUDA"):
         chat_server.choose_devices(Settings(num_gpus="9"))
 
