@@ -3898,12 +3898,10 @@ class Channel:
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float:
     """CPUs that the cgroup allows (v2 `cpu.max`, v1 `cpu.cfs_*`), infinity without a limit."""
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = (root / "cpu.max").read_text().split()
-        return math.inf if quota == "max" else int(quota) / int(period)
-    with contextlib.suppress(OSError, ValueError):
-        quota = int((root / "cpu/cpu.cfs_quota_us").read_text())
-        return math.inf if quota <= 0 else quota / int((root / "cpu/cpu.cfs_period_us").read_text())
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = " ".join((root / name).read_text() for name in names).split()
+            return math.inf if quota in ("max", "-1") else int(quota) / int(period)
     return math.inf
 
 
@@ -3997,16 +3995,15 @@ def build_engine(source: ModelSource, settings: Settings, device: "torch.device"
 
 def kv_pages(spec: ModelSpec, settings: Settings, device: "torch.device", dtype: "torch.dtype | None", context: int) -> int:
     """KV pages to allocate: --kv-cache-memory, or a share of what is free. ConfigError when not even 64 tokens fit."""
-    page_bytes = Transformer.page_bytes(spec, dtype)
+    page_bytes, full = Transformer.page_bytes(spec, dtype), -(-context // PAGE_SIZE)        # pages of a full context
     if settings.kv_cache_memory is not None:
         budget = settings.kv_cache_memory
     elif device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         budget = int(free - total * (1 - settings.gpu_memory_utilization))
     else:       # memory that other programs want too: room for one full context, or 1 GiB, but an eighth of what is free
-        budget = min(max(1 << 30, -(-context // PAGE_SIZE) * page_bytes), available_memory() // (8 * settings.num_workers))
-    full = settings.max_batch * -(-context // PAGE_SIZE)        # every row at full context: more is of no use
-    pages = min(budget // page_bytes, full)
+        budget = min(max(1 << 30, full * page_bytes), available_memory() // (8 * settings.num_workers))
+    pages = min(budget // page_bytes, settings.max_batch * full)        # more would be of no use
     if pages < 4:
         raise ConfigError(f"{budget:,} bytes for the KV cache hold {max(pages, 0)} pages of {PAGE_SIZE} tokens; "
                           f"at least 4 ({4 * page_bytes:,} bytes) are needed: raise --kv-cache-memory"
@@ -4125,6 +4122,11 @@ class Job:
         done = len(self.output_ids)
         return self.max_tokens - done + (0 if done else len(self.prompt_ids))
 
+    @functools.cached_property
+    def prefixes(self) -> dict[int, int]:
+        """hash -> length of the prompt's first 64, 128, 256 .. tokens: they tell which worker's cache may hold it."""
+        return {hash(self.prompt_ids[:64 << n]): 64 << n for n in range(16) if 64 << n <= len(self.prompt_ids)}
+
     def work(self) -> Work:
         request = self.request
         sampling = replace(request.sampling, choice=self.choice % request.n)
@@ -4179,7 +4181,7 @@ class Worker:
         self.spawned_s = self.ready_s = self.slowest_step_s = 0.0
         self.awaited_s: float | None = None         # since when it owes a message, or the next one; None: nothing was asked
         self.recent: deque[tuple[float, int]] = deque()     # (time, tokens) of the last seconds
-        self.prefixes: dict[int, int] = {}          # hash -> length of the prompts' beginnings that its cache may hold
+        self.prefixes: dict[int, int] = {}          # of the jobs that it got
 
     def spawn(self, config: WorkerConfig) -> socket.socket:
         """Start the process; returns the front's end of its pipe."""
@@ -4232,9 +4234,10 @@ class Worker:
         if self.state == "ready" and not self.jobs:
             self.awaited_s = None
 
-    @property
-    def outstanding_tokens(self) -> int:
-        return sum(job.outstanding_tokens for job in self.jobs.values())
+    def cost(self, job: Job) -> int:
+        """Tokens that it has to compute, less those of the job's prompt that its cache may spare it."""
+        spared = max((length for key, length in job.prefixes.items() if key in self.prefixes), default=0)
+        return sum(each.outstanding_tokens for each in self.jobs.values()) - spared
 
     @property
     def hung(self) -> bool:
@@ -4306,7 +4309,7 @@ class LocalPool:
     """The replicas of this machine behind one `answer`: routing, queueing, supervision, failover.
 
     A request waits in `pending` until a ready worker has a free row; then the worker with the fewest outstanding
-    tokens takes it, those of its prompt included that no conversation before has left in the worker's cache.
+    tokens takes it, unless another holds more of its prompt's prefix than it has to compute more.
     """
 
     HANG_S = 30.0               # a step or ping that takes longer than this, and 20 times the slowest step so far, hangs
@@ -4316,8 +4319,7 @@ class LocalPool:
     STABLE_S = 60.0             # a worker that lives so long is in no crash loop
     MAX_FAILOVERS = 3           # a request that was there at so many deaths, without a token in between, is given up
     INLINE_CHARACTERS = 4_000   # longer prompts are rendered and tokenized off the event loop
-    AFFINITY_TOKENS = 64        # prompts are matched to workers by prefixes of this, twice this, four times this ..
-    PREFIXES = 10_000           # of each worker
+    PREFIXES = 10_000           # so many are known of each worker
 
     def __init__(self, settings: Settings, *, worker_command: Seq[str] = (sys.executable, os.path.abspath(__file__))):
         self.settings, self.worker_command = settings, worker_command
@@ -4535,9 +4537,8 @@ class LocalPool:
                           ("logit_bias", [token for token, _ in request.sampling.logit_bias])):
             checked_ids(ids, self.tokenizer, name)
         self._check_capacity(request)
-        lengths = [self._answer_length(request, ids) for ids in prompts]
-        jobs = [Job(request, ids, length, events, arrived_s, prompt * request.n + index, dropped)
-                for prompt, (ids, length) in enumerate(zip(prompts, lengths)) for index in range(request.n)]
+        jobs = [Job(request, ids, self._answer_length(request, ids), events, arrived_s, choice, dropped)
+                for choice, ids in enumerate(ids for ids in prompts for _ in range(request.n))]
         try:
             self._submit(jobs[::request.n])
             yield Accepted(sum(map(len, prompts)), request.sampling.seed)
@@ -4615,33 +4616,20 @@ class LocalPool:
 
     def dispatch(self) -> None:
         """Hand waiting jobs to workers with a free row."""
-        while (job := self.pending.first()) and (worker := self._choose_worker(job)):
+        while (job := self.pending.first()) and (free := self._free_workers()):
+            worker = min(free, key=lambda each: each.cost(job))
             self.pending.take(job)
             job.worker, worker.jobs[job.id] = worker, job
             if job.dispatched_s is None:
                 job.dispatched_s = time.monotonic()
             worker.send("add", job.work())
-            worker.prefixes |= self._prefixes(job)
+            worker.prefixes |= job.prefixes
             while len(worker.prefixes) > self.PREFIXES:         # the oldest goes
                 del worker.prefixes[next(iter(worker.prefixes))]
 
     def _free_workers(self) -> list[Worker]:
         return [w for w in self.workers if w.state == "ready" and len(w.jobs) < self.settings.max_batch
                 and not any(job.suspect for job in w.jobs.values())]
-
-    def _choose_worker(self, job: Job) -> Worker | None:
-        """The free worker with the fewest outstanding tokens, less what its cache spares it of this prompt."""
-        if not (free := self._free_workers()):
-            return None
-        prefixes = self._prefixes(job)
-        return min(free, key=lambda worker: worker.outstanding_tokens - max(
-            (length for key, length in prefixes.items() if key in worker.prefixes), default=0))
-
-    def _prefixes(self, job: Job) -> dict[int, int]:
-        """hash -> length of the prompt's prefixes that tell which worker may hold it; where there is but one, none."""
-        ids = job.prompt_ids if len(self.workers) > 1 else ()
-        lengths = (self.AFFINITY_TOKENS << n for n in range(16))
-        return {hash(ids[:length]): length for length in lengths if length <= len(ids)}
 
     def cancel(self, request_id: str) -> bool:
         """Stop a running request; its reader gets a Finished-less end as RequestError 'cancelled'."""
