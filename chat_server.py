@@ -3937,7 +3937,7 @@ def worker_main(arguments: Seq[str]) -> int:
     die_with_parent(parent)
     channel = Channel(socket.socket(fileno=descriptor))
     try:
-        ((_, config),) = channel.receive(wait=True)     # nothing follows before "ready"
+        [(_, config)] = channel.receive(wait=True)      # nothing follows before "ready"
         start_logging(config.settings)
         channel.send("loading", "importing torch", 0.0)
         numpy.ndarray       # a ConfigError when it is missing; torch would only warn
@@ -4012,14 +4012,13 @@ def kv_pages(spec: ModelSpec, settings: Settings, device: "torch.device", dtype:
 
 
 def available_memory() -> int:
-    """Bytes that this process may still take: the machine's available memory within the cgroup's limit."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, StopIteration):
-        line = next(l for l in Path("/proc/meminfo").read_text().splitlines() if l.startswith("MemAvailable"))
-        free = int(line.split()[1]) * 1024
+    """Bytes that this process may still take: the machine's available memory (without Linux: all) within the cgroup's limit."""
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError):
+        free = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
     with contextlib.suppress(OSError, ValueError):
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, limit - used)
     return free
 
 
@@ -4052,10 +4051,10 @@ def memory_use(device: "torch.device", second: int) -> tuple[int, int]:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total - free, total
-    page = os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * page, os.sysconf("SC_PHYS_PAGES") * page
-    return 0, os.sysconf("SC_PHYS_PAGES") * page
+    used = 0
+    with contextlib.suppress(OSError):          # not Linux
+        used = int(Path("/proc/self/statm").read_text().split()[1])
+    return used * os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 NO_GAUGES = dict.fromkeys(("running", "queued", "kv_pages_used", "kv_pages_total", "preemptions", "drafted_tokens",
@@ -4388,7 +4387,7 @@ class LocalPool:
             self.asleep = False
             worker.crashes_in_row += 1
             code = worker.process and worker.process.returncode
-            if self.card is None and worker.crashes_in_row >= 3:
+            if worker.crashes_in_row >= 3 and not self.became_ready.is_set():
                 return self._give_up(EngineFailure(f"worker {worker.gpu} died {worker.crashes_in_row} times while "
                                                    f"starting (exit status {code})"))
             delay_s = min(30.0, 0.25 * 2 ** worker.crashes_in_row)
@@ -4484,10 +4483,10 @@ class LocalPool:
                 worker.gauges = gauges_
                 self.deliver(worker, updates)
             case ("config_error", text):
-                if self.card is None:
-                    self._give_up(ConfigError(text))
-                else:
+                if self.became_ready.is_set():
                     log.error("worker %d: %s", worker.gpu, text)
+                else:
+                    self._give_up(ConfigError(text))
                 worker.process.kill()
 
     def progress(self, stage: str, fraction: float) -> None:
