@@ -15,6 +15,7 @@ sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resol
 
 import chat_server      # noqa: E402
 
+OUTPUT_END = 283
 SIGNALS = {"kill": signal.SIGKILL, "hang": signal.SIGSTOP}
 MOMENTS = {     # looked at before a step: what the steps before gave has left through the pipe
     "queued": lambda s: not s.computed,
@@ -23,6 +24,8 @@ MOMENTS = {     # looked at before a step: what the steps before gave has left t
     "character": lambda s: s.generated >= 7 and s.text.decoder.utf8.getstate()[0],
     "stop": lambda s: s.generated >= 7 and len(s.text.decoder.held) > 1,
     "call": lambda s: s.generated >= 7 and s.text.tool.expression,
+    "result": lambda s: s.generated >= 7 and OUTPUT_END in s.tokens[-2:],       # the last may stand for one that is being drawn
+    "aside": lambda s: s.generated >= 7 and not s.pages,
 }
 
 
@@ -43,7 +46,7 @@ def strike(engine, moments):
 def step(engine, original=chat_server.Engine.step):
     strike(engine, MOMENTS)
     updates = original(engine)
-    strike(engine, {"unsent": MOMENTS["decode"]})       # these updates are lost
+    strike(engine, {"unsent": MOMENTS["decode"], "lost": MOMENTS["result"]})        # these updates are lost
     engine.check_integrity()
     return updates
 
