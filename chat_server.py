@@ -4182,13 +4182,13 @@ class Worker:
         self.recent: deque[tuple[float, int]] = deque()     # (time, tokens) of the last seconds
         self.prefixes: dict[int, int] = {}          # of the jobs that it got
 
-    def spawn(self, config: WorkerConfig) -> socket.socket:
+    def spawn(self, threads: int) -> socket.socket:
         """Start the process; returns the front's end of its pipe."""
         self.state = "loading"
         ours, theirs = socket.socketpair()
         # OpenMP's default spins for milliseconds at each barrier: with one core taken by another program that made
         # decoding 25 times slower here (1.6 against 40 tok/s). One malloc arena: 60 MB less than one for each thread
-        environment = {"GOMP_SPINCOUNT": "2000", "MALLOC_ARENA_MAX": "1"} | os.environ | {"OMP_NUM_THREADS": str(config.threads)}
+        environment = {"GOMP_SPINCOUNT": "2000", "MALLOC_ARENA_MAX": "1"} | os.environ | {"OMP_NUM_THREADS": str(threads)}
         command = [*self.pool.worker_command, "worker", str(theirs.fileno()), str(os.getpid())]
         with theirs:
             self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
@@ -4196,12 +4196,13 @@ class Worker:
         self.spawned_s = self.awaited_s = time.monotonic()
         return ours
 
-    async def live(self, config: WorkerConfig) -> None:
+    async def live(self) -> None:
         """One life of the process: start it, listen until it is gone, and end it for certain."""
-        ours = self.spawn(config)
+        threads = threads_per_worker(len(self.pool.workers))
+        ours = self.spawn(threads)
         try:
             reader, self.writer = await asyncio.open_connection(sock=ours)
-            self.send("start", config)
+            self.send("start", WorkerConfig(self.pool.settings, self.pool.source, self.device, threads))
             with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
                 while True:
                     (size,) = HEADER.unpack(await reader.readexactly(HEADER.size))
@@ -4364,22 +4365,19 @@ class LocalPool:
         except Exception as error:
             log.exception("finding the model failed")
             return self._give_up(EngineFailure(f"finding the model failed: {error}"))
-        threads = threads_per_worker(len(self.workers))
-        for worker in self.workers:
-            config = WorkerConfig(self.settings, self.source, worker.device, threads)
-            self.tasks.append(asyncio.create_task(self._keep_alive(worker, config)))
+        self.tasks += [asyncio.create_task(self._keep_alive(worker)) for worker in self.workers]
 
     def _give_up(self, error: ChatServerError) -> None:
         """Start-up failed, and is not tried again."""
         self.failure, self.closing = self.failure or error, True
         self.became_ready.set()
 
-    async def _keep_alive(self, worker: Worker, config: WorkerConfig) -> None:
+    async def _keep_alive(self, worker: Worker) -> None:
         """Start the worker again whenever it dies, waiting longer after each crash in a row."""
         while not self.closing:
             await self.wanted.wait()
             try:
-                await worker.live(config)
+                await worker.live()
             except Exception:
                 log.exception("worker %d could not be run", worker.gpu)
             if self.closing or worker.state == "unloaded":
