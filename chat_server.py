@@ -4415,7 +4415,7 @@ class LocalPool:
             self._unload_when_idle()
             crashing = any(worker.crashes_in_row > 1 for worker in self.workers)
             patience_s = 2 * self.load_s + (self.CRASHING_S if crashing else self.ORPHAN_S)
-            if self.asleep or any(worker.state == "ready" for worker in self.workers) or not self.pending:
+            if self.asleep or self.ready_workers or not self.pending:
                 self.served_s = time.monotonic()
             elif time.monotonic() - self.served_s > patience_s:
                 for job in list(self.pending):
@@ -4426,7 +4426,7 @@ class LocalPool:
         now, idle_s = time.monotonic(), self.settings.idle_unload
         if self.jobs:
             self.used_s = now
-        if idle_s and now - self.used_s > idle_s and all(worker.state == "ready" for worker in self.workers):
+        if idle_s and now - self.used_s > idle_s and self.ready_workers == self.workers:
             log.info("no request for %g s: the model is unloaded until the next one", idle_s)
             self.asleep = True
             self.wanted.clear()
@@ -4625,8 +4625,8 @@ class LocalPool:
                 del worker.prefixes[next(iter(worker.prefixes))]
 
     def _free_workers(self) -> list[Worker]:
-        return [w for w in self.workers if w.state == "ready" and len(w.jobs) < self.settings.max_batch
-                and not any(job.suspect for job in w.jobs.values())]
+        return [worker for worker in self.ready_workers if len(worker.jobs) < self.settings.max_batch
+                and not any(job.suspect for job in worker.jobs.values())]
 
     def cancel(self, request_id: str) -> bool:
         """Stop a running request; its reader gets a Finished-less end as RequestError 'cancelled'."""
@@ -4658,9 +4658,13 @@ class LocalPool:
     # what the server shows
 
     @property
+    def ready_workers(self) -> list[Worker]:
+        return [worker for worker in self.workers if worker.state == "ready"]
+
+    @property
     def ready(self) -> bool:
-        served = self.asleep or any(worker.state == "ready" for worker in self.workers)
-        return self.tokenizer is not None and not self.draining and served
+        """Would a request be served now?"""
+        return self.tokenizer is not None and not self.draining and bool(self.asleep or self.ready_workers)
 
     @property
     def model_name(self) -> str:
@@ -4676,7 +4680,7 @@ class LocalPool:
 
     def health(self) -> tuple[int, dict[str, Any]]:
         """HTTP status and body of /health."""
-        available = sum(worker.state == "ready" and not worker.jobs for worker in self.workers)
+        available = sum(not worker.jobs for worker in self.ready_workers)
         status = "ok" if self.ready else "draining" if self.draining else "unavailable" if self.became_ready.is_set() else "loading"
         body = {"status": status, "ready": self.ready, "num_gpus": len(self.workers), "available_workers": available}
         if status == "loading":
@@ -4688,9 +4692,8 @@ class LocalPool:
 
     def stats(self) -> dict[str, Any]:
         """Body of /stats."""
-        ready = [worker for worker in self.workers if worker.state == "ready"]
-        busy = sum(bool(worker.jobs) for worker in ready)
-        return {"total_workers": len(self.workers), "available_workers": len(ready) - busy, "busy_workers": busy,
+        busy = sum(bool(worker.jobs) for worker in self.ready_workers)
+        return {"total_workers": len(self.workers), "available_workers": len(self.ready_workers) - busy, "busy_workers": busy,
                 "workers": [worker.stats() for worker in self.workers], "model": self.model_name,
                 "kernels": self.card.kernels if self.card else {},
                 "row_invariant": self.card.row_invariant if self.card else False,
