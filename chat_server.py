@@ -3959,8 +3959,8 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
     device = torch.device(config.device)
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ConfigError(f"torch {torch.__version__} cannot use the CUDA device (a build without CUDA, or a driver that is "
-                              "too old); install a matching torch, or use --device-type cpu")
+            raise ConfigError(f"torch {torch.__version__} cannot use the CUDA device (a build without CUDA, or a driver that "
+                              "is too old); install a matching torch, or use --device-type cpu")
         torch.cuda.set_device(device)       # decode_core launches on the current one
     model, engine = build_engine(config.source, settings, device, lambda *at: channel.send("loading", *at))
     channel.send("loaded", describe_model(model, engine, config))
@@ -4031,8 +4031,8 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
     lines = (f"Model {model.name}: {model.description}", kernels_line(),
              f"Running on {place}, weights in {engine.transformer.weight_types}; kernels: "
              + ", ".join(sorted(set(kernels.values()))),
-             f"KV cache: {pages:,} pages of {PAGE_SIZE} tokens = {pages * PAGE_SIZE:,} tokens "
-             f"({pages * Transformer.page_bytes(model.spec, dtype) / 2**20:,.0f} MiB); context {engine.context_length:,} tokens")
+             f"KV cache: {pages:,} pages of {PAGE_SIZE} tokens = {pages * PAGE_SIZE:,} tokens ("
+             f"{pages * Transformer.page_bytes(model.spec, dtype) / 2**20:,.0f} MiB); context {engine.context_length:,} tokens")
     return ModelCard(model.text, model.name, engine.context_length, lines, kernels, engine.kernels.row_invariant)
 
 
@@ -4047,7 +4047,7 @@ def gauges(engine: Engine) -> dict[str, int]:
 
 @functools.lru_cache(1)
 def memory_use(device: "torch.device", second: int) -> tuple[int, int]:
-    """(used, total) bytes: of the GPU, or this process's resident set and the machine's memory; asked once a second, not each step."""
+    """(used, total) bytes: of the GPU, or this process's resident set and the machine's; read once a second, not each step."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total - free, total
@@ -4441,7 +4441,7 @@ class LocalPool:
             raise self.failure
 
     async def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests, and wait until every admitted one is done; False when some were still running after `timeout_s`."""
+        """Refuse new requests and wait until every admitted one is done; False when some still run after `timeout_s`."""
         self.draining = True
         deadline_s = time.monotonic() + timeout_s
         while self.jobs and time.monotonic() < deadline_s:
