@@ -51,15 +51,6 @@ def step(engine, original=chat_server.Engine.step):
     return updates
 
 
-def open_model(*arguments, original=chat_server.open_model):
-    try:
-        (Path(os.environ.get("STRUCK", "/none")) / "hang-load").unlink()
-    except FileNotFoundError:
-        return original(*arguments)
-    os.kill(os.getpid(), signal.SIGSTOP)
-    raise SystemExit("it was woken up")
-
-
 def start(engine, plan, drawing, original=chat_server.Engine._start):
     if sum(chunk.sequence.work.id.startswith("crowd-") for chunk in plan) > 3:
         raise MemoryError
@@ -70,6 +61,15 @@ def push(answer, *arguments, original=chat_server.Answer.push):
     if answer.work.id == "untranslatable" and arguments[1] == 5:
         raise RuntimeError("no text for this token")
     return original(answer, *arguments)
+
+
+def open_model(*arguments, original=chat_server.open_model):
+    try:
+        (Path(os.environ.get("STRUCK", "/none")) / "hang-load").unlink()
+    except FileNotFoundError:
+        return original(*arguments)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    raise SystemExit("it was woken up")
 
 
 if __name__ == "__main__":
