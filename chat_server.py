@@ -25,7 +25,7 @@ Life of a request
     handle_chat > parse_chat_request > LocalPool.answer > Tokenizer.render > LocalPool.dispatch         front process
         > Engine.add > Scheduler.schedule > make_batch > EagerSteps.start > Transformer.forward > sample_reference
         > Scheduler.advance > Answer.push > StreamDecoder.push > Update                                 worker process
-        > Worker.deliver > Job.take > NativeEncoder.encode | OpenAIEncoder.encode > EventStream.send    front process
+        > LocalPool.deliver > Job.take > NativeEncoder.encode | OpenAIEncoder.encode > EventStream.send    front process
 
 Exactness: the next token is a function of the logits, the request's parameters, its seed and the token's position
 (counter-based noise), never of what else is in the batch. With decode_core on a CPU each row's logits are the same to the
@@ -40,6 +40,7 @@ from __future__ import annotations
 import argparse
 import ast
 import asyncio
+import bisect
 import codecs
 import collections
 import contextlib
@@ -62,6 +63,7 @@ import os
 import pickle
 import re
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -1832,11 +1834,11 @@ class Transformer:
     """
 
     def __init__(self, spec: ModelSpec, tensors: dict, kernels: Kernels, *, num_pages: int, max_tokens: int,
-                 max_rows: int | None = None, device="cpu", dtype=None):
+                 max_rows: int | None = None, device="cpu", dtype=None, progress=lambda stage, fraction: None):
         self.spec, self.kernels = spec, kernels
         self.device, self.dtype = torch.device(device), dtype
         with torch.inference_mode():
-            self.weights = self._pack(tensors)
+            self.weights = self._pack(tensors, progress)
             self.layers = [{name.partition(".")[2]: tensor for name, tensor in self.weights.items()
                             if name.startswith(f"{l}.")} for l in range(spec.layers)]
             self.rope_tables = kernels.rope_tables(spec, self.device)
@@ -1846,10 +1848,11 @@ class Transformer:
                 self.compute(kernels.program, SimpleNamespace(**self.buffers))
                 kernels.program.sample(self.buffers["logits"])
 
-    def _pack(self, tensors: dict) -> dict:
+    def _pack(self, tensors: dict, progress: "Progress") -> dict:
         """Move every weight to the device, matrices into the kernels' layout; a tied head is the embedding."""
-        weights, tied = {}, self.spec.tied_head
-        for name in expected_tensors(self.spec):
+        weights, tied, names = {}, self.spec.tied_head, expected_tensors(self.spec)
+        for name in names:
+            progress("packing weights", len(weights) / len(names))
             tensor = tensors.pop(name)
             if name == "head" and tied:
                 weights[name] = weights["embed"]
@@ -3835,18 +3838,16 @@ def sample_row(sequence: Sequence, eos_tokens: frozenset[int], offset: int = 0) 
 # 10. workers: processes, pipes, the pool and its supervision ------------------------------------------------------
 #
 # Messages are pickles behind a 4-byte length, both ways over one socket pair per worker.
-#   front -> worker   ("start", WorkerConfig)  ("add", Work)  ("cancel", id)
+#   front -> worker   ("start", WorkerConfig)  ("add", Work)  ("cancel", id)  ("ping", None)
 #   worker -> front   ("loading", stage, fraction)  ("loaded", ModelCard)  ("ready", gauges)  ("step", [Update], gauges)
-#                     ("failed", [id], message)  ("config_error", message)
-# and for tests: ("check", None) is answered by ("checked", what is wrong or None, gauges)
+#                     ("config_error", message)
 
 
 @dataclass(frozen=True)
 class WorkerConfig:
     settings: Settings
     source: ModelSource
-    gpu: int                # replica number; the CUDA device on GPU boxes
-    device_type: str
+    device: str             # of torch
     threads: int
 
 
@@ -3858,7 +3859,6 @@ class ModelCard:
     name: str
     context_length: int
     lines: tuple[str, ...]          # for the start-up log
-    device: str
     kernels: dict[str, str]
     row_invariant: bool
 
@@ -3875,44 +3875,33 @@ class Channel:
     """The worker's end of its pipe: blocking sends, receives that wait only when asked to."""
 
     def __init__(self, connection: socket.socket):
-        self.connection = connection
-        self.buffer = bytearray()
+        self.connection, self.poll = connection, select.poll()
+        self.poll.register(connection, select.POLLIN)
 
     def send(self, *message: Any) -> None:
         self.connection.sendall(packed(message))
 
     def receive(self, wait: bool) -> list[Any]:
-        """All whole messages that are there; with `wait`, at least one. EOFError when the front is gone."""
-        messages = list(self._whole())
-        while True:
-            flags = 0 if wait and not messages else socket.MSG_DONTWAIT
-            try:
-                data = self.connection.recv(1 << 18, flags)
-            except BlockingIOError:
-                return messages
-            if not data:
-                raise EOFError
-            self.buffer += data
-            messages += self._whole()
+        """All messages that are there; with `wait`, at least one. EOFError when the front is gone."""
+        messages = []
+        while self.poll.poll(None if wait and not messages else 0):
+            (size,) = HEADER.unpack(self._read(HEADER.size))
+            messages.append(pickle.loads(self._read(size)))
+        return messages
 
-    def _whole(self) -> Iterator[Any]:
-        while len(self.buffer) >= HEADER.size:
-            end = HEADER.size + HEADER.unpack_from(self.buffer)[0]
-            if len(self.buffer) < end:
-                return
-            message = pickle.loads(memoryview(self.buffer)[HEADER.size:end])
-            del self.buffer[:end]
-            yield message
+    def _read(self, size: int) -> bytes:
+        data = self.connection.recv(size, socket.MSG_WAITALL)
+        if len(data) < size:
+            raise EOFError
+        return data
 
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float:
     """CPUs that the cgroup allows (v2 `cpu.max`, v1 `cpu.cfs_*`), infinity without a limit."""
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = (root / "cpu.max").read_text().split()
-        return math.inf if quota == "max" else int(quota) / int(period)
-    with contextlib.suppress(OSError, ValueError):
-        quota = int((root / "cpu/cpu.cfs_quota_us").read_text())
-        return math.inf if quota <= 0 else quota / int((root / "cpu/cpu.cfs_period_us").read_text())
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = " ".join((root / name).read_text() for name in names).split()
+            return math.inf if quota in ("max", "-1") else int(quota) / int(period)
     return math.inf
 
 
@@ -3948,15 +3937,12 @@ def worker_main(arguments: Seq[str]) -> int:
     die_with_parent(parent)
     channel = Channel(socket.socket(fileno=descriptor))
     try:
-        (_, config), *queued = channel.receive(wait=True)
+        [(_, config)] = channel.receive(wait=True)      # nothing follows before "ready"
         start_logging(config.settings)
         channel.send("loading", "importing torch", 0.0)
         numpy.ndarray       # a ConfigError when it is missing; torch would only warn
         with torch.inference_mode():
-            engine = start_engine(channel, config)
-            for message in queued:
-                obey(engine, message)
-            run_engine(channel, engine)
+            run_engine(channel, start_engine(channel, config))
     except ConfigError as error:
         channel.send("config_error", str(error))
         with contextlib.suppress(EOFError, ConnectionError):
@@ -3970,11 +3956,11 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
     """Load, allocate, announce, warm up."""
     settings = config.settings
     torch.set_num_threads(config.threads)
-    if config.device_type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"torch {torch.__version__} cannot use the CUDA device (a build without CUDA, or a driver that is too "
-                          "old); install a matching torch, or use --device-type cpu")
-    device = torch.device(config.device_type, config.gpu if config.device_type == "cuda" else None)
+    device = torch.device(config.device)
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"torch {torch.__version__} cannot use the CUDA device (a build without CUDA, or a driver that "
+                              "is too old); install a matching torch, or use --device-type cpu")
         torch.cuda.set_device(device)       # decode_core launches on the current one
     model, engine = build_engine(config.source, settings, device, lambda *at: channel.send("loading", *at))
     channel.send("loaded", describe_model(model, engine, config))
@@ -4000,7 +3986,8 @@ def build_engine(source: ModelSource, settings: Settings, device: "torch.device"
     rows = max(settings.max_batch, FREE_ROWS)
     limits = {"max_tokens": settings.prefill_chunk + rows, "max_rows": rows}
     kernels = load_kernels(device, model.spec, **limits, quantize=settings.quantize)
-    transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device, dtype=model.dtype, **limits)
+    transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device, dtype=model.dtype,
+                              progress=progress, **limits)
     return model, Engine(transformer, open_tokenizer(model.text), kernels, num_pages=num_pages,
                          max_batch=settings.max_batch, context_length=model.context_length,
                          prefill_chunk=settings.prefill_chunk, drafts=not settings.no_drafts)
@@ -4008,16 +3995,15 @@ def build_engine(source: ModelSource, settings: Settings, device: "torch.device"
 
 def kv_pages(spec: ModelSpec, settings: Settings, device: "torch.device", dtype: "torch.dtype | None", context: int) -> int:
     """KV pages to allocate: --kv-cache-memory, or a share of what is free. ConfigError when not even 64 tokens fit."""
-    page_bytes = Transformer.page_bytes(spec, dtype)
+    page_bytes, full = Transformer.page_bytes(spec, dtype), -(-context // PAGE_SIZE)        # pages of a full context
     if settings.kv_cache_memory is not None:
         budget = settings.kv_cache_memory
     elif device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         budget = int(free - total * (1 - settings.gpu_memory_utilization))
     else:       # memory that other programs want too: room for one full context, or 1 GiB, but an eighth of what is free
-        budget = min(max(1 << 30, -(-context // PAGE_SIZE) * page_bytes), available_memory() // (8 * settings.num_workers))
-    full = settings.max_batch * -(-context // PAGE_SIZE)        # every row at full context: more is of no use
-    pages = min(budget // page_bytes, full)
+        budget = min(max(1 << 30, full * page_bytes), available_memory() // (8 * settings.num_workers))
+    pages = min(budget // page_bytes, settings.max_batch * full)        # more would be of no use
     if pages < 4:
         raise ConfigError(f"{budget:,} bytes for the KV cache hold {max(pages, 0)} pages of {PAGE_SIZE} tokens; "
                           f"at least 4 ({4 * page_bytes:,} bytes) are needed: raise --kv-cache-memory"
@@ -4026,14 +4012,13 @@ def kv_pages(spec: ModelSpec, settings: Settings, device: "torch.device", dtype:
 
 
 def available_memory() -> int:
-    """Bytes that this process may still take: the machine's available memory within the cgroup's limit."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, StopIteration):
-        line = next(l for l in Path("/proc/meminfo").read_text().splitlines() if l.startswith("MemAvailable"))
-        free = int(line.split()[1]) * 1024
+    """Bytes that this process may still take: the machine's available memory (without Linux: all) within the cgroup's limit."""
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError):
+        free = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
     with contextlib.suppress(OSError, ValueError):
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, limit - used)
     return free
 
 
@@ -4046,9 +4031,9 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
     lines = (f"Model {model.name}: {model.description}", kernels_line(),
              f"Running on {place}, weights in {engine.transformer.weight_types}; kernels: "
              + ", ".join(sorted(set(kernels.values()))),
-             f"KV cache: {pages:,} pages of {PAGE_SIZE} tokens = {pages * PAGE_SIZE:,} tokens "
-             f"({pages * Transformer.page_bytes(model.spec, dtype) / 2**20:,.0f} MiB); context {engine.context_length:,} tokens")
-    return ModelCard(model.text, model.name, engine.context_length, lines, str(device), kernels, engine.kernels.row_invariant)
+             f"KV cache: {pages:,} pages of {PAGE_SIZE} tokens = {pages * PAGE_SIZE:,} tokens ("
+             f"{pages * Transformer.page_bytes(model.spec, dtype) / 2**20:,.0f} MiB); context {engine.context_length:,} tokens")
+    return ModelCard(model.text, model.name, engine.context_length, lines, kernels, engine.kernels.row_invariant)
 
 
 def gauges(engine: Engine) -> dict[str, int]:
@@ -4062,16 +4047,18 @@ def gauges(engine: Engine) -> dict[str, int]:
 
 @functools.lru_cache(1)
 def memory_use(device: "torch.device", second: int) -> tuple[int, int]:
-    """(used, total) bytes: of the GPU, or this process's resident set and the machine's memory; asked once a second, not each step."""
+    """(used, total) bytes: of the GPU, or this process's resident set and the machine's; read once a second, not each step."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total - free, total
-    page = os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * page, os.sysconf("SC_PHYS_PAGES") * page
-    return 0, os.sysconf("SC_PHYS_PAGES") * page
+    used = 0
+    with contextlib.suppress(OSError):          # not Linux
+        used = int(Path("/proc/self/statm").read_text().split()[1])
+    return used * os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+NO_GAUGES = dict.fromkeys(("running", "queued", "kv_pages_used", "kv_pages_total", "preemptions", "drafted_tokens",
+                           "accepted_tokens", "memory_used", "memory_total"), 0)        # of a worker that is not there
 MAX_FAILURES = 3        # steps that may fail in a row before a worker is replaced
 
 
@@ -4079,42 +4066,25 @@ def run_engine(channel: Channel, engine: Engine) -> None:
     """The worker's life: obey what came, step, report; asleep while there is nothing to do. Ends with EOFError."""
     failures = 0            # steps that failed in a row
     while True:
-        messages = channel.receive(wait=not engine.busy)
-        for message in messages:
-            if message[0] == "check":
-                channel.send("checked", *check_engine(engine))
-            obey(engine, message)
+        for verb, argument in channel.receive(wait=not engine.busy):
+            if verb == "add":
+                engine.add(argument)
+            elif verb == "cancel":
+                engine.cancel(argument)
         try:
-            updates = engine.step()
+            updates, failures = engine.step(), 0
         except Exception as error:      # one bad step fails one request, not the server
             failures += 1
             if failures > MAX_FAILURES or "CUDA error" in str(error):       # only a fresh process can help
                 raise
             log.error("a step failed", exc_info=error)
-            if ids := engine.give_up():
-                channel.send("failed", ids, failure_text(error))
-            continue
-        failures = 0
+            updates = [Update(id_, (), "", "error", failure_text(error)) for id_ in engine.give_up()]
         channel.send("step", updates, gauges(engine))
 
 
-def obey(engine: Engine, message: tuple) -> None:
-    verb, argument = message
-    if verb == "add":
-        engine.add(argument)
-    elif verb == "cancel":
-        engine.cancel(argument)
-
-
-def check_engine(engine: Engine) -> tuple[str | None, dict[str, int]]:
-    try:
-        engine.check_integrity()
-    except AssertionError as error:
-        return str(error), gauges(engine)
-    return None, gauges(engine)
-
-
 # the front's side
+
+RECENT_S = 5            # /stats shows the speed of so many seconds
 
 
 @dataclass(eq=False)
@@ -4151,6 +4121,11 @@ class Job:
         done = len(self.output_ids)
         return self.max_tokens - done + (0 if done else len(self.prompt_ids))
 
+    @functools.cached_property
+    def prefixes(self) -> dict[int, int]:
+        """hash -> length of the prompt's first 64, 128, 256 .. tokens: they tell which worker's cache may hold it."""
+        return {hash(self.prompt_ids[:64 << n]): 64 << n for n in range(16) if 64 << n <= len(self.prompt_ids)}
+
     def work(self) -> Work:
         request = self.request
         sampling = replace(request.sampling, choice=self.choice % request.n)
@@ -4160,16 +4135,15 @@ class Job:
 
     def take(self, update: Update, gpu: int) -> None:
         """Turn a worker's update into events for the reader."""
-        if self.request.max_tokens == 0:        # only the prompt was asked for; the worker draws a token nevertheless
-            update = update._replace(tokens=(), text="", logprobs=(), reason="length", stop_reason="max_tokens")
-        now = time.monotonic()
-        if self.first_token_s is None:
-            self.first_token_s = now
-        self.last_token_s = now
-        self.failovers = 0
         if update.reason == "error":
             self.events.put_nowait(EngineFailure(update.stop_reason))
             return
+        if self.request.max_tokens == 0:        # only the prompt was asked for; the worker draws a token nevertheless
+            update = update._replace(tokens=(), text="", logprobs=(), reason="length", stop_reason="max_tokens")
+        self.last_token_s = time.monotonic()
+        if self.first_token_s is None:
+            self.first_token_s = self.last_token_s
+        self.failovers = 0
         self.output_ids += update.tokens
         self.sent_characters += len(update.text)
         self.events.put_nowait(Piece(update.text, update.tokens, gpu, self.choice, update.logprobs, update.prompt_logprobs))
@@ -4194,150 +4168,101 @@ class Worker:
 
     OUTBOX_BYTES = 64 << 20     # unsent bytes after which a worker that does not read counts as hung
 
-    def __init__(self, pool: "LocalPool", gpu: int):
-        self.pool, self.gpu = pool, gpu
-        self.state = "loading"                      # loading, ready, dead, unloaded
+    def __init__(self, pool: "LocalPool", gpu: int, device: str = "cpu"):
+        self.pool, self.gpu, self.device = pool, gpu, device
+        self.state = "loading"                      # loading, ready, dead, or unloaded: its death was wanted
         self.jobs: dict[str, Job] = {}
         self.process: subprocess.Popen | None = None
         self.writer: asyncio.StreamWriter | None = None
-        self.card: ModelCard | None = None
-        self.gauges: dict[str, int] = {}
-        self.loading = ("starting", 0.0)
+        self.gauges = NO_GAUGES
         self.restarts = 0
-        self.unloading = False                      # its death was wanted
         self.crashes_in_row = 0                     # without an answer finished or a minute lived in between
-        self.spawned_s = self.ready_s = self.last_message_s = self.slowest_step_s = 0.0
-        self.pinged = False                         # an idle worker was asked for a sign of life
+        self.spawned_s = self.ready_s = self.slowest_step_s = 0.0
+        self.awaited_s: float | None = None         # since when it owes a message, or the next one; None: nothing was asked
         self.recent: deque[tuple[float, int]] = deque()     # (time, tokens) of the last seconds
-        self.checked: asyncio.Future[str | None] | None = None
+        self.prefixes: dict[int, int] = {}          # of the jobs that it got
 
-    def spawn(self, config: WorkerConfig) -> socket.socket:
+    def spawn(self, threads: int) -> socket.socket:
         """Start the process; returns the front's end of its pipe."""
+        self.state = "loading"
         ours, theirs = socket.socketpair()
         # OpenMP's default spins for milliseconds at each barrier: with one core taken by another program that made
         # decoding 25 times slower here (1.6 against 40 tok/s). One malloc arena: 60 MB less than one for each thread
-        environment = {"GOMP_SPINCOUNT": "2000", "MALLOC_ARENA_MAX": "1"} | os.environ | {"OMP_NUM_THREADS": str(config.threads)}
+        environment = {"GOMP_SPINCOUNT": "2000", "MALLOC_ARENA_MAX": "1"} | os.environ | {"OMP_NUM_THREADS": str(threads)}
         command = [*self.pool.worker_command, "worker", str(theirs.fileno()), str(os.getpid())]
         with theirs:
             self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
                                             env=environment, start_new_session=True)
-        self.state, self.pinged = "loading", False
-        self.spawned_s = self.last_message_s = time.monotonic()
+        self.spawned_s = self.awaited_s = time.monotonic()
         return ours
 
-    async def live(self, config: WorkerConfig) -> None:
-        """One life of the process: start it, read what it says until it is gone, bury it."""
-        ours = self.spawn(config)
+    async def live(self) -> None:
+        """One life of the process: start it, listen until it is gone, and end it for certain."""
+        threads = threads_per_worker(len(self.pool.workers))
+        ours = self.spawn(threads)
         try:
             reader, self.writer = await asyncio.open_connection(sock=ours)
-            self.send("start", config)
+            self.send("start", WorkerConfig(self.pool.settings, self.pool.source, self.device, threads))
             with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
                 while True:
                     (size,) = HEADER.unpack(await reader.readexactly(HEADER.size))
                     self.hear(pickle.loads(await reader.readexactly(size)))
         finally:
-            self.state = "dead"
-            self.pool.orphan(self)          # first: a process that hangs in its driver takes long to bury
-            await self.bury()
-
-    async def bury(self) -> None:
-        """Kill the process for certain, reap it, close the pipe."""
-        self.process.kill()
-        await asyncio.to_thread(self.process.wait)
-        if self.writer:
-            self.writer.close()
-            self.writer = None
+            self.state, self.awaited_s = self.state if self.state == "unloaded" else "dead", None
+            self.pool.orphan(self)          # first: a process that hangs in its driver takes long to end
+            self.process.kill()
+            await asyncio.to_thread(self.process.wait)
+            if self.writer:
+                self.writer.close()
 
     def send(self, *message: Any) -> None:
-        """Queue a message; never blocks. A worker that no longer reads is killed."""
-        if self.writer is None:
-            return
+        """Queue a message, which is answered by one or more; never blocks. A worker that no longer reads is killed."""
+        if self.awaited_s is None:
+            self.awaited_s = time.monotonic()
         self.writer.write(packed(message))
         if self.writer.transport.get_write_buffer_size() > self.OUTBOX_BYTES:
             log.error("worker %d does not read its pipe; restarting it", self.gpu)
             self.process.kill()
 
     def hear(self, message: tuple) -> None:
+        """Pass a message on to the pool, and set the clock of what is awaited."""
         now = time.monotonic()
-        silent_s, self.last_message_s, self.pinged = now - self.last_message_s, now, False
-        match message:
-            case ("loading", stage, fraction):
-                self.loading = (stage, fraction)
-                self.pool.progress(stage, fraction)
-            case ("loaded", card):
-                self.card = card
-                self.pool.loaded(card)
-            case ("ready", gauges_):
-                self.gauges = gauges_
-                self.state, self.ready_s = "ready", now
-                self.pool.worker_ready(self)
-            case ("step", updates, gauges_):
-                if self.jobs:
-                    self.slowest_step_s = max(self.slowest_step_s, min(silent_s, 30.0))
-                self.gauges = gauges_
-                self.deliver(updates, now)
-            case ("failed", ids, text):
-                for job_id in ids:
-                    self.pool.fail(job_id, EngineFailure(text))
-            case ("checked", wrong, gauges_):
-                self.gauges = gauges_
-                self.checked.set_result(wrong)
-            case ("config_error", text):
-                self.pool.config_error(self, text)
+        if message[0] == "step" and self.jobs:
+            self.slowest_step_s = max(self.slowest_step_s, min(now - self.awaited_s, 30.0))
+        self.awaited_s = now
+        self.pool.hear(self, message)
+        if self.state == "ready" and not self.jobs:
+            self.awaited_s = None
 
-    def deliver(self, updates: list[Update], now: float) -> None:
-        tokens = 0
-        for update in updates:
-            tokens += len(update.tokens)
-            job = self.jobs.get(update.id)
-            if job is None:                 # cancelled meanwhile
-                continue
-            job.take(update, self.gpu)
-            if update.reason is not None:
-                self.crashes_in_row = 0
-                self.pool.forget(job)
-        self.recent.append((now, tokens))
-        while self.recent[0][0] < now - 5:
-            self.recent.popleft()
-        self.pool.dispatch()
-
-    @property
-    def outstanding_tokens(self) -> int:
-        return sum(job.outstanding_tokens for job in self.jobs.values())
+    def cost(self, job: Job) -> int:
+        """Tokens that it has to compute, less those of the job's prompt that its cache may spare it."""
+        spared = max((length for key, length in job.prefixes.items() if key in self.prefixes), default=0)
+        return sum(each.outstanding_tokens for each in self.jobs.values()) - spared
 
     @property
     def hung(self) -> bool:
-        """No step finished for max(30 s, 20 times the slowest step) while work is queued, nor a ping answered; never while
-        loading."""
-        expected = self.state == "ready" and bool(self.jobs or self.pinged)
-        return expected and time.monotonic() - self.last_message_s > max(self.pool.HANG_S, 20 * self.slowest_step_s)
+        """Has it owed a message too long: a step or the answer to a ping, or, while it loads, a report of progress?"""
+        patience_s = self.pool.LOAD_HANG_S if self.state == "loading" else max(self.pool.HANG_S, 20 * self.slowest_step_s)
+        return self.awaited_s is not None and time.monotonic() - self.awaited_s > patience_s
 
     def look_after(self) -> None:
         """Once a second: kill it when it hangs, ask for a sign of life when it is idle, forgive crashes of long ago."""
-        now = time.monotonic()
         if self.hung:
-            log.error("worker %d has made no progress; killing it", self.gpu)
+            log.error("worker %d has made no progress while %s; killing it", self.gpu,
+                      "loading" if self.state == "loading" else "answering" if self.jobs else "idle")
             self.process.kill()
         elif self.state == "ready":
-            if not self.jobs and not self.pinged and now - self.last_message_s > self.pool.HANG_S / 3:
-                self.pinged = True
+            if self.awaited_s is None:
                 self.send("ping", None)             # whatever it is sent, it makes a step, if an empty one, and says so
-            if now - self.ready_s > self.pool.STABLE_S:
+            if time.monotonic() - self.ready_s > self.pool.STABLE_S:
                 self.crashes_in_row = 0
 
-    def tokens_per_second(self) -> float:
-        since = time.monotonic() - 5
-        return sum(tokens for at, tokens in self.recent if at > since) / 5
-
     def stats(self) -> dict[str, Any]:
-        gauges_ = self.gauges or dict.fromkeys(("kv_pages_used", "kv_pages_total", "memory_used", "memory_total"), 0)
-        return {"gpu_id": self.gpu, "device": self.card.device if self.card else None,
-                "pid": self.process.pid if self.process else None, "state": self.state,
-                "running": len(self.jobs), "queued": gauges_.get("queued", 0), "restarts": self.restarts,
-                "crashes_in_row": self.crashes_in_row,
-                "tokens_per_second": round(self.tokens_per_second(), 1),
-                **{key: gauges_[key] for key in ("kv_pages_used", "kv_pages_total", "memory_used", "memory_total")},
-                **{key: gauges_.get(key, 0) for key in ("preemptions", "drafted_tokens", "accepted_tokens")},
+        since = time.monotonic() - RECENT_S
+        tokens_per_second = sum(tokens for at, tokens in self.recent if at > since) / RECENT_S
+        return {"gpu_id": self.gpu, "device": self.device, "pid": self.process and self.process.pid,
+                "state": self.state, **self.gauges, "running": len(self.jobs), "restarts": self.restarts,
+                "crashes_in_row": self.crashes_in_row, "tokens_per_second": round(tokens_per_second, 1),
                 "utilization": round(len(self.jobs) / self.pool.settings.max_batch, 3)}
 
 
@@ -4346,34 +4271,37 @@ class WaitingQueue:
     pile holds up the others, and only then those of low priority, in turn too."""
 
     def __init__(self):
-        self.resumed: deque[Job] = deque()
-        self.lanes: tuple[OrderedDict[str, deque[Job]], ...] = (OrderedDict(), OrderedDict())   # by client; [1] is the low one
+        self.lanes: tuple[OrderedDict[str, deque[Job]], ...] = (OrderedDict(), OrderedDict(), OrderedDict())    # by client
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def __iter__(self) -> Iterator[Job]:
-        for jobs in (self.resumed, *self.lanes[0].values(), *self.lanes[1].values()):
-            yield from jobs
+        return (job for lane in self.lanes for jobs in lane.values() for job in jobs)
+
+    def _place(self, job: Job) -> tuple[OrderedDict[str, deque[Job]], str]:
+        """A job's lane, and its client there; those whose worker died wait in one line."""
+        if job.failovers:
+            return self.lanes[0], ""
+        return self.lanes[2 if job.request.low_priority else 1], job.request.client
 
     def append(self, job: Job) -> None:
-        self.lanes[job.request.low_priority].setdefault(job.request.client, deque()).append(job)
+        lane, client = self._place(job)
+        lane.setdefault(client, deque()).append(job)
 
     def first(self) -> Job | None:
         return next(iter(self), None)
 
     def take(self, job: Job) -> None:
         """The first job leaves, and its client goes to the end of its lane."""
+        lane, client = self._place(job)
+        lane.move_to_end(client)
         self.remove(job)
-        lane, client = self.lanes[job.request.low_priority], job.request.client
-        if client in lane:
-            lane.move_to_end(client)
 
     def remove(self, job: Job) -> None:
-        lane, client = self.lanes[job.request.low_priority], job.request.client
-        jobs = self.resumed if job in self.resumed else lane[client]
-        jobs.remove(job)
-        if not lane.get(client, True):
+        lane, client = self._place(job)
+        lane[client].remove(job)
+        if not lane[client]:
             del lane[client]
 
 
@@ -4381,21 +4309,21 @@ class LocalPool:
     """The replicas of this machine behind one `answer`: routing, queueing, supervision, failover.
 
     A request waits in `pending` until a ready worker has a free row; then the worker with the fewest outstanding
-    tokens takes it, preferring one that holds its conversation's prefix.
+    tokens takes it, unless another holds more of its prompt's prefix than it has to compute more.
     """
 
-    HANG_S = 30.0               # see Worker.hung
+    HANG_S = 30.0               # a step or ping that takes longer than this, and 20 times the slowest step so far, hangs
+    LOAD_HANG_S = 300.0         # so does a load between two reports, one for each tensor: gigabytes of a slow disk or network
     ORPHAN_S = 300.0            # how long requests wait for a worker when none is ready, besides twice the time to load;
     CRASHING_S = 60.0           # and if one of them is in a crash loop
     STABLE_S = 60.0             # a worker that lives so long is in no crash loop
     MAX_FAILOVERS = 3           # a request that was there at so many deaths, without a token in between, is given up
     INLINE_CHARACTERS = 4_000   # longer prompts are rendered and tokenized off the event loop
-    AFFINITY_TOKENS = 64        # prompts are matched to workers by prefixes of multiples of this
+    PREFIXES = 10_000           # so many are known of each worker
 
     def __init__(self, settings: Settings, *, worker_command: Seq[str] = (sys.executable, os.path.abspath(__file__))):
         self.settings, self.worker_command = settings, worker_command
-        self.device_type, count = choose_devices(settings)
-        self.workers = [Worker(self, gpu) for gpu in range(count)]
+        self.workers = [Worker(self, gpu, device) for gpu, device in enumerate(choose_devices(settings))]
         self.jobs: dict[str, Job] = {}
         self.pending = WaitingQueue()
         self.source: ModelSource | None = None
@@ -4410,19 +4338,16 @@ class LocalPool:
         self.created = int(time.time())
         self.loading = ("starting", 0.0)
         self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
-        self.became_ready: asyncio.Future | None = None
-        self.fatal: asyncio.Future | None = None
-        self.orphaned_since_s: float | None = None
+        self.became_ready = asyncio.Event()         # or start-up failed
+        self.failure: ChatServerError | None = None
+        self.served_s = time.monotonic()            # when there last was a worker that is ready, or nothing waited for one
         self.load_s = 0.0                           # how long the last worker took from its start until it was ready
-        self.affinity: OrderedDict[int, Worker] = OrderedDict()
         self.tasks: list[asyncio.Task] = []
 
     # life
 
     async def start(self) -> None:
         """Find the model and spawn the workers in the background; returns at once."""
-        loop = asyncio.get_running_loop()
-        self.became_ready, self.fatal = loop.create_future(), loop.create_future()
         self.tasks = [asyncio.create_task(self._start_workers()), asyncio.create_task(self._watch())]
 
     async def _start_workers(self) -> None:
@@ -4440,34 +4365,27 @@ class LocalPool:
         except Exception as error:
             log.exception("finding the model failed")
             return self._give_up(EngineFailure(f"finding the model failed: {error}"))
-        threads = threads_per_worker(len(self.workers))
-        for worker in self.workers:
-            config = WorkerConfig(self.settings, self.source, worker.gpu, self.device_type, threads)
-            self.tasks.append(asyncio.create_task(self._keep_alive(worker, config)))
+        self.tasks += [asyncio.create_task(self._keep_alive(worker)) for worker in self.workers]
 
     def _give_up(self, error: ChatServerError) -> None:
-        for future in (self.fatal, self.became_ready):
-            if not future.done():
-                future.set_exception(error)
-                future.exception()      # whoever awaits it still sees it; nobody has to
+        """Start-up failed, and is not tried again."""
+        self.failure, self.closing = self.failure or error, True
+        self.became_ready.set()
 
-    async def _keep_alive(self, worker: Worker, config: WorkerConfig) -> None:
+    async def _keep_alive(self, worker: Worker) -> None:
         """Start the worker again whenever it dies, waiting longer after each crash in a row."""
         while not self.closing:
             await self.wanted.wait()
             try:
-                await worker.live(config)
+                await worker.live()
             except Exception:
                 log.exception("worker %d could not be run", worker.gpu)
-            if self.closing or self.fatal.done():
-                return
-            if worker.unloading:
-                worker.unloading, worker.state, worker.gauges = False, "unloaded", {}
+            if self.closing or worker.state == "unloaded":
                 continue
             self.asleep = False
             worker.crashes_in_row += 1
-            code = worker.process.returncode if worker.process else None
-            if self.card is None and worker.crashes_in_row >= 3:
+            code = worker.process and worker.process.returncode
+            if worker.crashes_in_row >= 3 and not self.became_ready.is_set():
                 return self._give_up(EngineFailure(f"worker {worker.gpu} died {worker.crashes_in_row} times while "
                                                    f"starting (exit status {code})"))
             delay_s = min(30.0, 0.25 * 2 ** worker.crashes_in_row)
@@ -4476,17 +4394,16 @@ class LocalPool:
             worker.restarts += 1
 
     def orphan(self, worker: Worker) -> None:
-        """A worker died: its jobs go to the head of the queue, in order, and continue elsewhere."""
+        """A worker died: its jobs wait before all others and continue elsewhere."""
         jobs, worker.jobs = list(worker.jobs.values()), {}
-        worker.gauges = {}
-        for key in [key for key, holder in self.affinity.items() if holder is worker]:
-            del self.affinity[key]
-        for job in reversed(jobs):
+        worker.gauges = NO_GAUGES
+        worker.prefixes.clear()
+        for job in jobs:
             job.worker, job.failovers = None, job.failovers + 1
-            self.pending.resumed.appendleft(job)
+            self.pending.append(job)
         for job in jobs:
             if job.failovers >= self.MAX_FAILOVERS:
-                self.fail(job.id, EngineFailure(f"{job.failovers} workers died while computing this answer"))
+                self.fail(job, EngineFailure(f"{job.failovers} workers died while computing this answer"))
         self.dispatch()
 
     async def _watch(self) -> None:
@@ -4498,45 +4415,34 @@ class LocalPool:
             self._unload_when_idle()
             crashing = any(worker.crashes_in_row > 1 for worker in self.workers)
             patience_s = 2 * self.load_s + (self.CRASHING_S if crashing else self.ORPHAN_S)
-            if self.asleep or any(worker.state == "ready" for worker in self.workers) or not self.pending:
-                self.orphaned_since_s = None
-            elif self.orphaned_since_s is None:
-                self.orphaned_since_s = time.monotonic()
-            elif time.monotonic() - self.orphaned_since_s > patience_s:
+            if self.asleep or self.ready_workers or not self.pending:
+                self.served_s = time.monotonic()
+            elif time.monotonic() - self.served_s > patience_s:
                 for job in list(self.pending):
-                    self.fail(job.id, EngineFailure(f"no worker came back within {patience_s:.0f} s"))
+                    self.fail(job, EngineFailure(f"no worker came back within {patience_s:.0f} s"))
 
     def _unload_when_idle(self) -> None:
         """--idle-unload: end the processes of workers that nobody has asked for so long; polls of /health do not count."""
         now, idle_s = time.monotonic(), self.settings.idle_unload
         if self.jobs:
             self.used_s = now
-        if idle_s and now - self.used_s > idle_s and all(worker.state == "ready" for worker in self.workers):
+        if idle_s and now - self.used_s > idle_s and self.ready_workers == self.workers:
             log.info("no request for %g s: the model is unloaded until the next one", idle_s)
             self.asleep = True
             self.wanted.clear()
-            self.affinity.clear()
             for worker in self.workers:
-                worker.unloading, worker.state = True, "unloaded"
+                worker.state = "unloaded"
                 worker.process.kill()
-
-    def _wake(self) -> None:
-        self.used_s = time.monotonic()
-        if not self.wanted.is_set():
-            log.info("a request: loading the model again")
-            self.wanted.set()
 
     async def wait_ready(self) -> None:
         """Until a request would be served. Raises ConfigError or EngineFailure when start-up failed."""
-        await asyncio.shield(self.became_ready)
-
-    def begin_drain(self) -> None:
-        """Refuse new requests; those admitted go on."""
-        self.draining = True
+        await self.became_ready.wait()
+        if self.failure:
+            raise self.failure
 
     async def drain(self, timeout_s: float) -> bool:
-        """Wait until every admitted request is done; False when some were still running after `timeout_s`."""
-        self.begin_drain()
+        """Refuse new requests and wait until every admitted one is done; False when some still run after `timeout_s`."""
+        self.draining = True
         deadline_s = time.monotonic() + timeout_s
         while self.jobs and time.monotonic() < deadline_s:
             await asyncio.sleep(0.05)
@@ -4545,30 +4451,46 @@ class LocalPool:
     async def close(self) -> None:
         """End every request with an error and every worker for certain."""
         self.closing = self.draining = True
-        for job_id in list(self.jobs):
-            self.fail(job_id, EngineFailure("the server is shutting down"))
-        for worker in self.workers:
-            if worker.process:
-                worker.process.kill()
+        for job in list(self.jobs.values()):
+            self.fail(job, EngineFailure("the server is shutting down"))
+        processes = [worker.process for worker in self.workers if worker.process]
+        for process in processes:
+            process.kill()
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
-        for worker in self.workers:
-            if worker.process:
-                await asyncio.to_thread(worker.process.wait)    # one that was being buried
+        for process in processes:
+            await asyncio.to_thread(process.wait)       # also one whose task waited for it already
 
     # what workers report
 
+    def hear(self, worker: Worker, message: tuple) -> None:
+        match message:
+            case ("loading", stage, fraction):
+                self.progress(stage, fraction)
+            case ("loaded", card):
+                if self.card is None:       # the first: the front's tokenizer is built while the workers warm up
+                    self.card = card
+                    self.tasks.append(asyncio.create_task(self._open_tokenizer(card.text)))
+            case ("ready", gauges_):
+                worker.state, worker.gauges, worker.ready_s = "ready", gauges_, time.monotonic()
+                self.asleep, self.used_s, self.load_s = False, worker.ready_s, worker.ready_s - worker.spawned_s
+                self._check_ready()
+                self.dispatch()
+            case ("step", updates, gauges_):
+                worker.gauges = gauges_
+                self.deliver(worker, updates)
+            case ("config_error", text):
+                if self.became_ready.is_set():
+                    log.error("worker %d: %s", worker.gpu, text)
+                else:
+                    self._give_up(ConfigError(text))
+                worker.process.kill()
+
     def progress(self, stage: str, fraction: float) -> None:
         self.loading = (stage, fraction)
-        if self.card is None or not self.ready:
+        if not self.ready:
             self.on_progress(stage, fraction)
-
-    def loaded(self, card: ModelCard) -> None:
-        """The first worker knows the model: build the front's tokenizer while it warms up."""
-        if self.card is None:
-            self.card = card
-            self.tasks.append(asyncio.create_task(self._open_tokenizer(card.text)))
 
     async def _open_tokenizer(self, text: TextSpec) -> None:
         tokenizer = await asyncio.to_thread(open_tokenizer, text)
@@ -4577,22 +4499,24 @@ class LocalPool:
         self.tokenizer = tokenizer
         self._check_ready()
 
-    def worker_ready(self, worker: Worker) -> None:
-        self.asleep, self.load_s = False, worker.ready_s - worker.spawned_s
-        self.used_s = time.monotonic()
-        self._check_ready()
-        self.dispatch()
-
     def _check_ready(self) -> None:
-        if self.ready and not self.became_ready.done():
-            self.became_ready.set_result(None)
+        if self.ready:
+            self.became_ready.set()
 
-    def config_error(self, worker: Worker, text: str) -> None:
-        if self.card is None:
-            self._give_up(ConfigError(text))
-        else:
-            log.error("worker %d: %s", worker.gpu, text)
-        worker.process.kill()
+    def deliver(self, worker: Worker, updates: Seq[Update]) -> None:
+        """Give each update to its job, unless that was cancelled meanwhile."""
+        now = time.monotonic()
+        worker.recent.append((now, sum(len(update.tokens) for update in updates)))
+        while worker.recent[0][0] < now - RECENT_S:
+            worker.recent.popleft()
+        for update in updates:
+            if job := worker.jobs.get(update.id):
+                job.take(update, worker.gpu)
+                if update.reason is not None:
+                    self.forget(job)
+                if update.reason not in (None, "error"):
+                    worker.crashes_in_row = 0
+        self.dispatch()
 
     # requests
 
@@ -4604,15 +4528,14 @@ class LocalPool:
         """
         arrived_s, events = time.monotonic(), asyncio.Queue()
         self._check_capacity(request)
-        prompts, dropped = await self._tokenize(request), 0
-        if request.truncate and request.messages and not self._roomy(request, prompts[0]):
-            prompts, dropped = await self._without_oldest(request)
-        for ids in prompts:
-            self._check_vocabulary(request, ids)
+        size = sum(map(len, request.prompts)) + sum(len(message.content) for message in request.messages or ())
+        prompts, dropped = await tokenizing(self._prompt_ids, request, size)
+        for name, ids in (*(("prompt", ids) for ids in prompts), ("stop_token_ids", request.stop_token_ids),
+                          ("logit_bias", [token for token, _ in request.sampling.logit_bias])):
+            checked_ids(ids, self.tokenizer, name)
         self._check_capacity(request)
-        lengths = [self._answer_length(request, ids) for ids in prompts]
-        jobs = [Job(request, ids, length, events, arrived_s, prompt * request.n + index, dropped)
-                for prompt, (ids, length) in enumerate(zip(prompts, lengths)) for index in range(request.n)]
+        jobs = [Job(request, ids, self._answer_length(request, ids), events, arrived_s, choice, dropped)
+                for choice, ids in enumerate(ids for ids in prompts for _ in range(request.n))]
         try:
             self._submit(jobs[::request.n])
             yield Accepted(sum(map(len, prompts)), request.sampling.seed)
@@ -4626,6 +4549,7 @@ class LocalPool:
                 yield event
                 left -= isinstance(event, Finished)
         finally:
+            event = None            # an exception holds this frame, and would be held by it
             for job in jobs:
                 self._abandon(job)
 
@@ -4633,13 +4557,16 @@ class LocalPool:
         for job in jobs:
             self.jobs[job.id] = job
             self.pending.append(job)
-        self._wake()
+        self.used_s = time.monotonic()
+        if not self.wanted.is_set():
+            log.info("a request: loading the model again")
+            self.wanted.set()
         self.dispatch()
 
     def _check_capacity(self, request: Request) -> None:
         if self.draining:
             raise Overloaded("the server is shutting down", retry_after_s=10)
-        if self.tokenizer is None or not self.became_ready.done():
+        if self.tokenizer is None or not self.became_ready.is_set():
             raise Overloaded(f"the model is still loading ({self.loading[0]})", retry_after_s=2)
         if len(self.pending) >= self.settings.max_queue and not self._free_workers():
             raise Overloaded(f"{len(self.pending)} requests are waiting already (--max-queue)", retry_after_s=5, status=429)
@@ -4649,29 +4576,29 @@ class LocalPool:
         if request.id in self.jobs:
             raise RequestError(f"a request with the id {request.id!r} is running", status=409, code="duplicate_id")
 
-    async def _tokenize(self, request: Request) -> list[tuple[int, ...]]:
-        """The ids of each prompt of a request; long ones are tokenized in a thread so that other streams go on."""
-        if request.messages is not None:
-            if not self.tokenizer.has_chat_template:
-                raise RequestError("this model has no chat template; use raw completion", code="no_chat_template")
-            size = sum(len(message.content) for message in request.messages)
-            render = functools.partial(self.tokenizer.render, tools=request.tools)
-            return [tuple(await tokenizing(render, request.messages, size))]
-        size = sum(len(prompt) for prompt in request.prompts)
-        return await tokenizing(self._encode_prompts, request.prompts, size)
+    def _prompt_ids(self, request: Request) -> tuple[list[tuple[int, ...]], int]:
+        """The ids of each prompt, and how many messages `truncate` drops so that they fit: as few of the oldest turns as will do.
 
-    def _encode_prompts(self, prompts: Seq[str | tuple[int, ...]]) -> list[tuple[int, ...]]:
-        return [tuple(self.tokenizer.encode_prompt(prompt)) if isinstance(prompt, str) else prompt for prompt in prompts]
+        A turn is a user message and what follows it; system messages and the last user message stay in any case.
+        """
+        if (messages := request.messages) is None:
+            return [tuple(self.tokenizer.encode_prompt(prompt)) if isinstance(prompt, str) else prompt
+                    for prompt in request.prompts], 0
+        starts = [0, *[index for index, message in enumerate(messages) if message.role == "user"][1:]]
 
-    def _check_vocabulary(self, request: Request, prompt_ids: tuple[int, ...]) -> None:
-        """RequestError for token ids that the model does not have: in the engine they would fail the whole batch."""
-        size = self.tokenizer.vocab_size
-        for name, ids in (("prompt", prompt_ids), ("logit_bias", [token for token, _ in request.sampling.logit_bias]),
-                          ("stop_token_ids", request.stop_token_ids)):
-            if ids and not 0 <= min(ids) <= max(ids) < size:
-                wrong = next(token for token in ids if not 0 <= token < size)
-                raise RequestError(f"{name} has the token id {wrong}; this model's are 0 to {size - 1}",
-                                   code="invalid_value", param=name)
+        @functools.cache
+        def without(turns: int) -> tuple[tuple[int, ...], int]:
+            kept = [message for index, message in enumerate(messages) if message.role == "system" or index >= starts[turns]]
+            return tuple(self.tokenizer.render(kept, tools=request.tools)), len(messages) - len(kept)
+
+        def fits(turns: int) -> bool:       # with room for max_tokens, or at least for a quarter of the context
+            return len(without(turns)[0]) + min(request.max_tokens or math.inf, self.context_length // 4) <= self.context_length
+
+        turns = 0
+        if request.truncate and len(starts) > 1 and not fits(0):
+            turns = bisect.bisect_left(range(len(starts) - 1), True, lo=1, key=fits)
+        ids, dropped = without(turns)
+        return [ids], dropped
 
     def _answer_length(self, request: Request, prompt_ids: tuple[int, ...]) -> int:
         """How long the answer may get. RequestError 400 with both numbers when nothing fits behind the prompt."""
@@ -4684,80 +4611,33 @@ class LocalPool:
         room = limit - len(prompt_ids)
         return room if request.max_tokens is None else max(1, min(request.max_tokens, room))
 
-    def _roomy(self, request: Request, prompt_ids: tuple[int, ...]) -> bool:
-        """Does a prompt leave room for max_tokens, or at least for a quarter of the context?"""
-        return len(prompt_ids) + min(request.max_tokens or math.inf, self.context_length // 4) <= self.context_length
-
-    async def _without_oldest(self, request: Request) -> tuple[list[tuple[int, ...]], int]:
-        """The prompt without as few of the oldest turns as will do, and how many messages that are.
-
-        A turn is a user message and what follows it; system messages and the last user message stay in any case.
-        """
-        messages = request.messages
-        starts = [index for index, message in enumerate(messages) if message.role == "user"][1:]
-        prompts, kept, fewest, most = await self._tokenize(request), messages, 0, len(starts)
-        while fewest < most:            # fewer than `fewest` turns are too few
-            middle = (fewest + most) // 2
-            rest = tuple(m for index, m in enumerate(messages) if m.role == "system" or index >= starts[middle])
-            shorter = await self._tokenize(replace(request, messages=rest))
-            fits = self._roomy(request, shorter[0])
-            fewest, most = (fewest, middle) if fits else (middle + 1, most)
-            if fits or middle + 1 == len(starts):
-                prompts, kept = shorter, rest
-        return prompts, len(messages) - len(kept)
-
     def dispatch(self) -> None:
         """Hand waiting jobs to workers with a free row."""
-        while (job := self.pending.first()) and (worker := self._choose_worker(job)):
+        while (job := self.pending.first()) and (free := self._free_workers()):
+            worker = min(free, key=lambda each: each.cost(job))
             self.pending.take(job)
             job.worker, worker.jobs[job.id] = worker, job
             if job.dispatched_s is None:
                 job.dispatched_s = time.monotonic()
-            if len(worker.jobs) == 1:
-                worker.last_message_s = time.monotonic()        # it was idle: the clock of `hung` starts now
             worker.send("add", job.work())
-            self._remember_prefix(job, worker)
+            worker.prefixes |= job.prefixes
+            while len(worker.prefixes) > self.PREFIXES:         # the oldest goes
+                del worker.prefixes[next(iter(worker.prefixes))]
 
     def _free_workers(self) -> list[Worker]:
-        return [w for w in self.workers if w.state == "ready" and len(w.jobs) < self.settings.max_batch
-                and not any(job.suspect for job in w.jobs.values())]
-
-    def _choose_worker(self, job: Job) -> Worker | None:
-        """The free worker with the fewest outstanding tokens; a prefix holder wins unless it is far busier."""
-        if not (free := self._free_workers()):
-            return None
-        least = min(free, key=lambda worker: worker.outstanding_tokens)
-        if len(self.workers) > 1:
-            for key, length in reversed(self._prefix_keys(job.prompt_ids)):
-                holder = self.affinity.get(key)
-                if holder in free and holder.outstanding_tokens <= least.outstanding_tokens + length:
-                    return holder
-        return least
-
-    def _prefix_keys(self, ids: tuple[int, ...]) -> list[tuple[int, int]]:
-        """(hash, length) of the prompt's prefixes whose lengths are powers of two times AFFINITY_TOKENS."""
-        lengths = [self.AFFINITY_TOKENS << n for n in range(16) if self.AFFINITY_TOKENS << n <= len(ids)]
-        return [(hash(ids[:length]), length) for length in lengths]
-
-    def _remember_prefix(self, job: Job, worker: Worker) -> None:
-        if len(self.workers) > 1:
-            for key, _ in self._prefix_keys(job.prompt_ids):
-                self.affinity[key] = worker
-                self.affinity.move_to_end(key)
-            while len(self.affinity) > 10_000:
-                self.affinity.popitem(last=False)
+        return [worker for worker in self.ready_workers if len(worker.jobs) < self.settings.max_batch
+                and not any(job.suspect for job in worker.jobs.values())]
 
     def cancel(self, request_id: str) -> bool:
         """Stop a running request; its reader gets a Finished-less end as RequestError 'cancelled'."""
         jobs = [job for job in self.jobs.values() if job.request.id == request_id]
         for job in jobs:
-            self.fail(job.id, RequestError("the request was cancelled", status=499, code="cancelled"))
+            self.fail(job, RequestError("the request was cancelled", status=499, code="cancelled"))
         return bool(jobs)
 
-    def fail(self, job_id: str, error: ChatServerError) -> None:
-        if job := self.jobs.get(job_id):
-            job.events.put_nowait(error)
-            self._abandon(job)
+    def fail(self, job: Job, error: ChatServerError) -> None:
+        job.events.put_nowait(error)
+        self._abandon(job)
 
     def _abandon(self, job: Job) -> None:
         """The reader is gone or the job failed: free its row and pages within one step."""
@@ -4775,41 +4655,33 @@ class LocalPool:
         else:
             self.pending.remove(job)
 
-    async def check_integrity(self, worker: Worker) -> str | None:
-        """Have a worker walk its page table; what is wrong with it, or None (tests, soak)."""
-        worker.checked = asyncio.get_running_loop().create_future()
-        worker.send("check", None)
-        return await worker.checked
-
     # what the server shows
 
     @property
+    def ready_workers(self) -> list[Worker]:
+        return [worker for worker in self.workers if worker.state == "ready"]
+
+    @property
     def ready(self) -> bool:
-        served = self.asleep or any(worker.state == "ready" for worker in self.workers)
-        return self.tokenizer is not None and not self.draining and served
+        """Would a request be served now?"""
+        return self.tokenizer is not None and not self.draining and bool(self.asleep or self.ready_workers)
 
     @property
     def model_name(self) -> str:
         return self.card.name if self.card else self.source.name if self.source else "loading"
 
     @property
-    def model_names(self) -> tuple[str, ...]:
-        return (self.model_name, *self.settings.served_model_name)
-
-    @property
     def context_length(self) -> int:
         return self.card.context_length if self.card else 0
 
     def describe(self) -> list[str]:
-        """Lines of the start-up log: what was chosen, what else was there, where and how it runs."""
-        chosen = [line for line in (self.source.chosen, self.source.alternatives) if line] if self.source else []
-        return chosen + (list(self.card.lines) if self.card else [])
+        """Lines of the start-up log of a pool that is ready: what was chosen, what else was there, where and how it runs."""
+        return [line for line in (self.source.chosen, self.source.alternatives, *self.card.lines) if line]
 
     def health(self) -> tuple[int, dict[str, Any]]:
         """HTTP status and body of /health."""
-        available = sum(worker.state == "ready" and not worker.jobs for worker in self.workers)
-        status = "ok" if self.ready else "draining" if self.draining else "loading" if self.card is None or \
-            not self.became_ready.done() else "unavailable"
+        available = sum(not worker.jobs for worker in self.ready_workers)
+        status = "ok" if self.ready else "draining" if self.draining else "unavailable" if self.became_ready.is_set() else "loading"
         body = {"status": status, "ready": self.ready, "num_gpus": len(self.workers), "available_workers": available}
         if status == "loading":
             body["loading"] = {"stage": self.loading[0], "fraction": round(self.loading[1], 3)}
@@ -4820,9 +4692,8 @@ class LocalPool:
 
     def stats(self) -> dict[str, Any]:
         """Body of /stats."""
-        ready = [worker for worker in self.workers if worker.state == "ready"]
-        busy = sum(bool(worker.jobs) for worker in ready)
-        return {"total_workers": len(self.workers), "available_workers": len(ready) - busy, "busy_workers": busy,
+        busy = sum(bool(worker.jobs) for worker in self.ready_workers)
+        return {"total_workers": len(self.workers), "available_workers": len(self.ready_workers) - busy, "busy_workers": busy,
                 "workers": [worker.stats() for worker in self.workers], "model": self.model_name,
                 "kernels": self.card.kernels if self.card else {},
                 "row_invariant": self.card.row_invariant if self.card else False,
@@ -4831,12 +4702,21 @@ class LocalPool:
 
 
 async def tokenizing(work: Callable[[Any], Any], text: Any, size: int) -> Any:
-    """work(text), off the event loop when the text has many characters."""
+    """work(text), off the event loop when the text has many characters: other streams go on."""
     return work(text) if size <= LocalPool.INLINE_CHARACTERS else await asyncio.to_thread(work, text)
 
 
-def choose_devices(settings: Settings) -> tuple[str, int]:
-    """(device type, replicas) by the flags and what is there, without importing torch.
+def checked_ids(tokens: Seq[int], tokenizer: Tokenizer, name: str) -> Seq[int]:
+    """RequestError for token ids that the model does not have: in the engine they would fail the whole batch."""
+    size = tokenizer.vocab_size
+    if tokens and not 0 <= min(tokens) <= max(tokens) < size:
+        wrong = next(token for token in tokens if not 0 <= token < size)
+        raise RequestError(f"{name} has the token id {wrong}; this model's are 0 to {size - 1}", code="invalid_value", param=name)
+    return tokens
+
+
+def choose_devices(settings: Settings) -> list[str]:
+    """torch's name of each replica's device by the flags and what is there, without importing torch.
 
     ConfigError for more than one GPU replica without CUDA.
     """
@@ -4848,14 +4728,13 @@ def choose_devices(settings: Settings) -> tuple[str, int]:
         count = cuda if wanted == "auto" else int(wanted)
         if count > cuda:
             raise ConfigError(f"--num-gpus {count}, but this machine has {cuda} CUDA device(s)")
-        return "cuda", count
+        return [f"cuda:{gpu}" for gpu in range(count)]
     if settings.device_type == "cuda":
         raise ConfigError("--device-type cuda, but no CUDA device was found (nvidia-smi -L lists none)")
     if wanted not in ("auto", "1"):
         raise ConfigError(f"--num-gpus {wanted} needs CUDA devices, and none was found; on CPU use --num-workers {wanted}")
-    if settings.device_type == "mps" or settings.device_type == "auto" and sys.platform == "darwin":
-        return ("mps", 1) if settings.num_workers == 1 else ("cpu", settings.num_workers)
-    return "cpu", settings.num_workers
+    metal = settings.device_type == "mps" or settings.device_type == "auto" and sys.platform == "darwin"
+    return ["mps"] if metal and settings.num_workers == 1 else ["cpu"] * settings.num_workers
 
 
 def cuda_device_count() -> int:
@@ -5375,13 +5254,6 @@ class NativeEncoder:
         usage = {name: getattr(event, name) for name in ("prompt_tokens", "completion_tokens", "cached_tokens")}
         return frame({"done": True, "finish_reason": event.reason, "stop_reason": event.stop_reason, "gpu": event.gpu,
                       "usage": usage, "timings": timings_body(event), "seed": self.seed})
-
-
-def checked_ids(tokens: Seq[int], tokenizer: Tokenizer, name: str) -> list[int]:
-    if wrong := [token for token in tokens if not 0 <= token < tokenizer.vocab_size]:
-        raise RequestError(f"{name} has the token id {wrong[0]}; this model's are 0 to {tokenizer.vocab_size - 1}",
-                           code="invalid_value", param=name)
-    return list(tokens)
 
 
 def piece_body(tokenizer: Tokenizer, token: int) -> str | list[int]:
@@ -6145,7 +6017,7 @@ class Front:
 
     def check_model(self, name: str) -> None:
         """404 for a model that is not the loaded one; while loading, nobody knows, and the pool says 503."""
-        names = (self.pool.model_name, *self.pool.model_names, *self.settings.served_model_name)
+        names = (self.pool.model_name, *self.settings.served_model_name)
         known = {"", "default", *names, *(n.rstrip("/").rsplit("/", 1)[-1] for n in names if n)}
         if self.pool.ready and name not in known:
             raise RequestError(f"the model {shown(name)} does not exist; this server has {self.pool.model_name!r}",

@@ -40,7 +40,7 @@ def fake_worker(descriptor):
     rate, filler = float(os.environ["FAKE_RATE"]), "x" * int(os.environ["FAKE_PIECE_BYTES"])
     text = chat_server.read_nanochat_tokenizer(config.source.path, 284)
     gauges = dict.fromkeys(("running", "queued", "kv_pages_used", "kv_pages_total", "preemptions", "memory_used", "memory_total"), 0)
-    channel.send("loaded", ModelCard(text, "fake", 1 << 20, (), "cpu", {}, False))
+    channel.send("loaded", ModelCard(text, "fake", 1 << 20, (), {}, False))
     channel.send("ready", gauges)
     left, tick = {}, time.monotonic()
     while True:

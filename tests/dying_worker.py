@@ -2,7 +2,8 @@
 
 A request's id says what happens to its worker and when: `kill-tool-1` kills the process when its answer has a tool call
 open, `hang-decode-1` stops it. $STRUCK is a folder with one file for each request that has struck. `poison` always kills.
-More than three requests `crowd-...` in a step run out of memory.
+More than three requests `crowd-...` in a step run out of memory. A file `hang-load` in $STRUCK stops the process that finds
+it while it loads. After every step the whole KV cache is walked; a wrong page table fails the step.
 """
 
 import os
@@ -10,8 +11,11 @@ import signal
 import sys
 from pathlib import Path
 
-import chat_server
+sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resolve().parent.parent))
 
+import chat_server      # noqa: E402
+
+OUTPUT_END = 283
 SIGNALS = {"kill": signal.SIGKILL, "hang": signal.SIGSTOP}
 MOMENTS = {     # looked at before a step: what the steps before gave has left through the pipe
     "queued": lambda s: not s.computed,
@@ -20,6 +24,8 @@ MOMENTS = {     # looked at before a step: what the steps before gave has left t
     "character": lambda s: s.generated >= 7 and s.text.decoder.utf8.getstate()[0],
     "stop": lambda s: s.generated >= 7 and len(s.text.decoder.held) > 1,
     "call": lambda s: s.generated >= 7 and s.text.tool.expression,
+    "result": lambda s: s.generated >= 7 and OUTPUT_END in s.tokens[-2:],       # the last may stand for one that is being drawn
+    "aside": lambda s: s.generated >= 7 and not s.pages,
 }
 
 
@@ -40,7 +46,8 @@ def strike(engine, moments):
 def step(engine, original=chat_server.Engine.step):
     strike(engine, MOMENTS)
     updates = original(engine)
-    strike(engine, {"unsent": MOMENTS["decode"]})       # these updates are lost
+    strike(engine, {"unsent": MOMENTS["decode"], "lost": MOMENTS["result"]})        # these updates are lost
+    engine.check_integrity()
     return updates
 
 
@@ -56,6 +63,16 @@ def push(answer, *arguments, original=chat_server.Answer.push):
     return original(answer, *arguments)
 
 
+def open_model(*arguments, original=chat_server.open_model):
+    try:
+        (Path(os.environ.get("STRUCK", "/none")) / "hang-load").unlink()
+    except FileNotFoundError:
+        return original(*arguments)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    raise SystemExit("it was woken up")
+
+
 if __name__ == "__main__":
     chat_server.Engine.step, chat_server.Engine._start, chat_server.Answer.push = step, start, push
+    chat_server.open_model = open_model
     sys.exit(chat_server.main())

@@ -53,10 +53,6 @@ class FakePool:
         self.failure = None
         self.on_progress = lambda stage, fraction: None
 
-    @property
-    def model_names(self):
-        return (self.model_name,)
-
     async def answer(self, request):
         if self.draining or not self.ready:
             raise Overloaded("the model is still loading", retry_after_s=2)
@@ -126,11 +122,8 @@ class FakePool:
             raise self.failure
         self.ready = True
 
-    def begin_drain(self):
-        self.draining, self.ready = True, False
-
     async def drain(self, timeout_s):
-        self.begin_drain()
+        self.draining, self.ready = True, False
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.until_open(0), timeout_s)
         return not self.open

@@ -1,6 +1,8 @@
 """Several answers to a request: a job, a row and a stream of noise for each, one queue of events for the reader."""
 
 import asyncio
+import contextlib
+import gc
 
 import pytest
 
@@ -23,17 +25,16 @@ class KeepingWorker(chat_server.Worker):
             self.cancelled.append(argument)
 
     def says(self, name, token, reason=None):
-        self.deliver([Update(name, (token,), chr(token), reason, reason and "eos")], 1e9)
+        self.pool.deliver(self, [Update(name, (token,), chr(token), reason, reason and "eos")])
 
 
 @pytest.fixture
 async def pool():
     pool = LocalPool(Settings(max_batch=8, max_concurrent_per_key=2))
     pool.workers = [KeepingWorker(pool)]
-    pool.card = chat_server.ModelCard(None, "fake", 64, (), "cpu", {}, False)
+    pool.card = chat_server.ModelCard(None, "fake", 64, (), {}, False)
     pool.tokenizer = Letters()
-    pool.became_ready = asyncio.get_running_loop().create_future()
-    pool.became_ready.set_result(None)
+    pool.became_ready.set()
     return pool
 
 
@@ -80,17 +81,18 @@ async def test_one_that_fails_ends_all(pool):
     await anext(events)
     worker.says("a", 65)
     await anext(events)
-    worker.hear(("failed", ["a#1"], "the model failed"))
+    pool.deliver(worker, [Update("a#1", (), "", "error", "the model failed")])
     with pytest.raises(EngineFailure, match="the model failed"):
         async for _ in events:
             pass
     assert not pool.jobs and not worker.jobs and not len(pool.pending)
 
 
-async def test_an_answer_whose_grammar_broke_is_an_error_and_not_an_end(pool):
-    events = pool.answer(request(grammar="x"))
+@pytest.mark.parametrize("changes", [dict(grammar="x"), dict(max_tokens=0, prompt_logprobs=1)])
+async def test_an_answer_that_fails_is_an_error_and_not_an_end(pool, changes):
+    events = pool.answer(request(**changes))
     await anext(events)
-    pool.workers[0].deliver([Update("a", (5,), "", "error", "the grammar became too large")], 1e9)
+    pool.deliver(pool.workers[0], [Update("a", (5,), "", "error", "the grammar became too large")])
     with pytest.raises(EngineFailure, match="too large"):
         await anext(events)
 
@@ -134,7 +136,7 @@ async def test_only_the_prompt_s_scores_are_wanted_with_max_tokens_0_and_a_resum
     await anext(events)
     assert (worker.works["a"].max_tokens, worker.works["a"].prompt_logprobs) == (1, 1)
     scores = (chat_server.TokenLogprob(1, None), chat_server.TokenLogprob(2, -1.0))
-    worker.deliver([Update("a", (65,), "A", "length", "max_tokens", prompt_logprobs=scores)], 1e9)
+    pool.deliver(worker, [Update("a", (65,), "A", "length", "max_tokens", prompt_logprobs=scores)])
     piece, done = [event async for event in events]
     assert (piece.text, piece.tokens, piece.prompt_logprobs) == ("", (), scores)
     assert (done.completion_tokens, done.reason, done.stop_reason) == (0, "length", "max_tokens")
@@ -148,5 +150,33 @@ async def test_an_answer_that_fills_the_context_says_so(pool):
     assert pool.workers[0].works["a"].max_tokens == 4
     for token in (65, 66, 67):
         pool.workers[0].says("a", token)
-    pool.workers[0].deliver([Update("a", (68,), "D", "length", "max_tokens")], 1e9)
+    pool.deliver(pool.workers[0], [Update("a", (68,), "D", "length", "max_tokens")])
     assert [event async for event in events][-1].stop_reason == "context_length"
+
+
+async def ended_as(pool, how):
+    """An answer that ends, fails, is cancelled or is left after its first token."""
+    (worker,) = pool.workers
+    async with contextlib.aclosing(pool.answer(request(max_tokens=9))) as events:
+        await anext(events)
+        worker.says("a", 65, "stop" if how == "ends" else "error" if how == "fails" else None)
+        if how == "is cancelled":
+            pool.cancel("a")
+        with contextlib.suppress(EngineFailure, RequestError):
+            while how != "is left" and not isinstance(await anext(events), Finished):
+                pass
+
+
+@pytest.mark.parametrize("how", ["ends", "fails", "is cancelled", "is left"])
+async def test_whatever_becomes_of_an_answer_nothing_of_it_stays_in_memory(pool, how):
+    await ended_as(pool, how)                   # what is made once
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(gc.get_objects())
+        for _ in range(50):
+            await ended_as(pool, how)
+        pool.workers[0].recent.clear(), pool.workers[0].works.clear(), pool.workers[0].cancelled.clear()
+        assert len(gc.get_objects()) - before < 50 and gc.collect() == 0
+    finally:
+        gc.enable()

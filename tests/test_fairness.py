@@ -12,8 +12,8 @@ from chat_server import Job, LocalPool, Overloaded, Request, Settings, WaitingQu
 from fake_pool import FakePool, conversation, serving
 
 
-def job(name, client="", low=False):
-    return Job(Request(name, prompts=((1,),), client=client, low_priority=low), (1,), 8, None, 0.0)
+def job(name, client="", low=False, deaths=0):
+    return Job(Request(name, prompts=((1,),), client=client, low_priority=low), (1,), 8, None, 0.0, failovers=deaths)
 
 
 def drained(queue):
@@ -50,9 +50,9 @@ def test_low_priority_waits_until_nothing_else_does_and_takes_turns_too():
 
 def test_jobs_whose_worker_died_go_first_even_if_low():
     queue = WaitingQueue()
-    queue.append(job("a1", "a"))
-    queue.resumed.append(job("l1", "l", low=True))
-    assert drained(queue) == "l1 a1"
+    for waiting in (job("a1", "a"), job("l1", "l", low=True, deaths=1), job("b1", "b", deaths=2), job("l2", "l", low=True, deaths=1)):
+        queue.append(waiting)
+    assert drained(queue) == "l1 b1 l2 a1"
 
 
 def test_leaving_jobs_leave_no_trace_whatever_the_order():
@@ -61,8 +61,8 @@ def test_leaving_jobs_leave_no_trace_whatever_the_order():
     for index in range(2000):
         action = generator.random()
         if action < 0.5:
-            waiting.append(job(str(index), generator.choice("abc"), generator.random() < 0.3))
-            queue.resumed.append(waiting[-1]) if action < 0.05 else queue.append(waiting[-1])
+            waiting.append(job(str(index), generator.choice("abc"), generator.random() < 0.3, deaths=int(action < 0.05)))
+            queue.append(waiting[-1])
         elif waiting:
             gone = waiting.pop(generator.randrange(len(waiting)))
             queue.take(gone) if gone is queue.first() else queue.remove(gone)
@@ -72,11 +72,12 @@ def test_leaving_jobs_leave_no_trace_whatever_the_order():
     assert queue.first() is None and not any(queue.lanes)
 
 
-class FakeWorker:
+class FakeWorker(chat_server.Worker):
     """A worker that is always ready and keeps what it is sent."""
 
-    def __init__(self, gpu=0):
-        self.gpu, self.state, self.jobs, self.sent, self.last_message_s, self.outstanding_tokens = gpu, "ready", {}, [], 0.0, 0
+    def __init__(self, pool):
+        super().__init__(pool, 0)
+        self.state, self.sent = "ready", []
 
     def send(self, verb, argument):
         self.sent.append((verb, getattr(argument, "id", argument)))
@@ -86,11 +87,10 @@ class FakeWorker:
 async def pool(monkeypatch):
     """A LocalPool whose one worker has a single row and never answers."""
     pool = LocalPool(Settings(max_batch=1, max_queue=3, max_concurrent_per_key=2))
-    pool.workers = [FakeWorker()]
-    pool.card = chat_server.ModelCard(None, "fake", 64, (), "cpu", {}, False)
+    pool.workers = [FakeWorker(pool)]
+    pool.card = chat_server.ModelCard(None, "fake", 64, (), {}, False)
     pool.tokenizer = type("Tokenizer", (), {"vocab_size": 100})()
-    pool.became_ready = asyncio.get_running_loop().create_future()
-    pool.became_ready.set_result(None)
+    pool.became_ready.set()
     return pool
 
 

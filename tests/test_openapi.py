@@ -49,7 +49,7 @@ class EchoWorker(Worker):
         if verb == "add":
             assert argument.max_tokens >= 1 and all(0 <= token < 300 for token in argument.prompt_ids)
             update = Update(argument.id, (5,), "x", "stop", "eos")
-            asyncio.get_running_loop().call_soon(self.deliver, [update], 1e9)
+            asyncio.get_running_loop().call_soon(self.pool.deliver, self, [update])
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +64,9 @@ def port(nanochat_fixtures):
         pool = LocalPool(Settings())
         pool.workers = [EchoWorker(pool, 0)]
         pool.workers[0].state = "ready"
-        pool.card = chat_server.ModelCard(text, "fake", 64, (), "cpu", {}, False)
+        pool.card = chat_server.ModelCard(text, "fake", 64, (), {}, False)
         pool.tokenizer = chat_server.open_tokenizer(text)
-        pool.became_ready = loop.create_future()
-        pool.became_ready.set_result(None)
+        pool.became_ready.set()
         async with serving(pool) as url:
             found.append(int(url.rsplit(":", 1)[1]))
             ready.set()

@@ -1,9 +1,7 @@
 """Contexts and memory that are too small: one request is refused, shortened, preempted or failed, never the server."""
 
 import asyncio
-import os
 import sys
-from pathlib import Path
 
 import aiohttp
 import pytest
@@ -12,16 +10,16 @@ import chat_server
 from chat_server import Finished, LocalPool, Message, PAGE_SIZE, Piece, Request, RequestError, SamplingParams, Settings
 from engines import load
 from fake_pool import FakePool, conversation, frames, serving
+from pools import DYING, idle
 
 pytestmark = pytest.mark.timeout(120)
-DYING = (sys.executable, str(Path(__file__).with_name("dying_worker.py")))
 
 
 @pytest.fixture
 async def start_pool(nanochat_fixtures):
     pools = []
 
-    async def start(worker_command=(sys.executable, chat_server.__file__), **changes):
+    async def start(worker_command=DYING, **changes):
         settings = Settings(model=str(nanochat_fixtures / "gen5"), dtype="float32", **changes)
         pools.append(pool := LocalPool(settings, worker_command=worker_command))
         await pool.start()
@@ -112,7 +110,7 @@ async def test_what_was_dropped_is_said_in_the_answer():
 
 
 async def test_with_hardly_any_kv_memory_every_answer_under_load_is_as_alone(start_pool, nanochat_fixtures):
-    roomy = await start_pool()
+    roomy = await start_pool(worker_command=(sys.executable, chat_server.__file__))         # many pages: slow to walk
     model = load(nanochat_fixtures / "gen5")
     pool = await start_pool(kv_cache_memory=20 * chat_server.Transformer.page_bytes(model.spec, model.dtype), max_batch=8)
     assert pool.context_length == 20 * PAGE_SIZE
@@ -126,10 +124,8 @@ async def test_with_hardly_any_kv_memory_every_answer_under_load_is_as_alone(sta
     assert [each[:2] for each in together] == [each[:2] for each in alone]
     with pytest.raises(RequestError, match="has 320 tokens and the context holds 320"):
         await answer(pool, Request("too long", prompts=(tuple([5] * 320),)))
-    assert await pool.check_integrity(pool.workers[0]) is None
-    gauges = pool.workers[0].gauges
-    assert gauges["preemptions"] > 0 and gauges["kv_pages_used"] == gauges["running"] == gauges["queued"] == 0
-    assert pool.workers[0].restarts == 0
+    await idle(pool)
+    assert pool.workers[0].gauges["preemptions"] > 0 and pool.workers[0].restarts == 0
 
 
 async def leave_after(pool, request, pieces):
@@ -139,13 +135,12 @@ async def leave_after(pool, request, pieces):
     await stream.aclose()
 
 
-async def test_memory_that_runs_out_in_a_step_costs_few_requests_and_no_worker(start_pool, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    pool = await start_pool(worker_command=DYING)
+async def test_memory_that_runs_out_in_a_step_costs_few_requests_and_no_worker(start_pool):
+    pool = await start_pool()
     requests = [Request(f"crowd-{i}", prompts=((5, 6, i),), max_tokens=30, ignore_eos=True) for i in range(5)]
     got = await asyncio.gather(*(answer(pool, request) for request in requests), return_exceptions=True)
     failed = [each for each in got if isinstance(each, Exception)]
     assert len(failed) <= 2 and all("MemoryError" in str(each) for each in failed)      # three fit at once
     assert [len(each[1]) for each in got if each not in failed] == [30] * (5 - len(failed))
     assert pool.workers[0].restarts == 0 and pool.workers[0].state == "ready"
-    assert await pool.check_integrity(pool.workers[0]) is None
+    await idle(pool)
