@@ -411,7 +411,7 @@ class Tokenizer:
         self.spec = spec
         self.stop_tokens = spec.stop_tokens
         self.specials: dict[str, int] = {}
-        self._bytes: dict[int, bytes] = {}      # token_bytes, filled on demand
+        self.token_bytes: Callable[[int], bytes] = functools.cache(self.piece)
 
     def encode(self, text: str) -> list[int]:
         """Ordinary text; nothing in it is a special token."""
@@ -423,7 +423,7 @@ class Tokenizer:
         """The conversation in the model's chat format, up to where the assistant begins; RequestError if it refuses."""
 
     def piece(self, token: int) -> bytes:
-        """What token_bytes remembers."""
+        """The bytes a token adds to the text; b"" for special tokens and for ids without a token. `token_bytes` remembers it."""
 
     def encode_prompt(self, text: str) -> list[int]:
         """A raw completion prompt: special tokens are parsed (as llama-server does), bos is added once if wanted."""
@@ -432,13 +432,6 @@ class Tokenizer:
     def with_bos(self, tokens: list[int]) -> list[int]:
         wanted = [self.spec.bos_token] if self.spec.add_bos and self.spec.bos_token is not None else []
         return tokens if tokens[:1] == wanted else wanted + tokens
-
-    def token_bytes(self, token: int) -> bytes:
-        """The bytes a token adds to the text; b"" for special tokens and for ids without a token."""
-        known = self._bytes.get(token)
-        if known is None:
-            known = self._bytes[token] = self.piece(token)
-        return known
 
     def decode(self, tokens: Iterable[int]) -> str:
         return b"".join(map(self.token_bytes, tokens)).decode("utf-8", "replace")
