@@ -389,11 +389,7 @@ class TextSpec:
 
 def whole_unicode(text: str) -> str:
     """Lone surrogates, which JSON can carry and UTF-8 cannot, become U+FFFD."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class Tokenizer:
@@ -480,13 +476,10 @@ class NanochatTokenizer(Tokenizer):
         if all(name in self.specials for name in NANOCHAT_TOOL_TOKENS):
             self.tool_tokens = ToolTokens(*(self.specials[name] for name in NANOCHAT_TOOL_TOKENS))
 
-    def encode(self, text: str) -> list[int]:
-        return self._encode(text, set())
-
     def encode_with_specials(self, text: str) -> list[int]:
-        return self._encode(text, "all")
+        return self.encode(text, "all")
 
-    def _encode(self, text: str, allowed: Any) -> list[int]:
+    def encode(self, text: str, allowed: Any = frozenset()) -> list[int]:
         try:
             return self.encoding.encode(whole_unicode(text), allowed_special=allowed, disallowed_special=())
         except BaseException as error:      # its regex overflows on a megabyte of spaces; Rust's panic is no Exception
