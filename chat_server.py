@@ -746,10 +746,8 @@ class Grammar:
 
     def allowed(self, vocab_size: int) -> "numpy.ndarray":
         """A flag for each token (vocab_size,)."""
-        bits = numpy.unpackbits(numpy.frombuffer(self.matcher.compute_bitmask(), dtype=numpy.uint8), bitorder="little")
-        flags = numpy.zeros(vocab_size, dtype=bool)
-        flags[:len(bits)] = bits[:vocab_size]
-        return flags
+        words = numpy.frombuffer(self.matcher.compute_bitmask(), dtype=numpy.uint8)
+        return numpy.unpackbits(words, count=vocab_size, bitorder="little").astype(bool)
 
     def feed(self, token: int) -> bool:
         """False: the grammar does not have it, or has become too large to follow, or nothing fulfils it."""
