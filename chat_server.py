@@ -3206,8 +3206,7 @@ class Sequence:
     drafted_tokens: int = 0
     accepted_tokens: int = 0                # of those, how many were right
     pages: list[int] = field(default_factory=list)
-    indexed_pages: int = 0                  # how many of them the prefix index has seen
-    serial: int = PagePool.ROOT             # content serial of the last of those
+    serial: int = PagePool.ROOT             # content serial of the last page that is whole: the prefix index has seen it
     cached_tokens: int = 0                  # prompt tokens found in the prefix cache at first admission
     added_s: float = 0.0
     queued_s: float | None = None           # how long it waited here before it first ran
@@ -3292,8 +3291,7 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
-        sequence.pages, sequence.computed, sequence.indexed_pages = [], 0, 0
-        sequence.serial = PagePool.ROOT
+        sequence.pages, sequence.computed, sequence.serial = [], 0, PagePool.ROOT
 
     def schedule(self) -> list[Chunk]:
         """The next step: a one-token chunk for each decoding sequence, then chunks of prompts."""
@@ -3371,8 +3369,7 @@ class Scheduler:
                 return
             self.waiting.popleft()
             self.running.append(sequence)
-            sequence.pages, sequence.serial, sequence.indexed_pages = matched + pages, serial, len(matched)
-            sequence.computed = len(matched) * self.pool.page_size
+            sequence.pages, sequence.serial, sequence.computed = matched + pages, serial, len(matched) * self.pool.page_size
             if sequence.queued_s is None:
                 sequence.queued_s = time.monotonic() - sequence.added_s
                 sequence.cached_tokens = min(sequence.computed, len(sequence.work.prompt_ids))
@@ -3404,12 +3401,10 @@ class Scheduler:
         Steps run in the order in which they are started, so whoever finds these pages reads them after they are written.
         """
         sequence, size = chunk.sequence, self.pool.page_size
-        sequence.computed += chunk.count
-        while (sequence.indexed_pages + 1) * size <= sequence.computed:
-            start = sequence.indexed_pages * size
-            page = sequence.pages[sequence.indexed_pages]
-            sequence.serial = self.pool.register(sequence.serial, sequence.tokens[start:start + size], page)
-            sequence.indexed_pages += 1
+        before, sequence.computed = sequence.computed, sequence.computed + chunk.count
+        for index in range(before // size, sequence.computed // size):
+            tokens = sequence.tokens[index * size:(index + 1) * size]
+            sequence.serial = self.pool.register(sequence.serial, tokens, sequence.pages[index])
 
     def check_integrity(self) -> None:
         """Every page is owned exactly as the sequences say, and waiting sequences own none."""
