@@ -3285,7 +3285,7 @@ class Scheduler:
         return gone
 
     def remove(self, sequence: Sequence) -> None:
-        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        (self.running if sequence.pages else self.waiting).remove(sequence)
         sequence.finished = True
         self._release(sequence)
 
@@ -3296,35 +3296,22 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """The next step: a one-token chunk for each decoding sequence, then chunks of prompts."""
         self._admit()
-        preemptions = self.preemptions
-        decoding = self._decoding()
+        decoding = [s for s in list(self.running) if s.pending == 1 and not s.drawing_last and self._grow(s)]
         room = (self.free_rows - len(self.running)) // max(1, sum(bool(sequence.draft) for sequence in decoding))
         plan = [Chunk(sequence, 1, self._draft(sequence, room)) for sequence in decoding]
-        spare_rows = self.max_rows - sum(chunk.draws for chunk in plan)
-        plan += self._share_prefill([s for s in self.running if s.pending > 1], spare_rows)
-        if self.preemptions > preemptions:
-            plan = [chunk for chunk in plan if chunk.sequence in self.running]
-        return plan
-
-    def _decoding(self) -> list[Sequence]:
-        """The running sequences with one pending token, each with a slot for it; the youngest give way."""
-        ready = []
-        for sequence in list(self.running):
-            able = sequence.pending == 1 and not sequence.drawing_last
-            if able and sequence in self.running and self._grow(sequence):      # an earlier one may have preempted it
-                ready.append(sequence)
-        return ready
+        if prefilling := [sequence for sequence in self.running if sequence.pending > 1]:
+            plan += self._share_prefill(prefilling, self.max_rows - sum(chunk.draws for chunk in plan))
+        return [chunk for chunk in plan if chunk.sequence.pages]        # a later one may have preempted it
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Give a sequence pages for all its tokens, preempting the youngest; False when it had to go itself."""
-        needed = -(-len(sequence.tokens) // self.pool.page_size) - len(sequence.pages)
-        while needed > 0:
-            if (pages := self.pool.allocate(needed)) is not None:
+        """Give a running sequence pages for all its tokens, preempting the youngest; False when it had to go itself."""
+        needed = -(-len(sequence.tokens) // self.pool.page_size)
+        while sequence.pages and len(sequence.pages) < needed:
+            if (pages := self.pool.allocate(needed - len(sequence.pages))) is not None:
                 sequence.pages += pages
-                break
-            if self._preempt(self.running[-1]) is sequence:
-                return False
-        return True
+            else:
+                self._preempt(self.running[-1])
+        return bool(sequence.pages)
 
     def _draft(self, sequence: Sequence, room: int) -> tuple[int, ...]:
         """As much of a sequence's draft as there is room for in the step, before its limit and in its pages."""
@@ -3334,13 +3321,12 @@ class Scheduler:
             sequence.pages += self.pool.allocate(1)
         return tuple(draft[:len(sequence.pages) * size - length])
 
-    def _preempt(self, sequence: Sequence) -> Sequence:
+    def _preempt(self, sequence: Sequence) -> None:
         """Take a sequence's pages; it goes back to the head of the queue and is recomputed from its tokens."""
         self.running.remove(sequence)
         self._release(sequence)
         self.waiting.appendleft(sequence)
         self.preemptions += 1
-        return sequence
 
     def isolate(self) -> list[Sequence]:
         """A step failed: all that ran is computed again, one by one; what ran alone, or under suspicion, is dropped."""
@@ -3350,7 +3336,8 @@ class Scheduler:
             if sequence.tokens[-1] < 0:         # the token that the step should have drawn
                 sequence.tokens.pop()
         for sequence in reversed(running):
-            self._preempt(sequence).suspect = True
+            self._preempt(sequence)
+            sequence.suspect = True
         if len(blamed) != 1:
             return []
         self.remove(blamed[0])
@@ -3379,8 +3366,6 @@ class Scheduler:
 
         Each may need one of `rows` rows of logits; what is left of these limits prompts that are being scored.
         """
-        if not prefilling:
-            return []
         oldest, *others = prefilling
         others.sort(key=lambda sequence: sequence.pending)
         wanted = sum(sequence.pending for sequence in others)
@@ -3389,7 +3374,7 @@ class Scheduler:
         for sequence in (oldest, *others):
             share = max(left // 2, left - wanted) if sequence is oldest else left
             count = min(sequence.pending, share, 1 + rows if sequence.scoring else share)
-            if count > 0 and sequence in self.running and self._grow(sequence):
+            if count > 0 and self._grow(sequence):
                 chunks.append(Chunk(sequence, count))
                 left -= count
                 rows -= count - 1 if sequence.scoring else 0
@@ -3407,7 +3392,8 @@ class Scheduler:
             sequence.serial = self.pool.register(sequence.serial, tokens, sequence.pages[index])
 
     def check_integrity(self) -> None:
-        """Every page is owned exactly as the sequences say, and waiting sequences own none."""
+        """Every page is owned exactly as the sequences say; those that run own some, those that wait none."""
+        assert all(sequence.pages for sequence in self.running), "a running sequence owns no pages"
         assert all(not sequence.pages for sequence in self.waiting), "a waiting sequence owns pages"
         self.pool.check_integrity(sequence.pages for sequence in self.running)
 
