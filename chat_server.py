@@ -3242,12 +3242,8 @@ class Chunk(NamedTuple):
 
     sequence: Sequence
     count: int
+    draws: int = 0                          # tokens: none while a prompt is not complete, then 1 + len(draft)
     draft: tuple[int, ...] = ()
-
-    @property
-    def draws(self) -> int:
-        """How many tokens are drawn: none while a prompt is not complete, then one and one for each drafted token."""
-        return 1 + len(self.draft) if self.count == self.sequence.pending else 0
 
     @property
     def rows(self) -> int:
@@ -3265,10 +3261,9 @@ class Scheduler:
     never starves, the rest to those with least to do, so that a long prompt never stalls short ones.
     """
 
-    def __init__(self, pool: PagePool, *, max_batch: int, prefill_chunk: int, free_rows: int = 0, max_rows: int | None = None):
+    def __init__(self, pool: PagePool, *, max_batch: int, prefill_chunk: int, max_rows: int | None = None):
         self.pool, self.max_batch, self.prefill_chunk = pool, max_batch, prefill_chunk
-        self.max_rows = max_rows or max(max_batch, free_rows)       # of logits in a step
-        self.free_rows = free_rows              # a step of so many rows takes hardly longer than one of one: room for drafts
+        self.max_rows = max_rows or max_batch   # of logits in a step
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []       # in order of admission
         self.preemptions = 0
@@ -3297,9 +3292,10 @@ class Scheduler:
         """The next step: a one-token chunk for each decoding sequence, then chunks of prompts."""
         self._admit()
         decoding = [s for s in list(self.running) if s.pending == 1 and not s.drawing_last and self._grow(s)]
-        room = (self.free_rows - len(self.running)) // max(1, sum(bool(sequence.draft) for sequence in decoding))
-        plan = [Chunk(sequence, 1, self._draft(sequence, room)) for sequence in decoding]
-        if prefilling := [sequence for sequence in self.running if sequence.pending > 1]:
+        room = (FREE_ROWS - len(self.running)) // max(1, sum(bool(s.draft) for s in decoding))
+        drafts = [self._draft(s, room) if s.draft else () for s in decoding]
+        plan = [Chunk(s, 1, 1 + len(draft), draft) for s, draft in zip(decoding, drafts)]
+        if prefilling := [s for s in self.running if s.pending > 1]:
             plan += self._share_prefill(prefilling, self.max_rows - sum(chunk.draws for chunk in plan))
         return [chunk for chunk in plan if chunk.sequence.pages]        # a later one may have preempted it
 
@@ -3375,7 +3371,7 @@ class Scheduler:
             share = max(left // 2, left - wanted) if sequence is oldest else left
             count = min(sequence.pending, share, 1 + rows if sequence.scoring else share)
             if count > 0 and self._grow(sequence):
-                chunks.append(Chunk(sequence, count))
+                chunks.append(Chunk(sequence, count, int(count == sequence.pending)))
                 left -= count
                 rows -= count - 1 if sequence.scoring else 0
         return chunks
@@ -3543,7 +3539,7 @@ class Started(NamedTuple):
     """A step under way: its ticket and what it draws, in the order of its rows."""
 
     ticket: Any
-    draws: list[tuple[Sequence | None, tuple[int, ...]]]    # (None where one ended or was forced on meanwhile, its draft)
+    drawing: list[tuple[Sequence | None, tuple[int, ...]]]      # (None where one ended or was forced on meanwhile, its draft)
 
 
 class HostDraw(NamedTuple):
@@ -3563,7 +3559,7 @@ class Engine:
                  context_length: int, max_batch: int, prefill_chunk: int, drafts: bool = True):
         self.transformer, self.tokenizer, self.kernels = transformer, tokenizer, kernels
         self.pool = PagePool(num_pages)
-        self.scheduler = Scheduler(self.pool, max_batch=max_batch, prefill_chunk=prefill_chunk, free_rows=FREE_ROWS,
+        self.scheduler = Scheduler(self.pool, max_batch=max_batch, prefill_chunk=prefill_chunk,
                                    max_rows=len(transformer.buffers["logits"]))
         self.context_length = min(context_length, num_pages * PAGE_SIZE)
         self.tool_thread = ThreadPoolExecutor(1, "calculator")
@@ -3594,11 +3590,10 @@ class Engine:
         if not ahead:
             self._finish()
         plan = self.scheduler.schedule()
-        drawing = [chunk for chunk in plan if chunk.draws]
-        ticket = self._start(plan, drawing) if plan else None
+        ticket = self._start(plan) if plan else None
         self._finish()
         if plan:
-            self._advance(plan, ticket, drawing)
+            self._advance(plan, ticket)
         if not ahead:
             self._finish()
         updates, self.updates = self.updates, []
@@ -3609,9 +3604,9 @@ class Engine:
         """Must a sequence's last token be known before its next step can start?"""
         return bool(sequence.draft) or sequence.work.needs_logits or needs_tokens(sequence.work.sampling)
 
-    def _start(self, plan: Seq[Chunk], drawing: Seq[Chunk]) -> Any:
+    def _start(self, plan: Seq[Chunk]) -> Any:
         """Start a step: drawn where it runs, or here when somebody needs its logits."""
-        rows = [sample_row(chunk.sequence, self.tokenizer.stop_tokens, i) for chunk in drawing for i in range(chunk.draws)]
+        rows = [sample_row(chunk.sequence, self.tokenizer.stop_tokens, i) for chunk in plan for i in range(chunk.draws)]
         batch = make_batch(plan)
         if any(chunk.sequence.work.needs_logits for chunk in plan):
             logits = self.transformer.forward(batch)
@@ -3643,27 +3638,28 @@ class Engine:
             owners[i].logprob = logprob_of(penalize(line, rows[i]), tokens[i], owners[i].work.logprobs)
         return HostDraw(tokens)
 
-    def _advance(self, plan: Seq[Chunk], ticket: Any, drawing: Seq[Chunk]) -> None:
+    def _advance(self, plan: Seq[Chunk], ticket: Any) -> None:
         """The started step's effect on its sequences: slots are computed, and the last token is being drawn."""
+        drawing, row = [], 0
         for chunk in plan:
-            if not chunk.sequence.finished:
+            sequence = chunk.sequence
+            if not sequence.finished:
                 self.scheduler.advance(chunk)
-        draws, row = [], 0
-        for sequence, _, draft in drawing:
-            valid = not sequence.finished and sequence.pending == 0
-            draws.append((sequence if valid else None, draft))
-            if valid:
-                sequence.tokens.append(~row)
-            row += 1 + len(draft)
-        self.under_way = Started(ticket, draws)
+            if chunk.draws:
+                valid = not sequence.finished and sequence.pending == 0     # none were forced meanwhile
+                drawing.append((sequence if valid else None, chunk.draft))
+                if valid:
+                    sequence.tokens.append(~row)
+                row += chunk.draws
+        self.under_way = Started(ticket, drawing)
 
     def _finish(self) -> None:
         """Wait for the step under way, put its tokens where they were awaited, and turn them into text."""
         if self.under_way is None:
             return
-        (ticket, draws), self.under_way = self.under_way, None
+        (ticket, drawing), self.under_way = self.under_way, None
         tokens = iter(ticket.tokens if isinstance(ticket, HostDraw) else self.steps.finish(ticket))
-        for sequence, draft in draws:
+        for sequence, draft in drawing:
             drawn = list(itertools.islice(tokens, 1 + len(draft)))
             if sequence and not sequence.finished:
                 try:
@@ -3749,9 +3745,9 @@ def make_batch(plan: Seq[Chunk]) -> Batch:
     """Flatten the plan into one forward pass, sequence after sequence."""
     batch = Batch([], [], [0], [], [], [])
     for chunk in plan:
-        (sequence, count, draft) = chunk
+        sequence = chunk.sequence
         first, tokens = sequence.computed, sequence.tokens
-        ids = [*tokens[first:first + count], *draft]
+        ids = [*tokens[first:first + chunk.count], *chunk.draft]
         batch.token_ids.extend(ids)
         batch.previous_token_ids.extend([tokens[first - 1] if first else -1, *ids[:-1]])
         end = len(batch.token_ids)
