@@ -3447,39 +3447,22 @@ class CalculatorTool:
     """nanochat's tool protocol: `<|python_start|>` expression `<|python_end|>` is answered by forced tokens
     `<|output_start|>` result `<|output_end|>` (upstream nanochat/engine.py, Engine.generate)."""
 
-    TIMEOUT_S = 1.0
-
-    def __init__(self, tokenizer: Tokenizer, thread: ThreadPoolExecutor):
-        self.tokenizer, self.thread = tokenizer, thread
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
         self.expression: list[int] | None = None        # tokens since python_start
 
     def feed(self, token: int) -> list[int]:
-        """One generated token; returns the tokens to force after it (mostly none)."""
-        expression = self.follow(token)
-        return [] if expression is None else self._answer(self.tokenizer.decode(expression))
-
-    def follow(self, token: int) -> list[int] | None:
-        """Keep track of where the answer is; the expression that this token completes, if it does."""
+        """One token of the answer; returns the tokens to force after it (mostly none)."""
         ids, expression = self.tokenizer.tool_tokens, self.expression
         if token == ids.python_start:
             self.expression = []
         elif token == ids.python_end:
             self.expression = None
-            return expression
+            if expression is not None and (result := calculate(self.tokenizer.decode(expression))) is not None:
+                return [ids.output_start, *self.tokenizer.encode(result), ids.output_end]
         elif expression is not None:
             expression.append(token)
-        return None
-
-    def _answer(self, expression: str) -> list[int]:
-        try:
-            result = self.thread.submit(calculate, expression).result(self.TIMEOUT_S)
-        except TimeoutError:
-            log.warning("the calculator gave up on an expression of %d characters", len(expression))
-            return []
-        if result is None:
-            return []
-        ids = self.tokenizer.tool_tokens
-        return [ids.output_start, *self.tokenizer.encode(result), ids.output_end]
+        return []
 
 
 class Answer:
@@ -3488,10 +3471,10 @@ class Answer:
     Rebuilt from the ids alone when a sequence is resumed after a worker died.
     """
 
-    def __init__(self, work: Work, tokenizer: Tokenizer, thread: ThreadPoolExecutor, context_length: int):
+    def __init__(self, work: Work, tokenizer: Tokenizer, context_length: int):
         self.work, self.context_length = work, context_length
         self.decoder = StreamDecoder(tokenizer, work.stop)
-        self.tool = CalculatorTool(tokenizer, thread) if tokenizer.tool_tokens else None
+        self.tool = CalculatorTool(tokenizer) if tokenizer.tool_tokens else None
         self.eos_tokens = frozenset() if work.ignore_eos else tokenizer.stop_tokens
         self.stop_tokens = self.eos_tokens | frozenset(work.stop_token_ids)
         self.grammar = Grammar(tokenizer, work.grammar) if work.grammar else None
@@ -3500,7 +3483,7 @@ class Answer:
 
     def _replay(self, token: int) -> str:
         if self.tool:
-            self.tool.follow(token)     # its forced answer is among the resumed ids already
+            self.tool.feed(token)       # its forced answer is among the resumed ids already
         if self.grammar:
             self.grammar.feed(token)
         return self.decoder.push(token)
@@ -3562,7 +3545,6 @@ class Engine:
         self.scheduler = Scheduler(self.pool, max_batch=max_batch, prefill_chunk=prefill_chunk,
                                    max_rows=len(transformer.buffers["logits"]))
         self.context_length = min(context_length, num_pages * PAGE_SIZE)
-        self.tool_thread = ThreadPoolExecutor(1, "calculator")
         self.steps = make_steps(transformer, max_batch, self.context_length)
         self.under_way: Started | None = None
         self.updates: list[Update] = []         # to be returned by `step`, also if the one that made them fails
@@ -3577,7 +3559,7 @@ class Engine:
         """Queue a request; its prompt must fit the context (the front has checked it)."""
         limit = min(len(work.prompt_ids) + work.max_tokens, self.context_length)
         sequence = Sequence(work, [*work.prompt_ids, *work.resumed_ids], limit)
-        sequence.text = Answer(work, self.tokenizer, self.tool_thread, self.context_length)
+        sequence.text = Answer(work, self.tokenizer, self.context_length)
         sequence.drafter = Drafter(sequence.tokens) if self.drafts and not self._waits(sequence) else None
         self.scheduler.add(sequence)
 
