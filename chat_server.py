@@ -3471,15 +3471,16 @@ class Answer:
     Rebuilt from the ids alone when a sequence is resumed after a worker died.
     """
 
-    def __init__(self, work: Work, tokenizer: Tokenizer, context_length: int):
-        self.work, self.context_length = work, context_length
+    def __init__(self, work: Work, tokenizer: Tokenizer):
+        self.work = work
         self.decoder = StreamDecoder(tokenizer, work.stop)
         self.tool = CalculatorTool(tokenizer) if tokenizer.tool_tokens else None
         self.eos_tokens = frozenset() if work.ignore_eos else tokenizer.stop_tokens
         self.stop_tokens = self.eos_tokens | frozenset(work.stop_token_ids)
         self.grammar = Grammar(tokenizer, work.grammar) if work.grammar else None
-        replayed = "".join(self._replay(token) for token in work.resumed_ids)
-        self.unsent = replayed[work.sent_characters:]
+        self.reason: str | None = None          # finish_reason, and its cause
+        self.stop_reason: str | None = None
+        self.unsent = "".join(map(self._replay, work.resumed_ids))[work.sent_characters:]
 
     def _replay(self, token: int) -> str:
         if self.tool:
@@ -3488,34 +3489,28 @@ class Answer:
             self.grammar.feed(token)
         return self.decoder.push(token)
 
-    def push(self, token: int, generated: int, length: int) -> tuple[list[int], str, str | None, str | None]:
-        """Take a sampled token (already counted in `generated` and `length`, the sequence's tokens).
-
-        Returns the tokens to force after it, the text that may go out, the finish reason and its cause.
-        """
+    def push(self, token: int, generated: int, room: int) -> list[int]:
+        """Take a drawn token, the `generated`-th, after which there is room for so many: its text becomes unsent, and it may
+        end the answer. Returns the tokens to force after it, their text taken too."""
         if self.grammar and not self.grammar.feed(token):
-            return [], "", "error", "the answer could not be held to its grammar"
+            return self._end("error", "the answer could not be held to its grammar")
         if token in self.stop_tokens and generated >= self.work.min_tokens:
-            cause = "eos" if token in self.eos_tokens else str(token)
-            return [], self._flush(), "stop", cause
-        text = self.unsent + self.decoder.push(token)
-        self.unsent = ""
+            return self._end("stop", "eos" if token in self.eos_tokens else str(token))
+        self.unsent += self.decoder.push(token)
         if self.decoder.stopped_by is not None:
-            return [], text, "stop", self.decoder.stopped_by
+            return self._end("stop", self.decoder.stopped_by)
         if self.grammar and self.grammar.complete:
-            return [], text + self.decoder.finish(), "stop", "grammar"
-        forced = self.tool.feed(token) if self.tool else []
-        room = min(self.work.max_tokens - generated, self.context_length - length)
-        forced = forced[:max(room, 0)]
-        text += "".join(self.decoder.push(forced_token) for forced_token in forced)
-        if room <= len(forced):
-            cause = "max_tokens" if self.work.max_tokens - generated <= len(forced) else "context_length"
-            return forced, text + self.decoder.finish(), "length", cause
-        return forced, text, None, None
+            return self._end("stop", "grammar")
+        forced = self.tool.feed(token)[:room] if self.tool else []
+        self.unsent += "".join(map(self.decoder.push, forced))
+        if len(forced) >= room:
+            self._end("length", "max_tokens" if generated + room >= self.work.max_tokens else "context_length")
+        return forced
 
-    def _flush(self) -> str:
-        text, self.unsent = self.unsent + self.decoder.finish(), ""
-        return text
+    def _end(self, reason: str, cause: str) -> list[int]:
+        self.reason, self.stop_reason = reason, cause
+        self.unsent += self.decoder.finish()
+        return []
 
 
 class Started(NamedTuple):
@@ -3559,7 +3554,7 @@ class Engine:
         """Queue a request; its prompt must fit the context (the front has checked it)."""
         limit = min(len(work.prompt_ids) + work.max_tokens, self.context_length)
         sequence = Sequence(work, [*work.prompt_ids, *work.resumed_ids], limit)
-        sequence.text = Answer(work, self.tokenizer, self.context_length)
+        sequence.text = Answer(work, self.tokenizer)
         sequence.drafter = Drafter(sequence.tokens) if self.drafts and not self._waits(sequence) else None
         self.scheduler.add(sequence)
 
@@ -3669,24 +3664,22 @@ class Engine:
 
     def _extend(self, sequence: Sequence, drawn: Seq[int]) -> Update:
         """Append tokens one after the other, with their text, until one ends the answer or forces others."""
-        taken, texts, forced, reason, cause = [], [], [], None, None
+        answer, tokens, known = sequence.text, sequence.tokens, len(sequence.tokens)
         for i, token in enumerate(drawn):
             if i:
                 self.scheduler.advance(Chunk(sequence, 1))          # the drafted token before this one is computed
-            sequence.tokens.append(token)
-            forced, text, reason, cause = sequence.text.push(token, sequence.generated, len(sequence.tokens))
-            sequence.tokens += forced
-            taken += (token, *forced)
-            texts.append(text)
-            if forced or reason is not None:
+            tokens.append(token)
+            forced = answer.push(token, sequence.generated, sequence.limit - len(tokens))
+            tokens += forced
+            if forced or answer.reason is not None:
                 break
-        if reason is not None:
+        if answer.reason is not None:
             self.scheduler.remove(sequence)
-        ended_it = reason == "stop" and token in sequence.text.stop_tokens
+        text, answer.unsent = answer.unsent, ""
+        prompt_logprobs, sequence.prompt_logprobs = tuple(sequence.prompt_logprobs), []
+        ended_it = answer.reason == "stop" and token in answer.stop_tokens
         logprobs = () if sequence.logprob is None or ended_it else (sequence.logprob,)
-        prompt_logprobs = tuple(sequence.prompt_logprobs)
-        sequence.prompt_logprobs.clear()
-        return Update(sequence.work.id, tuple(taken), "".join(texts), reason, cause,
+        return Update(sequence.work.id, tuple(tokens[known:]), text, answer.reason, answer.stop_reason,
                       sequence.cached_tokens, sequence.queued_s, sequence.drafted_tokens, sequence.accepted_tokens,
                       logprobs, prompt_logprobs)
 
