@@ -3514,16 +3514,10 @@ class Answer:
 
 
 class Started(NamedTuple):
-    """A step under way: its ticket and what it draws, in the order of its rows."""
+    """A step under way: what it draws, in the order of its rows, and its ticket, or the tokens themselves when it is done."""
 
     ticket: Any
     drawing: list[tuple[Sequence | None, tuple[int, ...]]]      # (None where one ended or was forced on meanwhile, its draft)
-
-
-class HostDraw(NamedTuple):
-    """The ticket of a step whose logits were looked at: it is done, and these are its tokens."""
-
-    tokens: list[int]
 
 
 class Engine:
@@ -3592,7 +3586,7 @@ class Engine:
             return self._draw_on_host(plan, logits, rows)
         return self.steps.start(batch, rows)
 
-    def _draw_on_host(self, plan: Seq[Chunk], logits, rows: Seq[SampleRow]) -> HostDraw:
+    def _draw_on_host(self, plan: Seq[Chunk], logits, rows: Seq[SampleRow]) -> list[int]:
         """Score prompts, ban what grammars do not have, draw, and note how likely the drawn tokens were.
 
         No other step is under way.
@@ -3604,7 +3598,7 @@ class Engine:
             row += chunk.rows
             drawn += range(row - chunk.draws, row)
         if not rows:
-            return HostDraw([])
+            return []
         logits = logits if len(drawn) == row else logits[drawn]         # (len(rows), V)
         owners = [chunk.sequence for chunk in plan for _ in range(chunk.draws)]
         lines = {i: host_row(logits[i]) for i, owner in enumerate(owners) if owner.work.logprobs is not None}
@@ -3613,7 +3607,7 @@ class Engine:
         tokens = self.kernels.sample(logits, rows)
         for i, line in lines.items():
             owners[i].logprob = logprob_of(penalize(line, rows[i]), tokens[i], owners[i].work.logprobs)
-        return HostDraw(tokens)
+        return tokens
 
     def _advance(self, plan: Seq[Chunk], ticket: Any) -> None:
         """The started step's effect on its sequences: slots are computed, and the last token is being drawn."""
@@ -3635,7 +3629,7 @@ class Engine:
         if self.under_way is None:
             return
         (ticket, drawing), self.under_way = self.under_way, None
-        tokens = iter(ticket.tokens if isinstance(ticket, HostDraw) else self.steps.finish(ticket))
+        tokens = iter(ticket if isinstance(ticket, list) else self.steps.finish(ticket))
         for sequence, draft in drawing:
             drawn = list(itertools.islice(tokens, 1 + len(draft)))
             if sequence and not sequence.finished:
@@ -3685,7 +3679,7 @@ class Engine:
 
     def give_up(self) -> list[str]:
         """A step failed: forget whatever it may have written; returns the ids of the requests that are dropped for it."""
-        if self.under_way and not isinstance(self.under_way.ticket, HostDraw):
+        if self.under_way and not isinstance(self.under_way.ticket, list):
             with contextlib.suppress(Exception):        # the step before the one that failed: it is repeated too
                 self.steps.finish(self.under_way.ticket)
         self.under_way = None
