@@ -3186,10 +3186,17 @@ class Work:
     prompt_logprobs: int | None = None
     grammar: str = ""
 
-    @property
+    @functools.cached_property
     def needs_logits(self) -> bool:
         """Must its logits be looked at on the host?"""
         return self.logprobs is not None or self.prompt_logprobs is not None or bool(self.grammar)
+
+    @functools.cached_property
+    def needs_tokens(self) -> bool:
+        """Must its last token be known before the step that draws the next can start?"""
+        sampling = self.sampling
+        counts = sampling.repetition_penalty != 1 or sampling.frequency_penalty or sampling.presence_penalty
+        return self.needs_logits or bool(counts)
 
 
 @dataclass(eq=False)
@@ -3525,6 +3532,7 @@ class Engine:
 
     Where the device works beside Python (`steps.ahead`), the next step is started before the last one's tokens are
     turned into text: it takes them where they were drawn. What then turns out to have ended has computed one row in vain.
+    Steps that draw for a sequence whose tokens must be known first are the exception: they are finished at once.
     """
 
     def __init__(self, transformer: Transformer, tokenizer: Tokenizer, kernels: Kernels, *, num_pages: int,
@@ -3549,7 +3557,7 @@ class Engine:
         limit = min(len(work.prompt_ids) + work.max_tokens, self.context_length)
         sequence = Sequence(work, [*work.prompt_ids, *work.resumed_ids], limit)
         sequence.text = Answer(work, self.tokenizer)
-        sequence.drafter = Drafter(sequence.tokens) if self.drafts and not self._waits(sequence) else None
+        sequence.drafter = Drafter(sequence.tokens) if self.drafts and not work.needs_tokens else None
         self.scheduler.add(sequence)
 
     def cancel(self, request_id: str) -> bool:
@@ -3557,34 +3565,30 @@ class Engine:
 
     def step(self) -> list[Update]:
         """Start the next step and finish the one before; return what came of it."""
-        ahead = self.steps.ahead and not any(map(self._waits, (*self.scheduler.running, *self.scheduler.waiting)))
-        if not ahead:
-            self._finish()
         plan = self.scheduler.schedule()
-        ticket = self._start(plan) if plan else None
+        on_host = any(chunk.sequence.work.needs_logits and chunk.rows for chunk in plan)
+        if on_host:
+            self._finish()
+            plan = [chunk for chunk in plan if not chunk.sequence.finished]
+        ticket = self._start(plan, on_host) if plan else None
         self._finish()
         if plan:
             self._advance(plan, ticket)
-        if not ahead:
+        if on_host or not self.steps.ahead or any(c.sequence.draft or c.sequence.work.needs_tokens for c in plan if c.draws):
             self._finish()
         updates, self.updates = self.updates, []
         return updates
 
-    @staticmethod
-    def _waits(sequence: Sequence) -> bool:
-        """Must a sequence's last token be known before its next step can start?"""
-        return bool(sequence.draft) or sequence.work.needs_logits or needs_tokens(sequence.work.sampling)
-
-    def _start(self, plan: Seq[Chunk]) -> Any:
+    def _start(self, plan: Seq[Chunk], on_host: bool) -> Any:
         """Start a step: drawn where it runs, or here when somebody needs its logits."""
         rows = [sample_row(chunk.sequence, self.tokenizer.stop_tokens, i) for chunk in plan for i in range(chunk.draws)]
         batch = make_batch(plan)
-        if any(chunk.sequence.work.needs_logits for chunk in plan):
-            logits = self.transformer.forward(batch)
-            if logits.is_cuda:          # on a stream of its own: the next step may be on another
-                torch.cuda.current_stream(logits.device).synchronize()
-            return self._draw_on_host(plan, logits, rows)
-        return self.steps.start(batch, rows)
+        if not on_host:
+            return self.steps.start(batch, rows)
+        logits = self.transformer.forward(batch)
+        if logits.is_cuda:          # on a stream of its own: the next step may be on another
+            torch.cuda.current_stream(logits.device).synchronize()
+        return self._draw_on_host(plan, logits, rows)
 
     def _draw_on_host(self, plan: Seq[Chunk], logits, rows: Seq[SampleRow]) -> list[int]:
         """Score prompts, ban what grammars do not have, draw, and note how likely the drawn tokens were.
@@ -3725,11 +3729,6 @@ def make_batch(plan: Seq[Chunk]) -> Batch:
         batch.tables.append(sequence.pages)
         batch.logit_rows.extend(range(end - chunk.rows, end))
     return batch
-
-
-def needs_tokens(params: SamplingParams) -> bool:
-    """Does drawing a token take all the tokens before it, and not just how many there are?"""
-    return params.repetition_penalty != 1 or bool(params.frequency_penalty or params.presence_penalty)
 
 
 def host_row(logits) -> "numpy.ndarray":
