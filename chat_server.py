@@ -3646,7 +3646,9 @@ class Engine:
 
     def _accept(self, sequence: Sequence, draft: tuple[int, ...], drawn: Seq[int]) -> Update:
         """Take the tokens drawn after what turned out to be right, and propose the next draft."""
-        right = next((i for i, (guess, token) in enumerate(zip(draft, drawn)) if guess != token), len(draft))
+        right = 0
+        while right < len(draft) and draft[right] == drawn[right]:
+            right += 1
         sequence.tokens.pop()                       # the mark of the token being drawn
         sequence.suspect = False
         update = self._extend(sequence, drawn[:right + 1])
@@ -3716,18 +3718,16 @@ def failure_text(error: Exception) -> str:
 
 def make_batch(plan: Seq[Chunk]) -> Batch:
     """Flatten the plan into one forward pass, sequence after sequence."""
-    batch = Batch([], [], [0], [], [], [])
+    token_ids, previous_token_ids, starts, lengths, tables, logit_rows = batch = Batch([], [], [0], [], [], [])
     for chunk in plan:
-        sequence = chunk.sequence
-        first, tokens = sequence.computed, sequence.tokens
+        first, tokens = chunk.sequence.computed, chunk.sequence.tokens
         ids = [*tokens[first:first + chunk.count], *chunk.draft]
-        batch.token_ids.extend(ids)
-        batch.previous_token_ids.extend([tokens[first - 1] if first else -1, *ids[:-1]])
-        end = len(batch.token_ids)
-        batch.starts.append(end)
-        batch.lengths.append(first + len(ids))
-        batch.tables.append(sequence.pages)
-        batch.logit_rows.extend(range(end - chunk.rows, end))
+        token_ids += ids
+        previous_token_ids += [tokens[first - 1] if first else -1, *ids[:-1]]
+        starts.append(len(token_ids))
+        lengths.append(first + len(ids))
+        tables.append(chunk.sequence.pages)
+        logit_rows += range(len(token_ids) - chunk.rows, len(token_ids))
     return batch
 
 
