@@ -77,7 +77,7 @@ import zipfile
 import zlib
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence as Seq
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -3221,6 +3221,11 @@ class Sequence:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     text: "Answer | None" = None            # the engine's state of the answer's text
     drafter: "Drafter | None" = None        # and what proposes its drafts
+    preparing: "Future | None" = None       # makes `text` in a thread where that takes long: it waits until then
+
+    @property
+    def ready(self) -> bool:
+        return self.preparing is None or self.preparing.done()
 
     @property
     def pending(self) -> int:
@@ -3347,9 +3352,10 @@ class Scheduler:
         return blamed
 
     def _admit(self) -> None:
-        """Move waiting sequences into the batch, in order, while rows and pages last; suspects one by one."""
-        while self.waiting and len(self.running) < self.max_batch and not any(s.suspect for s in self.running):
-            sequence = self.waiting[0]
+        """Move waiting sequences that are ready into the batch, in order, while rows and pages last; suspects one by one."""
+        for sequence in [sequence for sequence in self.waiting if sequence.ready]:
+            if len(self.running) == self.max_batch or any(running.suspect for running in self.running):
+                return
             matched, serial = self.pool.match_prefix([] if sequence.scoring else sequence.tokens)
             needed = -(-len(sequence.tokens) // self.pool.page_size) - len(matched)
             headroom = len(self.running)        # one page for each, so that newcomers do not preempt at once
@@ -3357,7 +3363,7 @@ class Scheduler:
             if pages is None:
                 self.pool.release(matched)
                 return
-            self.waiting.popleft()
+            self.waiting.remove(sequence)
             self.running.append(sequence)
             sequence.pages, sequence.serial, sequence.computed = matched + pages, serial, len(matched) * self.pool.page_size
             if sequence.queued_s is None:
@@ -3543,6 +3549,7 @@ class Engine:
                                    max_rows=len(transformer.buffers["logits"]))
         self.context_length = min(context_length, num_pages * PAGE_SIZE)
         self.steps = make_steps(transformer, max_batch, self.context_length)
+        self.grammar_thread = ThreadPoolExecutor(1, "grammar")
         self.under_way: Started | None = None
         self.updates: list[Update] = []         # to be returned by `step`, also if the one that made them fails
         self.drafts = drafts and kernels.row_invariant      # elsewhere a drafted row might differ from the same row alone
@@ -3556,9 +3563,18 @@ class Engine:
         """Queue a request; its prompt must fit the context (the front has checked it)."""
         limit = min(len(work.prompt_ids) + work.max_tokens, self.context_length)
         sequence = Sequence(work, [*work.prompt_ids, *work.resumed_ids], limit)
-        sequence.text = Answer(work, self.tokenizer)
+        if work.grammar:        # compiling it, and the first time the vocabulary, is nothing that other answers should wait for
+            sequence.preparing = self.grammar_thread.submit(self._prepare, sequence)
+        else:
+            self._prepare(sequence)
         sequence.drafter = Drafter(sequence.tokens) if self.drafts and not work.needs_tokens else None
         self.scheduler.add(sequence)
+
+    def _prepare(self, sequence: Sequence) -> None:
+        try:
+            sequence.text = Answer(sequence.work, self.tokenizer)
+        except Exception:       # without a text it fails when its first token is drawn
+            log.exception("an answer could not be prepared")
 
     def cancel(self, request_id: str) -> bool:
         return bool(self.scheduler.cancel(request_id))
@@ -3566,6 +3582,8 @@ class Engine:
     def step(self) -> list[Update]:
         """Start the next step and finish the one before; return what came of it."""
         plan = self.scheduler.schedule()
+        if not plan and not self.under_way:     # whatever is here is being prepared
+            wait([s.preparing for s in self.scheduler.waiting if s.preparing], 0.02, FIRST_COMPLETED)
         on_host = any(chunk.sequence.work.needs_logits and chunk.rows for chunk in plan)
         if on_host:
             self._finish()
@@ -3606,8 +3624,8 @@ class Engine:
         logits = logits if len(drawn) == row else logits[drawn]         # (len(rows), V)
         owners = [chunk.sequence for chunk in plan for _ in range(chunk.draws)]
         lines = {i: host_row(logits[i]) for i, owner in enumerate(owners) if owner.work.logprobs is not None}
-        for line, grammar in ((logits[i], owner.text.grammar) for i, owner in enumerate(owners) if owner.text.grammar):
-            line.masked_fill_(~torch.from_numpy(grammar.allowed(len(line))).to(line.device), -math.inf)
+        for line, text in ((logits[i], owner.text) for i, owner in enumerate(owners) if owner.work.grammar and owner.text):
+            line.masked_fill_(~torch.from_numpy(text.grammar.allowed(len(line))).to(line.device), -math.inf)
         tokens = self.kernels.sample(logits, rows)
         for i, line in lines.items():
             owners[i].logprob = logprob_of(penalize(line, rows[i]), tokens[i], owners[i].work.logprobs)
