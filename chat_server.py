@@ -4906,8 +4906,8 @@ SHARED_FIELDS = (       # of both OpenAI routes
     Field("top_k", read_integer, "0 or -1 = whole vocabulary", -1, 2**31 - 1),
     Field("min_p", read_number, "0 = off", 0, 1),
     Field("seed", read_seed, "same seed, same answer; random when absent", -2**63, 2**64 - 1),
-    Field("stop", read_stop, "strings that end the answer"),
-    Field("stop_token_ids", read_token_ids, "tokens that end the answer"),
+    Field("stop", read_stop, "strings that end the answer; not looked for in one of a required shape"),
+    Field("stop_token_ids", read_token_ids, "tokens that end the answer; likewise"),
     Field("ignore_eos", read_switch, "go on to max_tokens"),
     Field("min_tokens", read_integer, "no end before so many tokens", 0, 2**53),
     Field("presence_penalty", read_number, "for tokens that occurred in the answer", -2, 2),
@@ -5103,11 +5103,9 @@ def openai_request(values: Mapping[str, Any], settings: Settings, **source: Any)
     """What both OpenAI routes have in common, as a Request."""
     cap = values.get("max_completion_tokens", values.get("max_tokens", settings.max_tokens))
     sampling = sampling_params({**values, "top_k": max(0, values.get("top_k", settings.top_k))}, settings)
-    free = not source.get("grammar")            # a grammar decides alone where its answer ends
-    return Request("", sampling=sampling, max_tokens=None if cap == -1 else cap, stop=values.get("stop", ()),
-                   stop_token_ids=values.get("stop_token_ids", ()), ignore_eos=values.get("ignore_eos", False) and free,
-                   min_tokens=values.get("min_tokens", 0) * free, n=values.get("n", 1),
-                   **request_options(values), **source)
+    ends = ("stop", "stop_token_ids", "ignore_eos", "min_tokens") if not source.get("grammar") else ()     # one ends itself
+    return Request("", sampling=sampling, max_tokens=None if cap == -1 else cap, n=values.get("n", 1),
+                   **{name: values[name] for name in ends if name in values}, **request_options(values), **source)
 
 
 def parse_openai_request(values: Mapping[str, Any], settings: Settings, tool_format: str | None = None) -> Request:

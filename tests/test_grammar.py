@@ -1,5 +1,6 @@
 """Answers that a grammar holds: JSON of a schema's shape, whatever the model would rather say."""
 
+import asyncio
 import json
 import sys
 
@@ -69,6 +70,24 @@ def test_a_resumed_answer_goes_on_in_its_grammar(engine):
         rest = updates(engine, [work(engine, "b", PERSON, 3, resumed_ids=tuple(tokens[:cut]), sent_characters=sent)])["b"]
         assert [token for update in rest for token in update.tokens] == tokens[cut:]
         assert text_of(whole[:cut]) + text_of(rest) == text_of(whole)
+
+
+@pytest.mark.parametrize("shape", [{"type": "json_object"}, {"type": "json_schema", "json_schema": {"schema": PERSON}}])
+def test_what_a_client_would_stop_at_does_not_cut_json(engine, shape):
+    stops = ['"', "}", ":", ","]
+    ids = [engine.tokenizer.encode(text)[0] for text in (*stops, '{"', '":')]
+    body = {"messages": [{"role": "user", "content": "Describe a person as JSON."}], "response_format": shape, "temperature": 1,
+            "stop": stops, "stop_token_ids": ids, "min_tokens": 50, "ignore_eos": True}
+    values = chat_server.parse_fields(body, chat_server.OPENAI_FIELDS)
+    request = chat_server.parse_openai_request(values, chat_server.Settings())
+    prompt = tuple(engine.tokenizer.render(request.messages))
+    works = [chat_server.replace(chat_server.Job(request, prompt, 120, asyncio.Queue(), 0.0, choice=seed).work(), sampling=SamplingParams(1.0, seed=seed))
+             for seed in range(4)]
+    found = updates(engine, works)
+    for each in works:
+        text = text_of(found[each.id])
+        assert '"' in text or text == "{}"
+        assert found[each.id][-1].reason == "length" or isinstance(json.loads(text), dict)
 
 
 def test_a_top_level_number_ends_where_the_model_ends_it(engine):
