@@ -5229,60 +5229,106 @@ def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, list[int] | None]
 
 
 class ToolCallReader:
-    """Finds calls of `tools` in an answer's text as it comes (see tool_format_of); everything else stays text."""
+    """Finds calls of `tools` in an answer's text as it comes (see tool_format_of); everything else stays text.
+
+    A tagged call that begins with its name is told as soon as its arguments begin, and these as they come; any other when
+    it is whole. `calls` are those told so far, as they are in an answer that is not streamed.
+    """
 
     OPEN, CLOSE = "<tool_call>", "</tool_call>"
+    HEAD = re.compile(OPEN + r'\s*{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?={)')
 
     def __init__(self, tool_format: str, tools: Seq[dict]):
-        self.form, self.names = tool_format, {tool["function"]["name"] for tool in tools}
-        self.held, self.called = "", False
+        self.tagged, self.names = tool_format == "tagged", [tool["function"]["name"] for tool in tools]
+        self.reading = self._read_tagged() if self.tagged else self._read_json()
+        self.calls: list[dict] = []
+        self.held, self.inside = "", False      # what is still to be read, and whether it is the rest of a call
+        self.text, self.deltas = "", []         # what `push` returns
 
     def push(self, text: str) -> tuple[str, list[dict]]:
-        """The text that is no call, and the calls that are whole now."""
-        self.held += text
-        return self._untag() if self.form == "tagged" else self._unless_json()
+        """The text that is no call, and what is new of calls, as the deltas of a stream."""
+        self.held, self.text, self.deltas = self.held + text, "", []
+        next(self.reading)
+        return self.text, self.deltas
 
     def finish(self) -> tuple[str, list[dict]]:
-        rest, self.held = self.held, ""
-        calls = self._calls_in(rest) if self.form == "json" else []
-        return ("" if calls else rest), calls
+        """The same at the end of the text."""
+        self.deltas = []
+        told = self.inside or not self.tagged and self._tell_whole(self.held)
+        return "" if told else self.held, self.deltas
 
-    def _untag(self) -> tuple[str, list[dict]]:
-        texts, calls = [], []
-        while (begin := self.held.find(self.OPEN)) >= 0 and (end := self.held.find(self.CLOSE, begin)) >= 0:
-            found = self._calls_in(self.held[begin + len(self.OPEN):end])
+    def _read_tagged(self) -> Iterator[None]:
+        """Reads what is held; yields where it takes more to go on."""
+        while True:
+            while (begin := self.held.find(self.OPEN)) < 0:         # but the tag may have begun
+                self._say(len(self.held) - max(n for n in range(len(self.OPEN)) if self.held.endswith(self.OPEN[:n])))
+                yield
+            self._say(begin)
+            while not (head := self.HEAD.match(self.held)) and self.CLOSE not in self.held:
+                yield
+            if head and head[1] in self.names:
+                yield from self._tell_as_it_comes(head)
+            while (end := self.held.find(self.CLOSE)) < 0:
+                yield
             end += len(self.CLOSE)
-            texts.append(self._spoken(self.held[:begin] if found else self.held[:end]))
-            calls, self.called, self.held = calls + found, self.called or bool(found), self.held[end:]
-        if begin < 0:           # no call has begun, but its tag may have
-            begin = len(self.held) - max(n for n in range(len(self.OPEN)) if self.held.endswith(self.OPEN[:n]))
-        texts.append(self._spoken(self.held[:begin]))
-        self.held = self.held[begin:]
-        return "".join(texts), calls
+            if self.inside or self._tell_whole(self.held[len(self.OPEN):end - len(self.CLOSE)]):
+                while not (rest := self.held[end:].lstrip()):       # whitespace after a call is no text
+                    yield
+                self.held, self.inside = rest, False
+            else:
+                self._say(end)
 
-    def _spoken(self, text: str) -> str:
-        """Whitespace right after a call is no text."""
-        text = text.lstrip() if self.called else text
-        self.called = self.called and not text
-        return text
+    def _read_json(self) -> Iterator[None]:
+        """The same where an answer is text, or a call or a list of them, which only its end can tell."""
+        while self.held.lstrip()[:1] in ("", "{", "["):
+            yield
+        while True:
+            self._say(len(self.held))
+            yield
 
-    def _unless_json(self) -> tuple[str, list[dict]]:
-        if self.held.lstrip()[:1] in ("", "{", "["):
-            return "", []
-        self.form, text, self.held = "none", self.held, ""
-        return text, []
+    def _say(self, length: int) -> None:
+        self.text, self.held = self.text + self.held[:length], self.held[length:]
 
-    def _calls_in(self, text: str) -> list[dict]:
+    def _tell(self, name: str, arguments: str) -> None:
+        call = {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": {"name": name, "arguments": arguments}}
+        self.deltas.append({"index": len(self.calls), **call, "function": {**call["function"]}})
+        self.calls.append(call)
+        self.inside = True
+
+    def _tell_whole(self, text: str) -> bool:
+        """Tell a call, or a list of them, if the text is that."""
         try:
             found = json.loads(text)
         except (ValueError, RecursionError):
-            return []
+            return False
         calls = found if isinstance(found, list) else [found]
-        if not all(isinstance(call, dict) and isinstance(call.get("name"), str) and call["name"] in self.names for call in calls):
-            return []
-        return [{"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": {
-            "name": call["name"], "arguments": json.dumps(call.get("arguments", call.get("parameters")) or {}, ensure_ascii=False)}}
-            for call in calls]
+        if not calls or not all(isinstance(call, dict) and call.get("name") in self.names for call in calls):
+            return False
+        for call in calls:
+            self._tell(call["name"], json.dumps(call.get("arguments", call.get("parameters")) or {}, ensure_ascii=False))
+        return True
+
+    def _tell_as_it_comes(self, head: re.Match) -> Iterator[None]:
+        """Tell a call's name, and its arguments up to where they end, a JSON object."""
+        self._tell(head[1], "")
+        self.held, depth, quoted, escaped = self.held[head.end():], 0, False, False
+        while True:
+            length = 0
+            for length, character in enumerate(self.held, 1):
+                if quoted:
+                    quoted, escaped = escaped or character != '"', character == "\\" and not escaped
+                else:
+                    quoted, depth = character == '"', depth + (character in "{[") - (character in "}]")
+                if depth == 0:
+                    break
+            if length and not self.deltas:
+                self.deltas.append({"index": len(self.calls) - 1, "function": {"arguments": ""}})
+            for call in (self.calls[-1], *self.deltas[-1:]):
+                call["function"]["arguments"] += self.held[:length]
+            self.held = self.held[length:]
+            if depth == 0:
+                return
+            yield
 
 
 class Part(NamedTuple):
@@ -5290,7 +5336,7 @@ class Part(NamedTuple):
 
     text: str = ""
     logprobs: Seq[TokenLogprob] = ()
-    calls: Seq[dict] = ()
+    calls: Seq[dict] = ()           # what is new of them
 
 
 class OpenAIEncoder:
@@ -5376,8 +5422,8 @@ class OpenAIEncoder:
         parts: dict[int, list[Part]] = collections.defaultdict(list)
         for event in events:
             parts[event.choice].append(self.take(event))
-        joined = {choice: Part("".join(part.text for part in mine), [each for part in mine for each in part.logprobs],
-                               [call for part in mine for call in part.calls]) for choice, mine in parts.items()}
+        joined = {choice: Part("".join(part.text for part in mine), [each for part in mine for each in part.logprobs])
+                  for choice, mine in parts.items()}
         choices = [{"index": choice, **self.whole(choice, joined[choice]), "finish_reason": self.reason(done),
                     "stop_reason": done.stop_reason} for choice, done in sorted(self.ended.items())]
         return {**self.head, "object": self.whole_object, "choices": choices, "usage": self.usage(),
@@ -5391,7 +5437,6 @@ class ChatEncoder(OpenAIEncoder):
 
     def __init__(self, request: Request, *more: Any, **options: Any):
         super().__init__(request, *more, **options)
-        self.calls: collections.Counter = collections.Counter()         # by choice: how many there were
         self.readers = {choice: ToolCallReader(self.tokenizer.tool_format, request.tools)
                         for choice in range(self.choices if request.tools else 0)}
 
@@ -5407,20 +5452,21 @@ class ChatEncoder(OpenAIEncoder):
         return part
 
     def reason(self, done: Finished) -> str:
-        return "tool_calls" if self.calls[done.choice] and done.reason == "stop" else done.reason
+        return "tool_calls" if self.calls(done.choice) and done.reason == "stop" else done.reason
+
+    def calls(self, choice: int) -> list[dict]:
+        return self.readers[choice].calls if self.readers else []
 
     def delta(self, choice: int, part: Part) -> dict:
         delta: dict[str, Any] = {"content": part.text} if part.text or part.logprobs else {}
         if part.calls:
-            delta["tool_calls"] = [{"index": self.calls[choice] + i, **call} for i, call in enumerate(part.calls)]
-            self.calls[choice] += len(part.calls)
+            delta["tool_calls"] = part.calls
         return {"delta": delta, "logprobs": self.logprobs_body(part.logprobs) if part.logprobs else None}
 
     def whole(self, choice: int, part: Part) -> dict:
         message = {"role": "assistant", "content": part.text, "refusal": None}
-        if part.calls:
-            message |= {"content": part.text or None, "tool_calls": part.calls}
-            self.calls[choice] += len(part.calls)
+        if calls := self.calls(choice):
+            message |= {"content": part.text or None, "tool_calls": calls}
         wanted = self.request.logprobs is not None
         return {"message": message, "logprobs": self.logprobs_body(part.logprobs) if wanted else None}
 
