@@ -524,8 +524,8 @@ def byte_of_character() -> dict[str, int]:
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizers` pipeline and a jinja chat template.
 
-    The pipeline takes special tokens for ordinary text (`encode_special_tokens`). What templates write is first changed
-    to aliases, one per special token, which nobody can type because they are drawn at random in each process.
+    The pipeline takes special tokens for ordinary text (`encode_special_tokens`); those of a template are split off before.
+    Inside messages a mark makes the same characters unlike them, which nobody can type as it is drawn at random.
     """
 
     def __init__(self, spec: TextSpec):
@@ -540,31 +540,25 @@ class HuggingFaceTokenizer(Tokenizer):
         self.specials = {token.content: id for id, token in added.items() if token.special}
         self.added = {id: token.content.encode() for id, token in added.items() if not token.special}
         self.byte_level = self.pipeline.decoder is not None and b"ByteLevel" in self.pipeline.decoder.__getstate__()
-        self._alias_specials(tokenizers, added)
+        self.pipeline.encode_special_tokens = True
+        names = sorted(self.specials, key=len, reverse=True)
+        self.special_pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        self.mark = f"\ue000{secrets.token_hex(8)}\ue001"
         self.template = compile_chat_template(spec.chat_template) if spec.chat_template else None
         self.has_chat_template = self.template is not None
         self.tool_format = tool_format_of(spec.chat_template or "")
-
-    def _alias_specials(self, tokenizers: Any, added: Mapping[int, Any]) -> None:
-        nonce = secrets.token_hex(8)
-        self.mark = f"\ue000{nonce}\ue001"      # put into special-token strings that stand inside messages
-        self.alias = {name: f"\ue000{nonce}.{id}\ue001" for name, id in self.specials.items()}
-        names = sorted(self.specials, key=len, reverse=True)
-        self.special_pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
-        self.pipeline.encode_special_tokens = True
-        self.pipeline.add_tokens([
-            tokenizers.AddedToken(self.alias[name], normalized=False, special=False,
-                                  lstrip=added[id].lstrip, rstrip=added[id].rstrip)
-            for name, id in self.specials.items()])
-        self.token_of_alias = {self.pipeline.token_to_id(self.alias[name]): id for name, id in self.specials.items()}
 
     def encode(self, text: str) -> list[int]:
         # a batch of one: unlike `encode` it lets other threads of Python run meanwhile
         return self.pipeline.encode_batch_fast([whole_unicode(text)], add_special_tokens=False)[0].ids
 
     def encode_with_specials(self, text: str) -> list[int]:
-        text = self.special_pattern.sub(lambda match: self.alias[match[0]], text)
-        return [self.token_of_alias.get(id, id) for id in self.encode(text.replace(self.mark, ""))]
+        tokens, end = [], 0
+        for special in self.special_pattern.finditer(text):
+            tokens += self.encode(text[end:special.start()].replace(self.mark, ""))
+            tokens.append(self.specials[special[0]])
+            end = special.end()
+        return tokens + self.encode(text[end:].replace(self.mark, ""))
 
     def _mark_specials(self, content: Any) -> Any:
         """The strings in a JSON value, made unlike special tokens."""
@@ -594,7 +588,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def piece(self, token: int) -> bytes:
         text = self.pipeline.id_to_token(token) if token >= 0 else None
-        if text is None or text in self.specials or token in self.token_of_alias:
+        if text is None or text in self.specials:
             return b""
         if token in self.added:
             return self.added[token]
