@@ -706,38 +706,33 @@ class StreamDecoder:
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}      # models never choose whitespace
 
 
-def json_grammar(schema: Any, param: str) -> str:
-    """A JSON schema as a grammar for llguidance; RequestError for what it cannot hold an answer to."""
-    return checked_grammar(lambda matcher: matcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_STYLE), param)
+def json_grammar(schema: dict, param: str, start: str = "start: object") -> str:
+    """A grammar for llguidance: `start`, in which an object is of this JSON schema.
 
-
-def checked_grammar(make: Callable[[Any], str], param: str) -> str:
-    """What `make` makes with llguidance's matcher; RequestError, about the field `param`, when it cannot be or is too large."""
-    matcher = grammar_library().LLMatcher
+    RequestError, about the field `param`, for what it cannot hold an answer to or what is too large.
+    """
     try:
-        if len(grammar := make(matcher)) > LIMITS.grammar_characters:
+        matcher = importlib.import_module("llguidance").LLMatcher
+        grammar = f"{start}\nobject: %json {json.dumps({**schema, 'x-guidance': JSON_STYLE})}"
+        if len(grammar) > LIMITS.grammar_characters:
             raise ValueError(f"as a grammar it has {len(grammar)} characters, at most {LIMITS.grammar_characters} are allowed")
         is_wrong, texts = matcher.validate_grammar_with_warnings(grammar)
         if is_wrong:
             raise ValueError(texts[0].strip()[:300])
+    except ImportError:
+        raise RequestError("this server cannot hold answers to a grammar: the Python package llguidance is not installed there",
+                           code="unsupported_response_format", param=param) from None
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the JSON schema is not usable: {error}", code="invalid_json_schema", param=param) from None
     return grammar
-
-
-def grammar_library() -> Any:
-    try:
-        return importlib.import_module("llguidance")
-    except ImportError:
-        raise RequestError("this server cannot hold answers to a grammar: the Python package llguidance is not installed there",
-                           code="unsupported_response_format", param="response_format") from None
 
 
 class Grammar:
     """Which tokens an answer may go on with."""
 
     def __init__(self, tokenizer: Tokenizer, source: str):
-        self.matcher = grammar_library().LLMatcher(tokenizer.grammar_vocabulary, source, log_level=0)
+        llguidance = require_library("llguidance", "constrained decoding")
+        self.matcher = llguidance.LLMatcher(tokenizer.grammar_vocabulary, source, log_level=0)
         self.ends = tokenizer.stop_tokens
 
     def allowed(self, vocab_size: int) -> "numpy.ndarray":
@@ -4827,9 +4822,11 @@ def read_response_format(field: Field, value: Any) -> str:
         raise field.refusal(kind if isinstance(value, dict) else value, "an object of type text, json_object or json_schema")
     holder = value.get("json_schema") if kind == "json_schema" else value       # llama-server takes {"type", "schema"} for both
     schema = holder.get("schema", value.get("schema")) if isinstance(holder, dict) else value.get("schema")
-    if kind == "json_schema" and not isinstance(schema, dict):
+    if schema is None and kind == "json_object":
+        schema = {"type": "object"}
+    if not isinstance(schema, dict):
         raise RequestError("response_format.json_schema.schema must be an object", code="invalid_json_schema", param=field.name)
-    return json_grammar({"type": "object"} if schema is None else schema, field.name)
+    return json_grammar(schema, field.name)
 
 
 def read_tools(field: Field, value: Any) -> tuple[dict, ...]:
@@ -5135,8 +5132,7 @@ def tool_grammar(tools: Seq[dict], choice: str, tool_format: str, parallel: bool
         return json_grammar(schema, "tools")
     start = r'start: call ("\n" call)*' if parallel else "start: call"
     call = r'call: "<tool_call>\n" object "\n</tool_call>"'
-    return checked_grammar(lambda matcher: matcher.grammar_from_lark(
-        f"{start}\n{call}\nobject: %json {json.dumps({'x-guidance': JSON_STYLE, **schema})}"), "tools")
+    return json_grammar(schema, "tools", f"{start}\n{call}")
 
 
 def parse_completion_request(values: Mapping[str, Any], settings: Settings) -> Request:
