@@ -3654,36 +3654,29 @@ class Engine:
                     self.scheduler.remove(sequence)
 
     def _accept(self, sequence: Sequence, draft: tuple[int, ...], drawn: Seq[int]) -> Update:
-        """Take the tokens drawn after what turned out to be right, and propose the next draft."""
-        right = 0
-        while right < len(draft) and draft[right] == drawn[right]:
+        """Take the tokens drawn, with their text, until one ends the answer, forces others, or is not what the draft guessed
+        (those after it are void then); and propose the next draft."""
+        answer, tokens, right = sequence.text, sequence.tokens, 0
+        tokens.pop()                                # the mark of the token being drawn
+        known, sequence.suspect = len(tokens), False
+        for token, guess in zip(drawn, (*draft, None)):
+            tokens.append(token)
+            forced = answer.push(token, sequence.generated, sequence.limit - len(tokens))
+            tokens += forced
+            if forced or answer.reason is not None or token != guess:
+                break
             right += 1
-        sequence.tokens.pop()                       # the mark of the token being drawn
-        sequence.suspect = False
-        update = self._extend(sequence, drawn[:right + 1])
-        if draft and sequence.drafter:
+            self.scheduler.advance(Chunk(sequence, 1))          # the step has computed this token too
+        if draft:
             sequence.drafter.judge(right)
             for owner in (self, sequence):
                 owner.drafted_tokens += len(draft)
                 owner.accepted_tokens += right
-        if sequence.drafter and not sequence.finished:
-            room = 2 * len(self.scheduler.running) <= FREE_ROWS     # else a draft would only keep the next step waiting
-            sequence.draft = sequence.drafter.propose() if room and sequence.pending == 1 else []
-        return update
-
-    def _extend(self, sequence: Sequence, drawn: Seq[int]) -> Update:
-        """Append tokens one after the other, with their text, until one ends the answer or forces others."""
-        answer, tokens, known = sequence.text, sequence.tokens, len(sequence.tokens)
-        for i, token in enumerate(drawn):
-            if i:
-                self.scheduler.advance(Chunk(sequence, 1))          # the drafted token before this one is computed
-            tokens.append(token)
-            forced = answer.push(token, sequence.generated, sequence.limit - len(tokens))
-            tokens += forced
-            if forced or answer.reason is not None:
-                break
         if answer.reason is not None:
             self.scheduler.remove(sequence)
+        elif sequence.drafter:
+            room = 2 * len(self.scheduler.running) <= FREE_ROWS     # else a draft would only keep the next step waiting
+            sequence.draft = sequence.drafter.propose() if room and sequence.pending == 1 else []
         text, answer.unsent = answer.unsent, ""
         prompt_logprobs, sequence.prompt_logprobs = tuple(sequence.prompt_logprobs), []
         ended_it = answer.reason == "stop" and token in answer.stop_tokens
