@@ -3231,11 +3231,6 @@ class Sequence:
         """Is every token of its prompt still to be scored, so that no cached page spares computing it?"""
         return self.work.prompt_logprobs is not None and not self.generated
 
-    @property
-    def drawing_last(self) -> bool:
-        """The step under way draws its last token: there is nothing to compute after it."""
-        return self.tokens[-1] < 0 and len(self.tokens) >= self.limit
-
 
 class Chunk(NamedTuple):
     """Compute `count` pending tokens of `sequence`; when they are the last ones, draw the next token.
@@ -3292,9 +3287,12 @@ class Scheduler:
         sequence.pages, sequence.computed, sequence.serial = [], 0, PagePool.ROOT
 
     def schedule(self) -> list[Chunk]:
-        """The next step: a one-token chunk for each decoding sequence, then chunks of prompts."""
+        """The next step: a one-token chunk for each decoding sequence, then chunks of prompts.
+
+        Nothing is computed for a sequence whose last token, at its limit, is being drawn.
+        """
         self._admit()
-        decoding = [s for s in list(self.running) if s.pending == 1 and not s.drawing_last and self._grow(s)]
+        decoding = [s for s in list(self.running) if s.pending == 1 and len(s.tokens) < s.limit and self._grow(s)]
         room = (FREE_ROWS - len(self.running)) // max(1, sum(bool(s.draft) for s in decoding))
         drafts = [self._draft(s, room) if s.draft else () for s in decoding]
         plan = [Chunk(s, 1, 1 + len(draft), draft) for s, draft in zip(decoding, drafts)]
