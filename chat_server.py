@@ -3085,8 +3085,21 @@ def merges_of_scores(tokens: Seq[str], scores: Seq[float], types: Seq[int]) -> l
 # 8. scheduler: requests, events and who runs next; no tensors here -------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class AnswerParams:
+    """What a request wants of each of its answers besides sampling and length."""
+
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    logprobs: int | None = None                     # with so many of the likeliest tokens beside each; None: without
+    prompt_logprobs: int | None = None              # the same for the prompt's tokens
+    grammar: str = ""                               # what the answer must be
+
+
 @dataclass(frozen=True)
-class Request:
+class Request(AnswerParams):
     """What a client asked, parsed and checked: either `messages` or `prompts` is set."""
 
     id: str
@@ -3094,14 +3107,7 @@ class Request:
     prompts: tuple[str | tuple[int, ...], ...] = ()     # raw completions: text or token ids
     sampling: SamplingParams = SamplingParams()
     max_tokens: int | None = None                   # None: up to the context
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    min_tokens: int = 0
     n: int = 1                                      # answers to each prompt
-    logprobs: int | None = None                     # with so many of the likeliest tokens beside each; None: without
-    prompt_logprobs: int | None = None              # the same for the prompt's tokens
-    grammar: str = ""                               # what the answer must be
     tools: tuple[dict, ...] = ()                    # functions that the model may call
     client: str = ""                                # whose request it is: a key's name, or an address
     low_priority: bool = False                      # waits until nothing else does
@@ -3160,22 +3166,15 @@ Event = Accepted | Piece | Finished
 
 
 @dataclass(frozen=True)
-class Work:
-    """A request as it crosses the pipe to a worker; `resumed_ids` were generated before, by a worker that died."""
+class Work(AnswerParams):
+    """An answer to a request as it crosses the pipe to a worker; `resumed_ids` were generated before, by one that died."""
 
     id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     max_tokens: int
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    min_tokens: int = 0
     resumed_ids: tuple[int, ...] = ()
     sent_characters: int = 0
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    grammar: str = ""
 
     @functools.cached_property
     def needs_logits(self) -> bool:
@@ -4056,11 +4055,11 @@ class Job:
         return {hash(self.prompt_ids[:64 << n]): 64 << n for n in range(16) if 64 << n <= len(self.prompt_ids)}
 
     def work(self) -> Work:
-        request = self.request
-        sampling = replace(request.sampling, choice=self.choice % request.n)
-        return Work(self.id, self.prompt_ids, sampling, self.max_tokens, request.stop, request.stop_token_ids,
-                    request.ignore_eos, request.min_tokens, tuple(self.output_ids), self.sent_characters,
-                    request.logprobs, None if self.output_ids else request.prompt_logprobs, request.grammar)
+        sampling = replace(self.request.sampling, choice=self.choice % self.request.n)
+        params = {each.name: getattr(self.request, each.name) for each in dataclasses.fields(AnswerParams)}
+        if self.output_ids:
+            params["prompt_logprobs"] = None        # they were sent
+        return Work(self.id, self.prompt_ids, sampling, self.max_tokens, tuple(self.output_ids), self.sent_characters, **params)
 
     def take(self, update: Update, gpu: int) -> None:
         """Turn a worker's update into events for the reader."""
