@@ -412,14 +412,23 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ordinary text; nothing in it is a special token."""
 
-    def encode_with_specials(self, text: str) -> list[int]:
-        """Text whose special-token strings mean the tokens."""
-
     def render(self, messages: Seq[Message], tools: Seq[dict] = ()) -> list[int]:
         """The conversation in the model's chat format, up to where the assistant begins; RequestError if it refuses."""
 
     def piece(self, token: int) -> bytes:
         """The bytes a token adds to the text; b"" for special tokens and for ids without a token. `token_bytes` remembers it."""
+
+    def encode_with_specials(self, text: str) -> list[int]:
+        """Text whose special-token strings mean the tokens."""
+        tokens, end = [], 0
+        for special in self.special_pattern.finditer(text):
+            tokens += [*self.encode(text[end:special.start()]), self.specials[special[0]]]
+            end = special.end()
+        return tokens + self.encode(text[end:])
+
+    @functools.cached_property
+    def special_pattern(self) -> re.Pattern:
+        return re.compile("|".join(map(re.escape, sorted(self.specials, key=len, reverse=True))) or r"(?!)")
 
     def encode_prompt(self, text: str) -> list[int]:
         """A raw completion prompt: special tokens are parsed (as llama-server does), bos is added once if wanted."""
@@ -478,12 +487,9 @@ class NanochatTokenizer(Tokenizer):
         if all(name in self.specials for name in NANOCHAT_TOOL_TOKENS):
             self.tool_tokens = ToolTokens(*(self.specials[name] for name in NANOCHAT_TOOL_TOKENS))
 
-    def encode_with_specials(self, text: str) -> list[int]:
-        return self.encode(text, "all")
-
-    def encode(self, text: str, allowed: Any = frozenset()) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         try:
-            return self.encoding.encode(whole_unicode(text), allowed_special=allowed, disallowed_special=())
+            return self.encoding.encode(whole_unicode(text), disallowed_special=())
         except BaseException as error:      # its regex overflows on a megabyte of spaces; Rust's panic is no Exception
             if type(error).__name__ not in ("ValueError", "PanicException"):
                 raise
@@ -525,7 +531,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizers` pipeline and a jinja chat template.
 
     The pipeline takes special tokens for ordinary text (`encode_special_tokens`); those of a template are split off before.
-    Inside messages a mark makes the same characters unlike them, which nobody can type as it is drawn at random.
+    Inside messages a mark makes the same characters unlike them until then; nobody can type it as it is drawn at random.
     """
 
     def __init__(self, spec: TextSpec):
@@ -541,8 +547,6 @@ class HuggingFaceTokenizer(Tokenizer):
         self.added = {id: token.content.encode() for id, token in added.items() if not token.special}
         self.byte_level = self.pipeline.decoder is not None and b"ByteLevel" in self.pipeline.decoder.__getstate__()
         self.pipeline.encode_special_tokens = True
-        names = sorted(self.specials, key=len, reverse=True)
-        self.special_pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
         self.mark = f"\ue000{secrets.token_hex(8)}\ue001"
         self.template = compile_chat_template(spec.chat_template) if spec.chat_template else None
         self.has_chat_template = self.template is not None
@@ -550,15 +554,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         # a batch of one: unlike `encode` it lets other threads of Python run meanwhile
-        return self.pipeline.encode_batch_fast([whole_unicode(text)], add_special_tokens=False)[0].ids
-
-    def encode_with_specials(self, text: str) -> list[int]:
-        tokens, end = [], 0
-        for special in self.special_pattern.finditer(text):
-            tokens += self.encode(text[end:special.start()].replace(self.mark, ""))
-            tokens.append(self.specials[special[0]])
-            end = special.end()
-        return tokens + self.encode(text[end:].replace(self.mark, ""))
+        return self.pipeline.encode_batch_fast([whole_unicode(text.replace(self.mark, ""))], add_special_tokens=False)[0].ids
 
     def _mark_specials(self, content: Any) -> Any:
         """The strings in a JSON value, made unlike special tokens."""
