@@ -470,7 +470,6 @@ class Tokenizer:
 
 
 NANOCHAT_CHAT_TOKENS = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
-NANOCHAT_TOOL_TOKENS = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
 
 
 class NanochatTokenizer(Tokenizer):
@@ -484,8 +483,8 @@ class NanochatTokenizer(Tokenizer):
                                           special_tokens=self.specials)
         self.vocab_size = self.encoding.n_vocab
         self.pieces = {token: piece for piece, token in ranks.items()}
-        if all(name in self.specials for name in NANOCHAT_TOOL_TOKENS):
-            self.tool_tokens = ToolTokens(*(self.specials[name] for name in NANOCHAT_TOOL_TOKENS))
+        tool_tokens = ToolTokens(*(self.specials.get(f"<|{name}|>") for name in ToolTokens._fields))
+        self.tool_tokens = None if None in tool_tokens else tool_tokens
 
     def encode(self, text: str) -> list[int]:
         try:
