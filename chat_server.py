@@ -77,7 +77,7 @@ import zipfile
 import zlib
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence as Seq
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -389,11 +389,7 @@ class TextSpec:
 
 def whole_unicode(text: str) -> str:
     """Lone surrogates, which JSON can carry and UTF-8 cannot, become U+FFFD."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class Tokenizer:
@@ -411,19 +407,28 @@ class Tokenizer:
         self.spec = spec
         self.stop_tokens = spec.stop_tokens
         self.specials: dict[str, int] = {}
-        self._bytes: dict[int, bytes] = {}      # token_bytes, filled on demand
+        self.token_bytes: Callable[[int], bytes] = functools.cache(self.piece)
 
     def encode(self, text: str) -> list[int]:
         """Ordinary text; nothing in it is a special token."""
-
-    def encode_with_specials(self, text: str) -> list[int]:
-        """Text whose special-token strings mean the tokens."""
 
     def render(self, messages: Seq[Message], tools: Seq[dict] = ()) -> list[int]:
         """The conversation in the model's chat format, up to where the assistant begins; RequestError if it refuses."""
 
     def piece(self, token: int) -> bytes:
-        """What token_bytes remembers."""
+        """The bytes a token adds to the text; b"" for special tokens and for ids without a token. `token_bytes` remembers it."""
+
+    def encode_with_specials(self, text: str) -> list[int]:
+        """Text whose special-token strings mean the tokens."""
+        tokens, end = [], 0
+        for special in self.special_pattern.finditer(text):
+            tokens += [*self.encode(text[end:special.start()]), self.specials[special[0]]]
+            end = special.end()
+        return tokens + self.encode(text[end:])
+
+    @functools.cached_property
+    def special_pattern(self) -> re.Pattern:
+        return re.compile("|".join(map(re.escape, sorted(self.specials, key=len, reverse=True))) or r"(?!)")
 
     def encode_prompt(self, text: str) -> list[int]:
         """A raw completion prompt: special tokens are parsed (as llama-server does), bos is added once if wanted."""
@@ -432,13 +437,6 @@ class Tokenizer:
     def with_bos(self, tokens: list[int]) -> list[int]:
         wanted = [self.spec.bos_token] if self.spec.add_bos and self.spec.bos_token is not None else []
         return tokens if tokens[:1] == wanted else wanted + tokens
-
-    def token_bytes(self, token: int) -> bytes:
-        """The bytes a token adds to the text; b"" for special tokens and for ids without a token."""
-        known = self._bytes.get(token)
-        if known is None:
-            known = self._bytes[token] = self.piece(token)
-        return known
 
     def decode(self, tokens: Iterable[int]) -> str:
         return b"".join(map(self.token_bytes, tokens)).decode("utf-8", "replace")
@@ -454,9 +452,9 @@ class Tokenizer:
 
     @functools.cached_property
     def grammar_vocabulary(self) -> Any:
-        """The tokens as llguidance wants them (0.2 s for 49,152 tokens)."""
+        """The tokens as llguidance wants them (0.2 s and 19 MB for 49,152 tokens)."""
         llguidance = require_library("llguidance", "constrained decoding")
-        pieces = [self.token_bytes(token) for token in range(self.vocab_size)]
+        pieces = list(map(self.piece, range(self.vocab_size)))
         ends = sorted(self.stop_tokens) or [self.spec.eos_token or 0]
 
         class Words:
@@ -466,11 +464,12 @@ class Tokenizer:
             def __call__(words, text: bytes) -> list[int]:
                 return self.encode(text.decode("utf-8", "replace"))
 
-        return llguidance.LLTokenizer(llguidance.TokenizerWrapper(Words()), eos_token=ends)
+        # in two parts, between which other threads of Python run: each keeps them waiting
+        tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(Words()), eos_token=ends, slices=[])
+        return tokenizer.with_slices(tokenizer.general_slices())
 
 
 NANOCHAT_CHAT_TOKENS = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
-NANOCHAT_TOOL_TOKENS = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
 
 
 class NanochatTokenizer(Tokenizer):
@@ -484,18 +483,12 @@ class NanochatTokenizer(Tokenizer):
                                           special_tokens=self.specials)
         self.vocab_size = self.encoding.n_vocab
         self.pieces = {token: piece for piece, token in ranks.items()}
-        if all(name in self.specials for name in NANOCHAT_TOOL_TOKENS):
-            self.tool_tokens = ToolTokens(*(self.specials[name] for name in NANOCHAT_TOOL_TOKENS))
+        tool_tokens = ToolTokens(*(self.specials.get(f"<|{name}|>") for name in ToolTokens._fields))
+        self.tool_tokens = None if None in tool_tokens else tool_tokens
 
     def encode(self, text: str) -> list[int]:
-        return self._encode(text, set())
-
-    def encode_with_specials(self, text: str) -> list[int]:
-        return self._encode(text, "all")
-
-    def _encode(self, text: str, allowed: Any) -> list[int]:
         try:
-            return self.encoding.encode(whole_unicode(text), allowed_special=allowed, disallowed_special=())
+            return self.encoding.encode(whole_unicode(text), disallowed_special=())
         except BaseException as error:      # its regex overflows on a megabyte of spaces; Rust's panic is no Exception
             if type(error).__name__ not in ("ValueError", "PanicException"):
                 raise
@@ -536,8 +529,8 @@ def byte_of_character() -> dict[str, int]:
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizers` pipeline and a jinja chat template.
 
-    The pipeline takes special tokens for ordinary text (`encode_special_tokens`). What templates write is first changed
-    to aliases, one per special token, which nobody can type because they are drawn at random in each process.
+    The pipeline takes special tokens for ordinary text (`encode_special_tokens`); those of a template are split off before.
+    Inside messages a mark makes the same characters unlike them until then; nobody can type it as it is drawn at random.
     """
 
     def __init__(self, spec: TextSpec):
@@ -552,31 +545,15 @@ class HuggingFaceTokenizer(Tokenizer):
         self.specials = {token.content: id for id, token in added.items() if token.special}
         self.added = {id: token.content.encode() for id, token in added.items() if not token.special}
         self.byte_level = self.pipeline.decoder is not None and b"ByteLevel" in self.pipeline.decoder.__getstate__()
-        self._alias_specials(tokenizers, added)
+        self.pipeline.encode_special_tokens = True
+        self.mark = f"\ue000{secrets.token_hex(8)}\ue001"
         self.template = compile_chat_template(spec.chat_template) if spec.chat_template else None
         self.has_chat_template = self.template is not None
         self.tool_format = tool_format_of(spec.chat_template or "")
 
-    def _alias_specials(self, tokenizers: Any, added: Mapping[int, Any]) -> None:
-        nonce = secrets.token_hex(8)
-        self.mark = f"\ue000{nonce}\ue001"      # put into special-token strings that stand inside messages
-        self.alias = {name: f"\ue000{nonce}.{id}\ue001" for name, id in self.specials.items()}
-        names = sorted(self.specials, key=len, reverse=True)
-        self.special_pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
-        self.pipeline.encode_special_tokens = True
-        self.pipeline.add_tokens([
-            tokenizers.AddedToken(self.alias[name], normalized=False, special=False,
-                                  lstrip=added[id].lstrip, rstrip=added[id].rstrip)
-            for name, id in self.specials.items()])
-        self.token_of_alias = {self.pipeline.token_to_id(self.alias[name]): id for name, id in self.specials.items()}
-
     def encode(self, text: str) -> list[int]:
         # a batch of one: unlike `encode` it lets other threads of Python run meanwhile
-        return self.pipeline.encode_batch_fast([whole_unicode(text)], add_special_tokens=False)[0].ids
-
-    def encode_with_specials(self, text: str) -> list[int]:
-        text = self.special_pattern.sub(lambda match: self.alias[match[0]], text)
-        return [self.token_of_alias.get(id, id) for id in self.encode(text.replace(self.mark, ""))]
+        return self.pipeline.encode_batch_fast([whole_unicode(text.replace(self.mark, ""))], add_special_tokens=False)[0].ids
 
     def _mark_specials(self, content: Any) -> Any:
         """The strings in a JSON value, made unlike special tokens."""
@@ -606,7 +583,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def piece(self, token: int) -> bytes:
         text = self.pipeline.id_to_token(token) if token >= 0 else None
-        if text is None or text in self.specials or token in self.token_of_alias:
+        if text is None or text in self.specials:
             return b""
         if token in self.added:
             return self.added[token]
@@ -724,46 +701,39 @@ class StreamDecoder:
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}      # models never choose whitespace
 
 
-def json_grammar(schema: Any, param: str) -> str:
-    """A JSON schema as a grammar for llguidance; RequestError for what it cannot hold an answer to."""
-    return checked_grammar(lambda matcher: matcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_STYLE), param)
+def json_grammar(schema: dict, param: str, start: str = "start: object") -> str:
+    """A grammar for llguidance: `start`, in which an object is of this JSON schema.
 
-
-def checked_grammar(make: Callable[[Any], str], param: str) -> str:
-    """What `make` makes with llguidance's matcher; RequestError, about the field `param`, when it cannot be or is too large."""
-    matcher = grammar_library().LLMatcher
+    RequestError, about the field `param`, for what it cannot hold an answer to or what is too large.
+    """
     try:
-        if len(grammar := make(matcher)) > LIMITS.grammar_characters:
+        matcher = importlib.import_module("llguidance").LLMatcher
+        grammar = f"{start}\nobject: %json {json.dumps({**schema, 'x-guidance': JSON_STYLE})}"
+        if len(grammar) > LIMITS.grammar_characters:
             raise ValueError(f"as a grammar it has {len(grammar)} characters, at most {LIMITS.grammar_characters} are allowed")
         is_wrong, texts = matcher.validate_grammar_with_warnings(grammar)
         if is_wrong:
             raise ValueError(texts[0].strip()[:300])
+    except ImportError:
+        raise RequestError("this server cannot hold answers to a grammar: the Python package llguidance is not installed there",
+                           code="unsupported_response_format", param=param) from None
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the JSON schema is not usable: {error}", code="invalid_json_schema", param=param) from None
     return grammar
-
-
-def grammar_library() -> Any:
-    try:
-        return importlib.import_module("llguidance")
-    except ImportError:
-        raise RequestError("this server cannot hold answers to a grammar: the Python package llguidance is not installed there",
-                           code="unsupported_response_format", param="response_format") from None
 
 
 class Grammar:
     """Which tokens an answer may go on with."""
 
     def __init__(self, tokenizer: Tokenizer, source: str):
-        self.matcher = grammar_library().LLMatcher(tokenizer.grammar_vocabulary, source, log_level=0)
+        llguidance = require_library("llguidance", "constrained decoding")
+        self.matcher = llguidance.LLMatcher(tokenizer.grammar_vocabulary, source, log_level=0)
         self.ends = tokenizer.stop_tokens
 
     def allowed(self, vocab_size: int) -> "numpy.ndarray":
         """A flag for each token (vocab_size,)."""
-        bits = numpy.unpackbits(numpy.frombuffer(self.matcher.compute_bitmask(), dtype=numpy.uint8), bitorder="little")
-        flags = numpy.zeros(vocab_size, dtype=bool)
-        flags[:len(bits)] = bits[:vocab_size]
-        return flags
+        words = numpy.frombuffer(self.matcher.compute_bitmask(), dtype=numpy.uint8)
+        return numpy.unpackbits(words, count=vocab_size, bitorder="little").astype(bool)
 
     def feed(self, token: int) -> bool:
         """False: the grammar does not have it, or has become too large to follow, or nothing fulfils it."""
@@ -3110,8 +3080,21 @@ def merges_of_scores(tokens: Seq[str], scores: Seq[float], types: Seq[int]) -> l
 # 8. scheduler: requests, events and who runs next; no tensors here -------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class AnswerParams:
+    """What a request wants of each of its answers besides sampling and length."""
+
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    logprobs: int | None = None                     # with so many of the likeliest tokens beside each; None: without
+    prompt_logprobs: int | None = None              # the same for the prompt's tokens
+    grammar: str = ""                               # what the answer must be
+
+
 @dataclass(frozen=True)
-class Request:
+class Request(AnswerParams):
     """What a client asked, parsed and checked: either `messages` or `prompts` is set."""
 
     id: str
@@ -3119,14 +3102,7 @@ class Request:
     prompts: tuple[str | tuple[int, ...], ...] = ()     # raw completions: text or token ids
     sampling: SamplingParams = SamplingParams()
     max_tokens: int | None = None                   # None: up to the context
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    min_tokens: int = 0
     n: int = 1                                      # answers to each prompt
-    logprobs: int | None = None                     # with so many of the likeliest tokens beside each; None: without
-    prompt_logprobs: int | None = None              # the same for the prompt's tokens
-    grammar: str = ""                               # what the answer must be
     tools: tuple[dict, ...] = ()                    # functions that the model may call
     client: str = ""                                # whose request it is: a key's name, or an address
     low_priority: bool = False                      # waits until nothing else does
@@ -3185,27 +3161,27 @@ Event = Accepted | Piece | Finished
 
 
 @dataclass(frozen=True)
-class Work:
-    """A request as it crosses the pipe to a worker; `resumed_ids` were generated before, by a worker that died."""
+class Work(AnswerParams):
+    """An answer to a request as it crosses the pipe to a worker; `resumed_ids` were generated before, by one that died."""
 
     id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     max_tokens: int
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    min_tokens: int = 0
     resumed_ids: tuple[int, ...] = ()
     sent_characters: int = 0
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    grammar: str = ""
 
-    @property
+    @functools.cached_property
     def needs_logits(self) -> bool:
         """Must its logits be looked at on the host?"""
         return self.logprobs is not None or self.prompt_logprobs is not None or bool(self.grammar)
+
+    @functools.cached_property
+    def needs_tokens(self) -> bool:
+        """Must its last token be known before the step that draws the next can start?"""
+        sampling = self.sampling
+        counts = sampling.repetition_penalty != 1 or sampling.frequency_penalty or sampling.presence_penalty
+        return self.needs_logits or bool(counts)
 
 
 @dataclass(eq=False)
@@ -3222,8 +3198,7 @@ class Sequence:
     drafted_tokens: int = 0
     accepted_tokens: int = 0                # of those, how many were right
     pages: list[int] = field(default_factory=list)
-    indexed_pages: int = 0                  # how many of them the prefix index has seen
-    serial: int = PagePool.ROOT             # content serial of the last of those
+    serial: int = PagePool.ROOT             # content serial of the last page that is whole: the prefix index has seen it
     cached_tokens: int = 0                  # prompt tokens found in the prefix cache at first admission
     added_s: float = 0.0
     queued_s: float | None = None           # how long it waited here before it first ran
@@ -3231,6 +3206,11 @@ class Sequence:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     text: "Answer | None" = None            # the engine's state of the answer's text
     drafter: "Drafter | None" = None        # and what proposes its drafts
+    preparing: "Future | None" = None       # makes `text` in a thread where that takes long: it waits until then
+
+    @property
+    def ready(self) -> bool:
+        return self.preparing is None or self.preparing.done()
 
     @property
     def pending(self) -> int:
@@ -3245,11 +3225,6 @@ class Sequence:
         """Is every token of its prompt still to be scored, so that no cached page spares computing it?"""
         return self.work.prompt_logprobs is not None and not self.generated
 
-    @property
-    def drawing_last(self) -> bool:
-        """The step under way draws its last token: there is nothing to compute after it."""
-        return self.tokens[-1] < 0 and len(self.tokens) >= self.limit
-
 
 class Chunk(NamedTuple):
     """Compute `count` pending tokens of `sequence`; when they are the last ones, draw the next token.
@@ -3259,12 +3234,8 @@ class Chunk(NamedTuple):
 
     sequence: Sequence
     count: int
+    draws: int = 0                          # tokens: none while a prompt is not complete, then 1 + len(draft)
     draft: tuple[int, ...] = ()
-
-    @property
-    def draws(self) -> int:
-        """How many tokens are drawn: none while a prompt is not complete, then one and one for each drafted token."""
-        return 1 + len(self.draft) if self.count == self.sequence.pending else 0
 
     @property
     def rows(self) -> int:
@@ -3282,10 +3253,9 @@ class Scheduler:
     never starves, the rest to those with least to do, so that a long prompt never stalls short ones.
     """
 
-    def __init__(self, pool: PagePool, *, max_batch: int, prefill_chunk: int, free_rows: int = 0, max_rows: int | None = None):
+    def __init__(self, pool: PagePool, *, max_batch: int, prefill_chunk: int, max_rows: int | None = None):
         self.pool, self.max_batch, self.prefill_chunk = pool, max_batch, prefill_chunk
-        self.max_rows = max_rows or max(max_batch, free_rows)       # of logits in a step
-        self.free_rows = free_rows              # a step of so many rows takes hardly longer than one of one: room for drafts
+        self.max_rows = max_rows or max_batch   # of logits in a step
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []       # in order of admission
         self.preemptions = 0
@@ -3302,47 +3272,37 @@ class Scheduler:
         return gone
 
     def remove(self, sequence: Sequence) -> None:
-        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        (self.running if sequence.pages else self.waiting).remove(sequence)
         sequence.finished = True
         self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
-        sequence.pages, sequence.computed, sequence.indexed_pages = [], 0, 0
-        sequence.serial = PagePool.ROOT
+        sequence.pages, sequence.computed, sequence.serial = [], 0, PagePool.ROOT
 
     def schedule(self) -> list[Chunk]:
-        """The next step: a one-token chunk for each decoding sequence, then chunks of prompts."""
-        self._admit()
-        preemptions = self.preemptions
-        decoding = self._decoding()
-        room = (self.free_rows - len(self.running)) // max(1, sum(bool(sequence.draft) for sequence in decoding))
-        plan = [Chunk(sequence, 1, self._draft(sequence, room)) for sequence in decoding]
-        spare_rows = self.max_rows - sum(chunk.draws for chunk in plan)
-        plan += self._share_prefill([s for s in self.running if s.pending > 1], spare_rows)
-        if self.preemptions > preemptions:
-            plan = [chunk for chunk in plan if chunk.sequence in self.running]
-        return plan
+        """The next step: a one-token chunk for each decoding sequence, then chunks of prompts.
 
-    def _decoding(self) -> list[Sequence]:
-        """The running sequences with one pending token, each with a slot for it; the youngest give way."""
-        ready = []
-        for sequence in list(self.running):
-            able = sequence.pending == 1 and not sequence.drawing_last
-            if able and sequence in self.running and self._grow(sequence):      # an earlier one may have preempted it
-                ready.append(sequence)
-        return ready
+        Nothing is computed for a sequence whose last token, at its limit, is being drawn.
+        """
+        self._admit()
+        decoding = [s for s in list(self.running) if s.pending == 1 and len(s.tokens) < s.limit and self._grow(s)]
+        room = (FREE_ROWS - len(self.running)) // max(1, sum(bool(s.draft) for s in decoding))
+        drafts = [self._draft(s, room) if s.draft else () for s in decoding]
+        plan = [Chunk(s, 1, 1 + len(draft), draft) for s, draft in zip(decoding, drafts)]
+        if prefilling := [s for s in self.running if s.pending > 1]:
+            plan += self._share_prefill(prefilling, self.max_rows - sum(chunk.draws for chunk in plan))
+        return [chunk for chunk in plan if chunk.sequence.pages]        # a later one may have preempted it
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Give a sequence pages for all its tokens, preempting the youngest; False when it had to go itself."""
-        needed = -(-len(sequence.tokens) // self.pool.page_size) - len(sequence.pages)
-        while needed > 0:
-            if (pages := self.pool.allocate(needed)) is not None:
+        """Give a running sequence pages for all its tokens, preempting the youngest; False when it had to go itself."""
+        needed = -(-len(sequence.tokens) // self.pool.page_size)
+        while sequence.pages and len(sequence.pages) < needed:
+            if (pages := self.pool.allocate(needed - len(sequence.pages))) is not None:
                 sequence.pages += pages
-                break
-            if self._preempt(self.running[-1]) is sequence:
-                return False
-        return True
+            else:
+                self._preempt(self.running[-1])
+        return bool(sequence.pages)
 
     def _draft(self, sequence: Sequence, room: int) -> tuple[int, ...]:
         """As much of a sequence's draft as there is room for in the step, before its limit and in its pages."""
@@ -3352,13 +3312,12 @@ class Scheduler:
             sequence.pages += self.pool.allocate(1)
         return tuple(draft[:len(sequence.pages) * size - length])
 
-    def _preempt(self, sequence: Sequence) -> Sequence:
+    def _preempt(self, sequence: Sequence) -> None:
         """Take a sequence's pages; it goes back to the head of the queue and is recomputed from its tokens."""
         self.running.remove(sequence)
         self._release(sequence)
         self.waiting.appendleft(sequence)
         self.preemptions += 1
-        return sequence
 
     def isolate(self) -> list[Sequence]:
         """A step failed: all that ran is computed again, one by one; what ran alone, or under suspicion, is dropped."""
@@ -3368,16 +3327,18 @@ class Scheduler:
             if sequence.tokens[-1] < 0:         # the token that the step should have drawn
                 sequence.tokens.pop()
         for sequence in reversed(running):
-            self._preempt(sequence).suspect = True
+            self._preempt(sequence)
+            sequence.suspect = True
         if len(blamed) != 1:
             return []
         self.remove(blamed[0])
         return blamed
 
     def _admit(self) -> None:
-        """Move waiting sequences into the batch, in order, while rows and pages last; suspects one by one."""
-        while self.waiting and len(self.running) < self.max_batch and not any(s.suspect for s in self.running):
-            sequence = self.waiting[0]
+        """Move waiting sequences that are ready into the batch, in order, while rows and pages last; suspects one by one."""
+        for sequence in [sequence for sequence in self.waiting if sequence.ready]:
+            if len(self.running) == self.max_batch or any(running.suspect for running in self.running):
+                return
             matched, serial = self.pool.match_prefix([] if sequence.scoring else sequence.tokens)
             needed = -(-len(sequence.tokens) // self.pool.page_size) - len(matched)
             headroom = len(self.running)        # one page for each, so that newcomers do not preempt at once
@@ -3385,10 +3346,9 @@ class Scheduler:
             if pages is None:
                 self.pool.release(matched)
                 return
-            self.waiting.popleft()
+            self.waiting.remove(sequence)
             self.running.append(sequence)
-            sequence.pages, sequence.serial, sequence.indexed_pages = matched + pages, serial, len(matched)
-            sequence.computed = len(matched) * self.pool.page_size
+            sequence.pages, sequence.serial, sequence.computed = matched + pages, serial, len(matched) * self.pool.page_size
             if sequence.queued_s is None:
                 sequence.queued_s = time.monotonic() - sequence.added_s
                 sequence.cached_tokens = min(sequence.computed, len(sequence.work.prompt_ids))
@@ -3398,8 +3358,6 @@ class Scheduler:
 
         Each may need one of `rows` rows of logits; what is left of these limits prompts that are being scored.
         """
-        if not prefilling:
-            return []
         oldest, *others = prefilling
         others.sort(key=lambda sequence: sequence.pending)
         wanted = sum(sequence.pending for sequence in others)
@@ -3408,8 +3366,8 @@ class Scheduler:
         for sequence in (oldest, *others):
             share = max(left // 2, left - wanted) if sequence is oldest else left
             count = min(sequence.pending, share, 1 + rows if sequence.scoring else share)
-            if count > 0 and sequence in self.running and self._grow(sequence):
-                chunks.append(Chunk(sequence, count))
+            if count > 0 and self._grow(sequence):
+                chunks.append(Chunk(sequence, count, int(count == sequence.pending)))
                 left -= count
                 rows -= count - 1 if sequence.scoring else 0
         return chunks
@@ -3420,15 +3378,14 @@ class Scheduler:
         Steps run in the order in which they are started, so whoever finds these pages reads them after they are written.
         """
         sequence, size = chunk.sequence, self.pool.page_size
-        sequence.computed += chunk.count
-        while (sequence.indexed_pages + 1) * size <= sequence.computed:
-            start = sequence.indexed_pages * size
-            page = sequence.pages[sequence.indexed_pages]
-            sequence.serial = self.pool.register(sequence.serial, sequence.tokens[start:start + size], page)
-            sequence.indexed_pages += 1
+        before, sequence.computed = sequence.computed, sequence.computed + chunk.count
+        for index in range(before // size, sequence.computed // size):
+            tokens = sequence.tokens[index * size:(index + 1) * size]
+            sequence.serial = self.pool.register(sequence.serial, tokens, sequence.pages[index])
 
     def check_integrity(self) -> None:
-        """Every page is owned exactly as the sequences say, and waiting sequences own none."""
+        """Every page is owned exactly as the sequences say; those that run own some, those that wait none."""
+        assert all(sequence.pages for sequence in self.running), "a running sequence owns no pages"
         assert all(not sequence.pages for sequence in self.waiting), "a waiting sequence owns pages"
         self.pool.check_integrity(sequence.pages for sequence in self.running)
 
@@ -3486,39 +3443,22 @@ class CalculatorTool:
     """nanochat's tool protocol: `<|python_start|>` expression `<|python_end|>` is answered by forced tokens
     `<|output_start|>` result `<|output_end|>` (upstream nanochat/engine.py, Engine.generate)."""
 
-    TIMEOUT_S = 1.0
-
-    def __init__(self, tokenizer: Tokenizer, thread: ThreadPoolExecutor):
-        self.tokenizer, self.thread = tokenizer, thread
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
         self.expression: list[int] | None = None        # tokens since python_start
 
     def feed(self, token: int) -> list[int]:
-        """One generated token; returns the tokens to force after it (mostly none)."""
-        expression = self.follow(token)
-        return [] if expression is None else self._answer(self.tokenizer.decode(expression))
-
-    def follow(self, token: int) -> list[int] | None:
-        """Keep track of where the answer is; the expression that this token completes, if it does."""
+        """One token of the answer; returns the tokens to force after it (mostly none)."""
         ids, expression = self.tokenizer.tool_tokens, self.expression
         if token == ids.python_start:
             self.expression = []
         elif token == ids.python_end:
             self.expression = None
-            return expression
+            if expression is not None and (result := calculate(self.tokenizer.decode(expression))) is not None:
+                return [ids.output_start, *self.tokenizer.encode(result), ids.output_end]
         elif expression is not None:
             expression.append(token)
-        return None
-
-    def _answer(self, expression: str) -> list[int]:
-        try:
-            result = self.thread.submit(calculate, expression).result(self.TIMEOUT_S)
-        except TimeoutError:
-            log.warning("the calculator gave up on an expression of %d characters", len(expression))
-            return []
-        if result is None:
-            return []
-        ids = self.tokenizer.tool_tokens
-        return [ids.output_start, *self.tokenizer.encode(result), ids.output_end]
+        return []
 
 
 class Answer:
@@ -3527,64 +3467,53 @@ class Answer:
     Rebuilt from the ids alone when a sequence is resumed after a worker died.
     """
 
-    def __init__(self, work: Work, tokenizer: Tokenizer, thread: ThreadPoolExecutor, context_length: int):
-        self.work, self.context_length = work, context_length
+    def __init__(self, work: Work, tokenizer: Tokenizer):
+        self.work = work
         self.decoder = StreamDecoder(tokenizer, work.stop)
-        self.tool = CalculatorTool(tokenizer, thread) if tokenizer.tool_tokens else None
+        self.tool = CalculatorTool(tokenizer) if tokenizer.tool_tokens else None
         self.eos_tokens = frozenset() if work.ignore_eos else tokenizer.stop_tokens
         self.stop_tokens = self.eos_tokens | frozenset(work.stop_token_ids)
         self.grammar = Grammar(tokenizer, work.grammar) if work.grammar else None
-        replayed = "".join(self._replay(token) for token in work.resumed_ids)
-        self.unsent = replayed[work.sent_characters:]
+        self.reason: str | None = None          # finish_reason, and its cause
+        self.stop_reason: str | None = None
+        self.unsent = "".join(map(self._replay, work.resumed_ids))[work.sent_characters:]
 
     def _replay(self, token: int) -> str:
         if self.tool:
-            self.tool.follow(token)     # its forced answer is among the resumed ids already
+            self.tool.feed(token)       # its forced answer is among the resumed ids already
         if self.grammar:
             self.grammar.feed(token)
         return self.decoder.push(token)
 
-    def push(self, token: int, generated: int, length: int) -> tuple[list[int], str, str | None, str | None]:
-        """Take a sampled token (already counted in `generated` and `length`, the sequence's tokens).
-
-        Returns the tokens to force after it, the text that may go out, the finish reason and its cause.
-        """
+    def push(self, token: int, generated: int, room: int) -> list[int]:
+        """Take a drawn token, the `generated`-th, after which there is room for so many: its text becomes unsent, and it may
+        end the answer. Returns the tokens to force after it, their text taken too."""
         if self.grammar and not self.grammar.feed(token):
-            return [], "", "error", "the answer could not be held to its grammar"
+            return self._end("error", "the answer could not be held to its grammar")
         if token in self.stop_tokens and generated >= self.work.min_tokens:
-            cause = "eos" if token in self.eos_tokens else str(token)
-            return [], self._flush(), "stop", cause
-        text = self.unsent + self.decoder.push(token)
-        self.unsent = ""
+            return self._end("stop", "eos" if token in self.eos_tokens else str(token))
+        self.unsent += self.decoder.push(token)
         if self.decoder.stopped_by is not None:
-            return [], text, "stop", self.decoder.stopped_by
+            return self._end("stop", self.decoder.stopped_by)
         if self.grammar and self.grammar.complete:
-            return [], text + self.decoder.finish(), "stop", "grammar"
-        forced = self.tool.feed(token) if self.tool else []
-        room = min(self.work.max_tokens - generated, self.context_length - length)
-        forced = forced[:max(room, 0)]
-        text += "".join(self.decoder.push(forced_token) for forced_token in forced)
-        if room <= len(forced):
-            cause = "max_tokens" if self.work.max_tokens - generated <= len(forced) else "context_length"
-            return forced, text + self.decoder.finish(), "length", cause
-        return forced, text, None, None
+            return self._end("stop", "grammar")
+        forced = self.tool.feed(token)[:room] if self.tool else []
+        self.unsent += "".join(map(self.decoder.push, forced))
+        if len(forced) >= room:
+            self._end("length", "max_tokens" if generated + room >= self.work.max_tokens else "context_length")
+        return forced
 
-    def _flush(self) -> str:
-        text, self.unsent = self.unsent + self.decoder.finish(), ""
-        return text
+    def _end(self, reason: str, cause: str) -> list[int]:
+        self.reason, self.stop_reason = reason, cause
+        self.unsent += self.decoder.finish()
+        return []
 
 
 class Started(NamedTuple):
-    """A step under way: its ticket and what it draws, in the order of its rows."""
+    """A step under way: what it draws, in the order of its rows, and its ticket, or the tokens themselves when it is done."""
 
     ticket: Any
-    draws: list[tuple[Sequence | None, tuple[int, ...]]]    # (None where one ended or was forced on meanwhile, its draft)
-
-
-class HostDraw(NamedTuple):
-    """The ticket of a step whose logits were looked at: it is done, and these are its tokens."""
-
-    tokens: list[int]
+    drawing: list[tuple[Sequence | None, tuple[int, ...]]]      # (None where one ended or was forced on meanwhile, its draft)
 
 
 class Engine:
@@ -3592,17 +3521,18 @@ class Engine:
 
     Where the device works beside Python (`steps.ahead`), the next step is started before the last one's tokens are
     turned into text: it takes them where they were drawn. What then turns out to have ended has computed one row in vain.
+    Steps that draw for a sequence whose tokens must be known first are the exception: they are finished at once.
     """
 
     def __init__(self, transformer: Transformer, tokenizer: Tokenizer, kernels: Kernels, *, num_pages: int,
                  context_length: int, max_batch: int, prefill_chunk: int, drafts: bool = True):
         self.transformer, self.tokenizer, self.kernels = transformer, tokenizer, kernels
         self.pool = PagePool(num_pages)
-        self.scheduler = Scheduler(self.pool, max_batch=max_batch, prefill_chunk=prefill_chunk, free_rows=FREE_ROWS,
+        self.scheduler = Scheduler(self.pool, max_batch=max_batch, prefill_chunk=prefill_chunk,
                                    max_rows=len(transformer.buffers["logits"]))
         self.context_length = min(context_length, num_pages * PAGE_SIZE)
-        self.tool_thread = ThreadPoolExecutor(1, "calculator")
         self.steps = make_steps(transformer, max_batch, self.context_length)
+        self.grammar_thread = ThreadPoolExecutor(1, "grammar")
         self.under_way: Started | None = None
         self.updates: list[Update] = []         # to be returned by `step`, also if the one that made them fails
         self.drafts = drafts and kernels.row_invariant      # elsewhere a drafted row might differ from the same row alone
@@ -3616,46 +3546,52 @@ class Engine:
         """Queue a request; its prompt must fit the context (the front has checked it)."""
         limit = min(len(work.prompt_ids) + work.max_tokens, self.context_length)
         sequence = Sequence(work, [*work.prompt_ids, *work.resumed_ids], limit)
-        sequence.text = Answer(work, self.tokenizer, self.tool_thread, self.context_length)
-        sequence.drafter = Drafter(sequence.tokens) if self.drafts and not self._waits(sequence) else None
+        if work.grammar:        # compiling it, and the first time the vocabulary, is nothing that other answers should wait for
+            sequence.preparing = self.grammar_thread.submit(self._prepare, sequence)
+        else:
+            self._prepare(sequence)
+        sequence.drafter = Drafter(sequence.tokens) if self.drafts and not work.needs_tokens else None
         self.scheduler.add(sequence)
+
+    def _prepare(self, sequence: Sequence) -> None:
+        try:
+            sequence.text = Answer(sequence.work, self.tokenizer)
+        except Exception:       # without a text it fails when its first token is drawn
+            log.exception("an answer could not be prepared")
 
     def cancel(self, request_id: str) -> bool:
         return bool(self.scheduler.cancel(request_id))
 
     def step(self) -> list[Update]:
         """Start the next step and finish the one before; return what came of it."""
-        ahead = self.steps.ahead and not any(map(self._waits, (*self.scheduler.running, *self.scheduler.waiting)))
-        if not ahead:
-            self._finish()
         plan = self.scheduler.schedule()
-        drawing = [chunk for chunk in plan if chunk.draws]
-        ticket = self._start(plan, drawing) if plan else None
+        if not plan and not self.under_way:     # whatever is here is being prepared
+            wait([s.preparing for s in self.scheduler.waiting if s.preparing], 0.02, FIRST_COMPLETED)
+        on_host = any(chunk.sequence.work.needs_logits and chunk.rows for chunk in plan)
+        if on_host:
+            self._finish()
+            plan = [chunk for chunk in plan if not chunk.sequence.finished]
+        ticket = self._start(plan, on_host) if plan else None
         self._finish()
         if plan:
-            self._advance(plan, ticket, drawing)
-        if not ahead:
+            self._advance(plan, ticket)
+        if on_host or not self.steps.ahead or any(c.sequence.draft or c.sequence.work.needs_tokens for c in plan if c.draws):
             self._finish()
         updates, self.updates = self.updates, []
         return updates
 
-    @staticmethod
-    def _waits(sequence: Sequence) -> bool:
-        """Must a sequence's last token be known before its next step can start?"""
-        return bool(sequence.draft) or sequence.work.needs_logits or needs_tokens(sequence.work.sampling)
-
-    def _start(self, plan: Seq[Chunk], drawing: Seq[Chunk]) -> Any:
+    def _start(self, plan: Seq[Chunk], on_host: bool) -> Any:
         """Start a step: drawn where it runs, or here when somebody needs its logits."""
-        rows = [sample_row(chunk.sequence, self.tokenizer.stop_tokens, i) for chunk in drawing for i in range(chunk.draws)]
+        rows = [sample_row(chunk.sequence, self.tokenizer.stop_tokens, i) for chunk in plan for i in range(chunk.draws)]
         batch = make_batch(plan)
-        if any(chunk.sequence.work.needs_logits for chunk in plan):
-            logits = self.transformer.forward(batch)
-            if logits.is_cuda:          # on a stream of its own: the next step may be on another
-                torch.cuda.current_stream(logits.device).synchronize()
-            return self._draw_on_host(plan, logits, rows)
-        return self.steps.start(batch, rows)
+        if not on_host:
+            return self.steps.start(batch, rows)
+        logits = self.transformer.forward(batch)
+        if logits.is_cuda:          # on a stream of its own: the next step may be on another
+            torch.cuda.current_stream(logits.device).synchronize()
+        return self._draw_on_host(plan, logits, rows)
 
-    def _draw_on_host(self, plan: Seq[Chunk], logits, rows: Seq[SampleRow]) -> HostDraw:
+    def _draw_on_host(self, plan: Seq[Chunk], logits, rows: Seq[SampleRow]) -> list[int]:
         """Score prompts, ban what grammars do not have, draw, and note how likely the drawn tokens were.
 
         No other step is under way.
@@ -3667,38 +3603,39 @@ class Engine:
             row += chunk.rows
             drawn += range(row - chunk.draws, row)
         if not rows:
-            return HostDraw([])
+            return []
         logits = logits if len(drawn) == row else logits[drawn]         # (len(rows), V)
         owners = [chunk.sequence for chunk in plan for _ in range(chunk.draws)]
         lines = {i: host_row(logits[i]) for i, owner in enumerate(owners) if owner.work.logprobs is not None}
-        for line, grammar in ((logits[i], owner.text.grammar) for i, owner in enumerate(owners) if owner.text.grammar):
-            line.masked_fill_(~torch.from_numpy(grammar.allowed(len(line))).to(line.device), -math.inf)
+        for line, text in ((logits[i], owner.text) for i, owner in enumerate(owners) if owner.work.grammar and owner.text):
+            line.masked_fill_(~torch.from_numpy(text.grammar.allowed(len(line))).to(line.device), -math.inf)
         tokens = self.kernels.sample(logits, rows)
         for i, line in lines.items():
             owners[i].logprob = logprob_of(penalize(line, rows[i]), tokens[i], owners[i].work.logprobs)
-        return HostDraw(tokens)
+        return tokens
 
-    def _advance(self, plan: Seq[Chunk], ticket: Any, drawing: Seq[Chunk]) -> None:
+    def _advance(self, plan: Seq[Chunk], ticket: Any) -> None:
         """The started step's effect on its sequences: slots are computed, and the last token is being drawn."""
+        drawing, row = [], 0
         for chunk in plan:
-            if not chunk.sequence.finished:
+            sequence = chunk.sequence
+            if not sequence.finished:
                 self.scheduler.advance(chunk)
-        draws, row = [], 0
-        for sequence, _, draft in drawing:
-            valid = not sequence.finished and sequence.pending == 0
-            draws.append((sequence if valid else None, draft))
-            if valid:
-                sequence.tokens.append(~row)
-            row += 1 + len(draft)
-        self.under_way = Started(ticket, draws)
+            if chunk.draws:
+                valid = not sequence.finished and sequence.pending == 0     # none were forced meanwhile
+                drawing.append((sequence if valid else None, chunk.draft))
+                if valid:
+                    sequence.tokens.append(~row)
+                row += chunk.draws
+        self.under_way = Started(ticket, drawing)
 
     def _finish(self) -> None:
         """Wait for the step under way, put its tokens where they were awaited, and turn them into text."""
         if self.under_way is None:
             return
-        (ticket, draws), self.under_way = self.under_way, None
-        tokens = iter(ticket.tokens if isinstance(ticket, HostDraw) else self.steps.finish(ticket))
-        for sequence, draft in draws:
+        (ticket, drawing), self.under_way = self.under_way, None
+        tokens = iter(ticket if isinstance(ticket, list) else self.steps.finish(ticket))
+        for sequence, draft in drawing:
             drawn = list(itertools.islice(tokens, 1 + len(draft)))
             if sequence and not sequence.finished:
                 try:
@@ -3709,47 +3646,40 @@ class Engine:
                     self.scheduler.remove(sequence)
 
     def _accept(self, sequence: Sequence, draft: tuple[int, ...], drawn: Seq[int]) -> Update:
-        """Take the tokens drawn after what turned out to be right, and propose the next draft."""
-        right = next((i for i, (guess, token) in enumerate(zip(draft, drawn)) if guess != token), len(draft))
-        sequence.tokens.pop()                       # the mark of the token being drawn
-        sequence.suspect = False
-        update = self._extend(sequence, drawn[:right + 1])
-        if draft and sequence.drafter:
+        """Take the tokens drawn, with their text, until one ends the answer, forces others, or is not what the draft guessed
+        (those after it are void then); and propose the next draft."""
+        answer, tokens, right = sequence.text, sequence.tokens, 0
+        tokens.pop()                                # the mark of the token being drawn
+        known, sequence.suspect = len(tokens), False
+        for token, guess in zip(drawn, (*draft, None)):
+            tokens.append(token)
+            forced = answer.push(token, sequence.generated, sequence.limit - len(tokens))
+            tokens += forced
+            if forced or answer.reason is not None or token != guess:
+                break
+            right += 1
+            self.scheduler.advance(Chunk(sequence, 1))          # the step has computed this token too
+        if draft:
             sequence.drafter.judge(right)
             for owner in (self, sequence):
                 owner.drafted_tokens += len(draft)
                 owner.accepted_tokens += right
-        if sequence.drafter and not sequence.finished:
+        if answer.reason is not None:
+            self.scheduler.remove(sequence)
+        elif sequence.drafter:
             room = 2 * len(self.scheduler.running) <= FREE_ROWS     # else a draft would only keep the next step waiting
             sequence.draft = sequence.drafter.propose() if room and sequence.pending == 1 else []
-        return update
-
-    def _extend(self, sequence: Sequence, drawn: Seq[int]) -> Update:
-        """Append tokens one after the other, with their text, until one ends the answer or forces others."""
-        taken, texts, forced, reason, cause = [], [], [], None, None
-        for i, token in enumerate(drawn):
-            if i:
-                self.scheduler.advance(Chunk(sequence, 1))          # the drafted token before this one is computed
-            sequence.tokens.append(token)
-            forced, text, reason, cause = sequence.text.push(token, sequence.generated, len(sequence.tokens))
-            sequence.tokens += forced
-            taken += (token, *forced)
-            texts.append(text)
-            if forced or reason is not None:
-                break
-        if reason is not None:
-            self.scheduler.remove(sequence)
-        ended_it = reason == "stop" and token in sequence.text.stop_tokens
+        text, answer.unsent = answer.unsent, ""
+        prompt_logprobs, sequence.prompt_logprobs = tuple(sequence.prompt_logprobs), []
+        ended_it = answer.reason == "stop" and token in answer.stop_tokens
         logprobs = () if sequence.logprob is None or ended_it else (sequence.logprob,)
-        prompt_logprobs = tuple(sequence.prompt_logprobs)
-        sequence.prompt_logprobs.clear()
-        return Update(sequence.work.id, tuple(taken), "".join(texts), reason, cause,
+        return Update(sequence.work.id, tuple(tokens[known:]), text, answer.reason, answer.stop_reason,
                       sequence.cached_tokens, sequence.queued_s, sequence.drafted_tokens, sequence.accepted_tokens,
                       logprobs, prompt_logprobs)
 
     def give_up(self) -> list[str]:
         """A step failed: forget whatever it may have written; returns the ids of the requests that are dropped for it."""
-        if self.under_way and not isinstance(self.under_way.ticket, HostDraw):
+        if self.under_way and not isinstance(self.under_way.ticket, list):
             with contextlib.suppress(Exception):        # the step before the one that failed: it is repeated too
                 self.steps.finish(self.under_way.ticket)
         self.under_way = None
@@ -3782,24 +3712,17 @@ def failure_text(error: Exception) -> str:
 
 def make_batch(plan: Seq[Chunk]) -> Batch:
     """Flatten the plan into one forward pass, sequence after sequence."""
-    batch = Batch([], [], [0], [], [], [])
+    token_ids, previous_token_ids, starts, lengths, tables, logit_rows = batch = Batch([], [], [0], [], [], [])
     for chunk in plan:
-        (sequence, count, draft) = chunk
-        first, tokens = sequence.computed, sequence.tokens
-        ids = [*tokens[first:first + count], *draft]
-        batch.token_ids.extend(ids)
-        batch.previous_token_ids.extend([tokens[first - 1] if first else -1, *ids[:-1]])
-        end = len(batch.token_ids)
-        batch.starts.append(end)
-        batch.lengths.append(first + len(ids))
-        batch.tables.append(sequence.pages)
-        batch.logit_rows.extend(range(end - chunk.rows, end))
+        first, tokens = chunk.sequence.computed, chunk.sequence.tokens
+        ids = [*tokens[first:first + chunk.count], *chunk.draft]
+        token_ids += ids
+        previous_token_ids += [tokens[first - 1] if first else -1, *ids[:-1]]
+        starts.append(len(token_ids))
+        lengths.append(first + len(ids))
+        tables.append(chunk.sequence.pages)
+        logit_rows += range(len(token_ids) - chunk.rows, len(token_ids))
     return batch
-
-
-def needs_tokens(params: SamplingParams) -> bool:
-    """Does drawing a token take all the tokens before it, and not just how many there are?"""
-    return params.repetition_penalty != 1 or bool(params.frequency_penalty or params.presence_penalty)
 
 
 def host_row(logits) -> "numpy.ndarray":
@@ -4127,11 +4050,11 @@ class Job:
         return {hash(self.prompt_ids[:64 << n]): 64 << n for n in range(16) if 64 << n <= len(self.prompt_ids)}
 
     def work(self) -> Work:
-        request = self.request
-        sampling = replace(request.sampling, choice=self.choice % request.n)
-        return Work(self.id, self.prompt_ids, sampling, self.max_tokens, request.stop, request.stop_token_ids,
-                    request.ignore_eos, request.min_tokens, tuple(self.output_ids), self.sent_characters,
-                    request.logprobs, None if self.output_ids else request.prompt_logprobs, request.grammar)
+        sampling = replace(self.request.sampling, choice=self.choice % self.request.n)
+        params = {each.name: getattr(self.request, each.name) for each in dataclasses.fields(AnswerParams)}
+        if self.output_ids:
+            params["prompt_logprobs"] = None        # they were sent
+        return Work(self.id, self.prompt_ids, sampling, self.max_tokens, tuple(self.output_ids), self.sent_characters, **params)
 
     def take(self, update: Update, gpu: int) -> None:
         """Turn a worker's update into events for the reader."""
@@ -4884,9 +4807,11 @@ def read_response_format(field: Field, value: Any) -> str:
         raise field.refusal(kind if isinstance(value, dict) else value, "an object of type text, json_object or json_schema")
     holder = value.get("json_schema") if kind == "json_schema" else value       # llama-server takes {"type", "schema"} for both
     schema = holder.get("schema", value.get("schema")) if isinstance(holder, dict) else value.get("schema")
-    if kind == "json_schema" and not isinstance(schema, dict):
+    if schema is None and kind == "json_object":
+        schema = {"type": "object"}
+    if not isinstance(schema, dict):
         raise RequestError("response_format.json_schema.schema must be an object", code="invalid_json_schema", param=field.name)
-    return json_grammar({"type": "object"} if schema is None else schema, field.name)
+    return json_grammar(schema, field.name)
 
 
 def read_tools(field: Field, value: Any) -> tuple[dict, ...]:
@@ -4959,8 +4884,8 @@ SHARED_FIELDS = (       # of both OpenAI routes
     Field("top_k", read_integer, "0 or -1 = whole vocabulary", -1, 2**31 - 1),
     Field("min_p", read_number, "0 = off", 0, 1),
     Field("seed", read_seed, "same seed, same answer; random when absent", -2**63, 2**64 - 1),
-    Field("stop", read_stop, "strings that end the answer"),
-    Field("stop_token_ids", read_token_ids, "tokens that end the answer"),
+    Field("stop", read_stop, "strings that end the answer; not looked for in one of a required shape"),
+    Field("stop_token_ids", read_token_ids, "tokens that end the answer; likewise"),
     Field("ignore_eos", read_switch, "go on to max_tokens"),
     Field("min_tokens", read_integer, "no end before so many tokens", 0, 2**53),
     Field("presence_penalty", read_number, "for tokens that occurred in the answer", -2, 2),
@@ -5156,11 +5081,9 @@ def openai_request(values: Mapping[str, Any], settings: Settings, **source: Any)
     """What both OpenAI routes have in common, as a Request."""
     cap = values.get("max_completion_tokens", values.get("max_tokens", settings.max_tokens))
     sampling = sampling_params({**values, "top_k": max(0, values.get("top_k", settings.top_k))}, settings)
-    free = not source.get("grammar")            # a grammar decides alone where its answer ends
-    return Request("", sampling=sampling, max_tokens=None if cap == -1 else cap, stop=values.get("stop", ()),
-                   stop_token_ids=values.get("stop_token_ids", ()), ignore_eos=values.get("ignore_eos", False) and free,
-                   min_tokens=values.get("min_tokens", 0) * free, n=values.get("n", 1),
-                   **request_options(values), **source)
+    ends = ("stop", "stop_token_ids", "ignore_eos", "min_tokens") if not source.get("grammar") else ()     # one ends itself
+    return Request("", sampling=sampling, max_tokens=None if cap == -1 else cap, n=values.get("n", 1),
+                   **{name: values[name] for name in ends if name in values}, **request_options(values), **source)
 
 
 def parse_openai_request(values: Mapping[str, Any], settings: Settings, tool_format: str | None = None) -> Request:
@@ -5194,8 +5117,7 @@ def tool_grammar(tools: Seq[dict], choice: str, tool_format: str, parallel: bool
         return json_grammar(schema, "tools")
     start = r'start: call ("\n" call)*' if parallel else "start: call"
     call = r'call: "<tool_call>\n" object "\n</tool_call>"'
-    return checked_grammar(lambda matcher: matcher.grammar_from_lark(
-        f"{start}\n{call}\nobject: %json {json.dumps({'x-guidance': JSON_STYLE, **schema})}"), "tools")
+    return json_grammar(schema, "tools", f"{start}\n{call}")
 
 
 def parse_completion_request(values: Mapping[str, Any], settings: Settings) -> Request:
@@ -5282,60 +5204,106 @@ def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, list[int] | None]
 
 
 class ToolCallReader:
-    """Finds calls of `tools` in an answer's text as it comes (see tool_format_of); everything else stays text."""
+    """Finds calls of `tools` in an answer's text as it comes (see tool_format_of); everything else stays text.
+
+    A tagged call that begins with its name is told as soon as its arguments begin, and these as they come; any other when
+    it is whole. `calls` are those told so far, as they are in an answer that is not streamed.
+    """
 
     OPEN, CLOSE = "<tool_call>", "</tool_call>"
+    HEAD = re.compile(OPEN + r'\s*{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?={)')
 
     def __init__(self, tool_format: str, tools: Seq[dict]):
-        self.form, self.names = tool_format, {tool["function"]["name"] for tool in tools}
-        self.held, self.called = "", False
+        self.tagged, self.names = tool_format == "tagged", [tool["function"]["name"] for tool in tools]
+        self.reading = self._read_tagged() if self.tagged else self._read_json()
+        self.calls: list[dict] = []
+        self.held, self.inside = "", False      # what is still to be read, and whether it is the rest of a call
+        self.text, self.deltas = "", []         # what `push` returns
 
     def push(self, text: str) -> tuple[str, list[dict]]:
-        """The text that is no call, and the calls that are whole now."""
-        self.held += text
-        return self._untag() if self.form == "tagged" else self._unless_json()
+        """The text that is no call, and what is new of calls, as the deltas of a stream."""
+        self.held, self.text, self.deltas = self.held + text, "", []
+        next(self.reading)
+        return self.text, self.deltas
 
     def finish(self) -> tuple[str, list[dict]]:
-        rest, self.held = self.held, ""
-        calls = self._calls_in(rest) if self.form == "json" else []
-        return ("" if calls else rest), calls
+        """The same at the end of the text."""
+        self.deltas = []
+        told = self.inside or not self.tagged and self._tell_whole(self.held)
+        return "" if told else self.held, self.deltas
 
-    def _untag(self) -> tuple[str, list[dict]]:
-        texts, calls = [], []
-        while (begin := self.held.find(self.OPEN)) >= 0 and (end := self.held.find(self.CLOSE, begin)) >= 0:
-            found = self._calls_in(self.held[begin + len(self.OPEN):end])
+    def _read_tagged(self) -> Iterator[None]:
+        """Reads what is held; yields where it takes more to go on."""
+        while True:
+            while (begin := self.held.find(self.OPEN)) < 0:         # but the tag may have begun
+                self._say(len(self.held) - max(n for n in range(len(self.OPEN)) if self.held.endswith(self.OPEN[:n])))
+                yield
+            self._say(begin)
+            while not (head := self.HEAD.match(self.held)) and self.CLOSE not in self.held:
+                yield
+            if head and head[1] in self.names:
+                yield from self._tell_as_it_comes(head)
+            while (end := self.held.find(self.CLOSE)) < 0:
+                yield
             end += len(self.CLOSE)
-            texts.append(self._spoken(self.held[:begin] if found else self.held[:end]))
-            calls, self.called, self.held = calls + found, self.called or bool(found), self.held[end:]
-        if begin < 0:           # no call has begun, but its tag may have
-            begin = len(self.held) - max(n for n in range(len(self.OPEN)) if self.held.endswith(self.OPEN[:n]))
-        texts.append(self._spoken(self.held[:begin]))
-        self.held = self.held[begin:]
-        return "".join(texts), calls
+            if self.inside or self._tell_whole(self.held[len(self.OPEN):end - len(self.CLOSE)]):
+                while not (rest := self.held[end:].lstrip()):       # whitespace after a call is no text
+                    yield
+                self.held, self.inside = rest, False
+            else:
+                self._say(end)
 
-    def _spoken(self, text: str) -> str:
-        """Whitespace right after a call is no text."""
-        text = text.lstrip() if self.called else text
-        self.called = self.called and not text
-        return text
+    def _read_json(self) -> Iterator[None]:
+        """The same where an answer is text, or a call or a list of them, which only its end can tell."""
+        while self.held.lstrip()[:1] in ("", "{", "["):
+            yield
+        while True:
+            self._say(len(self.held))
+            yield
 
-    def _unless_json(self) -> tuple[str, list[dict]]:
-        if self.held.lstrip()[:1] in ("", "{", "["):
-            return "", []
-        self.form, text, self.held = "none", self.held, ""
-        return text, []
+    def _say(self, length: int) -> None:
+        self.text, self.held = self.text + self.held[:length], self.held[length:]
 
-    def _calls_in(self, text: str) -> list[dict]:
+    def _tell(self, name: str, arguments: str) -> None:
+        call = {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": {"name": name, "arguments": arguments}}
+        self.deltas.append({"index": len(self.calls), **call, "function": {**call["function"]}})
+        self.calls.append(call)
+        self.inside = True
+
+    def _tell_whole(self, text: str) -> bool:
+        """Tell a call, or a list of them, if the text is that."""
         try:
             found = json.loads(text)
         except (ValueError, RecursionError):
-            return []
+            return False
         calls = found if isinstance(found, list) else [found]
-        if not all(isinstance(call, dict) and isinstance(call.get("name"), str) and call["name"] in self.names for call in calls):
-            return []
-        return [{"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": {
-            "name": call["name"], "arguments": json.dumps(call.get("arguments", call.get("parameters")) or {}, ensure_ascii=False)}}
-            for call in calls]
+        if not calls or not all(isinstance(call, dict) and call.get("name") in self.names for call in calls):
+            return False
+        for call in calls:
+            self._tell(call["name"], json.dumps(call.get("arguments", call.get("parameters")) or {}, ensure_ascii=False))
+        return True
+
+    def _tell_as_it_comes(self, head: re.Match) -> Iterator[None]:
+        """Tell a call's name, and its arguments up to where they end, a JSON object."""
+        self._tell(head[1], "")
+        self.held, depth, quoted, escaped = self.held[head.end():], 0, False, False
+        while True:
+            length = 0
+            for length, character in enumerate(self.held, 1):
+                if quoted:
+                    quoted, escaped = escaped or character != '"', character == "\\" and not escaped
+                else:
+                    quoted, depth = character == '"', depth + (character in "{[") - (character in "}]")
+                if depth == 0:
+                    break
+            if length and not self.deltas:
+                self.deltas.append({"index": len(self.calls) - 1, "function": {"arguments": ""}})
+            for call in (self.calls[-1], *self.deltas[-1:]):
+                call["function"]["arguments"] += self.held[:length]
+            self.held = self.held[length:]
+            if depth == 0:
+                return
+            yield
 
 
 class Part(NamedTuple):
@@ -5343,7 +5311,7 @@ class Part(NamedTuple):
 
     text: str = ""
     logprobs: Seq[TokenLogprob] = ()
-    calls: Seq[dict] = ()
+    calls: Seq[dict] = ()           # what is new of them
 
 
 class OpenAIEncoder:
@@ -5429,8 +5397,8 @@ class OpenAIEncoder:
         parts: dict[int, list[Part]] = collections.defaultdict(list)
         for event in events:
             parts[event.choice].append(self.take(event))
-        joined = {choice: Part("".join(part.text for part in mine), [each for part in mine for each in part.logprobs],
-                               [call for part in mine for call in part.calls]) for choice, mine in parts.items()}
+        joined = {choice: Part("".join(part.text for part in mine), [each for part in mine for each in part.logprobs])
+                  for choice, mine in parts.items()}
         choices = [{"index": choice, **self.whole(choice, joined[choice]), "finish_reason": self.reason(done),
                     "stop_reason": done.stop_reason} for choice, done in sorted(self.ended.items())]
         return {**self.head, "object": self.whole_object, "choices": choices, "usage": self.usage(),
@@ -5444,7 +5412,6 @@ class ChatEncoder(OpenAIEncoder):
 
     def __init__(self, request: Request, *more: Any, **options: Any):
         super().__init__(request, *more, **options)
-        self.calls: collections.Counter = collections.Counter()         # by choice: how many there were
         self.readers = {choice: ToolCallReader(self.tokenizer.tool_format, request.tools)
                         for choice in range(self.choices if request.tools else 0)}
 
@@ -5460,20 +5427,21 @@ class ChatEncoder(OpenAIEncoder):
         return part
 
     def reason(self, done: Finished) -> str:
-        return "tool_calls" if self.calls[done.choice] and done.reason == "stop" else done.reason
+        return "tool_calls" if self.calls(done.choice) and done.reason == "stop" else done.reason
+
+    def calls(self, choice: int) -> list[dict]:
+        return self.readers[choice].calls if self.readers else []
 
     def delta(self, choice: int, part: Part) -> dict:
         delta: dict[str, Any] = {"content": part.text} if part.text or part.logprobs else {}
         if part.calls:
-            delta["tool_calls"] = [{"index": self.calls[choice] + i, **call} for i, call in enumerate(part.calls)]
-            self.calls[choice] += len(part.calls)
+            delta["tool_calls"] = part.calls
         return {"delta": delta, "logprobs": self.logprobs_body(part.logprobs) if part.logprobs else None}
 
     def whole(self, choice: int, part: Part) -> dict:
         message = {"role": "assistant", "content": part.text, "refusal": None}
-        if part.calls:
-            message |= {"content": part.text or None, "tool_calls": part.calls}
-            self.calls[choice] += len(part.calls)
+        if calls := self.calls(choice):
+            message |= {"content": part.text or None, "tool_calls": calls}
         wanted = self.request.logprobs is not None
         return {"message": message, "logprobs": self.logprobs_body(part.logprobs) if wanted else None}
 
@@ -5900,10 +5868,15 @@ class Front:
 
     async def handle_openai_chat(self, http: web.Request) -> web.StreamResponse:
         """POST /v1/chat/completions."""
-        values = parse_fields(await read_body(http), OPENAI_FIELDS)
-        self.check_model(values.get("model", ""))
-        request = parse_openai_request(values, self.settings, self.tokenizer().tool_format)
+        body = await read_body(http)
+        grammar = body.get("response_format") or body.get("tools")      # compiling one may take 0.3 s
+        values, request = await asyncio.to_thread(self.parse_openai, body) if grammar else self.parse_openai(body)
         return await self.answer_openai(http, values, request, ChatEncoder)
+
+    def parse_openai(self, body: dict) -> tuple[dict[str, Any], Request]:
+        values = parse_fields(body, OPENAI_FIELDS)
+        self.check_model(values.get("model", ""))
+        return values, parse_openai_request(values, self.settings, self.tokenizer().tool_format)
 
     async def handle_completions(self, http: web.Request) -> web.StreamResponse:
         """POST /v1/completions."""

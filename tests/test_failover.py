@@ -53,18 +53,19 @@ def drawn_from(tokens, **changes):
 
 PLAIN = dict(sampling=SamplingParams(temperature=1.0, seed=5), max_tokens=60)
 LONG_PROMPT = dict(prompts=(tuple(range(100, 220)),), max_tokens=40, ignore_eos=True, sampling=SamplingParams(temperature=0.0))
+GRAMMAR = chat_server.json_grammar({"type": "array", "items": {"enum": ["ab", "c"]}, "minItems": 9}, "")
 PENALTIES = SamplingParams(temperature=0.7, seed=5, presence_penalty=1.0, frequency_penalty=0.5, repetition_penalty=1.3)
 PYTHON_START, PYTHON_END, OUTPUT_START = 280, 281, 282
 CALLS = drawn_from([PYTHON_START, PYTHON_END, *b"12+"], max_tokens=100)
 CASES = {       # moment and request: what a worker must rebuild from the ids alone when it takes over
     "queued": PLAIN,
+    "queued for a grammar": dict(sampling=SamplingParams(temperature=1.0, seed=3), max_tokens=60, grammar=GRAMMAR),
     "prefill": LONG_PROMPT | dict(messages=None),
     "decode": PLAIN,
     "decode with penalties": PLAIN | dict(sampling=PENALTIES),
     "decode before min_tokens": drawn_from([*b"abc"], min_tokens=30, stop_token_ids=(97,)),
     "decode of the third of three": PLAIN | dict(n=3),
-    "decode in a grammar": dict(sampling=SamplingParams(temperature=1.0, seed=3), max_tokens=60,
-                                grammar=chat_server.json_grammar({"type": "array", "items": {"enum": ["ab", "c"]}, "minItems": 9}, "")),
+    "decode in a grammar": dict(sampling=SamplingParams(temperature=1.0, seed=3), max_tokens=60, grammar=GRAMMAR),
     "decode with log-probabilities": PLAIN | dict(prompts=(tuple(range(100, 140)),), messages=None, logprobs=2, prompt_logprobs=1),
     "prefill of a scored prompt": LONG_PROMPT | dict(messages=None, logprobs=0, prompt_logprobs=1),
     "unsent": PLAIN,

@@ -1,7 +1,9 @@
 """Answers that a grammar holds: JSON of a schema's shape, whatever the model would rather say."""
 
+import asyncio
 import json
 import sys
+import threading
 
 import pytest
 import torch
@@ -71,6 +73,24 @@ def test_a_resumed_answer_goes_on_in_its_grammar(engine):
         assert text_of(whole[:cut]) + text_of(rest) == text_of(whole)
 
 
+@pytest.mark.parametrize("shape", [{"type": "json_object"}, {"type": "json_schema", "json_schema": {"schema": PERSON}}])
+def test_what_a_client_would_stop_at_does_not_cut_json(engine, shape):
+    stops = ['"', "}", ":", ","]
+    ids = [engine.tokenizer.encode(text)[0] for text in (*stops, '{"', '":')]
+    body = {"messages": [{"role": "user", "content": "Describe a person as JSON."}], "response_format": shape, "temperature": 1,
+            "stop": stops, "stop_token_ids": ids, "min_tokens": 50, "ignore_eos": True}
+    values = chat_server.parse_fields(body, chat_server.OPENAI_FIELDS)
+    request = chat_server.parse_openai_request(values, chat_server.Settings())
+    prompt = tuple(engine.tokenizer.render(request.messages))
+    works = [chat_server.replace(chat_server.Job(request, prompt, 120, asyncio.Queue(), 0.0, choice=seed).work(), sampling=SamplingParams(1.0, seed=seed))
+             for seed in range(4)]
+    found = updates(engine, works)
+    for each in works:
+        text = text_of(found[each.id])
+        assert '"' in text or text == "{}"
+        assert found[each.id][-1].reason == "length" or isinstance(json.loads(text), dict)
+
+
 def test_a_top_level_number_ends_where_the_model_ends_it(engine):
     end = max(engine.tokenizer.stop_tokens)
     one = work(engine, "a", {"type": "integer"})
@@ -85,6 +105,46 @@ def test_a_grammar_that_cannot_be_followed_fails_its_request_only(engine, monkey
     found = updates(engine, [work(engine, "a", PERSON), free])
     assert found["a"][-1].reason == "error" and text_of(found["a"]) == ""
     assert found["f"][-1].reason == "length"
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Grammars are made no sooner than this event is set."""
+    event, original = threading.Event(), chat_server.Grammar.__init__
+
+    def opened(*arguments):
+        event.wait()
+        original(*arguments)
+
+    monkeypatch.setattr(chat_server.Grammar, "__init__", opened)
+    yield event
+    event.set()
+
+
+@torch.inference_mode()
+def test_others_go_on_while_a_grammar_is_made_and_cancelling_does_not_wait_for_it(engine, gate):
+    free = Work("f", (5, 6, 7), SamplingParams(0.0), 60, ignore_eos=True)
+    for each in (free, work(engine, "a", PERSON, 3), work(engine, "b", PERSON, 4)):
+        engine.add(each)
+    found = [update for _ in range(10) for update in engine.step()]
+    assert {update.id for update in found} == {"f"} and len(found) >= 9
+    assert engine.cancel("b") and engine.cancel("f") and engine.busy
+    assert engine.step() == engine.step() == []
+    engine.check_integrity()
+    gate.set()
+    found = []
+    while engine.busy:
+        found += engine.step()
+    assert {update.id for update in found} == {"a"} and text_of(found) == text_of(updates(engine, [work(engine, "a", PERSON, 3)])["a"])
+
+
+def test_an_answer_that_cannot_be_prepared_fails_alone(engine, monkeypatch, caplog):
+    def broken(*arguments):
+        raise MemoryError("no room for a grammar")
+    monkeypatch.setattr(chat_server.Grammar, "__init__", broken)
+    free = Work("f", (5, 6, 7), SamplingParams(0.0), 20, ignore_eos=True)
+    found = updates(engine, [work(engine, "a", PERSON), free])
+    assert found["a"][-1].reason == "error" and found["f"][-1].reason == "length" and "no room for a grammar" in caplog.text
 
 
 @pytest.mark.parametrize("schema", [{"type": "nope"}, {"$ref": "#/nope"}, {"not": {}}, {"type": "string", "pattern": "(?=x)"}, {"enum": []},

@@ -84,7 +84,7 @@ async def test_text_completions_parse_with_echo_and_logprobs(client, pool):
 async def test_the_stream_helper_accumulates_tool_calls(client, pool):
     pool.tokenizer = Letters()
     pool.tokenizer.tool_format = "tagged"
-    pool.pieces = ["Sure.", '<tool_call>{"name": "f", ', '"arguments": {"x": 1}}</tool_call>']
+    pool.pieces = ["Sure.", '<tool_call>{"name": "f", ', '"arguments": {"x"', ": ", "1}", "}</tool_call>"]
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}}]
     async with client.chat.completions.stream(model="fake-model", messages=HI, tools=tools) as stream:
         final = await stream.get_final_completion()

@@ -39,7 +39,21 @@ def pool():
 def read(tool_format, pieces):
     reader = ToolCallReader(tool_format, [WEATHER, TIME])
     parts = [*map(reader.push, pieces), reader.finish()]
-    return "".join(text for text, _ in parts), [call["function"] for _, calls in parts for call in calls]
+    calls = joined(delta for _, deltas in parts for delta in deltas)
+    assert calls == reader.calls        # those of an answer that is not streamed
+    return "".join(text for text, _ in parts), [call["function"] for call in calls]
+
+
+def joined(deltas):
+    """The calls that a client puts together from a stream: only a call's first delta has more than arguments."""
+    calls = []
+    for delta in deltas:
+        if delta["index"] == len(calls):
+            calls.append({name: delta[name] for name in ("id", "type")} | {"function": dict(delta["function"])})
+        else:
+            assert delta["index"] == len(calls) - 1 and delta.keys() == {"index", "function"} and delta["function"].keys() == {"arguments"}
+            calls[-1]["function"]["arguments"] += delta["function"]["arguments"]
+    return calls
 
 
 ROME, NOW = {"name": "weather", "arguments": '{"city": "Rome"}'}, {"name": "time", "arguments": "{}"}
@@ -52,6 +66,11 @@ ROME, NOW = {"name": "weather", "arguments": '{"city": "Rome"}'}, {"name": "time
     ("tagged", "<tool_call>no JSON</tool_call>!", "<tool_call>no JSON</tool_call>!", []),
     ("tagged", '<tool_call>{"name": "rm"}</tool_call>', '<tool_call>{"name": "rm"}</tool_call>', []),
     ("tagged", '<tool_call>{"name": "time"', '<tool_call>{"name": "time"', []),
+    ("tagged", '<tool_call>{"arguments": {"city": "Rome"}, "name": "weather"}</tool_call> Done.', "Done.", [ROME]),
+    ("tagged", '<tool_call>{"name": "weather", "arguments": {"a": [{}, "}</tool_call>\\\\\\"{"]}, "id": 1}</tool_call>\n',
+     "", [{"name": "weather", "arguments": '{"a": [{}, "}</tool_call>\\\\\\"{"]}'}]),
+    ("tagged", '<tool_call>{"name": "weather", "arguments": {"city": "Ro', "", [{"name": "weather", "arguments": '{"city": "Ro'}]),
+    ("tagged", '<tool_call>{"name": "rm", "arguments": {"x": 1}}</tool_call>', '<tool_call>{"name": "rm", "arguments": {"x": 1}}</tool_call>', []),
     ("json", '{"name": "weather", "parameters": {"city": "Rome"}}', "", [ROME]),
     ("json", ' [{"name": "weather", "arguments": {"city": "Rome"}}, {"name": "time", "arguments": {}}]', "", [ROME, NOW]),
     ("json", '{"answer": 42}', '{"answer": 42}', []), ("json", "It is {late}.", "It is {late}.", []), ("json", "", "", [])])
@@ -96,22 +115,26 @@ async def test_a_call_is_a_message_with_tool_calls_and_no_text(pool):
     assert pool.requests[0].tools == (WEATHER, TIME)
 
 
-async def test_in_a_stream_a_call_is_one_delta_with_an_index_and_tags_never_show(pool):
+async def test_in_a_stream_a_call_comes_by_its_name_and_then_its_arguments_in_pieces_and_tags_never_show(pool):
     pool.pieces = ["Sure. ", *CALL, "\n", '<tool_call>{"name": "time", "arguments": {}}</tool_call>']
     async with serving(pool) as url, aiohttp.ClientSession() as client:
         *chunks, done = frames(await (await client.post(url + "/v1/chat/completions", json=ASK | {"stream": True})).read())
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     calls = [call for delta in deltas for call in delta.get("tool_calls", [])]
-    assert [(call["index"], call["function"]) for call in calls] == [(0, ROME), (1, NOW)]
+    assert [call["function"] for call in joined(calls)] == [ROME, NOW]
+    assert [call["index"] for call in calls] == [0] * len(ROME["arguments"]) + [1]      # its letters came one by one
     assert "".join(delta.get("content") or "" for delta in deltas) == "Sure. "
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["tool_calls"]
 
 
-async def test_a_call_that_is_cut_is_length_and_text(pool):
-    pool.pieces, pool.reason, pool.stop_reason = [CALL[:30]], "length", "max_tokens"
+@pytest.mark.parametrize("length, content, arguments", [(30, CALL[:30], None), (51, None, '{"city')])
+async def test_a_call_that_is_cut_is_length_and_text_or_its_beginning(pool, length, content, arguments):
+    pool.pieces, pool.reason, pool.stop_reason = [CALL[:length]], "length", "max_tokens"
     async with serving(pool) as url, aiohttp.ClientSession() as client:
         body = await (await client.post(url + "/v1/chat/completions", json=ASK)).json()
-    assert body["choices"][0]["finish_reason"] == "length" and body["choices"][0]["message"]["content"] == CALL[:30]
+    (choice,) = body["choices"]
+    assert choice["finish_reason"] == "length" and choice["message"]["content"] == content
+    assert [call["function"]["arguments"] for call in choice["message"].get("tool_calls", [])] == ([arguments] if arguments else [])
 
 
 @pytest.mark.parametrize("change, code", [
