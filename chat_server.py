@@ -4697,28 +4697,42 @@ SECURITY_HEADERS = {
 }
 
 
+class Kind(NamedTuple):
+    """What a field may hold: its parsing, its error texts and its JSON Schema come from this row."""
+
+    allowed: str                                        # in words
+    schema: dict[str, Any]
+    takes: Callable[[Any], bool]
+    made: Callable[[Any], Any] = lambda value: value    # of a value that it takes
+
+
 class Field(NamedTuple):
-    """One field of a request body: its parsing and its error texts come from this row. null and absent are the same."""
+    """One field of a request body. null and absent are the same."""
 
     name: str
-    read: Callable[["Field", Any], Any]
+    kind: Kind
     doc: str
     low: float = -math.inf
     high: float = math.inf
-    clamp: bool = False                     # out of range: moved to the edge, instead of refused
+    clamp: bool = False                     # a number out of range is moved to the edge, instead of refused
     required: bool = False
 
-    def refusal(self, value: Any, allowed: str) -> RequestError:
-        if math.isfinite(self.low) and not self.clamp:
-            allowed += f" from {self.low:g} to {self.high:g}"
-        return bad_value(self.name, value, allowed)
+    @property
+    def bounds(self) -> dict[str, float]:
+        """The range outside of which it is refused, in JSON Schema's words."""
+        return {} if self.clamp or self.low == -math.inf else {"minimum": self.low, "maximum": self.high}
 
-    def within(self, value: Any, allowed: str) -> Any:
-        if self.clamp:
-            return min(max(value, self.low), self.high)
-        if not self.low <= value <= self.high:
-            raise self.refusal(value, allowed)
-        return value
+    @property
+    def schema(self) -> dict[str, Any]:
+        or_null = [] if self.required else [{"type": "null"}]
+        return {"description": self.doc, "anyOf": [self.kind.schema | self.bounds, *or_null]}
+
+    def read(self, value: Any) -> Any:
+        if self.kind.takes(value):
+            value = min(max(value, self.low), self.high) if self.clamp else value
+            if not self.bounds or self.low <= value <= self.high:
+                return self.kind.made(value)
+        raise bad_value(self.name, value, self.kind.allowed + (f" from {self.low:g} to {self.high:g}" if self.bounds else ""))
 
 
 def shown(value: Any) -> str:
@@ -4733,204 +4747,180 @@ def bad_value(name: str, value: Any, allowed: str) -> RequestError:
     return RequestError(f"{name} must be {allowed}, not {shown(value)}", code="invalid_value", param=name)
 
 
-def read_number(field: Field, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or abs(value) == math.inf:
-        raise field.refusal(value, "a finite number")
-    return float(field.within(value, "a number"))
+def is_number(value: Any) -> bool:
+    return type(value) is int or type(value) is float and math.isfinite(value)
 
 
-def read_integer(field: Field, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or value % 1 != 0:
-        raise field.refusal(value, "an integer")
-    return int(field.within(int(value), "an integer"))
+def is_integer(value: Any) -> bool:
+    return is_number(value) and value % 1 == 0
 
 
-def read_seed(field: Field, value: Any) -> int:
-    return read_integer(field, value) % 2**64       # OpenAI's seeds may be negative
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
-def read_cap(field: Field, value: Any) -> int:
-    cap = read_integer(field, value)
-    if cap == 0:
-        raise field.refusal(value, "a positive integer, or -1 for no cap,")
-    return cap
+def is_token(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
 
 
-def read_switch(field: Field, value: Any) -> bool:
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    if not isinstance(value, bool):
-        raise field.refusal(value, "true or false")
-    return value
+def is_list_of(takes: Callable[[Any], bool], value: Any) -> bool:
+    return isinstance(value, list) and all(map(takes, value))
 
 
-def read_priority(field: Field, value: Any) -> bool:
-    """Whether it is low: "low", or as with vLLM a number above 0."""
-    if value not in ("low", "normal") and (isinstance(value, bool) or not isinstance(value, int)):
-        raise field.refusal(value, '"low", "normal" or an integer, above 0 meaning low')
-    return value == "low" or not isinstance(value, str) and value > 0
+def is_function(tool: Any) -> bool:
+    """A function with a name; its parameters are a JSON schema."""
+    function = tool.get("function") if isinstance(tool, dict) else None
+    return isinstance(function, dict) and is_text(function.get("name")) and isinstance(function.get("parameters", {}), (dict, type(None)))
 
 
-def read_truncate(field: Field, value: Any) -> bool:
-    if value not in ("oldest", "none"):
-        raise field.refusal(value, '"oldest" or "none"')
-    return value == "oldest"
+def listed(value: Any) -> Any:
+    """A text alone stands for a list of it."""
+    return [value] if is_text(value) else value
 
 
-def read_stop(field: Field, value: Any) -> tuple[str, ...]:
-    stops = [value] if isinstance(value, str) else value
-    allowed = f"a string or a list of at most {LIMITS.stop_strings} strings"
-    if not isinstance(stops, list) or len(stops) > LIMITS.stop_strings or not all(isinstance(s, str) for s in stops):
-        raise field.refusal(value, allowed)
-    return tuple(whole_unicode(stop) for stop in stops if stop)
+def prompt_list(value: Any) -> Any:
+    """Token ids alone do too, where prompts are meant."""
+    return [value] if isinstance(value, list) and value and type(value[0]) is int else listed(value)
 
 
-def read_token_ids(field: Field, value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or not all(type(token) is int and 0 <= token < 2**31 for token in value):
-        raise field.refusal(value, "a list of token ids")
-    return tuple(value)
+def whole_texts(parts: list) -> list:
+    return [whole_unicode(part) if is_text(part) else part for part in parts]
 
 
-def read_logit_bias(field: Field, value: Any) -> tuple[tuple[int, float], ...]:
-    if not isinstance(value, dict) or not all(re.fullmatch(r"[0-9]{1,9}", token) for token in value):
-        raise field.refusal(value, "an object of token ids and biases")
-    bias = Field("logit_bias", read_number, "", -100, 100)
-    return tuple((int(token), read_number(bias, amount)) for token, amount in value.items() if amount is not None)
-
-
-def read_response_format(field: Field, value: Any) -> str:
-    """A grammar; "" for text."""
-    kind = value.get("type") if isinstance(value, dict) else None
+def response_grammar(value: dict) -> str:
+    """What response_format asks for; "" for text."""
+    kind = value.get("type")
     if kind == "text":
         return ""
     if kind not in ("json_object", "json_schema"):
-        raise field.refusal(kind if isinstance(value, dict) else value, "an object of type text, json_object or json_schema")
+        raise bad_value("response_format", kind, "an object of type text, json_object or json_schema")
     holder = value.get("json_schema") if kind == "json_schema" else value       # llama-server takes {"type", "schema"} for both
     schema = holder.get("schema", value.get("schema")) if isinstance(holder, dict) else value.get("schema")
     if schema is None and kind == "json_object":
         schema = {"type": "object"}
     if not isinstance(schema, dict):
-        raise RequestError("response_format.json_schema.schema must be an object", code="invalid_json_schema", param=field.name)
-    return json_grammar(schema, field.name)
+        raise RequestError("response_format.json_schema.schema must be an object", code="invalid_json_schema", param="response_format")
+    return json_grammar(schema, "response_format")
 
 
-def read_tools(field: Field, value: Any) -> tuple[dict, ...]:
-    """Functions with a name; parameters are a JSON schema."""
-    allowed = 'a list of {"type": "function", "function": {"name", "description", "parameters"}}'
-    functions = [tool.get("function") if isinstance(tool, dict) else None for tool in value] if isinstance(value, list) else [None]
-    for function in functions:
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str) \
-                or not isinstance(function.get("parameters", {}), (dict, type(None))):
-            raise field.refusal(value, allowed)
-    return tuple(value)
+def token_biases(value: dict) -> tuple[tuple[int, float], ...]:
+    bias = Field("logit_bias", NUMBER, "", -100, 100)
+    return tuple((int(token), bias.read(amount)) for token, amount in value.items() if amount is not None)
 
 
-def read_tool_choice(field: Field, value: Any) -> str:
-    """auto, none, required, or "=" and the name of the function that has to be called."""
-    if isinstance(value, dict) and isinstance(function := value.get("function"), dict) and isinstance(function.get("name"), str):
-        return "=" + function["name"]
-    if value not in ("auto", "none", "required"):
-        raise field.refusal(value, '"auto", "none", "required" or a function by its name')
-    return value
+SOME_TEXT, SOME_TOKENS = {"type": "string"}, {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}}
+SOME_FUNCTION = {"type": "object", "required": ["function"], "properties": {"function": {
+    "type": "object", "required": ["name"], "properties": {"name": SOME_TEXT, "parameters": {"type": ["object", "null"]}}}}}
 
+NUMBER = Kind("a finite number", {"type": "number"}, is_number, float)
+INTEGER = Kind("an integer", {"type": "integer"}, is_integer, int)
+SEED = INTEGER._replace(made=lambda value: int(value) % 2**64)         # OpenAI's seeds may be negative
+TOP_K = INTEGER._replace(made=lambda value: max(0, int(value)))
+CAP = Kind("a positive integer, or -1 for no cap,", {"type": "integer", "not": {"const": 0}}, lambda value: is_integer(value) and value != 0, int)
+SWITCH = Kind("true or false", {"enum": [True, False, "true", "false"]},
+              lambda value: isinstance(value, bool) or is_text(value) and value.lower() in ("true", "false"),
+              lambda value: str(value).lower() == "true")
+TEXT = Kind("a string", SOME_TEXT, is_text, whole_unicode)
+LIST = Kind("a list", {"type": "array"}, lambda value: isinstance(value, list))
+OBJECT = Kind("an object", {"type": "object"}, lambda value: isinstance(value, dict))
+TOKENS = Kind("a list of token ids", SOME_TOKENS, functools.partial(is_list_of, is_token), tuple)
+STOP = Kind(f"a string or a list of at most {LIMITS.stop_strings} strings",
+            {"anyOf": [SOME_TEXT, {"type": "array", "items": SOME_TEXT, "maxItems": LIMITS.stop_strings}]},
+            lambda value: is_list_of(is_text, listed(value)) and len(listed(value)) <= LIMITS.stop_strings,
+            lambda value: tuple(filter(None, whole_texts(listed(value)))))
+MIXED = Kind("a string, or a list of strings and token ids",
+             {"anyOf": [SOME_TEXT, {"type": "array", "items": {"anyOf": [SOME_TEXT, SOME_TOKENS["items"]]}}]},
+             lambda value: is_list_of(lambda part: is_text(part) or is_token(part), listed(value)),
+             lambda value: whole_texts(listed(value)))
+PROMPTS = Kind("a string, a list of token ids, or a list of such",
+               {"anyOf": [SOME_TEXT, SOME_TOKENS, {"type": "array", "minItems": 1, "items": {"anyOf": [SOME_TEXT, SOME_TOKENS]}}]},
+               lambda value: value != [] and is_list_of(lambda part: is_text(part) or is_list_of(is_token, part), prompt_list(value)),
+               lambda value: tuple(part if is_text(part) else tuple(part) for part in whole_texts(prompt_list(value))))
+PRIORITY = Kind('"low", "normal" or an integer, above 0 meaning low', {"anyOf": [{"enum": ["low", "normal"]}, {"type": "integer"}]},
+                lambda value: value in ("low", "normal") or type(value) is int,         # numbers as with vLLM
+                lambda value: value == "low" or value != "normal" and value > 0)
+TRUNCATE = Kind('"oldest" or "none"', {"enum": ["oldest", "none"]}, lambda value: value in ("oldest", "none"), lambda value: value == "oldest")
+LOGIT_BIAS = Kind("an object of token ids and biases", {
+    "type": "object", "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+    "additionalProperties": {"type": ["number", "null"], "minimum": -100, "maximum": 100}},
+    lambda value: isinstance(value, dict) and all(re.fullmatch("[0-9]{1,9}", token) for token in value), token_biases)
+TOOLS = Kind('a list of {"type": "function", "function": {"name", "description", "parameters"}}', {"type": "array", "items": SOME_FUNCTION},
+             functools.partial(is_list_of, is_function), tuple)
+TOOL_CHOICE = Kind('"auto", "none", "required" or a function by its name', {"anyOf": [{"enum": ["auto", "none", "required"]}, SOME_FUNCTION]},
+                   lambda value: value in ("auto", "none", "required") or is_function(value),
+                   lambda value: value if is_text(value) else "=" + value["function"]["name"])       # = and the one that has to be called
+RESPONSE_FORMAT = OBJECT._replace(made=response_grammar)
 
-def read_mixed(field: Field, value: Any) -> list[str | int]:
-    """Text, or a list of texts and token ids."""
-    parts = [value] if isinstance(value, str) else value
-    if not isinstance(parts, list) or not all(isinstance(part, str) or type(part) is int for part in parts):
-        raise field.refusal(value, "a string, or a list of strings and token ids")
-    return [whole_unicode(part) if isinstance(part, str) else part for part in parts]
-
-
-def read_prompts(field: Field, value: Any) -> tuple[str | tuple[int, ...], ...]:
-    """Always as a list of prompts."""
-    prompts = [value] if isinstance(value, str) or isinstance(value, list) and value and type(value[0]) is int else value
-    if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, (str, list)) for prompt in prompts):
-        raise field.refusal(value, "a string, a list of token ids, or a list of such")
-    return tuple(whole_unicode(p) if isinstance(p, str) else read_token_ids(field, p) for p in prompts)
-
-
-def typed(kind: type, allowed: str) -> Callable[[Field, Any], Any]:
-    def read(field: Field, value: Any) -> Any:
-        if not isinstance(value, kind):
-            raise field.refusal(value, allowed)
-        return whole_unicode(value) if kind is str else value
-    return read
-
-
-read_text, read_list, read_object = typed(str, "a string"), typed(list, "a list"), typed(dict, "an object")
+COMMON_FIELDS = (       # of all routes that answer
+    Field("stop", STOP, "strings that end the answer; not looked for in one of a required shape"),
+    Field("ignore_eos", SWITCH, "go on to max_tokens"),
+    Field("priority", PRIORITY, "`low`: runs when nothing else waits"),
+    Field("truncate", TRUNCATE, "`oldest`: what does not fit into the context loses its oldest turns, and timings say so"),
+    Field("resumable", SWITCH, "numbered events; GET /v1/streams/{id} goes on with the stream where it was left"),
+)
 
 NATIVE_FIELDS = (
-    Field("messages", read_list, "the conversation: objects with role (system, user, assistant) and content", required=True),
-    Field("temperature", read_number, "0 = greedy", *LIMITS.temperature, clamp=True),
-    Field("max_tokens", read_integer, "length of the answer", *LIMITS.max_tokens, clamp=True),
-    Field("top_k", read_integer, "0 = whole vocabulary", *LIMITS.top_k, clamp=True),
-    Field("top_p", read_number, "1 = off", 0, 1, clamp=True),
-    Field("min_p", read_number, "0 = off", 0, 1, clamp=True),
-    Field("seed", read_seed, "same seed, same answer; random when absent"),
-    Field("stop", read_stop, "strings that end the answer"),
-    Field("ignore_eos", read_switch, "go on to max_tokens"),
-    Field("priority", read_priority, "`low`: runs when nothing else waits"),
-    Field("truncate", read_truncate, "`oldest`: what does not fit into the context loses its oldest turns, and timings say so"),
-    Field("resumable", read_switch, "numbered events; GET /v1/streams/{id} goes on with the stream where it was left"),
+    Field("messages", LIST, "the conversation: objects with role (system, user, assistant) and content", required=True),
+    Field("temperature", NUMBER, "0 = greedy", *LIMITS.temperature, clamp=True),
+    Field("max_tokens", INTEGER, "length of the answer", *LIMITS.max_tokens, clamp=True),
+    Field("top_k", TOP_K, "0 = whole vocabulary", *LIMITS.top_k, clamp=True),
+    Field("top_p", NUMBER, "1 = off", 0, 1, clamp=True),
+    Field("min_p", NUMBER, "0 = off", 0, 1, clamp=True),
+    Field("seed", SEED, "same seed, same answer; random when absent"),
+    *COMMON_FIELDS,
 )
 
 SHARED_FIELDS = (       # of both OpenAI routes
-    Field("model", read_text, "absent, empty or `default`: the loaded one"),
-    Field("stream", read_switch, "server-sent events"),
-    Field("stream_options", read_object, "include_usage: a last chunk with the usage"),
-    Field("temperature", read_number, "0 = greedy", 0, 2),
-    Field("top_p", read_number, "1 = off", 0, 1),
-    Field("top_k", read_integer, "0 or -1 = whole vocabulary", -1, 2**31 - 1),
-    Field("min_p", read_number, "0 = off", 0, 1),
-    Field("seed", read_seed, "same seed, same answer; random when absent", -2**63, 2**64 - 1),
-    Field("stop", read_stop, "strings that end the answer; not looked for in one of a required shape"),
-    Field("stop_token_ids", read_token_ids, "tokens that end the answer; likewise"),
-    Field("ignore_eos", read_switch, "go on to max_tokens"),
-    Field("min_tokens", read_integer, "no end before so many tokens", 0, 2**53),
-    Field("presence_penalty", read_number, "for tokens that occurred in the answer", -2, 2),
-    Field("frequency_penalty", read_number, "for each time they occurred", -2, 2),
-    Field("repetition_penalty", read_number, "1 = off", 0.01, 10),
-    Field("logit_bias", read_logit_bias, "token id -> bias"),
-    Field("n", read_integer, "choices", 1, LIMITS.choices),
-    Field("priority", read_priority, "`low`: runs when nothing else waits"),
-    Field("truncate", read_truncate, "`oldest`: what does not fit into the context loses its oldest turns, and timings say so"),
-    Field("resumable", read_switch, "numbered events; GET /v1/streams/{id} goes on with the stream where it was left"),
+    Field("model", TEXT, "absent, empty or `default`: the loaded one"),
+    Field("stream", SWITCH, "server-sent events"),
+    Field("stream_options", OBJECT, "include_usage: a last chunk with the usage"),
+    Field("temperature", NUMBER, "0 = greedy", 0, 2),
+    Field("top_p", NUMBER, "1 = off", 0, 1),
+    Field("top_k", TOP_K, "0 or -1 = whole vocabulary", -1, 2**31 - 1),
+    Field("min_p", NUMBER, "0 = off", 0, 1),
+    Field("seed", SEED, "same seed, same answer; random when absent", -2**63, 2**64 - 1),
+    Field("stop_token_ids", TOKENS, "tokens that end the answer; likewise"),
+    Field("min_tokens", INTEGER, "no end before so many tokens", 0, 2**53),
+    Field("presence_penalty", NUMBER, "for tokens that occurred in the answer", -2, 2),
+    Field("frequency_penalty", NUMBER, "for each time they occurred", -2, 2),
+    Field("repetition_penalty", NUMBER, "1 = off", 0.01, 10),
+    Field("logit_bias", LOGIT_BIAS, "token id -> bias"),
+    Field("n", INTEGER, "choices", 1, LIMITS.choices),
+    *COMMON_FIELDS,
 )
 
 OPENAI_FIELDS = (
-    Field("messages", read_list, "the conversation", required=True),
+    Field("messages", LIST, "the conversation", required=True),
     *SHARED_FIELDS,
-    Field("max_tokens", read_cap, "length of the answer; -1 = up to the context", -1, 2**53),
-    Field("max_completion_tokens", read_cap, "the same, and wins", -1, 2**53),
-    Field("logprobs", read_switch, "log-probabilities of the answer"),
-    Field("top_logprobs", read_integer, "alternatives in them", 0, 20),
-    Field("tools", read_tools, "functions the model may call"),
-    Field("tool_choice", read_tool_choice, "auto, none, required, or one of them"),
-    Field("parallel_tool_calls", read_switch, "false: one call at most where one is required"),
-    Field("functions", read_list, "refused: tools of old"),
-    Field("response_format", read_response_format, "shape of the answer: text, json_object or json_schema"),
+    Field("max_tokens", CAP, "length of the answer; -1 = up to the context", -1, 2**53),
+    Field("max_completion_tokens", CAP, "the same, and wins", -1, 2**53),
+    Field("logprobs", SWITCH, "log-probabilities of the answer"),
+    Field("top_logprobs", INTEGER, "alternatives in them", 0, 20),
+    Field("tools", TOOLS, "functions the model may call"),
+    Field("tool_choice", TOOL_CHOICE, "auto, none, required, or one of them"),
+    Field("parallel_tool_calls", SWITCH, "false: one call at most where one is required"),
+    Field("functions", LIST, "refused: tools of old"),
+    Field("response_format", RESPONSE_FORMAT, "shape of the answer: text, json_object or json_schema"),
 )
 
 COMPLETION_FIELDS = (
-    Field("prompt", read_prompts, "text, token ids, or a list of such", required=True),
+    Field("prompt", PROMPTS, "text, token ids, or a list of such", required=True),
     *SHARED_FIELDS,
-    Field("max_tokens", read_integer, "length of the answer; -1 = up to the context, 0 = only echo", -1, 2**53),
-    Field("logprobs", read_integer, "log-probabilities, with so many alternatives", 0, 20),
-    Field("echo", read_switch, "the prompt before the answer, in the log-probabilities too"),
-    Field("best_of", read_integer, "the same as n", 1, LIMITS.choices),
-    Field("suffix", read_text, "refused: no model here fills in"),
+    Field("max_tokens", INTEGER, "length of the answer; -1 = up to the context, 0 = only echo", -1, 2**53),
+    Field("logprobs", INTEGER, "log-probabilities, with so many alternatives", 0, 20),
+    Field("echo", SWITCH, "the prompt before the answer, in the log-probabilities too"),
+    Field("best_of", INTEGER, "the same as n", 1, LIMITS.choices),
+    Field("suffix", TEXT, "refused: no model here fills in"),
 )
-
 
 TOKENIZE_FIELDS = (
-    Field("content", read_mixed, "text, or a list of texts and token ids", required=True),
-    Field("add_special", read_switch, "begin with bos where the model wants it"),
-    Field("parse_special", read_switch, "names of special tokens mean the tokens (the default)"),
-    Field("with_pieces", read_switch, "each token's text too"),
+    Field("content", MIXED, "text, or a list of texts and token ids", required=True),
+    Field("add_special", SWITCH, "begin with bos where the model wants it"),
+    Field("parse_special", SWITCH, "names of special tokens mean the tokens (the default)"),
+    Field("with_pieces", SWITCH, "each token's text too"),
 )
-DETOKENIZE_FIELDS = (Field("tokens", read_token_ids, "token ids", required=True),)
-TEMPLATE_FIELDS = (Field("messages", read_list, "the conversation", required=True), Field("tools", read_tools, "functions"))
+DETOKENIZE_FIELDS = (Field("tokens", TOKENS, "token ids", required=True),)
+TEMPLATE_FIELDS = (Field("messages", LIST, "the conversation", required=True), Field("tools", TOOLS, "functions"))
 
 
 async def read_bytes(http: web.Request) -> bytes:
@@ -4969,7 +4959,7 @@ def parse_fields(body: dict, fields: Seq[Field]) -> dict[str, Any]:
     """The fields that are set, by name, checked; unknown fields are ignored."""
     if missing := [field.name for field in fields if field.required and body.get(field.name) is None]:
         raise RequestError(f"{missing[0]} is missing", code="missing_required_parameter", param=missing[0])
-    return {field.name: field.read(field, body[field.name]) for field in fields if body.get(field.name) is not None}
+    return {field.name: field.read(body[field.name]) for field in fields if body.get(field.name) is not None}
 
 
 def sampling_params(values: Mapping[str, Any], settings: Settings) -> SamplingParams:
@@ -5080,7 +5070,7 @@ def request_options(values: Mapping[str, Any]) -> dict[str, bool]:
 def openai_request(values: Mapping[str, Any], settings: Settings, **source: Any) -> Request:
     """What both OpenAI routes have in common, as a Request."""
     cap = values.get("max_completion_tokens", values.get("max_tokens", settings.max_tokens))
-    sampling = sampling_params({**values, "top_k": max(0, values.get("top_k", settings.top_k))}, settings)
+    sampling = sampling_params(values, settings)
     ends = ("stop", "stop_token_ids", "ignore_eos", "min_tokens") if not source.get("grammar") else ()     # one ends itself
     return Request("", sampling=sampling, max_tokens=None if cap == -1 else cap, n=values.get("n", 1),
                    **{name: values[name] for name in ends if name in values}, **request_options(values), **source)
@@ -6220,34 +6210,14 @@ ROUTES = (
     Route("GET", "/openapi.json", "handle_openapi", "this description"),
 )
 
-INTEGER, STRING = {"type": "integer"}, {"type": "string"}
-SCHEMAS = {     # JSON Schema of what a Field's reader takes, besides its range; a reader without a row takes anything
-    read_number: {"type": "number"}, read_integer: INTEGER, read_seed: INTEGER, read_cap: INTEGER, read_text: STRING,
-    read_switch: {"enum": [True, False, "true", "false"]}, read_list: {"type": "array"}, read_object: {"type": "object"},
-    read_stop: {"anyOf": [STRING, {"type": "array", "items": STRING, "maxItems": LIMITS.stop_strings}]},
-    read_token_ids: {"type": "array", "items": INTEGER}, read_truncate: {"enum": ["oldest", "none"]}, read_priority: {"anyOf": [{"enum": ["low", "normal"]}, INTEGER]},
-    read_tools: {"type": "array", "items": {"type": "object"}}, read_response_format: {"type": "object"},
-    read_tool_choice: {"anyOf": [{"enum": ["auto", "none", "required"]}, {"type": "object"}]},
-    read_mixed: {"anyOf": [STRING, {"type": "array", "items": {"anyOf": [STRING, INTEGER]}}]},
-    read_prompts: {"anyOf": [STRING, {"type": "array", "items": {"anyOf": [STRING, INTEGER, {"type": "array", "items": INTEGER}]}}]},
-    read_logit_bias: {"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}},
-}
-
-
-def field_schema(field: Field) -> dict[str, Any]:
-    bounds = {"minimum": field.low, "maximum": field.high}
-    ranged = {name: value for name, value in bounds.items() if math.isfinite(value) and not field.clamp}
-    return {"description": field.doc, "anyOf": [SCHEMAS.get(field.read, {}) | ranged, {"type": "null"}]}
-
-
 def openapi_operation(route: Route) -> dict[str, Any]:
     """What /openapi.json says of a route."""
     error = {"description": "what was wrong", "content": {"application/json": {"schema": {"type": "object"}}}}
     operation = {"summary": route.doc, "responses": {"200": {"description": route.doc}, "default": error}, "parameters": [
-        {"name": name, "in": "path", "required": True, "schema": STRING} for name in re.findall(r"{(\w+)", route.path)]}
+        {"name": name, "in": "path", "required": True, "schema": SOME_TEXT} for name in re.findall(r"{(\w+)", route.path)]}
     if route.fields:
         required = [field.name for field in route.fields if field.required]
-        schema = {"type": "object", "required": required, "properties": {f.name: field_schema(f) for f in route.fields}}
+        schema = {"type": "object", "required": required, "properties": {field.name: field.schema for field in route.fields}}
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     return operation | ({"security": []} if route.pattern in OPEN_ROUTES else {})
 
