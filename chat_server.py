@@ -4926,18 +4926,15 @@ TEMPLATE_FIELDS = (Field("messages", LIST, "the conversation", required=True), F
 async def read_bytes(http: web.Request) -> bytes:
     """The body; 413 above LIMITS.body_bytes, 408 when it pauses for BODY_S."""
     body = bytearray()
-    if (http.content_length or 0) > LIMITS.body_bytes:
-        raise web.HTTPRequestEntityTooLarge(LIMITS.body_bytes, http.content_length)
-    try:
-        while chunk := await asyncio.wait_for(http.content.readany(), BODY_S):
-            body += chunk
-            if len(body) > LIMITS.body_bytes:
-                raise web.HTTPRequestEntityTooLarge(LIMITS.body_bytes, len(body))
-        return bytes(body)
-    except asyncio.TimeoutError:
-        raise RequestError(f"nothing of the body came for {BODY_S:g} s", status=408, code="body_timeout") from None
-    except ConnectionError as error:
-        raise ClientGone("the client has left") from error
+    while max(len(body), http.content_length or 0) <= LIMITS.body_bytes:
+        try:
+            chunk = await asyncio.wait_for(http.content.readany(), BODY_S)
+        except asyncio.TimeoutError:
+            raise RequestError(f"nothing of the body came for {BODY_S:g} s", status=408, code="body_timeout") from None
+        if not chunk:
+            return bytes(body)
+        body += chunk
+    raise RequestError(f"the body has more than {LIMITS.body_bytes} bytes", status=413, code="request_entity_too_large")
 
 
 async def read_body(http: web.Request) -> dict:
@@ -4965,10 +4962,16 @@ def parse_fields(body: dict, fields: Seq[Field]) -> dict[str, Any]:
 def sampling_params(values: Mapping[str, Any], settings: Settings) -> SamplingParams:
     """What was asked, over what the operator chose (-t, -k ...); a request without a seed gets a random one."""
     seed = settings.seed if settings.seed is not None else secrets.randbits(53)     # 53: exact in JavaScript too
-    chosen = {"temperature": settings.default_temperature, "top_k": settings.top_k, "top_p": settings.top_p,
-              "min_p": settings.min_p, "seed": seed}
+    chosen = {name: getattr(settings, name) for name in ("temperature", "top_k", "top_p", "min_p")} | {"seed": seed}
     names = {f.name for f in dataclasses.fields(SamplingParams)}
     return SamplingParams(**chosen | {name: value for name, value in values.items() if name in names})
+
+
+def make_request(values: Mapping[str, Any], settings: Settings, **source: Any) -> Request:
+    """A Request of what the fields of every route that answers have in common, and of `source`."""
+    names = ("stop", "stop_token_ids", "ignore_eos", "min_tokens", "n", "truncate", "resumable")
+    return Request("", sampling=sampling_params(values, settings), low_priority=values.get("priority", False),
+                   **{name: values[name] for name in names if name in values}, **source)
 
 
 def within_limit(what: str, count: int, limit: int, param: str) -> None:
@@ -4976,61 +4979,65 @@ def within_limit(what: str, count: int, limit: int, param: str) -> None:
         raise RequestError(f"{what}: {count} given, at most {limit} allowed", code="limit_exceeded", param=param)
 
 
-def message_parts(messages: list | None, roles: Mapping[str, str]) -> Iterator[tuple[str, str, Any, dict]]:
-    """(name for errors, role, content, message) of each message; `roles` maps what is accepted to ours."""
+def no_tools(param: str) -> RequestError:
+    return RequestError("this model has no tools; leave out tools or send tool_choice \"none\"",
+                        code="tools_not_supported", param=param)
+
+
+def named_messages(messages: list, roles: Seq[str]) -> Iterator[tuple[str, str, dict]]:
+    """(name for errors, role, message) of each message; `roles` are those that it may have."""
     if not messages:
-        raise RequestError("messages must be a list of at least one message", code="invalid_value", param="messages")
+        raise bad_value("messages", messages, "a list of at least one message")
     for index, message in enumerate(messages):
         name = f"messages[{index}]"
         if not isinstance(message, dict):
             raise bad_value(name, message, "an object with role and content")
         role = message.get("role")
         if role in ("tool", "function") and role not in roles:
-            raise RequestError("this model has no tools", code="tools_not_supported", param=f"{name}.role")
-        if not isinstance(role, str) or role not in roles:
+            raise no_tools(f"{name}.role")
+        if role not in roles:
             raise bad_value(f"{name}.role", role, f"one of {', '.join(roles)}")
-        yield name, roles[role], message.get("content"), message
+        yield name, role, message
 
 
-def native_messages(messages: list | None) -> tuple[Message, ...]:
+def native_messages(messages: list) -> tuple[Message, ...]:
     """Messages within the native API's limits (API.md)."""
-    within_limit("messages", len(messages or ()), LIMITS.messages, "messages")
+    within_limit("messages", len(messages), LIMITS.messages, "messages")
     parsed = []
-    for name, role, content, _ in message_parts(messages, {role: role for role in ("system", "user", "assistant")}):
-        if not isinstance(content, str):
-            raise bad_value(f"{name}.content", content, "a string")
+    for name, role, message in named_messages(messages, ("system", "user", "assistant")):
+        content = Field(f"{name}.content", TEXT, "").read(message.get("content"))
         within_limit(f"characters in {name}", len(content), LIMITS.message_characters, f"{name}.content")
-        parsed.append(Message(role, whole_unicode(content)))
+        parsed.append(Message(role, content))
     within_limit("characters in all messages", sum(len(m.content) for m in parsed), LIMITS.total_characters, "messages")
     return tuple(parsed)
 
 
-def openai_messages(messages: list | None, with_tools: bool = False) -> tuple[Message, ...]:
-    roles = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"} | ({"tool": "tool"} if with_tools else {})
+def openai_messages(messages: list, with_tools: bool = False) -> tuple[Message, ...]:
     parsed = []
-    for name, role, content, message in message_parts(messages, roles):
-        calls = message.get("tool_calls")
+    for name, role, message in named_messages(messages, ("system", "developer", "user", "assistant", *["tool"] * with_tools)):
+        calls, more = message.get("tool_calls"), {}
         if calls and not with_tools:
-            raise RequestError("this model has no tools", code="tools_not_supported", param=f"{name}.tool_calls")
-        more = {key: message[key] for key in ("name", "tool_call_id") if isinstance(message.get(key), str) and with_tools}
+            raise no_tools(f"{name}.tool_calls")
+        if with_tools:
+            more = {key: message[key] for key in ("name", "tool_call_id") if is_text(message.get(key))}
         if calls:
             more["tool_calls"] = called_before(calls, f"{name}.tool_calls")
-        parsed.append(Message(role, content_text(content, f"{name}.content"), more or None))
+        content = content_text(message.get("content"), f"{name}.content")
+        parsed.append(Message("system" if role == "developer" else role, content, more or None))
     return tuple(parsed)
 
 
 def called_before(calls: Any, name: str) -> list[dict]:
     """The assistant's earlier calls as templates want them: arguments as an object."""
+    if not is_list_of(is_function, calls):
+        raise bad_value(name, calls, "a list of calls with a function each")
     read = []
-    for call in calls if isinstance(calls, list) else [None]:
-        function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise bad_value(name, calls, "a list of calls with a function each")
-        arguments = function.get("arguments") or {}
+    for call in calls:
+        arguments = call["function"].get("arguments") or {}
         with contextlib.suppress(ValueError, TypeError, RecursionError):
             arguments = json.loads(arguments)
         read.append({"id": str(call.get("id", "")), "type": "function",
-                     "function": {"name": function["name"], "arguments": arguments}})
+                     "function": {"name": call["function"]["name"], "arguments": arguments}})
     return read
 
 
@@ -5038,7 +5045,7 @@ def content_text(content: Any, name: str) -> str:
     """A string, null, or a list of text parts, as one string."""
     if isinstance(content, list):
         return "\n".join(part_text(part, f"{name}[{index}]") for index, part in enumerate(content))
-    if content is not None and not isinstance(content, str):
+    if content is not None and not is_text(content):
         raise bad_value(name, content, "a string, null or a list of parts")
     return whole_unicode(content or "")
 
@@ -5049,31 +5056,25 @@ def part_text(part: Any, name: str) -> str:
         raise RequestError(f"{name} must be a text part, not {shown(kind or part)}: this model reads text only",
                            code="unsupported_content", param=name)
     text = part.get("refusal" if kind == "refusal" else "text")
-    if text is not None and not isinstance(text, str):
+    if text is not None and not is_text(text):
         raise bad_value(f"{name}.text", text, "a string")
     return whole_unicode(text or "")
 
 
-def parse_chat_request(body: dict, settings: Settings, request_id: str = "") -> Request:
+def parse_chat_request(body: dict, settings: Settings) -> Request:
     """The native API's body as a Request."""
     values = parse_fields(body, NATIVE_FIELDS)
-    return Request(request_id, native_messages(values.get("messages")), sampling=sampling_params(values, settings),
-                   max_tokens=values.get("max_tokens", settings.default_max_tokens), stop=values.get("stop", ()),
-                   ignore_eos=values.get("ignore_eos", False), **request_options(values))
-
-
-def request_options(values: Mapping[str, Any]) -> dict[str, bool]:
-    return {"low_priority": values.get("priority", False), "truncate": values.get("truncate", False),
-            "resumable": values.get("resumable", False)}
+    return make_request(values, settings, messages=native_messages(values["messages"]),
+                        max_tokens=values.get("max_tokens", settings.max_tokens or DEFAULT_MAX_TOKENS))
 
 
 def openai_request(values: Mapping[str, Any], settings: Settings, **source: Any) -> Request:
     """What both OpenAI routes have in common, as a Request."""
     cap = values.get("max_completion_tokens", values.get("max_tokens", settings.max_tokens))
-    sampling = sampling_params(values, settings)
-    ends = ("stop", "stop_token_ids", "ignore_eos", "min_tokens") if not source.get("grammar") else ()     # one ends itself
-    return Request("", sampling=sampling, max_tokens=None if cap == -1 else cap, n=values.get("n", 1),
-                   **{name: values[name] for name in ends if name in values}, **request_options(values), **source)
+    if source.get("grammar"):           # it decides alone where its answer ends
+        ends = ("stop", "stop_token_ids", "ignore_eos", "min_tokens")
+        values = {name: value for name, value in values.items() if name not in ends}
+    return make_request(values, settings, max_tokens=None if cap == -1 else cap, **source)
 
 
 def parse_openai_request(values: Mapping[str, Any], settings: Settings, tool_format: str | None = None) -> Request:
@@ -5083,13 +5084,12 @@ def parse_openai_request(values: Mapping[str, Any], settings: Settings, tool_for
         raise RequestError("top_logprobs needs logprobs: true", code="invalid_value", param="top_logprobs")
     choice, tools = values.get("tool_choice", "auto"), values.get("tools", ())
     if choice != "none" and (values.get("functions") or (tools or choice != "auto") and tool_format is None):
-        raise RequestError("this model has no tools; leave out tools or send tool_choice \"none\"",
-                           code="tools_not_supported", param="tools" if tools else "tool_choice")
+        raise no_tools("tools" if tools else "tool_choice")
     tools = () if choice == "none" else tools
     grammar = values.get("response_format", "")
     if choice not in ("auto", "none"):
         grammar = tool_grammar(tools, choice, tool_format, values.get("parallel_tool_calls", True))
-    return openai_request(values, settings, messages=openai_messages(values.get("messages"), tool_format is not None),
+    return openai_request(values, settings, messages=openai_messages(values["messages"], tool_format is not None),
                           logprobs=top if logprobs else None, grammar=grammar, tools=tools)
 
 
@@ -6155,8 +6155,7 @@ async def errors_to_responses(http: web.Request, handler: Callable) -> web.Strea
     except web.HTTPException as error:
         if error.status < 400:
             raise
-        text = {404: f"there is no {http.path}", 405: f"{http.path} does not take {http.method}",
-                413: f"the body has more than {LIMITS.body_bytes} bytes"}.get(error.status, error.reason)
+        text = {404: f"there is no {http.path}", 405: f"{http.path} does not take {http.method}"}.get(error.status, error.reason)
         failure = RequestError(text, status=error.status, code=error.reason.lower().replace(" ", "_"))
         headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
     except ClientGone as error:         # nobody reads this response: it gives the access log its status
@@ -6236,7 +6235,7 @@ def create_app(pool: Pool, settings: Settings) -> web.Application:
     """The routes of API.md over a pool."""
     front = Front(pool, settings)
     middlewares = [functools.partial(Front.access_log, front), errors_to_responses, functools.partial(Front.guard, front)]
-    app = web.Application(client_max_size=LIMITS.body_bytes, middlewares=[web.middleware(each) for each in middlewares])
+    app = web.Application(middlewares=[web.middleware(each) for each in middlewares])
     app.on_response_prepare.append(front.set_headers)
     app.on_cleanup.append(lambda app: front.recordings.close())
     for route in ROUTES:
