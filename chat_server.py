@@ -116,6 +116,8 @@ log = logging.getLogger("chat_server")
 # 1. config ---------------------------------------------------------------------------------------------------
 
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
+DEFAULT_MAX_TOKENS = 512            # where -m says nothing; /v1 goes up to the context
+CHAT_TEMPERATURE = 0.6              # of the chat command
 PAGE_SIZE = 16                      # KV slots in a page
 
 
@@ -195,7 +197,7 @@ OPTIONS = (
     Option("step", "s", None, number(int, 0), "nanochat checkpoint step (default: the last)"),
     Option("softcap", None, None, number(float, 0.1, 1000),
            "override a nanochat model's logit softcap (15; 20 for one week of generation 3)"),
-    Option("temperature", "t", None, number(float, 0, 2), "default temperature, 0 = greedy (0.8; chat: 0.6)"),
+    Option("temperature", "t", 0.8, number(float, 0, 2), "default temperature, 0 = greedy (0.8; chat: 0.6)"),
     Option("top-k", "k", 50, number(int, 0), "default top-k, 0 = whole vocabulary"),
     Option("top-p", None, 1.0, number(float, 0, 1), "default top-p, 1 = off"),
     Option("min-p", None, 0.0, number(float, 0, 1), "default min-p, 0 = off"),
@@ -242,22 +244,10 @@ def option_field(option: Option) -> str:
     return option.name.split()[0].replace("-", "_")
 
 
-class SettingsBase:
-    """What follows from the flags."""
-
-    @property
-    def default_temperature(self) -> float:
-        return self.temperature if self.temperature is not None else 0.6 if self.command == "chat" else 0.8
-
-    @property
-    def default_max_tokens(self) -> int:
-        return self.max_tokens if self.max_tokens is not None else 512
-
-
 # Every flag's value (the field of `--max-tokens` is `max_tokens`), the command, MODEL, and the API keys, hashed.
 Settings = dataclasses.make_dataclass(
     "Settings", [("command", str, "serve"), ("model", "str | None", None), ("keys", "tuple[ApiKey, ...]", ()),
-                 *((option_field(option), Any, option.default) for option in OPTIONS)], bases=(SettingsBase,), frozen=True)
+                 *((option_field(option), Any, option.default) for option in OPTIONS)], frozen=True)
 Settings.__module__ = __name__      # where pickles find it
 
 
@@ -6406,8 +6396,10 @@ TERMINAL_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if ch
 class CommandLine(argparse.ArgumentParser):
     """argparse whose errors are ConfigErrors: one line, exit status 2."""
 
+    place = ""      # where the words are from, if not from the command line
+
     def error(self, message: str) -> None:
-        raise ConfigError(f"{message} (--help lists the flags)")
+        raise ConfigError(f"{self.place}{message} (--help lists the flags)")
 
 
 class JsonLines(logging.Formatter):
@@ -6446,22 +6438,6 @@ class ShowVersion(argparse.Action):
 SWITCH_WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
-def worded_value(option: Option, words: list[str], place: str) -> Any:
-    """The value of a flag that is written as words in `place`, an environment variable or a line of --config."""
-    shown_words = repr(",".join(words)) if option.name != "api-key" else "the key"
-    allowed = option.choices or (() if option.parse else SWITCH_WORDS)
-    if allowed and not {word.lower() for word in words} <= set(allowed):
-        raise ConfigError(f"{place}={shown_words} must be one of {', '.join(allowed)}")
-    if not option.many and len(words) != 1:
-        raise ConfigError(f"{place}={shown_words} must be one value")
-    parse = option.parse or (lambda word: SWITCH_WORDS[word.lower()])
-    try:
-        values = tuple(parse(word) for word in words)
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        raise ConfigError(f"{place}={shown_words} is not usable: {error}") from None
-    return values if option.many else values[0]
-
-
 def read_config(path: str | None) -> dict[str, list[str]]:
     """--config: the words of each flag in a TOML file, by the flag's field name. ConfigError for unknown names."""
     if path is None:
@@ -6471,24 +6447,33 @@ def read_config(path: str | None) -> dict[str, list[str]]:
         table = tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from None
-    fields = {name.replace("-", "_"): option_field(option) for option in OPTIONS for name in option.name.split()}
+    fields = {name: option_field(option) for option in OPTIONS for name in option.name.split()} | {"model": "model"}
     words = {}
     for name, value in table.items():
-        if (known := (fields | {"model": "model"}).get(name.replace("-", "_"))) is None:
+        if (flag := name.replace("_", "-")) not in fields:
             raise ConfigError(f"--config {path}: there is no flag --{name}")
         if isinstance(value, dict):
             raise ConfigError(f"--config {path}: {name} must be a value or a list, not a table")
-        words[known] = [str(each) for each in (value if isinstance(value, list) else [value])]
+        words[fields[flag]] = [str(each) for each in (value if isinstance(value, list) else [value])]
     return words
 
 
-def unflagged_value(option: Option, environment: Mapping[str, str], config: Mapping[str, list[str]]) -> Any:
+def unflagged_value(parser: CommandLine, option: Option, environment: Mapping[str, str], config: Mapping[str, list[str]]) -> Any:
     """The value of a flag that was not given: its environment variable's, else --config's, else the table's."""
     name = option_field(option)
-    variable = f"CHAT_SERVER_{name.upper()}"
-    if text := environment.get(variable, "").strip():
-        return worded_value(option, text.split(",") if option.many else [text], variable)
-    return worded_value(option, config[name], f"--config: {name}") if name in config else option.default
+    place, words = f"--config: {name}", config.get(name)
+    if text := environment.get(f"CHAT_SERVER_{name.upper()}", "").strip():
+        place, words = f"CHAT_SERVER_{name.upper()}", text.split(",") if option.many else [text]
+    if words is None:
+        return option.default
+    if len(words) != 1 and not option.many:
+        raise ConfigError(f"{place} must be one value")
+    if option.parse is None:
+        if words[0].lower() not in SWITCH_WORDS:
+            raise ConfigError(f"{place}={words[0]!r} must be one of {', '.join(SWITCH_WORDS)}")
+        return SWITCH_WORDS[words[0].lower()]
+    parser.place = f"{place}: "
+    return getattr(parser.parse_args([f"--{option.name.split()[0]}={word}" for word in words]), name)
 
 
 def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
@@ -6514,6 +6499,8 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
     parser.add_argument("--version", action=ShowVersion, nargs=0, default=argparse.SUPPRESS, dest=argparse.SUPPRESS,
                         help="print the version and which kernels run")
     options = {option_field(option): option for option in OPTIONS if command in option.commands.split()}
+    if command == "chat":
+        options["temperature"] = options["temperature"]._replace(default=CHAT_TEMPERATURE)
     for option in options.values():
         add_option(parser, option)
     values = vars(parser.parse_args(words))
@@ -6521,8 +6508,8 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
     values["model"] = values["model"] or environment.get("CHAT_SERVER_MODEL") or (config.get("model") or [None])[0]
     for name, option in options.items():
         if values[name] is None:
-            values[name] = unflagged_value(option, environment, config)
-    values |= {name: tuple(values[name]) for name in options if options[name].many}
+            values[name] = unflagged_value(parser, option, environment, config)
+    values |= {name: tuple(values[name] or ()) for name in options if options[name].many}
     if command == "serve":      # from here on only the hashes are kept
         values["keys"] = read_api_keys(values.pop("api_key"), values["api_key_file"])
     return Settings(command=command, **values)
@@ -6605,31 +6592,29 @@ def native_body(request: Request) -> dict[str, Any]:
 def native_event(body: dict[str, Any]) -> Event:
     """One `data:` object of the native stream as an event; its error is raised."""
     if "error" in body:
-        raise remote_error(body["error"], 500)
+        raise remote_error(body, 500)
     if not body.get("done"):
         return Piece(body.get("token", ""), (), body.get("gpu", 0))
-    usage, timings = body.get("usage") or {}, body.get("timings") or {}
-    counts = {name: usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens", "cached_tokens")}
-    times = {name: timings.get(name, 0) for name in ("queue_ms", "ttft_ms", "tokens_per_second", "drafted_tokens", "accepted_tokens")}
-    reason, gpu = body.get("finish_reason", "stop"), body.get("gpu", 0)
-    return Finished(reason, body.get("stop_reason"), **counts, **times, gpu=gpu)
+    told = (body.get("usage") or {}) | (body.get("timings") or {})
+    numbers = {name: told.get(name, 0) for name in ("prompt_tokens", "completion_tokens", "cached_tokens", "queue_ms", "ttft_ms",
+                                                    "tokens_per_second", "drafted_tokens", "accepted_tokens", "dropped_messages")}
+    return Finished(body.get("finish_reason", "stop"), body.get("stop_reason"), gpu=body.get("gpu", 0), **numbers)
 
 
 async def refusal(response: Any) -> ChatServerError:
     """What a response that is not 200 means."""
-    try:
+    body = None
+    with contextlib.suppress(ValueError):
         body = await response.json(content_type=None)
-        error = body.get("error") or {"message": body.get("detail")}
-    except (ValueError, AttributeError):
-        error = {}
     retry = response.headers.get("Retry-After", "")
-    return remote_error(error, response.status, int(retry) if retry.isdigit() else 1)
+    return remote_error(body, response.status, int(retry) if retry.isdigit() else 1)
 
 
-def remote_error(error: Any, status: int, retry_after_s: int = 1) -> ChatServerError:
-    """The server's error object as the exception it was there."""
-    error = error if isinstance(error, dict) else {"message": error}
-    message = str(error.get("message") or f"the server answered with status {status}")
+def remote_error(body: Any, status: int, retry_after_s: int = 1) -> ChatServerError:
+    """The server's error body, or an error event of its stream, as the exception it was there."""
+    body = body if isinstance(body, dict) else {}
+    error = body.get("error") if isinstance(body.get("error"), dict) else {}
+    message = str(error.get("message") or body.get("detail") or body.get("error") or f"the server answered with status {status}")
     if status in (429, 503) or error.get("type") == Overloaded.type:
         return Overloaded(message, retry_after_s=retry_after_s, status=429 if status == 429 else 503)
     if status < 500 or error.get("type") == RequestError.type:
@@ -6768,7 +6753,7 @@ class Conversation:
 
 def new_request(settings: Settings, **source: Any) -> Request:
     return Request(secrets.token_hex(16), sampling=sampling_params({}, settings),
-                   max_tokens=settings.default_max_tokens, **source)
+                   max_tokens=settings.max_tokens or DEFAULT_MAX_TOKENS, **source)
 
 
 async def print_answer(pool: Pool, request: Request, pieces: list[str]) -> Finished:
@@ -6836,11 +6821,6 @@ async def generate(settings: Settings) -> int:
     return 0
 
 
-def complain(error: BaseException | str, status: int) -> int:
-    print(f"chat_server: {error}", file=sys.stderr)
-    return status
-
-
 def main(argv: Seq[str] | None = None) -> int:
     """Run a command; the result is the exit status: 0, 1 (no answer), 2 (ConfigError), 130 (Ctrl-C)."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -6854,10 +6834,10 @@ def main(argv: Seq[str] | None = None) -> int:
         if settings.command == "serve":
             calm_collector()
         return asyncio.run({"serve": serve_forever, "chat": chat, "generate": generate}[settings.command](settings))
-    except ConfigError as error:
-        return complain(error, 2)
     except ChatServerError as error:
-        return complain(f"error: {error}", 1)
+        wrong_use = isinstance(error, ConfigError)
+        print(f"chat_server: {'' if wrong_use else 'error: '}{error}", file=sys.stderr)
+        return 2 if wrong_use else 1
     except BrokenPipeError:         # `generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
