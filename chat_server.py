@@ -5474,12 +5474,8 @@ class CompletionEncoder(OpenAIEncoder):
                 "top_logprobs": tops, "text_offset": offsets}
 
 
-class ClientGone(ConnectionResetError):
-    """The reader of a stream has left, or reads too slowly."""
-
-
 class EventStream:
-    """One Server-Sent-Events response: frames, pings while silent, and an end for readers that do not read."""
+    """One Server-Sent-Events response: frames, and pings while silent. ConnectionError when the reader has left or does not read."""
 
     def __init__(self, http: web.Request, request_id: str, patient: bool = False):
         self.http, self.patient = http, patient     # patient: what it sends may wait for the reader
@@ -5487,10 +5483,7 @@ class EventStream:
         self.last_s = time.monotonic()
 
     async def __aenter__(self) -> "EventStream":
-        try:
-            await self.response.prepare(self.http)  # the headers leave now, before any prefill
-        except ConnectionError as error:
-            raise ClientGone("the client has left") from error
+        await self.response.prepare(self.http)      # the headers leave now, before any prefill
         if self.http.transport is not None and not self.patient:        # never wait for a slow reader: the events would pile up elsewhere
             self.http.transport.set_write_buffer_limits(high=2 * LIMITS.outbox_bytes)
         self.pings = asyncio.ensure_future(self._ping())
@@ -5501,33 +5494,24 @@ class EventStream:
         del self.pings          # it refers to this stream, too: a circle would keep the connection until the next collection
 
     async def send(self, data: bytes) -> None:
-        """Write frames, if there are any; ClientGone when the reader has left or has too much unread."""
+        """Write frames, if there are any."""
         if not data:
             return
         transport = self.http.transport
         if transport is None:
-            raise ClientGone("the client has left")
-        if not self.patient and transport.get_write_buffer_size() > LIMITS.outbox_bytes:
-            transport.abort()
-            raise ClientGone("the client does not read")
+            raise ConnectionResetError("the client has left")
         self.last_s = time.monotonic()
         try:
+            if not self.patient and transport.get_write_buffer_size() > LIMITS.outbox_bytes:
+                raise asyncio.TimeoutError
             write = self.response.write(data)
             await (asyncio.wait_for(write, BODY_S) if self.patient else write)
         except asyncio.TimeoutError:
             transport.abort()
-            raise ClientGone("the client does not read") from None
-        except ConnectionError as error:
-            raise ClientGone("the client has left") from error
-
-    async def end(self) -> None:
-        try:
-            await self.response.write_eof()
-        except ConnectionError as error:
-            raise ClientGone("the client has left") from error
+            raise ConnectionAbortedError("the client does not read") from None
 
     async def _ping(self) -> None:
-        with contextlib.suppress(ClientGone):
+        with contextlib.suppress(ConnectionError):
             while True:
                 silent_s = time.monotonic() - self.last_s
                 if silent_s >= PING_S:
@@ -5918,7 +5902,6 @@ class Front:
             async with EventStream(http, request.id) as stream:
                 async for data in frames:
                     await stream.send(data)
-                await stream.end()
         return stream.response
 
     async def frames(self, visit: Visit, events: AsyncIterator[Event], encoder: NativeEncoder | OpenAIEncoder) -> AsyncIterator[bytes]:
@@ -5938,7 +5921,6 @@ class Front:
             async with EventStream(http, request_id, patient=True) as stream, contextlib.aclosing(recording.follow(start)) as parts:
                 async for data in parts:
                     await stream.send(data)
-                await stream.end()
         return stream.response
 
     async def handle_stream(self, http: web.Request) -> web.StreamResponse:
@@ -6148,7 +6130,7 @@ async def errors_to_responses(http: web.Request, handler: Callable) -> web.Strea
         text = {404: f"there is no {http.path}", 405: f"{http.path} does not take {http.method}"}.get(error.status, error.reason)
         failure = RequestError(text, status=error.status, code=error.reason.lower().replace(" ", "_"))
         headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
-    except ClientGone as error:         # nobody reads this response: it gives the access log its status
+    except ConnectionError as error:    # the client has left: nobody reads this response, it gives the access log its status
         failure, headers = RequestError(str(error), status=499), {}
     except Exception as error:
         failure, headers = public_error(error), {}
