@@ -44,6 +44,7 @@ import bisect
 import codecs
 import collections
 import contextlib
+import contextvars
 import ctypes
 import dataclasses
 import errno
@@ -5141,21 +5142,39 @@ def timings_body(done: Finished) -> dict:
             **({"dropped_messages": done.dropped_messages} if done.dropped_messages else {})}
 
 
-class NativeEncoder:
-    """Events as frames of the native API."""
+class Encoder:
+    """Events of an answer as what its API sends."""
 
     def __init__(self, request: Request):
-        self.seed = request.sampling.seed
+        self.request = request
+        self.choices = (len(request.prompts) or 1) * request.n
+        self.ended: dict[int, Finished] = {}        # by choice
 
     def start(self) -> bytes:
         return b""                          # the headers alone say that it was accepted
 
     def encode(self, event: Event) -> bytes:
+        raise NotImplementedError
+
+    def counts(self) -> dict[str, int]:
+        """Tokens of all choices: each prompt counts once, each answer for itself. EngineFailure when one has not ended."""
+        if len(self.ended) < self.choices:
+            raise EngineFailure("the answer ended early")
+        firsts = [done for choice, done in self.ended.items() if choice % self.request.n == 0]
+        return {"prompt_tokens": sum(done.prompt_tokens for done in firsts),
+                "completion_tokens": sum(done.completion_tokens for done in self.ended.values()),
+                "cached_tokens": sum(done.cached_tokens for done in firsts)}
+
+
+class NativeEncoder(Encoder):
+    """Events as frames of the native API."""
+
+    def encode(self, event: Event) -> bytes:
         if isinstance(event, Piece):
             return frame({"token": event.text, "gpu": event.gpu}) if event.text else b""
-        usage = {name: getattr(event, name) for name in ("prompt_tokens", "completion_tokens", "cached_tokens")}
+        self.ended[0] = event
         return frame({"done": True, "finish_reason": event.reason, "stop_reason": event.stop_reason, "gpu": event.gpu,
-                      "usage": usage, "timings": timings_body(event), "seed": self.seed})
+                      "usage": self.counts(), "timings": timings_body(event), "seed": self.request.sampling.seed})
 
 
 def piece_body(tokenizer: Tokenizer, token: int) -> str | list[int]:
@@ -5294,22 +5313,18 @@ class Part(NamedTuple):
     calls: Seq[dict] = ()           # what is new of them
 
 
-class OpenAIEncoder:
+class OpenAIEncoder(Encoder):
     """Events as chunks of a stream, or all of them as one body: what both OpenAI routes have in common."""
 
     id_prefix = chunk_object = whole_object = ""
 
     def __init__(self, request: Request, model: str, tokenizer: Tokenizer | None = None, include_usage: bool = False):
-        self.request, self.tokenizer, self.include_usage = request, tokenizer, include_usage
+        super().__init__(request)
+        self.tokenizer, self.include_usage = tokenizer, include_usage
         self.held: dict[int, list[TokenLogprob]] = {}       # by choice: of tokens whose text is to come
-        self.ended: dict[int, Finished] = {}
-        self.choices = (len(request.prompts) or 1) * request.n
         self.head = {"id": self.id_prefix + request.id, "object": self.chunk_object, "created": int(time.time()),
                      "model": model, "system_fingerprint": SYSTEM_FINGERPRINT, "seed": request.sampling.seed}
         self.begin = b"data: " + dump(self.head)[:-1] + b", "       # of every frame
-
-    def start(self) -> bytes:
-        return b""
 
     def delta(self, choice: int, part: Part) -> dict:
         """What a chunk's choice has besides its index and finish_reason."""
@@ -5362,11 +5377,8 @@ class OpenAIEncoder:
         return usage + b"data: [DONE]\n\n"
 
     def usage(self) -> dict:
-        """Each prompt counts once, each answer for itself."""
-        firsts = [done for choice, done in self.ended.items() if choice % self.request.n == 0]
-        prompt, cached = (sum(getattr(done, name) for done in firsts) for name in ("prompt_tokens", "cached_tokens"))
-        completion, drafted, accepted = (sum(getattr(done, name) for done in self.ended.values())
-                                         for name in ("completion_tokens", "drafted_tokens", "accepted_tokens"))
+        prompt, completion, cached = self.counts().values()
+        drafted, accepted = (sum(getattr(done, name) for done in self.ended.values()) for name in ("drafted_tokens", "accepted_tokens"))
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
                 "prompt_tokens_details": {"cached_tokens": cached},
                 "completion_tokens_details": {"accepted_prediction_tokens": accepted,
@@ -5377,11 +5389,12 @@ class OpenAIEncoder:
         parts: dict[int, list[Part]] = collections.defaultdict(list)
         for event in events:
             parts[event.choice].append(self.take(event))
+        usage = self.usage()
         joined = {choice: Part("".join(part.text for part in mine), [each for part in mine for each in part.logprobs])
                   for choice, mine in parts.items()}
         choices = [{"index": choice, **self.whole(choice, joined[choice]), "finish_reason": self.reason(done),
                     "stop_reason": done.stop_reason} for choice, done in sorted(self.ended.items())]
-        return {**self.head, "object": self.whole_object, "choices": choices, "usage": self.usage(),
+        return {**self.head, "object": self.whole_object, "choices": choices, "usage": usage,
                 "timings": timings_body(self.ended[0])}
 
 
@@ -5772,6 +5785,9 @@ class Visit:
     counts: dict[str, Any] = field(default_factory=dict)        # and what its JSON form adds
 
 
+VISIT: contextvars.ContextVar[Visit] = contextvars.ContextVar("VISIT")      # of the HTTP request that this task handles
+
+
 class Front:
     """The HTTP side of a pool: every route is a method here, and every error is answered in `errors_to_responses`."""
 
@@ -5784,7 +5800,6 @@ class Front:
             self.metrics = Metrics(pool)
         self.files = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*")
                       if path.is_file() and not path.is_symlink()}
-        self.visits: dict[int, Visit] = {}      # by id() of the HTTP request, as long as it is handled
 
     def visit(self, http: web.Request) -> Visit:
         """Its X-Request-Id is the client's if that is usable and no other answer has it, else 128 random bits."""
@@ -5801,9 +5816,9 @@ class Front:
         """
         return "" if not self.settings.keys and re.fullmatch("[0-9a-f]{32}", request_id) else client
 
-    def owned(self, http: web.Request, request: Request) -> Request:
+    def owned(self, request: Request) -> Request:
         """The request as its client's, under an id that no other has taken while the body came."""
-        visit = self.visits[id(http)]
+        visit = VISIT.get()
         if self.taken(visit.id):
             visit.id = secrets.token_hex(16)
         return replace(request, id=visit.id, client=visit.client)
@@ -5826,8 +5841,7 @@ class Front:
 
     async def handle_chat(self, http: web.Request) -> web.StreamResponse:
         """POST /chat/completions: nanochat's API, always a stream."""
-        body = await read_body(http)
-        request = self.owned(http, parse_chat_request(body, self.settings))
+        request = self.owned(parse_chat_request(await read_body(http), self.settings))
         return await self.stream(http, request, NativeEncoder(request))
 
     async def handle_openai_chat(self, http: web.Request) -> web.StreamResponse:
@@ -5881,19 +5895,21 @@ class Front:
 
     async def answer_openai(self, http: web.Request, values: Mapping[str, Any], request: Request,
                             make_encoder: Callable[..., OpenAIEncoder]) -> web.StreamResponse:
-        request = self.owned(http, request)
+        request = self.owned(request)
         include_usage = values.get("stream_options", {}).get("include_usage") is True
         encoder = make_encoder(request, self.pool.model_name, self.tokenizer(), include_usage=include_usage)
         if values.get("stream"):
             return await self.stream(http, request, encoder)
         async with self.answering(request) as events:
-            return await self.collect(http, request, events, encoder)
+            body = encoder.completion([event async for event in events])
+            self.note_end(encoder)
+            return json_response(body)
 
-    async def stream(self, http: web.Request, request: Request, encoder: NativeEncoder | OpenAIEncoder) -> web.StreamResponse:
+    async def stream(self, http: web.Request, request: Request, encoder: Encoder) -> web.StreamResponse:
         """Send an answer as it comes; a resumable one is recorded, and this client is its first follower."""
         async with contextlib.AsyncExitStack() as work:
             events = await work.enter_async_context(self.answering(request))
-            frames = self.frames(self.visits[id(http)], events, encoder)
+            frames = self.frames(events, encoder)
             await work.enter_async_context(contextlib.aclosing(frames))
             if request.resumable:
                 owner = self.owner(request.id, request.client)
@@ -5904,16 +5920,15 @@ class Front:
                     await stream.send(data)
         return stream.response
 
-    async def frames(self, visit: Visit, events: AsyncIterator[Event], encoder: NativeEncoder | OpenAIEncoder) -> AsyncIterator[bytes]:
+    async def frames(self, events: AsyncIterator[Event], encoder: Encoder) -> AsyncIterator[bytes]:
         """An answer as frames. What fails after the headers is one error frame, and no pretended end."""
         try:
             yield encoder.start()
-            event = None
             async for event in events:
                 yield encoder.encode(event)
-            self.note_end(visit, event)
+            self.note_end(encoder)
         except Exception as error:
-            visit.note = f"failed: {error}"
+            VISIT.get().note = f"failed: {error}"
             yield frame(error_body(public_error(error)))
 
     async def follow(self, http: web.Request, request_id: str, recording: Recording, start: int) -> web.StreamResponse:
@@ -5925,11 +5940,11 @@ class Front:
 
     async def handle_stream(self, http: web.Request) -> web.StreamResponse:
         """GET /v1/streams/{id}: from event ?from=N on, or after the Last-Event-ID that a reconnecting EventSource sends."""
-        request_id, visit = bare_id(http.match_info["id"]), self.visits[id(http)]
+        request_id = bare_id(http.match_info["id"])
         last, wanted = http.headers.get("Last-Event-ID", ""), http.query.get("from", "0")
         if not re.fullmatch(r"\d{1,15}", last or wanted):
             raise bad_value("Last-Event-ID" if last else "from", last or wanted, "the number of an event")
-        recording = self.recordings.find(request_id, self.owner(request_id, visit.client))
+        recording = self.recordings.find(request_id, self.owner(request_id, VISIT.get().client))
         start = int(last) + 1 if last else int(wanted)
         if start < recording.dropped:
             raise forgotten(recording.dropped)
@@ -5937,18 +5952,12 @@ class Front:
             return web.Response(status=204)         # tells an EventSource that there is no more
         return await self.follow(http, request_id, recording, start)
 
-    async def collect(self, http: web.Request, request: Request, events: AsyncIterator[Event],
-                      encoder: OpenAIEncoder) -> web.Response:
-        """The whole answer in one body."""
-        answer = [event async for event in events]
-        self.note_end(self.visits[id(http)], answer[-1] if answer else None)
-        return json_response(encoder.completion(answer), headers={"X-Request-Id": request.id})
-
-    def note_end(self, visit: Visit, event: Event | None) -> None:
-        if not isinstance(event, Finished):
-            raise EngineFailure("the answer ended early")
-        visit.note = f"{event.prompt_tokens}+{event.completion_tokens} tokens {event.reason}"
-        visit.counts = {name: getattr(event, name) for name in ("prompt_tokens", "completion_tokens", "cached_tokens", "reason")}
+    def note_end(self, encoder: Encoder) -> None:
+        """For the access log: the tokens of all choices, and in which ways they ended."""
+        counts, reasons = encoder.counts(), ",".join(sorted({done.reason for done in encoder.ended.values()}))
+        visit = VISIT.get()
+        visit.note = f"{counts['prompt_tokens']}+{counts['completion_tokens']} tokens {reasons}"
+        visit.counts = counts | {"reason": reasons}
 
     def check_model(self, name: str) -> None:
         """404 for a model that is not the loaded one; while loading, nobody knows, and the pool says 503."""
@@ -5979,7 +5988,7 @@ class Front:
     async def handle_cancel(self, http: web.Request) -> web.Response:
         """POST /v1/cancel/{id}: the id of the X-Request-Id header of the answer, or of the chunks."""
         request_id = bare_id(http.match_info["id"])
-        owner = self.owner(request_id, self.visits[id(http)].client)
+        owner = self.owner(request_id, VISIT.get().client)
         if self.running.get(request_id) != owner or not self.pool.cancel(request_id):
             raise RequestError("no answer with this id is running", status=404, code="not_running", param="id")
         return json_response({"id": request_id, "cancelled": True})
@@ -6074,7 +6083,7 @@ class Front:
             return self.preflight(http)
         if http.method == "POST" and http.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
             self.preflight(http)
-        self.visits[id(http)].client = self.client_of(http)
+        VISIT.get().client = self.client_of(http)
         return await handler(http)
 
     async def set_headers(self, http: web.Request, response: web.StreamResponse) -> None:
@@ -6085,7 +6094,8 @@ class Front:
     async def access_log(self, http: web.Request, handler: Callable) -> web.StreamResponse:
         """One line of metadata for each request, polls only at level debug; 499: the client left before the answer."""
         began_s, status = time.monotonic(), 499
-        visit = self.visits[id(http)] = self.visit(http)
+        visit = self.visit(http)
+        VISIT.set(visit)
         try:
             response = await handler(http)
             status = response.status
@@ -6093,7 +6103,6 @@ class Front:
                 response.headers["X-Request-Id"] = visit.id
             return response
         finally:
-            del self.visits[id(http)]
             self.log_visit(http, visit, status, 1000 * (time.monotonic() - began_s))
 
     def log_visit(self, http: web.Request, visit: Visit, status: int, ms: float) -> None:
