@@ -4663,10 +4663,11 @@ def cuda_device_count() -> int:
 # 11. http: routes parse, answer() works, encoders write -------------------------------------------------------------
 
 PING_S = 10.0               # a silent stream carries a comment this often
-HEADER_S = 15.0             # a connection that has not brought a whole request header by then is closed
+HEADER_S = 15.0             # so long may the header of a request take
 BODY_S = 30.0               # so long may a body pause
 GRACE_S = 30.0              # so long goes a resumable answer on without a reader
 KEPT_S = 600.0              # and so long can an ended one be read
+BACKLOG = 1024              # connections that the system holds until they are accepted
 OPEN_ROUTES = ("/", "/static/{name}", "/livez", "/readyz", "/health")     # these need no API key
 POLLED_ROUTES = ("/health", "/livez", "/readyz", "/stats", "/metrics")      # logged at level debug only
 STATIC = Path(__file__).resolve().parent / "static"
@@ -6062,7 +6063,7 @@ class Front:
     def cors_headers(self, http: web.Request) -> dict[str, str]:
         """What lets a page of another origin read the response; nothing unless --cors-origin names it."""
         allowed, given = self.settings.cors_origin, http.headers.get("Origin")
-        if given is None or not {given, "*"} & set(allowed):
+        if given is None or not given.isascii() or not {given, "*"} & set(allowed):
             return {"Vary": "Origin"} if allowed else {}
         return {"Access-Control-Allow-Origin": given, "Vary": "Origin",
                 "Access-Control-Expose-Headers": "X-Request-Id, Retry-After"}
@@ -6071,9 +6072,10 @@ class Front:
         """A browser asks whether a page may send what it wants to; it brings no key, so it needs none."""
         if "Access-Control-Allow-Origin" not in self.cors_headers(http):
             raise RequestError("this origin is not allowed (--cors-origin)", status=403, code="origin_not_allowed")
+        wanted = http.headers.get("Access-Control-Request-Headers", "Authorization, Content-Type")
         return web.Response(status=204, headers={
             "Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": "600",
-            "Access-Control-Allow-Headers": http.headers.get("Access-Control-Request-Headers", "Authorization, Content-Type"),
+            "Access-Control-Allow-Headers": re.sub(r"[^A-Za-z0-9_, -]", "", wanted),
             "Access-Control-Allow-Private-Network": "true"})
 
     async def guard(self, http: web.Request, handler: Callable) -> web.StreamResponse:
@@ -6227,45 +6229,70 @@ def create_app(pool: Pool, settings: Settings) -> web.Application:
     return app
 
 
-def without_bytes(record: logging.LogRecord) -> bool:
-    """A filter: what aiohttp logs of requests that are no HTTP, without the bytes, which may be somebody's secret."""
-    if record.exc_info and isinstance(record.exc_info[1], importlib.import_module("aiohttp.http_exceptions").HttpProcessingError):
-        record.msg, record.exc_info = f"{record.msg}: this is no HTTP", None
-    return True
+def early_response(failure: ChatServerError) -> web.Response:
+    """The answer to what the application is not asked about, in the shapes of both APIs; the connection ends with it."""
+    response = json_response({"detail": failure.message, **error_body(failure)}, failure.status, SECURITY_HEADERS)
+    response.force_close()
+    return response
 
 
-def make_runner(app: web.Application) -> web.AppRunner:
-    """handler_cancellation: a client that leaves ends its handler at once, and so the work for it."""
-    logger = log.getChild("connections")
-    logger.addFilter(without_bytes)
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, auto_decompress=False, logger=logger,
-                           keepalive_timeout=75, shutdown_timeout=2.0)
-    served: set[Any] = set()        # connections that have brought a request: from then on the keep-alive time-out holds
-
-    async def note_connection(http: web.Request, handler: Callable) -> web.StreamResponse:
-        served.add(http.protocol)
-        return await handler(http)
-
-    async def watch_connections(app: web.Application) -> AsyncIterator[None]:
-        watch = asyncio.create_task(drop_silent_connections(runner, served))
-        yield
-        watch.cancel()
-
-    app.middlewares.insert(0, web.middleware(note_connection))
-    app.cleanup_ctx.append(watch_connections)
-    return runner
+async def meet_expectation(application: Callable, http: web.Request) -> web.StreamResponse:
+    """In front of the application, where aiohttp answers Expect itself, and fails on one that is not ASCII."""
+    if http.headers.get("Expect", "").lower() in ("", "100-continue"):
+        return await application(http)
+    return early_response(RequestError("Expect must be 100-continue", status=417, code="expectation_failed"))
 
 
-async def drop_silent_connections(runner: web.AppRunner, served: set[Any]) -> None:
-    """Close what has not brought a whole request header within HEADER_S; aiohttp has no such limit."""
-    since_s: dict[Any, float] = {}
-    while True:
-        await asyncio.sleep(HEADER_S / 15)
-        now, connections = time.monotonic(), runner.server.connections
-        served.intersection_update(connections)
-        since_s = {each: since_s.get(each, now) for each in connections if each not in served}
-        for each in [each for each, at in since_s.items() if now - at > HEADER_S]:
-            each.force_close()
+@functools.cache
+def connection_class() -> type[web.RequestHandler]:
+    class Connection(web.RequestHandler):
+        """A client's connection: closed when HEADER_S after it was made, or after the first byte of a later request, that
+        request's header is not whole. aiohttp knows a time-out only for connections that are silent between requests."""
+
+        header_timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            self.await_header()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self._waiter is not None and not self._waiter.done():        # it still waits for a whole header
+                self.await_header()
+            elif self.header_timer:
+                self.header_timer.cancel()
+                self.header_timer = None
+
+        def await_header(self) -> None:
+            self.header_timer = self.header_timer or asyncio.get_running_loop().call_later(HEADER_S, self.force_close)
+
+        def handle_error(self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None,
+                         message: str | None = None) -> web.Response:
+            """What aiohttp could not parse; the log does not show it, for it may be somebody's secret."""
+            if request.writer.output_size > 0:
+                raise ConnectionResetError("the response has begun, so it cannot become an error")
+            if status >= 500:
+                return early_response(public_error(exc))
+            log.info("a request from %s: this is no HTTP", request.remote)
+            return early_response(RequestError("this is no HTTP request, or one of its lines has more than 8 KB", code="bad_request"))
+
+    return Connection
+
+
+@contextlib.asynccontextmanager
+async def serving(app: web.Application, listener: socket.socket) -> AsyncIterator[web.AppRunner]:
+    """`app` answers on a socket. A client that leaves ends its handler at once, and so the work for it."""
+    runner, loop = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=2.0), asyncio.get_running_loop()
+    await runner.setup()
+    runner.server.request_handler = functools.partial(meet_expectation, runner.server.request_handler)
+    connect = functools.partial(connection_class(), runner.server, loop=loop, access_log=None, auto_decompress=False,
+                                keepalive_timeout=75, logger=log)
+    server = await loop.create_server(connect, sock=listener, backlog=BACKLOG)
+    try:
+        yield runner
+    finally:
+        server.close()
+        await runner.cleanup()
 
 
 def listen_on(host: str, port: int) -> socket.socket:
@@ -6273,7 +6300,7 @@ def listen_on(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     both = host == "::" and socket.has_dualstack_ipv6()
     try:
-        return socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=both)
+        return socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=both)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise ConfigError(f"port {port} on {host} is already in use; choose another with --port, "
@@ -6349,27 +6376,22 @@ def announce(pool: Pool, settings: Settings, port: int) -> None:
 
 async def serve_forever(settings: Settings, pool: Pool | None = None) -> int:
     """Listen, load, serve until a signal, drain, stop. Returns the exit status; ConfigError when it cannot start."""
-    listener = listen_on(settings.host, settings.port)
-    port = listener.getsockname()[1]
-    drain, now = stop_signals()
-    pool = pool or LocalPool(settings)
-    runner = make_runner(create_app(pool, settings))
-    pool.on_progress = progress = ProgressDisplay()
-    try:
-        await runner.setup()
-        await web.SockSite(runner, listener).start()
-        await pool.start()
-        if await first_of(pool.wait_ready(), drain.wait()) == 0:
-            progress.close()
-            announce(pool, settings, port)
-            await drain.wait()
-            print("Stopping: running answers may finish; a second signal stops now.", file=sys.stderr, flush=True)
-            await first_of(pool.drain(settings.drain_timeout), now.wait())
-    finally:
-        progress.close()
-        await pool.close()
-        await runner.cleanup()
-        listener.close()
+    with listen_on(settings.host, settings.port) as listener:
+        drain, now = stop_signals()
+        pool = pool or LocalPool(settings)
+        pool.on_progress = progress = ProgressDisplay()
+        async with serving(create_app(pool, settings), listener):
+            try:
+                await pool.start()
+                if await first_of(pool.wait_ready(), drain.wait()) == 0:
+                    progress.close()
+                    announce(pool, settings, listener.getsockname()[1])
+                    await drain.wait()
+                    print("Stopping: running answers may finish; a second signal stops now.", file=sys.stderr, flush=True)
+                    await first_of(pool.drain(settings.drain_timeout), now.wait())
+            finally:
+                progress.close()
+                await pool.close()
     return 0
 
 
