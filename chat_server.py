@@ -5327,13 +5327,13 @@ class OpenAIEncoder(Encoder):
                      "model": model, "system_fingerprint": SYSTEM_FINGERPRINT, "seed": request.sampling.seed}
         self.begin = b"data: " + dump(self.head)[:-1] + b", "       # of every frame
 
-    def delta(self, choice: int, part: Part) -> dict:
-        """What a chunk's choice has besides its index and finish_reason."""
+    def body(self, choice: int, part: Part, whole: bool = False) -> dict:
+        """What a choice has besides its index and finish_reason, in a chunk or in one body."""
         raise NotImplementedError
 
-    def whole(self, choice: int, part: Part) -> dict:
-        """The same for a choice in one body."""
-        raise NotImplementedError
+    def logprobs(self, choice: int, part: Part, whole: bool) -> dict | None:
+        wanted = self.request.logprobs is not None if whole else part.logprobs
+        return self.logprobs_body(choice, part.logprobs) if wanted else None
 
     def reason(self, done: Finished) -> str:
         return done.reason
@@ -5353,19 +5353,19 @@ class OpenAIEncoder(Encoder):
 
     def encode(self, event: Event) -> bytes:
         part = self.take(event)
-        more = self.chunk(event.choice, self.delta(event.choice, part)) if part.text or part.logprobs or part.calls else b""
+        more = self.chunk(event.choice, self.body(event.choice, part)) if any(part) else b""
         if isinstance(event, Finished):
-            more += self.chunk(event.choice, self.delta(event.choice, Part()), event) + self.end()
+            more += self.chunk(event.choice, self.body(event.choice, Part()), event) + self.end()
         return more
 
-    def chunk(self, index: int, delta: dict, done: Finished | None = None) -> bytes:
-        choice = {"index": index, **delta, "finish_reason": self.reason(done) if done else None}
-        body: dict[str, Any] = {"choices": [choice]}
+    def chunk(self, index: int, body: dict, done: Finished | None = None) -> bytes:
+        choice = {"index": index, **body, "finish_reason": self.reason(done) if done else None}
+        chunk: dict[str, Any] = {"choices": [choice]}
         if self.include_usage:
-            body["usage"] = None
+            chunk["usage"] = None
         if done:
-            choice["stop_reason"], body["timings"] = done.stop_reason, timings_body(done)
-        return self.framed(body)
+            choice["stop_reason"], chunk["timings"] = done.stop_reason, timings_body(done)
+        return self.framed(chunk)
 
     def framed(self, body: dict) -> bytes:
         return self.begin + dump(body)[1:] + b"\n\n"
@@ -5393,7 +5393,7 @@ class OpenAIEncoder(Encoder):
         usage = self.usage()
         joined = {choice: Part("".join(part.text for part in mine), [each for part in mine for each in part.logprobs])
                   for choice, mine in parts.items()}
-        choices = [{"index": choice, **self.whole(choice, joined[choice]), "finish_reason": self.reason(done),
+        choices = [{"index": choice, **self.body(choice, joined[choice], whole=True), "finish_reason": self.reason(done),
                     "stop_reason": done.stop_reason} for choice, done in sorted(self.ended.items())]
         return {**self.head, "object": self.whole_object, "choices": choices, "usage": usage,
                 "timings": timings_body(self.ended[0])}
@@ -5426,20 +5426,16 @@ class ChatEncoder(OpenAIEncoder):
     def calls(self, choice: int) -> list[dict]:
         return self.readers[choice].calls if self.readers else []
 
-    def delta(self, choice: int, part: Part) -> dict:
-        delta: dict[str, Any] = {"content": part.text} if part.text or part.logprobs else {}
-        if part.calls:
-            delta["tool_calls"] = part.calls
-        return {"delta": delta, "logprobs": self.logprobs_body(part.logprobs) if part.logprobs else None}
+    def body(self, choice: int, part: Part, whole: bool = False) -> dict:
+        calls = self.calls(choice) if whole else part.calls
+        message: dict[str, Any] = {"content": part.text} if part.text or part.logprobs else {}
+        if whole:
+            message = {"role": "assistant", "content": None if calls and not part.text else part.text, "refusal": None}
+        if calls:
+            message["tool_calls"] = calls
+        return {"message" if whole else "delta": message, "logprobs": self.logprobs(choice, part, whole)}
 
-    def whole(self, choice: int, part: Part) -> dict:
-        message = {"role": "assistant", "content": part.text, "refusal": None}
-        if calls := self.calls(choice):
-            message |= {"content": part.text or None, "tool_calls": calls}
-        wanted = self.request.logprobs is not None
-        return {"message": message, "logprobs": self.logprobs_body(part.logprobs) if wanted else None}
-
-    def logprobs_body(self, logprobs: Seq[TokenLogprob]) -> dict:
+    def logprobs_body(self, choice: int, logprobs: Seq[TokenLogprob]) -> dict:
         def entry(token: int, logprob: float | None) -> dict:
             text, data = token_text(self.tokenizer, token)
             return {"token": text, "logprob": logprob_number(logprob), "bytes": data}
@@ -5466,12 +5462,8 @@ class CompletionEncoder(OpenAIEncoder):
         text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
         return Part(text + part.text, [*event.prompt_logprobs, *part.logprobs])
 
-    def delta(self, choice: int, part: Part) -> dict:
-        return {"text": part.text, "logprobs": self.logprobs_body(choice, part.logprobs) if part.logprobs else None}
-
-    def whole(self, choice: int, part: Part) -> dict:
-        wanted = self.request.logprobs is not None
-        return {"text": part.text, "logprobs": self.logprobs_body(choice, part.logprobs) if wanted else None}
+    def body(self, choice: int, part: Part, whole: bool = False) -> dict:
+        return {"text": part.text, "logprobs": self.logprobs(choice, part, whole)}
 
     def logprobs_body(self, choice: int, logprobs: Seq[TokenLogprob]) -> dict:
         """Four lists; an offset is where in the choice's text a token begins."""
