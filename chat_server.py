@@ -5526,73 +5526,73 @@ class EventStream:
                 await asyncio.sleep(PING_S - silent_s)
 
 
-def forgotten(before: int) -> RequestError:
-    return RequestError(f"the events before {before} are no longer kept", status=410, code="gone", param="from")
-
-
 class Recording:
-    """A resumable answer: its events as frames, numbered from 0, for whoever follows it."""
+    """A resumable answer: its events as frames, numbered from 0, for whoever follows it; all but the newest are compressed."""
 
-    PART_FRAMES = 500
+    PART = 16                               # frames that are compressed together, to about a fifth
     OWN_BYTES, FRAME_BYTES = 1000, 50       # what Python needs for it, and for a frame, besides the text
-    PACKED_BYTES = 1 << 18      # to compress more than this would hold up the event loop
 
     def __init__(self, owner: str):
-        self.owner, self.frames, self.packed, self.size = owner, [], b"", self.OWN_BYTES
-        self.length = self.dropped = 0          # events so far; and of these, how many are forgotten, the first ones
-        self.followers, self.ended, self.news = 0, False, asyncio.Event()
-        self.task: asyncio.Task | None = None   # while it is recorded
-        self.ended_s = 0.0
+        self.owner, self.size, self.length, self.task = owner, self.OWN_BYTES, 0, None
+        self.dropped, self.parts, self.tail = 0, [], []         # parts that are forgotten, those that are kept, and frames
+        self.followers, self.ended, self.ended_s, self.news = 0, False, 0.0, asyncio.Event()
 
     def append(self, data: bytes) -> None:
         for event in data.split(b"\n\n")[:-1]:
-            self.frames.append(b"id: %d\n%s\n\n" % (self.length, event))
+            self.tail.append(b"id: %d\n%s\n\n" % (self.length, event))
             self.length += 1
-            self.size += len(self.frames[-1]) + self.FRAME_BYTES
+            self.size += len(self.tail[-1]) + self.FRAME_BYTES
+        while len(self.tail) >= 2 * self.PART:          # readers who keep up never meet a compressed one
+            self._pack()
         self._tell()
 
     def end(self) -> None:
         self.ended, self.ended_s = True, time.monotonic()
+        while self.tail:
+            self._pack()
         self.news.set()
         self.news = self.task = None            # thousands may be kept: only what is read
-        self.pack()
+
+    def _pack(self) -> None:
+        frames, self.tail = self.tail[:self.PART], self.tail[self.PART:]
+        text = b"".join(frames)
+        self.parts.append(zlib.compress(text, 1))
+        self.size += len(self.parts[-1]) - len(text) - len(frames) * self.FRAME_BYTES
 
     def _tell(self) -> None:
         self.news.set()
         self.news = asyncio.Event()
 
-    def forget_half(self) -> None:
-        count = (len(self.frames) + 1) // 2
-        self.size -= sum(map(len, self.frames[:count])) + count * self.FRAME_BYTES
-        del self.frames[:count]
-        self.dropped += count
+    def forget_oldest(self) -> int:
+        """Drop the first part that is kept; its bytes."""
+        freed = len(self.parts.pop(0))
+        self.size, self.dropped = self.size - freed, self.dropped + 1
+        return freed
 
-    def pack(self) -> None:
-        """What has ended and has no reader is compressed, to about a tenth."""
-        if self.ended and self.frames and not self.followers and self.size <= self.PACKED_BYTES:
-            self.packed, self.frames = zlib.compress(b"".join(self.frames), 1), []
-            self.size = self.OWN_BYTES + len(self.packed)
+    def check_kept(self, position: int) -> None:
+        if position < self.dropped * self.PART:
+            raise RequestError(f"the events before {self.dropped * self.PART} are no longer kept", status=410, code="gone", param="from")
 
-    def unpack(self) -> None:
-        if self.packed:
-            self.frames = [event + b"\n\n" for event in zlib.decompress(self.packed).split(b"\n\n")[:-1]]
-            self.packed = b""
-            self.size = self.OWN_BYTES + sum(map(len, self.frames)) + len(self.frames) * self.FRAME_BYTES
+    def frames_from(self, position: int) -> list[bytes]:
+        """Some frames from a position on, as far as they are there."""
+        part, first = divmod(position, self.PART)
+        if part - self.dropped < len(self.parts):
+            text = zlib.decompress(self.parts[part - self.dropped])
+            return [event + b"\n\n" for event in text.split(b"\n\n")[first:-1]]
+        return self.tail[position - (self.dropped + len(self.parts)) * self.PART:]
 
     async def follow(self, position: int) -> AsyncIterator[bytes]:
-        """The frames from a position on, many at once where they are there."""
-        while True:
-            if position < self.dropped:         # this reader was too slow
-                yield frame(error_body(forgotten(self.dropped)))
-                return
-            part = self.frames[(first := position - self.dropped):first + self.PART_FRAMES]
-            position += len(part)
-            if part:
-                yield b"".join(part)
-            elif self.ended:
-                return
-            else:
-                await self.news.wait()
+        """The frames from a position on; an error frame when the reader was so slow that they are forgotten."""
+        try:
+            while not self.ended or position < self.length:
+                self.check_kept(position)
+                if frames := self.frames_from(position):
+                    position += len(frames)
+                    yield b"".join(frames)
+                else:
+                    await self.news.wait()
+        except RequestError as error:
+            yield frame(error_body(error))
 
 
 class Recordings:
@@ -5632,29 +5632,26 @@ class Recordings:
             self._change(recording, recording.end)
 
     def _change(self, recording: Recording, change: Callable[..., None], *arguments: Any) -> None:
-        """Do something to a recording and keep to the limit: the first that has ended goes first, then half of the largest."""
+        """Do something to a recording and keep to the limit: the oldest that has ended goes first, then what is old of the largest."""
         before = recording.size
         change(*arguments)
         self.size += recording.size - before
         while self.size > LIMITS.recorded_bytes:
-            unread = next((request_id for request_id, each in self.ended.items() if not each.followers), None)
-            if unread:
-                self.size -= self.ended.pop(unread).size
+            if self.ended:
+                self._forget(next(iter(self.ended)))
+            elif long := [each for each in self.running.values() if each.parts]:
+                self.size -= max(long, key=lambda each: each.size).forget_oldest()
             else:
-                largest = max([*self.running.values(), *self.ended.values()], key=lambda each: each.size)
-                if not largest.frames:
-                    break
-                self.size -= largest.size
-                largest.forget_half()
-                self.size += largest.size
+                break
+
+    def _forget(self, request_id: str) -> None:
+        """Whoever reads goes on with it; others no longer find it."""
+        self.size -= self.ended.pop(request_id).size
 
     def _sweep(self) -> None:
         """Forget what ended KEPT_S ago; one timer for all, since a timer for each would hold what the limit has thrown out."""
-        for request_id, recording in list(self.ended.items()):
-            if recording.ended_s + KEPT_S > time.monotonic():
-                break
-            if not recording.followers:         # not in the middle of their reading
-                self.size -= self.ended.pop(request_id).size
+        for request_id in [name for name, each in self.ended.items() if each.ended_s + KEPT_S <= time.monotonic()]:
+            self._forget(request_id)
         if self.ended:
             asyncio.get_running_loop().call_later(self.SWEEP_S, self._sweep)
 
@@ -5662,12 +5659,10 @@ class Recordings:
     def following(self, request_id: str, recording: Recording) -> Iterator[None]:
         """While somebody reads; GRACE_S after the last reader has gone an answer that has not ended is cancelled."""
         recording.followers += 1
-        self._change(recording, recording.unpack)
         try:
             yield
         finally:
             recording.followers -= 1
-            self._change(recording, recording.pack)
             if not recording.ended:
                 asyncio.get_running_loop().call_later(GRACE_S, self._expire, request_id, recording)
 
@@ -5939,8 +5934,7 @@ class Front:
             raise bad_value("Last-Event-ID" if last else "from", last or wanted, "the number of an event")
         recording = self.recordings.find(request_id, self.owner(request_id, VISIT.get().client))
         start = int(last) + 1 if last else int(wanted)
-        if start < recording.dropped:
-            raise forgotten(recording.dropped)
+        recording.check_kept(start)
         if recording.ended and start >= recording.length:
             return web.Response(status=204)         # tells an EventSource that there is no more
         return await self.follow(http, request_id, recording, start)
