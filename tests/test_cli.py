@@ -32,7 +32,7 @@ def test_no_words_serve_with_the_table_s_defaults():
     ("model.gguf --port 80", dict(model="model.gguf", port=80)), ("--port 80 model.gguf", dict(model="model.gguf", port=80)),
     ("serve -p 80 model.gguf --host ::1", dict(model="model.gguf", port=80, host="::1")),
     ("server -n auto -m 7", dict(num_gpus="auto", max_tokens=7)), ("--max-new-tokens 9", dict(max_tokens=9)),
-    ("chat -p hi x.gguf", dict(command="chat", prompt="hi", model="x.gguf")),
+    ("chat -p hi x.gguf", dict(command="chat", prompt="hi", model="x.gguf", temperature=0.6)),
     ("generate --prompt - -t 0 -k 1", dict(command="generate", prompt="-", temperature=0.0, top_k=1)),
     ("--served-model-name a --served-model-name b", dict(served_model_name=("a", "b"))),
     ("--kv-cache-memory 2G --log-conversations", dict(kv_cache_memory=2 << 30, log_conversations=True)),
