@@ -166,8 +166,6 @@ def test_no_body_is_answered_with_5xx(port, request):
 @relaxed
 @given(method=st.sampled_from(METHODS), target=odd_targets, headers=odd_headers, body=st.binary(max_size=20))
 def test_no_target_method_or_header_is_answered_with_5xx(port, method, target, headers, body):
-    if not headers.get("Expect", "").isascii():     # aiohttp itself fails on it, before any of our code (3.14)
-        del headers["Expect"]
     with contextlib.suppress(http.client.InvalidURL, UnicodeEncodeError):
         status, _ = exchange(port, method, target, body, headers)
         assert status < 500, (method, target, headers, status)
@@ -179,11 +177,10 @@ def test_no_target_method_or_header_is_answered_with_5xx(port, method, target, h
      b"5\r\nhello\r\n", b"GET ", b"Content-Length: -1", b"Content-Length: 99999999999999", b"{}", b"Connection: close"]), max_size=12).map(b"".join))
 def test_no_bytes_are_answered_with_5xx(port, junk):
     import socket
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
-        connection.sendall(junk)
-        connection.shutdown(socket.SHUT_WR)
+    with socket.create_connection(("127.0.0.1", port), timeout=0.03) as connection:
+        connection.sendall(junk)        # and no end, which would end the answer too: so whoever waits for more bytes is waited for
         answer = b""
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(ConnectionError, TimeoutError):
             while part := connection.recv(1 << 16):
                 answer += part
     assert b" 5" not in answer[8:11], (junk, answer)
