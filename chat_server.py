@@ -4804,6 +4804,18 @@ SOME_TEXT, SOME_TOKENS = {"type": "string"}, {"type": "array", "items": {"type":
 SOME_FUNCTION = {"type": "object", "required": ["function"], "properties": {"function": {
     "type": "object", "required": ["name"], "properties": {"name": SOME_TEXT, "parameters": {"type": ["object", "null"]}}}}}
 
+SOME_PART = {"type": "object", "required": ["type"], "properties": {
+    "type": {"enum": ["text", "input_text", "refusal"]}, "text": {"type": ["string", "null"]}, "refusal": {"type": ["string", "null"]}}}
+
+
+def messages_schema(roles: Seq[str], content: dict[str, Any], required: Seq[str]) -> dict[str, Any]:
+    return {"type": "array", "minItems": 1, "items": {"type": "object", "required": required, "properties": {
+        "role": {"enum": roles}, "content": content}}}
+
+
+NATIVE_ROLES = ["system", "user", "assistant"]
+OPENAI_ROLES = ["system", "developer", "user", "assistant"]         # and tool, where the model's template knows tools
+
 NUMBER = Kind("a finite number", {"type": "number"}, is_number, float)
 INTEGER = Kind("an integer", {"type": "integer"}, is_integer, int)
 SEED = INTEGER._replace(made=lambda value: int(value) % 2**64)         # OpenAI's seeds may be negative
@@ -4814,6 +4826,9 @@ SWITCH = Kind("true or false", {"enum": [True, False, "true", "false"]},
               lambda value: str(value).lower() == "true")
 TEXT = Kind("a string", SOME_TEXT, is_text, whole_unicode)
 LIST = Kind("a list", {"type": "array"}, lambda value: isinstance(value, list))
+NATIVE_MESSAGES = LIST._replace(schema=messages_schema(NATIVE_ROLES, SOME_TEXT, ["role", "content"]))
+OPENAI_MESSAGES = LIST._replace(schema=messages_schema([*OPENAI_ROLES, "tool"], {
+    "anyOf": [SOME_TEXT, {"type": "null"}, {"type": "array", "items": SOME_PART}]}, ["role"]))
 OBJECT = Kind("an object", {"type": "object"}, lambda value: isinstance(value, dict))
 TOKENS = Kind("a list of token ids", SOME_TOKENS, functools.partial(is_list_of, is_token), tuple)
 STOP = Kind(f"a string or a list of at most {LIMITS.stop_strings} strings",
@@ -4825,11 +4840,12 @@ MIXED = Kind("a string, or a list of strings and token ids",
              lambda value: is_list_of(lambda part: is_text(part) or is_token(part), listed(value)),
              lambda value: whole_texts(listed(value)))
 PROMPTS = Kind("a string, a list of token ids, or a list of such",
-               {"anyOf": [SOME_TEXT, SOME_TOKENS, {"type": "array", "minItems": 1, "items": {"anyOf": [SOME_TEXT, SOME_TOKENS]}}]},
+               {"anyOf": [SOME_TEXT, {**SOME_TOKENS, "minItems": 1},
+                          {"type": "array", "minItems": 1, "items": {"anyOf": [SOME_TEXT, SOME_TOKENS]}}]},
                lambda value: value != [] and is_list_of(lambda part: is_text(part) or is_list_of(is_token, part), prompt_list(value)),
                lambda value: tuple(part if is_text(part) else tuple(part) for part in whole_texts(prompt_list(value))))
 PRIORITY = Kind('"low", "normal" or an integer, above 0 meaning low', {"anyOf": [{"enum": ["low", "normal"]}, {"type": "integer"}]},
-                lambda value: value in ("low", "normal") or type(value) is int,         # numbers as with vLLM
+                lambda value: value in ("low", "normal") or is_integer(value),          # numbers as with vLLM
                 lambda value: value == "low" or value != "normal" and value > 0)
 TRUNCATE = Kind('"oldest" or "none"', {"enum": ["oldest", "none"]}, lambda value: value in ("oldest", "none"), lambda value: value == "oldest")
 LOGIT_BIAS = Kind("an object of token ids and biases", {
@@ -4852,7 +4868,7 @@ COMMON_FIELDS = (       # of all routes that answer
 )
 
 NATIVE_FIELDS = (
-    Field("messages", LIST, "the conversation: objects with role (system, user, assistant) and content", required=True),
+    Field("messages", NATIVE_MESSAGES, "the conversation", required=True),
     Field("temperature", NUMBER, "0 = greedy", *LIMITS.temperature, clamp=True),
     Field("max_tokens", INTEGER, "length of the answer", *LIMITS.max_tokens, clamp=True),
     Field("top_k", TOP_K, "0 = whole vocabulary", *LIMITS.top_k, clamp=True),
@@ -4882,7 +4898,7 @@ SHARED_FIELDS = (       # of both OpenAI routes
 )
 
 OPENAI_FIELDS = (
-    Field("messages", LIST, "the conversation", required=True),
+    Field("messages", OPENAI_MESSAGES, "the conversation", required=True),
     *SHARED_FIELDS,
     Field("max_tokens", CAP, "length of the answer; -1 = up to the context", -1, 2**53),
     Field("max_completion_tokens", CAP, "the same, and wins", -1, 2**53),
@@ -4912,7 +4928,7 @@ TOKENIZE_FIELDS = (
     Field("with_pieces", SWITCH, "each token's text too"),
 )
 DETOKENIZE_FIELDS = (Field("tokens", TOKENS, "token ids", required=True),)
-TEMPLATE_FIELDS = (Field("messages", LIST, "the conversation", required=True), Field("tools", TOOLS, "functions"))
+TEMPLATE_FIELDS = (Field("messages", OPENAI_MESSAGES, "the conversation", required=True), Field("tools", TOOLS, "functions"))
 
 
 async def read_bytes(http: web.Request) -> bytes:
@@ -4972,7 +4988,7 @@ def within_limit(what: str, count: int, limit: int, param: str) -> None:
 
 
 def no_tools(param: str) -> RequestError:
-    return RequestError("this model has no tools; leave out tools or send tool_choice \"none\"",
+    return RequestError("this model has no tools: leave out what is about calls, or send tool_choice \"none\"",
                         code="tools_not_supported", param=param)
 
 
@@ -4996,7 +5012,7 @@ def native_messages(messages: list) -> tuple[Message, ...]:
     """Messages within the native API's limits (API.md)."""
     within_limit("messages", len(messages), LIMITS.messages, "messages")
     parsed = []
-    for name, role, message in named_messages(messages, ("system", "user", "assistant")):
+    for name, role, message in named_messages(messages, NATIVE_ROLES):
         content = Field(f"{name}.content", TEXT, "").read(message.get("content"))
         within_limit(f"characters in {name}", len(content), LIMITS.message_characters, f"{name}.content")
         parsed.append(Message(role, content))
@@ -5006,7 +5022,7 @@ def native_messages(messages: list) -> tuple[Message, ...]:
 
 def openai_messages(messages: list, with_tools: bool = False) -> tuple[Message, ...]:
     parsed = []
-    for name, role, message in named_messages(messages, ("system", "developer", "user", "assistant", *["tool"] * with_tools)):
+    for name, role, message in named_messages(messages, OPENAI_ROLES + ["tool"] * with_tools):
         calls, more = message.get("tool_calls"), {}
         if calls and not with_tools:
             raise no_tools(f"{name}.tool_calls")
@@ -6003,7 +6019,7 @@ class Front:
                             headers={"Content-Type": library.CONTENT_TYPE_LATEST})
 
     async def handle_openapi(self, http: web.Request) -> web.Response:
-        return json_response(openapi_document(self.settings.prefix))
+        return json_response(openapi_document(self.settings))
 
     async def handle_page(self, http: web.Request) -> web.Response:
         try:
@@ -6190,13 +6206,13 @@ def openapi_operation(route: Route) -> dict[str, Any]:
     return operation | ({"security": []} if route.pattern in OPEN_ROUTES else {})
 
 
-def openapi_document(prefix: str) -> dict[str, Any]:
+def openapi_document(settings: Settings) -> dict[str, Any]:
     """Every route and every field of every body, from the tables that the server itself uses."""
     paths: dict[str, dict] = {}
     for route in ROUTES:
         paths.setdefault(route.pattern, {})[route.method.lower()] = openapi_operation(route)
-    return {"openapi": "3.1.0", "info": {"title": "chat_server", "version": __version__}, "servers": [{"url": prefix or "/"}],
-            "security": [{"bearer": []}, {"header": []}], "paths": paths, "components": {"securitySchemes": {
+    return {"openapi": "3.1.0", "info": {"title": "chat_server", "version": __version__}, "servers": [{"url": settings.prefix or "/"}],
+            "security": [{"bearer": []}, {"header": []}] if settings.keys else [], "paths": paths, "components": {"securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer"}, "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"}}}}
 
 
