@@ -4665,6 +4665,7 @@ def cuda_device_count() -> int:
 PING_S = 10.0               # a silent stream carries a comment this often
 HEADER_S = 15.0             # so long may the header of a request take
 BODY_S = 30.0               # so long may a body pause
+KEEP_ALIVE_S = 75.0         # so long is a connection kept between requests
 GRACE_S = 30.0              # so long goes a resumable answer on without a reader
 KEPT_S = 600.0              # and so long can an ended one be read
 BACKLOG = 1024              # connections that the system holds until they are accepted
@@ -6288,7 +6289,7 @@ async def serving(app: web.Application, listener: socket.socket) -> AsyncIterato
     await runner.setup()
     runner.server.request_handler = functools.partial(meet_expectation, runner.server.request_handler)
     connect = functools.partial(connection_class(), runner.server, loop=loop, access_log=None, auto_decompress=False,
-                                keepalive_timeout=75, logger=log)
+                                keepalive_timeout=KEEP_ALIVE_S, logger=log)
     server = await loop.create_server(connect, sock=listener, backlog=BACKLOG)
     try:
         yield runner

@@ -148,11 +148,12 @@ async def test_a_named_origin_passes_the_preflight_without_a_key_and_reads_even_
         assert asked.status == (204 if admitted else 403)
         if admitted:
             assert asked.headers["Access-Control-Allow-Headers"] == "authorization, x-stainless-os"
-            assert "POST" in asked.headers["Access-Control-Allow-Methods"]
+            assert "POST" in asked.headers["Access-Control-Allow-Methods"] and asked.headers["Access-Control-Allow-Private-Network"] == "true"
         for path, headers, status in ((NATIVE, {}, 401), (NATIVE, ALICE, 200), (OPENAI, ALICE, 200), ("/nothing", ALICE, 404)):
             async with client.post(url + path, json=conversation(), headers=headers | {"Origin": origin}) as response:
                 assert response.status == status
                 assert response.headers.get("Access-Control-Allow-Origin") == (origin if admitted else None)
+                assert ("X-Request-Id" in response.headers.get("Access-Control-Expose-Headers", "")) == admitted
                 assert response.headers["Vary"] == "Origin" and "Access-Control-Allow-Credentials" not in response.headers
         cross = await client.post(url + NATIVE, json=conversation(), headers=ALICE | {"Origin": origin, "Sec-Fetch-Site": "cross-site"})
         assert cross.status == (200 if admitted else 403)
@@ -249,6 +250,15 @@ async def test_every_later_request_has_no_longer_for_its_header(monkeypatch):
         dripping = asyncio.create_task(drip())              # new bytes do not buy time
         assert await reader.read() == b"" and not dripping.done()
         dripping.cancel()
+        writer.close()
+
+
+async def test_a_connection_is_kept_between_requests_only_for_a_while(monkeypatch):
+    monkeypatch.setattr(chat_server, "KEEP_ALIVE_S", 0.05)
+    async with serving(FakePool()) as url:
+        reader, writer = await connect(url)
+        writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (await reader.read()).endswith(b'{"alive": true}')
         writer.close()
 
 
