@@ -4763,7 +4763,8 @@ def is_list_of(takes: Callable[[Any], bool], value: Any) -> bool:
 def is_function(tool: Any) -> bool:
     """A function with a name; its parameters are a JSON schema."""
     function = tool.get("function") if isinstance(tool, dict) else None
-    return isinstance(function, dict) and is_text(function.get("name")) and isinstance(function.get("parameters", {}), (dict, type(None)))
+    return isinstance(function, dict) and is_text(function.get("name")) \
+        and isinstance(function.get("parameters", {}), (dict, type(None)))
 
 
 def listed(value: Any) -> Any:
@@ -4792,7 +4793,8 @@ def response_grammar(value: dict) -> str:
     if schema is None and kind == "json_object":
         schema = {"type": "object"}
     if not isinstance(schema, dict):
-        raise RequestError("response_format.json_schema.schema must be an object", code="invalid_json_schema", param="response_format")
+        raise RequestError("response_format.json_schema.schema must be an object", code="invalid_json_schema",
+                           param="response_format")
     return json_grammar(schema, "response_format")
 
 
@@ -4805,8 +4807,9 @@ SOME_TEXT, SOME_TOKENS = {"type": "string"}, {"type": "array", "items": {"type":
 SOME_FUNCTION = {"type": "object", "required": ["function"], "properties": {"function": {
     "type": "object", "required": ["name"], "properties": {"name": SOME_TEXT, "parameters": {"type": ["object", "null"]}}}}}
 
+TEXT_OR_NULL = {"type": ["string", "null"]}
 SOME_PART = {"type": "object", "required": ["type"], "properties": {
-    "type": {"enum": ["text", "input_text", "refusal"]}, "text": {"type": ["string", "null"]}, "refusal": {"type": ["string", "null"]}}}
+    "type": {"enum": ["text", "input_text", "refusal"]}, "text": TEXT_OR_NULL, "refusal": TEXT_OR_NULL}}
 
 
 def messages_schema(roles: Seq[str], content: dict[str, Any], required: Seq[str]) -> dict[str, Any]:
@@ -4821,7 +4824,8 @@ NUMBER = Kind("a finite number", {"type": "number"}, is_number, float)
 INTEGER = Kind("an integer", {"type": "integer"}, is_integer, int)
 SEED = INTEGER._replace(made=lambda value: int(value) % 2**64)         # OpenAI's seeds may be negative
 TOP_K = INTEGER._replace(made=lambda value: max(0, int(value)))
-CAP = Kind("a positive integer, or -1 for no cap,", {"type": "integer", "not": {"const": 0}}, lambda value: is_integer(value) and value != 0, int)
+CAP = Kind("a positive integer, or -1 for no cap,", {"type": "integer", "not": {"const": 0}},
+           lambda value: is_integer(value) and value != 0, int)
 SWITCH = Kind("true or false", {"enum": [True, False, "true", "false"]},
               lambda value: isinstance(value, bool) or is_text(value) and value.lower() in ("true", "false"),
               lambda value: str(value).lower() == "true")
@@ -4829,7 +4833,7 @@ TEXT = Kind("a string", SOME_TEXT, is_text, whole_unicode)
 LIST = Kind("a list", {"type": "array"}, lambda value: isinstance(value, list))
 NATIVE_MESSAGES = LIST._replace(schema=messages_schema(NATIVE_ROLES, SOME_TEXT, ["role", "content"]))
 OPENAI_MESSAGES = LIST._replace(schema=messages_schema([*OPENAI_ROLES, "tool"], {
-    "anyOf": [SOME_TEXT, {"type": "null"}, {"type": "array", "items": SOME_PART}]}, ["role"]))
+    "anyOf": [TEXT_OR_NULL, {"type": "array", "items": SOME_PART}]}, ["role"]))
 OBJECT = Kind("an object", {"type": "object"}, lambda value: isinstance(value, dict))
 TOKENS = Kind("a list of token ids", SOME_TOKENS, functools.partial(is_list_of, is_token), tuple)
 STOP = Kind(f"a string or a list of at most {LIMITS.stop_strings} strings",
@@ -4843,21 +4847,24 @@ MIXED = Kind("a string, or a list of strings and token ids",
 PROMPTS = Kind("a string, a list of token ids, or a list of such",
                {"anyOf": [SOME_TEXT, {**SOME_TOKENS, "minItems": 1},
                           {"type": "array", "minItems": 1, "items": {"anyOf": [SOME_TEXT, SOME_TOKENS]}}]},
-               lambda value: value != [] and is_list_of(lambda part: is_text(part) or is_list_of(is_token, part), prompt_list(value)),
+               lambda value: value != [] and is_list_of(lambda part: is_text(part) or TOKENS.takes(part), prompt_list(value)),
                lambda value: tuple(part if is_text(part) else tuple(part) for part in whole_texts(prompt_list(value))))
-PRIORITY = Kind('"low", "normal" or an integer, above 0 meaning low', {"anyOf": [{"enum": ["low", "normal"]}, {"type": "integer"}]},
-                lambda value: value in ("low", "normal") or is_integer(value),          # numbers as with vLLM
+PRIORITY = Kind('"low", "normal" or an integer, above 0 meaning low',                   # numbers as with vLLM
+                {"anyOf": [{"enum": ["low", "normal"]}, {"type": "integer"}]},
+                lambda value: value in ("low", "normal") or is_integer(value),
                 lambda value: value == "low" or value != "normal" and value > 0)
-TRUNCATE = Kind('"oldest" or "none"', {"enum": ["oldest", "none"]}, lambda value: value in ("oldest", "none"), lambda value: value == "oldest")
+TRUNCATE = Kind('"oldest" or "none"', {"enum": ["oldest", "none"]},
+                lambda value: value in ("oldest", "none"), lambda value: value == "oldest")
 LOGIT_BIAS = Kind("an object of token ids and biases", {
     "type": "object", "propertyNames": {"pattern": "^[0-9]{1,9}$"},
     "additionalProperties": {"type": ["number", "null"], "minimum": -100, "maximum": 100}},
     lambda value: isinstance(value, dict) and all(re.fullmatch("[0-9]{1,9}", token) for token in value), token_biases)
-TOOLS = Kind('a list of {"type": "function", "function": {"name", "description", "parameters"}}', {"type": "array", "items": SOME_FUNCTION},
-             functools.partial(is_list_of, is_function), tuple)
-TOOL_CHOICE = Kind('"auto", "none", "required" or a function by its name', {"anyOf": [{"enum": ["auto", "none", "required"]}, SOME_FUNCTION]},
+TOOLS = Kind('a list of {"type": "function", "function": {"name", "description", "parameters"}}',
+             {"type": "array", "items": SOME_FUNCTION}, functools.partial(is_list_of, is_function), tuple)
+TOOL_CHOICE = Kind('"auto", "none", "required" or a function by its name',
+                   {"anyOf": [{"enum": ["auto", "none", "required"]}, SOME_FUNCTION]},
                    lambda value: value in ("auto", "none", "required") or is_function(value),
-                   lambda value: value if is_text(value) else "=" + value["function"]["name"])       # = and the one that has to be called
+                   lambda value: value if is_text(value) else "=" + value["function"]["name"])     # = and what must be called
 RESPONSE_FORMAT = OBJECT._replace(made=response_grammar)
 
 COMMON_FIELDS = (       # of all routes that answer
@@ -5396,7 +5403,8 @@ class OpenAIEncoder(Encoder):
 
     def usage(self) -> dict:
         prompt, completion, cached = self.counts().values()
-        drafted, accepted = (sum(getattr(done, name) for done in self.ended.values()) for name in ("drafted_tokens", "accepted_tokens"))
+        drafted = sum(done.drafted_tokens for done in self.ended.values())
+        accepted = sum(done.accepted_tokens for done in self.ended.values())
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
                 "prompt_tokens_details": {"cached_tokens": cached},
                 "completion_tokens_details": {"accepted_prediction_tokens": accepted,
@@ -5498,7 +5506,7 @@ class CompletionEncoder(OpenAIEncoder):
 
 
 class EventStream:
-    """One Server-Sent-Events response: frames, and pings while silent. ConnectionError when the reader has left or does not read."""
+    """One Server-Sent-Events response: frames, and pings while silent. ConnectionError when the reader has left or reads not."""
 
     def __init__(self, http: web.Request, request_id: str, patient: bool = False):
         self.http, self.patient = http, patient     # patient: what it sends may wait for the reader
@@ -5587,8 +5595,8 @@ class Recording:
         return freed
 
     def check_kept(self, position: int) -> None:
-        if position < self.dropped * self.PART:
-            raise RequestError(f"the events before {self.dropped * self.PART} are no longer kept", status=410, code="gone", param="from")
+        if position < (first := self.dropped * self.PART):
+            raise RequestError(f"the events before {first} are no longer kept", status=410, code="gone", param="from")
 
     def frames_from(self, position: int) -> list[bytes]:
         """Some frames from a position on, as far as they are there."""
@@ -5649,7 +5657,7 @@ class Recordings:
             self._change(recording, recording.end)
 
     def _change(self, recording: Recording, change: Callable[..., None], *arguments: Any) -> None:
-        """Do something to a recording and keep to the limit: the oldest that has ended goes first, then what is old of the largest."""
+        """Do something to a recording and keep to the limit: the oldest that has ended goes, else the oldest of the largest."""
         before = recording.size
         change(*arguments)
         self.size += recording.size - before
@@ -5672,24 +5680,13 @@ class Recordings:
         if self.ended:
             asyncio.get_running_loop().call_later(self.SWEEP_S, self._sweep)
 
-    @contextlib.contextmanager
-    def following(self, request_id: str, recording: Recording) -> Iterator[None]:
-        """While somebody reads; GRACE_S after the last reader has gone an answer that has not ended is cancelled."""
-        recording.followers += 1
-        try:
-            yield
-        finally:
-            recording.followers -= 1
-            if not recording.ended:
-                asyncio.get_running_loop().call_later(GRACE_S, self._expire, request_id, recording)
-
     async def close(self) -> None:
         tasks = [recording.task for recording in self.running.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _expire(self, request_id: str, recording: Recording) -> None:
+    def expire(self, request_id: str, recording: Recording) -> None:
         if not recording.followers and not recording.ended:
             self.cancel(request_id)
 
@@ -5937,11 +5934,17 @@ class Front:
             yield frame(error_body(public_error(error)))
 
     async def follow(self, http: web.Request, request_id: str, recording: Recording, start: int) -> web.StreamResponse:
-        with self.recordings.following(request_id, recording):
+        """Send a recording as it comes; GRACE_S after its last reader has gone an answer that has not ended is cancelled."""
+        recording.followers += 1
+        try:
             async with EventStream(http, request_id, patient=True) as stream, contextlib.aclosing(recording.follow(start)) as parts:
                 async for data in parts:
                     await stream.send(data)
-        return stream.response
+            return stream.response
+        finally:
+            recording.followers -= 1
+            if not recording.ended:
+                asyncio.get_running_loop().call_later(GRACE_S, self.recordings.expire, request_id, recording)
 
     async def handle_stream(self, http: web.Request) -> web.StreamResponse:
         """GET /v1/streams/{id}: from event ?from=N on, or after the Last-Event-ID that a reconnecting EventSource sends."""
@@ -6141,7 +6144,8 @@ async def errors_to_responses(http: web.Request, handler: Callable) -> web.Strea
     except web.HTTPException as error:
         if error.status < 400:
             raise
-        text = {404: f"there is no {http.path}", 405: f"{http.path} does not take {http.method}"}.get(error.status, error.reason)
+        texts = {404: f"there is no {http.path}", 405: f"{http.path} does not take {http.method}"}
+        text = texts.get(error.status, error.reason)
         failure = RequestError(text, status=error.status, code=error.reason.lower().replace(" ", "_"))
         headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
     except ConnectionError as error:    # the client has left: nobody reads this response, it gives the access log its status
@@ -6212,9 +6216,11 @@ def openapi_document(settings: Settings) -> dict[str, Any]:
     paths: dict[str, dict] = {}
     for route in ROUTES:
         paths.setdefault(route.pattern, {})[route.method.lower()] = openapi_operation(route)
-    return {"openapi": "3.1.0", "info": {"title": "chat_server", "version": __version__}, "servers": [{"url": settings.prefix or "/"}],
-            "security": [{"bearer": []}, {"header": []}] if settings.keys else [], "paths": paths, "components": {"securitySchemes": {
-                "bearer": {"type": "http", "scheme": "bearer"}, "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"}}}}
+    schemes = {"bearer": {"type": "http", "scheme": "bearer"},
+               "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"}}
+    return {"openapi": "3.1.0", "info": {"title": "chat_server", "version": __version__},
+            "servers": [{"url": settings.prefix or "/"}], "security": [{name: []} for name in schemes] if settings.keys else [],
+            "paths": paths, "components": {"securitySchemes": schemes}}
 
 
 def create_app(pool: Pool, settings: Settings) -> web.Application:
@@ -6277,7 +6283,7 @@ def connection_class() -> type[web.RequestHandler]:
             if status >= 500:
                 return early_response(public_error(exc))
             log.info("a request from %s: this is no HTTP", request.remote)
-            return early_response(RequestError("this is no HTTP request, or one of its lines has more than 8 KB", code="bad_request"))
+            return early_response(RequestError("this is no HTTP request, or it has a line above 8 KB", code="bad_request"))
 
     return Connection
 
@@ -6474,7 +6480,8 @@ def read_config(path: str | None) -> dict[str, list[str]]:
     return words
 
 
-def unflagged_value(parser: CommandLine, option: Option, environment: Mapping[str, str], config: Mapping[str, list[str]]) -> Any:
+def unflagged_value(parser: CommandLine, option: Option, environment: Mapping[str, str],
+                    config: Mapping[str, list[str]]) -> Any:
     """The value of a flag that was not given: its environment variable's, else --config's, else the table's."""
     name = option_field(option)
     place, words = f"--config: {name}", config.get(name)
@@ -6612,8 +6619,9 @@ def native_event(body: dict[str, Any]) -> Event:
     if not body.get("done"):
         return Piece(body.get("token", ""), (), body.get("gpu", 0))
     told = (body.get("usage") or {}) | (body.get("timings") or {})
-    numbers = {name: told.get(name, 0) for name in ("prompt_tokens", "completion_tokens", "cached_tokens", "queue_ms", "ttft_ms",
-                                                    "tokens_per_second", "drafted_tokens", "accepted_tokens", "dropped_messages")}
+    numbers = {name: told.get(name, 0) for name in (
+        "prompt_tokens", "completion_tokens", "cached_tokens", "queue_ms", "ttft_ms", "tokens_per_second", "drafted_tokens",
+        "accepted_tokens", "dropped_messages")}
     return Finished(body.get("finish_reason", "stop"), body.get("stop_reason"), gpu=body.get("gpu", 0), **numbers)
 
 
@@ -6630,7 +6638,7 @@ def remote_error(body: Any, status: int, retry_after_s: int = 1) -> ChatServerEr
     """The server's error body, or an error event of its stream, as the exception it was there."""
     body = body if isinstance(body, dict) else {}
     error = body.get("error") if isinstance(body.get("error"), dict) else {}
-    message = str(error.get("message") or body.get("detail") or body.get("error") or f"the server answered with status {status}")
+    message = str(error.get("message") or body.get("detail") or body.get("error") or f"the server answered with {status}")
     if status in (429, 503) or error.get("type") == Overloaded.type:
         return Overloaded(message, retry_after_s=retry_after_s, status=429 if status == 429 else 503)
     if status < 500 or error.get("type") == RequestError.type:
