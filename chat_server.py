@@ -6449,14 +6449,6 @@ def calm_collector() -> None:
     gc.set_threshold(20_000, 20, 100)
 
 
-class ShowVersion(argparse.Action):
-    """--version; asks for the compiled core only when it is given."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
-        print(f"chat_server {__version__}; {kernels_line()}")
-        parser.exit()
-
-
 SWITCH_WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
@@ -6519,14 +6511,16 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
     parser = CommandLine(prog=f"chat_server.py {command}", description=USAGE, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", nargs="?", default=None)
-    parser.add_argument("--version", action=ShowVersion, nargs=0, default=argparse.SUPPRESS, dest=argparse.SUPPRESS,
-                        help="print the version and which kernels run")
+    parser.add_argument("--version", action="store_true", help="print the version and which kernels run")
     options = {option_field(option): option for option in OPTIONS if command in option.commands.split()}
     if command == "chat":
         options["temperature"] = options["temperature"]._replace(default=CHAT_TEMPERATURE)
     for option in options.values():
         add_option(parser, option)
     values = vars(parser.parse_args(words))
+    if values.pop("version"):
+        print(f"chat_server {__version__}; {kernels_line()}")
+        raise SystemExit(0)
     config = read_config(values["config"] or environment.get("CHAT_SERVER_CONFIG") or None)
     values["model"] = values["model"] or environment.get("CHAT_SERVER_MODEL") or (config.get("model") or [None])[0]
     for name, option in options.items():
@@ -6757,14 +6751,11 @@ class Conversation:
     async def answer(self, pieces: list[str]) -> Finished:
         while True:
             try:
-                return await print_answer(self.pool, self.request(), pieces)
+                return await print_answer(self.pool, new_request(self.settings, messages=tuple(self.messages)), pieces)
             except RequestError as error:
                 if error.code != "context_length_exceeded" or not self.drop_oldest():
                     raise
                 note(f"{error}; the oldest question and its answer are dropped (`clear` starts afresh)")
-
-    def request(self) -> Request:
-        return new_request(self.settings, messages=tuple(self.messages))
 
     def drop_oldest(self) -> bool:
         """Forget the oldest user and assistant turns; False when only the newest message is left."""
