@@ -4690,13 +4690,51 @@ SECURITY_HEADERS = {
 }
 
 
+def is_number(value: Any) -> bool:
+    return type(value) is int or type(value) is float and math.isfinite(value)
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+JSON_TYPES = {"null": lambda value: value is None, "boolean": lambda value: isinstance(value, bool), "string": is_text,
+              "number": is_number, "integer": lambda value: is_number(value) and value % 1 == 0,
+              "array": lambda value: isinstance(value, list), "object": lambda value: isinstance(value, dict)}
+
+
+def fits(schema: Mapping[str, Any], value: Any) -> bool:
+    """Is a value from JSON what a schema allows? As much of JSON Schema as the tables below use."""
+    types = schema.get("type", list(JSON_TYPES))
+    if not any(JSON_TYPES[name](value) for name in ([types] if is_text(types) else types)):
+        return False
+    if "enum" in schema and not any(type(each) is type(value) and each == value for each in schema["enum"]):
+        return False
+    if "anyOf" in schema and not any(fits(option, value) for option in schema["anyOf"]):
+        return False
+    if isinstance(value, list):
+        right_length = schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value))
+        return right_length and all_fit(schema.get("items", {}), value)
+    if isinstance(value, dict):
+        known, names, others = (schema.get(key, {}) for key in ("properties", "propertyNames", "additionalProperties"))
+        return set(schema.get("required", ())) <= value.keys() and all(
+            re.search(names.get("pattern", ""), name) and fits(known.get(name, others), each) for name, each in value.items())
+    return not is_number(value) or schema.get("minimum", value) <= value <= schema.get("maximum", value)
+
+
+def all_fit(schema: Mapping[str, Any], values: list) -> bool:
+    if schema is A_TOKEN:       # lists of them are long
+        return all(type(value) is int and 0 <= value < 2**31 for value in values)
+    return all(fits(schema, value) for value in values)
+
+
 class Kind(NamedTuple):
-    """What a field may hold: its parsing, its error texts and its JSON Schema come from this row."""
+    """What a field may hold: its check, its error texts and /openapi.json come from this row."""
 
     allowed: str                                        # in words
     schema: dict[str, Any]
-    takes: Callable[[Any], bool]
-    made: Callable[[Any], Any] = lambda value: value    # of a value that it takes
+    made: Callable[[Any], Any] = lambda value: value    # of a value that fits
+    details: dict[str, Any] = {}                        # of the schema, checked elsewhere with better words
 
 
 class Field(NamedTuple):
@@ -4711,21 +4749,22 @@ class Field(NamedTuple):
     required: bool = False
 
     @property
-    def bounds(self) -> dict[str, float]:
-        """The range outside of which it is refused, in JSON Schema's words."""
-        return {} if self.clamp or self.low == -math.inf else {"minimum": self.low, "maximum": self.high}
+    def schema(self) -> dict[str, Any]:
+        bounds = {} if self.clamp or self.low == -math.inf else {"minimum": self.low, "maximum": self.high}
+        return self.kind.schema | bounds
 
     @property
-    def schema(self) -> dict[str, Any]:
+    def described(self) -> dict[str, Any]:
+        """For /openapi.json."""
         or_null = [] if self.required else [{"type": "null"}]
-        return {"description": self.doc, "anyOf": [self.kind.schema | self.bounds, *or_null]}
+        return {"description": self.doc, "anyOf": [self.schema | self.kind.details, *or_null]}
 
     def read(self, value: Any) -> Any:
-        if self.kind.takes(value):
-            value = min(max(value, self.low), self.high) if self.clamp else value
-            if not self.bounds or self.low <= value <= self.high:
-                return self.kind.made(value)
-        raise bad_value(self.name, value, self.kind.allowed + (f" from {self.low:g} to {self.high:g}" if self.bounds else ""))
+        schema = self.schema
+        if not fits(schema, value):
+            bounds = f" from {self.low:g} to {self.high:g}" if "minimum" in schema else ""
+            raise bad_value(self.name, value, self.kind.allowed + bounds)
+        return self.kind.made(min(max(value, self.low), self.high) if self.clamp else value)
 
 
 def shown(value: Any) -> str:
@@ -4740,45 +4779,15 @@ def bad_value(name: str, value: Any, allowed: str) -> RequestError:
     return RequestError(f"{name} must be {allowed}, not {shown(value)}", code="invalid_value", param=name)
 
 
-def is_number(value: Any) -> bool:
-    return type(value) is int or type(value) is float and math.isfinite(value)
+def listed(value: Any) -> list:
+    """A text alone stands for a list of it; texts become whole Unicode."""
+    return [whole_unicode(part) if is_text(part) else part for part in ([value] if is_text(value) else value)]
 
 
-def is_integer(value: Any) -> bool:
-    return is_number(value) and value % 1 == 0
-
-
-def is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def is_token(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**31
-
-
-def is_list_of(takes: Callable[[Any], bool], value: Any) -> bool:
-    return isinstance(value, list) and all(map(takes, value))
-
-
-def is_function(tool: Any) -> bool:
-    """A function with a name; its parameters are a JSON schema."""
-    function = tool.get("function") if isinstance(tool, dict) else None
-    return isinstance(function, dict) and is_text(function.get("name")) \
-        and isinstance(function.get("parameters", {}), (dict, type(None)))
-
-
-def listed(value: Any) -> Any:
-    """A text alone stands for a list of it."""
-    return [value] if is_text(value) else value
-
-
-def prompt_list(value: Any) -> Any:
-    """Token ids alone do too, where prompts are meant."""
-    return [value] if isinstance(value, list) and value and type(value[0]) is int else listed(value)
-
-
-def whole_texts(parts: list) -> list:
-    return [whole_unicode(part) if is_text(part) else part for part in parts]
+def prompt_list(value: Any) -> tuple[str | tuple[int, ...], ...]:
+    """Token ids alone stand for a list of them too."""
+    prompts = [value] if type(value[0] if value else "") is int else listed(value)
+    return tuple(prompt if is_text(prompt) else tuple(prompt) for prompt in prompts)
 
 
 def response_grammar(value: dict) -> str:
@@ -4798,74 +4807,59 @@ def response_grammar(value: dict) -> str:
     return json_grammar(schema, "response_format")
 
 
-def token_biases(value: dict) -> tuple[tuple[int, float], ...]:
-    bias = Field("logit_bias", NUMBER, "", -100, 100)
-    return tuple((int(token), bias.read(amount)) for token, amount in value.items() if amount is not None)
+def list_schema(items: Mapping[str, Any], **more: int) -> dict[str, Any]:
+    return {"type": "array", "items": items, **more}
 
 
-SOME_TEXT, SOME_TOKENS = {"type": "string"}, {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}}
-SOME_FUNCTION = {"type": "object", "required": ["function"], "properties": {"function": {
-    "type": "object", "required": ["name"], "properties": {"name": SOME_TEXT, "parameters": {"type": ["object", "null"]}}}}}
-
-TEXT_OR_NULL = {"type": ["string", "null"]}
-SOME_PART = {"type": "object", "required": ["type"], "properties": {
-    "type": {"enum": ["text", "input_text", "refusal"]}, "text": TEXT_OR_NULL, "refusal": TEXT_OR_NULL}}
+def object_schema(required: Seq[str], **properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "required": required, "properties": properties}
 
 
-def messages_schema(roles: Seq[str], content: dict[str, Any], required: Seq[str]) -> dict[str, Any]:
-    return {"type": "array", "minItems": 1, "items": {"type": "object", "required": required, "properties": {
-        "role": {"enum": roles}, "content": content}}}
-
-
+A_TEXT, TEXT_OR_NULL = {"type": "string"}, {"type": ["string", "null"]}
+A_TOKEN = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
+A_FUNCTION = object_schema(["function"], function=object_schema(["name"], name=A_TEXT, parameters={"type": ["object", "null"]}))
+A_PART = object_schema(["type"], type={"enum": ["text", "input_text", "refusal"]}, text=TEXT_OR_NULL, refusal=TEXT_OR_NULL)
 NATIVE_ROLES = ["system", "user", "assistant"]
 OPENAI_ROLES = ["system", "developer", "user", "assistant"]         # and tool, where the model's template knows tools
 
-NUMBER = Kind("a finite number", {"type": "number"}, is_number, float)
-INTEGER = Kind("an integer", {"type": "integer"}, is_integer, int)
+NUMBER = Kind("a finite number", {"type": "number"}, float)
+INTEGER = Kind("an integer", {"type": "integer"}, int)
 SEED = INTEGER._replace(made=lambda value: int(value) % 2**64)         # OpenAI's seeds may be negative
 TOP_K = INTEGER._replace(made=lambda value: max(0, int(value)))
-CAP = Kind("a positive integer, or -1 for no cap,", {"type": "integer", "not": {"const": 0}},
-           lambda value: is_integer(value) and value != 0, int)
-SWITCH = Kind("true or false", {"enum": [True, False, "true", "false"]},
-              lambda value: isinstance(value, bool) or is_text(value) and value.lower() in ("true", "false"),
+CAP = Kind("a positive integer, or -1 for no cap,", {"anyOf": [{"enum": [-1]}, {"type": "integer", "minimum": 1}]}, int)
+SWITCH = Kind("true or false", {"enum": [True, False, "true", "false", "True", "False"]},
               lambda value: str(value).lower() == "true")
-TEXT = Kind("a string", SOME_TEXT, is_text, whole_unicode)
-LIST = Kind("a list", {"type": "array"}, lambda value: isinstance(value, list))
-NATIVE_MESSAGES = LIST._replace(schema=messages_schema(NATIVE_ROLES, SOME_TEXT, ["role", "content"]))
-OPENAI_MESSAGES = LIST._replace(schema=messages_schema([*OPENAI_ROLES, "tool"], {
-    "anyOf": [TEXT_OR_NULL, {"type": "array", "items": SOME_PART}]}, ["role"]))
-OBJECT = Kind("an object", {"type": "object"}, lambda value: isinstance(value, dict))
-TOKENS = Kind("a list of token ids", SOME_TOKENS, functools.partial(is_list_of, is_token), tuple)
+TEXT = Kind("a string", A_TEXT, whole_unicode)
+LIST = Kind("a list", {"type": "array"})
+OBJECT = Kind("an object", {"type": "object"})
+TOKENS = Kind("a list of token ids", list_schema(A_TOKEN), tuple)
 STOP = Kind(f"a string or a list of at most {LIMITS.stop_strings} strings",
-            {"anyOf": [SOME_TEXT, {"type": "array", "items": SOME_TEXT, "maxItems": LIMITS.stop_strings}]},
-            lambda value: is_list_of(is_text, listed(value)) and len(listed(value)) <= LIMITS.stop_strings,
-            lambda value: tuple(filter(None, whole_texts(listed(value)))))
-MIXED = Kind("a string, or a list of strings and token ids",
-             {"anyOf": [SOME_TEXT, {"type": "array", "items": {"anyOf": [SOME_TEXT, SOME_TOKENS["items"]]}}]},
-             lambda value: is_list_of(lambda part: is_text(part) or is_token(part), listed(value)),
-             lambda value: whole_texts(listed(value)))
+            {"anyOf": [A_TEXT, list_schema(A_TEXT, maxItems=LIMITS.stop_strings)]},
+            lambda value: tuple(stop for stop in listed(value) if stop))
+MIXED = Kind("a string, or a list of strings and token ids", {"anyOf": [A_TEXT, list_schema({"anyOf": [A_TEXT, A_TOKEN]})]},
+             listed)
 PROMPTS = Kind("a string, a list of token ids, or a list of such",
-               {"anyOf": [SOME_TEXT, {**SOME_TOKENS, "minItems": 1},
-                          {"type": "array", "minItems": 1, "items": {"anyOf": [SOME_TEXT, SOME_TOKENS]}}]},
-               lambda value: value != [] and is_list_of(lambda part: is_text(part) or TOKENS.takes(part), prompt_list(value)),
-               lambda value: tuple(part if is_text(part) else tuple(part) for part in whole_texts(prompt_list(value))))
+               {"anyOf": [A_TEXT, list_schema(A_TOKEN, minItems=1),
+                          list_schema({"anyOf": [A_TEXT, list_schema(A_TOKEN)]}, minItems=1)]}, prompt_list)
 PRIORITY = Kind('"low", "normal" or an integer, above 0 meaning low',                   # numbers as with vLLM
                 {"anyOf": [{"enum": ["low", "normal"]}, {"type": "integer"}]},
-                lambda value: value in ("low", "normal") or is_integer(value),
                 lambda value: value == "low" or value != "normal" and value > 0)
-TRUNCATE = Kind('"oldest" or "none"', {"enum": ["oldest", "none"]},
-                lambda value: value in ("oldest", "none"), lambda value: value == "oldest")
-LOGIT_BIAS = Kind("an object of token ids and biases", {
+TRUNCATE = Kind('"oldest" or "none"', {"enum": ["oldest", "none"]}, lambda value: value == "oldest")
+LOGIT_BIAS = Kind("an object of token ids and biases from -100 to 100", {
     "type": "object", "propertyNames": {"pattern": "^[0-9]{1,9}$"},
     "additionalProperties": {"type": ["number", "null"], "minimum": -100, "maximum": 100}},
-    lambda value: isinstance(value, dict) and all(re.fullmatch("[0-9]{1,9}", token) for token in value), token_biases)
-TOOLS = Kind('a list of {"type": "function", "function": {"name", "description", "parameters"}}',
-             {"type": "array", "items": SOME_FUNCTION}, functools.partial(is_list_of, is_function), tuple)
+    lambda value: tuple((int(token), float(bias)) for token, bias in value.items() if bias is not None))
+TOOLS = Kind('a list of {"type": "function", "function": {"name", "description", "parameters"}}', list_schema(A_FUNCTION),
+             tuple)
 TOOL_CHOICE = Kind('"auto", "none", "required" or a function by its name',
-                   {"anyOf": [{"enum": ["auto", "none", "required"]}, SOME_FUNCTION]},
-                   lambda value: value in ("auto", "none", "required") or is_function(value),
-                   lambda value: value if is_text(value) else "=" + value["function"]["name"])     # = and what must be called
+                   {"anyOf": [{"enum": ["auto", "none", "required"]}, A_FUNCTION]},
+                   lambda value: value if is_text(value) else "=" + value["function"]["name"])      # = and what must be called
 RESPONSE_FORMAT = OBJECT._replace(made=response_grammar)
+NATIVE_MESSAGES = LIST._replace(details=list_schema(
+    object_schema(["role", "content"], role={"enum": NATIVE_ROLES}, content=A_TEXT), minItems=1))
+OPENAI_MESSAGES = LIST._replace(details=list_schema(
+    object_schema(["role"], role={"enum": [*OPENAI_ROLES, "tool"]}, content={"anyOf": [TEXT_OR_NULL, list_schema(A_PART)]}),
+    minItems=1))
 
 COMMON_FIELDS = (       # of all routes that answer
     Field("stop", STOP, "strings that end the answer; not looked for in one of a required shape"),
@@ -5045,7 +5039,7 @@ def openai_messages(messages: list, with_tools: bool = False) -> tuple[Message, 
 
 def called_before(calls: Any, name: str) -> list[dict]:
     """The assistant's earlier calls as templates want them: arguments as an object."""
-    if not is_list_of(is_function, calls):
+    if not fits(list_schema(A_FUNCTION), calls):
         raise bad_value(name, calls, "a list of calls with a function each")
     read = []
     for call in calls:
@@ -5506,7 +5500,8 @@ class CompletionEncoder(OpenAIEncoder):
 
 
 class EventStream:
-    """One Server-Sent-Events response: frames, and pings while silent. ConnectionError when the reader has left or reads not."""
+    """One Server-Sent-Events response: frames, and pings while silent. ConnectionError when the reader has left or does not
+    read."""
 
     def __init__(self, http: web.Request, request_id: str, patient: bool = False):
         self.http, self.patient = http, patient     # patient: what it sends may wait for the reader
@@ -5515,7 +5510,7 @@ class EventStream:
 
     async def __aenter__(self) -> "EventStream":
         await self.response.prepare(self.http)      # the headers leave now, before any prefill
-        if self.http.transport is not None and not self.patient:        # never wait for a slow reader: the events would pile up elsewhere
+        if self.http.transport is not None and not self.patient:    # never wait for a slow reader: events would pile up
             self.http.transport.set_write_buffer_limits(high=2 * LIMITS.outbox_bytes)
         self.pings = asyncio.ensure_future(self._ping())
         return self
@@ -5870,8 +5865,8 @@ class Front:
         values, tokenizer = parse_fields(await read_body(http), TOKENIZE_FIELDS), self.tokenizer()
         encode = tokenizer.encode_with_specials if values.get("parse_special", True) else tokenizer.encode
         parts = values["content"]
-        tokens = await tokenizing(lambda parts: [token for part in parts for token in (encode(part) if isinstance(part, str) else [part])],
-                                  parts, sum(len(part) for part in parts if isinstance(part, str)))
+        encode_all = lambda parts: [token for part in parts for token in (encode(part) if is_text(part) else [part])]  # noqa: E731
+        tokens = await tokenizing(encode_all, parts, sum(len(part) for part in parts if is_text(part)))
         tokens = checked_ids(tokenizer.with_bos(tokens) if values.get("add_special") else tokens, tokenizer, "content")
         if values.get("with_pieces"):
             tokens = [{"id": token, "piece": piece_body(tokenizer, token)} for token in tokens]
@@ -6203,10 +6198,10 @@ def openapi_operation(route: Route) -> dict[str, Any]:
     """What /openapi.json says of a route."""
     error = {"description": "what was wrong", "content": {"application/json": {"schema": {"type": "object"}}}}
     operation = {"summary": route.doc, "responses": {"200": {"description": route.doc}, "default": error}, "parameters": [
-        {"name": name, "in": "path", "required": True, "schema": SOME_TEXT} for name in re.findall(r"{(\w+)", route.path)]}
+        {"name": name, "in": "path", "required": True, "schema": A_TEXT} for name in re.findall(r"{(\w+)", route.path)]}
     if route.fields:
         required = [field.name for field in route.fields if field.required]
-        schema = {"type": "object", "required": required, "properties": {field.name: field.schema for field in route.fields}}
+        schema = {"type": "object", "required": required, "properties": {field.name: field.described for field in route.fields}}
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     return operation | ({"security": []} if route.pattern in OPEN_ROUTES else {})
 
