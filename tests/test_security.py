@@ -1,6 +1,7 @@
 """Who may come in: API keys, other origins, host names, slow senders."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import pickle
@@ -248,7 +249,9 @@ async def test_every_later_request_has_no_longer_for_its_header(monkeypatch):
                 await asyncio.sleep(0.001)
         writer.write(b"GET / HTTP/1.1\r\nX-Slow: ")
         dripping = asyncio.create_task(drip())              # new bytes do not buy time
-        assert await reader.read() == b"" and not dripping.done()
+        with contextlib.suppress(ConnectionError):          # what is still sent to a connection that is closed resets it
+            assert await reader.read() == b""
+        assert not dripping.done()
         dripping.cancel()
         writer.close()
 
