@@ -272,8 +272,10 @@ def read_api_keys(keys: Iterable[str], path: str | None) -> tuple[ApiKey, ...]:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--api-key-file {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
         for number_, line in enumerate(lines, 1):
-            name, _, key = line.rpartition(":")
+            name, key = line.split(":", 1) if ":" in line else (f"line-{number_}", line)
             if line and not line.startswith("#"):
+                if not key.strip():         # it would be everybody's who brings none
+                    raise ConfigError(f"--api-key-file {path}: line {number_} has a name and no key")
                 found.append(ApiKey.hashed(key.strip(), name.strip() or f"line-{number_}"))
     if not found and (path is not None or list(keys)):
         raise ConfigError("no API key in --api-key or --api-key-file; without one the server would be open")

@@ -73,14 +73,15 @@ async def test_only_its_own_key_stops_an_answer(client):
 
 def test_keys_come_from_flags_files_and_the_environment_and_only_hashes_stay(tmp_path):
     path = tmp_path / "keys"
-    path.write_text("# people\nalice: sk-one\n\nsk-two\n")
+    path.write_text("# people\nalice: sk-one\n\nsk-two\ncarol: sk:four\n")
     settings = parse_command_line(["--api-key-file", str(path), "--api-key", "sk-three"], {})
-    assert settings.keys == (ApiKey.hashed("sk-three", "key-1"), ApiKey.hashed("sk-one", "alice"), ApiKey.hashed("sk-two", "line-4"))
+    assert settings.keys == (ApiKey.hashed("sk-three", "key-1"), ApiKey.hashed("sk-one", "alice"), ApiKey.hashed("sk-two", "line-4"),
+                             ApiKey.hashed("sk:four", "carol"))
     assert parse_command_line([], {"CHAT_SERVER_API_KEY": "a,b"}).keys == (ApiKey.hashed("a", "key-1"), ApiKey.hashed("b", "key-2"))
     assert "sk-" not in repr(settings) and b"sk-" not in pickle.dumps(settings)
 
 
-@pytest.mark.parametrize("content", [None, "", "# only a comment\n", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [None, "", "# only a comment\n", b"\xff\xfe", "alice: sk-one\nbob:\n", "alice: sk-one\n:\n"])
 def test_a_key_file_without_keys_does_not_open_the_server(tmp_path, content):
     path = tmp_path / "keys"
     if content is not None:
