@@ -293,10 +293,6 @@ class ChatServerError(Exception):
     code: str | None = None
     param: str | None = None
 
-    @property
-    def message(self) -> str:
-        return str(self)
-
 
 class RequestError(ChatServerError):
     """The client's fault: a status of 4xx, a machine-readable code, and the parameter that is wrong."""
@@ -306,9 +302,6 @@ class RequestError(ChatServerError):
     def __init__(self, message: str, *, status: int = 400, code: str | None = None, param: str | None = None):
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
-
-    def __reduce__(self):       # errors cross the worker pipe as pickles
-        return functools.partial(RequestError, status=self.status, code=self.code, param=self.param), (self.message,)
 
 
 class ConfigError(ChatServerError):
@@ -5153,7 +5146,7 @@ def frame(value: Any) -> bytes:
 
 
 def error_body(error: ChatServerError) -> dict:
-    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+    return {"error": {"message": str(error), "type": error.type, "param": error.param, "code": error.code}}
 
 
 def timings_body(done: Finished) -> dict:
@@ -6156,7 +6149,7 @@ async def errors_to_responses(http: web.Request, handler: Callable) -> web.Strea
     body = error_body(failure)
     if not re.search(r"/v1/|/models$|tokenize$|/apply-template$", http.path):
         plain = failure.status == 400 and failure.code != "context_length_exceeded"     # `chat --url` needs that code
-        body = {"detail": failure.message, **({} if plain else body)}
+        body = {"detail": str(failure), **({} if plain else body)}
     return json_response(body, failure.status, headers)
 
 
@@ -6237,7 +6230,7 @@ def create_app(pool: Pool, settings: Settings) -> web.Application:
 
 def early_response(failure: ChatServerError) -> web.Response:
     """The answer to what the application is not asked about, in the shapes of both APIs; the connection ends with it."""
-    response = json_response({"detail": failure.message, **error_body(failure)}, failure.status, SECURITY_HEADERS)
+    response = json_response({"detail": str(failure), **error_body(failure)}, failure.status, SECURITY_HEADERS)
     response.force_close()
     return response
 
