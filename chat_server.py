@@ -44,6 +44,7 @@ import bisect
 import codecs
 import collections
 import contextlib
+import contextvars
 import ctypes
 import dataclasses
 import errno
@@ -116,6 +117,8 @@ log = logging.getLogger("chat_server")
 # 1. config ---------------------------------------------------------------------------------------------------
 
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
+DEFAULT_MAX_TOKENS = 512            # where -m says nothing; /v1 goes up to the context
+CHAT_TEMPERATURE = 0.6              # of the chat command
 PAGE_SIZE = 16                      # KV slots in a page
 
 
@@ -195,7 +198,7 @@ OPTIONS = (
     Option("step", "s", None, number(int, 0), "nanochat checkpoint step (default: the last)"),
     Option("softcap", None, None, number(float, 0.1, 1000),
            "override a nanochat model's logit softcap (15; 20 for one week of generation 3)"),
-    Option("temperature", "t", None, number(float, 0, 2), "default temperature, 0 = greedy (0.8; chat: 0.6)"),
+    Option("temperature", "t", 0.8, number(float, 0, 2), "default temperature, 0 = greedy (0.8; chat: 0.6)"),
     Option("top-k", "k", 50, number(int, 0), "default top-k, 0 = whole vocabulary"),
     Option("top-p", None, 1.0, number(float, 0, 1), "default top-p, 1 = off"),
     Option("min-p", None, 0.0, number(float, 0, 1), "default min-p, 0 = off"),
@@ -242,22 +245,10 @@ def option_field(option: Option) -> str:
     return option.name.split()[0].replace("-", "_")
 
 
-class SettingsBase:
-    """What follows from the flags."""
-
-    @property
-    def default_temperature(self) -> float:
-        return self.temperature if self.temperature is not None else 0.6 if self.command == "chat" else 0.8
-
-    @property
-    def default_max_tokens(self) -> int:
-        return self.max_tokens if self.max_tokens is not None else 512
-
-
 # Every flag's value (the field of `--max-tokens` is `max_tokens`), the command, MODEL, and the API keys, hashed.
 Settings = dataclasses.make_dataclass(
     "Settings", [("command", str, "serve"), ("model", "str | None", None), ("keys", "tuple[ApiKey, ...]", ()),
-                 *((option_field(option), Any, option.default) for option in OPTIONS)], bases=(SettingsBase,), frozen=True)
+                 *((option_field(option), Any, option.default) for option in OPTIONS)], frozen=True)
 Settings.__module__ = __name__      # where pickles find it
 
 
@@ -281,8 +272,10 @@ def read_api_keys(keys: Iterable[str], path: str | None) -> tuple[ApiKey, ...]:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--api-key-file {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
         for number_, line in enumerate(lines, 1):
-            name, _, key = line.rpartition(":")
+            name, key = line.split(":", 1) if ":" in line else (f"line-{number_}", line)
             if line and not line.startswith("#"):
+                if not key.strip():         # it would be everybody's who brings none
+                    raise ConfigError(f"--api-key-file {path}: line {number_} has a name and no key")
                 found.append(ApiKey.hashed(key.strip(), name.strip() or f"line-{number_}"))
     if not found and (path is not None or list(keys)):
         raise ConfigError("no API key in --api-key or --api-key-file; without one the server would be open")
@@ -300,10 +293,6 @@ class ChatServerError(Exception):
     code: str | None = None
     param: str | None = None
 
-    @property
-    def message(self) -> str:
-        return str(self)
-
 
 class RequestError(ChatServerError):
     """The client's fault: a status of 4xx, a machine-readable code, and the parameter that is wrong."""
@@ -313,9 +302,6 @@ class RequestError(ChatServerError):
     def __init__(self, message: str, *, status: int = 400, code: str | None = None, param: str | None = None):
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
-
-    def __reduce__(self):       # errors cross the worker pipe as pickles
-        return functools.partial(RequestError, status=self.status, code=self.code, param=self.param), (self.message,)
 
 
 class ConfigError(ChatServerError):
@@ -4672,10 +4658,12 @@ def cuda_device_count() -> int:
 # 11. http: routes parse, answer() works, encoders write -------------------------------------------------------------
 
 PING_S = 10.0               # a silent stream carries a comment this often
-HEADER_S = 15.0             # a connection that has not brought a whole request header by then is closed
+HEADER_S = 15.0             # so long may the header of a request take
 BODY_S = 30.0               # so long may a body pause
+KEEP_ALIVE_S = 75.0         # so long is a connection kept between requests
 GRACE_S = 30.0              # so long goes a resumable answer on without a reader
 KEPT_S = 600.0              # and so long can an ended one be read
+BACKLOG = 1024              # connections that the system holds until they are accepted
 OPEN_ROUTES = ("/", "/static/{name}", "/livez", "/readyz", "/health")     # these need no API key
 POLLED_ROUTES = ("/health", "/livez", "/readyz", "/stats", "/metrics")      # logged at level debug only
 STATIC = Path(__file__).resolve().parent / "static"
@@ -4697,28 +4685,81 @@ SECURITY_HEADERS = {
 }
 
 
+def is_number(value: Any) -> bool:
+    return type(value) is int or type(value) is float and math.isfinite(value)
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+JSON_TYPES = {"null": lambda value: value is None, "boolean": lambda value: isinstance(value, bool), "string": is_text,
+              "number": is_number, "integer": lambda value: is_number(value) and value % 1 == 0,
+              "array": lambda value: isinstance(value, list), "object": lambda value: isinstance(value, dict)}
+
+
+def fits(schema: Mapping[str, Any], value: Any) -> bool:
+    """Is a value from JSON what a schema allows? As much of JSON Schema as the tables below use."""
+    types = schema.get("type", list(JSON_TYPES))
+    if not any(JSON_TYPES[name](value) for name in ([types] if is_text(types) else types)):
+        return False
+    if "enum" in schema and not any(type(each) is type(value) and each == value for each in schema["enum"]):
+        return False
+    if "anyOf" in schema and not any(fits(option, value) for option in schema["anyOf"]):
+        return False
+    if isinstance(value, list):
+        right_length = schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value))
+        return right_length and all_fit(schema.get("items", {}), value)
+    if isinstance(value, dict):
+        known, names, others = (schema.get(key, {}) for key in ("properties", "propertyNames", "additionalProperties"))
+        return set(schema.get("required", ())) <= value.keys() and all(
+            re.search(names.get("pattern", ""), name) and fits(known.get(name, others), each) for name, each in value.items())
+    return not is_number(value) or schema.get("minimum", value) <= value <= schema.get("maximum", value)
+
+
+def all_fit(schema: Mapping[str, Any], values: list) -> bool:
+    if schema is A_TOKEN:       # lists of them are long
+        return all(type(value) is int and 0 <= value < 2**31 for value in values)
+    return all(fits(schema, value) for value in values)
+
+
+class Kind(NamedTuple):
+    """What a field may hold: its check, its error texts and /openapi.json come from this row."""
+
+    allowed: str                                        # in words
+    schema: dict[str, Any]
+    made: Callable[[Any], Any] = lambda value: value    # of a value that fits
+    details: dict[str, Any] = {}                        # of the schema, checked elsewhere with better words
+
+
 class Field(NamedTuple):
-    """One field of a request body: its parsing and its error texts come from this row. null and absent are the same."""
+    """One field of a request body. null and absent are the same."""
 
     name: str
-    read: Callable[["Field", Any], Any]
+    kind: Kind
     doc: str
     low: float = -math.inf
     high: float = math.inf
-    clamp: bool = False                     # out of range: moved to the edge, instead of refused
+    clamp: bool = False                     # a number out of range is moved to the edge, instead of refused
     required: bool = False
 
-    def refusal(self, value: Any, allowed: str) -> RequestError:
-        if math.isfinite(self.low) and not self.clamp:
-            allowed += f" from {self.low:g} to {self.high:g}"
-        return bad_value(self.name, value, allowed)
+    @property
+    def schema(self) -> dict[str, Any]:
+        bounds = {} if self.clamp or self.low == -math.inf else {"minimum": self.low, "maximum": self.high}
+        return self.kind.schema | bounds
 
-    def within(self, value: Any, allowed: str) -> Any:
-        if self.clamp:
-            return min(max(value, self.low), self.high)
-        if not self.low <= value <= self.high:
-            raise self.refusal(value, allowed)
-        return value
+    @property
+    def described(self) -> dict[str, Any]:
+        """For /openapi.json."""
+        or_null = [] if self.required else [{"type": "null"}]
+        return {"description": self.doc, "anyOf": [self.schema | self.kind.details, *or_null]}
+
+    def read(self, value: Any) -> Any:
+        schema = self.schema
+        if not fits(schema, value):
+            bounds = f" from {self.low:g} to {self.high:g}" if "minimum" in schema else ""
+            raise bad_value(self.name, value, self.kind.allowed + bounds)
+        return self.kind.made(min(max(value, self.low), self.high) if self.clamp else value)
 
 
 def shown(value: Any) -> str:
@@ -4733,221 +4774,172 @@ def bad_value(name: str, value: Any, allowed: str) -> RequestError:
     return RequestError(f"{name} must be {allowed}, not {shown(value)}", code="invalid_value", param=name)
 
 
-def read_number(field: Field, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or abs(value) == math.inf:
-        raise field.refusal(value, "a finite number")
-    return float(field.within(value, "a number"))
+def listed(value: Any) -> list:
+    """A text alone stands for a list of it; texts become whole Unicode."""
+    return [whole_unicode(part) if is_text(part) else part for part in ([value] if is_text(value) else value)]
 
 
-def read_integer(field: Field, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or value % 1 != 0:
-        raise field.refusal(value, "an integer")
-    return int(field.within(int(value), "an integer"))
+def prompt_list(value: Any) -> tuple[str | tuple[int, ...], ...]:
+    """Token ids alone stand for a list of them too."""
+    prompts = [value] if type(value[0] if value else "") is int else listed(value)
+    return tuple(prompt if is_text(prompt) else tuple(prompt) for prompt in prompts)
 
 
-def read_seed(field: Field, value: Any) -> int:
-    return read_integer(field, value) % 2**64       # OpenAI's seeds may be negative
-
-
-def read_cap(field: Field, value: Any) -> int:
-    cap = read_integer(field, value)
-    if cap == 0:
-        raise field.refusal(value, "a positive integer, or -1 for no cap,")
-    return cap
-
-
-def read_switch(field: Field, value: Any) -> bool:
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    if not isinstance(value, bool):
-        raise field.refusal(value, "true or false")
-    return value
-
-
-def read_priority(field: Field, value: Any) -> bool:
-    """Whether it is low: "low", or as with vLLM a number above 0."""
-    if value not in ("low", "normal") and (isinstance(value, bool) or not isinstance(value, int)):
-        raise field.refusal(value, '"low", "normal" or an integer, above 0 meaning low')
-    return value == "low" or not isinstance(value, str) and value > 0
-
-
-def read_truncate(field: Field, value: Any) -> bool:
-    if value not in ("oldest", "none"):
-        raise field.refusal(value, '"oldest" or "none"')
-    return value == "oldest"
-
-
-def read_stop(field: Field, value: Any) -> tuple[str, ...]:
-    stops = [value] if isinstance(value, str) else value
-    allowed = f"a string or a list of at most {LIMITS.stop_strings} strings"
-    if not isinstance(stops, list) or len(stops) > LIMITS.stop_strings or not all(isinstance(s, str) for s in stops):
-        raise field.refusal(value, allowed)
-    return tuple(whole_unicode(stop) for stop in stops if stop)
-
-
-def read_token_ids(field: Field, value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or not all(type(token) is int and 0 <= token < 2**31 for token in value):
-        raise field.refusal(value, "a list of token ids")
-    return tuple(value)
-
-
-def read_logit_bias(field: Field, value: Any) -> tuple[tuple[int, float], ...]:
-    if not isinstance(value, dict) or not all(re.fullmatch(r"[0-9]{1,9}", token) for token in value):
-        raise field.refusal(value, "an object of token ids and biases")
-    bias = Field("logit_bias", read_number, "", -100, 100)
-    return tuple((int(token), read_number(bias, amount)) for token, amount in value.items() if amount is not None)
-
-
-def read_response_format(field: Field, value: Any) -> str:
-    """A grammar; "" for text."""
-    kind = value.get("type") if isinstance(value, dict) else None
+def response_grammar(value: dict) -> str:
+    """What response_format asks for; "" for text."""
+    kind = value.get("type")
     if kind == "text":
         return ""
     if kind not in ("json_object", "json_schema"):
-        raise field.refusal(kind if isinstance(value, dict) else value, "an object of type text, json_object or json_schema")
+        raise bad_value("response_format", kind, "an object of type text, json_object or json_schema")
     holder = value.get("json_schema") if kind == "json_schema" else value       # llama-server takes {"type", "schema"} for both
     schema = holder.get("schema", value.get("schema")) if isinstance(holder, dict) else value.get("schema")
     if schema is None and kind == "json_object":
         schema = {"type": "object"}
     if not isinstance(schema, dict):
-        raise RequestError("response_format.json_schema.schema must be an object", code="invalid_json_schema", param=field.name)
-    return json_grammar(schema, field.name)
+        raise RequestError("response_format.json_schema.schema must be an object", code="invalid_json_schema",
+                           param="response_format")
+    return json_grammar(schema, "response_format")
 
 
-def read_tools(field: Field, value: Any) -> tuple[dict, ...]:
-    """Functions with a name; parameters are a JSON schema."""
-    allowed = 'a list of {"type": "function", "function": {"name", "description", "parameters"}}'
-    functions = [tool.get("function") if isinstance(tool, dict) else None for tool in value] if isinstance(value, list) else [None]
-    for function in functions:
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str) \
-                or not isinstance(function.get("parameters", {}), (dict, type(None))):
-            raise field.refusal(value, allowed)
-    return tuple(value)
+def list_schema(items: Mapping[str, Any], **more: int) -> dict[str, Any]:
+    return {"type": "array", "items": items, **more}
 
 
-def read_tool_choice(field: Field, value: Any) -> str:
-    """auto, none, required, or "=" and the name of the function that has to be called."""
-    if isinstance(value, dict) and isinstance(function := value.get("function"), dict) and isinstance(function.get("name"), str):
-        return "=" + function["name"]
-    if value not in ("auto", "none", "required"):
-        raise field.refusal(value, '"auto", "none", "required" or a function by its name')
-    return value
+def object_schema(required: Seq[str], **properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "required": required, "properties": properties}
 
 
-def read_mixed(field: Field, value: Any) -> list[str | int]:
-    """Text, or a list of texts and token ids."""
-    parts = [value] if isinstance(value, str) else value
-    if not isinstance(parts, list) or not all(isinstance(part, str) or type(part) is int for part in parts):
-        raise field.refusal(value, "a string, or a list of strings and token ids")
-    return [whole_unicode(part) if isinstance(part, str) else part for part in parts]
+A_TEXT, TEXT_OR_NULL = {"type": "string"}, {"type": ["string", "null"]}
+A_TOKEN = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
+A_FUNCTION = object_schema(["function"], function=object_schema(["name"], name=A_TEXT, parameters={"type": ["object", "null"]}))
+A_PART = object_schema(["type"], type={"enum": ["text", "input_text", "refusal"]}, text=TEXT_OR_NULL, refusal=TEXT_OR_NULL)
+NATIVE_ROLES = ["system", "user", "assistant"]
+OPENAI_ROLES = ["system", "developer", "user", "assistant"]         # and tool, where the model's template knows tools
 
+NUMBER = Kind("a finite number", {"type": "number"}, float)
+INTEGER = Kind("an integer", {"type": "integer"}, int)
+SEED = INTEGER._replace(made=lambda value: int(value) % 2**64)         # OpenAI's seeds may be negative
+TOP_K = INTEGER._replace(made=lambda value: max(0, int(value)))
+CAP = Kind("a positive integer, or -1 for no cap,", {"anyOf": [{"enum": [-1]}, {"type": "integer", "minimum": 1}]}, int)
+SWITCH = Kind("true or false", {"enum": [True, False, "true", "false", "True", "False"]},
+              lambda value: str(value).lower() == "true")
+TEXT = Kind("a string", A_TEXT, whole_unicode)
+LIST = Kind("a list", {"type": "array"})
+OBJECT = Kind("an object", {"type": "object"})
+TOKENS = Kind("a list of token ids", list_schema(A_TOKEN), tuple)
+STOP = Kind(f"a string or a list of at most {LIMITS.stop_strings} strings",
+            {"anyOf": [A_TEXT, list_schema(A_TEXT, maxItems=LIMITS.stop_strings)]},
+            lambda value: tuple(stop for stop in listed(value) if stop))
+MIXED = Kind("a string, or a list of strings and token ids", {"anyOf": [A_TEXT, list_schema({"anyOf": [A_TEXT, A_TOKEN]})]},
+             listed)
+PROMPTS = Kind("a string, a list of token ids, or a list of such",
+               {"anyOf": [A_TEXT, list_schema(A_TOKEN, minItems=1),
+                          list_schema({"anyOf": [A_TEXT, list_schema(A_TOKEN)]}, minItems=1)]}, prompt_list)
+PRIORITY = Kind('"low", "normal" or an integer, above 0 meaning low',                   # numbers as with vLLM
+                {"anyOf": [{"enum": ["low", "normal"]}, {"type": "integer"}]},
+                lambda value: value == "low" or value != "normal" and value > 0)
+TRUNCATE = Kind('"oldest" or "none"', {"enum": ["oldest", "none"]}, lambda value: value == "oldest")
+LOGIT_BIAS = Kind("an object of token ids and biases from -100 to 100", {
+    "type": "object", "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+    "additionalProperties": {"type": ["number", "null"], "minimum": -100, "maximum": 100}},
+    lambda value: tuple((int(token), float(bias)) for token, bias in value.items() if bias is not None))
+TOOLS = Kind('a list of {"type": "function", "function": {"name", "description", "parameters"}}', list_schema(A_FUNCTION),
+             tuple)
+TOOL_CHOICE = Kind('"auto", "none", "required" or a function by its name',
+                   {"anyOf": [{"enum": ["auto", "none", "required"]}, A_FUNCTION]},
+                   lambda value: value if is_text(value) else "=" + value["function"]["name"])      # = and what must be called
+RESPONSE_FORMAT = OBJECT._replace(made=response_grammar)
+NATIVE_MESSAGES = LIST._replace(details=list_schema(
+    object_schema(["role", "content"], role={"enum": NATIVE_ROLES}, content=A_TEXT), minItems=1))
+OPENAI_MESSAGES = LIST._replace(details=list_schema(
+    object_schema(["role"], role={"enum": [*OPENAI_ROLES, "tool"]}, content={"anyOf": [TEXT_OR_NULL, list_schema(A_PART)]}),
+    minItems=1))
 
-def read_prompts(field: Field, value: Any) -> tuple[str | tuple[int, ...], ...]:
-    """Always as a list of prompts."""
-    prompts = [value] if isinstance(value, str) or isinstance(value, list) and value and type(value[0]) is int else value
-    if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, (str, list)) for prompt in prompts):
-        raise field.refusal(value, "a string, a list of token ids, or a list of such")
-    return tuple(whole_unicode(p) if isinstance(p, str) else read_token_ids(field, p) for p in prompts)
-
-
-def typed(kind: type, allowed: str) -> Callable[[Field, Any], Any]:
-    def read(field: Field, value: Any) -> Any:
-        if not isinstance(value, kind):
-            raise field.refusal(value, allowed)
-        return whole_unicode(value) if kind is str else value
-    return read
-
-
-read_text, read_list, read_object = typed(str, "a string"), typed(list, "a list"), typed(dict, "an object")
+COMMON_FIELDS = (       # of all routes that answer
+    Field("stop", STOP, "strings that end the answer; not looked for in one of a required shape"),
+    Field("ignore_eos", SWITCH, "go on to max_tokens"),
+    Field("priority", PRIORITY, "`low`: runs when nothing else waits"),
+    Field("truncate", TRUNCATE, "`oldest`: what does not fit into the context loses its oldest turns, and timings say so"),
+    Field("resumable", SWITCH, "numbered events; GET /v1/streams/{id} goes on with the stream where it was left"),
+)
 
 NATIVE_FIELDS = (
-    Field("messages", read_list, "the conversation: objects with role (system, user, assistant) and content", required=True),
-    Field("temperature", read_number, "0 = greedy", *LIMITS.temperature, clamp=True),
-    Field("max_tokens", read_integer, "length of the answer", *LIMITS.max_tokens, clamp=True),
-    Field("top_k", read_integer, "0 = whole vocabulary", *LIMITS.top_k, clamp=True),
-    Field("top_p", read_number, "1 = off", 0, 1, clamp=True),
-    Field("min_p", read_number, "0 = off", 0, 1, clamp=True),
-    Field("seed", read_seed, "same seed, same answer; random when absent"),
-    Field("stop", read_stop, "strings that end the answer"),
-    Field("ignore_eos", read_switch, "go on to max_tokens"),
-    Field("priority", read_priority, "`low`: runs when nothing else waits"),
-    Field("truncate", read_truncate, "`oldest`: what does not fit into the context loses its oldest turns, and timings say so"),
-    Field("resumable", read_switch, "numbered events; GET /v1/streams/{id} goes on with the stream where it was left"),
+    Field("messages", NATIVE_MESSAGES, "the conversation", required=True),
+    Field("temperature", NUMBER, "0 = greedy", *LIMITS.temperature, clamp=True),
+    Field("max_tokens", INTEGER, "length of the answer", *LIMITS.max_tokens, clamp=True),
+    Field("top_k", TOP_K, "0 = whole vocabulary", *LIMITS.top_k, clamp=True),
+    Field("top_p", NUMBER, "1 = off", 0, 1, clamp=True),
+    Field("min_p", NUMBER, "0 = off", 0, 1, clamp=True),
+    Field("seed", SEED, "same seed, same answer; random when absent"),
+    *COMMON_FIELDS,
 )
 
 SHARED_FIELDS = (       # of both OpenAI routes
-    Field("model", read_text, "absent, empty or `default`: the loaded one"),
-    Field("stream", read_switch, "server-sent events"),
-    Field("stream_options", read_object, "include_usage: a last chunk with the usage"),
-    Field("temperature", read_number, "0 = greedy", 0, 2),
-    Field("top_p", read_number, "1 = off", 0, 1),
-    Field("top_k", read_integer, "0 or -1 = whole vocabulary", -1, 2**31 - 1),
-    Field("min_p", read_number, "0 = off", 0, 1),
-    Field("seed", read_seed, "same seed, same answer; random when absent", -2**63, 2**64 - 1),
-    Field("stop", read_stop, "strings that end the answer; not looked for in one of a required shape"),
-    Field("stop_token_ids", read_token_ids, "tokens that end the answer; likewise"),
-    Field("ignore_eos", read_switch, "go on to max_tokens"),
-    Field("min_tokens", read_integer, "no end before so many tokens", 0, 2**53),
-    Field("presence_penalty", read_number, "for tokens that occurred in the answer", -2, 2),
-    Field("frequency_penalty", read_number, "for each time they occurred", -2, 2),
-    Field("repetition_penalty", read_number, "1 = off", 0.01, 10),
-    Field("logit_bias", read_logit_bias, "token id -> bias"),
-    Field("n", read_integer, "choices", 1, LIMITS.choices),
-    Field("priority", read_priority, "`low`: runs when nothing else waits"),
-    Field("truncate", read_truncate, "`oldest`: what does not fit into the context loses its oldest turns, and timings say so"),
-    Field("resumable", read_switch, "numbered events; GET /v1/streams/{id} goes on with the stream where it was left"),
+    Field("model", TEXT, "absent, empty or `default`: the loaded one"),
+    Field("stream", SWITCH, "server-sent events"),
+    Field("stream_options", OBJECT, "include_usage: a last chunk with the usage"),
+    Field("temperature", NUMBER, "0 = greedy", 0, 2),
+    Field("top_p", NUMBER, "1 = off", 0, 1),
+    Field("top_k", TOP_K, "0 or -1 = whole vocabulary", -1, 2**31 - 1),
+    Field("min_p", NUMBER, "0 = off", 0, 1),
+    Field("seed", SEED, "same seed, same answer; random when absent", -2**63, 2**64 - 1),
+    Field("stop_token_ids", TOKENS, "tokens that end the answer; likewise"),
+    Field("min_tokens", INTEGER, "no end before so many tokens", 0, 2**53),
+    Field("presence_penalty", NUMBER, "for tokens that occurred in the answer", -2, 2),
+    Field("frequency_penalty", NUMBER, "for each time they occurred", -2, 2),
+    Field("repetition_penalty", NUMBER, "1 = off", 0.01, 10),
+    Field("logit_bias", LOGIT_BIAS, "token id -> bias"),
+    Field("n", INTEGER, "choices", 1, LIMITS.choices),
+    *COMMON_FIELDS,
 )
 
 OPENAI_FIELDS = (
-    Field("messages", read_list, "the conversation", required=True),
+    Field("messages", OPENAI_MESSAGES, "the conversation", required=True),
     *SHARED_FIELDS,
-    Field("max_tokens", read_cap, "length of the answer; -1 = up to the context", -1, 2**53),
-    Field("max_completion_tokens", read_cap, "the same, and wins", -1, 2**53),
-    Field("logprobs", read_switch, "log-probabilities of the answer"),
-    Field("top_logprobs", read_integer, "alternatives in them", 0, 20),
-    Field("tools", read_tools, "functions the model may call"),
-    Field("tool_choice", read_tool_choice, "auto, none, required, or one of them"),
-    Field("parallel_tool_calls", read_switch, "false: one call at most where one is required"),
-    Field("functions", read_list, "refused: tools of old"),
-    Field("response_format", read_response_format, "shape of the answer: text, json_object or json_schema"),
+    Field("max_tokens", CAP, "length of the answer; -1 = up to the context", -1, 2**53),
+    Field("max_completion_tokens", CAP, "the same, and wins", -1, 2**53),
+    Field("logprobs", SWITCH, "log-probabilities of the answer"),
+    Field("top_logprobs", INTEGER, "alternatives in them", 0, 20),
+    Field("tools", TOOLS, "functions the model may call"),
+    Field("tool_choice", TOOL_CHOICE, "auto, none, required, or one of them"),
+    Field("parallel_tool_calls", SWITCH, "false: one call at most where one is required"),
+    Field("functions", LIST, "refused: tools of old"),
+    Field("response_format", RESPONSE_FORMAT, "shape of the answer: text, json_object or json_schema"),
 )
 
 COMPLETION_FIELDS = (
-    Field("prompt", read_prompts, "text, token ids, or a list of such", required=True),
+    Field("prompt", PROMPTS, "text, token ids, or a list of such", required=True),
     *SHARED_FIELDS,
-    Field("max_tokens", read_integer, "length of the answer; -1 = up to the context, 0 = only echo", -1, 2**53),
-    Field("logprobs", read_integer, "log-probabilities, with so many alternatives", 0, 20),
-    Field("echo", read_switch, "the prompt before the answer, in the log-probabilities too"),
-    Field("best_of", read_integer, "the same as n", 1, LIMITS.choices),
-    Field("suffix", read_text, "refused: no model here fills in"),
+    Field("max_tokens", INTEGER, "length of the answer; -1 = up to the context, 0 = only echo", -1, 2**53),
+    Field("logprobs", INTEGER, "log-probabilities, with so many alternatives", 0, 20),
+    Field("echo", SWITCH, "the prompt before the answer, in the log-probabilities too"),
+    Field("best_of", INTEGER, "the same as n", 1, LIMITS.choices),
+    Field("suffix", TEXT, "refused: no model here fills in"),
 )
-
 
 TOKENIZE_FIELDS = (
-    Field("content", read_mixed, "text, or a list of texts and token ids", required=True),
-    Field("add_special", read_switch, "begin with bos where the model wants it"),
-    Field("parse_special", read_switch, "names of special tokens mean the tokens (the default)"),
-    Field("with_pieces", read_switch, "each token's text too"),
+    Field("content", MIXED, "text, or a list of texts and token ids", required=True),
+    Field("add_special", SWITCH, "begin with bos where the model wants it"),
+    Field("parse_special", SWITCH, "names of special tokens mean the tokens (the default)"),
+    Field("with_pieces", SWITCH, "each token's text too"),
 )
-DETOKENIZE_FIELDS = (Field("tokens", read_token_ids, "token ids", required=True),)
-TEMPLATE_FIELDS = (Field("messages", read_list, "the conversation", required=True), Field("tools", read_tools, "functions"))
+DETOKENIZE_FIELDS = (Field("tokens", TOKENS, "token ids", required=True),)
+TEMPLATE_FIELDS = (Field("messages", OPENAI_MESSAGES, "the conversation", required=True), Field("tools", TOOLS, "functions"))
 
 
 async def read_bytes(http: web.Request) -> bytes:
     """The body; 413 above LIMITS.body_bytes, 408 when it pauses for BODY_S."""
     body = bytearray()
-    if (http.content_length or 0) > LIMITS.body_bytes:
-        raise web.HTTPRequestEntityTooLarge(LIMITS.body_bytes, http.content_length)
-    try:
-        while chunk := await asyncio.wait_for(http.content.readany(), BODY_S):
-            body += chunk
-            if len(body) > LIMITS.body_bytes:
-                raise web.HTTPRequestEntityTooLarge(LIMITS.body_bytes, len(body))
-        return bytes(body)
-    except asyncio.TimeoutError:
-        raise RequestError(f"nothing of the body came for {BODY_S:g} s", status=408, code="body_timeout") from None
-    except ConnectionError as error:
-        raise ClientGone("the client has left") from error
+    while max(len(body), http.content_length or 0) <= LIMITS.body_bytes:
+        try:
+            chunk = await asyncio.wait_for(http.content.readany(), BODY_S)
+        except asyncio.TimeoutError:
+            raise RequestError(f"nothing of the body came for {BODY_S:g} s", status=408, code="body_timeout") from None
+        if not chunk:
+            return bytes(body)
+        body += chunk
+    raise RequestError(f"the body has more than {LIMITS.body_bytes} bytes", status=413, code="request_entity_too_large")
 
 
 async def read_body(http: web.Request) -> dict:
@@ -4969,16 +4961,22 @@ def parse_fields(body: dict, fields: Seq[Field]) -> dict[str, Any]:
     """The fields that are set, by name, checked; unknown fields are ignored."""
     if missing := [field.name for field in fields if field.required and body.get(field.name) is None]:
         raise RequestError(f"{missing[0]} is missing", code="missing_required_parameter", param=missing[0])
-    return {field.name: field.read(field, body[field.name]) for field in fields if body.get(field.name) is not None}
+    return {field.name: field.read(body[field.name]) for field in fields if body.get(field.name) is not None}
 
 
 def sampling_params(values: Mapping[str, Any], settings: Settings) -> SamplingParams:
     """What was asked, over what the operator chose (-t, -k ...); a request without a seed gets a random one."""
     seed = settings.seed if settings.seed is not None else secrets.randbits(53)     # 53: exact in JavaScript too
-    chosen = {"temperature": settings.default_temperature, "top_k": settings.top_k, "top_p": settings.top_p,
-              "min_p": settings.min_p, "seed": seed}
+    chosen = {name: getattr(settings, name) for name in ("temperature", "top_k", "top_p", "min_p")} | {"seed": seed}
     names = {f.name for f in dataclasses.fields(SamplingParams)}
     return SamplingParams(**chosen | {name: value for name, value in values.items() if name in names})
+
+
+def make_request(values: Mapping[str, Any], settings: Settings, **source: Any) -> Request:
+    """A Request of what the fields of every route that answers have in common, and of `source`."""
+    names = ("stop", "stop_token_ids", "ignore_eos", "min_tokens", "n", "truncate", "resumable")
+    return Request("", sampling=sampling_params(values, settings), low_priority=values.get("priority", False),
+                   **{name: values[name] for name in names if name in values}, **source)
 
 
 def within_limit(what: str, count: int, limit: int, param: str) -> None:
@@ -4986,61 +4984,65 @@ def within_limit(what: str, count: int, limit: int, param: str) -> None:
         raise RequestError(f"{what}: {count} given, at most {limit} allowed", code="limit_exceeded", param=param)
 
 
-def message_parts(messages: list | None, roles: Mapping[str, str]) -> Iterator[tuple[str, str, Any, dict]]:
-    """(name for errors, role, content, message) of each message; `roles` maps what is accepted to ours."""
+def no_tools(param: str) -> RequestError:
+    return RequestError("this model has no tools: leave out what is about calls, or send tool_choice \"none\"",
+                        code="tools_not_supported", param=param)
+
+
+def named_messages(messages: list, roles: Seq[str]) -> Iterator[tuple[str, str, dict]]:
+    """(name for errors, role, message) of each message; `roles` are those that it may have."""
     if not messages:
-        raise RequestError("messages must be a list of at least one message", code="invalid_value", param="messages")
+        raise bad_value("messages", messages, "a list of at least one message")
     for index, message in enumerate(messages):
         name = f"messages[{index}]"
         if not isinstance(message, dict):
             raise bad_value(name, message, "an object with role and content")
         role = message.get("role")
         if role in ("tool", "function") and role not in roles:
-            raise RequestError("this model has no tools", code="tools_not_supported", param=f"{name}.role")
-        if not isinstance(role, str) or role not in roles:
+            raise no_tools(f"{name}.role")
+        if role not in roles:
             raise bad_value(f"{name}.role", role, f"one of {', '.join(roles)}")
-        yield name, roles[role], message.get("content"), message
+        yield name, role, message
 
 
-def native_messages(messages: list | None) -> tuple[Message, ...]:
+def native_messages(messages: list) -> tuple[Message, ...]:
     """Messages within the native API's limits (API.md)."""
-    within_limit("messages", len(messages or ()), LIMITS.messages, "messages")
+    within_limit("messages", len(messages), LIMITS.messages, "messages")
     parsed = []
-    for name, role, content, _ in message_parts(messages, {role: role for role in ("system", "user", "assistant")}):
-        if not isinstance(content, str):
-            raise bad_value(f"{name}.content", content, "a string")
+    for name, role, message in named_messages(messages, NATIVE_ROLES):
+        content = Field(f"{name}.content", TEXT, "").read(message.get("content"))
         within_limit(f"characters in {name}", len(content), LIMITS.message_characters, f"{name}.content")
-        parsed.append(Message(role, whole_unicode(content)))
+        parsed.append(Message(role, content))
     within_limit("characters in all messages", sum(len(m.content) for m in parsed), LIMITS.total_characters, "messages")
     return tuple(parsed)
 
 
-def openai_messages(messages: list | None, with_tools: bool = False) -> tuple[Message, ...]:
-    roles = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"} | ({"tool": "tool"} if with_tools else {})
+def openai_messages(messages: list, with_tools: bool = False) -> tuple[Message, ...]:
     parsed = []
-    for name, role, content, message in message_parts(messages, roles):
-        calls = message.get("tool_calls")
+    for name, role, message in named_messages(messages, OPENAI_ROLES + ["tool"] * with_tools):
+        calls, more = message.get("tool_calls"), {}
         if calls and not with_tools:
-            raise RequestError("this model has no tools", code="tools_not_supported", param=f"{name}.tool_calls")
-        more = {key: message[key] for key in ("name", "tool_call_id") if isinstance(message.get(key), str) and with_tools}
+            raise no_tools(f"{name}.tool_calls")
+        if with_tools:
+            more = {key: message[key] for key in ("name", "tool_call_id") if is_text(message.get(key))}
         if calls:
             more["tool_calls"] = called_before(calls, f"{name}.tool_calls")
-        parsed.append(Message(role, content_text(content, f"{name}.content"), more or None))
+        content = content_text(message.get("content"), f"{name}.content")
+        parsed.append(Message("system" if role == "developer" else role, content, more or None))
     return tuple(parsed)
 
 
 def called_before(calls: Any, name: str) -> list[dict]:
     """The assistant's earlier calls as templates want them: arguments as an object."""
+    if not fits(list_schema(A_FUNCTION), calls):
+        raise bad_value(name, calls, "a list of calls with a function each")
     read = []
-    for call in calls if isinstance(calls, list) else [None]:
-        function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise bad_value(name, calls, "a list of calls with a function each")
-        arguments = function.get("arguments") or {}
+    for call in calls:
+        arguments = call["function"].get("arguments") or {}
         with contextlib.suppress(ValueError, TypeError, RecursionError):
             arguments = json.loads(arguments)
         read.append({"id": str(call.get("id", "")), "type": "function",
-                     "function": {"name": function["name"], "arguments": arguments}})
+                     "function": {"name": call["function"]["name"], "arguments": arguments}})
     return read
 
 
@@ -5048,7 +5050,7 @@ def content_text(content: Any, name: str) -> str:
     """A string, null, or a list of text parts, as one string."""
     if isinstance(content, list):
         return "\n".join(part_text(part, f"{name}[{index}]") for index, part in enumerate(content))
-    if content is not None and not isinstance(content, str):
+    if content is not None and not is_text(content):
         raise bad_value(name, content, "a string, null or a list of parts")
     return whole_unicode(content or "")
 
@@ -5059,31 +5061,25 @@ def part_text(part: Any, name: str) -> str:
         raise RequestError(f"{name} must be a text part, not {shown(kind or part)}: this model reads text only",
                            code="unsupported_content", param=name)
     text = part.get("refusal" if kind == "refusal" else "text")
-    if text is not None and not isinstance(text, str):
+    if text is not None and not is_text(text):
         raise bad_value(f"{name}.text", text, "a string")
     return whole_unicode(text or "")
 
 
-def parse_chat_request(body: dict, settings: Settings, request_id: str = "") -> Request:
+def parse_chat_request(body: dict, settings: Settings) -> Request:
     """The native API's body as a Request."""
     values = parse_fields(body, NATIVE_FIELDS)
-    return Request(request_id, native_messages(values.get("messages")), sampling=sampling_params(values, settings),
-                   max_tokens=values.get("max_tokens", settings.default_max_tokens), stop=values.get("stop", ()),
-                   ignore_eos=values.get("ignore_eos", False), **request_options(values))
-
-
-def request_options(values: Mapping[str, Any]) -> dict[str, bool]:
-    return {"low_priority": values.get("priority", False), "truncate": values.get("truncate", False),
-            "resumable": values.get("resumable", False)}
+    return make_request(values, settings, messages=native_messages(values["messages"]),
+                        max_tokens=values.get("max_tokens", settings.max_tokens or DEFAULT_MAX_TOKENS))
 
 
 def openai_request(values: Mapping[str, Any], settings: Settings, **source: Any) -> Request:
     """What both OpenAI routes have in common, as a Request."""
     cap = values.get("max_completion_tokens", values.get("max_tokens", settings.max_tokens))
-    sampling = sampling_params({**values, "top_k": max(0, values.get("top_k", settings.top_k))}, settings)
-    ends = ("stop", "stop_token_ids", "ignore_eos", "min_tokens") if not source.get("grammar") else ()     # one ends itself
-    return Request("", sampling=sampling, max_tokens=None if cap == -1 else cap, n=values.get("n", 1),
-                   **{name: values[name] for name in ends if name in values}, **request_options(values), **source)
+    if source.get("grammar"):           # it decides alone where its answer ends
+        ends = ("stop", "stop_token_ids", "ignore_eos", "min_tokens")
+        values = {name: value for name, value in values.items() if name not in ends}
+    return make_request(values, settings, max_tokens=None if cap == -1 else cap, **source)
 
 
 def parse_openai_request(values: Mapping[str, Any], settings: Settings, tool_format: str | None = None) -> Request:
@@ -5093,13 +5089,12 @@ def parse_openai_request(values: Mapping[str, Any], settings: Settings, tool_for
         raise RequestError("top_logprobs needs logprobs: true", code="invalid_value", param="top_logprobs")
     choice, tools = values.get("tool_choice", "auto"), values.get("tools", ())
     if choice != "none" and (values.get("functions") or (tools or choice != "auto") and tool_format is None):
-        raise RequestError("this model has no tools; leave out tools or send tool_choice \"none\"",
-                           code="tools_not_supported", param="tools" if tools else "tool_choice")
+        raise no_tools("tools" if tools else "tool_choice")
     tools = () if choice == "none" else tools
     grammar = values.get("response_format", "")
     if choice not in ("auto", "none"):
         grammar = tool_grammar(tools, choice, tool_format, values.get("parallel_tool_calls", True))
-    return openai_request(values, settings, messages=openai_messages(values.get("messages"), tool_format is not None),
+    return openai_request(values, settings, messages=openai_messages(values["messages"], tool_format is not None),
                           logprobs=top if logprobs else None, grammar=grammar, tools=tools)
 
 
@@ -5151,7 +5146,7 @@ def frame(value: Any) -> bytes:
 
 
 def error_body(error: ChatServerError) -> dict:
-    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+    return {"error": {"message": str(error), "type": error.type, "param": error.param, "code": error.code}}
 
 
 def timings_body(done: Finished) -> dict:
@@ -5161,21 +5156,39 @@ def timings_body(done: Finished) -> dict:
             **({"dropped_messages": done.dropped_messages} if done.dropped_messages else {})}
 
 
-class NativeEncoder:
-    """Events as frames of the native API."""
+class Encoder:
+    """Events of an answer as what its API sends."""
 
     def __init__(self, request: Request):
-        self.seed = request.sampling.seed
+        self.request = request
+        self.choices = (len(request.prompts) or 1) * request.n
+        self.ended: dict[int, Finished] = {}        # by choice
 
     def start(self) -> bytes:
         return b""                          # the headers alone say that it was accepted
 
     def encode(self, event: Event) -> bytes:
+        raise NotImplementedError
+
+    def counts(self) -> dict[str, int]:
+        """Tokens of all choices: each prompt counts once, each answer for itself. EngineFailure when one has not ended."""
+        if len(self.ended) < self.choices:
+            raise EngineFailure("the answer ended early")
+        firsts = [done for choice, done in self.ended.items() if choice % self.request.n == 0]
+        return {"prompt_tokens": sum(done.prompt_tokens for done in firsts),
+                "completion_tokens": sum(done.completion_tokens for done in self.ended.values()),
+                "cached_tokens": sum(done.cached_tokens for done in firsts)}
+
+
+class NativeEncoder(Encoder):
+    """Events as frames of the native API."""
+
+    def encode(self, event: Event) -> bytes:
         if isinstance(event, Piece):
             return frame({"token": event.text, "gpu": event.gpu}) if event.text else b""
-        usage = {name: getattr(event, name) for name in ("prompt_tokens", "completion_tokens", "cached_tokens")}
+        self.ended[0] = event
         return frame({"done": True, "finish_reason": event.reason, "stop_reason": event.stop_reason, "gpu": event.gpu,
-                      "usage": usage, "timings": timings_body(event), "seed": self.seed})
+                      "usage": self.counts(), "timings": timings_body(event), "seed": self.request.sampling.seed})
 
 
 def piece_body(tokenizer: Tokenizer, token: int) -> str | list[int]:
@@ -5314,30 +5327,26 @@ class Part(NamedTuple):
     calls: Seq[dict] = ()           # what is new of them
 
 
-class OpenAIEncoder:
+class OpenAIEncoder(Encoder):
     """Events as chunks of a stream, or all of them as one body: what both OpenAI routes have in common."""
 
     id_prefix = chunk_object = whole_object = ""
 
     def __init__(self, request: Request, model: str, tokenizer: Tokenizer | None = None, include_usage: bool = False):
-        self.request, self.tokenizer, self.include_usage = request, tokenizer, include_usage
+        super().__init__(request)
+        self.tokenizer, self.include_usage = tokenizer, include_usage
         self.held: dict[int, list[TokenLogprob]] = {}       # by choice: of tokens whose text is to come
-        self.ended: dict[int, Finished] = {}
-        self.choices = (len(request.prompts) or 1) * request.n
         self.head = {"id": self.id_prefix + request.id, "object": self.chunk_object, "created": int(time.time()),
                      "model": model, "system_fingerprint": SYSTEM_FINGERPRINT, "seed": request.sampling.seed}
         self.begin = b"data: " + dump(self.head)[:-1] + b", "       # of every frame
 
-    def start(self) -> bytes:
-        return b""
-
-    def delta(self, choice: int, part: Part) -> dict:
-        """What a chunk's choice has besides its index and finish_reason."""
+    def body(self, choice: int, part: Part, whole: bool = False) -> dict:
+        """What a choice has besides its index and finish_reason, in a chunk or in one body."""
         raise NotImplementedError
 
-    def whole(self, choice: int, part: Part) -> dict:
-        """The same for a choice in one body."""
-        raise NotImplementedError
+    def logprobs(self, choice: int, part: Part, whole: bool) -> dict | None:
+        wanted = self.request.logprobs is not None if whole else part.logprobs
+        return self.logprobs_body(choice, part.logprobs) if wanted else None
 
     def reason(self, done: Finished) -> str:
         return done.reason
@@ -5357,19 +5366,19 @@ class OpenAIEncoder:
 
     def encode(self, event: Event) -> bytes:
         part = self.take(event)
-        more = self.chunk(event.choice, self.delta(event.choice, part)) if part.text or part.logprobs or part.calls else b""
+        more = self.chunk(event.choice, self.body(event.choice, part)) if any(part) else b""
         if isinstance(event, Finished):
-            more += self.chunk(event.choice, self.delta(event.choice, Part()), event) + self.end()
+            more += self.chunk(event.choice, self.body(event.choice, Part()), event) + self.end()
         return more
 
-    def chunk(self, index: int, delta: dict, done: Finished | None = None) -> bytes:
-        choice = {"index": index, **delta, "finish_reason": self.reason(done) if done else None}
-        body: dict[str, Any] = {"choices": [choice]}
+    def chunk(self, index: int, body: dict, done: Finished | None = None) -> bytes:
+        choice = {"index": index, **body, "finish_reason": self.reason(done) if done else None}
+        chunk: dict[str, Any] = {"choices": [choice]}
         if self.include_usage:
-            body["usage"] = None
+            chunk["usage"] = None
         if done:
-            choice["stop_reason"], body["timings"] = done.stop_reason, timings_body(done)
-        return self.framed(body)
+            choice["stop_reason"], chunk["timings"] = done.stop_reason, timings_body(done)
+        return self.framed(chunk)
 
     def framed(self, body: dict) -> bytes:
         return self.begin + dump(body)[1:] + b"\n\n"
@@ -5382,11 +5391,9 @@ class OpenAIEncoder:
         return usage + b"data: [DONE]\n\n"
 
     def usage(self) -> dict:
-        """Each prompt counts once, each answer for itself."""
-        firsts = [done for choice, done in self.ended.items() if choice % self.request.n == 0]
-        prompt, cached = (sum(getattr(done, name) for done in firsts) for name in ("prompt_tokens", "cached_tokens"))
-        completion, drafted, accepted = (sum(getattr(done, name) for done in self.ended.values())
-                                         for name in ("completion_tokens", "drafted_tokens", "accepted_tokens"))
+        prompt, completion, cached = self.counts().values()
+        drafted = sum(done.drafted_tokens for done in self.ended.values())
+        accepted = sum(done.accepted_tokens for done in self.ended.values())
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
                 "prompt_tokens_details": {"cached_tokens": cached},
                 "completion_tokens_details": {"accepted_prediction_tokens": accepted,
@@ -5397,11 +5404,12 @@ class OpenAIEncoder:
         parts: dict[int, list[Part]] = collections.defaultdict(list)
         for event in events:
             parts[event.choice].append(self.take(event))
+        usage = self.usage()
         joined = {choice: Part("".join(part.text for part in mine), [each for part in mine for each in part.logprobs])
                   for choice, mine in parts.items()}
-        choices = [{"index": choice, **self.whole(choice, joined[choice]), "finish_reason": self.reason(done),
+        choices = [{"index": choice, **self.body(choice, joined[choice], whole=True), "finish_reason": self.reason(done),
                     "stop_reason": done.stop_reason} for choice, done in sorted(self.ended.items())]
-        return {**self.head, "object": self.whole_object, "choices": choices, "usage": self.usage(),
+        return {**self.head, "object": self.whole_object, "choices": choices, "usage": usage,
                 "timings": timings_body(self.ended[0])}
 
 
@@ -5432,20 +5440,16 @@ class ChatEncoder(OpenAIEncoder):
     def calls(self, choice: int) -> list[dict]:
         return self.readers[choice].calls if self.readers else []
 
-    def delta(self, choice: int, part: Part) -> dict:
-        delta: dict[str, Any] = {"content": part.text} if part.text or part.logprobs else {}
-        if part.calls:
-            delta["tool_calls"] = part.calls
-        return {"delta": delta, "logprobs": self.logprobs_body(part.logprobs) if part.logprobs else None}
+    def body(self, choice: int, part: Part, whole: bool = False) -> dict:
+        calls = self.calls(choice) if whole else part.calls
+        message: dict[str, Any] = {"content": part.text} if part.text or part.logprobs else {}
+        if whole:
+            message = {"role": "assistant", "content": None if calls and not part.text else part.text, "refusal": None}
+        if calls:
+            message["tool_calls"] = calls
+        return {"message" if whole else "delta": message, "logprobs": self.logprobs(choice, part, whole)}
 
-    def whole(self, choice: int, part: Part) -> dict:
-        message = {"role": "assistant", "content": part.text, "refusal": None}
-        if calls := self.calls(choice):
-            message |= {"content": part.text or None, "tool_calls": calls}
-        wanted = self.request.logprobs is not None
-        return {"message": message, "logprobs": self.logprobs_body(part.logprobs) if wanted else None}
-
-    def logprobs_body(self, logprobs: Seq[TokenLogprob]) -> dict:
+    def logprobs_body(self, choice: int, logprobs: Seq[TokenLogprob]) -> dict:
         def entry(token: int, logprob: float | None) -> dict:
             text, data = token_text(self.tokenizer, token)
             return {"token": text, "logprob": logprob_number(logprob), "bytes": data}
@@ -5472,12 +5476,8 @@ class CompletionEncoder(OpenAIEncoder):
         text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
         return Part(text + part.text, [*event.prompt_logprobs, *part.logprobs])
 
-    def delta(self, choice: int, part: Part) -> dict:
-        return {"text": part.text, "logprobs": self.logprobs_body(choice, part.logprobs) if part.logprobs else None}
-
-    def whole(self, choice: int, part: Part) -> dict:
-        wanted = self.request.logprobs is not None
-        return {"text": part.text, "logprobs": self.logprobs_body(choice, part.logprobs) if wanted else None}
+    def body(self, choice: int, part: Part, whole: bool = False) -> dict:
+        return {"text": part.text, "logprobs": self.logprobs(choice, part, whole)}
 
     def logprobs_body(self, choice: int, logprobs: Seq[TokenLogprob]) -> dict:
         """Four lists; an offset is where in the choice's text a token begins."""
@@ -5494,12 +5494,9 @@ class CompletionEncoder(OpenAIEncoder):
                 "top_logprobs": tops, "text_offset": offsets}
 
 
-class ClientGone(ConnectionResetError):
-    """The reader of a stream has left, or reads too slowly."""
-
-
 class EventStream:
-    """One Server-Sent-Events response: frames, pings while silent, and an end for readers that do not read."""
+    """One Server-Sent-Events response: frames, and pings while silent. ConnectionError when the reader has left or does not
+    read."""
 
     def __init__(self, http: web.Request, request_id: str, patient: bool = False):
         self.http, self.patient = http, patient     # patient: what it sends may wait for the reader
@@ -5507,11 +5504,8 @@ class EventStream:
         self.last_s = time.monotonic()
 
     async def __aenter__(self) -> "EventStream":
-        try:
-            await self.response.prepare(self.http)  # the headers leave now, before any prefill
-        except ConnectionError as error:
-            raise ClientGone("the client has left") from error
-        if self.http.transport is not None and not self.patient:        # never wait for a slow reader: the events would pile up elsewhere
+        await self.response.prepare(self.http)      # the headers leave now, before any prefill
+        if self.http.transport is not None and not self.patient:    # never wait for a slow reader: events would pile up
             self.http.transport.set_write_buffer_limits(high=2 * LIMITS.outbox_bytes)
         self.pings = asyncio.ensure_future(self._ping())
         return self
@@ -5521,33 +5515,24 @@ class EventStream:
         del self.pings          # it refers to this stream, too: a circle would keep the connection until the next collection
 
     async def send(self, data: bytes) -> None:
-        """Write frames, if there are any; ClientGone when the reader has left or has too much unread."""
+        """Write frames, if there are any."""
         if not data:
             return
         transport = self.http.transport
         if transport is None:
-            raise ClientGone("the client has left")
-        if not self.patient and transport.get_write_buffer_size() > LIMITS.outbox_bytes:
-            transport.abort()
-            raise ClientGone("the client does not read")
+            raise ConnectionResetError("the client has left")
         self.last_s = time.monotonic()
         try:
+            if not self.patient and transport.get_write_buffer_size() > LIMITS.outbox_bytes:
+                raise asyncio.TimeoutError
             write = self.response.write(data)
             await (asyncio.wait_for(write, BODY_S) if self.patient else write)
         except asyncio.TimeoutError:
             transport.abort()
-            raise ClientGone("the client does not read") from None
-        except ConnectionError as error:
-            raise ClientGone("the client has left") from error
-
-    async def end(self) -> None:
-        try:
-            await self.response.write_eof()
-        except ConnectionError as error:
-            raise ClientGone("the client has left") from error
+            raise ConnectionAbortedError("the client does not read") from None
 
     async def _ping(self) -> None:
-        with contextlib.suppress(ClientGone):
+        with contextlib.suppress(ConnectionError):
             while True:
                 silent_s = time.monotonic() - self.last_s
                 if silent_s >= PING_S:
@@ -5556,73 +5541,73 @@ class EventStream:
                 await asyncio.sleep(PING_S - silent_s)
 
 
-def forgotten(before: int) -> RequestError:
-    return RequestError(f"the events before {before} are no longer kept", status=410, code="gone", param="from")
-
-
 class Recording:
-    """A resumable answer: its events as frames, numbered from 0, for whoever follows it."""
+    """A resumable answer: its events as frames, numbered from 0, for whoever follows it; all but the newest are compressed."""
 
-    PART_FRAMES = 500
+    PART = 32                               # frames that are compressed together
     OWN_BYTES, FRAME_BYTES = 1000, 50       # what Python needs for it, and for a frame, besides the text
-    PACKED_BYTES = 1 << 18      # to compress more than this would hold up the event loop
 
     def __init__(self, owner: str):
-        self.owner, self.frames, self.packed, self.size = owner, [], b"", self.OWN_BYTES
-        self.length = self.dropped = 0          # events so far; and of these, how many are forgotten, the first ones
-        self.followers, self.ended, self.news = 0, False, asyncio.Event()
-        self.task: asyncio.Task | None = None   # while it is recorded
-        self.ended_s = 0.0
+        self.owner, self.size, self.length, self.task = owner, self.OWN_BYTES, 0, None
+        self.dropped, self.parts, self.tail = 0, [], []         # parts that are forgotten, those that are kept, and frames
+        self.followers, self.ended, self.ended_s, self.news = 0, False, 0.0, asyncio.Event()
 
     def append(self, data: bytes) -> None:
         for event in data.split(b"\n\n")[:-1]:
-            self.frames.append(b"id: %d\n%s\n\n" % (self.length, event))
+            self.tail.append(b"id: %d\n%s\n\n" % (self.length, event))
             self.length += 1
-            self.size += len(self.frames[-1]) + self.FRAME_BYTES
+            self.size += len(self.tail[-1]) + self.FRAME_BYTES
+        while len(self.tail) >= 2 * self.PART:          # readers who keep up never meet a part
+            self._pack()
         self._tell()
 
     def end(self) -> None:
         self.ended, self.ended_s = True, time.monotonic()
+        while self.tail:
+            self._pack()
         self.news.set()
         self.news = self.task = None            # thousands may be kept: only what is read
-        self.pack()
+
+    def _pack(self) -> None:
+        frames, self.tail = self.tail[:self.PART], self.tail[self.PART:]
+        text = b"".join(frames)
+        self.parts.append(zlib.compress(text, 1))
+        self.size += len(self.parts[-1]) - len(text) - len(frames) * self.FRAME_BYTES
 
     def _tell(self) -> None:
         self.news.set()
         self.news = asyncio.Event()
 
-    def forget_half(self) -> None:
-        count = (len(self.frames) + 1) // 2
-        self.size -= sum(map(len, self.frames[:count])) + count * self.FRAME_BYTES
-        del self.frames[:count]
-        self.dropped += count
+    def forget_oldest(self) -> int:
+        """Drop the first part that is kept; its bytes."""
+        freed = len(self.parts.pop(0))
+        self.size, self.dropped = self.size - freed, self.dropped + 1
+        return freed
 
-    def pack(self) -> None:
-        """What has ended and has no reader is compressed, to about a tenth."""
-        if self.ended and self.frames and not self.followers and self.size <= self.PACKED_BYTES:
-            self.packed, self.frames = zlib.compress(b"".join(self.frames), 1), []
-            self.size = self.OWN_BYTES + len(self.packed)
+    def check_kept(self, position: int) -> None:
+        if position < (first := self.dropped * self.PART):
+            raise RequestError(f"the events before {first} are no longer kept", status=410, code="gone", param="from")
 
-    def unpack(self) -> None:
-        if self.packed:
-            self.frames = [event + b"\n\n" for event in zlib.decompress(self.packed).split(b"\n\n")[:-1]]
-            self.packed = b""
-            self.size = self.OWN_BYTES + sum(map(len, self.frames)) + len(self.frames) * self.FRAME_BYTES
+    def frames_from(self, position: int) -> list[bytes]:
+        """Some frames from a position on, as far as they are there."""
+        part, first = divmod(position, self.PART)
+        if part - self.dropped < len(self.parts):
+            text = zlib.decompress(self.parts[part - self.dropped])
+            return [event + b"\n\n" for event in text.split(b"\n\n")[first:-1]]
+        return self.tail[position - (self.dropped + len(self.parts)) * self.PART:]
 
     async def follow(self, position: int) -> AsyncIterator[bytes]:
-        """The frames from a position on, many at once where they are there."""
-        while True:
-            if position < self.dropped:         # this reader was too slow
-                yield frame(error_body(forgotten(self.dropped)))
-                return
-            part = self.frames[(first := position - self.dropped):first + self.PART_FRAMES]
-            position += len(part)
-            if part:
-                yield b"".join(part)
-            elif self.ended:
-                return
-            else:
-                await self.news.wait()
+        """The frames from a position on; an error frame when the reader was so slow that they are forgotten."""
+        try:
+            while not self.ended or position < self.length:
+                self.check_kept(position)
+                if frames := self.frames_from(position):
+                    position += len(frames)
+                    yield b"".join(frames)
+                else:
+                    await self.news.wait()
+        except RequestError as error:
+            yield frame(error_body(error))
 
 
 class Recordings:
@@ -5662,44 +5647,28 @@ class Recordings:
             self._change(recording, recording.end)
 
     def _change(self, recording: Recording, change: Callable[..., None], *arguments: Any) -> None:
-        """Do something to a recording and keep to the limit: the first that has ended goes first, then half of the largest."""
+        """Do something to a recording and keep to the limit: the oldest that has ended goes, else the oldest of the largest."""
         before = recording.size
         change(*arguments)
         self.size += recording.size - before
         while self.size > LIMITS.recorded_bytes:
-            unread = next((request_id for request_id, each in self.ended.items() if not each.followers), None)
-            if unread:
-                self.size -= self.ended.pop(unread).size
+            if self.ended:
+                self._forget(next(iter(self.ended)))
+            elif long := [each for each in self.running.values() if each.parts]:
+                self.size -= max(long, key=lambda each: each.size).forget_oldest()
             else:
-                largest = max([*self.running.values(), *self.ended.values()], key=lambda each: each.size)
-                if not largest.frames:
-                    break
-                self.size -= largest.size
-                largest.forget_half()
-                self.size += largest.size
+                break
+
+    def _forget(self, request_id: str) -> None:
+        """Whoever reads goes on with it; others no longer find it."""
+        self.size -= self.ended.pop(request_id).size
 
     def _sweep(self) -> None:
         """Forget what ended KEPT_S ago; one timer for all, since a timer for each would hold what the limit has thrown out."""
-        for request_id, recording in list(self.ended.items()):
-            if recording.ended_s + KEPT_S > time.monotonic():
-                break
-            if not recording.followers:         # not in the middle of their reading
-                self.size -= self.ended.pop(request_id).size
+        for request_id in [name for name, each in self.ended.items() if each.ended_s + KEPT_S <= time.monotonic()]:
+            self._forget(request_id)
         if self.ended:
             asyncio.get_running_loop().call_later(self.SWEEP_S, self._sweep)
-
-    @contextlib.contextmanager
-    def following(self, request_id: str, recording: Recording) -> Iterator[None]:
-        """While somebody reads; GRACE_S after the last reader has gone an answer that has not ended is cancelled."""
-        recording.followers += 1
-        self._change(recording, recording.unpack)
-        try:
-            yield
-        finally:
-            recording.followers -= 1
-            self._change(recording, recording.pack)
-            if not recording.ended:
-                asyncio.get_running_loop().call_later(GRACE_S, self._expire, request_id, recording)
 
     async def close(self) -> None:
         tasks = [recording.task for recording in self.running.values()]
@@ -5707,7 +5676,7 @@ class Recordings:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _expire(self, request_id: str, recording: Recording) -> None:
+    def expire(self, request_id: str, recording: Recording) -> None:
         if not recording.followers and not recording.ended:
             self.cancel(request_id)
 
@@ -5808,6 +5777,9 @@ class Visit:
     counts: dict[str, Any] = field(default_factory=dict)        # and what its JSON form adds
 
 
+VISIT: contextvars.ContextVar[Visit] = contextvars.ContextVar("VISIT")      # of the HTTP request that this task handles
+
+
 class Front:
     """The HTTP side of a pool: every route is a method here, and every error is answered in `errors_to_responses`."""
 
@@ -5820,7 +5792,6 @@ class Front:
             self.metrics = Metrics(pool)
         self.files = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*")
                       if path.is_file() and not path.is_symlink()}
-        self.visits: dict[int, Visit] = {}      # by id() of the HTTP request, as long as it is handled
 
     def visit(self, http: web.Request) -> Visit:
         """Its X-Request-Id is the client's if that is usable and no other answer has it, else 128 random bits."""
@@ -5837,9 +5808,9 @@ class Front:
         """
         return "" if not self.settings.keys and re.fullmatch("[0-9a-f]{32}", request_id) else client
 
-    def owned(self, http: web.Request, request: Request) -> Request:
+    def owned(self, request: Request) -> Request:
         """The request as its client's, under an id that no other has taken while the body came."""
-        visit = self.visits[id(http)]
+        visit = VISIT.get()
         if self.taken(visit.id):
             visit.id = secrets.token_hex(16)
         return replace(request, id=visit.id, client=visit.client)
@@ -5862,8 +5833,7 @@ class Front:
 
     async def handle_chat(self, http: web.Request) -> web.StreamResponse:
         """POST /chat/completions: nanochat's API, always a stream."""
-        body = await read_body(http)
-        request = self.owned(http, parse_chat_request(body, self.settings))
+        request = self.owned(parse_chat_request(await read_body(http), self.settings))
         return await self.stream(http, request, NativeEncoder(request))
 
     async def handle_openai_chat(self, http: web.Request) -> web.StreamResponse:
@@ -5890,8 +5860,8 @@ class Front:
         values, tokenizer = parse_fields(await read_body(http), TOKENIZE_FIELDS), self.tokenizer()
         encode = tokenizer.encode_with_specials if values.get("parse_special", True) else tokenizer.encode
         parts = values["content"]
-        tokens = await tokenizing(lambda parts: [token for part in parts for token in (encode(part) if isinstance(part, str) else [part])],
-                                  parts, sum(len(part) for part in parts if isinstance(part, str)))
+        encode_all = lambda parts: [token for part in parts for token in (encode(part) if is_text(part) else [part])]  # noqa: E731
+        tokens = await tokenizing(encode_all, parts, sum(len(part) for part in parts if is_text(part)))
         tokens = checked_ids(tokenizer.with_bos(tokens) if values.get("add_special") else tokens, tokenizer, "content")
         if values.get("with_pieces"):
             tokens = [{"id": token, "piece": piece_body(tokenizer, token)} for token in tokens]
@@ -5917,19 +5887,21 @@ class Front:
 
     async def answer_openai(self, http: web.Request, values: Mapping[str, Any], request: Request,
                             make_encoder: Callable[..., OpenAIEncoder]) -> web.StreamResponse:
-        request = self.owned(http, request)
+        request = self.owned(request)
         include_usage = values.get("stream_options", {}).get("include_usage") is True
         encoder = make_encoder(request, self.pool.model_name, self.tokenizer(), include_usage=include_usage)
         if values.get("stream"):
             return await self.stream(http, request, encoder)
         async with self.answering(request) as events:
-            return await self.collect(http, request, events, encoder)
+            body = encoder.completion([event async for event in events])
+            self.note_end(encoder)
+            return json_response(body)
 
-    async def stream(self, http: web.Request, request: Request, encoder: NativeEncoder | OpenAIEncoder) -> web.StreamResponse:
+    async def stream(self, http: web.Request, request: Request, encoder: Encoder) -> web.StreamResponse:
         """Send an answer as it comes; a resumable one is recorded, and this client is its first follower."""
         async with contextlib.AsyncExitStack() as work:
             events = await work.enter_async_context(self.answering(request))
-            frames = self.frames(self.visits[id(http)], events, encoder)
+            frames = self.frames(events, encoder)
             await work.enter_async_context(contextlib.aclosing(frames))
             if request.resumable:
                 owner = self.owner(request.id, request.client)
@@ -5938,55 +5910,51 @@ class Front:
             async with EventStream(http, request.id) as stream:
                 async for data in frames:
                     await stream.send(data)
-                await stream.end()
         return stream.response
 
-    async def frames(self, visit: Visit, events: AsyncIterator[Event], encoder: NativeEncoder | OpenAIEncoder) -> AsyncIterator[bytes]:
+    async def frames(self, events: AsyncIterator[Event], encoder: Encoder) -> AsyncIterator[bytes]:
         """An answer as frames. What fails after the headers is one error frame, and no pretended end."""
         try:
             yield encoder.start()
-            event = None
             async for event in events:
                 yield encoder.encode(event)
-            self.note_end(visit, event)
+            self.note_end(encoder)
         except Exception as error:
-            visit.note = f"failed: {error}"
+            VISIT.get().note = f"failed: {error}"
             yield frame(error_body(public_error(error)))
 
     async def follow(self, http: web.Request, request_id: str, recording: Recording, start: int) -> web.StreamResponse:
-        with self.recordings.following(request_id, recording):
+        """Send a recording as it comes; GRACE_S after its last reader has gone an answer that has not ended is cancelled."""
+        recording.followers += 1
+        try:
             async with EventStream(http, request_id, patient=True) as stream, contextlib.aclosing(recording.follow(start)) as parts:
                 async for data in parts:
                     await stream.send(data)
-                await stream.end()
-        return stream.response
+            return stream.response
+        finally:
+            recording.followers -= 1
+            if not recording.ended:
+                asyncio.get_running_loop().call_later(GRACE_S, self.recordings.expire, request_id, recording)
 
     async def handle_stream(self, http: web.Request) -> web.StreamResponse:
         """GET /v1/streams/{id}: from event ?from=N on, or after the Last-Event-ID that a reconnecting EventSource sends."""
-        request_id, visit = bare_id(http.match_info["id"]), self.visits[id(http)]
+        request_id = bare_id(http.match_info["id"])
         last, wanted = http.headers.get("Last-Event-ID", ""), http.query.get("from", "0")
         if not re.fullmatch(r"\d{1,15}", last or wanted):
             raise bad_value("Last-Event-ID" if last else "from", last or wanted, "the number of an event")
-        recording = self.recordings.find(request_id, self.owner(request_id, visit.client))
+        recording = self.recordings.find(request_id, self.owner(request_id, VISIT.get().client))
         start = int(last) + 1 if last else int(wanted)
-        if start < recording.dropped:
-            raise forgotten(recording.dropped)
+        recording.check_kept(start)
         if recording.ended and start >= recording.length:
             return web.Response(status=204)         # tells an EventSource that there is no more
         return await self.follow(http, request_id, recording, start)
 
-    async def collect(self, http: web.Request, request: Request, events: AsyncIterator[Event],
-                      encoder: OpenAIEncoder) -> web.Response:
-        """The whole answer in one body."""
-        answer = [event async for event in events]
-        self.note_end(self.visits[id(http)], answer[-1] if answer else None)
-        return json_response(encoder.completion(answer), headers={"X-Request-Id": request.id})
-
-    def note_end(self, visit: Visit, event: Event | None) -> None:
-        if not isinstance(event, Finished):
-            raise EngineFailure("the answer ended early")
-        visit.note = f"{event.prompt_tokens}+{event.completion_tokens} tokens {event.reason}"
-        visit.counts = {name: getattr(event, name) for name in ("prompt_tokens", "completion_tokens", "cached_tokens", "reason")}
+    def note_end(self, encoder: Encoder) -> None:
+        """For the access log: the tokens of all choices, and in which ways they ended."""
+        counts, reasons = encoder.counts(), ",".join(sorted({done.reason for done in encoder.ended.values()}))
+        visit = VISIT.get()
+        visit.note = f"{counts['prompt_tokens']}+{counts['completion_tokens']} tokens {reasons}"
+        visit.counts = counts | {"reason": reasons}
 
     def check_model(self, name: str) -> None:
         """404 for a model that is not the loaded one; while loading, nobody knows, and the pool says 503."""
@@ -6017,7 +5985,7 @@ class Front:
     async def handle_cancel(self, http: web.Request) -> web.Response:
         """POST /v1/cancel/{id}: the id of the X-Request-Id header of the answer, or of the chunks."""
         request_id = bare_id(http.match_info["id"])
-        owner = self.owner(request_id, self.visits[id(http)].client)
+        owner = self.owner(request_id, VISIT.get().client)
         if self.running.get(request_id) != owner or not self.pool.cancel(request_id):
             raise RequestError("no answer with this id is running", status=404, code="not_running", param="id")
         return json_response({"id": request_id, "cancelled": True})
@@ -6045,7 +6013,7 @@ class Front:
                             headers={"Content-Type": library.CONTENT_TYPE_LATEST})
 
     async def handle_openapi(self, http: web.Request) -> web.Response:
-        return json_response(openapi_document(self.settings.prefix))
+        return json_response(openapi_document(self.settings))
 
     async def handle_page(self, http: web.Request) -> web.Response:
         try:
@@ -6091,7 +6059,7 @@ class Front:
     def cors_headers(self, http: web.Request) -> dict[str, str]:
         """What lets a page of another origin read the response; nothing unless --cors-origin names it."""
         allowed, given = self.settings.cors_origin, http.headers.get("Origin")
-        if given is None or not {given, "*"} & set(allowed):
+        if given is None or not given.isascii() or not {given, "*"} & set(allowed):
             return {"Vary": "Origin"} if allowed else {}
         return {"Access-Control-Allow-Origin": given, "Vary": "Origin",
                 "Access-Control-Expose-Headers": "X-Request-Id, Retry-After"}
@@ -6100,9 +6068,10 @@ class Front:
         """A browser asks whether a page may send what it wants to; it brings no key, so it needs none."""
         if "Access-Control-Allow-Origin" not in self.cors_headers(http):
             raise RequestError("this origin is not allowed (--cors-origin)", status=403, code="origin_not_allowed")
+        wanted = http.headers.get("Access-Control-Request-Headers", "Authorization, Content-Type")
         return web.Response(status=204, headers={
             "Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": "600",
-            "Access-Control-Allow-Headers": http.headers.get("Access-Control-Request-Headers", "Authorization, Content-Type"),
+            "Access-Control-Allow-Headers": re.sub(r"[^A-Za-z0-9_, -]", "", wanted),
             "Access-Control-Allow-Private-Network": "true"})
 
     async def guard(self, http: web.Request, handler: Callable) -> web.StreamResponse:
@@ -6112,7 +6081,7 @@ class Front:
             return self.preflight(http)
         if http.method == "POST" and http.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
             self.preflight(http)
-        self.visits[id(http)].client = self.client_of(http)
+        VISIT.get().client = self.client_of(http)
         return await handler(http)
 
     async def set_headers(self, http: web.Request, response: web.StreamResponse) -> None:
@@ -6123,7 +6092,8 @@ class Front:
     async def access_log(self, http: web.Request, handler: Callable) -> web.StreamResponse:
         """One line of metadata for each request, polls only at level debug; 499: the client left before the answer."""
         began_s, status = time.monotonic(), 499
-        visit = self.visits[id(http)] = self.visit(http)
+        visit = self.visit(http)
+        VISIT.set(visit)
         try:
             response = await handler(http)
             status = response.status
@@ -6131,7 +6101,6 @@ class Front:
                 response.headers["X-Request-Id"] = visit.id
             return response
         finally:
-            del self.visits[id(http)]
             self.log_visit(http, visit, status, 1000 * (time.monotonic() - began_s))
 
     def log_visit(self, http: web.Request, visit: Visit, status: int, ms: float) -> None:
@@ -6165,11 +6134,11 @@ async def errors_to_responses(http: web.Request, handler: Callable) -> web.Strea
     except web.HTTPException as error:
         if error.status < 400:
             raise
-        text = {404: f"there is no {http.path}", 405: f"{http.path} does not take {http.method}",
-                413: f"the body has more than {LIMITS.body_bytes} bytes"}.get(error.status, error.reason)
+        texts = {404: f"there is no {http.path}", 405: f"{http.path} does not take {http.method}"}
+        text = texts.get(error.status, error.reason)
         failure = RequestError(text, status=error.status, code=error.reason.lower().replace(" ", "_"))
         headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
-    except ClientGone as error:         # nobody reads this response: it gives the access log its status
+    except ConnectionError as error:    # the client has left: nobody reads this response, it gives the access log its status
         failure, headers = RequestError(str(error), status=499), {}
     except Exception as error:
         failure, headers = public_error(error), {}
@@ -6180,7 +6149,7 @@ async def errors_to_responses(http: web.Request, handler: Callable) -> web.Strea
     body = error_body(failure)
     if not re.search(r"/v1/|/models$|tokenize$|/apply-template$", http.path):
         plain = failure.status == 400 and failure.code != "context_length_exceeded"     # `chat --url` needs that code
-        body = {"detail": failure.message, **({} if plain else body)}
+        body = {"detail": str(failure), **({} if plain else body)}
     return json_response(body, failure.status, headers)
 
 
@@ -6220,53 +6189,35 @@ ROUTES = (
     Route("GET", "/openapi.json", "handle_openapi", "this description"),
 )
 
-INTEGER, STRING = {"type": "integer"}, {"type": "string"}
-SCHEMAS = {     # JSON Schema of what a Field's reader takes, besides its range; a reader without a row takes anything
-    read_number: {"type": "number"}, read_integer: INTEGER, read_seed: INTEGER, read_cap: INTEGER, read_text: STRING,
-    read_switch: {"enum": [True, False, "true", "false"]}, read_list: {"type": "array"}, read_object: {"type": "object"},
-    read_stop: {"anyOf": [STRING, {"type": "array", "items": STRING, "maxItems": LIMITS.stop_strings}]},
-    read_token_ids: {"type": "array", "items": INTEGER}, read_truncate: {"enum": ["oldest", "none"]}, read_priority: {"anyOf": [{"enum": ["low", "normal"]}, INTEGER]},
-    read_tools: {"type": "array", "items": {"type": "object"}}, read_response_format: {"type": "object"},
-    read_tool_choice: {"anyOf": [{"enum": ["auto", "none", "required"]}, {"type": "object"}]},
-    read_mixed: {"anyOf": [STRING, {"type": "array", "items": {"anyOf": [STRING, INTEGER]}}]},
-    read_prompts: {"anyOf": [STRING, {"type": "array", "items": {"anyOf": [STRING, INTEGER, {"type": "array", "items": INTEGER}]}}]},
-    read_logit_bias: {"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}},
-}
-
-
-def field_schema(field: Field) -> dict[str, Any]:
-    bounds = {"minimum": field.low, "maximum": field.high}
-    ranged = {name: value for name, value in bounds.items() if math.isfinite(value) and not field.clamp}
-    return {"description": field.doc, "anyOf": [SCHEMAS.get(field.read, {}) | ranged, {"type": "null"}]}
-
-
 def openapi_operation(route: Route) -> dict[str, Any]:
     """What /openapi.json says of a route."""
     error = {"description": "what was wrong", "content": {"application/json": {"schema": {"type": "object"}}}}
     operation = {"summary": route.doc, "responses": {"200": {"description": route.doc}, "default": error}, "parameters": [
-        {"name": name, "in": "path", "required": True, "schema": STRING} for name in re.findall(r"{(\w+)", route.path)]}
+        {"name": name, "in": "path", "required": True, "schema": A_TEXT} for name in re.findall(r"{(\w+)", route.path)]}
     if route.fields:
         required = [field.name for field in route.fields if field.required]
-        schema = {"type": "object", "required": required, "properties": {f.name: field_schema(f) for f in route.fields}}
+        schema = {"type": "object", "required": required, "properties": {field.name: field.described for field in route.fields}}
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     return operation | ({"security": []} if route.pattern in OPEN_ROUTES else {})
 
 
-def openapi_document(prefix: str) -> dict[str, Any]:
+def openapi_document(settings: Settings) -> dict[str, Any]:
     """Every route and every field of every body, from the tables that the server itself uses."""
     paths: dict[str, dict] = {}
     for route in ROUTES:
         paths.setdefault(route.pattern, {})[route.method.lower()] = openapi_operation(route)
-    return {"openapi": "3.1.0", "info": {"title": "chat_server", "version": __version__}, "servers": [{"url": prefix or "/"}],
-            "security": [{"bearer": []}, {"header": []}], "paths": paths, "components": {"securitySchemes": {
-                "bearer": {"type": "http", "scheme": "bearer"}, "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"}}}}
+    schemes = {"bearer": {"type": "http", "scheme": "bearer"},
+               "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"}}
+    return {"openapi": "3.1.0", "info": {"title": "chat_server", "version": __version__},
+            "servers": [{"url": settings.prefix or "/"}], "security": [{name: []} for name in schemes] if settings.keys else [],
+            "paths": paths, "components": {"securitySchemes": schemes}}
 
 
 def create_app(pool: Pool, settings: Settings) -> web.Application:
     """The routes of API.md over a pool."""
     front = Front(pool, settings)
     middlewares = [functools.partial(Front.access_log, front), errors_to_responses, functools.partial(Front.guard, front)]
-    app = web.Application(client_max_size=LIMITS.body_bytes, middlewares=[web.middleware(each) for each in middlewares])
+    app = web.Application(middlewares=[web.middleware(each) for each in middlewares])
     app.on_response_prepare.append(front.set_headers)
     app.on_cleanup.append(lambda app: front.recordings.close())
     for route in ROUTES:
@@ -6277,45 +6228,70 @@ def create_app(pool: Pool, settings: Settings) -> web.Application:
     return app
 
 
-def without_bytes(record: logging.LogRecord) -> bool:
-    """A filter: what aiohttp logs of requests that are no HTTP, without the bytes, which may be somebody's secret."""
-    if record.exc_info and isinstance(record.exc_info[1], importlib.import_module("aiohttp.http_exceptions").HttpProcessingError):
-        record.msg, record.exc_info = f"{record.msg}: this is no HTTP", None
-    return True
+def early_response(failure: ChatServerError) -> web.Response:
+    """The answer to what the application is not asked about, in the shapes of both APIs; the connection ends with it."""
+    response = json_response({"detail": str(failure), **error_body(failure)}, failure.status, SECURITY_HEADERS)
+    response.force_close()
+    return response
 
 
-def make_runner(app: web.Application) -> web.AppRunner:
-    """handler_cancellation: a client that leaves ends its handler at once, and so the work for it."""
-    logger = log.getChild("connections")
-    logger.addFilter(without_bytes)
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, auto_decompress=False, logger=logger,
-                           keepalive_timeout=75, shutdown_timeout=2.0)
-    served: set[Any] = set()        # connections that have brought a request: from then on the keep-alive time-out holds
-
-    async def note_connection(http: web.Request, handler: Callable) -> web.StreamResponse:
-        served.add(http.protocol)
-        return await handler(http)
-
-    async def watch_connections(app: web.Application) -> AsyncIterator[None]:
-        watch = asyncio.create_task(drop_silent_connections(runner, served))
-        yield
-        watch.cancel()
-
-    app.middlewares.insert(0, web.middleware(note_connection))
-    app.cleanup_ctx.append(watch_connections)
-    return runner
+async def meet_expectation(application: Callable, http: web.Request) -> web.StreamResponse:
+    """In front of the application, where aiohttp answers Expect itself, and fails on one that is not ASCII."""
+    if http.headers.get("Expect", "").lower() in ("", "100-continue"):
+        return await application(http)
+    return early_response(RequestError("Expect must be 100-continue", status=417, code="expectation_failed"))
 
 
-async def drop_silent_connections(runner: web.AppRunner, served: set[Any]) -> None:
-    """Close what has not brought a whole request header within HEADER_S; aiohttp has no such limit."""
-    since_s: dict[Any, float] = {}
-    while True:
-        await asyncio.sleep(HEADER_S / 15)
-        now, connections = time.monotonic(), runner.server.connections
-        served.intersection_update(connections)
-        since_s = {each: since_s.get(each, now) for each in connections if each not in served}
-        for each in [each for each, at in since_s.items() if now - at > HEADER_S]:
-            each.force_close()
+@functools.cache
+def connection_class() -> type[web.RequestHandler]:
+    class Connection(web.RequestHandler):
+        """A client's connection: closed when HEADER_S after it was made, or after the first byte of a later request, that
+        request's header is not whole. aiohttp knows a time-out only for connections that are silent between requests."""
+
+        header_timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            self.await_header()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self._waiter is not None and not self._waiter.done():        # it still waits for a whole header
+                self.await_header()
+            elif self.header_timer:
+                self.header_timer.cancel()
+                self.header_timer = None
+
+        def await_header(self) -> None:
+            self.header_timer = self.header_timer or asyncio.get_running_loop().call_later(HEADER_S, self.force_close)
+
+        def handle_error(self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None,
+                         message: str | None = None) -> web.Response:
+            """What aiohttp could not parse; the log does not show it, for it may be somebody's secret."""
+            if request.writer.output_size > 0:
+                raise ConnectionResetError("the response has begun, so it cannot become an error")
+            if status >= 500:
+                return early_response(public_error(exc))
+            log.info("a request from %s: this is no HTTP", request.remote)
+            return early_response(RequestError("this is no HTTP request, or it has a line above 8 KB", code="bad_request"))
+
+    return Connection
+
+
+@contextlib.asynccontextmanager
+async def serving(app: web.Application, listener: socket.socket) -> AsyncIterator[web.AppRunner]:
+    """`app` answers on a socket. A client that leaves ends its handler at once, and so the work for it."""
+    runner, loop = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=2.0), asyncio.get_running_loop()
+    await runner.setup()
+    runner.server.request_handler = functools.partial(meet_expectation, runner.server.request_handler)
+    connect = functools.partial(connection_class(), runner.server, loop=loop, access_log=None, auto_decompress=False,
+                                keepalive_timeout=KEEP_ALIVE_S, logger=log)
+    server = await loop.create_server(connect, sock=listener, backlog=BACKLOG)
+    try:
+        yield runner
+    finally:
+        server.close()
+        await runner.cleanup()
 
 
 def listen_on(host: str, port: int) -> socket.socket:
@@ -6323,7 +6299,7 @@ def listen_on(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     both = host == "::" and socket.has_dualstack_ipv6()
     try:
-        return socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=both)
+        return socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=both)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise ConfigError(f"port {port} on {host} is already in use; choose another with --port, "
@@ -6399,27 +6375,22 @@ def announce(pool: Pool, settings: Settings, port: int) -> None:
 
 async def serve_forever(settings: Settings, pool: Pool | None = None) -> int:
     """Listen, load, serve until a signal, drain, stop. Returns the exit status; ConfigError when it cannot start."""
-    listener = listen_on(settings.host, settings.port)
-    port = listener.getsockname()[1]
-    drain, now = stop_signals()
-    pool = pool or LocalPool(settings)
-    runner = make_runner(create_app(pool, settings))
-    pool.on_progress = progress = ProgressDisplay()
-    try:
-        await runner.setup()
-        await web.SockSite(runner, listener).start()
-        await pool.start()
-        if await first_of(pool.wait_ready(), drain.wait()) == 0:
-            progress.close()
-            announce(pool, settings, port)
-            await drain.wait()
-            print("Stopping: running answers may finish; a second signal stops now.", file=sys.stderr, flush=True)
-            await first_of(pool.drain(settings.drain_timeout), now.wait())
-    finally:
-        progress.close()
-        await pool.close()
-        await runner.cleanup()
-        listener.close()
+    with listen_on(settings.host, settings.port) as listener:
+        drain, now = stop_signals()
+        pool = pool or LocalPool(settings)
+        pool.on_progress = progress = ProgressDisplay()
+        async with serving(create_app(pool, settings), listener):
+            try:
+                await pool.start()
+                if await first_of(pool.wait_ready(), drain.wait()) == 0:
+                    progress.close()
+                    announce(pool, settings, listener.getsockname()[1])
+                    await drain.wait()
+                    print("Stopping: running answers may finish; a second signal stops now.", file=sys.stderr, flush=True)
+                    await first_of(pool.drain(settings.drain_timeout), now.wait())
+            finally:
+                progress.close()
+                await pool.close()
     return 0
 
 
@@ -6437,8 +6408,10 @@ TERMINAL_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if ch
 class CommandLine(argparse.ArgumentParser):
     """argparse whose errors are ConfigErrors: one line, exit status 2."""
 
+    place = ""      # where the words are from, if not from the command line
+
     def error(self, message: str) -> None:
-        raise ConfigError(f"{message} (--help lists the flags)")
+        raise ConfigError(f"{self.place}{message} (--help lists the flags)")
 
 
 class JsonLines(logging.Formatter):
@@ -6466,31 +6439,7 @@ def calm_collector() -> None:
     gc.set_threshold(20_000, 20, 100)
 
 
-class ShowVersion(argparse.Action):
-    """--version; asks for the compiled core only when it is given."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
-        print(f"chat_server {__version__}; {kernels_line()}")
-        parser.exit()
-
-
 SWITCH_WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-
-
-def worded_value(option: Option, words: list[str], place: str) -> Any:
-    """The value of a flag that is written as words in `place`, an environment variable or a line of --config."""
-    shown_words = repr(",".join(words)) if option.name != "api-key" else "the key"
-    allowed = option.choices or (() if option.parse else SWITCH_WORDS)
-    if allowed and not {word.lower() for word in words} <= set(allowed):
-        raise ConfigError(f"{place}={shown_words} must be one of {', '.join(allowed)}")
-    if not option.many and len(words) != 1:
-        raise ConfigError(f"{place}={shown_words} must be one value")
-    parse = option.parse or (lambda word: SWITCH_WORDS[word.lower()])
-    try:
-        values = tuple(parse(word) for word in words)
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        raise ConfigError(f"{place}={shown_words} is not usable: {error}") from None
-    return values if option.many else values[0]
 
 
 def read_config(path: str | None) -> dict[str, list[str]]:
@@ -6502,24 +6451,34 @@ def read_config(path: str | None) -> dict[str, list[str]]:
         table = tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from None
-    fields = {name.replace("-", "_"): option_field(option) for option in OPTIONS for name in option.name.split()}
+    fields = {name: option_field(option) for option in OPTIONS for name in option.name.split()} | {"model": "model"}
     words = {}
     for name, value in table.items():
-        if (known := (fields | {"model": "model"}).get(name.replace("-", "_"))) is None:
+        if (flag := name.replace("_", "-")) not in fields:
             raise ConfigError(f"--config {path}: there is no flag --{name}")
         if isinstance(value, dict):
             raise ConfigError(f"--config {path}: {name} must be a value or a list, not a table")
-        words[known] = [str(each) for each in (value if isinstance(value, list) else [value])]
+        words[fields[flag]] = [str(each) for each in (value if isinstance(value, list) else [value])]
     return words
 
 
-def unflagged_value(option: Option, environment: Mapping[str, str], config: Mapping[str, list[str]]) -> Any:
+def unflagged_value(parser: CommandLine, option: Option, environment: Mapping[str, str],
+                    config: Mapping[str, list[str]]) -> Any:
     """The value of a flag that was not given: its environment variable's, else --config's, else the table's."""
     name = option_field(option)
-    variable = f"CHAT_SERVER_{name.upper()}"
-    if text := environment.get(variable, "").strip():
-        return worded_value(option, text.split(",") if option.many else [text], variable)
-    return worded_value(option, config[name], f"--config: {name}") if name in config else option.default
+    place, words = f"--config: {name}", config.get(name)
+    if text := environment.get(f"CHAT_SERVER_{name.upper()}", "").strip():
+        place, words = f"CHAT_SERVER_{name.upper()}", text.split(",") if option.many else [text]
+    if words is None:
+        return option.default
+    if len(words) != 1 and not option.many:
+        raise ConfigError(f"{place} must be one value")
+    if option.parse is None:
+        if words[0].lower() not in SWITCH_WORDS:
+            raise ConfigError(f"{place}={words[0]!r} must be one of {', '.join(SWITCH_WORDS)}")
+        return SWITCH_WORDS[words[0].lower()]
+    parser.place = f"{place}: "
+    return getattr(parser.parse_args([f"--{option.name.split()[0]}={word}" for word in words]), name)
 
 
 def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
@@ -6542,18 +6501,22 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
     parser = CommandLine(prog=f"chat_server.py {command}", description=USAGE, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", nargs="?", default=None)
-    parser.add_argument("--version", action=ShowVersion, nargs=0, default=argparse.SUPPRESS, dest=argparse.SUPPRESS,
-                        help="print the version and which kernels run")
+    parser.add_argument("--version", action="store_true", help="print the version and which kernels run")
     options = {option_field(option): option for option in OPTIONS if command in option.commands.split()}
+    if command == "chat":
+        options["temperature"] = options["temperature"]._replace(default=CHAT_TEMPERATURE)
     for option in options.values():
         add_option(parser, option)
     values = vars(parser.parse_args(words))
+    if values.pop("version"):
+        print(f"chat_server {__version__}; {kernels_line()}")
+        raise SystemExit(0)
     config = read_config(values["config"] or environment.get("CHAT_SERVER_CONFIG") or None)
     values["model"] = values["model"] or environment.get("CHAT_SERVER_MODEL") or (config.get("model") or [None])[0]
     for name, option in options.items():
         if values[name] is None:
-            values[name] = unflagged_value(option, environment, config)
-    values |= {name: tuple(values[name]) for name in options if options[name].many}
+            values[name] = unflagged_value(parser, option, environment, config)
+    values |= {name: tuple(values[name] or ()) for name in options if options[name].many}
     if command == "serve":      # from here on only the hashes are kept
         values["keys"] = read_api_keys(values.pop("api_key"), values["api_key_file"])
     return Settings(command=command, **values)
@@ -6636,31 +6599,30 @@ def native_body(request: Request) -> dict[str, Any]:
 def native_event(body: dict[str, Any]) -> Event:
     """One `data:` object of the native stream as an event; its error is raised."""
     if "error" in body:
-        raise remote_error(body["error"], 500)
+        raise remote_error(body, 500)
     if not body.get("done"):
         return Piece(body.get("token", ""), (), body.get("gpu", 0))
-    usage, timings = body.get("usage") or {}, body.get("timings") or {}
-    counts = {name: usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens", "cached_tokens")}
-    times = {name: timings.get(name, 0) for name in ("queue_ms", "ttft_ms", "tokens_per_second", "drafted_tokens", "accepted_tokens")}
-    reason, gpu = body.get("finish_reason", "stop"), body.get("gpu", 0)
-    return Finished(reason, body.get("stop_reason"), **counts, **times, gpu=gpu)
+    told = (body.get("usage") or {}) | (body.get("timings") or {})
+    numbers = {name: told.get(name, 0) for name in (
+        "prompt_tokens", "completion_tokens", "cached_tokens", "queue_ms", "ttft_ms", "tokens_per_second", "drafted_tokens",
+        "accepted_tokens", "dropped_messages")}
+    return Finished(body.get("finish_reason", "stop"), body.get("stop_reason"), gpu=body.get("gpu", 0), **numbers)
 
 
 async def refusal(response: Any) -> ChatServerError:
     """What a response that is not 200 means."""
-    try:
+    body = None
+    with contextlib.suppress(ValueError):
         body = await response.json(content_type=None)
-        error = body.get("error") or {"message": body.get("detail")}
-    except (ValueError, AttributeError):
-        error = {}
     retry = response.headers.get("Retry-After", "")
-    return remote_error(error, response.status, int(retry) if retry.isdigit() else 1)
+    return remote_error(body, response.status, int(retry) if retry.isdigit() else 1)
 
 
-def remote_error(error: Any, status: int, retry_after_s: int = 1) -> ChatServerError:
-    """The server's error object as the exception it was there."""
-    error = error if isinstance(error, dict) else {"message": error}
-    message = str(error.get("message") or f"the server answered with status {status}")
+def remote_error(body: Any, status: int, retry_after_s: int = 1) -> ChatServerError:
+    """The server's error body, or an error event of its stream, as the exception it was there."""
+    body = body if isinstance(body, dict) else {}
+    error = body.get("error") if isinstance(body.get("error"), dict) else {}
+    message = str(error.get("message") or body.get("detail") or body.get("error") or f"the server answered with {status}")
     if status in (429, 503) or error.get("type") == Overloaded.type:
         return Overloaded(message, retry_after_s=retry_after_s, status=429 if status == 429 else 503)
     if status < 500 or error.get("type") == RequestError.type:
@@ -6779,14 +6741,11 @@ class Conversation:
     async def answer(self, pieces: list[str]) -> Finished:
         while True:
             try:
-                return await print_answer(self.pool, self.request(), pieces)
+                return await print_answer(self.pool, new_request(self.settings, messages=tuple(self.messages)), pieces)
             except RequestError as error:
                 if error.code != "context_length_exceeded" or not self.drop_oldest():
                     raise
                 note(f"{error}; the oldest question and its answer are dropped (`clear` starts afresh)")
-
-    def request(self) -> Request:
-        return new_request(self.settings, messages=tuple(self.messages))
 
     def drop_oldest(self) -> bool:
         """Forget the oldest user and assistant turns; False when only the newest message is left."""
@@ -6799,7 +6758,7 @@ class Conversation:
 
 def new_request(settings: Settings, **source: Any) -> Request:
     return Request(secrets.token_hex(16), sampling=sampling_params({}, settings),
-                   max_tokens=settings.default_max_tokens, **source)
+                   max_tokens=settings.max_tokens or DEFAULT_MAX_TOKENS, **source)
 
 
 async def print_answer(pool: Pool, request: Request, pieces: list[str]) -> Finished:
@@ -6867,11 +6826,6 @@ async def generate(settings: Settings) -> int:
     return 0
 
 
-def complain(error: BaseException | str, status: int) -> int:
-    print(f"chat_server: {error}", file=sys.stderr)
-    return status
-
-
 def main(argv: Seq[str] | None = None) -> int:
     """Run a command; the result is the exit status: 0, 1 (no answer), 2 (ConfigError), 130 (Ctrl-C)."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -6885,10 +6839,10 @@ def main(argv: Seq[str] | None = None) -> int:
         if settings.command == "serve":
             calm_collector()
         return asyncio.run({"serve": serve_forever, "chat": chat, "generate": generate}[settings.command](settings))
-    except ConfigError as error:
-        return complain(error, 2)
     except ChatServerError as error:
-        return complain(f"error: {error}", 1)
+        wrong_use = isinstance(error, ConfigError)
+        print(f"chat_server: {'' if wrong_use else 'error: '}{error}", file=sys.stderr)
+        return 2 if wrong_use else 1
     except BrokenPipeError:         # `generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

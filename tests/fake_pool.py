@@ -137,14 +137,9 @@ class FakePool:
 @contextlib.asynccontextmanager
 async def serving(pool, settings=None):
     """`pool` behind the real routes on a port of 127.0.0.1, run as `serve_forever` runs them; yields the base URL."""
-    runner = chat_server.make_runner(chat_server.create_app(pool, settings or Settings()))
-    listener = chat_server.listen_on("127.0.0.1", 0)
-    await runner.setup()
-    await chat_server.web.SockSite(runner, listener).start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        await runner.cleanup()
+    with chat_server.listen_on("127.0.0.1", 0) as listener:
+        async with chat_server.serving(chat_server.create_app(pool, settings or Settings()), listener):
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 def frames(body: bytes) -> list:

@@ -32,7 +32,7 @@ def test_no_words_serve_with_the_table_s_defaults():
     ("model.gguf --port 80", dict(model="model.gguf", port=80)), ("--port 80 model.gguf", dict(model="model.gguf", port=80)),
     ("serve -p 80 model.gguf --host ::1", dict(model="model.gguf", port=80, host="::1")),
     ("server -n auto -m 7", dict(num_gpus="auto", max_tokens=7)), ("--max-new-tokens 9", dict(max_tokens=9)),
-    ("chat -p hi x.gguf", dict(command="chat", prompt="hi", model="x.gguf")),
+    ("chat -p hi x.gguf", dict(command="chat", prompt="hi", model="x.gguf", temperature=0.6)),
     ("generate --prompt - -t 0 -k 1", dict(command="generate", prompt="-", temperature=0.0, top_k=1)),
     ("--served-model-name a --served-model-name b", dict(served_model_name=("a", "b"))),
     ("--kv-cache-memory 2G --log-conversations", dict(kv_cache_memory=2 << 30, log_conversations=True)),
@@ -54,7 +54,7 @@ def test_each_flag_has_an_environment_variable_and_the_flag_wins():
     ("--port x", {}, "--port"), ("--port 70000", {}, "65535"), ("a b", {}, "b"), ("--nonsense", {}, "--nonsense"),
     ("--por 80", {}, "--por"), ("-t nan", {}, "temperature"), ("-i moon", {}, "moon"), ("chat --port 80", {}, "--port"),
     ("--kv-cache-memory much", {}, "kv-cache-memory"), ("", {"CHAT_SERVER_PORT": "x"}, "CHAT_SERVER_PORT"),
-    ("", {"CHAT_SERVER_LOG_CONVERSATIONS": "perhaps"}, "true, yes"), ("", {"CHAT_SERVER_SOURCE": "moon"}, "sft, rl")])
+    ("", {"CHAT_SERVER_LOG_CONVERSATIONS": "perhaps"}, "true, yes"), ("", {"CHAT_SERVER_SOURCE": "moon"}, "CHAT_SERVER_SOURCE: argument -i/--source: invalid choice: 'moon'")])
 def test_what_cannot_be_is_a_config_error_that_names_it(line, environment, words):
     with pytest.raises(ConfigError, match=re.escape(words)):
         parsed(line, **environment)
@@ -352,10 +352,7 @@ async def test_a_server_that_is_no_chat_server_is_named():
         return chat_server.web.Response(text="welcome")
     app = chat_server.web.Application()
     app.add_routes([chat_server.web.get("/health", no_json)])
-    runner = chat_server.make_runner(app)
-    await runner.setup()
     with chat_server.listen_on("127.0.0.1", 0) as listener:
-        await chat_server.web.SockSite(runner, listener).start()
-        with pytest.raises(ConfigError, match="not a chat server"):
-            await chat_server.generate(Settings(command="generate", prompt="Hi", url=f"127.0.0.1:{listener.getsockname()[1]}"))
-        await runner.cleanup()
+        async with chat_server.serving(app, listener):
+            with pytest.raises(ConfigError, match="not a chat server"):
+                await chat_server.generate(Settings(command="generate", prompt="Hi", url=f"127.0.0.1:{listener.getsockname()[1]}"))

@@ -209,7 +209,7 @@ def test_no_json_object_breaks_the_parsers(body):
     for with_messages in (body, body | conversation()):
         raw = json.loads(json.dumps(with_messages))
         try:
-            chat_server.parse_chat_request(raw, Settings(), "id")
+            chat_server.parse_chat_request(raw, Settings())
         except RequestError as error:
             assert error.status == 400 and str(error)
         try:

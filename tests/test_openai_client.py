@@ -109,7 +109,7 @@ async def test_refusals_are_the_package_s_own_errors(client, pool, error, raised
     pool.refuse = error
     with pytest.raises(raised) as caught:
         await client.chat.completions.create(model="fake-model", messages=HI, stream=True)
-    assert caught.value.code == error.code and caught.value.body["message"] == error.message
+    assert caught.value.code == error.code and caught.value.body["message"] == str(error)
 
 
 async def test_an_unknown_model_is_not_found(client):

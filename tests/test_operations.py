@@ -130,6 +130,24 @@ async def test_the_log_as_json_has_the_fields_of_each_request_and_no_text(client
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", lines[0]["time"]) and lines[1]["status"] == 404
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_log_counts_all_choices_and_says_in_which_ways_they_ended(client, caplog, stream):
+    class Cutting(FakePool):
+        async def answer(self, request):        # choice 1 is cut; each prompt has 7 tokens, 3 of them cached
+            async for event in super().answer(request):
+                cut = isinstance(event, chat_server.Finished) and event.choice == 1
+                yield chat_server.replace(event, reason="length") if cut else event
+
+    with caplog.at_level(logging.INFO, logger="chat_server"):
+        async with serving(Cutting(["a", "b"])) as url:
+            body = {"prompt": ["one", "two"], "n": 2, "stream": stream}
+            await (await client.post(url + "/v1/completions", json=body)).read()
+    (line,) = json_lines(caplog.records)
+    assert {name: line[name] for name in ("prompt_tokens", "completion_tokens", "cached_tokens", "reason")} == {
+        "prompt_tokens": 14, "completion_tokens": 8, "cached_tokens": 6, "reason": "length,stop"}
+    assert " 14+8 tokens length,stop " in line["message"]
+
+
 async def test_polls_are_not_logged_but_attempts_without_a_key_are_with_their_address(client, caplog):
     with caplog.at_level(logging.INFO, logger="chat_server"):
         async with serving(FakePool(), Settings(keys=(ApiKey.hashed("key", "alice"),))) as url:
@@ -157,6 +175,7 @@ def test_log_format_chooses_the_format(format_, wanted):
 
 
 async def test_bytes_that_are_no_http_are_not_logged(caplog):
+    caplog.set_level(logging.DEBUG)
     async with serving(FakePool()) as url:
         for request in (b"GET /\x00secret HTTP/1.1\r\n\r\n", b"secret\r\n\r\n", b"GET / HTTP/1.1\r\nAuthorization\x01: secret\r\n\r\n"):
             reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
@@ -202,7 +221,7 @@ def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path):
 
 @pytest.mark.parametrize("text, words", [
     ("prot = 1", "no flag --prot"), ("port = 99999", "config: port"), ("port = [1, 2]", "one value"), ("[port]\nx = 1", "not a table"),
-    ("port =", "server.toml"), ("source = 'moon'", "sft, rl"), ("log-conversations = 'perhaps'", "true, yes"), ("temperature = nan", "temperature")])
+    ("port =", "server.toml"), ("source = 'moon'", "config: source: argument -i/--source: invalid choice"), ("log-conversations = 'perhaps'", "true, yes"), ("temperature = nan", "temperature")])
 def test_a_wrong_config_file_is_one_clear_error(tmp_path, text, words):
     with pytest.raises(ConfigError, match=re.escape(words)):
         configured(tmp_path, text)

@@ -101,13 +101,11 @@ class HeldFront:
     async def _serve(self, started):
         self.stop, self.pool, self.gate = asyncio.Event(), FakePool(self.WORDS), asyncio.Semaphore(0)
         self.gate.wait, self.pool.gate = self.gate.acquire, self.gate
-        self.runner = chat_server.make_runner(chat_server.create_app(self.pool, chat_server.Settings()))
-        await self.runner.setup()
-        listener = chat_server.listen_on("127.0.0.1", 0)
-        await chat_server.web.SockSite(self.runner, listener).start()
-        started.put(f"http://127.0.0.1:{listener.getsockname()[1]}/")
-        await self.stop.wait()
-        await self.runner.cleanup()
+        app = chat_server.create_app(self.pool, chat_server.Settings())
+        with chat_server.listen_on("127.0.0.1", 0) as listener:
+            async with chat_server.serving(app, listener) as self.runner:
+                started.put(f"http://127.0.0.1:{listener.getsockname()[1]}/")
+                await self.stop.wait()
 
     def run(self, work):
         async def call():

@@ -1,6 +1,7 @@
 """Who may come in: API keys, other origins, host names, slow senders."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import pickle
@@ -72,14 +73,15 @@ async def test_only_its_own_key_stops_an_answer(client):
 
 def test_keys_come_from_flags_files_and_the_environment_and_only_hashes_stay(tmp_path):
     path = tmp_path / "keys"
-    path.write_text("# people\nalice: sk-one\n\nsk-two\n")
+    path.write_text("# people\nalice: sk-one\n\nsk-two\ncarol: sk:four\n")
     settings = parse_command_line(["--api-key-file", str(path), "--api-key", "sk-three"], {})
-    assert settings.keys == (ApiKey.hashed("sk-three", "key-1"), ApiKey.hashed("sk-one", "alice"), ApiKey.hashed("sk-two", "line-4"))
+    assert settings.keys == (ApiKey.hashed("sk-three", "key-1"), ApiKey.hashed("sk-one", "alice"), ApiKey.hashed("sk-two", "line-4"),
+                             ApiKey.hashed("sk:four", "carol"))
     assert parse_command_line([], {"CHAT_SERVER_API_KEY": "a,b"}).keys == (ApiKey.hashed("a", "key-1"), ApiKey.hashed("b", "key-2"))
     assert "sk-" not in repr(settings) and b"sk-" not in pickle.dumps(settings)
 
 
-@pytest.mark.parametrize("content", [None, "", "# only a comment\n", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [None, "", "# only a comment\n", b"\xff\xfe", "alice: sk-one\nbob:\n", "alice: sk-one\n:\n"])
 def test_a_key_file_without_keys_does_not_open_the_server(tmp_path, content):
     path = tmp_path / "keys"
     if content is not None:
@@ -148,11 +150,12 @@ async def test_a_named_origin_passes_the_preflight_without_a_key_and_reads_even_
         assert asked.status == (204 if admitted else 403)
         if admitted:
             assert asked.headers["Access-Control-Allow-Headers"] == "authorization, x-stainless-os"
-            assert "POST" in asked.headers["Access-Control-Allow-Methods"]
+            assert "POST" in asked.headers["Access-Control-Allow-Methods"] and asked.headers["Access-Control-Allow-Private-Network"] == "true"
         for path, headers, status in ((NATIVE, {}, 401), (NATIVE, ALICE, 200), (OPENAI, ALICE, 200), ("/nothing", ALICE, 404)):
             async with client.post(url + path, json=conversation(), headers=headers | {"Origin": origin}) as response:
                 assert response.status == status
                 assert response.headers.get("Access-Control-Allow-Origin") == (origin if admitted else None)
+                assert ("X-Request-Id" in response.headers.get("Access-Control-Expose-Headers", "")) == admitted
                 assert response.headers["Vary"] == "Origin" and "Access-Control-Allow-Credentials" not in response.headers
         cross = await client.post(url + NATIVE, json=conversation(), headers=ALICE | {"Origin": origin, "Sec-Fetch-Site": "cross-site"})
         assert cross.status == (200 if admitted else 403)
@@ -228,6 +231,66 @@ async def test_a_connection_that_has_brought_a_request_may_be_silent_for_longer(
         writer.close()
 
 
+async def test_every_later_request_has_no_longer_for_its_header(monkeypatch):
+    monkeypatch.setattr(chat_server, "HEADER_S", 0.05)
+    async with serving(FakePool()) as url:
+        reader, writer = await connect(url)
+        writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        await reader.readuntil(b'{"alive": true}')
+        silent, silent_writer = await connect(url)
+        assert await silent.read() == b""                   # so much later
+        silent_writer.close()
+        for part in (b"GET /livez HTTP/1.1\r\nHo", b"st: x\r\n\r\n"):        # no byte of it had come: it may begin now
+            writer.write(part)
+        await reader.readuntil(b'{"alive": true}')
+
+        async def drip():
+            for _ in range(8000):
+                writer.write(b"x")
+                await asyncio.sleep(0.001)
+        writer.write(b"GET / HTTP/1.1\r\nX-Slow: ")
+        dripping = asyncio.create_task(drip())              # new bytes do not buy time
+        with contextlib.suppress(ConnectionError):          # what is still sent to a connection that is closed resets it
+            assert await reader.read() == b""
+        assert not dripping.done()
+        dripping.cancel()
+        writer.close()
+
+
+async def test_a_connection_is_kept_between_requests_only_for_a_while(monkeypatch):
+    monkeypatch.setattr(chat_server, "KEEP_ALIVE_S", 0.05)
+    async with serving(FakePool()) as url:
+        reader, writer = await connect(url)
+        writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (await reader.read()).endswith(b'{"alive": true}')
+        writer.close()
+
+
+async def test_a_slow_body_and_an_answer_that_takes_long_are_not_taken_for_a_header(client, monkeypatch):
+    monkeypatch.setattr(chat_server, "HEADER_S", 0.05)
+    pool = FakePool(gate=asyncio.Event())
+    async with serving(pool) as url:
+        reader, writer = await connect(url)
+        body = json.dumps(conversation()).encode()
+        writer.write(b"POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body[:5])
+        for rest in (body[5:9], body[9:]):
+            silent, silent_writer = await connect(url)
+            assert await silent.read() == b""
+            silent_writer.close()
+            writer.write(rest)
+        await pool.until_open(1)
+        writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\nGET /livez HT")         # and what comes early waits for its turn
+        silent, silent_writer = await connect(url)
+        assert await silent.read() == b""
+        silent_writer.close()
+        pool.gate.set()
+        assert b'"done": true' in await reader.readuntil(b"\r\n0\r\n\r\n")
+        await reader.readuntil(b'{"alive": true}')
+        writer.write(b"TP/1.1\r\nHost: x\r\n\r\n")
+        await reader.readuntil(b'{"alive": true}')
+        writer.close()
+
+
 async def test_a_body_that_pauses_is_408(monkeypatch):
     monkeypatch.setattr(chat_server, "BODY_S", 0.05)
     async with serving(FakePool()) as url:
@@ -235,3 +298,78 @@ async def test_a_body_that_pauses_is_408(monkeypatch):
         writer.write(b'POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"messages"')
         assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 408 ")
         writer.close()
+
+
+# what aiohttp would answer itself
+
+
+async def exchange(url, request):
+    """(status, header, body) of raw bytes that ask for the connection's end, or are such that it ends."""
+    reader, writer = await connect(url)
+    writer.write(request)
+    answer = await reader.read()
+    writer.close()
+    header, _, body = answer.partition(b"\r\n\r\n")
+    return int(header[9:12]), header, body
+
+
+def posted(header=b"", path=b"/v1/chat/completions", body=json.dumps(conversation()).encode()):
+    length = b"" if b"Content-Length" in header or b"chunked" in header else b"Content-Length: %d\r\n" % len(body)
+    return b"POST %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n%s%s\r\n%s" % (path, header, length, body)
+
+
+@pytest.mark.parametrize("expected", [b"\xe9", b"\xff\xfe", "jeżeli".encode(), b"more", b"100-continue, more", b"100-continue\xa0"])
+@pytest.mark.parametrize("path", [b"/v1/chat/completions", b"/chat/completions", b"/nothing", b"/livez"])
+async def test_an_unknown_expectation_is_417_in_our_form(expected, path):
+    pool = FakePool()
+    async with serving(pool) as url:
+        status, header, body = await exchange(url, posted(b"Expect: " + expected + b"\r\n", path))
+    error = json.loads(body)
+    assert status == 417 and error["error"]["code"] == "expectation_failed" and error["detail"] and not pool.requests
+    assert b"X-Content-Type-Options: nosniff" in header and b"Server: chat_server\r\n" in header + b"\r\n"
+
+
+@pytest.mark.parametrize("expected", [b"100-continue", b"100-Continue"])
+async def test_a_client_that_waits_for_100_continue_is_told_to_go_on(expected):
+    async with serving(FakePool()) as url:
+        reader, writer = await connect(url)
+        request = posted(b"Expect: " + expected + b"\r\n")
+        header, body = request.split(b"\r\n\r\n")
+        writer.write(header + b"\r\n\r\n")
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(body)
+        assert (await reader.read()).startswith(b"HTTP/1.1 200 OK\r\n")
+        writer.close()
+
+
+GET = b"GET %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n%s\r\n"
+
+
+@pytest.mark.parametrize("request_", [
+    posted(b"Content-Length: 5, 5\r\n"), posted(b"Content-Length: +5\r\n"), posted(b"Content-Length: -5\r\n"),
+    posted(b"Content-Length: 5\r\nContent-Length: 6\r\n"), posted(b"Content-Length: 0x5\r\n"), posted(b"Content-Length: " + b"9" * 30 + b"\r\n"),
+    posted(b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n"), posted(b"Transfer-Encoding: chunked\r\n", body=b"zz\r\n\r\n"),
+    GET % (b"/\xe9", b""), GET % (b"/?\xff", b""), GET % (b"http://\xff/livez", b""), GET % (b"livez", b""), b"GET /livez HTTP/1.1\r\n\r\n",
+    GET % (b"/livez", b"Host: y\r\n"), GET % (b"/livez", b"X: " + b"a" * 9000 + b"\r\n"), GET % (b"/livez", b"X: a\r\n" * 200),
+    GET % (b"/" + b"a" * 9000, b""), GET % (b"/livez", b"X: a\x00b\r\n"), GET % (b"/livez", b"X : a\r\n"), GET % (b"/livez", b"X: a\r\n b\r\n"),
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"G\xffT / HTTP/1.1\r\nHost: x\r\n\r\n"])
+async def test_what_is_no_http_is_400_in_our_form(request_):
+    pool = FakePool()
+    async with serving(pool) as url:
+        status, header, body = await exchange(url, request_)
+    assert status == 400 and json.loads(body)["error"]["code"] == "bad_request" and not pool.requests
+    assert b"Content-Type: application/json" in header and b"X-Content-Type-Options: nosniff" in header
+
+
+@pytest.mark.parametrize("name", [b"X-Request-Id", b"Authorization", b"X-Api-Key", b"Origin", b"Host", b"Content-Type", b"Cookie", b"Accept-Encoding",
+                                  b"Range", b"If-Range", b"If-None-Match", b"If-Modified-Since", b"Upgrade", b"Forwarded", b"Access-Control-Request-Headers"])
+@pytest.mark.parametrize("value", [b"\xff\xfe", "é\u2028".encode(), b"Bearer \xff", b"a" * 8000])
+async def test_no_header_value_is_too_odd(caplog, name, value):
+    async with serving(FakePool(), Settings(cors_origin=("*",))) as url:
+        for path in (b"/livez", b"/static/chat.js", b"/static/%00", b"/v1/models/%ff", b"/v1/streams/%ed%a0%80"):
+            asked = b"OPTIONS %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\nOrigin: null\r\nAccess-Control-Request-Method: POST\r\n\r\n" % path
+            for request in (GET % (path, b""), asked):
+                lines = [line for line in request.split(b"\r\n") if not line.startswith(name + b": ")]
+                status, header, _ = await exchange(url, b"\r\n".join([lines[0], name + b": " + value, *lines[1:]]))
+                assert status < 500 and header.isascii(), path
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]

@@ -150,18 +150,14 @@ def test_an_answer_whose_worker_is_killed_goes_on_where_it_was(nanochat_fixtures
 async def served(settings):
     """A LocalPool behind the real HTTP front in this process: (pool, url)."""
     pool = LocalPool(settings, worker_command=DYING)
-    runner = chat_server.make_runner(chat_server.create_app(pool, settings))
-    await runner.setup()
-    listener = chat_server.listen_on("127.0.0.1", 0)
-    try:
-        await chat_server.web.SockSite(runner, listener).start()
-        await pool.start()
-        await pool.wait_ready()
-        yield pool, f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        await pool.close()
-        await runner.cleanup()
-        listener.close()
+    with chat_server.listen_on("127.0.0.1", 0) as listener:
+        async with chat_server.serving(chat_server.create_app(pool, settings), listener):
+            try:
+                await pool.start()
+                await pool.wait_ready()
+                yield pool, f"http://127.0.0.1:{listener.getsockname()[1]}"
+            finally:
+                await pool.close()
 
 
 async def test_200_clients_who_vanish_at_random_moments_leave_nothing_behind(nanochat_fixtures):

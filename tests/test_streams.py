@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import random
 import weakref
 
 import aiohttp
@@ -249,16 +250,17 @@ async def test_what_is_kept_is_bounded_and_the_oldest_goes_first(client, front, 
             names.append(response.headers["X-Request-Id"])
     statuses = [(await client.get(f"{url}/v1/streams/{name}")).status for name in names]
     assert statuses == sorted(statuses, reverse=True) and {200, 404} == set(statuses)
-    pool.pieces = ["x" * 1000] * 40          # one answer that is too long alone: its beginning goes
-    pool.gate.admit(40)
+    dice = random.Random(1)
+    pool.pieces = [dice.randbytes(150).hex() for _ in range(140)]       # one answer that is too long alone: its beginning goes
+    pool.gate.admit(140)
     async with client.post(url + NATIVE, json=RESUMABLE) as response:
         events = await read_all(response)
-        assert len(events) == 41 or "no longer kept" in events[-1][1]
+        assert len(events) == 141 or "no longer kept" in events[-1][1]
     gone = await client.get(f"{url}/v1/streams/{response.headers['X-Request-Id']}")
     assert gone.status == 410 and (await gone.json())["error"]["code"] == "gone"
     first = int((await gone.json())["error"]["message"].split()[3])
     async with client.get(f"{url}/v1/streams/{response.headers['X-Request-Id']}", params={"from": first}) as rest:
-        assert [number for number, _ in await read_all(rest)] == list(range(first, 41))
+        assert [number for number, _ in await read_all(rest)] == list(range(first, 141))
 
 
 async def test_what_is_no_longer_kept_is_nowhere_in_memory(client, front, monkeypatch):
