@@ -8,7 +8,7 @@ import math
 import numpy
 
 from . import _core
-from .arrays import matrix, vector
+from .arrays import look_at, vector
 
 ROW = numpy.dtype([         # struct SampleRow of csrc/contract.h
     ("seed", "u8"), ("position", "i8"), ("top_p", "u8"), ("inverse_temperature", "f4"), ("min_z", "f4"), ("top_k", "i4"),
@@ -106,9 +106,8 @@ def sample(logits, batch: SampleBatch, tokens=None, logprobs=None):
 
     logprobs (B,) float32, if given, receives ln softmax of each token after penalties and bias, before temperature.
     """
-    address, kind, rows, columns, stride = matrix("logits", logits, ("float32", "bfloat16"))
-    if rows != len(batch.params) or columns != batch.vocab_size:
-        raise ValueError(f"logits: must be ({len(batch.params)}, {batch.vocab_size}) as the batch, not ({rows}, {columns})")
+    address, kind, (rows, columns), stride = look_at("logits", logits, ("float32", "bfloat16"), len(batch.params),
+                                                     batch.vocab_size, rows_apart=True)
     if tokens is None:
         tokens, tokens_at = batch.tokens, batch._addresses[-1]
     else:
