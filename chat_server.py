@@ -879,8 +879,8 @@ def softcap_reference(logits, cap, out):
     torch.mul(torch.tanh(logits / cap), cap, out=out)
 
 
-def rope_tables_reference(spec, device) -> tuple:
-    """(cos, cos) and direction * (-sin, sin) of every position, (max_positions, rope_size) float32 each."""
+def rope_tables(spec, device) -> tuple:
+    """cos and direction * sin of every position, (max_positions, rope_size / 2) float32 each."""
     size = spec.rope_size or spec.head_size
     frequencies = 1.0 / spec.rope_base ** (numpy.arange(0, size, 2, dtype=numpy.float64) / size)
     if spec.rope_factors:
@@ -888,8 +888,7 @@ def rope_tables_reference(spec, device) -> tuple:
     angles = numpy.outer(numpy.arange(spec.max_positions), frequencies)
     cos, sin = numpy.cos(angles), spec.rope_direction * numpy.sin(angles)
     dtype = torch.bfloat16 if spec.rope_bfloat16 else torch.float32
-    return tuple(torch.from_numpy(numpy.concatenate(halves, axis=1).astype(numpy.float32)).to(dtype).float().to(device)
-                 for halves in ((cos, cos), (-sin, sin)))
+    return tuple(torch.from_numpy(table.astype(numpy.float32)).to(dtype).to(device, torch.float32) for table in (cos, sin))
 
 
 def zeroed(shape: tuple[int, ...], dtype, device):
@@ -916,15 +915,15 @@ def rope_append_reference(qkv, tables, positions, slots, cache, spec, q_norm, k_
     `cache`, one layer's, at `slots` (T,).
     """
     T, H, Hkv, D = qkv.shape[0], spec.heads, spec.kv_heads, spec.head_size
-    cos, sin = (torch.index_select(table, 0, positions) for table in tables)                    # (T, rot) each
+    cos, sin = (torch.index_select(table, 0, positions).unsqueeze(1) for table in tables)      # (T, 1, rot / 2) each
     heads = qkv.view(T, H + 2 * Hkv, D)
     qk = heads[:, :H + Hkv].float()                                     # (T, H + Hkv, D), a copy
     if spec.qk_norm == "before_rope":
         qk = norm_heads(qk, H, q_norm, k_norm, spec.norm_eps)
-    rotate_half_split(qk, cos.unsqueeze(1), sin.unsqueeze(1))
+    rotate(qk, cos, sin)
     if spec.qk_norm == "after_rope":
         qk = norm_heads(qk, H, q_norm, k_norm, spec.norm_eps)
-    heads[:, :H + Hkv] = qk if spec.qk_scale == 1.0 else qk * spec.qk_scale
+    heads[:, :H + Hkv] = qk * spec.qk_scale
     if value_embed is not None:
         strength = spec.ve_gate_scale * torch.sigmoid(gate.float()).unsqueeze(-1)               # (T, Hkv, 1)
         heads[:, H + Hkv:] += strength * value_embed.view(T, Hkv, D)
@@ -941,12 +940,11 @@ def norm_heads(qk, H, q_norm, k_norm, eps):
     return qk
 
 
-def rotate_half_split(x, cos, sin):
-    """Rotate the pairs (x[i], x[i + rot/2]) of x (T, heads, D) in place; cos, sin (T, 1, rot)."""
-    size = cos.shape[-1]
-    x = x if size == x.shape[-1] else x[..., :size]
-    swapped = x.roll(size // 2, dims=-1).mul_(sin)
-    x.mul_(cos).add_(swapped)
+def rotate(x, cos, sin):
+    """Rotate the pairs (x[i], x[i + rot / 2]) of x (T, heads, D) in place; cos, sin (T, 1, rot / 2)."""
+    half = cos.shape[-1]
+    a, b = x[..., :half], x[..., half:2 * half]
+    x[..., :2 * half] = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 SCRATCH_SCORES = 1 << 22        # attention scores of a prompt's chunk that are computed at once
@@ -1296,7 +1294,6 @@ class Kernels:
     smear: Callable
     backout: Callable
     softcap: Callable
-    rope_tables: Callable
     make_cache: Callable
     rope_append: Callable
     plan_attention: Callable
@@ -1382,11 +1379,6 @@ def program_ops(core: Any, program: Any, spec, quantize: str | None) -> dict[str
     def pack_table(weight, is_head):
         return pack("embed", weight) if is_head or isinstance(weight, QuantizedMatrix) else weight
 
-    def rope_tables(spec, device):
-        cos, sin = rope_tables_reference(spec, device)
-        half = cos.shape[1] // 2
-        return cos[:, :half].contiguous(), sin[:, half:].contiguous()          # sin carries the direction
-
     def make_cache(spec, num_pages, dtype, device):
         kind = torch.float32 if dtype == torch.float32 else torch.float16
         return zeroed((spec.layers, num_pages, spec.kv_heads, 2, PAGE_SIZE * spec.head_size), kind, device)
@@ -1401,8 +1393,8 @@ def program_ops(core: Any, program: Any, spec, quantize: str | None) -> dict[str
 
     same = ("embed", "gather_rows", "rms_norm", "linear", "copy", "mix", "smear", "backout", "softcap")
     return {name: getattr(program, name) for name in same} | {
-        "pack": pack, "pack_table": pack_table, "rope_tables": rope_tables, "make_cache": make_cache,
-        "rope_append": rope_append, "paged_attention": paged_attention, "sample": core.Sampler()}
+        "pack": pack, "pack_table": pack_table, "make_cache": make_cache, "rope_append": rope_append,
+        "paged_attention": paged_attention, "sample": core.Sampler()}
 
 
 def weights_dtype(spec, device) -> "torch.dtype":
@@ -1458,13 +1450,7 @@ class CudaKernels:
 
     def ops(self) -> dict[str, Callable]:
         return {name: getattr(self, name) for name in
-                ("rope_tables", "make_cache", "rope_append", "plan_attention", "paged_attention", "sample")}
-
-    def rope_tables(self, spec, device) -> tuple:
-        """cos and direction * sin of every position, (max_positions, rope_size / 2) float32 each."""
-        cos, sin = rope_tables_reference(spec, device)
-        half = cos.shape[1] // 2
-        return cos[:, :half].contiguous(), sin[:, half:].contiguous()
+                ("make_cache", "rope_append", "plan_attention", "paged_attention", "sample")}
 
     def make_cache(self, spec, num_pages, dtype, device):
         return zeroed((spec.layers, 2, num_pages, spec.kv_heads, PAGE_SIZE, spec.head_size), dtype, device)
@@ -1811,7 +1797,7 @@ class Transformer:
             self.weights = self._pack(tensors, progress)
             self.layers = [{name.partition(".")[2]: tensor for name, tensor in self.weights.items()
                             if name.startswith(f"{l}.")} for l in range(spec.layers)]
-            self.rope_tables = kernels.rope_tables(spec, self.device)
+            self.rope_tables = rope_tables(spec, self.device)
             self.cache = kernels.make_cache(spec, num_pages, self.dtype, self.device)
             self.buffers = self._allocate(max_tokens, min(max_rows or max_tokens, max_tokens))
             if kernels.program:

@@ -149,7 +149,7 @@ def test_rope_append_normalizes_rotates_gates_and_appends(variant):
     q_norm, k_norm = (random(8, seed=s) for s in (2, 3)) if spec.qk_norm_weights else (None, None)
     value_embed, gate = (random(4, 16, seed=4), random(4, 2, seed=5)) if spec.value_embed_layers else (None, None)
     q, k, v = rope_reference(qkv, positions, spec, q_norm, k_norm, value_embed, gate)
-    tables = KERNELS.rope_tables(spec, "cpu")
+    tables = cs.rope_tables(spec, "cpu")
     rotated = torch.full((4, 32), math.nan)
     KERNELS.rope_append(qkv, tables, torch.tensor(positions), slots, cache, spec, q_norm, k_norm, value_embed, gate, out=rotated)
     close(rotated.reshape(4, 4, 8), q)
