@@ -808,16 +808,12 @@ def rms_norm_reference(x, weight, eps, out):
 
 
 def pack_reference(name, weight):
-    """The matrix `name` (N, K) -> what `linear` reads fastest; on x86 oneDNN's blocked layout: 2.4 times faster than the plain one
-    at one row (bfloat16, SmolLM2-135M's layers, 2 threads: 4.7 against 11.1 ms), 1.2 times at 256."""
+    """The matrix `name` (N, K) -> what `linear` reads fastest; on x86 oneDNN's blocked layout: 2.4 times faster than the plain
+    one at one row (bfloat16, SmolLM2-135M's layers, 2 threads: 4.7 against 11.1 ms), 1.2 times at 256. `embed` reads it plain.
+    """
     x86 = weight.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
     able = x86 and torch.backends.mkldnn.is_available() and (weight.dtype == torch.float32 or mkldnn_bfloat16())
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if able else weight
-
-
-def pack_table_reference(weight, is_head):
-    """The embedding (V, C), which a tied head shares, stays as it is."""
-    return weight
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if able and name != "embed" else weight
 
 
 def mkldnn_bfloat16() -> bool:
@@ -1287,7 +1283,6 @@ class Kernels:
     gather_rows: Callable
     rms_norm: Callable
     pack: Callable
-    pack_table: Callable
     linear: Callable
     copy: Callable
     mix: Callable
@@ -1368,6 +1363,8 @@ def program_ops(core: Any, program: Any, spec, quantize: str | None) -> dict[str
 
     def pack(name, weight):
         (N, K), given = weight.shape, isinstance(weight, QuantizedMatrix)
+        if name == "embed" and not (given or spec.tied_head):
+            return weight           # rows are only looked up
         rows, kind = (weight.rows, weight.kind) if given else (weight, kinds[weight.dtype])
         small = given or K % 32 or name.endswith("ve_gate")
         matrix = core.Matrix(arena, kind if small or not quantize else quantize, N, K)
@@ -1375,9 +1372,6 @@ def program_ops(core: Any, program: Any, spec, quantize: str | None) -> dict[str
         for part in range(parts):
             matrix.fill(rows[N // parts * part:N // parts * (part + 1)], kind, first_tile=part, tile_step=parts)
         return matrix
-
-    def pack_table(weight, is_head):
-        return pack("embed", weight) if is_head or isinstance(weight, QuantizedMatrix) else weight
 
     def make_cache(spec, num_pages, dtype, device):
         kind = torch.float32 if dtype == torch.float32 else torch.float16
@@ -1393,7 +1387,7 @@ def program_ops(core: Any, program: Any, spec, quantize: str | None) -> dict[str
 
     same = ("embed", "gather_rows", "rms_norm", "linear", "copy", "mix", "smear", "backout", "softcap")
     return {name: getattr(program, name) for name in same} | {
-        "pack": pack, "pack_table": pack_table, "make_cache": make_cache, "rope_append": rope_append,
+        "pack": pack, "make_cache": make_cache, "rope_append": rope_append,
         "paged_attention": paged_attention, "sample": core.Sampler()}
 
 
@@ -1806,22 +1800,18 @@ class Transformer:
 
     def _pack(self, tensors: dict, progress: "Progress") -> dict:
         """Move every weight to the device, matrices into the kernels' layout; a tied head is the embedding."""
-        weights, tied, names = {}, self.spec.tied_head, expected_tensors(self.spec)
+        weights, names = {}, expected_tensors(self.spec)
         for name in names:
             progress("packing weights", len(weights) / len(names))
-            tensor = tensors.pop(name)
-            if name == "head" and tied:
+            weight = tensors.pop(name)
+            if name == "head" and self.spec.tied_head:
                 weights[name] = weights["embed"]
                 continue
-            if not isinstance(tensor, QuantizedMatrix):
-                large = tensor.ndim > 1 and name != "smear_gate"
-                tensor = tensor.to(self.device, self.dtype if large else torch.float32)
-            if name == "embed":
-                weights[name] = self.kernels.pack_table(tensor, tied)
-            elif name.rpartition(".")[2] in ("qkv", "output", "gate_up", "up", "down", "head", "ve_gate"):
-                weights[name] = self.kernels.pack(name, tensor)
-            else:
-                weights[name] = tensor
+            if not isinstance(weight, QuantizedMatrix):
+                large = weight.ndim > 1 and name != "smear_gate"
+                weight = weight.to(self.device, self.dtype if large else torch.float32)
+            matrix = name.rpartition(".")[2] in ("embed", "qkv", "output", "gate_up", "up", "down", "head", "ve_gate")
+            weights[name] = self.kernels.pack(name, weight) if matrix else weight
         return weights
 
     def _allocate(self, T: int, R: int) -> dict:
