@@ -1930,27 +1930,21 @@ class EagerSteps:
         """Do what would make the first steps slow; before any step."""
 
 
-class ProgramSteps:
-    """Runs steps as decode_core's recorded program on its own threads; two may be under way."""
+class ProgramSteps(EagerSteps):
+    """Runs steps as decode_core's program, recorded with the transformer, on its own threads; two may be under way."""
 
     ahead = True
 
     def __init__(self, transformer: Transformer):
-        self.program, self.vocab_size = transformer.kernels.program, transformer.spec.vocab_size
-        self.sampling: Any = None               # of the step before: mostly the same rows are drawn again
+        super().__init__(transformer)
+        self.program, self.sampling = transformer.kernels.program, None     # the SampleBatch of the step before
 
     def start(self, batch: Batch, rows: Seq[SampleRow]) -> Any:
-        if self.sampling and self.sampling.is_of(rows):
-            self.sampling.update(rows)
-        else:
-            self.sampling = decode_core().SampleBatch(rows, self.vocab_size) if rows else None
+        self.sampling = decode_core().batch_of(rows, self.transformer.spec.vocab_size, self.sampling)
         return self.program.start(*batch, self.sampling)
 
     def finish(self, ticket: Any) -> list[int]:
         return self.program.finish(ticket)
-
-    def prepare(self, progress: Callable[[float], None]) -> None:
-        """Nothing: the program was recorded with the transformer."""
 
 
 # 6b. steps on CUDA: decode steps are graphs, replayed once each; tokens are drawn on the device -----------------------------
@@ -2106,7 +2100,7 @@ class GraphSteps:
             self.workspace = self.kernels.workspace(max_batch, max_pages, transformer.device)
         self.staging = [Staging(self.queue, largest.bytes(), max_batch) for _ in range(2)]
         self.graphs: dict[tuple[int, int], Graph] = {}
-        self.sampling: Any = None           # decode_core's SampleBatch, kept while the same rows are decoded
+        self.sampling: Any = None           # decode_core's SampleBatch of the step before
 
     def prepare(self, progress: Callable[[float], None]) -> None:
         """Capture the graph of every bucket, the largest first; no step may be under way."""
@@ -2131,7 +2125,7 @@ class GraphSteps:
         if staging.done:            # long since, unless that step was given up
             self.queue.wait(staging.done)
         with torch.inference_mode():
-            sampling = self._sampling(rows)
+            sampling = self.sampling = self.kernels.core.batch_of(rows, self.spec.vocab_size, self.sampling)
             if graph := self._graph(batch, sampling):
                 work = self._start_graph(graph, staging, batch, sampling)
             else:
@@ -2148,16 +2142,6 @@ class GraphSteps:
         assert ticket.staging.done is ticket.done, "more than two steps were under way"
         self.queue.wait(ticket.done)
         return ticket.staging.tokens[:ticket.rows].tolist()
-
-    def _sampling(self, rows: Seq[SampleRow]) -> Any:
-        """decode_core's SampleBatch of these rows, None without rows."""
-        if not rows:
-            return None
-        if self.sampling and self.sampling.is_of(rows):
-            self.sampling.update(rows)
-        else:
-            self.sampling = self.kernels.core.SampleBatch(rows, self.spec.vocab_size)
-        return self.sampling
 
     def _graph(self, batch: Batch, sampling: Any) -> Graph | None:
         """The smallest graph that holds a step of decode rows; None for any other step."""

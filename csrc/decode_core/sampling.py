@@ -101,6 +101,16 @@ class SampleBatch:
         return len(rows) == len(self.params) and all(row.params is mine for row, mine in zip(rows, self.params))
 
 
+def batch_of(rows, vocab_size: int, last: SampleBatch | None) -> SampleBatch | None:
+    """The SampleBatch of these rows, None without any: `last` brought up to date, where the same requests are decoded on."""
+    if not rows:
+        return None
+    if last is None or last.vocab_size != vocab_size or not last.is_of(rows):
+        return SampleBatch(rows, vocab_size)
+    last.update(rows)
+    return last
+
+
 def sample(logits, batch: SampleBatch, tokens=None, logprobs=None):
     """logits (B, V) float32 or bfloat16, rows may be apart -> tokens (B,) int32 (the batch's own array if none is given).
 
@@ -124,9 +134,5 @@ class Sampler:
         self.batch = None
 
     def __call__(self, logits, rows) -> list[int]:
-        batch = self.batch
-        if batch is None or batch.vocab_size != logits.shape[1] or not batch.is_of(rows):
-            batch = self.batch = SampleBatch(rows, int(logits.shape[1]))
-        else:
-            batch.update(rows)
-        return sample(logits, batch).tolist()
+        self.batch = batch_of(rows, int(logits.shape[1]), self.batch)
+        return sample(logits, self.batch).tolist()
