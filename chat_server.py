@@ -1294,13 +1294,10 @@ class Kernels:
     plan_attention: Callable
     paged_attention: Callable
     sample: Callable
-    names: Mapping[str, str]
+    names: dict[str, str]               # who computes each op, for /stats
     program: Any = None                 # where the ops are recorded instead of computing; it runs whole steps
     row_invariant: bool = False         # each row's bits depend on nothing else in the batch
     cuda: CudaKernels | None = None     # where decode_core runs on CUDA: what GraphSteps needs besides the ops
-
-    def describe(self) -> dict[str, str]:
-        return dict(self.names)
 
 
 OP_NAMES = tuple(op.name for op in dataclasses.fields(Kernels)[:-4])
@@ -3910,7 +3907,7 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
     place = f"{device} with {config.threads} thread(s)" if device.type == "cpu" else str(device)
     if device.type == "cuda":
         place += f" ({torch.cuda.get_device_name(device)})"
-    kernels = engine.kernels.describe()
+    kernels = engine.kernels.names
     lines = (f"Model {model.name}: {model.description}", kernels_line(),
              f"Running on {place}, weights in {engine.transformer.weight_types}; kernels: "
              + ", ".join(sorted(set(kernels.values()))),

@@ -361,7 +361,7 @@ def test_load_kernels_takes_decode_core_on_cuda_where_the_model_fits(monkeypatch
     spec = llama_like()[0]
     monkeypatch.setattr(cs, "decode_core", Pretended)
     kernels = cs.load_kernels("cuda", spec)
-    names = kernels.describe()
+    names = kernels.names
     assert {name for name, by in names.items() if by == "decode_core/cuda"} >= {"rope_append", "paged_attention", "sample"}
     assert names["linear"] == "torch/reference" and kernels.cuda and not kernels.row_invariant
     for unfit in (replace(spec, head_size=24), replace(spec, head_size=272), replace(spec, vocab_size=(1 << 18) + 1)):
