@@ -956,11 +956,15 @@ class Span(NamedTuple):
     mask: Any               # additive (B, 1, queries, S); None where every key counts
 
 
+def decode_rows(batch) -> int:
+    """How many sequences have one new token each; they come before the others."""
+    return next((i for i, (start, end) in enumerate(itertools.pairwise(batch.starts)) if end - start != 1), len(batch.lengths))
+
+
 def plan_attention_reference(batch, positions, windows, dtype) -> dict:
     """Work out once per step, for all layers, which pages and masks attention needs: {window: [Span, ...]}."""
-    counts = [end - start for start, end in zip(batch.starts, batch.starts[1:])]
-    decode = next((i for i, count in enumerate(counts) if count != 1), len(counts))
-    groups = [range(decode)] * (decode > 0) + [range(i, i + 1) for i in range(decode, len(counts))]
+    decode = decode_rows(batch)
+    groups = [range(decode)] * (decode > 0) + [range(i, i + 1) for i in range(decode, len(batch.lengths))]
     return {window: [make_span(batch, positions, group, window, dtype) for group in groups] for window in set(windows)}
 
 
@@ -977,11 +981,16 @@ def make_span(batch, positions, group, window, dtype) -> Span:
     if count == 1 and min(sizes) == size and (not window or size <= window):
         return Span(rows, len(group), keys, size, None)
     begin = torch.tensor(first, device=positions.device).mul_(PAGE_SIZE)
-    position = begin.unsqueeze(1) + torch.arange(size, device=begin.device)     # (B, S) absolute position of each key
-    age = positions[rows].view(len(group), count, 1) - position.unsqueeze(1)      # (B, queries, S); < 0: future
+    places = begin.unsqueeze(1) + torch.arange(size, device=begin.device)       # (B, S) absolute position of each key
+    mask = attention_mask(positions[rows].view(len(group), count), places, window, dtype)
+    return Span(rows, len(group), keys, size, mask)
+
+
+def attention_mask(positions, keys, window, dtype):
+    """0 where a query at positions (B, queries) sees the key at keys (B, S), else -inf -> (B, 1, queries, S)."""
+    age = positions.unsqueeze(2) - keys.unsqueeze(1)                            # < 0: future
     hidden = (age < 0) | (age >= window) if window else age < 0
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=begin.device).masked_fill_(hidden, -math.inf)
-    return Span(rows, len(group), keys, size, mask.unsqueeze(1))
+    return torch.zeros(hidden.shape, dtype=dtype, device=age.device).masked_fill_(hidden, -math.inf).unsqueeze(1)
 
 
 def key_location(tables, size, device):
@@ -1013,10 +1022,16 @@ def paged_attention_reference(q, cache, plan, window, out):
         elif q.device.type == "cpu":
             y = attend_chunk(grouped, k[0], v[0], mask, scale)
         else:
-            grouped = grouped.permute(1, 2, 0, 3)                               # (Hkv, H / Hkv, queries, D)
-            k, v = (t.transpose(0, 1).expand(-1, grouped.shape[1], -1, -1) for t in (k, v))
-            y = attend(grouped, k, v, attn_mask=mask, scale=scale).permute(2, 0, 1, 3)
+            y = attend_prompt(grouped, k[0], v[0], mask, scale)
         out[rows].view(y.shape).copy_(y)
+
+
+def attend_prompt(q, k, v, mask, scale):
+    """One sequence's rows: q (t, Hkv, G, D), k and v (Hkv, S, D), mask (1, 1, t, S) -> (t, Hkv, G, D)."""
+    q = q.permute(1, 2, 0, 3)
+    # the query heads of a kv head share its keys by a stride of 0
+    k, v = (x.unsqueeze(1).expand(-1, q.shape[1], -1, -1) for x in (k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).permute(2, 0, 1, 3)
 
 
 @functools.lru_cache(maxsize=1)
@@ -1026,8 +1041,8 @@ def scores_scratch(dtype, size):
 
 
 def attend_chunk(q, k, v, mask, scale):
-    """A prefill chunk on CPU by two products per kv head: q (T, Hkv, G, D), k and v (Hkv, S, D), mask (1, 1, T, S) ->
-    (T, Hkv, G, D). Scores have the weights' type and lie in scratch memory, so many queries at once as fit there.
+    """attend_prompt on CPU by two products per kv head. Scores have the weights' type and lie in scratch memory, so many
+    queries at once as fit there.
 
     2.5 to 3 times faster than torch's fused attention here (256 queries over 256 to 7168 keys, bfloat16, 2 threads),
     but only in memory that is touched already: fresh pages for the scores take longer than the products.
@@ -1396,22 +1411,13 @@ def weights_dtype(spec, device) -> "torch.dtype":
 # 4c. decode_core on CUDA: decode rows by its kernels, a prompt's attention by torch over the same pages -------------------
 
 
-class PromptSpan(NamedTuple):
-    """One sequence's chunk of several tokens: its rows of the step, and where their keys lie."""
-
-    rows: slice             # of the T rows
-    pages: Any              # (n,) int32 page ids on the device, from the first that the window reaches
-    size: int               # S: keys read from them
-    mask: Any               # additive (queries, S)
-
-
 class CudaPlan(NamedTuple):
     """Where a step's keys lie, all on the device: the same tensors in every step where the step is a graph."""
 
     decode: int             # so many first sequences have one token each: decode_core's rows
     table: Any              # (N, W) int32 page ids of each sequence
     lengths: Any            # (N,) int32 keys of each, its new ones included; 0 = padding
-    prompts: Mapping[int, Seq[PromptSpan]]      # {window: the other sequences}
+    prompts: Mapping[int, Seq[Span]]            # {window: the other sequences}
     states: Any             # decode_core's workspace, shared by all layers
     tickets: Any
 
@@ -1468,20 +1474,22 @@ class CudaKernels:
 
     def plan(self, batch, positions, windows, dtype, table, lengths, workspace) -> CudaPlan:
         """The plan of a step whose tables and lengths are on the device already; waits for nothing."""
-        counts = [end - start for start, end in zip(batch.starts, batch.starts[1:])]
-        decode = next((i for i, count in enumerate(counts) if count != 1), len(counts))
-        prompts = {window: [prompt_span(batch, i, positions, table, window, dtype) for i in range(decode, len(counts))]
+        decode = decode_rows(batch)
+        prompts = {window: [prompt_span(batch, i, positions, table, window, dtype) for i in range(decode, len(batch.lengths))]
                    for window in set(windows)}
         return CudaPlan(decode, table, lengths, prompts, *workspace)
 
     def paged_attention(self, q, cache, plan, window, out):
         """softmax(q k) v over each row's own pages: q (T, H * D) float32, scaled -> out (T, H * D)."""
-        heads, rows = q.unflatten(1, (-1, cache.shape[-1])), slice(plan.decode)         # (T, H, D)
+        heads, first = q.unflatten(1, (-1, cache.shape[-1])), slice(plan.decode)        # (T, H, D)
         if plan.decode:
-            self.cuda_ops.paged_attention(heads[rows], *cache, plan.table[rows], plan.lengths[rows], plan.states, plan.tickets,
-                                          out[rows], window=window, stream=self.stream())
-        for span in plan.prompts[window]:
-            attend_prompt(heads[span.rows], cache, span, out[span.rows])
+            self.cuda_ops.paged_attention(heads[first], *cache, plan.table[first], plan.lengths[first], plan.states,
+                                          plan.tickets, out[first], window=window, stream=self.stream())
+        for rows, _, pages, size, mask in plan.prompts[window]:
+            kv = torch.index_select(cache.transpose(1, 2), 2, pages)                    # (2, Hkv, n, PAGE_SIZE, D)
+            k, v = kv.flatten(2, 3)[:, :, :size]
+            y = attend_prompt(heads[rows].to(cache.dtype).unflatten(1, (len(k), -1)), k, v, mask, 1.0)
+            out[rows].view(y.shape).copy_(y)
 
     def draw(self, logits, records, lists, tokens) -> None:
         """One token for each row of logits (R, V) -> tokens (R,) int32, all on the device; rows with penalties are changed.
@@ -1506,27 +1514,14 @@ def record_words(batch) -> "numpy.ndarray":
     return batch.records.view(numpy.int64).reshape(len(batch.records), -1)
 
 
-def prompt_span(batch, i, positions, table, window, dtype) -> PromptSpan:
-    """The PromptSpan of sequence i; only page ids in `table` are read, on the device."""
+def prompt_span(batch, i, positions, table, window, dtype) -> Span:
+    """The Span of sequence i, whose page ids are read on the device: in `table` (N, W)."""
     rows, length = slice(batch.starts[i], batch.starts[i + 1]), batch.lengths[i]
     oldest = length - (rows.stop - rows.start)                                  # absolute position of the first query
     first = max(0, oldest + 1 - window) // PAGE_SIZE if window else 0
     keys = torch.arange(first * PAGE_SIZE, length, device=positions.device)     # (S,) absolute position of each key
-    age = positions[rows].unsqueeze(1) - keys                                   # (queries, S); < 0: future
-    hidden = (age < 0) | (age >= window) if window else age < 0
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=keys.device).masked_fill_(hidden, -math.inf)
-    return PromptSpan(rows, table[i, first:-(-length // PAGE_SIZE)], len(keys), mask)
-
-
-def attend_prompt(q, cache, span, out) -> None:
-    """softmax(q k + mask) v of one sequence's rows: q (t, H, D) scaled, cache (2, P, Hkv, PAGE_SIZE, D) -> out (t, H * D)."""
-    kv = torch.index_select(cache.transpose(1, 2), 2, span.pages)                       # (2, Hkv, n, PAGE_SIZE, D)
-    q = q.to(cache.dtype).unflatten(1, (cache.shape[2], -1)).permute(1, 2, 0, 3)        # (Hkv, H / Hkv, t, D)
-    # the query heads of a kv head share its keys by a stride of 0
-    k, v = (x.unsqueeze(1).expand(-1, q.shape[1], -1, -1) for x in kv.flatten(2, 3)[:, :, :span.size])
-    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=span.mask, scale=1.0)
-    y = y.permute(2, 0, 1, 3)                                                           # (t, Hkv, H / Hkv, D)
-    out.view(y.shape).copy_(y)
+    mask = attention_mask(positions[None, rows], keys[None], window, dtype)
+    return Span(rows, 1, table[i, first:-(-length // PAGE_SIZE)], len(keys), mask)
 
 
 def fastest_dtype(device) -> "torch.dtype":
