@@ -1180,29 +1180,24 @@ def clean_logits(row: "numpy.ndarray") -> "numpy.ndarray":
 
 def penalize(logits: "numpy.ndarray", row: SampleRow) -> "numpy.ndarray":
     """Penalties and bias in float32, each rounded: repetition on prompt and answer (positive logits * (1/r), others
-    * r), then - frequency * count and - presence on the answer's tokens, then + bias."""
-    p = row.params
+    * r), then - frequency * count and - presence on the answer's tokens, then + bias. A copy where anything changes."""
+    p, f32 = row.params, numpy.float32
     if not (p.logit_bias or p.frequency_penalty or p.presence_penalty or p.repetition_penalty != 1):
         return logits
     logits = logits.copy()
     with numpy.errstate(over="ignore", invalid="ignore"):       # what overflows is cleaned at the end
-        change_logits(logits, row)
+        if p.repetition_penalty != 1.0:
+            ids = numpy.unique(numpy.asarray(row.tokens, dtype=numpy.int64))
+            old = logits[ids]
+            logits[ids] = numpy.where(old > 0, old * f32(1 / p.repetition_penalty), old * f32(p.repetition_penalty))
+        if p.frequency_penalty or p.presence_penalty:
+            answer = numpy.asarray(row.tokens[row.prompt_tokens:], dtype=numpy.int64)
+            ids, counts = numpy.unique(answer, return_counts=True)
+            logits[ids] -= f32(p.frequency_penalty) * counts.astype(f32)
+            logits[ids] -= f32(p.presence_penalty)
+        for token, bias in p.logit_bias:
+            logits[token] += f32(bias)
     return clean_logits(logits)
-
-
-def change_logits(logits: "numpy.ndarray", row: SampleRow) -> None:
-    params, f32 = row.params, numpy.float32
-    if params.repetition_penalty != 1.0:
-        ids = numpy.unique(numpy.asarray(row.tokens, dtype=numpy.int64))
-        old, penalty = logits[ids], params.repetition_penalty
-        logits[ids] = numpy.where(old > 0, old * f32(1 / penalty), old * f32(penalty))
-    if params.frequency_penalty or params.presence_penalty:
-        answer = numpy.asarray(row.tokens[row.prompt_tokens:], dtype=numpy.int64)
-        ids, counts = numpy.unique(answer, return_counts=True)
-        logits[ids] -= f32(params.frequency_penalty) * counts.astype(f32)
-        logits[ids] -= f32(params.presence_penalty)
-    for token, bias in params.logit_bias:
-        logits[token] += f32(bias)
 
 
 def top_ids(logits: "numpy.ndarray", k: int) -> "numpy.ndarray":
