@@ -2486,37 +2486,33 @@ def open_model(source: ModelSource, settings: Settings, dtype: torch.dtype | Non
     return model
 
 
-def check_names_and_shapes(path: Path, found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> None:
+def check_names_and_shapes(path: Path, found: Mapping[str, tuple], sources: Sources) -> None:
     """ConfigError listing every missing, unknown and misshapen tensor."""
+    expected = {name: shape for _, theirs in sources.values() for name, shape in theirs.items()}
     problems = [f"missing {name} {expected[name]}" for name in expected if name not in found]
     problems += [f"unknown {name} {found[name]}" for name in found if name not in expected]
     problems += [f"{name} is {found[name]} instead of {expected[name]}"
-                 for name in expected if name in found and tuple(found[name]) != tuple(expected[name])]
+                 for name in expected if name in found and found[name] != expected[name]]
     if problems:
         more = f" and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ConfigError(f"{path}: the tensors do not make this model: {'; '.join(problems[:20])}{more}")
 
 
-def source_names(spec: ModelSpec, table: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[tuple[int, ...], list[str]]]:
-    """Our tensor -> (its shape, the file's tensors whose rows make it)."""
-    names = {}
-    for ours, shape in expected_tensors(spec).items():
-        layer, _, part = ours.rpartition(".")
-        if not (part == "head" and spec.tied_head):
-            names[ours] = (shape, [name.format(layer) for name in table.get(part, (part,))])
-    return names
+Sources = dict[str, tuple[tuple[int, ...], dict[str, tuple[int, ...]]]]
 
 
-def source_shapes(spec: ModelSpec, names: Mapping[str, tuple], padded: int) -> dict[str, tuple[int, ...]]:
-    """The file's tensors and shapes; its vocabularies have `padded` rows."""
-    shapes = {}
+def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded: int) -> Sources:
+    """Our tensor -> (its shape, {the file's tensors whose rows make it: their shapes}); vocabularies there have `padded` rows."""
     query, key = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
     split = {"qkv": (query, key, key), "qkv_bias": (query, key, key), "gate_up": (spec.ffn_size, spec.ffn_size),
              "embed": (padded,), "head": (padded,), "value_embed": (padded,)}
-    for ours, (shape, theirs) in names.items():
-        rows = split.get(ours.rpartition(".")[2], shape[:1])
-        shapes |= {name: (count, *shape[1:]) for name, count in zip(theirs, rows)}
-    return shapes
+    sources = {}
+    for ours, shape in expected_tensors(spec).items():
+        layer, _, part = ours.rpartition(".")
+        if not (part == "head" and spec.tied_head):
+            rows = split.get(part, shape[:1])
+            sources[ours] = shape, {name.format(layer): (count, *shape[1:]) for name, count in zip(table.get(part, (part,)), rows)}
+    return sources
 
 
 # --- nanochat --------------------------------------------------------------------------------------------------------
@@ -2555,13 +2551,12 @@ def open_nanochat(source: ModelSource, settings: Settings, dtype: torch.dtype, d
     state = read_checkpoint(source.path)
     number = nanochat_generation(state)
     spec = nanochat_spec(source.path, config, number, settings.softcap or 15.0)
-    padded = len(state["transformer.wte.weight"]) if "transformer.wte.weight" in state else spec.vocab_size
-    names = source_names(spec, NANOCHAT_TENSORS)
-    check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()},
-                           source_shapes(spec, names, max(padded, spec.vocab_size)))
+    padded = max(spec.vocab_size, len(state.get("transformer.wte.weight", ())))
+    sources = tensor_sources(spec, NANOCHAT_TENSORS, padded)
+    check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()}, sources)
     tensors, dtype = {}, dtype or weights_dtype(spec, device)
-    for i, (ours, (shape, theirs)) in enumerate(names.items()):
-        progress("loading weights", i / len(names))
+    for i, (ours, (shape, theirs)) in enumerate(sources.items()):
+        progress("loading weights", i / len(sources))
         rows = [state[name][:shape[0]] for name in theirs]      # crops a padded vocabulary
         kind = torch.float32 if len(shape) == 1 else dtype
         tensors[ours] = torch.cat(rows).to(device, kind) if len(rows) > 1 else rows[0].to(device, kind, copy=True)
@@ -2709,15 +2704,14 @@ def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, devic
     try:
         metadata, stored = read_gguf(source.path)
         spec = gguf_spec(source.path, metadata, stored)
-        names = source_names(spec, GGUF_TENSORS)
-        shapes = {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in stored.items()}
-        shapes.pop("rope_freqs.weight", None)       # has become spec.rope_factors
-        check_names_and_shapes(source.path, shapes, source_shapes(spec, names, spec.vocab_size))
+        sources = tensor_sources(spec, GGUF_TENSORS, spec.vocab_size)
+        check_names_and_shapes(source.path, {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in stored.items()
+                                             if name != "rope_freqs.weight"}, sources)      # that became spec.rope_factors
         if dtype is None and not core_runs(spec, device):
             dtype = fastest_dtype(device)
         # the tokenizer is built by Python while torch, which holds no interpreter lock, fills the tensors
         with ThreadPoolExecutor(1) as pool:
-            loading = pool.submit(gguf_tensors, spec, names, stored, dtype, device, progress)
+            loading = pool.submit(gguf_tensors, spec, sources, stored, dtype, device, progress)
             text = gguf_text(source.path, metadata)
             tensors = loading.result()
     except (ValueError, KeyError, IndexError, TypeError, OverflowError, struct.error, OSError) as error:
@@ -2726,7 +2720,7 @@ def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, devic
     description = f"{metadata.get('general.name', source.name)}: llama, {spec.layers} layers, width {spec.width}, " + \
         ", ".join(f"{count} {name}" for name, count in types.most_common())
     if dtype is None:
-        description += converted(names, stored)
+        description += converted(sources, stored)
     return LoadedModel(spec, tensors, text, source.name, spec.max_positions, description, dtype)
 
 
@@ -2813,7 +2807,7 @@ def gguf_rope_factors(path: Path, value: Callable, stored: Mapping[str, Any], co
     return None if set(factors) == {1.0} else factors
 
 
-def gguf_tensors(spec: ModelSpec, names: Mapping[str, tuple], stored: Mapping[str, Any], dtype: torch.dtype | None,
+def gguf_tensors(spec: ModelSpec, sources: Sources, stored: Mapping[str, Any], dtype: torch.dtype | None,
                  device: Any, progress: Progress) -> dict[str, torch.Tensor | QuantizedMatrix]:
     """Tensors of `dtype`; None: as the file has them, types that the kernels do not know re-quantized to Q8_0.
 
@@ -2823,20 +2817,20 @@ def gguf_tensors(spec: ModelSpec, names: Mapping[str, tuple], stored: Mapping[st
 
     def load(ours: str) -> torch.Tensor | QuantizedMatrix:
         nonlocal done
-        shape, theirs = names[ours]
+        shape, theirs = sources[ours]
         parts = [(stored[name], spec.head_size if re.search(r"attn_[qk]\.", name) else 0) for name in theirs]
         if dtype is None and len(shape) == 2:
             loaded = as_stored(shape, parts)
         else:
             loaded = dequantized(shape, parts, torch.float32 if len(shape) == 1 else dtype).to(device)
         done += 1
-        progress("loading weights", done / len(names))
+        progress("loading weights", done / len(sources))
         return loaded
 
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            tensors = dict(zip(names, pool.map(load, names)))
+            tensors = dict(zip(sources, pool.map(load, sources)))
     finally:
         torch.set_num_threads(threads)
     if spec.tied_head:
@@ -2853,10 +2847,10 @@ def common_type(tensors: Iterable[Any]) -> str:
     return " with ".join(sorted({tensor.tensor_type.name for tensor in tensors}))
 
 
-def converted(names: Mapping[str, tuple], stored: Mapping[str, Any]) -> str:
+def converted(sources: Sources, stored: Mapping[str, Any]) -> str:
     """In words, which matrices `as_stored` cannot keep in the file's type; "" when it keeps all."""
     changed = collections.defaultdict(list)
-    for shape, theirs in names.values():
+    for shape, theirs in sources.values():
         kind = common_type(stored[name] for name in theirs)
         if len(shape) == 2 and KEPT_TYPES.get(kind) != kind:
             changed[kind] += theirs
