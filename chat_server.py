@@ -903,25 +903,27 @@ def make_cache_reference(spec, num_pages, dtype, device):
     return zeroed((spec.layers, num_pages * PAGE_SIZE, 2, spec.kv_heads, spec.head_size), dtype, device)
 
 
-def rope_append_reference(qkv, tables, positions, slots, cache, spec, q_norm, k_norm, value_embed, gate, out):
+def rope_append_reference(qkv, cos, sin, positions, slots, cache, out, *, norm="none", q_norm=None, k_norm=None, eps=1e-5,
+                          post_scale=1.0, value_embed=None, gate=None, gate_scale=1.0):
     """Everything between the qkv product and attention: q -> out (T, H * D), k and v -> the cache; qkv is overwritten.
 
-    qkv (T, (H + 2 Hkv) * D): q and k are normalized, rotated by the rows `positions` (T,) of the rope tables and scaled;
-    v gets `ve_gate_scale * sigmoid(gate) * value_embed`, gate (T, Hkv), value_embed (T, Hkv * D); then k and v go into
-    `cache`, one layer's, at `slots` (T,).
+    qkv (T, (H + 2 Hkv) * D): q and k are normalized (`norm` is a ModelSpec's qk_norm), rotated by the rows `positions` (T,)
+    of rope_tables' cos and sin, and scaled; v gets `gate_scale * sigmoid(gate) * value_embed`, gate (T, Hkv), value_embed
+    (T, Hkv * D); then k and v go into `cache`, one layer's, at `slots` (T,).
     """
-    T, H, Hkv, D = qkv.shape[0], spec.heads, spec.kv_heads, spec.head_size
-    cos, sin = (torch.index_select(table, 0, positions).unsqueeze(1) for table in tables)      # (T, 1, rot / 2) each
+    T, Hkv, D = len(qkv), *cache.shape[2:]
+    H = out.shape[1] // D
+    cos, sin = (torch.index_select(table, 0, positions).unsqueeze(1) for table in (cos, sin))  # (T, 1, rot / 2) each
     heads = qkv.view(T, H + 2 * Hkv, D)
-    qk = heads[:, :H + Hkv].float()                                     # (T, H + Hkv, D), a copy
-    if spec.qk_norm == "before_rope":
-        qk = norm_heads(qk, H, q_norm, k_norm, spec.norm_eps)
+    qk = heads[:, :H + Hkv].float()                                     # (T, H + Hkv, D)
+    if norm == "before_rope":
+        qk = norm_heads(qk, H, q_norm, k_norm, eps)
     rotate(qk, cos, sin)
-    if spec.qk_norm == "after_rope":
-        qk = norm_heads(qk, H, q_norm, k_norm, spec.norm_eps)
-    heads[:, :H + Hkv] = qk * spec.qk_scale
+    if norm == "after_rope":
+        qk = norm_heads(qk, H, q_norm, k_norm, eps)
+    heads[:, :H + Hkv] = qk * post_scale
     if value_embed is not None:
-        strength = spec.ve_gate_scale * torch.sigmoid(gate.float()).unsqueeze(-1)               # (T, Hkv, 1)
+        strength = gate_scale * torch.sigmoid(gate.float()).unsqueeze(-1)                       # (T, Hkv, 1)
         heads[:, H + Hkv:] += strength * value_embed.view(T, Hkv, D)
     out.copy_(qkv[:, :H * D])
     cache.view(-1, 2 * Hkv * D).index_copy_(0, slots, qkv[:, H * D:].to(cache.dtype))
@@ -1384,18 +1386,9 @@ def program_ops(core: Any, program: Any, spec, quantize: str | None) -> dict[str
         kind = torch.float32 if dtype == torch.float32 else torch.float16
         return zeroed((spec.layers, num_pages, spec.kv_heads, 2, PAGE_SIZE * spec.head_size), kind, device)
 
-    def rope_append(qkv, tables, positions, slots, cache, spec, q_norm, k_norm, value_embed, gate, out):
-        program.rope_append(qkv, *tables, positions, slots, cache, out, norm=spec.qk_norm, q_norm=q_norm,
-                            k_norm=k_norm, eps=spec.norm_eps, post_scale=spec.qk_scale, value_embed=value_embed, gate=gate,
-                            gate_scale=spec.ve_gate_scale)
-
-    def paged_attention(q, cache, plan, window, out):
-        program.paged_attention(q, cache, plan, window=window, out=out)
-
-    same = ("embed", "gather_rows", "rms_norm", "linear", "copy", "mix", "smear", "backout", "softcap")
-    return {name: getattr(program, name) for name in same} | {
-        "pack": pack, "make_cache": make_cache, "rope_append": rope_append,
-        "paged_attention": paged_attention, "sample": core.Sampler()}
+    recorded = ("embed", "gather_rows", "rms_norm", "linear", "copy", "mix", "smear", "backout", "softcap", "rope_append",
+                "paged_attention")
+    return {name: getattr(program, name) for name in recorded} | {"pack": pack, "make_cache": make_cache, "sample": core.Sampler()}
 
 
 def weights_dtype(spec, device) -> "torch.dtype":
@@ -1447,12 +1440,10 @@ class CudaKernels:
     def make_cache(self, spec, num_pages, dtype, device):
         return zeroed((spec.layers, 2, num_pages, spec.kv_heads, PAGE_SIZE, spec.head_size), dtype, device)
 
-    def rope_append(self, qkv, tables, positions, slots, cache, spec, q_norm, k_norm, value_embed, gate, out):
+    def rope_append(self, qkv, cos, sin, positions, slots, cache, out, **options):
         """As rope_append_reference, but q comes scaled, and rows with slot -1 (padding) are left alone."""
-        self.cuda_ops.rope_append(
-            qkv, *tables, positions, slots, *cache, out.unflatten(1, (-1, spec.head_size)), norm=spec.qk_norm, q_norm=q_norm,
-            k_norm=k_norm, eps=spec.norm_eps, post_scale=spec.qk_scale, value_embed=value_embed, gate=gate,
-            gate_scale=spec.ve_gate_scale, stream=self.stream())
+        heads = out.unflatten(1, (-1, self.spec.head_size))
+        self.cuda_ops.rope_append(qkv, cos, sin, positions, slots, *cache, heads, stream=self.stream(), **options)
 
     def workspace(self, rows: int, width: int, device) -> tuple:
         """Decode attention's (states, tickets) for so many rows and pages in each; tickets are zero between calls."""
@@ -1880,8 +1871,9 @@ class Transformer:
             value, gate = b.value, b.gate
             k.embed(layer["value_embed"], inputs.token_ids, out=value)                      # (T, Hkv * D)
             k.linear(b.x, layer["ve_gate"], norm=norm, out=gate)                            # (T, Hkv), of few channels
-        k.rope_append(b.qkv, self.rope_tables, inputs.positions, inputs.slots, cache, spec, layer.get("q_norm"),
-                      layer.get("k_norm"), value, gate, out=b.q)                            # (T, H * D)
+        k.rope_append(b.qkv, *self.rope_tables, inputs.positions, inputs.slots, cache, out=b.q, norm=spec.qk_norm,
+                      q_norm=layer.get("q_norm"), k_norm=layer.get("k_norm"), eps=spec.norm_eps, post_scale=spec.qk_scale,
+                      value_embed=value, gate=gate, gate_scale=spec.ve_gate_scale)          # (T, H * D)
         k.paged_attention(b.q, cache, inputs.attention, window, out=b.attended)             # (T, H * D)
         k.linear(b.attended, layer["output"], residual=b.x, out=b.between)                  # (T, C)
 

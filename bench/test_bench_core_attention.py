@@ -11,7 +11,6 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -156,8 +155,7 @@ def test_rope_append(benchmark, rows):
         [[0]] * rows, [1] * rows, list(range(rows + 1)))
     plan = decode_core.plan_attention(tables, lengths, starts, H, Hkv, 64)
     append, _ = make_step(plan, cache, rows, positions, slots, qkv)
-    spec = SimpleNamespace(heads=H, kv_heads=Hkv, head_size=D, qk_norm="none", qk_scale=1.0, norm_eps=1e-5)
-    tables_, order = torch.randn(2, rows, D).unbind(), torch.arange(rows)
+    cos_sin, order = torch.randn(2, rows, D // 2).unbind(), torch.arange(rows)
     plain = torch.zeros(64 * PAGE, 2, Hkv, D, dtype=torch.bfloat16)
     q = torch.zeros(rows, H * D, dtype=torch.bfloat16)
 
@@ -167,7 +165,7 @@ def test_rope_append(benchmark, rows):
 
     def reference():
         for _ in range(20):
-            cs.rope_append_reference(qkv, tables_, order, slots, plain, spec, None, None, None, None, out=q)
+            cs.rope_append_reference(qkv, *cos_sin, order, slots, plain, out=q)
 
     reference()         # also where nothing is measured, so that it cannot rot
     benchmark(append)

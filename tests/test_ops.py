@@ -149,9 +149,10 @@ def test_rope_append_normalizes_rotates_gates_and_appends(variant):
     q_norm, k_norm = (random(8, seed=s) for s in (2, 3)) if spec.qk_norm_weights else (None, None)
     value_embed, gate = (random(4, 16, seed=4), random(4, 2, seed=5)) if spec.value_embed_layers else (None, None)
     q, k, v = rope_reference(qkv, positions, spec, q_norm, k_norm, value_embed, gate)
-    tables = cs.rope_tables(spec, "cpu")
     rotated = torch.full((4, 32), math.nan)
-    KERNELS.rope_append(qkv, tables, torch.tensor(positions), slots, cache, spec, q_norm, k_norm, value_embed, gate, out=rotated)
+    KERNELS.rope_append(qkv, *cs.rope_tables(spec, "cpu"), torch.tensor(positions), slots, cache, out=rotated, norm=spec.qk_norm,
+                        q_norm=q_norm, k_norm=k_norm, eps=spec.norm_eps, post_scale=spec.qk_scale, value_embed=value_embed,
+                        gate=gate, gate_scale=spec.ve_gate_scale)
     close(rotated.reshape(4, 4, 8), q)
     close(cache[slots, 0], k)
     close(cache[slots, 1], v)
