@@ -1289,30 +1289,27 @@ def sample_on_host(logits, rows: Seq[SampleRow]) -> list[int]:
 
 @dataclass(frozen=True)
 class Kernels:
-    """The chosen op of each name; `forward` and the engine compute with nothing else."""
+    """The chosen op of each name, its reference where nothing else is chosen; `forward` and the engine compute with no other."""
 
-    embed: Callable
-    gather_rows: Callable
-    rms_norm: Callable
-    pack: Callable
-    linear: Callable
-    copy: Callable
-    mix: Callable
-    smear: Callable
-    backout: Callable
-    softcap: Callable
-    make_cache: Callable
-    rope_append: Callable
-    plan_attention: Callable
-    paged_attention: Callable
-    sample: Callable
-    names: dict[str, str]               # who computes each op, for /stats
+    embed: Callable = embed_reference
+    gather_rows: Callable = gather_rows_reference
+    rms_norm: Callable = rms_norm_reference
+    pack: Callable = pack_reference
+    linear: Callable = linear_reference
+    copy: Callable = copy_reference
+    mix: Callable = mix_reference
+    smear: Callable = smear_reference
+    backout: Callable = backout_reference
+    softcap: Callable = softcap_reference
+    make_cache: Callable = make_cache_reference
+    rope_append: Callable = rope_append_reference
+    plan_attention: Callable = plan_attention_reference
+    paged_attention: Callable = paged_attention_reference
+    sample: Callable = sample_on_host
+    names: Mapping[str, str] = field(default_factory=dict)      # who computes each op, for /stats
     program: Any = None                 # where the ops are recorded instead of computing; it runs whole steps
     row_invariant: bool = False         # each row's bits depend on nothing else in the batch
     cuda: CudaKernels | None = None     # where decode_core runs on CUDA: what GraphSteps needs besides the ops
-
-
-OP_NAMES = tuple(op.name for op in dataclasses.fields(Kernels)[:-4])
 
 
 def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=None) -> Kernels:
@@ -1321,19 +1318,19 @@ def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=No
     Steps have at most `max_tokens` tokens and `max_rows` rows of logits; `quantize` names the type that float weights
     become. CHAT_SERVER_KERNELS=reference keeps decode_core out.
     """
-    ops = {name: globals().get(f"{name}_reference") for name in OP_NAMES} | {"sample": sample_on_host}
+    ops = [op.name for op in dataclasses.fields(Kernels) if callable(op.default)]
     names = dict.fromkeys(ops, "torch/reference") | {"sample": "numpy/reference"}
     if spec and (cuda := cuda_kernels(spec, device)):
-        return Kernels(**ops | cuda.ops(), names=names | dict.fromkeys(cuda.ops(), "decode_core/cuda"), cuda=cuda)
+        return Kernels(**cuda.ops(), names=names | dict.fromkeys(cuda.ops(), "decode_core/cuda"), cuda=cuda)
     if spec is None or not core_runs(spec, device):
         if quantize:
             raise ConfigError("--quantize needs decode_core and a CPU: `pip install .` in the checkout builds it")
-        return Kernels(**ops, names=names)
+        return Kernels(names=names)
     core = decode_core()
     core.set_threads(torch.get_num_threads())
     program = core.Program(max_tokens, max_rows)
     names = dict.fromkeys(ops, f"decode_core/{core.info()['isa']}")
-    return Kernels(**ops | program_ops(core, program, spec, quantize), names=names, program=program, row_invariant=True)
+    return Kernels(**program_ops(core, program, spec, quantize), names=names, program=program, row_invariant=True)
 
 
 @functools.cache
@@ -1534,8 +1531,9 @@ class PagePool:
 
     ROOT = 0    # the serial before the first page
 
-    def __init__(self, num_pages: int, page_size: int = PAGE_SIZE):
-        self.page_size = page_size
+    page_size = PAGE_SIZE
+
+    def __init__(self, num_pages: int):
         self.num_pages = num_pages
         self.free = list(range(num_pages - 1, -1, -1))
         self.refs = [0] * num_pages
@@ -1562,13 +1560,9 @@ class PagePool:
                 break
             page, serial = entry
             pages.append(page)
-            self._retain(page)
+            self.evictable.pop(page, None)
+            self.refs[page] += 1
         return pages, serial
-
-    def _retain(self, page: int) -> None:
-        if self.refs[page] == 0:
-            del self.evictable[page]
-        self.refs[page] += 1
 
     def allocate(self, count: int) -> list[int] | None:
         """`count` pages with one reference each, evicting cached ones as needed; None when there are not enough."""
@@ -1603,11 +1597,10 @@ class PagePool:
         """Drop one reference of each page: indexed pages become evictable (a chain's end first), others free."""
         for page in reversed(pages):
             self.refs[page] -= 1
-            if self.refs[page] == 0:
-                if self.keys[page] is not None:
-                    self.evictable[page] = None
-                else:
-                    self.free.append(page)
+            if self.refs[page] == 0 and self.keys[page] is None:
+                self.free.append(page)
+            elif self.refs[page] == 0:
+                self.evictable[page] = None
 
     def forget_cached(self) -> None:
         """Empty the prefix index of pages that nobody owns (after warm-up)."""
@@ -2754,7 +2747,7 @@ def gguf_spec(path: Path, metadata: Mapping[str, Any], stored: Mapping[str, Any]
     architecture = metadata["general.architecture"]
     if architecture != "llama":
         raise ConfigError(f"{path}: the architecture is {architecture!r}; supported in GGUF files: llama")
-    value = functools.partial(gguf_value, path, metadata, "llama.")
+    value = functools.partial(gguf_value, path, metadata)
     width, heads = value("embedding_length"), value("attention.head_count")
     head_size = value("attention.key_length", width // heads)
     if value("rope.dimension_count", head_size) != head_size or value("attention.value_length", head_size) != head_size:
@@ -2768,13 +2761,13 @@ def gguf_spec(path: Path, metadata: Mapping[str, Any], stored: Mapping[str, Any]
         tied_head="output.weight" not in stored, qkv_bias="blk.0.attn_q.bias" in stored)
 
 
-def gguf_value(path: Path, metadata: Mapping[str, Any], prefix: str, key: str, default: Any = None) -> Any:
+def gguf_value(path: Path, metadata: Mapping[str, Any], key: str, default: Any = None) -> Any:
     """One number of the architecture; a list of one number per layer counts when all are equal."""
-    value = metadata.get(prefix + key, default)
+    value = metadata.get(f"llama.{key}", default)
     if isinstance(value, list) and len(set(value)) == 1:
         value = value[0]
     if value is None or isinstance(value, list):
-        raise ConfigError(f"{path}: metadata {prefix}{key} is {'missing' if value is None else 'different per layer'}")
+        raise ConfigError(f"{path}: metadata llama.{key} is {'missing' if value is None else 'different per layer'}")
     return value
 
 
