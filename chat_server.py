@@ -1204,14 +1204,7 @@ def penalize(logits: "numpy.ndarray", row: SampleRow) -> "numpy.ndarray":
 
 def top_ids(logits: "numpy.ndarray", k: int) -> "numpy.ndarray":
     """The ids of the k largest logits, largest first; the lower id wins ties, so exactly k remain."""
-    columns = 1024
-    whole = len(logits) // columns * columns
-    if k <= columns // 2 and whole >= 4 * columns:
-        # the k-th largest of 1024 column maxima is a lower bound of the k-th largest logit
-        maxima = logits[:whole].reshape(-1, columns).max(axis=0)
-        bound = numpy.partition(maxima, columns - k)[columns - k]
-    else:
-        bound = numpy.partition(logits, len(logits) - k)[len(logits) - k] if k < len(logits) else -math.inf
+    bound = numpy.partition(logits, len(logits) - k)[len(logits) - k] if k < len(logits) else -math.inf
     ids = numpy.flatnonzero(logits >= bound)
     return ids[numpy.argsort(-logits[ids], kind="stable")[:k]]
 
