@@ -2843,11 +2843,15 @@ def as_stored(shape: tuple[int, int], parts: Seq[tuple[Any, int]]) -> torch.Tens
 
 
 def dequantized(shape: tuple[int, ...], parts: Seq[tuple[Any, int]], dtype: torch.dtype) -> torch.Tensor:
+    """`parts` as for `as_stored`, to any float type; bit-equal to gguf.dequantize rounded to it."""
     out, row = torch.empty(shape, dtype=dtype), 0
+    step = max(1, DEQUANTIZE_ELEMENTS // shape[-1])
     for tensor, head_size in parts:
-        count = int(tensor.shape[-1])
-        dequantize_rows(tensor, out[row:row + count], head_size)
-        row += count
+        data = turned(torch.from_numpy(numpy.asarray(tensor.data)), head_size)
+        for chunk in data.split(step):
+            rows = out[row:row + len(chunk)]
+            rows.copy_(dequantize(tensor.tensor_type, chunk).view(rows.shape))
+            row += len(chunk)
     return out
 
 
@@ -2858,19 +2862,8 @@ def turned(rows: Any, head_size: int) -> Any:
     return rows.reshape(-1, head_size // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def dequantize_rows(tensor: Any, out: torch.Tensor, head_size: int = 0) -> None:
-    """gguf.ReaderTensor -> out (N, K) or (N,), any float dtype; bit-equal to gguf.dequantize rounded to out's dtype."""
-    kind, data = tensor.tensor_type.name, torch.from_numpy(numpy.asarray(tensor.data))
-    if kind not in FAST_DEQUANTIZERS:
-        data = data.view(torch.uint8) if data.dtype != torch.float32 else data
-    data = turned(data, head_size)
-    step = max(1, DEQUANTIZE_ELEMENTS // max(1, out.shape[-1])) if out.dim() > 1 else len(out)
-    for i in range(0, len(out), step):
-        rows = out[i:i + step]
-        rows.copy_(dequantize_chunk(tensor.tensor_type, data[i:i + step]).view(rows.shape))
-
-
-def dequantize_chunk(kind: Any, data: torch.Tensor) -> torch.Tensor:
+def dequantize(kind: Any, data: torch.Tensor) -> torch.Tensor:
+    """Some rows of a gguf.ReaderTensor's data, of the gguf type `kind`, in float32 or the float type that they have."""
     if kind.name in FAST_DEQUANTIZERS:
         return FAST_DEQUANTIZERS[kind.name](data)
     try:
