@@ -2937,14 +2937,10 @@ def gguf_text(path: Path, metadata: Mapping[str, Any]) -> TextSpec:
                     eos_token=ggml.get("eos_token_id"), add_bos=bool(add_bos))
 
 
-def bpe_pipeline(tokens: Seq[str], merges: list, normalizer: Any, pre_tokenizer: Any, decoder: Any,
-                 **options: Any) -> dict:
-    """The contents of a tokenizer.json."""
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-             "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges, **options}
-    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": normalizer,
-            "pre_tokenizer": pre_tokenizer, "post_processor": None, "decoder": decoder, "model": model}
+def bpe_pipeline(tokens: Seq[str], merges: list, normalizer: Any, pre_tokenizer: Any, decoder: Any, **options: Any) -> dict:
+    """The contents of a tokenizer.json, but for its added tokens."""
+    model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges, **options}
+    return {"version": "1.0", "normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "decoder": decoder, "model": model}
 
 
 def byte_level_pipeline(path: Path, ggml: Mapping[str, Any]) -> dict:
