@@ -2783,24 +2783,19 @@ def gguf_tensors(spec: ModelSpec, sources: Sources, stored: Mapping[str, Any], d
 
     Two threads of one core each, for torch's own lose more than they gain at such sizes.
     """
-    done = 0
-
     def load(ours: str) -> torch.Tensor | QuantizedMatrix:
-        nonlocal done
         shape, theirs = sources[ours]
         parts = [(stored[name], spec.head_size if re.search(r"attn_[qk]\.", name) else 0) for name in theirs]
         if dtype is None and len(shape) == 2:
-            loaded = as_stored(shape, parts)
-        else:
-            loaded = dequantized(shape, parts, torch.float32 if len(shape) == 1 else dtype).to(device)
-        done += 1
-        progress("loading weights", done / len(sources))
-        return loaded
+            return as_stored(shape, parts)
+        return dequantized(shape, parts, torch.float32 if len(shape) == 1 else dtype).to(device)
 
-    threads = torch.get_num_threads()
+    tensors, threads = {}, torch.get_num_threads()
     try:
         with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            tensors = dict(zip(sources, pool.map(load, sources)))
+            for ours, tensor in zip(sources, pool.map(load, sources)):
+                tensors[ours] = tensor
+                progress("loading weights", len(tensors) / len(sources))
     finally:
         torch.set_num_threads(threads)
     if spec.tied_head:
