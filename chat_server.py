@@ -1389,6 +1389,9 @@ def weights_dtype(spec, device) -> "torch.dtype":
 # 4c. decode_core on CUDA: decode rows by its kernels, a prompt's attention by torch over the same pages -------------------
 
 
+LISTS = ("count_ids", "counts", "bias_ids", "bias_values")      # of a decode_core.SampleBatch: what changes logits
+
+
 class CudaPlan(NamedTuple):
     """Where a step's keys lie, all on the device: the same tensors in every step where the step is a graph."""
 
@@ -1470,15 +1473,14 @@ class CudaKernels:
     def draw(self, logits, records, lists, tokens) -> None:
         """One token for each row of logits (R, V) -> tokens (R,) int32, all on the device; rows with penalties are changed.
 
-        records (R, 9) int64: SampleBatch.records; lists: (count_ids, counts, bias_ids, bias_values), or longer ones.
+        records (R, 9) int64: SampleBatch.records; lists: its LISTS, or longer ones.
         """
-        names = ("count_ids", "counts", "bias_ids", "bias_values")
-        self.cuda_ops.sample(logits, records.view(-1).view(torch.uint8), tokens, stream=self.stream(), **dict(zip(names, lists)))
+        self.cuda_ops.sample(logits, records.view(-1).view(torch.uint8), tokens, stream=self.stream(), **dict(zip(LISTS, lists)))
 
     def sample(self, logits, rows) -> list[int]:
         """One token for each row of logits (R, V), which stays as it is, drawn on the device and waited for."""
         batch = self.core.SampleBatch(rows, logits.shape[1])
-        arrays = record_words(batch), batch.count_ids, batch.counts, batch.bias_ids, batch.bias_values
+        arrays = record_words(batch), *(getattr(batch, name) for name in LISTS)
         records, *lists = (torch.tensor(array, device=logits.device) for array in arrays)
         tokens = torch.empty(len(rows), dtype=torch.int32, device=logits.device)
         self.draw(logits.to(torch.float32, copy=any(map(len, lists))), records, lists, tokens)
@@ -1925,7 +1927,6 @@ STEP_FIELDS = (                 # a step's inputs in the order in which they lie
     ("token_ids", "int64", "T"), ("previous_token_ids", "int64", "T"), ("positions", "int64", "T"), ("slots", "int64", "T"),
     ("logit_rows", "int64", "R"), ("records", "int64", "R9"), ("lengths", "int32", "N"), ("table", "int32", "NW"),
     ("count_ids", "int32", "C"), ("counts", "int32", "C"), ("bias_ids", "int32", "B"), ("bias_values", "float32", "B"))
-LISTS = tuple(name for name, _, _ in STEP_FIELDS[-4:])
 
 
 class StepShape(NamedTuple):
@@ -2078,10 +2079,10 @@ class GraphSteps:
         shape, staging = StepShape(rows, rows, rows, pages, LIST_CAPACITY, LIST_CAPACITY), self.staging[0]
         with torch.inference_mode():
             fields = shape.views(self.inputs)
-            plan = CudaPlan(rows, fields.table, fields.lengths, dict.fromkeys(self.windows, ()), *self.workspace)
+            fields.attention = CudaPlan(rows, fields.table, fields.lengths, dict.fromkeys(self.windows, ()), *self.workspace)
             fill_step(self._host_fields(staging, shape), Batch([], [], [0], [], [], []), None)      # nothing but padding
             self.queue.wait(self.queue.submit(lambda: staging.send(self.inputs, shape.bytes())))
-            self.graphs[rows, pages] = Graph(shape, self.queue.capture(lambda: self._compute(fields, plan)))
+            self.graphs[rows, pages] = Graph(shape, self.queue.capture(lambda: self._compute(fields)))
 
     def start(self, batch: Batch, rows: Seq[SampleRow]) -> Ticket:
         """Queue a step; `rows` say how to draw at batch.logit_rows. At most two steps may be under way."""
@@ -2139,9 +2140,9 @@ class GraphSteps:
         def work() -> None:
             staging.send(inputs, shape.bytes())
             fields = shape.views(inputs)
-            plan = self.kernels.plan(batch, fields.positions, self.windows, self.transformer.dtype, fields.table, fields.lengths,
-                                     self.workspace)
-            self._compute(fields, plan)
+            fields.attention = self.kernels.plan(batch, fields.positions, self.windows, self.transformer.dtype, fields.table,
+                                                 fields.lengths, self.workspace)
+            self._compute(fields)
         return work
 
     def _host_fields(self, staging: Staging, shape: StepShape, keep: bool = True) -> SimpleNamespace:
@@ -2152,14 +2153,16 @@ class GraphSteps:
                 staging.fields[shape] = fields
         return fields
 
-    def _compute(self, fields: SimpleNamespace, plan: CudaPlan) -> None:
-        """The model and the draw: everything here is captured, so it reads tensors on the device and shapes only."""
+    def _compute(self, fields: SimpleNamespace) -> None:
+        """The model and the draw: everything here is captured, so it reads tensors on the device and shapes only.
+
+        `fields` are what StepShape names, and `attention`, which makes them Inputs.
+        """
         T, R = len(fields.token_ids), len(fields.logit_rows)
         drawn = torch.index_select(self.tokens, 0, (~fields.token_ids).clamp(min=0))
         fields.token_ids.copy_(torch.where(fields.token_ids < 0, drawn, fields.token_ids))
         buffers = self.transformer._cut(T, R)
-        self.transformer.compute(Inputs(fields.token_ids, fields.previous_token_ids, fields.positions, fields.slots,
-                                        fields.logit_rows, plan), buffers)
+        self.transformer.compute(fields, buffers)
         if R:
             lists = [getattr(fields, name) for name in LISTS]
             self.kernels.draw(buffers.logits, fields.records, lists, self.tokens[:R])
