@@ -2491,39 +2491,31 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
 # --- nanochat --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Generation:
-    """One row per nanochat generation: when upstream's gpt.py changed, and how (git log -p nanochat/gpt.py)."""
+class Generation(NamedTuple):
+    """When upstream's gpt.py changed (git log -p nanochat/gpt.py), what of a ModelSpec tells it, and its short window."""
 
     since: str
-    lambdas: bool = True                # resid_lambdas, x0_lambdas
-    gate_channels: int = 0              # value embeddings gated over so many channels
-    gate_scale: float = 0.0
-    rope_base: float = 10_000.0
-    rope_bfloat16: bool = True
-    qk_scale: float = 1.0
-    short_window: Callable[[int], int] = lambda length: length // 2
-    smear: bool = False                 # and backout
+    fields: dict[str, Any]
+    window_of: Callable[[int], int] = lambda length: length // 2
 
 
 GENERATIONS = {
-    1: Generation("2025-10", lambdas=False),
-    2: Generation("2026-01-11"),
-    3: Generation("2026-01-17", gate_channels=32, gate_scale=2.0),
-    4: Generation("2026-03-09", gate_channels=12, gate_scale=3.0, rope_base=100_000.0, rope_bfloat16=False,
-                  qk_scale=1.15, short_window=lambda length: -(-length // 3 // 128) * 128),
-    5: Generation("2026-03-14", gate_channels=12, gate_scale=3.0, rope_base=100_000.0, rope_bfloat16=False,
-                  qk_scale=1.2, short_window=lambda length: -(-length // 4 // 128) * 128, smear=True),
+    1: Generation("2025-10", dict(rope_bfloat16=True)),
+    2: Generation("2026-01-11", dict(rope_bfloat16=True, residual_lambdas=True)),
+    3: Generation("2026-01-17", dict(rope_bfloat16=True, residual_lambdas=True, ve_gate_channels=32, ve_gate_scale=2.0)),
+    4: Generation("2026-03-09", dict(rope_base=100_000.0, residual_lambdas=True, ve_gate_channels=12, ve_gate_scale=3.0,
+                                     qk_scale=1.15), lambda length: -(-length // 3 // 128) * 128),
+    5: Generation("2026-03-14", dict(rope_base=100_000.0, residual_lambdas=True, ve_gate_channels=12, ve_gate_scale=3.0,
+                                     qk_scale=1.2, smear_channels=24), lambda length: -(-length // 4 // 128) * 128),
 }
 
 
-def open_nanochat(source: ModelSource, settings: Settings, dtype: torch.dtype, device: Any,
-                  progress: Progress) -> LoadedModel:
+def open_nanochat(source: ModelSource, settings: Settings, dtype: torch.dtype, device: Any, progress: Progress) -> LoadedModel:
     config = read_nanochat_config(source.path)
     text = read_nanochat_tokenizer(source.path, config["vocab_size"])
     state = read_checkpoint(source.path)
     number = nanochat_generation(state)
-    spec = nanochat_spec(source.path, config, number, settings.softcap or 15.0)
+    spec = nanochat_spec(config, number, settings.softcap or 15.0)
     padded = max(spec.vocab_size, len(state.get("transformer.wte.weight", ())))
     sources = tensor_sources(spec, NANOCHAT_TENSORS, padded)
     check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()}, sources)
@@ -2590,23 +2582,20 @@ def nanochat_generation(state: Mapping[str, torch.Tensor]) -> int:
     return 2 if "resid_lambdas" in state or "x0_lambdas" in state else 1
 
 
-def nanochat_spec(path: Path, config: Mapping[str, Any], number: int, softcap: float) -> ModelSpec:
+def nanochat_spec(config: Mapping[str, Any], number: int, softcap: float) -> ModelSpec:
     generation, L = GENERATIONS[number], config["n_layer"]
     # an upstream window of W is the key itself and W before it; the last layer is always full
-    short = generation.short_window(config["sequence_len"]) + 1
-    pattern = config["window_pattern"] if generation.lambdas else "L"
+    short = generation.window_of(config["sequence_len"]) + 1
+    pattern = config["window_pattern"] if number > 1 else "L"
     windows = tuple(short if pattern[layer % len(pattern)] == "S" and layer < L - 1 else 0 for layer in range(L))
     return ModelSpec(
         vocab_size=config["vocab_size"], layers=L, width=config["n_embd"], heads=config["n_head"],
         kv_heads=config["n_kv_head"], head_size=config["n_embd"] // config["n_head"], ffn_size=4 * config["n_embd"],
         max_positions=config["sequence_len"],
         norm_eps=1.1920929e-07,         # torch's default for rms_norm in float32
-        norm_weights=False, embedding_norm=True, rope_base=generation.rope_base, rope_direction=-1,
-        rope_bfloat16=generation.rope_bfloat16, qk_norm="after_rope", qk_scale=generation.qk_scale, activation="relu2",
-        windows=windows, softcap=softcap, residual_lambdas=generation.lambdas,
-        value_embed_layers=tuple(range((L - 1) % 2, L, 2)) if generation.gate_channels else (),
-        ve_gate_scale=generation.gate_scale, ve_gate_channels=generation.gate_channels,
-        smear_channels=24 if generation.smear else 0, backout_layer=L // 2 if generation.smear else None)
+        norm_weights=False, embedding_norm=True, rope_direction=-1, qk_norm="after_rope", activation="relu2",
+        windows=windows, softcap=softcap, value_embed_layers=tuple(range((L - 1) % 2, L, 2)) if number >= 3 else (),
+        backout_layer=L // 2 if number >= 5 else None, **generation.fields)
 
 
 NANOCHAT_TENSORS = {        # our tensor (of layer {}) -> upstream's tensors whose rows make it
@@ -2672,8 +2661,7 @@ GGUF_TENSORS = {            # our tensor (of layer {}) -> the GGUF tensors whose
     "down": ("blk.{}.ffn_down.weight",)}
 
 
-def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, device: Any,
-              progress: Progress) -> LoadedModel:
+def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, device: Any, progress: Progress) -> LoadedModel:
     try:
         metadata, stored = read_gguf(source.path)
         spec = gguf_spec(source.path, metadata, stored)
