@@ -2090,15 +2090,24 @@ class GraphSteps:
         staging = self.staging[0]
         if staging.done:            # long since, unless that step was given up
             self.queue.wait(staging.done)
+        sampling = self.sampling = self.kernels.core.batch_of(rows, self.spec.vocab_size, self.sampling)
+        lists = (len(sampling.count_ids), len(sampling.bias_ids)) if sampling else (0, 0)
+        graph = self._graph(batch, sampling)
+        shape = graph.shape if graph else StepShape(len(batch.token_ids), len(batch.lengths), len(batch.logit_rows),
+                                                    max(map(len, batch.tables)), *lists)
         with torch.inference_mode():
-            sampling = self.sampling = self.kernels.core.batch_of(rows, self.spec.vocab_size, self.sampling)
-            if graph := self._graph(batch, sampling):
-                work = self._start_graph(graph, staging, batch, sampling)
-            else:
-                work = self._start_ops(staging, batch, sampling)
+            inputs = self.inputs
+            if shape.bytes() > len(inputs):         # very long lists: memory for this step alone
+                staging.inputs, inputs = self.queue.pinned(shape.bytes(), torch.uint8), inputs.new_empty(shape.bytes())
+                staging.fields.clear()
+            fill_step(self._host_fields(staging, shape, keep=graph is not None), batch, sampling)
 
             def step() -> None:
-                work()
+                staging.send(inputs, shape.bytes(lists=any(lists)))
+                if graph:
+                    graph.replay()
+                else:
+                    self._run_ops(batch, shape.views(inputs))
                 staging.tokens[:len(rows)].copy_(self.tokens[:len(rows)], non_blocking=True)
 
             staging.done = self.queue.submit(step)
@@ -2119,31 +2128,10 @@ class GraphSteps:
         return self.graphs.get((next((n for n in self.row_buckets if n >= rows), 0),
                                 next((n for n in self.page_buckets if n >= pages), 0)))
 
-    def _start_graph(self, graph: Graph, staging: Staging, batch: Batch, sampling: Any) -> Callable[[], None]:
-        fill_step(self._host_fields(staging, graph.shape), batch, sampling)
-        size = graph.shape.bytes(lists=bool(len(sampling.count_ids) or len(sampling.bias_ids)))
-
-        def work() -> None:
-            staging.send(self.inputs, size)
-            graph.replay()
-        return work
-
-    def _start_ops(self, staging: Staging, batch: Batch, sampling: Any) -> Callable[[], None]:
-        counts, biases = (len(sampling.count_ids), len(sampling.bias_ids)) if sampling else (0, 0)
-        shape = StepShape(len(batch.token_ids), len(batch.lengths), len(batch.logit_rows), max(map(len, batch.tables)), counts, biases)
-        inputs = self.inputs
-        if shape.bytes() > len(inputs):         # very long lists: memory for this step alone
-            staging.inputs, inputs = self.queue.pinned(shape.bytes(), torch.uint8), inputs.new_empty(shape.bytes())
-            staging.fields.clear()
-        fill_step(self._host_fields(staging, shape, keep=False), batch, sampling)
-
-        def work() -> None:
-            staging.send(inputs, shape.bytes())
-            fields = shape.views(inputs)
-            fields.attention = self.kernels.plan(batch, fields.positions, self.windows, self.transformer.dtype, fields.table,
-                                                 fields.lengths, self.workspace)
-            self._compute(fields)
-        return work
+    def _run_ops(self, batch: Batch, fields: SimpleNamespace) -> None:
+        fields.attention = self.kernels.plan(batch, fields.positions, self.windows, self.transformer.dtype, fields.table,
+                                             fields.lengths, self.workspace)
+        self._compute(fields)
 
     def _host_fields(self, staging: Staging, shape: StepShape, keep: bool = True) -> SimpleNamespace:
         """A step's inputs in pinned memory as numpy arrays, to be written."""
