@@ -1113,7 +1113,7 @@ class SampleRow(NamedTuple):
 
 
 def philox(counters: "numpy.ndarray", keys: "numpy.ndarray") -> "numpy.ndarray":
-    """Philox4x32-10: counters (4, N) and keys (2, N), uint64 holding 32-bit words -> (4, N) random words."""
+    """Philox4x32-10: four counters and two keys, uint64 holding 32-bit words -> (4, *shape) random words."""
     low, shift = numpy.uint64(0xFFFFFFFF), numpy.uint64(32)
     m0, m1 = (numpy.uint64(m) for m in PHILOX_MULTIPLIERS)
     c0, c1, c2, c3 = counters
@@ -1126,18 +1126,15 @@ def philox(counters: "numpy.ndarray", keys: "numpy.ndarray") -> "numpy.ndarray":
 
 
 def uniform_noise(ids, seed, position, choice) -> "numpy.ndarray":
-    """u = (x + 1/2) / 2^32 in (0, 1), float64, for each id (N,); seed, position, choice are numbers or (N,) each.
+    """u = (x + 1/2) / 2^32 in (0, 1), float64, for each id; seed, position, choice are numbers, or arrays that go with ids.
 
     x is lane id % 4 of Philox with the seed as key and (id / 4, position, choice) as counter: random access, no state.
     """
     low, shift = numpy.uint64(0xFFFFFFFF), numpy.uint64(32)
     seed, position, choice = (numpy.asarray(value, dtype=numpy.uint64) for value in (seed, position, choice))
-    columns = (ids >> 2, position & low, position >> shift, choice, seed & low, seed >> shift)
-    columns = numpy.stack([numpy.broadcast_to(column, ids.shape).astype(numpy.uint64) for column in columns])
-    first = numpy.ones(len(ids), dtype=bool)        # neighbours in one group share a call
-    first[1:] = (columns[:, 1:] != columns[:, :-1]).any(axis=0)
-    calls = columns[:, first]
-    x = philox(calls[:4], calls[4:])[ids & 3, numpy.cumsum(first) - 1]
+    groups, lanes = (ids // 4).astype(numpy.uint64), ids % 4
+    words = philox((groups, position & low, position >> shift, choice), (seed & low, seed >> shift))
+    x = numpy.take_along_axis(words, lanes[None], axis=0)[0]
     return (x.astype(numpy.float64) + 0.5) * 2.0**-32
 
 
@@ -1243,19 +1240,14 @@ def keep_top_p(ids, z, weights, top_p, logits):
 
 
 def draw(kept: Seq[tuple], rows: Seq[SampleRow]) -> "numpy.ndarray":
-    """argmax of z + Gumbel noise over each row's survivors (ids, z); the lower id wins ties."""
-    sizes = [len(ids) for ids, _ in kept]
-    starts = numpy.concatenate(([0], numpy.cumsum(sizes)[:-1]))
-    owners = numpy.repeat(numpy.arange(len(rows)), sizes)
-    ids, z = (numpy.concatenate(column) for column in zip(*kept))
+    """argmax of z + Gumbel noise over each row's survivors (ids, z), ids ascending; the lower id wins ties."""
+    longest = max(len(ids) for ids, _ in kept)
+    ids, z = numpy.zeros((len(rows), longest), dtype=numpy.int64), numpy.full((len(rows), longest), -math.inf)
+    for i, (some, their_z) in enumerate(kept):
+        ids[i, :len(some)], z[i, :len(some)] = some, their_z
     streams = numpy.array([(row.params.seed, row.position, row.params.choice) for row in rows], dtype=numpy.uint64)
-    u = uniform_noise(ids, *streams[owners].T)
-    rough = z - numpy.log(-numpy.log(1.0 - u))      # the library's log finds the candidates, the contract's decides
-    near = numpy.flatnonzero(rough >= numpy.maximum.reduceat(rough, starts)[owners] - 1e-6)
-    score = z[near].astype(numpy.float64) + gumbel(u[near])
-    order = numpy.lexsort((-near, score, owners[near]))         # each row's last is its best; ids ascend in `near`
-    best = near[order][numpy.searchsorted(owners[near][order], numpy.arange(len(rows)), side="right") - 1]
-    return ids[best]
+    scores = z + gumbel(uniform_noise(ids, *streams.T[:, :, None]))         # (R, longest)
+    return ids[numpy.arange(len(rows)), scores.argmax(axis=1)]
 
 
 def sample_reference(logits: "numpy.ndarray", rows: Seq[SampleRow]) -> "numpy.ndarray":
