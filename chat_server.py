@@ -949,13 +949,11 @@ SCRATCH_SCORES = 1 << 22        # attention scores of a prompt's chunk that are 
 
 
 class Span(NamedTuple):
-    """Some query rows and where their keys lie: all decode rows together (a row each), or one chunk of a prompt."""
+    """Some query rows and where their keys lie: B decode rows together, or (B = 1) one chunk of a prompt."""
 
     rows: slice             # of the T rows
-    batch: int              # B: the number of decode rows, or 1
-    keys: Any               # slice of a layer's flattened slots when they are consecutive, else page ids (B * pages,)
-    size: int               # S: keys read for each of the B
-    mask: Any               # additive (B, 1, queries, S); None where every key counts
+    pages: Any              # page ids, as many for each of the B (B * n,)
+    mask: Any               # additive (B, 1, queries, S): S keys of those pages are read
 
 
 def decode_rows(batch) -> int:
@@ -963,45 +961,32 @@ def decode_rows(batch) -> int:
     return next((i for i, (start, end) in enumerate(itertools.pairwise(batch.starts)) if end - start != 1), len(batch.lengths))
 
 
+def page_table(batch, dtype, device):
+    """(N, W) page ids of each sequence, of which those beyond a sequence's own are not read, or masked."""
+    width = max(map(len, batch.tables))
+    return torch.tensor([pages + [0] * (width - len(pages)) for pages in batch.tables], dtype=dtype, device=device)
+
+
 def plan_attention_reference(batch, positions, windows, dtype) -> dict:
     """Work out once per step, for all layers, which pages and masks attention needs: {window: [Span, ...]}."""
-    decode = decode_rows(batch)
+    decode, table = decode_rows(batch), page_table(batch, torch.int64, positions.device)
     groups = [range(decode)] * (decode > 0) + [range(i, i + 1) for i in range(decode, len(batch.lengths))]
-    return {window: [make_span(batch, positions, group, window, dtype) for group in groups] for window in set(windows)}
+    return {window: [make_span(batch, positions, table, group, window, dtype) for group in groups] for window in set(windows)}
 
 
-def make_span(batch, positions, group, window, dtype) -> Span:
-    """The Span of the sequences `group`: decode rows, or one sequence with any number of new tokens."""
+def make_span(batch, positions, table, group, window, dtype) -> Span:
+    """The Span of the sequences `group`: decode rows, or one with any number of new tokens. Waits for no device."""
     rows = slice(batch.starts[group.start], batch.starts[group.stop])
-    count = batch.starts[group.start + 1] - batch.starts[group.start]           # new tokens of each sequence
+    count = (rows.stop - rows.start) // len(group)                              # new tokens of each
+    lengths = batch.lengths[group.start:group.stop]
     # a window reads only the pages it reaches into
-    first = [max(0, batch.lengths[i] - count + 1 - window) // PAGE_SIZE if window else 0 for i in group]
-    tables = [batch.tables[i][f:-(-batch.lengths[i] // PAGE_SIZE)] for i, f in zip(group, first)]
-    sizes = [batch.lengths[i] - f * PAGE_SIZE for i, f in zip(group, first)]
-    size = max(sizes)
-    keys = key_location(tables, size, positions.device)
-    if count == 1 and min(sizes) == size and (not window or size <= window):
-        return Span(rows, len(group), keys, size, None)
-    begin = torch.tensor(first, device=positions.device).mul_(PAGE_SIZE)
-    places = begin.unsqueeze(1) + torch.arange(size, device=begin.device)       # (B, S) absolute position of each key
-    mask = attention_mask(positions[rows].view(len(group), count), places, window, dtype)
-    return Span(rows, len(group), keys, size, mask)
-
-
-def attention_mask(positions, keys, window, dtype):
-    """0 where a query at positions (B, queries) sees the key at keys (B, S), else -inf -> (B, 1, queries, S)."""
-    age = positions.unsqueeze(2) - keys.unsqueeze(1)                            # < 0: future
+    first = max(0, min(lengths) - count + 1 - window) // PAGE_SIZE if window else 0
+    last = -(-max(lengths) // PAGE_SIZE)
+    keys = torch.arange(first * PAGE_SIZE, max(lengths), device=positions.device)               # (S,) absolute positions
+    age = positions[rows].view(len(group), 1, count, 1) - keys                                  # < 0: future
     hidden = (age < 0) | (age >= window) if window else age < 0
-    return torch.zeros(hidden.shape, dtype=dtype, device=age.device).masked_fill_(hidden, -math.inf).unsqueeze(1)
-
-
-def key_location(tables, size, device):
-    """A slice where one sequence's pages are consecutive (read in place), else all page ids, padded (gathered)."""
-    if len(tables) == 1 and tables[0] == list(range(tables[0][0], tables[0][0] + len(tables[0]))):
-        return slice(tables[0][0] * PAGE_SIZE, tables[0][0] * PAGE_SIZE + size)
-    longest = max(map(len, tables))
-    padded = [table + [table[0]] * (longest - len(table)) for table in tables]
-    return torch.tensor(padded, device=device).flatten()
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=keys.device).masked_fill_(hidden, -math.inf)
+    return Span(rows, table[group.start:group.stop, first:last].flatten(), mask)
 
 
 def paged_attention_reference(q, cache, plan, window, out):
@@ -1012,14 +997,11 @@ def paged_attention_reference(q, cache, plan, window, out):
     """
     attend, Hkv, D = torch.nn.functional.scaled_dot_product_attention, cache.shape[2], cache.shape[3]
     q, scale = q.to(cache.dtype).unflatten(1, (-1, D)), D**-0.5                 # (T, H, D)
-    for rows, B, keys, size, mask in plan[window]:
-        if isinstance(keys, slice):
-            k, v = cache[keys].permute(1, 2, 0, 3).unsqueeze(1)                 # (B = 1, Hkv, S, D) each
-        else:
-            kv = torch.index_select(cache.view(-1, PAGE_SIZE, 2, Hkv, D), 0, keys)
-            k, v = kv.view(B, -1, 2, Hkv, D)[:, :size].permute(2, 0, 3, 1, 4)   # (B, Hkv, S, D) each
+    for rows, pages, mask in plan[window]:
+        kv = torch.index_select(cache.view(-1, PAGE_SIZE, 2, Hkv, D), 0, pages).view(len(mask), -1, 2, Hkv, D)
+        k, v = kv[:, :mask.shape[-1]].permute(2, 0, 3, 1, 4)                    # (B, Hkv, S, D) each
         grouped = q[rows].unflatten(1, (Hkv, -1))                               # (rows, Hkv, H / Hkv, D)
-        if len(grouped) == B:
+        if len(grouped) == len(mask):
             y = attend(grouped, k, v, attn_mask=mask, scale=scale)
         elif q.device.type == "cpu":
             y = attend_chunk(grouped, k[0], v[0], mask, scale)
@@ -1438,16 +1420,15 @@ class CudaKernels:
                 torch.zeros(integers, dtype=torch.int32, device=device))
 
     def plan_attention(self, batch, positions, windows, dtype) -> CudaPlan:
-        width, device = max(map(len, batch.tables)), positions.device
-        table = torch.tensor([pages + [0] * (width - len(pages)) for pages in batch.tables], dtype=torch.int32, device=device)
-        lengths = torch.tensor(batch.lengths, dtype=torch.int32, device=device)
-        return self.plan(batch, positions, windows, dtype, table, lengths, self.workspace(len(batch.lengths), width, device))
+        device = positions.device
+        table, lengths = page_table(batch, torch.int32, device), torch.tensor(batch.lengths, dtype=torch.int32, device=device)
+        return self.plan(batch, positions, windows, dtype, table, lengths, self.workspace(*table.shape, device))
 
     def plan(self, batch, positions, windows, dtype, table, lengths, workspace) -> CudaPlan:
         """The plan of a step whose tables and lengths are on the device already; waits for nothing."""
         decode = decode_rows(batch)
-        prompts = {window: [prompt_span(batch, i, positions, table, window, dtype) for i in range(decode, len(batch.lengths))]
-                   for window in set(windows)}
+        groups = [range(i, i + 1) for i in range(decode, len(batch.lengths))]
+        prompts = {window: [make_span(batch, positions, table, group, window, dtype) for group in groups] for window in set(windows)}
         return CudaPlan(decode, table, lengths, prompts, *workspace)
 
     def paged_attention(self, q, cache, plan, window, out):
@@ -1456,9 +1437,9 @@ class CudaKernels:
         if plan.decode:
             self.cuda_ops.paged_attention(heads[first], *cache, plan.table[first], plan.lengths[first], plan.states,
                                           plan.tickets, out[first], window=window, stream=self.stream())
-        for rows, _, pages, size, mask in plan.prompts[window]:
+        for rows, pages, mask in plan.prompts[window]:
             kv = torch.index_select(cache.transpose(1, 2), 2, pages)                    # (2, Hkv, n, PAGE_SIZE, D)
-            k, v = kv.flatten(2, 3)[:, :, :size]
+            k, v = kv.flatten(2, 3)[:, :, :mask.shape[-1]]
             y = attend_prompt(heads[rows].to(cache.dtype).unflatten(1, (len(k), -1)), k, v, mask, 1.0)
             out[rows].view(y.shape).copy_(y)
 
@@ -1482,16 +1463,6 @@ class CudaKernels:
 def record_words(batch) -> "numpy.ndarray":
     """The records of a decode_core.SampleBatch as (R, 9) int64; word 1 is the position, negative = no token."""
     return batch.records.view(numpy.int64).reshape(len(batch.records), -1)
-
-
-def prompt_span(batch, i, positions, table, window, dtype) -> Span:
-    """The Span of sequence i, whose page ids are read on the device: in `table` (N, W)."""
-    rows, length = slice(batch.starts[i], batch.starts[i + 1]), batch.lengths[i]
-    oldest = length - (rows.stop - rows.start)                                  # absolute position of the first query
-    first = max(0, oldest + 1 - window) // PAGE_SIZE if window else 0
-    keys = torch.arange(first * PAGE_SIZE, length, device=positions.device)     # (S,) absolute position of each key
-    mask = attention_mask(positions[None, rows], keys[None], window, dtype)
-    return Span(rows, 1, table[i, first:-(-length // PAGE_SIZE)], len(keys), mask)
 
 
 def fastest_dtype(device) -> "torch.dtype":

@@ -216,7 +216,7 @@ def test_paged_attention_is_attention_over_each_rows_own_pages(sequences, window
 def test_a_window_reads_only_the_pages_it_reaches_into():
     batch = paged_batch(np.random.default_rng(0), [(1, 1600), (1, 1600), (20, 800)], 300, scattered=True)
     spans = KERNELS.plan_attention(batch, batch.positions, [64], torch.float32)[64]
-    assert [span.size for span in spans] == [64, 96]        # 800 - 20 + 1 - 64 = 717, in the page that begins at 704
+    assert [span.mask.shape[-1] for span in spans] == [64, 96]        # 800 - 20 + 1 - 64 = 717, in the page that begins at 704
 
 
 # --- the table of kernels ----------------------------------------------------------------------------------------
