@@ -2303,12 +2303,8 @@ def fetch_default_model(progress: Progress = no_progress) -> Path:
 @contextlib.contextmanager
 def download_lock(cache: Path, progress: Progress) -> Iterator[None]:
     """Held while downloading; the system frees it when the process dies."""
+    import fcntl        # workers need what only POSIX has, too
     with open(cache / ".lock", "w") as file:
-        try:
-            import fcntl
-        except ImportError:     # Windows: two first starts at once both download, and the later one wins
-            yield
-            return
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
