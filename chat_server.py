@@ -820,6 +820,11 @@ def mkldnn_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def fastest_dtype(device) -> "torch.dtype":
+    """For the references: bfloat16, except on a CPU without instructions for it."""
+    return torch.float32 if torch.device(device).type == "cpu" and not mkldnn_bfloat16() else torch.bfloat16
+
+
 class Norm(NamedTuple):
     """What `linear` does to its input first: RMS norm, with a weight (C) or None."""
 
@@ -1355,11 +1360,6 @@ def program_ops(core: Any, program: Any, spec, quantize: str | None) -> dict[str
     return {name: getattr(program, name) for name in recorded} | {"pack": pack, "make_cache": make_cache, "sample": core.Sampler()}
 
 
-def weights_dtype(spec, device) -> "torch.dtype":
-    """What float weights become where neither the user nor the file says it."""
-    return torch.bfloat16 if core_runs(spec, device) else fastest_dtype(device)
-
-
 # 4c. decode_core on CUDA: decode rows by its kernels, a prompt's attention by torch over the same pages -------------------
 
 
@@ -1463,11 +1463,6 @@ class CudaKernels:
 def record_words(batch) -> "numpy.ndarray":
     """The records of a decode_core.SampleBatch as (R, 9) int64; word 1 is the position, negative = no token."""
     return batch.records.view(numpy.int64).reshape(len(batch.records), -1)
-
-
-def fastest_dtype(device) -> "torch.dtype":
-    """bfloat16, except on a CPU without instructions for it."""
-    return torch.float32 if torch.device(device).type == "cpu" and not mkldnn_bfloat16() else torch.bfloat16
 
 
 # 5. kv cache: who owns which page --------------------------------------------------------------------------------
@@ -2466,7 +2461,7 @@ def open_nanochat(source: ModelSource, settings: Settings, dtype: torch.dtype, d
     padded = max(spec.vocab_size, len(state.get("transformer.wte.weight", ())))
     sources = tensor_sources(spec, NANOCHAT_TENSORS, padded)
     check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()}, sources)
-    tensors, dtype = {}, dtype or weights_dtype(spec, device)
+    tensors, dtype = {}, dtype or (torch.bfloat16 if core_runs(spec, device) else fastest_dtype(device))
     for i, (ours, (shape, theirs)) in enumerate(sources.items()):
         progress("loading weights", i / len(sources))
         rows = [state[name][:shape[0]] for name in theirs]      # crops a padded vocabulary
