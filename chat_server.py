@@ -833,7 +833,7 @@ class Norm(NamedTuple):
 
 
 def linear_reference(x, weight, out, norm=None, bias=None, activation=None, residual=None):
-    """residual + activation(norm(x) @ weight.T + bias) -> out; weight (N, K) packed or plain, of x (T, >= K) its first K columns.
+    """residual + activation(norm(x) @ weight.T + bias) -> out; weight (N, K) packed or plain; x (T, >= K): its first K columns.
 
     activation: None, "relu2" or "swiglu"; swiglu's weight has the gates' rows first and gives (T, N / 2).
     """
@@ -1261,7 +1261,7 @@ def sample_on_host(logits, rows: Seq[SampleRow]) -> list[int]:
 
 @dataclass(frozen=True)
 class Kernels:
-    """The chosen op of each name, its reference where nothing else is chosen; `forward` and the engine compute with no other."""
+    """The chosen op of each name, by default its reference; `forward` and the engine compute with nothing else."""
 
     embed: Callable = embed_reference
     gather_rows: Callable = gather_rows_reference
@@ -1319,7 +1319,8 @@ def decode_core() -> Any:
 def kernels_line() -> str:
     """For the start-up log and --version: which compiled core runs, or how to get one."""
     if core := decode_core():
-        return f"decode_core runs with {core.info()['isa']} instructions" + ", compiled with CUDA too" * core.info()["cuda_compiled"]
+        info = core.info()
+        return f"decode_core runs with {info['isa']} instructions" + ", compiled with CUDA too" * info["cuda_compiled"]
     return "decode_core is not installed, so slower reference ops run; `pip install .` in the checkout builds it"
 
 
@@ -1357,7 +1358,8 @@ def program_ops(core: Any, program: Any, spec, quantize: str | None) -> dict[str
 
     recorded = ("embed", "gather_rows", "rms_norm", "linear", "copy", "mix", "smear", "backout", "softcap", "rope_append",
                 "paged_attention")
-    return {name: getattr(program, name) for name in recorded} | {"pack": pack, "make_cache": make_cache, "sample": core.Sampler()}
+    ops = {name: getattr(program, name) for name in recorded}
+    return ops | {"pack": pack, "make_cache": make_cache, "sample": core.Sampler()}
 
 
 # 4c. decode_core on CUDA: decode rows by its kernels, a prompt's attention by torch over the same pages -------------------
@@ -1428,7 +1430,8 @@ class CudaKernels:
         """The plan of a step whose tables and lengths are on the device already; waits for nothing."""
         decode = decode_rows(batch)
         groups = [range(i, i + 1) for i in range(decode, len(batch.lengths))]
-        prompts = {window: [make_span(batch, positions, table, group, window, dtype) for group in groups] for window in set(windows)}
+        prompts = {window: [make_span(batch, positions, table, group, window, dtype) for group in groups]
+                   for window in set(windows)}
         return CudaPlan(decode, table, lengths, prompts, *workspace)
 
     def paged_attention(self, q, cache, plan, window, out):
@@ -1448,7 +1451,8 @@ class CudaKernels:
 
         records (R, 9) int64: SampleBatch.records; lists: its LISTS, or longer ones.
         """
-        self.cuda_ops.sample(logits, records.view(-1).view(torch.uint8), tokens, stream=self.stream(), **dict(zip(LISTS, lists)))
+        records = records.view(-1).view(torch.uint8)
+        self.cuda_ops.sample(logits, records, tokens, stream=self.stream(), **dict(zip(LISTS, lists)))
 
     def sample(self, logits, rows) -> list[int]:
         """One token for each row of logits (R, V), which stays as it is, drawn on the device and waited for."""
@@ -2015,8 +2019,8 @@ class GraphSteps:
         self.queue = queue or CudaQueue(transformer.device)
         self.windows = [self.spec.window(l) for l in range(self.spec.layers)]
         most, max_pages = len(transformer.buffers["x"]), -(-context_length // PAGE_SIZE)
-        self.row_buckets = doubling(1, max_batch, 2)
-        self.page_buckets = doubling(64, max_pages, 4)          # a grid covers the longest table: 64 pages are 1,024 tokens
+        # a graph's grid covers the longest table: 64 pages are 1,024 tokens
+        self.buckets = list(itertools.product(doubling(1, max_batch, 2), doubling(64, max_pages, 4)))
         largest = StepShape(most, max_batch, max_batch, max_pages, LIST_CAPACITY, LIST_CAPACITY)
         with torch.inference_mode():
             self.inputs = torch.empty(largest.bytes(), dtype=torch.uint8, device=transformer.device)
@@ -2028,9 +2032,8 @@ class GraphSteps:
 
     def prepare(self, progress: Callable[[float], None]) -> None:
         """Capture the graph of every bucket, the largest first; no step may be under way."""
-        buckets = [(rows, pages) for rows in reversed(self.row_buckets) for pages in reversed(self.page_buckets)]
-        for done, bucket in enumerate(buckets):
-            progress(done / len(buckets))
+        for done, bucket in enumerate(reversed(self.buckets)):
+            progress(done / len(self.buckets))
             self._capture(*bucket)
 
     def _capture(self, rows: int, pages: int) -> None:
@@ -2083,8 +2086,8 @@ class GraphSteps:
             return None
         if max(len(sampling.count_ids), len(sampling.bias_ids)) > LIST_CAPACITY:
             return None
-        return self.graphs.get((next((n for n in self.row_buckets if n >= rows), 0),
-                                next((n for n in self.page_buckets if n >= pages), 0)))
+        fitting = [bucket for bucket in self.graphs if bucket[0] >= rows and bucket[1] >= pages]
+        return self.graphs[min(fitting)] if fitting else None
 
     def _run_ops(self, batch: Batch, fields: SimpleNamespace) -> None:
         fields.attention = self.kernels.plan(batch, fields.positions, self.windows, self.transformer.dtype, fields.table,
@@ -2350,7 +2353,8 @@ def pip_download(requirement: str, folder: Path, progress: Progress) -> None:
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
     with open(folder / "pip.log", "w+", errors="replace") as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=dict(os.environ, TMPDIR=str(folder)),
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            env=dict(os.environ, TMPDIR=str(folder)),
             start_new_session=True,     # a terminal's Ctrl-C is for us to handle
             preexec_fn=prctl and (lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL)))
         fraction = 0.0
@@ -2417,7 +2421,7 @@ Sources = dict[str, tuple[tuple[int, ...], dict[str, tuple[int, ...]]]]
 
 
 def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded: int) -> Sources:
-    """Our tensor -> (its shape, {the file's tensors whose rows make it: their shapes}); vocabularies there have `padded` rows."""
+    """Our tensor -> (its shape, {the file's tensors whose rows make it: their shapes}); its vocabularies have `padded` rows."""
     query, key = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
     split = {"qkv": (query, key, key), "qkv_bias": (query, key, key), "gate_up": (spec.ffn_size, spec.ffn_size),
              "embed": (padded,), "head": (padded,), "value_embed": (padded,)}
@@ -2425,8 +2429,8 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
     for ours, shape in expected_tensors(spec).items():
         layer, _, part = ours.rpartition(".")
         if not (part == "head" and spec.tied_head):
-            rows = split.get(part, shape[:1])
-            sources[ours] = shape, {name.format(layer): (count, *shape[1:]) for name, count in zip(table.get(part, (part,)), rows)}
+            theirs = zip(table.get(part, (part,)), split.get(part, shape[:1]))
+            sources[ours] = shape, {name.format(layer): (rows, *shape[1:]) for name, rows in theirs}
     return sources
 
 
