@@ -2794,44 +2794,25 @@ def turned(rows: Any, head_size: int) -> Any:
     return rows.reshape(-1, head_size // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
+BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}      # of 32 weights: float16 scale, (Q4_1) float16 minimum, the weights
+
+
 def dequantize(kind: Any, data: torch.Tensor) -> torch.Tensor:
-    """Some rows of a gguf.ReaderTensor's data, of the gguf type `kind`, in float32 or the float type that they have."""
-    if kind.name in FAST_DEQUANTIZERS:
-        return FAST_DEQUANTIZERS[kind.name](data)
-    try:
-        return torch.from_numpy(require_library("gguf", "a GGUF file").dequantize(data.numpy(), kind))
-    except NotImplementedError:
-        raise ConfigError(f"the gguf package cannot dequantize tensors of type {kind.name}") from None
-
-
-def halves(blocks: torch.Tensor, start: int) -> torch.Tensor:
-    """The float16 at byte `start` of each block (B, bytes) as float32 (B, 1)."""
-    return blocks[:, start:start + 2].contiguous().view(torch.float16).float()
-
-
-def nibbles(packed: torch.Tensor) -> torch.Tensor:
-    """(B, 16) bytes -> (B, 32) float32: the low halves first, then the high ones."""
-    return torch.cat((packed & 15, packed >> 4), dim=-1).float()
-
-
-def dequantize_q4_0(data: torch.Tensor) -> torch.Tensor:
-    blocks = data.view(-1, 18)                  # f16 scale, 32 nibbles
-    return nibbles(blocks[:, 2:]).sub_(8).mul_(halves(blocks, 0))
-
-
-def dequantize_q4_1(data: torch.Tensor) -> torch.Tensor:
-    blocks = data.view(-1, 20)                  # f16 scale, f16 minimum, 32 nibbles
-    return nibbles(blocks[:, 4:]).mul_(halves(blocks, 0)).add_(halves(blocks, 2))
-
-
-def dequantize_q8_0(data: torch.Tensor) -> torch.Tensor:
-    blocks = data.view(-1, 34)                  # f16 scale, 32 int8
-    return blocks[:, 2:].view(torch.int8).float().mul_(halves(blocks, 0))
-
-
-FAST_DEQUANTIZERS = {
-    "F32": lambda data: data, "F16": lambda data: data, "BF16": lambda data: data.view(torch.bfloat16),
-    "Q4_0": dequantize_q4_0, "Q4_1": dequantize_q4_1, "Q8_0": dequantize_q8_0}
+    """Some rows of a gguf.ReaderTensor's data, of the gguf type `kind`: values in float32 or the float type that they have."""
+    if kind.name in ("F32", "F16", "BF16"):
+        return data.view(torch.bfloat16) if kind.name == "BF16" else data
+    if kind.name not in BLOCK_BYTES:
+        try:
+            return torch.from_numpy(require_library("gguf", "a GGUF file").dequantize(data.numpy(), kind))
+        except NotImplementedError:
+            raise ConfigError(f"the gguf package cannot dequantize tensors of type {kind.name}") from None
+    blocks = data.view(-1, BLOCK_BYTES[kind.name])
+    scale, minimum = blocks[:, :4].contiguous().view(torch.float16).float().split(1, dim=1)     # (B, 1) each
+    if kind.name == "Q8_0":
+        return blocks[:, 2:].view(torch.int8).float().mul_(scale)
+    packed = blocks[:, -16:]
+    values = torch.cat((packed & 15, packed >> 4), dim=-1).float()                              # (B, 32)
+    return values.mul_(scale).add_(minimum) if kind.name == "Q4_1" else values.sub_(8).mul_(scale)
 
 
 # --- a GGUF's tokenizer --------------------------------------------------------------------------------------------
