@@ -2552,26 +2552,12 @@ NANOCHAT_TENSORS = {        # our tensor (of layer {}) -> upstream's tensors who
     "smear_gate": ("smear_gate.weight",)}
 
 
-class TiktokenState:
-    """Stands in for tiktoken.Encoding in a pickle: takes its plain dict state, checks every type, runs nothing."""
-
-    def __setstate__(self, state: Any) -> None:
-        # tiktoken itself would fetch an encoding by name if the state were a string
-        if type(state) is not dict or set(state) != {"name", "pat_str", "mergeable_ranks", "special_tokens"}:
-            raise ValueError(f"its state is {sorted(map(str, state)) if type(state) is dict else type(state).__name__}")
-        self.parts = state["pat_str"], state["mergeable_ranks"], state["special_tokens"]
-        for table, kind in zip(self.parts[1:], (bytes, str)):
-            if type(self.parts[0]) is not str or type(table) is not dict or not table or not all(
-                    type(key) is kind and type(value) is int and value >= 0 for key, value in table.items()):
-                raise ValueError(f"a table is not a dict of {kind.__name__} to token ids, or the pattern is no text")
-
-
 class TokenizerUnpickler(pickle.Unpickler):
-    """Admits tiktoken's Encoding and no other global, so a hostile pickle can call nothing."""
+    """Admits tiktoken's Encoding and no other global, and makes a plain namespace of it: a hostile pickle can call nothing."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("tiktoken.core", "Encoding"):
-            return TiktokenState
+            return SimpleNamespace      # tiktoken itself would fetch an encoding by name if the state were a string
         raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which no nanochat tokenizer does")
 
 
@@ -2584,7 +2570,14 @@ def read_nanochat_tokenizer(model_path: Path, vocab_size: int) -> TextSpec:
         raise ConfigError(f"the tokenizer of {model_path} is missing; looked for {', '.join(map(str, places))}")
     try:
         with open(path, "rb") as file:
-            pattern, ranks, specials = TokenizerUnpickler(file).load().parts
+            state = vars(TokenizerUnpickler(file).load())
+        if set(state) != {"name", "pat_str", "mergeable_ranks", "special_tokens"} or type(state["pat_str"]) is not str:
+            raise ValueError(f"its state is {sorted(state)}, or the pattern is no text")
+        pattern, ranks, specials = state["pat_str"], state["mergeable_ranks"], state["special_tokens"]
+        for table, kind in ((ranks, bytes), (specials, str)):
+            if type(table) is not dict or not table or not all(
+                    type(key) is kind and type(value) is int and value >= 0 for key, value in table.items()):
+                raise ValueError(f"a table is not a dict of {kind.__name__} to token ids")
     except Exception as error:      # a hostile or cut pickle can raise nearly anything
         raise ConfigError(f"{path} is not a tiktoken Encoding: {error or type(error).__name__}") from None
     missing = [name for name in NANOCHAT_CHAT_TOKENS if name not in specials]
