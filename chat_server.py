@@ -1039,7 +1039,7 @@ def attend_chunk(q, k, v, mask, scale):
     T, Hkv, G, D = q.shape
     S, y = k.shape[1], torch.empty_like(q)
     step = max(1, SCRATCH_SCORES // (G * S))
-    scratch = scores_scratch(q.dtype, SCRATCH_SCORES * -(-max(SCRATCH_SCORES, G * S) // SCRATCH_SCORES))
+    scratch = scores_scratch(q.dtype, max(SCRATCH_SCORES, G * S))
     for h in range(Hkv):
         for first in range(0, T, step):
             block = slice(first, first + step)
@@ -1612,7 +1612,7 @@ class ModelSpec:
     qk_norm_weights: bool = False
     qk_scale: float = 1.0                   # q and k times this, after norm and rope
     activation: str = "swiglu"              # "swiglu" | "relu2"
-    windows: tuple[int, ...] = ()           # per layer, counted in keys (itself included); 0 or absent = full
+    windows: tuple[int, ...] = ()           # per layer, counted in keys (itself included), 0 = full; () = all full
     softcap: float = 0.0                    # logits = c * tanh(logits / c); 0 = none
     residual_lambdas: bool = False          # x = resid_lambdas[l] * x + x0_lambdas[l] * x0 before layer l
     value_embed_layers: tuple[int, ...] = ()    # layers with value_embed and ve_gate
@@ -1620,9 +1620,6 @@ class ModelSpec:
     ve_gate_channels: int = 32
     smear_channels: int = 0                 # > 0: mix in the previous token's embedding, gated by so many channels
     backout_layer: int | None = None        # subtract backout_lambda * (x after this layer) before the final norm
-
-    def window(self, layer: int) -> int:
-        return self.windows[layer] if self.windows else 0
 
 
 def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -1683,14 +1680,6 @@ def token_places(batch: Batch) -> tuple[Seq[int], Seq[int]]:
     return tuple(zip(*places))
 
 
-def make_inputs(batch: Batch, kernels: Kernels, spec: ModelSpec, device, dtype) -> Inputs:
-    positions, slots = token_places(batch)
-    columns = (batch.token_ids, batch.previous_token_ids, positions, slots, batch.logit_rows)
-    tensors = [torch.tensor(column, dtype=torch.int64, device=device) for column in columns]
-    windows = [spec.window(l) for l in range(spec.layers)]
-    return Inputs(*tensors, attention=kernels.plan_attention(batch, tensors[2], windows, dtype))
-
-
 @dataclass(frozen=True)
 class QuantizedMatrix:
     """Weights (N, K) as GGUF files have them: rows of blocks of 32 weights that share a scale."""
@@ -1715,6 +1704,7 @@ class Transformer:
                  max_rows: int | None = None, device="cpu", dtype=None, progress=lambda stage, fraction: None):
         self.spec, self.kernels = spec, kernels
         self.device, self.dtype = torch.device(device), dtype
+        self.windows = spec.windows or (0,) * spec.layers
         with torch.inference_mode():
             self.weights = self._pack(tensors, progress)
             self.layers = [{name.partition(".")[2]: tensor for name, tensor in self.weights.items()
@@ -1780,8 +1770,13 @@ class Transformer:
             program.finish(program.start(*batch))
             return buffers.logits
         with torch.inference_mode():
-            self.compute(make_inputs(batch, self.kernels, self.spec, self.device, self.dtype), buffers)
+            self.compute(self.inputs(batch), buffers)
         return buffers.logits
+
+    def inputs(self, batch: Batch) -> Inputs:
+        columns = (batch.token_ids, batch.previous_token_ids, *token_places(batch), batch.logit_rows)
+        tensors = [torch.tensor(column, dtype=torch.int64, device=self.device) for column in columns]
+        return Inputs(*tensors, attention=self.kernels.plan_attention(batch, tensors[2], self.windows, self.dtype))
 
     def compute(self, inputs: Inputs, b: SimpleNamespace) -> None:
         """The model: T new tokens -> b.logits (R, V).
@@ -1801,7 +1796,7 @@ class Transformer:
         for l, layer in enumerate(self.layers):
             if spec.residual_lambdas:
                 k.mix(b.x, b.x0, w["resid_lambdas"][l], w["x0_lambdas"][l], out=b.x)
-            self._attention(inputs, b, layer, self.cache[l], spec.window(l))
+            self._attention(inputs, b, layer, self.cache[l], self.windows[l])
             self._feed_forward(b, layer)
             if l == spec.backout_layer:
                 k.copy(b.x, out=b.middle)
@@ -2017,7 +2012,7 @@ class GraphSteps:
     def __init__(self, transformer: Transformer, *, max_batch: int, context_length: int, queue: Any = None):
         self.transformer, self.spec, self.kernels = transformer, transformer.spec, transformer.kernels.cuda
         self.queue = queue or CudaQueue(transformer.device)
-        self.windows = [self.spec.window(l) for l in range(self.spec.layers)]
+        self.windows = transformer.windows
         most, max_pages = len(transformer.buffers["x"]), -(-context_length // PAGE_SIZE)
         # a graph's grid covers the longest table: 64 pages are 1,024 tokens
         self.buckets = list(itertools.product(doubling(1, max_batch, 2), doubling(64, max_pages, 4)))
