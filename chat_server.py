@@ -2324,13 +2324,10 @@ def download_default_model(folder: Path, target: Path, progress: Progress) -> No
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    if digest.hexdigest() != expected:
-        raise ConfigError(f"{path.name} was downloaded, but its SHA-256 is {digest.hexdigest()} instead of {expected}; "
-                          "it is not used")
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        digest = hashlib.sha256(content).hexdigest()
+    if digest != expected:
+        raise ConfigError(f"{path.name} was downloaded, but its SHA-256 is {digest} instead of {expected}; it is not used")
 
 
 def pip_download(requirement: str, folder: Path, progress: Progress) -> None:
