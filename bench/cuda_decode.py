@@ -131,7 +131,7 @@ def main():
     for shape in arguments.shapes:
         spec = SHAPES[shape]
         kernels = cs.load_kernels(device, spec)
-        assert kernels.cuda, f"decode_core does not run here on CUDA: {kernels.describe()}"
+        assert kernels.cuda, f"decode_core does not run here on CUDA: {kernels.names}"
         for batch in arguments.batches:
             length = arguments.context + arguments.steps + 20
             steps = make_steps(spec, kernels, device, torch.bfloat16, batch, length)

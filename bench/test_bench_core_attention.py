@@ -11,7 +11,6 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -21,7 +20,8 @@ sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resol
 
 decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
 from decode_core import _core  # noqa: E402
-from decode_core.attention import FLOAT16, FLOAT32, _cache, _rope_job  # noqa: E402
+from decode_core.arrays import CODES, look_at, vector  # noqa: E402
+from decode_core.attention import check_cache, rope_job  # noqa: E402
 
 H, Hkv, D, PAGE = 9, 3, 64, 16
 THREADS = int(os.environ.get("DECODE_CORE_THREADS", "2"))
@@ -96,13 +96,16 @@ def make_step(plan, cache, rows, positions, slots, qkv=None):
     qkv = rng.standard_normal((rows, (H + 2 * Hkv) * D), numpy.float32) if qkv is None else qkv
     q, out = rng.standard_normal((rows, H, D), numpy.float32) / 8, numpy.zeros((rows, H * D), numpy.float32)
     kept = qkv, cos, sin, positions, slots, q, out, cache
-    job = _rope_job(_cache(cache[0]), qkv, cos, sin, positions, slots, q, "none", None, None, 1e-5, 1.0, None, False, 1, None, None, 1.0)
+    qkv_at, kind, _, stride = look_at("qkv", qkv, ("float32", "bfloat16"), rows, (H + 2 * Hkv) * D)
+    indices = vector("positions", positions, "int64", rows), vector("slots", slots, "int64", rows)
+    job, _ = rope_job(check_cache(cache[0]), (qkv_at, CODES[kind], stride), (q.ctypes.data, rows, H), cos, sin, indices, (0, 0), (0, 0))
 
     def append(kept=kept):
         _core.rope_append(job)
 
     def attend(layer, window):
-        _core.paged_attention(plan, window, q.ctypes.data, cache.ctypes.data + layer * cache[0].nbytes, FLOAT16, out.ctypes.data, FLOAT32, D)
+        _core.paged_attention(plan, window, q.ctypes.data, cache.ctypes.data + layer * cache[0].nbytes, CODES["float16"],
+                              out.ctypes.data, CODES["float32"], D)
 
     return append, attend
 
@@ -152,8 +155,7 @@ def test_rope_append(benchmark, rows):
         [[0]] * rows, [1] * rows, list(range(rows + 1)))
     plan = decode_core.plan_attention(tables, lengths, starts, H, Hkv, 64)
     append, _ = make_step(plan, cache, rows, positions, slots, qkv)
-    spec = SimpleNamespace(heads=H, kv_heads=Hkv, head_size=D, qk_norm="none", qk_scale=1.0, norm_eps=1e-5)
-    tables_, order = torch.randn(2, rows, D).unbind(), torch.arange(rows)
+    cos_sin, order = torch.randn(2, rows, D // 2).unbind(), torch.arange(rows)
     plain = torch.zeros(64 * PAGE, 2, Hkv, D, dtype=torch.bfloat16)
     q = torch.zeros(rows, H * D, dtype=torch.bfloat16)
 
@@ -163,7 +165,7 @@ def test_rope_append(benchmark, rows):
 
     def reference():
         for _ in range(20):
-            cs.rope_append_reference(qkv, tables_, order, slots, plain, spec, None, None, None, None, out=q)
+            cs.rope_append_reference(qkv, *cos_sin, order, slots, plain, out=q)
 
     reference()         # also where nothing is measured, so that it cannot rot
     benchmark(append)

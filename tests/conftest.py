@@ -21,6 +21,14 @@ def default_model_path():
     return chat_server.fetch_default_model()
 
 
+@pytest.fixture
+async def client():
+    """An HTTP client."""
+    import aiohttp
+    async with aiohttp.ClientSession() as session:
+        yield session
+
+
 @pytest.fixture(scope="session")
 def nanochat_fixtures():
     """gen1 .. gen5: a tiny checkpoint of each nanochat generation in upstream's layout, with oracle.json."""

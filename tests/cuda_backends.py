@@ -5,7 +5,6 @@ to the device (reading a token, or memory that the step before still needs) give
 operations that ran during the capture, replayed on the memory they ran on: nothing that Python decides is decided again.
 """
 
-import ctypes
 from collections import deque
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import chat_server as cs
+from emulated_core import EmulatedCore
 
 decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="the compiled core is not installed")
 
@@ -89,26 +89,13 @@ class HostQueue:
         return replay
 
 
-class EmulatedCore:
-    """The functions of csrc/cuda/launch.h on host memory, and into a recording while there is one."""
+class RecordedCore(EmulatedCore):
+    """Its launches also go into a recording while there is one."""
 
-    def __init__(self, library):
-        self.library = ctypes.CDLL(str(library))
-
-    def cuda_current_device(self):
-        return 0
-
-    def __getattr__(self, name):
-        function = self.library[f"dc_{name}"]
-        function.restype = ctypes.c_char_p
-
-        def call(*values):
-            arguments = [ctypes.c_double(v) if isinstance(v, float) else ctypes.c_int64(v) for v in values]
-            if Recording.active:
-                Recording.active.calls.append(lambda: function(*arguments))
-            message = function(*arguments)
-            return message and message.decode()
-        return call
+    def launch(self, work):
+        if Recording.active:
+            Recording.active.calls.append(work)
+        return work()
 
 
 class AsCuda:
@@ -133,7 +120,7 @@ class Emulated:
     name, device = "emulation", torch.device("cpu")
 
     def __init__(self, library):
-        self.ops = EmulatedOps(EmulatedCore(library))
+        self.ops = EmulatedOps(RecordedCore(library))
 
     def kernels(self, spec):
         """As load_kernels chooses them for CUDA; products are the reference's."""

@@ -5,7 +5,7 @@ import functools
 import torch
 
 import chat_server
-from chat_server import EagerSteps, Engine, SamplingParams, Settings, Transformer, Work
+from chat_server import Batch, EagerSteps, Engine, SamplingParams, Settings, Transformer, Work
 from near_tie import Traced, draw_gap
 
 
@@ -102,3 +102,15 @@ def run(engine, works, *, check=True, on_step=lambda plan: None, ahead=False):
 def chat_work(engine, name, text, max_tokens=48, **sampling):
     ids = tuple(engine.tokenizer.render([chat_server.Message("user", text)]))
     return Work(name, ids, SamplingParams(**({"temperature": 0.0} | sampling)), max_tokens)
+
+
+def make_batch(*chunks):
+    """chunks: (all tokens, already computed, new, pages) of each sequence; logits for the last token of each."""
+    ids, previous, starts, lengths = [], [], [0], []
+    for tokens, computed, new, pages in chunks:
+        span = range(computed, computed + new)
+        ids += [tokens[p] for p in span]
+        previous += [tokens[p - 1] if p else -1 for p in span]
+        starts.append(starts[-1] + new)
+        lengths.append(computed + new)
+    return Batch(ids, previous, starts, lengths, [chunk[3] for chunk in chunks], [start - 1 for start in starts[1:]])

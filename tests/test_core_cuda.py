@@ -13,6 +13,7 @@ import pytest
 
 import chat_server as cs
 from chat_server import SampleRow, SamplingParams
+from emulated_core import EmulatedCore
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 ASCENDING, DESCENDING, RANDOM = 0, 1, 2
@@ -42,24 +43,12 @@ class Tensor:
         return self.array
 
 
-class Emulation:
+class Emulation(EmulatedCore):
     """The kernels' text compiled by g++, run by csrc/cuda/emulation.cpp on the host's memory."""
 
     def __init__(self, library):
-        self.library = ctypes.CDLL(str(library))
+        super().__init__(library)
         self.ops, self.tensor, self.stream = wrappers.CudaOps(self), Tensor, 0
-
-    def cuda_current_device(self):
-        return 0
-
-    def __getattr__(self, name):
-        function = self.library[f"dc_{name}"]
-        function.restype = ctypes.c_char_p
-
-        def call(*values):
-            message = function(*(ctypes.c_double(v) if isinstance(v, float) else ctypes.c_int64(v) for v in values))
-            return message and message.decode()
-        return call
 
     def order(self, order, seed=0):
         """In which order blocks and threads run from now on."""

@@ -208,9 +208,9 @@ def small_batch(count=2, V=8, **params):
 GOOD = np.zeros((2, 8), np.float32)
 WRONG_CALLS = {
     "logits: .*float32 or bfloat16": lambda: core.sample(GOOD.astype(np.float64), small_batch()),
-    "logits: .*two dimensions": lambda: core.sample(GOOD[0], small_batch()),
-    "logits: .*as the batch": lambda: core.sample(GOOD[:, :7], small_batch()),
-    "logits: .*as the batch,": lambda: core.sample(GOOD[:1], small_batch()),
+    r"logits: .*shape \(2, 8\), not \(8,\)": lambda: core.sample(GOOD[0], small_batch()),
+    r"logits: .*shape \(2, 8\), not \(2, 7\)": lambda: core.sample(GOOD[:, :7], small_batch()),
+    r"logits: .*shape \(2, 8\), not \(1, 8\)": lambda: core.sample(GOOD[:1], small_batch()),
     "logits: .*contiguous within": lambda: core.sample(np.zeros((8, 2), np.float32).T, small_batch()),
     "logits: .*contiguous within each row": lambda: core.sample(np.zeros((2, 16), np.float32)[:, ::2], small_batch()),
     "logits: .*rows apart": lambda: core.sample(np.broadcast_to(GOOD[0], (2, 8)), small_batch()),
@@ -251,7 +251,7 @@ def test_a_wrong_call_is_a_value_error_that_names_the_argument(complaint):
 def test_a_tensor_on_another_device_is_refused():
     tensor = type("Tensor", (), dict(shape=(2, 8), dtype="torch.float32", device=type("device", (), {"type": "cuda"}),
                                      data_ptr=lambda self: 64, stride=lambda self: (8, 1)))()
-    with pytest.raises(ValueError, match="logits: must be on cpu"):
+    with pytest.raises(ValueError, match="logits: must be on the CPU"):
         core.sample(tensor, small_batch())
 
 

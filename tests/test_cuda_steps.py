@@ -16,7 +16,7 @@ import torch
 
 import chat_server as cs
 from chat_server import Batch, Engine, ModelSpec, SampleRow, SamplingParams, Transformer, Work
-from engines import load, run
+from engines import load, make_batch, run
 from near_tie import assert_same_tokens_or_near_tie
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="the compiled core is not installed")
@@ -296,23 +296,10 @@ def test_logits_of_prompts_chunks_and_decode_rows_are_the_references(backend, na
                             dtype=torch.float32, device=device)
         steps = [[(a, 0, 100, pa), (b, 0, 44, pb)], [(b, 44, 1, pb), (a, 100, 189, pa), (c, 0, 7, pc)],
                  [(a, 289, 1, pa), (c, 7, 1, pc)]]
-        logits[str(device), kernels.cuda is None] = [model.forward(chunks(*step)).cpu().clone() for step in steps]
+        logits[str(device), kernels.cuda is None] = [model.forward(make_batch(*step)).cpu().clone() for step in steps]
     reference, fast = logits.values()
     for expected, got in zip(reference, fast):
         assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
-
-
-def chunks(*sequences):
-    """sequences: (all tokens, already computed, new, pages) of each; logits for the last token of each."""
-    batch = Batch([], [], [0], [], [], [])
-    for tokens, computed, new, pages in sequences:
-        batch.token_ids.extend(tokens[computed:computed + new])
-        batch.previous_token_ids.extend(tokens[p - 1] if p else -1 for p in range(computed, computed + new))
-        batch.starts.append(batch.starts[-1] + new)
-        batch.lengths.append(computed + new)
-        batch.tables.append(pages)
-        batch.logit_rows.append(batch.starts[-1] - 1)
-    return batch
 
 
 def test_bfloat16_follows_float32(backend, nanochat_fixtures):
@@ -324,8 +311,8 @@ def test_bfloat16_follows_float32(backend, nanochat_fixtures):
         model = Transformer(spec, {name: t.to(backend.device, dtype) if t.ndim > 1 else t.to(backend.device)
                                    for name, t in rounded.items()},
                             backend.kernels(spec), num_pages=8, max_tokens=64, dtype=dtype, device=backend.device)
-        prompt = model.forward(chunks((tokens, 0, 59, [3, 1, 4, 2])))[0].clone()
-        results.append((prompt, model.forward(chunks((tokens, 59, 1, [3, 1, 4, 2])))[0].clone()))
+        prompt = model.forward(make_batch((tokens, 0, 59, [3, 1, 4, 2])))[0].clone()
+        results.append((prompt, model.forward(make_batch((tokens, 59, 1, [3, 1, 4, 2])))[0].clone()))
     for exact, fast in zip(*results):
         assert fast.dtype == torch.float32 and (exact - fast).norm() < 0.03 * exact.norm()
 
@@ -361,7 +348,7 @@ def test_load_kernels_takes_decode_core_on_cuda_where_the_model_fits(monkeypatch
     spec = llama_like()[0]
     monkeypatch.setattr(cs, "decode_core", Pretended)
     kernels = cs.load_kernels("cuda", spec)
-    names = kernels.describe()
+    names = kernels.names
     assert {name for name, by in names.items() if by == "decode_core/cuda"} >= {"rope_append", "paged_attention", "sample"}
     assert names["linear"] == "torch/reference" and kernels.cuda and not kernels.row_invariant
     for unfit in (replace(spec, head_size=24), replace(spec, head_size=272), replace(spec, vocab_size=(1 << 18) + 1)):

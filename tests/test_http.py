@@ -12,7 +12,6 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-import pytest_asyncio
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 
 import chat_server
@@ -20,12 +19,6 @@ from chat_server import ConfigError, EngineFailure, LIMITS, Overloaded, RequestE
 from fake_pool import FakePool, conversation, frames, serving
 
 NATIVE, OPENAI = "/chat/completions", "/v1/chat/completions"
-
-
-@pytest_asyncio.fixture
-async def client():
-    async with aiohttp.ClientSession() as session:
-        yield session
 
 
 async def ask(client, url, body, **options):

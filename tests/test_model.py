@@ -10,7 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import chat_server as cs
-from chat_server import Batch, ModelSpec, Transformer
+from chat_server import ModelSpec, Transformer
+from engines import make_batch
 
 GENERATIONS = ("gen1", "gen2", "gen3", "gen4", "gen5")
 
@@ -33,18 +34,6 @@ def nanochat_like(folder, name):
 def transformer(spec, tensors, kernels=None, num_pages=80, dtype=torch.float32):
     kernels = kernels or cs.load_kernels("cpu")
     return Transformer(spec, dict(tensors), kernels, num_pages=num_pages, max_tokens=400, dtype=dtype)
-
-
-def make_batch(*chunks):
-    """chunks: (all tokens, already computed, new, pages) of each sequence; logits for the last token of each."""
-    ids, previous, starts, lengths = [], [], [0], []
-    for tokens, computed, new, pages in chunks:
-        span = range(computed, computed + new)
-        ids += [tokens[p] for p in span]
-        previous += [tokens[p - 1] if p else -1 for p in span]
-        starts.append(starts[-1] + new)
-        lengths.append(computed + new)
-    return Batch(ids, previous, starts, lengths, [chunk[3] for chunk in chunks], [start - 1 for start in starts[1:]])
 
 
 def some_tokens(count, vocab_size, seed=1):
@@ -171,7 +160,7 @@ def test_forward_is_a_list_of_ops_that_can_be_replayed_over_scribbled_buffers(wh
     cache = model.cache.clone()
     addresses = {name: buffer.data_ptr() for name, buffer in model.buffers.items()}
     batch = make_batch((tokens, 30, 20, [7, 5, 6, 2]))
-    inputs = cs.make_inputs(batch, model.kernels, spec, model.device, model.dtype)
+    inputs = model.inputs(batch)
     buffers = model._cut(20, 1)
     with torch.inference_mode(), guard:
         model.compute(inputs, buffers)

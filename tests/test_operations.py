@@ -7,21 +7,13 @@ import re
 import subprocess
 import sys
 
-import aiohttp
 import pytest
-import pytest_asyncio
 
 import chat_server
 from chat_server import ApiKey, ConfigError, EngineFailure, Overloaded, RequestError, Settings, parse_command_line
 from fake_pool import FakePool, conversation, frames, serving
 
 NATIVE, OPENAI = "/chat/completions", "/v1/chat/completions"
-
-
-@pytest_asyncio.fixture
-async def client():
-    async with aiohttp.ClientSession() as session:
-        yield session
 
 
 # metrics

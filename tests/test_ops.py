@@ -149,9 +149,10 @@ def test_rope_append_normalizes_rotates_gates_and_appends(variant):
     q_norm, k_norm = (random(8, seed=s) for s in (2, 3)) if spec.qk_norm_weights else (None, None)
     value_embed, gate = (random(4, 16, seed=4), random(4, 2, seed=5)) if spec.value_embed_layers else (None, None)
     q, k, v = rope_reference(qkv, positions, spec, q_norm, k_norm, value_embed, gate)
-    tables = KERNELS.rope_tables(spec, "cpu")
     rotated = torch.full((4, 32), math.nan)
-    KERNELS.rope_append(qkv, tables, torch.tensor(positions), slots, cache, spec, q_norm, k_norm, value_embed, gate, out=rotated)
+    KERNELS.rope_append(qkv, *cs.rope_tables(spec, "cpu"), torch.tensor(positions), slots, cache, out=rotated, norm=spec.qk_norm,
+                        q_norm=q_norm, k_norm=k_norm, eps=spec.norm_eps, post_scale=spec.qk_scale, value_embed=value_embed,
+                        gate=gate, gate_scale=spec.ve_gate_scale)
     close(rotated.reshape(4, 4, 8), q)
     close(cache[slots, 0], k)
     close(cache[slots, 1], v)
@@ -215,16 +216,16 @@ def test_paged_attention_is_attention_over_each_rows_own_pages(sequences, window
 def test_a_window_reads_only_the_pages_it_reaches_into():
     batch = paged_batch(np.random.default_rng(0), [(1, 1600), (1, 1600), (20, 800)], 300, scattered=True)
     spans = KERNELS.plan_attention(batch, batch.positions, [64], torch.float32)[64]
-    assert [span.size for span in spans] == [64, 96]        # 800 - 20 + 1 - 64 = 717, in the page that begins at 704
+    assert [span.mask.shape[-1] for span in spans] == [64, 96]        # 800 - 20 + 1 - 64 = 717, in the page that begins at 704
 
 
 # --- the table of kernels ----------------------------------------------------------------------------------------
 
 
 def test_every_op_has_an_implementation_and_a_name():
-    described = KERNELS.describe()
-    assert all(callable(getattr(KERNELS, name)) for name in described)
-    assert {"sample", "paged_attention", "linear"} <= described.keys() and described["linear"] == "torch/reference"
+    names = KERNELS.names
+    assert all(callable(getattr(KERNELS, name)) for name in names)
+    assert {"sample", "paged_attention", "linear"} <= names.keys() and names["linear"] == "torch/reference"
     assert KERNELS.row_invariant is False
 
 

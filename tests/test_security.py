@@ -8,7 +8,6 @@ import pickle
 
 import aiohttp
 import pytest
-import pytest_asyncio
 
 import chat_server
 from chat_server import ApiKey, ConfigError, RemotePool, Settings, parse_command_line, read_api_keys
@@ -17,12 +16,6 @@ from fake_pool import FakePool, conversation, serving
 NATIVE, OPENAI = "/chat/completions", "/v1/chat/completions"
 KEYS = (ApiKey.hashed("alices-secret", "alice"), ApiKey.hashed("bobs-secret", "bob"))
 ALICE, BOB = {"Authorization": "Bearer alices-secret"}, {"X-Api-Key": "bobs-secret"}
-
-
-@pytest_asyncio.fixture
-async def client():
-    async with aiohttp.ClientSession() as session:
-        yield session
 
 
 # keys

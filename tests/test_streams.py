@@ -32,12 +32,6 @@ class Turnstile(asyncio.Semaphore):
 
 
 @pytest.fixture
-async def client():
-    async with aiohttp.ClientSession() as session:
-        yield session
-
-
-@pytest.fixture
 async def front():
     """(pool, url) of the HTTP side; pieces pass when pool.gate admits them."""
     pool = FakePool(WORDS)

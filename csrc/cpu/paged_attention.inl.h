@@ -58,14 +58,15 @@ DC_INLINE void score_tile(const float* q, const Stored* const* k, const Stored* 
         for (int p = 0; p < Pages; p++) store(s + i * CHUNK_SIZE + p * PAGE_SIZE, sums[i][p]);
 }
 
-constexpr int pages_in_registers(int queries) {
+// Pages of keys, or vectors of values, whose sums for so many queries stay in registers.
+constexpr int in_registers(int queries) {
     return REGISTERS >= 32 ? (queries > 6 ? 2 : queries > 2 ? 4 : 8) : queries > 3 ? 1 : queries > 1 ? 2 : 4;
 }
 
 template <class Stored, int Queries>
 __attribute__((noinline)) void score_pages(const float* q, const Stored* const* k, const Stored* const* ahead, int pages,
                                            int D, float* s) {
-    constexpr int together = pages_in_registers(Queries);
+    constexpr int together = in_registers(Queries);
     int p = 0;
     for (; p + together <= pages; p += together)
         score_tile<Stored, Queries, together>(q, k + p, ahead + p, D, s + p * PAGE_SIZE);
@@ -106,14 +107,10 @@ DC_INLINE void value_tile(const float* p, const Stored* const* v, const Stored* 
         for (int j = 0; j < Vectors; j++) store(acc + i * D + d + 16 * j, sums[i][j]);
 }
 
-constexpr int vectors_in_registers(int queries) {
-    return REGISTERS >= 32 ? (queries > 6 ? 2 : queries > 2 ? 4 : 8) : queries > 3 ? 1 : queries > 1 ? 2 : 4;
-}
-
 template <class Stored, int Queries>
 __attribute__((noinline)) void add_values(const float* p, const Stored* const* v, const Stored* const* ahead, int begin,
                                           int end, int D, float* acc) {
-    constexpr int together = vectors_in_registers(Queries);
+    constexpr int together = in_registers(Queries);
     int d = 0;
     for (; d + 16 * together <= D; d += 16 * together)
         value_tile<Stored, Queries, together>(p, v, ahead, begin, end, D, d, acc);

@@ -13,7 +13,7 @@ except ImportError as failure:
 from . import cuda
 from .attention import paged_attention, plan_attention, rope_append
 from .program import Program
-from .sampling import SampleBatch, Sampler, sample
+from .sampling import SampleBatch, Sampler, batch_of, sample
 from .tiles import Arena, Matrix, embed, multiply
 
 set_threads, get_threads, set_isa = _core.set_threads, _core.get_threads, _core.set_isa

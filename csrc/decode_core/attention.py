@@ -6,127 +6,76 @@ layer `rope_append` and `paged_attention`; a wrong argument is a ValueError that
 """
 
 from . import _core
+from .arrays import CODES, FLOAT32, look_at, vector
 
 PAGE_SIZE = 16
 MAX_HEAD_SIZE = 256
-FLOAT32, FLOAT16, BFLOAT16, INT64 = 0, 1, 2, 3
 NORMS = {"none": 0, "before_rope": 1, "after_rope": 2}
-_CODES = {"float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16, "int64": INT64}
 
 
-def _pointer(name: str, array, codes: tuple, *, rows_only: bool = False, writable: bool = False) -> tuple:
-    """(address, type code, shape, elements between rows) of a CPU array with one of the types `codes`.
-
-    It must be contiguous, or with `rows_only` only within each row of a matrix.
-    """
-    try:
-        shape, dtype = array.shape, array.dtype
-        if hasattr(array, "data_ptr"):
-            if array.device.type != "cpu":
-                raise ValueError(f"{name}: must be on the CPU, not on {array.device}")
-            address, stride, width = array.data_ptr(), array.stride(), 1
-            contiguous = array.is_contiguous()
-        else:
-            interface = array.__array_interface__
-            address, read_only = interface["data"]
-            if writable and read_only:
-                raise ValueError(f"{name}: is read-only")
-            stride, width, contiguous = array.strides, array.itemsize, array.flags.c_contiguous
-    except AttributeError:
-        raise ValueError(f"{name}: must be a numpy array or a torch tensor, not {type(array).__name__}") from None
-    code = _CODES.get(str(dtype).removeprefix("torch."), -1)
-    if code not in codes:
-        raise ValueError(f"{name}: must be {' or '.join(n for n, c in _CODES.items() if c in codes)}, not {dtype}")
-    if address % (2 if code in (FLOAT16, BFLOAT16) else 8 if code == INT64 else 4):
-        raise ValueError(f"{name}: is not aligned to its elements")
-    if contiguous:
-        return address, code, shape, shape[-1] if len(shape) > 1 else 1
-    if not rows_only or len(shape) != 2 or stride[1] != width or stride[0] < shape[1] * width or stride[0] % width:
-        raise ValueError(f"{name}: must be contiguous{' within each row' if rows_only else ''}")
-    return address, code, shape, stride[0] // width
-
-
-def _cache(cache) -> tuple:
+def check_cache(cache) -> tuple:
     """(address, type code, P, Hkv, D) of one layer's cache."""
-    address, code, shape, _ = _pointer("cache", cache, (FLOAT32, FLOAT16, BFLOAT16), writable=True)
-    if len(shape) != 4 or shape[-2] != 2 or shape[-1] % (PAGE_SIZE * 16) or not 0 < shape[-1] <= PAGE_SIZE * MAX_HEAD_SIZE:
-        raise ValueError(f"cache: must be (P, Hkv, 2, 16 * D) with D a multiple of 16 up to 256, not {tuple(shape)}")
-    return address, code, shape[-4], shape[-3], shape[-1] // PAGE_SIZE
+    address, kind, (P, Hkv, _, size), _ = look_at("cache", cache, tuple(CODES), None, None, 2, None, writable=True)
+    if size % (PAGE_SIZE * 16) or not 0 < size <= PAGE_SIZE * MAX_HEAD_SIZE:
+        raise ValueError(f"cache: must be (P, Hkv, 2, 16 * D) with D a multiple of 16 up to 256, not {(P, Hkv, 2, size)}")
+    return address, CODES[kind], P, Hkv, size // PAGE_SIZE
 
 
-def _vector(name: str, array, code: int, size: int) -> int:
-    address, _, shape, _ = _pointer(name, array, (code,))
-    if tuple(shape) != (size,):
-        raise ValueError(f"{name}: must be ({size},), not {tuple(shape)}")
-    return address
-
-
-def _norms(q_norm, k_norm, size: int) -> tuple:
-    if (q_norm is None) != (k_norm is None):
-        raise ValueError("k_norm: q_norm and k_norm come together or not at all")
-    return (0, 0) if q_norm is None else (_vector("q_norm", q_norm, FLOAT32, size), _vector("k_norm", k_norm, FLOAT32, size))
-
-
-def _matrix(name: str, array, code: int, rows: int, columns: int) -> tuple:
-    address, _, shape, stride = _pointer(name, array, (code,), rows_only=True)
-    if tuple(shape) != (rows, columns):
-        raise ValueError(f"{name}: must be ({rows}, {columns}), not {tuple(shape)}")
-    return address, stride
-
-
-def rope_append(qkv, cos, sin, positions, slots, cache, q_out, *, norm="none", q_norm=None, k_norm=None, eps=1e-5,
-                post_scale=1.0, q_scale=None, interleaved=False, direction=1, value_embed=None, gate=None, gate_scale=1.0):
+def rope_append(qkv, cos, sin, positions, slots, cache, q_out, *, value_embed=None, gate=None, **options):
     """Everything between the qkv product and attention: q -> q_out (T, H, D) float32, k and v -> the pages of `cache`.
 
     qkv (T, (H + 2 Hkv) * D) float32 or bfloat16, rows may be apart; positions, slots (T,) int64, slot = page * 16 + offset,
-    -1 leaves a row alone; cos, sin (max_positions, rot / 2) float32, rot <= D; norm "none", "before_rope", "after_rope" with
-    q_norm, k_norm (D,) float32 or None; then q and k times post_scale, q also times q_scale (None: D ** -0.5);
-    v += gate_scale * sigmoid(gate) * value_embed with gate (T, Hkv) and value_embed (T, Hkv * D) in qkv's type.
+    -1 leaves a row alone; cos, sin (max_positions, rot / 2) float32, rot <= D;
+    v += gate_scale * sigmoid(gate) * value_embed with gate (T, Hkv) and value_embed (T, Hkv * D) in qkv's type;
+    options: rope_job's.
     """
-    _core.rope_append(_rope_job(_cache(cache), qkv, cos, sin, positions, slots, q_out, norm, q_norm, k_norm, eps, post_scale,
-                                q_scale, interleaved, direction, value_embed, gate, gate_scale))
+    layer = _, _, _, Hkv, D = check_cache(cache)
+    q_at, _, (T, H, _), _ = look_at("q_out", q_out, FLOAT32, None, None, D, writable=True)
+    if not H:
+        raise ValueError("q_out: must have heads")
+
+    qkv_at, kind, _, stride = look_at("qkv", qkv, ("float32", "bfloat16"), T, (H + 2 * Hkv) * D, rows_apart=True)
+    check_together("value_embed", value_embed, "gate", gate)
+    value = strength = (0, 0)
+    if gate is not None:
+        value = look_at("value_embed", value_embed, (kind,), T, Hkv * D, rows_apart=True)
+        strength = look_at("gate", gate, (kind,), T, Hkv, rows_apart=True)
+    indices = vector("positions", positions, "int64", T), vector("slots", slots, "int64", T)
+    job, _ = rope_job(layer, (qkv_at, CODES[kind], stride), (q_at, T, H), cos, sin, indices, (value[0], value[-1]),
+                      (strength[0], strength[-1]), **options)
+    _core.rope_append(job)
 
 
-def _rope_job(cache: tuple, qkv, cos, sin, positions, slots, q_out, norm, q_norm, k_norm, eps, post_scale, q_scale,
-              interleaved, direction, value_embed, gate, gate_scale):
-    """All of rope_append's arguments, checked, as the kernel reads them; `cache` as from _cache."""
-    cache_at, cache_code, pages, Hkv, D = cache
-    q_at, _, q_shape, _ = _pointer("q_out", q_out, (FLOAT32,), writable=True)
-    if len(q_shape) != 3 or q_shape[2] != D or not q_shape[1]:
-        raise ValueError(f"q_out: must be (T, H, {D}), not {tuple(q_shape)}")
-    T, H = q_shape[0], q_shape[1]
-    qkv_at, code, shape, row_stride = _pointer("qkv", qkv, (FLOAT32, BFLOAT16), rows_only=True)
-    if tuple(shape) != (T, (H + 2 * Hkv) * D):
-        raise ValueError(f"qkv: must be ({T}, {(H + 2 * Hkv) * D}), not {tuple(shape)}")
-    if (value_embed is None) != (gate is None):
-        raise ValueError("gate: value_embed and gate come together or not at all")
-    value = (0, 0) if value_embed is None else _matrix("value_embed", value_embed, code, T, Hkv * D)
-    strength = (0, 0) if gate is None else _matrix("gate", gate, code, T, Hkv)
-    indices = _vector("positions", positions, INT64, T), _vector("slots", slots, INT64, T)
-    return _rope_job_of(cache, (qkv_at, code, row_stride), (q_at, T, H), cos, sin, indices, norm, q_norm, k_norm, eps, post_scale, q_scale,
-                        interleaved, direction, value, strength, gate_scale)[0]
+def rope_job(cache: tuple, qkv: tuple, q: tuple, cos, sin, indices: tuple, value: tuple, gate: tuple, *, norm="none",
+             q_norm=None, k_norm=None, eps=1e-5, post_scale=1.0, q_scale=None, interleaved=False, direction=1, gate_scale=1.0):
+    """-> what the kernel reads, and max_positions.
 
-
-def _rope_job_of(cache: tuple, qkv: tuple, q: tuple, cos, sin, indices: tuple, norm, q_norm, k_norm, eps, post_scale, q_scale, interleaved,
-                 direction, value: tuple, gate: tuple, gate_scale) -> tuple:
-    """(job, max_positions); cache as from _cache, qkv (address, type, row stride), q (address, T, H), value and gate (address, stride)."""
+    Looked at already: cache as from check_cache; qkv (address, type code, stride); q (address, T, H); indices: addresses of
+    positions and slots; value and gate (address, stride). norm "none", "before_rope" or "after_rope" with q_norm, k_norm (D,)
+    float32 or None; then q and k times post_scale, q also times q_scale (None: D ** -0.5).
+    """
     (cache_at, cache_code, pages, Hkv, D), (qkv_at, code, row_stride), (q_at, T, H) = cache, qkv, q
-    cos_at, _, table, _ = _pointer("cos", cos, (FLOAT32,))
-    sin_at, _, sin_table, _ = _pointer("sin", sin, (FLOAT32,))
-    if len(table) != 2 or not 0 < 2 * table[1] <= D:
-        raise ValueError(f"cos: must be (max_positions, rot / 2) with rot <= {D}, not {tuple(table)}")
-    if tuple(sin_table) != tuple(table):
-        raise ValueError(f"sin: must be like cos, {tuple(table)}, not {tuple(sin_table)}")
+    cos_at, _, table, _ = look_at("cos", cos, FLOAT32, None, None)
+    if not 0 < 2 * table[1] <= D:
+        raise ValueError(f"cos: must be (max_positions, rot / 2) with rot <= {D}, not {table}")
+    sin_at = look_at("sin", sin, FLOAT32, *table)[0]
     if norm not in NORMS:
         raise ValueError(f"norm: must be one of {', '.join(NORMS)}, not {norm!r}")
     if direction not in (1, -1):
         raise ValueError(f"direction: must be 1 or -1, not {direction!r}")
-    q_norm_at, k_norm_at = _norms(q_norm, k_norm, D)
+    check_together("q_norm", q_norm, "k_norm", k_norm)
+    norms = [0 if weight is None else vector(name, weight, "float32", D)
+             for name, weight in (("q_norm", q_norm), ("k_norm", k_norm))]
     job = _core.rope_job(
         T, row_stride, code, H, Hkv, D, table[1], interleaved, direction, NORMS[norm], eps, post_scale,
         D**-0.5 if q_scale is None else q_scale, gate_scale, value[1], gate[1], cache_code, table[0], pages, qkv_at,
-        *indices, cos_at, sin_at, q_norm_at, k_norm_at, value[0], gate[0], q_at, cache_at)
+        *indices, cos_at, sin_at, *norms, value[0], gate[0], q_at, cache_at)
     return job, table[0]
+
+
+def check_together(one: str, first, other: str, second) -> None:
+    if (first is None) != (second is None):
+        raise ValueError(f"{other}: {one} and {other} come together or not at all")
 
 
 def plan_attention(tables, lengths, starts, heads: int, kv_heads: int, num_pages: int):
@@ -144,26 +93,13 @@ def paged_attention(q, cache, plan, out, *, window=0):
     out is float32 or bfloat16; window counts the keys that a row sees, itself included, 0 or -1 = all. The bits of a row
     depend on its own q, keys and values alone: not on the batch, the chunk, the threads or the instruction set.
     """
-    cache_at, cache_code, pages, Hkv, D = _cache(cache)
-    _check_plan(plan, pages, Hkv)
-    q_at, _, shape, _ = _pointer("q", q, (FLOAT32,))
-    if tuple(shape) != (plan.rows, plan.heads, D):
-        raise ValueError(f"q: must be ({plan.rows}, {plan.heads}, {D}), not {tuple(shape)}")
-    out_at, out_code = _output(out, plan, D)
-    if window < -1 or window > 2**31 - 1:
-        raise ValueError(f"window: must be a number of keys, 0 or -1, not {window}")
-    _core.paged_attention(plan, max(window, 0), q_at, cache_at, cache_code, out_at, out_code, D)
-
-
-def _check_plan(plan, pages: int, kv_heads: int) -> None:
+    cache_at, cache_code, pages, Hkv, D = check_cache(cache)
     if not isinstance(plan, _core.AttentionPlan):
         raise ValueError(f"plan: must come from plan_attention, not {type(plan).__name__}")
-    if plan.num_pages != pages or plan.kv_heads != kv_heads:
-        raise ValueError(f"cache: the plan is for {plan.num_pages} pages of {plan.kv_heads} kv heads, not {pages} of {kv_heads}")
-
-
-def _output(out, plan, size: int) -> tuple:
-    address, code, shape, _ = _pointer("out", out, (FLOAT32, BFLOAT16), writable=True)
-    if tuple(shape) != (plan.rows, plan.heads * size):
-        raise ValueError(f"out: must be ({plan.rows}, {plan.heads * size}), not {tuple(shape)}")
-    return address, code
+    if plan.num_pages != pages or plan.kv_heads != Hkv:
+        raise ValueError(f"cache: the plan is for {plan.num_pages} pages of {plan.kv_heads} kv heads, not {pages} of {Hkv}")
+    q_at = look_at("q", q, FLOAT32, plan.rows, plan.heads, D)[0]
+    out_at, kind, _, _ = look_at("out", out, ("float32", "bfloat16"), plan.rows, plan.heads * D, writable=True)
+    if window < -1 or window > 2**31 - 1:
+        raise ValueError(f"window: must be a number of keys, 0 or -1, not {window}")
+    _core.paged_attention(plan, max(window, 0), q_at, cache_at, cache_code, out_at, CODES[kind], D)

@@ -15,13 +15,13 @@ threads or the instruction set. A wrong argument is a ValueError that names it, 
 """
 
 from . import _core
-from .attention import FLOAT32, _cache, _pointer, _rope_job_of, _vector
+from .arrays import CODES, FLOAT32, look_at, vector
+from .attention import check_cache, check_together, rope_job
 from .sampling import SampleBatch
-from .tiles import ACTIVATIONS, TILE_ROWS, Matrix, _matrix
+from .tiles import Matrix, check_linear, check_matrix
 
 NONE = (0, 0)               # no buffer
 TOKENS, LOGIT_ROWS = "max_tokens", "max_rows"
-TABLE_TYPES = (0, 1, 2)     # float32, float16, bfloat16
 
 
 class Marker:
@@ -56,10 +56,8 @@ class Program:
         if isinstance(table, Matrix):
             tiles, address, kind, shape = table.tiles, 0, 0, (table.rows, table.columns)
         else:
-            address, kind, shape, _ = _pointer("table", table, TABLE_TYPES)
-            tiles = None
-            if len(shape) != 2:
-                raise ValueError(f"table: must be (V, C), not {tuple(shape)}")
+            address, kind, shape, _ = look_at("table", table, tuple(CODES), None, None)
+            tiles, kind = None, CODES[kind]
         buffer = self._written("out", out, TOKENS, shape[1])
         self._keep(table, out)
         self._program.embed(tiles, address, kind, shape[0], ids is self.previous_token_ids, buffer)
@@ -75,7 +73,7 @@ class Program:
     def rms_norm(self, x, weight, eps: float, out) -> None:
         """x / its root mean square (* weight (C,) or None) -> out, which may be x."""
         x_at, kind = self._read("x", x, 16)
-        weight_at = 0 if weight is None else _vector("weight", weight, FLOAT32, x_at[1])
+        weight_at = 0 if weight is None else vector("weight", weight, "float32", x_at[1])
         out_at = self._written("out", out, kind, x_at[1])
         self._record(self._program.rms_norm, kind == LOGIT_ROWS, x_at, weight_at, float(eps), out_at, keep=(x, weight, out))
 
@@ -86,30 +84,21 @@ class Program:
         activation  None, "relu2", or "swiglu": the matrix' tiles alternate gate and up, and out is half as wide
         A matrix narrower than x takes the first columns of (the normalized) x.
         """
-        _matrix("matrix", matrix)
+        check_matrix(matrix)
         x_at, kind = self._read("x", x)
         if x_at[1] < matrix.columns:
             raise ValueError(f"x: must have at least the matrix' {matrix.columns} columns, not {x_at[1]}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation: must be None, 'swiglu' or 'relu2', not {activation!r}")
-        if activation == "swiglu" and matrix.tiles.count % 2:
-            raise ValueError(f"matrix: swiglu takes an even number of tiles, not {matrix.tiles.count}")
-        if norm is not None and (not isinstance(norm, tuple) or len(norm) != 2):
-            raise ValueError(f"norm: must be None or (weight, eps), not {norm!r}")
+        before, code, most = check_linear(matrix, x_at[1], norm, bias, activation)
         if norm is not None and x_at[1] != matrix.columns and x_at[1] % 16:
             raise ValueError(f"x: must have a multiple of 16 columns, not {x_at[1]}")
-        weight, eps = norm or (None, 0.0)
-        weight_at = 0 if weight is None else _vector("norm", weight, FLOAT32, x_at[1])
-        bias_at = 0 if bias is None else _vector("bias", bias, FLOAT32, matrix.rows)
         out_at = self._written("out", out, kind)
-        most = matrix.tiles.count // 2 * TILE_ROWS if activation == "swiglu" else matrix.rows
         if not out_at[1] <= most:
             raise ValueError(f"out: must have 1 to {most} columns, not {out_at[1]}")
         if out_at[0] == x_at[0]:
             raise ValueError("out: may not be x")
         residual_at = NONE if residual is None else self._read_like("residual", residual, kind, out_at[1])
-        self._record(self._program.linear, kind == LOGIT_ROWS, x_at, matrix.tiles, out_at, norm is not None, weight_at, float(eps), bias_at,
-                     ACTIVATIONS[activation], residual_at, keep=(x, matrix, out, weight, bias, residual))
+        self._record(self._program.linear, kind == LOGIT_ROWS, x_at, matrix.tiles, out_at, *before, code, residual_at,
+                     keep=(x, matrix, out, norm and norm[0], bias, residual))
 
     def copy(self, x, out) -> None:
         """x -> out."""
@@ -128,16 +117,16 @@ class Program:
         self.mix(x, middle, 1.0, -float(backout_lambda), out)
 
     def smear(self, x, previous, previous_ids, gate, smear_lambda, out) -> None:
-        """x + lambda * sigmoid(x[:, :channels] . gate) * previous -> out, which may be x; gate (channels,) or (1, channels) float32."""
+        """x + lambda * sigmoid(x[:, :channels] . gate) * previous -> out, which may be x; gate (1, channels) float32."""
         _is_marker("previous_ids", previous_ids, self.previous_token_ids)
         x_at, kind = self._read("x", x, 16)
         previous_at = self._read_like("previous", previous, kind, x_at[1])
-        gate_at, _, shape, _ = _pointer("gate", gate, (FLOAT32,))
-        if kind != TOKENS or len(shape) > 2 or (len(shape) == 2 and shape[0] != 1) or not 0 < shape[-1] <= x_at[1]:
-            raise ValueError(f"gate: must be (1, channels) for rows of tokens, not {tuple(shape)}")
+        gate_at, _, (_, channels), _ = look_at("gate", gate, FLOAT32, 1, None)
+        if kind != TOKENS or not 0 < channels <= x_at[1]:
+            raise ValueError(f"gate: must be (1, channels) for rows of tokens, not {(1, channels)}")
         out_at = self._written("out", out, kind, x_at[1])
         self._keep(x, previous, gate, out)
-        self._program.smear(x_at, previous_at, gate_at, shape[-1], float(smear_lambda), out_at)
+        self._program.smear(x_at, previous_at, gate_at, channels, float(smear_lambda), out_at)
 
     def softcap(self, logits, cap: float, out) -> None:
         """cap * tanh(logits / cap) -> out, which may be logits."""
@@ -146,32 +135,29 @@ class Program:
             raise ValueError(f"cap: must be positive, not {cap}")
         self._record(self._program.softcap, kind == LOGIT_ROWS, x_at, float(cap), self._written("out", out, kind, x_at[1]), keep=(logits, out))
 
-    def rope_append(self, qkv, cos, sin, positions, slots, cache, out, *, norm="none", q_norm=None, k_norm=None, eps=1e-5, post_scale=1.0,
-                    q_scale=None, interleaved=False, direction=1, value_embed=None, gate=None, gate_scale=1.0) -> None:
+    def rope_append(self, qkv, cos, sin, positions, slots, cache, out, *, value_embed=None, gate=None, **options) -> None:
         """decode_core.rope_append with the step's positions and slots: qkv -> out (max_tokens, H * D) and one layer's cache."""
         _is_marker("positions", positions, self.positions)
         _is_marker("slots", slots, self.slots)
         qkv_at, kind = self._read("qkv", qkv)
-        layer = cache_at, _, pages, Hkv, D = _cache(cache)
+        layer = _, _, pages, Hkv, D = check_cache(cache)
         H, rest = divmod(qkv_at[1] - 2 * Hkv * D, D)
         if kind != TOKENS or rest or H <= 0:
             raise ValueError(f"qkv: must be (max_tokens, (H + 2 * {Hkv}) * {D}), not {qkv_at[1]} columns")
-        if (value_embed is None) != (gate is None):
-            raise ValueError("gate: value_embed and gate come together or not at all")
+        check_together("value_embed", value_embed, "gate", gate)
         value_at = NONE if value_embed is None else self._read_like("value_embed", value_embed, kind, Hkv * D)
         gate_at = NONE if gate is None else self._read_like("gate", gate, kind, Hkv)
         out_at = self._written("out", out, kind, H * D)
-        job, max_positions = _rope_job_of(
-            layer, (qkv_at[0], FLOAT32, qkv_at[1]), (out_at[0], 0, H), cos, sin, (0, 0), norm, q_norm, k_norm, eps, post_scale, q_scale,
-            interleaved, direction, value_at, gate_at, gate_scale)
-        self._keep(qkv, cos, sin, cache, out, q_norm, k_norm, value_embed, gate)
+        job, max_positions = rope_job(layer, (qkv_at[0], CODES["float32"], qkv_at[1]), (out_at[0], 0, H), cos, sin, (0, 0),
+                                      value_at, gate_at, **options)
+        self._keep(qkv, cos, sin, cache, out, value_embed, gate, options.get("q_norm"), options.get("k_norm"))
         self._program.rope_append(job, max_positions, pages)
 
     def paged_attention(self, q, cache, attention, window: int, out) -> None:
         """softmax(q k) v of each row over its own pages: q (max_tokens, H * D) as rope_append left it -> out, as wide."""
         _is_marker("attention", attention, self.attention)
         q_at, kind = self._read("q", q)
-        cache_at, cache_kind, pages, Hkv, D = _cache(cache)
+        cache_at, cache_kind, pages, Hkv, D = check_cache(cache)
         H, rest = divmod(q_at[1], D)
         if kind != TOKENS or rest or H % Hkv or H // Hkv > 16:
             raise ValueError(f"q: must have H * {D} columns, H a multiple of {Hkv} up to 16 times, not {q_at[1]}")
@@ -229,12 +215,10 @@ class Program:
         method(*arguments)
 
     def _buffer(self, name: str, array, kind: str, columns: int | None = None, writable: bool = False) -> tuple:
-        address, _, shape, _ = _pointer(name, array, (FLOAT32,), writable=writable)
-        if len(shape) != 2 or shape[0] != self._limits[kind] or (columns is not None and shape[1] != columns):
-            raise ValueError(f"{name}: must be ({kind} = {self._limits[kind]}, {columns or 'columns'}), not {tuple(shape)}")
-        if not shape[1]:
+        address, _, (_, width), _ = look_at(name, array, FLOAT32, self._limits[kind], columns, writable=writable)
+        if not width:
             raise ValueError(f"{name}: must have columns")
-        return address, shape[1]
+        return address, width
 
     def _written(self, name: str, array, kind: str, columns: int | None = None) -> tuple:
         """(address, columns) of a buffer that an op writes for every row of a kind."""
@@ -245,7 +229,7 @@ class Program:
 
     def _read(self, name: str, array, multiple: int = 1) -> tuple:
         """((address, columns), kind) of a buffer that an earlier op wrote."""
-        address = _pointer(name, array, (FLOAT32,))[0]
+        address = look_at(name, array, FLOAT32, None, None)[0]
         if (kind := self._rows_of.get(address)) is None:
             raise ValueError(f"{name}: no op has written it yet")
         buffer = self._buffer(name, array, kind)

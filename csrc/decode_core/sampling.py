@@ -8,7 +8,7 @@ import math
 import numpy
 
 from . import _core
-from .arrays import matrix, vector
+from .arrays import look_at, vector
 
 ROW = numpy.dtype([         # struct SampleRow of csrc/contract.h
     ("seed", "u8"), ("position", "i8"), ("top_p", "u8"), ("inverse_temperature", "f4"), ("min_z", "f4"), ("top_k", "i4"),
@@ -101,14 +101,23 @@ class SampleBatch:
         return len(rows) == len(self.params) and all(row.params is mine for row, mine in zip(rows, self.params))
 
 
+def batch_of(rows, vocab_size: int, last: SampleBatch | None) -> SampleBatch | None:
+    """The SampleBatch of these rows, None without any: `last` brought up to date, where the same requests are decoded on."""
+    if not rows:
+        return None
+    if last is None or last.vocab_size != vocab_size or not last.is_of(rows):
+        return SampleBatch(rows, vocab_size)
+    last.update(rows)
+    return last
+
+
 def sample(logits, batch: SampleBatch, tokens=None, logprobs=None):
     """logits (B, V) float32 or bfloat16, rows may be apart -> tokens (B,) int32 (the batch's own array if none is given).
 
     logprobs (B,) float32, if given, receives ln softmax of each token after penalties and bias, before temperature.
     """
-    address, kind, rows, columns, stride = matrix("logits", logits, ("float32", "bfloat16"))
-    if rows != len(batch.params) or columns != batch.vocab_size:
-        raise ValueError(f"logits: must be ({len(batch.params)}, {batch.vocab_size}) as the batch, not ({rows}, {columns})")
+    address, kind, (rows, columns), stride = look_at("logits", logits, ("float32", "bfloat16"), len(batch.params),
+                                                     batch.vocab_size, rows_apart=True)
     if tokens is None:
         tokens, tokens_at = batch.tokens, batch._addresses[-1]
     else:
@@ -125,9 +134,5 @@ class Sampler:
         self.batch = None
 
     def __call__(self, logits, rows) -> list[int]:
-        batch = self.batch
-        if batch is None or batch.vocab_size != logits.shape[1] or not batch.is_of(rows):
-            batch = self.batch = SampleBatch(rows, int(logits.shape[1]))
-        else:
-            batch.update(rows)
-        return sample(logits, batch).tolist()
+        self.batch = batch_of(rows, int(logits.shape[1]), self.batch)
+        return sample(logits, self.batch).tolist()

@@ -11,7 +11,7 @@ A wrong argument is a ValueError that names it.
 """
 
 from . import _core
-from .arrays import matrix, vector
+from .arrays import FLOAT32, look_at, vector
 
 KINDS = {"f32": 0, "f16": 1, "bf16": 2, "q8_0": 3, "q4_0": 4, "q4_1": 5}        # tiles.h's Weight
 SOURCES = {"f32": ("float32",), "f16": ("float16",), "bf16": ("bfloat16", "uint16")}    # what the rows may be besides uint8
@@ -72,7 +72,8 @@ class Matrix:
         code = _kind("source_kind", source_kind)
         if source_kind not in SOURCES and source_kind != self.kind:
             raise ValueError(f"source_kind: {source_kind} blocks fit {source_kind} tiles only, not {self.kind}")
-        address, kind, rows, columns, stride = matrix("source", source, (*SOURCES.get(source_kind, ()), "uint8"))
+        address, kind, (rows, columns), stride = look_at("source", source, (*SOURCES.get(source_kind, ()), "uint8"), None, None,
+                                                         rows_apart=True)
         raw = _core.row_bytes(code, self.columns)
         if columns != (raw if kind == "uint8" else self.columns):
             raise ValueError(f"source: must have {raw if kind == 'uint8' else self.columns} columns ({kind}), not {columns}")
@@ -91,29 +92,41 @@ class Matrix:
         return out
 
 
-def _matrix(name: str, weights) -> Matrix:
-    if not isinstance(weights, Matrix):
-        raise ValueError(f"{name}: must be a Matrix, not {type(weights).__name__}")
-    return weights
+def check_matrix(matrix) -> None:
+    if not isinstance(matrix, Matrix):
+        raise ValueError(f"matrix: must be a Matrix, not {type(matrix).__name__}")
 
 
-def embed(weights: Matrix, ids, out) -> None:
+def embed(matrix: Matrix, ids, out) -> None:
     """Row ids[i] of the matrix -> out[i]; ids (n,) int64, out (n, columns) float32."""
-    _matrix("weights", weights)
-    out_at, _, rows, columns, stride = matrix("out", out, ("float32",), writable=True)
-    if columns != weights.columns:
-        raise ValueError(f"out: must have {weights.columns} columns, not {columns}")
+    check_matrix(matrix)
+    out_at, _, (rows, _), stride = look_at("out", out, FLOAT32, None, matrix.columns, rows_apart=True, writable=True)
     ids_at = vector("ids", ids, "int64", rows)
-    if rows and not (0 <= int(ids.min()) and int(ids.max()) < weights.rows):
-        raise ValueError(f"ids: each must be a row of the matrix' {weights.rows}")
-    weights.tiles.embed(ids_at, rows, out_at, stride)
+    if rows and not (0 <= int(ids.min()) and int(ids.max()) < matrix.rows):
+        raise ValueError(f"ids: each must be a row of the matrix' {matrix.rows}")
+    matrix.tiles.embed(ids_at, rows, out_at, stride)
 
 
-def _float_vector(name: str, array, size: int) -> int:
-    return 0 if array is None else vector(name, array, "float32", size)
+def check_linear(matrix, width: int, norm, bias, activation) -> tuple[tuple, int, int]:
+    """What a product takes besides its arrays, of x with `width` columns.
+
+    -> (has it a norm, address of its weight, eps, address of the bias), the activation's code, the most columns of out
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: must be None, 'swiglu' or 'relu2', not {activation!r}")
+    if activation == "swiglu" and matrix.tiles.count % 2:
+        raise ValueError(f"matrix: swiglu takes an even number of tiles, not {matrix.tiles.count}")
+    if norm is not None and (not isinstance(norm, tuple) or len(norm) != 2):
+        raise ValueError(f"norm: must be None or (weight, eps), not {norm!r}")
+    weight, eps = norm or (None, 0.0)
+    weight_at = 0 if weight is None else vector("norm", weight, "float32", width)
+    bias_at = 0 if bias is None else vector("bias", bias, "float32", matrix.rows)
+    most = matrix.tiles.count // 2 * TILE_ROWS if activation == "swiglu" else matrix.rows
+    return (norm is not None, weight_at, float(eps), bias_at), ACTIVATIONS[activation], most
 
 
-def multiply(x, weights: Matrix, *, norm=None, bias=None, activation=None, residual=None, out, _tiles_at_once=0, _groups_at_once=0):
+def multiply(x, matrix: Matrix, *, norm=None, bias=None, activation=None, residual=None, out, _tiles_at_once=0,
+             _groups_at_once=0):
     """out = residual + activation(norm(x) W^T + bias); x (T, K), residual and out (T, up to N; swiglu: half of N) float32.
 
     norm        None, or (weight (K,) or None, eps): RMS norm of each row of x
@@ -121,31 +134,18 @@ def multiply(x, weights: Matrix, *, norm=None, bias=None, activation=None, resid
     activation  None, "relu2", or "swiglu": tiles alternate gate and up, 16 rows each
     residual    may be out itself; x may not share memory with out
     """
-    _matrix("weights", weights)
-    x_at, _, rows, columns, x_stride = matrix("x", x, ("float32",))
-    if columns != weights.columns:
-        raise ValueError(f"x: must have {weights.columns} columns, not {columns}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: must be None, 'swiglu' or 'relu2', not {activation!r}")
-    if activation == "swiglu" and weights.tiles.count % 2:
-        raise ValueError(f"weights: swiglu takes an even number of tiles, not {weights.tiles.count}")
+    check_matrix(matrix)
+    x_at, _, (rows, columns), x_stride = look_at("x", x, FLOAT32, None, matrix.columns, rows_apart=True)
+    before, code, most = check_linear(matrix, columns, norm, bias, activation)
     _integer("_tiles_at_once", _tiles_at_once, 0, LIMIT)
     _integer("_groups_at_once", _groups_at_once, 0, LIMIT)
     if activation == "swiglu" and _tiles_at_once % 2:
         raise ValueError(f"_tiles_at_once: must be even for swiglu, not {_tiles_at_once}")
-    out_at, _, out_rows, out_columns, out_stride = matrix("out", out, ("float32",), writable=True)
-    most = weights.tiles.count // 2 * TILE_ROWS if activation == "swiglu" else weights.rows
-    if out_rows != rows or not 1 <= out_columns <= most:
-        raise ValueError(f"out: must have {rows} rows of 1 to {most} columns, not {(out_rows, out_columns)}")
+    out_at, _, (_, width), out_stride = look_at("out", out, FLOAT32, rows, None, rows_apart=True, writable=True)
+    if not 1 <= width <= most:
+        raise ValueError(f"out: must have 1 to {most} columns, not {width}")
     residual_at, residual_stride = 0, 0
     if residual is not None:
-        residual_at, _, r_rows, r_columns, residual_stride = matrix("residual", residual, ("float32",))
-        if (r_rows, r_columns) != (out_rows, out_columns):
-            raise ValueError(f"residual: must have out's shape {(out_rows, out_columns)}, not {(r_rows, r_columns)}")
-    if norm is not None and (not isinstance(norm, tuple) or len(norm) != 2):
-        raise ValueError(f"norm: must be None or (weight, eps), not {norm!r}")
-    norm_weight, epsilon = norm or (None, 0.0)
-    weights.tiles.multiply(
-        x_at, rows, x_stride, norm is not None, _float_vector("norm", norm_weight, columns), float(epsilon),
-        _float_vector("bias", bias, weights.rows), residual_at, residual_stride, ACTIVATIONS[activation], out_at, out_stride,
-        out_columns, _tiles_at_once, _groups_at_once)
+        residual_at, _, _, residual_stride = look_at("residual", residual, FLOAT32, rows, width, rows_apart=True)
+    matrix.tiles.multiply(x_at, rows, x_stride, *before, residual_at, residual_stride, code, out_at, out_stride, width,
+                          _tiles_at_once, _groups_at_once)
