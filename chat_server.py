@@ -281,9 +281,12 @@ def read_api_keys(keys: Iterable[str], path: str | None) -> tuple[ApiKey, ...]:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--api-key-file {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
         for number_, line in enumerate(lines, 1):
-            name, _, key = line.rpartition(":")
-            if line and not line.startswith("#"):
-                found.append(ApiKey.hashed(key.strip(), name.strip() or f"line-{number_}"))
+            name, key = line.split(":", 1) if ":" in line else ("", line)
+            if not line or line.startswith("#"):
+                continue
+            if not key.strip():         # the hash of nothing would let in whoever brings no key
+                raise ConfigError(f"--api-key-file {path}: line {number_} has a name and no key")
+            found.append(ApiKey.hashed(key.strip(), name.strip() or f"line-{number_}"))
     if not found and (path is not None or list(keys)):
         raise ConfigError("no API key in --api-key or --api-key-file; without one the server would be open")
     return tuple(found)
@@ -6480,12 +6483,13 @@ SWITCH_WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "f
 def worded_value(option: Option, words: list[str], place: str) -> Any:
     """The value of a flag that is written as words in `place`, an environment variable or a line of --config."""
     shown_words = repr(",".join(words)) if option.name != "api-key" else "the key"
-    allowed = option.choices or (() if option.parse else SWITCH_WORDS)
-    if allowed and not {word.lower() for word in words} <= set(allowed):
-        raise ConfigError(f"{place}={shown_words} must be one of {', '.join(allowed)}")
+    if allowed := option.choices or (() if option.parse else SWITCH_WORDS):
+        words = [word.lower() for word in words]
+        if not set(words) <= set(allowed):
+            raise ConfigError(f"{place}={shown_words} must be one of {', '.join(allowed)}")
     if not option.many and len(words) != 1:
         raise ConfigError(f"{place}={shown_words} must be one value")
-    parse = option.parse or (lambda word: SWITCH_WORDS[word.lower()])
+    parse = option.parse or SWITCH_WORDS.__getitem__
     try:
         values = tuple(parse(word) for word in words)
     except (ValueError, argparse.ArgumentTypeError) as error:
@@ -6518,7 +6522,7 @@ def unflagged_value(option: Option, environment: Mapping[str, str], config: Mapp
     name = option_field(option)
     variable = f"CHAT_SERVER_{name.upper()}"
     if text := environment.get(variable, "").strip():
-        return worded_value(option, text.split(",") if option.many else [text], variable)
+        return worded_value(option, re.split(r"\s*,\s*", text) if option.many else [text], variable)
     return worded_value(option, config[name], f"--config: {name}") if name in config else option.default
 
 
