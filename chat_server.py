@@ -5510,6 +5510,8 @@ class EventStream:
         self.last_s = time.monotonic()
 
     async def __aenter__(self) -> "EventStream":
+        if self.http.version < (1, 1):
+            self.response.force_close()             # it has no chunks: a stream ends where the connection does
         try:
             await self.response.prepare(self.http)  # the headers leave now, before any prefill
         except ConnectionError as error:

@@ -510,6 +510,16 @@ async def test_an_upgrade_attempt_to_http2_is_answered_over_http1():
     assert answer.startswith(b"HTTP/1.1 200") and b'"done": true' in answer
 
 
+async def test_over_http_1_0_a_stream_ends_with_its_connection_even_if_that_was_to_be_kept():
+    async with serving(FakePool(["hi"])) as url:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        body = json.dumps(conversation()).encode()
+        writer.write(b"POST /chat/completions HTTP/1.0\r\nConnection: keep-alive\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        head, _, answer = (await asyncio.wait_for(reader.read(), 20)).partition(b"\r\n\r\n")
+        writer.close()
+    assert b" 200 " in head and b"chunked" not in head.lower() and frames(answer)[-1]["done"]
+
+
 async def test_a_connection_is_kept_after_a_stream(client):
     async with serving(FakePool(["hi"])) as url:
         ports = set()
