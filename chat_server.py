@@ -5114,7 +5114,9 @@ def tool_grammar(tools: Seq[dict], choice: str, tool_format: str, parallel: bool
                            param="tool_choice")
     given = "arguments" if tool_format == "tagged" else "parameters"
     calls = [{"type": "object", "required": ["name", given], "additionalProperties": False, "properties": {
-        "name": {"const": function["name"]}, given: function.get("parameters") or {"type": "object"}}} for function in functions]
+        "name": {"const": function["name"]},        # with an $id of its own, "#" in a $ref is still these parameters' root
+        given: {**(function.get("parameters") or {"type": "object"}), "$id": f"urn:tool:{index}"}}}
+        for index, function in enumerate(functions)]
     schema = {"anyOf": calls}
     if tool_format == "json":
         return json_grammar(schema, "tools")

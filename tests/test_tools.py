@@ -152,6 +152,18 @@ async def test_what_is_no_tool_is_400(pool, change, code):
 
 
 @pytest.mark.parametrize("tool_format", ["tagged", "json"])
+def test_references_in_a_tool_s_parameters_are_to_these_parameters(tool_format):
+    """As pydantic writes nested models: $defs, and $refs to them, which start at the parameters' root."""
+    parameters = {"$defs": {"City": {"enum": ["Rome"]}}, "type": "object", "required": ["city"], "additionalProperties": False,
+                  "properties": {"city": {"$ref": "#/$defs/City"}, "next": {"$ref": "#"}}}
+    tools = [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in ("go", "fly")]
+    assert chat_server.tool_grammar(tools, "required", tool_format, True)
+    with pytest.raises(chat_server.RequestError, match="/nope"):
+        wrong = parameters | {"properties": {"city": {"$ref": "#/nope"}}}
+        chat_server.tool_grammar([{"function": {"name": "go", "parameters": wrong}}], "required", tool_format, True)
+
+
+@pytest.mark.parametrize("tool_format", ["tagged", "json"])
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
 def test_a_required_call_is_made_by_a_model_that_has_never_heard_of_tools(default_model_path, tool_format, choice):
     engine = make_engine(default_model_path, num_pages=100, max_batch=8)
