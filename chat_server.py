@@ -574,13 +574,14 @@ class HuggingFaceTokenizer(Tokenizer):
     def render(self, messages: Seq[Message], tools: Seq[dict] = ()) -> list[int]:
         if self.template is None:
             raise RequestError("this model has no chat template; use /v1/completions", code="no_chat_template")
-        dialogue = self._mark_specials([{"role": each.role, "content": each.content, **(each.more or {})} for each in messages])
-        known_tools = self._mark_specials(tools) or None
         try:
+            dialogue = self._mark_specials([{"role": each.role, "content": each.content, **(each.more or {})}
+                                            for each in messages])
+            known_tools = self._mark_specials(tools) or None
             text = self.template.render(messages=dialogue, add_generation_prompt=True, tools=known_tools, documents=None,
                                         bos_token=self._special_text(self.spec.bos_token),
                                         eos_token=self._special_text(self.spec.eos_token))
-        except Exception as error:      # jinja's own errors, raise_exception, or the template's Python (None + str)
+        except Exception as error:      # jinja's own, raise_exception, the template's Python (None + str), nested too deeply
             raise RequestError(f"the model's chat template refused the messages: {error}", param="messages") from None
         return self.with_bos(self.encode_with_specials(text))
 

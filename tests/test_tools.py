@@ -105,6 +105,14 @@ def test_the_template_is_told_of_tools_and_earlier_calls(tokenizer):
     assert tokenizer.render(messages[:1]) == tokenizer.render(messages[:1], [])
 
 
+def test_what_is_nested_too_deeply_for_the_template_is_refused(tokenizer):
+    deep = {}
+    for _ in range(3000):
+        deep = {"a": deep}
+    with pytest.raises(chat_server.RequestError, match="template refused"):
+        tokenizer.render([Message("user", "x")], [deep])
+
+
 async def test_a_call_is_a_message_with_tool_calls_and_no_text(pool):
     async with serving(pool) as url, aiohttp.ClientSession() as client:
         body = await (await client.post(url + "/v1/chat/completions", json=ASK)).json()
