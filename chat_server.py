@@ -3493,7 +3493,7 @@ class Answer:
         """Take a drawn token, the `generated`-th, after which there is room for so many: its text becomes unsent, and it may
         end the answer. Returns the tokens to force after it, their text taken too."""
         if self.grammar and not self.grammar.feed(token):
-            return self._end("error", "the answer could not be held to its grammar")
+            return self._end("refused", "no answer can be held to the JSON schema: nothing fulfils it, or it is too large")
         if token in self.stop_tokens and generated >= self.work.min_tokens:
             return self._end("stop", "eos" if token in self.eos_tokens else str(token))
         self.unsent += self.decoder.push(token)
@@ -4062,8 +4062,10 @@ class Job:
 
     def take(self, update: Update, gpu: int) -> None:
         """Turn a worker's update into events for the reader."""
-        if update.reason == "error":
-            self.events.put_nowait(EngineFailure(update.stop_reason))
+        if update.reason in ("error", "refused"):
+            failure = EngineFailure(update.stop_reason) if update.reason == "error" else \
+                RequestError(update.stop_reason, code="invalid_json_schema", param="response_format")
+            self.events.put_nowait(failure)
             return
         if self.request.max_tokens == 0:        # only the prompt was asked for; the worker draws a token nevertheless
             update = update._replace(tokens=(), text="", logprobs=(), reason="length", stop_reason="max_tokens")

@@ -245,6 +245,12 @@ def test_a_context_overflow_is_an_error_with_both_numbers_and_never_cut_silently
     assert (status, error["code"]) == (400, "context_length_exceeded") and "512" in error["message"] and re.search(r"6\d\d", error["message"])
 
 
+def test_a_schema_that_nothing_fulfils_is_the_client_s_error(url):
+    wrong = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#"}}}
+    status, error = refused(url, response_format=wrong)
+    assert (status, error["code"], error["param"]) == (400, "invalid_json_schema", "response_format")
+
+
 def test_tools_on_a_model_without_them_are_a_clear_400_and_harmless_forms_pass(url):
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     status, error = refused(url, tools=[tool])
