@@ -5775,8 +5775,8 @@ class Metrics:
             yield families.GaugeMetricFamily(f"chat_server_{name}", doc, value)
         yield families.CounterMetricFamily("chat_server_worker_restarts", "workers started again", total("restarts"))
 
-    async def watch(self, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
-        """The same events, counted and timed."""
+    async def watch(self, events: AsyncIterator[Event], n: int) -> AsyncIterator[Event]:
+        """The same events, of `n` answers to each prompt, counted and timed."""
         began_s, reason = time.monotonic(), "cancelled"
         last_s: dict[int, float] = {}       # by choice
         try:
@@ -5790,7 +5790,7 @@ class Metrics:
                     last_s[event.choice] = now
                 elif isinstance(event, Finished):
                     reason = event.reason
-                    self.count_tokens(event)
+                    self.count_tokens(event, event.choice % n == 0)
                 yield event
         except Exception as error:
             reason = {"cancelled": "cancelled"}.get(getattr(error, "code", None)) or \
@@ -5801,11 +5801,13 @@ class Metrics:
             self.requests.labels(reason).inc()
             self.whole.labels(reason).observe(time.monotonic() - began_s)
 
-    def count_tokens(self, done: Finished) -> None:
+    def count_tokens(self, done: Finished, first: bool) -> None:
+        """As `usage` has them: a prompt counts with its first answer only."""
         self.queue.observe(done.queue_ms / 1e3)
-        for kind, count in (("prompt", done.prompt_tokens - done.cached_tokens), ("prompt_cached", done.cached_tokens),
-                            ("generated", done.completion_tokens)):
-            self.tokens.labels(kind).inc(count)
+        self.tokens.labels("generated").inc(done.completion_tokens)
+        if first:
+            self.tokens.labels("prompt").inc(done.prompt_tokens - done.cached_tokens)
+            self.tokens.labels("prompt_cached").inc(done.cached_tokens)
 
 
 @dataclass
@@ -5859,7 +5861,7 @@ class Front:
         """The answer's events, once it is accepted; leaving the block, in whatever way, ends the work for it."""
         events = self.pool.answer(request)
         if self.metrics:
-            events = self.metrics.watch(events)
+            events = self.metrics.watch(events, request.n)
         if self.settings.log_conversations:
             events = logged(request, events)
         self.running[request.id] = self.owner(request.id, request.client)
