@@ -5468,7 +5468,7 @@ class CompletionEncoder(OpenAIEncoder):
 
     def __init__(self, *arguments: Any, echo: bool = False, **options: Any):
         super().__init__(*arguments, **options)
-        self.to_echo = set(range(self.choices if echo else 0))
+        self.echo, self.to_echo = echo, set(range(self.choices if echo else 0))
         self.offsets: dict[int, tuple[Any, int]] = {}       # by choice: a decoder, and the characters it gave so far
 
     def take(self, event: Event) -> Part:
@@ -5490,11 +5490,15 @@ class CompletionEncoder(OpenAIEncoder):
     def logprobs_body(self, choice: int, logprobs: Seq[TokenLogprob]) -> dict:
         """Four lists; an offset is where in the choice's text a token begins."""
         decoder, offset = self.offsets.get(choice) or (codecs.getincrementaldecoder("utf-8")("replace"), 0)
+        prompt = self.request.prompts[choice // self.request.n]
+        written = prompt if self.echo and isinstance(prompt, str) else ""   # only here do special tokens stand as text
         texts, offsets, tops = [], [], []
         for token, logprob, top in logprobs:
             texts.append(token_text(self.tokenizer, token)[0])
             offsets.append(offset)
-            offset += len(decoder.decode(self.tokenizer.token_bytes(token)))
+            name = self.tokenizer.special_names.get(token)
+            offset += len(name) if name and written.startswith(name, offset) else \
+                len(decoder.decode(self.tokenizer.token_bytes(token)))
             tops.append(None if logprob is None else {token_text(self.tokenizer, each)[0]: logprob_number(number_)
                                                       for each, number_ in (*top, (token, logprob))})
         self.offsets[choice] = decoder, offset

@@ -392,6 +392,12 @@ def test_echo_with_logprobs_scores_the_prompt(url):
         assert abs(ours - theirs) < 0.05
 
 
+def test_offsets_count_special_tokens_where_the_prompt_spells_them(url):
+    choice = ask(url, COMPLETIONS, prompt="<|im_start|>user\nOne é<|im_end|>\ntwo", echo=True, logprobs=0, max_tokens=2)["choices"][0]
+    tokens, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+    assert "<|im_end|>" in tokens and [choice["text"][a:b] for a, b in zip(offsets, [*offsets[1:], None])] == tokens
+
+
 def test_a_likelier_text_scores_higher_and_batches_score_as_singles(url):
     prompts = ["The capital of Japan is Tokyo.", "The capital of Japan is Banana."]
     wanted = dict(echo=True, logprobs=1, max_tokens=1)
