@@ -4536,7 +4536,8 @@ class LocalPool:
             raise RequestError("the prompt is empty", param="prompt")
         if len(prompt_ids) >= limit:
             raise RequestError(f"the prompt has {len(prompt_ids):,} tokens and the context holds {limit:,} "
-                               "(prompt and answer together)", code="context_length_exceeded", param="messages")
+                               "(prompt and answer together)", code="context_length_exceeded",
+                               param="messages" if request.messages else "prompt")
         room = limit - len(prompt_ids)
         return room if request.max_tokens is None else max(1, min(request.max_tokens, room))
 
