@@ -130,6 +130,9 @@ class Limits:
     top_k: tuple[int, int] = (0, 200)
     max_tokens: tuple[int, int] = (1, 4096)
     stop_strings: int = 4
+    stop_characters: int = 1_000    # of one: each answer prepares its own search for them
+    stop_tokens: int = 1_000
+    biases: int = 1 << 18           # no vocabulary is larger
     choices: int = 128              # answers of one request
     grammar_characters: int = 1 << 16       # of a JSON schema: compiling this much takes up to 0.3 s
     body_bytes: int = 16 << 20
@@ -4457,7 +4460,7 @@ class LocalPool:
         """
         arrived_s, events = time.monotonic(), asyncio.Queue()
         self._check_capacity(request)
-        size = sum(map(len, request.prompts)) + sum(len(message.content) for message in request.messages or ())
+        size = sum(map(len, request.prompts)) + rendering_size(request.messages or (), request.tools)
         prompts, dropped = await tokenizing(self._prompt_ids, request, size)
         for name, ids in (*(("prompt", ids) for ids in prompts), ("stop_token_ids", request.stop_token_ids),
                           ("logit_bias", [token for token, _ in request.sampling.logit_bias])):
@@ -4513,6 +4516,9 @@ class LocalPool:
         if (messages := request.messages) is None:
             return [tuple(self.tokenizer.encode_prompt(prompt)) if isinstance(prompt, str) else prompt
                     for prompt in request.prompts], 0
+        if len(messages) > self.context_length:         # no template need see them: each is a token at least
+            raise RequestError(f"the conversation has {len(messages):,} messages and the context holds {self.context_length:,} "
+                               "tokens", code="context_length_exceeded", param="messages")
         starts = [0, *[index for index, message in enumerate(messages) if message.role == "user"][1:]]
 
         @functools.cache
@@ -4631,7 +4637,12 @@ class LocalPool:
                 "uptime_s": round(time.monotonic() - self.started_s, 1)}
 
 
-async def tokenizing(work: Callable[[Any], Any], text: Any, size: int) -> Any:
+def rendering_size(messages: Seq[Message], tools: Seq[dict]) -> float:
+    """How long a text takes as long to tokenize as these to render."""
+    return math.inf if tools else sum(len(message.content) + 50 for message in messages)
+
+
+async def tokenizing(work: Callable[[Any], Any], text: Any, size: float) -> Any:
     """work(text), off the event loop when the text has many characters: other streams go on."""
     return work(text) if size <= LocalPool.INLINE_CHARACTERS else await asyncio.to_thread(work, text)
 
@@ -4786,8 +4797,9 @@ def read_truncate(field: Field, value: Any) -> bool:
 
 def read_stop(field: Field, value: Any) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value
-    allowed = f"a string or a list of at most {LIMITS.stop_strings} strings"
-    if not isinstance(stops, list) or len(stops) > LIMITS.stop_strings or not all(isinstance(s, str) for s in stops):
+    allowed = f"a string or a list of at most {LIMITS.stop_strings} strings, none above {LIMITS.stop_characters:,} characters"
+    if not isinstance(stops, list) or len(stops) > LIMITS.stop_strings \
+            or not all(isinstance(stop, str) and len(stop) <= LIMITS.stop_characters for stop in stops):
         raise field.refusal(value, allowed)
     return tuple(whole_unicode(stop) for stop in stops if stop)
 
@@ -4799,8 +4811,9 @@ def read_token_ids(field: Field, value: Any) -> tuple[int, ...]:
 
 
 def read_logit_bias(field: Field, value: Any) -> tuple[tuple[int, float], ...]:
-    if not isinstance(value, dict) or not all(re.fullmatch(r"[0-9]{1,9}", token) for token in value):
-        raise field.refusal(value, "an object of token ids and biases")
+    if not isinstance(value, dict) or len(value) > LIMITS.biases \
+            or not all(re.fullmatch("[0-9]{1,9}", token) for token in value):
+        raise field.refusal(value, f"an object of at most {LIMITS.biases:,} token ids and biases")
     bias = Field("logit_bias", read_number, "", -100, 100)
     return tuple((int(token), read_number(bias, amount)) for token, amount in value.items() if amount is not None)
 
@@ -5087,6 +5100,7 @@ def request_options(values: Mapping[str, Any]) -> dict[str, bool]:
 def openai_request(values: Mapping[str, Any], settings: Settings, **source: Any) -> Request:
     """What both OpenAI routes have in common, as a Request."""
     cap = values.get("max_completion_tokens", values.get("max_tokens", settings.max_tokens))
+    within_limit("stop_token_ids", len(values.get("stop_token_ids", ())), LIMITS.stop_tokens, "stop_token_ids")
     sampling = sampling_params({**values, "top_k": max(0, values.get("top_k", settings.top_k))}, settings)
     ends = ("stop", "stop_token_ids", "ignore_eos", "min_tokens") if not source.get("grammar") else ()     # one ends itself
     return Request("", sampling=sampling, max_tokens=None if cap == -1 else cap, n=values.get("n", 1),
@@ -5924,7 +5938,7 @@ class Front:
         values, tokenizer = parse_fields(await read_body(http), TEMPLATE_FIELDS), self.tokenizer()
         messages = openai_messages(values["messages"], tokenizer.tool_format is not None)
         tools = values.get("tools", ()) if tokenizer.tool_format else ()
-        tokens = await tokenizing(functools.partial(tokenizer.render, tools=tools), messages, sum(len(m.content) for m in messages))
+        tokens = await tokenizing(functools.partial(tokenizer.render, tools=tools), messages, rendering_size(messages, tools))
         return json_response({"prompt": tokenizer.show(tokens)})
 
     def tokenizer(self) -> Tokenizer:
