@@ -133,6 +133,9 @@ class Limits:
     top_k: tuple[int, int] = (0, 200)
     max_tokens: tuple[int, int] = (1, 4096)
     stop_strings: int = 4
+    stop_characters: int = 1_000    # of one: each answer prepares its own search for them
+    stop_tokens: int = 1_000
+    biases: int = 1 << 18           # no vocabulary is larger
     choices: int = 128              # answers of one request
     grammar_characters: int = 1 << 16       # of a JSON schema: compiling this much takes up to 0.3 s
     body_bytes: int = 16 << 20
@@ -557,13 +560,14 @@ class HuggingFaceTokenizer(Tokenizer):
     def render(self, messages: Seq[Message], tools: Seq[dict] = ()) -> list[int]:
         if self.template is None:
             raise RequestError("this model has no chat template; use /v1/completions", code="no_chat_template")
-        dialogue = self._mark_specials([{"role": each.role, "content": each.content, **(each.more or {})} for each in messages])
-        known_tools = self._mark_specials(tools) or None
         try:
+            dialogue = self._mark_specials([{"role": each.role, "content": each.content, **(each.more or {})}
+                                            for each in messages])
+            known_tools = self._mark_specials(tools) or None
             text = self.template.render(messages=dialogue, add_generation_prompt=True, tools=known_tools, documents=None,
                                         bos_token=self._special_text(self.spec.bos_token),
                                         eos_token=self._special_text(self.spec.eos_token))
-        except Exception as error:      # jinja's own errors, raise_exception, or the template's Python (None + str)
+        except Exception as error:      # jinja's own, raise_exception, the template's Python (None + str), nested too deeply
             raise RequestError(f"the model's chat template refused the messages: {error}", param="messages") from None
         return self.with_bos(self.encode_with_specials(text))
 
@@ -3269,7 +3273,7 @@ class Answer:
         """Take a drawn token, the `generated`-th, after which there is room for so many: its text becomes unsent, and it may
         end the answer. Returns the tokens to force after it, their text taken too."""
         if self.grammar and not self.grammar.feed(token):
-            return self._end("error", "the answer could not be held to its grammar")
+            return self._end("refused", "no answer can be held to the JSON schema: nothing fulfils it, or it is too large")
         if token in self.stop_tokens and generated >= self.work.min_tokens:
             return self._end("stop", "eos" if token in self.eos_tokens else str(token))
         self.unsent += self.decoder.push(token)
@@ -3838,8 +3842,10 @@ class Job:
 
     def take(self, update: Update, gpu: int) -> None:
         """Turn a worker's update into events for the reader."""
-        if update.reason == "error":
-            self.events.put_nowait(EngineFailure(update.stop_reason))
+        if update.reason in ("error", "refused"):
+            failure = EngineFailure(update.stop_reason) if update.reason == "error" else \
+                RequestError(update.stop_reason, code="invalid_json_schema", param="response_format")
+            self.events.put_nowait(failure)
             return
         if self.request.max_tokens == 0:        # only the prompt was asked for; the worker draws a token nevertheless
             update = update._replace(tokens=(), text="", logprobs=(), reason="length", stop_reason="max_tokens")
@@ -4231,7 +4237,7 @@ class LocalPool:
         """
         arrived_s, events = time.monotonic(), asyncio.Queue()
         self._check_capacity(request)
-        size = sum(map(len, request.prompts)) + sum(len(message.content) for message in request.messages or ())
+        size = sum(map(len, request.prompts)) + rendering_size(request.messages or (), request.tools)
         prompts, dropped = await tokenizing(self._prompt_ids, request, size)
         for name, ids in (*(("prompt", ids) for ids in prompts), ("stop_token_ids", request.stop_token_ids),
                           ("logit_bias", [token for token, _ in request.sampling.logit_bias])):
@@ -4287,6 +4293,9 @@ class LocalPool:
         if (messages := request.messages) is None:
             return [tuple(self.tokenizer.encode_prompt(prompt)) if isinstance(prompt, str) else prompt
                     for prompt in request.prompts], 0
+        if len(messages) > self.context_length:         # no template need see them: each is a token at least
+            raise RequestError(f"the conversation has {len(messages):,} messages and the context holds {self.context_length:,} "
+                               "tokens", code="context_length_exceeded", param="messages")
         starts = [0, *[index for index, message in enumerate(messages) if message.role == "user"][1:]]
 
         @functools.cache
@@ -4310,7 +4319,8 @@ class LocalPool:
             raise RequestError("the prompt is empty", param="prompt")
         if len(prompt_ids) >= limit:
             raise RequestError(f"the prompt has {len(prompt_ids):,} tokens and the context holds {limit:,} "
-                               "(prompt and answer together)", code="context_length_exceeded", param="messages")
+                               "(prompt and answer together)", code="context_length_exceeded",
+                               param="messages" if request.messages else "prompt")
         room = limit - len(prompt_ids)
         return room if request.max_tokens is None else max(1, min(request.max_tokens, room))
 
@@ -4404,7 +4414,12 @@ class LocalPool:
                 "uptime_s": round(time.monotonic() - self.started_s, 1)}
 
 
-async def tokenizing(work: Callable[[Any], Any], text: Any, size: int) -> Any:
+def rendering_size(messages: Seq[Message], tools: Seq[dict]) -> float:
+    """How long a text takes as long to tokenize as these to render."""
+    return math.inf if tools else sum(len(message.content) + 50 for message in messages)
+
+
+async def tokenizing(work: Callable[[Any], Any], text: Any, size: float) -> Any:
     """work(text), off the event loop when the text has many characters: other streams go on."""
     return work(text) if size <= LocalPool.INLINE_CHARACTERS else await asyncio.to_thread(work, text)
 
@@ -4501,12 +4516,15 @@ def fits(schema: Mapping[str, Any], value: Any) -> bool:
         return False
     if "anyOf" in schema and not any(fits(option, value) for option in schema["anyOf"]):
         return False
+    if is_text(value):
+        return len(value) <= schema.get("maxLength", len(value))
     if isinstance(value, list):
         right_length = schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value))
         return right_length and all_fit(schema.get("items", {}), value)
     if isinstance(value, dict):
         known, names, others = (schema.get(key, {}) for key in ("properties", "propertyNames", "additionalProperties"))
-        return set(schema.get("required", ())) <= value.keys() and all(
+        known_size = len(value) <= schema.get("maxProperties", len(value)) and set(schema.get("required", ())) <= value.keys()
+        return known_size and all(
             re.search(names.get("pattern", ""), name) and fits(known.get(name, others), each) for name, each in value.items())
     return not is_number(value) or schema.get("minimum", value) <= value <= schema.get("maximum", value)
 
@@ -4622,8 +4640,10 @@ TEXT = Kind("a string", A_TEXT, whole_unicode)
 LIST = Kind("a list", {"type": "array"})
 OBJECT = Kind("an object", {"type": "object"})
 TOKENS = Kind("a list of token ids", list_schema(A_TOKEN), tuple)
-STOP = Kind(f"a string or a list of at most {LIMITS.stop_strings} strings",
-            {"anyOf": [A_TEXT, list_schema(A_TEXT, maxItems=LIMITS.stop_strings)]},
+STOP_TOKENS = Kind(f"a list of at most {LIMITS.stop_tokens:,} token ids", list_schema(A_TOKEN, maxItems=LIMITS.stop_tokens), tuple)
+STOP_TEXT = {"type": "string", "maxLength": LIMITS.stop_characters}
+STOP = Kind(f"a string or a list of at most {LIMITS.stop_strings} strings, none above {LIMITS.stop_characters:,} characters",
+            {"anyOf": [STOP_TEXT, list_schema(STOP_TEXT, maxItems=LIMITS.stop_strings)]},
             lambda value: tuple(stop for stop in listed(value) if stop))
 MIXED = Kind("a string, or a list of strings and token ids", {"anyOf": [A_TEXT, list_schema({"anyOf": [A_TEXT, A_TOKEN]})]},
              listed)
@@ -4634,8 +4654,8 @@ PRIORITY = Kind('"low", "normal" or an integer, above 0 meaning low',           
                 {"anyOf": [{"enum": ["low", "normal"]}, {"type": "integer"}]},
                 lambda value: value == "low" or value != "normal" and value > 0)
 TRUNCATE = Kind('"oldest" or "none"', {"enum": ["oldest", "none"]}, lambda value: value == "oldest")
-LOGIT_BIAS = Kind("an object of token ids and biases from -100 to 100", {
-    "type": "object", "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+LOGIT_BIAS = Kind(f"an object of at most {LIMITS.biases:,} token ids and biases from -100 to 100", {
+    "type": "object", "maxProperties": LIMITS.biases, "propertyNames": {"pattern": "^[0-9]{1,9}$"},
     "additionalProperties": {"type": ["number", "null"], "minimum": -100, "maximum": 100}},
     lambda value: tuple((int(token), float(bias)) for token, bias in value.items() if bias is not None))
 TOOLS = Kind('a list of {"type": "function", "function": {"name", "description", "parameters"}}', list_schema(A_FUNCTION),
@@ -4678,7 +4698,7 @@ SHARED_FIELDS = (       # of both OpenAI routes
     Field("top_k", TOP_K, "0 or -1 = whole vocabulary", -1, 2**31 - 1),
     Field("min_p", NUMBER, "0 = off", 0, 1),
     Field("seed", SEED, "same seed, same answer; random when absent", -2**63, 2**64 - 1),
-    Field("stop_token_ids", TOKENS, "tokens that end the answer; likewise"),
+    Field("stop_token_ids", STOP_TOKENS, "tokens that end the answer; likewise"),
     Field("min_tokens", INTEGER, "no end before so many tokens", 0, 2**53),
     Field("presence_penalty", NUMBER, "for tokens that occurred in the answer", -2, 2),
     Field("frequency_penalty", NUMBER, "for each time they occurred", -2, 2),
@@ -4900,7 +4920,9 @@ def tool_grammar(tools: Seq[dict], choice: str, tool_format: str, parallel: bool
                            param="tool_choice")
     given = "arguments" if tool_format == "tagged" else "parameters"
     calls = [{"type": "object", "required": ["name", given], "additionalProperties": False, "properties": {
-        "name": {"const": function["name"]}, given: function.get("parameters") or {"type": "object"}}} for function in functions]
+        "name": {"const": function["name"]},        # with an $id of its own, "#" in a $ref is still these parameters' root
+        given: {**(function.get("parameters") or {"type": "object"}), "$id": f"urn:tool:{index}"}}}
+        for index, function in enumerate(functions)]
     schema = {"anyOf": calls}
     if tool_format == "json":
         return json_grammar(schema, "tools")
@@ -5258,7 +5280,7 @@ class CompletionEncoder(OpenAIEncoder):
 
     def __init__(self, *arguments: Any, echo: bool = False, **options: Any):
         super().__init__(*arguments, **options)
-        self.to_echo = set(range(self.choices if echo else 0))
+        self.echo, self.to_echo = echo, set(range(self.choices if echo else 0))
         self.offsets: dict[int, tuple[Any, int]] = {}       # by choice: a decoder, and the characters it gave so far
 
     def take(self, event: Event) -> Part:
@@ -5276,11 +5298,15 @@ class CompletionEncoder(OpenAIEncoder):
     def logprobs_body(self, choice: int, logprobs: Seq[TokenLogprob]) -> dict:
         """Four lists; an offset is where in the choice's text a token begins."""
         decoder, offset = self.offsets.get(choice) or (codecs.getincrementaldecoder("utf-8")("replace"), 0)
+        prompt = self.request.prompts[choice // self.request.n]
+        written = prompt if self.echo and isinstance(prompt, str) else ""   # only here do special tokens stand as text
         texts, offsets, tops = [], [], []
         for token, logprob, top in logprobs:
             texts.append(token_text(self.tokenizer, token)[0])
             offsets.append(offset)
-            offset += len(decoder.decode(self.tokenizer.token_bytes(token)))
+            name = self.tokenizer.special_names.get(token)
+            offset += len(name) if name and written.startswith(name, offset) else \
+                len(decoder.decode(self.tokenizer.token_bytes(token)))
             tops.append(None if logprob is None else {token_text(self.tokenizer, each)[0]: logprob_number(number_)
                                                       for each, number_ in (*top, (token, logprob))})
         self.offsets[choice] = decoder, offset
@@ -5298,6 +5324,8 @@ class EventStream:
         self.last_s = time.monotonic()
 
     async def __aenter__(self) -> "EventStream":
+        if self.http.version < (1, 1):
+            self.response.force_close()             # it has no chunks: a stream ends where the connection does
         await self.response.prepare(self.http)      # the headers leave now, before any prefill
         if self.http.transport is not None and not self.patient:    # never wait for a slow reader: events would pile up
             self.http.transport.set_write_buffer_limits(high=2 * LIMITS.outbox_bytes)
@@ -5528,8 +5556,8 @@ class Metrics:
             yield families.GaugeMetricFamily(f"chat_server_{name}", doc, value)
         yield families.CounterMetricFamily("chat_server_worker_restarts", "workers started again", total("restarts"))
 
-    async def watch(self, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
-        """The same events, counted and timed."""
+    async def watch(self, events: AsyncIterator[Event], n: int) -> AsyncIterator[Event]:
+        """The same events, of `n` answers to each prompt, counted and timed."""
         began_s, reason = time.monotonic(), "cancelled"
         last_s: dict[int, float] = {}       # by choice
         try:
@@ -5543,7 +5571,7 @@ class Metrics:
                     last_s[event.choice] = now
                 elif isinstance(event, Finished):
                     reason = event.reason
-                    self.count_tokens(event)
+                    self.count_tokens(event, event.choice % n == 0)
                 yield event
         except Exception as error:
             reason = {"cancelled": "cancelled"}.get(getattr(error, "code", None)) or \
@@ -5554,11 +5582,13 @@ class Metrics:
             self.requests.labels(reason).inc()
             self.whole.labels(reason).observe(time.monotonic() - began_s)
 
-    def count_tokens(self, done: Finished) -> None:
+    def count_tokens(self, done: Finished, first: bool) -> None:
+        """As `usage` has them: a prompt counts with its first answer only."""
         self.queue.observe(done.queue_ms / 1e3)
-        for kind, count in (("prompt", done.prompt_tokens - done.cached_tokens), ("prompt_cached", done.cached_tokens),
-                            ("generated", done.completion_tokens)):
-            self.tokens.labels(kind).inc(count)
+        self.tokens.labels("generated").inc(done.completion_tokens)
+        if first:
+            self.tokens.labels("prompt").inc(done.prompt_tokens - done.cached_tokens)
+            self.tokens.labels("prompt_cached").inc(done.cached_tokens)
 
 
 @dataclass
@@ -5614,7 +5644,7 @@ class Front:
         """The answer's events, once it is accepted; leaving the block, in whatever way, ends the work for it."""
         events = self.pool.answer(request)
         if self.metrics:
-            events = self.metrics.watch(events)
+            events = self.metrics.watch(events, request.n)
         if self.settings.log_conversations:
             events = logged(request, events)
         self.running[request.id] = self.owner(request.id, request.client)
@@ -5671,7 +5701,7 @@ class Front:
         values, tokenizer = parse_fields(await read_body(http), TEMPLATE_FIELDS), self.tokenizer()
         messages = openai_messages(values["messages"], tokenizer.tool_format is not None)
         tools = values.get("tools", ()) if tokenizer.tool_format else ()
-        tokens = await tokenizing(functools.partial(tokenizer.render, tools=tools), messages, sum(len(m.content) for m in messages))
+        tokens = await tokenizing(functools.partial(tokenizer.render, tools=tools), messages, rendering_size(messages, tools))
         return json_response({"prompt": tokenizer.show(tokens)})
 
     def tokenizer(self) -> Tokenizer:
@@ -5734,7 +5764,7 @@ class Front:
         """GET /v1/streams/{id}: from event ?from=N on, or after the Last-Event-ID that a reconnecting EventSource sends."""
         request_id = bare_id(http.match_info["id"])
         last, wanted = http.headers.get("Last-Event-ID", ""), http.query.get("from", "0")
-        if not re.fullmatch(r"\d{1,15}", last or wanted):
+        if not re.fullmatch("[0-9]{1,15}", last or wanted):
             raise bad_value("Last-Event-ID" if last else "from", last or wanted, "the number of an event")
         recording = self.recordings.find(request_id, self.owner(request_id, VISIT.get().client))
         start = int(last) + 1 if last else int(wanted)
@@ -6262,7 +6292,7 @@ def unflagged_value(parser: CommandLine, option: Option, environment: Mapping[st
     name = option_field(option)
     place, words = f"--config: {name}", config.get(name)
     if text := environment.get(f"CHAT_SERVER_{name.upper()}", "").strip():
-        place, words = f"CHAT_SERVER_{name.upper()}", text.split(",") if option.many else [text]
+        place, words = f"CHAT_SERVER_{name.upper()}", re.split(r"\s*,\s*", text) if option.many else [text]
     if words is None:
         return option.default
     if len(words) != 1 and not option.many:
@@ -6271,6 +6301,8 @@ def unflagged_value(parser: CommandLine, option: Option, environment: Mapping[st
         if words[0].lower() not in SWITCH_WORDS:
             raise ConfigError(f"{place}={words[0]!r} must be one of {', '.join(SWITCH_WORDS)}")
         return SWITCH_WORDS[words[0].lower()]
+    if option.choices:
+        words = [word.lower() for word in words]
     parser.place = f"{place}: "
     return getattr(parser.parse_args([f"--{option.name.split()[0]}={word}" for word in words]), name)
 

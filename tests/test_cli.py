@@ -50,6 +50,12 @@ def test_each_flag_has_an_environment_variable_and_the_flag_wins():
     assert parsed(line, **environment) == Settings(port=82, served_model_name=("c",), model="other", dtype="bfloat16")
 
 
+def test_words_of_the_environment_may_be_of_any_case_and_have_spaces_between():
+    settings = parsed("", CHAT_SERVER_DTYPE="Float32", CHAT_SERVER_LOG_FORMAT="JSON", CHAT_SERVER_NO_DRAFTS="FALSE",
+                      CHAT_SERVER_SERVED_MODEL_NAME="a, b ,c")
+    assert settings == Settings(dtype="float32", log_format="json", served_model_name=("a", "b", "c"))
+
+
 @pytest.mark.parametrize("line, environment, words", [
     ("--port x", {}, "--port"), ("--port 70000", {}, "65535"), ("a b", {}, "b"), ("--nonsense", {}, "--nonsense"),
     ("--por 80", {}, "--por"), ("-t nan", {}, "temperature"), ("-i moon", {}, "moon"), ("chat --port 80", {}, "--port"),

@@ -103,7 +103,7 @@ def test_a_grammar_that_cannot_be_followed_fails_its_request_only(engine, monkey
     monkeypatch.setattr(chat_server.Grammar, "feed", lambda self, token: False)
     free = Work("f", (5, 6, 7), SamplingParams(0.0), 5, ignore_eos=True)
     found = updates(engine, [work(engine, "a", PERSON), free])
-    assert found["a"][-1].reason == "error" and text_of(found["a"]) == ""
+    assert found["a"][-1].reason == "refused" and text_of(found["a"]) == ""
     assert found["f"][-1].reason == "length"
 
 
@@ -167,7 +167,7 @@ def test_a_schema_nested_too_deeply_is_refused():
 
 def test_a_schema_that_nothing_fulfils_is_an_error_and_not_an_answer(engine):
     found = updates(engine, [work(engine, "a", {"$ref": "#"})])["a"]
-    assert found[-1].reason == "error" and text_of(found) == ""
+    assert found[-1].reason == "refused" and text_of(found) == ""
 
 
 def test_without_the_library_it_is_a_clear_400(monkeypatch):

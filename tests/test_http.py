@@ -278,7 +278,9 @@ async def test_content_may_be_text_null_or_text_parts_and_developer_is_system(cl
     ({"temperature": 2.1}, "invalid_value"), ({"top_p": -0.1}, "invalid_value"), ({"max_tokens": 0}, "invalid_value"),
     ({"max_tokens": -2}, "invalid_value"), ({"presence_penalty": 3}, "invalid_value"),
     ({"logit_bias": {"x": 1}}, "invalid_value"), ({"logit_bias": {"1": 101}}, "invalid_value"),
-    ({"stop_token_ids": [-1]}, "invalid_value"), ({"seed": 2**64}, "invalid_value")])
+    ({"stop_token_ids": [-1]}, "invalid_value"), ({"seed": 2**64}, "invalid_value"),
+    ({"stop": ["x", "x" * 1001]}, "invalid_value"), ({"stop_token_ids": [1] * 1001}, "limit_exceeded"),
+    ({"logit_bias": {str(token): 1 for token in range(2**18 + 1)}}, "invalid_value")])
 async def test_what_is_not_supported_or_out_of_range_is_400_with_a_code(client, body, code):
     async with serving(FakePool()) as url:
         status, answer = await ask(client, url + OPENAI, conversation() | body)
@@ -501,6 +503,16 @@ async def test_an_upgrade_attempt_to_http2_is_answered_over_http1():
         answer = await asyncio.wait_for(reader.read(), 20)
         writer.close()
     assert answer.startswith(b"HTTP/1.1 200") and b'"done": true' in answer
+
+
+async def test_over_http_1_0_a_stream_ends_with_its_connection_even_if_that_was_to_be_kept():
+    async with serving(FakePool(["hi"])) as url:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        body = json.dumps(conversation()).encode()
+        writer.write(b"POST /chat/completions HTTP/1.0\r\nConnection: keep-alive\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        head, _, answer = (await asyncio.wait_for(reader.read(), 20)).partition(b"\r\n\r\n")
+        writer.close()
+    assert b" 200 " in head and b"chunked" not in head.lower() and frames(answer)[-1]["done"]
 
 
 async def test_a_connection_is_kept_after_a_stream(client):

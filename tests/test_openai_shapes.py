@@ -245,6 +245,12 @@ def test_a_context_overflow_is_an_error_with_both_numbers_and_never_cut_silently
     assert (status, error["code"]) == (400, "context_length_exceeded") and "512" in error["message"] and re.search(r"6\d\d", error["message"])
 
 
+def test_a_schema_that_nothing_fulfils_is_the_client_s_error(url):
+    wrong = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#"}}}
+    status, error = refused(url, response_format=wrong)
+    assert (status, error["code"], error["param"]) == (400, "invalid_json_schema", "response_format")
+
+
 def test_tools_on_a_model_without_them_are_a_clear_400_and_harmless_forms_pass(url):
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     status, error = refused(url, tools=[tool])
@@ -384,6 +390,12 @@ def test_echo_with_logprobs_scores_the_prompt(url):
     assert only["choices"][0]["text"] == "The capital of Japan is" and only["usage"]["completion_tokens"] == 0
     for ours, theirs in zip(only["choices"][0]["logprobs"]["token_logprobs"][1:], found["token_logprobs"][1:-1], strict=True):
         assert abs(ours - theirs) < 0.05
+
+
+def test_offsets_count_special_tokens_where_the_prompt_spells_them(url):
+    choice = ask(url, COMPLETIONS, prompt="<|im_start|>user\nOne é<|im_end|>\ntwo", echo=True, logprobs=0, max_tokens=2)["choices"][0]
+    tokens, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+    assert "<|im_end|>" in tokens and [choice["text"][a:b] for a, b in zip(offsets, [*offsets[1:], None])] == tokens
 
 
 def test_a_likelier_text_scores_higher_and_batches_score_as_singles(url):

@@ -27,6 +27,16 @@ async def metrics(client, url):
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
 
 
+async def test_a_prompt_with_several_answers_counts_once_as_in_usage(client):
+    async with serving(FakePool(["a", "b", "c"])) as url:
+        async with client.post(url + OPENAI, json=conversation() | {"n": 3}) as response:
+            usage = (await response.json())["usage"]
+        counts = await metrics(client, url)
+    tokens = {kind: counts[f'chat_server_tokens_total{{kind="{kind}"}}'] for kind in ("prompt", "prompt_cached", "generated")}
+    assert tokens == {"prompt": 4, "prompt_cached": 3, "generated": 9}
+    assert tokens["prompt"] + tokens["prompt_cached"] + tokens["generated"] == usage["total_tokens"]
+
+
 async def test_an_answer_is_counted_and_timed(client):
     async with serving(FakePool(["a", "b", "c"])) as url:
         before = await metrics(client, url)

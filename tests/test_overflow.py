@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+import threading
 
 import aiohttp
 import pytest
@@ -90,6 +91,29 @@ async def test_a_last_message_that_is_too_long_alone_is_refused_even_so(start_po
         await answer(pool, Request("a", messages, truncate=True))
     with pytest.raises(RequestError, match="context holds 128"):
         await answer(pool, Request("b", prompts=("x" * 200,), truncate=True))       # there are no turns
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+async def test_more_messages_than_the_context_has_tokens_never_reach_the_template(start_pool, monkeypatch, truncate):
+    pool = await start_pool(context_length=128)
+    monkeypatch.setattr(pool.tokenizer, "render", None)
+    with pytest.raises(RequestError, match="has 129 messages and the context holds 128 tokens") as refused:
+        await answer(pool, Request("a", talk(*[""] * 129), truncate=truncate))
+    assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "messages")
+
+
+async def test_many_short_messages_and_tools_are_rendered_off_the_event_loop(start_pool, monkeypatch):
+    pool = await start_pool()
+    threads, render = [], pool.tokenizer.render
+
+    def watched(messages, tools=()):
+        threads.append(threading.current_thread() is threading.main_thread())
+        return render(messages)
+
+    monkeypatch.setattr(pool.tokenizer, "render", watched)
+    for number, (turns, tools) in enumerate((([""], ()), ([""] * 101, ()), ([""], ({"type": "function"},)))):
+        await answer(pool, Request(f"a{number}", talk(*turns), tools=tools, max_tokens=1))
+    assert threads == [True, False, False]
 
 
 async def test_what_was_dropped_is_said_in_the_answer():

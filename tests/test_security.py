@@ -74,6 +74,12 @@ def test_keys_come_from_flags_files_and_the_environment_and_only_hashes_stay(tmp
     assert "sk-" not in repr(settings) and b"sk-" not in pickle.dumps(settings)
 
 
+def test_a_key_may_have_colons_and_no_part_of_it_is_a_name(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("carol: sk:with:colons\n")
+    assert read_api_keys((), str(path)) == (ApiKey.hashed("sk:with:colons", "carol"),)
+
+
 @pytest.mark.parametrize("content", [None, "", "# only a comment\n", b"\xff\xfe", "alice: sk-one\nbob:\n", "alice: sk-one\n:\n"])
 def test_a_key_file_without_keys_does_not_open_the_server(tmp_path, content):
     path = tmp_path / "keys"

@@ -188,7 +188,8 @@ async def test_what_the_pool_refuses_is_no_stream(client, front):
 
 
 @pytest.mark.parametrize("query, headers", [
-    ({"from": "-1"}, {}), ({"from": "one"}, {}), ({"from": ""}, {}), ({"from": "9" * 5000}, {}), ({}, {"Last-Event-ID": "x"})])
+    ({"from": "-1"}, {}), ({"from": "one"}, {}), ({"from": ""}, {}), ({"from": "9" * 5000}, {}), ({"from": "٣"}, {}),
+    ({}, {"Last-Event-ID": "x"})])
 async def test_a_position_that_is_none_is_400(client, front, query, headers):
     pool, url = front
     pool.gate.admit(5)

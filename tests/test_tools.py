@@ -105,6 +105,14 @@ def test_the_template_is_told_of_tools_and_earlier_calls(tokenizer):
     assert tokenizer.render(messages[:1]) == tokenizer.render(messages[:1], [])
 
 
+def test_what_is_nested_too_deeply_for_the_template_is_refused(tokenizer):
+    deep = {}
+    for _ in range(3000):
+        deep = {"a": deep}
+    with pytest.raises(chat_server.RequestError, match="template refused"):
+        tokenizer.render([Message("user", "x")], [deep])
+
+
 async def test_a_call_is_a_message_with_tool_calls_and_no_text(pool):
     async with serving(pool) as url, aiohttp.ClientSession() as client:
         body = await (await client.post(url + "/v1/chat/completions", json=ASK)).json()
@@ -149,6 +157,18 @@ async def test_what_is_no_tool_is_400(pool, change, code):
     async with serving(pool) as url, aiohttp.ClientSession() as client:
         async with client.post(url + "/v1/chat/completions", json=ASK | change) as response:
             assert (response.status, (await response.json())["error"]["code"]) == (400, code)
+
+
+@pytest.mark.parametrize("tool_format", ["tagged", "json"])
+def test_references_in_a_tool_s_parameters_are_to_these_parameters(tool_format):
+    """As pydantic writes nested models: $defs, and $refs to them, which start at the parameters' root."""
+    parameters = {"$defs": {"City": {"enum": ["Rome"]}}, "type": "object", "required": ["city"], "additionalProperties": False,
+                  "properties": {"city": {"$ref": "#/$defs/City"}, "next": {"$ref": "#"}}}
+    tools = [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in ("go", "fly")]
+    assert chat_server.tool_grammar(tools, "required", tool_format, True)
+    with pytest.raises(chat_server.RequestError, match="/nope"):
+        wrong = parameters | {"properties": {"city": {"$ref": "#/nope"}}}
+        chat_server.tool_grammar([{"function": {"name": "go", "parameters": wrong}}], "required", tool_format, True)
 
 
 @pytest.mark.parametrize("tool_format", ["tagged", "json"])

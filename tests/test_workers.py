@@ -166,7 +166,7 @@ async def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(sta
     pool = await start_pool(context_length=64)
     with pytest.raises(RequestError, match=r"has [\d,]+ tokens and the context holds 64") as refused:
         await collect(pool, Request("a", prompts=(tuple([5] * 64),)))
-    assert refused.value.code == "context_length_exceeded"
+    assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "prompt")
     _, tokens, last = await collect(pool, Request("b", prompts=(tuple([5] * 60),), ignore_eos=True))
     assert len(tokens) == 4 and last.reason == "length"
 
