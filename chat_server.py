@@ -139,6 +139,7 @@ class Limits:
     choices: int = 128              # answers of one request
     grammar_characters: int = 1 << 16       # of a JSON schema: compiling this much takes up to 0.3 s
     body_bytes: int = 16 << 20
+    tokenized_characters: int = 1 << 19     # by /tokenize and /apply-template; each may take 3 KB of memory
     outbox_bytes: int = 1 << 20     # unsent bytes after which a reader counts as gone
     recorded_bytes: int = 8 << 20  # of resumable streams, together
 
@@ -3681,6 +3682,10 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
 def give_memory_back() -> None:
     """What loading needed (the file's metadata, a tokenizer's parts, copies of weights) is free but stays in the heap."""
     gc.collect()
+    trim_heap()
+
+
+def trim_heap() -> None:
     with contextlib.suppress(OSError, AttributeError):      # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -4028,6 +4033,7 @@ class LocalPool:
     STABLE_S = 60.0             # a worker that lives so long is in no crash loop
     MAX_FAILOVERS = 3           # a request that was there at so many deaths, without a token in between, is given up
     INLINE_CHARACTERS = 4_000   # longer prompts are rendered and tokenized off the event loop
+    SLICE_CHARACTERS = 1 << 16  # and of longer ones the tokens are counted before
     PREFIXES = 10_000           # so many are known of each worker
 
     def __init__(self, settings: Settings, *, worker_command: Seq[str] = (sys.executable, os.path.abspath(__file__))):
@@ -4291,6 +4297,8 @@ class LocalPool:
         A turn is a user message and what follows it; system messages and the last user message stay in any case.
         """
         if (messages := request.messages) is None:
+            for prompt in request.prompts:
+                self._refuse_far_too_long(prompt, "prompt")
             return [tuple(self.tokenizer.encode_prompt(prompt)) if isinstance(prompt, str) else prompt
                     for prompt in request.prompts], 0
         if len(messages) > self.context_length:         # no template need see them: each is a token at least
@@ -4301,16 +4309,33 @@ class LocalPool:
         @functools.cache
         def without(turns: int) -> tuple[tuple[int, ...], int]:
             kept = [message for index, message in enumerate(messages) if message.role == "system" or index >= starts[turns]]
+            self._refuse_far_too_long("".join(message.content for message in kept), "messages")
             return tuple(self.tokenizer.render(kept, tools=request.tools)), len(messages) - len(kept)
 
         def fits(turns: int) -> bool:       # with room for max_tokens, or at least for a quarter of the context
-            return len(without(turns)[0]) + min(request.max_tokens or math.inf, self.context_length // 4) <= self.context_length
+            try:
+                length = len(without(turns)[0])
+            except RequestError as error:
+                if error.code != "context_length_exceeded":
+                    raise
+                return False
+            return length + min(request.max_tokens or math.inf, self.context_length // 4) <= self.context_length
 
         turns = 0
         if request.truncate and len(starts) > 1 and not fits(0):
             turns = bisect.bisect_left(range(len(starts) - 1), True, lo=1, key=fits)
         ids, dropped = without(turns)
         return [ids], dropped
+
+    def _refuse_far_too_long(self, text: str | Seq[int], param: str) -> None:
+        """RequestError 400 for a long text of more than twice the context's tokens, counted in slices: tokenizing it whole
+        takes some 700 bytes a token, 2.5 GB for a body of 15 MB."""
+        count = 0
+        for start in range(0, len(text) if is_text(text) and len(text) > self.SLICE_CHARACTERS else 0, self.SLICE_CHARACTERS):
+            count += len(self.tokenizer.encode(text[start:start + self.SLICE_CHARACTERS]))
+            if count > 2 * self.context_length:
+                raise RequestError(f"the prompt has more than {count - count % 1000:,} tokens and the context holds "
+                                   f"{self.context_length:,}", code="context_length_exceeded", param=param)
 
     def _answer_length(self, request: Request, prompt_ids: tuple[int, ...]) -> int:
         """How long the answer may get. RequestError 400 with both numbers when nothing fits behind the prompt."""
@@ -4419,9 +4444,21 @@ def rendering_size(messages: Seq[Message], tools: Seq[dict]) -> float:
     return math.inf if tools else sum(len(message.content) + 50 for message in messages)
 
 
+LONG_TEXTS = ThreadPoolExecutor(1, "tokenizer")     # one at a time: they take much memory
+
+
+def tokenizing_long(work: Callable[[Any], Any], text: Any) -> Any:
+    try:
+        return work(text)
+    finally:
+        trim_heap()
+
+
 async def tokenizing(work: Callable[[Any], Any], text: Any, size: float) -> Any:
     """work(text), off the event loop when the text has many characters: other streams go on."""
-    return work(text) if size <= LocalPool.INLINE_CHARACTERS else await asyncio.to_thread(work, text)
+    if size <= LocalPool.INLINE_CHARACTERS:
+        return work(text)
+    return await asyncio.get_running_loop().run_in_executor(LONG_TEXTS, tokenizing_long, work, text)
 
 
 def checked_ids(tokens: Seq[int], tokenizer: Tokenizer, name: str) -> Seq[int]:
@@ -5685,7 +5722,9 @@ class Front:
         encode = tokenizer.encode_with_specials if values.get("parse_special", True) else tokenizer.encode
         parts = values["content"]
         encode_all = lambda parts: [token for part in parts for token in (encode(part) if is_text(part) else [part])]  # noqa: E731
-        tokens = await tokenizing(encode_all, parts, sum(len(part) for part in parts if is_text(part)))
+        size = sum(len(part) for part in parts if is_text(part))
+        within_limit("characters in content", size, LIMITS.tokenized_characters, "content")
+        tokens = await tokenizing(encode_all, parts, size)
         tokens = checked_ids(tokenizer.with_bos(tokens) if values.get("add_special") else tokens, tokenizer, "content")
         if values.get("with_pieces"):
             tokens = [{"id": token, "piece": piece_body(tokenizer, token)} for token in tokens]
@@ -5701,6 +5740,8 @@ class Front:
         values, tokenizer = parse_fields(await read_body(http), TEMPLATE_FIELDS), self.tokenizer()
         messages = openai_messages(values["messages"], tokenizer.tool_format is not None)
         tools = values.get("tools", ()) if tokenizer.tool_format else ()
+        size = sum(len(message.content) for message in messages)
+        within_limit("characters in all messages", size, LIMITS.tokenized_characters, "messages")
         tokens = await tokenizing(functools.partial(tokenizer.render, tools=tools), messages, rendering_size(messages, tools))
         return json_response({"prompt": tokenizer.show(tokens)})
 

@@ -168,3 +168,17 @@ async def test_memory_that_runs_out_in_a_step_costs_few_requests_and_no_worker(s
     assert [len(each[1]) for each in got if each not in failed] == [30] * (5 - len(failed))
     assert pool.workers[0].restarts == 0 and pool.workers[0].state == "ready"
     await idle(pool)
+
+
+async def test_a_text_far_beyond_the_context_is_refused_before_all_of_it_is_tokenized(start_pool, monkeypatch):
+    pool = await start_pool(context_length=128)
+    taken, encode = [], pool.tokenizer.encode
+    monkeypatch.setattr(pool.tokenizer, "encode", lambda text: taken.append(len(text)) or encode(text))
+    long = "why? " * 1_000_000
+    for request in (Request("a", talk(long)), Request("b", talk("q", "a", long), truncate=True), Request("c", None, (long,))):
+        with pytest.raises(RequestError, match="more than .* tokens and the context holds 128") as refused:
+            await answer(pool, request)
+        assert refused.value.code == "context_length_exceeded" and refused.value.param == ("prompt" if request.prompts else "messages")
+    _, _, done = await answer(pool, Request("d", talk(long, "a", "last?"), max_tokens=8, truncate=True))
+    assert done.dropped_messages == 2
+    assert max(taken) == LocalPool.SLICE_CHARACTERS and sum(taken) < 10 * LocalPool.SLICE_CHARACTERS
