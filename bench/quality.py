@@ -1,11 +1,13 @@
 """What quantized arithmetic costs in quality: our engine, and llama.cpp, against float32 on the dequantized weights.
 
-    python bench/quality.py [MODEL] [--llama-perplexity PATH] [--text FILE ...] [--chunks 8] [--server-args "..."]
+    python bench/quality.py [MODEL] [--llama-perplexity PATH] [--text FILE ...] [--chunks 8] [--server-args "..."] [--own-weights]
 
 Real text (README.md and bench/RESULTS.md unless said) is cut into chunks of 512 tokens; at the positions of each chunk's
-second half the next-token distributions are compared: top-1 agreement with its standard error, KL(float32 || measured)
-as mean and largest, perplexity. The judge of a GGUF file is transformers in float32 on the dequantized weights; of a
-nanochat checkpoint our own reference ops in float32 (so `--server-args "--quantize q8_0"` can be judged, too).
+second half the next-token distributions are compared: top-1 agreement and mean KL(float32 || measured) with their standard
+errors, largest KL, perplexity. The judge of a GGUF file is transformers in float32 on the dequantized weights; of a nanochat
+checkpoint our own reference ops in float32. `--own-weights` adds a second judge: the reference ops in float32 on the weights as
+ours holds them, rounded to bfloat16 or by `--server-args "--quantize q8_0"`. The first judge's KL to it is what rounding the
+weights costs, its KL to ours what the arithmetic costs.
 
 llama.cpp answers through `llama-perplexity --save-all-logits` (llama-server gives no prompt logprobs): its logits of the
 same positions, in 65,536 steps over the 16 below the largest: wrong by 1.2e-4 at most, which adds 2e-9 to a KL. Tokens
@@ -14,7 +16,6 @@ instead of its prefill. Our rows do not depend on the batch; `--rows 1` lets tha
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -48,15 +49,15 @@ def build_engine(model, flags):
     return chat_server.build_engine(source, settings, torch.device("cpu"))[1]
 
 
-def our_logits(engine, ids, rows):
-    """Logits (N, V) after each of the N ids, `rows` of them in a step. The only lines here that know the engine's inside."""
+def our_logits(transformer, ids, rows):
+    """Logits (N, V) after each of the N ids, `rows` of them in a step."""
     pages = list(range(-(-len(ids) // chat_server.PAGE_SIZE)))
     found = []
     for start in range(0, len(ids), rows):
         end = min(start + rows, len(ids))
         batch = chat_server.Batch(ids[start:end], [ids[i - 1] if i else -1 for i in range(start, end)], starts=[0, end - start],
                                   lengths=[end], tables=[pages], logit_rows=list(range(end - start)))
-        found.append(engine.transformer.forward(batch).float().clone())
+        found.append(transformer.forward(batch).float().clone())
     return torch.cat(found)
 
 
@@ -65,27 +66,39 @@ class Ours:
         self.name, self.engine, self.rows = " ".join(["ours", *flags]), build_engine(model, flags), rows
 
     def logprobs(self, index, ids):
-        return torch.log_softmax(our_logits(self.engine, ids[:-1], self.rows)[FIRST:].double(), 1)
+        return torch.log_softmax(our_logits(self.engine.transformer, ids[:-1], self.rows)[FIRST:].double(), 1)
 
 
-@contextlib.contextmanager
-def environment(**values):
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+class ReferenceOps:
+    """Our slow, obviously right ops in float32 on `tensors`, named and shaped as chat_server.expected_tensors says."""
+
+    def __init__(self, name, spec, tensors):
+        self.name, pages = name, CHUNK // chat_server.PAGE_SIZE
+        self.transformer = chat_server.Transformer(spec, tensors, chat_server.load_kernels("cpu"), num_pages=pages, max_tokens=CHUNK,
+                                                   dtype=torch.float32)
+
+    def logprobs(self, index, ids):
+        return torch.log_softmax(our_logits(self.transformer, ids[:-1], CHUNK)[FIRST:].double(), 1)
 
 
-class ReferenceOps(Ours):
-    """Our slow, obviously right ops in float32."""
+def on_checkpoint(model):
+    """The judge of a nanochat checkpoint: its weights as they are in the file."""
+    settings = chat_server.parse_command_line(["serve", model], os.environ)
+    loaded = chat_server.open_model(chat_server.resolve_model(settings), settings, torch.float32)
+    return ReferenceOps("float32", loaded.spec, loaded.tensors)
 
-    def __init__(self, model):
-        with environment(CHAT_SERVER_KERNELS="reference"):
-            super().__init__(model, ["--dtype", "float32"], 32)
-        self.name = "reference ops, float32"
+
+def on_own_weights(transformer):
+    """The judge whose weights are what `transformer` holds, in decode_core's tiles or beside them."""
+    def held(name, weight):
+        if isinstance(weight, torch.Tensor):
+            return weight.float()
+        rows = torch.from_numpy(weight.dequantize())
+        if name.endswith("gate_up"):            # tiles of gates and ups, 16 rows each, take turns
+            rows = rows.view(-1, 2, 16, rows.shape[1]).transpose(0, 1).reshape(rows.shape)
+        return rows
+
+    return ReferenceOps("float32 on its weights", transformer.spec, {name: held(name, weight) for name, weight in transformer.weights.items()})
 
 
 class Transformers:
@@ -147,10 +160,10 @@ def divergence(p, q):
 
 
 class Score:
-    """One contestant at all judged positions."""
+    """One contestant against one judge, at all judged positions."""
 
-    def __init__(self, name):
-        self.name, self.equal, self.kl, self.surprise = name, [], [], []
+    def __init__(self, judge, name):
+        self.judge, self.name, self.equal, self.kl, self.surprise = judge, name, [], [], []
 
     def add(self, judge, measured, following):
         """Logprobs (N, V) of both, and the N tokens that do follow."""
@@ -160,26 +173,30 @@ class Score:
 
     def figures(self):
         n, agreement = len(self.equal), statistics.mean(self.equal)
-        return {"contestant": self.name, "positions": n, "top-1": agreement,
+        return {"judge": self.judge, "contestant": self.name, "positions": n, "top-1": agreement,
                 "top-1 error": math.sqrt(agreement * (1 - agreement) / n), "mean KL": statistics.mean(self.kl),
+                "mean KL error": statistics.stdev(self.kl) / math.sqrt(n),
                 "KL 99 %": sorted(self.kl)[int(0.99 * n)], "max KL": max(self.kl), "perplexity": math.exp(statistics.mean(self.surprise))}
 
 
-def compare(judge, contestants, chunks):
-    """The judge's own score first: its perplexity belongs beside the others'."""
-    scores = [Score(judge.name), *(Score(contestant.name) for contestant in contestants)]
+def compare(judges, contestants, chunks):
+    """Figures of every judge and contestant against the first judge, then of the contestants against the other judges."""
+    pairs = [(judges[0], measured) for measured in judges + contestants]
+    pairs += [(judge, measured) for judge in judges[1:] for measured in contestants]
+    scores = [Score(judge.name, measured.name) for judge, measured in pairs]
     for index, ids in enumerate(chunks):
         print(f"  chunk {index + 1} of {len(chunks)}", file=sys.stderr, flush=True)
-        right, following = judge.logprobs(index, ids), torch.tensor(ids[FIRST + 1:])
-        for score, contestant in zip(scores, [None, *contestants]):
-            score.add(right, contestant.logprobs(index, ids) if contestant else right, following)
+        found, following = {each: each.logprobs(index, ids) for each in judges + contestants}, torch.tensor(ids[FIRST + 1:])
+        for score, (judge, measured) in zip(scores, pairs):
+            score.add(found[judge], found[measured], following)
     return [score.figures() for score in scores]
 
 
 def table(rows):
-    lines = ["| contestant | top-1 equal | mean KL | KL, 99 % | largest KL | perplexity |", "|---|---|---|---|---|---|"]
-    lines += [f"| {row['contestant']} | {row['top-1']:.2%} +- {row['top-1 error']:.2%} | {row['mean KL']:.2e} | {row['KL 99 %']:.2e} | "
-              f"{row['max KL']:.2e} | {row['perplexity']:.3f} |" for row in rows]
+    lines = ["| judge | contestant | top-1 equal | mean KL | KL, 99 % | largest KL | perplexity |", "|---|---|---|---|---|---|---|"]
+    lines += [f"| {row['judge']} | {row['contestant']} | {row['top-1']:.2%} +- {row['top-1 error']:.2%} | "
+              f"{row['mean KL']:.2e} +- {row['mean KL error']:.0e} | {row['KL 99 %']:.2e} | {row['max KL']:.2e} | {row['perplexity']:.3f} |"
+              for row in rows]
     return "\n".join(lines)
 
 
@@ -195,6 +212,7 @@ def parse_command_line():
     parser.add_argument("--rows", type=int, default=32, help="tokens in one step of ours; at most --max-batch")
     parser.add_argument("--ubatch", type=int, default=512, help="tokens in one step of llama.cpp")
     parser.add_argument("--server-args", type=shlex.split, default=[], help="more flags for ours, in one string")
+    parser.add_argument("--own-weights", action="store_true", help="judge by float32 on the weights as ours holds them, too")
     parser.add_argument("--json", type=Path, help="store the figures in this file")
     return parser.parse_args()
 
@@ -208,15 +226,16 @@ def main(arguments):
     text = "\n\n".join(path.read_text() for path in arguments.text)
     model = arguments.model or str(chat_server.fetch_default_model())
     ours = Ours(model, arguments.server_args, arguments.rows)
-    is_gguf = Path(model).suffix == ".gguf"
-    judge, peers, chunks = Transformers(Path(model)) if is_gguf else ReferenceOps(model), [], cut(ours.engine.tokenizer, text, arguments.chunks)
+    judges = [Transformers(Path(model)) if Path(model).suffix == ".gguf" else on_checkpoint(model)]
+    judges += [on_own_weights(ours.engine.transformer)] if arguments.own_weights else []
+    peers, chunks = [], cut(ours.engine.tokenizer, text, arguments.chunks)
     if arguments.llama_perplexity:
         with tempfile.TemporaryDirectory() as folder:
             peers = [LlamaCpp(arguments.llama_perplexity, model, text, arguments.chunks, arguments.ubatch, Path(folder))]
         if peers[0].ids != chunks:
             print("the two tokenize the text differently: llama.cpp's tokens are judged", file=sys.stderr)
             chunks = peers[0].ids
-    rows = compare(judge, [ours, *peers], chunks)
+    rows = compare(judges, [ours, *peers], chunks)
     print(table(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps({"model": Path(model).name, "text": [path.name for path in arguments.text], "figures": rows}, indent=1) + "\n")
