@@ -4546,6 +4546,8 @@ JSON_TYPES = {"null": lambda value: value is None, "boolean": lambda value: isin
 
 def fits(schema: Mapping[str, Any], value: Any) -> bool:
     """Is a value from JSON what a schema allows? As much of JSON Schema as the tables below use."""
+    if not schema:              # anything, and nested as deeply as it likes
+        return True
     types = schema.get("type", list(JSON_TYPES))
     if not any(JSON_TYPES[name](value) for name in ([types] if is_text(types) else types)):
         return False

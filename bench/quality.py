@@ -1,6 +1,7 @@
 """What quantized arithmetic costs in quality: our engine, and llama.cpp, against float32 on the dequantized weights.
 
-    python bench/quality.py [MODEL] [--llama-perplexity PATH] [--text FILE ...] [--chunks 8] [--server-args "..."] [--own-weights]
+    python bench/quality.py [MODEL] [--llama-perplexity PATH] [--text FILE ...] [--chunks 8] [--own-weights]
+                            [--server-args "..."]
 
 Real text (README.md and bench/RESULTS.md unless said) is cut into chunks of 512 tokens; at the positions of each chunk's
 second half the next-token distributions are compared: top-1 agreement and mean KL(float32 || measured) with their standard
@@ -73,17 +74,17 @@ class ReferenceOps:
     """Our slow, obviously right ops in float32 on `tensors`, named and shaped as chat_server.expected_tensors says."""
 
     def __init__(self, name, spec, tensors):
-        self.name, pages = name, CHUNK // chat_server.PAGE_SIZE
-        self.transformer = chat_server.Transformer(spec, tensors, chat_server.load_kernels("cpu"), num_pages=pages, max_tokens=CHUNK,
-                                                   dtype=torch.float32)
+        kernels = chat_server.load_kernels("cpu")           # for no model in particular: the references
+        self.name, self.transformer = name, chat_server.Transformer(
+            spec, tensors, kernels, num_pages=CHUNK // chat_server.PAGE_SIZE, max_tokens=CHUNK, dtype=torch.float32)
 
     def logprobs(self, index, ids):
         return torch.log_softmax(our_logits(self.transformer, ids[:-1], CHUNK)[FIRST:].double(), 1)
 
 
-def on_checkpoint(model):
-    """The judge of a nanochat checkpoint: its weights as they are in the file."""
-    settings = chat_server.parse_command_line(["serve", model], os.environ)
+def on_checkpoint(model, flags):
+    """The judge of the nanochat checkpoint that these flags choose: its weights as they are in the file."""
+    settings = chat_server.parse_command_line(["serve", model, *flags], os.environ)
     loaded = chat_server.open_model(chat_server.resolve_model(settings), settings, torch.float32)
     return ReferenceOps("float32", loaded.spec, loaded.tensors)
 
@@ -98,7 +99,8 @@ def on_own_weights(transformer):
             rows = rows.view(-1, 2, 16, rows.shape[1]).transpose(0, 1).reshape(rows.shape)
         return rows
 
-    return ReferenceOps("float32 on its weights", transformer.spec, {name: held(name, weight) for name, weight in transformer.weights.items()})
+    tensors = {name: held(name, weight) for name, weight in transformer.weights.items()}
+    return ReferenceOps("float32 on its weights", transformer.spec, tensors)
 
 
 class Transformers:
@@ -175,8 +177,8 @@ class Score:
         n, agreement = len(self.equal), statistics.mean(self.equal)
         return {"judge": self.judge, "contestant": self.name, "positions": n, "top-1": agreement,
                 "top-1 error": math.sqrt(agreement * (1 - agreement) / n), "mean KL": statistics.mean(self.kl),
-                "mean KL error": statistics.stdev(self.kl) / math.sqrt(n),
-                "KL 99 %": sorted(self.kl)[int(0.99 * n)], "max KL": max(self.kl), "perplexity": math.exp(statistics.mean(self.surprise))}
+                "mean KL error": statistics.stdev(self.kl) / math.sqrt(n), "KL 99 %": sorted(self.kl)[int(0.99 * n)],
+                "max KL": max(self.kl), "perplexity": math.exp(statistics.mean(self.surprise))}
 
 
 def compare(judges, contestants, chunks):
@@ -193,10 +195,11 @@ def compare(judges, contestants, chunks):
 
 
 def table(rows):
-    lines = ["| judge | contestant | top-1 equal | mean KL | KL, 99 % | largest KL | perplexity |", "|---|---|---|---|---|---|---|"]
-    lines += [f"| {row['judge']} | {row['contestant']} | {row['top-1']:.2%} +- {row['top-1 error']:.2%} | "
-              f"{row['mean KL']:.2e} +- {row['mean KL error']:.0e} | {row['KL 99 %']:.2e} | {row['max KL']:.2e} | {row['perplexity']:.3f} |"
-              for row in rows]
+    lines = ["| judge | contestant | top-1 equal | mean KL | KL, 99 % | largest KL | perplexity |", "|---" * 7 + "|"]
+    for row in rows:
+        equal, kl = f"{row['top-1']:.2%} +- {row['top-1 error']:.2%}", f"{row['mean KL']:.2e} +- {row['mean KL error']:.0e}"
+        lines.append(f"| {row['judge']} | {row['contestant']} | {equal} | {kl} | {row['KL 99 %']:.2e} | {row['max KL']:.2e} | "
+                     f"{row['perplexity']:.3f} |")
     return "\n".join(lines)
 
 
@@ -226,7 +229,7 @@ def main(arguments):
     text = "\n\n".join(path.read_text() for path in arguments.text)
     model = arguments.model or str(chat_server.fetch_default_model())
     ours = Ours(model, arguments.server_args, arguments.rows)
-    judges = [Transformers(Path(model)) if Path(model).suffix == ".gguf" else on_checkpoint(model)]
+    judges = [Transformers(Path(model)) if Path(model).suffix == ".gguf" else on_checkpoint(model, arguments.server_args)]
     judges += [on_own_weights(ours.engine.transformer)] if arguments.own_weights else []
     peers, chunks = [], cut(ours.engine.tokenizer, text, arguments.chunks)
     if arguments.llama_perplexity:
@@ -238,7 +241,8 @@ def main(arguments):
     rows = compare(judges, [ours, *peers], chunks)
     print(table(rows))
     if arguments.json:
-        arguments.json.write_text(json.dumps({"model": Path(model).name, "text": [path.name for path in arguments.text], "figures": rows}, indent=1) + "\n")
+        found = {"model": Path(model).name, "text": [path.name for path in arguments.text], "figures": rows}
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""bench/quality.py, small: what the compiled arithmetic costs in quality, apart from the weights' rounding. Its figures are read by people."""
+"""bench/quality.py, small: what the compiled arithmetic costs in quality, apart from the weights' rounding."""
 
 from pathlib import Path
 
@@ -14,11 +14,11 @@ def mean_kl(flags, rows):
     """Of ours against float32 on the weights that ours holds, over one chunk."""
     ours = quality.Ours(MODEL, flags.split(), rows)
     chunks = quality.cut(ours.engine.tokenizer, Path(quality.ROOT / "README.md").read_text(), 1)
-    judges = [quality.on_checkpoint(MODEL), quality.on_own_weights(ours.engine.transformer)]
+    judges = [quality.on_checkpoint(MODEL, flags.split()), quality.on_own_weights(ours.engine.transformer)]
     return quality.compare(judges, [ours], chunks)[-1]["mean KL"]
 
 
-@pytest.mark.parametrize("flags, most", [("--dtype float32", 1e-11), ("", 1e-7), ("--quantize q8_0", 3e-4), ("--quantize q4_0", 3e-4),
-                                         ("--quantize q4_1", 3e-4)])
+@pytest.mark.parametrize("flags, most", [("--dtype float32", 1e-11), ("", 1e-7), ("--quantize q8_0", 3e-4),
+                                         ("--quantize q4_0", 3e-4), ("--quantize q4_1", 3e-4)])
 def test_the_compiled_arithmetic_is_near_float32_on_its_own_weights_and_decodes_as_it_prefills(flags, most):
     assert mean_kl(flags, rows=1) == mean_kl(flags, rows=32) < most

@@ -1,4 +1,4 @@
-"""Train a small nanochat model (4 layers, width 256) on a CPU in minutes: a checkpoint for bench/quality.py that knows real text.
+"""Train a small nanochat model (4 layers, width 256) in minutes: a checkpoint for bench/quality.py that has seen real text.
 
     NANOCHAT_DTYPE=bfloat16 python bench/tiny_nanochat.py NANOCHAT OUT TEXT ...
 

@@ -113,6 +113,18 @@ def test_what_is_nested_too_deeply_for_the_template_is_refused(tokenizer):
         tokenizer.render([Message("user", "x")], [deep])
 
 
+@pytest.mark.parametrize("field", ["tools", "response_format", "stream_options", "metadata"])
+async def test_what_a_field_may_hold_is_not_searched_to_its_bottom(pool, field):
+    deep = {}
+    for _ in range(500):                # json.loads takes more
+        deep = {"a": deep}
+    body = {"tools": [{"type": "function", "function": {"name": "f", "parameters": deep}}], "metadata": deep, "stream_options": deep,
+            "response_format": {"type": "json_schema", "json_schema": {"schema": deep}}}
+    async with serving(pool) as url, aiohttp.ClientSession() as client:
+        async with client.post(url + "/v1/chat/completions", json=ASK | {field: body[field]}) as response:
+            assert response.status in (200, 400), await response.text()
+
+
 async def test_a_call_is_a_message_with_tool_calls_and_no_text(pool):
     async with serving(pool) as url, aiohttp.ClientSession() as client:
         body = await (await client.post(url + "/v1/chat/completions", json=ASK)).json()
