@@ -471,7 +471,7 @@ async def main(arguments):
     chosen = [scenario for scenario in SCENARIOS if scenario.name in arguments.only]
     try:
         timeout = aiohttp.ClientTimeout(total=REQUEST_LIMIT_S)
-        async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+        async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0, force_close=True)) as session:
             await compare_speeds(figures, competing, chosen, arguments, session)
             if STARTUP in arguments.only:
                 await compare_starts(figures, competing, arguments, session)
