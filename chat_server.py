@@ -225,7 +225,7 @@ OPTIONS = (
            choices=("bfloat16", "float32")),
     Option("quantize", None, None, str, "float weight matrices become 8 or 4 bits when they are loaded (CPU, with decode_core)",
            choices=("q8_0", "q4_0", "q4_1")),
-    Option("no-drafts", None, False, None, "compute one token a step even where text repeats itself (answers are the same)"),
+    Option("drafts", None, True, None, "check several tokens a step where text repeats itself; --no-drafts: one (answers are the same)"),
     Option("device-type", None, "auto", str, "where the model runs", choices=("auto", "cuda", "cpu", "mps")),
     Option("gpu-memory-utilization", None, 0.90, number(float, 0.05, 1.0), "share of device memory for weights and KV pages"),
     Option("kv-cache-memory", None, None, parse_bytes, "bytes for KV pages per replica (suffixes K, M, G)"),
@@ -3702,7 +3702,7 @@ def build_engine(source: ModelSource, settings: Settings, device: "torch.device"
                               progress=progress, **limits)
     return model, Engine(transformer, open_tokenizer(model.text), kernels, num_pages=num_pages,
                          max_batch=settings.max_batch, context_length=model.context_length,
-                         prefill_chunk=settings.prefill_chunk, drafts=not settings.no_drafts)
+                         prefill_chunk=settings.prefill_chunk, drafts=settings.drafts)
 
 
 def kv_pages(spec: ModelSpec, settings: Settings, device: "torch.device", dtype: "torch.dtype | None", context: int) -> int:

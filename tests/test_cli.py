@@ -12,7 +12,7 @@ import sys
 import pytest
 
 import chat_server
-from chat_server import (ConfigError, EngineFailure, Finished, Overloaded, Piece, RemotePool, RequestError, Settings,
+from chat_server import (OPTIONS, ConfigError, EngineFailure, Finished, Overloaded, Piece, RemotePool, RequestError, Settings,
                          parse_command_line)
 from fake_pool import FakePool, finished, serving
 
@@ -51,9 +51,9 @@ def test_each_flag_has_an_environment_variable_and_the_flag_wins():
 
 
 def test_words_of_the_environment_may_be_of_any_case_and_have_spaces_between():
-    settings = parsed("", CHAT_SERVER_DTYPE="Float32", CHAT_SERVER_LOG_FORMAT="JSON", CHAT_SERVER_NO_DRAFTS="FALSE",
+    settings = parsed("", CHAT_SERVER_DTYPE="Float32", CHAT_SERVER_LOG_FORMAT="JSON", CHAT_SERVER_DRAFTS="FALSE",
                       CHAT_SERVER_SERVED_MODEL_NAME="a, b ,c")
-    assert settings == Settings(dtype="float32", log_format="json", served_model_name=("a", "b", "c"))
+    assert settings == Settings(dtype="float32", log_format="json", served_model_name=("a", "b", "c"), drafts=False)
 
 
 @pytest.mark.parametrize("line, environment, words", [
@@ -362,3 +362,18 @@ async def test_a_server_that_is_no_chat_server_is_named():
         async with chat_server.serving(app, listener):
             with pytest.raises(ConfigError, match="not a chat server"):
                 await chat_server.generate(Settings(command="generate", prompt="Hi", url=f"127.0.0.1:{listener.getsockname()[1]}"))
+
+
+@pytest.mark.parametrize("line, environment, drafts", [
+    ("", {}, True), ("--no-drafts", {}, False), ("--drafts", {}, True), ("", {"CHAT_SERVER_DRAFTS": "0"}, False),
+    ("--drafts", {"CHAT_SERVER_DRAFTS": "0"}, True)])
+def test_drafts_can_be_switched_off(line, environment, drafts):
+    assert parsed(line, **environment).drafts is drafts
+
+
+def test_every_switch_does_what_its_name_says():
+    for option in OPTIONS:
+        if option.parse is None:
+            assert not option.name.startswith("no-"), "argparse makes --no-x of a switch called x, and False of one called no-x"
+            for flag, value in ((f"--{option.name}", True), (f"--no-{option.name}", False)):
+                assert getattr(parsed(flag), option.name.replace("-", "_")) is value
