@@ -135,8 +135,8 @@ DC_INLINE BlockOfTile block_of(const uint8_t* tile, int64_t b) {
 
 template <Weight TYPE>
 DC_INLINE void prefetch_block(BlockOfTile w, int64_t ahead) {       // each line once, block after block
-    for (int64_t line = 0; line < (TYPE == Weight::q8_0 ? 512 : 256); line += 64) __builtin_prefetch(w.quants + ahead + line);
-    __builtin_prefetch(w.scales + ahead);
+    for (int64_t line = 0; line < (TYPE == Weight::q8_0 ? 512 : 256); line += 64) fetch_once(w.quants + ahead + line);
+    fetch_once(w.scales + ahead);
 }
 
 template <Weight TYPE, int R>
@@ -238,7 +238,7 @@ __attribute__((noinline)) void float_rows(const uint8_t* tile, int64_t columns, 
         if (ahead) {                                // within the tile, then within the one that follows these T
             const uint8_t* next = tile + ahead + (left * 16 * int64_t(sizeof(W)) > ahead ? 0 : (T - 1) * bytes);
             for (int t = 0; t < T; t++)
-                for (int64_t line = 0; line < step; line += 64) __builtin_prefetch(next + t * bytes + line);
+                for (int64_t line = 0; line < step; line += 64) fetch_once(next + t * bytes + line);
         }
         float_columns<W, T, R>(tile, bytes, x, 16, total);
     }
