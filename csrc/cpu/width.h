@@ -19,7 +19,8 @@ namespace dc {
 class Width {
 public:
     static constexpr int FIRST_INTERVAL = 64, LONGEST_INTERVAL = 2048, LEAST_INTERVAL = 32;
-    static constexpr double GAIN = 0.97;            // the other width must take less than this part of the time
+    static constexpr double GAIN = 0.97;            // the other width must take less than this part of the time;
+    static constexpr double HOPELESS = 1.25;        // and is not tried to the end where it takes so much more
 
     explicit Width(int probe_steps) : probe_steps(probe_steps) {}
 
@@ -34,7 +35,8 @@ public:
         since_probe++;
         if (probing) {
             probe.add(cost);
-            if (probe.count >= probe_steps) decide();
+            const bool hopeless = probe.count > 1 && probe.value > HOPELESS * usual.value;
+            if (probe.count >= probe_steps || hopeless) decide();
             return;
         }
         usual.add(cost);
