@@ -3347,16 +3347,19 @@ class Engine:
     def cancel(self, request_id: str) -> bool:
         return bool(self.scheduler.cancel(request_id))
 
-    def step(self) -> list[Update]:
-        """Start the next step and finish the one before; return what came of it."""
+    def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[Update]:
+        """Start the next step, do something `meanwhile`, and finish the one before; return what came of it."""
         plan = self.scheduler.schedule()
         if not plan and not self.under_way:     # whatever is here is being prepared
             wait([s.preparing for s in self.scheduler.waiting if s.preparing], 0.02, FIRST_COMPLETED)
         on_host = any(chunk.sequence.work.needs_logits and chunk.rows for chunk in plan)
         if on_host:
+            meanwhile()
             self._finish()
             plan = [chunk for chunk in plan if not chunk.sequence.finished]
         ticket = self._start(plan, on_host) if plan else None
+        if not on_host:
+            meanwhile()
         self._finish()
         if plan:
             self._advance(plan, ticket)
@@ -3776,7 +3779,13 @@ MAX_FAILURES = 3        # steps that may fail in a row before a worker is replac
 
 def run_engine(channel: Channel, engine: Engine) -> None:
     """The worker's life: obey what came, step, report; asleep while there is nothing to do. Ends with EOFError."""
-    failures = 0            # steps that failed in a row
+    failures, updates = 0, []       # steps that failed in a row; what the front has not been told
+
+    def report() -> None:
+        nonlocal updates
+        channel.send("step", updates, gauges(engine))
+        updates = []
+
     while True:
         for verb, argument in channel.receive(wait=not engine.busy):
             if verb == "add":
@@ -3784,14 +3793,15 @@ def run_engine(channel: Channel, engine: Engine) -> None:
             elif verb == "cancel":
                 engine.cancel(argument)
         try:
-            updates, failures = engine.step(), 0
+            updates, failures = engine.step(report), 0
         except Exception as error:      # one bad step fails one request, not the server
             failures += 1
             if failures > MAX_FAILURES or "CUDA error" in str(error):       # only a fresh process can help
                 raise
             log.error("a step failed", exc_info=error)
-            updates = [Update(id_, (), "", "error", failure_text(error)) for id_ in engine.give_up()]
-        channel.send("step", updates, gauges(engine))
+            updates += [Update(id_, (), "", "error", failure_text(error)) for id_ in engine.give_up()]
+        if not engine.busy:
+            report()
 
 
 # the front's side
