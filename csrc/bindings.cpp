@@ -54,7 +54,8 @@ void bind_runtime(py::module_& m) {
     m.def("set_threads", &dc::set_threads, py::arg("threads"), py::call_guard<Gil>());
     m.def("get_threads", &dc::get_threads);
     m.def("sleeping_threads", &dc::sleeping_threads);
-    m.def("force_schedule", &dc::force_schedule, py::arg("width"), py::arg("steal_first"));     // for tests
+    m.def("force_schedule", &dc::force_schedule, py::arg("width"), py::arg("steal_first"), py::arg("redo_us") = dc::REDO_US);    // for tests
+    m.def("redone_chunks", &dc::redone_chunks);
 }
 
 // --- sample -----------------------------------------------------------------------------------------------

@@ -113,6 +113,7 @@ py::list times(const dc::Program& program) {
         }
         py::dict one;
         one["tokens"] = step.tokens, one["logit_rows"] = step.logit_rows, one["width"] = step.width, one["stalled"] = step.stalled;
+        one["gap_us"] = step.gap_us;
         one["us"] = step.us, one["phases"] = step.phases, one["kinds"] = kinds;
         all.append(one);
     }

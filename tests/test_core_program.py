@@ -1,6 +1,8 @@
 """decode_core.Program: a step replayed has the bits of its ops called one by one, however it is divided (numpy only)."""
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -232,8 +234,8 @@ MIXES = {                       # T tokens: what the sequences bring, first and 
     33: [(90, 1), (17, 1), (0, 31)],
     100: [(100, 1), (2, 1), (0, 58), (16, 40)],
 }
-# (threads, forced width, take others' chunks first)
-SCHEDULES = [(1, 0, False), (2, 0, False), (2, 2, True), (2, 1, False), (4, 4, False), (4, 4, True), (4, 3, False)]
+# (threads, forced width, take others' chunks first[, do again at once what another thread is doing])
+SCHEDULES = [(1, 0, False), (2, 0, False), (2, 2, True), (2, 1, False), (4, 4, False), (4, 4, True), (4, 3, False), (2, 2, False, 0), (4, 4, True, 0)]
 
 
 @pytest.mark.parametrize("logit_rows", ["none", "one", "all"])
@@ -242,13 +244,13 @@ SCHEDULES = [(1, 0, False), (2, 0, False), (2, 2, True), (2, 1, False), (4, 4, F
 def test_a_step_has_the_bits_of_its_ops_called_one_by_one(name, tokens, logit_rows):
     model, recorded = MODELS[name], Recorded(name)
     buffers, cache = model.buffers(), model.make_cache()
-    for round, (threads, width, steal) in enumerate(SCHEDULES):
+    for round, (threads, *schedule) in enumerate(SCHEDULES):
         decode_core.set_isa(ISAS[round % len(ISAS)])
         step = make_step(model, MIXES[tokens], logit_rows, seed=round)
         decode_core.set_threads(1)
         expected = run_eagerly(model, step, buffers, cache)
         decode_core.set_threads(threads)
-        _core.force_schedule(width, steal)
+        _core.force_schedule(*schedule)
         assert recorded.run(step) == expected
         R = len(step.logit_rows)
         assert np.array_equal(recorded.buffers.logits[:R].view(np.int32), buffers.logits[:R].view(np.int32))
@@ -258,8 +260,8 @@ def test_a_step_has_the_bits_of_its_ops_called_one_by_one(name, tokens, logit_ro
         assert np.isnan(recorded.buffers.x[tokens:]).all() and np.isnan(recorded.buffers.logits[R:]).all()
 
 
-@pytest.mark.parametrize("threads, width, steal", [(2, 0, False), (2, 2, True), (4, 4, False), (3, 2, False)])
-def test_thousands_of_steps_of_changing_shapes_give_the_same_tokens_as_the_first_time(threads, width, steal):
+def run_thousands(threads, *schedule):
+    """Steps of changing shapes; each must give the tokens and logits that one thread gave."""
     model, recorded = MODELS["llama"], Recorded("llama")
     shapes = [MIXES[1], MIXES[2], MIXES[5], MIXES[33], [(0, 4)], [(9, 1)] * 6]
     steps = [make_step(model, shape, "all", seed) for seed, shape in enumerate(shapes)]
@@ -270,11 +272,49 @@ def test_thousands_of_steps_of_changing_shapes_give_the_same_tokens_as_the_first
     for step in steps:
         expected.append((recorded.run(step), recorded.buffers.logits[:len(step.logit_rows)].copy()))
     decode_core.set_threads(threads)
-    _core.force_schedule(width, steal)
+    _core.force_schedule(*schedule)
     for n in range(int(2500 * SHARE)):
         step, (tokens, logits) = steps[n % len(steps)], expected[n % len(steps)]
         assert recorded.run(step) == tokens
         assert n % 50 or np.array_equal(recorded.buffers.logits[:len(tokens)], logits)
+
+
+@pytest.mark.parametrize("schedule", [(2, 0, False), (2, 2, True), (4, 4, False), (3, 2, False)])
+def test_thousands_of_steps_of_changing_shapes_give_the_same_tokens_as_the_first_time(schedule):
+    run_thousands(*schedule)
+
+
+@pytest.mark.parametrize("schedule", [(2, 2, False, 0), (4, 4, True, 0)])
+def test_chunks_that_two_threads_do_at_once_count_once(schedule):
+    run_thousands(*schedule)
+    assert _core.redone_chunks() > 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="stops a single thread with a signal")
+def test_steps_go_on_without_threads_that_are_stopped_in_the_middle_of_a_chunk():
+    libc, pid, number, done = ctypes.CDLL(None), os.getpid(), signal.SIGRTMAX, threading.Event()
+    threads = lambda: set(map(int, os.listdir("/proc/self/task")))                          # noqa: E731
+    others, ours = threads(), threading.get_native_id()
+    libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
+    before = libc.signal(number, ctypes.cast(libc.usleep, ctypes.c_void_p))                 # the handler gets the number: 64 us
+
+    def stop_them():
+        while not done.wait(1e-4):
+            for thread in threads() - others - {ours, threading.get_native_id()}:
+                libc.tgkill(pid, thread, number)
+
+    stopping = threading.Thread(target=stop_them)
+    stopping.start()
+    try:
+        for _ in range(20):
+            run_thousands(2, 2, False)
+            if _core.redone_chunks():
+                break
+    finally:
+        done.set()
+        stopping.join()
+        libc.signal(number, before)
+    assert _core.redone_chunks() > 0
 
 
 def decode_alone(recorded, tables, prompts, count, pipelined):
@@ -489,6 +529,7 @@ def test_what_was_recorded_is_kept_alive_and_described():
     recorded.run(make_step(recorded.model, MIXES[5], "one", seed=1))
     times = recorded.program.times()[-1]
     assert times["tokens"] == 5 and times["logit_rows"] == 1 and times["width"] >= 1
+    assert times["gap_us"] > 0
     assert abs(sum(us for _, us in times["phases"]) - times["us"]) < 1e-3 * times["us"] + 1
     assert {"paged_attention", "sample"} <= set(times["kinds"])
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <memory>
 
 #include "checks.h"
@@ -129,14 +130,23 @@ size_t AttentionRun::memory_bytes(const AttentionPlan::Work& work, int head_size
     return counter_bytes(work) + size_t(work.states * state_floats(1, head_size)) * sizeof(float);
 }
 
-AttentionRun::AttentionRun(const AttentionPlan::Work& work, int head_size, Element cache_type, void* memory, int threads)
+// With more than one thread, runs of items, so that a thread knows what it reads next; short enough that the threads end together.
+AttentionRun::AttentionRun(const AttentionPlan::Work& work, void* memory, int threads)
     : work(work), unfinished(static_cast<std::atomic<int>*>(memory)),
-      states(reinterpret_cast<float*>(static_cast<char*>(memory) + counter_bytes(work))), count(int64_t(work.items.size())) {
+      states(reinterpret_cast<float*>(static_cast<char*>(memory) + counter_bytes(work))), count(int64_t(work.items.size())),
+      per_chunk(threads > 1 ? std::clamp<int64_t>(count / (RUNS_PER_THREAD * threads), 1, LONGEST_RUN) : std::max<int64_t>(count, 1)) {
     for (const AttentionItem& item : work.items)
         if (item.merge >= 0) new (&unfinished[item.merge]) std::atomic<int>(item.merge_count);
-    // Runs of items, so that a thread knows what it reads next; short enough that the threads end together.
-    const bool shared = work.positions * 2 * head_size * bytes_of(cache_type) > BYTES_WORTH_SHARING;
-    per_chunk = shared ? std::clamp<int64_t>(count / (RUNS_PER_THREAD * threads), 1, LONGEST_RUN) : std::max<int64_t>(count, 1);
+}
+
+int64_t AttentionRun::floats_of(const AttentionJob& job, const AttentionItem& item) {
+    return state_floats(item.rows * (job.heads / job.kv_heads), job.head_size);
+}
+
+size_t AttentionRun::staged_bytes(const AttentionJob& job) const {
+    int64_t most = 0;
+    for (const AttentionItem& item : work.items) most = std::max(most, floats_of(job, item));
+    return size_t(per_chunk * most) * sizeof(float);
 }
 
 // The keys of an item's first chunk, at once: later ones are fetched while the item before is computed.
@@ -149,27 +159,44 @@ void fetch_keys(const AttentionJob& job, const AttentionItem& item) {
     }
 }
 
-void AttentionRun::run(const AttentionJob& job, int64_t chunk) const {
+void AttentionRun::run(const AttentionJob& job, int64_t chunk, float* staged) const {
     const AttentionKernels& use = kernels();
-    const int64_t query_floats = state_floats(1, job.head_size), end = std::min((chunk + 1) * per_chunk, count);
+    const int64_t end = std::min((chunk + 1) * per_chunk, count);
     if (chunk * per_chunk < end) fetch_keys(job, work.items[size_t(chunk * per_chunk)]);
     for (int64_t j = chunk * per_chunk; j < end; j++) {
         const AttentionItem& item = work.items[size_t(j)];
         const AttentionItem* following = j + 1 < count ? &work.items[size_t(j + 1)] : nullptr;
-        if (item.merge < 0) {
-            use.attend(job, item, following, nullptr);
-            continue;
-        }
-        use.attend(job, item, following, states + item.state * query_floats);
-        if (unfinished[item.merge].fetch_sub(1, std::memory_order_acq_rel) != 1) continue;
-        unfinished[item.merge].store(item.merge_count, std::memory_order_relaxed);       // for the next layer
-        use.merge(job, item, states + item.merge_begin * query_floats, item.merge_count);
+        use.attend(job, item, following, staged ? staged : item.merge < 0 ? nullptr : state_of(job, item));
+        if (staged) staged += floats_of(job, item);
+        else if (item.merge >= 0) count_state(job, item);
     }
 }
 
+void AttentionRun::put(const AttentionJob& job, int64_t chunk, const float* staged) const {
+    const int64_t end = std::min((chunk + 1) * per_chunk, count);
+    for (int64_t j = chunk * per_chunk; j < end; j++) {
+        const AttentionItem& item = work.items[size_t(j)];
+        const int64_t floats = floats_of(job, item);
+        if (item.merge < 0) {
+            kernels().merge(job, item, staged, 1);
+        } else {
+            std::memcpy(state_of(job, item), staged, size_t(floats) * sizeof(float));
+            count_state(job, item);
+        }
+        staged += floats;
+    }
+}
+
+void AttentionRun::count_state(const AttentionJob& job, const AttentionItem& item) const {
+    if (unfinished[item.merge].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+    unfinished[item.merge].store(item.merge_count, std::memory_order_relaxed);       // for the next layer
+    kernels().merge(job, item, states + item.merge_begin * state_floats(1, job.head_size), item.merge_count);
+}
+
 void paged_attention(const AttentionJob& job, const AttentionPlan::Work& work) {
-    const AttentionRun run(work, job.head_size, job.cache_type, scratch(AttentionRun::memory_bytes(work, job.head_size)), get_threads());
-    parallel_for(run.chunks(), [&](int64_t i) { run.run(job, i); });
+    const bool shared = work.positions * 2 * job.head_size * bytes_of(job.cache_type) > BYTES_WORTH_SHARING;
+    const AttentionRun run(work, scratch(AttentionRun::memory_bytes(work, job.head_size)), shared ? get_threads() : 1);
+    parallel_for(run.chunks(), [&](int64_t i) { run.run(job, i, nullptr); });
 }
 
 // Reads memory as attention does, an item of 64 KB after another, and does nothing with it: what a bench compares with.

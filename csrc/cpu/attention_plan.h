@@ -36,16 +36,22 @@ private:
 };
 
 // A step's attention over one window: chunks of items that threads may run in any order, layer after layer. `memory`
-// (memory_bytes, aligned to 64) holds the states of divided sequences; a layer leaves it ready for the next.
+// (memory_bytes, aligned to 64) holds the states of divided sequences; a layer leaves it ready for the next. A chunk either
+// writes what it has found at once (staged == nullptr), or all its items' states to `staged`, which put() then takes.
 class AttentionRun {
 public:
     static size_t memory_bytes(const AttentionPlan::Work& work, int head_size);
-    AttentionRun(const AttentionPlan::Work& work, int head_size, Element cache_type, void* memory, int threads);
+    AttentionRun(const AttentionPlan::Work& work, void* memory, int threads);
     int64_t chunks() const { return (count + per_chunk - 1) / per_chunk; }
-    void run(const AttentionJob& job, int64_t chunk) const;
+    size_t staged_bytes(const AttentionJob& job) const;     // of any chunk
+    void run(const AttentionJob& job, int64_t chunk, float* staged) const;
+    void put(const AttentionJob& job, int64_t chunk, const float* staged) const;
 
 private:
     static size_t counter_bytes(const AttentionPlan::Work& work);
+    static int64_t floats_of(const AttentionJob& job, const AttentionItem& item);
+    float* state_of(const AttentionJob& job, const AttentionItem& item) const { return states + item.state * state_floats(1, job.head_size); }
+    void count_state(const AttentionJob& job, const AttentionItem& item) const;
     const AttentionPlan::Work& work;
     std::atomic<int>* unfinished;
     float* states;

@@ -1,8 +1,16 @@
 // A thread's share is one word, (number of the phase, next chunk, end), that changes by compare-and-swap: its owner takes from
-// the front, thieves from the end. A thread reads what a phase is only between claiming one of its chunks and counting it
-// done; the phase cannot end in between, so what it reads is that phase's. `done` counts the chunks; who completes it is
-// alone with the run until it has begun the next phase.
+// the front, thieves from the end. `done` is (number of the phase, chunks counted); who completes it is alone with the run
+// until it has begun the next phase. Phases of all runs are numbered on, so a thread that comes late knows it: what it claimed
+// names its phase, and what it counts for a phase that has ended is ignored. Phases themselves are there while any thread is
+// `active`: a run does not return before all have left it.
+//
+// A staged chunk belongs to whoever first sets its word in `written` from an earlier phase's number to 2 n; when its output is
+// in place the word becomes 2 n + 1. A thread that has waited in vain does again what has no word of this phase, and may end the
+// phase when all say 2 n + 1: the stopped thread may not have counted what it did before. What the late thread reads meanwhile
+// others may be writing: the thread sanitizer reports that, and nobody sees what comes of it.
 #include "cpu/pool.h"
+
+#include "cpu/cpu.h"
 
 #include <pthread.h>
 
@@ -30,20 +38,26 @@ using Clock = std::chrono::steady_clock;
 thread_local bool inside = false;               // this thread is running a chunk
 std::atomic<int> width_forced{0};
 std::atomic<bool> steal_forced{false};
+std::atomic<int> redo_us{REDO_US};
 
 // ---- shares
 
-constexpr uint64_t ONE_NEXT = 1 << 16, ONE_PHASE = 1ull << 32;
+constexpr uint64_t ONE_NEXT = 1 << 16;
 
 bool is_empty(uint64_t share) { return (share >> 16 & 0xFFFF) >= (share & 0xFFFF); }
 
-// A chunk from the front or the end of a share, or -1.
-int64_t take(std::atomic<uint64_t>& share, bool from_end) {
+struct Claim {
+    uint32_t number;                            // of the phase, its lower half
+    int64_t chunk;                              // -1: the share is empty
+};
+
+// A chunk from the front or the end of a share.
+Claim take(std::atomic<uint64_t>& share, bool from_end) {
     uint64_t seen = share.load();
     do {
-        if (is_empty(seen)) return -1;
+        if (is_empty(seen)) return {0, -1};
     } while (!share.compare_exchange_weak(seen, from_end ? seen - 1 : seen + ONE_NEXT));
-    return from_end ? int64_t(seen & 0xFFFF) - 1 : int64_t(seen >> 16 & 0xFFFF);
+    return {uint32_t(seen >> 32), from_end ? int64_t(seen & 0xFFFF) - 1 : int64_t(seen >> 16 & 0xFFFF)};
 }
 
 // What a thread reads first in a coming phase: 64 KB, some 2 us of reading at 25 to 40 GB/s. Not measured with and without.
@@ -60,15 +74,40 @@ struct Coming {
     }
 
     void fetch_some() {                         // 8 lines
-        for (int i = 0; i < 8 && bytes > 0; i++, at += 64, bytes -= 64) __builtin_prefetch(at, 0, 2);
+        for (int i = 0; i < 8 && bytes > 0; i++, at += 64, bytes -= 64) fetch_once(at);
+    }
+};
+
+struct Scratch {
+    void* memory = nullptr;
+    size_t size = 0;
+    ~Scratch() { std::free(memory); }
+
+    void* at_least(size_t bytes) {
+        if (size < bytes) {
+            std::free(memory);
+            size = (bytes + 4095) / 4096 * 4096;
+            memory = std::aligned_alloc(64, size);
+            if (!memory) std::abort();
+        }
+        return memory;
     }
 };
 
 struct alignas(64) Member {
     std::atomic<uint64_t> share{0};
+    alignas(64) std::atomic<bool> active{false};        // may look at the run and its phases
+    std::atomic<bool> away{false};                      // stopped, it seems: it gets no share until it is back
+    Scratch staged;
     alignas(64) std::atomic<bool> asleep{false};
     std::mutex mutex;
     std::condition_variable woken;
+
+    void note_whether_away() {
+        if (!active.load()) return;
+        away.store(true);
+        if (!active.load()) away.store(false);          // it left just now, and may not have seen this
+    }
 
     void wake() {
         if (!asleep.load()) return;
@@ -78,21 +117,40 @@ struct alignas(64) Member {
 };
 
 class Pool {
+    static constexpr uint64_t CLOSED = ~uint64_t(0);    // `done` between two phases
+
     const int threads;
     std::unique_ptr<Member[]> members;          // 0: whoever runs the phases
-    alignas(64) std::atomic<int64_t> done{0};
+    std::unique_ptr<std::atomic<uint64_t>[]> written{new std::atomic<uint64_t>[MAX_CHUNKS]()};      // by chunk
+    alignas(64) std::atomic<uint64_t> done{CLOSED};     // number << 16 | chunks counted
+    std::atomic<uint64_t> shared_out{0};        // the last phase whose shares are all out
     alignas(64) std::atomic<int> width{1};
     std::atomic<int> spin_us{SPIN_US};
     std::atomic<bool> finished{true}, stop{false};
-    Run* current = nullptr;                     // of these three, see the top of the file
-    const Phase* phase = nullptr;
-    uint64_t number = 0;
+    std::atomic<int64_t> redone{0};
+    Run* current = nullptr;                     // this and `first`: see the top of the file
+    uint64_t first = 1, next_first = 1;         // number of the run's first phase; of the next run's
     std::vector<std::thread> helpers;
+
+    class Active {
+        Pool& pool;
+        Member& mine;
+    public:
+        Active(Pool& pool, int me) : pool(pool), mine(pool.members[me]) { mine.active.store(true); }
+        ~Active() {
+            mine.active.store(false);
+            if (mine.away.load()) mine.away.store(false);
+            if (pool.finished.load()) pool.members[0].wake();
+        }
+    };
 
     // ---- the phase under way
 
+    int64_t index_of(uint32_t number) const { return number - uint32_t(first); }
+
     // The chunks this thread can get; then what it should fetch while it waits.
     void work(int me, Coming& coming) {
+        const Active here(*this, me);
         const bool steal_first = steal_forced.load(std::memory_order_relaxed);
         for (;;) {
             if (steal_first && steal_one(me, coming)) continue;
@@ -101,29 +159,81 @@ class Pool {
         }
     }
 
+    // False when another thread has done the chunk, or is just putting it in place.
+    bool do_chunk(int me, int64_t index, int64_t chunk) {
+        const Phase& phase = current->phases[index];
+        if (!phase.put) return phase.run(phase.context, chunk, nullptr), true;
+        void* staged = members[me].staged.at_least(phase.staged_bytes);
+        phase.run(phase.context, chunk, staged);
+        const uint64_t mine = 2 * (first + uint64_t(index));
+        uint64_t seen = written[chunk].load();
+        if (seen >= mine || !written[chunk].compare_exchange_strong(seen, mine)) return false;
+        phase.put(phase.context, chunk, staged);
+        written[chunk].store(mine + 1);
+        return true;
+    }
+
     bool do_own_share(int me, Coming& coming) {
-        int64_t count = 0;
-        for (int64_t chunk; (chunk = take(members[me].share, false)) >= 0; count++) phase->run(phase->context, chunk);
-        if (count) count_done(me, count, coming);
-        return count;
+        int64_t index = -1, count = 0;
+        for (Claim claim; (claim = take(members[me].share, false)).chunk >= 0;) {
+            if (index_of(claim.number) != index) index = index_of(claim.number), count = 0;     // others have ended the last one
+            count += do_chunk(me, index, claim.chunk);
+        }
+        if (count) count_done(me, index, count, coming);
+        return index >= 0;
     }
 
     bool steal_one(int me, Coming& coming) {
         if (me >= width.load()) return false;
         for (int i = 1; i < threads; i++) {     // of all: the width may have shrunk since the shares went out
-            const int64_t chunk = take(members[(me + i) % threads].share, true);
-            if (chunk < 0) continue;
-            phase->run(phase->context, chunk);
-            count_done(me, 1, coming);
+            const Claim claim = take(members[(me + i) % threads].share, true);
+            if (claim.chunk < 0) continue;
+            if (do_chunk(me, index_of(claim.number), claim.chunk)) count_done(me, index_of(claim.number), 1, coming);
             return true;
         }
         return false;
     }
 
-    void count_done(int me, int64_t count, Coming& coming) {
-        const int64_t all = phase->chunks;
-        coming = Coming(phase->ahead, me, width.load(std::memory_order_relaxed));
-        if (done.fetch_add(count) + count == all) advance(me, phase + 1 - current->phases);
+    void count_done(int me, int64_t index, int64_t count, Coming& coming) {
+        const Phase& phase = current->phases[index];
+        coming = Coming(phase.ahead, me, width.load(std::memory_order_relaxed));
+        uint64_t seen = done.load();
+        bool last;
+        do {
+            if (seen >> 16 != first + uint64_t(index)) return;          // it was ended without this
+            last = int64_t(seen & 0xFFFF) + count == phase.chunks;
+        } while (!done.compare_exchange_weak(seen, last ? CLOSED : seen + uint64_t(count)));
+        if (last) advance(me, index + 1);
+    }
+
+    // Nothing is left to take, and some chunks are long in coming: this thread does them. False: it cannot.
+    bool redo(int me, Coming& coming) {
+        const Active here(*this, me);
+        const uint64_t number = shared_out.load();
+        uint64_t seen = done.load();
+        if (seen >> 16 != number || me >= width.load() || something_to_steal(me)) return false;
+        const int64_t index = index_of(uint32_t(number));
+        const Phase& phase = current->phases[index];
+        if (!phase.put) return false;
+        int64_t count = 0;
+        bool whole = true;
+        for (int64_t chunk = 0; chunk < phase.chunks; chunk++) {
+            if (written[chunk].load() < 2 * number) count += do_chunk(me, index, chunk);
+            whole &= written[chunk].load() == 2 * number + 1;
+        }
+        redone.fetch_add(count, std::memory_order_relaxed);
+        for (int i = 0; i < threads; i++)
+            if (i != me) members[i].note_whether_away();
+        if (whole)
+            for (seen = done.load(); seen >> 16 == number;)
+                if (done.compare_exchange_weak(seen, CLOSED)) return advance(me, index + 1), true;
+        if (count) count_done(me, index, count, coming);
+        return count;
+    }
+
+    bool in_staged_phase() {                    // for member 0, whose run it is
+        const uint64_t now = shared_out.load();
+        return now >= first && current->phases[now - first].put;
     }
 
     // ---- from phase to phase: this thread alone is at work
@@ -131,31 +241,39 @@ class Pool {
     void advance(int me, int64_t next) {
         for (; next < current->count; next++) {
             if (current->stamps) current->stamps[next] = ticks();
-            phase = current->phases + next;
-            if (phase->chunks > 1 && !(me == 0 && width.load() == 1)) return share_out(me);
-            for (int64_t chunk = 0; chunk < phase->chunks; chunk++) phase->run(phase->context, chunk);
+            const Phase& phase = current->phases[next];
+            if (phase.chunks > 1 && !(me == 0 && width.load() == 1)) return share_out(me, next);
+            for (int64_t chunk = 0; chunk < phase.chunks; chunk++) phase.run(phase.context, chunk, nullptr);
         }
         if (current->stamps) current->stamps[next] = ticks();
         finished.store(true);
-        if (me != 0) members[0].wake();
     }
 
-    void share_out(int me) {
-        const int64_t chunks = phase->chunks;           // not to be read again once a share is out
-        const int all = width.load();
-        done.store(0, std::memory_order_relaxed);
-        number += ONE_PHASE;
-        const uint64_t now = number;
-        for (int i = 0; i < all; i++)                   // the last is never empty, so the phase cannot end before it is out
-            members[i].share.store(now | uint64_t(chunks * i / all) << 16 | uint64_t(chunks * (i + 1) / all));
+    void share_out(int me, int64_t index) {
+        const int64_t chunks = current->phases[index].chunks;
+        const uint64_t now = first + uint64_t(index);
+        int present[MAX_THREADS], all = 0;
+        for (int i = 0; i < width.load(); i++)
+            if (i == me || !members[i].away.load()) present[all++] = i;
+        done.store(now << 16);
         for (int i = 0; i < all; i++)
-            if (i != me) members[i].wake();
+            members[present[i]].share.store(now << 32 | uint64_t(chunks * i / all) << 16 | uint64_t(chunks * (i + 1) / all));
+        shared_out.store(now);
+        for (int i = 0; i < all; i++)
+            if (present[i] != me) members[present[i]].wake();
     }
 
     // ---- waiting
 
     bool something_to_do(int me) const {
-        return !is_empty(members[me].share.load()) || (me == 0 ? finished.load() : stop.load());
+        return !is_empty(members[me].share.load()) || (me == 0 ? is_over() : stop.load());
+    }
+
+    bool is_over() const {
+        if (!finished.load()) return false;
+        for (int i = 0; i < threads; i++)
+            if (members[i].active.load()) return false;
+        return true;
     }
 
     bool something_to_steal(int me) const {
@@ -165,16 +283,23 @@ class Pool {
         return false;
     }
 
-    // Fetches what comes and spins; false when spin_us have passed without anything to do.
-    bool spin(int me, Coming coming) {
-        const auto end = Clock::now() + std::chrono::microseconds(spin_us.load(std::memory_order_relaxed));
+    // Fetches what comes and spins, and then does what others have left undone; false when spin_us have passed without anything
+    // to do.
+    bool spin(int me, Coming& coming) {
+        const std::chrono::microseconds patience(redo_us.load(std::memory_order_relaxed));
+        auto now = Clock::now(), redo_at = now + patience;
+        const auto end = now + std::chrono::microseconds(spin_us.load(std::memory_order_relaxed));
         for (; coming.bytes > 0; coming.fetch_some())
             if (something_to_do(me)) return true;
         do {
             for (int i = 0; i < 32; i++, relax())
                 if (something_to_do(me)) return true;
             if (something_to_steal(me)) return true;
-        } while (Clock::now() < end);
+            now = Clock::now();
+            if (now < redo_at) continue;
+            if (redo(me, coming)) return true;
+            redo_at = now + patience;
+        } while (now < end);
         return something_to_do(me);
     }
 
@@ -216,20 +341,32 @@ public:
         return count;
     }
 
+    int64_t redone_chunks() const { return redone.load(); }
+
     void run(Run& wanted) {                     // `busy` is held
         const int forced = forced_width();
-        current = &wanted;
+        current = &wanted, first = next_first, next_first += uint64_t(wanted.count);
         finished.store(false);
         width.store(std::clamp(forced ? forced : wanted.width, 1, helpers.empty() ? 1 : threads));
         spin_us.store(wanted.spin_us);
-        advance(0, 0);
-        while (!finished.load()) {
+        bool told = !wanted.begun;
+        const auto tell = [&] {
+            if (!told) told = true, wanted.begun();
+        };
+        if (width.load() == 1) tell();
+        {
+            const Active here(*this, 0);
+            advance(0, 0);
+        }
+        while (!is_over()) {
+            if (in_staged_phase()) tell();
             Coming coming;
             work(0, coming);
             if (spin(0, coming)) continue;
             wanted.stalled = true;              // a helper has been stopped inside a chunk
             sleep(0);
         }
+        tell();
     }
 };
 
@@ -271,17 +408,11 @@ struct Items {
     void* context;
     int64_t count, chunks;
 
-    static void run(const void* self, int64_t chunk) {
+    static void run(const void* self, int64_t chunk, void*) {
         const Items& items = *static_cast<const Items*>(self);
         const int64_t end = items.count * (chunk + 1) / items.chunks;
         for (int64_t item = items.count * chunk / items.chunks; item < end; item++) items.function(items.context, item);
     }
-};
-
-struct Scratch {
-    void* memory = nullptr;
-    size_t size = 0;
-    ~Scratch() { std::free(memory); }
 };
 
 }  // namespace
@@ -320,14 +451,20 @@ int get_threads() { return wanted_threads.load(); }
 int fork_generation() { return forks.load(); }
 int forced_width() { return width_forced.load(); }
 
-void force_schedule(int width, bool steal_first) {
+void force_schedule(int width, bool steal_first, int redo_after_us) {
     width_forced.store(width);
     steal_forced.store(steal_first);
+    redo_us.store(redo_after_us);
 }
 
 int sleeping_threads() {
     Pool* ready = pool.load();
     return ready ? ready->asleep() : 0;
+}
+
+int64_t redone_chunks() {
+    Pool* ready = pool.load();
+    return ready ? ready->redone_chunks() : 0;
 }
 
 void run_phases(Run& run) {
@@ -351,13 +488,7 @@ void run_items(int64_t count, ItemFunction function, void* context) {
 
 void* scratch(size_t bytes) {
     thread_local Scratch mine;
-    if (mine.size < bytes) {
-        std::free(mine.memory);
-        mine.size = (bytes + 4095) / 4096 * 4096;
-        mine.memory = std::aligned_alloc(64, mine.size);
-        if (!mine.memory) std::abort();
-    }
-    return mine.memory;
+    return mine.at_least(bytes);
 }
 
 }  // namespace dc

@@ -5,8 +5,9 @@
 //
 // A phase's chunks are divided into one contiguous share per thread, so that a thread reads straight through the weights (and
 // keeps its rows in a long prompt); whoever has finished its own takes from the ends of the others'. A phase ends when its
-// *chunks are done*, not when threads arrive: one that the operating system does not run costs speed and never a stall.
-// Whoever does the last chunk begins the next phase, and runs phases of one chunk itself, without waking anyone. Waiting
+// *chunks are done*, not when threads arrive. Where the operating system stops a thread inside a chunk whose output is staged,
+// another does that chunk again, and all go on without it: on two CPUs that Python, the front and a client share, a thread is
+// stopped several times in a step of 2 ms. Whoever does the last chunk begins the next phase, and runs phases of one chunk itself, without waking anyone. Waiting
 // threads fetch the weights they will need, spin for a while and then sleep. Chunks must not throw.
 // The pool starts with the first loop that needs it (per process: a forked child starts its own). A loop inside a loop, or
 // one that finds the pool busy, runs on its caller alone. Every chunk runs with the default floating-point mode: round to
@@ -15,6 +16,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 
 namespace dc {
 
@@ -22,6 +24,8 @@ constexpr int MAX_THREADS = 256;
 // Entering a futex costs 40-50 us here, so a shorter spin would cost more than it saves; of 20 and 100 us the longer did as
 // well or better (KERNELS.md 9.5, a prototype; not measured again in this pool).
 constexpr int SPIN_US = 100;
+// How long a thread waits for another's staged chunk, which takes some 3 us, before it does it itself.
+constexpr int REDO_US = 8;
 constexpr int64_t MAX_CHUNKS = 65535;
 
 void set_threads(int threads);          // 1 (the start) = every loop runs on its caller; std::invalid_argument outside 1..MAX_THREADS
@@ -29,17 +33,24 @@ int get_threads();
 int sleeping_threads();                 // of the pool's helpers, how many are parked; for tests
 int fork_generation();                  // changes in a forked child: threads made before are not there
 
-// For tests: every run uses `width` threads (0: as it asks), and takes the others' chunks before its own.
-void force_schedule(int width, bool steal_first);
+// For tests: every run uses `width` threads (0: as it asks), takes the others' chunks before its own, and does staged ones
+// again after `redo_us`.
+void force_schedule(int width, bool steal_first, int redo_us);
 int forced_width();
+int64_t redone_chunks();                // of this process's pool so far: staged chunks that were done in another thread's stead
 
 struct Phase {
-    void (*run)(const void* context, int64_t chunk);
+    void (*run)(const void* context, int64_t chunk, void* staged);
     const void* context;
     int64_t chunks;                     // 1..MAX_CHUNKS
     const uint8_t* weights = nullptr;   // what the chunks read, in their order; null: nothing worth fetching early
     int64_t weight_bytes = 0;
     const Phase* ahead = nullptr;       // the next phase that has weights
+    // With put, a chunk of several writes to `staged` only (null: where it belongs, as all do without put), and put, which is
+    // short, moves that to where it belongs. `run` may then be under way on two threads, or go on when later phases have
+    // overwritten what it reads: whatever it makes of that is thrown away.
+    void (*put)(const void* context, int64_t chunk, const void* staged) = nullptr;
+    size_t staged_bytes = 0;
 };
 
 struct Run {
@@ -48,6 +59,7 @@ struct Run {
     int width;                          // at most so many threads
     int spin_us;                        // how long a thread waits for the others before it sleeps
     uint64_t* stamps;                   // [count + 1] ticks() at each phase's begin and at the end, or null
+    std::function<void()> begun = nullptr;      // called once by the caller, when others can go on without it
     bool stalled = false;               // out: the caller waited longer than spin_us within a phase
 };
 

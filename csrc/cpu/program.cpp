@@ -41,11 +41,11 @@ class Leader {
     Clock::time_point last_end;
     std::thread thread;
 
-    std::shared_ptr<Step> next() {                      // null: stop
-        const auto end = Clock::now() + std::chrono::microseconds(SPIN_US);
+    std::shared_ptr<Step> next(bool wait) {             // null: stop, or nothing is there
+        const auto end = Clock::now() + std::chrono::microseconds(wait ? SPIN_US : 0);
         while (!something.load() && Clock::now() < end) relax();
         std::unique_lock<std::mutex> lock(mutex);
-        queued.wait(lock, [&] { return stop || !waiting.empty(); });
+        if (wait) queued.wait(lock, [&] { return stop || !waiting.empty(); });
         if (waiting.empty()) return nullptr;
         auto step = std::move(waiting.front());
         waiting.pop_front();
@@ -53,35 +53,50 @@ class Leader {
         return step;
     }
 
-    void run(Step& step) {
+    // `begun` is called when the step is under way.
+    void run(Step& step, const std::function<void()>& begun) {
         const int threads = get_threads(), width = step.by_rows() ? threads : decoding.choose(threads);
         step.resolve_ids(drawn);
+        if (step.by_rows()) begun();            // its first phase is long, and nobody does a stopped thread's part of it
         const auto begin = Clock::now();
-        step.run(width);
+        step.run(width, begun);
         step.us = us_since(begin);
         // What counts is the time from token to token: where kernels hold every CPU, Python comes late with the next step.
-        const double gap = std::chrono::duration<double, std::micro>(begin - last_end).count();
+        step.gap_us = std::chrono::duration<double, std::micro>(begin - last_end).count();
         last_end = Clock::now();
         if (threads == 1 || forced_width() || step.by_rows()) return;       // nothing to choose
-        decoding.learn(step.tokens * (MAX_CHUNKS + 1) + step.logit_rows, step.us + (gap < MOST_GAP_US ? gap : 0), step.outcome.stalled);
+        decoding.learn(step.tokens * (MAX_CHUNKS + 1) + step.logit_rows, step.us + (step.gap_us < MOST_GAP_US ? step.gap_us : 0), step.outcome.stalled);
     }
 
+    // Whoever waits for a step often wakes up on this thread's CPU and takes it for 200 us; so the end of a step is told when
+    // the next one, if it is there already, has begun, and the helpers go on with it.
     void lead() {
-        while (const std::shared_ptr<Step> step = next()) {
-            std::string error;
-            try {
-                run(*step);
-            } catch (const std::exception& failure) {   // std::bad_alloc, or ids that a failed step did not draw
-                error = failure.what();
+        std::shared_ptr<Step> untold;
+        for (;;) {
+            const std::shared_ptr<Step> step = next(!untold);
+            if (!step && !untold) return;
+            if (step) {
+                try {
+                    run(*step, [&] { tell(untold); });
+                } catch (const std::exception& failure) {   // std::bad_alloc, or ids that a failed step did not draw
+                    step->error = failure.what();
+                }
+                drawn = step->error.empty() ? step->drawn : std::vector<int32_t>();
             }
-            std::lock_guard<std::mutex> lock(mutex);
-            step->error = error;
-            drawn = error.empty() ? step->drawn : std::vector<int32_t>();
-            remembered.push_back(step);
-            if (remembered.size() > STEPS_REMEMBERED) remembered.pop_front();
-            step->ended = true;
-            ended.notify_all();
+            tell(untold);
+            untold = step;
         }
+    }
+
+    void tell(std::shared_ptr<Step>& step) {
+        if (!step) return;
+        std::shared_ptr<const Step> forgotten;          // freed when others have the mutex
+        std::lock_guard<std::mutex> lock(mutex);
+        remembered.push_back(step);
+        if (remembered.size() > STEPS_REMEMBERED) forgotten = std::move(remembered.front()), remembered.pop_front();
+        step->ended = true;
+        step.reset();
+        ended.notify_all();
     }
 
 public:

@@ -67,7 +67,7 @@ struct StepTimes {                      // of one step that has ended
     int64_t tokens, logit_rows;
     int width;
     bool stalled;
-    double us;
+    double us, gap_us;                  // its own time; what passed between the end of the step before and its begin
     std::vector<std::pair<std::string, double>> phases;         // (what, us)
 };
 

@@ -97,7 +97,7 @@ void Step::plan_attention() {
 void Step::add_attention_run(int key, const AttentionPlan::Work& work, const AttentionJob& job) {
     attention_memory.emplace_back();
     void* memory = attention_memory.back().at_least(AttentionRun::memory_bytes(work, job.head_size) + 64);
-    attention.emplace(key, AttentionRun(work, job.head_size, job.cache_type, memory, threads));
+    attention.emplace(key, AttentionRun(work, memory, threads));
 }
 
 void Step::find_needed() {
@@ -118,16 +118,34 @@ void Step::find_needed() {
     }
 }
 
-template <Step::Body body>
-void Step::add_phase(Part part, const uint8_t* weights, int64_t bytes) {
-    const auto run = [](const void* context, int64_t chunk) {
-        const Part& its = *static_cast<const Part*>(context);
-        (its.step->*body)(its, chunk);
-    };
+Phase& Step::add_phase(Part part) {
     part.step = this;
     part.chunks = std::min(part.chunks, MAX_CHUNKS);
     parts.push_back(part);
-    phases.push_back({run, nullptr, part.chunks, weights, bytes, nullptr});
+    phases.push_back({nullptr, nullptr, part.chunks});
+    return phases.back();
+}
+
+template <Step::Body body>
+void Step::add_plain(Part part) {
+    add_phase(part).run = [](const void* context, int64_t chunk, void*) {
+        const Part& its = *static_cast<const Part*>(context);
+        (its.step->*body)(its, chunk);
+    };
+}
+
+template <Step::StagedBody body, Step::Put put>
+void Step::add_staged(Part part, size_t staged_bytes) {
+    Phase& phase = add_phase(part);
+    phase.run = [](const void* context, int64_t chunk, void* staged) {
+        const Part& its = *static_cast<const Part*>(context);
+        (its.step->*body)(its, chunk, static_cast<float*>(staged));
+    };
+    phase.put = [](const void* context, int64_t chunk, const void* staged) {
+        const Part& its = *static_cast<const Part*>(context);
+        (its.step->*put)(its, chunk, static_cast<const float*>(staged));
+    };
+    phase.staged_bytes = staged_bytes;
 }
 
 void Step::add_rows(int first, int end, int prepares, int64_t rows) {
@@ -138,7 +156,7 @@ void Step::add_rows(int first, int end, int prepares, int64_t rows) {
         while (per_chunk > GROUP_ROWS && rows < 3 * threads * per_chunk) per_chunk /= 2;
     }
     const bool needed_only = first < end && is_needed_only(first);
-    add_phase<&Step::do_rows>({nullptr, first, end, prepares, rows, per_chunk, (rows + per_chunk - 1) / per_chunk, needed_only});
+    add_plain<&Step::do_rows>({nullptr, first, end, prepares, rows, per_chunk, (rows + per_chunk - 1) / per_chunk, needed_only});
 }
 
 void Step::add_product(int index) {
@@ -147,13 +165,17 @@ void Step::add_product(int index) {
     const int64_t bytes = tiles * tile_bytes(op.tiles.type, op.tiles.columns), work = bytes * std::max(rows, FREE_ROWS) / FREE_ROWS;
     int64_t chunks = work < CHUNK_BYTES / 2 ? 1 : (work / CHUNK_BYTES / threads + 1) * threads;
     chunks = std::min({chunks, units, MAX_CHUNKS});
-    add_phase<&Step::do_product>({nullptr, index, index + 1, -1, rows, rows, chunks}, op.tiles.memory, bytes);
+    const size_t staged_bytes = size_t(rows * ((units + chunks - 1) / chunks) * TILE_ROWS) * sizeof(float);
+    add_staged<&Step::do_product, &Step::put_product>({nullptr, index, index + 1, -1, rows, rows, chunks}, staged_bytes);
+    phases.back().weights = op.tiles.memory, phases.back().weight_bytes = bytes;
 }
 
 void Step::add_attention(int index) {
     const bool needed_only = is_needed_only(index);
-    const AttentionRun& run = attention.at(needed_only ? LAST_LAYER : ops[size_t(index)].attention.window);
-    if (run.chunks()) add_phase<&Step::do_attention>({nullptr, index, index + 1, -1, tokens, tokens, run.chunks(), needed_only});
+    Part part{nullptr, index, index + 1, -1, tokens, tokens, 0, needed_only};
+    const AttentionRun& run = attention_of(part);
+    part.chunks = run.chunks();
+    if (part.chunks) add_staged<&Step::do_attention, &Step::put_attention>(part, run.staged_bytes(ops[size_t(index)].attention));
 }
 
 void Step::make_phases() {
@@ -172,10 +194,10 @@ void Step::make_phases() {
         else if (op.kind == OpKind::paged_attention) flush(i, -1, i + 1), add_attention(i);
         else if (op.kind == OpKind::softcap) {
             const int64_t segments = (op.x.columns + CAP_COLUMNS - 1) / CAP_COLUMNS;
-            flush(i, -1, i + 1), add_phase<&Step::do_softcap>({nullptr, i, i + 1, -1, rows, segments, rows * segments});
+            flush(i, -1, i + 1), add_plain<&Step::do_softcap>({nullptr, i, i + 1, -1, rows, segments, rows * segments});
         } else if (op.kind == OpKind::sample) {
             flush(i, -1, i + 1);
-            if (input.samples) add_phase<&Step::do_sample>({nullptr, i, i + 1, -1, rows, 1, rows});
+            if (input.samples) add_plain<&Step::do_sample>({nullptr, i, i + 1, -1, rows, 1, rows});
         }
     }
     flush(count, -1, count);
@@ -195,8 +217,8 @@ void Step::resolve_ids(const std::vector<int32_t>& before) {
         if (id < -1) id = before.at(size_t(-2 - id));
 }
 
-void Step::run(int width) {
-    outcome = {phases.data(), int64_t(phases.size()), width, by_rows() ? 20 * SPIN_US : SPIN_US, stamps.data(), false};
+void Step::run(int width, const std::function<void()>& begun) {
+    outcome = {phases.data(), int64_t(phases.size()), width, by_rows() ? 20 * SPIN_US : SPIN_US, stamps.data(), begun, false};
     run_phases(outcome);
 }
 
@@ -256,16 +278,43 @@ void Step::linear_of_rows(const Op& op, int64_t begin, int64_t end) const {
     multiply(product_of(op, memory, begin, end - begin), 0, tile_count(op.tiles.rows), 0, group_count(end - begin));
 }
 
-void Step::do_product(const Part& part, int64_t chunk) const {
+Step::Range Step::tiles_of(const Part& part, int64_t chunk) const {
     const Op& op = ops[size_t(part.first)];
     const int64_t unit = unit_of(op), units = tile_count(op.tiles.rows) / unit;
-    const int64_t begin = units * chunk / part.chunks * unit, end = units * (chunk + 1) / part.chunks * unit;
-    multiply(product_of(op, prepared, 0, part.rows), begin, end, 0, group_count(part.rows));
+    return {units * chunk / part.chunks * unit, units * (chunk + 1) / part.chunks * unit};
 }
 
-void Step::do_attention(const Part& part, int64_t chunk) const {
-    const AttentionJob& job = ops[size_t(part.first)].attention;
-    attention.at(part.needed_only ? LAST_LAYER : job.window).run(job, chunk);
+Step::Range Step::columns_of(const Part& part, int64_t chunk) const {
+    const Op& op = ops[size_t(part.first)];
+    const Range tiles = tiles_of(part, chunk);
+    return {tiles.begin / unit_of(op) * TILE_ROWS, std::min(tiles.end / unit_of(op) * TILE_ROWS, op.out.columns)};
+}
+
+// `staged` is (rows, the chunk's columns), or null.
+void Step::do_product(const Part& part, int64_t chunk, float* staged) const {
+    const Range tiles = tiles_of(part, chunk), columns = columns_of(part, chunk);
+    Product product = product_of(ops[size_t(part.first)], prepared, 0, part.rows);
+    if (staged) product.out = staged - columns.begin, product.out_stride = columns.end - columns.begin;
+    multiply(product, tiles.begin, tiles.end, 0, group_count(part.rows));
+}
+
+void Step::put_product(const Part& part, int64_t chunk, const float* staged) const {
+    const Range columns = columns_of(part, chunk);
+    const int64_t width = columns.end - columns.begin;
+    for (int64_t row = 0; row < part.rows; row++)
+        std::memcpy(ops[size_t(part.first)].out.row(row) + columns.begin, staged + row * width, size_t(width) * sizeof(float));
+}
+
+const AttentionRun& Step::attention_of(const Part& part) const {
+    return attention.at(part.needed_only ? LAST_LAYER : ops[size_t(part.first)].attention.window);
+}
+
+void Step::do_attention(const Part& part, int64_t chunk, float* staged) const {
+    attention_of(part).run(ops[size_t(part.first)].attention, chunk, staged);
+}
+
+void Step::put_attention(const Part& part, int64_t chunk, const float* staged) const {
+    attention_of(part).put(ops[size_t(part.first)].attention, chunk, staged);
 }
 
 void Step::do_softcap(const Part& part, int64_t chunk) const {
@@ -289,7 +338,7 @@ void Step::do_sample(const Part& part, int64_t row) const {
 // ---- after it
 
 StepTimes Step::times() const {
-    StepTimes all{tokens, logit_rows, outcome.width, outcome.stalled, us, {}};
+    StepTimes all{tokens, logit_rows, outcome.width, outcome.stalled, us, gap_us, {}};
     const double tick = us / double(std::max<uint64_t>(stamps.back() - stamps.front(), 1));
     for (size_t i = 0; i < phases.size(); i++) {
         std::string what;

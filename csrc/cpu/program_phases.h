@@ -13,6 +13,7 @@
 #pragma once
 
 #include <cstdlib>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -44,7 +45,7 @@ public:
 
     // Ids below 0 become what the step before drew.
     void resolve_ids(const std::vector<int32_t>& drawn);
-    void run(int width);
+    void run(int width, const std::function<void()>& begun);
     StepTimes times() const;
     bool by_rows() const { return tokens >= TOKENS_BY_ROWS; }
 
@@ -53,7 +54,7 @@ public:
     Run outcome{};
     int64_t ticket = 0;                         // these belong to Program
     bool ended = false;
-    double us = 0;
+    double us = 0, gap_us = 0;
     std::string error;
 
 private:
@@ -65,8 +66,13 @@ private:
     };
     static constexpr int LAST_LAYER = -1;
     using Body = void (Step::*)(const Part&, int64_t chunk) const;
+    using StagedBody = void (Step::*)(const Part&, int64_t chunk, float* staged) const;
+    using Put = void (Step::*)(const Part&, int64_t chunk, const float* staged) const;
+    struct Range { int64_t begin, end; };
 
-    template <Body body> void add_phase(Part part, const uint8_t* weights = nullptr, int64_t bytes = 0);
+    Phase& add_phase(Part part);
+    template <Body body> void add_plain(Part part);
+    template <StagedBody body, Put put> void add_staged(Part part, size_t staged_bytes);
     void add_rows(int first, int end, int prepares, int64_t rows);
     void add_product(int op);
     void add_attention(int op);
@@ -78,8 +84,13 @@ private:
     bool is_needed_only(int op) const { return op > last_append && !ops[size_t(op)].on_logit_rows; }
 
     void do_rows(const Part& part, int64_t chunk) const;
-    void do_product(const Part& part, int64_t chunk) const;
-    void do_attention(const Part& part, int64_t chunk) const;
+    void do_product(const Part& part, int64_t chunk, float* staged) const;
+    void put_product(const Part& part, int64_t chunk, const float* staged) const;
+    Range tiles_of(const Part& part, int64_t chunk) const;
+    Range columns_of(const Part& part, int64_t chunk) const;
+    void do_attention(const Part& part, int64_t chunk, float* staged) const;
+    void put_attention(const Part& part, int64_t chunk, const float* staged) const;
+    const AttentionRun& attention_of(const Part& part) const;
     void do_softcap(const Part& part, int64_t chunk) const;
     void do_sample(const Part& part, int64_t chunk) const;
 
