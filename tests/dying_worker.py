@@ -17,7 +17,7 @@ import chat_server      # noqa: E402
 
 OUTPUT_END = 283
 SIGNALS = {"kill": signal.SIGKILL, "hang": signal.SIGSTOP}
-MOMENTS = {     # looked at before a step: what the steps before gave has left through the pipe
+MOMENTS = {     # looked at when what the steps before gave has left through the pipe
     "queued": lambda s: not s.computed,
     "prefill": lambda s: s.computed > 40 and s.pending > 1,
     "decode": lambda s: s.generated >= 7,
@@ -43,9 +43,13 @@ def strike(engine, moments):
             os.kill(os.getpid(), SIGNALS[what])
 
 
-def step(engine, original=chat_server.Engine.step):
-    strike(engine, MOMENTS)
-    updates = original(engine)
+def step(engine, report=lambda: None, original=chat_server.Engine.step):
+    def report_and_strike():
+        report()
+        strike(engine, MOMENTS)
+
+    strike(engine, {"queued": MOMENTS["queued"]})       # before it is admitted, and has what the prefix cache holds of it
+    updates = original(engine, report_and_strike)
     strike(engine, {"unsent": MOMENTS["decode"], "lost": MOMENTS["result"]})        # these updates are lost
     engine.check_integrity()
     return updates

@@ -1,6 +1,5 @@
 """Several answers to a request: a job, a row and a stream of noise for each, one queue of events for the reader."""
 
-import asyncio
 import contextlib
 import gc
 

@@ -1,6 +1,5 @@
 """Who goes next: turns between clients, the low lane, limits of a client; and over HTTP, 429 and when to come back."""
 
-import asyncio
 import json
 import random
 
