@@ -3887,26 +3887,6 @@ class Job:
                         dropped_messages=self.dropped_messages)
 
 
-class Messages(asyncio.Protocol):
-    """The front's end of a worker's pipe: passes each message on within the turn of the event loop that reads it."""
-
-    def __init__(self, hear: Callable[[tuple], None]):
-        self.hear, self.unread, self.ended = hear, bytearray(), asyncio.Event()
-
-    def data_received(self, data: bytes) -> None:
-        self.unread += data
-        while len(self.unread) >= HEADER.size:
-            end = HEADER.size + HEADER.unpack_from(self.unread)[0]
-            if len(self.unread) < end:
-                break
-            message = bytes(self.unread[HEADER.size:end])
-            del self.unread[:end]
-            self.hear(pickle.loads(message))
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.ended.set()
-
-
 class Worker:
     """The front's handle of one worker process: its pipe, its state, and the jobs it holds."""
 
@@ -3917,7 +3897,7 @@ class Worker:
         self.state = "loading"                      # loading, ready, dead, or unloaded: its death was wanted
         self.jobs: dict[str, Job] = {}
         self.process: subprocess.Popen | None = None
-        self.pipe: asyncio.Transport | None = None
+        self.writer: asyncio.StreamWriter | None = None
         self.gauges = NO_GAUGES
         self.restarts = 0
         self.crashes_in_row = 0                     # without an answer finished or a minute lived in between
@@ -3945,23 +3925,26 @@ class Worker:
         threads = threads_per_worker(len(self.pool.workers))
         ours = self.spawn(threads)
         try:
-            self.pipe, messages = await asyncio.get_running_loop().create_connection(lambda: Messages(self.hear), sock=ours)
+            reader, self.writer = await asyncio.open_connection(sock=ours)
             self.send("start", WorkerConfig(self.pool.settings, self.pool.source, self.device, threads))
-            await messages.ended.wait()
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+                while True:
+                    (size,) = HEADER.unpack(await reader.readexactly(HEADER.size))
+                    self.hear(pickle.loads(await reader.readexactly(size)))
         finally:
             self.state, self.awaited_s = self.state if self.state == "unloaded" else "dead", None
             self.pool.orphan(self)          # first: a process that hangs in its driver takes long to end
             self.process.kill()
             await asyncio.to_thread(self.process.wait)
-            if self.pipe:
-                self.pipe.close()
+            if self.writer:
+                self.writer.close()
 
     def send(self, *message: Any) -> None:
         """Queue a message, which is answered by one or more; never blocks. A worker that no longer reads is killed."""
         if self.awaited_s is None:
             self.awaited_s = time.monotonic()
-        self.pipe.write(packed(message))
-        if self.pipe.get_write_buffer_size() > self.OUTBOX_BYTES:
+        self.writer.write(packed(message))
+        if self.writer.transport.get_write_buffer_size() > self.OUTBOX_BYTES:
             log.error("worker %d does not read its pipe; restarting it", self.gpu)
             self.process.kill()
 
