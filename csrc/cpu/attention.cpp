@@ -16,7 +16,7 @@ namespace {
 const AttentionKernels& kernels() { return DC_CHOSEN(attention_kernels); }
 
 constexpr int64_t ROWS_AT_ONCE = 16;            // of rope_append: a page, so that few cache lines of K have two writers
-constexpr int64_t RUNS_PER_THREAD = 2, LONGEST_RUN = 8;     // of paged_attention's items
+constexpr int64_t RUNS_PER_THREAD = 2, LONGEST_RUN = 2;     // of paged_attention's items, 2 us or more each
 // Less work than about 7 us stays with the caller: it gains little from a helper, and loses much where the helper sleeps or
 // another process has its CPU (measured beside one: 32 rows took 24 us for 3.5, attention to 128 positions 9 for 4).
 constexpr int64_t ROWS_WORTH_SHARING = 64;

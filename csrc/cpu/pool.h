@@ -6,9 +6,10 @@
 // A phase's chunks are divided into one contiguous share per thread, so that a thread reads straight through the weights (and
 // keeps its rows in a long prompt); whoever has finished its own takes from the ends of the others'. A phase ends when its
 // *chunks are done*, not when threads arrive. Where the operating system stops a thread inside a chunk whose output is staged,
-// another does that chunk again, and all go on without it: on two CPUs that Python, the front and a client share, a thread is
-// stopped several times in a step of 2 ms. Whoever does the last chunk begins the next phase, and runs phases of one chunk itself, without waking anyone. Waiting
-// threads fetch the weights they will need, spin for a while and then sleep. Chunks must not throw.
+// another does that chunk again, and all go on without it until the run ends: on two CPUs that Python, the front and a client
+// share, a thread is stopped several times in a step of 2 ms. Whoever does the last chunk begins the next phase, and runs phases
+// of one chunk itself, without waking anyone. Waiting threads fetch the weights they will need, spin for a while and then sleep.
+// Chunks must not throw.
 // The pool starts with the first loop that needs it (per process: a forked child starts its own). A loop inside a loop, or
 // one that finds the pool busy, runs on its caller alone. Every chunk runs with the default floating-point mode: round to
 // nearest, denormals kept (torch can switch them off).

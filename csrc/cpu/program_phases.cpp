@@ -176,6 +176,7 @@ void Step::add_attention(int index) {
     const AttentionRun& run = attention_of(part);
     part.chunks = run.chunks();
     if (part.chunks) add_staged<&Step::do_attention, &Step::put_attention>(part, run.staged_bytes(ops[size_t(index)].attention));
+    if (by_rows() && part.chunks) phases.back().put = nullptr;          // long chunks: one that is only slow would be done twice
 }
 
 void Step::make_phases() {
