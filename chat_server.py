@@ -3350,15 +3350,16 @@ class Engine:
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[Update]:
         """Start the next step, do something `meanwhile`, and finish the one before; return what came of it."""
         plan = self.scheduler.schedule()
-        if not plan and not self.under_way:     # whatever is here is being prepared
-            wait([s.preparing for s in self.scheduler.waiting if s.preparing], 0.02, FIRST_COMPLETED)
         on_host = any(chunk.sequence.work.needs_logits and chunk.rows for chunk in plan)
-        if on_host:
+        if at_once := on_host or not plan:       # nothing that `meanwhile` could go on beside
             meanwhile()
+        if not plan and not self.under_way:             # whatever is here is being prepared
+            wait([s.preparing for s in self.scheduler.waiting if s.preparing], 0.02, FIRST_COMPLETED)
+        if on_host:
             self._finish()
             plan = [chunk for chunk in plan if not chunk.sequence.finished]
         ticket = self._start(plan, on_host) if plan else None
-        if not on_host:
+        if not at_once:
             meanwhile()
         self._finish()
         if plan:

@@ -324,3 +324,17 @@ def test_the_chosen_sampler_draws_what_the_reference_draws(gen5):
     traced = run(gen5, works)           # draws with the reference
     gen5.pool.forget_cached()
     assert answers(gen5, works) == traced.tokens
+
+
+@torch.inference_mode()
+def test_a_step_lets_its_caller_report_when_the_next_one_has_started_and_never_twice(gen5):
+    happened, start = [], gen5.steps.start
+    gen5.steps.start = lambda batch, rows: happened.append("start") or start(batch, rows)
+    gen5.add(Work("plain", (5, 6, 7), SamplingParams(seed=1), 4))
+    steps = 0
+    while gen5.busy:
+        gen5.step(lambda: happened.append("report"))
+        steps += 1
+    assert happened.count("report") == steps and happened.count("start") >= 4
+    first_idle = happened.index("start") + 2 * happened.count("start")          # then only the last step is finished
+    assert happened[:first_idle] == ["start", "report"] * happened.count("start")

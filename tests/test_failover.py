@@ -117,11 +117,17 @@ async def test_with_one_worker_streams_wait_for_its_restart_and_go_on(start_pool
 
 
 async def test_a_worker_killed_when_an_answer_is_set_aside_for_its_pages_costs_not_a_word(start_pool, tmp_path):
-    pool = await start_pool(kv_cache_memory=36 * 16_384, max_batch=4)       # four need 47 pages
-    names, longer = ("a", "b", "c", "kill-aside"), LONG_PROMPT | {"max_tokens": 150}
-    together = await asyncio.gather(*(answers(pool, Request(name, **longer)) for name in names))
-    assert (tmp_path / "kill-aside").exists() and pool.workers[0].restarts == 1 and pool.workers[0].gauges["preemptions"] > 0
-    assert together == [await answers(pool, Request("undisturbed", **longer))] * 4
+    pool = await start_pool(kv_cache_memory=44 * 16_384, max_batch=4)       # four need 68 pages, sharing none
+    works = [LONG_PROMPT | {"max_tokens": 150, "prompts": (tuple(range(100 + i, 220 + i)),)} for i in range(4)]
+    worker = pool.workers[0]
+    os.kill(worker.process.pid, signal.SIGSTOP)         # until it has got all four: the last is then set aside with some 45 tokens
+    running = asyncio.gather(*(answers(pool, Request(name, **work)) for name, work in zip(("a", "b", "c", "kill-aside"), works)))
+    while len(worker.jobs) < 4:
+        await asyncio.sleep(0.01)
+    os.kill(worker.process.pid, signal.SIGCONT)
+    together = await running
+    assert (tmp_path / "kill-aside").exists() and worker.restarts == 1
+    assert together == [await answers(pool, Request("undisturbed", **work)) for work in works]
     await idle(pool)
 
 
