@@ -309,8 +309,9 @@ async def test_a_step_that_fails_fails_only_the_request_that_is_its_cause(start_
 async def test_requests_that_no_worker_comes_back_for_get_an_honest_error(start_pool):
     pool = await start_pool()
     pool.CRASHING_S = pool.load_s = 0.0
-    stream = pool.answer(greedy("a", max_tokens=400))
+    stream = pool.answer(greedy("hang-decode", max_tokens=400))
     await anext(stream), await anext(stream)
+    await stopped_worker(pool)                  # or it would be done before a busy machine comes to kill it
     pool.worker_command = (sys.executable, "-c", "raise SystemExit(3)")
     pool.workers[0].process.kill()
     with pytest.raises(EngineFailure, match="no worker came back within"):
