@@ -3351,17 +3351,14 @@ class Engine:
         """Start the next step, do something `meanwhile`, and finish the one before; return what came of it."""
         plan = self.scheduler.schedule()
         on_host = any(chunk.sequence.work.needs_logits and chunk.rows for chunk in plan)
-        if at_once := on_host or not plan:       # nothing that `meanwhile` could go on beside
-            meanwhile()
-        if not plan and not self.under_way:             # whatever is here is being prepared
+        ticket = self._start(plan, on_host) if plan and not on_host else None
+        meanwhile()
+        if not plan and not self.under_way:     # whatever is here is being prepared
             wait([s.preparing for s in self.scheduler.waiting if s.preparing], 0.02, FIRST_COMPLETED)
-        if on_host:
-            self._finish()
-            plan = [chunk for chunk in plan if not chunk.sequence.finished]
-        ticket = self._start(plan, on_host) if plan else None
-        if not at_once:
-            meanwhile()
         self._finish()
+        if on_host:
+            plan = [chunk for chunk in plan if not chunk.sequence.finished]
+            ticket = self._start(plan, on_host) if plan else None
         if plan:
             self._advance(plan, ticket)
         if on_host or not self.steps.ahead or any(c.sequence.draft or c.sequence.work.needs_tokens for c in plan if c.draws):
