@@ -24,6 +24,7 @@
 #include <new>
 #include <stdexcept>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -78,27 +79,11 @@ struct Coming {
     }
 };
 
-struct Scratch {
-    void* memory = nullptr;
-    size_t size = 0;
-    ~Scratch() { std::free(memory); }
-
-    void* at_least(size_t bytes) {
-        if (size < bytes) {
-            std::free(memory);
-            size = (bytes + 4095) / 4096 * 4096;
-            memory = std::aligned_alloc(64, size);
-            if (!memory) std::abort();
-        }
-        return memory;
-    }
-};
-
 struct alignas(64) Member {
     std::atomic<uint64_t> share{0};
     alignas(64) std::atomic<bool> active{false};        // may look at the run and its phases
     std::atomic<bool> away{false};                      // stopped, it seems: it gets no share until it is back
-    Scratch staged;
+    Memory staged;
     alignas(64) std::atomic<bool> asleep{false};
     std::mutex mutex;
     std::condition_variable woken;
@@ -160,7 +145,7 @@ class Pool {
     }
 
     // False when another thread has done the chunk, or is just putting it in place.
-    bool do_chunk(int me, int64_t index, int64_t chunk) {
+    bool do_chunk(int me, int64_t index, int64_t chunk) noexcept {
         const Phase& phase = current->phases[index];
         if (!phase.put) return phase.run(phase.context, chunk, nullptr), true;
         void* staged = members[me].staged.at_least(phase.staged_bytes);
@@ -194,14 +179,15 @@ class Pool {
         return false;
     }
 
-    void count_done(int me, int64_t index, int64_t count, Coming& coming) {
+    // `all`: whoever did the rest, it is done.
+    void count_done(int me, int64_t index, int64_t count, Coming& coming, bool all = false) {
         const Phase& phase = current->phases[index];
         coming = Coming(phase.ahead, me, width.load(std::memory_order_relaxed));
         uint64_t seen = done.load();
         bool last;
         do {
             if (seen >> 16 != first + uint64_t(index)) return;          // it was ended without this
-            last = int64_t(seen & 0xFFFF) + count == phase.chunks;
+            last = all || int64_t(seen & 0xFFFF) + count == phase.chunks;
         } while (!done.compare_exchange_weak(seen, last ? CLOSED : seen + uint64_t(count)));
         if (last) advance(me, index + 1);
     }
@@ -210,8 +196,7 @@ class Pool {
     bool redo(int me, Coming& coming) {
         const Active here(*this, me);
         const uint64_t number = shared_out.load();
-        uint64_t seen = done.load();
-        if (seen >> 16 != number || me >= width.load() || something_to_steal(me)) return false;
+        if (done.load() >> 16 != number || me >= width.load() || something_to_steal(me)) return false;
         const int64_t index = index_of(uint32_t(number));
         const Phase& phase = current->phases[index];
         if (!phase.put) return false;
@@ -224,11 +209,8 @@ class Pool {
         redone.fetch_add(count, std::memory_order_relaxed);
         for (int i = 0; i < threads; i++)
             if (i != me) members[i].note_whether_away();
-        if (whole)
-            for (seen = done.load(); seen >> 16 == number;)
-                if (done.compare_exchange_weak(seen, CLOSED)) return advance(me, index + 1), true;
-        if (count) count_done(me, index, count, coming);
-        return count;
+        if (count || whole) count_done(me, index, count, coming, whole);
+        return count || whole;
     }
 
     bool in_staged_phase() {                    // for member 0, whose run it is
@@ -349,9 +331,8 @@ public:
         finished.store(false);
         width.store(std::clamp(forced ? forced : wanted.width, 1, helpers.empty() ? 1 : threads));
         spin_us.store(wanted.spin_us);
-        bool told = !wanted.begun;
         const auto tell = [&] {
-            if (!told) told = true, wanted.begun();
+            if (const auto begun = std::exchange(wanted.begun, nullptr)) begun();
         };
         if (width.load() == 1) tell();
         {
@@ -359,7 +340,7 @@ public:
             advance(0, 0);
         }
         while (!is_over()) {
-            if (in_staged_phase()) tell();
+            if (wanted.begun && in_staged_phase()) tell();
             Coming coming;
             work(0, coming);
             if (spin(0, coming)) continue;
@@ -486,8 +467,17 @@ void run_items(int64_t count, ItemFunction function, void* context) {
     shared->run(run);
 }
 
-void* scratch(size_t bytes) {
-    thread_local Scratch mine;
+void* Memory::at_least(size_t bytes) {
+    if (bytes > size) {
+        size = (bytes + 4095) / 4096 * 4096;
+        memory.reset(std::aligned_alloc(64, size));
+        if (!memory) throw std::bad_alloc();
+    }
+    return memory.get();
+}
+
+void* scratch(size_t bytes) noexcept {
+    thread_local Memory mine;
     return mine.at_least(bytes);
 }
 

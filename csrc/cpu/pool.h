@@ -17,7 +17,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <functional>
+#include <memory>
 
 namespace dc {
 
@@ -86,7 +88,15 @@ private:
     [[maybe_unused]] unsigned before = 0;
 };
 
+class Memory {                                  // aligned to 64, only ever grows
+public:
+    void* at_least(size_t bytes);       // contents undefined where it has grown; std::bad_alloc
+private:
+    std::unique_ptr<void, void (*)(void*)> memory{nullptr, std::free};
+    size_t size = 0;
+};
+
 // This thread's scratch memory of at least `bytes`, aligned to 64, contents undefined; valid until the next call on the thread.
-void* scratch(size_t bytes);
+void* scratch(size_t bytes) noexcept;
 
 }  // namespace dc

@@ -41,15 +41,6 @@ int64_t unit_of(const Op& op) { return op.activation == Activation::swiglu ? 2 :
 
 }  // namespace
 
-void* Memory::at_least(size_t bytes) {
-    if (bytes > size) {
-        size = (bytes + 4095) / 4096 * 4096;
-        memory.reset(std::aligned_alloc(64, size));
-        if (!memory) throw std::bad_alloc();
-    }
-    return memory.get();
-}
-
 size_t prepared_bytes(const Op& op, int64_t rows) { return prepared_bytes(op.tiles.type, op.tiles.columns, rows); }
 
 // ---- before the run

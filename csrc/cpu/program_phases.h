@@ -12,7 +12,6 @@
 // The bits of a row are the same either way (tiles.h, attention.h).
 #pragma once
 
-#include <cstdlib>
 #include <functional>
 #include <map>
 #include <memory>
@@ -25,14 +24,6 @@
 namespace dc {
 
 constexpr int64_t TOKENS_BY_ROWS = 32;          // from here on a step's rows are divided
-
-class Memory {                                  // aligned to 64, only ever grows
-public:
-    void* at_least(size_t bytes);
-private:
-    std::unique_ptr<void, void (*)(void*)> memory{nullptr, std::free};
-    size_t size = 0;
-};
 
 size_t prepared_bytes(const Op& op, int64_t rows);      // a linear's x, made ready
 
