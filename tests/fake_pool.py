@@ -43,6 +43,7 @@ class FakePool:
     """
 
     model_name, created, context_length, tokenizer = "fake-model", 1_700_000_000, 4096, Letters()
+    prompts = chat_server.PromptMaker(tokenizer, context_length, run=chat_server.run_in_thread_if_long)
 
     def __init__(self, pieces=("Hello", ", ", "world!"), *, reason="stop", stop_reason="eos", refuse=None, gate=None):
         self.pieces, self.reason, self.stop_reason, self.refuse, self.gate = pieces, reason, stop_reason, refuse, gate
@@ -53,7 +54,16 @@ class FakePool:
         self.failure = None
         self.on_progress = lambda stage, fraction: None
 
+    async def read_large(self, reader, body, request_id, client):
+        known = chat_server.Known(Settings(), self.model_name, self.tokenizer.tool_format)
+        return await asyncio.to_thread(chat_server.CALL_READERS[reader], chat_server.json_object(body), known)
+
+    async def answer_text(self, route, body, client):
+        return await chat_server.TEXT_ROUTES[route](chat_server.json_object(body), self.prompts)
+
     async def answer(self, request):
+        if request.grammar:
+            chat_server.check_grammar(request.grammar, request.grammar_param)
         if self.draining or not self.ready:
             raise Overloaded("the model is still loading", retry_after_s=2)
         if self.refuse:
@@ -135,10 +145,10 @@ class FakePool:
 
 
 @contextlib.asynccontextmanager
-async def serving(pool, settings=None):
+async def serving(pool, settings=None, **limits):
     """`pool` behind the real routes on a port of 127.0.0.1, run as `serve_forever` runs them; yields the base URL."""
     with chat_server.listen_on("127.0.0.1", 0) as listener:
-        async with chat_server.serving(chat_server.create_app(pool, settings or Settings()), listener):
+        async with chat_server.serving(chat_server.create_app(pool, settings or Settings()), listener, **limits):
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 

@@ -1,10 +1,11 @@
-"""A stand-in for chat_server.py that speaks the native API from a script, for what a real model cannot be made to do.
+"""A stand-in for chat_server.py that answers from a script, for what a real model cannot be made to do.
 
 `StandIn(prefix)` serves static/ as the real server does (with <base>, with the content security policy). The last user
 message picks the script: see `SCRIPTS`. Held scripts go on when the test calls `release()`, so that no test sleeps.
 Run it by hand with `python tests/page_server.py [PORT]`.
 """
 import asyncio
+import functools
 import json
 import sys
 import threading
@@ -12,9 +13,10 @@ from pathlib import Path
 
 from aiohttp import web
 
+import chat_server
+
 STATIC = Path(__file__).resolve().parent.parent / "static"
-POLICY = ("default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-          "object-src 'none'; base-uri 'self'; form-action 'none'; frame-ancestors 'none'")
+POLICY = chat_server.SECURITY_HEADERS["Content-Security-Policy"].replace("connect-src *", "connect-src 'self'")
 TIMINGS = {"queue_ms": 0.2, "ttft_ms": 81.4, "tokens_per_second": 212.3}
 MARKDOWN = """# Sorting
 
@@ -115,22 +117,44 @@ line two  \r\nline three\r\n\r\n# End #
 **unclosed and `open"""
 
 
-def frame(event: dict, line_end: str = "\n") -> bytes:
+def frame(event: dict) -> bytes:
     """One event as the server writes it."""
-    return f"data: {json.dumps(event, ensure_ascii=False)}{line_end}{line_end}".encode()
+    return f"data: {json.dumps(event, ensure_ascii=False)}\n\n".encode()
 
 
-def done(count: int, reason: str = "stop") -> bytes:
+def done(count: int, reason: str = "stop", **more) -> dict:
     """The last event of an answer of `count` tokens."""
     usage = {"prompt_tokens": 12, "completion_tokens": count, "cached_tokens": 4}
-    return frame({"done": True, "finish_reason": reason, "usage": usage, "timings": TIMINGS})
+    return {"done": True, "finish_reason": reason, "usage": usage, "timings": TIMINGS | more}
+
+
+def native(event: dict) -> bytes:
+    return frame(event)
+
+
+def openai(event: dict) -> bytes:
+    """A native event as chunks of /v1/chat/completions."""
+    head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "model": "stand-in-135m", "seed": 7}
+    choice = {"index": 0, "delta": {}, "finish_reason": None}
+    if event.get("done"):
+        ending = head | {"choices": [choice | {"finish_reason": event["finish_reason"]}], "timings": event["timings"]}
+        return frame(ending) + frame(head | {"choices": [], "usage": event["usage"]}) + b"data: [DONE]\n\n"
+    if "token" in event or "reasoning" in event:
+        names = {"token": "content", "reasoning": "reasoning_content"}
+        return frame(head | {"choices": [choice | {"delta": {names[name]: event[name] for name in names if name in event}}]})
+    return frame(event)
 
 
 class StandIn:
-    """The server in its own thread: `url`, `bodies` (posted), `loading` (None = ready), `cancelled` (an Event)."""
+    """The server in its own thread: `url`, `bodies` (posted), `loading` (None = ready), `cancelled` (an Event).
+
+    `model` is what /v1/models says of it; None makes it a server that has only nanochat's route.
+    """
 
     def __init__(self, prefix: str = "", port: int = 0):
         self.prefix, self.bodies, self.loading, self.refusals = prefix, [], None, 0
+        self.admits = False         # pages of other origins
+        self.model = {"id": "stand-in-135m", "context_length": 8192, "owned_by": "chat_server", "capabilities": {}, "defaults": {}}
         self.cancelled = threading.Event()
         self.loop = asyncio.new_event_loop()
         self.held = None
@@ -150,12 +174,16 @@ class StandIn:
 
     def _serve(self, started, port):
         asyncio.set_event_loop(self.loop)
-        app = web.Application()
+        app = web.Application(middlewares=[web.middleware(functools.partial(self._admit))])
+        app.on_response_prepare.append(self._set_headers)
         app.router.add_get(f"{self.prefix}/", self._page)
         app.router.add_get(f"{self.prefix}/health", self._health)
         app.router.add_get(f"{self.prefix}/v1/models", self._models)
         app.router.add_get(f"{self.prefix}/stats", self._stats)
         app.router.add_post(f"{self.prefix}/chat/completions", self._answer)
+        app.router.add_post(f"{self.prefix}/v1/chat/completions", self._answer)
+        app.router.add_post(f"{self.prefix}/tokenize", self._tokenize)
+        app.router.add_post(f"{self.prefix}/apply-template", self._template)
         app.router.add_static(f"{self.prefix}/static/", STATIC)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
         self.loop.run_until_complete(runner.setup())
@@ -169,6 +197,13 @@ class StandIn:
         self.loop.run_until_complete(runner.cleanup())
         self.loop.close()
 
+    async def _admit(self, request, handler):
+        return web.Response() if request.method == "OPTIONS" else await handler(request)
+
+    async def _set_headers(self, request, response):
+        if self.admits:
+            response.headers.update({"Access-Control-Allow-Origin": "*", "Access-Control-Allow-Headers": "*, Authorization"})
+
     async def _page(self, request):
         page = (STATIC / "index.html").read_text().replace("<head>", '<head>\n<base href="static/">', 1)
         return web.Response(text=page, content_type="text/html", headers={"Content-Security-Policy": POLICY})
@@ -179,34 +214,50 @@ class StandIn:
         return web.json_response({"status": "ok", "ready": True, "num_gpus": 0, "available_workers": 1})
 
     async def _models(self, request):
-        return web.json_response({"object": "list", "data": [{"id": "stand-in-135m", "context_length": 8192}]})
+        if self.model is None:
+            raise web.HTTPNotFound
+        return web.json_response({"object": "list", "data": [self.model]})
+
+    async def _tokenize(self, request):
+        return web.json_response({"tokens": list(range(len((await request.json())["content"].split())))})
+
+    async def _template(self, request):
+        said = "".join(f"<|{message['role']}|>{message['content']}" for message in (await request.json())["messages"])
+        return web.json_response({"prompt": f"<|system|>Be a stand-in.{said}"})
 
     async def _stats(self, request):
         return web.json_response({"workers": [{"device": "cpu"}], "model": "stand-in-135m"})
 
     async def _answer(self, request):
+        if "v1" in request.path and self.model is None:
+            raise web.HTTPNotFound
         body = await request.json()
         self.bodies.append(body)
-        self.held = asyncio.Event()
+        if self.held is None or self.held.is_set():         # else it is held together with those that are
+            self.held = asyncio.Event()
         question = body["messages"][-1]["content"]
-        if question == "refuse":
-            return web.json_response({"detail": "Message 1 has 8,001 characters; the limit is 8,000"}, status=400)
-        if question == "overload" and not self.refusals:
-            self.refusals += 1
-            error = {"error": {"message": "The queue is full"}}
-            return web.json_response(error, status=429, headers={"Retry-After": "1"})
-        if self.loading:
-            return web.json_response({"error": {"message": "The server is stopping"}}, status=503)
+        if refusal := self._refusal(question):
+            return refusal
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
+        encode = openai if "v1" in request.path else native
         try:
             script = story if "very long story" in question else SCRIPTS.get(question, echo)
-            async for chunk in script(self, question):
-                await response.write(chunk)
+            async for event in script(self, question):
+                await response.write(event if isinstance(event, bytes) else encode(event))
         except (asyncio.CancelledError, ConnectionResetError):
             self.cancelled.set()
             raise
         return response
+
+    def _refusal(self, question):
+        if question.startswith("refuse"):
+            return web.json_response({"error": {"message": "Message 1 has 8,001 characters; the limit is 8,000"}}, status=400)
+        if question == "overload" and not self.refusals:
+            self.refusals += 1
+            error = {"error": {"message": "The queue is full"}}
+            return web.json_response(error, status=429, headers={"Retry-After": "1"})
+        return web.json_response({"error": {"message": "The server is stopping"}}, status=503) if self.loading else None
 
 
 async def echo(server, question):
@@ -214,39 +265,40 @@ async def echo(server, question):
     words = ["The capital of Japan is", " Tokyo", "."] if "Japan" in question else \
         ["You", " said", ": ", question, f" (answer {len(server.bodies)})"]
     for word in words:
-        yield frame({"token": word, "gpu": 0})
+        yield {"token": word, "gpu": 0}
     yield done(len(words))
 
 
 async def story(server, question):
     """An answer without an end, for Stop."""
     while True:
-        yield frame({"token": "and then ", "gpu": 0})
+        yield {"token": "and then ", "gpu": 0}
         await asyncio.sleep(0.02)
 
 
 async def markdown(server, question):
     """A bit of everything, in pieces of 7 characters."""
     for i in range(0, len(MARKDOWN), 7):
-        yield frame({"token": MARKDOWN[i:i + 7], "gpu": 0})
+        yield {"token": MARKDOWN[i:i + 7], "gpu": 0}
     yield done(99)
 
 
 async def held_markdown(server, question):
     """Held in the middle of a code block."""
     cut = MARKDOWN.index("both at")
-    yield frame({"token": MARKDOWN[:cut], "gpu": 0})
+    yield {"token": MARKDOWN[:cut], "gpu": 0}
     await server.held.wait()
-    yield frame({"token": MARKDOWN[cut:], "gpu": 0}) + done(99)
+    yield {"token": MARKDOWN[cut:], "gpu": 0}
+    yield done(99)
 
 
 async def paragraphs(server, question):
     """More than a screen, held, then more again."""
     for i in range(40):
-        yield frame({"token": f"Paragraph {i}.\n\n", "gpu": 0})
+        yield {"token": f"Paragraph {i}.\n\n", "gpu": 0}
     await server.held.wait()
     for i in range(40, 80):
-        yield frame({"token": f"Paragraph {i}.\n\n", "gpu": 0})
+        yield {"token": f"Paragraph {i}.\n\n", "gpu": 0}
     yield done(80)
 
 
@@ -254,34 +306,60 @@ async def silence(server, question):
     """Held before the first token, with pings."""
     yield b": ping\n\n"
     await server.held.wait()
-    yield b": ping\r\n\r\n" + frame({"token": "Here I am.", "gpu": 0}, "\r\n") + done(1)
+    yield b": ping\r\n\r\n" + openai({"token": "Here I am."}).replace(b"\n", b"\r\n")
+    yield done(1)
 
 
 async def world(server, question):
     """Emoji and CJK, cut at the length limit."""
-    yield frame({"token": "日本の首都は東京です。👩‍🚀 κόσμε", "gpu": 0})
+    yield {"token": "日本の首都は東京です。👩‍🚀 κόσμε", "gpu": 0}
     yield done(1, "length")
 
 
 async def hostile(server, question):
     """An answer that attacks the page, in small pieces."""
     for i in range(0, len(HOSTILE), 5):
-        yield frame({"token": HOSTILE[i:i + 5], "gpu": 0})
+        yield {"token": HOSTILE[i:i + 5], "gpu": 0}
     yield done(99)
 
 
 async def broken(server, question):
     """Fails after the first piece."""
-    yield frame({"token": "Half an answer", "gpu": 0})
-    yield frame({"error": {"message": "The worker died", "type": "server_error", "code": "engine_failure"}})
+    yield {"token": "Half an answer", "gpu": 0}
+    yield {"error": {"message": "The worker died", "type": "server_error", "code": "engine_failure"}}
 
 
 async def cut_off(server, question):
     """Ends without a done event."""
-    yield frame({"token": "Half an answer", "gpu": 0})
+    yield {"token": "Half an answer", "gpu": 0}
 
 
-SCRIPTS = {"story": story, "markdown": markdown, "held markdown": held_markdown, "paragraphs": paragraphs,
+async def thoughts(server, question):
+    """Thinks, is held, then answers."""
+    for word in ("Let me ", "think about **it**", ", slowly."):
+        yield {"reasoning": word, "gpu": 0}
+    await server.held.wait()
+    yield {"token": "It is 42.", "gpu": 0}
+    yield done(9)
+
+
+async def progress(server, question):
+    """Waits in the queue, then its prompt is read; held after each."""
+    for event in ({"queue_position": 3}, {"queue_position": 0, "prompt_tokens": 2000, "prompt_tokens_done": 860}):
+        yield {"progress": event}
+        await server.held.wait()
+        server.held.clear()
+    yield {"token": "Done.", "gpu": 1}
+    yield done(1, gpu=1)
+
+
+async def half(server, question):
+    """An answer that the length cuts."""
+    yield {"token": "Once upon a time", "gpu": 0}
+    yield done(4, "length")
+
+
+SCRIPTS = {"thoughts": thoughts, "progress": progress, "half": half, "story": story, "markdown": markdown, "held markdown": held_markdown, "paragraphs": paragraphs,
            "silence": silence, "world": world, "hostile": hostile, "broken": broken, "cut off": cut_off}
 
 

@@ -4,9 +4,21 @@ import asyncio
 import sys
 from pathlib import Path
 
+from types import SimpleNamespace
+
+import chat_server
 from chat_server import Finished, Piece, Request
 
 DYING = (sys.executable, str(Path(__file__).with_name("dying_worker.py")))      # walks its KV cache after every step
+
+
+def work_of(job):
+    """What a worker's engine is given for a job, through the messages that cross the pipe."""
+    works = []
+    inbox = chat_server.Inbox(SimpleNamespace(add=works.append))
+    for message in job.messages(None):
+        inbox.obey(message)
+    return works[0]
 
 
 async def all_ready(pool):

@@ -1,27 +1,34 @@
 """Several answers to a request: a job, a row and a stream of noise for each, one queue of events for the reader."""
 
+import collections
 import contextlib
 import gc
+from types import SimpleNamespace
 
 import pytest
 
 import chat_server
 from chat_server import EngineFailure, Finished, LocalPool, Overloaded, Piece, Request, RequestError, SamplingParams, Settings, Update
 from fake_pool import Letters
+from pools import work_of
 
 
 class KeepingWorker(chat_server.Worker):
-    """Keeps what it is sent; the test says what came of it."""
+    """Keeps what a worker's engine would be given; the test says what came of it."""
+
+    can_take = True
 
     def __init__(self, pool):
         super().__init__(pool, 0)
-        self.state, self.works, self.cancelled = "ready", {}, []
+        self.state, self.works, self.cancelled, self.sent = "ready", {}, [], []
+        keep = lambda work: self.works.__setitem__(work.id, work)       # noqa: E731
+        self.inbox = chat_server.Inbox(SimpleNamespace(add=keep, cancel=self.cancelled.append))
 
-    def send(self, verb, argument):
-        if verb == "add":
-            self.works[argument.id] = argument
-        else:
-            self.cancelled.append(argument)
+    def send(self, message):
+        self.sent.append(type(message).__name__)
+        frame = chat_server.packed(message)
+        kind, size = chat_server.kind_and_size(frame[:chat_server.HEADER.size])
+        self.inbox.obey(chat_server.unpacked(kind, frame[chat_server.HEADER.size:]))
 
     def says(self, name, token, reason=None):
         self.pool.deliver(self, [Update(name, (token,), chr(token), reason, reason and "eos")])
@@ -32,7 +39,7 @@ async def pool():
     pool = LocalPool(Settings(max_batch=8, max_concurrent_per_key=2))
     pool.workers = [KeepingWorker(pool)]
     pool.card = chat_server.ModelCard(None, "fake", 64, (), {}, False)
-    pool.tokenizer = Letters()
+    pool.prompts = chat_server.PromptMaker(Letters(), 64)
     pool.became_ready.set()
     return pool
 
@@ -55,6 +62,22 @@ async def test_the_others_start_when_the_first_has_computed_the_prompt_and_the_f
     await anext(alone)
     assert worker.works["a"].sampling == SamplingParams(seed=5)
     await alone.aclose()
+
+
+async def test_what_answers_share_crosses_the_pipe_once(pool):
+    (worker,) = pool.workers
+    bias = tuple((token, 1.0) for token in range(200))
+    events = pool.answer(request(n=4, prompts=((1,) * 30, (2,) * 30), sampling=SamplingParams(seed=5, logit_bias=bias)))
+    await anext(events)
+    for name in ("a", "a#4"):
+        worker.says(name, 65)
+        await anext(events)
+    await events.aclose()
+    kinds = collections.Counter(worker.sent)
+    assert (kinds["NewRequest"], kinds["NewPrompt"], kinds["NewAnswer"], kinds["EndOfRequest"]) == (1, 2, 8, 1)
+    assert all(work.sampling.logit_bias == bias for work in worker.works.values())
+    assert {work.prompt_ids for work in worker.works.values()} == {(1,) * 30, (2,) * 30}
+    assert not worker.told and not worker.inbox.requests and not worker.inbox.prompts
 
 
 async def test_events_say_whose_they_are_and_end_with_the_last(pool):
@@ -87,7 +110,7 @@ async def test_one_that_fails_ends_all(pool):
     assert not pool.jobs and not worker.jobs and not len(pool.pending)
 
 
-@pytest.mark.parametrize("changes", [dict(grammar="x"), dict(max_tokens=0, prompt_logprobs=1)])
+@pytest.mark.parametrize("changes", [dict(logprobs=1), dict(max_tokens=0, prompt_logprobs=1)])
 async def test_an_answer_that_fails_is_an_error_and_not_an_end(pool, changes):
     events = pool.answer(request(**changes))
     await anext(events)
@@ -121,9 +144,9 @@ async def test_a_worker_that_dies_costs_no_answer_its_place(pool):
     worker.says("a", 65)
     await anext(events)
     worker.says("a#1", 66)
-    worker.state, worker.works = "dead", {}
+    worker.can_take = False
     pool.orphan(worker)
-    worker.state = "ready"
+    worker.works, worker.can_take = {}, True
     pool.dispatch()
     assert {name: (work.sampling.choice, work.resumed_ids) for name, work in worker.works.items()} == {"a": (0, (65,)), "a#1": (1, (66,))}
     await events.aclose()
@@ -135,12 +158,16 @@ async def test_only_the_prompt_s_scores_are_wanted_with_max_tokens_0_and_a_resum
     await anext(events)
     assert (worker.works["a"].max_tokens, worker.works["a"].prompt_logprobs) == (1, 1)
     scores = (chat_server.TokenLogprob(1, None), chat_server.TokenLogprob(2, -1.0))
-    pool.deliver(worker, [Update("a", (65,), "A", "length", "max_tokens", prompt_logprobs=scores)])
-    piece, done = [event async for event in events]
-    assert (piece.text, piece.tokens, piece.prompt_logprobs) == ("", (), scores)
+    for score in scores:            # as they are computed
+        pool.deliver(worker, [Update("a", (), "", prompt_logprobs=(score,))])
+    assert [message.scored for message in pool.jobs["a"].messages(None) if isinstance(message, chat_server.NewAnswer)] == [2]
+    pool.deliver(worker, [Update("a", (65,), "A", "length", "max_tokens")])
+    *pieces, last, done = [event async for event in events]
+    assert [piece.prompt_logprobs for piece in pieces] == [scores[:1], scores[1:]]
+    assert all((piece.text, piece.tokens) == ("", ()) for piece in (*pieces, last)) and last.prompt_logprobs == ()
     assert (done.completion_tokens, done.reason, done.stop_reason) == (0, "length", "max_tokens")
     job = chat_server.Job(request(prompt_logprobs=1), (1, 2), 5, None, 0.0, output_ids=[65])
-    assert job.work().prompt_logprobs is None
+    assert work_of(job).prompt_logprobs is None
 
 
 async def test_an_answer_that_fills_the_context_says_so(pool):

@@ -73,6 +73,25 @@ def test_a_config_error_is_one_line_and_status_2_and_the_version_is_printed():
     assert (run.returncode, run.stdout) == (0, f"chat_server {chat_server.__version__}; {chat_server.kernels_line()}\n")
 
 
+@pytest.mark.parametrize("flag", ["--config", "--api-key-file"])
+@pytest.mark.parametrize("path, words", [
+    ("/none/x", "No such file"), ("~nobody-here/x", "home directory"), ("a\0b", "null"),
+    ("/dev/null/x", "Not a directory")])
+def test_a_file_that_cannot_be_opened_is_named(flag, path, words):
+    with pytest.raises(ConfigError, match=f"{flag} .*{words}"):
+        parse_command_line(["serve", flag, path], {})
+
+
+def test_the_help_and_the_log_say_that_a_key_on_the_command_line_is_seen(local_pool, capsys, caplog):
+    with pytest.raises(SystemExit):
+        parsed("serve --help")
+    assert "other users may see it in `ps`" in " ".join(capsys.readouterr().out.split())
+    for words, said in ((["--api-key", "k"], True), (["--api-key=k"], True), (["--system", "k"], False)):
+        caplog.clear()
+        run_main("generate", "--prompt", "Hi", *words)
+        assert ("read the key in the process list" in caplog.text) is said
+
+
 def test_the_help_of_each_command_lists_its_flags(capsys):
     for command, flag, foreign in (("serve", "--port", "--prompt"), ("chat", "--system", "--port"), ("generate", "--url", "--host")):
         with pytest.raises(SystemExit) as left:

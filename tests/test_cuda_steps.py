@@ -1,4 +1,4 @@
-"""Steps on CUDA: graphs of decode steps, prompts between them, tokens that stay on the device; and the ops of section 4c.
+"""Steps on CUDA: graphs of decode steps, prompts between them, tokens that stay on the device; and the ops of cuda_backend.
 
 On a GPU, where there is one, and everywhere in the emulation (tests/cuda_backends.py). What they must give is what the
 reference engine gives on the CPU.
@@ -21,6 +21,7 @@ from near_tie import assert_same_tokens_or_near_tie
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="the compiled core is not installed")
 decode_core = backends.decode_core
+from decode_core import cuda_steps, seam  # noqa: E402
 
 MARGIN = 2e-3           # as in tests/test_engine.py
 
@@ -63,9 +64,9 @@ def engine_on(kernels, model, device="cpu", *, num_pages=200, max_batch=6, prefi
 
 def cuda_engine(backend, model, monkeypatch, prepare=True, **sizes):
     """An engine as a worker builds it on CUDA; its steps' queue is `engine.steps.queue`."""
-    monkeypatch.setattr(cs, "CudaQueue", lambda device: backend.queue())
+    monkeypatch.setattr(cuda_steps, "CudaQueue", lambda device: backend.queue())
     engine = engine_on(backend.kernels(model[0]), model, backend.device, **sizes)
-    assert isinstance(engine.steps, cs.GraphSteps)
+    assert isinstance(engine.steps, cuda_steps.GraphSteps)
     if prepare:
         engine.steps.prepare(lambda fraction: None)
     return engine
@@ -151,7 +152,7 @@ def test_penalties_and_biases_are_drawn_on_the_device(backend, nanochat_fixtures
     same_answers(expected, answers(engine, works))
     replays = engine.steps.queue.replays
     assert replays >= 19
-    monkeypatch.setattr(cs, "LIST_CAPACITY", 20)        # and larger than the memory that was made for one step
+    monkeypatch.setattr(cuda_steps, "LIST_CAPACITY", 20)        # and larger than the memory that was made for one step
     tight = cuda_engine(backend, model, monkeypatch, prefill_chunk=4, context_length=64, max_batch=4)
     same_answers(expected, answers(tight, works))
     assert tight.steps.queue.replays == 0
@@ -262,7 +263,7 @@ def test_padding_draws_nothing_and_stores_nothing(backend, nanochat_fixtures, mo
 def test_the_smallest_graph_that_holds_a_step_is_replayed(backend, nanochat_fixtures, monkeypatch):
     steps = steps_on(backend, model_of("gen1", nanochat_fixtures), monkeypatch, max_batch=6, num_pages=80)
     assert sorted(steps.graphs) == [(1, 32), (2, 32), (4, 32), (6, 32)]
-    assert (cs.doubling(1, 64, 2), cs.doubling(64, 600, 4), cs.doubling(64, 20, 4)) == ([1, 2, 4, 8, 16, 32, 64], [64, 256, 600], [20])
+    assert (cuda_steps.doubling(1, 64, 2), cuda_steps.doubling(64, 600, 4), cuda_steps.doubling(64, 20, 4)) == ([1, 2, 4, 8, 16, 32, 64], [64, 256, 600], [20])
     sampling = SimpleNamespace(count_ids=[], bias_ids=[])
     for rows, expected in ((1, 1), (2, 2), (3, 4), (4, 4), (5, 6), (6, 6)):
         batch = decode_batch([0] * rows, [0] * rows, [1] * rows, [[0]] * rows)
@@ -296,7 +297,7 @@ def test_logits_of_prompts_chunks_and_decode_rows_are_the_references(backend, na
                             dtype=torch.float32, device=device)
         steps = [[(a, 0, 100, pa), (b, 0, 44, pb)], [(b, 44, 1, pb), (a, 100, 189, pa), (c, 0, 7, pc)],
                  [(a, 289, 1, pa), (c, 7, 1, pc)]]
-        logits[str(device), kernels.cuda is None] = [model.forward(make_batch(*step)).cpu().clone() for step in steps]
+        logits[str(device), kernels.backend.name] = [model.forward(make_batch(*step)).cpu().clone() for step in steps]
     reference, fast = logits.values()
     for expected, got in zip(reference, fast):
         assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
@@ -332,28 +333,18 @@ def test_sampling_on_the_device_draws_the_references_tokens_and_leaves_logits_al
 # --- the choice --------------------------------------------------------------------------------------------------
 
 
-class Pretended:
-    """decode_core as it looks where there is a GPU."""
-
-    cuda = decode_core.cuda
-
-    def __init__(self, ops=SimpleNamespace()):
-        self.ops = ops
-
-    def cuda_ops(self):
-        return self.ops
-
-
 def test_load_kernels_takes_decode_core_on_cuda_where_the_model_fits(monkeypatch):
     spec = llama_like()[0]
-    monkeypatch.setattr(cs, "decode_core", Pretended)
+    monkeypatch.setattr(seam, "cuda_ops", SimpleNamespace)      # as where there is a GPU
     kernels = cs.load_kernels("cuda", spec)
     names = kernels.names
     assert {name for name, by in names.items() if by == "decode_core/cuda"} >= {"rope_append", "paged_attention", "sample"}
-    assert names["linear"] == "torch/reference" and kernels.cuda and not kernels.row_invariant
+    assert names["linear"] == "torch/reference" and not kernels.row_invariant
     for unfit in (replace(spec, head_size=24), replace(spec, head_size=272), replace(spec, vocab_size=(1 << 18) + 1)):
-        assert cs.load_kernels("cuda", unfit).cuda is None
-    monkeypatch.setattr(cs, "decode_core", lambda: Pretended(None))        # no driver, or no device
+        assert set(cs.load_kernels("cuda", unfit).names.values()) == {"torch/reference", "numpy/reference"}
+    with pytest.raises(cs.ConfigError, match="--quantize needs decode_core and a CPU"):
+        cs.load_kernels("cuda", spec, quantize="q8_0")
+    monkeypatch.setattr(seam, "cuda_ops", lambda: None)         # no driver, or no device
     assert cs.load_kernels("cuda", spec).names["sample"] == "numpy/reference"
 
 

@@ -19,6 +19,7 @@ from fake_pool import FakePool, conversation, frames, serving
 README = (Path(chat_server.__file__).parent / "README.md").read_text(encoding="utf-8")
 DEPLOYMENT = README.split("## Deployment")[1].split("## Troubleshooting")[0]
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_nginx = pytest.mark.skipif(NGINX is None, reason="no nginx (Debian: apt install nginx-light)")
 
 
@@ -67,6 +68,44 @@ async def test_behind_nginx_the_page_and_both_apis_work(tmp_path):
             async with client.post(url + path, json=body, headers={"X-Request-Id": "traced"}) as response:
                 assert response.headers["X-Request-Id"] == "traced" and len(frames(await response.read())) >= 4
         assert (await client.post(url + "/v1/chat/completions", json={})).status == 400
+
+
+@needs_nginx
+async def test_behind_nginx_the_server_s_own_pages_may_post_and_others_may_not(tmp_path):
+    pool, names = FakePool(), {"allowed_host": ("chat.example",)}
+    async with behind_nginx(tmp_path, pool, **names) as url, aiohttp.ClientSession() as client:
+        port = url.split(":")[2].split("/")[0]
+
+        async def post(host, origin):
+            headers = {"Host": host, "Origin": origin}
+            response = await client.post(url + "/chat/completions", json=conversation(), headers=headers)
+            await response.read()
+            return response.status
+
+        for host in (f"127.0.0.1:{port}", f"chat.example:{port}", "chat.example", "localhost"):
+            assert await post(host, f"http://{host}") == 200, host
+        assert await post("chat.example", "https://chat.example") == 200        # nginx may speak TLS
+        assert len(pool.requests) == 5
+        for origin in ("https://evil.example", "http://127.0.0.1:1", "http://127.0.0.1", "null"):
+            assert await post(f"127.0.0.1:{port}", origin) == 403, origin
+        assert await post("evil.example", "http://evil.example") == 403
+        assert len(pool.requests) == 5
+
+
+@needs_nginx
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium binary on PATH (Debian: apt install chromium)")
+async def test_the_page_chats_through_nginx_under_a_name_of_its_own(tmp_path):
+    playwright = pytest.importorskip("playwright.async_api")
+    nginx = behind_nginx(tmp_path, FakePool(), allowed_host=("chat.test",))
+    async with nginx as url, playwright.async_playwright() as driver:
+        arguments = ["--no-sandbox", "--host-resolver-rules=MAP chat.test 127.0.0.1"]
+        browser = await driver.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        page = await browser.new_page()
+        await page.goto(url.replace("127.0.0.1", "chat.test") + "/")
+        await page.get_by_role("textbox", name="Message").fill("hello")
+        await page.get_by_role("button", name="Send").click()
+        await playwright.expect(page.get_by_role("log")).to_contain_text("Hello, world!")
+        await browser.close()
 
 
 class FirstPieceFree:

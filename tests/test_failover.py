@@ -235,7 +235,7 @@ def test_each_report_of_a_load_gives_it_the_whole_time_again():
     (worker,) = pool.workers
     worker.awaited_s = time.monotonic() - pool.LOAD_HANG_S - 1
     assert worker.state == "loading" and worker.hung
-    worker.hear(("loading", "weights", 0.5))
+    worker.hear(chat_server.Loading("weights", 0.5))
     assert not worker.hung
 
 

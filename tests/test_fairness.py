@@ -7,8 +7,8 @@ import aiohttp
 import pytest
 
 import chat_server
-from chat_server import Job, LocalPool, Overloaded, Request, Settings, WaitingQueue
-from fake_pool import FakePool, conversation, serving
+from chat_server import Job, LocalPool, NewAnswer, Overloaded, Request, Settings, WaitingQueue
+from fake_pool import FakePool, Letters, conversation, serving
 
 
 def job(name, client="", low=False, deaths=0):
@@ -78,8 +78,8 @@ class FakeWorker(chat_server.Worker):
         super().__init__(pool, 0)
         self.state, self.sent = "ready", []
 
-    def send(self, verb, argument):
-        self.sent.append((verb, getattr(argument, "id", argument)))
+    def send(self, message):
+        self.sent.append(message)
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ async def pool(monkeypatch):
     pool = LocalPool(Settings(max_batch=1, max_queue=3, max_concurrent_per_key=2))
     pool.workers = [FakeWorker(pool)]
     pool.card = chat_server.ModelCard(None, "fake", 64, (), {}, False)
-    pool.tokenizer = type("Tokenizer", (), {"vocab_size": 100})()
+    pool.prompts = chat_server.PromptMaker(Letters(), 64)
     pool.became_ready.set()
     return pool
 
@@ -113,7 +113,7 @@ async def test_the_pool_gives_rows_in_turn_and_refuses_above_the_limits(pool):
     await anext(streams["b1"])
     for name in ("a1", "a2", "b1", "l1"):       # each that leaves gives its row to the next
         await streams[name].aclose()
-    assert [name for verb, name in pool.workers[0].sent if verb == "add"] == ["a1", "a2", "b1", "l1"]
+    assert [each.id for each in pool.workers[0].sent if isinstance(each, NewAnswer)] == ["a1", "a2", "b1", "l1"]
     assert not pool.jobs and not len(pool.pending) and not pool.workers[0].jobs
 
 

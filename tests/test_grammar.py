@@ -11,6 +11,7 @@ import torch
 import chat_server
 from chat_server import Message, RequestError, SamplingParams, Work
 from engines import make_engine
+from pools import work_of
 from test_logprobs import updates
 
 PERSON = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0, "maximum": 130},
@@ -19,7 +20,9 @@ PERSON = {"type": "object", "properties": {"name": {"type": "string", "maxLength
 
 
 def grammar(schema):
-    return chat_server.json_grammar(schema, "response_format")
+    source = chat_server.json_grammar(schema, "response_format")
+    chat_server.check_grammar(source, "response_format")
+    return source
 
 
 @pytest.fixture(scope="module", params=["nanochat", "gguf"])
@@ -82,7 +85,7 @@ def test_what_a_client_would_stop_at_does_not_cut_json(engine, shape):
     values = chat_server.parse_fields(body, chat_server.OPENAI_FIELDS)
     request = chat_server.parse_openai_request(values, chat_server.Settings())
     prompt = tuple(engine.tokenizer.render(request.messages))
-    works = [chat_server.replace(chat_server.Job(request, prompt, 120, asyncio.Queue(), 0.0, choice=seed).work(), sampling=SamplingParams(1.0, seed=seed))
+    works = [chat_server.replace(work_of(chat_server.Job(request, prompt, 120, asyncio.Queue(), 0.0, choice=seed)), id=str(seed), sampling=SamplingParams(1.0, seed=seed))
              for seed in range(4)]
     found = updates(engine, works)
     for each in works:
@@ -123,6 +126,7 @@ def gate(monkeypatch):
 
 @torch.inference_mode()
 def test_others_go_on_while_a_grammar_is_made_and_cancelling_does_not_wait_for_it(engine, gate):
+    engine.grammars.clear()
     free = Work("f", (5, 6, 7), SamplingParams(0.0), 60, ignore_eos=True)
     for each in (free, work(engine, "a", PERSON, 3), work(engine, "b", PERSON, 4)):
         engine.add(each)
@@ -138,10 +142,69 @@ def test_others_go_on_while_a_grammar_is_made_and_cancelling_does_not_wait_for_i
     assert {update.id for update in found} == {"a"} and text_of(found) == text_of(updates(engine, [work(engine, "a", PERSON, 3)])["a"])
 
 
+def test_a_grammar_is_compiled_once_for_all_answers_of_a_request_and_of_the_same_owner(engine, monkeypatch):
+    made, original = [], chat_server.Grammar.__init__
+
+    def counted(*arguments):
+        made.append(arguments[-1])
+        original(*arguments)
+
+    monkeypatch.setattr(chat_server.Grammar, "__init__", counted)
+    engine.grammars.clear()
+    alike = [work(engine, f"a#{choice}", PERSON, choice, request_id="a", client="alice", owner="alice") for choice in range(6)]
+    found = updates(engine, alike)
+    assert made == [alike[0].grammar] and all(found[each.id][-1].reason in ("stop", "length") for each in alike)
+    updates(engine, [work(engine, "b", PERSON, client="bob", owner="bob")])
+    assert len(made) == 2 and len(engine.grammars) == 2         # how fast it came would tell bob what alice asked
+
+
+@torch.inference_mode()
+def test_grammars_of_clients_are_compiled_in_turn_and_those_of_who_left_not_at_all(engine, gate, monkeypatch):
+    order, original = [], chat_server.Engine._prepare
+
+    def noted(self, sequence):
+        original(self, sequence)
+        order.append(sequence.work.id)
+
+    monkeypatch.setattr(chat_server.Engine, "_prepare", noted)
+    engine.grammars.clear()
+    for name in ("a1", "a2", "a3", "b1"):
+        engine.add(work(engine, name, {"type": "string", "const": name}, client=name[0]))
+    assert engine.cancel("a2")
+    gate.set()
+    while engine.busy:
+        engine.step()
+    assert order == ["a1", "b1", "a3"]
+
+
+@torch.inference_mode()
+def test_others_go_on_while_a_mask_is_computed_and_the_answer_is_the_same(engine, monkeypatch):
+    undisturbed = updates(engine, [work(engine, "a", PERSON, 3)])["a"]
+    slow, original = threading.Event(), chat_server.FairThread.submit
+
+    def submit(thread, client, compute, *arguments):
+        late = thread.thread._thread_name_prefix == "masks" and client == "slow"
+        return original(thread, client, lambda *these: (late and slow.wait(), compute(*these))[1], *arguments)
+
+    monkeypatch.setattr(chat_server.FairThread, "submit", submit)
+    engine.add(work(engine, "a", PERSON, 3, client="slow"))
+    engine.add(Work("f", (5, 6, 7), SamplingParams(0.0), 30, ignore_eos=True))
+    found = []
+    while sum(len(update.tokens) for update in found if update.id == "f") < 30:
+        found += engine.step()
+    assert 1 <= len([update for update in found if update.id == "a"]) < 3          # it waits for its second mask
+    engine.check_integrity()
+    slow.set()
+    while engine.busy:
+        found += engine.step()
+    assert text_of([update for update in found if update.id == "a"]) == text_of(undisturbed)
+
+
 def test_an_answer_that_cannot_be_prepared_fails_alone(engine, monkeypatch, caplog):
     def broken(*arguments):
         raise MemoryError("no room for a grammar")
     monkeypatch.setattr(chat_server.Grammar, "__init__", broken)
+    engine.grammars.clear()
     free = Work("f", (5, 6, 7), SamplingParams(0.0), 20, ignore_eos=True)
     found = updates(engine, [work(engine, "a", PERSON), free])
     assert found["a"][-1].reason == "error" and found["f"][-1].reason == "length" and "no room for a grammar" in caplog.text
@@ -166,7 +229,10 @@ def test_a_schema_nested_too_deeply_is_refused():
 
 
 def test_a_schema_that_nothing_fulfils_is_an_error_and_not_an_answer(engine):
-    found = updates(engine, [work(engine, "a", {"$ref": "#"})])["a"]
+    with pytest.raises(RequestError, match="nothing fulfils it"):
+        grammar({"$ref": "#"})
+    one = chat_server.replace(work(engine, "a", {}), grammar=chat_server.json_grammar({"$ref": "#"}, ""))
+    found = updates(engine, [one])["a"]
     assert found[-1].reason == "refused" and text_of(found) == ""
 
 
@@ -184,6 +250,7 @@ def test_the_mask_is_exactly_what_the_grammar_takes(engine):
     guide = chat_server.Grammar(engine.tokenizer, rules)
     for token in engine.tokenizer.encode('{"name": "Bo"'):
         assert guide.feed(token)
+    guide.mask.set_result(guide.matcher.compute_bitmask())
     flags = guide.allowed(engine.tokenizer.vocab_size)
     assert 0 < flags.sum() < 20
     for token in [*flags.nonzero()[0].tolist(), 5, 65, 200]:

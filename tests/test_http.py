@@ -558,6 +558,14 @@ async def test_the_page_comes_with_a_base_a_strict_policy_and_fresh_files(client
         assert "default-src 'self'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
         assert page.headers["X-Content-Type-Options"] == "nosniff"
         assert "javascript" in script.content_type and script.headers["Cache-Control"] == "no-cache"
+        for ranges, status, body in (       # RFC 9110, 14.1.2: no last bytes at all cannot be had
+                ("bytes=-0", 416, None), ("bytes=-000", 416, None), ("Bytes=-0", 416, None),
+                ("bytes=6-", 416, None), ("bytes=-2", 206, "a;"), ("bytes=-99", 206, "let a;"),
+                ("bytes=0-", 206, "let a;"), ("bytes=4-4", 206, "a")):
+            part = await client.get(url + "/static/chat.js", headers={"Range": ranges})
+            text = await part.text()
+            assert part.status == status and (body is None or text == body), ranges
+            assert status == 206 or part.headers["Content-Range"] == "bytes */6", ranges
         again = await client.get(url + "/static/chat.js", headers={"If-None-Match": script.headers["ETag"]})
         assert again.status == 304
         port = int(url.rsplit(":", 1)[1])

@@ -124,3 +124,16 @@ def test_check_integrity_notices_a_leak():
     pool.allocate(1)
     with pytest.raises(AssertionError, match="1 refs, 0 owners"):
         pool.check_integrity([])
+
+
+def test_those_who_share_no_pages_find_their_own_only():
+    pool = PagePool(8)
+    tokens = list(range(40))
+    for owner in ("alice", PagePool.ROOT):
+        pages = pool.allocate(3)
+        fill(pool, tokens, pages, owner)
+        pool.release(pages)
+    found = {owner: pool.match_prefix(tokens, owner)[0] for owner in ("alice", "bob", PagePool.ROOT)}
+    assert len(found["alice"]) == len(found[PagePool.ROOT]) == 2 and found["bob"] == []
+    assert not set(found["alice"]) & set(found[PagePool.ROOT])
+    pool.check_integrity(found.values())

@@ -34,6 +34,17 @@ def test_functions_stay_small():
     assert lengths[len(lengths) * 9 // 10] <= 40
 
 
+def test_every_background_task_is_supervised():
+    """A task's exception that nobody reads is a server that waits: tasks are `supervised`, or awaited."""
+    awaited = {"first_of", "interruptible", "call"}     # these read the results of theirs
+    for function in ast.walk(ast.parse(SOURCE)):
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)) and function.name not in awaited:
+            for call in (node for node in ast.walk(function) if isinstance(node, ast.Call)):
+                if getattr(call.func, "attr", "") in ("create_task", "ensure_future"):
+                    work = call.args[0]
+                    assert isinstance(work, ast.Call) and work.func.id == "supervised", call.lineno
+
+
 def test_the_flags_names_are_unique_and_their_settings_cross_a_pipe():
     names = [chat_server.option_field(option) for option in chat_server.OPTIONS]
     assert len(set(names) | {"command", "model", "keys"}) == len(names) + 3

@@ -87,6 +87,13 @@ def test_penalties_and_bias_count_and_temperature_does_not(engine):
     check([entry for update in found for entry in update.logprobs], logits, tokens, 3)
 
 
+def scores_and_rest(found):
+    """The scores of a prompt, which come as they are computed, and the updates after them, which bring tokens."""
+    scoring = [update for update in found if update.prompt_logprobs]
+    assert found[:len(scoring)] == scoring and not any(update.tokens or update.reason for update in scoring)
+    return [entry for update in scoring for entry in update.prompt_logprobs], found[len(scoring):]
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 def test_prompts_are_scored_whole_also_when_their_pages_are_cached_and_steps_have_few_rows(engine, ahead):
     """75 tokens in steps of at most 8 rows of logits, beside answers that take some of them."""
@@ -100,25 +107,34 @@ def test_prompts_are_scored_whole_also_when_their_pages_are_cached_and_steps_hav
     engine.transformer.forward = forward
     assert max(rows) <= engine.scheduler.max_rows == 8
     for i, work in enumerate(scored):
-        first, *rest = found[work.id]
-        assert not any(update.prompt_logprobs for update in rest) and len(first.tokens) == 1
-        assert first.prompt_logprobs[0] == chat_server.TokenLogprob(PROMPT[i], None)
-        check(first.prompt_logprobs[1:], logits_of(engine, work.prompt_ids)[:-1], work.prompt_ids[1:], 2)
-        assert first.cached_tokens == 0
+        scores, rest = scores_and_rest(found[work.id])
+        assert scores[0] == chat_server.TokenLogprob(PROMPT[i], None)
+        check(scores[1:], logits_of(engine, work.prompt_ids)[:-1], work.prompt_ids[1:], 2)
+        assert len(rest[0].tokens) == 1 and rest[0].cached_tokens == 0
 
 
 def test_a_scored_prompt_that_is_preempted_is_scored_again_and_once(engine):
     works = [Work("old", PROMPT, SamplingParams(0.0), 30, ignore_eos=True),
              Work("s", PROMPT[:60], SamplingParams(0.0), 3, ignore_eos=True, prompt_logprobs=1)]
+    found = []
     with torch.inference_mode():
         for work in works:
             engine.add(work)
         while not (sequence := next((s for s in engine.scheduler.running if s.work.id == "s"), None)) or sequence.computed < 20:
-            engine.step()
+            found += engine.step()
         engine._finish()
+        assert any(update.prompt_logprobs for update in found)
         engine.scheduler._preempt(sequence)
-        found = [update for _ in range(200) if engine.busy for update in engine.step() if update.id == "s"]
-    check(found[0].prompt_logprobs[1:], logits_of(engine, PROMPT[:60])[:-1], PROMPT[1:60], 1)
+        found += [update for _ in range(200) if engine.busy for update in engine.step()]
+    scores, _ = scores_and_rest([update for update in found if update.id == "s"])
+    check(scores[1:], logits_of(engine, PROMPT[:60])[:-1], PROMPT[1:60], 1)
+
+
+def test_a_prompt_whose_scores_were_sent_in_part_is_scored_on_from_there(engine):
+    whole, _ = scores_and_rest(updates(engine, [Work("a", PROMPT, SamplingParams(0.0), 2, ignore_eos=True, prompt_logprobs=1)])["a"])
+    for scored in (1, 30, len(PROMPT)):
+        work = Work("b", PROMPT, SamplingParams(0.0), 2, ignore_eos=True, prompt_logprobs=1, scored=scored)
+        assert scores_and_rest(updates(engine, [work])["b"])[0] == whole[scored:]
 
 
 def test_the_token_that_ends_an_answer_has_no_logprob(engine):

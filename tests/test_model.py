@@ -161,7 +161,7 @@ def test_forward_is_a_list_of_ops_that_can_be_replayed_over_scribbled_buffers(wh
     addresses = {name: buffer.data_ptr() for name, buffer in model.buffers.items()}
     batch = make_batch((tokens, 30, 20, [7, 5, 6, 2]))
     inputs = model.inputs(batch)
-    buffers = model._cut(20, 1)
+    buffers = model.cut(20, 1)
     with torch.inference_mode(), guard:
         model.compute(inputs, buffers)
     logits = buffers.logits

@@ -71,7 +71,8 @@ async def test_choices_and_logprobs_parse_whole_and_streamed(client, pool):
 
 async def test_text_completions_parse_with_echo_and_logprobs(client, pool):
     scores = (TokenLogprob(79, None), TokenLogprob(240, -1.0, ((240, -1.0),)))
-    pool.pieces = [Piece("!", (33,), 0, logprobs=(TokenLogprob(33, -0.25),), prompt_logprobs=scores)]
+    pool.pieces = [Piece("", (), 0, prompt_logprobs=scores[:1]), Piece("", (), 0, prompt_logprobs=scores[1:]),
+                   Piece("!", (33,), 0, logprobs=(TokenLogprob(33, -0.25),))]
     answer = await client.completions.create(model="fake-model", prompt=["Oh", [79, 240]], echo=True, logprobs=1, max_tokens=1)
     assert [choice.text for choice in answer.choices] == ["Oh!", "O\ufffd!"]
     found = answer.choices[1].logprobs

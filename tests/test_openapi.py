@@ -45,12 +45,13 @@ async def test_the_server_offers_it():
 class EchoWorker(Worker):
     """Answers at once, in this process: whatever the front lets through ends as one token."""
 
-    state = "ready"
-
-    def send(self, verb, argument):
-        if verb == "add":
-            assert argument.max_tokens >= 1 and all(0 <= token < 300 for token in argument.prompt_ids)
-            update = Update(argument.id, (5,), "x", "stop", "eos")
+    def send(self, message):
+        chat_server.packed(message)
+        if isinstance(message, chat_server.NewPrompt):
+            assert all(0 <= token < 300 for token in message.ids)
+        if isinstance(message, chat_server.NewAnswer):
+            assert message.max_tokens >= 1
+            update = Update(message.id, (5,), "x", "stop", "eos")
             asyncio.get_running_loop().call_soon(self.pool.deliver, self, [update])
 
 
@@ -67,13 +68,14 @@ def port(nanochat_fixtures):
         pool.workers = [EchoWorker(pool, 0)]
         pool.workers[0].state = "ready"
         pool.card = chat_server.ModelCard(text, "fake", 64, (), {}, False)
-        pool.tokenizer = chat_server.open_tokenizer(text)
+        await pool._open_tokenizer(pool.card)
         pool.became_ready.set()
         async with serving(pool) as url:
             found.append(int(url.rsplit(":", 1)[1]))
             ready.set()
             await stop.wait()
-        assert not pool.jobs and not len(pool.pending)
+        assert not pool.jobs and not len(pool.pending) and not pool.preparing
+        await pool.close()
 
     thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
     thread.start()

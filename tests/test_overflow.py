@@ -102,7 +102,7 @@ async def test_more_messages_than_the_context_has_tokens_never_reach_the_templat
     assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "messages")
 
 
-async def test_many_short_messages_and_tools_are_rendered_off_the_event_loop(start_pool, monkeypatch):
+async def test_many_short_messages_are_rendered_off_the_event_loop(start_pool, monkeypatch):
     pool = await start_pool()
     threads, render = [], pool.tokenizer.render
 
@@ -111,9 +111,9 @@ async def test_many_short_messages_and_tools_are_rendered_off_the_event_loop(sta
         return render(messages)
 
     monkeypatch.setattr(pool.tokenizer, "render", watched)
-    for number, (turns, tools) in enumerate((([""], ()), ([""] * 101, ()), ([""], ({"type": "function"},)))):
-        await answer(pool, Request(f"a{number}", talk(*turns), tools=tools, max_tokens=1))
-    assert threads == [True, False, False]
+    for number, turns in enumerate(([""], [""] * 101)):
+        await answer(pool, Request(f"a{number}", talk(*turns), max_tokens=1))
+    assert threads == [True, False]
 
 
 async def test_what_was_dropped_is_said_in_the_answer():
@@ -131,6 +131,68 @@ async def test_what_was_dropped_is_said_in_the_answer():
             chunks = frames(await (await client.post(url + "/v1/chat/completions", json=body | {"stream": True})).read())
             assert [each["timings"].get("dropped_messages") for each in (native, whole, chunks[-2])] == [said] * 3
         assert (await client.post(url + "/chat/completions", json=conversation() | {"truncate": "newest"})).status == 400
+
+
+def spoken(*turns, system=None):
+    """The messages of a body of the native API; turns are texts, or numbers of characters."""
+    texts = ["x" * turn if isinstance(turn, int) else turn for turn in turns]
+    return [{"role": message.role, "content": message.content} for message in talk(*texts, system=system)]
+
+
+NATIVE_TRUNCATIONS = (      # system message, turns, the messages that go
+    (None, [10, 9000, "last?"], 0),                         # an answer may be long
+    (None, [9000, 10, 10, 10, "last?"], 2),                 # a question may not
+    ("Rule!", [10, 10, 9000, 10, 10, 10, "last?"], 4),      # nor one in between: a conversation has no holes
+    (None, [8000, 10, 8000, 16000, "last?"], 2),            # 32,015 characters in all
+    (None, [10, 33000, "last?"], 2),
+    (None, [10, 31985, "last?"], 0), ("Rule!", [10, 31980, "last?"], 0),
+    (None, [10, 31986, "last?"], 2), ("Rule!", [10, 31981, "last?"], 2),
+    (None, [1] * 499, 0), ("Rule!", [1] * 499, 0), (None, [1] * 501, 2), ("Rule!", [1] * 501, 2),
+    (None, [1] * 502, 2), ("Rule!", [1] * 502, 4), (None, [1] * 1001, 502),
+)
+
+
+@pytest.mark.parametrize("system, turns, dropped", NATIVE_TRUNCATIONS, ids=range(len(NATIVE_TRUNCATIONS)))
+async def test_the_native_limits_hold_for_what_truncation_leaves(system, turns, dropped):
+    messages = spoken(*turns, system=system)
+    async with serving(pool := FakePool()) as url, aiohttp.ClientSession() as client:
+        response = await client.post(url + "/chat/completions", json={"messages": messages, "truncate": "oldest"})
+        assert response.status == 200, await response.text()
+    kept = [{"role": message.role, "content": message.content} for message in pool.requests[0].messages]
+    assert kept == messages[:len(messages) - len(turns)] + messages[len(messages) - len(turns) + dropped:]
+    assert pool.requests[0].dropped_messages == dropped
+
+
+async def test_system_messages_and_the_last_turn_are_never_truncated():
+    system = {"role": "system", "content": "Rule!"}
+    between = [*spoken("q", 33000), system, *spoken("last?", "I think")]
+    async with serving(pool := FakePool()) as url, aiohttp.ClientSession() as client:
+        async def refusal(messages, truncate="oldest"):
+            response = await client.post(url + "/chat/completions", json={"messages": messages, "truncate": truncate})
+            return "" if response.status == 200 else (await response.json())["detail"]
+
+        assert await refusal(between) == ""
+        assert [message.content for message in pool.requests[-1].messages] == ["Rule!", "last?", "I think"]
+        for messages, said in (
+                (spoken("q", "a", 8001), "messages[2]: 8001 given, at most 8000"),
+                (spoken("q", "a", "last?", system="r" * 8001), "messages[0]: 8001 given, at most 8000"),
+                (spoken("q", "a", "last?", 32000), "characters in all messages: 32005 given, at most 32000"),
+                ([system] * 500 + spoken("q", "a", "last?"), "messages: 501 given, at most 500"),
+                (spoken(*[""] * 10001), "messages: 10001 given, at most 10000"),
+                ([{"role": "robot", "content": ""}, *spoken(*[""] * 600)], "messages[0].role must be one of")):
+            assert said in await refusal(messages)
+        assert "messages: 501 given, at most 500" in await refusal(spoken(*[""] * 501), "none")
+
+
+async def test_what_the_limits_drop_and_what_the_context_drops_is_said_together(start_pool):
+    pool = await start_pool(context_length=128)
+    async with serving(pool) as url, aiohttp.ClientSession() as client:
+        body = {"messages": spoken(9000, 10, 60, 40, "last?"), "truncate": "oldest", "temperature": 0, "max_tokens": 8}
+        said = frames(await (await client.post(url + "/chat/completions", json=body)).read())[-1]
+        assert said["timings"]["dropped_messages"] == 2 and said["usage"]["prompt_tokens"] > 100
+        body["messages"] = spoken(9000, 10, 160, 40, "last?")
+        said = frames(await (await client.post(url + "/chat/completions", json=body)).read())[-1]
+        assert said["timings"]["dropped_messages"] == 4
 
 
 async def test_with_hardly_any_kv_memory_every_answer_under_load_is_as_alone(start_pool, nanochat_fixtures):
@@ -181,4 +243,4 @@ async def test_a_text_far_beyond_the_context_is_refused_before_all_of_it_is_toke
         assert refused.value.code == "context_length_exceeded" and refused.value.param == ("prompt" if request.prompts else "messages")
     _, _, done = await answer(pool, Request("d", talk(long, "a", "last?"), max_tokens=8, truncate=True))
     assert done.dropped_messages == 2
-    assert max(taken) == LocalPool.SLICE_CHARACTERS and sum(taken) < 10 * LocalPool.SLICE_CHARACTERS
+    assert max(taken) == chat_server.PromptMaker.SLICE_CHARACTERS and sum(taken) < 10 * chat_server.PromptMaker.SLICE_CHARACTERS

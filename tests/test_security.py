@@ -135,7 +135,10 @@ async def test_by_default_no_other_origin_may_do_anything(client, origin):
     async with serving(pool) as url:
         answers = [await preflight(client, url, origin), await client.get(url + "/v1/models", headers={"Origin": origin}),
                    await client.post(url + NATIVE, json=conversation(), headers={"Origin": origin, "Sec-Fetch-Site": "cross-site"})]
-    assert [answer.status for answer in answers] == [403, 200, 403] and not pool.requests
+        headers = {"Origin": origin, "Content-Type": "text/plain"}          # as to plain http
+        for path in (NATIVE, OPENAI, "/v1/completions", "/tokenize", "/v1/cancel/x", "/", "/nothing"):
+            answers.append(await client.post(url + path, json=conversation(), headers=headers))
+    assert {answer.status for answer in answers} == {403} and not pool.requests
     assert not any(name.startswith("Access-Control") for answer in answers for name in answer.headers)
 
 
@@ -152,7 +155,7 @@ async def test_a_named_origin_passes_the_preflight_without_a_key_and_reads_even_
             assert "POST" in asked.headers["Access-Control-Allow-Methods"] and asked.headers["Access-Control-Allow-Private-Network"] == "true"
         for path, headers, status in ((NATIVE, {}, 401), (NATIVE, ALICE, 200), (OPENAI, ALICE, 200), ("/nothing", ALICE, 404)):
             async with client.post(url + path, json=conversation(), headers=headers | {"Origin": origin}) as response:
-                assert response.status == status
+                assert response.status == (status if admitted else 403)
                 assert response.headers.get("Access-Control-Allow-Origin") == (origin if admitted else None)
                 assert ("X-Request-Id" in response.headers.get("Access-Control-Expose-Headers", "")) == admitted
                 assert response.headers["Vary"] == "Origin" and "Access-Control-Allow-Credentials" not in response.headers
@@ -162,8 +165,47 @@ async def test_a_named_origin_passes_the_preflight_without_a_key_and_reads_even_
 
 async def test_the_page_itself_and_programs_are_no_other_origin(client):
     async with serving(FakePool()) as url:
-        for headers in ({"Origin": url, "Sec-Fetch-Site": "same-origin"}, {"Sec-Fetch-Site": "none"}, {}, {"Origin": "https://proxy.example"}):
+        same = {"Origin": url, "Sec-Fetch-Site": "same-origin"}
+        for headers in (same, {"Sec-Fetch-Site": "none"}, {}, {"Origin": url}):
             assert (await client.post(url + NATIVE, json=conversation(), headers=headers)).status == 200
+
+
+OWN = [         # Host, Origin
+    ("box:8000", "http://box:8000"), ("BOX:8000", "http://box:8000"), ("box.:8000", "http://box:8000"),
+    ("box", "http://box"), ("box", "https://box"), ("box:443", "https://box"), ("box:80", "http://box"),
+    ("127.0.0.1:8000", "http://127.0.0.1:8000"), ("[2001:db8::1]:8000", "http://[2001:db8::1]:8000"),
+    ("[2001:DB8::1]", "https://[2001:db8::1]"),
+    ("10.0.0.5:8000", "https://chat.example"), ("10.0.0.5:8000", "http://chat.example"),        # --allowed-host
+    ("10.0.0.5:8000", "https://CHAT.example:443")]
+FOREIGN = [
+    ("box:8000", "http://box"), ("box", "http://box:8000"), ("box:8000", "http://box:8001"),
+    ("box:8000", "http://evil:8000"), ("box:8000", "http://box.evil:8000"), ("box:8000", "http://evil.box:8000"),
+    ("127.0.0.1:8000", "http://localhost:8000"), ("127.0.0.1:8000", "http://127.0.0.2:8000"),
+    ("[2001:db8::1]:8000", "http://[2001:db8::2]:8000"), ("box:8000", "null"), ("null", "null"), ("box:8000", ""),
+    ("", ""), ("box:8000", "box:8000"), ("box:8000", "ftp://box:8000"), ("box:8000", "http://box:8000/"),
+    ("box:8000", "http://box:8000, http://evil"), ("10.0.0.5:8000", "http://chat.example:3000"),
+    ("10.0.0.5:8000", "https://other.chat.example")]
+
+
+@pytest.mark.parametrize("host, origin", OWN + FOREIGN)
+@pytest.mark.parametrize("path", ["/v1/models", NATIVE])
+async def test_an_origin_is_the_server_s_own_by_name_and_port_whatever_the_scheme(client, host, origin, path):
+    async with serving(FakePool(), parse_command_line(["--allowed-host", "Chat.Example"], {})) as url:
+        headers, method = {"Host": host, "Origin": origin}, "POST" if path == NATIVE else "GET"
+        async with client.request(method, url + path, json=conversation(), headers=headers) as response:
+            if (host, origin) in OWN:
+                assert response.status == 200
+            else:
+                assert response.status == 403 and "origin_not_allowed" in await response.text()
+
+
+async def test_an_own_origin_is_not_enough_where_the_browser_says_that_it_is_another(client):
+    """Of a server behind TLS: a page that came by plain http, so anybody on the way may have written it."""
+    pool = FakePool()
+    async with serving(pool) as url:
+        headers = {"Host": "chat.example", "Origin": "http://chat.example", "Sec-Fetch-Site": "cross-site"}
+        assert (await client.post(url + NATIVE, json=conversation(), headers=headers)).status == 403
+    assert not pool.requests
 
 
 @pytest.mark.parametrize("wrong", ["https://a.example/", "a.example", "https://a.example/path", ""])
@@ -177,6 +219,7 @@ def test_an_origin_with_a_path_is_refused_at_the_start(wrong):
 
 @pytest.mark.parametrize("name, status", [
     ("localhost:8000", 200), ("127.0.0.1", 200), ("127.0.0.1:1", 200), ("[::1]:8000", 200), ("LOCALHOST", 200), ("chat.example", 200),
+    ("localhost.:8000", 200), ("Chat.Example.", 200),
     ("evil.example", 403), ("evil.example:8000", 403), ("127.0.0.1.evil.example", 403), ("localhost.evil.example", 403), ("[::2]", 403),
     ("x y", 403), ("", 403)])
 async def test_on_loopback_only_names_of_this_machine_are_answered(client, name, status):

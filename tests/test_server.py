@@ -6,10 +6,12 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -80,7 +82,7 @@ def test_the_default_model_answers_over_both_apis_and_the_page_is_served(default
         assert openai["choices"][0]["message"]["content"] == "The capital of Japan is Tokyo."
         assert openai["usage"]["prompt_tokens_details"]["cached_tokens"] == 32
         with urllib.request.urlopen(url, timeout=10) as page:
-            assert b"Message" in page.read()
+            assert b"page.js" in page.read()
         stats = get(url + "/stats")
         core = chat_server.decode_core()
         assert stats["workers"][0]["state"] == "ready" and stats["row_invariant"] is (core is not None)
@@ -131,6 +133,46 @@ def test_a_busy_port_is_one_line_and_nothing_is_loaded(nanochat_fixtures):
                                 capture_output=True, text=True, timeout=30)
         assert second.returncode == 2
         assert second.stderr.count("\n") == 1 and port in second.stderr and "in use" in second.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the process list stays as it is")
+@pytest.mark.parametrize("flags", [("--api-key", "sesame wörd"), ("--api-key=sesame wörd", "--api-key", "more")])
+def test_an_api_key_of_the_command_line_leaves_the_process_list_and_still_opens(nanochat_fixtures, flags):
+    log = []
+    with server(nanochat_fixtures / "gen5", *flags, log=log) as (process, url):
+        shown = psutil.Process(process.pid).cmdline()
+        assert "sesame" not in " ".join(shown) and "more" not in shown
+        assert shown[2] == str(nanochat_fixtures / "gen5") and shown[-4:] == ["--port", "0", "--host", "127.0.0.1"]
+        assert "--api-key: other users of this machine could until now read the key" in "".join(log)
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            get(url + "/stats")
+        key = {"Authorization": "Bearer sesame wörd".encode()}
+        request = urllib.request.Request(url + "/stats", headers=key)
+        with urllib.request.urlopen(request, timeout=30) as response:
+            assert json.load(response)["model"]
+
+
+def limited(megabytes):
+    return lambda: resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
+
+
+@pytest.mark.parametrize("megabytes", [200, 620, 720])
+def test_too_little_memory_is_one_line_wherever_it_runs_out(nanochat_fixtures, megabytes):
+    command = [sys.executable, SCRIPT, "generate", nanochat_fixtures / "gen5", "--prompt", "Hi", "-m", "3"]
+    run = subprocess.run(command, preexec_fn=limited(megabytes), capture_output=True, text=True, timeout=100)
+    lines = run.stderr.splitlines()
+    if run.returncode == 0:             # enough for this model with these libraries
+        assert "3 tokens" in lines[-1]
+    else:
+        assert "Traceback" not in run.stderr and lines[-1].startswith("chat_server: ")
+        assert "not enough memory" in lines[-1] or "MiB of memory are free" in lines[-1]
+
+
+def test_the_memory_that_is_left_is_within_the_process_s_limit():
+    code = "import chat_server; print(chat_server.available_memory())"
+    run = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, preexec_fn=limited(500),
+                         capture_output=True, text=True, timeout=60, check=True)
+    assert 0 < int(run.stdout) < 500 << 20
 
 
 def test_an_answer_whose_worker_is_killed_goes_on_where_it_was(nanochat_fixtures):
@@ -258,7 +300,7 @@ def test_a_copy_of_the_script_and_the_page_is_a_working_deployment(form, copied,
             assert answer[0]["token"] == "The"
         assert get(url + "/stats")["kernels"]["sample"] == "numpy/reference"
         with urllib.request.urlopen(url, timeout=10) as page:
-            assert b"Message" in page.read()
+            assert b"page.js" in page.read()
 
 
 @pytest.mark.parametrize("form, missing", [("nanochat", "tiktoken"), ("nanochat", "aiohttp"), ("nanochat", "torch"), ("nanochat", "numpy"),

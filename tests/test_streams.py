@@ -1,6 +1,7 @@
 """Resumable streams: an answer that outlives its connection, over a pool without a model."""
 
 import asyncio
+import contextlib
 import gc
 import json
 import random
@@ -337,3 +338,19 @@ async def test_a_client_that_leaves_at_the_very_end_is_no_error_in_the_log(clien
         with pytest.raises(aiohttp.ClientError):
             await (await client.post(url + NATIVE, json=body)).read()
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_a_recording_that_breaks_off_says_so_to_its_reader_and_in_the_log(caplog):
+    async def frames():
+        yield b'data: {"token": "one"}\n\n'
+        raise ZeroDivisionError("a fault")
+
+    recordings = chat_server.Recordings(lambda request_id: None)
+    recording = recordings.start("some-id", "", frames(), contextlib.AsyncExitStack())
+    text = b"".join([part async for part in recording.follow(0)]).decode()
+    assert text.startswith('id: 0\ndata: {"token": "one"}\n\nid: 1\ndata: {"error": ')
+    assert "the recording broke off" in text
+    await recordings.close()
+    assert "some-id" not in recordings.running and recording.ended
+    assert [(record.getMessage(), bool(record.exc_info)) for record in caplog.records] == [
+        ("recording some-id failed: a fault", True)]

@@ -109,7 +109,7 @@ def test_what_is_nested_too_deeply_for_the_template_is_refused(tokenizer):
     deep = {}
     for _ in range(3000):
         deep = {"a": deep}
-    with pytest.raises(chat_server.RequestError, match="template refused"):
+    with pytest.raises(chat_server.RequestError, match="nested too deeply"):
         tokenizer.render([Message("user", "x")], [deep])
 
 
@@ -177,10 +177,10 @@ def test_references_in_a_tool_s_parameters_are_to_these_parameters(tool_format):
     parameters = {"$defs": {"City": {"enum": ["Rome"]}}, "type": "object", "required": ["city"], "additionalProperties": False,
                   "properties": {"city": {"$ref": "#/$defs/City"}, "next": {"$ref": "#"}}}
     tools = [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in ("go", "fly")]
-    assert chat_server.tool_grammar(tools, "required", tool_format, True)
+    chat_server.check_grammar(chat_server.tool_grammar(tools, "required", tool_format, True), "tools")
     with pytest.raises(chat_server.RequestError, match="/nope"):
         wrong = parameters | {"properties": {"city": {"$ref": "#/nope"}}}
-        chat_server.tool_grammar([{"function": {"name": "go", "parameters": wrong}}], "required", tool_format, True)
+        chat_server.check_grammar(chat_server.tool_grammar([{"function": {"name": "go", "parameters": wrong}}], "required", tool_format, True), "tools")
 
 
 @pytest.mark.parametrize("tool_format", ["tagged", "json"])

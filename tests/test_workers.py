@@ -1,8 +1,10 @@
 """Section 10: processes, pipes, supervision. Real worker processes with a tiny real nanochat model."""
 
 import asyncio
+import errno
 import json
 import os
+import re
 import sys
 
 import psutil
@@ -12,6 +14,7 @@ import chat_server
 from chat_server import (Accepted, EngineFailure, Finished, LocalPool, Message, Overloaded, Piece, Request, RequestError,
                          SamplingParams, Settings)
 from pools import DYING, all_ready, collect, idle
+from tiny_gguf import LLAMA_NUMBERS, gguf_bytes, random_llama, small_gguf_metadata
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -224,6 +227,137 @@ async def test_a_broken_checkpoint_is_a_config_error_from_the_worker(nanochat_fi
     with pytest.raises(chat_server.ConfigError, match=model.name):
         await pool.wait_ready()
     await pool.close()
+
+
+# start-up ends, one way or the other
+
+
+async def outcome_of_start(pool):
+    """What wait_ready raises; None when the pool becomes ready."""
+    try:
+        await pool.start()
+        await pool.wait_ready()
+    except chat_server.ChatServerError as error:
+        return error
+    finally:
+        await pool.close()
+
+
+@pytest.mark.parametrize("what, hi_is_taken", [("messages[0].content == 'hello'", True), ("true", False)])
+async def test_a_template_that_refuses_the_trial_message_stops_nothing(tmp_path, caplog, what, hi_is_taken):
+    template = "{% if " + what + " %}{{ raise_exception('not this') }}{% endif %}{{ messages[0].content }}"
+    metadata = {**LLAMA_NUMBERS, **small_gguf_metadata("gpt-2"), "tokenizer.chat_template": template}
+    (tmp_path / "tiny.gguf").write_bytes(gguf_bytes(metadata, random_llama()))
+    pool = LocalPool(Settings(model=str(tmp_path / "tiny.gguf"), kv_cache_memory=8 << 20))
+    await pool.start()
+    try:
+        await pool.wait_ready()
+        assert pool.health()[0] == 200
+        (line,) = [record.getMessage() for record in caplog.records if "not this" in record.getMessage()]
+        assert line.startswith("chats may be refused: a user's \"hello\" was: the model's chat template")
+        raw = Request("a", prompts=("12",), max_tokens=2, ignore_eos=True)
+        assert (await collect(pool, raw))[2].completion_tokens == 2
+        if hi_is_taken:
+            assert (await collect(pool, greedy("b", 2, "hi", ignore_eos=True)))[2].completion_tokens == 2
+        else:
+            with pytest.raises(RequestError, match="not this"):
+                await collect(pool, greedy("b", 2, "hi"))
+    finally:
+        await pool.close()
+
+
+@pytest.mark.parametrize("template, words", [
+    ("{% for %}", "does not parse: line 1"), ("{{ messages | nonsense }}", "does not parse"),
+    ("{% for a in b %}" * 25 + "{% endfor %}" * 25, "cannot be compiled: SyntaxError"),
+    ("{{ " + "(" * 5000 + ")" * 5000 + " }}", "")])
+async def test_a_template_that_cannot_be_compiled_ends_start_up(tmp_path, template, words):
+    metadata, path = {**LLAMA_NUMBERS, **small_gguf_metadata("gpt-2")}, tmp_path / "tiny.gguf"
+    path.write_bytes(gguf_bytes(metadata | {"tokenizer.chat_template": template}, random_llama()))
+    error = await outcome_of_start(LocalPool(Settings(model=str(path), kv_cache_memory=8 << 20)))
+    assert isinstance(error, chat_server.ConfigError)
+    assert str(error).startswith(f"{path}: the model's chat template {words}")
+
+
+async def test_a_tokenizer_that_fails_only_in_the_front_ends_start_up(nanochat_fixtures, monkeypatch, caplog):
+    monkeypatch.setattr(chat_server, "open_tokenizer", lambda text: {}["nothing"])
+    error = await outcome_of_start(LocalPool(settings_for(nanochat_fixtures)))
+    assert isinstance(error, EngineFailure) and str(error) == "opening the tokenizer failed: 'nothing'"
+    (record,) = [record for record in caplog.records if "opening the tokenizer failed" in record.getMessage()]
+    assert record.exc_info
+
+
+@pytest.mark.parametrize("command, words", [
+    (("/nowhere/python",), "running worker 0 failed: .*No such file.*/nowhere/python"),
+    ((sys.executable, "-c", "import os; os.abort()"), r"3 times while .*killed by SIGABRT; [\d,]+ MiB"),
+    ((sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"), "killed by SIGKILL, as the system does")])
+async def test_a_worker_that_cannot_run_ends_start_up_and_says_why(nanochat_fixtures, command, words):
+    error = await outcome_of_start(LocalPool(settings_for(nanochat_fixtures), worker_command=command))
+    assert isinstance(error, EngineFailure) and re.search(words, str(error))
+
+
+async def test_a_fault_in_the_watch_is_logged_and_the_watch_goes_on(start_pool, monkeypatch, caplog):
+    pool = await start_pool()
+    (worker,) = pool.workers
+    pid, faults, original = worker.process.pid, iter([ZeroDivisionError("a fault")]), worker.look_after
+
+    def look_after():
+        for fault in faults:
+            raise fault
+        original()
+
+    monkeypatch.setattr(worker, "look_after", look_after)
+    while "a fault" not in caplog.text:
+        await asyncio.sleep(0.02)
+    monkeypatch.setattr(chat_server.Worker, "hung", property(lambda worker: worker.process.pid == pid))
+    while worker.state != "ready" or worker.process.pid == pid:     # it was found, killed and replaced
+        await asyncio.sleep(0.02)
+    assert "watching the workers failed: a fault" in caplog.text and (await collect(pool, greedy("a")))[1]
+
+
+async def test_a_fault_of_the_front_ends_a_worker_and_the_next_one_serves(start_pool, monkeypatch, caplog):
+    pool = await start_pool()
+    (worker,) = pool.workers
+    pid = worker.process.pid
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "hear", lambda worker, message: {}["nothing"])
+        while "running worker 0 failed: 'nothing'" not in caplog.text:
+            await asyncio.sleep(0.02)
+    while worker.state != "ready":
+        await asyncio.sleep(0.02)
+    assert not psutil.pid_exists(pid) and (await collect(pool, greedy("a")))[1]
+
+
+def test_the_memory_that_is_left_is_that_of_the_narrowest_cgroup(tmp_path):
+    assert chat_server.cgroup_memory(tmp_path) == float("inf")
+    for name, text in (("memory.max", "max"), ("memory.current", "5"), ("memory.stat", "anon 3\n")):
+        (tmp_path / name).write_text(text + "\n")
+    assert chat_server.cgroup_memory(tmp_path) == float("inf")
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 600\nfile 300\nshmem 50\ninactive_file 150\nactive_file 100")
+    assert chat_server.cgroup_memory(tmp_path) == 350
+    old = tmp_path / "v1"
+    old.mkdir()
+    for name, text in (("limit", "2000"), ("usage", "1500")):
+        (old / f"memory.{name}_in_bytes").write_text(text)
+    (old / "memory.stat").write_text("active_file 2\ntotal_inactive_file 30\ntotal_active_file 40\n")
+    assert chat_server.cgroup_memory(old) == 570
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory"), RuntimeError("std::bad_alloc"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes.\nmore"),
+    ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+    RuntimeError("can't start new thread"), RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")])
+def test_no_memory_is_one_line_with_advice_whoever_says_it(error):
+    text = str(chat_server.lack_of_memory(error))
+    assert text.startswith("not enough memory (") and "ulimit -v" in text and text.isprintable()
+
+
+@pytest.mark.parametrize("error", [
+    ValueError("x"), OSError(errno.ENOENT, "No such file"), chat_server.ConfigError("out of memory")])
+def test_other_errors_are_not_taken_for_it(error):
+    assert chat_server.lack_of_memory(error) is None
 
 
 async def test_a_step_that_fails_fails_its_requests_and_the_worker_goes_on(start_pool, monkeypatch):

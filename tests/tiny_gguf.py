@@ -1,6 +1,7 @@
 """Tiny GGUF files and metadata for tests."""
 
 import random
+import struct
 
 import gguf
 import numpy
@@ -76,3 +77,51 @@ def random_llama(seed=0, vocab=None, numbers=LLAMA_NUMBERS):
     dice = numpy.random.default_rng(seed)
     vocab = vocab or len(small_gguf_metadata("gpt-2")["tokenizer.ggml.tokens"])
     return {name: (dice.standard_normal(shape) / 16).astype(numpy.float32) for name, shape in llama_shapes(vocab, numbers).items()}
+
+
+def packed_text(text):
+    data = text if isinstance(text, bytes) else text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def packed_value(value):
+    """(GGUF's number of a value's type, its bytes); for what no writer writes too: empty lists, lists of lists."""
+    if isinstance(value, bool):
+        return 7, struct.pack("<?", value)
+    if isinstance(value, int):
+        types = (4, "<I", 0, 2**32), (5, "<i", -2**31, 0), (10, "<Q", 0, 2**64), (11, "<q", -2**63, 0)
+        return next((kind, struct.pack(form, value)) for kind, form, low, high in types if low <= value < high)
+    if isinstance(value, float):
+        wide = 3.4e38 < abs(value) < float("inf")
+        return (12, struct.pack("<d", value)) if wide else (6, struct.pack("<f", value))
+    if isinstance(value, (str, bytes)):
+        return 8, packed_text(value)
+    items = [packed_value(item) for item in value]
+    assert len({kind for kind, _ in items}) <= 1, "an array has values of one type"
+    header = struct.pack("<IQ", items[0][0] if items else 8, len(items))
+    return 9, header + b"".join(data for _, data in items)
+
+
+def tensor_info(name, shape, kind, offset):
+    """The bytes that announce a tensor; shape is (rows, columns)."""
+    sizes = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+    return packed_text(name) + sizes + struct.pack("<IQ", kind, offset)
+
+
+def gguf_bytes(metadata, tensors, infos=None, keys=None, tensor_count=None, key_count=None):
+    """A GGUF file, valid or not, of any metadata and of `tensors`, float32 arrays.
+
+    `infos` (name -> the bytes of a `tensor_info`) replaces how some are announced, or adds some that are not there;
+    `keys` is more metadata, packed already.
+    """
+    told, data = {}, b""
+    for name, tensor in tensors.items():
+        told[name] = tensor_info(name, tensor.shape, 0, len(data))
+        data += tensor.tobytes() + bytes(-tensor.nbytes % 32)
+    told |= infos or {}
+    pairs = [packed_text(key) + struct.pack("<I", kind) + packed
+             for key, value in metadata.items() for kind, packed in [packed_value(value)]] + [keys or b""]
+    tensor_count = len(told) if tensor_count is None else tensor_count
+    key_count = len(metadata) + bool(keys) if key_count is None else key_count
+    header = b"GGUF" + struct.pack("<IQQ", 3, tensor_count, key_count) + b"".join(pairs) + b"".join(told.values())
+    return header + bytes(-len(header) % 32) + data

@@ -29,6 +29,12 @@ bool offers(Isa isa) {
     return isa == Isa::portable;
 }
 
+#if defined(__x86_64__)
+const bool fetches_past_caches = [] { return __builtin_cpu_init(), bool(__builtin_cpu_is("amd")); }();
+#else
+const bool fetches_past_caches = true;      // as compilers' streaming prefetches; not measured
+#endif
+
 bool cpu_has(const char* feature) {
 #if defined(__x86_64__)
     __builtin_cpu_init();

@@ -1,0 +1,760 @@
+"""Clients that mean harm, one kind after the other, and what everybody else notices meanwhile.
+
+    python bench/hostile.py [--only WORD ...] [--seconds 40] [--memory 4G] [--json FILE]   a server of its own
+    python bench/hostile.py --url http://HOST:PORT [--key KEY --other-key KEY]             one that runs
+    python bench/hostile.py --list
+
+Its own server has the default model, with a chat template that knows tools, and two keys: the attacker's,
+and that of everybody else. Each attack is cut off after --seconds. The others are a process of their own:
+they poll /livez and ask for short answers, streamed ones and JSON of a schema, one after the other; they
+also kill the server when it takes more than --memory. A server that died, or that does not serve within
+30 s after an attack, is started again for the next one.
+
+The table: what the attacker got; the longest pause of the server's event loop, as a task in it measured and
+as /livez showed; the others' worst first token, worst gap between two pieces and worst first token of a
+structured answer; how far the memory (PSS) of the front and of its processes rose; bytes of log; and what
+else there was: how the server died, answers that the others were refused, restarts of workers, KV pages that
+stay in use, responses of 5xx to others, and what the front still computes when all is quiet. Exits with 1
+when a server died or did not serve, a worker was restarted, or a page leaked.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import functools
+import json
+import mmap
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.parse
+from collections import Counter
+from pathlib import Path
+
+import aiohttp
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(ROOT))
+import chat_server      # noqa: E402
+
+CHAT, OPENAI, COMPLETIONS = "/chat/completions", "/v1/chat/completions", "/v1/completions"
+TOKENIZE, DETOKENIZE, APPLY_TEMPLATE = "/tokenize", "/detokenize", "/apply-template"
+MIB = 1 << 20
+SETTLE_S = 30.0             # after an attack; a server that does not serve then counts as broken
+TEMPLATE = """{%- if tools %}{% for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}{% endif -%}
+{%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' + (message.content or '') -}}
+{%- for call in message.tool_calls or [] %}{{ '<tool_call>\n{"name": ' + (call.function.name | tojson) -}}
+{{- ', "arguments": ' + (call.function.arguments | tojson) + '}\n</tool_call>' }}{% endfor -%}
+{{- '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}" + TEMPLATE
+REFUSAL = "{{ raise_exception('no') }}"
+HI = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8}
+PERSON = {"type": "object", "required": ["name", "age"], "additionalProperties": False,
+          "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer"}}}
+
+
+# the server
+
+
+def shared_number(path):
+    """A number that two processes see, in the first bytes of a file."""
+    with open(path, "r+b") as file:
+        return memoryview(mmap.mmap(file.fileno(), 8)).cast("d")
+
+
+def serve(parent, pauses_path, *words):
+    """chat_server with a task that notes the longest pause of the event loop, in seconds, for the bench."""
+    chat_server.die_with_parent(int(parent))
+    longest_s, serve_forever = shared_number(pauses_path), chat_server.serve_forever
+
+    async def watch():
+        while True:
+            began_s = time.monotonic()
+            await asyncio.sleep(0.002)
+            longest_s[0] = max(longest_s[0], time.monotonic() - began_s - 0.002)
+
+    async def watched(settings):
+        watching = asyncio.create_task(watch())
+        try:
+            return await serve_forever(settings)
+        finally:
+            watching.cancel()
+
+    chat_server.serve_forever = watched
+    sys.exit(chat_server.main(["serve", *words]))
+
+
+class Server:
+    """A server of the bench."""
+
+    key, other_key, process = "mallory", "alice", None
+
+    def __init__(self, folder, memory, template=TEMPLATE):
+        self.folder, self.memory, self.model = folder, memory, folder / "model.gguf"
+        (folder / "keys").write_text("mallory: mallory\nalice: alice\n")
+        (folder / "pauses").write_bytes(bytes(8))
+        self.pause_s = shared_number(folder / "pauses")
+        copy = ["-m", "gguf.scripts.gguf_new_metadata", "--force", "--chat-template", template]
+        copy += [chat_server.fetch_default_model(), self.model]
+        subprocess.run([sys.executable, *copy], check=True, capture_output=True)
+
+    def begin(self):
+        """Start the process."""
+        limit = self.memory + (12 << 30)        # of addresses, should the watchdog be too slow
+        words = [sys.executable, __file__, "serve", str(os.getpid()), self.folder / "pauses", self.model]
+        words += ["--host", "127.0.0.1", "--port", "0", "--kv-cache-memory", "256M"]
+        words += ["--api-key-file", self.folder / "keys"]
+        with open(self.folder / "log", "ab") as log:
+            self.process = subprocess.Popen(
+                words, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
+                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
+
+    def start(self):
+        """Start it, until it serves."""
+        self.begin()
+        found = (re.search(r"http://127\.0\.0\.1:\d+", line) for line in self.process.stdout)
+        if (address := next(filter(None, found), None)) is None:
+            raise SystemExit("the server did not start:\n" + (self.folder / "log").read_text()[-2000:])
+        self.url = address[0]
+
+    @property
+    def alive(self):
+        return self.process.poll() is None
+
+    @property
+    def log_bytes(self):
+        return (self.folder / "log").stat().st_size
+
+    def cpu_share(self, seconds):
+        """Of a core, that the front takes."""
+        front = psutil.Process(self.process.pid)
+        before = sum(front.cpu_times()[:2])
+        time.sleep(seconds)
+        return (sum(front.cpu_times()[:2]) - before) / seconds
+
+    def stop(self):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)         # its workers die with it
+        self.process.wait()
+        self.process.stdout.close()
+
+
+class Elsewhere:
+    """A server that somebody else runs, of which less can be seen."""
+
+    process = pause_s = None
+    alive, log_bytes = True, 0
+
+    def __init__(self, options):
+        self.url, self.key = options.url.rstrip("/"), options.key
+        self.other_key = options.other_key or options.key
+
+    def cpu_share(self, seconds):
+        return 0.0
+
+    def start(self):
+        pass
+
+    stop = start
+
+
+# the others
+
+
+class Others:
+    """Harmless clients, and the watchdog of the server's memory: a process without the attacker's work.
+
+    It reads `begin` and `end` as lines. After `end`, when each client has got an answer that it asked for
+    since, or SETTLE_S are over, it writes what was the worst since `begin`, as a line of JSON.
+    """
+
+    def __init__(self, url, key, pid, memory):
+        self.url, self.headers, self.memory = url, {"Authorization": f"Bearer {key}"} if key else {}, memory
+        self.server, self.killed = psutil.Process(pid) if pid else None, None
+        self.clear()
+
+    def clear(self):
+        self.worst, self.rounds, self.refused = Counter(), Counter(), Counter()
+        self.since = {}             # what is waited for -> since when
+        self.peak = self.base = self.sizes()
+
+    def sizes(self):
+        """PSS of the front and of the processes that it started, in MB."""
+        sizes = [0.0, 0.0]
+        if self.server:
+            with contextlib.suppress(psutil.Error):
+                sizes[0] = self.server.memory_full_info().pss / 1e6
+                workers = self.server.children(recursive=True)
+                sizes[1] = sum(worker.memory_full_info().pss for worker in workers) / 1e6
+        return sizes
+
+    @property
+    def gone(self):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return bool(self.server) and self.server.status() == psutil.STATUS_ZOMBIE
+        return True
+
+    async def guard(self):
+        while self.server and not self.gone:
+            sizes = self.sizes()
+            self.peak = [max(pair) for pair in zip(self.peak, sizes)]
+            if sum(sizes) > self.memory / 1e6:
+                self.killed = f"{sum(sizes):,.0f} MB"
+                os.killpg(self.server.pid, signal.SIGKILL)
+            await asyncio.sleep(0.05)
+
+    def note(self, what):
+        """It has come now. What stands behind a colon is whose it is."""
+        name, waited_ms = what.partition(":")[0], 1e3 * (time.monotonic() - self.since[what])
+        self.worst[name] = max(self.worst[name], round(waited_ms, 1))
+
+    async def forever(self, what, ask):
+        while True:
+            self.since[what] = time.monotonic()
+            try:
+                problem = await ask(what)
+            except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+                problem = type(error).__name__
+            if problem:
+                self.refused[f"{what}: {problem}"] += 1
+            else:
+                self.rounds[what] += 1
+            self.since.pop(what, None)
+            await asyncio.sleep(0.1 if problem else 0.02)
+
+    async def poll(self, what):
+        async with self.session.get(self.url + "/livez") as response:
+            await response.read()
+            self.note(what)
+            return None if response.status == 200 else response.status
+
+    async def stream(self, what, path=CHAT, **fields):
+        body = HI | {"max_tokens": 24, "temperature": 0, "stream": True} | fields
+        async with self.session.post(self.url + path, json=body) as response:
+            if response.status != 200:
+                return response.status
+            gap = f"gap:{what}"
+            self.since.pop(gap, None)
+            async for line in response.content:
+                if b'"token"' in line or b'"content": "' in line and b'"role"' not in line:
+                    self.note(gap if gap in self.since else what)
+                    self.since[gap] = time.monotonic()
+                elif b'"error"' in line:
+                    return "an error event"
+            self.since.pop(gap, None)
+
+    async def structured(self, what):
+        return await self.stream(what, OPENAI, **json_schema(PERSON), seed=1)
+
+    async def run(self):
+        timeout = aiohttp.ClientTimeout(total=2 * SETTLE_S)
+        async with aiohttp.ClientSession(timeout=timeout, headers=self.headers) as self.session:
+            guard = asyncio.create_task(self.guard())
+            while await self.line() == "begin":
+                self.clear()
+                kinds = ("livez", self.poll), ("first", self.stream), ("structured", self.structured)
+                clients = [asyncio.create_task(self.forever(*kind)) for kind in kinds]
+                await self.line()
+                served = await self.two_rounds()
+                for what in self.since:
+                    self.note(what)
+                for client in clients:
+                    client.cancel()
+                await asyncio.gather(*clients, return_exceptions=True)
+                rose = [round(peak - base, 1) for peak, base in zip(self.peak, self.base)]
+                print(json.dumps({"served": served, "killed": self.killed, "refused": self.refused,
+                                  "worst_ms": self.worst, "memory_mb": rose}), flush=True)
+            guard.cancel()
+
+    async def line(self):
+        return (await asyncio.to_thread(sys.stdin.readline)).strip()
+
+    async def two_rounds(self):
+        """Until every client has ended two more: the first of them had begun before."""
+        before, deadline_s = Counter(self.rounds), time.monotonic() + SETTLE_S
+        while any(self.rounds[what] < before[what] + 2 for what in ("livez", "first", "structured")):
+            if self.gone or time.monotonic() > deadline_s:
+                return False
+            await asyncio.sleep(0.01)
+        return True
+
+
+# the attacker
+
+
+async def status_of(reader):
+    """Of the response that is to come."""
+    try:
+        return int((await reader.readuntil(b"\r\n\r\n"))[9:12])
+    except (ConnectionError, asyncio.IncompleteReadError):
+        return "closed"
+
+
+class Attacker:
+    """Raw connections, so that a request may be anything; what came back is counted in `got`."""
+
+    def __init__(self, server, scale):
+        self.server, self.scale, self.got, self.writers = server, scale, Counter(), []
+        url = urllib.parse.urlsplit(server.url)
+        self.address = url.hostname, url.port or 80
+
+    def many(self, count):
+        return max(2, int(count * self.scale))
+
+    async def connect(self, reads=True):
+        """A connection that stays until the attack ends. The system of one that does not read takes 2 KB."""
+        connection, loop = socket.socket(), asyncio.get_running_loop()
+        connection.setblocking(False)
+        if not reads:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        await loop.sock_connect(connection, self.address)
+        reader, writer = await asyncio.open_connection(sock=connection)
+        if not reads:
+            writer.transport.pause_reading()
+        self.writers.append(writer)
+        return reader, writer
+
+    def request(self, path, body=b"", method="POST", length=None, **headers):
+        """Its bytes; the body may be JSON's value."""
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        key = {"Authorization": f"Bearer {self.server.key}"} if self.server.key else {}
+        headers = {"Host": "%s:%d" % self.address, "Content-Length": length or len(body)} | key | headers
+        lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
+        return f"{method} {path} HTTP/1.1\r\n{lines}\r\n".encode() + body
+
+    async def post(self, path, body, leave_after_s=None, **headers):
+        """Send it, and read the whole response unless that takes longer; the end of what came."""
+        reader, writer = await self.connect()
+        status, answer = "no answer", b""
+
+        async def exchange():
+            nonlocal status, answer
+            writer.write(self.request(path, body, Connection="close", **headers))
+            with contextlib.suppress(ConnectionError):
+                with contextlib.suppress(ConnectionError):      # the answer may be there all the same
+                    await writer.drain()
+                status = await status_of(reader)
+                while data := await reader.read(MIB):
+                    answer = (answer + data)[-4000:]
+        try:
+            await asyncio.wait_for(exchange(), leave_after_s)
+        except asyncio.TimeoutError:
+            status = "left"
+        finally:
+            self.got[str(status)] += 1
+            writer.transport.abort()
+        return answer
+
+    async def posts(self, count, *request, **options):
+        """The same so often at once, until all have ended."""
+        await asyncio.gather(*(self.post(*request, **options) for _ in range(count)))
+
+    def leave(self):
+        for writer in self.writers:
+            writer.transport.abort()
+
+
+def json_schema(schema):
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+
+
+def patterns(count):
+    """Each is harmless; what fulfils all is an automaton of 2^count states."""
+    texts = [f".*{chr(ord('a') + i % 26)}.*{i if i > 25 else ''}" for i in range(count)]
+    text = {"type": "string", "allOf": [{"pattern": each} for each in texts]}
+    return {"type": "object", "required": ["x"], "properties": {"x": text}}
+
+
+async def patterns_in_format(count, attacker):
+    await attacker.post(OPENAI, HI | json_schema(patterns(count)))
+
+
+async def patterns_in_tools(count, attacker):
+    tool = {"type": "function", "function": {"name": "x", "parameters": patterns(count)}}
+    await attacker.post(OPENAI, HI | {"tools": [tool], "tool_choice": "required"})
+
+
+async def slow_schema(attacker):
+    """It takes 0.1 s; for each of 128 answers, of a client that soon leaves, and comes again."""
+    time_text, address = ({"type": "string", "format": name} for name in ("date-time", "ipv6"))
+    shapes = [{"type": "object", "properties": {f"p{i}": time_text, "k": address}, "required": [f"p{i}"]}
+              for i in range(380)]
+    body = HI | json_schema({"anyOf": shapes}) | {"n": 128, "max_tokens": 50, "stream": True}
+    for _ in range(3):
+        await attacker.posts(2, OPENAI, body, leave_after_s=1.0)
+
+
+HI_AND = json.dumps(HI)[:-1] + ', "x": '
+LARGE_BODIES = (    # route, what; a body, what * in it is as often as fits, what between, and what after
+    (TOKENIZE, "7 M token ids", '{"content":[*]}', "1", ",", ""),
+    (TOKENIZE, "7 M token ids with pieces", '{"with_pieces":true,"content":[*]}', "1", ",", ""),
+    (TOKENIZE, "3 M texts", '{"content":[*]}', '"ab"', ",", ""),
+    (TOKENIZE, "a text", '{"content":"*"}', "a b", "", ""),
+    (DETOKENIZE, "7 M token ids", '{"tokens":[*]}', "1", ",", ""),
+    (APPLY_TEMPLATE, "500,000 messages", '{"messages":[*]}', '{"role":"user","content":""}', ",", ""),
+    (COMPLETIONS, "4 M prompts", '{"prompt":[*]}', '"a"', ",", ""),
+    (COMPLETIONS, "4 M prompts of a token id", '{"prompt":[*]}', "[1]", ",", ""),
+    (COMPLETIONS, "a prompt of 7 M token ids", '{"prompt":[*]}', "1", ",", ""),
+    (COMPLETIONS, "a prompt", '{"prompt":"*"}', "a b", "", ""),
+    (COMPLETIONS, "7 M stop tokens", '{"prompt":"a","stop_token_ids":[*]}', "1", ",", ""),
+    (CHAT, "500,000 messages", '{"messages":[*]}', '{"role":"user","content":""}', ",", ""),
+    (OPENAI, "500,000 messages", '{"messages":[*]}', '{"role":"user","content":""}', ",", ""),
+    (OPENAI, "500,000 parts", '{"messages":[{"role":"user","content":[*]}]}', '{"type":"text"}', ",", ""),
+    (OPENAI, "a message", '{"messages":[{"role":"user","content":"*"}]}', "a b", "", ""),
+    (OPENAI, "a message of escapes", '{"messages":[{"role":"user","content":"*"}]}', "\\u20ac", "", ""),
+    (OPENAI, "500,000 tools", HI_AND + '1, "tools":[*]}', '{"function":{"name":"a"}}', ",", ""),
+    (OPENAI, "an earlier call", '{"messages":[{"role":"user","content":"a"},{"role":"assistant","tool_calls":'
+     '[{"function":{"name":"a","arguments":"[*]"}}]}]}', "1", ",", ""),
+    (OPENAI, "4 M stop strings", HI_AND + '1, "stop":[*]}', '"a"', ",", ""),
+    (OPENAI, "7 M unknown numbers", HI_AND + "[*]}", "1", ",", ""),
+    (OPENAI, "5 M unknown objects", HI_AND + "[*]}", "{}", ",", ""),
+    (OPENAI, "lists within lists", HI_AND + "*}", "[", "", "]"),
+    (OPENAI, "objects within objects", HI_AND + "*}", '{"a":', "", "1}"),
+    (OPENAI, "an integer", HI_AND + "*}", "9", "", ""),
+    (OPENAI, "a fraction", HI_AND + "0.*}", "9", "", ""),
+    (OPENAI, "no JSON", "*", "{", "", ""),
+)
+
+
+async def large_body(path, body, each, between, after, attacker):
+    count = int(15 * MIB * attacker.scale / len(each + between + after))
+    begin, end = body.split("*")
+    parts = begin, (each + between) * (count - 1), each, after * count, end
+    await attacker.post(path, "".join(parts).encode())
+
+
+async def many_keys(attacker):
+    await attacker.post(OPENAI, HI | {"x": dict.fromkeys(map(str, range(attacker.many(1_200_000))), 0)})
+
+
+async def pieces(attacker):
+    """As long as /tokenize allows."""
+    text = "a b" * attacker.many(chat_server.LIMITS.tokenized_characters // 3)
+    await attacker.post(TOKENIZE, {"content": text, "with_pieces": True})
+
+
+async def biases(attacker):
+    """The same ids in many spellings, for each of 128 answers."""
+    names = [str(token).zfill(width) for width in range(5, 10) for token in range(attacker.many(49_000))]
+    await attacker.post(OPENAI, HI | {"logit_bias": dict.fromkeys(names, 1), "n": 128, "max_tokens": 20})
+
+
+async def idle(attacker):
+    for _ in range(attacker.many(3000)):
+        await attacker.connect()
+    await asyncio.sleep(2 * attacker.scale)
+
+
+async def come_and_go(attacker):
+    for _ in range(attacker.many(5000)):
+        _, writer = await attacker.connect()
+        writer.transport.abort()
+
+
+async def unread(attacker):
+    """Responses of every kind, of which nobody takes more than a few KB: are they dropped?"""
+    files = [path for path in chat_server.STATIC.rglob("*") if path.is_file()]
+    file = max(files, key=lambda path: path.stat().st_size).relative_to(chat_server.STATIC).as_posix()
+    get = functools.partial(attacker.request, method="GET")
+    long = HI | {"max_tokens": 200, "ignore_eos": True, "logprobs": True, "top_logprobs": 20}
+    requests = 5 * [get(f"/static/{file}"), 20 * get("/openapi.json")]
+    requests += [attacker.request(CHAT, long), attacker.request(OPENAI, long)]
+    writers = [(await attacker.connect(reads=False))[1] for _ in range(attacker.many(200))]
+    for number, writer in enumerate(writers):
+        writer.write(requests[number % len(requests)])
+    await asyncio.sleep(35 * attacker.scale)
+    for _ in range(2):                  # the first is answered with a reset, which the second meets
+        for writer in writers:
+            writer.write(b"x")
+        await asyncio.sleep(0.1)
+    attacker.got["dropped"] = sum(writer.transport.is_closing() for writer in writers)
+
+
+async def drip(begin, attacker):
+    """1,000 requests that begin so, and then a byte each now and then."""
+    writers = [(await attacker.connect())[1] for _ in range(attacker.many(1000))]
+    for writer in writers:
+        writer.write(begin(attacker))
+    for _ in range(attacker.many(10)):
+        await asyncio.sleep(0.2)
+        for writer in writers:
+            writer.write(b" ")
+
+
+def half_a_header(attacker):
+    return b"POST /chat/completions HTTP/1.1\r\nHost: localhost\r\nX-Slow: "
+
+
+def half_a_body(attacker):
+    return attacker.request(CHAT, b'{"messages": [', length=1000)
+
+
+async def unfinished_bodies(attacker):
+    """16 MiB each but for the last byte."""
+    size, piece = int(16 * MIB * attacker.scale), b" " * (1 << 16)
+
+    async def send(writer):
+        writer.write(attacker.request(CHAT, length=size))
+        with contextlib.suppress(ConnectionError):
+            for _ in range(size // len(piece) - 1):
+                writer.write(piece)
+                await writer.drain()
+            writer.write(piece[1:])
+
+    async def send_and_listen():
+        reader, writer = await attacker.connect()
+        sending, answer = asyncio.ensure_future(send(writer)), asyncio.ensure_future(status_of(reader))
+        await asyncio.wait([sending, answer], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([answer], timeout=2)
+        attacker.got[str(answer.result()) if answer.done() else "held"] += 1
+        sending.cancel()
+        answer.cancel()
+    await asyncio.gather(*(send_and_listen() for _ in range(attacker.many(200))))
+
+
+async def whole_logprobs(attacker):
+    body = HI | {"n": 128, "logprobs": True, "top_logprobs": 20, "ignore_eos": True, "max_tokens": 4000}
+    await attacker.posts(attacker.many(10), OPENAI, body)
+
+
+async def echoed_logprobs(attacker):
+    body = {"prompt": ["a " * 1000] * 128, "echo": True, "logprobs": 20, "max_tokens": 0}
+    await attacker.posts(attacker.many(10), COMPLETIONS, body)
+
+
+async def left_streams(attacker):
+    """Answers that go on for a while without a reader."""
+    body = HI | {"max_tokens": 500, "ignore_eos": True, "resumable": True}
+    await attacker.posts(attacker.many(200), CHAT, body, leave_after_s=0.3)
+
+
+async def foreign_pages(attacker):
+    """What a browser sends from a page elsewhere to a plain http address."""
+    for origin in ("http://evil.example", "null", "http://127.0.0.1:1"):
+        for path in (CHAT, OPENAI, TOKENIZE):
+            body = HI | {"content": "a"}
+            await attacker.posts(attacker.many(10), path, body, Origin=origin, Content_Type="text/plain")
+
+
+async def prefix_probe(attacker):
+    """Do cached tokens, or the time to an answer, tell what the holder of another key has asked?"""
+    if attacker.server.key == attacker.server.other_key:
+        return
+
+    def ask(number):
+        text = f"My account is {number:06d} and my doctor says that I have to rest for a while. " * 30
+        return {"prompt": text, "max_tokens": 1, "temperature": 0}
+
+    await attacker.post(COMPLETIONS, ask(1), Authorization=f"Bearer {attacker.server.other_key}")
+    for name, number in (("asked by another key", 1), ("never asked", 2)):
+        began_s = time.monotonic()
+        answer = await attacker.post(COMPLETIONS, ask(number))
+        ms, cached = 1e3 * (time.monotonic() - began_s), re.search(rb'"cached_tokens": (\d+)', answer)
+        attacker.got[f"{name}: {cached[1].decode() if cached else '?'} cached, {ms:.0f} ms"] = 1
+
+
+async def hostile_model(template, attacker):
+    """A server of its own, whose model has this template: does it serve, or end, within 15 s?"""
+    if not attacker.server.process:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(Path(folder), attacker.server.memory, template)
+        server.begin()
+        killing = asyncio.get_running_loop().call_later(15, server.process.kill)
+        printed = await asyncio.to_thread(lambda: any("http://" in line for line in server.process.stdout))
+        killing.cancel()
+        ended = None if printed else server.process.wait()
+        last = (Path(folder) / "log").read_text().splitlines()[-1]
+        how = "serves" if printed else f"ended with {ended}: {last[:100]}"
+        attacker.got["neither up nor ended" if ended == -signal.SIGKILL else how] = 1
+        server.stop()
+
+
+async def long_chats(attacker):
+    """Of users, not of enemies: all of them should be answered."""
+    words = "All work and no play makes Jack a dull boy. "
+    turns = [{"role": role, "content": words * 100} for _ in range(20) for role in ("user", "assistant")]
+    answer = [HI["messages"][0], {"role": "assistant", "content": words * 250}]
+    for messages in (turns, answer):
+        await attacker.post(CHAT, HI | {"messages": messages + HI["messages"], "truncate": "oldest"})
+
+
+async def noise(attacker):
+    kinds = (b"\x16\x03\x01\x02\x00\x01", b"GET / HTTP/9.9\r\n\r\n", b"\r\n" * 50,
+             b"GET /\xff HTTP/1.1\r\nHost: a\r\n\r\n")
+    for number in range(attacker.many(2000)):
+        _, writer = await attacker.connect()
+        writer.write(kinds[number % len(kinds)])
+
+
+async def nothing(attacker):
+    await asyncio.sleep(3 * attacker.scale)
+
+
+PATTERNS = (14, 18, 26, 64)
+ATTACKS = {
+    "nothing": nothing,
+    **{f"{count} patterns in a format": functools.partial(patterns_in_format, count) for count in PATTERNS},
+    **{f"{count} patterns in tools": functools.partial(patterns_in_tools, count) for count in PATTERNS},
+    "a slow schema, n: 128, and leaving": slow_schema,
+    **{f"15 MB to {path}: {what}": functools.partial(large_body, path, *how)
+       for path, what, *how in LARGE_BODIES},
+    f"15 MB to {OPENAI}: an object of 1 M keys": many_keys,
+    "500,000 characters to /tokenize, with pieces": pieces,
+    "245,000 spellings in logit_bias, n: 128": biases,
+    "3,000 idle connections": idle,
+    "5,000 connections that come and go": come_and_go,
+    "200 responses that nobody reads": unread,
+    "1,000 slow headers": functools.partial(drip, half_a_header),
+    "1,000 slow bodies": functools.partial(drip, half_a_body),
+    "2,000 connections of what is no HTTP": noise,
+    "200 bodies of 16 MiB but a byte": unfinished_bodies,
+    "10 whole answers, n: 128, with logprobs": whole_logprobs,
+    "10 x 128 prompts, echoed with logprobs": echoed_logprobs,
+    "200 resumable streams, left": left_streams,
+    "pages of other origins": foreign_pages,
+    "what another key has asked": prefix_probe,
+    "a template of 99,999 x 99,999 loops": functools.partial(hostile_model, LOOPS),
+    "a template that refuses": functools.partial(hostile_model, REFUSAL),
+    "long chats": long_chats,
+}
+
+
+# the bench
+
+
+async def look(server):
+    """(restarts of workers, KV pages in use, responses of 5xx so far)."""
+    headers = {"Authorization": f"Bearer {server.other_key}"} if server.other_key else {}
+    async with aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(total=10)) as session:
+        async with session.get(server.url + "/stats") as response:
+            workers = (await response.json())["workers"]
+        async with session.get(server.url + "/metrics") as response:
+            text = await response.text()
+    failed = re.findall(r'responses_total{.*status="5\d\d"} (\S+)$', text, re.MULTILINE)
+    total = lambda name: sum(worker[name] for worker in workers)        # noqa: E731
+    return total("restarts"), total("kv_pages_used"), int(sum(map(float, failed)))
+
+
+async def aftermath(server, attacker, before):
+    """What can be seen only when all is quiet again."""
+    deadline_s = time.monotonic() + SETTLE_S
+    while (after := await look(server))[1] and time.monotonic() < deadline_s:
+        await asyncio.sleep(0.05)
+    mine = sum(count for status, count in attacker.got.items() if re.fullmatch(r"5\d\d", status))
+    failed = max(0, after[2] - before[2] - mine)
+    return {"restarts": after[0] - before[0], "leaked_pages": after[1], "failed": failed,
+            "cpu_after": server.cpu_share(attacker.scale)}
+
+
+async def attacked(name, server, others, options):
+    """What one attack did, as a row."""
+    attacker, before, log_bytes = Attacker(server, options.scale), await look(server), server.log_bytes
+    if server.pause_s:
+        server.pause_s[0] = 0.0
+    others.stdin.write(b"begin\n")
+    began_s = time.monotonic()
+    with contextlib.suppress(asyncio.TimeoutError, OSError):
+        await asyncio.wait_for(ATTACKS[name](attacker), options.seconds)
+    attacker.leave()
+    others.stdin.write(b"end\n")
+    row = {"attack": name, "seconds": round(time.monotonic() - began_s, 1), "got": attacker.got}
+    row |= json.loads(await others.stdout.readline())
+    row |= {"pause_ms": 1e3 * server.pause_s[0] if server.pause_s else 0.0, "died": not server.alive}
+    if row["served"]:
+        row |= await aftermath(server, attacker, before)
+    return row | {"log_bytes": server.log_bytes - log_bytes}
+
+
+COLUMNS = ("attack", "it got", "loop pause inside / as seen, ms", "first token, gap, structured, ms",
+           "memory front + its processes, MB", "log, bytes", "else")
+
+
+def counted(counts):
+    return ", ".join(f"{count:,} x {what}" if count > 1 else what for what, count in counts.items() if count)
+
+
+def shown(row):
+    """A line of the table."""
+    worst, (front, workers) = Counter(row["worst_ms"]), row["memory_mb"]
+    busy = row.get("cpu_after", 0)
+    names = {"restarts": "restarted", "leaked_pages": "page leaked", "failed": "5xx"}
+    rest = [f"killed at {row['killed']}" if row["killed"] else "died" if row["died"] else "",
+            "" if row["served"] or row["died"] else f"not serving after {SETTLE_S:.0f} s",
+            counted(row["refused"]), counted({words: row.get(name) for name, words in names.items()}),
+            f"{busy:.0%} of a core afterwards" if busy > 0.2 else ""]
+    cells = [row["attack"], counted(row["got"]), f"{row['pause_ms']:,.0f} / {worst['livez']:,.0f}",
+             ", ".join(f"{worst[name]:,.0f}" for name in ("first", "gap", "structured")),
+             f"{front:,.0f} + {workers:,.0f}", f"{row['log_bytes']:,}", "; ".join(filter(None, rest))]
+    return "| " + " | ".join(cells) + " |"
+
+
+@contextlib.asynccontextmanager
+async def watching(server, options):
+    """The others' process."""
+    pid = server.process.pid if server.process else 0
+    words = [__file__, "others", server.url, server.other_key or "", str(pid), str(options.memory)]
+    others = await asyncio.create_subprocess_exec(
+        sys.executable, *words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        yield others
+    finally:
+        others.kill()
+        await others.wait()
+
+
+async def bench(options, server, attacks):
+    """All of them, on one server as long as it stands; the rows."""
+    rows = []
+    print(f"| {' | '.join(COLUMNS)} |\n|{len(COLUMNS) * '---|'}", flush=True)
+    while len(rows) < len(attacks):
+        server.start()
+        try:
+            async with watching(server, options) as others:
+                served = True
+                while served and len(rows) < len(attacks):
+                    rows.append(await attacked(attacks[len(rows)], server, others, options))
+                    print(shown(rows[-1]), flush=True)
+                    served = rows[-1]["served"]
+        finally:
+            server.stop()
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=[""], help="attacks with one of these in their names")
+    parser.add_argument("--seconds", type=float, default=40)
+    parser.add_argument("--memory", type=chat_server.parse_bytes, default=4 << 30)
+    parser.add_argument("--scale", type=float, default=1.0, help="of sizes and counts")
+    parser.add_argument("--json", help="a file for the rows")
+    parser.add_argument("--list", action="store_true")
+    for name in ("url", "key", "other-key"):
+        parser.add_argument(f"--{name}")
+    options = parser.parse_args()
+    attacks = [name for name in ATTACKS if any(word in name for word in options.only)]
+    if options.list:
+        return print("\n".join(attacks))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    with tempfile.TemporaryDirectory() as folder:
+        server = Elsewhere(options) if options.url else Server(Path(folder), options.memory)
+        rows = asyncio.run(bench(options, server, attacks))
+    if options.json:
+        Path(options.json).write_text(json.dumps(rows))
+    return int(not all(row["served"] and not row["restarts"] and not row["leaked_pages"] for row in rows))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["serve"]:
+        serve(*sys.argv[2:])
+    elif sys.argv[1:2] == ["others"]:
+        asyncio.run(Others(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])).run())
+    else:
+        sys.exit(main())

@@ -1,0 +1,108 @@
+"""A model's steps on CUDA: decode rows by our kernels, a prompt's attention by torch over the same pages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from . import cuda
+from .cuda_steps import LISTS, CudaPlan, GraphSteps, record_words
+from .sampling import SampleBatch
+
+
+def current_stream() -> int:
+    return torch.cuda.current_stream().cuda_stream
+
+
+class CudaBackend:
+    """See seam.py. `kernels` is a cuda.CudaOps, or an emulated one.
+
+    A layer's cache is (2, P, Hkv, PAGE_SIZE, D), keys and values apart: what one block of the decode kernel
+    reads of a page, and what a prompt gathers, are whole runs of PAGE_SIZE * D values. Queries are scaled by
+    1 / sqrt(D) as they are made.
+    """
+
+    name, row_invariant, quantizes = "decode_core/cuda", False, False
+    activations, dtype = None, torch.bfloat16
+    as_stored = None
+
+    def __init__(self, spec: Any, script: SimpleNamespace, kernels: Any,
+                 stream: Callable[[], int] = current_stream):
+        self.spec, self.script, self.kernels, self.stream = spec, script, kernels, stream
+
+    def ops(self, max_tokens: int, max_rows: int, quantize: None) -> dict[str, Callable]:
+        return {name: getattr(self, name) for name in
+                ("make_cache", "rope_append", "plan_attention", "paged_attention", "sample")}
+
+    def record(self, transformer: Any) -> None:
+        """Whole steps are graphs, and make_steps' affair."""
+
+    def make_steps(self, transformer: Any, max_batch: int, context_length: int) -> GraphSteps:
+        return GraphSteps(transformer, self, max_batch=max_batch, context_length=context_length)
+
+    def make_cache(self, spec, num_pages, dtype, device):
+        shape = (spec.layers, 2, num_pages, spec.kv_heads, self.script.PAGE_SIZE, spec.head_size)
+        return self.script.zeroed(shape, dtype, device)
+
+    def rope_append(self, qkv, cos, sin, positions, slots, cache, out, **options):
+        """As rope_append_reference, but q comes scaled, and rows with slot -1 (padding) are left alone."""
+        heads = out.unflatten(1, (-1, self.spec.head_size))
+        self.kernels.rope_append(qkv, cos, sin, positions, slots, *cache, heads, stream=self.stream(),
+                                 **options)
+
+    def workspace(self, rows: int, width: int, device) -> tuple:
+        """Decode attention's (states, tickets) for so many rows and pages; tickets are 0 between calls."""
+        spec = self.spec
+        floats, integers = cuda.attention_workspace(rows, spec.heads, spec.kv_heads, spec.head_size, width)
+        return (torch.empty(floats, dtype=torch.float32, device=device),
+                torch.zeros(integers, dtype=torch.int32, device=device))
+
+    def plan_attention(self, batch, positions, windows, dtype) -> CudaPlan:
+        device = positions.device
+        table = self.script.page_table(batch, torch.int32, device)
+        lengths = torch.tensor(batch.lengths, dtype=torch.int32, device=device)
+        workspace = self.workspace(*table.shape, device)
+        return self.plan(batch, positions, windows, dtype, table, lengths, workspace)
+
+    def plan(self, batch, positions, windows, dtype, table, lengths, workspace) -> CudaPlan:
+        """The plan of a step whose tables and lengths are on the device already; waits for nothing."""
+        decode = self.script.decode_rows(batch)
+        groups = [range(i, i + 1) for i in range(decode, len(batch.lengths))]
+        prompts = {window: [self.script.make_span(batch, positions, table, group, window, dtype)
+                            for group in groups] for window in set(windows)}
+        return CudaPlan(decode, table, lengths, prompts, *workspace)
+
+    def paged_attention(self, q, cache, plan, window, out):
+        """softmax(q k) v over each row's own pages: q (T, H * D) float32, scaled -> out (T, H * D)."""
+        heads, first = q.unflatten(1, (-1, cache.shape[-1])), slice(plan.decode)        # (T, H, D)
+        if plan.decode:
+            self.kernels.paged_attention(heads[first], *cache, plan.table[first], plan.lengths[first],
+                                         plan.states, plan.tickets, out[first], window=window,
+                                         stream=self.stream())
+        for rows, pages, mask in plan.prompts[window]:
+            kv = torch.index_select(cache.transpose(1, 2), 2, pages)            # (2, Hkv, n, PAGE_SIZE, D)
+            k, v = kv.flatten(2, 3)[:, :, :mask.shape[-1]]
+            grouped = heads[rows].to(cache.dtype).unflatten(1, (len(k), -1))    # (rows, Hkv, H / Hkv, D)
+            y = self.script.attend_prompt(grouped, k, v, mask, 1.0)
+            out[rows].view(y.shape).copy_(y)
+
+    def draw(self, logits, records, lists, tokens) -> None:
+        """One token for each row of logits (R, V) -> tokens (R,) int32, on the device; rows with penalties
+        change.
+
+        records (R, 9) int64: SampleBatch.records; lists: its LISTS, or longer ones.
+        """
+        records = records.view(-1).view(torch.uint8)
+        self.kernels.sample(logits, records, tokens, stream=self.stream(), **dict(zip(LISTS, lists)))
+
+    def sample(self, logits, rows) -> list[int]:
+        """One token for each row of logits (R, V), which stay unchanged; drawn on the device, waited for."""
+        batch = SampleBatch(rows, logits.shape[1])
+        arrays = record_words(batch), *(getattr(batch, name) for name in LISTS)
+        records, *lists = (torch.tensor(array, device=logits.device) for array in arrays)
+        tokens = torch.empty(len(rows), dtype=torch.int32, device=logits.device)
+        self.draw(logits.to(torch.float32, copy=any(map(len, lists))), records, lists, tokens)
+        return tokens.tolist()

@@ -1,0 +1,295 @@
+"""Steps on CUDA: decode steps are graphs, replayed once each; tokens are drawn on the device.
+
+    start   fill pinned memory > copy it to the device > replay (with prompts: the ops) > tokens come back
+    finish  wait for that
+
+One stream runs it all in order, so one piece of device memory serves every step's inputs, and one its tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+
+from .sampling import batch_of
+
+LISTS = ("count_ids", "counts", "bias_ids", "bias_values")      # of a SampleBatch: what changes logits
+LIST_CAPACITY = 1 << 14         # penalised tokens, and biases, of one step; a graph has room for so many
+
+STEP_FIELDS = (                 # a step's inputs as they lie in memory, in order: name, type, shape by letter
+    ("token_ids", "int64", "T"), ("previous_token_ids", "int64", "T"), ("positions", "int64", "T"),
+    ("slots", "int64", "T"), ("logit_rows", "int64", "R"), ("records", "int64", "R9"),
+    ("lengths", "int32", "N"), ("table", "int32", "NW"), ("count_ids", "int32", "C"),
+    ("counts", "int32", "C"), ("bias_ids", "int32", "B"), ("bias_values", "float32", "B"))
+
+
+class CudaPlan(NamedTuple):
+    """Where a step's keys lie, on the device: the same tensors in every step where the step is a graph."""
+
+    decode: int             # so many first sequences have one token each: decode_core's rows
+    table: Any              # (N, W) int32 page ids of each sequence
+    lengths: Any            # (N,) int32 keys of each, its new ones included; 0 = padding
+    prompts: Mapping[int, Sequence[Any]]            # {window: the other sequences}
+    states: Any             # decode_core's workspace, shared by all layers
+    tickets: Any
+
+
+class StepShape(NamedTuple):
+    """The sizes that STEP_FIELDS speaks of."""
+
+    T: int                      # tokens
+    N: int                      # sequences
+    R: int                      # rows that sample
+    W: int                      # pages of the longest sequence
+    C: int = 0                  # entries of the penalties' lists
+    B: int = 0                  # entries of the bias' lists
+
+    def places(self) -> Iterator[tuple[str, str, list[int], int, int]]:
+        """Name, type, shape, first and last byte of each field."""
+        sizes, end = self._asdict() | {"9": 9}, 0
+        for name, kind, letters in STEP_FIELDS:
+            shape = [sizes[letter] for letter in letters]
+            begin, end = end, end + math.prod(shape) * (8 if kind == "int64" else 4)
+            yield name, kind, shape, begin, end
+
+    def bytes(self, lists: bool = True) -> int:
+        """Of all fields, or of those before the lists."""
+        return next(end for name, *_, end in self.places() if name == ("bias_values" if lists else "table"))
+
+    def views(self, memory) -> SimpleNamespace:
+        """The fields as tensors in `memory` (bytes), on the host or on the device."""
+        return SimpleNamespace(**{name: memory[begin:end].view(getattr(torch, kind)).view(shape)
+                                  for name, kind, shape, begin, end in self.places()})
+
+
+def fill_step(fields: SimpleNamespace, batch: Any, places: Sequence[Sequence[int]], sampling: Any) -> None:
+    """Write a batch, its tokens' positions and slots, and the SampleBatch of its rows (or None) into numpy
+    `fields`.
+
+    What is left over is padding: a row with slot -1, so that nothing is stored, length 0, so that it attends
+    to nothing, and no position to draw at.
+    """
+    positions, slots = places
+    for column, values, padding in (
+            (fields.token_ids, batch.token_ids, 0), (fields.previous_token_ids, batch.previous_token_ids, -1),
+            (fields.positions, positions, 0), (fields.slots, slots, -1),
+            (fields.logit_rows, batch.logit_rows, 0), (fields.lengths, batch.lengths, 0)):
+        column[:len(values)] = values
+        column[len(values):] = padding
+    for row, pages in zip(fields.table, batch.tables):
+        row[:len(pages)] = pages
+    fields.records[len(batch.logit_rows):, 1] = -1
+    if sampling:
+        fields.records[:len(batch.logit_rows)] = record_words(sampling)
+        for name in LISTS:
+            values = getattr(sampling, name)
+            getattr(fields, name)[:len(values)] = values
+
+
+# a batch of padding
+NO_TOKENS = SimpleNamespace(token_ids=(), previous_token_ids=(), logit_rows=(), lengths=(), tables=())
+
+
+class CudaQueue:
+    """What only CUDA has: a stream whose work runs in order beside the caller, and graphs of such work."""
+
+    def __init__(self, device):
+        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()      # graphs never run side by side, so they share memory
+
+    def pinned(self, size: int, dtype):
+        return torch.empty(size, dtype=dtype, pin_memory=True)
+
+    def submit(self, work: Callable[[], None]) -> Any:
+        """Queue `work` and return what `wait` takes. It runs after what the caller's own stream holds by now,
+        and before what comes there later: `Transformer.forward` uses the same buffers."""
+        own = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(own)
+        with torch.cuda.stream(self.stream):
+            work()
+            done = torch.cuda.Event()
+            done.record()
+        own.wait_event(done)
+        return done
+
+    def wait(self, done: Any) -> None:
+        done.synchronize()
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """`work` as one launch. It runs once before: kernels are loaded then, and libraries choose theirs."""
+        self.wait(self.submit(work))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            work()
+        return graph.replay
+
+
+class Graph(NamedTuple):
+    """A decode step of fixed shape."""
+
+    shape: StepShape
+    replay: Callable[[], None]
+
+
+class Staging:
+    """Pinned memory of one step: its inputs on their way to the device, and its tokens on their way back."""
+
+    def __init__(self, queue: Any, size: int, max_rows: int):
+        self.inputs, self.tokens = queue.pinned(size, torch.uint8), queue.pinned(max_rows, torch.int32)
+        self.fields: dict[StepShape, SimpleNamespace] = {}      # numpy views, kept for the graphs' shapes
+        self.done: Any = None                                   # of the step that used it last
+
+    def send(self, inputs: Any, size: int) -> None:
+        inputs[:size].copy_(self.inputs[:size], non_blocking=True)
+
+
+class Ticket(NamedTuple):
+    """A step that was started."""
+
+    staging: Staging
+    rows: int
+    done: Any
+
+
+class GraphSteps:
+    """Runs steps on CUDA; a second one may be started before the first is finished.
+
+    start(batch, rows) -> ticket; finish(ticket) -> one token for each row. Where batch.token_ids holds ~i,
+    that is the token that row i of the step before draws: it never leaves the device for that. `start` waits
+    for nothing. A step of decode rows alone is a graph, of the next larger number of rows and of pages that
+    `prepare` has captured. Steps with prompts, and those whose penalties do not fit LIST_CAPACITY, run op by
+    op on the same stream. Penalties count row.tokens, so a row with penalties can be started only when all
+    its tokens are known.
+    """
+
+    ahead = True
+
+    def __init__(self, transformer: Any, backend: Any, *, max_batch: int, context_length: int,
+                 queue: Any = None):
+        self.transformer, self.spec = transformer, transformer.spec
+        self.backend, self.script = backend, backend.script
+        self.queue = queue or CudaQueue(transformer.device)
+        self.windows = transformer.windows
+        most, max_pages = len(transformer.buffers["x"]), -(-context_length // self.script.PAGE_SIZE)
+        # a graph's grid covers the longest table: 64 pages are 1,024 tokens
+        self.buckets = list(itertools.product(doubling(1, max_batch, 2), doubling(64, max_pages, 4)))
+        largest = StepShape(most, max_batch, max_batch, max_pages, LIST_CAPACITY, LIST_CAPACITY)
+        with torch.inference_mode():
+            self.inputs = torch.empty(largest.bytes(), dtype=torch.uint8, device=transformer.device)
+            # the newest step's
+            self.tokens = torch.zeros(max_batch, dtype=torch.int32, device=transformer.device)
+            self.workspace = self.backend.workspace(max_batch, max_pages, transformer.device)
+        self.staging = [Staging(self.queue, largest.bytes(), max_batch) for _ in range(2)]
+        self.graphs: dict[tuple[int, int], Graph] = {}
+        self.sampling: Any = None           # the SampleBatch of the step before
+
+    def prepare(self, progress: Callable[[float], None]) -> None:
+        """Capture the graph of every bucket, the largest first; no step may be under way."""
+        for done, bucket in enumerate(reversed(self.buckets)):
+            progress(done / len(self.buckets))
+            self._capture(*bucket)
+
+    def _capture(self, rows: int, pages: int) -> None:
+        shape, staging = StepShape(rows, rows, rows, pages, LIST_CAPACITY, LIST_CAPACITY), self.staging[0]
+        with torch.inference_mode():
+            fields = shape.views(self.inputs)
+            no_prompts = dict.fromkeys(self.windows, ())
+            fields.attention = CudaPlan(rows, fields.table, fields.lengths, no_prompts, *self.workspace)
+            fill_step(self._host_fields(staging, shape), NO_TOKENS, ((), ()), None)
+            self.queue.wait(self.queue.submit(lambda: staging.send(self.inputs, shape.bytes())))
+            self.graphs[rows, pages] = Graph(shape, self.queue.capture(lambda: self._compute(fields)))
+
+    def start(self, batch: Any, rows: Sequence[Any]) -> Ticket:
+        """Queue a step; `rows` say how to draw at batch.logit_rows. At most two steps may be under way."""
+        self.staging.reverse()
+        staging = self.staging[0]
+        if staging.done:            # long since, unless that step was given up
+            self.queue.wait(staging.done)
+        sampling = self.sampling = batch_of(rows, self.spec.vocab_size, self.sampling)
+        lists = (len(sampling.count_ids), len(sampling.bias_ids)) if sampling else (0, 0)
+        graph = self._graph(batch, sampling)
+        shape = graph.shape if graph else StepShape(
+            len(batch.token_ids), len(batch.lengths), len(batch.logit_rows), max(map(len, batch.tables)),
+            *lists)
+        with torch.inference_mode():
+            inputs = self.inputs
+            if shape.bytes() > len(inputs):         # very long lists: memory for this step alone
+                staging.inputs = self.queue.pinned(shape.bytes(), torch.uint8)
+                inputs = inputs.new_empty(shape.bytes())
+                staging.fields.clear()
+            host = self._host_fields(staging, shape, keep=graph is not None)
+            fill_step(host, batch, self.script.token_places(batch), sampling)
+
+            def step() -> None:
+                staging.send(inputs, shape.bytes(lists=any(lists)))
+                if graph:
+                    graph.replay()
+                else:
+                    self._run_ops(batch, shape.views(inputs))
+                staging.tokens[:len(rows)].copy_(self.tokens[:len(rows)], non_blocking=True)
+
+            staging.done = self.queue.submit(step)
+        return Ticket(staging, len(rows), staging.done)
+
+    def finish(self, ticket: Ticket) -> list[int]:
+        assert ticket.staging.done is ticket.done, "more than two steps were under way"
+        self.queue.wait(ticket.done)
+        return ticket.staging.tokens[:ticket.rows].tolist()
+
+    def _graph(self, batch: Any, sampling: Any) -> Graph | None:
+        """The smallest graph that holds a step of decode rows; None for any other step."""
+        rows, pages = len(batch.lengths), max(map(len, batch.tables))
+        if not len(batch.token_ids) == len(batch.logit_rows) == rows:
+            return None
+        if max(len(sampling.count_ids), len(sampling.bias_ids)) > LIST_CAPACITY:
+            return None
+        fitting = [bucket for bucket in self.graphs if bucket[0] >= rows and bucket[1] >= pages]
+        return self.graphs[min(fitting)] if fitting else None
+
+    def _run_ops(self, batch: Any, fields: SimpleNamespace) -> None:
+        fields.attention = self.backend.plan(batch, fields.positions, self.windows, self.transformer.dtype,
+                                             fields.table, fields.lengths, self.workspace)
+        self._compute(fields)
+
+    def _host_fields(self, staging: Staging, shape: StepShape, keep: bool = True) -> SimpleNamespace:
+        """A step's inputs in pinned memory as numpy arrays, to be written."""
+        if (fields := staging.fields.get(shape)) is None:
+            views = vars(shape.views(staging.inputs))
+            fields = SimpleNamespace(**{name: view.numpy() for name, view in views.items()})
+            if keep:
+                staging.fields[shape] = fields
+        return fields
+
+    def _compute(self, fields: SimpleNamespace) -> None:
+        """The model and the draw: everything here is captured, so it reads tensors on the device and shapes
+        only.
+
+        `fields` are what StepShape names, and `attention`, which makes them Inputs.
+        """
+        T, R = len(fields.token_ids), len(fields.logit_rows)
+        drawn = torch.index_select(self.tokens, 0, (~fields.token_ids).clamp(min=0))
+        fields.token_ids.copy_(torch.where(fields.token_ids < 0, drawn, fields.token_ids))
+        buffers = self.transformer.cut(T, R)
+        self.transformer.compute(fields, buffers)
+        if R:
+            lists = [getattr(fields, name) for name in LISTS]
+            self.backend.draw(buffers.logits, fields.records, lists, self.tokens[:R])
+
+
+def doubling(first: int, last: int, factor: int) -> list[int]:
+    """first, first * factor, ... below last, and last."""
+    sizes = [first]
+    while sizes[-1] < last:
+        sizes.append(sizes[-1] * factor)
+    return [*sizes[:-1], last]
+
+
+def record_words(batch: Any) -> numpy.ndarray:
+    """The records of a SampleBatch as (R, 9) int64; word 1 is the position, negative = no token."""
+    return batch.records.view(numpy.int64).reshape(len(batch.records), -1)

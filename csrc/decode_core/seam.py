@@ -1,0 +1,60 @@
+"""The seam between chat_server.py and this package. Both state its version; where those differ, chat_server
+runs its references.
+
+`backend_for(spec, device, script)` returns None, or a backend: what computes a model's steps in chat_server's
+place.
+
+    name                          for /stats: "decode_core/avx512"
+    row_invariant                 the bits of a row depend on nothing else in the batch
+    activations                   torch dtype of every activation buffer; None: chat_server's own choice
+    dtype                         torch dtype of float weights whose user names none
+    quantizes                     does `ops` take a type for `quantize`?
+    as_stored(shape, parts)       a matrix in its file's type, or one close to it; None: always dequantized
+    converted(sources, stored)    which matrices cannot stay in the file's type, in words
+    ops(max_tokens, max_rows, quantize)     {name: op} in the place of chat_server's references
+    record(transformer)           None, or a function that runs a batch in place of Transformer.compute
+    make_steps(transformer, max_batch, context_length)      what has the methods of chat_server's EagerSteps
+
+`spec` is chat_server's ModelSpec. `script` holds what this package uses of chat_server.py
+(`for_decode_core`): that file runs as __main__ and is never imported here. torch is imported with a backend,
+not with this package.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from . import _core, cuda
+
+SEAM = 1        # one more whenever a name, an argument or a meaning above, or of `script`, changes
+
+
+def backend_for(spec: Any, device: Any, script: SimpleNamespace) -> Any:
+    """The backend for a model on a torch device; None where there are no kernels for its shape."""
+    kind = str(device).partition(":")[0]
+    if kind == "cpu" and fits_cpu(spec):
+        from .cpu_backend import CpuBackend
+        return CpuBackend(spec, script)
+    ops = cuda_ops() if kind == "cuda" and fits_cuda(spec) else None
+    if ops is None:
+        return None
+    from .cuda_backend import CudaBackend
+    return CudaBackend(spec, script, ops)
+
+
+def fits_cpu(spec: Any) -> bool:
+    aligned = spec.width % 16 == spec.head_size % 16 == spec.ffn_size % 16 == 0
+    return aligned and spec.head_size <= 256 and spec.heads // spec.kv_heads <= 16
+
+
+def fits_cuda(spec: Any) -> bool:
+    size, group = spec.head_size, spec.heads // spec.kv_heads
+    return (size % 16 == 0 and size <= cuda.MAX_HEAD_SIZE and group <= 64 and spec.heads % spec.kv_heads == 0
+            and spec.vocab_size <= cuda.MAX_VOCABULARY)
+
+
+def cuda_ops() -> cuda.CudaOps | None:
+    """The CUDA ops, where they were compiled and there is a device and a driver for them."""
+    ops = cuda.CudaOps(_core) if _core.cuda_compiled else None
+    return ops if ops and ops.available() else None

@@ -1,0 +1,630 @@
+// Markdown that is drawn while it is written, in time that depends on what is new, not on what is there.
+//
+// Blocks are found line by line, as CommonMark describes it: a stack of open containers (quotes, lists, items) and one open leaf
+// (paragraph, code, table ...). A line is taken once, as soon as its first characters decide what it is; after that only its
+// text grows. Of an open paragraph the part that nothing later can change is settled, and so is highlighted code wherever the
+// language's state is the initial one. What is drawn is never touched again, except for the short unsettled rest of the open
+// leaf, so a reader's selection stays. Within lines marked's tokenizer decides; elements are made from its tokens, never from
+// HTML text. Only KaTeX's output is HTML, and goes through DOMPurify.
+"use strict";
+
+const markdownWork = {characters: 0, nodes: 0};       // parsed, and made or replaced: tests and bench/page.py read them
+
+const SETTLE = 200;               // characters of a paragraph's rest before some of them are settled
+const MOST_UNSETTLED = 2000;      // more are settled anyway, and the paragraph is drawn again when it ends
+const CODE_STEP = 150;            // characters of code that are highlighted together
+const MOST_CODE = 6000;           // highlighted together, where no state is the initial one before
+
+function element(tag, properties = {}, ...children) {
+  const node = Object.assign(document.createElement(tag), properties);
+  node.append(...children);
+  return node;
+}
+
+// text within lines ---------------------------------------------------------------------------------------------------
+
+// TeX in $$..$$, \[..\], \(..\) and $..$ (no space inside, no digit after it, so that prices stay prices).
+const MATH = /^(?:\$\$([^]+?)\$\$|\\\[([^]+?)\\\]|\\\(([^]+?)\\\)|\$(?![\s$])((?:\\.|[^$\\\n])*?[^\s$\\])\$(?!\d))/;
+const mathToken = {name: "math", level: "inline",
+  start: source => { const at = source.search(/\$|\\[[(]/); return at < 0 ? undefined : at; },
+  tokenizer: source => {
+    const found = MATH.exec(source);
+    return found ? {type: "math", raw: found[0], tex: found.slice(1).find(Boolean), display: !found[3] && !found[4]} : undefined;
+  }};
+
+const markdown = new marked.Marked({gfm: true, breaks: true, extensions: [mathToken]});
+
+function inlineTokens(text, links) {
+  markdownWork.characters += text.length;
+  const lexer = new marked.Lexer(markdown.defaults);
+  lexer.tokens.links = links;
+  return lexer.inlineTokens(text);
+}
+
+const CLEAN = {USE_PROFILES: {html: true, mathMl: true}, ADD_TAGS: ["semantics", "annotation"], FORBID_TAGS: ["style", "img"],
+  FORBID_ATTR: ["style", "id", "name"], RETURN_DOM_FRAGMENT: true};
+const cleanFragment = html => DOMPurify.sanitize(html, CLEAN);
+
+const entities = text => /&[#\w]+;/.test(text) ? cleanFragment(text.replace(/</g, "&lt;")).textContent : text;
+
+// How each kind of token is drawn. What is HTML in the text is shown as text, but for a few harmless tags without attributes.
+const DRAWN = {
+  text: token => token.tokens ? inlineNodes(token.tokens) : [entities(token.text)],
+  escape: token => [token.text],
+  strong: token => [element("strong", {}, ...inlineNodes(token.tokens))],
+  em: token => [element("em", {}, ...inlineNodes(token.tokens))],
+  del: token => [element("del", {}, ...inlineNodes(token.tokens))],
+  codespan: token => [element("code", {textContent: token.text})],
+  br: () => [element("br")],
+  link: token => [linkNode(token.href, inlineNodes(token.tokens))],
+  image: token => [linkNode(token.href, [token.text || token.href])],        // nothing is fetched unasked
+  math: token => [mathNode(token.tex, token.display)],
+};
+
+function linkNode(href, children) {
+  const link = element("a", {}, ...children);
+  if (/^(https?|mailto):/i.test(href)) Object.assign(link, {href, target: "_blank", rel: "noopener noreferrer"});
+  return link;
+}
+
+function inlineNodes(tokens) {
+  const levels = [{tag: "", nodes: []}];           // the last one: of the innermost open tag
+  for (const token of tokens) {
+    const [, close, tag] = token.type === "html" ? /^<(\/?)(br|sub|sup|kbd)\s*\/?>$/i.exec(token.raw) ?? [] : [];
+    if (tag?.toLowerCase() === "br") levels.at(-1).nodes.push(element("br"));
+    else if (tag && !close) levels.push({tag: tag.toLowerCase(), nodes: []});
+    else if (tag && levels.at(-1).tag === tag.toLowerCase()) closeTag(levels);
+    else levels.at(-1).nodes.push(...(DRAWN[token.type]?.(token) ?? [token.raw]));
+  }
+  while (levels.length > 1) closeTag(levels);
+  return levels[0].nodes;
+}
+
+function closeTag(levels) {
+  const {tag, nodes} = levels.pop();
+  levels.at(-1).nodes.push(element(tag, {}, ...nodes));
+}
+
+// Formulas that come before KaTeX has been loaded show their source until it is.
+function mathNode(tex, display) {
+  if (typeof katex === "undefined") {
+    const node = element("code", {className: "tex", textContent: tex});
+    if (display) node.dataset.display = "";
+    return node;
+  }
+  markdownWork.characters += tex.length;
+  return cleanFragment(katex.renderToString(tex, {displayMode: display, output: "mathml", throwOnError: false, trust: false,
+    strict: false, maxExpand: 200, maxSize: 20}));
+}
+
+function drawFormulas() {
+  for (const node of document.querySelectorAll("code.tex")) node.replaceWith(mathNode(node.textContent, "display" in node.dataset));
+}
+
+// The text with what is still open in it closed, so that half a **bold or `code` shows as what it becomes.
+function withClosers(text, links) {
+  const closer = (text.match(/`/g)?.length ?? 0) % 2 ? "`" : (text.match(/\*\*(?=\S)|(?<=\S)\*\*/g)?.length ?? 0) % 2 ? "**" : "";
+  if (!closer || text.endsWith(closer[0])) return inlineTokens(text, links);
+  const tokens = inlineTokens(text + closer, links);
+  const last = tokens.at(-1);
+  return last?.type === {"`": "codespan", "**": "strong"}[closer] ? tokens : inlineTokens(text, links);
+}
+
+// The length of the text's longest beginning that no later text can change, up to a space outside of everything.
+function settledLength(tokens) {
+  let at = 0, settled = 0;
+  for (const token of tokens) {
+    const raw = token.raw;
+    if (token.type === "html" || token.type === "escape" && /[[(]/.test(raw)) break;
+    if (token.type === "text") {
+      if (/[*~`[\]$\\<]|(?:^|\W)_|_(?:\W|$)/.test(raw)) break;
+      const space = raw.search(/(?<=\S) (?=\S+\s*$)/);
+      if (space > 0) settled = at + space + 1;
+    }
+    at += raw.length;
+  }
+  return settled;
+}
+
+// leaves --------------------------------------------------------------------------------------------------------------
+// Each has: set(content, whole) with the text of its current line, draw() for the next frame, end() when it is closed.
+
+class Leaf {
+  constructor(view) { Object.assign(this, {view, parent: view.stack.at(-1).element, drawn: null}); }
+  add(node) { markdownWork.nodes++; this.parent.append(node); return node; }
+  end() { this.draw(true); }
+}
+
+class Paragraph extends Leaf {
+  constructor(view) {
+    super(view);
+    this.begins = this.parent.localName === "li" && !this.parent.firstElementChild;      // may be a task: "[x] done"
+    Object.assign(this, {element: this.add(element("p")), lines: "", line: "", settled: 0, rest: [], forced: false});
+  }
+
+  get text() {
+    const text = this.lines + this.line;
+    return this.begins ? text.replace(/^\[([ xX])\] /, (_, mark) => mark === " " ? "☐ " : "☑ ") : text;
+  }
+
+  set(content, whole) {
+    this.line = content.trimStart();
+    if (whole) Object.assign(this, {lines: this.text + "\n", line: ""});
+  }
+
+  draw(final = false) {
+    const text = this.text.trimEnd(), {links} = this.view;
+    if (text === this.drawn && !final) return;
+    this.drawn = text;
+    if (!final && text.length - this.settled > SETTLE) this.settle(text);
+    if (final && this.forced) {
+      this.settled = 0;
+      this.element.replaceChildren();
+    }
+    const rest = text.slice(this.settled);
+    this.replaceRest(inlineNodes(final ? inlineTokens(rest, links) : withClosers(rest, links)));
+  }
+
+  settle(text) {
+    const rest = text.slice(this.settled);
+    let length = settledLength(inlineTokens(rest, this.view.links));
+    if (!length && rest.length > MOST_UNSETTLED) {
+      length = rest.lastIndexOf(" ", rest.length - SETTLE) + 1;
+      this.forced ||= length > 0;
+    }
+    if (!length) return;
+    this.replaceRest(inlineNodes(inlineTokens(rest.slice(0, length), this.view.links)));
+    this.rest = [];
+    this.settled += length;
+  }
+
+  replaceRest(nodes) {
+    this.rest.forEach(node => node.remove());
+    const fragment = new DocumentFragment();
+    fragment.append(...nodes);
+    this.rest = [...fragment.childNodes];
+    markdownWork.nodes += this.rest.length;
+    this.element.append(fragment);
+  }
+
+  end() {
+    Object.assign(this, {lines: takeDefinitions(this.text, this.view), line: ""});
+    if (this.lines.trim()) this.draw(true);
+    else this.element.remove();
+  }
+
+  become(tag) {
+    this.end();
+    const heading = element(tag, {}, ...this.element.childNodes);
+    this.element.replaceWith(heading);
+  }
+}
+
+// Takes the definitions `[name]: address "title"` from the head of a paragraph.
+function takeDefinitions(text, view) {
+  for (let found; (found = /^\[([^\]\n]+)\]:[ \t]*\n?[ \t]*<?([^\s<>]+)>?(?:[ \t]*\n?[ \t]+["'(](.*)["')])?[ \t]*(?:\n|$)/.exec(text));) {
+    const name = found[1].trim().replace(/\s+/g, " ").toLowerCase();
+    view.links[name] ??= {href: found[2], title: found[3] ?? null};
+    view.defined = true;
+    text = text.slice(found[0].length);
+  }
+  return text;
+}
+
+class Heading extends Leaf {
+  constructor(view, level) {
+    super(view);
+    Object.assign(this, {element: this.add(element(`h${level}`)), text: ""});
+  }
+  set(content) { this.text = content; }
+  draw(final = false) {
+    const text = final ? this.text.replace(/(^|[ \t])#+[ \t]*$/, "").trim() : this.text.trim();
+    if (text === this.drawn && !final) return;
+    this.drawn = text;
+    const links = this.view.links;
+    this.element.replaceChildren(...inlineNodes(final ? inlineTokens(text, links) : withClosers(text, links)));
+    markdownWork.nodes++;
+  }
+}
+
+class Rule extends Leaf {
+  constructor(view) { super(view); this.add(element("hr")); }
+  set() {}
+  draw() {}
+}
+
+class Code extends Leaf {
+  constructor(view, language, fence = null) {
+    super(view);
+    Object.assign(this, {language, fence, text: "", line: null, blanks: 0, code: new CodeText(language)});
+    this.add(codeBox(language, this.code.element));
+  }
+  set(content, whole) {
+    if (!this.fence && !content.trim()) { if (whole) this.blanks++; return; }
+    this.line = "\n".repeat(this.blanks) + content;
+    if (!whole) return;
+    this.text += this.line + "\n";
+    Object.assign(this, {line: null, blanks: 0});
+  }
+  draw(final = false) { this.code.update(this.text + (this.line ?? ""), final); }
+  end() {
+    if (this.line !== null) this.set(this.line, true);
+    this.draw(true);
+  }
+}
+
+class Table extends Leaf {
+  constructor(view, header, aligns) {
+    super(view);
+    this.body = element("tbody");
+    Object.assign(this, {aligns, row: null, line: ""});
+    const table = element("table", {}, element("thead", {}, this.newRow(header, "th")), this.body);
+    this.add(element("div", {className: "table"}, table));
+  }
+  newRow(line, tag) {
+    const cells = tableCells(line);
+    return element("tr", {}, ...this.aligns.map((align, i) => {
+      const cell = element(tag, {}, ...inlineNodes(inlineTokens(cells[i] ?? "", this.view.links)));
+      if (align) cell.className = align;
+      markdownWork.nodes++;
+      return cell;
+    }));
+  }
+  set(content, whole) {
+    this.line = content;
+    if (!whole) return;
+    this.draw();
+    Object.assign(this, {row: null, line: "", drawn: null});
+  }
+  draw() {
+    if (!this.line || this.line === this.drawn) return;
+    this.drawn = this.line;
+    const row = this.newRow(this.line, "td");
+    if (this.row) this.row.replaceWith(row);
+    else this.body.append(row);
+    this.row = row;
+  }
+}
+
+const tableCells = line => line.trim().replace(/^\|/, "").replace(/(?<!\\)\|$/, "").split(/(?<!\\)\|/)
+  .map(cell => cell.trim().replaceAll("\\|", "|"));
+
+// A formula of its own lines; text as any other when it turns out to have no end.
+class MathBlock extends Leaf {
+  constructor(view) {
+    super(view);
+    Object.assign(this, {element: this.add(element("p", {className: "tex"})), lines: "", line: "", done: false});
+  }
+  get text() { return this.lines + this.line; }
+  set(content, whole) {
+    this.line = content;
+    if (!whole) return;
+    this.lines = this.text + "\n";
+    this.line = "";
+    const text = this.lines.trim(), found = /^(?:\$\$([^]+?)\$\$|\\\[([^]+?)\\\])$/.exec(text);
+    if (found) {
+      this.element.replaceWith(mathNode(found[1] ?? found[2], true));
+      markdownWork.nodes++;
+      this.done = true;
+      this.view.leaf = null;
+    } else if (/\$\$|\\\]/.test(text.slice(2))) this.end();      // something follows the formula: it stands within a line
+  }
+  draw() { if (!this.done) this.element.textContent = this.text; }
+  end() {
+    if (this.done) return;
+    this.done = true;
+    this.view.leaf = null;
+    const paragraph = new Paragraph(this.view);
+    this.element.replaceWith(paragraph.element);
+    paragraph.lines = this.text;
+    this.view.leaf = paragraph;
+  }
+}
+
+// code ----------------------------------------------------------------------------------------------------------------
+
+// The box around a code block, with its language and a button. `copyText` is the page's.
+function codeBox(language, code) {
+  const copy = element("button", {type: "button", className: "icon plain i-copy", textContent: TEXT.copyCode,
+    onclick: event => copyText(code.textContent.replace(/\n$/, ""), event.currentTarget)});
+  const pre = element("pre", {tabIndex: 0}, code);          // so that wide code scrolls by keyboard
+  pre.setAttribute("role", "group");
+  pre.setAttribute("aria-label", TEXT.codeIn(language));
+  return element("div", {className: "code"},
+    element("div", {className: "code-bar"}, element("span", {textContent: language || "text"}), copy), pre);
+}
+
+// The text of a code block that grows: highlighted and settled in steps that end where the language's state is the initial one
+// (highlight.js keeps it in `_top`; should that go, code is highlighted when it ends), then an unsettled rest.
+class CodeText {
+  constructor(language) {
+    Object.assign(this, {language, element: element("code"), settled: 0, tried: 0, stuck: false, rest: [], drawn: null});
+  }
+
+  update(text, final) {
+    if (this.drawn === text && !final) return;
+    this.drawn = text;
+    const known = typeof hljs !== "undefined" && hljs.getLanguage(this.language);
+    if (known) this.settle(text);
+    const rest = text.slice(this.settled);
+    const lit = known && !this.stuck && rest && (final || rest.length < 2 * CODE_STEP);
+    this.setRest(lit ? this.highlighted(rest).fragment : rest);
+    if (final && typeof hljs === "undefined") plainCode.push(this);
+  }
+
+  settle(text) {
+    for (let end; !this.stuck; ) {
+      end = text.indexOf("\n", Math.max(this.settled + CODE_STEP, this.tried)) + 1;
+      if (!end) return;
+      const {fragment, initial} = this.highlighted(text.slice(this.settled, end));
+      this.tried = end + CODE_STEP;
+      if (initial) {
+        this.setRest("");
+        this.element.append(fragment);
+        Object.assign(this, {settled: end, tried: 0});
+      } else this.stuck = end - this.settled > MOST_CODE;
+    }
+  }
+
+  highlighted(text) {
+    markdownWork.characters += text.length;
+    const {value, _top} = hljs.highlight(text, {language: this.language, ignoreIllegals: true});
+    return {fragment: spansOf(value), initial: _top && !_top.parent};
+  }
+
+  // Text that only grows goes into the text node that is there.
+  setRest(rest) {
+    const old = this.rest.length === 1 && this.rest[0].nodeType === Node.TEXT_NODE ? this.rest[0].data : null;
+    if (typeof rest === "string" && old !== null && rest.startsWith(old)) {
+      if (rest !== old) this.rest[0].appendData(rest.slice(old.length));
+      return;
+    }
+    this.rest.forEach(node => node.remove());
+    const fragment = new DocumentFragment();
+    if (rest !== "") fragment.append(rest);
+    this.rest = [...fragment.childNodes];
+    markdownWork.nodes += this.rest.length;
+    this.element.append(fragment);
+  }
+}
+
+const ESCAPES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&#x27;": "'"};
+
+// highlight.js' HTML as nodes: it has spans with classes, escaped text, and nothing else.
+function spansOf(html) {
+  const levels = [new DocumentFragment()];
+  for (const part of html.split(/(<span class="[^"]*">|<\/span>)/)) {
+    if (part === "</span>") levels.pop();
+    else if (part.startsWith("<span")) {
+      const span = element("span", {className: part.slice(13, -2)});
+      levels.at(-1).append(span);
+      levels.push(span);
+      markdownWork.nodes++;
+    } else if (part) levels.at(-1).append(part.replace(/&(?:amp|lt|gt|quot|#x27);/g, escape => ESCAPES[escape]));
+  }
+  return levels[0];
+}
+
+const plainCode = [];             // what was drawn before highlight.js was there
+
+function drawCode() {
+  for (const code of plainCode.splice(0)) code.update(code.drawn, true);
+}
+
+// blocks --------------------------------------------------------------------------------------------------------------
+
+const indentOf = text => /^ */.exec(text)[0].length;
+const RULE = /^ {0,3}(?:(?:\*[ \t]*){3,}|(?:-[ \t]*){3,}|(?:_[ \t]*){3,})$/;
+const FENCE = /^ {0,3}(?:(`{3,})([^`]*)|(~{3,})(.*))$/;
+const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])( +|\t|$)/;
+const DELIMITER = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
+
+// May a line that is not whole yet still become something else? It consists of marks only, or it opens a fence.
+const UNDECIDED = /^[\s>*+\-_=#|~`:$\\.\d)([]*$/;
+const OPENS_FENCE = /^[\s>]*(?:(?:[-*+]|\d{1,9}[.)])\s+)*(?:`{3,}[^`]*|~{3,}.*)$/;
+
+class MarkdownView {
+  constructor(root) { this.root = root; this.restart(); }
+
+  restart(links = {}) {
+    Object.assign(this, {at: 0, length: 0, begun: false, contentAt: 0, leaf: null, finished: false, links, defined: false,
+      stack: [{kind: "root", element: this.root}]});
+    this.root.replaceChildren();
+  }
+
+  // Draws a text that begins with what was drawn before. `finished`: nothing follows, so what is open ends here.
+  update(text, finished = false) {
+    if (text.length < this.length || this.finished) this.restart();
+    this.length = text.length;
+    for (let end; (end = text.indexOf("\n", this.at)) >= 0; this.at = end + 1) this.takeLine(text.slice(this.at, end), true);
+    if (this.at < text.length) this.takeLine(text.slice(this.at), finished);
+    if (finished) this.finish(text);
+    else this.leaf?.draw();
+  }
+
+  finish(text) {
+    this.closeTo(1);
+    this.finished = true;
+    if (!this.defined || !/\]:/.test(text)) return;
+    this.restart({...this.links});            // definitions below their use change what is above
+    this.defined = false;
+    this.again = true;
+    for (const line of text.split("\n")) this.takeLine(line, true);
+    this.closeTo(1);
+    this.finished = true;
+  }
+
+  takeLine(line, whole) {
+    line = line.replace(/\r$/, "");
+    const inFence = this.leaf instanceof Code && this.leaf.fence;
+    if (!inFence) line = line.replace(/^[ \t]+/, space => expandTabs(space));
+    if (!this.begun) {
+      if (!whole && (UNDECIDED.test(line) || OPENS_FENCE.test(line))) return;
+      this.contentAt = this.beginLine(line);
+    }
+    this.begun = !whole;
+    if (this.contentAt !== null) this.leaf?.set(line.slice(this.contentAt), whole);
+  }
+
+  // Finds out what a line is and opens and closes blocks accordingly. Where its text for the leaf begins; null for no text.
+  beginLine(line) {
+    let [depth, at] = this.matchContainers(line);
+    const rest = () => line.slice(at);
+    const matched = depth === this.stack.length;
+    if (matched && this.leaf instanceof Code && this.leaf.fence) return this.inFence(line, at);
+    if (matched && this.leaf instanceof MathBlock && rest().trim()) return at;
+    for (let opened; (opened = this.openContainer(rest(), depth)); depth = this.stack.length) at += opened;
+    if (!rest().trim()) return this.blankLine(depth, line.length);
+    const paragraph = this.leaf instanceof Paragraph ? this.leaf : null;
+    const same = depth === this.stack.length;
+    const opened = this.openLeaf(rest(), depth, same ? paragraph : null);
+    if (opened !== undefined) return opened === null ? null : at + opened;
+    if (paragraph) return at;                                   // its next line, or a lazy one
+    if (same && this.leaf instanceof Code && indentOf(rest()) >= 4) return at + 4;
+    if (same && this.leaf instanceof Table) return at;
+    this.closeTo(depth);
+    if (indentOf(rest()) >= 4) { this.leaf = new Code(this, ""); return at + 4; }
+    this.leaf = new Paragraph(this);
+    return at;
+  }
+
+  // How many of the open containers a line continues, and how many of its characters that takes.
+  matchContainers(line) {
+    let depth = 1, at = 0;
+    for (; depth < this.stack.length; depth++) {
+      const container = this.stack[depth], rest = line.slice(at);
+      if (container.kind === "quote") {
+        const found = /^ {0,3}> ?/.exec(rest);
+        if (!found) break;
+        at += found[0].length;
+      } else if (container.kind === "item") {
+        if (!rest.trim()) continue;
+        if (indentOf(rest) < container.indent) return [depth - 1, at];      // its list goes on only with another item
+        at += container.indent;
+      }
+    }
+    return [depth, at];
+  }
+
+  inFence(line, at) {
+    const {fence} = this.leaf, rest = line.slice(at);
+    const closing = new RegExp(`^ {0,3}${fence.mark[0]}{${fence.mark.length},}[ \\t]*$`);
+    if (closing.test(rest)) { this.closeLeaf(); return null; }
+    return at + Math.min(indentOf(rest), fence.indent);
+  }
+
+  blankLine(depth, end) {
+    if (this.leaf instanceof Code) {
+      if (depth === this.stack.length) return end;
+      this.closeTo(depth);
+    }
+    const quote = this.stack.findIndex(({kind}, i) => i >= depth && kind === "quote");
+    if (quote > 0) this.closeTo(quote);
+    this.closeLeaf();
+    return null;
+  }
+
+  // Opens a quote or an item that begins here, closing what it is not part of. Its length, 0 when there is none.
+  openContainer(rest, depth) {
+    const indented = indentOf(rest) >= 4;
+    const quote = indented ? null : /^ {0,3}> ?/.exec(rest);
+    if (quote) {
+      this.closeTo(depth);
+      this.push("quote", element("blockquote"));
+      return quote[0].length;
+    }
+    const item = indented ? null : ITEM.exec(rest);
+    if (!item || RULE.test(rest)) return 0;
+    const [marker, space, mark, gap] = item, empty = marker.length === rest.length || !rest.slice(marker.length).trim();
+    const interrupts = this.leaf instanceof Paragraph && depth === this.stack.length;
+    if (interrupts && (empty || /^\d/.test(mark) && parseInt(mark) !== 1)) return 0;
+    this.openItem(depth, mark);
+    const wide = gap.length > 4 || empty ? 1 : gap.length;
+    this.stack.at(-1).indent = space.length + mark.length + wide;
+    return Math.min(rest.length, space.length + mark.length + wide);
+  }
+
+  openItem(depth, mark) {
+    const kind = mark.at(-1), list = this.stack[depth];
+    if (list?.kind === "list" && list.mark === kind) this.closeTo(depth + 1);
+    else {
+      this.closeTo(depth);
+      const ordered = /\d/.test(mark), node = element(ordered ? "ol" : "ul");
+      if (ordered && parseInt(mark) !== 1) node.start = parseInt(mark);
+      this.push("list", node).mark = kind;
+    }
+    this.push("item", element("li"));
+  }
+
+  push(kind, node) {
+    this.closeLeaf();
+    this.stack.at(-1).element.append(node);
+    markdownWork.nodes++;
+    this.stack.push({kind, element: node});
+    return this.stack.at(-1);
+  }
+
+  // Opens a leaf that is no paragraph, if one begins here: where its text begins, null for no text; undefined when none does.
+  openLeaf(rest, depth, paragraph) {
+    if (indentOf(rest) >= 4) return undefined;
+    const heading = /^ {0,3}(#{1,6})(?:[ \t]+|$)/.exec(rest);
+    const setext = paragraph ? /^ {0,3}(=+|-+)[ \t]*$/.exec(rest) : null;
+    const fence = FENCE.exec(rest);
+    if (heading) return this.open(depth, () => new Heading(this, heading[1].length), heading[0].length);
+    if (fence) return this.openFence(depth, fence, indentOf(rest));
+    if (paragraph && DELIMITER.test(rest) && this.openTable(rest, paragraph)) return null;
+    if (setext && takeDefinitions(paragraph.text, this).trim()) return this.underline(paragraph, setext[1][0] === "=" ? "h1" : "h2");
+    if (RULE.test(rest)) return this.open(depth, () => new Rule(this), null);
+    if (/^ {0,3}(?:\$\$|\\\[)/.test(rest)) return this.open(depth, () => new MathBlock(this), 0);
+    return undefined;
+  }
+
+  open(depth, make, contentAt) {
+    this.closeTo(depth);
+    this.leaf = make();
+    return contentAt;
+  }
+
+  openFence(depth, [, ticks, info, tildes, other], indent) {
+    this.closeTo(depth);
+    const language = (info ?? other).trim().split(/\s+/)[0];
+    this.leaf = new Code(this, language, {mark: ticks ?? tildes, indent});
+    return null;
+  }
+
+  underline(paragraph, tag) {
+    this.leaf = null;
+    paragraph.become(tag);
+    return null;
+  }
+
+  // The paragraph's last line is the table's header, if it has as many cells as the delimiter.
+  openTable(delimiter, paragraph) {
+    const aligns = tableCells(delimiter).map(cell => cell.endsWith(":") ? (cell.startsWith(":") ? "center" : "right") : "");
+    const lines = paragraph.text.trimEnd().split("\n"), header = lines.at(-1);
+    if (!header.includes("|") && !delimiter.includes("|") || tableCells(header).length !== aligns.length) return false;
+    paragraph.lines = lines.slice(0, -1).map(line => line + "\n").join("");
+    Object.assign(paragraph, {line: "", settled: 0, forced: true});
+    this.closeLeaf();
+    this.leaf = new Table(this, header, aligns);
+    return true;
+  }
+
+  closeLeaf() {
+    for (let leaf; (leaf = this.leaf);) {             // a formula without end becomes a paragraph, which then ends
+      this.leaf = null;
+      leaf.end();
+    }
+  }
+
+  closeTo(depth) {
+    this.closeLeaf();
+    this.stack.length = depth;
+  }
+}
+
+const expandTabs = space => {
+  let width = 0;
+  for (const char of space) width = char === "\t" ? width + 4 - width % 4 : width + 1;
+  return " ".repeat(width);
+};

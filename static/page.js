@@ -1,0 +1,747 @@
+// The page around the turns: header, list of chats, composer, menus, dialogs, keys; and the start.
+"use strict";
+
+const $ = id => document.getElementById(id);
+const touch = matchMedia("(pointer: coarse)");
+const narrow = matchMedia("(max-width: 860px)");
+const composing = event => event.isComposing || event.keyCode === 229;   // Enter then confirms an input method's word
+
+// rendering -----------------------------------------------------------------------------------------------------------
+
+// Brings the page in line with `state`; only what differs is touched.
+function render() {
+  const {chat, model, phase} = state, growing = isGrowing(lastNode());
+  setText($("title"), chat.title || TEXT.newChat);
+  setText($("model"), model.name || TEXT.chat);
+  document.title = chat.title ? `${chat.title} - ${model.name || TEXT.chat}` : model.name ? `${model.name} - ${TEXT.chat}` : TEXT.chat;
+  $("lamp").className = phase;
+  const turns = renderTurns();
+  syncChildren($("log"), [...(turns.length ? turns : [emptyPage()]), ...(state.notice ? [noticeOf(state.notice)] : [])]);
+  renderChats();
+  renderComposer(growing);
+  renderToast();
+  renderState();
+  followEnd();
+}
+
+function renderComposer(growing) {
+  const sent = document.activeElement === $("send") || document.activeElement === $("stop");
+  $("send").hidden = growing;
+  $("stop").hidden = !growing;
+  if (sent) focusAfterClick();
+  $("send").disabled = !canAsk() || !state.draft.text.trim() && !state.draft.files.length;
+  setText($("refusal"), state.refusal);
+  $("refusal").hidden = !state.refusal;
+  setText($("trouble"), store.trouble ? TEXT.trouble[store.trouble] : "");
+  $("trouble").hidden = !store.trouble;
+}
+
+const setText = (node, text) => { if (node.textContent !== text) node.textContent = text; };
+
+function syncChildren(parent, nodes) {
+  nodes.forEach((node, i) => { if (parent.children[i] !== node) parent.insertBefore(node, parent.children[i] ?? null); });
+  while (parent.children.length > nodes.length) parent.lastElementChild.remove();
+}
+
+// The line below the composer, and beside it how full the context is.
+function renderState() {
+  const {phase, loading} = state, last = lastNode(), run = state.runs.get(last?.id);
+  const shownInTurn = isGrowing(last) && !last.content && !run?.lost;
+  setText($("state"), shownInTurn ? "" : isGrowing(last) ? growingText(last, run) + (run ? liveSpeedText(run) : "")
+    : phase === "loading" ? loadingText(loading)
+    : phase === "connecting" ? TEXT.connecting
+    : phase === "unreachable" ? TEXT.noServerYet(serverHome()) : "");
+  renderGauge();
+}
+
+const loadingText = ({stage, fraction}) => TEXT.loading(stage || TEXT.starting, fraction);
+
+function renderGauge() {
+  const {path, model: {context}, draft, counted} = state;
+  const facts = path.findLast(node => node.timings?.prompt_tokens)?.timings;
+  const used = facts ? facts.prompt_tokens + (facts.completion_tokens ?? 0) : 0;
+  const draftTokens = counted.text && counted.text === draftContent() ? counted.tokens : 0;
+  $("gauge").hidden = !context || !used && !draftTokens;
+  setText($("warning"), draft.text && draftTokens >= context && context ? TEXT.tooLong(draftTokens, context)
+    : context && used + draftTokens >= context ? TEXT.willDrop : "");
+  if ($("gauge").hidden) return;
+  setText($("context"), TEXT.used(used, draftTokens, context));
+  $("gauge").style.setProperty("--used", Math.min(1, used / context));
+  $("gauge").style.setProperty("--draft", Math.min(1, draftTokens / context));
+}
+
+const noticeOf = text => element("p", {className: "notice", textContent: text});
+
+// What a new conversation shows: the model, or how far it is loaded; prompts to start with.
+let empty = {key: "", node: null};
+
+function emptyPage() {
+  const {model, phase, loading} = state;
+  const key = JSON.stringify([model.name, model.device, model.context, phase, loading, canAsk()]);
+  if (empty.key === key) return empty.node;
+  const page = element("section", {className: "empty"}, element("h2", {textContent: model.name || TEXT.chat}));
+  page.append(element("p", {textContent: {ready: TEXT.running(model.device, model.context),
+    loading: loadingText(loading)}[phase] ?? TEXT.looking}));
+  if (/^SmolLM2-135M/.test(model.name)) page.append(element("p", {className: "notice"}, ...TEXT.demonstration(text => element("code", {textContent: text}))));
+  if (phase === "loading") {
+    const bar = element("progress", loading.fraction ? {max: 1, value: loading.fraction} : {});
+    bar.setAttribute("aria-label", TEXT.loadingLabel);
+    page.append(bar);
+  }
+  page.append(element("div", {className: "examples"}, ...TEXT.examples.map(text =>
+    element("button", {type: "button", textContent: text, disabled: !canAsk(), onclick: () => { ask(text); focusAfterClick(); }}))));
+  empty = {key, node: page};
+  return page;
+}
+
+function renderToast() {
+  const {undo} = state, toast = $("toast");
+  if (toast.undo === undo) return;
+  toast.undo = undo;
+  toast.replaceChildren(...(undo ? [element("span", {textContent: undo.text}),
+    element("button", {type: "button", className: "plain", textContent: TEXT.undo, onclick: () => { state.undo = null; undo.restore(); render(); }}),
+    iconButton(TEXT.dismiss, "close", () => { state.undo = null; render(); })] : []));
+}
+
+function announce(text) { $("announcer").textContent = text; }
+
+// The log follows its end until the reader scrolls up, and again once they are back at the end.
+let lastTop = 0;
+
+const atEnd = slack => $("log").scrollHeight - $("log").scrollTop - $("log").clientHeight <= slack;
+
+function followEnd() {
+  const log = $("log");
+  if (state.following) log.scrollTop = log.scrollHeight;
+  $("latest").hidden = state.following || atEnd(40);
+}
+
+function onScroll() {
+  const top = $("log").scrollTop;
+  if (atEnd(2)) state.following = true;
+  else if (top < lastTop - 1) state.following = false;
+  lastTop = top;
+  $("latest").hidden = state.following || atEnd(40);
+}
+
+// list of chats -------------------------------------------------------------------------------------------------------
+
+const rows = new Map();           // id of a chat -> its row
+let listed = "";                  // what the list shows, so that it is made anew only when that changes
+
+function renderChats() {
+  const chats = [...state.chats.values()].filter(({id}) => !state.found || state.found.has(id))
+    .sort((a, b) => b.pinned - a.pinned || b.updated - a.updated);
+  const today = new Date().setHours(0, 0, 0, 0);
+  const key = JSON.stringify([today, state.chat.id, state.found !== null, chats.map(chat => [chat.id, chat.title, chat.pinned, chat.running, dayOf(chat, today)])]);
+  if (key === listed) return;
+  listed = key;
+  for (const id of rows.keys()) if (!state.chats.has(id)) rows.delete(id);
+  const groups = new Map();
+  for (const chat of chats) {
+    const day = dayOf(chat, today);
+    if (!groups.has(day)) groups.set(day, []);
+    groups.get(day).push(rowOf(chat));
+  }
+  keepFocus(() => $("chats").replaceChildren(
+    ...[...groups].flatMap(([day, its]) => [element("h2", {textContent: day}), element("ul", {}, ...its)]),
+    ...(chats.length ? [] : [element("p", {className: "hint", textContent: state.found ? TEXT.nothingFound : TEXT.noChats})])));
+}
+
+// Rows that move in the document lose the focus: it is given back.
+function keepFocus(change) {
+  const focused = document.activeElement;
+  change();
+  if (focused !== document.activeElement && focused.isConnected) focused.focus({preventScroll: true});
+}
+
+const DAY_MS = 86400000;
+
+function dayOf({pinned, updated}, today) {
+  const days = Math.ceil((today - updated) / DAY_MS);
+  return pinned ? TEXT.pinned : days <= 0 ? TEXT.today : days <= 1 ? TEXT.yesterday : days <= 7 ? TEXT.lastWeek : days <= 30 ? TEXT.lastMonth
+    : new Intl.DateTimeFormat(undefined, {month: "long", year: "numeric"}).format(updated);
+}
+
+function rowOf(chat) {
+  let row = rows.get(chat.id);
+  if (!row) rows.set(chat.id, row = newRow(chat.id));
+  row.link.textContent = chat.title || TEXT.untitled;
+  row.link.title = row.link.textContent;
+  row.link.classList.toggle("running", Boolean(chat.running));
+  if (chat.id === state.chat.id) row.link.setAttribute("aria-current", "page");
+  else row.link.removeAttribute("aria-current");
+  row.pin.setAttribute("aria-pressed", chat.pinned);
+  return row.item;
+}
+
+function newRow(id) {
+  const chat = () => state.chats.get(id);
+  const row = {link: element("a", {href: `${location.pathname}${location.search}#${id}`, dir: "auto"})};
+  row.link.onclick = event => {
+    if (event.ctrlKey || event.metaKey || event.shiftKey) return;      // a tab or window of its own
+    event.preventDefault();
+    openChat(id).then(focusAfterClick);
+    showSidebar(!narrow.matches);
+  };
+  row.pin = iconButton(TEXT.pin, "pin", () => { changeChat(chat(), {pinned: !chat().pinned}); render(); });
+  row.rename = iconButton(TEXT.rename, "edit", () => renameChat(row, chat()));
+  row.item = element("li", {}, row.link, element("div", {className: "row-actions"}, row.pin, row.rename,
+    iconButton(TEXT.delete, "delete", () => { deleteChat(chat()); $("search").focus(); })));
+  return row;
+}
+
+function renameChat(row, chat) {
+  const field = element("input", {type: "text", value: chat.title, dir: "auto"});
+  field.setAttribute("aria-label", TEXT.title);
+  const end = title => {
+    if (!field.isConnected) return;
+    field.onblur = null;
+    field.replaceWith(row.link);
+    if (title.trim()) changeChat(chat, {title: title.trim()});
+    render();
+  };
+  field.onblur = () => end(field.value);
+  field.onkeydown = event => {
+    if (composing(event)) return;
+    if (event.key === "Enter") end(field.value);
+    else if (event.key === "Escape") { event.stopPropagation(); end(chat.title); }
+    else return;
+    event.preventDefault();           // else Enter would press the button that has the focus now
+    row.rename.focus();
+  };
+  row.link.replaceWith(field);
+  field.select();
+}
+
+let searching = 0;
+
+// Shows the chats that have all words of the query, in the title or in any message.
+async function search(query) {
+  const mine = ++searching, words = query.toLowerCase().split(/\s+/).filter(Boolean);
+  if (!words.length) { state.found = null; return render(); }
+  const texts = new Map([...state.chats.values()].map(({id, title}) => [id, title.toLowerCase()]));
+  for (const {conversation, content} of await store.read("nodes")) {
+    if (texts.has(conversation)) texts.set(conversation, `${texts.get(conversation)}\n${content.toLowerCase()}`);
+  }
+  if (mine !== searching) return;
+  state.found = new Set([...texts].filter(([, text]) => words.every(word => text.includes(word))).map(([id]) => id));
+  render();
+  announce(TEXT.found(state.found.size));
+}
+
+// A column on wide screens, a drawer over the conversation on narrow ones.
+function showSidebar(shown) {
+  document.body.classList.toggle("with-chats", shown);
+  $("chats-toggle").setAttribute("aria-expanded", shown);
+  const drawer = shown && narrow.matches;
+  for (const each of [document.querySelector("main"), document.querySelector("footer")]) each.inert = drawer;
+  $("sidebar").inert = !shown;
+  $("shade").hidden = !drawer;
+}
+
+function toggleSidebar() {
+  const shown = !document.body.classList.contains("with-chats");
+  showSidebar(shown);
+  if (!narrow.matches) changePreferences({sidebar: shown});
+  if (shown && narrow.matches) $("new").focus();
+}
+
+// menus ---------------------------------------------------------------------------------------------------------------
+
+// A menu of [label, icon, act, value] below a button. Arrow keys move in it, Escape and a click elsewhere close it.
+function openMenu(anchor, items) {
+  const buttons = items.map(([label, icon, act, value]) => {
+    const made = button(label, icon, () => { menu.hidePopover(); act(anchor); });
+    if (value) made.append(element("small", {textContent: value, ariaHidden: "true"}));
+    return made;
+  });
+  const menu = element("div", {className: "menu", popover: "auto"}, ...buttons);
+  menu.setAttribute("role", "group");
+  menu.setAttribute("aria-label", anchor.getAttribute("aria-label"));
+  menu.onkeydown = event => moveInMenu(event, buttons);
+  menu.addEventListener("toggle", event => {
+    if (event.newState === "open") return;
+    anchor.setAttribute("aria-expanded", "false");
+    if (menu.contains(document.activeElement) || document.activeElement === document.body) anchor.focus();
+    menu.remove();
+  });
+  (anchor.closest("header, main, nav") ?? document.body).append(menu);
+  menu.showPopover();
+  anchor.setAttribute("aria-expanded", "true");
+  placeMenu(menu, anchor.getBoundingClientRect());
+  buttons[0].focus();
+}
+
+function placeMenu(menu, {left, right, top, bottom}) {
+  const {offsetWidth: width, offsetHeight: height} = menu;
+  menu.style.left = `${Math.max(8, Math.min(left, innerWidth - width - 8, right))}px`;
+  menu.style.top = `${bottom + height + 12 < innerHeight ? bottom + 4 : Math.max(8, top - height - 4)}px`;
+}
+
+function moveInMenu(event, buttons) {
+  const at = buttons.indexOf(document.activeElement);
+  const to = {ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: buttons.length - 1}[event.key];
+  if (to === undefined) return;
+  event.preventDefault();
+  buttons.at(to % buttons.length).focus();
+}
+
+const THEMES = ["", "light", "dark"];
+
+const mainMenu = () => [
+  [TEXT.export, "export", () => openMenu($("menu"), exportMenu())],
+  [TEXT.import, "import", () => $("import-file").click()],
+  [TEXT.server, "server", () => openServer()],
+  [TEXT.theme, "theme", nextTheme, TEXT.themes[state.preferences.theme]],
+  [TEXT.shortcuts, "keys", () => $("keys-dialog").showModal()],
+];
+
+function nextTheme() {
+  const theme = THEMES[(THEMES.indexOf(state.preferences.theme) + 1) % THEMES.length];
+  changePreferences({theme});
+  document.documentElement.dataset.theme = theme;
+  announce(TEXT.themeIs(TEXT.themes[theme]));
+}
+
+// export --------------------------------------------------------------------------------------------------------------
+
+const exportMenu = () => [
+  [TEXT.thisChat, "export", () => exportChats([state.chat])],
+  [TEXT.allChats, "export", () => exportChats([...state.chats.values()])],
+  [TEXT.asMarkdown, "export", () => download(markdownOf(state.chat, state.path), `${fileName(state.chat)}.md`, "text/markdown")],
+  [TEXT.asPage, "export", () => download(pageOf(state.chat, state.path), `${fileName(state.chat)}.html`, "text/html")],
+];
+
+async function exportChats(chats) {
+  const nodes = new Map();
+  for (const chat of chats) nodes.set(chat.id, chat.id === state.chat.id ? [...state.nodes.values()] : await store.read("nodes", chat.id));
+  const file = exportOf(chats, chat => nodes.get(chat.id));
+  const name = chats.length === 1 ? fileName(chats[0]) : `chats-${file.exported.slice(0, 10)}`;
+  download(JSON.stringify(file, null, 2), `${name}.json`, "application/json");
+}
+
+const fileName = ({title}) => (title || TEXT.chat).replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 60) || "chat";
+
+function download(text, name, type) {
+  const link = element("a", {href: URL.createObjectURL(new Blob([text], {type: `${type};charset=utf-8`})), download: name});
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+}
+
+function markdownOf({title, system}, path) {
+  const parts = [`# ${title || TEXT.chat}`, ...(system.trim() ? [`> ${system.trim().replace(/\n/g, "\n> ")}`] : [])];
+  for (const {role, content, model} of path) parts.push(`## ${role === "user" ? TEXT.you : model || TEXT.assistant}`, content);
+  return parts.join("\n\n") + "\n";
+}
+
+const PAGE_STYLE = "body{max-width:48rem;margin:2rem auto;padding:0 1rem;font:16px/1.6 system-ui,sans-serif;color-scheme:light dark}" +
+  "h2{font-size:.9rem;color:GrayText;margin:2rem 0 .3rem}pre{overflow:auto;padding:.8rem;background:#8881;border-radius:.5rem}" +
+  "code{font-family:ui-monospace,monospace}table{border-collapse:collapse}td,th{border:1px solid #8888;padding:.3rem .7rem}" +
+  "li p{margin:.2rem 0}.said{white-space:pre-wrap}.table{overflow:auto}";
+
+// A page that needs nothing else and runs nothing.
+function pageOf({title}, path) {
+  const body = element("body", {}, element("h1", {textContent: title || TEXT.chat}));
+  for (const {role, content, model} of path) {
+    const said = element("div", role === "user" ? {className: "said", textContent: content} : {});
+    if (role !== "user") new MarkdownView(said).update(content, true);
+    said.querySelectorAll(".code-bar").forEach(bar => bar.remove());
+    body.append(element("h2", {textContent: role === "user" ? TEXT.you : model || TEXT.assistant}), said);
+  }
+  return `<!doctype html>\n<html lang="${document.documentElement.lang}"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width">${element("title", {textContent: title || TEXT.chat}).outerHTML}
+<style>${PAGE_STYLE}</style></head>\n${body.outerHTML}</html>\n`;
+}
+
+// composer ------------------------------------------------------------------------------------------------------------
+
+const LONG_PASTE = 4000;          // characters from which a paste becomes a file
+const MOST_FILE = 1 << 20;        // bytes
+
+// Calls `act` on Enter, except while composing, with Shift, and on touch keyboards, where Enter is a new line.
+function onEnter(field, act) {
+  field.enterKeyHint = touch.matches ? "enter" : "send";
+  field.addEventListener("keydown", event => {
+    if (event.key !== "Enter" || event.shiftKey || composing(event) || touch.matches) return;
+    event.preventDefault();
+    act();
+  });
+}
+
+function fitHeight(field) {
+  field.style.height = "auto";
+  field.style.height = `${field.scrollHeight + field.offsetHeight - field.clientHeight}px`;
+}
+
+const draftContent = () => composeMessage(state.draft.text, state.draft.files).content;
+
+function setDraft(text, files = state.draft.files, store = true) {
+  const newFiles = files !== state.draft.files;
+  state.draft = {text, files};
+  if ($("message").value !== text) $("message").value = text;
+  fitHeight($("message"));
+  if (newFiles) $("files").replaceChildren(...files.map(fileChip));
+  if (store) saveDraft();
+  renderComposer(isGrowing(lastNode()));
+  countDraft();
+}
+
+function fileChip(file) {
+  const remove = iconButton(TEXT.removeFile(file.name), "close", () => {
+    setDraft(state.draft.text, state.draft.files.filter(each => each !== file));
+    $("message").focus();
+  });
+  return element("li", {className: "icon i-file"}, element("span", {textContent: file.name}), element("small", {textContent: TEXT.characters(file.text.length)}), remove);
+}
+
+let counting = 0;
+
+// Asks how many tokens the draft has, a moment after the last key.
+async function countDraft() {
+  const mine = ++counting, text = draftContent();
+  if (text) await wait(300);
+  if (mine !== counting) return;
+  const tokens = !text || state.model.api !== "v1" ? 0 : text.length > 400000 ? Math.round(text.length / 4) : await countTokens(text);
+  if (mine !== counting) return;
+  state.counted = {text, tokens: tokens ?? 0};
+  renderGauge();
+}
+
+// A text file as part of the message; what is no text is refused with the reason.
+async function addFiles(list) {
+  const files = [];
+  state.refusal = "";
+  for (const file of list) {
+    try {
+      if (file.size > MOST_FILE) throw new Error(TEXT.fileTooLarge(file.name, MOST_FILE));
+      const text = new TextDecoder("utf-8", {fatal: true}).decode(await file.arrayBuffer());
+      if (text.includes("\0")) throw new TypeError();
+      files.push({name: file.name, text});
+    } catch (error) {
+      state.refusal = error instanceof TypeError ? TEXT.notText(file.name) : error.message;
+    }
+  }
+  setDraft(state.draft.text, [...state.draft.files, ...files]);
+  $("message").focus();
+}
+
+function onPaste(event) {
+  const {files} = event.clipboardData, text = event.clipboardData.getData("text/plain");
+  if (files.length && !text) addFiles(files);
+  else if (text.length >= LONG_PASTE) setDraft(state.draft.text, [...state.draft.files, {name: TEXT.pasted(state.draft.files.length), text}]);
+  else return;
+  event.preventDefault();
+}
+
+let recalled = 0;                 // how far ArrowUp has gone back
+
+// ArrowUp in an empty composer brings back what was asked here, ArrowDown what was asked after that.
+function recall(event) {
+  const said = state.path.filter(node => node.role === "user").map(node => partsOf(node).text).reverse();
+  const shown = recalled && state.draft.text === said[recalled - 1];
+  if (!shown && state.draft.text) return;
+  if (!shown) recalled = 0;
+  const to = recalled + (event.key === "ArrowUp" ? 1 : -1);
+  if (to < 0 || to > said.length) return;
+  event.preventDefault();
+  recalled = to;
+  setDraft(said[to - 1] ?? "");
+}
+
+function submitDraft() {
+  const {text, files} = state.draft, trimmed = text.trim();
+  state.refusal = "";
+  const command = trimmed.startsWith("/") && !trimmed.startsWith("//") && !files.length;
+  if (!trimmed && !files.length) return;
+  if (command ? runCommand(trimmed) : ask(trimmed.replace(/^\/\//, "/"), files)) {
+    if (state.draft.text === text) setDraft("", []);
+    return;
+  }
+  if (!command) announce(isGrowing(lastNode()) ? TEXT.stopFirst : TEXT.notReady);
+  renderComposer(isGrowing(lastNode()));
+}
+
+// Back to typing; but on a touch screen that would raise the keyboard over the answer.
+function focusAfterClick() { $(touch.matches ? "log" : "message").focus({preventScroll: true}); }
+
+// settings ------------------------------------------------------------------------------------------------------------
+
+const settingsFields = () => [...$("settings-dialog").querySelectorAll("[data-parameter]")];
+
+function openSettings() {
+  showSettings();
+  $("settings-dialog").showModal();
+  templateText([{role: "user", content: "…"}]).then(text => {
+    $("template").parentElement.hidden = text === null;
+    $("template").textContent = text ?? "";
+  });
+}
+
+function showSettings() {
+  const {chat: {system, parameters}, model: {defaults}, preferences} = state;
+  $("system").value = system;
+  $("stop-strings").value = (parameters.stop ?? []).join("\n");
+  for (const field of settingsFields()) {
+    const name = field.dataset.parameter, usual = defaults[name];
+    field.value = parameters[name] ?? "";
+    field.placeholder = name === "seed" ? TEXT.random : usual !== undefined && usual !== null ? String(usual)
+      : name === "max_tokens" && state.model.api === "v1" ? TEXT.restOfContext : TEXT.default;
+  }
+  $("clicks").checked = preferences.clicks;
+  const own = Object.keys(preferences.presets);
+  $("preset").replaceChildren(element("option", {value: "", textContent: TEXT.choosePreset}),
+    ...Object.keys(TEXT.presets).map(name => element("option", {value: `=${name}`, textContent: TEXT.presets[name]})),
+    ...own.map(name => element("option", {value: name, textContent: name})));
+  $("delete-preset").hidden = true;
+}
+
+function takeSettings() {
+  const parameters = {};
+  for (const parameter of PARAMETERS) {
+    const field = settingsFields().find(each => each.dataset.parameter === parameter.name);
+    const value = parameterValue(parameter, field.value);
+    if (value !== undefined) parameters[parameter.name] = value;
+  }
+  const stop = $("stop-strings").value.split("\n").filter(Boolean).slice(0, 4);
+  if (stop.length) parameters.stop = stop;
+  changeChat(state.chat, {system: $("system").value, parameters});
+}
+
+const PRESETS = {precise: {temperature: 0.2, top_p: 0.9}, creative: {temperature: 1.1, min_p: 0.05}, repeatable: {temperature: 0}};
+
+function choosePreset(name) {
+  const {presets} = state.preferences;
+  const preset = name.startsWith("=") ? {parameters: PRESETS[name.slice(1)], system: state.chat.system} : presets[name];
+  if (!preset) return;
+  changeChat(state.chat, {parameters: checkedParameters(preset.parameters ?? {}), system: preset.system ?? ""});
+  showSettings();
+  $("preset").value = name;
+  $("delete-preset").hidden = name.startsWith("=");
+}
+
+function savePreset() {
+  const name = $("preset-name").value.trim().replace(/^=+/, "");
+  if (!name) return $("preset-name").focus();
+  const {system, parameters} = state.chat;
+  changePreferences({presets: {...state.preferences.presets, [name]: {system, parameters}}});
+  $("preset-name").value = "";
+  showSettings();
+  $("preset").value = name;
+  announce(TEXT.presetSaved(name));
+}
+
+function deletePreset() {
+  const {[$("preset").value]: gone, ...presets} = state.preferences.presets;
+  changePreferences({presets});
+  showSettings();
+}
+
+function bindSettings() {
+  const dialog = $("settings-dialog");
+  $("parameters").append(...PARAMETERS.map(({name, min, max, step}) => {
+    const field = element("input", {type: "number", min, max, step, inputMode: step === 1 ? "numeric" : "decimal"});
+    field.dataset.parameter = name;
+    return element("label", {}, element("span", {textContent: TEXT.parameters[name]}), field);
+  }));
+  dialog.addEventListener("input", ({target}) => {
+    if (target.id === "clicks") changePreferences({clicks: target.checked});
+    else if (!["preset", "preset-name"].includes(target.id)) takeSettings();
+  });
+  dialog.addEventListener("close", render);
+  $("preset").onchange = ({target}) => choosePreset(target.value);
+  $("save-preset").onclick = savePreset;
+  $("delete-preset").onclick = deletePreset;
+  $("preset-name").onkeydown = event => { if (event.key === "Enter") { event.preventDefault(); savePreset(); } };
+  $("settings-reset").onclick = () => { changeChat(state.chat, {system: "", parameters: {}}); showSettings(); };
+  $("for-new-chats").onclick = () => {
+    const {system, parameters} = state.chat;
+    changePreferences({defaults: {system, parameters}});
+    announce(TEXT.usedForNew);
+    copied($("for-new-chats"));
+  };
+}
+
+// servers -------------------------------------------------------------------------------------------------------------
+
+function openServer() {
+  if ($("server-dialog").open) return;
+  $("server-url").value = state.preferences.server;
+  $("server-url").placeholder = PAGE_HOME;
+  $("server-key").value = serverKey();
+  setText($("server-problem"), "");
+  $("server-dialog").showModal();
+}
+
+// Opens the Server dialog for a key, once for each key that is refused: closing it unchanged is an answer too.
+function wantKey(key) {
+  if (state.refusedKey === key) return;
+  state.refusedKey = key;
+  openServer();
+  setText($("server-problem"), key ? TEXT.wrongKey : TEXT.keyWanted);
+  $("server-key").focus();
+}
+
+// The fields of the dialog. What was typed for another server is no key of this one.
+function takeServer(event) {
+  const typed = $("server-url").value.trim(), home = typed ? serverAddress(typed) : "";
+  if (home === null) {
+    event.preventDefault();
+    return setText($("server-problem"), TEXT.noAddress(typed));
+  }
+  const key = $("server-key").value, origin = originOf(home || PAGE_HOME), {[origin]: old, ...keys} = state.preferences.keys;
+  changePreferences({keys: key ? {...keys, [origin]: key} : keys});
+  useServer(home);
+  return undefined;
+}
+
+function useServer(home) {
+  const {servers} = state.preferences, server = home === PAGE_HOME ? "" : home;
+  changePreferences({server, servers: server && !servers.includes(server) ? [...servers, server] : servers});
+  Object.assign(state, {phase: "connecting", model: {...NO_MODEL}});
+  render();
+  watchServer();
+}
+
+// ?server= names a server that this page is to use. One that is not known yet gets nothing before the reader has agreed.
+function wantedServer() {
+  const given = new URLSearchParams(location.search).get("server");
+  const home = given ? serverAddress(given) : null;
+  if (!home || home === serverHome()) return false;
+  if (home === PAGE_HOME || state.preferences.servers.includes(home)) { changePreferences({server: home === PAGE_HOME ? "" : home}); return false; }
+  setText($("ask-server"), TEXT.askServer(home));
+  $("ask-dialog").onclose = () => { if ($("ask-dialog").returnValue === "yes") useServer(home); else watchServer(); };
+  $("ask-dialog").showModal();
+  return true;
+}
+
+// keys ----------------------------------------------------------------------------------------------------------------
+
+const typing = target => target.closest?.("input, textarea, select, [contenteditable]");
+
+function onKey(event) {
+  const control = event.ctrlKey || event.metaKey, dialog = document.querySelector("dialog[open], [popover]:popover-open");
+  if (composing(event)) return;
+  if (event.key === "Escape" && !dialog) return onEscape();
+  if (dialog) return;
+  if (control && !event.shiftKey && event.key.toLowerCase() === "k") { showSidebar(true); $("search").focus(); $("search").select(); }
+  else if (control && event.shiftKey && event.key.toLowerCase() === "o") startNewChat();
+  else if (event.key === "?" && !typing(event.target)) $("keys-dialog").showModal();
+  else return;
+  event.preventDefault();
+}
+
+function onEscape() {
+  if (narrow.matches && document.body.classList.contains("with-chats")) { showSidebar(false); $("chats-toggle").focus(); }
+  else stopAnswer();
+}
+
+function startNewChat() {
+  newChat();
+  announce(TEXT.newChat);
+  showSidebar(!narrow.matches && document.body.classList.contains("with-chats"));
+  focusAfterClick();
+}
+
+// start ---------------------------------------------------------------------------------------------------------------
+
+// All words of the page are in strings.js: data-text names a node's text, data-label its accessible name, data-hint its placeholder.
+function fillStrings() {
+  for (const node of document.querySelectorAll("[data-text]")) node.textContent = TEXT[node.dataset.text];
+  for (const node of document.querySelectorAll("[data-label]")) node.setAttribute("aria-label", TEXT[node.dataset.label]);
+  for (const node of document.querySelectorAll("button[data-label]")) node.title = TEXT[node.dataset.label];
+  for (const node of document.querySelectorAll("[data-hint]")) node.placeholder = TEXT[node.dataset.hint];
+  $("keys").append(...TEXT.keys.map(([keys, what]) => element("div", {}, element("dt", {}, ...keys.split(" ").map(key => element("kbd", {textContent: key}))),
+    element("dd", {textContent: what}))));
+}
+
+function bindPage() {
+  $("new").onclick = startNewChat;
+  $("chats-toggle").onclick = toggleSidebar;
+  $("shade").onclick = () => showSidebar(false);
+  $("search").oninput = ({target}) => search(target.value);
+  $("search").onkeydown = event => {
+    const first = $("chats").querySelector("a");
+    if (event.key === "Enter" && !composing(event)) first?.click();
+    else if (event.key === "ArrowDown" && first) { event.preventDefault(); first.focus(); }
+    else if (event.key === "Escape" && event.target.value) { event.stopPropagation(); event.target.value = ""; search(""); }
+  };
+  $("menu").onclick = () => openMenu($("menu"), mainMenu());
+  $("settings").onclick = openSettings;
+  $("import-file").onchange = async ({target}) => { if (target.files[0]) await importFile(target.files[0]); target.value = ""; };
+  $("server-dialog").querySelector("form").onsubmit = takeServer;
+  $("server-reset").onclick = () => { $("server-url").value = $("server-key").value = ""; };
+  $("latest").onclick = () => { state.following = true; followEnd(); focusAfterClick(); };
+  $("log").addEventListener("scroll", onScroll, {passive: true});
+  document.addEventListener("keydown", onKey);
+  narrow.addEventListener("change", () => showSidebar(!narrow.matches && state.preferences.sidebar));
+  new ResizeObserver(followEnd).observe($("log"));
+}
+
+function bindComposer() {
+  const message = $("message");
+  $("composer").onsubmit = event => { event.preventDefault(); submitDraft(); };
+  $("stop").onclick = stopAnswer;
+  $("attach").onclick = () => $("files-picker").click();
+  $("files-picker").onchange = async ({target}) => { await addFiles(target.files); target.value = ""; };
+  message.oninput = ({target}) => { recalled = 0; state.refusal = ""; setDraft(target.value); };
+  message.onpaste = onPaste;
+  message.onkeydown = event => { if (["ArrowUp", "ArrowDown"].includes(event.key) && !composing(event)) recall(event); };
+  onEnter(message, submitDraft);
+  for (const [name, over] of [["dragover", true], ["dragleave", false], ["drop", false]]) {
+    document.addEventListener(name, event => {
+      if (!event.dataTransfer?.types.includes("Files")) return;
+      event.preventDefault();
+      document.body.classList.toggle("dropping", over);
+      if (name === "drop") addFiles(event.dataTransfer.files);
+    });
+  }
+}
+
+function bindStore() {
+  Object.assign(store, {onNews: hearNews, onMessage: hearTab, onTrouble: render});
+  addEventListener("pagehide", () => {
+    for (const run of state.runs.values()) saveGrown(run);
+    store.leave();
+    if (state.runs.size) store.tell({left: true});
+  });
+  addEventListener("popstate", () => { if (location.hash.slice(1) !== state.chat.id) openChat(location.hash.slice(1)); });
+  addEventListener("storage", event => {
+    if (event.key !== PREFERENCES) return;
+    loadPreferences();
+    document.documentElement.dataset.theme = state.preferences.theme;
+    render();
+  });
+  setInterval(adoptOrphans, 5000);
+}
+
+let started = false;
+
+// What was stored comes in a moment; the page is there before.
+async function start() {
+  loadPreferences();
+  fillStrings();
+  bindPage();
+  bindComposer();
+  bindSettings();
+  bindStore();
+  showSidebar(!narrow.matches && state.preferences.sidebar);
+  render();
+  if (!touch.matches) focusAfterClick();
+  const asking = wantedServer();
+  await store.open();
+  store.recover();
+  for (const chat of await store.read("conversations")) state.chats.set(chat.id, chat);
+  await takeOverOldChat();
+  if (!asking) watchServer();
+  const wanted = [location.hash.slice(1), lastPlace()].find(id => state.chats.has(id)) ?? "";
+  await openChat(wanted);
+  adoptAll();
+  started = true;
+}
+
+for (const [name, drawIt] of [["highlight", drawCode], ["katex", drawFormulas]]) {
+  document.querySelector(`script[src*="${name}"]`).addEventListener("load", drawIt);
+}
+start();

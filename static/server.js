@@ -1,0 +1,225 @@
+// Talking to a server: which one and with which key, its health and model, and the events of an answer.
+//
+// The page speaks /v1/chat/completions, and nanochat's /chat/completions with servers that have only that. An event of either
+// becomes {text, reasoning, progress, gpu, reason, usage, timings, ...} in `readEvent`; nothing else knows the difference.
+"use strict";
+
+const PAGE_HOME = location.protocol === "file:" ? "http://127.0.0.1:8000/"
+  : location.origin + location.pathname.replace(/(\/static)?\/[^/]*$/, "/");   // keeps a sub-path; see <base> in index.html
+const SILENCE_MS = 30000;         // the server pings three times as often
+const FOREVER_MS = 2 ** 31 - 1;
+const wait = ms => new Promise(resolve => setTimeout(resolve, ms));
+
+// where it is ---------------------------------------------------------------------------------------------------------
+
+const serverHome = () => state.preferences.server || PAGE_HOME;
+const serverUrl = path => serverHome() + path;
+const originOf = url => new URL(url).origin;
+
+// A key is sent only to the origin that it was given for.
+const serverKey = () => state.preferences.keys[originOf(serverHome())] ?? "";
+
+// "host:8000", "http://host/chat" ... as a base address that ends in a slash; null when it is none.
+function serverAddress(text) {
+  try {
+    const url = new URL(/^[a-z]+:\/\//i.test(text) ? text : `http://${text}`);
+    if (!/^https?:$/.test(url.protocol) || url.username || url.password || !/^([\w.-]+|\[[\da-f:]+\])$/.test(url.hostname)) return null;
+    return url.origin + url.pathname.replace(/\/(v1\/?)?$/, "").replace(/\/*$/, "/");
+  } catch (error) {
+    return null;
+  }
+}
+
+class Lost extends Error {}       // the connection, not the answer
+
+// The server answered, but not with what was asked for.
+class Refused extends Error {
+  constructor(message, {status, retryAfter = 0, code = ""}) {
+    super(message);
+    Object.assign(this, {status, retryAfter, code});
+  }
+}
+
+async function request(path, options = {}) {
+  const headers = {...options.headers}, key = serverKey();
+  if (key) headers.Authorization = `Bearer ${key}`;
+  try {
+    const response = await fetch(serverUrl(path), {...options, headers});
+    if (response.status === 401) wantKey(key);
+    return response;
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    const other = originOf(serverHome()) !== location.origin;
+    throw new Error(TEXT.noAnswer(serverHome(), other && (location.protocol === "file:" ? "null" : location.origin)));
+  }
+}
+
+const post = (path, body, options = {}) => request(path, {...options, method: "POST", body: JSON.stringify(body),
+  headers: {"Content-Type": "application/json", ...options.headers}});
+
+// The body of a response as JSON, null for anything else, an error status and no answer included.
+const jsonOf = answer => answer.then(response => response.ok ? response.json() : null).catch(() => null);
+
+async function errorOf(response) {
+  const text = await response.text();
+  let body = null;
+  try { body = JSON.parse(text); } catch (error) { /* not JSON, perhaps a proxy's page */ }
+  const plain = text.startsWith("<") ? "" : text.slice(0, 300);
+  const found = errorText(body) || plain || response.statusText || TEXT.refused;
+  const retryAfter = Number(response.headers.get("Retry-After")) || 0;
+  return new Refused(`${found} (HTTP ${response.status}${retryAfter ? TEXT.retryIn(retryAfter) : ""})`,
+    {status: response.status, retryAfter, code: body?.error?.code ?? ""});
+}
+
+// The message in {"error": {"message"}}, {"error": "..."} or {"detail": ...}, else "".
+function errorText(body) {
+  const found = body?.error?.message ?? body?.error ?? body?.detail ?? "";
+  return typeof found === "string" ? found : JSON.stringify(found);
+}
+
+// how it is -----------------------------------------------------------------------------------------------------------
+
+let watch = 0;                    // only the newest watcher of /health goes on
+
+async function watchServer() {
+  const mine = ++watch;
+  for (let pause = 400; mine === watch; pause = Math.min(pause * 1.4, 5000)) {
+    const found = await askHealth();
+    if (mine !== watch) return;
+    const news = found.phase !== state.phase || JSON.stringify(found.loading) !== JSON.stringify(state.loading);
+    Object.assign(state, found);
+    if (news) render();
+    if (state.phase === "ready") return describeServer();
+    await wait(pause);
+  }
+}
+
+// Asks /health once. 503 means "not yet"; any other answer, even 404 from another kind of server, means "ask it".
+async function askHealth() {
+  try {
+    const response = await request("health", {cache: "no-store"});
+    if (response.status !== 503) return {phase: "ready", loading: {stage: "", fraction: null}};
+    const {loading, status} = await response.json().catch(() => ({}));
+    return {phase: "loading", loading: {stage: loading?.stage ?? status ?? "", fraction: loading?.fraction ?? null}};
+  } catch (error) {
+    return {phase: "unreachable", loading: {stage: "", fraction: null}};
+  }
+}
+
+async function describeServer() {
+  const home = serverHome();
+  const [models, stats] = await Promise.all([jsonOf(request("v1/models")), jsonOf(request("stats"))]);
+  if (home !== serverHome()) return;
+  const first = models?.data?.[0] ?? {};
+  const devices = new Set((stats?.workers ?? []).map(worker => worker.device));
+  state.model = {name: first.id ?? stats?.model ?? "", context: first.context_length ?? stats?.context_length ?? 0,
+    device: [...devices].join(", "), workers: stats?.workers?.length ?? 0, can: first.capabilities ?? {},
+    defaults: first.defaults ?? {}, ours: first.owned_by === "chat_server", api: models?.data ? "v1" : "native"};
+  render();
+}
+
+// How many tokens a text has; null where the server does not count.
+async function countTokens(content) {
+  const counted = await jsonOf(post("tokenize", {content}));
+  return Array.isArray(counted?.tokens) ? counted.tokens.length : null;
+}
+
+// What the model's template puts around a lone message; null where the server does not tell.
+async function templateText(messages) {
+  const applied = await jsonOf(post("apply-template", {messages}));
+  return typeof applied?.prompt === "string" ? applied.prompt : null;
+}
+
+// answers -------------------------------------------------------------------------------------------------------------
+
+const ROUTES = {v1: "v1/chat/completions", native: "chat/completions"};
+
+// Asks for an answer: its response, once the server has accepted. Throws Refused, Lost, or what fetch does.
+async function postAnswer({messages, parameters, id, signal, goOn = false}) {
+  const body = {messages, resumable: true, truncate: "oldest", progress: true, ...parameters};
+  const headers = {Accept: "text/event-stream", "X-Request-Id": id};
+  if (state.model.api === "v1") {
+    const more = {stream: true, stream_options: {include_usage: true, continuous_usage_stats: true},
+      ...(goOn ? {continue_final_message: true, add_generation_prompt: false} : {}),
+      ...(state.model.ours || !state.model.name ? {} : {model: state.model.name})};
+    const response = await post(ROUTES.v1, {...body, ...more}, {headers, signal});
+    if (![404, 405].includes(response.status)) return accepted(response);
+    const error = await errorOf(response);
+    if (error.code === "model_not_found") throw error;
+    state.model.api = "native";
+  }
+  return accepted(await post(ROUTES.native, body, {headers, signal}));
+}
+
+async function accepted(response) {
+  if (!response.ok) throw await errorOf(response);
+  return response;
+}
+
+// The rest of an answer whose connection was lost, as soon as the server can be reached again; for about two minutes.
+async function reconnected(stream, signal, onState) {
+  const aborted = new Promise((_, reject) => signal.addEventListener("abort", () => reject(signal.reason)));
+  aborted.catch(() => {});
+  onState(true);
+  for (let pause = 200, tries = 0; tries < 30; pause = Math.min(2 * pause, 5000), tries++) {
+    const response = await request(`v1/streams/${stream.id}?from=${stream.next}`, {signal, cache: "no-store"}).catch(error => {
+      if (error.name === "AbortError") throw error;
+    });
+    onState(!response?.ok);
+    if (response?.status === 200) return response;
+    if (response?.status === 401) throw await errorOf(response);
+    if (response && response.status < 500) return null;           // it no longer has the answer
+    await Promise.race([wait(pause), aborted]);
+  }
+  throw new Error(TEXT.connectionLost);
+}
+
+// Yields {id, event} of each `data:` frame, the id "" where it has none. Comments (": ping") carry no data; characters may be
+// split over chunks. Throws Lost when the connection breaks, or when not even a ping came for `patience` ms: after a sleep
+// nobody says that a connection is dead.
+async function* serverEvents(body, patience) {
+  const reader = body.getReader(), decoder = new TextDecoder();
+  let buffer = "";
+  for (let chunk; !(chunk = await readChunk(reader, patience)).done;) {
+    buffer += decoder.decode(chunk.value, {stream: true});
+    const frames = buffer.split(/\r?\n\r?\n/);
+    buffer = frames.pop();
+    for (const frame of frames) {
+      const lines = frame.split(/\r?\n/);
+      const field = name => lines.filter(line => line.startsWith(name)).map(line => line.slice(name.length).trimStart());
+      const data = field("data:");
+      if (data.length && data[0] !== "[DONE]") yield {id: field("id:").join(""), event: JSON.parse(data.join("\n"))};
+    }
+  }
+}
+
+async function readChunk(reader, patience) {
+  let timer = 0;
+  const silence = new Promise((_, reject) => { timer = setTimeout(reject, patience, new Error("silence")); });
+  try {
+    return await Promise.race([reader.read(), silence]);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    reader.cancel().catch(() => {});
+    throw new Lost(TEXT.connectionBroke(error.message));
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+// An event of either API in one shape. Throws what the server says went wrong.
+function readEvent(event) {
+  if (event.error || event.detail) throw new Refused(errorText(event) || TEXT.gaveUp, {status: 0, code: event.error?.code ?? ""});
+  const choice = event.choices?.[0], delta = choice?.delta ?? {};
+  return {text: event.token ?? delta.content ?? "", reasoning: event.reasoning ?? delta.reasoning_content ?? delta.reasoning ?? "",
+    progress: readProgress(event), gpu: event.gpu ?? event.timings?.gpu, model: event.model, seed: event.seed,
+    usage: event.usage ?? null, timings: event.timings ?? null, reason: event.finish_reason ?? choice?.finish_reason ?? (event.done ? "stop" : null)};
+}
+
+// {queued: place in the queue} or {read: 0..1 of the prompt}; null when the event says nothing of that. llama-server's too.
+function readProgress({progress, prompt_progress: theirs}) {
+  const {queue_position: queued, prompt_tokens: total, prompt_tokens_done: done} =
+    progress ?? (theirs ? {prompt_tokens: theirs.total, prompt_tokens_done: theirs.processed} : {});
+  if (total > 0 && Number.isFinite(done)) return {read: Math.min(1, done / total)};
+  return Number.isInteger(queued) && queued > 0 ? {queued} : null;
+}

@@ -1,0 +1,105 @@
+// Every word of the page, in one table. A translation is another such file.
+"use strict";
+
+const number = value => new Intl.NumberFormat(undefined, {maximumFractionDigits: 1}).format(value);
+const plural = (count, one, many) => `${number(count)} ${count === 1 ? one : many}`;
+
+const TEXT = {
+  // names: other programs use them to drive the page
+  message: "Message", send: "Send", stop: "Stop", newChat: "New chat", settings: "Settings", regenerate: "Regenerate", edit: "Edit",
+  copy: "Copy", copyCode: "Copy code", export: "Export", import: "Import", server: "Server", conversation: "Conversation",
+  you: "You", assistant: "Assistant", chats: "Chats", searchChats: "Search chats", rename: "Rename", delete: "Delete",
+  goOn: "Continue", previousAnswer: "Previous answer", nextAnswer: "Next answer", thinking: "Thinking", theme: "Theme",
+  thisChat: "This chat (JSON)", allChats: "All chats (JSON)", asMarkdown: "Markdown", asPage: "HTML page",
+  previousVersion: "Previous version", nextVersion: "Next version",
+
+  // header, list of chats
+  chat: "Chat", menu: "Menu", showChats: "Show or hide chats", untitled: "Untitled chat", title: "Title", pin: "Pin", more: "More",
+  pinned: "Pinned", today: "Today", yesterday: "Yesterday", lastWeek: "Previous 7 days", lastMonth: "Previous 30 days",
+  noChats: "Your chats will appear here.", nothingFound: "No chat has all of these words.",
+  found: count => plural(count, "chat found", "chats found"),
+  deleted: title => `Deleted “${title}”.`, deletedMessages: count => `Deleted ${plural(count, "message", "messages")}.`,
+  undo: "Undo", dismiss: "Dismiss", deletedElsewhere: "This chat was deleted in another tab.",
+  themes: {"": "System", light: "Light", dark: "Dark"}, themeIs: theme => `Theme: ${theme}`, shortcuts: "Keyboard shortcuts",
+
+  // empty page
+  running: (device, context) => `Running${device && ` on ${device}`}${context ? ` with ${number(context)} tokens of context` : ""}.`,
+  looking: "Looking for the server…", loadingLabel: "Loading", starting: "starting",
+  loading: (stage, fraction) => `The model is not ready: ${stage}${fraction ? ` ${Math.round(fraction * 100)}\u00a0%` : ""}`,
+  demonstration: code => ["This is a very small demonstration model, which is often wrong. Give the server another with ",
+    code("python chat_server.py MODEL"), ": a .gguf file, a Hugging Face folder or name, or a nanochat checkpoint."],
+  examples: ["What is the capital of Japan?", "Explain why the sky is blue to a ten-year-old",
+    "Give three tips for a good night's sleep", "Show me a Python function that reverses a string"],
+
+  // composer
+  messageHint: "Ask anything", attach: "Attach text files", latest: "Jump to latest", removeFile: name => `Remove ${name}`,
+  characters: count => plural(count, "character", "characters"), pasted: count => `Pasted text${count ? ` ${count + 1}` : ""}.txt`,
+  fileTooLarge: (name, bytes) => `${name} is larger than ${number(bytes / 1024)} KB.`, notText: name => `${name} is not a text file.`,
+  stopFirst: "An answer is being written: stop it first", notReady: "The model is not ready yet",
+  used: (used, draft, context) => `${number(used)}${draft ? ` + ${number(draft)}` : ""} of ${number(context)} tokens`,
+  tooLong: (tokens, context) => `This message has ${number(tokens)} tokens, and the model takes ${number(context)} for question and answer together. Shorten it.`,
+  willDrop: "The context is full: the oldest messages will be left out.",
+  trouble: {missing: "This browser stores nothing for this page: chats last until it is closed. Export keeps them.",
+    full: "This browser's storage is full: what is new lasts until the page is closed. Export keeps it; deleting chats makes room."},
+
+  // turns
+  copied: "Copied", copyMarkdown: "Copy as Markdown", branch: "Branch into a new chat", deleteMessage: "Delete from here on",
+  editedText: "Edited text", cancel: "Cancel", update: "Update", save: "Save", edited: "edited",
+  codeIn: language => `Code${language ? ` in ${language}` : ""}`, enterKey: "Enter the key", tryAgain: "Try again",
+  pleaseContinue: "Please continue.",
+
+  // what is happening
+  connecting: "Connecting…", noServerYet: home => `No server at ${home} yet; still trying`, lost: "The connection is lost; trying again…",
+  waiting: "Waiting for the answer", answering: "Answering", answerFinished: "Answer finished", answerStopped: "Answer stopped",
+  waitingForFirst: "Waiting for the first token…", queued: place => `In the queue, place ${place}`,
+  reading: share => `Reading the prompt, ${Math.floor(100 * share)}\u00a0%`, thinkingNow: "Thinking", writing: "Writing",
+  resumed: "Resumed", inOtherTab: "Another tab receives this answer…",
+  speed: speed => `${speed.toFixed(1)} tok/s`, aboutSpeed: speed => `about ${speed.toFixed(1)} tok/s`,
+  firstToken: ms => `TTFT ${Math.round(ms)} ms`, tokens: count => `${count} ${count === 1 ? "token" : "tokens"}`,
+  seconds: seconds => `${seconds < 10 ? seconds.toFixed(1) : Math.round(seconds)} s`, worker: gpu => `worker ${gpu}`,
+  cut: "cut at the length limit", dropped: count => `without the ${plural(count, "oldest message", "oldest messages")}, which no longer fit`,
+  notes: {stopped: "stopped", interrupted: "interrupted"},
+  details: (prompt, cached, queued, first) => `prompt ${prompt} tokens, ${cached} of them cached; queued ${queued} ms; first token after ${first} ms`,
+
+  // errors
+  noAnswer: (home, origin) => `No answer from ${home}: is the server running` + (origin ? `, and does it allow this page (--cors-origin ${origin})?` : "?"),
+  refused: "The server refused", retryIn: seconds => `, try again in ${seconds} s`, gaveUp: "The server gave up",
+  connectionLost: "The connection to the server was lost", connectionBroke: why => `The connection broke: ${why}`,
+  endedEarly: "The connection ended before the answer did",
+
+  // commands
+  help: "/temperature N · /topk N · /topp N · /minp N · /maxtokens N · /seed N (no number: the server's default) · /system TEXT · " +
+    "/clear · /help. //… sends a text that begins with a slash.",
+  noCommand: name => `There is no command /${name}. /help lists them; // sends a text that begins with a slash.`,
+  badParameter: (name, text, min, max) => `/${name} wants a number from ${min} to ${max}, not “${text}”.`,
+  parameterIs: (name, text) => `${name} is now ${text || "the server's default"}.`,
+  systemIs: text => `The system prompt is now “${text}”.`, systemIsEmpty: "The system prompt is now empty.",
+
+  // import
+  notJson: name => `${name} is not a conversation: it is not valid JSON.`,
+  notAChat: name => `${name} is not a conversation: JSON with "conversations", or a list "messages" of {role, content}, is expected.`,
+  badMessage: (name, chat, i) => `${name} is not a conversation: message ${i + 1} of chat ${chat + 1} lacks a role or a text.`,
+  sameIds: name => `${name} is not a conversation: two messages have the same id.`,
+  imported: (chats, messages, name) => `Imported ${plural(chats, "chat", "chats")} with ${plural(messages, "message", "messages")} from ${name}.`,
+
+  // settings
+  settingsChat: "This chat", settingsPage: "This page", settingsHint: "An empty field leaves the choice to the server.",
+  systemPrompt: "System prompt", systemHint: "none", templateAdds: "What the model's template makes of a message “…”", preset: "Preset",
+  choosePreset: "Choose…", presets: {precise: "Precise", creative: "Creative", repeatable: "Repeatable"}, presetName: "Name of the preset",
+  savePreset: "Save as preset", deletePreset: "Delete preset", presetSaved: name => `Saved as “${name}”`,
+  parameters: {temperature: "Temperature", top_k: "Top-k", top_p: "Top-p", min_p: "Min-p", max_tokens: "Max tokens", seed: "Seed"},
+  default: "default", random: "random", restOfContext: "rest of context", stopStrings: "Stop strings, one a line", none: "none",
+  clicks: "Click a message to edit it, or to answer it again", defaults: "Defaults", forNewChats: "Use for new chats",
+  usedForNew: "New chats begin with these", done: "Done",
+
+  // server
+  serverHint: "For a page opened from a file, or to talk to another machine. That server must allow this page (--cors-origin; null for a file).",
+  url: "URL", apiKey: "API key", keyWanted: "This server wants an API key.", wrongKey: "The server does not know this API key.",
+  noAddress: text => `“${text}” is not an address such as http://gpu-box:8000`, askTitle: "Use another server?",
+  askServer: home => `The address of this page asks it to use the server ${home}. Your messages would be sent there.`,
+  useIt: "Use this server", dontUseIt: "Stay here",
+
+  keysTitle: "Keyboard shortcuts",
+  keys: [["Enter", "send"], ["Shift Enter", "new line"], ["Esc", "stop the answer"], ["↑", "in an empty message: what you asked before"],
+    ["Ctrl K", "search chats"], ["Ctrl Shift O", "new chat"], ["?", "this list"]],
+};

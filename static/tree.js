@@ -1,0 +1,236 @@
+// The tree of a conversation: pure functions over plain objects, without page, server or storage.
+//
+// A conversation is {id, title, created, updated, pinned, system, parameters, leaf}. A node is one message of it:
+// {id, conversation, parent, role: "user" | "assistant", content, created} and, where there is one, attachments, reasoning,
+// model, parameters, seed, timings, note, error, edited, stream. `parent` is a node's id, null for a first message. Nodes with
+// the same parent are siblings: versions of a question, or answers to the same one. `stream` ({id, next}) marks an answer that
+// is under way: the id of its stream and the number of the next event. attachments are [{name, at, length}], ranges of content.
+//
+// Export format, version 2 (chat_server.py's terminal reads and writes it too):
+//   {"format": "chat_server chats", "version": 2, "exported": ISO time, "conversations": [conversation + "nodes": [node, ...]]}
+// with times in milliseconds since 1970. Reading also takes {"messages": [{role, content}, ...]} and a bare list of those.
+"use strict";
+
+const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), byte => byte.toString(16).padStart(2, "0")).join("");
+
+function newConversation(more = {}) {
+  const now = Date.now();
+  return {id: newId(), title: "", created: now, updated: now, pinned: false, system: "", parameters: {}, leaf: null, ...more};
+}
+
+const newNode = (conversation, parent, role, content, more = {}) =>
+  ({id: newId(), conversation, parent, role, content, created: Date.now(), ...more});
+
+// Map: id of a node (null: of none) -> its children, oldest first. A node whose parent is missing counts as a first message.
+function childrenOf(nodes) {
+  const children = new Map([[null, []]]);
+  const inOrder = [...nodes.values()].sort((a, b) => a.created - b.created || (a.id < b.id ? -1 : 1));
+  for (const node of inOrder) {
+    const parent = nodes.has(node.parent) ? node.parent : null;
+    if (!children.has(parent)) children.set(parent, []);
+    children.get(parent).push(node);
+  }
+  return children;
+}
+
+// The nodes from a first message down to `leaf`.
+function pathTo(nodes, leaf) {
+  const path = [];
+  for (let node = nodes.get(leaf); node && path.length <= nodes.size; node = nodes.get(node.parent)) path.push(node);
+  return path.reverse();
+}
+
+// The end of the branch through `id` (null: of any) that was written last.
+function leafBelow(children, id) {
+  for (let below; (below = children.get(id)); id = below.at(-1).id) if (!below.length) break;
+  return id;
+}
+
+function withDescendants(children, id) {
+  const found = [id];
+  for (const each of found) found.push(...(children.get(each) ?? []).map(node => node.id));
+  return found;
+}
+
+const failed = node => node?.role === "assistant" && Boolean(node.error) && !node.content;
+const isGrowing = node => Boolean(node?.stream);
+
+// What is posted of a path: the system prompt, then what has text, but not a question that only got an error. Where two
+// messages of one role meet they are joined, because chat formats want roles to alternate.
+function messagesOf(path, system = "", withReasoning = false) {
+  const messages = system.trim() ? [{role: "system", content: system}] : [];
+  for (const [i, {role, content, reasoning}] of path.entries()) {
+    if (!content || role === "user" && failed(path[i + 1])) continue;
+    if (messages.at(-1)?.role === role) messages.at(-1).content += "\n\n" + content;
+    else messages.push({role, content, ...(withReasoning && reasoning ? {reasoning_content: reasoning} : {})});
+  }
+  return messages;
+}
+
+const MOST_CHARACTERS = 4e6;      // of a request, where the context is not known
+
+// The newest messages, as many as could ever fit into a context of so many tokens: {messages, dropped}. The server counts
+// tokens and drops the rest; this only keeps a chat of years from being posted whole each time.
+function newestMessages(messages, context) {
+  const fixed = messages[0]?.role === "system" ? 1 : 0;
+  let first = messages.length, characters = 0;
+  while (first > fixed && messages.length - first < (context || Infinity) / 2 &&
+      (characters += messages[first - 1].content.length) < (40 * context || MOST_CHARACTERS)) first--;
+  first = Math.min(first, Math.max(fixed, messages.findLastIndex(message => message.role === "user")));
+  return {messages: [...messages.slice(0, fixed), ...messages.slice(first)], dropped: first - fixed};
+}
+
+function titleOf(text) {
+  const line = text.split("\n").map(each => each.replace(/^[#>*\s`-]+/, "").trim()).find(Boolean) ?? "";
+  return line.length > 60 ? line.slice(0, 60).replace(/\s+\S*$/, "") + "…" : line;
+}
+
+// attachments -------------------------------------------------------------------------------------------------------
+
+// A message of typed text and files: {content, attachments}. Each file follows as a code block with its name above.
+function composeMessage(text, files) {
+  let content = text.trim();
+  const attachments = [];
+  for (const {name, text: body} of files) {
+    const fence = "`".repeat(Math.max(3, ...[...body.matchAll(/^ {0,3}(`{3,})/gm)].map(found => found[1].length + 1)));
+    const block = `${name}:\n${fence}${languageOf(name)}\n${body.replace(/\n$/, "")}\n${fence}`;
+    content += content && "\n\n";
+    attachments.push({name, at: content.length, length: block.length});
+    content += block;
+  }
+  return {content, ...(attachments.length ? {attachments} : {})};
+}
+
+const languageOf = name => /\.([a-z0-9]{1,8})$/i.exec(name)?.[1].toLowerCase() ?? "";
+
+// The reverse: what was typed, and the files.
+function partsOf({content, attachments = []}) {
+  const files = attachments.map(({name, at, length}) => {
+    const lines = content.slice(at, at + length).split("\n");
+    return {name, text: lines.slice(2, -1).join("\n")};
+  });
+  return {text: content.slice(0, attachments[0]?.at ?? content.length).trimEnd(), files};
+}
+
+// export and import ---------------------------------------------------------------------------------------------------
+
+// What each field of a conversation and of a node may be in a file; everything else in the file is left out.
+const isText = value => typeof value === "string";
+const isObject = value => typeof value === "object" && value !== null && !Array.isArray(value);
+const isTime = value => Number.isFinite(value) && value > 0 && value < 8.64e15;
+const CONVERSATION_FIELDS = {title: isText, created: isTime, updated: isTime, pinned: value => typeof value === "boolean",
+  system: isText, parameters: isObject, leaf: isText};
+const NODE_FIELDS = {role: value => value === "user" || value === "assistant", content: isText, created: isTime,
+  reasoning: isText, model: isText, seed: Number.isSafeInteger, parameters: isObject, timings: isObject, note: isText,
+  error: isText, edited: value => value === true, attachments: Array.isArray};
+
+const pick = (from, fields) => Object.fromEntries(Object.entries(fields)
+  .filter(([name, fits]) => fits(from[name])).map(([name]) => [name, from[name]]));
+
+function exportOf(conversations, nodesOf) {
+  return {format: "chat_server chats", version: 2, exported: new Date().toISOString(),
+    conversations: conversations.map(chat => ({...pick(chat, CONVERSATION_FIELDS),
+      nodes: nodesOf(chat).map(node => ({id: node.id, parent: node.parent, ...pick(node, NODE_FIELDS)}))}))};
+}
+
+// What a file holds as [{conversation, nodes}], all with new ids, so that it can replace nothing. Error with the reason.
+function importOf(text, name = "The file") {
+  let file = null;
+  try { file = JSON.parse(text); } catch (error) { throw new Error(TEXT.notJson(name)); }
+  const listed = Array.isArray(file) ? {messages: file} : file;
+  const chats = Array.isArray(listed?.conversations) ? listed.conversations : [listed];
+  return chats.map((chat, i) => {
+    if (!Array.isArray(chat?.nodes ?? chat?.messages)) throw new Error(TEXT.notAChat(name));
+    return chat.nodes ? importedTree(chat, name, i) : importedList(chat, name);
+  });
+}
+
+function importedTree(chat, name, index) {
+  const conversation = newConversation(checkedChat(chat));
+  const ids = new Map(chat.nodes.map(node => [node?.id, newId()]));
+  const nodes = chat.nodes.map((node, i) => {
+    if (!isObject(node) || !NODE_FIELDS.role(node.role) || !isText(node.content)) throw new Error(TEXT.badMessage(name, index, i));
+    return {...newNode(conversation.id, ids.get(node.parent) ?? null), ...checkedNode(node), id: ids.get(node.id)};
+  });
+  const tree = new Map(nodes.map(node => [node.id, node]));
+  if (tree.size < nodes.length) throw new Error(TEXT.sameIds(name));
+  breakCircles(tree);
+  conversation.leaf = tree.has(ids.get(chat.leaf)) ? ids.get(chat.leaf) : leafBelow(childrenOf(tree), null);
+  conversation.title ||= titleOf(nodes[0]?.content ?? "");
+  return {conversation, nodes};
+}
+
+function importedList(chat, name) {
+  const conversation = newConversation(checkedChat(chat));
+  const nodes = [];
+  for (const [i, message] of chat.messages.entries()) {
+    const content = message?.content ?? "";
+    if (!isObject(message) || !["system", "user", "assistant"].includes(message.role) || !isText(content)) {
+      throw new Error(TEXT.badMessage(name, 0, i));
+    }
+    if (message.role === "system") { conversation.system = content; continue; }
+    const fields = {timings: message.stats, ...message, content, created: conversation.created + i};
+    nodes.push({...newNode(conversation.id, nodes.at(-1)?.id ?? null), ...checkedNode(fields)});
+  }
+  conversation.leaf = nodes.at(-1)?.id ?? null;
+  conversation.title ||= titleOf(nodes.find(node => node.role === "user")?.content ?? "");
+  return {conversation, nodes};
+}
+
+// A file of version 1 had the system prompt and the parameters in `settings`.
+function checkedChat(chat) {
+  const found = pick({...(isObject(chat.settings) ? {system: chat.settings.system, parameters: chat.settings} : {}), ...chat},
+    CONVERSATION_FIELDS);
+  return {...found, title: titleOf(found.title ?? ""), parameters: checkedParameters(found.parameters ?? {})};
+}
+
+function checkedNode(node) {
+  const {attachments, timings, parameters, ...fields} = pick(node, NODE_FIELDS);
+  const good = ({name, at, length} = {}) => isText(name) && Number.isInteger(at) && Number.isInteger(length) &&
+    at >= 0 && length > 0 && at + length <= node.content.length;
+  if (attachments?.every(each => isObject(each) && good(each))) fields.attachments = attachments.map(({name, at, length}) => ({name, at, length}));
+  if (timings) fields.timings = Object.fromEntries(Object.entries(timings).filter(([name, value]) =>
+    Number.isFinite(value) || name === "finish_reason" && isText(value)));
+  if (parameters) fields.parameters = checkedParameters(parameters);
+  return fields;
+}
+
+// Nodes that are their own ancestors would never be reached: the first of each circle becomes a first message.
+function breakCircles(nodes) {
+  const good = new Set();
+  for (const start of nodes.values()) {
+    const way = new Set();
+    let node = start;
+    while (node && !good.has(node.id) && !way.has(node.id)) { way.add(node.id); node = nodes.get(node.parent); }
+    if (node && way.has(node.id)) node.parent = null;
+    way.forEach(id => good.add(id));
+  }
+}
+
+// parameters ----------------------------------------------------------------------------------------------------------
+
+// What can be set for a chat, "" and absent meaning the server's default; `command` is the word after a slash.
+const PARAMETERS = [
+  {name: "temperature", command: "temperature", min: 0, max: 2, step: "any"},
+  {name: "top_k", command: "topk", min: 0, max: 1000, step: 1},
+  {name: "top_p", command: "topp", min: 0, max: 1, step: "any"},
+  {name: "min_p", command: "minp", min: 0, max: 1, step: "any"},
+  {name: "max_tokens", command: "maxtokens", min: 1, max: 1048576, step: 1},
+  {name: "seed", command: "seed", min: 0, max: Number.MAX_SAFE_INTEGER, step: 1},
+];
+
+// The number that a text stands for as this parameter, undefined when it is none that fits.
+function parameterValue({min, max, step}, text) {
+  const value = Number(text);
+  return String(text).trim() !== "" && value >= min && value <= max && (step !== 1 || Number.isInteger(value)) ? value : undefined;
+}
+
+function checkedParameters(given) {
+  const checked = {};
+  for (const parameter of PARAMETERS) {
+    const value = parameterValue(parameter, given[parameter.name] ?? "");
+    if (value !== undefined) checked[parameter.name] = value;
+  }
+  if (Array.isArray(given.stop) && given.stop.every(isText)) checked.stop = given.stop.filter(Boolean).slice(0, 4);
+  return checked;
+}

@@ -1,0 +1,345 @@
+// The turns: one view of each node that is shown. `render` (page.js) calls `renderTurns`, a growing answer `paint`.
+//
+// A long chat opens fast because a turn far from the window is its plain text only, and becomes a drawn one, with its buttons,
+// when it comes near (`complete`); until then the browser skips its layout, too (.far in chat.css).
+"use strict";
+
+const AT_ONCE = 12;               // turns at the end that are drawn when a chat is opened
+const views = new Map();          // id of a node -> its view
+let viewsOf = null;               // the chat they belong to
+
+const near = new IntersectionObserver(entries => {
+  for (const {target, isIntersecting} of entries) if (isIntersecting) complete(views.get(target.dataset.id));
+}, {root: document.getElementById("log"), rootMargin: "1000px 0px"});
+
+function button(label, icon, onclick, properties = {}) {
+  return element("button", {type: "button", className: `icon plain i-${icon}`, textContent: label,
+    onclick: event => onclick(event.currentTarget), ...properties});
+}
+
+// A button that shows its icon only.
+function iconButton(label, icon, onclick) {
+  const made = button("", icon, onclick, {title: label});
+  made.setAttribute("aria-label", label);
+  return made;
+}
+
+function renderTurns() {
+  if (viewsOf !== state.chat.id) { views.clear(); near.disconnect(); viewsOf = state.chat.id; }
+  const {path} = state, articles = path.map((node, i) => viewOf(node, path.length - i <= AT_ONCE).article);
+  path.forEach(node => updateView(views.get(node.id)));
+  for (const id of views.keys()) if (!state.nodes.has(id)) views.delete(id);
+  return articles;
+}
+
+function viewOf(node, atOnce) {
+  let view = views.get(node.id);
+  if (view) { view.node = node; return view; }
+  const article = element("article", {className: `turn ${node.role}`}), body = element("div", {className: "body", dir: "auto"});
+  article.setAttribute("aria-label", node.role === "user" ? TEXT.you : TEXT.assistant);
+  article.dataset.id = node.id;
+  article.append(body);
+  view = {node, article, body, complete: false};
+  views.set(node.id, view);
+  if (atOnce || isGrowing(node)) complete(view);
+  else {
+    body.textContent = node.content;
+    article.classList.add("far");
+    near.observe(article);
+  }
+  return view;
+}
+
+function complete(view) {
+  if (!view || view.complete) return;
+  view.complete = true;
+  near.unobserve(view.article);
+  view.article.classList.remove("far");
+  view.body.textContent = "";
+  (view.node.role === "user" ? completeQuestion : completeAnswer)(view);
+  updateView(view);
+}
+
+function updateView(view) {
+  if (!view.complete) return;
+  const {node} = view, editing = state.editing === node.id;
+  if (editing !== Boolean(view.editor)) editing ? startEditing(view) : stopEditing(view);
+  view.actions.hidden = editing;
+  updateSiblings(view);
+  (node.role === "user" ? updateQuestion : updateAnswer)(view);
+}
+
+// siblings ------------------------------------------------------------------------------------------------------------
+
+function siblingsBar(view) {
+  const step = by => {
+    const {siblings, at} = siblingsOf(view.node);
+    showLeaf(leafBelow(state.children, siblings[at + by].id));
+    views.get(siblings[at + by].id)?.actions?.querySelector(`.siblings button:${by < 0 ? "first" : "last"}-of-type`)?.focus();
+  };
+  const question = view.node.role === "user";
+  view.previous = iconButton(question ? TEXT.previousVersion : TEXT.previousAnswer, "left", () => step(-1));
+  view.next = iconButton(question ? TEXT.nextVersion : TEXT.nextAnswer, "right", () => step(1));
+  view.place = element("span");
+  return view.siblings = element("div", {className: "siblings"}, view.previous, view.place, view.next);
+}
+
+function siblingsOf(node) {
+  const siblings = state.children.get(state.nodes.has(node.parent) ? node.parent : null) ?? [node];
+  return {siblings, at: siblings.indexOf(node)};
+}
+
+function updateSiblings(view) {
+  const {siblings, at} = siblingsOf(view.node);
+  view.siblings.hidden = siblings.length < 2;
+  view.place.textContent = `${at + 1}/${siblings.length}`;
+  view.previous.disabled = at <= 0;
+  view.next.disabled = at === siblings.length - 1;
+}
+
+// questions -----------------------------------------------------------------------------------------------------------
+
+function completeQuestion(view) {
+  view.edit = iconButton(TEXT.edit, "edit", () => startEdit(view.node.id));
+  view.actions = element("div", {className: "actions"}, siblingsBar(view), view.edit,
+    iconButton(TEXT.copy, "copy", clicked => copyText(view.node.content, clicked)),
+    iconButton(TEXT.more, "more", clicked => openMenu(clicked, messageMenu(view))));
+  view.article.append(view.actions);
+  view.body.onclick = event => clickToAct(event,() => startEdit(view.node.id));
+}
+
+function updateQuestion(view) {
+  view.edit.disabled = isGrowing(lastNode());
+  if (view.drawn === view.node.content || view.editor) return;
+  view.drawn = view.node.content;
+  const {text, files} = partsOf(view.node);
+  view.body.replaceChildren(...questionNodes(text), ...files.map(fileNode));
+}
+
+// What people type is shown as typed, but for code, which looks like code.
+function questionNodes(text) {
+  const nodes = [];
+  let at = 0;
+  for (const found of text.matchAll(/^ {0,3}(`{3,}|~{3,})([^\n`]*)\n([^]*?)(?:\n {0,3}\1[ \t]*$|(?![^]))|`([^`\n]+)`/gm)) {
+    const [whole, fence, info, block, inline] = found;
+    nodes.push(text.slice(at, found.index).replace(fence ? /\n$/ : /$^/, ""));
+    nodes.push(fence ? codeBlock(info.trim().split(/\s+/)[0], block) : element("code", {textContent: inline}));
+    at = found.index + whole.length + (fence && text[found.index + whole.length] === "\n" ? 1 : 0);
+  }
+  return [...nodes, text.slice(at)];
+}
+
+function codeBlock(language, text) {
+  const code = new CodeText(language);
+  code.update(text, true);
+  return codeBox(language, code.element);
+}
+
+function fileNode({name, text}) {
+  const node = element("details", {className: "file"}, element("summary", {}, element("span", {className: "icon i-file", textContent: name}),
+    element("small", {textContent: TEXT.characters(text.length)})));
+  node.addEventListener("toggle", () => { if (node.open && !node.children[1]) node.append(codeBlock(languageOf(name), text)); });
+  return node;
+}
+
+// answers -------------------------------------------------------------------------------------------------------------
+
+function completeAnswer(view) {
+  view.body.classList.add("markdown");
+  view.markdown = new MarkdownView(view.body);
+  view.thinking = element("details", {className: "thinking", hidden: true}, element("summary", {textContent: TEXT.thinking}));
+  view.thoughts = element("div", {className: "markdown"});
+  view.thinking.append(view.thoughts);
+  view.thinking.addEventListener("toggle", () => drawThoughts(view));
+  view.status = element("p", {className: "status"}, element("span", {className: "dots"}, element("i"), element("i"), element("i")),
+    element("span"));
+  view.alert = element("div");
+  view.retry = iconButton(TEXT.regenerate, "again", () => { regenerate(view.node); focusAfterClick(); });
+  view.goOn = button(TEXT.goOn, "forward", () => { goOn(view.node); focusAfterClick(); });
+  view.speed = element("span", {className: "speed"});
+  view.copy = iconButton(TEXT.copy, "copy", clicked => copyRich(view, clicked));
+  view.actions = element("div", {className: "actions"}, siblingsBar(view), view.copy, view.retry, view.goOn,
+    iconButton(TEXT.more, "more", clicked => openMenu(clicked, answerMenu(view))), view.speed);
+  view.article.prepend(view.thinking);
+  view.article.append(view.status, view.alert, view.actions);
+  view.body.onclick = event => clickToAct(event,() => regenerate(view.node));
+}
+
+function updateAnswer(view) {
+  const {node} = view, growing = isGrowing(node), run = state.runs.get(node.id);
+  drawAnswer(view, growing);
+  view.thinking.hidden = !node.reasoning;
+  drawThoughts(view);
+  view.status.hidden = !growing || node.content !== "";
+  view.status.lastChild.textContent = view.status.hidden ? "" : growingText(node, run);
+  updateAlert(view, growing);
+  view.actions.classList.toggle("growing", growing);
+  view.retry.disabled = view.goOn.disabled = !canAsk();
+  view.copy.hidden = !node.content;
+  view.goOn.hidden = growing || !node.content || !(node.error || ["stopped", "interrupted"].includes(node.note) ||
+    node.timings?.finish_reason === "length");
+  view.speed.textContent = growing ? "" : speedText(node);
+  view.speed.title = detailText(node.timings);
+}
+
+function drawAnswer(view, growing) {
+  const {node: {content}} = view;
+  if (view.editor || view.drawn === content && view.finished === !growing) return;
+  view.drawn = content;
+  view.finished = !growing;
+  view.markdown.update(content, !growing);
+}
+
+// Thoughts are drawn when they are looked at; while they come they are shown until the answer begins.
+function drawThoughts(view) {
+  const {node} = view, growing = isGrowing(node);
+  if (growing && !node.content && node.reasoning && view.opened === undefined) view.thinking.open = view.opened = true;
+  if (view.opened && node.content) view.thinking.open = view.opened = false;
+  view.thinking.firstChild.dataset.time = node.thought > 999 ? TEXT.seconds(node.thought / 1000) : "";
+  if (!view.thinking.open || view.thoughtsDrawn === node.reasoning) return;
+  view.thoughtsDrawn = node.reasoning;
+  view.thoughtsView ??= new MarkdownView(view.thoughts);
+  view.thoughtsView.update(node.reasoning ?? "", !growing || node.content !== "");
+}
+
+const REMEDIES = {key: {label: () => TEXT.enterKey, act: () => openServer()},
+  again: {label: () => TEXT.tryAgain, act: node => regenerate(node)}};
+
+function updateAlert(view, growing) {
+  const {node} = view, text = growing ? "" : node.error ?? "";
+  if (view.alerted !== text) {
+    view.alerted = text;
+    const remedy = REMEDIES[node.remedy] ?? REMEDIES.again;
+    const act = element("button", {type: "button", className: "plain", textContent: remedy.label(),
+      onclick: () => { remedy.act(view.node); focusAfterClick(); }});
+    view.alert.replaceChildren(...(text ? [element("div", {className: "alert", role: "alert"}, element("p", {textContent: text}), act)] : []));
+  }
+  const act = view.alert.querySelector("button");
+  if (act) act.disabled = !canAsk() && node.remedy !== "key";
+}
+
+// What an answer waits for, or does.
+function growingText(node, run) {
+  if (!run) return TEXT.inOtherTab;
+  const {progress} = run, doing = run.lost ? TEXT.lost : progress?.queued ? TEXT.queued(progress.queued)
+    : progress?.read !== undefined ? TEXT.reading(progress.read)
+    : node.content && run.chunks ? TEXT.writing : node.reasoning && run.chunks ? TEXT.thinkingNow : TEXT.waitingForFirst;
+  return (run.resumed ? `${TEXT.resumed} · ` : "") + doing;
+}
+
+const liveSpeedText = run => run.chunks > 1 && !run.lost
+  ? ` · ${TEXT.speed(liveSpeed(run))} · ${TEXT.tokens(run.tokens || run.chunks)}` : "";
+
+function speedText({timings: facts, note, edited, error}) {
+  const words = note ? [TEXT.notes[note] ?? note] : edited ? [TEXT.edited] : [];
+  if (!facts) return words.join(" · ");
+  const {tokens_per_second: speed = facts.predicted_per_second, ttft_ms: first, completion_tokens: count} = facts;
+  if (speed > 0) words.push(TEXT.speed(speed));
+  else if (facts.measured) words.push(TEXT.aboutSpeed(facts.measured));
+  if (first !== undefined) words.push(TEXT.firstToken(first));
+  if (count) words.push(TEXT.tokens(count));
+  if (count > 1 && speed > 0) words.push(TEXT.seconds((first ?? 0) / 1000 + (count - 1) / speed));
+  if (state.model.workers > 1 && facts.gpu !== undefined) words.push(TEXT.worker(facts.gpu));
+  if (facts.finish_reason === "length" && !note && !error) words.push(TEXT.cut);
+  if (facts.dropped_messages) words.push(TEXT.dropped(facts.dropped_messages));
+  return words.join(" · ");
+}
+
+const detailText = facts => facts?.prompt_tokens
+  ? TEXT.details(facts.prompt_tokens, facts.cached_tokens ?? 0, Math.round(facts.queue_ms ?? 0), Math.round(facts.ttft_ms ?? 0)) : "";
+
+// One frame of a growing answer.
+function paint(node) {
+  const view = state.chat.id === node.conversation && views.get(node.id);
+  if (!view || !view.article.isConnected) return;
+  updateAnswer(view);
+  renderState();
+  followEnd();
+}
+
+// acting on a message -------------------------------------------------------------------------------------------------
+
+function messageMenu({node}) {
+  return [[TEXT.branch, "branch", () => branchFrom(node)], [TEXT.deleteMessage, "delete", () => deleteNode(node)]];
+}
+
+function answerMenu(view) {
+  return [[TEXT.copyMarkdown, "copy", () => copyText(view.node.content, view.copy)], [TEXT.edit, "edit", () => startEdit(view.node.id)],
+    ...messageMenu(view)];
+}
+
+// A plain click of a mouse on a message edits a question and answers anew, as nanochat's page does; but not a click that ends a
+// selection, and none on what has a use of its own.
+const mouse = matchMedia("(hover: hover) and (pointer: fine)");
+
+function clickToAct(event, act) {
+  const own = event.target.closest("a, button, summary, pre, input, textarea, details");
+  if (!state.preferences.clicks || !mouse.matches || own || event.detail > 1 || String(getSelection()) || !canAsk()) return;
+  act();
+}
+
+function startEdit(id) {
+  if (isGrowing(lastNode())) return;
+  state.editing = id;
+  render();
+}
+
+function startEditing(view) {
+  const {node, body} = view, question = node.role === "user";
+  const field = element("textarea", {value: question ? partsOf(node).text : node.content, rows: 1, dir: "auto"});
+  field.setAttribute("aria-label", TEXT.editedText);
+  const cancel = () => { state.editing = null; render(); focusAfterClick(); };
+  const save = () => {
+    if (question ? editQuestion(node, field.value) : field.value.trim() && (editAnswer(node, field.value), true)) focusAfterClick();
+  };
+  if (question) onEnter(field, save);
+  field.addEventListener("keydown", event => { if (event.key === "Escape" && !composing(event)) { event.stopPropagation(); cancel(); } });
+  field.addEventListener("input", () => fitHeight(field));
+  view.editor = field;
+  body.replaceChildren(field, element("div", {className: "row"},
+    element("button", {type: "button", className: "plain", textContent: TEXT.cancel, onclick: cancel}),
+    element("button", {type: "button", className: "primary", textContent: question ? TEXT.update : TEXT.save, onclick: save})));
+  view.article.classList.add("editing");
+  requestAnimationFrame(() => { fitHeight(field); field.focus(); });
+}
+
+function stopEditing(view) {
+  Object.assign(view, {editor: null, drawn: null});
+  view.article.classList.remove("editing");
+  view.body.replaceChildren();
+  if (view.markdown) view.markdown = new MarkdownView(view.body);
+}
+
+const copyText = (text, clicked) => copyTypes({"text/plain": text}, clicked);
+
+// Formatted for editors that take that, else its Markdown.
+function copyRich({node, body}, clicked) {
+  const copy = body.cloneNode(true);
+  copy.querySelectorAll(".code-bar").forEach(bar => bar.remove());
+  return copyTypes({"text/plain": node.content, "text/html": copy.innerHTML}, clicked);
+}
+
+async function copyTypes(texts, clicked) {
+  try {
+    const blobs = Object.entries(texts).map(([type, text]) => [type, new Blob([text], {type})]);
+    await navigator.clipboard.write([new ClipboardItem(Object.fromEntries(blobs))]);
+  } catch (error) {                                      // plain http from another machine has no clipboard API
+    const field = element("textarea", {value: " ", className: "unseen"});
+    document.body.append(field);
+    field.select();
+    document.addEventListener("copy", event => {
+      for (const [type, text] of Object.entries(texts)) event.clipboardData.setData(type, text);
+      event.preventDefault();
+    }, {once: true});
+    document.execCommand("copy");
+    field.remove();
+    clicked.focus();
+  }
+  copied(clicked);
+}
+
+function copied(clicked) {
+  announce(TEXT.copied);
+  clicked.classList.add("done");
+  clicked.addEventListener("animationend", () => clicked.classList.remove("done"), {once: true});
+}

@@ -1,0 +1,252 @@
+"""What the tests of the page share: a browser, servers, and words for what people do. conftest.py makes the fixtures known.
+
+`CHAT_SERVER_URL` names a running server to test instead of starting one; `PAGE_STAND_IN=1` uses the stand-in for all.
+"""
+
+import asyncio
+import contextlib
+import os
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+try:
+    from playwright import sync_api as playwright
+    from playwright.sync_api import expect
+    expect.set_options(timeout=15_000)      # where the machine is busy
+except ImportError:
+    playwright = expect = None
+
+ROOT = Path(__file__).resolve().parent.parent
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(not (CHROMIUM and playwright), reason="no chromium binary on PATH (Debian: apt install chromium)"
+                                   if playwright else "the page is tested with playwright")
+SLOW_MS = 30_000            # a real model on a busy machine
+
+
+# servers and pages ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:        # of a module, since its event loop must not outlive the page tests
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=[
+            "--no-sandbox", "--host-resolver-rules=MAP *.test 127.0.0.1, MAP *.test. 127.0.0.1"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def server_url():
+    """The server of the main tests, with a model that answers."""
+    if os.environ.get("CHAT_SERVER_URL"):
+        yield os.environ["CHAT_SERVER_URL"]
+    elif os.environ.get("PAGE_STAND_IN"):
+        from page_server import StandIn
+        server = StandIn()
+        yield server.url
+        server.close()
+    else:
+        with started_server() as url:
+            yield url
+
+
+@contextlib.contextmanager
+def started_server(*flags):
+    """chat_server.py as people run it: its URL."""
+    script = Path(os.environ.get("CHAT_SERVER_DIR") or ROOT) / "chat_server.py"       # see conftest.py
+    process = subprocess.Popen([sys.executable, script, "--port", "0", "--host", "127.0.0.1", *flags],
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if found := re.search(r"http://127\.0\.0\.1:\d+\S*", line):
+            break
+    else:
+        pytest.fail("chat_server.py did not start:\n" + "".join(lines))
+    threading.Thread(target=process.stdout.read, daemon=True).start()      # a full pipe would stop the server
+    try:
+        yield found[0].rstrip("/") + "/"
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+@contextlib.contextmanager
+def fake_front(pieces=("Hello", ", ", "world!"), **settings):
+    """The real HTTP side over a pool without a model, in a thread: its URL."""
+    import chat_server
+    from fake_pool import FakePool, serving
+    loop, url, stop = asyncio.new_event_loop(), queue.SimpleQueue(), asyncio.Event()
+
+    async def serve():
+        async with serving(FakePool(pieces), chat_server.Settings(**settings)) as at:
+            url.put(at + settings.get("prefix", "") + "/")
+            await stop.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    try:
+        yield url.get(timeout=30)
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
+        loop.close()
+
+
+class HeldFront:
+    """The real HTTP side, in a thread, over a pool whose answers have one more word with each `admit`."""
+
+    WORDS = ["one ", "two ", "three ", "four ", "five"]
+
+    def __init__(self, port=0):
+        self.loop, started = asyncio.new_event_loop(), queue.SimpleQueue()
+        self.thread = threading.Thread(target=self.loop.run_until_complete, args=(self._serve(started, port),))
+        self.thread.start()
+        self.url = started.get(timeout=30)
+
+    async def _serve(self, started, port):
+        import chat_server
+        from fake_pool import FakePool
+        self.stop, self.pool, self.gate = asyncio.Event(), FakePool(self.WORDS), asyncio.Semaphore(0)
+        self.gate.wait, self.pool.gate = self.gate.acquire, self.gate
+        app = chat_server.create_app(self.pool, chat_server.Settings())
+        with chat_server.listen_on("127.0.0.1", port) as listener:
+            async with chat_server.serving(app, listener) as self.runner:
+                started.put(f"http://127.0.0.1:{listener.getsockname()[1]}/")
+                await self.stop.wait()
+
+    def run(self, work):
+        async def call():
+            return work()
+        return asyncio.run_coroutine_threadsafe(call(), self.loop).result(30)
+
+    def admit(self, count):
+        self.run(lambda: [self.gate.release() for _ in range(count)])
+
+    def drop(self):
+        """Every connection breaks."""
+        self.run(lambda: [connection.transport.abort() for connection in self.runner.server.connections if connection.transport])
+
+    def until_open(self, count):
+        asyncio.run_coroutine_threadsafe(self.pool.until_open(count), self.loop).result(30)
+
+    def close(self):
+        self.run(self.stop.set)
+        self.thread.join()
+        self.loop.close()
+
+
+@pytest.fixture
+def held_front():
+    front = HeldFront()
+    yield front
+    front.close()
+
+
+@pytest.fixture
+def stand_in():
+    from page_server import StandIn
+    server = StandIn()
+    yield server
+    server.close()
+
+
+@contextlib.contextmanager
+def visitor(browser, **options):
+    """A page in a fresh browser profile that fails the test on any script error or violation of the security policy."""
+    context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
+    context.set_default_timeout(SLOW_MS)
+    faults = []
+    context.on("weberror", lambda error: faults.append(str(error.error)))
+    context.on("console", lambda message: faults.append(message.text)
+               if re.search("Content Security|Trusted", message.text) else None)
+    try:
+        yield context.new_page()
+    finally:
+        context.close()
+    assert faults == []
+
+
+@pytest.fixture
+def page(browser):
+    with visitor(browser) as page:
+        yield page
+
+
+# what people do -------------------------------------------------------------------------------------------------------
+
+def message_box(page):
+    return page.get_by_role("textbox", name="Message", exact=True)
+
+
+def button(page, name):
+    return page.get_by_role("button", name=name, exact=True)
+
+
+def answers(page):
+    return page.get_by_role("article", name="Assistant")
+
+
+def questions(page):
+    return page.get_by_role("article", name="You")
+
+
+def said(article):
+    """The words of a turn, without its buttons."""
+    return article.locator("> .body")
+
+
+def chats(page):
+    return page.get_by_role("navigation", name="Chats").get_by_role("link")
+
+
+def ask(page, text):
+    message_box(page).fill(text)
+    button(page, "Send").click()
+
+
+def command(page, text):
+    message_box(page).fill(text)
+    message_box(page).press("Enter")
+
+
+def menu(page, *names):
+    """Open the header's menu and choose, in menus of menus too."""
+    button(page, "Menu").click()
+    for name in names:
+        button(page, name).click()
+
+
+def more(turn, name):
+    """Choose in a turn's own menu."""
+    button(turn, "More").click()
+    button(turn.page.get_by_role("group", name="More"), name).click()
+
+
+def expect_answered(page, count=1):
+    expect(answers(page)).to_have_count(count, timeout=SLOW_MS)
+    expect(answers(page).last).to_contain_text("tok/s", timeout=SLOW_MS)
+
+
+def open_page(page, url, path=""):
+    page.goto(url + path)
+    expect(page.locator("#lamp.ready")).to_be_visible(timeout=SLOW_MS)
+    settled(page)
+
+
+def settled(page):
+    """Wait until the page has opened its storage and written what it has to write."""
+    page.wait_for_function("() => started && !store.flushing")
+
+
+def reload(page):
+    """As when a reader reloads at any moment: nothing is waited for before."""
+    page.reload()
+    expect(page.locator("#lamp.ready")).to_be_visible(timeout=SLOW_MS)
+    settled(page)

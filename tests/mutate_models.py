@@ -1,0 +1,142 @@
+"""Loads mutations of good model files: `python tests/mutate_models.py KIND SEED COUNT FOLDER`, with little memory.
+
+Each must become a model that answers, or a ConfigError of one line. Anything else ends the process: with a traceback,
+by SIGALRM when a load takes 30 s, with a MemoryError when it takes a GiB. The last line printed says which it was.
+"""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resolve().parent.parent))
+
+import torch    # noqa: E402
+
+import chat_server      # noqa: E402
+from tiny_gguf import (LLAMA_NUMBERS, gguf_bytes, random_llama, sentencepiece_metadata,     # noqa: E402
+                       small_gguf_metadata)
+
+MEMORY = 1 << 30        # bytes that loads may take beside what the libraries have
+SECONDS = 30
+TINY = LLAMA_NUMBERS | {"llama.embedding_length": 64, "llama.feed_forward_length": 96}
+MORE_KEYS = [       # that a file may have besides those of a tiny GGUF
+    "general.name", "general.alignment", "llama.attention.key_length", "llama.attention.value_length",
+    "llama.rope.dimension_count", "llama.rope.scaling.type", "llama.rope.scaling.factor", "tokenizer.chat_template",
+    "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id",
+    "tokenizer.ggml.unknown_token_id", "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_space_prefix",
+    "tokenizer.ggml.scores", "tokenizer.ggml.merges"]
+NUMBERS = [0, 1, -1, 2, 3, 7, 8, 16, 33, 64, 127, 255, 2**15, 2**16, *(2**n + d for n in (31, 32, 63) for d in (-1, 0)),
+           2**53, 2**62]
+FLOATS = [0.0, -0.0, 0.5, -1.0, 1e-38, 1e38, 1e300, float("nan"), float("inf"), float("-inf")]
+TEXTS = ["", "llama", "gpt2", "linear", "none", "a" * 100, "\x00\x1b[31m\n", "{{ messages }}", "{% for", "日本", "1"]
+LISTS = [[], [1], [1] * 8, ["a", "b"], [0.5] * 4, [True], [[1], [2]]]
+POOLS = {int: NUMBERS, float: FLOATS, str: TEXTS, bool: [True, False]}
+
+
+def any_value(dice, good):
+    """A value of any type, sometimes near the good one."""
+    if isinstance(good, list) and good and dice.random() < 0.5:
+        items = list(good)
+        items[dice.randrange(len(items))] = dice.choice(items)
+        return dice.choice([items, items[:dice.randrange(len(items))], len(items) * [dice.choice(POOLS[type(good[0])])]])
+    if type(good) is int and dice.random() < 0.3:
+        return good + dice.choice([-2, -1, 1, 2, 64])
+    return dice.choice(dice.choice([*POOLS.values(), LISTS]))
+
+
+def with_bytes_changed(dice, data, where):
+    """Some of the bytes at the positions `where` replaced, or the rest cut off."""
+    data = bytearray(data)
+    for _ in range(dice.choice([1, 1, 2, 4, 8])):
+        at = dice.choice(where)
+        number = dice.choice([each for each in NUMBERS if each >= 0]).to_bytes(8, "little")
+        new = dice.choice([bytes([dice.randrange(256)]), bytes([data[at] ^ 1 << dice.randrange(8)]), b"\xff" * 8, number])
+        data[at:at + len(new)] = new
+    return bytes(data[:dice.choice(where)] if dice.random() < 0.1 else data)
+
+
+def mutate_gguf(dice, folder):
+    """A tiny GGUF in which some values, or some bytes before the tensors, are others."""
+    text = sentencepiece_metadata() | {"general.architecture": "llama"}
+    if dice.random() < 0.7:
+        text = small_gguf_metadata(dice.choice(["gpt-2", "llama-bpe", "qwen2"]))
+    metadata, by_value = {**TINY, **text}, dice.random() < 0.6
+    tensors = random_llama(vocab=len(text["tokenizer.ggml.tokens"]), numbers=TINY)
+    for key in dice.sample([*metadata, *MORE_KEYS], dice.choice([1, 1, 2, 3])) if by_value else ():
+        metadata[key] = any_value(dice, metadata.get(key))
+        if dice.random() < 0.1:
+            del metadata[key]
+    data = gguf_bytes(metadata, tensors)
+    if not by_value:
+        header = len(data) - sum(tensor.nbytes for tensor in tensors.values())
+        data = with_bytes_changed(dice, data, range(4, header))
+    path = folder / "tiny.gguf"
+    path.write_bytes(data)
+    return path
+
+
+def mutate_nanochat(dice, folder, good=Path(__file__).parent / "fixtures/nanochat"):
+    """A copy of a nanochat checkpoint in which something of the meta file, the pickle or the tensors' table differs."""
+    base = shutil.copytree(good / f"gen{dice.randrange(1, 6)}", folder / "base")
+    model, meta, pickled = (next(base.rglob(name)) for name in ("model_*.pt", "meta_*.json", "*.pkl"))
+    path = dice.choice([None, meta, pickled, model])
+    if path is None:
+        found = json.loads(meta.read_text())
+        config = found["model_config"]
+        for key in dice.sample([*config, "more"], dice.choice([1, 1, 2])):
+            config[key] = any_value(dice, config.get(key))
+        meta.write_text(json.dumps(found))
+        return base
+    data = path.read_bytes()
+    where = range(len(data))
+    if path == model:       # what says which tensors there are: zip's first file, and its directory at the end
+        where = [*range(data.index(b"PK\x03\x04", 100)), *range(data.index(b"PK\x01\x02", len(data) - 20_000), len(data))]
+    path.write_bytes(with_bytes_changed(dice, data, where))
+    return base
+
+
+def outcome_of(path):
+    """What becomes of it: "model", once that has answered, or the ConfigError's line."""
+    settings = chat_server.Settings(model=str(path), kv_cache_memory=4 << 20, max_batch=4, prefill_chunk=16)
+    source = chat_server.resolve_model(settings)
+    try:
+        _, engine = chat_server.build_engine(source, settings, torch.device("cpu"))
+    except chat_server.ConfigError as error:
+        assert str(error).isprintable() and str(path) in str(error), str(error)
+        assert "not enough memory" not in str(error), str(error)
+        return str(error)
+    engine.warm_up(lambda fraction: None)
+    prompt = tuple(engine.tokenizer.encode_prompt("hello 12"))[:8] or (0,)
+    engine.add(chat_server.Work("a", prompt, chat_server.SamplingParams(temperature=0.0), 3))
+    while engine.busy:
+        engine.step()
+    return "model"
+
+
+def main(kind, seed, count, folder):
+    dice, mutate, models = random.Random(int(seed)), {"gguf": mutate_gguf, "nanochat": mutate_nanochat}[kind], 0
+    torch.set_num_threads(1)
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, mapped + MEMORY))
+    with torch.inference_mode():
+        for number in range(int(count)):
+            place = Path(folder, str(number))
+            place.mkdir()
+            path = mutate(dice, place)
+            print("mutation", number, flush=True)
+            signal.alarm(SECONDS)
+            outcome = outcome_of(path)
+            signal.alarm(0)
+            models += outcome == "model"
+            print(outcome, flush=True)
+            shutil.rmtree(place)
+    print(f"{models} of {count} became models", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

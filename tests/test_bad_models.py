@@ -1,0 +1,373 @@
+"""Section 7: whatever a model file holds, it is a model or one line that names the file and what is wrong."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import chat_server
+from chat_server import ConfigError, Settings, resolve_model
+from tiny_gguf import (LLAMA_NUMBERS, gguf_bytes, packed_text, random_llama, sentencepiece_metadata,
+                       small_gguf_metadata, tensor_info)
+
+METADATA = {**LLAMA_NUMBERS, **small_gguf_metadata("gpt-2")}
+TOKENS = METADATA["tokenizer.ggml.tokens"]
+NAN, INFINITY = float("nan"), float("inf")
+
+
+def load(path, **changes):
+    """All that a worker builds of a file before it says what it has loaded: (LoadedModel, Engine)."""
+    settings = Settings(model=str(path), kv_cache_memory=1 << 20, prefill_chunk=16, max_batch=4, **changes)
+    return chat_server.build_engine(resolve_model(settings), settings, torch.device("cpu"))
+
+
+def error_of(path):
+    """The one line that a file which is no model ends in; it names the file, or one of its folder."""
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    text = str(caught.value)
+    assert str(path) in text and text.isprintable() and len(text) < 4100
+    return text
+
+
+# --- GGUF: what the metadata say ------------------------------------------------------------------
+
+
+@pytest.fixture
+def bad_gguf(tmp_path):
+    """A function: the error of a tiny GGUF that is like a good one but for what is given (see gguf_bytes)."""
+    def error(changes=(), base=METADATA, tensors=None, **more):
+        metadata = {key: value for key, value in {**base, **dict(changes)}.items() if value is not None}
+        path = tmp_path / "tiny.gguf"
+        path.write_bytes(gguf_bytes(metadata, random_llama() if tensors is None else tensors, **more))
+        return error_of(path)
+    return error
+
+
+def test_the_good_one_is_a_model(tmp_path):
+    (tmp_path / "tiny.gguf").write_bytes(gguf_bytes(METADATA, random_llama()))
+    model, engine = load(tmp_path / "tiny.gguf")
+    assert model.spec.layers == 1 and engine.tokenizer.decode(engine.tokenizer.encode("hello")) == "hello"
+
+
+COUNT = "must be an integer from 1 to "
+@pytest.mark.parametrize("key, value, words", [
+    ("llama.block_count", 2**31, "is 2147483648; it must be an integer from 1 to 10,000"),
+    ("llama.block_count", 0, "is 0; it " + COUNT), ("llama.block_count", "2", 'is "2"; it ' + COUNT),
+    ("llama.block_count", True, "is true; it " + COUNT),
+    ("llama.block_count", None, "is missing; it " + COUNT),
+    ("llama.block_count", [1, 1], "is a list of 2; it " + COUNT),
+    ("llama.attention.head_count", 0, "is 0; it " + COUNT),
+    ("llama.attention.head_count", -4, "is -4; it " + COUNT),
+    ("llama.attention.head_count", 3, "is 3; it must be a multiple of 2 (head_count_kv)"),
+    ("llama.attention.head_count", 6,
+     "llama.embedding_length is 256; it must be a multiple of 12 (2 * attention.head_count)"),
+    ("llama.attention.head_count_kv", 0, "is 0; it " + COUNT),
+    ("llama.attention.head_count_kv", [2, 1], "is a list of 2; it " + COUNT),
+    ("llama.attention.key_length", 33, "is 33; it must be a multiple of 2"),
+    ("llama.attention.key_length", 2**40, "is 1099511627776; it must be an integer from 2 to 1,048,576"),
+    ("llama.attention.value_length", 32, "is 32; it must be 64"),
+    ("llama.rope.dimension_count", 32, "is 32; it must be 64"),
+    ("llama.embedding_length", 0, "is 0; it " + COUNT), ("llama.embedding_length", 2**62, "it " + COUNT),
+    ("llama.embedding_length", 256.0, "is 256.0; it " + COUNT),
+    ("llama.feed_forward_length", "wide", 'is "wide"; it ' + COUNT),
+    ("llama.context_length", 0, "is 0; it must be an integer from 16 to "),
+    ("llama.context_length", 2**63, "it must be an integer from 16 to 67,108,864"),
+    ("llama.attention.layer_norm_rms_epsilon", NAN, "is NaN; it must be a finite number from 0 to 1"),
+    ("llama.attention.layer_norm_rms_epsilon", -1e-5, "it must be a finite number from 0 to 1"),
+    ("llama.rope.freq_base", INFINITY, "is Infinity; it must be a finite number from 1 to 1,000,000,000,"),
+    ("llama.rope.freq_base", 0.0, "is 0.0; it must be a finite number from 1"),
+    ("llama.rope.freq_base", "10000", "a finite number"),
+    ("llama.rope.scaling.type", "yarn", 'is "yarn"; it must be one of none, linear'),
+    ("llama.rope.scaling.type", 3, "is 3; it must be one of none, linear"),
+    ("general.architecture", "mamba", 'is "mamba"; it must be one of llama'),
+    ("general.architecture", 5, "is 5; it must be one of llama"),
+    ("general.name", 7, "is 7; it must be a text"),
+    ("general.name", ["a"], "is a list of 1; it must be a text"),
+    ("tokenizer.ggml.model", "bert", 'is "bert"; it must be one of gpt2, llama'),
+    ("tokenizer.ggml.model", None, "is missing"),
+    ("tokenizer.ggml.pre", "tekken", 'is "tekken"; it must be one of default, gpt-2'),
+    ("tokenizer.ggml.pre", 1.5, "is 1.5; it must be one"),
+    ("tokenizer.chat_template", 12, "is 12; it must be a text"),
+    ("tokenizer.chat_template", ["{{ a }}"], "is a list of 1; it must be a text"),
+    ("tokenizer.ggml.tokens", [], "tokens has 0 texts; it must have 1 to 270"),
+    ("tokenizer.ggml.tokens", None, "is missing; it must be a list"),
+    ("tokenizer.ggml.tokens", "abc", "it must be a list of texts"),
+    ("tokenizer.ggml.tokens", [1, 2], "tokens[0] is 1; it must be a text"),
+    ("tokenizer.ggml.tokens", [*TOKENS, "more"], "tokens has 271 texts; it must have 1 to 270, as many as"),
+    ("tokenizer.ggml.token_type", [1], "is a list of 1; it must be a list of 270 integers from 0 to 255"),
+    ("tokenizer.ggml.token_type", [-1] * 270, "token_type[0] is -1; it must be an integer from 0 to 255"),
+    ("tokenizer.ggml.token_type", ["a"] * 270, 'token_type[0] is "a"; it must be'),
+    ("tokenizer.ggml.merges", None, "is missing; it must be a list of texts"),
+    ("tokenizer.ggml.merges", [2, 3], "merges[0] is 2; it must be a text"),
+    ("tokenizer.ggml.merges", ["nospace"], "tokenizer is broken"),
+    ("tokenizer.ggml.merges", ["not there"], "tokenizer is broken"),
+    ("tokenizer.ggml.eos_token_id", 10**9, "is 1000000000; it must be an integer from 0 to 269"),
+    ("tokenizer.ggml.bos_token_id", -1, "is -1; it must be an integer from 0 to 269"),
+    ("tokenizer.ggml.eot_token_id", 270, "from 0 to 269"),
+    ("tokenizer.ggml.eom_token_id", "2", 'is "2"; it must be an integer'),
+    ("tokenizer.ggml.bos_token_id", 1.0, "is 1.0; it must be an integer"),
+    ("tokenizer.ggml.add_bos_token", 1, "is 1; it must be true or false"),
+    ("tokenizer.ggml.add_bos_token", "yes", "it must be true or false")])
+def test_metadata_of_a_wrong_type_or_size_is_named_with_what_is_allowed(bad_gguf, key, value, words):
+    error = bad_gguf({key: value})
+    assert words in error and (key in error or "broken" in words or "embedding_length" in words)
+
+
+@pytest.mark.parametrize("key, value, words", [
+    ("tokenizer.ggml.scores", [1.0], "is a list of 1; it must be a list of 292 finite numbers"),
+    ("tokenizer.ggml.scores", None, "is missing"),
+    ("tokenizer.ggml.scores", [NAN] * 292, "scores[0] is NaN; it must be a finite number"),
+    ("tokenizer.ggml.scores", ["0"] * 292, 'scores[0] is "0"'),
+    ("tokenizer.ggml.unknown_token_id", 292, "from 0 to 291"),
+    ("tokenizer.ggml.add_space_prefix", 0, "is 0; it must be true or false")])
+def test_so_is_what_sentencepiece_needs(bad_gguf, key, value, words):
+    base = {**LLAMA_NUMBERS, **sentencepiece_metadata(), "general.architecture": "llama"}
+    assert words in bad_gguf({key: value}, base, random_llama(vocab=len(base["tokenizer.ggml.tokens"])))
+
+
+def test_a_context_that_memory_cannot_hold_is_refused_and_a_shorter_one_serves(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(gguf_bytes(METADATA | {"llama.context_length": 1 << 26}, random_llama()))
+    if chat_server.available_memory() < 64 << 30:
+        assert "a context of 67,108,864 tokens needs 68,719,476,736 bytes for its rotary" in error_of(path)
+    _, engine = load(path, context_length=128)
+    assert engine.context_length == 128
+    assert [len(table) for table in engine.transformer.rope_tables] == [128, 128]
+
+
+# --- GGUF: what the file is made of ---------------------------------------------------------------
+
+
+NAME = "blk.0.ffn_up.weight"        # (512, 256) float32, which is type 0
+
+
+@pytest.mark.parametrize("shape, kind, offset, words", [
+    ((512, 256), 0, 1 << 40, NAME + '" would end at byte 1,099,'),
+    ((512, 256), 0, 2**64 - 32, "would end at byte 18,446,744,073,"),
+    ((1 << 31, 1 << 31), 0, 0, "would end at byte 18,446,744,073,709,551,616"),        # 0 in 64 bits
+    ((0, 256), 0, 0, "has the sizes [256, 0]; 1 to 4 of at least 1 are allowed"),
+    ((), 0, 0, "has the sizes []"), ((1,) * 5, 0, 0, "has the sizes [1, 1, 1, 1, 1]"),
+    ((512, 250), 2, 0, "has rows of 250; its type has multiples of 32"),
+    ((512, 256), 200, 0, "200 is not a valid GGMLQuantizationType"),
+    ((512, 256), 24, 0, NAME + " is of type I8, which the gguf package cannot dequantize"),
+    ((256, 512), 0, 0, NAME + " is (256, 512) instead of (512, 256)"),
+    ((131072,), 0, 0, NAME + " is (131072,) instead of (512, 256)")])
+def test_a_tensor_that_is_not_in_the_file_as_announced_is_named(bad_gguf, shape, kind, offset, words):
+    assert words in bad_gguf(infos={NAME: tensor_info(NAME, shape, kind, offset)})
+
+
+@pytest.mark.parametrize("name, words", [
+    ("blk.0.attn_q.weight", "Found duplicated tensor"), ("\x1b[2J\n", "unknown ")])
+def test_a_tensor_under_a_name_that_cannot_be_is_an_error(bad_gguf, name, words):
+    assert words in bad_gguf(infos={"more": tensor_info(name, (1, 4), 0, 0)})
+
+
+def test_tensors_that_share_their_bytes_are_refused(bad_gguf):
+    infos = {f"blk.{i}.more": tensor_info(f"blk.{i}.more", (512, 256), 0, 0) for i in range(100)}
+    assert re.search(r"tiny.gguf has [\d,]+ bytes, but its tensors would take [\d,]+", bad_gguf(infos=infos))
+
+
+def test_an_embedding_that_is_missing_or_flat_is_named(bad_gguf):
+    tensors = random_llama()
+    flat = tensors | {"token_embd.weight": tensors["token_embd.weight"].ravel()}
+    assert "token_embd.weight is (69120,) instead of (270, 256)" in bad_gguf(tensors=flat)
+    del tensors["token_embd.weight"]
+    assert "missing token_embd.weight (270, 256)" in bad_gguf(tensors=tensors)
+
+
+def u32(number):
+    return number.to_bytes(4, "little")
+
+
+def u64(number):
+    return number.to_bytes(8, "little")
+
+
+KEY, TEXT, ARRAY = packed_text("general.more"), u32(8), u32(9)
+
+
+@pytest.mark.parametrize("more, words", [
+    ({"keys": KEY + ARRAY + (ARRAY + u64(1)) * 5000}, "none that are arrays"),
+    ({"keys": KEY + ARRAY + u32(0) + u64(2**62)}, "an array has 4,611,686,018,427,387,904 values"),
+    ({"keys": KEY + ARRAY + TEXT + u64(2**24)}, "goes beyond the end"),
+    ({"keys": KEY + ARRAY + u32(99) + u64(1)}, "99 is not a valid GGUFValueType"),
+    ({"keys": KEY + u32(99)}, "99) is not a valid GGUFValueType"),
+    ({"keys": KEY + TEXT + u64(2**63)}, "speaks of byte 9,223,372,036,"),
+    ({"keys": packed_text("general.architecture") + TEXT + packed_text("llama")}, "Duplicate"),
+    ({"keys": KEY + TEXT + packed_text(b"\xff\xfe")}, "utf-8"),
+    ({"tensor_count": 2**63}, "9,223,372,036,854,775,808 tensors; at most 131,072"),
+    ({"tensor_count": 131_000}, "speaks of byte"), ({"key_count": 2**63}, "cut"), ({"key_count": 3}, "cut")])
+def test_a_header_that_lies_is_one_line(bad_gguf, more, words):
+    error = bad_gguf(**more)
+    assert "tiny.gguf is no readable GGUF file (cut?): " in error and words in error
+
+
+def test_a_gguf_cut_anywhere_is_one_line(tmp_path):
+    whole, path = gguf_bytes(METADATA, random_llama()), tmp_path / "tiny.gguf"
+    header = len(whole) - sum(tensor.nbytes for tensor in random_llama().values())
+    for size in {*range(4, 120), *range(120, header, 61), *range(header - 1, header + 2), len(whole) - 1}:
+        path.write_bytes(whole[:size])
+        assert "cut?" in error_of(path)
+
+
+def test_a_file_of_the_other_byte_order_is_named(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(b"GGUF\0\0\0\3" + bytes(15) + b"\1" + bytes(100))
+    assert "byte order" in error_of(path)
+
+
+# --- nanochat -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nanochat(nanochat_fixtures, tmp_path):
+    """A copy of generation 5: .path, .model, .meta, .pickle."""
+    class Nanochat:
+        path = shutil.copytree(nanochat_fixtures / "gen5", tmp_path / "base")
+        model = path / "chatsft_checkpoints/d4/model_000650.pt"
+        meta = model.with_name("meta_000650.json")
+        pickle = path / "tokenizer" / "tokenizer.pkl"
+
+        def error(self):
+            return error_of(self.path)
+    return Nanochat()
+
+
+@pytest.mark.parametrize("key, value, words", [
+    ("n_layer", 2**31, "n_layer is 2147483648; it must be an integer from 1 to 10,000"),
+    ("n_layer", 0, "n_layer is 0; it must"),
+    ("n_layer", 9999, "missing transformer.h.4."), ("n_layer", True, "n_layer is true"),
+    ("n_layer", None, "n_layer is missing"),
+    ("sequence_len", 10**40, "it must be an integer from 16 to 67,108,864"),
+    ("sequence_len", 512.0, "sequence_len is 512.0; it must"),
+    ("vocab_size", 2**40, "it must be an integer from 1 to 16,777,216"),
+    ("vocab_size", 10**7, "it has 284 tokens, the model 10000000"),
+    ("n_head", -4, "n_head is -4; it must be"),
+    ("n_head", 5, "n_embd is 64; it must be a multiple of 10 (2 * n_head)"),
+    ("n_kv_head", 3, "n_head is 4; it must be a multiple of 3 (n_kv_head)"),
+    ("n_kv_head", {"a": 1}, "n_kv_head is an object of 1"),
+    ("n_embd", 2**20, "instead of (1048576, 4194304)"),
+    ("n_embd", "64", 'n_embd is "64"; it must be an integer'),
+    ("window_pattern", 3, "window_pattern is 3; it must be a text"),
+    ("window_pattern", "SQ", "it must be of S and L"),
+    ("window_pattern", ["S"], "window_pattern is a list of 1"),
+    ("n_experts", 8, "model_config has the key \"n_experts\"; known are sequence_len")])
+def test_a_meta_file_s_sizes_are_checked_before_anything_is_allocated(nanochat, key, value, words):
+    meta = json.loads(nanochat.meta.read_text())
+    meta["model_config"] = {k: v for k, v in {**meta["model_config"], key: value}.items() if v is not None}
+    nanochat.meta.write_text(json.dumps(meta))
+    assert words in nanochat.error()
+
+
+@pytest.mark.parametrize("text", [
+    "[" * 100_000, '{"model_config": ' * 20_000, '{"model_config": {"n_layer": NaN}}', "\ud800", "null", "",
+    '{"model_config": {"n_layer": ' + "9" * 5000 + "}}", '{"model_config": [[1]]}'])
+def test_a_meta_file_that_is_none_is_named(nanochat, text):
+    nanochat.meta.write_bytes(text.encode("utf-8", "surrogatepass"))
+    assert str(nanochat.meta) in nanochat.error()
+
+
+@pytest.mark.parametrize("value, words", [
+    (lambda: torch.zeros(320, 64).to_sparse(),
+     "lm_head.weight is cpu sparse_coo float32; it must be one of cpu strided float32, "),
+    (lambda: torch.zeros(320, 64).to_sparse_csr(), "sparse_csr"),
+    (lambda: torch.zeros(320, 64, device="meta"), "lm_head.weight is meta strided float32; it must be one"),
+    (lambda: torch.quantize_per_tensor(torch.zeros(320, 64), 1.0, 0, torch.qint8), "qint8"),
+    (lambda: torch.zeros(320, 64, dtype=torch.complex64), "is cpu strided complex64"),
+    (lambda: torch.zeros(320, 64, dtype=torch.int64), "int64"),
+    (lambda: torch.zeros(320, 64, dtype=torch.bool), "is cpu strided bool; it must be one of"),
+    (lambda: torch.nested.nested_tensor([torch.zeros(2, 64), torch.zeros(3, 64)]), "nested"),
+    (lambda: torch.zeros(320), "lm_head.weight is (320,) instead of (320, 64)"),
+    (lambda: torch.zeros(()), "lm_head.weight is () instead of (320, 64)"),
+    (lambda: torch.zeros(320, 64, 1), "is (320, 64, 1) instead of"),
+    (lambda: torch.zeros(0), "is (0,) instead of"), (lambda: 3, "lm_head.weight is int; it must"),
+    (lambda: [torch.zeros(2)], "lm_head.weight is list; it must"),
+    (lambda: torch.zeros(1).expand(1 << 20, 1 << 20), "would take 4,39"), (lambda: "x", "is str; it must")])
+@pytest.mark.parametrize("key", ["lm_head.weight", "transformer.h.1.attn.ve_gate.weight"])
+def test_what_is_no_dense_tensor_of_floats_is_named(nanochat, value, words, key):
+    state = torch.load(nanochat.model, weights_only=True)
+    torch.save(state | {key: value()}, nanochat.model)
+    error = nanochat.error()
+    assert str(nanochat.model) in error and key in error
+    assert key != "lm_head.weight" or words in error
+
+
+def test_tensors_that_share_memory_are_refused_before_they_are_copied(nanochat):
+    state = torch.load(nanochat.model, weights_only=True)
+    shared = torch.zeros(1000, 64)
+    torch.save(state | {f"more.{i}": shared for i in range(100)}, nanochat.model)
+    assert re.search(r"model_000650.pt has [\d,]+ bytes, but its tensors would take [\d,]+", nanochat.error())
+
+
+@pytest.mark.parametrize("state", [torch.zeros(3), [1], {1: torch.zeros(2)}, {("a", "b"): torch.zeros(2)}])
+def test_what_is_no_state_dict_is_named(nanochat, state):
+    torch.save(state, nanochat.model)
+    assert str(nanochat.model) in nanochat.error()
+
+
+def test_a_checkpoint_cut_anywhere_is_one_line(nanochat):
+    whole = nanochat.model.read_bytes()
+    sizes = [*range(5000, len(whole), 97_001), *range(len(whole) - 3000, len(whole), 331)]
+    for size in [0, 1, 4, 30, 1000, *sizes]:
+        nanochat.model.write_bytes(whole[:size])
+        assert str(nanochat.model) in nanochat.error()
+
+
+BYTES = {bytes([i]): i for i in range(256)}
+SPECIALS = {f"<|{name}|>": 279 + i for i, name in enumerate(
+    ("bos", "user_start", "user_end", "assistant_start", "assistant_end"))}
+
+
+def encoding_pickle(ranks=BYTES, specials=SPECIALS, pattern="x"):
+    """A pickle of a tiktoken Encoding: BUILD on an object made without __init__."""
+    state = {"name": "x", "pat_str": pattern, "mergeable_ranks": ranks, "special_tokens": specials}
+    return b"\x80\x04\x8c\x0dtiktoken.core\x8c\x08Encoding\x93)\x81" + pickle.dumps(state, 4)[2:-1] + b"b."
+
+
+def test_the_good_pickle_is_a_tokenizer(nanochat):
+    nanochat.pickle.write_bytes(encoding_pickle())
+    assert load(nanochat.path)[1].tokenizer.vocab_size == 284
+
+
+@pytest.mark.parametrize("content, words", [
+    (encoding_pickle(ranks=BYTES | {b"ab": 17}), "2 tokens have the id 17; each must have its own"),
+    (encoding_pickle(specials=SPECIALS | {"<|more|>": 5}), "2 tokens have the id 5"),
+    (encoding_pickle(ranks={key: i for key, i in BYTES.items() if i != 65}), "the byte 65 has no token"),
+    (encoding_pickle(ranks=BYTES | {b"ab": 10**9}), "to token ids, each an integer from 0 to 16,777,215"),
+    (encoding_pickle(ranks=BYTES | {b"ab": -1}), "token ids"),
+    (encoding_pickle(ranks=BYTES | {b"ab": 2.0}), "token ids"),
+    (encoding_pickle(ranks=BYTES | {"ab": 257}), "token ids"),
+    (encoding_pickle(pattern=7), "the pattern is no text"),
+    (encoding_pickle(pattern="(" * 9), "tokenizer is broken"),
+    (b"\x80\x04]r\xff\xff\xff\x7f.", "not a tiktoken Encoding"),     # a memo index for which C makes room
+    (b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".", "KeyError: 150"),
+    (b"\x80\x04\x8e" + (2**40).to_bytes(8, "little") + b".", "not a tiktoken Encoding"),
+    (b"", "not a tiktoken Encoding"),
+    (b"\x80\x04" + b"(" * 100_000 + b".", "not a tiktoken Encoding"),
+    (pickle.dumps([1]), "not a tiktoken Encoding")])
+def test_a_tokenizer_that_cannot_be_one_is_named(nanochat, content, words):
+    nanochat.pickle.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load(nanochat.path)
+    assert words in str(caught.value) and str(caught.value).isprintable()
+
+
+# --- anything -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gguf", "nanochat"])
+def test_a_mutated_file_is_a_model_or_one_line_and_takes_little_time_and_memory(kind, tmp_path):
+    count = os.environ.get("MUTATIONS", "300")
+    script = Path(__file__).with_name("mutate_models.py")
+    run = subprocess.run([sys.executable, script, kind, "7", count, tmp_path], capture_output=True, text=True,
+                         timeout=170)
+    assert run.returncode == 0, run.stdout[-500:] + run.stderr[-3000:]
+    assert re.search(rf"\n([1-9]\d*) of {count} became models\n$", run.stdout)

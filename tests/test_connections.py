@@ -1,0 +1,376 @@
+"""How many connections there may be, who goes when there are too many, and readers that do not read."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import re
+import resource
+import socket
+import subprocess
+import sys
+
+import pytest
+
+import chat_server
+from chat_server import ConnectionTable, Settings, network_of
+from fake_pool import FakePool, conversation, serving
+
+SCRIPT = chat_server.STATIC.parent / "chat_server.py"
+LIVEZ = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
+ALIVE = b'{"alive": true}'
+PATIENCE_S = 60            # far above what anything here takes
+
+
+class Client:
+    """A connection of its own, from an address of this machine."""
+
+    def __init__(self, reader, writer):
+        self.reader, self.writer = reader, writer
+
+    @classmethod
+    async def connect(cls, url, address="127.0.0.1"):
+        port = int(url.rsplit(":", 1)[1])
+        return cls(*await asyncio.open_connection("127.0.0.1", port, local_addr=(address, 0)))
+
+    async def lives(self):
+        """Is /livez answered?"""
+        with contextlib.suppress(ConnectionError):
+            self.writer.write(LIVEZ)
+            header = await self.header()
+            return header.startswith(b"HTTP/1.1 200") and await self.reader.readexactly(len(ALIVE)) == ALIVE
+        return False
+
+    async def header(self):
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            return await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), PATIENCE_S)
+        return b""
+
+    async def ended(self):
+        """Everything up to the end of the connection."""
+        with contextlib.suppress(ConnectionError):
+            return await asyncio.wait_for(self.reader.read(), PATIENCE_S)
+        return b""
+
+    def ask(self, path=b"/chat/completions", **fields):
+        self.writer.write(posted(path, **fields))
+
+
+def posted(path, **fields):
+    body = json.dumps(conversation() | fields).encode()
+    return b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (path, len(body), body)
+
+
+async def asking(url, pool, count, address="127.0.0.1"):
+    """Connections whose answers have begun."""
+    clients = [await Client.connect(url, address) for _ in range(count)]
+    for client in clients:
+        before = pool.open
+        client.ask()
+        assert (await client.header()).startswith(b"HTTP/1.1 200"), before
+    return clients
+
+
+# how many
+
+
+async def test_where_there_is_no_room_the_connection_that_was_idle_for_longest_goes():
+    async with serving(FakePool(), connections=16) as url:
+        clients = [await Client.connect(url) for _ in range(16)]
+        for client in [*clients[1:], clients[0]]:           # so the second has been idle for longest
+            assert await client.lives()
+        more = [await Client.connect(url) for _ in range(3)]
+        for client in more:
+            assert await client.lives()
+        assert [await client.ended() for client in clients[1:4]] == [b""] * 3
+        for client in (clients[0], *clients[4:], *more):
+            assert await client.lives()
+
+
+async def test_one_that_has_sent_no_request_or_half_of_one_counts_as_idle():
+    async with serving(FakePool(), connections=16) as url:
+        silent = [await Client.connect(url) for _ in range(16)]
+        for client in silent[8:]:
+            client.writer.write(LIVEZ[:20])
+        more = [await Client.connect(url) for _ in range(16)]
+        assert all([await client.lives() for client in more])
+        assert [await client.ended() for client in silent] == [b""] * 16
+
+
+async def test_a_running_answer_is_never_closed_for_a_new_connection():
+    pool = FakePool(gate=asyncio.Event())
+    async with serving(pool, connections=16) as url:
+        running = await asking(url, pool, 15)
+        for _ in range(40):
+            assert await (await Client.connect(url)).lives()
+        pool.gate.set()
+        for client in running:
+            assert b'"done": true' in await client.reader.readuntil(b"\r\n0\r\n\r\n")
+
+
+async def test_where_every_connection_has_an_answer_health_is_told_and_anything_else_is_503():
+    pool = FakePool(gate=asyncio.Event())
+    async with serving(pool, Settings(prefix="/chat"), connections=16) as url:
+        running = [await Client.connect(url) for _ in range(16)]
+        for client in running:
+            client.ask(b"/chat/v1/chat/completions")
+        await pool.until_open(16)
+        served = dict.fromkeys(("livez", "readyz", "health", "metrics", "stats"), 200)
+        for path, status in (served | dict.fromkeys(("", "v1/models", "static/chat.js"), 503)).items():
+            client = await Client.connect(url)
+            client.writer.write(b"GET /chat/%s HTTP/1.1\r\nHost: localhost\r\n\r\n" % path.encode())
+            answer = await client.ended()           # none of them is kept
+            assert answer.startswith(b"HTTP/1.1 %d " % status), path
+            assert (b"\r\nRetry-After: 1\r\n" in answer) == (status == 503)
+        asking = await Client.connect(url)
+        asking.ask(b"/chat/v1/chat/completions")
+        answer = await asking.ended()
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 503 ") and json.loads(body)["error"]["code"] == "overloaded"
+        pool.gate.set()
+        await pool.until_open(0)
+        assert len(pool.requests) == 16
+        for client in running:
+            assert (await client.header()).startswith(b"HTTP/1.1 200")
+        late = await Client.connect(url)
+        late.ask(b"/chat/v1/chat/completions")
+        assert (await late.header()).startswith(b"HTTP/1.1 200")
+
+
+async def test_more_surplus_connections_than_a_few_push_the_oldest_out():
+    pool = FakePool(gate=asyncio.Event())
+    async with serving(pool, connections=16) as url:
+        running = await asking(url, pool, 16)
+        surplus = [await Client.connect(url) for _ in range(ConnectionTable.SURPLUS)]
+        for client in surplus:                      # a body that does not come holds a connection too
+            client.writer.write(b"POST /livez HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n")
+            assert (await client.header()).startswith(b"HTTP/1.1 405")
+        assert await (await Client.connect(url)).lives()
+        await surplus[0].ended()
+        assert len(running) == pool.open
+        pool.gate.set()
+        await pool.until_open(0)
+        for client in surplus:
+            client.writer.close()
+
+
+async def test_one_network_has_a_quarter_and_the_others_the_rest(monkeypatch):
+    monkeypatch.setattr(chat_server, "network_of", lambda address: "" if address == "127.0.0.1" else address)
+    pool = FakePool(gate=asyncio.Event())
+    async with serving(pool, connections=16) as url:
+        old = await Client.connect(url, "127.0.0.3")
+        greedy = await asking(url, pool, 4, "127.0.0.2")
+        refused = await Client.connect(url, "127.0.0.2")
+        refused.ask()
+        assert (await refused.ended()).startswith(b"HTTP/1.1 503")
+        idle = [await Client.connect(url, "127.0.0.4") for _ in range(40)]
+        assert await idle[-1].lives() and [await client.ended() for client in idle[:36]] == [b""] * 36
+        assert await old.lives()                    # none but their own went
+        here = [await Client.connect(url) for _ in range(7)]
+        assert all([await client.lives() for client in [old, *idle[36:], *here]])
+        pool.gate.set()
+        for client in greedy:
+            assert b'"done": true' in await client.reader.readuntil(b"\r\n0\r\n\r\n")
+
+
+async def test_nothing_is_kept_of_connections_that_have_ended(monkeypatch):
+    tables = []
+
+    class Kept(ConnectionTable):
+        def __init__(self, limit):
+            super().__init__(limit)
+            tables.append(self)
+
+    monkeypatch.setattr(chat_server, "ConnectionTable", Kept)
+    monkeypatch.setattr(chat_server, "network_of", lambda address: address)
+    pool = FakePool(gate=asyncio.Event())
+    async with serving(pool, connections=16) as url:
+        clients = await asking(url, pool, 4)
+        clients += [await Client.connect(url, f"127.0.0.{2 + number % 9}") for number in range(60)]
+        clients += [await Client.connect(url) for _ in range(3)]            # surplus
+        assert await clients[-1].lives()
+        pool.gate.set()
+        for client in clients:
+            client.writer.close()
+        await pool.until_open(0)
+    (table,) = tables
+    assert not table.all and not table.networks and not table.surplus
+
+
+@pytest.mark.parametrize("address, network", [
+    ("127.0.0.1", ""), ("127.8.9.1", ""), ("::1", ""), ("::ffff:127.0.0.1", ""),
+    ("192.0.2.7", "192.0.2.7"), ("::ffff:192.0.2.7", "192.0.2.7"), ("fe80::1%eth0", "fe80::/64"),
+    ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"), ("2001:db8:1:3::1", "2001:db8:1:3::/64")])
+def test_connections_count_by_address_and_those_of_ipv6_by_64_bits_of_it(address, network):
+    assert network_of(address) == network
+
+
+# descriptors
+
+
+def limited(soft, hard):
+    """For a new process: a limit of descriptors."""
+    return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("soft, hard, raised, room", [
+    (256, 1024, 1024, 399), (1024, 1024, 1024, 399), (256, 18_000, 16_610, 8192), (64, 64, 64, 16),
+    (18_000, 18_000, 18_000, 8192)])
+def test_the_limit_of_descriptors_is_raised_as_far_as_it_is_needed(soft, hard, raised, room):
+    if hard > resource.getrlimit(resource.RLIMIT_NOFILE)[1]:
+        pytest.skip("this process has a lower hard limit")
+    code = "import chat_server, resource; print(chat_server.room_for_connections(chat_server.Settings()), " \
+           "*resource.getrlimit(resource.RLIMIT_NOFILE))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, preexec_fn=limited(soft, hard),
+                         capture_output=True, text=True, timeout=PATIENCE_S)
+    assert run.stdout.split() == [str(room), str(raised), str(hard)], run.stderr
+
+
+@contextlib.asynccontextmanager
+async def server_of_its_own(folder, fixtures, descriptors):
+    """The real server with so many descriptors: (URL, the file of its log)."""
+    words = [SCRIPT, fixtures / "gen5", "--port", "0", "--host", "127.0.0.1", "--kv-cache-memory", "512K"]
+    with open(folder / "log", "wb") as log:
+        server = await asyncio.create_subprocess_exec(
+            sys.executable, *words, stdout=subprocess.PIPE, stderr=log,
+            preexec_fn=limited(min(64, descriptors), descriptors))
+    try:
+        while not (found := re.search(rb"http://127\.0\.0\.1:\d+", line := await server.stdout.readline())):
+            assert line, (folder / "log").read_text()
+        yield found[0].decode(), folder / "log"
+    finally:
+        server.kill()
+        await server.communicate()
+
+
+async def test_idle_connections_beyond_the_descriptors_keep_nobody_out(tmp_path, nanochat_fixtures):
+    async with server_of_its_own(tmp_path, nanochat_fixtures, 400) as (url, log):
+        idle = [await Client.connect(url) for _ in range(600)]
+        client = await Client.connect(url)
+        assert await client.lives()
+        client.ask(max_tokens=3, temperature=0)
+        answer = await asyncio.wait_for(client.reader.readuntil(b"\r\n0\r\n\r\n"), PATIENCE_S)
+        assert b'"done": true' in answer
+        assert [await each.ended() for each in idle[:400]] == [b""] * 400
+        assert log.stat().st_size < 4000 and "out of system resource" not in log.read_text()
+
+
+async def test_a_server_that_runs_out_of_descriptors_says_so_shortly_and_serves_when_there_are_some(
+        tmp_path, nanochat_fixtures):
+    too_few = 24            # for the 16 connections that there may always be
+    async with server_of_its_own(tmp_path, nanochat_fixtures, too_few) as (url, log):
+        idle = [await Client.connect(url) for _ in range(40)]
+        for client in idle:
+            client.writer.close()
+        assert await (await Client.connect(url)).lives()
+        text = log.read_text()
+        assert len(text) < 20_000 and text.count("Traceback") < 10
+
+
+# the log
+
+
+def test_what_is_logged_again_and_again_is_written_once_a_second_with_its_number():
+    code = """import chat_server, logging
+chat_server.start_logging(chat_server.Settings())
+for number in range(10_000):
+    accept_error = "socket.accept() out of system resource\\nsocket: <fd=7>"
+    logging.getLogger("asyncio").error(accept_error, exc_info=OSError(24, "many"))
+    chat_server.log.warning("a request from %s: this is no HTTP", number)
+    chat_server.log.info("line %d", number)
+chat_server.log.error("once")
+"""
+    log = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True,
+                         timeout=PATIENCE_S).stderr
+    assert len(re.findall(r" line \d+\n", log)) == 10_000 and log.count(" once\n") == 1
+    for words in (r"socket\.accept\(\) out of system resource", r"a request from \d+: this is no HTTP"):
+        written = len(re.findall(rf"^\S+ \S+ {words}$", log, re.MULTILINE))
+        left_out = [int(number) for number in re.findall(rf"(\d+) times more: {words}$", log, re.MULTILINE)]
+        assert written + sum(left_out) == 10_000 and len(left_out) <= written < 100
+    assert log.count("socket: <fd=7>") == log.count("OSError: [Errno 24]") < 100
+
+
+# readers that do not read
+
+
+@contextlib.asynccontextmanager
+async def counted(monkeypatch, pool):
+    """The HTTP side where WRITE_S is a moment: its URL, and an event that says that no connection is left."""
+    none_left = asyncio.Event()
+
+    class Counted(ConnectionTable):
+        def remove(self, connection):
+            super().remove(connection)
+            if not self.all:
+                none_left.set()
+
+        def renew(self, connection):        # not through remove, which would tell
+            none_left.clear()
+
+    monkeypatch.setattr(chat_server, "ConnectionTable", Counted)
+    monkeypatch.setattr(chat_server, "WRITE_S", 0.2)
+    async with serving(pool) as url:
+        yield url, none_left
+
+
+async def silent_reader(url, request):
+    """A client whose system takes a few KB, and which never reads them."""
+    connection = socket.socket()
+    connection.setblocking(False)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    loop, port = asyncio.get_running_loop(), int(url.rsplit(":", 1)[1])
+    await loop.sock_connect(connection, ("127.0.0.1", port))
+    await loop.sock_sendall(connection, request)
+    return connection
+
+
+def get(path):
+    return f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+
+
+STATIC_FILES = [path for path in chat_server.STATIC.rglob("*") if path.is_file()]
+LARGEST = max(STATIC_FILES, key=lambda path: path.stat().st_size).relative_to(chat_server.STATIC.parent)
+UNREAD = {      # the request, and whether its answer goes on for ever
+    "whole": (posted(b"/v1/chat/completions"), False), "native": (posted(b"/chat/completions"), False),
+    "stream": (posted(b"/v1/chat/completions", stream=True), False),
+    "resumable": (posted(b"/chat/completions", resumable=True), False),
+    "between pieces": (posted(b"/chat/completions"), True), "pipelined": (32 * get("/openapi.json"), False),
+    "a file": (get(f"/{LARGEST.as_posix()}"), False), "files": (20 * get(f"/{LARGEST.as_posix()}"), False)}
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="only Linux ends such connections")
+@pytest.mark.parametrize("request_, held", UNREAD.values(), ids=UNREAD)
+@pytest.mark.parametrize("size", [60_000, 6_000_000])
+async def test_a_response_that_nobody_reads_ends_its_connection(monkeypatch, caplog, request_, held, size):
+    pool = FakePool(["x" * min(size, 500_000)] * max(1, size // 500_000))
+    if held:
+        pool.gate = HeldAfter(1)
+    async with counted(monkeypatch, pool) as (url, none_left):
+        connection = await silent_reader(url, request_)
+        await asyncio.wait_for(none_left.wait(), PATIENCE_S)
+        await pool.until_open(0)
+        connection.close()
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+class HeldAfter:
+    """A gate that lets the first pieces through and holds the others for ever."""
+
+    def __init__(self, pieces):
+        self.pieces = pieces
+
+    async def wait(self):
+        self.pieces -= 1
+        if self.pieces < 0:
+            await asyncio.Event().wait()
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="only Linux ends such connections")
+async def test_a_client_that_reads_now_and_then_gets_all_of_a_long_response(monkeypatch):
+    pool = FakePool(["x" * 500_000] * 12)
+    async with counted(monkeypatch, pool) as (url, none_left):
+        connection = await silent_reader(url, posted(b"/v1/chat/completions"))
+        received = 0
+        while received < 6_000_000:
+            received += len(await asyncio.get_running_loop().sock_recv(connection, 20_000))
+        connection.close()

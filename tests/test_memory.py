@@ -1,0 +1,101 @@
+"""What requests may hold of the front's memory: large bodies while they are read, and answers that are sent whole."""
+
+import asyncio
+import json
+
+import aiohttp
+import pytest
+
+import chat_server
+from chat_server import Budget, Holding, Overloaded, Piece, Settings, TokenLogprob
+from fake_pool import FakePool, conversation, serving
+
+KB = 1024
+
+
+@pytest.fixture
+def limits(monkeypatch):
+    """A function that changes LIMITS for a test."""
+    return lambda **changes: monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(chat_server.LIMITS, **changes))
+
+
+async def unfinished(url, size, sent):
+    """A connection whose body of `size` bytes has come as far as `sent`."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % size + b" " * sent)
+    return reader, writer
+
+
+async def test_bodies_beyond_the_budget_wait_and_small_ones_do_not(limits, monkeypatch):
+    limits(held_bytes=4 * 400 * KB)
+    budget = Budget(chat_server.LIMITS.held_bytes)
+    monkeypatch.setattr(chat_server, "Budget", lambda total: budget)
+    async with serving(FakePool()) as url, aiohttp.ClientSession() as client:
+        held = [await unfinished(url, 200 * KB, 100 * KB) for _ in range(2)]
+        while budget.used < 400 * KB:
+            await asyncio.sleep(0.01)
+        waiting = asyncio.ensure_future(client.post(url + "/v1/chat/completions", json=conversation("x" * 190 * KB)))
+        assert (await client.post(url + "/v1/chat/completions", json=conversation("x" * 20 * KB))).status == 200
+        assert not waiting.done()
+        held[0][1].close()
+        assert (await waiting).status == 200
+        held[1][1].close()
+        while budget.used:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_body_that_finds_no_room_is_503_with_when_to_come_back(limits, monkeypatch):
+    limits(held_bytes=4 * 300 * KB)
+    async with serving(FakePool()) as url, aiohttp.ClientSession() as client:
+        _, writer = await unfinished(url, 200 * KB, 100 * KB)
+        monkeypatch.setattr(chat_server, "BODY_S", 0.3)
+        async with client.post(url + "/v1/chat/completions", json=conversation("x" * 200 * KB)) as response:
+            assert response.status == 503 and int(response.headers["Retry-After"]) > 0
+            assert "large bodies" in (await response.json())["error"]["message"]
+        writer.close()
+
+
+async def test_a_body_that_comes_too_slowly_is_408(limits, monkeypatch):
+    monkeypatch.setattr(chat_server, "BODY_S", 0.2)
+    monkeypatch.setattr(chat_server, "BODY_BYTES_PER_S", 1e9)
+    async with serving(FakePool()) as url:
+        reader, writer = await unfinished(url, 60 * KB, 10)
+        status = asyncio.ensure_future(reader.readline())
+        while not status.done():            # never silent for long, and never done
+            writer.write(b" ")
+            await asyncio.sleep(0.02)
+        assert b" 408 " in await status
+        writer.close()
+
+
+async def test_one_client_holds_a_quarter_and_everything_is_given_back(limits):
+    limits(inline_bytes=0)
+    budget = Budget(400)
+    with Holding(budget, "a") as mine:
+        mine.grow(90)
+        with pytest.raises(Overloaded, match="stream them"):
+            mine.grow(20)
+        with pytest.raises(Overloaded):
+            await budget.room("a", 20, 0.01)
+        with Holding(budget, "b") as other:
+            await other.room(100)
+            assert budget.used == 190
+    assert budget.used == 0 and not budget.of_client
+
+
+@pytest.mark.parametrize("route, more", [("/v1/chat/completions", {"logprobs": True, "top_logprobs": 2}),
+                                         ("/v1/completions", {"logprobs": 2, "prompt": "x"})])
+async def test_a_whole_answer_beyond_the_budget_is_an_error_and_a_streamed_one_goes_on(limits, route, more):
+    limits(held_bytes=4 * 20 * KB, inline_bytes=KB)
+    top = ((72, -0.5), (73, -1.25))
+    pool = FakePool([Piece("H", (72,), 0, logprobs=(TokenLogprob(72, -0.5, top),))] * 200)
+    async with serving(pool, Settings()) as url, aiohttp.ClientSession() as client:
+        async with client.post(url + route, json=conversation() | more) as response:
+            assert response.status == 503 and "stream" in (await response.json())["error"]["message"]
+        async with client.post(url + route, json=conversation() | more | {"stream": True}) as response:
+            assert response.status == 200 and (await response.text()).count("-1.25") == 200
+        pool.pieces = pool.pieces[:5]
+        async with client.post(url + route, json=conversation() | more) as response:
+            choice = json.loads(await response.text())["choices"][0]
+            assert len(choice["logprobs"].get("content") or choice["logprobs"]["tokens"]) == 5
+        assert pool.open == 0

@@ -1,0 +1,88 @@
+"""Messages between processes: plain data behind a header; whatever else comes is refused before it is read."""
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+import chat_server
+from chat_server import (AnswerParams, BadMessage, Body, Call, Cancel, EndOfRequest, Known, Loading, Message, ModelCard, ModelSource,
+                         NewAnswer, NewPrompt, NewRequest, Ping, Ready, Refused, Request, Result, SamplingParams, SandboxConfig,
+                         Settings, Stepped, Task, TextSpec, TokenLogprob, Unusable, Update, WorkerConfig)
+
+HEADER = chat_server.HEADER
+SCORES = (TokenLogprob(5, None), TokenLogprob(7, -1.5, ((7, -1.5), (2**31, -float("inf")))))
+TEXT = TextSpec("hf", bytes(range(256)), "{{ messages }}", frozenset({2, 1, 999}), 1, None, True)
+EXAMPLES = [
+    WorkerConfig(Settings(model="a.gguf", served_model_name=("a", "b")), ModelSource("gguf", Path("/m/a.gguf"), "a", "GGUF"), "cpu", 2),
+    NewRequest("r", AnswerParams(stop=("\n", "ü\u2028"), stop_token_ids=(1,), logprobs=0, grammar="start: x"),
+               SamplingParams(0.1, 5, seed=2**64 - 1, logit_bias=((3, -100.0), (9, 0.5))), "alice", ""),
+    NewRequest("s", AnswerParams(), SamplingParams(), "", ""), NewPrompt("r", 127, tuple(range(3000))), NewPrompt("r", 0, ()),
+    NewAnswer("r#3", "r", 0, 3, 2**40, (1, 2, 3), 17, 5), Cancel("r#3"), EndOfRequest("r"), Ping(), Loading("weights", 0.25),
+    ModelCard(TEXT, "a", 4096, ("one", "two"), {"sample": "numpy"}, True), Ready({"running": 0}), Unusable("no such file"),
+    SandboxConfig(Known(Settings(), "m", None), TEXT, 4096, 1.5, 1 << 30), Task("fill", [{"a": [1, None]}, "x"]),
+    Body(bytes(range(256)) * 3), Body(b""), Result(None), Result([1, {"a": "\ud800"}]), Refused("no", 400, None, "tools"),
+    Stepped([], {}), Stepped([Update("r", (1, 2), "a\U0001f600\x00", "stop", "eos", 3, 0.5, 4, 2, SCORES, SCORES[:1]), Update("s", (), "")], {"queued": 1})]
+
+
+def through_the_pipe(message):
+    frame = chat_server.packed(message)
+    kind, size = chat_server.kind_and_size(frame[:HEADER.size])
+    assert size == len(frame) - HEADER.size
+    return chat_server.unpacked(kind, frame[HEADER.size:])
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
+def test_every_message_comes_out_as_it_went_in(message):
+    found = through_the_pipe(message)
+    if not isinstance(message, (WorkerConfig, SandboxConfig)):
+        assert found == message and repr(found) == repr(message)
+    elif isinstance(message, WorkerConfig):     # the types of flags are not written anywhere: a tuple of them comes out as a list
+        assert found.source == message.source and found.settings.served_model_name == ["a", "b"]
+        assert dataclasses.replace(found.settings, served_model_name=("a", "b"), **{
+            name: tuple(value) for name, value in vars(found.settings).items() if value == []}) == dataclasses.replace(message.settings)
+
+
+def test_a_request_comes_out_of_a_sandbox_as_it_went_in():
+    request = Request("r", (Message("user", "hi", {"tool_calls": [{"a": 1}]}), Message("assistant", "")), ("text", (1, 2, 3)), ((4, 5), ()),
+                      tools=({"function": {"name": "f"}},), stop=("x",), grammar="g")
+    for call in (Call(request, False, True, True), Call(Request("s", prompts=("a", "b")))):
+        assert chat_server.restorer(Call)(through_the_pipe(Result(call)).value) == call
+
+
+def test_there_is_an_example_of_every_message_and_each_has_a_limit():
+    assert {type(message) for message in EXAMPLES} == set(chat_server.MESSAGES)
+    assert all(0 < kind.MAX_BYTES <= 256 << 20 for kind in chat_server.MESSAGES)
+
+
+@pytest.mark.parametrize("header", [HEADER.pack(len(chat_server.MESSAGES), 0), HEADER.pack(255, 5), b"\x80\x04\x95\x10\x00",
+                                    HEADER.pack(chat_server.KIND_OF[Cancel], Cancel.MAX_BYTES + 1), HEADER.pack(0, 2**32 - 1)])
+def test_a_header_of_an_unknown_kind_or_size_is_refused_before_its_body_is_read(header):
+    with pytest.raises(BadMessage):
+        chat_server.kind_and_size(header)
+
+
+@pytest.mark.parametrize("kind, body", [
+    (Cancel, b""), (Cancel, b"{}"), (Cancel, b"[]"), (Cancel, b'["a", "b"]'), (Cancel, b"null"), (Cancel, b"[" * 100_000),
+    (Stepped, b'[[["r"]], {}]'), (Stepped, b'[[5], {}]'), (Stepped, b"[[], {}, 1]"), (NewPrompt, b'["r", 0, 5]'),
+    (ModelCard, b'[["hf", "%%%", null, [], 1, 2, true], "a", 1, [], {}, true]'), (NewRequest, b'["r", null, [], "", ""]')])
+def test_a_body_that_is_not_of_its_kind_is_refused(kind, body):
+    with pytest.raises(BadMessage):
+        chat_server.unpacked(kind, body)
+
+
+def test_whatever_bytes_come_the_result_is_a_message_or_a_refusal():
+    generator = random.Random(5)
+    for message in EXAMPLES * 40:
+        body = bytearray(chat_server.packed(message)[HEADER.size:])
+        for _ in range(generator.randint(1, 4)):
+            if body:
+                body[generator.randrange(len(body))] = generator.choice(b'[]{}",:0-9eEntf\\\xff')
+        try:
+            found = chat_server.unpacked(type(message), bytes(body))
+        except BadMessage:
+            continue
+        assert type(found) is type(message)
+    assert json.loads(chat_server.packed(Ping())[HEADER.size:]) == []

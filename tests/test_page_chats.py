@@ -1,0 +1,443 @@
+"""The page's chats in a real browser: what is stored, the list, several tabs, export and import."""
+
+import json
+import re
+
+import pytest
+
+from browsing import (answers, ask, button, chats, command, expect, expect_answered, menu, message_box, more, needs_browser,
+                      open_page, questions, reload, said, settled)
+
+pytestmark = needs_browser
+
+
+def new_tab(page, url):
+    other = page.context.new_page()
+    open_page(other, url)
+    return other
+
+
+# the list -------------------------------------------------------------------------------------------------------------
+
+def test_chats_are_listed_opened_renamed_pinned_and_found(page, stand_in):
+    open_page(page, stand_in.url)
+    for text in ("apples are red", "bananas are yellow", "cherries are red too"):
+        button(page, "New chat").click()
+        ask(page, text)
+        expect_answered(page)
+    expect(chats(page)).to_have_text(["cherries are red too", "bananas are yellow", "apples are red"])
+    expect(page.get_by_role("heading", name="Today")).to_be_visible()
+    chats(page).filter(has_text="bananas").click()
+    expect(said(questions(page))).to_have_text(["bananas are yellow"])
+    expect(page.get_by_role("heading", name="bananas are yellow")).to_be_visible()
+    row = page.get_by_role("listitem").filter(has_text="apples")
+    row.hover()
+    button(row, "Rename").click()
+    page.get_by_role("textbox", name="Title").fill("Fruit")
+    page.get_by_role("textbox", name="Title").press("Enter")
+    button(page.get_by_role("listitem").filter(has_text="Fruit"), "Pin").click()
+    expect(page.get_by_role("heading", name="Pinned")).to_be_visible()
+    expect(chats(page)).to_have_text(["Fruit", "cherries are red too", "bananas are yellow"])
+    search = page.get_by_role("textbox", name="Search chats")
+    search.fill("said RED")                             # words of the messages, in any order and case
+    expect(chats(page)).to_have_text(["Fruit", "cherries are red too"])
+    search.fill("nowhere")
+    expect(page.get_by_text("No chat has all of these words.")).to_be_visible()
+    search.press("Escape")
+    reload(page)
+    expect(chats(page)).to_have_text(["Fruit", "cherries are red too", "bananas are yellow"])
+    expect(said(questions(page))).to_have_text(["bananas are yellow"])            # where it was left
+
+
+def test_a_deleted_chat_can_be_brought_back(page, stand_in):
+    open_page(page, stand_in.url)
+    ask(page, "keep me")
+    expect_answered(page)
+    page.get_by_role("listitem").hover()
+    button(page, "Delete").click()
+    expect(chats(page)).to_have_count(0)
+    expect(page.get_by_role("article")).to_have_count(0)
+    button(page, "Undo").click()
+    expect(said(questions(page))).to_have_text(["keep me"])
+    expect(chats(page)).to_have_text(["keep me"])
+    page.get_by_role("listitem").hover()
+    button(page, "Delete").click()
+    settled(page)
+    reload(page)
+    expect(chats(page)).to_have_count(0)
+
+
+def test_the_back_button_and_the_address_find_chats(page, stand_in):
+    open_page(page, stand_in.url)
+    ask(page, "first")
+    expect_answered(page)
+    first = page.url
+    button(page, "New chat").click()
+    ask(page, "second")
+    expect_answered(page)
+    page.go_back()
+    expect(page.get_by_role("article")).to_have_count(0)
+    page.go_back()
+    expect(said(questions(page))).to_have_text(["first"])
+    assert page.url == first
+    other = new_tab(page, first)
+    expect(said(questions(other))).to_have_text(["first"])
+
+
+def test_drafts_belong_to_their_chats(page, stand_in):
+    open_page(page, stand_in.url)
+    message_box(page).fill("begun")
+    reload(page)
+    expect(message_box(page)).to_have_value("begun")
+    ask(page, "first")
+    expect_answered(page)
+    expect(message_box(page)).to_have_value("")
+    message_box(page).fill("more for the first")
+    button(page, "New chat").click()
+    expect(message_box(page)).to_have_value("")
+    message_box(page).fill("something new")
+    chats(page).click()
+    expect(message_box(page)).to_have_value("more for the first")
+    settled(page)
+    page.context.pages[0].close()
+    other = new_tab_of(page.context, stand_in.url)       # a later visit, whose own storage is empty
+    expect(message_box(other)).to_have_value("more for the first")
+    button(other, "New chat").click()
+    expect(message_box(other)).to_have_value("something new")
+
+
+def new_tab_of(context, url):
+    page = context.new_page()
+    open_page(page, url)
+    return page
+
+
+# the tree -------------------------------------------------------------------------------------------------------------
+
+def test_a_message_can_be_deleted_with_what_follows_and_brought_back(page, stand_in):
+    open_page(page, stand_in.url)
+    for number, text in enumerate(("one", "two"), 1):
+        ask(page, text)
+        expect_answered(page, number)
+    more(questions(page).last, "Delete from here on")
+    expect(said(questions(page))).to_have_text(["one"])
+    expect(page.locator("#toast")).to_contain_text("Deleted 2 messages.")
+    button(page, "Undo").click()
+    expect(said(questions(page))).to_have_text(["one", "two"])
+    expect(answers(page)).to_have_count(2)
+    more(questions(page).first, "Delete from here on")
+    expect(page.get_by_role("article")).to_have_count(0)
+    settled(page)
+    reload(page)
+    expect(page.get_by_role("article")).to_have_count(0)
+
+
+def test_a_branch_becomes_a_chat_of_its_own(page, stand_in):
+    open_page(page, stand_in.url)
+    command(page, "/system Be brief.")
+    for number, text in enumerate(("one", "two"), 1):
+        ask(page, text)
+        expect_answered(page, number)
+    more(answers(page).first, "Branch into a new chat")
+    expect(said(questions(page))).to_have_text(["one"])
+    ask(page, "three")
+    expect_answered(page, 2)
+    assert [message["content"] for message in stand_in.bodies[-1]["messages"]] == \
+        ["Be brief.", "one", "You said: one (answer 1)", "three"]
+    expect(chats(page)).to_have_count(2)
+    chats(page).last.click()
+    expect(said(questions(page))).to_have_text(["one", "two"])
+
+
+# several tabs ---------------------------------------------------------------------------------------------------------
+
+def test_a_second_tab_shows_the_same_chat_while_it_grows_and_may_stop_it(page, held_front):
+    open_page(page, held_front.url)
+    ask(page, "count")
+    held_front.admit(2)
+    expect(said(answers(page))).to_have_text("one two")
+    other = new_tab(page, held_front.url)
+    expect(said(answers(other))).to_have_text("one two")
+    expect(button(other, "Stop")).to_be_visible()
+    held_front.admit(1)
+    expect(said(answers(other))).to_have_text("one two three")
+    assert len(held_front.pool.requests) == 1
+    button(other, "Stop").click()
+    for tab in (page, other):
+        expect(answers(tab)).to_contain_text("stopped")
+        expect(button(tab, "Send")).to_be_visible()
+    ask(other, "again")                                 # and in the other direction
+    expect(said(questions(page))).to_have_text(["count", "again"])
+    held_front.admit(5)
+    expect(said(answers(page)).last).to_have_text("one two three four five")
+
+
+def test_when_the_tab_that_reads_is_closed_the_other_goes_on(page, held_front):
+    open_page(page, held_front.url)
+    ask(page, "count")
+    held_front.admit(2)
+    expect(said(answers(page))).to_have_text("one two")
+    other = new_tab(page, held_front.url)
+    expect(said(answers(other))).to_have_text("one two")
+    page.close(run_before_unload=False)
+    held_front.admit(3)
+    expect(said(answers(other))).to_have_text("one two three four five")
+    expect_answered(other)
+    assert len(held_front.pool.requests) == 1
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_tabs_that_ask_at_once_keep_both_questions_and_both_answers(page, stand_in, order):
+    open_page(page, stand_in.url)
+    ask(page, "start")
+    expect_answered(page)
+    tabs = [page, new_tab(page, stand_in.url)]
+    held = []
+    for tab in tabs:                                    # neither hears of the other before both have asked
+        expect(said(answers(tab))).to_contain_text("You said: start")
+        tab.evaluate("""() => {
+            window.late = [];
+            window.hear = store.channel.onmessage;
+            store.channel.onmessage = event => late.push(event);
+        }""")
+        tab.route("**/v1/chat/completions", lambda route: held.append(route))
+    for number, tab in enumerate(tabs):
+        with tab.expect_request("**/v1/chat/completions"):
+            ask(tab, f"question {number}")
+    for number in order:
+        held[number].continue_()
+        expect(answers(tabs[number]).last).to_contain_text(f"You said: question {number}")
+        settled(tabs[number])
+    for tab in tabs:
+        tab.evaluate("() => { store.channel.onmessage = hear; late.forEach(hear); }")
+        expect(questions(tab).last).to_contain_text("/2")
+    reload(page)
+    texts = set()
+    for step in ("Previous version", "Next version"):
+        texts.add((said(questions(page)).last.inner_text(), said(answers(page)).last.inner_text()))
+        if button(questions(page).last, step).is_enabled():
+            button(questions(page).last, step).click()
+            texts.add((said(questions(page)).last.inner_text(), said(answers(page)).last.inner_text()))
+    assert {question for question, _ in texts} == {"question 0", "question 1"}
+    assert all(f"You said: {question}" in answer for question, answer in texts)
+
+
+def test_tabs_with_different_chats_leave_each_other_alone(page, stand_in):
+    open_page(page, stand_in.url)
+    ask(page, "mine")
+    expect_answered(page)
+    other = new_tab(page, stand_in.url)
+    button(other, "New chat").click()
+    message_box(page).fill("half typed")
+    ask(other, "yours")
+    expect_answered(other)
+    expect(chats(page)).to_have_text(["yours", "mine"])
+    expect(said(questions(page))).to_have_text(["mine"])
+    expect(message_box(page)).to_have_value("half typed")
+    row = other.get_by_role("listitem").filter(has_text="mine")
+    row.hover()
+    button(row, "Delete").click()
+    expect(page.get_by_text("This chat was deleted in another tab.")).to_be_visible()
+    expect(chats(page)).to_have_text(["yours"])
+
+
+# storage that fails ---------------------------------------------------------------------------------------------------
+
+def test_without_a_database_the_page_works_and_says_that_it_forgets(page, stand_in):
+    page.add_init_script("Object.defineProperty(window, 'indexedDB', {value: undefined})")
+    open_page(page, stand_in.url)
+    expect(page.get_by_role("status").filter(has_text="stores nothing")).to_be_visible()
+    ask(page, "hello")
+    expect_answered(page)
+    button(page, "New chat").click()
+    chats(page).click()
+    expect(said(answers(page))).to_contain_text("You said: hello")
+
+
+def test_where_storage_is_full_nothing_is_lost_and_it_is_written_when_there_is_room(page, stand_in):
+    open_page(page, stand_in.url)
+    browser = page.context.new_cdp_session(page)        # before the first write: the browser remembers how much room there was
+    browser.send("Storage.overrideQuotaForOrigin", {"origin": stand_in.url.rstrip("/"), "quotaSize": 1000})
+    ask(page, "while it is full")
+    expect_answered(page)
+    expect(page.get_by_role("status").filter(has_text="storage is full")).to_be_visible()
+    button(page, "New chat").click()
+    chats(page).click()
+    expect(said(answers(page))).to_contain_text("while it is full")              # from memory
+    browser.send("Storage.overrideQuotaForOrigin", {"origin": stand_in.url.rstrip("/")})
+    ask(page, "after")
+    expect_answered(page, 2)
+    expect(page.get_by_role("status").filter(has_text="storage is full")).to_be_hidden()
+    settled(page)
+    reload(page)
+    expect(said(answers(page))).to_contain_text(["while it is full", "after"])
+
+
+def test_the_chat_of_the_page_s_first_versions_is_taken_over(page, stand_in):
+    old = {"turns": [{"role": "user", "content": "old question"},
+                     {"role": "assistant", "content": "old **answer**", "stats": {"tokens_per_second": 31.5, "finish_reason": "stop"}}],
+           "previous": [{"role": "user", "content": "older"}, {"role": "assistant", "content": "", "error": "it failed"}],
+           "settings": {"temperature": "0.3", "top_k": "", "top_p": "", "max_tokens": "", "seed": "", "system": "Be old."},
+           "server": {"url": "", "key": "secret"}, "draft": ""}
+    page.add_init_script("const key = `chat_server ${location.origin}/`; if (!localStorage.taken) {"
+                         f" localStorage.setItem(key, {json.dumps(json.dumps(old))}); localStorage.taken = 1; }}")
+    open_page(page, stand_in.url)
+    expect(chats(page)).to_have_text(["old question", "older"])
+    chats(page).first.click()
+    expect(answers(page).locator("strong")).to_have_text("answer")
+    expect(answers(page)).to_contain_text("31.5 tok/s")
+    with page.expect_request("**/v1/chat/completions") as sent:
+        ask(page, "new question")
+    assert sent.value.headers["authorization"] == "Bearer secret"
+    expect_answered(page, 2)
+    body = stand_in.bodies[-1]
+    assert body["temperature"] == 0.3 and body["messages"][0] == {"role": "system", "content": "Be old."}
+    settled(page)
+    reload(page)
+    expect(chats(page)).to_have_count(2)
+    assert page.evaluate("localStorage.getItem(`chat_server ${location.origin}/`)") is None
+
+
+# export and import ----------------------------------------------------------------------------------------------------
+
+def exported(page, tmp_path, name):
+    with page.expect_download() as download:
+        menu(page, "Export", name)
+    path = tmp_path / download.value.suggested_filename
+    download.value.save_as(path)
+    return path
+
+
+def imported(page, path):
+    page.locator("#import-file").set_input_files(path)
+
+
+def test_a_chat_with_all_its_branches_goes_out_and_in_again(page, stand_in, tmp_path):
+    open_page(page, stand_in.url)
+    command(page, "/temperature 0.3")
+    ask(page, "keep me")
+    expect_answered(page)
+    button(page, "Regenerate").click()
+    expect(answers(page)).to_contain_text("(answer 2)")
+    path = exported(page, tmp_path, "This chat (JSON)")
+    assert path.name == "keep-me.json"
+    file = json.loads(path.read_text())
+    assert (file["format"], file["version"]) == ("chat_server chats", 2)
+    chat, = file["conversations"]
+    assert [node["role"] for node in chat["nodes"]] == ["user", "assistant", "assistant"]
+    answer = chat["nodes"][2]
+    assert answer["model"] == "stand-in-135m" and answer["seed"] == 7 and answer["parameters"] == {"temperature": 0.3}
+    assert answer["timings"]["tokens_per_second"] == 212.3
+    imported(page, path)
+    expect(page.get_by_role("log").get_by_text("Imported 1 chat with 3 messages from keep-me.json.")).to_be_visible()
+    expect(chats(page)).to_have_text(["keep me", "keep me"])
+    expect(answers(page)).to_contain_text("2/2")
+    expect(answers(page)).to_contain_text("212.3 tok/s")
+    button(page, "Previous answer").click()
+    expect(answers(page)).to_contain_text("(answer 1)")
+
+
+def test_all_chats_go_out_together(page, stand_in, tmp_path):
+    open_page(page, stand_in.url)
+    for text in ("one", "two"):
+        button(page, "New chat").click()
+        ask(page, text)
+        expect_answered(page)
+    path = exported(page, tmp_path, "All chats (JSON)")
+    file = json.loads(path.read_text())
+    assert sorted(chat["title"] for chat in file["conversations"]) == ["one", "two"]
+    imported(page, path)
+    expect(chats(page)).to_have_count(4)
+
+
+def test_a_chat_as_markdown_and_as_a_page_that_needs_nothing_else(page, stand_in, tmp_path):
+    open_page(page, stand_in.url)
+    ask(page, "markdown")
+    expect_answered(page)
+    ask(page, "hostile")
+    expect_answered(page, 2)
+    text = exported(page, tmp_path, "Markdown").read_text()
+    assert text.startswith("# markdown\n\n## You\n\nmarkdown\n\n## stand-in-135m\n\n# Sorting") and "| bubble | $n^2$ |" in text
+    path = exported(page, tmp_path, "HTML page")
+    html = path.read_text()
+    assert "default-src 'none'" in html and not re.search(r"<(script|button|link|img|iframe|svg)", html.lower())
+    page.context.set_offline(True)
+    reader = page.context.new_page()
+    reader.goto(path.as_uri())
+    expect(reader.get_by_role("cell", name="bubble")).to_be_visible()
+    expect(reader.locator("pre").first).to_contain_text("return b, a")
+    expect(reader.get_by_text("You", exact=True)).to_have_count(2)
+    assert reader.evaluate("window.hacked") is None
+
+
+BAD_FILES = {                  # name -> (text, what is said of it)
+    "half.json": ('{"messages": [', "is not valid JSON"),
+    "number.json": ("5", "is expected"),
+    "null.json": ("null", "is expected"),
+    "lacks.json": ('{"messages": [{"role": "user"}, {"content": "x"}]}', "message 2 of chat 1 lacks"),
+    "role.json": ('[{"role": "robot", "content": "x"}]', "message 1 of chat 1 lacks"),
+    "type.json": ('{"conversations": [{"nodes": [{"id": 1, "role": "user", "content": {"a": 1}}]}]}', "message 1 of chat 1 lacks"),
+    "ids.json": ('{"conversations": [{"nodes": [{"id": "a", "role": "user", "content": ""}, {"id": "a", "role": "user", "content": ""}]}]}',
+                 "same id"),
+    "chats.json": ('{"conversations": [{"nodes": []}, 7]}', "is expected"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_file_that_is_no_conversation_changes_nothing(page, stand_in, tmp_path, name):
+    text, reason = BAD_FILES[name]
+    open_page(page, stand_in.url)
+    ask(page, "keep me")
+    expect_answered(page)
+    (tmp_path / name).write_text(text)
+    imported(page, tmp_path / name)
+    expect(page.get_by_role("log").locator(".notice")).to_contain_text(name)
+    expect(page.get_by_role("log").locator(".notice")).to_contain_text(reason)
+    expect(said(questions(page))).to_have_text(["keep me"])
+    expect(chats(page)).to_have_text(["keep me"])
+
+
+def test_a_hostile_file_is_made_harmless(page, stand_in, tmp_path):
+    open_page(page, stand_in.url)
+    ask(page, "keep me")
+    expect_answered(page)
+    mine = page.evaluate("state.path.map(node => node.id)")
+    before = page.evaluate("JSON.stringify(state.preferences)")
+    nodes = [{"id": mine[0], "parent": "b", "role": "user", "content": "<img src=x onerror='window.hacked = 1'>", "conversation": "x"},
+             {"id": "b", "parent": mine[0], "role": "assistant", "content": "[x](javascript:window.hacked=2)",
+              "stream": {"id": "../../v1/cancel", "next": 0}, "timings": {"tokens_per_second": "<b>9</b>", "ttft_ms": 5},
+              "attachments": [{"name": "x", "at": -1, "length": 9e9}], "parameters": {"temperature": "hot", "top_k": 5, "evil": 1}}]
+    file = {"format": "chat_server chats", "version": 2, "__proto__": {"polluted": 1}, "preferences": {"server": "http://evil.example/"},
+            "conversations": [{"title": "<script>window.hacked = 3</script>", "created": "yesterday", "leaf": "nowhere", "nodes": nodes,
+                               "parameters": {"temperature": 99, "seed": 4, "stop": [1]}, "server": {"url": "http://evil.example"}}]}
+    (tmp_path / "evil.json").write_text(json.dumps(file))
+    imported(page, tmp_path / "evil.json")
+    expect(said(questions(page))).to_have_text(["<img src=x onerror='window.hacked = 1'>"])
+    expect(said(answers(page)).locator("a")).not_to_have_attribute("href", re.compile("."))
+    expect(answers(page)).to_contain_text("TTFT 5 ms")
+    expect(button(page, "Send")).to_be_visible()                       # nothing streams
+    assert page.evaluate("[window.hacked, ({}).polluted]") == [None, None]
+    assert page.evaluate("JSON.stringify(state.preferences)") == before
+    ask(page, "go on")
+    expect_answered(page, 2)
+    assert {name: value for name, value in stand_in.bodies[-1].items() if name in ("temperature", "seed", "stop", "top_k")} == {"seed": 4}
+    chats(page).filter(has_text="keep me").click()
+    expect(said(questions(page))).to_have_text(["keep me"])               # its nodes were not replaced
+    assert page.evaluate("state.path.map(node => node.id)") == mine
+
+
+def test_a_list_of_messages_and_a_file_of_version_1_can_be_imported(page, stand_in, tmp_path):
+    open_page(page, stand_in.url)
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hello"},
+                {"role": "assistant", "content": "Hi!", "stats": {"tokens_per_second": 12.5}}]
+    (tmp_path / "list.json").write_text(json.dumps(messages))
+    old = {"format": "chat_server conversation", "version": 1, "settings": {"top_k": "7", "system": "Be quick."}, "messages": messages[1:]}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    for name, system in (("list.json", "Be kind."), ("old.json", "Be quick.")):
+        imported(page, tmp_path / name)
+        expect(page.get_by_role("log").get_by_text(f"with 2 messages from {name}")).to_be_visible()
+        expect(answers(page)).to_contain_text("12.5 tok/s")
+        ask(page, "and?")
+        expect_answered(page, 2)
+        assert stand_in.bodies[-1]["messages"][0] == {"role": "system", "content": system}
+    assert stand_in.bodies[-1]["top_k"] == 7

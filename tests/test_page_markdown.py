@@ -1,0 +1,214 @@
+"""How the page draws answers: Markdown while it is written, hostile text, long chats; in a real browser."""
+
+import re
+
+import pytest
+
+from browsing import answers, ask, button, expect, expect_answered, more, needs_browser, open_page, questions, said
+from page_server import BLOCKS, HOSTILE, MARKDOWN
+
+pytestmark = needs_browser
+
+DRAWN = """([text, step]) => {            // text drawn in steps, and at once; and the most that any step parsed and made
+    const [grown, whole] = [0, 1].map(() => new MarkdownView(document.createElement("div")));
+    const most = {characters: 0, nodes: 0};
+    for (let end = 0; end < text.length; end += step) {
+        const before = {...markdownWork};
+        grown.update(text.slice(0, end));
+        for (const name in most) most[name] = Math.max(most[name], markdownWork[name] - before[name]);
+    }
+    grown.update(text, true);
+    whole.update(text, true);
+    return [grown.root.innerHTML, whole.root.innerHTML, most];
+}"""
+
+
+def drawn(page, text, step=1):
+    return page.evaluate(DRAWN, [text, step])
+
+
+def test_markdown_code_tables_and_formulas_are_drawn(page, stand_in):
+    open_page(page, stand_in.url)
+    ask(page, "markdown")
+    expect_answered(page)
+    answer = answers(page)
+    expect(answer.get_by_role("heading", name="Sorting")).to_be_visible()
+    expect(answer.locator("strong")).to_have_text("stable")
+    expect(answer.get_by_role("link", name="the page")).to_have_attribute("rel", "noopener noreferrer")
+    expect(answer.locator("pre .hljs-keyword").first).to_have_text("def")
+    expect(answer.locator("pre").last).to_have_text("an open fence, never closed\n", use_inner_text=False)
+    expect(answer.get_by_role("table").get_by_role("cell")).to_have_count(4)
+    expect(answer.locator("math")).to_have_count(3)
+    expect(answer.locator("blockquote")).to_have_text("It costs $5 to $9, which is no formula.")
+    expect(answer.get_by_role("listitem")).to_have_text(["Compare neighbours", "Swap themuntil nothing moves", "until nothing moves"])
+
+
+def test_an_open_code_block_is_already_code_and_finished_blocks_are_not_drawn_again(page, stand_in):
+    open_page(page, stand_in.url)
+    ask(page, "held markdown")
+    expect(answers(page).locator("pre")).to_contain_text("a, b = pair")
+    kept = [answers(page).locator(selector).element_handle() for selector in ("h1", "p >> nth=0", "pre")]
+    stand_in.release()
+    expect_answered(page)
+    assert all(node.evaluate("node => node.isConnected") for node in kept)
+    expect(answers(page).locator("h1")).to_have_count(1)
+    expect(answers(page).locator("pre").first).to_contain_text("both at once")
+
+
+PYTHON = "import os\n\n\n" + 'class Point:\n    """A point\n    of two numbers."""\n\n    def move(self, by: int = 1) -> "Point":\n' \
+    "        return Point(self.x + by)  # moved\n\n" * 20
+TEXTS = {
+    "usual": MARKDOWN, "hostile": HOSTILE, "odd": BLOCKS,
+    "code": f"Before:\n\n```python\n{PYTHON}```\n\nafter",
+    "long paragraph": "Words, *some* of **them** `coded` and [linked](https://example.org/a_b), cost $5 or 5 * 3 or a_b_c. " * 40,
+    "never closed": "An *opening, then a `tick and [a bracket " + "and so on " * 400,
+    "list": "".join(f"{i}. Item **{i}**\n   - with a `part`\n\n     ```js\n     f({i}); // code\n     ```\n" for i in range(1, 30)),
+    "table": "Here:\n| a | b |\n|:-:|--:|\n" + "".join(f"| {i} | `x\\|y` |\n" for i in range(60)) + "\nafter",
+    "definitions": "See [one] and [two][2].\n\n[one]: https://example.org/1\n[2]: https://example.org/2 'title'\n\nThe end.",
+    "formulas": "$$\nx = 1\n\ny = 2\n$$\n\n\\[ a^2 \\]\n\n$$never closed\n\ntext $x$ and $$y$$ end\n- \\(z\\)",
+    "quotes": "> quoted\n> - a\n>   - b\nlazy\n\n> > deeper\n> ```\n> code\nno longer\n\nend",
+    "windows": "# Head\r\n\r\ntext  \r\nmore\r\n\r\n```\r\ncode\r\n```\r\n",
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_text_drawn_piece_by_piece_equals_text_drawn_at_once(page, stand_in, name):
+    open_page(page, stand_in.url)
+    page.wait_for_function("() => typeof hljs === 'object' && typeof katex === 'object'")
+    for step in (1, 3, 17):
+        grown, whole, _ = drawn(page, TEXTS[name], step)
+        assert grown == whole
+    assert whole
+
+
+@pytest.mark.parametrize("text, characters, nodes", [
+    ("plain words without an end " * 600, 600, 20),
+    ("some *emphasis* and `code` and **strong** words " * 400, 900, 40),
+    (f"```python\n{PYTHON * 8}", 1500, 120),
+    ("```python\ntext = '''" + "a line of a long text\n" * 1000, 7000, 20),     # its state is never the initial one: given up
+    ("```\n" + "no language\n" * 2000, 0, 5),
+    ("".join(f"- item {i} with **bold** words\n" for i in range(800)), 100, 20),
+    ("- one item\n\n  ```python\n" + PYTHON.replace("\n", "\n  ") * 8, 1500, 120),       # what is inside of containers, too
+    ("> " + "quoted words, and more " * 600, 600, 20),
+    ("| a | b |\n|---|---|\n" + "".join(f"| {i} | some words |\n" for i in range(800)), 100, 20),
+    ("a *never closed emphasis and more " * 500, 5000, 200),
+], ids=["words", "marks", "code", "long string", "plain code", "list", "code in a list", "quote", "table", "unclosed"])
+def test_the_work_of_a_frame_does_not_grow_with_the_answer(page, stand_in, text, characters, nodes):
+    assert len(text) > 8000
+    open_page(page, stand_in.url)
+    page.wait_for_function("() => typeof hljs === 'object'")
+    _, _, most = drawn(page, text, 12)
+    assert most["characters"] <= characters and most["nodes"] <= nodes, most
+
+
+def test_a_hostile_answer_is_inert(page, stand_in):
+    fetched = []
+    page.on("request", lambda request: fetched.append(request.url))
+    open_page(page, stand_in.url)
+    ask(page, "hostile")
+    expect_answered(page)
+    answer = said(answers(page))
+    expect(answer).to_contain_text("the end")
+    expect(answer).to_contain_text("<script>window.hacked = 1</script>")      # shown as the text it is
+    expect(answer.locator("script, img, iframe, svg, style, [id], [style], [onclick], [onerror]")).to_have_count(0)
+    assert answer.evaluate("node => [...node.querySelectorAll('[href]')].map(link => link.getAttribute('href'))") \
+        == ["https://example.org/pixel.png"]
+    for link in answer.locator("a").all():
+        link.dispatch_event("click")
+    ask(page, HOSTILE)                                                         # and as a question
+    expect_answered(page, 2)
+    assert page.evaluate("window.hacked") is None
+    assert [url for url in fetched if not url.startswith(stand_in.url)] == []
+
+
+def test_no_script_can_make_elements_from_text(browser, stand_in):
+    """require-trusted-types-for: what a forgotten innerHTML would do."""
+    context = browser.new_context()                 # not the fixture's: violations are expected here
+    page = context.new_page()
+    open_page(page, stand_in.url)
+    made = page.evaluate("""() => {
+        const ways = {html: () => document.body.innerHTML = "<b>x</b>", parser: () => new DOMParser().parseFromString("<b>x</b>", "text/html"),
+            script: () => document.createElement("script").src = "https://example.org/x.js", policy: () => trustedTypes.createPolicy("mine", {})};
+        return Object.keys(ways).filter(name => { try { ways[name](); return true; } catch (error) { return false; } });
+    }""")
+    context.close()
+    assert made == []
+
+
+def test_copy_code_copies_exactly_the_code(page, stand_in):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    open_page(page, stand_in.url)
+    ask(page, "markdown")
+    expect_answered(page)
+    button(page, "Copy code").first.click()
+    expect(page.locator("#announcer")).to_have_text("Copied")
+    assert page.evaluate("navigator.clipboard.readText()") == \
+        "def swap(pair: tuple) -> tuple:\n    a, b = pair  # both at once\n    return b, a"
+
+
+@pytest.mark.parametrize("secure", [True, False])
+def test_an_answer_is_copied_with_its_looks_and_as_markdown(page, stand_in, secure):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    if not secure:              # as on plain http from another machine
+        page.add_init_script("navigator.clipboard.write = () => Promise.reject(new Error('not here'))")
+    open_page(page, stand_in.url)
+    ask(page, "markdown")
+    expect_answered(page)
+    button(answers(page), "Copy").click()
+    expect(page.locator("#announcer")).to_have_text("Copied")
+    read = """async () => {
+        const [item] = await navigator.clipboard.read();
+        return Promise.all(["text/plain", "text/html"].map(async type => item.types.includes(type) ? (await item.getType(type)).text() : ""));
+    }"""
+    text, html = page.evaluate(read)
+    assert text == MARKDOWN and "<strong>stable</strong>" in html and "Copy code" not in html
+    more(answers(page), "Copy as Markdown")
+    page.wait_for_function("async () => !(await navigator.clipboard.read())[0].types.includes('text/html')")
+    assert page.evaluate(read) == [MARKDOWN, ""]
+
+
+def test_a_question_shows_code_as_code_and_the_rest_as_typed(page, stand_in):
+    open_page(page, stand_in.url)
+    ask(page, "Why does `x = [1]` and\n\n```python\ndef f():\n    return 1\n```\n\nnot *work*?\n# no heading")
+    question = said(questions(page))
+    expect(question.locator("pre code")).to_have_text("def f():\n    return 1")
+    expect(question.locator("pre .hljs-keyword").first).to_have_text("def")
+    expect(question.locator(":scope > code")).to_have_text("x = [1]")
+    expect(question).to_contain_text("not *work*?\n# no heading")
+    expect(question.locator("h1, em")).to_have_count(0)
+
+
+def test_libraries_that_come_late_draw_what_was_drawn_without_them(page, stand_in):
+    held = []
+    page.route(re.compile("highlight|katex"), lambda route: held.append(route))
+    page.goto(stand_in.url, wait_until="domcontentloaded")
+    ask(page, "markdown")
+    expect_answered(page)
+    expect(answers(page).locator("pre").first).to_contain_text("return b, a")
+    expect(answers(page).locator("code.tex")).to_have_text(["n^2", "n \\log n", "\\sum_{i=1}^{n} i = \\frac{n(n+1)}{2}"])
+    for route in held:
+        route.continue_()
+    expect(answers(page).locator("pre .hljs-keyword").first).to_have_text("def")
+    expect(answers(page).locator("math")).to_have_count(3)
+
+
+def test_a_chat_of_a_thousand_turns_is_drawn_where_it_is_looked_at(page, stand_in):
+    open_page(page, stand_in.url)
+    page.evaluate("""() => {
+        const messages = [];
+        for (let i = 0; i < 1000; i++) messages.push({role: "user", content: `question ${i}`}, {role: "assistant", content: `**answer** ${i}\\n\\n- a\\n- b`});
+        return importAll(importOf(JSON.stringify({messages, title: "long"})), "it");
+    }""")
+    expect(answers(page)).to_have_count(1000)
+    expect(answers(page).last).to_contain_text("answer 999")
+    expect(answers(page).last.locator("strong")).to_be_in_viewport()
+    assert answers(page).locator("strong").count() < 100
+    expect(answers(page).first).to_contain_text("**answer** 0")                # there for a search in the page, undrawn
+    page.get_by_role("log").evaluate("log => { log.scrollTop = 0; }")
+    expect(answers(page).first.locator("strong")).to_be_in_viewport()
+    expect(button(page, "Jump to latest")).to_be_visible()
+    button(page, "Jump to latest").click()
+    expect(answers(page).last.locator("strong")).to_be_in_viewport()
+    ask(page, "one more")
+    expect(answers(page)).to_have_count(1001)
+    expect_answered(page, 1001)

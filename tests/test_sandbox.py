@@ -1,0 +1,223 @@
+"""What clients can make take too long runs in processes with bounds: templates, schemas, large bodies."""
+
+import asyncio
+import json
+import os
+import signal
+
+import aiohttp
+import psutil
+import pytest
+
+import chat_server
+from chat_server import ConfigError, Message, Request, RequestError, Sandbox, SandboxConfig, Settings, Turns, Update
+from fake_pool import conversation, serving
+
+pytestmark = pytest.mark.timeout(120)
+SLOW_TEMPLATE = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}done"
+
+
+def many_patterns(count):
+    """A schema of 1 KB whose validation takes 4 times as long for each two more; 18: 7 s and 500 MB, 26: the memory of a machine."""
+    return {"type": "string", "allOf": [{"pattern": f".*{chr(97 + i % 26)}.*{chr(98 + i % 25)}.*"} for i in range(count)]}
+
+
+@pytest.fixture(scope="session")
+def chat_text(default_model_path):
+    metadata, _ = chat_server.read_gguf(default_model_path)
+    return chat_server.gguf_text(default_model_path, metadata)
+
+
+class EchoWorker(chat_server.Worker):
+    """Answers at once, in this process, with the number of the prompt's tokens."""
+
+    def __init__(self, pool):
+        super().__init__(pool, 0)
+        self.state, self.prompts = "ready", []
+
+    def send(self, message):
+        if isinstance(message, chat_server.NewPrompt):
+            self.prompts.append(message.ids)
+        if isinstance(message, chat_server.NewAnswer):
+            update = Update(message.id, (5,), str(len(self.prompts[-1])), "stop", "eos")
+            asyncio.get_running_loop().call_soon(self.pool.deliver, self, [update])
+
+
+@pytest.fixture
+async def open_pool(chat_text):
+    """A function that makes a pool with the default model's tokenizer and no model; its processes must end with it."""
+    pools = []
+
+    async def start(settings=Settings(), context_length=4096, **changes):
+        pool = chat_server.LocalPool(settings)
+        pool.BODY_S = pool.TEMPLATE_S = 0.5
+        pool.workers = [EchoWorker(pool)]
+        pool.card = chat_server.ModelCard(chat_server.replace(chat_text, **changes), "fake", context_length, (), {}, False)
+        pools.append(pool)
+        await pool._open_tokenizer(pool.card)
+        pool.became_ready.set()
+        return pool
+
+    yield start
+    for pool in pools:
+        processes = [sandbox.process.pid for sandbox in pool.sandboxes.values() if sandbox.process]
+        await pool.close()
+        assert not any(psutil.pid_exists(pid) for pid in processes)
+
+
+async def said(pool, request):
+    return "".join([event.text async for event in pool.answer(request) if isinstance(event, chat_server.Piece)])
+
+
+def ask(name, text="hello", **more):
+    return Request(name, (Message("user", text),), max_tokens=5, **more)
+
+
+@pytest.mark.parametrize("how", ["response_format", "tools", "large"])
+async def test_a_schema_that_would_take_the_machine_is_a_400_and_others_go_on(open_pool, how):
+    pool = await open_pool()
+    pool.tokenizer.tool_format = "tagged"
+    schema = many_patterns(24)
+    body = conversation() | {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
+    if how == "tools":
+        function = {"name": "f", "parameters": {"type": "object", "properties": {"a": schema}, "required": ["a"]}}
+        body = conversation() | {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+    if how == "large":
+        body["messages"] = conversation("hello " * 20_000)["messages"]
+    async with serving(pool) as url, aiohttp.ClientSession() as client:
+        hostile = asyncio.ensure_future(client.post(url + "/v1/chat/completions", json=body))
+        while not pool.preparing:
+            await asyncio.sleep(0)
+        assert (await client.post(url + "/v1/chat/completions", json=conversation())).status == 200 and not hostile.done()
+        error = (await (await hostile).json())["error"]
+        assert (await hostile).status == 400 and error["code"] == "too_complex" and "too complex" in error["message"]
+        body["messages"], body["response_format"] = conversation()["messages"], {"type": "json_object"}
+        body.pop("tools", None), body.pop("tool_choice", None)
+        assert (await client.post(url + "/v1/chat/completions", json=body)).status == 200
+    assert not pool.preparing and not pool.jobs
+
+
+async def test_schemas_are_checked_after_the_limits_of_queue_and_key(open_pool):
+    pool = await open_pool(Settings(max_concurrent_per_key=1, max_queue=0))
+    hostile = ask("a", client="me", grammar=chat_server.json_grammar(many_patterns(24), ""))
+    first = asyncio.ensure_future(said(pool, hostile))
+    while not pool.preparing:
+        await asyncio.sleep(0)
+    with pytest.raises(chat_server.Overloaded, match="waiting already"):
+        await said(pool, chat_server.replace(hostile, id="b"))
+    pool.settings = Settings(max_concurrent_per_key=1)
+    with pytest.raises(chat_server.Overloaded, match="1 requests of yours"):
+        await said(pool, chat_server.replace(hostile, id="b"))
+    with pytest.raises(RequestError, match="409|running"):
+        await said(pool, chat_server.replace(hostile, client="other"))
+    with pytest.raises(RequestError, match="too complex"):
+        await first
+
+
+@pytest.mark.parametrize("template", [SLOW_TEMPLATE, "{{ 'a' * 10000000000 }}", "{% for i in range(9999) %}{{ 'a' * 100000 }}{% endfor %}",
+                                      "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "{{ '%10000000000d' % 1 }}"])
+async def test_a_template_that_takes_too_much_is_refused_and_the_server_starts(open_pool, template, caplog):
+    pool = await open_pool(chat_template=template)
+    assert pool.ready and "chats may be refused" in caplog.text
+    with pytest.raises(RequestError, match="too complex|template refused|too long|tokens and the context"):
+        await said(pool, ask("a"))
+    assert await said(pool, Request("b", prompts=("x y z",), max_tokens=5)) == "3"
+
+
+async def test_a_template_that_cannot_be_compiled_is_the_operators_business(open_pool):
+    pool = await open_pool(chat_template="{% if %}")
+    assert isinstance(pool.failure, ConfigError) and "does not parse" in str(pool.failure)
+
+
+async def test_a_template_is_filled_in_as_it_would_be_here(open_pool):
+    pool = await open_pool()
+    messages = [Message("system", "Be <|im_start|> brief \U0001f600\ud800"), Message("user", "x\u2028\ty"), Message("assistant", ""), Message("user", "z")]
+    assert await pool.prompts.render(messages, (), "me") == tuple(pool.tokenizer.render(messages))
+
+
+@pytest.mark.parametrize("route, body", [
+    ("/chat/completions", conversation("hi") | {"seed": 5, "truncate": "oldest"}),
+    ("/v1/chat/completions", conversation("hi") | {"seed": 5, "stream": True, "stream_options": {"include_usage": True}, "n": 2}),
+    ("/v1/chat/completions", conversation("hi") | {"model": "nobody"}), ("/v1/chat/completions", conversation("hi") | {"temperature": 3}),
+    ("/v1/completions", {"prompt": ["a b", [1, 2, 3]], "seed": 5, "echo": True, "max_tokens": 2}),
+    ("/v1/completions", {"prompt": [[1, 2, 10**6]]}), ("/v1/completions", {"prompt": "a " * 5000}), ("/v1/completions", {}),
+    ("/tokenize", {"content": ["a b", 5, "<|im_end|>"], "with_pieces": True}), ("/tokenize", {"content": [10**6]}),
+    ("/detokenize", {"tokens": [5, 6, 7]}), ("/apply-template", conversation("hi")), ("/apply-template", {"messages": []})])
+async def test_a_body_is_answered_alike_wherever_it_is_read(open_pool, route, body, monkeypatch):
+    pool = await open_pool(Settings(log_conversations=True))
+    answers = []
+    async with serving(pool, pool.settings) as url, aiohttp.ClientSession() as client:
+        for inline in (1 << 16, 0):
+            monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(chat_server.LIMITS, inline_bytes=inline))
+            async with client.post(url + route, json=body, headers={"X-Request-Id": "same"}) as response:
+                text = (await response.text()).replace("created", "")
+                answers.append((response.status, *[line for line in text.split(", ") if "_ms" not in line and "per_second" not in line and
+                                                   not line.startswith('"": 1')]))
+    assert answers[0] == answers[1] and answers[0][0] in (200, 400, 404)
+    assert pool.sandboxes["bodies"].process
+
+
+async def test_a_text_route_with_a_body_of_millions_of_items_is_refused(open_pool):
+    pool = await open_pool()
+    async with serving(pool) as url, aiohttp.ClientSession() as client:
+        for route, body in (("/tokenize", {"content": [1] * 5_000_000}), ("/detokenize", {"tokens": [1] * 5_000_000}),
+                            ("/v1/completions", {"prompt": ["a"] * 3_000_000})):
+            async with client.post(url + route, json=body) as response:
+                assert response.status == 400 and "at most" in await response.text()
+
+
+async def test_tasks_of_clients_take_turns(open_pool):
+    turns, order = Turns(), []
+
+    async def work(name):
+        await turns.take(name[0])
+        order.append(name)
+        await asyncio.sleep(0)
+        turns.give_back()
+
+    tasks = [asyncio.ensure_future(work(name)) for name in ("a1", "a2", "a3", "a4", "b1", "c1")]
+    await asyncio.sleep(0)
+    tasks[2].cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert order == ["a1", "a2", "b1", "c1", "a4"] and not turns.held
+
+
+async def test_a_client_that_leaves_costs_no_process_and_mixes_up_no_replies(open_pool):
+    pool = await open_pool()
+    sandbox = pool.sandboxes["bodies"]
+    grammar = chat_server.json_grammar({"enum": [f"w{i}" for i in range(3000)]}, "")
+    leaving = [asyncio.ensure_future(sandbox.call("a", "check_grammar", grammar, "x")) for _ in range(4)]
+    while not sandbox.process:
+        await asyncio.sleep(0)
+    for task in leaving:
+        task.cancel()
+    pid = sandbox.process.pid
+    assert b'"tokens"' in await sandbox.call("b", "answer_text", "tokenize", body=b'{"content": "x"}')
+    assert sandbox.process.pid == pid
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+async def test_a_sandbox_that_is_killed_from_outside_is_replaced(open_pool, number):
+    pool = await open_pool()
+    sandbox = pool.sandboxes["templates"]
+    os.kill(sandbox.process.pid, number)
+    if number == signal.SIGKILL:        # as the system does when memory runs out
+        with pytest.raises(RequestError, match="too complex"):
+            await said(pool, ask("a"))
+    assert await said(pool, ask("b")) == await said(pool, ask("c"))     # it ignores SIGTERM: the front decides
+
+
+async def test_a_task_that_is_broken_is_an_honest_500(open_pool):
+    pool = await open_pool()
+    with pytest.raises(chat_server.EngineFailure, match="exit status 1"):
+        await pool.sandboxes["bodies"].call("a", "no_such_task")
+
+
+async def test_a_sandbox_ends_with_its_front(chat_text):
+    known = chat_server.Known(Settings(), "m", None)
+    sandbox = Sandbox(chat_server.PROCESS_COMMAND, SandboxConfig(known, chat_text, 64, 1.0, 1 << 30))
+    assert json.loads(await sandbox.call("a", "answer_text", "detokenize", body=b'{"tokens": [1]}'))
+    process = psutil.Process(sandbox.process.pid)
+    sandbox.writer.close()
+    await asyncio.to_thread(process.wait, 20)
+    await sandbox.close()

@@ -1,0 +1,116 @@
+"""The seam between chat_server.py and decode_core: what crosses it, and a core of another version."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+import chat_server as cs
+from chat_server import ModelSpec
+from test_server import ask, events, get, post, server
+
+SCRIPT = Path(cs.__file__)
+needs_core = pytest.mark.skipif(cs.decode_core() is None, reason="the compiled core is not installed")
+SPEC = ModelSpec(vocab_size=64, layers=1, width=32, heads=2, kv_heads=1, head_size=16, ffn_size=32,
+                 max_positions=64)
+
+
+@needs_core
+def test_importing_decode_core_loads_neither_torch_nor_the_script():
+    code = "import decode_core, sys, json; print(json.dumps(sorted(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    loaded = json.loads(run.stdout)
+    assert "decode_core.seam" in loaded and not {"torch", "chat_server", "gguf"} & set(loaded)
+
+
+@needs_core
+def test_no_module_of_decode_core_imports_the_script():
+    import decode_core
+    modules = sorted(Path(decode_core.__file__).parent.glob("*.py"))
+    assert len(modules) > 8
+    for module in modules:
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+            named = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert "chat_server" not in [*named, getattr(node, "module", None)], module
+
+
+@needs_core
+def test_a_backend_has_what_the_references_backend_has():
+    from decode_core.cpu_backend import CpuBackend
+    from decode_core.cuda_backend import CudaBackend
+    names = {name for name in vars(cs.Backend("cpu")) | vars(cs.Backend) if not name.startswith("__")}
+    for backend in (CpuBackend(SPEC, cs.for_decode_core()), CudaBackend(SPEC, cs.for_decode_core(), None)):
+        assert [name for name in names if not hasattr(backend, name)] == []
+        steps = {name for name in vars(cs.EagerSteps) if not name.startswith("__")}
+        kind = backend.make_steps.__annotations__["return"]
+        module = sys.modules[type(backend).__module__]
+        assert [name for name in steps if not hasattr(getattr(module, kind), name)] == []
+        assert backend.converted({}, {}) == "" if backend.as_stored else True
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), "mps", "cuda:1", torch.device("meta")])
+def test_a_device_or_shape_without_kernels_gets_the_references(device):
+    odd = cs.replace(SPEC, width=24)
+    backend = cs.choose_backend(device, odd)
+    assert type(backend) is cs.Backend and backend.as_stored is None
+    assert set(cs.load_kernels("cpu", odd).names.values()) == {"torch/reference", "numpy/reference"}
+    with pytest.raises(cs.ConfigError, match="--quantize needs decode_core and a CPU"):
+        cs.load_kernels("cpu", odd, quantize="q8_0")
+
+
+def foreign_core(folder, text):
+    """An environment in which `import decode_core` finds a package of this text."""
+    (folder / "decode_core").mkdir(parents=True)
+    (folder / "decode_core" / "__init__.py").write_text(text)
+    return os.environ | {"PYTHONPATH": str(folder)}
+
+
+@pytest.mark.parametrize("text, said", [
+    ("SEAM = 999", "decode_core is another version (seam 999 instead of"),
+    ("def info(): raise SystemError('old')", "decode_core is another version (seam unknown instead of"),
+    ("raise ImportError('no compiled half')", "decode_core is not installed, so slower")])
+def test_a_core_of_another_version_is_named_and_left_alone(text, said, tmp_path):
+    env = foreign_core(tmp_path, text)
+    run = subprocess.run([sys.executable, SCRIPT, "--version"], capture_output=True, text=True, env=env,
+                         timeout=60)
+    assert (run.returncode, run.stderr) == (0, "") and said in run.stdout
+    refused = subprocess.run([sys.executable, SCRIPT, "generate", "--prompt", "hi", "--quantize", "q8_0",
+                              str(Path(__file__).parent / "fixtures" / "nanochat" / "gen5")],
+                             capture_output=True, text=True, timeout=120, env=env)
+    assert refused.returncode == 2 and f"--quantize needs decode_core and a CPU; {said}" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize("model", ["gen3", "default"])
+def test_a_server_beside_another_version_says_so_and_runs_references(model, tmp_path, nanochat_fixtures,
+                                                                     default_model_path):
+    log = []
+    path = default_model_path if model == "default" else nanochat_fixtures / model
+    with server(path, env=foreign_core(tmp_path, "SEAM = 0"), log=log) as (_, url):
+        answer = events(post(url + "/chat/completions", ask("What is the capital of Japan?", max_tokens=8)))
+        assert answer[-1]["done"]
+        stats = get(url + "/stats")
+    assert "decode_core is another version (seam 0 instead of" in "".join(log)
+    assert "decode_core is another version (seam 0 instead of" in stats["decode_core"]
+    assert set(stats["kernels"].values()) == {"torch/reference", "numpy/reference"}
+    assert not stats["row_invariant"]
+
+
+@needs_core
+def test_quantized_file_matrices_go_through_the_seam_unchanged():
+    gguf = pytest.importorskip("gguf")
+    from decode_core.weights import QuantizedMatrix
+    dice = numpy.random.default_rng(4)
+    kind = gguf.GGMLQuantizationType.Q4_1
+    rows = gguf.quantize(dice.normal(0, 1, (48, 64)).astype(numpy.float32), kind)
+    shape = numpy.array([64, 48])
+    tensor = gguf.gguf_reader.ReaderTensor("w", kind, shape, rows.size, rows.nbytes, 0, rows, None)
+    kept = cs.choose_backend("cpu", SPEC).as_stored((48, 64), [(tensor, 0)])
+    assert isinstance(kept, QuantizedMatrix) and kept.kind == "q4_1" and kept.shape == (48, 64)
+    assert numpy.array_equal(kept.rows, rows)
