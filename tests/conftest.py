@@ -10,8 +10,10 @@ import pytest
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # before torch: its threads must not spin while others work
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(REPOSITORY))     # a private build, or this checkout
+TESTS = Path(__file__).resolve().parent
+REPOSITORY = TESTS.parent
+# What the tests share, and the code under test: a private build, or this checkout
+sys.path[:0] = [os.environ.get("CHAT_SERVER_DIR") or str(REPOSITORY), str(TESTS / "support")]
 
 from browsing import browser, held_front, page, server_url, stand_in  # noqa: E402, F401  fixtures of the page's tests
 
@@ -34,7 +36,7 @@ async def client():
 @pytest.fixture(scope="session")
 def nanochat_fixtures():
     """gen1 .. gen5: a tiny checkpoint of each nanochat generation in upstream's layout, with oracle.json."""
-    return Path(__file__).parent / "fixtures" / "nanochat"
+    return TESTS / "fixtures" / "nanochat"
 
 
 @pytest.fixture(scope="session")

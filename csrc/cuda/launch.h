@@ -1,4 +1,4 @@
-// The CUDA ops as C functions: what bindings.cpp exposes and tests/test_core_cuda.py calls in the host emulation.
+// The CUDA ops as C functions: what bindings.cpp exposes and tests/core/test_core_cuda.py calls in the host emulation.
 //
 // Every integer and every address is an int64_t and every real a double, so that pybind11 and ctypes pass the same
 // Python numbers. Addresses are device addresses (host addresses in the emulation); 0 only where "or 0" is said. All

@@ -23,7 +23,7 @@ try:
 except ImportError:
     playwright = expect = None
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(not (CHROMIUM and playwright), reason="no chromium binary on PATH (Debian: apt install chromium)"
                                    if playwright else "the page is tested with playwright")

@@ -1,6 +1,6 @@
 """Steps on CUDA: graphs of decode steps, prompts between them, tokens that stay on the device; and the ops of cuda_backend.
 
-On a GPU, where there is one, and everywhere in the emulation (tests/cuda_backends.py). What they must give is what the
+On a GPU, where there is one, and everywhere in the emulation (tests/support/cuda_backends.py). What they must give is what the
 reference engine gives on the CPU.
 """
 
@@ -18,12 +18,13 @@ import chat_server as cs
 from chat_server import Batch, Engine, ModelSpec, SampleRow, SamplingParams, Transformer, Work
 from engines import load, make_batch, run
 from near_tie import assert_same_tokens_or_near_tie
+from random_rows import random_logits, random_rows
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="the compiled core is not installed")
 decode_core = backends.decode_core
 from decode_core import cuda_steps, seam  # noqa: E402
 
-MARGIN = 2e-3           # as in tests/test_engine.py
+MARGIN = 2e-3           # as in tests/engine/test_engine.py
 
 
 @pytest.fixture(params=["emulation", "gpu"])
@@ -319,7 +320,6 @@ def test_bfloat16_follows_float32(backend, nanochat_fixtures):
 
 
 def test_sampling_on_the_device_draws_the_references_tokens_and_leaves_logits_alone(backend):
-    from test_core_cuda import random_logits, random_rows
     rng = np.random.default_rng(8)
     spec = llama_like()[0]
     kernels = backend.kernels(spec)
@@ -357,7 +357,7 @@ def test_the_core_says_whether_cuda_can_be_used():
 
 def test_the_decode_bench_runs(backend):
     from importlib.util import module_from_spec, spec_from_file_location
-    place = spec_from_file_location("cuda_decode", Path(__file__).parent.parent / "bench" / "cuda_decode.py")
+    place = spec_from_file_location("cuda_decode", Path(__file__).parents[2] / "bench" / "cuda_decode.py")
     bench = module_from_spec(place)
     place.loader.exec_module(bench)
     for shape in bench.SHAPES.values():

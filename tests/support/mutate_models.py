@@ -1,4 +1,4 @@
-"""Loads mutations of good model files: `python tests/mutate_models.py KIND SEED COUNT FOLDER`, with little memory.
+"""Loads mutations of good model files: `python tests/support/mutate_models.py KIND SEED COUNT FOLDER`, with little memory.
 
 Each must become a model that answers, or a ConfigError of one line. Anything else ends the process: with a traceback,
 by SIGALRM when a load takes 30 s, with a MemoryError when it takes a GiB. The last line printed says which it was.
@@ -13,7 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
-sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resolve().parents[2]))
 
 import torch    # noqa: E402
 
@@ -80,7 +80,7 @@ def mutate_gguf(dice, folder):
     return path
 
 
-def mutate_nanochat(dice, folder, good=Path(__file__).parent / "fixtures/nanochat"):
+def mutate_nanochat(dice, folder, good=Path(__file__).parents[1] / "fixtures/nanochat"):
     """A copy of a nanochat checkpoint in which something of the meta file, the pickle or the tensors' table differs."""
     base = shutil.copytree(good / f"gen{dice.randrange(1, 6)}", folder / "base")
     model, meta, pickled = (next(base.rglob(name)) for name in ("model_*.pt", "meta_*.json", "*.pkl"))

@@ -8,7 +8,7 @@ import torch
 
 import chat_server
 from chat_server import Batch, PAGE_SIZE, SampleRow, SamplingParams, Work
-from engines import TracedSteps, make_engine
+from engines import make_engine, updates
 
 PROMPT = tuple((7 * i + i * i) % 250 for i in range(75))
 
@@ -16,21 +16,6 @@ PROMPT = tuple((7 * i + i * i) % 250 for i in range(75))
 @pytest.fixture
 def engine(nanochat_fixtures):
     return make_engine(nanochat_fixtures / "gen5", num_pages=200, max_batch=8, prefill_chunk=64)
-
-
-@torch.inference_mode()
-def updates(engine, works, ahead=False):
-    """Run `works` -> {id: [Update]}."""
-    if ahead:
-        engine.steps = TracedSteps(engine.transformer, ahead=True)
-    found = {work.id: [] for work in works}
-    for work in works:
-        engine.add(work)
-    while engine.busy:
-        for update in engine.step():
-            found[update.id].append(update)
-        engine.check_integrity()
-    return found
 
 
 @torch.inference_mode()

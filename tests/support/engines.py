@@ -114,3 +114,18 @@ def make_batch(*chunks):
         starts.append(starts[-1] + new)
         lengths.append(computed + new)
     return Batch(ids, previous, starts, lengths, [chunk[3] for chunk in chunks], [start - 1 for start in starts[1:]])
+
+
+@torch.inference_mode()
+def updates(engine, works, ahead=False):
+    """Run `works` -> {id: [Update]}."""
+    if ahead:
+        engine.steps = TracedSteps(engine.transformer, ahead=True)
+    found = {work.id: [] for work in works}
+    for work in works:
+        engine.add(work)
+    while engine.busy:
+        for update in engine.step():
+            found[update.id].append(update)
+        engine.check_integrity()
+    return found

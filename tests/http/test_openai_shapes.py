@@ -10,7 +10,7 @@ import urllib.request
 
 import pytest
 
-from test_server import server
+from real_server import server
 
 HI = [{"role": "user", "content": "What is the capital of Japan?"}]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

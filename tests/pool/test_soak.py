@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "soak.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "soak.py"
 
 
 @pytest.mark.timeout(240)

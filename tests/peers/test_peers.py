@@ -15,11 +15,10 @@ from pathlib import Path
 import pytest
 
 import chat_server
-from conftest import REPOSITORY
 from engines import load
-from test_server import server
+from real_server import server
 
-HERE, HOME = Path(__file__).parent / "peers", REPOSITORY / "build-peers"
+HERE, HOME = Path(__file__).parent, Path(__file__).parents[2] / "build-peers"
 INSTALL_S, RUN_S = 300, 170
 ANSWER = "The capital of Japan is Tokyo."
 pytestmark = pytest.mark.timeout(INSTALL_S + RUN_S + 60)

@@ -2,7 +2,7 @@
 
 `StandIn(prefix)` serves static/ as the real server does (with <base>, with the content security policy). The last user
 message picks the script: see `SCRIPTS`. Held scripts go on when the test calls `release()`, so that no test sleeps.
-Run it by hand with `python tests/page_server.py [PORT]`.
+Run it by hand with `python tests/support/page_server.py [PORT]`.
 """
 import asyncio
 import functools
@@ -15,7 +15,7 @@ from aiohttp import web
 
 import chat_server
 
-STATIC = Path(__file__).resolve().parent.parent / "static"
+STATIC = Path(__file__).resolve().parents[2] / "static"
 POLICY = chat_server.SECURITY_HEADERS["Content-Security-Policy"].replace("connect-src *", "connect-src 'self'")
 TIMINGS = {"queue_ms": 0.2, "ttft_ms": 81.4, "tokens_per_second": 212.3}
 MARKDOWN = """# Sorting

@@ -10,9 +10,8 @@ import torch
 
 import chat_server
 from chat_server import Message, RequestError, SamplingParams, Work
-from engines import make_engine
+from engines import make_engine, updates
 from pools import work_of
-from test_logprobs import updates
 
 PERSON = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0, "maximum": 130},
                                            "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 3}},

@@ -8,9 +8,8 @@ import pytest
 
 import chat_server
 from chat_server import Message, Settings, SamplingParams, ToolCallReader, Work
-from engines import load, make_engine
+from engines import load, make_engine, updates
 from fake_pool import FakePool, Letters, frames, serving
-from test_logprobs import updates
 
 WEATHER = {"type": "function", "function": {"name": "weather", "description": "Weather of a city", "parameters": {
     "type": "object", "properties": {"city": {"type": "string", "maxLength": 10}}, "required": ["city"], "additionalProperties": False}}}

@@ -1,4 +1,4 @@
-"""What tests/test_cuda_steps.py runs on: decode_core's CUDA kernels emulated on CPU tensors, or a GPU.
+"""What tests/core/test_cuda_steps.py runs on: decode_core's CUDA kernels emulated on CPU tensors, or a GPU.
 
 The stand-in for CUDA's stream runs its work as late as it may: when somebody waits. So whatever `start` should have left
 to the device (reading a token, or memory that the step before still needs) gives other tokens. Its graph is the list of

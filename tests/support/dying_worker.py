@@ -1,4 +1,4 @@
-"""A worker that is struck at an exact moment, once for each request: `python tests/dying_worker.py worker FD PARENT`.
+"""A worker that is struck at an exact moment, once for each request: `python tests/support/dying_worker.py worker FD PARENT`.
 
 A request's id says what happens to its worker and when: `kill-tool-1` kills the process when its answer has a tool call
 open, `hang-decode-1` stops it. $STRUCK is a folder with one file for each request that has struck. `poison` always kills.
@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resolve().parents[2]))
 
 import chat_server      # noqa: E402
 

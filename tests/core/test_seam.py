@@ -13,7 +13,7 @@ import torch
 
 import chat_server as cs
 from chat_server import ModelSpec
-from test_server import ask, events, get, post, server
+from real_server import ask, events, get, post, server
 
 SCRIPT = Path(cs.__file__)
 needs_core = pytest.mark.skipif(cs.decode_core() is None, reason="the compiled core is not installed")
@@ -81,7 +81,7 @@ def test_a_core_of_another_version_is_named_and_left_alone(text, said, tmp_path)
                          timeout=60)
     assert (run.returncode, run.stderr) == (0, "") and said in run.stdout
     refused = subprocess.run([sys.executable, SCRIPT, "generate", "--prompt", "hi", "--quantize", "q8_0",
-                              str(Path(__file__).parent / "fixtures" / "nanochat" / "gen5")],
+                              str(Path(__file__).parents[1] / "fixtures" / "nanochat" / "gen5")],
                              capture_output=True, text=True, timeout=120, env=env)
     assert refused.returncode == 2 and f"--quantize needs decode_core and a CPU; {said}" in refused.stderr
     assert "Traceback" not in refused.stderr

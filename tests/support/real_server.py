@@ -1,0 +1,61 @@
+"""A real server in a process of its own: started, asked over HTTP, and ended."""
+
+import json
+import re
+import subprocess
+import sys
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+import chat_server
+
+SCRIPT = Path(chat_server.__file__).resolve()
+
+
+@contextmanager
+def server(*arguments, script=SCRIPT, python=sys.executable, env=None, log=None):
+    """A running server: yields (process, url) when it is ready; killed at the end."""
+    process = subprocess.Popen([python, str(script), *map(str, arguments), "--port", "0", "--host", "127.0.0.1"],
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    try:
+        yield process, wait_for(process, r"(http://127\.0\.0\.1:\d+)", log)
+    finally:
+        process.kill()
+        process.stdout.close()
+        process.wait()
+
+
+def wait_for(process, pattern, log=None):
+    """Read the log up to a line that matches; its first group. Fails with the log when the process ends before."""
+    log = [] if log is None else log
+    for line in process.stdout:
+        log.append(line)
+        if match := re.search(pattern, line):
+            return match[1] if match.groups() else line
+    raise AssertionError(f"the server ended without {pattern!r}:\n{''.join(log)}")
+
+
+def get(url):
+    with urllib.request.urlopen(url, timeout=30) as response:
+        return json.load(response)
+
+
+def post(url, body):
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    return urllib.request.urlopen(request, timeout=60)
+
+
+def events(response):
+    return [json.loads(line[6:]) for line in response if line.startswith(b"data: ")]
+
+
+def ask(text, **changes):
+    return {"messages": [{"role": "user", "content": text}], "temperature": 0} | changes
+
+
+def gone(processes):
+    """All of them ended within 10 s."""
+    return not psutil.wait_procs(processes, timeout=10)[1]
