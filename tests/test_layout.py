@@ -59,3 +59,12 @@ def test_nothing_names_a_registry_or_a_model_hub():
             hosts = re.findall(r"(?:py" + r"pi\.org|files\.python" + r"hosted|registry\.npm" + r"js|huggingface\.c" + r"o/)",
                                path.read_text(encoding="utf-8", errors="replace"))
             assert hosts == [], path
+
+
+def test_what_tests_share_is_in_the_support_folder():
+    tests = Path(__file__).parent
+    stems = {path.stem for path in tests.rglob("*.py") if path.parent.name != "support"}
+    for path in tests.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                assert node.module not in stems, path
