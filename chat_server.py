@@ -164,7 +164,9 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if not match:
         raise ValueError(f"{text!r} is not a size such as 512M or 2G")
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+    if (size := float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")) >= 2**63:
+        raise ValueError(f"{shown(text)} is more than any memory has")
+    return int(size)
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
@@ -2086,14 +2088,19 @@ def check_room(cache: Path) -> None:
 
 
 def cannot_store(cache: Path, error: Exception) -> ConfigError:
-    """Why the default model could not be downloaded into `cache`, and what would help."""
-    if getattr(error, "errno", None) not in FULL:
+    """Why the default model cannot be had from `cache`, and what would help."""
+    number_ = getattr(error, "errno", None)
+    if number_ not in FULL:
         return lack_of_memory(error) or ConfigError(
-            f"cannot store the default model in {cache}: {error}. Set HOME to a folder that this user may "
-            f"write to, or give MODEL: {SUPPORTED_MODELS}")
-    free = shutil.disk_usage(cache).free
+            f"cannot store the default model in {cache}, or read it there: {error}. Set HOME to a folder that this "
+            f"user may write to, or give MODEL: {SUPPORTED_MODELS}")
+    room, remedy = f"{shutil.disk_usage(cache).free:,} are free", "Make room"
+    if number_ == errno.EDQUOT:
+        room = "the user's quota has less"
+    if number_ == errno.EFBIG:
+        room, remedy = "no file may have so many in this process", "Raise that limit (ulimit -f)"
     return ConfigError(f"no room for the default model in {cache} ({error.strerror}): its download takes "
-                       f"{DOWNLOAD_BYTES:,} bytes there, and {free:,} are free. Make room, set HOME to a "
+                       f"{DOWNLOAD_BYTES:,} bytes there, and {room}. {remedy}, set HOME to a "
                        f"folder on a larger disk, or give MODEL: {SUPPORTED_MODELS}")
 
 
@@ -5285,7 +5292,7 @@ def choose_devices(settings: Settings) -> list[str]:
     """
     cuda = cuda_device_count() if settings.device_type in ("auto", "cuda") else 0
     wanted = settings.num_gpus
-    if wanted != "auto" and not (wanted.isdigit() and 1 <= int(wanted) <= 1024):
+    if wanted != "auto" and not (re.fullmatch("[0-9]{1,4}", wanted) and 1 <= int(wanted) <= 1024):
         raise ConfigError(f"--num-gpus {wanted}: a number from 1, or `auto`, is allowed")
     if cuda:
         count = cuda if wanted == "auto" else int(wanted)
@@ -7354,6 +7361,8 @@ def listen_on(host: str, port: int) -> socket.socket:
             raise ConfigError(f"port {port} on {host} is already in use; choose another with --port, "
                               "or stop the program that has it") from None
         raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
+    except (TypeError, ValueError) as error:        # a name that IDNA has not, or with a NUL
+        raise ConfigError(f"cannot listen on {host}: {error}") from None
 
 
 def split_address(address: str) -> tuple[str, str]:
@@ -7536,18 +7545,17 @@ def read_config(path: str | None) -> dict[str, list[str]]:
     if path is None:
         return {}
     tomllib = require_library("tomllib", "--config (Python 3.11)")
-    try:
-        table = tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, RuntimeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from None
     fields = {name: option_field(option) for option in OPTIONS for name in option.name.split()} | {"model": "model"}
     words = {}
-    for name, value in table.items():
-        if (flag := name.replace("_", "-")) not in fields:
-            raise ConfigError(f"--config {path}: there is no flag --{name}")
-        if isinstance(value, dict):
-            raise ConfigError(f"--config {path}: {name} must be a value or a list, not a table")
-        words[fields[flag]] = [str(each) for each in (value if isinstance(value, list) else [value])]
+    try:
+        for name, value in tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8")).items():
+            if (flag := name.replace("_", "-")) not in fields:
+                raise ValueError(f"there is no flag --{name}")
+            if isinstance(value, dict):
+                raise ValueError(f"{name} must be a value or a list, not a table")
+            words[fields[flag]] = [str(each) for each in (value if isinstance(value, list) else [value])]
+    except (OSError, RuntimeError, ValueError, RecursionError) as error:        # str refuses 5,000 digits
+        raise ConfigError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from None
     return words
 
 
@@ -7953,6 +7961,7 @@ def main(argv: Seq[str] | None = None) -> int:
         stream.reconfigure(errors="replace")
     try:
         settings = parse_command_line(argv, os.environ)
+        os.environ.pop("CHAT_SERVER_API_KEY", None)     # none of our processes needs it, nor what they start
         start_logging(settings)
         if keys_given:
             log.warning("--api-key: other users of this machine %s read the key in the process list; "

@@ -60,10 +60,18 @@ def test_words_of_the_environment_may_be_of_any_case_and_have_spaces_between():
     ("--port x", {}, "--port"), ("--port 70000", {}, "65535"), ("a b", {}, "b"), ("--nonsense", {}, "--nonsense"),
     ("--por 80", {}, "--por"), ("-t nan", {}, "temperature"), ("-i moon", {}, "moon"), ("chat --port 80", {}, "--port"),
     ("--kv-cache-memory much", {}, "kv-cache-memory"), ("", {"CHAT_SERVER_PORT": "x"}, "CHAT_SERVER_PORT"),
+    ("--kv-cache-memory " + "9" * 400 + "T", {}, "kv-cache-memory"), ("--kv-cache-memory 8388608T", {}, "kv-cache-memory"),
     ("", {"CHAT_SERVER_LOG_CONVERSATIONS": "perhaps"}, "true, yes"), ("", {"CHAT_SERVER_SOURCE": "moon"}, "CHAT_SERVER_SOURCE: argument -i/--source: invalid choice: 'moon'")])
 def test_what_cannot_be_is_a_config_error_that_names_it(line, environment, words):
     with pytest.raises(ConfigError, match=re.escape(words)):
         parsed(line, **environment)
+
+
+@pytest.mark.parametrize("number", ["0x" + "f" * 6000, "1" + "0" * 6000, "[1, 0o" + "7" * 9000 + "]"])
+def test_a_number_of_thousands_of_digits_in_a_config_file_is_a_config_error(tmp_path, number):
+    (tmp_path / "config.toml").write_text(f"port = {number}\n")
+    with pytest.raises(ConfigError, match="config.toml: Exceeds the limit"):
+        parse_command_line(["serve", "--config", str(tmp_path / "config.toml")], {})
 
 
 def test_a_config_error_is_one_line_and_status_2_and_the_version_is_printed():
@@ -90,6 +98,12 @@ def test_the_help_and_the_log_say_that_a_key_on_the_command_line_is_seen(local_p
         caplog.clear()
         run_main("generate", "--prompt", "Hi", *words)
         assert ("read the key in the process list" in caplog.text) is said
+
+
+def test_no_process_that_the_server_starts_finds_a_key_in_its_environment(local_pool, monkeypatch):
+    monkeypatch.setenv("CHAT_SERVER_API_KEY", "secret")
+    run_main("generate", "--prompt", "Hi")
+    assert "secret" not in os.environ.values() and "CHAT_SERVER_API_KEY" not in os.environ
 
 
 def test_the_help_of_each_command_lists_its_flags(capsys):

@@ -692,7 +692,8 @@ def test_a_busy_port_is_one_clear_line_and_status_2():
 
 
 @pytest.mark.parametrize("host, words", [("no.such.host.invalid", "cannot listen on no.such.host.invalid"),
-                                         ("192.0.2.77", "cannot listen on 192.0.2.77")])
+                                         ("192.0.2.77", "cannot listen on 192.0.2.77"),
+                                         ("\u00e4" * 70 + ".x", "cannot listen on"), ("a..b", "cannot listen on a..b")])
 def test_an_address_that_cannot_be_had_is_a_config_error(host, words):
     with pytest.raises(ConfigError, match=words):
         chat_server.listen_on(host, 0)

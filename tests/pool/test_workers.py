@@ -388,7 +388,8 @@ def test_threads_follow_physical_cores_affinity_and_quota(tmp_path):
 
 @pytest.mark.parametrize("changes, message", [
     ({"num_gpus": "2"}, "--num-gpus 2 needs CUDA"), ({"num_gpus": "many"}, "--num-gpus many"),
-    ({"num_gpus": "0"}, "--num-gpus 0"), ({"device_type": "cuda"}, "no CUDA device"),
+    ({"num_gpus": "0"}, "--num-gpus 0"), ({"num_gpus": "\u00b2"}, "--num-gpus \u00b2"),
+    ({"num_gpus": "9" * 5000}, "--num-gpus 9"), ({"device_type": "cuda"}, "no CUDA device"),
 ])
 def test_more_gpus_than_there_are_is_a_config_error(changes, message, monkeypatch):
     monkeypatch.setattr(chat_server, "cuda_device_count", lambda: 0)
@@ -407,6 +408,6 @@ def test_replicas_on_gpus_are_counted_without_torch(monkeypatch):
 
 def test_sizes_are_parsed_with_suffixes_and_nonsense_is_refused():
     assert [chat_server.parse_bytes(text) for text in ("65536", "512M", "1.5G", "2gib")] == [65536, 512 << 20, 3 << 29, 2 << 30]
-    for text in ("", "lots", "-1G", "1X"):
+    for text in ("", "lots", "-1G", "1X", "9" * 400, "8388608T"):
         with pytest.raises(ValueError):
             chat_server.parse_bytes(text)
