@@ -8,19 +8,18 @@ from types import SimpleNamespace
 import pytest
 
 import chat_server
-from chat_server import EngineFailure, Finished, LocalPool, Overloaded, Piece, Request, RequestError, SamplingParams, Settings, Update
-from fake_pool import Letters
-from pools import work_of
+from chat_server import EngineFailure, Finished, Overloaded, Piece, Request, RequestError, SamplingParams, Update
+from pools import PlayedWorker, played_pool, work_of
 
 
-class KeepingWorker(chat_server.Worker):
+class KeepingWorker(PlayedWorker):
     """Keeps what a worker's engine would be given; the test says what came of it."""
 
     can_take = True
 
     def __init__(self, pool):
-        super().__init__(pool, 0)
-        self.state, self.works, self.cancelled, self.sent = "ready", {}, [], []
+        super().__init__(pool)
+        self.works, self.cancelled = {}, []
         keep = lambda work: self.works.__setitem__(work.id, work)       # noqa: E731
         self.inbox = chat_server.Inbox(SimpleNamespace(add=keep, cancel=self.cancelled.append))
 
@@ -36,12 +35,7 @@ class KeepingWorker(chat_server.Worker):
 
 @pytest.fixture
 async def pool():
-    pool = LocalPool(Settings(max_batch=8, max_concurrent_per_key=2))
-    pool.workers = [KeepingWorker(pool)]
-    pool.card = chat_server.ModelCard(None, "fake", 64, (), {}, False)
-    pool.prompts = chat_server.PromptMaker(Letters(), 64)
-    pool.became_ready.set()
-    return pool
+    return played_pool(KeepingWorker, max_batch=8, max_concurrent_per_key=2)
 
 
 def request(**more):

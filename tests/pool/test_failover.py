@@ -1,6 +1,7 @@
 """Workers that die or hang at every moment of an answer: real processes, a tiny real nanochat model."""
 
 import asyncio
+import functools
 import os
 import re
 import signal
@@ -14,35 +15,20 @@ import pytest
 import chat_server
 from chat_server import EngineFailure, Finished, LocalPool, Message, Piece, Request, SamplingParams, Settings
 from fake_pool import conversation, frames, serving
-from pools import DYING, all_ready, collect, idle
+import pools
+from pools import collect, idle
 
 pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture
-async def start_pool(nanochat_fixtures, tmp_path, monkeypatch):
+async def start_pool(start_pool, tmp_path, monkeypatch):
     """A function that starts a LocalPool of workers that die as requests tell them to."""
-    pools = []
     monkeypatch.setenv("STRUCK", str(tmp_path))
-
-    async def start(worker_command=DYING, wait=True, **changes):
-        settings = Settings(model=str(nanochat_fixtures / "gen5"), dtype="float32", prefill_chunk=16, kv_cache_memory=8 << 20)
-        settings = chat_server.replace(settings, **changes)
-        pools.append(pool := LocalPool(settings, worker_command=worker_command))
-        await pool.start()
-        if wait:
-            await all_ready(pool)
-            await pool.wait_ready()
-        return pool
-
-    yield start
-    for pool in pools:
-        await pool.close()
+    return functools.partial(start_pool, prefill_chunk=16)
 
 
-def greedy(name, max_tokens=40, **changes):
-    return Request(name, messages=(Message("user", "hello"),), sampling=SamplingParams(temperature=0.0), max_tokens=max_tokens,
-                   ignore_eos=True, **changes)
+greedy = functools.partial(pools.greedy, ignore_eos=True)
 
 
 def drawn_from(tokens, **changes):

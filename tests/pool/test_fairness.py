@@ -7,8 +7,9 @@ import aiohttp
 import pytest
 
 import chat_server
-from chat_server import Job, LocalPool, NewAnswer, Overloaded, Request, Settings, WaitingQueue
-from fake_pool import FakePool, Letters, conversation, serving
+from chat_server import Job, NewAnswer, Overloaded, Request, Settings, WaitingQueue
+from fake_pool import FakePool, conversation, serving
+from pools import played_pool
 
 
 def job(name, client="", low=False, deaths=0):
@@ -71,26 +72,10 @@ def test_leaving_jobs_leave_no_trace_whatever_the_order():
     assert queue.first() is None and not any(queue.lanes)
 
 
-class FakeWorker(chat_server.Worker):
-    """A worker that is always ready and keeps what it is sent."""
-
-    def __init__(self, pool):
-        super().__init__(pool, 0)
-        self.state, self.sent = "ready", []
-
-    def send(self, message):
-        self.sent.append(message)
-
-
 @pytest.fixture
-async def pool(monkeypatch):
+async def pool():
     """A LocalPool whose one worker has a single row and never answers."""
-    pool = LocalPool(Settings(max_batch=1, max_queue=3, max_concurrent_per_key=2))
-    pool.workers = [FakeWorker(pool)]
-    pool.card = chat_server.ModelCard(None, "fake", 64, (), {}, False)
-    pool.prompts = chat_server.PromptMaker(Letters(), 64)
-    pool.became_ready.set()
-    return pool
+    return played_pool(max_batch=1, max_queue=3, max_concurrent_per_key=2)
 
 
 def request(name, client, low=False):

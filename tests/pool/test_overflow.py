@@ -1,45 +1,18 @@
 """Contexts and memory that are too small: one request is refused, shortened, preempted or failed, never the server."""
 
 import asyncio
-import sys
 import threading
 
 import aiohttp
 import pytest
 
 import chat_server
-from chat_server import Finished, LocalPool, Message, PAGE_SIZE, Piece, Request, RequestError, SamplingParams, Settings
+from chat_server import Finished, Message, PAGE_SIZE, Request, RequestError, SamplingParams
 from engines import load
 from fake_pool import FakePool, conversation, frames, serving
-from pools import DYING, idle
+from pools import collect, idle
 
 pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture
-async def start_pool(nanochat_fixtures):
-    pools = []
-
-    async def start(worker_command=DYING, **changes):
-        settings = Settings(model=str(nanochat_fixtures / "gen5"), dtype="float32", **changes)
-        pools.append(pool := LocalPool(settings, worker_command=worker_command))
-        await pool.start()
-        await pool.wait_ready()
-        return pool
-
-    yield start
-    for pool in pools:
-        await pool.close()
-
-
-async def answer(pool, request):
-    """(text, tokens, Finished)"""
-    text, tokens, last = "", [], None
-    async for last in pool.answer(request):
-        if isinstance(last, Piece):
-            text, tokens = text + last.text, [*tokens, *last.tokens]
-    assert isinstance(last, Finished)
-    return text, tokens, last
 
 
 def talk(*turns, system=None):
@@ -57,12 +30,12 @@ async def test_a_conversation_that_is_too_long_is_refused_with_both_numbers_or_l
     messages = talk("q" * 40, "a" * 30, "r" * 40, "b" * 20, "last?", system="Rule!")
     greedy = SamplingParams(temperature=0.0)
     with pytest.raises(RequestError, match=f"has {tokens_of(pool, messages)} tokens and the context holds 128") as refused:
-        await answer(pool, Request("a", messages, sampling=greedy))
+        await collect(pool, Request("a", messages, sampling=greedy))
     assert refused.value.code == "context_length_exceeded"
-    _, tokens, done = await answer(pool, Request("b", messages, sampling=greedy, max_tokens=8, truncate=True))
+    _, tokens, done = await collect(pool, Request("b", messages, sampling=greedy, max_tokens=8, truncate=True))
     kept = (messages[0], *messages[3:])
     assert done.dropped_messages == 2 and done.prompt_tokens == tokens_of(pool, kept)
-    assert tokens == (await answer(pool, Request("c", kept, sampling=greedy, max_tokens=8)))[1]
+    assert tokens == (await collect(pool, Request("c", kept, sampling=greedy, max_tokens=8)))[1]
 
 
 TRUNCATIONS = (         # turns, max_tokens, messages that must go from a context of 128
@@ -80,7 +53,7 @@ TRUNCATIONS = (         # turns, max_tokens, messages that must go from a contex
 async def test_whole_turns_go_and_no_more_than_needed(start_pool):
     pool = await start_pool(context_length=128)
     for number, (turns, max_tokens, dropped) in enumerate(TRUNCATIONS):
-        _, _, done = await answer(pool, Request(f"a{number}", talk(*turns), max_tokens=max_tokens, truncate=True))
+        _, _, done = await collect(pool, Request(f"a{number}", talk(*turns), max_tokens=max_tokens, truncate=True))
         assert (done.dropped_messages, done.prompt_tokens) == (dropped, tokens_of(pool, talk(*turns)[dropped:])), turns
 
 
@@ -88,9 +61,9 @@ async def test_a_last_message_that_is_too_long_alone_is_refused_even_so(start_po
     pool = await start_pool(context_length=128)
     messages = talk("q" * 30, "a" * 30, "l" * 200)
     with pytest.raises(RequestError, match=f"has {tokens_of(pool, messages[2:])} tokens and the context holds 128"):
-        await answer(pool, Request("a", messages, truncate=True))
+        await collect(pool, Request("a", messages, truncate=True))
     with pytest.raises(RequestError, match="context holds 128"):
-        await answer(pool, Request("b", prompts=("x" * 200,), truncate=True))       # there are no turns
+        await collect(pool, Request("b", prompts=("x" * 200,), truncate=True))       # there are no turns
 
 
 @pytest.mark.parametrize("truncate", [False, True])
@@ -98,7 +71,7 @@ async def test_more_messages_than_the_context_has_tokens_never_reach_the_templat
     pool = await start_pool(context_length=128)
     monkeypatch.setattr(pool.tokenizer, "render", None)
     with pytest.raises(RequestError, match="has 129 messages and the context holds 128 tokens") as refused:
-        await answer(pool, Request("a", talk(*[""] * 129), truncate=truncate))
+        await collect(pool, Request("a", talk(*[""] * 129), truncate=truncate))
     assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "messages")
 
 
@@ -112,7 +85,7 @@ async def test_many_short_messages_are_rendered_off_the_event_loop(start_pool, m
 
     monkeypatch.setattr(pool.tokenizer, "render", watched)
     for number, turns in enumerate(([""], [""] * 101)):
-        await answer(pool, Request(f"a{number}", talk(*turns), max_tokens=1))
+        await collect(pool, Request(f"a{number}", talk(*turns), max_tokens=1))
     assert threads == [True, False]
 
 
@@ -196,20 +169,20 @@ async def test_what_the_limits_drop_and_what_the_context_drops_is_said_together(
 
 
 async def test_with_hardly_any_kv_memory_every_answer_under_load_is_as_alone(start_pool, nanochat_fixtures):
-    roomy = await start_pool(worker_command=(sys.executable, chat_server.__file__))         # many pages: slow to walk
+    roomy = await start_pool()
     model = load(nanochat_fixtures / "gen5")
     pool = await start_pool(kv_cache_memory=20 * chat_server.Transformer.page_bytes(model.spec, model.dtype), max_batch=8)
     assert pool.context_length == 20 * PAGE_SIZE
     requests = [Request(f"r{i}", prompts=(tuple(range(i, 120 + 10 * i)),), max_tokens=60 + 5 * i, ignore_eos=True,
                         sampling=SamplingParams(temperature=0.9, seed=i)) for i in range(8)]
-    alone = [await answer(roomy, request) for request in requests]
+    alone = [await collect(roomy, request) for request in requests]
     vanishing = [asyncio.ensure_future(leave_after(pool, chat_server.replace(request, id=f"v{i}"), 3 * i))
                  for i, request in enumerate(requests)]
-    together = await asyncio.gather(*(answer(pool, request) for request in requests))
+    together = await asyncio.gather(*(collect(pool, request) for request in requests))
     await asyncio.gather(*vanishing)
     assert [each[:2] for each in together] == [each[:2] for each in alone]
     with pytest.raises(RequestError, match="has 320 tokens and the context holds 320"):
-        await answer(pool, Request("too long", prompts=(tuple([5] * 320),)))
+        await collect(pool, Request("too long", prompts=(tuple([5] * 320),)))
     await idle(pool)
     assert pool.workers[0].gauges["preemptions"] > 0 and pool.workers[0].restarts == 0
 
@@ -224,7 +197,7 @@ async def leave_after(pool, request, pieces):
 async def test_memory_that_runs_out_in_a_step_costs_few_requests_and_no_worker(start_pool):
     pool = await start_pool()
     requests = [Request(f"crowd-{i}", prompts=((5, 6, i),), max_tokens=30, ignore_eos=True) for i in range(5)]
-    got = await asyncio.gather(*(answer(pool, request) for request in requests), return_exceptions=True)
+    got = await asyncio.gather(*(collect(pool, request) for request in requests), return_exceptions=True)
     failed = [each for each in got if isinstance(each, Exception)]
     assert len(failed) <= 2 and all("MemoryError" in str(each) for each in failed)      # three fit at once
     assert [len(each[1]) for each in got if each not in failed] == [30] * (5 - len(failed))
@@ -239,8 +212,8 @@ async def test_a_text_far_beyond_the_context_is_refused_before_all_of_it_is_toke
     long = "why? " * 1_000_000
     for request in (Request("a", talk(long)), Request("b", talk("q", "a", long), truncate=True), Request("c", None, (long,))):
         with pytest.raises(RequestError, match="more than .* tokens and the context holds 128") as refused:
-            await answer(pool, request)
+            await collect(pool, request)
         assert refused.value.code == "context_length_exceeded" and refused.value.param == ("prompt" if request.prompts else "messages")
-    _, _, done = await answer(pool, Request("d", talk(long, "a", "last?"), max_tokens=8, truncate=True))
+    _, _, done = await collect(pool, Request("d", talk(long, "a", "last?"), max_tokens=8, truncate=True))
     assert done.dropped_messages == 2
     assert max(taken) == chat_server.PromptMaker.SLICE_CHARACTERS and sum(taken) < 10 * chat_server.PromptMaker.SLICE_CHARACTERS

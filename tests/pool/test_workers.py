@@ -13,39 +13,10 @@ import pytest
 import chat_server
 from chat_server import (Accepted, EngineFailure, Finished, LocalPool, Message, Overloaded, Piece, Request, RequestError,
                          SamplingParams, Settings)
-from pools import DYING, all_ready, collect, idle
+from pools import collect, greedy, idle, tiny_settings
 from tiny_gguf import LLAMA_NUMBERS, gguf_bytes, random_llama, small_gguf_metadata
 
 pytestmark = pytest.mark.timeout(120)
-
-
-def settings_for(nanochat_fixtures, generation="gen5", **changes):
-    return Settings(model=str(nanochat_fixtures / generation), dtype="float32", **({"kv_cache_memory": 8 << 20} | changes))
-
-
-@pytest.fixture
-async def start_pool(nanochat_fixtures):
-    """A function that starts a ready LocalPool; every pool is closed at the end, and its processes must be gone."""
-    pools = []
-
-    async def start(**changes):
-        pool = LocalPool(settings_for(nanochat_fixtures, **changes), worker_command=DYING)
-        pools.append(pool)
-        await pool.start()
-        await pool.wait_ready()
-        await all_ready(pool)
-        return pool
-
-    yield start
-    for pool in pools:
-        pids = [worker.process.pid for worker in pool.workers if worker.process]
-        await pool.close()
-        assert not any(psutil.pid_exists(pid) for pid in pids)
-
-
-def greedy(name, max_tokens=40, text="hello", **changes):
-    return Request(name, messages=(Message("user", text),), sampling=SamplingParams(temperature=0.0),
-                   max_tokens=max_tokens, **changes)
 
 
 async def test_an_answer_through_a_worker_equals_upstreams(start_pool, nanochat_fixtures):
@@ -81,27 +52,6 @@ async def test_a_reader_who_leaves_frees_everything(start_pool, pieces_before_le
         await stream.aclose()
     await idle(pool)
     assert (await collect(pool, greedy("after")))[2].completion_tokens > 0
-
-
-async def test_a_killed_worker_costs_a_pause_and_not_a_word(start_pool):
-    pool = await start_pool(num_workers=2)
-    undisturbed = await collect(pool, greedy("a", max_tokens=120, ignore_eos=True))
-
-    def kill(piece, count):
-        if count == 7:
-            pool.jobs["b"].worker.process.kill()
-
-    assert (await collect(pool, greedy("b", max_tokens=120, ignore_eos=True), on_piece=kill))[:2] == undisturbed[:2]
-    assert pool.jobs == {}
-
-
-async def test_a_request_that_kills_every_worker_is_given_up(start_pool):
-    pool = await start_pool()
-    pool.MAX_FAILOVERS = 1
-    with pytest.raises(EngineFailure, match="workers died"):
-        await collect(pool, greedy("a", max_tokens=400, ignore_eos=True),
-                      on_piece=lambda piece, count: pool.workers[0].process.kill())
-    assert pool.jobs == {}
 
 
 async def test_an_idle_model_leaves_memory_and_comes_back_for_the_next_request(start_pool):
@@ -210,7 +160,7 @@ async def test_replicas_share_the_load_and_conversations_stay_where_their_prefix
 
 
 async def test_a_worker_that_cannot_start_is_reported_and_not_retried_for_ever(nanochat_fixtures):
-    pool = LocalPool(settings_for(nanochat_fixtures), worker_command=(sys.executable, "-c", "raise SystemExit(3)"))
+    pool = LocalPool(tiny_settings(nanochat_fixtures), worker_command=(sys.executable, "-c", "raise SystemExit(3)"))
     await pool.start()
     with pytest.raises(EngineFailure, match="exit status 3"):
         await pool.wait_ready()
@@ -280,7 +230,7 @@ async def test_a_template_that_cannot_be_compiled_ends_start_up(tmp_path, templa
 
 async def test_a_tokenizer_that_fails_only_in_the_front_ends_start_up(nanochat_fixtures, monkeypatch, caplog):
     monkeypatch.setattr(chat_server, "open_tokenizer", lambda text: {}["nothing"])
-    error = await outcome_of_start(LocalPool(settings_for(nanochat_fixtures)))
+    error = await outcome_of_start(LocalPool(tiny_settings(nanochat_fixtures)))
     assert isinstance(error, EngineFailure) and str(error) == "opening the tokenizer failed: 'nothing'"
     (record,) = [record for record in caplog.records if "opening the tokenizer failed" in record.getMessage()]
     assert record.exc_info
@@ -291,7 +241,7 @@ async def test_a_tokenizer_that_fails_only_in_the_front_ends_start_up(nanochat_f
     ((sys.executable, "-c", "import os; os.abort()"), r"3 times while .*killed by SIGABRT; [\d,]+ MiB"),
     ((sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"), "killed by SIGKILL, as the system does")])
 async def test_a_worker_that_cannot_run_ends_start_up_and_says_why(nanochat_fixtures, command, words):
-    error = await outcome_of_start(LocalPool(settings_for(nanochat_fixtures), worker_command=command))
+    error = await outcome_of_start(LocalPool(tiny_settings(nanochat_fixtures), worker_command=command))
     assert isinstance(error, EngineFailure) and re.search(words, str(error))
 
 

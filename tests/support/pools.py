@@ -1,15 +1,69 @@
-"""Pools of real workers, for tests that look inside."""
+"""Pools of real workers, and pools whose workers a test plays itself, for tests that look inside."""
 
 import asyncio
 import sys
 from pathlib import Path
-
 from types import SimpleNamespace
 
+import psutil
+import pytest
+
 import chat_server
-from chat_server import Finished, Piece, Request
+from chat_server import Finished, LocalPool, Message, Piece, Request, SamplingParams, Settings
+from fake_pool import Letters
 
 DYING = (sys.executable, str(Path(__file__).with_name("dying_worker.py")))      # walks its KV cache after every step
+
+
+def tiny_settings(nanochat_fixtures, generation="gen5", **changes):
+    """Settings for a pool of tiny real nanochat models, in float32 so that answers are equal wherever they are computed."""
+    return Settings(model=str(nanochat_fixtures / generation), dtype="float32", **({"kv_cache_memory": 8 << 20} | changes))
+
+
+@pytest.fixture
+async def start_pool(nanochat_fixtures):
+    """A function that starts a LocalPool of tiny models; at the end every pool is closed, and its processes must be gone."""
+    pools = []
+
+    async def start(worker_command=DYING, wait=True, **changes):
+        pools.append(pool := LocalPool(tiny_settings(nanochat_fixtures, **changes), worker_command=worker_command))
+        await pool.start()
+        if wait:
+            await pool.wait_ready()
+            await all_ready(pool)
+        return pool
+
+    yield start
+    for pool in pools:
+        pids = [worker.process.pid for worker in pool.workers if worker.process]
+        await pool.close()
+        assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+class PlayedWorker(chat_server.Worker):
+    """A worker without a process: the test sees what it is sent, and says what comes back."""
+
+    def __init__(self, pool):
+        super().__init__(pool, 0)
+        self.state, self.sent = "ready", []
+
+    def send(self, message):
+        self.sent.append(message)
+
+
+def played_pool(worker_class=PlayedWorker, **settings):
+    """A LocalPool with one played worker and a context of 64 letters."""
+    pool = LocalPool(Settings(**settings))
+    pool.workers = [worker_class(pool)]
+    pool.card = chat_server.ModelCard(None, "fake", 64, (), {}, False)
+    pool.prompts = chat_server.PromptMaker(Letters(), 64)
+    pool.became_ready.set()
+    return pool
+
+
+def greedy(name, max_tokens=40, text="hello", **changes):
+    return Request(name, messages=(Message("user", text),), sampling=SamplingParams(temperature=0.0),
+                   max_tokens=max_tokens, **changes)
 
 
 def work_of(job):
