@@ -4,6 +4,11 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <atomic>
+#include <chrono>
+#include <functional>
+#include <stdexcept>
+#include <thread>
 #include <vector>
 
 #include "checks.h"
@@ -40,6 +45,54 @@ py::object look_at_buffer(const py::object& array) {
     return std::move(seen);
 }
 
+// For tests: one staged phase on the pool.
+//   chunk_us, slowdown    how long a chunk takes; how many times as long on the thread that begins first
+//   held_us               so long every run of chunk 0 waits for a third thread to run it, too
+//   throws                a chunk that throws, or -1
+struct Trial {
+    using Clock = std::chrono::steady_clock;
+    using us = std::chrono::microseconds;
+    int chunk_us, slowdown, held_us, throws;
+    std::vector<std::atomic<int>> runs, puts;
+    mutable std::atomic<size_t> slow_thread{0};
+
+    static Trial& of(const void* context) { return *static_cast<Trial*>(const_cast<void*>(context)); }
+
+    static void run(const void* context, int64_t chunk, void* staged) {
+        Trial& its = of(context);
+        const auto begin = Clock::now();
+        its.runs[size_t(chunk)]++;
+        const size_t me = std::hash<std::thread::id>()(std::this_thread::get_id());
+        size_t nobody = 0;
+        const bool slow = its.slow_thread.compare_exchange_strong(nobody, me) || its.slow_thread.load() == me;
+        while (chunk == 0 && its.runs[0] < 3 && Clock::now() - begin < us(its.held_us)) dc::relax();
+        while (Clock::now() - begin < us(slow ? its.chunk_us * its.slowdown : its.chunk_us)) dc::relax();
+        if (chunk == its.throws) throw std::runtime_error("a chunk throws");
+        if (staged) *static_cast<int64_t*>(staged) = chunk;
+        else put(context, chunk, &chunk);
+    }
+
+    static void put(const void* context, int64_t chunk, const void* staged) {
+        if (*static_cast<const int64_t*>(staged) == chunk) of(context).puts[size_t(chunk)]++;
+    }
+};
+
+// -> how often each chunk was run, how often its output was put in its place, how long a thread would have waited at the end
+py::tuple try_phase(int threads, int64_t chunks, int chunk_us, int slowdown, int held_us, int throws) {
+    Trial trial{chunk_us, slowdown, held_us, throws, std::vector<std::atomic<int>>(size_t(chunks)), std::vector<std::atomic<int>>(size_t(chunks))};
+    dc::Phase phase{&Trial::run, &trial, chunks};
+    phase.put = &Trial::put, phase.staged_bytes = sizeof(int64_t);
+    dc::Run run{&phase, 1, threads, 1'000'000, nullptr};
+    int64_t patience = 0;
+    {
+        Gil released;
+        dc::run_phases(run);
+        patience = dc::patience_us();
+    }
+    const auto all = [](const std::vector<std::atomic<int>>& counts) { return py::cast(std::vector<int>(counts.begin(), counts.end())); };
+    return py::make_tuple(all(trial.runs), all(trial.puts), patience);
+}
+
 void bind_runtime(py::module_& m) {
     m.def("look_at_buffer", &look_at_buffer);
     m.def("isa", [] { return dc::name_of(dc::chosen_isa()); });
@@ -54,8 +107,13 @@ void bind_runtime(py::module_& m) {
     m.def("set_threads", &dc::set_threads, py::arg("threads"), py::call_guard<Gil>());
     m.def("get_threads", &dc::get_threads);
     m.def("sleeping_threads", &dc::sleeping_threads);
-    m.def("force_schedule", &dc::force_schedule, py::arg("width"), py::arg("steal_first"), py::arg("redo_us") = dc::REDO_US);    // for tests
     m.def("redone_chunks", &dc::redone_chunks);
+    // For tests.
+    m.attr("REDO_US") = dc::REDO_US;
+    m.def("force_schedule", &dc::force_schedule, py::arg("width"), py::arg("steal_first"), py::arg("redo_us") = dc::MEASURED);
+    m.def("refuse_memory", &dc::refuse_memory, py::arg("beyond"));
+    m.def("try_phase", &try_phase, py::arg("threads"), py::arg("chunks"), py::arg("chunk_us") = 0, py::arg("slowdown") = 1,
+          py::arg("held_us") = 0, py::arg("throws") = -1);
 }
 
 // --- sample -----------------------------------------------------------------------------------------------
@@ -73,8 +131,9 @@ py::tuple count_tokens(const py::list& rows, int64_t vocab) {
         const auto list = py::reinterpret_steal<py::object>(PySequence_Fast(pair[0].ptr(), "rows: tokens must be a list"));
         if (!list) throw py::error_already_set();
         const size_t begin = ids.size();
-        for (Py_ssize_t i = 0, length = PySequence_Fast_GET_SIZE(list.ptr()); i < length && good; i++) {
-            const int64_t id = PyLong_AsLongLong(PySequence_Fast_GET_ITEM(list.ptr(), i));
+        for (Py_ssize_t i = 0; good && i < PySequence_Fast_GET_SIZE(list.ptr()); i++) {        // an id's __index__ may shorten the list
+            const auto item = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(list.ptr(), i));
+            const int64_t id = PyLong_AsLongLong(item.ptr());
             good = id >= 0 && id < vocab;
             if (!good) break;
             if (place[size_t(id)] < 0) {

@@ -1,4 +1,5 @@
-// Python lists of integers as vectors; whatever else comes is a ValueError with `complaint`.
+// Python lists of integers as vectors; whatever else comes is a ValueError with `complaint`. An element's __index__ is the
+// caller's code and may change the list while it is read, so its length is asked again for each element.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -12,10 +13,12 @@ namespace dc {
 
 inline std::vector<int64_t> integers(const pybind11::handle& list, const char* complaint) {
     require(PyList_Check(list.ptr()), complaint);
-    std::vector<int64_t> values(size_t(PyList_GET_SIZE(list.ptr())));
-    for (size_t i = 0; i < values.size(); i++) {
-        values[i] = PyLong_AsLongLong(PyList_GET_ITEM(list.ptr(), Py_ssize_t(i)));
-        if (values[i] == -1 && PyErr_Occurred()) PyErr_Clear(), throw std::invalid_argument(complaint);
+    std::vector<int64_t> values;
+    values.reserve(size_t(PyList_GET_SIZE(list.ptr())));
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list.ptr()); i++) {
+        const auto item = pybind11::reinterpret_borrow<pybind11::object>(PyList_GET_ITEM(list.ptr(), i));
+        values.push_back(PyLong_AsLongLong(item.ptr()));
+        if (values.back() == -1 && PyErr_Occurred()) PyErr_Clear(), throw std::invalid_argument(complaint);
     }
     return values;
 }
@@ -25,7 +28,8 @@ inline void read_tables(const pybind11::handle& tables, int64_t num_pages, std::
     require(PyList_Check(tables.ptr()), "tables: a list of lists of page numbers");
     offsets.assign(1, 0);
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tables.ptr()); i++) {
-        for (const int64_t page : integers(PyList_GET_ITEM(tables.ptr(), i), "tables: lists of page numbers")) {
+        const auto table = pybind11::reinterpret_borrow<pybind11::object>(PyList_GET_ITEM(tables.ptr(), i));
+        for (const int64_t page : integers(table, "tables: lists of page numbers")) {
             require(page >= 0 && page < num_pages && page <= INT32_MAX, "tables: each page must lie in the cache");
             pages.push_back(int32_t(page));
         }

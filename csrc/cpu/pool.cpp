@@ -4,10 +4,23 @@
 // names its phase, and what it counts for a phase that has ended is ignored. Phases themselves are there while any thread is
 // `active`: a run does not return before all have left it.
 //
-// A staged chunk belongs to whoever first sets its word in `written` from an earlier phase's number to 2 n; when its output is
-// in place the word becomes 2 n + 1. A thread that has waited in vain does again what has no word of this phase, and may end the
-// phase when all say 2 n + 1: the stopped thread may not have counted what it did before. What the late thread reads meanwhile
-// others may be writing: the thread sanitizer reports that, and nobody sees what comes of it.
+// Redoing. Where the operating system stops a thread inside a staged chunk, one other thread does that chunk again: the first
+// that wins the chunk's word in `redoing`. It waits before that for twice the longest chunk which the phase has counted so far,
+// so that long chunks, or slow cores, are no reason to do a thing twice; while none is counted, UNKNOWN_US.
+//
+// Why it is safe to do a chunk twice:
+//   1. A chunk with `put` writes to memory of its thread's own only. So two threads that run it never write the same bytes.
+//   2. The output belongs to whoever first sets the chunk's word in `written` from an earlier phase's number to 2 n; when it is
+//      in place the word becomes 2 n + 1. Everyone else drops what it made. So each chunk is put in place once.
+//   3. A phase ends when every word says 2 n + 1, or when every chunk is counted, and a chunk is counted after its put. So
+//      nothing that a later phase reads is still being written.
+//   4. A late thread reads what later phases already overwrite, and makes nonsense of it: that is dropped by rule 2. It must
+//      come to an end all the same, and touch only memory that is there. Hence the rule for every `run` with a `put`: never
+//      index, and never count a loop, by what later phases of the run overwrite. Values read from there are numbers to
+//      calculate with; addresses and counts come from what is fixed before the run begins (the step's plan, tables, sizes).
+//   5. What it reads stays allocated: the run waits until every thread has left (`active`) before it returns.
+// The thread sanitizer reports the reads of rule 4. A thread that was stopped in the middle of `put` cannot be helped: the phase
+// waits for it. A put is a copy of some kilobytes, so that is rare.
 #include "cpu/pool.h"
 
 #include "cpu/cpu.h"
@@ -18,7 +31,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
-#include <cstdlib>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -39,11 +52,13 @@ using Clock = std::chrono::steady_clock;
 thread_local bool inside = false;               // this thread is running a chunk
 std::atomic<int> width_forced{0};
 std::atomic<bool> steal_forced{false};
-std::atomic<int> redo_us{REDO_US};
+std::atomic<int> redo_us{MEASURED};
+std::atomic<size_t> most_memory{~size_t(0)};     // for tests
 
 // ---- shares
 
 constexpr uint64_t ONE_NEXT = 1 << 16;
+constexpr uint64_t NOWHERE = ~uint64_t(0);      // no chunk; also `done` between two phases
 
 bool is_empty(uint64_t share) { return (share >> 16 & 0xFFFF) >= (share & 0xFFFF); }
 
@@ -82,16 +97,22 @@ struct Coming {
 struct alignas(64) Member {
     std::atomic<uint64_t> share{0};
     alignas(64) std::atomic<bool> active{false};        // may look at the run and its phases
-    std::atomic<bool> away{false};                      // stopped, it seems: it gets no share until it is back
+    std::atomic<uint64_t> doing{NOWHERE};               // the staged chunk it runs: number of the phase << 16 | chunk
+    std::atomic<bool> away{false};                      // stopped in it, it seems: it gets no share until it is back
     Memory staged;
     alignas(64) std::atomic<bool> asleep{false};
     std::mutex mutex;
     std::condition_variable woken;
 
-    void note_whether_away() {
-        if (!active.load()) return;
+    void note_whether_away(uint64_t chunk) {
+        if (doing.load() != chunk) return;
         away.store(true);
-        if (!active.load()) away.store(false);          // it left just now, and may not have seen this
+        if (doing.load() != chunk) away.store(false);   // it is back just now, and may not have seen this
+    }
+
+    void is_back() {
+        doing.store(NOWHERE);
+        if (away.load()) away.store(false);
     }
 
     void wake() {
@@ -102,16 +123,17 @@ struct alignas(64) Member {
 };
 
 class Pool {
-    static constexpr uint64_t CLOSED = ~uint64_t(0);    // `done` between two phases
-
     const int threads;
     std::unique_ptr<Member[]> members;          // 0: whoever runs the phases
     std::unique_ptr<std::atomic<uint64_t>[]> written{new std::atomic<uint64_t>[MAX_CHUNKS]()};      // by chunk
-    alignas(64) std::atomic<uint64_t> done{CLOSED};     // number << 16 | chunks counted
+    std::unique_ptr<std::atomic<uint64_t>[]> redoing{new std::atomic<uint64_t>[MAX_CHUNKS]()};      // the last phase that redid it
+    alignas(64) std::atomic<uint64_t> longest{0};       // number << 32 | us of the longest chunk counted in the phase
+    alignas(64) std::atomic<uint64_t> done{NOWHERE};     // number << 16 | chunks counted
     std::atomic<uint64_t> shared_out{0};        // the last phase whose shares are all out
     alignas(64) std::atomic<int> width{1};
     std::atomic<int> spin_us{SPIN_US};
-    std::atomic<bool> finished{true}, stop{false};
+    std::atomic<bool> finished{true}, stop{false}, failed{false};
+    std::exception_ptr failure;                 // the first that a chunk of the run threw; set by who sets `failed`
     std::atomic<int64_t> redone{0};
     Run* current = nullptr;                     // this and `first`: see the top of the file
     uint64_t first = 1, next_first = 1;         // number of the run's first phase; of the next run's
@@ -124,7 +146,6 @@ class Pool {
         Active(Pool& pool, int me) : pool(pool), mine(pool.members[me]) { mine.active.store(true); }
         ~Active() {
             mine.active.store(false);
-            if (mine.away.load()) mine.away.store(false);
             if (pool.finished.load()) pool.members[0].wake();
         }
     };
@@ -144,18 +165,57 @@ class Pool {
         }
     }
 
-    // False when another thread has done the chunk, or is just putting it in place.
+    // False when another thread has done the chunk, or is just putting it in place. One that throws counts as done, and makes
+    // the run fail when it has ended.
     bool do_chunk(int me, int64_t index, int64_t chunk) noexcept {
         const Phase& phase = current->phases[index];
-        if (!phase.put) return phase.run(phase.context, chunk, nullptr), true;
-        void* staged = members[me].staged.at_least(phase.staged_bytes);
-        phase.run(phase.context, chunk, staged);
-        const uint64_t mine = 2 * (first + uint64_t(index));
-        uint64_t seen = written[chunk].load();
-        if (seen >= mine || !written[chunk].compare_exchange_strong(seen, mine)) return false;
-        phase.put(phase.context, chunk, staged);
-        written[chunk].store(mine + 1);
+        if (phase.put) return do_staged_chunk(me, phase, first + uint64_t(index), chunk);
+        note_failure(run_chunk(phase, chunk, nullptr));
         return true;
+    }
+
+    static std::exception_ptr run_chunk(const Phase& phase, int64_t chunk, void* staged) noexcept {     // what it threw, or null
+        try {
+            phase.run(phase.context, chunk, staged);
+            return nullptr;
+        } catch (...) {
+            return std::current_exception();
+        }
+    }
+
+    void note_failure(const std::exception_ptr& thrown) noexcept {
+        if (thrown && !failed.exchange(true)) failure = thrown;
+    }
+
+    bool do_staged_chunk(int me, const Phase& phase, uint64_t number, int64_t chunk) noexcept {
+        Member& mine = members[me];
+        void* staged = mine.staged.at_least(phase.staged_bytes);        // there already: see make_room
+        const auto begin = Clock::now();
+        mine.doing.store(number << 16 | uint64_t(chunk));
+        const std::exception_ptr thrown = run_chunk(phase, chunk, staged);
+        mine.is_back();
+        uint64_t seen = written[chunk].load();
+        if (seen >= 2 * number || !written[chunk].compare_exchange_strong(seen, 2 * number)) return false;
+        if (thrown) note_failure(thrown);
+        else phase.put(phase.context, chunk, staged);
+        written[chunk].store(2 * number + 1);
+        note_time(number, Clock::now() - begin);
+        return true;
+    }
+
+    void note_time(uint64_t number, Clock::duration took) {
+        const int64_t us = std::chrono::duration_cast<std::chrono::microseconds>(took).count() + 1;
+        const uint64_t mine = number << 32 | uint64_t(std::min<int64_t>(us, UINT32_MAX));
+        uint64_t seen = longest.load(std::memory_order_relaxed);
+        while (seen >> 32 == mine >> 32 && seen < mine && !longest.compare_exchange_weak(seen, mine)) {}
+    }
+
+    // How long a thread waits for a chunk of the phase under way before it does it itself.
+    std::chrono::microseconds patience() const {
+        const int forced = redo_us.load(std::memory_order_relaxed);
+        if (forced != MEASURED) return std::chrono::microseconds(forced);
+        const uint64_t us = longest.load(std::memory_order_relaxed) & UINT32_MAX;
+        return std::chrono::microseconds(us ? std::max<uint64_t>(2 * us, REDO_US) : UNKNOWN_US);
     }
 
     bool do_own_share(int me, Coming& coming) {
@@ -188,11 +248,12 @@ class Pool {
         do {
             if (seen >> 16 != first + uint64_t(index)) return;          // it was ended without this
             last = all || int64_t(seen & 0xFFFF) + count == phase.chunks;
-        } while (!done.compare_exchange_weak(seen, last ? CLOSED : seen + uint64_t(count)));
+        } while (!done.compare_exchange_weak(seen, last ? NOWHERE : seen + uint64_t(count)));
         if (last) advance(me, index + 1);
     }
 
-    // Nothing is left to take, and some chunks are long in coming: this thread does them. False: it cannot.
+    // Nothing is left to take, and some chunks are long in coming: this thread does those that no other does again. False: it
+    // cannot do anything.
     bool redo(int me, Coming& coming) {
         const Active here(*this, me);
         const uint64_t number = shared_out.load();
@@ -203,14 +264,21 @@ class Pool {
         int64_t count = 0;
         bool whole = true;
         for (int64_t chunk = 0; chunk < phase.chunks; chunk++) {
-            if (written[chunk].load() < 2 * number) count += do_chunk(me, index, chunk);
+            if (written[chunk].load() < 2 * number && is_first_to_redo(number, chunk)) {
+                for (int i = 0; i < threads; i++)
+                    if (i != me) members[i].note_whether_away(number << 16 | uint64_t(chunk));
+                count += do_chunk(me, index, chunk);
+            }
             whole &= written[chunk].load() == 2 * number + 1;
         }
         redone.fetch_add(count, std::memory_order_relaxed);
-        for (int i = 0; i < threads; i++)
-            if (i != me) members[i].note_whether_away();
         if (count || whole) count_done(me, index, count, coming, whole);
         return count || whole;
+    }
+
+    bool is_first_to_redo(uint64_t number, int64_t chunk) {
+        uint64_t seen = redoing[chunk].load();
+        return seen < number && redoing[chunk].compare_exchange_strong(seen, number);
     }
 
     bool in_staged_phase() {                    // for member 0, whose run it is
@@ -225,7 +293,7 @@ class Pool {
             if (current->stamps) current->stamps[next] = ticks();
             const Phase& phase = current->phases[next];
             if (phase.chunks > 1 && !(me == 0 && width.load() == 1)) return share_out(me, next);
-            for (int64_t chunk = 0; chunk < phase.chunks; chunk++) phase.run(phase.context, chunk, nullptr);
+            for (int64_t chunk = 0; chunk < phase.chunks; chunk++) note_failure(run_chunk(phase, chunk, nullptr));
         }
         if (current->stamps) current->stamps[next] = ticks();
         finished.store(true);
@@ -237,6 +305,7 @@ class Pool {
         int present[MAX_THREADS], all = 0;
         for (int i = 0; i < width.load(); i++)
             if (i == me || !members[i].away.load()) present[all++] = i;
+        longest.store(now << 32, std::memory_order_relaxed);
         done.store(now << 16);
         for (int i = 0; i < all; i++)
             members[present[i]].share.store(now << 32 | uint64_t(chunks * i / all) << 16 | uint64_t(chunks * (i + 1) / all));
@@ -268,8 +337,7 @@ class Pool {
     // Fetches what comes and spins, and then does what others have left undone; false when spin_us have passed without anything
     // to do.
     bool spin(int me, Coming& coming) {
-        const std::chrono::microseconds patience(redo_us.load(std::memory_order_relaxed));
-        auto now = Clock::now(), redo_at = now + patience;
+        auto now = Clock::now(), since = now;
         const auto end = now + std::chrono::microseconds(spin_us.load(std::memory_order_relaxed));
         for (; coming.bytes > 0; coming.fetch_some())
             if (something_to_do(me)) return true;
@@ -278,9 +346,9 @@ class Pool {
                 if (something_to_do(me)) return true;
             if (something_to_steal(me)) return true;
             now = Clock::now();
-            if (now < redo_at) continue;
+            if (now - since < patience()) continue;
             if (redo(me, coming)) return true;
-            redo_at = now + patience;
+            since = now;
         } while (now < end);
         return something_to_do(me);
     }
@@ -324,9 +392,11 @@ public:
     }
 
     int64_t redone_chunks() const { return redone.load(); }
+    int64_t patience_us() const { return patience().count(); }
 
     void run(Run& wanted) {                     // `busy` is held
         const int forced = forced_width();
+        make_room(wanted);
         current = &wanted, first = next_first, next_first += uint64_t(wanted.count);
         finished.store(false);
         width.store(std::clamp(forced ? forced : wanted.width, 1, helpers.empty() ? 1 : threads));
@@ -348,6 +418,15 @@ public:
             sleep(0);
         }
         tell();
+        if (failed.exchange(false)) std::rethrow_exception(std::exchange(failure, nullptr));
+    }
+
+private:
+    void make_room(const Run& run) {            // before any thread is in the run, so that no chunk is short of memory
+        size_t most = 0;
+        for (int64_t i = 0; i < run.count; i++)
+            if (run.phases[i].put) most = std::max(most, run.phases[i].staged_bytes);
+        for (int i = 0; i < threads; i++) members[i].staged.at_least(most);
     }
 };
 
@@ -443,6 +522,11 @@ int sleeping_threads() {
     return ready ? ready->asleep() : 0;
 }
 
+int64_t patience_us() {
+    Pool* ready = pool.load();
+    return ready ? ready->patience_us() : 0;
+}
+
 int64_t redone_chunks() {
     Pool* ready = pool.load();
     return ready ? ready->redone_chunks() : 0;
@@ -469,14 +553,20 @@ void run_items(int64_t count, ItemFunction function, void* context) {
 
 void* Memory::at_least(size_t bytes) {
     if (bytes > size) {
-        size = (bytes + 4095) / 4096 * 4096;
-        memory.reset(std::aligned_alloc(64, size));
+        const size_t wanted = (bytes + 4095) / 4096 * 4096;
+        size = 0;
+        memory.reset();
+        if (bytes > most_memory.load(std::memory_order_relaxed)) throw std::bad_alloc();
+        memory.reset(std::aligned_alloc(64, wanted));
         if (!memory) throw std::bad_alloc();
+        size = wanted;
     }
     return memory.get();
 }
 
-void* scratch(size_t bytes) noexcept {
+void refuse_memory(size_t beyond) { most_memory.store(beyond ? beyond : ~size_t(0)); }
+
+void* scratch(size_t bytes) {
     thread_local Memory mine;
     return mine.at_least(bytes);
 }

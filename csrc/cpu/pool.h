@@ -6,10 +6,10 @@
 // A phase's chunks are divided into one contiguous share per thread, so that a thread reads straight through the weights (and
 // keeps its rows in a long prompt); whoever has finished its own takes from the ends of the others'. A phase ends when its
 // *chunks are done*, not when threads arrive. Where the operating system stops a thread inside a chunk whose output is staged,
-// another does that chunk again, and all go on without it until the run ends: on two CPUs that Python, the front and a client
-// share, a thread is stopped several times in a step of 2 ms. Whoever does the last chunk begins the next phase, and runs phases
-// of one chunk itself, without waking anyone. Waiting threads fetch the weights they will need, spin for a while and then sleep.
-// Chunks must not throw.
+// one other does that chunk again, and all go on without it until the run ends: on two CPUs that Python, the front and a client
+// share, a thread is stopped several times in a step of 2 ms. Why that is safe: pool.cpp. Whoever does the last chunk begins the
+// next phase, and runs phases of one chunk itself, without waking anyone. Waiting threads fetch the weights they will need, spin
+// for a while and then sleep. What a chunk throws is thrown to the caller when the loop or the list of phases has ended.
 // The pool starts with the first loop that needs it (per process: a forked child starts its own). A loop inside a loop, or
 // one that finds the pool busy, runs on its caller alone. Every chunk runs with the default floating-point mode: round to
 // nearest, denormals kept (torch can switch them off).
@@ -27,8 +27,10 @@ constexpr int MAX_THREADS = 256;
 // Entering a futex costs 40-50 us here, so a shorter spin would cost more than it saves; of 20 and 100 us the longer did as
 // well or better (KERNELS.md 9.5, a prototype; not measured again in this pool).
 constexpr int SPIN_US = 100;
-// How long a thread waits for another's staged chunk, which takes some 3 us, before it does it itself.
-constexpr int REDO_US = 8;
+// How long a thread waits for another's staged chunk before it does it itself: twice the longest of the phase so far, at least
+// REDO_US (a chunk is meant to take 3 us), and UNKNOWN_US while none is counted.
+constexpr int REDO_US = 8, UNKNOWN_US = 50;
+constexpr int MEASURED = -1;
 constexpr int64_t MAX_CHUNKS = 65535;
 
 void set_threads(int threads);          // 1 (the start) = every loop runs on its caller; std::invalid_argument outside 1..MAX_THREADS
@@ -37,10 +39,12 @@ int sleeping_threads();                 // of the pool's helpers, how many are p
 int fork_generation();                  // changes in a forked child: threads made before are not there
 
 // For tests: every run uses `width` threads (0: as it asks), takes the others' chunks before its own, and does staged ones
-// again after `redo_us`.
+// again after `redo_us` (MEASURED: as said above).
 void force_schedule(int width, bool steal_first, int redo_us);
 int forced_width();
 int64_t redone_chunks();                // of this process's pool so far: staged chunks that were done in another thread's stead
+int64_t patience_us();                  // how long a thread would wait now before it does a staged chunk again
+void refuse_memory(size_t beyond);      // for tests: Memory does not grow beyond so many bytes; 0: as far as the system lets it
 
 struct Phase {
     void (*run)(const void* context, int64_t chunk, void* staged);
@@ -66,7 +70,7 @@ struct Run {
     bool stalled = false;               // out: the caller waited longer than spin_us within a phase
 };
 
-void run_phases(Run& run);              // waits for the pool if it is busy
+void run_phases(Run& run);              // waits for the pool if it is busy; throws what a chunk threw, or std::bad_alloc
 
 void relax();                           // what a spinning thread does between two looks
 uint64_t ticks();                       // a clock that takes 10 ns to read and counts evenly; which unit it has, only time tells
@@ -97,6 +101,6 @@ private:
 };
 
 // This thread's scratch memory of at least `bytes`, aligned to 64, contents undefined; valid until the next call on the thread.
-void* scratch(size_t bytes) noexcept;
+void* scratch(size_t bytes);            // std::bad_alloc
 
 }  // namespace dc

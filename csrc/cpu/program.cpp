@@ -161,8 +161,13 @@ struct Program::Inside {
     int64_t vocab = INT32_MAX, max_positions = INT32_MAX, sampled_vocab = 0;    // the least of any table; of the logits
     int64_t tickets = 0;
     std::vector<bool> draws;                            // for each logit row of the step started last: does it draw a token?
-    std::unique_ptr<Leader> leader;
+    std::unique_ptr<Leader> leader;                     // changed under `starting`; another one only in a forked child
     std::mutex starting;
+
+    Leader* leader_here() {                             // null: none in this process
+        std::lock_guard<std::mutex> lock(starting);
+        return leader && leader->generation == fork_generation() ? leader.get() : nullptr;
+    }
 
     void check_ids(const std::vector<int64_t>& ids, int64_t none, const char* range, const char* earlier) const {
         bool in_range = true, drawn = true;
@@ -247,7 +252,7 @@ int64_t Program::start(StepInput input) {
     in.check(input, max_tokens, max_rows);
     std::vector<bool> draws(input.samples ? input.logit_rows.size() : 0);
     for (size_t i = 0; i < draws.size(); i++) draws[i] = input.sample_rows[i].position >= 0;
-    const auto step = std::make_shared<Step>(in.ops, std::move(input), in.prepared.at_least(in.prepared_size), get_threads());
+    const auto step = std::make_shared<Step>(in.ops, std::move(input), in.prepared.at_least(in.prepared_size), get_threads(), in.vocab);
     step->ticket = ++in.tickets;
     in.draws = std::move(draws);
     in.leader->start(step);
@@ -255,12 +260,15 @@ int64_t Program::start(StepInput input) {
 }
 
 std::vector<int32_t> Program::finish(int64_t ticket) {
-    const bool here = inside->leader && inside->leader->generation == fork_generation();
-    require(here, "ticket: must be of a step that was started and not finished");
-    return inside->leader->finish(ticket);
+    Leader* const leader = inside->leader_here();
+    require(leader, "ticket: must be of a step that was started and not finished");
+    return leader->finish(ticket);
 }
 
-std::vector<StepTimes> Program::times() const { return inside->leader ? inside->leader->times() : std::vector<StepTimes>(); }
+std::vector<StepTimes> Program::times() const {
+    Leader* const leader = inside->leader_here();
+    return leader ? leader->times() : std::vector<StepTimes>();
+}
 
 std::vector<std::string> Program::describe() const {
     std::vector<std::string> lines;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 
 #include "cpu/rows.h"
 
@@ -45,9 +46,9 @@ size_t prepared_bytes(const Op& op, int64_t rows) { return prepared_bytes(op.til
 
 // ---- before the run
 
-Step::Step(const std::vector<Op>& ops, StepInput given, void* prepared, int threads)
+Step::Step(const std::vector<Op>& ops, StepInput given, void* prepared, int threads, int64_t vocab)
     : tokens(int64_t(given.token_ids.size())), logit_rows(int64_t(given.logit_rows.size())), ops(ops), input(std::move(given)),
-      prepared(prepared), threads(threads) {
+      prepared(prepared), threads(threads), vocab(vocab) {
     plan_attention();
     find_slots();
     find_needed();
@@ -203,10 +204,15 @@ void Step::make_phases() {
 // ---- the run
 
 void Step::resolve_ids(const std::vector<int32_t>& before) {
+    const auto drawn_by = [&](int64_t row) {
+        const int64_t id = before.at(size_t(row));
+        if (id >= vocab) throw std::out_of_range("token " + std::to_string(id) + " was drawn, and the smallest table has " + std::to_string(vocab) + " rows");
+        return id;
+    };
     for (int64_t& id : input.token_ids)
-        if (id < 0) id = before.at(size_t(-1 - id));
+        if (id < 0) id = drawn_by(-1 - id);
     for (int64_t& id : input.previous_ids)
-        if (id < -1) id = before.at(size_t(-2 - id));
+        if (id < -1) id = drawn_by(-2 - id);
 }
 
 void Step::run(int width, const std::function<void()>& begun) {

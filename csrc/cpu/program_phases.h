@@ -29,12 +29,13 @@ size_t prepared_bytes(const Op& op, int64_t rows);      // a linear's x, made re
 
 class Step {
 public:
-    // `prepared` is large enough for any linear over TOKENS_BY_ROWS tokens or the most logit rows.
-    Step(const std::vector<Op>& ops, StepInput input, void* prepared, int threads);
+    // `prepared` is large enough for any linear over TOKENS_BY_ROWS tokens or the most logit rows; every table that ids are
+    // looked up in has at least `vocab` rows.
+    Step(const std::vector<Op>& ops, StepInput input, void* prepared, int threads, int64_t vocab);
     Step(const Step&) = delete;
     Step& operator=(const Step&) = delete;
 
-    // Ids below 0 become what the step before drew.
+    // Ids below 0 become what the step before drew; std::out_of_range if it drew none, or one that has no row in some table.
     void resolve_ids(const std::vector<int32_t>& drawn);
     void run(int width, const std::function<void()>& begun);
     StepTimes times() const;
@@ -96,6 +97,7 @@ private:
     StepInput input;
     void* const prepared;
     const int threads;
+    const int64_t vocab;
     std::vector<int64_t> positions, slots;
     std::unique_ptr<AttentionPlan> plan;
     std::map<int, AttentionRun> attention;      // by window; LAST_LAYER: of the needed tokens only

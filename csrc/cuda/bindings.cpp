@@ -6,6 +6,7 @@
 void bind_cuda(pybind11::module_ &m) {
     using Gil = pybind11::call_guard<pybind11::gil_scoped_release>;
     m.def("cuda_devices", &dc_cuda_devices, Gil());
+    m.def("cuda_capability", &dc_cuda_capability, Gil());
     m.def("cuda_current_device", &dc_cuda_current_device, Gil());
     m.def("cuda_sample", &dc_cuda_sample, Gil());
     m.def("cuda_rope_append", &dc_cuda_rope_append, Gil());

@@ -12,6 +12,15 @@ int64_t dc_cuda_devices() {
     return devices;
 }
 
+int64_t dc_cuda_capability(int64_t device) {
+    int major = 0, minor = 0;
+    const int index = static_cast<int>(device);
+    const bool known = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index) == cudaSuccess &&
+                       cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index) == cudaSuccess;
+    cudaGetLastError();
+    return known ? 10 * major + minor : 0;
+}
+
 int64_t dc_cuda_current_device() {
     int device = -1;
     return cudaGetDevice(&device) == cudaSuccess ? device : -1;

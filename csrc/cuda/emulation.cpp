@@ -275,4 +275,5 @@ extern "C" __attribute__((visibility("default"))) const char *dc_emulation_fault
 }
 
 int64_t dc_cuda_devices() { return 0; }
+int64_t dc_cuda_capability(int64_t) { return 0; }
 int64_t dc_cuda_current_device() { return 0; }

@@ -14,6 +14,9 @@ extern "C" {
 // Number of usable devices: 0 without a driver, with one that is too old, or without a device. Never fails.
 int64_t dc_cuda_devices();
 
+// Ten times a device's compute capability (90: an H100), or 0 where there is no such device. Never fails.
+int64_t dc_cuda_capability(int64_t device);
+
 // The current device's index, or -1.
 int64_t dc_cuda_current_device();
 

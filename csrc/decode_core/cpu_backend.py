@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import time
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +14,53 @@ import torch
 from . import _core
 from .program import Program
 from .sampling import Sampler, batch_of
-from .tiles import Arena
+from .tiles import Arena, Matrix, multiply
 from .weights import as_stored, converted, pack
 
 RECORDED = ("embed", "gather_rows", "rms_norm", "linear", "copy", "mix", "smear", "backout", "softcap",
             "rope_append", "paged_attention")
+
+
+@functools.cache
+def slower_than_torch(width: int) -> str:
+    """Why torch should compute a model of this width, "" where decode_core should.
+
+    Where a CPU offers AVX2 or AVX-512, or DECODE_CORE_ISA names what to use, decode_core computes. Elsewhere
+    (aarch64, old x86) its kernels are portable C++, and one measurement of 0.2 s or so decides: the products of
+    an answer of 100 tokens after a prompt of 64, Q8_0 tiles against the faster of torch's float32 and bfloat16.
+    """
+    if _core.isa() != "portable" or os.environ.get("DECODE_CORE_ISA"):
+        return ""
+    ours, theirs = answer_seconds(width)
+    return "" if ours <= theirs else f"decode_core's portable kernels take {ours / theirs:.1f} times as long here"
+
+
+def answer_seconds(width: int, rows: int = 1024) -> tuple[float, float]:
+    """How long decode_core and torch take for the products with one (rows, width) matrix in such an answer."""
+    def seconds(product: Callable, x: Any) -> float:
+        product(x)
+        times = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            product(x)
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    weights = torch.randn(rows, width)
+    matrix = Matrix(Arena(1 << 20), "q8_0", rows, -(-width // 32) * 32)
+    matrix.fill(torch.nn.functional.pad(weights, (0, matrix.columns - width)), "f32")
+
+    def tiles(x: torch.Tensor) -> None:
+        multiply(x, matrix, out=torch.empty(len(x), rows))
+
+    products = [(tiles, torch.float32, matrix.columns)]
+    for dtype in (torch.float32, torch.bfloat16):
+        products.append((functools.partial(torch.nn.functional.linear, weight=weights.to(dtype)), dtype, width))
+    prompt, token = (
+        [seconds(product, torch.randn(count, columns, dtype=dtype)) for product, dtype, columns in products]
+        for count in (64, 1))
+    ours, *theirs = (first + 100 * each for first, each in zip(prompt, token))
+    return ours, min(theirs)
 
 
 class CpuBackend:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 PAGE_SIZE, CHUNK_SIZE = 16, 256
 MAX_VOCABULARY, MAX_ROWS, MAX_HEAD_SIZE = 1 << 18, 65535, 256
+LEAST_CAPABILITY = 80                   # ten times the least that setup.py's NVCC_FLAGS compile for
 SAMPLE_THREADS = 1024                   # of a row's block; tests try others, which must give the same tokens
 SAMPLE_ROW_BYTES = 72                   # dc::SampleRow of csrc/contract.h
 CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
@@ -38,9 +39,17 @@ class CudaOps:
     def __init__(self, core):
         self.core = core
 
-    def available(self) -> bool:
-        """Whether there is a device and a driver that is new enough; never raises."""
-        return self.core.cuda_devices() > 0
+    def refusal(self, device: int = 0) -> str:
+        """Why the kernels cannot run on a device, "" where they can; never raises."""
+        if not device < self.core.cuda_devices():
+            return "no such device, or a driver that is too old"
+        capability = self.core.cuda_capability(device)
+        least = "decode_core's CUDA kernels need {}.{}".format(*divmod(LEAST_CAPABILITY, 10))
+        return "" if capability >= LEAST_CAPABILITY else "{}, the GPU has {}.{}".format(least, *divmod(capability, 10))
+
+    def available(self, device: int = 0) -> bool:
+        """Whether there is such a device, a driver that is new enough and a compute capability that was compiled for."""
+        return not self.refusal(device)
 
     def tensor(self, name: str, tensor, dtypes: tuple, *shape, loose=0) -> SimpleNamespace:
         """`tensor` as (address, dtype, shape, strides), on the current device; None in `shape` admits any size.

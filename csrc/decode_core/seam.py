@@ -22,25 +22,34 @@ not with this package.
 
 from __future__ import annotations
 
+import functools
+import logging
 from types import SimpleNamespace
 from typing import Any
 
 from . import _core, cuda
 
 SEAM = 1        # one more whenever a name, an argument or a meaning above, or of `script`, changes
+log = logging.getLogger("chat_server.decode_core")
 
 
 def backend_for(spec: Any, device: Any, script: SimpleNamespace) -> Any:
     """The backend for a model on a torch device; None where there are no kernels for its shape."""
-    kind = str(device).partition(":")[0]
+    kind, _, index = str(device).partition(":")
     if kind == "cpu" and fits_cpu(spec):
-        from .cpu_backend import CpuBackend
-        return CpuBackend(spec, script)
-    ops = cuda_ops() if kind == "cuda" and fits_cuda(spec) else None
+        from . import cpu_backend
+        slower = cpu_backend.slower_than_torch(spec.width)
+        return say_once(slower) if slower else cpu_backend.CpuBackend(spec, script)
+    ops = cuda_ops(int(index or 0)) if kind == "cuda" and fits_cuda(spec) else None
     if ops is None:
         return None
     from .cuda_backend import CudaBackend
     return CudaBackend(spec, script, ops)
+
+
+@functools.cache
+def say_once(reason: str) -> None:
+    log.warning("%s: torch computes instead", reason)
 
 
 def fits_cpu(spec: Any) -> bool:
@@ -54,7 +63,9 @@ def fits_cuda(spec: Any) -> bool:
             and spec.vocab_size <= cuda.MAX_VOCABULARY)
 
 
-def cuda_ops() -> cuda.CudaOps | None:
-    """The CUDA ops, where they were compiled and there is a device and a driver for them."""
+def cuda_ops(device: int = 0) -> cuda.CudaOps | None:
+    """The CUDA ops, where they were compiled and the device and its driver can run them."""
     ops = cuda.CudaOps(_core) if _core.cuda_compiled else None
-    return ops if ops and ops.available() else None
+    if ops and (refusal := ops.refusal(device)):
+        return say_once(refusal) if _core.cuda_devices() else None      # without any GPU there is nothing to say
+    return ops

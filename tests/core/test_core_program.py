@@ -28,6 +28,7 @@ def usual_settings():
     decode_core.set_isa(before[0])
     decode_core.set_threads(before[1])
     _core.force_schedule(0, False)
+    _core.refuse_memory(0)
 
 
 class Eager:
@@ -235,7 +236,8 @@ MIXES = {                       # T tokens: what the sequences bring, first and 
     100: [(100, 1), (2, 1), (0, 58), (16, 40)],
 }
 # (threads, forced width, take others' chunks first[, do again at once what another thread is doing])
-SCHEDULES = [(1, 0, False), (2, 0, False), (2, 2, True), (2, 1, False), (4, 4, False), (4, 4, True), (4, 3, False), (2, 2, False, 0), (4, 4, True, 0)]
+SCHEDULES = [(1, 0, False), (2, 0, False), (2, 2, True), (2, 1, False), (4, 4, False), (4, 4, True), (4, 3, False), (2, 2, False, 0), (4, 4, True, 0),
+             (16, 16, False), (16, 16, True, 0)]
 
 
 @pytest.mark.parametrize("logit_rows", ["none", "one", "all"])
@@ -596,6 +598,86 @@ def test_a_forked_child_runs_steps_with_threads_of_its_own():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, *sys.path])}
     for _ in range(int(5 * SHARE) + 1):
         subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(FORK)], env=environment, check=True, timeout=60)
+
+
+# ---- what goes wrong on the way
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("tokens", [2, 100])        # products divided, rows divided
+def test_a_step_that_is_refused_memory_fails_and_the_next_one_has_it(threads, tokens):
+    decode_core.set_threads(threads)
+    step, free = make_step(MODELS["llama"], MIXES[tokens], "all", 1), Recorded("llama")
+    expected, recorded = free.run(step), Recorded("llama")
+    decode_core.set_threads(3)                      # new threads, without any memory of their own
+    decode_core.set_threads(threads)
+    _core.refuse_memory(1)
+    with pytest.raises((MemoryError, RuntimeError)):
+        recorded.run(step)
+    _core.refuse_memory(0)
+    assert recorded.run(step) == expected
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_memory_that_is_refused_within_a_chunk_fails_that_step_alone(threads):
+    decode_core.set_threads(threads)
+    wide = decode_core.Matrix(decode_core.Arena(1 << 20), "q8_0", 32, 4096)
+    program, x, out = decode_core.Program(64, 4), np.zeros((64, 4096), np.float32), np.zeros((64, 32), np.float32)
+    program.embed(np.ones((4, 4096), np.float32), program.token_ids, x)
+    program.linear(x, wide, out)
+    run = lambda T: program.finish(program.start([1] * T, [-1] * T, [0, T], [T], [[0, 1, 2, 3]], []))       # noqa: E731
+    assert run(1) == []                             # the program's own memory is there now
+    _core.refuse_memory(20_000)                     # 8 rows of x made ready within a chunk take more
+    with pytest.raises(RuntimeError, match="bad_alloc"):
+        run(64)
+    _core.refuse_memory(0)
+    assert run(64) == []
+
+
+def test_a_drawn_token_without_a_row_in_every_table_fails_the_step_that_takes_it():
+    model, C = MODELS["llama"], 64
+    few = np.ones((5, C), np.float32)
+    program, x, last = decode_core.Program(4, 4), *(np.zeros((4, C), np.float32) for _ in range(2))
+    logits = np.zeros((4, model.V), np.float32)
+    program.embed(few, program.token_ids, x)
+    program.gather_rows(x, program.logit_rows, last)
+    program.linear(last, model.head, logits)
+    program.sample(logits)
+    params = SimpleNamespace(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, presence_penalty=0.0, frequency_penalty=0.0,
+                             repetition_penalty=1.0, logit_bias=((300, 1e9),), seed=1, choice=0)
+    draws = lambda: decode_core.SampleBatch([SimpleNamespace(params=params, position=3, tokens=[], prompt_tokens=0)], model.V)    # noqa: E731
+    step = lambda token, previous: ([token], [previous], [0, 1], [1], [[0]], [0], draws())      # noqa: E731
+    for token, previous in [(~0, -1), (1, -2)]:
+        first = program.start(*step(1, -1))
+        second = program.start(*step(token, previous))
+        assert program.finish(first) == [300]
+        with pytest.raises(RuntimeError, match="token 300 was drawn, and the smallest table has 5 rows"):
+            program.finish(second)
+    assert program.finish(program.start(*step(4, -1))) == [300]
+
+
+def test_a_list_that_shrinks_while_it_is_read_is_read_to_its_new_end():
+    recorded, step = Recorded("llama"), make_step(MODELS["llama"], MIXES[5], "all", 1)
+
+    class Shrinking:
+        def __init__(self, of):
+            self.of = of
+
+        def __index__(self):
+            self.of.clear()
+            return 0
+
+    for name in ("token_ids", "previous", "starts", "lengths", "logit_rows"):
+        changed = list(getattr(step, name))
+        changed[0] = Shrinking(changed)
+        with pytest.raises(ValueError):
+            recorded.start(SimpleNamespace(**{**vars(step), name: changed}))
+    tables = [list(table) for table in step.tables]
+    tables[0][0] = Shrinking(tables)
+    with pytest.raises(ValueError):
+        recorded.start(SimpleNamespace(**{**vars(step), "tables": tables}))
+    tokens = [1, 2, 3]
+    tokens[0] = Shrinking(tokens)
+    assert _core.count_tokens([(tokens, 0)], 10)[0] == [1]
 
 
 # ---- how many threads (cpu/width.h)

@@ -335,7 +335,7 @@ def test_sampling_on_the_device_draws_the_references_tokens_and_leaves_logits_al
 
 def test_load_kernels_takes_decode_core_on_cuda_where_the_model_fits(monkeypatch):
     spec = llama_like()[0]
-    monkeypatch.setattr(seam, "cuda_ops", SimpleNamespace)      # as where there is a GPU
+    monkeypatch.setattr(seam, "cuda_ops", lambda _: SimpleNamespace())      # as where there is a GPU
     kernels = cs.load_kernels("cuda", spec)
     names = kernels.names
     assert {name for name, by in names.items() if by == "decode_core/cuda"} >= {"rope_append", "paged_attention", "sample"}
@@ -344,12 +344,27 @@ def test_load_kernels_takes_decode_core_on_cuda_where_the_model_fits(monkeypatch
         assert set(cs.load_kernels("cuda", unfit).names.values()) == {"torch/reference", "numpy/reference"}
     with pytest.raises(cs.ConfigError, match="--quantize needs decode_core and a CPU"):
         cs.load_kernels("cuda", spec, quantize="q8_0")
-    monkeypatch.setattr(seam, "cuda_ops", lambda: None)         # no driver, or no device
+    monkeypatch.setattr(seam, "cuda_ops", lambda _: None)       # no driver, or no device
     assert cs.load_kernels("cuda", spec).names["sample"] == "numpy/reference"
 
 
 def test_the_core_says_whether_cuda_can_be_used():
-    assert (decode_core.cuda_ops() is not None) == bool(decode_core._core.cuda_compiled and decode_core._core.cuda_devices())
+    core = decode_core._core
+    able = core.cuda_compiled and core.cuda_devices() and core.cuda_capability(0) >= 80
+    assert (decode_core.cuda_ops() is not None) == bool(able)
+
+
+@pytest.mark.parametrize("capability, able", [(75, False), (80, True), (86, True), (90, True), (120, True)])
+def test_a_gpu_older_than_the_kernels_gets_torch_and_one_line(monkeypatch, caplog, capability, able):
+    core = SimpleNamespace(cuda_compiled=True, cuda_devices=lambda: 2, cuda_capability=lambda device: [90, capability][device])
+    monkeypatch.setattr(seam, "_core", core)
+    seam.say_once.cache_clear()
+    spec = cs.ModelSpec(vocab_size=64, layers=1, width=32, heads=2, kv_heads=1, head_size=16, ffn_size=32, max_positions=64)
+    for _ in range(2):
+        assert type(seam.backend_for(spec, "cuda:1", cs.for_decode_core())).__name__ == ("CudaBackend" if able else "NoneType")
+    assert decode_core.cuda_ops(0) is not None and decode_core.cuda_ops(2) is None
+    lines = [record.getMessage() for record in caplog.records if "8.0" in record.getMessage()]
+    assert lines == [] if able else lines == ["decode_core's CUDA kernels need 8.0, the GPU has 7.5: torch computes instead"]
 
 
 # --- the bench ---------------------------------------------------------------------------------------------------

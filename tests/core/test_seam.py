@@ -64,6 +64,33 @@ def test_a_device_or_shape_without_kernels_gets_the_references(device):
         cs.load_kernels("cpu", odd, quantize="q8_0")
 
 
+@needs_core
+@pytest.mark.parametrize("seconds, ours", [((1.0, 2.0), True), ((3.0, 2.0), False)])
+def test_portable_kernels_compute_where_they_are_no_slower_than_torch(monkeypatch, caplog, seconds, ours):
+    from decode_core import cpu_backend, seam
+    monkeypatch.delenv("DECODE_CORE_ISA", raising=False)
+    monkeypatch.setattr(cpu_backend._core, "isa", lambda: "portable")
+    monkeypatch.setattr(cpu_backend, "answer_seconds", lambda width: seconds)
+    cpu_backend.slower_than_torch.cache_clear()
+    seam.say_once.cache_clear()
+    try:
+        for _ in range(2):
+            assert (type(cs.choose_backend("cpu", SPEC)) is not cs.Backend) is ours
+        assert [r.getMessage() for r in caplog.records] == ([] if ours else [
+            "decode_core's portable kernels take 1.5 times as long here: torch computes instead"])
+        monkeypatch.setenv("DECODE_CORE_ISA", "portable")       # who names it gets it
+        cpu_backend.slower_than_torch.cache_clear()
+        assert cs.choose_backend("cpu", SPEC).name == "decode_core/portable"
+    finally:
+        cpu_backend.slower_than_torch.cache_clear()
+
+
+@needs_core
+def test_the_measurement_of_portable_kernels_runs():
+    from decode_core import cpu_backend
+    assert min(cpu_backend.answer_seconds(48, rows=32)) > 0
+
+
 def foreign_core(folder, text):
     """An environment in which `import decode_core` finds a package of this text."""
     (folder / "decode_core").mkdir(parents=True)

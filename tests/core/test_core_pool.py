@@ -1,0 +1,55 @@
+"""decode_core's pool: who does a chunk again and when, chunks that throw, memory that is refused (csrc/cpu/pool.h)."""
+
+import pytest
+
+decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
+from decode_core import _core  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def usual_settings():
+    before = decode_core.get_threads()
+    yield
+    _core.refuse_memory(0)
+    _core.force_schedule(0, False)
+    decode_core.set_threads(before)
+
+
+def try_phase(threads, chunks, **options):
+    decode_core.set_threads(threads)
+    return _core.try_phase(threads, chunks, **options)
+
+
+@pytest.mark.parametrize("threads", [3, 16])
+def test_a_chunk_that_is_long_in_coming_is_done_again_by_one_thread_only(threads):
+    _core.force_schedule(threads, False, 0)             # at once, and 16 threads on the CPUs there are
+    runs, puts, _ = try_phase(threads, threads, held_us=30_000)     # each run of chunk 0 waits for a third one
+    assert runs[0] == 2 and max(runs) <= 2
+    assert puts == [1] * threads
+
+
+def test_threads_wait_for_twice_the_longest_chunk_of_the_phase():
+    _, puts, patience_us = try_phase(16, 32, chunk_us=300)
+    assert puts == [1] * 32
+    assert patience_us >= 600
+
+
+def test_short_chunks_are_waited_for_as_long_as_it_takes_to_notice():
+    _, puts, patience_us = try_phase(2, 64)
+    assert puts == [1] * 64 and patience_us >= _core.REDO_US
+
+
+@pytest.mark.parametrize("schedule", [(16, False), (16, True), (16, False, 0), (16, True, 0)])
+def test_sixteen_threads_of_which_one_is_slow_do_every_chunk_once(schedule):
+    _core.force_schedule(*schedule)
+    for chunks in (2, 16, 100):
+        runs, puts, _ = try_phase(16, chunks, chunk_us=20, slowdown=50)
+        assert puts == [1] * chunks and set(runs) <= {1, 2}
+
+
+@pytest.mark.parametrize("threads", [1, 2, 16])
+def test_what_a_chunk_throws_reaches_the_caller_and_the_pool_goes_on(threads):
+    for chunk in (0, 7, 31):
+        with pytest.raises(RuntimeError, match="a chunk throws"):
+            try_phase(threads, 32, throws=chunk)
+        assert try_phase(threads, 32)[1] == [1] * 32
