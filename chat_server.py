@@ -5846,7 +5846,7 @@ def parse_openai_request(values: Mapping[str, Any], settings: Settings, tool_for
         raise RequestError("top_logprobs needs logprobs: true", code="invalid_value", param="top_logprobs")
     choice, tools = values.get("tool_choice", "auto"), values.get("tools", ())
     if choice != "none" and (values.get("functions") or (tools or choice != "auto") and tool_format is None):
-        raise no_tools("tools" if tools else "tool_choice")
+        raise no_tools("tools" if tools else "functions" if values.get("functions") else "tool_choice")
     tools = () if choice == "none" else tools
     grammar, param = values.get("response_format", ""), "response_format"
     if choice not in ("auto", "none"):

@@ -477,6 +477,7 @@ def test_a_captured_step_replays_what_eager_calls_compute_on_new_inputs(gpu):
 # --- nvcc --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow       # setup.py compiles them with the same warnings
 @pytest.mark.parametrize("source", sorted(path.name for path in (CSRC / "cuda").glob("*.cu")))
 def test_nvcc_compiles_without_warnings_for_sm_80_and_sm_90(source, tmp_path):
     nvcc = shutil.which("nvcc")

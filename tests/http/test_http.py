@@ -31,15 +31,20 @@ async def ask(client, url, body, **options):
 # the native API
 
 
-async def test_the_native_stream_has_pieces_then_done(client):
-    async with serving(FakePool(["Mach", "", "ine"])) as url:
-        async with client.post(url + NATIVE, json=conversation()) as response:
+@pytest.mark.parametrize("path", [NATIVE, OPENAI])
+async def test_the_headers_of_a_stream_keep_proxies_from_holding_it(client, path):
+    async with serving(FakePool()) as url:
+        async with client.post(url + path, json=conversation() | {"stream": True}) as response:
             assert response.status == 200
             assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
             assert response.headers["Cache-Control"] == "no-cache, no-transform"
             assert response.headers["X-Accel-Buffering"] == "no"
             assert "Content-Encoding" not in response.headers
-            events = frames(await response.read())
+
+
+async def test_the_native_stream_has_pieces_then_done(client):
+    async with serving(FakePool(["Mach", "", "ine"])) as url:
+        events = frames((await ask(client, url + NATIVE, conversation()))[1])
     assert events[:2] == [{"token": "Mach", "gpu": 0}, {"token": "ine", "gpu": 0}]
     assert events[2].pop("seed") >= 0
     assert events[2:] == [{"done": True, "finish_reason": "stop", "stop_reason": "eos", "gpu": 0,
@@ -275,21 +280,29 @@ async def test_content_may_be_text_null_or_text_parts_and_developer_is_system(cl
     ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nope"}}}}, "invalid_json_schema"),
     ({"n": 0}, "invalid_value"), ({"n": 129}, "invalid_value"), ({"top_logprobs": 2}, "invalid_value"),
     ({"logprobs": True, "top_logprobs": 21}, "invalid_value"), ({"logprobs": 5}, "invalid_value"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#"}}}}, "invalid_json_schema"),
     ({"temperature": 2.1}, "invalid_value"), ({"top_p": -0.1}, "invalid_value"), ({"max_tokens": 0}, "invalid_value"),
     ({"max_tokens": -2}, "invalid_value"), ({"presence_penalty": 3}, "invalid_value"),
     ({"logit_bias": {"x": 1}}, "invalid_value"), ({"logit_bias": {"1": 101}}, "invalid_value"),
     ({"stop_token_ids": [-1]}, "invalid_value"), ({"seed": 2**64}, "invalid_value"),
     ({"stop": ["x", "x" * 1001]}, "invalid_value"), ({"stop_token_ids": [1] * 1001}, "invalid_value"),
     ({"logit_bias": {str(token): 1 for token in range(2**18 + 1)}}, "invalid_value")])
-async def test_what_is_not_supported_or_out_of_range_is_400_with_a_code(client, body, code):
-    async with serving(FakePool()) as url:
-        status, answer = await ask(client, url + OPENAI, conversation() | body)
-    error = json.loads(answer)["error"]
-    assert (status, error["code"], error["type"]) == (400, code, "invalid_request_error")
-    assert error["message"] and error["param"]
+async def test_what_is_not_supported_or_out_of_range_is_400_with_a_code_and_names_the_parameter(client, body, code):
+    for stream in (False, True):        # before the first byte, so that a stream has a status too
+        async with serving(FakePool()) as url:
+            status, answer = await ask(client, url + OPENAI, conversation() | {"stream": stream} | body)
+        error = json.loads(answer)["error"]
+        assert (status, error["code"], error["type"]) == (400, code, "invalid_request_error")
+        assert error["message"] and set(error) == {"message", "type", "param", "code"}
+        assert re.split(r"[.\[]", error["param"])[0] in body
+
+
+NAMES = [field.name for field in chat_server.OPENAI_FIELDS if field.name != "messages"]
 
 
 @pytest.mark.parametrize("body", [
+    dict.fromkeys([*NAMES, "functions", "metadata"]), {"stream": "True"}, {"stream": "true"},
+    {"store": True, "service_tier": "auto", "reasoning_effort": "low", "prediction": None, "extra": {"a": [1]}, "top_a": 0.5},
     {"tools": []}, {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"}, {"tool_choice": "auto"}, {"n": 1},
     {"response_format": {"type": "text"}}, {"logprobs": False, "top_logprobs": 0}, {"top_k": -1}, {"user": "me", "store": True},
     {"parallel_tool_calls": True, "metadata": {}}, {"stream_options": None}, {"logit_bias": {}}, {"stop": []}, {"stop": ["", "x"]}])

@@ -1,7 +1,8 @@
 """Other people's clients, each as its users run it, against the default model in a real server.
 
-They live in a venv and a node_modules of their own under build-peers/, made once and kept as long as what they are made from stays the
-same. Without network they are skipped with that reason. (The `openai` package itself is in test_openai_client.py.)
+They live in a venv (888 MB, so its tests are slow ones) and a node_modules of their own under build-peers/, made once and kept as
+long as what they are made from stays the same. Without network they are skipped with that reason. (The `openai` package itself is in
+test_openai_client.py.)
 """
 
 import hashlib
@@ -47,8 +48,10 @@ def made(name, source, *commands):
 
 @pytest.fixture(scope="module")
 def python():
-    pip = ["venv/bin/python", "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--disable-pip-version-check", "--retries", "1"]
-    return made("python", "requirements.txt", [sys.executable, "-m", "venv", "venv"], [*pip, "-r", "requirements.txt"]) / "venv/bin/python"
+    venv = [sys.executable, "-m", "venv", "--without-pip", "venv"]
+    pip = [sys.executable, "-m", "pip", "--python", "venv/bin/python", "install", "--quiet", "--no-deps", "--no-compile",
+           "--disable-pip-version-check", "--retries", "1", "-r", "requirements.txt"]
+    return made("python", "requirements.txt", venv, pip) / "venv/bin/python"
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +76,7 @@ def outcome(command, *arguments, cwd=None):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_langchain_chats_streams_scores_and_gets_objects(python, url):
     found = outcome([python, HERE / "langchain_peer.py"], url)
     assert found["text"] == found["streamed"] == ANSWER and found["batch"] == [ANSWER, ANSWER] and found["with_system"]
@@ -81,6 +85,7 @@ def test_langchain_chats_streams_scores_and_gets_objects(python, url):
     assert found["tools"] == "tools_not_supported"
 
 
+@pytest.mark.slow
 def test_litellm_completes_streams_and_maps_errors(python, url):
     found = outcome([python, HERE / "litellm_peer.py"], url)
     assert found["text"] == found["streamed"] == ANSWER and found["choices"] == 2 and found["finish_reason"] == "stop"
@@ -88,6 +93,7 @@ def test_litellm_completes_streams_and_maps_errors(python, url):
     assert set(found["shaped"]) == {"big"} and found["raw"] == " Tokyo" and found["unknown_model"] == 404
 
 
+@pytest.mark.slow
 def test_lm_eval_scores_and_generates_alone_and_in_batches(python, url, tmp_path, default_model_path):
     """The likelier endings win, and sending ids in batches gives the numbers of sending texts one by one."""
     tokenizer = tmp_path / "tokenizer"

@@ -1,4 +1,4 @@
-"""Half a minute of bench/soak.py: workers die, clients vanish, connections break, and nothing is lost."""
+"""bench/soak.py for two minutes: workers die, clients vanish, connections break, and nothing is lost."""
 
 import json
 import os
@@ -11,11 +11,12 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "soak.py"
 
 
-@pytest.mark.timeout(240)
-def test_half_a_minute_of_kills_and_vanishing_clients_loses_no_answer_and_no_page(tmp_path):
+@pytest.mark.slow
+@pytest.mark.timeout(360)
+def test_two_minutes_of_kills_and_vanishing_clients_loses_no_answer_and_no_page(tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    ended = subprocess.run([sys.executable, SCRIPT, "--seconds", "30", "--log", tmp_path / "log"], env=environment, capture_output=True,
-                           text=True, timeout=220)
+    ended = subprocess.run([sys.executable, SCRIPT, "--seconds", "120", "--log", tmp_path / "log"], env=environment, capture_output=True,
+                           text=True, timeout=330)
     assert ended.returncode == 0, ended.stdout + ended.stderr + (tmp_path / "log").read_text()[-3000:]
     found = json.loads(ended.stdout.splitlines()[-1])
     assert found["lost"] == found["leaked_pages"] == 0
