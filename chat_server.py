@@ -146,6 +146,7 @@ class Limits:
     prompt_tokens: int = 1 << 20    # of a prompt of token ids: no context is larger
     choices: int = 128              # answers of one request
     grammar_characters: int = 1 << 16       # of a JSON schema: compiling this much takes up to 0.3 s
+    grammar_bytes: int = 16 << 20           # of memory that one takes compiled; 65,536 characters of usual ones take 8 MB
     body_bytes: int = 16 << 20
     held_bytes: int = 256 << 20     # of large bodies and of answers that are sent whole, together
     inline_bytes: int = 1 << 16     # bodies above are read in a sandbox
@@ -782,20 +783,34 @@ def unusable_schema(reason: str, param: str) -> RequestError:
     return RequestError(f"the JSON schema is not usable: {reason}", code="invalid_json_schema", param=param)
 
 
+def heap_bytes() -> int:
+    """What this process has in use of its heap; 0 where that is not glibc's, which tells (mallinfo2(3))."""
+    with contextlib.suppress(OSError, AttributeError):
+        tell = ctypes.CDLL(None).mallinfo2
+        tell.restype = type("mallinfo2", (ctypes.Structure,), {"_fields_": [(f"n{i}", ctypes.c_size_t) for i in range(10)]})
+        return tell().n4 + tell().n7        # hblkhd, of large pieces, and uordblks, of the rest
+    return 0
+
+
 @functools.cache
 def byte_vocabulary() -> Any:
     return importlib.import_module("llguidance").LLTokenizer("byte")
 
 
 def check_grammar(source: str, param: str) -> None:
-    """RequestError, about the field `param`, for a grammar that no answer can be held to. May take long, and much memory."""
-    llguidance = importlib.import_module("llguidance")
-    limits = llguidance.LLParserLimits(**GRAMMAR_LIMITS)
-    matcher = llguidance.LLMatcher(byte_vocabulary(), source, log_level=0, limits=limits)
+    """RequestError, about the field `param`, for a grammar that no answer can be held to, or that takes too much to follow.
+
+    May itself take long, and much memory: as much as the same grammar takes in a worker.
+    """
+    llguidance, vocabulary = importlib.import_module("llguidance"), byte_vocabulary()
+    limits, before = llguidance.LLParserLimits(**GRAMMAR_LIMITS), heap_bytes()
+    matcher = llguidance.LLMatcher(vocabulary, source, log_level=0, limits=limits)
     matcher.compute_bitmask()
     if matcher.is_error():
         reason = matcher.get_error().partition("\n")[0].rpartition("failed to compile JSON schema: ")[2]
         raise unusable_schema("nothing fulfils it" if reason.startswith("NoExtension") else reason[:300], param)
+    if heap_bytes() - before > LIMITS.grammar_bytes:
+        raise unusable_schema(f"it is too complex, following it takes more than {LIMITS.grammar_bytes >> 20} MiB", param)
 
 
 GRAMMAR_LIMITS = {"max_lexer_states": 30_000, "verbose_errors": False}     # a state takes 1 to 2 KB; a mask up to 25 ms
@@ -809,6 +824,7 @@ class Grammar:
         limits = llguidance.LLParserLimits(**GRAMMAR_LIMITS)
         self.matcher = llguidance.LLMatcher(tokenizer.grammar_vocabulary, source, log_level=0, limits=limits)
         self.ends = tokenizer.stop_tokens
+        self.size = 0                       # bytes, which its copies share
         self.mask: Future = Future()        # of the next token, as bytes
 
     def copy(self) -> "Grammar":
@@ -3387,7 +3403,7 @@ class Engine:
         sequence.drafter = Drafter(sequence.tokens) if self.drafts and not work.needs_tokens else None
         self.scheduler.add(sequence)
 
-    KEPT_GRAMMARS = 16
+    KEPT_GRAMMARS, KEPT_GRAMMAR_BYTES = 16, 64 << 20
     MASK_PATIENCE_S = 0.004         # a step waits so long for the masks of its rows
 
     def _prepare(self, sequence: Sequence) -> None:
@@ -3403,12 +3419,17 @@ class Engine:
     def _grammar(self, work: Work) -> Grammar:
         """A request's grammar, compiled once; the answers take copies. Only `compiling` runs this."""
         key = work.owner, work.grammar
-        if key not in self.grammars:
-            self.grammars[key] = Grammar(self.tokenizer, work.grammar)
-        self.grammars.move_to_end(key)
-        while len(self.grammars) > self.KEPT_GRAMMARS:
+        if key in self.grammars:
+            self.grammars.move_to_end(key)
+            return self.grammars[key]
+        self.tokenizer.grammar_vocabulary       # no grammar's own
+        before = heap_bytes()
+        self.grammars[key] = grammar = Grammar(self.tokenizer, work.grammar)
+        grammar.matcher.compute_bitmask()       # only now it has what it takes
+        grammar.size = heap_bytes() - before    # about: others take memory and give some back meanwhile
+        while len(self.grammars) > self.KEPT_GRAMMARS or sum(each.size for each in self.grammars.values()) > self.KEPT_GRAMMAR_BYTES:
             self.grammars.popitem(last=False)
-        return self.grammars[key]
+        return grammar
 
     def _think_ahead(self, sequence: Sequence) -> None:
         """Begin with the mask of its next token; where that will take long, the sequence sits out steps until it is there."""

@@ -187,8 +187,10 @@ def test_others_go_on_while_a_mask_is_computed_and_the_answer_is_the_same(engine
 
     monkeypatch.setattr(chat_server.FairThread, "submit", submit)
     engine.add(work(engine, "a", PERSON, 3, client="slow"))
-    engine.add(Work("f", (5, 6, 7), SamplingParams(0.0), 30, ignore_eos=True))
     found = []
+    while not found:
+        found += engine.step()
+    engine.add(Work("f", (5, 6, 7), SamplingParams(0.0), 30, ignore_eos=True))
     while sum(len(update.tokens) for update in found if update.id == "f") < 30:
         found += engine.step()
     assert 1 <= len([update for update in found if update.id == "a"]) < 3          # it waits for its second mask
@@ -257,3 +259,32 @@ def test_the_mask_is_exactly_what_the_grammar_takes(engine):
         for before in engine.tokenizer.encode('{"name": "Bo"'):
             probe.feed(before)
         assert probe.feed(token) == bool(flags[token])
+
+
+def numbers(count, title=""):
+    """A small schema that takes much memory: an automaton for the multiples of each number."""
+    properties = {f"p{i}": {"type": "integer", "multipleOf": 997 + i} for i in range(count)}
+    return {"type": "object", "properties": properties, "required": list(properties), "title": title}
+
+
+@pytest.mark.skipif(not chat_server.heap_bytes(), reason="the heap of this system does not tell its size")
+@pytest.mark.parametrize("schema", [
+    numbers(100), {"type": "object", "properties": {"x": {"type": "integer", "multipleOf": 99_991}}, "required": ["x"]}])
+def test_a_schema_that_takes_too_much_memory_to_follow_is_refused(schema):
+    with pytest.raises(RequestError, match="too complex, following it takes more than 16 MiB") as caught:
+        grammar(schema)
+    assert (caught.value.code, caught.value.param) == ("invalid_json_schema", "response_format")
+    grammar(numbers(30))
+
+
+@pytest.mark.skipif(not chat_server.heap_bytes(), reason="the heap of this system does not tell its size")
+def test_compiled_schemas_are_kept_only_as_far_as_memory_goes(engine):
+    engine.grammars.clear()
+    compiled = []
+    for number in range(10):
+        one = work(engine, f"a{number}", numbers(30, f"{number}"))
+        compiled.append(engine._grammar(one).size)
+        assert engine._grammar(one) is engine._grammar(one)         # the newest is kept
+    assert all(8 << 20 < size < 16 << 20 for size in compiled)
+    assert 2 <= len(engine.grammars) <= (64 << 20) // min(compiled)
+    engine.grammars.clear()
