@@ -877,11 +877,17 @@ class Lanes:
             del self.by_client[client]
 
 
+def stand_back(nice: int) -> None:
+    """Let this thread, where the system has threads with a niceness of their own, stand back behind the others."""
+    if nice and sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + nice)
+
+
 class FairThread:
     """A thread that works for clients in turn."""
 
-    def __init__(self, name: str):
-        self.thread, self.lock, self.lanes = ThreadPoolExecutor(1, name), threading.Lock(), Lanes()
+    def __init__(self, name: str, nice: int = 0):
+        self.thread, self.lock, self.lanes = ThreadPoolExecutor(1, name, stand_back, (nice,)), threading.Lock(), Lanes()
         self.mean_s = 0.0               # of a piece of work, lately
 
     def submit(self, client: str, work: Callable, *arguments: Any) -> Future:
@@ -3381,7 +3387,7 @@ class Engine:
                                    max_rows=len(transformer.buffers["logits"]))
         self.context_length = min(context_length, num_pages * PAGE_SIZE)
         self.steps = kernels.backend.make_steps(transformer, max_batch, self.context_length)
-        self.compiling, self.masking = FairThread("grammars"), FairThread("masks")
+        self.compiling, self.masking = FairThread("grammars", nice=10), FairThread("masks")
         self.grammars: OrderedDict[tuple[str, str], Grammar] = OrderedDict()    # those compiled last, by owner and source
         self.under_way: Started | None = None
         self.updates: list[Update] = []         # to be returned by `step`, also if the one that made them fails
@@ -3799,6 +3805,7 @@ class SandboxConfig:
     context_length: int
     cpu_s: float            # of a task
     memory: int             # bytes that the process may take besides those that it begins with
+    nice: int = 0           # how far it stands back when the processors are busy
 
 
 @dataclass(frozen=True)
@@ -4537,8 +4544,6 @@ class Tasks:
     def read_call(self, reader: str, body: bytes) -> Result:
         """A body of a route that answers: read, and admitted."""
         call = CALL_READERS[reader](json_object(body), self.config.server)
-        if call.request.grammar:
-            check_grammar(call.request.grammar, call.request.grammar_param)
         request = asyncio.run(self.prompts.admit(call.request))
         if not self.config.server.settings.log_conversations and request.messages is not None:
             request = replace(request, messages=())
@@ -4554,6 +4559,7 @@ def sandbox_main(arguments: Seq[str]) -> int:
     channel = join_parent(*arguments)
     with contextlib.suppress(EOFError, ConnectionError):
         [config] = channel.receive(wait=True, most=1)
+        os.nice(config.nice)
         limit_memory(config.memory)
         signal.signal(signal.SIGPROF, signal.SIG_DFL)       # ends the process, whatever code it is in
         tasks = Tasks(config)
@@ -4889,9 +4895,10 @@ class LocalPool:
     CRASHING_S = 60.0           # and if one of them is in a crash loop
     STABLE_S = 60.0             # a worker that lives so long is in no crash loop
     MAX_FAILOVERS = 3           # a request that was there at so many deaths, without a token in between, is given up
-    TEMPLATE_S = 1.0            # processor time for filling in a chat template
-    BODY_S = 5.0                # and for checking a schema, or reading a large body
-    VALID_GRAMMARS = 256        # so many that were checked are known
+    TEMPLATE_S = 1.0            # seconds of processor time for filling in a chat template
+    SCHEMA_S = 1.0              # and for checking a JSON schema
+    BODY_S = 5.0                # and for reading a large body
+    VALID_GRAMMARS = 256        # the grammars checked last, which are not checked again
     TURN_S = 0.005              # for which one request's events are worked off before others have their turn
     PREFIXES = 10_000           # so many are known of each worker
 
@@ -4903,9 +4910,9 @@ class LocalPool:
         self.source: ModelSource | None = None
         self.card: ModelCard | None = None
         self.prompts: PromptMaker | None = None     # as soon as there is a tokenizer
-        self.sandboxes: dict[str, Sandbox] = {}     # "templates", "bodies"
+        self.sandboxes: dict[str, Sandbox] = {}     # "templates", "schemas", "bodies"
         self.preparing: dict[str, str] = {}         # requests that are being read or rendered, and whose they are
-        self.valid_grammars: OrderedDict[str, None] = OrderedDict()     # those checked last
+        self.valid_grammars: OrderedDict[tuple[str, str], None] = OrderedDict()     # (owner, source)
         self.draining = self.closing = False
         self.wanted = asyncio.Event()               # cleared: workers stay unloaded until the next request
         self.wanted.set()
@@ -5077,9 +5084,11 @@ class LocalPool:
 
     async def _open_tokenizer(self, card: ModelCard) -> None:
         known = Known(replace(self.settings, keys=(), api_key=()), card.name, tool_format_of(card.text.chat_template or ""))
-        sandbox = lambda text, cpu_s, memory: Sandbox(PROCESS_COMMAND, SandboxConfig(known, text, card.context_length, cpu_s, memory))  # noqa: E731
-        self.sandboxes = {"templates": sandbox(replace(card.text, payload=b""), self.TEMPLATE_S, 256 << 20),
-                          "bodies": sandbox(card.text, self.BODY_S, 1 << 30)}
+        limits = {"templates": (self.TEMPLATE_S, 256 << 20, 0), "schemas": (self.SCHEMA_S, 256 << 20, 10),
+                  "bodies": (self.BODY_S, 1 << 30, 5)}
+        self.sandboxes = {
+            name: Sandbox(PROCESS_COMMAND, SandboxConfig(known, card.text if name == "bodies" else replace(card.text, payload=b""),
+                                                         card.context_length, *each)) for name, each in limits.items()}
         if card.text.chat_template:
             await self.sandboxes["templates"].start()
         tokenizer = await asyncio.to_thread(open_tokenizer, card.text)
@@ -5170,7 +5179,8 @@ class LocalPool:
         if self.tokenizer is None or not self.became_ready.is_set():
             raise Overloaded(f"the model is still loading ({self.loading[0]})", retry_after_s=2)
         waiting = len(self.pending) + len(self.preparing)
-        if waiting >= self.settings.max_queue and (self.preparing or not self._free_workers()):
+        free_rows = sum(self.settings.max_batch - len(worker.jobs) for worker in self._free_workers())
+        if waiting >= self.settings.max_queue + free_rows:
             raise Overloaded(f"{waiting} requests are waiting already (--max-queue)", retry_after_s=5, status=429)
         if (limit := self.settings.max_concurrent_per_key) and len(self._requests_of(client)) >= limit:
             raise Overloaded(f"{limit} requests of yours are under way already (--max-concurrent-per-key)", status=429)
@@ -5194,17 +5204,28 @@ class LocalPool:
     async def _admit(self, request: Request) -> Request:
         """The request with its prompts as token ids, and its grammar checked."""
         with self._prepare(request.id, request.client):
-            if request.grammar and request.grammar not in self.valid_grammars:
-                await self.sandboxes["bodies"].call(request.client, "check_grammar", request.grammar, request.grammar_param)
-                self.valid_grammars[request.grammar] = None
-                while len(self.valid_grammars) > self.VALID_GRAMMARS:
-                    self.valid_grammars.popitem(last=False)
+            await self._check_grammar(request, request.client, request.owner)
             return await self.prompts.admit(request)
 
-    async def read_large(self, reader: str, body: bytes, request_id: str, client: str) -> Call:
+    async def _check_grammar(self, request: Request, client: str, owner: str) -> None:
+        """RequestError for a grammar that no answer can be held to, or that takes too much to check.
+
+        What was checked is remembered for each owner: how long a check takes tells nobody what others asked.
+        """
+        key = owner, request.grammar
+        if not request.grammar or key in self.valid_grammars:
+            return
+        await self.sandboxes["schemas"].call(client, "check_grammar", request.grammar, request.grammar_param)
+        self.valid_grammars[key] = None
+        while len(self.valid_grammars) > self.VALID_GRAMMARS:
+            self.valid_grammars.popitem(last=False)
+
+    async def read_large(self, reader: str, body: bytes, request_id: str, client: str, owner: str) -> Call:
         """A large body of a route that answers: read, and its request admitted."""
         with self._prepare(request_id, client):
-            return restorer(Call)(await self.sandboxes["bodies"].call(client, "read_call", reader, body=body))
+            call = restorer(Call)(await self.sandboxes["bodies"].call(client, "read_call", reader, body=body))
+            await self._check_grammar(call.request, client, owner)
+            return call
 
     async def answer_text(self, route: str, body: bytes, client: str) -> bytes:
         """The response to a large body of a route that is about text alone."""
@@ -5641,15 +5662,13 @@ class Budget:
 
     async def room(self, client: str, size: int, patience_s: float) -> None:
         """Take so many bytes, when they are there. Overloaded when they are not within `patience_s`."""
-        async def until_it_fits() -> None:
-            while not self.fits(client, size):
-                await self.freed.wait()
-
-        try:
-            await asyncio.wait_for(until_it_fits(), patience_s)
-        except asyncio.TimeoutError:
-            raise Overloaded("too many large bodies are being read", retry_after_s=10) from None
-        self.take(client, size)
+        deadline_s = time.monotonic() + patience_s
+        while not self.fits(client, size):
+            try:
+                await asyncio.wait_for(self.freed.wait(), deadline_s - time.monotonic())
+            except asyncio.TimeoutError:
+                raise Overloaded("too many large bodies are being read", retry_after_s=10) from None
+        self.take(client, size)         # nobody else has run since it was seen to fit
 
 
 class Holding:
@@ -6720,8 +6739,11 @@ class Front:
         visit = VISIT.get()
         if self.taken(visit.id):
             visit.id = secrets.token_hex(16)
-        apart = self.settings.keys and not self.settings.share_prefixes
-        return replace(request, id=visit.id, client=visit.client, owner=visit.client if apart else "")
+        return replace(request, id=visit.id, client=visit.client, owner=self.page_owner(visit.client))
+
+    def page_owner(self, client: str) -> str:
+        """With whom a client shares KV pages, and grammars that were checked: with nobody else when there are keys."""
+        return client if self.settings.keys and not self.settings.share_prefixes else ""
 
     @contextlib.asynccontextmanager
     async def answering(self, request: Request) -> AsyncIterator[AsyncIterator[Event]]:
@@ -6746,7 +6768,7 @@ class Front:
             body = await read_bytes(http, holding)
             if len(body) > LIMITS.inline_bytes:
                 self.tokenizer()
-                call = await self.pool.read_large(reader, body, visit.id, visit.client)
+                call = await self.pool.read_large(reader, body, visit.id, visit.client, self.page_owner(visit.client))
             else:
                 call = CALL_READERS[reader](json_object(body), self.known())
         return replace(call, request=self.owned(call.request))

@@ -83,6 +83,26 @@ async def test_one_client_holds_a_quarter_and_everything_is_given_back(limits):
     assert budget.used == 0 and not budget.of_client
 
 
+async def test_bodies_that_wait_for_the_same_room_never_take_more_than_there_is():
+    budget, most = Budget(400), 0
+    budget.take("first", 100)
+    budget.take("second", 100)
+
+    async def read(client):
+        nonlocal most
+        await budget.room(client, 100, 60)
+        most = max(most, budget.used)
+        await asyncio.sleep(0)
+        budget.give_back(client, 100)
+
+    waiting = [asyncio.ensure_future(read(f"client {number}")) for number in range(20)]
+    await asyncio.sleep(0)
+    budget.give_back("first", 100)
+    budget.give_back("second", 100)
+    await asyncio.gather(*waiting)
+    assert most == 400 and budget.used == 0
+
+
 @pytest.mark.parametrize("route, more", [("/v1/chat/completions", {"logprobs": True, "top_logprobs": 2}),
                                          ("/v1/completions", {"logprobs": 2, "prompt": "x"})])
 async def test_a_whole_answer_beyond_the_budget_is_an_error_and_a_streamed_one_goes_on(limits, route, more):

@@ -51,7 +51,7 @@ async def open_pool(chat_text):
 
     async def start(settings=Settings(), context_length=4096, **changes):
         pool = chat_server.LocalPool(settings)
-        pool.BODY_S = pool.TEMPLATE_S = 0.5
+        pool.BODY_S = pool.TEMPLATE_S = pool.SCHEMA_S = 0.5
         pool.workers = [EchoWorker(pool)]
         pool.card = chat_server.ModelCard(chat_server.replace(chat_text, **changes), "fake", context_length, (), {}, False)
         pools.append(pool)
@@ -84,7 +84,7 @@ async def test_a_schema_that_would_take_the_machine_is_a_400_and_others_go_on(op
         function = {"name": "f", "parameters": {"type": "object", "properties": {"a": schema}, "required": ["a"]}}
         body = conversation() | {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
     if how == "large":
-        body["messages"] = conversation("hello " * 20_000)["messages"]
+        body["ignored"] = "x" * 100_000
     async with serving(pool) as url, aiohttp.ClientSession() as client:
         hostile = asyncio.ensure_future(client.post(url + "/v1/chat/completions", json=body))
         while not pool.preparing:
@@ -99,7 +99,7 @@ async def test_a_schema_that_would_take_the_machine_is_a_400_and_others_go_on(op
 
 
 async def test_schemas_are_checked_after_the_limits_of_queue_and_key(open_pool):
-    pool = await open_pool(Settings(max_concurrent_per_key=1, max_queue=0))
+    pool = await open_pool(Settings(max_concurrent_per_key=1, max_queue=0, max_batch=1))
     hostile = ask("a", client="me", grammar=chat_server.json_grammar(many_patterns(24), ""))
     first = asyncio.ensure_future(said(pool, hostile))
     while not pool.preparing:
@@ -113,6 +113,21 @@ async def test_schemas_are_checked_after_the_limits_of_queue_and_key(open_pool):
         await said(pool, chat_server.replace(hostile, client="other"))
     with pytest.raises(RequestError, match="too complex"):
         await first
+
+
+async def test_a_grammar_is_checked_once_for_each_owner(open_pool, monkeypatch):
+    pool, checked = await open_pool(), []
+    call = pool.sandboxes["schemas"].call
+    monkeypatch.setattr(pool.sandboxes["schemas"], "call", lambda client, *task: checked.append(client) or call(client, *task))
+    grammar = chat_server.json_grammar({"type": "boolean"}, "")
+    for number, owner in enumerate("aabba"):
+        await said(pool, ask(str(number), client=owner, owner=owner, grammar=grammar))
+    assert checked == ["a", "b"]
+
+
+async def test_requests_that_are_read_do_not_count_as_waiting_while_rows_are_free(open_pool):
+    pool = await open_pool(Settings(max_queue=0, max_batch=8))
+    assert len(await asyncio.gather(*(said(pool, ask(str(number))) for number in range(8)))) == 8
 
 
 @pytest.mark.parametrize("template", [SLOW_TEMPLATE, "{{ 'a' * 10000000000 }}", "{% for i in range(9999) %}{{ 'a' * 100000 }}{% endfor %}",
@@ -181,8 +196,8 @@ async def test_tasks_of_clients_take_turns(open_pool):
 async def test_a_client_that_leaves_costs_no_process_and_mixes_up_no_replies(open_pool):
     pool = await open_pool()
     sandbox = pool.sandboxes["bodies"]
-    grammar = chat_server.json_grammar({"enum": [f"w{i}" for i in range(3000)]}, "")
-    leaving = [asyncio.ensure_future(sandbox.call("a", "check_grammar", grammar, "x")) for _ in range(4)]
+    large = json.dumps({"content": "x " * 100_000}).encode()
+    leaving = [asyncio.ensure_future(sandbox.call("a", "answer_text", "tokenize", body=large)) for _ in range(4)]
     while not sandbox.process:
         await asyncio.sleep(0)
     for task in leaving:
