@@ -5220,9 +5220,9 @@ class LocalPool:
         while len(self.valid_grammars) > self.VALID_GRAMMARS:
             self.valid_grammars.popitem(last=False)
 
-    async def read_large(self, reader: str, body: bytes, request_id: str, client: str, owner: str) -> Call:
-        """A large body of a route that answers: read, and its request admitted."""
-        with self._prepare(request_id, client):
+    async def read_large(self, reader: str, body: bytes, client: str, owner: str) -> Call:
+        """A large body of a route that answers: read, and its request admitted. It has no id yet: others may choose the same."""
+        with self._prepare(secrets.token_hex(16), client):
             call = restorer(Call)(await self.sandboxes["bodies"].call(client, "read_call", reader, body=body))
             await self._check_grammar(call.request, client, owner)
             return call
@@ -6464,8 +6464,8 @@ class Recording:
     PART = 32                               # frames that are compressed together
     OWN_BYTES, FRAME_BYTES = 1000, 50       # what Python needs for it, and for a frame, besides the text
 
-    def __init__(self, owner: str):
-        self.owner, self.size, self.length, self.task = owner, self.OWN_BYTES, 0, None
+    def __init__(self, owner: str, client: str):
+        self.owner, self.client, self.size, self.length, self.task = owner, client, self.OWN_BYTES, 0, None
         self.dropped, self.parts, self.tail = 0, [], []         # parts that are forgotten, those that are kept, and frames
         self.followers, self.ended, self.ended_s, self.news = 0, False, 0.0, asyncio.Event()
 
@@ -6495,11 +6495,16 @@ class Recording:
         self.news.set()
         self.news = asyncio.Event()
 
-    def forget_oldest(self) -> int:
-        """Drop the first part that is kept; its bytes."""
-        freed = len(self.parts.pop(0))
-        self.size, self.dropped = self.size - freed, self.dropped + 1
-        return freed
+    @property
+    def can_forget(self) -> bool:
+        return bool(self.parts) or len(self.tail) >= self.PART
+
+    def forget_oldest(self) -> None:
+        """Drop the first part that is kept."""
+        if not self.parts:
+            self._pack()
+        self.size -= len(self.parts.pop(0))
+        self.dropped += 1
 
     def check_kept(self, position: int) -> None:
         if position < (first := self.dropped * self.PART):
@@ -6527,27 +6532,37 @@ class Recording:
             yield frame(error_body(error))
 
 
+class Share:
+    """A client's recordings, the ended ones in the order of their ends, and their bytes."""
+
+    def __init__(self):
+        self.size, self.running, self.ended = 0, {}, {}
+
+
 class Recordings:
-    """The resumable answers by their ids, the ended ones in the order of their ends; all no larger than LIMITS.recorded_bytes."""
+    """The resumable answers by their ids; all no larger than LIMITS.recorded_bytes. Where there is no room, the client goes
+    short that has most: its oldest that has ended goes, else the oldest of its largest."""
 
     SWEEP_S = 30.0
 
     def __init__(self, cancel: Callable[[str], Any]):
-        self.cancel, self.running, self.ended, self.size = cancel, {}, {}, 0
+        self.cancel, self.all, self.shares, self.size, self.sweeping = cancel, {}, {}, 0, False
 
     def __contains__(self, request_id: str) -> bool:
-        return request_id in self.running or request_id in self.ended
+        return request_id in self.all
 
     def find(self, request_id: str, owner: str) -> Recording:
-        recording = self.running.get(request_id) or self.ended.get(request_id)
+        recording = self.all.get(request_id)
         if recording is None or recording.owner != owner:
             raise RequestError("there is no resumable stream with this id", status=404, code="not_found", param="id")
         return recording
 
-    def start(self, request_id: str, owner: str, frames: AsyncIterator[bytes], work: contextlib.AsyncExitStack) -> Recording:
+    def start(self, request_id: str, owner: str, client: str, frames: AsyncIterator[bytes],
+              work: contextlib.AsyncExitStack) -> Recording:
         """Record an answer in a task of its own, which closes `work` at its end."""
-        recording = self.running[request_id] = Recording(owner)
-        self.size += recording.size
+        recording = self.all[request_id] = Recording(owner, client)
+        self.shares.setdefault(client, Share()).running[request_id] = recording
+        self._resize(client, recording.size)
         record = functools.partial(self._record, request_id, recording, frames, work)
         what = f"recording {request_id}"
         recording.task = asyncio.create_task(supervised(what, record, lambda error: False))
@@ -6564,37 +6579,58 @@ class Recordings:
             self._change(recording, recording.append, frame(failure))
             raise
         finally:
-            if not self.ended:
+            if not self.sweeping:
+                self.sweeping = True
                 asyncio.get_running_loop().call_later(self.SWEEP_S, self._sweep)
-            self.ended[request_id] = self.running.pop(request_id)
+            share = self.shares[recording.client]
+            share.ended[request_id] = share.running.pop(request_id)
             self._change(recording, recording.end)
 
+    def _resize(self, client: str, more: int) -> None:
+        self.size += more
+        self.shares[client].size += more
+
     def _change(self, recording: Recording, change: Callable[..., None], *arguments: Any) -> None:
-        """Do something to a recording and keep to the limit: the oldest that has ended goes, else the oldest of the largest."""
+        """Do something to a recording, and keep to the limit."""
         before = recording.size
         change(*arguments)
-        self.size += recording.size - before
-        while self.size > LIMITS.recorded_bytes:
-            if self.ended:
-                self._forget(next(iter(self.ended)))
-            elif long := [each for each in self.running.values() if each.parts]:
-                self.size -= max(long, key=lambda each: each.size).forget_oldest()
-            else:
-                break
+        self._resize(recording.client, recording.size - before)
+        while self.size > LIMITS.recorded_bytes and self._make_room():
+            pass
+
+    def _make_room(self) -> bool:
+        """Forget something; False when nothing is left that could go."""
+        for client, share in sorted(self.shares.items(), key=lambda each: -each[1].size):
+            if share.ended:
+                self._forget(next(iter(share.ended)))
+                return True
+            if long := [each for each in share.running.values() if each.can_forget]:
+                largest = max(long, key=lambda each: each.size)
+                before = largest.size
+                largest.forget_oldest()
+                self._resize(client, largest.size - before)
+                return True
+        return False
 
     def _forget(self, request_id: str) -> None:
         """Whoever reads goes on with it; others no longer find it."""
-        self.size -= self.ended.pop(request_id).size
+        recording = self.all.pop(request_id)
+        del self.shares[recording.client].ended[request_id]
+        self._resize(recording.client, -recording.size)
+        if not self.shares[recording.client].size:
+            del self.shares[recording.client]
 
     def _sweep(self) -> None:
         """Forget what ended KEPT_S ago; one timer for all, since a timer for each would hold what the limit has thrown out."""
-        for request_id in [name for name, each in self.ended.items() if each.ended_s + KEPT_S <= time.monotonic()]:
+        for request_id in [name for name, each in self.all.items() if each.ended and each.ended_s + KEPT_S <= time.monotonic()]:
             self._forget(request_id)
-        if self.ended:
+        if self.all:
             asyncio.get_running_loop().call_later(self.SWEEP_S, self._sweep)
+        else:
+            self.sweeping = False
 
     async def close(self) -> None:
-        tasks = [recording.task for recording in self.running.values()]
+        tasks = [recording.task for recording in self.all.values() if not recording.ended]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -6697,7 +6733,7 @@ class Visit:
     """What the front knows of one HTTP request besides aiohttp."""
 
     id: str             # X-Request-Id of the response
-    client: str         # its address; once it has shown an API key, the name of that
+    client: str         # its address (see client_at); once it has shown an API key, the name of that
     note: str = ""      # what the access log adds
     counts: dict[str, Any] = field(default_factory=dict)        # and what its JSON form adds
 
@@ -6722,7 +6758,7 @@ class Front:
     def visit(self, http: web.Request) -> Visit:
         """Its X-Request-Id is the client's if that is usable and no other answer has it, else 128 random bits."""
         named = re.sub(r"[^A-Za-z0-9._-]", "", http.headers.get("X-Request-Id", ""))[:64]
-        return Visit(named if named and not self.taken(named) else secrets.token_hex(16), http.remote or "")
+        return Visit(named if named and not self.taken(named) else secrets.token_hex(16), client_at(http.remote))
 
     def taken(self, request_id: str) -> bool:
         return request_id in self.running or request_id in self.recordings
@@ -6768,7 +6804,7 @@ class Front:
             body = await read_bytes(http, holding)
             if len(body) > LIMITS.inline_bytes:
                 self.tokenizer()
-                call = await self.pool.read_large(reader, body, visit.id, visit.client, self.page_owner(visit.client))
+                call = await self.pool.read_large(reader, body, visit.client, self.page_owner(visit.client))
             else:
                 call = CALL_READERS[reader](json_object(body), self.known())
         return replace(call, request=self.owned(call.request))
@@ -6839,7 +6875,7 @@ class Front:
             await work.enter_async_context(contextlib.aclosing(frames))
             if request.resumable:
                 owner = self.owner(request.id, request.client)
-                recording = self.recordings.start(request.id, owner, frames, work.pop_all())
+                recording = self.recordings.start(request.id, owner, request.client, frames, work.pop_all())
                 return await self.follow(http, request.id, recording, 0)
             async with EventStream(http, request.id) as stream:
                 async for data in frames:
@@ -6971,7 +7007,7 @@ class Front:
         if self.settings.keys and not found and self.route_of(http) not in OPEN_ROUTES:
             raise RequestError("this server wants an API key: Authorization: Bearer KEY" if not given else
                                "the API key is not one of this server's", status=401, code="invalid_api_key")
-        return found[0] if found else http.remote or ""
+        return found[0] if found else client_at(http.remote)
 
     def route_of(self, http: web.Request) -> str:
         """The pattern of the route that will answer, "" when there is none."""
@@ -7217,6 +7253,11 @@ def network_of(address: str) -> str:
     if ip.is_loopback:
         return ""
     return str(ip if ip.version == 4 else ipaddress.ip_network((ip, 64), strict=False))
+
+
+def client_at(address: str | None) -> str:
+    """Who asks, where no key tells: what counts together as one client's connections counts as one client's requests."""
+    return address and (network_of(address) or address) or ""
 
 
 class ConnectionTable:

@@ -10,10 +10,11 @@ import socket
 import subprocess
 import sys
 
+import aiohttp
 import pytest
 
 import chat_server
-from chat_server import ConnectionTable, Settings, network_of
+from chat_server import ConnectionTable, Settings, client_at, network_of
 from fake_pool import FakePool, conversation, serving
 
 SCRIPT = chat_server.STATIC.parent / "chat_server.py"
@@ -203,6 +204,16 @@ async def test_nothing_is_kept_of_connections_that_have_ended(monkeypatch):
     ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"), ("2001:db8:1:3::1", "2001:db8:1:3::/64")])
 def test_connections_count_by_address_and_those_of_ipv6_by_64_bits_of_it(address, network):
     assert network_of(address) == network
+    assert client_at(address) == (network or address)          # and so do requests; this machine's by its addresses
+
+
+async def test_who_has_many_addresses_is_one_client(monkeypatch):
+    addresses, pool = iter(["2001:db8:1:2::1", "2001:db8:1:2::2", "2001:db8:1:3::1"]), FakePool()
+    monkeypatch.setattr(aiohttp.web.BaseRequest, "remote", property(lambda http: http.headers["X-From"]))
+    async with serving(pool) as url, aiohttp.ClientSession() as session:
+        for address in addresses:
+            await (await session.post(f"{url}/chat/completions", json=conversation(), headers={"X-From": address})).read()
+    assert [request.client for request in pool.requests] == ["2001:db8:1:2::/64"] * 2 + ["2001:db8:1:3::/64"]
 
 
 # descriptors

@@ -259,11 +259,33 @@ async def test_what_is_kept_is_bounded_and_the_oldest_goes_first(client, front, 
         assert [number for number, _ in await read_all(rest)] == list(range(first, 141))
 
 
+async def test_one_client_s_answers_push_out_none_of_another(client, monkeypatch):
+    monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(LIMITS, recorded_bytes=20_000))
+    pool, keys = FakePool(WORDS), chat_server.read_api_keys(("key-a", "key-b"), None)
+    a, b = ({"Authorization": f"Bearer {key}"} for key in ("key-a", "key-b"))
+    async with serving(pool, Settings(keys=keys)) as url:
+        async def record(headers):
+            async with client.post(url + NATIVE, json=RESUMABLE, headers=headers) as response:
+                await response.read()
+                return response.headers["X-Request-Id"]
+
+        async def kept(name, headers):
+            return (await client.get(f"{url}/v1/streams/{name}", headers=headers)).status == 200
+
+        mine = [await record(a) for _ in range(3)]
+        theirs = [await record(b) for _ in range(30)]
+        assert [await kept(name, b) for name in theirs[:10]] == [False] * 10 and await kept(theirs[-1], b)
+        dice = random.Random(1)
+        pool.pieces = [dice.randbytes(200).hex() for _ in range(140)]       # more than may be kept in all, even of 64
+        await record(b)
+        assert [await kept(name, a) for name in mine] == [True] * 3 and not await kept(theirs[-1], b)
+
+
 async def test_what_is_no_longer_kept_is_nowhere_in_memory(client, front, monkeypatch):
     monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(LIMITS, recorded_bytes=8_000))
     pool, url = front
     made, make = [], chat_server.Recording
-    monkeypatch.setattr(chat_server, "Recording", lambda owner: made.append(weakref.ref(recording := make(owner))) or recording)
+    monkeypatch.setattr(chat_server, "Recording", lambda *whose: made.append(weakref.ref(recording := make(*whose))) or recording)
     gc.disable()                # no circles either
     try:
         for _ in range(30):
@@ -347,11 +369,11 @@ async def test_a_recording_that_breaks_off_says_so_to_its_reader_and_in_the_log(
         raise ZeroDivisionError("a fault")
 
     recordings = chat_server.Recordings(lambda request_id: None)
-    recording = recordings.start("some-id", "", frames(), contextlib.AsyncExitStack())
+    recording = recordings.start("some-id", "", "", frames(), contextlib.AsyncExitStack())
     text = b"".join([part async for part in recording.follow(0)]).decode()
     assert text.startswith('id: 0\ndata: {"token": "one"}\n\nid: 1\ndata: {"error": ')
     assert "the recording broke off" in text
     await recordings.close()
-    assert "some-id" not in recordings.running and recording.ended
+    assert recordings.all == {"some-id": recording} and recording.ended
     assert [(record.getMessage(), bool(record.exc_info)) for record in caplog.records] == [
         ("recording some-id failed: a fault", True)]

@@ -130,6 +130,16 @@ async def test_requests_that_are_read_do_not_count_as_waiting_while_rows_are_fre
     assert len(await asyncio.gather(*(said(pool, ask(str(number))) for number in range(8)))) == 8
 
 
+async def test_large_bodies_may_come_under_the_same_id_of_several_clients(open_pool, monkeypatch):
+    pool, bodies = await open_pool(), [json.dumps({"messages": [{"role": "user", "content": text}]}).encode() for text in "abc"]
+    monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(chat_server.LIMITS, inline_bytes=10))
+    async with serving(pool) as url, aiohttp.ClientSession(headers={"X-Request-Id": "order-1"}) as session:
+        responses = await asyncio.gather(*(session.post(url + "/chat/completions", data=body) for body in bodies))
+        assert [response.status for response in responses] == [200] * 3
+        for response in responses:
+            response.close()
+
+
 @pytest.mark.parametrize("template", [SLOW_TEMPLATE, "{{ 'a' * 10000000000 }}", "{% for i in range(9999) %}{{ 'a' * 100000 }}{% endfor %}",
                                       "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "{{ '%10000000000d' % 1 }}"])
 async def test_a_template_that_takes_too_much_is_refused_and_the_server_starts(open_pool, template, caplog):

@@ -54,7 +54,7 @@ class FakePool:
         self.failure = None
         self.on_progress = lambda stage, fraction: None
 
-    async def read_large(self, reader, body, request_id, client, owner):
+    async def read_large(self, reader, body, client, owner):
         known = chat_server.Known(Settings(), self.model_name, self.tokenizer.tool_format)
         return await asyncio.to_thread(chat_server.CALL_READERS[reader], chat_server.json_object(body), known)
 
