@@ -82,7 +82,7 @@ import types
 import typing
 import zipfile
 import zlib
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
@@ -863,9 +863,20 @@ class Lanes:
     def append(self, client: str, thing: Any) -> None:
         self.by_client.setdefault(client, deque()).append(thing)
 
+    def append_first(self, client: str, thing: Any) -> None:
+        """Before all others of its client."""
+        self.by_client.setdefault(client, deque()).appendleft(thing)
+
+    def heads(self) -> Iterator[Any]:
+        """The first of each client."""
+        return (things[0] for things in self.by_client.values())
+
     def pop(self) -> Any:
-        """The first; its client goes to the end."""
-        client, things = next(iter(self.by_client.items()))
+        return self.take(next(iter(self.by_client)))
+
+    def take(self, client: str) -> Any:
+        """The first of a client, which goes behind the others."""
+        things = self.by_client[client]
         self.by_client.move_to_end(client)
         self.remove(client, thing := things[0])
         return thing
@@ -1637,7 +1648,7 @@ class PagePool:
 
     def check_integrity(self, owners: Iterable[Seq[int]]) -> None:
         """Walk everything; AssertionError when a page is lost, owned twice or indexed wrongly (tests, debug)."""
-        counted = collections.Counter(page for pages in owners for page in pages)
+        counted = Counter(page for pages in owners for page in pages)
         free, cached = set(self.free), set(self.evictable)
         assert len(free) == len(self.free), "a page is free twice"
         for page in range(self.num_pages):
@@ -1815,7 +1826,7 @@ class Transformer:
     @property
     def weight_types(self) -> str:
         """Of the matrices, the commonest first: "q4_1, q8_0"."""
-        kinds = collections.Counter(getattr(w, "kind", None) or str(w.dtype).removeprefix("torch.")
+        kinds = Counter(getattr(w, "kind", None) or str(w.dtype).removeprefix("torch.")
                                     for w in self.weights.values() if getattr(w, "kind", None) or w.ndim > 1)
         return ", ".join(kind for kind, _ in kinds.most_common())
 
@@ -2543,7 +2554,7 @@ def read_encoding(path: Path) -> tuple[str, dict[bytes, int], dict[str, int]]:
     for table, kind in ((ranks, bytes), (specials, str)):
         if type(table) is not dict or set(map(type, table)) != {kind} or not ids.fits(list(table.values())):
             raise ValueError(f"a table is not a dict of {kind.__name__} to token ids, each {ids.allowed}")
-    [(token, count)] = collections.Counter([*ranks.values(), *specials.values()]).most_common(1)
+    [(token, count)] = Counter([*ranks.values(), *specials.values()]).most_common(1)
     if count > 1:
         raise ValueError(f"{count} tokens have the id {token}; each must have its own")
     if bytes_without_token := set(range(256)) - {token[0] for token in ranks if len(token) == 1}:
@@ -2608,7 +2619,7 @@ def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, devic
         raise cannot_read(source.path, error) from None
     except (ValueError, LookupError, TypeError, OverflowError, RecursionError, struct.error) as error:
         raise ConfigError(f"{source.path} is no readable GGUF file (cut?): {named(error)}") from None
-    types = collections.Counter(tensor.tensor_type.name for tensor in stored.values())
+    types = Counter(tensor.tensor_type.name for tensor in stored.values())
     name = printable(gguf_value(source.path, metadata, "general.name") or source.name)
     description = f"{name}: llama, {spec.layers} layers, width {spec.width}, " + \
         ", ".join(f"{count} {name}" for name, count in types.most_common())
@@ -3100,6 +3111,7 @@ FREE_ROWS = 8       # rows that a step of decode_core computes in hardly more ti
 class Scheduler:
     """Continuous batching: which tokens of which sequences the next step computes.
 
+    Pages are fair between clients: whoever holds fewest is admitted first, and whoever holds most gives some up.
     Decode rows come first. What is left of `prefill_chunk` goes to prompts: half of it to the oldest, so that it
     never starves, the rest to those with least to do, so that a long prompt never stalls short ones.
     """
@@ -3146,14 +3158,34 @@ class Scheduler:
         return [chunk for chunk in plan if chunk.sequence.pages]        # a later one may have preempted it
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Give a running sequence pages for all its tokens, preempting the youngest; False when it had to go itself."""
+        """Give a running sequence pages for all its tokens, preempting others; False when it had to go itself."""
         needed = -(-len(sequence.tokens) // self.pool.page_size)
         while sequence.pages and len(sequence.pages) < needed:
             if (pages := self.pool.allocate(needed - len(sequence.pages))) is not None:
                 sequence.pages += pages
             else:
-                self._preempt(self.running[-1])
+                holdings = self._holdings()
+                self._preempt(self._youngest(max(holdings, key=holdings.get)))
         return bool(sequence.pages)
+
+    def _holdings(self) -> Counter[str]:
+        """How many pages the sequences of each client hold; first the client of the youngest."""
+        holdings = Counter()
+        for sequence in reversed(self.running):
+            holdings[sequence.work.client] += len(sequence.pages)
+        return holdings
+
+    def _youngest(self, client: str) -> Sequence:
+        return next(sequence for sequence in reversed(self.running) if sequence.work.client == client)
+
+    def _give_up_pages(self, client: str, needed: int) -> bool:
+        """Preempt the youngest of the client that holds most pages, if it then still holds as many as `client` would."""
+        holdings = self._holdings()
+        rich = max(holdings, key=holdings.get, default=client)
+        if rich == client or holdings[rich] - len((victim := self._youngest(rich)).pages) < holdings[client] + needed:
+            return False
+        self._preempt(victim)
+        return True
 
     def _draft(self, sequence: Sequence, room: int) -> tuple[int, ...]:
         """As much of a sequence's draft as there is room for in the step, before its limit and in its pages."""
@@ -3186,13 +3218,19 @@ class Scheduler:
         return blamed
 
     def _admit(self) -> None:
-        """Move waiting sequences that are ready into the batch, in order, while rows and pages last; suspects one by one."""
-        for sequence in [sequence for sequence in self.waiting if sequence.ready]:
-            if len(self.running) == self.max_batch or any(running.suspect for running in self.running):
-                return
+        """Move waiting sequences that are ready into the batch while rows and pages last; suspects one by one.
+
+        First those of the client that holds fewest pages, in order for each client.
+        """
+        ready = [sequence for sequence in self.waiting if sequence.ready]
+        while ready and len(self.running) < self.max_batch and not any(running.suspect for running in self.running):
+            holdings = self._holdings()
+            ready.remove(sequence := min(ready, key=lambda each: holdings[each.work.client]))
             matched, serial = self.pool.match_prefix([] if sequence.scoring else sequence.tokens, sequence.work.owner)
             needed = -(-len(sequence.tokens) // self.pool.page_size) - len(matched)
             headroom = len(self.running)        # one page for each, so that newcomers do not preempt at once
+            while needed + headroom > self.pool.available and self._give_up_pages(sequence.work.client, needed + len(matched)):
+                headroom -= 1
             pages = self.pool.allocate(needed) if needed + headroom <= self.pool.available else None
             if pages is None:
                 self.pool.release(matched)
@@ -4619,6 +4657,7 @@ class Job:
     first_token_s: float | None = None
     last_token_s: float = 0.0
     failovers: int = 0          # deaths of workers that had it, since its last token
+    set_aside: int = 0          # how often it gave up its row to another client
 
     @property
     def suspect(self) -> bool:
@@ -4628,6 +4667,11 @@ class Job:
     @property
     def id(self) -> str:
         return f"{self.request.id}#{self.choice}" if self.choice else self.request.id       # no client's id has a #
+
+    @property
+    def worker_id(self) -> str:
+        """Its name in a worker: another one each time, so that what still comes of the last time is not taken for it."""
+        return f"{self.id}##{self.set_aside}" if self.set_aside else self.id
 
     @property
     def outstanding_tokens(self) -> int:
@@ -4654,7 +4698,7 @@ class Job:
             yield NewRequest(request.id, params, request.sampling, request.client, request.owner)
         if told is None or self.prompt not in told:
             yield NewPrompt(request.id, self.prompt, self.prompt_ids)
-        yield NewAnswer(self.id, request.id, self.prompt, self.choice % request.n, self.max_tokens, tuple(self.output_ids),
+        yield NewAnswer(self.worker_id, request.id, self.prompt, self.choice % request.n, self.max_tokens, tuple(self.output_ids),
                         self.sent_characters, self.scored)
 
     def take(self, update: Update, gpu: int) -> None:
@@ -4761,7 +4805,7 @@ class Worker:
 
     def start(self, job: Job) -> None:
         """Have it compute an answer; what it knows of the request already is not sent again."""
-        self.jobs[job.id] = job
+        self.jobs[job.worker_id] = job
         for message in job.messages(self.told.get(job.request.id)):
             self.send(message)
         self.told.setdefault(job.request.id, set()).add(job.prompt)
@@ -4772,11 +4816,21 @@ class Worker:
             self.send(EndOfRequest(request_id))
 
     @property
-    def can_take(self) -> bool:
-        """Has it a free row, and has it read what it was sent? (When it has, it makes a step, whose report has it asked again.)"""
+    def takes_jobs(self) -> bool:
+        """Has it read what it was sent? (When it has, it makes a step, whose report has it asked again.)"""
         unread = self.writer.transport.get_write_buffer_size() if self.writer else 0
-        return self.state == "ready" and len(self.jobs) < self.pool.settings.max_batch and unread < self.OUTBOX_BYTES \
-            and not any(job.suspect for job in self.jobs.values())
+        return self.state == "ready" and unread < self.OUTBOX_BYTES and not any(job.suspect for job in self.jobs.values())
+
+    @property
+    def can_take(self) -> bool:
+        """Does it take jobs, and has it a free row?"""
+        return len(self.jobs) < self.pool.settings.max_batch and self.takes_jobs
+
+    def set_aside(self, job: Job) -> None:
+        """Stop computing a job, which goes on later."""
+        self.send(Cancel(job.worker_id))
+        del self.jobs[job.worker_id]
+        job.worker, job.set_aside = None, job.set_aside + 1
 
     def hear(self, message: Any) -> None:
         """Pass a message on to the pool, and set the clock of what is awaited."""
@@ -4820,9 +4874,12 @@ class Worker:
                 "utilization": round(len(self.jobs) / self.pool.settings.max_batch, 3)}
 
 
+NO_ROWS: Mapping[str, int] = types.MappingProxyType({})
+
+
 class WaitingQueue:
-    """Jobs that wait for a row. First those whose worker died, then one job of each client in turn, and only then those of
-    low priority, in turn too."""
+    """Jobs that wait for a row. First those whose worker died, then those of the client that has fewest rows, of clients
+    with as many rows one of each in turn, and only then those of low priority, likewise."""
 
     def __init__(self):
         self.lanes = (Lanes(), Lanes(), Lanes())
@@ -4843,13 +4900,20 @@ class WaitingQueue:
         lanes, client = self._place(job)
         lanes.append(client, job)
 
-    def first(self) -> Job | None:
-        return next(iter(self), None)
+    def append_first(self, job: Job) -> None:
+        """Before all others of its client."""
+        lanes, client = self._place(job)
+        lanes.append_first(client, job)
+
+    def first(self, rows: Mapping[str, int] = NO_ROWS) -> Job | None:
+        """The job that is next when clients have so many rows."""
+        lanes = next(filter(len, self.lanes), Lanes())
+        return min(lanes.heads(), key=lambda job: rows.get(job.request.client, 0), default=None)
 
     def take(self, job: Job) -> None:
-        """The first job leaves."""
-        lanes, _ = self._place(job)
-        lanes.pop()
+        """The job, which is the first one of its client, leaves."""
+        lanes, client = self._place(job)
+        lanes.take(client)
 
     def remove(self, job: Job) -> None:
         lanes, client = self._place(job)
@@ -5233,8 +5297,12 @@ class LocalPool:
             return await self.sandboxes["bodies"].call(client, "answer_text", route, body=body)
 
     def dispatch(self) -> None:
-        """Hand waiting jobs to workers with a free row."""
-        while (job := self.pending.first()) and (free := self._free_workers()):
+        """Hand waiting jobs to workers with a free row, or with one that another client has to spare."""
+        while self.pending:
+            rows = Counter(job.request.client for worker in self.workers for job in worker.jobs.values())
+            job = self.pending.first(rows)
+            if not (free := self._free_workers() or self._make_room(job, rows)):
+                return
             worker = min(free, key=lambda each: each.cost(job))
             self.pending.take(job)
             job.worker = worker
@@ -5247,6 +5315,25 @@ class LocalPool:
 
     def _free_workers(self) -> list[Worker]:
         return [worker for worker in self.workers if worker.can_take]
+
+    def _make_room(self, job: Job, rows: Counter[str]) -> list[Worker]:
+        """Set aside the youngest answer of the client that has most rows, if it then has as many as the job's client;
+        the worker that now has a free row.
+
+        One client's pile of long answers would otherwise keep all rows until they end.
+        """
+        [(rich, most)] = rows.most_common(1) or [("", 0)]
+        if job.request.low_priority or most < rows[job.request.client] + 2:
+            return []
+        running = [each for worker in self.workers if worker.takes_jobs for each in worker.jobs.values()
+                   if each.request.client == rich and not each.failovers]
+        if not running:
+            return []
+        victim = max(running, key=lambda each: (each.request.low_priority, each.dispatched_s))
+        worker = victim.worker
+        worker.set_aside(victim)
+        self.pending.append_first(victim)
+        return [worker]
 
     def cancel(self, request_id: str) -> bool:
         """Stop a running request; its reader gets a Finished-less end as RequestError 'cancelled'."""
@@ -5264,7 +5351,7 @@ class LocalPool:
         for job in jobs:
             if self.jobs.get(job.id) is job:
                 if job.worker:
-                    job.worker.send(Cancel(job.id))
+                    job.worker.send(Cancel(job.worker_id))
                 self.forget(job)
         self.dispatch()
 
@@ -5272,7 +5359,7 @@ class LocalPool:
         """The front no longer holds the job; its queue lives on until the reader has drained it."""
         del self.jobs[job.id]
         if job.worker:
-            del job.worker.jobs[job.id]
+            del job.worker.jobs[job.worker_id]
         else:
             self.pending.remove(job)
 
@@ -5644,7 +5731,7 @@ class Budget:
 
     def __init__(self, total: int):
         self.total, self.used, self.freed = total, 0, asyncio.Event()
-        self.of_client: collections.Counter[str] = collections.Counter()
+        self.of_client: Counter[str] = Counter()
 
     def fits(self, client: str, size: int) -> bool:
         return self.used + size <= self.total and self.of_client[client] + size <= self.total // 4

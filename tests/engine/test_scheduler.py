@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import chat_server
 from chat_server import PAGE_SIZE, PagePool, SamplingParams, Scheduler, Sequence, Work
 
@@ -13,9 +15,9 @@ def scheduler(num_pages=64, max_batch=8, prefill_chunk=64):
     return Scheduler(PagePool(num_pages), max_batch=max_batch, prefill_chunk=prefill_chunk)
 
 
-def sequence(name, tokens):
+def sequence(name, tokens, client=""):
     tokens = list(range(tokens)) if isinstance(tokens, int) else list(tokens)
-    return Sequence(Work(name, tuple(tokens), SamplingParams(), 1000), list(tokens), 2000)
+    return Sequence(Work(name, tuple(tokens), SamplingParams(), 1000, client=client), list(tokens), 2000)
 
 
 def step(s, next_token=1):
@@ -124,14 +126,56 @@ def test_cancel_frees_pages_wherever_the_request_is():
     assert s.pool.available == s.pool.num_pages
 
 
-def test_random_traffic_loses_no_page_and_starves_nobody():
+def names(sequences):
+    return [each.work.id for each in sequences]
+
+
+def test_a_client_that_holds_most_pages_gives_up_its_youngest_for_another():
+    s = scheduler(num_pages=14)
+    for name in "abc":
+        s.add(sequence(name, [ord(name)] * 60, "rich"))
+    step(s)
+    s.add(sequence("d", [1] * 60, "poor"))
+    s.add(sequence("e", [2] * 60, "poor"))
+    step(s)
+    assert names(s.running) == ["a", "b", "d"] and names(s.waiting) == ["c", "e"]     # e would make the rich one the poor one
+    for _ in range(20):
+        step(s)
+    assert names(s.running) == ["a", "d"] and s.preemptions < 5
+
+
+def test_who_holds_fewest_pages_is_admitted_first_and_a_large_prompt_of_another_waits_alone():
+    s = scheduler(num_pages=12)
+    s.add(sequence("a", [1] * 100, "rich"))
+    step(s)
+    s.add(sequence("large", [2] * 150, "rich"))
+    s.add(sequence("small", [3] * 20, "poor"))
+    step(s)
+    assert names(s.running) == ["a", "small"] and names(s.waiting) == ["large"]
+
+
+def test_who_needs_a_page_takes_it_from_the_client_with_most():
+    s = scheduler(num_pages=9)
+    s.add(sequence("poor", [1] * 30, "p"))
+    step(s)
+    s.add(sequence("rich", [2] * 94, "r"))
+    while len(s.running) == 1:
+        step(s)
+    while not s.preemptions:
+        step(s)
+    assert names(s.running) == ["poor"]
+
+
+@pytest.mark.parametrize("clients", [1, 3])
+def test_random_traffic_loses_no_page_and_starves_nobody(clients):
     generator = random.Random(3)
     s = scheduler(num_pages=40, max_batch=6, prefill_chunk=32)
     alive, finished = [], 0
     for number in range(600):
         if generator.random() < 0.3 and len(alive) < 12:
             shared = [generator.randrange(2)] * generator.randrange(1, 80)
-            alive.append(sequence(f"r{number}", shared + [number] * generator.randrange(1, 100)))
+            tokens = shared + [number] * generator.randrange(1, 100)
+            alive.append(sequence(f"r{number}", tokens, str(generator.randrange(clients))))
             s.add(alive[-1])
         if alive and generator.random() < 0.05:
             gone = alive.pop(generator.randrange(len(alive)))

@@ -1,5 +1,6 @@
 """Who goes next: turns between clients, the low lane, limits of a client; and over HTTP, 429 and when to come back."""
 
+import asyncio
 import json
 import random
 
@@ -7,7 +8,7 @@ import aiohttp
 import pytest
 
 import chat_server
-from chat_server import Job, NewAnswer, Overloaded, Request, Settings, WaitingQueue
+from chat_server import Cancel, Job, NewAnswer, Overloaded, Piece, Request, Settings, Update, WaitingQueue
 from fake_pool import FakePool, conversation, serving
 from pools import played_pool
 
@@ -46,6 +47,19 @@ def test_low_priority_waits_until_nothing_else_does_and_takes_turns_too():
     for name in "l1 l2 a1 m1 a2 b1".split():
         queue.append(job(name, name[0], low=name[0] in "lm"))
     assert drained(queue) == "a1 b1 a2 l1 m1 l2"
+
+
+def test_of_clients_that_wait_the_one_with_fewest_rows_is_next():
+    queue = WaitingQueue()
+    for name in "a1 b1 c1 b2".split():
+        queue.append(job(name, name[0]))
+    rows = {"a": 3, "c": 1}
+    order = []
+    while first := queue.first(rows):
+        queue.take(first)
+        order.append(first.request.id)
+        rows[first.request.client] = rows.get(first.request.client, 0) + 1
+    assert order == ["b1", "c1", "b2", "a1"]
 
 
 def test_jobs_whose_worker_died_go_first_even_if_low():
@@ -100,6 +114,69 @@ async def test_the_pool_gives_rows_in_turn_and_refuses_above_the_limits(pool):
         await streams[name].aclose()
     assert [each.id for each in pool.workers[0].sent if isinstance(each, NewAnswer)] == ["a1", "a2", "b1", "l1"]
     assert not pool.jobs and not len(pool.pending) and not pool.workers[0].jobs
+
+
+def told(worker):
+    """What a worker was told of answers, in short."""
+    return [f"{'stop ' if isinstance(each, Cancel) else ''}{each.id}" for each in worker.sent if isinstance(each, (Cancel, NewAnswer))]
+
+
+async def submitted(pool, *names, low=False):
+    streams = {name: pool.answer(request(name, name[0], low)) for name in names}
+    for stream in streams.values():
+        await anext(stream)
+    return streams
+
+
+async def test_a_client_with_all_rows_gives_up_its_youngest_for_another_until_they_have_as_many():
+    pool = played_pool(max_batch=4)
+    [worker] = pool.workers
+    streams = await submitted(pool, "a1", "a2", "a3", "a4", "a5")
+    streams |= await submitted(pool, "b1", "b2", "b3")
+    assert told(worker) == ["a1", "a2", "a3", "a4", "stop a4", "b1", "stop a3", "b2"] and len(worker.jobs) == 4
+    pool.deliver(worker, [Update("a3", (7,), "late"), Update("a2", (7,), "x"), Update("b1", (7,), "y", "stop", "eos")])
+    assert told(worker)[-1] == "b3"                 # as many rows as a: in turn
+    pool.deliver(worker, [Update("b2", (7,), "", "stop", "eos"), Update("b3", (7,), "", "stop", "eos")])
+    assert told(worker)[-2:] == ["a3##1", "a4##1"]  # before a5, and not as if the late word had come
+    assert pool.jobs["a3"].output_ids == [] and pool.jobs["a2"].output_ids == [7]
+    pool.deliver(worker, [Update("a3##1", (8,), "z", "stop", "eos")])
+    assert [event.text async for event in streams["a3"] if isinstance(event, Piece)] == ["z"]
+    for stream in streams.values():
+        await stream.aclose()
+    assert not pool.jobs and not worker.jobs and not len(pool.pending)
+
+
+@pytest.mark.parametrize("holder, newcomer", [("a", "a"), ("ab", "c"), ("aab", "b")])
+async def test_nobody_gives_up_a_row_for_its_own_client_or_to_have_fewer_than_another(holder, newcomer):
+    pool = played_pool(max_batch=len(holder))
+    await submitted(pool, *(f"{client}{number}" for number, client in enumerate(holder)))
+    await submitted(pool, f"{newcomer}9")
+    assert len(told(pool.workers[0])) == len(holder)
+
+
+async def test_low_priority_takes_nobodys_row_and_gives_up_its_own_first():
+    pool = played_pool(max_batch=3)
+    await submitted(pool, "a1", low=True)
+    await submitted(pool, "a2", "a3")
+    await submitted(pool, "l1", low=True)
+    await submitted(pool, "b1")
+    assert told(pool.workers[0]) == ["a1", "a2", "a3", "stop a1", "b1"]
+
+
+async def test_an_answer_that_was_set_aside_is_the_same_to_the_last_word(start_pool):
+    async def said(pool, name, client, tokens):
+        wanted = Request(name, prompts=("The sea is",), max_tokens=tokens, client=client, ignore_eos=True,
+                         sampling=chat_server.SamplingParams(seed=5, temperature=1.0))
+        return "".join([event.text async for event in pool.answer(wanted) if isinstance(event, Piece)])
+
+    pool = await start_pool(max_batch=2)
+    alone = await said(pool, "alone", "a", 300)
+    first, second = (asyncio.ensure_future(said(pool, name, "a", 300)) for name in ("a1", "a2"))
+    while len(pool.workers[0].jobs) < 2 or not all(job.output_ids for job in pool.jobs.values()):
+        await asyncio.sleep(0)
+    young = pool.jobs["a2"]
+    assert len(await said(pool, "b", "b", 5)) > 0
+    assert young.set_aside == 1 and await first == await second == alone
 
 
 @pytest.mark.parametrize("priority, low", [("low", True), ("normal", False), (5, True), (0, False), (-1, False), (None, False)])
