@@ -237,8 +237,8 @@ OPTIONS = (
     Option("cors-origin", None, (), origin, "web origin whose pages may use the server, may repeat; `null` = pages opened "
            "from files, `*` = any", "serve", many=True),
     Option("allowed-host", None, (), str.lower,
-           "host name that is the server's own, may repeat: requests may ask for it when --host is loopback "
-           "(localhost always), and its pages may use the server", "serve", many=True),
+           "host name that is the server's own, may repeat: its pages may use the server, and requests for other names are "
+           "refused (not addresses and names without a dot, unless --host is loopback)", "serve", many=True),
     Option("dtype", "d", None, str, "weights and KV cache (default: as the file has them where kernels can, else bfloat16)",
            choices=("bfloat16", "float32")),
     Option("quantize", None, None, str, "float weight matrices become 8 or 4 bits when they are loaded (CPU, with decode_core)",
@@ -7102,9 +7102,11 @@ class Front:
         return resource.canonical.removeprefix(self.settings.prefix) or "/" if resource else ""
 
     def check_host(self, http: web.Request) -> None:
-        """On loopback only names of this machine: a page elsewhere may have its own name resolve to 127.0.0.1."""
+        """On loopback only names of this machine, and where any --allowed-host is given no others of the internet: a page
+        elsewhere may have its own name resolve to this server's address."""
         name, _ = split_address(http.headers.get("Host", "localhost"))
-        if is_loopback(self.settings.host) and not is_loopback(name) and name not in self.settings.allowed_host:
+        strange = not is_loopback(name) and name not in self.settings.allowed_host
+        if strange and (is_loopback(self.settings.host) or self.settings.allowed_host and is_public_name(name)):
             raise RequestError(f"this server does not answer to the name {shown(name)} (--allowed-host)",
                                status=403, code="host_not_allowed")
 
@@ -7545,6 +7547,14 @@ def split_address(address: str) -> tuple[str, str]:
 
 def is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or re.fullmatch(r"127(\.\d+){1,3}", host) is not None
+
+
+def is_public_name(host: str) -> bool:
+    """May anybody have this name resolve to an address of his choice? Not an address, nor a name without a dot."""
+    try:
+        return not ipaddress.ip_address(host)
+    except ValueError:
+        return "." in host
 
 
 def server_urls(host: str, port: int) -> list[str]:

@@ -231,6 +231,15 @@ async def test_on_loopback_only_names_of_this_machine_are_answered(client, name,
         assert (await client.get(url + "/", headers={"Host": "any.example"})).status == 200
 
 
+@pytest.mark.parametrize("name, status", [
+    ("chat.example", 200), ("chat.example:8000", 200), ("localhost", 200), ("192.0.2.7:8000", 200), ("[2001:db8::7]:8000", 200), ("gpu-box:8000", 200),
+    ("evil.example", 403), ("192.0.2.7.evil.example", 403), ("192.0.2", 403), ("0x7f.1", 403)])
+async def test_an_allowed_host_keeps_other_names_out_on_every_address(client, name, status):
+    async with serving(FakePool(), Settings(host="0.0.0.0", allowed_host=("chat.example",))) as url:
+        async with client.get(url + "/", headers={"Host": name}) as response:
+            assert response.status == status
+
+
 async def test_every_response_has_the_security_headers_and_no_versions(client):
     async with serving(FakePool()) as url:
         for method, path in (("GET", "/"), ("GET", "/static/chat.js"), ("GET", "/nothing"), ("POST", NATIVE), ("GET", "/health")):
