@@ -120,7 +120,10 @@ web = LazyModule("aiohttp.web", "web")
 log = logging.getLogger("chat_server")
 
 
-# 1. config ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# 1. config   [shared]
+# ------------------------------------------------------------------------------------------------------------
+
 
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_MAX_TOKENS = 512            # where -m says nothing; /v1 goes up to the context
@@ -308,7 +311,9 @@ def read_api_keys(keys: Iterable[str], path: str | None) -> tuple[ApiKey, ...]:
     return tuple(found)
 
 
-# 2. errors: raised deep, answered in one place ------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# 2. errors and logs   [shared]
+# ------------------------------------------------------------------------------------------------------------
 
 
 class ChatServerError(Exception):
@@ -376,9 +381,6 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:60] + "..."
 
 
-# 3. text: templates, tokenizers, incremental decoding -----------------------------------------------------------
-
-
 def require_library(name: str, purpose: str) -> Any:
     """Import `name`; a ConfigError with the pip line when it is missing."""
     try:
@@ -390,20 +392,116 @@ def require_library(name: str, purpose: str) -> Any:
             f"install it with: {sys.executable} -m pip install {package}") from None
 
 
+def cannot_read(path: Path | str, error: Exception) -> ConfigError:
+    reason = getattr(error, "strerror", None) or error
+    return lack_of_memory(error) or ConfigError(f"cannot read {path}: {reason}")
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: what the machine has (without Linux: all of it), within the
+    limits of its cgroup, of those around that, and of the process (ulimit -v)."""
+    import resource
+    page = os.sysconf("SC_PAGE_SIZE")
+    free, (limit, _) = os.sysconf("SC_PHYS_PAGES") * page, resource.getrlimit(resource.RLIMIT_AS)
+    with contextlib.suppress(OSError):      # not Linux
+        free = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+        if limit != resource.RLIM_INFINITY:
+            free = min(free, limit - int(Path("/proc/self/statm").read_text().split()[0]) * page)
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kinds, path = line.split(":", 2)     # v2 has no kinds
+            if kinds in ("", "memory"):
+                folder = Path("/sys/fs/cgroup", kinds, path[1:])
+                free = min(free, *map(cgroup_memory, (folder, *folder.parents[:path.count("/")])))
+    return max(int(free), 0)
+
+
+def cgroup_memory(folder: Path) -> float:
+    """Bytes that a cgroup (v2, v1) may still take, or has of files, which can go; infinity: no limit."""
+    for limit, used, prefix in (("max", "current", ""), ("limit_in_bytes", "usage_in_bytes", "total_")):
+        with contextlib.suppress(OSError, ValueError):
+            most, now, stat = ((folder / f"memory.{name}").read_text() for name in (limit, used, "stat"))
+            files = re.findall(rf"^{prefix}(?:in)?active_file (\d+)", stat, re.MULTILINE)
+            return int(most) - int(now) + sum(map(int, files))
+    return math.inf
+
+
+def lack_of_memory(error: Exception) -> ConfigError | None:
+    """What to tell the operator of an exception that means: no memory; None when it means something else.
+
+    Python (a SystemError, where it cannot even say that), the system, torch, C++ and the dynamic loader each
+    have words of their own.
+    """
+    words = r"(allocate|out of|enough) memory|bad_alloc|map segment|start new thread|temporarily unavailable"
+    if isinstance(error, ChatServerError) or not (
+            isinstance(error, (MemoryError, SystemError)) or getattr(error, "errno", None) == errno.ENOMEM
+            or re.search(words, str(error), re.IGNORECASE)):
+        return None
+    reason, free = named(error).splitlines()[0], available_memory() >> 20
+    return ConfigError(f"not enough memory ({reason}): {free:,} MiB are free within this process's limits "
+                       "(ulimit -v, cgroup). Raise them, or give a smaller model, --context-length, "
+                       "--kv-cache-memory or, on a GPU, --gpu-memory-utilization")
+
+
+class JsonLines(logging.Formatter):
+    """--log-format json: one object a line; the `fields` of a record are members of it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{record.msecs:03.0f}Z"
+        body = {"time": at, "level": record.levelname.lower(), "message": record.getMessage(), **getattr(record, "fields", {})}
+        if record.exc_info:
+            body["traceback"] = self.formatException(record.exc_info)
+        return dump(body).decode()
+
+
+class CalmLog(logging.StreamHandler):
+    """The log. A warning or error that repeats itself is written once a second, and then how often it came:
+    clients may cause some as often as they like."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = 0
+        self.repeats: dict[tuple, list] = {}    # that second's warnings by kinds: [first line, how often again]
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if int(record.created) != self.second:
+            self._tell_repeats()
+            self.second = int(record.created)
+        if record.levelno >= logging.WARNING:
+            error = record.exc_info and record.exc_info[0]
+            kind = record.name, record.levelno, str(record.msg).partition("\n")[0], error
+            if kind in self.repeats:
+                self.repeats[kind][1] += 1
+                return
+            self.repeats[kind] = [record.getMessage().partition("\n")[0], 0]
+        super().emit(record)
+
+    def _tell_repeats(self) -> None:
+        repeats, self.repeats = self.repeats, {}
+        for (name, level, *_), (line, count) in repeats.items():
+            if count:
+                super().emit(logging.LogRecord(name, level, "", 0, "%d times more: %s", (count, line), None))
+
+    def close(self) -> None:
+        self._tell_repeats()
+        super().close()
+
+
+def start_logging(settings: Settings) -> None:
+    handler = CalmLog()
+    handler.setFormatter(JsonLines() if settings.log_format == "json" else logging.Formatter("%(asctime)s %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO if settings.command == "serve" else logging.WARNING)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. messages: requests, events, and what crosses a pipe   [shared]
+# ------------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Message:
     role: str       # system, user, assistant or tool (developer is mapped to system by HTTP parsing)
     content: str
     more: Mapping[str, Any] | None = None       # what templates that know tools read besides: tool_calls, tool_call_id, name
-
-
-class ToolTokens(NamedTuple):
-    """nanochat's calculator: <|python_start|> expression <|python_end|> <|output_start|> result <|output_end|>."""
-
-    python_start: int
-    python_end: int
-    output_start: int
-    output_end: int
 
 
 @dataclass(frozen=True)
@@ -420,6 +518,515 @@ class TextSpec:
     bos_token: int | None = None
     eos_token: int | None = None
     add_bos: bool = False                       # a raw completion prompt begins with bos
+
+
+class Lanes:
+    """What waits: in order for each client, and the clients in turn, so that nobody's pile holds up the others."""
+
+    def __init__(self):
+        self.by_client: OrderedDict[str, deque] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(map(len, self.by_client.values()))
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.chain.from_iterable(self.by_client.values())
+
+    def append(self, client: str, thing: Any) -> None:
+        self.by_client.setdefault(client, deque()).append(thing)
+
+    def append_first(self, client: str, thing: Any) -> None:
+        """Before all others of its client."""
+        self.by_client.setdefault(client, deque()).appendleft(thing)
+
+    def heads(self) -> Iterator[Any]:
+        """The first of each client."""
+        return (things[0] for things in self.by_client.values())
+
+    def pop(self) -> Any:
+        return self.take(next(iter(self.by_client)))
+
+    def take(self, client: str) -> Any:
+        """The first of a client, which goes behind the others."""
+        things = self.by_client[client]
+        self.by_client.move_to_end(client)
+        self.remove(client, thing := things[0])
+        return thing
+
+    def remove(self, client: str, thing: Any) -> None:
+        things = self.by_client[client]
+        things.remove(thing)
+        if not things:
+            del self.by_client[client]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn; 0 switches top_k off, 1 top_p, 0 min_p; temperature 0 is greedy."""
+
+    temperature: float = 0.8
+    top_k: int = 50
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0                       # 64 bits
+    choice: int = 0                     # index of the answer with `n`: another stream of noise
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which files make the model, and in words what was chosen and what else was there."""
+
+    kind: str                           # "nanochat" | "gguf"
+    path: Path                          # model_<step>.pt or .gguf
+    name: str
+    chosen: str                         # one line for the start-up log
+    alternatives: str = ""              # one line, "" when there were none
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerParams:
+    """What a request wants of each of its answers besides sampling and length."""
+
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    logprobs: int | None = None                     # with so many of the likeliest tokens beside each; None: without
+    prompt_logprobs: int | None = None              # the same for the prompt's tokens
+    grammar: str = ""                               # what the answer must be
+
+
+@dataclass(frozen=True)
+class Request(AnswerParams):
+    """What a client asked, parsed and checked: either `messages` or `prompts` is set."""
+
+    id: str = ""
+    messages: tuple[Message, ...] | None = None
+    prompts: tuple[str | tuple[int, ...], ...] = ()     # raw completions: text or token ids
+    prompt_ids: tuple[tuple[int, ...], ...] | None = None       # once it is admitted: of each prompt
+    sampling: SamplingParams = SamplingParams()
+    max_tokens: int | None = None                   # None: up to the context
+    n: int = 1                                      # answers to each prompt
+    tools: tuple[dict, ...] = ()                    # functions that the model may call
+    grammar_param: str = ""                         # the field that the grammar is from
+    client: str = ""                                # whose request it is: a key's name, or an address
+    owner: str = ""                                 # who shares its KV pages
+    low_priority: bool = False                      # waits until nothing else does
+    truncate: bool = False                          # what does not fit loses its oldest turns
+    dropped_messages: int = 0                       # that it has lost already
+    resumable: bool = False                         # its stream may be left and taken up again
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The first event: rendered, tokenized, fits, queued. HTTP headers may go out."""
+
+    prompt_tokens: int
+    seed: int
+
+
+class TokenLogprob(NamedTuple):
+    """How likely the model found a token, after bias and penalties, before temperature; and which it found likeliest."""
+
+    token: int
+    logprob: float | None                           # None: nothing comes before it
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some more of an answer: whole characters, and the token ids behind them."""
+
+    text: str
+    tokens: tuple[int, ...]
+    gpu: int
+    choice: int = 0                                 # which answer: prompt * n + index
+    logprobs: tuple[TokenLogprob, ...] = ()         # of the tokens that were drawn, without the one that ended the answer
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of tokens of the prompt; then there is nothing else
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last event. `reason` is OpenAI's finish_reason; `stop_reason` names the cause."""
+
+    reason: str
+    stop_reason: str | None
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    queue_ms: float
+    ttft_ms: float
+    tokens_per_second: float
+    gpu: int
+    choice: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0            # of those, how many were right: steps saved
+    dropped_messages: int = 0           # by `truncate`
+
+
+Event = Accepted | Piece | Finished
+
+
+class Update(NamedTuple):
+    """What one step gave one request; crosses the pipe to the front."""
+
+    id: str
+    tokens: tuple[int, ...]
+    text: str
+    reason: str | None = None           # set on the last update
+    stop_reason: str | None = None
+    cached_tokens: int = 0
+    queued_s: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+#
+# Messages between the front and a worker are frames: one byte says which of MESSAGES it is, four bytes how long the
+# JSON list of its fields is. Plain data only, so reading one can run no code.
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """Front to worker, first: load this model."""
+
+    MAX_BYTES = 1 << 20
+    settings: Settings      # without API keys
+    source: ModelSource
+    device: str             # of torch
+    threads: int
+
+
+@dataclass(frozen=True)
+class NewRequest:
+    """Front to worker: what all answers of a request have in common; sent once, before the first of them."""
+
+    MAX_BYTES = 8 << 20
+    id: str
+    params: AnswerParams
+    sampling: SamplingParams
+    client: str             # whose turn it is where clients take turns
+    owner: str              # with whom it shares KV pages
+
+
+@dataclass(frozen=True)
+class NewPrompt:
+    """Front to worker: one of a request's prompts; sent once, before the first answer to it."""
+
+    MAX_BYTES = 64 << 20
+    id: str                 # of the request
+    index: int
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class NewAnswer:
+    """Front to worker: compute this answer of a request, from the tokens that it has already."""
+
+    MAX_BYTES = 64 << 20
+    id: str                 # of the answer
+    request_id: str
+    prompt: int
+    choice: int             # index among the answers to its prompt: it enters the noise
+    max_tokens: int
+    resumed_ids: tuple[int, ...] = ()
+    sent_characters: int = 0
+    scored: int = 0         # tokens of the prompt whose log-probabilities were sent
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Front to worker: the answer is not wanted any more."""
+
+    MAX_BYTES = 1 << 10
+    id: str
+
+
+@dataclass(frozen=True)
+class EndOfRequest:
+    """Front to worker: no more answers of the request will come."""
+
+    MAX_BYTES = 1 << 10
+    id: str
+
+
+@dataclass(frozen=True)
+class Ping:
+    """Front to worker: make a step, if an empty one, and report it."""
+
+    MAX_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Worker to front: how far loading has come."""
+
+    MAX_BYTES = 1 << 16
+    stage: str
+    fraction: float
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """Worker to front: what the front must know of a loaded model."""
+
+    MAX_BYTES = 256 << 20
+    text: TextSpec
+    name: str
+    context_length: int
+    lines: tuple[str, ...]          # for the start-up log
+    kernels: dict[str, str]         # who computes each op
+    row_invariant: bool
+    core: str = ""                  # which decode_core runs, or why none does
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Worker to front: steps can begin."""
+
+    MAX_BYTES = 1 << 16
+    gauges: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """Worker to front: what a step gave each answer."""
+
+    MAX_BYTES = 256 << 20
+    updates: list[Update]
+    gauges: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """Worker to front: the model or the flags are wrong; the operator must act."""
+
+    MAX_BYTES = 1 << 20
+    message: str
+
+
+@dataclass(frozen=True)
+class SandboxConfig:
+    """Front to sandbox, first: what its tasks need to know."""
+
+    MAX_BYTES = 256 << 20
+    server: Known
+    text: TextSpec
+    context_length: int
+    cpu_s: float            # of a task
+    memory: int             # bytes that the process may take besides those that it begins with
+    nice: int = 0           # how far it stands back when the processors are busy
+
+
+@dataclass(frozen=True)
+class Task:
+    """Front to sandbox: call the method `name` of Tasks."""
+
+    MAX_BYTES = 64 << 20
+    name: str
+    arguments: list
+
+
+@dataclass(frozen=True)
+class Body:
+    """Front to sandbox, after the task that reads it: a body as the client sent it. Sandbox to front: one to send to it."""
+
+    MAX_BYTES = 64 << 20
+    RAW = True
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Result:
+    """Sandbox to front: what a task gave."""
+
+    MAX_BYTES = 64 << 20
+    value: Any
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Sandbox to front: a RequestError; a ConfigError where the code is its type."""
+
+    MAX_BYTES = 1 << 20
+    message: str
+    status: int
+    code: str | None
+    param: str | None
+
+
+MESSAGES = (WorkerConfig, NewRequest, NewPrompt, NewAnswer, Cancel, EndOfRequest, Ping, Loading, ModelCard, Ready, Stepped,
+            Unusable, SandboxConfig, Task, Body, Result, Refused)
+KIND_OF = {kind: index for index, kind in enumerate(MESSAGES)}
+HEADER = struct.Struct("<BI")       # kind, bytes of the body
+
+
+class BadMessage(Exception):
+    """What came through a pipe is no message of ours."""
+
+
+def plain(value: Any) -> Any:
+    """What JSON does not know, as something that it knows; NamedTuples are lists to it already."""
+    if dataclasses.is_dataclass(value):
+        return [getattr(value, each.name) for each in dataclasses.fields(value)]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return sorted(value) if isinstance(value, frozenset) else str(value)        # a Path
+
+
+@functools.cache
+def restorer(annotation: Any) -> Callable[[Any], Any] | None:
+    """What makes a value of this type from what `plain` and JSON made of it; None where that is the value itself."""
+    kind, inside = typing.get_origin(annotation), typing.get_args(annotation)
+    if kind in (typing.Union, types.UnionType):         # at most one of its types needs to be restored
+        restore = next(filter(None, map(restorer, inside)), None)
+        as_it_is = tuple(each for each in inside if each in (type(None), str, int, float))
+        return restore and (lambda value: value if isinstance(value, as_it_is) else restore(value))
+    if kind is tuple and inside[-1] is not ...:
+        restores = [restorer(each) or (lambda value: value) for each in inside]
+        return lambda values: tuple(restore(value) for restore, value in zip(restores, values, strict=True))
+    if kind in (tuple, list, frozenset):
+        restore = restorer(inside[0])
+        if restore:
+            return lambda values: kind(map(restore, values)) if values else kind()
+        return None if kind is list else kind
+    if annotation is bytes:
+        return functools.partial(base64.b64decode, validate=True)
+    if annotation is Path:
+        return Path
+    if dataclasses.is_dataclass(annotation) or hasattr(annotation, "_fields"):
+        return object_restorer(annotation)
+    return None
+
+
+def object_restorer(kind: type) -> Callable[[list], Any]:
+    """Makes an object of a dataclass or NamedTuple from the list of its fields; an error when there are more or fewer."""
+    named_tuple, hints = hasattr(kind, "_fields"), typing.get_type_hints(kind)
+    names = kind._fields if named_tuple else [each.name for each in dataclasses.fields(kind)]
+    changed = [(index, restore) for index, name in enumerate(names) if (restore := restorer(hints[name]))]
+
+    def restore_object(values: list) -> Any:
+        for index, restore in changed:
+            values[index] = restore(values[index])
+        return kind._make(values) if named_tuple else kind(**dict(zip(names, values, strict=True)))
+
+    return restore_object
+
+
+as_plain_json = json.JSONEncoder(default=plain, check_circular=False, separators=(",", ":")).encode
+
+
+def packed(message: Any) -> bytes:
+    """A message as a frame. Those that are RAW have one field, whose bytes are the frame's."""
+    body = message.data if hasattr(message, "RAW") else as_plain_json(message).encode()
+    return HEADER.pack(KIND_OF[type(message)], len(body)) + body
+
+
+def kind_and_size(header: bytes) -> tuple[type, int]:
+    """What a frame's header announces. BadMessage for an unknown kind, or more bytes than a message of its kind may have."""
+    index, size = HEADER.unpack(header)
+    if index >= len(MESSAGES) or size > MESSAGES[index].MAX_BYTES:
+        raise BadMessage(f"message kind {index} of {size:,} bytes")
+    return MESSAGES[index], size
+
+
+def unpacked(kind: type, body: bytes) -> Any:
+    try:
+        return kind(body) if hasattr(kind, "RAW") else restorer(kind)(json.loads(body))
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise BadMessage(f"{kind.__name__}: {error}") from None
+
+
+class Channel:
+    """The worker's end of its pipe: blocking sends, receives that wait only when asked to."""
+
+    def __init__(self, connection: socket.socket):
+        self.connection, self.poll = connection, select.poll()
+        self.poll.register(connection, select.POLLIN)
+
+    def send(self, message: Any) -> None:
+        self.connection.sendall(packed(message))
+
+    def receive(self, wait: bool, most: float = math.inf) -> list[Any]:
+        """All messages that are there, or `most` of them; with `wait`, at least one. EOFError when the front is gone."""
+        messages = []
+        while len(messages) < most and self.poll.poll(None if wait and not messages else 0):
+            kind, size = kind_and_size(self._read(HEADER.size))
+            messages.append(unpacked(kind, self._read(size)))
+        return messages
+
+    def _read(self, size: int) -> bytes:
+        data = self.connection.recv(size, socket.MSG_WAITALL)
+        if len(data) < size:
+            raise EOFError
+        return data
+
+
+NO_GAUGES = dict.fromkeys(("running", "queued", "kv_pages_used", "kv_pages_total", "preemptions", "drafted_tokens",
+                           "accepted_tokens", "memory_used", "memory_total"), 0)        # of a worker that is not there
+
+
+#
+# Small bodies are read here, in the event loop. What clients can make take long runs in sandboxes, processes with a bound
+# of time and memory: a model's chat template, JSON schemas, and bodies above LIMITS.inline_bytes from their first byte on.
+
+
+@dataclass(frozen=True)
+class Known:
+    """What reading a body takes to know of the server."""
+
+    settings: Settings
+    model: str                          # the served model's name
+    tool_format: str | None             # see tool_format_of
+    ready: bool = True                  # else nobody knows yet which models there are
+
+    def check_model(self, name: str) -> None:
+        """404 for a model that is not the loaded one."""
+        names = (self.model, *self.settings.served_model_name)
+        known = {"", "default", *names, *(n.rstrip("/").rsplit("/", 1)[-1] for n in names if n)}
+        if self.ready and name not in known:
+            raise RequestError(f"the model {shown(name)} does not exist; this server has {self.model!r}",
+                               status=404, code="model_not_found", param="model")
+
+
+@dataclass(frozen=True)
+class Call:
+    """A body of a route that answers, read: what is asked, and how the answer is to be written."""
+
+    request: Request
+    stream: bool = True
+    include_usage: bool = False
+    echo: bool = False
+
+
+as_json = json.JSONEncoder(ensure_ascii=False).encode     # json.dumps would make an encoder each time: 2 us a token
+LINE_ENDS = re.compile("[\x85\u2028\u2029]")
+
+
+def dump(value: Any) -> bytes:
+    """JSON in one line for every reader: some split lines at U+0085, U+2028 and U+2029 too."""
+    text = as_json(value)
+    return LINE_ENDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text).encode("utf-8", "replace")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. text: chat templates, tokenizers, incremental decoding   [shared]
+# ------------------------------------------------------------------------------------------------------------
+
+
+class ToolTokens(NamedTuple):
+    """nanochat's calculator: <|python_start|> expression <|python_end|> <|output_start|> result <|output_end|>."""
+
+    python_start: int
+    python_end: int
+    output_start: int
+    output_end: int
 
 
 def whole_unicode(text: str) -> str:
@@ -816,1140 +1423,15 @@ def check_grammar(source: str, param: str) -> None:
 GRAMMAR_LIMITS = {"max_lexer_states": 30_000, "verbose_errors": False}     # a state takes 1 to 2 KB; a mask up to 25 ms
 
 
-class Grammar:
-    """Which tokens may come next. The mask of the next token is computed in a thread meanwhile."""
+# ------------------------------------------------------------------------------------------------------------
+# 5. finding a model   [shared]
+# ------------------------------------------------------------------------------------------------------------
 
-    def __init__(self, tokenizer: Tokenizer, source: str):
-        llguidance = require_library("llguidance", "constrained decoding")
-        limits = llguidance.LLParserLimits(**GRAMMAR_LIMITS)
-        self.matcher = llguidance.LLMatcher(tokenizer.grammar_vocabulary, source, log_level=0, limits=limits)
-        self.ends = tokenizer.stop_tokens
-        self.size = 0                       # bytes, which its copies share
-        self.mask: Future = Future()        # of the next token, as bytes
 
-    def copy(self) -> "Grammar":
-        """The same in the same state, of its own (10 us; compiling takes up to 1 s)."""
-        twin = copy.copy(self)
-        twin.matcher, twin.mask = self.matcher.deep_copy(), Future()
-        return twin
-
-    def allowed(self, vocab_size: int) -> "numpy.ndarray":
-        """A flag for each token (vocab_size,), by the mask."""
-        words = numpy.frombuffer(self.mask.result(), dtype=numpy.uint8)
-        return numpy.unpackbits(words, count=vocab_size, bitorder="little").astype(bool)
-
-    def feed(self, token: int) -> bool:
-        """False: the grammar does not have it, or has become too large to follow, or nothing fulfils it."""
-        return self.matcher.is_accepting() if token in self.ends else self.matcher.consume_token(token)
-
-    @property
-    def complete(self) -> bool:
-        """Nothing can follow."""
-        return self.matcher.is_stopped()
-
-
-class Lanes:
-    """What waits: in order for each client, and the clients in turn, so that nobody's pile holds up the others."""
-
-    def __init__(self):
-        self.by_client: OrderedDict[str, deque] = OrderedDict()
-
-    def __len__(self) -> int:
-        return sum(map(len, self.by_client.values()))
-
-    def __iter__(self) -> Iterator[Any]:
-        return itertools.chain.from_iterable(self.by_client.values())
-
-    def append(self, client: str, thing: Any) -> None:
-        self.by_client.setdefault(client, deque()).append(thing)
-
-    def append_first(self, client: str, thing: Any) -> None:
-        """Before all others of its client."""
-        self.by_client.setdefault(client, deque()).appendleft(thing)
-
-    def heads(self) -> Iterator[Any]:
-        """The first of each client."""
-        return (things[0] for things in self.by_client.values())
-
-    def pop(self) -> Any:
-        return self.take(next(iter(self.by_client)))
-
-    def take(self, client: str) -> Any:
-        """The first of a client, which goes behind the others."""
-        things = self.by_client[client]
-        self.by_client.move_to_end(client)
-        self.remove(client, thing := things[0])
-        return thing
-
-    def remove(self, client: str, thing: Any) -> None:
-        things = self.by_client[client]
-        things.remove(thing)
-        if not things:
-            del self.by_client[client]
-
-
-def stand_back(nice: int) -> None:
-    """Let this thread, where the system has threads with a niceness of their own, stand back behind the others."""
-    if nice and sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + nice)
-
-
-class FairThread:
-    """A thread that works for clients in turn."""
-
-    def __init__(self, name: str, nice: int = 0):
-        self.thread, self.lock, self.lanes = ThreadPoolExecutor(1, name, stand_back, (nice,)), threading.Lock(), Lanes()
-        self.mean_s = 0.0               # of a piece of work, lately
-
-    def submit(self, client: str, work: Callable, *arguments: Any) -> Future:
-        """The future can be cancelled until its turn has come."""
-        future: Future = Future()
-        with self.lock:
-            self.lanes.append(client, (future, work, arguments))
-        self.thread.submit(self._work)
-        return future
-
-    @property
-    def behind_s(self) -> float:
-        """About how long all that waits will take."""
-        with self.lock:
-            return self.mean_s * len(self.lanes)
-
-    def _work(self) -> None:
-        with self.lock:
-            future, work, arguments = self.lanes.pop()
-        if not future.set_running_or_notify_cancel():
-            return
-        began_s = time.monotonic()
-        try:
-            future.set_result(work(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        self.mean_s += 0.1 * (time.monotonic() - began_s - self.mean_s)
-
-
-CALCULATOR_CHARACTERS = 1_000       # so no integer has more digits, and no text is longer
-CALCULATOR_DEPTH = 50
-CALCULATOR_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-                        ast.FloorDiv: operator.floordiv, ast.UAdd: operator.pos, ast.USub: operator.neg}
-
-
-def calculate(expression: str) -> str | None:
-    """nanochat's calculator: numbers with + - * / // and parentheses, or "text".count("x"); None: there is no result.
-
-    Commas are dropped first, as upstream does. Walks the syntax tree, never evaluates code; bounded in size, depth and
-    time (without powers a product has no more digits than the expression), so it runs in any thread.
-    """
-    expression = expression.replace(",", "").strip(" \t")
-    if len(expression) > CALCULATOR_CHARACTERS:
-        return None
-    try:
-        value = evaluate_node(ast.parse(expression, mode="eval").body, CALCULATOR_DEPTH)
-    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
-        return None
-    return None if isinstance(value, str) else str(value)
-
-
-def evaluate_node(node: ast.expr, depth: int) -> int | float | str:
-    """The value of one node of the calculator's syntax tree; ValueError for anything the calculator does not know."""
-    if depth == 0:
-        raise ValueError("nested too deeply")
-    match node:
-        case ast.Constant(value) if type(value) in (int, float, str):
-            return value
-        case ast.UnaryOp() | ast.BinOp() if type(node.op) in CALCULATOR_OPERATORS:
-            parts = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
-            values = [evaluate_node(part, depth - 1) for part in parts]
-            if not any(isinstance(value, str) for value in values):
-                return CALCULATOR_OPERATORS[type(node.op)](*values)
-        case ast.Call(ast.Attribute(text, "count"), [part], []):
-            text, part = evaluate_node(text, depth - 1), evaluate_node(part, depth - 1)
-            if isinstance(text, str) and isinstance(part, str):
-                return text.count(part)
-    raise ValueError("not arithmetic and not a count")
-
-
-# 4. ops: everything that computes; each fast op will stand beside its reference --------------------------------------
-#
-# An op writes into the output it is given. `X_reference` is torch (any device) or, for sampling, numpy; it defines
-# what a faster `X` must give. A layer's KV cache: (P * PAGE_SIZE, 2, Hkv, D), keys and values of a slot side by side.
-
-
-def embed_reference(table, ids, out):
-    """Rows `ids` (T,) of table (V, C) -> out (T, C); a negative id gives row 0 (its user ignores it)."""
-    out.copy_(torch.index_select(table, 0, ids.clamp(min=0)))
-
-
-def gather_rows_reference(x, rows, out):
-    """x (T, C), rows (R,) -> out (R, C)."""
-    torch.index_select(x, 0, rows, out=out)
-
-
-def rms_norm_reference(x, weight, eps, out):
-    """x (T, C) float32 / its root mean square (* weight (C)) -> out (T, C) in the type of `out`."""
-    out.copy_(torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps))
-
-
-def pack_reference(name, weight):
-    """The matrix `name` (N, K) -> what `linear` reads fastest; on x86 oneDNN's blocked layout: 2.4 times faster than the plain
-    one at one row (bfloat16, SmolLM2-135M's layers, 2 threads: 4.7 against 11.1 ms), 1.2 times at 256. `embed` reads it plain.
-    """
-    x86 = weight.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    able = x86 and torch.backends.mkldnn.is_available() and (weight.dtype == torch.float32 or mkldnn_bfloat16())
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if able and name != "embed" else weight
-
-
-def mkldnn_bfloat16() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def fastest_dtype(device) -> "torch.dtype":
-    """For the references: bfloat16, except on a CPU without instructions for it."""
-    return torch.float32 if torch.device(device).type == "cpu" and not mkldnn_bfloat16() else torch.bfloat16
-
-
-class Norm(NamedTuple):
-    """What `linear` does to its input first: RMS norm, with a weight (C) or None."""
-
-    weight: Any
-    eps: float
-
-
-def linear_reference(x, weight, out, norm=None, bias=None, activation=None, residual=None):
-    """residual + activation(norm(x) @ weight.T + bias) -> out; weight (N, K) packed or plain; x (T, >= K): its first K columns.
-
-    activation: None, "relu2" or "swiglu"; swiglu's weight has the gates' rows first and gives (T, N / 2).
-    """
-    if norm:
-        x = torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
-    x, bias = x[:, :weight.shape[1]].to(weight.dtype), bias if bias is None else bias.to(weight.dtype)
-    if weight.is_mkldnn:
-        y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    else:
-        y = torch.nn.functional.linear(x, weight, bias)
-    if activation == "swiglu":
-        gate, up = y.chunk(2, dim=-1)
-        y = torch.nn.functional.silu(gate) * up
-    elif activation == "relu2":
-        y = torch.square(torch.relu(y))
-    if residual is None:
-        out.copy_(y)
-    else:
-        torch.add(residual, y, out=out)
-
-
-def copy_reference(x, out):
-    out.copy_(x)
-
-
-def mix_reference(x, x0, resid_lambda, x0_lambda, out):
-    """resid_lambda * x + x0_lambda * x0 -> out, with the lambdas as one-element tensors; `out` may be x."""
-    torch.add(x * resid_lambda, x0 * x0_lambda, out=out)
-
-
-def smear_reference(x, previous, previous_ids, gate, smear_lambda, out):
-    """x + lambda * sigmoid(x[:, :channels] @ gate.T) * previous -> out (T, C); the first position has no previous."""
-    strength = smear_lambda * torch.sigmoid(x[:, :gate.shape[1]] @ gate.T.to(x.dtype))              # (T, 1)
-    torch.add(x, strength * previous * (previous_ids >= 0).unsqueeze(1), out=out)
-
-
-def backout_reference(x, middle, backout_lambda, out):
-    """x - lambda * middle -> out (T, C)."""
-    torch.sub(x, backout_lambda * middle, out=out)
-
-
-def softcap_reference(logits, cap, out):
-    """cap * tanh(logits / cap) -> out (R, V)."""
-    torch.mul(torch.tanh(logits / cap), cap, out=out)
-
-
-def rope_tables(spec, device) -> tuple:
-    """cos and direction * sin of every position, (max_positions, rope_size / 2) float32 each."""
-    size = spec.rope_size or spec.head_size
-    frequencies = 1.0 / spec.rope_base ** (numpy.arange(0, size, 2, dtype=numpy.float64) / size)
-    if spec.rope_factors:
-        frequencies = frequencies / numpy.asarray(spec.rope_factors, dtype=numpy.float64)
-    angles = numpy.outer(numpy.arange(spec.max_positions), frequencies)
-    cos, sin = numpy.cos(angles), spec.rope_direction * numpy.sin(angles)
-    dtype = torch.bfloat16 if spec.rope_bfloat16 else torch.float32
-    return tuple(torch.from_numpy(table.astype(numpy.float32)).to(dtype).to(device, torch.float32) for table in (cos, sin))
-
-
-def zeroed(shape: tuple[int, ...], dtype, device):
-    """A tensor of zeros; on CPU its memory is only taken when it is written (torch.zeros writes all of it at once)."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
-    if hasattr(mmap, "MADV_HUGEPAGE"):      # Linux; first writes of 4-KiB pages made the first prefill 15 % slower
-        with contextlib.suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
-
-
-def make_cache_reference(spec, num_pages, dtype, device):
-    """KV pages of all layers, in the layout that rope_append and paged_attention share: [layer][slot][k, v][Hkv][D]."""
-    return zeroed((spec.layers, num_pages * PAGE_SIZE, 2, spec.kv_heads, spec.head_size), dtype, device)
-
-
-def rope_append_reference(qkv, cos, sin, positions, slots, cache, out, *, norm="none", q_norm=None, k_norm=None, eps=1e-5,
-                          post_scale=1.0, value_embed=None, gate=None, gate_scale=1.0):
-    """Everything between the qkv product and attention: q -> out (T, H * D), k and v -> the cache; qkv is overwritten.
-
-    qkv (T, (H + 2 Hkv) * D): q and k are normalized (`norm` is a ModelSpec's qk_norm), rotated by the rows `positions` (T,)
-    of rope_tables' cos and sin, and scaled; v gets `gate_scale * sigmoid(gate) * value_embed`, gate (T, Hkv), value_embed
-    (T, Hkv * D); then k and v go into `cache`, one layer's, at `slots` (T,).
-    """
-    T, Hkv, D = len(qkv), *cache.shape[2:]
-    H = out.shape[1] // D
-    cos, sin = (torch.index_select(table, 0, positions).unsqueeze(1) for table in (cos, sin))  # (T, 1, rot / 2) each
-    heads = qkv.view(T, H + 2 * Hkv, D)
-    qk = heads[:, :H + Hkv].float()                                     # (T, H + Hkv, D)
-    if norm == "before_rope":
-        qk = norm_heads(qk, H, q_norm, k_norm, eps)
-    rotate(qk, cos, sin)
-    if norm == "after_rope":
-        qk = norm_heads(qk, H, q_norm, k_norm, eps)
-    heads[:, :H + Hkv] = qk * post_scale
-    if value_embed is not None:
-        strength = gate_scale * torch.sigmoid(gate.float()).unsqueeze(-1)                       # (T, Hkv, 1)
-        heads[:, H + Hkv:] += strength * value_embed.view(T, Hkv, D)
-    out.copy_(qkv[:, :H * D])
-    cache.view(-1, 2 * Hkv * D).index_copy_(0, slots, qkv[:, H * D:].to(cache.dtype))
-
-
-def norm_heads(qk, H, q_norm, k_norm, eps):
-    """RMS norm of each head (T, heads, D); the weights, where there are any, differ for q and k."""
-    qk = torch.nn.functional.rms_norm(qk, qk.shape[-1:], None, eps)
-    if q_norm is not None:
-        qk[:, :H] *= q_norm
-        qk[:, H:] *= k_norm
-    return qk
-
-
-def rotate(x, cos, sin):
-    """Rotate the pairs (x[i], x[i + rot / 2]) of x (T, heads, D) in place; cos, sin (T, 1, rot / 2)."""
-    half = cos.shape[-1]
-    a, b = x[..., :half], x[..., half:2 * half]
-    x[..., :2 * half] = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
-SCRATCH_SCORES = 1 << 22        # attention scores of a prompt's chunk that are computed at once
-
-
-class Span(NamedTuple):
-    """Some query rows and where their keys lie: B decode rows together, or (B = 1) one chunk of a prompt."""
-
-    rows: slice             # of the T rows
-    pages: Any              # page ids, as many for each of the B (B * n,)
-    mask: Any               # additive (B, 1, queries, S): S keys of those pages are read
-
-
-def decode_rows(batch) -> int:
-    """How many sequences have one new token each; they come before the others."""
-    return next((i for i, (start, end) in enumerate(itertools.pairwise(batch.starts)) if end - start != 1), len(batch.lengths))
-
-
-def page_table(batch, dtype, device):
-    """(N, W) page ids of each sequence, of which those beyond a sequence's own are not read, or masked."""
-    width = max(map(len, batch.tables))
-    return torch.tensor([pages + [0] * (width - len(pages)) for pages in batch.tables], dtype=dtype, device=device)
-
-
-def plan_attention_reference(batch, positions, windows, dtype) -> dict:
-    """Work out once per step, for all layers, which pages and masks attention needs: {window: [Span, ...]}."""
-    decode, table = decode_rows(batch), page_table(batch, torch.int64, positions.device)
-    groups = [range(decode)] * (decode > 0) + [range(i, i + 1) for i in range(decode, len(batch.lengths))]
-    return {window: [make_span(batch, positions, table, group, window, dtype) for group in groups] for window in set(windows)}
-
-
-def make_span(batch, positions, table, group, window, dtype) -> Span:
-    """The Span of the sequences `group`: decode rows, or one with any number of new tokens. Waits for no device."""
-    rows = slice(batch.starts[group.start], batch.starts[group.stop])
-    count = (rows.stop - rows.start) // len(group)                              # new tokens of each
-    lengths = batch.lengths[group.start:group.stop]
-    # a window reads only the pages it reaches into
-    first = max(0, min(lengths) - count + 1 - window) // PAGE_SIZE if window else 0
-    last = -(-max(lengths) // PAGE_SIZE)
-    keys = torch.arange(first * PAGE_SIZE, max(lengths), device=positions.device)               # (S,) absolute positions
-    age = positions[rows].view(len(group), 1, count, 1) - keys                                  # < 0: future
-    hidden = (age < 0) | (age >= window) if window else age < 0
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=keys.device).masked_fill_(hidden, -math.inf)
-    return Span(rows, table[group.start:group.stop, first:last].flatten(), mask)
-
-
-def paged_attention_reference(q, cache, plan, window, out):
-    """softmax(q k / sqrt(D)) v over each row's own pages: q (T, H * D), one layer's cache -> out (T, H * D).
-
-    The query heads that share a kv head are rows of one product when decoding and broadcast over its keys in
-    prefill, so that keys are never repeated in memory.
-    """
-    attend, Hkv, D = torch.nn.functional.scaled_dot_product_attention, cache.shape[2], cache.shape[3]
-    q, scale = q.to(cache.dtype).unflatten(1, (-1, D)), D**-0.5                 # (T, H, D)
-    for rows, pages, mask in plan[window]:
-        kv = torch.index_select(cache.view(-1, PAGE_SIZE, 2, Hkv, D), 0, pages).view(len(mask), -1, 2, Hkv, D)
-        k, v = kv[:, :mask.shape[-1]].permute(2, 0, 3, 1, 4)                    # (B, Hkv, S, D) each
-        grouped = q[rows].unflatten(1, (Hkv, -1))                               # (rows, Hkv, H / Hkv, D)
-        if len(grouped) == len(mask):
-            y = attend(grouped, k, v, attn_mask=mask, scale=scale)
-        elif q.device.type == "cpu":
-            y = attend_chunk(grouped, k[0], v[0], mask, scale)
-        else:
-            y = attend_prompt(grouped, k[0], v[0], mask, scale)
-        out[rows].view(y.shape).copy_(y)
-
-
-def attend_prompt(q, k, v, mask, scale):
-    """One sequence's rows: q (t, Hkv, G, D), k and v (Hkv, S, D), mask (1, 1, t, S) -> (t, Hkv, G, D)."""
-    q = q.permute(1, 2, 0, 3)
-    # the query heads of a kv head share its keys by a stride of 0
-    k, v = (x.unsqueeze(1).expand(-1, q.shape[1], -1, -1) for x in (k, v))
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).permute(2, 0, 1, 3)
-
-
-@functools.lru_cache(maxsize=1)
-def scores_scratch(dtype, size):
-    """Memory for `size` attention scores, which stays touched from step to step."""
-    return torch.empty(size, dtype=dtype)
-
-
-def attend_chunk(q, k, v, mask, scale):
-    """attend_prompt on CPU by two products per kv head. Scores have the weights' type and lie in scratch memory, so many
-    queries at once as fit there.
-
-    2.5 to 3 times faster than torch's fused attention here (256 queries over 256 to 7168 keys, bfloat16, 2 threads),
-    but only in memory that is touched already: fresh pages for the scores take longer than the products.
-    """
-    T, Hkv, G, D = q.shape
-    S, y = k.shape[1], torch.empty_like(q)
-    step = max(1, SCRATCH_SCORES // (G * S))
-    scratch = scores_scratch(q.dtype, max(SCRATCH_SCORES, G * S))
-    for h in range(Hkv):
-        for first in range(0, T, step):
-            block = slice(first, first + step)
-            queries = (q[block, h] * scale).transpose(0, 1).reshape(-1, D)                      # (G * t, D)
-            scores = torch.mm(queries, k[h].t(), out=scratch[:len(queries) * S].view(-1, S))    # (G * t, S)
-            scores.view(G, -1, S).add_(mask[0, :, block])
-            torch.softmax(scores, -1, out=scores)
-            y[block, h] = torch.mm(scores, v[h]).view(G, -1, D).transpose(0, 1)
-    return y
-
-
-# 4b. sampling: the contract that compiled kernels reproduce bit for bit on equal logits -------------------------------
-#
-# Order: repetition, frequency and presence penalties, bias -> temperature -> top-k -> top-p over what top-k kept
-# -> min-p -> one draw. Precisions: logits, penalties and z = (l - max) * (1/T) in float32; weights e^z are integers,
-# fixed point with 2^40 at the maximum, summed in uint64 (so in any order); noise and z + noise in float64. Only
-# separately rounded multiplications and additions (no fma), no library exp or log.
-
-EXP_CUTOFF = -27.7                      # below, the weight is 0 and the id never survives
-LOG2_E = 1.44269504088896341            # as float32
-LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4     # as float32; multiples up to 40 of the first are exact
-EXP_TERMS = tuple(1 / math.factorial(k) for k in range(7, -1, -1))      # as float32, highest power first
-LN2 = 0.6931471805599453                # float64, like all below
-SQRT_HALF = 0.7071067811865476
-LOG_TERMS = (                           # (log(1 + t) / t - 1) / t on [sqrt(1/2) - 1, sqrt(2) - 1], highest power first
-    0.03081756372437806, -0.06618773009678613, 0.07000691047584312, -0.0630658816887405, 0.06495252735766224,
-    -0.07112464720648483, 0.0770509701696896, -0.08336500776029371, 0.09090397053862845, -0.09999843911504927,
-    0.111111220155228, -0.12500003956286007, 0.14285714172623884, -0.16666666618490816, 0.20000000000466495,
-    -0.2500000000022147, 0.3333333333333285, -0.49999999999999833)
-PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)       # Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011
-PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-FLOAT_MAX = 3.4028234663852886e38
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How tokens are drawn; 0 switches top_k off, 1 top_p, 0 min_p; temperature 0 is greedy."""
-
-    temperature: float = 0.8
-    top_k: int = 50
-    top_p: float = 1.0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    seed: int = 0                       # 64 bits
-    choice: int = 0                     # index of the answer with `n`: another stream of noise
-
-
-class SampleRow(NamedTuple):
-    """One row to draw: a token is a function of its logits, `params` and `position`, and of nothing else."""
-
-    params: SamplingParams
-    position: int                       # absolute index of the token being drawn
-    tokens: Seq[int] = ()               # prompt and answer so far (penalties count them)
-    prompt_tokens: int = 0              # how many of them are the prompt
-
-
-def philox(counters: "numpy.ndarray", keys: "numpy.ndarray") -> "numpy.ndarray":
-    """Philox4x32-10: four counters and two keys, uint64 holding 32-bit words -> (4, *shape) random words."""
-    low, shift = numpy.uint64(0xFFFFFFFF), numpy.uint64(32)
-    m0, m1 = (numpy.uint64(m) for m in PHILOX_MULTIPLIERS)
-    c0, c1, c2, c3 = counters
-    k0, k1 = keys
-    for _ in range(10):
-        product0, product1 = c0 * m0, c2 * m1
-        c0, c1, c2, c3 = (product1 >> shift) ^ c1 ^ k0, product1 & low, (product0 >> shift) ^ c3 ^ k1, product0 & low
-        k0, k1 = (k0 + numpy.uint64(PHILOX_KEY_STEPS[0])) & low, (k1 + numpy.uint64(PHILOX_KEY_STEPS[1])) & low
-    return numpy.stack((c0, c1, c2, c3))
-
-
-def uniform_noise(ids, seed, position, choice) -> "numpy.ndarray":
-    """u = (x + 1/2) / 2^32 in (0, 1), float64, for each id; seed, position, choice are numbers, or arrays that go with ids.
-
-    x is lane id % 4 of Philox with the seed as key and (id / 4, position, choice) as counter: random access, no state.
-    """
-    low, shift = numpy.uint64(0xFFFFFFFF), numpy.uint64(32)
-    seed, position, choice = (numpy.asarray(value, dtype=numpy.uint64) for value in (seed, position, choice))
-    groups, lanes = (ids // 4).astype(numpy.uint64), ids % 4
-    words = philox((groups, position & low, position >> shift, choice), (seed & low, seed >> shift))
-    x = numpy.take_along_axis(words, lanes[None], axis=0)[0]
-    return (x.astype(numpy.float64) + 0.5) * 2.0**-32
-
-
-def log_contract(x: "numpy.ndarray") -> "numpy.ndarray":
-    """Natural logarithm of positive float64, by multiplications and additions only (relative error below 1e-15)."""
-    mantissa, exponent = numpy.frexp(x)                                 # [1/2, 1)
-    small = mantissa < SQRT_HALF
-    t = numpy.where(small, mantissa + mantissa, mantissa) - 1.0
-    series = numpy.full_like(t, LOG_TERMS[0])
-    for term in LOG_TERMS[1:]:
-        series = series * t + term
-    return (exponent - small) * LN2 + (t + (t * t) * series)
-
-
-def gumbel(u: "numpy.ndarray") -> "numpy.ndarray":
-    """-log(-log(1 - u)): the finest steps of u lie where the noise is large (up to 22.9)."""
-    return -log_contract(-log_contract(1.0 - u))
-
-
-def exp_weights(z: "numpy.ndarray") -> "numpy.ndarray":
-    """e^z for float32 z <= 0 as uint64, fixed point with 2^40 = 1; 0 below EXP_CUTOFF."""
-    f32 = numpy.float32
-    alive = z >= f32(EXP_CUTOFF)
-    z = numpy.where(alive, z, f32(0))
-    n = numpy.floor(z * f32(LOG2_E) + f32(0.5))                         # z = n ln 2 + r
-    r = (z - n * f32(LN2_HIGH)) - n * f32(LN2_LOW)
-    series = numpy.full_like(r, f32(EXP_TERMS[0]))
-    for term in EXP_TERMS[1:]:
-        series = series * r + f32(term)
-    mantissa = (series * f32(2**24)).astype(numpy.uint64)               # exact: series >= 1/2 has steps of 2^-24
-    shift = n.astype(numpy.int64) + 16                                  # -24 .. 16
-    weight = (mantissa << numpy.maximum(shift, 0).astype(numpy.uint64)) >> numpy.maximum(-shift, 0).astype(numpy.uint64)
-    return numpy.where(alive, weight, numpy.uint64(0))
-
-
-def clean_logits(row: "numpy.ndarray") -> "numpy.ndarray":
-    """NaN -> -inf, +inf -> the largest float; the row itself when nothing is to do."""
-    if math.isfinite(top := row.max()) or top == -math.inf:
-        return row
-    return numpy.minimum(numpy.where(numpy.isnan(row), numpy.float32(-math.inf), row), numpy.float32(FLOAT_MAX))
-
-
-def penalize(logits: "numpy.ndarray", row: SampleRow) -> "numpy.ndarray":
-    """Penalties and bias in float32, each rounded: repetition on prompt and answer (positive logits * (1/r), others
-    * r), then - frequency * count and - presence on the answer's tokens, then + bias. A copy where anything changes."""
-    p, f32 = row.params, numpy.float32
-    if not (p.logit_bias or p.frequency_penalty or p.presence_penalty or p.repetition_penalty != 1):
-        return logits
-    logits = logits.copy()
-    with numpy.errstate(over="ignore", invalid="ignore"):       # what overflows is cleaned at the end
-        if p.repetition_penalty != 1.0:
-            ids = numpy.unique(numpy.asarray(row.tokens, dtype=numpy.int64))
-            old = logits[ids]
-            logits[ids] = numpy.where(old > 0, old * f32(1 / p.repetition_penalty), old * f32(p.repetition_penalty))
-        if p.frequency_penalty or p.presence_penalty:
-            answer = numpy.asarray(row.tokens[row.prompt_tokens:], dtype=numpy.int64)
-            ids, counts = numpy.unique(answer, return_counts=True)
-            logits[ids] -= f32(p.frequency_penalty) * counts.astype(f32)
-            logits[ids] -= f32(p.presence_penalty)
-        for token, bias in p.logit_bias:
-            logits[token] += f32(bias)
-    return clean_logits(logits)
-
-
-def top_ids(logits: "numpy.ndarray", k: int) -> "numpy.ndarray":
-    """The ids of the k largest logits, largest first; the lower id wins ties, so exactly k remain."""
-    bound = numpy.partition(logits, len(logits) - k)[len(logits) - k] if k < len(logits) else -math.inf
-    ids = numpy.flatnonzero(logits >= bound)
-    return ids[numpy.argsort(-logits[ids], kind="stable")[:k]]
-
-
-def survivors(logits: "numpy.ndarray", params: SamplingParams) -> tuple["numpy.ndarray", "numpy.ndarray"]:
-    """Ids that top-k, top-p and min-p leave, ascending, and their z (float32). `logits` are clean and penalized."""
-    f32, top = numpy.float32, logits.max()
-    if top == -math.inf:
-        return numpy.zeros(1, dtype=numpy.int64), numpy.zeros(1, dtype=f32)
-    inverse_temperature = f32(min(1 / params.temperature, FLOAT_MAX))
-    limited = 0 < params.top_k < len(logits)
-    ids = top_ids(logits, params.top_k) if limited else numpy.arange(len(logits))
-    with numpy.errstate(over="ignore"):         # far below the maximum z may be -inf
-        z = (logits[ids] - top) * inverse_temperature
-    weights = exp_weights(z)
-    if params.top_p < 1.0:
-        ids, z, weights = keep_top_p(ids, z, weights, params.top_p, logits)
-    keep = weights > 0
-    if params.min_p > 0:
-        keep &= z >= f32(math.log(min(params.min_p, 1.0)))
-    order = numpy.argsort(ids[keep])
-    return ids[keep][order], z[keep][order]
-
-
-def keep_top_p(ids, z, weights, top_p, logits):
-    """The shortest prefix, by logit and then id, whose weight reaches top_p of the sum."""
-    total = int(weights.sum())
-    target = max(1, total * round(top_p * 2**32) >> 32)                 # exact: 128-bit product
-    # ids lighter than this sum to less than what may be dropped
-    heavy = weights >= max(1, -(-(total - target) // len(ids)))
-    ids, z, weights = ids[heavy], z[heavy], weights[heavy]
-    order = numpy.lexsort((ids, -logits[ids]))
-    count = int(numpy.searchsorted(numpy.cumsum(weights[order]), numpy.uint64(target))) + 1
-    order = order[:count]
-    return ids[order], z[order], weights[order]
-
-
-def draw(kept: Seq[tuple], rows: Seq[SampleRow]) -> "numpy.ndarray":
-    """argmax of z + Gumbel noise over each row's survivors (ids, z), ids ascending; the lower id wins ties."""
-    longest = max(len(ids) for ids, _ in kept)
-    ids, z = numpy.zeros((len(rows), longest), dtype=numpy.int64), numpy.full((len(rows), longest), -math.inf)
-    for i, (some, their_z) in enumerate(kept):
-        ids[i, :len(some)], z[i, :len(some)] = some, their_z
-    streams = numpy.array([(row.params.seed, row.position, row.params.choice) for row in rows], dtype=numpy.uint64)
-    scores = z + gumbel(uniform_noise(ids, *streams.T[:, :, None]))         # (R, longest)
-    return ids[numpy.arange(len(rows)), scores.argmax(axis=1)]
-
-
-def sample_reference(logits: "numpy.ndarray", rows: Seq[SampleRow]) -> "numpy.ndarray":
-    """One token for each row of logits (B, V) float32 -> (B,) int32; a row's token depends on nothing but that row."""
-    tokens = numpy.zeros(len(rows), dtype=numpy.int32)
-    few = {}                # rows of few survivors share their numpy calls, which cost more than the numbers
-    for i, row in enumerate(rows):
-        line = penalize(clean_logits(logits[i]), row)
-        if row.params.temperature <= 0:
-            tokens[i] = line.argmax()
-        elif len((kept := survivors(line, row.params))[0]) > 1000:
-            tokens[i] = draw([kept], [row])[0]
-        else:
-            few[i] = kept
-    if few:
-        tokens[list(few)] = draw(list(few.values()), [rows[i] for i in few])
-    return tokens
-
-
-def sample_on_host(logits, rows: Seq[SampleRow]) -> list[int]:
-    """`sample_reference` for logits (R, V) on any device."""
-    return sample_reference(logits.float().cpu().numpy(), rows).tolist()
-
-
-class Backend:
-    """Who computes a model's steps: here torch, op by op. decode_core's backends have the same attributes."""
-
-    name, row_invariant, quantizes = "torch/reference", False, False
-    activations = None          # dtype of every activation buffer; None: _allocate's choice
-    as_stored = None            # keeps a GGUF file's matrix in the file's type; None: everything is dequantized
-
-    def __init__(self, device):
-        self.dtype = fastest_dtype(device)      # of float weights whose user names none
-
-    def ops(self, max_tokens: int, max_rows: int, quantize: str | None) -> dict[str, Callable]:
-        return {}               # none stands in for its reference
-
-    def record(self, transformer: Transformer) -> Callable[[Batch], None] | None:
-        """What runs a batch in place of Transformer.compute, which may be recorded for it; None: nothing."""
-
-    def make_steps(self, transformer: Transformer, max_batch: int, context_length: int) -> EagerSteps:
-        return EagerSteps(transformer)
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """The chosen op of each name, by default its reference; `forward` and the engine compute with nothing else."""
-
-    embed: Callable = embed_reference
-    gather_rows: Callable = gather_rows_reference
-    rms_norm: Callable = rms_norm_reference
-    pack: Callable = pack_reference
-    linear: Callable = linear_reference
-    copy: Callable = copy_reference
-    mix: Callable = mix_reference
-    smear: Callable = smear_reference
-    backout: Callable = backout_reference
-    softcap: Callable = softcap_reference
-    make_cache: Callable = make_cache_reference
-    rope_append: Callable = rope_append_reference
-    plan_attention: Callable = plan_attention_reference
-    paged_attention: Callable = paged_attention_reference
-    sample: Callable = sample_on_host
-    names: Mapping[str, str] = field(default_factory=dict)      # who computes each op, for /stats
-    backend: Any = field(default_factory=lambda: Backend("cpu"))
-
-    @property
-    def row_invariant(self) -> bool:
-        """Each row's bits depend on nothing else in the batch."""
-        return self.backend.row_invariant
-
-
-def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=None) -> Kernels:
-    """Choose the op of each name for a device and a model: decode_core's where it is there and fits, else the reference.
-
-    Steps have at most `max_tokens` tokens and `max_rows` rows of logits; `quantize` names the type that float weights
-    become. CHAT_SERVER_KERNELS=reference keeps decode_core out.
-    """
-    backend = choose_backend(device, spec)
-    if quantize and not backend.quantizes:
-        raise ConfigError(f"--quantize needs decode_core and a CPU; {kernels_line()}")
-    ops = backend.ops(max_tokens, max_rows, quantize)
-    names = {op.name: "torch/reference" for op in dataclasses.fields(Kernels) if callable(op.default)}
-    names |= {"sample": "numpy/reference"} | dict.fromkeys(ops, backend.name)
-    return Kernels(**ops, names=names, backend=backend)
-
-
-def choose_backend(device, spec: ModelSpec | None) -> Any:
-    """decode_core's backend if it runs this model on this device, else torch's (always without a spec)."""
-    core = decode_core() if spec else None
-    return core and core.backend_for(spec, device, for_decode_core()) or Backend(device)
-
-
-SEAM = 1        # the version of Backend and for_decode_core; a core that states another one is not used
-
-
-def for_decode_core() -> SimpleNamespace:
-    """What decode_core uses of this file, which it does not import."""
-    return SimpleNamespace(
-        PAGE_SIZE=PAGE_SIZE, zeroed=zeroed, token_places=token_places, page_table=page_table,
-        decode_rows=decode_rows, make_span=make_span, attend_prompt=attend_prompt, dequantized=dequantized,
-        unpermute_rope=turned)
-
-
-@functools.cache
-def installed_core() -> Any:
-    """The compiled core (`pip install .` in the checkout) of whatever version, or None."""
-    if os.environ.get("CHAT_SERVER_KERNELS") == "reference":
-        return None
-    try:
-        return importlib.import_module("decode_core")
-    except ImportError:
-        return None
-
-
-def decode_core() -> Any:
-    """The compiled core, or None where there is none that speaks this file's SEAM."""
-    core = installed_core()
-    return core if getattr(core, "SEAM", None) == SEAM else None
-
-
-def kernels_line() -> str:
-    """For the start-up log, /stats and --version: which compiled core runs, or how to get one."""
-    build = "so slower reference ops run; `pip install .` in the checkout builds it"
-    if core := decode_core():
-        info = core.info()
-        return f"decode_core runs with {info['isa']} instructions" + ", compiled with CUDA too" * info["cuda_compiled"]
-    if core := installed_core():
-        version = getattr(core, "SEAM", "unknown")
-        return f"decode_core is another version (seam {version} instead of {SEAM}), {build} anew"
-    return f"decode_core is not installed, {build}"
-
-
-# 5. kv cache: who owns which page --------------------------------------------------------------------------------
-#
-#   a page is   free      in `free`, content meaningless
-#             | owned     by `refs` >= 1 sequences; whole pages among them may be in the prefix index and shared
-#             | cached    refs == 0, in the prefix index, in `evictable` (least recently released first)
-#
-# Only whole pages whose every slot is computed enter the index, so sharing needs no copy-on-write.
-
-
-class PagePool:
-    """Allocator of KV pages with reference counts and a prefix index over whole pages. No tensors here.
-
-    The index maps (serial of the parent page's content, the page's own tokens) to the page. A serial names one
-    content of one page and is never used again, so a chain of keys fixes the whole prefix, and since the dictionary
-    compares the tokens themselves, two prefixes with the same hash can never be taken for each other.
-    """
-
-    ROOT = ""   # the serial before the first page; those who share no pages with others have their name there
-
-    page_size = PAGE_SIZE
-
-    def __init__(self, num_pages: int):
-        self.num_pages = num_pages
-        self.free = list(range(num_pages - 1, -1, -1))
-        self.refs = [0] * num_pages
-        self.keys: list[tuple[int | str, tuple[int, ...]] | None] = [None] * num_pages
-        self.index: dict[tuple[int | str, tuple[int, ...]], tuple[int, int]] = {}     # key -> (page, serial)
-        self.evictable: OrderedDict[int, None] = OrderedDict()
-        self.last_serial = 0
-
-    @property
-    def available(self) -> int:
-        """Pages that `allocate` could hand out now."""
-        return len(self.free) + len(self.evictable)
-
-    def match_prefix(self, tokens: Seq[int], root: str = ROOT) -> tuple[list[int], int | str]:
-        """The longest chain of indexed pages from `root` that starts `tokens`; takes a reference on each.
-
-        At least the last token stays outside the match, since its logits must be computed.
-        Returns the pages and the serial of the last one.
-        """
-        pages, serial = [], root
-        for start in range(0, len(tokens) - self.page_size, self.page_size):
-            entry = self.index.get((serial, tuple(tokens[start:start + self.page_size])))
-            if entry is None:
-                break
-            page, serial = entry
-            pages.append(page)
-            self.evictable.pop(page, None)
-            self.refs[page] += 1
-        return pages, serial
-
-    def allocate(self, count: int) -> list[int] | None:
-        """`count` pages with one reference each, evicting cached ones as needed; None when there are not enough."""
-        if count > self.available:
-            return None
-        while len(self.free) < count:
-            self._evict()
-        pages = [self.free.pop() for _ in range(count)]
-        for page in pages:
-            self.refs[page] = 1
-        return pages
-
-    def _evict(self) -> None:
-        page, _ = self.evictable.popitem(last=False)
-        del self.index[self.keys[page]]
-        self.keys[page] = None
-        self.free.append(page)
-
-    def register(self, parent: int | str, tokens: Seq[int], page: int) -> int:
-        """Enter a whole, computed page into the index below the content `parent`; returns the content's serial.
-
-        When the same prefix is indexed already, that entry stays and `page` remains private to its owner.
-        """
-        key = (parent, tuple(tokens))
-        if key not in self.index:
-            self.last_serial += 1
-            self.index[key] = (page, self.last_serial)
-            self.keys[page] = key
-        return self.index[key][1]
-
-    def release(self, pages: Seq[int]) -> None:
-        """Drop one reference of each page: indexed pages become evictable (a chain's end first), others free."""
-        for page in reversed(pages):
-            self.refs[page] -= 1
-            if self.refs[page] == 0 and self.keys[page] is None:
-                self.free.append(page)
-            elif self.refs[page] == 0:
-                self.evictable[page] = None
-
-    def forget_cached(self) -> None:
-        """Empty the prefix index of pages that nobody owns (after warm-up)."""
-        while self.evictable:
-            self._evict()
-
-    def check_integrity(self, owners: Iterable[Seq[int]]) -> None:
-        """Walk everything; AssertionError when a page is lost, owned twice or indexed wrongly (tests, debug)."""
-        counted = Counter(page for pages in owners for page in pages)
-        free, cached = set(self.free), set(self.evictable)
-        assert len(free) == len(self.free), "a page is free twice"
-        for page in range(self.num_pages):
-            assert self.refs[page] == counted[page], f"page {page}: {self.refs[page]} refs, {counted[page]} owners"
-            places = (page in free) + (page in cached) + (self.refs[page] > 0)
-            assert places == 1, f"page {page} is in {places} places"
-            assert page not in cached or self.keys[page] is not None, f"cached page {page} is not in the index"
-            assert page not in free or self.keys[page] is None, f"free page {page} is in the index"
-        for key, (page, _) in self.index.items():
-            assert self.keys[page] == key, f"the index entry of page {page} is stale"
-
-
-# 6. model: one forward for every family ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """All that tells one model from another; a loader makes it, `Transformer.forward` reads it.
-
-    Sizes by letter: V vocab_size, L layers, C width, H heads, Hkv kv_heads, D head_size, F ffn_size.
-    The loader crops padded vocabularies to V rows and un-permutes interleaved rotary pairs to half-split.
-    """
-
-    vocab_size: int
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    ffn_size: int
-    max_positions: int                      # rotary tables are this long; the context can not be longer
-    norm_eps: float = 1e-5
-    norm_weights: bool = True               # attention_norm, ffn_norm, final_norm have weights
-    embedding_norm: bool = False            # RMS norm (without weight) right after the embedding
-    tied_head: bool = False                 # head is the embedding
-    qkv_bias: bool = False
-    rope_base: float = 10000.0
-    rope_size: int | None = None            # rotated dims of each head; None = all D
-    rope_direction: int = 1                 # +1 textbook, -1 nanochat
-    rope_bfloat16: bool = False             # cos and sin rounded to bfloat16 (nanochat until 2026-03-04)
-    rope_factors: tuple[float, ...] | None = None   # divisor of each of the rope_size/2 frequencies (llama 3 scaling)
-    qk_norm: str = "none"                   # "none" | "before_rope" | "after_rope"
-    qk_norm_weights: bool = False
-    qk_scale: float = 1.0                   # q and k times this, after norm and rope
-    activation: str = "swiglu"              # "swiglu" | "relu2"
-    windows: tuple[int, ...] = ()           # per layer, counted in keys (itself included), 0 = full; () = all full
-    softcap: float = 0.0                    # logits = c * tanh(logits / c); 0 = none
-    residual_lambdas: bool = False          # x = resid_lambdas[l] * x + x0_lambdas[l] * x0 before layer l
-    value_embed_layers: tuple[int, ...] = ()    # layers with value_embed and ve_gate
-    ve_gate_scale: float = 2.0
-    ve_gate_channels: int = 32
-    smear_channels: int = 0                 # > 0: mix in the previous token's embedding, gated by so many channels
-    backout_layer: int | None = None        # subtract backout_lambda * (x after this layer) before the final norm
-
-
-def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of exactly the tensors that a model of this spec has (weights are (out, in))."""
-    V, C, D, F = spec.vocab_size, spec.width, spec.head_size, spec.ffn_size
-    H, Hkv = spec.heads, spec.kv_heads
-    shapes: dict[str, tuple[int, ...]] = {"embed": (V, C), "head": (V, C)}
-    if spec.norm_weights:
-        shapes["final_norm"] = (C,)
-    if spec.residual_lambdas:
-        shapes |= {"resid_lambdas": (spec.layers,), "x0_lambdas": (spec.layers,)}
-    if spec.smear_channels:
-        shapes |= {"smear_gate": (1, spec.smear_channels), "smear_lambda": (1,)}
-    if spec.backout_layer is not None:
-        shapes["backout_lambda"] = (1,)
-    for l in range(spec.layers):
-        shapes |= {f"{l}.qkv": ((H + 2 * Hkv) * D, C), f"{l}.output": (C, H * D), f"{l}.down": (C, F)}
-        shapes |= {f"{l}.up": (F, C)} if spec.activation == "relu2" else {f"{l}.gate_up": (2 * F, C)}
-        if spec.norm_weights:
-            shapes |= {f"{l}.attention_norm": (C,), f"{l}.ffn_norm": (C,)}
-        if spec.qkv_bias:
-            shapes[f"{l}.qkv_bias"] = ((H + 2 * Hkv) * D,)
-        if spec.qk_norm_weights:
-            shapes |= {f"{l}.q_norm": (D,), f"{l}.k_norm": (D,)}
-        if l in spec.value_embed_layers:
-            shapes |= {f"{l}.value_embed": (V, Hkv * D), f"{l}.ve_gate": (Hkv, spec.ve_gate_channels)}
-    return shapes
-
-
-class Batch(NamedTuple):
-    """One flattened step: the T new tokens of N sequences, sequence after sequence; one-token sequences first."""
-
-    token_ids: list[int]            # (T); ~i, where steps are begun ahead: the token that row i of the step before draws
-    previous_token_ids: list[int]   # (T); -1 at position 0
-    starts: list[int]               # (N + 1): tokens starts[i] .. starts[i + 1] belong to sequence i
-    lengths: list[int]              # (N): keys of sequence i after this step
-    tables: list[list[int]]         # (N): its pages, in order
-    logit_rows: list[int]           # (R): which of the T rows need logits
-
-
-class Inputs(NamedTuple):
-    """What of a Batch the ops read: int64 tensors on the device, and attention's plan."""
-
-    token_ids: Any                  # (T,)
-    previous_token_ids: Any         # (T,)
-    positions: Any                  # (T,)
-    slots: Any                      # (T,) page * PAGE_SIZE + offset, where k and v go
-    logit_rows: Any                 # (R,)
-    attention: Any                  # the kernels' plan of where each row's keys are
-
-
-def token_places(batch: Batch) -> tuple[Seq[int], Seq[int]]:
-    """Each new token's absolute position, and the slot for its keys and values."""
-    counts = [end - start for start, end in zip(batch.starts, batch.starts[1:])]
-    places = [(position, table[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE)
-              for count, length, table in zip(counts, batch.lengths, batch.tables)
-              for position in range(length - count, length)]
-    return tuple(zip(*places))
-
-
-class Transformer:
-    """A model's packed weights, KV pages and activation buffers, all allocated here and once.
-
-    `tensors`, named and shaped as `expected_tensors` says, is emptied on the way: weights are held once, in the
-    layout that the kernels like. At most `max_tokens` tokens and `max_rows` rows of logits in a step.
-    """
-
-    def __init__(self, spec: ModelSpec, tensors: dict, kernels: Kernels, *, num_pages: int, max_tokens: int,
-                 max_rows: int | None = None, device="cpu", dtype=None, progress=lambda stage, fraction: None):
-        self.spec, self.kernels = spec, kernels
-        self.device, self.dtype = torch.device(device), dtype
-        self.windows = spec.windows or (0,) * spec.layers
-        with torch.inference_mode():
-            self.weights = self._pack(tensors, progress)
-            self.layers = [{name.partition(".")[2]: tensor for name, tensor in self.weights.items()
-                            if name.startswith(f"{l}.")} for l in range(spec.layers)]
-            self.rope_tables = rope_tables(spec, self.device)
-            self.cache = kernels.make_cache(spec, num_pages, self.dtype, self.device)
-            self.buffers = self._allocate(max_tokens, min(max_rows or max_tokens, max_tokens))
-            self.recorded = kernels.backend.record(self)
-
-    def _pack(self, tensors: dict, progress: "Progress") -> dict:
-        """Move every weight to the device, matrices into the kernels' layout; a tied head is the embedding."""
-        weights, names = {}, expected_tensors(self.spec)
-        for name in names:
-            progress("packing weights", len(weights) / len(names))
-            weight = tensors.pop(name)
-            if name == "head" and self.spec.tied_head:
-                weights[name] = weights["embed"]
-                continue
-            if isinstance(weight, torch.Tensor):        # else as a GGUF file has it
-                large = weight.ndim > 1 and name != "smear_gate"
-                weight = weight.to(self.device, self.dtype if large else torch.float32)
-            matrix = name.rpartition(".")[2] in ("embed", "qkv", "output", "gate_up", "up", "down", "head", "ve_gate")
-            weights[name] = self.kernels.pack(name, weight) if matrix else weight
-        return weights
-
-    def _allocate(self, T: int, R: int) -> dict:
-        """One buffer for each activation: the residual stream, q and logits in float32, the rest in the weights' type."""
-        spec, f32 = self.spec, torch.float32
-        dtype = self.kernels.backend.activations or self.dtype
-        C, D, F, H, Hkv = spec.width, spec.head_size, spec.ffn_size, spec.heads, spec.kv_heads
-        sizes = {
-            "x": (T, C, f32), "between": (T, C, f32), "x0": (T, C, f32), "middle": (T, C, f32), "previous": (T, C, f32),
-            "qkv": (T, (H + 2 * Hkv) * D, dtype), "q": (T, H * D, f32), "attended": (T, H * D, dtype),
-            "gate": (T, Hkv, dtype), "value": (T, Hkv * D, dtype), "hidden": (T, F, dtype),
-            "last": (R, C, f32), "logits": (R, spec.vocab_size, f32),
-        }
-        return {name: torch.empty(rows, columns, dtype=kind, device=self.device)
-                for name, (rows, columns, kind) in sizes.items()}
-
-    def cut(self, T: int, R: int) -> SimpleNamespace:
-        """The buffers' first T rows, or R for what follows the last layer."""
-        return SimpleNamespace(**{name: buffer[:R if name in ("last", "logits") else T]
-                                  for name, buffer in self.buffers.items()})
-
-    @staticmethod
-    def page_bytes(spec: ModelSpec, dtype) -> int:
-        """Bytes of one KV page over all layers; dtype None: weights as the file has them, keys and values in float16."""
-        return spec.layers * PAGE_SIZE * 2 * spec.kv_heads * spec.head_size * (dtype or torch.float16).itemsize
-
-    @property
-    def weight_types(self) -> str:
-        """Of the matrices, the commonest first: "q4_1, q8_0"."""
-        kinds = Counter(getattr(w, "kind", None) or str(w.dtype).removeprefix("torch.")
-                                    for w in self.weights.values() if getattr(w, "kind", None) or w.ndim > 1)
-        return ", ".join(kind for kind, _ in kinds.most_common())
-
-    def forward(self, batch: Batch):
-        """Run a step's new tokens through the model -> logits (R, V) float32, a view of a buffer that the next step reuses."""
-        buffers = self.cut(len(batch.token_ids), len(batch.logit_rows))
-        if self.recorded:
-            self.recorded(batch)
-            return buffers.logits
-        with torch.inference_mode():
-            self.compute(self.inputs(batch), buffers)
-        return buffers.logits
-
-    def inputs(self, batch: Batch) -> Inputs:
-        columns = (batch.token_ids, batch.previous_token_ids, *token_places(batch), batch.logit_rows)
-        tensors = [torch.tensor(column, dtype=torch.int64, device=self.device) for column in columns]
-        return Inputs(*tensors, attention=self.kernels.plan_attention(batch, tensors[2], self.windows, self.dtype))
-
-    def compute(self, inputs: Inputs, b: SimpleNamespace) -> None:
-        """The model: T new tokens -> b.logits (R, V).
-
-        Every line is an op of section 4 into a given buffer, so that a recorder or a graph can stand behind it.
-        """
-        spec, k, w = self.spec, self.kernels, self.weights
-        k.embed(w["embed"], inputs.token_ids, out=b.x)                                      # (T, C)
-        if spec.embedding_norm:
-            k.rms_norm(b.x, None, spec.norm_eps, out=b.x)
-        if spec.smear_channels:     # the embedding before this one, itself not smeared
-            k.embed(w["embed"], inputs.previous_token_ids, out=b.previous)
-            k.rms_norm(b.previous, None, spec.norm_eps, out=b.previous)
-            k.smear(b.x, b.previous, inputs.previous_token_ids, w["smear_gate"], w["smear_lambda"], out=b.x)
-        if spec.residual_lambdas:
-            k.copy(b.x, out=b.x0)
-        for l, layer in enumerate(self.layers):
-            if spec.residual_lambdas:
-                k.mix(b.x, b.x0, w["resid_lambdas"][l], w["x0_lambdas"][l], out=b.x)
-            self._attention(inputs, b, layer, self.cache[l], self.windows[l])
-            self._feed_forward(b, layer)
-            if l == spec.backout_layer:
-                k.copy(b.x, out=b.middle)
-        if spec.backout_layer is not None:
-            k.backout(b.x, b.middle, w["backout_lambda"], out=b.x)
-        k.gather_rows(b.x, inputs.logit_rows, out=b.last)                                   # (R, C)
-        k.linear(b.last, w["head"], norm=Norm(w.get("final_norm"), spec.norm_eps), out=b.logits)    # (R, V)
-        if spec.softcap:
-            k.softcap(b.logits, spec.softcap, out=b.logits)
-
-    def _attention(self, inputs: Inputs, b: SimpleNamespace, layer: dict, cache, window: int) -> None:
-        """between = x + output(attention(norm(x))): keys and values of the new tokens go into the layer's pages first."""
-        spec, k, value, gate = self.spec, self.kernels, None, None
-        norm = Norm(layer.get("attention_norm"), spec.norm_eps)
-        k.linear(b.x, layer["qkv"], norm=norm, bias=layer.get("qkv_bias"), out=b.qkv)       # (T, (H + 2 Hkv) * D)
-        if "value_embed" in layer:
-            value, gate = b.value, b.gate
-            k.embed(layer["value_embed"], inputs.token_ids, out=value)                      # (T, Hkv * D)
-            k.linear(b.x, layer["ve_gate"], norm=norm, out=gate)                            # (T, Hkv), of few channels
-        k.rope_append(b.qkv, *self.rope_tables, inputs.positions, inputs.slots, cache, out=b.q, norm=spec.qk_norm,
-                      q_norm=layer.get("q_norm"), k_norm=layer.get("k_norm"), eps=spec.norm_eps, post_scale=spec.qk_scale,
-                      value_embed=value, gate=gate, gate_scale=spec.ve_gate_scale)          # (T, H * D)
-        k.paged_attention(b.q, cache, inputs.attention, window, out=b.attended)             # (T, H * D)
-        k.linear(b.attended, layer["output"], residual=b.x, out=b.between)                  # (T, C)
-
-    def _feed_forward(self, b: SimpleNamespace, layer: dict) -> None:
-        """x = between + down(activation(up(norm(between))))."""
-        spec, k = self.spec, self.kernels
-        norm = Norm(layer.get("ffn_norm"), spec.norm_eps)
-        up = layer["gate_up" if spec.activation == "swiglu" else "up"]
-        k.linear(b.between, up, norm=norm, activation=spec.activation, out=b.hidden)        # (T, F)
-        k.linear(b.hidden, layer["down"], residual=b.between, out=b.x)                      # (T, C)
-
-
-class EagerSteps:
-    """Runs steps of a transformer at once, on any device: `start` computes and draws, `finish` hands over the tokens."""
-
-    ahead = False           # may a step be started before the one before is finished?
-
-    def __init__(self, transformer: Transformer):
-        self.transformer = transformer
-        self.drawn: list[int] = []
-
-    def start(self, batch: Batch, rows: Seq[SampleRow]) -> list[int]:
-        """`rows` tell how to draw the token of each of the batch's logit rows. Returns a ticket for `finish`."""
-        batch.token_ids[:] = [self.drawn[~token] if token < 0 else token for token in batch.token_ids]
-        logits = self.transformer.forward(batch)
-        self.drawn = self.transformer.kernels.sample(logits, rows) if rows else []
-        return self.drawn
-
-    def finish(self, ticket: list[int]) -> list[int]:
-        return ticket
-
-    def prepare(self, progress: Callable[[float], None]) -> None:
-        """Do what would make the first steps slow; before any step."""
-
-
-# 7. weights: a path becomes (ModelSpec, named tensors, TextSpec) --------------------------------------------------
 #   resolve_model (front, paths only, no torch) > ModelSource > open_model (worker) > LoadedModel
 
 Progress = Callable[[str, float], None]     # (stage, fraction 0..1); may raise, which interrupts a download or a load
 no_progress: Progress = lambda stage, fraction: None
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Which files make the model, and in words what was chosen and what else was there."""
-
-    kind: str                           # "nanochat" | "gguf"
-    path: Path                          # model_<step>.pt or .gguf
-    name: str
-    chosen: str                         # one line for the start-up log
-    alternatives: str = ""              # one line, "" when there were none
-
-
-@dataclass
-class LoadedModel:
-    """A model in memory: `tensors` has exactly the names and shapes of `expected_tensors(spec)`."""
-
-    spec: ModelSpec
-    tensors: dict[str, torch.Tensor]
-    text: TextSpec
-    name: str
-    context_length: int                 # tokens
-    description: str
-    dtype: torch.dtype | None           # of the weight matrices; None: as the file has them
 
 
 # --- which model -------------------------------------------------------------------------------------------------
@@ -2256,6 +1738,1308 @@ def bytes_below(folder: Path) -> int:
     return written
 
 
+# ------------------------------------------------------------------------------------------------------------
+# 6. processes   [shared]
+# ------------------------------------------------------------------------------------------------------------
+
+
+def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float:
+    """CPUs that the cgroup allows (v2 `cpu.max`, v1 `cpu.cfs_*`), infinity without a limit."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = " ".join((root / name).read_text() for name in names).split()
+            return math.inf if quota in ("max", "-1") else int(quota) / int(period)
+    return math.inf
+
+
+def physical_cores(cpus: Iterable[int], root: Path = Path("/sys/devices/system/cpu")) -> int:
+    """How many physical cores the logical `cpus` lie on; hyper-threads of one core count once."""
+    def core(cpu: int) -> str:
+        with contextlib.suppress(OSError):
+            return (root / f"cpu{cpu}/topology/thread_siblings_list").read_text()
+        return str(cpu)
+    return len({core(cpu) for cpu in cpus})
+
+
+def threads_per_worker(workers: int) -> int:
+    """Physical cores within the affinity mask and the cgroup quota, divided over the workers; at least 1."""
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return max(1, int(min(physical_cores(cpus), cpu_quota())) // workers)
+
+
+def die_with_parent(parent: int) -> None:
+    """Ask Linux to kill this process when its parent dies; elsewhere the pipe's end of file does it alone."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:      # it died before the call above
+        os._exit(1)
+
+
+# How our other processes begin: this file is imported, so that its bytecode is kept (a script is compiled at each start: 0.1 s).
+# The folder of the file replaces the current one, whose modules are nobody's business.
+PROCESS_COMMAND = (sys.executable, "-c", f"import sys; sys.path[0] = {str(Path(__file__).resolve().parent)!r}; "
+                   f"import importlib; sys.exit(importlib.import_module({Path(__file__).stem!r}).main())")
+
+
+def join_parent(descriptor: str, parent: str) -> Channel:
+    """What a process of ours does first: the front decides when it ends, and it ends with the front."""
+    for number_ in (signal.SIGINT, signal.SIGTERM):     # a terminal or systemd tells the whole group
+        signal.signal(number_, signal.SIG_IGN)
+    die_with_parent(int(parent))
+    return Channel(socket.socket(fileno=int(descriptor)))
+
+
+def give_memory_back() -> None:
+    """What loading needed (the file's metadata, a tokenizer's parts, copies of weights) is free but stays in the heap."""
+    gc.collect()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    with contextlib.suppress(OSError, AttributeError):      # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 7. kv cache: who owns which page   [worker]
+# ------------------------------------------------------------------------------------------------------------
+
+
+#
+#   a page is   free      in `free`, content meaningless
+#             | owned     by `refs` >= 1 sequences; whole pages among them may be in the prefix index and shared
+#             | cached    refs == 0, in the prefix index, in `evictable` (least recently released first)
+#
+# Only whole pages whose every slot is computed enter the index, so sharing needs no copy-on-write.
+
+
+class PagePool:
+    """Allocator of KV pages with reference counts and a prefix index over whole pages. No tensors here.
+
+    The index maps (serial of the parent page's content, the page's own tokens) to the page. A serial names one
+    content of one page and is never used again, so a chain of keys fixes the whole prefix, and since the dictionary
+    compares the tokens themselves, two prefixes with the same hash can never be taken for each other.
+    """
+
+    ROOT = ""   # the serial before the first page; those who share no pages with others have their name there
+
+    page_size = PAGE_SIZE
+
+    def __init__(self, num_pages: int):
+        self.num_pages = num_pages
+        self.free = list(range(num_pages - 1, -1, -1))
+        self.refs = [0] * num_pages
+        self.keys: list[tuple[int | str, tuple[int, ...]] | None] = [None] * num_pages
+        self.index: dict[tuple[int | str, tuple[int, ...]], tuple[int, int]] = {}     # key -> (page, serial)
+        self.evictable: OrderedDict[int, None] = OrderedDict()
+        self.last_serial = 0
+
+    @property
+    def available(self) -> int:
+        """Pages that `allocate` could hand out now."""
+        return len(self.free) + len(self.evictable)
+
+    def match_prefix(self, tokens: Seq[int], root: str = ROOT) -> tuple[list[int], int | str]:
+        """The longest chain of indexed pages from `root` that starts `tokens`; takes a reference on each.
+
+        At least the last token stays outside the match, since its logits must be computed.
+        Returns the pages and the serial of the last one.
+        """
+        pages, serial = [], root
+        for start in range(0, len(tokens) - self.page_size, self.page_size):
+            entry = self.index.get((serial, tuple(tokens[start:start + self.page_size])))
+            if entry is None:
+                break
+            page, serial = entry
+            pages.append(page)
+            self.evictable.pop(page, None)
+            self.refs[page] += 1
+        return pages, serial
+
+    def allocate(self, count: int) -> list[int] | None:
+        """`count` pages with one reference each, evicting cached ones as needed; None when there are not enough."""
+        if count > self.available:
+            return None
+        while len(self.free) < count:
+            self._evict()
+        pages = [self.free.pop() for _ in range(count)]
+        for page in pages:
+            self.refs[page] = 1
+        return pages
+
+    def _evict(self) -> None:
+        page, _ = self.evictable.popitem(last=False)
+        del self.index[self.keys[page]]
+        self.keys[page] = None
+        self.free.append(page)
+
+    def register(self, parent: int | str, tokens: Seq[int], page: int) -> int:
+        """Enter a whole, computed page into the index below the content `parent`; returns the content's serial.
+
+        When the same prefix is indexed already, that entry stays and `page` remains private to its owner.
+        """
+        key = (parent, tuple(tokens))
+        if key not in self.index:
+            self.last_serial += 1
+            self.index[key] = (page, self.last_serial)
+            self.keys[page] = key
+        return self.index[key][1]
+
+    def release(self, pages: Seq[int]) -> None:
+        """Drop one reference of each page: indexed pages become evictable (a chain's end first), others free."""
+        for page in reversed(pages):
+            self.refs[page] -= 1
+            if self.refs[page] == 0 and self.keys[page] is None:
+                self.free.append(page)
+            elif self.refs[page] == 0:
+                self.evictable[page] = None
+
+    def forget_cached(self) -> None:
+        """Empty the prefix index of pages that nobody owns (after warm-up)."""
+        while self.evictable:
+            self._evict()
+
+    def check_integrity(self, owners: Iterable[Seq[int]]) -> None:
+        """Walk everything; AssertionError when a page is lost, owned twice or indexed wrongly (tests, debug)."""
+        counted = Counter(page for pages in owners for page in pages)
+        free, cached = set(self.free), set(self.evictable)
+        assert len(free) == len(self.free), "a page is free twice"
+        for page in range(self.num_pages):
+            assert self.refs[page] == counted[page], f"page {page}: {self.refs[page]} refs, {counted[page]} owners"
+            places = (page in free) + (page in cached) + (self.refs[page] > 0)
+            assert places == 1, f"page {page} is in {places} places"
+            assert page not in cached or self.keys[page] is not None, f"cached page {page} is not in the index"
+            assert page not in free or self.keys[page] is None, f"free page {page} is in the index"
+        for key, (page, _) in self.index.items():
+            assert self.keys[page] == key, f"the index entry of page {page} is stale"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 8. scheduler: what the next step computes; no tensors here   [worker]
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work(AnswerParams):
+    """An answer to a request as it crosses the pipe to a worker; `resumed_ids` were generated before, by one that died."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    max_tokens: int
+    resumed_ids: tuple[int, ...] = ()
+    sent_characters: int = 0
+    request_id: str = ""            # answers to one request share their grammar
+    client: str = ""                # whose turn it is where clients take turns
+    owner: str = ""                 # with whom it shares KV pages
+    scored: int = 0                 # tokens of the prompt whose log-probabilities were sent
+
+    @functools.cached_property
+    def needs_logits(self) -> bool:
+        """Must its logits be looked at on the host?"""
+        return self.logprobs is not None or self.prompt_logprobs is not None or bool(self.grammar)
+
+    @functools.cached_property
+    def needs_tokens(self) -> bool:
+        """Must its last token be known before the step that draws the next can start?"""
+        sampling = self.sampling
+        counts = sampling.repetition_penalty != 1 or sampling.frequency_penalty or sampling.presence_penalty
+        return self.needs_logits or bool(counts)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Tokens being decoded: slots [0, computed) of its pages hold keys and values; the tokens after are pending."""
+
+    work: Work
+    tokens: list[int]                       # prompt and everything generated; the last is ~row while a step draws it
+    limit: int                              # tokens after which it ends for sure
+    computed: int = 0
+    finished: bool = False                  # it ended or was cancelled
+    suspect: bool = False                   # it was in a step that failed: nothing starts beside it until it has drawn a token
+    draft: list[int] = field(default_factory=list)      # what may follow, to be computed in one step with what is pending
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0                # of those, how many were right
+    pages: list[int] = field(default_factory=list)
+    serial: int | str = PagePool.ROOT       # content serial of the last page that is whole: the prefix index has seen it
+    cached_tokens: int = 0                  # prompt tokens found in the prefix cache at first admission
+    added_s: float = 0.0
+    queued_s: float | None = None           # how long it waited here before it first ran
+    logprob: TokenLogprob | None = None     # of the token drawn last, where it was asked for
+    scored: int = 0                         # tokens of the prompt whose log-probabilities were sent, by whichever worker
+    text: "Answer | None" = None            # the engine's state of the answer's text
+    drafter: "Drafter | None" = None        # and what proposes its drafts
+    preparing: "Future | None" = None       # what a thread still has to make for it: it waits until then
+
+    @property
+    def ready(self) -> bool:
+        return self.preparing is None or self.preparing.done()
+
+    @property
+    def pending(self) -> int:
+        return len(self.tokens) - self.computed
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - len(self.work.prompt_ids)
+
+    @property
+    def scoring(self) -> bool:
+        """Is every token of its prompt still to be scored, so that no cached page spares computing it?"""
+        return self.work.prompt_logprobs is not None and not self.generated
+
+
+class Chunk(NamedTuple):
+    """Compute `count` pending tokens of `sequence`; when they are the last ones, draw the next token.
+
+    With a draft its tokens are computed too, each as if it were right, and the token after each is drawn.
+    """
+
+    sequence: Sequence
+    count: int
+    draws: int = 0                          # tokens: none while a prompt is not complete, then 1 + len(draft)
+    draft: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """How many of its last tokens need logits: those that draw, or all of a prompt that is being scored."""
+        return self.count if self.sequence.scoring else self.draws
+
+
+FREE_ROWS = 8       # rows that a step of decode_core computes in hardly more time than one (KERNELS.md, section 9)
+
+
+class Scheduler:
+    """Continuous batching: which tokens of which sequences the next step computes.
+
+    Pages are fair between clients: whoever holds fewest is admitted first, and whoever holds most gives some up.
+    Decode rows come first. What is left of `prefill_chunk` goes to prompts: half of it to the oldest, so that it
+    never starves, the rest to those with least to do, so that a long prompt never stalls short ones.
+    """
+
+    def __init__(self, pool: PagePool, *, max_batch: int, prefill_chunk: int, max_rows: int | None = None):
+        self.pool, self.max_batch, self.prefill_chunk = pool, max_batch, prefill_chunk
+        self.max_rows = max_rows or max_batch   # of logits in a step
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []       # in order of admission
+        self.preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        sequence.added_s = time.monotonic()
+        self.waiting.append(sequence)
+
+    def cancel(self, request_id: str) -> list[Sequence]:
+        """Drop every sequence of a request, wherever it is, and free its pages now."""
+        gone = [s for s in (*self.running, *self.waiting) if s.work.id == request_id]
+        for sequence in gone:
+            self.remove(sequence)
+        return gone
+
+    def remove(self, sequence: Sequence) -> None:
+        (self.running if sequence.pages else self.waiting).remove(sequence)
+        sequence.finished = True
+        self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.pages)
+        sequence.pages, sequence.computed, sequence.serial = [], 0, sequence.work.owner
+
+    def schedule(self) -> list[Chunk]:
+        """The next step: a one-token chunk for each decoding sequence, then chunks of prompts.
+
+        Nothing is computed for a sequence whose last token, at its limit, is being drawn.
+        """
+        self._admit()
+        decoding = [s for s in list(self.running) if s.pending == 1 and len(s.tokens) < s.limit and s.ready and self._grow(s)]
+        room = (FREE_ROWS - len(self.running)) // max(1, sum(bool(s.draft) for s in decoding))
+        drafts = [self._draft(s, room) if s.draft else () for s in decoding]
+        plan = [Chunk(s, 1, 1 + len(draft), draft) for s, draft in zip(decoding, drafts)]
+        if prefilling := [s for s in self.running if s.pending > 1]:
+            plan += self._share_prefill(prefilling, self.max_rows - sum(chunk.draws for chunk in plan))
+        return [chunk for chunk in plan if chunk.sequence.pages]        # a later one may have preempted it
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Give a running sequence pages for all its tokens, preempting others; False when it had to go itself."""
+        needed = -(-len(sequence.tokens) // self.pool.page_size)
+        while sequence.pages and len(sequence.pages) < needed:
+            if (pages := self.pool.allocate(needed - len(sequence.pages))) is not None:
+                sequence.pages += pages
+            else:
+                holdings = self._holdings()
+                self._preempt(self._youngest(max(holdings, key=holdings.get)))
+        return bool(sequence.pages)
+
+    def _holdings(self) -> Counter[str]:
+        """How many pages the sequences of each client hold; first the client of the youngest."""
+        holdings = Counter()
+        for sequence in reversed(self.running):
+            holdings[sequence.work.client] += len(sequence.pages)
+        return holdings
+
+    def _youngest(self, client: str) -> Sequence:
+        return next(sequence for sequence in reversed(self.running) if sequence.work.client == client)
+
+    def _give_up_pages(self, client: str, needed: int) -> bool:
+        """Preempt the youngest of the client that holds most pages, if it then still holds as many as `client` would."""
+        holdings = self._holdings()
+        rich = max(holdings, key=holdings.get, default=client)
+        if rich == client or holdings[rich] - len((victim := self._youngest(rich)).pages) < holdings[client] + needed:
+            return False
+        self._preempt(victim)
+        return True
+
+    def _draft(self, sequence: Sequence, room: int) -> tuple[int, ...]:
+        """As much of a sequence's draft as there is room for in the step, before its limit and in its pages."""
+        size, length = self.pool.page_size, len(sequence.tokens)
+        draft = sequence.draft[:max(0, min(room, sequence.limit - length - 1))]
+        if length + len(draft) > len(sequence.pages) * size and self.pool.available > len(self.running):
+            sequence.pages += self.pool.allocate(1)
+        return tuple(draft[:len(sequence.pages) * size - length])
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take a sequence's pages; it goes back to the head of the queue and is recomputed from its tokens."""
+        self.running.remove(sequence)
+        self._release(sequence)
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def isolate(self) -> list[Sequence]:
+        """A step failed: all that ran is computed again, one by one; what ran alone, or under suspicion, is dropped."""
+        running = list(self.running)
+        blamed = [sequence for sequence in running if sequence.suspect] or running
+        for sequence in (*running, *self.waiting):
+            if sequence.tokens[-1] < 0:         # the token that the step should have drawn
+                sequence.tokens.pop()
+        for sequence in reversed(running):
+            self._preempt(sequence)
+            sequence.suspect = True
+        if len(blamed) != 1:
+            return []
+        self.remove(blamed[0])
+        return blamed
+
+    def _admit(self) -> None:
+        """Move waiting sequences that are ready into the batch while rows and pages last; suspects one by one.
+
+        First those of the client that holds fewest pages, in order for each client.
+        """
+        ready = [sequence for sequence in self.waiting if sequence.ready]
+        while ready and len(self.running) < self.max_batch and not any(running.suspect for running in self.running):
+            holdings = self._holdings()
+            ready.remove(sequence := min(ready, key=lambda each: holdings[each.work.client]))
+            matched, serial = self.pool.match_prefix([] if sequence.scoring else sequence.tokens, sequence.work.owner)
+            needed = -(-len(sequence.tokens) // self.pool.page_size) - len(matched)
+            headroom = len(self.running)        # one page for each, so that newcomers do not preempt at once
+            while needed + headroom > self.pool.available and self._give_up_pages(sequence.work.client, needed + len(matched)):
+                headroom -= 1
+            pages = self.pool.allocate(needed) if needed + headroom <= self.pool.available else None
+            if pages is None:
+                self.pool.release(matched)
+                return
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+            sequence.pages, sequence.serial, sequence.computed = matched + pages, serial, len(matched) * self.pool.page_size
+            if sequence.queued_s is None:
+                sequence.queued_s = time.monotonic() - sequence.added_s
+                sequence.cached_tokens = min(sequence.computed, len(sequence.work.prompt_ids))
+
+    def _share_prefill(self, prefilling: list[Sequence], rows: int) -> list[Chunk]:
+        """Split the step's prefill budget: at least half for the oldest, then the shortest remaining first.
+
+        Each may need one of `rows` rows of logits; what is left of these limits prompts that are being scored.
+        """
+        oldest, *others = prefilling
+        others.sort(key=lambda sequence: sequence.pending)
+        wanted = sum(sequence.pending for sequence in others)
+        left, rows = self.prefill_chunk, rows - len(prefilling)
+        chunks = []
+        for sequence in (oldest, *others):
+            share = max(left // 2, left - wanted) if sequence is oldest else left
+            count = min(sequence.pending, share, 1 + rows if sequence.scoring else share)
+            if count > 0 and self._grow(sequence):
+                chunks.append(Chunk(sequence, count, int(count == sequence.pending)))
+                left -= count
+                rows -= count - 1 if sequence.scoring else 0
+        return chunks
+
+    def advance(self, chunk: Chunk) -> None:
+        """A chunk's step has been started: enter the pages that it makes whole into the prefix index.
+
+        Steps run in the order in which they are started, so whoever finds these pages reads them after they are written.
+        """
+        sequence, size = chunk.sequence, self.pool.page_size
+        before, sequence.computed = sequence.computed, sequence.computed + chunk.count
+        for index in range(before // size, sequence.computed // size):
+            tokens = sequence.tokens[index * size:(index + 1) * size]
+            sequence.serial = self.pool.register(sequence.serial, tokens, sequence.pages[index])
+
+    @property
+    def unready(self) -> list[Sequence]:
+        """Those that cannot take part in a step yet."""
+        return [sequence for sequence in (*self.running, *self.waiting) if not sequence.ready]
+
+    def check_integrity(self) -> None:
+        """Every page is owned exactly as the sequences say; those that run own some, those that wait none."""
+        assert all(sequence.pages for sequence in self.running), "a running sequence owns no pages"
+        assert all(not sequence.pages for sequence in self.waiting), "a waiting sequence owns pages"
+        self.pool.check_integrity(sequence.pages for sequence in self.running)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 9. model and steps: one forward for every family   [worker]
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """All that tells one model from another; a loader makes it, `Transformer.forward` reads it.
+
+    Sizes by letter: V vocab_size, L layers, C width, H heads, Hkv kv_heads, D head_size, F ffn_size.
+    The loader crops padded vocabularies to V rows and un-permutes interleaved rotary pairs to half-split.
+    """
+
+    vocab_size: int
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    ffn_size: int
+    max_positions: int                      # rotary tables are this long; the context can not be longer
+    norm_eps: float = 1e-5
+    norm_weights: bool = True               # attention_norm, ffn_norm, final_norm have weights
+    embedding_norm: bool = False            # RMS norm (without weight) right after the embedding
+    tied_head: bool = False                 # head is the embedding
+    qkv_bias: bool = False
+    rope_base: float = 10000.0
+    rope_size: int | None = None            # rotated dims of each head; None = all D
+    rope_direction: int = 1                 # +1 textbook, -1 nanochat
+    rope_bfloat16: bool = False             # cos and sin rounded to bfloat16 (nanochat until 2026-03-04)
+    rope_factors: tuple[float, ...] | None = None   # divisor of each of the rope_size/2 frequencies (llama 3 scaling)
+    qk_norm: str = "none"                   # "none" | "before_rope" | "after_rope"
+    qk_norm_weights: bool = False
+    qk_scale: float = 1.0                   # q and k times this, after norm and rope
+    activation: str = "swiglu"              # "swiglu" | "relu2"
+    windows: tuple[int, ...] = ()           # per layer, counted in keys (itself included), 0 = full; () = all full
+    softcap: float = 0.0                    # logits = c * tanh(logits / c); 0 = none
+    residual_lambdas: bool = False          # x = resid_lambdas[l] * x + x0_lambdas[l] * x0 before layer l
+    value_embed_layers: tuple[int, ...] = ()    # layers with value_embed and ve_gate
+    ve_gate_scale: float = 2.0
+    ve_gate_channels: int = 32
+    smear_channels: int = 0                 # > 0: mix in the previous token's embedding, gated by so many channels
+    backout_layer: int | None = None        # subtract backout_lambda * (x after this layer) before the final norm
+
+
+def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of exactly the tensors that a model of this spec has (weights are (out, in))."""
+    V, C, D, F = spec.vocab_size, spec.width, spec.head_size, spec.ffn_size
+    H, Hkv = spec.heads, spec.kv_heads
+    shapes: dict[str, tuple[int, ...]] = {"embed": (V, C), "head": (V, C)}
+    if spec.norm_weights:
+        shapes["final_norm"] = (C,)
+    if spec.residual_lambdas:
+        shapes |= {"resid_lambdas": (spec.layers,), "x0_lambdas": (spec.layers,)}
+    if spec.smear_channels:
+        shapes |= {"smear_gate": (1, spec.smear_channels), "smear_lambda": (1,)}
+    if spec.backout_layer is not None:
+        shapes["backout_lambda"] = (1,)
+    for l in range(spec.layers):
+        shapes |= {f"{l}.qkv": ((H + 2 * Hkv) * D, C), f"{l}.output": (C, H * D), f"{l}.down": (C, F)}
+        shapes |= {f"{l}.up": (F, C)} if spec.activation == "relu2" else {f"{l}.gate_up": (2 * F, C)}
+        if spec.norm_weights:
+            shapes |= {f"{l}.attention_norm": (C,), f"{l}.ffn_norm": (C,)}
+        if spec.qkv_bias:
+            shapes[f"{l}.qkv_bias"] = ((H + 2 * Hkv) * D,)
+        if spec.qk_norm_weights:
+            shapes |= {f"{l}.q_norm": (D,), f"{l}.k_norm": (D,)}
+        if l in spec.value_embed_layers:
+            shapes |= {f"{l}.value_embed": (V, Hkv * D), f"{l}.ve_gate": (Hkv, spec.ve_gate_channels)}
+    return shapes
+
+
+class Batch(NamedTuple):
+    """One flattened step: the T new tokens of N sequences, sequence after sequence; one-token sequences first."""
+
+    token_ids: list[int]            # (T); ~i, where steps are begun ahead: the token that row i of the step before draws
+    previous_token_ids: list[int]   # (T); -1 at position 0
+    starts: list[int]               # (N + 1): tokens starts[i] .. starts[i + 1] belong to sequence i
+    lengths: list[int]              # (N): keys of sequence i after this step
+    tables: list[list[int]]         # (N): its pages, in order
+    logit_rows: list[int]           # (R): which of the T rows need logits
+
+
+class Inputs(NamedTuple):
+    """What of a Batch the ops read: int64 tensors on the device, and attention's plan."""
+
+    token_ids: Any                  # (T,)
+    previous_token_ids: Any         # (T,)
+    positions: Any                  # (T,)
+    slots: Any                      # (T,) page * PAGE_SIZE + offset, where k and v go
+    logit_rows: Any                 # (R,)
+    attention: Any                  # the kernels' plan of where each row's keys are
+
+
+def token_places(batch: Batch) -> tuple[Seq[int], Seq[int]]:
+    """Each new token's absolute position, and the slot for its keys and values."""
+    counts = [end - start for start, end in zip(batch.starts, batch.starts[1:])]
+    places = [(position, table[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE)
+              for count, length, table in zip(counts, batch.lengths, batch.tables)
+              for position in range(length - count, length)]
+    return tuple(zip(*places))
+
+
+class Transformer:
+    """A model's packed weights, KV pages and activation buffers, all allocated here and once.
+
+    `tensors`, named and shaped as `expected_tensors` says, is emptied on the way: weights are held once, in the
+    layout that the kernels like. At most `max_tokens` tokens and `max_rows` rows of logits in a step.
+    """
+
+    def __init__(self, spec: ModelSpec, tensors: dict, kernels: Kernels, *, num_pages: int, max_tokens: int,
+                 max_rows: int | None = None, device="cpu", dtype=None, progress=lambda stage, fraction: None):
+        self.spec, self.kernels = spec, kernels
+        self.device, self.dtype = torch.device(device), dtype
+        self.windows = spec.windows or (0,) * spec.layers
+        with torch.inference_mode():
+            self.weights = self._pack(tensors, progress)
+            self.layers = [{name.partition(".")[2]: tensor for name, tensor in self.weights.items()
+                            if name.startswith(f"{l}.")} for l in range(spec.layers)]
+            self.rope_tables = rope_tables(spec, self.device)
+            self.cache = kernels.make_cache(spec, num_pages, self.dtype, self.device)
+            self.buffers = self._allocate(max_tokens, min(max_rows or max_tokens, max_tokens))
+            self.recorded = kernels.backend.record(self)
+
+    def _pack(self, tensors: dict, progress: "Progress") -> dict:
+        """Move every weight to the device, matrices into the kernels' layout; a tied head is the embedding."""
+        weights, names = {}, expected_tensors(self.spec)
+        for name in names:
+            progress("packing weights", len(weights) / len(names))
+            weight = tensors.pop(name)
+            if name == "head" and self.spec.tied_head:
+                weights[name] = weights["embed"]
+                continue
+            if isinstance(weight, torch.Tensor):        # else as a GGUF file has it
+                large = weight.ndim > 1 and name != "smear_gate"
+                weight = weight.to(self.device, self.dtype if large else torch.float32)
+            matrix = name.rpartition(".")[2] in ("embed", "qkv", "output", "gate_up", "up", "down", "head", "ve_gate")
+            weights[name] = self.kernels.pack(name, weight) if matrix else weight
+        return weights
+
+    def _allocate(self, T: int, R: int) -> dict:
+        """One buffer for each activation: the residual stream, q and logits in float32, the rest in the weights' type."""
+        spec, f32 = self.spec, torch.float32
+        dtype = self.kernels.backend.activations or self.dtype
+        C, D, F, H, Hkv = spec.width, spec.head_size, spec.ffn_size, spec.heads, spec.kv_heads
+        sizes = {
+            "x": (T, C, f32), "between": (T, C, f32), "x0": (T, C, f32), "middle": (T, C, f32), "previous": (T, C, f32),
+            "qkv": (T, (H + 2 * Hkv) * D, dtype), "q": (T, H * D, f32), "attended": (T, H * D, dtype),
+            "gate": (T, Hkv, dtype), "value": (T, Hkv * D, dtype), "hidden": (T, F, dtype),
+            "last": (R, C, f32), "logits": (R, spec.vocab_size, f32),
+        }
+        return {name: torch.empty(rows, columns, dtype=kind, device=self.device)
+                for name, (rows, columns, kind) in sizes.items()}
+
+    def cut(self, T: int, R: int) -> SimpleNamespace:
+        """The buffers' first T rows, or R for what follows the last layer."""
+        return SimpleNamespace(**{name: buffer[:R if name in ("last", "logits") else T]
+                                  for name, buffer in self.buffers.items()})
+
+    @staticmethod
+    def page_bytes(spec: ModelSpec, dtype) -> int:
+        """Bytes of one KV page over all layers; dtype None: weights as the file has them, keys and values in float16."""
+        return spec.layers * PAGE_SIZE * 2 * spec.kv_heads * spec.head_size * (dtype or torch.float16).itemsize
+
+    @property
+    def weight_types(self) -> str:
+        """Of the matrices, the commonest first: "q4_1, q8_0"."""
+        kinds = Counter(getattr(w, "kind", None) or str(w.dtype).removeprefix("torch.")
+                                    for w in self.weights.values() if getattr(w, "kind", None) or w.ndim > 1)
+        return ", ".join(kind for kind, _ in kinds.most_common())
+
+    def forward(self, batch: Batch):
+        """Run a step's new tokens through the model -> logits (R, V) float32, a view of a buffer that the next step reuses."""
+        buffers = self.cut(len(batch.token_ids), len(batch.logit_rows))
+        if self.recorded:
+            self.recorded(batch)
+            return buffers.logits
+        with torch.inference_mode():
+            self.compute(self.inputs(batch), buffers)
+        return buffers.logits
+
+    def inputs(self, batch: Batch) -> Inputs:
+        columns = (batch.token_ids, batch.previous_token_ids, *token_places(batch), batch.logit_rows)
+        tensors = [torch.tensor(column, dtype=torch.int64, device=self.device) for column in columns]
+        return Inputs(*tensors, attention=self.kernels.plan_attention(batch, tensors[2], self.windows, self.dtype))
+
+    def compute(self, inputs: Inputs, b: SimpleNamespace) -> None:
+        """The model: T new tokens -> b.logits (R, V).
+
+        Every line is an op of section 4 into a given buffer, so that a recorder or a graph can stand behind it.
+        """
+        spec, k, w = self.spec, self.kernels, self.weights
+        k.embed(w["embed"], inputs.token_ids, out=b.x)                                      # (T, C)
+        if spec.embedding_norm:
+            k.rms_norm(b.x, None, spec.norm_eps, out=b.x)
+        if spec.smear_channels:     # the embedding before this one, itself not smeared
+            k.embed(w["embed"], inputs.previous_token_ids, out=b.previous)
+            k.rms_norm(b.previous, None, spec.norm_eps, out=b.previous)
+            k.smear(b.x, b.previous, inputs.previous_token_ids, w["smear_gate"], w["smear_lambda"], out=b.x)
+        if spec.residual_lambdas:
+            k.copy(b.x, out=b.x0)
+        for l, layer in enumerate(self.layers):
+            if spec.residual_lambdas:
+                k.mix(b.x, b.x0, w["resid_lambdas"][l], w["x0_lambdas"][l], out=b.x)
+            self._attention(inputs, b, layer, self.cache[l], self.windows[l])
+            self._feed_forward(b, layer)
+            if l == spec.backout_layer:
+                k.copy(b.x, out=b.middle)
+        if spec.backout_layer is not None:
+            k.backout(b.x, b.middle, w["backout_lambda"], out=b.x)
+        k.gather_rows(b.x, inputs.logit_rows, out=b.last)                                   # (R, C)
+        k.linear(b.last, w["head"], norm=Norm(w.get("final_norm"), spec.norm_eps), out=b.logits)    # (R, V)
+        if spec.softcap:
+            k.softcap(b.logits, spec.softcap, out=b.logits)
+
+    def _attention(self, inputs: Inputs, b: SimpleNamespace, layer: dict, cache, window: int) -> None:
+        """between = x + output(attention(norm(x))): keys and values of the new tokens go into the layer's pages first."""
+        spec, k, value, gate = self.spec, self.kernels, None, None
+        norm = Norm(layer.get("attention_norm"), spec.norm_eps)
+        k.linear(b.x, layer["qkv"], norm=norm, bias=layer.get("qkv_bias"), out=b.qkv)       # (T, (H + 2 Hkv) * D)
+        if "value_embed" in layer:
+            value, gate = b.value, b.gate
+            k.embed(layer["value_embed"], inputs.token_ids, out=value)                      # (T, Hkv * D)
+            k.linear(b.x, layer["ve_gate"], norm=norm, out=gate)                            # (T, Hkv), of few channels
+        k.rope_append(b.qkv, *self.rope_tables, inputs.positions, inputs.slots, cache, out=b.q, norm=spec.qk_norm,
+                      q_norm=layer.get("q_norm"), k_norm=layer.get("k_norm"), eps=spec.norm_eps, post_scale=spec.qk_scale,
+                      value_embed=value, gate=gate, gate_scale=spec.ve_gate_scale)          # (T, H * D)
+        k.paged_attention(b.q, cache, inputs.attention, window, out=b.attended)             # (T, H * D)
+        k.linear(b.attended, layer["output"], residual=b.x, out=b.between)                  # (T, C)
+
+    def _feed_forward(self, b: SimpleNamespace, layer: dict) -> None:
+        """x = between + down(activation(up(norm(between))))."""
+        spec, k = self.spec, self.kernels
+        norm = Norm(layer.get("ffn_norm"), spec.norm_eps)
+        up = layer["gate_up" if spec.activation == "swiglu" else "up"]
+        k.linear(b.between, up, norm=norm, activation=spec.activation, out=b.hidden)        # (T, F)
+        k.linear(b.hidden, layer["down"], residual=b.between, out=b.x)                      # (T, C)
+
+
+class EagerSteps:
+    """Runs steps of a transformer at once, on any device: `start` computes and draws, `finish` hands over the tokens."""
+
+    ahead = False           # may a step be started before the one before is finished?
+
+    def __init__(self, transformer: Transformer):
+        self.transformer = transformer
+        self.drawn: list[int] = []
+
+    def start(self, batch: Batch, rows: Seq[SampleRow]) -> list[int]:
+        """`rows` tell how to draw the token of each of the batch's logit rows. Returns a ticket for `finish`."""
+        batch.token_ids[:] = [self.drawn[~token] if token < 0 else token for token in batch.token_ids]
+        logits = self.transformer.forward(batch)
+        self.drawn = self.transformer.kernels.sample(logits, rows) if rows else []
+        return self.drawn
+
+    def finish(self, ticket: list[int]) -> list[int]:
+        return ticket
+
+    def prepare(self, progress: Callable[[float], None]) -> None:
+        """Do what would make the first steps slow; before any step."""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 10. reference ops: what compiled kernels are held to   [worker]
+# ------------------------------------------------------------------------------------------------------------
+
+
+#
+# An op writes into the output it is given. `X_reference` is torch (any device) or, for sampling, numpy; it defines
+# what a faster `X` must give. A layer's KV cache: (P * PAGE_SIZE, 2, Hkv, D), keys and values of a slot side by side.
+
+
+def embed_reference(table, ids, out):
+    """Rows `ids` (T,) of table (V, C) -> out (T, C); a negative id gives row 0 (its user ignores it)."""
+    out.copy_(torch.index_select(table, 0, ids.clamp(min=0)))
+
+
+def gather_rows_reference(x, rows, out):
+    """x (T, C), rows (R,) -> out (R, C)."""
+    torch.index_select(x, 0, rows, out=out)
+
+
+def rms_norm_reference(x, weight, eps, out):
+    """x (T, C) float32 / its root mean square (* weight (C)) -> out (T, C) in the type of `out`."""
+    out.copy_(torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps))
+
+
+def pack_reference(name, weight):
+    """The matrix `name` (N, K) -> what `linear` reads fastest; on x86 oneDNN's blocked layout: 2.4 times faster than the plain
+    one at one row (bfloat16, SmolLM2-135M's layers, 2 threads: 4.7 against 11.1 ms), 1.2 times at 256. `embed` reads it plain.
+    """
+    x86 = weight.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    able = x86 and torch.backends.mkldnn.is_available() and (weight.dtype == torch.float32 or mkldnn_bfloat16())
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if able and name != "embed" else weight
+
+
+def mkldnn_bfloat16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def fastest_dtype(device) -> "torch.dtype":
+    """For the references: bfloat16, except on a CPU without instructions for it."""
+    return torch.float32 if torch.device(device).type == "cpu" and not mkldnn_bfloat16() else torch.bfloat16
+
+
+class Norm(NamedTuple):
+    """What `linear` does to its input first: RMS norm, with a weight (C) or None."""
+
+    weight: Any
+    eps: float
+
+
+def linear_reference(x, weight, out, norm=None, bias=None, activation=None, residual=None):
+    """residual + activation(norm(x) @ weight.T + bias) -> out; weight (N, K) packed or plain; x (T, >= K): its first K columns.
+
+    activation: None, "relu2" or "swiglu"; swiglu's weight has the gates' rows first and gives (T, N / 2).
+    """
+    if norm:
+        x = torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
+    x, bias = x[:, :weight.shape[1]].to(weight.dtype), bias if bias is None else bias.to(weight.dtype)
+    if weight.is_mkldnn:
+        y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    else:
+        y = torch.nn.functional.linear(x, weight, bias)
+    if activation == "swiglu":
+        gate, up = y.chunk(2, dim=-1)
+        y = torch.nn.functional.silu(gate) * up
+    elif activation == "relu2":
+        y = torch.square(torch.relu(y))
+    if residual is None:
+        out.copy_(y)
+    else:
+        torch.add(residual, y, out=out)
+
+
+def copy_reference(x, out):
+    out.copy_(x)
+
+
+def mix_reference(x, x0, resid_lambda, x0_lambda, out):
+    """resid_lambda * x + x0_lambda * x0 -> out, with the lambdas as one-element tensors; `out` may be x."""
+    torch.add(x * resid_lambda, x0 * x0_lambda, out=out)
+
+
+def smear_reference(x, previous, previous_ids, gate, smear_lambda, out):
+    """x + lambda * sigmoid(x[:, :channels] @ gate.T) * previous -> out (T, C); the first position has no previous."""
+    strength = smear_lambda * torch.sigmoid(x[:, :gate.shape[1]] @ gate.T.to(x.dtype))              # (T, 1)
+    torch.add(x, strength * previous * (previous_ids >= 0).unsqueeze(1), out=out)
+
+
+def backout_reference(x, middle, backout_lambda, out):
+    """x - lambda * middle -> out (T, C)."""
+    torch.sub(x, backout_lambda * middle, out=out)
+
+
+def softcap_reference(logits, cap, out):
+    """cap * tanh(logits / cap) -> out (R, V)."""
+    torch.mul(torch.tanh(logits / cap), cap, out=out)
+
+
+def rope_tables(spec, device) -> tuple:
+    """cos and direction * sin of every position, (max_positions, rope_size / 2) float32 each."""
+    size = spec.rope_size or spec.head_size
+    frequencies = 1.0 / spec.rope_base ** (numpy.arange(0, size, 2, dtype=numpy.float64) / size)
+    if spec.rope_factors:
+        frequencies = frequencies / numpy.asarray(spec.rope_factors, dtype=numpy.float64)
+    angles = numpy.outer(numpy.arange(spec.max_positions), frequencies)
+    cos, sin = numpy.cos(angles), spec.rope_direction * numpy.sin(angles)
+    dtype = torch.bfloat16 if spec.rope_bfloat16 else torch.float32
+    return tuple(torch.from_numpy(table.astype(numpy.float32)).to(dtype).to(device, torch.float32) for table in (cos, sin))
+
+
+def zeroed(shape: tuple[int, ...], dtype, device):
+    """A tensor of zeros; on CPU its memory is only taken when it is written (torch.zeros writes all of it at once)."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):      # Linux; first writes of 4-KiB pages made the first prefill 15 % slower
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def make_cache_reference(spec, num_pages, dtype, device):
+    """KV pages of all layers, in the layout that rope_append and paged_attention share: [layer][slot][k, v][Hkv][D]."""
+    return zeroed((spec.layers, num_pages * PAGE_SIZE, 2, spec.kv_heads, spec.head_size), dtype, device)
+
+
+def rope_append_reference(qkv, cos, sin, positions, slots, cache, out, *, norm="none", q_norm=None, k_norm=None, eps=1e-5,
+                          post_scale=1.0, value_embed=None, gate=None, gate_scale=1.0):
+    """Everything between the qkv product and attention: q -> out (T, H * D), k and v -> the cache; qkv is overwritten.
+
+    qkv (T, (H + 2 Hkv) * D): q and k are normalized (`norm` is a ModelSpec's qk_norm), rotated by the rows `positions` (T,)
+    of rope_tables' cos and sin, and scaled; v gets `gate_scale * sigmoid(gate) * value_embed`, gate (T, Hkv), value_embed
+    (T, Hkv * D); then k and v go into `cache`, one layer's, at `slots` (T,).
+    """
+    T, Hkv, D = len(qkv), *cache.shape[2:]
+    H = out.shape[1] // D
+    cos, sin = (torch.index_select(table, 0, positions).unsqueeze(1) for table in (cos, sin))  # (T, 1, rot / 2) each
+    heads = qkv.view(T, H + 2 * Hkv, D)
+    qk = heads[:, :H + Hkv].float()                                     # (T, H + Hkv, D)
+    if norm == "before_rope":
+        qk = norm_heads(qk, H, q_norm, k_norm, eps)
+    rotate(qk, cos, sin)
+    if norm == "after_rope":
+        qk = norm_heads(qk, H, q_norm, k_norm, eps)
+    heads[:, :H + Hkv] = qk * post_scale
+    if value_embed is not None:
+        strength = gate_scale * torch.sigmoid(gate.float()).unsqueeze(-1)                       # (T, Hkv, 1)
+        heads[:, H + Hkv:] += strength * value_embed.view(T, Hkv, D)
+    out.copy_(qkv[:, :H * D])
+    cache.view(-1, 2 * Hkv * D).index_copy_(0, slots, qkv[:, H * D:].to(cache.dtype))
+
+
+def norm_heads(qk, H, q_norm, k_norm, eps):
+    """RMS norm of each head (T, heads, D); the weights, where there are any, differ for q and k."""
+    qk = torch.nn.functional.rms_norm(qk, qk.shape[-1:], None, eps)
+    if q_norm is not None:
+        qk[:, :H] *= q_norm
+        qk[:, H:] *= k_norm
+    return qk
+
+
+def rotate(x, cos, sin):
+    """Rotate the pairs (x[i], x[i + rot / 2]) of x (T, heads, D) in place; cos, sin (T, 1, rot / 2)."""
+    half = cos.shape[-1]
+    a, b = x[..., :half], x[..., half:2 * half]
+    x[..., :2 * half] = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+SCRATCH_SCORES = 1 << 22        # attention scores of a prompt's chunk that are computed at once
+
+
+class Span(NamedTuple):
+    """Some query rows and where their keys lie: B decode rows together, or (B = 1) one chunk of a prompt."""
+
+    rows: slice             # of the T rows
+    pages: Any              # page ids, as many for each of the B (B * n,)
+    mask: Any               # additive (B, 1, queries, S): S keys of those pages are read
+
+
+def decode_rows(batch) -> int:
+    """How many sequences have one new token each; they come before the others."""
+    return next((i for i, (start, end) in enumerate(itertools.pairwise(batch.starts)) if end - start != 1), len(batch.lengths))
+
+
+def page_table(batch, dtype, device):
+    """(N, W) page ids of each sequence, of which those beyond a sequence's own are not read, or masked."""
+    width = max(map(len, batch.tables))
+    return torch.tensor([pages + [0] * (width - len(pages)) for pages in batch.tables], dtype=dtype, device=device)
+
+
+def plan_attention_reference(batch, positions, windows, dtype) -> dict:
+    """Work out once per step, for all layers, which pages and masks attention needs: {window: [Span, ...]}."""
+    decode, table = decode_rows(batch), page_table(batch, torch.int64, positions.device)
+    groups = [range(decode)] * (decode > 0) + [range(i, i + 1) for i in range(decode, len(batch.lengths))]
+    return {window: [make_span(batch, positions, table, group, window, dtype) for group in groups] for window in set(windows)}
+
+
+def make_span(batch, positions, table, group, window, dtype) -> Span:
+    """The Span of the sequences `group`: decode rows, or one with any number of new tokens. Waits for no device."""
+    rows = slice(batch.starts[group.start], batch.starts[group.stop])
+    count = (rows.stop - rows.start) // len(group)                              # new tokens of each
+    lengths = batch.lengths[group.start:group.stop]
+    # a window reads only the pages it reaches into
+    first = max(0, min(lengths) - count + 1 - window) // PAGE_SIZE if window else 0
+    last = -(-max(lengths) // PAGE_SIZE)
+    keys = torch.arange(first * PAGE_SIZE, max(lengths), device=positions.device)               # (S,) absolute positions
+    age = positions[rows].view(len(group), 1, count, 1) - keys                                  # < 0: future
+    hidden = (age < 0) | (age >= window) if window else age < 0
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=keys.device).masked_fill_(hidden, -math.inf)
+    return Span(rows, table[group.start:group.stop, first:last].flatten(), mask)
+
+
+def paged_attention_reference(q, cache, plan, window, out):
+    """softmax(q k / sqrt(D)) v over each row's own pages: q (T, H * D), one layer's cache -> out (T, H * D).
+
+    The query heads that share a kv head are rows of one product when decoding and broadcast over its keys in
+    prefill, so that keys are never repeated in memory.
+    """
+    attend, Hkv, D = torch.nn.functional.scaled_dot_product_attention, cache.shape[2], cache.shape[3]
+    q, scale = q.to(cache.dtype).unflatten(1, (-1, D)), D**-0.5                 # (T, H, D)
+    for rows, pages, mask in plan[window]:
+        kv = torch.index_select(cache.view(-1, PAGE_SIZE, 2, Hkv, D), 0, pages).view(len(mask), -1, 2, Hkv, D)
+        k, v = kv[:, :mask.shape[-1]].permute(2, 0, 3, 1, 4)                    # (B, Hkv, S, D) each
+        grouped = q[rows].unflatten(1, (Hkv, -1))                               # (rows, Hkv, H / Hkv, D)
+        if len(grouped) == len(mask):
+            y = attend(grouped, k, v, attn_mask=mask, scale=scale)
+        elif q.device.type == "cpu":
+            y = attend_chunk(grouped, k[0], v[0], mask, scale)
+        else:
+            y = attend_prompt(grouped, k[0], v[0], mask, scale)
+        out[rows].view(y.shape).copy_(y)
+
+
+def attend_prompt(q, k, v, mask, scale):
+    """One sequence's rows: q (t, Hkv, G, D), k and v (Hkv, S, D), mask (1, 1, t, S) -> (t, Hkv, G, D)."""
+    q = q.permute(1, 2, 0, 3)
+    # the query heads of a kv head share its keys by a stride of 0
+    k, v = (x.unsqueeze(1).expand(-1, q.shape[1], -1, -1) for x in (k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).permute(2, 0, 1, 3)
+
+
+@functools.lru_cache(maxsize=1)
+def scores_scratch(dtype, size):
+    """Memory for `size` attention scores, which stays touched from step to step."""
+    return torch.empty(size, dtype=dtype)
+
+
+def attend_chunk(q, k, v, mask, scale):
+    """attend_prompt on CPU by two products per kv head. Scores have the weights' type and lie in scratch memory, so many
+    queries at once as fit there.
+
+    2.5 to 3 times faster than torch's fused attention here (256 queries over 256 to 7168 keys, bfloat16, 2 threads),
+    but only in memory that is touched already: fresh pages for the scores take longer than the products.
+    """
+    T, Hkv, G, D = q.shape
+    S, y = k.shape[1], torch.empty_like(q)
+    step = max(1, SCRATCH_SCORES // (G * S))
+    scratch = scores_scratch(q.dtype, max(SCRATCH_SCORES, G * S))
+    for h in range(Hkv):
+        for first in range(0, T, step):
+            block = slice(first, first + step)
+            queries = (q[block, h] * scale).transpose(0, 1).reshape(-1, D)                      # (G * t, D)
+            scores = torch.mm(queries, k[h].t(), out=scratch[:len(queries) * S].view(-1, S))    # (G * t, S)
+            scores.view(G, -1, S).add_(mask[0, :, block])
+            torch.softmax(scores, -1, out=scores)
+            y[block, h] = torch.mm(scores, v[h]).view(G, -1, D).transpose(0, 1)
+    return y
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 11. reference sampling, and the choice of kernels   [worker]
+# ------------------------------------------------------------------------------------------------------------
+
+
+#
+# Order: repetition, frequency and presence penalties, bias -> temperature -> top-k -> top-p over what top-k kept
+# -> min-p -> one draw. Precisions: logits, penalties and z = (l - max) * (1/T) in float32; weights e^z are integers,
+# fixed point with 2^40 at the maximum, summed in uint64 (so in any order); noise and z + noise in float64. Only
+# separately rounded multiplications and additions (no fma), no library exp or log.
+
+EXP_CUTOFF = -27.7                      # below, the weight is 0 and the id never survives
+LOG2_E = 1.44269504088896341            # as float32
+LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4     # as float32; multiples up to 40 of the first are exact
+EXP_TERMS = tuple(1 / math.factorial(k) for k in range(7, -1, -1))      # as float32, highest power first
+LN2 = 0.6931471805599453                # float64, like all below
+SQRT_HALF = 0.7071067811865476
+LOG_TERMS = (                           # (log(1 + t) / t - 1) / t on [sqrt(1/2) - 1, sqrt(2) - 1], highest power first
+    0.03081756372437806, -0.06618773009678613, 0.07000691047584312, -0.0630658816887405, 0.06495252735766224,
+    -0.07112464720648483, 0.0770509701696896, -0.08336500776029371, 0.09090397053862845, -0.09999843911504927,
+    0.111111220155228, -0.12500003956286007, 0.14285714172623884, -0.16666666618490816, 0.20000000000466495,
+    -0.2500000000022147, 0.3333333333333285, -0.49999999999999833)
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)       # Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011
+PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+FLOAT_MAX = 3.4028234663852886e38
+
+
+class SampleRow(NamedTuple):
+    """One row to draw: a token is a function of its logits, `params` and `position`, and of nothing else."""
+
+    params: SamplingParams
+    position: int                       # absolute index of the token being drawn
+    tokens: Seq[int] = ()               # prompt and answer so far (penalties count them)
+    prompt_tokens: int = 0              # how many of them are the prompt
+
+
+def philox(counters: "numpy.ndarray", keys: "numpy.ndarray") -> "numpy.ndarray":
+    """Philox4x32-10: four counters and two keys, uint64 holding 32-bit words -> (4, *shape) random words."""
+    low, shift = numpy.uint64(0xFFFFFFFF), numpy.uint64(32)
+    m0, m1 = (numpy.uint64(m) for m in PHILOX_MULTIPLIERS)
+    c0, c1, c2, c3 = counters
+    k0, k1 = keys
+    for _ in range(10):
+        product0, product1 = c0 * m0, c2 * m1
+        c0, c1, c2, c3 = (product1 >> shift) ^ c1 ^ k0, product1 & low, (product0 >> shift) ^ c3 ^ k1, product0 & low
+        k0, k1 = (k0 + numpy.uint64(PHILOX_KEY_STEPS[0])) & low, (k1 + numpy.uint64(PHILOX_KEY_STEPS[1])) & low
+    return numpy.stack((c0, c1, c2, c3))
+
+
+def uniform_noise(ids, seed, position, choice) -> "numpy.ndarray":
+    """u = (x + 1/2) / 2^32 in (0, 1), float64, for each id; seed, position, choice are numbers, or arrays that go with ids.
+
+    x is lane id % 4 of Philox with the seed as key and (id / 4, position, choice) as counter: random access, no state.
+    """
+    low, shift = numpy.uint64(0xFFFFFFFF), numpy.uint64(32)
+    seed, position, choice = (numpy.asarray(value, dtype=numpy.uint64) for value in (seed, position, choice))
+    groups, lanes = (ids // 4).astype(numpy.uint64), ids % 4
+    words = philox((groups, position & low, position >> shift, choice), (seed & low, seed >> shift))
+    x = numpy.take_along_axis(words, lanes[None], axis=0)[0]
+    return (x.astype(numpy.float64) + 0.5) * 2.0**-32
+
+
+def log_contract(x: "numpy.ndarray") -> "numpy.ndarray":
+    """Natural logarithm of positive float64, by multiplications and additions only (relative error below 1e-15)."""
+    mantissa, exponent = numpy.frexp(x)                                 # [1/2, 1)
+    small = mantissa < SQRT_HALF
+    t = numpy.where(small, mantissa + mantissa, mantissa) - 1.0
+    series = numpy.full_like(t, LOG_TERMS[0])
+    for term in LOG_TERMS[1:]:
+        series = series * t + term
+    return (exponent - small) * LN2 + (t + (t * t) * series)
+
+
+def gumbel(u: "numpy.ndarray") -> "numpy.ndarray":
+    """-log(-log(1 - u)): the finest steps of u lie where the noise is large (up to 22.9)."""
+    return -log_contract(-log_contract(1.0 - u))
+
+
+def exp_weights(z: "numpy.ndarray") -> "numpy.ndarray":
+    """e^z for float32 z <= 0 as uint64, fixed point with 2^40 = 1; 0 below EXP_CUTOFF."""
+    f32 = numpy.float32
+    alive = z >= f32(EXP_CUTOFF)
+    z = numpy.where(alive, z, f32(0))
+    n = numpy.floor(z * f32(LOG2_E) + f32(0.5))                         # z = n ln 2 + r
+    r = (z - n * f32(LN2_HIGH)) - n * f32(LN2_LOW)
+    series = numpy.full_like(r, f32(EXP_TERMS[0]))
+    for term in EXP_TERMS[1:]:
+        series = series * r + f32(term)
+    mantissa = (series * f32(2**24)).astype(numpy.uint64)               # exact: series >= 1/2 has steps of 2^-24
+    shift = n.astype(numpy.int64) + 16                                  # -24 .. 16
+    weight = (mantissa << numpy.maximum(shift, 0).astype(numpy.uint64)) >> numpy.maximum(-shift, 0).astype(numpy.uint64)
+    return numpy.where(alive, weight, numpy.uint64(0))
+
+
+def clean_logits(row: "numpy.ndarray") -> "numpy.ndarray":
+    """NaN -> -inf, +inf -> the largest float; the row itself when nothing is to do."""
+    if math.isfinite(top := row.max()) or top == -math.inf:
+        return row
+    return numpy.minimum(numpy.where(numpy.isnan(row), numpy.float32(-math.inf), row), numpy.float32(FLOAT_MAX))
+
+
+def penalize(logits: "numpy.ndarray", row: SampleRow) -> "numpy.ndarray":
+    """Penalties and bias in float32, each rounded: repetition on prompt and answer (positive logits * (1/r), others
+    * r), then - frequency * count and - presence on the answer's tokens, then + bias. A copy where anything changes."""
+    p, f32 = row.params, numpy.float32
+    if not (p.logit_bias or p.frequency_penalty or p.presence_penalty or p.repetition_penalty != 1):
+        return logits
+    logits = logits.copy()
+    with numpy.errstate(over="ignore", invalid="ignore"):       # what overflows is cleaned at the end
+        if p.repetition_penalty != 1.0:
+            ids = numpy.unique(numpy.asarray(row.tokens, dtype=numpy.int64))
+            old = logits[ids]
+            logits[ids] = numpy.where(old > 0, old * f32(1 / p.repetition_penalty), old * f32(p.repetition_penalty))
+        if p.frequency_penalty or p.presence_penalty:
+            answer = numpy.asarray(row.tokens[row.prompt_tokens:], dtype=numpy.int64)
+            ids, counts = numpy.unique(answer, return_counts=True)
+            logits[ids] -= f32(p.frequency_penalty) * counts.astype(f32)
+            logits[ids] -= f32(p.presence_penalty)
+        for token, bias in p.logit_bias:
+            logits[token] += f32(bias)
+    return clean_logits(logits)
+
+
+def top_ids(logits: "numpy.ndarray", k: int) -> "numpy.ndarray":
+    """The ids of the k largest logits, largest first; the lower id wins ties, so exactly k remain."""
+    bound = numpy.partition(logits, len(logits) - k)[len(logits) - k] if k < len(logits) else -math.inf
+    ids = numpy.flatnonzero(logits >= bound)
+    return ids[numpy.argsort(-logits[ids], kind="stable")[:k]]
+
+
+def survivors(logits: "numpy.ndarray", params: SamplingParams) -> tuple["numpy.ndarray", "numpy.ndarray"]:
+    """Ids that top-k, top-p and min-p leave, ascending, and their z (float32). `logits` are clean and penalized."""
+    f32, top = numpy.float32, logits.max()
+    if top == -math.inf:
+        return numpy.zeros(1, dtype=numpy.int64), numpy.zeros(1, dtype=f32)
+    inverse_temperature = f32(min(1 / params.temperature, FLOAT_MAX))
+    limited = 0 < params.top_k < len(logits)
+    ids = top_ids(logits, params.top_k) if limited else numpy.arange(len(logits))
+    with numpy.errstate(over="ignore"):         # far below the maximum z may be -inf
+        z = (logits[ids] - top) * inverse_temperature
+    weights = exp_weights(z)
+    if params.top_p < 1.0:
+        ids, z, weights = keep_top_p(ids, z, weights, params.top_p, logits)
+    keep = weights > 0
+    if params.min_p > 0:
+        keep &= z >= f32(math.log(min(params.min_p, 1.0)))
+    order = numpy.argsort(ids[keep])
+    return ids[keep][order], z[keep][order]
+
+
+def keep_top_p(ids, z, weights, top_p, logits):
+    """The shortest prefix, by logit and then id, whose weight reaches top_p of the sum."""
+    total = int(weights.sum())
+    target = max(1, total * round(top_p * 2**32) >> 32)                 # exact: 128-bit product
+    # ids lighter than this sum to less than what may be dropped
+    heavy = weights >= max(1, -(-(total - target) // len(ids)))
+    ids, z, weights = ids[heavy], z[heavy], weights[heavy]
+    order = numpy.lexsort((ids, -logits[ids]))
+    count = int(numpy.searchsorted(numpy.cumsum(weights[order]), numpy.uint64(target))) + 1
+    order = order[:count]
+    return ids[order], z[order], weights[order]
+
+
+def draw(kept: Seq[tuple], rows: Seq[SampleRow]) -> "numpy.ndarray":
+    """argmax of z + Gumbel noise over each row's survivors (ids, z), ids ascending; the lower id wins ties."""
+    longest = max(len(ids) for ids, _ in kept)
+    ids, z = numpy.zeros((len(rows), longest), dtype=numpy.int64), numpy.full((len(rows), longest), -math.inf)
+    for i, (some, their_z) in enumerate(kept):
+        ids[i, :len(some)], z[i, :len(some)] = some, their_z
+    streams = numpy.array([(row.params.seed, row.position, row.params.choice) for row in rows], dtype=numpy.uint64)
+    scores = z + gumbel(uniform_noise(ids, *streams.T[:, :, None]))         # (R, longest)
+    return ids[numpy.arange(len(rows)), scores.argmax(axis=1)]
+
+
+def sample_reference(logits: "numpy.ndarray", rows: Seq[SampleRow]) -> "numpy.ndarray":
+    """One token for each row of logits (B, V) float32 -> (B,) int32; a row's token depends on nothing but that row."""
+    tokens = numpy.zeros(len(rows), dtype=numpy.int32)
+    few = {}                # rows of few survivors share their numpy calls, which cost more than the numbers
+    for i, row in enumerate(rows):
+        line = penalize(clean_logits(logits[i]), row)
+        if row.params.temperature <= 0:
+            tokens[i] = line.argmax()
+        elif len((kept := survivors(line, row.params))[0]) > 1000:
+            tokens[i] = draw([kept], [row])[0]
+        else:
+            few[i] = kept
+    if few:
+        tokens[list(few)] = draw(list(few.values()), [rows[i] for i in few])
+    return tokens
+
+
+def sample_on_host(logits, rows: Seq[SampleRow]) -> list[int]:
+    """`sample_reference` for logits (R, V) on any device."""
+    return sample_reference(logits.float().cpu().numpy(), rows).tolist()
+
+
+class Backend:
+    """Who computes a model's steps: here torch, op by op. decode_core's backends have the same attributes."""
+
+    name, row_invariant, quantizes = "torch/reference", False, False
+    activations = None          # dtype of every activation buffer; None: _allocate's choice
+    as_stored = None            # keeps a GGUF file's matrix in the file's type; None: everything is dequantized
+
+    def __init__(self, device):
+        self.dtype = fastest_dtype(device)      # of float weights whose user names none
+
+    def ops(self, max_tokens: int, max_rows: int, quantize: str | None) -> dict[str, Callable]:
+        return {}               # none stands in for its reference
+
+    def record(self, transformer: Transformer) -> Callable[[Batch], None] | None:
+        """What runs a batch in place of Transformer.compute, which may be recorded for it; None: nothing."""
+
+    def make_steps(self, transformer: Transformer, max_batch: int, context_length: int) -> EagerSteps:
+        return EagerSteps(transformer)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The chosen op of each name, by default its reference; `forward` and the engine compute with nothing else."""
+
+    embed: Callable = embed_reference
+    gather_rows: Callable = gather_rows_reference
+    rms_norm: Callable = rms_norm_reference
+    pack: Callable = pack_reference
+    linear: Callable = linear_reference
+    copy: Callable = copy_reference
+    mix: Callable = mix_reference
+    smear: Callable = smear_reference
+    backout: Callable = backout_reference
+    softcap: Callable = softcap_reference
+    make_cache: Callable = make_cache_reference
+    rope_append: Callable = rope_append_reference
+    plan_attention: Callable = plan_attention_reference
+    paged_attention: Callable = paged_attention_reference
+    sample: Callable = sample_on_host
+    names: Mapping[str, str] = field(default_factory=dict)      # who computes each op, for /stats
+    backend: Any = field(default_factory=lambda: Backend("cpu"))
+
+    @property
+    def row_invariant(self) -> bool:
+        """Each row's bits depend on nothing else in the batch."""
+        return self.backend.row_invariant
+
+
+def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=None) -> Kernels:
+    """Choose the op of each name for a device and a model: decode_core's where it is there and fits, else the reference.
+
+    Steps have at most `max_tokens` tokens and `max_rows` rows of logits; `quantize` names the type that float weights
+    become. CHAT_SERVER_KERNELS=reference keeps decode_core out.
+    """
+    backend = choose_backend(device, spec)
+    if quantize and not backend.quantizes:
+        raise ConfigError(f"--quantize needs decode_core and a CPU; {kernels_line()}")
+    ops = backend.ops(max_tokens, max_rows, quantize)
+    names = {op.name: "torch/reference" for op in dataclasses.fields(Kernels) if callable(op.default)}
+    names |= {"sample": "numpy/reference"} | dict.fromkeys(ops, backend.name)
+    return Kernels(**ops, names=names, backend=backend)
+
+
+def choose_backend(device, spec: ModelSpec | None) -> Any:
+    """decode_core's backend if it runs this model on this device, else torch's (always without a spec)."""
+    core = decode_core() if spec else None
+    return core and core.backend_for(spec, device, for_decode_core()) or Backend(device)
+
+
+SEAM = 1        # the version of Backend and for_decode_core; a core that states another one is not used
+
+
+def for_decode_core() -> SimpleNamespace:
+    """What decode_core uses of this file, which it does not import."""
+    return SimpleNamespace(
+        PAGE_SIZE=PAGE_SIZE, zeroed=zeroed, token_places=token_places, page_table=page_table,
+        decode_rows=decode_rows, make_span=make_span, attend_prompt=attend_prompt, dequantized=dequantized,
+        unpermute_rope=turned)
+
+
+@functools.cache
+def installed_core() -> Any:
+    """The compiled core (`pip install .` in the checkout) of whatever version, or None."""
+    if os.environ.get("CHAT_SERVER_KERNELS") == "reference":
+        return None
+    try:
+        return importlib.import_module("decode_core")
+    except ImportError:
+        return None
+
+
+def decode_core() -> Any:
+    """The compiled core, or None where there is none that speaks this file's SEAM."""
+    core = installed_core()
+    return core if getattr(core, "SEAM", None) == SEAM else None
+
+
+def kernels_line() -> str:
+    """For the start-up log, /stats and --version: which compiled core runs, or how to get one."""
+    build = "so slower reference ops run; `pip install .` in the checkout builds it"
+    if core := decode_core():
+        info = core.info()
+        return f"decode_core runs with {info['isa']} instructions" + ", compiled with CUDA too" * info["cuda_compiled"]
+    if core := installed_core():
+        version = getattr(core, "SEAM", "unknown")
+        return f"decode_core is another version (seam {version} instead of {SEAM}), {build} anew"
+    return f"decode_core is not installed, {build}"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 12. weights: a file becomes (ModelSpec, named tensors, TextSpec)   [worker]
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LoadedModel:
+    """A model in memory: `tensors` has exactly the names and shapes of `expected_tensors(spec)`."""
+
+    spec: ModelSpec
+    tensors: dict[str, torch.Tensor]
+    text: TextSpec
+    name: str
+    context_length: int                 # tokens
+    description: str
+    dtype: torch.dtype | None           # of the weight matrices; None: as the file has them
+
+
 # --- opening: the worker's side ------------------------------------------------------------------------------------
 
 
@@ -2352,11 +3136,6 @@ def check_rotary_memory(path: Path, spec: ModelSpec, context_length: int) -> Non
     if needed > free:
         raise ConfigError(f"{path}: a context of {context_length:,} tokens needs {needed:,} bytes for its "
                           f"rotary tables, and {free:,} are free; give a shorter --context-length")
-
-
-def cannot_read(path: Path | str, error: Exception) -> ConfigError:
-    reason = getattr(error, "strerror", None) or error
-    return lack_of_memory(error) or ConfigError(f"cannot read {path}: {reason}")
 
 
 def check_names_and_shapes(path: Path, found: Mapping[str, tuple], sources: Sources) -> None:
@@ -2931,376 +3710,122 @@ def merges_of_scores(tokens: Seq[str], scores: Seq[float], types: Seq[int]) -> l
     return [(left, right) for _, _, left, right in merges]
 
 
-# 8. scheduler: requests, events and who runs next; no tensors here -------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# 13. engine: schedule, run, postprocess   [worker]
+# ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class AnswerParams:
-    """What a request wants of each of its answers besides sampling and length."""
+class Grammar:
+    """Which tokens may come next. The mask of the next token is computed in a thread meanwhile."""
 
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    min_tokens: int = 0
-    logprobs: int | None = None                     # with so many of the likeliest tokens beside each; None: without
-    prompt_logprobs: int | None = None              # the same for the prompt's tokens
-    grammar: str = ""                               # what the answer must be
+    def __init__(self, tokenizer: Tokenizer, source: str):
+        llguidance = require_library("llguidance", "constrained decoding")
+        limits = llguidance.LLParserLimits(**GRAMMAR_LIMITS)
+        self.matcher = llguidance.LLMatcher(tokenizer.grammar_vocabulary, source, log_level=0, limits=limits)
+        self.ends = tokenizer.stop_tokens
+        self.size = 0                       # bytes, which its copies share
+        self.mask: Future = Future()        # of the next token, as bytes
 
+    def copy(self) -> "Grammar":
+        """The same in the same state, of its own (10 us; compiling takes up to 1 s)."""
+        twin = copy.copy(self)
+        twin.matcher, twin.mask = self.matcher.deep_copy(), Future()
+        return twin
 
-@dataclass(frozen=True)
-class Request(AnswerParams):
-    """What a client asked, parsed and checked: either `messages` or `prompts` is set."""
+    def allowed(self, vocab_size: int) -> "numpy.ndarray":
+        """A flag for each token (vocab_size,), by the mask."""
+        words = numpy.frombuffer(self.mask.result(), dtype=numpy.uint8)
+        return numpy.unpackbits(words, count=vocab_size, bitorder="little").astype(bool)
 
-    id: str = ""
-    messages: tuple[Message, ...] | None = None
-    prompts: tuple[str | tuple[int, ...], ...] = ()     # raw completions: text or token ids
-    prompt_ids: tuple[tuple[int, ...], ...] | None = None       # once it is admitted: of each prompt
-    sampling: SamplingParams = SamplingParams()
-    max_tokens: int | None = None                   # None: up to the context
-    n: int = 1                                      # answers to each prompt
-    tools: tuple[dict, ...] = ()                    # functions that the model may call
-    grammar_param: str = ""                         # the field that the grammar is from
-    client: str = ""                                # whose request it is: a key's name, or an address
-    owner: str = ""                                 # who shares its KV pages
-    low_priority: bool = False                      # waits until nothing else does
-    truncate: bool = False                          # what does not fit loses its oldest turns
-    dropped_messages: int = 0                       # that it has lost already
-    resumable: bool = False                         # its stream may be left and taken up again
-
-
-@dataclass(frozen=True)
-class Accepted:
-    """The first event: rendered, tokenized, fits, queued. HTTP headers may go out."""
-
-    prompt_tokens: int
-    seed: int
-
-
-class TokenLogprob(NamedTuple):
-    """How likely the model found a token, after bias and penalties, before temperature; and which it found likeliest."""
-
-    token: int
-    logprob: float | None                           # None: nothing comes before it
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some more of an answer: whole characters, and the token ids behind them."""
-
-    text: str
-    tokens: tuple[int, ...]
-    gpu: int
-    choice: int = 0                                 # which answer: prompt * n + index
-    logprobs: tuple[TokenLogprob, ...] = ()         # of the tokens that were drawn, without the one that ended the answer
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of tokens of the prompt; then there is nothing else
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The last event. `reason` is OpenAI's finish_reason; `stop_reason` names the cause."""
-
-    reason: str
-    stop_reason: str | None
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    queue_ms: float
-    ttft_ms: float
-    tokens_per_second: float
-    gpu: int
-    choice: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0            # of those, how many were right: steps saved
-    dropped_messages: int = 0           # by `truncate`
-
-
-Event = Accepted | Piece | Finished
-
-
-@dataclass(frozen=True)
-class Work(AnswerParams):
-    """An answer to a request as it crosses the pipe to a worker; `resumed_ids` were generated before, by one that died."""
-
-    id: str
-    prompt_ids: tuple[int, ...]
-    sampling: SamplingParams
-    max_tokens: int
-    resumed_ids: tuple[int, ...] = ()
-    sent_characters: int = 0
-    request_id: str = ""            # answers to one request share their grammar
-    client: str = ""                # whose turn it is where clients take turns
-    owner: str = ""                 # with whom it shares KV pages
-    scored: int = 0                 # tokens of the prompt whose log-probabilities were sent
-
-    @functools.cached_property
-    def needs_logits(self) -> bool:
-        """Must its logits be looked at on the host?"""
-        return self.logprobs is not None or self.prompt_logprobs is not None or bool(self.grammar)
-
-    @functools.cached_property
-    def needs_tokens(self) -> bool:
-        """Must its last token be known before the step that draws the next can start?"""
-        sampling = self.sampling
-        counts = sampling.repetition_penalty != 1 or sampling.frequency_penalty or sampling.presence_penalty
-        return self.needs_logits or bool(counts)
-
-
-@dataclass(eq=False)
-class Sequence:
-    """Tokens being decoded: slots [0, computed) of its pages hold keys and values; the tokens after are pending."""
-
-    work: Work
-    tokens: list[int]                       # prompt and everything generated; the last is ~row while a step draws it
-    limit: int                              # tokens after which it ends for sure
-    computed: int = 0
-    finished: bool = False                  # it ended or was cancelled
-    suspect: bool = False                   # it was in a step that failed: nothing starts beside it until it has drawn a token
-    draft: list[int] = field(default_factory=list)      # what may follow, to be computed in one step with what is pending
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0                # of those, how many were right
-    pages: list[int] = field(default_factory=list)
-    serial: int | str = PagePool.ROOT       # content serial of the last page that is whole: the prefix index has seen it
-    cached_tokens: int = 0                  # prompt tokens found in the prefix cache at first admission
-    added_s: float = 0.0
-    queued_s: float | None = None           # how long it waited here before it first ran
-    logprob: TokenLogprob | None = None     # of the token drawn last, where it was asked for
-    scored: int = 0                         # tokens of the prompt whose log-probabilities were sent, by whichever worker
-    text: "Answer | None" = None            # the engine's state of the answer's text
-    drafter: "Drafter | None" = None        # and what proposes its drafts
-    preparing: "Future | None" = None       # what a thread still has to make for it: it waits until then
+    def feed(self, token: int) -> bool:
+        """False: the grammar does not have it, or has become too large to follow, or nothing fulfils it."""
+        return self.matcher.is_accepting() if token in self.ends else self.matcher.consume_token(token)
 
     @property
-    def ready(self) -> bool:
-        return self.preparing is None or self.preparing.done()
+    def complete(self) -> bool:
+        """Nothing can follow."""
+        return self.matcher.is_stopped()
+
+
+def stand_back(nice: int) -> None:
+    """Let this thread, where the system has threads with a niceness of their own, stand back behind the others."""
+    if nice and sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + nice)
+
+
+class FairThread:
+    """A thread that works for clients in turn."""
+
+    def __init__(self, name: str, nice: int = 0):
+        self.thread, self.lock, self.lanes = ThreadPoolExecutor(1, name, stand_back, (nice,)), threading.Lock(), Lanes()
+        self.mean_s = 0.0               # of a piece of work, lately
+
+    def submit(self, client: str, work: Callable, *arguments: Any) -> Future:
+        """The future can be cancelled until its turn has come."""
+        future: Future = Future()
+        with self.lock:
+            self.lanes.append(client, (future, work, arguments))
+        self.thread.submit(self._work)
+        return future
 
     @property
-    def pending(self) -> int:
-        return len(self.tokens) - self.computed
+    def behind_s(self) -> float:
+        """About how long all that waits will take."""
+        with self.lock:
+            return self.mean_s * len(self.lanes)
 
-    @property
-    def generated(self) -> int:
-        return len(self.tokens) - len(self.work.prompt_ids)
+    def _work(self) -> None:
+        with self.lock:
+            future, work, arguments = self.lanes.pop()
+        if not future.set_running_or_notify_cancel():
+            return
+        began_s = time.monotonic()
+        try:
+            future.set_result(work(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        self.mean_s += 0.1 * (time.monotonic() - began_s - self.mean_s)
 
-    @property
-    def scoring(self) -> bool:
-        """Is every token of its prompt still to be scored, so that no cached page spares computing it?"""
-        return self.work.prompt_logprobs is not None and not self.generated
+
+CALCULATOR_CHARACTERS = 1_000       # so no integer has more digits, and no text is longer
+CALCULATOR_DEPTH = 50
+CALCULATOR_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+                        ast.FloorDiv: operator.floordiv, ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
-class Chunk(NamedTuple):
-    """Compute `count` pending tokens of `sequence`; when they are the last ones, draw the next token.
+def calculate(expression: str) -> str | None:
+    """nanochat's calculator: numbers with + - * / // and parentheses, or "text".count("x"); None: there is no result.
 
-    With a draft its tokens are computed too, each as if it were right, and the token after each is drawn.
+    Commas are dropped first, as upstream does. Walks the syntax tree, never evaluates code; bounded in size, depth and
+    time (without powers a product has no more digits than the expression), so it runs in any thread.
     """
-
-    sequence: Sequence
-    count: int
-    draws: int = 0                          # tokens: none while a prompt is not complete, then 1 + len(draft)
-    draft: tuple[int, ...] = ()
-
-    @property
-    def rows(self) -> int:
-        """How many of its last tokens need logits: those that draw, or all of a prompt that is being scored."""
-        return self.count if self.sequence.scoring else self.draws
+    expression = expression.replace(",", "").strip(" \t")
+    if len(expression) > CALCULATOR_CHARACTERS:
+        return None
+    try:
+        value = evaluate_node(ast.parse(expression, mode="eval").body, CALCULATOR_DEPTH)
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
+        return None
+    return None if isinstance(value, str) else str(value)
 
 
-FREE_ROWS = 8       # rows that a step of decode_core computes in hardly more time than one (KERNELS.md, section 9)
-
-
-class Scheduler:
-    """Continuous batching: which tokens of which sequences the next step computes.
-
-    Pages are fair between clients: whoever holds fewest is admitted first, and whoever holds most gives some up.
-    Decode rows come first. What is left of `prefill_chunk` goes to prompts: half of it to the oldest, so that it
-    never starves, the rest to those with least to do, so that a long prompt never stalls short ones.
-    """
-
-    def __init__(self, pool: PagePool, *, max_batch: int, prefill_chunk: int, max_rows: int | None = None):
-        self.pool, self.max_batch, self.prefill_chunk = pool, max_batch, prefill_chunk
-        self.max_rows = max_rows or max_batch   # of logits in a step
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []       # in order of admission
-        self.preemptions = 0
-
-    def add(self, sequence: Sequence) -> None:
-        sequence.added_s = time.monotonic()
-        self.waiting.append(sequence)
-
-    def cancel(self, request_id: str) -> list[Sequence]:
-        """Drop every sequence of a request, wherever it is, and free its pages now."""
-        gone = [s for s in (*self.running, *self.waiting) if s.work.id == request_id]
-        for sequence in gone:
-            self.remove(sequence)
-        return gone
-
-    def remove(self, sequence: Sequence) -> None:
-        (self.running if sequence.pages else self.waiting).remove(sequence)
-        sequence.finished = True
-        self._release(sequence)
-
-    def _release(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.pages)
-        sequence.pages, sequence.computed, sequence.serial = [], 0, sequence.work.owner
-
-    def schedule(self) -> list[Chunk]:
-        """The next step: a one-token chunk for each decoding sequence, then chunks of prompts.
-
-        Nothing is computed for a sequence whose last token, at its limit, is being drawn.
-        """
-        self._admit()
-        decoding = [s for s in list(self.running) if s.pending == 1 and len(s.tokens) < s.limit and s.ready and self._grow(s)]
-        room = (FREE_ROWS - len(self.running)) // max(1, sum(bool(s.draft) for s in decoding))
-        drafts = [self._draft(s, room) if s.draft else () for s in decoding]
-        plan = [Chunk(s, 1, 1 + len(draft), draft) for s, draft in zip(decoding, drafts)]
-        if prefilling := [s for s in self.running if s.pending > 1]:
-            plan += self._share_prefill(prefilling, self.max_rows - sum(chunk.draws for chunk in plan))
-        return [chunk for chunk in plan if chunk.sequence.pages]        # a later one may have preempted it
-
-    def _grow(self, sequence: Sequence) -> bool:
-        """Give a running sequence pages for all its tokens, preempting others; False when it had to go itself."""
-        needed = -(-len(sequence.tokens) // self.pool.page_size)
-        while sequence.pages and len(sequence.pages) < needed:
-            if (pages := self.pool.allocate(needed - len(sequence.pages))) is not None:
-                sequence.pages += pages
-            else:
-                holdings = self._holdings()
-                self._preempt(self._youngest(max(holdings, key=holdings.get)))
-        return bool(sequence.pages)
-
-    def _holdings(self) -> Counter[str]:
-        """How many pages the sequences of each client hold; first the client of the youngest."""
-        holdings = Counter()
-        for sequence in reversed(self.running):
-            holdings[sequence.work.client] += len(sequence.pages)
-        return holdings
-
-    def _youngest(self, client: str) -> Sequence:
-        return next(sequence for sequence in reversed(self.running) if sequence.work.client == client)
-
-    def _give_up_pages(self, client: str, needed: int) -> bool:
-        """Preempt the youngest of the client that holds most pages, if it then still holds as many as `client` would."""
-        holdings = self._holdings()
-        rich = max(holdings, key=holdings.get, default=client)
-        if rich == client or holdings[rich] - len((victim := self._youngest(rich)).pages) < holdings[client] + needed:
-            return False
-        self._preempt(victim)
-        return True
-
-    def _draft(self, sequence: Sequence, room: int) -> tuple[int, ...]:
-        """As much of a sequence's draft as there is room for in the step, before its limit and in its pages."""
-        size, length = self.pool.page_size, len(sequence.tokens)
-        draft = sequence.draft[:max(0, min(room, sequence.limit - length - 1))]
-        if length + len(draft) > len(sequence.pages) * size and self.pool.available > len(self.running):
-            sequence.pages += self.pool.allocate(1)
-        return tuple(draft[:len(sequence.pages) * size - length])
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Take a sequence's pages; it goes back to the head of the queue and is recomputed from its tokens."""
-        self.running.remove(sequence)
-        self._release(sequence)
-        self.waiting.appendleft(sequence)
-        self.preemptions += 1
-
-    def isolate(self) -> list[Sequence]:
-        """A step failed: all that ran is computed again, one by one; what ran alone, or under suspicion, is dropped."""
-        running = list(self.running)
-        blamed = [sequence for sequence in running if sequence.suspect] or running
-        for sequence in (*running, *self.waiting):
-            if sequence.tokens[-1] < 0:         # the token that the step should have drawn
-                sequence.tokens.pop()
-        for sequence in reversed(running):
-            self._preempt(sequence)
-            sequence.suspect = True
-        if len(blamed) != 1:
-            return []
-        self.remove(blamed[0])
-        return blamed
-
-    def _admit(self) -> None:
-        """Move waiting sequences that are ready into the batch while rows and pages last; suspects one by one.
-
-        First those of the client that holds fewest pages, in order for each client.
-        """
-        ready = [sequence for sequence in self.waiting if sequence.ready]
-        while ready and len(self.running) < self.max_batch and not any(running.suspect for running in self.running):
-            holdings = self._holdings()
-            ready.remove(sequence := min(ready, key=lambda each: holdings[each.work.client]))
-            matched, serial = self.pool.match_prefix([] if sequence.scoring else sequence.tokens, sequence.work.owner)
-            needed = -(-len(sequence.tokens) // self.pool.page_size) - len(matched)
-            headroom = len(self.running)        # one page for each, so that newcomers do not preempt at once
-            while needed + headroom > self.pool.available and self._give_up_pages(sequence.work.client, needed + len(matched)):
-                headroom -= 1
-            pages = self.pool.allocate(needed) if needed + headroom <= self.pool.available else None
-            if pages is None:
-                self.pool.release(matched)
-                return
-            self.waiting.remove(sequence)
-            self.running.append(sequence)
-            sequence.pages, sequence.serial, sequence.computed = matched + pages, serial, len(matched) * self.pool.page_size
-            if sequence.queued_s is None:
-                sequence.queued_s = time.monotonic() - sequence.added_s
-                sequence.cached_tokens = min(sequence.computed, len(sequence.work.prompt_ids))
-
-    def _share_prefill(self, prefilling: list[Sequence], rows: int) -> list[Chunk]:
-        """Split the step's prefill budget: at least half for the oldest, then the shortest remaining first.
-
-        Each may need one of `rows` rows of logits; what is left of these limits prompts that are being scored.
-        """
-        oldest, *others = prefilling
-        others.sort(key=lambda sequence: sequence.pending)
-        wanted = sum(sequence.pending for sequence in others)
-        left, rows = self.prefill_chunk, rows - len(prefilling)
-        chunks = []
-        for sequence in (oldest, *others):
-            share = max(left // 2, left - wanted) if sequence is oldest else left
-            count = min(sequence.pending, share, 1 + rows if sequence.scoring else share)
-            if count > 0 and self._grow(sequence):
-                chunks.append(Chunk(sequence, count, int(count == sequence.pending)))
-                left -= count
-                rows -= count - 1 if sequence.scoring else 0
-        return chunks
-
-    def advance(self, chunk: Chunk) -> None:
-        """A chunk's step has been started: enter the pages that it makes whole into the prefix index.
-
-        Steps run in the order in which they are started, so whoever finds these pages reads them after they are written.
-        """
-        sequence, size = chunk.sequence, self.pool.page_size
-        before, sequence.computed = sequence.computed, sequence.computed + chunk.count
-        for index in range(before // size, sequence.computed // size):
-            tokens = sequence.tokens[index * size:(index + 1) * size]
-            sequence.serial = self.pool.register(sequence.serial, tokens, sequence.pages[index])
-
-    @property
-    def unready(self) -> list[Sequence]:
-        """Those that cannot take part in a step yet."""
-        return [sequence for sequence in (*self.running, *self.waiting) if not sequence.ready]
-
-    def check_integrity(self) -> None:
-        """Every page is owned exactly as the sequences say; those that run own some, those that wait none."""
-        assert all(sequence.pages for sequence in self.running), "a running sequence owns no pages"
-        assert all(not sequence.pages for sequence in self.waiting), "a waiting sequence owns pages"
-        self.pool.check_integrity(sequence.pages for sequence in self.running)
-
-
-# 9. engine: schedule, run, postprocess ----------------------------------------------------------------------------
-
-
-class Update(NamedTuple):
-    """What one step gave one request; crosses the pipe to the front."""
-
-    id: str
-    tokens: tuple[int, ...]
-    text: str
-    reason: str | None = None           # set on the last update
-    stop_reason: str | None = None
-    cached_tokens: int = 0
-    queued_s: float = 0.0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    logprobs: tuple[TokenLogprob, ...] = ()
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+def evaluate_node(node: ast.expr, depth: int) -> int | float | str:
+    """The value of one node of the calculator's syntax tree; ValueError for anything the calculator does not know."""
+    if depth == 0:
+        raise ValueError("nested too deeply")
+    match node:
+        case ast.Constant(value) if type(value) in (int, float, str):
+            return value
+        case ast.UnaryOp() | ast.BinOp() if type(node.op) in CALCULATOR_OPERATORS:
+            parts = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
+            values = [evaluate_node(part, depth - 1) for part in parts]
+            if not any(isinstance(value, str) for value in values):
+                return CALCULATOR_OPERATORS[type(node.op)](*values)
+        case ast.Call(ast.Attribute(text, "count"), [part], []):
+            text, part = evaluate_node(text, depth - 1), evaluate_node(part, depth - 1)
+            if isinstance(text, str) and isinstance(part, str):
+                return text.count(part)
+    raise ValueError("not arithmetic and not a count")
 
 
 class Drafter:
@@ -3708,333 +4233,9 @@ def sample_row(sequence: Sequence, eos_tokens: frozenset[int], offset: int = 0) 
     return SampleRow(params, len(sequence.tokens) + offset, sequence.tokens, len(work.prompt_ids))
 
 
-# 10. workers: processes, pipes, the pool and its supervision ------------------------------------------------------
-#
-# Messages between the front and a worker are frames: one byte says which of MESSAGES it is, four bytes how long the
-# JSON list of its fields is. Plain data only, so reading one can run no code.
-
-
-@dataclass(frozen=True)
-class WorkerConfig:
-    """Front to worker, first: load this model."""
-
-    MAX_BYTES = 1 << 20
-    settings: Settings      # without API keys
-    source: ModelSource
-    device: str             # of torch
-    threads: int
-
-
-@dataclass(frozen=True)
-class NewRequest:
-    """Front to worker: what all answers of a request have in common; sent once, before the first of them."""
-
-    MAX_BYTES = 8 << 20
-    id: str
-    params: AnswerParams
-    sampling: SamplingParams
-    client: str             # whose turn it is where clients take turns
-    owner: str              # with whom it shares KV pages
-
-
-@dataclass(frozen=True)
-class NewPrompt:
-    """Front to worker: one of a request's prompts; sent once, before the first answer to it."""
-
-    MAX_BYTES = 64 << 20
-    id: str                 # of the request
-    index: int
-    ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class NewAnswer:
-    """Front to worker: compute this answer of a request, from the tokens that it has already."""
-
-    MAX_BYTES = 64 << 20
-    id: str                 # of the answer
-    request_id: str
-    prompt: int
-    choice: int             # index among the answers to its prompt: it enters the noise
-    max_tokens: int
-    resumed_ids: tuple[int, ...] = ()
-    sent_characters: int = 0
-    scored: int = 0         # tokens of the prompt whose log-probabilities were sent
-
-
-@dataclass(frozen=True)
-class Cancel:
-    """Front to worker: the answer is not wanted any more."""
-
-    MAX_BYTES = 1 << 10
-    id: str
-
-
-@dataclass(frozen=True)
-class EndOfRequest:
-    """Front to worker: no more answers of the request will come."""
-
-    MAX_BYTES = 1 << 10
-    id: str
-
-
-@dataclass(frozen=True)
-class Ping:
-    """Front to worker: make a step, if an empty one, and report it."""
-
-    MAX_BYTES = 16
-
-
-@dataclass(frozen=True)
-class Loading:
-    """Worker to front: how far loading has come."""
-
-    MAX_BYTES = 1 << 16
-    stage: str
-    fraction: float
-
-
-@dataclass(frozen=True)
-class ModelCard:
-    """Worker to front: what the front must know of a loaded model."""
-
-    MAX_BYTES = 256 << 20
-    text: TextSpec
-    name: str
-    context_length: int
-    lines: tuple[str, ...]          # for the start-up log
-    kernels: dict[str, str]         # who computes each op
-    row_invariant: bool
-    core: str = ""                  # which decode_core runs, or why none does
-
-
-@dataclass(frozen=True)
-class Ready:
-    """Worker to front: steps can begin."""
-
-    MAX_BYTES = 1 << 16
-    gauges: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Stepped:
-    """Worker to front: what a step gave each answer."""
-
-    MAX_BYTES = 256 << 20
-    updates: list[Update]
-    gauges: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Unusable:
-    """Worker to front: the model or the flags are wrong; the operator must act."""
-
-    MAX_BYTES = 1 << 20
-    message: str
-
-
-@dataclass(frozen=True)
-class SandboxConfig:
-    """Front to sandbox, first: what its tasks need to know."""
-
-    MAX_BYTES = 256 << 20
-    server: Known
-    text: TextSpec
-    context_length: int
-    cpu_s: float            # of a task
-    memory: int             # bytes that the process may take besides those that it begins with
-    nice: int = 0           # how far it stands back when the processors are busy
-
-
-@dataclass(frozen=True)
-class Task:
-    """Front to sandbox: call the method `name` of Tasks."""
-
-    MAX_BYTES = 64 << 20
-    name: str
-    arguments: list
-
-
-@dataclass(frozen=True)
-class Body:
-    """Front to sandbox, after the task that reads it: a body as the client sent it. Sandbox to front: one to send to it."""
-
-    MAX_BYTES = 64 << 20
-    RAW = True
-    data: bytes
-
-
-@dataclass(frozen=True)
-class Result:
-    """Sandbox to front: what a task gave."""
-
-    MAX_BYTES = 64 << 20
-    value: Any
-
-
-@dataclass(frozen=True)
-class Refused:
-    """Sandbox to front: a RequestError; a ConfigError where the code is its type."""
-
-    MAX_BYTES = 1 << 20
-    message: str
-    status: int
-    code: str | None
-    param: str | None
-
-
-MESSAGES = (WorkerConfig, NewRequest, NewPrompt, NewAnswer, Cancel, EndOfRequest, Ping, Loading, ModelCard, Ready, Stepped,
-            Unusable, SandboxConfig, Task, Body, Result, Refused)
-KIND_OF = {kind: index for index, kind in enumerate(MESSAGES)}
-HEADER = struct.Struct("<BI")       # kind, bytes of the body
-
-
-class BadMessage(Exception):
-    """What came through a pipe is no message of ours."""
-
-
-def plain(value: Any) -> Any:
-    """What JSON does not know, as something that it knows; NamedTuples are lists to it already."""
-    if dataclasses.is_dataclass(value):
-        return [getattr(value, each.name) for each in dataclasses.fields(value)]
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    return sorted(value) if isinstance(value, frozenset) else str(value)        # a Path
-
-
-@functools.cache
-def restorer(annotation: Any) -> Callable[[Any], Any] | None:
-    """What makes a value of this type from what `plain` and JSON made of it; None where that is the value itself."""
-    kind, inside = typing.get_origin(annotation), typing.get_args(annotation)
-    if kind in (typing.Union, types.UnionType):         # at most one of its types needs to be restored
-        restore = next(filter(None, map(restorer, inside)), None)
-        as_it_is = tuple(each for each in inside if each in (type(None), str, int, float))
-        return restore and (lambda value: value if isinstance(value, as_it_is) else restore(value))
-    if kind is tuple and inside[-1] is not ...:
-        restores = [restorer(each) or (lambda value: value) for each in inside]
-        return lambda values: tuple(restore(value) for restore, value in zip(restores, values, strict=True))
-    if kind in (tuple, list, frozenset):
-        restore = restorer(inside[0])
-        if restore:
-            return lambda values: kind(map(restore, values)) if values else kind()
-        return None if kind is list else kind
-    if annotation is bytes:
-        return functools.partial(base64.b64decode, validate=True)
-    if annotation is Path:
-        return Path
-    if dataclasses.is_dataclass(annotation) or hasattr(annotation, "_fields"):
-        return object_restorer(annotation)
-    return None
-
-
-def object_restorer(kind: type) -> Callable[[list], Any]:
-    """Makes an object of a dataclass or NamedTuple from the list of its fields; an error when there are more or fewer."""
-    named_tuple, hints = hasattr(kind, "_fields"), typing.get_type_hints(kind)
-    names = kind._fields if named_tuple else [each.name for each in dataclasses.fields(kind)]
-    changed = [(index, restore) for index, name in enumerate(names) if (restore := restorer(hints[name]))]
-
-    def restore_object(values: list) -> Any:
-        for index, restore in changed:
-            values[index] = restore(values[index])
-        return kind._make(values) if named_tuple else kind(**dict(zip(names, values, strict=True)))
-
-    return restore_object
-
-
-as_plain_json = json.JSONEncoder(default=plain, check_circular=False, separators=(",", ":")).encode
-
-
-def packed(message: Any) -> bytes:
-    """A message as a frame. Those that are RAW have one field, whose bytes are the frame's."""
-    body = message.data if hasattr(message, "RAW") else as_plain_json(message).encode()
-    return HEADER.pack(KIND_OF[type(message)], len(body)) + body
-
-
-def kind_and_size(header: bytes) -> tuple[type, int]:
-    """What a frame's header announces. BadMessage for an unknown kind, or more bytes than a message of its kind may have."""
-    index, size = HEADER.unpack(header)
-    if index >= len(MESSAGES) or size > MESSAGES[index].MAX_BYTES:
-        raise BadMessage(f"message kind {index} of {size:,} bytes")
-    return MESSAGES[index], size
-
-
-def unpacked(kind: type, body: bytes) -> Any:
-    try:
-        return kind(body) if hasattr(kind, "RAW") else restorer(kind)(json.loads(body))
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
-        raise BadMessage(f"{kind.__name__}: {error}") from None
-
-
-class Channel:
-    """The worker's end of its pipe: blocking sends, receives that wait only when asked to."""
-
-    def __init__(self, connection: socket.socket):
-        self.connection, self.poll = connection, select.poll()
-        self.poll.register(connection, select.POLLIN)
-
-    def send(self, message: Any) -> None:
-        self.connection.sendall(packed(message))
-
-    def receive(self, wait: bool, most: float = math.inf) -> list[Any]:
-        """All messages that are there, or `most` of them; with `wait`, at least one. EOFError when the front is gone."""
-        messages = []
-        while len(messages) < most and self.poll.poll(None if wait and not messages else 0):
-            kind, size = kind_and_size(self._read(HEADER.size))
-            messages.append(unpacked(kind, self._read(size)))
-        return messages
-
-    def _read(self, size: int) -> bytes:
-        data = self.connection.recv(size, socket.MSG_WAITALL)
-        if len(data) < size:
-            raise EOFError
-        return data
-
-
-def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float:
-    """CPUs that the cgroup allows (v2 `cpu.max`, v1 `cpu.cfs_*`), infinity without a limit."""
-    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
-        with contextlib.suppress(OSError, ValueError):
-            quota, period = " ".join((root / name).read_text() for name in names).split()
-            return math.inf if quota in ("max", "-1") else int(quota) / int(period)
-    return math.inf
-
-
-def physical_cores(cpus: Iterable[int], root: Path = Path("/sys/devices/system/cpu")) -> int:
-    """How many physical cores the logical `cpus` lie on; hyper-threads of one core count once."""
-    def core(cpu: int) -> str:
-        with contextlib.suppress(OSError):
-            return (root / f"cpu{cpu}/topology/thread_siblings_list").read_text()
-        return str(cpu)
-    return len({core(cpu) for cpu in cpus})
-
-
-def threads_per_worker(workers: int) -> int:
-    """Physical cores within the affinity mask and the cgroup quota, divided over the workers; at least 1."""
-    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    return max(1, int(min(physical_cores(cpus), cpu_quota())) // workers)
-
-
-def die_with_parent(parent: int) -> None:
-    """Ask Linux to kill this process when its parent dies; elsewhere the pipe's end of file does it alone."""
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:      # it died before the call above
-        os._exit(1)
-
-
-# How our other processes begin: this file is imported, so that its bytecode is kept (a script is compiled at each start: 0.1 s).
-# The folder of the file replaces the current one, whose modules are nobody's business.
-PROCESS_COMMAND = (sys.executable, "-c", f"import sys; sys.path[0] = {str(Path(__file__).resolve().parent)!r}; "
-                   f"import importlib; sys.exit(importlib.import_module({Path(__file__).stem!r}).main())")
-
-
-def join_parent(descriptor: str, parent: str) -> Channel:
-    """What a process of ours does first: the front decides when it ends, and it ends with the front."""
-    for number_ in (signal.SIGINT, signal.SIGTERM):     # a terminal or systemd tells the whole group
-        signal.signal(number_, signal.SIG_IGN)
-    die_with_parent(int(parent))
-    return Channel(socket.socket(fileno=int(descriptor)))
+# ------------------------------------------------------------------------------------------------------------
+# 14. worker process   [worker]
+# ------------------------------------------------------------------------------------------------------------
 
 
 def worker_main(arguments: Seq[str]) -> int:
@@ -4080,17 +4281,6 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
     return engine
 
 
-def give_memory_back() -> None:
-    """What loading needed (the file's metadata, a tokenizer's parts, copies of weights) is free but stays in the heap."""
-    gc.collect()
-    trim_heap()
-
-
-def trim_heap() -> None:
-    with contextlib.suppress(OSError, AttributeError):      # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def build_engine(source: ModelSource, settings: Settings, device: "torch.device",
                  progress: Progress = no_progress) -> tuple[LoadedModel, Engine]:
     """A model and the engine that runs it, as the settings say; not warmed up yet."""
@@ -4126,51 +4316,6 @@ def kv_pages(spec: ModelSpec, settings: Settings, device: "torch.device", dtype:
                           f"at least 4 ({4 * page_bytes:,} bytes) are needed: raise --kv-cache-memory"
                           + (" or --gpu-memory-utilization" if device.type == "cuda" else ""))
     return pages
-
-
-def available_memory() -> int:
-    """Bytes that this process may still take: what the machine has (without Linux: all of it), within the
-    limits of its cgroup, of those around that, and of the process (ulimit -v)."""
-    import resource
-    page = os.sysconf("SC_PAGE_SIZE")
-    free, (limit, _) = os.sysconf("SC_PHYS_PAGES") * page, resource.getrlimit(resource.RLIMIT_AS)
-    with contextlib.suppress(OSError):      # not Linux
-        free = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
-        if limit != resource.RLIM_INFINITY:
-            free = min(free, limit - int(Path("/proc/self/statm").read_text().split()[0]) * page)
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, kinds, path = line.split(":", 2)     # v2 has no kinds
-            if kinds in ("", "memory"):
-                folder = Path("/sys/fs/cgroup", kinds, path[1:])
-                free = min(free, *map(cgroup_memory, (folder, *folder.parents[:path.count("/")])))
-    return max(int(free), 0)
-
-
-def cgroup_memory(folder: Path) -> float:
-    """Bytes that a cgroup (v2, v1) may still take, or has of files, which can go; infinity: no limit."""
-    for limit, used, prefix in (("max", "current", ""), ("limit_in_bytes", "usage_in_bytes", "total_")):
-        with contextlib.suppress(OSError, ValueError):
-            most, now, stat = ((folder / f"memory.{name}").read_text() for name in (limit, used, "stat"))
-            files = re.findall(rf"^{prefix}(?:in)?active_file (\d+)", stat, re.MULTILINE)
-            return int(most) - int(now) + sum(map(int, files))
-    return math.inf
-
-
-def lack_of_memory(error: Exception) -> ConfigError | None:
-    """What to tell the operator of an exception that means: no memory; None when it means something else.
-
-    Python (a SystemError, where it cannot even say that), the system, torch, C++ and the dynamic loader each
-    have words of their own.
-    """
-    words = r"(allocate|out of|enough) memory|bad_alloc|map segment|start new thread|temporarily unavailable"
-    if isinstance(error, ChatServerError) or not (
-            isinstance(error, (MemoryError, SystemError)) or getattr(error, "errno", None) == errno.ENOMEM
-            or re.search(words, str(error), re.IGNORECASE)):
-        return None
-    reason, free = named(error).splitlines()[0], available_memory() >> 20
-    return ConfigError(f"not enough memory ({reason}): {free:,} MiB are free within this process's limits "
-                       "(ulimit -v, cgroup). Raise them, or give a smaller model, --context-length, "
-                       "--kv-cache-memory or, on a GPU, --gpu-memory-utilization")
 
 
 def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> ModelCard:
@@ -4209,8 +4354,6 @@ def memory_use(device: "torch.device", second: int) -> tuple[int, int]:
     return used * os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-NO_GAUGES = dict.fromkeys(("running", "queued", "kv_pages_used", "kv_pages_total", "preemptions", "drafted_tokens",
-                           "accepted_tokens", "memory_used", "memory_total"), 0)        # of a worker that is not there
 MAX_FAILURES = 3        # steps that may fail in a row before a worker is replaced
 
 
@@ -4273,38 +4416,9 @@ def run_engine(channel: Channel, engine: Engine) -> None:
             report()
 
 
-# 10b. admission: bodies become prompts ------------------------------------------------------------------------------
-#
-# Small bodies are read here, in the event loop. What clients can make take long runs in sandboxes, processes with a bound
-# of time and memory: a model's chat template, JSON schemas, and bodies above LIMITS.inline_bytes from their first byte on.
-
-
-@dataclass(frozen=True)
-class Known:
-    """What reading a body takes to know of the server."""
-
-    settings: Settings
-    model: str                          # the served model's name
-    tool_format: str | None             # see tool_format_of
-    ready: bool = True                  # else nobody knows yet which models there are
-
-    def check_model(self, name: str) -> None:
-        """404 for a model that is not the loaded one."""
-        names = (self.model, *self.settings.served_model_name)
-        known = {"", "default", *names, *(n.rstrip("/").rsplit("/", 1)[-1] for n in names if n)}
-        if self.ready and name not in known:
-            raise RequestError(f"the model {shown(name)} does not exist; this server has {self.model!r}",
-                               status=404, code="model_not_found", param="model")
-
-
-@dataclass(frozen=True)
-class Call:
-    """A body of a route that answers, read: what is asked, and how the answer is to be written."""
-
-    request: Request
-    stream: bool = True
-    include_usage: bool = False
-    echo: bool = False
+# ------------------------------------------------------------------------------------------------------------
+# 15. admission: a request becomes token ids that fit, or a refusal   [front]
+# ------------------------------------------------------------------------------------------------------------
 
 
 async def run_here(work: Callable[[Any], Any], argument: Any, size: float) -> Any:
@@ -4632,6 +4746,44 @@ def limit_memory(more: int) -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + more, hard))
+
+
+PING_S = 10.0               # a silent stream carries a comment this often
+HEADER_S = 15.0             # so long may the header of a request take
+BODY_S = 30.0               # so long may a body pause, or wait until there is memory for it
+WRITE_BYTES = 1 << 18       # what is large is written so many bytes at a time: others have their turn between
+BODY_BYTES_PER_S = 32_768   # a body may not be slower than this for longer than BODY_S
+KEEP_ALIVE_S = 75.0         # so long is a connection kept between requests
+WRITE_S = 30.0              # so long may a client take nothing of what it is sent
+GRACE_S = 30.0              # so long goes a resumable answer on without a reader
+KEPT_S = 600.0              # and so long can an ended one be read
+BACKLOG = 1024              # connections that the system holds until they are accepted
+ACCEPTED_AT_ONCE = 32       # of these before the event loop turns to others; each takes 0.1 ms
+OPEN_ROUTES = ("/", "/static/{name}", "/livez", "/readyz", "/health")     # these need no API key
+POLLED_ROUTES = ("/health", "/livez", "/readyz", "/stats", "/metrics")      # logged at level debug only
+STATIC = Path(__file__).resolve().parent / "static"
+SYSTEM_FINGERPRINT = f"chat_server-{__version__}"
+SSE_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache, no-transform",
+    "X-Accel-Buffering": "no",
+}
+SECURITY_HEADERS = {
+    "Content-Security-Policy":
+        "default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src *; "
+        "object-src 'none'; base-uri 'self'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types dompurify",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Server": "chat_server",
+}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 16. pool: workers, queue, failover   [front]
+# ------------------------------------------------------------------------------------------------------------
 
 
 # the front's side
@@ -5445,39 +5597,9 @@ def cuda_device_count() -> int:
     return min(len(files), len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1")]))
 
 
-# 11. http: routes parse, answer() works, encoders write -------------------------------------------------------------
-
-PING_S = 10.0               # a silent stream carries a comment this often
-HEADER_S = 15.0             # so long may the header of a request take
-BODY_S = 30.0               # so long may a body pause, or wait until there is memory for it
-WRITE_BYTES = 1 << 18       # what is large is written so many bytes at a time: others have their turn between
-BODY_BYTES_PER_S = 32_768   # a body may not be slower than this for longer than BODY_S
-KEEP_ALIVE_S = 75.0         # so long is a connection kept between requests
-WRITE_S = 30.0              # so long may a client take nothing of what it is sent
-GRACE_S = 30.0              # so long goes a resumable answer on without a reader
-KEPT_S = 600.0              # and so long can an ended one be read
-BACKLOG = 1024              # connections that the system holds until they are accepted
-ACCEPTED_AT_ONCE = 32       # of these before the event loop turns to others; each takes 0.1 ms
-OPEN_ROUTES = ("/", "/static/{name}", "/livez", "/readyz", "/health")     # these need no API key
-POLLED_ROUTES = ("/health", "/livez", "/readyz", "/stats", "/metrics")      # logged at level debug only
-STATIC = Path(__file__).resolve().parent / "static"
-SYSTEM_FINGERPRINT = f"chat_server-{__version__}"
-SSE_HEADERS = {
-    "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache, no-transform",
-    "X-Accel-Buffering": "no",
-}
-SECURITY_HEADERS = {
-    "Content-Security-Policy":
-        "default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src *; "
-        "object-src 'none'; base-uri 'self'; form-action 'none'; frame-ancestors 'none'; "
-        "require-trusted-types-for 'script'; trusted-types dompurify",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Server": "chat_server",
-}
+# ------------------------------------------------------------------------------------------------------------
+# 17. bodies in: fields, limits, routes' readers   [front]
+# ------------------------------------------------------------------------------------------------------------
 
 
 def is_number(value: Any) -> bool:
@@ -6072,14 +6194,10 @@ async def apply_template(body: dict, prompts: PromptMaker, client: str = "") -> 
 
 TEXT_ROUTES = {"tokenize": tokenize, "detokenize": detokenize, "apply_template": apply_template}
 
-as_json = json.JSONEncoder(ensure_ascii=False).encode     # json.dumps would make an encoder each time: 2 us a token
-LINE_ENDS = re.compile("[\x85\u2028\u2029]")
 
-
-def dump(value: Any) -> bytes:
-    """JSON in one line for every reader: some split lines at U+0085, U+2028 and U+2029 too."""
-    text = as_json(value)
-    return LINE_ENDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text).encode("utf-8", "replace")
+# ------------------------------------------------------------------------------------------------------------
+# 18. answers out: encoders and streams   [front]
+# ------------------------------------------------------------------------------------------------------------
 
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
@@ -6727,6 +6845,11 @@ class Recordings:
             self.cancel(request_id)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# 19. server   [front]
+# ------------------------------------------------------------------------------------------------------------
+
+
 async def logged(request: Request, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
     """--log-conversations: the same events, and at the end the texts in the log."""
     texts: list[str] = []
@@ -7273,6 +7396,7 @@ ROUTES = (
     Route("GET", "/openapi.json", "handle_openapi", "this description"),
 )
 
+
 def openapi_operation(route: Route) -> dict[str, Any]:
     """What /openapi.json says of a route."""
     error = {"description": "what was wrong", "content": {"application/json": {"schema": {"type": "object"}}}}
@@ -7640,7 +7764,18 @@ async def serve_forever(settings: Settings, pool: Pool | None = None) -> int:
     return 0
 
 
-# 12. command line ---------------------------------------------------------------------------------------------------
+def calm_collector() -> None:
+    """Full garbage collections over the objects of 1,000 streams stop the event loop for 80 ms each: make them rare.
+
+    bench/load_front.py, p99 of the added delay: 101-129 ms with Python's thresholds, 41-49 ms with these, in turn.
+    """
+    gc.set_threshold(20_000, 20, 100)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 20. command line and terminal
+# ------------------------------------------------------------------------------------------------------------
+
 
 USAGE = """python chat_server.py [serve|chat|generate] [MODEL] [flags]
 
@@ -7658,64 +7793,6 @@ class CommandLine(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         raise ConfigError(f"{self.place}{message} (--help lists the flags)")
-
-
-class JsonLines(logging.Formatter):
-    """--log-format json: one object a line; the `fields` of a record are members of it."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{record.msecs:03.0f}Z"
-        body = {"time": at, "level": record.levelname.lower(), "message": record.getMessage(), **getattr(record, "fields", {})}
-        if record.exc_info:
-            body["traceback"] = self.formatException(record.exc_info)
-        return dump(body).decode()
-
-
-class CalmLog(logging.StreamHandler):
-    """The log. A warning or error that repeats itself is written once a second, and then how often it came:
-    clients may cause some as often as they like."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.second = 0
-        self.repeats: dict[tuple, list] = {}    # that second's warnings by kinds: [first line, how often again]
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if int(record.created) != self.second:
-            self._tell_repeats()
-            self.second = int(record.created)
-        if record.levelno >= logging.WARNING:
-            error = record.exc_info and record.exc_info[0]
-            kind = record.name, record.levelno, str(record.msg).partition("\n")[0], error
-            if kind in self.repeats:
-                self.repeats[kind][1] += 1
-                return
-            self.repeats[kind] = [record.getMessage().partition("\n")[0], 0]
-        super().emit(record)
-
-    def _tell_repeats(self) -> None:
-        repeats, self.repeats = self.repeats, {}
-        for (name, level, *_), (line, count) in repeats.items():
-            if count:
-                super().emit(logging.LogRecord(name, level, "", 0, "%d times more: %s", (count, line), None))
-
-    def close(self) -> None:
-        self._tell_repeats()
-        super().close()
-
-
-def start_logging(settings: Settings) -> None:
-    handler = CalmLog()
-    handler.setFormatter(JsonLines() if settings.log_format == "json" else logging.Formatter("%(asctime)s %(message)s"))
-    logging.basicConfig(handlers=[handler], level=logging.INFO if settings.command == "serve" else logging.WARNING)
-
-
-def calm_collector() -> None:
-    """Full garbage collections over the objects of 1,000 streams stop the event loop for 80 ms each: make them rare.
-
-    bench/load_front.py, p99 of the added delay: 101-129 ms with Python's thresholds, 41-49 ms with these, in turn.
-    """
-    gc.set_threshold(20_000, 20, 100)
 
 
 SWITCH_WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}

@@ -3,18 +3,47 @@
 import ast
 import pickle
 import re
+import symtable
 from pathlib import Path
 
 import chat_server
 
 SOURCE = Path(chat_server.__file__).read_text(encoding="utf-8")
-SECTIONS = ["config", "errors", "text", "ops", "kv cache", "model", "weights", "scheduler", "engine", "workers", "http",
-            "command line"]
+SECTIONS = {
+    "shared": ["config", "errors and logs", "messages", "text", "finding a model", "processes"],
+    "worker": ["kv cache", "scheduler", "model and steps", "reference ops", "reference sampling, and the choice of kernels", "weights",
+               "engine", "worker process"],
+    "front": ["admission", "pool", "bodies in", "answers out", "server"],
+    None: ["command line and terminal"]}
+BANNER = re.compile(r"^# -{108}\n# (\d+)\. ([a-z, ]+)(?:: [^\n]*?)?(?:   \[([a-z]+)\])?\n# -{108}\n", re.MULTILINE)
 
 
 def test_the_banners_are_the_table_of_contents():
-    banners = re.findall(r"^# (\d+)\. ([a-z ]+)", SOURCE, re.MULTILINE)
-    assert [(int(number), name.strip()) for number, name in banners] == list(enumerate(SECTIONS, 1))
+    wanted = [(title, house) for house, titles in SECTIONS.items() for title in titles]
+    assert [(int(number), title.strip(), house or None) for number, title, house in BANNER.findall(SOURCE)] == \
+        [(number, title, house) for number, (title, house) in enumerate(wanted, 1)]
+
+
+def global_names(table):
+    """The names of the module that a function or class uses, at any depth; annotations are not looked at."""
+    used = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
+    return used.union(*map(global_names, table.get_children()))
+
+
+def test_neither_house_names_anything_of_the_other():
+    starts = [(SOURCE.count("\n", 0, banner.start()) + 1, banner.group(3)) for banner in BANNER.finditer(SOURCE)]
+    lines = {line: house for (line, house), (end, _) in zip(starts, [*starts[1:], (SOURCE.count("\n") + 1, None)])
+             for line in range(line, end)}
+    houses = {}
+    for node in ast.parse(SOURCE).body:
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        names = [node.name] if hasattr(node, "name") else [each.id for target in filter(None, targets) for each in ast.walk(target)
+                                                           if isinstance(each, ast.Name)]
+        houses |= dict.fromkeys(names, lines.get(node.lineno))
+    allowed = {"shared": {"shared"}, "worker": {"shared", "worker"}, "front": {"shared", "front"}}
+    wrong = [(table.get_name(), name) for table in symtable.symtable(SOURCE, "chat_server.py", "exec").get_children()
+             for name in global_names(table) if houses.get(name) and houses.get(name) not in allowed.get(houses.get(table.get_name()), {None, *SECTIONS})]
+    assert len(houses) > 500 and wrong == []
 
 
 def test_the_life_of_a_request_names_real_functions():

@@ -1,4 +1,4 @@
-"""Section 9: schedule, run, postprocess, on the real default model and the nanochat fixtures, in float32.
+"""Schedule, run, postprocess, on the real default model and the nanochat fixtures, in float32.
 
 The torch path is not row-invariant, so answers that must be equal are compared by the near-tie helper: they may differ
 only where the best two candidates of a draw were closer than rounding can move them.

@@ -1,4 +1,4 @@
-"""Section 5: pages, references, the prefix index."""
+"""Pages, references, the prefix index."""
 
 import random
 

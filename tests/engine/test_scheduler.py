@@ -1,4 +1,4 @@
-"""Section 8: who runs next. Plain lists stand in for the model; there is no tensor here."""
+"""Who runs next. Plain lists stand in for the model; there is no tensor here."""
 
 import random
 import subprocess

@@ -1,4 +1,4 @@
-"""Section 7: whatever a model file holds, it is a model or one line that names the file and what is wrong."""
+"""Whatever a model file holds, it is a model or one line that names the file and what is wrong."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Section 6: one forward for all families, against upstream's oracle, in any chunks, and through ops alone."""
+"""One forward for all families, against upstream's oracle, in any chunks, and through ops alone."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Section 4: every torch op against its definition in float64 numpy, and the writing into given outputs."""
+"""Every torch op against its definition in float64 numpy, and the writing into given outputs."""
 
 import math
 from types import SimpleNamespace

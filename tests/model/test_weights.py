@@ -1,4 +1,4 @@
-"""Section 7: which model, the default model's download, nanochat checkpoints, GGUF files."""
+"""Which model, the default model's download, nanochat checkpoints, GGUF files."""
 
 import ctypes
 import hashlib

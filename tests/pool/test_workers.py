@@ -1,4 +1,4 @@
-"""Section 10: processes, pipes, supervision. Real worker processes with a tiny real nanochat model."""
+"""Processes, pipes, supervision. Real worker processes with a tiny real nanochat model."""
 
 import asyncio
 import errno

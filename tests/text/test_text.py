@@ -1,4 +1,4 @@
-"""Section 3: chat templates, tokenizers, incremental decoding, the calculator."""
+"""Chat templates, tokenizers, incremental decoding, the calculator."""
 
 import json
 import random
