@@ -49,6 +49,7 @@ import contextvars
 import copy
 import ctypes
 import dataclasses
+import difflib
 import errno
 import functools
 import gc
@@ -80,6 +81,7 @@ import threading
 import time
 import types
 import typing
+import unicodedata
 import zipfile
 import zlib
 from collections import Counter, OrderedDict, deque
@@ -225,11 +227,13 @@ OPTIONS = (
     Option("top-p", None, 1.0, number(float, 0, 1), "default top-p, 1 = off"),
     Option("min-p", None, 0.0, number(float, 0, 1), "default min-p, 0 = off"),
     Option("max-tokens max-new-tokens", "m", None, number(int, 1),
-           "default answer length in tokens (512; /v1: up to the context)"),
+           "default answer length in tokens (512; chat, generate and /v1: up to the context)"),
     Option("seed", None, None, number(int, 0, 2**64 - 1), "fixed seed (default: random per answer)", "chat generate"),
     Option("prompt", "p", None, str, "one prompt, one answer; `-` reads stdin", "chat generate"),
     Option("system", None, None, str, "system message", "chat generate"),
     Option("url", None, None, str, "talk to a running server instead of loading a model", "chat generate"),
+    Option("json", None, False, None, "answers as JSON, one object a line with text, usage and timings", "chat generate"),
+    Option("history", None, True, None, "keep what is typed in ~/.local/state/chat_server/history", "chat"),
     Option("port", "p", 8000, number(int, 0, 65535), "port to listen on, 0 = any free one", "serve"),
     Option("host", None, "0.0.0.0", str, "address to listen on", "serve"),
     Option("prefix", None, "", url_prefix, "path to serve under, such as /chat", "serve"),
@@ -647,6 +651,7 @@ class Piece:
     choice: int = 0                                 # which answer: prompt * n + index
     logprobs: tuple[TokenLogprob, ...] = ()         # of the tokens that were drawn, without the one that ended the answer
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of tokens of the prompt; then there is nothing else
+    reasoning: str = ""                             # what the model thinks before it answers
 
 
 @dataclass(frozen=True)
@@ -660,7 +665,7 @@ class Finished:
     cached_tokens: int
     queue_ms: float
     ttft_ms: float
-    tokens_per_second: float
+    tokens_per_second: float | None     # None: too short to tell
     gpu: int
     choice: int = 0
     drafted_tokens: int = 0
@@ -4789,6 +4794,7 @@ SECURITY_HEADERS = {
 # the front's side
 
 RECENT_S = 5            # /stats shows the speed of so many seconds
+TIMEABLE_S = 0.001      # an answer whose tokens came within less has no speed
 
 
 @dataclass(eq=False)
@@ -4884,7 +4890,7 @@ class Job:
         return Finished(update.reason, cause, len(self.prompt_ids), count, update.cached_tokens,
                         queue_ms=(self.dispatched_s - self.arrived_s + update.queued_s) * 1e3,
                         ttft_ms=(self.first_token_s - self.arrived_s) * 1e3,
-                        tokens_per_second=(count - 1) / seconds if seconds > 0 else 0.0, gpu=gpu, choice=self.choice,
+                        tokens_per_second=(count - 1) / seconds if seconds >= TIMEABLE_S else None, gpu=gpu, choice=self.choice,
                         drafted_tokens=update.drafted_tokens, accepted_tokens=update.accepted_tokens,
                         dropped_messages=self.request.dropped_messages)
 
@@ -6231,7 +6237,7 @@ def error_body(error: ChatServerError) -> dict:
 
 def timings_body(done: Finished) -> dict:
     return {"queue_ms": round(done.queue_ms, 1), "ttft_ms": round(done.ttft_ms, 1),
-            "tokens_per_second": round(done.tokens_per_second, 1),
+            "tokens_per_second": None if done.tokens_per_second is None else round(done.tokens_per_second, 1),
             "drafted_tokens": done.drafted_tokens, "accepted_tokens": done.accepted_tokens,
             **({"dropped_messages": done.dropped_messages} if done.dropped_messages else {})}
 
@@ -6868,7 +6874,7 @@ async def logged(request: Request, events: AsyncIterator[Event]) -> AsyncIterato
 class Metrics:
     """What /metrics shows: histograms and counters are fed by `watch`, the rest is read from the pool when asked for."""
 
-    SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+    SECONDS = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
     REASONS = ("stop", "length", "cancelled", "refused", "error")
 
     def __init__(self, pool: Pool):
@@ -7782,8 +7788,6 @@ USAGE = """python chat_server.py [serve|chat|generate] [MODEL] [flags]
 serve (the default) offers the page and the APIs, chat talks in the terminal, generate answers one prompt.
 MODEL: nothing (a nanochat checkpoint, else the embedded default), a nanochat folder, a .gguf file, a Hugging Face
 folder or id. Each flag has an environment variable: --max-tokens is CHAT_SERVER_MAX_TOKENS. --config FILE.toml has them as lines."""
-CHAT_HELP = "clear: forget the conversation; quit, exit: leave; Ctrl-C: stop the answer (at an empty prompt: leave)"
-TERMINAL_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -7880,8 +7884,13 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
 
 
 class RemotePool:
-    """A running server (--url) behind the same `answer` as LocalPool; speaks the native API, nanochat's servers too."""
+    """A running server (--url) behind the same `answer` as LocalPool.
 
+    It is asked at /v1, and at nanochat's /chat/completions where it has only that. A stream that breaks is taken up again
+    where the server keeps it; an answer that is left is cancelled there.
+    """
+
+    RESUME_S = (0.2, 0.5, 1, 2, 5, 5, 5, 5)     # pauses before each attempt to take a stream up again: GRACE_S is longer
     ready = True
 
     def __init__(self, settings: Settings):
@@ -7890,6 +7899,8 @@ class RemotePool:
         self.headers = {"Authorization": f"Bearer {key}" for key in settings.api_key[:1]}
         self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
         self.client: Any = None
+        self.model: dict[str, Any] = {}         # what /v1/models says of it
+        self.native = False                     # it has only nanochat's route
 
     async def start(self) -> None:
         aiohttp = require_library("aiohttp", "--url")
@@ -7898,13 +7909,19 @@ class RemotePool:
 
     async def wait_ready(self) -> None:
         """Until the server is ready; ConfigError when there is none."""
-        while not (health := await self._health()).get("ready"):
+        while not (health := await self._health()).get("ready", True):
             if "loading" not in health:
                 raise Overloaded(f"the server at {self.url} is not ready ({health.get('status', 'no reason given')})")
             self.on_progress(f"server: {health['loading'].get('stage')}", float(health["loading"].get("fraction") or 0))
             await asyncio.sleep(0.5)
+        models = await self.get("v1/models")
+        listed = models.get("data") if isinstance(models, dict) else None
+        if not listed and "ready" not in health:
+            raise ConfigError(f"{self.url} is not a chat server: neither its /health nor its /v1/models is one's")
+        self.model = listed[0] if listed and isinstance(listed[0], dict) else {}
 
     async def _health(self) -> dict:
+        """{} from a server that is reached and says nothing of the kind."""
         import aiohttp
         try:
             async with self.client.get(f"{self.url}/health") as response:
@@ -7913,31 +7930,102 @@ class RemotePool:
             raise ConfigError(f"no server answers at {self.url}: {error or 'timed out'}") from None
         except ValueError:
             health = None
-        if not isinstance(health, dict):
-            raise ConfigError(f"{self.url} is not a chat server: its /health is not a JSON object")
-        return health
+        return health if isinstance(health, dict) else {}
+
+    async def get(self, path: str) -> Any:
+        """The JSON that a route answers; None for anything else."""
+        import aiohttp
+        with contextlib.suppress(aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError):
+            async with self.client.get(f"{self.url}/{path}") as response:
+                return await response.json(content_type=None) if response.status == 200 else None
+
+    @property
+    def model_name(self) -> str:
+        return str(self.model.get("id", ""))
+
+    @property
+    def context_length(self) -> int | None:
+        return self.model.get("context_length") or self.model.get("max_model_len")
 
     def describe(self) -> list[str]:
-        return [f"Server: {self.url}"]
+        return [f"Server: {self.url}", *([f"Model: {self.model_name}"] if self.model_name else [])]
 
     async def answer(self, request: Request) -> AsyncIterator[Event]:
         """The server's stream as events; raises what LocalPool would, and ConfigError when there is no server."""
         import aiohttp
+        response, reader = await self._post(request), RemoteStream()
         try:
-            async with self.client.post(f"{self.url}/chat/completions", json=native_body(request)) as response:
-                if response.status != 200:
-                    raise await refusal(response)
-                yield Accepted(0, request.sampling.seed)
-                async for line in response.content:
-                    if line.startswith(b"data:"):
-                        yield (event := native_event(json.loads(line[5:])))
-                        if isinstance(event, Finished):
-                            return
-        except aiohttp.ClientConnectorError as error:
+            yield Accepted(0, request.sampling.seed)
+            while reader.done is None:
+                try:
+                    async for event in reader.read(response.content):
+                        yield event
+                    if reader.done is None:
+                        raise aiohttp.ClientPayloadError("it ended early")
+                except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+                    response.close()
+                    response = await self._take_up(request.id, reader, error)
+            yield reader.finished(request)
+        except ValueError as error:
+            raise EngineFailure(f"{self.url} does not answer as a chat server does: {error}") from None
+        finally:
+            response.close()
+            if reader.done is None:
+                await self._cancel(request.id)
+
+    async def _post(self, request: Request) -> Any:
+        """The response to a request, once the server has accepted it."""
+        import aiohttp
+        headers = {"X-Request-Id": request.id}
+        route = "completions" if request.messages is None else "chat/completions"
+        try:
+            if not self.native:
+                response = await self.client.post(f"{self.url}/v1/{route}", json=self._body(request), headers=headers)
+                error = None if response.status == 200 else await refusal(response)
+                if error is None:
+                    return response
+                if response.status not in (404, 405) or error.code == "model_not_found":
+                    raise error
+                self.native = True
+            response = await self.client.post(f"{self.url}/chat/completions", json=native_body(request), headers=headers)
+        except (aiohttp.ClientConnectorError, aiohttp.InvalidURL) as error:
             raise ConfigError(f"no server answers at {self.url}: {error}") from None
-        except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
             raise EngineFailure(f"the connection to {self.url} broke: {error or 'timed out'}") from None
-        raise EngineFailure("the server ended the answer early")
+        if response.status != 200:
+            raise await refusal(response)
+        return response
+
+    def _body(self, request: Request) -> dict[str, Any]:
+        """A Request as the body of POST /v1/chat/completions or /v1/completions."""
+        body = native_body(request) | {"stream": True, "stream_options": {"include_usage": True}}
+        if request.messages is None:
+            body["prompt"] = body.pop("messages")[0]["content"]
+        if self.model_name and self.model.get("owned_by") != "chat_server":     # ours has one, under several names
+            body["model"] = self.model_name
+        return body
+
+    async def _take_up(self, request_id: str, reader: "RemoteStream", error: Exception) -> Any:
+        """The response with the rest of a stream that broke. EngineFailure when there is none to be had."""
+        import aiohttp
+        broke = EngineFailure(f"the connection to {self.url} broke: {error or 'timed out'}")
+        for pause_s in self.RESUME_S if reader.next is not None else ():
+            await asyncio.sleep(pause_s)
+            with contextlib.suppress(aiohttp.ClientError, asyncio.TimeoutError, OSError):
+                response = await self.client.get(f"{self.url}/v1/streams/{request_id}?from={reader.next}")
+                if response.status == 200:
+                    return response
+                response.close()
+                if response.status < 500:
+                    break
+        raise broke from None
+
+    async def _cancel(self, request_id: str) -> None:
+        import aiohttp
+        with contextlib.suppress(aiohttp.ClientError, asyncio.TimeoutError, OSError):
+            timeout = aiohttp.ClientTimeout(total=5)
+            async with self.client.post(f"{self.url}/v1/cancel/{request_id}", timeout=timeout):
+                pass
 
     async def close(self) -> None:
         if self.client:
@@ -7947,26 +8035,79 @@ class RemotePool:
 Pool = LocalPool | RemotePool
 
 
+class RemoteStream:
+    """Reads the events of /v1 or of the native API, over several connections if it has to."""
+
+    def __init__(self) -> None:
+        self.next: int | None = None            # number of the next event, where the server numbers them
+        self.done: dict[str, Any] | None = None     # once the answer has ended: finish_reason, usage, timings ...
+        self.pieces, self.begin_s, self.first_s = 0, time.monotonic(), 0.0
+
+    async def read(self, lines: Any) -> AsyncIterator[Piece]:
+        """The pieces of a connection's lines. ValueError for what is no stream; the server's error is raised."""
+        ending: dict[str, Any] = {}
+        async for line in lines:
+            if line.startswith(b"id:") and line[3:].strip().isdigit():
+                self.next = int(line[3:]) + 1
+            elif line.startswith(b"data:") and line[5:].strip() == b"[DONE]":
+                break
+            elif line.startswith(b"data:"):
+                body = json.loads(line[5:])
+                if piece := self._piece(body):
+                    yield piece
+                ending |= {name: value for name in ("usage", "timings", "gpu") if (value := body.get(name)) is not None}
+                ending |= ending_of(body)
+                if body.get("done"):
+                    break
+        if "finish_reason" in ending:
+            self.done = ending
+
+    def _piece(self, body: Any) -> Piece | None:
+        if not isinstance(body, dict):
+            raise ValueError("an event is not a JSON object")
+        if "error" in body:
+            raise remote_error(body, 500)
+        choice = (body.get("choices") or [{}])[0]
+        delta = choice.get("delta") or choice
+        text = body.get("token") or delta.get("content") or delta.get("text") or ""
+        reasoning = body.get("reasoning") or delta.get("reasoning_content") or delta.get("reasoning") or ""
+        if not text and not reasoning:
+            return None
+        self.first_s = self.first_s or time.monotonic()
+        self.pieces += 1
+        return Piece(text, (), body.get("gpu", 0), reasoning=reasoning)
+
+    def finished(self, request: Request) -> Finished:
+        """What the server said at the end; what it did not say as it was seen here, a piece for a token."""
+        usage, timings = self.done.get("usage") or {}, self.done.get("timings") or {}
+        cached = usage.get("cached_tokens") or (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        since_first_s = time.monotonic() - self.first_s
+        speed = (self.pieces - 1) / since_first_s if self.pieces > 1 and since_first_s > 0.1 else None
+        if "tokens_per_second" in timings:
+            speed = timings["tokens_per_second"]
+        ttft_ms = (self.first_s - self.begin_s) * 1e3 if self.first_s else 0.0
+        return Finished(
+            self.done["finish_reason"], self.done.get("stop_reason"), usage.get("prompt_tokens", 0),
+            usage.get("completion_tokens", self.pieces), cached, timings.get("queue_ms", 0.0), timings.get("ttft_ms", ttft_ms),
+            speed, self.done.get("gpu", timings.get("gpu", 0)),
+            **{name: timings.get(name, 0) for name in ("drafted_tokens", "accepted_tokens", "dropped_messages")})
+
+
+def ending_of(body: dict[str, Any]) -> dict[str, Any]:
+    """finish_reason and stop_reason of an event of either API that ends the answer, else nothing."""
+    choice = (body.get("choices") or [{}])[0]
+    reason = body.get("finish_reason") or choice.get("finish_reason") or ("stop" if body.get("done") else None)
+    return {"finish_reason": reason, "stop_reason": body.get("stop_reason", choice.get("stop_reason"))} if reason else {}
+
+
 def native_body(request: Request) -> dict[str, Any]:
     """A Request as the body of POST /chat/completions."""
     sampling = request.sampling
     messages = request.messages or (Message("user", str(request.prompts[0])),)
-    return {"messages": [{"role": m.role, "content": m.content} for m in messages], "max_tokens": request.max_tokens,
+    return {"messages": [{"role": m.role, "content": m.content} for m in messages], "truncate": "oldest", "resumable": True,
             "stop": list(request.stop), "ignore_eos": request.ignore_eos,
+            **({} if request.max_tokens is None else {"max_tokens": request.max_tokens}),
             **{name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}}
-
-
-def native_event(body: dict[str, Any]) -> Event:
-    """One `data:` object of the native stream as an event; its error is raised."""
-    if "error" in body:
-        raise remote_error(body, 500)
-    if not body.get("done"):
-        return Piece(body.get("token", ""), (), body.get("gpu", 0))
-    told = (body.get("usage") or {}) | (body.get("timings") or {})
-    numbers = {name: told.get(name, 0) for name in (
-        "prompt_tokens", "completion_tokens", "cached_tokens", "queue_ms", "ttft_ms", "tokens_per_second", "drafted_tokens",
-        "accepted_tokens", "dropped_messages")}
-    return Finished(body.get("finish_reason", "stop"), body.get("stop_reason"), gpu=body.get("gpu", 0), **numbers)
 
 
 async def refusal(response: Any) -> ChatServerError:
@@ -7974,6 +8115,7 @@ async def refusal(response: Any) -> ChatServerError:
     body = None
     with contextlib.suppress(ValueError):
         body = await response.json(content_type=None)
+    response.close()
     retry = response.headers.get("Retry-After", "")
     return remote_error(body, response.status, int(retry) if retry.isdigit() else 1)
 
@@ -8021,30 +8163,446 @@ async def interruptible(work: Any) -> Any:
             loop.remove_signal_handler(signal.SIGINT)
 
 
+# What an answer looks like on a terminal. Everything is written once: the screen above the cursor never changes.
+
+TERMINAL_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+BOLD, DIM, ITALIC, UNDERLINED, RED, ACCENT = "1", "2", "3", "4", "31", "36"      # SGR codes; several are joined by ;
+
+
 def write(text: str) -> None:
     """Some of the answer on stdout; a terminal gets no control characters that the model wrote."""
-    sys.stdout.write(text.translate(TERMINAL_CONTROLS) if sys.stdout.isatty() else text)
+    show(text.translate(TERMINAL_CONTROLS) if sys.stdout.isatty() else text)
+
+
+def show(text: str) -> None:
+    sys.stdout.write(text)
     sys.stdout.flush()
 
 
-def note(text: str) -> None:
-    """A line of ours between the messages."""
-    print(f"\x1b[2m{text}\x1b[0m" if sys.stdout.isatty() else text, flush=True)
+def screen_width() -> int:
+    return shutil.get_terminal_size().columns
+
+
+def use_colours(stream: Any) -> bool:
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def in_style(style: str, text: str) -> str:
+    return f"\x1b[{style}m{text}\x1b[0m" if style and text else text
+
+
+def cells(text: str) -> int:
+    """Columns of a terminal that a text takes."""
+    wide = unicodedata.east_asian_width
+    return sum(0 if unicodedata.combining(c) or c in "\u200d\ufe0f" else 2 if wide(c) in "WF" else 1 for c in text)
+
+
+class WordWriter:
+    """Writes text in whole words as they come, so that lines break at spaces, and between the letters of scripts without them."""
+
+    CJK = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff\uff00-\uff60"
+    PARTS = re.compile(rf"\n|[^\S\n]+|[{CJK}][、。，．！？：；」』）】]*|[^\s{CJK}]+")
+
+    def __init__(self, out: Callable[[str], None], columns: Callable[[], int]):
+        self.out, self.columns = out, columns
+        self.column, self.gap, self.word = 0, ("", ""), []      # of the cursor; (style, spaces) and [(style, text)] to be written
+        self.hang = ""                                  # what a line that goes on begins with
+
+    def put(self, text: str, style: str = "") -> None:
+        for part in self.PARTS.findall(text):
+            if part == "\n":
+                self.end_line()
+            elif part.isspace():
+                self.end_word()
+                self.gap = style, self.gap[1] + part
+            else:
+                if re.match(f"[{self.CJK}]", part):
+                    self.end_word()
+                self.word.append((style, part))
+
+    def end_word(self) -> None:
+        if not self.word:
+            return
+        width, columns = sum(cells(text) for _, text in self.word), max(self.columns(), 20)
+        if self.column > len(self.hang) and self.column + cells(self.gap[1]) + width > columns:
+            self.out("\n" + self.hang)
+            self.column, self.gap = cells(self.hang), ("", "")
+        self._write(self.word)
+        if self.column > columns:           # a word longer than a line: the terminal breaks it
+            self.column %= columns
+
+    def _write(self, parts: list[tuple[str, str]]) -> None:
+        """Parts after the spaces before them; those of one style together."""
+        runs = [(style, "".join(text for _, text in run)) for style, run in
+                itertools.groupby([self.gap, *parts], key=lambda part: part[0])]
+        self.out("".join(in_style(*run) for run in runs))
+        self.column += sum(cells(text) for _, text in runs)
+        self.gap, self.word = ("", ""), []
+
+    def end_line(self) -> None:
+        self.end_word()
+        self.out("\n")
+        self.column, self.gap, self.hang = 0, ("", ""), ""
+
+    def put_whole(self, text: str, style: str = "") -> None:
+        """Text that is not broken, such as code."""
+        self.end_word()
+        self._write([(style, text)])
+
+    def close(self) -> None:
+        self.end_word()
+        if self.column:
+            self.end_line()
+
+
+class MarkdownWriter:
+    """Writes Markdown while it streams. What may still turn out to be markup is held back, HELD characters at most, since
+    nothing that was written can be changed; tables are held until they are whole.
+
+    Without colours the marks are shown as they came, being all the emphasis there is.
+    """
+
+    HELD = 200
+    UNDECIDED = re.compile(r"\s*([#>*+\-_`~=.)\d]*\s*|(```|~~~).*|\|.*)")       # such a beginning of a line may become anything
+    FENCE = re.compile(r"\s*(`{3,}(?=[^`]*$)|~{3,})")
+    RULE = re.compile(r"\s*([-*_])(\s*\1){2,}\s*")
+    HEADING = re.compile(r"\s{0,3}#{1,6}\s+")
+    ITEM = re.compile(r"(\s*)([-*+]|\d{1,9}[.)])(\s+)")
+    QUOTE = re.compile(r"\s{0,3}((> ?)+)")
+    OPENING = re.compile(r"`+|(?<!\w)\*(?=[^\s*]|$)|(?<!\*)\*{2,3}(?=[^\s*]|$)|(?<!\w)_{1,3}(?=[^\s_]|$)|(?<!!)\[(?=[^\]\s]|$)|\\(?=[!-/:-@[-`{-~]|$)")
+    SPAN = re.compile(
+        r"(?P<ticks>`+)(?!`)(?P<code>.+?)(?<!`)(?P=ticks)(?!`)"
+        r"|(?P<marks>\*{1,3}(?![\s*])|_{1,3}(?![\s_]))(?P<text>.+?)(?<![\s*_])(?P=marks)(?![*_])(?!(?<=_)\w)"
+        r"|\[(?P<label>[^\]\n]+)\]\((?P<url>[^)\s]+)\)|\\(?P<escaped>[*_`#~|>])")
+
+    def __init__(self, out: Callable[[str], None], columns: Callable[[], int], colours: bool):
+        self.words, self.colours = WordWriter(out, columns), colours
+        self.held, self.before = "", ""         # what is not written yet of a line, and the character before that
+        self.style, self.fence, self.table = "", "", []         # of this line; what opened the code block; rows
+        self.begun = False                      # is it known what kind of line this is?
+
+    def push(self, text: str, last: bool = False) -> None:
+        """Write what is certain; all of it where this is the last."""
+        self.held += text.translate(TERMINAL_CONTROLS)
+        while True:
+            line, newline, rest = self.held.partition("\n")
+            used = self._line(line, bool(newline) or last)
+            if not newline:
+                self.held = line[used:]
+                break
+            self.held, self.begun, self.style, self.before = rest, False, "", ""
+            if not self.table:
+                self.words.end_line()
+        if last:
+            self._end_table()
+            self.words.close()
+
+    def _line(self, line: str, whole: bool) -> int:
+        """Write some of a line; how many of its characters that are."""
+        used = 0
+        if not self.begun:
+            if not whole and (re.fullmatch(r"\s*[`~]*", line) if self.fence else self.UNDECIDED.fullmatch(line)):
+                return 0
+            if line.lstrip().startswith("|") and not self.fence and self.colours:
+                self.table.append(line)
+                return len(line)
+            self._end_table()
+            used, self.begun = self._begin(line), True
+        if self.fence:
+            self.words.put_whole(line[used:], ACCENT if self.colours else "")
+            return len(line)
+        end = used + self._inline(line[used:], self.style, whole)
+        self.before = line[end - 1:end] or self.before
+        return end
+
+    def _begin(self, line: str) -> int:
+        """Write what a line begins with, and know it by that; how many characters that are."""
+        mark = line.strip()
+        if self.fence and not (set(mark) == {self.fence[0]} and len(mark) >= len(self.fence)):
+            return 0
+        if self.fence or (fence := self.FENCE.match(line)):
+            self.words.put_whole(line, DIM if self.colours else "")
+            self.fence = "" if self.fence else fence[1]
+            return len(line)
+        if item := self.ITEM.match(line):
+            bullet = "•" if self.colours and item[2] in "-*+" else item[2]
+            self.words.put(item[1] + bullet + " ", ACCENT if self.colours else "")
+            self.words.hang = " " * cells(item[1] + bullet + " ")
+            return item.end()
+        if not self.colours:
+            return 0
+        if self.RULE.fullmatch(line):
+            self.words.put_whole("─" * min(40, self.words.columns()), DIM)
+            return len(line)
+        if heading := self.HEADING.match(line):
+            self.style = BOLD + (";" + UNDERLINED) * (line.strip().count("#", 0, 2) == 1)
+            return heading.end()
+        if quote := self.QUOTE.match(line):
+            self.words.hang = "│ " * quote[1].count(">")
+            self.words.put(self.words.hang)
+            return quote.end()
+        return 0
+
+    def _inline(self, text: str, style: str, whole: bool) -> int:
+        """Write text with emphasis, code and links; how many characters of it are written."""
+        if not self.colours:
+            self.words.put(text)
+            return len(text)
+        text, at = self.before + text, len(self.before)
+        start = at
+        while opening := self.OPENING.search(text, at):
+            self.words.put(text[at:opening.start()], style)
+            at = opening.start()
+            span = self.SPAN.match(text, at)
+            if not whole and len(text) - at < self.HELD and (span is None or span.end() == len(text)):
+                return at - start
+            if span:
+                self._span(span, style)
+            else:
+                self.words.put(opening[0], style)
+            at = (span or opening).end()
+        self.words.put(text[at:], style)
+        return len(text) - start
+
+    def _span(self, span: re.Match, style: str) -> None:
+        also = lambda code: f"{style};{code}".strip(";")      # noqa: E731
+        if span["code"]:
+            self.words.put(span["code"], also(ACCENT))
+        elif span["text"]:
+            self.before = ""
+            self._inline(span["text"], also({1: ITALIC, 2: BOLD, 3: f"{BOLD};{ITALIC}"}[len(span["marks"])]), True)
+        elif span["label"]:
+            self.words.put(span["label"], also(UNDERLINED))
+            if span["url"] != span["label"]:
+                self.words.put(f" ({span['url']})", also(DIM))
+        else:
+            self.words.put(span["escaped"], style)
+
+    def _end_table(self) -> None:
+        """Write the rows that were held, in columns; where these are wider than the screen as they came."""
+        if not self.table:
+            return
+        plain = lambda cell: self.SPAN.sub(lambda m: m["code"] or m["text"] or m["label"] or m["escaped"], cell.strip())    # noqa: E731
+        rows = [[plain(cell) for cell in re.split(r"(?<!\\)\|", row.strip().strip("|"))] for row in self.table]
+        rows = [row for row in rows if not all(re.fullmatch(r":?-+:?", cell) for cell in row)]
+        widths = [max(map(cells, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
+        fits = sum(widths) + 3 * len(widths) <= self.words.columns()
+        for index, row in enumerate(rows if fits else self.table):
+            text = "   ".join(cell + " " * (width - cells(cell)) for cell, width in zip(row, widths)) if fits else row
+            self.words.put_whole(text.rstrip(), BOLD * fits * (index == 0))
+            self.words.end_line()
+        self.table = []
+
+
+# Conversations, in the format that the page exports and imports (static/tree.js).
+
+CHAT_FORMAT = {"format": "chat_server chats", "version": 2}
+A_TIME = {"type": "number", "minimum": 1, "maximum": 8.64e15}           # milliseconds since 1970
+CHAT_FIELDS = {"title": A_TEXT, "created": A_TIME, "updated": A_TIME, "pinned": {"type": "boolean"}, "system": A_TEXT,
+               "parameters": {"type": "object"}, "leaf": A_TEXT}
+NODE_FIELDS = {"role": {"enum": ["user", "assistant"]}, "content": A_TEXT, "created": A_TIME, "reasoning": A_TEXT, "model": A_TEXT,
+               "seed": {"type": "integer"}, "parameters": {"type": "object"}, "timings": {"type": "object"}, "note": A_TEXT,
+               "error": A_TEXT, "edited": {"enum": [True]}, "attachments": {"type": "array"}}
+PARAMETERS = {option_field(option): option for option in OPTIONS
+              if option.name.split()[0] in ("temperature", "top-k", "top-p", "min-p", "max-tokens", "seed")}
+
+
+def now_ms() -> int:
+    return int(time.time() * 1e3)
+
+
+def title_of(text: str) -> str:
+    """The first line of a question, shortened."""
+    line = next(filter(None, (re.sub(r"^[#>*\s`-]+", "", line).strip() for line in text.split("\n"))), "")
+    return line if len(line) <= 60 else re.sub(r"\s+\S*$", "", line[:60]) + "…"
+
+
+def known_fields(given: dict, fields: Mapping[str, dict]) -> dict[str, Any]:
+    return {name: given[name] for name, schema in fields.items() if name in given and fits(schema, given[name])}
+
+
+def known_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that can be set, with values that they can have."""
+    known = {}
+    for name, option in PARAMETERS.items():
+        with contextlib.suppress(ValueError, TypeError, argparse.ArgumentTypeError):
+            if not isinstance(value := given.get(name), (dict, list, bool)):
+                known[name] = option.parse(str(value))
+    stop = given.get("stop")
+    return known | ({"stop": stop[:LIMITS.stop_strings]} if isinstance(stop, list) and stop and all(map(is_text, stop)) else {})
+
+
+class Conversation:
+    """The tree of a chat's messages, of which the path to `leaf` is gone on with: other answers and versions stay beside it."""
+
+    def __init__(self, system: str = "", parameters: Mapping[str, Any] | None = None):
+        self.fields: dict[str, Any] = {"title": "", "created": now_ms(), "pinned": False}       # the others of CHAT_FIELDS
+        self.system, self.parameters = system, dict(parameters or {})
+        self.nodes: dict[str, dict] = {}
+        self.leaf: str | None = None
+
+    def path(self) -> list[dict]:
+        """The nodes from a first message to the leaf."""
+        path, node = [], self.nodes.get(self.leaf)
+        while node and len(path) < len(self.nodes):
+            path.append(node)
+            node = self.nodes.get(node["parent"])
+        return path[::-1]
+
+    def add(self, role: str, content: str, parent: str | None, **more: Any) -> dict:
+        node = {"id": secrets.token_hex(16), "parent": parent, "role": role, "content": content, "created": now_ms()} | more
+        self.nodes[node["id"]], self.leaf = node, node["id"]
+        self.fields["title"] = self.fields["title"] or title_of(content)
+        return node
+
+    @property
+    def title(self) -> str:
+        return self.fields["title"]
+
+    def last(self, role: str) -> dict | None:
+        return next((node for node in reversed(self.path()) if node["role"] == role), None)
+
+    def messages(self) -> tuple[Message, ...]:
+        """What is sent: no empty ones, and those of one role that meet are joined, since templates want roles to alternate."""
+        found = [Message("system", self.system)] if self.system.strip() else []
+        for node in self.path():
+            if found[-1:] and found[-1].role == node["role"] and node["content"]:
+                found[-1] = Message(node["role"], f"{found[-1].content}\n\n{node['content']}")
+            elif node["content"]:
+                found.append(Message(node["role"], node["content"]))
+        return tuple(found)
+
+    def exported(self) -> dict:
+        updated = max((node["created"] for node in self.nodes.values()), default=self.fields["created"])
+        chat = {**self.fields, "updated": updated, "system": self.system, "parameters": self.parameters, "leaf": self.leaf or "",
+                "nodes": list(self.nodes.values())}
+        return {**CHAT_FORMAT, "exported": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "conversations": [chat]}
+
+
+def read_chats(text: str) -> list[Conversation]:
+    """The conversations of an exported file, or of a list of messages. ValueError with the reason."""
+    try:
+        file = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError("it is not valid JSON") from None
+    file = {"messages": file} if isinstance(file, list) else file
+    chats = file.get("conversations", [file]) if isinstance(file, dict) else [None]
+    return [read_chat(chat, index) for index, chat in enumerate(chats, 1)]
+
+
+def read_chat(chat: Any, index: int) -> Conversation:
+    listed = isinstance(chat, dict) and chat.get("nodes", chat.get("messages"))
+    if not isinstance(listed, list):
+        raise ValueError('there is no list "messages" of {role, content}, and no "nodes", in it')
+    old = chat["settings"] if isinstance(chat.get("settings"), dict) else {}        # of version 1
+    fields = known_fields({"system": old.get("system"), "parameters": old} | chat, CHAT_FIELDS)
+    found = Conversation(fields.pop("system", ""), known_parameters(fields.pop("parameters", {})))
+    leaf = fields.pop("leaf", None)
+    for number_, message in enumerate(listed, 1):
+        if not isinstance(message, dict) or message.get("role") not in ("user", "assistant", "system") or \
+                not is_text(message.get("content") or ""):
+            raise ValueError(f"message {number_} of chat {index} lacks a role or a text")
+        if message["role"] == "system":
+            found.system = message.get("content") or ""
+            continue
+        tree = {"id": message.get("id"), "parent": message.get("parent")} if "nodes" in chat else {}
+        if tree and (not is_text(tree["id"]) or tree["id"] in found.nodes):
+            raise ValueError(f"message {number_} of chat {index} has no id, or that of another")
+        node = {"content": "", **known_fields({"timings": message.get("stats"), **message}, NODE_FIELDS)}
+        found.add(**{"parent": found.leaf} | node | tree)
+    found.fields |= fields
+    mend_parents(found.nodes)
+    newest = max(found.nodes.values(), key=lambda node: node["created"], default={"id": None})["id"]
+    found.leaf = leaf if leaf in found.nodes else newest if "nodes" in chat else found.leaf
+    return found
+
+
+def mend_parents(nodes: dict[str, dict]) -> None:
+    """A node whose parent is missing, or that would be its own ancestor, becomes a first message."""
+    good: set[str | None] = {None}
+    for start in nodes.values():
+        way, node = [], start
+        while node["id"] not in good and node["id"] not in way:
+            way.append(node["id"])
+            if not is_text(node["parent"]) or node["parent"] not in nodes or node["parent"] in way:
+                node["parent"] = None
+                break
+            node = nodes[node["parent"]]
+        good.update(way)
+
+
+# What is typed, and what comes of it.
+
+
+def block_is_open(text: str) -> bool:
+    """Has a message in \""" begun that has not ended? Enter then makes a new line."""
+    text = text.strip()
+    return text.startswith('"""') and (len(text) < 6 or not text.endswith('"""'))
+
+
+def history_path() -> Path:
+    """A file that only its owner can read; OSError where there can be none."""
+    path = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "chat_server" / "history"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
+    return path
 
 
 class Terminal:
-    """Where `chat` reads messages: prompt_toolkit on a terminal (history, a paste is one message), else plain lines."""
+    """Where `chat` reads messages, and where it writes: prompt_toolkit on a terminal, else plain lines."""
 
-    def __init__(self) -> None:
-        self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    def __init__(self, settings: Settings, complete: Callable[[str], Iterable[str]]) -> None:
+        self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        self.colours, self.as_json = use_colours(sys.stdout), settings.json
         self.session: Any = None
         self.lines: asyncio.Queue[str | None] = asyncio.Queue()
-        if self.is_terminal:
-            with contextlib.suppress(ImportError):
-                self.session = importlib.import_module("prompt_toolkit").PromptSession(reserve_space_for_menu=0)
-        if self.session is None:
+        if self.interactive and importlib.util.find_spec("prompt_toolkit"):
+            self.session = self._open_session(settings, complete)
+        else:
             loop = asyncio.get_running_loop()
             threading.Thread(target=self._read_lines, args=(loop,), daemon=True).start()
+
+    def _open_session(self, settings: Settings, complete: Callable[[str], Iterable[str]]) -> Any:
+        from prompt_toolkit import PromptSession, completion, history
+        from prompt_toolkit.shortcuts import CompleteStyle
+
+        class Completer(completion.Completer):
+            def get_completions(self, document: Any, event: Any) -> Iterator[Any]:
+                text = document.text_before_cursor
+                yield from (completion.Completion(found, start_position=-len(text)) for found in complete(text))
+
+        past = history.InMemoryHistory()
+        if settings.history:
+            try:
+                past = history.FileHistory(str(history_path()))
+            except OSError as error:
+                self.note(f"no history is kept: {error}")
+        return PromptSession(
+            history=past, key_bindings=self._keys(), completer=Completer(), complete_while_typing=False, multiline=True,
+            complete_style=CompleteStyle.READLINE_LIKE, prompt_continuation="  ", reserve_space_for_menu=0)
+
+    @staticmethod
+    def _keys() -> Any:
+        """Enter sends, but for an open block; Alt-Enter makes a new line; Ctrl-C clears what is typed, or leaves."""
+        keys = importlib.import_module("prompt_toolkit.key_binding").KeyBindings()
+
+        @keys.add("enter")
+        def enter(event: Any) -> None:
+            buffer = event.current_buffer
+            if block_is_open(buffer.text):
+                buffer.insert_text("\n")
+            else:
+                buffer.validate_and_handle()
+
+        @keys.add("c-c")
+        def stop(event: Any) -> None:
+            if event.current_buffer.text:
+                event.current_buffer.reset()
+            else:
+                event.app.exit(exception=KeyboardInterrupt)
+
+        keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+        return keys
 
     def _read_lines(self, loop: asyncio.AbstractEventLoop) -> None:
         """A thread of its own: stdin may be a file, a pipe or a terminal, and must not hold up the exit."""
@@ -8057,82 +8615,390 @@ class Terminal:
             for last in ([rest.decode("utf-8", "replace")] if rest else []) + [None]:
                 loop.call_soon_threadsafe(self.lines.put_nowait, last)
 
-    async def read(self) -> str | None:
+    async def read(self, default: str = "") -> str | None:
         """The next message; None when the user leaves (end of file, Ctrl-C)."""
         try:
             if self.session:
-                return await self.session.prompt_async("> ")
-            if self.is_terminal:
-                write("> ")
-            return await interruptible(self.lines.get())
+                style = [("bold" if self.colours else "", "> ")]
+                return await self.session.prompt_async(style, default=default)
+            return await self._read_block()
         except (EOFError, KeyboardInterrupt):
             return None
 
+    async def _read_block(self) -> str | None:
+        """A line, or several between \"""."""
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        text = await interruptible(self.lines.get())
+        while text is not None and block_is_open(text):
+            if (line := await interruptible(self.lines.get())) is None:
+                self.lines.put_nowait(None)         # the end comes after the message that it ends
+                break
+            text += "\n" + line
+        return text
 
-def speed(done: Finished) -> str:
-    return (f"[{done.completion_tokens} tokens, {done.tokens_per_second:.1f} tok/s, "
-            f"first token after {done.ttft_ms:.0f} ms]")
+    def note(self, text: str, style: str = DIM) -> None:
+        """Lines of ours: among the messages on a terminal; else stdout has nothing but answers, and they are on stderr."""
+        if not self.interactive:
+            return print(text, file=sys.stderr, flush=True)
+        words = WordWriter(show, screen_width)
+        words.put(text + "\n", style if self.colours else "")
 
-
-class Conversation:
-    """The turns of `chat`, and what is done with the next one."""
-
-    def __init__(self, pool: Pool, settings: Settings):
-        self.pool, self.settings = pool, settings
-        self.clear()
-
-    def clear(self) -> None:
-        self.messages = [Message("system", self.settings.system)] if self.settings.system else []
-
-    async def say(self, text: str) -> None:
-        """Answer one message; an interrupted answer is kept as far as it came, a message without any is dropped."""
-        self.messages.append(Message("user", text))
-        pieces: list[str] = []
+    @contextlib.contextmanager
+    def unechoed(self) -> Iterator[None]:
+        """What is typed while an answer comes is not shown within it; it waits for the next prompt."""
         try:
-            done = await interruptible(self.answer(pieces))
-            note(speed(done) if done else "[stopped]")
-        except ChatServerError as error:
-            note(f"error: {error}")
-        if pieces:
-            self.messages.append(Message("assistant", "".join(pieces)))
-        else:
-            self.messages.pop()
-
-    async def answer(self, pieces: list[str]) -> Finished:
-        while True:
-            try:
-                return await print_answer(self.pool, new_request(self.settings, messages=tuple(self.messages)), pieces)
-            except RequestError as error:
-                if error.code != "context_length_exceeded" or not self.drop_oldest():
-                    raise
-                note(f"{error}; the oldest question and its answer are dropped (`clear` starts afresh)")
-
-    def drop_oldest(self) -> bool:
-        """Forget the oldest user and assistant turns; False when only the newest message is left."""
-        first = int(self.messages[0].role == "system")
-        if len(self.messages) - first < 3:
-            return False
-        del self.messages[first:first + 2]
-        return True
+            import termios
+            before = termios.tcgetattr(descriptor := sys.stdin.fileno())
+        except (ImportError, OSError, ValueError, termios.error):       # Windows; a pipe
+            yield
+            return
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before[:3] + [before[3] & ~termios.ECHO] + before[4:])
+        try:
+            yield
+        finally:
+            termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
 
 
-def new_request(settings: Settings, **source: Any) -> Request:
-    return Request(secrets.token_hex(16), sampling=sampling_params({}, settings),
-                   max_tokens=settings.max_tokens or DEFAULT_MAX_TOKENS, **source)
+def duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 0.1 else f"{seconds * 1e3:.0f} ms"
 
 
-async def print_answer(pool: Pool, request: Request, pieces: list[str]) -> Finished:
-    """Write an answer as it comes, and a newline after it; `pieces` keeps its text."""
+def summary(done: Finished, seconds: float) -> str:
+    """156 tokens in 4.2 s, 37 tok/s, first after 0.2 s."""
+    count, speed = done.completion_tokens, done.tokens_per_second
+    parts = [f"{count} token{'s' * (count != 1)} in {duration(seconds)}", *([f"{speed:.{0 if speed >= 10 else 1}f} tok/s"] if speed else []),
+             f"first after {duration(done.ttft_ms / 1e3)}"]
+    if done.reason == "length":
+        parts.append("cut at the length limit (/continue goes on)")
+    if done.dropped_messages:
+        parts.append(f"without the {done.dropped_messages} oldest messages, which no longer fit")
+    return ", ".join(parts)
+
+
+def new_request(settings: Settings, parameters: Mapping[str, Any] | None = None, **source: Any) -> Request:
+    """An answer may take the rest of the context, but one without a chat template, which may never end."""
+    parameters = parameters or {}
+    length = settings.max_tokens or (DEFAULT_MAX_TOKENS if "prompts" in source else None)
+    return Request(id=secrets.token_hex(16), sampling=sampling_params(parameters, settings), truncate="messages" in source,
+                   max_tokens=parameters.get("max_tokens", length), stop=tuple(parameters.get("stop", ())), **source)
+
+
+@dataclass
+class Reply:
+    """What has come of an answer."""
+
+    text: str = ""
+    reasoning: str = ""
+    done: Finished | None = None
+    seconds: float = 0.0
+
+    def usage(self) -> dict[str, int]:
+        return {name: getattr(self.done, name) for name in ("prompt_tokens", "completion_tokens", "cached_tokens")}
+
+    def timings(self) -> dict[str, Any]:
+        return timings_body(self.done)
+
+    def as_json(self, request: Request) -> str:
+        """One line of --json."""
+        return as_json({"text": self.text, **({"reasoning": self.reasoning} if self.reasoning else {}),
+                        "finish_reason": self.done.reason, "seed": request.sampling.seed,
+                        "usage": self.usage(), "timings": self.timings()})
+
+
+class AnswerWriter:
+    """Shows an answer as it comes: Markdown where somebody chats, the text alone elsewhere, with --json nothing."""
+
+    def __init__(self, settings: Settings, chatting: bool):
+        self.last, self.silent = "", settings.json
+        self.colours = chatting and use_colours(sys.stdout)
+        self.markdown = MarkdownWriter(self._show, screen_width, self.colours) if chatting else None
+        self.thoughts = WordWriter(self._show, screen_width) if chatting else None
+        self.waiting = self.colours
+        if self.waiting:
+            show(in_style(DIM, "..."))
+
+    def _show(self, text: str) -> None:
+        show("\r\x1b[K" * self.waiting + text)
+        self.waiting = False
+
+    def push(self, event: Piece) -> None:
+        if event.reasoning and self.thoughts:
+            self.thoughts.put(event.reasoning.translate(TERMINAL_CONTROLS), DIM if self.colours else "")
+        if event.text and self.thoughts and (self.thoughts.column or self.thoughts.word):
+            self.thoughts.put("\n\n")
+        if event.text and self.markdown:
+            self.markdown.push(event.text)
+        elif event.text and not self.silent:
+            write(event.text)
+        self.last = event.text or self.last
+
+    def close(self) -> None:
+        if self.markdown:
+            self.thoughts.close()
+            self.markdown.push("", last=True)
+            self._show("")
+        elif self.last and not self.last.endswith("\n") and not self.silent:
+            write("\n")
+
+
+async def receive(pool: Pool, request: Request, reply: Reply, writer: AnswerWriter) -> Reply:
+    """Show an answer as it comes; `reply` has what came of it, also when it fails or is cancelled."""
+    began_s = time.monotonic()
     async with contextlib.aclosing(pool.answer(request)) as events:
         try:
             async for event in events:
-                if isinstance(event, Piece) and event.text:
-                    pieces.append(event.text)
-                    write(event.text)
+                if isinstance(event, Piece):
+                    reply.text, reply.reasoning = reply.text + event.text, reply.reasoning + event.reasoning
+                    writer.push(event)
+                elif isinstance(event, Finished):
+                    reply.done, reply.seconds = event, time.monotonic() - began_s
         finally:
-            if pieces and not pieces[-1].endswith("\n"):
-                write("\n")
-    return event
+            writer.close()
+    return reply
+
+
+class Chat:
+    """The `chat` command: what is typed is a message, or a command of COMMANDS, each of which is a method here."""
+
+    def __init__(self, pool: Pool, settings: Settings):
+        self.pool, self.settings = pool, settings
+        self.terminal = Terminal(settings, self.complete)
+        self.note = self.terminal.note
+        self.conversation = Conversation(settings.system or "")
+        self.files: set[Path] = set()   # that have this conversation and nothing else
+        self.draft = ""                 # what the next message begins with
+        self.failed = self.left = False
+        self.answers = self.tokens = 0
+
+    async def run(self) -> int:
+        """Until the user leaves. The exit status: 1 when something of a pipe failed."""
+        self.note("\n".join([*self.pool.describe(), "/help lists the commands; Ctrl-C stops the answer"]))
+        while not self.left:
+            draft, self.draft = self.draft, ""
+            if (text := await self.terminal.read(draft)) is None:
+                break
+            try:
+                await self.take(whole_unicode(text).strip())
+            except (ChatServerError, OSError, ValueError) as error:
+                self.failed = True
+                self.note(f"error: {error}", RED)
+                if self.settings.json:
+                    print(as_json({"error": {"message": str(error)}}), flush=True)
+        return int(self.failed and not self.terminal.interactive)
+
+    async def take(self, text: str) -> None:
+        """A message, a command, or one of the words that need no slash."""
+        name, _, value = text.removeprefix("/").partition(" ")
+        if text.startswith('"""'):
+            await self.ask(text[3:].removesuffix('"""').strip("\n"))
+        elif text.startswith("//"):
+            await self.ask(text[1:])
+        elif text.startswith("/") or text.lower() in ("clear", "quit", "exit"):
+            if (command := COMMANDS.get(name.lower())) is None:
+                raise ValueError(f"there is no command /{name}{did_you_mean(name, COMMANDS, '/')}; /help lists them, and // "
+                                 "sends a text that begins with a slash")
+            if asyncio.iscoroutine(work := command.run(self, value.strip())):
+                await work
+        elif text:
+            await self.ask(text)
+
+    async def ask(self, text: str, parent: str | None = "") -> None:
+        """A message below the leaf, or below `parent`. Without any answer it is not kept."""
+        chat, before = self.conversation, self.conversation.leaf
+        question = chat.add("user", text, before if parent == "" else parent)
+        try:
+            await self.answer(question)
+        finally:
+            if chat.leaf == question["id"]:
+                del chat.nodes[chat.leaf]
+                chat.leaf = before
+
+    async def answer(self, question: dict) -> None:
+        """Another answer to a question; one that is stopped or fails is kept as far as it came."""
+        chat, reply, before = self.conversation, Reply(), self.conversation.leaf
+        chat.leaf = question["id"]
+        request = new_request(self.settings, chat.parameters, messages=chat.messages())
+        chat.leaf, note = before, "interrupted"
+        try:
+            with self.terminal.unechoed():
+                await interruptible(receive(self.pool, request, reply, AnswerWriter(self.settings, self.terminal.interactive)))
+            note = "stopped"
+        finally:
+            if reply.text or reply.reasoning or reply.done:
+                self.keep(question, request, reply, note)
+        self.note((summary(reply.done, reply.seconds) if reply.done else "[stopped]") + "\n" * self.terminal.interactive)
+        if self.settings.json and reply.done:
+            print(reply.as_json(request), flush=True)
+
+    def keep(self, question: dict, request: Request, reply: Reply, note: str) -> None:
+        more: dict[str, Any] = {"model": self.pool.model_name, "seed": request.sampling.seed,
+                                "parameters": dict(self.conversation.parameters)}
+        if reply.reasoning:
+            more["reasoning"] = reply.reasoning
+        if reply.done:
+            more["timings"] = reply.timings() | reply.usage() | {"finish_reason": reply.done.reason}
+            self.answers, self.tokens = self.answers + 1, self.tokens + reply.done.completion_tokens
+        else:
+            more["note"] = note
+        self.conversation.add("assistant", reply.text, question["id"], **more)
+
+    # commands
+
+    def help(self, value: str) -> None:
+        width = max(len(f"{name} {command.argument}") for name, command in COMMANDS.items())
+        rows = [f"/{f'{name} {command.argument}':{width}}  {command.help}" for name, command in COMMANDS.items()]
+        self.note("\n".join([*rows, 'Alt-Enter or """ ... """: several lines. Ctrl-C: stop the answer, clear the line, leave.']))
+
+    def clear(self, value: str) -> None:
+        self.conversation = Conversation(self.conversation.system, self.conversation.parameters)
+        self.files = set()
+        self.note("The conversation is forgotten.")
+
+    def system(self, value: str) -> None:
+        self.conversation.system = value
+        self.note(f"The system message is now {shown(value) if value else 'empty'}.")
+
+    def set(self, value: str) -> None:
+        name, _, text = value.partition(" ")
+        spelled = {known.replace("_", ""): known for known in (*PARAMETERS, "stop")}
+        if (known := spelled.get(re.sub("[-_]", "", name.lower()))) is None:
+            raise ValueError(f"/set wants one of {', '.join(PARAMETERS)}, stop{did_you_mean(name, PARAMETERS)}")
+        try:
+            chosen = {known: PARAMETERS[known].parse(text) if known in PARAMETERS else [text]} if text else {}
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"/set {name}: {error}") from None
+        except ValueError:
+            raise ValueError(f"/set {name}: {shown(text)} is not a number") from None
+        others = {each: old for each, old in self.conversation.parameters.items() if each != known}
+        self.conversation.parameters = others | chosen
+        self.note(f"{known} is now {text or 'the default'}.")
+
+    def show(self, value: str) -> None:
+        chat, default = self.conversation, dataclasses.asdict(self.settings)
+        rows = {"model": self.pool.model_name, "system": chat.system, "messages": len(chat.path())}
+        rows |= {name: chat.parameters.get(name, default.get(name)) for name in (*PARAMETERS, "stop")}
+        facts = next((node["timings"] for node in reversed(chat.path()) if "timings" in node), {})
+        used = facts.get("prompt_tokens", 0) + facts.get("completion_tokens", 0)
+        rows["context"] = f"{used:,} of {self.pool.context_length or '?':,} tokens" if self.pool.context_length else f"{used:,} tokens"
+        self.note("\n".join(f"{name:12} {'-' if row in (None, '') else row}" for name, row in rows.items()))
+
+    def save(self, value: str) -> None:
+        title = re.sub(r"\W+", "-", self.conversation.title).strip("-") or "chat"
+        path = Path(value or f"{title}.json").expanduser()
+        if path.exists() and path.resolve() not in self.files:
+            raise ValueError(f"{path} exists: choose another name")
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(self.conversation.exported(), ensure_ascii=False, indent=2), encoding="utf-8")
+        part.replace(path)
+        self.files.add(path.resolve())
+        self.note(f"Saved as {path}; the page's Import and /load read it.")
+
+    def load(self, value: str) -> None:
+        """FILE, or FILE N where it has several: the N-th."""
+        name, number_ = re.fullmatch(r"(.*?)(?:\s+(\d+))?", value).groups()
+        name, number_ = (value, None) if Path(value).expanduser().exists() else (name, number_)
+        try:
+            chats = read_chats(read_text(name))
+        except ValueError as error:
+            raise ValueError(f"{name} is not a conversation: {error}") from None
+        if len(chats) > 1 and number_ is None:
+            rows = [f"{index}  {chat.title}" for index, chat in enumerate(chats, 1)]
+            return self.note("\n".join([f"{name} has {len(chats)} chats: /load {name} N", *rows]))
+        if not 1 <= int(number_ or 1) <= len(chats):
+            raise ValueError(f"{name} has {len(chats)} chats")
+        self.conversation = chats[int(number_ or 1) - 1]
+        self.files = {Path(name).expanduser().resolve()} if len(chats) == 1 else set()
+        for node in self.conversation.path():
+            self.note(f"> {node['content']}" if node["role"] == "user" else node["content"] + "\n")
+        self.note(f"Loaded “{self.conversation.title}”.")
+
+    async def retry(self, value: str) -> None:
+        if (question := self.conversation.last("user")) is None:
+            raise ValueError("there is nothing to answer again")
+        await self.answer(question)
+
+    async def edit(self, value: str) -> None:
+        if (question := self.conversation.last("user")) is None:
+            raise ValueError("there is no message to edit")
+        if not value and self.terminal.session:
+            value = await self.terminal.read(question["content"]) or ""
+        if not value.strip():
+            raise ValueError("/edit TEXT: the new text of your last message")
+        await self.ask(value, question["parent"])
+
+    async def read(self, value: str) -> None:
+        await self.ask(read_text(value))
+
+    async def go_on(self, value: str) -> None:
+        await self.ask("Please continue.")
+
+    async def stats(self, value: str) -> None:
+        remote = isinstance(self.pool, RemotePool)
+        stats = await self.pool.get("stats") if remote else self.pool.stats()
+        said = f"answers {self.answers}, tokens {self.tokens:,}"
+        names = {"gpu_id": "worker", "state": "", "device": "on", "running": "running", "kv_pages_used": "KV pages"}
+        workers = stats.get("workers") if isinstance(stats, dict) else None
+        rows = [" ".join(f"{name} {each[key]}".strip() for key, name in names.items() if key in each) for each in workers or ()]
+        self.note("\n".join([said, *rows]))
+
+    def leave(self, value: str) -> None:
+        self.left = True
+
+    def complete(self, text: str) -> Iterator[str]:
+        """What a command that has been begun may become."""
+        name, space, value = text.partition(" ")
+        if not space:
+            yield from (f"/{each} " for each in COMMANDS if text.startswith("/") and each.startswith(text[1:]))
+        elif name == "/set":
+            yield from (f"{name} {each} " for each in (*PARAMETERS, "stop") if each.startswith(value))
+        elif name in ("/load", "/save", "/read"):
+            folder, _, begin = value.rpartition("/")
+            with contextlib.suppress(OSError, RuntimeError):
+                found = sorted(Path((folder or "." * (not value.startswith("/"))) or "/").expanduser().iterdir())
+                yield from (f"{name} {value[:len(value) - len(begin)]}{path.name}{'/' * path.is_dir()}" for path in found
+                            if path.name.startswith(begin) and (begin or not path.name.startswith(".")))
+
+
+class Command(NamedTuple):
+    run: Callable[[Chat, str], Any]
+    argument: str
+    help: str
+
+
+COMMANDS = {
+    "help": Command(Chat.help, "", "this list"),
+    "clear": Command(Chat.clear, "", "forget the conversation"),
+    "system": Command(Chat.system, "TEXT", "set the system message; without TEXT there is none"),
+    "set": Command(Chat.set, "NAME VALUE", "set a parameter (/show lists them); without VALUE the default"),
+    "show": Command(Chat.show, "", "model, system message, parameters, context"),
+    "save": Command(Chat.save, "FILE", "keep the conversation; the page can import it"),
+    "load": Command(Chat.load, "FILE", "go on with a saved conversation, or one that the page exported"),
+    "retry": Command(Chat.retry, "", "another answer to the last message"),
+    "edit": Command(Chat.edit, "TEXT", "change the last message and send it again"),
+    "continue": Command(Chat.go_on, "", "go on with an answer that was cut"),
+    "read": Command(Chat.read, "FILE", "send a file's text as a message"),
+    "stats": Command(Chat.stats, "", "answers, tokens and workers"),
+    "quit": Command(Chat.leave, "", "leave"),
+    "exit": Command(Chat.leave, "", "leave"),
+}
+
+
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """; did you mean X? Nothing where nothing is near."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def read_text(name: str) -> str:
+    """A file's text; OSError and ValueError where there is none."""
+    if not name:
+        raise ValueError("the name of a file is missing")
+    path = Path(name).expanduser()
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{name} is not a text file") from None
 
 
 async def chat(settings: Settings) -> int:
@@ -8140,24 +9006,7 @@ async def chat(settings: Settings) -> int:
     if settings.prompt is not None:
         return await generate(settings)
     async with open_pool(settings) as pool:
-        terminal = Terminal()
-        print("\n".join([*pool.describe(), CHAT_HELP]), file=sys.stderr, flush=True)
-        conversation = Conversation(pool, settings)
-        while (text := await terminal.read()) is not None:
-            text = whole_unicode(text).strip()
-            match text.lower().removeprefix("/") if len(text) < 10 else text:
-                case "":
-                    continue
-                case "quit" | "exit":
-                    break
-                case "clear":
-                    conversation.clear()
-                    note("The conversation is forgotten.")
-                case "help" if text.startswith("/"):
-                    note(CHAT_HELP)
-                case _:
-                    await conversation.say(text)
-    return 0
+        return await Chat(pool, settings).run()
 
 
 def prompt_text(settings: Settings) -> str:
@@ -8172,17 +9021,20 @@ def prompt_text(settings: Settings) -> str:
 
 async def generate(settings: Settings) -> int:
     """The `generate` command: one answer on stdout, its speed on stderr. A model without a chat template continues."""
-    text = prompt_text(settings)
+    text, reply, writer = prompt_text(settings), Reply(), AnswerWriter(settings, chatting=False)
     turns = [Message("system", settings.system)] if settings.system else []
     async with open_pool(settings) as pool:
         try:
             request = new_request(settings, messages=(*turns, Message("user", text)))
-            done = await print_answer(pool, request, [])
+            await receive(pool, request, reply, writer)
         except RequestError as error:
             if error.code != "no_chat_template":
                 raise
-            done = await print_answer(pool, new_request(settings, prompts=(text,)), [])
-        print(speed(done), file=sys.stderr)
+            request = new_request(settings, prompts=(text,))
+            await receive(pool, request, reply, writer)
+    if settings.json:
+        print(reply.as_json(request), flush=True)
+    print(summary(reply.done, reply.seconds), file=sys.stderr)
     return 0
 
 

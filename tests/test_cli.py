@@ -1,6 +1,7 @@
 """The command line: flags, environment, `chat`, `generate` and `--url`, over pools without a model."""
 
 import asyncio
+import contextlib
 import dataclasses
 import io
 import os
@@ -133,7 +134,7 @@ def run_main(*argv):
 def test_generate_writes_the_answer_to_stdout_and_its_speed_to_stderr(local_pool, capsys):
     assert run_main("generate", "--prompt", "Hi", "--system", "Be brief", "-t", "0", "--seed", "4", "-m", "9") == 0
     out, err = capsys.readouterr()
-    assert out == "Hello, world!\n" and "[3 tokens, 212.3 tok/s, first token after 8 ms]" in err
+    assert out == "Hello, world!\n" and re.search(r"^3 tokens in \d+ ms, 212 tok/s, first after 8 ms$", err, re.M)
     request = local_pool.requests[0]
     assert [(m.role, m.content) for m in request.messages] == [("system", "Be brief"), ("user", "Hi")]
     assert (request.sampling.temperature, request.sampling.seed, request.max_tokens) == (0.0, 4, 9)
@@ -209,9 +210,9 @@ async def test_chat_keeps_the_conversation_until_it_is_cleared(local_pool, typis
     turns = [[(m.role, m.content) for m in request.messages] for request in local_pool.requests]
     system, answer = ("system", "Be brief"), ("assistant", "Hello, world!")
     assert turns == [[system, ("user", "One")], [system, ("user", "One"), answer, ("user", "Two")], [system, ("user", "Three")]]
-    out = capsys.readouterr().out
-    assert out.count("Hello, world!\n[3 tokens, 212.3 tok/s, first token after 8 ms]\n") == 3
-    assert "\x1b" not in out and "Ctrl-C" in out and local_pool.closed
+    out, err = capsys.readouterr()
+    assert out == "Hello, world!\n" * 3 and err.count("3 tokens in ") == 3
+    assert "\x1b" not in err and "Ctrl-C" in err and local_pool.closed
 
 
 @pytest.mark.parametrize("last", ["exit\n", "/quit\n", "EXIT\n", "no newline at the end"])
@@ -232,7 +233,8 @@ async def test_ctrl_c_stops_the_answer_but_not_the_program(local_pool, typist, c
     local_pool.gate = None
     typist.type("Go on\nquit\n")
     assert await task == 0
-    assert "Hel\n[stopped]\n" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert out.startswith("Hel\n") and "[stopped]\n" in err
     assert [m.content for m in local_pool.requests[1].messages] == ["Hi", "Hel", "Go on"]
 
 
@@ -252,7 +254,7 @@ class Tickets:
 async def test_ctrl_c_at_an_empty_prompt_leaves(local_pool, typist, capsys):
     task = asyncio.ensure_future(chat_server.chat(Settings(command="chat")))
     typist.type("Hi\n")
-    while "tok/s" not in capsys.readouterr().out:
+    while "tok/s" not in capsys.readouterr().err:
         await asyncio.sleep(0)
     signal.raise_signal(signal.SIGINT)
     assert await task == 0 and local_pool.closed
@@ -266,31 +268,29 @@ async def test_an_error_is_shown_and_its_message_is_not_kept(local_pool, typist,
     await local_pool.until_open(0)
     local_pool.pieces = ["fine"]
     typist.type("Again\nquit\n")
-    assert await task == 0
-    assert "error: a worker died" in capsys.readouterr().out
+    assert await task == 1
+    assert "error: a worker died" in capsys.readouterr().err
     assert [m.content for m in local_pool.requests[1].messages] == ["Again"]
 
 
-async def test_a_full_context_drops_the_oldest_turns_and_says_so(local_pool, typist, capsys):
-    plain, local_pool.answer = local_pool.answer, lambda request: at_most_four_messages(request, plain)
-    typist.type("One\nTwo\nThree\nquit\n")
+async def test_an_answer_may_take_the_rest_of_the_context_and_old_turns_make_room(local_pool, typist, capsys):
+    plain, local_pool.answer = local_pool.answer, lambda request: with_dropped(request, plain)
+    typist.type("One\nquit\n")
     assert await chat_server.chat(Settings(command="chat")) == 0
-    assert [m.content for m in local_pool.requests[2].messages] == ["Two", "Hello, world!", "Three"]
-    assert "dropped" in capsys.readouterr().out
+    assert (local_pool.requests[0].max_tokens, local_pool.requests[0].truncate) == (None, True)
+    assert "without the 2 oldest messages, which no longer fit" in capsys.readouterr().err
 
 
-async def at_most_four_messages(request, answer):
-    if len(request.messages) > 4:
-        raise RequestError("the prompt has 99 tokens and the context holds 64", code="context_length_exceeded")
+async def with_dropped(request, answer):
     async for event in answer(request):
-        yield event
+        yield dataclasses.replace(event, dropped_messages=2) if isinstance(event, Finished) else event
 
 
 async def test_a_message_that_can_never_fit_is_refused_and_the_chat_goes_on(local_pool, typist, capsys):
     local_pool.refuse = RequestError("the prompt has 99 tokens and the context holds 64", code="context_length_exceeded")
     typist.type("long\nquit\n")
-    assert await chat_server.chat(Settings(command="chat")) == 0
-    assert "error: the prompt has 99 tokens" in capsys.readouterr().out
+    assert await chat_server.chat(Settings(command="chat")) == 1
+    assert "error: the prompt has 99 tokens" in capsys.readouterr().err
 
 
 async def test_a_pasted_text_is_one_message(local_pool, monkeypatch):
@@ -333,7 +333,8 @@ async def test_a_remote_pool_yields_the_same_events():
     expected = finished(local.pieces, "length", "max_tokens")
     assert events[3] == dataclasses.replace(expected, queue_ms=0.2, ttft_ms=8.1, tokens_per_second=212.3)
     sent = local.requests[0]
-    assert (sent.sampling, sent.max_tokens, sent.messages) == (request.sampling, 512, request.messages)
+    assert (sent.sampling, sent.max_tokens, sent.messages) == (request.sampling, None, request.messages)
+    assert sent.truncate and sent.resumable
 
 
 @pytest.mark.parametrize("error", [RequestError("the prompt has 9 tokens", code="context_length_exceeded"), RequestError("bad"),
@@ -370,12 +371,38 @@ async def test_chat_talks_to_a_running_server(typist, capsys):
     async with serving(local) as url:
         assert await chat_server.chat(remote(url)) == 0
     assert [len(request.messages) for request in local.requests] == [1, 3]
-    assert capsys.readouterr().out.count("212.3 tok/s") == 2
+    assert capsys.readouterr().err.count("212 tok/s") == 2
 
 
-async def test_nanochat_s_own_server_is_understood():
-    assert chat_server.native_event({"token": "x", "gpu": 2}) == Piece("x", (), 2)
-    assert chat_server.native_event({"done": True}) == Finished("stop", None, 0, 0, 0, 0.0, 0.0, 0.0, 0)
+async def test_a_server_that_has_only_nanochat_s_route_is_asked_there(capsys):
+    bodies = []
+
+    async def answer(http):
+        bodies.append(await http.json())
+        response = chat_server.web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(http)
+        await response.write(b'data: {"token": "x", "gpu": 2}\n\ndata: {"token": "y", "gpu": 2}\n\ndata: {"done": true}\n\n')
+        return response
+
+    async def health(http):
+        return chat_server.web.json_response({"status": "ok", "ready": True, "num_gpus": 1, "available_workers": 1})
+
+    routes = [chat_server.web.get("/health", health), chat_server.web.post("/chat/completions", answer)]
+    async with answering(routes) as url:
+        assert await chat_server.generate(Settings(command="generate", prompt="Hi", url=url)) == 0
+    out, err = capsys.readouterr()
+    assert out == "xy\n" and "2 tokens in" in err and "max_tokens" not in bodies[0]
+    assert bodies[0]["messages"] == [{"role": "user", "content": "Hi"}]
+
+
+@contextlib.asynccontextmanager
+async def answering(routes):
+    """Some routes on a port of 127.0.0.1; yields the base URL."""
+    app = chat_server.web.Application()
+    app.add_routes(routes)
+    with chat_server.listen_on("127.0.0.1", 0) as listener:
+        async with chat_server.serving(app, listener):
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 def test_no_server_is_one_line_that_names_the_url(capsys):
@@ -389,12 +416,9 @@ def test_no_server_is_one_line_that_names_the_url(capsys):
 async def test_a_server_that_is_no_chat_server_is_named():
     async def no_json(http):
         return chat_server.web.Response(text="welcome")
-    app = chat_server.web.Application()
-    app.add_routes([chat_server.web.get("/health", no_json)])
-    with chat_server.listen_on("127.0.0.1", 0) as listener:
-        async with chat_server.serving(app, listener):
-            with pytest.raises(ConfigError, match="not a chat server"):
-                await chat_server.generate(Settings(command="generate", prompt="Hi", url=f"127.0.0.1:{listener.getsockname()[1]}"))
+    async with answering([chat_server.web.get("/health", no_json)]) as url:
+        with pytest.raises(ConfigError, match="not a chat server"):
+            await chat_server.generate(Settings(command="generate", prompt="Hi", url=url))
 
 
 @pytest.mark.parametrize("line, environment, drafts", [
@@ -409,4 +433,4 @@ def test_every_switch_does_what_its_name_says():
         if option.parse is None:
             assert not option.name.startswith("no-"), "argparse makes --no-x of a switch called x, and False of one called no-x"
             for flag, value in ((f"--{option.name}", True), (f"--no-{option.name}", False)):
-                assert getattr(parsed(flag), option.name.replace("-", "_")) is value
+                assert getattr(parsed(f"{option.commands.split()[0]} {flag}"), option.name.replace("-", "_")) is value

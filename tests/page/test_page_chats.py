@@ -2,9 +2,12 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
+import chat_server
 from browsing import (answers, ask, button, chats, command, expect, expect_answered, menu, message_box, more, needs_browser,
                       open_page, questions, reload, said, settled)
 
@@ -335,6 +338,31 @@ def test_a_chat_with_all_its_branches_goes_out_and_in_again(page, stand_in, tmp_
     expect(answers(page)).to_contain_text("212.3 tok/s")
     button(page, "Previous answer").click()
     expect(answers(page)).to_contain_text("(answer 1)")
+
+
+def test_chats_move_between_the_page_and_the_terminal(page, stand_in, tmp_path):
+    open_page(page, stand_in.url)
+    command(page, "/system Be brief")
+    ask(page, "from the page")
+    expect_answered(page)
+    button(page, "Regenerate").click()
+    expect(answers(page)).to_contain_text("(answer 2)")
+    path, saved = exported(page, tmp_path, "This chat (JSON)"), tmp_path / "from-terminal.json"
+    typed = f"/load {path}\nfrom the terminal\n/retry\n/save {saved}\n"
+    run = subprocess.run([sys.executable, chat_server.__file__, "chat", "--url", stand_in.url], input=typed,
+                         capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    sent = stand_in.bodies[2]["messages"]
+    assert [message["role"] for message in sent] == ["system", "user", "assistant", "user"]
+    assert sent[2]["content"] == "You said: from the page (answer 2)" and sent[3]["content"] == "from the terminal"
+    imported(page, saved)
+    expect(page.get_by_role("log").get_by_text("Imported 1 chat with 6 messages")).to_be_visible()
+    expect(answers(page)).to_contain_text(["(answer 2)", "(answer 4)"])
+    expect(answers(page).nth(0)).to_contain_text("2/2")
+    expect(answers(page).nth(1)).to_contain_text("2/2")
+    expect(answers(page).nth(1)).to_contain_text("212.3 tok/s")
+    button(page, "Settings").click()
+    expect(page.get_by_role("textbox", name="System prompt")).to_have_value("Be brief")
 
 
 def test_all_chats_go_out_together(page, stand_in, tmp_path):

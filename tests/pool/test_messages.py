@@ -1,5 +1,6 @@
 """Messages between processes: plain data behind a header; whatever else comes is refused before it is read."""
 
+import asyncio
 import dataclasses
 import json
 import random
@@ -86,3 +87,13 @@ def test_whatever_bytes_come_the_result_is_a_message_or_a_refusal():
             continue
         assert type(found) is type(message)
     assert json.loads(chat_server.packed(Ping())[HEADER.size:]) == []
+
+
+def test_an_answer_that_came_at_once_has_no_speed(monkeypatch):
+    for seconds, speed in ((0.0, None), (0.00004, None), (0.5, 6.0)):
+        job = chat_server.Job(Request(id="r"), (1, 2), 9, asyncio.Queue(), 100.0, dispatched_s=100.0)
+        for at, update in ((101.0, Update("r", (5,), "a")), (101.0 + seconds, Update("r", (6, 7, 8), "b", "stop", "eos"))):
+            monkeypatch.setattr(chat_server.time, "monotonic", lambda: at)
+            job.take(update, 0)
+        done = [job.events.get_nowait() for _ in range(3)][-1]
+        assert done.tokens_per_second == speed and chat_server.timings_body(done)["tokens_per_second"] == speed

@@ -1,0 +1,449 @@
+"""The terminal: what `chat` reads and shows, through a pty where it matters, with a server that answers from a list."""
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+
+import chat_server
+from browsing import HeldFront, fake_front
+from chat_server import MarkdownWriter, Piece, Settings, cells, read_chats
+from fake_pool import FakePool, finished
+from page_server import BLOCKS, MARKDOWN
+
+# Markdown as it streams
+
+
+def drawn(text, size, colours=True, columns=60):
+    """What is written of a text that comes in pieces of `size` characters."""
+    parts = []
+    writer = MarkdownWriter(parts.append, lambda: columns, colours)
+    for start in range(0, len(text), size):
+        writer.push(text[start:start + size])
+    writer.push("", last=True)
+    return "".join(parts)
+
+
+def styled(written):
+    """[(character, SGR codes)]; any other control sequence fails the test."""
+    style, found = "", []
+    for code, character in re.findall(r"\x1b\[([\d;]*)m|(.|\n)", written):
+        assert character != "\x1b", "only colours may be set: what is on the screen stays"
+        if character:
+            found.append((character, style))
+        else:
+            style = code.removeprefix("0")
+    return found
+
+
+def plain(written):
+    return "".join(character for character, _ in styled(written))
+
+
+def in_style(written, style):
+    return "".join(character for character, its in styled(written) if its == style)
+
+
+TRICKY = ("2*3*4 is snake_case_name, __init__ and **kwargs alone; `a*b` **bold `c` x** [x](http://a) [1] 5 \\* 3 ***both*** _it_"
+          "\n** no**\n`open\n\\[ x \\]")
+
+
+@pytest.mark.parametrize("text", [MARKDOWN, BLOCKS.replace("\r", ""), TRICKY], ids=["markdown", "blocks", "tricky"])
+@pytest.mark.parametrize("colours", [True, False])
+def test_an_answer_looks_the_same_however_it_is_cut(text, colours):
+    whole = styled(drawn(text, len(text), colours))
+    for size in (1, 2, 3, 7, 64):
+        assert styled(drawn(text, size, colours)) == whole
+
+
+def test_headings_emphasis_lists_and_fences_are_drawn_without_their_marks():
+    text = "# Title\n\nA **bold** and *soft* `word`.\n\n- one\n2. two\n\n```py\nx = **1**\n```\n> said\n---\n"
+    written = drawn(text, 4)
+    assert plain(written) == "Title\n\nA bold and soft word.\n\n• one\n2. two\n\n```py\nx = **1**\n```\n│ said\n" + "─" * 40 + "\n"
+    assert (in_style(written, "1;4"), in_style(written, "1"), in_style(written, "3")) == ("Title", "bold", "soft")
+    assert "x = **1**" in in_style(written, "36")
+
+
+def test_what_is_no_markup_stays_as_it_is():
+    text = "2*3*4 and snake_case_name, * alone, **not closed, $a_1 * b_2$, \\(x\\), f(*args, **kwargs)"
+    assert plain(drawn(text, 3, columns=200)) == text + "\n"
+
+
+def test_a_table_is_drawn_in_columns_and_as_it_came_where_it_is_too_wide():
+    table = "| a | long name |\n|---|:-:|\n| **bee** | 2 |\n\nafter"
+    assert plain(drawn(table, 5)) == "a     long name\nbee   2\n\nafter\n"
+    wide = f"| {'x' * 40} | {'y' * 40} |"
+    assert plain(drawn(wide, 5)) == wide + "\n"
+
+
+@pytest.mark.parametrize("text, columns", [
+    ("The quick brown fox jumps over the lazy dog, again and again. " * 4, 32),
+    ("- " + "An item that goes on for long enough to be broken in several places. " * 2, 32),
+    ("日本の首都は東京です。" * 8, 31), ("exactly ten x" * 3, 20)])
+def test_lines_break_at_spaces_and_between_letters_of_scripts_without_them(text, columns):
+    lines = plain(drawn(text, 3, columns=columns)).rstrip("\n").split("\n")
+    assert len(lines) > 1 and all(cells(line) <= columns for line in lines)
+    assert all(not line.startswith(("。", " ")) or line.startswith("  ") and text.startswith("-") for line in lines)
+    words = " ".join(line.strip() for line in lines).replace("•", "-") if " " in text else "".join(lines)
+    assert words == text.strip()
+
+
+def test_what_may_become_markup_is_held_back_only_so_far():
+    parts = []
+    writer = MarkdownWriter(parts.append, lambda: 80, True)
+    writer.push("an **open mark, and no end of it ")
+    assert plain("".join(parts)) == "an" or plain("".join(parts)) == "an "
+    writer.push("in sight " * 40)
+    assert "**open mark, and no end of it in sight" in plain("".join(parts)).replace("\n", " ")
+
+
+def test_without_colours_the_marks_are_the_emphasis():
+    text = "# Title\n\nA **bold** `word`\n\n- one\n\n| a | b |\n"
+    assert drawn(text, 3, colours=False) == text
+
+
+def test_a_model_cannot_send_control_sequences():
+    assert styled(drawn("a\x1b[31mb\x07\x9b2Jc\rd\n```\n\x1b]0;title\x07\n```\n", 2))
+
+
+# chats in files
+
+
+def chat_with(pool, monkeypatch, lines, **settings):
+    """`chat` over a pool, with these lines as a pipe: its exit status."""
+    read, write = os.pipe()
+    os.write(write, ("\n".join(lines) + "\n").encode())
+    os.close(write)
+    monkeypatch.setattr(sys, "stdin", os.fdopen(read))
+    monkeypatch.setattr(chat_server, "LocalPool", lambda settings: pool)
+    return asyncio.run(chat_server.chat(Settings(command="chat", **settings)))
+
+
+def turns(pool):
+    return [[(m.role, m.content) for m in request.messages] for request in pool.requests]
+
+
+def test_a_chat_that_is_saved_can_be_gone_on_with(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pool = FakePool()
+    lines = ["/system Be brief", "/set top-k 7", "One", "/retry", "/save kept.json", "/clear", "/system", "/set topk", "/load kept.json",
+             "Two", "/save kept.json"]
+    assert chat_with(pool, monkeypatch, lines) == 0
+    system, answer = ("system", "Be brief"), ("assistant", "Hello, world!")
+    assert turns(pool) == [[system, ("user", "One")]] * 2 + [[system, ("user", "One"), answer, ("user", "Two")]]
+    assert [request.sampling.top_k for request in pool.requests] == [7, 7, 7]
+    saved = json.loads((tmp_path / "kept.json").read_text())
+    nodes = saved["conversations"][0]["nodes"]
+    assert (saved["format"], saved["version"], saved["conversations"][0]["title"]) == ("chat_server chats", 2, "One")
+    assert [node["role"] for node in nodes] == ["user", "assistant", "assistant", "user", "assistant"]
+    assert nodes[1]["parent"] == nodes[2]["parent"] == nodes[0]["id"] and nodes[3]["parent"] == nodes[2]["id"]
+    assert nodes[1]["timings"]["completion_tokens"] == 3 and nodes[1]["seed"] == pool.requests[0].sampling.seed
+
+
+def test_save_replaces_no_file_but_the_chat_s_own(tmp_path, monkeypatch, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    two = {"conversations": [{"messages": [{"role": "user", "content": text}]} for text in ("First", "Second")]}
+    (tmp_path / "two.json").write_text(json.dumps(two))
+    lines = [f"/save {tmp_path}/notes.txt", f"/load {tmp_path}/two.json", f"/load {tmp_path}/two.json 2", f"/save {tmp_path}/two.json",
+             f"/save {tmp_path}/second.json", "more", f"/save {tmp_path}/second.json"]
+    pool = FakePool()
+    assert chat_with(pool, monkeypatch, lines) == 1
+    assert (tmp_path / "notes.txt").read_text() == "mine" and json.loads((tmp_path / "two.json").read_text()) == two
+    assert [node["content"] for node in json.loads((tmp_path / "second.json").read_text())["conversations"][0]["nodes"]][:1] == ["Second"]
+    err = capsys.readouterr().err
+    assert err.count("exists: choose another name") == 2 and "2  Second" in err
+    assert turns(pool)[0][-1] == ("user", "Second\n\nmore")        # two questions in a row are one message
+
+
+@pytest.mark.parametrize("text, words", [
+    ("not json", "not valid JSON"), ("[1]", "lacks a role"), ("{}", "no list"), ("[" * 9000, "not valid JSON"),
+    ('{"messages": [{"role": "tool", "content": "x"}]}', "lacks a role"),
+    ('{"conversations": [{"nodes": [{"id": "a", "role": "user", "content": "x"}, {"id": "a", "role": "user", "content": "y"}]}]}', "that of another")])
+def test_a_file_that_is_no_conversation_is_refused_with_the_reason(text, words):
+    with pytest.raises(ValueError, match=words):
+        read_chats(text)
+
+
+def test_a_hostile_file_is_made_harmless():
+    nodes = [{"id": "a", "parent": "b", "role": "user", "content": "A", "created": "soon", "timings": [], "extra": "\x1b[2J"},
+             {"id": "b", "parent": "a", "role": "assistant", "content": "B", "parameters": {"top_k": 1e9}},
+             {"id": "c", "parent": {"x": 1}, "role": "user", "content": "C", "created": 1e15}]
+    chat = {"nodes": nodes, "leaf": "b", "parameters": {"temperature": "inf", "top_k": 5, "seed": True, "stop": ["", 1]}, "created": -5}
+    found, = read_chats(json.dumps({"conversations": [chat]}))
+    assert found.parameters == {"top_k": 5} and [node["content"] for node in found.path()][-1] == "B"
+    assert len(found.path()) <= 2 and "extra" not in found.nodes["a"] and isinstance(found.nodes["a"]["created"], int)
+    assert read_chats(json.dumps(found.exported()))[0].nodes.keys() == found.nodes.keys()
+
+
+def test_lists_of_messages_and_files_of_version_1_are_read():
+    messages = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "# Hi\nthere"}, {"role": "assistant", "content": "Yes"}]
+    for file in (messages, {"messages": messages}, {"messages": messages[1:], "settings": {"system": "Be brief", "temperature": 0.5}}):
+        found, = read_chats(json.dumps(file))
+        assert (found.system, found.title, [node["content"] for node in found.path()]) == ("Be brief", "Hi", ["# Hi\nthere", "Yes"])
+
+
+# commands
+
+
+def test_each_command_does_what_help_says_and_an_unknown_one_is_an_error(tmp_path, monkeypatch, capsys):
+    (tmp_path / "letter.txt").write_text("Dear\nmodel\n")
+    pool = FakePool()
+    lines = ["/help", "/hlep", "//slash", f"/read {tmp_path}/letter.txt", "/edit Dear server", "/continue", "/show", "/stats",
+             "/set temperature 9", "/set colour red", "/read nowhere", "/load", "/exit", "not reached"]
+    assert chat_with(pool, monkeypatch, lines) == 1
+    asked = [messages[-1][1] for messages in turns(pool)]
+    assert asked == ["/slash", "Dear\nmodel\n", "Dear server", "Please continue."]
+    assert [content for _, content in turns(pool)[2]] == ["/slash", "Hello, world!", "Dear server"]
+    out, err = capsys.readouterr()
+    assert out == "Hello, world!\n" * 4
+    for words in ("/save FILE", "there is no command /hlep; did you mean /help?", "temperature  0.8", "answers 4, tokens 12",
+                  "/set temperature: 9", "one of temperature", "No such file", "the name of a file is missing"):
+        assert words in err
+
+
+def test_retry_answers_again_with_another_seed_and_sends_nothing_twice(monkeypatch):
+    pool = FakePool()
+    chat_with(pool, monkeypatch, ["/retry", "One", "/retry"])
+    assert turns(pool) == [[("user", "One")]] * 2 and len({request.sampling.seed for request in pool.requests}) == 2
+
+
+def test_a_block_is_one_message_also_in_a_pipe(monkeypatch):
+    pool = FakePool()
+    chat_with(pool, monkeypatch, ['"""', "/one", "two", '"""', '"""three"""', '"""open', "at the end"])
+    assert [messages[-1][1] for messages in turns(pool)] == ["/one\ntwo", "three", "open\nat the end"]
+
+
+def test_json_is_one_object_a_line_and_errors_are_too(monkeypatch, capsys):
+    pool = FakePool(reason="length", stop_reason="max_tokens")
+    assert chat_with(pool, monkeypatch, ["One", "/nothing"], json=True) == 1
+    out, err = capsys.readouterr()
+    first, second = map(json.loads, out.splitlines())
+    assert (first["text"], first["finish_reason"], first["usage"]["completion_tokens"]) == ("Hello, world!", "length", 3)
+    assert first["timings"]["ttft_ms"] == 8.1 and first["seed"] == pool.requests[0].sampling.seed
+    assert "/nothing" in second["error"]["message"] and "cut at the length limit" in err
+
+
+def test_generate_answers_as_json(monkeypatch, capsys):
+    monkeypatch.setattr(chat_server, "LocalPool", lambda settings: FakePool())
+    assert chat_server.main(["generate", "--prompt", "Hi", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == "Hello, world!"
+
+
+def test_reasoning_is_told_apart_and_not_sent_back(monkeypatch, capsys):
+    pool = FakePool([Piece("", (1,), 0, reasoning="Let me think. "), "It is 42."])
+    chat_with(pool, monkeypatch, ["One", "Two"], json=True)
+    out = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (out[0]["reasoning"], out[0]["text"]) == ("Let me think. ", "It is 42.")
+    assert turns(pool)[1] == [("user", "One"), ("assistant", "It is 42."), ("user", "Two")]
+
+
+@pytest.mark.parametrize("speed, shown", [(None, "3 tokens in 2.0 s, first after 8 ms"), (7.25, "7.2 tok/s"), (37.4, ", 37 tok/s,")])
+def test_the_line_below_an_answer(speed, shown):
+    assert shown in chat_server.summary(chat_server.replace(finished("abc"), tokens_per_second=speed), 2.0)
+
+
+# a server that breaks
+
+
+def test_a_stream_that_breaks_is_taken_up_again(capsys):
+    front = HeldFront()
+    try:
+        async def run():
+            settings = Settings(command="generate", prompt="Hi", url=front.url)
+            task = asyncio.ensure_future(chat_server.generate(settings))
+            await asyncio.to_thread(front.until_open, 1)
+            await asyncio.to_thread(front.admit, 2)
+            while "two" not in (shown := capsys.readouterr().out + "".join(seen)):
+                seen[:] = [shown]
+                await asyncio.sleep(0)
+            seen[:] = [shown]
+            await asyncio.to_thread(front.drop)
+            await asyncio.to_thread(front.admit, 3)
+            return await task
+        seen = []
+        assert asyncio.run(run()) == 0
+        assert "".join(seen) + capsys.readouterr().out == "one two three four five\n"
+        assert len(front.pool.requests) == 1
+    finally:
+        front.close()
+
+
+# through a pty
+
+
+class Pty:
+    """chat_server.py on a terminal of its own: what is typed into it, and what it has shown."""
+
+    def __init__(self, *words, columns=80, rows=40, **environment):
+        self.master, slave = os.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        start = lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0))      # noqa: E731
+        variables = {**os.environ, "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", **environment}
+        variables.pop("NO_COLOR", None) if "NO_COLOR" not in environment else None
+        self.process = subprocess.Popen([sys.executable, chat_server.__file__, *words], stdin=slave, stdout=slave, stderr=slave,
+                                        env=variables, preexec_fn=start)
+        os.close(slave)
+        self.raw, self.seen = "", 0
+
+    def type(self, keys):
+        os.write(self.master, keys.encode())
+
+    def expect(self, pattern):
+        """Wait until something new matches; what came up to its end, without control sequences."""
+        deadline = time.monotonic() + 60
+        while not (found := re.compile(pattern, re.DOTALL).search(self.text, self.seen)):
+            assert time.monotonic() < deadline, f"{pattern} did not come: {self.text[self.seen:]!r}"
+            try:
+                self.raw += os.read(self.master, 1 << 16).decode("utf-8", "replace")
+            except OSError:         # it has ended
+                assert re.search(pattern, self.text[self.seen:], re.DOTALL), self.text[self.seen:]
+        begin, self.seen = self.seen, found.end()
+        return self.text[begin:found.end()]
+
+    @property
+    def text(self):
+        shown = self.raw.replace("\b\x1b[2C", " ")         # prompt_toolkit steps over the space of its prompt
+        return re.sub(r"\x1b(\[[0-9;?]*[a-zA-Z]|[=>]|\][^\x07]*\x07|[\[0-9;?]*$)|\r", "", shown)
+
+    def leave(self):
+        """The exit status; what was shown last is read."""
+        with contextlib.suppress(OSError):
+            while data := os.read(self.master, 1 << 16):
+                self.raw += data.decode("utf-8", "replace")
+        os.close(self.master)
+        return self.process.wait(60)
+
+
+@contextlib.contextmanager
+def chatting(url, *words, tmp_path, **options):
+    pty = Pty("chat", "--url", url, *words, XDG_STATE_HOME=str(tmp_path), **options)
+    try:
+        pty.expect("/help lists the commands")
+        pty.expect("> ")
+        yield pty
+    finally:
+        if pty.process.poll() is None:
+            pty.process.kill()
+            pty.process.wait()
+
+
+def asked(front):
+    return [request.messages[-1].content for request in front.pool.requests]
+
+
+@pytest.fixture
+def front():
+    front = HeldFront()
+    front.admit(1000)
+    yield front
+    front.close()
+
+
+def test_messages_blocks_and_pastes_reach_the_server_as_they_were_typed(front, tmp_path):
+    with chatting(front.url, tmp_path=tmp_path) as pty:
+        for keys in ("Hello\r", "two\x1b\rlines\r", '"""\rfirst\rsecond"""\r', "\x1b[200~pasted\nlines\n\x1b[201~ and more\r"):
+            pty.type(keys)
+            pty.expect("tok/s|first after")
+            pty.expect("> ")
+        pty.type("quit\r")
+        assert pty.leave() == 0
+    assert asked(front) == ["Hello", "two\nlines", "first\nsecond", "pasted\nlines\n and more"]
+
+
+def test_ctrl_c_stops_the_answer_then_clears_the_line_then_leaves(tmp_path):
+    front = HeldFront()
+    try:
+        with chatting(front.url, tmp_path=tmp_path) as pty:
+            pty.type("Hello\r")
+            front.until_open(1)
+            front.admit(2)
+            pty.expect("one two")
+            pty.type("\x03")
+            assert "three" not in pty.expect(r"\[stopped\]")
+            front.until_open(0)             # the server has stopped too, although the stream could be resumed
+            pty.expect("> ")
+            pty.type("typed")
+            pty.expect("typed")
+            pty.type("\x03")
+            front.admit(1000)
+            pty.type("Again\r")
+            pty.expect("five")
+            pty.expect("> ")
+            pty.type("\x03")
+            assert pty.leave() == 0
+        assert asked(front) == ["Hello", "Again"]
+        assert [m.content for m in front.pool.requests[1].messages] == ["Hello", "one two ", "Again"]
+    finally:
+        front.close()
+
+
+def test_the_history_is_kept_for_its_owner_alone_and_can_be_switched_off(front, tmp_path):
+    with chatting(front.url, tmp_path=tmp_path) as pty:
+        pty.type("Remember me\r")
+        pty.expect("five")
+        pty.expect("> ")
+        pty.type("\x04")
+        assert pty.leave() == 0
+    path = tmp_path / "chat_server" / "history"
+    assert "Remember me" in path.read_text() and path.stat().st_mode & 0o777 == 0o600
+    with chatting(front.url, tmp_path=tmp_path) as pty:
+        pty.type("\x1b[A")
+        pty.expect("Remember me")
+        pty.type("\r")
+        pty.expect("five")
+    before = path.read_text()
+    with chatting(front.url, "--no-history", tmp_path=tmp_path) as pty:
+        pty.type("Forget me\r")
+        pty.expect("five")
+        pty.expect("> ")
+        pty.type("\x04")
+        assert pty.leave() == 0
+    assert path.read_text() == before and asked(front) == ["Remember me", "Remember me", "Forget me"]
+
+
+def test_commands_are_completed_and_edit_begins_with_the_old_text(front, tmp_path):
+    with chatting(front.url, tmp_path=tmp_path) as pty:
+        pty.type("Hello\r")
+        pty.expect("five")
+        pty.expect("> ")
+        pty.type("/ed\t\r")
+        pty.expect("> .*Hello")
+        pty.type(" there\r")
+        pty.expect("five")
+        pty.expect("> ")
+        pty.type("/st\t\r")
+        pty.expect("answers 2, tokens 10")
+    assert asked(front) == ["Hello", "Hello there"] and len(front.pool.requests[1].messages) == 1
+
+
+@pytest.mark.parametrize("no_color", [None, "1"])
+def test_an_answer_is_drawn_once_and_its_words_are_not_broken(tmp_path, no_color):
+    words = " ".join(f"word{number}" for number in range(60))
+    with fake_front(["# Title\n\n", "Some **bo", "ld** text: ", words, "\n\n```py\nx = 1\n```\n"]) as url:
+        with chatting(url, tmp_path=tmp_path, columns=50, **({"NO_COLOR": no_color} if no_color else {})) as pty:
+            start = len(pty.raw)
+            pty.type("Go\r")
+            pty.expect("first after")
+            answer = pty.raw[start:]
+            answer = answer[answer.index("Title") - 8:]
+            assert not re.search(r"\x1b\[[0-9;]*[^0-9;m]", answer.split("tokens in")[0].split("Title")[1])
+            assert ("**bold**" in pty.text) is bool(no_color) and ("\x1b[1mbold" in answer) is not bool(no_color)
+            lines = pty.text.replace("\r", "").split("\n")
+            assert max(len(line) for line in lines if "word" in line) <= 50
+            assert re.findall(r"word\d+", pty.text) == words.split()
+
+
+def test_a_pipe_gets_nothing_but_the_answers(front, tmp_path):
+    words = [sys.executable, chat_server.__file__, "chat", "--url", front.url]
+    run = subprocess.run(words, input="Hello\n/help\nAgain\n", capture_output=True, text=True, timeout=60, env={**os.environ, "FORCE_COLOR": "1"})
+    assert (run.returncode, run.stdout) == (0, "one two three four five\n" * 2)
+    assert "\x1b" not in run.stderr and "/save FILE" in run.stderr and run.stderr.count("5 tokens in") == 2
