@@ -2,37 +2,67 @@
 """chat_server: a checkpoint becomes a chat site, an OpenAI-compatible API and a terminal chat.
 
     python chat_server.py                            serve a nanochat checkpoint, else a small default model
-    python chat_server.py serve model.gguf           ... a GGUF file; --num-gpus 8 for one replica per GPU
+    python chat_server.py serve model.gguf           serve a GGUF file; --num-gpus 8 makes one replica per GPU
     python chat_server.py chat                       talk to it here, in the terminal
-    python chat_server.py generate --prompt "Hi"     one prompt, one answer; `-` reads stdin
 
-Processes
+The two houses
 
     browser / OpenAI client / chat in the terminal
           | HTTP, server-sent events
-    front process: aiohttp, an event loop             parse, limits, render and tokenize, queue, route, stream
-          | one socket pair per replica: one message per engine step, all its requests' pieces together
-    worker process (one per replica)                  Engine: schedule, run, postprocess; detokenize
+    front house: one process, aiohttp, an event loop
+          |   reads bodies, renders and tokenizes prompts, queues, routes, streams; never imports torch
+          |   `-- sandboxes: processes with a bound of time and memory, for chat templates, schemas, large bodies
+          | one socket pair per worker: typed messages in JSON, one per engine step with all answers' updates
+    worker house: one process per replica of the model (one per GPU; one on a CPU)
+              loads the weights, then schedules, computes and samples step by step, and turns tokens into text;
+              never opens a network socket
 
-Where decode_core is installed, it runs the worker's steps: a recording of Transformer.compute on compiled threads, or CUDA
-graphs. The next step is started before the last one's text is made.
-
-The front never imports torch; a worker never touches a socket of the network. A worker that dies is started again and
-its answers go on elsewhere from the tokens they have: the client sees a pause, not an error.
+A section of one house names nothing of the other's. What both use, messages above all, is in the shared sections at the top.
+A worker that dies is started again, and its answers go on elsewhere from the tokens they have: the client sees a pause, not an
+error. Where decode_core is installed, it runs the worker's steps: Transformer.compute recorded once for compiled threads, or as
+CUDA graphs; the next step starts before the last one's text is made.
 
 Life of a request
 
-    handle_chat > parse_chat_request > LocalPool.answer > Tokenizer.render > LocalPool.dispatch         front process
-        > Engine.add > Scheduler.schedule > make_batch > EagerSteps.start > Transformer.forward > sample_reference
-        > Scheduler.advance > Answer.push > StreamDecoder.push > Update                                 worker process
+    handle_chat > read_native_call > native_messages > LocalPool.answer > PromptMaker.admit > Tokenizer.render
+        > LocalPool.dispatch > Worker.start > packed                                                    front process
+        > Inbox.obey > Engine.add > Scheduler.schedule > make_batch > EagerSteps.start > Transformer.forward
+        > sample_reference > Scheduler.advance > Answer.push > StreamDecoder.push > Update > Stepped    worker process
         > LocalPool.deliver > Job.take > NativeEncoder.encode | OpenAIEncoder.encode > EventStream.send    front process
+
+Glossary
+
+    page        16 KV slots; a slot holds the keys and values of one token. A worker's cache is a pool of pages.
+    owner       whoever may share KV pages: one API key, or everybody where there are no keys
+    client      whose turn it is: one API key, or one address where there are no keys
+    request     what a client asked, checked: `Request`. It may have several prompts and `n` answers to each.
+    job         one answer of a request in the front: `Job`. It survives the death of its worker.
+    work        one answer of a request in a worker: `Work`; with its tokens and pages a `Sequence`, with its text an `Answer`
+    update      what one step gave one answer, from worker to front: `Update`
+    event       what the front gives a reader: `Accepted`, then `Piece`s of text, then `Finished`
+    chunk       what one step computes of one sequence; a step computes the chunks of a batch
+    draft       tokens that may come next, looked up in the text so far and checked in one step
+    steps       the way a backend runs a step: `EagerSteps` op by op, decode_core's recordings or CUDA graphs
+    kernels     the ops that a worker chose, each the compiled one or the reference beside it: `load_kernels`
+
+Where do I change ...
+
+    a family of models        `Generation` and `GENERATIONS` (nanochat), `gguf_spec` (GGUF): rows over one Transformer.compute
+    an op                     its `*_reference`, a field of `Kernels`, then decode_core (csrc/README.md)
+    a route                   `ROUTES`, a handler of `Front`, its fields in `bodies in`, its answer in `answers out`
+    a request's field         the field tables of `bodies in` (they also make /openapi.json), `Request`, then whoever reads it
+    a flag                    `OPTIONS`: one row makes the flag, its variable, its key in the config file and its help
+    a message                 a dataclass in section 3 with its size limit, an entry in `MESSAGES`, a case where it is heard
+
+A copy of this file and static/ runs alone. Without csrc/ (or the installed decode_core) it computes with the references in
+torch, several times slower, and says so at start; everything else is the same.
 
 Exactness: the next token is a function of the logits, the request's parameters, its seed and the token's position
 (counter-based noise), never of what else is in the batch. With decode_core on a CPU each row's logits are the same to the
 bit alone or batched, cached or cold, drafted or not, so the same request gives the same tokens; elsewhere they may differ in
 their last bits with the batch. `/stats` says which as `row_invariant`.
 
-Sections: grep '^# [0-9]*\\. ' chat_server.py
+Sections: grep -A1 '^# ---' chat_server.py
 """
 
 from __future__ import annotations
@@ -156,6 +186,7 @@ class Limits:
     held_bytes: int = 256 << 20     # of large bodies and of answers that are sent whole, together
     inline_bytes: int = 1 << 16     # bodies above are read in a sandbox
     inline_characters: int = 4_000  # longer texts are tokenized in a thread
+    rendered_characters: int = 1 << 22      # of a conversation in the model's chat template
     tokenized_characters: int = 1 << 19     # by /tokenize and /apply-template; each may take 3 KB of memory
     outbox_bytes: int = 1 << 20     # unsent bytes after which a reader counts as gone
     recorded_bytes: int = 8 << 20  # of resumable streams, together
@@ -2012,7 +2043,7 @@ class Chunk(NamedTuple):
         return self.count if self.sequence.scoring else self.draws
 
 
-FREE_ROWS = 8       # rows that a step of decode_core computes in hardly more time than one (KERNELS.md, section 9)
+FREE_ROWS = 8       # rows that a step of decode_core computes in hardly more time than one
 
 
 class Scheduler:
@@ -2380,7 +2411,7 @@ class Transformer:
     def compute(self, inputs: Inputs, b: SimpleNamespace) -> None:
         """The model: T new tokens -> b.logits (R, V).
 
-        Every line is an op of section 4 into a given buffer, so that a recorder or a graph can stand behind it.
+        Every line is an op into a given buffer, so that a recorder or a graph can stand behind it.
         """
         spec, k, w = self.spec, self.kernels, self.weights
         k.embed(w["embed"], inputs.token_ids, out=b.x)                                      # (T, C)
@@ -4693,7 +4724,11 @@ class Tasks:
         return compile_chat_template(self.config.text.chat_template)
 
     def fill_template(self, arguments: dict) -> Result:
-        return Result(fill_template(self.template, arguments))
+        text = fill_template(self.template, arguments)
+        if len(text) > LIMITS.rendered_characters:      # before it crosses the pipe: the front's event loop reads it
+            raise RequestError(f"the chat template makes {len(text):,} characters of the messages, which is too long: at most "
+                               f"{LIMITS.rendered_characters:,} are allowed", code="context_length_exceeded", param="messages")
+        return Result(text)
 
     def check_grammar(self, source: str, param: str) -> Result:
         return Result(check_grammar(source, param))
@@ -5997,7 +6032,7 @@ def named_messages(messages: list, roles: Seq[str]) -> Iterator[tuple[str, str, 
 
 
 def native_messages(messages: list, truncate: bool = False) -> tuple[tuple[Message, ...], int]:
-    """Messages within the native API's limits (API.md), and how many of the oldest were dropped so that they are."""
+    """Messages within the native API's limits, and how many of the oldest were dropped so that they are."""
     within_limit("messages", len(messages), LIMITS.truncated_messages if truncate else LIMITS.messages, "messages")
     named = list(named_messages(messages, NATIVE_ROLES))
     kept, parsed = newest_turns(named) if truncate else named, []
@@ -7428,7 +7463,7 @@ def openapi_document(settings: Settings) -> dict[str, Any]:
 
 
 def create_app(pool: Pool, settings: Settings) -> web.Application:
-    """The routes of API.md over a pool."""
+    """The routes over a pool."""
     front = Front(pool, settings)
     middlewares = [functools.partial(Front.access_log, front), errors_to_responses, functools.partial(Front.guard, front)]
     app = web.Application(middlewares=[web.middleware(each) for each in middlewares])

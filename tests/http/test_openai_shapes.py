@@ -23,7 +23,7 @@ def url(default_model_path):
 
 @pytest.fixture
 def exact(url):
-    """For tests of answers that are equal only where logits are (DESIGN.md, Exactness)."""
+    """For tests of answers that are equal only where logits are."""
     if not call(url, "/stats")[2]["row_invariant"]:
         pytest.skip("the reference ops are not row-invariant")
 

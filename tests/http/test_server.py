@@ -196,7 +196,7 @@ async def test_200_clients_who_vanish_at_random_moments_leave_nothing_behind(nan
                 assert b'"done"' in await response.read()
 
 
-# a copy of the script and the page, with just the libraries that DESIGN.md names
+# a copy of the script and the page, with just the libraries that it needs
 
 
 def requirements_of(names):

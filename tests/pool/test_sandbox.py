@@ -150,6 +150,13 @@ async def test_a_template_that_takes_too_much_is_refused_and_the_server_starts(o
     assert await said(pool, Request("b", prompts=("x y z",), max_tokens=5)) == "3"
 
 
+async def test_what_a_template_makes_too_long_does_not_cross_the_pipe(open_pool, monkeypatch):
+    pool = await open_pool(chat_template="{{ 'ab ' * 2000000 }}", context_length=10**7)
+    with pytest.raises(RequestError, match="6,000,000 characters.*4,194,304") as refused:
+        await said(pool, ask("a"))
+    assert refused.value.code == "context_length_exceeded"
+
+
 async def test_a_template_is_filled_in_as_it_would_be_here(open_pool):
     pool = await open_pool()
     messages = [Message("system", "Be <|im_start|> brief \U0001f600\ud800"), Message("user", "x\u2028\ty"), Message("assistant", ""), Message("user", "z")]

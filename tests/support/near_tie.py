@@ -1,4 +1,4 @@
-"""The one helper by which tests compare answers where logits are not row-invariant (DESIGN.md, Exactness)."""
+"""The one helper by which tests compare answers where logits are not row-invariant."""
 
 from dataclasses import dataclass, field
 
