@@ -1,13 +1,14 @@
 """Builds decode_core, the compiled core: `pip install .` with gcc (or clang) alone takes seconds and never needs torch.
 
-    sources    csrc/*.cpp, csrc/cpu/*.cpp; a name's ending gives its instruction set (ISA_FLAGS), nothing uses -march=native
-    CUDA       csrc/cuda/*.cu and csrc/cuda/bindings*.cpp where nvcc is found; DECODE_CORE_CUDA=0 leaves it out, =1 insists
+    sources    csrc/*.cpp, csrc/cpu/*.cpp; the end of a name gives its instruction set (ISA_FLAGS); never -march=native
+    CUDA       csrc/cuda/*.cu and csrc/cuda/bindings*.cpp if nvcc is found; DECODE_CORE_CUDA=0 leaves it out, =1 requires it
     emulation  csrc/cuda/emulation*.cpp as a second module, decode_core._emulation, when DECODE_CORE_EMULATION=1 (for tests)
     checks     DECODE_CORE_WERROR=1: warnings are errors; DECODE_CORE_SANITIZE=1: address and undefined-behaviour sanitizers,
                DECODE_CORE_SANITIZE=thread: the thread sanitizer
 
-No compiler: the installation still succeeds, `import decode_core` raises ImportError and chat_server runs its references.
-In a private folder:   python setup.py build --build-base build-x --build-lib build-x/lib;  PYTHONPATH=build-x/lib python ...
+Without a compiler the installation still succeeds; `import decode_core` raises ImportError, and chat_server
+runs its reference ops. In a private folder:   python setup.py build --build-base build-x --build-lib
+build-x/lib;  PYTHONPATH=build-x/lib python ...
 """
 
 import os
@@ -30,13 +31,15 @@ COMMON_FLAGS = ["-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fno-
 COMMON_FLAGS += ["-O1", "-g"] if SANITIZE else ["-O3", "-g0"]
 COMMON_FLAGS += ["-Werror"] if os.environ.get("DECODE_CORE_WERROR") == "1" else []
 LINK_FLAGS = ["-pthread"] + ([f"-fsanitize={SANITIZE}"] if SANITIZE else ["-Wl,-s"] if sys.platform == "linux" else [])
-SANITIZE_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]   # not pybind11's
+# not with pybind11's flags
+SANITIZE_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512",
-                "-Wno-maybe-uninitialized"]             # GCC 12's own intrinsics headers warn
-ISA_FLAGS = {               # ending of a source's stem -> what its instructions may need; dispatch.cpp asks the same of the CPU
+                "-Wno-maybe-uninitialized"]             # GCC 12's intrinsics headers cause it
+# end of a source's stem -> instructions it may use; dispatch.cpp checks that the CPU has them
+ISA_FLAGS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "_avx512": AVX512_FLAGS,
-    "_vnni": [*AVX512_FLAGS, "-mavx512vnni"],           # tiles.cpp asks for VNNI
+    "_vnni": [*AVX512_FLAGS, "-mavx512vnni"],           # tiles.cpp checks for VNNI
 }
 
 NVCC_FLAGS = ["-std=c++17", "-O3", "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]",
@@ -55,7 +58,7 @@ def find_nvcc() -> str | None:
 
 
 def cudart_folder(nvcc: str) -> str:
-    """Where libcudart_static.a lies: nvcc may be a link or a script, so it is asked."""
+    """The folder of libcudart_static.a. nvcc may be a link or a script, so ask it."""
     said = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
     top = next((line.split("=", 1)[1].strip() for line in said.splitlines() if line.startswith("#$ TOP=")), None)
     top = Path(top) if top else Path(os.path.realpath(nvcc)).parent.parent
@@ -64,12 +67,14 @@ def cudart_folder(nvcc: str) -> str:
 
 
 class BuildCore(build_ext):
-    """build_ext with flags per source, two compilers and objects that are kept while nothing they include has changed."""
+    """build_ext with flags for each source and two compilers; keeps objects until something that they include
+    changes."""
 
     def build_extension(self, extension):
         nvcc = find_nvcc() if extension.name == "decode_core._core" else None
         insist = os.environ.get("DECODE_CORE_WERROR") == "1" or SANITIZE or os.environ.get("DECODE_CORE_CUDA") == "1"
-        for compiler in dict.fromkeys((nvcc, None)):        # an nvcc that does not suit costs the CUDA half only
+        # if nvcc does not work, only the CUDA half is lost
+        for compiler in dict.fromkeys((nvcc, None)):
             try:
                 return self.build_core(extension, compiler)
             except Exception as failure:

@@ -1,18 +1,20 @@
-"""Our server beside llama-server: the same GGUF file, the same machine, one run; medians, ranges and ratios.
+"""chat_server beside llama-server: the same GGUF file, the same machine, one run; medians, ranges and ratios.
 
     python bench/compare.py --llama-server PATH [--model FILE.gguf] [--rounds 5] [--only single,16,...] [--json FILE]
     python bench/compare.py --ours-only --only single --server-args="--max-batch 16"
 
-Both are started as a user starts them and are asked through HTTP by one load generator (this process: asyncio, aiohttp)
-on the same cores: `/v1/chat/completions`, streamed, temperature 0, ignore_eos. Every prompt is new, so no cache helps,
-though the caches are on. Tokens are counted by the servers' own usage figures, times by this process's clock; tokens per
-second include the prompt's time, except at a stated context. llama-server runs with -t 1, with -t 2, and with its own
-defaults under GOMP_SPINCOUNT=1000 (OpenMP's long spinning costs it much beside a busy program); ratios are to the better
-of the first two. It has as many slots, and as much context, as a scenario needs.
+Both are started as a user would start them. One load generator (this process: asyncio, aiohttp) on the same
+cores sends them `/v1/chat/completions` requests over HTTP: streamed, temperature 0, ignore_eos. Every prompt
+is new, so the caches, though on, do not help. Tokens are the servers' own usage figures, times are this
+process's. Tokens per second include the time for the prompt, except where a context is stated. llama-server
+runs with -t 1, with -t 2, and with its own defaults under GOMP_SPINCOUNT=1000 (OpenMP's long spinning is slow
+beside a busy program). Ratios are to the better of the first two. It gets as many slots and as much context
+as a scenario needs.
 
-Contestants alternate within a round and the order turns with every round. Before each measurement a short probe asks
-what two threads give: 2.0 means two free cores, 1.0 that the host runs both CPUs on one core, or that something else was
-running. A figure of two threads whose probe is far from 2 says little about the contestant.
+Contestants alternate within a round, and the order is reversed in every other round. Before each measurement
+a short probe compares two threads with one: 2.0 means two free cores; 1.0 means that the host runs both CPUs
+on one core, or that something else was running. If the probe is far from 2, a figure for two threads says
+little about the contestant.
 """
 
 import argparse
@@ -41,7 +43,7 @@ from typing import NamedTuple
 import aiohttp
 import psutil
 
-ENVIRONMENT = dict(os.environ)                  # what servers get
+ENVIRONMENT = dict(os.environ)                  # as the server sets it for its workers
 os.environ["OPENBLAS_NUM_THREADS"] = "1"        # one thread per product in the probe; before numpy
 import numpy    # noqa: E402
 

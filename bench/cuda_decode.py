@@ -2,9 +2,10 @@
 
     python bench/cuda_decode.py [--shapes d32 llama-8b] [--batches 1 8] [--context 1024] [--steps 200]
 
-For each shape and batch: `step`, the median over blocks of 20 steps that are begun ahead, as the engine does (start the next,
-finish the last); `graph`, the same graph replayed without Python between; the floor, (weights + KV bytes) / copy bandwidth
-of the same device, measured first (bytes read and written by copying 1 GiB); and their ratios. Not measured yet: no GPU was lent.
+For each shape and batch it prints four things. `step`: the median over blocks of 20 steps, each started
+before the previous one is finished, as the engine does. `graph`: the same graph replayed without Python in
+between. The floor: (weights + KV bytes) / copy bandwidth of the same device, measured first (bytes read and
+written by copying 1 GiB). And the ratios of the first two to the floor.
 """
 
 import argparse
@@ -43,7 +44,8 @@ def random_model(spec, kernels, device, dtype, **sizes):
 
 
 def bytes_of_a_step(transformer, batch, context):
-    """What a decode step must read: every weight but the embedding's other rows, and the keys and values."""
+    """What a decode step must read: all weights except the unused rows of the embedding, and the keys and
+    values."""
     weights = sum(tensor.nbytes for name, tensor in transformer.weights.items()
                   if name != "embed" and not name.endswith("value_embed"))
     page = Transformer.page_bytes(transformer.spec, transformer.dtype)
@@ -51,7 +53,7 @@ def bytes_of_a_step(transformer, batch, context):
 
 
 class Decoding:
-    """`batch` sequences that grow by a token with every step, the first of which has `context` keys."""
+    """`batch` sequences that grow by a token in every step; in the first step each has `context` keys."""
 
     def __init__(self, steps, batch, context, length):
         self.steps, self.batch, self.keys = steps, batch, context
@@ -61,7 +63,7 @@ class Decoding:
         self.ids, self.previous, self.ticket = [1] * batch, [1] * batch, None
 
     def step(self):
-        """Start a step, finish the one before."""
+        """Start a step and finish the previous one."""
         rows = list(range(self.batch))
         batch = Batch(self.ids, self.previous, [*rows, self.batch], [self.keys] * self.batch, self.tables, rows)
         ticket = self.steps.start(batch, [SampleRow(params, self.keys) for params in self.params])
@@ -74,7 +76,7 @@ class Decoding:
 
 
 def seconds_per_step(decoding, steps, block=20):
-    """The median over blocks of steps, after one block that is not counted."""
+    """The median over blocks of steps; a first block is not counted."""
     times = []
     for _ in range(max(2, steps // block)):
         begin = time.perf_counter()
@@ -86,7 +88,7 @@ def seconds_per_step(decoding, steps, block=20):
 
 
 def seconds_per_replay(steps, batch, replays=50):
-    """The graph of the last steps alone, without Python between."""
+    """The graph of the last steps alone, without Python in between."""
     graph = steps.graphs[next((rows, pages) for rows, pages in sorted(steps.graphs) if rows >= batch)]
     begin = time.perf_counter()
 

@@ -1,21 +1,21 @@
-"""Clients that mean harm, one kind after the other, and what everybody else notices meanwhile.
+"""Hostile clients, one kind after another, and what other clients notice.
 
     python bench/hostile.py [--only WORD ...] [--seconds 40] [--memory 4G] [--json FILE]   a server of its own
     python bench/hostile.py --url http://HOST:PORT [--key KEY --other-key KEY]             one that runs
     python bench/hostile.py --list
 
-Its own server has the default model, with a chat template that knows tools, and two keys: the attacker's,
-and that of everybody else. Each attack is cut off after --seconds. The others are a process of their own:
-they poll /livez and ask for short answers, streamed ones and JSON of a schema, one after the other; they
-also kill the server when it takes more than --memory. A server that died, or that does not serve within
-30 s after an attack, is started again for the next one.
+The server that it starts has the default model, a chat template with tools, and two keys: one for the
+attacker, one for everybody else. An attack ends after --seconds. The other clients run in a process of their
+own. They poll /livez, and ask in turn for short answers, streamed answers and JSON that fits a schema. They
+also kill the server if it takes more than --memory. If the server has died, or does not serve within 30 s
+after an attack, a new one is started.
 
-The table: what the attacker got; the longest pause of the server's event loop, as a task in it measured and
-as /livez showed; the others' worst first token, worst gap between two pieces and worst first token of a
-structured answer; how far the memory (PSS) of the front and of its processes rose; bytes of log; and what
-else there was: how the server died, answers that the others were refused, restarts of workers, KV pages that
-stay in use, responses of 5xx to others, and what the front still computes when all is quiet. Exits with 1
-when a server died or did not serve, a worker was restarted, or a page leaked.
+Columns of the table: what the attacker got; the longest pause of the server's event loop, as measured by a
+task in it and by /livez; for the others the worst first token, the worst gap between two pieces and the worst
+first token of a structured answer; how much the memory (PSS) of the front and of its processes rose; bytes of
+log; and anything else: how the server died, answers that others were refused, restarted workers, KV pages
+still in use, 5xx responses to others, and processor time that the front still takes when all is quiet. Exits
+with 1 if a server died or did not serve, a worker was restarted, or a page leaked.
 """
 
 import argparse
@@ -47,7 +47,7 @@ import chat_server      # noqa: E402
 CHAT, OPENAI, COMPLETIONS = "/chat/completions", "/v1/chat/completions", "/v1/completions"
 TOKENIZE, DETOKENIZE, APPLY_TEMPLATE = "/tokenize", "/detokenize", "/apply-template"
 MIB = 1 << 20
-SETTLE_S = 30.0             # after an attack; a server that does not serve then counts as broken
+SETTLE_S = 30.0             # after an attack; a server that does not serve by then counts as broken
 TEMPLATE = """{%- if tools %}{% for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}{% endif -%}
 {%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' + (message.content or '') -}}
 {%- for call in message.tool_calls or [] %}{{ '<tool_call>\n{"name": ' + (call.function.name | tojson) -}}
@@ -64,13 +64,13 @@ PERSON = {"type": "object", "required": ["name", "age"], "additionalProperties":
 
 
 def shared_number(path):
-    """A number that two processes see, in the first bytes of a file."""
+    """A number in the first bytes of a file, visible to two processes."""
     with open(path, "r+b") as file:
         return memoryview(mmap.mmap(file.fileno(), 8)).cast("d")
 
 
 def serve(parent, pauses_path, *words):
-    """chat_server with a task that notes the longest pause of the event loop, in seconds, for the bench."""
+    """chat_server with a task that records the longest pause of the event loop, in seconds."""
     chat_server.die_with_parent(int(parent))
     longest_s, serve_forever = shared_number(pauses_path), chat_server.serve_forever
 
@@ -107,7 +107,7 @@ class Server:
 
     def begin(self):
         """Start the process."""
-        limit = self.memory + (12 << 30)        # of addresses, should the watchdog be too slow
+        limit = self.memory + (12 << 30)        # of address space, in case the watchdog is too slow
         words = [sys.executable, __file__, "serve", str(os.getpid()), self.folder / "pauses", self.model]
         words += ["--host", "127.0.0.1", "--port", "0", "--kv-cache-memory", "256M"]
         words += ["--api-key-file", self.folder / "keys"]
@@ -117,7 +117,7 @@ class Server:
                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
 
     def start(self):
-        """Start it, until it serves."""
+        """Start it and wait until it serves."""
         self.begin()
         found = (re.search(r"http://127\.0\.0\.1:\d+", line) for line in self.process.stdout)
         if (address := next(filter(None, found), None)) is None:
@@ -133,7 +133,7 @@ class Server:
         return (self.folder / "log").stat().st_size
 
     def cpu_share(self, seconds):
-        """Of a core, that the front takes."""
+        """The share of a core that the front takes."""
         front = psutil.Process(self.process.pid)
         before = sum(front.cpu_times()[:2])
         time.sleep(seconds)
@@ -141,13 +141,13 @@ class Server:
 
     def stop(self):
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)         # its workers die with it
+            os.killpg(self.process.pid, signal.SIGKILL)         # and its workers with it
         self.process.wait()
         self.process.stdout.close()
 
 
 class Elsewhere:
-    """A server that somebody else runs, of which less can be seen."""
+    """A server that somebody else runs; less of it can be seen."""
 
     process = pause_s = None
     alive, log_bytes = True, 0
@@ -169,10 +169,11 @@ class Elsewhere:
 
 
 class Others:
-    """Harmless clients, and the watchdog of the server's memory: a process without the attacker's work.
+    """Harmless clients, and the watchdog of the server's memory, in a process that does none of the
+    attacker's work.
 
-    It reads `begin` and `end` as lines. After `end`, when each client has got an answer that it asked for
-    since, or SETTLE_S are over, it writes what was the worst since `begin`, as a line of JSON.
+    It reads the lines `begin` and `end`. After `end` it waits until each client has sent another request and
+    got its answer, for at most SETTLE_S. Then it writes the worst values since `begin` as a line of JSON.
     """
 
     def __init__(self, url, key, pid, memory):
@@ -182,7 +183,7 @@ class Others:
 
     def clear(self):
         self.worst, self.rounds, self.refused = Counter(), Counter(), Counter()
-        self.since = {}             # what is waited for -> since when
+        self.since = {}             # what is awaited -> since when
         self.peak = self.base = self.sizes()
 
     def sizes(self):
@@ -211,7 +212,7 @@ class Others:
             await asyncio.sleep(0.05)
 
     def note(self, what):
-        """It has come now. What stands behind a colon is whose it is."""
+        """Note that something has come. The part after a colon names the client."""
         name, waited_ms = what.partition(":")[0], 1e3 * (time.monotonic() - self.since[what])
         self.worst[name] = max(self.worst[name], round(waited_ms, 1))
 
@@ -277,7 +278,7 @@ class Others:
         return (await asyncio.to_thread(sys.stdin.readline)).strip()
 
     async def two_rounds(self):
-        """Until every client has ended two more: the first of them had begun before."""
+        """Wait until every client has finished two more requests: the first may have begun before."""
         before, deadline_s = Counter(self.rounds), time.monotonic() + SETTLE_S
         while any(self.rounds[what] < before[what] + 2 for what in ("livez", "first", "structured")):
             if self.gone or time.monotonic() > deadline_s:
@@ -290,7 +291,7 @@ class Others:
 
 
 async def status_of(reader):
-    """Of the response that is to come."""
+    """The status of the next response, "closed" if there is none."""
     try:
         return int((await reader.readuntil(b"\r\n\r\n"))[9:12])
     except (ConnectionError, asyncio.IncompleteReadError):
@@ -298,7 +299,7 @@ async def status_of(reader):
 
 
 class Attacker:
-    """Raw connections, so that a request may be anything; what came back is counted in `got`."""
+    """Raw connections, so that a request can be any bytes; `got` counts what came back."""
 
     def __init__(self, server, scale):
         self.server, self.scale, self.got, self.writers = server, scale, Counter(), []
@@ -309,7 +310,8 @@ class Attacker:
         return max(2, int(count * self.scale))
 
     async def connect(self, reads=True):
-        """A connection that stays until the attack ends. The system of one that does not read takes 2 KB."""
+        """A connection that stays open until the attack ends. If it does not read, the kernel buffers 2 KB
+        for it."""
         connection, loop = socket.socket(), asyncio.get_running_loop()
         connection.setblocking(False)
         if not reads:
@@ -322,7 +324,7 @@ class Attacker:
         return reader, writer
 
     def request(self, path, body=b"", method="POST", length=None, **headers):
-        """Its bytes; the body may be JSON's value."""
+        """The bytes of a request; `body` may be a value to encode as JSON."""
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         key = {"Authorization": f"Bearer {self.server.key}"} if self.server.key else {}
         headers = {"Host": "%s:%d" % self.address, "Content-Length": length or len(body)} | key | headers
@@ -330,7 +332,7 @@ class Attacker:
         return f"{method} {path} HTTP/1.1\r\n{lines}\r\n".encode() + body
 
     async def post(self, path, body, leave_after_s=None, **headers):
-        """Send it, and read the whole response unless that takes longer; the end of what came."""
+        """Send a request and read the whole response, or what came within the time; returns the end of it."""
         reader, writer = await self.connect()
         status, answer = "no answer", b""
 
@@ -338,7 +340,7 @@ class Attacker:
             nonlocal status, answer
             writer.write(self.request(path, body, Connection="close", **headers))
             with contextlib.suppress(ConnectionError):
-                with contextlib.suppress(ConnectionError):      # the answer may be there all the same
+                with contextlib.suppress(ConnectionError):      # the answer may have come all the same
                     await writer.drain()
                 status = await status_of(reader)
                 while data := await reader.read(MIB):
@@ -353,7 +355,7 @@ class Attacker:
         return answer
 
     async def posts(self, count, *request, **options):
-        """The same so often at once, until all have ended."""
+        """Send the same request `count` times at once and wait for all."""
         await asyncio.gather(*(self.post(*request, **options) for _ in range(count)))
 
     def leave(self):
@@ -366,7 +368,7 @@ def json_schema(schema):
 
 
 def patterns(count):
-    """Each is harmless; what fulfils all is an automaton of 2^count states."""
+    """Each pattern is harmless; the automaton for all of them has 2^count states."""
     texts = [f".*{chr(ord('a') + i % 26)}.*{i if i > 25 else ''}" for i in range(count)]
     text = {"type": "string", "allOf": [{"pattern": each} for each in texts]}
     return {"type": "object", "required": ["x"], "properties": {"x": text}}
@@ -382,7 +384,7 @@ async def patterns_in_tools(count, attacker):
 
 
 async def slow_schema(attacker):
-    """It takes 0.1 s; for each of 128 answers, of a client that soon leaves, and comes again."""
+    """A schema that takes 0.1 s, for each of 128 answers, from a client that leaves soon and comes again."""
     time_text, address = ({"type": "string", "format": name} for name in ("date-time", "ipv6"))
     shapes = [{"type": "object", "properties": {f"p{i}": time_text, "k": address}, "required": [f"p{i}"]}
               for i in range(380)]
@@ -392,7 +394,7 @@ async def slow_schema(attacker):
 
 
 HI_AND = json.dumps(HI)[:-1] + ', "x": '
-LARGE_BODIES = (    # route, what; a body, what * in it is as often as fits, what between, and what after
+LARGE_BODIES = (    # route, name; a body in which * is repeated as often as fits, the separator, and the end
     (TOKENIZE, "7 M token ids", '{"content":[*]}', "1", ",", ""),
     (TOKENIZE, "7 M token ids with pieces", '{"with_pieces":true,"content":[*]}', "1", ",", ""),
     (TOKENIZE, "3 M texts", '{"content":[*]}', '"ab"', ",", ""),
@@ -435,13 +437,13 @@ async def many_keys(attacker):
 
 
 async def pieces(attacker):
-    """As long as /tokenize allows."""
+    """A text as long as /tokenize allows."""
     text = "a b" * attacker.many(chat_server.LIMITS.tokenized_characters // 3)
     await attacker.post(TOKENIZE, {"content": text, "with_pieces": True})
 
 
 async def biases(attacker):
-    """The same ids in many spellings, for each of 128 answers."""
+    """The same ids spelt in many ways, for each of 128 answers."""
     names = [str(token).zfill(width) for width in range(5, 10) for token in range(attacker.many(49_000))]
     await attacker.post(OPENAI, HI | {"logit_bias": dict.fromkeys(names, 1), "n": 128, "max_tokens": 20})
 
@@ -459,7 +461,7 @@ async def come_and_go(attacker):
 
 
 async def unread(attacker):
-    """Responses of every kind, of which nobody takes more than a few KB: are they dropped?"""
+    """Responses of every kind whose readers take only a few KB: are those dropped?"""
     files = [path for path in chat_server.STATIC.rglob("*") if path.is_file()]
     file = max(files, key=lambda path: path.stat().st_size).relative_to(chat_server.STATIC).as_posix()
     get = functools.partial(attacker.request, method="GET")
@@ -470,7 +472,7 @@ async def unread(attacker):
     for number, writer in enumerate(writers):
         writer.write(requests[number % len(requests)])
     await asyncio.sleep(35 * attacker.scale)
-    for _ in range(2):                  # the first is answered with a reset, which the second meets
+    for _ in range(2):                  # the first is answered with a reset, which the second runs into
         for writer in writers:
             writer.write(b"x")
         await asyncio.sleep(0.1)
@@ -478,7 +480,7 @@ async def unread(attacker):
 
 
 async def drip(begin, attacker):
-    """1,000 requests that begin so, and then a byte each now and then."""
+    """1,000 requests that begin like this and then send a byte now and then."""
     writers = [(await attacker.connect())[1] for _ in range(attacker.many(1000))]
     for writer in writers:
         writer.write(begin(attacker))
@@ -497,7 +499,7 @@ def half_a_body(attacker):
 
 
 async def unfinished_bodies(attacker):
-    """16 MiB each but for the last byte."""
+    """Bodies of 16 MiB without their last byte."""
     size, piece = int(16 * MIB * attacker.scale), b" " * (1 << 16)
 
     async def send(writer):
@@ -530,13 +532,13 @@ async def echoed_logprobs(attacker):
 
 
 async def left_streams(attacker):
-    """Answers that go on for a while without a reader."""
+    """Answers that continue for a while without a reader."""
     body = HI | {"max_tokens": 500, "ignore_eos": True, "resumable": True}
     await attacker.posts(attacker.many(200), CHAT, body, leave_after_s=0.3)
 
 
 async def foreign_pages(attacker):
-    """What a browser sends from a page elsewhere to a plain http address."""
+    """What a browser sends for a page of another origin to a plain http address."""
     for origin in ("http://evil.example", "null", "http://127.0.0.1:1"):
         for path in (CHAT, OPENAI, TOKENIZE):
             body = HI | {"content": "a"}
@@ -544,7 +546,7 @@ async def foreign_pages(attacker):
 
 
 async def prefix_probe(attacker):
-    """Do cached tokens, or the time to an answer, tell what the holder of another key has asked?"""
+    """Do cached tokens, or the time to an answer, reveal what the holder of another key asked?"""
     if attacker.server.key == attacker.server.other_key:
         return
 
@@ -561,7 +563,7 @@ async def prefix_probe(attacker):
 
 
 async def hostile_model(template, attacker):
-    """A server of its own, whose model has this template: does it serve, or end, within 15 s?"""
+    """A new server whose model has this template: does it serve, or end, within 15 s?"""
     if not attacker.server.process:
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -578,7 +580,7 @@ async def hostile_model(template, attacker):
 
 
 async def long_chats(attacker):
-    """Of users, not of enemies: all of them should be answered."""
+    """The load of ordinary users: all of them should be answered."""
     words = "All work and no play makes Jack a dull boy. "
     turns = [{"role": role, "content": words * 100} for _ in range(20) for role in ("user", "assistant")]
     answer = [HI["messages"][0], {"role": "assistant", "content": words * 250}]
@@ -644,7 +646,7 @@ async def look(server):
 
 
 async def aftermath(server, attacker, before):
-    """What can be seen only when all is quiet again."""
+    """What shows only when all is quiet again."""
     deadline_s = time.monotonic() + SETTLE_S
     while (after := await look(server))[1] and time.monotonic() < deadline_s:
         await asyncio.sleep(0.05)
@@ -698,7 +700,7 @@ def shown(row):
 
 @contextlib.asynccontextmanager
 async def watching(server, options):
-    """The others' process."""
+    """The process of the other clients."""
     pid = server.process.pid if server.process else 0
     words = [__file__, "others", server.url, server.other_key or "", str(pid), str(options.memory)]
     others = await asyncio.create_subprocess_exec(
@@ -711,7 +713,7 @@ async def watching(server, options):
 
 
 async def bench(options, server, attacks):
-    """All of them, on one server as long as it stands; the rows."""
+    """Run all attacks, on one server as long as it lives; returns the rows."""
     rows = []
     print(f"| {' | '.join(COLUMNS)} |\n|{len(COLUMNS) * '---|'}", flush=True)
     while len(rows) < len(attacks):

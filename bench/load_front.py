@@ -1,11 +1,13 @@
-"""The front alone under load: many streams through the real pool and HTTP side, from workers that compute nothing.
+"""The front alone under load: many streams through the real pool and HTTP code, from workers that compute
+nothing.
 
     python bench/load_front.py [--streams 1000] [--rate 20] [--seconds 20] [--workers 1]
     python bench/load_front.py --streams 20 --seconds 10 --slow-readers 5 --piece-bytes 100000
 
-The front has a core to itself; the fake workers and the clients share the others. Every piece is the moment at which its
-worker sent it, so what a client measures is all that pipe, front, socket and client add. Every stream must get every piece;
-readers that do not read must be dropped and cost the others nothing. Prints delays, losses and the front's memory.
+The front has a core to itself; the fake workers and the clients share the others. The text of each piece is
+the time at which its worker sent it, so a client measures all the delay that pipe, front, socket and client
+add. Every stream must get every piece. Readers that do not read must be dropped without a cost to the others.
+Prints delays, losses and the front's memory.
 """
 
 import argparse
@@ -33,7 +35,8 @@ STAMP = re.compile(rb'"token": "([\d.]+)')
 
 
 def fake_worker(descriptor):
-    """A worker that answers each request with a time stamp per step, all requests in one message, --rate steps a second."""
+    """A worker that sends each request a time stamp in every step, --rate steps a second, one message a
+    step."""
     os.sched_setaffinity(0, OTHER_CORES)
     channel = Channel(socket.socket(fileno=descriptor))
     config, *_ = channel.receive(wait=True)
@@ -57,11 +60,11 @@ def fake_worker(descriptor):
             updates.append(Update(id=name, tokens=(5,), text=stamp, reason=None if left[name] else "length"))
             if not left[name]:
                 del left[name]
-        channel.send(Stepped(updates, gauges))       # also when only asked for a sign of life
+        channel.send(Stepped(updates, gauges))       # a ping wants an answer too
 
 
 def front(port, workers, parent):
-    """The server as it is, with fake workers behind it."""
+    """The real server with fake workers behind it."""
     chat_server.die_with_parent(parent)
     chat_server.calm_collector()
     os.sched_setaffinity(0, FRONT_CORE)
@@ -72,7 +75,7 @@ def front(port, workers, parent):
 
 
 class Stream(asyncio.Protocol):
-    """One client; as little work as possible for each piece."""
+    """One client, which does as little as possible for each piece."""
 
     def __init__(self, tokens, reads=True):
         self.tokens, self.reads, self.times, self.tail = tokens, reads, [], b""     # times: (sent, received) of each piece
@@ -109,7 +112,7 @@ async def load(url_port, process, args):
     async def connect(reads):
         connection = socket.socket()
         connection.setblocking(False)
-        if not reads:       # else the kernel takes megabytes on its behalf
+        if not reads:       # otherwise the kernel buffers megabytes
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         await loop.sock_connect(connection, ("127.0.0.1", url_port))
         return await loop.create_connection(lambda: Stream(tokens, reads), sock=connection)
@@ -156,7 +159,7 @@ def main():
     try:
         next(line for line in server.stdout if "startup complete" in line)
         os.sched_setaffinity(0, OTHER_CORES)
-        gc.disable()        # the clients' own pauses are not the front's
+        gc.disable()        # so that pauses of the clients do not count as the front's
         asyncio.run(load(port, psutil.Process(server.pid), args))
     finally:
         server.terminate()

@@ -1,10 +1,11 @@
-"""How long the front's event loop stands still for one body: the largest that are allowed, of every route and of every kind.
+"""How long one body blocks the front's event loop: the largest allowed bodies of every kind, for every route.
 
     python bench/loop_pause.py [--only WORD]
 
-A server of its own with the default model reads each body three times. For each callback of its event loop the processor time
-of its thread is measured, so that what other processes do counts for nothing; the longest one is shown, and which it was. The
-loop's goal is 50 ms. Bodies just below LIMITS.inline_bytes are read in the loop itself, those above in another process.
+A server with the default model reads each body three times. For each callback of its event loop the processor
+time of the thread is measured, so that other processes do not matter. The longest is shown with its name. The
+goal is 50 ms. Bodies just below LIMITS.inline_bytes are read in the loop itself, larger ones in another
+process.
 """
 
 import argparse
@@ -33,7 +34,7 @@ def filled(begin, item, end, size, separator=","):
 
 
 def bodies(size):
-    """(route, what, body) of about `size` bytes, of every kind that takes long to read."""
+    """(route, name, body) of about `size` bytes, of every kind that takes long to read."""
     user = '{"role": "user", "content": "'
     for route in (NATIVE, CHAT):
         yield route, "one text", filled('{"max_tokens": 2, "messages": [' + user, "word and, more ", '"}]}', size, "")
@@ -70,7 +71,7 @@ def bodies(size):
 
 
 def answers():
-    """Small bodies with large answers: (route, what, body)."""
+    """Small bodies with large answers: (route, name, body)."""
     long = '"ignore_eos": true, "max_tokens": 60, "n": 64'
     yield CHAT, "whole, logprobs", ('{"messages": [{"role": "user", "content": "Hi"}], "logprobs": true, "top_logprobs": 20, ' + long + "}").encode()
     yield COMPLETIONS, "whole, logprobs", ('{"prompt": "Hi", "logprobs": 20, ' + long + "}").encode()
@@ -79,7 +80,8 @@ def answers():
 
 
 def watched_server():
-    """The server, with every callback of its loop timed; a line on stdin asks for the longest since the last one."""
+    """The server with every callback of its loop timed; each line on stdin asks for the longest since the
+    previous line."""
     longest = [0.0, ""]
     original = asyncio.events.Handle._run
 

@@ -2,9 +2,10 @@
 
     python bench/program_steps.py [--batches 1,4,16] [--context 256] [--prompt 256] [--threads 1,2,0] [--seconds 1] [--phases] [--plain]
 
-The default is the default model's shape (SmolLM2-135M: Q4_1 layers, Q8_0 head). Thread counts alternate in short repeats, and
-the median is printed with the best, since the two CPUs of a virtual machine may be one core or two from minute to minute.
---plain alternates with it a call of the same compiled op for each op of the step, 182 calls from Python with the same buffers.
+The default is the default model's shape (SmolLM2-135M: Q4_1 layers, Q8_0 head). Thread counts alternate in
+short repeats. The best is printed beside the median, because the two CPUs of a virtual machine may be one
+core at one time and two at another. --plain also measures, in turn, 182 calls from Python: one for each op of
+the step, with the same compiled ops and the same buffers.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def random_matrix(arena, kind, rows, columns, generator):
 
 
 def quantized(kind, rows, columns, generator):
-    """Random blocks as GGUF has them, small enough for a sane forward pass."""
+    """Random GGUF blocks with values small enough for a sane forward pass."""
     blocks = columns // 32
     halves = lambda scale: (generator.random((rows, blocks, 1), np.float32) * scale).astype(np.float16).view(np.uint8)
     if kind == "q4_1":
@@ -77,7 +78,8 @@ class Model:
         self.buffers = x, q, attended, hidden, ones, projected, logits, cos, sin
 
     def plain_step(self, token_ids, starts, lengths, tables, rows):
-        """A step of decode rows (one token each) or of one prompt, by calls of the ops -> the drawn tokens."""
+        """A step of decode rows (one token each) or of one prompt, a call for each op; returns the drawn
+        tokens."""
         s, T = self.s, len(token_ids)
         x, q, attended, hidden, ones, projected, logits, cos, sin = self.buffers
         x, q, attended, hidden, projected = (buffer[:T] for buffer in (x, q, attended, hidden, projected))
@@ -135,7 +137,7 @@ def prefill(model, tokens, context):
 
 
 def decode_plain(model, batch, context, steps):
-    """us per step, by plain calls."""
+    """us per step with a call for each op."""
     pages = -(-(context + steps + 1) // PAGE)
     tables = [list(range(i * pages, (i + 1) * pages)) for i in range(batch)]
     rows, token_ids, begin = sampling_rows(batch, context), [5] * batch, time.perf_counter()
@@ -154,13 +156,13 @@ def prefill_plain(model, tokens, context):
 
 
 def show_phases(model, run, tokens, rounds):
-    """Each phase's least time over many steps, and their sum: what a step takes while nobody else uses the machine."""
+    """The least time of each phase over many steps, and their sum: what a step takes on an idle machine."""
     least, names, steps = None, [], 0
     for _ in range(rounds):
         run()
         for step in model.program.times():
             if step["tokens"] != tokens:
-                continue                        # of the case before
+                continue                        # of the previous case
             phases, steps = [us for _, us in step["phases"]], steps + 1
             least, names = (phases if least is None else list(map(min, least, phases))), [what for what, _ in step["phases"]]
     kinds = {}
@@ -204,7 +206,7 @@ def main():
             for n in threads:
                 set_schedule(n)
                 figures[n].append(1e6 / run())
-                if options.plain and n:                 # calls have no policy
+                if options.plain and n:                 # plain calls have no width policy
                     plain_figures[n].append(1e6 / plain())
         for n in threads:
             print(f"{name:>8} {f'{n} threads' if n else 'adaptive '}: median {statistics.median(figures[n]):7.0f} best {max(figures[n]):7.0f} tok/s")

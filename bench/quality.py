@@ -1,19 +1,22 @@
-"""What quantized arithmetic costs in quality: our engine, and llama.cpp, against float32 on the dequantized weights.
+"""What quantized arithmetic costs in quality: chat_server and llama.cpp against float32 on the dequantized
+weights.
 
     python bench/quality.py [MODEL] [--llama-perplexity PATH] [--text FILE ...] [--chunks 8] [--own-weights]
                             [--server-args "..."]
 
-Real text (README.md and bench/RESULTS.md unless said) is cut into chunks of 512 tokens; at the positions of each chunk's
-second half the next-token distributions are compared: top-1 agreement and mean KL(float32 || measured) with their standard
-errors, largest KL, perplexity. The judge of a GGUF file is transformers in float32 on the dequantized weights; of a nanochat
-checkpoint our own reference ops in float32. `--own-weights` adds a second judge: the reference ops in float32 on the weights as
-ours holds them, rounded to bfloat16 or by `--server-args "--quantize q8_0"`. The first judge's KL to it is what rounding the
-weights costs, its KL to ours what the arithmetic costs.
+Real text (by default README.md and bench/RESULTS.md) is cut into chunks of 512 tokens. At the positions of
+each chunk's second half the next-token distributions are compared: top-1 agreement and mean KL(float32 ||
+measured) with their standard errors, largest KL, perplexity. For a GGUF file the judge is transformers in
+float32 on the dequantized weights; for a nanochat checkpoint it is our reference ops in float32.
+`--own-weights` adds a second judge: the reference ops in float32 on the weights that the server holds,
+rounded to bfloat16 or by `--server-args "--quantize q8_0"`. The KL from the first judge to the second is the
+cost of rounding the weights; the KL from the second to ours is the cost of the arithmetic.
 
-llama.cpp answers through `llama-perplexity --save-all-logits` (llama-server gives no prompt logprobs): its logits of the
-same positions, in 65,536 steps over the 16 below the largest: wrong by 1.2e-4 at most, which adds 2e-9 to a KL. Tokens
-more than 16 below the largest are left out, for every contestant. `--ubatch 1` takes its one-row (decode) kernels
-instead of its prefill. Our rows do not depend on the batch; `--rows 1` lets that be seen.
+llama.cpp's logits come from `llama-perplexity --save-all-logits`, since llama-server gives no prompt
+logprobs. It saves them in 65,536 steps over the 16 below the largest: the error is at most 1.2e-4, which adds
+2e-9 to a KL. Tokens more than 16 below the largest are left out for every contestant. `--ubatch 1` makes it
+use its one-row (decode) kernels instead of its prefill. Our rows do not depend on the batch; `--rows 1` shows
+it.
 """
 
 import argparse
@@ -34,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import chat_server      # noqa: E402
 
-CHUNK = 512                         # tokens; judged are positions FIRST .. CHUNK - 2, as llama-perplexity does
+CHUNK = 512                         # tokens; positions FIRST .. CHUNK - 2 are judged, as in llama-perplexity
 FIRST = CHUNK // 2
 SPAN = 16.0                         # llama-perplexity keeps logits within this of the largest
 
@@ -71,10 +74,10 @@ class Ours:
 
 
 class ReferenceOps:
-    """Our slow, obviously right ops in float32 on `tensors`, named and shaped as chat_server.expected_tensors says."""
+    """The reference ops in float32 on `tensors`, named and shaped as chat_server.expected_tensors says."""
 
     def __init__(self, name, spec, tensors):
-        kernels = chat_server.load_kernels("cpu")           # for no model in particular: the references
+        kernels = chat_server.load_kernels("cpu")           # without a model's spec: the references
         self.name, self.transformer = name, chat_server.Transformer(
             spec, tensors, kernels, num_pages=CHUNK // chat_server.PAGE_SIZE, max_tokens=CHUNK, dtype=torch.float32)
 
@@ -95,7 +98,7 @@ def on_own_weights(transformer):
         if isinstance(weight, torch.Tensor):
             return weight.float()
         rows = torch.from_numpy(weight.dequantize())
-        if name.endswith("gate_up"):            # tiles of gates and ups, 16 rows each, take turns
+        if name.endswith("gate_up"):            # tiles of gate and up, 16 rows each, alternate
             rows = rows.view(-1, 2, 16, rows.shape[1]).transpose(0, 1).reshape(rows.shape)
         return rows
 
@@ -155,7 +158,7 @@ def divergence(p, q):
     """KL(p || q) of each row in nats, from logprobs (N, V), over the tokens that llama-perplexity would have kept of q.
 
     Each token adds p log(p / q) - p + q, which sums to the KL and is never negative, so that what is left out
-    (below 1e-6) and the rounding of saved logprobs count in the second order only.
+    (below 1e-6) and the rounding of saved logprobs have only a second-order effect.
     """
     kept = q > q.amax(1, keepdim=True) - SPAN * (1 - 1e-4)
     return torch.where(kept, p.exp() * (p - q) - p.exp() + q.exp(), 0).sum(1)
@@ -168,7 +171,7 @@ class Score:
         self.judge, self.name, self.equal, self.kl, self.surprise = judge, name, [], [], []
 
     def add(self, judge, measured, following):
-        """Logprobs (N, V) of both, and the N tokens that do follow."""
+        """Logprobs (N, V) of both, and the N tokens that follow in the text."""
         self.equal += (judge.argmax(1) == measured.argmax(1)).tolist()
         self.kl += divergence(judge, measured).tolist()
         self.surprise += (-measured.gather(1, following[:, None])[:, 0]).tolist()

@@ -2,9 +2,9 @@
 
     python bench/serving.py [--rounds 5] [--tokens 128] [--skip-transformers]
 
-Starts `chat_server.py` as a user does, then alternates the contestants and prints medians and ratios:
-page and start-up times, time to the first token, single stream, 16 clients, prefill, memory. Everything of ours is
-counted through HTTP with the client on the same cores; transformers is called in this process.
+Starts `chat_server.py` as a user would, alternates the contestants, and prints medians and ratios: page and
+start-up times, time to the first token, single stream, 16 clients, prefill, memory. Our figures are measured
+over HTTP with the client on the same cores; transformers is called in this process.
 """
 
 import argparse
@@ -21,7 +21,8 @@ from pathlib import Path
 import aiohttp
 import psutil
 
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")     # as the server gives its workers; before torch
+# as the server sets it for its workers; before torch is imported
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import chat_server      # noqa: E402
@@ -30,7 +31,7 @@ WORDS = "the river carried small boats past gardens and markets where people tal
 
 
 def words(count, seed):
-    """`count` words that no other seed begins with, so that the prefix cache cannot help."""
+    """`count` words whose beginning depends on the seed, so that the prefix cache cannot help."""
     return " ".join([f"Number {seed}."] + [WORDS[(i * 7 + seed * 3 + i * i) % len(WORDS)] for i in range(count - 2)])
 
 
@@ -120,7 +121,8 @@ class Transformers:
 
 
 def prefill_seconds(engine, text):
-    """What the engine alone needs from a queued 40-token prompt to its first token: prefill and sampling, no processes."""
+    """The engine alone, from a queued 40-token prompt to its first token: prefill and sampling, no other
+    process."""
     ids = tuple(engine.tokenizer.encode(text)[:40])
     engine.add(chat_server.Work("prefill", ids, chat_server.SamplingParams(temperature=0.0), 1))
     started = time.perf_counter()

@@ -2,11 +2,12 @@
 
     python bench/soak.py [--seconds 600] [--model FOLDER] [--clients 12] [--workers 2] [--seed 1]
 
-Runs the server as a user would, with a tiny nanochat model unless told otherwise, and clients that read to the end, vanish,
-cancel, or lose their connection and take the stream up again. The last fifth is without kills, so that pages which only a
-kill would free show. Prints memory as time passes, then lost answers (of clients that stayed: an error, an early end, or a
-text other than the undisturbed one where /stats promises the same), leaked pages and the growth of the front. Exits with 1
-when an answer was lost, a page leaked, or the front grew by more than a tenth and 16 MB.
+Runs the server as a user would, by default with a tiny nanochat model. Its clients read to the end, vanish,
+cancel, or lose their connection and resume the stream. In the last fifth nothing is killed, so that pages
+which only a kill would free show up as leaked. Prints memory as time passes, then lost answers, leaked pages
+and the growth of the front. An answer is lost if a client that stayed got an error, an early end, or, where
+/stats promises equal texts, another text than undisturbed. Exits with 1 if an answer was lost, a page leaked,
+or the front grew by more than a tenth and 16 MB.
 """
 
 import argparse
@@ -46,7 +47,7 @@ class Soak:
 
     @property
     def share(self):
-        """How much of the time is over."""
+        """The share of the time that has passed."""
         return (time.monotonic() - self.began_s) / self.options.seconds
 
     async def get(self, path):
@@ -54,7 +55,8 @@ class Soak:
             return await response.json()
 
     async def answer(self, path, body, leave_after=None, drop_after=None):
-        """The text of a whole answer; None when the client left after so many events. A dropped stream is taken up again."""
+        """The text of a whole answer; None if the client left after so many events. A dropped stream is
+        resumed."""
         text, seen, last = "", 0, -1
         post = self.session.post(self.url + path, json=body)
         while True:
@@ -123,7 +125,7 @@ class Soak:
         self.counts["vanished"] += 1
 
     async def killer(self):
-        """Kill or, in long runs, stop a worker that is ready, every few seconds."""
+        """Every few seconds kill a worker that is ready, or in long runs stop it."""
         while self.share < 0.8:
             await asyncio.sleep(self.random.uniform(1, 8))
             ready = [worker for worker in (await self.get("/stats"))["workers"] if worker["state"] == "ready"]
@@ -155,7 +157,7 @@ class Soak:
         return await self.judge()
 
     async def judge(self):
-        """What is left when all is quiet."""
+        """What is still in use when all is quiet."""
         deadline_s, leaked = time.monotonic() + 90, None
         while leaked != 0 and time.monotonic() < deadline_s:
             stats = await self.get("/stats")

@@ -1,7 +1,8 @@
 """decode_core's sample: `pytest bench/test_bench_core.py --benchmark-enable` (one thread).
 
-extra_info: us_per_row, logits_GB_per_s, and for top-k 50 `times_torch`: how much longer torch's topk + softmax + multinomial
-takes on the same logits, as the median of alternating runs. Rows are normal with a deviation of 3.
+extra_info: us_per_row, logits_GB_per_s, and for top-k 50 `times_torch`: how many times longer torch's topk +
+softmax + multinomial takes on the same logits, the median of alternating runs. Logits are normal with a
+deviation of 3.
 """
 
 import os
@@ -60,7 +61,7 @@ def contestant(name, logits, rows):
         return lambda: cs.sample_reference(logits, rows)
     core.set_isa(name)
     sampler = core.Sampler()
-    return lambda: sampler(logits, rows)        # what the engine calls: rows in, a list of tokens out
+    return lambda: sampler(logits, rows)        # as the engine calls it: rows in, a list of tokens out
 
 
 def times_torch(run, logits, rounds=25):
@@ -97,7 +98,7 @@ def test_sample(benchmark, setting, name, V, B):
 
 @pytest.mark.parametrize("B", [1, 32])
 def test_preparing_a_batch(benchmark, B):
-    """What a change of the batch's composition costs: the parameters of every row anew."""
+    """The cost of a change in the batch: the parameters of every row are packed anew."""
     logits, rows = make_case("top_k", 49152, B)
     benchmark.group = "sample, preparing"
     benchmark(lambda: core.SampleBatch(rows, logits.shape[1]))

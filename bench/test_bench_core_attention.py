@@ -1,8 +1,9 @@
 """rope_append and paged_attention of decode_core: `pytest bench/test_bench_core_attention.py --benchmark-enable`.
 
-SmolLM2-135M's attention (9 query heads on 3 kv heads, size 64, float16 cache). Decode runs walk through 264 MB of layers, so
-that no cache holds what they read; `read_share` is their GB/s over what the same threads read without arithmetic, the two
-measured in turns. DECODE_CORE_THREADS (2) says how many threads, DECODE_CORE_ISA which instruction set.
+SmolLM2-135M's attention (9 query heads on 3 kv heads, size 64, float16 cache). Decode runs walk through 264
+MB of layers, so that no cache holds what they read. `read_share` is their GB/s over what the same threads
+read without arithmetic, measured in turn. DECODE_CORE_THREADS (2) is the number of threads, DECODE_CORE_ISA
+the instruction set.
 """
 
 import mmap
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy
 import pytest
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # as the server's workers have it
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # as the server sets it for its workers
 sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resolve().parent.parent))
 
 decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
@@ -49,7 +50,7 @@ def arena(request):
 
 
 def in_turns(*contestants, rounds=15):
-    """The median seconds of each, run one after the other `rounds` times."""
+    """The median seconds of each; they take turns `rounds` times."""
     times = [[] for _ in contestants]
     for _ in range(rounds):
         for run, spent in zip(contestants, times):
@@ -63,7 +64,7 @@ def in_turns(*contestants, rounds=15):
     (128, 1, 0), (256, 1, 0), (512, 1, 0), (1024, 1, 0), (2048, 1, 0), (8192, 1, 0), (8192, 1, 512),
     (128, 8, 0), (1024, 8, 0), (8192, 8, 512), (128, 32, 0), (256, 32, 0), (1024, 32, 0)])
 def test_decode_attention(benchmark, arena, context, rows, window):
-    """One call for each of as many layers as the arena holds, as the model's step calls it."""
+    """One call for each layer that the arena holds, as in a step of the model."""
     benchmark.group = f"decode attention, {THREADS} threads, {_core.isa()}"
     pages = rows * -(-context // PAGE)
     layers = arena.size // (pages * Hkv * 2 * PAGE * D)
@@ -89,7 +90,8 @@ def test_decode_attention(benchmark, arena, context, rows, window):
 
 
 def make_step(plan, cache, rows, positions, slots, qkv=None):
-    """(rope_append of layer 0, paged_attention of a layer and window), checked here and not in each call, as a step runs them."""
+    """(rope_append of layer 0, paged_attention of a layer and window). Arguments are checked here once, as
+    for a recorded step."""
     rng = numpy.random.default_rng(1)
     angles = numpy.outer(numpy.arange(8192), 10000.0 ** (-numpy.arange(D // 2) / (D // 2)))
     cos, sin = numpy.cos(angles).astype(numpy.float32), numpy.sin(angles).astype(numpy.float32)
@@ -142,7 +144,8 @@ def test_prefill_attention(benchmark, rows, context):
 
 @pytest.mark.parametrize("rows", [1, 8, 32, 256])
 def test_rope_append(benchmark, rows):
-    """One layer's rows in bfloat16, decode rows in a page each or a prompt's chunk, against the torch reference."""
+    """One layer's rows in bfloat16 against the torch reference: decode rows with a page each, or a chunk of a
+    prompt."""
     torch, cs = pytest.importorskip("torch"), pytest.importorskip("chat_server")
     torch.set_num_threads(THREADS)
     benchmark.group = f"rope and append, {THREADS} threads, {_core.isa()}"

@@ -1,9 +1,10 @@
-"""decode_core's CUDA ops: `pytest bench/test_bench_core_cuda.py --benchmark-enable`. Skipped without a GPU; not measured yet.
+"""decode_core's CUDA ops: `pytest bench/test_bench_core_cuda.py --benchmark-enable`. Skipped without a GPU.
 
-Each run replays one graph of many calls and waits for it, so launches cost what they cost in a decode step. extra_info:
-us_per_call; GB_per_s of what an op must move; copy_share, that over what copying 1 GiB on the same device moves
-(bytes read and written). Attention and rope_append walk through 1 GiB of layers, so that no cache holds what they read;
-logits lie where the head has just written them, in the L2 cache. `torch`: topk + softmax + multinomial on the same logits.
+Each run replays one graph of many calls and waits for it, so a launch costs what it costs in a decode step.
+extra_info: us_per_call; GB_per_s, of the bytes that an op must move; copy_share, that over the bandwidth of
+copying 1 GiB on the same device (bytes read and written). Attention and rope_append walk through 1 GiB of
+layers, so that no cache holds what they read; logits are in the L2 cache, where the head has just written
+them. `torch`: topk + softmax + multinomial on the same logits.
 """
 
 import os

@@ -1,8 +1,9 @@
 """decode_core's tiles: `pytest bench/test_bench_core_tiles.py --benchmark-enable` (one thread).
 
-Decoding: the weights are cold, parts of 4 MB in turn out of more than 256 MB. extra_info: GB_per_s of weights, and share_of_read =
-that / what read_memory reads of the same memory in the same way. Prefill: the weights lie in the L2 cache; GMAC_per_s.
-Each figure is of the 5th percentile of many short runs (0.1 to 1 ms), so that a busy machine disturbs it little.
+Decoding: the weights are cold, parts of 4 MB in turn out of more than 256 MB. extra_info: GB_per_s of
+weights, and share_of_read, that over what read_memory reads of the same memory in the same way. Prefill: the
+weights are in the L2 cache; GMAC_per_s. Each figure is the 5th percentile of many short runs (0.1 to 1 ms),
+so that a busy machine matters little.
 """
 
 import time
@@ -30,7 +31,8 @@ def random(*shape, seed=0):
 
 
 def activations(rows, columns):
-    """Of the kind a model has: channels that are large in every row, in an eighth of the blocks, and one of each row's own."""
+    """Activations like a model's: in an eighth of the blocks a channel that is large in every row, and one
+    that differs by row."""
     x = random(rows, columns)
     x[:, 40::256] *= 20
     x[np.arange(rows), np.arange(rows) * 577 % columns] = 20

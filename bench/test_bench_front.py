@@ -1,4 +1,5 @@
-"""bench/load_front.py, small: nothing is lost, and readers that do not read are dropped. Its delays are read by people."""
+"""bench/load_front.py, small: nothing is lost, and readers that do not read are dropped. Nothing is asserted
+about its delays."""
 
 import re
 import subprocess

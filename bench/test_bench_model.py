@@ -1,6 +1,7 @@
 """The model's step and the sampler on the default model: `pytest bench/test_bench_model.py --benchmark-enable`.
 
-Weights and cache in the CPU's faster type, as `serve` uses them. `tokens_per_second` in extra_info is of the median.
+Weights and cache in the type that `serve` uses on this CPU. `tokens_per_second` in extra_info is from the
+median.
 """
 
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # as the server's workers have it
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # as the server sets it for its workers
 sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
@@ -30,7 +31,7 @@ def model():
 
 
 def make_batch(rows, context, new):
-    """`rows` sequences that each compute `new` tokens and then are `context` long."""
+    """`rows` sequences that each compute `new` tokens and are then `context` long."""
     pages = -(-context // cs.PAGE_SIZE)
     positions = [*range(context - new, context)] * rows
     return cs.Batch([(p * 37 + 5) % 40000 for p in positions], [(p * 37 + 4) % 40000 for p in positions],
@@ -76,7 +77,7 @@ def test_sampling(benchmark, rows, params):
 
 @pytest.mark.parametrize("rows", [1, 8, 32])
 def test_sampling_by_torch(benchmark, rows):
-    """What the sampler is compared with: top-k, softmax and multinomial."""
+    """The baseline for the sampler: torch's top-k, softmax and multinomial."""
     logits = torch.randn(rows, 49152, generator=torch.Generator().manual_seed(0)) * 3
     benchmark.group = "sampling {}"
 

@@ -1,4 +1,4 @@
-"""bench/quality.py, small: what the compiled arithmetic costs in quality, apart from the weights' rounding."""
+"""bench/quality.py, small: what the compiled arithmetic costs in quality, without the rounding of weights."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ MODEL = str(quality.ROOT / "tests" / "fixtures" / "nanochat" / "gen5")
 
 
 def mean_kl(flags, rows):
-    """Of ours against float32 on the weights that ours holds, over one chunk."""
+    """KL from float32 on the weights that the server holds to the server, over one chunk."""
     ours = quality.Ours(MODEL, flags.split(), rows)
     chunks = quality.cut(ours.engine.tokenizer, Path(quality.ROOT / "README.md").read_text(), 1)
     judges = [quality.on_checkpoint(MODEL, flags.split()), quality.on_own_weights(ours.engine.transformer)]

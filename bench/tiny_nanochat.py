@@ -2,9 +2,9 @@
 
     NANOCHAT_DTYPE=bfloat16 python bench/tiny_nanochat.py NANOCHAT OUT TEXT ...
 
-NANOCHAT is a checkout of karpathy/nanochat (it wants the package rustbpe): model, optimizer, tokenizer and checkpoint are its
-own. OUT becomes a nanochat base folder. TEXT are folders whose .md, .rst and .txt files are read; one in 40 of them only tells
-the loss in the end. Seeded.
+NANOCHAT is a checkout of karpathy/nanochat (which needs the package rustbpe): model, optimizer, tokenizer and
+checkpoint are its code. OUT becomes a nanochat base folder. TEXT are folders whose .md, .rst and .txt files
+are read; one in 40 is held out for the loss at the end. Seeded.
 """
 
 import itertools
@@ -19,13 +19,13 @@ LR_SCALE = 0.6                      # nanochat's learning rates are for batches 
 
 
 def windows(ids, count, dice):
-    """`count` random places of the text -> inputs and the tokens that follow, (count, LENGTH) each."""
+    """Inputs at `count` random places of the text and the tokens that follow, (count, LENGTH) each."""
     rows = torch.stack([ids[start:start + LENGTH + 1] for start in (dice.randrange(len(ids) - LENGTH) for _ in range(count))])
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
 def train(model, ids):
-    """By nanochat's own optimizer; the learning rates fall to zero over the second half."""
+    """Train with nanochat's own optimizer; the learning rates fall to zero over the second half."""
     optimizer, dice = model.setup_optimizer(), random.Random(2)
     for step in range(STEPS):
         loss = model(*windows(ids, BATCH, dice))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # before torch: its threads must not spin while others work
+# before torch is imported: its threads must not spin while others work
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent
@@ -42,7 +43,8 @@ def nanochat_fixtures():
 
 @pytest.fixture(scope="session")
 def emulation_library(tmp_path_factory):
-    """The CUDA kernels' text compiled by g++ against csrc/cuda/emulation.h: a library with the functions of launch.h."""
+    """The CUDA sources compiled by g++ against csrc/cuda/emulation.h: a library with the functions of
+    launch.h."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ here")
     library = tmp_path_factory.mktemp("emulation") / "emulation.so"

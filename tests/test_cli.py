@@ -127,7 +127,7 @@ def local_pool(monkeypatch):
 
 
 def run_main(*argv):
-    """main() without its logging set-up reaching the other tests."""
+    """main() without a logging set-up that would reach other tests."""
     return chat_server.main(argv)
 
 
@@ -239,7 +239,7 @@ async def test_ctrl_c_stops_the_answer_but_not_the_program(local_pool, typist, c
 
 
 class Tickets:
-    """A gate that lets the first `count` pieces through."""
+    """A gate for the first `count` pieces."""
 
     def __init__(self, count):
         self.count, self.used_up = count, asyncio.Event()

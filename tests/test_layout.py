@@ -70,8 +70,8 @@ def test_functions_stay_small():
 
 
 def test_every_background_task_is_supervised():
-    """A task's exception that nobody reads is a server that waits: tasks are `supervised`, or awaited."""
-    awaited = {"first_of", "interruptible", "call"}     # these read the results of theirs
+    """If nobody reads a task's exception, the server waits for ever: tasks are `supervised` or awaited."""
+    awaited = {"first_of", "interruptible", "call"}     # these read the results of their tasks
     for function in ast.walk(ast.parse(SOURCE)):
         if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)) and function.name not in awaited:
             for call in (node for node in ast.walk(function) if isinstance(node, ast.Call)):

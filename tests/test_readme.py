@@ -1,4 +1,4 @@
-"""The README says what is: its flags are the table's, its commands are CI's."""
+"""The README is true: its flags are those of the table, and CI runs its commands."""
 
 import re
 from pathlib import Path

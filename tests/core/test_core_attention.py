@@ -10,10 +10,11 @@ PAGE = 16
 NAN = float("nan")
 
 
-# ---- bfloat16 as numpy has none: the wrappers take anything with data_ptr, as torch's tensors have it
+# ---- bfloat16, which numpy lacks: the wrappers take anything that has data_ptr, as torch's tensors do
 
 class Bfloat16:
-    """A CPU array of bfloat16 with the few attributes of a torch tensor that the wrappers read; `bits` are uint16."""
+    """A bfloat16 CPU array with the attributes of a torch tensor that the wrappers read; `bits` are
+    uint16."""
 
     def __init__(self, bits):
         self.bits, self.shape, self.dtype = bits, bits.shape, "bfloat16"
@@ -40,7 +41,7 @@ def widen_bfloat16(bits):
 
 
 def make(kind, values):
-    """float32 values as an array of `kind`, and what that array holds as float64."""
+    """float32 values as an array of `kind`, and the values of that array in float64."""
     if kind == "bfloat16":
         bits = round_bfloat16(values)
         return Bfloat16(bits), widen_bfloat16(bits).astype(numpy.float64)
@@ -48,10 +49,10 @@ def make(kind, values):
     return array, array.astype(numpy.float64)
 
 
-# ---- a cache, filled the plain way
+# ---- a cache, filled slot by slot
 
 class Cache:
-    """Pages of one layer; every slot that nothing was put into holds NaN."""
+    """Pages of one layer; slots that were not written hold NaN."""
 
     def __init__(self, pages, kv_heads, size, kind="float32"):
         self.kind, self.size = kind, size
@@ -101,7 +102,7 @@ def attend_float64(q, k, v, first_position, window):
 
 
 def sequence(rng, cache, length, rows, heads, free):
-    """Puts a random sequence into pages taken from `free` -> (pages, q (rows, H, D))."""
+    """Write a random sequence into pages taken from `free`; returns (pages, q (rows, H, D))."""
     kv_heads, size = cache.store.shape[1], cache.size
     pages = [free.pop() for _ in range(-(-length // PAGE))]
     k, v = rng.standard_normal((2, length, kv_heads, size), numpy.float32)
@@ -125,7 +126,7 @@ def threads():
 
 
 def on_every_isa(run):
-    """`run` once for each instruction set -> the results, in the order of offered_isas."""
+    """The results of `run` on each instruction set, in the order of offered_isas."""
     before, results = _core.isa(), []
     for name in _core.offered_isas():
         decode_core.set_isa(name)
@@ -171,7 +172,7 @@ def test_no_window_may_be_said_in_two_ways():
 
 
 def test_pages_before_the_window_are_not_even_read():
-    """Their entries in the table stay, but the pages may belong to others: here they hold NaN."""
+    """Their entries in the table stay, but others may own the pages by now: here they hold NaN."""
     rng = numpy.random.default_rng(0)
     cache = Cache(40, 1, 32)
     pages, q = sequence(rng, cache, 600, 1, 3, list(range(40)))
@@ -207,7 +208,7 @@ def bits(array):
 
 
 def a_batch(rng, kind="float16", H=9, Hkv=3, D=64, decode=32, chunks=(40, 7, 260)):
-    """32 decode rows and three prompt chunks of different lengths -> (cache, tables, lengths, starts, q)."""
+    """32 decode rows and three prompt chunks of different lengths: (cache, tables, lengths, starts, q)."""
     cache = Cache(1200, Hkv, D, kind)
     free = rng.permutation(1200).tolist()
     tables, lengths, starts, queries = [], [], [0], []
@@ -221,7 +222,7 @@ def a_batch(rng, kind="float16", H=9, Hkv=3, D=64, decode=32, chunks=(40, 7, 260
 @pytest.mark.parametrize("window", [0, 100])
 @pytest.mark.parametrize("kind, H, Hkv, D", [("float16", 9, 3, 64), ("float32", 4, 4, 48), ("bfloat16", 14, 2, 64)])
 def test_a_rows_bits_depend_on_nothing_else_in_the_batch(isa, threads, window, kind, H, Hkv, D):
-    """Alone, in a batch, in a prompt's chunk or one by one, on one thread or two: the same bits."""
+    """The same bits alone, in a batch, in a chunk of a prompt or one by one, on one thread or two."""
     cache, tables, lengths, starts, q = a_batch(numpy.random.default_rng(3), kind, H, Hkv, D)
     together = attend(q, cache, tables, lengths, starts, window=window)
     assert numpy.isfinite(together).all()
@@ -267,7 +268,7 @@ def test_pages_in_any_order_give_the_same_bits():
 
 
 def test_what_lies_in_unused_slots_does_not_matter(isa):
-    """Every page but the used slots held NaN above; here infinities and huge numbers, against zeros."""
+    """Above, unused slots held NaN. Here they hold infinities and huge numbers, compared with zeros."""
     rng = numpy.random.default_rng(7)
     cache = Cache(60, 3, 64, "float32")
     free = rng.permutation(60).tolist()
@@ -303,7 +304,8 @@ def test_a_row_with_a_nan_keeps_it_to_itself(isa):
     cache = Cache(40, 3, 64)
     pages, q = sequence(rng, cache, 400, 12, 9, list(range(40)))
     clean = attend(q, cache, [pages], [400], [0, 12])
-    cache.keys_values()[1][pages[395 // PAGE], :, 395 % PAGE] = NAN             # seen by the rows at 395 and after
+    # visible to the rows from 395 on
+    cache.keys_values()[1][pages[395 // PAGE], :, 395 % PAGE] = NAN
     dirty = attend(q, cache, [pages], [400], [0, 12])
     assert (bits(dirty[:7]) == bits(clean[:7])).all() and numpy.isnan(dirty[7:]).all()
 
@@ -452,7 +454,8 @@ def test_rope_append_has_the_same_bits_on_every_instruction_set(name, cache_kind
 
 
 def test_a_fused_multiply_add_rounds_once_on_every_instruction_set():
-    """q = fma(a, cos, -(b * sin)) of products in the middle of two floats, pushed off it by far smaller ones; subnormals too."""
+    """q = fma(a, cos, -(b * sin)) where one product lies halfway between two floats and the other decides;
+    subnormals too."""
     rng, T = numpy.random.default_rng(10), 4000
 
     def few_bits(shape, low, high, width):
@@ -506,7 +509,7 @@ def test_rows_of_qkv_may_lie_apart():
 
 
 def test_what_was_appended_is_what_attention_reads():
-    """30 tokens through both ops, one by one and at once."""
+    """30 tokens through both ops, one by one and all at once."""
     outputs = []
     for step in (1, 7, 30):
         call, _, cache, _ = rope_case("llama", 4, 2, 32, T=30)
@@ -520,7 +523,7 @@ def test_what_was_appended_is_what_attention_reads():
     assert (outputs[0] == outputs[1]).all() and (outputs[0] == outputs[2]).all()
 
 
-# ---- wrong calls: ValueError, which names the argument
+# ---- wrong calls raise a ValueError that names the argument
 
 def good_rope():
     call, _, cache, slots = rope_case("nanochat", 4, 2, 32, T=5)

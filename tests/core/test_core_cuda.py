@@ -1,4 +1,5 @@
-"""The CUDA kernels: compiled by nvcc where there is one, and run against their oracles in the host emulation."""
+"""The CUDA kernels: compiled by nvcc if there is one, and compared with their oracles in the host
+emulation."""
 
 import ctypes
 import importlib.util
@@ -20,12 +21,13 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 ASCENDING, DESCENDING, RANDOM = 0, 1, 2
 
 specification = importlib.util.spec_from_file_location("decode_core_cuda", CSRC / "decode_core" / "cuda.py")
-wrappers = importlib.util.module_from_spec(specification)       # without the compiled half, which may not be here
+# without the compiled half, which may be missing
+wrappers = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(wrappers)
 
 
 class Tensor:
-    """A numpy array as the wrappers see a torch CUDA tensor; bfloat16 lies in uint16."""
+    """A numpy array that looks like a torch CUDA tensor to the wrappers; bfloat16 is stored in uint16."""
 
     is_cuda, requires_grad = True, False
     device = SimpleNamespace(type="cuda", index=0)
@@ -44,19 +46,19 @@ class Tensor:
 
 
 class Emulation(EmulatedCore):
-    """The kernels' text compiled by g++, run by csrc/cuda/emulation.cpp on the host's memory."""
+    """The CUDA sources compiled by g++; csrc/cuda/emulation.cpp runs them on the host's memory."""
 
     def __init__(self, library):
         super().__init__(library)
         self.ops, self.tensor, self.stream = wrappers.CudaOps(self), Tensor, 0
 
     def order(self, order, seed=0):
-        """In which order blocks and threads run from now on."""
+        """Set the order in which blocks and threads run."""
         self.library.dc_emulation_order(ctypes.c_int64(order), ctypes.c_int64(seed))
 
 
 class GpuTensor:
-    """A numpy array copied to the GPU, strides and gaps included."""
+    """A numpy array copied to the GPU with its strides and gaps."""
 
     def __init__(self, array, dtype=None, device="cuda"):
         import torch
@@ -90,7 +92,7 @@ class Gpu:
         return self.torch.cuda.current_stream().cuda_stream
 
     def order(self, order, seed=0):
-        """The hardware's, whatever it is."""
+        """The hardware chooses its order."""
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +144,7 @@ ROW = np.dtype([
 
 
 def pack_rows(rows):
-    """SampleRows as dc::SampleRow[] and its lists."""
+    """SampleRows packed as dc::SampleRow[] with their lists."""
     packed, count_ids, counts, bias_ids, biases = np.zeros(len(rows), ROW), [], [], [], []
     for i, (p, position, tokens, prompt_tokens) in enumerate(rows):
         begin = len(count_ids), len(bias_ids)
@@ -164,7 +166,8 @@ def pack_rows(rows):
 
 
 def drawn_tokens(backend, logits, rows, dtype=None, gap=0, logprobs=None):
-    """sample_reference by the CUDA kernel; leaves `logits` as they are. Rows lie `gap` elements apart."""
+    """sample_reference by the CUDA kernel, which must not change `logits`. There are `gap` elements between
+    rows."""
     wide = np.full((len(logits), logits.shape[1] + gap), 99, logits.dtype)
     x = wide[:, gap // 2:][:, :logits.shape[1]]
     x[:] = logits
@@ -245,11 +248,12 @@ def test_logprobs_are_the_log_softmax_of_the_token(backend):
 # --- rope_append -------------------------------------------------------------------------------------------------
 
 STORED = {"torch.float32": np.float32, "torch.float16": np.float16, "torch.bfloat16": np.uint16}
-STEP = {"torch.float32": 2.0**-23, "torch.float16": 2.0**-10, "torch.bfloat16": 2.0**-7}     # of a value just above 1
+# for a value just above 1
+STEP = {"torch.float32": 2.0**-23, "torch.float16": 2.0**-10, "torch.bfloat16": 2.0**-7}
 
 
 def narrow(x, dtype):
-    """float -> the nearest value of `dtype` as its array (bfloat16 in uint16, ties to even)."""
+    """Floats rounded to an array of `dtype` (bfloat16 in uint16, ties to even)."""
     if dtype != "torch.bfloat16":
         return x.astype(STORED[dtype])
     bits = np.asarray(x, np.float32).view(np.uint32).astype(np.uint64)
@@ -261,7 +265,7 @@ def widen(array, dtype):
 
 
 def cache_arrays(num_pages, kv_heads, size, dtype, slot_major):
-    """K and V pages (P, Hkv, 16, D) filled with NaN: two arrays, or two views of a slot-major one."""
+    """K and V pages (P, Hkv, 16, D) full of NaN: two arrays, or two views of a slot-major one."""
     filler = 0x7FC1 if dtype == "torch.bfloat16" else np.nan
     if slot_major:
         whole = np.full((num_pages, 16, 2, kv_heads, size), filler, STORED[dtype])
@@ -294,11 +298,13 @@ def test_rope_append_is_within_rounding_of_float64(backend, heads, kv_heads, siz
                                                    interleaved, direction, embed, slot_major):
     rng, tensor = np.random.default_rng(size), backend.tensor
     rows, num_pages, max_positions, eps = 7, 5, 4096, 1e-5
-    qkv = narrow(rng.normal(0, 2, (rows, (heads + 2 * kv_heads) * size + 24)), qkv_type)[:, :-24]     # rows lie apart
+    # with a gap between rows
+    qkv = narrow(rng.normal(0, 2, (rows, (heads + 2 * kv_heads) * size + 24)), qkv_type)[:, :-24]
     angles = np.outer(np.arange(max_positions), 1 / 10000.0 ** (np.arange(0, rot, 2) / rot))
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-    positions = np.array([0, 1, 17, 4095, 99, 5, 4096])                 # the last one has no angles: left alone
-    slots = np.array([3, 79, 16, 0, -1, 80, 20])                        # padding, and one outside of the cache
+    # the last one has no angles and stays as it is
+    positions = np.array([0, 1, 17, 4095, 99, 5, 4096])
+    slots = np.array([3, 79, 16, 0, -1, 80, 20])                        # padding, and one outside the cache
     weights = [rng.normal(1, 0.3, size).astype(np.float32) if weighted else None for _ in range(2)]
     values = narrow(rng.normal(0, 1, (rows, kv_heads * size)), qkv_type) if embed else None
     gates = narrow(rng.normal(0, 3, (rows, kv_heads)), qkv_type) if embed else None
@@ -347,7 +353,7 @@ def test_rope_append_is_within_rounding_of_float64(backend, heads, kv_heads, siz
 
 
 def attention_case(seed, rows, heads, kv_heads, size, dtype, lengths, slot_major=False):
-    """q, pages and tables: each row owns random distinct pages; slots outside of every row hold NaN."""
+    """q, pages and tables: each row owns random pages of its own; slots that no row uses hold NaN."""
     rng = np.random.default_rng(seed)
     width = max(1, -(-max(lengths) // 16))
     needed = [-(-max(length, 0) // 16) for length in lengths]
@@ -371,7 +377,7 @@ def attend(backend, q, k, v, dtype, table, lengths, window, out_type="torch.floa
     out = tensor(np.full((rows, heads * size), 55, STORED[out_type]), out_type)
     backend.ops.paged_attention(tensor(q), tensor(k, dtype), tensor(v, dtype), tensor(table), tensor(lengths), states, tickets,
                                 out, window=window, stream=backend.stream)
-    assert not tickets.read().any()     # ready for the next launch
+    assert not tickets.read().any()     # reset for the next launch
     return out.read()
 
 

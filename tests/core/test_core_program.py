@@ -1,4 +1,5 @@
-"""decode_core.Program: a step replayed has the bits of its ops called one by one, however it is divided (numpy only)."""
+"""decode_core.Program: a replayed step gives the bits of its ops called one by one, however it is divided
+(numpy only)."""
 
 import ctypes
 import os
@@ -32,7 +33,7 @@ def usual_settings():
 
 
 class Eager:
-    """Program's methods, each computing at once on the first T (or R) rows of its buffers."""
+    """The methods of Program, each of which computes at once on the first T (or R) rows of its buffers."""
 
     token_ids, previous_token_ids, positions, slots, attention, logit_rows = "ids", "previous", "positions", "slots", "plan", "rows"
 
@@ -107,7 +108,7 @@ class Eager:
             self.tokens = decode_core.sample(logits[:self.R], self.step.sampling).tolist()
 
 
-# ---- two small models: one like llama, one with everything that a nanochat checkpoint has
+# ---- two small models: a llama, and one with every feature of nanochat checkpoints
 
 class Model:
     def __init__(self, name, seed=0):
@@ -142,7 +143,7 @@ class Model:
         return matrix
 
     def forward(self, k, b, cache):
-        """The ops of a step, in `k` (a Program that records them or an Eager that runs them)."""
+        """The ops of a step, called on `k`: a Program that records them or an Eager that runs them."""
         (self.llama if self.name == "llama" else self.nanochat)(k, b, cache)
         k.sample(b.logits)
 
@@ -228,14 +229,14 @@ def run_eagerly(model, step, buffers, cache):
     return eager.tokens
 
 
-MIXES = {                       # T tokens: what the sequences bring, first and then again
+MIXES = {                       # T tokens: those of the sequences, repeated as needed
     1: [(0, 1)],
     2: [(5, 1), (40, 1)],
     5: [(31, 1), (3, 1), (0, 3)],
     33: [(90, 1), (17, 1), (0, 31)],
     100: [(100, 1), (2, 1), (0, 58), (16, 40)],
 }
-# (threads, forced width, take others' chunks first[, do again at once what another thread is doing])
+# (threads, forced width, take others' chunks first[, repeat at once what another thread is doing])
 SCHEDULES = [(1, 0, False), (2, 0, False), (2, 2, True), (2, 1, False), (4, 4, False), (4, 4, True), (4, 3, False), (2, 2, False, 0), (4, 4, True, 0),
              (16, 16, False), (16, 16, True, 0)]
 
@@ -256,20 +257,22 @@ def test_a_step_has_the_bits_of_its_ops_called_one_by_one(name, tokens, logit_ro
         assert recorded.run(step) == expected
         R = len(step.logit_rows)
         assert np.array_equal(recorded.buffers.logits[:R].view(np.int32), buffers.logits[:R].view(np.int32))
-        x, expected_x = recorded.buffers.x[step.logit_rows], buffers.x[step.logit_rows]     # nobody reads the others' in the last layer
+        # the last layer's other rows are not read
+        x, expected_x = recorded.buffers.x[step.logit_rows], buffers.x[step.logit_rows]
         assert np.array_equal(x.view(np.int32), expected_x.view(np.int32))
         assert np.array_equal(recorded.cache.view(np.uint16), cache.view(np.uint16))
         assert np.isnan(recorded.buffers.x[tokens:]).all() and np.isnan(recorded.buffers.logits[R:]).all()
 
 
 def run_thousands(threads, *schedule):
-    """Steps of changing shapes; each must give the tokens and logits that one thread gave."""
+    """Steps of changing shapes, each of which must give the tokens and logits of one thread."""
     model, recorded = MODELS["llama"], Recorded("llama")
     shapes = [MIXES[1], MIXES[2], MIXES[5], MIXES[33], [(0, 4)], [(9, 1)] * 6]
     steps = [make_step(model, shape, "all", seed) for seed, shape in enumerate(shapes)]
     decode_core.set_threads(1)
     expected = []
-    for step in steps * 4:                  # each on the cache as the one before left it, which settles layer after layer
+    # each with the cache that the previous one left; it settles layer by layer
+    for step in steps * 4:
         recorded.run(step)
     for step in steps:
         expected.append((recorded.run(step), recorded.buffers.logits[:len(step.logit_rows)].copy()))
@@ -287,7 +290,7 @@ def test_thousands_of_steps_of_changing_shapes_give_the_same_tokens_as_the_first
 
 
 def run_until_chunks_were_done_again(*schedule):
-    for _ in range(200):                    # mostly one is enough
+    for _ in range(200):                    # usually one is enough
         run_thousands(*schedule)            # with a new pool
         if _core.redone_chunks():
             return
@@ -323,14 +326,15 @@ def test_steps_go_on_without_threads_that_are_stopped_in_the_middle_of_a_chunk()
 
 
 def decode_alone(recorded, tables, prompts, count, pipelined):
-    """Greedy-like decoding of some sequences, one step after another or with the next step started before the last is finished."""
+    """Decode some sequences, step by step or (`pipelined`) with each step started before the previous one is
+    finished."""
     model, N = recorded.model, len(prompts)
     tokens, started = [[] for _ in prompts], None
     for n in range(count):
         ids = [list(p) for p in prompts] if n == 0 else [[~i] if pipelined else [tokens[i][-1]] for i in range(N)]
         lengths = [len(p) + n for p in prompts]
         starts = [0, *np.cumsum([len(i) for i in ids]).tolist()]
-        # the token before the newest is known when the newest is not; a drafted one behind the newest would say -2 - i
+        # the token before the newest is known even while the newest is not; a drafted one behind it would be -2 - i
         flat = [i for row in ids for i in row]
         before = [[-1, *p[:-1]] for p in prompts] if n == 0 else [[prompts[i][-1] if n == 1 else tokens[i][n - 2]] for i in range(N)]
         batch = sampling(model, N, 0)
@@ -360,7 +364,8 @@ def test_a_step_may_take_its_ids_from_the_one_before_which_still_runs(name, thre
     one_by_one = decode_alone(Recorded(name), tables, prompts, 40, pipelined=False)
     assert decode_alone(Recorded(name), tables, prompts, 40, pipelined=True) == one_by_one
     alone = decode_alone(Recorded(name), tables[1:2], prompts[1:2], 40, pipelined=True)
-    seeds_differ = one_by_one[1] != alone[0]            # row i draws at position + i in `sampling`: set to its own length, so equal
+    # `sampling` draws row i at position + i: set each to its own length
+    seeds_differ = one_by_one[1] != alone[0]
     assert not seeds_differ
 
 
@@ -458,7 +463,7 @@ def buffer(columns, rows=MAX_TOKENS, dtype=np.float32):
 
 
 def wrong_ops(p, m):
-    """(complaint, call) for a Program to which x (C wide), x2 and last (gathered) have been written."""
+    """(complaint, call) for a Program in which x (C wide), x2 and last (gathered) have been written."""
     x, last = buffer(m.C), buffer(m.C)
     p.embed(m.head, p.token_ids, x)
     p.gather_rows(x, p.logit_rows, last)
@@ -524,7 +529,7 @@ def test_nothing_is_recorded_after_the_first_step_or_behind_sample():
         program.copy(x, x)
 
 
-# ---- the life of a Program
+# ---- life cycle of a Program
 
 def test_what_was_recorded_is_kept_alive_and_described():
     recorded = Recorded("nanochat")
@@ -600,15 +605,15 @@ def test_a_forked_child_runs_steps_with_threads_of_its_own():
         subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(FORK)], env=environment, check=True, timeout=60)
 
 
-# ---- what goes wrong on the way
+# ---- failures during a step
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("tokens", [2, 100])        # products divided, rows divided
+@pytest.mark.parametrize("tokens", [2, 100])        # divided products, divided rows
 def test_a_step_that_is_refused_memory_fails_and_the_next_one_has_it(threads, tokens):
     decode_core.set_threads(threads)
     step, free = make_step(MODELS["llama"], MIXES[tokens], "all", 1), Recorded("llama")
     expected, recorded = free.run(step), Recorded("llama")
-    decode_core.set_threads(3)                      # new threads, without any memory of their own
+    decode_core.set_threads(3)                      # new threads that have no memory yet
     decode_core.set_threads(threads)
     _core.refuse_memory(1)
     with pytest.raises((MemoryError, RuntimeError)):
@@ -625,8 +630,8 @@ def test_memory_that_is_refused_within_a_chunk_fails_that_step_alone(threads):
     program.embed(np.ones((4, 4096), np.float32), program.token_ids, x)
     program.linear(x, wide, out)
     run = lambda T: program.finish(program.start([1] * T, [-1] * T, [0, T], [T], [[0, 1, 2, 3]], []))       # noqa: E731
-    assert run(1) == []                             # the program's own memory is there now
-    _core.refuse_memory(20_000)                     # 8 rows of x made ready within a chunk take more
+    assert run(1) == []                             # by now the program has its own memory
+    _core.refuse_memory(20_000)                     # 8 rows of x prepared within a chunk need more
     with pytest.raises(RuntimeError, match="bad_alloc"):
         run(64)
     _core.refuse_memory(0)
@@ -683,7 +688,7 @@ def test_a_list_that_shrinks_while_it_is_read_is_read_to_its_new_end():
 # ---- how many threads (cpu/width.h)
 
 def simulate(steps, cost, stalls=lambda step: False):
-    """Which steps ran wide, when a step takes cost(wide, step)."""
+    """Which steps ran wide if a step takes cost(wide, step)."""
     policy, wide = _core.Width(6), []
     for step in range(steps):
         wide.append(policy.choose(2) == 2)
@@ -712,7 +717,8 @@ def test_stalls_that_cost_less_than_the_second_thread_gives_are_borne():
 
 def test_steps_of_another_shape_are_not_compared():
     policy = _core.Width(6)
-    for step in range(3000):                    # long steps of one shape, short ones of another: no width is better
+    # long steps of one shape and short ones of another: neither width is better
+    for step in range(3000):
         width = policy.choose(2)
         policy.learn(step % 2, 100.0 if step % 2 else 1.0, False)
         assert width == 2

@@ -1,4 +1,5 @@
-"""decode_core's sample against the reference, bit for bit: edge rows, every instruction set, any batch; its checks; the pool.
+"""decode_core's sample equals the reference bit for bit: edge rows, every instruction set, any batch; its
+checks; the pool.
 
 Needs numpy and the compiled core only (no torch), so that the sanitizer build can run it (csrc/sanitize.sh).
 """
@@ -20,7 +21,8 @@ from chat_server import SampleRow, SamplingParams
 core = pytest.importorskip("decode_core", exc_type=ImportError, reason="the compiled core is not installed")
 
 ISAS = core.info()["offered_isas"]
-SHARE = float(os.environ.get("DECODE_CORE_TEST_SHARE", "1"))       # of the random rows; the sanitizer build takes fewer
+# of the random rows; the sanitizer build uses fewer
+SHARE = float(os.environ.get("DECODE_CORE_TEST_SHARE", "1"))
 NEG_INF = np.float32(-np.inf)
 
 
@@ -39,7 +41,7 @@ def sampled(logits, rows, **options):
 
 
 def edge_rows(rng, V):
-    """Rows where ties, infinities, NaN, denormals and extreme sizes meet every border."""
+    """Rows with ties, infinities, NaN, denormals and extreme sizes at every boundary."""
     one, spoiled = np.full(V, NEG_INF), rng.standard_normal(V)
     one[V // 2] = -3
     spoiled[rng.integers(0, V, 3)], spoiled[rng.integers(0, V, 2)] = np.nan, np.inf
@@ -113,7 +115,7 @@ def test_top_p_is_of_all_that_top_k_kept_whatever_min_p_will_drop(isa):
 
 
 def test_bfloat16_rows_are_widened_exactly():
-    class Tensor:                           # what the wrapper asks of a torch tensor
+    class Tensor:                           # what the wrapper reads of a torch tensor
         def __init__(self, bits):
             self.bits, self.shape, self.dtype = bits, bits.shape, "torch.bfloat16"
             self.device = type("device", (), {"type": "cpu"})
@@ -324,7 +326,7 @@ def test_several_python_threads_may_sample_at_once():
 
 
 def test_the_interpreter_goes_on_while_tokens_are_drawn():
-    """With the switch interval out of reach, the main thread runs during the call only if the call lets go of the GIL."""
+    """With a huge switch interval the main thread runs during the call only if the call releases the GIL."""
     logits = np.zeros((48, 151936), np.float32)
     batch = core.SampleBatch([SampleRow(SamplingParams(top_k=0, top_p=0.9), 1)] * len(logits), logits.shape[1])
     before, started, ended = sys.getswitchinterval(), threading.Event(), []

@@ -1,4 +1,5 @@
-"""decode_core's tiles: float64 oracles, equal bits on every instruction set, batch and split, gguf's packing, checked arguments."""
+"""decode_core's tiles: float64 oracles, equal bits on every instruction set, batch and split, GGUF's packing,
+argument checks."""
 
 import gc
 
@@ -25,7 +26,7 @@ def isa(request):
 
 @pytest.fixture
 def settings():
-    """For tests that change the instruction set and the threads themselves."""
+    """For tests that set the instruction set and the threads themselves."""
     before = decode_core.info()["isa"], decode_core.get_threads()
     yield
     decode_core.set_isa(before[0])
@@ -49,7 +50,8 @@ def product(x, matrix, columns=None, **options):
 
 
 def as_multiplied(x, kind):
-    """x in float64 as the products see it: int8 per 32 columns for q types, 16 bits in fine blocks, itself for floats."""
+    """x in float64 as the products use it: int8 per 32 columns for q types, 16 bits in fine blocks, unchanged
+    for floats."""
     if kind in FLOATS:
         return x.astype(np.float64)
     blocks = x.reshape(len(x), -1, 32)
@@ -62,14 +64,14 @@ def as_multiplied(x, kind):
 
 
 def is_fine(x):
-    """Which blocks (T, K / 32) of x stand out of their row."""
+    """Which blocks (T, K / 32) of x are much larger than the rest of their row."""
     amax = np.abs(x.reshape(len(x), -1, 32)).max(-1).astype(np.float64)
     scale = np.where(amax < 1e-24, 0, amax)
     return scale > 1.5 * scale.mean(-1, keepdims=True)
 
 
 def with_outliers(x, channels=(40, 41), scale=40):
-    """Some channels are large in most rows, one in a single row; some rows have none."""
+    """Some channels are large in most rows, one in a single row; some rows have no large channel."""
     x = x.copy()
     x[:, [c for c in channels if c < x.shape[1]]] *= scale
     x[2::5] /= np.maximum(1, np.abs(x[2::5]))
@@ -115,7 +117,8 @@ def test_blocks_that_stand_out_of_their_row_have_16_bits(isa, kind):
     assert (is_fine(x).sum(1) == 2).all()
     w, fine = matrix.dequantize().astype(np.float64), np.repeat(is_fine(x), 32, 1)
     error = product(x, matrix) - x.astype(np.float64) @ w.T
-    quiet = np.where(fine, 0, x).astype(np.float64) @ w.T               # int8 of what remains is all that may be wrong
+    # only the int8 of the rest may be wrong
+    quiet = np.where(fine, 0, x).astype(np.float64) @ w.T
     assert (error**2).mean() < 1e-4 * (quiet**2).mean()
     alone = np.where(fine, x, 0)
     error = product(alone, matrix) - alone.astype(np.float64) @ w.T
@@ -125,7 +128,8 @@ def test_blocks_that_stand_out_of_their_row_have_16_bits(isa, kind):
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_a_row_keeps_its_bits_beside_rows_whose_blocks_are_fine(settings, kind):
     matrix, plain = make_matrix(kind, random(48, 576, seed=1)), random(16, 576, seed=2)
-    plain[5] *= np.float32(1e-23) / np.abs(plain[5]).max()                  # nearly too small, and nearly too large
+    # nearly underflowing, nearly overflowing
+    plain[5] *= np.float32(1e-23) / np.abs(plain[5]).max()
     plain[6] *= np.float32(9e34) / np.abs(plain[6]).max()
     plain = np.clip(plain, -2 * np.abs(plain).reshape(16, -1, 32).mean((1, 2))[:, None], None)
     loud = plain.copy()
@@ -245,7 +249,8 @@ def test_nothing_is_written_beyond_the_columns_of_out(isa, kind, columns):
 
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_integer_sums_are_exact_at_their_extremes(isa, kind):
-    least, most = (-128, 127) if kind == "q8_0" else (0, 255)               # of q's bytes: nibbles all 0 or all 15
+    # bytes of q: nibbles all 0 or all 15
+    least, most = (-128, 127) if kind == "q8_0" else (0, 255)
     generator, K = np.random.default_rng(0), 96
     for low, high in [(least, least), (most, most), (least, most)]:
         q = generator.choice([low, high], (32, K // 32, 32 if kind == "q8_0" else 16))
@@ -328,12 +333,14 @@ def test_parts_land_on_the_tiles_they_are_sent_to(settings, kind):
     decode_core.set_threads(2)
     matrix.fill(parts[0], "f32", first_tile=0, tile_step=2)
     matrix.fill(parts[1], "f32", first_tile=1)
-    matrix.fill(np.concatenate([parts[2], parts[2]], 1)[:, :64], "f32", first_tile=3, tile_step=2)      # rows apart
+    # with gaps between rows
+    matrix.fill(np.concatenate([parts[2], parts[2]], 1)[:, :64], "f32", first_tile=3, tile_step=2)
     tiles = matrix.dequantize().reshape(6, 16, 64)
     np.testing.assert_array_equal(tiles[[0, 2, 4]].reshape(48, 64), make_matrix(kind, parts[0]).dequantize())
     np.testing.assert_array_equal(tiles[1], make_matrix(kind, parts[1]).dequantize())
     np.testing.assert_array_equal(tiles[[3, 5]].reshape(32, 64)[:20], make_matrix(kind, parts[2]).dequantize())
-    assert (tiles[5, 4:] == 0).all()                                        # a part's missing rows are zero
+    # rows missing from a part are zero
+    assert (tiles[5, 4:] == 0).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -356,7 +363,7 @@ def test_an_arena_grows_and_outlives_its_name():
     del arena, matrices
     gc.collect()
     out = np.empty((1024, 1536), np.float32)
-    tiles.embed(np.arange(1024).ctypes.data, 0, out.ctypes.data, 1536)      # the address of nothing: no rows
+    tiles.embed(np.arange(1024).ctypes.data, 0, out.ctypes.data, 1536)      # a null address: no rows
     ids = np.arange(1024)
     tiles.embed(ids.ctypes.data, 1024, out.ctypes.data, 1536)
     np.testing.assert_array_equal(out, expected)

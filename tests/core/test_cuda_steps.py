@@ -1,7 +1,7 @@
 """Steps on CUDA: graphs of decode steps, prompts between them, tokens that stay on the device; and the ops of cuda_backend.
 
-On a GPU, where there is one, and everywhere in the emulation (tests/support/cuda_backends.py). What they must give is what the
-reference engine gives on the CPU.
+On a GPU if there is one, and everywhere in the emulation (tests/support/cuda_backends.py). The results must
+be those of the reference engine on the CPU.
 """
 
 import functools
@@ -33,13 +33,14 @@ def backend(request, monkeypatch):
         if not backends.has_gpu():
             pytest.skip("no GPU here, or decode_core was compiled without CUDA")
         return backends.Gpu()
-    monkeypatch.setattr(decode_core.cuda, "SAMPLE_THREADS", 32)     # the token is the same, the emulation faster
+    # the same token, and the emulation is faster
+    monkeypatch.setattr(decode_core.cuda, "SAMPLE_THREADS", 32)
     return backends.Emulated(request.getfixturevalue("emulation_library"))
 
 
 @functools.cache
 def llama_like():
-    """A small random model with what llama files can have; words and their tokens are a nanochat fixture's."""
+    """A small random model with every feature of llama files, and the tokenizer of a nanochat fixture."""
     spec = ModelSpec(vocab_size=284, layers=2, width=48, heads=6, kv_heads=2, head_size=16, ffn_size=64, max_positions=512,
                      qkv_bias=True, tied_head=True, rope_size=8, qk_norm="before_rope", qk_norm_weights=True)
     random = torch.Generator().manual_seed(3)
@@ -64,7 +65,7 @@ def engine_on(kernels, model, device="cpu", *, num_pages=200, max_batch=6, prefi
 
 
 def cuda_engine(backend, model, monkeypatch, prepare=True, **sizes):
-    """An engine as a worker builds it on CUDA; its steps' queue is `engine.steps.queue`."""
+    """An engine as a worker builds it on CUDA; the queue of its steps is `engine.steps.queue`."""
     monkeypatch.setattr(cuda_steps, "CudaQueue", lambda device: backend.queue())
     engine = engine_on(backend.kernels(model[0]), model, backend.device, **sizes)
     assert isinstance(engine.steps, cuda_steps.GraphSteps)
@@ -110,7 +111,8 @@ def same_answers(expected, got):
 
 @pytest.mark.parametrize("name", ["gen1", "gen3", "gen5", "llama"])
 def test_answers_that_come_and_go_are_the_reference_engines(backend, name, nanochat_fixtures, monkeypatch):
-    """Seven sequences for six rows; prompts of several chunks arrive between decode steps, which are begun ahead."""
+    """Seven sequences for six rows; prompts of several chunks arrive between decode steps that are started
+    ahead."""
     model = model_of(name, nanochat_fixtures)
     works = some_works(model[0].vocab_size)
     expected = run(engine_on(cs.load_kernels("cpu"), model), works)
@@ -136,13 +138,15 @@ def test_graphs_give_what_the_ops_one_by_one_give(backend, nanochat_fixtures, mo
     graphs = cuda_engine(backend, model, monkeypatch)
     expected = answers(op_by_op, works)
     assert op_by_op.steps.queue.replays == 0
-    if backend.name == "emulation":         # on a GPU cuBLAS may choose by the number of rows, which padding changes
+    # cuBLAS may choose its kernel by the number of rows, which padding changes
+    if backend.name == "emulation":
         assert answers(graphs, works) == expected
     assert graphs.steps.queue.replays > 0 or backend.name == "gpu"
 
 
 def test_penalties_and_biases_are_drawn_on_the_device(backend, nanochat_fixtures, monkeypatch):
-    """Penalties count all tokens, so the engine waits for each; their lists are tensors of the graph, or do not fit it."""
+    """Penalties count all tokens, so the engine waits for each. Their lists are tensors of the graph, or too
+    large for it."""
     model = model_of("gen3", nanochat_fixtures)
     given = [dict(presence_penalty=1.0, frequency_penalty=0.5, repetition_penalty=1.2, logit_bias=((7, 5.0), (9, -100.0))),
              dict(temperature=0.0, repetition_penalty=1.5), dict(temperature=1.0), dict(logit_bias=((3, 2.0), (3, 1.0)))]
@@ -153,7 +157,8 @@ def test_penalties_and_biases_are_drawn_on_the_device(backend, nanochat_fixtures
     same_answers(expected, answers(engine, works))
     replays = engine.steps.queue.replays
     assert replays >= 19
-    monkeypatch.setattr(cuda_steps, "LIST_CAPACITY", 20)        # and larger than the memory that was made for one step
+    # and larger than the memory reserved for a step
+    monkeypatch.setattr(cuda_steps, "LIST_CAPACITY", 20)
     tight = cuda_engine(backend, model, monkeypatch, prefill_chunk=4, context_length=64, max_batch=4)
     same_answers(expected, answers(tight, works))
     assert tight.steps.queue.replays == 0
@@ -233,7 +238,8 @@ def test_start_leaves_all_work_to_the_device_and_two_steps_may_wait_there(backen
 
 
 def test_rows_may_change_places_and_number_between_steps_that_are_begun_ahead(backend, nanochat_fixtures, monkeypatch):
-    """Row ~2 of a step becomes row 0 of the next, in another graph, and stands beside a prompt in the one after."""
+    """Row 2 of a step becomes row 0 of the next, in another graph, and runs beside a prompt in the one after
+    that."""
     model = model_of("gen5", nanochat_fixtures)
     results = []
     for ahead in (False, True):

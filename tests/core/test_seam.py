@@ -78,7 +78,7 @@ def test_portable_kernels_compute_where_they_are_no_slower_than_torch(monkeypatc
             assert (type(cs.choose_backend("cpu", SPEC)) is not cs.Backend) is ours
         assert [r.getMessage() for r in caplog.records] == ([] if ours else [
             "decode_core's portable kernels take 1.5 times as long here: torch computes instead"])
-        monkeypatch.setenv("DECODE_CORE_ISA", "portable")       # who names it gets it
+        monkeypatch.setenv("DECODE_CORE_ISA", "portable")       # but who names it gets it
         cpu_backend.slower_than_torch.cache_clear()
         assert cs.choose_backend("cpu", SPEC).name == "decode_core/portable"
     finally:

@@ -1,7 +1,8 @@
 """Schedule, run, postprocess, on the real default model and the nanochat fixtures, in float32.
 
-The torch path is not row-invariant, so answers that must be equal are compared by the near-tie helper: they may differ
-only where the best two candidates of a draw were closer than rounding can move them.
+With torch's ops a row's logits depend on the batch in their last bits. So answers that must be equal are
+compared by near_tie.py: they may differ only where the best two candidates of a draw were closer than
+rounding errors.
 """
 
 import json
@@ -15,7 +16,8 @@ from chat_server import Engine, Message, PAGE_SIZE, SamplingParams, Work
 from engines import TracedSteps, chat_work, load, make_engine, run
 from near_tie import assert_same_tokens_or_near_tie
 
-MARGIN = 2e-3       # far above what float32 rounding moves a logit by here (1e-4), far below a typical gap (0.1 .. 5)
+# far above float32 rounding errors of a logit here (1e-4), far below a typical gap (0.1 .. 5)
+MARGIN = 2e-3
 
 QUESTIONS = ["What is the capital of Japan?", "Name three colours.", "Write a haiku about rain.", "Why is the sky blue?",
              "Count from one to ten.", "What is 12 plus 30?", "Tell me about cats.", "Who wrote Hamlet?"]
@@ -37,14 +39,14 @@ def gen5(nanochat_fixtures):
 
 
 def same(engine, one, other, name, other_name=None):
-    """Equal answers: on decode_core always, elsewhere up to the first near tie."""
+    """Assert that answers are equal: with decode_core throughout, elsewhere up to the first near tie."""
     margin = 0.0 if engine.kernels.row_invariant else MARGIN
     assert_same_tokens_or_near_tie(one.traced(name), other.traced(other_name or name), margin)
 
 
 @torch.inference_mode()
 def answers(engine, works):
-    """The tokens of each work as a worker would get them: by the engine's own steps, untraced."""
+    """The tokens of each work as a worker gets them: by the engine's own steps, without a trace."""
     tokens = {work.id: [] for work in works}
     for work in works:
         engine.add(work)
@@ -157,7 +159,7 @@ def test_every_nanochat_generation_answers_as_upstream_does_alone_and_together(n
 
 
 def test_steps_started_ahead_give_the_same_answers(smollm, gen5, nanochat_fixtures):
-    """Answers that end by eos, by a stop string and by their length, in batches that change at every end."""
+    """Answers that end by eos, by a stop string and by length, in batches that change whenever one ends."""
     works = [chat_work(smollm, f"w{i}", question, 8 + 5 * i, temperature=0.7, seed=i) for i, question in enumerate(QUESTIONS)]
     works.append(chat_server.replace(chat_work(smollm, "s", "What is the capital of Japan?"), stop=("pan is To",)))
     works.append(chat_work(smollm, "p", QUESTIONS[2], 12, presence_penalty=0.5))
@@ -255,7 +257,7 @@ def test_max_tokens_context_min_tokens_and_stop_ids_end_answers_as_they_say(smol
 
 
 class ScriptedSteps(TracedSteps):
-    """Dictates the token of every position, so that tool use can be driven exactly."""
+    """Dictates the token of every position, so that a test can drive tool use exactly."""
 
     def draw(self, logits, rows):
         return [self.script[row.position] for row in rows]
@@ -321,7 +323,7 @@ def test_the_chosen_sampler_draws_what_the_reference_draws(gen5):
               dict(presence_penalty=1.0, frequency_penalty=0.5, repetition_penalty=1.2, logit_bias=((7, 5.0), (9, -100.0)))]
     works = [Work(f"w{i}", tuple(range(30 + i, 60)), SamplingParams(seed=i, **given), 40, ignore_eos=True)
              for i, given in enumerate(params)]
-    traced = run(gen5, works)           # draws with the reference
+    traced = run(gen5, works)           # drawn by the reference
     gen5.pool.forget_cached()
     assert answers(gen5, works) == traced.tokens
 
@@ -336,5 +338,6 @@ def test_a_step_lets_its_caller_report_when_the_next_one_has_started_and_never_t
         gen5.step(lambda: happened.append("report"))
         steps += 1
     assert happened.count("report") == steps and happened.count("start") >= 4
-    first_idle = happened.index("start") + 2 * happened.count("start")          # then only the last step is finished
+    # only the last step is still to be finished
+    first_idle = happened.index("start") + 2 * happened.count("start")
     assert happened[:first_idle] == ["start", "report"] * happened.count("start")

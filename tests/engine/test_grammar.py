@@ -1,4 +1,4 @@
-"""Answers that a grammar holds: JSON of a schema's shape, whatever the model would rather say."""
+"""Answers bound by a grammar: JSON that fits a schema, whatever the model would prefer to say."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ def grammar(schema):
 
 @pytest.fixture(scope="module", params=["nanochat", "gguf"])
 def engine(request, nanochat_fixtures, default_model_path):
-    """tiktoken's tokenizer with random weights, and a byte-level BPE from a GGUF file with a real model."""
+    """A tiktoken tokenizer with random weights, and a byte-level BPE with the real model of a GGUF file."""
     return make_engine(*((nanochat_fixtures / "gen5",) if request.param == "nanochat" else (default_model_path,)), num_pages=200, max_batch=8)
 
 
@@ -50,7 +50,8 @@ def test_answers_are_of_the_schema_whatever_the_seed_and_beside_free_ones(engine
         person = json.loads(text)
         assert (last.reason, last.stop_reason) == ("stop", "grammar")
         assert list(person) == ["name", "age", "tags"] and 0 <= person["age"] <= 130 and set(person["tags"]) <= {"a", "b"}
-        assert text == json.dumps(person, ensure_ascii=False) or "\\" in text          # one style, no free whitespace
+        # a fixed style without free whitespace
+        assert text == json.dumps(person, ensure_ascii=False) or "\\" in text
     assert any(found[each.id][-1].reason == "stop" for each in works)
     alone = updates(engine, free[:1])
     assert alone["f0"][-1].tokens == found["f0"][-1].tokens
@@ -111,7 +112,7 @@ def test_a_grammar_that_cannot_be_followed_fails_its_request_only(engine, monkey
 
 @pytest.fixture
 def gate(monkeypatch):
-    """Grammars are made no sooner than this event is set."""
+    """An event before which no grammar is compiled."""
     event, original = threading.Event(), chat_server.Grammar.__init__
 
     def opened(*arguments):
@@ -154,7 +155,8 @@ def test_a_grammar_is_compiled_once_for_all_answers_of_a_request_and_of_the_same
     found = updates(engine, alike)
     assert made == [alike[0].grammar] and all(found[each.id][-1].reason in ("stop", "length") for each in alike)
     updates(engine, [work(engine, "b", PERSON, client="bob", owner="bob")])
-    assert len(made) == 2 and len(engine.grammars) == 2         # how fast it came would tell bob what alice asked
+    # otherwise the delay would tell bob what alice asked
+    assert len(made) == 2 and len(engine.grammars) == 2
 
 
 @torch.inference_mode()
@@ -246,7 +248,7 @@ def test_without_the_library_it_is_a_clear_400(monkeypatch):
 
 @torch.inference_mode()
 def test_the_mask_is_exactly_what_the_grammar_takes(engine):
-    """Token by token: what the mask allows is consumed, what it forbids is not."""
+    """Token by token: the matcher consumes what the mask allows, and refuses what it forbids."""
     rules = grammar(PERSON)
     guide = chat_server.Grammar(engine.tokenizer, rules)
     for token in engine.tokenizer.encode('{"name": "Bo"'):

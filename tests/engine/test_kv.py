@@ -8,7 +8,7 @@ from chat_server import PAGE_SIZE, PagePool
 
 
 def fill(pool, tokens, pages, serial=PagePool.ROOT, first=0):
-    """Register the whole pages of `tokens`, as a sequence does when they have been computed."""
+    """Register the whole pages of `tokens`, as a sequence does once they are computed."""
     for i in range(first, len(tokens) // pool.page_size):
         serial = pool.register(serial, tokens[i * pool.page_size:(i + 1) * pool.page_size], pages[i])
     return serial

@@ -1,4 +1,5 @@
-"""Log-probabilities of answers and of prompts: those of the model's own distribution, whatever else the step computes."""
+"""Log-probabilities of answers and prompts are those of the model's own distribution, whatever else the step
+computes."""
 
 import math
 
@@ -20,7 +21,7 @@ def engine(nanochat_fixtures):
 
 @torch.inference_mode()
 def logits_of(engine, tokens):
-    """What the model says after each of the tokens, (len(tokens), V), row by row in an engine of its own pages."""
+    """Logits after each of the tokens, (len(tokens), V), computed row by row in pages of their own."""
     pages = engine.pool.allocate(-(-len(tokens) // PAGE_SIZE))
     lines = [engine.transformer.forward(Batch([token], [tokens[i - 1] if i else -1], [0, 1], [i + 1], [pages], [0]))[0].clone()
              for i, token in enumerate(tokens)]
@@ -40,7 +41,7 @@ def check(entries, logits, tokens, top):
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_each_drawn_token_comes_with_how_likely_it_was(engine, ahead):
-    """Beside an answer that wants none, and whatever the temperature."""
+    """Beside an answer without log-probabilities, and at any temperature."""
     works = [Work("a", PROMPT, SamplingParams(1.3, seed=1), 12, ignore_eos=True, logprobs=5),
              Work("b", PROMPT[:20], SamplingParams(0.7, seed=2), 20, ignore_eos=True),
              Work("c", PROMPT[:33], SamplingParams(0.0), 9, ignore_eos=True, logprobs=0)]
@@ -73,7 +74,7 @@ def test_penalties_and_bias_count_and_temperature_does_not(engine):
 
 
 def scores_and_rest(found):
-    """The scores of a prompt, which come as they are computed, and the updates after them, which bring tokens."""
+    """The scores of a prompt, sent as they are computed, and the later updates, which have tokens."""
     scoring = [update for update in found if update.prompt_logprobs]
     assert found[:len(scoring)] == scoring and not any(update.tokens or update.reason for update in scoring)
     return [entry for update in scoring for entry in update.prompt_logprobs], found[len(scoring):]
@@ -81,7 +82,7 @@ def scores_and_rest(found):
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_prompts_are_scored_whole_also_when_their_pages_are_cached_and_steps_have_few_rows(engine, ahead):
-    """75 tokens in steps of at most 8 rows of logits, beside answers that take some of them."""
+    """75 tokens in steps of at most 8 rows of logits, some of which other answers take."""
     others = [Work(f"o{i}", PROMPT[:30 + i], SamplingParams(1.0, seed=i), 40, ignore_eos=True) for i in range(4)]
     scored = [Work(f"s{i}", PROMPT[i:], SamplingParams(0.0), 2, ignore_eos=True, logprobs=2, prompt_logprobs=2) for i in range(2)]
     updates(engine, [Work("warm", PROMPT, SamplingParams(0.0), 1)])

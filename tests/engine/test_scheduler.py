@@ -21,7 +21,8 @@ def sequence(name, tokens, client=""):
 
 
 def step(s, next_token=1):
-    """Schedule, pretend to compute, append a token to everything that sampled; {name: tokens computed}."""
+    """Schedule a step, pretend to compute it, and append a token to each sequence that sampled; {name: tokens
+    computed}."""
     plan = s.schedule()
     assert len({id(chunk.sequence) for chunk in plan}) == len(plan)
     for chunk in plan:
@@ -109,7 +110,7 @@ def test_forced_tokens_that_need_pages_may_preempt_a_prompt_in_the_same_step():
     s.add(prompt)
     step(s)
     assert len(prompt.pages) == 3 and s.pool.available == 1
-    calling.tokens += [7] * 20          # what a tool's answer forces
+    calling.tokens += [7] * 20          # the tokens that a tool's result forces
     assert "prompt" not in step(s)
     assert prompt in s.waiting and not prompt.pages
 

@@ -1,4 +1,4 @@
-"""How many connections there may be, who goes when there are too many, and readers that do not read."""
+"""Limits of connections: which are closed when there are too many, and readers that do not read."""
 
 import asyncio
 import contextlib
@@ -20,11 +20,11 @@ from fake_pool import FakePool, conversation, serving
 SCRIPT = chat_server.STATIC.parent / "chat_server.py"
 LIVEZ = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
 ALIVE = b'{"alive": true}'
-PATIENCE_S = 60            # far above what anything here takes
+PATIENCE_S = 60            # far more than anything here takes
 
 
 class Client:
-    """A connection of its own, from an address of this machine."""
+    """A connection from one of this machine's addresses."""
 
     def __init__(self, reader, writer):
         self.reader, self.writer = reader, writer
@@ -143,7 +143,7 @@ async def test_more_surplus_connections_than_a_few_push_the_oldest_out():
     async with serving(pool, connections=16) as url:
         running = await asking(url, pool, 16)
         surplus = [await Client.connect(url) for _ in range(ConnectionTable.SURPLUS)]
-        for client in surplus:                      # a body that does not come holds a connection too
+        for client in surplus:                      # a body that never comes holds a connection too
             client.writer.write(b"POST /livez HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n")
             assert (await client.header()).startswith(b"HTTP/1.1 405")
         assert await (await Client.connect(url)).lives()
@@ -204,7 +204,8 @@ async def test_nothing_is_kept_of_connections_that_have_ended(monkeypatch):
     ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"), ("2001:db8:1:3::1", "2001:db8:1:3::/64")])
 def test_connections_count_by_address_and_those_of_ipv6_by_64_bits_of_it(address, network):
     assert network_of(address) == network
-    assert client_at(address) == (network or address)          # and so do requests; this machine's by its addresses
+    # and so do requests; this machine is known by its addresses
+    assert client_at(address) == (network or address)
 
 
 async def test_who_has_many_addresses_is_one_client(monkeypatch):
@@ -220,7 +221,7 @@ async def test_who_has_many_addresses_is_one_client(monkeypatch):
 
 
 def limited(soft, hard):
-    """For a new process: a limit of descriptors."""
+    """A limit of descriptors for a new process."""
     return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
@@ -239,7 +240,7 @@ def test_the_limit_of_descriptors_is_raised_as_far_as_it_is_needed(soft, hard, r
 
 @contextlib.asynccontextmanager
 async def server_of_its_own(folder, fixtures, descriptors):
-    """The real server with so many descriptors: (URL, the file of its log)."""
+    """The real server with this many descriptors: (URL, its log file)."""
     words = [SCRIPT, fixtures / "gen5", "--port", "0", "--host", "127.0.0.1", "--kv-cache-memory", "512K"]
     with open(folder / "log", "wb") as log:
         server = await asyncio.create_subprocess_exec(
@@ -268,7 +269,7 @@ async def test_idle_connections_beyond_the_descriptors_keep_nobody_out(tmp_path,
 
 async def test_a_server_that_runs_out_of_descriptors_says_so_shortly_and_serves_when_there_are_some(
         tmp_path, nanochat_fixtures):
-    too_few = 24            # for the 16 connections that there may always be
+    too_few = 24            # for the 16 connections that are always allowed
     async with server_of_its_own(tmp_path, nanochat_fixtures, too_few) as (url, log):
         idle = [await Client.connect(url) for _ in range(40)]
         for client in idle:
@@ -306,7 +307,7 @@ chat_server.log.error("once")
 
 @contextlib.asynccontextmanager
 async def counted(monkeypatch, pool):
-    """The HTTP side where WRITE_S is a moment: its URL, and an event that says that no connection is left."""
+    """The HTTP side with a tiny WRITE_S: its URL, and an event that is set when no connection is left."""
     none_left = asyncio.Event()
 
     class Counted(ConnectionTable):
@@ -315,7 +316,7 @@ async def counted(monkeypatch, pool):
             if not self.all:
                 none_left.set()
 
-        def renew(self, connection):        # not through remove, which would tell
+        def renew(self, connection):        # not through remove, which would set the event
             none_left.clear()
 
     monkeypatch.setattr(chat_server, "ConnectionTable", Counted)
@@ -325,7 +326,7 @@ async def counted(monkeypatch, pool):
 
 
 async def silent_reader(url, request):
-    """A client whose system takes a few KB, and which never reads them."""
+    """A client that never reads, and whose kernel buffers only a few KB."""
     connection = socket.socket()
     connection.setblocking(False)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
@@ -341,7 +342,7 @@ def get(path):
 
 STATIC_FILES = [path for path in chat_server.STATIC.rglob("*") if path.is_file()]
 LARGEST = max(STATIC_FILES, key=lambda path: path.stat().st_size).relative_to(chat_server.STATIC.parent)
-UNREAD = {      # the request, and whether its answer goes on for ever
+UNREAD = {      # the request, and whether its answer never ends
     "whole": (posted(b"/v1/chat/completions"), False), "native": (posted(b"/chat/completions"), False),
     "stream": (posted(b"/v1/chat/completions", stream=True), False),
     "resumable": (posted(b"/chat/completions", resumable=True), False),
@@ -365,7 +366,7 @@ async def test_a_response_that_nobody_reads_ends_its_connection(monkeypatch, cap
 
 
 class HeldAfter:
-    """A gate that lets the first pieces through and holds the others for ever."""
+    """A gate that passes the first pieces and holds the others for ever."""
 
     def __init__(self, pieces):
         self.pieces = pieces

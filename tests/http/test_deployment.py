@@ -1,4 +1,5 @@
-"""The README's deployment section, as far as this machine can run it: behind nginx, under systemd's eyes."""
+"""The README's deployment section, as far as this machine can run it: behind nginx, checked by
+systemd-analyze."""
 
 import asyncio
 import contextlib
@@ -34,7 +35,8 @@ def free_port():
 
 @contextlib.asynccontextmanager
 async def behind_nginx(folder, pool, **settings):
-    """The URL of an nginx with the README's location, before `pool` behind the real HTTP side on loopback with --prefix /chat."""
+    """The URL of an nginx with the README's location block; behind it, with --prefix /chat, the real HTTP
+    side over `pool`."""
     port = free_port()
     async with serving(pool, Settings(prefix="/chat", host="127.0.0.1", **settings)) as url:
         location = block("nginx").replace("http://127.0.0.1:8000", url)
@@ -109,7 +111,7 @@ async def test_the_page_chats_through_nginx_under_a_name_of_its_own(tmp_path):
 
 
 class FirstPieceFree:
-    """A gate that lets one piece through and holds the others."""
+    """A gate that passes one piece and holds the others."""
 
     def __init__(self):
         self.used, self.rest = False, asyncio.Event()

@@ -417,7 +417,7 @@ async def test_404_and_405_have_the_shape_of_their_api(client):
         assert (await wrong_openai.json())["error"]["type"] == "invalid_request_error"
 
 
-# streams that behave
+# well-behaved streams
 
 
 async def test_a_silent_stream_carries_pings_of_their_own(client, monkeypatch):
@@ -463,7 +463,8 @@ async def test_a_client_that_leaves_just_before_the_headers_is_no_error_in_the_l
             return await super().prepare(http)
 
     class Quick(FakePool):
-        async def answer(self, request):        # never waits: the handler meets the closed connection before it is cancelled
+        # never waits, so the handler finds the closed connection before it is cancelled
+        async def answer(self, request):
             yield chat_server.Accepted(7, 0)
     async with serving(Quick()) as url:
         monkeypatch.setattr(chat_server.web, "StreamResponse", Leaving)
@@ -571,7 +572,7 @@ async def test_the_page_comes_with_a_base_a_strict_policy_and_fresh_files(client
         assert "default-src 'self'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
         assert page.headers["X-Content-Type-Options"] == "nosniff"
         assert "javascript" in script.content_type and script.headers["Cache-Control"] == "no-cache"
-        for ranges, status, body in (       # RFC 9110, 14.1.2: no last bytes at all cannot be had
+        for ranges, status, body in (       # RFC 9110, 14.1.2: a suffix of length 0 is not satisfiable
                 ("bytes=-0", 416, None), ("bytes=-000", 416, None), ("Bytes=-0", 416, None),
                 ("bytes=6-", 416, None), ("bytes=-2", 206, "a;"), ("bytes=-99", 206, "let a;"),
                 ("bytes=0-", 206, "let a;"), ("bytes=4-4", 206, "a")):
@@ -625,7 +626,7 @@ class Server:
         self.task = asyncio.ensure_future(chat_server.serve_forever(Settings(host="127.0.0.1", port=0, **settings), pool))
 
     async def printed(self, pattern):
-        """The match of `pattern` in what was printed, as soon as it is there."""
+        """Wait until `pattern` has been printed; returns the match."""
         while not (found := re.search(pattern, self.text)):
             assert not self.task.done(), self.task
             await asyncio.sleep(0)

@@ -1,4 +1,5 @@
-"""What requests may hold of the front's memory: large bodies while they are read, and answers that are sent whole."""
+"""Requests share a budget of the front's memory: large bodies while they are read, and answers that are sent
+whole."""
 
 import asyncio
 import json
@@ -20,7 +21,7 @@ def limits(monkeypatch):
 
 
 async def unfinished(url, size, sent):
-    """A connection whose body of `size` bytes has come as far as `sent`."""
+    """A connection that has sent `sent` of the `size` bytes of its body."""
     reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
     writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % size + b" " * sent)
     return reader, writer

@@ -42,7 +42,7 @@ def call(url, path, body=None, method=None):
 
 
 def ask(url, path=CHAT, **changes):
-    """The JSON of a request that succeeds; `changes` over a short greedy one."""
+    """The JSON answer to a short greedy request with `changes`, which must succeed."""
     base = {"temperature": 0, "max_tokens": 12} | ({"messages": HI} if path == CHAT else {"prompt": "The capital of Japan is"})
     status, _, body = call(url, path, base | changes)
     assert status == 200, body
@@ -50,7 +50,7 @@ def ask(url, path=CHAT, **changes):
 
 
 def refused(url, path=CHAT, **changes):
-    """(status, error) of a request that does not."""
+    """(status, error) of a request that must fail."""
     base = {"max_tokens": 4} | ({"messages": HI} if path == CHAT else {"prompt": "Hi"})
     status, _, body = call(url, path, base | changes)
     assert status >= 400 and set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}, body
@@ -58,7 +58,7 @@ def refused(url, path=CHAT, **changes):
 
 
 def stream(url, path=CHAT, **changes):
-    """The chunks of a stream; its end and its lines are checked for every one."""
+    """The chunks of a stream; checks its lines and its end."""
     text = ask(url, path, stream=True, **changes)
     lines = [line for line in text.split("\n") if line]
     assert all(line.startswith(("data: ", ": ")) for line in lines) and text.endswith("data: [DONE]\n\n")

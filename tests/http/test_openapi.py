@@ -1,4 +1,5 @@
-"""The description of the API is the API's own tables, and nothing that is sent to any route is answered with a 5xx."""
+"""The API's description comes from the API's own tables, and no request to any route is answered with a
+5xx."""
 
 import asyncio
 import contextlib
@@ -43,7 +44,7 @@ async def test_the_server_offers_it():
 
 
 class EchoWorker(Worker):
-    """Answers at once, in this process: whatever the front lets through ends as one token."""
+    """Answers at once, in this process: whatever the front accepts becomes one token."""
 
     def send(self, message):
         chat_server.packed(message)
@@ -57,7 +58,7 @@ class EchoWorker(Worker):
 
 @pytest.fixture(scope="module")
 def port(nanochat_fixtures):
-    """The real front and the real pool with a real tokenizer, and no model behind them."""
+    """The real front and the real pool with a real tokenizer, without a model."""
     loop, ready, stop = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
     found = []
 
@@ -87,7 +88,7 @@ def port(nanochat_fixtures):
 
 
 def exchange(port, method, target, body, headers):
-    """(status, body) or None when the server closed the connection on what is no HTTP."""
+    """(status, body), or None if the server closed the connection because the request was not HTTP."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     with contextlib.closing(connection):
         connection.putrequest(method, target, skip_host=True, skip_accept_encoding=True)
@@ -107,7 +108,7 @@ messages = st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "ass
 
 
 def value_of(schema):
-    """Mostly what a field's schema allows."""
+    """Values, most of which the field's schema allows."""
     kinds = []
     for option in schema["anyOf"]:
         low, high = option.get("minimum", -10), option.get("maximum", 10)
@@ -156,7 +157,8 @@ FUNCTION = st.dictionaries(st.sampled_from(["name", "parameters"]), st.none() | 
 plain_values = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 130) | st.integers() | st.floats() | st.sampled_from([-1.0, 0.0, 1.0, 2.0, 2**31, 2**53, 2.0**70]) |
     st.sampled_from(["", "x", "true", "false", "oldest", "none", "low", "normal", "auto", "required"]),
-    lambda inner: st.lists(inner.filter(lambda value: type(value) is not float), max_size=5)        # no token id is written 5.0
+    # a token id is never written 5.0
+    lambda inner: st.lists(inner.filter(lambda value: type(value) is not float), max_size=5)
     | st.dictionaries(st.sampled_from(["1", "99999", "x", "9" * 10]), inner, max_size=2)
     | st.fixed_dictionaries({"function": FUNCTION}), max_leaves=8)
 
@@ -164,7 +166,8 @@ plain_values = st.recursive(
 @hypothesis_settings(max_examples=400, deadline=None)
 @given(value=plain_values)
 def test_a_field_is_read_or_refused_by_its_name(value):
-    """What its schema allows never breaks what is made of it, and the bounds in /openapi.json are the server's."""
+    """A value that the schema allows never breaks the parser, and the bounds in /openapi.json are the
+    server's."""
     for field in (field for fields in BODY_ROUTES.values() for field in fields):
         try:
             field.read(value)
@@ -219,7 +222,8 @@ def test_no_target_method_or_header_is_answered_with_5xx(port, method, target, h
 def test_no_bytes_are_answered_with_5xx(port, junk):
     import socket
     with socket.create_connection(("127.0.0.1", port), timeout=0.03) as connection:
-        connection.sendall(junk)        # and no end, which would end the answer too: so whoever waits for more bytes is waited for
+        # the stream is not ended, which would end the answer too: the server may wait for more bytes
+        connection.sendall(junk)
         answer = b""
         with contextlib.suppress(ConnectionError, TimeoutError):
             while part := connection.recv(1 << 16):

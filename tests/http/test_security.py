@@ -33,7 +33,7 @@ async def test_without_a_right_key_everything_else_is_401(client, method, path, 
         target = aiohttp.client.URL(url + path, encoded=True)
         async with client.request(method, target, headers=headers, json=conversation()) as response:
             body = await response.json()
-            if path.startswith("/static"):      # yarl has made /stats of it, or the file server refuses
+            if path.startswith("/static"):      # yarl turns it into /stats, or the file server refuses it
                 assert response.status in (401, 403, 404)
                 return
             assert response.status == 401 and response.headers["WWW-Authenticate"] == "Bearer"
@@ -135,7 +135,7 @@ async def test_by_default_no_other_origin_may_do_anything(client, origin):
     async with serving(pool) as url:
         answers = [await preflight(client, url, origin), await client.get(url + "/v1/models", headers={"Origin": origin}),
                    await client.post(url + NATIVE, json=conversation(), headers={"Origin": origin, "Sec-Fetch-Site": "cross-site"})]
-        headers = {"Origin": origin, "Content-Type": "text/plain"}          # as to plain http
+        headers = {"Origin": origin, "Content-Type": "text/plain"}          # as browsers do for plain http
         for path in (NATIVE, OPENAI, "/v1/completions", "/tokenize", "/v1/cancel/x", "/", "/nothing"):
             answers.append(await client.post(url + path, json=conversation(), headers=headers))
     assert {answer.status for answer in answers} == {403} and not pool.requests
@@ -200,7 +200,7 @@ async def test_an_origin_is_the_server_s_own_by_name_and_port_whatever_the_schem
 
 
 async def test_an_own_origin_is_not_enough_where_the_browser_says_that_it_is_another(client):
-    """Of a server behind TLS: a page that came by plain http, so anybody on the way may have written it."""
+    """A server behind TLS and a page that came by plain http, which anybody on the way may have written."""
     pool = FakePool()
     async with serving(pool) as url:
         headers = {"Host": "chat.example", "Origin": "http://chat.example", "Sec-Fetch-Site": "cross-site"}
@@ -289,9 +289,10 @@ async def test_every_later_request_has_no_longer_for_its_header(monkeypatch):
         writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
         await reader.readuntil(b'{"alive": true}')
         silent, silent_writer = await connect(url)
-        assert await silent.read() == b""                   # so much later
+        assert await silent.read() == b""                   # this much later
         silent_writer.close()
-        for part in (b"GET /livez HTTP/1.1\r\nHo", b"st: x\r\n\r\n"):        # no byte of it had come: it may begin now
+        # no byte of it had come, so it may begin now
+        for part in (b"GET /livez HTTP/1.1\r\nHo", b"st: x\r\n\r\n"):
             writer.write(part)
         await reader.readuntil(b'{"alive": true}')
 
@@ -301,7 +302,7 @@ async def test_every_later_request_has_no_longer_for_its_header(monkeypatch):
                 await asyncio.sleep(0.001)
         writer.write(b"GET / HTTP/1.1\r\nX-Slow: ")
         dripping = asyncio.create_task(drip())              # new bytes do not buy time
-        with contextlib.suppress(ConnectionError):          # what is still sent to a connection that is closed resets it
+        with contextlib.suppress(ConnectionError):          # sending to a closed connection resets it
             assert await reader.read() == b""
         assert not dripping.done()
         dripping.cancel()
@@ -330,7 +331,8 @@ async def test_a_slow_body_and_an_answer_that_takes_long_are_not_taken_for_a_hea
             silent_writer.close()
             writer.write(rest)
         await pool.until_open(1)
-        writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\nGET /livez HT")         # and what comes early waits for its turn
+        # what comes early waits its turn
+        writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\nGET /livez HT")
         silent, silent_writer = await connect(url)
         assert await silent.read() == b""
         silent_writer.close()
@@ -351,11 +353,11 @@ async def test_a_body_that_pauses_is_408(monkeypatch):
         writer.close()
 
 
-# what aiohttp would answer itself
+# what aiohttp would answer by itself
 
 
 async def exchange(url, request):
-    """(status, header, body) of raw bytes that ask for the connection's end, or are such that it ends."""
+    """(status, header, body) of the response to raw bytes after which the connection ends."""
     reader, writer = await connect(url)
     writer.write(request)
     answer = await reader.read()

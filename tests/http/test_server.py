@@ -61,7 +61,7 @@ def test_however_the_front_ends_no_process_is_left(nanochat_fixtures, number, an
             stream.readline()
         process.send_signal(number)
         if answering and number != signal.SIGKILL:
-            assert events(stream)[-1]["done"]           # draining lets it finish
+            assert events(stream)[-1]["done"]           # draining let it finish
         assert process.wait(30) == (-signal.SIGKILL if number == signal.SIGKILL else 0)
         assert gone(children)
 
@@ -162,7 +162,8 @@ async def test_200_clients_who_vanish_at_random_moments_leave_nothing_behind(nan
         async def client(session, number):
             body = ask("hello " * generator.randrange(1, 60), max_tokens=100, ignore_eos=True, seed=number, temperature=1)
             path = "/chat/completions" if number % 2 else "/v1/chat/completions"
-            leave_after = generator.choice((0, 0, 1, 2, 7, 1000))      # lines read before leaving; 1000: stays to the end
+            # lines to read before leaving; with 1000 it stays to the end
+            leave_after = generator.choice((0, 0, 1, 2, 7, 1000))
             if leave_after == 0:        # queued or prefilling, streaming or not
                 with pytest.raises(asyncio.TimeoutError):
                     async with asyncio.timeout(generator.random() / 20):
@@ -186,7 +187,7 @@ async def test_200_clients_who_vanish_at_random_moments_leave_nothing_behind(nan
 
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
             await asyncio.gather(*(one(session, number) for number in range(200)))
-            while pool.jobs:        # the last who left: the server learns of it in its own time
+            while pool.jobs:        # the server may notice the last ones later
                 await asyncio.sleep(0.01)
             await idle(pool)
             async with session.get(url + "/stats") as response:
@@ -200,7 +201,7 @@ async def test_200_clients_who_vanish_at_random_moments_leave_nothing_behind(nan
 
 
 def requirements_of(names):
-    """The distributions that `names` need, themselves included (extras and markers that do not hold left out)."""
+    """`names` and the distributions that they need, without extras and without markers that do not apply."""
     from packaging.requirements import Requirement
     found, todo = {}, list(names)
     while todo:
@@ -217,7 +218,8 @@ def requirements_of(names):
 
 
 def bare_python(folder, names):
-    """A virtual environment that has only `names` and what they need, linked from this one; its interpreter."""
+    """The interpreter of a virtual environment that has only `names` and what they need, linked from this
+    one."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, timeout=60)
     (site,) = folder.glob("lib/python*/site-packages")
     for distribution in requirements_of(names).values():

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(60)
 
 
 class Turnstile(asyncio.Semaphore):
-    """A gate of FakePool that lets through as many pieces as the test says."""
+    """A gate of FakePool that passes as many pieces as the test says."""
 
     def __init__(self):
         super().__init__(0)
@@ -34,7 +34,7 @@ class Turnstile(asyncio.Semaphore):
 
 @pytest.fixture
 async def front():
-    """(pool, url) of the HTTP side; pieces pass when pool.gate admits them."""
+    """(pool, url) of the HTTP side; pool.gate decides how many pieces pass."""
     pool = FakePool(WORDS)
     pool.gate = Turnstile()
     async with serving(pool) as url:
@@ -43,7 +43,7 @@ async def front():
 
 
 async def read(response, count):
-    """The next `count` events of a stream, as (id or None, parsed data)."""
+    """The next `count` events of a stream as (id or None, parsed data)."""
     events, number = [], None
     while len(events) < count:
         line = (await response.content.readline()).decode()
@@ -152,7 +152,7 @@ async def test_a_reader_who_comes_back_in_time_keeps_the_answer_alive(client, fr
     async with client.get(f"{url}/v1/streams/{response.headers['X-Request-Id']}") as again:
         await read(again, 1)
         (act, to), = graces
-        act(*to)                        # its grace is over
+        act(*to)                        # its grace period is over
         pool.gate.admit(4)
         assert words(await read_all(again)) == "".join(WORDS[1:])
 
@@ -247,7 +247,8 @@ async def test_what_is_kept_is_bounded_and_the_oldest_goes_first(client, front, 
     statuses = [(await client.get(f"{url}/v1/streams/{name}")).status for name in names]
     assert statuses == sorted(statuses, reverse=True) and {200, 404} == set(statuses)
     dice = random.Random(1)
-    pool.pieces = [dice.randbytes(150).hex() for _ in range(140)]       # one answer that is too long alone: its beginning goes
+    # a single answer that is too long: its beginning is dropped
+    pool.pieces = [dice.randbytes(150).hex() for _ in range(140)]
     pool.gate.admit(140)
     async with client.post(url + NATIVE, json=RESUMABLE) as response:
         events = await read_all(response)
@@ -276,7 +277,8 @@ async def test_one_client_s_answers_push_out_none_of_another(client, monkeypatch
         theirs = [await record(b) for _ in range(30)]
         assert [await kept(name, b) for name in theirs[:10]] == [False] * 10 and await kept(theirs[-1], b)
         dice = random.Random(1)
-        pool.pieces = [dice.randbytes(200).hex() for _ in range(140)]       # more than may be kept in all, even of 64
+        # more than may be kept, even of 64 together
+        pool.pieces = [dice.randbytes(200).hex() for _ in range(140)]
         await record(b)
         assert [await kept(name, a) for name in mine] == [True] * 3 and not await kept(theirs[-1], b)
 
@@ -286,7 +288,7 @@ async def test_what_is_no_longer_kept_is_nowhere_in_memory(client, front, monkey
     pool, url = front
     made, make = [], chat_server.Recording
     monkeypatch.setattr(chat_server, "Recording", lambda *whose: made.append(weakref.ref(recording := make(*whose))) or recording)
-    gc.disable()                # no circles either
+    gc.disable()                # and no reference cycles either
     try:
         for _ in range(30):
             pool.gate.admit(5)
@@ -327,7 +329,8 @@ async def test_a_follower_who_reads_slowly_gets_everything(client, front, monkey
     pool.pieces = ["x" * 10_000] * 1_000            # 10 MB: more than any socket buffer
     pool.gate.admit(1000)
     response = await client.post(url + NATIVE, json=RESUMABLE)
-    await pool.until_open(0)                        # it is complete, and hardly any of it was read
+    # the answer is complete, and hardly any of it has been read
+    await pool.until_open(0)
     assert len(await read_all(response)) == 1001
 
 

@@ -23,13 +23,13 @@ NAN, INFINITY = float("nan"), float("inf")
 
 
 def load(path, **changes):
-    """All that a worker builds of a file before it says what it has loaded: (LoadedModel, Engine)."""
+    """What a worker builds from a file before it reports what it has loaded: (LoadedModel, Engine)."""
     settings = Settings(model=str(path), kv_cache_memory=1 << 20, prefill_chunk=16, max_batch=4, **changes)
     return chat_server.build_engine(resolve_model(settings), settings, torch.device("cpu"))
 
 
 def error_of(path):
-    """The one line that a file which is no model ends in; it names the file, or one of its folder."""
+    """The error line for a file that is not a model; it must name the file, or one in its folder."""
     with pytest.raises(ConfigError) as caught:
         load(path)
     text = str(caught.value)
@@ -37,12 +37,12 @@ def error_of(path):
     return text
 
 
-# --- GGUF: what the metadata say ------------------------------------------------------------------
+# --- GGUF: metadata ------------------------------------------------------------------
 
 
 @pytest.fixture
 def bad_gguf(tmp_path):
-    """A function: the error of a tiny GGUF that is like a good one but for what is given (see gguf_bytes)."""
+    """A function that gives the error for a good tiny GGUF with the given changes (see gguf_bytes)."""
     def error(changes=(), base=METADATA, tensors=None, **more):
         metadata = {key: value for key, value in {**base, **dict(changes)}.items() if value is not None}
         path = tmp_path / "tiny.gguf"
@@ -143,7 +143,7 @@ def test_a_context_that_memory_cannot_hold_is_refused_and_a_shorter_one_serves(t
     assert [len(table) for table in engine.transformer.rope_tables] == [128, 128]
 
 
-# --- GGUF: what the file is made of ---------------------------------------------------------------
+# --- GGUF: layout of the file ---------------------------------------------------------------
 
 
 NAME = "blk.0.ffn_up.weight"        # (512, 256) float32, which is type 0
@@ -347,7 +347,8 @@ def test_the_good_pickle_is_a_tokenizer(nanochat):
     (encoding_pickle(ranks=BYTES | {"ab": 257}), "token ids"),
     (encoding_pickle(pattern=7), "the pattern is no text"),
     (encoding_pickle(pattern="(" * 9), "tokenizer is broken"),
-    (b"\x80\x04]r\xff\xff\xff\x7f.", "not a tiktoken Encoding"),     # a memo index for which C makes room
+    # a memo index for which the C unpickler reserves memory
+    (b"\x80\x04]r\xff\xff\xff\x7f.", "not a tiktoken Encoding"),
     (b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".", "KeyError: 150"),
     (b"\x80\x04\x8e" + (2**40).to_bytes(8, "little") + b".", "not a tiktoken Encoding"),
     (b"", "not a tiktoken Encoding"),

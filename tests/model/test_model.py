@@ -17,7 +17,7 @@ GENERATIONS = ("gen1", "gen2", "gen3", "gen4", "gen5")
 
 
 def llama_like(seed=0, **changes):
-    """A small random model with every feature that llama files can have."""
+    """A small random model with every feature of llama files."""
     spec = ModelSpec(vocab_size=100, layers=3, width=48, heads=6, kv_heads=2, head_size=8, ffn_size=64,
                      max_positions=512, qkv_bias=True, rope_factors=(1.0, 2.0, 4.0, 8.0), **changes)
     random = torch.Generator().manual_seed(seed)
@@ -116,7 +116,7 @@ def test_a_step_without_logit_rows_fills_the_cache_and_returns_no_rows():
 
 
 class NoArithmetic(TorchDispatchMode):
-    """Fails on every torch call that is made outside an op and is more than a view."""
+    """Fails on every torch call outside an op, except views."""
 
     VIEWS = {"slice", "select", "view", "unflatten"}
 
@@ -131,7 +131,7 @@ class NoArithmetic(TorchDispatchMode):
 
 
 def recording_kernels(calls, guard):
-    """The reference ops, which also append (op, arguments) to `calls`."""
+    """The reference ops; each call also appends (op, arguments) to `calls`."""
     kernels = cs.load_kernels("cpu")
 
     def recorded(op):
@@ -149,8 +149,8 @@ def recording_kernels(calls, guard):
 
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_forward_is_a_list_of_ops_that_can_be_replayed_over_scribbled_buffers(which, nanochat_fixtures):
-    """What a recorder or a graph needs: nothing is computed between the ops, and every activation lives in a buffer
-    that some op writes before another reads it."""
+    """What a recorder or a graph needs: nothing is computed between the ops, and every activation is in a
+    buffer that one op writes before another reads it."""
     _, (spec, tensors) = list(models(nanochat_fixtures))[which]
     calls, guard = [], NoArithmetic()
     model = transformer(spec, tensors, recording_kernels(calls, guard))

@@ -164,7 +164,7 @@ def test_rope_append_normalizes_rotates_gates_and_appends(variant):
 
 
 def attention_reference(q, cache, batch, window, scale):
-    """softmax(q k) v in float64, one query and head at a time, keys looked up slot by slot."""
+    """softmax(q k) v in float64, one query and head at a time, with keys looked up slot by slot."""
     T, H, D = q.shape
     group = H // cache.shape[2]
     out = np.zeros((T, H, D))
@@ -181,7 +181,7 @@ def attention_reference(q, cache, batch, window, scale):
 
 
 def paged_batch(rng, sequences, num_pages, scattered):
-    """sequences: (new tokens, length after the step) each; the other fields of a Batch are not attention's business."""
+    """A Batch of sequences (new tokens, length after the step); attention does not read the other fields."""
     pages = rng.permutation(num_pages).tolist() if scattered else list(range(num_pages))
     starts, positions, lengths, tables = [0], [], [], []
     for new, length in sequences:

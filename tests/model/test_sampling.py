@@ -1,4 +1,5 @@
-"""The sampling contract: known answers, brute force, edge rows, and the law by statistics (fixed seeds)."""
+"""The sampling contract: known answers, brute force, edge rows, and the distribution by statistics (fixed
+seeds)."""
 
 import math
 from fractions import Fraction
@@ -19,7 +20,7 @@ def draw(logits, position=0, **params):
 
 
 def many_draws(logits, count, position=0, step=1, **params):
-    """The same logits drawn at `count` positions."""
+    """Tokens drawn from the same logits at `count` positions."""
     logits = np.asarray(logits, np.float32)
     tokens = []
     for start in range(0, count, 5000):
@@ -83,7 +84,7 @@ def test_uniform_noise_passes_a_chi_square_and_reaches_both_ends():
 
 
 def brute_survivors(logits, top_k=0, top_p=1.0, min_p=0.0, temperature=1.0):
-    """Sort everything, then apply the definitions one after the other with exact integers."""
+    """Sort everything, then apply the definitions in turn with exact integers."""
     top = logits.max()
     if top == -math.inf:
         return [0]
@@ -223,7 +224,7 @@ def test_choices_and_seeds_and_positions_each_give_other_noise():
     assert len({tuple(tokens) for tokens in drawn}) == len(drawn)
 
 
-# --- law ---------------------------------------------------------------------------------------------------------
+# --- distribution ----------------------------------------------------------------------------------------------
 
 
 def chi_square_p(counts, probabilities):

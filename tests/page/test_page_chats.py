@@ -49,7 +49,8 @@ def test_chats_are_listed_opened_renamed_pinned_and_found(page, stand_in):
     search.press("Escape")
     reload(page)
     expect(chats(page)).to_have_text(["Fruit", "cherries are red too", "bananas are yellow"])
-    expect(said(questions(page))).to_have_text(["bananas are yellow"])            # where it was left
+    # at the place where it was left
+    expect(said(questions(page))).to_have_text(["bananas are yellow"])
 
 
 def test_a_deleted_chat_can_be_brought_back(page, stand_in):
@@ -196,7 +197,7 @@ def test_two_tabs_that_ask_at_once_keep_both_questions_and_both_answers(page, st
     expect_answered(page)
     tabs = [page, new_tab(page, stand_in.url)]
     held = []
-    for tab in tabs:                                    # neither hears of the other before both have asked
+    for tab in tabs:                                    # neither learns of the other before both have asked
         expect(said(answers(tab))).to_contain_text("You said: start")
         tab.evaluate("""() => {
             window.late = [];
@@ -259,7 +260,8 @@ def test_without_a_database_the_page_works_and_says_that_it_forgets(page, stand_
 
 def test_where_storage_is_full_nothing_is_lost_and_it_is_written_when_there_is_room(page, stand_in):
     open_page(page, stand_in.url)
-    browser = page.context.new_cdp_session(page)        # before the first write: the browser remembers how much room there was
+    # before the first write, because the browser remembers how much room there was
+    browser = page.context.new_cdp_session(page)
     browser.send("Storage.overrideQuotaForOrigin", {"origin": stand_in.url.rstrip("/"), "quotaSize": 1000})
     ask(page, "while it is full")
     expect_answered(page)

@@ -1,4 +1,4 @@
-"""How the page draws answers: Markdown while it is written, hostile text, long chats; in a real browser."""
+"""How the page draws answers, in a real browser: Markdown while it streams in, hostile text, long chats."""
 
 import re
 
@@ -85,10 +85,12 @@ def test_text_drawn_piece_by_piece_equals_text_drawn_at_once(page, stand_in, nam
     ("plain words without an end " * 600, 600, 20),
     ("some *emphasis* and `code` and **strong** words " * 400, 900, 40),
     (f"```python\n{PYTHON * 8}", 1500, 120),
-    ("```python\ntext = '''" + "a line of a long text\n" * 1000, 7000, 20),     # its state is never the initial one: given up
+    # never returns to the initial state, so highlighting waits for the end
+    ("```python\ntext = '''" + "a line of a long text\n" * 1000, 7000, 20),
     ("```\n" + "no language\n" * 2000, 0, 5),
     ("".join(f"- item {i} with **bold** words\n" for i in range(800)), 100, 20),
-    ("- one item\n\n  ```python\n" + PYTHON.replace("\n", "\n  ") * 8, 1500, 120),       # what is inside of containers, too
+    # inside containers too
+    ("- one item\n\n  ```python\n" + PYTHON.replace("\n", "\n  ") * 8, 1500, 120),
     ("> " + "quoted words, and more " * 600, 600, 20),
     ("| a | b |\n|---|---|\n" + "".join(f"| {i} | some words |\n" for i in range(800)), 100, 20),
     ("a *never closed emphasis and more " * 500, 5000, 200),
@@ -123,7 +125,8 @@ def test_a_hostile_answer_is_inert(page, stand_in):
 
 def test_no_script_can_make_elements_from_text(browser, stand_in):
     """require-trusted-types-for: what a forgotten innerHTML would do."""
-    context = browser.new_context()                 # not the fixture's: violations are expected here
+    # not the page fixture, because violations are expected here
+    context = browser.new_context()
     page = context.new_page()
     open_page(page, stand_in.url)
     made = page.evaluate("""() => {
@@ -203,7 +206,8 @@ def test_a_chat_of_a_thousand_turns_is_drawn_where_it_is_looked_at(page, stand_i
     expect(answers(page).last).to_contain_text("answer 999")
     expect(answers(page).last.locator("strong")).to_be_in_viewport()
     assert answers(page).locator("strong").count() < 100
-    expect(answers(page).first).to_contain_text("**answer** 0")                # there for a search in the page, undrawn
+    # not drawn, but a search in the page finds it
+    expect(answers(page).first).to_contain_text("**answer** 0")
     page.get_by_role("log").evaluate("log => { log.scrollTop = 0; }")
     expect(answers(page).first.locator("strong")).to_be_in_viewport()
     expect(button(page, "Jump to latest")).to_be_visible()

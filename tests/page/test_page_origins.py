@@ -1,4 +1,4 @@
-"""Pages of other origins make the server compute nothing; the server's own page works by every name."""
+"""Pages of other origins cannot make the server compute; the server's own page works by every name."""
 
 import contextlib
 import http.server
@@ -13,7 +13,7 @@ from browsing import answers, ask, expect, fake_front, needs_browser, open_page
 
 pytestmark = needs_browser
 
-# Browsers do not say `Sec-Fetch-Site` to a plain http address with a name, such as chat.test here (see `browser`).
+# Browsers send no `Sec-Fetch-Site` to a plain http address with a name, such as chat.test here (see `browser`).
 
 @contextlib.contextmanager
 def foreign_page(name):
@@ -50,7 +50,7 @@ FORM = """([url, body]) => {
 
 
 def posts_answered(url):
-    """How many requests were answered, and with which status the posts of chats ended."""
+    """How many requests were answered, and the statuses of posted chats."""
     text = urllib.request.urlopen(url + "metrics").read().decode()
     answers = sum(float(count) for count in re.findall(r"^chat_server_requests_total{.*} (\S+)$", text, re.MULTILINE))
     return answers, set(re.findall(r'http_responses_total{route="(?:/v1)?/chat/completions",status="(\d+)"}', text))

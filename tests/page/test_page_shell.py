@@ -1,4 +1,5 @@
-"""What surrounds the conversation, in a real browser: names, accessibility, looks, composer, settings, keys, servers."""
+"""Everything around the conversation, in a real browser: names, accessibility, looks, composer, settings,
+keys, servers."""
 
 import re
 from pathlib import Path
@@ -59,9 +60,9 @@ def test_a_screen_reader_hears_start_and_finish_but_not_every_token(page, stand_
 
 
 def violations(page):
-    """What axe-core finds in the page as it is: (rule, impact, elements)."""
+    """axe-core's findings on the current page: (rule, impact, elements)."""
     page.evaluate("source => { (0, eval)(source); }", AXE.read_text())
-    # a frame later no transition of colours is under way
+    # wait until no transition of colours is running
     found = page.evaluate("""async () => {
         await Promise.all(document.getAnimations().filter(each => each.effect.getComputedTiming().endTime < 1e6).map(each => each.finished));
         return (await axe.run(document, {resultTypes: ["violations"]})).violations;
@@ -292,7 +293,8 @@ def test_settings_and_slash_commands_reach_the_server(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "one")
     expect_answered(page, 1)
-    assert set(stand_in.bodies[0]) == {"messages", "resumable", "truncate", "progress", "stream", "stream_options"}   # nothing else
+    # nothing but the command
+    assert set(stand_in.bodies[0]) == {"messages", "resumable", "truncate", "progress", "stream", "stream_options"}
     command(page, "/topk 7")
     expect(page.get_by_role("log").get_by_text("topk is now 7.")).to_be_visible()
     button(page, "Settings").click()

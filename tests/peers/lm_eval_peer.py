@@ -1,5 +1,8 @@
-"""lm-eval's local-completions against the server at argv[1], with the tokenizer folder argv[2] and a task of its own, on items in the
-folder argv[3]: which of two endings is likelier, and what the model generates. Prints the metrics as JSON."""
+"""lm-eval's local-completions against the server at argv[1], with the tokenizer in the folder argv[2].
+
+Its tasks are its own, on items in the folder argv[3]: which of two endings is likelier, and what the model
+generates. Prints the metrics as JSON.
+"""
 
 import json
 import sys

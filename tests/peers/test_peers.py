@@ -1,8 +1,8 @@
-"""Other people's clients, each as its users run it, against the default model in a real server.
+"""Clients by others, each used as its users do, against the default model in a real server.
 
-They live in a venv (888 MB, so its tests are slow ones) and a node_modules of their own under build-peers/, made once and kept as
-long as what they are made from stays the same. Without network they are skipped with that reason. (The `openai` package itself is in
-test_openai_client.py.)
+The Python ones share a virtual environment of 888 MB, so their tests are marked slow; the others use a
+node_modules. Both are in build-peers/ and are made again when the list of packages changes. Without a network
+the tests are skipped with that reason. (test_openai_client.py tests the `openai` package.)
 """
 
 import hashlib
@@ -26,7 +26,8 @@ pytestmark = pytest.mark.timeout(INSTALL_S + RUN_S + 60)
 
 
 def made(name, source, *commands):
-    """The folder build-peers/`name`, made by `commands` from the file `source`; skips the tests when that fails or takes too long."""
+    """The folder build-peers/`name`, made by `commands` from the file `source`. Skips the tests if that fails
+    or takes too long."""
     folder, text = HOME / name, (HERE / source).read_bytes()
     stamp = folder / "made-from"
     digest = hashlib.sha256(text + sys.version.encode()).hexdigest()
@@ -68,7 +69,7 @@ def url(default_model_path):
 
 
 def outcome(command, *arguments, cwd=None):
-    """The JSON that a client prints on its last line."""
+    """Run a client; returns the JSON on the last line that it prints."""
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(HOME / "hf"), "LANGSMITH_TRACING": "false", "AI_SDK_LOG_WARNINGS": "false"}
     done = subprocess.run([*map(str, command), *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=RUN_S,
                           env=os.environ | offline)
@@ -95,7 +96,7 @@ def test_litellm_completes_streams_and_maps_errors(python, url):
 
 @pytest.mark.slow
 def test_lm_eval_scores_and_generates_alone_and_in_batches(python, url, tmp_path, default_model_path):
-    """The likelier endings win, and sending ids in batches gives the numbers of sending texts one by one."""
+    """The likelier endings win, and ids in batches give the same numbers as texts one by one."""
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
     (tokenizer / "tokenizer.json").write_bytes(load(default_model_path).text.payload)

@@ -1,4 +1,5 @@
-"""Several answers to a request: a job, a row and a stream of noise for each, one queue of events for the reader."""
+"""Several answers to one request: each has a job, a row and its own noise; the reader has one queue of
+events."""
 
 import collections
 import contextlib
@@ -13,7 +14,7 @@ from pools import PlayedWorker, played_pool, work_of
 
 
 class KeepingWorker(PlayedWorker):
-    """Keeps what a worker's engine would be given; the test says what came of it."""
+    """Keeps what a worker's engine would get; the test says what the engine made of it."""
 
     can_take = True
 
@@ -82,7 +83,7 @@ async def test_events_say_whose_they_are_and_end_with_the_last(pool):
     for name, token in (("a", 65), ("a#2", 67)):
         worker.says(name, token, "stop")
     for _ in range(4):
-        await anext(events)             # the readers of both firsts have seen them, so both others run
+        await anext(events)             # the reader has seen both first answers, so both others run
     for name, token in (("a#3", 68), ("a#1", 66)):
         worker.says(name, token, "stop")
     rest = [event async for event in events]
@@ -175,7 +176,7 @@ async def test_an_answer_that_fills_the_context_says_so(pool):
 
 
 async def ended_as(pool, how):
-    """An answer that ends, fails, is cancelled or is left after its first token."""
+    """An answer that ends, fails, is cancelled, or whose reader leaves after the first token."""
     (worker,) = pool.workers
     async with contextlib.aclosing(pool.answer(request(max_tokens=9))) as events:
         await anext(events)
@@ -189,7 +190,7 @@ async def ended_as(pool, how):
 
 @pytest.mark.parametrize("how", ["ends", "fails", "is cancelled", "is left"])
 async def test_whatever_becomes_of_an_answer_nothing_of_it_stays_in_memory(pool, how):
-    await ended_as(pool, how)                   # what is made once
+    await ended_as(pool, how)                   # caches that are filled once
     gc.collect()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""Workers that die or hang at every moment of an answer: real processes, a tiny real nanochat model."""
+"""Workers that die or hang at every moment of an answer: real processes with a tiny real nanochat model."""
 
 import asyncio
 import functools
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(120)
 
 @pytest.fixture
 async def start_pool(start_pool, tmp_path, monkeypatch):
-    """A function that starts a LocalPool of workers that die as requests tell them to."""
+    """A function that starts a LocalPool whose workers die when a request says so (see dying_worker.py)."""
     monkeypatch.setenv("STRUCK", str(tmp_path))
     return functools.partial(start_pool, prefill_chunk=16)
 
@@ -32,7 +32,7 @@ greedy = functools.partial(pools.greedy, ignore_eos=True)
 
 
 def drawn_from(tokens, **changes):
-    """A request that draws, nearly at random, from these tokens only."""
+    """Parameters of a request that draws almost at random from these tokens only."""
     bias = tuple((token, 100.0) for token in tokens)
     return dict(sampling=SamplingParams(temperature=8.0, top_k=0, seed=3, logit_bias=bias), max_tokens=150) | changes
 
@@ -43,7 +43,7 @@ GRAMMAR = chat_server.json_grammar({"type": "array", "items": {"enum": ["ab", "c
 PENALTIES = SamplingParams(temperature=0.7, seed=5, presence_penalty=1.0, frequency_penalty=0.5, repetition_penalty=1.3)
 PYTHON_START, PYTHON_END, OUTPUT_START = 280, 281, 282
 CALLS = drawn_from([PYTHON_START, PYTHON_END, *b"12+"], max_tokens=100)
-CASES = {       # moment and request: what a worker must rebuild from the ids alone when it takes over
+CASES = {       # moment and request: the state that another worker must rebuild from the ids alone
     "queued": PLAIN,
     "queued for a grammar": dict(sampling=SamplingParams(temperature=1.0, seed=3), max_tokens=60, grammar=GRAMMAR),
     "prefill": LONG_PROMPT | dict(messages=None),
@@ -81,7 +81,8 @@ async def test_a_worker_killed_at_any_moment_costs_a_pause_and_not_a_word(start_
     for number, (case, changes) in enumerate(CASES.items()):
         request = dict(messages=(Message("user", "hello"),), ignore_eos=True) | changes
         name = f"kill-{case.split()[0]}-{number}"
-        disturbed = await answers(pool, Request(name, **request))       # first: the other finds its prompt in the prefix cache
+        # first, since the other request finds the prompt in the prefix cache
+        disturbed = await answers(pool, Request(name, **request))
         undisturbed = await answers(pool, Request(f"undisturbed {number}", **request))
         assert disturbed == undisturbed, case
         assert [path for path in tmp_path.iterdir() if path.name.split("#")[0] == name], f"{case}: no worker was killed"
@@ -106,7 +107,8 @@ async def test_a_worker_killed_when_an_answer_is_set_aside_for_its_pages_costs_n
     pool = await start_pool(kv_cache_memory=44 * 16_384, max_batch=4)       # four need 68 pages, sharing none
     works = [LONG_PROMPT | {"max_tokens": 150, "prompts": (tuple(range(100 + i, 220 + i)),)} for i in range(4)]
     worker = pool.workers[0]
-    os.kill(worker.process.pid, signal.SIGSTOP)         # until it has got all four: the last is then set aside with some 45 tokens
+    # until it has all four; the last is then set aside after some 45 tokens
+    os.kill(worker.process.pid, signal.SIGSTOP)
     running = asyncio.gather(*(answers(pool, Request(name, **work)) for name, work in zip(("a", "b", "c", "kill-aside"), works)))
     while len(worker.jobs) < 4:
         await asyncio.sleep(0.01)
@@ -125,7 +127,7 @@ async def test_a_stream_goes_on_across_a_dead_worker_and_a_lost_connection(start
         response = await client.post(url + "/chat/completions", json=body, headers={"X-Request-Id": "kill-decode-http"})
         seen = b"".join([await response.content.readuntil(b"\n\n") for _ in range(2)])
         response.close()
-        while not pool.workers[0].crashes_in_row:           # it reconnects while nobody computes
+        while not pool.workers[0].crashes_in_row:           # reconnect while no worker computes
             await asyncio.sleep(0.02)
         async with client.get(url + "/v1/streams/kill-decode-http", headers={"Last-Event-ID": "1"}) as again:
             rest = await again.read()
@@ -177,7 +179,7 @@ async def test_an_idle_worker_that_hangs_is_replaced_before_anybody_asks(start_p
 async def test_an_idle_worker_that_answers_pings_lives_on(start_pool):
     pool = await start_pool()
     (worker,) = pool.workers
-    while worker.awaited_s is not None:             # the answer to a ping of its own time may be under way
+    while worker.awaited_s is not None:             # an answer to an earlier ping may be on its way
         await asyncio.sleep(0.01)
     worker.look_after()
     worker.awaited_s -= 1000
@@ -297,7 +299,7 @@ async def test_requests_that_no_worker_comes_back_for_get_an_honest_error(start_
     pool.CRASHING_S = pool.load_s = 0.0
     stream = pool.answer(greedy("hang-decode", max_tokens=400))
     await anext(stream), await anext(stream)
-    await stopped_worker(pool)                  # or it would be done before a busy machine comes to kill it
+    await stopped_worker(pool)                  # otherwise it could finish before a busy machine kills it
     pool.worker_command = (sys.executable, "-c", "raise SystemExit(3)")
     pool.workers[0].process.kill()
     with pytest.raises(EngineFailure, match="no worker came back within"):

@@ -1,4 +1,4 @@
-"""Who goes next: turns between clients, the low lane, limits of a client; and over HTTP, 429 and when to come back."""
+"""Fairness: turns between clients, the low lane, limits of a client; over HTTP, 429 with Retry-After."""
 
 import asyncio
 import json
@@ -110,14 +110,14 @@ async def test_the_pool_gives_rows_in_turn_and_refuses_above_the_limits(pool):
     assert refused.value.status == 429
     streams["b1"] = pool.answer(request("b1", "b"))
     await anext(streams["b1"])
-    for name in ("a1", "a2", "b1", "l1"):       # each that leaves gives its row to the next
+    for name in ("a1", "a2", "b1", "l1"):       # each one that leaves gives its row to the next
         await streams[name].aclose()
     assert [each.id for each in pool.workers[0].sent if isinstance(each, NewAnswer)] == ["a1", "a2", "b1", "l1"]
     assert not pool.jobs and not len(pool.pending) and not pool.workers[0].jobs
 
 
 def told(worker):
-    """What a worker was told of answers, in short."""
+    """What a worker was told about answers, in short."""
     return [f"{'stop ' if isinstance(each, Cancel) else ''}{each.id}" for each in worker.sent if isinstance(each, (Cancel, NewAnswer))]
 
 

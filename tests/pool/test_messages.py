@@ -1,4 +1,4 @@
-"""Messages between processes: plain data behind a header; whatever else comes is refused before it is read."""
+"""Messages between processes: plain data after a header; anything else is refused before it is read."""
 
 import asyncio
 import dataclasses
@@ -40,7 +40,7 @@ def test_every_message_comes_out_as_it_went_in(message):
     found = through_the_pipe(message)
     if not isinstance(message, (WorkerConfig, SandboxConfig)):
         assert found == message and repr(found) == repr(message)
-    elif isinstance(message, WorkerConfig):     # the types of flags are not written anywhere: a tuple of them comes out as a list
+    elif isinstance(message, WorkerConfig):     # flags have no declared types, so a tuple comes out as a list
         assert found.source == message.source and found.settings.served_model_name == ["a", "b"]
         assert dataclasses.replace(found.settings, served_model_name=("a", "b"), **{
             name: tuple(value) for name, value in vars(found.settings).items() if value == []}) == dataclasses.replace(message.settings)

@@ -1,4 +1,5 @@
-"""Contexts and memory that are too small: one request is refused, shortened, preempted or failed, never the server."""
+"""Too little context or memory: a request is refused, shortened, preempted or failed, and the server goes
+on."""
 
 import asyncio
 import threading
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.timeout(120)
 
 
 def talk(*turns, system=None):
-    """user, assistant, user ... of one character a token, so that lengths can be counted."""
+    """Alternating user and assistant messages; a character is a token, so lengths can be counted."""
     messages = [Message("user" if index % 2 == 0 else "assistant", text) for index, text in enumerate(turns)]
     return tuple([Message("system", system)] * bool(system) + messages)
 
@@ -38,7 +39,7 @@ async def test_a_conversation_that_is_too_long_is_refused_with_both_numbers_or_l
     assert tokens == (await collect(pool, Request("c", kept, sampling=greedy, max_tokens=8)))[1]
 
 
-TRUNCATIONS = (         # turns, max_tokens, messages that must go from a context of 128
+TRUNCATIONS = (         # turns, max_tokens, messages that must be dropped for a context of 128
     (["q" * 20, "a" * 20, "last?"], 8, 0),                  # fits
     (["q" * 60, "a" * 40, "last?"], 8, 0),                  # with room for max_tokens
     (["q" * 60, "a" * 40, "last?"], None, 2),               # ... but not for a quarter of the context
@@ -46,7 +47,8 @@ TRUNCATIONS = (         # turns, max_tokens, messages that must go from a contex
     (["q" * 30, "a" * 30, "r" * 30, "b" * 30, "s" * 30, "c" * 30, "last?"], 8, 4),
     (["q" * 300, "a" * 2, "r", "b", "last?"], 8, 2),
     (["q", "a" * 2, "r", "b" * 300, "last?"], 8, 4),
-    (["q", "a" * 2, "r" * 100, "b", "l" * 100], 100, 4),    # the last message leaves less room than that, and stays
+    # the last message leaves less room than that, but is never dropped
+    (["q", "a" * 2, "r" * 100, "b", "l" * 100], 100, 4),
 )
 
 
@@ -112,10 +114,11 @@ def spoken(*turns, system=None):
     return [{"role": message.role, "content": message.content} for message in talk(*texts, system=system)]
 
 
-NATIVE_TRUNCATIONS = (      # system message, turns, the messages that go
+NATIVE_TRUNCATIONS = (      # system message, turns, the messages that are dropped
     (None, [10, 9000, "last?"], 0),                         # an answer may be long
     (None, [9000, 10, 10, 10, "last?"], 2),                 # a question may not
-    ("Rule!", [10, 10, 9000, 10, 10, 10, "last?"], 4),      # nor one in between: a conversation has no holes
+    # ... and none in the middle is dropped, since a conversation has no holes
+    ("Rule!", [10, 10, 9000, 10, 10, 10, "last?"], 4),
     (None, [8000, 10, 8000, 16000, "last?"], 2),            # 32,015 characters in all
     (None, [10, 33000, "last?"], 2),
     (None, [10, 31985, "last?"], 0), ("Rule!", [10, 31980, "last?"], 0),

@@ -1,4 +1,4 @@
-"""What clients can make take too long runs in processes with bounds: templates, schemas, large bodies."""
+"""Work that clients could make slow runs in processes with limits: templates, schemas, large bodies."""
 
 import asyncio
 import json
@@ -229,7 +229,7 @@ async def test_a_sandbox_that_is_killed_from_outside_is_replaced(open_pool, numb
     pool = await open_pool()
     sandbox = pool.sandboxes["templates"]
     os.kill(sandbox.process.pid, number)
-    if number == signal.SIGKILL:        # as the system does when memory runs out
+    if number == signal.SIGKILL:        # as the kernel does when memory runs out
         with pytest.raises(RequestError, match="too complex"):
             await said(pool, ask("a"))
     assert await said(pool, ask("b")) == await said(pool, ask("c"))     # it ignores SIGTERM: the front decides

@@ -179,7 +179,7 @@ async def test_a_broken_checkpoint_is_a_config_error_from_the_worker(nanochat_fi
     await pool.close()
 
 
-# start-up ends, one way or the other
+# how start-up ends
 
 
 async def outcome_of_start(pool):

@@ -1,6 +1,8 @@
-"""What the tests of the page share: a browser, servers, and words for what people do. conftest.py makes the fixtures known.
+"""What the tests of the page share: a browser, servers, and functions for what people do. conftest.py imports
+the fixtures.
 
-`CHAT_SERVER_URL` names a running server to test instead of starting one; `PAGE_STAND_IN=1` uses the stand-in for all.
+`CHAT_SERVER_URL` names a running server to use instead of starting one; `PAGE_STAND_IN=1` uses the stand-in
+for all tests.
 """
 
 import asyncio
@@ -19,7 +21,7 @@ import pytest
 try:
     from playwright import sync_api as playwright
     from playwright.sync_api import expect
-    expect.set_options(timeout=15_000)      # where the machine is busy
+    expect.set_options(timeout=15_000)      # for busy machines
 except ImportError:
     playwright = expect = None
 
@@ -34,7 +36,8 @@ SLOW_MS = 30_000            # a real model on a busy machine
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as driver:        # of a module, since its event loop must not outlive the page tests
+    # per module, since its event loop must not outlive the page tests
+    with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=[
             "--no-sandbox", "--host-resolver-rules=MAP *.test 127.0.0.1, MAP *.test. 127.0.0.1"])
         yield browser
@@ -43,7 +46,7 @@ def browser():
 
 @pytest.fixture(scope="session")
 def server_url():
-    """The server of the main tests, with a model that answers."""
+    """The server of the main tests, with a real model."""
     if os.environ.get("CHAT_SERVER_URL"):
         yield os.environ["CHAT_SERVER_URL"]
     elif os.environ.get("PAGE_STAND_IN"):
@@ -58,7 +61,7 @@ def server_url():
 
 @contextlib.contextmanager
 def started_server(*flags):
-    """chat_server.py as people run it: its URL."""
+    """The URL of chat_server.py, started as people start it."""
     script = Path(os.environ.get("CHAT_SERVER_DIR") or ROOT) / "chat_server.py"       # see conftest.py
     process = subprocess.Popen([sys.executable, script, "--port", "0", "--host", "127.0.0.1", *flags],
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -79,7 +82,7 @@ def started_server(*flags):
 
 @contextlib.contextmanager
 def fake_front(pieces=("Hello", ", ", "world!"), **settings):
-    """The real HTTP side over a pool without a model, in a thread: its URL."""
+    """The URL of the real HTTP side over a pool without a model, in a thread."""
     import chat_server
     from fake_pool import FakePool, serving
     loop, url, stop = asyncio.new_event_loop(), queue.SimpleQueue(), asyncio.Event()
@@ -100,7 +103,7 @@ def fake_front(pieces=("Hello", ", ", "world!"), **settings):
 
 
 class HeldFront:
-    """The real HTTP side, in a thread, over a pool whose answers have one more word with each `admit`."""
+    """The real HTTP side, in a thread, over a pool whose answers get another word with each `admit`."""
 
     WORDS = ["one ", "two ", "three ", "four ", "five"]
 
@@ -130,7 +133,7 @@ class HeldFront:
         self.run(lambda: [self.gate.release() for _ in range(count)])
 
     def drop(self):
-        """Every connection breaks."""
+        """Break every connection."""
         self.run(lambda: [connection.transport.abort() for connection in self.runner.server.connections if connection.transport])
 
     def until_open(self, count):
@@ -217,14 +220,14 @@ def command(page, text):
 
 
 def menu(page, *names):
-    """Open the header's menu and choose, in menus of menus too."""
+    """Open the header's menu and choose an entry, also in submenus."""
     button(page, "Menu").click()
     for name in names:
         button(page, name).click()
 
 
 def more(turn, name):
-    """Choose in a turn's own menu."""
+    """Choose an entry of a turn's own menu."""
     button(turn, "More").click()
     button(turn.page.get_by_role("group", name="More"), name).click()
 
@@ -241,12 +244,12 @@ def open_page(page, url, path=""):
 
 
 def settled(page):
-    """Wait until the page has opened its storage and written what it has to write."""
+    """Wait until the page has opened its storage and written all pending changes."""
     page.wait_for_function("() => started && !store.flushing")
 
 
 def reload(page):
-    """As when a reader reloads at any moment: nothing is waited for before."""
+    """Reload without waiting for anything first, as a reader may."""
     page.reload()
     expect(page.locator("#lamp.ready")).to_be_visible(timeout=SLOW_MS)
     settled(page)

@@ -1,8 +1,9 @@
 """What tests/core/test_cuda_steps.py runs on: decode_core's CUDA kernels emulated on CPU tensors, or a GPU.
 
-The stand-in for CUDA's stream runs its work as late as it may: when somebody waits. So whatever `start` should have left
-to the device (reading a token, or memory that the step before still needs) gives other tokens. Its graph is the list of
-operations that ran during the capture, replayed on the memory they ran on: nothing that Python decides is decided again.
+The stand-in for a CUDA stream runs its work as late as possible: when somebody waits for it. So if `start`
+does on the host what it should leave to the device (reading a token, or using memory that the previous step
+still needs), the tokens are wrong. Its graph is the list of operations that ran during the capture, replayed
+on the same memory: no decision of Python is made again.
 """
 
 from collections import deque
@@ -24,7 +25,8 @@ HOST_READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_no
 
 
 class Recording(TorchDispatchMode):
-    """What torch and decode_core compute meanwhile, as a list of calls; no host reads, nothing that came from the host."""
+    """Records what torch and decode_core compute as a list of calls; refuses reads by the host and data from
+    the host."""
 
     active = None
 
@@ -48,7 +50,7 @@ class Recording(TorchDispatchMode):
 
     @staticmethod
     def repeat(func, args, kwargs, result):
-        """Into the memory of the first result; views and outputs that were given lie there already."""
+        """Copy a result into the memory of the first one; views and given outputs are there already."""
         again = func(*args, **kwargs)
         for old, new in zip(*((x if isinstance(x, (tuple, list)) else [x]) for x in (result, again))):
             if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
@@ -92,7 +94,7 @@ class HostQueue:
 
 
 class RecordedCore(EmulatedCore):
-    """Its launches also go into a recording while there is one."""
+    """While there is a recording, launches go into it too."""
 
     def launch(self, work):
         if Recording.active:
@@ -101,7 +103,7 @@ class RecordedCore(EmulatedCore):
 
 
 class AsCuda:
-    """A CPU tensor as one of the GPU."""
+    """A CPU tensor that looks like one on the GPU."""
 
     is_cuda, device = True, SimpleNamespace(type="cuda", index=0)
 
@@ -125,7 +127,7 @@ class Emulated:
         self.ops = EmulatedOps(RecordedCore(library))
 
     def kernels(self, spec):
-        """As load_kernels chooses them for CUDA; products are the reference's."""
+        """The kernels that load_kernels chooses for CUDA, with the reference's products."""
         backend = CudaBackend(spec, cs.for_decode_core(), self.ops, stream=lambda: 0)
         return replace(cs.load_kernels("cpu"), **backend.ops(0, 0, None), backend=backend)
 
@@ -134,7 +136,7 @@ class Emulated:
 
 
 class CountingQueue(CudaQueue):
-    """CudaQueue, which counts replays and lets nothing that is submitted wait for the device."""
+    """CudaQueue that counts replays and fails if anything that is submitted waits for the device."""
 
     replays = 0
 

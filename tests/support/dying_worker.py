@@ -1,9 +1,11 @@
-"""A worker that is struck at an exact moment, once for each request: `python tests/support/dying_worker.py worker FD PARENT`.
+"""A worker that is killed or stopped at an exact moment, once for each request: `python
+tests/support/dying_worker.py worker FD PARENT`.
 
-A request's id says what happens to its worker and when: `kill-tool-1` kills the process when its answer has a tool call
-open, `hang-decode-1` stops it. $STRUCK is a folder with one file for each request that has struck. `poison` always kills.
-More than three requests `crowd-...` in a step run out of memory. A file `hang-load` in $STRUCK stops the process that finds
-it while it loads. After every step the whole KV cache is walked; a wrong page table fails the step.
+A request's id says what happens to its worker, and when: `kill-call-1` kills the process while its answer has
+a tool call open, `hang-decode-1` stops it. $STRUCK is a folder with a file for each request that has struck,
+so that each strikes once; `poison` always kills. A step with more than three requests `crowd-...` runs out of
+memory. If $STRUCK has a file `hang-load`, a process that loads stops. After every step the whole KV cache is
+checked; a wrong page table fails the step.
 """
 
 import os
@@ -17,14 +19,15 @@ import chat_server      # noqa: E402
 
 OUTPUT_END = 283
 SIGNALS = {"kill": signal.SIGKILL, "hang": signal.SIGSTOP}
-MOMENTS = {     # looked at when what the steps before gave has left through the pipe
+MOMENTS = {     # checked when the results of earlier steps have left through the pipe
     "queued": lambda s: not s.computed,
     "prefill": lambda s: s.computed > 40 and s.pending > 1,
     "decode": lambda s: s.generated >= 7,
     "character": lambda s: s.generated >= 7 and s.text.decoder.utf8.getstate()[0],
     "stop": lambda s: s.generated >= 7 and len(s.text.decoder.held) > 1,
     "call": lambda s: s.generated >= 7 and s.text.tool.expression,
-    "result": lambda s: s.generated >= 7 and OUTPUT_END in s.tokens[-2:],       # the last may stand for one that is being drawn
+    # the last may be a placeholder for the one being drawn
+    "result": lambda s: s.generated >= 7 and OUTPUT_END in s.tokens[-2:],
     "aside": lambda s: s.generated >= 7 and not s.pages,
 }
 
@@ -48,9 +51,11 @@ def step(engine, report=lambda: None, original=chat_server.Engine.step):
         report()
         strike(engine, MOMENTS)
 
-    strike(engine, {"queued": MOMENTS["queued"]})       # before it is admitted, and has what the prefix cache holds of it
+    # before it is admitted and gets pages from the prefix cache
+    strike(engine, {"queued": MOMENTS["queued"]})
     updates = original(engine, report_and_strike)
-    strike(engine, {"unsent": MOMENTS["decode"], "lost": MOMENTS["result"]})        # these updates are lost
+    # the updates of this step are lost
+    strike(engine, {"unsent": MOMENTS["decode"], "lost": MOMENTS["result"]})
     engine.check_integrity()
     return updates
 

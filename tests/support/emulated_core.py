@@ -1,10 +1,10 @@
-"""The kernels' text compiled by g++ (conftest's emulation_library), called as the compiled core is."""
+"""The CUDA sources compiled by g++ (conftest's emulation_library), called like the compiled core."""
 
 import ctypes
 
 
 class EmulatedCore:
-    """The functions of csrc/cuda/launch.h, without their prefix, on the host's memory."""
+    """The functions of csrc/cuda/launch.h without their prefix, on the host's memory."""
 
     def __init__(self, library):
         self.library = ctypes.CDLL(str(library))

@@ -1,4 +1,4 @@
-"""Engines in this process, for tests that look inside: the same parts as a worker's, on real checkpoints."""
+"""Engines in this process, for tests that look inside: built like a worker's, on real checkpoints."""
 
 import functools
 
@@ -19,8 +19,8 @@ def load(path, as_stored=False):
 def make_engine(path, *, num_pages=600, max_batch=32, prefill_chunk=256, context_length=None, reference=False, as_stored=False):
     """A float32 engine over the model at `path` (the weights are read once per test session).
 
-    It runs the ops that a server would choose: decode_core's where it is built, unless `reference`; with `as_stored` on the
-    quantized weights too.
+    It runs the ops that a server would choose: decode_core's if it is built, unless `reference`. With
+    `as_stored` they run on the quantized weights.
     """
     model = load(path, as_stored and chat_server.decode_core() is not None and not reference)
     rows = max(max_batch, chat_server.FREE_ROWS)
@@ -32,7 +32,7 @@ def make_engine(path, *, num_pages=600, max_batch=32, prefill_chunk=256, context
 
 
 class Run:
-    """What an engine made of some works: tokens, text and end of each, and how close each draw was."""
+    """The results of some works: tokens, text and last update of each, and how close each draw was."""
 
     def __init__(self):
         self.tokens, self.text, self.end, self.gaps = {}, {}, {}, {}
@@ -42,7 +42,8 @@ class Run:
 
 
 class TracedSteps(EagerSteps):
-    """Draws on the host from logits that it also looks at; `ahead` makes the engine start steps as early as it can."""
+    """Draws on the host and shows the logits to `on_draw`; with `ahead` the engine starts steps as early as
+    it can."""
 
     def __init__(self, transformer, ahead=False, on_draw=lambda row, logits, params: None):
         super().__init__(transformer)
@@ -62,7 +63,7 @@ class TracedSteps(EagerSteps):
 
 @torch.inference_mode()
 def run(engine, works, *, check=True, on_step=lambda plan: None, ahead=False):
-    """Add `works`, step until all are done, and return the Run; the cache is walked after every step."""
+    """Add `works`, step until all are done, and return the Run; the KV cache is checked after every step."""
     result = Run()
     for work in works:
         engine.add(work)
@@ -70,7 +71,7 @@ def run(engine, works, *, check=True, on_step=lambda plan: None, ahead=False):
     names = []
 
     def on_draw(i, logits, row):
-        drawn = row.position - lengths[names[i]]        # of an answer that has forced tokens: at least so many
+        drawn = row.position - lengths[names[i]]        # with forced tokens the answer has at least this many
         result.gaps[names[i]][drawn:] = [draw_gap(logits, row)]
 
     lengths = {work.id: len(work.prompt_ids) + len(work.resumed_ids) for work in works}

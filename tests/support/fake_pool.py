@@ -1,4 +1,4 @@
-"""A pool without a model, for tests of the HTTP side: it answers what the test tells it to, when the test tells it to."""
+"""A pool without a model, for tests of the HTTP side: the test says what it answers, and when."""
 
 import asyncio
 import contextlib
@@ -35,11 +35,11 @@ class Letters(chat_server.Tokenizer):
 
 
 class FakePool:
-    """Answers every request with `pieces` (an exception among them is raised in its place; one may be a Piece itself), each of
-    its choices in turn.
+    """Answers every request with `pieces`, one choice after another. An exception among the pieces is raised;
+    one may be a Piece.
 
-    `gate`: when set to an asyncio.Event, every piece waits for it. `requests` are those that arrived; `open` is how many
-    are being answered, and `until_open(n)` waits for a number without polling.
+    If `gate` is an asyncio.Event, every piece waits for it. `requests` are those that arrived, `open` is the
+    number being answered, and `until_open(n)` waits for a number without polling.
     """
 
     model_name, created, context_length, tokenizer = "fake-model", 1_700_000_000, 4096, Letters()
@@ -50,7 +50,8 @@ class FakePool:
         self.ready, self.draining, self.open, self.requests = True, False, 0, []
         self.cancelled, self.closed = {}, False
         self.changed = asyncio.Condition()
-        self.loading = None         # an asyncio.Event to make start-up wait; then `failure` or ready
+        # an asyncio.Event that start-up waits for; then comes `failure`, or it is ready
+        self.loading = None
         self.failure = None
         self.on_progress = lambda stage, fraction: None
 

@@ -1,7 +1,8 @@
 """Loads mutations of good model files: `python tests/support/mutate_models.py KIND SEED COUNT FOLDER`, with little memory.
 
-Each must become a model that answers, or a ConfigError of one line. Anything else ends the process: with a traceback,
-by SIGALRM when a load takes 30 s, with a MemoryError when it takes a GiB. The last line printed says which it was.
+Each file must become a model that answers, or a ConfigError of one line. Anything else ends the process: a
+traceback, SIGALRM when a load takes 30 s, a MemoryError when it takes a GiB. The last line printed names the
+mutation.
 """
 
 import json
@@ -21,10 +22,10 @@ import chat_server      # noqa: E402
 from tiny_gguf import (LLAMA_NUMBERS, gguf_bytes, random_llama, sentencepiece_metadata,     # noqa: E402
                        small_gguf_metadata)
 
-MEMORY = 1 << 30        # bytes that loads may take beside what the libraries have
+MEMORY = 1 << 30        # bytes that loads may take on top of the libraries
 SECONDS = 30
 TINY = LLAMA_NUMBERS | {"llama.embedding_length": 64, "llama.feed_forward_length": 96}
-MORE_KEYS = [       # that a file may have besides those of a tiny GGUF
+MORE_KEYS = [       # metadata that a file may have on top of a tiny GGUF's
     "general.name", "general.alignment", "llama.attention.key_length", "llama.attention.value_length",
     "llama.rope.dimension_count", "llama.rope.scaling.type", "llama.rope.scaling.factor", "tokenizer.chat_template",
     "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id",
@@ -39,7 +40,7 @@ POOLS = {int: NUMBERS, float: FLOATS, str: TEXTS, bool: [True, False]}
 
 
 def any_value(dice, good):
-    """A value of any type, sometimes near the good one."""
+    """A value of any type, sometimes close to the right one."""
     if isinstance(good, list) and good and dice.random() < 0.5:
         items = list(good)
         items[dice.randrange(len(items))] = dice.choice(items)
@@ -50,7 +51,7 @@ def any_value(dice, good):
 
 
 def with_bytes_changed(dice, data, where):
-    """Some of the bytes at the positions `where` replaced, or the rest cut off."""
+    """Replace some bytes at the positions `where`, or cut off the rest."""
     data = bytearray(data)
     for _ in range(dice.choice([1, 1, 2, 4, 8])):
         at = dice.choice(where)
@@ -61,7 +62,7 @@ def with_bytes_changed(dice, data, where):
 
 
 def mutate_gguf(dice, folder):
-    """A tiny GGUF in which some values, or some bytes before the tensors, are others."""
+    """A tiny GGUF in which some values, or some bytes before the tensors, are changed."""
     text = sentencepiece_metadata() | {"general.architecture": "llama"}
     if dice.random() < 0.7:
         text = small_gguf_metadata(dice.choice(["gpt-2", "llama-bpe", "qwen2"]))
@@ -81,7 +82,7 @@ def mutate_gguf(dice, folder):
 
 
 def mutate_nanochat(dice, folder, good=Path(__file__).parents[1] / "fixtures/nanochat"):
-    """A copy of a nanochat checkpoint in which something of the meta file, the pickle or the tensors' table differs."""
+    """A copy of a nanochat checkpoint with a change in the meta file, the pickle or the tensors' table."""
     base = shutil.copytree(good / f"gen{dice.randrange(1, 6)}", folder / "base")
     model, meta, pickled = (next(base.rglob(name)) for name in ("model_*.pt", "meta_*.json", "*.pkl"))
     path = dice.choice([None, meta, pickled, model])
@@ -94,14 +95,14 @@ def mutate_nanochat(dice, folder, good=Path(__file__).parents[1] / "fixtures/nan
         return base
     data = path.read_bytes()
     where = range(len(data))
-    if path == model:       # what says which tensors there are: zip's first file, and its directory at the end
+    if path == model:       # the list of tensors is the zip's first file; its directory is at the end
         where = [*range(data.index(b"PK\x03\x04", 100)), *range(data.index(b"PK\x01\x02", len(data) - 20_000), len(data))]
     path.write_bytes(with_bytes_changed(dice, data, where))
     return base
 
 
 def outcome_of(path):
-    """What becomes of it: "model", once that has answered, or the ConfigError's line."""
+    """Load a file: "model" if that answers, otherwise the line of the ConfigError."""
     settings = chat_server.Settings(model=str(path), kv_cache_memory=4 << 20, max_batch=4, prefill_chunk=16)
     source = chat_server.resolve_model(settings)
     try:

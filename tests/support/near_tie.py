@@ -9,13 +9,13 @@ import chat_server
 
 @dataclass
 class Traced:
-    """An answer and, for each of its tokens, how close the draw was (in units of logit / T + noise)."""
+    """An answer and how close the draw of each token was, in units of logit / T + noise."""
 
     tokens: list[int] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
 
     def append(self, logits, row) -> int:
-        """Draw one token from logits (V,) as the engine would, and remember the gap."""
+        """Draw a token from logits (V,) as the engine would, and record the gap."""
         token = int(chat_server.sample_reference(logits[None], [row])[0])
         self.tokens.append(token)
         self.gaps.append(draw_gap(logits, row))
@@ -23,8 +23,9 @@ class Traced:
 
 
 def draw_gap(logits, row) -> float:
-    """How much z + noise would have to move to draw another token: the smallest of the lead over the runner-up, the
-    winner's distance from being filtered out, and the distance from the filter of dropped ids that would have won."""
+    """The smallest change of z + noise that would draw another token: the least of the lead over the
+    runner-up, the winner's distance from being filtered out, and the distance by which filtered ids that
+    would have won missed."""
     params = row.params
     logits = chat_server.penalize(chat_server.clean_logits(logits), row)
     if params.temperature <= 0:
@@ -47,9 +48,10 @@ def draw_gap(logits, row) -> float:
 
 
 def assert_same_tokens_or_near_tie(a, b, margin: float) -> None:
-    """`a` and `b` (Traced, or anything with `tokens` and `gaps`) agree, or differ first where the draw was a near tie.
+    """Assert that `a` and `b` (anything with `tokens` and `gaps`) agree, or first differ where the draw was a
+    near tie.
 
-    With margin 0, for row-invariant paths, the tokens have to be equal.
+    With margin 0 the tokens must be equal.
     """
     first = next((i for i, (x, y) in enumerate(zip(a.tokens, b.tokens)) if x != y), None)
     if first is None:

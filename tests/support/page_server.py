@@ -1,8 +1,8 @@
 """A stand-in for chat_server.py that answers from a script, for what a real model cannot be made to do.
 
-`StandIn(prefix)` serves static/ as the real server does (with <base>, with the content security policy). The last user
-message picks the script: see `SCRIPTS`. Held scripts go on when the test calls `release()`, so that no test sleeps.
-Run it by hand with `python tests/support/page_server.py [PORT]`.
+`StandIn(prefix)` serves static/ like the real server, with <base> and the content security policy. The last
+user message picks the script, see `SCRIPTS`. A held script continues when the test calls `release()`, so no
+test sleeps. Run it by hand with `python tests/support/page_server.py [PORT]`.
 """
 import asyncio
 import functools
@@ -164,11 +164,11 @@ class StandIn:
         started.wait()
 
     def release(self):
-        """Lets the held answer go on."""
+        """Let the held answer continue."""
         self.loop.call_soon_threadsafe(lambda: self.held.set())
 
     def close(self):
-        """Ends the server and its thread."""
+        """End the server and its thread."""
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
 
@@ -233,7 +233,7 @@ class StandIn:
             raise web.HTTPNotFound
         body = await request.json()
         self.bodies.append(body)
-        if self.held is None or self.held.is_set():         # else it is held together with those that are
+        if self.held is None or self.held.is_set():         # otherwise it is held with the others
             self.held = asyncio.Event()
         question = body["messages"][-1]["content"]
         if refusal := self._refusal(question):
@@ -261,7 +261,7 @@ class StandIn:
 
 
 async def echo(server, question):
-    """Answers from the question, so that tests can tell which one was answered, and how often."""
+    """Answers with the question, so that tests can tell which one was answered, and how often."""
     words = ["The capital of Japan is", " Tokyo", "."] if "Japan" in question else \
         ["You", " said", ": ", question, f" (answer {len(server.bodies)})"]
     for word in words:
@@ -344,7 +344,7 @@ async def thoughts(server, question):
 
 
 async def progress(server, question):
-    """Waits in the queue, then its prompt is read; held after each."""
+    """Waits in the queue, then the prompt is computed; held after each."""
     for event in ({"queue_position": 3}, {"queue_position": 0, "prompt_tokens": 2000, "prompt_tokens_done": 860}):
         yield {"progress": event}
         await server.held.wait()
@@ -354,7 +354,7 @@ async def progress(server, question):
 
 
 async def half(server, question):
-    """An answer that the length cuts."""
+    """An answer that ends at the length limit."""
     yield {"token": "Once upon a time", "gpu": 0}
     yield done(4, "length")
 

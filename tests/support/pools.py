@@ -12,7 +12,8 @@ import chat_server
 from chat_server import Finished, LocalPool, Message, Piece, Request, SamplingParams, Settings
 from fake_pool import Letters
 
-DYING = (sys.executable, str(Path(__file__).with_name("dying_worker.py")))      # walks its KV cache after every step
+# checks its KV cache after every step
+DYING = (sys.executable, str(Path(__file__).with_name("dying_worker.py")))
 
 
 def tiny_settings(nanochat_fixtures, generation="gen5", **changes):
@@ -67,7 +68,7 @@ def greedy(name, max_tokens=40, text="hello", **changes):
 
 
 def work_of(job):
-    """What a worker's engine is given for a job, through the messages that cross the pipe."""
+    """What a worker's engine gets for a job, through the messages that cross the pipe."""
     works = []
     inbox = chat_server.Inbox(SimpleNamespace(add=works.append))
     for message in job.messages(None):
@@ -76,12 +77,12 @@ def work_of(job):
 
 
 async def all_ready(pool):
-    while any(worker.state != "ready" for worker in pool.workers):      # wait_ready is content with one
+    while any(worker.state != "ready" for worker in pool.workers):      # wait_ready returns when one is ready
         await asyncio.sleep(0.02)
 
 
 async def collect(pool, request, on_piece=lambda piece, count: None):
-    """(text, tokens, Finished) of one answer; on_piece is told each piece and how many tokens there are with it."""
+    """(text, tokens, Finished) of one answer; on_piece gets each piece and the number of tokens so far."""
     text, tokens, last = "", [], None
     async for last in pool.answer(request):
         if isinstance(last, Piece):
@@ -92,7 +93,7 @@ async def collect(pool, request, on_piece=lambda piece, count: None):
 
 
 async def idle(pool):
-    """Nothing runs anywhere, and after one more answer of each worker no page is held."""
+    """Assert that nothing runs, and that after one more answer of each worker no page is in use."""
     await all_ready(pool)
     assert not pool.jobs and not len(pool.pending)
     probes = [Request(f"probe {worker.gpu}", prompts=((1, 2, 3),), max_tokens=1, ignore_eos=True) for worker in pool.workers]

@@ -1,4 +1,4 @@
-"""Rows to draw from, over every mix of switches and every kind of logits."""
+"""Random rows for sampling: every combination of parameters, every kind of logits."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ NO_LOGIT = np.float32(-np.inf)
 
 
 def random_rows(rng, count, vocabulary):
-    """Rows over every mix of switches, most near an edge."""
+    """Rows with every combination of parameters, most of them near a boundary."""
     choose = lambda *options: options[rng.integers(len(options))]
     rows = []
     for _ in range(count):
@@ -28,7 +28,8 @@ def random_rows(rng, count, vocabulary):
 
 
 def random_logits(rng, count, vocabulary):
-    """Rows of every kind: spread, coarse (many ties), equal, sparse, extreme, with NaN and infinities."""
+    """Logits of every kind: spread out, coarse (many ties), equal, sparse, extreme, with NaN and
+    infinities."""
     logits = rng.normal(0, rng.choice([0.01, 1, 3, 30], (count, 1)), (count, vocabulary)).astype(np.float32)
     for row, kind in zip(logits, rng.integers(12, size=count)):
         if kind == 0:

@@ -17,7 +17,7 @@ SCRIPT = Path(chat_server.__file__).resolve()
 
 @contextmanager
 def server(*arguments, script=SCRIPT, python=sys.executable, env=None, log=None):
-    """A running server: yields (process, url) when it is ready; killed at the end."""
+    """A running server: yields (process, url) once it is ready, and kills it at the end."""
     process = subprocess.Popen([python, str(script), *map(str, arguments), "--port", "0", "--host", "127.0.0.1"],
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
     try:
@@ -29,7 +29,8 @@ def server(*arguments, script=SCRIPT, python=sys.executable, env=None, log=None)
 
 
 def wait_for(process, pattern, log=None):
-    """Read the log up to a line that matches; its first group. Fails with the log when the process ends before."""
+    """Read the log up to a line that matches, and return its first group. Fails with the log if the process
+    ends first."""
     log = [] if log is None else log
     for line in process.stdout:
         log.append(line)
@@ -57,5 +58,5 @@ def ask(text, **changes):
 
 
 def gone(processes):
-    """All of them ended within 10 s."""
+    """Whether all of them end within 10 s."""
     return not psutil.wait_procs(processes, timeout=10)[1]

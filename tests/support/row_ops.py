@@ -1,6 +1,6 @@
 """The ops between two products in numpy, with decode_core's bits on every instruction set.
 
-A fused multiply-add is computed in float64 and rounded once more, which goes wrong about once in 2^29.
+A fused multiply-add is computed in float64 and rounded once more, which gives another bit about once in 2^29.
 """
 
 import numpy as np

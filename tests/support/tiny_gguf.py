@@ -85,7 +85,8 @@ def packed_text(text):
 
 
 def packed_value(value):
-    """(GGUF's number of a value's type, its bytes); for what no writer writes too: empty lists, lists of lists."""
+    """(GGUF's number for a value's type, its bytes); also for what no writer makes: empty lists, lists of
+    lists."""
     if isinstance(value, bool):
         return 7, struct.pack("<?", value)
     if isinstance(value, int):
@@ -103,16 +104,16 @@ def packed_value(value):
 
 
 def tensor_info(name, shape, kind, offset):
-    """The bytes that announce a tensor; shape is (rows, columns)."""
+    """The entry of a tensor in a GGUF's table; shape is (rows, columns)."""
     sizes = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
     return packed_text(name) + sizes + struct.pack("<IQ", kind, offset)
 
 
 def gguf_bytes(metadata, tensors, infos=None, keys=None, tensor_count=None, key_count=None):
-    """A GGUF file, valid or not, of any metadata and of `tensors`, float32 arrays.
+    """A GGUF file, valid or not, with any metadata and with `tensors`, float32 arrays.
 
-    `infos` (name -> the bytes of a `tensor_info`) replaces how some are announced, or adds some that are not there;
-    `keys` is more metadata, packed already.
+    `infos` (name -> the bytes of a `tensor_info`) replaces entries of the table, or adds some without a
+    tensor. `keys` is more metadata, already packed.
     """
     told, data = {}, b""
     for name, tensor in tensors.items():

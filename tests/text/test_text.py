@@ -107,7 +107,7 @@ def test_the_default_models_tokens_are_those_of_transformers(default_model_path,
     no_space_before_digits = no_space_before_digits.replace(" ½", "½").replace(" ²", "²").replace(" ٣", "٣")
     assert smollm.encode(no_space_before_digits) == theirs.encode(no_space_before_digits, add_special_tokens=False)
     messages = [("system", "Be brief."), ("user", "What is 12 + 7?"), ("assistant", "19"), ("user", REAL_TEXT)]
-    # transformers' conversion forgets that smollm splits digits off before all else (tokenizer.json and llama.cpp do it)
+    # transformers' conversion forgets that smollm first splits off digits (tokenizer.json and llama.cpp do it)
     theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     assert smollm.encode(REAL_TEXT) == theirs.encode(REAL_TEXT, add_special_tokens=False)
@@ -253,7 +253,8 @@ def test_a_stop_string_split_over_tokens_is_cut_out():
 
 def test_only_a_proper_prefix_of_a_stop_string_is_held_back():
     pieces, decoder = stream(b"abababac!", ["ababac"])
-    assert pieces == ["", "", "", "", "", "ab", "", "", "", ""]     # at the second "abab", the first "ab" can begin no stop
+    # at the second "abab" the first "ab" can no longer begin a stop string
+    assert pieces == ["", "", "", "", "", "ab", "", "", "", ""]
     assert decoder.stopped_by == "ababac"
     pieces, decoder = stream(b"<x <s <st", ["<stop>"])
     assert pieces == ["", "<x", " ", "", "", "<s ", "", "", "", "<st"] and decoder.stopped_by is None
@@ -271,7 +272,8 @@ def test_stop_strings_cut_where_the_first_one_ends_and_prefer_the_longest_there(
             assert ("".join(pieces), decoder.stopped_by) == (text[:end + length], stop)
         else:
             assert ("".join(pieces), decoder.stopped_by) == (text, None)
-        for i, piece in enumerate(pieces[:-1]):     # what is held back is a proper prefix of a stop string, and the longest
+        # the text held back is the longest proper prefix of a stop string
+        for i, piece in enumerate(pieces[:-1]):
             if decoder.stopped_by is None:
                 held = text[len("".join(pieces[:i + 1])):i + 1]
                 suffixes = [text[j:i + 1] for j in range(i + 2)]
@@ -301,7 +303,7 @@ def test_decoding_work_grows_linearly_with_the_answer():
 
 
 def upstream_calculator(expression):
-    """What nanochat's engine answers: eval behind character lists."""
+    """What nanochat's engine answers: eval after a check of the characters."""
     expression = expression.replace(",", "")
     if all(character in "0123456789*+-/.() " for character in expression):
         if "**" in expression:

@@ -1,4 +1,4 @@
-"""Functions of the client: what templates are told, and which calls are found in the answers."""
+"""Tools: what templates are told about the client's functions, and which calls are found in answers."""
 
 import json
 import random
@@ -39,12 +39,13 @@ def read(tool_format, pieces):
     reader = ToolCallReader(tool_format, [WEATHER, TIME])
     parts = [*map(reader.push, pieces), reader.finish()]
     calls = joined(delta for _, deltas in parts for delta in deltas)
-    assert calls == reader.calls        # those of an answer that is not streamed
+    assert calls == reader.calls        # those of an answer that was not streamed
     return "".join(text for text, _ in parts), [call["function"] for call in calls]
 
 
 def joined(deltas):
-    """The calls that a client puts together from a stream: only a call's first delta has more than arguments."""
+    """The calls that a client assembles from a stream: only the first delta of a call has more than
+    arguments."""
     calls = []
     for delta in deltas:
         if delta["index"] == len(calls):
@@ -172,7 +173,7 @@ async def test_what_is_no_tool_is_400(pool, change, code):
 
 @pytest.mark.parametrize("tool_format", ["tagged", "json"])
 def test_references_in_a_tool_s_parameters_are_to_these_parameters(tool_format):
-    """As pydantic writes nested models: $defs, and $refs to them, which start at the parameters' root."""
+    """Nested models as pydantic writes them: $defs, and $refs to them that start at the parameters' root."""
     parameters = {"$defs": {"City": {"enum": ["Rome"]}}, "type": "object", "required": ["city"], "additionalProperties": False,
                   "properties": {"city": {"$ref": "#/$defs/City"}, "next": {"$ref": "#"}}}
     tools = [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in ("go", "fly")]
