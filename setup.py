@@ -1,6 +1,6 @@
 """Builds decode_core, the compiled core: `pip install .` with gcc (or clang) alone takes seconds and never needs torch.
 
-    sources    csrc/*.cpp, csrc/cpu/*.cpp; the end of a name gives its instruction set (ISA_FLAGS); never -march=native
+    sources    csrc/*.cpp, csrc/cpu/**/*.cpp; the end of a name gives its instruction set (ISA_FLAGS); never -march=native
     CUDA       csrc/cuda/*.cu and csrc/cuda/bindings*.cpp if nvcc is found; DECODE_CORE_CUDA=0 leaves it out, =1 requires it
     emulation  csrc/cuda/emulation*.cpp as a second module, decode_core._emulation, when DECODE_CORE_EMULATION=1 (for tests)
     checks     DECODE_CORE_WERROR=1: warnings are errors; DECODE_CORE_SANITIZE=1: address and undefined-behaviour sanitizers,
@@ -23,7 +23,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
-HEADERS = sorted(str(path) for pattern in ("*.h", "*/*.h", "*/*.cuh") for path in CSRC.glob(pattern))
+HEADERS = sorted(str(path) for pattern in ("*.h", "*.cuh") for path in CSRC.rglob(pattern))
 X86 = platform.machine().lower() in ("x86_64", "amd64") and os.name == "posix"
 
 SANITIZE = {"1": "address,undefined", "thread": "thread"}.get(os.environ.get("DECODE_CORE_SANITIZE", ""))
@@ -133,7 +133,7 @@ class BuildCore(build_ext):
 
 
 def sources() -> list[str]:
-    found = sorted(str(path) for pattern in ("*.cpp", "cpu/*.cpp") for path in CSRC.glob(pattern))
+    found = sorted(str(path) for pattern in ("*.cpp", "cpu/**/*.cpp") for path in CSRC.glob(pattern))
     return [path for path in found if X86 or not Path(path).stem.endswith(tuple(ISA_FLAGS))]
 
 

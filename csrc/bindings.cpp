@@ -13,7 +13,7 @@
 
 #include "checks.h"
 #include "cpu/cpu.h"
-#include "cpu/pool.h"
+#include "cpu/pool/pool.h"
 #include "ops.h"
 #include "python_lists.h"
 

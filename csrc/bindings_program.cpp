@@ -1,9 +1,9 @@
-// Python's door to Program; decode_core/program.py checks the buffers, cpu/program.cpp what a step brings.
+// Python's door to Program; decode_core/program.py checks the buffers, cpu/program/program.cpp what a step brings.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "cpu/program.h"
-#include "cpu/width.h"
+#include "cpu/program/program.h"
+#include "cpu/program/width.h"
 #include "python_lists.h"
 
 namespace py = pybind11;

@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "cpu/pool.h"
-#include "cpu/tiles.h"
+#include "cpu/pool/pool.h"
+#include "cpu/tiles/tiles.h"
 
 namespace py = pybind11;
 

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "contract.h"
-#include "cpu/attention_plan.h"
+#include "cpu/attention/attention_plan.h"
 #include "cpu/cpu.h"
 
 namespace dc {
@@ -38,7 +38,7 @@ DC_EACH_ISA(void sample_row(const SampleArgs& args, int64_t row))
 
 // --- rope_append, paged_attention ------------------------------------------------------------------------------------
 
-// Norm, rotation, value embedding and scale of each row's q, k and v; k and v go into the pages (cpu/attention.h says how
+// Norm, rotation, value embedding and scale of each row's q, k and v; k and v go into the pages (cpu/attention/attention.h says how
 // a page lies in memory). Its slots and positions have passed check_rope_indices, which throws std::invalid_argument.
 void rope_append(const RopeJob& job);
 void check_rope_indices(const RopeJob& job, int64_t max_positions, int64_t num_pages);

@@ -2,7 +2,7 @@
 //
 // An op `f` with a path per instruction set is declared once in ops.h's style as
 //     DC_EACH_ISA(void f(const FArgs& args))              // portable::f, avx2::f, avx512::f
-// defined in cpu/f_portable.cpp, cpu/f_avx2.cpp and cpu/f_avx512.cpp (the ending chooses the compiler flags, see setup.py),
+// defined in f_portable.cpp, f_avx2.cpp and f_avx512.cpp of its folder (the ending chooses the compiler flags, see setup.py),
 // and called as  DC_CHOSEN(f)(args). Also: how weights are fetched.
 #pragma once
 

@@ -13,7 +13,7 @@
 
 #include "launch.h"
 
-#include "../contract.h"
+#include "contract.h"
 #include "device.h"
 
 namespace {

@@ -685,7 +685,7 @@ def test_a_list_that_shrinks_while_it_is_read_is_read_to_its_new_end():
     assert _core.count_tokens([(tokens, 0)], 10)[0] == [1]
 
 
-# ---- how many threads (cpu/width.h)
+# ---- how many threads (cpu/program/width.h)
 
 def simulate(steps, cost, stalls=lambda step: False):
     """Which steps ran wide if a step takes cost(wide, step)."""

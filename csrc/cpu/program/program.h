@@ -4,7 +4,7 @@
 //
 // The same list serves every batch: T tokens and R logit rows are counts of a step. start() checks the step, works out what
 // its layers share (positions, slots, attention's items, the phases) and queues it; at most two steps wait or run, and the
-// second may take ids that the first has yet to draw. finish() waits. How ops become phases: program_phases.cpp.
+// second may take ids that the first has yet to draw. finish() waits. How ops become phases: step.h.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/attention.h"
-#include "cpu/tiles.h"
+#include "cpu/attention/attention.h"
+#include "cpu/tiles/tiles.h"
 #include "ops.h"
 
 namespace dc {

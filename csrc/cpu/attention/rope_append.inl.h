@@ -5,8 +5,8 @@
 //          per head, which is most of the time: about 0.1 us a row at Hq 9, Hk 3, D 64
 // numerics float32; sum of squares in 16 lanes, then a fixed tree; the same bits on every instruction set; K and V are
 //          rounded once, to the nearest, ties to even
-#include "cpu/attention.h"
-#include "lanes.h"
+#include "cpu/attention/attention.h"
+#include "cpu/lanes.h"
 
 namespace dc {
 namespace DC_ISA {

@@ -4,9 +4,9 @@
 // cost     every value read and written once, from L1 or L2: estimated 0.1 us a row at C = 576, soft_cap 10 us at V = 32768
 // numerics float32, each product and sum rounded; sum of squares in 16 lanes, then a fixed tree; sigmoid and tanh by
 //          exp_negative (absolute error of tanh below 2e-7); the same bits on every instruction set
-#include "cpu/attention.h"
-#include "cpu/rows.h"
-#include "lanes.h"
+#include "cpu/attention/attention.h"
+#include "cpu/program/rows.h"
+#include "cpu/lanes.h"
 
 namespace dc {
 namespace DC_ISA {

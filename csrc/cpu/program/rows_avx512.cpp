@@ -1,3 +1,3 @@
 // rows between two products with the instructions of avx512.
 #define DC_ISA avx512
-#include "cpu/rows.inl.h"
+#include "cpu/program/rows.inl.h"

@@ -1,5 +1,5 @@
 // Sizes of tiles, the way to the kernels, and the memory that tiles lie in.
-#include "cpu/tiles.h"
+#include "cpu/tiles/tiles.h"
 
 #include <sys/mman.h>
 

@@ -1,5 +1,5 @@
 // op sample, any CPU: the 16 lanes of sample_row.h are arrays and loops, which the compiler may turn into what vectors it has.
-#include "cpu/sample_row.h"
+#include "cpu/sample/sample_row.h"
 
 namespace dc {
 namespace {

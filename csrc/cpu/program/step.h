@@ -1,4 +1,5 @@
-// One step of a Program, ready to run: its checked input, what its layers share, and its phases.
+// One step of a Program, ready to run: its checked input, what its layers share, and its phases. step_plan.cpp makes them,
+// step_run.cpp runs them.
 //
 // How ops become phases, for T tokens:
 //   T < 32   a product's tiles are divided among the threads, so that each weight is read once; what stands between two
@@ -18,12 +19,15 @@
 #include <string>
 #include <vector>
 
-#include "cpu/pool.h"
-#include "cpu/program.h"
+#include "cpu/pool/pool.h"
+#include "cpu/program/program.h"
 
 namespace dc {
 
 constexpr int64_t TOKENS_BY_ROWS = 32;          // from here on a step's rows are divided
+constexpr int64_t CAP_COLUMNS = 8192;           // of a chunk of softcap
+
+static inline int64_t unit_of(const Op& op) { return op.activation == Activation::swiglu ? 2 : 1; }     // tiles that stay together
 
 size_t prepared_bytes(const Op& op, int64_t rows);      // a linear's x, made ready
 

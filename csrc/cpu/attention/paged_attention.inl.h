@@ -8,7 +8,7 @@
 //          and a fixed tree. Chunks begin at multiples of 256 and merge in order. So the bits of a row depend on its
 //          own q, K and V alone: not on batch, threads, tiles or instruction set. Slots that a row does not see are
 //          never used, whatever they hold.
-#include "cpu/attention.h"
+#include "cpu/attention/attention.h"
 #include "cpu/lanes.h"
 
 namespace dc {

@@ -1,13 +1,13 @@
-// op       fill_tiles, embed_row: rows of floats or GGUF blocks -> tiles (cpu/tiles.h has the layouts), and back to f32
+// op       fill_tiles, embed_row: rows of floats or GGUF blocks -> tiles (cpu/tiles/tiles.h has the layouts), and back to f32
 // mapping  one item = a run of tiles; a tile is a transposition of 16 rows, a word (q types) or a value (floats) at a time
 // cost     source read and tiles written once; quantizing adds some 2 ns a value
 // numerics a block becomes d, m (f16, nearest) and integers as in ggml's reference, operation for operation, so equal to
 //          gguf.quants.quantize; a value that is not finite gives some integer. Floats are rounded to nearest, ties to even
-#include "cpu/tiles.h"
+#include "cpu/tiles/tiles.h"
 
 #include <algorithm>
 
-#include "cpu/pool.h"
+#include "cpu/pool/pool.h"
 #define DC_ISA portable
 #include "cpu/lanes.h"
 

@@ -5,7 +5,7 @@
 #include <map>
 #include <vector>
 
-#include "cpu/attention.h"
+#include "cpu/attention/attention.h"
 
 namespace dc {
 

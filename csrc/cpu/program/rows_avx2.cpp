@@ -1,3 +1,3 @@
 // rows between two products with the instructions of avx2.
 #define DC_ISA avx2
-#include "cpu/rows.inl.h"
+#include "cpu/program/rows.inl.h"

@@ -1,4 +1,4 @@
-// op       prepare, multiply: out (T, N) = residual + activation(norm(x) (T, K) W^T + bias), W in tiles (cpu/tiles.h)
+// op       prepare, multiply: out (T, N) = residual + activation(norm(x) (T, K) W^T + bias), W in tiles (cpu/tiles/tiles.h)
 // shapes   x f32 -> panels of 8 rows (int8 per 32 + scale, or f32); W (N, K) f32, f16, bf16, q8_0, q4_0, q4_1; out f32
 // mapping  16 lanes = the 16 rows of a tile; a kernel holds the sums of one tile (float types: two) and up to 8 rows of x in
 //          registers, so a tile is unpacked once for 8 rows. The first group to meet a tile streams it from memory, prefetching;
@@ -8,10 +8,10 @@
 //          third block, a quarter of the time. (As lists of each row, after the others, it is more for Q8_0
 //          and less with AVX2.)
 //          bench/RESULTS.md has the figures
-// numerics cpu/tiles.h; integer sums exact, one fused multiply-add a block and row (q4_1: two), so equal bits everywhere
-#include "cpu/dots.h"
+// numerics cpu/tiles/tiles.h; integer sums exact, one fused multiply-add a block and row (q4_1: two), so equal bits everywhere
+#include "cpu/tiles/dots.h"
 #include "cpu/lanes.h"
-#include "cpu/tiles.h"
+#include "cpu/tiles/tiles.h"
 
 namespace dc {
 namespace DC_ISA {

@@ -1,3 +1,3 @@
 // Products with tiles, with the instructions of portable.
 #define DC_ISA portable
-#include "cpu/tiles.inl.h"
+#include "cpu/tiles/tiles.inl.h"

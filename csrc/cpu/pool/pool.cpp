@@ -21,7 +21,7 @@
 //   5. What it reads stays allocated: the run waits until every thread has left (`active`) before it returns.
 // The thread sanitizer reports the reads of rule 4. A thread that was stopped in the middle of `put` cannot be helped: the phase
 // waits for it. A put is a copy of some kilobytes, so that is rare.
-#include "cpu/pool.h"
+#include "cpu/pool/pool.h"
 
 #include "cpu/cpu.h"
 

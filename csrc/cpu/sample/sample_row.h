@@ -11,7 +11,7 @@
 #pragma once
 
 #include "contract.h"
-#include "cpu/pool.h"
+#include "cpu/pool/pool.h"
 #include "ops.h"
 
 namespace dc {

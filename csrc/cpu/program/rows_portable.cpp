@@ -1,3 +1,3 @@
 // rows between two products with the instructions of portable.
 #define DC_ISA portable
-#include "cpu/rows.inl.h"
+#include "cpu/program/rows.inl.h"

@@ -1,7 +1,7 @@
 // op sample, AVX2: the 16 lanes of sample_row.h are two registers. Everything else is described there.
 #include <immintrin.h>
 
-#include "cpu/sample_row.h"
+#include "cpu/sample/sample_row.h"
 
 namespace dc {
 namespace {

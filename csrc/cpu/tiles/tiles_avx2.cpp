@@ -1,3 +1,3 @@
 // Products with tiles, with the instructions of avx2.
 #define DC_ISA avx2
-#include "cpu/tiles.inl.h"
+#include "cpu/tiles/tiles.inl.h"

@@ -1,5 +1,5 @@
 // What surrounds the kernels of rope_append and paged_attention: dividing the work, sharing it out, checking indices.
-#include "cpu/attention_plan.h"
+#include "cpu/attention/attention_plan.h"
 
 #include <algorithm>
 #include <atomic>
@@ -7,7 +7,7 @@
 #include <memory>
 
 #include "checks.h"
-#include "cpu/pool.h"
+#include "cpu/pool/pool.h"
 #include "ops.h"
 
 namespace dc {

@@ -1,7 +1,7 @@
 // Recording, checking and queueing steps; the leader: a thread per Program that runs them, one after the other.
 // What crosses threads does so under `mutex`: a step belongs to the leader from being queued until `ended`. A run never
 // throws into another thread: what goes wrong becomes the step's `error`, which finish() raises.
-#include "cpu/program.h"
+#include "cpu/program/program.h"
 
 #include <algorithm>
 #include <atomic>
@@ -13,9 +13,9 @@
 #include <thread>
 
 #include "checks.h"
-#include "cpu/pool.h"
-#include "cpu/program_phases.h"
-#include "cpu/width.h"
+#include "cpu/pool/pool.h"
+#include "cpu/program/step.h"
+#include "cpu/program/width.h"
 
 namespace dc {
 namespace {

@@ -1,21 +1,14 @@
-// How ops become phases, and what a chunk of each phase does.
-#include "cpu/program_phases.h"
+// What a chunk of each phase does, and what remains to be told of a step that has run.
+#include "cpu/program/step.h"
 
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
-#include "cpu/rows.h"
+#include "cpu/program/rows.h"
 
 namespace dc {
 namespace {
-
-// A chunk of a product is 64 KB of weights: 1.5 to 3 us at 20 to 40 GB/s. Less than half of that is not worth a hand-over
-// (0.1 to 0.4 us, KERNELS.md 9.5). Chosen by this reckoning; other sizes were not tried.
-constexpr int64_t CHUNK_BYTES = 64 << 10;
-constexpr int64_t FREE_ROWS = 4;                // so many rows take the time of one: beyond, chunks take fewer tiles
-constexpr int64_t SMALL_CHUNK_ROWS = 4;         // rows of a chunk between two products: 0.7 us of prepare, 2 us of rope
-constexpr int64_t CAP_COLUMNS = 8192;
 
 const RowKernels& row_kernels_here() { return DC_CHOSEN(row_kernels); }
 
@@ -38,170 +31,7 @@ Product product_of(const Op& op, const void* prepared, int64_t first, int64_t ro
             op.out.row(first), op.out.columns, op.out.columns};
 }
 
-int64_t unit_of(const Op& op) { return op.activation == Activation::swiglu ? 2 : 1; }      // tiles that stay together
-
 }  // namespace
-
-size_t prepared_bytes(const Op& op, int64_t rows) { return prepared_bytes(op.tiles.type, op.tiles.columns, rows); }
-
-// ---- before the run
-
-Step::Step(const std::vector<Op>& ops, StepInput given, void* prepared, int threads, int64_t vocab)
-    : tokens(int64_t(given.token_ids.size())), logit_rows(int64_t(given.logit_rows.size())), ops(ops), input(std::move(given)),
-      prepared(prepared), threads(threads), vocab(vocab) {
-    plan_attention();
-    find_slots();
-    find_needed();
-    make_phases();
-    drawn.resize(input.samples ? size_t(logit_rows) : 0);
-    stamps.resize(phases.size() + 1);
-}
-
-void Step::find_slots() {
-    positions.resize(size_t(tokens)), slots.resize(size_t(tokens));
-    for (size_t i = 0; i < input.lengths.size(); i++) {
-        const int64_t begin = input.starts[i], end = input.starts[i + 1], first = input.lengths[i] - (end - begin);
-        const int32_t* pages = input.pages.data() + input.offsets[i];
-        for (int64_t row = begin; row < end; row++) {
-            const int64_t position = first + row - begin;
-            const bool padding = input.lengths[i] == 0;
-            positions[size_t(row)] = padding ? 0 : position;
-            slots[size_t(row)] = padding ? -1 : pages[page_of(position)] * int64_t(PAGE_SIZE) + place_of(position);
-        }
-    }
-}
-
-void Step::plan_attention() {
-    int heads = 1, kv_heads = 1;
-    int64_t num_pages = INT32_MAX;
-    for (const Op& op : ops) {
-        if (op.num_pages) num_pages = std::min(num_pages, op.num_pages);
-        if (op.kind == OpKind::paged_attention) heads = op.attention.heads, kv_heads = op.attention.kv_heads;
-    }
-    // throws for what is wrong, also without any attention; rows, lengths and tables are as it says from here on
-    plan = std::make_unique<AttentionPlan>(input.pages, input.offsets, input.lengths, input.starts, heads, kv_heads, num_pages);
-    for (const Op& op : ops) {
-        const AttentionJob& job = op.attention;
-        if (op.kind == OpKind::paged_attention && !attention.count(job.window)) add_attention_run(job.window, plan->work(job.window), job);
-    }
-}
-
-void Step::add_attention_run(int key, const AttentionPlan::Work& work, const AttentionJob& job) {
-    attention_memory.emplace_back();
-    void* memory = attention_memory.back().at_least(AttentionRun::memory_bytes(work, job.head_size) + 64);
-    attention.emplace(key, AttentionRun(work, memory, threads));
-}
-
-void Step::find_needed() {
-    needed.resize(size_t(tokens));
-    for (const int64_t row : input.logit_rows) needed[size_t(row)] = true;
-    const auto append = std::find_if(ops.rbegin(), ops.rend(), [](const Op& op) { return op.kind == OpKind::rope_append; });
-    if (append == ops.rend() || (!by_rows() && logit_rows > 0)) return;
-    last_append = int(ops.rend() - append) - 1;
-    if (logit_rows == 0) return;
-    for (size_t i = size_t(last_append); i < ops.size(); i++) {
-        if (ops[i].kind != OpKind::paged_attention) continue;
-        needed_work = plan->work(ops[i].attention.window);
-        const auto unneeded = [&](const AttentionItem& item) {
-            return std::find(needed.begin() + item.row, needed.begin() + item.row + item.rows, 1) == needed.begin() + item.row + item.rows;
-        };
-        needed_work.items.erase(std::remove_if(needed_work.items.begin(), needed_work.items.end(), unneeded), needed_work.items.end());
-        return add_attention_run(LAST_LAYER, needed_work, ops[i].attention);
-    }
-}
-
-Phase& Step::add_phase(Part part) {
-    part.step = this;
-    part.chunks = std::min(part.chunks, MAX_CHUNKS);
-    parts.push_back(part);
-    phases.push_back({nullptr, nullptr, part.chunks});
-    return phases.back();
-}
-
-template <Step::Body body>
-void Step::add_plain(Part part) {
-    add_phase(part).run = [](const void* context, int64_t chunk, void*) {
-        const Part& its = *static_cast<const Part*>(context);
-        (its.step->*body)(its, chunk);
-    };
-}
-
-template <Step::StagedBody body, Step::Put put>
-void Step::add_staged(Part part, size_t staged_bytes) {
-    Phase& phase = add_phase(part);
-    phase.run = [](const void* context, int64_t chunk, void* staged) {
-        const Part& its = *static_cast<const Part*>(context);
-        (its.step->*body)(its, chunk, static_cast<float*>(staged));
-    };
-    phase.put = [](const void* context, int64_t chunk, const void* staged) {
-        const Part& its = *static_cast<const Part*>(context);
-        (its.step->*put)(its, chunk, static_cast<const float*>(staged));
-    };
-    phase.staged_bytes = staged_bytes;
-}
-
-void Step::add_rows(int first, int end, int prepares, int64_t rows) {
-    if (rows == 0 || (first == end && prepares < 0)) return;
-    int64_t per_chunk = SMALL_CHUNK_ROWS;
-    if (rows == tokens && by_rows()) {          // a multiple of GROUP_ROWS; the more, the less often weights are read
-        per_chunk = 4 * GROUP_ROWS;
-        while (per_chunk > GROUP_ROWS && rows < 3 * threads * per_chunk) per_chunk /= 2;
-    }
-    const bool needed_only = first < end && is_needed_only(first);
-    add_plain<&Step::do_rows>({nullptr, first, end, prepares, rows, per_chunk, (rows + per_chunk - 1) / per_chunk, needed_only});
-}
-
-void Step::add_product(int index) {
-    const Op& op = ops[size_t(index)];
-    const int64_t rows = count_of(op), tiles = tile_count(op.tiles.rows), units = tiles / unit_of(op);
-    const int64_t bytes = tiles * tile_bytes(op.tiles.type, op.tiles.columns), work = bytes * std::max(rows, FREE_ROWS) / FREE_ROWS;
-    int64_t chunks = work < CHUNK_BYTES / 2 ? 1 : (work / CHUNK_BYTES / threads + 1) * threads;
-    chunks = std::min({chunks, units, MAX_CHUNKS});
-    const size_t staged_bytes = size_t(rows * ((units + chunks - 1) / chunks) * TILE_ROWS) * sizeof(float);
-    add_staged<&Step::do_product, &Step::put_product>({nullptr, index, index + 1, -1, rows, rows, chunks}, staged_bytes);
-    phases.back().weights = op.tiles.memory, phases.back().weight_bytes = bytes;
-}
-
-void Step::add_attention(int index) {
-    const bool needed_only = is_needed_only(index);
-    Part part{nullptr, index, index + 1, -1, tokens, tokens, 0, needed_only};
-    const AttentionRun& run = attention_of(part);
-    part.chunks = run.chunks();
-    if (part.chunks) add_staged<&Step::do_attention, &Step::put_attention>(part, run.staged_bytes(ops[size_t(index)].attention));
-    if (by_rows() && part.chunks) phases.back().put = nullptr;          // long chunks: one that is only slow would be done twice
-}
-
-void Step::make_phases() {
-    int first = 0;                              // ops [first, i) are of the rows' phase that is being collected
-    const auto flush = [&](int i, int prepares, int next) {
-        if (first < i || prepares >= 0) add_rows(first, i, prepares, count_of(ops[size_t(prepares >= 0 ? prepares : first)]));
-        first = next;
-    };
-    const int count = int(ops.size());
-    for (int i = 0; i < count; i++) {
-        const Op& op = ops[size_t(i)];
-        const int64_t rows = count_of(op);
-        if (first < i && ops[size_t(i - 1)].on_logit_rows != op.on_logit_rows) flush(i, -1, i);
-        if (rows == 0 || (is_needed_only(i) && logit_rows == 0)) flush(i, -1, i + 1);
-        else if (op.kind == OpKind::linear && (op.on_logit_rows || !by_rows())) flush(i, i, i + 1), add_product(i);
-        else if (op.kind == OpKind::paged_attention) flush(i, -1, i + 1), add_attention(i);
-        else if (op.kind == OpKind::softcap) {
-            const int64_t segments = (op.x.columns + CAP_COLUMNS - 1) / CAP_COLUMNS;
-            flush(i, -1, i + 1), add_plain<&Step::do_softcap>({nullptr, i, i + 1, -1, rows, segments, rows * segments});
-        } else if (op.kind == OpKind::sample) {
-            flush(i, -1, i + 1);
-            if (input.samples) add_plain<&Step::do_sample>({nullptr, i, i + 1, -1, rows, 1, rows});
-        }
-    }
-    flush(count, -1, count);
-    const Phase* ahead = nullptr;
-    for (size_t i = phases.size(); i-- > 0;) {
-        phases[i].context = &parts[i], phases[i].ahead = ahead;
-        if (phases[i].weights && phases[i].chunks > 1) ahead = &phases[i];
-    }
-}
-
-// ---- the run
 
 void Step::resolve_ids(const std::vector<int32_t>& before) {
     const auto drawn_by = [&](int64_t row) {

@@ -1,7 +1,7 @@
 // The kernels of paged_attention and rope_append with the instructions of avx2.
 #define DC_ISA avx2
-#include "cpu/paged_attention.inl.h"
-#include "cpu/rope_append.inl.h"
+#include "cpu/attention/paged_attention.inl.h"
+#include "cpu/attention/rope_append.inl.h"
 
 namespace dc {
 namespace avx2 {
