@@ -1,7 +1,9 @@
 // Python's door to tiles; decode_core/tiles.py checks what comes in.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "cpu/pool/pool.h"
 #include "cpu/tiles/tiles.h"
@@ -18,6 +20,26 @@ T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
 dc::Tiles allocate(dc::Arena& arena, int type, int64_t rows, int64_t columns) {
     const dc::Weight weight = dc::Weight(type);
     return {weight, rows, columns, arena.allocate(size_t(dc::tile_count(rows) * dc::tile_bytes(weight, columns)))};
+}
+
+// Tiles of several q types, one each of `types`.
+dc::Tiles allocate_mixed(dc::Arena& arena, const std::vector<int>& types, int64_t rows, int64_t columns) {
+    const auto places = reinterpret_cast<dc::TilePlace*>(arena.allocate(types.size() * sizeof(dc::TilePlace)));
+    int64_t bytes = 0;
+    for (const int type : types) bytes += dc::tile_bytes(dc::Weight(type), columns);
+    uint8_t* memory = arena.allocate(size_t(bytes));
+    const dc::Tiles tiles{dc::Weight(types[0]), rows, columns, memory, places};
+    for (size_t i = 0; i < types.size(); i++) {
+        places[i] = {dc::Weight(types[i]), memory};
+        memory += dc::tile_bytes(dc::Weight(types[i]), columns);
+    }
+    return tiles;
+}
+
+py::list types() {                          // [(name, columns of a block in a file)], by number
+    py::list all;
+    for (int i = 0; i < dc::WEIGHT_TYPES; i++) all.append(py::make_tuple(dc::name_of(dc::Weight(i)), dc::file_columns(dc::Weight(i))));
+    return all;
 }
 
 void embed(const dc::Tiles& tiles, uintptr_t ids, int64_t count, uintptr_t out, int64_t out_stride) {
@@ -55,11 +77,12 @@ void bind_tiles(py::module_& m) {
     py::class_<dc::Arena>(m, "Arena")
         .def(py::init<size_t>())
         .def("allocate", &allocate, py::keep_alive<0, 1>())
+        .def("allocate_mixed", &allocate_mixed, py::keep_alive<0, 1>())
         .def_property_readonly("used", &dc::Arena::used)
         .def_property_readonly("reserved", &dc::Arena::reserved);
     py::class_<dc::Tiles>(m, "Tiles")
         .def_property_readonly("count", [](const dc::Tiles& t) { return dc::tile_count(t.rows); })
-        .def_property_readonly("bytes", [](const dc::Tiles& t) { return dc::tile_count(t.rows) * dc::tile_bytes(t.type, t.columns); })
+        .def_property_readonly("bytes", &dc::bytes_of)
         .def_property_readonly("address", [](const dc::Tiles& t) { return reinterpret_cast<uintptr_t>(t.memory); })
         .def("fill", [](const dc::Tiles& to, uintptr_t source, int source_type, int64_t row_stride, int64_t rows, int64_t first_tile,
                         int64_t tile_step) {
@@ -67,5 +90,6 @@ void bind_tiles(py::module_& m) {
         }, py::call_guard<Gil>())
         .def("embed", &embed, py::call_guard<Gil>())
         .def("multiply", &multiply, py::call_guard<Gil>());
+    m.def("weight_types", &types);
     m.def("row_bytes", [](int type, int64_t columns) { return dc::row_bytes(dc::Weight(type), columns); });
 }

@@ -3,6 +3,7 @@
     arena = Arena(100 << 20)                                    # huge-page memory; one for a model, filled in the order of use
     qkv = Matrix(arena, "q4_1", 960, 576)                       # (N, K), in tiles of 16 rows
     qkv.fill(q, "q4_1"); qkv.fill(k, "q4_1", first_tile=36)     # GGUF's blocks as uint8 rows, or floats that are quantized
+    qkv = Matrix(arena, ["q4_k"] * 48 + ["q6_k"] * 12, 960, 576)    # a type for each tile
     multiply(x, qkv, norm=(weight, 1e-5), out=out)              # out = norm(x) W^T
 
 x is made int8 per 32 columns for q types, 16 bits where a block stands out of its row, and stays float32 for float types.
@@ -13,10 +14,11 @@ A wrong argument is a ValueError that names it.
 from . import _core
 from .arrays import FLOAT32, look_at, vector
 
-KINDS = {"f32": 0, "f16": 1, "bf16": 2, "q8_0": 3, "q4_0": 4, "q4_1": 5}        # tiles.h's Weight
+KINDS = {name: number for number, (name, _) in enumerate(_core.weight_types())}     # tiles.h's Weight
+COLUMNS = dict(_core.weight_types())            # of a block in a file: the columns of a matrix are a multiple of it
 SOURCES = {"f32": ("float32",), "f16": ("float16",), "bf16": ("bfloat16", "uint16")}    # what the rows may be besides uint8
 ACTIVATIONS = {None: 0, "swiglu": 1, "relu2": 2}
-TILE_ROWS, BLOCK, LIMIT = 16, 32, 1 << 31
+TILE_ROWS, LIMIT = 16, 1 << 31
 
 
 def _kind(name: str, kind) -> int:
@@ -47,18 +49,29 @@ class Arena:
 
 
 class Matrix:
-    """(rows, columns) weights of one kind in `arena`, zero until filled; `tiles` is what the compiled half takes."""
+    """(rows, columns) weights in `arena`, zero until filled; `tiles` is what the compiled half takes.
 
-    def __init__(self, arena: Arena, kind: str, rows: int, columns: int):
+    kind: of all weights, or a list of the q types of its tiles, one a tile.
+    """
+
+    def __init__(self, arena: Arena, kind: str | list, rows: int, columns: int):
         if not isinstance(arena, Arena):
             raise ValueError(f"arena: must be an Arena, not {type(arena).__name__}")
-        code = _kind("kind", kind)
         _integer("rows", rows, 1, LIMIT)
         _integer("columns", columns, 1, LIMIT)
-        if kind not in SOURCES and columns % BLOCK:
-            raise ValueError(f"columns: must be a multiple of {BLOCK} for {kind}, not {columns}")
-        self.kind, self.rows, self.columns, self.arena = kind, rows, columns, arena
-        self.tiles = arena._arena.allocate(code, rows, columns)
+        self.kinds = list(kind) if isinstance(kind, (list, tuple)) else [kind]
+        codes = [_kind("kind", each) for each in self.kinds]
+        for each in set(self.kinds):
+            if columns % COLUMNS[each]:
+                raise ValueError(f"columns: must be a multiple of {COLUMNS[each]} for {each}, not {columns}")
+        if len(codes) == 1:
+            self.tiles = arena._arena.allocate(codes[0], rows, columns)
+        elif len(codes) != -(-rows // TILE_ROWS) or set(self.kinds) & set(SOURCES):
+            raise ValueError(f"kind: must be one for each of {-(-rows // TILE_ROWS)} tiles, and none of {', '.join(SOURCES)}")
+        else:
+            self.tiles = arena._arena.allocate_mixed(codes, rows, columns)
+        self.rows, self.columns, self.arena = rows, columns, arena
+        self.kind = " with ".join(sorted(set(self.kinds)))
 
     @property
     def nbytes(self) -> int:
@@ -70,7 +83,7 @@ class Matrix:
         source: (n, columns) of its kind, or uint8 (n, bytes of a row) as GGUF has it; a q source must be of the matrix' own kind.
         """
         code = _kind("source_kind", source_kind)
-        if source_kind not in SOURCES and source_kind != self.kind:
+        if source_kind not in SOURCES and source_kind not in self.kinds:
             raise ValueError(f"source_kind: {source_kind} blocks fit {source_kind} tiles only, not {self.kind}")
         address, kind, (rows, columns), stride = look_at("source", source, (*SOURCES.get(source_kind, ()), "uint8"), None, None,
                                                          rows_apart=True)
@@ -82,6 +95,9 @@ class Matrix:
         _integer("first_tile", first_tile, 0, self.tiles.count - 1)
         if tiles and first_tile + (tiles - 1) * tile_step >= self.tiles.count:
             raise ValueError(f"source: its {rows} rows reach beyond the matrix' {self.tiles.count} tiles")
+        into = set(self.kinds if len(self.kinds) == 1 else self.kinds[first_tile:first_tile + tiles * tile_step:tile_step])
+        if source_kind not in SOURCES and into - {source_kind}:
+            raise ValueError(f"source_kind: {source_kind} blocks fit {source_kind} tiles only, not {' and '.join(sorted(into))}")
         self.tiles.fill(address, code, stride if kind == "uint8" else stride * raw // self.columns, rows, first_tile, tile_step)
 
     def dequantize(self):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -11,57 +12,73 @@ from typing import Any
 import numpy
 import torch
 
-from .tiles import Arena, Matrix
+from .tiles import COLUMNS, TILE_ROWS, Arena, Matrix
 
-KEPT_TYPES = {kind: kind for kind in ("F16", "BF16", "Q4_0", "Q4_1", "Q8_0")} | {"F32": "BF16"}   # else Q8_0
-FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.bfloat16}      # of GGUF, and as what they stay
+KEPT_TYPES = tuple(kind.upper() for kind in COLUMNS if kind not in ("f32", "f16", "bf16"))
+CONVERTED = "Q8_0"          # what all other types become: its error is small beside the one that they have
 KINDS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}       # of tiles.py
+# What takes the place of a type where a width is no multiple of 256
+NARROW = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "iq4_xs": "iq4_nl"}
 
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """Weights (N, K) as GGUF files have them: rows of blocks of 32 weights that share a scale."""
+    """Weights (N, K) as GGUF files have them, in rows of blocks; parts below each other may differ in type."""
 
-    kind: str               # "q4_0", "q4_1", "q8_0"
-    rows: Any               # (N, bytes of a row) uint8, numpy
-    columns: int            # K
+    parts: tuple[tuple[str, Any], ...]      # (kind, rows (n, bytes of a row) uint8, numpy)
+    columns: int                            # K
+
+    @property
+    def kind(self) -> str:
+        return " with ".join(sorted({kind for kind, _ in self.parts}))
 
     @property
     def shape(self) -> tuple[int, int]:
-        return len(self.rows), self.columns
+        return sum(len(rows) for _, rows in self.parts), self.columns
 
 
-def common_type(tensors: Iterable[Any]) -> str:
-    """The GGUF type of tensors that become one matrix, or the types they mix."""
-    return " with ".join(sorted({tensor.tensor_type.name for tensor in tensors}))
+def becomes(tensors: Sequence[Any]) -> list[str]:
+    """What the GGUF tensors that form one matrix become, each: floats stay floats where all of them are alike."""
+    kinds = [tensor.tensor_type.name for tensor in tensors]
+    if len(set(kinds)) == 1 and kinds[0] in FLOATS:
+        return [{"F32": "BF16"}.get(kind, kind) for kind in kinds]
+    return [kind if kind in KEPT_TYPES else CONVERTED for kind in kinds]
 
 
 def converted(sources: Mapping[str, tuple], stored: Mapping[str, Any]) -> str:
     """In words, which matrices `as_stored` cannot keep in the file's type; "" when it keeps all."""
     changed = collections.defaultdict(list)
     for shape, theirs in sources.values():
-        kind = common_type(stored[name] for name in theirs)
-        if len(shape) == 2 and KEPT_TYPES.get(kind) != kind:
-            changed[kind] += theirs
-    return "".join(f"; re-quantized from {kind} to {KEPT_TYPES.get(kind, 'Q8_0')}: {len(names)} tensors "
-                   f"({', '.join(names[:4])}{', ..' * (len(names) > 4)})" for kind, names in changed.items())
+        if len(shape) == 2:
+            for name, kind in zip(theirs, becomes([stored[name] for name in theirs])):
+                if (was := stored[name].tensor_type.name) != kind:
+                    changed[was, kind].append(name)
+    return "".join(f"; re-quantized from {was} to {kind}: {len(names)} tensors "
+                   f"({', '.join(names[:4])}{', ..' * (len(names) > 4)})" for (was, kind), names in changed.items())
 
 
 def as_stored(shape: tuple[int, int], parts: Sequence[tuple[Any, int]],
               script: SimpleNamespace) -> torch.Tensor | QuantizedMatrix:
-    """The (tensor, head size to turn or 0) below each other in a matrix, in the file's type if they share one."""
-    was = common_type(tensor for tensor, _ in parts)
-    kind = KEPT_TYPES.get(was, "Q8_0")
-    if kind in FLOATS:
-        return script.dequantized(shape, parts, FLOATS[kind])
-    if kind == was:
-        rows = numpy.concatenate([script.unpermute_rope(numpy.asarray(tensor.data), head_size)
-                                  for tensor, head_size in parts])
-    else:
-        import gguf
-        values = script.dequantized(shape, parts, torch.float32).numpy()
-        rows = gguf.quantize(values, gguf.GGMLQuantizationType[kind])
-    return QuantizedMatrix(kind.lower(), rows, shape[1])
+    """The (tensor, head size to turn or 0) below each other in a matrix, each in the file's type or one close to it."""
+    kinds = becomes([tensor for tensor, _ in parts])
+    if kinds[0] in FLOATS:
+        return script.dequantized(shape, parts, FLOATS[kinds[0]])
+    rows = [(kind.lower(), rows_of(tensor, head_size, kind, shape[1], script))
+            for (tensor, head_size), kind in zip(parts, kinds)]
+    joined: list[tuple[str, Any]] = []
+    for kind, group in itertools.groupby(rows, key=lambda part: part[0]):
+        joined.append((kind, numpy.concatenate([data for _, data in group])))
+    return QuantizedMatrix(tuple(joined), shape[1])
+
+
+def rows_of(tensor: Any, head_size: int, kind: str, columns: int, script: SimpleNamespace) -> Any:
+    """A GGUF tensor's rows as blocks of `kind`, (n, bytes) uint8."""
+    if tensor.tensor_type.name == kind:
+        return script.unpermute_rope(numpy.asarray(tensor.data), head_size)
+    import gguf
+    values = script.dequantized((len(tensor.data), columns), [(tensor, head_size)], torch.float32).numpy()
+    return gguf.quantize(values, gguf.GGMLQuantizationType[kind])
 
 
 def pack(arena: Arena, name: str, weight: torch.Tensor | QuantizedMatrix, quantize: str | None,
@@ -70,10 +87,37 @@ def pack(arena: Arena, name: str, weight: torch.Tensor | QuantizedMatrix, quanti
     (N, K), given = weight.shape, isinstance(weight, QuantizedMatrix)
     if name == "embed" and not (given or tied_head):
         return weight           # rows are only looked up
-    rows, kind = (weight.rows, weight.kind) if given else (weight, KINDS[weight.dtype])
-    small = given or K % 32 or name.endswith("ve_gate")
-    matrix = Matrix(arena, kind if small or not quantize else quantize, N, K)
-    parts = 2 if name.endswith("gate_up") else 1        # tiles of gates and ups alternate, for swiglu
-    for part in range(parts):
-        matrix.fill(rows[N // parts * part:N // parts * (part + 1)], kind, first_tile=part, tile_step=parts)
+    pieces = weight.parts if given else [(KINDS[weight.dtype], weight)]
+    placed = place(pieces, N // 2 if name.endswith("gate_up") else N)
+    if given:
+        kinds = [""] * -(-N // TILE_ROWS)
+        for kind, rows, first, step in placed:
+            tiles = -(-len(rows) // TILE_ROWS)
+            kinds[first:first + tiles * step:step] = [kind] * tiles
+        matrix = Matrix(arena, kinds if len(set(kinds)) > 1 else kinds[0], N, K)
+    else:
+        matrix = Matrix(arena, pieces[0][0] if name.endswith("ve_gate") else quantized_kind(quantize, pieces[0][0], K), N, K)
+    for kind, rows, first, step in placed:
+        matrix.fill(rows, kind, first_tile=first, tile_step=step)
     return matrix
+
+
+def quantized_kind(quantize: str | None, kind: str, columns: int) -> str:
+    """What float weights of `kind` become: `quantize`, or a type near it whose blocks divide the columns, or nothing else."""
+    fitting = (each for each in (quantize, NARROW.get(quantize or "")) if each and columns % COLUMNS[each] == 0)
+    return next(fitting, kind)
+
+
+def place(pieces: Sequence[tuple[str, Any]], rows_together: int) -> list[tuple[str, Any, int, int]]:
+    """(kind, rows, first tile, step) of pieces that lie below each other in a matrix of `rows_together` rows, or in one of
+    twice as many: gates and then ups, whose tiles alternate for swiglu."""
+    placed, row = [], 0
+    step = 1 + (sum(len(rows) for _, rows in pieces) > rows_together)
+    for kind, rows in pieces:
+        begin = 0
+        while begin < len(rows):
+            half, within = divmod(row, rows_together)
+            count = min(len(rows) - begin, rows_together - within)
+            placed.append((kind, rows[begin:begin + count], half + within // TILE_ROWS * step, step))
+            begin, row = begin + count, row + count
+    return placed

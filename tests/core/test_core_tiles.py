@@ -10,10 +10,26 @@ decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="d
 import row_ops  # noqa: E402
 
 ISAS = decode_core.info()["offered_isas"]
-FLOATS, QUANTIZED = ["f32", "f16", "bf16"], ["q8_0", "q4_0", "q4_1"]
+LAYOUT = {                  # GGUF's blocks; those whose scales are no float16 have them in `s`
+    "q8_0": [("d", "<f2"), ("q", "i1", 32)], "q4_0": [("d", "<f2"), ("q", "u1", 16)],
+    "q4_1": [("d", "<f2"), ("m", "<f2"), ("q", "u1", 16)], "q5_0": [("d", "<f2"), ("q", "u1", 20)],
+    "q5_1": [("d", "<f2"), ("m", "<f2"), ("q", "u1", 20)],
+    "q4_k": [("d", "<f2"), ("m", "<f2"), ("s", "u1", 12), ("q", "u1", 128)],
+    "q5_k": [("d", "<f2"), ("m", "<f2"), ("s", "u1", 12), ("q", "u1", 160)],
+    "q6_k": [("q", "u1", 192), ("s", "i1", 16), ("d", "<f2")], "iq4_nl": [("d", "<f2"), ("q", "u1", 16)],
+    "iq4_xs": [("d", "<f2"), ("s", "u1", 6), ("q", "u1", 128)], "mxfp4": [("s", "u1"), ("q", "u1", 16)]}
+WIDE = [kind for kind, fields in LAYOUT.items() if fields[-1][0] == "d" or fields[-1][2] > 32]    # blocks of 256 columns
+FLOATS, QUANTIZED = ["f32", "f16", "bf16"], list(LAYOUT)
 KINDS = FLOATS + QUANTIZED
-LAYOUT = {"q8_0": [("d", "<f2"), ("q", "i1", 32)], "q4_0": [("d", "<f2"), ("q", "u1", 16)],
-          "q4_1": [("d", "<f2"), ("m", "<f2"), ("q", "u1", 16)]}         # GGUF's blocks
+
+
+def block_columns(kind):
+    return 256 if kind in WIDE else 32
+
+
+def fitting(kind, K):
+    """K, or the next number of columns that the type can have."""
+    return -(-K // block_columns(kind)) * block_columns(kind) if kind in QUANTIZED else K
 
 
 @pytest.fixture(params=ISAS)
@@ -87,11 +103,12 @@ def assert_product(out, x, matrix):
 def raw_blocks(kind, rows, columns, seed=0, **fields):
     """Random blocks as GGUF stores them, (rows, bytes) uint8; `fields` fix d, m or q."""
     generator = np.random.default_rng(seed)
-    blocks = np.zeros((rows, columns // 32), np.dtype(LAYOUT[kind]))
-    blocks.view(np.uint8)[:] = generator.integers(0, 256, (rows, columns // 32 * blocks.dtype.itemsize), np.uint8)
-    blocks["d"] = generator.standard_normal(blocks.shape)
-    if kind == "q4_1":
-        blocks["m"] = generator.standard_normal(blocks.shape)
+    blocks = np.zeros((rows, columns // block_columns(kind)), np.dtype(LAYOUT[kind]))
+    blocks.view(np.uint8)[:] = generator.integers(0, 256, (rows, blocks.shape[1] * blocks.dtype.itemsize), np.uint8)
+    for name in {"d", "m"} & set(blocks.dtype.names):
+        blocks[name] = generator.standard_normal(blocks.shape)
+    if kind == "mxfp4":
+        blocks["s"] = generator.integers(110, 140, blocks.shape)
     for name, value in fields.items():
         blocks[name] = value
     return blocks.view(np.uint8)
@@ -102,6 +119,7 @@ def raw_blocks(kind, rows, columns, seed=0, **fields):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("N, K", [(16, 32), (48, 64), (49, 576), (960, 96), (33, 1536)])
 def test_a_product_is_that_of_the_dequantized_weights_and_x(isa, kind, N, K):
+    K = fitting(kind, K)
     matrix, x = make_matrix(kind, random(N, K, seed=N)), random(11, K, seed=K, scale=3)
     for seen in (x, with_outliers(x)):
         out = product(seen, matrix)
@@ -112,7 +130,8 @@ def test_a_product_is_that_of_the_dequantized_weights_and_x(isa, kind, N, K):
 
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_blocks_that_stand_out_of_their_row_have_16_bits(isa, kind):
-    matrix, x = make_matrix(kind, random(48, 576, seed=1)), random(12, 576, seed=2)
+    K = fitting(kind, 576)
+    matrix, x = make_matrix(kind, random(48, K, seed=1)), random(12, K, seed=2)
     x[:, [100, 300]] = np.float32(57.3)
     assert (is_fine(x).sum(1) == 2).all()
     w, fine = matrix.dequantize().astype(np.float64), np.repeat(is_fine(x), 32, 1)
@@ -127,7 +146,8 @@ def test_blocks_that_stand_out_of_their_row_have_16_bits(isa, kind):
 
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_a_row_keeps_its_bits_beside_rows_whose_blocks_are_fine(settings, kind):
-    matrix, plain = make_matrix(kind, random(48, 576, seed=1)), random(16, 576, seed=2)
+    K = fitting(kind, 576)
+    matrix, plain = make_matrix(kind, random(48, K, seed=1)), random(16, K, seed=2)
     # nearly underflowing, nearly overflowing
     plain[5] *= np.float32(1e-23) / np.abs(plain[5]).max()
     plain[6] *= np.float32(9e34) / np.abs(plain[6]).max()
@@ -168,7 +188,8 @@ def test_a_large_vocabulary_is_multiplied():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bits_depend_on_the_row_alone(settings, kind):
-    matrix, x, weight = make_matrix(kind, random(49, 96)), with_outliers(random(33, 96, seed=1)), random(96, seed=2)
+    K = fitting(kind, 96)
+    matrix, x, weight = make_matrix(kind, random(49, K)), with_outliers(random(33, K, seed=1)), random(K, seed=2)
     residual, bias = random(33, 49, seed=3), random(49, seed=4)
 
     def run(rows, **split):
@@ -188,9 +209,10 @@ def test_bits_depend_on_the_row_alone(settings, kind):
 
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_every_instruction_set_gives_the_same_bits_for_random_blocks(settings, kind):
-    matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, 64, 576)
-    matrix.fill(raw_blocks(kind, 64, 576), kind)
-    x = random(19, 576, seed=5) * np.exp(random(19, 576, seed=6, scale=4))
+    K = fitting(kind, 576)
+    matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, 64, K)
+    matrix.fill(raw_blocks(kind, 64, K), kind)
+    x = random(19, K, seed=5) * np.exp(random(19, K, seed=6, scale=4))
     results = set()
     for name in ISAS:
         decode_core.set_isa(name)
@@ -201,7 +223,8 @@ def test_every_instruction_set_gives_the_same_bits_for_random_blocks(settings, k
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_norm_before_a_product_has_the_bits_of_rms_norm(isa, kind, weighted):
-    matrix, x, weight = make_matrix(kind, random(32, 576)), random(9, 576, seed=1), random(576, seed=2) if weighted else None
+    K = fitting(kind, 576)
+    matrix, x, weight = make_matrix(kind, random(32, K)), random(9, K, seed=1), random(K, seed=2) if weighted else None
     np.testing.assert_array_equal(product(x, matrix, norm=(weight, 1e-5)), product(row_ops.rms_norm(x, weight, 1e-5), matrix))
 
 
@@ -249,20 +272,23 @@ def test_nothing_is_written_beyond_the_columns_of_out(isa, kind, columns):
 
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_integer_sums_are_exact_at_their_extremes(isa, kind):
-    # bytes of q: nibbles all 0 or all 15
+    # bytes of q: codes all zeros or all ones
     least, most = (-128, 127) if kind == "q8_0" else (0, 255)
-    generator, K = np.random.default_rng(0), 96
+    generator, K = np.random.default_rng(0), fitting(kind, 96)
+    scales = {"d": 1, "m": 0, "s": {"mxfp4": 128, "q6_k": 1}.get(kind, 0x41)}       # of which every product here is exact
+    fields = {name: value for name, value in scales.items() if name in np.dtype(LAYOUT[kind]).names}
     for low, high in [(least, least), (most, most), (least, most)]:
-        q = generator.choice([low, high], (32, K // 32, 32 if kind == "q8_0" else 16))
+        q = generator.choice([low, high], (32, K // block_columns(kind), *np.dtype(LAYOUT[kind])["q"].shape))
         matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, 32, K)
-        matrix.fill(raw_blocks(kind, 32, K, d=1, q=q, **({"m": 0} if kind == "q4_1" else {})), kind)
+        matrix.fill(raw_blocks(kind, 32, K, q=q, **fields), kind)
         x = np.concatenate([np.full((1, K), 127), np.full((1, K), -127), generator.choice([-127, 127], (7, K))]).astype(np.float32)
-        np.testing.assert_array_equal(product(x, matrix), x @ matrix.dequantize().T)
+        np.testing.assert_array_equal(product(x, matrix), x.astype(np.float64) @ matrix.dequantize().astype(np.float64).T)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_of_zeros_and_tiny_values_count_as_zero(isa, kind):
-    weights, x = random(17, 96), random(9, 96, seed=1)
+    K = fitting(kind, 96)
+    weights, x = random(17, K), random(9, K, seed=1)
     weights[3], weights[5, 32:64], x[2], x[4, :32] = 0, 0, 0, 0
     matrix = make_matrix(kind, weights)
     out = product(x, matrix)
@@ -275,7 +301,8 @@ def test_blocks_of_zeros_and_tiny_values_count_as_zero(isa, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_row_that_is_not_finite_spoils_itself_only(isa, kind, bad):
-    matrix, x = make_matrix(kind, np.abs(random(16, 64)) + 1), random(9, 64, seed=1)
+    K = fitting(kind, 64)
+    matrix, x = make_matrix(kind, np.abs(random(16, K)) + 1), random(9, K, seed=1)
     expected = product(x, matrix)
     x[3, 40] = bad
     out = product(x, matrix)
@@ -287,29 +314,63 @@ def test_a_row_that_is_not_finite_spoils_itself_only(isa, kind, bad):
 
 @pytest.mark.parametrize("kind", QUANTIZED)
 @pytest.mark.parametrize("N, K", [(16, 32), (49, 96), (160, 576)])
+def test_a_files_blocks_are_kept_as_they_are(kind, N, K):
+    quants = pytest.importorskip("gguf.quants")
+    K = fitting(kind, K)
+    matrix, raw = decode_core.Matrix(decode_core.Arena(1 << 20), kind, N, K), raw_blocks(kind, N, K, seed=K)
+    matrix.fill(raw, kind)
+    np.testing.assert_array_equal(matrix.dequantize(), quants.dequantize(raw, __import__("gguf").GGMLQuantizationType[kind.upper()]))
+    assert matrix.nbytes <= 1.1 * raw.nbytes * (-(-N // 16) * 16 / N) * (-(-K // 128) * 128 / K)      # whole tiles, whole groups
+
+
+def weights_to_pack(N, K):
+    steps = np.round(random(N, K, seed=1, scale=40)) / 2                     # many halves and ties
+    for weights in (random(N, K), steps.astype(np.float32), random(N, K, scale=1e-6), np.zeros((N, K), np.float32)):
+        weights[0, :32] = np.abs(weights[0, :32])
+        yield weights
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "mxfp4"])
+@pytest.mark.parametrize("N, K", [(16, 32), (49, 96), (160, 576)])
 def test_packing_agrees_with_gguf(kind, N, K):
     quants = pytest.importorskip("gguf.quants")
     kind_there = __import__("gguf").GGMLQuantizationType[kind.upper()]
     matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, N, K)
-    raw = raw_blocks(kind, N, K, seed=K)
-    matrix.fill(raw, kind)
-    np.testing.assert_array_equal(matrix.dequantize(), quants.dequantize(raw, kind_there))
-    steps = np.round(random(N, K, seed=1, scale=40)) / 2                     # many halves and ties
-    for weights in (random(N, K), steps.astype(np.float32), random(N, K, scale=1e-6), np.zeros((N, K), np.float32)):
-        weights[0, :32] = np.abs(weights[0, :32])
+    for weights in weights_to_pack(N, K):
         matrix.fill(weights, "f32")
         np.testing.assert_array_equal(matrix.dequantize(), quants.dequantize(quants.quantize(weights, kind_there), kind_there))
 
 
+# The error that ggml's own quantizer leaves, as a share of the weights' mean square: of normal ones, of normal ones times exp(normal).
+@pytest.mark.parametrize("kind, normal, heavy", [("q4_k", 0.00512, 0.00980), ("q5_k", 0.00132, 0.00268), ("q6_k", 0.00032, 0.00083),
+                                                 ("iq4_nl", 0.00581, 0.01131), ("iq4_xs", 0.00590, 0.01159)])
+def test_packing_by_search_is_about_as_good_as_ggmls(kind, normal, heavy):
+    plain = random(64, 2048)
+    for weights, error in [(plain, normal), (plain * np.exp(random(64, 2048, seed=1)), heavy), (plain / 100, normal)]:
+        packed = make_matrix(kind, weights).dequantize()
+        assert ((packed - weights) ** 2).mean() < 1.05 * error * (weights**2).mean()
+    assert not make_matrix(kind, np.zeros((16, 256), np.float32)).dequantize().any()
+    nothing = make_matrix(kind, np.full((16, 256), np.nan, np.float32)).dequantize()
+    assert nothing.shape == (16, 256)                                       # whatever it is
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_what_was_packed_already_is_packed_to_the_same_values_or_close_by(kind):
+    once = make_matrix(kind, random(32, 512, seed=3)).dequantize()
+    twice = make_matrix(kind, once).dequantize()
+    assert ((twice - once) ** 2).mean() < 2e-3 * (once**2).mean()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_float16_and_bfloat16_rows_are_widened_first(kind):
-    half = random(33, 64).astype(np.float16)
-    brain = (random(33, 64, seed=1).view(np.uint32) >> 16).astype(np.uint16)
+    K = fitting(kind, 64)
+    half = random(33, K).astype(np.float16)
+    brain = (random(33, K, seed=1).view(np.uint32) >> 16).astype(np.uint16)
     for source, source_kind, wide in [(half, "f16", half.astype(np.float32)),
                                       (half.view(np.uint8), "f16", half.astype(np.float32)),
                                       (brain, "bf16", (brain.astype(np.uint32) << 16).view(np.float32)),
                                       (brain.view(np.uint8), "bf16", (brain.astype(np.uint32) << 16).view(np.float32))]:
-        matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, 33, 64)
+        matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, 33, K)
         matrix.fill(source, source_kind)
         np.testing.assert_array_equal(matrix.dequantize(), make_matrix(kind, wide).dequantize())
         if kind in ("f32", source_kind):
@@ -328,28 +389,65 @@ def test_float_kinds_round_to_nearest():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_land_on_the_tiles_they_are_sent_to(settings, kind):
-    parts = [random(rows, 64, seed=rows) for rows in (48, 16, 20)]
-    matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, 96, 64)
+    K = fitting(kind, 64)
+    parts = [random(rows, K, seed=rows) for rows in (48, 16, 20)]
+    matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, 96, K)
     decode_core.set_threads(2)
     matrix.fill(parts[0], "f32", first_tile=0, tile_step=2)
     matrix.fill(parts[1], "f32", first_tile=1)
     # with gaps between rows
-    matrix.fill(np.concatenate([parts[2], parts[2]], 1)[:, :64], "f32", first_tile=3, tile_step=2)
-    tiles = matrix.dequantize().reshape(6, 16, 64)
-    np.testing.assert_array_equal(tiles[[0, 2, 4]].reshape(48, 64), make_matrix(kind, parts[0]).dequantize())
+    matrix.fill(np.concatenate([parts[2], parts[2]], 1)[:, :K], "f32", first_tile=3, tile_step=2)
+    tiles = matrix.dequantize().reshape(6, 16, K)
+    np.testing.assert_array_equal(tiles[[0, 2, 4]].reshape(48, K), make_matrix(kind, parts[0]).dequantize())
     np.testing.assert_array_equal(tiles[1], make_matrix(kind, parts[1]).dequantize())
-    np.testing.assert_array_equal(tiles[[3, 5]].reshape(32, 64)[:20], make_matrix(kind, parts[2]).dequantize())
+    np.testing.assert_array_equal(tiles[[3, 5]].reshape(32, K)[:20], make_matrix(kind, parts[2]).dequantize())
     # rows missing from a part are zero
     assert (tiles[5, 4:] == 0).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_embed_reads_rows_as_dequantize_does(kind):
-    matrix = make_matrix(kind, random(49, 96))
-    ids, paper = np.array([48, 0, 17, 17] * 20), np.full((80, 100), -7, np.float32)
-    decode_core.embed(matrix, ids, paper[:, :96])
-    np.testing.assert_array_equal(paper[:, :96], matrix.dequantize()[ids])
-    assert (paper[:, 96:] == -7).all()
+    K = fitting(kind, 96)
+    matrix = make_matrix(kind, random(49, K))
+    ids, paper = np.array([48, 0, 17, 17] * 20), np.full((80, K + 4), -7, np.float32)
+    decode_core.embed(matrix, ids, paper[:, :K])
+    np.testing.assert_array_equal(paper[:, :K], matrix.dequantize()[ids])
+    assert (paper[:, K:] == -7).all()
+
+
+# ---- tiles of several types
+
+MIXES = [("q4_k", "q6_k"), ("q5_0", "q8_0"), ("q4_k", "q5_k", "q6_k", "iq4_xs", "q8_0", "mxfp4", "q4_0", "q4_1", "iq4_nl", "q5_1")]
+
+
+@pytest.mark.parametrize("mix", MIXES, ids="+".join)
+def test_a_matrix_of_several_types_has_the_bits_of_its_parts(settings, mix):
+    K, x = 512, with_outliers(random(13, 512, seed=9))
+    parts = [random(32, K, seed=i) for i in range(len(mix))]
+    matrix = decode_core.Matrix(decode_core.Arena(1 << 20), [kind for kind in mix for _ in range(2)], 32 * len(mix), K)
+    for i, (kind, part) in enumerate(zip(mix, parts)):
+        source = raw_blocks(kind, 32, K, seed=i) if i % 2 else part
+        matrix.fill(source, kind if i % 2 else "f32", first_tile=2 * i)
+        parts[i] = decode_core.Matrix(decode_core.Arena(1 << 20), kind, 32, K)
+        parts[i].fill(source, kind if i % 2 else "f32")
+    assert matrix.nbytes == sum(part.nbytes for part in parts)
+    np.testing.assert_array_equal(matrix.dequantize(), np.concatenate([part.dequantize() for part in parts]))
+    for name in ISAS:
+        decode_core.set_isa(name)
+        expected = np.concatenate([product(x, part) for part in parts], 1)
+        np.testing.assert_array_equal(product(x, matrix), expected)
+        np.testing.assert_array_equal(product(x[3:4], matrix), expected[3:4])
+
+
+def test_gate_and_up_may_be_of_different_types(isa):
+    gate, up, x = random(48, 256, seed=1), random(48, 256, seed=2), random(9, 256, seed=3)
+    matrix = decode_core.Matrix(decode_core.Arena(1 << 20), ["q4_k", "q6_k"] * 3, 96, 256)
+    matrix.fill(gate, "f32", first_tile=0, tile_step=2)
+    matrix.fill(up, "f32", first_tile=1, tile_step=2)
+    expected = row_ops.silu(product(x, make_matrix("q4_k", gate))) * product(x, make_matrix("q6_k", up))
+    np.testing.assert_array_equal(product(x, matrix, 48, activation="swiglu"), expected)
+
+
 
 
 def test_an_arena_grows_and_outlives_its_name():
@@ -376,19 +474,26 @@ def test_a_wrong_argument_is_a_value_error_that_names_it():
     q4, wide = decode_core.Matrix(arena, "q4_1", 48, 64), decode_core.Matrix(arena, "f32", 49, 33)
     x, out, rows = random(4, 64), np.empty((4, 48), np.float32), random(48, 64)
     multiply, embed, Matrix = decode_core.multiply, decode_core.embed, decode_core.Matrix
+    mixed = Matrix(arena, ["q4_k", "q6_k"], 32, 256)
     read_only = out.copy()
     read_only.flags.writeable = False
     for call, name in [
         (lambda: decode_core.Arena(0), "size"),
         (lambda: decode_core.Arena(1.5), "size"),
         (lambda: Matrix(None, "f32", 16, 32), "arena"),
-        (lambda: Matrix(arena, "q5_0", 16, 32), "kind"),
+        (lambda: Matrix(arena, "q5_9", 16, 32), "kind"),
+        (lambda: Matrix(arena, ["q4_k", "f16"], 32, 256), "kind"),
+        (lambda: Matrix(arena, ["q4_k", "q6_k"], 16, 256), "kind"),
+        (lambda: Matrix(arena, ["q4_k", "q6_k"], 32, 128), "columns"),
+        (lambda: Matrix(arena, "iq4_xs", 16, 288), "columns"),
         (lambda: Matrix(arena, "f32", 0, 32), "rows"),
         (lambda: Matrix(arena, "f32", 16, -1), "columns"),
         (lambda: Matrix(arena, "q8_0", 16, 48), "columns"),
         (lambda: q4.fill(rows, "f64"), "source_kind"),
         (lambda: q4.fill(raw_blocks("q8_0", 48, 64), "q8_0"), "source_kind"),
         (lambda: wide.fill(raw_blocks("q8_0", 48, 64), "q8_0"), "source_kind"),
+        (lambda: mixed.fill(raw_blocks("q4_k", 32, 256), "q4_k"), "source_kind"),
+        (lambda: mixed.fill(raw_blocks("q4_k", 16, 256), "q4_k", first_tile=1), "source_kind"),
         (lambda: q4.fill(rows.astype(np.float64), "f32"), "source"),
         (lambda: q4.fill(rows, "f16"), "source"),
         (lambda: q4.fill(rows[:, :32], "f32"), "source"),

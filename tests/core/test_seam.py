@@ -140,4 +140,4 @@ def test_quantized_file_matrices_go_through_the_seam_unchanged():
     tensor = gguf.gguf_reader.ReaderTensor("w", kind, shape, rows.size, rows.nbytes, 0, rows, None)
     kept = cs.choose_backend("cpu", SPEC).as_stored((48, 64), [(tensor, 0)])
     assert isinstance(kept, QuantizedMatrix) and kept.kind == "q4_1" and kept.shape == (48, 64)
-    assert numpy.array_equal(kept.rows, rows)
+    assert numpy.array_equal(kept.parts[0][1], rows)

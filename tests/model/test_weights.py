@@ -615,13 +615,16 @@ def test_a_bad_meta_file_is_named(broken, meta, words):
 # --- GGUF --------------------------------------------------------------------------------------------------------------------
 # K-quants and others that the package cannot make: random bytes, with the 16-bit scales at these offsets set to small numbers
 BLOCK_SCALES = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "Q2_K": [80, 82], "Q3_K": [108],
-                "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "IQ4_NL": [0], "IQ4_XS": [0], "TQ1_0": [52], "TQ2_0": [64]}
+                "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "IQ4_NL": [0], "IQ4_XS": [0], "MXFP4": [], "TQ1_0": [52], "TQ2_0": [64]}
+OTHERS = ("Q2_K", "Q3_K", "TQ1_0", "TQ2_0")         # types without tiles of their own
 
 
 def random_blocks(kind, rows, columns, dice):
     """(rows, bytes) of random valid blocks."""
     elements, size = gguf.GGML_QUANT_SIZES[kind]
     blocks = dice.integers(0, 256, (rows * columns // elements, size), dtype=numpy.uint8)
+    if kind.name == "MXFP4":
+        blocks[:, 0] = dice.integers(115, 122, len(blocks))
     for offset in BLOCK_SCALES.get(kind.name, []):
         blocks[:, offset:offset + 2] = dice.normal(0, 0.01, (len(blocks), 1)).astype(numpy.float16).view(numpy.uint8)
     if kind.name in ("F16", "BF16"):
@@ -646,14 +649,14 @@ def test_weights_stay_as_stored_or_the_log_says_what_they_became(tmp_path, name)
     # q, k and v are merged into one matrix
     stored["blk.0.attn_v.weight"] = random_llama()["blk.0.attn_v.weight"]
     model = load(write_gguf(tmp_path / "tiny.gguf", stored, LLAMA_NUMBERS), None)
-    becomes = {"F16": "F16", "BF16": "BF16", "F32": "BF16", "Q4_0": "Q4_0", "Q4_1": "Q4_1", "Q8_0": "Q8_0"}.get(name, "Q8_0")
+    becomes = "Q8_0" if name in OTHERS else "BF16" if name == "F32" else name
     down, exact = model.tensors["0.down"], torch.from_numpy(gguf.dequantize(*stored["blk.0.ffn_down.weight"])
                                                             if name != "F32" else stored["blk.0.ffn_down.weight"])
     if becomes in ("F16", "BF16"):
         assert down.dtype == {"F16": torch.float16, "BF16": torch.bfloat16}[becomes]
         assert torch.equal(down, exact.to(down.dtype))
     else:
-        values = torch.from_numpy(gguf.dequantize(down.rows, gguf.GGMLQuantizationType[becomes]))
+        values = torch.from_numpy(gguf.dequantize(down.parts[0][1], gguf.GGMLQuantizationType[becomes]))
         scale = exact.view(-1, 32).abs().amax(-1, keepdim=True) / 127
         error = (values - exact).view(-1, 32).abs()
         # half a step, and the rounding to float16
@@ -661,9 +664,49 @@ def test_weights_stay_as_stored_or_the_log_says_what_they_became(tmp_path, name)
     if name == "F32":
         assert "re-quantized from F32 to BF16: 8 tensors (token_embd.weight" in model.description
     else:
-        mixed = " with ".join(sorted(("F32", name)))
-        assert f"re-quantized from {mixed} to Q8_0: 3 tensors (blk.0.attn_q.weight" in model.description
-        assert (f"re-quantized from {name} to {becomes}: 5 tensors (token_embd.weight" in model.description) == (name != becomes)
+        assert "re-quantized from F32 to Q8_0: 1 tensors (blk.0.attn_v.weight" in model.description
+        qkv = model.tensors["0.qkv"]
+        first = "q8_0" if name in (*OTHERS, "F16", "BF16") else name.lower()
+        assert qkv.kind == " with ".join(sorted({first, "q8_0"})) and qkv.shape == (512, 256)
+        changed = {"F16": "re-quantized from F16 to Q8_0: 2 tensors (blk.0.attn_q.weight", "BF16": "re-quantized from BF16 to Q8_0: 2 tensors"}
+        changed |= {other: f"re-quantized from {other} to Q8_0: 7 tensors (token_embd.weight" for other in OTHERS}
+        assert changed.get(name, "") in model.description
+        assert model.description.count("re-quantized") == 1 + (name in changed)
+
+
+@pytest.mark.skipif(chat_server.decode_core() is None, reason="weights stay as stored only where decode_core runs")
+def test_a_file_of_many_types_computes_what_its_dequantized_weights_say(tmp_path):
+    """As llama-quantize mixes them: q, k and v of one matrix differ, and so do gate and up; logits beside float32's."""
+    dice, plain = numpy.random.default_rng(2), random_llama(numbers=LLAMA_NUMBERS | {"llama.block_count": 2})
+    kinds = {"attn_q": "Q4_K", "attn_k": "IQ4_XS", "attn_v": "Q6_K", "attn_output": "Q5_K", "ffn_gate": "Q4_K", "ffn_up": "Q5_K",
+             "ffn_down": "MXFP4", "token_embd": "Q6_K"}
+    def packed(name, tensor):
+        kind = next((gguf.GGMLQuantizationType[kind] for part, kind in kinds.items() if part in name), None)
+        if not kind:
+            return tensor
+        rows = random_blocks(kind, *tensor.shape, dice)
+        blocks = rows.reshape(-1, gguf.GGML_QUANT_SIZES[kind][1])
+        for offset in BLOCK_SCALES[kind.name]:          # a hundredth, so that attention looks at more than one token
+            small = blocks[:, offset:offset + 2].copy().view(numpy.float16) / 100
+            blocks[:, offset:offset + 2] = small.astype(numpy.float16).view(numpy.uint8)
+        return rows, kind
+    stored = {name: packed(name, tensor) for name, tensor in plain.items()}
+    path = write_gguf(tmp_path / "mixed.gguf", stored, LLAMA_NUMBERS | {"llama.block_count": 2})
+    model = load(path, None)
+    assert "re-quantized" not in model.description
+    assert model.tensors["0.qkv"].kind == "iq4_xs with q4_k with q6_k" and model.tensors["0.gate_up"].kind == "q4_k with q5_k"
+    packed_bytes = sum(tensor[0].nbytes for tensor in stored.values() if isinstance(tensor, tuple))
+    held = [tensor for tensor in model.tensors.values() if hasattr(tensor, "parts")]
+    assert sum(rows.nbytes for tensor in {id(tensor): tensor for tensor in held}.values() for _, rows in tensor.parts) == packed_bytes
+    ids = list(range(3, 43))
+    batch = Batch(token_ids=ids, previous_token_ids=[-1, *ids[:-1]], starts=[0, 40], lengths=[40], tables=[[0, 1, 2]],
+                  logit_rows=list(range(40)))
+    exact = Reader(load(path, torch.float32)).feed(ids, all_logits=True)
+    limits = {"max_tokens": 64, "max_rows": 64}
+    kernels = load_kernels("cpu", model.spec, **limits)
+    assert kernels.row_invariant
+    ours = Transformer(model.spec, dict(model.tensors), kernels, num_pages=3, device="cpu", dtype=None, **limits).forward(batch)
+    assert (ours - exact).abs().max() < 0.02 * exact.abs().max()
 
 
 @pytest.mark.parametrize("name", [*BLOCK_SCALES, "F16", "BF16", "F32"])

@@ -124,7 +124,7 @@ void Step::add_rows(int first, int end, int prepares, int64_t rows) {
 void Step::add_product(int index) {
     const Op& op = ops[size_t(index)];
     const int64_t rows = count_of(op), tiles = tile_count(op.tiles.rows), units = tiles / unit_of(op);
-    const int64_t bytes = tiles * tile_bytes(op.tiles.type, op.tiles.columns), work = bytes * std::max(rows, FREE_ROWS) / FREE_ROWS;
+    const int64_t bytes = bytes_of(op.tiles), work = bytes * std::max(rows, FREE_ROWS) / FREE_ROWS;
     int64_t chunks = work < CHUNK_BYTES / 2 ? 1 : (work / CHUNK_BYTES / threads + 1) * threads;
     chunks = std::min({chunks, units, MAX_CHUNKS});
     const size_t staged_bytes = size_t(rows * ((units + chunks - 1) / chunks) * TILE_ROWS) * sizeof(float);

@@ -1,8 +1,14 @@
 // Integer dot products in sixteen lanes: a chunk = 16 rows x 4 columns of weights, a word per lane, times 4 bytes of x that all
-// lanes share. Sums of a block of 32 columns are exact, so they are equal on every instruction set, however they are made:
-//     avx512 (VNNI)   u8 x i8 with x broadcast from memory; a sum begins at `start`, which takes the weights' offset back
-//     avx2            nibbles: pairs in int16, at most 8 * 2 * 15 * 127 = 30,480; bytes: |w| times x with w's sign, at most
-//                     2 * 128 * 127 = 32,512, widened at once (u8 x i8 with the offset still in would reach 64,770)
+// lanes share. HalfSums of a block of 32 columns are exact, so they are equal on every instruction set, however they are made.
+//
+// Three of them, by what a weight's code is; the sum is that of (code - 2^SHIFT) * x, and `minus` is minus the sum of x:
+//     NibbleDot       4 bits      UnsignedDot       6 bits      SignedDot       8 bits, SHIFT 7
+//     begin<SHIFT>(minus), dot(sum, weights, x) for each chunk, end<SHIFT>(sum, minus)
+//
+//     avx512 (VNNI)   u8 x i8 with x broadcast from memory; a sum begins with what takes the codes' offset back
+//     avx2            nibbles: pairs in int16, at most 8 * 2 * 15 * 127 = 30,480; unsigned: pairs at most 2 * 63 * 127 = 16,002,
+//                     widened at once; signed: |w| times x with w's sign, at most 2 * 128 * 127 = 32,512, widened at once (u8 x i8
+//                     with the offset still in would reach 64,770)
 //     portable        the definition
 #pragma once
 
@@ -14,81 +20,165 @@ namespace DC_ISA {
 #if defined(__AVX512VNNI__) && defined(__AVX512F__)
 
 struct Words { __m512i v; };
-using Bytes = Words;                    // weights + 128
 using Sum = Words;
 using Whole = Words;
 
+DC_INLINE Words load_words_again(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }      // the compiler keeps what it has loaded
 DC_INLINE Words load_words(const uint8_t* p) {
     __m512i words = _mm512_loadu_si512(p);
     asm("" : "+v"(words));              // loads are as scarce as multipliers, and GCC would load once for each half of the nibbles
     return {words};
 }
+DC_INLINE Words operator|(Words a, Words b) { return {_mm512_or_si512(a.v, b.v)}; }
 DC_INLINE Words low_nibbles(Words w) { return {_mm512_and_si512(w.v, _mm512_set1_epi8(15))}; }
 DC_INLINE Words high_nibbles(Words w) { return {_mm512_and_si512(_mm512_srli_epi16(w.v, 4), _mm512_set1_epi8(15))}; }
-DC_INLINE Bytes load_bytes(const uint8_t* p) { return load_words(p); }
-DC_INLINE Sum begin_sum(int32_t start) { return {_mm512_set1_epi32(start)}; }
-DC_INLINE Sum begin_sum() { return {_mm512_setzero_si512()}; }
-DC_INLINE void dot_bytes(Sum& sum, Bytes w, const int8_t* x) {      // GCC 12 would broadcast x with an instruction of its own
-    struct Four { int8_t of[4]; };
-    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum.v) : "v"(w.v), "m"(*reinterpret_cast<const Four*>(x)));
+template <int LEFT, int MASK>           // of each byte, shifted left (right where LEFT < 0), the bits of MASK
+DC_INLINE Words take_bits(Words w) {
+    __m512i shifted = w.v;
+    if constexpr (LEFT > 0) shifted = _mm512_slli_epi16(w.v, LEFT);
+    if constexpr (LEFT < 0) shifted = _mm512_srli_epi16(w.v, -LEFT);
+    return {_mm512_and_si512(shifted, _mm512_set1_epi8(MASK))};
 }
-DC_INLINE void dot_nibbles(Sum& sum, Words w, const int8_t* x) { dot_bytes(sum, w, x); }
-DC_INLINE Whole end_bytes(Sum sum, int32_t) { return sum; }
-DC_INLINE Whole end_nibbles(Sum sum, int32_t) { return sum; }
+
+struct Four { int8_t of[4]; };
+
+struct UnsignedDot {
+    using Weights = Words;
+    template <int SHIFT>
+    DC_INLINE Sum begin(const int32_t& minus) {      // GCC 12 would broadcast x, or minus, with an instruction of its own
+        if constexpr (SHIFT < 0) return {_mm512_setzero_si512()};
+        __m512i sum;
+        asm("vpslld %2, %1%{1to16%}, %0" : "=v"(sum) : "m"(minus), "i"(SHIFT));
+        return {sum};
+    }
+    DC_INLINE void dot(Sum& sum, Words w, const int8_t* x) {
+        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum.v) : "v"(w.v), "m"(*reinterpret_cast<const Four*>(x)));
+    }
+    template <int SHIFT>
+    DC_INLINE Whole end(Sum sum, int32_t) { return sum; }
+};
+using NibbleDot = UnsignedDot;
+struct SignedDot : UnsignedDot {
+    DC_INLINE Weights weights(Words codes) { return codes; }
+};
+
+DC_INLINE SignedDot::Weights look_up(Words codes, const int8_t (&table)[16]) {
+    const __m128i values = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)), _mm_set1_epi8(-128));
+    return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(values), codes.v)};
+}
+
 DC_INLINE Whole add_fine(Whole sum, Whole fine) { return {_mm512_add_epi32(_mm512_slli_epi32(sum.v, 8), fine.v)}; }
 DC_INLINE Lanes to_floats(Whole sum) { return {_mm512_cvtepi32_ps(sum.v)}; }
+DC_INLINE __m128i sixteen(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+DC_INLINE Lanes lanes_of_bytes(const uint8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(sixteen(p)))}; }
+DC_INLINE Lanes lanes_of_signed_bytes(const uint8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen(p)))}; }
+DC_INLINE Lanes powers_of_bytes(const uint8_t* p) {         // 2^(byte - 127), 0 for a byte of 0
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(sixteen(p)), 23))};
+}
 
 #elif defined(__AVX2__)
 
 struct Words { __m256i lo, hi; };
-struct Bytes { Words size, sign; };
 using Sum = Words;
 using Whole = Words;
 
 DC_INLINE Words load_words(const uint8_t* p) {
     return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
 }
-DC_INLINE Words low_nibbles(Words w) {
-    const __m256i mask = _mm256_set1_epi8(15);
-    return {_mm256_and_si256(w.lo, mask), _mm256_and_si256(w.hi, mask)};
+DC_INLINE Words load_words_again(const uint8_t* p) { return load_words(p); }
+DC_INLINE Words operator|(Words a, Words b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
+DC_INLINE Words masked(Words w, int mask) {
+    const __m256i bits = _mm256_set1_epi8(char(mask));
+    return {_mm256_and_si256(w.lo, bits), _mm256_and_si256(w.hi, bits)};
 }
-DC_INLINE Words high_nibbles(Words w) { return low_nibbles({_mm256_srli_epi16(w.lo, 4), _mm256_srli_epi16(w.hi, 4)}); }
-DC_INLINE Bytes load_bytes(const uint8_t* p) {
-    const __m256i offset = _mm256_set1_epi8(-128);
-    const Words stored = load_words(p), w = {_mm256_xor_si256(stored.lo, offset), _mm256_xor_si256(stored.hi, offset)};
-    return {{_mm256_abs_epi8(w.lo), _mm256_abs_epi8(w.hi)}, w};
+DC_INLINE Words low_nibbles(Words w) { return masked(w, 15); }
+DC_INLINE Words high_nibbles(Words w) { return masked({_mm256_srli_epi16(w.lo, 4), _mm256_srli_epi16(w.hi, 4)}, 15); }
+template <int LEFT, int MASK>
+DC_INLINE Words take_bits(Words w) {
+    if constexpr (LEFT > 0) return masked({_mm256_slli_epi16(w.lo, LEFT), _mm256_slli_epi16(w.hi, LEFT)}, MASK);
+    else return masked({_mm256_srli_epi16(w.lo, -LEFT), _mm256_srli_epi16(w.hi, -LEFT)}, MASK);
 }
-DC_INLINE Sum begin_sum(int32_t = 0) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 DC_INLINE __m256i four(const int8_t* x) {
     int32_t word;
     std::memcpy(&word, x, sizeof word);
     return _mm256_set1_epi32(word);
 }
-DC_INLINE void dot_nibbles(Sum& sum, Words w, const int8_t* x) {
-    const __m256i shared = four(x);
-    sum.lo = _mm256_add_epi16(sum.lo, _mm256_maddubs_epi16(w.lo, shared));
-    sum.hi = _mm256_add_epi16(sum.hi, _mm256_maddubs_epi16(w.hi, shared));
-}
 DC_INLINE __m256i widen_pairs(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
-DC_INLINE void dot_bytes(Sum& sum, const Bytes& w, const int8_t* x) {
-    const __m256i shared = four(x);
-    sum.lo = _mm256_add_epi32(sum.lo, widen_pairs(_mm256_maddubs_epi16(w.size.lo, _mm256_sign_epi8(shared, w.sign.lo))));
-    sum.hi = _mm256_add_epi32(sum.hi, widen_pairs(_mm256_maddubs_epi16(w.size.hi, _mm256_sign_epi8(shared, w.sign.hi))));
+template <int SHIFT>
+DC_INLINE __m256i offset_of(int32_t minus) {
+    if constexpr (SHIFT < 0) return _mm256_setzero_si256();
+    else return _mm256_set1_epi32(minus * (1 << SHIFT));
 }
-DC_INLINE Whole end_bytes(Sum sum, int32_t) { return sum; }
-DC_INLINE Whole end_nibbles(Sum sum, int32_t start) {
-    const __m256i first = _mm256_set1_epi32(start);
-    return {_mm256_add_epi32(widen_pairs(sum.lo), first), _mm256_add_epi32(widen_pairs(sum.hi), first)};
+
+struct NibbleDot {
+    using Weights = Words;
+    template <int SHIFT>
+    DC_INLINE Sum begin(int32_t) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+    DC_INLINE void dot(Sum& sum, Words w, const int8_t* x) {
+        const __m256i shared = four(x);
+        sum.lo = _mm256_add_epi16(sum.lo, _mm256_maddubs_epi16(w.lo, shared));
+        sum.hi = _mm256_add_epi16(sum.hi, _mm256_maddubs_epi16(w.hi, shared));
+    }
+    template <int SHIFT>
+    DC_INLINE Whole end(Sum sum, int32_t minus) {
+        const __m256i first = offset_of<SHIFT>(minus);
+        return {_mm256_add_epi32(widen_pairs(sum.lo), first), _mm256_add_epi32(widen_pairs(sum.hi), first)};
+    }
+};
+
+struct UnsignedDot {
+    using Weights = Words;
+    template <int SHIFT>
+    DC_INLINE Sum begin(int32_t minus) { return {offset_of<SHIFT>(minus), offset_of<SHIFT>(minus)}; }
+    DC_INLINE void dot(Sum& sum, Words w, const int8_t* x) {
+        const __m256i shared = four(x);
+        sum.lo = _mm256_add_epi32(sum.lo, widen_pairs(_mm256_maddubs_epi16(w.lo, shared)));
+        sum.hi = _mm256_add_epi32(sum.hi, widen_pairs(_mm256_maddubs_epi16(w.hi, shared)));
+    }
+    template <int SHIFT>
+    DC_INLINE Whole end(Sum sum, int32_t) { return sum; }
+};
+
+struct SignedDot {
+    struct Weights { Words size, sign; };
+    DC_INLINE Weights of(Words w) { return {{_mm256_abs_epi8(w.lo), _mm256_abs_epi8(w.hi)}, w}; }
+    DC_INLINE Weights weights(Words codes) {         // which are the weights + 128
+        const __m256i offset = _mm256_set1_epi8(-128);
+        return of({_mm256_xor_si256(codes.lo, offset), _mm256_xor_si256(codes.hi, offset)});
+    }
+    template <int SHIFT>
+    DC_INLINE Sum begin(int32_t) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+    DC_INLINE void dot(Sum& sum, const Weights& w, const int8_t* x) {
+        const __m256i shared = four(x);
+        sum.lo = _mm256_add_epi32(sum.lo, widen_pairs(_mm256_maddubs_epi16(w.size.lo, _mm256_sign_epi8(shared, w.sign.lo))));
+        sum.hi = _mm256_add_epi32(sum.hi, widen_pairs(_mm256_maddubs_epi16(w.size.hi, _mm256_sign_epi8(shared, w.sign.hi))));
+    }
+    template <int SHIFT>
+    DC_INLINE Whole end(Sum sum, int32_t) { return sum; }
+};
+
+DC_INLINE SignedDot::Weights look_up(Words codes, const int8_t (&table)[16]) {
+    const __m256i values = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+    return SignedDot::of({_mm256_shuffle_epi8(values, codes.lo), _mm256_shuffle_epi8(values, codes.hi)});
 }
+
 DC_INLINE Whole add_fine(Whole sum, Whole fine) {
     return {_mm256_add_epi32(_mm256_slli_epi32(sum.lo, 8), fine.lo), _mm256_add_epi32(_mm256_slli_epi32(sum.hi, 8), fine.hi)};
 }
 DC_INLINE Lanes to_floats(Whole sum) { return {_mm256_cvtepi32_ps(sum.lo), _mm256_cvtepi32_ps(sum.hi)}; }
+DC_INLINE __m128i eight(const uint8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
+DC_INLINE Lanes lanes_of_bytes(const uint8_t* p) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight(p))), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight(p + 8)))};
+}
+DC_INLINE Lanes lanes_of_signed_bytes(const uint8_t* p) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight(p))), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight(p + 8)))};
+}
+DC_INLINE __m256 powers_of_eight(const uint8_t* p) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(eight(p)), 23)); }
+DC_INLINE Lanes powers_of_bytes(const uint8_t* p) { return {powers_of_eight(p), powers_of_eight(p + 8)}; }
 
 #else
 
 struct Words { uint8_t of[16][4]; };
-using Bytes = Words;
 struct Sum { int32_t of[16]; };
 using Whole = Sum;
 
@@ -97,27 +187,46 @@ DC_INLINE Words load_words(const uint8_t* p) {
     std::memcpy(w.of, p, sizeof w.of);
     return w;
 }
-DC_INLINE Words low_nibbles(Words w) {
-    for (auto& word : w.of) for (uint8_t& byte : word) byte &= 15;
+DC_INLINE Words load_words_again(const uint8_t* p) { return load_words(p); }
+DC_INLINE Words operator|(Words a, const Words& b) {
+    for (int i = 0; i < 64; i++) a.of[i / 4][i % 4] |= b.of[i / 4][i % 4];
+    return a;
+}
+template <int LEFT, int MASK>
+DC_INLINE Words take_bits(Words w) {
+    for (auto& word : w.of)
+        for (uint8_t& byte : word) byte = uint8_t((LEFT > 0 ? byte << (LEFT > 0 ? LEFT : 0) : byte >> (LEFT > 0 ? 0 : -LEFT)) & MASK);
     return w;
 }
-DC_INLINE Words high_nibbles(Words w) {
-    for (auto& word : w.of) for (uint8_t& byte : word) byte >>= 4;
-    return w;
+DC_INLINE Words low_nibbles(const Words& w) { return take_bits<0, 15>(w); }
+DC_INLINE Words high_nibbles(const Words& w) { return take_bits<-4, 15>(w); }
+
+struct UnsignedDot {
+    using Weights = Words;
+    template <int SHIFT>
+    DC_INLINE Sum begin(int32_t minus) {
+        Sum sum;
+        for (int32_t& lane : sum.of) lane = SHIFT < 0 ? 0 : minus * (1 << (SHIFT < 0 ? 0 : SHIFT));
+        return sum;
+    }
+    DC_INLINE void dot(Sum& sum, const Words& w, const int8_t* x) {
+        for (int i = 0; i < 16; i++)
+            sum.of[i] += w.of[i][0] * x[0] + w.of[i][1] * x[1] + w.of[i][2] * x[2] + w.of[i][3] * x[3];
+    }
+    template <int SHIFT>
+    DC_INLINE Whole end(const Sum& sum, int32_t) { return sum; }
+};
+using NibbleDot = UnsignedDot;
+struct SignedDot : UnsignedDot {
+    DC_INLINE Weights weights(const Words& codes) { return codes; }
+};
+
+DC_INLINE SignedDot::Weights look_up(Words codes, const int8_t (&table)[16]) {
+    for (auto& word : codes.of)
+        for (uint8_t& byte : word) byte = uint8_t(table[byte] + 128);
+    return codes;
 }
-DC_INLINE Bytes load_bytes(const uint8_t* p) { return load_words(p); }
-DC_INLINE Sum begin_sum(int32_t start = 0) {
-    Sum sum;
-    for (int32_t& lane : sum.of) lane = start;
-    return sum;
-}
-DC_INLINE void dot_bytes(Sum& sum, const Bytes& w, const int8_t* x) {
-    for (int i = 0; i < 16; i++)
-        sum.of[i] += w.of[i][0] * x[0] + w.of[i][1] * x[1] + w.of[i][2] * x[2] + w.of[i][3] * x[3];
-}
-DC_INLINE void dot_nibbles(Sum& sum, const Words& w, const int8_t* x) { dot_bytes(sum, w, x); }
-DC_INLINE Whole end_bytes(const Sum& sum, int32_t) { return sum; }
-DC_INLINE Whole end_nibbles(const Sum& sum, int32_t) { return sum; }
+
 DC_INLINE Whole add_fine(Whole sum, const Whole& fine) {
     for (int i = 0; i < 16; i++) sum.of[i] = sum.of[i] * 256 + fine.of[i];
     return sum;
@@ -127,12 +236,28 @@ DC_INLINE Lanes to_floats(const Whole& sum) {
     for (int i = 0; i < 16; i++) y.v[i] = float(sum.of[i]);
     return y;
 }
+DC_INLINE Lanes lanes_of_bytes(const uint8_t* p) {
+    Lanes y;
+    for (int i = 0; i < 16; i++) y.v[i] = float(p[i]);
+    return y;
+}
+DC_INLINE Lanes lanes_of_signed_bytes(const uint8_t* p) {
+    Lanes y;
+    for (int i = 0; i < 16; i++) y.v[i] = float(int8_t(p[i]));
+    return y;
+}
+DC_INLINE Lanes powers_of_bytes(const uint8_t* p) {
+    Lanes y;
+    for (int i = 0; i < 16; i++) y.v[i] = bits_of<float>(uint32_t(p[i]) << 23);
+    return y;
+}
 
 #endif
 
 // ---- 32 floats to bytes
 
-struct Quantized { float scale; int32_t sum; };
+struct HalfSums { int32_t low, high; };             // of the first 16 bytes, of the others
+struct Quantized { float scale; HalfSums sum; };
 
 #if defined(__AVX512F__)
 
@@ -142,11 +267,13 @@ DC_INLINE float largest_magnitude(Lanes a, Lanes b) {       // as bit patterns, 
                                             _mm512_and_si512(_mm512_castps_si512(b.v), sign));
     return bits_of<float>(_mm512_reduce_max_epi32(larger));
 }
-DC_INLINE int32_t store_low_bytes(Lanes a, Lanes b, int8_t* to) {       // and their sum
+DC_INLINE HalfSums store_low_bytes(Lanes a, Lanes b, int8_t* to) {
     const __m128i low = _mm512_cvtepi32_epi8(_mm512_castps_si512(a.v)), high = _mm512_cvtepi32_epi8(_mm512_castps_si512(b.v));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), low);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16), high);
-    return _mm512_reduce_add_epi32(_mm512_add_epi32(_mm512_cvtepi8_epi32(low), _mm512_cvtepi8_epi32(high)));
+    const __m512i both = _mm512_add_epi32(_mm512_cvtepi8_epi32(low), _mm512_slli_epi32(_mm512_cvtepi8_epi32(high), 16));
+    const int32_t sum = _mm512_reduce_add_epi32(both), first = int16_t(sum);        // either is within 16 * 127
+    return {first, (sum - first) >> 16};
 }
 
 #else
@@ -161,11 +288,11 @@ DC_INLINE float largest_magnitude(Lanes a, Lanes b) {
     }
     return bits_of<float>(largest);
 }
-DC_INLINE int32_t store_low_bytes(Lanes a, Lanes b, int8_t* to) {
+DC_INLINE HalfSums store_low_bytes(Lanes a, Lanes b, int8_t* to) {
     float x[32];
     store(x, a), store(x + 16, b);
-    int32_t sum = 0;
-    for (int i = 0; i < 32; i++) sum += to[i] = int8_t(bits_of<uint32_t>(x[i]));
+    HalfSums sum{0, 0};
+    for (int i = 0; i < 32; i++) (i < 16 ? sum.low : sum.high) += to[i] = int8_t(bits_of<uint32_t>(x[i]));
     return sum;
 }
 
@@ -178,7 +305,7 @@ DC_INLINE Quantized quantize_block(Lanes a, Lanes b, int8_t* to) {
     const float amax = largest_magnitude(a, b);
     const bool zero = amax < 1e-24f;
     const Lanes inverse = all(zero ? 0.0f : 127.0f / amax), least = all(-127.0f), magic = all(MAGIC);
-    const int32_t sum = store_low_bytes(maximum(a * inverse, least) + magic, maximum(b * inverse, least) + magic, to);
+    const HalfSums sum = store_low_bytes(maximum(a * inverse, least) + magic, maximum(b * inverse, least) + magic, to);
     return {zero ? 0.0f : amax <= 1e35f ? amax / 127.0f : __builtin_nanf(""), sum};
 }
 
@@ -190,8 +317,8 @@ DC_INLINE Lanes rest_of(Lanes x, Lanes inverse) {
     return (zero - maximum(zero - maximum(rest, least), least)) + magic;
 }
 
-// to = that, of a block whose scale is a number and not 0; returns the sum.
-DC_INLINE int32_t quantize_rest(Lanes a, Lanes b, int8_t* to) {
+// to = that, of a block whose scale is a number and not 0.
+DC_INLINE HalfSums quantize_rest(Lanes a, Lanes b, int8_t* to) {
     const Lanes inverse = all(127.0f / largest_magnitude(a, b));
     return store_low_bytes(rest_of(a, inverse), rest_of(b, inverse), to);
 }

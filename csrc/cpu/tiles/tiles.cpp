@@ -6,8 +6,13 @@
 #include <algorithm>
 #include <new>
 
+#define DC_ISA portable
+#include "cpu/tiles/formats.h"
+
 namespace dc {
 namespace {
+
+using portable::with_format;
 
 constexpr size_t HUGE_PAGE = 2 << 20;
 
@@ -27,30 +32,35 @@ const TileKernels& kernels() {
 
 int64_t tile_count(int64_t rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
 
+static int64_t float_bytes(Weight type) { return type == Weight::f32 ? 4 : 2; }
+
+const char* name_of(Weight type) {
+    if (is_float(type)) return type == Weight::f32 ? "f32" : type == Weight::f16 ? "f16" : "bf16";
+    return with_format(type, [](auto format) { return decltype(format)::name; });
+}
+
+int64_t file_columns(Weight type) {
+    return is_float(type) ? 1 : with_format(type, [](auto format) { return decltype(format)::FILE_COLUMNS; });
+}
+
 int64_t tile_bytes(Weight type, int64_t columns) {
-    const int64_t blocks = columns / BLOCK;
-    switch (type) {
-        case Weight::f32: return columns * 64;
-        case Weight::f16:
-        case Weight::bf16: return columns * 32;
-        case Weight::q8_0: return (blocks + 1) / 2 * 1088;
-        case Weight::q4_0: return blocks * 288;
-        case Weight::q4_1: return blocks * 320;
-    }
-    return 0;
+    if (is_float(type)) return columns * TILE_ROWS * float_bytes(type);
+    return with_format(type, [&](auto format) {
+        using F = decltype(format);
+        return (columns / BLOCK + F::BLOCKS - 1) / F::BLOCKS * portable::group_of_blocks_bytes<F>();
+    });
 }
 
 int64_t row_bytes(Weight type, int64_t columns) {
-    const int64_t blocks = columns / BLOCK;
-    switch (type) {
-        case Weight::f32: return columns * 4;
-        case Weight::f16:
-        case Weight::bf16: return columns * 2;
-        case Weight::q8_0: return blocks * 34;
-        case Weight::q4_0: return blocks * 18;
-        case Weight::q4_1: return blocks * 20;
-    }
-    return 0;
+    if (is_float(type)) return columns * float_bytes(type);
+    return with_format(type, [&](auto format) { return columns / decltype(format)::FILE_COLUMNS * decltype(format)::FILE_BYTES; });
+}
+
+int64_t bytes_of(const Tiles& tiles) {
+    const int64_t count = tile_count(tiles.rows);
+    int64_t bytes = 0;
+    for (int64_t i = 0; tiles.places && i < count; i++) bytes += tile_bytes(tiles.places[i].type, tiles.columns);
+    return tiles.places ? bytes : count * tile_bytes(tiles.type, tiles.columns);
 }
 
 size_t prepared_bytes(Weight type, int64_t columns, int64_t rows) {

@@ -3,20 +3,34 @@
 //     prepare(type, x, ...)               x (T, K) f32 [-> RMS norm] -> int8 planes (q types) or f32 (float types), in panels
 //     multiply(product, tiles, groups)    out = residual + activation(x W^T + bias), any part of it at a time
 //
-// A tile holds its 16 rows' weights side by side, lane r = row r, so that 16 outputs grow in one register, k after k:
-//     f32, f16, bf16   [K][16]
-//     q8_0             two blocks of 32 columns at a time: d f16 [2][16], then [2][8] chunks of 64 B: lane r = columns 4 c .. 4 c + 3
-//                      of row r, stored + 128 (unsigned); an odd last block has a zero partner                     1,088 B for two
-//     q4_0             a block: d f16 [16], then 4 chunks: lane r = bytes 4 c .. 4 c + 3 of GGUF's row r             288 B
-//     q4_1             a block: d f16 [16], m f16 [16], then 4 chunks                                               320 B
-// The last tile's missing rows are zero. K is a multiple of 32 for q types.
+// A tile holds its 16 rows' weights side by side, lane r = row r, so that 16 outputs grow in one register, k after k. Float types:
+// [K][16]. Q types: groups of some blocks of 32 columns, each group its scales first and then each block's codes (formats.h):
+//
+//     type      blocks   scales of a group                                                  codes of a block   bytes a weight, file's
+//     q8_0           2   d f16 [2][16]                                                      8 bits             1.0625   1.0625
+//     q4_0           1   d f16 [16]                                                         4                  0.5625   0.5625
+//     q4_1           1   d, m f16 [16]                                                      4                  0.625    0.625
+//     q5_0           2   d f16 [2][16]                                                      5                  0.6875   0.6875
+//     q5_1           1   d, m f16 [16]                                                      5                  0.75     0.75
+//     q4_k           8   d, dmin f16 [16]; u8 [8][16] scales; u8 [8][16] minimums           4                  0.578    0.5625
+//     q5_k           8   as q4_k                                                            5                  0.703    0.6875
+//     q6_k           8   d f16 [16], 32 B unused; i8 [16][16], one for 16 columns           6                  0.828    0.820
+//     iq4_nl         2   d f16 [2][16]                                                      4, of a table      0.5625   0.5625
+//     iq4_xs         8   d f16 [16], 32 B unused; i8 [8][16]                                4, of a table      0.547    0.531
+//     mxfp4          4   u8 [4][16] exponents                                               4, of a table      0.53125  0.53125
+//
+// A last group's missing blocks and the last tile's missing rows are zero. K is a multiple of the file's block, 32 or 256. Tiles of
+// one matrix may be of several q types (Tiles::places): a matrix fused from parts that a file stores differently.
 //
 // For q types a block of 32 values of x is dx * x8 with x8 int8 and dx = max |x| / 127. Where dx is more than FINE_ABOVE times the
 // mean over the row's blocks, it is dx * (x8 + fine / 256), about 16 bits. A model's outlier channels lie in these blocks, a
-// seventh of all; they make most of the error: KL against float32 products 3.5e-3 without fine planes, 6e-4 with them.
+// seventh of all; they make most of the error: KL against float32 products 3.5e-3 without fine planes, 6e-4 with them. A panel of
+// x is the same for every q type.
 //
-// numerics  q: y = fma(d * dx, float(int32 sum), y) block after block, or fma(d / 256 * dx, float(256 * int32 sum + the fine one), y);
-//           then (q4_1) y = fma(m, dx * (sum of x8 + sum of fine / 256), y). Float types: y = fma(w, x, y), k after k. One
+// numerics  q8_0, q4_0, q4_1: y = fma(d * dx, float(int32 sum), y) block after block, or fma(d / 256 * dx, float(256 * int32 sum +
+//           the fine one), y). The others (whose scales are products): y = fma(s * dx, float(int32 sum), y) for each scale s of the
+//           block, and then, with a fine plane, y = fma(s / 256 * dx, float(int32 sum of the fine one), y) for each.
+//           Then, with minimums, y = fma(m, dx * (sum of x8 + sum of fine / 256), y). Float types: y = fma(w, x, y), k after k. One
 //           accumulator for an output, starting at 0; then + bias, activation, + residual, each rounded. So a row's bits depend
 //           on nothing but the row: not on T, ranges, threads, instruction set.
 //           A block of x with |x| < 1e-24 counts as zero; one that holds a NaN, or more than 1e35, makes its row's outputs NaN:
@@ -30,24 +44,38 @@
 
 namespace dc {
 
-enum class Weight : int { f32 = 0, f16 = 1, bf16 = 2, q8_0 = 3, q4_0 = 4, q4_1 = 5 };
+enum class Weight : int { f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k, iq4_nl, iq4_xs, mxfp4 };
+constexpr int WEIGHT_TYPES = int(Weight::mxfp4) + 1;
 enum class Activation : int { none, swiglu, relu2 };    // swiglu: tiles alternate gate, up; columns 16 i.. from tiles 2 i, 2 i + 1
 
 constexpr int TILE_ROWS = 16;
-constexpr int BLOCK = 32;               // columns that share a scale
+constexpr int BLOCK = 32;               // columns that share a scale of x
 constexpr int GROUP_ROWS = 8;           // rows of x that meet each unpacked tile together
 
 static constexpr bool is_float(Weight type) { return type <= Weight::bf16; }
 
-struct Tiles {
+struct TilePlace {
     Weight type;
-    int64_t rows, columns;              // N, K
-    uint8_t* memory;                    // tile_count(rows) * tile_bytes(type, columns), aligned to 64
+    uint8_t* memory;                    // tile_bytes(type, columns), aligned to 64
 };
 
+struct Tiles {
+    Weight type;                        // of all tiles; where places is set, some q type
+    int64_t rows, columns;              // N, K
+    uint8_t* memory;                    // one tile after another
+    const TilePlace* places = nullptr;  // [tile_count(rows)] where tiles differ in type (all q types)
+};
+
+const char* name_of(Weight type);
 int64_t tile_count(int64_t rows);
+int64_t file_columns(Weight type);                      // of a block in GGUF's layout; 1 for float types
 int64_t tile_bytes(Weight type, int64_t columns);
 int64_t row_bytes(Weight type, int64_t columns);        // of a row in GGUF's layout, or of float values
+int64_t bytes_of(const Tiles& tiles);
+
+static inline TilePlace tile_of(const Tiles& tiles, int64_t tile, int64_t bytes) {      // bytes: tile_bytes of tiles.type
+    return tiles.places ? tiles.places[tile] : TilePlace{tiles.type, tiles.memory + tile * bytes};
+}
 
 // ---- x made ready: groups of 8 rows, the rows of a group side by side
 
@@ -80,11 +108,14 @@ void multiply(const Product& product, int64_t tile_begin, int64_t tile_end, int6
 // ---- filling and reading tiles
 
 // `rows` rows of `source`, row_stride bytes apart, into tiles first_tile, first_tile + tile_step, ...: floats become any type,
-// q blocks (GGUF's) their own type only. Rounding is ggml's reference (equal to gguf.quants.quantize). Threads share the tiles.
+// q blocks (GGUF's) their own type only. Threads share the tiles.
 void fill_tiles(const Tiles& to, const uint8_t* source, Weight source_type, int64_t row_stride, int64_t rows, int64_t first_tile,
                 int64_t tile_step);
 
 void embed_row(const Tiles& tiles, int64_t row, float* out);    // row `row` of the matrix, as f32 [columns]
+
+// file_columns(type) values as a GGUF block of a q type (quantize.cpp says how it is rounded).
+void quantize_block(Weight type, const float* x, uint8_t* block);
 
 // ---- per instruction set (DC_ISA avx512 needs VNNI as well; without it avx2 runs)
 
@@ -109,9 +140,10 @@ DC_EACH_ISA(extern const TileKernels tile_kernels)
 struct PanelBlock {
     int8_t x[GROUP_ROWS][BLOCK];
     float scale[GROUP_ROWS];                            // dx = amax / 127
-    union { float product; int32_t start; } offset[GROUP_ROWS];     // q4_1: the sum of x; q8_0, q4_0: -128, -8 times that of x8
+    float product[GROUP_ROWS];                          // the sum of x
     uint8_t has_fine[GROUP_ROWS];                       // 1 or 0
-    int32_t fine_start[GROUP_ROWS];                     // q8_0, q4_0: -128, -8 times the sum of fine
+    int32_t minus[3][GROUP_ROWS];                       // minus the sum of x8: of all 32, of the first 16, of the others
+    int32_t fine_minus[3][GROUP_ROWS];                  // and of fine
     alignas(64) int8_t fine[GROUP_ROWS][BLOCK];         // 0 without has_fine, at most +-127
 };
 

@@ -1,5 +1,5 @@
 // op       prepare, multiply: out (T, N) = residual + activation(norm(x) (T, K) W^T + bias), W in tiles (cpu/tiles/tiles.h)
-// shapes   x f32 -> panels of 8 rows (int8 per 32 + scale, or f32); W (N, K) f32, f16, bf16, q8_0, q4_0, q4_1; out f32
+// shapes   x f32 -> panels of 8 rows (int8 per 32 + scale, or f32); W (N, K) of any type in formats.h, or floats; out f32
 // mapping  16 lanes = the 16 rows of a tile; a kernel holds the sums of one tile (float types: two) and up to 8 rows of x in
 //          registers, so a tile is unpacked once for 8 rows. The first group to meet a tile streams it from memory, prefetching;
 //          then it stays in the L1 cache while as many groups as a quarter of the L2 cache holds pass by it
@@ -8,9 +8,9 @@
 //          third block, a quarter of the time. (As lists of each row, after the others, it is more for Q8_0
 //          and less with AVX2.)
 //          bench/RESULTS.md has the figures
-// numerics cpu/tiles/tiles.h; integer sums exact, one fused multiply-add a block and row (q4_1: two), so equal bits everywhere
-#include "cpu/tiles/dots.h"
+// numerics cpu/tiles/tiles.h; integer sums exact, a fused multiply-add for each scale and minimum, so equal bits everywhere
 #include "cpu/lanes.h"
+#include "cpu/tiles/formats.h"
 #include "cpu/tiles/tiles.h"
 
 namespace dc {
@@ -73,30 +73,32 @@ DC_INLINE Lanes rms_scale(const float* x, int64_t columns, float epsilon) {     
     return all(1.0f / __builtin_sqrtf(sum(squares) / float(columns) + epsilon));
 }
 
-template <Weight TYPE>
+DC_INLINE void put_sums(HalfSums sum, int32_t (*minus)[GROUP_ROWS], int r) {
+    minus[0][r] = -(sum.low + sum.high), minus[1][r] = -sum.low, minus[2][r] = -sum.high;
+}
+
 DC_INLINE void quantize_row(const Row& row, PanelBlock* panel, int r) {
-    constexpr int32_t OFFSET = TYPE == Weight::q8_0 ? -128 : -8;
     const int64_t blocks = row.job.columns / BLOCK;
     float scales = 0;
     for (int64_t b = 0; b < blocks; b++) {
         const Quantized q = quantize_block(value_at(row, b * BLOCK), value_at(row, b * BLOCK + 16), panel[b].x[r]);
         PanelBlock& to = panel[b];
         to.scale[r] = q.scale;
+        to.product[r] = q.scale * float(q.sum.low + q.sum.high);
         to.has_fine[r] = 0;
-        to.fine_start[r] = 0;
+        put_sums(q.sum, to.minus, r);
+        put_sums({0, 0}, to.fine_minus, r);
         std::memset(to.fine[r], 0, BLOCK);
-        if (TYPE == Weight::q4_1) to.offset[r].product = q.scale * float(q.sum);
-        else to.offset[r].start = OFFSET * q.sum;
         scales += q.scale;
     }
     const float limit = FINE_ABOVE * (scales / float(blocks));
     for (int64_t b = 0; b < blocks; b++) {
         PanelBlock& to = panel[b];
         if (!(to.scale[r] > limit)) continue;
-        const int32_t sum = quantize_rest(value_at(row, b * BLOCK), value_at(row, b * BLOCK + 16), to.fine[r]);
+        const HalfSums sum = quantize_rest(value_at(row, b * BLOCK), value_at(row, b * BLOCK + 16), to.fine[r]);
         to.has_fine[r] = 1;
-        if (TYPE == Weight::q4_1) to.offset[r].product += to.scale[r] / 256 * float(sum);
-        else to.fine_start[r] = OFFSET * sum;
+        to.product[r] += to.scale[r] / 256 * float(sum.low + sum.high);
+        put_sums(sum, to.fine_minus, r);
     }
 }
 
@@ -110,54 +112,42 @@ void prepare(const Preparation& job, int64_t row_begin, int64_t row_end) {
         const Row row{job, x, job.norm ? rms_scale(x, job.columns, job.epsilon) : all(1.0f)};
         uint8_t* panel = job.prepared + i / GROUP_ROWS * group_bytes(job.type, job.columns);
         const int r = int(i % GROUP_ROWS);
-        switch (job.type) {
-            case Weight::q8_0: quantize_row<Weight::q8_0>(row, reinterpret_cast<PanelBlock*>(panel), r); break;
-            case Weight::q4_0: quantize_row<Weight::q4_0>(row, reinterpret_cast<PanelBlock*>(panel), r); break;
-            case Weight::q4_1: quantize_row<Weight::q4_1>(row, reinterpret_cast<PanelBlock*>(panel), r); break;
-            default: copy_row(row, reinterpret_cast<float*>(panel), r);
-        }
+        if (is_float(job.type)) copy_row(row, reinterpret_cast<float*>(panel), r);
+        else quantize_row(row, reinterpret_cast<PanelBlock*>(panel), r);
     }
 }
 
 // ---- one q tile times R rows of a panel. Kernels are never inlined: in their caller GCC gives them half the registers.
 
-struct BlockOfTile { const uint8_t *scales, *quants; };
-
-template <Weight TYPE>
-DC_INLINE BlockOfTile block_of(const uint8_t* tile, int64_t b) {
-    if (TYPE == Weight::q8_0) {
-        const uint8_t* two = tile + b / 2 * 1088;
-        return {two + b % 2 * 32, two + 64 + b % 2 * 512};
-    }
-    const int64_t scales = TYPE == Weight::q4_1 ? 64 : 32;
-    return {tile + b * (scales + 256), tile + b * (scales + 256) + scales};
+// Each line once, block after block.
+template <class F>
+DC_INLINE void prefetch_block(const uint8_t* group, int64_t i, int64_t ahead) {
+    constexpr int64_t STEP = group_of_blocks_bytes<F>() / F::BLOCKS;
+    for (int64_t line = 0; line < STEP; line += 64) fetch_once(group + i * STEP + ahead + line);
 }
 
-template <Weight TYPE>
-DC_INLINE void prefetch_block(BlockOfTile w, int64_t ahead) {       // each line once, block after block
-    for (int64_t line = 0; line < (TYPE == Weight::q8_0 ? 512 : 256); line += 64) fetch_once(w.quants + ahead + line);
-    fetch_once(w.scales + ahead);
+// sums [PARTS][R] += a block's codes times R rows of x.
+template <class F, int R, int C>
+DC_INLINE void sum_chunk(const uint8_t* quants, const int8_t* x, Sum* sum) {
+    Words low, high;
+    F::template unpack<C>(quants, low, high);
+    const typename F::Weights first = F::weights(low), second = F::weights(high);
+    for (int r = 0; r < R; r++) F::Dot::dot(sum[r], first, x + r * BLOCK + F::NEXT * C);
+    for (int r = 0; r < R; r++) F::Dot::dot(sum[(F::PARTS - 1) * R + r], second, x + r * BLOCK + F::SECOND + F::NEXT * C);
 }
 
-template <Weight TYPE, int R>
-DC_INLINE void sum_block(const uint8_t* quants, const int8_t* x, Sum* sum) {
-    if (TYPE == Weight::q8_0) {
-        for (int c = 0; c < 8; c++) {
-            const Bytes w = load_bytes(quants + 64 * c);
-            for (int r = 0; r < R; r++) dot_bytes(sum[r], w, x + r * BLOCK + 4 * c);
-        }
-        return;
-    }
-    for (int c = 0; c < 4; c++) {
-        const Words both = load_words(quants + 64 * c), low = low_nibbles(both), high = high_nibbles(both);
-        for (int r = 0; r < R; r++) dot_nibbles(sum[r], low, x + r * BLOCK + 4 * c);
-        for (int r = 0; r < R; r++) dot_nibbles(sum[r], high, x + r * BLOCK + 16 + 4 * c);
-    }
-}
-
-template <Weight TYPE>
-DC_INLINE Whole end_sum(const Sum& sum, int32_t start) {
-    return TYPE == Weight::q8_0 ? end_bytes(sum, start) : end_nibbles(sum, TYPE == Weight::q4_1 ? 0 : start);
+// whole [PARTS][R] = a block's sums with R rows of x; `minus`: those rows' of PanelBlock.
+template <class F, int R>
+DC_INLINE void sum_block(const uint8_t* quants, const int8_t* x, const int32_t* minus, Whole* whole) {
+    constexpr int FIRST = F::PARTS - 1;                         // of all 32 columns, or of the first 16
+    Sum sum[F::PARTS * R];
+    for (int p = 0; p < F::PARTS; p++)
+        for (int r = 0; r < R; r++) sum[p * R + r] = F::Dot::template begin<F::OFFSET_SHIFT>(minus[(FIRST + p) * GROUP_ROWS + r]);
+    sum_chunk<F, R, 0>(quants, x, sum), sum_chunk<F, R, 1>(quants, x, sum);
+    sum_chunk<F, R, 2>(quants, x, sum), sum_chunk<F, R, 3>(quants, x, sum);
+    for (int p = 0; p < F::PARTS; p++)
+        for (int r = 0; r < R; r++)
+            whole[p * R + r] = F::Dot::template end<F::OFFSET_SHIFT>(sum[p * R + r], minus[(FIRST + p) * GROUP_ROWS + r]);
 }
 
 template <int R>
@@ -167,45 +157,53 @@ DC_INLINE bool any_fine(const uint8_t* has_fine) {
     return flags != 0;
 }
 
-// A block's sums of R rows, after the fine plane's if one of these rows has it, onto the rows' totals. To a row without, it makes
-// no difference whether another has one: d * dx * sum is (d / 256) * dx * (256 * sum), to the bit.
-template <Weight TYPE, int R>
-DC_INLINE void add_block(const uint8_t* quants, const PanelBlock& x, int row, Lanes d, Whole* whole, Lanes* total) {
+template <int PARTS>
+struct Scales { Lanes of[PARTS]; };
+
+// A block's sums of R rows, and the fine plane's if one of these rows has it, onto the rows' totals. `apart` lies between two
+// parts of `whole`. To a row without a fine plane it makes no difference whether another has one: apart, it adds 0; else
+// d * dx * sum is (d / 256) * dx * (256 * sum), to the bit.
+template <class F, int R>
+DC_INLINE void add_block(const uint8_t* quants, const PanelBlock& x, int row, Scales<F::PARTS> d, Whole* whole, int apart, Lanes* total) {
     if constexpr (R > FINE_ROWS) {
-        add_block<TYPE, FINE_ROWS>(quants, x, row, d, whole, total);
-        return add_block<TYPE, R - FINE_ROWS>(quants, x, row + FINE_ROWS, d, whole + FINE_ROWS, total + FINE_ROWS);
+        add_block<F, FINE_ROWS>(quants, x, row, d, whole, apart, total);
+        return add_block<F, R - FINE_ROWS>(quants, x, row + FINE_ROWS, d, whole + FINE_ROWS, apart, total + FINE_ROWS);
     }
-    if (any_fine<R>(x.has_fine + row)) {
-        const int32_t* start = x.fine_start + row;
-        Sum sum[R];
-        for (int r = 0; r < R; r++) sum[r] = TYPE == Weight::q4_1 ? begin_sum() : begin_sum(start[r]);
-        sum_block<TYPE, R>(quants, x.fine[row], sum);
-        for (int r = 0; r < R; r++) whole[r] = add_fine(whole[r], end_sum<TYPE>(sum[r], start[r]));
-        d = d * all(1.0f / 256);
+    const bool fine = any_fine<R>(x.has_fine + row);
+    Whole rest[F::PARTS * R];
+    if (F::FINE_APART || !fine)
+        for (int p = 0; p < F::PARTS; p++)
+            for (int r = 0; r < R; r++) total[r] = fma(d.of[p] * all(x.scale[row + r]), to_floats(whole[p * apart + r]), total[r]);
+    if (!fine) return;
+    sum_block<F, R>(quants, x.fine[row], x.fine_minus[0] + row, rest);
+    for (int p = 0; p < F::PARTS; p++) {
+        const Lanes small = d.of[p] * all(1.0f / 256);
+        for (int r = 0; r < R; r++) {
+            const Whole sum = F::FINE_APART ? rest[p * R + r] : add_fine(whole[p * apart + r], rest[p * R + r]);
+            total[r] = fma(small * all(x.scale[row + r]), to_floats(sum), total[r]);
+        }
     }
-    for (int r = 0; r < R; r++) total[r] = fma(d * all(x.scale[row + r]), to_floats(whole[r]), total[r]);
 }
 
 // Rows row .. row + R - 1 of the panel -> y [R][16]; `ahead`: prefetch what lies that many bytes further on, unless 0.
 template <Weight TYPE, int R>
 __attribute__((noinline)) void q_rows(const uint8_t* tile, int64_t blocks, int64_t ahead, const PanelBlock* panel, int row,
                                       float* y) {
+    using F = Format<TYPE>;
     Lanes total[R] = {};                            // zeroed by a loop, GCC 12 would keep it in memory
     for (int64_t b = 0; b < blocks; b++) {
-        const BlockOfTile w = block_of<TYPE>(tile, b);
-        const int8_t* x = panel[b].x[row];
-        const auto* offset = panel[b].offset + row;
-        if (ahead) prefetch_block<TYPE>(w, ahead);
-        Sum sum[R];
-        for (int r = 0; r < R; r++) sum[r] = TYPE == Weight::q4_1 ? begin_sum() : begin_sum(offset[r].start);
-        sum_block<TYPE, R>(w.quants, x, sum);
-        const Lanes d = load(reinterpret_cast<const Half*>(w.scales));
-        Whole whole[R];
-        for (int r = 0; r < R; r++) whole[r] = end_sum<TYPE>(sum[r], offset[r].start);
-        add_block<TYPE, R>(w.quants, panel[b], row, d, whole, total);
-        if (TYPE != Weight::q4_1) continue;
-        const Lanes m = load(reinterpret_cast<const Half*>(w.scales) + 16);
-        for (int r = 0; r < R; r++) total[r] = fma(m, all(offset[r].product), total[r]);
+        const int64_t i = b % F::BLOCKS;
+        const uint8_t* group = tile + b / F::BLOCKS * group_of_blocks_bytes<F>();
+        const uint8_t* quants = quants_of<F>(group, i);
+        if (ahead) prefetch_block<F>(group, i, ahead);
+        Whole whole[F::PARTS * R];
+        sum_block<F, R>(quants, panel[b].x[row], panel[b].minus[0] + row, whole);
+        Scales<F::PARTS> d;
+        for (int p = 0; p < F::PARTS; p++) d.of[p] = F::scale(group, int(i), p);
+        add_block<F, R>(quants, panel[b], row, d, whole, R, total);
+        if (!F::HAS_MINIMUM) continue;
+        const Lanes m = F::minimum(group, int(i));
+        for (int r = 0; r < R; r++) total[r] = fma(m, all(panel[b].product[row + r]), total[r]);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) store(y + 16 * r, total[r]);
@@ -269,10 +267,11 @@ FloatKernel pick_float(int rows) {
 template <class W>
 FloatKernel pick_float(int tiles, int rows) { return tiles == PAIR ? pick_float<W, PAIR>(rows) : pick_float<W, 1>(rows); }
 
+template <Weight TYPE>
+QKernel pick_type(Format<TYPE>, int rows) { return pick_q<TYPE>(rows); }
+
 QKernel q_kernel(Weight type, int rows) {
-    return type == Weight::q8_0   ? pick_q<Weight::q8_0>(rows)
-           : type == Weight::q4_0 ? pick_q<Weight::q4_0>(rows)
-                                  : pick_q<Weight::q4_1>(rows);
+    return with_format(type, [&](auto format) { return pick_type(format, rows); });
 }
 
 FloatKernel float_kernel(Weight type, int tiles, int rows) {
@@ -285,10 +284,10 @@ FloatKernel float_kernel(Weight type, int tiles, int rows) {
 
 struct Sums { float y[PAIR][GROUP_ROWS][16]; };
 
-// Some tiles, which lie one after another, times the rows of one panel.
+// Some tiles, one after another, times the rows of one panel.
 struct Meeting {
     const Tiles& w;
-    const uint8_t* tile;
+    int64_t tile;
     int64_t tile_bytes;
     int tiles;
     const uint8_t* panel;
@@ -299,7 +298,7 @@ struct Meeting {
 void multiply_floats(const Meeting& m, Sums& out) {
     for (int row = 0, n; row < m.rows; row += n) {
         n = int(least(FLOAT_ROWS, m.rows - row));
-        float_kernel(m.w.type, m.tiles, n)(m.tile, m.w.columns, row ? 0 : m.ahead, reinterpret_cast<const float*>(m.panel), row,
+        float_kernel(m.w.type, m.tiles, n)(m.w.memory + m.tile * m.tile_bytes, m.w.columns, row ? 0 : m.ahead, reinterpret_cast<const float*>(m.panel), row,
                                            out.y[0][row]);
     }
 }
@@ -307,10 +306,11 @@ void multiply_floats(const Meeting& m, Sums& out) {
 void multiply_blocks(const Meeting& m, Sums& out) {
     for (int row = 0, n; row < m.rows; row += n) {
         n = int(least(Q_ROWS, m.rows - row));
-        const QKernel kernel = q_kernel(m.w.type, n);
-        for (int t = 0; t < m.tiles; t++)
-            kernel(m.tile + t * m.tile_bytes, m.w.columns / BLOCK, row ? 0 : m.ahead, reinterpret_cast<const PanelBlock*>(m.panel), row,
-                   out.y[t][row]);
+        for (int t = 0; t < m.tiles; t++) {
+            const TilePlace place = tile_of(m.w, m.tile + t, m.tile_bytes);
+            q_kernel(place.type, n)(place.memory, m.w.columns / BLOCK, row ? 0 : m.ahead, reinterpret_cast<const PanelBlock*>(m.panel), row,
+                                    out.y[t][row]);
+        }
     }
 }
 
@@ -349,7 +349,7 @@ void multiply(const Product& job, int64_t tile_begin, int64_t tile_end, int64_t 
         for (int64_t tile = tile_begin; tile < tile_end; tile += step)
             for (int64_t group = first; group < least(first + at_once, group_end); group++) {
                 const int64_t row = group * GROUP_ROWS;
-                const Meeting m{w, w.memory + tile * bytes, bytes, int(least(step, tile_end - tile)),
+                const Meeting m{w, tile, bytes, int(least(step, tile_end - tile)),
                                 static_cast<const uint8_t*>(job.prepared) + group * panel_bytes,
                                 int(least(GROUP_ROWS, job.rows - row)), group == first ? AHEAD : 0};
                 Sums sums;

@@ -1,0 +1,364 @@
+// What there is to know of each quantized type of weights: one struct Format<TYPE> a type. tiles.h has the layout in words.
+//
+//     name                     as Python and GGUF call it
+//     FILE_COLUMNS, FILE_BYTES a block as GGUF has it: `codes` reads its unsigned codes, one a column
+//     BITS                     of a code; `Quants<BITS>` says how the codes of 16 rows x 32 columns lie in a tile
+//     BLOCKS, SCALE_BYTES      so many blocks of 32 columns lie together in a tile, their scales first: `put_scales` writes a row's
+//     PARTS                    1: a scale for 32 columns; 2: one for each 16
+//     OFFSET_SHIFT             weight = scale * (code - 2^OFFSET_SHIFT); NO_OFFSET: weight = scale * code + minimum
+//     TABLE                    weight = scale * TABLE[code] instead, where there is one
+//     scale, minimum           of block i of a group, lane r = row r: exact products in float32
+//     Dot                      which of dots.h's dot products
+//     FINE_APART               see tiles.h, numerics
+//
+// Adding a type: a struct here, its line in `with_format` and in enum Weight, its quantizer in quantize.cpp, and its name in
+// decode_core/weights.py. A file that includes this defines DC_ISA.
+#pragma once
+
+#include "cpu/tiles/dots.h"
+#include "cpu/tiles/tiles.h"
+
+namespace dc {
+namespace DC_ISA {
+
+constexpr int NO_OFFSET = -1;
+
+// ---- how codes lie in a tile: 16 rows x 32 columns, lane r = row r. unpack<C>, C = 0 .. 3: 4 columns from NEXT * C on, and 4
+// from SECOND + NEXT * C on
+
+template <int BITS>
+struct Quants;
+
+struct NibbleOrder { static constexpr int NEXT = 4, SECOND = 16; };
+
+template <>
+struct Quants<4> : NibbleOrder {            // 4 chunks of 64 B: lane r = 4 bytes, low nibbles columns 4 c .., high ones 16 + 4 c ..
+    static constexpr int64_t BYTES = 256;
+
+    template <int C>
+    DC_INLINE void unpack(const uint8_t* quants, Words& low, Words& high) {
+        const Words both = load_words(quants + 64 * C);
+        low = low_nibbles(both), high = high_nibbles(both);
+    }
+    static void put(const uint8_t* codes, uint8_t* quants, int r) {
+        for (int k = 0; k < 16; k++) quants[k / 4 * 64 + 4 * r + k % 4] = uint8_t((codes[k] & 15) | (codes[k + 16] & 15) << 4);
+    }
+    static int code(const uint8_t* quants, int r, int k) {
+        const int both = quants[k % 16 / 4 * 64 + 4 * r + k % 4];
+        return k < 16 ? both & 15 : both >> 4;
+    }
+};
+
+template <>
+struct Quants<5> : NibbleOrder {            // after the nibbles 64 B of fifth bits: of byte k % 4 of lane r, bit k / 4 is column k's
+    static constexpr int64_t BYTES = 320;
+
+    template <int C>
+    DC_INLINE void unpack(const uint8_t* quants, Words& low, Words& high) {
+        Quants<4>::unpack<C>(quants, low, high);
+        const Words fifth = load_words_again(quants + 256);
+        low = low | take_bits<4 - C, 0x10>(fifth), high = high | take_bits<-C, 0x10>(fifth);
+    }
+    static void put(const uint8_t* codes, uint8_t* quants, int r) {
+        Quants<4>::put(codes, quants, r);
+        for (int i = 0; i < 4; i++) {
+            int bits = 0;
+            for (int c = 0; c < 8; c++) bits |= (codes[4 * c + i] >> 4 & 1) << c;
+            quants[256 + 4 * r + i] = uint8_t(bits);
+        }
+    }
+    static int code(const uint8_t* quants, int r, int k) {
+        return Quants<4>::code(quants, r, k) | (quants[256 + 4 * r + k % 4] >> k / 4 & 1) << 4;
+    }
+};
+
+template <>
+struct Quants<6> : NibbleOrder {            // after the nibbles two chunks of upper pairs of bits, of 16 columns each
+    static constexpr int64_t BYTES = 384;
+
+    template <int C>
+    DC_INLINE void unpack(const uint8_t* quants, Words& low, Words& high) {
+        Quants<4>::unpack<C>(quants, low, high);
+        low = low | take_bits<4 - 2 * C, 0x30>(load_words_again(quants + 256));
+        high = high | take_bits<4 - 2 * C, 0x30>(load_words_again(quants + 320));
+    }
+    static void put(const uint8_t* codes, uint8_t* quants, int r) {
+        Quants<4>::put(codes, quants, r);
+        for (int half = 0; half < 2; half++)
+            for (int i = 0; i < 4; i++) {
+                int bits = 0;
+                for (int c = 0; c < 4; c++) bits |= (codes[16 * half + 4 * c + i] >> 4 & 3) << 2 * c;
+                quants[256 + 64 * half + 4 * r + i] = uint8_t(bits);
+            }
+    }
+    static int code(const uint8_t* quants, int r, int k) {
+        return Quants<4>::code(quants, r, k) | (quants[256 + k / 16 * 64 + 4 * r + k % 4] >> k % 16 / 4 * 2 & 3) << 4;
+    }
+};
+
+template <>
+struct Quants<8> {                          // 8 chunks of 64 B: lane r = columns 4 c .. 4 c + 3
+    static constexpr int64_t BYTES = 512;
+    static constexpr int NEXT = 8, SECOND = 4;
+
+    template <int C>
+    DC_INLINE void unpack(const uint8_t* quants, Words& low, Words& high) {
+        low = load_words(quants + 128 * C), high = load_words(quants + 128 * C + 64);
+    }
+    static void put(const uint8_t* codes, uint8_t* quants, int r) {
+        for (int k = 0; k < 32; k++) quants[k / 4 * 64 + 4 * r + k % 4] = codes[k];
+    }
+    static int code(const uint8_t* quants, int r, int k) { return quants[k / 4 * 64 + 4 * r + k % 4]; }
+};
+
+// ---- what types have in common
+
+DC_INLINE Lanes halves(const uint8_t* p) { return load(reinterpret_cast<const Half*>(p)); }
+
+static inline void copy_half(const uint8_t* from, uint8_t* to) { std::memcpy(to, from, 2); }
+
+static inline void nibble_codes(const uint8_t* from, uint8_t* codes) {      // 16 bytes: low nibbles are the first 16 columns
+    for (int k = 0; k < 16; k++) codes[k] = from[k] & 15, codes[k + 16] = from[k] >> 4;
+}
+
+static inline void fifth_bits(const uint8_t* from, uint8_t* codes) {        // 4 bytes, a bit a column
+    for (int k = 0; k < 32; k++) codes[k] = uint8_t(codes[k] | (from[k / 8] >> k % 8 & 1) << 4);
+}
+
+inline constexpr int8_t IQ4_VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+inline constexpr int8_t MXFP4_VALUES[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};      // twice the values
+
+// Codes without a table. Each Format has these three and adds its own.
+template <int BITS_, int OFFSET_SHIFT_, class Dot_>
+struct Plain : Quants<BITS_> {
+    static constexpr int BITS = BITS_, OFFSET_SHIFT = OFFSET_SHIFT_, PARTS = 1;
+    static constexpr bool HAS_MINIMUM = OFFSET_SHIFT_ == NO_OFFSET;
+    using Dot = Dot_;
+    using Weights = Words;
+    DC_INLINE Weights weights(Words codes) { return codes; }
+    static float value(int code) { return float(code - (HAS_MINIMUM ? 0 : 1 << OFFSET_SHIFT_ % 32)); }
+    DC_INLINE Lanes minimum(const uint8_t*, int) { return all(0.0f); }
+};
+
+template <const int8_t (&TABLE)[16]>
+struct Tabled : Quants<4> {
+    static constexpr int BITS = 4, OFFSET_SHIFT = 7, PARTS = 1;
+    static constexpr bool HAS_MINIMUM = false;
+    using Dot = SignedDot;
+    using Weights = SignedDot::Weights;
+    DC_INLINE Weights weights(Words codes) { return look_up(codes, TABLE); }
+    static float value(int code) { return float(TABLE[code]); }
+    DC_INLINE Lanes minimum(const uint8_t*, int) { return all(0.0f); }
+};
+
+// Scales and minimums as Q4_K and Q5_K have them: 8 pairs of 6 bits in 12 bytes, under two float16.
+struct KScales {
+    static constexpr int64_t SCALE_BYTES = 320;     // d, dmin f16 [16]; scales u8 [8][16]; minimums u8 [8][16]
+
+    static void put_scales(const uint8_t* block, uint8_t* group, int, int r) {
+        copy_half(block, group + 2 * r), copy_half(block + 2, group + 32 + 2 * r);
+        const uint8_t* packed = block + 4;
+        for (int i = 0; i < 8; i++) {
+            const bool first = i < 4;
+            const int scale = first ? packed[i] & 63 : (packed[i + 4] & 15) | packed[i - 4] >> 6 << 4;
+            const int minimum = first ? packed[i + 4] & 63 : packed[i + 4] >> 4 | packed[i] >> 6 << 4;
+            group[64 + 16 * i + r] = uint8_t(scale), group[192 + 16 * i + r] = uint8_t(minimum);
+        }
+    }
+    DC_INLINE Lanes scale(const uint8_t* group, int i, int) { return halves(group) * lanes_of_bytes(group + 64 + 16 * i); }
+    DC_INLINE Lanes minimum(const uint8_t* group, int i) {
+        return all(0.0f) - halves(group + 32) * lanes_of_bytes(group + 192 + 16 * i);
+    }
+};
+
+static inline void nibble_codes_of_pairs(const uint8_t* from, uint8_t* codes) {     // 128 bytes: each 32 hold two blocks of 32
+    for (int k = 0; k < 256; k++) codes[k] = uint8_t(from[k / 64 * 32 + k % 32] >> k / 32 % 2 * 4 & 15);
+}
+
+// ---- the types
+
+template <Weight TYPE>
+struct Format;
+
+template <>
+struct Format<Weight::q8_0> : Plain<8, 7, SignedDot> {
+    static constexpr const char* name = "q8_0";
+    static constexpr int64_t FILE_COLUMNS = 32, FILE_BYTES = 34, BLOCKS = 2, SCALE_BYTES = 64;
+    static constexpr bool FINE_APART = false;
+    using Weights = SignedDot::Weights;
+
+    static void codes(const uint8_t* block, uint8_t* codes) {
+        for (int k = 0; k < 32; k++) codes[k] = block[2 + k] ^ 0x80;
+    }
+    static void put_scales(const uint8_t* block, uint8_t* group, int i, int r) { copy_half(block, group + 32 * i + 2 * r); }
+    DC_INLINE Lanes scale(const uint8_t* group, int i, int) { return halves(group + 32 * i); }
+    DC_INLINE Weights weights(Words codes) { return SignedDot::weights(codes); }
+};
+
+template <>
+struct Format<Weight::q4_0> : Plain<4, 3, NibbleDot> {
+    static constexpr const char* name = "q4_0";
+    static constexpr int64_t FILE_COLUMNS = 32, FILE_BYTES = 18, BLOCKS = 1, SCALE_BYTES = 32;
+    static constexpr bool FINE_APART = false;
+
+    static void codes(const uint8_t* block, uint8_t* codes) { nibble_codes(block + 2, codes); }
+    static void put_scales(const uint8_t* block, uint8_t* group, int, int r) { copy_half(block, group + 2 * r); }
+    DC_INLINE Lanes scale(const uint8_t* group, int, int) { return halves(group); }
+};
+
+template <>
+struct Format<Weight::q4_1> : Plain<4, NO_OFFSET, NibbleDot> {
+    static constexpr const char* name = "q4_1";
+    static constexpr int64_t FILE_COLUMNS = 32, FILE_BYTES = 20, BLOCKS = 1, SCALE_BYTES = 64;
+    static constexpr bool FINE_APART = false;
+
+    static void codes(const uint8_t* block, uint8_t* codes) { nibble_codes(block + 4, codes); }
+    static void put_scales(const uint8_t* block, uint8_t* group, int, int r) {
+        copy_half(block, group + 2 * r), copy_half(block + 2, group + 32 + 2 * r);
+    }
+    DC_INLINE Lanes scale(const uint8_t* group, int, int) { return halves(group); }
+    DC_INLINE Lanes minimum(const uint8_t* group, int) { return halves(group + 32); }
+};
+
+template <>
+struct Format<Weight::q5_0> : Plain<5, 4, UnsignedDot> {
+    static constexpr const char* name = "q5_0";
+    static constexpr int64_t FILE_COLUMNS = 32, FILE_BYTES = 22, BLOCKS = 2, SCALE_BYTES = 64;
+    static constexpr bool FINE_APART = true;
+
+    static void codes(const uint8_t* block, uint8_t* codes) { nibble_codes(block + 6, codes), fifth_bits(block + 2, codes); }
+    static void put_scales(const uint8_t* block, uint8_t* group, int i, int r) { copy_half(block, group + 32 * i + 2 * r); }
+    DC_INLINE Lanes scale(const uint8_t* group, int i, int) { return halves(group + 32 * i); }
+};
+
+template <>
+struct Format<Weight::q5_1> : Plain<5, NO_OFFSET, UnsignedDot> {
+    static constexpr const char* name = "q5_1";
+    static constexpr int64_t FILE_COLUMNS = 32, FILE_BYTES = 24, BLOCKS = 1, SCALE_BYTES = 64;
+    static constexpr bool FINE_APART = true;
+
+    static void codes(const uint8_t* block, uint8_t* codes) { nibble_codes(block + 8, codes), fifth_bits(block + 4, codes); }
+    static void put_scales(const uint8_t* block, uint8_t* group, int, int r) {
+        copy_half(block, group + 2 * r), copy_half(block + 2, group + 32 + 2 * r);
+    }
+    DC_INLINE Lanes scale(const uint8_t* group, int, int) { return halves(group); }
+    DC_INLINE Lanes minimum(const uint8_t* group, int) { return halves(group + 32); }
+};
+
+template <>
+struct Format<Weight::q4_k> : Plain<4, NO_OFFSET, NibbleDot>, KScales {
+    static constexpr const char* name = "q4_k";
+    static constexpr int64_t FILE_COLUMNS = 256, FILE_BYTES = 144, BLOCKS = 8;
+    static constexpr bool FINE_APART = true;
+    using KScales::minimum;
+
+    static void codes(const uint8_t* block, uint8_t* codes) { nibble_codes_of_pairs(block + 16, codes); }
+};
+
+template <>
+struct Format<Weight::q5_k> : Plain<5, NO_OFFSET, UnsignedDot>, KScales {
+    static constexpr const char* name = "q5_k";
+    static constexpr int64_t FILE_COLUMNS = 256, FILE_BYTES = 176, BLOCKS = 8;
+    static constexpr bool FINE_APART = true;
+    using KScales::minimum;
+
+    static void codes(const uint8_t* block, uint8_t* codes) {
+        nibble_codes_of_pairs(block + 48, codes);
+        for (int k = 0; k < 256; k++) codes[k] = uint8_t(codes[k] | (block[16 + k % 32] >> k / 32 & 1) << 4);
+    }
+};
+
+template <>
+struct Format<Weight::q6_k> : Plain<6, 5, UnsignedDot> {
+    static constexpr const char* name = "q6_k";
+    static constexpr int64_t FILE_COLUMNS = 256, FILE_BYTES = 210, BLOCKS = 8, SCALE_BYTES = 320;   // d f16 [16], 32 B, i8 [16][16]
+    static constexpr int PARTS = 2;
+    static constexpr bool FINE_APART = true;
+
+    static void codes(const uint8_t* block, uint8_t* codes) {
+        for (int k = 0; k < 256; k++) {             // 128 columns at a time: nibbles in 64 bytes, pairs of bits in 32
+            const int half = k / 128, within = k % 128;
+            const int nibble = block[64 * half + within % 64] >> within / 64 * 4 & 15;
+            codes[k] = uint8_t(nibble | (block[128 + 32 * half + within % 32] >> within / 32 * 2 & 3) << 4);
+        }
+    }
+    static void put_scales(const uint8_t* block, uint8_t* group, int, int r) {
+        copy_half(block + 208, group + 2 * r);
+        for (int i = 0; i < 16; i++) group[64 + 16 * i + r] = block[192 + i];
+    }
+    DC_INLINE Lanes scale(const uint8_t* group, int i, int part) {
+        return halves(group) * lanes_of_signed_bytes(group + 64 + 32 * i + 16 * part);
+    }
+};
+
+template <>
+struct Format<Weight::iq4_nl> : Tabled<IQ4_VALUES> {
+    static constexpr const char* name = "iq4_nl";
+    static constexpr int64_t FILE_COLUMNS = 32, FILE_BYTES = 18, BLOCKS = 2, SCALE_BYTES = 64;
+    static constexpr bool FINE_APART = true;
+
+    static void codes(const uint8_t* block, uint8_t* codes) { nibble_codes(block + 2, codes); }
+    static void put_scales(const uint8_t* block, uint8_t* group, int i, int r) { copy_half(block, group + 32 * i + 2 * r); }
+    DC_INLINE Lanes scale(const uint8_t* group, int i, int) { return halves(group + 32 * i); }
+};
+
+template <>
+struct Format<Weight::iq4_xs> : Tabled<IQ4_VALUES> {
+    static constexpr const char* name = "iq4_xs";
+    static constexpr int64_t FILE_COLUMNS = 256, FILE_BYTES = 136, BLOCKS = 8, SCALE_BYTES = 192;   // d f16 [16], 32 B, i8 [8][16]
+    static constexpr bool FINE_APART = true;
+
+    static void codes(const uint8_t* block, uint8_t* codes) {
+        for (int i = 0; i < 8; i++) nibble_codes(block + 8 + 16 * i, codes + 32 * i);
+    }
+    static void put_scales(const uint8_t* block, uint8_t* group, int, int r) {
+        copy_half(block, group + 2 * r);
+        for (int i = 0; i < 8; i++) {
+            const int low = block[4 + i / 2] >> i % 2 * 4 & 15, high = block[2 + i / 4] >> i % 4 * 2 & 3;
+            group[64 + 16 * i + r] = uint8_t((low | high << 4) - 32);
+        }
+    }
+    DC_INLINE Lanes scale(const uint8_t* group, int i, int) { return halves(group) * lanes_of_signed_bytes(group + 64 + 16 * i); }
+};
+
+template <>
+struct Format<Weight::mxfp4> : Tabled<MXFP4_VALUES> {
+    static constexpr const char* name = "mxfp4";
+    static constexpr int64_t FILE_COLUMNS = 32, FILE_BYTES = 17, BLOCKS = 4, SCALE_BYTES = 64;
+    static constexpr bool FINE_APART = true;
+
+    static void codes(const uint8_t* block, uint8_t* codes) { nibble_codes(block + 1, codes); }
+    static void put_scales(const uint8_t* block, uint8_t* group, int i, int r) { group[16 * i + r] = block[0]; }
+    DC_INLINE Lanes scale(const uint8_t* group, int i, int) {        // 2^(e - 128), for e = 0 it is 0
+        return powers_of_bytes(group + 16 * i) * all(0.5f);
+    }
+};
+
+// ---- all of them
+
+// visit(Format<type>()) of a quantized type: the one place that turns a type's number into its struct.
+template <class Visit>
+static inline auto with_format(Weight type, Visit visit) {
+    switch (type) {
+        case Weight::q8_0: return visit(Format<Weight::q8_0>());
+        case Weight::q4_0: return visit(Format<Weight::q4_0>());
+        case Weight::q4_1: return visit(Format<Weight::q4_1>());
+        case Weight::q5_0: return visit(Format<Weight::q5_0>());
+        case Weight::q5_1: return visit(Format<Weight::q5_1>());
+        case Weight::q4_k: return visit(Format<Weight::q4_k>());
+        case Weight::q5_k: return visit(Format<Weight::q5_k>());
+        case Weight::q6_k: return visit(Format<Weight::q6_k>());
+        case Weight::iq4_nl: return visit(Format<Weight::iq4_nl>());
+        case Weight::iq4_xs: return visit(Format<Weight::iq4_xs>());
+        default: return visit(Format<Weight::mxfp4>());
+    }
+}
+
+template <class F>
+constexpr int64_t group_of_blocks_bytes() { return F::SCALE_BYTES + F::BLOCKS * F::BYTES; }
+
+template <class F>
+DC_INLINE const uint8_t* quants_of(const uint8_t* group, int64_t i) { return group + F::SCALE_BYTES + i * F::BYTES; }
+
+}  // namespace DC_ISA
+}  // namespace dc
