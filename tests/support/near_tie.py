@@ -1,4 +1,4 @@
-"""The one helper by which tests compare answers where logits are not row-invariant."""
+"""Compares answers where a row's logits depend on the batch in their last bits."""
 
 from dataclasses import dataclass, field
 
