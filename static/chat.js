@@ -1,38 +1,39 @@
-// The conversation: one plain `state`, the chats and their nodes, questions and the answers that are under way.
+// The conversation: one plain `state`, the chats and their nodes, questions, and the answers being written.
 //
-// A message's way: `ask` adds the user's node, `answer` the assistant's, `runAnswer` reads the stream (`readAnswer`; `takeUp`
-// goes on with it when the connection or the page was lost), every event grows the node, `paint` draws it once per frame and
-// `saveGrown` stores it now and then. Everything else changes `state` and calls `render` (page.js).
+// The path of a message: `ask` adds the user's node, `answer` the assistant's. `runAnswer` reads the stream
+// (`readAnswer`; `takeUp` resumes it when the connection or the page was lost). Every event grows the node,
+// `paint` draws it once per frame, and `saveGrown` stores it now and then. Everything else changes `state`
+// and calls `render` (page.js).
 "use strict";
 
 const NO_MODEL = {name: "", context: 0, device: "", workers: 0, can: {}, defaults: {}, ours: false, api: "v1"};
 
 const state = {
-  chats: new Map(),               // id -> conversation, all that are stored
+  chats: new Map(),               // id -> conversation, all stored ones
   chat: newConversation(),        // the one that is shown; stored with its first message
   nodes: new Map(),               // its nodes
   children: new Map(),            // childrenOf(nodes)
-  leaf: null,                     // id of the last node that is shown; this tab's, while chat.leaf is for the next visit
+  leaf: null,                     // id of the last node shown in this tab; chat.leaf is for the next visit
   path: [],                       // the nodes that are shown
-  runs: new Map(),                // id of a node -> the answer that this tab reads into it, in whatever chat
+  runs: new Map(),                // id of a node -> the answer that this tab reads into it, in any chat
   draft: {text: "", files: []},   // what is in the composer
   counted: {text: "", tokens: 0}, // tokens of the draft, as the server counted them
-  refusal: "",                    // why what is in the composer was not taken
-  notice: "",                     // the page's own words below the turns
-  undo: null,                     // {text, restore}: what was deleted last
+  refusal: "",                    // why the composer's text was refused
+  notice: "",                     // a notice of the page below the turns
+  undo: null,                     // {text, restore} of the last deletion
   editing: null,                  // id of the node that is being edited
   found: null,                    // ids of the chats that match the search; null without one
   phase: "connecting",            // connecting, loading, ready, unreachable
   loading: {stage: "", fraction: null},
   model: {...NO_MODEL},
-  refusedKey: null,               // the API key that the server refused last, "" = that there was none
-  following: true,                // the log stays at its end while an answer grows
+  refusedKey: null,               // the API key that the server refused last, "" if none was sent
+  following: true,                // the log scrolls along while an answer grows
   preferences: {theme: "", clicks: true, sidebar: true, server: "", servers: [], keys: {}, presets: {}, defaults: {}},
 };
 
 const STORE = "chat_server " + PAGE_HOME;
 const store = new Store(STORE);
-const SAVE_MS = 500;              // a growing answer is stored so often
+const SAVE_MS = 500;              // a growing answer is stored this often
 
 const lastNode = () => state.path.at(-1);
 const canAsk = () => !isGrowing(lastNode()) && (state.phase === "ready" || state.phase === "unreachable");
@@ -64,7 +65,7 @@ function changeChat(chat, changes) {
   if (isStored(chat)) store.change("conversations", chat.id, changes);
 }
 
-// Brings what is derived from nodes and leaf in line with them.
+// Updates what is derived from nodes and leaf.
 function refresh() {
   state.children = childrenOf(state.nodes);
   if (!state.nodes.has(state.leaf)) state.leaf = leafBelow(state.children, null);
@@ -78,7 +79,7 @@ function showLeaf(id) {
   refresh();
 }
 
-let opening = 0;                  // only the newest wish is opened
+let opening = 0;                  // only the newest request to open a chat counts
 
 async function openChat(id) {
   const mine = ++opening, chat = state.chats.get(id);
@@ -158,7 +159,7 @@ function offerUndo(text, restore) {
   announce(text);
 }
 
-// A new chat of the messages up to a node.
+// A new chat with the messages up to a node.
 function branchFrom(node) {
   const chat = newConversation({...state.chat, id: newId(), created: Date.now(), updated: Date.now(), pinned: false, running: null});
   let parent = null;
@@ -176,18 +177,27 @@ function branchFrom(node) {
 
 const draftKey = () => isStored(state.chat) ? state.chat.id : "new";
 
-// The text also goes into this tab's own storage, which is there at once and which no other tab touches.
+let unread = null;                // {key} of the draft whose stored files are still being read: nothing is stored over them
+
+// The text also goes into this tab's own storage, which is written at once and which no other tab touches.
 function saveDraft() {
   const {text, files} = state.draft, key = draftKey();
   try { sessionStorage.setItem(`${STORE} draft ${key}`, text); } catch (error) { /* the other storage has it */ }
-  store.change("drafts", key, text || files.length ? {id: key, text, files, created: Date.now()} : null);
+  if (key !== unread?.key) store.change("drafts", key, text || files.length ? {id: key, text, files, created: Date.now()} : null);
 }
 
+// Shows this tab's text at once and the rest when it has been read; what was typed in between stays.
 async function loadDraft(key) {
   let text = null;
   try { text = sessionStorage.getItem(`${STORE} draft ${key}`); } catch (error) { /* the other storage has it */ }
-  const stored = (await store.read("drafts")).find(draft => draft.id === key);
-  if (key === draftKey()) setDraft(text ?? stored?.text ?? "", stored?.files ?? [], false);
+  const mine = unread = {key};
+  setDraft(text ?? "", [], false);
+  const shown = state.draft, stored = (await store.read("drafts")).find(draft => draft.id === key);
+  if (unread !== mine) return;                           // another one is being read by now
+  unread = null;
+  if (key !== draftKey()) return;
+  const changed = state.draft !== shown;
+  setDraft(changed ? state.draft.text : text ?? stored?.text ?? "", [...stored?.files ?? [], ...state.draft.files], changed);
 }
 
 // asking --------------------------------------------------------------------------------------------------------------
@@ -211,7 +221,7 @@ function storeNewChat(chat, content) {
   rememberPlace();
 }
 
-// Sends a message, as an answer to `parent`. What the server refuses for its content returns to the composer.
+// Sends a message as a child of `parent`. If the server refuses its content, it returns to the composer.
 function ask(text, files = [], parent = state.leaf) {
   if (!canAsk() || !text.trim() && !files.length) return false;
   const before = state.leaf, {content, ...more} = composeMessage(text, files);
@@ -235,18 +245,19 @@ function removeNodes(ids, leaf) {
   state.leaf = leaf;
   changeChat(chat, {leaf});
   if (state.nodes.size) return;
-  state.chats.delete(chat.id);                          // it has never begun
+  state.chats.delete(chat.id);                          // it never began
   store.change("conversations", chat.id, null);
   rememberPlace();
 }
 
-// The text returns to where it can be changed, before what was typed meanwhile.
+// Puts the text back into the composer, before what has been typed since.
 function giveBack(text, files, reason) {
   state.refusal = reason;
   setDraft([text, state.draft.text].filter(each => each.trim()).join("\n\n"), [...files, ...state.draft.files]);
 }
 
-// Another answer to the same question. Nothing of the old one goes before the server has accepted; then only an empty failure.
+// Another answer to the same question. The old one stays, unless it was an empty failure and the server
+// accepts the new one.
 function regenerate(node) {
   const question = state.nodes.get(node.parent), before = state.leaf;
   if (!canAsk() || !question) return;
@@ -264,7 +275,8 @@ function forget(node) {
   refresh();
 }
 
-// A new answer below `question`. `onRefusal(error, node)` may undo it, and says so by true; `onAccepted` runs when it is under way.
+// A new answer below `question`. `onRefusal(error, node)` may undo it and then returns true; `onAccepted`
+// runs when the server accepts.
 function answer(question, onRefusal, onAccepted = () => {}) {
   const {chat} = state, parameters = {...chat.parameters};
   const node = addNode(question.id, "assistant", "", {stream: {id: newId(), next: 0}, parameters, model: state.model.name});
@@ -292,7 +304,7 @@ async function connect(run, messages, onAccepted, goOn = false) {
   return response;
 }
 
-// Goes on with an answer that was cut: in the same node where the server can, else by asking for more.
+// Continues an answer that was cut: in the same node if the server can, otherwise by asking for more.
 function goOn(node) {
   if (!canAsk()) return;
   if (!state.model.can.continue_final_message) return ask(TEXT.pleaseContinue);
@@ -318,10 +330,10 @@ function editAnswer(node, text) {
   refresh();
 }
 
-// answers under way ---------------------------------------------------------------------------------------------------
+// answers being written ---------------------------------------------------------------------------------------------------
 
-// Shows an answer growing until it has ended in one way or another; `connecting(run)` gives the response with its next events,
-// null when there are none to be had.
+// Shows an answer growing until it ends in one way or another. `connecting(run)` gives the response with its
+// next events, or null if there are no more.
 async function runAnswer(node, chat, connecting, onRefusal = () => false) {
   const run = {node, chat, controller: new AbortController(), progress: null, chunks: 0, tokens: 0, firstAt: 0, lastAt: 0,
     resumable: true, lost: false, resumed: false, saving: 0, frame: 0, dropped: 0};
@@ -337,7 +349,7 @@ async function runAnswer(node, chat, connecting, onRefusal = () => false) {
     else node.note = "interrupted";
   } catch (error) {
     failure = error;
-    run.controller.abort();                              // the rest of the stream, if any, is of no use
+    run.controller.abort();                              // the rest of the stream, if any, is not needed
   }
   endRun(run, failure, !response && failure && !run.stopped ? onRefusal : () => false);
 }
@@ -385,7 +397,7 @@ async function readEvents(run, response) {
   if (!ended) throw new Lost(TEXT.endedEarly);
 }
 
-// What the server says of an answer, most of it with the last events.
+// What the server says about an answer, mostly in its last events.
 function noteFacts({node, dropped}, {gpu, model, seed, timings, usage, reason}, ended) {
   if (model) node.model = model;
   if (Number.isSafeInteger(seed)) node.seed = seed;
@@ -411,7 +423,7 @@ function paintSoon(run) {
   run.frame ||= requestAnimationFrame(() => { run.frame = 0; paint(run.node); });
 }
 
-// Only what grows, so that nothing else of the node is written again.
+// Only what grows, so that the rest of the node is not written again.
 function saveGrown(run) {
   const {content, reasoning, thought, stream, ended, note, error, remedy, timings, model, seed} = run.node;
   clearTimeout(run.saving);
@@ -419,7 +431,7 @@ function saveGrown(run) {
   store.change("nodes", run.node.id, {content, reasoning, thought, stream, ended, note, error, remedy, timings, model, seed});
 }
 
-// Tokens per second so far: as the server counts them, else about one for each event.
+// Tokens per second so far: as counted by the server, otherwise about one for each event.
 const liveSpeed = run => ((run.tokens || run.chunks) - 1) / Math.max(0.001, (run.lastAt - run.firstAt) / 1000);
 
 const takeUp = run => reconnected(run.node.stream, run.controller.signal, lost => {
@@ -437,7 +449,7 @@ function stopRun(id) {
   return true;
 }
 
-// Stops the answer that is shown growing, also when another tab reads it.
+// Stops the growing answer that is shown, even if another tab reads it.
 function stopAnswer() {
   const node = lastNode();
   if (!isGrowing(node) || stopRun(node.id)) return;
@@ -447,10 +459,10 @@ function stopAnswer() {
 
 // other tabs ----------------------------------------------------------------------------------------------------------
 
-const ANSWER_MS = 300;            // in which a tab says that it reads an answer
-const claimed = new Set();        // ids of nodes that another tab has just said it reads
+const ANSWER_MS = 300;            // time for a tab to say that it reads an answer
+const claimed = new Set();        // ids of nodes that another tab just said it reads
 
-// Goes on with an answer that no tab reads: the page was left, or the tab that did was closed.
+// Resumes an answer that no tab reads: the page was left, or the tab that read it was closed.
 async function adopt(node, chat) {
   if (!isGrowing(node) || state.runs.has(node.id)) return;
   if (store.channel) {
@@ -473,7 +485,7 @@ function adoptOrphans() {
   for (const node of state.nodes.values()) if (isGrowing(node)) adopt(node, state.chat);
 }
 
-// Answers in chats that are not shown, when the page opens.
+// When the page opens: the answers in chats that are not shown.
 async function adoptAll() {
   for (const chat of state.chats.values()) {
     if (!chat.running || chat.id === state.chat.id) continue;
@@ -482,7 +494,7 @@ async function adoptAll() {
   }
 }
 
-// What another tab has stored, or deleted (null).
+// A record that another tab has stored, or deleted (null).
 function hearNews(kind, id, record) {
   if (kind === "conversations") hearChat(id, record);
   if (kind !== "nodes" || state.runs.has(id) && record) return;
@@ -518,7 +530,7 @@ const COMMANDS = {
   help: () => say(TEXT.help),
 };
 
-// No value: the server's default again. The message of what is wrong, where something is.
+// Without a value, the server's default again. Returns a message if something is wrong.
 function setParameter(parameter, text) {
   const {name, command, min, max} = parameter, value = parameterValue(parameter, text);
   if (text && value === undefined) return TEXT.badParameter(command, text, min, max);
@@ -527,7 +539,7 @@ function setParameter(parameter, text) {
   return say(TEXT.parameterIs(command, text));
 }
 
-// Runs "/name value". True when that is done; false with the reason in state.refusal.
+// Runs "/name value". False, with the reason in state.refusal, if it cannot.
 function runCommand(text) {
   const [, name, value] = /^\/(\S*)\s*([^]*)$/.exec(text.trim());
   const problem = Object.hasOwn(COMMANDS, name) ? COMMANDS[name](value.trim()) : TEXT.noCommand(name);
@@ -559,7 +571,7 @@ function importAll(chats, name) {
   return openChat(chats[0]?.conversation.id).then(() => say(text));
 }
 
-// The chat of the page before it had several, from where that kept it; that is emptied once it is stored here.
+// Imports the one chat of an older version of the page, and deletes it there once it is stored here.
 async function takeOverOldChat() {
   let old = null;
   try { old = JSON.parse(localStorage.getItem(STORE)); } catch (error) { /* there is none */ }

@@ -110,6 +110,33 @@ def test_drafts_belong_to_their_chats(page, stand_in):
     expect(message_box(other)).to_have_value("something new")
 
 
+def test_what_is_typed_while_a_draft_is_still_being_read_stays(page, stand_in):
+    open_page(page, stand_in.url)
+    ask(page, "first")
+    expect_answered(page)
+    button(page, "New chat").click()
+    page.locator("#files-picker").set_input_files({"name": "notes.txt", "mimeType": "text/plain", "buffer": b"words"})
+    expect(button(page, "Remove notes.txt")).to_be_visible()
+    message_box(page).fill("old")
+    chats(page).click()
+    expect(message_box(page)).to_have_value("")
+    settled(page)
+    page.evaluate("""() => {
+        const read = store.read.bind(store), gate = new Promise(resolve => window.letGo = resolve);
+        store.read = async (...wanted) => { await gate; return read(...wanted); };
+    }""")
+    button(page, "New chat").click()
+    expect(message_box(page)).to_have_value("old")
+    message_box(page).fill("old and new")
+    page.evaluate("letGo()")
+    expect(button(page, "Remove notes.txt")).to_be_visible()
+    expect(message_box(page)).to_have_value("old and new")
+    settled(page)
+    reload(page)
+    expect(button(page, "Remove notes.txt")).to_have_count(1)
+    expect(message_box(page)).to_have_value("old and new")
+
+
 def new_tab_of(context, url):
     page = context.new_page()
     open_page(page, url)

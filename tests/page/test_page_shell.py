@@ -343,6 +343,7 @@ def test_a_command_that_is_wrong_is_an_error_and_stays_in_the_composer(page, sta
     expect(page.get_by_role("alert")).to_have_count(0)
     message_box(page).press("Enter")
     expect(said(questions(page))).to_have_text([text])          # // sends a slash
+    expect_answered(page)
     assert stand_in.bodies[0]["messages"][0]["content"] == text
 
 
