@@ -1,19 +1,22 @@
-// Markdown that is drawn while it is written, in time that depends on what is new, not on what is there.
+// Draws Markdown while it streams in, in time proportional to the new text, not to all of it.
 //
-// Blocks are found line by line, as CommonMark describes it: a stack of open containers (quotes, lists, items) and one open leaf
-// (paragraph, code, table ...). A line is taken once, as soon as its first characters decide what it is; after that only its
-// text grows. Of an open paragraph the part that nothing later can change is settled, and so is highlighted code wherever the
-// language's state is the initial one. What is drawn is never touched again, except for the short unsettled rest of the open
-// leaf, so a reader's selection stays. Within lines marked's tokenizer decides; elements are made from its tokens, never from
-// HTML text. Only KaTeX's output is HTML, and goes through DOMPurify.
+// Blocks are found line by line, as CommonMark describes: a stack of open containers (quotes, lists, items)
+// and one open leaf (paragraph, code, table ...). A line is classified once, as soon as its first characters
+// decide what it is; after that only its text grows. The part of an open paragraph that no later text can
+// change is settled, and so is highlighted code up to a place where the language's state is the initial one.
+// Settled nodes are never touched again; only the short unsettled rest of the open leaf is redrawn, so a
+// reader's selection stays. Within lines marked's tokenizer decides; elements are made from its tokens, never
+// from HTML text. Only KaTeX's output is HTML, and goes through DOMPurify.
 "use strict";
 
-const markdownWork = {characters: 0, nodes: 0};       // parsed, and made or replaced: tests and bench/page.py read them
+// characters parsed, nodes made or replaced: the tests read them
+const markdownWork = {characters: 0, nodes: 0};
 
-const SETTLE = 200;               // characters of a paragraph's rest before some of them are settled
-const MOST_UNSETTLED = 2000;      // more are settled anyway, and the paragraph is drawn again when it ends
-const CODE_STEP = 150;            // characters of code that are highlighted together
-const MOST_CODE = 6000;           // highlighted together, where no state is the initial one before
+const SETTLE = 200;               // characters of a paragraph's rest before a part of it is settled
+// beyond this some are settled anyway, and the paragraph is redrawn when it ends
+const MOST_UNSETTLED = 2000;
+const CODE_STEP = 150;            // characters of code highlighted together
+const MOST_CODE = 6000;           // highlighted together at most, if the state is never the initial one
 
 function element(tag, properties = {}, ...children) {
   const node = Object.assign(document.createElement(tag), properties);
@@ -47,7 +50,8 @@ const cleanFragment = html => DOMPurify.sanitize(html, CLEAN);
 
 const entities = text => /&[#\w]+;/.test(text) ? cleanFragment(text.replace(/</g, "&lt;")).textContent : text;
 
-// How each kind of token is drawn. What is HTML in the text is shown as text, but for a few harmless tags without attributes.
+// How each kind of token is drawn. HTML in the text is shown as text, except a few harmless tags without
+// attributes.
 const DRAWN = {
   text: token => token.tokens ? inlineNodes(token.tokens) : [entities(token.text)],
   escape: token => [token.text],
@@ -57,7 +61,8 @@ const DRAWN = {
   codespan: token => [element("code", {textContent: token.text})],
   br: () => [element("br")],
   link: token => [linkNode(token.href, inlineNodes(token.tokens))],
-  image: token => [linkNode(token.href, [token.text || token.href])],        // nothing is fetched unasked
+  // nothing is fetched without a click
+  image: token => [linkNode(token.href, [token.text || token.href])],
   math: token => [mathNode(token.tex, token.display)],
 };
 
@@ -68,7 +73,7 @@ function linkNode(href, children) {
 }
 
 function inlineNodes(tokens) {
-  const levels = [{tag: "", nodes: []}];           // the last one: of the innermost open tag
+  const levels = [{tag: "", nodes: []}];           // the last one belongs to the innermost open tag
   for (const token of tokens) {
     const [, close, tag] = token.type === "html" ? /^<(\/?)(br|sub|sup|kbd)\s*\/?>$/i.exec(token.raw) ?? [] : [];
     if (tag?.toLowerCase() === "br") levels.at(-1).nodes.push(element("br"));
@@ -85,7 +90,7 @@ function closeTag(levels) {
   levels.at(-1).nodes.push(element(tag, {}, ...nodes));
 }
 
-// Formulas that come before KaTeX has been loaded show their source until it is.
+// Formulas that come before KaTeX is loaded show their source until then.
 function mathNode(tex, display) {
   if (typeof katex === "undefined") {
     const node = element("code", {className: "tex", textContent: tex});
@@ -101,7 +106,7 @@ function drawFormulas() {
   for (const node of document.querySelectorAll("code.tex")) node.replaceWith(mathNode(node.textContent, "display" in node.dataset));
 }
 
-// The text with what is still open in it closed, so that half a **bold or `code` shows as what it becomes.
+// The text with open marks closed, so that half a **bold or `code` looks like what it will become.
 function withClosers(text, links) {
   const closer = (text.match(/`/g)?.length ?? 0) % 2 ? "`" : (text.match(/\*\*(?=\S)|(?<=\S)\*\*/g)?.length ?? 0) % 2 ? "**" : "";
   if (!closer || text.endsWith(closer[0])) return inlineTokens(text, links);
@@ -110,7 +115,7 @@ function withClosers(text, links) {
   return last?.type === {"`": "codespan", "**": "strong"}[closer] ? tokens : inlineTokens(text, links);
 }
 
-// The length of the text's longest beginning that no later text can change, up to a space outside of everything.
+// The length of the longest beginning that no later text can change, up to a space outside of all marks.
 function settledLength(tokens) {
   let at = 0, settled = 0;
   for (const token of tokens) {
@@ -200,7 +205,7 @@ class Paragraph extends Leaf {
   }
 }
 
-// Takes the definitions `[name]: address "title"` from the head of a paragraph.
+// Removes the definitions `[name]: address "title"` from the head of a paragraph.
 function takeDefinitions(text, view) {
   for (let found; (found = /^\[([^\]\n]+)\]:[ \t]*\n?[ \t]*<?([^\s<>]+)>?(?:[ \t]*\n?[ \t]+["'(](.*)["')])?[ \t]*(?:\n|$)/.exec(text));) {
     const name = found[1].trim().replace(/\s+/g, " ").toLowerCase();
@@ -289,7 +294,7 @@ class Table extends Leaf {
 const tableCells = line => line.trim().replace(/^\|/, "").replace(/(?<!\\)\|$/, "").split(/(?<!\\)\|/)
   .map(cell => cell.trim().replaceAll("\\|", "|"));
 
-// A formula of its own lines; text as any other when it turns out to have no end.
+// A formula on lines of its own; it becomes ordinary text if it never ends.
 class MathBlock extends Leaf {
   constructor(view) {
     super(view);
@@ -307,7 +312,8 @@ class MathBlock extends Leaf {
       markdownWork.nodes++;
       this.done = true;
       this.view.leaf = null;
-    } else if (/\$\$|\\\]/.test(text.slice(2))) this.end();      // something follows the formula: it stands within a line
+    // text follows the formula, so it is part of a line
+    } else if (/\$\$|\\\]/.test(text.slice(2))) this.end();
   }
   draw() { if (!this.done) this.element.textContent = this.text; }
   end() {
@@ -334,8 +340,9 @@ function codeBox(language, code) {
     element("div", {className: "code-bar"}, element("span", {textContent: language || "text"}), copy), pre);
 }
 
-// The text of a code block that grows: highlighted and settled in steps that end where the language's state is the initial one
-// (highlight.js keeps it in `_top`; should that go, code is highlighted when it ends), then an unsettled rest.
+// The text of a growing code block: highlighted and settled in steps that end where the language's state is
+// the initial one, then an unsettled rest. (highlight.js keeps the state in `_top`; without it, code is
+// highlighted when it ends.)
 class CodeText {
   constructor(language) {
     Object.assign(this, {language, element: element("code"), settled: 0, tried: 0, stuck: false, rest: [], drawn: null});
@@ -372,7 +379,7 @@ class CodeText {
     return {fragment: spansOf(value), initial: _top && !_top.parent};
   }
 
-  // Text that only grows goes into the text node that is there.
+  // Text that only grows goes into the existing text node.
   setRest(rest) {
     const old = this.rest.length === 1 && this.rest[0].nodeType === Node.TEXT_NODE ? this.rest[0].data : null;
     if (typeof rest === "string" && old !== null && rest.startsWith(old)) {
@@ -390,7 +397,7 @@ class CodeText {
 
 const ESCAPES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&#x27;": "'"};
 
-// highlight.js' HTML as nodes: it has spans with classes, escaped text, and nothing else.
+// highlight.js's HTML as nodes: spans with classes and escaped text, nothing else.
 function spansOf(html) {
   const levels = [new DocumentFragment()];
   for (const part of html.split(/(<span class="[^"]*">|<\/span>)/)) {
@@ -405,7 +412,7 @@ function spansOf(html) {
   return levels[0];
 }
 
-const plainCode = [];             // what was drawn before highlight.js was there
+const plainCode = [];             // drawn before highlight.js was loaded
 
 function drawCode() {
   for (const code of plainCode.splice(0)) code.update(code.drawn, true);
@@ -419,7 +426,7 @@ const FENCE = /^ {0,3}(?:(`{3,})([^`]*)|(~{3,})(.*))$/;
 const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])( +|\t|$)/;
 const DELIMITER = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
 
-// May a line that is not whole yet still become something else? It consists of marks only, or it opens a fence.
+// Can an incomplete line still become something else? Yes if it consists of marks only, or opens a fence.
 const UNDECIDED = /^[\s>*+\-_=#|~`:$\\.\d)([]*$/;
 const OPENS_FENCE = /^[\s>]*(?:(?:[-*+]|\d{1,9}[.)])\s+)*(?:`{3,}[^`]*|~{3,}.*)$/;
 
@@ -432,7 +439,7 @@ class MarkdownView {
     this.root.replaceChildren();
   }
 
-  // Draws a text that begins with what was drawn before. `finished`: nothing follows, so what is open ends here.
+  // Draws a text that begins with the one drawn before. `finished`: nothing follows, so open blocks end here.
   update(text, finished = false) {
     if (text.length < this.length || this.finished) this.restart();
     this.length = text.length;
@@ -446,7 +453,7 @@ class MarkdownView {
     this.closeTo(1);
     this.finished = true;
     if (!this.defined || !/\]:/.test(text)) return;
-    this.restart({...this.links});            // definitions below their use change what is above
+    this.restart({...this.links});            // definitions below their use change the text above
     this.defined = false;
     this.again = true;
     for (const line of text.split("\n")) this.takeLine(line, true);
@@ -466,7 +473,8 @@ class MarkdownView {
     if (this.contentAt !== null) this.leaf?.set(line.slice(this.contentAt), whole);
   }
 
-  // Finds out what a line is and opens and closes blocks accordingly. Where its text for the leaf begins; null for no text.
+  // Classifies a line, and opens and closes blocks. Returns where its text for the leaf begins; null for no
+  // text.
   beginLine(line) {
     let [depth, at] = this.matchContainers(line);
     const rest = () => line.slice(at);
@@ -488,7 +496,7 @@ class MarkdownView {
     return at;
   }
 
-  // How many of the open containers a line continues, and how many of its characters that takes.
+  // How many open containers a line continues, and how many of its characters they take.
   matchContainers(line) {
     let depth = 1, at = 0;
     for (; depth < this.stack.length; depth++) {
@@ -499,7 +507,8 @@ class MarkdownView {
         at += found[0].length;
       } else if (container.kind === "item") {
         if (!rest.trim()) continue;
-        if (indentOf(rest) < container.indent) return [depth - 1, at];      // its list goes on only with another item
+        // its list continues only with another item
+        if (indentOf(rest) < container.indent) return [depth - 1, at];
         at += container.indent;
       }
     }
@@ -524,7 +533,7 @@ class MarkdownView {
     return null;
   }
 
-  // Opens a quote or an item that begins here, closing what it is not part of. Its length, 0 when there is none.
+  // Opens a quote or an item that begins here, closing what it is not part of. Returns its length, or 0.
   openContainer(rest, depth) {
     const indented = indentOf(rest) >= 4;
     const quote = indented ? null : /^ {0,3}> ?/.exec(rest);
@@ -564,7 +573,8 @@ class MarkdownView {
     return this.stack.at(-1);
   }
 
-  // Opens a leaf that is no paragraph, if one begins here: where its text begins, null for no text; undefined when none does.
+  // Opens a leaf other than a paragraph if one begins here. Returns where its text begins, null for no text,
+  // undefined for no leaf.
   openLeaf(rest, depth, paragraph) {
     if (indentOf(rest) >= 4) return undefined;
     const heading = /^ {0,3}(#{1,6})(?:[ \t]+|$)/.exec(rest);
@@ -598,7 +608,7 @@ class MarkdownView {
     return null;
   }
 
-  // The paragraph's last line is the table's header, if it has as many cells as the delimiter.
+  // The paragraph's last line is the table's header if it has as many cells as the delimiter.
   openTable(delimiter, paragraph) {
     const aligns = tableCells(delimiter).map(cell => cell.endsWith(":") ? (cell.startsWith(":") ? "center" : "right") : "");
     const lines = paragraph.text.trimEnd().split("\n"), header = lines.at(-1);

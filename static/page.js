@@ -4,11 +4,12 @@
 const $ = id => document.getElementById(id);
 const touch = matchMedia("(pointer: coarse)");
 const narrow = matchMedia("(max-width: 860px)");
-const composing = event => event.isComposing || event.keyCode === 229;   // Enter then confirms an input method's word
+// then Enter confirms an input method's word
+const composing = event => event.isComposing || event.keyCode === 229;
 
 // rendering -----------------------------------------------------------------------------------------------------------
 
-// Brings the page in line with `state`; only what differs is touched.
+// Makes the page show `state`; touches only what differs.
 function render() {
   const {chat, model, phase} = state, growing = isGrowing(lastNode());
   setText($("title"), chat.title || TEXT.newChat);
@@ -43,7 +44,7 @@ function syncChildren(parent, nodes) {
   while (parent.children.length > nodes.length) parent.lastElementChild.remove();
 }
 
-// The line below the composer, and beside it how full the context is.
+// The line below the composer, with how full the context is.
 function renderState() {
   const {phase, loading} = state, last = lastNode(), run = state.runs.get(last?.id);
   const shownInTurn = isGrowing(last) && !last.content && !run?.lost;
@@ -72,7 +73,7 @@ function renderGauge() {
 
 const noticeOf = text => element("p", {className: "notice", textContent: text});
 
-// What a new conversation shows: the model, or how far it is loaded; prompts to start with.
+// An empty conversation: the model or its loading progress, and prompts to start with.
 let empty = {key: "", node: null};
 
 function emptyPage() {
@@ -105,7 +106,7 @@ function renderToast() {
 
 function announce(text) { $("announcer").textContent = text; }
 
-// The log follows its end until the reader scrolls up, and again once they are back at the end.
+// The log scrolls along until the reader scrolls up, and again once they are back at the end.
 let lastTop = 0;
 
 const atEnd = slack => $("log").scrollHeight - $("log").scrollTop - $("log").clientHeight <= slack;
@@ -127,7 +128,7 @@ function onScroll() {
 // list of chats -------------------------------------------------------------------------------------------------------
 
 const rows = new Map();           // id of a chat -> its row
-let listed = "";                  // what the list shows, so that it is made anew only when that changes
+let listed = "";                  // what the list shows, so that it is rebuilt only when that changes
 
 function renderChats() {
   const chats = [...state.chats.values()].filter(({id}) => !state.found || state.found.has(id))
@@ -148,7 +149,7 @@ function renderChats() {
     ...(chats.length ? [] : [element("p", {className: "hint", textContent: state.found ? TEXT.nothingFound : TEXT.noChats})])));
 }
 
-// Rows that move in the document lose the focus: it is given back.
+// Rows that move in the document lose the focus, so it is given back.
 function keepFocus(change) {
   const focused = document.activeElement;
   change();
@@ -179,7 +180,7 @@ function newRow(id) {
   const chat = () => state.chats.get(id);
   const row = {link: element("a", {href: `${location.pathname}${location.search}#${id}`, dir: "auto"})};
   row.link.onclick = event => {
-    if (event.ctrlKey || event.metaKey || event.shiftKey) return;      // a tab or window of its own
+    if (event.ctrlKey || event.metaKey || event.shiftKey) return;      // opens in another tab or window
     event.preventDefault();
     openChat(id).then(focusAfterClick);
     showSidebar(!narrow.matches);
@@ -207,7 +208,7 @@ function renameChat(row, chat) {
     if (event.key === "Enter") end(field.value);
     else if (event.key === "Escape") { event.stopPropagation(); end(chat.title); }
     else return;
-    event.preventDefault();           // else Enter would press the button that has the focus now
+    event.preventDefault();           // otherwise Enter would press the button that now has the focus
     row.rename.focus();
   };
   row.link.replaceWith(field);
@@ -340,7 +341,7 @@ const PAGE_STYLE = "body{max-width:48rem;margin:2rem auto;padding:0 1rem;font:16
   "code{font-family:ui-monospace,monospace}table{border-collapse:collapse}td,th{border:1px solid #8888;padding:.3rem .7rem}" +
   "li p{margin:.2rem 0}.said{white-space:pre-wrap}.table{overflow:auto}";
 
-// A page that needs nothing else and runs nothing.
+// A self-contained page without scripts.
 function pageOf({title}, path) {
   const body = element("body", {}, element("h1", {textContent: title || TEXT.chat}));
   for (const {role, content, model} of path) {
@@ -409,7 +410,7 @@ async function countDraft() {
   renderGauge();
 }
 
-// A text file as part of the message; what is no text is refused with the reason.
+// Attaches a text file to the message; other files are refused with the reason.
 async function addFiles(list) {
   const files = [];
   state.refusal = "";
@@ -437,7 +438,7 @@ function onPaste(event) {
 
 let recalled = 0;                 // how far ArrowUp has gone back
 
-// ArrowUp in an empty composer brings back what was asked here, ArrowDown what was asked after that.
+// ArrowUp in an empty composer brings back earlier questions of this chat, ArrowDown later ones.
 function recall(event) {
   const said = state.path.filter(node => node.role === "user").map(node => partsOf(node).text).reverse();
   const shown = recalled && state.draft.text === said[recalled - 1];
@@ -463,7 +464,7 @@ function submitDraft() {
   renderComposer(isGrowing(lastNode()));
 }
 
-// Back to typing; but on a touch screen that would raise the keyboard over the answer.
+// Back to typing, except on a touch screen, where the keyboard would cover the answer.
 function focusAfterClick() { $(touch.matches ? "log" : "message").focus({preventScroll: true}); }
 
 // settings ------------------------------------------------------------------------------------------------------------
@@ -574,7 +575,7 @@ function openServer() {
   $("server-dialog").showModal();
 }
 
-// Opens the Server dialog for a key, once for each key that is refused: closing it unchanged is an answer too.
+// Opens the Server dialog for a key, once for each refused key: the reader may close it unchanged.
 function wantKey(key) {
   if (state.refusedKey === key) return;
   state.refusedKey = key;
@@ -583,7 +584,7 @@ function wantKey(key) {
   $("server-key").focus();
 }
 
-// The fields of the dialog. What was typed for another server is no key of this one.
+// The fields of the dialog. A key typed for another server does not count for this one.
 function takeServer(event) {
   const typed = $("server-url").value.trim(), home = typed ? serverAddress(typed) : "";
   if (home === null) {
@@ -604,7 +605,7 @@ function useServer(home) {
   watchServer();
 }
 
-// ?server= names a server that this page is to use. One that is not known yet gets nothing before the reader has agreed.
+// ?server= names a server for this page to use. An unknown one is sent nothing until the reader agrees.
 function wantedServer() {
   const given = new URLSearchParams(location.search).get("server");
   const home = given ? serverAddress(given) : null;
@@ -718,7 +719,7 @@ function bindStore() {
 
 let started = false;
 
-// What was stored comes in a moment; the page is there before.
+// The stored chats come a moment later; the page is usable before.
 async function start() {
   loadPreferences();
   fillStrings();

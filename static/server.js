@@ -1,12 +1,14 @@
 // Talking to a server: which one and with which key, its health and model, and the events of an answer.
 //
-// The page speaks /v1/chat/completions, and nanochat's /chat/completions with servers that have only that. An event of either
-// becomes {text, reasoning, progress, gpu, reason, usage, timings, ...} in `readEvent`; nothing else knows the difference.
+// The page uses /v1/chat/completions, or nanochat's /chat/completions if a server has only that. `readEvent`
+// turns an event of either into {text, reasoning, progress, gpu, reason, usage, timings, ...}; nothing else
+// knows the difference.
 "use strict";
 
 const PAGE_HOME = location.protocol === "file:" ? "http://127.0.0.1:8000/"
-  : location.origin + location.pathname.replace(/(\/static)?\/[^/]*$/, "/");   // keeps a sub-path; see <base> in index.html
-const SILENCE_MS = 30000;         // the server pings three times as often
+  // keeps a path prefix; see <base> in index.html
+  : location.origin + location.pathname.replace(/(\/static)?\/[^/]*$/, "/");
+const SILENCE_MS = 30000;         // the server pings every 10 s
 const FOREVER_MS = 2 ** 31 - 1;
 const wait = ms => new Promise(resolve => setTimeout(resolve, ms));
 
@@ -16,10 +18,10 @@ const serverHome = () => state.preferences.server || PAGE_HOME;
 const serverUrl = path => serverHome() + path;
 const originOf = url => new URL(url).origin;
 
-// A key is sent only to the origin that it was given for.
+// A key is sent only to the origin for which it was given.
 const serverKey = () => state.preferences.keys[originOf(serverHome())] ?? "";
 
-// "host:8000", "http://host/chat" ... as a base address that ends in a slash; null when it is none.
+// "host:8000", "http://host/chat" ... as a base address that ends in a slash; null if it is not an address.
 function serverAddress(text) {
   try {
     const url = new URL(/^[a-z]+:\/\//i.test(text) ? text : `http://${text}`);
@@ -32,7 +34,7 @@ function serverAddress(text) {
 
 class Lost extends Error {}       // the connection, not the answer
 
-// The server answered, but not with what was asked for.
+// The server answered with an error.
 class Refused extends Error {
   constructor(message, {status, retryAfter = 0, code = ""}) {
     super(message);
@@ -57,7 +59,7 @@ async function request(path, options = {}) {
 const post = (path, body, options = {}) => request(path, {...options, method: "POST", body: JSON.stringify(body),
   headers: {"Content-Type": "application/json", ...options.headers}});
 
-// The body of a response as JSON, null for anything else, an error status and no answer included.
+// The body of a response as JSON; null for anything else, also for an error status or no answer.
 const jsonOf = answer => answer.then(response => response.ok ? response.json() : null).catch(() => null);
 
 async function errorOf(response) {
@@ -79,7 +81,7 @@ function errorText(body) {
 
 // how it is -----------------------------------------------------------------------------------------------------------
 
-let watch = 0;                    // only the newest watcher of /health goes on
+let watch = 0;                    // only the newest watcher of /health continues
 
 async function watchServer() {
   const mine = ++watch;
@@ -118,13 +120,13 @@ async function describeServer() {
   render();
 }
 
-// How many tokens a text has; null where the server does not count.
+// The number of tokens of a text; null if the server does not count them.
 async function countTokens(content) {
   const counted = await jsonOf(post("tokenize", {content}));
   return Array.isArray(counted?.tokens) ? counted.tokens.length : null;
 }
 
-// What the model's template puts around a lone message; null where the server does not tell.
+// What the model's template puts around a single message; null if the server does not say.
 async function templateText(messages) {
   const applied = await jsonOf(post("apply-template", {messages}));
   return typeof applied?.prompt === "string" ? applied.prompt : null;
@@ -134,7 +136,8 @@ async function templateText(messages) {
 
 const ROUTES = {v1: "v1/chat/completions", native: "chat/completions"};
 
-// Asks for an answer: its response, once the server has accepted. Throws Refused, Lost, or what fetch does.
+// Asks for an answer and returns its response once the server has accepted. Throws Refused, Lost, or what
+// fetch throws.
 async function postAnswer({messages, parameters, id, signal, goOn = false}) {
   const body = {messages, resumable: true, truncate: "oldest", progress: true, ...parameters};
   const headers = {Accept: "text/event-stream", "X-Request-Id": id};
@@ -156,7 +159,8 @@ async function accepted(response) {
   return response;
 }
 
-// The rest of an answer whose connection was lost, as soon as the server can be reached again; for about two minutes.
+// The rest of an answer whose connection was lost, once the server can be reached again; tries for about two
+// minutes.
 async function reconnected(stream, signal, onState) {
   const aborted = new Promise((_, reject) => signal.addEventListener("abort", () => reject(signal.reason)));
   aborted.catch(() => {});
@@ -174,9 +178,9 @@ async function reconnected(stream, signal, onState) {
   throw new Error(TEXT.connectionLost);
 }
 
-// Yields {id, event} of each `data:` frame, the id "" where it has none. Comments (": ping") carry no data; characters may be
-// split over chunks. Throws Lost when the connection breaks, or when not even a ping came for `patience` ms: after a sleep
-// nobody says that a connection is dead.
+// Yields {id, event} of each `data:` frame; the id is "" if it has none. Comments (": ping") carry no data;
+// characters may be split over chunks. Throws Lost if the connection breaks, or if not even a ping came for
+// `patience` ms: after the computer has slept, nothing reports that a connection is dead.
 async function* serverEvents(body, patience) {
   const reader = body.getReader(), decoder = new TextDecoder();
   let buffer = "";
@@ -207,7 +211,7 @@ async function readChunk(reader, patience) {
   }
 }
 
-// An event of either API in one shape. Throws what the server says went wrong.
+// An event of either API in one shape. Throws the server's error if it is one.
 function readEvent(event) {
   if (event.error || event.detail) throw new Refused(errorText(event) || TEXT.gaveUp, {status: 0, code: event.error?.code ?? ""});
   const choice = event.choices?.[0], delta = choice?.delta ?? {};
@@ -216,7 +220,8 @@ function readEvent(event) {
     usage: event.usage ?? null, timings: event.timings ?? null, reason: event.finish_reason ?? choice?.finish_reason ?? (event.done ? "stop" : null)};
 }
 
-// {queued: place in the queue} or {read: 0..1 of the prompt}; null when the event says nothing of that. llama-server's too.
+// {queued: place in the queue} or {read: 0..1 of the prompt}; null if the event has neither. Also for
+// llama-server's events.
 function readProgress({progress, prompt_progress: theirs}) {
   const {queue_position: queued, prompt_tokens: total, prompt_tokens_done: done} =
     progress ?? (theirs ? {prompt_tokens: theirs.total, prompt_tokens_done: theirs.processed} : {});

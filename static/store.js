@@ -1,9 +1,9 @@
 // Storage: conversations, nodes and drafts in IndexedDB, shared by the tabs of this browser.
 //
-// A change is a patch: it is laid over the record as it is stored, in one transaction, and raises the record's revision. So
-// tabs never overwrite each other's fields. Other tabs are told which records changed and read them anew. Where IndexedDB is
-// missing everything stays in memory; where it is full, what could not be written stays in `waiting`, is read from there, and
-// is tried again with the next change.
+// A change is a patch: in one transaction it is laid over the stored record and raises the record's revision,
+// so tabs never overwrite each other's fields. Other tabs are told which records changed and read them again.
+// Without IndexedDB everything stays in memory. If it is full, what could not be written stays in `waiting`,
+// is read from there, and is tried again with the next change.
 "use strict";
 
 const KINDS = ["conversations", "nodes", "drafts"];
@@ -13,9 +13,9 @@ const promised = request => new Promise((resolve, reject) => {
   request.onerror = () => reject(request.error);
 });
 
-// A record with a patch laid over it; null when it is to go. A patch of a record that is not there makes one only where it is a
-// whole one (`created`): otherwise another tab has deleted it. Of two tabs that follow one stream the one ahead wins, and what
-// comes late of a stream that has ended (`ended`) is void.
+// A record with a patch laid over it; null to delete it. A patch of a missing record makes one only if it is
+// complete (`created`): otherwise another tab has deleted the record. If two tabs follow one stream, the one
+// ahead wins. Late parts of a stream that has ended (`ended`) are dropped.
 function patched(record, patch) {
   if (patch === null || !record && !patch.created) return null;
   const late = patch.stream?.id === record?.ended || patch.stream?.next < record?.stream?.next;
@@ -45,7 +45,7 @@ class Store {
     }
   }
 
-  // All records of a kind, or the nodes of one conversation; with what is not written yet.
+  // All records of a kind, or the nodes of one conversation, including those not yet written.
   async read(kind, conversation = null) {
     const mine = record => conversation === null || record.conversation === conversation;
     if (!this.db) return [...this.memory.get(kind).values()].filter(mine);
@@ -76,7 +76,7 @@ class Store {
   }
 
   async flush() {
-    await null;                     // what is changed together is written together
+    await null;                     // changes made together are written together
     while (this.waiting.size) {
       const batch = this.writing = this.waiting;
       this.waiting = new Map();
@@ -113,14 +113,15 @@ class Store {
     });
   }
 
-  // When the page goes, a transaction may not end in time: what is not written yet is left where writing is immediate.
+  // When the page closes, a transaction may not end in time: what is not yet written goes where writing is
+  // immediate.
   leave() {
     const changes = [...this.writing.values(), ...this.waiting.values()];
     if (!changes.length || !this.db) return;
     try { localStorage.setItem(`${this.name} left ${newId()}`, JSON.stringify(changes)); } catch (error) { /* too much for there */ }
   }
 
-  // Writes what pages that went have left.
+  // Writes what closed pages have left there.
   recover() {
     for (const key of this.db ? Object.keys(localStorage) : []) {
       if (!key.startsWith(`${this.name} left `)) continue;

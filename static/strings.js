@@ -5,7 +5,7 @@ const number = value => new Intl.NumberFormat(undefined, {maximumFractionDigits:
 const plural = (count, one, many) => `${number(count)} ${count === 1 ? one : many}`;
 
 const TEXT = {
-  // names: other programs use them to drive the page
+  // accessible names: other programs use them to drive the page
   message: "Message", send: "Send", stop: "Stop", newChat: "New chat", settings: "Settings", regenerate: "Regenerate", edit: "Edit",
   copy: "Copy", copyCode: "Copy code", export: "Export", import: "Import", server: "Server", conversation: "Conversation",
   you: "You", assistant: "Assistant", chats: "Chats", searchChats: "Search chats", rename: "Rename", delete: "Delete",

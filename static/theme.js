@@ -1,4 +1,4 @@
-// The chosen theme, before anything is painted; the only script that is not deferred.
+// Applies the chosen theme before anything is painted; the only script that is not deferred.
 "use strict";
 
 try {

@@ -1,14 +1,16 @@
-// The tree of a conversation: pure functions over plain objects, without page, server or storage.
+// The tree of a conversation: pure functions on plain objects, without page, server or storage.
 //
-// A conversation is {id, title, created, updated, pinned, system, parameters, leaf}. A node is one message of it:
-// {id, conversation, parent, role: "user" | "assistant", content, created} and, where there is one, attachments, reasoning,
-// model, parameters, seed, timings, note, error, edited, stream. `parent` is a node's id, null for a first message. Nodes with
-// the same parent are siblings: versions of a question, or answers to the same one. `stream` ({id, next}) marks an answer that
-// is under way: the id of its stream and the number of the next event. attachments are [{name, at, length}], ranges of content.
+// A conversation is {id, title, created, updated, pinned, system, parameters, leaf}. A node is one message of
+// it: {id, conversation, parent, role: "user" | "assistant", content, created} and, where there is one,
+// attachments, reasoning, model, parameters, seed, timings, note, error, edited, stream. `parent` is a node's
+// id, null for a first message. Nodes with the same parent are siblings: versions of a question, or answers
+// to the same one. `stream` ({id, next}) marks an answer that is being written: the id of its stream and the
+// number of the next event. attachments are [{name, at, length}], ranges of content.
 //
 // Export format, version 2 (chat_server.py's terminal reads and writes it too):
 //   {"format": "chat_server chats", "version": 2, "exported": ISO time, "conversations": [conversation + "nodes": [node, ...]]}
-// with times in milliseconds since 1970. Reading also takes {"messages": [{role, content}, ...]} and a bare list of those.
+// with times in milliseconds since 1970. Import also reads {"messages": [{role, content}, ...]} and a bare
+// list of those.
 "use strict";
 
 const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), byte => byte.toString(16).padStart(2, "0")).join("");
@@ -21,7 +23,8 @@ function newConversation(more = {}) {
 const newNode = (conversation, parent, role, content, more = {}) =>
   ({id: newId(), conversation, parent, role, content, created: Date.now(), ...more});
 
-// Map: id of a node (null: of none) -> its children, oldest first. A node whose parent is missing counts as a first message.
+// Map: id of a node (null: no parent) -> its children, oldest first. A node whose parent is missing counts as
+// a first message.
 function childrenOf(nodes) {
   const children = new Map([[null, []]]);
   const inOrder = [...nodes.values()].sort((a, b) => a.created - b.created || (a.id < b.id ? -1 : 1));
@@ -40,7 +43,7 @@ function pathTo(nodes, leaf) {
   return path.reverse();
 }
 
-// The end of the branch through `id` (null: of any) that was written last.
+// The end of the branch through `id` (null: any branch) that was written last.
 function leafBelow(children, id) {
   for (let below; (below = children.get(id)); id = below.at(-1).id) if (!below.length) break;
   return id;
@@ -55,8 +58,8 @@ function withDescendants(children, id) {
 const failed = node => node?.role === "assistant" && Boolean(node.error) && !node.content;
 const isGrowing = node => Boolean(node?.stream);
 
-// What is posted of a path: the system prompt, then what has text, but not a question that only got an error. Where two
-// messages of one role meet they are joined, because chat formats want roles to alternate.
+// The messages to send for a path: the system prompt, then all messages with text, except questions that only
+// got an error. Adjacent messages of one role are joined, because chat formats want roles to alternate.
 function messagesOf(path, system = "", withReasoning = false) {
   const messages = system.trim() ? [{role: "system", content: system}] : [];
   for (const [i, {role, content, reasoning}] of path.entries()) {
@@ -67,10 +70,10 @@ function messagesOf(path, system = "", withReasoning = false) {
   return messages;
 }
 
-const MOST_CHARACTERS = 4e6;      // of a request, where the context is not known
+const MOST_CHARACTERS = 4e6;      // of a request, if the context is not known
 
-// The newest messages, as many as could ever fit into a context of so many tokens: {messages, dropped}. The server counts
-// tokens and drops the rest; this only keeps a chat of years from being posted whole each time.
+// The newest messages that could fit into a context of this many tokens: {messages, dropped}. The server
+// counts tokens and drops the rest; this only avoids sending the whole of a very long chat each time.
 function newestMessages(messages, context) {
   const fixed = messages[0]?.role === "system" ? 1 : 0;
   let first = messages.length, characters = 0;
@@ -103,7 +106,7 @@ function composeMessage(text, files) {
 
 const languageOf = name => /\.([a-z0-9]{1,8})$/i.exec(name)?.[1].toLowerCase() ?? "";
 
-// The reverse: what was typed, and the files.
+// The reverse: the typed text and the files.
 function partsOf({content, attachments = []}) {
   const files = attachments.map(({name, at, length}) => {
     const lines = content.slice(at, at + length).split("\n");
@@ -114,7 +117,8 @@ function partsOf({content, attachments = []}) {
 
 // export and import ---------------------------------------------------------------------------------------------------
 
-// What each field of a conversation and of a node may be in a file; everything else in the file is left out.
+// The fields of conversations and nodes in a file, and what they may be; anything else in the file is
+// ignored.
 const isText = value => typeof value === "string";
 const isObject = value => typeof value === "object" && value !== null && !Array.isArray(value);
 const isTime = value => Number.isFinite(value) && value > 0 && value < 8.64e15;
@@ -133,7 +137,8 @@ function exportOf(conversations, nodesOf) {
       nodes: nodesOf(chat).map(node => ({id: node.id, parent: node.parent, ...pick(node, NODE_FIELDS)}))}))};
 }
 
-// What a file holds as [{conversation, nodes}], all with new ids, so that it can replace nothing. Error with the reason.
+// A file's chats as [{conversation, nodes}] with new ids, so that nothing is replaced. Throws an Error with
+// the reason.
 function importOf(text, name = "The file") {
   let file = null;
   try { file = JSON.parse(text); } catch (error) { throw new Error(TEXT.notJson(name)); }
@@ -195,7 +200,7 @@ function checkedNode(node) {
   return fields;
 }
 
-// Nodes that are their own ancestors would never be reached: the first of each circle becomes a first message.
+// Nodes in a cycle of parents would never be reached, so the first of each cycle becomes a first message.
 function breakCircles(nodes) {
   const good = new Set();
   for (const start of nodes.values()) {
@@ -209,7 +214,7 @@ function breakCircles(nodes) {
 
 // parameters ----------------------------------------------------------------------------------------------------------
 
-// What can be set for a chat, "" and absent meaning the server's default; `command` is the word after a slash.
+// What can be set for a chat; "" or absent is the server's default. `command` is the word after a slash.
 const PARAMETERS = [
   {name: "temperature", command: "temperature", min: 0, max: 2, step: "any"},
   {name: "top_k", command: "topk", min: 0, max: 1000, step: 1},
@@ -219,7 +224,7 @@ const PARAMETERS = [
   {name: "seed", command: "seed", min: 0, max: Number.MAX_SAFE_INTEGER, step: 1},
 ];
 
-// The number that a text stands for as this parameter, undefined when it is none that fits.
+// The number in a text as a value of this parameter; undefined if it does not fit.
 function parameterValue({min, max, step}, text) {
   const value = Number(text);
   return String(text).trim() !== "" && value >= min && value <= max && (step !== 1 || Number.isInteger(value)) ? value : undefined;

@@ -1,10 +1,10 @@
 // The turns: one view of each node that is shown. `render` (page.js) calls `renderTurns`, a growing answer `paint`.
 //
-// A long chat opens fast because a turn far from the window is its plain text only, and becomes a drawn one, with its buttons,
-// when it comes near (`complete`); until then the browser skips its layout, too (.far in chat.css).
+// A long chat opens fast because a turn far from the window is only plain text. It is drawn, with its
+// buttons, when it comes near (`complete`); until then the browser also skips its layout (.far in chat.css).
 "use strict";
 
-const AT_ONCE = 12;               // turns at the end that are drawn when a chat is opened
+const AT_ONCE = 12;               // the last turns, drawn when a chat opens
 const views = new Map();          // id of a node -> its view
 let viewsOf = null;               // the chat they belong to
 
@@ -17,7 +17,7 @@ function button(label, icon, onclick, properties = {}) {
     onclick: event => onclick(event.currentTarget), ...properties});
 }
 
-// A button that shows its icon only.
+// A button with only an icon.
 function iconButton(label, icon, onclick) {
   const made = button("", icon, onclick, {title: label});
   made.setAttribute("aria-label", label);
@@ -116,7 +116,7 @@ function updateQuestion(view) {
   view.body.replaceChildren(...questionNodes(text), ...files.map(fileNode));
 }
 
-// What people type is shown as typed, but for code, which looks like code.
+// A question is shown as typed, except that code looks like code.
 function questionNodes(text) {
   const nodes = [];
   let at = 0;
@@ -190,7 +190,7 @@ function drawAnswer(view, growing) {
   view.markdown.update(content, !growing);
 }
 
-// Thoughts are drawn when they are looked at; while they come they are shown until the answer begins.
+// Reasoning is drawn when it is opened; while it streams in it is shown until the answer begins.
 function drawThoughts(view) {
   const {node} = view, growing = isGrowing(node);
   if (growing && !node.content && node.reasoning && view.opened === undefined) view.thinking.open = view.opened = true;
@@ -218,7 +218,7 @@ function updateAlert(view, growing) {
   if (act) act.disabled = !canAsk() && node.remedy !== "key";
 }
 
-// What an answer waits for, or does.
+// What an answer is waiting for or doing.
 function growingText(node, run) {
   if (!run) return TEXT.inOtherTab;
   const {progress} = run, doing = run.lost ? TEXT.lost : progress?.queued ? TEXT.queued(progress.queued)
@@ -268,8 +268,8 @@ function answerMenu(view) {
     ...messageMenu(view)];
 }
 
-// A plain click of a mouse on a message edits a question and answers anew, as nanochat's page does; but not a click that ends a
-// selection, and none on what has a use of its own.
+// A plain mouse click on a question edits it, and on an answer asks again, as in nanochat's page. A click
+// that ends a selection does not, nor one on an element with a use of its own.
 const mouse = matchMedia("(hover: hover) and (pointer: fine)");
 
 function clickToAct(event, act) {
@@ -312,7 +312,7 @@ function stopEditing(view) {
 
 const copyText = (text, clicked) => copyTypes({"text/plain": text}, clicked);
 
-// Formatted for editors that take that, else its Markdown.
+// Copies formatted text for editors that accept it, otherwise Markdown.
 function copyRich({node, body}, clicked) {
   const copy = body.cloneNode(true);
   copy.querySelectorAll(".code-bar").forEach(bar => bar.remove());
