@@ -53,8 +53,13 @@ TEMPLATE = """{%- if tools %}{% for tool in tools %}{{ tool | tojson + '\n' }}{%
 {%- for call in message.tool_calls or [] %}{{ '<tool_call>\n{"name": ' + (call.function.name | tojson) -}}
 {{- ', "arguments": ' + (call.function.arguments | tojson) + '}\n</tool_call>' }}{% endfor -%}
 {{- '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}" + TEMPLATE
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 REFUSAL = "{{ raise_exception('no') }}"
+LONG = "{{ 'ab ' * 20000000 }}"
+ENDLESS = "{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ 'a' * 10000000000 }}{{ f(1) }}"
+HOSTILE = {"99,999 x 99,999 loops": LOOPS, "a refusal": REFUSAL, "60 MB": LONG, "no end": ENDLESS}
+TRAPS = "".join(f"{{%- if messages[0].content == '{name}' %}}{source}{{% endif -%}}"
+                for name, source in HOSTILE.items())
 HI = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8}
 PERSON = {"type": "object", "required": ["name", "age"], "additionalProperties": False,
           "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer"}}}
@@ -96,7 +101,7 @@ class Server:
 
     key, other_key, process = "mallory", "alice", None
 
-    def __init__(self, folder, memory, template=TEMPLATE):
+    def __init__(self, folder, memory, template=TRAPS + TEMPLATE):
         self.folder, self.memory, self.model = folder, memory, folder / "model.gguf"
         (folder / "keys").write_text("mallory: mallory\nalice: alice\n")
         (folder / "pauses").write_bytes(bytes(8))
@@ -331,14 +336,14 @@ class Attacker:
         lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
         return f"{method} {path} HTTP/1.1\r\n{lines}\r\n".encode() + body
 
-    async def post(self, path, body, leave_after_s=None, **headers):
+    async def post(self, path, body, leave_after_s=None, method="POST", **headers):
         """Send a request and read the whole response, or what came within the time; returns the end of it."""
         reader, writer = await self.connect()
         status, answer = "no answer", b""
 
         async def exchange():
             nonlocal status, answer
-            writer.write(self.request(path, body, Connection="close", **headers))
+            writer.write(self.request(path, body, method, Connection="close", **headers))
             with contextlib.suppress(ConnectionError):
                 with contextlib.suppress(ConnectionError):      # the answer may have come all the same
                     await writer.drain()
@@ -391,6 +396,14 @@ async def slow_schema(attacker):
     body = HI | json_schema({"anyOf": shapes}) | {"n": 128, "max_tokens": 50, "stream": True}
     for _ in range(3):
         await attacker.posts(2, OPENAI, body, leave_after_s=1.0)
+
+
+async def large_schemas(attacker):
+    """64 KB each, whose automata take 550 MB. All are different, because compiled ones may be kept."""
+    for number in range(attacker.many(16)):
+        properties = {f"p{i}": {"type": "integer", "multipleOf": 997 + i} for i in range(900)}
+        schema = {"type": "object", "properties": properties, "required": list(properties)}
+        await attacker.post(OPENAI, HI | json_schema(schema | {"title": str(number)}))
 
 
 HI_AND = json.dumps(HI)[:-1] + ', "x": '
@@ -522,18 +535,28 @@ async def unfinished_bodies(attacker):
 
 
 async def whole_logprobs(attacker):
-    body = HI | {"n": 128, "logprobs": True, "top_logprobs": 20, "ignore_eos": True, "max_tokens": 4000}
+    most = {"n": attacker.many(128), "max_tokens": attacker.many(4000)}
+    body = HI | {"logprobs": True, "top_logprobs": 20, "ignore_eos": True} | most
     await attacker.posts(attacker.many(10), OPENAI, body)
 
 
 async def echoed_logprobs(attacker):
-    body = {"prompt": ["a " * 1000] * 128, "echo": True, "logprobs": 20, "max_tokens": 0}
+    body = {"prompt": ["a " * 1000] * attacker.many(128), "echo": True, "logprobs": 20, "max_tokens": 0}
     await attacker.posts(attacker.many(10), COMPLETIONS, body)
+
+
+async def kept_streams(attacker):
+    """Does recording much push out what the holder of another key has recorded?"""
+    other = f"Bearer {attacker.server.other_key}"
+    await attacker.post(CHAT, HI | {"resumable": True}, Authorization=other, X_Request_Id="kept")
+    long = {"n": 64, "max_tokens": 100, "logprobs": True, "top_logprobs": 20, "ignore_eos": True}
+    await attacker.posts(attacker.many(12), OPENAI, HI | long | {"stream": True, "resumable": True})
+    await attacker.post("/v1/streams/kept", b"", method="GET", Authorization=other)
 
 
 async def left_streams(attacker):
     """Answers that continue for a while without a reader."""
-    body = HI | {"max_tokens": 500, "ignore_eos": True, "resumable": True}
+    body = HI | {"max_tokens": attacker.many(500), "ignore_eos": True, "resumable": True}
     await attacker.posts(attacker.many(200), CHAT, body, leave_after_s=0.3)
 
 
@@ -560,6 +583,13 @@ async def prefix_probe(attacker):
         answer = await attacker.post(COMPLETIONS, ask(number))
         ms, cached = 1e3 * (time.monotonic() - began_s), re.search(rb'"cached_tokens": (\d+)', answer)
         attacker.got[f"{name}: {cached[1].decode() if cached else '?'} cached, {ms:.0f} ms"] = 1
+
+
+async def traps(attacker):
+    """Messages for which the model's template loops, refuses, writes much, or never ends."""
+    for content in HOSTILE:
+        messages = [{"role": "user", "content": content}]
+        await attacker.posts(attacker.many(10), CHAT, HI | {"messages": messages})
 
 
 async def hostile_model(template, attacker):
@@ -606,6 +636,7 @@ ATTACKS = {
     **{f"{count} patterns in a format": functools.partial(patterns_in_format, count) for count in PATTERNS},
     **{f"{count} patterns in tools": functools.partial(patterns_in_tools, count) for count in PATTERNS},
     "a slow schema, n: 128, and leaving": slow_schema,
+    "16 schemas of 550 MB": large_schemas,
     **{f"15 MB to {path}: {what}": functools.partial(large_body, path, *how)
        for path, what, *how in LARGE_BODIES},
     f"15 MB to {OPENAI}: an object of 1 M keys": many_keys,
@@ -621,10 +652,12 @@ ATTACKS = {
     "10 whole answers, n: 128, with logprobs": whole_logprobs,
     "10 x 128 prompts, echoed with logprobs": echoed_logprobs,
     "200 resumable streams, left": left_streams,
+    "12 recordings of 13 MB": kept_streams,
     "pages of other origins": foreign_pages,
     "what another key has asked": prefix_probe,
-    "a template of 99,999 x 99,999 loops": functools.partial(hostile_model, LOOPS),
-    "a template that refuses": functools.partial(hostile_model, REFUSAL),
+    "messages that a template cannot take": traps,
+    **{f"a model whose template has {name}": functools.partial(hostile_model, source + TEMPLATE)
+       for name, source in HOSTILE.items()},
     "long chats": long_chats,
 }
 
