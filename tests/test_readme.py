@@ -1,7 +1,13 @@
 """The README is true: its flags are those of the table, and CI runs its commands."""
 
+import contextlib
+import importlib.metadata
 import re
 from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import chat_server
 
@@ -17,6 +23,25 @@ def test_every_flag_is_in_the_table_with_its_default_and_meaning():
         assert short == (f"`-{option.short}`" if option.short else "")
         assert default == ("" if option.default in (None, (), False) else f"`{option.default}`")
         assert meaning.startswith(option.help)
+
+
+def test_the_flags_are_grouped_as_in_the_help():
+    for title, flags in chat_server.FLAG_GROUPS.items():
+        table = README.split(f"\n{title}:\n\n")[1].split("\n\n")[0]
+        assert re.findall(r"^\| `--([a-z-]+)`", table, re.MULTILINE) == flags.split()
+
+
+@pytest.mark.parametrize("minor", range(10, 15))
+def test_what_is_pinned_runs_on_every_python_that_is_claimed(minor):
+    assert 'requires-python = ">=3.10"' in (ROOT / "pyproject.toml").read_text() and "Python 3.10 or newer" in README
+    rows = [Requirement(line) for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    meant = [row for row in rows if row.marker is None or row.marker.evaluate({"python_version": f"3.{minor}"})]
+    assert len({row.name for row in meant}) == len(meant) and {"torch", "numpy"} <= {row.name for row in meant}
+    for row in meant:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found = importlib.metadata.metadata(row.name)
+            if found["Version"].split("+")[0] in str(row.specifier):
+                assert f"3.{minor}.0" in SpecifierSet(found["Requires-Python"] or ""), row
 
 
 def test_there_are_exactly_two_set_up_and_go_commands_and_ci_runs_the_second():

@@ -206,7 +206,7 @@ def test_each_command_does_what_help_says_and_an_unknown_one_is_an_error(tmp_pat
     out, err = capsys.readouterr()
     assert out == "Hello, world!\n" * 4
     for words in ("/save FILE", "there is no command /hlep; did you mean /help?", "temperature  0.8", "answers 4, tokens 12",
-                  "/set temperature: 9", "one of temperature", "No such file", "the name of a file is missing"):
+                  "/set temperature: '9' is not a number from 0 to 2", "one of temperature", "No such file", "the name of a file is missing"):
         assert words in err
 
 
