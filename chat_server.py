@@ -7230,6 +7230,7 @@ class Front:
                 "json_schema": importlib.util.find_spec("llguidance") is not None}
         return {"id": self.pool.model_name, "object": "model", "created": self.pool.created, "owned_by": "chat_server",
                 "context_length": self.pool.context_length, "max_model_len": self.pool.context_length, "capabilities": able,
+                "defaults": {name: getattr(self.settings, name) for name in ("temperature", "top_k", "top_p", "min_p", "max_tokens")},
                 "meta": {"n_vocab": tokenizer.vocab_size, "n_ctx": self.pool.context_length}}
 
     async def handle_models(self, http: web.Request) -> web.Response:
@@ -8515,7 +8516,7 @@ def now_ms() -> int:
 
 def title_of(text: str) -> str:
     """The first line of a question, shortened."""
-    line = next(filter(None, (re.sub(r"^[#>*\s`-]+", "", line).strip() for line in text.split("\n"))), "")
+    line = next(filter(None, (re.sub(r"^[#>*\s-]+|`", "", line).strip() for line in text.split("\n"))), "")
     return line if len(line) <= 60 else re.sub(r"\s+\S*$", "", line[:60]) + "…"
 
 

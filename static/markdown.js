@@ -351,25 +351,27 @@ class CodeText {
   update(text, final) {
     if (this.drawn === text && !final) return;
     this.drawn = text;
-    const known = typeof hljs !== "undefined" && hljs.getLanguage(this.language);
-    if (known) this.settle(text);
+    const known = typeof hljs !== "undefined" && Boolean(hljs.getLanguage(this.language));
+    if (typeof hljs !== "undefined") this.settle(text, known);
     const rest = text.slice(this.settled);
     const lit = known && !this.stuck && rest && (final || rest.length < 2 * CODE_STEP);
     this.setRest(lit ? this.highlighted(rest).fragment : rest);
     if (final && typeof hljs === "undefined") plainCode.push(this);
   }
 
-  settle(text) {
-    for (let end; !this.stuck; ) {
+  // Whole lines become parts, which are blocks: what comes after them lays none of them out again.
+  settle(text, known) {
+    for (let end; ; ) {
       end = text.indexOf("\n", Math.max(this.settled + CODE_STEP, this.tried)) + 1;
       if (!end) return;
-      const {fragment, initial} = this.highlighted(text.slice(this.settled, end));
+      const part = text.slice(this.settled, end);
+      const {fragment, initial} = known && !this.stuck ? this.highlighted(part) : {fragment: part, initial: true};
       this.tried = end + CODE_STEP;
       if (initial) {
         this.setRest("");
-        this.element.append(fragment);
+        this.element.append(element("span", {className: "part"}, fragment));
         Object.assign(this, {settled: end, tried: 0});
-      } else this.stuck = end - this.settled > MOST_CODE;
+      } else if (end - this.settled > MOST_CODE) Object.assign(this, {stuck: true, tried: 0});
     }
   }
 

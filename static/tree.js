@@ -84,7 +84,7 @@ function newestMessages(messages, context) {
 }
 
 function titleOf(text) {
-  const line = text.split("\n").map(each => each.replace(/^[#>*\s`-]+/, "").trim()).find(Boolean) ?? "";
+  const line = text.split("\n").map(each => each.replace(/^[#>*\s-]+|`/g, "").trim()).find(Boolean) ?? "";
   return line.length > 60 ? line.slice(0, 60).replace(/\s+\S*$/, "") + "…" : line;
 }
 

@@ -319,7 +319,7 @@ def test_chat_with_a_running_server_remembers_clears_and_quits(smollm_url):
     said = cli("chat", "--url", smollm_url, "-t", "0", "-m", "30",
                stdin="What is the capital of Japan?\nAnd of France?\nclear\nAnd of France?\nquit\nnever read\n")
     assert said.returncode == 0
-    remembered, forgotten = said.stdout.split("The conversation is forgotten.")
-    assert "The capital of Japan is Tokyo." in remembered and "The capital of France is Paris." in remembered
-    assert "Paris" not in forgotten
-    assert said.stdout.count("tok/s") == 3
+    japan, france, forgotten = said.stdout.split("\n", 2)
+    assert "The capital of Japan is Tokyo." in japan and "The capital of France is Paris." in france
+    assert "Paris" not in forgotten and "The conversation is forgotten." in said.stderr
+    assert "tok/s" not in said.stdout and said.stderr.count("first after") == 3

@@ -194,7 +194,7 @@ def index(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "nothing"))
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     server.content, server.cache = content, tmp_path / "home" / ".cache" / "chat_server"
     yield server
     server.go_on.set()
@@ -432,7 +432,7 @@ def test_paths_that_cannot_be_are_one_line(tmp_path):
 def test_a_user_without_a_home_or_who_may_not_write_there_is_told_so(tmp_path):
     (tmp_path / "mine").mkdir(mode=0o500)
     (tmp_path / "locked").mkdir(mode=0)
-    nanochat = {"NANOCHAT_BASE_DIR": str(tmp_path / "none")}
+    nanochat = {"NANOCHAT_BASE_DIR": str(tmp_path)}
     one_line(generate(HOME="here"), "no home folder", "set HOME", "give MODEL")
     mine, locked = tmp_path / "mine", tmp_path / "locked"
     one_line(generate(HOME="/dev/null", **nanochat), "/dev/null/.cache", "Not a directory", "Set HOME")
@@ -880,3 +880,27 @@ def test_a_missing_library_is_an_error_with_the_pip_line(monkeypatch, default_mo
         loaded = load(default_model_path if model == "gguf" else nanochat_fixtures / "gen1")
         open_tokenizer(loaded.text)
         chat_server.compile_chat_template(loaded.text.chat_template)
+
+
+def test_a_checkpoint_file_finds_its_folder(base):
+    path = base / "chatrl_checkpoints" / "d4" / "model_000009.pt"
+    assert "rl/d4/9" in resolve_model(Settings(model=str(path))).chosen
+    assert "rl/d4/9" in resolve_model(Settings(model=str(path), step=9)).chosen
+    for flags in ({"step": 100}, {"source": "sft"}):
+        with pytest.raises(ConfigError, match="step|-i"):
+            resolve_model(Settings(model=str(path), **flags))
+    with pytest.raises(ConfigError, match="there: rl/d4/9, rl/d4/100"):
+        resolve_model(Settings(model=str(path.with_name("model_000777.pt"))))
+
+
+def test_a_base_folder_that_is_named_and_missing_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "none"))
+    monkeypatch.setattr(chat_server, "fetch_default_model", lambda progress: pytest.fail("fetched the default model"))
+    with pytest.raises(ConfigError, match="NANOCHAT_BASE_DIR is set to .*none, where there is no folder"):
+        resolve_model(Settings())
+
+
+@pytest.mark.parametrize("model, near", [("chta", "did you mean the command chat?"), ("zzz", "'zzz'. MODEL may be")])
+def test_a_command_that_is_misspelled_is_recognised(model, near):
+    with pytest.raises(ConfigError, match=re.escape(near)):
+        resolve_model(Settings(model=model))

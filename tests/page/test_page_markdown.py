@@ -138,6 +138,23 @@ def test_no_script_can_make_elements_from_text(browser, stand_in):
     assert made == []
 
 
+@pytest.mark.parametrize("language", ["python", "text", "nonsense"])
+def test_long_code_is_laid_out_in_parts_that_nobody_sees(page, stand_in, language):
+    code = "\n".join(f"line_{number} = {number}" + "\n" * (number % 7 == 0) for number in range(120))
+    open_page(page, stand_in.url)
+    ask(page, f"this\n```{language}\n{code}\n```")        # the answer says it again
+    expect_answered(page)
+    block = answers(page).locator("pre code").first
+    text, selected, parts, height, line = block.evaluate("""code => {
+      getSelection().selectAllChildren(code);
+      return [code.textContent, getSelection().toString(), code.querySelectorAll(".part").length,
+        code.parentElement.scrollHeight - parseFloat(getComputedStyle(code.parentElement).paddingTop) -
+        parseFloat(getComputedStyle(code.parentElement).paddingBottom), parseFloat(getComputedStyle(code).lineHeight)];
+    }""")
+    assert text.startswith(code) and selected.startswith(code) and parts > 5
+    assert abs(height / line - len(text.rstrip("\n").split("\n"))) < 1.5
+
+
 def test_copy_code_copies_exactly_the_code(page, stand_in):
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     open_page(page, stand_in.url)

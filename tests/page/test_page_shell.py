@@ -550,3 +550,24 @@ def test_every_word_of_the_page_is_in_the_table_of_strings():
     assert [name for name in used if not re.search(rf"\b{name}:", table)] == []
     given = set(re.findall(r"(?:^  |[,{] )(\w+): ", table[table.index("const TEXT"):], re.M))
     assert {"send", "cut"} <= given
+
+
+def test_the_settings_show_the_real_server_s_defaults(page):
+    with fake_front(temperature=0.3, top_k=7) as url:
+        open_page(page, url)
+        button(page, "Settings").click()
+        hints = {name: page.get_by_label(name, exact=True).get_attribute("placeholder") for name in
+                 ("Temperature", "Top-k", "Top-p", "Min-p", "Max tokens", "Seed")}
+    assert hints == {"Temperature": "0.3", "Top-k": "7", "Top-p": "1", "Min-p": "0", "Max tokens": "rest of context",
+                     "Seed": "random"}
+
+
+def test_hidden_actions_leave_no_gap_before_the_speed(page, stand_in):
+    open_page(page, stand_in.url)
+    for count in (1, 2):
+        ask(page, "one")
+        expect_answered(page, count)
+    page.mouse.move(0, 0)
+    turn = answers(page).first
+    left = lambda locator: locator.bounding_box()["x"]       # noqa: E731
+    assert left(turn.locator(".speed")) - left(said(turn)) < 12
