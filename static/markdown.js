@@ -17,6 +17,8 @@ const SETTLE = 200;               // characters of a paragraph's rest before a p
 const MOST_UNSETTLED = 2000;
 const CODE_STEP = 150;            // characters of code highlighted together
 const MOST_CODE = 6000;           // highlighted together at most, if the state is never the initial one
+const MOST_NESTED = 60;           // elements inside each other; thousands crash the tab, and again whenever the chat is opened
+const MOST_TEX = 5000;            // characters of a formula
 
 function element(tag, properties = {}, ...children) {
   const node = Object.assign(document.createElement(tag), properties);
@@ -77,8 +79,8 @@ function inlineNodes(tokens) {
   for (const token of tokens) {
     const [, close, tag] = token.type === "html" ? /^<(\/?)(br|sub|sup|kbd)\s*\/?>$/i.exec(token.raw) ?? [] : [];
     if (tag?.toLowerCase() === "br") levels.at(-1).nodes.push(element("br"));
-    else if (tag && !close) levels.push({tag: tag.toLowerCase(), nodes: []});
-    else if (tag && levels.at(-1).tag === tag.toLowerCase()) closeTag(levels);
+    else if (tag && !close && levels.length < MOST_NESTED) levels.push({tag: tag.toLowerCase(), nodes: []});
+    else if (tag && close && levels.at(-1).tag === tag.toLowerCase()) closeTag(levels);
     else levels.at(-1).nodes.push(...(DRAWN[token.type]?.(token) ?? [token.raw]));
   }
   while (levels.length > 1) closeTag(levels);
@@ -90,16 +92,33 @@ function closeTag(levels) {
   levels.at(-1).nodes.push(element(tag, {}, ...nodes));
 }
 
-// Formulas that come before KaTeX is loaded show their source until then.
+// Formulas that come before KaTeX is loaded show their source until then, and those that are too large always do.
 function mathNode(tex, display) {
-  if (typeof katex === "undefined") {
-    const node = element("code", {className: "tex", textContent: tex});
-    if (display) node.dataset.display = "";
-    return node;
-  }
+  const html = typeof katex === "undefined" || tex.length > MOST_TEX ? "" : mathOf(tex, display);
+  if (html && deepest(html) <= MOST_NESTED) return cleanFragment(html);
+  const node = element("code", {className: "tex", textContent: tex});
+  if (display) node.dataset.display = "";
+  return node;
+}
+
+function mathOf(tex, displayMode) {
   markdownWork.characters += tex.length;
-  return cleanFragment(katex.renderToString(tex, {displayMode: display, output: "mathml", throwOnError: false, trust: false,
-    strict: false, maxExpand: 200, maxSize: 20}));
+  try {
+    return katex.renderToString(tex, {displayMode, output: "mathml", throwOnError: false, trust: false, strict: false,
+      maxExpand: 200, maxSize: 20});
+  } catch (error) {
+    return "";                    // nested too deeply for KaTeX itself
+  }
+}
+
+// The deepest nesting of elements in KaTeX's HTML.
+function deepest(html) {
+  let depth = 0, most = 0;
+  for (const [, close, empty] of html.matchAll(/<(\/?)[a-z][^>]*?(\/?)>/g)) {
+    if (!empty) depth += close ? -1 : 1;
+    most = Math.max(most, depth);
+  }
+  return most;
 }
 
 function drawFormulas() {
@@ -404,6 +423,7 @@ function spansOf(html) {
   const levels = [new DocumentFragment()];
   for (const part of html.split(/(<span class="[^"]*">|<\/span>)/)) {
     if (part === "</span>") levels.pop();
+    else if (part.startsWith("<span") && levels.length > MOST_NESTED) levels.push(levels.at(-1));
     else if (part.startsWith("<span")) {
       const span = element("span", {className: part.slice(13, -2)});
       levels.at(-1).append(span);
@@ -537,6 +557,7 @@ class MarkdownView {
 
   // Opens a quote or an item that begins here, closing what it is not part of. Returns its length, or 0.
   openContainer(rest, depth) {
+    if (depth > MOST_NESTED) return 0;          // the rest is text
     const indented = indentOf(rest) >= 4;
     const quote = indented ? null : /^ {0,3}> ?/.exec(rest);
     if (quote) {

@@ -233,3 +233,32 @@ def test_a_chat_of_a_thousand_turns_is_drawn_where_it_is_looked_at(page, stand_i
     ask(page, "one more")
     expect(answers(page)).to_have_count(1001)
     expect_answered(page, 1001)
+
+
+DEEP = {        # thousands of elements inside each other crash a browser's tab
+    "quotes": ">" * 20_000, "items": "1. " * 9_000, "both": "> 1. " * 4_000, "tags": "<sub>" * 9_000,
+    "fractions": "$" + "\\frac{1}{" * 1_500 + "x" + "}" * 1_500 + "$", "a long formula": "$" + "x+" * 20_000 + "x$",
+    "roots": "$" + "\\sqrt{" * 600 + "x" + "}" * 600 + "$", "powers": "$" + "x^{" * 700 + "x" + "}" * 700 + "$"}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_what_is_nested_in_thousands_is_shown_and_the_page_goes_on(page, stand_in, name):
+    open_page(page, stand_in.url)
+    deepest, shown = page.evaluate("""text => {
+        const root = document.createElement("div");
+        document.body.append(root);
+        new MarkdownView(root).update(text, true);
+        const depth = node => Math.max(0, ...Array.from(node.children, each => 1 + depth(each)));
+        return [depth(root), root.offsetHeight >= 0 && root.textContent.length > 0];
+    }""", DEEP[name])
+    assert shown and deepest < 200
+    page.get_by_role("textbox", name="Message").fill("still here")
+
+
+def test_what_is_nested_as_people_do_is_drawn_as_before(page, stand_in):
+    open_page(page, stand_in.url)
+    text = "".join("  " * depth + f"- {depth}\n" for depth in range(20)) + "\n" + "> " * 20 + "deep\n\n"
+    text += "$\\sqrt{\\sqrt{\\frac{1}{\\sqrt{\\frac{x^{2^{2^2}}}{y}}}}}$"
+    html, whole, _ = drawn(page, text)
+    assert html == whole and html.count("<li>") == 20 and html.count("<blockquote>") == 20
+    assert html.count("<msqrt>") == 3 and html.count("<mfrac>") == 2
