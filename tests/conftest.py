@@ -50,7 +50,7 @@ def emulation_library(tmp_path_factory):
     library = tmp_path_factory.mktemp("emulation") / "emulation.so"
     # For example, with libasan preloaded: -fsanitize=address,undefined -fno-sanitize-recover=undefined --param=asan-stack=0
     more = os.environ.get("DECODE_CORE_EMULATION_FLAGS", "").split()
-    subprocess.run(["g++", "-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wall",
-                    "-Wextra", "-Werror", *more, str(REPOSITORY / "csrc" / "cuda" / "emulation.cpp"), "-o", str(library)],
-                   check=True, timeout=170)
+    csrc = REPOSITORY / "csrc"
+    subprocess.run(["g++", "-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra",
+                    "-Werror", *more, f"-I{csrc}", str(csrc / "cuda" / "emulation.cpp"), "-o", str(library)], check=True, timeout=170)
     return library

@@ -491,7 +491,7 @@ def test_nvcc_compiles_without_warnings_for_sm_80_and_sm_90(source, tmp_path):
         pytest.skip("no nvcc here")
     subprocess.run([nvcc, "-std=c++17", "-O3", "-c", "-gencode=arch=compute_80,code=sm_80",
                     "-gencode=arch=compute_90,code=[sm_90,compute_90]", "-Werror=all-warnings",
-                    "-Xcompiler=-Wall,-Wextra,-Werror", str(CSRC / "cuda" / source), "-o", str(tmp_path / "object.o")],
+                    "-Xcompiler=-Wall,-Wextra,-Werror", f"-I{CSRC}", str(CSRC / "cuda" / source), "-o", str(tmp_path / "object.o")],
                    check=True, timeout=170)
 
 
