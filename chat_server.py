@@ -12,7 +12,7 @@ The two houses
     front house: one process, aiohttp, an event loop
           |   reads bodies, renders and tokenizes prompts, queues, routes, streams; never imports torch
           |   `-- sandboxes: processes with a bound of time and memory, for chat templates, schemas, large bodies
-          | one socket pair per worker: typed messages in JSON, one per engine step with all answers' updates
+          | one socket pair per worker: typed messages in JSON, one per engine step with all answers' pieces
     worker house: one process per replica of the model (one per GPU; one on a CPU)
               loads the weights, then schedules, computes and samples step by step, and turns tokens into text;
               never opens a network socket
@@ -27,7 +27,7 @@ Life of a request
     handle_chat > read_native_call > native_messages > LocalPool.answer > PromptMaker.admit > Tokenizer.render
         > LocalPool.dispatch > Worker.start > packed                                                    front process
         > Inbox.obey > Engine.add > Scheduler.schedule > make_batch > EagerSteps.start > Transformer.forward
-        > sample_reference > Scheduler.advance > Answer.push > StreamDecoder.push > Update > Stepped    worker process
+        > sample_reference > Scheduler.advance > Answer.push > StreamDecoder.push > Piece > Stepped    worker process
         > LocalPool.deliver > Job.take > NativeEncoder.encode | OpenAIEncoder.encode > EventStream.send    front process
 
 Glossary
@@ -38,8 +38,7 @@ Glossary
     request     what a client asked, checked: `Request`. It may have several prompts and `n` answers to each.
     job         one answer of a request in the front: `Job`. It survives the death of its worker.
     work        one answer of a request in a worker: `Work`; with its tokens and pages a `Sequence`, with its text an `Answer`
-    update      what one step gave one answer, from worker to front: `Update`
-    event       what the front gives a reader: `Accepted`, then `Piece`s of text, then `Finished`
+    event       what a reader of an answer gets: `Accepted`, then a `Piece` for each step of its worker, then `Finished`
     chunk       what one step computes of one sequence; a step computes the chunks of a batch
     draft       tokens that may come next, looked up in the text so far and checked in one step
     steps       the way a backend runs a step: `EagerSteps` op by op, decode_core's recordings or CUDA graphs
@@ -707,17 +706,23 @@ class TokenLogprob(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Some more of an answer: whole characters, and the token ids behind them."""
+class Piece(NamedTuple):
+    """Some more of an answer, as a step of its worker made it: whole characters, and the token ids behind them."""
 
-    text: str
+    id: str
     tokens: tuple[int, ...]
-    gpu: int
-    choice: int = 0                                 # which answer: prompt * n + index
+    text: str
+    reason: str | None = None           # set on the last piece: OpenAI's finish_reason, or "error" or "refused"
+    stop_reason: str | None = None      # the cause, or what went wrong
+    cached_tokens: int = 0
+    queued_s: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()         # of the tokens that were drawn, without the one that ended the answer
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of tokens of the prompt; then there is nothing else
-    reasoning: str = ""                             # what the model thinks before it answers
+    gpu: int = 0                        # the front sets these two: which worker made it,
+    choice: int = 0                     # and of which answer it is: prompt * n + index
+    reasoning: str = ""                 # what the model thinks before it answers
 
 
 @dataclass(frozen=True)
@@ -742,23 +747,6 @@ class Finished:
 Event = Accepted | Piece | Finished
 
 
-class Update(NamedTuple):
-    """What one step gave one request; crosses the pipe to the front."""
-
-    id: str
-    tokens: tuple[int, ...]
-    text: str
-    reason: str | None = None           # set on the last update
-    stop_reason: str | None = None
-    cached_tokens: int = 0
-    queued_s: float = 0.0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    logprobs: tuple[TokenLogprob, ...] = ()
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()
-
-
-#
 # Messages between the front and a worker are frames: one byte says which of MESSAGES it is, four bytes how long the
 # JSON list of its fields is. Plain data only, so reading one can run no code.
 
@@ -870,7 +858,7 @@ class Stepped:
     """Worker to front: what a step gave each answer."""
 
     MAX_BYTES = 256 << 20
-    updates: list[Update]
+    pieces: list[Piece]
     gauges: dict[str, int]
 
 
@@ -1041,11 +1029,6 @@ class Channel:
 
 NO_GAUGES = dict.fromkeys(("running", "queued", "kv_pages_used", "kv_pages_total", "preemptions", "drafted_tokens",
                            "accepted_tokens", "memory_used", "memory_total"), 0)        # of a worker that is not there
-
-
-#
-# Small bodies are read here, in the event loop. What clients can make take long runs in sandboxes, processes with a bound
-# of time and memory: a model's chat template, JSON schemas, and bodies above LIMITS.inline_bytes from their first byte on.
 
 
 @dataclass(frozen=True)
@@ -1884,7 +1867,6 @@ def trim_heap() -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-#
 #   a page is   free      in `free`, content meaningless
 #             | owned     by `refs` >= 1 sequences; whole pages among them may be in the prefix index and shared
 #             | cached    refs == 0, in the prefix index, in `evictable` (least recently released first)
@@ -2531,7 +2513,6 @@ class EagerSteps:
 # ------------------------------------------------------------------------------------------------------------
 
 
-#
 # An op writes into the output it is given. `X_reference` is torch (any device) or, for sampling, numpy; it defines
 # what a faster `X` must give. A layer's KV cache: (P * PAGE_SIZE, 2, Hkv, D), keys and values of a slot side by side.
 
@@ -2800,7 +2781,6 @@ def attend_chunk(q, k, v, mask, scale):
 # ------------------------------------------------------------------------------------------------------------
 
 
-#
 # Order: repetition, frequency and presence penalties, bias -> temperature -> top-k -> top-p over what top-k kept
 # -> min-p -> one draw. Precisions: logits, penalties and z = (l - max) * (1/T) in float32; weights e^z are integers,
 # fixed point with 2^40 at the maximum, summed in uint64 (so in any order); noise and z + noise in float64. Only
@@ -4016,7 +3996,7 @@ class Started(NamedTuple):
 
 
 class Engine:
-    """One model replica: sequences in, updates out, one `step` at a time.
+    """One model replica: sequences in, pieces out, one `step` at a time.
 
     Where the device works beside Python (`steps.ahead`), the next step is started before the last one's tokens are
     turned into text: it takes them where they were drawn. What then turns out to have ended has computed one row in vain.
@@ -4034,7 +4014,7 @@ class Engine:
         self.compiling, self.masking = FairThread("grammars", nice=10), FairThread("masks")
         self.grammars: OrderedDict[tuple[str, str], Grammar] = OrderedDict()    # those compiled last, by owner and source
         self.under_way: Started | None = None
-        self.updates: list[Update] = []         # to be returned by `step`, also if the one that made them fails
+        self.pieces: list[Piece] = []           # to be returned by `step`, also if the one that made them fails
         self.drafts = drafts and kernels.row_invariant      # elsewhere a drafted row might differ from the same row alone
         self.drafted_tokens = self.accepted_tokens = 0
 
@@ -4103,7 +4083,7 @@ class Engine:
                 sequence.preparing.cancel()
         return bool(gone)
 
-    def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[Update]:
+    def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[Piece]:
         """Start the next step, do something `meanwhile`, and finish the one before; return what came of it."""
         plan = self.scheduler.schedule()
         on_host = any(chunk.sequence.work.needs_logits and chunk.rows for chunk in plan)
@@ -4119,8 +4099,8 @@ class Engine:
             self._advance(plan, ticket)
         if on_host or not self.steps.ahead or any(c.sequence.draft or c.sequence.work.needs_tokens for c in plan if c.draws):
             self._finish()
-        updates, self.updates = self.updates, []
-        return updates
+        pieces, self.pieces = self.pieces, []
+        return pieces
 
     def _start(self, plan: Seq[Chunk]) -> Any:
         """Start a step that is drawn where it runs; the ticket."""
@@ -4151,7 +4131,7 @@ class Engine:
         for chunk, mine in spans:
             if chunk.sequence.scoring:
                 if scores := score_prompt(chunk, logits[mine.start:mine.stop]):     # sent at once: a long prompt's take 100 MB
-                    self.updates.append(Update(chunk.sequence.work.id, (), "", prompt_logprobs=scores))
+                    self.pieces.append(Piece(chunk.sequence.work.id, (), "", prompt_logprobs=scores))
             drawn += mine[len(mine) - chunk.draws:]
         rows = self._sample_rows(plan)
         if not rows:
@@ -4191,13 +4171,13 @@ class Engine:
             drawn = list(itertools.islice(tokens, 1 + len(draft)))
             if sequence and not sequence.finished:
                 try:
-                    self.updates.append(self._accept(sequence, draft, drawn))
+                    self.pieces.append(self._accept(sequence, draft, drawn))
                 except Exception as error:      # in its text, tool or grammar: nobody else's fault
                     log.exception("an answer could not go on")
-                    self.updates.append(Update(sequence.work.id, (), "", "error", failure_text(error)))
+                    self.pieces.append(Piece(sequence.work.id, (), "", "error", failure_text(error)))
                     self.scheduler.remove(sequence)
 
-    def _accept(self, sequence: Sequence, draft: tuple[int, ...], drawn: Seq[int]) -> Update:
+    def _accept(self, sequence: Sequence, draft: tuple[int, ...], drawn: Seq[int]) -> Piece:
         """Take the tokens drawn, with their text, until one ends the answer, forces others, or is not what the draft guessed
         (those after it are void then); and propose the next draft."""
         answer, tokens, right = sequence.text, sequence.tokens, 0
@@ -4226,7 +4206,7 @@ class Engine:
         text, answer.unsent = answer.unsent, ""
         ended_it = answer.reason == "stop" and token in answer.stop_tokens
         logprobs = () if sequence.logprob is None or ended_it else (sequence.logprob,)
-        return Update(sequence.work.id, tuple(tokens[known:]), text, answer.reason, answer.stop_reason,
+        return Piece(sequence.work.id, tuple(tokens[known:]), text, answer.reason, answer.stop_reason,
                       sequence.cached_tokens, sequence.queued_s, sequence.drafted_tokens, sequence.accepted_tokens, logprobs)
 
     def give_up(self) -> list[str]:
@@ -4475,24 +4455,24 @@ class Inbox:
 
 def run_engine(channel: Channel, engine: Engine) -> None:
     """The worker's life: obey what came, step, report; asleep while there is nothing to do. Ends with EOFError."""
-    failures, updates, inbox = 0, [], Inbox(engine)       # steps that failed in a row; what the front has not been told
+    failures, pieces, inbox = 0, [], Inbox(engine)       # steps that failed in a row; what the front has not been told
 
     def report() -> None:
-        nonlocal updates
-        channel.send(Stepped(updates, gauges(engine)))
-        updates = []
+        nonlocal pieces
+        channel.send(Stepped(pieces, gauges(engine)))
+        pieces = []
 
     while True:
         for message in channel.receive(wait=not engine.busy):
             inbox.obey(message)
         try:
-            updates, failures = engine.step(report), 0
+            pieces, failures = engine.step(report), 0
         except Exception as error:      # one bad step fails one request, not the server
             failures += 1
             if failures > MAX_FAILURES or "CUDA error" in str(error):       # only a fresh process can help
                 raise
             log.error("a step failed", exc_info=error)
-            updates += [Update(id_, (), "", "error", failure_text(error)) for id_ in engine.give_up()]
+            pieces += [Piece(id_, (), "", "error", failure_text(error)) for id_ in engine.give_up()]
         if not engine.busy:
             report()
 
@@ -4501,6 +4481,9 @@ def run_engine(channel: Channel, engine: Engine) -> None:
 # 15. admission: a request becomes token ids that fit, or a refusal   [front]
 # ------------------------------------------------------------------------------------------------------------
 
+
+# Small bodies are read here, in the event loop. What clients can make take long runs in sandboxes, processes with a bound
+# of time and memory: a model's chat template, JSON schemas, and bodies above LIMITS.inline_bytes from their first byte on.
 
 async def run_here(work: Callable[[Any], Any], argument: Any, size: float) -> Any:
     return work(argument)
@@ -4939,39 +4922,40 @@ class Job:
         yield NewAnswer(self.worker_id, request.id, self.prompt, self.choice % request.n, self.max_tokens, tuple(self.output_ids),
                         self.sent_characters, self.scored)
 
-    def take(self, update: Update, gpu: int) -> None:
-        """Turn a worker's update into events for the reader."""
-        if update.reason in ("error", "refused"):
-            failure = EngineFailure(update.stop_reason) if update.reason == "error" else \
-                RequestError(update.stop_reason, code="invalid_json_schema", param="response_format")
+    def take(self, piece: Piece, gpu: int) -> None:
+        """Turn a worker's piece into events for the reader."""
+        if piece.reason in ("error", "refused"):
+            failure = EngineFailure(piece.stop_reason) if piece.reason == "error" else \
+                RequestError(piece.stop_reason, code="invalid_json_schema", param="response_format")
             self.events.put_nowait(failure)
             return
-        if update.prompt_logprobs:
-            self.failovers, self.scored = 0, self.scored + len(update.prompt_logprobs)
-            self.events.put_nowait(Piece("", (), gpu, self.choice, prompt_logprobs=update.prompt_logprobs))
+        piece = piece._replace(gpu=gpu, choice=self.choice)
+        if piece.prompt_logprobs:
+            self.failovers, self.scored = 0, self.scored + len(piece.prompt_logprobs)
+            self.events.put_nowait(piece)
             return
         if self.request.max_tokens == 0:        # only the prompt was asked for; the worker draws a token nevertheless
-            update = update._replace(tokens=(), text="", logprobs=(), reason="length", stop_reason="max_tokens")
+            piece = piece._replace(tokens=(), text="", logprobs=(), reason="length", stop_reason="max_tokens")
         self.last_token_s = time.monotonic()
         if self.first_token_s is None:
             self.first_token_s = self.last_token_s
         self.failovers = 0
-        self.output_ids += update.tokens
-        self.sent_characters += len(update.text)
-        self.events.put_nowait(Piece(update.text, update.tokens, gpu, self.choice, update.logprobs))
-        if update.reason is not None:
-            self.events.put_nowait(self._finished(update, gpu))
+        self.output_ids += piece.tokens
+        self.sent_characters += len(piece.text)
+        self.events.put_nowait(piece)
+        if piece.reason is not None:
+            self.events.put_nowait(self._finished(piece))
 
-    def _finished(self, update: Update, gpu: int) -> Finished:
+    def _finished(self, piece: Piece) -> Finished:
         count, seconds = len(self.output_ids), self.last_token_s - self.first_token_s
-        wanted, cause = self.request.max_tokens, update.stop_reason
-        if update.reason == "length" and (wanted is None or wanted > count):
+        wanted, cause = self.request.max_tokens, piece.stop_reason
+        if piece.reason == "length" and (wanted is None or wanted > count):
             cause = "context_length"
-        return Finished(update.reason, cause, len(self.prompt_ids), count, update.cached_tokens,
-                        queue_ms=(self.dispatched_s - self.arrived_s + update.queued_s) * 1e3,
+        return Finished(piece.reason, cause, len(self.prompt_ids), count, piece.cached_tokens,
+                        queue_ms=(self.dispatched_s - self.arrived_s + piece.queued_s) * 1e3,
                         ttft_ms=(self.first_token_s - self.arrived_s) * 1e3,
-                        tokens_per_second=(count - 1) / seconds if seconds >= TIMEABLE_S else None, gpu=gpu, choice=self.choice,
-                        drafted_tokens=update.drafted_tokens, accepted_tokens=update.accepted_tokens,
+                        tokens_per_second=(count - 1) / seconds if seconds >= TIMEABLE_S else None, gpu=piece.gpu, choice=self.choice,
+                        drafted_tokens=piece.drafted_tokens, accepted_tokens=piece.accepted_tokens,
                         dropped_messages=self.request.dropped_messages)
 
 
@@ -5367,9 +5351,9 @@ class LocalPool:
                 self.asleep, self.used_s, self.load_s = False, worker.ready_s, worker.ready_s - worker.spawned_s
                 self._check_ready()
                 self.dispatch()
-            case Stepped(updates, gauges_):
+            case Stepped(pieces, gauges_):
                 worker.gauges = gauges_
-                self.deliver(worker, updates)
+                self.deliver(worker, pieces)
             case Unusable(text):
                 if self.became_ready.is_set():
                     log.error("worker %d: %s", worker.gpu, text)
@@ -5412,18 +5396,18 @@ class LocalPool:
         if self.ready:
             self.became_ready.set()
 
-    def deliver(self, worker: Worker, updates: Seq[Update]) -> None:
-        """Give each update to its job, unless that was cancelled meanwhile."""
+    def deliver(self, worker: Worker, pieces: Seq[Piece]) -> None:
+        """Give each piece to its job, unless that was cancelled meanwhile."""
         now = time.monotonic()
-        worker.recent.append((now, sum(len(update.tokens) for update in updates)))
+        worker.recent.append((now, sum(len(piece.tokens) for piece in pieces)))
         while worker.recent[0][0] < now - RECENT_S:
             worker.recent.popleft()
-        for update in updates:
-            if job := worker.jobs.get(update.id):
-                job.take(update, worker.gpu)
-                if update.reason is not None:
+        for piece in pieces:
+            if job := worker.jobs.get(piece.id):
+                job.take(piece, worker.gpu)
+                if piece.reason is not None:
                     self.forget(job)
-                if update.reason not in (None, "error"):
+                if piece.reason not in (None, "error"):
                     worker.crashes_in_row = 0
         self.dispatch()
 
@@ -8178,7 +8162,7 @@ class RemoteStream:
             return None
         self.first_s = self.first_s or time.monotonic()
         self.pieces += 1
-        return Piece(text, (), body.get("gpu", 0), reasoning=reasoning)
+        return Piece("", (), text, gpu=body.get("gpu", 0), reasoning=reasoning)
 
     def finished(self, request: Request) -> Finished:
         """What the server said at the end; what it did not say as it was seen here, a piece for a token."""

@@ -27,7 +27,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import chat_server      # noqa: E402
-from chat_server import Cancel, Channel, LocalPool, ModelCard, NewAnswer, Ready, Settings, Stepped, Update    # noqa: E402
+from chat_server import Cancel, Channel, LocalPool, ModelCard, NewAnswer, Ready, Settings, Stepped, Piece    # noqa: E402
 
 CORES = sorted(os.sched_getaffinity(0))
 FRONT_CORE, OTHER_CORES = CORES[:1], CORES[1:] or CORES
@@ -54,13 +54,13 @@ def fake_worker(descriptor):
                 left.pop(message.id, None)
         tick = max(tick + 1 / rate, time.monotonic() - 1 / rate)
         time.sleep(max(0.0, tick - time.monotonic()))
-        stamp, updates = f"{time.monotonic():.6f} {filler}", []
+        stamp, pieces = f"{time.monotonic():.6f} {filler}", []
         for name in list(left):
             left[name] -= 1
-            updates.append(Update(id=name, tokens=(5,), text=stamp, reason=None if left[name] else "length"))
+            pieces.append(Piece(id=name, tokens=(5,), text=stamp, reason=None if left[name] else "length"))
             if not left[name]:
                 del left[name]
-        channel.send(Stepped(updates, gauges))       # a ping wants an answer too
+        channel.send(Stepped(pieces, gauges))       # a ping wants an answer too
 
 
 def front(port, workers, parent):

@@ -239,7 +239,7 @@ def test_generate_answers_as_json(monkeypatch, capsys):
 
 
 def test_reasoning_is_told_apart_and_not_sent_back(monkeypatch, capsys):
-    pool = FakePool([Piece("", (1,), 0, reasoning="Let me think. "), "It is 42."])
+    pool = FakePool([Piece("", (1,), "", reasoning="Let me think. "), "It is 42."])
     chat_with(pool, monkeypatch, ["One", "Two"], json=True)
     out = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert (out[0]["reasoning"], out[0]["text"]) == ("Let me think. ", "It is 42.")

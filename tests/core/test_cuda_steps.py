@@ -82,8 +82,8 @@ def answers(engine, works, arrivals=None, on_step=lambda: None):
     while engine.busy or step <= max(arrivals):
         for work in [work for work, at in zip(works, arrivals) if at == step]:
             engine.add(work)
-        for update in engine.step():
-            tokens[update.id] += update.tokens
+        for piece in engine.step():
+            tokens[piece.id] += piece.tokens
         engine.check_integrity()
         on_step()
         step += 1

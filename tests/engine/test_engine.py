@@ -51,8 +51,8 @@ def answers(engine, works):
     for work in works:
         engine.add(work)
     while engine.busy:
-        for update in engine.step():
-            tokens[update.id] += update.tokens
+        for piece in engine.step():
+            tokens[piece.id] += piece.tokens
         engine.check_integrity()
     return tokens
 
@@ -277,9 +277,9 @@ def test_nanochats_calculator_is_forced_into_the_answer(gen5, expression, answer
     tokens, text = [], ""
     with torch.inference_mode():
         while gen5.busy:
-            for update in gen5.step():
-                tokens += update.tokens
-                text += update.text
+            for piece in gen5.step():
+                tokens += piece.tokens
+                text += piece.text
     assert tokens == expected
     assert text == expression + (answer or "") + "ok"
     gen5.check_integrity()
@@ -297,9 +297,9 @@ def test_requests_that_come_and_go_at_random_moments_leave_nothing_behind(gen5, 
             gen5.add(Work(name, prompt, SamplingParams(seed=number), generator.randrange(1, 40)))
             alive.add(name)
             for _ in range(generator.randrange(4)):
-                for update in gen5.step():
-                    if update.reason:
-                        alive.discard(update.id)
+                for piece in gen5.step():
+                    if piece.reason:
+                        alive.discard(piece.id)
             if alive and generator.random() < 0.6:
                 gone = generator.choice(sorted(alive))
                 assert gen5.cancel(gone)

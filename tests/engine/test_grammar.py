@@ -10,7 +10,7 @@ import torch
 
 import chat_server
 from chat_server import Message, RequestError, SamplingParams, Work
-from engines import make_engine, updates
+from engines import make_engine, pieces
 from pools import work_of
 
 PERSON = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0, "maximum": 130},
@@ -36,13 +36,13 @@ def work(engine, name, schema, seed=0, **more):
 
 
 def text_of(found):
-    return "".join(update.text for update in found)
+    return "".join(piece.text for piece in found)
 
 
 def test_answers_are_of_the_schema_whatever_the_seed_and_beside_free_ones(engine):
     works = [work(engine, f"g{seed}", PERSON, seed) for seed in range(4)]
     free = [Work(f"f{seed}", works[0].prompt_ids, SamplingParams(1.0, seed=seed), 15, ignore_eos=True) for seed in range(2)]
-    found = updates(engine, works + free)
+    found = pieces(engine, works + free)
     for each in works:
         last, text = found[each.id][-1], text_of(found[each.id])
         if last.reason == "length":
@@ -53,26 +53,26 @@ def test_answers_are_of_the_schema_whatever_the_seed_and_beside_free_ones(engine
         # a fixed style without free whitespace
         assert text == json.dumps(person, ensure_ascii=False) or "\\" in text
     assert any(found[each.id][-1].reason == "stop" for each in works)
-    alone = updates(engine, free[:1])
+    alone = pieces(engine, free[:1])
     assert alone["f0"][-1].tokens == found["f0"][-1].tokens
 
 
 def test_greedy_answers_are_held_too_and_log_probabilities_are_the_models_own(engine):
     one = work(engine, "a", {"enum": ["yes", "no"]}, logprobs=2)
-    found = updates(engine, [chat_server.replace(one, sampling=SamplingParams(0.0))])["a"]
+    found = pieces(engine, [chat_server.replace(one, sampling=SamplingParams(0.0))])["a"]
     assert json.loads(text_of(found)) in ("yes", "no")
-    entries = [entry for update in found for entry in update.logprobs]
-    assert len(entries) == sum(len(update.tokens) for update in found)
+    entries = [entry for piece in found for entry in piece.logprobs]
+    assert len(entries) == sum(len(piece.tokens) for piece in found)
     assert entries[0].logprob < 0 and entries[0].top[0][1] >= entries[0].logprob
 
 
 def test_a_resumed_answer_goes_on_in_its_grammar(engine):
-    whole = updates(engine, [work(engine, "a", PERSON, 3)])["a"]
-    tokens = [token for update in whole for token in update.tokens]
+    whole = pieces(engine, [work(engine, "a", PERSON, 3)])["a"]
+    tokens = [token for piece in whole for token in piece.tokens]
     for cut in (1, 5, len(tokens) - 1):
         sent = len(text_of(whole[:cut]))
-        rest = updates(engine, [work(engine, "b", PERSON, 3, resumed_ids=tuple(tokens[:cut]), sent_characters=sent)])["b"]
-        assert [token for update in rest for token in update.tokens] == tokens[cut:]
+        rest = pieces(engine, [work(engine, "b", PERSON, 3, resumed_ids=tuple(tokens[:cut]), sent_characters=sent)])["b"]
+        assert [token for piece in rest for token in piece.tokens] == tokens[cut:]
         assert text_of(whole[:cut]) + text_of(rest) == text_of(whole)
 
 
@@ -87,7 +87,7 @@ def test_what_a_client_would_stop_at_does_not_cut_json(engine, shape):
     prompt = tuple(engine.tokenizer.render(request.messages))
     works = [chat_server.replace(work_of(chat_server.Job(request, prompt, 120, asyncio.Queue(), 0.0, choice=seed)), id=str(seed), sampling=SamplingParams(1.0, seed=seed))
              for seed in range(4)]
-    found = updates(engine, works)
+    found = pieces(engine, works)
     for each in works:
         text = text_of(found[each.id])
         assert '"' in text or text == "{}"
@@ -98,14 +98,14 @@ def test_a_top_level_number_ends_where_the_model_ends_it(engine):
     end = max(engine.tokenizer.stop_tokens)
     one = work(engine, "a", {"type": "integer"})
     one = chat_server.replace(one, sampling=SamplingParams(1.0, seed=1, logit_bias=((end, 50.0),)))
-    found = updates(engine, [one])["a"]
+    found = pieces(engine, [one])["a"]
     assert found[-1].reason == "stop" and found[-1].stop_reason == "eos" and isinstance(json.loads(text_of(found)), int)
 
 
 def test_a_grammar_that_cannot_be_followed_fails_its_request_only(engine, monkeypatch):
     monkeypatch.setattr(chat_server.Grammar, "feed", lambda self, token: False)
     free = Work("f", (5, 6, 7), SamplingParams(0.0), 5, ignore_eos=True)
-    found = updates(engine, [work(engine, "a", PERSON), free])
+    found = pieces(engine, [work(engine, "a", PERSON), free])
     assert found["a"][-1].reason == "refused" and text_of(found["a"]) == ""
     assert found["f"][-1].reason == "length"
 
@@ -130,8 +130,8 @@ def test_others_go_on_while_a_grammar_is_made_and_cancelling_does_not_wait_for_i
     free = Work("f", (5, 6, 7), SamplingParams(0.0), 60, ignore_eos=True)
     for each in (free, work(engine, "a", PERSON, 3), work(engine, "b", PERSON, 4)):
         engine.add(each)
-    found = [update for _ in range(10) for update in engine.step()]
-    assert {update.id for update in found} == {"f"} and len(found) >= 9
+    found = [piece for _ in range(10) for piece in engine.step()]
+    assert {piece.id for piece in found} == {"f"} and len(found) >= 9
     assert engine.cancel("b") and engine.cancel("f") and engine.busy
     assert engine.step() == engine.step() == []
     engine.check_integrity()
@@ -139,7 +139,7 @@ def test_others_go_on_while_a_grammar_is_made_and_cancelling_does_not_wait_for_i
     found = []
     while engine.busy:
         found += engine.step()
-    assert {update.id for update in found} == {"a"} and text_of(found) == text_of(updates(engine, [work(engine, "a", PERSON, 3)])["a"])
+    assert {piece.id for piece in found} == {"a"} and text_of(found) == text_of(pieces(engine, [work(engine, "a", PERSON, 3)])["a"])
 
 
 def test_a_grammar_is_compiled_once_for_all_answers_of_a_request_and_of_the_same_owner(engine, monkeypatch):
@@ -152,9 +152,9 @@ def test_a_grammar_is_compiled_once_for_all_answers_of_a_request_and_of_the_same
     monkeypatch.setattr(chat_server.Grammar, "__init__", counted)
     engine.grammars.clear()
     alike = [work(engine, f"a#{choice}", PERSON, choice, request_id="a", client="alice", owner="alice") for choice in range(6)]
-    found = updates(engine, alike)
+    found = pieces(engine, alike)
     assert made == [alike[0].grammar] and all(found[each.id][-1].reason in ("stop", "length") for each in alike)
-    updates(engine, [work(engine, "b", PERSON, client="bob", owner="bob")])
+    pieces(engine, [work(engine, "b", PERSON, client="bob", owner="bob")])
     # otherwise the delay would tell bob what alice asked
     assert len(made) == 2 and len(engine.grammars) == 2
 
@@ -180,7 +180,7 @@ def test_grammars_of_clients_are_compiled_in_turn_and_those_of_who_left_not_at_a
 
 @torch.inference_mode()
 def test_others_go_on_while_a_mask_is_computed_and_the_answer_is_the_same(engine, monkeypatch):
-    undisturbed = updates(engine, [work(engine, "a", PERSON, 3)])["a"]
+    undisturbed = pieces(engine, [work(engine, "a", PERSON, 3)])["a"]
     slow, original = threading.Event(), chat_server.FairThread.submit
 
     def submit(thread, client, compute, *arguments):
@@ -193,14 +193,14 @@ def test_others_go_on_while_a_mask_is_computed_and_the_answer_is_the_same(engine
     while not found:
         found += engine.step()
     engine.add(Work("f", (5, 6, 7), SamplingParams(0.0), 30, ignore_eos=True))
-    while sum(len(update.tokens) for update in found if update.id == "f") < 30:
+    while sum(len(piece.tokens) for piece in found if piece.id == "f") < 30:
         found += engine.step()
-    assert 1 <= len([update for update in found if update.id == "a"]) < 3          # it waits for its second mask
+    assert 1 <= len([piece for piece in found if piece.id == "a"]) < 3          # it waits for its second mask
     engine.check_integrity()
     slow.set()
     while engine.busy:
         found += engine.step()
-    assert text_of([update for update in found if update.id == "a"]) == text_of(undisturbed)
+    assert text_of([piece for piece in found if piece.id == "a"]) == text_of(undisturbed)
 
 
 def test_an_answer_that_cannot_be_prepared_fails_alone(engine, monkeypatch, caplog):
@@ -209,7 +209,7 @@ def test_an_answer_that_cannot_be_prepared_fails_alone(engine, monkeypatch, capl
     monkeypatch.setattr(chat_server.Grammar, "__init__", broken)
     engine.grammars.clear()
     free = Work("f", (5, 6, 7), SamplingParams(0.0), 20, ignore_eos=True)
-    found = updates(engine, [work(engine, "a", PERSON), free])
+    found = pieces(engine, [work(engine, "a", PERSON), free])
     assert found["a"][-1].reason == "error" and found["f"][-1].reason == "length" and "no room for a grammar" in caplog.text
 
 
@@ -235,7 +235,7 @@ def test_a_schema_that_nothing_fulfils_is_an_error_and_not_an_answer(engine):
     with pytest.raises(RequestError, match="nothing fulfils it"):
         grammar({"$ref": "#"})
     one = chat_server.replace(work(engine, "a", {}), grammar=chat_server.json_grammar({"$ref": "#"}, ""))
-    found = updates(engine, [one])["a"]
+    found = pieces(engine, [one])["a"]
     assert found[-1].reason == "refused" and text_of(found) == ""
 
 

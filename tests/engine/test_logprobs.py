@@ -9,7 +9,7 @@ import torch
 
 import chat_server
 from chat_server import Batch, PAGE_SIZE, SampleRow, SamplingParams, Work
-from engines import make_engine, updates
+from engines import make_engine, pieces
 
 PROMPT = tuple((7 * i + i * i) % 250 for i in range(75))
 
@@ -45,39 +45,39 @@ def test_each_drawn_token_comes_with_how_likely_it_was(engine, ahead):
     works = [Work("a", PROMPT, SamplingParams(1.3, seed=1), 12, ignore_eos=True, logprobs=5),
              Work("b", PROMPT[:20], SamplingParams(0.7, seed=2), 20, ignore_eos=True),
              Work("c", PROMPT[:33], SamplingParams(0.0), 9, ignore_eos=True, logprobs=0)]
-    found = updates(engine, works, ahead)
-    assert all(update.logprobs == () for update in found["b"])
+    found = pieces(engine, works, ahead)
+    assert all(piece.logprobs == () for piece in found["b"])
     for name, prompt, top in (("a", PROMPT, 5), ("c", PROMPT[:33], 0)):
-        tokens = [token for update in found[name] for token in update.tokens]
-        entries = [entry for update in found[name] for entry in update.logprobs]
+        tokens = [token for piece in found[name] for token in piece.tokens]
+        entries = [entry for piece in found[name] for entry in piece.logprobs]
         logits = logits_of(engine, [*prompt, *tokens])[len(prompt) - 1:-1]
         check(entries, logits, tokens, top)
 
 
 def test_looking_at_logits_changes_no_answer(engine):
     work = Work("a", PROMPT, SamplingParams(1.0, seed=5, top_k=0), 24, ignore_eos=True)
-    plain = [token for update in updates(engine, [work])["a"] for token in update.tokens]
+    plain = [token for piece in pieces(engine, [work])["a"] for token in piece.tokens]
     engine.pool.forget_cached()
-    looked = updates(engine, [chat_server.replace(work, logprobs=2, prompt_logprobs=2)])["a"]
-    assert [token for update in looked for token in update.tokens] == plain
+    looked = pieces(engine, [chat_server.replace(work, logprobs=2, prompt_logprobs=2)])["a"]
+    assert [token for piece in looked for token in piece.tokens] == plain
 
 
 def test_penalties_and_bias_count_and_temperature_does_not(engine):
     params = dict(logit_bias=((11, 30.0),), frequency_penalty=1.5, presence_penalty=0.5, repetition_penalty=1.3)
     work = Work("a", PROMPT, SamplingParams(0.2, seed=5, **params), 6, ignore_eos=True, logprobs=3)
-    found = updates(engine, [work])["a"]
-    tokens = [token for update in found for token in update.tokens]
+    found = pieces(engine, [work])["a"]
+    tokens = [token for piece in found for token in piece.tokens]
     logits = logits_of(engine, [*PROMPT, *tokens])[len(PROMPT) - 1:-1].numpy()
     rows = [SampleRow(work.sampling, len(PROMPT) + i, [*PROMPT, *tokens[:i]], len(PROMPT)) for i in range(len(tokens))]
     logits = torch.from_numpy(numpy.stack([chat_server.penalize(*pair) for pair in zip(logits, rows)]))
-    check([entry for update in found for entry in update.logprobs], logits, tokens, 3)
+    check([entry for piece in found for entry in piece.logprobs], logits, tokens, 3)
 
 
 def scores_and_rest(found):
-    """The scores of a prompt, sent as they are computed, and the later updates, which have tokens."""
-    scoring = [update for update in found if update.prompt_logprobs]
-    assert found[:len(scoring)] == scoring and not any(update.tokens or update.reason for update in scoring)
-    return [entry for update in scoring for entry in update.prompt_logprobs], found[len(scoring):]
+    """The scores of a prompt, sent as they are computed, and the later pieces, which have tokens."""
+    scoring = [piece for piece in found if piece.prompt_logprobs]
+    assert found[:len(scoring)] == scoring and not any(piece.tokens or piece.reason for piece in scoring)
+    return [entry for piece in scoring for entry in piece.prompt_logprobs], found[len(scoring):]
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -85,11 +85,11 @@ def test_prompts_are_scored_whole_also_when_their_pages_are_cached_and_steps_hav
     """75 tokens in steps of at most 8 rows of logits, some of which other answers take."""
     others = [Work(f"o{i}", PROMPT[:30 + i], SamplingParams(1.0, seed=i), 40, ignore_eos=True) for i in range(4)]
     scored = [Work(f"s{i}", PROMPT[i:], SamplingParams(0.0), 2, ignore_eos=True, logprobs=2, prompt_logprobs=2) for i in range(2)]
-    updates(engine, [Work("warm", PROMPT, SamplingParams(0.0), 1)])
+    pieces(engine, [Work("warm", PROMPT, SamplingParams(0.0), 1)])
     rows = []
     forward = engine.transformer.forward
     engine.transformer.forward = lambda batch: (rows.append(len(batch.logit_rows)), forward(batch))[1]
-    found = updates(engine, others + scored, ahead)
+    found = pieces(engine, others + scored, ahead)
     engine.transformer.forward = forward
     assert max(rows) <= engine.scheduler.max_rows == 8
     for i, work in enumerate(scored):
@@ -109,25 +109,25 @@ def test_a_scored_prompt_that_is_preempted_is_scored_again_and_once(engine):
         while not (sequence := next((s for s in engine.scheduler.running if s.work.id == "s"), None)) or sequence.computed < 20:
             found += engine.step()
         engine._finish()
-        assert any(update.prompt_logprobs for update in found)
+        assert any(piece.prompt_logprobs for piece in found)
         engine.scheduler._preempt(sequence)
-        found += [update for _ in range(200) if engine.busy for update in engine.step()]
-    scores, _ = scores_and_rest([update for update in found if update.id == "s"])
+        found += [piece for _ in range(200) if engine.busy for piece in engine.step()]
+    scores, _ = scores_and_rest([piece for piece in found if piece.id == "s"])
     check(scores[1:], logits_of(engine, PROMPT[:60])[:-1], PROMPT[1:60], 1)
 
 
 def test_a_prompt_whose_scores_were_sent_in_part_is_scored_on_from_there(engine):
-    whole, _ = scores_and_rest(updates(engine, [Work("a", PROMPT, SamplingParams(0.0), 2, ignore_eos=True, prompt_logprobs=1)])["a"])
+    whole, _ = scores_and_rest(pieces(engine, [Work("a", PROMPT, SamplingParams(0.0), 2, ignore_eos=True, prompt_logprobs=1)])["a"])
     for scored in (1, 30, len(PROMPT)):
         work = Work("b", PROMPT, SamplingParams(0.0), 2, ignore_eos=True, prompt_logprobs=1, scored=scored)
-        assert scores_and_rest(updates(engine, [work])["b"])[0] == whole[scored:]
+        assert scores_and_rest(pieces(engine, [work])["b"])[0] == whole[scored:]
 
 
 def test_the_token_that_ends_an_answer_has_no_logprob(engine):
     end = min(engine.tokenizer.stop_tokens)
     work = Work("a", PROMPT, SamplingParams(0.0, logit_bias=((end, 100.0),)), 8, logprobs=1)
-    (update,) = updates(engine, [work])["a"]
-    assert (update.tokens, update.reason, update.logprobs) == ((end,), "stop", ())
+    (piece,) = pieces(engine, [work])["a"]
+    assert (piece.tokens, piece.reason, piece.logprobs) == ((end,), "stop", ())
 
 
 def test_the_largest_and_smallest_numbers_stay_numbers():

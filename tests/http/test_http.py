@@ -395,7 +395,7 @@ async def test_an_answer_without_an_end_is_an_error_not_an_end(client, path):
     class Forgetful(FakePool):
         async def answer(self, request):
             yield chat_server.Accepted(7, 0)
-            yield chat_server.Piece("Hel", (1,), 0)
+            yield chat_server.Piece("", (1,), "Hel")
     async with serving(Forgetful()) as url:
         _, body = await ask(client, url + path, conversation() | {"stream": True})
         assert frames(body)[-1]["error"]["message"] == "the answer ended early"

@@ -56,7 +56,7 @@ async def test_extra_parameters_pass(client, pool):
 
 async def test_choices_and_logprobs_parse_whole_and_streamed(client, pool):
     entry = TokenLogprob(72, -0.5, ((72, -0.5), (105, -1.25)))
-    pool.pieces = [Piece("H", (72,), 0, logprobs=(entry,)), Piece("i", (105,), 0, logprobs=(TokenLogprob(105, -2.0),))]
+    pool.pieces = [Piece("", (72,), "H", logprobs=(entry,)), Piece("", (105,), "i", logprobs=(TokenLogprob(105, -2.0),))]
     wanted = dict(model="fake-model", messages=HI, n=2, logprobs=True, top_logprobs=2)
     answer = await client.chat.completions.create(**wanted)
     assert [(choice.index, choice.message.content) for choice in answer.choices] == [(0, "Hi"), (1, "Hi")]
@@ -71,8 +71,8 @@ async def test_choices_and_logprobs_parse_whole_and_streamed(client, pool):
 
 async def test_text_completions_parse_with_echo_and_logprobs(client, pool):
     scores = (TokenLogprob(79, None), TokenLogprob(240, -1.0, ((240, -1.0),)))
-    pool.pieces = [Piece("", (), 0, prompt_logprobs=scores[:1]), Piece("", (), 0, prompt_logprobs=scores[1:]),
-                   Piece("!", (33,), 0, logprobs=(TokenLogprob(33, -0.25),))]
+    pool.pieces = [Piece("", (), "", prompt_logprobs=scores[:1]), Piece("", (), "", prompt_logprobs=scores[1:]),
+                   Piece("", (33,), "!", logprobs=(TokenLogprob(33, -0.25),))]
     answer = await client.completions.create(model="fake-model", prompt=["Oh", [79, 240]], echo=True, logprobs=1, max_tokens=1)
     assert [choice.text for choice in answer.choices] == ["Oh!", "O\ufffd!"]
     found = answer.choices[1].logprobs

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 
 import chat_server
-from chat_server import LocalPool, Settings, Update, Worker
+from chat_server import LocalPool, Settings, Piece, Worker
 from fake_pool import FakePool, serving
 
 METHODS = ["GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD", "PATCH", "TRACE", "BREW"]
@@ -52,8 +52,8 @@ class EchoWorker(Worker):
             assert all(0 <= token < 300 for token in message.ids)
         if isinstance(message, chat_server.NewAnswer):
             assert message.max_tokens >= 1
-            update = Update(message.id, (5,), "x", "stop", "eos")
-            asyncio.get_running_loop().call_soon(self.pool.deliver, self, [update])
+            piece = Piece(message.id, (5,), "x", "stop", "eos")
+            asyncio.get_running_loop().call_soon(self.pool.deliver, self, [piece])
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 import chat_server
-from chat_server import EngineFailure, Finished, Overloaded, Piece, Request, RequestError, SamplingParams, Update
+from chat_server import EngineFailure, Finished, Overloaded, Piece, Request, RequestError, SamplingParams
 from pools import PlayedWorker, played_pool, work_of
 
 
@@ -31,7 +31,7 @@ class KeepingWorker(PlayedWorker):
         self.inbox.obey(chat_server.unpacked(kind, frame[chat_server.HEADER.size:]))
 
     def says(self, name, token, reason=None):
-        self.pool.deliver(self, [Update(name, (token,), chr(token), reason, reason and "eos")])
+        self.pool.deliver(self, [Piece(name, (token,), chr(token), reason, reason and "eos")])
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ async def test_one_that_fails_ends_all(pool):
     await anext(events)
     worker.says("a", 65)
     await anext(events)
-    pool.deliver(worker, [Update("a#1", (), "", "error", "the model failed")])
+    pool.deliver(worker, [Piece("a#1", (), "", "error", "the model failed")])
     with pytest.raises(EngineFailure, match="the model failed"):
         async for _ in events:
             pass
@@ -109,7 +109,7 @@ async def test_one_that_fails_ends_all(pool):
 async def test_an_answer_that_fails_is_an_error_and_not_an_end(pool, changes):
     events = pool.answer(request(**changes))
     await anext(events)
-    pool.deliver(pool.workers[0], [Update("a", (5,), "", "error", "the grammar became too large")])
+    pool.deliver(pool.workers[0], [Piece("a", (5,), "", "error", "the grammar became too large")])
     with pytest.raises(EngineFailure, match="too large"):
         await anext(events)
 
@@ -154,9 +154,9 @@ async def test_only_the_prompt_s_scores_are_wanted_with_max_tokens_0_and_a_resum
     assert (worker.works["a"].max_tokens, worker.works["a"].prompt_logprobs) == (1, 1)
     scores = (chat_server.TokenLogprob(1, None), chat_server.TokenLogprob(2, -1.0))
     for score in scores:            # as they are computed
-        pool.deliver(worker, [Update("a", (), "", prompt_logprobs=(score,))])
+        pool.deliver(worker, [Piece("a", (), "", prompt_logprobs=(score,))])
     assert [message.scored for message in pool.jobs["a"].messages(None) if isinstance(message, chat_server.NewAnswer)] == [2]
-    pool.deliver(worker, [Update("a", (65,), "A", "length", "max_tokens")])
+    pool.deliver(worker, [Piece("a", (65,), "A", "length", "max_tokens")])
     *pieces, last, done = [event async for event in events]
     assert [piece.prompt_logprobs for piece in pieces] == [scores[:1], scores[1:]]
     assert all((piece.text, piece.tokens) == ("", ()) for piece in (*pieces, last)) and last.prompt_logprobs == ()
@@ -171,7 +171,7 @@ async def test_an_answer_that_fills_the_context_says_so(pool):
     assert pool.workers[0].works["a"].max_tokens == 4
     for token in (65, 66, 67):
         pool.workers[0].says("a", token)
-    pool.deliver(pool.workers[0], [Update("a", (68,), "D", "length", "max_tokens")])
+    pool.deliver(pool.workers[0], [Piece("a", (68,), "D", "length", "max_tokens")])
     assert [event async for event in events][-1].stop_reason == "context_length"
 
 

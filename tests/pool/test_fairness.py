@@ -8,7 +8,7 @@ import aiohttp
 import pytest
 
 import chat_server
-from chat_server import Cancel, Job, NewAnswer, Overloaded, Piece, Request, Settings, Update, WaitingQueue
+from chat_server import Cancel, Job, NewAnswer, Overloaded, Piece, Request, Settings, WaitingQueue
 from fake_pool import FakePool, conversation, serving
 from pools import played_pool
 
@@ -134,12 +134,12 @@ async def test_a_client_with_all_rows_gives_up_its_youngest_for_another_until_th
     streams = await submitted(pool, "a1", "a2", "a3", "a4", "a5")
     streams |= await submitted(pool, "b1", "b2", "b3")
     assert told(worker) == ["a1", "a2", "a3", "a4", "stop a4", "b1", "stop a3", "b2"] and len(worker.jobs) == 4
-    pool.deliver(worker, [Update("a3", (7,), "late"), Update("a2", (7,), "x"), Update("b1", (7,), "y", "stop", "eos")])
+    pool.deliver(worker, [Piece("a3", (7,), "late"), Piece("a2", (7,), "x"), Piece("b1", (7,), "y", "stop", "eos")])
     assert told(worker)[-1] == "b3"                 # as many rows as a: in turn
-    pool.deliver(worker, [Update("b2", (7,), "", "stop", "eos"), Update("b3", (7,), "", "stop", "eos")])
+    pool.deliver(worker, [Piece("b2", (7,), "", "stop", "eos"), Piece("b3", (7,), "", "stop", "eos")])
     assert told(worker)[-2:] == ["a3##1", "a4##1"]  # before a5, and not as if the late word had come
     assert pool.jobs["a3"].output_ids == [] and pool.jobs["a2"].output_ids == [7]
-    pool.deliver(worker, [Update("a3##1", (8,), "z", "stop", "eos")])
+    pool.deliver(worker, [Piece("a3##1", (8,), "z", "stop", "eos")])
     assert [event.text async for event in streams["a3"] if isinstance(event, Piece)] == ["z"]
     for stream in streams.values():
         await stream.aclose()

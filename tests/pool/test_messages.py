@@ -11,7 +11,7 @@ import pytest
 import chat_server
 from chat_server import (AnswerParams, BadMessage, Body, Call, Cancel, EndOfRequest, Known, Loading, Message, ModelCard, ModelSource,
                          NewAnswer, NewPrompt, NewRequest, Ping, Ready, Refused, Request, Result, SamplingParams, SandboxConfig,
-                         Settings, Stepped, Task, TextSpec, TokenLogprob, Unusable, Update, WorkerConfig)
+                         Settings, Stepped, Task, TextSpec, TokenLogprob, Unusable, Piece, WorkerConfig)
 
 HEADER = chat_server.HEADER
 SCORES = (TokenLogprob(5, None), TokenLogprob(7, -1.5, ((7, -1.5), (2**31, -float("inf")))))
@@ -25,7 +25,7 @@ EXAMPLES = [
     ModelCard(TEXT, "a", 4096, ("one", "two"), {"sample": "numpy"}, True), Ready({"running": 0}), Unusable("no such file"),
     SandboxConfig(Known(Settings(), "m", None), TEXT, 4096, 1.5, 1 << 30), Task("fill", [{"a": [1, None]}, "x"]),
     Body(bytes(range(256)) * 3), Body(b""), Result(None), Result([1, {"a": "\ud800"}]), Refused("no", 400, None, "tools"),
-    Stepped([], {}), Stepped([Update("r", (1, 2), "a\U0001f600\x00", "stop", "eos", 3, 0.5, 4, 2, SCORES, SCORES[:1]), Update("s", (), "")], {"queued": 1})]
+    Stepped([], {}), Stepped([Piece("r", (1, 2), "a\U0001f600\x00", "stop", "eos", 3, 0.5, 4, 2, SCORES, SCORES[:1]), Piece("s", (), "")], {"queued": 1})]
 
 
 def through_the_pipe(message):
@@ -92,8 +92,8 @@ def test_whatever_bytes_come_the_result_is_a_message_or_a_refusal():
 def test_an_answer_that_came_at_once_has_no_speed(monkeypatch):
     for seconds, speed in ((0.0, None), (0.00004, None), (0.5, 6.0)):
         job = chat_server.Job(Request(id="r"), (1, 2), 9, asyncio.Queue(), 100.0, dispatched_s=100.0)
-        for at, update in ((101.0, Update("r", (5,), "a")), (101.0 + seconds, Update("r", (6, 7, 8), "b", "stop", "eos"))):
+        for at, piece in ((101.0, Piece("r", (5,), "a")), (101.0 + seconds, Piece("r", (6, 7, 8), "b", "stop", "eos"))):
             monkeypatch.setattr(chat_server.time, "monotonic", lambda: at)
-            job.take(update, 0)
+            job.take(piece, 0)
         done = [job.events.get_nowait() for _ in range(3)][-1]
         assert done.tokens_per_second == speed and chat_server.timings_body(done)["tokens_per_second"] == speed

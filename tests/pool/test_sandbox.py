@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 import chat_server
-from chat_server import Message, Request, RequestError, Sandbox, SandboxConfig, Settings, Turns, Update
+from chat_server import Message, Request, RequestError, Sandbox, SandboxConfig, Settings, Turns, Piece
 from fake_pool import conversation, serving
 from pools import PlayedWorker
 
@@ -40,8 +40,8 @@ class EchoWorker(PlayedWorker):
         if isinstance(message, chat_server.NewPrompt):
             self.prompts.append(message.ids)
         if isinstance(message, chat_server.NewAnswer):
-            update = Update(message.id, (5,), str(len(self.prompts[-1])), "stop", "eos")
-            asyncio.get_running_loop().call_soon(self.pool.deliver, self, [update])
+            piece = Piece(message.id, (5,), str(len(self.prompts[-1])), "stop", "eos")
+            asyncio.get_running_loop().call_soon(self.pool.deliver, self, [piece])
 
 
 @pytest.fixture

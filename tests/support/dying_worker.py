@@ -53,11 +53,11 @@ def step(engine, report=lambda: None, original=chat_server.Engine.step):
 
     # before it is admitted and gets pages from the prefix cache
     strike(engine, {"queued": MOMENTS["queued"]})
-    updates = original(engine, report_and_strike)
-    # the updates of this step are lost
+    pieces = original(engine, report_and_strike)
+    # the pieces of this step are lost
     strike(engine, {"unsent": MOMENTS["decode"], "lost": MOMENTS["result"]})
     engine.check_integrity()
-    return updates
+    return pieces
 
 
 def start(engine, plan, original=chat_server.Engine._start):

@@ -87,11 +87,11 @@ def run(engine, works, *, check=True, on_step=lambda plan: None, ahead=False):
     engine.scheduler.schedule = watched_schedule
     try:
         while engine.busy:
-            for update in engine.step():
-                result.tokens[update.id] += update.tokens
-                result.text[update.id] += update.text
-                if update.reason:
-                    result.end[update.id] = update
+            for piece in engine.step():
+                result.tokens[piece.id] += piece.tokens
+                result.text[piece.id] += piece.text
+                if piece.reason:
+                    result.end[piece.id] = piece
             if check:
                 engine.check_integrity()
     finally:
@@ -118,15 +118,15 @@ def make_batch(*chunks):
 
 
 @torch.inference_mode()
-def updates(engine, works, ahead=False):
-    """Run `works` -> {id: [Update]}."""
+def pieces(engine, works, ahead=False):
+    """Run `works` -> {id: [Piece]}."""
     if ahead:
         engine.steps = TracedSteps(engine.transformer, ahead=True)
     found = {work.id: [] for work in works}
     for work in works:
         engine.add(work)
     while engine.busy:
-        for update in engine.step():
-            found[update.id].append(update)
+        for piece in engine.step():
+            found[piece.id].append(piece)
         engine.check_integrity()
     return found

@@ -80,7 +80,7 @@ class FakePool:
                         await self._gate_or_cancel(request)
                     if isinstance(piece, Exception):
                         raise piece
-                    yield chat_server.replace(piece, choice=choice) if isinstance(piece, Piece) else Piece(piece, (1,), 0, choice)
+                    yield piece._replace(choice=choice) if isinstance(piece, Piece) else Piece("", (1,), piece, choice=choice)
                 yield finished(self.pieces, self.reason, self.stop_reason, choice)
         finally:
             del self.cancelled[request.id]

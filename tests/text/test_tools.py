@@ -8,7 +8,7 @@ import pytest
 
 import chat_server
 from chat_server import Message, Settings, SamplingParams, ToolCallReader, Work
-from engines import load, make_engine, updates
+from engines import load, make_engine, pieces
 from fake_pool import FakePool, Letters, frames, serving
 
 WEATHER = {"type": "function", "function": {"name": "weather", "description": "Weather of a city", "parameters": {
@@ -191,6 +191,6 @@ def test_a_required_call_is_made_by_a_model_that_has_never_heard_of_tools(defaul
                                       chat_server.OPENAI_FIELDS)
     request = chat_server.parse_openai_request(values, Settings(), tool_format)
     prompt = tuple(engine.tokenizer.render([Message("user", "Weather in Rome?")]))
-    found = updates(engine, [Work("a", prompt, SamplingParams(0.0), 80, grammar=request.grammar)])["a"]
-    text, calls = read(tool_format, [update.text for update in found])
+    found = pieces(engine, [Work("a", prompt, SamplingParams(0.0), 80, grammar=request.grammar)])["a"]
+    text, calls = read(tool_format, [piece.text for piece in found])
     assert text == "" and [call["name"] for call in calls] == ["weather"] and len(json.loads(calls[0]["arguments"])["city"]) <= 10
