@@ -41,7 +41,7 @@ Glossary
     event       what a reader of an answer gets: `Accepted`, then a `Piece` for each step of its worker, then `Finished`
     chunk       what one step computes of one sequence; a step computes the chunks of a batch
     draft       tokens that may come next, looked up in the text so far and checked in one step
-    steps       the way a backend runs a step: `EagerSteps` op by op, decode_core's recordings or CUDA graphs
+    steps       how a backend runs a step: `EagerSteps` op by op, decode_core's recordings or CUDA graphs
     kernels     the ops that a worker chose, each the compiled one or the reference beside it: `load_kernels`
 
 Where do I change ...
@@ -2485,17 +2485,34 @@ class Transformer:
         k.linear(b.hidden, layer["down"], residual=b.between, out=b.x)                      # (T, C)
 
 
-class EagerSteps:
-    """Runs steps of a transformer at once, on any device: `start` computes and draws, `finish` hands over the tokens."""
+class Steps(typing.Protocol):
+    """How steps run: EagerSteps here, ProgramSteps (compiled threads) and GraphSteps (CUDA graphs) in decode_core."""
 
-    ahead = False           # may a step be started before the one before is finished?
+    ahead: bool             # may a step be started before the one before is finished?
+
+    def prepare(self, progress: Callable[[float], None]) -> None:
+        """Pay one-time costs before the first step; `progress` is told the share that is done."""
+
+    def start(self, batch: Batch, rows: Seq[SampleRow]) -> Any:
+        """Compute a batch and draw a token for each of its rows of logits, as `rows` say; a ticket for `finish`.
+
+        A token of the batch that is ~i stands for the token that row i of the step before is still drawing.
+        """
+
+    def finish(self, ticket: Any) -> list[int]:
+        """The tokens drawn, once they are there."""
+
+
+class EagerSteps:
+    """Steps of a transformer op by op, on any device: `start` computes and draws, `finish` hands over the tokens."""
+
+    ahead = False
 
     def __init__(self, transformer: Transformer):
         self.transformer = transformer
         self.drawn: list[int] = []
 
     def start(self, batch: Batch, rows: Seq[SampleRow]) -> list[int]:
-        """`rows` tell how to draw the token of each of the batch's logit rows. Returns a ticket for `finish`."""
         batch.token_ids[:] = [self.drawn[~token] if token < 0 else token for token in batch.token_ids]
         logits = self.transformer.forward(batch)
         self.drawn = self.transformer.kernels.sample(logits, rows) if rows else []
@@ -2505,7 +2522,7 @@ class EagerSteps:
         return ticket
 
     def prepare(self, progress: Callable[[float], None]) -> None:
-        """Do what would make the first steps slow; before any step."""
+        pass                # the first steps are as fast as later ones
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2987,7 +3004,7 @@ class Backend:
     def record(self, transformer: Transformer) -> Callable[[Batch], None] | None:
         """What runs a batch in place of Transformer.compute, which may be recorded for it; None: nothing."""
 
-    def make_steps(self, transformer: Transformer, max_batch: int, context_length: int) -> EagerSteps:
+    def make_steps(self, transformer: Transformer, max_batch: int, context_length: int) -> Steps:
         return EagerSteps(transformer)
 
 

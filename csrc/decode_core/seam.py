@@ -13,7 +13,7 @@ place.
     converted(sources, stored)    which matrices cannot stay in the file's type, in words
     ops(max_tokens, max_rows, quantize)     {name: op} in the place of chat_server's references
     record(transformer)           None, or a function that runs a batch in place of Transformer.compute
-    make_steps(transformer, max_batch, context_length)      what has the methods of chat_server's EagerSteps
+    make_steps(transformer, max_batch, context_length)      what has the methods of chat_server's Steps
 
 `spec` is chat_server's ModelSpec. `script` holds what this package uses of chat_server.py
 (`for_decode_core`): that file runs as __main__ and is never imported here. torch is imported with a backend,

@@ -141,3 +141,12 @@ def test_quantized_file_matrices_go_through_the_seam_unchanged():
     kept = cs.choose_backend("cpu", SPEC).as_stored((48, 64), [(tensor, 0)])
     assert isinstance(kept, QuantizedMatrix) and kept.kind == "q4_1" and kept.shape == (48, 64)
     assert numpy.array_equal(kept.parts[0][1], rows)
+
+
+@needs_core
+def test_all_ways_to_run_steps_have_what_the_engine_calls():
+    from decode_core.cpu_backend import ProgramSteps
+    from decode_core.cuda_steps import GraphSteps
+    wanted = {*cs.Steps.__annotations__, "prepare", "start", "finish"}
+    for steps in (cs.EagerSteps, ProgramSteps, GraphSteps):
+        assert wanted <= set(dir(steps)), steps
