@@ -558,6 +558,25 @@ async def test_health_while_loading_is_503_with_the_stage(client):
         assert (await (await client.get(url + "/stats")).json())["model"] == "fake-model"
 
 
+async def test_scripts_and_styles_come_compressed_to_those_who_take_it():
+    import aiohttp
+    async with serving(FakePool()) as url, aiohttp.ClientSession(auto_decompress=False) as client:
+        whole = (chat_server.STATIC / "chat.js").read_bytes()
+        for accepted, encoding in (("gzip, br", "gzip"), ("br", None), ("gzip;q=0", None), ("", None)):
+            answer = await client.get(url + "/static/chat.js", headers={"Accept-Encoding": accepted})
+            body = await answer.read()
+            assert answer.headers.get("Content-Encoding") == encoding and answer.headers["Vary"] == "Accept-Encoding"
+            assert (gzip.decompress(body) if encoding else body) == whole and "javascript" in answer.content_type
+            again = await client.get(url + "/static/chat.js",
+                                     headers={"Accept-Encoding": accepted, "If-None-Match": answer.headers["ETag"]})
+            assert again.status == 304 and again.headers["ETag"] == answer.headers["ETag"]
+        total = 0
+        for path in [*chat_server.STATIC.glob("*.[jc]*s*"), *chat_server.STATIC.glob("vendor/*.js")]:
+            name = path.relative_to(chat_server.STATIC).as_posix()
+            total += len(await (await client.get(f"{url}/static/{name}", headers={"Accept-Encoding": "gzip"})).read())
+        assert 50_000 < total < 250 * 1024      # all of it, before the first answer
+
+
 async def test_the_page_comes_with_a_base_a_strict_policy_and_fresh_files(client, tmp_path, monkeypatch):
     (tmp_path / "static").mkdir()
     (tmp_path / "static/index.html").write_text("<html><head></head></html>")
