@@ -52,8 +52,8 @@ def test_there_are_exactly_two_set_up_and_go_commands_and_ci_runs_the_second():
 
 
 def test_the_pictures_and_files_it_names_exist():
-    for name in re.findall(r"\]\(([^)]+)\)|`((?:bench|static)/[a-zA-Z.]+)`", README):
-        assert (ROOT / (name[0] or name[1])).exists(), name
+    for name in re.findall(r"\]\(([^)]+)\)|`((?:bench|static)/[a-zA-Z.]+)`|src=\"([^\"]+)\"", README):
+        assert (ROOT / "".join(name)).exists(), name
 
 
 def test_every_route_is_in_the_readme():

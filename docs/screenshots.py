@@ -1,0 +1,105 @@
+"""Makes the README's pictures: the page in light and dark, on a phone, and the terminal, with the default model.
+
+    python docs/screenshots.py          needs chromium, playwright (in the test extra) and tmux
+"""
+
+import html
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+
+from browsing import (CHROMIUM, ask, expect_answered, open_page, playwright,      # noqa: E402
+                      questions, started_server)
+
+QUESTIONS = ("What is the capital of Japan?", "Show me a Python function that reverses a string")
+SIZES = {"light": ({"width": 1200, "height": 760}, "light"), "dark": ({"width": 1200, "height": 760}, "dark"),
+         "phone": ({"width": 390, "height": 760}, "light")}
+SGR = {"1": "font-weight:bold", "2": "color:#8b949e", "3": "font-style:italic", "4": "text-decoration:underline",
+       "31": "color:#ff7b72", "36": "color:#56d4bc"}
+
+
+def picture_of_page(browser, url, name):
+    size, scheme = SIZES[name]
+    phone = {"is_mobile": True, "has_touch": True, "device_scale_factor": 2} if name == "phone" else {}
+    context = browser.new_context(viewport=size, color_scheme=scheme, **phone)
+    page = context.new_page()
+    open_page(page, url)
+    ask(page, "/temperature 0")
+    for count, question in enumerate(QUESTIONS, 1):
+        ask(page, question)
+        expect_answered(page, count)
+    page.mouse.move(0, 0)
+    page.wait_for_function("() => typeof hljs !== 'undefined'")
+    if name != "phone":
+        questions(page).first.scroll_into_view_if_needed()
+    page.screenshot(path=DOCS / f"{name}.png")
+    context.close()
+
+
+def terminal_lines(columns, rows):
+    """What `chat` shows in a terminal, as tmux sees it: lines with SGR sequences."""
+    name = f"screenshot-{time.time_ns()}"
+    chat = shlex.join([sys.executable, str(ROOT / "chat_server.py"), "chat", "-t", "0", "--no-history"])
+    tmux = lambda *words: subprocess.run(["tmux", *words], check=True, capture_output=True, text=True).stdout       # noqa: E731
+    tmux("new-session", "-d", "-s", name, "-x", str(columns), "-y", str(rows), f"{chat} 2>/dev/null")
+    try:
+        shown = lambda: tmux("capture-pane", "-t", name, "-p", "-e")         # noqa: E731
+        await_text(shown, "lists the commands")
+        for count, text in enumerate(QUESTIONS, 1):
+            tmux("send-keys", "-t", name, text, "Enter")
+            await_text(lambda: "first after" * (shown().count("after") >= count), "first after")
+        tmux("send-keys", "-t", name, "/show", "Enter")
+        await_text(shown, "max_tokens")
+        return shown().rstrip().split("\n")
+    finally:
+        tmux("kill-session", "-t", name)
+
+
+def await_text(shown, text):
+    deadline = time.monotonic() + 120
+    while text not in re.sub(r"\x1b\[[\d;]*m", "", shown()):
+        if time.monotonic() > deadline:
+            raise SystemExit(f"{text!r} did not come:\n{shown()}")
+        time.sleep(0.1)
+
+
+def as_html(lines):
+    """Spans for the SGR sequences of tmux, which switches single attributes on and off."""
+    parts, styles = [], set()
+    for codes, text in re.findall(r"\x1b\[([\d;]*)m|([^\x1b]+)", "\n".join(lines)):
+        if text:
+            style = ";".join(SGR[code] for code in sorted(styles) if code in SGR)
+            parts.append(f'<span style="{style}">{html.escape(text)}</span>')
+        for code in (codes or "0").split(";") if not text else ():
+            styles = set() if code == "0" else styles - {"31", "36"} if code == "39" else styles | {code}
+    return "".join(parts)
+
+
+def picture_of_terminal(browser):
+    page = browser.new_page(viewport={"width": 800, "height": 400})
+    page.set_content("<body style='margin:0;background:#0d1117'><pre style='display:inline-block;margin:0;padding:18px 22px;"
+                     "color:#e6edf3;font:14px/1.45 DejaVu Sans Mono,monospace'>" + as_html(terminal_lines(84, 50)) + "</pre></body>")
+    page.locator("pre").screenshot(path=DOCS / "terminal.png")
+
+
+def main():
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        picture_of_terminal(browser)
+        with started_server() as url:
+            for name in SIZES:
+                picture_of_page(browser, url, name)
+        browser.close()
+    for path in sorted(DOCS.glob("*.png")):
+        print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1024:.0f} KB")
+
+
+if __name__ == "__main__":
+    main()
