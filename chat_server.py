@@ -5485,12 +5485,18 @@ class LocalPool:
             raise Overloaded(f"the model is still loading ({self.loading[0]})", retry_after_s=2)
         waiting = len(self.pending) + len(self.preparing)
         free_rows = sum(self.settings.max_batch - len(worker.jobs) for worker in self._free_workers())
-        if waiting >= self.settings.max_queue + free_rows:
+        if waiting >= self.settings.max_queue + free_rows and not self._has_a_place(client, waiting):
             raise Overloaded(f"{waiting} requests are waiting already (--max-queue)", retry_after_s=5, status=429)
         if (limit := self.settings.max_concurrent_per_key) and len(self._requests_of(client)) >= limit:
             raise Overloaded(f"{limit} requests of yours are under way already (--max-concurrent-per-key)", status=429)
         if request_id in self.jobs or request_id in self.preparing:
             raise RequestError(f"a request with the id {request_id!r} is running", status=409, code="duplicate_id")
+
+    def _has_a_place(self, client: str, waiting: int) -> bool:
+        """May a client's request wait in a full queue? Yes, while fewer than a quarter of the places are its own: the pile of
+        another does not keep it out. The queue never gets more than twice as long."""
+        mine = sum(job.request.client == client for job in self.pending) + list(self.preparing.values()).count(client)
+        return mine < self.settings.max_queue // 4 and waiting < 2 * self.settings.max_queue
 
     def _requests_of(self, client: str) -> set[str]:
         return {job.request.id for job in self.jobs.values() if job.request.client == client} | \

@@ -128,6 +128,34 @@ async def submitted(pool, *names, low=False):
     return streams
 
 
+async def test_the_pile_of_one_client_does_not_use_up_the_queue_for_others():
+    pool = played_pool(max_batch=1, max_queue=8)
+    pool.workers[0].state = "loading"           # so all of them wait
+
+    async def asking(name, client, n=1):
+        request = Request(name, prompts=((1,),), prompt_ids=((1,),), client=client, n=n, max_tokens=8)
+        async for _ in pool.answer(request):
+            pass
+
+    tasks = [asyncio.ensure_future(asking(f"a{number}", "a")) for number in range(8)]
+    await asyncio.sleep(0)
+    assert len(pool.pending) == 8
+    with pytest.raises(Overloaded, match="waiting already"):
+        await asking("a8", "a")
+    for client in "bcde":
+        tasks += [asyncio.ensure_future(asking(f"{client}{number}", client)) for number in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match="waiting already"):
+            await asking(f"{client}2", client)
+    assert len(pool.pending) == 16
+    with pytest.raises(Overloaded, match="waiting already"):        # twice as many as --max-queue says
+        await asking("f", "f")
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert not len(pool.pending)
+
+
 async def test_a_client_with_all_rows_gives_up_its_youngest_for_another_until_they_have_as_many():
     pool = played_pool(max_batch=4)
     [worker] = pool.workers
