@@ -669,6 +669,7 @@ class AnswerParams:
     logprobs: int | None = None                     # with so many of the likeliest tokens beside each; None: without
     prompt_logprobs: int | None = None              # the same for the prompt's tokens
     grammar: str = ""                               # what the answer must be
+    progress: bool = False                          # with events that say how far it is before the first token
 
 
 @dataclass(frozen=True)
@@ -725,6 +726,17 @@ class Piece(NamedTuple):
     gpu: int = 0                        # the front sets these two: which worker made it,
     choice: int = 0                     # and of which answer it is: prompt * n + index
     reasoning: str = ""                 # what the model thinks before it answers
+    prompt_done: int = 0                # tokens of the prompt that were read; then there is nothing else
+
+
+@dataclass(frozen=True)
+class PromptProgress:
+    """How far an answer without a token is: its place in the queue, 0 on a worker, and how much of its prompt was read."""
+
+    queue_position: int
+    prompt_tokens: int
+    prompt_tokens_done: int = 0
+    choice: int = 0
 
 
 @dataclass(frozen=True)
@@ -746,7 +758,7 @@ class Finished:
     dropped_messages: int = 0           # by `truncate`
 
 
-Event = Accepted | Piece | Finished
+Event = Accepted | PromptProgress | Piece | Finished
 
 
 # Messages between the front and a worker are frames: one byte says which of MESSAGES it is, four bytes how long the
@@ -4178,6 +4190,8 @@ class Engine:
                 if valid:
                     sequence.tokens.append(~row)
                 row += chunk.draws
+            elif sequence.work.progress and not sequence.generated and not sequence.finished:
+                self.pieces.append(Piece(sequence.work.id, (), "", prompt_done=sequence.computed))
         self.under_way = Started(ticket, drawing)
 
     def _finish(self) -> None:
@@ -4948,6 +4962,9 @@ class Job:
                 RequestError(piece.stop_reason, code="invalid_json_schema", param="response_format")
             self.events.put_nowait(failure)
             return
+        if piece.prompt_done:
+            self.events.put_nowait(PromptProgress(0, len(self.prompt_ids), min(piece.prompt_done, len(self.prompt_ids)), self.choice))
+            return
         piece = piece._replace(gpu=gpu, choice=self.choice)
         if piece.prompt_logprobs:
             self.failovers, self.scored = 0, self.scored + len(piece.prompt_logprobs)
@@ -5204,6 +5221,7 @@ class LocalPool:
     SCHEMA_S = 1.0              # and for checking a JSON schema
     BODY_S = 5.0                # and for reading a large body
     VALID_GRAMMARS = 256        # the grammars checked last, which are not checked again
+    PLACE_S = 0.25              # how often places in the queue are looked up for those who want to know
     TURN_S = 0.005              # for which one request's events are worked off before others have their turn
     PREFIXES = 10_000           # so many are known of each worker
 
@@ -5454,11 +5472,14 @@ class LocalPool:
                 waited = events.empty()
                 if not waited and time.monotonic() - turn_s > self.TURN_S:
                     waited = await asyncio.sleep(0, True)
+                if request.progress and jobs[0].worker is None:
+                    async for progress in self._places(jobs[0], events):
+                        yield progress
                 event = await events.get()
                 turn_s = time.monotonic() if waited else turn_s
                 if isinstance(event, Exception):
                     raise event
-                if event.choice in others and not (isinstance(event, Piece) and event.prompt_logprobs):
+                if event.choice in others and not (isinstance(event, PromptProgress) or isinstance(event, Piece) and event.prompt_logprobs):
                     self._submit(others.pop(event.choice))      # the prompt's pages are there for them now
                 yield event
                 left -= isinstance(event, Finished)
@@ -5467,6 +5488,15 @@ class LocalPool:
             self._abandon(*jobs)
             for worker in self.workers:
                 worker.end_request(request.id)
+
+    async def _places(self, job: Job, events: asyncio.Queue) -> AsyncIterator[PromptProgress]:
+        """The place of a job in the queue, whenever that has changed, until there is anything else to tell of it."""
+        told = 0
+        while events.empty() and job.worker is None:
+            place = next((place for place, each in enumerate(self.pending, 1) if each is job), 0)
+            if place not in (0, told):
+                yield PromptProgress(told := place, len(job.prompt_ids))
+            await asyncio.sleep(self.PLACE_S)
 
     def _submit(self, jobs: Seq[Job]) -> None:
         for job in jobs:
@@ -5876,6 +5906,7 @@ COMMON_FIELDS = (       # of all routes that answer
     Field("priority", PRIORITY, "`low`: runs when nothing else waits"),
     Field("truncate", TRUNCATE, "`oldest`: what does not fit loses its oldest turns, and timings say how many messages that were"),
     Field("resumable", SWITCH, "numbered events; GET /v1/streams/{id} goes on with the stream where it was left"),
+    Field("progress", SWITCH, "events before the first token: the place in the queue, tokens of the prompt, and how many were read"),
 )
 
 NATIVE_FIELDS = (
@@ -6054,7 +6085,7 @@ def sampling_params(values: Mapping[str, Any], settings: Settings) -> SamplingPa
 
 def make_request(values: Mapping[str, Any], settings: Settings, **source: Any) -> Request:
     """A Request of what the fields of every route that answers have in common, and of `source`."""
-    names = ("stop", "stop_token_ids", "ignore_eos", "min_tokens", "n", "truncate", "resumable")
+    names = ("stop", "stop_token_ids", "ignore_eos", "min_tokens", "n", "truncate", "resumable", "progress")
     return Request(sampling=sampling_params(values, settings), low_priority=values.get("priority", False),
                    **{name: values[name] for name in names if name in values}, **source)
 
@@ -6345,6 +6376,14 @@ class Encoder:
     def encode(self, event: Event) -> bytes:
         raise NotImplementedError
 
+    def progress(self, event: PromptProgress) -> bytes:
+        """An event before the first token, for who asked for these."""
+        told = {name: getattr(event, name) for name in ("queue_position", "prompt_tokens", "prompt_tokens_done")}
+        return self.framed({"progress": told})
+
+    def framed(self, body: dict) -> bytes:
+        return frame(body)
+
     def counts(self) -> dict[str, int]:
         """Tokens of all choices: each prompt counts once, each answer for itself. EngineFailure when one has not ended."""
         if len(self.ended) < self.choices:
@@ -6557,7 +6596,7 @@ class OpenAIEncoder(Encoder):
         return self.framed(chunk)
 
     def framed(self, body: dict) -> bytes:
-        return self.begin + dump(body)[1:] + b"\n\n"
+        return self.begin + dump({"choices": []} | body)[1:] + b"\n\n"
 
     def end(self) -> bytes:
         """After the last choice's last chunk."""
@@ -7183,7 +7222,8 @@ class Front:
         async with self.answering(request) as events:
             with Holding(self.budget, request.client) as holding:
                 async for event in events:
-                    holding.grow(encoder.collect(event))
+                    if not isinstance(event, PromptProgress):
+                        holding.grow(encoder.collect(event))
                 self.note_end(encoder)
                 return await send_whole(http, list(encoder.completion()), request.id)
 
@@ -7207,7 +7247,7 @@ class Front:
         try:
             yield encoder.start()
             async for event in events:
-                yield encoder.encode(event)
+                yield encoder.progress(event) if isinstance(event, PromptProgress) else encoder.encode(event)
             self.note_end(encoder)
         except Exception as error:
             VISIT.get().note = f"failed: {error}"

@@ -531,3 +531,14 @@ def test_a_server_that_lists_models_but_has_only_nanochat_s_route_is_asked_there
         ask(page, "hello")
         expect_answered(page, number)
     assert len(stand_in.bodies) == 2
+
+
+def test_the_real_server_says_how_much_of_a_long_prompt_it_has_read(page, server_url):
+    open_page(page, server_url)
+    page.evaluate("""() => { window.said = new Set();
+      new MutationObserver(() => said.add(document.querySelector("#log").textContent.match(/Reading the prompt, \\d+/)?.[0]))
+        .observe(document.querySelector("#log"), {subtree: true, childList: true, characterData: true}); }""")
+    command(page, "/maxtokens 4")
+    ask(page, "Count: " + " ".join(str(number) for number in range(1500)))
+    expect_answered(page)
+    assert page.evaluate("[...said].filter(Boolean).length") > 1
