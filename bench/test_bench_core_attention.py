@@ -98,16 +98,16 @@ def make_step(plan, cache, rows, positions, slots, qkv=None):
     qkv = rng.standard_normal((rows, (H + 2 * Hkv) * D), numpy.float32) if qkv is None else qkv
     q, out = rng.standard_normal((rows, H, D), numpy.float32) / 8, numpy.zeros((rows, H * D), numpy.float32)
     kept = qkv, cos, sin, positions, slots, q, out, cache
-    qkv_at, kind, _, stride = look_at("qkv", qkv, ("float32", "bfloat16"), rows, (H + 2 * Hkv) * D)
+    qkv_at, _, _, stride = look_at("qkv", qkv, ("float32",), rows, (H + 2 * Hkv) * D)
     indices = vector("positions", positions, "int64", rows), vector("slots", slots, "int64", rows)
-    job, _ = rope_job(check_cache(cache[0]), (qkv_at, CODES[kind], stride), (q.ctypes.data, rows, H), cos, sin, indices, (0, 0), (0, 0))
+    job, _ = rope_job(check_cache(cache[0]), (qkv_at, stride), (q.ctypes.data, rows, H), cos, sin, indices, (0, 0), (0, 0))
 
     def append(kept=kept):
         _core.rope_append(job)
 
     def attend(layer, window):
         _core.paged_attention(plan, window, q.ctypes.data, cache.ctypes.data + layer * cache[0].nbytes, CODES["float16"],
-                              out.ctypes.data, CODES["float32"], D)
+                              out.ctypes.data, D)
 
     return append, attend
 
@@ -144,13 +144,13 @@ def test_prefill_attention(benchmark, rows, context):
 
 @pytest.mark.parametrize("rows", [1, 8, 32, 256])
 def test_rope_append(benchmark, rows):
-    """One layer's rows in bfloat16 against the torch reference: decode rows with a page each, or a chunk of a
+    """One layer's rows against the torch reference: decode rows with a page each, or a chunk of a
     prompt."""
     torch, cs = pytest.importorskip("torch"), pytest.importorskip("chat_server")
     torch.set_num_threads(THREADS)
     benchmark.group = f"rope and append, {THREADS} threads, {_core.isa()}"
     chunk = rows > 32
-    qkv = torch.randn(rows, (H + 2 * Hkv) * D).bfloat16()
+    qkv = torch.randn(rows, (H + 2 * Hkv) * D)
     slots = torch.arange(rows) * (1 if chunk else PAGE + 1)
     positions = torch.arange(rows) if chunk else torch.arange(rows) + 100
     cache = torch.zeros(1, 64, Hkv, 2, PAGE * D, dtype=torch.float16)
@@ -159,8 +159,8 @@ def test_rope_append(benchmark, rows):
     plan = decode_core.plan_attention(tables, lengths, starts, H, Hkv, 64)
     append, _ = make_step(plan, cache, rows, positions, slots, qkv)
     cos_sin, order = torch.randn(2, rows, D // 2).unbind(), torch.arange(rows)
-    plain = torch.zeros(64 * PAGE, 2, Hkv, D, dtype=torch.bfloat16)
-    q = torch.zeros(rows, H * D, dtype=torch.bfloat16)
+    plain = torch.zeros(64 * PAGE, 2, Hkv, D)
+    q = torch.zeros(rows, H * D)
 
     def ours():
         for _ in range(20):

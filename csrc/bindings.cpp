@@ -151,13 +151,13 @@ py::tuple count_tokens(const py::list& rows, int64_t vocab) {
     return py::make_tuple(py::cast(ends), bytes(ids), bytes(counts));
 }
 
-void sample(uintptr_t logits, bool bf16, int64_t rows, int64_t vocab, int64_t stride, uintptr_t params, uintptr_t count_ids,
-            uintptr_t counts, uintptr_t bias_ids, uintptr_t bias_values, uintptr_t tokens, uintptr_t logprobs) {
+void sample(uintptr_t logits, int64_t rows, int64_t vocab, int64_t stride, uintptr_t params, uintptr_t count_ids,
+            uintptr_t counts, uintptr_t bias_ids, uintptr_t bias_values, uintptr_t tokens) {
     const dc::SampleArgs args{
-        reinterpret_cast<const void*>(logits), bf16, rows, vocab, stride, reinterpret_cast<const dc::SampleRow*>(params),
+        reinterpret_cast<const float*>(logits), rows, vocab, stride, reinterpret_cast<const dc::SampleRow*>(params),
         reinterpret_cast<const int32_t*>(count_ids), reinterpret_cast<const int32_t*>(counts),
         reinterpret_cast<const int32_t*>(bias_ids), reinterpret_cast<const float*>(bias_values),
-        reinterpret_cast<int32_t*>(tokens), reinterpret_cast<float*>(logprobs)};
+        reinterpret_cast<int32_t*>(tokens)};
     Gil released;
     dc::sample(args);
 }
@@ -186,32 +186,32 @@ template <class T>
 T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
 void paged_attention(dc::AttentionPlan& plan, int window, uintptr_t q, uintptr_t cache, int cache_type, uintptr_t out,
-                     int out_type, int head_size) {
-    const dc::AttentionJob job{at<const float>(q), at<const void>(cache), dc::Element(cache_type), at<void>(out),
-                               dc::Element(out_type), plan.heads, plan.kv_heads, head_size, window};
+                     int head_size) {
+    const dc::AttentionJob job{at<const float>(q), at<const void>(cache), dc::Element(cache_type), at<float>(out),
+                               plan.heads, plan.kv_heads, head_size, window};
     const dc::AttentionPlan::Work& work = plan.work(window);
     Gil released;
     dc::paged_attention(job, work);
 }
 
 // Sizes and flags first, then the addresses, as attention.py packs them.
-dc::RopeJob rope_job(int64_t rows, int64_t row_stride, int qkv_type, int heads, int kv_heads, int head_size, int half_rotated,
-                     bool interleaved, float direction, int norm, float epsilon, float post_scale, float q_scale,
+dc::RopeJob rope_job(int64_t rows, int64_t row_stride, int heads, int kv_heads, int head_size, int half_rotated,
+                     int norm, float epsilon, float post_scale, float q_scale,
                      float gate_scale, int64_t value_stride, int64_t gate_stride, int cache_type, int64_t max_positions,
                      int64_t num_pages, uintptr_t qkv, uintptr_t positions, uintptr_t slots, uintptr_t cos, uintptr_t sin,
                      uintptr_t q_norm, uintptr_t k_norm, uintptr_t value_embed, uintptr_t gate, uintptr_t q_out,
                      uintptr_t cache) {
     dc::RopeJob job{};
-    job.rows = rows, job.row_stride = row_stride, job.qkv_type = dc::Element(qkv_type);
+    job.rows = rows, job.row_stride = row_stride;
     job.heads = heads, job.kv_heads = kv_heads, job.head_size = head_size;
-    job.half_rotated = half_rotated, job.interleaved = interleaved, job.direction = direction;
+    job.half_rotated = half_rotated;
     job.norm = dc::QkNorm(norm), job.epsilon = epsilon, job.post_scale = post_scale, job.q_scale = q_scale;
     job.gate_scale = gate_scale, job.value_stride = value_stride, job.gate_stride = gate_stride;
     job.cache_type = dc::Element(cache_type);
-    job.qkv = at<const void>(qkv), job.positions = at<const int64_t>(positions), job.slots = at<const int64_t>(slots);
+    job.qkv = at<const float>(qkv), job.positions = at<const int64_t>(positions), job.slots = at<const int64_t>(slots);
     job.cos = at<const float>(cos), job.sin = at<const float>(sin);
     job.q_norm = at<const float>(q_norm), job.k_norm = at<const float>(k_norm);
-    job.value_embed = at<const void>(value_embed), job.gate = at<const void>(gate);
+    job.value_embed = at<const float>(value_embed), job.gate = at<const float>(gate);
     job.q_out = at<float>(q_out), job.cache = at<void>(cache);
     dc::check_rope_indices(job, max_positions, num_pages);
     return job;

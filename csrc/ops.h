@@ -14,14 +14,11 @@ namespace dc {
 // One token for each row of logits: penalties and bias -> temperature -> top-k -> top-p over what top-k kept -> min-p -> the
 // largest z + Gumbel noise. Token = function of (the row's logits bits, its SampleRow and lists) and of nothing else: not of
 // its index, the batch, the threads or the instruction set. Ties: lower id. A row without a finite logit gives id 0.
-//   logits        f32 or bf16 (widened exactly) [rows][vocab], `stride` elements from row to row; not changed
+//   logits        f32 [rows][vocab], `stride` elements from row to row; not changed
 //   params        SampleRow[rows]; ids in the lists are in [0, vocab)
 //   tokens        i32[rows]; -1 where the row is inactive
-//   logprobs      f32[rows] or null: ln softmax of the token after penalties and bias, before temperature (not bit-exact
-//                 between backends; -inf for a row without a finite logit, 0 for an inactive one)
 struct SampleArgs {
-    const void* logits;
-    bool bf16;
+    const float* logits;
     int64_t rows, vocab, stride;
     const SampleRow* params;
     const int32_t* count_ids;
@@ -29,7 +26,6 @@ struct SampleArgs {
     const int32_t* bias_ids;
     const float* bias_values;
     int32_t* tokens;
-    float* logprobs;
 };
 
 void sample(const SampleArgs& args);                            // rows are shared out over the pool

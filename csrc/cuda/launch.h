@@ -23,11 +23,10 @@ int64_t dc_cuda_current_device();
 // One token for each row of logits (rows, vocabulary), element type 0 = f32 or 2 = bf16, vocabulary <= 2^18. `params`:
 // dc::SampleRow[rows] of csrc/contract.h; its lists in count_ids, counts (count_size i32 each) and bias_ids, bias_values
 // (bias_size i32, f32); all on the device. f32 rows that have penalties or bias are changed in place, bf16 rows never.
-// tokens (i32): -1 for a row with position < 0. logprobs (f32) or 0: ln softmax of the token after penalties and bias,
-// before temperature. threads: 1024; tests also take 32 .. 512, powers of two.
+// tokens (i32): -1 for a row with position < 0. threads: 1024; tests also take 32 .. 512, powers of two.
 const char *dc_cuda_sample(int64_t logits, int64_t type, int64_t row_stride, int64_t rows, int64_t vocabulary,
                            int64_t params, int64_t count_ids, int64_t counts, int64_t count_size, int64_t bias_ids,
-                           int64_t bias_values, int64_t bias_size, int64_t tokens, int64_t logprobs, int64_t threads,
+                           int64_t bias_values, int64_t bias_size, int64_t tokens, int64_t threads,
                            int64_t stream);
 
 // qkv (rows, (heads + 2 kv_heads) * head_size) f32 or bf16 -> q_out (rows, heads, head_size) f32 and the pages. positions,
@@ -38,7 +37,7 @@ const char *dc_cuda_sample(int64_t logits, int64_t type, int64_t row_stride, int
 const char *dc_cuda_rope_append(int64_t qkv, int64_t qkv_type, int64_t row_stride, int64_t rows, int64_t heads,
                                 int64_t kv_heads, int64_t head_size, int64_t positions, int64_t slots,
                                 int64_t max_positions, int64_t num_slots, int64_t cos, int64_t sin, int64_t half_rotated,
-                                int64_t interleaved, double direction, int64_t norm, int64_t q_norm, int64_t k_norm,
+                                int64_t norm, int64_t q_norm, int64_t k_norm,
                                 double epsilon, double post_scale, double q_scale, int64_t value_embed,
                                 int64_t value_stride, int64_t gate, int64_t gate_stride, double gate_scale, int64_t q_out,
                                 int64_t k_pages, int64_t v_pages, int64_t cache_type, int64_t page_stride,

@@ -29,8 +29,6 @@ struct RopeJob {                            // by value into the kernel; lengths
     int64_t max_positions, num_slots;
     const float *cos, *sin;                 // (max_positions, half_rotated)
     int half_rotated;
-    bool interleaved;                       // pairs (2 i, 2 i + 1), else (i, i + half_rotated)
-    float direction;
     int64_t norm;
     const float *q_norm, *k_norm;           // (D) or null
     float epsilon, post_scale, q_scale;
@@ -50,10 +48,9 @@ DC_DEVICE void normalize(float *x, int size, const float *weight, float epsilon,
 DC_DEVICE void rotate(float *x, const RopeJob &job, int64_t position, unsigned lane) {
     const float *cos = job.cos + position * job.half_rotated, *sin = job.sin + position * job.half_rotated;
     for (int i = lane; i < job.half_rotated; i += 32) {
-        const int first = job.interleaved ? 2 * i : i, second = job.interleaved ? 2 * i + 1 : i + job.half_rotated;
-        const float a = x[first], b = x[second], s = sin[i] * job.direction;
-        x[first] = a * cos[i] - b * s;
-        x[second] = b * cos[i] + a * s;
+        const float a = x[i], b = x[i + job.half_rotated];
+        x[i] = a * cos[i] - b * sin[i];
+        x[i + job.half_rotated] = b * cos[i] + a * sin[i];
     }
 }
 
@@ -123,7 +120,7 @@ const char *launch_rope_into(int64_t cache_type, const RopeJob &job, int64_t row
 const char *dc_cuda_rope_append(int64_t qkv, int64_t qkv_type, int64_t row_stride, int64_t rows, int64_t heads,
                                 int64_t kv_heads, int64_t head_size, int64_t positions, int64_t slots,
                                 int64_t max_positions, int64_t num_slots, int64_t cos, int64_t sin, int64_t half_rotated,
-                                int64_t interleaved, double direction, int64_t norm, int64_t q_norm, int64_t k_norm,
+                                int64_t norm, int64_t q_norm, int64_t k_norm,
                                 double epsilon, double post_scale, double q_scale, int64_t value_embed,
                                 int64_t value_stride, int64_t gate, int64_t gate_stride, double gate_scale, int64_t q_out,
                                 int64_t k_pages, int64_t v_pages, int64_t cache_type, int64_t page_stride,
@@ -141,8 +138,6 @@ const char *dc_cuda_rope_append(int64_t qkv, int64_t qkv_type, int64_t row_strid
     job.cos = as_pointer<const float>(cos);
     job.sin = as_pointer<const float>(sin);
     job.half_rotated = static_cast<int>(half_rotated);
-    job.interleaved = interleaved != 0;
-    job.direction = static_cast<float>(direction);
     job.norm = norm;
     job.q_norm = as_pointer<const float>(q_norm);
     job.k_norm = as_pointer<const float>(k_norm);

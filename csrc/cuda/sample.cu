@@ -1,5 +1,5 @@
 // op       sample: one token per row, the same bits as chat_server.py's sample_reference on equal logits.
-// shapes   logits (B, V) f32 or bf16 with a row stride, V <= 2^18; parameters, tokens and logprobs per row (launch.h).
+// shapes   logits (B, V) f32 or bf16 with a row stride, V <= 2^18; parameters, tokens per row (launch.h).
 // mapping  One block per row, 1024 threads striding over the ids. An item is one u64 code, smaller is better:
 //          (distance of its key below the largest key) << id_bits | id. So top-k and top-p are each one number, the
 //          largest code that survives, found by radix selection in shared histograms (10 bits a pass). Before that the
@@ -313,14 +313,13 @@ DC_DEVICE void change_row(float *row, uint32_t vocabulary, const dc::SampleRow &
 
 template <class T>
 DC_KERNEL(SAMPLE_THREADS) sample_kernel(T *logits, int64_t row_stride, uint32_t vocabulary, const dc::SampleRow *params,
-                                        Lists lists, int32_t *tokens, float *logprobs) {
+                                        Lists lists, int32_t *tokens) {
     DC_SHARED(SampleShared, shared);
     const uint32_t r = blockIdx.x;
     const dc::SampleRow p = params[r];
     T *row = logits + r * row_stride;
     if (p.position < 0) {
         if (threadIdx.x == 0) tokens[r] = -1;
-        if (threadIdx.x == 0 && logprobs != nullptr) logprobs[r] = 0;
         return;
     }
     if constexpr (sizeof(T) == 4) {
@@ -344,38 +343,26 @@ DC_KERNEL(SAMPLE_THREADS) sample_kernel(T *logits, int64_t row_stride, uint32_t 
         token = drawn == NOBODY ? token : drawn;        // nobody: parameters that are not numbers
     }
     if (threadIdx.x == 0) tokens[r] = static_cast<int32_t>(token);
-    if (logprobs == nullptr) return;
-
-    const float top_logit = dc::float_of_key(top_key);
-    uint64_t sum = 0;
-    each_logit(row, vocabulary, [&](uint32_t, float logit) {
-        sum += dc::exp_weight(dc::z_of(dc::clean(logit), top_logit, 1.0f));
-    });
-    sum = block_reduce(sum, shared, Sum());
-    const float total = static_cast<float>(sum) * 9.094947017729282e-13f;            // in units of 2^40: 1 .. V
-    const float z = dc::z_of(dc::clean(to_float(row[token])), top_logit, 1.0f);
-    if (threadIdx.x == 0) logprobs[r] = hopeless ? -DC_INFINITY : z - logf(total);
 }
 
 template <class T>
 const char *launch_sample(int64_t logits, int64_t row_stride, int64_t rows, int64_t vocabulary, int64_t params,
-                          const Lists &lists, int64_t tokens, int64_t logprobs, int64_t threads, int64_t stream) {
+                          const Lists &lists, int64_t tokens, int64_t threads, int64_t stream) {
     const auto kernel = sample_kernel<T>;
     return DC_LAUNCH(kernel, dim3(static_cast<unsigned>(rows)), static_cast<unsigned>(threads), as_pointer<void>(stream),
                      as_pointer<T>(logits), row_stride, static_cast<uint32_t>(vocabulary),
-                     as_pointer<const dc::SampleRow>(params), lists, as_pointer<int32_t>(tokens),
-                     as_pointer<float>(logprobs));
+                     as_pointer<const dc::SampleRow>(params), lists, as_pointer<int32_t>(tokens));
 }
 
 }  // namespace
 
 const char *dc_cuda_sample(int64_t logits, int64_t type, int64_t row_stride, int64_t rows, int64_t vocabulary,
                            int64_t params, int64_t count_ids, int64_t counts, int64_t count_size, int64_t bias_ids,
-                           int64_t bias_values, int64_t bias_size, int64_t tokens, int64_t logprobs, int64_t threads,
+                           int64_t bias_values, int64_t bias_size, int64_t tokens, int64_t threads,
                            int64_t stream) {
     if (rows == 0) return nullptr;
     const Lists lists{as_pointer<const int32_t>(count_ids), as_pointer<const int32_t>(counts), static_cast<int>(count_size),
                       as_pointer<const int32_t>(bias_ids), as_pointer<const float>(bias_values), static_cast<int>(bias_size)};
     const auto launch = type == F32 ? launch_sample<float> : launch_sample<bf16>;
-    return launch(logits, row_stride, rows, vocabulary, params, lists, tokens, logprobs, threads, stream);
+    return launch(logits, row_stride, rows, vocabulary, params, lists, tokens, threads, stream);
 }

@@ -24,9 +24,9 @@ def check_cache(cache) -> tuple:
 def rope_append(qkv, cos, sin, positions, slots, cache, q_out, *, value_embed=None, gate=None, **options):
     """Everything between the qkv product and attention: q -> q_out (T, H, D) float32, k and v -> the pages of `cache`.
 
-    qkv (T, (H + 2 Hkv) * D) float32 or bfloat16, rows may be apart; positions, slots (T,) int64, slot = page * 16 + offset,
+    qkv (T, (H + 2 Hkv) * D) float32, rows may be apart; positions, slots (T,) int64, slot = page * 16 + offset,
     -1 leaves a row alone; cos, sin (max_positions, rot / 2) float32, rot <= D;
-    v += gate_scale * sigmoid(gate) * value_embed with gate (T, Hkv) and value_embed (T, Hkv * D) in qkv's type;
+    v += gate_scale * sigmoid(gate) * value_embed with gate (T, Hkv) and value_embed (T, Hkv * D) float32;
     options: rope_job's.
     """
     layer = _, _, _, Hkv, D = check_cache(cache)
@@ -34,40 +34,38 @@ def rope_append(qkv, cos, sin, positions, slots, cache, q_out, *, value_embed=No
     if not H:
         raise ValueError("q_out: must have heads")
 
-    qkv_at, kind, _, stride = look_at("qkv", qkv, ("float32", "bfloat16"), T, (H + 2 * Hkv) * D, rows_apart=True)
+    qkv_at, _, _, stride = look_at("qkv", qkv, FLOAT32, T, (H + 2 * Hkv) * D, rows_apart=True)
     check_together("value_embed", value_embed, "gate", gate)
     value = strength = (0, 0)
     if gate is not None:
-        value = look_at("value_embed", value_embed, (kind,), T, Hkv * D, rows_apart=True)
-        strength = look_at("gate", gate, (kind,), T, Hkv, rows_apart=True)
+        value = look_at("value_embed", value_embed, FLOAT32, T, Hkv * D, rows_apart=True)
+        strength = look_at("gate", gate, FLOAT32, T, Hkv, rows_apart=True)
     indices = vector("positions", positions, "int64", T), vector("slots", slots, "int64", T)
-    job, _ = rope_job(layer, (qkv_at, CODES[kind], stride), (q_at, T, H), cos, sin, indices, (value[0], value[-1]),
+    job, _ = rope_job(layer, (qkv_at, stride), (q_at, T, H), cos, sin, indices, (value[0], value[-1]),
                       (strength[0], strength[-1]), **options)
     _core.rope_append(job)
 
 
 def rope_job(cache: tuple, qkv: tuple, q: tuple, cos, sin, indices: tuple, value: tuple, gate: tuple, *, norm="none",
-             q_norm=None, k_norm=None, eps=1e-5, post_scale=1.0, q_scale=None, interleaved=False, direction=1, gate_scale=1.0):
+             q_norm=None, k_norm=None, eps=1e-5, post_scale=1.0, q_scale=None, gate_scale=1.0):
     """-> what the kernel reads, and max_positions.
 
-    Looked at already: cache as from check_cache; qkv (address, type code, stride); q (address, T, H); indices: addresses of
+    Looked at already: cache as from check_cache; qkv (address, stride); q (address, T, H); indices: addresses of
     positions and slots; value and gate (address, stride). norm "none", "before_rope" or "after_rope" with q_norm, k_norm (D,)
     float32 or None; then q and k times post_scale, q also times q_scale (None: D ** -0.5).
     """
-    (cache_at, cache_code, pages, Hkv, D), (qkv_at, code, row_stride), (q_at, T, H) = cache, qkv, q
+    (cache_at, cache_code, pages, Hkv, D), (qkv_at, row_stride), (q_at, T, H) = cache, qkv, q
     cos_at, _, table, _ = look_at("cos", cos, FLOAT32, None, None)
     if not 0 < 2 * table[1] <= D:
         raise ValueError(f"cos: must be (max_positions, rot / 2) with rot <= {D}, not {table}")
     sin_at = look_at("sin", sin, FLOAT32, *table)[0]
     if norm not in NORMS:
         raise ValueError(f"norm: must be one of {', '.join(NORMS)}, not {norm!r}")
-    if direction not in (1, -1):
-        raise ValueError(f"direction: must be 1 or -1, not {direction!r}")
     check_together("q_norm", q_norm, "k_norm", k_norm)
     norms = [0 if weight is None else vector(name, weight, "float32", D)
              for name, weight in (("q_norm", q_norm), ("k_norm", k_norm))]
     job = _core.rope_job(
-        T, row_stride, code, H, Hkv, D, table[1], interleaved, direction, NORMS[norm], eps, post_scale,
+        T, row_stride, H, Hkv, D, table[1], NORMS[norm], eps, post_scale,
         D**-0.5 if q_scale is None else q_scale, gate_scale, value[1], gate[1], cache_code, table[0], pages, qkv_at,
         *indices, cos_at, sin_at, *norms, value[0], gate[0], q_at, cache_at)
     return job, table[0]
@@ -90,7 +88,7 @@ def plan_attention(tables, lengths, starts, heads: int, kv_heads: int, num_pages
 def paged_attention(q, cache, plan, out, *, window=0):
     """softmax(q k) v of each row over its own pages: q (T, H, D) float32 as rope_append left it -> out (T, H * D).
 
-    out is float32 or bfloat16; window counts the keys that a row sees, itself included, 0 or -1 = all. The bits of a row
+    out is float32; window counts the keys that a row sees, itself included, 0 or -1 = all. The bits of a row
     depend on its own q, keys and values alone: not on the batch, the chunk, the threads or the instruction set.
     """
     cache_at, cache_code, pages, Hkv, D = check_cache(cache)
@@ -99,7 +97,7 @@ def paged_attention(q, cache, plan, out, *, window=0):
     if plan.num_pages != pages or plan.kv_heads != Hkv:
         raise ValueError(f"cache: the plan is for {plan.num_pages} pages of {plan.kv_heads} kv heads, not {pages} of {Hkv}")
     q_at = look_at("q", q, FLOAT32, plan.rows, plan.heads, D)[0]
-    out_at, kind, _, _ = look_at("out", out, ("float32", "bfloat16"), plan.rows, plan.heads * D, writable=True)
+    out_at, _, _, _ = look_at("out", out, FLOAT32, plan.rows, plan.heads * D, writable=True)
     if window < -1 or window > 2**31 - 1:
         raise ValueError(f"window: must be a number of keys, 0 or -1, not {window}")
-    _core.paged_attention(plan, max(window, 0), q_at, cache_at, cache_code, out_at, CODES[kind], D)
+    _core.paged_attention(plan, max(window, 0), q_at, cache_at, cache_code, out_at, D)

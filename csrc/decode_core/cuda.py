@@ -94,9 +94,8 @@ class CudaOps:
             raise ValueError(f"{name}: must have the strides of k_pages, {like.strides}, not {found.strides}")
         return found
 
-    def sample(self, logits, params, tokens, *, count_ids=None, counts=None, bias_ids=None, bias_values=None, logprobs=None,
-               stream: int):
-        """One token for each row of logits (B, V) float32 or bfloat16 -> tokens (B,) int32, and logprobs (B,) float32.
+    def sample(self, logits, params, tokens, *, count_ids=None, counts=None, bias_ids=None, bias_values=None, stream: int):
+        """One token for each row of logits (B, V) float32 or bfloat16 -> tokens (B,) int32.
 
         params (B * 72,) uint8: the bytes of SampleBatch.records (sampling.py), copied to the device; count_ids, counts (N,)
         int32 and bias_ids (M,) int32, bias_values (M,) float32: its lists, or longer buffers that begin with them. Rows with
@@ -112,8 +111,7 @@ class CudaOps:
         lists = [*self.pair("counts", count_ids, counts, "int32", x.dtype),
                  *self.pair("bias_values", bias_ids, bias_values, "float32", x.dtype)]
         out = self.tensor("tokens", tokens, ("int32",), B)
-        logs = self.tensor("logprobs", logprobs, ("float32",), B).address if logprobs is not None else 0
-        call(self.core.cuda_sample, x.address, CODES[x.dtype], x.strides[0], B, V, rows.address, *lists, out.address, logs,
+        call(self.core.cuda_sample, x.address, CODES[x.dtype], x.strides[0], B, V, rows.address, *lists, out.address,
              SAMPLE_THREADS, stream)
 
     def pair(self, name, ids, values, dtype, logits_dtype) -> tuple[int, int, int]:
@@ -129,7 +127,7 @@ class CudaOps:
         return ids.address, values.address, ids.shape[0]
 
     def rope_append(self, qkv, cos, sin, positions, slots, k_pages, v_pages, q_out, *, norm="none", q_norm=None, k_norm=None,
-                    eps=1e-5, post_scale=1.0, q_scale=None, interleaved=False, direction=1, value_embed=None, gate=None,
+                    eps=1e-5, post_scale=1.0, q_scale=None, value_embed=None, gate=None,
                     gate_scale=1.0, stream: int):
         """Everything between the qkv product and attention: q -> q_out (B, H, D) float32, k and v -> pages.
 
@@ -150,8 +148,6 @@ class CudaOps:
         sines = self.tensor("sin", sin, ("float32",), *table.shape)
         if norm not in NORMS:
             raise ValueError(f"norm: must be one of {', '.join(NORMS)}, not {norm!r}")
-        if direction not in (1, -1):
-            raise ValueError(f"direction: must be 1 or -1, not {direction!r}")
         if (q_norm is None) != (k_norm is None):
             raise ValueError("k_norm: q_norm and k_norm come together or not at all")
         if (value_embed is None) != (gate is None):
@@ -165,7 +161,7 @@ class CudaOps:
             embeds = [e.address, e.strides[0], g.address, g.strides[0]]
         at = [self.tensor(name, t, ("int64",), B).address for name, t in (("positions", positions), ("slots", slots))]
         call(self.core.cuda_rope_append, x.address, CODES[x.dtype], x.strides[0], B, H, Hkv, D, *at, table.shape[0],
-             P * PAGE_SIZE, table.address, sines.address, table.shape[1], int(interleaved), float(direction), NORMS[norm],
+             P * PAGE_SIZE, table.address, sines.address, table.shape[1], NORMS[norm],
              *weights, float(eps), float(post_scale), float(D**-0.5 if q_scale is None else q_scale), *embeds,
              float(gate_scale), q.address, k.address, v.address, CODES[k.dtype], *k.strides[:3], stream)
 

@@ -148,7 +148,7 @@ class Program:
         value_at = NONE if value_embed is None else self._read_like("value_embed", value_embed, kind, Hkv * D)
         gate_at = NONE if gate is None else self._read_like("gate", gate, kind, Hkv)
         out_at = self._written("out", out, kind, H * D)
-        job, max_positions = rope_job(layer, (qkv_at[0], CODES["float32"], qkv_at[1]), (out_at[0], 0, H), cos, sin, (0, 0),
+        job, max_positions = rope_job(layer, qkv_at, (out_at[0], 0, H), cos, sin, (0, 0),
                                       value_at, gate_at, **options)
         self._keep(qkv, cos, sin, cache, out, value_embed, gate, options.get("q_norm"), options.get("k_norm"))
         self._program.rope_append(job, max_positions, pages)

@@ -111,19 +111,15 @@ def batch_of(rows, vocab_size: int, last: SampleBatch | None) -> SampleBatch | N
     return last
 
 
-def sample(logits, batch: SampleBatch, tokens=None, logprobs=None):
-    """logits (B, V) float32 or bfloat16, rows may be apart -> tokens (B,) int32 (the batch's own array if none is given).
-
-    logprobs (B,) float32, if given, receives ln softmax of each token after penalties and bias, before temperature.
-    """
-    address, kind, (rows, columns), stride = look_at("logits", logits, ("float32", "bfloat16"), len(batch.params),
-                                                     batch.vocab_size, rows_apart=True)
+def sample(logits, batch: SampleBatch, tokens=None):
+    """logits (B, V) float32, rows may be apart -> tokens (B,) int32 (the batch's own array if none is given)."""
+    address, _, (rows, columns), stride = look_at("logits", logits, ("float32",), len(batch.params), batch.vocab_size,
+                                                  rows_apart=True)
     if tokens is None:
         tokens, tokens_at = batch.tokens, batch._addresses[-1]
     else:
         tokens_at = vector("tokens", tokens, "int32", rows, writable=True)
-    logprobs_at = 0 if logprobs is None else vector("logprobs", logprobs, "float32", rows, writable=True)
-    _core.sample(address, kind == "bfloat16", rows, columns, stride, *batch._addresses[:-1], tokens_at, logprobs_at)
+    _core.sample(address, rows, columns, stride, *batch._addresses[:-1], tokens_at)
     return tokens
 
 

@@ -165,7 +165,7 @@ def pack_rows(rows):
     return packed, as_array, bool(count_ids or bias_ids)
 
 
-def drawn_tokens(backend, logits, rows, dtype=None, gap=0, logprobs=None):
+def drawn_tokens(backend, logits, rows, dtype=None, gap=0):
     """sample_reference by the CUDA kernel, which must not change `logits`. There are `gap` elements between
     rows."""
     wide = np.full((len(logits), logits.shape[1] + gap), 99, logits.dtype)
@@ -174,7 +174,7 @@ def drawn_tokens(backend, logits, rows, dtype=None, gap=0, logprobs=None):
     packed, lists, changes = pack_rows(rows)
     tokens = backend.tensor(np.full(len(rows), -7, np.int32))
     names = ("count_ids", "counts", "bias_ids", "bias_values")
-    backend.ops.sample(backend.tensor(x, dtype), backend.tensor(packed.view(np.uint8)), tokens, logprobs=logprobs,
+    backend.ops.sample(backend.tensor(x, dtype), backend.tensor(packed.view(np.uint8)), tokens,
                        stream=backend.stream, **(dict(zip(names, map(backend.tensor, lists))) if changes else {}))
     return tokens.read()
 
@@ -232,19 +232,6 @@ def test_biases_of_one_id_add_up_in_order_and_overflowing_penalties_are_cleaned(
         assert drawn_tokens(backend, logits, rows).tolist() == [4, 5, 7]
 
 
-def test_logprobs_are_the_log_softmax_of_the_token(backend):
-    rng = np.random.default_rng(6)
-    logits = rng.normal(0, 3, (20, 2000)).astype(np.float32)
-    logits[3] = NO_LOGIT
-    rows = random_rows(rng, 20, 2000)
-    got = backend.tensor(np.empty(20, np.float32))
-    tokens = drawn_tokens(backend, logits, rows, logprobs=got)
-    for i, (row, token) in enumerate(zip(rows, tokens)):
-        x = cs.penalize(logits[i], row).astype(np.float64)
-        expected = x[token] - x.max() - np.log(np.exp(x - x.max()).sum()) if x.max() > NO_LOGIT else NO_LOGIT
-        assert got.read()[i] == pytest.approx(expected, abs=2e-5)
-
-
 # --- rope_append -------------------------------------------------------------------------------------------------
 
 STORED = {"torch.float32": np.float32, "torch.float16": np.float16, "torch.bfloat16": np.uint16}
@@ -273,29 +260,27 @@ def cache_arrays(num_pages, kv_heads, size, dtype, slot_major):
     return [np.full((num_pages, kv_heads, 16, size), filler, STORED[dtype]) for _ in range(2)]
 
 
-def rope_oracle(x, cos, sin, norm, weight, eps, interleaved, direction):
+def rope_oracle(x, cos, sin, norm, weight, eps):
     """One head (D,) in float64."""
     def normalized(y):
         return y / np.sqrt((y * y).mean() + eps) * (1 if weight is None else weight)
 
     x = normalized(x) if norm == "before_rope" else x.copy()
     half = len(cos)
-    first, second = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
-    a, b = x[first].copy(), x[second].copy()
-    x[first], x[second] = a * cos - b * sin * direction, b * cos + a * sin * direction
+    a, b = x[:half].copy(), x[half:2 * half].copy()
+    x[:half], x[half:2 * half] = a * cos - b * sin, b * cos + a * sin
     return normalized(x) if norm == "after_rope" else x
 
 
-@pytest.mark.parametrize("heads, kv_heads, size, rot, qkv_type, cache_type, norm, weighted, interleaved, direction, embed, "
-                         "slot_major", [
-    (9, 3, 64, 64, "torch.float32", "torch.float16", "none", False, True, 1, False, False),
-    (4, 2, 128, 128, "torch.bfloat16", "torch.bfloat16", "before_rope", True, False, 1, False, True),
-    (6, 6, 128, 128, "torch.bfloat16", "torch.bfloat16", "after_rope", False, False, -1, True, False),
-    (5, 1, 80, 20, "torch.float32", "torch.float32", "after_rope", True, False, 1, True, True),
-    (2, 1, 256, 128, "torch.bfloat16", "torch.float16", "before_rope", False, True, -1, False, False),
-    (1, 1, 16, 2, "torch.float32", "torch.bfloat16", "none", False, False, 1, True, False)])
+@pytest.mark.parametrize("heads, kv_heads, size, rot, qkv_type, cache_type, norm, weighted, embed, slot_major", [
+    (9, 3, 64, 64, "torch.float32", "torch.float16", "none", False, False, False),
+    (4, 2, 128, 128, "torch.bfloat16", "torch.bfloat16", "before_rope", True, False, True),
+    (6, 6, 128, 128, "torch.bfloat16", "torch.bfloat16", "after_rope", False, True, False),
+    (5, 1, 80, 20, "torch.float32", "torch.float32", "after_rope", True, True, True),
+    (2, 1, 256, 128, "torch.bfloat16", "torch.float16", "before_rope", False, False, False),
+    (1, 1, 16, 2, "torch.float32", "torch.bfloat16", "none", False, True, False)])
 def test_rope_append_is_within_rounding_of_float64(backend, heads, kv_heads, size, rot, qkv_type, cache_type, norm, weighted,
-                                                   interleaved, direction, embed, slot_major):
+                                                   embed, slot_major):
     rng, tensor = np.random.default_rng(size), backend.tensor
     rows, num_pages, max_positions, eps = 7, 5, 4096, 1e-5
     # with a gap between rows
@@ -317,7 +302,7 @@ def test_rope_append_is_within_rounding_of_float64(backend, heads, kv_heads, siz
         if embed:
             options |= {"value_embed": tensor(values, qkv_type), "gate": tensor(gates, qkv_type), "gate_scale": 2.0}
         backend.ops.rope_append(tensor(qkv, qkv_type), *map(tensor, (cos, sin, positions, slots)), *pages, q, norm=norm, eps=eps,
-                                post_scale=1.2, interleaved=interleaved, direction=direction, stream=backend.stream, **options)
+                                post_scale=1.2, stream=backend.stream, **options)
         results.append((q.read(), *(page.read() for page in pages)))
     for other in results[1:]:
         assert all(a.tobytes() == b.tobytes() for a, b in zip(results[0], other))
@@ -333,7 +318,7 @@ def test_rope_append_is_within_rounding_of_float64(backend, heads, kv_heads, siz
         angle = cos[position].astype(np.float64), sin[position].astype(np.float64)
         for h in range(heads + kv_heads):
             weight = weights[h >= heads]
-            y = 1.2 * rope_oracle(x[r, h], *angle, norm, weight, eps, interleaved, direction)
+            y = 1.2 * rope_oracle(x[r, h], *angle, norm, weight, eps)
             if h < heads:
                 np.testing.assert_allclose(q[r, h], y * size**-0.5, rtol=0, atol=2e-6 * np.abs(y * size**-0.5).max())
             else:
@@ -540,9 +525,9 @@ def test_a_wrong_tensor_is_a_value_error_that_names_it(op):
 
 @pytest.mark.parametrize("op, name, wrong", [
     ("sample", "logits", np.zeros((2, (1 << 18) + 1), np.float32)), ("sample", "params", np.zeros(145, np.uint8)[1:]),
-    ("sample", "logprobs", np.zeros(3, np.float32)), ("sample", "counts", np.zeros(3, np.int32)),
+    ("sample", "counts", np.zeros(3, np.int32)),
     ("sample", "logits", np.zeros((3, 8), np.float32)[[0, 0]][:, :0]), ("rope_append", "norm", "sometimes"),
-    ("rope_append", "direction", 0), ("rope_append", "k_norm", np.zeros(32, np.float32)),
+    ("rope_append", "k_norm", np.zeros(32, np.float32)),
     ("rope_append", "gate", np.zeros((2, 2), np.float32)), ("rope_append", "cos", np.zeros((9, 17), np.float32)),
     ("rope_append", "v_pages", np.zeros((3, 2, 16, 64), np.float32)),
     ("rope_append", "k_pages", np.zeros((3, 2, 8, 32), np.float32)),

@@ -171,7 +171,7 @@ class Model:
             k.linear(b.x, layer["qkv"], b.qkv, norm=(None, 1e-6))
             k.embed(self.values, k.token_ids, b.value)
             k.linear(b.x, self.ve_gate, b.strength, norm=(None, 1e-6))
-            k.rope_append(b.qkv, self.cos, self.sin, k.positions, k.slots, pages, b.q, norm="after_rope", post_scale=1.2, direction=-1,
+            k.rope_append(b.qkv, self.cos, self.sin, k.positions, k.slots, pages, b.q, norm="after_rope", post_scale=1.2,
                           value_embed=b.value, gate=b.strength, gate_scale=3.0)
             k.paged_attention(b.q, pages, k.attention, (20, 0, 33)[l], b.attended)
             k.linear(b.attended, layer["output"], b.x, residual=b.x)

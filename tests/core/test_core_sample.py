@@ -114,26 +114,6 @@ def test_top_p_is_of_all_that_top_k_kept_whatever_min_p_will_drop(isa):
     assert sampled(logits, rows) == cs.sample_reference(logits, rows).tolist()
 
 
-def test_bfloat16_rows_are_widened_exactly():
-    class Tensor:                           # what the wrapper reads of a torch tensor
-        def __init__(self, bits):
-            self.bits, self.shape, self.dtype = bits, bits.shape, "torch.bfloat16"
-            self.device = type("device", (), {"type": "cpu"})
-
-        def data_ptr(self):
-            return self.bits.ctypes.data
-
-        def stride(self):
-            return tuple(step // 2 for step in self.bits.strides)
-
-    rng = np.random.default_rng(6)
-    logits, rows = any_batch(rng, 3000)
-    bits = (logits.view(np.uint32) >> 16).astype(np.uint16)
-    with np.errstate(all="ignore"):
-        expected = cs.sample_reference((bits.astype(np.uint32) << 16).view(np.float32), rows).tolist()
-    assert sampled(Tensor(bits), rows) == expected
-
-
 def test_the_generator_gives_random123s_known_answers():
     assert core._core.philox([0] * 4, [0] * 2) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     assert core._core.philox([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
@@ -164,24 +144,8 @@ def test_logits_stay_as_they_were():
 
 def test_a_row_with_a_negative_position_is_left_out():
     logits = np.zeros((3, 10), np.float32)
-    logprobs = np.full(3, 7, np.float32)
     rows = [SampleRow(SamplingParams(temperature=0), position) for position in (4, -1, 0)]
-    assert sampled(logits, rows, logprobs=logprobs) == [0, -1, 0]
-    assert logprobs.tolist() == pytest.approx([-math.log(10), 0, -math.log(10)], abs=1e-6)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_logprobs_are_those_of_the_penalized_logits_before_temperature(isa):
-    core.set_isa(isa)
-    rng = np.random.default_rng(9)
-    logits = (rng.standard_normal((20, 3000)) * rng.choice([0.1, 1, 5], (20, 1))).astype(np.float32)
-    rows = [SampleRow(any_params(rng, 3000), 3, rng.integers(0, 3000, 40).tolist(), 10) for _ in range(20)]
-    tokens, logprobs = np.zeros(20, np.int32), np.zeros(20, np.float32)
-    assert core.sample(logits, core.SampleBatch(rows, 3000), tokens, logprobs) is tokens
-    for line, row, token, logprob in zip(logits, rows, tokens, logprobs):
-        with np.errstate(all="ignore"):
-            line = cs.penalize(line, row).astype(np.float64)
-        assert logprob == pytest.approx(line[token] - line.max() - math.log(np.exp(line - line.max()).sum()), abs=1e-5)
+    assert sampled(logits, rows) == [0, -1, 0]
 
 
 def test_a_sampler_keeps_up_with_answers_that_grow_and_batches_that_change():
@@ -209,7 +173,7 @@ def small_batch(count=2, V=8, **params):
 
 GOOD = np.zeros((2, 8), np.float32)
 WRONG_CALLS = {
-    "logits: .*float32 or bfloat16": lambda: core.sample(GOOD.astype(np.float64), small_batch()),
+    "logits: must be float32": lambda: core.sample(GOOD.astype(np.float64), small_batch()),
     r"logits: .*shape \(2, 8\), not \(8,\)": lambda: core.sample(GOOD[0], small_batch()),
     r"logits: .*shape \(2, 8\), not \(2, 7\)": lambda: core.sample(GOOD[:, :7], small_batch()),
     r"logits: .*shape \(2, 8\), not \(1, 8\)": lambda: core.sample(GOOD[:1], small_batch()),
@@ -222,7 +186,6 @@ WRONG_CALLS = {
     "tokens: .*shape": lambda: core.sample(GOOD, small_batch(), np.zeros(3, np.int32)),
     "tokens: .*contiguous": lambda: core.sample(GOOD, small_batch(), np.zeros(4, np.int32)[::2]),
     "tokens: .*read-only": lambda: core.sample(GOOD, small_batch(), np.frombuffer(bytes(8), np.int32)),
-    "logprobs: .*float32": lambda: core.sample(GOOD, small_batch(), None, np.zeros(2)),
     "vocab_size": lambda: small_batch(V=0),
     r"rows\[0\].params.temperature": lambda: small_batch(temperature=math.nan),
     r"rows\[0\].params.top_p": lambda: small_batch(top_p=math.nan),

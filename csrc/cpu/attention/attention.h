@@ -25,8 +25,7 @@ enum class QkNorm : int { none = 0, before_rope = 1, after_rope = 2 };
 // ---- rope_append: rows of qkv [T, (Hq + 2 Hk) * D] -> q_out [T, Hq, D] float32 and the pages
 
 struct RopeJob {
-    const void* qkv;                        // float32 or bfloat16, `row_stride` elements apart
-    Element qkv_type;
+    const float* qkv;                       // `row_stride` elements apart
     int64_t row_stride;
     int64_t rows;
     int heads, kv_heads, head_size;
@@ -35,17 +34,15 @@ struct RopeJob {
     const float* cos;                       // [max_positions, half_rotated]
     const float* sin;
     int half_rotated;                       // D / 2 or less: dims at and after 2 * half_rotated keep their values
-    bool interleaved;                       // pairs (2 i, 2 i + 1), else (i, i + half_rotated)
-    float direction;                        // +1 or -1: sign of every angle
     QkNorm norm;
     const float* q_norm;                    // [D] or null
     const float* k_norm;
     float epsilon;
     float post_scale;                       // of q and k, after norm and rotation
     float q_scale;                          // of q only: 1 / sqrt(D)
-    const void* value_embed;                // [T, Hk * D] in qkv's type, or null
+    const float* value_embed;               // [T, Hk * D], or null
     int64_t value_stride;
-    const void* gate;                       // [T, Hk] in qkv's type
+    const float* gate;                      // [T, Hk]
     int64_t gate_stride;
     float gate_scale;                       // v += gate_scale * sigmoid(gate) * value_embed
     float* q_out;                           // [T, Hq, D]
@@ -53,14 +50,13 @@ struct RopeJob {
     Element cache_type;
 };
 
-// ---- paged_attention: q [T, Hq, D] float32, scaled already -> out [T, Hq * D] float32 or bfloat16
+// ---- paged_attention: q [T, Hq, D] float32, scaled already -> out [T, Hq * D] float32
 
 struct AttentionJob {
     const float* q;
     const void* cache;                      // one layer's
     Element cache_type;
-    void* out;
-    Element out_type;
+    float* out;
     int heads, kv_heads, head_size;
     int window;                             // keys that a row sees, itself included; 0: all
 };

@@ -1,5 +1,5 @@
 // op       paged_attention: softmax(q K^T) V over each row's own pages, for decode rows and for prompt chunks
-// shapes   q [T, Hq, D] float32 (scaled), pages [P][Hk][2][16 * D] (attention.h) -> out [T, Hq * D] float32 or bfloat16
+// shapes   q [T, Hq, D] float32 (scaled), pages [P][Hk][2][16 * D] (attention.h) -> out [T, Hq * D] float32
 // mapping  one item = (rows of one sequence, kv head, chunks of 256 positions); the Hq / Hk heads of each row are the
 //          item's queries and share each load of K and V in registers; in a chunk: all scores, softmax, weighted values
 // cost     2 * D * element size bytes of cache per (position, kv head), read once per item: the limit when decoding;
@@ -178,20 +178,14 @@ void merge_state(float* m, float* l, float* acc, float m2, float l2, const float
     for (int d = 0; d < D; d += 16) store(acc + d, fma(load(acc + d), all(a), load(acc2 + d) * all(b)));
 }
 
-template <class Output>
-void write_rows(const AttentionJob& job, const AttentionItem& item, const float* l, const float* acc) {
+void write_out(const AttentionJob& job, const AttentionItem& item, const float* l, const float* acc) {
     const int D = job.head_size, G = job.heads / job.kv_heads;
     for (int i = 0; i < item.rows * G; i++) {
         const int64_t head = int64_t(item.row + i / G) * job.heads + item.kv_head * G + i % G;
-        Output* out = static_cast<Output*>(job.out) + head * D;
+        float* out = job.out + head * D;
         const Lanes scale = all(l[i] == 0.0f ? 0.0f : 1.0f / l[i]);
         for (int d = 0; d < D; d += 16) store(out + d, load(acc + i * D + d) * scale);
     }
-}
-
-void write_out(const AttentionJob& job, const AttentionItem& item, const float* l, const float* acc) {
-    if (job.out_type == Element::float32) write_rows<float>(job, item, l, acc);
-    if (job.out_type == Element::bfloat16) write_rows<Bfloat>(job, item, l, acc);
 }
 
 // ---- one item

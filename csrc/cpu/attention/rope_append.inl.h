@@ -1,7 +1,7 @@
 // op       rope_append: everything between the qkv product and attention, one pass over each row
-// shapes   qkv [T, (Hq + 2 Hk) * D] float32 or bfloat16 -> q [T, Hq, D] float32, K and V into 16-position pages (attention.h)
+// shapes   qkv [T, (Hq + 2 Hk) * D] float32 -> q [T, Hq, D] float32, K and V into 16-position pages (attention.h)
 // mapping  one item = a run of rows; a head's D values stay in a small buffer, 16 lanes at a time
-// cost     reads 2 or 4 bytes per value, writes 4 per q value and 2 or 4 per k and v value; K goes to D half cache lines
+// cost     reads 4 bytes a value, writes 4 per q value and 2 or 4 per k and v value; K goes to D half cache lines
 //          per head, which is most of the time: about 0.1 us a row at Hq 9, Hk 3, D 64
 // numerics float32; sum of squares in 16 lanes, then a fixed tree; the same bits on every instruction set; K and V are
 //          rounded once, to the nearest, ties to even
@@ -22,37 +22,28 @@ void normalize(float* x, int size, const float* weight, float epsilon) {
     }
 }
 
-void rotate_halves(float* x, const float* cos, const float* sin, int half, float direction) {
+void rotate_halves(float* x, const float* cos, const float* sin, int half) {
     int i = 0;
     for (; i + 16 <= half; i += 16) {
-        Lanes a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i) * all(direction);
+        Lanes a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
         store(x + i, fma(a, c, all(-1.0f) * (b * s)));
         store(x + half + i, fma(b, c, a * s));
     }
     for (; i < half; i++) {
-        float a = x[i], b = x[half + i], s = sin[i] * direction;
+        float a = x[i], b = x[half + i], s = sin[i];
         x[i] = fma1(a, cos[i], -(b * s));
         x[half + i] = fma1(b, cos[i], a * s);
     }
 }
 
-void rotate_pairs(float* x, const float* cos, const float* sin, int half, float direction) {
-    for (int i = 0; i < half; i++) {
-        float a = x[2 * i], b = x[2 * i + 1], s = sin[i] * direction;
-        x[2 * i] = fma1(a, cos[i], -(b * s));
-        x[2 * i + 1] = fma1(b, cos[i], a * s);
-    }
-}
-
 // One head of q or k: widen, norm, rotate, norm, scale -> x [D]
-template <class Input>
-void prepare_head(const RopeJob& job, const Input* head, const float* weight, int64_t position, float scale, float* x) {
+void prepare_head(const RopeJob& job, const float* head, const float* weight, int64_t position, float scale, float* x) {
     const int D = job.head_size;
     const float* cos = job.cos + position * job.half_rotated;
     const float* sin = job.sin + position * job.half_rotated;
     for (int d = 0; d < D; d += 16) store(x + d, load(head + d));
     if (job.norm == QkNorm::before_rope) normalize(x, D, weight, job.epsilon);
-    (job.interleaved ? rotate_pairs : rotate_halves)(x, cos, sin, job.half_rotated, job.direction);
+    rotate_halves(x, cos, sin, job.half_rotated);
     if (job.norm == QkNorm::after_rope) normalize(x, D, weight, job.epsilon);
     if (scale != 1.0f)
         for (int d = 0; d < D; d += 16) store(x + d, load(x + d) * all(scale));
@@ -73,8 +64,7 @@ struct HeadInRegisters {
         }
     }
 
-    template <class Input>
-    inline __attribute__((always_inline)) void prepare(const RopeJob& job, const Input* head, const float* weight, const Lanes* cos, const Lanes* sin) {
+    inline __attribute__((always_inline)) void prepare(const RopeJob& job, const float* head, const float* weight, const Lanes* cos, const Lanes* sin) {
         for (int i = 0; i < Vectors; i++) x[i] = load(head + 16 * i);
         if (job.norm == QkNorm::before_rope) normalize(weight, job.epsilon);
         for (int i = 0; i < Vectors / 2; i++) {
@@ -88,26 +78,25 @@ struct HeadInRegisters {
     }
 };
 
-template <class Input>
 void add_value_embedding(const RopeJob& job, int64_t row, int h, float* v) {
     const int D = job.head_size;
-    float gate = widen(static_cast<const Input*>(job.gate)[row * job.gate_stride + h]);
-    const Input* embed = static_cast<const Input*>(job.value_embed) + row * job.value_stride + int64_t(h) * D;
+    float gate = job.gate[row * job.gate_stride + h];
+    const float* embed = job.value_embed + row * job.value_stride + int64_t(h) * D;
     float e = exp_negative(gate < 0 ? gate : -gate);                        // sigmoid without overflow
     Lanes strength = all(job.gate_scale * ((gate < 0 ? e : 1.0f) / (1.0f + e)));
     for (int d = 0; d < D; d += 16) store(v + d, fma(strength, load(embed + d), load(v + d)));
 }
 
 // q and k of one row: q -> `q` [Hq][D] float32, k narrowed into column `offset` of the page's K blocks
-template <class Input, class Stored, int Vectors>
-void rope_heads_in_registers(const RopeJob& job, int64_t position, const Input* head, float* q, Stored* block) {
+template <class Stored, int Vectors>
+void rope_heads_in_registers(const RopeJob& job, int64_t position, const float* head, float* q, Stored* block) {
     constexpr int D = 16 * Vectors;
     alignas(64) Stored narrowed[D];
     HeadInRegisters<Vectors> h;
     Lanes cos[Vectors / 2], sin[Vectors / 2];
     for (int i = 0; i < Vectors / 2; i++) {
         cos[i] = load(job.cos + position * job.half_rotated + 16 * i);
-        sin[i] = load(job.sin + position * job.half_rotated + 16 * i) * all(job.direction);
+        sin[i] = load(job.sin + position * job.half_rotated + 16 * i);
     }
     for (int n = 0; n < job.heads; n++, head += D, q += D) {
         h.prepare(job, head, job.q_norm, cos, sin);
@@ -121,8 +110,8 @@ void rope_heads_in_registers(const RopeJob& job, int64_t position, const Input* 
     }
 }
 
-template <class Input, class Stored>
-void rope_heads(const RopeJob& job, int64_t position, const Input* head, float* q, Stored* block) {
+template <class Stored>
+void rope_heads(const RopeJob& job, int64_t position, const float* head, float* q, Stored* block) {
     const int D = job.head_size;
     alignas(64) float x[MAX_HEAD_SIZE];
     alignas(64) Stored narrowed[MAX_HEAD_SIZE];
@@ -137,17 +126,17 @@ void rope_heads(const RopeJob& job, int64_t position, const Input* head, float* 
     }
 }
 
-template <class Input, class Stored>
+template <class Stored>
 void rope_row(const RopeJob& job, int64_t row) {
     const int D = job.head_size;
     const int64_t position = job.positions[row], offset = place_of(job.slots[row]);
-    const Input* head = static_cast<const Input*>(job.qkv) + row * job.row_stride;
+    const float* head = job.qkv + row * job.row_stride;
     float* q = job.q_out + row * job.heads * D;
     Stored* block = static_cast<Stored*>(job.cache) + page_of(job.slots[row]) * job.kv_heads * 2 * PAGE_SIZE * D;
 
-    const bool whole = !job.interleaved && 2 * job.half_rotated == D;
-    if (whole && D == 64) rope_heads_in_registers<Input, Stored, 4>(job, position, head, q, block + offset);
-    else if (whole && D == 128) rope_heads_in_registers<Input, Stored, 8>(job, position, head, q, block + offset);
+    const bool whole = 2 * job.half_rotated == D;
+    if (whole && D == 64) rope_heads_in_registers<Stored, 4>(job, position, head, q, block + offset);
+    else if (whole && D == 128) rope_heads_in_registers<Stored, 8>(job, position, head, q, block + offset);
     else rope_heads(job, position, head, q, block + offset);
 
     head += int64_t(job.heads + job.kv_heads) * D;
@@ -159,27 +148,21 @@ void rope_row(const RopeJob& job, int64_t row) {
             continue;
         }
         for (int d = 0; d < D; d += 16) store(x + d, load(head + d));
-        add_value_embedding<Input>(job, row, n, x);
+        add_value_embedding(job, row, n, x);
         for (int d = 0; d < D; d += 16) store(v + d, load(x + d));
     }
 }
 
-template <class Input, class Stored>
+template <class Stored>
 void rope_rows_of(const RopeJob& job, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++)
-        if (job.slots[row] >= 0) rope_row<Input, Stored>(job, row);
-}
-
-template <class Input>
-void rope_rows_from(const RopeJob& job, int64_t begin, int64_t end) {
-    if (job.cache_type == Element::float32) rope_rows_of<Input, float>(job, begin, end);
-    if (job.cache_type == Element::float16) rope_rows_of<Input, Half>(job, begin, end);
-    if (job.cache_type == Element::bfloat16) rope_rows_of<Input, Bfloat>(job, begin, end);
+        if (job.slots[row] >= 0) rope_row<Stored>(job, row);
 }
 
 void rope_rows(const RopeJob& job, int64_t begin, int64_t end) {
-    if (job.qkv_type == Element::float32) rope_rows_from<float>(job, begin, end);
-    if (job.qkv_type == Element::bfloat16) rope_rows_from<Bfloat>(job, begin, end);
+    if (job.cache_type == Element::float32) rope_rows_of<float>(job, begin, end);
+    if (job.cache_type == Element::float16) rope_rows_of<Half>(job, begin, end);
+    if (job.cache_type == Element::bfloat16) rope_rows_of<Bfloat>(job, begin, end);
 }
 
 }  // namespace

@@ -157,9 +157,9 @@ void Step::do_softcap(const Part& part, int64_t chunk) const {
 
 void Step::do_sample(const Part& part, int64_t row) const {
     const Rows& logits = ops[size_t(part.first)].x;
-    const SampleArgs args{logits.at, false, logit_rows, logits.columns, logits.columns, input.sample_rows.data(),
+    const SampleArgs args{logits.at, logit_rows, logits.columns, logits.columns, input.sample_rows.data(),
                           input.count_ids.data(), input.counts.data(), input.bias_ids.data(), input.bias_values.data(),
-                          const_cast<int32_t*>(drawn.data()), nullptr};
+                          const_cast<int32_t*>(drawn.data())};
     DC_CHOSEN(sample_row)(args, row);
 }
 

@@ -1,6 +1,6 @@
 // op        sample, one row on one thread (ops.h has the contract); the steps, written once over vectors of 16 lanes.
 //           sample_{avx512,avx2,portable}.cpp give the vectors (`S` below) and instantiate it.
-// shapes    logits f32 or bf16 [vocab] -> token i32 (and logprob f32)
+// shapes    logits f32 [vocab] -> token i32
 // mapping   Rows are items of the pool. A row is cut into groups of 256 ids = 16 vectors; lane j of a group's maxima is the
 //           largest of its ids j, j + 16, ... (and of 4 groups' in the coarse maxima); whatever is no survivor by its group's
 //           maxima is not read again.
@@ -59,12 +59,7 @@ class Row {
     // --- the row as it is sampled: clean, penalized -------------------------------------------------------------------
 
     void copy_clean() {
-        if (args.bf16) {
-            const uint16_t* from = static_cast<const uint16_t*>(args.logits) + (&row - args.params) * args.stride;
-            for (int64_t i = 0; i < vocab; i++) copy[i] = clean(float_of_bf16(from[i]));
-        } else {
-            for (int64_t i = 0; i < vocab; i++) copy[i] = clean(logits[i]);
-        }
+        for (int64_t i = 0; i < vocab; i++) copy[i] = clean(logits[i]);
         logits = copy;
     }
 
@@ -373,7 +368,7 @@ public:
 
     Row(const SampleArgs& a, int64_t index, float* memory)
         : args(a), row(a.params[index]), vocab(a.vocab), groups((vocab + GROUP - 1) / GROUP),
-          logits(a.bf16 ? nullptr : static_cast<const float*>(a.logits) + index * a.stride) {
+          logits(a.logits + index * a.stride) {
         const int64_t padded = groups * GROUP;
         copy = memory;
         maxima = copy + padded;
@@ -386,7 +381,7 @@ public:
 
     int32_t token() {
         const bool changed = row.count_begin < row.count_end || row.bias_begin < row.bias_end;
-        if (args.bf16 || changed) copy_clean();
+        if (changed) copy_clean();
         if (changed) change_logits();
         find_top();
         if (top > FLOAT_MAX) {
@@ -396,11 +391,6 @@ public:
         if (top == -DC_INFINITY) return 0;
         return int32_t(row.inverse_temperature < 0 ? first_of_top() : draw());
     }
-
-    float logprob(int32_t token) const {        // after token()
-        if (top == -DC_INFINITY) return -DC_INFINITY;
-        return float(double(clean(logits[token])) - top - log_contract(double(weight_of_row(1.0f)) * 0x1p-40));
-    }
 };
 
 template <class S>
@@ -408,12 +398,10 @@ void sample_row_with(const SampleArgs& args, int64_t index) {
     const SampleRow& row = args.params[index];
     if (row.position < 0) {
         args.tokens[index] = -1;
-        if (args.logprobs) args.logprobs[index] = 0;
         return;
     }
     Row<S> work(args, index, static_cast<float*>(scratch(Row<S>::scratch_bytes(args.vocab))));
     args.tokens[index] = work.token();
-    if (args.logprobs) args.logprobs[index] = work.logprob(args.tokens[index]);
 }
 
 }  // namespace

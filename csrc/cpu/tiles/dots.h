@@ -209,7 +209,8 @@ struct UnsignedDot {
         for (int32_t& lane : sum.of) lane = SHIFT < 0 ? 0 : minus * (1 << (SHIFT < 0 ? 0 : SHIFT));
         return sum;
     }
-    DC_INLINE void dot(Sum& sum, const Words& w, const int8_t* x) {
+    // one copy for all kernels: inlined, they take the compiler minutes
+    static __attribute__((noinline, unused)) void dot(Sum& sum, const Words& w, const int8_t* x) {
         for (int i = 0; i < 16; i++)
             sum.of[i] += w.of[i][0] * x[0] + w.of[i][1] * x[1] + w.of[i][2] * x[2] + w.of[i][3] * x[3];
     }
@@ -252,6 +253,13 @@ DC_INLINE Lanes powers_of_bytes(const uint8_t* p) {
     return y;
 }
 
+#endif
+
+// total += a * b, rounded once. Portable kernels share one copy of it too.
+#if defined(__AVX2__)
+DC_INLINE void add_product(Lanes& total, Lanes a, Lanes b) { total = fma(a, b, total); }
+#else
+static __attribute__((noinline, unused)) void add_product(Lanes& total, const Lanes& a, const Lanes& b) { total = fma(a, b, total); }
 #endif
 
 // ---- 32 floats to bytes

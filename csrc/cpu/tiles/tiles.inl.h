@@ -23,7 +23,7 @@ constexpr int Q_ROWS = 8, FLOAT_ROWS = 8;
 #elif defined(__AVX2__)
 constexpr int Q_ROWS = 4, FLOAT_ROWS = 3;
 #else
-constexpr int Q_ROWS = 4, FLOAT_ROWS = 4;
+constexpr int Q_ROWS = 2, FLOAT_ROWS = 4;           // q: with 4 the compiler takes more than a minute
 #endif
 
 constexpr int FINE_ROWS = 4;                        // rows that take a fine plane together: of 8 more often one has it; 2 gain nothing
@@ -173,14 +173,14 @@ DC_INLINE void add_block(const uint8_t* quants, const PanelBlock& x, int row, Sc
     Whole rest[F::PARTS * R];
     if (F::FINE_APART || !fine)
         for (int p = 0; p < F::PARTS; p++)
-            for (int r = 0; r < R; r++) total[r] = fma(d.of[p] * all(x.scale[row + r]), to_floats(whole[p * apart + r]), total[r]);
+            for (int r = 0; r < R; r++) add_product(total[r], d.of[p] * all(x.scale[row + r]), to_floats(whole[p * apart + r]));
     if (!fine) return;
     sum_block<F, R>(quants, x.fine[row], x.fine_minus[0] + row, rest);
     for (int p = 0; p < F::PARTS; p++) {
         const Lanes small = d.of[p] * all(1.0f / 256);
         for (int r = 0; r < R; r++) {
             const Whole sum = F::FINE_APART ? rest[p * R + r] : add_fine(whole[p * apart + r], rest[p * R + r]);
-            total[r] = fma(small * all(x.scale[row + r]), to_floats(sum), total[r]);
+            add_product(total[r], small * all(x.scale[row + r]), to_floats(sum));
         }
     }
 }
@@ -203,7 +203,7 @@ __attribute__((noinline)) void q_rows(const uint8_t* tile, int64_t blocks, int64
         add_block<F, R>(quants, panel[b], row, d, whole, R, total);
         if (!F::HAS_MINIMUM) continue;
         const Lanes m = F::minimum(group, int(i));
-        for (int r = 0; r < R; r++) total[r] = fma(m, all(panel[b].product[row + r]), total[r]);
+        for (int r = 0; r < R; r++) add_product(total[r], m, all(panel[b].product[row + r]));
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) store(y + 16 * r, total[r]);

@@ -1,0 +1,157 @@
+"""A random llama of 1.1 billion parameters as GGUF files of several types, and our server beside llama-server on each.
+
+    python bench/large_model.py FOLDER --llama-quantize PATH [--types Q4_K_M,Q6_K,...]      # writes large-F16.gguf, large-Q4_K_M.gguf, ...
+    python bench/large_model.py FOLDER --compare --llama-server PATH [--types ...] [--rounds 3] [--only single,16,prefill-600]
+    python bench/large_model.py FOLDER --quality [--types ...]          # KL to float32 on the dequantized weights, as bench/quality.py
+    python bench/large_model.py FOLDER --products                       # every type's product alone, one thread
+
+16 layers, width 2048, 32 query and 8 key heads, feed-forward 8192, the default model's tokenizer (49,152 tokens, head tied). At this
+size one stream is bound by the bytes of the weights. Weights are normal, scaled so that activations keep their size from layer to
+layer and logits deviate by more than 2 from their mean, so that errors of quantized arithmetic show as in a trained model. No
+text means anything to it, so speeds are without drafts. --products counts the CPU time of its one thread, which other programs
+disturb less than they disturb the clock on the wall.
+"""
+
+import argparse
+import ctypes
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+import chat_server      # noqa: E402
+
+LAYERS, WIDTH, HEADS, KV_HEADS, FFN = 16, 2048, 32, 8, 8192
+TYPES = ["F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS"]
+COPIED = ("tokenizer.",)            # metadata of the default model
+
+
+def write_f16(path):
+    """The file that all others are made from."""
+    import gguf
+    default = gguf.GGUFReader(chat_server.fetch_default_model())
+    vocab = len(default.fields["tokenizer.ggml.tokens"].data)
+    writer, dice = gguf.GGUFWriter(path, "llama"), numpy.random.default_rng(1)
+    for name, field in default.fields.items():
+        if name.startswith(COPIED):
+            kinds = field.types
+            writer.add_key_value(name, field.contents(), kinds[0], kinds[-1] if len(kinds) > 1 else None)
+    writer.add_name("random llama 1.1B")
+    for key, value in {"block_count": LAYERS, "context_length": 4096, "embedding_length": WIDTH, "feed_forward_length": FFN,
+                       "attention.head_count": HEADS, "attention.head_count_kv": KV_HEADS, "rope.dimension_count": WIDTH // HEADS}.items():
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_float32("llama.rope.freq_base", 10000.0)
+    writer.add_uint32("general.file_type", 1)
+
+    def add(name, rows, columns, scale):
+        writer.add_tensor(name, (dice.standard_normal((rows, columns), numpy.float32) * numpy.float32(scale)).astype(numpy.float16))
+
+    ones = numpy.ones(WIDTH, numpy.float32)
+    add("token_embd.weight", vocab, WIDTH, 2.5 / WIDTH**0.5)        # x of norm 1 a channel -> logits that deviate by 2.5
+    writer.add_tensor("output_norm.weight", ones)
+    for layer in range(LAYERS):
+        key = KV_HEADS * WIDTH // HEADS
+        writer.add_tensor(f"blk.{layer}.attn_norm.weight", ones)
+        writer.add_tensor(f"blk.{layer}.ffn_norm.weight", ones)
+        for name, rows, columns, scale in [("attn_q", WIDTH, WIDTH, 1.4), ("attn_k", key, WIDTH, 1.4), ("attn_v", key, WIDTH, 1.0),
+                                           ("attn_output", WIDTH, WIDTH, 0.05), ("ffn_gate", FFN, WIDTH, 1.0), ("ffn_up", FFN, WIDTH, 1.0),
+                                           ("ffn_down", WIDTH, FFN, 0.05)]:
+            add(f"blk.{layer}.{name}.weight", rows, columns, scale / columns**0.5)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def path_of(folder, kind):
+    return folder / f"large-{kind}.gguf"
+
+
+def write(folder, kinds, llama_quantize):
+    folder.mkdir(parents=True, exist_ok=True)
+    base = path_of(folder, "F16")
+    if not base.exists():
+        write_f16(base)
+    for kind in kinds:
+        if not path_of(folder, kind).exists():
+            subprocess.run([llama_quantize, base, path_of(folder, kind), kind, "2"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        print(f"{path_of(folder, kind)}: {path_of(folder, kind).stat().st_size / 1e6:,.0f} MB", flush=True)
+
+
+def compare(folder, kinds, more):
+    for kind in kinds:
+        print(f"\n## {kind}", flush=True)
+        subprocess.run([sys.executable, ROOT / "bench" / "compare.py", "--model", path_of(folder, kind),
+                        "--server-args=--no-drafts --context-length 2048", *more], check=True)
+
+
+def quality(folder, kinds, chunks):
+    import quality as measured
+    import torch
+    text = "\n\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "bench/RESULTS.md"))
+    for kind in kinds:
+        with torch.inference_mode():
+            ours = measured.Ours(str(path_of(folder, kind)), [], 256)
+            pieces = measured.cut(ours.engine.tokenizer, text, chunks)
+            judge = measured.on_checkpoint(str(path_of(folder, kind)), [])
+            first = torch.cat([judge.logprobs(0, ids) for ids in pieces[:1]])
+            print(f"\n## {kind}: logits deviate by {first.std(1).mean():.2f}", flush=True)
+            print(measured.table(measured.compare([judge], [ours], pieces)), flush=True)
+        del ours, judge
+
+
+def products(rows=6144, columns=2048, counts=(1, 4, 8, 64), memory=64 << 20):
+    """GB/s of weights and G multiply-adds/s of one thread, by type and rows of x; the weights come from memory."""
+    import decode_core
+    from decode_core.tiles import COLUMNS
+    decode_core.set_threads(1)
+    dice = numpy.random.default_rng(0)
+    weights, x = (dice.standard_normal((count, columns), numpy.float32) for count in (rows, max(counts)))
+    x[:, :columns // 64] *= 20          # outlier channels, as models have them
+    print(f"{decode_core.info()['isa']}, ({rows}, {columns}); GB/s and G multiply-adds/s with rows of x: {', '.join(map(str, counts))}")
+    for kind in COLUMNS:
+        arena = decode_core.Arena(1 << 20)
+        first = decode_core.Matrix(arena, kind, rows, columns)
+        matrices = [first] + [decode_core.Matrix(arena, kind, rows, columns) for _ in range(memory // first.nbytes)]
+        first.fill(weights, "f32")
+        for other in matrices[1:]:
+            ctypes.memmove(other.tiles.address, first.tiles.address, first.nbytes)
+        line = []
+        for count in counts:
+            out, best = numpy.empty((count, rows), numpy.float32), float("inf")
+            for _ in range(7):
+                begin = time.thread_time()
+                for matrix in matrices:
+                    decode_core.multiply(x[:count], matrix, out=out)
+                best = min(best, (time.thread_time() - begin) / len(matrices))
+            line.append(f"{first.nbytes / best / 1e9:.1f} {rows * columns * count / best / 1e9:.0f}")
+        print(f"{kind:7} {' | '.join(line)}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--types", type=lambda text: text.split(","), default=TYPES)
+    parser.add_argument("--llama-quantize", default="llama-quantize")
+    parser.add_argument("--compare", action="store_true")
+    parser.add_argument("--quality", action="store_true")
+    parser.add_argument("--products", action="store_true")
+    parser.add_argument("--chunks", type=int, default=2)
+    arguments, more = parser.parse_known_args()
+    if arguments.products:
+        products()
+    elif arguments.compare:
+        compare(arguments.folder, arguments.types, more)
+    elif arguments.quality:
+        quality(arguments.folder, arguments.types, arguments.chunks)
+    else:
+        write(arguments.folder, arguments.types, arguments.llama_quantize)
+
+
+if __name__ == "__main__":
+    main()
