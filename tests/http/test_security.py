@@ -266,6 +266,13 @@ async def test_a_connection_without_a_whole_header_is_closed(monkeypatch, sent):
         writer.close()
 
 
+async def until_header_time_is_over(url):
+    """Wait until the server has closed a connection that sent nothing."""
+    reader, writer = await connect(url)
+    assert await reader.read() == b""
+    writer.close()
+
+
 async def test_a_connection_that_has_brought_a_request_may_be_silent_for_longer(client, monkeypatch):
     monkeypatch.setattr(chat_server, "HEADER_S", 0.05)
     pool = FakePool(gate=asyncio.Event())
@@ -274,9 +281,7 @@ async def test_a_connection_that_has_brought_a_request_may_be_silent_for_longer(
         body = json.dumps(conversation()).encode()
         writer.write(b"POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         await pool.until_open(1)
-        silent, silent_writer = await connect(url)
-        assert await silent.read() == b""
-        silent_writer.close()
+        await until_header_time_is_over(url)
         pool.gate.set()
         assert b'"done": true' in await reader.readuntil(b"\r\n0\r\n\r\n")
         writer.close()
@@ -288,9 +293,7 @@ async def test_every_later_request_has_no_longer_for_its_header(monkeypatch):
         reader, writer = await connect(url)
         writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
         await reader.readuntil(b'{"alive": true}')
-        silent, silent_writer = await connect(url)
-        assert await silent.read() == b""                   # this much later
-        silent_writer.close()
+        await until_header_time_is_over(url)
         # no byte of it had come, so it may begin now
         for part in (b"GET /livez HTTP/1.1\r\nHo", b"st: x\r\n\r\n"):
             writer.write(part)
@@ -326,16 +329,12 @@ async def test_a_slow_body_and_an_answer_that_takes_long_are_not_taken_for_a_hea
         body = json.dumps(conversation()).encode()
         writer.write(b"POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body[:5])
         for rest in (body[5:9], body[9:]):
-            silent, silent_writer = await connect(url)
-            assert await silent.read() == b""
-            silent_writer.close()
+            await until_header_time_is_over(url)
             writer.write(rest)
         await pool.until_open(1)
         # what comes early waits its turn
         writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\nGET /livez HT")
-        silent, silent_writer = await connect(url)
-        assert await silent.read() == b""
-        silent_writer.close()
+        await until_header_time_is_over(url)
         pool.gate.set()
         assert b'"done": true' in await reader.readuntil(b"\r\n0\r\n\r\n")
         await reader.readuntil(b'{"alive": true}')

@@ -43,6 +43,15 @@ def request(**more):
     return Request("a", **{"prompts": ((1, 2),), "sampling": SamplingParams(seed=5), "client": "me"} | more)
 
 
+async def with_its_first_token(pool, **more):
+    """The events of a request, read up to the first answer's first token."""
+    events = pool.answer(request(**more))
+    await anext(events)
+    pool.workers[0].says("a", 65)
+    await anext(events)
+    return events
+
+
 async def test_the_others_start_when_the_first_has_computed_the_prompt_and_the_first_is_that_of_n_1(pool):
     (worker,) = pool.workers
     events = pool.answer(request(n=3))
@@ -94,10 +103,7 @@ async def test_events_say_whose_they_are_and_end_with_the_last(pool):
 
 async def test_one_that_fails_ends_all(pool):
     (worker,) = pool.workers
-    events = pool.answer(request(n=3))
-    await anext(events)
-    worker.says("a", 65)
-    await anext(events)
+    events = await with_its_first_token(pool, n=3)
     pool.deliver(worker, [Piece("a#1", (), "", "error", "the model failed")])
     with pytest.raises(EngineFailure, match="the model failed"):
         async for _ in events:
@@ -116,10 +122,7 @@ async def test_an_answer_that_fails_is_an_error_and_not_an_end(pool, changes):
 
 async def test_cancelling_by_the_request_s_id_stops_all_and_they_count_as_one_for_the_client(pool):
     (worker,) = pool.workers
-    events = pool.answer(request(n=3))
-    await anext(events)
-    worker.says("a", 65)
-    await anext(events)
+    events = await with_its_first_token(pool, n=3)
     second = pool.answer(chat_server.replace(request(), id="b"))
     await anext(second)
     with pytest.raises(Overloaded):
@@ -134,10 +137,7 @@ async def test_cancelling_by_the_request_s_id_stops_all_and_they_count_as_one_fo
 
 async def test_a_worker_that_dies_costs_no_answer_its_place(pool):
     (worker,) = pool.workers
-    events = pool.answer(request(n=2))
-    await anext(events)
-    worker.says("a", 65)
-    await anext(events)
+    events = await with_its_first_token(pool, n=2)
     worker.says("a#1", 66)
     worker.can_take = False
     pool.orphan(worker)
