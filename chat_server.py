@@ -8049,11 +8049,11 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
 class RemotePool:
     """A running server (--url) behind the same `answer` as LocalPool.
 
-    It is asked at /v1, and at nanochat's /chat/completions where it has only that. A stream that breaks is taken up again
-    where the server keeps it; an answer that is left is cancelled there.
+    It is asked at /v1, and at nanochat's /chat/completions where it has only that. A stream that breaks is taken
+    up again where the server keeps it; an answer that is left is cancelled there.
     """
 
-    RESUME_S = (0.2, 0.5, 1, 2, 5, 5, 5, 5)     # pauses before each attempt to take a stream up again: GRACE_S is longer
+    RESUME_S = (0.2, 0.5, 1, 2, 5, 5, 5, 5)     # pauses before attempts to take a stream up; GRACE_S is longer
     ready = True
 
     def __init__(self, settings: Settings):
@@ -8074,13 +8074,15 @@ class RemotePool:
         """Until the server is ready; ConfigError when there is none."""
         while not (health := await self._health()).get("ready", True):
             if "loading" not in health:
-                raise Overloaded(f"the server at {self.url} is not ready ({health.get('status', 'no reason given')})")
-            self.on_progress(f"server: {health['loading'].get('stage')}", float(health["loading"].get("fraction") or 0))
+                reason = health.get("status", "no reason given")
+                raise Overloaded(f"the server at {self.url} is not ready ({reason})")
+            loading = health["loading"]
+            self.on_progress(f"server: {loading.get('stage')}", float(loading.get("fraction") or 0))
             await asyncio.sleep(0.5)
         models = await self.get("v1/models")
         listed = models.get("data") if isinstance(models, dict) else None
         if not listed and "ready" not in health:
-            raise ConfigError(f"{self.url} is not a chat server: neither its /health nor its /v1/models is one's")
+            raise ConfigError(f"{self.url} is not a chat server: neither /health nor /v1/models answers as one's")
         self.model = listed[0] if listed and isinstance(listed[0], dict) else {}
 
     async def _health(self) -> dict:
@@ -8114,7 +8116,7 @@ class RemotePool:
         return [f"Server: {self.url}", *([f"Model: {self.model_name}"] if self.model_name else [])]
 
     async def answer(self, request: Request) -> AsyncIterator[Event]:
-        """The server's stream as events; raises what LocalPool would, and ConfigError when there is no server."""
+        """The server's stream as events; raises what LocalPool would, and ConfigError without a server."""
         import aiohttp
         response, reader = await self._post(request), RemoteStream()
         try:
@@ -8139,18 +8141,18 @@ class RemotePool:
     async def _post(self, request: Request) -> Any:
         """The response to a request, once the server has accepted it."""
         import aiohttp
-        headers = {"X-Request-Id": request.id}
+        post = functools.partial(self.client.post, headers={"X-Request-Id": request.id})
         route = "completions" if request.messages is None else "chat/completions"
         try:
             if not self.native:
-                response = await self.client.post(f"{self.url}/v1/{route}", json=self._body(request), headers=headers)
+                response = await post(f"{self.url}/v1/{route}", json=self._body(request))
                 error = None if response.status == 200 else await refusal(response)
                 if error is None:
                     return response
                 if response.status not in (404, 405) or error.code == "model_not_found":
                     raise error
                 self.native = True
-            response = await self.client.post(f"{self.url}/chat/completions", json=native_body(request), headers=headers)
+            response = await post(f"{self.url}/chat/completions", json=native_body(request))
         except (aiohttp.ClientConnectorError, aiohttp.InvalidURL) as error:
             raise ConfigError(f"no server answers at {self.url}: {reason_of(error)}") from None
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
@@ -8164,7 +8166,7 @@ class RemotePool:
         body = native_body(request) | {"stream": True, "stream_options": {"include_usage": True}}
         if request.messages is None:
             body["prompt"] = body.pop("messages")[0]["content"]
-        if self.model_name and self.model.get("owned_by") != "chat_server":     # ours has one, under several names
+        if self.model_name and self.model.get("owned_by") != "chat_server":     # ours has only one
             body["model"] = self.model_name
         return body
 
@@ -8202,7 +8204,9 @@ def reason_of(error: Exception) -> str:
     """Why a connection failed, without what only aiohttp's authors understand."""
     cause = getattr(error, "os_error", error)
     number_ = getattr(cause, "errno", None) or 0
-    return os.strerror(number_) if number_ > 0 else getattr(cause, "strerror", None) or str(cause) or "timed out"
+    if number_ > 0:
+        return os.strerror(number_)
+    return getattr(cause, "strerror", None) or str(cause) or "timed out"
 
 
 class RemoteStream:
@@ -8210,11 +8214,11 @@ class RemoteStream:
 
     def __init__(self) -> None:
         self.next: int | None = None            # number of the next event, where the server numbers them
-        self.done: dict[str, Any] | None = None     # once the answer has ended: finish_reason, usage, timings ...
+        self.done: dict[str, Any] | None = None     # finish_reason, usage, timings ... of an answer that has ended
         self.pieces, self.begin_s, self.first_s = 0, time.monotonic(), 0.0
 
     async def read(self, lines: Any) -> AsyncIterator[Piece]:
-        """The pieces of a connection's lines. ValueError for what is no stream; the server's error is raised."""
+        """The pieces of a connection's lines. ValueError for what is no stream; raises the server's error."""
         ending: dict[str, Any] = {}
         async for line in lines:
             if line.startswith(b"id:") and line[3:].strip().isdigit():
@@ -8225,7 +8229,7 @@ class RemoteStream:
                 body = json.loads(line[5:])
                 if piece := self._piece(body):
                     yield piece
-                ending |= {name: value for name in ("usage", "timings", "gpu") if (value := body.get(name)) is not None}
+                ending |= {name: body[name] for name in ("usage", "timings", "gpu") if body.get(name) is not None}
                 ending |= ending_of(body)
                 if body.get("done"):
                     break
@@ -8250,7 +8254,8 @@ class RemoteStream:
     def finished(self, request: Request) -> Finished:
         """What the server said at the end; what it did not say as it was seen here, a piece for a token."""
         usage, timings = self.done.get("usage") or {}, self.done.get("timings") or {}
-        cached = usage.get("cached_tokens") or (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        details = usage.get("prompt_tokens_details") or {}
+        cached = usage.get("cached_tokens") or details.get("cached_tokens") or 0
         since_first_s = time.monotonic() - self.first_s
         speed = (self.pieces - 1) / since_first_s if self.pieces > 1 and since_first_s > 0.1 else None
         if "tokens_per_second" in timings:
@@ -8258,24 +8263,25 @@ class RemoteStream:
         ttft_ms = (self.first_s - self.begin_s) * 1e3 if self.first_s else 0.0
         return Finished(
             self.done["finish_reason"], self.done.get("stop_reason"), usage.get("prompt_tokens", 0),
-            usage.get("completion_tokens", self.pieces), cached, timings.get("queue_ms", 0.0), timings.get("ttft_ms", ttft_ms),
-            speed, self.done.get("gpu", timings.get("gpu", 0)),
+            usage.get("completion_tokens", self.pieces), cached, timings.get("queue_ms", 0.0),
+            timings.get("ttft_ms", ttft_ms), speed, self.done.get("gpu", timings.get("gpu", 0)),
             **{name: timings.get(name, 0) for name in ("drafted_tokens", "accepted_tokens", "dropped_messages")})
 
 
 def ending_of(body: dict[str, Any]) -> dict[str, Any]:
     """finish_reason and stop_reason of an event of either API that ends the answer, else nothing."""
     choice = (body.get("choices") or [{}])[0]
-    reason = body.get("finish_reason") or choice.get("finish_reason") or ("stop" if body.get("done") else None)
-    return {"finish_reason": reason, "stop_reason": body.get("stop_reason", choice.get("stop_reason"))} if reason else {}
+    if not (reason := body.get("finish_reason") or choice.get("finish_reason") or "stop" * bool(body.get("done"))):
+        return {}
+    return {"finish_reason": reason, "stop_reason": body.get("stop_reason", choice.get("stop_reason"))}
 
 
 def native_body(request: Request) -> dict[str, Any]:
     """A Request as the body of POST /chat/completions."""
     sampling = request.sampling
     messages = request.messages or (Message("user", str(request.prompts[0])),)
-    return {"messages": [{"role": m.role, "content": m.content} for m in messages], "truncate": "oldest", "resumable": True,
-            "stop": list(request.stop), "ignore_eos": request.ignore_eos,
+    return {"messages": [{"role": m.role, "content": m.content} for m in messages],
+            "truncate": "oldest", "resumable": True, "stop": list(request.stop), "ignore_eos": request.ignore_eos,
             **({} if request.max_tokens is None else {"max_tokens": request.max_tokens}),
             **{name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}}
 
@@ -8333,10 +8339,10 @@ async def interruptible(work: Any) -> Any:
             loop.remove_signal_handler(signal.SIGINT)
 
 
-# What an answer looks like on a terminal. Everything is written once: the screen above the cursor never changes.
+# What an answer looks like on a terminal. It is written once: the screen above the cursor never changes.
 
 TERMINAL_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-BOLD, DIM, ITALIC, UNDERLINED, RED, ACCENT = "1", "2", "3", "4", "31", "36"      # SGR codes; several are joined by ;
+BOLD, DIM, ITALIC, UNDERLINED, RED, ACCENT = "1", "2", "3", "4", "31", "36"      # SGR codes; ; joins several
 
 
 def write(text: str) -> None:
@@ -8363,19 +8369,21 @@ def in_style(style: str, text: str) -> str:
 
 def cells(text: str) -> int:
     """Columns of a terminal that a text takes."""
-    wide = unicodedata.east_asian_width
-    return sum(0 if unicodedata.combining(c) or c in "\u200d\ufe0f" else 2 if wide(c) in "WF" else 1 for c in text)
+    none = "\u200d\ufe0f"      # joiners and variants of emoji
+    return sum(0 if unicodedata.combining(c) or c in none else 1 + (unicodedata.east_asian_width(c) in "WF")
+               for c in text)
 
 
 class WordWriter:
-    """Writes text in whole words as they come, so that lines break at spaces, and between the letters of scripts without them."""
+    """Writes text in whole words as they come: lines break at spaces, and between letters of scripts without spaces."""
 
     CJK = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff\uff00-\uff60"
     PARTS = re.compile(rf"\n|[^\S\n]+|[{CJK}][、。，．！？：；」』）】]*|[^\s{CJK}]+")
 
     def __init__(self, out: Callable[[str], None], columns: Callable[[], int]):
         self.out, self.columns = out, columns
-        self.column, self.gap, self.word = 0, ("", ""), []      # of the cursor; (style, spaces) and [(style, text)] to be written
+        self.column = 0                                 # of the cursor
+        self.gap, self.word = ("", ""), []              # (style, spaces) and [(style, text)] that are to be written
         self.hang = ""                                  # what a line that goes on begins with
 
     def put(self, text: str, style: str = "") -> None:
@@ -8426,20 +8434,22 @@ class WordWriter:
 
 
 class MarkdownWriter:
-    """Writes Markdown while it streams. What may still turn out to be markup is held back, HELD characters at most, since
-    nothing that was written can be changed; tables are held until they are whole.
+    """Writes Markdown while it streams. What may still turn out to be markup is held back, HELD characters at most,
+    since nothing that was written can be changed; tables are held until they are whole.
 
     Without colours the marks are shown as they came, being all the emphasis there is.
     """
 
     HELD = 200
-    UNDECIDED = re.compile(r"\s*([#>*+\-_`~=.)\d]*\s*|(```|~~~).*|\|.*)")       # such a beginning of a line may become anything
+    UNDECIDED = re.compile(r"\s*([#>*+\-_`~=.)\d]*\s*|(```|~~~).*|\|.*)")       # a line's beginning that says nothing yet
     FENCE = re.compile(r"\s*(`{3,}(?=[^`]*$)|~{3,})")
     RULE = re.compile(r"\s*([-*_])(\s*\1){2,}\s*")
     HEADING = re.compile(r"\s{0,3}#{1,6}\s+")
     ITEM = re.compile(r"(\s*)([-*+]|\d{1,9}[.)])(\s+)")
     QUOTE = re.compile(r"\s{0,3}((> ?)+)")
-    OPENING = re.compile(r"`+|(?<!\w)\*(?=[^\s*]|$)|(?<!\*)\*{2,3}(?=[^\s*]|$)|(?<!\w)_{1,3}(?=[^\s_]|$)|(?<!!)\[(?=[^\]\s]|$)|\\(?=[!-/:-@[-`{-~]|$)")
+    OPENING = re.compile(
+        r"`+|(?<!\w)\*(?=[^\s*]|$)|(?<!\*)\*{2,3}(?=[^\s*]|$)|(?<!\w)_{1,3}(?=[^\s_]|$)"
+        r"|(?<!!)\[(?=[^\]\s]|$)|\\(?=[!-/:-@[-`{-~]|$)")
     SPAN = re.compile(
         r"(?P<ticks>`+)(?!`)(?P<code>.+?)(?<!`)(?P=ticks)(?!`)"
         r"|(?P<marks>\*{1,3}(?![\s*])|_{1,3}(?![\s_]))(?P<text>.+?)(?<![\s*_])(?P=marks)(?![*_])(?!(?<=_)\w)"
@@ -8447,8 +8457,8 @@ class MarkdownWriter:
 
     def __init__(self, out: Callable[[str], None], columns: Callable[[], int], colours: bool):
         self.words, self.colours = WordWriter(out, columns), colours
-        self.held, self.before = "", ""         # what is not written yet of a line, and the character before that
-        self.style, self.fence, self.table = "", "", []         # of this line; what opened the code block; rows
+        self.held, self.before = "", ""         # what is not written yet of a line, and the character before it
+        self.style, self.fence, self.table = "", "", []     # of this line; what opened the code block; rows
         self.begun = False                      # is it known what kind of line this is?
 
     def push(self, text: str, last: bool = False) -> None:
@@ -8471,7 +8481,8 @@ class MarkdownWriter:
         """Write some of a line; how many of its characters that are."""
         used = 0
         if not self.begun:
-            if not whole and (re.fullmatch(r"\s*[`~]*", line) if self.fence else self.UNDECIDED.fullmatch(line)):
+            undecided = re.fullmatch(r"\s*[`~]*", line) if self.fence else self.UNDECIDED.fullmatch(line)
+            if undecided and not whole:
                 return 0
             if line.lstrip().startswith("|") and not self.fence and self.colours:
                 self.table.append(line)
@@ -8540,7 +8551,8 @@ class MarkdownWriter:
             self.words.put(span["code"], also(ACCENT))
         elif span["text"]:
             self.before = ""
-            self._inline(span["text"], also({1: ITALIC, 2: BOLD, 3: f"{BOLD};{ITALIC}"}[len(span["marks"])]), True)
+            emphasis = {1: ITALIC, 2: BOLD, 3: f"{BOLD};{ITALIC}"}[len(span["marks"])]
+            self._inline(span["text"], also(emphasis), True)
         elif span["label"]:
             self.words.put(span["label"], also(UNDERLINED))
             if span["url"] != span["label"]:
@@ -8552,13 +8564,15 @@ class MarkdownWriter:
         """Write the rows that were held, in columns; where these are wider than the screen as they came."""
         if not self.table:
             return
-        plain = lambda cell: self.SPAN.sub(lambda m: m["code"] or m["text"] or m["label"] or m["escaped"], cell.strip())    # noqa: E731
-        rows = [[plain(cell) for cell in re.split(r"(?<!\\)\|", row.strip().strip("|"))] for row in self.table]
+        words = lambda span: span["code"] or span["text"] or span["label"] or span["escaped"]       # noqa: E731
+        rows = [[self.SPAN.sub(words, cell.strip()) for cell in re.split(r"(?<!\\)\|", row.strip().strip("|"))]
+                for row in self.table]
         rows = [row for row in rows if not all(re.fullmatch(r":?-+:?", cell) for cell in row)]
         widths = [max(map(cells, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
         fits = sum(widths) + 3 * len(widths) <= self.words.columns()
         for index, row in enumerate(rows if fits else self.table):
-            text = "   ".join(cell + " " * (width - cells(cell)) for cell, width in zip(row, widths)) if fits else row
+            padded = [cell + " " * (width - cells(cell)) for cell, width in zip(row, widths)]
+            text = "   ".join(padded) if fits else row
             self.words.put_whole(text.rstrip(), BOLD * fits * (index == 0))
             self.words.end_line()
         self.table = []
@@ -8568,11 +8582,12 @@ class MarkdownWriter:
 
 CHAT_FORMAT = {"format": "chat_server chats", "version": 2}
 A_TIME = {"type": "number", "minimum": 1, "maximum": 8.64e15}           # milliseconds since 1970
-CHAT_FIELDS = {"title": A_TEXT, "created": A_TIME, "updated": A_TIME, "pinned": {"type": "boolean"}, "system": A_TEXT,
-               "parameters": {"type": "object"}, "leaf": A_TEXT}
-NODE_FIELDS = {"role": {"enum": ["user", "assistant"]}, "content": A_TEXT, "created": A_TIME, "reasoning": A_TEXT, "model": A_TEXT,
-               "seed": {"type": "integer"}, "parameters": {"type": "object"}, "timings": {"type": "object"}, "note": A_TEXT,
-               "error": A_TEXT, "edited": {"enum": [True]}, "attachments": {"type": "array"}}
+CHAT_FIELDS = {"title": A_TEXT, "created": A_TIME, "updated": A_TIME, "pinned": {"type": "boolean"},
+               "system": A_TEXT, "parameters": {"type": "object"}, "leaf": A_TEXT}
+NODE_FIELDS = {"role": {"enum": ["user", "assistant"]}, "content": A_TEXT, "created": A_TIME, "reasoning": A_TEXT,
+               "model": A_TEXT, "seed": {"type": "integer"}, "parameters": {"type": "object"},
+               "timings": {"type": "object"}, "note": A_TEXT, "error": A_TEXT, "edited": {"enum": [True]},
+               "attachments": {"type": "array"}}
 PARAMETERS = {option_field(option): option for option in OPTIONS
               if option.name.split()[0] in ("temperature", "top-k", "top-p", "min-p", "max-tokens", "seed")}
 
@@ -8599,14 +8614,16 @@ def known_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
             if not isinstance(value := given.get(name), (dict, list, bool)):
                 known[name] = option.parse(str(value))
     stop = given.get("stop")
-    return known | ({"stop": stop[:LIMITS.stop_strings]} if isinstance(stop, list) and stop and all(map(is_text, stop)) else {})
+    if isinstance(stop, list) and stop and all(map(is_text, stop)):
+        known["stop"] = stop[:LIMITS.stop_strings]
+    return known
 
 
 class Conversation:
-    """The tree of a chat's messages, of which the path to `leaf` is gone on with: other answers and versions stay beside it."""
+    """The tree of a chat's messages. The path to `leaf` is gone on with; other answers and versions stay beside it."""
 
     def __init__(self, system: str = "", parameters: Mapping[str, Any] | None = None):
-        self.fields: dict[str, Any] = {"title": "", "created": now_ms(), "pinned": False}       # the others of CHAT_FIELDS
+        self.fields: dict[str, Any] = {"title": "", "created": now_ms(), "pinned": False}
         self.system, self.parameters = system, dict(parameters or {})
         self.nodes: dict[str, dict] = {}
         self.leaf: str | None = None
@@ -8620,7 +8637,8 @@ class Conversation:
         return path[::-1]
 
     def add(self, role: str, content: str, parent: str | None, **more: Any) -> dict:
-        node = {"id": secrets.token_hex(16), "parent": parent, "role": role, "content": content, "created": now_ms()} | more
+        node = {"id": secrets.token_hex(16), "parent": parent, "role": role, "content": content,
+                "created": now_ms()} | more
         self.nodes[node["id"]], self.leaf = node, node["id"]
         self.fields["title"] = self.fields["title"] or title_of(content)
         return node
@@ -8633,7 +8651,7 @@ class Conversation:
         return next((node for node in reversed(self.path()) if node["role"] == role), None)
 
     def messages(self) -> tuple[Message, ...]:
-        """What is sent: no empty ones, and those of one role that meet are joined, since templates want roles to alternate."""
+        """What is sent: none that is empty; neighbours of one role are joined, since templates want them to alternate."""
         found = [Message("system", self.system)] if self.system.strip() else []
         for node in self.path():
             if found[-1:] and found[-1].role == node["role"] and node["content"]:
@@ -8644,9 +8662,10 @@ class Conversation:
 
     def exported(self) -> dict:
         updated = max((node["created"] for node in self.nodes.values()), default=self.fields["created"])
-        chat = {**self.fields, "updated": updated, "system": self.system, "parameters": self.parameters, "leaf": self.leaf or "",
-                "nodes": list(self.nodes.values())}
-        return {**CHAT_FORMAT, "exported": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "conversations": [chat]}
+        chat = {**self.fields, "updated": updated, "system": self.system, "parameters": self.parameters,
+                "leaf": self.leaf or "", "nodes": list(self.nodes.values())}
+        exported = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        return {**CHAT_FORMAT, "exported": exported, "conversations": [chat]}
 
 
 def read_chats(text: str) -> list[Conversation]:
@@ -8712,7 +8731,8 @@ def block_is_open(text: str) -> bool:
 
 def history_path() -> Path:
     """A file that only its owner can read; OSError where there can be none."""
-    path = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "chat_server" / "history"
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    path = state / "chat_server" / "history"
     path.parent.mkdir(parents=True, exist_ok=True)
     os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
     return path
@@ -8748,12 +8768,12 @@ class Terminal:
             except OSError as error:
                 self.note(f"no history is kept: {error}")
         return PromptSession(
-            history=past, key_bindings=self._keys(), completer=Completer(), complete_while_typing=False, multiline=True,
-            complete_style=CompleteStyle.READLINE_LIKE, prompt_continuation="  ", reserve_space_for_menu=0)
+            history=past, key_bindings=self._keys(), multiline=True,
+            completer=Completer(), complete_while_typing=False, complete_style=CompleteStyle.READLINE_LIKE, prompt_continuation="  ", reserve_space_for_menu=0)
 
     @staticmethod
     def _keys() -> Any:
-        """Enter sends, but for an open block; Alt-Enter makes a new line; Ctrl-C clears what is typed, or leaves."""
+        """Enter sends, but not in an open block; Alt-Enter begins a line; Ctrl-C clears what is typed, or leaves."""
         keys = importlib.import_module("prompt_toolkit.key_binding").KeyBindings()
 
         @keys.add("enter")
@@ -8808,7 +8828,7 @@ class Terminal:
         return text
 
     def note(self, text: str, style: str = DIM) -> None:
-        """Lines of ours: among the messages on a terminal; else stdout has nothing but answers, and they are on stderr."""
+        """Lines of ours: among the messages on a terminal; else on stderr, since stdout has nothing but answers."""
         if not self.interactive:
             return print(text, file=sys.stderr, flush=True)
         words = WordWriter(show, screen_width)
@@ -8823,7 +8843,8 @@ class Terminal:
         except (ImportError, OSError, ValueError, termios.error):       # Windows; a pipe
             yield
             return
-        termios.tcsetattr(descriptor, termios.TCSADRAIN, before[:3] + [before[3] & ~termios.ECHO] + before[4:])
+        silent = before[:3] + [before[3] & ~termios.ECHO] + before[4:]
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, silent)
         try:
             yield
         finally:
@@ -8837,8 +8858,10 @@ def duration(seconds: float) -> str:
 def summary(done: Finished, seconds: float) -> str:
     """156 tokens in 4.2 s, 37 tok/s, first after 0.2 s."""
     count, speed = done.completion_tokens, done.tokens_per_second
-    parts = [f"{count} token{'s' * (count != 1)} in {duration(seconds)}", *([f"{speed:.{0 if speed >= 10 else 1}f} tok/s"] if speed else []),
-             f"first after {duration(done.ttft_ms / 1e3)}"]
+    parts = [f"{count} token{'s' * (count != 1)} in {duration(seconds)}"]
+    if speed:
+        parts.append(f"{speed:.{0 if speed >= 10 else 1}f} tok/s")
+    parts.append(f"first after {duration(done.ttft_ms / 1e3)}")
     if done.reason == "length":
         parts.append("cut at the length limit")
     if done.dropped_messages:
@@ -8850,8 +8873,9 @@ def new_request(settings: Settings, parameters: Mapping[str, Any] | None = None,
     """An answer may take the rest of the context, but one without a chat template, which may never end."""
     parameters = parameters or {}
     length = settings.max_tokens or (DEFAULT_MAX_TOKENS if "prompts" in source else None)
-    return Request(id=secrets.token_hex(16), sampling=sampling_params(parameters, settings), truncate="messages" in source,
-                   max_tokens=parameters.get("max_tokens", length), stop=tuple(parameters.get("stop", ())), **source)
+    return Request(id=secrets.token_hex(16), sampling=sampling_params(parameters, settings),
+                   max_tokens=parameters.get("max_tokens", length), stop=tuple(parameters.get("stop", ())),
+                   truncate="messages" in source, **source)
 
 
 @dataclass
@@ -8877,7 +8901,7 @@ class Reply:
 
 
 class AnswerWriter:
-    """Shows an answer as it comes: Markdown where somebody chats, the text alone elsewhere, with --json nothing."""
+    """Shows an answer as it comes: as Markdown where somebody chats, else the text alone, with --json nothing."""
 
     def __init__(self, settings: Settings, chatting: bool):
         self.last, self.silent = "", settings.json
@@ -8929,7 +8953,7 @@ async def receive(pool: Pool, request: Request, reply: Reply, writer: AnswerWrit
 
 
 class Chat:
-    """The `chat` command: what is typed is a message, or a command of COMMANDS, each of which is a method here."""
+    """The `chat` command: what is typed is a message, or one of COMMANDS, each of which is a method here."""
 
     def __init__(self, pool: Pool, settings: Settings):
         self.pool, self.settings = pool, settings
@@ -8966,8 +8990,9 @@ class Chat:
             await self.ask(text[1:])
         elif text.startswith("/") or text.lower() in ("clear", "quit", "exit"):
             if (command := COMMANDS.get(name.lower())) is None:
-                raise ValueError(f"there is no command /{name}{did_you_mean(name, COMMANDS, '/')}; /help lists them, and // "
-                                 "sends a text that begins with a slash")
+                near = did_you_mean(name, COMMANDS, "/")
+                raise ValueError(f"there is no command /{name}{near}; /help lists them, and // sends a text that "
+                                 "begins with a slash")
             if asyncio.iscoroutine(work := command.run(self, value.strip())):
                 await work
         elif text:
@@ -8992,7 +9017,8 @@ class Chat:
         chat.leaf, note = before, "interrupted"
         try:
             with self.terminal.unechoed():
-                await interruptible(receive(self.pool, request, reply, AnswerWriter(self.settings, self.terminal.interactive)))
+                writer = AnswerWriter(self.settings, self.terminal.interactive)
+                await interruptible(receive(self.pool, request, reply, writer))
             note = "stopped"
         finally:
             if reply.text or reply.reasoning or reply.done:
@@ -9019,8 +9045,9 @@ class Chat:
 
     def help(self, value: str) -> None:
         width = max(len(f"{name} {command.argument}") for name, command in COMMANDS.items())
-        rows = [f"/{f'{name} {command.argument}':{width}}  {command.help}" for name, command in COMMANDS.items()]
-        self.note("\n".join([*rows, 'Alt-Enter or """ ... """: several lines. Ctrl-C: stop the answer, clear the line, leave.']))
+        rows = [f"/{f'{name} {each.argument}':{width}}  {each.help}" for name, each in COMMANDS.items()]
+        keys = 'Alt-Enter or """ ... """: several lines. Ctrl-C: stop the answer, clear the line, leave.'
+        self.note("\n".join([*rows, keys]))
 
     def clear(self, value: str) -> None:
         self.conversation = Conversation(self.conversation.system, self.conversation.parameters)
@@ -9050,7 +9077,8 @@ class Chat:
         rows |= {name: chat.parameters.get(name, default.get(name)) for name in (*PARAMETERS, "stop")}
         facts = next((node["timings"] for node in reversed(chat.path()) if "timings" in node), {})
         used = facts.get("prompt_tokens", 0) + facts.get("completion_tokens", 0)
-        rows["context"] = f"{used:,} of {self.pool.context_length or '?':,} tokens" if self.pool.context_length else f"{used:,} tokens"
+        length = self.pool.context_length
+        rows["context"] = f"{used:,}{f' of {length:,}' if isinstance(length, int) else ''} tokens"
         self.note("\n".join(f"{name:12} {'-' if row in (None, '') else row}" for name, row in rows.items()))
 
     def save(self, value: str) -> None:
@@ -9059,7 +9087,8 @@ class Chat:
         if path.exists() and path.resolve() not in self.files:
             raise ValueError(f"{path} exists: choose another name")
         part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(self.conversation.exported(), ensure_ascii=False, indent=2), encoding="utf-8")
+        text = json.dumps(self.conversation.exported(), ensure_ascii=False, indent=2)
+        part.write_text(text, encoding="utf-8")
         part.replace(path)
         self.files.add(path.resolve())
         self.note(f"Saved as {path}; the page's Import and /load read it.")
@@ -9109,7 +9138,8 @@ class Chat:
         said = f"answers {self.answers}, tokens {self.tokens:,}"
         names = {"gpu_id": "worker", "state": "", "device": "on", "running": "running", "kv_pages_used": "KV pages"}
         workers = stats.get("workers") if isinstance(stats, dict) else None
-        rows = [" ".join(f"{name} {each[key]}".strip() for key, name in names.items() if key in each) for each in workers or ()]
+        rows = [" ".join(f"{name} {each[key]}".strip() for key, name in names.items() if key in each)
+                for each in workers or ()]
         self.note("\n".join([said, *rows]))
 
     def leave(self, value: str) -> None:
@@ -9119,15 +9149,16 @@ class Chat:
         """What a command that has been begun may become."""
         name, space, value = text.partition(" ")
         if not space:
-            yield from (f"/{each} " for each in COMMANDS if text.startswith("/") and each.startswith(text[1:]))
+            yield from (f"/{each} " for each in COMMANDS if f"/{each}".startswith(text) and text)
         elif name == "/set":
             yield from (f"{name} {each} " for each in (*PARAMETERS, "stop") if each.startswith(value))
         elif name in ("/load", "/save", "/read"):
             folder, _, begin = value.rpartition("/")
             with contextlib.suppress(OSError, RuntimeError):
-                found = sorted(Path((folder or "." * (not value.startswith("/"))) or "/").expanduser().iterdir())
-                yield from (f"{name} {value[:len(value) - len(begin)]}{path.name}{'/' * path.is_dir()}" for path in found
-                            if path.name.startswith(begin) and (begin or not path.name.startswith(".")))
+                where = Path(folder or ("/" if value.startswith("/") else ".")).expanduser()
+                for path in sorted(where.iterdir()):
+                    if path.name.startswith(begin) and (begin or not path.name.startswith(".")):
+                        yield f"{name} {value[:len(value) - len(begin)]}{path.name}{'/' * path.is_dir()}"
 
 
 class Command(NamedTuple):
@@ -9184,7 +9215,7 @@ def prompt_text(settings: Settings) -> str:
 
 
 async def generate(settings: Settings) -> int:
-    """The `generate` command: one answer on stdout, its speed on stderr. A model without a chat template continues."""
+    """The `generate` command: one answer on stdout, its speed on stderr. Without a chat template the text goes on."""
     text, reply, writer = prompt_text(settings), Reply(), AnswerWriter(settings, chatting=False)
     turns = [Message("system", settings.system)] if settings.system else []
     async with open_pool(settings) as pool:
