@@ -96,7 +96,7 @@ def quality(folder, kinds, chunks):
     text = "\n\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "bench/RESULTS.md"))
     for kind in kinds:
         with torch.inference_mode():
-            ours = measured.Ours(str(path_of(folder, kind)), [], 256)
+            ours = measured.Ours(str(path_of(folder, kind)), [], 32)
             pieces = measured.cut(ours.engine.tokenizer, text, chunks)
             judge = measured.on_checkpoint(str(path_of(folder, kind)), [])
             first = torch.cat([judge.logprobs(0, ids) for ids in pieces[:1]])
