@@ -1,15 +1,19 @@
-"""A random llama of 1.1 billion parameters as GGUF files of several types, and our server beside llama-server on each.
+"""A random llama of 1.1 billion parameters as GGUF files, and our server beside llama-server on each of them.
 
-    python bench/large_model.py FOLDER --llama-quantize PATH [--types Q4_K_M,Q6_K,...]      # writes large-F16.gguf, large-Q4_K_M.gguf, ...
-    python bench/large_model.py FOLDER --compare --llama-server PATH [--types ...] [--rounds 3] [--only single,16,prefill-600]
-    python bench/large_model.py FOLDER --quality [--types ...]          # KL to float32 on the dequantized weights, as bench/quality.py
-    python bench/large_model.py FOLDER --products                       # every type's product alone, one thread
+    python bench/large_model.py FOLDER --llama-quantize PATH [--types Q4_K_M,Q6_K,...]
+    python bench/large_model.py FOLDER --compare --llama-server PATH [--types ...] [flags of bench/compare.py]
+    python bench/large_model.py FOLDER --quality --types q4_k,q6_k,...
+    python bench/large_model.py FOLDER --products
 
-16 layers, width 2048, 32 query and 8 key heads, feed-forward 8192, the default model's tokenizer (49,152 tokens, head tied). At this
-size one stream is bound by the bytes of the weights. Weights are normal, scaled so that activations keep their size from layer to
-layer and logits deviate by more than 2 from their mean, so that errors of quantized arithmetic show as in a trained model. No
-text means anything to it, so speeds are without drafts. --products counts the CPU time of its one thread, which other programs
-disturb less than they disturb the clock on the wall.
+The first writes FOLDER/large-F16.gguf and from it one file a type; --compare runs bench/compare.py on each.
+--quality gives the KL from float32 on the weights as `--quantize TYPE` makes them of the F16 file to our
+arithmetic on them. --products times every type's product alone on one thread, by the CPU time of that thread,
+which other programs disturb less than the clock on the wall.
+
+16 layers, width 2048, 32 query and 8 key heads, feed-forward 8192, the default model's tokenizer (49,152
+tokens, head tied). At this size one stream is bound by the bytes of the weights. Weights are normal, scaled so
+that logits deviate by more than 2 from their mean: errors of quantized arithmetic show as in a trained model.
+No text means anything to it, so speeds are without drafts.
 """
 
 import argparse
@@ -41,26 +45,30 @@ def write_f16(path):
             kinds = field.types
             writer.add_key_value(name, field.contents(), kinds[0], kinds[-1] if len(kinds) > 1 else None)
     writer.add_name("random llama 1.1B")
-    for key, value in {"block_count": LAYERS, "context_length": 4096, "embedding_length": WIDTH, "feed_forward_length": FFN,
-                       "attention.head_count": HEADS, "attention.head_count_kv": KV_HEADS, "rope.dimension_count": WIDTH // HEADS}.items():
+    numbers = {"block_count": LAYERS, "context_length": 4096, "embedding_length": WIDTH, "feed_forward_length": FFN,
+               "attention.head_count": HEADS, "attention.head_count_kv": KV_HEADS,
+               "rope.dimension_count": WIDTH // HEADS}
+    for key, value in numbers.items():
         writer.add_uint32(f"llama.{key}", value)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_float32("llama.rope.freq_base", 10000.0)
     writer.add_uint32("general.file_type", 1)
 
     def add(name, rows, columns, scale):
-        writer.add_tensor(name, (dice.standard_normal((rows, columns), numpy.float32) * numpy.float32(scale)).astype(numpy.float16))
+        values = dice.standard_normal((rows, columns), numpy.float32) * numpy.float32(scale)
+        writer.add_tensor(name, values.astype(numpy.float16))
 
     ones = numpy.ones(WIDTH, numpy.float32)
-    add("token_embd.weight", vocab, WIDTH, 2.5 / WIDTH**0.5)        # x of norm 1 a channel -> logits that deviate by 2.5
+    add("token_embd.weight", vocab, WIDTH, 2.5 / WIDTH**0.5)    # x of norm 1 a channel: logits deviate by 2.5
     writer.add_tensor("output_norm.weight", ones)
     for layer in range(LAYERS):
         key = KV_HEADS * WIDTH // HEADS
         writer.add_tensor(f"blk.{layer}.attn_norm.weight", ones)
         writer.add_tensor(f"blk.{layer}.ffn_norm.weight", ones)
-        for name, rows, columns, scale in [("attn_q", WIDTH, WIDTH, 1.4), ("attn_k", key, WIDTH, 1.4), ("attn_v", key, WIDTH, 1.0),
-                                           ("attn_output", WIDTH, WIDTH, 0.05), ("ffn_gate", FFN, WIDTH, 1.0), ("ffn_up", FFN, WIDTH, 1.0),
-                                           ("ffn_down", WIDTH, FFN, 0.05)]:
+        for name, rows, columns, scale in [
+                ("attn_q", WIDTH, WIDTH, 1.4), ("attn_k", key, WIDTH, 1.4), ("attn_v", key, WIDTH, 1.0),
+                ("attn_output", WIDTH, WIDTH, 0.5), ("ffn_gate", FFN, WIDTH, 1.0), ("ffn_up", FFN, WIDTH, 1.0),
+                ("ffn_down", WIDTH, FFN, 0.5)]:
             add(f"blk.{layer}.{name}.weight", rows, columns, scale / columns**0.5)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -79,7 +87,8 @@ def write(folder, kinds, llama_quantize):
         write_f16(base)
     for kind in kinds:
         if not path_of(folder, kind).exists():
-            subprocess.run([llama_quantize, base, path_of(folder, kind), kind, "2"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            subprocess.run([llama_quantize, base, path_of(folder, kind), kind, "2"], check=True,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         print(f"{path_of(folder, kind)}: {path_of(folder, kind).stat().st_size / 1e6:,.0f} MB", flush=True)
 
 
@@ -96,28 +105,32 @@ def quality(folder, kinds, chunks):
     text = "\n\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "bench/RESULTS.md"))
     for kind in kinds:
         with torch.inference_mode():
-            ours = measured.Ours(str(path_of(folder, kind)), [], 32)
+            ours = measured.Ours(str(path_of(folder, "F16")), ["--quantize", kind], 32)
             pieces = measured.cut(ours.engine.tokenizer, text, chunks)
-            judge = measured.on_checkpoint(str(path_of(folder, kind)), [])
-            first = torch.cat([judge.logprobs(0, ids) for ids in pieces[:1]])
-            print(f"\n## {kind}: logits deviate by {first.std(1).mean():.2f}", flush=True)
-            print(measured.table(measured.compare([judge], [ours], pieces)), flush=True)
+            judge = measured.on_own_weights(ours.engine.transformer)
+            spread = judge.logprobs(0, pieces[0]).std(1).mean()
+            _, figures = measured.compare([judge], [ours], pieces)
+        print(f"{kind}: mean KL {figures['mean KL']:.2e} +- {figures['mean KL error']:.0e}, "
+              f"99 % {figures['KL 99 %']:.2e}, largest {figures['max KL']:.2e}, "
+              f"top-1 {figures['top-1']:.2%}; logits deviate by {spread:.2f}", flush=True)
         del ours, judge
 
 
 def products(rows=6144, columns=2048, counts=(1, 4, 8, 64), memory=64 << 20):
-    """GB/s of weights and G multiply-adds/s of one thread, by type and rows of x; the weights come from memory."""
+    """GB/s of weights and G multiply-adds/s of one thread, by type and rows of x; weights come from memory."""
     import decode_core
     from decode_core.tiles import COLUMNS
     decode_core.set_threads(1)
     dice = numpy.random.default_rng(0)
     weights, x = (dice.standard_normal((count, columns), numpy.float32) for count in (rows, max(counts)))
     x[:, :columns // 64] *= 20          # outlier channels, as models have them
-    print(f"{decode_core.info()['isa']}, ({rows}, {columns}); GB/s and G multiply-adds/s with rows of x: {', '.join(map(str, counts))}")
+    print(f"{decode_core.info()['isa']}, ({rows}, {columns}); GB/s and G multiply-adds/s by rows of x: "
+          f"{', '.join(map(str, counts))}")
     for kind in COLUMNS:
         arena = decode_core.Arena(1 << 20)
         first = decode_core.Matrix(arena, kind, rows, columns)
-        matrices = [first] + [decode_core.Matrix(arena, kind, rows, columns) for _ in range(memory // first.nbytes)]
+        matrices = [first]
+        matrices += [decode_core.Matrix(arena, kind, rows, columns) for _ in range(memory // first.nbytes)]
         first.fill(weights, "f32")
         for other in matrices[1:]:
             ctypes.memmove(other.tiles.address, first.tiles.address, first.nbytes)

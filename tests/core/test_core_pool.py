@@ -1,4 +1,4 @@
-"""decode_core's pool: who does a chunk again and when, chunks that throw, memory that is refused (csrc/cpu/pool/pool.h)."""
+"""decode_core's pool: who does a chunk again and when, and chunks that throw (csrc/cpu/pool/pool.h)."""
 
 import pytest
 
