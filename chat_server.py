@@ -8832,7 +8832,7 @@ class Terminal:
         if not self.interactive:
             return print(text, file=sys.stderr, flush=True)
         words = WordWriter(show, screen_width)
-        words.put(text + "\n", style if self.colours else "")
+        words.put(text.translate(TERMINAL_CONTROLS) + "\n", style if self.colours else "")
 
     @contextlib.contextmanager
     def unechoed(self) -> Iterator[None]:

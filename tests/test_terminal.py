@@ -425,6 +425,17 @@ def test_commands_are_completed_and_edit_begins_with_the_old_text(front, tmp_pat
     assert asked(front) == ["Hello", "Hello there"] and len(front.pool.requests[1].messages) == 1
 
 
+def test_a_loaded_chat_is_shown_without_control_sequences(front, tmp_path):
+    messages = [{"role": "user", "content": "a\x1b]0;evil\x07b"}, {"role": "assistant", "content": "c\x1b[2Jd"}]
+    (tmp_path / "chat.json").write_text(json.dumps(messages))
+    with chatting(front.url, tmp_path=tmp_path) as pty:
+        start = len(pty.raw)
+        pty.type(f"/load {tmp_path}/chat.json\r")
+        pty.expect("Loaded")
+        assert "a]0;evilb" in pty.raw[start:] and "c[2Jd" in pty.raw[start:]
+        assert "\x1b]0;evil" not in pty.raw[start:] and "\x1b[2J" not in pty.raw[start:]
+
+
 @pytest.mark.parametrize("no_color", [None, "1"])
 def test_an_answer_is_drawn_once_and_its_words_are_not_broken(tmp_path, no_color):
     words = " ".join(f"word{number}" for number in range(60))
