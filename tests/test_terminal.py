@@ -262,7 +262,7 @@ def test_a_stream_that_breaks_is_taken_up_again(capsys):
             task = asyncio.ensure_future(chat_server.generate(settings))
             await asyncio.to_thread(front.until_open, 1)
             await asyncio.to_thread(front.admit, 2)
-            while "two" not in (shown := capsys.readouterr().out + "".join(seen)):
+            while "two" not in (shown := "".join(seen) + capsys.readouterr().out):
                 seen[:] = [shown]
                 await asyncio.sleep(0)
             seen[:] = [shown]
