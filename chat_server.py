@@ -37,7 +37,7 @@ Glossary
     client      whose turn it is: one API key, or one address where there are no keys
     request     what a client asked, checked: `Request`. It may have several prompts and `n` answers to each.
     job         one answer of a request in the front: `Job`. It survives the death of its worker.
-    work        one answer of a request in a worker: `Work`; with its tokens and pages a `Sequence`, with its text an `Answer`
+    assignment  one answer of a request in a worker: `Assignment`; with tokens and pages a `Sequence`, with text an `Answer`
     event       what a reader of an answer gets: `Accepted`, then a `Piece` for each step of its worker, then `Finished`
     chunk       what one step computes of one sequence; a step computes the chunks of a batch
     draft       tokens that may come next, looked up in the text so far and checked in one step
@@ -1995,7 +1995,7 @@ class PagePool:
 
 
 @dataclass(frozen=True)
-class Work(AnswerParams):
+class Assignment(AnswerParams):
     """An answer to a request as it crosses the pipe to a worker; `resumed_ids` were generated before, by one that died."""
 
     id: str
@@ -2026,7 +2026,7 @@ class Work(AnswerParams):
 class Sequence:
     """Tokens being decoded: slots [0, computed) of its pages hold keys and values; the tokens after are pending."""
 
-    work: Work
+    work: Assignment
     tokens: list[int]                       # prompt and everything generated; the last is ~row while a step draws it
     limit: int                              # tokens after which it ends for sure
     computed: int = 0
@@ -3079,7 +3079,7 @@ def for_decode_core() -> SimpleNamespace:
     return SimpleNamespace(
         PAGE_SIZE=PAGE_SIZE, zeroed=zeroed, token_places=token_places, page_table=page_table,
         decode_rows=decode_rows, make_span=make_span, attend_prompt=attend_prompt, dequantized=dequantized,
-        unpermute_rope=turned)
+        unpermute_rope=unpermute_rope)
 
 
 @functools.cache
@@ -3703,7 +3703,7 @@ def dequantized(shape: tuple[int, ...], parts: Seq[tuple[Any, int]], dtype: torc
     out, row = torch.empty(shape, dtype=dtype), 0
     step = max(1, DEQUANTIZE_ELEMENTS // shape[-1])
     for tensor, head_size in parts:
-        data = turned(torch.from_numpy(numpy.asarray(tensor.data)), head_size)
+        data = unpermute_rope(torch.from_numpy(numpy.asarray(tensor.data)), head_size)
         for chunk in data.split(step):
             rows = out[row:row + len(chunk)]
             rows.copy_(dequantize(tensor.tensor_type, chunk).view(rows.shape))
@@ -3711,7 +3711,7 @@ def dequantized(shape: tuple[int, ...], parts: Seq[tuple[Any, int]], dtype: torc
     return out
 
 
-def turned(rows: Any, head_size: int) -> Any:
+def unpermute_rope(rows: Any, head_size: int) -> Any:
     """Rows of each head, which llama's GGUF files have with rotary pairs interleaved (0, 1), .., half-split: (0, D/2), .."""
     if not head_size:
         return rows
@@ -3978,7 +3978,7 @@ class Answer:
     Rebuilt from the ids alone when a sequence is resumed after a worker died.
     """
 
-    def __init__(self, work: Work, tokenizer: Tokenizer, grammar: Grammar | None = None):
+    def __init__(self, work: Assignment, tokenizer: Tokenizer, grammar: Grammar | None = None):
         self.work, self.grammar = work, grammar
         self.decoder = StreamDecoder(tokenizer, work.stop)
         self.tool = CalculatorTool(tokenizer) if tokenizer.tool_tokens else None
@@ -4019,7 +4019,7 @@ class Answer:
         return []
 
 
-class Started(NamedTuple):
+class StepUnderWay(NamedTuple):
     """A step under way: what it draws, in the order of its rows, and its ticket, or the tokens themselves when it is done."""
 
     ticket: Any
@@ -4030,7 +4030,7 @@ class Engine:
     """One model replica: sequences in, pieces out, one `step` at a time.
 
     Where the device works beside Python (`steps.ahead`), the next step is started before the last one's tokens are
-    turned into text: it takes them where they were drawn. What then turns out to have ended has computed one row in vain.
+    unpermute_rope into text: it takes them where they were drawn. What then turns out to have ended has computed one row in vain.
     Steps that draw for a sequence whose tokens must be known first are the exception: they are finished at once.
     """
 
@@ -4044,7 +4044,7 @@ class Engine:
         self.steps = kernels.backend.make_steps(transformer, max_batch, self.context_length)
         self.compiling, self.masking = FairThread("grammars", nice=10), FairThread("masks")
         self.grammars: OrderedDict[tuple[str, str], Grammar] = OrderedDict()    # those compiled last, by owner and source
-        self.under_way: Started | None = None
+        self.under_way: StepUnderWay | None = None
         self.pieces: list[Piece] = []           # to be returned by `step`, also if the one that made them fails
         self.drafts = drafts and kernels.row_invariant      # elsewhere a drafted row might differ from the same row alone
         self.drafted_tokens = self.accepted_tokens = 0
@@ -4053,7 +4053,7 @@ class Engine:
     def busy(self) -> bool:
         return bool(self.under_way or self.scheduler.running or self.scheduler.waiting)
 
-    def add(self, work: Work) -> None:
+    def add(self, work: Assignment) -> None:
         """Queue a request; its prompt must fit the context (the front has checked it)."""
         limit = min(len(work.prompt_ids) + work.max_tokens, self.context_length)
         sequence = Sequence(work, [*work.prompt_ids, *work.resumed_ids], limit, scored=work.scored)
@@ -4077,7 +4077,7 @@ class Engine:
         except Exception:       # without a text it fails when its first token is drawn
             log.exception("an answer could not be prepared")
 
-    def _grammar(self, work: Work) -> Grammar:
+    def _grammar(self, work: Assignment) -> Grammar:
         """A request's grammar, compiled once; the answers take copies. Only `compiling` runs this."""
         key = work.owner, work.grammar
         if key in self.grammars:
@@ -4192,7 +4192,7 @@ class Engine:
                 row += chunk.draws
             elif sequence.work.progress and not sequence.generated and not sequence.finished:
                 self.pieces.append(Piece(sequence.work.id, (), "", prompt_done=sequence.computed))
-        self.under_way = Started(ticket, drawing)
+        self.under_way = StepUnderWay(ticket, drawing)
 
     def _finish(self) -> None:
         """Wait for the step under way, put its tokens where they were awaited, and turn them into text."""
@@ -4265,7 +4265,7 @@ class Engine:
             progress(0.5 + done / len(shapes) / 2)
             for row in range(min(rows, self.pool.num_pages // 2)):
                 ids = tuple((row + 7 * i) % self.tokenizer.vocab_size for i in range(length))
-                self.add(Work(f"warm-up {row}", ids, SamplingParams(), 1))
+                self.add(Assignment(f"warm-up {row}", ids, SamplingParams(), 1))
             while self.busy:
                 self.step()
         self.pool.forget_cached()
@@ -4476,14 +4476,15 @@ class Inbox:
             case _:
                 raise BadMessage(f"{type(message).__name__} is nothing that the front sends now")
 
-    def work(self, answer: NewAnswer) -> Work:
+    def work(self, answer: NewAnswer) -> Assignment:
         request = self.requests[answer.request_id]
         params = vars(request.params)
         if answer.resumed_ids:
             params = params | {"prompt_logprobs": None}         # they were sent
-        return Work(answer.id, self.prompts[answer.request_id][answer.prompt], replace(request.sampling, choice=answer.choice),
-                    answer.max_tokens, answer.resumed_ids, answer.sent_characters, answer.request_id, request.client,
-                    request.owner, answer.scored, **params)
+        sampling = replace(request.sampling, choice=answer.choice)
+        return Assignment(answer.id, self.prompts[answer.request_id][answer.prompt], sampling, answer.max_tokens,
+                          answer.resumed_ids, answer.sent_characters, answer.request_id, request.client, request.owner,
+                          answer.scored, **params)
 
 
 def run_engine(channel: Channel, engine: Engine) -> None:
@@ -5111,7 +5112,7 @@ class Worker:
         patience_s = self.pool.LOAD_HANG_S if self.state == "loading" else max(self.pool.HANG_S, 20 * self.slowest_step_s)
         return self.awaited_s is not None and time.monotonic() - self.awaited_s > patience_s
 
-    def look_after(self) -> None:
+    def check_health(self) -> None:
         """Once a second: kill it when it hangs, ask for a sign of life when it is idle, forgive crashes of long ago."""
         if self.hung:
             log.error("worker %d has made no progress while %s; killing it", self.gpu,
@@ -5324,7 +5325,7 @@ class LocalPool:
         while True:
             await asyncio.sleep(1)
             for worker in self.workers:
-                worker.look_after()
+                worker.check_health()
             self._unload_when_idle()
             crashing = any(worker.crashes_in_row > 1 for worker in self.workers)
             patience_s = 2 * self.load_s + (self.CRASHING_S if crashing else self.ORPHAN_S)
@@ -5770,7 +5771,7 @@ def all_fit(schema: Mapping[str, Any], values: list) -> bool:
     return all(fits(schema, value) for value in values)
 
 
-class Kind(NamedTuple):
+class FieldType(NamedTuple):
     """What a field may hold: its check, its error texts and /openapi.json come from this row."""
 
     allowed: str                                        # in words
@@ -5783,7 +5784,7 @@ class Field(NamedTuple):
     """One field of a request body. null and absent are the same."""
 
     name: str
-    kind: Kind
+    kind: FieldType
     doc: str
     low: float = -math.inf
     high: float = math.inf
@@ -5857,40 +5858,40 @@ A_PART = object_schema(["type"], type={"enum": ["text", "input_text", "refusal"]
 NATIVE_ROLES = ["system", "user", "assistant"]
 OPENAI_ROLES = ["system", "developer", "user", "assistant"]         # and tool, where the model's template knows tools
 
-NUMBER = Kind("a finite number", {"type": "number"}, float)
-INTEGER = Kind("an integer", {"type": "integer"}, int)
+NUMBER = FieldType("a finite number", {"type": "number"}, float)
+INTEGER = FieldType("an integer", {"type": "integer"}, int)
 SEED = INTEGER._replace(made=lambda value: int(value) % 2**64)         # OpenAI's seeds may be negative
 TOP_K = INTEGER._replace(made=lambda value: max(0, int(value)))
-CAP = Kind("a positive integer, or -1 for no cap,", {"anyOf": [{"enum": [-1]}, {"type": "integer", "minimum": 1}]}, int)
-SWITCH = Kind("true or false", {"enum": [True, False, "true", "false", "True", "False"]},
+CAP = FieldType("a positive integer, or -1 for no cap,", {"anyOf": [{"enum": [-1]}, {"type": "integer", "minimum": 1}]}, int)
+SWITCH = FieldType("true or false", {"enum": [True, False, "true", "false", "True", "False"]},
               lambda value: str(value).lower() == "true")
-TEXT = Kind("a string", A_TEXT, whole_unicode)
-LIST = Kind("a list", {"type": "array"})
-OBJECT = Kind("an object", {"type": "object"})
-TOKENS = Kind(f"a list of at most {LIMITS.tokenized_characters:,} token ids", list_schema(A_TOKEN, maxItems=LIMITS.tokenized_characters),
+TEXT = FieldType("a string", A_TEXT, whole_unicode)
+LIST = FieldType("a list", {"type": "array"})
+OBJECT = FieldType("an object", {"type": "object"})
+TOKENS = FieldType(f"a list of at most {LIMITS.tokenized_characters:,} token ids", list_schema(A_TOKEN, maxItems=LIMITS.tokenized_characters),
               tuple)
-STOP_TOKENS = Kind(f"a list of at most {LIMITS.stop_tokens:,} token ids", list_schema(A_TOKEN, maxItems=LIMITS.stop_tokens), tuple)
+STOP_TOKENS = FieldType(f"a list of at most {LIMITS.stop_tokens:,} token ids", list_schema(A_TOKEN, maxItems=LIMITS.stop_tokens), tuple)
 STOP_TEXT = {"type": "string", "maxLength": LIMITS.stop_characters}
-STOP = Kind(f"a string or a list of at most {LIMITS.stop_strings} strings, none above {LIMITS.stop_characters:,} characters",
+STOP = FieldType(f"a string or a list of at most {LIMITS.stop_strings} strings, none above {LIMITS.stop_characters:,} characters",
             {"anyOf": [STOP_TEXT, list_schema(STOP_TEXT, maxItems=LIMITS.stop_strings)]},
             lambda value: tuple(stop for stop in listed(value) if stop))
-MIXED = Kind(f"a string, or a list of at most {LIMITS.tokenized_characters:,} strings and token ids",
+MIXED = FieldType(f"a string, or a list of at most {LIMITS.tokenized_characters:,} strings and token ids",
              {"anyOf": [A_TEXT, list_schema(TEXT_OR_TOKEN, maxItems=LIMITS.tokenized_characters)]}, listed)
 SOME_TOKENS = list_schema(A_TOKEN, maxItems=LIMITS.prompt_tokens)
-PROMPTS = Kind(f"a string, a list of at most {LIMITS.prompt_tokens:,} token ids, or a list of at most {LIMITS.choices} such",
+PROMPTS = FieldType(f"a string, a list of at most {LIMITS.prompt_tokens:,} token ids, or a list of at most {LIMITS.choices} such",
                {"anyOf": [A_TEXT, SOME_TOKENS | {"minItems": 1},
                           list_schema({"anyOf": [A_TEXT, SOME_TOKENS]}, minItems=1, maxItems=LIMITS.choices)]}, prompt_list)
-PRIORITY = Kind('"low", "normal" or an integer, above 0 meaning low',                   # numbers as with vLLM
+PRIORITY = FieldType('"low", "normal" or an integer, above 0 meaning low',                   # numbers as with vLLM
                 {"anyOf": [{"enum": ["low", "normal"]}, {"type": "integer"}]},
                 lambda value: value == "low" or value != "normal" and value > 0)
-TRUNCATE = Kind('"oldest" or "none"', {"enum": ["oldest", "none"]}, lambda value: value == "oldest")
-LOGIT_BIAS = Kind(f"an object of at most {LIMITS.biases:,} token ids and biases from -100 to 100", {
+TRUNCATE = FieldType('"oldest" or "none"', {"enum": ["oldest", "none"]}, lambda value: value == "oldest")
+LOGIT_BIAS = FieldType(f"an object of at most {LIMITS.biases:,} token ids and biases from -100 to 100", {
     "type": "object", "maxProperties": LIMITS.biases, "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"},
     "additionalProperties": {"type": ["number", "null"], "minimum": -100, "maximum": 100}},
     lambda value: tuple((int(token), float(bias)) for token, bias in value.items() if bias is not None))
-TOOLS = Kind('a list of {"type": "function", "function": {"name", "description", "parameters"}}', list_schema(A_FUNCTION),
+TOOLS = FieldType('a list of {"type": "function", "function": {"name", "description", "parameters"}}', list_schema(A_FUNCTION),
              tuple)
-TOOL_CHOICE = Kind('"auto", "none", "required" or a function by its name',
+TOOL_CHOICE = FieldType('"auto", "none", "required" or a function by its name',
                    {"anyOf": [{"enum": ["auto", "none", "required"]}, A_FUNCTION]},
                    lambda value: value if is_text(value) else "=" + value["function"]["name"])      # = and what must be called
 RESPONSE_FORMAT = OBJECT._replace(made=response_grammar)
@@ -6533,7 +6534,7 @@ class ToolCallReader:
             yield
 
 
-class Part(NamedTuple):
+class Delta(NamedTuple):
     """What an event brings to a choice."""
 
     text: str = ""
@@ -6556,34 +6557,34 @@ class OpenAIEncoder(Encoder):
                      "model": model, "system_fingerprint": SYSTEM_FINGERPRINT, "seed": request.sampling.seed}
         self.begin = b"data: " + dump(self.head)[:-1] + b", "       # of every frame
 
-    def body(self, choice: int, part: Part, whole: bool = False) -> dict:
+    def body(self, choice: int, part: Delta, whole: bool = False) -> dict:
         """What a choice has besides its index and finish_reason, in a chunk or in one body."""
         raise NotImplementedError
 
-    def logprobs(self, choice: int, part: Part) -> dict | None:
+    def logprobs(self, choice: int, part: Delta) -> dict | None:
         return {**self.logprobs_body(choice, part.logprobs), **self.logprobs_beside} if part.logprobs else None
 
     def reason(self, done: Finished) -> str:
         return done.reason
 
-    def take(self, event: Event) -> Part:
+    def take(self, event: Event) -> Delta:
         """The text that comes out, and the log-probabilities of its tokens; those of a stop string never do."""
         held = self.held.pop(event.choice, [])
         if isinstance(event, Finished):
             self.ended[event.choice] = event
-            return Part("", [] if event.stop_reason in self.request.stop else held)
+            return Delta("", [] if event.stop_reason in self.request.stop else held)
         if event.logprobs:
             held += event.logprobs
         if event.text or not held:
-            return Part(event.text, held)
+            return Delta(event.text, held)
         self.held[event.choice] = held
-        return Part()
+        return Delta()
 
     def encode(self, event: Event) -> bytes:
         part = self.take(event)
         more = self.chunk(event.choice, self.body(event.choice, part)) if any(part) else b""
         if isinstance(event, Finished):
-            more += self.chunk(event.choice, self.body(event.choice, Part()), event) + self.end()
+            more += self.chunk(event.choice, self.body(event.choice, Delta()), event) + self.end()
         return more
 
     def chunk(self, index: int, body: dict, done: Finished | None = None) -> bytes:
@@ -6631,7 +6632,7 @@ class OpenAIEncoder(Encoder):
         separator = dump(body)[:-1] + b', "choices": ['
         for choice, done in sorted(self.ended.items()):
             kept = self.kept[choice]
-            body = {"index": choice, **self.body(choice, Part("".join(kept.texts)), whole=True),
+            body = {"index": choice, **self.body(choice, Delta("".join(kept.texts)), whole=True),
                     "finish_reason": self.reason(done), "stop_reason": done.stop_reason}
             if kept.logprobs:
                 del body["logprobs"]
@@ -6675,7 +6676,7 @@ class ChatEncoder(OpenAIEncoder):
         opening = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
         return b"".join(self.chunk(choice, opening) for choice in range(self.choices))
 
-    def take(self, event: Event) -> Part:
+    def take(self, event: Event) -> Delta:
         part = super().take(event)
         if reader := self.readers.get(event.choice):
             text, calls = reader.finish() if isinstance(event, Finished) else reader.push(part.text)
@@ -6688,7 +6689,7 @@ class ChatEncoder(OpenAIEncoder):
     def calls(self, choice: int) -> list[dict]:
         return self.readers[choice].calls if self.readers else []
 
-    def body(self, choice: int, part: Part, whole: bool = False) -> dict:
+    def body(self, choice: int, part: Delta, whole: bool = False) -> dict:
         calls = self.calls(choice) if whole else part.calls
         message: dict[str, Any] = {"content": part.text} if part.text or part.logprobs else {}
         if whole:
@@ -6715,10 +6716,10 @@ class CompletionEncoder(OpenAIEncoder):
         self.echo, self.to_echo = echo, set(range(self.choices if echo else 0))
         self.offsets: dict[int, tuple[Any, int]] = {}       # by choice: a decoder, and the characters it gave so far
 
-    def take(self, event: Event) -> Part:
+    def take(self, event: Event) -> Delta:
         part = super().take(event)
         if isinstance(event, Piece) and event.prompt_logprobs:
-            part = Part(part.text, event.prompt_logprobs)   # there is nothing else
+            part = Delta(part.text, event.prompt_logprobs)   # there is nothing else
         if event.choice not in self.to_echo:
             return part
         self.to_echo.remove(event.choice)                   # its first event is a piece, maybe an empty one
@@ -6726,7 +6727,7 @@ class CompletionEncoder(OpenAIEncoder):
         text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
         return part._replace(text=text + part.text)
 
-    def body(self, choice: int, part: Part, whole: bool = False) -> dict:
+    def body(self, choice: int, part: Delta, whole: bool = False) -> dict:
         return {"text": part.text, "logprobs": self.logprobs(choice, part)}
 
     def logprobs_body(self, choice: int, logprobs: Seq[TokenLogprob]) -> dict:
@@ -7073,7 +7074,7 @@ class Metrics:
 
 
 @dataclass
-class Visit:
+class RequestLog:
     """What the front knows of one HTTP request besides aiohttp."""
 
     id: str             # X-Request-Id of the response
@@ -7082,7 +7083,7 @@ class Visit:
     counts: dict[str, Any] = field(default_factory=dict)        # and what its JSON form adds
 
 
-VISIT: contextvars.ContextVar[Visit] = contextvars.ContextVar("VISIT")      # of the HTTP request that this task handles
+REQUEST_LOG: contextvars.ContextVar[RequestLog] = contextvars.ContextVar("REQUEST_LOG")     # of this task's HTTP request
 
 
 @functools.cache
@@ -7114,10 +7115,10 @@ class Front:
         self.files = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*")
                       if path.is_file() and not path.is_symlink()}
 
-    def visit(self, http: web.Request) -> Visit:
+    def record(self, http: web.Request) -> RequestLog:
         """Its X-Request-Id is the client's if that is usable and no other answer has it, else 128 random bits."""
         named = re.sub(r"[^A-Za-z0-9._-]", "", http.headers.get("X-Request-Id", ""))[:64]
-        return Visit(named if named and not self.taken(named) else secrets.token_hex(16), client_at(http.remote))
+        return RequestLog(named if named and not self.taken(named) else secrets.token_hex(16), client_at(http.remote))
 
     def taken(self, request_id: str) -> bool:
         return request_id in self.running or request_id in self.recordings
@@ -7131,10 +7132,10 @@ class Front:
 
     def owned(self, request: Request) -> Request:
         """The request as its client's, under an id that no other has taken while the body came."""
-        visit = VISIT.get()
-        if self.taken(visit.id):
-            visit.id = secrets.token_hex(16)
-        return replace(request, id=visit.id, client=visit.client, owner=self.page_owner(visit.client))
+        record = REQUEST_LOG.get()
+        if self.taken(record.id):
+            record.id = secrets.token_hex(16)
+        return replace(request, id=record.id, client=record.client, owner=self.page_owner(record.client))
 
     def page_owner(self, client: str) -> str:
         """With whom a client shares KV pages, and grammars that were checked: with nobody else when there are keys."""
@@ -7158,12 +7159,12 @@ class Front:
 
     async def read_call(self, http: web.Request, reader: str) -> Call:
         """The body of a route that answers, read by one of CALL_READERS: small ones here, large ones in a sandbox."""
-        visit = VISIT.get()
-        with Holding(self.budget, visit.client) as holding:
+        record = REQUEST_LOG.get()
+        with Holding(self.budget, record.client) as holding:
             body = await read_bytes(http, holding)
             if len(body) > LIMITS.inline_bytes:
                 self.tokenizer()
-                call = await self.pool.read_large(reader, body, visit.client, self.page_owner(visit.client))
+                call = await self.pool.read_large(reader, body, record.client, self.page_owner(record.client))
             else:
                 call = CALL_READERS[reader](json_object(body), self.known())
         return replace(call, request=self.owned(call.request))
@@ -7188,7 +7189,7 @@ class Front:
     async def answer_text(self, http: web.Request, route: str) -> web.Response:
         """The response of one of TEXT_ROUTES."""
         self.tokenizer()
-        client = VISIT.get().client
+        client = REQUEST_LOG.get().client
         with Holding(self.budget, client) as holding:
             body = await read_bytes(http, holding)
             if len(body) > LIMITS.inline_bytes:
@@ -7250,7 +7251,7 @@ class Front:
                 yield encoder.progress(event) if isinstance(event, PromptProgress) else encoder.encode(event)
             self.note_end(encoder)
         except Exception as error:
-            VISIT.get().note = f"failed: {error}"
+            REQUEST_LOG.get().note = f"failed: {error}"
             yield frame(error_body(public_error(error)))
 
     async def follow(self, http: web.Request, request_id: str, recording: Recording, start: int) -> web.StreamResponse:
@@ -7272,7 +7273,7 @@ class Front:
         last, wanted = http.headers.get("Last-Event-ID", ""), http.query.get("from", "0")
         if not re.fullmatch("[0-9]{1,15}", last or wanted):
             raise bad_value("Last-Event-ID" if last else "from", last or wanted, "the number of an event")
-        recording = self.recordings.find(request_id, self.owner(request_id, VISIT.get().client))
+        recording = self.recordings.find(request_id, self.owner(request_id, REQUEST_LOG.get().client))
         start = int(last) + 1 if last else int(wanted)
         recording.check_kept(start)
         if recording.ended and start >= recording.length:
@@ -7282,9 +7283,9 @@ class Front:
     def note_end(self, encoder: Encoder) -> None:
         """For the access log: the tokens of all choices, and in which ways they ended."""
         counts, reasons = encoder.counts(), ",".join(sorted({done.reason for done in encoder.ended.values()}))
-        visit = VISIT.get()
-        visit.note = f"{counts['prompt_tokens']}+{counts['completion_tokens']} tokens {reasons}"
-        visit.counts = counts | {"reason": reasons}
+        record = REQUEST_LOG.get()
+        record.note = f"{counts['prompt_tokens']}+{counts['completion_tokens']} tokens {reasons}"
+        record.counts = counts | {"reason": reasons}
 
     def model_body(self) -> dict:
         if not self.pool.ready:
@@ -7308,7 +7309,7 @@ class Front:
     async def handle_cancel(self, http: web.Request) -> web.Response:
         """POST /v1/cancel/{id}: the id of the X-Request-Id header of the answer, or of the chunks."""
         request_id = bare_id(http.match_info["id"])
-        owner = self.owner(request_id, VISIT.get().client)
+        owner = self.owner(request_id, REQUEST_LOG.get().client)
         if self.running.get(request_id) != owner or not self.pool.cancel(request_id):
             raise RequestError("no answer with this id is running", status=404, code="not_running", param="id")
         return json_response({"id": request_id, "cancelled": True})
@@ -7436,7 +7437,7 @@ class Front:
         if http.method == "OPTIONS" and "Access-Control-Request-Method" in http.headers:
             return self.preflight(http)
         self.check_origin(http)
-        VISIT.get().client = self.client_of(http)
+        REQUEST_LOG.get().client = self.client_of(http)
         return await handler(http)
 
     async def set_headers(self, http: web.Request, response: web.StreamResponse) -> None:
@@ -7447,24 +7448,24 @@ class Front:
     async def access_log(self, http: web.Request, handler: Callable) -> web.StreamResponse:
         """One line of metadata for each request, polls only at level debug; 499: the client left before the answer."""
         began_s, status = time.monotonic(), 499
-        visit = self.visit(http)
-        VISIT.set(visit)
+        record = self.record(http)
+        REQUEST_LOG.set(record)
         try:
             response = await handler(http)
             status = response.status
             if not response.prepared:
-                response.headers["X-Request-Id"] = visit.id
+                response.headers["X-Request-Id"] = record.id
             return response
         finally:
-            self.log_visit(http, visit, status, 1000 * (time.monotonic() - began_s))
+            self.log_access(http, record, status, 1000 * (time.monotonic() - began_s))
 
-    def log_visit(self, http: web.Request, visit: Visit, status: int, ms: float) -> None:
+    def log_access(self, http: web.Request, record: RequestLog, status: int, ms: float) -> None:
         path = http.rel_url.raw_path[:200]      # no query: it may hold anything
         poll = self.route_of(http) in POLLED_ROUTES and status not in (401, 403)
         log.log(logging.DEBUG if poll else logging.INFO, "%s %s %d %.0f ms %s [%s %s]",
-                http.method, path, status, ms, visit.note, visit.client or "-", visit.id, extra={"fields": {
-                    "method": http.method, "path": path, "status": status, "ms": round(ms, 1), "client": visit.client,
-                    "id": visit.id, **visit.counts}})
+                http.method, path, status, ms, record.note, record.client or "-", record.id, extra={"fields": {
+                    "method": http.method, "path": path, "status": status, "ms": round(ms, 1), "client": record.client,
+                    "id": record.id, **record.counts}})
         if self.metrics:
             self.metrics.responses.labels(self.route_of(http), status).inc()
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import chat_server as cs
-from chat_server import Batch, Engine, ModelSpec, SampleRow, SamplingParams, Transformer, Work
+from chat_server import Batch, Engine, ModelSpec, SampleRow, SamplingParams, Transformer, Assignment
 from engines import load, make_batch, run
 from near_tie import assert_same_tokens_or_near_tie
 from random_rows import random_logits, random_rows
@@ -96,7 +96,7 @@ def some_works(vocabulary, count=7, tokens=24):
     rng = np.random.default_rng(5)
     sampling = [dict(temperature=0.0), dict(temperature=0.8, top_k=50), dict(temperature=1.0, top_k=0),
                 dict(temperature=1.2, top_k=0, top_p=0.9), dict(temperature=0.9, min_p=0.05, top_k=20)]
-    return [Work(f"w{i}", tuple(rng.integers(0, vocabulary, length).tolist()), SamplingParams(seed=i, **sampling[i % 5]),
+    return [Assignment(f"w{i}", tuple(rng.integers(0, vocabulary, length).tolist()), SamplingParams(seed=i, **sampling[i % 5]),
                  tokens + 3 * i, ignore_eos=True) for i, length in enumerate((5, 300, 17, 1, 130, 64, 33)[:count])]
 
 
@@ -126,7 +126,7 @@ def test_every_nanochat_generations_greedy_answers_are_upstreams(backend, nanoch
         folder = nanochat_fixtures / generation
         cases = json.loads((folder / "oracle.json").read_text())["cases"][:2]
         engine = cuda_engine(backend, model_of(generation, nanochat_fixtures), monkeypatch, max_batch=2)
-        works = [Work(f"c{i}", tuple(case["prompt_ids"]), SamplingParams(temperature=0.0), 24, ignore_eos=True)
+        works = [Assignment(f"c{i}", tuple(case["prompt_ids"]), SamplingParams(temperature=0.0), 24, ignore_eos=True)
                  for i, case in enumerate(cases)]
         assert list(answers(engine, works).values()) == [case["greedy"][:24] for case in cases]
 
@@ -150,7 +150,7 @@ def test_penalties_and_biases_are_drawn_on_the_device(backend, nanochat_fixtures
     model = model_of("gen3", nanochat_fixtures)
     given = [dict(presence_penalty=1.0, frequency_penalty=0.5, repetition_penalty=1.2, logit_bias=((7, 5.0), (9, -100.0))),
              dict(temperature=0.0, repetition_penalty=1.5), dict(temperature=1.0), dict(logit_bias=((3, 2.0), (3, 1.0)))]
-    works = [Work(f"w{i}", tuple(range(30 + i, 60)), SamplingParams(**(dict(seed=i) | params)), 20, ignore_eos=True)
+    works = [Assignment(f"w{i}", tuple(range(30 + i, 60)), SamplingParams(**(dict(seed=i) | params)), 20, ignore_eos=True)
              for i, params in enumerate(given)]
     expected = run(engine_on(cs.load_kernels("cpu"), model), works)
     engine = cuda_engine(backend, model, monkeypatch)
@@ -175,7 +175,7 @@ def test_forced_tokens_and_answers_that_end_while_the_next_step_runs_leave_nothi
 
 def test_preempted_sequences_are_computed_again(backend, nanochat_fixtures, monkeypatch):
     model = model_of("gen5", nanochat_fixtures)
-    works = [Work(f"w{i}", tuple(range(40 * i % 200 + 1, 40 * i % 200 + 21)), SamplingParams(temperature=0.9, seed=i), 40,
+    works = [Assignment(f"w{i}", tuple(range(40 * i % 200 + 1, 40 * i % 200 + 21)), SamplingParams(temperature=0.9, seed=i), 40,
                   ignore_eos=True) for i in range(5)]
     expected = run(engine_on(cs.load_kernels("cpu"), model), works)
     engine = cuda_engine(backend, model, monkeypatch, num_pages=12, context_length=192)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import chat_server
-from chat_server import Engine, Message, PAGE_SIZE, SamplingParams, Work
+from chat_server import Engine, Message, PAGE_SIZE, SamplingParams, Assignment
 from engines import TracedSteps, chat_work, load, make_engine, run
 from near_tie import assert_same_tokens_or_near_tie
 
@@ -97,7 +97,7 @@ def test_conversations_a_b_a_reuse_their_prefix_and_answer_as_if_alone(smollm):
     def second_turn(name):
         turns = [Message("user", f"My name is {name}. " + QUESTIONS[("Alice", "Bob").index(name)] * 3),
                  Message("assistant", cold[name].text[name]), Message("user", "And what is my name?")]
-        return Work(name, tuple(smollm.tokenizer.render(turns)), SamplingParams(temperature=0.0), 20)
+        return Assignment(name, tuple(smollm.tokenizer.render(turns)), SamplingParams(temperature=0.0), 20)
 
     smollm.pool.forget_cached()
     alone = {}
@@ -127,7 +127,7 @@ def test_a_7000_token_prompt_never_holds_up_8_streaming_answers(smollm):
             assert counts["long"] <= smollm.scheduler.prefill_chunk
             prefilling.append(len(running))
 
-    run(smollm, [*streams, Work("long", tuple(words), SamplingParams(temperature=0.0), 2)], on_step=watch, check=False)
+    run(smollm, [*streams, Assignment("long", tuple(words), SamplingParams(temperature=0.0), 2)], on_step=watch, check=False)
     assert len(prefilling) >= 7000 // smollm.scheduler.prefill_chunk
     assert prefilling.count(8) > 20
 
@@ -135,7 +135,7 @@ def test_a_7000_token_prompt_never_holds_up_8_streaming_answers(smollm):
 def test_out_of_pages_answers_are_preempted_and_still_the_same(nanochat_fixtures, reference):
     roomy = make_engine(nanochat_fixtures / "gen5", num_pages=200, reference=reference)
     tight = make_engine(nanochat_fixtures / "gen5", num_pages=14, reference=reference)
-    works = [Work(f"w{i}", tuple(range(40 * i % 200 + 1, 40 * i % 200 + 21)), SamplingParams(temperature=0.9, seed=i), 60,
+    works = [Assignment(f"w{i}", tuple(range(40 * i % 200 + 1, 40 * i % 200 + 21)), SamplingParams(temperature=0.9, seed=i), 60,
                   ignore_eos=True) for i in range(5)]
     expected, got = run(roomy, works), run(tight, works)
     assert tight.scheduler.preemptions > 0 and roomy.scheduler.preemptions == 0
@@ -148,7 +148,7 @@ def test_out_of_pages_answers_are_preempted_and_still_the_same(nanochat_fixtures
 def test_every_nanochat_generation_answers_as_upstream_does_alone_and_together(nanochat_fixtures, generation, reference):
     engine = make_engine(nanochat_fixtures / generation, num_pages=200, reference=reference)
     cases = json.loads((nanochat_fixtures / generation / "oracle.json").read_text())["cases"]
-    works = [Work(f"c{i}", tuple(case["prompt_ids"]), SamplingParams(temperature=0.0), len(case["greedy"]), ignore_eos=True)
+    works = [Assignment(f"c{i}", tuple(case["prompt_ids"]), SamplingParams(temperature=0.0), len(case["greedy"]), ignore_eos=True)
              for i, case in enumerate(cases)]
     together = run(engine, works)
     for i, case in enumerate(cases):
@@ -176,7 +176,7 @@ def test_steps_started_ahead_give_the_same_answers(smollm, gen5, nanochat_fixtur
         if got.tokens[work.id] == expected.tokens[work.id]:
             assert got.text[work.id] == expected.text[work.id] and got.end[work.id].reason == expected.end[work.id].reason
     tight = make_engine(nanochat_fixtures / "gen5", num_pages=14)
-    works = [Work(f"w{i}", tuple(range(40 * i % 200 + 1, 40 * i % 200 + 21)), SamplingParams(temperature=0.9, seed=i), 60,
+    works = [Assignment(f"w{i}", tuple(range(40 * i % 200 + 1, 40 * i % 200 + 21)), SamplingParams(temperature=0.9, seed=i), 60,
                   ignore_eos=True) for i in range(5)]
     expected, got = run(gen5, works), run(tight, works, ahead=True)
     assert tight.scheduler.preemptions > 0
@@ -213,7 +213,7 @@ def test_drafts_change_nothing_but_the_number_of_steps(smollm, ahead):
 
 
 def test_a_resumed_answer_goes_on_as_if_nothing_had_happened(gen5):
-    work = Work("a", tuple(range(30, 60)), SamplingParams(temperature=0.9, seed=5), 50, ignore_eos=True)
+    work = Assignment("a", tuple(range(30, 60)), SamplingParams(temperature=0.9, seed=5), 50, ignore_eos=True)
     whole = run(gen5, [work])
     for cut in (1, 7, 49):
         before = run(gen5, [chat_server.replace(work, max_tokens=cut)])
@@ -252,7 +252,7 @@ def test_max_tokens_context_min_tokens_and_stop_ids_end_answers_as_they_say(smol
     by_id = run(smollm, [chat_server.replace(work, stop_token_ids=(answer.tokens["a"][4],))])
     assert by_id.tokens["a"] == answer.tokens["a"][:5] and by_id.end["a"].reason == "stop"
     gen5.context_length = 40
-    full = run(gen5, [Work("a", tuple(range(30, 60)), SamplingParams(temperature=0.0), 400, ignore_eos=True)])
+    full = run(gen5, [Assignment("a", tuple(range(30, 60)), SamplingParams(temperature=0.0), 400, ignore_eos=True)])
     assert len(full.tokens["a"]) == 10 and full.end["a"].stop_reason == "context_length"
 
 
@@ -273,7 +273,7 @@ def test_nanochats_calculator_is_forced_into_the_answer(gen5, expression, answer
     expected = script[:after_call] + forced + script[after_call:]
     gen5.steps = ScriptedSteps(gen5.transformer, ahead)
     gen5.steps.script = [1, 2, 3, *expected, 0, 0]
-    gen5.add(Work("a", (1, 2, 3), SamplingParams(), len(script) + len(forced), ignore_eos=True))
+    gen5.add(Assignment("a", (1, 2, 3), SamplingParams(), len(script) + len(forced), ignore_eos=True))
     tokens, text = [], ""
     with torch.inference_mode():
         while gen5.busy:
@@ -294,7 +294,7 @@ def test_requests_that_come_and_go_at_random_moments_leave_nothing_behind(gen5, 
         for number in range(200):
             name = f"r{number}"
             prompt = tuple(generator.choices(range(250), k=generator.randrange(1, 90)))
-            gen5.add(Work(name, prompt, SamplingParams(seed=number), generator.randrange(1, 40)))
+            gen5.add(Assignment(name, prompt, SamplingParams(seed=number), generator.randrange(1, 40)))
             alive.add(name)
             for _ in range(generator.randrange(4)):
                 for piece in gen5.step():
@@ -321,7 +321,7 @@ def test_weights_are_held_once(default_model_path):
 def test_the_chosen_sampler_draws_what_the_reference_draws(gen5):
     params = [dict(temperature=0.0), dict(temperature=0.9, top_k=0), dict(temperature=1.5, top_p=0.8, min_p=0.02),
               dict(presence_penalty=1.0, frequency_penalty=0.5, repetition_penalty=1.2, logit_bias=((7, 5.0), (9, -100.0)))]
-    works = [Work(f"w{i}", tuple(range(30 + i, 60)), SamplingParams(seed=i, **given), 40, ignore_eos=True)
+    works = [Assignment(f"w{i}", tuple(range(30 + i, 60)), SamplingParams(seed=i, **given), 40, ignore_eos=True)
              for i, given in enumerate(params)]
     traced = run(gen5, works)           # drawn by the reference
     gen5.pool.forget_cached()
@@ -332,7 +332,7 @@ def test_the_chosen_sampler_draws_what_the_reference_draws(gen5):
 def test_a_step_lets_its_caller_report_when_the_next_one_has_started_and_never_twice(gen5):
     happened, start = [], gen5.steps.start
     gen5.steps.start = lambda batch, rows: happened.append("start") or start(batch, rows)
-    gen5.add(Work("plain", (5, 6, 7), SamplingParams(seed=1), 4))
+    gen5.add(Assignment("plain", (5, 6, 7), SamplingParams(seed=1), 4))
     steps = 0
     while gen5.busy:
         gen5.step(lambda: happened.append("report"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import chat_server
-from chat_server import Message, RequestError, SamplingParams, Work
+from chat_server import Message, RequestError, SamplingParams, Assignment
 from engines import make_engine, pieces
 from pools import work_of
 
@@ -32,7 +32,7 @@ def engine(request, nanochat_fixtures, default_model_path):
 
 def work(engine, name, schema, seed=0, **more):
     prompt = tuple(engine.tokenizer.render([Message("user", "Describe a person as JSON.")]))
-    return Work(name, prompt, SamplingParams(1.0, seed=seed), 120, grammar=grammar(schema), **more)
+    return Assignment(name, prompt, SamplingParams(1.0, seed=seed), 120, grammar=grammar(schema), **more)
 
 
 def text_of(found):
@@ -41,7 +41,7 @@ def text_of(found):
 
 def test_answers_are_of_the_schema_whatever_the_seed_and_beside_free_ones(engine):
     works = [work(engine, f"g{seed}", PERSON, seed) for seed in range(4)]
-    free = [Work(f"f{seed}", works[0].prompt_ids, SamplingParams(1.0, seed=seed), 15, ignore_eos=True) for seed in range(2)]
+    free = [Assignment(f"f{seed}", works[0].prompt_ids, SamplingParams(1.0, seed=seed), 15, ignore_eos=True) for seed in range(2)]
     found = pieces(engine, works + free)
     for each in works:
         last, text = found[each.id][-1], text_of(found[each.id])
@@ -104,7 +104,7 @@ def test_a_top_level_number_ends_where_the_model_ends_it(engine):
 
 def test_a_grammar_that_cannot_be_followed_fails_its_request_only(engine, monkeypatch):
     monkeypatch.setattr(chat_server.Grammar, "feed", lambda self, token: False)
-    free = Work("f", (5, 6, 7), SamplingParams(0.0), 5, ignore_eos=True)
+    free = Assignment("f", (5, 6, 7), SamplingParams(0.0), 5, ignore_eos=True)
     found = pieces(engine, [work(engine, "a", PERSON), free])
     assert found["a"][-1].reason == "refused" and text_of(found["a"]) == ""
     assert found["f"][-1].reason == "length"
@@ -127,7 +127,7 @@ def gate(monkeypatch):
 @torch.inference_mode()
 def test_others_go_on_while_a_grammar_is_made_and_cancelling_does_not_wait_for_it(engine, gate):
     engine.grammars.clear()
-    free = Work("f", (5, 6, 7), SamplingParams(0.0), 60, ignore_eos=True)
+    free = Assignment("f", (5, 6, 7), SamplingParams(0.0), 60, ignore_eos=True)
     for each in (free, work(engine, "a", PERSON, 3), work(engine, "b", PERSON, 4)):
         engine.add(each)
     found = [piece for _ in range(10) for piece in engine.step()]
@@ -192,7 +192,7 @@ def test_others_go_on_while_a_mask_is_computed_and_the_answer_is_the_same(engine
     found = []
     while not found:
         found += engine.step()
-    engine.add(Work("f", (5, 6, 7), SamplingParams(0.0), 30, ignore_eos=True))
+    engine.add(Assignment("f", (5, 6, 7), SamplingParams(0.0), 30, ignore_eos=True))
     while sum(len(piece.tokens) for piece in found if piece.id == "f") < 30:
         found += engine.step()
     assert 1 <= len([piece for piece in found if piece.id == "a"]) < 3          # it waits for its second mask
@@ -208,7 +208,7 @@ def test_an_answer_that_cannot_be_prepared_fails_alone(engine, monkeypatch, capl
         raise MemoryError("no room for a grammar")
     monkeypatch.setattr(chat_server.Grammar, "__init__", broken)
     engine.grammars.clear()
-    free = Work("f", (5, 6, 7), SamplingParams(0.0), 20, ignore_eos=True)
+    free = Assignment("f", (5, 6, 7), SamplingParams(0.0), 20, ignore_eos=True)
     found = pieces(engine, [work(engine, "a", PERSON), free])
     assert found["a"][-1].reason == "error" and found["f"][-1].reason == "length" and "no room for a grammar" in caplog.text
 

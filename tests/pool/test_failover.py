@@ -181,7 +181,7 @@ async def test_an_idle_worker_that_answers_pings_lives_on(start_pool):
     (worker,) = pool.workers
     while worker.awaited_s is not None:             # an answer to an earlier ping may be on its way
         await asyncio.sleep(0.01)
-    worker.look_after()
+    worker.check_health()
     worker.awaited_s -= 1000
     assert worker.hung                              # until it answers
     while worker.awaited_s is not None:
@@ -193,7 +193,7 @@ async def test_a_worker_that_hangs_in_its_first_load_is_replaced(start_pool, tmp
     (tmp_path / "hang-load").touch()
     pool = await start_pool(wait=False)
     worker = await stopped_worker(pool)
-    worker.look_after()
+    worker.check_health()
     assert (pool.health()[0], worker.state) == (503, "loading") and not caplog.text        # it may take long
     worker.awaited_s -= pool.LOAD_HANG_S
     await pool.wait_ready()

@@ -1,4 +1,4 @@
-"""Work that clients could make slow runs in processes with limits: templates, schemas, large bodies."""
+"""Assignment that clients could make slow runs in processes with limits: templates, schemas, large bodies."""
 
 import asyncio
 import json

@@ -248,14 +248,14 @@ async def test_a_worker_that_cannot_run_ends_start_up_and_says_why(nanochat_fixt
 async def test_a_fault_in_the_watch_is_logged_and_the_watch_goes_on(start_pool, monkeypatch, caplog):
     pool = await start_pool()
     (worker,) = pool.workers
-    pid, faults, original = worker.process.pid, iter([ZeroDivisionError("a fault")]), worker.look_after
+    pid, faults, original = worker.process.pid, iter([ZeroDivisionError("a fault")]), worker.check_health
 
-    def look_after():
+    def check_health():
         for fault in faults:
             raise fault
         original()
 
-    monkeypatch.setattr(worker, "look_after", look_after)
+    monkeypatch.setattr(worker, "check_health", check_health)
     while "a fault" not in caplog.text:
         await asyncio.sleep(0.02)
     monkeypatch.setattr(chat_server.Worker, "hung", property(lambda worker: worker.process.pid == pid))

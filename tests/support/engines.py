@@ -5,7 +5,7 @@ import functools
 import torch
 
 import chat_server
-from chat_server import Batch, EagerSteps, Engine, SamplingParams, Settings, Transformer, Work
+from chat_server import Batch, EagerSteps, Engine, SamplingParams, Settings, Transformer, Assignment
 from near_tie import Traced, draw_gap
 
 
@@ -102,7 +102,7 @@ def run(engine, works, *, check=True, on_step=lambda plan: None, ahead=False):
 
 def chat_work(engine, name, text, max_tokens=48, **sampling):
     ids = tuple(engine.tokenizer.render([chat_server.Message("user", text)]))
-    return Work(name, ids, SamplingParams(**({"temperature": 0.0} | sampling)), max_tokens)
+    return Assignment(name, ids, SamplingParams(**({"temperature": 0.0} | sampling)), max_tokens)
 
 
 def make_batch(*chunks):

@@ -113,7 +113,7 @@ def outcome_of(path):
         return str(error)
     engine.warm_up(lambda fraction: None)
     prompt = tuple(engine.tokenizer.encode_prompt("hello 12"))[:8] or (0,)
-    engine.add(chat_server.Work("a", prompt, chat_server.SamplingParams(temperature=0.0), 3))
+    engine.add(chat_server.Assignment("a", prompt, chat_server.SamplingParams(temperature=0.0), 3))
     while engine.busy:
         engine.step()
     return "model"

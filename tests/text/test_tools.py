@@ -7,7 +7,7 @@ import aiohttp
 import pytest
 
 import chat_server
-from chat_server import Message, Settings, SamplingParams, ToolCallReader, Work
+from chat_server import Message, Settings, SamplingParams, ToolCallReader, Assignment
 from engines import load, make_engine, pieces
 from fake_pool import FakePool, Letters, frames, serving
 
@@ -191,6 +191,6 @@ def test_a_required_call_is_made_by_a_model_that_has_never_heard_of_tools(defaul
                                       chat_server.OPENAI_FIELDS)
     request = chat_server.parse_openai_request(values, Settings(), tool_format)
     prompt = tuple(engine.tokenizer.render([Message("user", "Weather in Rome?")]))
-    found = pieces(engine, [Work("a", prompt, SamplingParams(0.0), 80, grammar=request.grammar)])["a"]
+    found = pieces(engine, [Assignment("a", prompt, SamplingParams(0.0), 80, grammar=request.grammar)])["a"]
     text, calls = read(tool_format, [piece.text for piece in found])
     assert text == "" and [call["name"] for call in calls] == ["weather"] and len(json.loads(calls[0]["arguments"])["city"]) <= 10
