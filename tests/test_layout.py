@@ -103,3 +103,7 @@ def test_what_tests_share_is_in_the_support_folder():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom):
                 assert node.module not in stems, path
+
+
+def test_lines_have_at_most_110_columns():
+    assert [number for number, line in enumerate(SOURCE.split("\n"), 1) if len(line) > 110] == []
