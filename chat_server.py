@@ -2,7 +2,8 @@
 """chat_server: a checkpoint becomes a chat site, an OpenAI-compatible API and a terminal chat.
 
     python chat_server.py                            serve a nanochat checkpoint, else a small default model
-    python chat_server.py serve model.gguf           serve a GGUF file; --num-gpus 8 makes one replica per GPU
+    python chat_server.py serve model.gguf           serve a GGUF file or a Hugging Face folder; --num-gpus 8
+                                                     makes one replica per GPU
     python chat_server.py chat                       talk to it here, in the terminal
 
 The two houses
@@ -49,8 +50,8 @@ Glossary
 
 Where do I change ...
 
-    a family of models        `Generation` and `GENERATIONS` (nanochat), `gguf_spec` (GGUF): rows over one
-                              Transformer.compute
+    a family of models        a row of `FAMILIES` (Hugging Face folders, GGUF) or `GENERATIONS` (nanochat)
+                              over one Transformer.compute; a new feature: `ModelSpec`
     an op                     its `*_reference`, a field of `Kernels`, then decode_core (csrc/README.md)
     a route                   `ROUTES`, a handler of `Front`, its fields in `bodies in`, its answer in
                               `answers out`
@@ -168,8 +169,10 @@ log = logging.getLogger("chat_server")
 
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_MAX_TOKENS = 512            # without -m; /v1 goes up to the context
-PROGRAM_COMMANDS = ("serve", "server", "chat", "generate")
-CHAT_TEMPERATURE = 0.6              # default of the chat command
+PROGRAM_COMMANDS = ("serve", "server", "chat", "generate", "check")
+# What holds where neither the request, a flag nor the model says otherwise
+SAMPLING_DEFAULTS = {"temperature": 0.8, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+CHAT_TEMPERATURE = 0.6              # the same for the chat command
 PAGE_SIZE = 16                      # KV slots in a page
 
 
@@ -212,7 +215,7 @@ def parse_bytes(text: str) -> int:
     if not match:
         raise ValueError(f"{text!r} is not a size such as 512M or 2G")
     if (size := float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")) >= 2**63:
-        raise ValueError(f"{shown(text)} is more than any memory has")
+        raise ValueError(f"{shown(text)} is more memory than any machine has")
     return int(size)
 
 
@@ -243,7 +246,7 @@ def origin(text: str) -> str:
     """An argparse type: an Origin header as browsers send it, or * for any."""
     if text not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no origin such as https://chat.example.org (no path), null or *")
+            f"{text!r} is not an origin such as https://chat.example.org (no path), null or *")
     return text
 
 
@@ -251,7 +254,7 @@ def url_prefix(text: str) -> str:
     """An argparse type: "" or a path without a trailing slash."""
     path = "/" + text.strip("/") if text.strip("/") else ""
     if not re.fullmatch(r"(/[A-Za-z0-9._~-]+)*", path):
-        raise argparse.ArgumentTypeError(f"{text!r} is no path such as /chat")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a path such as /chat")
     return path
 
 
@@ -276,10 +279,12 @@ OPTIONS = (
     Option("step", "s", None, number(int, 0), "nanochat checkpoint step (default: the last)"),
     Option("softcap", None, None, number(float, 0.1, 1000),
            "override a nanochat model's logit softcap (15; 20 for one week of generation 3)"),
-    Option("temperature", "t", 0.8, number(float, 0, 2), "default temperature, 0 = greedy (0.8; chat: 0.6)"),
-    Option("top-k", "k", 50, number(int, 0), "default top-k, 0 = whole vocabulary"),
-    Option("top-p", None, 1.0, number(float, 0, 1), "default top-p, 1 = off"),
-    Option("min-p", None, 0.0, number(float, 0, 1), "default min-p, 0 = off"),
+    Option("temperature", "t", None, number(float, 0, 2),
+           "temperature, 0 = greedy (default: the model's own, else 0.8; chat: 0.6)"),
+    Option("top-k", "k", None, number(int, 0),
+           "top-k, 0 = whole vocabulary (default: the model's own, else 50)"),
+    Option("top-p", None, None, number(float, 0, 1), "top-p, 1 = off (default: the model's own, else 1)"),
+    Option("min-p", None, None, number(float, 0, 1), "min-p, 0 = off (default: the model's own, else 0)"),
     Option("max-tokens max-new-tokens", "m", None, number(int, 1),
            "default answer length in tokens (512; chat, generate and /v1: up to the context)"),
     Option("seed", None, None, number(int, 0, 2**64 - 1),
@@ -288,58 +293,58 @@ OPTIONS = (
     Option("system", None, None, str, "system message", "chat generate"),
     Option("url", None, None, str, "talk to a running server instead of loading a model", "chat generate"),
     Option("json", None, False, None,
-           "answers as JSON, one object a line with text, usage and timings", "chat generate"),
-    Option("history", None, True, None, "keep what is typed in ~/.local/state/chat_server/history", "chat"),
+           "answers as JSON, one object per line with text, usage and timings", "chat generate"),
+    Option("history", None, True, None, "keep typed lines in ~/.local/state/chat_server/history", "chat"),
     Option("port", "p", 8000, number(int, 0, 65535), "port to listen on, 0 = any free one", "serve"),
     Option("host", None, "0.0.0.0", str, "address to listen on", "serve"),
     Option("prefix", None, "", url_prefix, "path to serve under, such as /chat", "serve"),
     Option("api-key", None, (), str,
-           "key that requests must bring, may repeat; sent to --url by chat, generate; other "
-           "users may see it in `ps`: better CHAT_SERVER_API_KEY or --api-key-file", many=True),
-    Option("api-key-file", None, None, str, "file of more keys, one a line: `name: key` or `key`", "serve"),
+           "key that requests must have, may repeat; chat and generate send it to --url; other "
+           "users can see it in `ps`, so prefer CHAT_SERVER_API_KEY or --api-key-file", many=True),
+    Option("api-key-file", None, None, str, "file of more keys, one per line: `name: key` or `key`", "serve"),
     Option("cors-origin", None, (), origin,
            "web origin whose pages may use the server, may repeat; `null` = pages opened "
            "from files, `*` = any", "serve", many=True),
     Option("allowed-host", None, (), str.lower,
-           "host name that is the server's own, may repeat: its pages may use the server, and requests for "
-           "other names are refused (not addresses and names without a dot, unless --host is loopback)",
+           "host name of this server, may repeat: its pages may use the server, and requests for other "
+           "names are refused (addresses and names without a dot only if --host is loopback)",
            "serve", many=True),
     Option("dtype", "d", None, str,
-           "weights and KV cache (default: as the file has them where kernels can, else bfloat16)",
+           "type of weights and KV cache (default: the file's if the kernels support it, else bfloat16)",
            choices=("bfloat16", "float32")),
     Option("quantize", None, None, str,
-           "float weight matrices become 8 to 4 bits when they are loaded (CPU, with decode_core)",
+           "quantize float weight matrices while loading, to 8 to 4 bits (CPU, with decode_core)",
            choices=("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0",
                     "iq4_nl", "iq4_xs", "mxfp4")),
     Option("drafts", None, True, None,
-           "check several tokens a step where text repeats itself; --no-drafts: one (answers are the same)"),
+           "check several tokens per step where text repeats itself; --no-drafts: one (same answers)"),
     Option("device-type", None, "auto", str, "where the model runs", choices=("auto", "cuda", "cpu", "mps")),
     Option("gpu-memory-utilization", None, 0.90, number(float, 0.05, 1.0),
            "share of device memory for weights and KV pages"),
     Option("kv-cache-memory", None, None, size, "bytes for KV pages per replica (suffixes K, M, G)"),
     Option("max-batch", None, 64, number(int, 1, 1024), "sequences decoded together per replica"),
     Option("share-prefixes", None, False, None,
-           "keys share the cached beginnings of prompts, so that one may notice what another "
-           "asked (without keys everybody does)", "serve"),
+           "API keys share the cached beginnings of prompts, so the holder of one may notice what another "
+           "asked (without keys, everybody shares)", "serve"),
     Option("max-queue", None, 256, number(int, 0),
-           "requests waiting in the whole server before 429", "serve"),
+           "requests that may wait, in the whole server; any more get 429", "serve"),
     Option("max-concurrent-per-key", None, 0, number(int, 0),
-           "requests of one API key (without keys: of one address) at a time before 429, 0 = any number",
+           "requests of one API key (without keys: of one address) at a time, 0 = any number; more get 429",
            "serve"),
     Option("idle-unload", None, 0.0, number(float, 0),
-           "seconds without a request after which the model leaves memory until the next one, 0 = never",
+           "seconds without a request before the model is unloaded until the next one, 0 = never",
            "serve"),
     Option("drain-timeout", None, 30.0, number(float, 0),
-           "seconds that SIGTERM gives running answers", "serve"),
+           "seconds that running answers get after SIGTERM", "serve"),
     Option("context-length", None, None, number(int, 16), "tokens per sequence (default: the model's)"),
-    Option("prefill-chunk", None, 256, number(int, 16, 65536), "tokens of prompts computed in one step"),
+    Option("prefill-chunk", None, 256, number(int, 16, 65536), "prompt tokens computed in one step"),
     Option("config", None, None, str,
-           "TOML file of flags: `max-batch = 8`; flags and environment variables win"),
+           "TOML file of flags: `max-batch = 8`; flags and environment variables override it"),
     Option("served-model-name", None, (), str, "extra names for the model, may repeat", "serve", many=True),
-    Option("log-format", None, "text", str, "the log as lines of text or of JSON", "serve",
+    Option("log-format", None, "text", str, "format of log lines", "serve",
            choices=("text", "json")),
     Option("log-conversations", None, False, None,
-           "message texts in the log; otherwise metadata only", "serve"),
+           "log the texts of messages too, not only metadata", "serve"),
 )
 
 
@@ -360,11 +365,22 @@ def option_field(option: Option) -> str:
     return option.name.split()[0].replace("-", "_")
 
 
-# The value of every flag (`--max-tokens` is `max_tokens`), the command, MODEL, and the hashed API keys.
+# The value of every flag (`--max-tokens` is `max_tokens`), the command, MODEL, the hashed API keys, and once
+# a model is loaded its own sampling parameters and where they come from.
 Settings = dataclasses.make_dataclass(
     "Settings", [("command", str, "serve"), ("model", "str | None", None), ("keys", "tuple[ApiKey, ...]", ()),
+                 ("own_sampling", "dict[str, Any]", field(default_factory=dict)), ("own_origin", str, ""),
                  *((option_field(option), Any, option.default) for option in OPTIONS)], frozen=True)
 Settings.__module__ = __name__
+
+
+def sampling_defaults(settings: Settings) -> dict[str, tuple[float, str]]:
+    """Each sampling parameter of a request that sets none, and where its value comes from."""
+    usual = SAMPLING_DEFAULTS | ({"temperature": CHAT_TEMPERATURE} if settings.command == "chat" else {})
+    found = {name: (value, "usual") for name, value in usual.items()}
+    found |= {name: (value, settings.own_origin) for name, value in settings.own_sampling.items()}
+    return found | {name: (value, f"--{name.replace('_', '-')}") for name in usual
+                    if (value := getattr(settings, name, None)) is not None}
 
 
 class ApiKey(NamedTuple):
@@ -623,6 +639,7 @@ class TextSpec:
     bos_token: int | None = None
     eos_token: int | None = None
     add_bos: bool = False                       # a raw completion prompt begins with bos
+    chat_bos: bool = True                       # with add_bos, a chat too if its template writes none
 
 
 class Lanes:
@@ -685,8 +702,8 @@ class SamplingParams:
 class ModelSource:
     """Which files make up the model, and in words what was chosen and what else was available."""
 
-    kind: str                           # "nanochat" | "gguf"
-    path: Path                          # model_<step>.pt or .gguf
+    kind: str                           # "nanochat" | "gguf" | "hf"
+    path: Path                          # model_<step>.pt, .gguf, or a Hugging Face folder
     name: str
     chosen: str                         # one line for the start-up log
     alternatives: str = ""              # one line, "" when there were none
@@ -694,8 +711,9 @@ class ModelSource:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerParams:
-    """What a request wants of each of its answers, besides sampling and length."""
+    """What a request wants of each of its answers. In a worker they share one of these."""
 
+    sampling: SamplingParams = SamplingParams()
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -703,7 +721,10 @@ class AnswerParams:
     logprobs: int | None = None                     # likeliest tokens to list beside each; None: no logprobs
     prompt_logprobs: int | None = None              # the same for the prompt's tokens
     grammar: str = ""                               # the answer must match it
+    tool_names: tuple[str, ...] = ()                # functions whose calls are read from it
     progress: bool = False                          # send progress events until the first token
+    client: str = ""                                # who takes turns: a key's name or an address
+    owner: str = ""                                 # who shares KV pages
 
 
 @dataclass(frozen=True)
@@ -714,17 +735,15 @@ class Request(AnswerParams):
     messages: tuple[Message, ...] | None = None
     prompts: tuple[str | tuple[int, ...], ...] = ()     # raw completions: text or token ids
     prompt_ids: tuple[tuple[int, ...], ...] | None = None       # of each prompt; set at admission
-    sampling: SamplingParams = SamplingParams()
     max_tokens: int | None = None                   # None: up to the context
     n: int = 1                                      # answers to each prompt
     tools: tuple[dict, ...] = ()                    # functions that the model may call
     grammar_param: str = ""                         # the field that the grammar comes from
-    client: str = ""                                # who sent it: a key's name or an address
-    owner: str = ""                                 # who shares its KV pages
     low_priority: bool = False                      # waits until nothing else does
     truncate: bool = False                          # drop the oldest turns if it does not fit
     dropped_messages: int = 0                       # how many were dropped so far
     resumable: bool = False                         # a reader may leave its stream and come back
+    unset: tuple[str, ...] = ()                     # of `sampling`, what a server at --url decides
 
 
 @dataclass(frozen=True)
@@ -741,6 +760,13 @@ class TokenLogprob(NamedTuple):
     token: int
     logprob: float | None                           # None: the first token, which nothing precedes
     top: tuple[tuple[int, float], ...] = ()
+
+
+class CallDelta(NamedTuple):
+    """More of a call of a function: its first one has the name, then the arguments follow as JSON text."""
+
+    arguments: str
+    name: str = ""
 
 
 class Piece(NamedTuple):
@@ -761,6 +787,7 @@ class Piece(NamedTuple):
     choice: int = 0                     # and which answer it belongs to: prompt * n + index
     reasoning: str = ""                 # what the model thinks before it answers
     prompt_done: int = 0                # prompt tokens computed so far; such a piece has nothing else
+    calls: tuple[CallDelta, ...] = ()   # what is new in the calls, which `text` leaves out
 
 
 @dataclass(frozen=True)
@@ -817,9 +844,6 @@ class NewRequest:
     MAX_BYTES = 8 << 20
     id: str
     params: AnswerParams
-    sampling: SamplingParams
-    client: str             # who takes turns
-    owner: str              # who may share its KV pages
 
 
 @dataclass(frozen=True)
@@ -843,7 +867,6 @@ class NewAnswer:
     choice: int             # index among the answers to its prompt; the noise depends on it
     max_tokens: int
     resumed_ids: tuple[int, ...] = ()
-    sent_characters: int = 0
     scored: int = 0         # prompt tokens whose log-probabilities were already sent
 
 
@@ -891,6 +914,8 @@ class ModelCard:
     kernels: dict[str, str]         # which implementation computes each op
     row_invariant: bool
     core: str = ""                  # which decode_core runs, or why none does
+    sampling: dict[str, Any] = field(default_factory=dict)      # the model's own defaults
+    sampling_origin: str = ""       # where they come from
 
 
 @dataclass(frozen=True)
@@ -899,6 +924,7 @@ class Ready:
 
     MAX_BYTES = 1 << 16
     gauges: dict[str, int]
+    faults: dict[str, str] = field(default_factory=dict)    # compiled ops that do not run here -> why
 
 
 @dataclass(frozen=True)
@@ -1039,7 +1065,7 @@ def kind_and_size(header: bytes) -> tuple[type, int]:
     """Decode a frame's header. BadMessage for an unknown kind, or a size above that kind's limit."""
     index, size = HEADER.unpack(header)
     if index >= len(MESSAGES) or size > MESSAGES[index].MAX_BYTES:
-        raise BadMessage(f"message kind {index} of {size:,} bytes")
+        raise BadMessage(f"unknown or too large: message kind {index}, {size:,} bytes")
     return MESSAGES[index], size
 
 
@@ -1091,7 +1117,7 @@ class Known:
 
     def check_model(self, name: str) -> None:
         """Answer 404 for any model but the loaded one."""
-        names = (self.model, *self.settings.served_model_name)
+        names = (self.model, *self.settings.served_model_name, self.settings.model or "")
         known = {"", "default", *names, *(n.rstrip("/").rsplit("/", 1)[-1] for n in names if n)}
         if self.ready and name not in known:
             raise RequestError(f"the model {shown(name)} does not exist; this server has {self.model!r}",
@@ -1137,6 +1163,12 @@ def whole_unicode(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+# What `tokenizers` calls white space: unlike str.strip, without U+001C to U+001F.
+WHITE_SPACE = ("\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+               "\u2028\u2029\u202f\u205f\u3000")
+WHITE_SPACES = re.compile(f"[{WHITE_SPACE}]*")
+
+
 class Tokenizer:
     """Text to token ids and back. Built by `open_tokenizer`; safe to use from several threads at once.
 
@@ -1153,10 +1185,11 @@ class Tokenizer:
         self.spec = spec
         self.stop_tokens = spec.stop_tokens
         self.specials: dict[str, int] = {}
+        self.swallows: dict[str, tuple[bool, bool]] = {}    # special -> white space before it, after it
         self.token_bytes: Callable[[int], bytes] = functools.cache(self.piece)
 
-    def encode(self, text: str) -> list[int]:
-        """Encode ordinary text; nothing in it becomes a special token."""
+    def encode(self, text: str, begins: bool = True) -> list[int]:
+        """Encode ordinary text; nothing in it becomes a special token. Does it begin the whole text?"""
 
     def render(self, messages: Seq[Message], tools: Seq[dict] = ()) -> list[int]:
         """The conversation in the model's chat format, up to the assistant's turn, or RequestError."""
@@ -1168,9 +1201,12 @@ class Tokenizer:
         """Encode text in which the names of special tokens mean the tokens."""
         tokens, end = [], 0
         for special in self.special_pattern.finditer(text):
-            tokens += [*self.encode(text[end:special.start()]), self.specials[special[0]]]
-            end = special.end()
-        return tokens + self.encode(text[end:])
+            before, after = self.swallows.get(special[0], (False, False))
+            part = text[end:special.start()]
+            tokens += self.encode(part.rstrip(WHITE_SPACE) if before else part, not end)
+            tokens.append(self.specials[special[0]])
+            end = WHITE_SPACES.match(text, special.end()).end() if after else special.end()
+        return tokens + self.encode(text[end:], not end)
 
     @functools.cached_property
     def special_pattern(self) -> re.Pattern:
@@ -1235,7 +1271,7 @@ class NanochatTokenizer(Tokenizer):
         tool_tokens = ToolTokens(*(self.specials.get(f"<|{name}|>") for name in ToolTokens._fields))
         self.tool_tokens = None if None in tool_tokens else tool_tokens
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, begins: bool = True) -> list[int]:
         try:
             return self.encoding.encode(whole_unicode(text), disallowed_special=())
         except BaseException as error:      # 1 MB of spaces overflows its regex; a Rust panic is no Exception
@@ -1265,7 +1301,7 @@ def merge_system_message(messages: Seq[Message]) -> Seq[Message]:
         messages = [merged, *messages[2:]]
     if any(message.role not in ("user", "assistant") for message in messages):
         raise RequestError(
-            "this model takes a system message only as the first message, before a user message",
+            "this model accepts a system message only as the first message, before a user's",
             param="messages")
     return messages
 
@@ -1283,7 +1319,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     The pipeline treats special tokens as ordinary text (`encode_special_tokens`), so the template's own are
     split off first. Until then, a mark inside messages keeps the same characters from looking like them. The
-    mark is drawn at random, so nobody can type it.
+    mark is drawn at random, so nobody can type it. What follows a special token is encoded by itself, so the
+    space that some pipelines put only before the whole text is put there by `encode`.
     """
 
     def __init__(self, spec: TextSpec):
@@ -1294,17 +1331,41 @@ class HuggingFaceTokenizer(Tokenizer):
         added = self.pipeline.get_added_tokens_decoder()
         self.specials = {token.content: id for id, token in added.items() if token.special}
         self.added = {id: token.content.encode() for id, token in added.items() if not token.special}
-        self.byte_level = (self.pipeline.decoder is not None
-                           and b"ByteLevel" in self.pipeline.decoder.__getstate__())
+        self.swallows = {token.content: (token.lstrip, token.rstrip) for token in added.values()
+                         if token.special and (token.lstrip or token.rstrip)}
+        decoder = self.pipeline.decoder.__getstate__() if self.pipeline.decoder else b""
+        self.byte_level = b"ByteLevel" in decoder
+        # the decoder removes the space that the pipeline puts before a text
+        self.drops_space = re.search(rb'"Strip","content":" ","start":1|"prepend_scheme":"(always|first)"',
+                                     decoder) is not None
+        splitter = self.pipeline.pre_tokenizer
+        state = splitter.__getstate__() if splitter else b""
+        self.space_first = b'"prepend_scheme":"first"' in state
+        if self.space_first:
+            splitter.__setstate__(state.replace(b'"prepend_scheme":"first"', b'"prepend_scheme":"never"'))
+            self.pipeline.pre_tokenizer = splitter
         self.pipeline.encode_special_tokens = True
         self.mark = f"\ue000{secrets.token_hex(8)}\ue001"
         self.has_chat_template = self.templated = bool(spec.chat_template)
         self.tool_format = tool_format_of(spec.chat_template or "")
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, begins: bool = True) -> list[int]:
+        text = whole_unicode(text.replace(self.mark, ""))
+        if self.space_first and begins and text and not self.no_space_before.match(text):
+            text = " " + text
         # a batch of one: unlike `encode`, it lets other Python threads run meanwhile
-        return self.pipeline.encode_batch_fast(
-            [whole_unicode(text.replace(self.mark, ""))], add_special_tokens=False)[0].ids
+        return self.pipeline.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    @functools.cached_property
+    def no_space_before(self) -> re.Pattern:
+        """What gets no space before it: a space, and a token of its own."""
+        return re.compile("|".join(map(re.escape, (" ", "\u2581", *map(bytes.decode, self.added.values())))))
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return super().decode(tokens).removeprefix(" " * self.drops_space)
+
+    def show(self, tokens: Iterable[int]) -> str:
+        return super().show(tokens).removeprefix(" " * self.drops_space)
 
     def _mark_specials(self, content: Any) -> Any:
         """Break up the names of special tokens in the strings of a JSON value."""
@@ -1335,7 +1396,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_rendered(self, text: str) -> list[int]:
         """The tokens of a rendered chat template."""
-        return self.with_bos(self.encode_with_specials(text))
+        tokens = self.encode_with_specials(text)
+        return self.with_bos(tokens) if self.spec.chat_bos else tokens
 
     @functools.cached_property
     def template(self) -> Any:
@@ -1369,6 +1431,14 @@ def tool_format_of(template: str) -> str | None:
     return "tagged" if "<tool_call>" in template else "json"
 
 
+def template_of(default: str | None, with_tools: str | None) -> str | None:
+    """One template that is `with_tools` for a chat with tools, where a model has such a second one."""
+    if not isinstance(default, str) or not isinstance(with_tools, str):
+        return default
+    first, second = (text.removesuffix("\n") for text in (with_tools, default))
+    return f"{{% if tools is not none +%}}{first}{{%+ else +%}}{second}{{%+ endif %}}"
+
+
 def compile_chat_template(source: str) -> Any:
     """Compile a chat template in jinja's sandbox, with the functions and options that transformers offers."""
     require_library("jinja2", "a chat template")
@@ -1389,7 +1459,7 @@ def compile_chat_template(source: str) -> Any:
     environment.globals.update(raise_exception=raise_exception, strftime_now=lambda form: time.strftime(form))
     # {% generation %} marks the assistant's text for training; here it only groups
     source = re.sub(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})",
-                    lambda match: match[1] + ("endif" if match[2] else "if true") + match[3], source)
+                    lambda match: f"{match[1]}{match[2] or ''}with{match[3]}", source)
     try:
         return environment.from_string(source)
     except TemplateSyntaxError as error:
@@ -1443,21 +1513,27 @@ class StopMatcher:
         return self.matched == len(self.stop)
 
 
+NO_MARKS: Mapping[int, str] = types.MappingProxyType({})
+
+
 class StreamDecoder:
     """Tokens in, whole characters out; holds back at most an unfinished character and a stop string's prefix.
 
     Time is linear in the answer's length. Bytes that cannot become valid UTF-8 turn into U+FFFD at once.
     After a stop string matches, `stopped_by` names it; its text and everything after it is dropped.
+    `marks` are characters that stand for special tokens, which have no text of their own.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Seq[str] = ()):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, stop: Seq[str] = (), marks: Mapping[int, str] = NO_MARKS):
+        self.tokenizer, self.marks = tokenizer, marks
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self.matchers = [StopMatcher(text) for text in sorted(set(stop), key=len, reverse=True) if text]
         self.held = ""                          # decoded, but possibly the beginning of a stop string
         self.stopped_by: str | None = None
 
     def push(self, token: int) -> str:
+        if token in self.marks:
+            return self._release(self.utf8.decode(b"", True) + self.marks[token])
         return self._release(self.utf8.decode(self.tokenizer.token_bytes(token)))
 
     def finish(self) -> str:
@@ -1493,8 +1569,7 @@ def json_grammar(schema: dict, param: str, start: str = "start: object") -> str:
     field `param`, if it is too large; check_grammar decides whether it is valid."""
     if importlib.util.find_spec("llguidance") is None:
         raise RequestError(
-            "this server cannot hold answers to a grammar: "
-            "the Python package llguidance is not installed there",
+            "this server cannot constrain answers: the Python package llguidance is not installed there",
             code="unsupported_response_format", param=param)
     try:
         grammar = f"{start}\nobject: %json {json.dumps({**schema, 'x-guidance': JSON_STYLE})}"
@@ -1538,10 +1613,10 @@ def check_grammar(source: str, param: str) -> None:
     if matcher.is_error():
         reason = matcher.get_error().partition("\n")[0].rpartition("failed to compile JSON schema: ")[2]
         raise unusable_schema(
-            "nothing fulfils it" if reason.startswith("NoExtension") else reason[:300], param)
+            "no value satisfies it" if reason.startswith("NoExtension") else reason[:300], param)
     if heap_bytes() - before > LIMITS.grammar_bytes:
         raise unusable_schema(
-            f"it is too complex, following it takes more than {LIMITS.grammar_bytes >> 20} MiB", param)
+            f"it is too complex: following it takes more than {LIMITS.grammar_bytes >> 20} MiB", param)
 
 
 GRAMMAR_LIMITS = {"max_lexer_states": 30_000, "verbose_errors": False}     # 1-2 KB a state; masks up to 25 ms
@@ -1561,7 +1636,8 @@ no_progress: Progress = lambda stage, fraction: None
 # --- which model --------------------------------------------------------------------------------------------
 SUPPORTED_MODELS = ("nothing (a nanochat checkpoint under $NANOCHAT_BASE_DIR or ~/.cache/nanochat, else the "
                     f"default model {DEFAULT_MODEL_NAME}), a nanochat base folder, <tag> folder or "
-                    "model_*.pt, or a .gguf file")
+                    "model_*.pt, a Hugging Face folder, a .gguf file, a Hugging Face id (org/name or "
+                    "org/name:file.gguf), or a short name such as llama3.2-1b or qwen3:0.6b")
 NANOCHAT_FOLDERS = {"chatsft_checkpoints": "sft", "chatrl_checkpoints": "rl", "mid_checkpoints": "mid",
                     "base_checkpoints": "base"}     # folder -> source, best first
 
@@ -1572,7 +1648,9 @@ def resolve_model(settings: Settings, progress: Progress = no_progress) -> Model
     Raises ConfigError if it is missing (the message lists what is there) or unreadable.
     """
     try:
-        return find_default(settings, progress) if settings.model is None else find_model(settings)
+        if settings.model is None:
+            return find_default(settings, progress)
+        return find_model(settings, progress)
     except (OSError, RuntimeError, ValueError) as error:    # no permission; ~nobody or a symlink loop; a NUL
         raise cannot_read(getattr(error, "filename", None) or settings.model, error) from None
 
@@ -1582,7 +1660,7 @@ def find_default(settings: Settings, progress: Progress) -> ModelSource:
     named_base = os.environ.get("NANOCHAT_BASE_DIR")
     base = Path(named_base or home_folder() / ".cache" / "nanochat")
     if named_base and not base.is_dir():
-        raise ConfigError(f"NANOCHAT_BASE_DIR is set to {base}, where there is no folder")
+        raise ConfigError(f"NANOCHAT_BASE_DIR is {base}, which is not a folder")
     if find_checkpoints(base) or explicit_choice(settings):
         return choose_checkpoint(base, settings)
     path = fetch_default_model(progress)
@@ -1599,8 +1677,12 @@ def home_folder() -> Path:
                       "or give MODEL (--help says what it may be)")
 
 
-def find_model(settings: Settings) -> ModelSource:
-    path = Path(settings.model).expanduser().resolve()
+def find_model(settings: Settings, progress: Progress = no_progress) -> ModelSource:
+    given = Path(settings.model).expanduser().absolute()
+    path = given.resolve()
+    if not path.exists() and (wanted := hub_model(settings.model)):
+        refuse_choice(settings, f"{settings.model} is a Hugging Face id")
+        return find_on_hub(*wanted, settings, progress)
     if step := re.fullmatch(r"model_(\d+)\.pt", path.name):
         if settings.step not in (None, int(step[1])):
             raise ConfigError(f"-s {settings.step}: MODEL is the checkpoint of step {int(step[1])}")
@@ -1608,18 +1690,19 @@ def find_model(settings: Settings) -> ModelSource:
     if path.is_dir():
         if find_checkpoints(path):
             return choose_checkpoint(path, settings)
+        if (path / "config.json").exists() and any(path.glob("*.safetensors*")):
+            refuse_choice(settings, f"{path} is a Hugging Face folder")
+            return ModelSource("hf", path, path.name, f"Hugging Face folder {path}")
         files = sorted(path.glob("*.gguf"))
-        hint = (f". It has these GGUF files, give one of them: {', '.join(map(str, files))}" if files else
-                ". Hugging Face folders are not supported yet" if (path / "config.json").exists() else "")
+        hint = (f". It has GGUF files; give one of them: {', '.join(map(str, files))}" if files else
+                ". It has a config.json, but no *.safetensors" if (path / "config.json").exists() else "")
         raise ConfigError(f"no nanochat checkpoints in {path}{hint}. MODEL may be: {SUPPORTED_MODELS}")
     if path.suffix.lower() == ".gguf" or path.is_file():
-        if explicit_choice(settings):
-            raise ConfigError(f"{explicit_choice(settings)}: only for nanochat checkpoints, "
-                              f"and {path} is a GGUF file")
-        return resolve_gguf(path)
-    near = did_you_mean(settings.model, PROGRAM_COMMANDS, "the command ")
-    raise ConfigError(f"no model at {settings.model!r}{near or '.'} MODEL may be: {SUPPORTED_MODELS}. "
-                      "Hugging Face ids are not supported yet")
+        refuse_choice(settings, f"{path} is a GGUF file")
+        return resolve_gguf(given)
+    near = did_you_mean(settings.model, PROGRAM_COMMANDS, "the command ") \
+        or did_you_mean(settings.model, SHORT_NAMES)
+    raise ConfigError(f"no model at {settings.model!r}{near or '.'} MODEL may be: {SUPPORTED_MODELS}")
 
 
 def explicit_choice(settings: Settings) -> str:
@@ -1628,9 +1711,14 @@ def explicit_choice(settings: Settings) -> str:
     return " ".join(f"{flag} {value}" for flag, value in flags.items() if value is not None)
 
 
+def refuse_choice(settings: Settings, what_it_is: str) -> None:
+    if choice := explicit_choice(settings):
+        raise ConfigError(f"{choice}: only for nanochat checkpoints, and {what_it_is}")
+
+
 def resolve_gguf(path: Path) -> ModelSource:
     if path.exists() and not path.is_file():
-        raise ConfigError(f"{path} is no file but a pipe or a device, which cannot be mapped into memory")
+        raise ConfigError(f"{path} is a pipe or a device, not a file, so it cannot be mapped into memory")
     with open(path, "rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
@@ -1639,6 +1727,230 @@ def resolve_gguf(path: Path) -> ModelSource:
     others = sorted(other.name for other in path.parent.glob("*.gguf") if other.name != path.name)
     beside = f"beside it: {', '.join(others)}" if others else ""
     return ModelSource("gguf", path, path.stem, f"GGUF file {path}", beside)
+
+
+# --- the Hugging Face hub -----------------------------------------------------------------------------------
+SHORT_NAMES = {         # of each row, the first size needs no name
+    name: repository.format(size) for short, repository, sizes in (
+        ("llama3.1", "meta-llama/Llama-3.1-{}-Instruct", "8B 70B"),
+        ("llama3.2", "meta-llama/Llama-3.2-{}-Instruct", "3B 1B"),
+        ("llama3.3", "meta-llama/Llama-3.3-{}-Instruct", "70B"),
+        ("qwen2.5", "Qwen/Qwen2.5-{}-Instruct", "7B 0.5B 1.5B 3B 14B 32B 72B"),
+        ("qwen3", "Qwen/Qwen3-{}", "8B 0.6B 1.7B 4B 14B 32B"),
+        ("gemma2", "google/gemma-2-{}-it", "9b 2b 27b"), ("gemma3", "google/gemma-3-{}-it", "1b 270m"),
+        ("smollm2", "HuggingFaceTB/SmolLM2-{}-Instruct", "1.7B 135M 360M"),
+        ("smollm3", "HuggingFaceTB/SmolLM3-{}", "3B"),
+        ("mistral", "mistralai/Mistral-{}-Instruct-v0.3", "7B"),
+        ("mistral-nemo", "mistralai/Mistral-Nemo-Instruct-2407", ""),
+        ("phi3.5", "microsoft/Phi-3.5-mini-instruct", ""), ("gpt-oss", "openai/gpt-oss-{}", "20b 120b"))
+    for index, size in enumerate(sizes.split() or [""])
+    for name in (short, f"{short}-{size.lower()}")[index > 0:1 + (size > "")]}
+FOLDER_FILES = {"config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
+                "tokenizer_config.json", "chat_template.jinja"}
+
+
+def hub_model(text: str) -> tuple[str, str] | None:
+    """(repository, file or "") if MODEL is a short name or has the form of a Hugging Face id."""
+    if repository := SHORT_NAMES.get(text.lower().replace(":", "-")):
+        return repository, ""
+    match = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([^:\\]+))?", text, re.ASCII)
+    is_id = match and (match[2] or Path(text).suffix.lower() != ".gguf")
+    return (match[1], match[2] or "") if is_id else None
+
+
+def find_on_hub(repository: str, file: str, settings: Settings, progress: Progress) -> ModelSource:
+    path = fetch_from_hub(repository, file, progress)
+    source = find_model(replace(settings, model=str(path)))
+    return replace(source, name=f"{repository}:{file}" if file else repository, alternatives="",
+                   chosen=f"{repository} of the Hugging Face hub: {source.chosen}")
+
+
+def fetch_from_hub(repository: str, file: str, progress: Progress) -> Path:
+    """A GGUF file or a folder of safetensors in huggingface_hub's cache; what is missing is downloaded.
+
+    The library honours HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and HF_HOME. Without a connection the cached
+    files serve. Raises ConfigError saying what is missing, or what the user must do.
+    """
+    hub = require_library("huggingface_hub", f"the Hugging Face model {repository}")
+    for part in ("constants", "errors", "file_download"):
+        importlib.import_module(f"huggingface_hub.{part}")
+    logging.getLogger("huggingface_hub").handlers.clear()       # our log has these lines already
+    for name in ("httpx", "httpx2"):    # its HTTP client logs every request
+        logging.getLogger(name).setLevel(logging.WARNING)
+    errors, endpoint = hub.errors, hub.constants.ENDPOINT
+    progress(f"looking for {repository}", 0.0)
+    try:
+        try:
+            info = hub.HfApi().model_info(repository, files_metadata=True, timeout=10)
+        except InterruptedError:
+            raise
+        except Exception as error:      # no connection, in the words of whatever HTTP library it uses
+            if isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 500:
+                raise
+            return cached_from_hub(hub, repository, file, error)
+        sizes = {each.rfilename: each.size or 0 for each in info.siblings or ()}
+        names = hub_files(repository, file, sizes)
+        missing = [name for name in names
+                   if not isinstance(hub.try_to_load_from_cache(repository, name, revision=info.sha), str)]
+        done, whole = 0, sum(sizes[name] for name in missing) or 1
+        check_hub_room(hub, repository, whole)
+        for name in missing:
+            download_from_hub(hub, repository, name, lambda count: progress(
+                f"downloading {repository}", min(1.0, (done + count) / whole)))
+            done += sizes[name]
+        return hub_path(hub, repository, names, info.sha)
+    except (ConfigError, InterruptedError):
+        raise
+    except errors.GatedRepoError:
+        reason = (f"it is gated: accept its licence at {endpoint}/{repository}, "
+                  "then run `hf auth login` or set HF_TOKEN")
+    except errors.RepositoryNotFoundError:
+        reason = (f"no file or folder of that name is here, and {endpoint} has no such model (if it is "
+                  "private: run `hf auth login` or set HF_TOKEN)")
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        reason = f"{endpoint} answers with HTTP status {status}" + \
+            "; check HF_TOKEN, or run `hf auth login`" * (status in (401, 403))
+    except Exception as error:
+        if getattr(error, "errno", None) in FULL:
+            raise no_hub_room(hub, repository, "more") from None
+        reason = named(error)
+    raise ConfigError(f"{repository} cannot be downloaded: {reason}")
+
+
+def hub_files(repository: str, file: str, names: Iterable[str]) -> list[str]:
+    """Those of a repository's files that make up the model: a GGUF file, or config.json, weights and so on.
+
+    `file` is the GGUF file's name, or the end of it before .gguf: `Q8_0`.
+    """
+    ggufs, names = sorted(name for name in names if name.lower().endswith(".gguf")), set(names)
+    if not file and "config.json" in names:
+        weights = {name for name in names if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)}
+        weights = {"model.safetensors"} & names or weights
+        if weights:
+            return sorted(FOLDER_FILES & names) + sorted(weights)
+    end = (file or "q4_k_m").lower().removesuffix(".gguf")
+    fit = [name for name in ggufs if name == file] or \
+          [name for name in ggufs if name.lower().removesuffix(".gguf").endswith(end)] or ggufs * (not file)
+    if len(fit) != 1:
+        there = f"its GGUF files: {', '.join(ggufs)}" if ggufs else "it has no GGUF file"
+        what = f"no single file {file}" if file else "several GGUF files" if ggufs else "no model.safetensors"
+        how = f". Name one: {repository}:FILE" * bool(ggufs)
+        raise ConfigError(f"{repository} has {what}; {there}{how}")
+    return fit
+
+
+def hub_path(hub: Any, repository: str, names: Seq[str], revision: str) -> Path:
+    """The GGUF file, or the folder, that these files of the cache make."""
+    paths = [hub.try_to_load_from_cache(repository, name, revision=revision) for name in names]
+    if not all(isinstance(path, str) for path in paths):
+        raise ConfigError(f"{repository} changed while it was downloaded; start again")
+    return Path(paths[0]) if len(names) == 1 else Path(paths[names.index("config.json")]).parent
+
+
+def hub_folder(hub: Any, repository: str) -> Path:
+    """Where the cache keeps a repository."""
+    name = hub.file_download.repo_folder_name(repo_id=repository, repo_type="model")
+    return Path(hub.constants.HF_HUB_CACHE) / name
+
+
+def cached_from_hub(hub: Any, repository: str, file: str, error: Exception) -> Path:
+    """What the cache has of a model, without a connection; ConfigError if that is not all of it."""
+    cache = hub_folder(hub, repository)
+    why = "HF_HUB_OFFLINE is set" if hub.constants.is_offline_mode() else \
+        f"{hub.constants.ENDPOINT} cannot be reached ({named(error)})"
+    lacks = ConfigError(f"no file or folder {repository} is here, {why}, and the cache {cache.parent} does "
+                        "not have all files of that model")
+    try:
+        revision = (cache / "refs" / "main").read_text().strip()
+        folder = cache / "snapshots" / revision
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        if not names:
+            raise lacks
+        path = hub_path(hub, repository, hub_files(repository, file, names), revision)
+        index = path / "model.safetensors.index.json"
+        shards = json.loads(index.read_bytes())["weight_map"].values() if index.exists() else ()
+        if not {*shards} <= {*names}:
+            raise lacks
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise lacks from None
+    log.warning("%s: serving the cached files of %s", why, repository)
+    return path
+
+
+def check_hub_room(hub: Any, repository: str, needed: int) -> None:
+    """ConfigError if the cache's disk has no room for so many bytes."""
+    folder = Path(hub.constants.HF_HUB_CACHE)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not has_room(folder, needed):
+        raise no_hub_room(hub, repository, f"{needed:,} bytes")
+
+
+def no_hub_room(hub: Any, repository: str, what: str) -> ConfigError:
+    folder = hub.constants.HF_HUB_CACHE
+    return ConfigError(f"no room for {repository} in {folder}: {what} must be downloaded, and "
+                       f"{shutil.disk_usage(folder).free:,} bytes are free. Make room, or set HF_HOME to a "
+                       "folder on a larger disk")
+
+
+def download_from_hub(hub: Any, repository: str, name: str, progress: Callable[[int], None]) -> None:
+    """Put a file into huggingface_hub's cache.
+
+    The library itself begins a file again when its process ended in the middle. So a file is first written
+    beside the cache's blobs, where the next start finds it; then the library finds a complete blob.
+    """
+    class Bar:
+        """What the library wants of a tqdm bar."""
+
+        def __init__(self, *_: Any, initial: int = 0, total: int | None = None, **__: Any):
+            self.n, self.total = initial, total
+
+        def update(self, count: int = 1) -> None:
+            self.n += count
+            progress(self.n)
+
+        def __enter__(self) -> "Bar":
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            pass
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_, **__: None
+
+    url, cache = hub.hf_hub_url(repository, name), hub_folder(hub, repository)
+    found = hub.get_hf_file_metadata(url, timeout=10)
+    blob, part = cache / "blobs" / str(found.etag), cache / f".chat_server.{found.etag}"
+    largest = hub.constants.MAX_HTTP_DOWNLOAD_SIZE      # beyond it the library uses a protocol of its own
+    if found.etag and 1 << 20 < (found.size or 0) <= largest and not blob.exists():
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        with download_lock(cache, lambda stage, fraction: progress(0)), open(part, "ab") as file:
+            resumed = file.tell()
+            while (before := file.tell()) < found.size:
+                try:
+                    hub.file_download.http_get(
+                        url, file, resume_size=before, tqdm_class=Bar, expected_size=found.size,
+                        headers=hub.utils.build_hf_headers())
+                except (hub.errors.HfHubHTTPError, InterruptedError):
+                    raise
+                except Exception as error:      # the connection broke: again, as long as bytes come
+                    if getattr(error, "errno", None) in FULL:
+                        raise
+                    if file.tell() == before:
+                        raise ConfigError(
+                            f"the download of {name} of {repository} broke at byte {before:,} of "
+                            f"{found.size:,}: {named(error)}. The next start continues there") from None
+            file.flush()
+            os.fsync(file.fileno())
+            if resumed and re.fullmatch("[0-9a-f]{64}", found.etag) and sha256_of(part) != found.etag:
+                part.unlink()
+                raise ConfigError(f"{name} of {repository} was downloaded in parts that do not fit together; "
+                                  "start again")
+            os.replace(part, blob)
+    hub.hf_hub_download(repository, name, tqdm_class=Bar)
+
+
+# --- nanochat checkpoints -----------------------------------------------------------------------------------
 
 
 class Checkpoint(NamedTuple):
@@ -1689,14 +2001,14 @@ def choose_checkpoint(where: Path, settings: Settings) -> ModelSource:
                if (c.source, c.tag) == (fit[0].source, tag) and settings.step in (None, c.step)]
     if not fit:
         raise ConfigError(f"no nanochat checkpoint for {explicit_choice(settings)} in {where}; "
-                          f"there: {', '.join(map(str, found)) or 'none'}")
+                          f"available: {', '.join(map(str, found)) or 'none'}")
     best = fit[-1]
     others = ", ".join(str(c) for c in found if c != best)
     of_tag = " of that tag" if settings.model_tag else ""
     note = "" if settings.source or best.source == "sft" else f" (no sft checkpoint{of_tag})"
     return ModelSource("nanochat", best.path, f"nanochat-{best.tag}-{best.source}",
                        f"nanochat checkpoint {best}{note} from {best.path}",
-                       others and f"also there (-i -g -s): {others}")
+                       others and f"also available (-i -g -s): {others}")
 
 
 # --- the default model --------------------------------------------------------------------------------------
@@ -1725,7 +2037,8 @@ def fetch_default_model(progress: Progress = no_progress) -> Path:
                 for leftover in cache.glob(".download-*"):      # we hold the lock, so nobody uses it
                     shutil.rmtree(leftover, ignore_errors=True)
                 if not target.exists():
-                    check_room(cache)
+                    if not has_room(cache, DOWNLOAD_BYTES):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                     with tempfile.TemporaryDirectory(prefix=".download-", dir=cache) as folder:
                         download_default_model(Path(folder), target, progress)
         check_default_model(target, progress)
@@ -1734,11 +2047,10 @@ def fetch_default_model(progress: Progress = no_progress) -> Path:
     return target
 
 
-def check_room(cache: Path) -> None:
-    """Raise OSError if the disk has no room for the download."""
-    disk = shutil.disk_usage(cache)
-    if disk.total and disk.free < DOWNLOAD_BYTES:       # some network file systems report only zeros
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def has_room(folder: Path, needed: int) -> bool:
+    """Whether the folder's disk can take so many bytes, as far as it tells."""
+    disk = shutil.disk_usage(folder)
+    return disk.free >= needed or not disk.total        # some network file systems report only zeros
 
 
 def cannot_store(cache: Path, error: Exception) -> ConfigError:
@@ -1750,9 +2062,9 @@ def cannot_store(cache: Path, error: Exception) -> ConfigError:
             f"that this user may write to, or give MODEL (--help says what it may be)")
     room, remedy = f"{shutil.disk_usage(cache).free:,} are free", "Make room"
     if number_ == errno.EDQUOT:
-        room = "the user's quota has less"
+        room = "the user's quota is smaller"
     if number_ == errno.EFBIG:
-        room, remedy = "no file may have so many in this process", "Raise that limit (ulimit -f)"
+        room, remedy = "this process may not write files that large", "Raise that limit (ulimit -f)"
     return ConfigError(f"no room for the default model in {cache} ({error.strerror}): its download takes "
                        f"{DOWNLOAD_BYTES:,} bytes there, and {room}. {remedy}, set HOME to a "
                        f"folder on a larger disk, or give MODEL (--help says what it may be)")
@@ -1791,7 +2103,7 @@ def download_lock(cache: Path, progress: Progress) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                progress("waiting for another process that downloads the default model", 0.0)
+                progress("waiting for another process to download the default model", 0.0)
                 time.sleep(0.2)
         yield
 
@@ -2065,24 +2377,26 @@ class PagePool:
 
 
 @dataclass(frozen=True)
-class Assignment(AnswerParams):
+class Assignment:
     """One answer to compute, as sent to a worker; a worker that died had already generated `resumed_ids`."""
 
     id: str
     prompt_ids: tuple[int, ...]
-    sampling: SamplingParams
+    params: AnswerParams            # of its request
     max_tokens: int
+    choice: int = 0
     resumed_ids: tuple[int, ...] = ()
-    sent_characters: int = 0
-    request_id: str = ""            # answers to one request share their grammar
-    client: str = ""                # for fairness between clients
-    owner: str = ""                 # KV pages are shared only within one owner
     scored: int = 0                 # prompt tokens whose log-probabilities were already sent
+
+    @functools.cached_property
+    def sampling(self) -> SamplingParams:
+        return replace(self.params.sampling, choice=self.choice)
 
     @functools.cached_property
     def needs_logits(self) -> bool:
         """Does the host have to see its logits?"""
-        return self.logprobs is not None or self.prompt_logprobs is not None or bool(self.grammar)
+        params = self.params
+        return params.logprobs is not None or params.prompt_logprobs is not None or bool(params.grammar)
 
     @functools.cached_property
     def needs_tokens(self) -> bool:
@@ -2131,7 +2445,7 @@ class Sequence:
     @property
     def scoring(self) -> bool:
         """Does its whole prompt need log-probabilities, so that cached pages are of no use?"""
-        return self.work.prompt_logprobs is not None and not self.generated
+        return self.work.params.prompt_logprobs is not None and not self.generated
 
 
 class Chunk(NamedTuple):
@@ -2187,7 +2501,7 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
-        sequence.pages, sequence.computed, sequence.serial = [], 0, sequence.work.owner
+        sequence.pages, sequence.computed, sequence.serial = [], 0, sequence.work.params.owner
 
     def schedule(self) -> list[Chunk]:
         """Plan the next step: a one-token chunk for each decoding sequence, then chunks of prompts.
@@ -2219,11 +2533,11 @@ class Scheduler:
         """How many pages each client's sequences hold; the youngest sequence's client comes first."""
         holdings = Counter()
         for sequence in reversed(self.running):
-            holdings[sequence.work.client] += len(sequence.pages)
+            holdings[sequence.work.params.client] += len(sequence.pages)
         return holdings
 
     def _youngest(self, client: str) -> Sequence:
-        return next(sequence for sequence in reversed(self.running) if sequence.work.client == client)
+        return next(sequence for sequence in reversed(self.running) if sequence.work.params.client == client)
 
     def _give_up_pages(self, client: str, needed: int) -> bool:
         """Preempt the youngest sequence of the client with the most pages.
@@ -2280,13 +2594,13 @@ class Scheduler:
         while (ready and len(self.running) < self.max_batch
                and not any(running.suspect for running in self.running)):
             holdings = self._holdings()
-            ready.remove(sequence := min(ready, key=lambda each: holdings[each.work.client]))
+            ready.remove(sequence := min(ready, key=lambda each: holdings[each.work.params.client]))
             matched, serial = self.pool.match_prefix([] if sequence.scoring else sequence.tokens,
-                                                     sequence.work.owner)
+                                                     sequence.work.params.owner)
             needed = -(-len(sequence.tokens) // self.pool.page_size) - len(matched)
             headroom = len(self.running)    # one page for each, so that a newcomer does not preempt at once
             while (needed + headroom > self.pool.available
-                   and self._give_up_pages(sequence.work.client, needed + len(matched))):
+                   and self._give_up_pages(sequence.work.params.client, needed + len(matched))):
                 headroom -= 1
             pages = self.pool.allocate(needed) if needed + headroom <= self.pool.available else None
             if pages is None:
@@ -2365,18 +2679,27 @@ class ModelSpec:
     max_positions: int                      # length of the rotary tables; the context cannot be longer
     norm_eps: float = 1e-5
     norm_weights: bool = True               # attention_norm, ffn_norm, final_norm have weights
+    post_norms: bool = False                # output_norm, down_norm: of what each block adds to x
     embedding_norm: bool = False            # RMS norm (without weight) right after the embedding
+    embedding_scale: float = 1.0            # multiplies the embedding; itself rounded to the weights' type
     tied_head: bool = False                 # the head shares the embedding's weights
     qkv_bias: bool = False
+    output_bias: bool = False
+    ffn_bias: bool = False                  # gate_up_bias (or up_bias) and down_bias
     rope_base: float = 10000.0
     rope_size: int | None = None            # rotated dims of each head; None = all D
     rope_direction: int = 1                 # +1 textbook, -1 nanochat
     rope_bfloat16: bool = False             # cos and sin rounded to bfloat16 (nanochat until 2026-03-04)
-    rope_factors: tuple[float, ...] | None = None   # divides each of the rope_size/2 frequencies (llama 3)
+    rope_factors: tuple[float, ...] | None = None   # divides each of the rope_size/2 frequencies
+    rope_scale: float = 1.0                 # multiplies cos and sin (yarn, longrope)
+    local_rope_base: float = 0.0            # of layers with a window, which have no factors; 0: as the others
+    unrotated_layers: tuple[int, ...] = ()
     qk_norm: str = "none"                   # "none" | "before_rope" | "after_rope"
     qk_norm_weights: bool = False
     qk_scale: float = 1.0                   # multiplies q and k, after norm and rope
-    activation: str = "swiglu"              # "swiglu" | "relu2"
+    q_scale: float = 1.0                    # multiplies q alone, besides 1 / sqrt(D)
+    attention_softcap: float = 0.0          # scores = c * tanh(scores / c), before the mask; 0 = none
+    activation: str = "swiglu"              # "swiglu" | "geglu" (by tanh) | "relu2" (without a gate)
     windows: tuple[int, ...] = ()           # keys per layer, including the token's own; 0 = full, () = all
     softcap: float = 0.0                    # logits = c * tanh(logits / c); 0 = none
     residual_lambdas: bool = False          # x = resid_lambdas[l] * x + x0_lambdas[l] * x0 before layer l
@@ -2402,11 +2725,16 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         shapes["backout_lambda"] = (1,)
     for l in range(spec.layers):
         shapes |= {f"{l}.qkv": ((H + 2 * Hkv) * D, C), f"{l}.output": (C, H * D), f"{l}.down": (C, F)}
-        shapes |= {f"{l}.up": (F, C)} if spec.activation == "relu2" else {f"{l}.gate_up": (2 * F, C)}
+        up, rows = ("up", F) if spec.activation == "relu2" else ("gate_up", 2 * F)
+        shapes[f"{l}.{up}"] = rows, C
         if spec.norm_weights:
             shapes |= {f"{l}.attention_norm": (C,), f"{l}.ffn_norm": (C,)}
-        if spec.qkv_bias:
-            shapes[f"{l}.qkv_bias"] = ((H + 2 * Hkv) * D,)
+        if spec.post_norms:
+            shapes |= {f"{l}.output_norm": (C,), f"{l}.down_norm": (C,)}
+        for part, biased in {"qkv": spec.qkv_bias, "output": spec.output_bias, up: spec.ffn_bias,
+                             "down": spec.ffn_bias}.items():
+            if biased:
+                shapes[f"{l}.{part}_bias"] = shapes[f"{l}.{part}"][:1]
         if spec.qk_norm_weights:
             shapes |= {f"{l}.q_norm": (D,), f"{l}.k_norm": (D,)}
         if l in spec.value_embed_layers:
@@ -2456,13 +2784,16 @@ class Transformer:
                  max_rows: int | None = None, device="cpu", dtype=None,
                  progress=lambda stage, fraction: None):
         self.spec, self.kernels = spec, kernels
-        self.device, self.dtype = torch.device(device), dtype
+        self.device, self.dtype = torch.device(device), dtype or kernels.backend.stored_dtype
         self.windows = spec.windows or (0,) * spec.layers
+        self.embedding_scale = torch.tensor(spec.embedding_scale, dtype=dtype or torch.float32).item()
         with torch.inference_mode():
             self.weights = self._pack(tensors, progress)
             self.layers = [{name.partition(".")[2]: tensor for name, tensor in self.weights.items()
                             if name.startswith(f"{l}.")} for l in range(spec.layers)]
-            self.rope_tables = rope_tables(spec, self.device)
+            kinds = [rope_frequencies(spec, layer) for layer in range(spec.layers)]
+            tables = {kind: rope_tables(spec, self.device, kinds.index(kind)) for kind in {*kinds}}
+            self.rope_tables = [tables[kind] for kind in kinds]     # of each layer
             self.cache = kernels.make_cache(spec, num_pages, self.dtype, self.device)
             self.buffers = self._allocate(max_tokens, min(max_rows or max_tokens, max_tokens))
             self.recorded = kernels.backend.record(self)
@@ -2480,7 +2811,7 @@ class Transformer:
                 large = weight.ndim > 1 and name != "smear_gate"
                 weight = weight.to(self.device, self.dtype if large else torch.float32)
             matrix = name.rpartition(".")[2] in ("embed", "qkv", "output", "gate_up", "up", "down", "head",
-                                                 "ve_gate")
+                                                 "ve_gate", "gate_up_bias")
             weights[name] = self.kernels.pack(name, weight) if matrix else weight
         return weights
 
@@ -2491,7 +2822,7 @@ class Transformer:
         C, D, F, H, Hkv = spec.width, spec.head_size, spec.ffn_size, spec.heads, spec.kv_heads
         sizes = {
             "x": (T, C, f32), "between": (T, C, f32), "x0": (T, C, f32), "middle": (T, C, f32),
-            "previous": (T, C, f32),
+            "previous": (T, C, f32), "added": (T, C, f32),
             "qkv": (T, (H + 2 * Hkv) * D, dtype), "q": (T, H * D, f32), "attended": (T, H * D, dtype),
             "gate": (T, Hkv, dtype), "value": (T, Hkv * D, dtype), "hidden": (T, F, dtype),
             "last": (R, C, f32), "logits": (R, spec.vocab_size, f32),
@@ -2512,10 +2843,11 @@ class Transformer:
 
     @property
     def weight_types(self) -> str:
-        """The matrices' types, most common first: "q4_1, q8_0"."""
+        """The matrices' types, most common first, and the memory of all weights: "q4_1, q8_0 (93 MiB)"."""
+        size = sum({id(weight): weight.nbytes for weight in self.weights.values()}.values())
         kinds = Counter(getattr(w, "kind", None) or str(w.dtype).removeprefix("torch.")
                         for w in self.weights.values() if getattr(w, "kind", None) or w.ndim > 1)
-        return ", ".join(kind for kind, _ in kinds.most_common())
+        return f"{', '.join(kind for kind, _ in kinds.most_common())} ({size / 2**20:,.0f} MiB)"
 
     def forward(self, batch: Batch):
         """Run a step's new tokens through the model -> logits (R, V) float32, valid until the next step."""
@@ -2540,6 +2872,8 @@ class Transformer:
         """
         spec, k, w = self.spec, self.kernels, self.weights
         k.embed(w["embed"], inputs.token_ids, out=b.x)                                      # (T, C)
+        if spec.embedding_scale != 1:
+            k.mix(b.x, b.x, self.embedding_scale, 0.0, out=b.x)
         if spec.embedding_norm:
             k.rms_norm(b.x, None, spec.norm_eps, out=b.x)
         if spec.smear_channels:     # mixes in the previous token's embedding, before its own smearing
@@ -2551,7 +2885,7 @@ class Transformer:
         for l, layer in enumerate(self.layers):
             if spec.residual_lambdas:
                 k.mix(b.x, b.x0, w["resid_lambdas"][l], w["x0_lambdas"][l], out=b.x)
-            self._attention(inputs, b, layer, self.cache[l], self.windows[l])
+            self._attention(inputs, b, layer, self.rope_tables[l], self.cache[l], self.windows[l])
             self._feed_forward(b, layer)
             if l == spec.backout_layer:
                 k.copy(b.x, out=b.middle)
@@ -2562,7 +2896,7 @@ class Transformer:
         if spec.softcap:
             k.softcap(b.logits, spec.softcap, out=b.logits)
 
-    def _attention(self, inputs: Inputs, b: SimpleNamespace, layer: dict, cache, window: int) -> None:
+    def _attention(self, inputs: Inputs, b: SimpleNamespace, layer: dict, tables, cache, window: int) -> None:
         """between = x + output(attention(norm(x))), once the new keys and values are in the layer's pages."""
         spec, k, value, gate = self.spec, self.kernels, None, None
         norm = Norm(layer.get("attention_norm"), spec.norm_eps)
@@ -2571,20 +2905,31 @@ class Transformer:
             value, gate = b.value, b.gate
             k.embed(layer["value_embed"], inputs.token_ids, out=value)                      # (T, Hkv * D)
             k.linear(b.x, layer["ve_gate"], norm=norm, out=gate)        # (T, Hkv) from the first few channels
-        k.rope_append(b.qkv, *self.rope_tables, inputs.positions, inputs.slots, cache, out=b.q,
+        k.rope_append(b.qkv, *tables, inputs.positions, inputs.slots, cache, out=b.q,
                       norm=spec.qk_norm, q_norm=layer.get("q_norm"), k_norm=layer.get("k_norm"),
-                      eps=spec.norm_eps, post_scale=spec.qk_scale,
+                      eps=spec.norm_eps, post_scale=spec.qk_scale, q_scale=spec.q_scale,
                       value_embed=value, gate=gate, gate_scale=spec.ve_gate_scale)          # (T, H * D)
-        k.paged_attention(b.q, cache, inputs.attention, window, out=b.attended)             # (T, H * D)
-        k.linear(b.attended, layer["output"], residual=b.x, out=b.between)                  # (T, C)
+        k.paged_attention(b.q, cache, inputs.attention, window, out=b.attended,
+                          softcap=spec.attention_softcap)                                   # (T, H * D)
+        self._add(b, b.attended, layer, "output", b.x, out=b.between)
 
     def _feed_forward(self, b: SimpleNamespace, layer: dict) -> None:
         """x = between + down(activation(up(norm(between))))."""
         spec, k = self.spec, self.kernels
         norm = Norm(layer.get("ffn_norm"), spec.norm_eps)
-        up = layer["gate_up" if spec.activation == "swiglu" else "up"]
-        k.linear(b.between, up, norm=norm, activation=spec.activation, out=b.hidden)        # (T, F)
-        k.linear(b.hidden, layer["down"], residual=b.between, out=b.x)                      # (T, C)
+        up = "up" if spec.activation == "relu2" else "gate_up"
+        k.linear(b.between, layer[up], norm=norm, bias=layer.get(f"{up}_bias"), activation=spec.activation,
+                 out=b.hidden)                                                              # (T, F)
+        self._add(b, b.hidden, layer, "down", b.between, out=b.x)
+
+    def _add(self, b: SimpleNamespace, x, layer: dict, name: str, residual, out) -> None:
+        """out = residual + x @ layer[name].T + bias (T, C), where the family has a norm of what is added."""
+        k, bias, norm = self.kernels, layer.get(f"{name}_bias"), layer.get(f"{name}_norm")
+        if norm is None:
+            return k.linear(x, layer[name], bias=bias, residual=residual, out=out)
+        k.linear(x, layer[name], bias=bias, out=b.added)
+        k.rms_norm(b.added, norm, self.spec.norm_eps, out=b.added)
+        k.mix(residual, b.added, 1.0, 1.0, out=out)
 
 
 class Steps(typing.Protocol):
@@ -2661,8 +3006,8 @@ def pack_reference(name, weight):
     x86 = weight.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
     able = (x86 and torch.backends.mkldnn.is_available()
             and (weight.dtype == torch.float32 or mkldnn_bfloat16()))
-    return (torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if able and name != "embed"
-            else weight)
+    return (torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+            if able and name != "embed" and weight.ndim == 2 else weight)
 
 
 def mkldnn_bfloat16() -> bool:
@@ -2681,11 +3026,15 @@ class Norm(NamedTuple):
     eps: float
 
 
+GATES = {"swiglu": lambda gate: torch.nn.functional.silu(gate),
+         "geglu": lambda gate: torch.nn.functional.gelu(gate, approximate="tanh")}
+
+
 def linear_reference(x, weight, out, norm=None, bias=None, activation=None, residual=None):
     """residual + activation(norm(x) @ weight.T + bias) -> out.
 
     weight (N, K) is packed or plain; x (T, >= K), of which the first K columns are read. activation is None,
-    "relu2" or "swiglu"; swiglu's weight holds the gate rows first, and its output is (T, N / 2).
+    "relu2", or one of GATES, whose weight holds the gate rows first and whose output is (T, N / 2).
     """
     if norm:
         x = torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
@@ -2694,9 +3043,14 @@ def linear_reference(x, weight, out, norm=None, bias=None, activation=None, resi
         y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     else:
         y = torch.nn.functional.linear(x, weight, bias)
-    if activation == "swiglu":
+    finish_linear(y, out, activation, residual)
+
+
+def finish_linear(y, out, activation, residual):
+    """residual + activation(y) -> out."""
+    if activation in GATES:
         gate, up = y.chunk(2, dim=-1)
-        y = torch.nn.functional.silu(gate) * up
+        y = GATES[activation](gate) * up
     elif activation == "relu2":
         y = torch.square(torch.relu(y))
     if residual is None:
@@ -2733,14 +3087,23 @@ def softcap_reference(logits, cap, out):
     torch.mul(torch.tanh(logits / cap), cap, out=out)
 
 
-def rope_tables(spec, device) -> tuple:
-    """cos and direction * sin at every position, each (max_positions, rope_size / 2) float32."""
+def rope_frequencies(spec, layer: int) -> tuple[tuple[float, ...], float]:
+    """The angle by which each position turns each pair of a layer's heads; what multiplies cos and sin."""
+    if layer in spec.unrotated_layers:
+        return (0.0,), 1.0
     size = spec.rope_size or spec.head_size
-    frequencies = 1.0 / spec.rope_base ** (numpy.arange(0, size, 2, dtype=numpy.float64) / size)
-    if spec.rope_factors:
+    local = spec.local_rope_base if spec.windows and spec.windows[layer] else 0.0
+    frequencies = 1.0 / (local or spec.rope_base) ** (numpy.arange(0, size, 2, dtype=numpy.float64) / size)
+    if spec.rope_factors and not local:
         frequencies = frequencies / numpy.asarray(spec.rope_factors, dtype=numpy.float64)
+    return tuple(frequencies.tolist()), 1.0 if local else spec.rope_scale
+
+
+def rope_tables(spec, device, layer: int = 0) -> tuple:
+    """cos and direction * sin of a layer at every position, (max_positions, rope_size / 2) float32 each."""
+    frequencies, scale = rope_frequencies(spec, layer)
     angles = numpy.outer(numpy.arange(spec.max_positions), frequencies)
-    cos, sin = numpy.cos(angles), spec.rope_direction * numpy.sin(angles)
+    cos, sin = scale * numpy.cos(angles), spec.rope_direction * scale * numpy.sin(angles)
     dtype = torch.bfloat16 if spec.rope_bfloat16 else torch.float32
     return tuple(torch.from_numpy(table.astype(numpy.float32)).to(dtype).to(device, torch.float32)
                  for table in (cos, sin))
@@ -2763,12 +3126,13 @@ def make_cache_reference(spec, num_pages, dtype, device):
 
 
 def rope_append_reference(qkv, cos, sin, positions, slots, cache, out, *, norm="none", q_norm=None,
-                          k_norm=None, eps=1e-5, post_scale=1.0, value_embed=None, gate=None, gate_scale=1.0):
+                          k_norm=None, eps=1e-5, post_scale=1.0, q_scale=1.0, value_embed=None, gate=None,
+                          gate_scale=1.0):
     """All work between the qkv product and attention: q -> out (T, H * D), k and v -> the cache.
 
     qkv (T, (H + 2 Hkv) * D) is overwritten. q and k are normalized (`norm` is a ModelSpec's qk_norm), rotated
-    by the rows `positions` (T,) of rope_tables' cos and sin, and scaled. `gate_scale * sigmoid(gate) *
-    value_embed` is added to v; gate is (T, Hkv), value_embed (T, Hkv * D). k and v then go into one layer's
+    by the rows `positions` (T,) of cos and sin, and scaled, q also by `q_scale`. `gate_scale * sigmoid(gate)
+    * value_embed` is added to v; gate is (T, Hkv), value_embed (T, Hkv * D). k and v then go into one layer's
     `cache` at `slots` (T,).
     """
     T, Hkv, D = len(qkv), *cache.shape[2:]
@@ -2787,6 +3151,8 @@ def rope_append_reference(qkv, cos, sin, positions, slots, cache, out, *, norm="
         strength = gate_scale * torch.sigmoid(gate.float()).unsqueeze(-1)                       # (T, Hkv, 1)
         heads[:, H + Hkv:] += strength * value_embed.view(T, Hkv, D)
     out.copy_(qkv[:, :H * D])
+    if q_scale != 1:
+        out.mul_(q_scale)
     cache.view(-1, 2 * Hkv * D).index_copy_(0, slots, qkv[:, H * D:].to(cache.dtype))
 
 
@@ -2856,34 +3222,41 @@ def make_span(batch, positions, table, group, window, dtype) -> Span:
     return Span(rows, table[group.start:group.stop, first:last].flatten(), mask)
 
 
-def paged_attention_reference(q, cache, plan, window, out):
+def paged_attention_reference(q, cache, plan, window, out, softcap=0.0):
     """softmax(q k / sqrt(D)) v over each row's own pages: q (T, H * D), one layer's cache -> out (T, H * D).
 
-    Keys are never repeated in memory: query heads that share a kv head are rows of one product in decode, and
-    broadcast over its keys in prefill.
+    With a `softcap` c, scores become c * tanh(scores / c). Keys are never repeated in memory: query heads
+    that share a kv head are rows of one product in decode, and broadcast over its keys in prefill.
     """
-    attend, Hkv, D = torch.nn.functional.scaled_dot_product_attention, cache.shape[2], cache.shape[3]
+    Hkv, D = cache.shape[2:]
     q, scale = q.to(cache.dtype).unflatten(1, (-1, D)), D**-0.5                 # (T, H, D)
     for rows, pages, mask in plan[window]:
         kv = torch.index_select(cache.view(-1, PAGE_SIZE, 2, Hkv, D), 0, pages).view(len(mask), -1, 2, Hkv, D)
         k, v = kv[:, :mask.shape[-1]].permute(2, 0, 3, 1, 4)                    # (B, Hkv, S, D) each
         grouped = q[rows].unflatten(1, (Hkv, -1))                               # (rows, Hkv, H / Hkv, D)
         if len(grouped) == len(mask):
-            y = attend(grouped, k, v, attn_mask=mask, scale=scale)
+            y = attend(grouped, k, v, mask, scale, softcap)
         elif q.device.type == "cpu":
-            y = attend_chunk(grouped, k[0], v[0], mask, scale)
+            y = attend_chunk(grouped, k[0], v[0], mask, scale, softcap)
         else:
-            y = attend_prompt(grouped, k[0], v[0], mask, scale)
+            y = attend_prompt(grouped, k[0], v[0], mask, scale, softcap)
         out[rows].view(y.shape).copy_(y)
 
 
-def attend_prompt(q, k, v, mask, scale):
+def attend(q, k, v, mask, scale, softcap):
+    """torch's scaled_dot_product_attention, whose scores are capped if softcap is not 0."""
+    if not softcap:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    scores = softcap * torch.tanh((q * (scale / softcap)) @ k.transpose(-1, -2))
+    return torch.softmax(scores + mask, -1, dtype=torch.float32).to(v.dtype) @ v
+
+
+def attend_prompt(q, k, v, mask, scale, softcap=0.0):
     """Rows of one sequence: q (t, Hkv, G, D), k and v (Hkv, S, D), mask (1, 1, t, S) -> (t, Hkv, G, D)."""
     q = q.permute(1, 2, 0, 3)
     # a stride of 0 lets all query heads of a kv head share its keys
     k, v = (x.unsqueeze(1).expand(-1, q.shape[1], -1, -1) for x in (k, v))
-    return torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, scale=scale).permute(2, 0, 1, 3)
+    return attend(q, k, v, mask, scale, softcap).permute(2, 0, 1, 3)
 
 
 @functools.lru_cache(maxsize=1)
@@ -2892,7 +3265,7 @@ def scores_scratch(dtype, size):
     return torch.empty(size, dtype=dtype)
 
 
-def attend_chunk(q, k, v, mask, scale):
+def attend_chunk(q, k, v, mask, scale, softcap=0.0):
     """attend_prompt on CPU, with two products per kv head.
 
     The scores have the cache's dtype and go to scratch memory; one pass takes as many queries as fit there.
@@ -2906,8 +3279,11 @@ def attend_chunk(q, k, v, mask, scale):
     for h in range(Hkv):
         for first in range(0, T, step):
             block = slice(first, first + step)
-            queries = (q[block, h] * scale).transpose(0, 1).reshape(-1, D)                      # (G * t, D)
+            queries = q[block, h] * (scale / (softcap or 1))
+            queries = queries.transpose(0, 1).reshape(-1, D)                                    # (G * t, D)
             scores = torch.mm(queries, k[h].t(), out=scratch[:len(queries) * S].view(-1, S))    # (G * t, S)
+            if softcap:
+                scores.tanh_().mul_(softcap)
             scores.view(G, -1, S).add_(mask[0, :, block])
             torch.softmax(scores, -1, out=scores)
             y[block, h] = torch.mm(scores, v[h]).view(G, -1, D).transpose(0, 1)
@@ -3129,7 +3505,9 @@ class Backend:
 
     name, row_invariant, quantizes = "torch/reference", False, False
     activations = None          # dtype of every activation buffer; None: _allocate chooses
+    faults: Mapping[str, str] = {}      # compiled ops that their references replace -> why
     as_stored = None            # loads a GGUF matrix in the file's own type; None: everything is dequantized
+    stored_dtype = None         # of activations and pages beside such matrices; None: the backend's affair
 
     def __init__(self, device):
         self.dtype = fastest_dtype(device)      # of float weights, unless the user names one
@@ -3183,7 +3561,7 @@ def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=No
         raise ConfigError(f"--quantize needs decode_core and a CPU; {kernels_line()}")
     ops = backend.ops(max_tokens, max_rows, quantize)
     names = {op.name: "torch/reference" for op in dataclasses.fields(Kernels) if callable(op.default)}
-    names |= {"sample": "numpy/reference"} | dict.fromkeys(ops, backend.name)
+    names |= {"sample": "numpy/reference"} | dict.fromkeys(set(ops) - set(backend.faults), backend.name)
     return Kernels(**ops, names=names, backend=backend)
 
 
@@ -3193,15 +3571,19 @@ def choose_backend(device, spec: ModelSpec | None) -> Any:
     return core and core.backend_for(spec, device, for_decode_core()) or Backend(device)
 
 
-SEAM = 1        # version of Backend and for_decode_core; a core with another version is not used
+SEAM = 4        # version of Backend and for_decode_core; a core with another version is not used
 
 
 def for_decode_core() -> SimpleNamespace:
     """The parts of this file that decode_core uses; it does not import the file."""
+    references = {op.name: op.default for op in dataclasses.fields(Kernels) if callable(op.default)}
     return SimpleNamespace(
         PAGE_SIZE=PAGE_SIZE, zeroed=zeroed, token_places=token_places, page_table=page_table,
-        decode_rows=decode_rows, make_span=make_span, attend_prompt=attend_prompt, dequantized=dequantized,
-        unpermute_rope=unpermute_rope)
+        decode_rows=decode_rows, make_span=make_span, attend=attend, attend_prompt=attend_prompt,
+        dequantized=dequantized, dequantize=dequantize, unpermute_rope=unpermute_rope,
+        references=references, finish_linear=finish_linear, rope_tables=rope_tables,
+        ModelSpec=ModelSpec, SampleRow=SampleRow, SamplingParams=SamplingParams, EagerSteps=EagerSteps,
+        ConfigError=ConfigError)
 
 
 @functools.cache
@@ -3232,8 +3614,38 @@ def kernels_line() -> str:
                 + ", compiled with CUDA too" * info["cuda_compiled"])
     if core := installed_core():
         version = getattr(core, "SEAM", "unknown")
-        return f"decode_core is another version (seam {version} instead of {SEAM}), {build} anew"
+        return f"decode_core has another version (seam {version} instead of {SEAM}), {build} again"
     return f"decode_core is not installed, {build}"
+
+
+def machine_report() -> str:
+    """The versions and the hardware that say how kernels compute here."""
+    def line_of(path: str, words: str) -> str:
+        with contextlib.suppress(OSError):
+            for line in Path(path).read_text(errors="replace").splitlines():
+                if line.startswith(words):
+                    return line.partition(":")[2].strip()
+        return ""
+
+    seam, info = getattr(installed_core(), "SEAM", "none"), (core.info() if (core := decode_core()) else {})
+    isa = " ".join([info.get("isa") or torch.backends.cpu.get_cpu_capability(), *info.get("features", ())])
+    cpu = line_of("/proc/cpuinfo", "model name") or os.uname().machine
+    return "\n".join((
+        f"chat_server {__version__} (seam {SEAM}), decode_core (seam {seam}); {kernels_line()}",
+        f"torch {torch.__version__}, numpy {numpy.__version__}, Python {sys.version.split()[0]}",
+        f"CUDA of torch: {torch.version.cuda or 'none'}; "
+        f"driver: {line_of('/proc/driver/nvidia/version', 'NVRM') or 'none'}",
+        f"{os.uname().sysname}, {cpu}, {isa}, {threads_per_worker(1)} threads"))
+
+
+def check_kernels() -> int:
+    """The `check` command: a report to paste into an issue. 0, or 1 if an op differs from its reference."""
+    print(machine_report(), flush=True)
+    if (core := decode_core()) is None:
+        print("references only: there is nothing to prove")
+        return 0
+    say = functools.partial(print, flush=True)
+    return 0 if core.check(for_decode_core(), threads_per_worker(1), say) else 1
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3252,6 +3664,9 @@ class LoadedModel:
     context_length: int                 # tokens
     description: str
     dtype: torch.dtype | None           # of the weight matrices; None: as stored in the file
+    sampling: dict[str, Any] = field(default_factory=dict)      # the makers' defaults
+    sampling_origin: str = ""           # where they come from
+    notes: tuple[str, ...] = ()         # more lines for the start-up log
 
 
 # --- opening: the worker's side -----------------------------------------------------------------------------
@@ -3264,7 +3679,7 @@ def open_model(source: ModelSource, settings: Settings, dtype: torch.dtype | Non
     Norms and per-layer scalars stay float32. Raises ConfigError naming file, keys and shapes when the files
     are not a complete model of a known kind.
     """
-    opener = {"nanochat": open_nanochat, "gguf": open_gguf}[source.kind]
+    opener = {"nanochat": open_nanochat, "gguf": open_gguf, "hf": open_hf}[source.kind]
     model = opener(source, settings, dtype, device, progress)
     if settings.context_length is not None:
         if settings.context_length > model.context_length:
@@ -3304,7 +3719,8 @@ class Rule(NamedTuple):
     def allowed(self) -> str:
         """What is allowed, in words."""
         if self.kind is bool or self.choices:
-            return f"one of {', '.join(self.choices)}" if self.choices else "true or false"
+            each = f"one of {', '.join(self.choices)}" if self.choices else "true or false"
+            return f"a list of entries, each {each}" if self.many else each
         if self.low == self.high:
             return f"{self.low:,}"
         noun = {str: "text", int: "integer", float: "finite number"}[self.kind]
@@ -3330,6 +3746,32 @@ def checked(path: Path, key: str, value: Any, rule: Rule, length: int | None = N
     raise ConfigError(f"{path}: {key} is {'missing' if value is None else shown(value)}; it must be {must}")
 
 
+SAMPLING_KEYS = {       # ours -> in generation_config.json, in a GGUF's general.sampling, what is allowed
+    "temperature": ("temperature", "temp", Rule(float, 0, 2)),
+    "top_k": ("top_k", "top_k", Rule(int, 0, 2**31 - 1)),
+    "top_p": ("top_p", "top_p", Rule(float, 0, 1)), "min_p": ("min_p", "min_p", Rule(float, 0, 1)),
+    "repetition_penalty": ("repetition_penalty", "penalty_repeat", Rule(float, 0.01, 10))}
+
+
+def own_sampling(path: Path, found: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields `sampling`, `sampling_origin` and `notes` of a LoadedModel, from the values in its file: a
+    generation_config.json, or with a `prefix` GGUF metadata. A bad value is left out, with a note."""
+    sampling, notes = {}, []
+    for ours, keys in SAMPLING_KEYS.items():
+        key = prefix + keys[bool(prefix)]
+        try:
+            if (value := checked(path, key, found.get(key), keys[2]._replace(optional=True))) is not None:
+                sampling[ours] = value if keys[2].kind is int else float(f"{value:.7g}")    # GGUF has float32
+        except ConfigError as error:
+            notes.append(f"Ignored: {error}")
+    if not prefix and found.get("do_sample") is False:
+        sampling = {"temperature": 0.0}
+    origin = (prefix.rstrip(".") or path.name) if sampling else ""
+    if not sampling and path.name == DEFAULT_FILE:
+        sampling, origin = {"temperature": 0.2, "top_p": 0.9}, "recommended by its makers"
+    return {"sampling": sampling, "sampling_origin": origin, "notes": tuple(notes)}
+
+
 def check_divides(path: Path, key: str, size: int, divisor: int, of: str = "") -> None:
     """ConfigError unless `size` is a multiple of `divisor`; `of` says which sizes the divisor comes from."""
     if size % divisor:
@@ -3347,7 +3789,8 @@ def check_bytes(path: Path, sizes: Mapping[str, int]) -> None:
 
 def check_rotary_memory(path: Path, spec: ModelSpec, context_length: int) -> None:
     """ConfigError if the rotary tables of this context, computed in float64, do not fit into memory."""
-    needed, free = 32 * context_length * (spec.rope_size or spec.head_size) // 2, available_memory()
+    tables = {rope_frequencies(spec, layer) for layer in range(spec.layers)}
+    needed, free = 32 * context_length * sum(len(table) for table, _ in tables), available_memory()
     if needed > free:
         raise ConfigError(f"{path}: a context of {context_length:,} tokens needs {needed:,} bytes for its "
                           f"rotary tables, and {free:,} are free; give a shorter --context-length")
@@ -3362,7 +3805,7 @@ def check_names_and_shapes(path: Path, found: Mapping[str, tuple], sources: Sour
                  for name in expected if name in found and found[name] != expected[name]]
     if problems:
         more = f" and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise ConfigError(f"{path}: the tensors do not make this model: {'; '.join(problems[:20])}{more}")
+        raise ConfigError(f"{path}: the tensors do not fit this model: {'; '.join(problems[:20])}{more}")
 
 
 Sources = dict[str, tuple[tuple[int, ...], dict[str, tuple[int, ...]]]]
@@ -3374,15 +3817,17 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
     The file's vocabulary tensors have `padded` rows.
     """
     query, key = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
-    split = {"qkv": (query, key, key), "qkv_bias": (query, key, key),
-             "gate_up": (spec.ffn_size, spec.ffn_size),
-             "embed": (padded,), "head": (padded,), "value_embed": (padded,)}
+    qkv, gate_up, vocabulary = (query, key, key), (spec.ffn_size,) * 2, (padded,)
+    split = {"qkv": qkv, "qkv_bias": qkv, "gate_up": gate_up, "gate_up_bias": gate_up,
+             "embed": vocabulary, "head": vocabulary, "value_embed": vocabulary}
     sources = {}
     for ours, shape in expected_tensors(spec).items():
         layer, _, part = ours.rpartition(".")
         if not (part == "head" and spec.tied_head):
-            theirs = zip(table.get(part, (part,)), split.get(part, shape[:1]))
-            sources[ours] = shape, {name.format(layer): (rows, *shape[1:]) for name, rows in theirs}
+            theirs, rows = table.get(part, (part,)), split.get(part, shape[:1])
+            rows = rows if len(rows) == len(theirs) else shape[:1]      # phi3 has them in one
+            sources[ours] = shape, {name.format(layer): (count, *shape[1:])
+                                    for name, count in zip(theirs, rows)}
     return sources
 
 
@@ -3425,13 +3870,8 @@ def open_nanochat(source: ModelSource, settings: Settings, dtype: torch.dtype, d
     sources = tensor_sources(spec, NANOCHAT_TENSORS, padded)
     check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()},
                            sources)
-    tensors, dtype = {}, dtype or choose_backend(device, spec).dtype
-    for i, (ours, (shape, theirs)) in enumerate(sources.items()):
-        progress("loading weights", i / len(sources))
-        rows = [state[name][:shape[0]] for name in theirs]      # drops a vocabulary's padding
-        kind = torch.float32 if len(shape) == 1 else dtype
-        tensors[ours] = (torch.cat(rows).to(device, kind) if len(rows) > 1
-                         else rows[0].to(device, kind, copy=True))
+    dtype = dtype or choose_backend(device, spec).dtype
+    tensors = assembled(sources, state, dtype, device, progress)
     since = GENERATIONS[number].since
     description = f"nanochat generation {number} ({since}), {spec.layers} layers, width {spec.width}"
     return LoadedModel(spec, tensors, text, source.name, spec.max_positions, description, dtype)
@@ -3450,7 +3890,7 @@ def read_nanochat_config(model_path: Path) -> dict[str, Any]:
     try:
         found = dict(json.loads(path.read_text(encoding="utf-8"))["model_config"])
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; it must stand beside {model_path.name}") from None
+        raise ConfigError(f"{path}: {error.strerror}; it must be beside {model_path.name}") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path} is not a nanochat meta file: {named(error)}") from None
     if unknown := [key for key in found if key not in NANOCHAT_KEYS]:
@@ -3479,14 +3919,14 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         stranger = re.search(r"GLOBAL (\S+)", str(error))
         told = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))     # torch puts bad advice before it
         first = told[1] if told else named(error).split("\n")[0]
-        reason = f"it wants to load {stranger[1]}" if stranger else first
+        reason = f"it would load {stranger[1]}" if stranger else first
         raise lack_of_memory(error) or ConfigError(
-            f"{path} is no readable checkpoint (cut, or not made of tensors only): {reason}") from None
+            f"{path} is not a readable checkpoint (truncated, or not only tensors): {reason}") from None
     if not isinstance(state, dict):
         raise ConfigError(f"{path} holds {type(state).__name__} instead of a state dict")
     for name, value in state.items():
         if not (type(name) is str and tensor_kind(value) in PLAIN_TENSORS):
-            key = name if type(name) is str else f"a key that is no text but {type(name).__name__}"
+            key = name if type(name) is str else f"a key of type {type(name).__name__}, not str,"
             raise ConfigError(f"{path}: {key} is {tensor_kind(value)}; it must be one of "
                               f"{', '.join(PLAIN_TENSORS)}")
     check_bytes(path, {name: value.nbytes for name, value in state.items()})
@@ -3558,7 +3998,7 @@ class TokenizerUnpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("tiktoken.core", "Encoding"):
             return SimpleNamespace      # if the state is a string, tiktoken fetches the encoding of that name
-        raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which no nanochat tokenizer does")
+        raise pickle.UnpicklingError(f"it would load {module}.{name}, which no nanochat tokenizer needs")
 
 
 def read_encoding(path: Path) -> tuple[str, dict[bytes, int], dict[str, int]]:
@@ -3566,7 +4006,7 @@ def read_encoding(path: Path) -> tuple[str, dict[bytes, int], dict[str, int]]:
     state, ids = vars(TokenizerUnpickler(io.BytesIO(path.read_bytes())).load()), Rule(int, 0, MOST_TOKENS - 1)
     names = {"name", "pat_str", "mergeable_ranks", "special_tokens"}
     if set(state) != names or type(state["pat_str"]) is not str:
-        raise ValueError(f"its state is {sorted(state)}, or the pattern is no text")
+        raise ValueError(f"its state is {sorted(state)}, or the pattern is not text")
     pattern, ranks, specials = state["pat_str"], state["mergeable_ranks"], state["special_tokens"]
     for table, kind in ((ranks, bytes), (specials, str)):
         if type(table) is not dict or set(map(type, table)) != {kind} or not ids.fits(list(table.values())):
@@ -3606,27 +4046,423 @@ def read_nanochat_tokenizer(model_path: Path, vocab_size: int) -> TextSpec:
                     stop_tokens=frozenset((bos, end)), add_bos=True)
 
 
+# --- families -----------------------------------------------------------------------------------------------
+
+
+class Family(NamedTuple):
+    """How a family differs from llama, as transformers' modeling_<name>.py has it: a row of FAMILIES."""
+
+    config: dict[str, Any]              # its own keys of config.json; values: what a missing one means
+    fields: dict[str, Any] = {}         # of ModelSpec
+    tensors: dict[str, tuple[str, ...]] = {}        # where its files differ from HF_TENSORS
+    has_window: Callable[[Mapping, int], Any] = lambda config, layer: config.get("sliding_window")
+    one_more: bool = False              # its norms multiply by 1 + w
+
+
+HF_TENSORS = {              # our tensor (of layer {}) -> the folder's tensors whose rows it is made of
+    "embed": ("model.embed_tokens.weight",), "head": ("lm_head.weight",),
+    "final_norm": ("model.norm.weight",),
+    "attention_norm": ("model.layers.{}.input_layernorm.weight",),
+    "ffn_norm": ("model.layers.{}.post_attention_layernorm.weight",),
+    **{name: (f"model.layers.{{}}.self_attn.{name}.weight",) for name in ("q_norm", "k_norm")},
+    **{ours + ending: tuple(f"model.layers.{{}}.{each}_proj.{kind}" for each in theirs.split())
+       for ending, kind in (("", "weight"), ("_bias", "bias"))
+       for ours, theirs in (("qkv", "self_attn.q self_attn.k self_attn.v"), ("output", "self_attn.o"),
+                            ("gate_up", "mlp.gate mlp.up"), ("down", "mlp.down"))}}
+HF_ACTIVATIONS = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu", "relu2": "relu2"}
+HF_DEFAULTS = {             # of every family; None: must be given, or follows from others
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                     "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
+                     "rope_scaling", "rope_parameters", "partial_rotary_factor")),
+    "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False, "rope_theta": 10_000.0}
+QWEN = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
+GEMMA = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "head_dim": 256,
+         "num_attention_heads": 8, "num_key_value_heads": 4, "sliding_window": 4096, "layer_types": None,
+         "tie_word_embeddings": True, "attention_bias": False, "query_pre_attn_scalar": 256,
+         "final_logit_softcapping": None}
+GEMMA_TENSORS = {ours: (f"model.layers.{{}}.{theirs}_layernorm.weight",) for ours, theirs in (
+    ("output_norm", "post_attention"), ("ffn_norm", "pre_feedforward"), ("down_norm", "post_feedforward"))}
+HEAD_NORMS = {"qk_norm": "before_rope", "qk_norm_weights": True}
+
+
+def qwen_window(config: Mapping, layer: int) -> bool:
+    return config["use_sliding_window"] and layer >= config["max_window_layers"]
+
+
+FAMILIES = {                # by config.json's model_type
+    "llama": Family({"attention_bias": False, "mlp_bias": False}),
+    "mistral": Family({"sliding_window": 4096, "num_key_value_heads": 8}),
+    "qwen2": Family(QWEN, {"qkv_bias": True}, has_window=qwen_window),
+    "qwen3": Family(QWEN | {"head_dim": 128, "attention_bias": False}, HEAD_NORMS, has_window=qwen_window),
+    "smollm3": Family(
+        QWEN | {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True, "rope_theta": 2e6,
+                "sliding_window": None, "no_rope_layers": None, "no_rope_layer_interval": 4},
+        has_window=lambda config, layer: (
+            config["use_sliding_window"] and not config["no_rope_layers"][layer])),
+    "gemma2": Family(
+        GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}, {"post_norms": True},
+        GEMMA_TENSORS, lambda config, layer: layer % 2 == 0, one_more=True),
+    "gemma3_text": Family(
+        GEMMA | {"vocab_size": 262_208, "max_position_embeddings": 131_072, "sliding_window_pattern": 6,
+                 "rope_theta": 1e6, "rope_local_base_freq": 10_000.0}, {"post_norms": True} | HEAD_NORMS,
+        GEMMA_TENSORS, lambda config, layer: (layer + 1) % config["sliding_window_pattern"], one_more=True),
+    "phi3": Family(
+        {"sliding_window": None, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+        tensors={"qkv": ("model.layers.{}.self_attn.qkv_proj.weight",),
+                 "gate_up": ("model.layers.{}.mlp.gate_up_proj.weight",)}),
+    "nanochat": Family(
+        {"hidden_act": "relu2", "attention_bias": False, "final_logit_softcapping": 15.0},
+        {"norm_weights": False, "embedding_norm": True, "rope_direction": -1, "qk_norm": "after_rope"},
+        {"up": ("model.layers.{}.mlp.fc1.weight",), "down": ("model.layers.{}.mlp.fc2.weight",)})}
+LAYER_TYPES = ("full_attention", "sliding_attention")
+HF_KEYS = {                 # all others are bool
+    **dict.fromkeys(("hidden_size", "intermediate_size"), Rule(int, 1, MOST_CHANNELS)),
+    **dict.fromkeys(("rope_theta", "rope_local_base_freq"), Rule(float, 2, 10**15)),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"),
+                    Rule(float, 0.01, 10**6, optional=True)),
+    "vocab_size": Rule(int, 1, MOST_TOKENS), "num_hidden_layers": Rule(int, 1, MOST_LAYERS),
+    "num_attention_heads": Rule(int, 1, MOST_HEADS), "rms_norm_eps": Rule(float, 0, 1),
+    "num_key_value_heads": Rule(int, 1, MOST_HEADS, optional=True),
+    "head_dim": Rule(int, 2, MOST_CHANNELS, optional=True), "query_pre_attn_scalar": Rule(float, 0.01, 10**6),
+    "max_position_embeddings": Rule(int, 16, MOST_POSITIONS), "sliding_window_pattern": Rule(int, 1),
+    "original_max_position_embeddings": Rule(int, 2, MOST_POSITIONS),
+    "sliding_window": Rule(int, 1, MOST_POSITIONS, optional=True), "max_window_layers": Rule(int, 0),
+    "layer_types": Rule(str, choices=LAYER_TYPES, many=True, optional=True),
+    "no_rope_layers": Rule(int, 0, 1, many=True, optional=True), "no_rope_layer_interval": Rule(int, 1)}
+HF_INERT = set("""architectures attention_dropout auto_map bos_token_id cache_implementation dtype embd_pdrop
+    do_sample eos_token_id initializer_range is_llama_config max_length model_type neftune_noise_alpha
+    output_attentions output_hidden_states pad_token_id pretraining_tp resid_pdrop return_dict temperature
+    tokenizer_class top_p torch_dtype transformers.js_config transformers_version unsloth_fixed
+    unsloth_version use_cache
+    _attn_implementation _attn_implementation_autoset _name_or_path _sliding_window_pattern""".split())
+HF_ONLY = {                 # what these must be where they are, unless the family has them
+    **dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias", "rope_interleaved", "use_mrope",
+                     "use_bidirectional_attention"), False), "full_attn_mod": 1, "interpolate_factor": 1}
+
+
+def family_config(path: Path, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The family of a config.json, and all that its row and HF_DEFAULTS list, checked."""
+    kind = checked(path, "model_type", given.get("model_type"), Rule(str, choices=(*FAMILIES, "gemma3")))
+    if kind == "gemma3":        # with an image encoder, which is not loaded
+        kind, given = "gemma3_text", given.get("text_config")
+        if not isinstance(given, dict):
+            raise ConfigError(f"{path}: text_config is {shown(given)}; it must be an object")
+    defaults = HF_DEFAULTS | FAMILIES[kind].config
+    for key, value in given.items():
+        if key not in defaults and key not in HF_INERT and value not in (None, HF_ONLY.get(key)):
+            raise ConfigError(f"{path}: {key} is {shown(value)}; " + (
+                f"in a {kind} model it must be {json.dumps(HF_ONLY[key])}" if key in HF_ONLY else
+                f"this key is not supported in a {kind} model. Supported are {', '.join(sorted(defaults))}"))
+    config = {key: given.get(key, default) for key, default in defaults.items()}
+    for key, default in defaults.items():
+        rule = HF_KEYS.get(key, Rule(bool) if isinstance(default, bool) else None)
+        if key.startswith("hidden_act"):
+            rule = Rule(str, choices=(default,))
+        if rule and config[key] is None and not rule.optional:
+            config[key] = default
+        if rule:
+            checked(path, key, config[key], rule)
+    return kind, config
+
+
+def complete_heads(path: Path, config: dict[str, Any], names: Mapping[str, str] = {}) -> None:
+    """Fill in how many key-value heads and how large a head, checked; `names` are the file's for the keys."""
+    heads = config["num_attention_heads"]
+    own = {key: names.get(key, key) for key in HF_DEFAULTS}
+    config["num_key_value_heads"] = config["num_key_value_heads"] or heads
+    check_divides(path, own["num_attention_heads"], heads, config["num_key_value_heads"],
+                  own["num_key_value_heads"])
+    if not config["head_dim"]:
+        check_divides(path, own["hidden_size"], config["hidden_size"], 2 * heads,
+                      f"2 * {own['num_attention_heads']}")
+        config["head_dim"] = config["hidden_size"] // heads
+    check_divides(path, own["head_dim"], config["head_dim"], 2)
+
+
+def family_spec(path: Path, kind: str, config: dict[str, Any], rope: Mapping[str, Any]) -> ModelSpec:
+    """The spec of a checked config; `rope` has max_positions and the fields that begin with rope_."""
+    family, layers = FAMILIES[kind], config["num_hidden_layers"]
+    width, heads, head_size = config["hidden_size"], config["num_attention_heads"], config["head_dim"]
+    fields = {**family.fields, **rope}
+    if "no_rope_layers" in config:
+        every = config["no_rope_layer_interval"]
+        config["no_rope_layers"] = rotated = config["no_rope_layers"] or [
+            int((layer + 1) % every > 0) for layer in range(layers)]
+        checked(path, "no_rope_layers", rotated, HF_KEYS["no_rope_layers"], layers)
+        fields["unrotated_layers"] = tuple(layer for layer in range(layers) if not rotated[layer])
+    window = None if config.get("use_sliding_window") is False else config.get("sliding_window")
+    kinds = config.get("layer_types") or [
+        LAYER_TYPES[bool(family.has_window(config, layer))] for layer in range(layers)]
+    checked(path, "layer_types", kinds, HF_KEYS["layer_types"], layers)
+    if "sliding_attention" in kinds:
+        checked(path, "sliding_window in use", window, HF_KEYS["sliding_window"]._replace(optional=False))
+        fields["windows"] = tuple(window * (each == "sliding_attention") for each in kinds)
+    if config.get("attention_bias"):
+        fields |= {"qkv_bias": True, "output_bias": True}
+    if "query_pre_attn_scalar" in config:
+        fields["q_scale"] = (head_size / config["query_pre_attn_scalar"])**0.5
+        fields["embedding_scale"] = width**0.5
+    return ModelSpec(
+        vocab_size=config["vocab_size"], layers=layers, width=width, heads=heads,
+        kv_heads=config["num_key_value_heads"], head_size=head_size,
+        ffn_size=config["intermediate_size"], norm_eps=config["rms_norm_eps"],
+        tied_head=config["tie_word_embeddings"], ffn_bias=config.get("mlp_bias", False),
+        activation=HF_ACTIVATIONS[config["hidden_act"]], softcap=config.get("final_logit_softcapping") or 0.0,
+        attention_softcap=config.get("attn_logit_softcapping") or 0.0, **fields)
+
+
+# --- rotary frequencies scaled to longer contexts -----------------------------------------------------------
+ROPE_TYPES = {              # rope_type -> its parameters
+    "default": "", "linear": "factor",
+    "llama3": "factor low_freq_factor high_freq_factor original_max_position_embeddings",
+    "yarn": "factor original_max_position_embeddings beta_fast beta_slow attention_factor mscale "
+            "mscale_all_dim truncate",
+    "longrope": "short_factor long_factor original_max_position_embeddings factor attention_factor"}
+ROPE_KEYS = {               # all others are positive numbers
+    "original_max_position_embeddings": HF_KEYS["original_max_position_embeddings"], "truncate": Rule(bool),
+    **dict.fromkeys(("short_factor", "long_factor"), Rule(float, 0.01, 10**6, many=True)),
+    **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim"), Rule(float, 0, 10**3, optional=True))}
+
+
+def scaled_rope(path: Path, name: str, rope: Mapping[str, Any], base: float, size: int, positions: int,
+                context: int | None) -> dict[str, Any]:
+    """max_positions and the fields that begin with rope_, as transformers' modeling_rope_utils.py has them.
+
+    `rope` is a rope_scaling or rope_parameters object. longrope takes its long factors for all positions if
+    the server's `context` (None: the model's) is longer than the original one.
+    """
+    kind = checked(path, f"{name}.rope_type", rope.get("rope_type", rope.get("type", "default")),
+                   Rule(str, choices=tuple(ROPE_TYPES)))
+    known = [*ROPE_TYPES[kind].split(), "rope_type", "type", "rope_theta", "partial_rotary_factor"]
+    if unknown := [key for key in rope if key not in known and rope[key] is not None]:
+        raise ConfigError(f"{path}: {name} has the key {shown(unknown[0])}; known for the type {kind} are "
+                          f"{', '.join(known)}")
+
+    def value(key: str, default: Any = None, length: int | None = None) -> Any:
+        given = default if rope.get(key) is None else rope[key]
+        return checked(path, f"{name}.{key}", given, ROPE_KEYS.get(key, Rule(float, 0.01, 10**6)), length)
+
+    fields = {"max_positions": positions, "rope_base": base, "rope_size": size}
+    if kind == "default":
+        return fields
+    original, half = value("original_max_position_embeddings", positions), size // 2
+    factor = value("factor", positions / original if kind in ("yarn", "longrope") else None)
+    growth = math.log(max(factor, 1))
+    frequencies = base ** -(numpy.arange(0, size, 2) / size)
+    if kind == "linear":
+        factors = numpy.full(half, factor)
+    elif kind == "longrope":
+        factors = [numpy.asarray(value(key, None, half)) for key in ("short_factor", "long_factor")][
+            (context or positions) > original]
+        fields["rope_scale"] = value("attention_factor") or math.sqrt(1 + growth / math.log(original))
+    else:               # 1 keeps a frequency, 0 divides it by the factor
+        if kind == "llama3":
+            low, high = value("low_freq_factor"), value("high_freq_factor")
+            kept = (original * frequencies / (2 * math.pi) - low) / (high - low or 1e-3)
+        else:
+            low, high = (size * math.log(original / (2 * math.pi * value(key, turns))) / (2 * math.log(base))
+                         for key, turns in (("beta_fast", 32.0), ("beta_slow", 1.0)))
+            if value("truncate", True):
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, size - 1)
+            kept = 1 - (numpy.arange(half) - low) / (high - low or 1e-3)
+            over, under = value("mscale"), value("mscale_all_dim")
+            over, under = (over, under) if over and under else (1, 0)
+            fields["rope_scale"] = value("attention_factor") or (
+                (0.1 * over * growth + 1) / (0.1 * under * growth + 1))
+            fields["max_positions"] = max(positions, int(factor * original))
+        kept = numpy.clip(kept, 0, 1)
+        factors = 1 / (kept + (1 - kept) / factor)
+    return fields | {"rope_factors": tuple(factors.tolist())}
+
+
+def hf_rope(path: Path, kind: str, config: Mapping[str, Any], context: int | None) -> dict[str, Any]:
+    """`scaled_rope` of a config.json, which has rope_scaling, or rope_parameters by layer type or for all."""
+    name = "rope_scaling" if config["rope_scaling"] else "rope_parameters"
+    rope, local = config[name] or {}, {}
+    if "rope_local_base_freq" in config and isinstance(rope, dict) and rope.keys() & set(LAYER_TYPES):
+        rope, local = (rope.get(each) or {} for each in LAYER_TYPES)
+    for each in (rope, local):
+        if not isinstance(each, dict) or each is local and local.get("rope_type", "default") != "default":
+            raise ConfigError(f"{path}: {name} is {shown(each)}; it must be an object, with the rope_type "
+                              "default for sliding_attention")
+    kinds = [each for key in ("rope_type", "type") if (each := rope.get(key)) is not None]
+    if kind == "phi3" and kinds and kinds[0] != "default":      # older files call it su or yarn
+        rope = rope | {"original_max_position_embeddings": config["original_max_position_embeddings"],
+                       "rope_type": "longrope" if kinds[0] in ("su", "yarn") else kinds[0]}
+    part = checked(path, "partial_rotary_factor",       # other families' code does not look at it
+                   rope.get("partial_rotary_factor", config["partial_rotary_factor"]),
+                   Rule(float, 0.01 if kind == "phi3" else 1, 1, optional=True))
+    size = int(config["head_dim"] * (part or 1))
+    check_divides(path, "the number of rotated dimensions", size, 2)
+
+    def base(rope: Mapping[str, Any], key: str) -> float:
+        given = rope.get("rope_theta")
+        return float(checked(path, key, config[key] if given is None else given, HF_KEYS[key]))
+
+    fields = scaled_rope(path, name, rope, base(rope, "rope_theta"), size, config["max_position_embeddings"],
+                         context)
+    if "rope_local_base_freq" in config:
+        fields["local_rope_base"] = base(local, "rope_local_base_freq")
+    return fields
+
+
+# --- Hugging Face folders -----------------------------------------------------------------------------------
+
+
+def open_hf(source: ModelSource, settings: Settings, dtype: torch.dtype, device: Any,
+            progress: Progress) -> LoadedModel:
+    kind, spec = hf_spec(source.path / "config.json", settings.context_length)
+    state = read_safetensors(source.path)
+    if spec.tied_head:
+        state.pop("lm_head.weight", None)       # some files have it twice
+    sources = tensor_sources(spec, HF_TENSORS | FAMILIES[kind].tensors, spec.vocab_size)
+    check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()},
+                           sources)
+    dtype = dtype or choose_backend(device, spec).dtype
+    with ThreadPoolExecutor(1) as pool:         # Python builds the tokenizer meanwhile
+        loading = pool.submit(assembled, sources, state, dtype, device, progress)
+        text = hf_text(source.path, spec.vocab_size)
+        tensors = loading.result()
+    for name in tensors:
+        if FAMILIES[kind].one_more and name.endswith("_norm"):
+            tensors[name] += 1
+    if spec.tied_head:
+        tensors["head"] = tensors["embed"]
+    description = f"{kind}, {spec.layers} layers, width {spec.width}"
+    path = source.path / "generation_config.json"
+    return LoadedModel(spec, tensors, text, source.name, spec.max_positions, description, dtype,
+                       **own_sampling(path, read_json(path, needed=False)))
+
+
+def hf_spec(path: Path, context: int | None) -> tuple[str, ModelSpec]:
+    """The family and the spec of a config.json, for contexts of `context` tokens (None: the model's own)."""
+    kind, config = family_config(path, read_json(path))
+    complete_heads(path, config)
+    return kind, family_spec(path, kind, config, hf_rope(path, kind, config, context))
+
+
+def read_json(path: Path, needed: bool = True) -> dict[str, Any]:
+    """The object in a JSON file; {} if the file is missing and not needed."""
+    if not needed and not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise cannot_read(path, error) from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid JSON: {named(error)}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds {shown(found)}; it must hold an object")
+    return found
+
+
+def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
+    """A folder's tensors, mapped from its files; those of an image encoder are left out."""
+    require_library("safetensors", "a Hugging Face folder")
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    index, files = folder / "model.safetensors.index.json", {"": "model.safetensors"}
+    if index.exists():
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not files or not all(
+                isinstance(name, str) and Path(name).name == name for name in files.values()):
+            raise ConfigError(f"{index}: weight_map must give each tensor the name of a file beside it")
+    state = {}
+    for path in (folder / name for name in sorted(set(files.values()))):
+        try:
+            state |= load_file(path)
+        except OSError as error:
+            raise cannot_read(path, error) from None
+        except (SafetensorError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"{path} is not a readable safetensors file (cut?): {named(error)}") from None
+    for name, tensor in state.items():
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ConfigError(f"{folder}: {shown(name)} is of type {kind}; it must be float32, float16 or "
+                              "bfloat16")
+    # gemma3's files with images name the text model apart; some old llama files hold rotary frequencies
+    return {name.replace("language_model.", "", 1): tensor for name, tensor in state.items()
+            if not re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.|.*\.rotary_emb\.", name)}
+
+
+def assembled(sources: Sources, state: Mapping[str, torch.Tensor], dtype: torch.dtype, device: Any,
+              progress: Progress) -> dict[str, torch.Tensor]:
+    """Our tensors made of the rows of theirs: matrices as `dtype`, vectors as float32."""
+    tensors = {}
+    for ours, (shape, theirs) in sources.items():
+        progress("loading weights", len(tensors) / len(sources))
+        rows = [state[name][:shape[0]] for name in theirs]      # drops a vocabulary's padding
+        kind = torch.float32 if len(shape) == 1 else dtype
+        tensors[ours] = (torch.cat(rows).to(device, kind) if len(rows) > 1
+                         else rows[0].to(device, kind, copy=True))
+    return tensors
+
+
+def hf_text(folder: Path, vocab_size: int) -> TextSpec:
+    """tokenizer.json, the chat template, and the tokens that other files there name as bos and eos."""
+    try:
+        payload = (folder / "tokenizer.json").read_bytes()
+        template = folder / "chat_template.jinja"
+        template = template.read_text("utf-8") if template.exists() else None
+    except (OSError, ValueError) as error:
+        raise cannot_read(getattr(error, "filename", None) or folder / "chat_template.jinja", error) from None
+    options, *others = (read_json(folder / f"{name}.json", needed=False)
+                        for name in ("tokenizer_config", "generation_config", "config"))
+    try:
+        if (tokenizer := open_tokenizer(TextSpec("hf", payload))).vocab_size > vocab_size:
+            # gemma3 has a token for images, of which its text model knows nothing
+            content = json.loads(payload)
+            content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocab_size]
+            payload = json.dumps(content, ensure_ascii=False).encode()
+            tokenizer = open_tokenizer(TextSpec("hf", payload))
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {error}") from None
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(f"{folder}: tokenizer.json has {tokenizer.vocab_size:,} tokens, the model "
+                          f"{vocab_size:,}")
+    template = template or options.get("chat_template")
+    if isinstance(template, list):      # of {name, template}
+        kinds = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+        template = template_of(kinds.get("default"), kinds.get("tool_use"))
+    checked(folder / "tokenizer_config.json", "chat_template", template, Rule(str, optional=True))
+
+    def ids(name: str) -> list[int]:
+        said = options.get(f"{name}_token")
+        said = said.get("content") if isinstance(said, dict) else said
+        token = tokenizer.pipeline.token_to_id(said) if isinstance(said, str) else None
+        found = [token, *(each.get(f"{name}_token_id") for each in others)]
+        found = [each if isinstance(each, list) else [each] for each in found if each is not None]
+        return checked(folder, f"{name}_token_id", sum(found, []), Rule(int, 0, vocab_size - 1, many=True))
+
+    bos, eos, adds = ids("bos"), ids("eos"), options.get("add_bos_token")
+    if not isinstance(adds, bool):
+        adds = tokenizer.pipeline.encode("").ids[:1] == bos[:1] != []
+    return TextSpec("hf", payload, template, stop_tokens=frozenset(eos), bos_token=bos[0] if bos else None,
+                    eos_token=eos[0] if eos else None, add_bos=adds, chat_bos=False)
+
+
 # --- GGUF ---------------------------------------------------------------------------------------------------
-GGUF_TENSORS = {            # our tensor (of layer {}) -> the GGUF tensors whose rows it is made of
-    "embed": ("token_embd.weight",), "head": ("output.weight",), "final_norm": ("output_norm.weight",),
-    "attention_norm": ("blk.{}.attn_norm.weight",), "ffn_norm": ("blk.{}.ffn_norm.weight",),
-    "qkv": ("blk.{}.attn_q.weight", "blk.{}.attn_k.weight", "blk.{}.attn_v.weight"),
-    "qkv_bias": ("blk.{}.attn_q.bias", "blk.{}.attn_k.bias", "blk.{}.attn_v.bias"),
-    "output": ("blk.{}.attn_output.weight",), "gate_up": ("blk.{}.ffn_gate.weight", "blk.{}.ffn_up.weight"),
-    "down": ("blk.{}.ffn_down.weight",)}
+# general.architecture -> row of FAMILIES; mistral's files say llama
+GGUF_FAMILIES = {name: name for name in ("llama", "qwen2", "qwen3", "smollm3", "gemma2", "phi3")} | {
+    "gemma3": "gemma3_text"}
+PERMUTED = ("llama", "smollm3")     # architectures whose q and k have rotary pairs side by side
+ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
 def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, device: Any,
               progress: Progress) -> LoadedModel:
     try:
         metadata, stored = read_gguf(source.path)
-        spec = gguf_spec(source.path, metadata, stored)
+        kind, spec = gguf_spec(source.path, metadata, stored, settings.context_length)
+        architecture = metadata["general.architecture"]
         check_bytes(source.path, {name: tensor.n_bytes for name, tensor in stored.items()})
         check_gguf_types(source.path, stored)
-        sources = tensor_sources(spec, GGUF_TENSORS, spec.vocab_size)
+        names = gguf_names(architecture, HF_TENSORS | FAMILIES[kind].tensors)
+        sources = tensor_sources(spec, names, spec.vocab_size)
         check_names_and_shapes(
             source.path, {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in stored.items()
-                          if name != "rope_freqs.weight"},      # it became spec.rope_factors
+                          if name not in ROPE_TENSORS},         # they became spec.rope_factors
             sources)
         backend = choose_backend(device, spec)
         if not backend.as_stored:
@@ -3634,21 +4470,22 @@ def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, devic
         # Python builds the tokenizer while torch fills the tensors without holding the interpreter lock
         with ThreadPoolExecutor(1) as pool:
             loading = pool.submit(gguf_tensors, spec, sources, stored, dtype, device, progress,
-                                  backend.as_stored)
+                                  backend.as_stored, architecture in PERMUTED)
             text = gguf_text(source.path, metadata)
             tensors = loading.result()
     except OSError as error:
         raise cannot_read(source.path, error) from None
     except (ValueError, LookupError, TypeError, OverflowError, RecursionError, struct.error) as error:
         reason = "a tensor's shape does not fit its bytes" if "reshape" in str(error) else named(error)
-        raise ConfigError(f"{source.path} is no readable GGUF file (cut?): {reason}") from None
+        raise ConfigError(f"{source.path} is not a readable GGUF file (truncated?): {reason}") from None
     types = Counter(tensor.tensor_type.name for tensor in stored.values())
     name = printable(gguf_value(source.path, metadata, "general.name") or source.name)
-    description = f"{name}: llama, {spec.layers} layers, width {spec.width}, " + \
+    description = f"{name}: {architecture}, {spec.layers} layers, width {spec.width}, " + \
         ", ".join(f"{count} {name}" for name, count in types.most_common())
     if dtype is None:
         description += backend.converted(sources, stored)
-    return LoadedModel(spec, tensors, text, source.name, spec.max_positions, description, dtype)
+    return LoadedModel(spec, tensors, text, source.name, spec.max_positions, description, dtype,
+                       **own_sampling(source.path, metadata, "general.sampling."))
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -3662,19 +4499,19 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
         def _get(self, offset: int, dtype: Any, count: int = 1, **order: Any) -> "numpy.ndarray":
             if (end := offset + int(count) * numpy.dtype(dtype).itemsize) > len(self.data):
-                raise ValueError(f"it has {len(self.data):,} bytes, and speaks of byte {end:,}")
+                raise ValueError(f"it has {len(self.data):,} bytes but refers to byte {end:,}")
             return super()._get(offset, dtype, count, **order)
 
         def _get_field_parts(self, start: int, raw_type: int) -> tuple[int, list, list[int], list]:
             if self.byte_order != "I":
-                raise ValueError("its byte order is not this machine's")
+                raise ValueError("its byte order differs from this machine's")
             if raw_type != ARRAY:
                 return super()._get_field_parts(start, raw_type)
             kind = gguf.GGUFValueType(int(self._get(start, numpy.uint32)[0]))
             count, end = int(self._get(start + 4, numpy.uint64)[0]), start + 12
             if count > MOST_TOKENS or kind == ARRAY:
                 raise ValueError(f"an array has {count:,} values of type {kind.name}; at most "
-                                 f"{MOST_TOKENS:,} are allowed, and none that are arrays")
+                                 f"{MOST_TOKENS:,} are allowed, and no nested arrays")
             if kind == STRING:
                 values, end = gguf_strings(memoryview(self.data), end, count)
             else:
@@ -3705,10 +4542,10 @@ def check_gguf_tensor(gguf: Any, room: int, name: Any, _: Any, sizes: Any, kind:
     """
     name, sizes = shown(str(bytes(name), "utf-8", "replace")), sizes.tolist()
     if not 1 <= len(sizes) <= 4 or min(sizes) < 1:
-        raise ValueError(f"the tensor {name} has the sizes {sizes[:8]}; 1 to 4 of at least 1 are allowed")
+        raise ValueError(f"the tensor {name} has the sizes {sizes[:8]}; it must have 1 to 4, none below 1")
     block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(int(kind[0]))]
     if sizes[0] % block:
-        raise ValueError(f"the tensor {name} has rows of {sizes[0]:,}; its type has multiples of {block}")
+        raise ValueError(f"the tensor {name} has rows of {sizes[0]:,}; its type needs a multiple of {block}")
     if (end := int(offset[0]) + math.prod(sizes) // block * block_bytes) > room:
         raise ValueError(f"the tensor {name} would end at byte {end:,} of the tensors, which have "
                          f"{max(room, 0):,}")
@@ -3731,7 +4568,7 @@ def gguf_strings(buffer: memoryview, offset: int, count: int) -> tuple[list[str]
     for _ in range(count):
         end = offset + 8 + length_at(buffer, offset)[0]
         if end > len(buffer):
-            raise ValueError("a string goes beyond the end of the file")
+            raise ValueError("a string runs past the end of the file")
         values.append(str(buffer[offset + 8:end], "utf-8", "replace"))
         offset = end
     return values, offset
@@ -3740,27 +4577,62 @@ def gguf_strings(buffer: memoryview, offset: int, count: int) -> tuple[list[str]
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6       # tokenizer.ggml.token_type
 END_TOKENS = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>",
               "<end_of_turn>"}
-LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+class PreTokenizer(NamedTuple):
+    """How a byte-level vocabulary cuts text into words before its merges."""
+
+    splits: tuple[str, ...]             # each pattern cuts what those before it left
+    gpt2: bool = False                  # GPT-2's own pattern, built into `tokenizers`, comes last
+    nfc: bool = False                   # the text becomes NFC first
+    ignore_merges: bool = False         # a word that is in the vocabulary is one token
+    add_bos: bool = False               # if the file does not say
+
+
+CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+WORD, LINES = r"[^\r\n\p{L}\p{N}]?\p{L}+", r"\s*[\r\n]+|\s+(?!\S)|\s+"
+UPPER, LOWER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+LLAMA3_SPLIT = rf"{CONTRACTION}|{WORD}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{LINES}"
 QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-GPT2_SPLIT = None                           # built into `tokenizers`
-PRE_TOKENIZERS = {                          # tokenizer.ggml.pre -> (split pattern, split each digit)
-    "default": (GPT2_SPLIT, False), "gpt-2": (GPT2_SPLIT, False), "smollm": (GPT2_SPLIT, True),
-    "llama-bpe": (LLAMA3_SPLIT, False), "llama3": (LLAMA3_SPLIT, False), "llama-v3": (LLAMA3_SPLIT, False),
-    "qwen2": (QWEN2_SPLIT, False)}
-GGUF_KEYS = {
-    "general.architecture": Rule(str, choices=("llama",)), "general.name": Rule(str, optional=True),
-    "llama.block_count": Rule(int, 1, MOST_LAYERS), "llama.context_length": Rule(int, 16, MOST_POSITIONS),
-    "llama.embedding_length": Rule(int, 1, MOST_CHANNELS),
-    "llama.feed_forward_length": Rule(int, 1, MOST_CHANNELS),
-    "llama.attention.head_count": Rule(int, 1, MOST_HEADS),
-    "llama.attention.head_count_kv": Rule(int, 1, MOST_HEADS),
-    "llama.attention.key_length": Rule(int, 2, MOST_CHANNELS), "llama.attention.value_length": Rule(int),
-    "llama.attention.layer_norm_rms_epsilon": Rule(float, 0, 1),
-    "llama.rope.dimension_count": Rule(int), "llama.rope.freq_base": Rule(float, 1, 10**15),
-    "llama.rope.scaling.type": Rule(str, choices=("none", "linear")),
-    "llama.rope.scaling.factor": Rule(float, 0.01, 10**6),
-    "rope_freqs.weight": Rule(float, 0.01, 10**6, many=True),       # a tensor
+TEKKEN_SPLIT = rf"{UPPER}*{LOWER}+|{UPPER}+{LOWER}*|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{LINES}"
+O200K_SPLIT = (rf"{UPPER}*{LOWER}+{CONTRACTION}?|{UPPER}+{LOWER}*{CONTRACTION}?|\p{{N}}{{1,3}}"
+               rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{LINES}")
+PRE_TOKENIZERS = {name: row for names, row in {         # by tokenizer.ggml.pre
+    "default": PreTokenizer((       # llama.cpp's guess for a file that names none
+        r"[\p{P}$+<=>^~|]+", r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+        r"\p{N}+", "[0-9]{3}")),
+    "gpt-2 phi-2": PreTokenizer((), gpt2=True),
+    "smollm starcoder refact": PreTokenizer((r"\p{N}",), gpt2=True),
+    "llama-bpe llama3 llama-v3 falcon3 pixtral": PreTokenizer(
+        (LLAMA3_SPLIT,), ignore_merges=True, add_bos=True),
+    "dbrx smaug-bpe": PreTokenizer((LLAMA3_SPLIT,)),
+    "qwen2 deepseek-r1-qwen": PreTokenizer((QWEN2_SPLIT,), nfc=True),
+    "tekken": PreTokenizer((TEKKEN_SPLIT,), ignore_merges=True, add_bos=True),
+    "gpt-4o llama4": PreTokenizer((O200K_SPLIT,), ignore_merges=True),
+    "deepseek-coder": PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+",
+                                    "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}"))}.items()
+    for name in names.split()}
+GGUF_SIZES = {              # a key of config.json -> the metadata's, after the architecture
+    "num_hidden_layers": "block_count", "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length", "rms_norm_eps": "attention.layer_norm_rms_epsilon"}
+GGUF_OWN = {                # the same of keys that only some families have
+    "sliding_window": "attention.sliding_window", "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping", "rope_local_base_freq": "rope.freq_base_swa"}
+GGUF_INERT = {"attention.sliding_window_pattern", "vocab_size", "rope.scaling.finetuned", "pooling_type",
+              "tensor_data_layout"}
+GGUF_KEYS = {               # * stands for the architecture
+    "general.architecture": Rule(str, choices=tuple(GGUF_FAMILIES)), "general.name": Rule(str, optional=True),
+    **{f"*.{theirs}": HF_KEYS[ours] for ours, theirs in (GGUF_SIZES | GGUF_OWN).items()},
+    "*.attention.sliding_window": Rule(int, 0, MOST_POSITIONS, optional=True),
+    "*.attention.value_length": Rule(int),
+    "*.rope.dimension_count": Rule(int), "*.rope.freq_base": Rule(float, 1, 10**15),
+    "*.rope.scaling.type": Rule(str, choices=("none", "linear", "yarn", "longrope")),
+    "*.rope.scaling.factor": Rule(float, 0.01, 10**6),
+    "*.rope.scaling.attn_factor": Rule(float, 0.01, 10**3, optional=True),
+    "*.rope.scaling.original_context_length": Rule(int, 2, MOST_POSITIONS, optional=True),
+    **dict.fromkeys(ROPE_TENSORS, Rule(float, 0.01, 10**6, many=True)),
     "tokenizer.chat_template": Rule(str, optional=True),
     "tokenizer.ggml.model": Rule(str, choices=("gpt2", "llama")),
     "tokenizer.ggml.pre": Rule(str, choices=tuple(PRE_TOKENIZERS)),
@@ -3777,59 +4649,116 @@ def gguf_value(path: Path, metadata: Mapping[str, Any], key: str, default: Any =
 
     A list with one number per layer counts as that number when all are equal.
     """
-    rule, value = GGUF_KEYS[key]._replace(**bounds), metadata.get(key, default)
+    starred = "*." + key.partition(".")[2]
+    rule, value = GGUF_KEYS.get(key) or GGUF_KEYS[starred], metadata.get(key, default)
+    rule = rule._replace(**bounds)
     if rule.kind is int and not rule.many and isinstance(value, list) and value:
-        if value.count(value[0]) == len(value) == metadata.get("llama.block_count"):
+        if value.count(value[0]) == len(value) == metadata.get(f"{key.partition('.')[0]}.block_count"):
             value = value[0]
     return checked(path, key, value, rule, length)
 
 
-def gguf_spec(path: Path, metadata: Mapping[str, Any], stored: Mapping[str, Any]) -> ModelSpec:
+def gguf_names(architecture: str, tensors: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """A table like HF_TENSORS in the names of GGUF, as far as the architecture has them."""
+    gguf, found = require_library("gguf", "a GGUF file"), {}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], 1)
+    for ours, theirs in tensors.items():
+        mapped = [names.get_name(name.format(0), (".weight", ".bias")) for name in theirs]
+        if all(mapped):
+            found[ours] = tuple(name.replace("blk.0.", "blk.{}.") for name in mapped)
+    return found
+
+
+def gguf_spec(path: Path, metadata: Mapping[str, Any], stored: Mapping[str, Any],
+              context: int | None) -> tuple[str, ModelSpec]:
+    """The row of FAMILIES and the spec, made as from a config.json that says what the metadata does."""
     value = functools.partial(gguf_value, path, metadata)
-    value("general.architecture")
-    width, heads = value("llama.embedding_length"), value("llama.attention.head_count")
-    kv_heads = value("llama.attention.head_count_kv", heads)
-    check_divides(path, "llama.attention.head_count", heads, kv_heads, "head_count_kv")
-    if "llama.attention.key_length" not in metadata:
-        check_divides(path, "llama.embedding_length", width, 2 * heads, "2 * attention.head_count")
-    head_size = value("llama.attention.key_length", width // heads)
-    check_divides(path, "llama.attention.key_length", head_size, 2)
-    for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
-        value(key, head_size, low=head_size, high=head_size)        # no other size is supported
+    own = f"{value('general.architecture')}."
+    number = lambda key, *default, **bounds: value(own + key, *default, **bounds)
+    kind = GGUF_FAMILIES[own[:-1]]
+    if kind == "llama" and number("attention.sliding_window"):
+        kind = "mistral"
+    config = HF_DEFAULTS | FAMILIES[kind].config
+    unknown = {own + theirs for ours, theirs in GGUF_OWN.items() if ours not in config}
+    unknown |= {key for key in metadata if key.startswith(own) and f"*.{key[len(own):]}" not in GGUF_KEYS}
+    unknown -= {own + key for key in GGUF_INERT}
+    for key in (key for key in metadata if key in unknown and metadata[key]):
+        raise ConfigError(f"{path}: {key} is {shown(metadata[key])}; this key is not supported in a "
+                          f"{own[:-1]} model")
+    config |= {ours: number(theirs, 1e-5 if ours == "rms_norm_eps" else None)
+               for ours, theirs in GGUF_SIZES.items()}
+    config |= {ours: number(theirs, config[ours]) or None for ours, theirs in GGUF_OWN.items()
+               if ours in config}
+    complete_heads(path, config, {ours: own + theirs for ours, theirs in GGUF_SIZES.items()})
+    layers, width, head_size = config["num_hidden_layers"], config["hidden_size"], config["head_dim"]
+    number("attention.value_length", head_size, low=head_size, high=head_size)      # no other is supported
     tokens = len(value("tokenizer.ggml.tokens"))
     embedding = stored["token_embd.weight"].shape if "token_embd.weight" in stored else ()
     vocab_size = int(embedding[1]) if len(embedding) > 1 else tokens
     if not 1 <= tokens <= vocab_size:
-        raise ConfigError(f"{path}: tokenizer.ggml.tokens has {tokens:,} texts; it must have 1 to "
-                          f"{vocab_size:,}, as many as token_embd.weight has rows")
-    return ModelSpec(
-        vocab_size=vocab_size, layers=value("llama.block_count"), width=width, heads=heads, kv_heads=kv_heads,
-        head_size=head_size,
-        ffn_size=value("llama.feed_forward_length"), max_positions=value("llama.context_length"),
-        norm_eps=value("llama.attention.layer_norm_rms_epsilon", 1e-5),
-        rope_base=value("llama.rope.freq_base", 10_000.0),
-        rope_factors=gguf_rope_factors(value, stored, head_size // 2),
-        tied_head="output.weight" not in stored, qkv_bias="blk.0.attn_q.bias" in stored)
+        raise ConfigError(f"{path}: tokenizer.ggml.tokens has {tokens:,} entries; it must have 1 to "
+                          f"{vocab_size:,}, the number of rows of token_embd.weight")
+    pattern = metadata.get(own + "attention.sliding_window_pattern")
+    if pattern is not None:     # every n-th layer without a window, or which layers have one
+        rule = Rule(bool, many=True) if isinstance(pattern, list) else Rule(int, 1)
+        pattern = checked(path, own + "attention.sliding_window_pattern", pattern, rule, layers)
+        config["layer_types"] = [LAYER_TYPES[pattern[layer] if isinstance(pattern, list) else
+                                             (layer + 1) % pattern > 0] for layer in range(layers)]
+    elif "layer_types" in config and not config["sliding_window"]:
+        config["layer_types"] = [LAYER_TYPES[0]] * layers
+    if "query_pre_attn_scalar" in config:       # not in the metadata: what llama.cpp assumes, by size
+        largest = layers == {"gemma2": 46, "gemma3_text": 62}[kind]
+        config["query_pre_attn_scalar"] = (
+            width // config["num_attention_heads"] if largest else head_size)
+    config |= {"vocab_size": vocab_size, "tie_word_embeddings": "output.weight" not in stored}
+    spec = family_spec(path, kind, config, gguf_rope(path, own, value, config, stored, context))
+    return kind, replace(spec, **{field: f"blk.0.{name}.bias" in stored for field, name in (
+        ("qkv_bias", "attn_q"), ("output_bias", "attn_output"), ("ffn_bias", "ffn_down"))})
 
 
-def gguf_rope_factors(value: Callable, stored: Mapping[str, Any], count: int) -> tuple[float, ...] | None:
-    """The divisor of each rotary frequency: rope_freqs.weight (llama 3) times the linear factor."""
-    scaled = value("llama.rope.scaling.type", "none") == "linear"
-    linear = float(value("llama.rope.scaling.factor", 1.0)) if scaled else 1.0
-    found = stored["rope_freqs.weight"].data.tolist() if "rope_freqs.weight" in stored else [1.0] * count
-    factors = tuple(linear * factor for factor in value("rope_freqs.weight", found, count))
-    return None if set(factors) == {1.0} else factors
+def gguf_rope(path: Path, own: str, value: Callable, config: Mapping[str, Any], stored: Mapping[str, Any],
+              context: int | None) -> dict[str, Any]:
+    """As hf_rope: the scaling's keys, phi3's two lists of factors, and llama 3's baked into one."""
+    head_size = config["head_dim"]
+    lists = {name: value(name, stored[name].data.tolist()) for name in ROPE_TENSORS if name in stored}
+    kind = value(f"{own}rope.scaling.type", "none")
+    rope = {"original_max_position_embeddings": value(f"{own}rope.scaling.original_context_length")}
+    least = 2 if own == "phi3." else head_size
+    size = value(f"{own}rope.dimension_count", head_size, low=least, high=head_size)
+    check_divides(path, f"{own}rope.dimension_count", size, 2)
+    if "rope_factors_long.weight" in lists:
+        rope |= {"rope_type": "longrope", "attention_factor": value(f"{own}rope.scaling.attn_factor", 1.0),
+                 "short_factor": lists.get("rope_factors_short.weight"),
+                 "long_factor": lists["rope_factors_long.weight"]}
+    elif kind in ("linear", "yarn"):
+        value(f"{own}rope.scaling.attn_factor", 1.0, low=1.0, high=1.0)
+        rope = {"rope_type": kind, "factor": value(f"{own}rope.scaling.factor", 1.0)} | (
+            rope if kind == "yarn" else {})
+    else:
+        rope = {}
+    base = float(value(f"{own}rope.freq_base", 10_000.0))
+    fields = scaled_rope(path, f"{own}rope.scaling", rope, base, size, config["max_position_embeddings"],
+                         context)
+    if "rope_freqs.weight" in lists:
+        factors = value("rope_freqs.weight", lists["rope_freqs.weight"], size // 2)
+        scaled = fields.get("rope_factors", itertools.repeat(1.0))
+        fields["rope_factors"] = tuple(map(operator.mul, factors, scaled))
+    if "rope_local_base_freq" in config:
+        fields["local_rope_base"] = float(config["rope_local_base_freq"])
+    return fields
 
 
 def gguf_tensors(spec: ModelSpec, sources: Sources, stored: Mapping[str, Any], dtype: torch.dtype | None,
-                 device: Any, progress: Progress, as_stored: Callable | None) -> dict[str, Any]:
+                 device: Any, progress: Progress, as_stored: Callable | None,
+                 permuted: bool) -> dict[str, Any]:
     """Load tensors as `dtype`; None: `as_stored` makes the matrices, in the file's type or one close to it.
 
     Uses two single-core threads, because torch's own threads cost more than they gain at these sizes.
     """
     def load(ours: str) -> Any:
         shape, theirs = sources[ours]
-        parts = [(stored[name], spec.head_size if re.search(r"attn_[qk]\.", name) else 0) for name in theirs]
+        parts = [(stored[name], spec.head_size if permuted and re.search(r"attn_[qk]\.", name) else 0)
+                 for name in theirs]
         if dtype is None and len(shape) == 2:
             return as_stored(shape, parts)
         return dequantized(shape, parts, torch.float32 if len(shape) == 1 else dtype).to(device)
@@ -3867,7 +4796,7 @@ def dequantized(shape: tuple[int, ...], parts: Seq[tuple[Any, int]], dtype: torc
 
 
 def unpermute_rope(rows: Any, head_size: int) -> Any:
-    """Reorder each head's rows so that rotary pairs are (0, D/2), ..; llama's GGUF files have (0, 1), .."""
+    """Reorder each head's rows so that rotary pairs are (0, D/2), ..; PERMUTED ones have (0, 1), .."""
     if not head_size:
         return rows
     return rows.reshape(-1, head_size // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
@@ -3907,22 +4836,25 @@ def gguf_text(path: Path, metadata: Mapping[str, Any]) -> TextSpec:
     types = value("ggml.token_type", [1] * len(tokens), len(tokens))
     last = len(tokens) - 1
     bos, eos, *ends = (value(f"ggml.{name}_token_id", high=last) for name in ("bos", "eos", "eot", "eom"))
-    pre = value("ggml.pre", "default") if model == "gpt2" else ""
-    if model == "gpt2":
+    pre = PRE_TOKENIZERS[value("ggml.pre", "default")] if model == "gpt2" else None
+    if pre:
         pipeline = byte_level_pipeline(tokens, value("ggml.merges"), pre)
     else:
         merges = value("ggml.merges", [])
         merges = merges or merges_of_scores(tokens, value("ggml.scores", None, len(tokens)), types)
         unknown = tokens[value("ggml.unknown_token_id", 0, high=last)]
         pipeline = sentencepiece_pipeline(tokens, merges, unknown, value("ggml.add_space_prefix", True))
+    spaces = metadata.get("general.architecture") == "phi3" and not pre     # swallowed after these tokens
     pipeline["added_tokens"] = [
         {"id": i, "content": token, "special": kind == CONTROL, "normalized": False,
-         "single_word": False, "lstrip": False, "rstrip": False}
+         "single_word": False, "lstrip": False,
+         "rstrip": spaces and token not in ("<unk>", "<s>", "<|endoftext|>")}
         for i, (token, kind) in enumerate(zip(tokens, types)) if token and kind in (CONTROL, USER_DEFINED)]
     ends = {eos, *ends} - {None}
     ends |= {entry["id"] for entry in pipeline["added_tokens"] if entry["content"] in END_TOKENS}
-    add_bos = value("ggml.add_bos_token", model == "llama" or pre in ("llama-bpe", "llama3", "llama-v3"))
-    return TextSpec("hf", json.dumps(pipeline, ensure_ascii=False).encode(), value("chat_template"),
+    add_bos = value("ggml.add_bos_token", pre is None or pre.add_bos)
+    template = template_of(value("chat_template"), metadata.get("tokenizer.chat_template.tool_use"))
+    return TextSpec("hf", json.dumps(pipeline, ensure_ascii=False).encode(), template,
                     stop_tokens=frozenset(ends), bos_token=bos, eos_token=eos, add_bos=add_bos)
 
 
@@ -3935,17 +4867,13 @@ def bpe_pipeline(tokens: Seq[str], merges: list, normalizer: Any, pre_tokenizer:
             "model": model}
 
 
-def byte_level_pipeline(tokens: Seq[str], merges: list, pre: str) -> dict:
-    pattern, digits = PRE_TOKENIZERS[pre]
-    steps = [{"type": "Digits", "individual_digits": True}] if digits else []
-    if pattern:
-        steps.append({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
-                      "invert": False})
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                  "use_regex": not pattern}
-    return bpe_pipeline(tokens, merges, {"type": "NFC"} if pattern == QWEN2_SPLIT else None,
+def byte_level_pipeline(tokens: Seq[str], merges: list, pre: PreTokenizer) -> dict:
+    steps = [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+             for pattern in pre.splits]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": pre.gpt2}
+    return bpe_pipeline(tokens, merges, {"type": "NFC"} if pre.nfc else None,
                         {"type": "Sequence", "pretokenizers": [*steps, byte_level]}, byte_level,
-                        ignore_merges=pattern == LLAMA3_SPLIT)
+                        ignore_merges=pre.ignore_merges)
 
 
 def sentencepiece_pipeline(tokens: Seq[str], merges: list, unknown: str, space_prefix: bool) -> dict:
@@ -3954,9 +4882,13 @@ def sentencepiece_pipeline(tokens: Seq[str], merges: list, unknown: str, space_p
     Unknown characters become bytes.
     """
     steps: list[dict] = [{"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]
+    undo = [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"},
+            {"type": "Fuse"}]
     if space_prefix:
         steps.insert(0, {"type": "Prepend", "prepend": "\u2581"})
-    return bpe_pipeline(tokens, merges, {"type": "Sequence", "normalizers": steps}, None, None,
+        undo.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return bpe_pipeline(tokens, merges, {"type": "Sequence", "normalizers": steps}, None,
+                        {"type": "Sequence", "decoders": undo},
                         byte_fallback=True, fuse_unk=True, unk_token=unknown)
 
 
@@ -4146,6 +5078,118 @@ class CalculatorTool:
         return []
 
 
+# A tag that is a special token has no text. In the text of an answer this character stands for it, a lone
+# surrogate, which no decoded text has; so the same tag spelled out in ordinary tokens stays text.
+TAG_MARKS = {"<tool_call>": "\ud800", "</tool_call>": "\ud801"}
+
+
+class ToolCallReader:
+    """Finds calls of functions in an answer's text as it arrives (see tool_format_of); all else stays text.
+
+    A tagged call that starts with its name is told as soon as its arguments begin, and they follow as they
+    arrive; any other call is told once it is complete.
+    """
+
+    HEAD = r'\s*{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?={)'
+
+    def __init__(self, tool_format: str, names: Seq[str], special: Seq[str] = ()):
+        self.tagged, self.names = tool_format == "tagged", names
+        self.open, self.close = (TAG_MARKS[tag] if tag in special else tag for tag in TAG_MARKS)
+        self.head = re.compile(re.escape(self.open) + self.HEAD)
+        self.reading = self._read_tagged() if self.tagged else self._read_json()
+        self.held, self.inside = "", False      # text not read yet; whether it is the rest of a call
+        self.text, self.calls = "", []          # read, but not taken yet
+
+    def push(self, text: str) -> None:
+        self.held += text
+        next(self.reading)
+
+    def finish(self) -> None:
+        """Read the rest: no more text comes."""
+        if not (self.inside or not self.tagged and self._tell_whole(self.held)):
+            self._say(len(self.held))
+
+    def take(self) -> tuple[str, tuple[CallDelta, ...]]:
+        """The text outside calls, and what is new in calls, since the last time."""
+        taken = self.text, tuple(self.calls)
+        self.text, self.calls = "", []
+        return taken
+
+    def _read_tagged(self) -> Iterator[None]:
+        """Read what is held; yield whenever more text is needed."""
+        while True:
+            while (begin := self.held.find(self.open)) < 0:         # the end may be the start of a tag
+                self._say(len(self.held) - max(n for n in range(len(self.open))
+                                               if self.held.endswith(self.open[:n])))
+                yield
+            self._say(begin)
+            while not (head := self.head.match(self.held)) and self.close not in self.held:
+                yield
+            if head and head[1] in self.names:
+                yield from self._tell_as_it_comes(head)
+            while (end := self.held.find(self.close)) < 0:
+                yield
+            if self.inside or self._tell_whole(self.held[len(self.open):end]):
+                while not (rest := self.held[end + len(self.close):].lstrip()):     # drop space after it
+                    yield
+                self.held, self.inside = rest, False
+            else:
+                self._say(end + len(self.close))
+
+    def _read_json(self) -> Iterator[None]:
+        """The same for untagged calls: only at its end is an answer known to be text, a call or a list."""
+        while not (begin := self.held.lstrip()[:1]):
+            yield
+        while begin in "{[":
+            yield
+        while True:
+            self._say(len(self.held))
+            yield
+
+    def _cut(self, length: int) -> str:
+        text, self.held = self.held[:length], self.held[length:]
+        return re.sub(f"[{''.join(TAG_MARKS.values())}]", "", text)
+
+    def _say(self, length: int) -> None:
+        self.text += self._cut(length)
+
+    def _tell_whole(self, text: str) -> bool:
+        """Tell the text as calls if it is a call or a list of calls; False if it is neither."""
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            return False
+        calls = found if isinstance(found, list) else [found]
+        if not calls or not all(isinstance(call, dict) and call.get("name") in self.names for call in calls):
+            return False
+        self.inside = True
+        self.calls += [CallDelta(json.dumps(call.get("arguments", call.get("parameters")) or {},
+                                            ensure_ascii=False), call["name"]) for call in calls]
+        return True
+
+    def _tell_as_it_comes(self, head: re.Match) -> Iterator[None]:
+        """Tell a call's name, then its arguments as they arrive, up to the end of their JSON object."""
+        self.inside, self.calls = True, [*self.calls, CallDelta("", head[1])]
+        self.held, depth, quoted, escaped = self.held[head.end():], 0, False, False
+        while True:
+            length = 0
+            for length, character in enumerate(self.held, 1):
+                if character == self.close:         # a special token ends even what is not complete
+                    length, depth = length - 1, 0
+                elif quoted:
+                    quoted, escaped = escaped or character != '"', character == "\\" and not escaped
+                else:
+                    quoted, depth = character == '"', depth + (character in "{[") - (character in "}]")
+                if depth == 0:
+                    break
+            if text := self._cut(length):
+                *before, last = self.calls or [CallDelta("")]
+                self.calls = [*before, last._replace(arguments=last.arguments + text)]
+            if depth == 0:
+                return
+            yield
+
+
 class Answer:
     """The text side of a sequence: token ids in, text pieces out, and the decision to stop.
 
@@ -4154,36 +5198,55 @@ class Answer:
 
     def __init__(self, work: Assignment, tokenizer: Tokenizer, grammar: Grammar | None = None):
         self.work, self.grammar = work, grammar
-        self.decoder = StreamDecoder(tokenizer, work.stop)
+        self.unsent, self.calls, marks = "", None, NO_MARKS
+        params = work.params
+        if params.tool_names and tokenizer.tool_format:
+            # a grammar spells the tags out in ordinary tokens
+            special = [] if params.grammar else [tag for tag in TAG_MARKS if tag in tokenizer.specials]
+            marks = {tokenizer.specials[tag]: TAG_MARKS[tag] for tag in special}
+            self.calls = ToolCallReader(tokenizer.tool_format, params.tool_names, special)
+        self.decoder = StreamDecoder(tokenizer, params.stop, marks)
         self.tool = CalculatorTool(tokenizer) if tokenizer.tool_tokens else None
-        self.eos_tokens = frozenset() if work.ignore_eos else tokenizer.stop_tokens
-        self.stop_tokens = self.eos_tokens | frozenset(work.stop_token_ids)
+        self.eos_tokens = frozenset() if params.ignore_eos else tokenizer.stop_tokens
+        self.stop_tokens = self.eos_tokens | frozenset(params.stop_token_ids)
         self.reason: str | None = None          # finish_reason; stop_reason is its cause
         self.stop_reason: str | None = None
-        self.unsent = "".join(map(self._replay, work.resumed_ids))[work.sent_characters:]
+        for token in work.resumed_ids:
+            if self.tool:
+                self.tool.feed(token)       # the resumed ids already contain what it forced
+            if self.grammar:
+                self.grammar.feed(token)
+            self._say(self.decoder.push(token))
+        self.take()                         # it went out together with the ids
 
-    def _replay(self, token: int) -> str:
-        if self.tool:
-            self.tool.feed(token)       # the resumed ids already contain what it forced
-        if self.grammar:
-            self.grammar.feed(token)
-        return self.decoder.push(token)
+    def _say(self, text: str) -> None:
+        if self.calls:
+            self.calls.push(text)
+        else:
+            self.unsent += text
+
+    def take(self) -> tuple[str, tuple[CallDelta, ...]]:
+        """The text, and what is new in calls, since the last time."""
+        if self.calls:
+            return self.calls.take()
+        text, self.unsent = self.unsent, ""
+        return text, ()
 
     def push(self, token: int, generated: int, room: int) -> list[int]:
-        """Add the `generated`-th token, with room for `room` more: its text joins `unsent`, and it may end
-        the answer. Returns the tokens to force after it, whose text is added too."""
+        """Add the `generated`-th token and its text, with room for `room` more; it may end the answer.
+        Returns the tokens to force after it, whose text is added too."""
         if self.grammar and not self.grammar.feed(token):
-            return self._end("refused", "no answer can be held to the JSON schema: nothing fulfils it, "
+            return self._end("refused", "no answer can follow the JSON schema: no value satisfies it, "
                                         "or it is too large")
-        if token in self.stop_tokens and generated >= self.work.min_tokens:
+        if token in self.stop_tokens and generated >= self.work.params.min_tokens:
             return self._end("stop", "eos" if token in self.eos_tokens else str(token))
-        self.unsent += self.decoder.push(token)
+        self._say(self.decoder.push(token))
         if self.decoder.stopped_by is not None:
             return self._end("stop", self.decoder.stopped_by)
         if self.grammar and self.grammar.complete:
             return self._end("stop", "grammar")
         forced = self.tool.feed(token)[:room] if self.tool else []
-        self.unsent += "".join(map(self.decoder.push, forced))
+        self._say("".join(map(self.decoder.push, forced)))
         if len(forced) >= room:
             self._end("length",
                       "max_tokens" if generated + room >= self.work.max_tokens else "context_length")
@@ -4191,7 +5254,9 @@ class Answer:
 
     def _end(self, reason: str, cause: str) -> list[int]:
         self.reason, self.stop_reason = reason, cause
-        self.unsent += self.decoder.finish()
+        self._say(self.decoder.finish())
+        if self.calls:
+            self.calls.finish()
         return []
 
 
@@ -4233,8 +5298,8 @@ class Engine:
         """Queue an answer; its prompt must fit the context (the front has checked this)."""
         limit = min(len(work.prompt_ids) + work.max_tokens, self.context_length)
         sequence = Sequence(work, [*work.prompt_ids, *work.resumed_ids], limit, scored=work.scored)
-        if work.grammar:        # compiled in a thread (once with the vocabulary), so no other answer waits
-            sequence.preparing = self.compiling.submit(work.client, self._prepare, sequence)
+        if work.params.grammar:     # compiled in a thread (once with the vocabulary): no other answer waits
+            sequence.preparing = self.compiling.submit(work.params.client, self._prepare, sequence)
         else:
             self._prepare(sequence)
         sequence.drafter = Drafter(sequence.tokens) if self.drafts and not work.needs_tokens else None
@@ -4246,22 +5311,22 @@ class Engine:
     def _prepare(self, sequence: Sequence) -> None:
         work = sequence.work
         try:
-            grammar = self._grammar(work).copy() if work.grammar else None
+            grammar = self._grammar(work.params).copy() if work.params.grammar else None
             sequence.text = Answer(work, self.tokenizer, grammar)
             if grammar:
                 grammar.mask.set_result(grammar.matcher.compute_bitmask())
         except Exception:       # `text` stays None, so the answer fails when its first token is drawn
-            log.exception("an answer could not be prepared")
+            log.exception("failed to prepare an answer")
 
-    def _grammar(self, work: Assignment) -> Grammar:
+    def _grammar(self, params: AnswerParams) -> Grammar:
         """A request's grammar, compiled once; answers copy it. Runs only on the `compiling` thread."""
-        key = work.owner, work.grammar
+        key = params.owner, params.grammar
         if key in self.grammars:
             self.grammars.move_to_end(key)
             return self.grammars[key]
         self.tokenizer.grammar_vocabulary       # build it first: its memory belongs to no single grammar
         before = heap_bytes()
-        self.grammars[key] = grammar = Grammar(self.tokenizer, work.grammar)
+        self.grammars[key] = grammar = Grammar(self.tokenizer, params.grammar)
         grammar.matcher.compute_bitmask()       # makes it allocate all its memory
         grammar.size = heap_bytes() - before    # approximate: other threads allocate and free meanwhile
         while (len(self.grammars) > self.KEPT_GRAMMARS
@@ -4272,7 +5337,7 @@ class Engine:
     def _think_ahead(self, sequence: Sequence) -> None:
         """Start computing the next token's mask; if the queue is long, sit out steps until it is ready."""
         grammar, behind_s = sequence.text.grammar, self.masking.behind_s
-        grammar.mask = self.masking.submit(sequence.work.client, grammar.matcher.compute_bitmask)
+        grammar.mask = self.masking.submit(sequence.work.params.client, grammar.matcher.compute_bitmask)
         if behind_s > self.MASK_PATIENCE_S:
             sequence.preparing = grammar.mask
 
@@ -4353,13 +5418,14 @@ class Engine:
             return []
         logits = logits if len(drawn) == len(logits) else logits[drawn]         # (len(rows), V)
         owners = [chunk.sequence for chunk in plan for _ in range(chunk.draws)]
-        lines = {i: host_row(logits[i]) for i, owner in enumerate(owners) if owner.work.logprobs is not None}
+        params = [owner.work.params for owner in owners]
+        lines = {i: host_row(logits[i]) for i, each in enumerate(params) if each.logprobs is not None}
         for line, text in ((logits[i], owner.text) for i, owner in enumerate(owners)
-                           if owner.work.grammar and owner.text):
+                           if params[i].grammar and owner.text):
             line.masked_fill_(~torch.from_numpy(text.grammar.allowed(len(line))).to(line.device), -math.inf)
         tokens = self.kernels.sample(logits, rows)
         for i, line in lines.items():
-            owners[i].logprob = logprob_of(penalize(line, rows[i]), tokens[i], owners[i].work.logprobs)
+            owners[i].logprob = logprob_of(penalize(line, rows[i]), tokens[i], params[i].logprobs)
         return tokens
 
     def _advance(self, plan: Seq[Chunk], ticket: Any) -> None:
@@ -4375,7 +5441,7 @@ class Engine:
                 if valid:
                     sequence.tokens.append(~row)
                 row += chunk.draws
-            elif sequence.work.progress and not sequence.generated and not sequence.finished:
+            elif sequence.work.params.progress and not sequence.generated and not sequence.finished:
                 self.pieces.append(Piece(sequence.work.id, (), "", prompt_done=sequence.computed))
         self.under_way = StepUnderWay(ticket, drawing)
 
@@ -4391,7 +5457,7 @@ class Engine:
                 try:
                     self.pieces.append(self._accept(sequence, draft, drawn))
                 except Exception as error:      # in its text, tool or grammar: fails this answer alone
-                    log.exception("an answer could not go on")
+                    log.exception("failed to continue an answer")
                     self.pieces.append(Piece(sequence.work.id, (), "", "error", failure_text(error)))
                     self.scheduler.remove(sequence)
 
@@ -4421,12 +5487,12 @@ class Engine:
             sequence.draft = sequence.drafter.propose() if room and sequence.pending == 1 else []
         elif answer.grammar:
             self._think_ahead(sequence)
-        text, answer.unsent = answer.unsent, ""
+        text, calls = answer.take()
         ended_it = answer.reason == "stop" and token in answer.stop_tokens
         logprobs = () if sequence.logprob is None or ended_it else (sequence.logprob,)
         return Piece(sequence.work.id, tuple(tokens[known:]), text, answer.reason, answer.stop_reason,
                      sequence.cached_tokens, sequence.queued_s, sequence.drafted_tokens,
-                     sequence.accepted_tokens, logprobs)
+                     sequence.accepted_tokens, logprobs, calls=calls)
 
     def give_up(self) -> list[str]:
         """After a failed step: forget all it may have written; returns the ids of the dropped answers."""
@@ -4451,7 +5517,7 @@ class Engine:
             progress(0.5 + done / len(shapes) / 2)
             for row in range(min(rows, self.pool.num_pages // 2)):
                 ids = tuple((row + 7 * i) % self.tokenizer.vocab_size for i in range(length))
-                self.add(Assignment(f"warm-up {row}", ids, SamplingParams(), 1))
+                self.add(Assignment(f"warm-up {row}", ids, AnswerParams(), 1))
             while self.busy:
                 self.step()
         self.pool.forget_cached()
@@ -4496,7 +5562,7 @@ def score_prompt(chunk: Chunk, logits) -> tuple[TokenLogprob, ...]:
     """Log-probabilities of the prompt tokens after the chunk's own, from logits (rows of the chunk, V). Skips
     those already scored: a sequence that was preempted, or whose worker died, starts over."""
     sequence, first = chunk.sequence, chunk.sequence.computed
-    ids, top = sequence.work.prompt_ids, sequence.work.prompt_logprobs
+    ids, top = sequence.work.prompt_ids, sequence.work.params.prompt_logprobs
     scores = [TokenLogprob(ids[0], None)] if sequence.scored == 0 else []
     for position, line in enumerate(logits, first + 1):
         if max(1, sequence.scored) <= position < len(ids):
@@ -4508,11 +5574,11 @@ def score_prompt(chunk: Chunk, logits) -> tuple[TokenLogprob, ...]:
 def sample_row(sequence: Sequence, eos_tokens: frozenset[int], offset: int = 0) -> SampleRow:
     """How to draw a sequence's next token, or the one `offset` after it: parameters, absolute position, and
     the tokens that penalties count."""
-    work, params = sequence.work, sequence.work.sampling
-    if sequence.generated + offset < work.min_tokens and not work.ignore_eos:
-        banned = tuple((token, -math.inf) for token in sorted(eos_tokens | set(work.stop_token_ids)))
-        params = replace(params, logit_bias=params.logit_bias + banned)
-    return SampleRow(params, len(sequence.tokens) + offset, sequence.tokens, len(work.prompt_ids))
+    work, params, sampling = sequence.work, sequence.work.params, sequence.work.sampling
+    if sequence.generated + offset < params.min_tokens and not params.ignore_eos:
+        banned = tuple((token, -math.inf) for token in sorted(eos_tokens | set(params.stop_token_ids)))
+        sampling = replace(sampling, logit_bias=sampling.logit_bias + banned)
+    return SampleRow(sampling, len(sequence.tokens) + offset, sequence.tokens, len(work.prompt_ids))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -4560,7 +5626,7 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
     del model
     engine.warm_up(lambda fraction: channel.send(Loading("warming up", fraction)))
     give_memory_back()
-    channel.send(Ready(gauges(engine)))
+    channel.send(Ready(gauges(engine), engine.kernels.backend.faults))
     return engine
 
 
@@ -4615,9 +5681,10 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
              + ", ".join(sorted(set(kernels.values()))),
              f"KV cache: {pages:,} pages of {PAGE_SIZE} tokens = {pages * PAGE_SIZE:,} tokens ("
              f"{pages * Transformer.page_bytes(model.spec, dtype) / 2**20:,.0f} MiB); "
-             f"context {engine.context_length:,} tokens")
+             f"context {engine.context_length:,} tokens", *model.notes)
     return ModelCard(model.text, model.name, engine.context_length, lines, kernels,
-                     engine.kernels.row_invariant, kernels_line())
+                     engine.kernels.row_invariant, kernels_line(), dict(model.sampling),
+                     model.sampling_origin)
 
 
 def gauges(engine: Engine) -> dict[str, int]:
@@ -4653,35 +5720,26 @@ class Inbox:
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self.requests: dict[str, NewRequest] = {}
-        self.prompts: dict[str, dict[int, tuple[int, ...]]] = {}      # by request, then by index
+        self.params: dict[str, AnswerParams] = {}                       # by request
+        self.prompts: dict[str, dict[int, tuple[int, ...]]] = {}        # by request, then by index
 
     def obey(self, message: Any) -> None:
         match message:
-            case NewRequest(id):
-                self.requests[id], self.prompts[id] = message, {}
+            case NewRequest(id, params):
+                self.params[id], self.prompts[id] = params, {}
             case NewPrompt(id, index, ids):
                 self.prompts[id][index] = ids
-            case NewAnswer():
-                self.engine.add(self.work(message))
+            case NewAnswer(id, request, prompt, choice, max_tokens, resumed_ids, scored):
+                ids, params = self.prompts[request][prompt], self.params[request]
+                self.engine.add(Assignment(id, ids, params, max_tokens, choice, resumed_ids, scored))
             case Cancel(id):
                 self.engine.cancel(id)
             case EndOfRequest(id):
-                del self.requests[id], self.prompts[id]
+                del self.params[id], self.prompts[id]
             case Ping():
                 pass            # any message makes the loop step and report
             case _:
-                raise BadMessage(f"{type(message).__name__} is nothing that the front sends now")
-
-    def work(self, answer: NewAnswer) -> Assignment:
-        request = self.requests[answer.request_id]
-        params = vars(request.params)
-        if answer.resumed_ids:
-            params = params | {"prompt_logprobs": None}         # already sent
-        sampling = replace(request.sampling, choice=answer.choice)
-        return Assignment(answer.id, self.prompts[answer.request_id][answer.prompt], sampling,
-                          answer.max_tokens, answer.resumed_ids, answer.sent_characters, answer.request_id,
-                          request.client, request.owner, answer.scored, **params)
+                raise BadMessage(f"unexpected message from the front: {type(message).__name__}")
 
 
 def run_engine(channel: Channel, engine: Engine) -> None:
@@ -4776,7 +5834,7 @@ class PromptMaker:
         the oldest turns as possible, never a system message or the last turn."""
         messages = request.messages
         if len(messages) > self.context_length:         # refused unrendered: each is at least one token
-            raise RequestError(f"the conversation has {len(messages):,} messages and the context holds "
+            raise RequestError(f"the conversation has {len(messages):,} messages, but the context holds "
                                f"{self.context_length:,} tokens",
                                code="context_length_exceeded", param="messages")
         starts, rendered = turn_starts([message.role for message in messages]), {}
@@ -4813,8 +5871,8 @@ class PromptMaker:
                            self.SLICE_CHARACTERS):
             count += len(self.tokenizer.encode(text[start:start + self.SLICE_CHARACTERS]))
             if count > 2 * self.context_length:
-                raise RequestError(f"the prompt has more than {count - count % 1000:,} tokens "
-                                   f"and the context holds {self.context_length:,}",
+                raise RequestError(f"the prompt has more than {count - count % 1000:,} tokens, "
+                                   f"but the context holds {self.context_length:,}",
                                    code="context_length_exceeded", param=param)
 
     def answer_length(self, request: Request, prompt_ids: tuple[int, ...]) -> int:
@@ -4823,7 +5881,7 @@ class PromptMaker:
         if not prompt_ids:
             raise RequestError("the prompt is empty", param="prompt")
         if len(prompt_ids) >= limit:
-            raise RequestError(f"the prompt has {len(prompt_ids):,} tokens and the context holds {limit:,} "
+            raise RequestError(f"the prompt has {len(prompt_ids):,} tokens, but the context holds {limit:,} "
                                "(prompt and answer together)", code="context_length_exceeded",
                                param="prompt" if request.messages is None else "messages")
         room = limit - len(prompt_ids)
@@ -4868,9 +5926,12 @@ def checked_ids(tokens: Seq[int], tokenizer: Tokenizer, name: str) -> Seq[int]:
     size = tokenizer.vocab_size
     if tokens and not 0 <= min(tokens) <= max(tokens) < size:
         wrong = next(token for token in tokens if not 0 <= token < size)
-        raise RequestError(f"{name} has the token id {wrong}; this model's are 0 to {size - 1}",
+        raise RequestError(f"{name} has the token id {wrong}; this model's ids are 0 to {size - 1}",
                            code="invalid_value", param=name)
     return tokens
+
+
+WRITE_BYTES = 1 << 18       # large data is written in pieces of this size, so that others get a turn
 
 
 class Turns:
@@ -4923,7 +5984,10 @@ class Sandbox:
         exchange = asyncio.ensure_future(self._exchange(messages))      # continues if its client leaves
         exchange.add_done_callback(
             lambda done: (done.cancelled() or done.exception(), self.turns.give_back()))
-        return await asyncio.shield(exchange)
+        try:
+            return await asyncio.shield(exchange)
+        finally:
+            del exchange        # it holds its exception, whose traceback holds this frame, and so the body
 
     async def start(self) -> None:
         """Start the process unless it is running."""
@@ -4950,7 +6014,7 @@ class Sandbox:
                     await self.writer.drain()
             kind, size = kind_and_size(
                 await asyncio.wait_for(self.reader.readexactly(HEADER.size), self.PATIENCE_S))
-            reply = unpacked(kind, await self.reader.readexactly(size))
+            reply = unpacked(kind, await self._read(size))
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.TimeoutError, BadMessage) as error:
             code = await self.stop(0.0 if isinstance(error, asyncio.TimeoutError) else self.EXIT_S)
             if code not in (*self.EXCESS, self.OUT_OF_MEMORY):
@@ -4966,7 +6030,17 @@ class Sandbox:
                 raise ConfigError(message)
             case Refused(message, status, code, param):
                 raise RequestError(message, status=status, code=code, param=param)
-        raise BadMessage(f"{type(reply).__name__} is nothing that a sandbox sends")
+        raise BadMessage(f"unexpected message from a sandbox: {type(reply).__name__}")
+
+    async def _read(self, size: int) -> bytes:
+        """As StreamReader.readexactly, which copies 20 MB twice in one callback of the event loop."""
+        parts = []
+        while size:
+            if not (part := await self.reader.read(min(size, WRITE_BYTES))):
+                raise asyncio.IncompleteReadError(b"", size)
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
 
     async def stop(self, patience_s: float = 0.0) -> int | None:
         """Kill the process, if any, unless it exits within patience_s; returns its exit status."""
@@ -4984,6 +6058,99 @@ class Sandbox:
         await self.stop()
 
 
+PREPARE_S = 5.0             # processor seconds a sandbox may take to compile a template or open a tokenizer
+
+
+class Admission:
+    """What happens to requests before they are queued: large bodies are read, schemas checked, prompts made.
+
+    A request counts as waiting while this lasts; `check_capacity` refuses those for which there is no place.
+    """
+
+    TEMPLATE_S = 0.5            # processor seconds for filling in a chat template,
+    SCHEMA_S = 1.0              # for checking a JSON schema,
+    BODY_S = 5.0                # and for reading a large body
+    VALID_GRAMMARS = 256        # remember this many valid grammars, to check none of them twice
+
+    def __init__(self, check_capacity: Callable[[str, str], None]):
+        self.check_capacity = check_capacity
+        self.prompts: PromptMaker | None = None     # set once there is a tokenizer
+        self.sandboxes: dict[str, Sandbox] = {}     # "templates", "schemas", "bodies"
+        self.preparing: dict[str, str] = {}         # request being read or rendered -> its client
+        self.valid_grammars: OrderedDict[tuple[str, str], None] = OrderedDict()     # (owner, source)
+
+    async def open(self, card: ModelCard, settings: Settings) -> None:
+        """Get ready for a model's requests; ConfigError if its tokenizer or chat template is broken."""
+        known = Known(replace(settings, keys=(), api_key=()), card.name,
+                      tool_format_of(card.text.chat_template or ""))
+        limits = {"templates": (self.TEMPLATE_S, 256 << 20, 0), "schemas": (self.SCHEMA_S, 256 << 20, 10),
+                  "bodies": (self.BODY_S, 1 << 30, 5)}
+        self.sandboxes = {
+            name: Sandbox(PROCESS_COMMAND, SandboxConfig(
+                known, card.text if name == "bodies" else replace(card.text, payload=b""),
+                card.context_length, *each))
+            for name, each in limits.items()}
+        if card.text.chat_template:
+            await self.sandboxes["templates"].start()
+        tokenizer = await asyncio.to_thread(open_tokenizer, card.text)
+        prompts = PromptMaker(tokenizer, card.context_length, fill=self._fill_template,
+                              run=run_in_thread_if_long)
+        if tokenizer.templated:
+            try:
+                await prompts.render([Message("user", "hello")], (), "")        # compiles the template
+            except RequestError as error:       # the template may accept other chats
+                log.warning("chats may be refused, as the message \"hello\" was: %s", printable(str(error)))
+        self.prompts = prompts
+
+    async def _fill_template(self, arguments: dict, client: str) -> str:
+        return await self.sandboxes["templates"].call(client, "fill_template", arguments)
+
+    @contextlib.contextmanager
+    def _prepare(self, request_id: str, client: str) -> Iterator[None]:
+        """Reserve a place for a request while it is read and rendered: it counts as waiting."""
+        self.check_capacity(request_id, client)
+        self.preparing[request_id] = client
+        try:
+            yield
+        finally:
+            del self.preparing[request_id]
+
+    async def admit(self, request: Request) -> Request:
+        """Check the request's grammar, and return the request with its prompts as token ids."""
+        with self._prepare(request.id, request.client):
+            await self._check_grammar(request, request.client, request.owner)
+            return await self.prompts.admit(request)
+
+    async def _check_grammar(self, request: Request, client: str, owner: str) -> None:
+        """Raise RequestError for a grammar that cannot be enforced or costs too much to check.
+
+        Results are remembered per owner, so that a check's duration does not reveal what others asked.
+        """
+        key = owner, request.grammar
+        if not request.grammar or key in self.valid_grammars:
+            return
+        await self.sandboxes["schemas"].call(client, "check_grammar", request.grammar, request.grammar_param)
+        self.valid_grammars[key] = None
+        while len(self.valid_grammars) > self.VALID_GRAMMARS:
+            self.valid_grammars.popitem(last=False)
+
+    async def read_large(self, reader: str, body: bytes, client: str, owner: str) -> Call:
+        """Read a large body of a route that answers, and check its grammar. The request's id is not known
+        until then, so another request may take it."""
+        with self._prepare(secrets.token_hex(16), client):
+            call = restorer(Call)(await self.sandboxes["bodies"].call(client, "read_call", reader, body=body))
+            await self._check_grammar(call.request, client, owner)
+            return call
+
+    async def answer_text(self, route: str, body: bytes, client: str) -> bytes:
+        """The response to a large body on a route that only handles text."""
+        with self._prepare(secrets.token_hex(16), client):
+            return await self.sandboxes["bodies"].call(client, "answer_text", route, body=body)
+
+    async def close(self) -> None:
+        await asyncio.gather(*(sandbox.close() for sandbox in self.sandboxes.values()))
+
+
 class Tasks:
     """The tasks of a sandbox: one method each."""
 
@@ -4998,11 +6165,18 @@ class Tasks:
     def template(self) -> Any:
         return compile_chat_template(self.config.text.chat_template)
 
+    def prepare(self, name: str) -> None:
+        """Do once what no task should pay for: jinja computes a template's constants when it compiles it."""
+        if name == "fill_template":
+            _ = self.template
+        elif name != "check_grammar":
+            _ = self.prompts
+
     def fill_template(self, arguments: dict) -> Result:
         text = fill_template(self.template, arguments)
         if len(text) > LIMITS.rendered_characters:      # checked here because the front's event loop reads it
-            raise RequestError(f"the chat template makes {len(text):,} characters of the messages, "
-                               f"which is too long: at most {LIMITS.rendered_characters:,} are allowed",
+            raise RequestError(f"the chat template turns the messages into {len(text):,} characters; "
+                               f"at most {LIMITS.rendered_characters:,} are allowed",
                                code="context_length_exceeded", param="messages")
         return Result(text)
 
@@ -5036,6 +6210,8 @@ def sandbox_main(arguments: Seq[str]) -> int:
             [task] = channel.receive(wait=True, most=1)
             bodies = ([message.data for message in channel.receive(wait=True, most=1)]
                       if task.name in ("read_call", "answer_text") else [])
+            signal.setitimer(signal.ITIMER_PROF, PREPARE_S)
+            do_task(tasks.prepare, task.name)           # an error shows when the task needs the same
             signal.setitimer(signal.ITIMER_PROF, config.cpu_s)
             reply = packed(do_task(getattr(tasks, task.name), *task.arguments, *bodies))
             if len(reply) > Result.MAX_BYTES:
@@ -5065,45 +6241,10 @@ def limit_memory(more: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + more, hard))
 
 
-PING_S = 10.0               # a silent stream carries a comment this often
-HEADER_S = 15.0             # seconds a request's header may take to arrive
-BODY_S = 30.0               # seconds a body may pause, or wait for memory
-WRITE_BYTES = 1 << 18       # large data is written in pieces of this size, so that others get a turn
-BODY_BYTES_PER_S = 32_768   # a body may not be slower than this for longer than BODY_S
-KEEP_ALIVE_S = 75.0         # seconds an idle connection is kept between requests
-WRITE_S = 30.0              # seconds a client may read nothing of what it is sent
-GRACE_S = 30.0              # seconds a resumable answer continues without a reader
-KEPT_S = 600.0              # seconds a finished resumable answer can still be read
-BACKLOG = 1024              # connections the system queues until they are accepted
-ACCEPTED_AT_ONCE = 32       # connections accepted before the event loop runs other work; each takes 0.1 ms
-OPEN_ROUTES = ("/", "/static/{name}", "/livez", "/readyz", "/health")       # need no API key
-POLLED_ROUTES = ("/health", "/livez", "/readyz", "/stats", "/metrics")      # logged only at level debug
-STATIC = Path(__file__).resolve().parent / "static"
-SYSTEM_FINGERPRINT = f"chat_server-{__version__}"
-SSE_HEADERS = {
-    "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache, no-transform",
-    "X-Accel-Buffering": "no",
-}
-SECURITY_HEADERS = {
-    "Content-Security-Policy":
-        "default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src *; "
-        "object-src 'none'; base-uri 'self'; form-action 'none'; frame-ancestors 'none'; "
-        "require-trusted-types-for 'script'; trusted-types dompurify",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Server": "chat_server",
-}
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 16. pool: workers, queue, failover   [front]
 # ------------------------------------------------------------------------------------------------------------
 
-
-# the front's side
 
 RECENT_S = 5            # seconds over which /stats averages the speed
 TIMEABLE_S = 0.001      # report no speed for an answer whose tokens took less time than this
@@ -5121,7 +6262,6 @@ class Job:
     arrived_s: float
     choice: int = 0
     output_ids: list[int] = field(default_factory=list)
-    sent_characters: int = 0
     scored: int = 0             # prompt tokens whose log-probabilities have arrived
     worker: "Worker | None" = None
     dispatched_s: float | None = None
@@ -5168,11 +6308,11 @@ class Job:
         if told is None:
             params = AnswerParams(
                 **{each.name: getattr(request, each.name) for each in dataclasses.fields(AnswerParams)})
-            yield NewRequest(request.id, params, request.sampling, request.client, request.owner)
+            yield NewRequest(request.id, params)
         if told is None or self.prompt not in told:
             yield NewPrompt(request.id, self.prompt, self.prompt_ids)
         yield NewAnswer(self.worker_id, request.id, self.prompt, self.choice % request.n, self.max_tokens,
-                        tuple(self.output_ids), self.sent_characters, self.scored)
+                        tuple(self.output_ids), self.scored)
 
     def take(self, piece: Piece, gpu: int) -> None:
         """Turn a worker's piece into events for the reader."""
@@ -5191,13 +6331,13 @@ class Job:
             self.events.put_nowait(piece)
             return
         if self.request.max_tokens == 0:        # only the prompt is wanted, but the worker draws a token
-            piece = piece._replace(tokens=(), text="", logprobs=(), reason="length", stop_reason="max_tokens")
+            piece = piece._replace(tokens=(), text="", logprobs=(), calls=(), reason="length",
+                                   stop_reason="max_tokens")
         self.last_token_s = time.monotonic()
         if self.first_token_s is None:
             self.first_token_s = self.last_token_s
         self.failovers = 0
         self.output_ids += piece.tokens
-        self.sent_characters += len(piece.text)
         self.events.put_nowait(piece)
         if piece.reason is not None:
             self.events.put_nowait(self._finished(piece))
@@ -5230,6 +6370,7 @@ class Worker:
         self.process: subprocess.Popen | None = None
         self.writer: asyncio.StreamWriter | None = None
         self.gauges = NO_GAUGES
+        self.kernel_faults: dict[str, str] = {}
         self.restarts = 0
         self.crashes_in_row = 0                     # 0 again after a finished answer or a minute of life
         self.spawned_s = self.ready_s = self.slowest_step_s = 0.0
@@ -5353,6 +6494,7 @@ class Worker:
         tokens_per_second = sum(tokens for at, tokens in self.recent if at > since) / RECENT_S
         return {"gpu_id": self.gpu, "device": self.device, "pid": self.process and self.process.pid,
                 "state": self.state, **self.gauges, "running": len(self.jobs), "restarts": self.restarts,
+                "kernel_faults": self.kernel_faults,
                 "crashes_in_row": self.crashes_in_row, "tokens_per_second": round(tokens_per_second, 1),
                 "utilization": round(len(self.jobs) / self.pool.settings.max_batch, 3)}
 
@@ -5429,6 +6571,16 @@ def exit_in_words(status: int | None) -> str:
     return f"killed by {name}{', as the system does when memory runs out' if name == 'SIGKILL' else ''}"
 
 
+def with_model(settings: Settings, pool: Any) -> Settings:
+    """The settings with the sampling parameters of the pool's model."""
+    own, origin = pool.own_sampling
+    return replace(settings, own_sampling=own, own_origin=origin)
+
+
+def sampling_of(pool: Any, settings: Settings) -> dict[str, tuple[float, str]]:
+    return sampling_defaults(with_model(settings, pool))
+
+
 class LocalPool:
     """The replicas on this machine behind one `answer`: routing, queueing, supervision, failover.
 
@@ -5442,10 +6594,6 @@ class LocalPool:
     CRASHING_S = 60.0           # this long if a worker is in a crash loop
     STABLE_S = 60.0             # a worker that lives this long is not in a crash loop
     MAX_FAILOVERS = 3           # give up a request after this many worker deaths without a token in between
-    TEMPLATE_S = 1.0            # processor seconds for filling in a chat template,
-    SCHEMA_S = 1.0              # for checking a JSON schema,
-    BODY_S = 5.0                # and for reading a large body
-    VALID_GRAMMARS = 256        # remember this many valid grammars, to check none of them twice
     PLACE_S = 0.25              # seconds between updates of a waiting client's place in the queue
     TURN_S = 0.005              # one request's events are handled for this long before others get their turn
     PREFIXES = 10_000           # remembered per worker
@@ -5457,10 +6605,7 @@ class LocalPool:
         self.pending = WaitingQueue()
         self.source: ModelSource | None = None
         self.card: ModelCard | None = None
-        self.prompts: PromptMaker | None = None     # set once there is a tokenizer
-        self.sandboxes: dict[str, Sandbox] = {}     # "templates", "schemas", "bodies"
-        self.preparing: dict[str, str] = {}         # request being read or rendered -> its client
-        self.valid_grammars: OrderedDict[tuple[str, str], None] = OrderedDict()     # (owner, source)
+        self.admission = Admission(self._check_capacity)
         self.draining = self.closing = False
         self.wanted = asyncio.Event()               # cleared: workers stay unloaded until the next request
         self.wanted.set()
@@ -5594,8 +6739,7 @@ class LocalPool:
             process.kill()
         for task in self.tasks:
             task.cancel()
-        await asyncio.gather(*self.tasks, *(sandbox.close() for sandbox in self.sandboxes.values()),
-                             return_exceptions=True)
+        await asyncio.gather(*self.tasks, self.admission.close(), return_exceptions=True)
         for process in processes:
             await asyncio.to_thread(process.wait)       # harmless if its task has waited for it already
 
@@ -5609,8 +6753,9 @@ class LocalPool:
                 if self.card is None:       # the first card: build our tokenizer while the workers warm up
                     self.card = message
                     self._run("opening the tokenizer", functools.partial(self._open_tokenizer, message))
-            case Ready(gauges_):
+            case Ready(gauges_, faults):
                 worker.state, worker.gauges, worker.ready_s = "ready", gauges_, time.monotonic()
+                worker.kernel_faults = faults
                 self.asleep, self.used_s, self.load_s = (
                     False, worker.ready_s, worker.ready_s - worker.spawned_s)
                 self._check_ready()
@@ -5625,7 +6770,7 @@ class LocalPool:
                     self._give_up(ConfigError(text))
                 worker.process.kill()
             case _:
-                raise BadMessage(f"{type(message).__name__} is nothing that a worker sends")
+                raise BadMessage(f"unexpected message from a worker: {type(message).__name__}")
 
     def progress(self, stage: str, fraction: float) -> None:
         self.loading = (stage, fraction)
@@ -5633,32 +6778,11 @@ class LocalPool:
             self.on_progress(stage, fraction)
 
     async def _open_tokenizer(self, card: ModelCard) -> None:
-        known = Known(replace(self.settings, keys=(), api_key=()), card.name,
-                      tool_format_of(card.text.chat_template or ""))
-        limits = {"templates": (self.TEMPLATE_S, 256 << 20, 0), "schemas": (self.SCHEMA_S, 256 << 20, 10),
-                  "bodies": (self.BODY_S, 1 << 30, 5)}
-        self.sandboxes = {
-            name: Sandbox(PROCESS_COMMAND, SandboxConfig(
-                known, card.text if name == "bodies" else replace(card.text, payload=b""),
-                card.context_length, *each))
-            for name, each in limits.items()}
-        if card.text.chat_template:
-            await self.sandboxes["templates"].start()
-        tokenizer = await asyncio.to_thread(open_tokenizer, card.text)
-        prompts = PromptMaker(tokenizer, card.context_length, fill=self._fill_template,
-                              run=run_in_thread_if_long)
         try:
-            if tokenizer.templated:
-                await prompts.render([Message("user", "hello")], (), "")        # compiles the template
-        except RequestError as error:       # the template may accept other chats
-            log.warning("chats may be refused: a user's \"hello\" was: %s", printable(str(error)))
+            await self.admission.open(card, with_model(self.settings, self))
         except ConfigError as error:
             raise ConfigError(f"{self.source.path}: {error}") from None
-        self.prompts = prompts
         self._check_ready()
-
-    async def _fill_template(self, arguments: dict, client: str) -> str:
-        return await self.sandboxes["templates"].call(client, "fill_template", arguments)
 
     def _check_ready(self) -> None:
         if self.ready:
@@ -5689,9 +6813,9 @@ class LocalPool:
         """
         arrived_s, events = time.monotonic(), asyncio.Queue()
         if request.prompt_ids is None:
-            request = await self._admit(request)
+            request = await self.admission.admit(request)
         self._check_capacity(request.id, request.client)
-        prompts, length = request.prompt_ids, self.prompts.answer_length
+        prompts, length = request.prompt_ids, self.admission.prompts.answer_length
         jobs = [Job(request, ids, length(request, ids), events, arrived_s, choice)
                 for choice, ids in enumerate(ids for ids in prompts for _ in range(request.n))]
         try:
@@ -5737,7 +6861,7 @@ class LocalPool:
             self.pending.append(job)
         self.used_s = time.monotonic()
         if not self.wanted.is_set():
-            log.info("a request: loading the model again")
+            log.info("a request came: loading the model again")
             self.wanted.set()
         self.dispatch()
 
@@ -5746,70 +6870,28 @@ class LocalPool:
             raise Overloaded("the server is shutting down", retry_after_s=10)
         if self.tokenizer is None or not self.became_ready.is_set():
             raise Overloaded(f"the model is still loading ({self.loading[0]})", retry_after_s=2)
-        waiting = len(self.pending) + len(self.preparing)
+        waiting = len(self.pending) + len(self.admission.preparing)
         free_rows = sum(self.settings.max_batch - len(worker.jobs) for worker in self._free_workers())
         if waiting >= self.settings.max_queue + free_rows and not self._has_a_place(client, waiting):
-            raise Overloaded(f"{waiting} requests are waiting already (--max-queue)",
+            raise Overloaded(f"{waiting} requests are already waiting (--max-queue)",
                              retry_after_s=5, status=429)
         if (limit := self.settings.max_concurrent_per_key) and len(self._requests_of(client)) >= limit:
-            raise Overloaded(f"{limit} requests of yours are under way already (--max-concurrent-per-key)",
+            raise Overloaded(f"at most {limit} of your requests may run at a time (--max-concurrent-per-key)",
                              status=429)
-        if request_id in self.jobs or request_id in self.preparing:
-            raise RequestError(f"a request with the id {request_id!r} is running",
+        if request_id in self.jobs or request_id in self.admission.preparing:
+            raise RequestError(f"a request with the id {request_id!r} is already running",
                                status=409, code="duplicate_id")
 
     def _has_a_place(self, client: str, waiting: int) -> bool:
         """May a client's request wait in a full queue? Yes, while the client holds under a quarter of the
         places, so that no other client's pile keeps it out. The queue never exceeds twice its limit."""
         mine = (sum(job.request.client == client for job in self.pending)
-                + list(self.preparing.values()).count(client))
+                + list(self.admission.preparing.values()).count(client))
         return mine < self.settings.max_queue // 4 and waiting < 2 * self.settings.max_queue
 
     def _requests_of(self, client: str) -> set[str]:
         return {job.request.id for job in self.jobs.values() if job.request.client == client} | \
-            {request_id for request_id, owner in self.preparing.items() if owner == client}
-
-    @contextlib.contextmanager
-    def _prepare(self, request_id: str, client: str) -> Iterator[None]:
-        """Reserve a place for a request while it is read and rendered: it counts as waiting."""
-        self._check_capacity(request_id, client)
-        self.preparing[request_id] = client
-        try:
-            yield
-        finally:
-            del self.preparing[request_id]
-
-    async def _admit(self, request: Request) -> Request:
-        """Check the request's grammar, and return the request with its prompts as token ids."""
-        with self._prepare(request.id, request.client):
-            await self._check_grammar(request, request.client, request.owner)
-            return await self.prompts.admit(request)
-
-    async def _check_grammar(self, request: Request, client: str, owner: str) -> None:
-        """Raise RequestError for a grammar that cannot be enforced or costs too much to check.
-
-        Results are remembered per owner, so that a check's duration does not reveal what others asked.
-        """
-        key = owner, request.grammar
-        if not request.grammar or key in self.valid_grammars:
-            return
-        await self.sandboxes["schemas"].call(client, "check_grammar", request.grammar, request.grammar_param)
-        self.valid_grammars[key] = None
-        while len(self.valid_grammars) > self.VALID_GRAMMARS:
-            self.valid_grammars.popitem(last=False)
-
-    async def read_large(self, reader: str, body: bytes, client: str, owner: str) -> Call:
-        """Read a large body of a route that answers, and check its grammar. The request's id is not known
-        until then, so another request may take it."""
-        with self._prepare(secrets.token_hex(16), client):
-            call = restorer(Call)(await self.sandboxes["bodies"].call(client, "read_call", reader, body=body))
-            await self._check_grammar(call.request, client, owner)
-            return call
-
-    async def answer_text(self, route: str, body: bytes, client: str) -> bytes:
-        """The response to a large body on a route that only handles text."""
-        with self._prepare(secrets.token_hex(16), client):
-            return await self.sandboxes["bodies"].call(client, "answer_text", route, body=body)
+            {request_id for request_id, owner in self.admission.preparing.items() if owner == client}
 
     def dispatch(self) -> None:
         """Hand waiting jobs to workers that have a free row, or a row that another client can spare."""
@@ -5882,7 +6964,7 @@ class LocalPool:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        return self.prompts and self.prompts.tokenizer
+        return self.admission.prompts and self.admission.prompts.tokenizer
 
     @property
     def ready_workers(self) -> list[Worker]:
@@ -5901,9 +6983,17 @@ class LocalPool:
     def context_length(self) -> int:
         return self.card.context_length if self.card else 0
 
+    @property
+    def own_sampling(self) -> tuple[dict[str, Any], str]:
+        """The model's own sampling parameters, and where they come from."""
+        return (self.card.sampling, self.card.sampling_origin) if self.card else ({}, "")
+
     def describe(self) -> list[str]:
         """Start-up log lines of a ready pool: the chosen model, the alternatives, where and how it runs."""
-        return [line for line in (self.source.chosen, self.source.alternatives, *self.card.lines) if line]
+        sampling = ", ".join(f"{name} {value:g} ({origin})"
+                             for name, (value, origin) in sampling_of(self, self.settings).items())
+        return [line for line in (self.source.chosen, self.source.alternatives, *self.card.lines,
+                                  f"Sampling unless a request says otherwise: {sampling}") if line]
 
     def health(self) -> tuple[int, dict[str, Any]]:
         """HTTP status and body of /health."""
@@ -5929,6 +7019,8 @@ class LocalPool:
                 "kernels": self.card.kernels if self.card else {},
                 "decode_core": self.card.core if self.card else "",
                 "row_invariant": self.card.row_invariant if self.card else False,
+                "sampling": {name: {"value": value, "from": origin} for name, (value, origin)
+                             in sampling_of(self, self.settings).items()},
                 "context_length": self.context_length, "queue_depth": len(self.pending),
                 "uptime_s": round(time.monotonic() - self.started_s, 1)}
 
@@ -5941,7 +7033,7 @@ def choose_devices(settings: Settings) -> list[str]:
     cuda = cuda_device_count() if settings.device_type in ("auto", "cuda") else 0
     wanted = settings.num_gpus
     if wanted != "auto" and not (re.fullmatch("[0-9]{1,4}", wanted) and 1 <= int(wanted) <= 1024):
-        raise ConfigError(f"--num-gpus {wanted}: a number from 1, or `auto`, is allowed")
+        raise ConfigError(f"--num-gpus {wanted}: must be a number from 1, or `auto`")
     if cuda:
         count = cuda if wanted == "auto" else int(wanted)
         if count > cuda:
@@ -5968,6 +7060,10 @@ def cuda_device_count() -> int:
 # ------------------------------------------------------------------------------------------------------------
 # 17. bodies in: fields, limits, routes' readers   [front]
 # ------------------------------------------------------------------------------------------------------------
+
+
+BODY_S = 30.0               # seconds a body may pause, or wait for memory
+BODY_BYTES_PER_S = 32_768   # a body may not be slower than this for longer than BODY_S
 
 
 def is_number(value: Any) -> bool:
@@ -6133,11 +7229,11 @@ MIXED = FieldType(f"a string, or a list of at most {LIMITS.tokenized_characters:
                   listed)
 SOME_TOKENS = list_schema(A_TOKEN, maxItems=LIMITS.prompt_tokens)
 PROMPTS = FieldType(f"a string, a list of at most {LIMITS.prompt_tokens:,} token ids, "
-                    f"or a list of at most {LIMITS.choices} such",
+                    f"or a list of at most {LIMITS.choices} of these",
                     {"anyOf": [A_TEXT, SOME_TOKENS | {"minItems": 1},
                                list_schema({"anyOf": [A_TEXT, SOME_TOKENS]},
                                            minItems=1, maxItems=LIMITS.choices)]}, prompt_list)
-PRIORITY = FieldType('"low", "normal" or an integer, above 0 meaning low',      # vLLM takes numbers
+PRIORITY = FieldType('"low", "normal" or an integer (above 0 means low)',      # vLLM takes numbers
                      {"anyOf": [{"enum": ["low", "normal"]}, {"type": "integer"}]},
                      lambda value: value == "low" or value != "normal" and value > 0)
 TRUNCATE = FieldType('"oldest" or "none"', {"enum": ["oldest", "none"]}, lambda value: value == "oldest")
@@ -6148,7 +7244,7 @@ LOGIT_BIAS = FieldType(f"an object of at most {LIMITS.biases:,} token ids and bi
 TOOLS = FieldType('a list of {"type": "function", "function": {"name", "description", "parameters"}}',
                   list_schema(A_FUNCTION), tuple)
 # TOOL_CHOICE marks a function's name with "=", so that a function called "none" stays a function.
-TOOL_CHOICE = FieldType('"auto", "none", "required" or a function by its name',
+TOOL_CHOICE = FieldType('"auto", "none", "required" or {"type": "function", "function": {"name"}}',
                         {"anyOf": [{"enum": ["auto", "none", "required"]}, A_FUNCTION]},
                         lambda value: value if is_text(value) else "=" + value["function"]["name"])
 RESPONSE_FORMAT = OBJECT._replace(made=response_grammar)
@@ -6160,21 +7256,21 @@ OPENAI_MESSAGES = LIST._replace(details=list_schema(
     minItems=1))
 
 COMMON_FIELDS = (       # for every route that generates
-    Field("stop", STOP, "strings that end the answer; not looked for in one of a required shape"),
-    Field("ignore_eos", SWITCH, "go on to max_tokens"),
-    Field("priority", PRIORITY, "`low`: runs when nothing else waits"),
+    Field("stop", STOP, "strings that end the answer; "
+                        "ignored when response_format or tool_choice constrains the answer"),
+    Field("ignore_eos", SWITCH, "do not let the model end the answer before max_tokens"),
+    Field("priority", PRIORITY, "`low`: wait until no other request does"),
     Field("truncate", TRUNCATE,
-          "`oldest`: what does not fit loses its oldest turns, and timings say how many messages that were"),
-    Field("resumable", SWITCH,
-          "numbered events; GET /v1/streams/{id} goes on with the stream where it was left"),
-    Field("progress", SWITCH, "events before the first token: the place in the queue, tokens of the prompt, "
-                              "and how many were read"),
+          "`oldest`: drop the oldest turns if not all fit; the timings say how many messages that were"),
+    Field("resumable", SWITCH, "number the events; GET /v1/streams/{id} continues a stream that broke off"),
+    Field("progress", SWITCH, "send events before the first token: place in the queue, tokens of the prompt, "
+                              "and how many are computed"),
 )
 
 NATIVE_FIELDS = (
     Field("messages", NATIVE_MESSAGES, "the conversation", required=True),
     Field("temperature", NUMBER, "0 = greedy", *LIMITS.temperature, clamp=True),
-    Field("max_tokens", INTEGER, "length of the answer", *LIMITS.max_tokens, clamp=True),
+    Field("max_tokens", INTEGER, "most tokens of the answer", *LIMITS.max_tokens, clamp=True),
     Field("top_k", TOP_K, "0 = whole vocabulary", *LIMITS.top_k, clamp=True),
     Field("top_p", NUMBER, "1 = off", 0, 1, clamp=True),
     Field("min_p", NUMBER, "0 = off", 0, 1, clamp=True),
@@ -6185,16 +7281,16 @@ NATIVE_FIELDS = (
 SHARED_FIELDS = (       # for both OpenAI routes
     Field("model", TEXT, "absent, empty or `default`: the loaded one"),
     Field("stream", SWITCH, "server-sent events"),
-    Field("stream_options", OBJECT, "include_usage: a last chunk with the usage"),
+    Field("stream_options", OBJECT, "include_usage: end with a chunk that has the usage"),
     Field("temperature", NUMBER, "0 = greedy", 0, 2),
     Field("top_p", NUMBER, "1 = off", 0, 1),
     Field("top_k", TOP_K, "0 or -1 = whole vocabulary", -1, 2**31 - 1),
     Field("min_p", NUMBER, "0 = off", 0, 1),
     Field("seed", SEED, "same seed, same answer; random when absent", -2**63, 2**64 - 1),
-    Field("stop_token_ids", STOP_TOKENS, "tokens that end the answer; likewise"),
-    Field("min_tokens", INTEGER, "no end before so many tokens", 0, 2**53),
-    Field("presence_penalty", NUMBER, "for tokens that occurred in the answer", -2, 2),
-    Field("frequency_penalty", NUMBER, "for each time they occurred", -2, 2),
+    Field("stop_token_ids", STOP_TOKENS, "tokens that end the answer; ignored like `stop`"),
+    Field("min_tokens", INTEGER, "do not end the answer before it has this many tokens", 0, 2**53),
+    Field("presence_penalty", NUMBER, "penalty for tokens that occur in the answer", -2, 2),
+    Field("frequency_penalty", NUMBER, "penalty for each time they occur", -2, 2),
     Field("repetition_penalty", NUMBER, "1 = off", 0.01, 10),
     Field("logit_bias", LOGIT_BIAS, "token id -> bias"),
     Field("n", INTEGER, "choices", 1, LIMITS.choices),
@@ -6204,32 +7300,33 @@ SHARED_FIELDS = (       # for both OpenAI routes
 OPENAI_FIELDS = (
     Field("messages", OPENAI_MESSAGES, "the conversation", required=True),
     *SHARED_FIELDS,
-    Field("max_tokens", CAP, "length of the answer; -1 = up to the context", -1, 2**53),
-    Field("max_completion_tokens", CAP, "the same, and wins", -1, 2**53),
+    Field("max_tokens", CAP, "most tokens of the answer; -1 = up to the context", -1, 2**53),
+    Field("max_completion_tokens", CAP, "the same; it overrides max_tokens", -1, 2**53),
     Field("logprobs", SWITCH, "log-probabilities of the answer"),
-    Field("top_logprobs", INTEGER, "alternatives in them", 0, 20),
+    Field("top_logprobs", INTEGER, "alternatives listed for each token", 0, 20),
     Field("tools", TOOLS, "functions the model may call"),
-    Field("tool_choice", TOOL_CHOICE, "auto, none, required, or one of them"),
-    Field("parallel_tool_calls", SWITCH, "false: one call at most where one is required"),
-    Field("functions", LIST, "refused: tools of old"),
-    Field("response_format", RESPONSE_FORMAT, "shape of the answer: text, json_object or json_schema"),
+    Field("tool_choice", TOOL_CHOICE, "auto, none, required, or one of the tools"),
+    Field("parallel_tool_calls", SWITCH, "false: at most one call when tool_choice requires calls"),
+    Field("functions", LIST, "refused: use tools instead"),
+    Field("response_format", RESPONSE_FORMAT, "format of the answer: text, json_object or json_schema"),
 )
 
 COMPLETION_FIELDS = (
-    Field("prompt", PROMPTS, "text, token ids, or a list of such", required=True),
+    Field("prompt", PROMPTS, "text, token ids, or a list of these", required=True),
     *SHARED_FIELDS,
-    Field("max_tokens", INTEGER, "length of the answer; -1 = up to the context, 0 = only echo", -1, 2**53),
-    Field("logprobs", INTEGER, "log-probabilities, with so many alternatives", 0, 20),
-    Field("echo", SWITCH, "the prompt before the answer, in the log-probabilities too"),
-    Field("best_of", INTEGER, "the same as n", 1, LIMITS.choices),
-    Field("suffix", TEXT, "refused: no model here fills in"),
+    Field("max_tokens", INTEGER, "most tokens of the answer; -1 = up to the context, 0 = echo only",
+          -1, 2**53),
+    Field("logprobs", INTEGER, "log-probabilities, with this many alternatives", 0, 20),
+    Field("echo", SWITCH, "put the prompt before the answer, in the log-probabilities too"),
+    Field("best_of", INTEGER, "must equal n", 1, LIMITS.choices),
+    Field("suffix", TEXT, "refused: no model here can fill in the middle"),
 )
 
 TOKENIZE_FIELDS = (
     Field("content", MIXED, "text, or a list of texts and token ids", required=True),
-    Field("add_special", SWITCH, "begin with bos where the model wants it"),
-    Field("parse_special", SWITCH, "names of special tokens mean the tokens (the default)"),
-    Field("with_pieces", SWITCH, "each token's text too"),
+    Field("add_special", SWITCH, "begin with bos if the model expects it"),
+    Field("parse_special", SWITCH, "read the names of special tokens as the tokens (the default)"),
+    Field("with_pieces", SWITCH, "return each token's text too"),
 )
 DETOKENIZE_FIELDS = (Field("tokens", TOKENS, "token ids", required=True),)
 TEMPLATE_FIELDS = (Field("messages", OPENAI_MESSAGES, "the conversation", required=True),
@@ -6296,7 +7393,7 @@ class Holding:
         if self.free > 0:
             return
         if not self.budget.fits(self.client, size):
-            raise Overloaded("answers that wait to be sent whole have become too large: "
+            raise Overloaded("answers waiting to be sent whole have become too large: "
                              "stream them, or ask for less at a time")
         self.budget.take(self.client, size)
         self.size += size
@@ -6314,17 +7411,17 @@ async def read_bytes(http: web.Request, holding: Holding) -> bytearray:
         try:
             chunk = await asyncio.wait_for(http.content.readany(), BODY_S)
         except asyncio.TimeoutError:
-            raise RequestError(f"nothing of the body came for {BODY_S:g} s",
+            raise RequestError(f"no part of the body arrived for {BODY_S:g} s",
                                status=408, code="body_timeout") from None
         except web.RequestPayloadError as error:
-            raise RequestError(f"the body is broken: {error}") from None
+            raise RequestError(f"the body cannot be read: {error}") from None
         if not chunk:
             return body
         body += chunk
         if time.monotonic() - began_s > BODY_S + len(body) / BODY_BYTES_PER_S:
-            raise RequestError(f"the body comes with less than {BODY_BYTES_PER_S:,} bytes a second",
+            raise RequestError(f"the body arrives at less than {BODY_BYTES_PER_S:,} bytes per second",
                                status=408, code="body_timeout")
-    raise RequestError(f"the body has more than {LIMITS.body_bytes} bytes",
+    raise RequestError(f"the body has more than {LIMITS.body_bytes:,} bytes",
                        status=413, code="request_entity_too_large")
 
 
@@ -6333,9 +7430,9 @@ def json_object(data: bytes | bytearray) -> dict:
     try:
         body = json.loads(data.decode("utf-8-sig"))
     except RecursionError:
-        raise RequestError("the body is no usable JSON: nested too deeply") from None
+        raise RequestError("the body is not valid JSON: nested too deeply") from None
     except ValueError as error:             # not UTF-8, not JSON, or a number of 5,000 digits
-        raise RequestError(f"the body is no usable JSON: {str(error).split(';')[0]}") from None
+        raise RequestError(f"the body is not valid JSON: {str(error).split(';')[0]}") from None
     if not isinstance(body, dict):
         raise RequestError(f"the body must be a JSON object, not {shown(body)}")
     return body
@@ -6349,10 +7446,9 @@ def parse_fields(body: dict, fields: Seq[Field]) -> dict[str, Any]:
 
 
 def sampling_params(values: Mapping[str, Any], settings: Settings) -> SamplingParams:
-    """The request's values, else the operator's (-t, -k ...); the seed is random if neither sets one."""
+    """The request's values, else those that hold without; the seed is random if nobody sets one."""
     seed = settings.seed if settings.seed is not None else secrets.randbits(53)     # exact in JavaScript
-    chosen = {name: getattr(settings, name)
-              for name in ("temperature", "top_k", "top_p", "min_p")} | {"seed": seed}
+    chosen = {name: value for name, (value, _) in sampling_defaults(settings).items()} | {"seed": seed}
     names = {f.name for f in dataclasses.fields(SamplingParams)}
     return SamplingParams(**chosen | {name: value for name, value in values.items() if name in names})
 
@@ -6371,8 +7467,8 @@ def within_limit(what: str, count: int, limit: int, param: str) -> None:
 
 
 def no_tools(param: str) -> RequestError:
-    return RequestError("this model has no tools: leave out what is about calls, "
-                        "or send tool_choice \"none\"",
+    return RequestError("this model cannot call functions: leave out tools, tool_choice and messages about "
+                        "calls, or send tool_choice \"none\"",
                         code="tools_not_supported", param=param)
 
 
@@ -6444,13 +7540,14 @@ def openai_messages(messages: list, with_tools: bool = False) -> tuple[Message, 
 def called_before(calls: Any, name: str) -> list[dict]:
     """The assistant's earlier calls as templates expect them: arguments as an object."""
     if not fits(list_schema(A_FUNCTION), calls):
-        raise bad_value(name, calls, "a list of calls with a function each")
+        raise bad_value(name, calls, "a list of calls, each with a function")
     read = []
     for call in calls:
         arguments = call["function"].get("arguments") or {}
         with contextlib.suppress(ValueError, TypeError, RecursionError):
             arguments = json.loads(arguments)
-        read.append({"id": str(call.get("id", "")), "type": "function",
+        named_call = {"id": str(call["id"])} if call.get("id") else {}
+        read.append({**named_call, "type": "function",
                      "function": {"name": call["function"]["name"], "arguments": arguments}})
     return read
 
@@ -6509,7 +7606,8 @@ def parse_openai_request(values: Mapping[str, Any], settings: Settings,
             tools, choice, tool_format, values.get("parallel_tool_calls", True)), "tools"
     return openai_request(
         values, settings, messages=openai_messages(values["messages"], tool_format is not None),
-        logprobs=top if logprobs else None, grammar=grammar, grammar_param=param, tools=tools)
+        logprobs=top if logprobs else None, grammar=grammar, grammar_param=param, tools=tools,
+        tool_names=tuple(tool["function"]["name"] for tool in tools))
 
 
 def tool_grammar(tools: Seq[dict], choice: str, tool_format: str, parallel: bool) -> str:
@@ -6517,7 +7615,7 @@ def tool_grammar(tools: Seq[dict], choice: str, tool_format: str, parallel: bool
     functions = [tool["function"] for tool in tools
                  if choice == "required" or tool["function"]["name"] == choice[1:]]
     if not functions:
-        raise RequestError(f"tool_choice names no function of tools: {shown(choice.removeprefix('='))}",
+        raise RequestError(f"tool_choice names {shown(choice.removeprefix('='))}, which is not in tools",
                            code="invalid_value", param="tool_choice")
     given = "arguments" if tool_format == "tagged" else "parameters"
     calls = [{"type": "object", "required": ["name", given], "additionalProperties": False, "properties": {
@@ -6537,10 +7635,10 @@ def parse_completion_request(values: Mapping[str, Any], settings: Settings) -> R
     """The checked COMPLETION_FIELDS as a Request."""
     prompts, n, logprobs = values["prompt"], values.get("n", 1), values.get("logprobs")
     if values.get("suffix"):
-        raise RequestError("suffix is not supported: this model does not fill in",
+        raise RequestError("suffix is not supported: this model cannot fill in the middle",
                            code="unsupported_suffix", param="suffix")
     if values.get("best_of", n) != n:
-        raise RequestError("best_of must be n", code="unsupported_best_of", param="best_of")
+        raise RequestError("best_of must equal n", code="unsupported_best_of", param="best_of")
     within_limit("answers (prompts times n)", len(prompts) * n, LIMITS.choices, "prompt")
     return openai_request(values, settings, prompts=prompts, logprobs=logprobs,
                           prompt_logprobs=logprobs if values.get("echo") else None)
@@ -6607,12 +7705,23 @@ async def apply_template(body: dict, prompts: PromptMaker, client: str = "") -> 
     return dump({"prompt": tokenizer.show(tokens)})
 
 
-TEXT_ROUTES = {"tokenize": tokenize, "detokenize": detokenize, "apply_template": apply_template}
+TEXT_ROUTES = {"/tokenize": tokenize, "/detokenize": detokenize, "/apply-template": apply_template}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 18. answers out: encoders and streams   [front]
 # ------------------------------------------------------------------------------------------------------------
+
+
+PING_S = 10.0               # a silent stream carries a comment this often
+GRACE_S = 30.0              # seconds a resumable answer continues without a reader
+KEPT_S = 600.0              # seconds a finished resumable answer can still be read
+SYSTEM_FINGERPRINT = f"chat_server-{__version__}"
+SSE_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache, no-transform",
+    "X-Accel-Buffering": "no",
+}
 
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
@@ -6652,13 +7761,37 @@ def timings_body(done: Finished) -> dict:
             **({"dropped_messages": done.dropped_messages} if done.dropped_messages else {})}
 
 
+class Choice:
+    """What an encoder keeps of one choice of an answer: its end and, for OpenAI's APIs, what is below."""
+
+    def __init__(self, index: int):
+        self.index = index
+        self.done: Finished | None = None
+        self.held: list[TokenLogprob] = []          # log-probabilities of tokens that have no text yet
+        self.calls: list[dict] = []                 # of functions, as a whole body has them
+        self.texts: list[str] = []                  # for a whole body,
+        self.logprobs: dict[str, list[bytes]] = {}          # as are these lists of log-probabilities, in JSON
+        self.echoed = False                         # whether the prompt has been put before its text
+        self.utf8, self.offset = codecs.getincrementaldecoder("utf-8")("replace"), 0        # for text_offset
+
+    def encoded_logprobs(self, beside: dict) -> Iterator[bytes]:
+        """The `logprobs` member of an object, with the fields of `beside`; nothing if there are none."""
+        separator = b', "logprobs": ' + dump(beside)[:-1] + b", " * bool(beside)
+        for name, parts in self.logprobs.items():
+            yield separator + dump(name) + b": ["
+            for index, part in enumerate(filter(None, parts)):
+                yield b", " * bool(index) + part
+            separator = b"], "
+        if self.logprobs:
+            yield b"]}"
+
+
 class Encoder:
     """Turns the events of an answer into the bytes its API sends."""
 
     def __init__(self, request: Request):
         self.request = request
-        self.choices = (len(request.prompts) or 1) * request.n
-        self.ended: dict[int, Finished] = {}        # by choice
+        self.choices = [Choice(index) for index in range((len(request.prompts) or 1) * request.n)]
 
     def start(self) -> bytes:
         return b""                          # the headers alone tell that the request was accepted
@@ -6680,11 +7813,12 @@ class Encoder:
 
         Raises EngineFailure if a choice has not ended.
         """
-        if len(self.ended) < self.choices:
+        ends = [choice.done for choice in self.choices]
+        if None in ends:
             raise EngineFailure("the answer ended early")
-        firsts = [done for choice, done in self.ended.items() if choice % self.request.n == 0]
+        firsts = ends[::self.request.n]
         return {"prompt_tokens": sum(done.prompt_tokens for done in firsts),
-                "completion_tokens": sum(done.completion_tokens for done in self.ended.values()),
+                "completion_tokens": sum(done.completion_tokens for done in ends),
                 "cached_tokens": sum(done.cached_tokens for done in firsts)}
 
 
@@ -6694,7 +7828,7 @@ class NativeEncoder(Encoder):
     def encode(self, event: Event) -> bytes:
         if isinstance(event, Piece):
             return frame({"token": event.text, "gpu": event.gpu}) if event.text else b""
-        self.ended[0] = event
+        self.choices[0].done = event
         return frame({"done": True, "finish_reason": event.reason, "stop_reason": event.stop_reason,
                       "gpu": event.gpu, "usage": self.counts(), "timings": timings_body(event),
                       "seed": self.request.sampling.seed})
@@ -6729,119 +7863,23 @@ def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, list[int] | None]
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data), list(data)
 
 
-class ToolCallReader:
-    """Finds calls of `tools` in an answer's text as it arrives (see tool_format_of); all else stays text.
-
-    A tagged call that starts with its name is sent as soon as its arguments begin, and they follow as they
-    arrive; any other call is sent once it is complete. `calls` are those sent so far, in the form of an
-    answer that is not streamed.
-    """
-
-    OPEN, CLOSE = "<tool_call>", "</tool_call>"
-    HEAD = re.compile(OPEN + r'\s*{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?={)')
-
-    def __init__(self, tool_format: str, tools: Seq[dict]):
-        self.tagged, self.names = tool_format == "tagged", [tool["function"]["name"] for tool in tools]
-        self.reading = self._read_tagged() if self.tagged else self._read_json()
-        self.calls: list[dict] = []
-        self.held, self.inside = "", False      # text not read yet; whether it is the rest of a call
-        self.text, self.deltas = "", []         # results of `push`
-
-    def push(self, text: str) -> tuple[str, list[dict]]:
-        """Read more text; returns the text outside calls, and what is new in calls as stream deltas."""
-        self.held, self.text, self.deltas = self.held + text, "", []
-        next(self.reading)
-        return self.text, self.deltas
-
-    def finish(self) -> tuple[str, list[dict]]:
-        """Like `push`, at the end of the text."""
-        self.deltas = []
-        told = self.inside or not self.tagged and self._tell_whole(self.held)
-        return "" if told else self.held, self.deltas
-
-    def _read_tagged(self) -> Iterator[None]:
-        """Read what is held; yield whenever more text is needed."""
-        while True:
-            while (begin := self.held.find(self.OPEN)) < 0:         # the end may be the start of a tag
-                self._say(len(self.held) - max(n for n in range(len(self.OPEN))
-                                               if self.held.endswith(self.OPEN[:n])))
-                yield
-            self._say(begin)
-            while not (head := self.HEAD.match(self.held)) and self.CLOSE not in self.held:
-                yield
-            if head and head[1] in self.names:
-                yield from self._tell_as_it_comes(head)
-            while (end := self.held.find(self.CLOSE)) < 0:
-                yield
-            end += len(self.CLOSE)
-            if self.inside or self._tell_whole(self.held[len(self.OPEN):end - len(self.CLOSE)]):
-                while not (rest := self.held[end:].lstrip()):       # drop whitespace after a call
-                    yield
-                self.held, self.inside = rest, False
-            else:
-                self._say(end)
-
-    def _read_json(self) -> Iterator[None]:
-        """The same for untagged calls: only at its end is an answer known to be text, a call or a list."""
-        while self.held.lstrip()[:1] in ("", "{", "["):
-            yield
-        while True:
-            self._say(len(self.held))
-            yield
-
-    def _say(self, length: int) -> None:
-        self.text, self.held = self.text + self.held[:length], self.held[length:]
-
-    def _tell(self, name: str, arguments: str) -> None:
-        call = {"id": f"call_{secrets.token_hex(12)}", "type": "function",
-                "function": {"name": name, "arguments": arguments}}
-        self.deltas.append({"index": len(self.calls), **call, "function": {**call["function"]}})
-        self.calls.append(call)
-        self.inside = True
-
-    def _tell_whole(self, text: str) -> bool:
-        """Send the text as calls if it is a call or a list of calls; False if it is neither."""
-        try:
-            found = json.loads(text)
-        except (ValueError, RecursionError):
-            return False
-        calls = found if isinstance(found, list) else [found]
-        if not calls or not all(isinstance(call, dict) and call.get("name") in self.names for call in calls):
-            return False
-        for call in calls:
-            self._tell(call["name"], json.dumps(call.get("arguments", call.get("parameters")) or {},
-                                                ensure_ascii=False))
-        return True
-
-    def _tell_as_it_comes(self, head: re.Match) -> Iterator[None]:
-        """Send a call's name, then its arguments as they arrive, up to the end of their JSON object."""
-        self._tell(head[1], "")
-        self.held, depth, quoted, escaped = self.held[head.end():], 0, False, False
-        while True:
-            length = 0
-            for length, character in enumerate(self.held, 1):
-                if quoted:
-                    quoted, escaped = escaped or character != '"', character == "\\" and not escaped
-                else:
-                    quoted, depth = character == '"', depth + (character in "{[") - (character in "}]")
-                if depth == 0:
-                    break
-            if length and not self.deltas:
-                self.deltas.append({"index": len(self.calls) - 1, "function": {"arguments": ""}})
-            for call in (self.calls[-1], *self.deltas[-1:]):
-                call["function"]["arguments"] += self.held[:length]
-            self.held = self.held[length:]
-            if depth == 0:
-                return
-            yield
-
-
 class Delta(NamedTuple):
     """What one event adds to a choice."""
 
     text: str = ""
     logprobs: Seq[TokenLogprob] = ()
     calls: Seq[dict] = ()           # only what is new in them
+
+
+def call_body(choice: Choice, part: CallDelta) -> dict:
+    """What a chunk says about a call; adds it to the choice's calls."""
+    if part.name:
+        choice.calls.append({"id": f"call_{secrets.token_hex(12)}", "type": "function",
+                             "function": {"name": part.name, "arguments": ""}})
+    call, arguments = choice.calls[-1], {"arguments": part.arguments}
+    call["function"]["arguments"] += part.arguments
+    first = {**call, "function": {"name": part.name} | arguments}
+    return {"index": len(choice.calls) - 1} | (first if part.name else {"function": arguments})
 
 
 class OpenAIEncoder(Encoder):
@@ -6854,67 +7892,63 @@ class OpenAIEncoder(Encoder):
                  include_usage: bool = False):
         super().__init__(request)
         self.tokenizer, self.include_usage = tokenizer, include_usage
-        self.held: dict[int, list[TokenLogprob]] = {}       # by choice: tokens still without text
-        self.kept: dict[int, Kept] = collections.defaultdict(Kept)      # by choice: for `completion`
         self.head = {"id": self.id_prefix + request.id, "object": self.chunk_object,
                      "created": int(time.time()), "model": model, "system_fingerprint": SYSTEM_FINGERPRINT,
                      "seed": request.sampling.seed}
         self.begin = b"data: " + dump(self.head)[:-1] + b", "       # starts every frame
 
-    def body(self, choice: int, part: Delta, whole: bool = False) -> dict:
+    def body(self, choice: Choice, part: Delta, whole: bool = False) -> dict:
         """The fields of a choice besides index and finish_reason, for a chunk or for one whole body."""
         raise NotImplementedError
 
-    def logprobs(self, choice: int, part: Delta) -> dict | None:
+    def logprobs(self, choice: Choice, part: Delta) -> dict | None:
         return ({**self.logprobs_body(choice, part.logprobs), **self.logprobs_beside}
                 if part.logprobs else None)
 
-    def reason(self, done: Finished) -> str:
-        return done.reason
-
-    def take(self, event: Event) -> Delta:
-        """The text to send and the log-probabilities of its tokens, without those of a stop string."""
-        held = self.held.pop(event.choice, [])
+    def take(self, choice: Choice, event: Event) -> Delta:
+        """What to send: text, calls, and the log-probabilities of their tokens, without a stop string's."""
+        held, choice.held = choice.held, []
         if isinstance(event, Finished):
-            self.ended[event.choice] = event
+            choice.done = event
             return Delta("", [] if event.stop_reason in self.request.stop else held)
-        if event.logprobs:
-            held += event.logprobs
-        if event.text or not held:
-            return Delta(event.text, held)
-        self.held[event.choice] = held
+        held += event.logprobs
+        if event.text or event.calls or not held:
+            return Delta(event.text, held, [call_body(choice, call) for call in event.calls])
+        choice.held = held
         return Delta()
 
     def encode(self, event: Event) -> bytes:
-        part = self.take(event)
-        more = self.chunk(event.choice, self.body(event.choice, part)) if any(part) else b""
-        if isinstance(event, Finished):
-            more += self.chunk(event.choice, self.body(event.choice, Delta()), event) + self.end()
+        choice = self.choices[event.choice]
+        part = self.take(choice, event)
+        more = self.chunk(choice, self.body(choice, part)) if any(part) else b""
+        if choice.done:
+            more += self.chunk(choice, self.body(choice, Delta()), last=True) + self.end()
         return more
 
-    def chunk(self, index: int, body: dict, done: Finished | None = None) -> bytes:
-        choice = {"index": index, **body, "finish_reason": self.reason(done) if done else None}
-        chunk: dict[str, Any] = {"choices": [choice]}
-        if self.include_usage:
-            chunk["usage"] = None
-        if done:
-            choice["stop_reason"], chunk["timings"] = done.stop_reason, timings_body(done)
-        return self.framed(chunk)
+    def chunk(self, choice: Choice, body: dict, last: bool = False) -> bytes:
+        ending = self.ending(choice) if last else {"finish_reason": None}
+        return self.framed({"choices": [{"index": choice.index, **body, **ending}],
+                            **({"usage": None} if self.include_usage else {}),
+                            **({"timings": timings_body(choice.done)} if last else {})})
+
+    def ending(self, choice: Choice) -> dict:
+        reason = "tool_calls" if choice.calls and choice.done.reason == "stop" else choice.done.reason
+        return {"finish_reason": reason, "stop_reason": choice.done.stop_reason}
 
     def framed(self, body: dict) -> bytes:
         return self.begin + dump({"choices": []} | body)[1:] + b"\n\n"
 
     def end(self) -> bytes:
         """What follows the last chunk of the last choice: usage if asked for, and [DONE]."""
-        if len(self.ended) < self.choices:
+        if not all(choice.done for choice in self.choices):
             return b""
         usage = self.framed({"choices": [], "usage": self.usage()}) if self.include_usage else b""
         return usage + b"data: [DONE]\n\n"
 
     def usage(self) -> dict:
         prompt, completion, cached = self.counts().values()
-        drafted = sum(done.drafted_tokens for done in self.ended.values())
-        accepted = sum(done.accepted_tokens for done in self.ended.values())
+        drafted = sum(choice.done.drafted_tokens for choice in self.choices)
+        accepted = sum(choice.done.accepted_tokens for choice in self.choices)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
                 "prompt_tokens_details": {"cached_tokens": cached},
                 "completion_tokens_details": {"accepted_prediction_tokens": accepted,
@@ -6922,81 +7956,44 @@ class OpenAIEncoder(Encoder):
 
     def collect(self, event: Event) -> int:
         """Keep an event for `completion`; returns roughly how many bytes that takes."""
-        part, kept = self.take(event), self.kept[event.choice]
-        kept.texts.append(part.text)
-        size = 100 + len(part.text)
+        choice = self.choices[event.choice]
+        part = self.take(choice, event)
+        choice.texts.append(part.text)
+        size = 100 + len(part.text) + sum(len(call["function"]["arguments"]) for call in part.calls)
         if self.request.logprobs is not None:       # kept as JSON: 2 KB per token instead of 14
-            for name, values in self.logprobs_body(event.choice, part.logprobs).items():
-                kept.logprobs.setdefault(name, []).append(data := dump(values)[1:-1])
+            for name, values in self.logprobs_body(choice, part.logprobs).items():
+                choice.logprobs.setdefault(name, []).append(data := dump(values)[1:-1])
                 size += len(data)
         return size
 
     def completion(self) -> Iterator[bytes]:
         """Yield the pieces of the whole answer as one body, for a client that does not stream."""
         body = {**self.head, "object": self.whole_object, "usage": self.usage(),
-                "timings": timings_body(self.ended[0])}
+                "timings": timings_body(self.choices[0].done)}
         separator = dump(body)[:-1] + b', "choices": ['
-        for choice, done in sorted(self.ended.items()):
-            kept = self.kept[choice]
-            body = {"index": choice, **self.body(choice, Delta("".join(kept.texts)), whole=True),
-                    "finish_reason": self.reason(done), "stop_reason": done.stop_reason}
-            if kept.logprobs:
+        for choice in self.choices:
+            body = {"index": choice.index, **self.body(choice, Delta("".join(choice.texts)), whole=True),
+                    **self.ending(choice)}
+            if choice.logprobs:
                 del body["logprobs"]
             yield separator + dump(body)[:-1]
-            yield from kept.encoded(self.logprobs_beside)
+            yield from choice.encoded_logprobs(self.logprobs_beside)
             separator = b"}, "
         yield b"}]}"
 
 
-class Kept:
-    """One choice of an answer sent as one body: its text, and each list of its log-probabilities as JSON."""
-
-    def __init__(self):
-        self.texts: list[str] = []
-        self.logprobs: dict[str, list[bytes]] = {}
-
-    def encoded(self, beside: dict) -> Iterator[bytes]:
-        """The `logprobs` member of an object, with the fields of `beside`; nothing if there are none."""
-        separator = b', "logprobs": ' + dump(beside)[:-1] + b", " * bool(beside)
-        for name, parts in self.logprobs.items():
-            yield separator + dump(name) + b": ["
-            for index, part in enumerate(filter(None, parts)):
-                yield b", " * bool(index) + part
-            separator = b"], "
-        if self.logprobs:
-            yield b"]}"
-
-
 class ChatEncoder(OpenAIEncoder):
-    """`/v1/chat/completions`; with tools, it also finds the calls in the text."""
+    """`/v1/chat/completions`."""
 
     id_prefix, chunk_object, whole_object = "chatcmpl-", "chat.completion.chunk", "chat.completion"
     logprobs_beside = {"refusal": None}
 
-    def __init__(self, request: Request, *more: Any, **options: Any):
-        super().__init__(request, *more, **options)
-        self.readers = {choice: ToolCallReader(self.tokenizer.tool_format, request.tools)
-                        for choice in range(self.choices if request.tools else 0)}
-
     def start(self) -> bytes:
         opening = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
-        return b"".join(self.chunk(choice, opening) for choice in range(self.choices))
+        return b"".join(self.chunk(choice, opening) for choice in self.choices)
 
-    def take(self, event: Event) -> Delta:
-        part = super().take(event)
-        if reader := self.readers.get(event.choice):
-            text, calls = reader.finish() if isinstance(event, Finished) else reader.push(part.text)
-            part = part._replace(text=text, calls=calls)
-        return part
-
-    def reason(self, done: Finished) -> str:
-        return "tool_calls" if self.calls(done.choice) and done.reason == "stop" else done.reason
-
-    def calls(self, choice: int) -> list[dict]:
-        return self.readers[choice].calls if self.readers else []
-
-    def body(self, choice: int, part: Delta, whole: bool = False) -> dict:
-        calls = self.calls(choice) if whole else part.calls
+    def body(self, choice: Choice, part: Delta, whole: bool = False) -> dict:
+        calls = choice.calls if whole else part.calls
         message: dict[str, Any] = {"content": part.text} if part.text or part.logprobs else {}
         if whole:
             message = {"role": "assistant", "content": None if calls and not part.text else part.text,
@@ -7005,7 +8002,7 @@ class ChatEncoder(OpenAIEncoder):
             message["tool_calls"] = calls
         return {"message" if whole else "delta": message, "logprobs": self.logprobs(choice, part)}
 
-    def logprobs_body(self, choice: int, logprobs: Seq[TokenLogprob]) -> dict:
+    def logprobs_body(self, choice: Choice, logprobs: Seq[TokenLogprob]) -> dict:
         def entry(token: int, logprob: float | None) -> dict:
             text, data = token_text(self.tokenizer, token)
             return {"token": text, "logprob": logprob_number(logprob), "bytes": data}
@@ -7021,40 +8018,39 @@ class CompletionEncoder(OpenAIEncoder):
 
     def __init__(self, *arguments: Any, echo: bool = False, **options: Any):
         super().__init__(*arguments, **options)
-        self.echo, self.to_echo = echo, set(range(self.choices if echo else 0))
-        self.offsets: dict[int, tuple[Any, int]] = {}       # by choice: a decoder, and characters so far
+        self.echo = echo
 
-    def take(self, event: Event) -> Delta:
-        part = super().take(event)
+    def prompt(self, choice: Choice) -> str | tuple[int, ...]:
+        return self.request.prompts[choice.index // self.request.n]
+
+    def take(self, choice: Choice, event: Event) -> Delta:
+        part = super().take(choice, event)
         if isinstance(event, Piece) and event.prompt_logprobs:
             part = Delta(part.text, event.prompt_logprobs)   # such a piece carries nothing else
-        if event.choice not in self.to_echo:
+        if not self.echo or choice.echoed:
             return part
-        self.to_echo.remove(event.choice)                   # its first event is a Piece, maybe with no text
-        prompt = self.request.prompts[event.choice // self.request.n]
+        choice.echoed, prompt = True, self.prompt(choice)   # its first event is a Piece, maybe with no text
         text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
         return part._replace(text=text + part.text)
 
-    def body(self, choice: int, part: Delta, whole: bool = False) -> dict:
+    def body(self, choice: Choice, part: Delta, whole: bool = False) -> dict:
         return {"text": part.text, "logprobs": self.logprobs(choice, part)}
 
-    def logprobs_body(self, choice: int, logprobs: Seq[TokenLogprob]) -> dict:
+    def logprobs_body(self, choice: Choice, logprobs: Seq[TokenLogprob]) -> dict:
         """Four lists; text_offset is where each token begins in the choice's text, in characters."""
-        decoder, offset = self.offsets.get(choice) or (codecs.getincrementaldecoder("utf-8")("replace"), 0)
-        prompt = self.request.prompts[choice // self.request.n]
+        prompt = self.prompt(choice)
         # Special tokens appear as text only in an echoed prompt.
         written = prompt if self.echo and isinstance(prompt, str) else ""
         texts, offsets, tops = [], [], []
         for token, logprob, top in logprobs:
             texts.append(token_text(self.tokenizer, token)[0])
-            offsets.append(offset)
+            offsets.append(choice.offset)
             name = self.tokenizer.special_names.get(token)
-            offset += len(name) if name and written.startswith(name, offset) else \
-                len(decoder.decode(self.tokenizer.token_bytes(token)))
+            choice.offset += len(name) if name and written.startswith(name, choice.offset) else \
+                len(choice.utf8.decode(self.tokenizer.token_bytes(token)))
             tops.append(None if logprob is None else {
                 token_text(self.tokenizer, each)[0]: logprob_number(number_)
                 for each, number_ in (*top, (token, logprob))})
-        self.offsets[choice] = decoder, offset
         return {"tokens": texts, "token_logprobs": [logprob_number(each.logprob) for each in logprobs],
                 "top_logprobs": tops, "text_offset": offsets}
 
@@ -7099,7 +8095,7 @@ class EventStream:
             await (asyncio.wait_for(write, BODY_S) if self.patient else write)
         except asyncio.TimeoutError:
             transport.abort()
-            raise ConnectionAbortedError("the client does not read") from None
+            raise ConnectionAbortedError("the client has stopped reading") from None
 
     async def _ping(self) -> None:
         with contextlib.suppress(ConnectionError):
@@ -7236,7 +8232,7 @@ class Recordings:
                 async for data in frames:
                     self._change(recording, recording.append, data)
         except Exception:               # errors of the answer itself are already frames
-            failure = error_body(EngineFailure("the recording broke off"))
+            failure = error_body(EngineFailure("the recording failed"))
             self._change(recording, recording.append, frame(failure))
             raise
         finally:
@@ -7307,18 +8303,39 @@ class Recordings:
 # ------------------------------------------------------------------------------------------------------------
 
 
+HEADER_S = 15.0             # seconds a request's header may take to arrive
+WRITE_S = 30.0              # seconds a client may read nothing of what it is sent
+KEEP_ALIVE_S = 75.0         # seconds an idle connection is kept between requests
+BACKLOG = 1024              # connections the system queues until they are accepted
+ACCEPTED_AT_ONCE = 32       # connections accepted before the event loop runs other work; each takes 0.1 ms
+OPEN_ROUTES = ("/", "/static/{name}", "/livez", "/readyz", "/health")       # need no API key
+POLLED_ROUTES = ("/health", "/livez", "/readyz", "/stats", "/metrics")      # logged only at level debug
+STATIC = Path(__file__).resolve().parent / "static"
+SECURITY_HEADERS = {
+    "Content-Security-Policy":
+        "default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src *; "
+        "object-src 'none'; base-uri 'self'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types dompurify",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Server": "chat_server",
+}
+
+
 async def logged(request: Request, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
     """--log-conversations: pass the events on, then log the texts of the conversation."""
-    texts: list[str] = []
+    answers: dict[int, list[str]] = collections.defaultdict(list)
     try:
         async for event in events:
             if isinstance(event, Piece):
-                texts.append(event.text)
+                answers[event.choice] += [event.text, *(call.name + call.arguments for call in event.calls)]
             yield event
     finally:
         await events.aclose()
         turns = [[message.role, message.content] for message in request.messages or ()]
-        turns.append(["assistant", "".join(texts)])
+        turns += [["assistant", "".join(texts)] for _, texts in sorted(answers.items())]
         log.info("conversation %s %s", request.id, dump(turns).decode(),
                  extra={"fields": {"id": request.id, "turns": turns}})
 
@@ -7337,10 +8354,10 @@ class Metrics:
         how = {"namespace": "chat_server", "registry": self.registry}
         seconds = functools.partial(self.library.Histogram, **how, unit="seconds", buckets=self.SECONDS)
         counter = functools.partial(self.library.Counter, **how)
-        self.ttft = seconds("time_to_first_token", "from a request to its first token")
-        self.itl = seconds("inter_token_latency", "between two tokens of an answer")
-        self.queue = seconds("queue", "what a request waited before it ran")
-        self.whole = seconds("request_duration", "from a request to its end", ["finish_reason"])
+        self.ttft = seconds("time_to_first_token", "time from a request to its first token")
+        self.itl = seconds("inter_token_latency", "time between two tokens of an answer")
+        self.queue = seconds("queue", "time a request waited before it ran")
+        self.whole = seconds("request_duration", "time from a request to its end", ["finish_reason"])
         self.requests = counter("requests", "requests by how they ended", ["finish_reason"])
         self.tokens = counter("tokens", "prompt (computed or cached) and generated tokens", ["kind"])
         self.responses = counter("http_responses", "responses by route and status", ["route", "status"])
@@ -7354,16 +8371,16 @@ class Metrics:
         total = lambda name: sum(worker[name] for worker in workers)      # noqa: E731
         for name, doc, value in (
                 ("running", "requests on workers", total("running")),
-                ("queued", "requests that wait", stats["queue_depth"]),
+                ("queued", "requests waiting for a worker", stats["queue_depth"]),
                 ("kv_pages_used", "KV pages in use", total("kv_pages_used")),
                 ("kv_pages", "KV pages", total("kv_pages_total")),
                 ("workers", "configured workers", stats["total_workers"]),
                 ("workers_up", "workers that are ready",
                  sum(worker["state"] == "ready" for worker in workers)),
-                ("workers_in_crash_loop", "workers that die again and again",
+                ("workers_in_crash_loop", "workers that keep dying",
                  sum(w["crashes_in_row"] > 1 for w in workers))):
             yield families.GaugeMetricFamily(f"chat_server_{name}", doc, value)
-        yield families.CounterMetricFamily("chat_server_worker_restarts", "workers started again",
+        yield families.CounterMetricFamily("chat_server_worker_restarts", "restarts of workers",
                                            total("restarts"))
 
     async def watch(self, events: AsyncIterator[Event], n: int) -> AsyncIterator[Event]:
@@ -7494,13 +8511,14 @@ class Front:
             body = await read_bytes(http, holding)
             if len(body) > LIMITS.inline_bytes:
                 self.tokenizer()
-                call = await self.pool.read_large(reader, body, record.client, self.page_owner(record.client))
+                call = await self.pool.admission.read_large(
+                    reader, body, record.client, self.page_owner(record.client))
             else:
                 call = CALL_READERS[reader](json_object(body), self.known())
         return replace(call, request=self.owned(call.request))
 
     def known(self) -> Known:
-        return Known(self.settings, self.pool.model_name,
+        return Known(with_model(self.settings, self.pool), self.pool.model_name,
                      self.pool.tokenizer and self.pool.tokenizer.tool_format, self.pool.ready)
 
     async def handle_chat(self, http: web.Request) -> web.StreamResponse:
@@ -7517,29 +8535,18 @@ class Front:
         call = await self.read_call(http, "completion")
         return await self.answer_openai(http, call, functools.partial(CompletionEncoder, echo=call.echo))
 
-    async def answer_text(self, http: web.Request, route: str) -> web.Response:
-        """Answer one of TEXT_ROUTES."""
+    async def handle_text(self, http: web.Request) -> web.Response:
+        """POST /tokenize, /detokenize and /apply-template, as in llama-server."""
         self.tokenizer()
-        client = REQUEST_LOG.get().client
+        client, route = REQUEST_LOG.get().client, self.route_of(http)
         with Holding(self.budget, client) as holding:
             body = await read_bytes(http, holding)
             if len(body) > LIMITS.inline_bytes:
-                answer = await self.pool.answer_text(route, body, client)
+                answer = await self.pool.admission.answer_text(route, body, client)
             else:
-                answer = await TEXT_ROUTES[route](json_object(body), self.pool.prompts, client)
-        return web.Response(body=answer, content_type="application/json")
-
-    async def handle_tokenize(self, http: web.Request) -> web.Response:
-        """POST /tokenize, as in llama-server."""
-        return await self.answer_text(http, "tokenize")
-
-    async def handle_detokenize(self, http: web.Request) -> web.Response:
-        """POST /detokenize, as in llama-server."""
-        return await self.answer_text(http, "detokenize")
-
-    async def handle_apply_template(self, http: web.Request) -> web.Response:
-        """POST /apply-template, as in llama-server."""
-        return await self.answer_text(http, "apply_template")
+                answer = await TEXT_ROUTES[route](json_object(body), self.pool.admission.prompts, client)
+        # of 20 MB at most; aiohttp sends a BytesIO in parts, between which other tasks run
+        return web.Response(body=io.BytesIO(answer), content_type="application/json")
 
     def tokenizer(self) -> Tokenizer:
         if (tokenizer := self.pool.tokenizer) is None:
@@ -7617,7 +8624,8 @@ class Front:
 
     def note_end(self, encoder: Encoder) -> None:
         """Note for the access log how many tokens all choices had and why they ended."""
-        counts, reasons = encoder.counts(), ",".join(sorted({done.reason for done in encoder.ended.values()}))
+        counts = encoder.counts()
+        reasons = ",".join(sorted({choice.done.reason for choice in encoder.choices}))
         record = REQUEST_LOG.get()
         record.note = f"{counts['prompt_tokens']}+{counts['completion_tokens']} tokens {reasons}"
         record.counts = counts | {"reason": reasons}
@@ -7633,8 +8641,8 @@ class Front:
                 "owned_by": "chat_server",
                 "context_length": self.pool.context_length, "max_model_len": self.pool.context_length,
                 "capabilities": able,
-                "defaults": {name: getattr(self.settings, name)
-                             for name in ("temperature", "top_k", "top_p", "min_p", "max_tokens")},
+                "defaults": {"max_tokens": self.settings.max_tokens, **{
+                    name: value for name, (value, _) in sampling_of(self.pool, self.settings).items()}},
                 "meta": {"n_vocab": tokenizer.vocab_size, "n_ctx": self.pool.context_length}}
 
     async def handle_models(self, http: web.Request) -> web.Response:
@@ -7684,8 +8692,8 @@ class Front:
         try:
             page = (STATIC / "index.html").read_bytes()
         except OSError:
-            return web.Response(text="chat_server runs; "
-                                     "the page is missing (no static/ beside chat_server.py).\n")
+            return web.Response(text="chat_server is running, "
+                                     "but its page is missing (no static/ beside chat_server.py).\n")
         page = page.replace(b"<head>", b'<head>\n<base href="static/">', 1)
         return web.Response(body=page, content_type="text/html", charset="utf-8")
 
@@ -7695,7 +8703,7 @@ class Front:
             raise web.HTTPNotFound
         # aiohttp would send the whole file
         if re.fullmatch(r"bytes=-0+", http.headers.get("Range", ""), re.IGNORECASE):
-            failure = RequestError("a range of no bytes", status=416, code="range_not_satisfiable")
+            failure = RequestError("the range selects no bytes", status=416, code="range_not_satisfiable")
             return error_response(http, failure, **{"Content-Range": f"bytes */{path.stat().st_size}"})
         wanted = http.headers.get("Accept-Encoding", "")
         if (path.suffix not in (".js", ".css") or "Range" in http.headers
@@ -7715,8 +8723,8 @@ class Front:
         # compare with every key, without stopping at a match
         found = [key.name for key in self.settings.keys if hmac.compare_digest(key.digest, digest)]
         if self.settings.keys and not found and self.route_of(http) not in OPEN_ROUTES:
-            raise RequestError("this server wants an API key: Authorization: Bearer KEY" if not given else
-                               "the API key is not one of this server's", status=401, code="invalid_api_key")
+            raise RequestError("this server needs an API key: Authorization: Bearer KEY" if not given else
+                               "this server does not know the API key", status=401, code="invalid_api_key")
         return found[0] if found else client_at(http.remote)
 
     def route_of(self, http: web.Request) -> str:
@@ -7766,8 +8774,8 @@ class Front:
 
     def check_admitted(self, http: web.Request) -> None:
         if "Access-Control-Allow-Origin" not in self.cors_headers(http):
-            raise RequestError("pages of this origin may not use the server (--cors-origin admits them; "
-                               "if it is the server's own, a proxy does not pass on the Host header)",
+            raise RequestError("pages of this origin may not use the server (--cors-origin allows them; "
+                               "if it is the server's own, a proxy is not passing on the Host header)",
                                status=403, code="origin_not_allowed")
 
     def preflight(self, http: web.Request) -> web.Response:
@@ -7838,7 +8846,7 @@ async def errors_to_responses(http: web.Request, handler: Callable) -> web.Strea
     except web.HTTPException as error:
         if error.status < 400:
             raise
-        texts = {404: f"there is no {http.path}", 405: f"{http.path} does not take {http.method}"}
+        texts = {404: f"there is no {http.path}", 405: f"{http.path} does not accept {http.method}"}
         text = texts.get(error.status, error.reason)
         failure = RequestError(text, status=error.status, code=error.reason.lower().replace(" ", "_"))
         return error_response(http, failure,
@@ -7882,23 +8890,24 @@ class Route(NamedTuple):
 ROUTES = (
     Route("GET", "/", "handle_page", "the page"),
     Route("GET", "/static/{name:.+}", "handle_static", "its files"),
-    Route("POST", "/chat/completions", "handle_chat", "an answer as nanochat's event stream", NATIVE_FIELDS),
+    Route("POST", "/chat/completions", "handle_chat",
+          "an answer in nanochat's format, streamed", NATIVE_FIELDS),
     Route("POST", "/v1/chat/completions", "handle_openai_chat",
-          "an answer as OpenAI has it, streamed or whole", OPENAI_FIELDS),
+          "an answer in OpenAI's format, streamed or whole", OPENAI_FIELDS),
     Route("POST", "/v1/completions", "handle_completions",
-          "what follows a text, streamed or whole", COMPLETION_FIELDS),
-    Route("POST", "/tokenize", "handle_tokenize", "text to token ids", TOKENIZE_FIELDS),
-    Route("POST", "/detokenize", "handle_detokenize", "token ids to text", DETOKENIZE_FIELDS),
-    Route("POST", "/apply-template", "handle_apply_template",
-          "a conversation to the prompt's text", TEMPLATE_FIELDS),
+          "the continuation of a text, streamed or whole", COMPLETION_FIELDS),
+    Route("POST", "/tokenize", "handle_text", "text to token ids", TOKENIZE_FIELDS),
+    Route("POST", "/detokenize", "handle_text", "token ids to text", DETOKENIZE_FIELDS),
+    Route("POST", "/apply-template", "handle_text",
+          "a conversation to the text of its prompt", TEMPLATE_FIELDS),
     Route("GET", "/v1/models", "handle_models", "the served model"),
     Route("GET", "/models", "handle_models", "the served model"),
-    Route("GET", "/v1/models/{name:.+}", "handle_model", "the served model, by a name of it"),
+    Route("GET", "/v1/models/{name:.+}", "handle_model", "the served model, by one of its names"),
     Route("POST", "/v1/cancel/{id}", "handle_cancel", "stop an answer by the X-Request-Id of its response"),
     Route("GET", "/v1/streams/{id}", "handle_stream",
-          "a resumable stream from event ?from=N or after Last-Event-ID on"),
+          "a resumable stream, from event ?from=N or after Last-Event-ID"),
     Route("GET", "/health", "handle_health", "200 when ready, else 503 with the stage"),
-    Route("GET", "/livez", "handle_livez", "200 as long as the event loop turns"),
+    Route("GET", "/livez", "handle_livez", "200 as long as the event loop runs"),
     Route("GET", "/readyz", "handle_readyz",
           "200 when a request would be served now, else 503 with the reason"),
     Route("GET", "/stats", "handle_stats", "workers, KV pages, speed, kernels, queue"),
@@ -7909,7 +8918,7 @@ ROUTES = (
 
 def openapi_operation(route: Route) -> dict[str, Any]:
     """What /openapi.json says about a route."""
-    error = {"description": "what was wrong", "content": {"application/json": {"schema": {"type": "object"}}}}
+    error = {"description": "what is wrong", "content": {"application/json": {"schema": {"type": "object"}}}}
     operation = {"summary": route.doc, "responses": {"200": {"description": route.doc}, "default": error},
                  "parameters": [{"name": name, "in": "path", "required": True, "schema": A_TEXT}
                                 for name in re.findall(r"{(\w+)", route.path)]}
@@ -8014,7 +9023,7 @@ class ConnectionTable:
             idle = next((each for each in (mine if crowded else self.all) if each.idle), None)
             if idle is None:
                 return self._add_surplus(connection)
-            log.warning("no room for more connections: those without a request are closed for new ones")
+            log.warning("too many connections: closing idle ones for new ones")
             self._close(idle)
         self._append(connection)
 
@@ -8022,7 +9031,7 @@ class ConnectionTable:
         self.all[connection] = self.networks.setdefault(connection.network, {})[connection] = None
 
     def _add_surplus(self, connection: Any) -> None:
-        log.warning("all connections have requests: new ones are answered with 503")
+        log.warning("too many connections, none idle: answering new ones with 503")
         if len(self.surplus) >= self.SURPLUS:
             self._close(next(iter(self.surplus)))
         self.surplus[connection], connection.surplus = None, True
@@ -8105,7 +9114,7 @@ def connection_class() -> type[web.RequestHandler]:
             try:
                 return await super().finish_response(*arguments)
             except TimeoutError as error:       # from the system (limit_unread), while sending a file
-                raise ConnectionResetError("the client does not read") from error
+                raise ConnectionResetError("the client has stopped reading") from error
 
         def handle_error(self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None,
                          message: str | None = None) -> web.Response:
@@ -8114,8 +9123,8 @@ def connection_class() -> type[web.RequestHandler]:
                 raise ConnectionResetError("the response has begun, so it cannot become an error")
             if status >= 500:
                 return early_response(public_error(exc))
-            log.warning("a request from %s: this is no HTTP", request.remote)
-            return early_response(RequestError("this is no HTTP request, or it has a line above 8 KB",
+            log.warning("a request from %s is not HTTP", request.remote)
+            return early_response(RequestError("this is not an HTTP request, or it has a line above 8 KB",
                                                code="bad_request"))
 
     return Connection
@@ -8180,7 +9189,7 @@ def listen_on(host: str, port: int) -> socket.socket:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise ConfigError(f"port {port} on {host} is already in use; choose another with --port, "
-                              "or stop the program that has it") from None
+                              "or stop the program that uses it") from None
         raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
     except (TypeError, ValueError) as error:        # a name that IDNA cannot encode, or with a NUL
         raise ConfigError(f"cannot listen on {host}: {error}") from None
@@ -8266,7 +9275,7 @@ def announce(pool: Pool, settings: Settings, port: int) -> None:
     urls = [f"  {url}{settings.prefix and settings.prefix + '/'}" for url in server_urls(settings.host, port)]
     lines = [*pool.describe(), "Application startup complete", *urls]
     if not settings.keys and not is_loopback(settings.host):
-        lines.append("Warning: anyone who reaches this port can use the server; "
+        lines.append("Warning: anyone who can reach this port can use the server; "
                      "--api-key KEY or --host 127.0.0.1 prevents that")
     print("\n".join(lines), flush=True)
 
@@ -8307,13 +9316,13 @@ def calm_collector() -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-USAGE = """python chat_server.py [serve|chat|generate] [MODEL] [flags]"""
+USAGE = """python chat_server.py [serve|chat|generate|check] [MODEL] [flags]"""
 ABOUT = (
     "serve (the default) offers the page and the APIs, chat talks in the terminal, "
-    "generate answers one prompt.\n\n"
+    "generate answers one prompt, check proves and measures the compiled kernels.\n\n"
     f"MODEL may be: {SUPPORTED_MODELS}.\n\n"
     "Each flag has an environment variable: --max-tokens is CHAT_SERVER_MAX_TOKENS. "
-    "--config FILE.toml has them as lines.")
+    "--config FILE.toml may set them too.")
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -8350,8 +9359,8 @@ def read_config(path: str | None) -> dict[str, list[str]]:
     try:
         for name, value in tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8")).items():
             if isinstance(value, dict):
-                raise ValueError(f"[{name}] is a table, and flags are lines outside of any: `port = 8000`, "
-                                 "and for one that may repeat `served-model-name = [\"a\", \"b\"]`")
+                raise ValueError(f"[{name}] is a table, but flags stand outside tables: `port = 8000`, "
+                                 "or for one that may repeat `served-model-name = [\"a\", \"b\"]`")
             if (flag := name.replace("_", "-")) not in fields:
                 raise ValueError(f"there is no flag --{name}{did_you_mean(flag, fields, '--')}")
             words[fields[flag]] = [str(each) for each in (value if isinstance(value, list) else [value])]
@@ -8402,11 +9411,10 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
     about = "\n\n".join(textwrap.fill(part, 96) for part in ABOUT.split("\n\n"))
     parser = CommandLine(prog="chat_server.py", usage=USAGE, description=about, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="MODEL", nargs="?", default=None, help=argparse.SUPPRESS)
+    if command != "check":
+        parser.add_argument("model", metavar="MODEL", nargs="?", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--version", action="store_true", help="print the version and which kernels run")
     options = {option_field(option): option for option in OPTIONS if command in option.commands.split()}
-    if command == "chat":
-        options["temperature"] = options["temperature"]._replace(default=CHAT_TEMPERATURE)
     for title, flags in FLAG_GROUPS.items():
         group = parser.add_argument_group(title)
         for name in flags.replace("-", "_").split():
@@ -8416,6 +9424,8 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
     if values.pop("version"):
         print(f"chat_server {__version__}; {kernels_line()}")
         raise SystemExit(0)
+    if command == "check":      # it has no flags
+        return Settings(command=command)
     config = read_config(values["config"] or environment.get("CHAT_SERVER_CONFIG") or None)
     values["model"] = (values["model"] or environment.get("CHAT_SERVER_MODEL")
                        or (config.get("model") or [None])[0])
@@ -8439,6 +9449,7 @@ class RemotePool:
     ready = True
 
     def __init__(self, settings: Settings):
+        self.own_sampling: tuple[dict[str, Any], str] = {}, ""
         url = settings.url.rstrip("/").removesuffix("/v1")
         self.url = url if "://" in url else f"http://{url}"
         self.headers = {"Authorization": f"Bearer {key}" for key in settings.api_key[:1]}
@@ -8465,8 +9476,11 @@ class RemotePool:
         listed = models.get("data") if isinstance(models, dict) else None
         if not listed and "ready" not in health:
             raise ConfigError(f"{self.url} is not a chat server: "
-                              "neither /health nor /v1/models answers as one's")
+                              "neither /health nor /v1/models answers like one")
         self.model = listed[0] if listed and isinstance(listed[0], dict) else {}
+        told = self.model.get("defaults") if isinstance(self.model.get("defaults"), dict) else {}
+        told = {name: told[name] for name in SAMPLING_DEFAULTS if type(told.get(name)) in (int, float)}
+        self.own_sampling = told, "the server"
 
     async def _health(self) -> dict:
         """The body of /health; {} if the server answers with anything but a JSON object."""
@@ -8515,7 +9529,7 @@ class RemotePool:
                     response = await self._take_up(request.id, reader, error)
             yield reader.finished(request)
         except ValueError as error:
-            raise EngineFailure(f"{self.url} does not answer as a chat server does: {error}") from None
+            raise EngineFailure(f"{self.url} does not answer like a chat server: {error}") from None
         finally:
             response.close()
             if reader.done is None:
@@ -8670,7 +9684,8 @@ def native_body(request: Request) -> dict[str, Any]:
             "truncate": "oldest", "resumable": True, "stop": list(request.stop),
             "ignore_eos": request.ignore_eos,
             **({} if request.max_tokens is None else {"max_tokens": request.max_tokens}),
-            **{name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}}
+            **{name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")
+               if name not in request.unset}}
 
 
 async def refusal(response: Any) -> ChatServerError:
@@ -9086,7 +10101,7 @@ def read_chat(chat: Any, index: int) -> Conversation:
             continue
         tree = {"id": message.get("id"), "parent": message.get("parent")} if "nodes" in chat else {}
         if tree and (not is_text(tree["id"]) or tree["id"] in found.nodes):
-            raise ValueError(f"message {number_} of chat {index} has no id, or that of another")
+            raise ValueError(f"message {number_} of chat {index} has no id, or the id of another")
         node = {"content": "", **known_fields({"timings": message.get("stats"), **message}, NODE_FIELDS)}
         found.add(**{"parent": found.leaf} | node | tree)
     found.fields |= fields
@@ -9157,7 +10172,7 @@ class Terminal:
             try:
                 past = history.FileHistory(str(history_path()))
             except OSError as error:
-                self.note(f"no history is kept: {error}")
+                self.note(f"no history will be kept: {error}")
         return PromptSession(
             history=past, key_bindings=self._keys(), multiline=True,
             completer=Completer(), complete_while_typing=False,
@@ -9248,12 +10263,12 @@ def duration(seconds: float) -> str:
 
 
 def summary(done: Finished, seconds: float) -> str:
-    """For example: 156 tokens in 4.2 s, 37 tok/s, first after 0.2 s."""
+    """For example: 156 tokens in 4.2 s, 37 tok/s, first token after 0.2 s."""
     count, speed = done.completion_tokens, done.tokens_per_second
     parts = [f"{count} token{'s' * (count != 1)} in {duration(seconds)}"]
     if speed:
         parts.append(f"{speed:.{0 if speed >= 10 else 1}f} tok/s")
-    parts.append(f"first after {duration(done.ttft_ms / 1e3)}")
+    parts.append(f"first token after {duration(done.ttft_ms / 1e3)}")
     if done.reason == "length":
         parts.append("cut at the length limit")
     if done.dropped_messages:
@@ -9264,8 +10279,10 @@ def summary(done: Finished, seconds: float) -> str:
 def new_request(settings: Settings, parameters: Mapping[str, Any] | None = None, **source: Any) -> Request:
     """A Request. Its answer may fill the context; a raw prompt's may never end, so its length is capped."""
     parameters = parameters or {}
+    unset = tuple(name for name in SAMPLING_DEFAULTS
+                  if name not in parameters and getattr(settings, name, None) is None)
     length = settings.max_tokens or (DEFAULT_MAX_TOKENS if "prompts" in source else None)
-    return Request(id=secrets.token_hex(16), sampling=sampling_params(parameters, settings),
+    return Request(id=secrets.token_hex(16), sampling=sampling_params(parameters, settings), unset=unset,
                    max_tokens=parameters.get("max_tokens", length), stop=tuple(parameters.get("stop", ())),
                    truncate="messages" in source, **source)
 
@@ -9406,7 +10423,7 @@ class Chat:
         """Add an answer to a question. If it is stopped or fails, what came of it is kept."""
         chat, reply, before = self.conversation, Reply(), self.conversation.leaf
         chat.leaf = question["id"]
-        request = new_request(self.settings, chat.parameters, messages=chat.messages())
+        request = new_request(with_model(self.settings, self.pool), chat.parameters, messages=chat.messages())
         chat.leaf, note = before, "interrupted"
         try:
             with self.terminal.unechoed():
@@ -9417,7 +10434,7 @@ class Chat:
             if reply.text or reply.reasoning or reply.done:
                 self.keep(question, request, reply, note)
         told = summary(reply.done, reply.seconds) if reply.done else "[stopped]"
-        go_on = "; /continue goes on" if reply.done and reply.done.reason == "length" else ""
+        go_on = "; /continue continues it" if reply.done and reply.done.reason == "length" else ""
         self.note(told + go_on + "\n" * self.terminal.interactive)
         if self.settings.json and reply.done:
             print(reply.as_json(request), flush=True)
@@ -9455,7 +10472,7 @@ class Chat:
         name, _, text = value.partition(" ")
         spelled = {known.replace("_", ""): known for known in (*PARAMETERS, "stop")}
         if (known := spelled.get(re.sub("[-_]", "", name.lower()))) is None:
-            raise ValueError(f"/set wants one of {', '.join(PARAMETERS)}, "
+            raise ValueError(f"/set takes one of {', '.join(PARAMETERS)}, "
                              f"stop{did_you_mean(name, PARAMETERS)}")
         try:
             chosen = {known: PARAMETERS[known].parse(text) if known in PARAMETERS else [text]} if text else {}
@@ -9467,6 +10484,8 @@ class Chat:
 
     def show(self, value: str) -> None:
         chat, default = self.conversation, dataclasses.asdict(self.settings)
+        default |= {name: value for name, (value, origin) in sampling_of(self.pool, self.settings).items()
+                    if origin != "usual" or not self.settings.url}
         rows = {"model": self.pool.model_name, "system": chat.system, "messages": len(chat.path())}
         rows |= {name: chat.parameters.get(name, default.get(name)) for name in (*PARAMETERS, "stop")}
         facts = next((node["timings"] for node in reversed(chat.path()) if "timings" in node), {})
@@ -9569,10 +10588,10 @@ COMMANDS = {
     "set": Command(Chat.set, "NAME VALUE", "set a parameter (/show lists them); without VALUE the default"),
     "show": Command(Chat.show, "", "model, system message, parameters, context"),
     "save": Command(Chat.save, "FILE", "keep the conversation; the page can import it"),
-    "load": Command(Chat.load, "FILE", "go on with a saved conversation, or one that the page exported"),
+    "load": Command(Chat.load, "FILE", "continue a saved conversation, or one that the page exported"),
     "retry": Command(Chat.retry, "", "another answer to the last message"),
     "edit": Command(Chat.edit, "TEXT", "change the last message and send it again"),
-    "continue": Command(Chat.go_on, "", "go on with an answer that was cut"),
+    "continue": Command(Chat.go_on, "", "continue an answer that was cut"),
     "read": Command(Chat.read, "FILE", "send a file's text as a message"),
     "stats": Command(Chat.stats, "", "answers, tokens and workers"),
     "quit": Command(Chat.leave, "", "leave"),
@@ -9602,7 +10621,7 @@ async def chat(settings: Settings) -> int:
 def prompt_text(settings: Settings) -> str:
     """--prompt, or stdin for `-` and for a pipe. ConfigError if there is no text."""
     if settings.prompt is None and sys.stdin.isatty():
-        raise ConfigError("nothing to answer: give --prompt TEXT, or a text on stdin")
+        raise ConfigError("nothing to answer: give --prompt TEXT, or text on stdin")
     text = settings.prompt if settings.prompt not in (None, "-") else sys.stdin.read().removesuffix("\n")
     if not text.strip():
         raise ConfigError("nothing to answer: the prompt is empty")
@@ -9614,6 +10633,7 @@ async def generate(settings: Settings) -> int:
     text, reply, writer = prompt_text(settings), Reply(), AnswerWriter(settings, chatting=False)
     turns = [Message("system", settings.system)] if settings.system else []
     async with open_pool(settings) as pool:
+        settings = with_model(settings, pool)
         if not settings.url and decode_core() is None:
             print(kernels_line(), file=sys.stderr)
         try:
@@ -9667,8 +10687,10 @@ def main(argv: Seq[str] | None = None) -> int:
         start_logging(settings)
         if keys_given:
             log.warning("--api-key: other users of this machine %s read the key in the process list; "
-                        "CHAT_SERVER_API_KEY or --api-key-file keep it from them",
+                        "use CHAT_SERVER_API_KEY or --api-key-file instead",
                         "could until now" if hidden else "can")
+        if settings.command == "check":
+            return check_kernels()
         if settings.command == "serve":
             calm_collector()
         return asyncio.run({"serve": serve_forever, "chat": chat,

@@ -2,6 +2,7 @@
 
     python bench/compare.py --llama-server PATH [--model FILE.gguf] [--rounds 5] [--only single,16,...] [--json FILE]
     python bench/compare.py --ours-only --only single --server-args="--max-batch 16"
+    python bench/compare.py --before "/old/.venv/bin/python /old/chat_server.py"      # two versions of ours
 
 Both are started as a user would start them. One load generator (this process: asyncio, aiohttp) on the same
 cores sends them `/v1/chat/completions` requests over HTTP: streamed, temperature 0, ignore_eos. Every prompt
@@ -193,7 +194,9 @@ class Contestant:
 def contestants(arguments):
     ours = (sys.executable, str(ROOT / "chat_server.py"))
     found = [Contestant("ours", ours, ours=True)]
-    if not arguments.ours_only:
+    if arguments.before:
+        found += [Contestant("before", tuple(arguments.before), ours=True, rival=True)]
+    if arguments.llama_server:
         binary = arguments.llama_server
         found += [Contestant(f"llama-server -t {n}", (binary, "-t", str(n)), rival=True) for n in (1, 2)]
         found += [Contestant("llama-server, GOMP_SPINCOUNT=1000", (binary,), {"GOMP_SPINCOUNT": "1000"})]
@@ -420,7 +423,7 @@ def output_of(*command):
 
 def conditions(arguments):
     cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    version = "" if arguments.ours_only else output_of(arguments.llama_server, "--version").partition("\n")[0]
+    version = "" if not arguments.llama_server else output_of(arguments.llama_server, "--version").partition("\n")[0]
     return {"date": time.strftime("%Y-%m-%d %H:%M"), "cpu": cpu[1] if cpu else platform.processor(), "cpus": os.cpu_count(),
             "model": Path(arguments.model).name, "ours": output_of(sys.executable, "chat_server.py", "--version"),
             "commit": output_of("git", "describe", "--always", "--dirty"), "llama-server": version,
@@ -457,11 +460,12 @@ def parse_command_line():
     names = [scenario.name for scenario in SCENARIOS] + [STARTUP]
     parser.add_argument("--only", type=lambda text: text.split(","), default=names, help=f"of {','.join(names)}")
     parser.add_argument("--ours-only", action="store_true", help="no llama-server")
+    parser.add_argument("--before", type=shlex.split, help="Python and chat_server.py of another version of ours, in one string")
     parser.add_argument("--server-args", type=shlex.split, default=[], help="more flags for our server, in one string")
     parser.add_argument("--json", help="store every value in this file")
     arguments = parser.parse_args()
-    if not arguments.ours_only and not arguments.llama_server:
-        parser.error("--llama-server PATH, or --ours-only")
+    if bool(arguments.ours_only) == bool(arguments.llama_server or arguments.before):
+        parser.error("--llama-server PATH, --before \"PYTHON SCRIPT\", or --ours-only alone")
     if unknown := set(arguments.only) - set(names):
         parser.error(f"--only knows {','.join(names)}, not {','.join(sorted(unknown))}")
     arguments.model = Path(arguments.model).resolve() if arguments.model else default_model()

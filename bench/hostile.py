@@ -647,7 +647,7 @@ ATTACKS = {
     "200 responses that nobody reads": unread,
     "1,000 slow headers": functools.partial(drip, half_a_header),
     "1,000 slow bodies": functools.partial(drip, half_a_body),
-    "2,000 connections of what is no HTTP": noise,
+    "2,000 connections that do not speak HTTP": noise,
     "200 bodies of 16 MiB but a byte": unfinished_bodies,
     "10 whole answers, n: 128, with logprobs": whole_logprobs,
     "10 x 128 prompts, echoed with logprobs": echoed_logprobs,

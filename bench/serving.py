@@ -124,7 +124,7 @@ def prefill_seconds(engine, text):
     """The engine alone, from a queued 40-token prompt to its first token: prefill and sampling, no other
     process."""
     ids = tuple(engine.tokenizer.encode(text)[:40])
-    engine.add(chat_server.Assignment("prefill", ids, chat_server.SamplingParams(temperature=0.0), 1))
+    engine.add(chat_server.Assignment("prefill", ids, chat_server.AnswerParams(sampling=chat_server.SamplingParams(temperature=0.0)), 1))
     started = time.perf_counter()
     while engine.busy:
         engine.step()

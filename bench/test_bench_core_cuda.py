@@ -98,6 +98,23 @@ def test_sample(benchmark, ops, copy_bandwidth, setting, V, B):
     measure(benchmark, lambda: [draw() for _ in range(calls)], calls, logits.nbytes, copy_bandwidth)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4, 8])
+@pytest.mark.parametrize("kind", list(core.cuda.BLOCKS))
+def test_multiply(benchmark, ops, copy_bandwidth, kind, rows, outputs=8192, columns=4096):
+    """Packed weights, as many copies as are 1 GiB."""
+    benchmark.group = f"CUDA: multiply {outputs} x {columns}, {rows} rows"
+    block, size = core.cuda.BLOCKS[kind]
+    count = (1 << 30) // (outputs * columns // block * size)
+    weights = torch.full((count, outputs, columns // block * size), 0x22, dtype=torch.uint8, device="cuda")
+    x, out = torch.randn(rows, columns, device="cuda"), torch.empty(rows, outputs, device="cuda")
+
+    def multiply():
+        for blocks in weights:
+            ops.multiply(x, blocks, out, kind=kind, stream=stream())
+
+    measure(benchmark, multiply, count, weights[0].nbytes, copy_bandwidth)
+
+
 def layers_of(pages):
     """1 GiB of layers of K and V (2, P, Hkv, PAGE, D), at least one."""
     layer = 2 * pages * Hkv * PAGE * D

@@ -54,7 +54,7 @@ def terminal_lines(columns, rows):
         await_text(shown, "lists the commands")
         for count, text in enumerate(QUESTIONS, 1):
             tmux("send-keys", "-t", name, text, "Enter")
-            await_text(lambda: "first after" * (shown().count("after") >= count), "first after")
+            await_text(lambda: "first token after" * (shown().count("after") >= count), "first token after")
         tmux("send-keys", "-t", name, "/show", "Enter")
         await_text(shown, "max_tokens")
         return shown().rstrip().split("\n")

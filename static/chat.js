@@ -117,12 +117,13 @@ const lastPlace = () => { try { return localStorage.getItem(`${STORE} last`); } 
 
 // Deletes records, and offers to bring them back.
 async function deleteChat(chat) {
-  const nodes = await store.read("nodes", chat.id), {running, ...kept} = chat;
+  const {running, ...kept} = chat;
+  store.change("conversations", chat.id, null);         // at once: the page may be closed while the messages are read
+  const nodes = await store.read("nodes", chat.id);
   for (const node of nodes) {
     stopRun(node.id);
     store.change("nodes", node.id, null);
   }
-  store.change("conversations", chat.id, null);
   state.chats.delete(chat.id);
   offerUndo(TEXT.deleted(chat.title), () => {
     addChat(kept, nodes.map(node => ({...node, stream: null})));

@@ -40,7 +40,7 @@ const TEXT = {
   tooLong: (tokens, context) => `This message has ${number(tokens)} tokens, and the model takes ${number(context)} for question and answer together. Shorten it.`,
   willDrop: "The context is full: the oldest messages will be left out.",
   trouble: {missing: "This browser stores nothing for this page: chats last until it is closed. Export keeps them.",
-    full: "This browser's storage is full: what is new lasts until the page is closed. Export keeps it; deleting chats makes room."},
+    full: "This browser's storage is full: new chats last until the page is closed. Export keeps it; deleting chats makes room."},
 
   // turns
   copied: "Copied", copyMarkdown: "Copy as Markdown", branch: "Branch into a new chat", deleteMessage: "Delete from here on",
@@ -71,30 +71,30 @@ const TEXT = {
   help: "/temperature N · /topk N · /topp N · /minp N · /maxtokens N · /seed N (no number: the server's default) · /system TEXT · " +
     "/clear · /help. //… sends a text that begins with a slash.",
   noCommand: name => `There is no command /${name}. /help lists them; // sends a text that begins with a slash.`,
-  badParameter: (name, text, min, max) => `/${name} wants a number from ${min} to ${max}, not “${text}”.`,
+  badParameter: (name, text, min, max) => `/${name} takes a number from ${min} to ${max}, not “${text}”.`,
   parameterIs: (name, text) => `${name} is now ${text || "the server's default"}.`,
   systemIs: text => `The system prompt is now “${text}”.`, systemIsEmpty: "The system prompt is now empty.",
 
   // import
   notJson: name => `${name} is not a conversation: it is not valid JSON.`,
-  notAChat: name => `${name} is not a conversation: JSON with "conversations", or a list "messages" of {role, content}, is expected.`,
+  notAChat: name => `${name} is not a conversation: it must be JSON with "conversations", or with a list "messages" of {role, content}.`,
   badMessage: (name, chat, i) => `${name} is not a conversation: message ${i + 1} of chat ${chat + 1} lacks a role or a text.`,
   sameIds: name => `${name} is not a conversation: two messages have the same id.`,
   imported: (chats, messages, name) => `Imported ${plural(chats, "chat", "chats")} with ${plural(messages, "message", "messages")} from ${name}.`,
 
   // settings
   settingsChat: "This chat", settingsPage: "This page", settingsHint: "An empty field leaves the choice to the server.",
-  systemPrompt: "System prompt", systemHint: "none", templateAdds: "What the model's template makes of a message “…”", preset: "Preset",
+  systemPrompt: "System prompt", systemHint: "none", templateAdds: "How the model's template renders a message “…”", preset: "Preset",
   choosePreset: "Choose…", presets: {precise: "Precise", creative: "Creative", repeatable: "Repeatable"}, presetName: "Name of the preset",
   savePreset: "Save as preset", deletePreset: "Delete preset", presetSaved: name => `Saved as “${name}”`,
   parameters: {temperature: "Temperature", top_k: "Top-k", top_p: "Top-p", min_p: "Min-p", max_tokens: "Max tokens", seed: "Seed"},
-  default: "default", random: "random", restOfContext: "rest of context", stopStrings: "Stop strings, one a line", none: "none",
+  default: "default", random: "random", restOfContext: "rest of context", stopStrings: "Stop strings, one per line", none: "none",
   clicks: "Click a message to edit it, or to answer it again", defaults: "Defaults", forNewChats: "Use for new chats",
   usedForNew: "New chats begin with these", done: "Done",
 
   // server
   serverHint: "For a page opened from a file, or to talk to another machine. That server must allow this page (--cors-origin; null for a file).",
-  url: "URL", apiKey: "API key", keyWanted: "This server wants an API key.", wrongKey: "The server does not know this API key.",
+  url: "URL", apiKey: "API key", keyWanted: "This server needs an API key.", wrongKey: "The server does not know this API key.",
   noAddress: text => `“${text}” is not an address such as http://gpu-box:8000`, askTitle: "Use another server?",
   askServer: home => `The address of this page asks it to use the server ${home}. Your messages would be sent there.`,
   useIt: "Use this server", dontUseIt: "Stay here",

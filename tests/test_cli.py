@@ -34,7 +34,7 @@ def test_no_words_serve_with_the_table_s_defaults():
     ("model.gguf --port 80", dict(model="model.gguf", port=80)), ("--port 80 model.gguf", dict(model="model.gguf", port=80)),
     ("serve -p 80 model.gguf --host ::1", dict(model="model.gguf", port=80, host="::1")),
     ("server -n auto -m 7", dict(num_gpus="auto", max_tokens=7)), ("--max-new-tokens 9", dict(max_tokens=9)),
-    ("chat -p hi x.gguf", dict(command="chat", prompt="hi", model="x.gguf", temperature=0.6)),
+    ("chat -p hi x.gguf", dict(command="chat", prompt="hi", model="x.gguf", temperature=None)),
     ("generate --prompt - -t 0 -k 1", dict(command="generate", prompt="-", temperature=0.0, top_k=1)),
     ("--served-model-name a --served-model-name b", dict(served_model_name=("a", "b"))),
     ("--kv-cache-memory 2G --log-conversations", dict(kv_cache_memory=2 << 30, log_conversations=True)),
@@ -80,7 +80,7 @@ def test_a_number_of_thousands_of_digits_in_a_config_file_is_a_config_error(tmp_
 
 
 @pytest.mark.parametrize("text, words", [
-    ("[serve]\nport = 1", "[serve] is a table, and flags are lines outside of any: `port = 8000`"),
+    ("[serve]\nport = 1", "[serve] is a table, but flags stand outside tables: `port = 8000`"),
     ("max-tokesn = 1", "there is no flag --max-tokesn; did you mean --max-tokens?")])
 def test_a_config_file_that_is_wrong_says_how_it_is_right(tmp_path, text, words):
     (tmp_path / "config.toml").write_text(text)
@@ -107,7 +107,7 @@ def test_a_file_that_cannot_be_opened_is_named(flag, path, words):
 def test_the_help_and_the_log_say_that_a_key_on_the_command_line_is_seen(local_pool, capsys, caplog):
     with pytest.raises(SystemExit):
         parsed("serve --help")
-    assert "other users may see it in `ps`" in " ".join(capsys.readouterr().out.split())
+    assert "other users can see it in `ps`" in " ".join(capsys.readouterr().out.split())
     for words, said in ((["--api-key", "k"], True), (["--api-key=k"], True), (["--system", "k"], False)):
         caplog.clear()
         run_main("generate", "--prompt", "Hi", *words)
@@ -136,7 +136,7 @@ def test_the_help_has_every_flag_in_its_group(capsys):
         assert f"\n{title}:\n" in text or not any("serve" in option.commands for option in OPTIONS if option.name.split()[0] in flags.split())
     assert [name for flags in chat_server.FLAG_GROUPS.values() for name in flags.split()].sort() == \
         [option.name.split()[0] for option in OPTIONS].sort()
-    assert "usage: python chat_server.py [serve|chat|generate] [MODEL] [flags]\n" in text and text.count("MODEL may be") == 1
+    assert "usage: python chat_server.py [serve|chat|generate|check] [MODEL] [flags]\n" in text and text.count("MODEL may be") == 1
 
 
 def test_all_packages_that_are_missing_are_named_at_once(monkeypatch):
@@ -182,7 +182,7 @@ def run_main(*argv):
 def test_generate_writes_the_answer_to_stdout_and_its_speed_to_stderr(local_pool, capsys):
     assert run_main("generate", "--prompt", "Hi", "--system", "Be brief", "-t", "0", "--seed", "4", "-m", "9") == 0
     out, err = capsys.readouterr()
-    assert out == "Hello, world!\n" and re.search(r"^3 tokens in \d+ ms, 212 tok/s, first after 8 ms$", err, re.M)
+    assert out == "Hello, world!\n" and re.search(r"^3 tokens in \d+ ms, 212 tok/s, first token after 8 ms$", err, re.M)
     request = local_pool.requests[0]
     assert [(m.role, m.content) for m in request.messages] == [("system", "Be brief"), ("user", "Hi")]
     assert (request.sampling.temperature, request.sampling.seed, request.max_tokens) == (0.0, 4, 9)
@@ -335,7 +335,7 @@ async def with_dropped(request, answer):
 
 
 async def test_a_message_that_can_never_fit_is_refused_and_the_chat_goes_on(local_pool, typist, capsys):
-    local_pool.refuse = RequestError("the prompt has 99 tokens and the context holds 64", code="context_length_exceeded")
+    local_pool.refuse = RequestError("the prompt has 99 tokens, but the context holds 64", code="context_length_exceeded")
     typist.type("long\nquit\n")
     assert await chat_server.chat(Settings(command="chat")) == 1
     assert "error: the prompt has 99 tokens" in capsys.readouterr().err
@@ -381,7 +381,7 @@ async def test_a_remote_pool_yields_the_same_events():
     expected = finished(local.pieces, "length", "max_tokens")
     assert events[3] == dataclasses.replace(expected, queue_ms=0.2, ttft_ms=8.1, tokens_per_second=212.3)
     sent = local.requests[0]
-    assert (sent.sampling, sent.max_tokens, sent.messages) == (request.sampling, None, request.messages)
+    assert (sent.sampling.seed, sent.max_tokens, sent.messages) == (request.sampling.seed, None, request.messages)
     assert sent.truncate and sent.resumable
 
 

@@ -167,7 +167,7 @@ def test_save_replaces_no_file_but_the_chat_s_own(tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize("text, words", [
     ("not json", "not valid JSON"), ("[1]", "lacks a role"), ("{}", "no list"), ("[" * 9000, "not valid JSON"),
     ('{"messages": [{"role": "tool", "content": "x"}]}', "lacks a role"),
-    ('{"conversations": [{"nodes": [{"id": "a", "role": "user", "content": "x"}, {"id": "a", "role": "user", "content": "y"}]}]}', "that of another")])
+    ('{"conversations": [{"nodes": [{"id": "a", "role": "user", "content": "x"}, {"id": "a", "role": "user", "content": "y"}]}]}', "id of another")])
 def test_a_file_that_is_no_conversation_is_refused_with_the_reason(text, words):
     with pytest.raises(ValueError, match=words):
         read_chats(text)
@@ -205,7 +205,7 @@ def test_each_command_does_what_help_says_and_an_unknown_one_is_an_error(tmp_pat
     assert [content for _, content in turns(pool)[2]] == ["/slash", "Hello, world!", "Dear server"]
     out, err = capsys.readouterr()
     assert out == "Hello, world!\n" * 4
-    for words in ("/save FILE", "there is no command /hlep; did you mean /help?", "temperature  0.8", "answers 4, tokens 12",
+    for words in ("/save FILE", "there is no command /hlep; did you mean /help?", "temperature  0.6", "answers 4, tokens 12",
                   "/set temperature: '9' is not a number from 0 to 2", "one of temperature", "No such file", "the name of a file is missing"):
         assert words in err
 
@@ -246,7 +246,7 @@ def test_reasoning_is_told_apart_and_not_sent_back(monkeypatch, capsys):
     assert turns(pool)[1] == [("user", "One"), ("assistant", "It is 42."), ("user", "Two")]
 
 
-@pytest.mark.parametrize("speed, shown", [(None, "3 tokens in 2.0 s, first after 8 ms"), (7.25, "7.2 tok/s"), (37.4, ", 37 tok/s,")])
+@pytest.mark.parametrize("speed, shown", [(None, "3 tokens in 2.0 s, first token after 8 ms"), (7.25, "7.2 tok/s"), (37.4, ", 37 tok/s,")])
 def test_the_line_below_an_answer(speed, shown):
     assert shown in chat_server.summary(chat_server.replace(finished("abc"), tokens_per_second=speed), 2.0)
 
@@ -352,7 +352,7 @@ def test_messages_blocks_and_pastes_reach_the_server_as_they_were_typed(front, t
     with chatting(front.url, tmp_path=tmp_path) as pty:
         for keys in ("Hello\r", "two\x1b\rlines\r", '"""\rfirst\rsecond"""\r', "\x1b[200~pasted\nlines\n\x1b[201~ and more\r"):
             pty.type(keys)
-            pty.expect("tok/s|first after")
+            pty.expect("tok/s|first token after")
             pty.expect("> ")
         pty.type("quit\r")
         assert pty.leave() == 0
@@ -443,7 +443,7 @@ def test_an_answer_is_drawn_once_and_its_words_are_not_broken(tmp_path, no_color
         with chatting(url, tmp_path=tmp_path, columns=50, **({"NO_COLOR": no_color} if no_color else {})) as pty:
             start = len(pty.raw)
             pty.type("Go\r")
-            pty.expect("first after")
+            pty.expect("first token after")
             answer = pty.raw[start:]
             answer = answer[answer.index("Title"):answer.rindex("word59")]
             assert not re.search(r"\x1b\[[0-9;]*[^0-9;m]", answer)         # nothing but colours

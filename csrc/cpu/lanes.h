@@ -261,11 +261,26 @@ DC_INLINE float exp_negative(float x) {
     return y[0];
 }
 
-// g * sigmoid(g) without overflow: e^-|g| on either side of zero
-DC_INLINE Lanes silu(Lanes g) {
-    const Lanes zero = all(0.0f), above = maximum(g, zero), below = g - above;
-    const Lanes e = exp_negative(below - above);
+// g * sigmoid(t) without overflow, where g and t have the same sign: e^-|t| on either side of zero
+DC_INLINE Lanes times_sigmoid(Lanes g, Lanes t) {
+    const Lanes zero = all(0.0f), above = maximum(g, zero), below = g - above, positive = maximum(t, zero);
+    const Lanes e = exp_negative((t - positive) - positive);
     return fma(below, e, above) / (all(1.0f) + e);
+}
+
+DC_INLINE Lanes silu(Lanes g) { return times_sigmoid(g, g); }
+
+// g / 2 * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 g^3))), as (1 + tanh u) / 2 = sigmoid(2 u)
+DC_INLINE Lanes gelu_tanh(Lanes g) {
+    return times_sigmoid(g, g * fma(g * g, all(1.59576912f * 0.044715f), all(1.59576912f)));
+}
+
+// cap tanh(x / cap), with tanh |x| = (1 - e) / (1 + e) and e = exp(-2 |x|)
+DC_INLINE Lanes capped(Lanes x, Lanes cap) {
+    const Lanes zero = all(0.0f), one = all(1.0f), t = x / cap;
+    const Lanes e = exp_negative(maximum(t, zero - t) * all(-2.0f));
+    const Lanes size = (one - e) / (one + e) * cap;
+    return zero_below(t, zero, size) - zero_below(zero - t, zero, size);
 }
 
 }  // namespace DC_ISA

@@ -11,4 +11,6 @@ void bind_cuda(pybind11::module_ &m) {
     m.def("cuda_sample", &dc_cuda_sample, Gil());
     m.def("cuda_rope_append", &dc_cuda_rope_append, Gil());
     m.def("cuda_paged_attention", &dc_cuda_paged_attention, Gil());
+    m.def("cuda_multiply", &dc_cuda_multiply, Gil());
+    m.def("cuda_dequantize", &dc_cuda_dequantize, Gil());
 }

@@ -231,6 +231,7 @@ extern "C" __attribute__((visibility("default"))) void dc_emulation_order(int64_
 #include "sample.cu"
 #include "rope_append.cu"
 #include "paged_attention.cu"
+#include "packed.cu"
 
 // --- kernels with a fault each, to test the emulation itself -------------------------------------------------------
 

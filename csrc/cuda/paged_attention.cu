@@ -1,4 +1,4 @@
-// op       paged_attention of decode rows: softmax(q k) v over each row's own pages.
+// op       paged_attention of decode rows: softmax(q k) v, the scores capped if the job says so, over each row's own pages.
 // shapes   q (B, Hq, D) f32, scaled already; K and V pages of 16 slots, f32, f16 or bf16, strides as arguments; block_table
 //          (B, W) i32; lengths (B) i32, the row itself included, <= 0 = inactive -> out (B, Hq * D) f32 or bf16.
 //          D a multiple of 16 up to 256, Hq / Hk up to 64.
@@ -29,6 +29,7 @@ struct AttentionJob {                       // by value into the kernel; strides
     const int32_t *block_table, *lengths;
     int64_t table_stride, num_pages;
     int table_width, heads, kv_heads, head_size, window, max_chunks;
+    float softcap;                          // scores become softcap * tanh(score / softcap); 0: they stay
     int64_t page_stride, head_stride, slot_stride;
     void *out;
     int64_t out_type;
@@ -135,7 +136,8 @@ DC_DEVICE void score(const AttentionJob &job, const Range &range, const Stored *
                 for (int e = 0; e < S::PACK; e++) dot[h] = fmaf(query[h][i][e], k[e], dot[h]);
             }
         }
-        const float total = sum_over_lanes<HEADS>(dot, lane);       // every lane takes part, seen or not
+        float total = sum_over_lanes<HEADS>(dot, lane);             // every lane takes part, seen or not
+        if (job.softcap > 0) total = job.softcap * tanhf(total / job.softcap);
         if (lane % (KEY_LANES / HEADS) == 0) shared.scores[lane * HEADS / KEY_LANES][p] = seen ? total : -INFINITY;
     }
 }
@@ -320,7 +322,7 @@ template <class Stored> const char *launch_size(const AttentionLaunch &l) {
 const char *dc_cuda_paged_attention(int64_t q, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_size,
                                     int64_t k_pages, int64_t v_pages, int64_t cache_type, int64_t num_pages,
                                     int64_t page_stride, int64_t head_stride, int64_t slot_stride, int64_t block_table,
-                                    int64_t table_stride, int64_t table_width, int64_t lengths, int64_t window,
+                                    int64_t table_stride, int64_t table_width, int64_t lengths, int64_t window, double softcap,
                                     int64_t max_chunks, int64_t states, int64_t tickets, int64_t out, int64_t out_type,
                                     int64_t stream) {
     if (rows == 0) return nullptr;
@@ -335,6 +337,7 @@ const char *dc_cuda_paged_attention(int64_t q, int64_t rows, int64_t heads, int6
     l.job.kv_heads = static_cast<int>(kv_heads);
     l.job.head_size = static_cast<int>(head_size);
     l.job.window = static_cast<int>(window);
+    l.job.softcap = static_cast<float>(softcap);
     l.job.max_chunks = static_cast<int>(max_chunks);
     l.job.page_stride = page_stride;
     l.job.head_stride = head_stride;

@@ -3,7 +3,7 @@
 Wrappers check device, type, shape, strides, alignment and index bounds and raise ValueError naming the argument; only then
 do pointers cross to `_core`. Arrays are numpy's or torch's (never imported here): anything with `data_ptr` or
 the buffer protocol. Without the compiled half `import decode_core` raises ImportError, and chat_server runs references.
-What chat_server itself takes from here is `backend_for`; see seam.py.
+What chat_server itself takes from here is `backend_for` and `check`; see seam.py.
 """
 
 try:
@@ -15,7 +15,7 @@ from . import cuda
 from .attention import paged_attention, plan_attention, rope_append
 from .program import Program
 from .sampling import SampleBatch, Sampler, batch_of, sample
-from .seam import SEAM, backend_for, cuda_ops
+from .seam import SEAM, backend_for, check, cuda_ops
 from .tiles import Arena, Matrix, embed, multiply
 
 set_threads, get_threads, set_isa = _core.set_threads, _core.get_threads, _core.set_isa

@@ -47,12 +47,12 @@ def rope_append(qkv, cos, sin, positions, slots, cache, q_out, *, value_embed=No
 
 
 def rope_job(cache: tuple, qkv: tuple, q: tuple, cos, sin, indices: tuple, value: tuple, gate: tuple, *, norm="none",
-             q_norm=None, k_norm=None, eps=1e-5, post_scale=1.0, q_scale=None, gate_scale=1.0):
+             q_norm=None, k_norm=None, eps=1e-5, post_scale=1.0, q_scale=1.0, gate_scale=1.0):
     """-> what the kernel reads, and max_positions.
 
     Looked at already: cache as from check_cache; qkv (address, stride); q (address, T, H); indices: addresses of
     positions and slots; value and gate (address, stride). norm "none", "before_rope" or "after_rope" with q_norm, k_norm (D,)
-    float32 or None; then q and k times post_scale, q also times q_scale (None: D ** -0.5).
+    float32 or None; then q and k times post_scale, q also times q_scale / sqrt(D).
     """
     (cache_at, cache_code, pages, Hkv, D), (qkv_at, row_stride), (q_at, T, H) = cache, qkv, q
     cos_at, _, table, _ = look_at("cos", cos, FLOAT32, None, None)
@@ -66,7 +66,7 @@ def rope_job(cache: tuple, qkv: tuple, q: tuple, cos, sin, indices: tuple, value
              for name, weight in (("q_norm", q_norm), ("k_norm", k_norm))]
     job = _core.rope_job(
         T, row_stride, H, Hkv, D, table[1], NORMS[norm], eps, post_scale,
-        D**-0.5 if q_scale is None else q_scale, gate_scale, value[1], gate[1], cache_code, table[0], pages, qkv_at,
+        q_scale * D**-0.5, gate_scale, value[1], gate[1], cache_code, table[0], pages, qkv_at,
         *indices, cos_at, sin_at, *norms, value[0], gate[0], q_at, cache_at)
     return job, table[0]
 
@@ -74,6 +74,12 @@ def rope_job(cache: tuple, qkv: tuple, q: tuple, cos, sin, indices: tuple, value
 def check_together(one: str, first, other: str, second) -> None:
     if (first is None) != (second is None):
         raise ValueError(f"{other}: {one} and {other} come together or not at all")
+
+
+def check_softcap(softcap) -> float:
+    if not 0 <= float(softcap) < float("inf"):
+        raise ValueError(f"softcap: must be 0 or a positive number, not {softcap}")
+    return float(softcap)
 
 
 def plan_attention(tables, lengths, starts, heads: int, kv_heads: int, num_pages: int):
@@ -85,10 +91,11 @@ def plan_attention(tables, lengths, starts, heads: int, kv_heads: int, num_pages
     return _core.plan_attention(tables, lengths, starts, heads, kv_heads, num_pages)
 
 
-def paged_attention(q, cache, plan, out, *, window=0):
+def paged_attention(q, cache, plan, out, *, window=0, softcap=0.0):
     """softmax(q k) v of each row over its own pages: q (T, H, D) float32 as rope_append left it -> out (T, H * D).
 
-    out is float32; window counts the keys that a row sees, itself included, 0 or -1 = all. The bits of a row
+    out is float32; window counts the keys that a row sees, itself included, 0 or -1 = all; with a softcap c, scores
+    become c * tanh(scores / c). The bits of a row
     depend on its own q, keys and values alone: not on the batch, the chunk, the threads or the instruction set.
     """
     cache_at, cache_code, pages, Hkv, D = check_cache(cache)
@@ -100,4 +107,4 @@ def paged_attention(q, cache, plan, out, *, window=0):
     out_at, _, _, _ = look_at("out", out, FLOAT32, plan.rows, plan.heads * D, writable=True)
     if window < -1 or window > 2**31 - 1:
         raise ValueError(f"window: must be a number of keys, 0 or -1, not {window}")
-    _core.paged_attention(plan, max(window, 0), q_at, cache_at, cache_code, out_at, D)
+    _core.paged_attention(plan, max(window, 0), q_at, cache_at, cache_code, out_at, D, check_softcap(softcap))

@@ -71,7 +71,7 @@ class CpuBackend:
     """
 
     row_invariant, quantizes = True, True
-    activations, dtype = torch.float32, torch.bfloat16
+    activations, dtype, stored_dtype = torch.float32, torch.bfloat16, None
     converted = staticmethod(converted)
 
     def __init__(self, spec: Any, script: SimpleNamespace):
@@ -79,6 +79,7 @@ class CpuBackend:
         self.name = f"decode_core/{_core.isa()}"
         self.as_stored = functools.partial(as_stored, script=script)
         self.program: Program | None = None
+        self.faults: dict[str, str] = {}
 
     def ops(self, max_tokens: int, max_rows: int, quantize: str | None) -> dict[str, Callable]:
         """The ops append themselves to a Program instead of computing."""

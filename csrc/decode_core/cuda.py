@@ -16,6 +16,11 @@ SAMPLE_ROW_BYTES = 72                   # dc::SampleRow of csrc/contract.h
 CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8, "uint8": 1}
 NORMS = {"none": 0, "before_rope": 1, "after_rope": 2}
+# Of a quantized type, in the order of csrc/cuda/blocks.h: the columns and bytes of a block in a GGUF file
+BLOCKS = {"q8_0": (32, 34), "q4_0": (32, 18), "q4_1": (32, 20), "q5_0": (32, 22), "q5_1": (32, 24), "q4_k": (256, 144),
+          "q5_k": (256, 176), "q6_k": (256, 210), "iq4_nl": (32, 18), "iq4_xs": (256, 136), "mxfp4": (32, 17)}
+BLOCK_CODES = {kind: code for code, kind in enumerate(BLOCKS)}
+MAX_PRODUCT_ROWS = 8                    # of x in one multiply
 LOGITS, CACHES = ("float32", "bfloat16"), ("float32", "float16", "bfloat16")
 
 
@@ -127,7 +132,7 @@ class CudaOps:
         return ids.address, values.address, ids.shape[0]
 
     def rope_append(self, qkv, cos, sin, positions, slots, k_pages, v_pages, q_out, *, norm="none", q_norm=None, k_norm=None,
-                    eps=1e-5, post_scale=1.0, q_scale=None, value_embed=None, gate=None,
+                    eps=1e-5, post_scale=1.0, q_scale=1.0, value_embed=None, gate=None,
                     gate_scale=1.0, stream: int):
         """Everything between the qkv product and attention: q -> q_out (B, H, D) float32, k and v -> pages.
 
@@ -162,15 +167,16 @@ class CudaOps:
         at = [self.tensor(name, t, ("int64",), B).address for name, t in (("positions", positions), ("slots", slots))]
         call(self.core.cuda_rope_append, x.address, CODES[x.dtype], x.strides[0], B, H, Hkv, D, *at, table.shape[0],
              P * PAGE_SIZE, table.address, sines.address, table.shape[1], NORMS[norm],
-             *weights, float(eps), float(post_scale), float(D**-0.5 if q_scale is None else q_scale), *embeds,
+             *weights, float(eps), float(post_scale), float(q_scale * D**-0.5), *embeds,
              float(gate_scale), q.address, k.address, v.address, CODES[k.dtype], *k.strides[:3], stream)
 
-    def paged_attention(self, q, k_pages, v_pages, block_table, lengths, states, tickets, out, *, window=0, stream: int):
+    def paged_attention(self, q, k_pages, v_pages, block_table, lengths, states, tickets, out, *, window=0, softcap=0.0,
+                        stream: int):
         """Attention of decode rows: q (B, H, D) float32, scaled already -> out (B, H * D) float32 or bfloat16.
 
         block_table (B, W) int32: each row's pages; lengths (B,) int32: its keys, its own included, 0 = inactive (its output
-        is left alone); window: keys it sees, itself included, 0 = all. states (float32) and tickets (int32, zeros) are the
-        workspace, see attention_workspace. Each row's bits depend on nothing else in the batch.
+        is left alone); window: keys it sees, itself included, 0 = all; with a softcap c, scores become c * tanh(scores / c).
+        states (float32) and tickets (int32, zeros) are the workspace, see attention_workspace. Each row's bits depend on nothing else in the batch.
         """
         k = self.pages("k_pages", k_pages)
         v = self.pages("v_pages", v_pages, like=k)
@@ -186,6 +192,8 @@ class CudaOps:
         sizes = self.tensor("lengths", lengths, ("int32",), B)
         if not isinstance(window, int) or not 0 <= window < 1 << 31:
             raise ValueError(f"window: must be an integer from 0, not {window!r}")
+        if not 0 <= float(softcap) < float("inf"):
+            raise ValueError(f"softcap: must be 0 or a positive number, not {softcap}")
         floats, integers = attention_workspace(B, H, Hkv, D, W)
         state = self.tensor("states", states, ("float32",), None)
         ticket = self.tensor("tickets", tickets, ("int32",), None)
@@ -195,8 +203,40 @@ class CudaOps:
             raise ValueError(f"tickets: needs {integers} elements, has {ticket.shape[0]}")
         y = self.tensor("out", out, LOGITS, B, H * D)
         call(self.core.cuda_paged_attention, query.address, B, H, Hkv, D, k.address, v.address, CODES[k.dtype], P,
-             *k.strides[:3], table.address, table.strides[0], W, sizes.address, window, max_chunks(W, window), state.address,
-             ticket.address, y.address, CODES[y.dtype], stream)
+             *k.strides[:3], table.address, table.strides[0], W, sizes.address, window, float(softcap), max_chunks(W, window),
+             state.address, ticket.address, y.address, CODES[y.dtype], stream)
+
+    def multiply(self, x, blocks, out, *, kind: str, stream: int):
+        """x (B, K) float32 times packed weights -> out (B, N) float32, B up to MAX_PRODUCT_ROWS.
+
+        blocks (N, bytes of a row) uint8: rows as a GGUF file of the type `kind` has them, see `packed`.
+        """
+        w, columns = self.packed(blocks, kind)
+        given = self.tensor("x", x, ("float32",), None, columns, loose=1)
+        if given.shape[0] > MAX_PRODUCT_ROWS:
+            raise ValueError(f"x: must have at most {MAX_PRODUCT_ROWS} rows, not {given.shape[0]}")
+        if given.address % 16 or given.shape[0] > 1 and given.strides[0] % 4:
+            raise ValueError("x: rows must start at multiples of 16 bytes")
+        y = self.tensor("out", out, ("float32",), given.shape[0], w.shape[0], loose=1)
+        call(self.core.cuda_multiply, given.address, given.strides[0], given.shape[0], w.address, BLOCK_CODES[kind],
+             w.shape[0], columns, y.address, y.strides[0], stream)
+
+    def dequantize(self, blocks, out, *, kind: str, stream: int):
+        """Packed weights (N, bytes of a row) -> out (N, K) float32 or bfloat16."""
+        w, columns = self.packed(blocks, kind)
+        y = self.tensor("out", out, LOGITS, w.shape[0], columns)
+        call(self.core.cuda_dequantize, w.address, BLOCK_CODES[kind], w.shape[0], columns, y.address, CODES[y.dtype], stream)
+
+    def packed(self, blocks, kind: str) -> tuple[SimpleNamespace, int]:
+        """Rows of blocks of a type of BLOCKS, and their columns."""
+        if kind not in BLOCKS:
+            raise ValueError(f"kind: must be one of {', '.join(BLOCKS)}, not {kind!r}")
+        found, (columns, size) = self.tensor("blocks", blocks, ("uint8",), None, None), BLOCKS[kind]
+        if not found.shape[1] or found.shape[1] % size:
+            raise ValueError(f"blocks: must be rows of blocks of {size} bytes, not {found.shape}")
+        if found.address % 2 and size % 2 == 0:
+            raise ValueError("blocks: must begin at an even address")
+        return found, found.shape[1] // size * columns
 
 
 def call(function, *arguments) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -9,8 +10,12 @@ from typing import Any
 import torch
 
 from . import cuda
+from .cuda_references import CudaReferences
+from .cuda_weights import PackedMatrix, PackedOps, as_stored, unpacked
 from .cuda_steps import LISTS, CudaPlan, GraphSteps, record_words
+from .proof import prove_cuda
 from .sampling import SampleBatch
+from .weights import converted
 
 
 def current_stream() -> int:
@@ -22,26 +27,44 @@ class CudaBackend:
 
     A layer's cache is (2, P, Hkv, PAGE_SIZE, D), keys and values apart: what one block of the decode kernel
     reads of a page, and what a prompt gathers, are whole runs of PAGE_SIZE * D values. Queries are scaled by
-    1 / sqrt(D) as they are made.
+    1 / sqrt(D) as they are made. `ops` proves each kernel first, on `device`; `faults` tells which of them do
+    not compute, and why.
     """
 
     name, row_invariant, quantizes = "decode_core/cuda", False, False
-    activations, dtype = None, torch.bfloat16
-    as_stored = None
+    activations, dtype, stored_dtype = None, torch.bfloat16, torch.bfloat16
+    converted = staticmethod(converted)
 
     def __init__(self, spec: Any, script: SimpleNamespace, kernels: Any,
-                 stream: Callable[[], int] = current_stream):
+                 stream: Callable[[], int] = current_stream, device: Any = "cuda"):
         self.spec, self.script, self.kernels, self.stream = spec, script, kernels, stream
+        self.device, self.references = device, CudaReferences(spec, script)
+        self.packed = PackedOps(kernels, script, stream)
+        self.as_stored = functools.partial(as_stored, script=script, device=device)
+        self.faults: dict[str, str] = {}
 
     def ops(self, max_tokens: int, max_rows: int, quantize: None) -> dict[str, Callable]:
-        return {name: getattr(self, name) for name in
-                ("make_cache", "rope_append", "plan_attention", "paged_attention", "sample")}
+        self.faults |= prove_cuda(self, self.device)
+        ops = {name: getattr(self, name) for name in
+               ("pack", "make_cache", "rope_append", "plan_attention", "paged_attention", "sample")}
+        if "linear" not in self.faults:
+            ops |= {"linear": self.packed.linear, "embed": self.packed.embed}
+        instead = {"rope_append": self.references.rope_append, "sample": self.script.references["sample"]}
+        return ops | {name: op for name, op in instead.items() if name in self.faults}
 
     def record(self, transformer: Any) -> None:
         """Whole steps are graphs, and make_steps' affair."""
 
     def make_steps(self, transformer: Any, max_batch: int, context_length: int) -> GraphSteps:
+        if "sample" in self.faults:         # a graph cannot draw on the host
+            return self.script.EagerSteps(transformer)
         return GraphSteps(transformer, self, max_batch=max_batch, context_length=context_length)
+
+    def pack(self, name: str, weight: torch.Tensor | PackedMatrix) -> Any:
+        """What `linear` and `embed` read: packed weights stay so, unless their product is not right here."""
+        if not isinstance(weight, PackedMatrix):
+            return self.script.references["pack"](name, weight)
+        return unpacked(weight, self.script) if "linear" in self.faults else weight
 
     def make_cache(self, spec, num_pages, dtype, device):
         shape = (spec.layers, 2, num_pages, spec.kv_heads, self.script.PAGE_SIZE, spec.head_size)
@@ -75,19 +98,27 @@ class CudaBackend:
                             for group in groups] for window in set(windows)}
         return CudaPlan(decode, table, lengths, prompts, *workspace)
 
-    def paged_attention(self, q, cache, plan, window, out):
+    def paged_attention(self, q, cache, plan, window, out, softcap=0.0):
         """softmax(q k) v over each row's own pages: q (T, H * D) float32, scaled -> out (T, H * D)."""
         heads, first = q.unflatten(1, (-1, cache.shape[-1])), slice(plan.decode)        # (T, H, D)
         if plan.decode:
-            self.kernels.paged_attention(heads[first], *cache, plan.table[first], plan.lengths[first],
-                                         plan.states, plan.tickets, out[first], window=window,
-                                         stream=self.stream())
+            table, lengths = plan.table[first], plan.lengths[first]
+            if "paged_attention" in self.faults:
+                self.references.attend(heads[first], cache, table, lengths, out[first], window, softcap)
+            else:
+                workspace = plan.states, plan.tickets
+                self.attend(heads[first], cache, table, lengths, *workspace, out[first], window, softcap)
         for rows, pages, mask in plan.prompts[window]:
             kv = torch.index_select(cache.transpose(1, 2), 2, pages)            # (2, Hkv, n, PAGE_SIZE, D)
             k, v = kv.flatten(2, 3)[:, :, :mask.shape[-1]]
             grouped = heads[rows].to(cache.dtype).unflatten(1, (len(k), -1))    # (rows, Hkv, H / Hkv, D)
-            y = self.script.attend_prompt(grouped, k, v, mask, 1.0)
+            y = self.script.attend_prompt(grouped, k, v, mask, 1.0, softcap)
             out[rows].view(y.shape).copy_(y)
+
+    def attend(self, q, cache, table, lengths, states, tickets, out, window: int, softcap=0.0) -> None:
+        """Decode rows: q (N, H, D) float32, scaled -> out (N, H * D)."""
+        self.kernels.paged_attention(q, *cache, table, lengths, states, tickets, out, window=window,
+                                     softcap=softcap, stream=self.stream())
 
     def draw(self, logits, records, lists, tokens) -> None:
         """One token for each row of logits (R, V) -> tokens (R,) int32, on the device; rows with penalties
@@ -101,8 +132,16 @@ class CudaBackend:
     def sample(self, logits, rows) -> list[int]:
         """One token for each row of logits (R, V), which stay unchanged; drawn on the device, waited for."""
         batch = SampleBatch(rows, logits.shape[1])
+        changes = len(batch.count_ids) or len(batch.bias_ids)
+        return self.drawing(logits.to(torch.float32, copy=bool(changes)), batch)().tolist()
+
+    def drawing(self, logits, batch: SampleBatch) -> Callable[[], Any]:
+        """What draws the tokens (R,) of a batch from logits (R, V) again and again."""
         arrays = record_words(batch), *(getattr(batch, name) for name in LISTS)
         records, *lists = (torch.tensor(array, device=logits.device) for array in arrays)
-        tokens = torch.empty(len(rows), dtype=torch.int32, device=logits.device)
-        self.draw(logits.to(torch.float32, copy=any(map(len, lists))), records, lists, tokens)
-        return tokens.tolist()
+        tokens = torch.empty(len(records), dtype=torch.int32, device=logits.device)
+
+        def draw():
+            self.draw(logits, records, lists, tokens)
+            return tokens
+        return draw

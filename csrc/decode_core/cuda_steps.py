@@ -9,6 +9,7 @@ One stream runs it all in order, so one piece of device memory serves every step
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ import torch
 
 from .sampling import batch_of
 
+log = logging.getLogger("chat_server.decode_core")
 LISTS = ("count_ids", "counts", "bias_ids", "bias_values")      # of a SampleBatch: what changes logits
 LIST_CAPACITY = 1 << 14         # penalised tokens, and biases, of one step; a graph has room for so many
 
@@ -125,7 +127,9 @@ class CudaQueue:
         """`work` as one launch. It runs once before: kernels are loaded then, and libraries choose theirs."""
         self.wait(self.submit(work))
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        # a capture that fails may leave its stream the current one
+        with torch.cuda.stream(torch.cuda.current_stream(self.device)), \
+                torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             work()
         return graph.replay
 
@@ -190,10 +194,22 @@ class GraphSteps:
         self.sampling: Any = None           # the SampleBatch of the step before
 
     def prepare(self, progress: Callable[[float], None]) -> None:
-        """Capture the graph of every bucket, the largest first; no step may be under way."""
+        """Capture the graph of every bucket, the largest first; no step may be under way.
+
+        Steps that only a graph which cannot be captured would hold run op by op.
+        """
+        failures = []
         for done, bucket in enumerate(reversed(self.buckets)):
             progress(done / len(self.buckets))
-            self._capture(*bucket)
+            try:
+                self._capture(*bucket)
+            except Exception as error:
+                self.queue.wait(self.queue.submit(lambda: None))        # raises where the device cannot go on
+                failures.append(f"{type(error).__name__}: {error}")
+        if failures:
+            fault = f"{len(failures)} of {len(self.buckets)} cannot be captured ({failures[0]})"
+            self.backend.faults["graphs"] = fault
+            log.warning("CUDA graphs: %s; their steps run op by op", fault)
 
     def _capture(self, rows: int, pages: int) -> None:
         shape, staging = StepShape(rows, rows, rows, pages, LIST_CAPACITY, LIST_CAPACITY), self.staging[0]

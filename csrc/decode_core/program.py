@@ -16,7 +16,7 @@ threads or the instruction set. A wrong argument is a ValueError that names it, 
 
 from . import _core
 from .arrays import CODES, FLOAT32, look_at, vector
-from .attention import check_cache, check_together, rope_job
+from .attention import check_cache, check_softcap, check_together, rope_job
 from .sampling import SampleBatch
 from .tiles import Matrix, check_linear, check_matrix
 
@@ -81,7 +81,7 @@ class Program:
         """out = residual + activation(norm(x) W^T + bias); residual may be out, x may not.
 
         norm        None, or (weight or None, eps): RMS norm over the whole width of x
-        activation  None, "relu2", or "swiglu": the matrix' tiles alternate gate and up, and out is half as wide
+        activation  None, "relu2", "swiglu" or "geglu": a gate's tiles alternate gate and up, and out is half as wide
         A matrix narrower than x takes the first columns of (the normalized) x.
         """
         check_matrix(matrix)
@@ -153,7 +153,7 @@ class Program:
         self._keep(qkv, cos, sin, cache, out, value_embed, gate, options.get("q_norm"), options.get("k_norm"))
         self._program.rope_append(job, max_positions, pages)
 
-    def paged_attention(self, q, cache, attention, window: int, out) -> None:
+    def paged_attention(self, q, cache, attention, window: int, out, softcap: float = 0.0) -> None:
         """softmax(q k) v of each row over its own pages: q (max_tokens, H * D) as rope_append left it -> out, as wide."""
         _is_marker("attention", attention, self.attention)
         q_at, kind = self._read("q", q)
@@ -164,7 +164,8 @@ class Program:
         if not isinstance(window, int) or not -1 <= window < 2**31:
             raise ValueError(f"window: must be a number of keys, 0 or -1, not {window!r}")
         out_at = self._written("out", out, kind, q_at[1])
-        self._record(self._program.paged_attention, q_at, cache_at, cache_kind, pages, H, Hkv, D, max(window, 0), out_at, keep=(q, cache, out))
+        self._record(self._program.paged_attention, q_at, cache_at, cache_kind, pages, H, Hkv, D, max(window, 0),
+                     check_softcap(softcap), out_at, keep=(q, cache, out))
 
     def sample(self, logits) -> None:
         """The last op: a token for each logit row, in the steps that bring a SampleBatch."""

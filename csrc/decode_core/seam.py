@@ -8,12 +8,17 @@ place.
     row_invariant                 the bits of a row depend on nothing else in the batch
     activations                   torch dtype of every activation buffer; None: chat_server's own choice
     dtype                         torch dtype of float weights whose user names none
+    stored_dtype                  of activations and cache beside matrices as stored; None: the backend's affair
     quantizes                     does `ops` take a type for `quantize`?
     as_stored(shape, parts)       a matrix in its file's type, or one close to it; None: always dequantized
     converted(sources, stored)    which matrices cannot stay in the file's type, in words
     ops(max_tokens, max_rows, quantize)     {name: op} in the place of chat_server's references
     record(transformer)           None, or a function that runs a batch in place of Transformer.compute
     make_steps(transformer, max_batch, context_length)      what has the methods of chat_server's Steps
+    faults                        {op: what is wrong}: the reference computes each of these; complete once the
+                                  steps are prepared
+
+`check(script, threads, say)` proves and measures every op that can run here: see report.py.
 
 `spec` is chat_server's ModelSpec. `script` holds what this package uses of chat_server.py
 (`for_decode_core`): that file runs as __main__ and is never imported here. torch is imported with a backend,
@@ -24,12 +29,13 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 from . import _core, cuda
 
-SEAM = 1        # one more whenever a name, an argument or a meaning above, or of `script`, changes
+SEAM = 4        # one more whenever a name, an argument or a meaning above, or of `script`, changes
 log = logging.getLogger("chat_server.decode_core")
 
 
@@ -44,7 +50,13 @@ def backend_for(spec: Any, device: Any, script: SimpleNamespace) -> Any:
     if ops is None:
         return None
     from .cuda_backend import CudaBackend
-    return CudaBackend(spec, script, ops)
+    return CudaBackend(spec, script, ops, device=device)
+
+
+def check(script: SimpleNamespace, threads: int, say: Callable[[str], None]) -> bool:
+    """Print a report, a line each `say`; whether all ops are as their references."""
+    from .report import Report
+    return Report(script, threads, say).run()
 
 
 @functools.cache

@@ -17,7 +17,8 @@ from .arrays import FLOAT32, look_at, vector
 KINDS = {name: number for number, (name, _) in enumerate(_core.weight_types())}     # tiles.h's Weight
 COLUMNS = dict(_core.weight_types())            # of a block in a file: the columns of a matrix are a multiple of it
 SOURCES = {"f32": ("float32",), "f16": ("float16",), "bf16": ("bfloat16", "uint16")}    # what the rows may be besides uint8
-ACTIVATIONS = {None: 0, "swiglu": 1, "relu2": 2}
+ACTIVATIONS = {None: 0, "swiglu": 1, "relu2": 2, "geglu": 3}
+GATES = ("swiglu", "geglu")
 TILE_ROWS, LIMIT = 16, 1 << 31
 
 
@@ -129,25 +130,25 @@ def check_linear(matrix, width: int, norm, bias, activation) -> tuple[tuple, int
     -> (has it a norm, address of its weight, eps, address of the bias), the activation's code, the most columns of out
     """
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: must be None, 'swiglu' or 'relu2', not {activation!r}")
-    if activation == "swiglu" and matrix.tiles.count % 2:
-        raise ValueError(f"matrix: swiglu takes an even number of tiles, not {matrix.tiles.count}")
+        raise ValueError(f"activation: must be one of {', '.join(map(repr, ACTIVATIONS))}, not {activation!r}")
+    if activation in GATES and matrix.tiles.count % 2:
+        raise ValueError(f"matrix: {activation} takes an even number of tiles, not {matrix.tiles.count}")
     if norm is not None and (not isinstance(norm, tuple) or len(norm) != 2):
         raise ValueError(f"norm: must be None or (weight, eps), not {norm!r}")
     weight, eps = norm or (None, 0.0)
     weight_at = 0 if weight is None else vector("norm", weight, "float32", width)
     bias_at = 0 if bias is None else vector("bias", bias, "float32", matrix.rows)
-    most = matrix.tiles.count // 2 * TILE_ROWS if activation == "swiglu" else matrix.rows
+    most = matrix.tiles.count // 2 * TILE_ROWS if activation in GATES else matrix.rows
     return (norm is not None, weight_at, float(eps), bias_at), ACTIVATIONS[activation], most
 
 
 def multiply(x, matrix: Matrix, *, norm=None, bias=None, activation=None, residual=None, out, _tiles_at_once=0,
              _groups_at_once=0):
-    """out = residual + activation(norm(x) W^T + bias); x (T, K), residual and out (T, up to N; swiglu: half of N) float32.
+    """out = residual + activation(norm(x) W^T + bias); x (T, K), residual and out (T, up to N; gates: half of N) float32.
 
     norm        None, or (weight (K,) or None, eps): RMS norm of each row of x
     bias        (N,), in the order of the tiles' rows
-    activation  None, "relu2", or "swiglu": tiles alternate gate and up, 16 rows each
+    activation  None, "relu2", "swiglu", or "geglu" (tanh approximation): a gate's tiles alternate gate and up, 16 rows each
     residual    may be out itself; x may not share memory with out
     """
     check_matrix(matrix)
@@ -155,8 +156,8 @@ def multiply(x, matrix: Matrix, *, norm=None, bias=None, activation=None, residu
     before, code, most = check_linear(matrix, columns, norm, bias, activation)
     _integer("_tiles_at_once", _tiles_at_once, 0, LIMIT)
     _integer("_groups_at_once", _groups_at_once, 0, LIMIT)
-    if activation == "swiglu" and _tiles_at_once % 2:
-        raise ValueError(f"_tiles_at_once: must be even for swiglu, not {_tiles_at_once}")
+    if activation in GATES and _tiles_at_once % 2:
+        raise ValueError(f"_tiles_at_once: must be even for {activation}, not {_tiles_at_once}")
     out_at, _, (_, width), out_stride = look_at("out", out, FLOAT32, rows, None, rows_apart=True, writable=True)
     if not 1 <= width <= most:
         raise ValueError(f"out: must have 1 to {most} columns, not {width}")

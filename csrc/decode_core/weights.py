@@ -83,7 +83,9 @@ def rows_of(tensor: Any, head_size: int, kind: str, columns: int, script: Simple
 
 def pack(arena: Arena, name: str, weight: torch.Tensor | QuantizedMatrix, quantize: str | None,
          tied_head: bool) -> Any:
-    """The matrix `name` (N, K) in tiles; `quantize` names the type that large float matrices become."""
+    """The matrix `name` (N, K) in tiles, or gate_up's bias (N,) in their order; `quantize` names the type that large float matrices become."""
+    if name.endswith("_bias"):          # gates and ups alternate as their tiles do
+        return weight.view(2, -1, TILE_ROWS).transpose(0, 1).reshape(-1)
     (N, K), given = weight.shape, isinstance(weight, QuantizedMatrix)
     if name == "embed" and not (given or tied_head):
         return weight           # rows are only looked up
@@ -110,7 +112,7 @@ def quantized_kind(quantize: str | None, kind: str, columns: int) -> str:
 
 def place(pieces: Sequence[tuple[str, Any]], rows_together: int) -> list[tuple[str, Any, int, int]]:
     """(kind, rows, first tile, step) of pieces that lie below each other in a matrix of `rows_together` rows, or in one of
-    twice as many: gates and then ups, whose tiles alternate for swiglu."""
+    twice as many: gates and then ups, whose tiles alternate."""
     placed, row = [], 0
     step = 1 + (sum(len(rows) for _, rows in pieces) > rows_together)
     for kind, rows in pieces:

@@ -80,14 +80,14 @@ class Cache:
         return (widen(keys[pages, :, :, offset]).astype(numpy.float64), widen(values[pages, :, offset]).astype(numpy.float64))
 
 
-def attend(q, cache, tables, lengths, starts, *, window=0, heads=None, out=None):
+def attend(q, cache, tables, lengths, starts, *, window=0, softcap=0.0, heads=None, out=None):
     out = numpy.full((len(q), q.shape[1] * q.shape[2]), NAN, numpy.float32) if out is None else out
     plan = decode_core.plan_attention(tables, lengths, starts, q.shape[1], cache.store.shape[1], len(cache.store))
-    decode_core.paged_attention(q, cache.array, plan, out, window=window)
+    decode_core.paged_attention(q, cache.array, plan, out, window=window, softcap=softcap)
     return out
 
 
-def attend_float64(q, k, v, first_position, window):
+def attend_float64(q, k, v, first_position, window, softcap=0.0):
     """q (T, H, D) at positions first_position ..., k and v (S, Hkv, D) -> (T, H * D)."""
     T, H, D = q.shape
     group, out = H // k.shape[1], numpy.empty(q.shape)
@@ -96,6 +96,7 @@ def attend_float64(q, k, v, first_position, window):
         seen = slice(max(0, position + 1 - window) if window > 0 else 0, position + 1)
         for h in range(H):
             score = k[seen, h // group] @ q[t, h].astype(numpy.float64)
+            score = softcap * numpy.tanh(score / softcap) if softcap else score
             weight = numpy.exp(score - score.max())
             out[t, h] = weight @ v[seen, h // group] / weight.sum()
     return out.reshape(T, H * D)
@@ -151,6 +152,17 @@ def test_attention_is_float64s_on_the_stored_cache(isa, kind, H, Hkv, D):
         k, v = cache.get(pages, length)
         out = attend(q, cache, [pages], [length], [0, rows])
         numpy.testing.assert_allclose(out, attend_float64(q, k, v, length - rows, 0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [0.5, 3.0, 50.0])
+def test_capped_scores_are_float64s_for_decode_rows_chunks_and_windows(isa, softcap):
+    rng = numpy.random.default_rng(7)
+    cache = Cache(40, 2, 32)
+    for window, rows in ((0, 1), (0, 40), (100, 3), (300, 1)):
+        pages, q = sequence(rng, cache, 600, rows, 6, rng.permutation(40).tolist())
+        q, (k, v) = 4 * q, cache.get(pages, 600)
+        out = attend(q, cache, [pages], [600], [0, rows], window=window, softcap=softcap)
+        numpy.testing.assert_allclose(out, attend_float64(q, k, v, 600 - rows, window, softcap), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 255, 256, 257, 300, 599, 600, 601])
@@ -456,7 +468,7 @@ def test_a_fused_multiply_add_rounds_once_on_every_instruction_set():
     def run():
         q = numpy.empty((T, 1, 64), numpy.float32)
         decode_core.rope_append(qkv, cos.astype(numpy.float32), sin.astype(numpy.float32), numpy.arange(T), numpy.arange(T) % 16,
-                                numpy.zeros((1, 1, 2, PAGE * 64), numpy.float32), q, q_scale=1.0)
+                                numpy.zeros((1, 1, 2, PAGE * 64), numpy.float32), q, q_scale=8.0)
         return bits(q)
     results = on_every_isa(run)
     assert all((result == results[0]).all() for result in results)
@@ -581,12 +593,12 @@ def test_a_wrong_plan_names_the_argument(name, changed):
     ("q", lambda x: x.astype(numpy.float16)), ("q", lambda x: x[:, :2].copy()), ("q", lambda x: x[..., :16].copy()),
     ("q", lambda x: numpy.concatenate([x, x])), ("q", lambda x: x[:, ::-1]), ("cache", lambda x: x[:-1].copy()),
     ("cache", lambda x: x[:, :1].copy()), ("plan", lambda x: None), ("out", lambda x: x.astype(numpy.float16)),
-    ("out", lambda x: x[:, :-1]), ("window", lambda x: -2),
+    ("out", lambda x: x[:, :-1]), ("window", lambda x: -2), ("softcap", lambda x: -1.0),
 ])
 def test_a_wrong_paged_attention_names_the_argument(name, wrong):
     call = dict(q=numpy.zeros((1, 4, 32), numpy.float32), cache=numpy.zeros((8, 2, 2, 16 * 32), numpy.float32),
                 plan=decode_core.plan_attention([[0, 1, 2]], [40], [0, 1], 4, 2, 8), out=numpy.zeros((1, 128), numpy.float32),
-                window=0)
+                window=0, softcap=0.0)
     decode_core.paged_attention(**call)
     with pytest.raises(ValueError, match=f"^{name}: "):
         decode_core.paged_attention(**(call | {name: wrong(call[name])}))

@@ -354,19 +354,19 @@ def attention_case(seed, rows, heads, kv_heads, size, dtype, lengths, slot_major
     return q, k, v, dtype, table, np.array(lengths, np.int32)
 
 
-def attend(backend, q, k, v, dtype, table, lengths, window, out_type="torch.float32"):
+def attend(backend, q, k, v, dtype, table, lengths, window, out_type="torch.float32", softcap=0.0):
     rows, heads, size = q.shape
     tensor = backend.tensor
     floats, integers = wrappers.attention_workspace(rows, heads, k.shape[1], size, table.shape[1])
     states, tickets = tensor(np.full(floats, np.nan, np.float32)), tensor(np.zeros(integers, np.int32))
     out = tensor(np.full((rows, heads * size), 55, STORED[out_type]), out_type)
     backend.ops.paged_attention(tensor(q), tensor(k, dtype), tensor(v, dtype), tensor(table), tensor(lengths), states, tickets,
-                                out, window=window, stream=backend.stream)
+                                out, window=window, softcap=softcap, stream=backend.stream)
     assert not tickets.read().any()     # reset for the next launch
     return out.read()
 
 
-def attention_oracle(q, k, v, dtype, table, length, window):
+def attention_oracle(q, k, v, dtype, table, length, window, softcap=0.0):
     """One row in float64 -> (H, D)."""
     heads, size = q.shape
     keys, values = (widen(pages[table], dtype).astype(np.float64) for pages in (k, v))                  # (W, Hkv, 16, D)
@@ -375,6 +375,7 @@ def attention_oracle(q, k, v, dtype, table, length, window):
         keys, values = keys[:, max(0, length - window):], values[:, max(0, length - window):]
     group = heads // k.shape[1]
     scores = np.einsum("hgd,hsd->hgs", q.reshape(-1, group, size).astype(np.float64), keys)
+    scores = softcap * np.tanh(scores / softcap) if softcap else scores
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     return np.einsum("hgs,hsd->hgd", weights / weights.sum(-1, keepdims=True), values).reshape(heads, size)
 
@@ -400,6 +401,17 @@ def test_attention_is_within_rounding_of_float64_for_ragged_rows_and_windows(bac
             expected = attention_oracle(q[r], k, v, dtype, table[r], length, window)
             tolerance = 1e-5 * np.abs(expected).max() + (STEP[out_type] * np.abs(expected) if "b" in out_type else 0)
             assert (np.abs(widen(got[r], out_type).reshape(heads, size) - expected) <= tolerance).all()
+
+
+@pytest.mark.parametrize("heads, softcap", [(2, 0.5), (8, 30.0)])
+def test_capped_scores_are_within_rounding_of_float64(backend, heads, softcap):
+    lengths = [1, 40, 300]
+    q, *case = attention_case(3, len(lengths), heads, 2, 32, "torch.float32", lengths)
+    for window in (0, 100):
+        got = attend(backend, 4 * q, *case, window, softcap=softcap)
+        for r, length in enumerate(lengths):
+            expected = attention_oracle(4 * q[r], *case[:3], case[3][r], length, window, softcap)
+            np.testing.assert_allclose(got[r].reshape(heads, 32), expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
 def test_a_rows_attention_has_the_same_bits_in_any_batch_table_and_order_of_threads_and_blocks(backend):
@@ -533,7 +545,7 @@ def test_a_wrong_tensor_is_a_value_error_that_names_it(op):
     ("rope_append", "k_pages", np.zeros((3, 2, 8, 32), np.float32)),
     ("rope_append", "k_pages", np.zeros((3, 2, 16, 40), np.float32)), ("rope_append", "q_out", np.zeros((2, 0, 32), np.float32)),
     ("paged_attention", "k_pages", np.zeros(3 * 2 * 16 * 33, np.float32)[1:][:3 * 2 * 16 * 32].reshape(3, 2, 16, 32)),
-    ("paged_attention", "q", np.zeros((2, 5, 32), np.float32)), ("paged_attention", "window", -1),
+    ("paged_attention", "q", np.zeros((2, 5, 32), np.float32)), ("paged_attention", "window", -1), ("paged_attention", "softcap", -1.0),
     ("paged_attention", "states", np.zeros(9, np.float32)), ("paged_attention", "tickets", np.zeros(3, np.int32)),
     ("paged_attention", "block_table", np.zeros((2, 0), np.int32))])
 def test_a_wrong_size_or_option_is_a_value_error_that_names_it(op, name, wrong):

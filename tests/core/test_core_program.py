@@ -100,8 +100,9 @@ class Eager:
         rows = {} if gate is None else {"value_embed": value_embed[:self.T], "gate": gate[:self.T]}
         decode_core.rope_append(qkv[:self.T], cos, sin, self.at, self.into, cache, out[:self.T].reshape(self.T, -1, D), **rows, **more)
 
-    def paged_attention(self, q, cache, attention, window, out):
-        decode_core.paged_attention(q[:self.T].reshape(self.T, self.plan.heads, -1), cache, self.plan, out[:self.T], window=window)
+    def paged_attention(self, q, cache, attention, window, out, softcap=0.0):
+        decode_core.paged_attention(q[:self.T].reshape(self.T, self.plan.heads, -1), cache, self.plan, out[:self.T], window=window,
+                                    softcap=softcap)
 
     def sample(self, logits):
         if self.R and self.step.sampling:
@@ -173,7 +174,7 @@ class Model:
             k.linear(b.x, self.ve_gate, b.strength, norm=(None, 1e-6))
             k.rope_append(b.qkv, self.cos, self.sin, k.positions, k.slots, pages, b.q, norm="after_rope", post_scale=1.2,
                           value_embed=b.value, gate=b.strength, gate_scale=3.0)
-            k.paged_attention(b.q, pages, k.attention, (20, 0, 33)[l], b.attended)
+            k.paged_attention(b.q, pages, k.attention, (20, 0, 33)[l], b.attended, softcap=(0.0, 1.5, 0.0)[l])
             k.linear(b.attended, layer["output"], b.x, residual=b.x)
             k.linear(b.x, layer["up"], b.hidden, norm=(None, 1e-6), activation="relu2")
             k.linear(b.hidden, layer["down"], b.x, residual=b.x)

@@ -15,14 +15,15 @@ import pytest
 import torch
 
 import chat_server as cs
-from chat_server import Batch, Engine, ModelSpec, SampleRow, SamplingParams, Transformer, Assignment
+from chat_server import Batch, Engine, ModelSpec, SampleRow, SamplingParams, Transformer
 from engines import load, make_batch, run
 from near_tie import assert_same_tokens_or_near_tie
 from random_rows import random_logits, random_rows
+from works import assignment, changed
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="the compiled core is not installed")
 decode_core = backends.decode_core
-from decode_core import cuda_steps, seam  # noqa: E402
+from decode_core import cuda_backend, cuda_steps, seam  # noqa: E402
 
 MARGIN = 2e-3           # as in tests/engine/test_engine.py
 
@@ -96,7 +97,7 @@ def some_works(vocabulary, count=7, tokens=24):
     rng = np.random.default_rng(5)
     sampling = [dict(temperature=0.0), dict(temperature=0.8, top_k=50), dict(temperature=1.0, top_k=0),
                 dict(temperature=1.2, top_k=0, top_p=0.9), dict(temperature=0.9, min_p=0.05, top_k=20)]
-    return [Assignment(f"w{i}", tuple(rng.integers(0, vocabulary, length).tolist()), SamplingParams(seed=i, **sampling[i % 5]),
+    return [assignment(f"w{i}", tuple(rng.integers(0, vocabulary, length).tolist()), SamplingParams(seed=i, **sampling[i % 5]),
                  tokens + 3 * i, ignore_eos=True) for i, length in enumerate((5, 300, 17, 1, 130, 64, 33)[:count])]
 
 
@@ -126,7 +127,7 @@ def test_every_nanochat_generations_greedy_answers_are_upstreams(backend, nanoch
         folder = nanochat_fixtures / generation
         cases = json.loads((folder / "oracle.json").read_text())["cases"][:2]
         engine = cuda_engine(backend, model_of(generation, nanochat_fixtures), monkeypatch, max_batch=2)
-        works = [Assignment(f"c{i}", tuple(case["prompt_ids"]), SamplingParams(temperature=0.0), 24, ignore_eos=True)
+        works = [assignment(f"c{i}", tuple(case["prompt_ids"]), SamplingParams(temperature=0.0), 24, ignore_eos=True)
                  for i, case in enumerate(cases)]
         assert list(answers(engine, works).values()) == [case["greedy"][:24] for case in cases]
 
@@ -150,7 +151,7 @@ def test_penalties_and_biases_are_drawn_on_the_device(backend, nanochat_fixtures
     model = model_of("gen3", nanochat_fixtures)
     given = [dict(presence_penalty=1.0, frequency_penalty=0.5, repetition_penalty=1.2, logit_bias=((7, 5.0), (9, -100.0))),
              dict(temperature=0.0, repetition_penalty=1.5), dict(temperature=1.0), dict(logit_bias=((3, 2.0), (3, 1.0)))]
-    works = [Assignment(f"w{i}", tuple(range(30 + i, 60)), SamplingParams(**(dict(seed=i) | params)), 20, ignore_eos=True)
+    works = [assignment(f"w{i}", tuple(range(30 + i, 60)), SamplingParams(**(dict(seed=i) | params)), 20, ignore_eos=True)
              for i, params in enumerate(given)]
     expected = run(engine_on(cs.load_kernels("cpu"), model), works)
     engine = cuda_engine(backend, model, monkeypatch)
@@ -166,7 +167,7 @@ def test_penalties_and_biases_are_drawn_on_the_device(backend, nanochat_fixtures
 
 def test_forced_tokens_and_answers_that_end_while_the_next_step_runs_leave_nothing_behind(backend, nanochat_fixtures, monkeypatch):
     model = model_of("gen5", nanochat_fixtures)
-    works = [replace(work, ignore_eos=False, max_tokens=n, stop_token_ids=(100, 101, 102, 103, 104))
+    works = [changed(work, ignore_eos=False, max_tokens=n, stop_token_ids=(100, 101, 102, 103, 104))
              for work, n in zip(some_works(model[0].vocab_size), (1, 2, 30, 1, 30, 3, 30))]
     expected = run(engine_on(cs.load_kernels("cpu"), model), works)
     engine = cuda_engine(backend, model, monkeypatch)
@@ -175,7 +176,7 @@ def test_forced_tokens_and_answers_that_end_while_the_next_step_runs_leave_nothi
 
 def test_preempted_sequences_are_computed_again(backend, nanochat_fixtures, monkeypatch):
     model = model_of("gen5", nanochat_fixtures)
-    works = [Assignment(f"w{i}", tuple(range(40 * i % 200 + 1, 40 * i % 200 + 21)), SamplingParams(temperature=0.9, seed=i), 40,
+    works = [assignment(f"w{i}", tuple(range(40 * i % 200 + 1, 40 * i % 200 + 21)), SamplingParams(temperature=0.9, seed=i), 40,
                   ignore_eos=True) for i in range(5)]
     expected = run(engine_on(cs.load_kernels("cpu"), model), works)
     engine = cuda_engine(backend, model, monkeypatch, num_pages=12, context_length=192)
@@ -342,10 +343,11 @@ def test_sampling_on_the_device_draws_the_references_tokens_and_leaves_logits_al
 def test_load_kernels_takes_decode_core_on_cuda_where_the_model_fits(monkeypatch):
     spec = llama_like()[0]
     monkeypatch.setattr(seam, "cuda_ops", lambda _: SimpleNamespace())      # as where there is a GPU
+    monkeypatch.setattr(cuda_backend, "prove_cuda", lambda backend, device: {})
     kernels = cs.load_kernels("cuda", spec)
     names = kernels.names
-    assert {name for name, by in names.items() if by == "decode_core/cuda"} >= {"rope_append", "paged_attention", "sample"}
-    assert names["linear"] == "torch/reference" and not kernels.row_invariant
+    assert {name for name, by in names.items() if by == "decode_core/cuda"} >= {"linear", "rope_append", "paged_attention", "sample"}
+    assert names["rms_norm"] == "torch/reference" and not kernels.row_invariant
     for unfit in (replace(spec, head_size=24), replace(spec, head_size=272), replace(spec, vocab_size=(1 << 18) + 1)):
         assert set(cs.load_kernels("cuda", unfit).names.values()) == {"torch/reference", "numpy/reference"}
     with pytest.raises(cs.ConfigError, match="--quantize needs decode_core and a CPU"):

@@ -99,8 +99,8 @@ def foreign_core(folder, text):
 
 
 @pytest.mark.parametrize("text, said", [
-    ("SEAM = 999", "decode_core is another version (seam 999 instead of"),
-    ("def info(): raise SystemError('old')", "decode_core is another version (seam unknown instead of"),
+    ("SEAM = 999", "decode_core has another version (seam 999 instead of"),
+    ("def info(): raise SystemError('old')", "decode_core has another version (seam unknown instead of"),
     ("raise ImportError('no compiled half')", "decode_core is not installed, so slower")])
 def test_a_core_of_another_version_is_named_and_left_alone(text, said, tmp_path):
     env = foreign_core(tmp_path, text)
@@ -123,8 +123,8 @@ def test_a_server_beside_another_version_says_so_and_runs_references(model, tmp_
         answer = events(post(url + "/chat/completions", ask("What is the capital of Japan?", max_tokens=8)))
         assert answer[-1]["done"]
         stats = get(url + "/stats")
-    assert "decode_core is another version (seam 0 instead of" in "".join(log)
-    assert "decode_core is another version (seam 0 instead of" in stats["decode_core"]
+    assert "decode_core has another version (seam 0 instead of" in "".join(log)
+    assert "decode_core has another version (seam 0 instead of" in stats["decode_core"]
     assert set(stats["kernels"].values()) == {"torch/reference", "numpy/reference"}
     assert not stats["row_invariant"]
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import chat_server
-from chat_server import Engine, Message, PAGE_SIZE, SamplingParams, Assignment
+from chat_server import Engine, Message, PAGE_SIZE, SamplingParams
 from engines import TracedSteps, chat_work, load, make_engine, run
 from near_tie import assert_same_tokens_or_near_tie
+from works import assignment, changed
 
 # far above float32 rounding errors of a logit here (1e-4), far below a typical gap (0.1 .. 5)
 MARGIN = 2e-3
@@ -97,7 +98,7 @@ def test_conversations_a_b_a_reuse_their_prefix_and_answer_as_if_alone(smollm):
     def second_turn(name):
         turns = [Message("user", f"My name is {name}. " + QUESTIONS[("Alice", "Bob").index(name)] * 3),
                  Message("assistant", cold[name].text[name]), Message("user", "And what is my name?")]
-        return Assignment(name, tuple(smollm.tokenizer.render(turns)), SamplingParams(temperature=0.0), 20)
+        return assignment(name, tuple(smollm.tokenizer.render(turns)), SamplingParams(temperature=0.0), 20)
 
     smollm.pool.forget_cached()
     alone = {}
@@ -116,7 +117,7 @@ def test_a_7000_token_prompt_never_holds_up_8_streaming_answers(smollm):
     smollm.pool.forget_cached()
     words = smollm.tokenizer.encode(" ".join(QUESTIONS) * 200)[:7000]
     streams = [chat_work(smollm, f"s{i}", QUESTIONS[i], 400) for i in range(8)]
-    streams = [chat_server.replace(work, ignore_eos=True, max_tokens=60) for work in streams]
+    streams = [changed(work, ignore_eos=True, max_tokens=60) for work in streams]
     prefilling = []
 
     def watch(plan):
@@ -127,7 +128,7 @@ def test_a_7000_token_prompt_never_holds_up_8_streaming_answers(smollm):
             assert counts["long"] <= smollm.scheduler.prefill_chunk
             prefilling.append(len(running))
 
-    run(smollm, [*streams, Assignment("long", tuple(words), SamplingParams(temperature=0.0), 2)], on_step=watch, check=False)
+    run(smollm, [*streams, assignment("long", tuple(words), SamplingParams(temperature=0.0), 2)], on_step=watch, check=False)
     assert len(prefilling) >= 7000 // smollm.scheduler.prefill_chunk
     assert prefilling.count(8) > 20
 
@@ -135,7 +136,7 @@ def test_a_7000_token_prompt_never_holds_up_8_streaming_answers(smollm):
 def test_out_of_pages_answers_are_preempted_and_still_the_same(nanochat_fixtures, reference):
     roomy = make_engine(nanochat_fixtures / "gen5", num_pages=200, reference=reference)
     tight = make_engine(nanochat_fixtures / "gen5", num_pages=14, reference=reference)
-    works = [Assignment(f"w{i}", tuple(range(40 * i % 200 + 1, 40 * i % 200 + 21)), SamplingParams(temperature=0.9, seed=i), 60,
+    works = [assignment(f"w{i}", tuple(range(40 * i % 200 + 1, 40 * i % 200 + 21)), SamplingParams(temperature=0.9, seed=i), 60,
                   ignore_eos=True) for i in range(5)]
     expected, got = run(roomy, works), run(tight, works)
     assert tight.scheduler.preemptions > 0 and roomy.scheduler.preemptions == 0
@@ -148,7 +149,7 @@ def test_out_of_pages_answers_are_preempted_and_still_the_same(nanochat_fixtures
 def test_every_nanochat_generation_answers_as_upstream_does_alone_and_together(nanochat_fixtures, generation, reference):
     engine = make_engine(nanochat_fixtures / generation, num_pages=200, reference=reference)
     cases = json.loads((nanochat_fixtures / generation / "oracle.json").read_text())["cases"]
-    works = [Assignment(f"c{i}", tuple(case["prompt_ids"]), SamplingParams(temperature=0.0), len(case["greedy"]), ignore_eos=True)
+    works = [assignment(f"c{i}", tuple(case["prompt_ids"]), SamplingParams(temperature=0.0), len(case["greedy"]), ignore_eos=True)
              for i, case in enumerate(cases)]
     together = run(engine, works)
     for i, case in enumerate(cases):
@@ -161,7 +162,7 @@ def test_every_nanochat_generation_answers_as_upstream_does_alone_and_together(n
 def test_steps_started_ahead_give_the_same_answers(smollm, gen5, nanochat_fixtures):
     """Answers that end by eos, by a stop string and by length, in batches that change whenever one ends."""
     works = [chat_work(smollm, f"w{i}", question, 8 + 5 * i, temperature=0.7, seed=i) for i, question in enumerate(QUESTIONS)]
-    works.append(chat_server.replace(chat_work(smollm, "s", "What is the capital of Japan?"), stop=("pan is To",)))
+    works.append(changed(chat_work(smollm, "s", "What is the capital of Japan?"), stop=("pan is To",)))
     works.append(chat_work(smollm, "p", QUESTIONS[2], 12, presence_penalty=0.5))
     smollm.pool.forget_cached()
     expected = run(smollm, works)
@@ -176,7 +177,7 @@ def test_steps_started_ahead_give_the_same_answers(smollm, gen5, nanochat_fixtur
         if got.tokens[work.id] == expected.tokens[work.id]:
             assert got.text[work.id] == expected.text[work.id] and got.end[work.id].reason == expected.end[work.id].reason
     tight = make_engine(nanochat_fixtures / "gen5", num_pages=14)
-    works = [Assignment(f"w{i}", tuple(range(40 * i % 200 + 1, 40 * i % 200 + 21)), SamplingParams(temperature=0.9, seed=i), 60,
+    works = [assignment(f"w{i}", tuple(range(40 * i % 200 + 1, 40 * i % 200 + 21)), SamplingParams(temperature=0.9, seed=i), 60,
                   ignore_eos=True) for i in range(5)]
     expected, got = run(gen5, works), run(tight, works, ahead=True)
     assert tight.scheduler.preemptions > 0
@@ -189,7 +190,7 @@ def test_steps_started_ahead_give_the_same_answers(smollm, gen5, nanochat_fixtur
 def test_drafts_change_nothing_but_the_number_of_steps(smollm, ahead):
     text = "Say it again, word for word: the quick brown fox jumps over the lazy dog and the cat sleeps by the fire."
     works = [chat_work(smollm, "greedy", text, 40), chat_work(smollm, "drawn", text, 40, temperature=0.3, seed=3),
-             chat_server.replace(chat_work(smollm, "stop", text, 40), stop=("azy do",)),
+             changed(chat_work(smollm, "stop", text, 40), stop=("azy do",)),
              chat_work(smollm, "other", QUESTIONS[2], 30, temperature=0.9, seed=1)]
     steps = []
     for drafts in (False, True):
@@ -213,15 +214,14 @@ def test_drafts_change_nothing_but_the_number_of_steps(smollm, ahead):
 
 
 def test_a_resumed_answer_goes_on_as_if_nothing_had_happened(gen5):
-    work = Assignment("a", tuple(range(30, 60)), SamplingParams(temperature=0.9, seed=5), 50, ignore_eos=True)
+    work = assignment("a", tuple(range(30, 60)), SamplingParams(temperature=0.9, seed=5), 50, ignore_eos=True)
     whole = run(gen5, [work])
     for cut in (1, 7, 49):
-        before = run(gen5, [chat_server.replace(work, max_tokens=cut)])
-        sent = len(before.text["a"].rstrip("\ufffd"))
-        resumed = chat_server.replace(work, resumed_ids=tuple(before.tokens["a"]), sent_characters=sent)
+        before = run(gen5, [changed(work, max_tokens=cut)])
+        resumed = changed(work, resumed_ids=tuple(before.tokens["a"]))
         after = run(gen5, [resumed])
         assert before.tokens["a"] + after.tokens["a"] == whole.tokens["a"]
-        assert before.text["a"][:sent] + after.text["a"] == whole.text["a"]
+        assert before.text["a"] + after.text["a"] == whole.text["a"]
 
 
 def test_sampled_answers_depend_on_the_seed_and_on_nothing_else(smollm):
@@ -234,7 +234,7 @@ def test_sampled_answers_depend_on_the_seed_and_on_nothing_else(smollm):
 
 def test_a_stop_string_split_over_tokens_ends_the_answer_before_it(smollm):
     plain = run(smollm, [chat_work(smollm, "a", "What is the capital of Japan?")])
-    work = chat_server.replace(chat_work(smollm, "b", "What is the capital of Japan?"), stop=("pan is To",))
+    work = changed(chat_work(smollm, "b", "What is the capital of Japan?"), stop=("pan is To",))
     stopped = run(smollm, [work])
     assert plain.text["a"].startswith("The capital of Japan is To")
     assert stopped.text["b"] == "The capital of Ja"
@@ -244,15 +244,15 @@ def test_a_stop_string_split_over_tokens_ends_the_answer_before_it(smollm):
 def test_max_tokens_context_min_tokens_and_stop_ids_end_answers_as_they_say(smollm, gen5):
     work = chat_work(smollm, "a", "What is the capital of Japan?")
     answer = run(smollm, [work])
-    cut = run(smollm, [chat_server.replace(work, max_tokens=3)])
+    cut = run(smollm, [changed(work, max_tokens=3)])
     assert cut.tokens["a"] == answer.tokens["a"][:3]
     assert (cut.end["a"].reason, cut.end["a"].stop_reason) == ("length", "max_tokens")
-    longer = run(smollm, [chat_server.replace(work, min_tokens=20)])
+    longer = run(smollm, [changed(work, min_tokens=20)])
     assert len(longer.tokens["a"]) >= 20 and not set(longer.tokens["a"][:19]) & smollm.tokenizer.stop_tokens
-    by_id = run(smollm, [chat_server.replace(work, stop_token_ids=(answer.tokens["a"][4],))])
+    by_id = run(smollm, [changed(work, stop_token_ids=(answer.tokens["a"][4],))])
     assert by_id.tokens["a"] == answer.tokens["a"][:5] and by_id.end["a"].reason == "stop"
     gen5.context_length = 40
-    full = run(gen5, [Assignment("a", tuple(range(30, 60)), SamplingParams(temperature=0.0), 400, ignore_eos=True)])
+    full = run(gen5, [assignment("a", tuple(range(30, 60)), SamplingParams(temperature=0.0), 400, ignore_eos=True)])
     assert len(full.tokens["a"]) == 10 and full.end["a"].stop_reason == "context_length"
 
 
@@ -273,7 +273,7 @@ def test_nanochats_calculator_is_forced_into_the_answer(gen5, expression, answer
     expected = script[:after_call] + forced + script[after_call:]
     gen5.steps = ScriptedSteps(gen5.transformer, ahead)
     gen5.steps.script = [1, 2, 3, *expected, 0, 0]
-    gen5.add(Assignment("a", (1, 2, 3), SamplingParams(), len(script) + len(forced), ignore_eos=True))
+    gen5.add(assignment("a", (1, 2, 3), SamplingParams(), len(script) + len(forced), ignore_eos=True))
     tokens, text = [], ""
     with torch.inference_mode():
         while gen5.busy:
@@ -294,7 +294,7 @@ def test_requests_that_come_and_go_at_random_moments_leave_nothing_behind(gen5, 
         for number in range(200):
             name = f"r{number}"
             prompt = tuple(generator.choices(range(250), k=generator.randrange(1, 90)))
-            gen5.add(Assignment(name, prompt, SamplingParams(seed=number), generator.randrange(1, 40)))
+            gen5.add(assignment(name, prompt, SamplingParams(seed=number), generator.randrange(1, 40)))
             alive.add(name)
             for _ in range(generator.randrange(4)):
                 for piece in gen5.step():
@@ -321,7 +321,7 @@ def test_weights_are_held_once(default_model_path):
 def test_the_chosen_sampler_draws_what_the_reference_draws(gen5):
     params = [dict(temperature=0.0), dict(temperature=0.9, top_k=0), dict(temperature=1.5, top_p=0.8, min_p=0.02),
               dict(presence_penalty=1.0, frequency_penalty=0.5, repetition_penalty=1.2, logit_bias=((7, 5.0), (9, -100.0)))]
-    works = [Assignment(f"w{i}", tuple(range(30 + i, 60)), SamplingParams(seed=i, **given), 40, ignore_eos=True)
+    works = [assignment(f"w{i}", tuple(range(30 + i, 60)), SamplingParams(seed=i, **given), 40, ignore_eos=True)
              for i, given in enumerate(params)]
     traced = run(gen5, works)           # drawn by the reference
     gen5.pool.forget_cached()
@@ -332,7 +332,7 @@ def test_the_chosen_sampler_draws_what_the_reference_draws(gen5):
 def test_a_step_lets_its_caller_report_when_the_next_one_has_started_and_never_twice(gen5):
     happened, start = [], gen5.steps.start
     gen5.steps.start = lambda batch, rows: happened.append("start") or start(batch, rows)
-    gen5.add(Assignment("plain", (5, 6, 7), SamplingParams(seed=1), 4))
+    gen5.add(assignment("plain", (5, 6, 7), SamplingParams(seed=1), 4))
     steps = 0
     while gen5.busy:
         gen5.step(lambda: happened.append("report"))

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import chat_server
-from chat_server import Message, RequestError, SamplingParams, Assignment
+from chat_server import Message, RequestError, SamplingParams
 from engines import make_engine, pieces
 from pools import work_of
+from works import assignment, changed
 
 PERSON = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0, "maximum": 130},
                                            "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 3}},
@@ -32,7 +33,7 @@ def engine(request, nanochat_fixtures, default_model_path):
 
 def work(engine, name, schema, seed=0, **more):
     prompt = tuple(engine.tokenizer.render([Message("user", "Describe a person as JSON.")]))
-    return Assignment(name, prompt, SamplingParams(1.0, seed=seed), 120, grammar=grammar(schema), **more)
+    return assignment(name, prompt, SamplingParams(1.0, seed=seed), 120, grammar=grammar(schema), **more)
 
 
 def text_of(found):
@@ -41,7 +42,7 @@ def text_of(found):
 
 def test_answers_are_of_the_schema_whatever_the_seed_and_beside_free_ones(engine):
     works = [work(engine, f"g{seed}", PERSON, seed) for seed in range(4)]
-    free = [Assignment(f"f{seed}", works[0].prompt_ids, SamplingParams(1.0, seed=seed), 15, ignore_eos=True) for seed in range(2)]
+    free = [assignment(f"f{seed}", works[0].prompt_ids, SamplingParams(1.0, seed=seed), 15, ignore_eos=True) for seed in range(2)]
     found = pieces(engine, works + free)
     for each in works:
         last, text = found[each.id][-1], text_of(found[each.id])
@@ -59,7 +60,7 @@ def test_answers_are_of_the_schema_whatever_the_seed_and_beside_free_ones(engine
 
 def test_greedy_answers_are_held_too_and_log_probabilities_are_the_models_own(engine):
     one = work(engine, "a", {"enum": ["yes", "no"]}, logprobs=2)
-    found = pieces(engine, [chat_server.replace(one, sampling=SamplingParams(0.0))])["a"]
+    found = pieces(engine, [changed(one, sampling=SamplingParams(0.0))])["a"]
     assert json.loads(text_of(found)) in ("yes", "no")
     entries = [entry for piece in found for entry in piece.logprobs]
     assert len(entries) == sum(len(piece.tokens) for piece in found)
@@ -70,8 +71,7 @@ def test_a_resumed_answer_goes_on_in_its_grammar(engine):
     whole = pieces(engine, [work(engine, "a", PERSON, 3)])["a"]
     tokens = [token for piece in whole for token in piece.tokens]
     for cut in (1, 5, len(tokens) - 1):
-        sent = len(text_of(whole[:cut]))
-        rest = pieces(engine, [work(engine, "b", PERSON, 3, resumed_ids=tuple(tokens[:cut]), sent_characters=sent)])["b"]
+        rest = pieces(engine, [work(engine, "b", PERSON, 3, resumed_ids=tuple(tokens[:cut]))])["b"]
         assert [token for piece in rest for token in piece.tokens] == tokens[cut:]
         assert text_of(whole[:cut]) + text_of(rest) == text_of(whole)
 
@@ -85,7 +85,7 @@ def test_what_a_client_would_stop_at_does_not_cut_json(engine, shape):
     values = chat_server.parse_fields(body, chat_server.OPENAI_FIELDS)
     request = chat_server.parse_openai_request(values, chat_server.Settings())
     prompt = tuple(engine.tokenizer.render(request.messages))
-    works = [chat_server.replace(work_of(chat_server.Job(request, prompt, 120, asyncio.Queue(), 0.0, choice=seed)), id=str(seed), sampling=SamplingParams(1.0, seed=seed))
+    works = [changed(work_of(chat_server.Job(request, prompt, 120, asyncio.Queue(), 0.0, choice=seed)), id=str(seed), sampling=SamplingParams(1.0, seed=seed))
              for seed in range(4)]
     found = pieces(engine, works)
     for each in works:
@@ -97,14 +97,14 @@ def test_what_a_client_would_stop_at_does_not_cut_json(engine, shape):
 def test_a_top_level_number_ends_where_the_model_ends_it(engine):
     end = max(engine.tokenizer.stop_tokens)
     one = work(engine, "a", {"type": "integer"})
-    one = chat_server.replace(one, sampling=SamplingParams(1.0, seed=1, logit_bias=((end, 50.0),)))
+    one = changed(one, sampling=SamplingParams(1.0, seed=1, logit_bias=((end, 50.0),)))
     found = pieces(engine, [one])["a"]
     assert found[-1].reason == "stop" and found[-1].stop_reason == "eos" and isinstance(json.loads(text_of(found)), int)
 
 
 def test_a_grammar_that_cannot_be_followed_fails_its_request_only(engine, monkeypatch):
     monkeypatch.setattr(chat_server.Grammar, "feed", lambda self, token: False)
-    free = Assignment("f", (5, 6, 7), SamplingParams(0.0), 5, ignore_eos=True)
+    free = assignment("f", (5, 6, 7), SamplingParams(0.0), 5, ignore_eos=True)
     found = pieces(engine, [work(engine, "a", PERSON), free])
     assert found["a"][-1].reason == "refused" and text_of(found["a"]) == ""
     assert found["f"][-1].reason == "length"
@@ -127,7 +127,7 @@ def gate(monkeypatch):
 @torch.inference_mode()
 def test_others_go_on_while_a_grammar_is_made_and_cancelling_does_not_wait_for_it(engine, gate):
     engine.grammars.clear()
-    free = Assignment("f", (5, 6, 7), SamplingParams(0.0), 60, ignore_eos=True)
+    free = assignment("f", (5, 6, 7), SamplingParams(0.0), 60, ignore_eos=True)
     for each in (free, work(engine, "a", PERSON, 3), work(engine, "b", PERSON, 4)):
         engine.add(each)
     found = [piece for _ in range(10) for piece in engine.step()]
@@ -151,9 +151,9 @@ def test_a_grammar_is_compiled_once_for_all_answers_of_a_request_and_of_the_same
 
     monkeypatch.setattr(chat_server.Grammar, "__init__", counted)
     engine.grammars.clear()
-    alike = [work(engine, f"a#{choice}", PERSON, choice, request_id="a", client="alice", owner="alice") for choice in range(6)]
+    alike = [work(engine, f"a#{choice}", PERSON, choice, client="alice", owner="alice") for choice in range(6)]
     found = pieces(engine, alike)
-    assert made == [alike[0].grammar] and all(found[each.id][-1].reason in ("stop", "length") for each in alike)
+    assert made == [alike[0].params.grammar] and all(found[each.id][-1].reason in ("stop", "length") for each in alike)
     pieces(engine, [work(engine, "b", PERSON, client="bob", owner="bob")])
     # otherwise the delay would tell bob what alice asked
     assert len(made) == 2 and len(engine.grammars) == 2
@@ -192,7 +192,7 @@ def test_others_go_on_while_a_mask_is_computed_and_the_answer_is_the_same(engine
     found = []
     while not found:
         found += engine.step()
-    engine.add(Assignment("f", (5, 6, 7), SamplingParams(0.0), 30, ignore_eos=True))
+    engine.add(assignment("f", (5, 6, 7), SamplingParams(0.0), 30, ignore_eos=True))
     while sum(len(piece.tokens) for piece in found if piece.id == "f") < 30:
         found += engine.step()
     assert 1 <= len([piece for piece in found if piece.id == "a"]) < 3          # it waits for its second mask
@@ -208,7 +208,7 @@ def test_an_answer_that_cannot_be_prepared_fails_alone(engine, monkeypatch, capl
         raise MemoryError("no room for a grammar")
     monkeypatch.setattr(chat_server.Grammar, "__init__", broken)
     engine.grammars.clear()
-    free = Assignment("f", (5, 6, 7), SamplingParams(0.0), 20, ignore_eos=True)
+    free = assignment("f", (5, 6, 7), SamplingParams(0.0), 20, ignore_eos=True)
     found = pieces(engine, [work(engine, "a", PERSON), free])
     assert found["a"][-1].reason == "error" and found["f"][-1].reason == "length" and "no room for a grammar" in caplog.text
 
@@ -232,9 +232,9 @@ def test_a_schema_nested_too_deeply_is_refused():
 
 
 def test_a_schema_that_nothing_fulfils_is_an_error_and_not_an_answer(engine):
-    with pytest.raises(RequestError, match="nothing fulfils it"):
+    with pytest.raises(RequestError, match="no value satisfies it"):
         grammar({"$ref": "#"})
-    one = chat_server.replace(work(engine, "a", {}), grammar=chat_server.json_grammar({"$ref": "#"}, ""))
+    one = changed(work(engine, "a", {}), grammar=chat_server.json_grammar({"$ref": "#"}, ""))
     found = pieces(engine, [one])["a"]
     assert found[-1].reason == "refused" and text_of(found) == ""
 
@@ -273,7 +273,7 @@ def numbers(count, title=""):
 @pytest.mark.parametrize("schema", [
     numbers(100), {"type": "object", "properties": {"x": {"type": "integer", "multipleOf": 99_991}}, "required": ["x"]}])
 def test_a_schema_that_takes_too_much_memory_to_follow_is_refused(schema):
-    with pytest.raises(RequestError, match="too complex, following it takes more than 16 MiB") as caught:
+    with pytest.raises(RequestError, match="too complex: following it takes more than 16 MiB") as caught:
         grammar(schema)
     assert (caught.value.code, caught.value.param) == ("invalid_json_schema", "response_format")
     grammar(numbers(30))
@@ -285,8 +285,8 @@ def test_compiled_schemas_are_kept_only_as_far_as_memory_goes(engine):
     compiled = []
     for number in range(10):
         one = work(engine, f"a{number}", numbers(30, f"{number}"))
-        compiled.append(engine._grammar(one).size)
-        assert engine._grammar(one) is engine._grammar(one)         # the newest is kept
+        compiled.append(engine._grammar(one.params).size)
+        assert engine._grammar(one.params) is engine._grammar(one.params)         # the newest is kept
     assert all(8 << 20 < size < 16 << 20 for size in compiled)
     assert 2 <= len(engine.grammars) <= (64 << 20) // min(compiled)
     engine.grammars.clear()

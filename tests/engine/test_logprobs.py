@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import chat_server
-from chat_server import Batch, PAGE_SIZE, SampleRow, SamplingParams, Assignment
+from chat_server import Batch, PAGE_SIZE, SampleRow, SamplingParams
 from engines import make_engine, pieces
+from works import assignment, changed
 
 PROMPT = tuple((7 * i + i * i) % 250 for i in range(75))
 
@@ -42,9 +43,9 @@ def check(entries, logits, tokens, top):
 @pytest.mark.parametrize("ahead", [False, True])
 def test_each_drawn_token_comes_with_how_likely_it_was(engine, ahead):
     """Beside an answer without log-probabilities, and at any temperature."""
-    works = [Assignment("a", PROMPT, SamplingParams(1.3, seed=1), 12, ignore_eos=True, logprobs=5),
-             Assignment("b", PROMPT[:20], SamplingParams(0.7, seed=2), 20, ignore_eos=True),
-             Assignment("c", PROMPT[:33], SamplingParams(0.0), 9, ignore_eos=True, logprobs=0)]
+    works = [assignment("a", PROMPT, SamplingParams(1.3, seed=1), 12, ignore_eos=True, logprobs=5),
+             assignment("b", PROMPT[:20], SamplingParams(0.7, seed=2), 20, ignore_eos=True),
+             assignment("c", PROMPT[:33], SamplingParams(0.0), 9, ignore_eos=True, logprobs=0)]
     found = pieces(engine, works, ahead)
     assert all(piece.logprobs == () for piece in found["b"])
     for name, prompt, top in (("a", PROMPT, 5), ("c", PROMPT[:33], 0)):
@@ -55,16 +56,16 @@ def test_each_drawn_token_comes_with_how_likely_it_was(engine, ahead):
 
 
 def test_looking_at_logits_changes_no_answer(engine):
-    work = Assignment("a", PROMPT, SamplingParams(1.0, seed=5, top_k=0), 24, ignore_eos=True)
+    work = assignment("a", PROMPT, SamplingParams(1.0, seed=5, top_k=0), 24, ignore_eos=True)
     plain = [token for piece in pieces(engine, [work])["a"] for token in piece.tokens]
     engine.pool.forget_cached()
-    looked = pieces(engine, [chat_server.replace(work, logprobs=2, prompt_logprobs=2)])["a"]
+    looked = pieces(engine, [changed(work, logprobs=2, prompt_logprobs=2)])["a"]
     assert [token for piece in looked for token in piece.tokens] == plain
 
 
 def test_penalties_and_bias_count_and_temperature_does_not(engine):
     params = dict(logit_bias=((11, 30.0),), frequency_penalty=1.5, presence_penalty=0.5, repetition_penalty=1.3)
-    work = Assignment("a", PROMPT, SamplingParams(0.2, seed=5, **params), 6, ignore_eos=True, logprobs=3)
+    work = assignment("a", PROMPT, SamplingParams(0.2, seed=5, **params), 6, ignore_eos=True, logprobs=3)
     found = pieces(engine, [work])["a"]
     tokens = [token for piece in found for token in piece.tokens]
     logits = logits_of(engine, [*PROMPT, *tokens])[len(PROMPT) - 1:-1].numpy()
@@ -83,9 +84,9 @@ def scores_and_rest(found):
 @pytest.mark.parametrize("ahead", [False, True])
 def test_prompts_are_scored_whole_also_when_their_pages_are_cached_and_steps_have_few_rows(engine, ahead):
     """75 tokens in steps of at most 8 rows of logits, some of which other answers take."""
-    others = [Assignment(f"o{i}", PROMPT[:30 + i], SamplingParams(1.0, seed=i), 40, ignore_eos=True) for i in range(4)]
-    scored = [Assignment(f"s{i}", PROMPT[i:], SamplingParams(0.0), 2, ignore_eos=True, logprobs=2, prompt_logprobs=2) for i in range(2)]
-    pieces(engine, [Assignment("warm", PROMPT, SamplingParams(0.0), 1)])
+    others = [assignment(f"o{i}", PROMPT[:30 + i], SamplingParams(1.0, seed=i), 40, ignore_eos=True) for i in range(4)]
+    scored = [assignment(f"s{i}", PROMPT[i:], SamplingParams(0.0), 2, ignore_eos=True, logprobs=2, prompt_logprobs=2) for i in range(2)]
+    pieces(engine, [assignment("warm", PROMPT, SamplingParams(0.0), 1)])
     rows = []
     forward = engine.transformer.forward
     engine.transformer.forward = lambda batch: (rows.append(len(batch.logit_rows)), forward(batch))[1]
@@ -100,8 +101,8 @@ def test_prompts_are_scored_whole_also_when_their_pages_are_cached_and_steps_hav
 
 
 def test_a_scored_prompt_that_is_preempted_is_scored_again_and_once(engine):
-    works = [Assignment("old", PROMPT, SamplingParams(0.0), 30, ignore_eos=True),
-             Assignment("s", PROMPT[:60], SamplingParams(0.0), 3, ignore_eos=True, prompt_logprobs=1)]
+    works = [assignment("old", PROMPT, SamplingParams(0.0), 30, ignore_eos=True),
+             assignment("s", PROMPT[:60], SamplingParams(0.0), 3, ignore_eos=True, prompt_logprobs=1)]
     found = []
     with torch.inference_mode():
         for work in works:
@@ -117,15 +118,15 @@ def test_a_scored_prompt_that_is_preempted_is_scored_again_and_once(engine):
 
 
 def test_a_prompt_whose_scores_were_sent_in_part_is_scored_on_from_there(engine):
-    whole, _ = scores_and_rest(pieces(engine, [Assignment("a", PROMPT, SamplingParams(0.0), 2, ignore_eos=True, prompt_logprobs=1)])["a"])
+    whole, _ = scores_and_rest(pieces(engine, [assignment("a", PROMPT, SamplingParams(0.0), 2, ignore_eos=True, prompt_logprobs=1)])["a"])
     for scored in (1, 30, len(PROMPT)):
-        work = Assignment("b", PROMPT, SamplingParams(0.0), 2, ignore_eos=True, prompt_logprobs=1, scored=scored)
+        work = assignment("b", PROMPT, SamplingParams(0.0), 2, ignore_eos=True, prompt_logprobs=1, scored=scored)
         assert scores_and_rest(pieces(engine, [work])["b"])[0] == whole[scored:]
 
 
 def test_the_token_that_ends_an_answer_has_no_logprob(engine):
     end = min(engine.tokenizer.stop_tokens)
-    work = Assignment("a", PROMPT, SamplingParams(0.0, logit_bias=((end, 100.0),)), 8, logprobs=1)
+    work = assignment("a", PROMPT, SamplingParams(0.0, logit_bias=((end, 100.0),)), 8, logprobs=1)
     (piece,) = pieces(engine, [work])["a"]
     assert (piece.tokens, piece.reason, piece.logprobs) == ((end,), "stop", ())
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import chat_server
-from chat_server import PAGE_SIZE, PagePool, SamplingParams, Scheduler, Sequence, Assignment
+from chat_server import PAGE_SIZE, PagePool, SamplingParams, Scheduler, Sequence
+from works import assignment
 
 
 def scheduler(num_pages=64, max_batch=8, prefill_chunk=64):
@@ -17,7 +18,7 @@ def scheduler(num_pages=64, max_batch=8, prefill_chunk=64):
 
 def sequence(name, tokens, client=""):
     tokens = list(range(tokens)) if isinstance(tokens, int) else list(tokens)
-    return Sequence(Assignment(name, tuple(tokens), SamplingParams(), 1000, client=client), list(tokens), 2000)
+    return Sequence(assignment(name, tuple(tokens), SamplingParams(), 1000, client=client), list(tokens), 2000)
 
 
 def step(s, next_token=1):
@@ -199,6 +200,6 @@ def test_random_traffic_loses_no_page_and_starves_nobody(clients):
 def test_scheduling_needs_no_torch():
     code = ("import sys; sys.path.insert(0, sys.argv[1]); import chat_server as c; "
             "s = c.Scheduler(c.PagePool(9), max_batch=2, prefill_chunk=8); "
-            "s.add(c.Sequence(c.Assignment('a', (1, 2), c.SamplingParams(), 5), [1, 2], 7)); assert len(s.schedule()) == 1; "
+            "s.add(c.Sequence(c.Assignment('a', (1, 2), c.AnswerParams(), 5), [1, 2], 7)); assert len(s.schedule()) == 1; "
             "assert not {'torch', 'numpy'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code, str(Path(chat_server.__file__).parent)], check=True, timeout=60)

@@ -288,14 +288,14 @@ chat_server.start_logging(chat_server.Settings())
 for number in range(10_000):
     accept_error = "socket.accept() out of system resource\\nsocket: <fd=7>"
     logging.getLogger("asyncio").error(accept_error, exc_info=OSError(24, "many"))
-    chat_server.log.warning("a request from %s: this is no HTTP", number)
+    chat_server.log.warning("a request from %s is not HTTP", number)
     chat_server.log.info("line %d", number)
 chat_server.log.error("once")
 """
     log = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True,
                          timeout=PATIENCE_S).stderr
     assert len(re.findall(r" line \d+\n", log)) == 10_000 and log.count(" once\n") == 1
-    for words in (r"socket\.accept\(\) out of system resource", r"a request from \d+: this is no HTTP"):
+    for words in (r"socket\.accept\(\) out of system resource", r"a request from \d+ is not HTTP"):
         written = len(re.findall(rf"^\S+ \S+ {words}$", log, re.MULTILINE))
         left_out = [int(number) for number in re.findall(rf"(\d+) times more: {words}$", log, re.MULTILINE)]
         assert written + sum(left_out) == 10_000 and len(left_out) <= written < 100

@@ -14,7 +14,7 @@ ATTACKS = [
     "14 patterns in a format", "18 patterns in a format", "26 patterns in tools", "64 patterns in a format",
     "a slow schema", "16 schemas", "7 M token ids with", "prompts of a token id", "500,000 parts",
     "an earlier call", "lists within", "spellings", "idle connections", "come and go", "nobody reads",
-    "slow headers", "slow bodies", "no HTTP", "but a byte", "whole answers", "echoed", "left",
+    "slow headers", "slow bodies", "do not speak HTTP", "but a byte", "whole answers", "echoed", "left",
     "other origins", "another key", "cannot take"]
 
 

@@ -194,7 +194,7 @@ async def test_a_body_above_the_limit_is_413(client, path, monkeypatch):
         status, answer = await ask(client, url + path, conversation("a" * 2000))
         async with client.post(url + path, data=pieces()) as response:      # chunked: no length is announced
             assert response.status == 413
-    assert status == 413 and "1000" in json.loads(answer)["error"]["message"]
+    assert status == 413 and "1,000" in json.loads(answer)["error"]["message"]
 
 
 @hypothesis_settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))

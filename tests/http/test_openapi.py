@@ -75,7 +75,7 @@ def port(nanochat_fixtures):
             found.append(int(url.rsplit(":", 1)[1]))
             ready.set()
             await stop.wait()
-        assert not pool.jobs and not len(pool.pending) and not pool.preparing
+        assert not pool.jobs and not len(pool.pending) and not pool.admission.preparing
         await pool.close()
 
     thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))

@@ -375,7 +375,7 @@ async def test_a_recording_that_breaks_off_says_so_to_its_reader_and_in_the_log(
     recording = recordings.start("some-id", "", "", frames(), contextlib.AsyncExitStack())
     text = b"".join([part async for part in recording.follow(0)]).decode()
     assert text.startswith('id: 0\ndata: {"token": "one"}\n\nid: 1\ndata: {"error": ')
-    assert "the recording broke off" in text
+    assert "the recording failed" in text
     await recordings.close()
     assert recordings.all == {"some-id": recording} and recording.ended
     assert [(record.getMessage(), bool(record.exc_info)) for record in caplog.records] == [

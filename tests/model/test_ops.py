@@ -66,7 +66,7 @@ def test_packed_and_plain_products_are_products(rows, kind, tolerance, bias):
 
 
 @pytest.mark.parametrize("norm", [None, cs.Norm(None, 1e-5), cs.Norm(random(96, seed=7), 1e-5)])
-@pytest.mark.parametrize("activation", [None, "relu2", "swiglu"])
+@pytest.mark.parametrize("activation", [None, "relu2", "swiglu", "geglu"])
 @pytest.mark.parametrize("channels", [96, 12])
 def test_linear_norms_first_and_activates_and_adds_afterwards(norm, activation, channels):
     x, weight, residual = random(5, 96, seed=1), random(80, channels, seed=2), random(5, 80, seed=3)
@@ -74,8 +74,10 @@ def test_linear_norms_first_and_activates_and_adds_afterwards(norm, activation, 
     y = normed[:, :channels] @ f64(weight).T
     if activation == "relu2":
         y = np.maximum(y, 0) ** 2
-    if activation == "swiglu":
-        y, residual = y[:, :40] * sigmoid(y[:, :40]) * y[:, 40:], residual[:, :40].contiguous()
+    if activation in cs.GATES:
+        g = y[:, :40]
+        gate = g * sigmoid(g) if activation == "swiglu" else g / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (g + 0.044715 * g**3)))
+        y, residual = gate * y[:, 40:], residual[:, :40].contiguous()
     for matrix in (weight, KERNELS.pack("up", weight)):
         out = torch.full(y.shape, math.nan)
         KERNELS.linear(x, matrix, out=out, norm=norm, activation=activation)

@@ -94,7 +94,7 @@ def test_without_a_depth_in_any_name_the_most_recent_folder_is_taken(base):
 
 @pytest.mark.parametrize("flags", [{"source": "mid"}, {"model_tag": "d99"}, {"step": 7}, {"source": "rl", "model_tag": "d12"}])
 def test_an_explicit_choice_that_is_not_there_is_an_error_listing_what_is(base, flags):
-    with pytest.raises(ConfigError, match="there: sft/d12/9, sft/d12/100, sft/d4/9, .*base/d20/100"):
+    with pytest.raises(ConfigError, match="available: sft/d12/9, sft/d12/100, sft/d4/9, .*base/d20/100"):
         resolve_model(Settings(**flags))
 
 
@@ -118,7 +118,7 @@ def test_what_is_no_model_is_an_error_that_says_what_could_be(tmp_path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").touch()
     for model, words in ((tmp_path / "none.gguf", "No such file"), (tmp_path / "note.gguf", "not a GGUF file"),
-                         (tmp_path, "note.gguf"), (tmp_path / "hf", "not supported yet"), ("meta-llama/Llama-3", "not supported yet")):
+                         (tmp_path, "note.gguf"), (tmp_path / "hf", "It has a config.json, but no \\*.safetensors")):
         with pytest.raises(ConfigError, match=words):
             resolve_model(Settings(model=str(model)))
     write_gguf(tmp_path / "real.gguf", random_llama(), LLAMA_NUMBERS)
@@ -364,7 +364,7 @@ def test_a_limit_on_the_size_of_files_is_named_too(index, tmp_path):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300 << 10, 300 << 10))     # noqa: E731
     run = subprocess.run([sys.executable, "-c", fetching_code()], cwd=Path(chat_server.__file__).parent,
                          preexec_fn=limit, capture_output=True, text=True, timeout=100)
-    pattern = r"\(File too large\): its download takes [\d,]+ bytes there, and no file may have so many in this process. "
+    pattern = r"\(File too large\): its download takes [\d,]+ bytes there, and this process may not write files that large. "
     assert re.search(pattern + r"Raise that limit \(ulimit -f\)", run.stderr) and " are free" not in run.stderr
 
 
@@ -424,7 +424,7 @@ def test_paths_that_cannot_be_are_one_line(tmp_path):
     for model, words in (
             (tmp_path / "loop", "loop"), (tmp_path / "file" / "x.gguf", "Not a directory"),
             ("a" * 300, "name too long"), ("~nobody-here/x.gguf", "~nobody-here"),
-            (tmp_path / "pipe.gguf", "no file but a pipe"), ("a\0b", "null")):
+            (tmp_path / "pipe.gguf", "a pipe or a device"), ("a\0b", "null")):
         with pytest.raises(ConfigError, match=words):
             resolve_model(Settings(model=str(model)))
 
@@ -852,7 +852,7 @@ def test_missing_unknown_and_misshapen_tensors_of_a_gguf_are_listed(tmp_path):
 
 @pytest.mark.parametrize(("change", "words"), [
     ({"general.architecture": "mamba"}, 'general.architecture is "mamba"; it must be one of llama'),
-    ({"llama.rope.scaling.type": "yarn"}, 'rope.scaling.type is "yarn"; it must be one of none, linear'),
+    ({"llama.rope.scaling.type": "dynamic"}, 'rope.scaling.type is "dynamic"; it must be one of none, linear, yarn'),
     ({"llama.rope.dimension_count": 32}, "rope.dimension_count is 32; it must be 64"), ({"llama.block_count": None}, "llama.block_count is missing"),
     ({"llama.attention.head_count_kv": [2, 1]}, "head_count_kv is a list of 2; it must be an integer"),
     ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens is missing")])
@@ -889,14 +889,14 @@ def test_a_checkpoint_file_finds_its_folder(base):
     for flags in ({"step": 100}, {"source": "sft"}):
         with pytest.raises(ConfigError, match="step|-i"):
             resolve_model(Settings(model=str(path), **flags))
-    with pytest.raises(ConfigError, match="there: rl/d4/9, rl/d4/100"):
+    with pytest.raises(ConfigError, match="available: rl/d4/9, rl/d4/100"):
         resolve_model(Settings(model=str(path.with_name("model_000777.pt"))))
 
 
 def test_a_base_folder_that_is_named_and_missing_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "none"))
     monkeypatch.setattr(chat_server, "fetch_default_model", lambda progress: pytest.fail("fetched the default model"))
-    with pytest.raises(ConfigError, match="NANOCHAT_BASE_DIR is set to .*none, where there is no folder"):
+    with pytest.raises(ConfigError, match="NANOCHAT_BASE_DIR is .*none, which is not a folder"):
         resolve_model(Settings())
 
 

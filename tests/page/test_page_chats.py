@@ -429,14 +429,14 @@ def test_a_chat_as_markdown_and_as_a_page_that_needs_nothing_else(page, stand_in
 
 BAD_FILES = {                  # name -> (text, what is said of it)
     "half.json": ('{"messages": [', "is not valid JSON"),
-    "number.json": ("5", "is expected"),
-    "null.json": ("null", "is expected"),
+    "number.json": ("5", "must be JSON"),
+    "null.json": ("null", "must be JSON"),
     "lacks.json": ('{"messages": [{"role": "user"}, {"content": "x"}]}', "message 2 of chat 1 lacks"),
     "role.json": ('[{"role": "robot", "content": "x"}]', "message 1 of chat 1 lacks"),
     "type.json": ('{"conversations": [{"nodes": [{"id": 1, "role": "user", "content": {"a": 1}}]}]}', "message 1 of chat 1 lacks"),
     "ids.json": ('{"conversations": [{"nodes": [{"id": "a", "role": "user", "content": ""}, {"id": "a", "role": "user", "content": ""}]}]}',
                  "same id"),
-    "chats.json": ('{"conversations": [{"nodes": []}, 7]}', "is expected"),
+    "chats.json": ('{"conversations": [{"nodes": []}, 7]}', "must be JSON"),
 }
 
 

@@ -84,7 +84,7 @@ SCREENS = {
                            expect_answered(page), page.get_by_text("notes.py", exact=True).click(), attach(page, "more.txt", "words")),
     "deleted": lambda page: (ask(page, "one"), expect_answered(page), more(answers(page), "Delete from here on")),
     "menu": lambda page: button(page, "Menu").click(),
-    "settings": lambda page: (button(page, "Settings").click(), page.get_by_text("What the model's template").click()),
+    "settings": lambda page: (button(page, "Settings").click(), page.get_by_text("How the model's template").click()),
     "server": lambda page: menu(page, "Server"),
     "keys": lambda page: menu(page, "Keyboard shortcuts"),
     "search": lambda page: (ask(page, "one"), expect_answered(page), page.get_by_role("textbox", name="Search chats").fill("nowhere"),
@@ -307,7 +307,7 @@ def test_settings_and_slash_commands_reach_the_server(page, stand_in):
     page.get_by_role("spinbutton", name="Min-p").fill("0.1")
     page.get_by_role("textbox", name="Stop strings").fill("END\nSTOP")
     page.get_by_role("textbox", name="System prompt").fill("Be brief.")
-    page.get_by_text("What the model's template").click()
+    page.get_by_text("How the model's template").click()
     expect(page.locator("#template")).to_contain_text("<|system|>Be a stand-in.<|user|>…")
     button(page, "Done").click()
     ask(page, "two")
@@ -332,8 +332,8 @@ def test_settings_and_slash_commands_reach_the_server(page, stand_in):
 
 
 @pytest.mark.parametrize("text, reason", [("/temprature 1", "There is no command /temprature."), ("/etc/passwd is what?", "no command /etc/passwd"),
-                                          ("/topk many", "wants a number from 0 to 1000"), ("/temperature 3", "wants a number"),
-                                          ("/topk 1.5", "wants a number"), ("/constructor", "no command /constructor")])
+                                          ("/topk many", "takes a number from 0 to 1000"), ("/temperature 3", "takes a number"),
+                                          ("/topk 1.5", "takes a number"), ("/constructor", "no command /constructor")])
 def test_a_command_that_is_wrong_is_an_error_and_stays_in_the_composer(page, stand_in, text, reason):
     open_page(page, stand_in.url)
     command(page, text)
@@ -504,7 +504,7 @@ def test_a_server_with_keys_asks_for_one_and_the_page_keeps_it(page):
     keys = (chat_server.ApiKey.hashed("right key", "alice"),)
     with fake_front(keys=keys) as url:
         page.goto(url)
-        expect(page.get_by_role("alert")).to_have_text("This server wants an API key.")
+        expect(page.get_by_role("alert")).to_have_text("This server needs an API key.")
         page.keyboard.type("wrong")             # the field has the focus
         page.keyboard.press("Enter")
         expect(page.get_by_role("alert")).to_have_text("The server does not know this API key.")

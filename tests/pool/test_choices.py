@@ -81,7 +81,7 @@ async def test_what_answers_share_crosses_the_pipe_once(pool):
     assert (kinds["NewRequest"], kinds["NewPrompt"], kinds["NewAnswer"], kinds["EndOfRequest"]) == (1, 2, 8, 1)
     assert all(work.sampling.logit_bias == bias for work in worker.works.values())
     assert {work.prompt_ids for work in worker.works.values()} == {(1,) * 30, (2,) * 30}
-    assert not worker.told and not worker.inbox.requests and not worker.inbox.prompts
+    assert not worker.told and not worker.inbox.params and not worker.inbox.prompts
 
 
 async def test_events_say_whose_they_are_and_end_with_the_last(pool):
@@ -151,7 +151,7 @@ async def test_only_the_prompt_s_scores_are_wanted_with_max_tokens_0_and_a_resum
     (worker,) = pool.workers
     events = pool.answer(request(max_tokens=0, prompt_logprobs=1))
     await anext(events)
-    assert (worker.works["a"].max_tokens, worker.works["a"].prompt_logprobs) == (1, 1)
+    assert (worker.works["a"].max_tokens, worker.works["a"].params.prompt_logprobs) == (1, 1)
     scores = (chat_server.TokenLogprob(1, None), chat_server.TokenLogprob(2, -1.0))
     for score in scores:            # as they are computed
         pool.deliver(worker, [Piece("a", (), "", prompt_logprobs=(score,))])
@@ -162,7 +162,8 @@ async def test_only_the_prompt_s_scores_are_wanted_with_max_tokens_0_and_a_resum
     assert all((piece.text, piece.tokens) == ("", ()) for piece in (*pieces, last)) and last.prompt_logprobs == ()
     assert (done.completion_tokens, done.reason, done.stop_reason) == (0, "length", "max_tokens")
     job = chat_server.Job(request(prompt_logprobs=1), (1, 2), 5, None, 0.0, output_ids=[65])
-    assert work_of(job).prompt_logprobs is None
+    work = work_of(job)
+    assert not chat_server.Sequence(work, [*work.prompt_ids, *work.resumed_ids], 9).scoring
 
 
 async def test_an_answer_that_fills_the_context_says_so(pool):

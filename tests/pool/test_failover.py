@@ -17,6 +17,7 @@ from chat_server import EngineFailure, Finished, LocalPool, Message, Piece, Requ
 from fake_pool import conversation, frames, serving
 import pools
 from pools import collect, idle
+import tiny_gguf
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -91,6 +92,32 @@ async def test_a_worker_killed_at_any_moment_costs_a_pause_and_not_a_word(start_
         assert case != "character" or any(character in text for character in "日楥旗")
         assert case != "stop" or (reason, cause) == ("stop", "cbabcc")
     assert sum(worker.restarts + (worker.state != "ready") for worker in pool.workers) >= len(CASES)
+    await idle(pool)
+
+
+async def test_a_worker_killed_in_the_middle_of_a_function_call_costs_no_letter_of_it(start_pool, tmp_path):
+    """The tags are special tokens; letters and other tokens are drawn at random, as are these tags in ordinary tokens."""
+    words = ['{"name": "f", "arguments": {"', "<tool", "_call>"]
+    metadata = tiny_gguf.small_gguf_metadata("gpt-2")
+    first = len(metadata["tokenizer.ggml.tokens"])
+    metadata["tokenizer.ggml.tokens"] += ["<tool_call>", "</tool_call>", *words]
+    metadata["tokenizer.ggml.token_type"] += [3, 3, 4, 4, 4]
+    metadata["tokenizer.chat_template"] = "{% if tools %}<tool_call>{% endif %}"
+    path = tiny_gguf.write_gguf(tmp_path / "tags.gguf", tiny_gguf.random_llama(vocab=first + 5), tiny_gguf.LLAMA_NUMBERS, metadata)
+    pool = await start_pool(model=str(path))
+    letter = metadata["tokenizer.ggml.tokens"].index("h")
+    request = drawn_from([letter, *range(first, first + 5)], prompts=((1, 2),), tool_names=("f",), ignore_eos=True,
+                         max_tokens=110)
+
+    async def told(name):
+        pieces = [event async for event in pool.answer(Request(name, **request)) if isinstance(event, Piece)]
+        return [(piece.tokens, piece.text, piece.calls) for piece in pieces]
+
+    disturbed, undisturbed = await told("kill-arguments"), await told("undisturbed")
+    assert (tmp_path / "kill-arguments").exists() and disturbed == undisturbed
+    calls = [call for _, _, calls in disturbed for call in calls]
+    assert any(call.name for call in calls) and sum(not call.name for call in calls) > 3
+    assert "<tool_call>" in "".join(text for _, text, _ in disturbed)
     await idle(pool)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import chat_server
-from chat_server import (AnswerParams, BadMessage, Body, Call, Cancel, EndOfRequest, Known, Loading, Message, ModelCard, ModelSource,
+from chat_server import (AnswerParams, BadMessage, Body, Call, CallDelta, Cancel, EndOfRequest, Known, Loading, Message, ModelCard, ModelSource,
                          NewAnswer, NewPrompt, NewRequest, Ping, Ready, Refused, Request, Result, SamplingParams, SandboxConfig,
                          Settings, Stepped, Task, TextSpec, TokenLogprob, Unusable, Piece, WorkerConfig)
 
@@ -18,14 +18,15 @@ SCORES = (TokenLogprob(5, None), TokenLogprob(7, -1.5, ((7, -1.5), (2**31, -floa
 TEXT = TextSpec("hf", bytes(range(256)), "{{ messages }}", frozenset({2, 1, 999}), 1, None, True)
 EXAMPLES = [
     WorkerConfig(Settings(model="a.gguf", served_model_name=("a", "b")), ModelSource("gguf", Path("/m/a.gguf"), "a", "GGUF"), "cpu", 2),
-    NewRequest("r", AnswerParams(stop=("\n", "ü\u2028"), stop_token_ids=(1,), logprobs=0, grammar="start: x"),
-               SamplingParams(0.1, 5, seed=2**64 - 1, logit_bias=((3, -100.0), (9, 0.5))), "alice", ""),
-    NewRequest("s", AnswerParams(), SamplingParams(), "", ""), NewPrompt("r", 127, tuple(range(3000))), NewPrompt("r", 0, ()),
-    NewAnswer("r#3", "r", 0, 3, 2**40, (1, 2, 3), 17, 5), Cancel("r#3"), EndOfRequest("r"), Ping(), Loading("weights", 0.25),
+    NewRequest("r", AnswerParams(sampling=SamplingParams(0.1, 5, seed=2**64 - 1, logit_bias=((3, -100.0), (9, 0.5))), logprobs=0,
+                                 stop=("\n", "ü\u2028"), stop_token_ids=(1,), grammar="start: x", client="alice")),
+    NewRequest("s", AnswerParams()), NewPrompt("r", 127, tuple(range(3000))), NewPrompt("r", 0, ()),
+    NewAnswer("r#3", "r", 0, 3, 2**40, (1, 2, 3), 5), Cancel("r#3"), EndOfRequest("r"), Ping(), Loading("weights", 0.25),
     ModelCard(TEXT, "a", 4096, ("one", "two"), {"sample": "numpy"}, True), Ready({"running": 0}), Unusable("no such file"),
     SandboxConfig(Known(Settings(), "m", None), TEXT, 4096, 1.5, 1 << 30), Task("fill", [{"a": [1, None]}, "x"]),
     Body(bytes(range(256)) * 3), Body(b""), Result(None), Result([1, {"a": "\ud800"}]), Refused("no", 400, None, "tools"),
-    Stepped([], {}), Stepped([Piece("r", (1, 2), "a\U0001f600\x00", "stop", "eos", 3, 0.5, 4, 2, SCORES, SCORES[:1]), Piece("s", (), "")], {"queued": 1})]
+    Stepped([], {}), Stepped([Piece("r", (1, 2), "a\U0001f600\x00", "stop", "eos", 3, 0.5, 4, 2, SCORES, SCORES[:1]), Piece("s", (), "", calls=(CallDelta("{", "f"),))],
+            {"queued": 1})]
 
 
 def through_the_pipe(message):
@@ -68,7 +69,7 @@ def test_a_header_of_an_unknown_kind_or_size_is_refused_before_its_body_is_read(
 @pytest.mark.parametrize("kind, body", [
     (Cancel, b""), (Cancel, b"{}"), (Cancel, b"[]"), (Cancel, b'["a", "b"]'), (Cancel, b"null"), (Cancel, b"[" * 100_000),
     (Stepped, b'[[["r"]], {}]'), (Stepped, b'[[5], {}]'), (Stepped, b"[[], {}, 1]"), (NewPrompt, b'["r", 0, 5]'),
-    (ModelCard, b'[["hf", "%%%", null, [], 1, 2, true], "a", 1, [], {}, true]'), (NewRequest, b'["r", null, [], "", ""]')])
+    (ModelCard, b'[["hf", "%%%", null, [], 1, 2, true], "a", 1, [], {}, true]'), (NewRequest, b'["r", null]')])
 def test_a_body_that_is_not_of_its_kind_is_refused(kind, body):
     with pytest.raises(BadMessage):
         chat_server.unpacked(kind, body)

@@ -117,7 +117,7 @@ async def test_closing_the_pool_ends_streams_with_an_error_and_not_a_fake_finish
 
 async def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(start_pool):
     pool = await start_pool(context_length=64)
-    with pytest.raises(RequestError, match=r"has [\d,]+ tokens and the context holds 64") as refused:
+    with pytest.raises(RequestError, match=r"has [\d,]+ tokens, but the context holds 64") as refused:
         await collect(pool, Request("a", prompts=(tuple([5] * 64),)))
     assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "prompt")
     _, tokens, last = await collect(pool, Request("b", prompts=(tuple([5] * 60),), ignore_eos=True))
@@ -130,7 +130,7 @@ async def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(sta
     (dict(prompts=((5,),), sampling=SamplingParams(logit_bias=((3, 1.0), (999, 1.0)))), "logit_bias")])
 async def test_token_ids_that_the_model_does_not_have_are_refused(start_pool, wrong, name):
     pool = await start_pool()
-    with pytest.raises(RequestError, match="this model's are 0 to 283") as refused:
+    with pytest.raises(RequestError, match="this model's ids are 0 to 283") as refused:
         await collect(pool, Request("a", **wrong))
     assert refused.value.param == name
 
@@ -204,7 +204,7 @@ async def test_a_template_that_refuses_the_trial_message_stops_nothing(tmp_path,
         await pool.wait_ready()
         assert pool.health()[0] == 200
         (line,) = [record.getMessage() for record in caplog.records if "not this" in record.getMessage()]
-        assert line.startswith("chats may be refused: a user's \"hello\" was: the model's chat template")
+        assert line.startswith("chats may be refused, as the message \"hello\" was: the model's chat template")
         raw = Request("a", prompts=("12",), max_tokens=2, ignore_eos=True)
         assert (await collect(pool, raw))[2].completion_tokens == 2
         if hi_is_taken:

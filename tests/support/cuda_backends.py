@@ -18,7 +18,7 @@ import chat_server as cs
 from emulated_core import EmulatedCore
 
 decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="the compiled core is not installed")
-from decode_core.cuda_backend import CudaBackend  # noqa: E402
+from decode_core.cuda_backend import CudaBackend, current_stream  # noqa: E402, F401
 from decode_core.cuda_steps import CudaQueue  # noqa: E402
 
 HOST_READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "lift_fresh", "lift_fresh_copy"}
@@ -120,16 +120,57 @@ class EmulatedOps(decode_core.cuda.CudaOps):
         return super().tensor(name, AsCuda(tensor) if isinstance(tensor, torch.Tensor) else tensor, *args, **kwargs)
 
 
+class WrongOps(EmulatedOps):
+    """Ops that compute, draw or store something else than they should, or raise: the names in `wrong`."""
+
+    wrong = {}
+
+    def rope_append(self, qkv, cos, sin, positions, slots, k_pages, *rest, **options):
+        super().rope_append(qkv, cos, sin, positions, slots, k_pages, *rest, **options)
+        self.spoil("rope_append", k_pages)
+
+    def paged_attention(self, q, *rest, **options):
+        super().paged_attention(q, *rest, **options)
+        self.spoil("paged_attention", rest[-1])
+
+    def multiply(self, x, blocks, out, **options):
+        super().multiply(x, blocks, out, **options)
+        self.spoil("multiply", out)
+
+    def dequantize(self, blocks, out, **options):
+        super().dequantize(blocks, out, **options)
+        self.spoil("dequantize", out)
+
+    def sample(self, logits, params, tokens, **options):
+        super().sample(logits, params, tokens, **options)
+        self.spoil("sample", tokens)
+
+    def spoil(self, name, result):
+        if how := self.wrong.get(name):
+            how(result)
+
+
+def wrong_ops(**how):
+    """A class of ops of which those named spoil their result by a function."""
+    return type("WrongOps", (WrongOps,), {"wrong": how})
+
+
 class Emulated:
     name, device = "emulation", torch.device("cpu")
 
-    def __init__(self, library):
-        self.ops = EmulatedOps(RecordedCore(library))
+    def __init__(self, library, ops=EmulatedOps, faults=()):
+        """`faults`: the ops of the class `ops` that must be found wrong, and no others."""
+        self.ops, self.faults = ops(RecordedCore(library)), {*faults}
+
+    def backend(self, spec):
+        return CudaBackend(spec, cs.for_decode_core(), self.ops, stream=lambda: 0, device=self.device)
 
     def kernels(self, spec):
         """The kernels that load_kernels chooses for CUDA, with the reference's products."""
-        backend = CudaBackend(spec, cs.for_decode_core(), self.ops, stream=lambda: 0)
-        return replace(cs.load_kernels("cpu"), **backend.ops(0, 0, None), backend=backend)
+        backend = self.backend(spec)
+        kernels = replace(cs.load_kernels("cpu"), **backend.ops(0, 0, None), backend=backend)
+        assert {*backend.faults} == self.faults, backend.faults
+        return kernels
 
     def queue(self):
         return HostQueue()

@@ -26,6 +26,7 @@ MOMENTS = {     # checked when the results of earlier steps have left through th
     "character": lambda s: s.generated >= 7 and s.text.decoder.utf8.getstate()[0],
     "stop": lambda s: s.generated >= 7 and len(s.text.decoder.held) > 1,
     "call": lambda s: s.generated >= 7 and s.text.tool.expression,
+    "arguments": lambda s: s.generated >= 7 and s.text.calls.inside,
     # the last may be a placeholder for the one being drawn
     "result": lambda s: s.generated >= 7 and OUTPUT_END in s.tokens[-2:],
     "aside": lambda s: s.generated >= 7 and not s.pages,

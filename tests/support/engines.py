@@ -5,8 +5,9 @@ import functools
 import torch
 
 import chat_server
-from chat_server import Batch, EagerSteps, Engine, SamplingParams, Settings, Transformer, Assignment
+from chat_server import Batch, EagerSteps, Engine, SamplingParams, Settings, Transformer
 from near_tie import Traced, draw_gap
+from works import assignment
 
 
 @functools.cache
@@ -102,7 +103,7 @@ def run(engine, works, *, check=True, on_step=lambda plan: None, ahead=False):
 
 def chat_work(engine, name, text, max_tokens=48, **sampling):
     ids = tuple(engine.tokenizer.render([chat_server.Message("user", text)]))
-    return Assignment(name, ids, SamplingParams(**({"temperature": 0.0} | sampling)), max_tokens)
+    return assignment(name, ids, SamplingParams(**({"temperature": 0.0} | sampling)), max_tokens)
 
 
 def make_batch(*chunks):

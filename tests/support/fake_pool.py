@@ -36,13 +36,15 @@ class Letters(chat_server.Tokenizer):
 
 class FakePool:
     """Answers every request with `pieces`, one choice after another. An exception among the pieces is raised;
-    one may be a Piece.
+    one may be a Piece. With tools, the calls in them are read as a worker reads them.
 
     If `gate` is an asyncio.Event, every piece waits for it. `requests` are those that arrived, `open` is the
     number being answered, and `until_open(n)` waits for a number without polling.
     """
 
+    admission = property(lambda self: self)
     model_name, created, context_length, tokenizer = "fake-model", 1_700_000_000, 4096, Letters()
+    own_sampling = {}, ""
     prompts = chat_server.PromptMaker(tokenizer, context_length, run=chat_server.run_in_thread_if_long)
 
     def __init__(self, pieces=("Hello", ", ", "world!"), *, reason="stop", stop_reason="eos", refuse=None, gate=None):
@@ -75,12 +77,20 @@ class FakePool:
         try:
             yield Accepted(7, request.sampling.seed)
             for choice in range((len(request.prompts) or 1) * request.n):
-                for piece in self.pieces:
+                reader = chat_server.ToolCallReader(self.tokenizer.tool_format, request.tool_names) if request.tool_names else None
+                for number, piece in enumerate(self.pieces, 1):
                     if self.gate:
                         await self._gate_or_cancel(request)
                     if isinstance(piece, Exception):
                         raise piece
-                    yield piece._replace(choice=choice) if isinstance(piece, Piece) else Piece("", (1,), piece, choice=choice)
+                    piece = piece if isinstance(piece, Piece) else Piece("", (1,), piece)
+                    if reader:
+                        reader.push(piece.text)
+                        if number == len(self.pieces):
+                            reader.finish()
+                        text, calls = reader.take()
+                        piece = piece._replace(text=text, calls=calls)
+                    yield piece._replace(choice=choice)
                 yield finished(self.pieces, self.reason, self.stop_reason, choice)
         finally:
             del self.cancelled[request.id]

@@ -19,6 +19,7 @@ sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resol
 import torch    # noqa: E402
 
 import chat_server      # noqa: E402
+from works import assignment    # noqa: E402
 from tiny_gguf import (LLAMA_NUMBERS, gguf_bytes, random_llama, sentencepiece_metadata,     # noqa: E402
                        small_gguf_metadata)
 
@@ -113,7 +114,7 @@ def outcome_of(path):
         return str(error)
     engine.warm_up(lambda fraction: None)
     prompt = tuple(engine.tokenizer.encode_prompt("hello 12"))[:8] or (0,)
-    engine.add(chat_server.Assignment("a", prompt, chat_server.SamplingParams(temperature=0.0), 3))
+    engine.add(assignment("a", prompt, chat_server.SamplingParams(temperature=0.0), 3))
     while engine.busy:
         engine.step()
     return "model"

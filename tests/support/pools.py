@@ -18,7 +18,7 @@ DYING = (sys.executable, str(Path(__file__).with_name("dying_worker.py")))
 
 def tiny_settings(nanochat_fixtures, generation="gen5", **changes):
     """Settings for a pool of tiny real nanochat models, in float32 so that answers are equal wherever they are computed."""
-    return Settings(model=str(nanochat_fixtures / generation), dtype="float32", **({"kv_cache_memory": 8 << 20} | changes))
+    return Settings(**{"model": str(nanochat_fixtures / generation), "dtype": "float32", "kv_cache_memory": 8 << 20} | changes)
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def played_pool(worker_class=PlayedWorker, **settings):
     pool = LocalPool(Settings(**settings))
     pool.workers = [worker_class(pool)]
     pool.card = chat_server.ModelCard(None, "fake", 64, (), {}, False)
-    pool.prompts = chat_server.PromptMaker(Letters(), 64)
+    pool.admission.prompts = chat_server.PromptMaker(Letters(), 64)
     pool.became_ready.set()
     return pool
 

@@ -36,11 +36,19 @@ def sigmoid(x):
     return np.where(x < 0, e, np.float32(1)) / (np.float32(1) + e)
 
 
+def times_sigmoid(x, t):
+    above, positive = np.maximum(x, np.float32(0)), np.maximum(t, np.float32(0))
+    e = exp_negative((t - positive) - positive)
+    return fma(x - above, e, above) / (np.float32(1) + e)
+
+
 def silu(x):
-    above = np.maximum(x, np.float32(0))
-    below = x - above
-    e = exp_negative(below - above)
-    return fma(below, e, above) / (np.float32(1) + e)
+    return times_sigmoid(x, x)
+
+
+def gelu_tanh(x):
+    c = np.float32(1.59576912)
+    return times_sigmoid(x, x * fma(x * x, c * np.float32(0.044715), c))
 
 
 def softcap(x, cap):

@@ -7,9 +7,10 @@ import aiohttp
 import pytest
 
 import chat_server
-from chat_server import Message, Settings, SamplingParams, ToolCallReader, Assignment
+from chat_server import Answer, Message, SamplingParams, Settings, ToolCallReader
 from engines import load, make_engine, pieces
 from fake_pool import FakePool, Letters, frames, serving
+from works import assignment
 
 WEATHER = {"type": "function", "function": {"name": "weather", "description": "Weather of a city", "parameters": {
     "type": "object", "properties": {"city": {"type": "string", "maxLength": 10}}, "required": ["city"], "additionalProperties": False}}}
@@ -36,11 +37,21 @@ def pool():
 
 
 def read(tool_format, pieces):
-    reader = ToolCallReader(tool_format, [WEATHER, TIME])
-    parts = [*map(reader.push, pieces), reader.finish()]
-    calls = joined(delta for _, deltas in parts for delta in deltas)
-    assert calls == reader.calls        # those of an answer that was not streamed
-    return "".join(text for text, _ in parts), [call["function"] for call in calls]
+    reader, told = ToolCallReader(tool_format, ["weather", "time"]), []
+    for piece in pieces:
+        reader.push(piece)
+        told.append(reader.take())
+    reader.finish()
+    return together([*told, reader.take()])
+
+
+def together(told):
+    """The text and the calls of an answer whose pieces had these texts and deltas of calls."""
+    calls = []
+    for delta in (delta for _, deltas in told for delta in deltas):
+        calls += [{"name": delta.name, "arguments": ""}] if delta.name else []
+        calls[-1]["arguments"] += delta.arguments
+    return "".join(text for text, _ in told), calls
 
 
 def joined(deltas):
@@ -80,6 +91,48 @@ def test_calls_are_found_however_the_text_is_cut(tool_format, text, rest, calls)
         cuts = sorted(dice.sample(range(len(text) + 1), min(len(text), dice.randrange(6))))
         pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
         assert read(tool_format, pieces) == (rest, calls)
+
+
+class Tags(Letters):
+    """Letters, and the tags of calls are special tokens."""
+
+    vocab_size, tool_format = 259, "tagged"
+
+    def __init__(self):
+        super().__init__()
+        self.specials |= {"<tool_call>": 257, "</tool_call>": 258}
+
+
+OPEN, CLOSE = [257], [258]
+ASKS = '\n{"name": "weather", "arguments": {"city": "Rome"}}\n'
+
+
+def told_by(ids, resumed=0, **params):
+    """What an answer tells after each of its tokens; the first `resumed` were drawn by a worker that died."""
+    work = assignment("a", (1,), SamplingParams(), 999, resumed_ids=tuple(ids[:resumed]), tool_names=("weather", "time"), **params)
+    answer, told = Answer(work, Tags()), []
+    for number, token in enumerate(ids[resumed:], resumed + 1):
+        answer.push(token, number, 999 - number)
+        told.append(answer.take())
+    return told
+
+
+@pytest.mark.parametrize("parts, params, rest, calls", [
+    (["Well. ", OPEN, ASKS, CLOSE, "\n", OPEN, '{"name": "time"}', CLOSE], {}, "Well. ", [ROME, NOW]),
+    (["It is ", CALL], {}, "It is " + CALL, []),                                # looks like tags, of ordinary tokens
+    ([OPEN, ASKS[:-9], '"</tool_call>"}}', CLOSE, "Done."], {}, "Done.", [ROME | {"arguments": '{"city": "</tool_call>"}'}]),
+    (["Hm, ", OPEN, "no JSON", CLOSE, "!", CLOSE], {}, "Hm, no JSON!", []),
+    ([OPEN, ASKS[:-6], CLOSE, " Oh."], {}, "Oh.", [ROME | {"arguments": '{"city": "Ro'}]),      # the tag ends what is incomplete
+    ([OPEN, ASKS[:-6], OPEN, ASKS[-6:], CLOSE], {}, "", [ROME]),
+    ([[0xe6], OPEN, ASKS, CLOSE, "日"], {}, "\ufffd日", [ROME]),                # a character that the tag cuts
+    (["a", OPEN, ASKS, CLOSE, "bc"], {"stop": ('a\n', "ab", "bc")}, "a", [ROME]),
+    ([CALL], {"grammar": "of tags in ordinary tokens"}, "", [ROME])])
+def test_tags_that_are_special_tokens_are_seen_and_ordinary_text_like_them_is_text(parts, params, rest, calls):
+    ids = [token for part in parts for token in (part if isinstance(part, list) else part.encode())]
+    told = told_by(ids, **params)
+    assert together(told) == (rest, calls)
+    for cut in range(len(ids)):         # a worker that takes over knows from the ids alone what has been told
+        assert told_by(ids, cut, **params) == told[cut:]
 
 
 def test_only_templates_that_read_tools_know_them(default_model_path):
@@ -183,14 +236,17 @@ def test_references_in_a_tool_s_parameters_are_to_these_parameters(tool_format):
         chat_server.check_grammar(chat_server.tool_grammar([{"function": {"name": "go", "parameters": wrong}}], "required", tool_format, True), "tools")
 
 
-@pytest.mark.parametrize("tool_format", ["tagged", "json"])
+@pytest.mark.parametrize("tool_format", ["tagged", "json", "tagged by special tokens"])
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
 def test_a_required_call_is_made_by_a_model_that_has_never_heard_of_tools(default_model_path, tool_format, choice):
     engine = make_engine(default_model_path, num_pages=100, max_batch=8)
+    if tool_format == "tagged by special tokens":
+        tool_format, engine.tokenizer.specials["<tool_call>"] = "tagged", 1
+    engine.tokenizer.tool_format = tool_format
     values = chat_server.parse_fields(ASK | {"tools": [WEATHER], "tool_choice": choice, "parallel_tool_calls": False},
                                       chat_server.OPENAI_FIELDS)
     request = chat_server.parse_openai_request(values, Settings(), tool_format)
     prompt = tuple(engine.tokenizer.render([Message("user", "Weather in Rome?")]))
-    found = pieces(engine, [Assignment("a", prompt, SamplingParams(0.0), 80, grammar=request.grammar)])["a"]
-    text, calls = read(tool_format, [piece.text for piece in found])
+    work = assignment("a", prompt, SamplingParams(0.0), 80, grammar=request.grammar, tool_names=request.tool_names)
+    text, calls = together([(piece.text, piece.calls) for piece in pieces(engine, [work])["a"]])
     assert text == "" and [call["name"] for call in calls] == ["weather"] and len(json.loads(calls[0]["arguments"])["city"]) <= 10

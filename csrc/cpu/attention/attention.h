@@ -59,6 +59,7 @@ struct AttentionJob {
     float* out;
     int heads, kv_heads, head_size;
     int window;                             // keys that a row sees, itself included; 0: all
+    float softcap;                          // scores become softcap * tanh(score / softcap); 0: they stay
 };
 
 // `rows` consecutive rows of one sequence, one kv head, some of the chunks that these rows see.

@@ -1,4 +1,4 @@
-// op       paged_attention: softmax(q K^T) V over each row's own pages, for decode rows and for prompt chunks
+// op       paged_attention: softmax(q K^T) V, the scores capped if the job says so, over each row's own pages, for decode rows and for prompt chunks
 // shapes   q [T, Hq, D] float32 (scaled), pages [P][Hk][2][16 * D] (attention.h) -> out [T, Hq * D] float32
 // mapping  one item = (rows of one sequence, kv head, chunks of 256 positions); the Hq / Hk heads of each row are the
 //          item's queries and share each load of K and V in registers; in a chunk: all scores, softmax, weighted values
@@ -255,6 +255,12 @@ struct Attention {
         each_tile(queries, [&](auto t, int i) {
             score_pages<Stored, t.queries>(q[i], k + first, v + first, pages, D, s + i * CHUNK_SIZE + first * PAGE_SIZE);
         });
+        if (job.softcap > 0.0f)
+            for (int i = 0; i < queries; i++)
+                for (int p = first; p < first + pages; p++) {
+                    float* scores = s + i * CHUNK_SIZE + p * PAGE_SIZE;
+                    store(scores, capped(load(scores), all(job.softcap)));
+                }
         float largest[MAX_QUERIES], sums[MAX_QUERIES];
         const int lines = D * PAGE_SIZE * int(sizeof(Stored)) / 64 / (2 * queries);       // half of the next keys
         for (int i = 0; i < queries; i++) {

@@ -90,7 +90,9 @@ struct Coming {
     }
 
     void fetch_some() {                         // 8 lines
-        for (int i = 0; i < 8 && bytes > 0; i++, at += 64, bytes -= 64) fetch_once(at);
+        const int64_t some = std::min<int64_t>(bytes, 512);
+        fetch_once(at, some);
+        at += some, bytes -= some;
     }
 };
 

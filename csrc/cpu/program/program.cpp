@@ -276,10 +276,12 @@ std::vector<std::string> Program::describe() const {
         std::string line = name_of(op.kind);
         if (op.kind == OpKind::linear) line += " " + std::to_string(op.tiles.rows) + "x" + std::to_string(op.tiles.columns);
         if (op.norm && op.kind == OpKind::linear) line += " norm";
-        if (op.activation != Activation::none) line += op.activation == Activation::swiglu ? " swiglu" : " relu2";
+        static const char* const activations[] = {"", " swiglu", " relu2", " geglu"};
+        line += activations[int(op.activation)];
         if (op.kind == OpKind::linear && op.bias) line += " bias";
         if (op.kind == OpKind::linear && op.other.at) line += " residual";
         if (op.kind == OpKind::paged_attention && op.attention.window) line += " window " + std::to_string(op.attention.window);
+        if (op.kind == OpKind::paged_attention && op.attention.softcap) line += " softcap";
         lines.push_back(line + (op.on_logit_rows ? " (logit rows)" : ""));
     }
     return lines;

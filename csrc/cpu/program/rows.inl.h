@@ -41,14 +41,6 @@ void smear(const float* x, const float* previous, const float* gate, int64_t cha
     }
 }
 
-// tanh |x| = (1 - e) / (1 + e) with e = exp(-2 |x|)
-DC_INLINE Lanes capped(Lanes x, Lanes cap) {
-    const Lanes zero = all(0.0f), one = all(1.0f), t = x / cap;
-    const Lanes e = exp_negative(maximum(t, zero - t) * all(-2.0f));
-    const Lanes size = (one - e) / (one + e) * cap;
-    return zero_below(t, zero, size) - zero_below(zero - t, zero, size);
-}
-
 void soft_cap(const float* x, float cap, int64_t columns, float* out) {
     int64_t c = 0;
     for (; c + 16 <= columns; c += 16) store(out + c, capped(load(x + c), all(cap)));

@@ -27,7 +27,7 @@ namespace dc {
 constexpr int64_t TOKENS_BY_ROWS = 32;          // from here on a step's rows are divided
 constexpr int64_t CAP_COLUMNS = 8192;           // of a chunk of softcap
 
-static inline int64_t unit_of(const Op& op) { return op.activation == Activation::swiglu ? 2 : 1; }     // tiles that stay together
+static inline int64_t unit_of(const Op& op) { return is_gate(op.activation) ? 2 : 1; }     // tiles that stay together
 
 size_t prepared_bytes(const Op& op, int64_t rows);      // a linear's x, made ready
 

@@ -46,7 +46,8 @@ namespace dc {
 
 enum class Weight : int { f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k, iq4_nl, iq4_xs, mxfp4 };
 constexpr int WEIGHT_TYPES = int(Weight::mxfp4) + 1;
-enum class Activation : int { none, swiglu, relu2 };    // swiglu: tiles alternate gate, up; columns 16 i.. from tiles 2 i, 2 i + 1
+enum class Activation : int { none, swiglu, relu2, geglu };     // gates: tiles alternate gate, up; columns 16 i.. from tiles 2 i, 2 i + 1
+static constexpr bool is_gate(Activation activation) { return activation == Activation::swiglu || activation == Activation::geglu; }
 
 constexpr int TILE_ROWS = 16;
 constexpr int BLOCK = 32;               // columns that share a scale of x
@@ -97,12 +98,12 @@ struct Product {
     int64_t residual_stride;
     Activation activation;
     float* out;                         // (T, out_columns); nothing beyond out_columns is written
-    int64_t out_stride, out_columns;    // out_columns: at most tiles.rows, for swiglu at most 16 for each pair of tiles
+    int64_t out_stride, out_columns;    // out_columns: at most tiles.rows, for gates at most 16 for each pair of tiles
 };
 
 static inline int64_t group_count(int64_t rows) { return (rows + GROUP_ROWS - 1) / GROUP_ROWS; }
 
-// Tiles [tile_begin, tile_end) (swiglu: both even) of tile_count, groups [group_begin, group_end) of group_count(rows).
+// Tiles [tile_begin, tile_end) (gates: both even) of tile_count, groups [group_begin, group_end) of group_count(rows).
 void multiply(const Product& product, int64_t tile_begin, int64_t tile_end, int64_t group_begin, int64_t group_end);
 
 // ---- filling and reading tiles

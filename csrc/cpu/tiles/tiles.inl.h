@@ -123,7 +123,7 @@ void prepare(const Preparation& job, int64_t row_begin, int64_t row_end) {
 template <class F>
 DC_INLINE void prefetch_block(const uint8_t* group, int64_t i, int64_t ahead) {
     constexpr int64_t STEP = group_of_blocks_bytes<F>() / F::BLOCKS;
-    for (int64_t line = 0; line < STEP; line += 64) fetch_once(group + i * STEP + ahead + line);
+    fetch_once(group + i * STEP + ahead, STEP);
 }
 
 // sums [PARTS][R] += a block's codes times R rows of x.
@@ -235,8 +235,7 @@ __attribute__((noinline)) void float_rows(const uint8_t* tile, int64_t columns, 
     for (; left >= 16; left -= 16, tile += step, x += panel_step) {
         if (ahead) {                                // within the tile, then within the one that follows these T
             const uint8_t* next = tile + ahead + (left * 16 * int64_t(sizeof(W)) > ahead ? 0 : (T - 1) * bytes);
-            for (int t = 0; t < T; t++)
-                for (int64_t line = 0; line < step; line += 64) fetch_once(next + t * bytes + line);
+            for (int t = 0; t < T; t++) fetch_once(next + t * bytes, step);
         }
         float_columns<W, T, R>(tile, bytes, x, 16, total);
     }
@@ -334,17 +333,18 @@ void finish_row(const Product& job, int64_t tile, int tiles, int64_t row, int r,
     }
 }
 
-void finish_swiglu_row(const Product& job, int64_t tile, int, int64_t row, int r, const Sums& in) {
-    write(job, row, tile / 2 * TILE_ROWS, silu(biased(job, tile, in.y[0][r])) * biased(job, tile + 1, in.y[1][r]));
+void finish_gated_row(const Product& job, int64_t tile, int, int64_t row, int r, const Sums& in) {
+    const Lanes gate = biased(job, tile, in.y[0][r]), up = biased(job, tile + 1, in.y[1][r]);
+    write(job, row, tile / 2 * TILE_ROWS, (job.activation == Activation::geglu ? gelu_tanh(gate) : silu(gate)) * up);
 }
 
 void multiply(const Product& job, int64_t tile_begin, int64_t tile_end, int64_t group_begin, int64_t group_end) {
     const Tiles& w = job.tiles;
-    const bool swiglu = job.activation == Activation::swiglu;
+    const bool gated = is_gate(job.activation);
     const int64_t bytes = tile_bytes(w.type, w.columns), panel_bytes = group_bytes(w.type, w.columns);
-    const int64_t fit = GROUPS_BYTES / panel_bytes, at_once = fit > 1 ? fit : 1, step = is_float(w.type) || swiglu ? PAIR : 1;
+    const int64_t fit = GROUPS_BYTES / panel_bytes, at_once = fit > 1 ? fit : 1, step = is_float(w.type) || gated ? PAIR : 1;
     const auto multiply_some = is_float(w.type) ? multiply_floats : multiply_blocks;
-    const auto finish = swiglu ? finish_swiglu_row : finish_row;
+    const auto finish = gated ? finish_gated_row : finish_row;
     for (int64_t first = group_begin; first < group_end; first += at_once)
         for (int64_t tile = tile_begin; tile < tile_end; tile += step)
             for (int64_t group = first; group < least(first + at_once, group_end); group++) {

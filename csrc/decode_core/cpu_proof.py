@@ -1,0 +1,186 @@
+"""Whether the compiled ops of a CPU, in the instruction set in use, are as their references."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+
+from . import cuda
+from .cuda_weights import dequantized
+from .program import Marker, Program
+from .proof import Dice, copied, differs, random_blocks
+from .sampling import SampleBatch
+from .tiles import COLUMNS, Arena, Matrix
+from .weights import KINDS, QuantizedMatrix, pack
+
+FLOATS = {name: dtype for dtype, name in KINDS.items()}
+PACKED_TOLERANCE = 3e-2         # x is int8 there, of which 1e-2 would be usual
+WINDOWS = (0, 20)
+T, R, PAGES = 32, 4, 40         # tokens and logit rows that the proof's buffers hold; pages of its cache
+
+
+class Norm(NamedTuple):
+    weight: Any
+    eps: float
+
+
+class Chain:
+    """A Program of every op, each with an output of its own, so that afterwards each reference can be given
+    just what its op has read."""
+
+    def __init__(self, script: SimpleNamespace, cache_type: torch.dtype):
+        self.cache_type = cache_type
+        self.script, self.dice = script, Dice(torch.device("cpu"), 4)
+        self.program, self.calls, self.floats = Program(T, R), [], {}
+        self.faults: dict[str, str | None] = {}         # by op: "" = as the reference, None = not proved
+        self.spec = script.ModelSpec(vocab_size=200, layers=1, width=768, heads=4, kv_heads=2, head_size=64,
+                                     ffn_size=512, max_positions=PAGES * script.PAGE_SIZE)
+
+    def call(self, name: str, *arguments: Any, width: int, rows: int = T, label: str = "", **options: Any):
+        """Record an op with a new output of so many columns, and return that."""
+        out = torch.zeros(rows, width)
+        getattr(self.program, name)(*arguments, out=out, **options)
+        self.calls.append(SimpleNamespace(name=name, label=label or name, arguments=arguments, out=out,
+                                          options=options))
+        return out
+
+    def record(self) -> None:
+        p, spec, dice = self.program, self.spec, self.dice
+        C, qkv_size = spec.width, (spec.heads + 2 * spec.kv_heads) * spec.head_size
+        table, weight = dice.normal(spec.vocab_size, C), 1 + dice.normal(C) / 4
+        one = torch.tensor([0.7]), torch.tensor([0.3])
+        x = self.call("embed", table, p.token_ids, width=C)
+        previous = self.call("embed", table, p.previous_token_ids, width=C)
+        normed = self.call("rms_norm", x, weight, 1e-5, width=C)
+        self.call("copy", x, width=C)
+        self.call("mix", x, normed, *one, width=C)
+        self.call("smear", x, previous, p.previous_token_ids, dice.normal(1, 24), one[0], width=C)
+        self.call("backout", x, normed, one[1], width=C)
+        norm = Norm(weight, 1e-5)
+        for kind in COLUMNS:
+            self.products(kind, x, norm)
+        qkv_weight, head = self.matrix("f32", "qkv", qkv_size), self.matrix("f32", "head", 5008)
+        qkv = self.call("linear", x, qkv_weight, width=qkv_size, label="linear f32")
+        cos, sin = self.script.rope_tables(spec, torch.device("cpu"))
+        shape = PAGES, spec.kv_heads, 2, self.script.PAGE_SIZE * spec.head_size
+        for norm_at in ("before_rope", "none"):
+            cache = dice.normal(*shape, dtype=self.cache_type)
+            q = self.call("rope_append", qkv, cos, sin, p.positions, p.slots, cache, width=256, norm=norm_at)
+            for window in WINDOWS:
+                self.call("paged_attention", q, cache, p.attention, window, width=256)
+            self.call("paged_attention", q, cache, p.attention, 0, width=256, softcap=2.0)
+        last = self.call("gather_rows", x, p.logit_rows, width=C, rows=R)
+        logits = self.call("linear", last, head, width=5008, rows=R, label="linear f32")
+        self.capped = self.call("softcap", logits, 15.0, width=5008, rows=R)
+        p.sample(self.capped)
+
+    def matrix(self, kind: str, name: str, rows: int) -> Matrix:
+        """A matrix as a model has it; `floats` remembers what its reference multiplies with."""
+        if kind in FLOATS:
+            given = weight = self.dice.normal(rows, self.spec.width).to(FLOATS[kind])
+        else:
+            blocks = random_blocks(kind, rows, self.spec.width, seed=rows)
+            given = QuantizedMatrix(((kind, blocks),), self.spec.width)
+            weight = dequantized(kind, torch.from_numpy(blocks), self.script)
+        packed = pack(Arena(1 << 20), name, given, None, False)
+        self.floats[packed] = weight.float()
+        return packed
+
+    def products(self, kind: str, x: torch.Tensor, norm: Norm) -> None:
+        """A product with everything before and after it, and one with gates."""
+        label, N = f"linear {kind}", 80
+        try:
+            plain, gates = self.matrix(kind, "output", N), self.matrix(kind, "gate_up", 2 * N)
+        except ImportError:                 # the gguf package is missing
+            self.faults[label] = None
+            return
+        before = self.call("copy", self.call("linear", x, plain, width=N, label=label), width=N)
+        more = dict(norm=norm, bias=self.dice.normal(N), residual=before)
+        self.call("linear", x, plain, width=N, label=label, **more)
+        for activation in ("swiglu", "geglu"):
+            self.call("linear", x, gates, width=N, label=label, activation=activation)
+        self.call("linear", x, plain, width=N, label=label, activation="relu2")
+
+    # ---- running
+
+    def step(self, batch: SimpleNamespace, sampled: list[Any]) -> None:
+        """Run a step, then every reference on what its op has read."""
+        inputs = self.inputs(batch)
+        caches = [call.arguments[5] for call in self.calls if call.name == "rope_append"]
+        before = {id(cache): cache.clone() for cache in caches}
+        sampling = SampleBatch(sampled, self.capped.shape[1])
+        tokens = self.program.finish(self.program.start(
+            batch.token_ids, batch.previous_token_ids, batch.starts, batch.lengths, batch.tables,
+            batch.logit_rows, sampling))
+        for call in self.calls:
+            arguments = [self.real(argument, inputs) for argument in call.arguments]
+            options = {key: self.real(option, inputs) for key, option in call.options.items()}
+            fault = self.compare(call, arguments, options, self.real(call.out, inputs), before)
+            self.faults[call.label] = self.faults.get(call.label) or fault
+        expected = self.script.references["sample"](self.capped[:len(sampled)], sampled)
+        self.faults["sample"] = "" if tokens == expected else f"draws the tokens {tokens}, not {expected}"
+
+    def inputs(self, batch: SimpleNamespace) -> dict[str, Any]:
+        """A step's data as the references read it, by the names of the markers."""
+        positions, slots = map(torch.tensor, self.script.token_places(batch))
+        lists = {name: torch.tensor(getattr(batch, name))
+                 for name in ("token_ids", "previous_token_ids", "logit_rows")}
+        plan = self.script.references["plan_attention"](batch, positions, WINDOWS, torch.float32)
+        return lists | {"positions": positions, "slots": slots, "attention": plan}
+
+    def real(self, argument: Any, inputs: dict[str, Any]) -> Any:
+        """What a reference gets for an argument that was recorded; of a buffer the rows in use."""
+        if isinstance(argument, Marker):
+            return inputs[argument.name]
+        if isinstance(argument, Matrix):
+            return self.floats[argument]
+        if any(argument is call.out for call in self.calls):
+            return argument[:len(inputs["logit_rows" if len(argument) == R else "token_ids"])]
+        return argument
+
+    def compare(self, call: SimpleNamespace, arguments: list, options: dict, out: torch.Tensor,
+                before: dict[int, torch.Tensor]) -> str:
+        reference, want = self.script.references[call.name], torch.empty_like(out)
+        scale = self.spec.head_size**0.5            # our queries are scaled by 1 / this already
+        if call.name == "rope_append":
+            qkv, *places, cache = arguments
+            pages = self.slot_major(before[id(cache)].float())
+            reference(copied(qkv), *places, pages, want, **options)
+            fault = differs(self.slot_major(cache), pages, "the cache")
+            return fault or differs(out * scale, want, "q")
+        if call.name == "paged_attention":
+            arguments[:2] = arguments[0] * scale, self.slot_major(arguments[1].float())
+        reference(*arguments, out=want, **options)
+        kind = call.label.removeprefix("linear ")
+        return differs(out, want, "the output", PACKED_TOLERANCE if kind in cuda.BLOCKS else 0.0)
+
+    def slot_major(self, cache: torch.Tensor) -> torch.Tensor:
+        """A layer's cache as the references have it: (P * PAGE_SIZE, 2, Hkv, D)."""
+        size, D = self.script.PAGE_SIZE, self.spec.head_size
+        k = cache[:, :, 0].unflatten(-1, (D, size)).permute(0, 3, 1, 2)
+        v = cache[:, :, 1].unflatten(-1, (size, D)).permute(0, 2, 1, 3)
+        return torch.stack((k, v), 2).flatten(0, 1)
+
+
+def prove_cpu(script: SimpleNamespace) -> dict[str, str | None]:
+    """What is wrong with each op of a CPU: "" nothing, None: it could not be proved."""
+    faults: dict[str, str | None] = {}
+    prompt = numpy.random.default_rng(5).integers(0, 200, 21).tolist()
+    sampled = (dict(temperature=0.0), dict(top_k=0, top_p=0.9, repetition_penalty=1.2))
+    rows = [script.SampleRow(script.SamplingParams(seed=i, **params), 30 + i, prompt, 9)
+            for i, params in enumerate(sampled)]
+    for cache_type in (torch.float32, torch.float16):
+        with torch.inference_mode():
+            chain = Chain(script, cache_type)
+            chain.record()
+            # a decode row beside a prompt's chunk, then a decode row alone
+            chain.step(SimpleNamespace(
+                token_ids=[7, *prompt], previous_token_ids=[3, -1, *prompt[:-1]], starts=[0, 1, 22],
+                lengths=[300, 31], tables=[list(range(19)), [30, 25]], logit_rows=[0, 21]), rows)
+            chain.step(SimpleNamespace(token_ids=[9], previous_token_ids=[7], starts=[0, 1], lengths=[301],
+                                       tables=[list(range(19))], logit_rows=[0]), rows[:1])
+        faults = {op: faults.get(op) or fault for op, fault in chain.faults.items()}
+    return faults

@@ -1,0 +1,57 @@
+"""The ops of CudaBackend in torch: what its kernels are held to, and what replaces one that fails."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+SCRATCH = 1 << 26           # elements of K and V that are gathered at once
+
+
+class CudaReferences:
+    """Over the same cache and with the same padding as the kernels. Nothing here waits for the device, so it
+    may be captured in a graph too.
+    """
+
+    def __init__(self, spec: Any, script: SimpleNamespace):
+        self.spec, self.script = spec, script
+
+    def rope_append(self, qkv, cos, sin, positions, slots, cache, out, **options) -> None:
+        """As CudaBackend.rope_append; qkv (T, (H + 2 Hkv) * D) is overwritten."""
+        _, _, Hkv, page_size, D = cache.shape
+        order = torch.arange(len(slots), device=slots.device)
+        rows = torch.empty(len(slots), 2, Hkv, D, dtype=cache.dtype, device=cache.device)
+        self.script.references["rope_append"](qkv, cos, sin, positions, order, rows, out, **options)
+        out.mul_(D**-0.5)
+        # padding (slot -1) writes what some other row writes, or if all rows are padding, what is there
+        source = torch.where(slots < 0, slots.argmax(), order)
+        slots, rows = slots[source], rows[source]
+        pages, places = slots.clamp(min=0) // page_size, slots.clamp(min=0) % page_size
+        written = (slots >= 0)[:, None, None, None]
+        before = cache[:, pages, :, places]                                                 # (T, 2, Hkv, D)
+        cache[:, pages, :, places] = torch.where(written, rows, before)
+
+    def attend(self, q, cache, table, lengths, out, window: int, softcap=0.0) -> None:
+        """Decode rows: q (N, H, D) float32, scaled -> out (N, H * D); rows of length 0 get any finite values.
+
+        Table ids past a sequence's own pages may be anything.
+        """
+        _, num_pages, Hkv, page_size, D = cache.shape
+        keys = torch.arange(table.shape[1] * page_size, device=q.device)            # (S,)
+        step = max(1, SCRATCH // (2 * Hkv * D * len(keys)))
+        for first in range(0, len(q), step):
+            some = slice(first, first + step)
+            ends = lengths[some, None].clamp(min=1)                                 # (n, 1)
+            hidden = keys >= ends                                                   # (n, S)
+            if window:
+                hidden |= keys < ends - window
+            mask = torch.zeros(hidden.shape, dtype=cache.dtype, device=q.device)
+            mask.masked_fill_(hidden, -torch.inf)
+            pages = table[some].clamp(0, num_pages - 1).flatten()
+            kv = torch.index_select(cache.transpose(1, 2), 2, pages)                # (2, Hkv, n * W, 16, D)
+            k, v = kv.view(2, Hkv, len(ends), -1, D).transpose(1, 2)                # (n, Hkv, S, D) each
+            grouped = q[some].to(cache.dtype).unflatten(1, (Hkv, -1))               # (n, Hkv, H / Hkv, D)
+            y = self.script.attend(grouped, k, v, mask[:, None, None], 1.0, softcap)
+            out[some].view(y.shape).copy_(y)

@@ -1,0 +1,97 @@
+"""Packed weights on a CUDA device: a GGUF file's blocks as they are, and the products with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from . import cuda, weights
+
+PANEL = 1 << 24         # weights that are dequantized at once for more rows than a kernel takes
+
+
+class PackedMatrix:
+    """Weights (N, K) on a device, in rows of blocks; parts below each other may differ in type."""
+
+    def __init__(self, parts: Sequence[tuple[str, torch.Tensor]], columns: int):
+        self.parts = tuple(parts)               # (kind, blocks (n, bytes of a row) uint8)
+        self.shape = sum(len(blocks) for _, blocks in self.parts), columns
+
+    @property
+    def kind(self) -> str:
+        return " with ".join(sorted({kind for kind, _ in self.parts}))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(blocks.nbytes for _, blocks in self.parts)
+
+
+def as_stored(shape: tuple[int, int], parts: Sequence[tuple[Any, int]], script: SimpleNamespace,
+              device: Any) -> torch.Tensor | PackedMatrix:
+    """weights.as_stored on a device at once, so that the host never holds a whole model; floats are bfloat16."""
+    if weights.becomes([tensor for tensor, _ in parts])[0] in weights.FLOATS:
+        return script.dequantized(shape, parts, torch.bfloat16).to(device)
+    kept = weights.as_stored(shape, parts, script)
+    return PackedMatrix([(kind, torch.from_numpy(rows).to(device)) for kind, rows in kept.parts], shape[1])
+
+
+def unpacked(matrix: PackedMatrix, script: SimpleNamespace) -> torch.Tensor:
+    """The matrix in bfloat16, by chat_server's reference on the host."""
+    return torch.cat([dequantized(kind, blocks.cpu(), script).to(torch.bfloat16).to(blocks.device)
+                      for kind, blocks in matrix.parts])
+
+
+def dequantized(kind: str, rows: torch.Tensor, script: SimpleNamespace) -> torch.Tensor:
+    """What chat_server's reference makes of blocks (n, bytes of a row), in float32.
+
+    ImportError without the gguf package, for most types.
+    """
+    name = kind.upper()
+    if name in ("Q8_0", "Q4_0", "Q4_1"):
+        return script.dequantize(SimpleNamespace(name=name), rows).view(len(rows), -1)
+    import gguf
+    return script.dequantize(gguf.GGMLQuantizationType[name], rows)
+
+
+class PackedOps:
+    """`linear` and `embed` as their references are, also for packed matrices; `kernels` is a cuda.CudaOps."""
+
+    def __init__(self, kernels: Any, script: SimpleNamespace, stream: Callable[[], int]):
+        self.kernels, self.script, self.stream = kernels, script, stream
+
+    def embed(self, table, ids, out) -> None:
+        if not isinstance(table, PackedMatrix):
+            return self.script.references["embed"](table, ids, out)
+        [(kind, blocks)] = table.parts          # an embedding is one tensor of a file
+        rows = torch.empty(len(ids), table.shape[1], device=ids.device)
+        chosen = torch.index_select(blocks, 0, ids.clamp(min=0))
+        self.kernels.dequantize(chosen, rows, kind=kind, stream=self.stream())
+        out.copy_(rows)
+
+    def linear(self, x, weight, out, norm=None, bias=None, activation=None, residual=None) -> None:
+        if not isinstance(weight, PackedMatrix):
+            return self.script.references["linear"](x, weight, out, norm, bias, activation, residual)
+        if norm:
+            x = torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
+        y = self.product(x[:, :weight.shape[1]], weight)
+        self.script.finish_linear(y if bias is None else y + bias.to(y.dtype), out, activation, residual)
+
+    def product(self, x, weight: PackedMatrix):
+        """x (T, K) W^T: float32 for few rows, which one kernel takes; more take panels of bfloat16."""
+        few, begin = len(x) <= cuda.MAX_PRODUCT_ROWS, 0
+        x = x.to(torch.float32 if few else torch.bfloat16)
+        y = torch.empty(len(x), weight.shape[0], dtype=x.dtype, device=x.device)
+        for kind, blocks in weight.parts:
+            for rows in blocks.split(len(blocks) if few else max(1, PANEL // weight.shape[1])):
+                into = y[:, begin:begin + len(rows)]
+                if few:
+                    self.kernels.multiply(x, rows, into, kind=kind, stream=self.stream())
+                else:
+                    panel = torch.empty(len(rows), weight.shape[1], dtype=torch.bfloat16, device=x.device)
+                    self.kernels.dequantize(rows, panel, kind=kind, stream=self.stream())
+                    into.copy_(torch.nn.functional.linear(x, panel))
+                begin += len(rows)
+        return y

@@ -1,0 +1,191 @@
+"""Whether compiled ops compute what chat_server's references compute, on the device that they are to run on.
+
+At the start of a model on a GPU, `prove_cuda` runs each op once in the model's own shapes, and CudaBackend
+lets the reference compute in the place of one that raises or differs. `check` (report.py) proves the ops of a
+CPU too.
+A tolerance counts from the largest value of a tensor and is that of rounding to the tensor's type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import numpy
+import torch
+
+from . import cuda
+from .cuda_weights import PackedMatrix, dequantized
+
+log = logging.getLogger("chat_server.decode_core")
+TOLERANCES = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+DTYPES = (torch.float32, torch.bfloat16)        # of a model on CUDA
+PAGES, VOCABULARY = 40, 5003
+
+# Where a block's float16 scale is, if not first, and how many times that the minimum after it must be for
+# weights around 0; the first byte of mxfp4 is an exponent
+SCALES = {"q4_1": (0, -7.5), "q5_1": (0, -15.5), "q4_k": (0, 7.5), "q5_k": (0, 15.5), "q6_k": (208, 0)}
+
+
+def differs(got: torch.Tensor, want: torch.Tensor, what: str, tolerance: float = 0.0) -> str:
+    """In words, how far `got` is from `want`; "" where it is within the tolerance of its type. NaN is not."""
+    want = want.to(torch.float32)
+    scale, error = float(want.abs().max()), float((got.to(torch.float32) - want).abs().max())
+    if error <= max(tolerance, TOLERANCES[got.dtype]) * scale:
+        return ""
+    return f"{what} differs by {error / max(scale, 1e-30):.1e} of the largest value"
+
+
+def prove_cuda(backend: Any, device: Any) -> dict[str, str]:
+    """What is wrong with each op of a CudaBackend that is not as its reference; {} where all are right.
+
+    ConfigError where an op leaves the device unusable: its process cannot go on even without the op.
+    """
+    faults = {}
+    for op, prove in CUDA_PROOFS.items():
+        try:
+            with torch.inference_mode():
+                fault = prove(backend, torch.device(device))
+        except Exception as error:
+            fault = f"raises {type(error).__name__}: {error}"
+            usable(op, fault, device, backend.script)
+        if fault:
+            faults[op] = fault
+            log.warning("decode_core's %s on %s: %s; torch's reference computes instead", op, device, fault)
+    return faults
+
+
+def usable(op: str, fault: str, device: Any, script: SimpleNamespace) -> None:
+    try:
+        torch.zeros(1, device=device).item()
+    except RuntimeError:
+        raise script.ConfigError(f"decode_core's {op} {fault}, and {device} cannot be used after it; "
+                                 "CHAT_SERVER_KERNELS=reference serves without decode_core") from None
+
+
+def random_blocks(kind: str, rows: int, columns: int, seed: int = 0, scale: float = 0.01) -> numpy.ndarray:
+    """Rows of random blocks as a GGUF file has them, (rows, bytes) uint8; scales are 1 to 2 times `scale`."""
+    (block, size), (at, times) = cuda.BLOCKS[kind], SCALES.get(kind, (0, 0))
+    dice = numpy.random.default_rng(seed)
+    blocks = dice.integers(0, 256, (rows, columns // block, size), numpy.uint8)
+    scales = dice.uniform(scale, 2 * scale, (*blocks.shape[:2], 1)).astype(numpy.float16)
+    blocks[:, :, at:at + 2] = scales.view(numpy.uint8)
+    if times:
+        blocks[:, :, at + 2:at + 4] = (scales * numpy.float16(times)).view(numpy.uint8)
+    if kind == "mxfp4":
+        blocks[:, :, 0] = dice.integers(118, 122, blocks.shape[:2])
+    return blocks.reshape(rows, -1)
+
+
+class Dice:
+    """Random tensors on a device, the same on each."""
+
+    def __init__(self, device: torch.device, seed: int):
+        self.device, self.generator = device, torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int, dtype=torch.float32) -> torch.Tensor:
+        return torch.randn(shape, generator=self.generator).to(dtype).to(self.device)
+
+    def order(self, count: int, dtype=torch.int64) -> torch.Tensor:
+        return torch.randperm(count, generator=self.generator).to(dtype).to(self.device)
+
+
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.float32, copy=True)
+
+
+def cache_of(spec: Any, dice: Dice, dtype: torch.dtype, script: SimpleNamespace) -> torch.Tensor:
+    return dice.normal(2, PAGES, spec.kv_heads, script.PAGE_SIZE, spec.head_size, dtype=dtype)
+
+
+def prove_rope_append(backend: Any, device: torch.device) -> str:
+    """Rows of padding between others, in every type of a model's activations and cache."""
+    spec, script, dice = backend.spec, backend.script, Dice(device, 1)
+    H, Hkv, D = spec.heads, spec.kv_heads, spec.head_size
+    cos, sin = script.rope_tables(dataclasses.replace(spec, max_positions=64), device)
+    positions = torch.tensor([0, 63, 7, 0, 30], device=device)
+    slots = torch.tensor([17, 3, PAGES * script.PAGE_SIZE - 1, -1, 250], device=device)
+    for dtype in DTYPES:
+        options: dict[str, Any] = dict(norm=spec.qk_norm, eps=spec.norm_eps, post_scale=spec.qk_scale,
+                                       q_scale=spec.q_scale, gate_scale=spec.ve_gate_scale)
+        if spec.qk_norm_weights:
+            options |= {"q_norm": 1 + dice.normal(D) / 4, "k_norm": 1 + dice.normal(D) / 4}
+        embeds = {}
+        if spec.value_embed_layers:
+            embeds = {"value_embed": dice.normal(5, Hkv * D, dtype=dtype),
+                      "gate": dice.normal(5, Hkv, dtype=dtype)}
+        qkv, cache = dice.normal(5, (H + 2 * Hkv) * D, dtype=dtype), cache_of(spec, dice, dtype, script)
+        q, want_q = torch.empty(5, H * D, device=device), torch.empty(5, H * D, device=device)
+        want, wide = copied(cache), {name: tensor.float() for name, tensor in embeds.items()}
+        places = cos, sin, positions, slots
+        backend.references.rope_append(copied(qkv), *places, want, want_q, **options, **wide)
+        backend.rope_append(qkv, *places, cache, q, **options, **embeds)
+        real = slots >= 0
+        if fault := differs(q[real], want_q[real], "q") or differs(cache, want, "the cache"):
+            return f"{fault} ({str(dtype)[6:]})"
+    return ""
+
+
+def prove_attention(backend: Any, device: torch.device) -> str:
+    """Rows of one key to several chunks of 256, and padding, through every window of the model."""
+    spec, script, dice = backend.spec, backend.script, Dice(device, 2)
+    H, D = spec.heads, spec.head_size
+    lengths = torch.tensor([1, 523, 0, 33], dtype=torch.int32, device=device)
+    for dtype in DTYPES:
+        cache, q = cache_of(spec, dice, dtype, script), dice.normal(4, H, D) * D**-0.5
+        table = torch.stack([dice.order(PAGES, torch.int32)[:34] for _ in range(4)])
+        states, tickets = backend.workspace(*table.shape, device)
+        for window in {*spec.windows} or {0}:
+            out = torch.full((4, H * D), 7.0, dtype=dtype, device=device)
+            want = torch.empty(4, H * D, device=device)
+            backend.references.attend(q, cache.float(), table, lengths, want, window, spec.attention_softcap)
+            want[2] = 7.0           # padding is left alone
+            backend.attend(q, cache, table, lengths, states, tickets, out, window, spec.attention_softcap)
+            if fault := differs(out, want, "the output"):
+                return f"{fault} ({str(dtype)[6:]}, window {window})"
+            if int(tickets.abs().max()):
+                return "its tickets are not zero afterwards"
+    return ""
+
+
+def prove_sample(backend: Any, device: torch.device) -> str:
+    """Greedy, filtered, unfiltered and penalized rows: the very same tokens."""
+    script = backend.script
+    columns = min(backend.spec.vocab_size, VOCABULARY)
+    context = list(range(0, columns, 7))
+    given = (dict(temperature=0.0), dict(top_k=50), dict(top_k=0, top_p=0.9), dict(top_k=0),
+             dict(top_k=0, min_p=0.05),
+             dict(repetition_penalty=1.3, frequency_penalty=0.2, logit_bias=((0, 3.0),)))
+    rows = [script.SampleRow(script.SamplingParams(seed=i, **params), 10 + i, context, columns // 14)
+            for i, params in enumerate(given)]
+    logits = Dice(device, 3).normal(len(rows), columns) * 3
+    got, want = backend.sample(logits, rows), script.references["sample"](logits, rows)
+    return "" if got == want else f"draws the tokens {got}, not {want}"
+
+
+def prove_linear(backend: Any, device: torch.device) -> str:
+    """Packed weights of every type: as floats bit for bit, a row of the embedding, few and many rows of x."""
+    script, dice, N, K = backend.script, Dice(device, 4), 20, 512
+    ids = torch.tensor([3, -1, 19], device=device)
+    for kind in cuda.BLOCKS:
+        blocks = torch.from_numpy(random_blocks(kind, N, K))
+        try:
+            want = dequantized(kind, blocks, script).to(device)
+        except ImportError:             # the gguf package is missing, so no file of this type can be read
+            continue
+        matrix, rows = PackedMatrix([(kind, blocks.to(device))], K), torch.empty(3, K, device=device)
+        backend.packed.embed(matrix, ids, rows)
+        if not torch.equal(rows, want[ids.clamp(min=0)]):
+            return f"{kind}: weights differ from the reference's"
+        for count in (1, 2, 3, cuda.MAX_PRODUCT_ROWS, cuda.MAX_PRODUCT_ROWS + 1):
+            x = dice.normal(count, K)
+            got = backend.packed.product(x, matrix)
+            if fault := differs(got, x @ want.T, f"{kind}: the product of {count} rows"):
+                return fault
+    return ""
+
+
+CUDA_PROOFS = {"linear": prove_linear, "rope_append": prove_rope_append, "paged_attention": prove_attention,
+               "sample": prove_sample}

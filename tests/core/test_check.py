@@ -1,0 +1,161 @@
+"""`chat_server.py check`: the report, its exit status, and that an op which is wrong is found."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import chat_server as cs
+
+SCRIPT = Path(cs.__file__).resolve()
+needs_core = pytest.mark.skipif(cs.decode_core() is None, reason="the compiled core is not installed")
+CPU_OPS = {"embed", "gather_rows", "rms_norm", "copy", "mix", "smear", "backout", "softcap", "rope_append",
+           "paged_attention", "sample"}
+
+
+def check(*arguments, script=SCRIPT, **environment):
+    return subprocess.run([sys.executable, script, "check", *arguments], capture_output=True, text=True, timeout=300,
+                          env=os.environ | environment)
+
+
+def rows_of(report):
+    """Op -> the lines of the report's tables about it."""
+    rows = {}
+    for line in report.splitlines():
+        rows.setdefault(line[:16].strip(), []).append(line)
+    return rows
+
+
+@needs_core
+def test_the_report_proves_and_measures_every_op_of_the_cpu():
+    import decode_core
+    from decode_core import tiles
+    run = check()
+    assert (run.returncode, run.stderr) == (0, "")
+    for words in (f"chat_server {cs.__version__} (seam {cs.SEAM}), decode_core (seam {cs.SEAM})",
+                  f"torch {torch.__version__}", f"Python {sys.version.split()[0]}", "CUDA of torch: ", "driver: ", decode_core.info()["isa"],
+                  "threads read", "no op is wrong"):
+        assert words in run.stdout
+    rows = rows_of(run.stdout)
+    assert rows.keys() >= CPU_OPS | {f"linear {kind}" for kind in tiles.COLUMNS}
+    for op in CPU_OPS | {f"linear {kind}" for kind in tiles.COLUMNS}:
+        for line in rows[op]:
+            assert line.endswith("as its reference")
+            assert op == "gather_rows" or "%" in line
+        assert len(rows[op]) == (1 if op == "gather_rows" else 2)       # the default model's shapes, and large ones
+
+
+WRONG = """
+import sys
+sys.path.insert(0, {folder!r})
+import chat_server, torch
+from decode_core import program, report
+report.time_cpu = lambda script: ()
+def {op}(self, x, *rest, out=None, original=program.Program.{op}, **more):
+    {body}
+program.Program.{op} = {op}
+sys.exit(chat_server.main(["check"]))
+"""
+
+
+@needs_core
+@pytest.mark.parametrize("op, body, found", [
+    ("rms_norm", "return original(self, x, None, rest[1], out)", {"rms_norm"}),
+    ("softcap", "return original(self, x, 14.0, out)", {"softcap"}),
+    ("linear", "return original(self, x, rest[0], out, **more | {'norm': None})", None),
+    ("paged_attention", "return original(self, x, *rest[:2], 0, out, **more)", {"paged_attention"})])
+def test_an_op_that_is_wrong_is_named_and_the_status_is_1(op, body, found):
+    run = subprocess.run([sys.executable, "-c", WRONG.format(folder=str(SCRIPT.parent), op=op, body=body)],
+                         capture_output=True, text=True, timeout=300)
+    wrong = {name for name, lines in rows_of(run.stdout).items() if "WRONG: the output differs by" in lines[0]}
+    assert (run.returncode, run.stderr) == (1, "")
+    assert wrong == found if found else wrong and all(name.startswith("linear ") for name in wrong)
+    assert f"{len(wrong)} ops are wrong" in run.stdout
+
+
+@pytest.mark.parametrize("words", [["model.gguf"], ["--port", "80"], ["--quick"]])
+def test_a_word_that_check_does_not_know_is_one_line_and_status_2(words):
+    run = check(*words)
+    assert (run.returncode, run.stdout) == (2, "") and run.stderr.count("\n") == 1
+    assert words[0] in run.stderr and "Traceback" not in run.stderr
+
+
+def test_a_copied_file_says_that_there_are_only_references(tmp_path):
+    shutil.copy(SCRIPT, tmp_path)
+    (tmp_path / "decode_core.py").write_text("raise ImportError('not here')")
+    run = check(script=tmp_path / SCRIPT.name)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "decode_core (seam none); decode_core is not installed" in run.stdout and "references only" in run.stdout
+    assert f"torch {torch.__version__}" in run.stdout
+
+
+def test_flags_of_the_environment_do_not_disturb_check(monkeypatch):
+    settings = cs.parse_command_line(["check"], {"CHAT_SERVER_PORT": "x", "CHAT_SERVER_CONFIG": "/nowhere"})
+    assert settings.command == "check"
+
+
+@needs_core
+def test_a_type_without_the_gguf_package_is_not_proved_and_no_failure(monkeypatch):
+    from decode_core import cpu_proof, report
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    faults = cpu_proof.prove_cpu(cs.for_decode_core())
+    assert {op for op, fault in faults.items() if fault is None} >= {"linear q4_k", "linear mxfp4"}
+    assert faults["linear q8_0"] == faults["linear q4_0"] == faults["sample"] == ""
+    lines = []
+    done = report.Report(cs.for_decode_core(), 1, lines.append)
+    done.table(faults, (), 1.0)
+    assert done.wrong == 0 and any("linear q6_k" in line and "not proved: the gguf package" in line for line in lines)
+
+
+# --- GPUs, in the emulation --------------------------------------------------------------------------------------
+
+
+class Place:
+    """A report on an emulated GPU of a small model."""
+
+    def __init__(self, library, monkeypatch, ops=None, queue=None):
+        backends = pytest.importorskip("cuda_backends", exc_type=ImportError)
+        from decode_core import cuda, report, timing
+        monkeypatch.setattr(cuda, "SAMPLE_THREADS", 32)
+        monkeypatch.setattr(timing, "CONTEXT", 64)
+        spec = cs.ModelSpec(vocab_size=300, layers=1, width=64, heads=4, kv_heads=2, head_size=16, ffn_size=64, max_positions=64)
+        queue = queue or backends.HostQueue()
+        queue.device = torch.device("cpu")
+        emulated = backends.Emulated(library, ops or backends.EmulatedOps)
+        self.lines = []
+        self.report = report.Report(cs.for_decode_core(), 1, self.lines.append)
+        self.report.with_cuda(emulated.backend(spec), lambda: queue, "cuda:0: a GPU", cold=1 << 14, calls=2, batches=(1, 2))
+        self.rows = rows_of("\n".join(self.lines))
+
+
+@needs_core
+def test_every_kernel_of_a_gpu_is_proved_and_measured(emulation_library, monkeypatch):
+    place = Place(emulation_library, monkeypatch)
+    assert place.report.wrong == 0 and "cuda:0: a GPU copies" in place.lines[0]
+    for op, lines in (("linear", 2 * 11), ("rope_append", 2), ("paged_attention", 2), ("sample", 2)):
+        assert len(place.rows[op]) == lines and all(line.endswith("as its reference") and "%" in line for line in place.rows[op])
+
+
+@needs_core
+def test_a_wrong_kernel_of_a_gpu_is_not_measured(emulation_library, monkeypatch):
+    from cuda_backends import wrong_ops
+    place = Place(emulation_library, monkeypatch, wrong_ops(paged_attention=lambda out: out.add_(1)))
+    assert place.report.wrong == 1 and "%" in place.rows["sample"][0]
+    [line] = place.rows["paged_attention"]
+    assert "WRONG: the output differs" in line and "%" not in line
+
+
+@needs_core
+def test_a_graph_that_cannot_be_captured_is_a_failure_of_the_gpu(emulation_library, monkeypatch):
+    from cuda_backends import HostQueue
+
+    class NoGraphs(HostQueue):
+        def capture(self, work):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    place = Place(emulation_library, monkeypatch, queue=NoGraphs())
+    assert place.report.wrong == 1 and "cuda:0: a GPU: WRONG: RuntimeError: operation not permitted" in place.lines[-1]

@@ -1,0 +1,280 @@
+"""Packed weights on CUDA: the kernels in the emulation (and on a GPU) against GGUF's own dequantization in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+import chat_server as cs
+from engines import make_batch
+from works import assignment
+
+backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="no compiled core is installed")
+gguf = pytest.importorskip("gguf")
+decode_core = backends.decode_core
+import tiny_gguf  # noqa: E402
+from decode_core import cuda, cuda_steps, cuda_weights, proof  # noqa: E402
+from decode_core.cuda_weights import PackedMatrix  # noqa: E402
+
+KINDS = list(cuda.BLOCKS)
+ORDERS = (0, 1, 2)          # of the emulation: ascending, descending, random
+
+
+@pytest.fixture(params=["emulation", "gpu"])
+def gpu(request):
+    """ops, device and a function that sets the order in which blocks and threads run."""
+    if request.param == "emulation":
+        emulated = backends.Emulated(request.getfixturevalue("emulation_library"))
+        emulated.order = lambda order: emulated.ops.core.library.dc_emulation_order(order, 7)
+        emulated.stream = lambda: 0
+        yield emulated
+        return emulated.order(0)
+    if not backends.has_gpu():
+        pytest.skip("no GPU here, or decode_core was compiled without CUDA")
+    real = backends.Gpu()
+    real.ops, real.order, real.stream = decode_core.cuda_ops(), lambda order: None, backends.current_stream
+    yield real
+
+
+def fitting(kind, columns):
+    block = cuda.BLOCKS[kind][0]
+    return -(-columns // block) * block
+
+
+def wild_blocks(kind, rows, columns, seed=0):
+    """Random bytes with scales of any sign and size, and exponents of any value."""
+    blocks = proof.random_blocks(kind, rows, columns, seed)
+    generator = np.random.default_rng(seed)
+    cut = blocks.reshape(rows, -1, cuda.BLOCKS[kind][1])
+    if kind == "mxfp4":
+        cut[:, :, 0] = generator.integers(0, 240, cut.shape[:2])
+        cut[0, 0, 0], cut[-1, -1, 0] = 0, 1             # of which the values are denormal
+    else:
+        at = proof.SCALES.get(kind, (0, 0))[0]
+        for place in (at, at + 2) if proof.SCALES.get(kind, (0, 0))[1] else (at,):
+            scales = generator.standard_normal((*cut.shape[:2], 1)) * 10.0 ** generator.integers(-6, 3, (*cut.shape[:2], 1))
+            cut[:, :, place:place + 2] = scales.astype(np.float16).view(np.uint8)
+    return cut.reshape(rows, -1)
+
+
+def values(kind, blocks):
+    return gguf.dequantize(blocks, gguf.GGMLQuantizationType[kind.upper()])
+
+
+def dequantized(gpu, kind, blocks, columns, dtype):
+    out = torch.empty(len(blocks), columns, dtype=dtype, device=gpu.device)
+    gpu.ops.dequantize(torch.from_numpy(blocks).to(gpu.device), out, kind=kind, stream=gpu.stream())
+    return out.cpu()
+
+
+def product(gpu, kind, blocks, x, gap=0):
+    """x W^T; there are `gap` elements between rows of x and of out."""
+    wide = torch.full((len(x), x.shape[1] + gap), float("nan"), device=gpu.device)
+    wide[:, :x.shape[1]] = torch.from_numpy(x)
+    out = torch.full((len(x), len(blocks) + gap), -7.0, device=gpu.device)
+    gpu.ops.multiply(wide[:, :x.shape[1]], torch.from_numpy(blocks).to(gpu.device), out[:, :len(blocks)], kind=kind,
+                     stream=gpu.stream())
+    assert (out[:, len(blocks):] == -7).all()
+    return out[:, :len(blocks)].cpu().numpy()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_have_the_bits_that_the_gguf_package_gives(gpu, kind):
+    for columns in {fitting(kind, n) for n in (32, 288, 1536)}:
+        blocks = wild_blocks(kind, 5, columns, seed=columns)
+        expected = torch.from_numpy(values(kind, blocks))
+        assert torch.equal(dequantized(gpu, kind, blocks, columns, torch.float32), expected)
+        assert torch.equal(dequantized(gpu, kind, blocks, columns, torch.bfloat16), expected.bfloat16())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("N, K", [(16, 32), (49, 576), (33, 1536)])
+def test_a_product_is_that_of_the_dequantized_weights_in_float64(gpu, kind, N, K):
+    K = fitting(kind, K)
+    blocks, generator = proof.random_blocks(kind, N, K, seed=N), np.random.default_rng(K)
+    w = values(kind, blocks).astype(np.float64)
+    for rows in (1, 2, 3, 5, 8):
+        x = (generator.standard_normal((rows, K)) * 3).astype(np.float32)
+        x[:, 40 % K] *= 40
+        outs = set()
+        for order in ORDERS:
+            gpu.order(order)
+            out = product(gpu, kind, blocks, x)
+            outs.add(out.tobytes())
+        assert (np.abs(out - x @ w.T) <= 1e-5 * (np.abs(x) @ np.abs(w).T) + 1e-30).all() and len(outs) == 1
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_k", "q6_k", "mxfp4"])
+def test_a_rows_bits_depend_on_it_alone(gpu, kind):
+    K = fitting(kind, 320)
+    blocks = proof.random_blocks(kind, 19, K)
+    x = np.random.default_rng(1).standard_normal((8, K)).astype(np.float32)
+    together = product(gpu, kind, blocks, x)
+    for rows in ([5], [7, 0], [1, 2, 3], [6, 5, 4, 3, 2]):
+        np.testing.assert_array_equal(product(gpu, kind, blocks, x[rows], gap=4), together[rows])
+    np.testing.assert_array_equal(product(gpu, kind, blocks[3:11], x), together[:, 3:11])
+    x[2, 9] = np.nan
+    spoiled = product(gpu, kind, blocks, x)
+    assert np.isnan(spoiled[2]).all()
+    np.testing.assert_array_equal(np.delete(spoiled, 2, 0), np.delete(together, 2, 0))
+
+
+def test_no_rows_are_no_work(gpu):
+    blocks = proof.random_blocks("q4_0", 16, 64)
+    assert product(gpu, "q4_0", blocks, np.empty((0, 64), np.float32)).shape == (0, 16)
+    assert dequantized(gpu, "q4_0", blocks[:0], 64, torch.float32).shape == (0, 64)
+
+
+def test_a_wrong_argument_is_a_value_error_that_names_it(gpu):
+    blocks = torch.from_numpy(proof.random_blocks("q4_0", 16, 64)).to(gpu.device)
+    x, out = torch.zeros(2, 64, device=gpu.device), torch.zeros(2, 16, device=gpu.device)
+    good = {"x": x, "blocks": blocks, "out": out, "kind": "q4_0"}
+    gpu.ops.multiply(**good, stream=gpu.stream())
+    many = torch.zeros(9, 64, device=gpu.device)
+    shifted = torch.zeros(2 * 65, device=gpu.device)[1:129].view(2, 64)
+    odd = torch.zeros(577, dtype=torch.uint8, device=gpu.device)[1:].view(16, 36)
+    for name, wrong in (("kind", {"kind": "q5_9"}), ("blocks", {"kind": "q8_0"}), ("blocks", {"blocks": blocks.float()}),
+                        ("blocks", {"blocks": odd}), ("blocks", {"blocks": blocks[:, :0]}),
+                        ("x", {"x": x.bfloat16()}), ("x", {"x": x[:, :32]}), ("x", {"x": many, "out": many[:, :16]}),
+                        ("x", {"x": shifted}), ("x", {"x": torch.zeros(2, 65, device=gpu.device)[:, :64]}),
+                        ("out", {"out": out[:1]}), ("out", {"out": out[:, :15]}), ("out", {"out": out.bfloat16()})):
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            gpu.ops.multiply(**good | wrong, stream=gpu.stream())
+    with pytest.raises(ValueError, match="^out: must"):
+        gpu.ops.dequantize(blocks, torch.zeros(16, 32, device=gpu.device), kind="q4_0", stream=gpu.stream())
+
+
+# --- whole models ------------------------------------------------------------------------------------------------
+
+# as llama-quantize mixes them: q, k and v of one matrix differ, and so do gate and up; scales of trained weights' size
+MIX = {"attn_q": ("Q4_K", 1e-3), "attn_k": ("Q5_1", 5e-3), "attn_v": ("Q6_K", 5e-5), "attn_output": ("Q5_K", 5e-4), "ffn_gate": ("Q4_0", 1e-2),
+       "ffn_up": ("Q8_0", 5e-4), "ffn_down": ("MXFP4", 0), "token_embd": ("Q6_K", 5e-5)}
+
+
+@pytest.fixture(scope="module")
+def mixed_file(tmp_path_factory):
+    """A llama of two layers whose matrices are of many types, and the bytes of them."""
+    numbers = tiny_gguf.LLAMA_NUMBERS | {"llama.block_count": 2}
+    stored = {}
+    for i, (name, tensor) in enumerate(tiny_gguf.random_llama(numbers=numbers).items()):
+        stored[name] = tensor
+        for part, (kind, scale) in MIX.items():
+            if part in name and tensor.ndim == 2:
+                rows = proof.random_blocks(kind.lower(), *tensor.shape, seed=i, scale=scale)
+                stored[name] = rows, gguf.GGMLQuantizationType[kind]
+    path = tiny_gguf.write_gguf(tmp_path_factory.mktemp("packed") / "mixed.gguf", stored, numbers)
+    return path, sum(tensor[0].nbytes for tensor in stored.values() if isinstance(tensor, tuple))
+
+
+def references(spec):
+    return cs.Backend("cpu")
+
+
+def opened(path, monkeypatch, backend, dtype=None):
+    """A GGUF file as a worker with this backend loads it."""
+    settings = cs.Settings(model=str(path))
+    with monkeypatch.context() as patch:
+        patch.setattr(cs, "choose_backend", lambda device, spec: backend(spec))
+        return cs.open_model(cs.resolve_model(settings), settings, dtype, torch.device("cpu"))
+
+
+def transformer_of(model, kernels, dtype):
+    return cs.Transformer(model.spec, dict(model.tensors), kernels, num_pages=12, max_tokens=64, max_rows=8, dtype=dtype)
+
+
+STEPS = [[(slice(0, 40), [3, 1, 4]), (slice(0, 3), [0])], [(slice(40, 41), [3, 1, 4]), (slice(3, 4), [0])]]
+IDS = list(range(5, 90, 2))
+
+
+def logits_of(transformer, steps=STEPS):
+    with torch.inference_mode():
+        return [transformer.forward(make_batch(*((IDS, part.start, part.stop - part.start, pages) for part, pages in step))).clone()
+                for step in steps]
+
+
+@pytest.fixture
+def emulated(emulation_library, monkeypatch):
+    monkeypatch.setattr(cuda, "SAMPLE_THREADS", 32)
+    return backends.Emulated(emulation_library)
+
+
+def test_a_files_matrices_stay_packed_and_logits_are_those_of_its_weights(emulated, mixed_file, monkeypatch):
+    path, packed_bytes = mixed_file
+    exact = opened(path, monkeypatch, references, torch.float32)
+    expected = transformer_of(exact, cs.load_kernels("cpu"), torch.float32)
+    model = opened(path, monkeypatch, emulated.backend)
+    assert "re-quantized" not in model.description and model.dtype is None
+    held = {id(weight): weight for weight in model.tensors.values() if isinstance(weight, PackedMatrix)}.values()
+    assert sum(weight.nbytes for weight in held) == packed_bytes
+    assert model.tensors["1.qkv"].kind == "q4_k with q5_1 with q6_k" and model.tensors["head"] is model.tensors["embed"]
+    for dtype, few, many in ((torch.float32, 1e-4, 2e-2), (None, 3e-2, 3e-2)):
+        ours = transformer_of(model, emulated.kernels(model.spec), dtype)
+        assert ours.dtype == (dtype or torch.bfloat16) and "q4_k with q5_1 with q6_k, " in ours.weight_types
+        held = {id(weight): weight.nbytes for weight in ours.weights.values()}.values()
+        assert ours.weight_types.endswith(f" ({round(sum(held) / 2**20)} MiB)")
+        for steps, limit in ((STEPS, many), ([[(slice(0, 5), [3]), (slice(0, 3), [0])]], few)):
+            for want, got in zip(logits_of(expected, steps), logits_of(ours, steps)):
+                assert (got - want).norm() < limit * want.norm()
+
+
+def test_graphs_of_packed_models_answer_as_ops_do(emulated, mixed_file, monkeypatch):
+    """With 16 rows: graphs of 1 to 8 rows use the kernel, and the last one panels."""
+    model = opened(mixed_file[0], monkeypatch, emulated.backend)
+    monkeypatch.setattr(cuda_steps, "CudaQueue", lambda device: backends.HostQueue())
+    works = [assignment(f"w{i}", tuple(range(10 + i, 40)), cs.SamplingParams(seed=i), 6 + i % 3, ignore_eos=True) for i in range(12)]
+    results = []
+    for prepare in (False, True):
+        kernels = emulated.kernels(model.spec)
+        transformer = cs.Transformer(model.spec, dict(model.tensors), kernels, num_pages=60, max_tokens=64, max_rows=16)
+        engine = cs.Engine(transformer, cs.open_tokenizer(model.text), kernels, num_pages=60, max_batch=16, context_length=64,
+                           prefill_chunk=48)
+        tokens = {work.id: [] for work in works}
+        with torch.inference_mode():
+            if prepare:
+                engine.steps.prepare(lambda fraction: None)
+            for work in works:
+                engine.add(work)
+            while engine.busy:
+                for piece in engine.step():
+                    tokens[piece.id] += piece.tokens
+        results.append(tokens)
+        assert (engine.steps.queue.replays > 3) is prepare
+    assert [len(tokens) for tokens in results[1].values()] == [6 + i % 3 for i in range(12)]
+    assert sum(a == b for a, b in zip(results[0].values(), results[1].values())) >= 9     # padding to 16 rows may move a near tie
+
+
+def test_where_the_product_is_wrong_weights_become_bfloat16(emulation_library, mixed_file, monkeypatch):
+    """What runs today where decode_core is missing; the report of the fault is test_cuda_proof's."""
+    path, packed_bytes = mixed_file
+    emulated = backends.Emulated(emulation_library, backends.wrong_ops(multiply=lambda out: out.mul_(1.1)), faults=["linear"])
+    model = opened(path, monkeypatch, emulated.backend)
+    kernels = emulated.kernels(model.spec)
+    ours = transformer_of(model, kernels, None)
+    assert kernels.linear is cs.linear_reference and ours.weight_types.startswith("bfloat16 (")
+    exact = transformer_of(opened(path, monkeypatch, references, torch.float32), cs.load_kernels("cpu"), torch.float32)
+    for want, got in zip(logits_of(exact), logits_of(ours)):
+        assert (got - want).norm() < 0.03 * want.norm()
+
+
+def test_floats_of_a_file_become_bfloat16(emulated, tmp_path, monkeypatch):
+    tensors = {name: tensor.astype(np.float16) if tensor.ndim == 2 else tensor for name, tensor in tiny_gguf.random_llama().items()}
+    model = opened(tiny_gguf.write_gguf(tmp_path / "f16.gguf", tensors, tiny_gguf.LLAMA_NUMBERS), monkeypatch, emulated.backend)
+    assert {tensor.dtype for tensor in model.tensors.values() if tensor.ndim == 2} == {torch.bfloat16}
+    ours = transformer_of(model, emulated.kernels(model.spec), model.dtype)
+    assert ours.dtype == torch.bfloat16 and ours.weight_types.startswith("bfloat16 (")
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "MXFP4", "Q6_K"])
+def test_large_matrices_are_dequantized_in_panels(emulated, monkeypatch, kind):
+    """Of an odd number of rows, so that panels of MXFP4 begin at odd addresses."""
+    monkeypatch.setattr(cuda_weights, "PANEL", 256 * 7)
+    blocks = proof.random_blocks(kind.lower(), 33, 256)
+    matrix = PackedMatrix([(kind.lower(), torch.from_numpy(blocks[:20])), (kind.lower(), torch.from_numpy(blocks[20:]))], 256)
+    x = torch.randn(9, 256, generator=torch.Generator().manual_seed(1))
+    packed = emulated.backend(tiny_spec()).packed
+    want = x @ torch.from_numpy(values(kind.lower(), blocks)).T
+    assert (packed.product(x, matrix) - want).norm() < 1e-2 * want.norm()
+    assert (packed.product(x[:8], matrix) - want[:8]).norm() < 1e-5 * want.norm()
+
+
+def tiny_spec():
+    return cs.ModelSpec(vocab_size=64, layers=1, width=32, heads=2, kv_heads=1, head_size=16, ffn_size=32, max_positions=64)

@@ -1,0 +1,139 @@
+"""How a token is drawn when the request does not say: a flag's value, else the model's own, else the usual one."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+import real_server
+from chat_server import (Chat, Message, RemotePool, Settings, new_request, open_model, own_sampling, parse_command_line,
+                         resolve_model, sampling_defaults, sampling_params)
+from fake_pool import FakePool, serving
+from tiny_gguf import LLAMA_NUMBERS, random_llama, small_gguf_metadata, write_gguf
+
+USUAL = {"temperature": 0.8, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def tiny(folder, **sampling):
+    metadata = small_gguf_metadata("gpt-2") | {"tokenizer.chat_template": TEMPLATE} | {
+        f"general.sampling.{name}": value for name, value in sampling.items()}
+    return write_gguf(folder / "tiny.gguf", random_llama(), LLAMA_NUMBERS, metadata)
+
+
+def opened(path):
+    settings = Settings(model=str(path))
+    return open_model(resolve_model(settings), settings, None)
+
+
+def test_a_request_wins_over_a_flag_a_flag_over_the_model_and_the_model_over_what_is_usual():
+    settings = parse_command_line(["serve", "x.gguf", "--top-k", "3", "--min-p=0.0"], {"CHAT_SERVER_TOP_P": "0.7"})
+    own = {"top_k": 64, "top_p": 0.95, "min_p": 0.1, "temperature": 1.0}
+    settings = dataclasses.replace(settings, own_sampling=own, own_origin="its file")
+    assert sampling_defaults(settings) == {
+        "temperature": (1.0, "its file"), "top_k": (3, "--top-k"), "top_p": (0.7, "--top-p"), "min_p": (0.0, "--min-p"),
+        "repetition_penalty": (1.0, "usual")}
+    params = sampling_params({"top_k": 9, "repetition_penalty": 1.3}, settings)
+    assert (params.temperature, params.top_k, params.top_p, params.min_p, params.repetition_penalty) == (1.0, 9, 0.7, 0.0, 1.3)
+
+
+@pytest.mark.parametrize("command, temperature", [("serve", 0.8), ("generate", 0.8), ("chat", 0.6)])
+def test_without_any_of_them_the_usual_values_hold(command, temperature):
+    settings = parse_command_line([command, "x.gguf"], {})
+    assert {name: value for name, (value, _) in sampling_defaults(settings).items()} == USUAL | {"temperature": temperature}
+    assert {origin for _, origin in sampling_defaults(settings).values()} == {"usual"}
+
+
+def test_a_gguf_file_says_its_makers_values(tmp_path):
+    model = opened(tiny(tmp_path, temp=0.6, top_k=20, top_p=0.95, min_p=0.0, penalty_repeat=1.05))
+    assert model.sampling == {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.0, "repetition_penalty": 1.05}
+    assert model.sampling_origin == "general.sampling" and model.notes == ()
+    assert opened(tiny(tmp_path)).sampling == {}
+
+
+@pytest.mark.parametrize("name, value, words", [
+    ("temp", 7.5, "temp is 7.5; it must be a finite number from 0 to 2"), ("top_p", float("nan"), "top_p is NaN"),
+    ("top_k", "many", 'top_k is "many"; it must be an integer from 0'), ("penalty_repeat", 0.0, "penalty_repeat is 0.0")])
+def test_a_value_that_cannot_be_is_ignored_with_a_line_and_the_others_hold(tmp_path, name, value, words):
+    model = opened(tiny(tmp_path, **{"min_p": 0.25, name: value}))
+    assert model.sampling == {"min_p": 0.25}
+    (note,) = model.notes
+    assert note.startswith(f"Ignored: {tmp_path / 'tiny.gguf'}: general.sampling.") and words in note
+
+
+@pytest.mark.parametrize("found, sampling", [
+    ({"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05, "eos_token_id": [1, 2]},
+     {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}),
+    ({"do_sample": False, "temperature": 0.7, "top_p": 0.8}, {"temperature": 0.0}),
+    ({"temperature": 1, "top_k": None}, {"temperature": 1.0}), ({"transformers_version": "5.0"}, {})])
+def test_generation_config_says_its_makers_values(tmp_path, found, sampling):
+    told = own_sampling(tmp_path / "generation_config.json", found)
+    assert told == {"sampling": sampling, "sampling_origin": "generation_config.json" if sampling else "", "notes": ()}
+
+
+def test_the_default_model_has_its_makers_values(default_model_path):
+    assert opened(default_model_path).sampling == {"temperature": 0.2, "top_p": 0.9}
+
+
+def test_the_log_stats_and_models_of_a_server_say_which_values_hold_and_where_they_come_from(tmp_path):
+    log = []
+    path = tiny(tmp_path, temp=0.0, top_k=7, top_p=2.0)
+    with real_server.server(path, "--min-p", "0.05", "--kv-cache-memory", "8M", log=log) as (_, url):
+        stats, (model,) = real_server.get(url + "/stats"), real_server.get(url + "/v1/models")["data"]
+        # greedy, as the model's file says: two seeds give the same answer
+        answers = [real_server.post(url + "/v1/chat/completions", {
+            "messages": [{"role": "user", "content": "hello"}], "seed": seed, "max_tokens": 16}).read() for seed in (1, 2)]
+        # large bodies are read in another process
+        answers.append(real_server.post(url + "/v1/chat/completions", {
+            "messages": [{"role": "user", "content": "hello"}], "seed": 3, "max_tokens": 16, "metadata": {"x": "y" * 70_000}}).read())
+    assert stats["sampling"] == {
+        "temperature": {"value": 0.0, "from": "general.sampling"}, "top_k": {"value": 7, "from": "general.sampling"},
+        "top_p": {"value": 1.0, "from": "usual"}, "min_p": {"value": 0.05, "from": "--min-p"},
+        "repetition_penalty": {"value": 1.0, "from": "usual"}}
+    assert model["defaults"] == USUAL | {"temperature": 0.0, "top_k": 7, "min_p": 0.05, "max_tokens": None}
+    text = "".join(log)
+    assert "temperature 0 (general.sampling), top_k 7 (general.sampling), top_p 1 (usual), min_p 0.05 (--min-p)" in text
+    assert text.count("general.sampling.top_p is 2.0; it must be") == 1
+    texts = [json.loads(answer)["choices"][0]["message"]["content"] for answer in answers]
+    assert texts[0] == texts[1] == texts[2]
+
+
+async def sent_by_a_terminal(server, parameters=None, **flags):
+    """What arrives at a server when the terminal of --url asks without and with parameters of its own."""
+    async with serving(server) as url:
+        settings = Settings(command="chat", url=url, **flags)
+        pool = RemotePool(settings)
+        await pool.start()
+        await pool.wait_ready()
+        request = new_request(settings, parameters, messages=(Message("user", "Hi"),))
+        _ = [event async for event in pool.answer(request)]
+        await pool.close()
+    return server.requests[0].sampling
+
+
+async def test_a_terminal_leaves_to_the_server_what_its_user_does_not_set():
+    server = FakePool()
+    server.own_sampling = {"temperature": 0.3, "top_k": 11}, "its file"
+    sampling = await sent_by_a_terminal(server)
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.3, 11, 1.0)
+
+
+async def test_a_terminal_sends_its_flags_and_what_the_user_set():
+    server = FakePool()
+    server.own_sampling = {"temperature": 0.3, "top_k": 11, "top_p": 0.5}, "its file"
+    sampling = await sent_by_a_terminal(server, {"top_k": 5}, temperature=0.9)
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.9, 5, 0.5)
+
+
+async def test_show_in_a_terminal_names_the_values_of_the_server(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", open(os.devnull))
+    server = FakePool()
+    server.own_sampling = {"temperature": 0.3}, "its file"
+    async with serving(server) as url:
+        settings = Settings(command="chat", url=url)
+        pool = RemotePool(settings)
+        await pool.start()
+        await pool.wait_ready()
+        Chat(pool, settings).show("")
+        await pool.close()
+    assert "temperature  0.3" in capsys.readouterr().err

@@ -1,0 +1,410 @@
+"""Each family as transformers saves it, against transformers: tiny random models, float32, beyond their windows."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import chat_server as cs
+from chat_server import Transformer
+from engines import make_batch
+from families import CHAT, LONG, MODELS, as_gguf, clear_cases, greedy, make_model, save, write_tokenizer
+from hub_configs import HUB_CONFIGS
+from real_server import ask, events, get, post, server
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Of torch, which is fastest with one at these sizes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """name -> (folder, cases), each made once."""
+    known = {}
+
+    def make(name, **changes):
+        key = name, *changes.items()
+        if key not in known:
+            model = make_model(name, **changes)
+            folder = save(model, tmp_path_factory.mktemp(name), **({"max_shard_size": "60KB"} if name == "qwen3" else {}))
+            if name == "phi3-long":         # transformers changes the factors in the middle of an answer; we do not
+                model = make_model(name, rope_parameters=LONG | {"short_factor": LONG["long_factor"]})
+            known[key] = folder, clear_cases(model)
+        return known[key]
+    return make
+
+
+def load(folder, dtype=torch.float32, **settings):
+    settings = cs.Settings(model=str(folder), **settings)
+    return cs.open_model(cs.resolve_model(settings), settings, dtype)
+
+
+def transformer(model, kernels, max_tokens=128, device="cpu"):
+    return Transformer(model.spec, dict(model.tensors), kernels, num_pages=80, max_tokens=max_tokens, max_rows=8,
+                       dtype=torch.float32, device=device)
+
+
+def answers(model, cases, chunk=100, count=64):
+    """Prompts in chunks and side by side, then all sequences decoded together -> (tokens, logits) of each."""
+    pages = [list(range(first, 80, len(cases))) for first in range(len(cases))]         # interleaved
+    texts, found = [list(case.prompt) for case in cases], [[] for _ in cases]
+    for text, table in zip(texts, pages):
+        for start in range(0, len(text) - 1, chunk):
+            model.forward(make_batch((text, start, min(chunk, len(text) - 1 - start), table)))
+    for _ in range(count):
+        logits = model.forward(make_batch(*((text, len(text) - 1, 1, table) for text, table in zip(texts, pages))))
+        for text, row, rows in zip(texts, logits, found):
+            rows.append(row.clone())
+            text.append(int(row.argmax()))
+    return [(text[-count:], torch.stack(rows)) for text, rows in zip(texts, found)]
+
+
+def check(found, cases, count=64):
+    for (tokens, logits), case in zip(found, cases):
+        assert (logits - case.logits[:count]).abs().max() < TOLERANCE
+        assert tokens == case.tokens[:count]
+
+
+BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(cs.decode_core() is None, reason="not built"))]
+
+
+def kernels_of(backend, spec):
+    kernels = cs.load_kernels("cpu", spec if backend == "decode_core" else None, max_tokens=128, max_rows=8)
+    assert kernels.row_invariant == (backend == "decode_core")
+    return kernels
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_folder_computes_what_transformers_computes(made, name, backend):
+    folder, cases = made(name)
+    model = load(folder)
+    check(answers(transformer(model, kernels_of(backend, model.spec)), cases), cases)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_longrope_takes_its_short_factors_where_the_context_is_no_longer_than_the_original(made, backend, tmp_path):
+    model = make_model("phi3-long")
+    cases = clear_cases(model, lengths=(9, 40))         # 64 tokens more: transformers stays with the short ones
+    short = load(save(model, tmp_path), context_length=128)
+    check(answers(transformer(short, kernels_of(backend, short.spec)), cases), cases)
+    long = load(tmp_path, context_length=129)
+    assert short.spec.rope_factors != long.spec.rope_factors == load(tmp_path).spec.rope_factors
+
+
+@pytest.mark.parametrize("name", ["qwen3", "smollm3", "gemma2", "gemma3", "phi3-long"])
+def test_cuda_kernels_compute_what_transformers_computes(made, name, request):
+    backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="the compiled core is not installed")
+    emulated = backends.Emulated(request.getfixturevalue("emulation_library"))
+    folder, cases = made(name)
+    model = load(folder)
+    kernels = emulated.kernels(model.spec)
+    assert kernels.backend.faults == {}         # no reference computes in a kernel's place
+    steps = transformer(model, kernels, device=emulated.device)
+    check(answers(steps, cases[1:2], chunk=30, count=12), cases[1:2], count=12)
+
+
+def test_bfloat16_follows_float32_and_rounds_the_scale_of_gemmas_embedding(made):
+    folder, cases = made("gemma2")
+    model = load(folder, torch.bfloat16)
+    assert model.dtype == torch.bfloat16 and model.tensors["0.qkv"].dtype == torch.bfloat16
+    fast = Transformer(model.spec, dict(model.tensors), cs.load_kernels("cpu"), num_pages=80, max_tokens=128, dtype=torch.bfloat16)
+    assert fast.embedding_scale == 8.0          # sqrt(64)
+    prompt = cases[1].prompt
+    logits = fast.forward(make_batch((prompt, 0, len(prompt), list(range(3)))))[0]
+    assert (logits - cases[1].logits[0]).norm() < 0.05 * cases[1].logits[0].norm()
+
+
+# --- GGUF --------------------------------------------------------------------------------------------------------
+
+
+GGUF_MODELS = {             # what of MODELS a file of each architecture can say; the window of qwen2 and biases of others it cannot
+    **{name: {} for name in ("llama2", "llama3.1", "llama3.2", "mistral", "qwen2.5", "phi3", "phi3-long")},
+    "qwen3": {"attention_bias": False}, "smollm3": {"mlp_bias": False}, **dict.fromkeys(("gemma2", "gemma3"), {"query_pre_attn_scalar": 32})}
+
+
+@pytest.mark.parametrize("name", GGUF_MODELS)
+def test_the_same_model_as_gguf_computes_the_same(made, name, tmp_path):
+    changes = GGUF_MODELS[name]
+    model, (folder, cases) = make_model(name, **changes), made(name, **changes)
+    ours = load(as_gguf(tmp_path / "tiny.gguf", model))
+    for key, tensor in load(folder).tensors.items():
+        assert torch.equal(tensor, ours.tensors[key]), key
+    check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16)
+
+
+@pytest.mark.skipif(cs.decode_core() is None, reason="weights stay as stored only where decode_core runs")
+@pytest.mark.parametrize("name", ["smollm3", "gemma3", "phi3"])
+def test_matrices_that_stay_quantized_compute_what_their_values_say(made, name, tmp_path):
+    path = as_gguf(tmp_path / "tiny.gguf", make_model(name, **GGUF_MODELS[name]), quantized=True)
+    prompt, exact, packed = list(range(3, 43)), load(path), load(path, None)
+    assert packed.dtype is None and packed.tensors["0.gate_up"].kind == packed.tensors["1.qkv"].kind == "q8_0"
+    batch = make_batch((prompt, 0, 40, [0, 1, 2]))
+    expected = transformer(exact, kernels_of("reference", exact.spec)).forward(batch)[0]
+    limits = {"max_tokens": 64, "max_rows": 8}
+    kernels = cs.load_kernels("cpu", packed.spec, **limits)
+    ours = Transformer(packed.spec, dict(packed.tensors), kernels, num_pages=4, dtype=None, **limits).forward(batch)[0]
+    assert (ours - expected).norm() < 0.06 * expected.norm()        # activations are int8; a wrong row would make it 1
+
+
+@pytest.mark.parametrize("name, key, value, words", [
+    ("llama2", "llama.attention.scale", 0.5, "llama.attention.scale is 0.5; this key is not supported in a llama model"),
+    ("llama2", "llama.attn_logit_softcapping", 50.0, "attn_logit_softcapping is 50.0; this key is not supported in a llama"),
+    ("llama2", "llama.expert_count", 8, "llama.expert_count is 8; this key is not supported"), ("llama2", "llama.expert_count", 0, ""),
+    ("llama2", "llama.rope.scaling.type", "longrope", ""), ("llama2", "llama.rope.dimension_count", 8, "is 8; it must be 16"),
+    ("qwen2.5", "qwen2.attention.sliding_window", 16, ""),      # which layers have it is not said: none, as llama.cpp has it
+    ("qwen3", "qwen3.rope.scaling.attn_factor", 2.0, "attn_factor is 2.0; it must be 1"),
+    ("qwen3", "qwen3.rope.scaling.factor", "4", 'factor is "4"; it must be a finite number'),
+    ("gemma2", "gemma2.attention.sliding_window_pattern", [True, False], "pattern is a list of 2; it must be a list of 4 entries, each true or false"),
+    ("gemma2", "gemma2.attention.sliding_window_pattern", 2, ""), ("gemma2", "gemma2.attention.sliding_window_pattern", 0, "is 0; it must be"),
+    ("gemma2", "gemma2.final_logit_softcapping", -1.0, "final_logit_softcapping is -1.0; it must be a finite number"),
+    ("phi3-long", "phi3.rope.dimension_count", 11, "dimension_count is 11; it must be a multiple of 2")])
+def test_metadata_that_would_change_the_arithmetic_is_named(name, key, value, words, tmp_path):
+    metadata, stored = cs.read_gguf(as_gguf(tmp_path / "tiny.gguf", make_model(name)))
+    kind, spec = cs.gguf_spec(tmp_path / "tiny.gguf", metadata, stored, None)
+    if not words:
+        assert cs.gguf_spec(tmp_path / "tiny.gguf", metadata | {key: value}, stored, None) == (kind, spec)
+        return
+    with pytest.raises(cs.ConfigError) as caught:
+        cs.gguf_spec(tmp_path / "tiny.gguf", metadata | {key: value}, stored, None)
+    assert words in str(caught.value) and key in str(caught.value)
+
+
+# --- config.json as published ------------------------------------------------------------------------------------
+
+
+def spec_of(folder, config, context=None):
+    (folder / "config.json").write_text(json.dumps(config))
+    return cs.hf_spec(folder / "config.json", context)[1]
+
+
+@pytest.mark.parametrize("name", HUB_CONFIGS)
+def test_published_configs_mean_what_transformers_takes_them_to_mean(name, tmp_path):
+    import transformers
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    spec = spec_of(tmp_path, HUB_CONFIGS[name], 4096)
+    (tmp_path / "config.json").write_text(json.dumps(HUB_CONFIGS[name]).replace('"su"', '"longrope"'))   # the only name it knows
+    config = transformers.AutoConfig.from_pretrained(tmp_path).get_text_config()
+    assert (spec.vocab_size, spec.layers, spec.width, spec.heads, spec.kv_heads, spec.ffn_size, spec.norm_eps, spec.tied_head) == (
+        config.vocab_size, config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.num_key_value_heads,
+        config.intermediate_size, config.rms_norm_eps, config.tie_word_embeddings)
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    assert spec.head_size == head_size and spec.activation == {"silu": "swiglu", "relu2": "relu2"}.get(getattr(config, "hidden_act", ""), "geglu")
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    window = getattr(config, "sliding_window", None) or 0
+    assert (spec.windows or (0,) * spec.layers) == tuple(window * (kind == "sliding_attention") for kind in kinds)
+    assert spec.unrotated_layers == tuple(l for l, rotated in enumerate(getattr(config, "no_rope_layers", [])) if not rotated)
+    nested = "full_attention" in config.rope_parameters
+    for layer in sorted({0, 5, spec.layers - 1} - set(spec.unrotated_layers)):
+        rope = config.rope_parameters[kinds[layer]] if nested else config.rope_parameters
+        if rope["rope_type"] == "default":
+            size = int(head_size * (rope.get("partial_rotary_factor") or 1))
+            expected, scale = rope["rope_theta"] ** -(np.arange(0, size, 2) / size), 1.0
+        else:
+            expected, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, seq_len=4096, **({"layer_type": kinds[layer]} if nested else {}))
+        frequencies, own_scale = cs.rope_frequencies(spec, layer)
+        np.testing.assert_allclose(frequencies, expected, rtol=2e-6)
+        assert own_scale == pytest.approx(scale)
+    assert spec.max_positions == (131072 if "YaRN" in name else config.max_position_embeddings)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, "rope_theta": 1e6}
+
+
+@pytest.mark.parametrize("rope", [
+    YARN, YARN | {"truncate": False}, YARN | {"beta_fast": 16, "beta_slow": 2}, YARN | {"attention_factor": 1.5},
+    YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}, {"rope_type": "linear", "factor": 3, "rope_theta": 1e4},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e6,
+     "original_max_position_embeddings": 8192}])
+def test_every_option_of_a_rope_type_is_transformers(rope, tmp_path):
+    import transformers
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    base = HUB_CONFIGS["Llama-3.2-1B"] | {"rope_scaling": None, "rope_parameters": rope}
+    frequencies, scale = cs.rope_frequencies(spec_of(tmp_path, base), 0)
+    expected, expected_scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](transformers.AutoConfig.from_pretrained(tmp_path))
+    np.testing.assert_allclose(frequencies, expected, rtol=2e-6)
+    assert scale == pytest.approx(expected_scale)
+
+
+# --- what is not known is refused --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base, key, value, words", [
+    ("Llama-3.2-1B", "model_type", "mixtral", 'model_type is "mixtral"; it must be one of llama, mistral, qwen2'),
+    ("Llama-3.2-1B", "model_type", None, "model_type is missing"),
+    ("Llama-3.2-1B", "residual_multiplier", 0.22, "residual_multiplier is 0.22; this key is not supported in a llama model. Supported are "),
+    ("Llama-3.2-1B", "logit_scale", 0, "logit_scale is 0; this key is not supported"),
+    ("Llama-3.2-1B", "quantization_config", {"quant_method": "gptq"}, "quantization_config is an object of 1; this key is not supported"),
+    ("Llama-3.2-1B", "sliding_window", 4096, "sliding_window is 4096; this key is not supported in a llama"),
+    ("Llama-3.2-1B", "rope_interleaved", True, "rope_interleaved is true; in a llama model it must be false"),
+    ("Llama-3.2-1B", "partial_rotary_factor", 0.5, "partial_rotary_factor is 0.5; it must be 1"),
+    ("Llama-3.2-1B", "hidden_act", "gelu", 'hidden_act is "gelu"; it must be one of silu'),
+    ("Llama-3.2-1B", "tie_word_embeddings", 1, "tie_word_embeddings is 1; it must be true or false"),
+    ("Llama-3.2-1B", "hidden_size", "2048", 'hidden_size is "2048"; it must be an integer from 1'),
+    ("Llama-3.2-1B", "num_hidden_layers", None, "num_hidden_layers is missing; it must be an integer from 1"),
+    ("Llama-3.2-1B", "num_key_value_heads", 5, "num_attention_heads is 32; it must be a multiple of 5 (num_key_value_heads)"),
+    ("Llama-3.2-1B", "rms_norm_eps", float("nan"), "rms_norm_eps is NaN; it must be"),
+    ("Llama-3.2-1B", "rope_scaling", [1], "rope_scaling is a list of 1; it must be an object"),
+    ("Llama-3.2-1B", "rope_scaling", {"rope_type": "dynamic", "factor": 2.0}, 'rope_scaling.rope_type is "dynamic"; it must be one of default, linear'),
+    ("Llama-3.2-1B", "rope_scaling", {"type": "linear"}, "rope_scaling.factor is missing; it must be a finite number from 0.01"),
+    ("Llama-3.2-1B", "rope_scaling", {"type": "linear", "factor": 2, "beta_fast": 3}, 'has the key "beta_fast"; known for the type linear are factor'),
+    ("Llama-3.2-1B", "rope_theta", 0, "rope_theta is 0; it must be a finite number from 2"),
+    ("Mistral-Nemo", "attention_bias", True, "attention_bias is true; in a mistral model it must be false"),
+    ("Mistral-Nemo", "layer_types", ["full_attention"] * 40, "layer_types is a list of 40; this key is not supported in a mistral"),
+    ("Qwen3-0.6B", "layer_types", ["linear_attention"] * 28, 'layer_types[0] is "linear_attention"; it must be one of full_attention, sliding'),
+    ("Qwen3-0.6B", "layer_types", ["full_attention"] * 27, "layer_types is a list of 27; it must be a list of 28 entries, each one of full_attention"),
+    ("Qwen3-0.6B", "layer_types", ["sliding_attention"] * 28, "sliding_window in use is missing; it must be an integer from 1"),
+    ("SmolLM3-3B", "no_rope_layers", [1, 2] * 18, "no_rope_layers[1] is 2; it must be an integer from 0 to 1"),
+    ("gemma-2-2b", "hidden_activation", "gelu", 'hidden_activation is "gelu"; it must be one of gelu_pytorch_tanh'),
+    ("gemma-2-2b", "use_bidirectional_attention", True, "use_bidirectional_attention is true; in a gemma2 model it must be false"),
+    ("gemma-3-1b", "attn_logit_softcapping", 50.0, "attn_logit_softcapping is 50.0; this key is not supported in a gemma3_text"),
+    ("gemma-3-1b", "rope_parameters", {"sliding_attention": {"rope_type": "yarn"}}, "rope_type default for sliding_attention"),
+    ("gemma-3-4b, with images", "text_config", None, "text_config is null; it must be an object"),
+    ("Phi-3-mini-128k", "rope_scaling", {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.0] * 47}, "must be a list of 48"),
+    ("Phi-4-mini", "full_attn_mod", 2, "full_attn_mod is 2; in a phi3 model it must be 1"),
+    ("Phi-4-mini", "partial_rotary_factor", 0.01, "the number of rotated dimensions is 1; it must be a multiple of 2")])
+def test_a_key_that_would_change_the_arithmetic_is_named_with_what_is_known(base, key, value, words, tmp_path):
+    with pytest.raises(cs.ConfigError) as caught:
+        spec_of(tmp_path, HUB_CONFIGS[base] | {key: value})
+    assert words in str(caught.value) and str(tmp_path / "config.json") in str(caught.value) and str(caught.value).isprintable()
+
+
+# --- folders -----------------------------------------------------------------------------------------------------
+
+
+def chats_as_transformers(folder, model, bos):
+    """Serve a folder as a user starts it, and compare an answer with transformers' tokenizer, template and model."""
+    import transformers
+    messages = [{"role": "user", "content": "Hi there, what is 2 + 2? 你好!"}]
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), bos_token=bos,
+                                                     chat_template=(folder / "chat_template.jinja").read_text())
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    tokens, _ = greedy(model, [prompt], 20)
+    ids = tokens[0].tolist()
+    with server(folder, "--dtype", "float32") as (_, url):
+        answer = events(post(url + "/chat/completions", ask(messages[0]["content"], max_tokens=20, ignore_eos=True)))
+        assert answer[-1]["usage"]["prompt_tokens"] == len(prompt) and answer[-1]["usage"]["completion_tokens"] == 20
+        text = cs.open_tokenizer(cs.hf_text(folder, model.config.vocab_size)).decode(ids)
+        assert "".join(event.get("token", "") for event in answer) == text
+        assert get(url + "/v1/models")["data"][0]["id"] == folder.name
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])       # in several files, in one
+def test_a_folder_is_served_and_chats(made, name):
+    chats_as_transformers(made(name)[0], make_model(name), "<s>")
+
+
+def test_so_is_one_with_the_tokenizer_and_template_of_smollm2(default_model_path, tmp_path):
+    text = cs.gguf_text(default_model_path, cs.read_gguf(default_model_path)[0])
+    model = make_model("llama3.2", vocab_size=49152, bos_token_id=1, eos_token_id=2)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(text.payload)
+    (tmp_path / "chat_template.jinja").write_text(text.chat_template)
+    chats_as_transformers(tmp_path, model, "<|im_start|>")
+
+
+def text_of(folder, vocab_size=288):
+    return cs.hf_text(folder, vocab_size)
+
+
+def test_the_files_beside_the_weights_say_how_to_render_and_when_to_stop(tmp_path):
+    write_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"eos_token_id": 3, "bos_token_id": 7}')
+    text = text_of(tmp_path)
+    assert (text.bos_token, text.eos_token, text.stop_tokens, text.add_bos) == (256, 257, {257, 3}, True)
+    assert text.chat_template == CHAT and text.payload == (tmp_path / "tokenizer.json").read_bytes()
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [257, 5, 6]}')
+    assert text_of(tmp_path).stop_tokens == {257, 3, 5, 6}
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false, "chat_template": "unused"}')
+    text = text_of(tmp_path)
+    assert (text.bos_token, text.add_bos, text.chat_template) == (7, False, CHAT)
+    (tmp_path / "chat_template.jinja").unlink()
+    assert text_of(tmp_path).chat_template == "unused"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<s>"}, "chat_template": [
+        {"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]}))
+    template = text_of(tmp_path).chat_template
+    assert "plain" in template and "tools" in template and text_of(tmp_path).bos_token == 256
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert text_of(tmp_path).chat_template is None
+
+
+def test_tokens_without_a_row_in_the_model_are_left_out(tmp_path):
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert b"<|assistant|>" in text_of(tmp_path, 260).payload and b"<|assistant|>" not in text_of(tmp_path, 259).payload
+    with pytest.raises(cs.ConfigError, match="tokenizer.json has 256 tokens, the model 255"):
+        text_of(tmp_path, 255)
+
+
+def test_the_text_model_of_a_folder_with_images_is_served_alone(made, tmp_path):
+    folder, cases = made("gemma3")
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": config, "vision_config": {}}))
+    write_tokenizer(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    for old, new in (("model.", "language_model.model."), ("model.", "model.language_model.")):
+        renamed = {name.replace(old, new, 1): tensor for name, tensor in tensors.items()}
+        save_file(renamed | {"vision_tower.a": torch.zeros(2), "multi_modal_projector.b": torch.zeros(2)}, tmp_path / "model.safetensors")
+        model = load(tmp_path)
+        check(answers(transformer(model, kernels_of("reference", model.spec)), cases[:1], count=3), cases[:1], count=3)
+
+
+def broken_folders(folder):
+    """(what is broken, the words of the error) after each change of a good folder."""
+    weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    good, tensors = weights.read_bytes(), load_file(weights)
+    for change, words in ((lambda t: t.pop("model.norm.weight"), r"missing model.norm.weight \(64,\)"),
+                          (lambda t: t.update({"model.layers.0.extra.weight": torch.zeros(2)}), "unknown model.layers.0.extra.weight"),
+                          (lambda t: t.update({"model.norm.weight": torch.zeros(65)}), r"model.norm.weight is \(65,\) instead of \(64,\)"),
+                          (lambda t: t.update({"model.norm.weight": torch.zeros(64, dtype=torch.float8_e4m3fn)}),
+                           '"model.norm.weight" is of type float8_e4m3fn; it must be float32, float16 or bfloat16')):
+        changed = dict(tensors)
+        change(changed)
+        save_file(changed, weights)
+        yield words
+    for data in (good[:-100], good[:50], b"", b"\xff" * 100):
+        weights.write_bytes(data)
+        yield "model.safetensors is not a readable safetensors file"
+    weights.unlink()
+    (folder / "other.safetensors").write_bytes(good)
+    yield "cannot read .*model.safetensors: No such file"
+    for content, words in (("{}", "weight_map must give"), ("[1]", "holds a list of 1; it must hold an object"), ("{", "is not valid JSON"),
+                           ('{"weight_map": {"a": "../other.safetensors"}}', "the name of a file beside it"),
+                           ('{"weight_map": {"a": 3}}', "weight_map must give"),
+                           ('{"weight_map": {"a": "lost.safetensors"}}', "cannot read .*lost.safetensors: No such file")):
+        index.write_text(content)
+        yield words
+    index.unlink()
+    weights.write_bytes(good)
+    for name, content, words in (("tokenizer.json", "{", "tokenizer is broken"), ("tokenizer_config.json", "[]", "it must hold an object"),
+                                 ("generation_config.json", '{"eos_token_id": [288]}', r"eos_token_id\[1\] is 288; it must be an integer from 0 to 287"),
+                                 ("tokenizer_config.json", '{"chat_template": 5}', "chat_template is 5; it must be a text"),
+                                 ("config.json", "[" * 100_000, "is not valid JSON")):
+        before = (folder / name).read_bytes() if (folder / name).exists() else b"{}"
+        (folder / name).write_text(content)
+        if "chat" in words:
+            (folder / "chat_template.jinja").unlink()
+        yield words
+        (folder / name).write_bytes(before)
+    (folder / "tokenizer.json").unlink()
+    yield "cannot read .*tokenizer.json: No such file"
+
+
+def test_whatever_is_broken_in_a_folder_is_one_line_that_names_it(tmp_path):
+    folder = save(make_model("llama3.2"), tmp_path)
+    load(folder)
+    for words in broken_folders(folder):
+        with pytest.raises(cs.ConfigError, match=words) as caught:
+            load(folder)
+        assert str(folder) in str(caught.value) and str(caught.value).isprintable()
+    with pytest.raises(cs.ConfigError, match="-s 3: only for nanochat"):
+        load(folder, step=3)

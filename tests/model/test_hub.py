@@ -1,0 +1,223 @@
+"""Models of the Hugging Face hub: `python chat_server.py org/name` as a user runs it, beside a server on loopback that plays the hub."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import chat_server
+import families
+import pytest
+import real_server
+from chat_server import ConfigError, SHORT_NAMES, hub_files, hub_model
+from fake_hub import fake_hub
+from tiny_gguf import LLAMA_NUMBERS, gguf_bytes, random_llama, small_gguf_metadata
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+TINY = gguf_bytes({**LLAMA_NUMBERS, **small_gguf_metadata("gpt-2"), "tokenizer.chat_template": TEMPLATE}, random_llama())
+LARGE_NUMBERS = LLAMA_NUMBERS | {"llama.feed_forward_length": 8192}      # the library keeps no less than 10 MB of a download
+LARGE = gguf_bytes({**LARGE_NUMBERS, **small_gguf_metadata("gpt-2"), "tokenizer.chat_template": TEMPLATE}, random_llama(numbers=LARGE_NUMBERS))
+FLAGS = ("--kv-cache-memory", "8M")
+
+
+def environment(folder, hub, **more):
+    """The variables of a user whose hub this is, with a cache of its own."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "CHAT_SERVER_"))}
+    return kept | {"HF_ENDPOINT": hub if isinstance(hub, str) else hub.url, "HF_HOME": str(folder / "hf"), **more}
+
+
+def refused(model, env, limit=None):
+    """What a server that cannot get its model says: one line, and exit status 2."""
+    done = subprocess.run([sys.executable, str(real_server.SCRIPT), model, "--port", "0", "--host", "127.0.0.1", *FLAGS],
+                          env=env, capture_output=True, text=True, timeout=150, stdin=subprocess.DEVNULL,
+                          preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
+    lines = [line for line in done.stderr.splitlines() if line.startswith("chat_server: ")]
+    assert done.returncode == 2 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    return lines[0]
+
+
+def answer(url, model="default"):
+    body = {"model": model, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "temperature": 0}
+    return json.loads(real_server.post(url + "/v1/chat/completions", body).read())
+
+
+def test_an_id_ends_in_a_server_that_answers_and_the_next_start_needs_no_hub(tmp_path):
+    log = []
+    with fake_hub(org__tiny={"README.md": b"# x", "tiny-Q4_K_M.gguf": TINY, "tiny-Q8_0.gguf": TINY[:100]}) as hub:
+        env = environment(tmp_path, hub, HF_TOKEN="hf_mine")
+        with real_server.server("org/tiny", *FLAGS, env=env, log=log) as (_, url):
+            assert real_server.get(url + "/v1/models")["data"][0]["id"] == "org/tiny"
+            assert answer(url, "org/tiny")["usage"]["completion_tokens"] == answer(url, "tiny")["usage"]["completion_tokens"] == 4
+        assert hub.fetched() == ["tiny-Q4_K_M.gguf", "files/org/tiny/tiny-Q4_K_M.gguf"]
+        assert {sent for _, name, _, sent in hub.requests if name in ("api/models/org/tiny", "tiny-Q4_K_M.gguf")} == {"Bearer hf_mine"}
+        text = "".join(log)
+        assert "downloading org/tiny" in text and "org/tiny of the Hugging Face hub: GGUF file" in text
+        hub.requests.clear()
+        with real_server.server("org/tiny", *FLAGS, env=env) as (_, url):       # cached: only looked for
+            answer(url)
+        assert hub.fetched() == [] and hub.requests
+        hub.requests.clear()
+        with real_server.server("org/tiny", *FLAGS, env=env | {"HF_HUB_OFFLINE": "1"}) as (_, url):
+            answer(url)
+        assert hub.requests == []
+    log = []
+    gone = env | {"HF_ENDPOINT": "http://localhost:9"}
+    with real_server.server("org/tiny", *FLAGS, env=gone, log=log) as (_, url):
+        answer(url)
+    assert "cannot be reached" in "".join(log) and "serving the cached files of org/tiny" in "".join(log)
+
+
+@pytest.mark.parametrize("model, file", [("org/many:b-Q8_0.gguf", "b-Q8_0.gguf"), ("org/many:q8_0", "b-Q8_0.gguf"),
+                                         ("org/many:sub/c.gguf", "sub/c.gguf")])
+def test_a_file_of_several_is_named_after_a_colon(tmp_path, model, file):
+    with fake_hub(org__many={"a-Q4_0.gguf": b"x", "b-Q8_0.gguf": b"x", "sub/c.gguf": b"x"}) as hub:
+        hub.repositories["org/many"][file] = TINY
+        with real_server.server(model, *FLAGS, env=environment(tmp_path, hub)) as (_, url):
+            assert real_server.get(url + "/v1/models")["data"][0]["id"] == model
+            answer(url, model)
+        assert set(hub.fetched()) == {file, f"files/org/many/{file}"}
+
+
+def test_a_short_name_is_another_name_of_the_model(tmp_path):
+    with fake_hub(Qwen__Qwen3_06={}) as hub:
+        hub.repositories[SHORT_NAMES["qwen3-0.6b"]] = {"any.gguf": TINY}
+        with real_server.server("qwen3:0.6b", *FLAGS, env=environment(tmp_path, hub)) as (_, url):
+            for name in ("qwen3:0.6b", "Qwen/Qwen3-0.6B", "Qwen3-0.6B"):
+                assert answer(url, name)["model"] == "Qwen/Qwen3-0.6B"
+            with pytest.raises(real_server.urllib.error.HTTPError, match="404"):
+                answer(url, "qwen3-8b")
+
+
+def test_a_folder_of_safetensors_comes_with_its_shards_and_its_makers_sampling(tmp_path):
+    model = families.make_model("qwen3")
+    model.generation_config.update(do_sample=True, temperature=0.6, top_k=20)
+    folder = families.save(model, tmp_path / "made", max_shard_size="300KB")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()} | {"README.md": b"#", "pytorch_model.bin": b"x", "x.gguf": b"x"}
+    shards = {name for name in files if name.startswith("model-")}
+    assert len(shards) > 1
+    with fake_hub(org__folder=files) as hub:
+        env = environment(tmp_path, hub)
+        with real_server.server("org/folder", "--dtype", "float32", *FLAGS, env=env) as (_, url):
+            assert answer(url, "org/folder")["model"] == "org/folder"
+            assert real_server.get(url + "/stats")["sampling"]["top_k"] == {"value": 20, "from": "generation_config.json"}
+        assert set(hub.fetched()) == shards | {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+                                               "chat_template.jinja", "model.safetensors.index.json"}
+        (tmp_path / "hf" / "hub" / "models--org--folder" / "snapshots" / hub.revision("org/folder") / min(shards)).unlink()
+        assert "does not have all files of that model" in refused("org/folder", env | {"HF_HUB_OFFLINE": "1"})
+
+
+@pytest.mark.parametrize("text, found", [
+    ("gpt-oss:120b", ("openai/gpt-oss-120b", "")), ("GPT-OSS-20b", ("openai/gpt-oss-20b", "")), ("llama3.1", ("meta-llama/Llama-3.1-8B-Instruct", "")),
+    ("llama3.2-1b", ("meta-llama/Llama-3.2-1B-Instruct", "")), ("org/name", ("org/name", "")), ("org/name:a/b.gguf", ("org/name", "a/b.gguf")),
+    ("models/x.gguf", None), ("./org/name", None), ("/org/name", None), ("a/b/c", None), ("../name", None), ("llama99", None), ("org/na me", None)])
+def test_what_has_the_form_of_an_id(text, found):
+    assert hub_model(text) == found
+
+
+def test_a_folder_or_file_here_wins_over_an_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()
+    (tmp_path / "org" / "name").write_bytes(TINY)
+    assert chat_server.resolve_model(chat_server.Settings(model="org/name")).path == tmp_path / "org" / "name"
+
+
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+
+@pytest.mark.parametrize("file, names, found", [
+    ("", ["README.md", "config.json", "model.safetensors", "tokenizer.json", "pytorch_model.bin", "onnx/model.onnx", "tokenizer_config.json",
+          "consolidated.safetensors", "original/params.json"], ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]),
+    ("", ["config.json", *SHARDS, "model.safetensors.index.json", "generation_config.json", "chat_template.jinja", "x.gguf"],
+     ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors.index.json", *SHARDS]),
+    ("x", ["config.json", "model.safetensors", "x.gguf"], ["x.gguf"]), ("", ["config.json", "only.gguf"], ["only.gguf"]),
+    ("", ["a-Q8_0.gguf", "a-Q4_K_M.gguf"], ["a-Q4_K_M.gguf"])])
+def test_only_the_files_that_make_up_a_model_are_fetched(file, names, found):
+    assert hub_files("org/name", file, names) == found
+
+
+@pytest.mark.parametrize("file, names, words", [
+    ("z.gguf", ["a.gguf", "b.gguf"], "org/name has no single file z.gguf; its GGUF files: a.gguf, b.gguf. Name one: org/name:FILE"),
+    ("", ["a.gguf", "b.gguf"], "has several GGUF files; its GGUF files: a.gguf, b.gguf"),
+    ("q8_0", ["a-q8_0.gguf", "b-q8_0.gguf"], "no single file q8_0"), ("", ["pytorch_model.bin", "config.json"], "no model.safetensors; it has no GGUF file")])
+def test_a_repository_without_the_file_says_what_it_has(file, names, words):
+    with pytest.raises(ConfigError, match=words.replace(".", r"\.")):
+        hub_files("org/name", file, names)
+
+
+@pytest.mark.parametrize("model, words", [
+    ("org/nothing", "org/nothing cannot be downloaded: no file or folder of that name is here, and {url} has no such model"),
+    ("org/closed", "org/closed cannot be downloaded: it is gated: accept its licence at {url}/org/closed, then run `hf auth login` or set HF_TOKEN"),
+    ("org/tiny:other.gguf", "org/tiny has no single file other.gguf; its GGUF files: tiny.gguf"),
+    ("org/large", "no room for org/large in "), ("lama3.1", "no model at 'lama3.1'; did you mean llama3.1?")])
+def test_a_model_that_cannot_be_had_is_one_line(tmp_path, model, words):
+    with fake_hub(org__tiny={"tiny.gguf": TINY}, org__closed={"tiny.gguf": TINY}, org__large={"large.gguf": TINY}) as hub:
+        hub.gated, hub.sizes = {"org/closed"}, {"large.gguf": 10**17}
+        assert words.format(url=hub.url) in refused(model, environment(tmp_path, hub))
+        assert hub.fetched() == []
+
+
+def test_a_token_that_the_hub_does_not_know_is_named(tmp_path):
+    with fake_hub(org__tiny={"tiny.gguf": TINY}) as hub:
+        hub.token = "hf_other"
+        assert "HTTP status 401; check HF_TOKEN" in refused("org/tiny", environment(tmp_path, hub, HF_TOKEN="hf_mine"))
+
+
+@pytest.mark.parametrize("url, more, words", [
+    ("http://127.0.0.1:9", {}, "http://127.0.0.1:9 cannot be reached"), ("http://127.0.0.1:9", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set")])
+def test_without_a_connection_a_model_that_is_not_cached_is_one_line(tmp_path, url, more, words):
+    line = refused("org/tiny", environment(tmp_path, url, **more))
+    assert words in line and f"the cache {tmp_path}/hf/hub does not have all files" in line
+
+
+def test_a_hub_that_fails_is_one_line(tmp_path):
+    with fake_hub(org__tiny={"tiny.gguf": TINY}) as hub:
+        hub.status = 500
+        assert "cannot be reached" in refused("org/tiny", environment(tmp_path, hub))
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_download_that_breaks_goes_on_where_it_broke(tmp_path, reset):
+    with fake_hub(org__tiny={"tiny.gguf": LARGE}) as hub:
+        hub.cuts, hub.reset = {"tiny.gguf": 12 << 20}, reset
+        with real_server.server("org/tiny", *FLAGS, env=environment(tmp_path, hub)) as (_, url):
+            answer(url)
+        starts = [int(sent[6:-1]) for *_, sent, _ in hub.requests if sent]
+        assert starts and sorted(set(starts)) == list(dict.fromkeys(starts)) and max(starts) > len(LARGE) // 2
+
+
+def test_a_start_that_failed_half_way_is_continued_by_the_next_one(tmp_path):
+    with fake_hub(org__tiny={"tiny.gguf": LARGE}) as hub:
+        env = environment(tmp_path, hub)
+        assert "no room for org/tiny" in refused("org/tiny", env, limit=15 << 20)        # as on a full disk
+        (part,) = (tmp_path / "hf" / "hub" / "models--org--tiny").glob(".chat_server.*")
+        kept = part.stat().st_size
+        assert kept > 9 << 20
+        hub.requests.clear()
+        with real_server.server("org/tiny", *FLAGS, env=env) as (_, url):
+            answer(url)
+        assert f"bytes={kept}-" in [sent for *_, sent, _ in hub.requests]
+        assert not part.exists()
+
+
+def test_parts_that_do_not_fit_together_are_not_used(tmp_path):
+    with fake_hub(org__tiny={"tiny.gguf": LARGE}) as hub:
+        env = environment(tmp_path, hub)
+        refused("org/tiny", env, limit=15 << 20)
+        (part,) = (tmp_path / "hf" / "hub" / "models--org--tiny").glob(".chat_server.*")
+        part.write_bytes(b"x" * part.stat().st_size)
+        assert "parts that do not fit together" in refused("org/tiny", env)
+        with real_server.server("org/tiny", *FLAGS, env=env) as (_, url):
+            answer(url)
+
+
+def test_without_the_library_one_line_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ConfigError, match=r"^the Hugging Face model org/name needs the Python package.* huggingface_hub.*pip install"):
+        chat_server.resolve_model(chat_server.Settings(model="org/name"))
+
+
+@pytest.mark.parametrize("flag", [{"source": "sft"}, {"model_tag": "d20"}, {"step": 4}])
+def test_flags_of_nanochat_checkpoints_are_refused_for_an_id(flag):
+    with pytest.raises(ConfigError, match="only for nanochat checkpoints, and org/name is a Hugging Face id"):
+        chat_server.resolve_model(chat_server.Settings(model="org/name", **flag))

@@ -1,0 +1,114 @@
+"""A server on loopback that plays the HTTP API of the Hugging Face hub with real files."""
+
+import asyncio
+import hashlib
+import re
+import threading
+from contextlib import contextmanager
+
+from aiohttp import web
+
+
+class FakeHub:
+    """`repositories` is name -> {file: bytes}. Large files lie at another host, behind a redirect, as at the real hub.
+
+    `requests` are (method, file or address, Range, Authorization). The first `cuts[file]` bytes of each answer with
+    that file arrive, then the connection ends: properly (`end`), or with a reset. `sizes` overrides what is told.
+    """
+
+    def __init__(self, repositories):
+        self.repositories, self.gated, self.token = repositories, set(), None
+        self.requests, self.cuts, self.reset, self.sizes, self.status = [], {}, False, {}, None
+        self.url = ""
+
+    def revision(self, repository):
+        return hashlib.sha1(repr(sorted(self.repositories[repository].items())).encode()).hexdigest()
+
+    def fetched(self):
+        """The files whose contents were asked for."""
+        return [name for method, name, *_ in self.requests if method == "GET" and not name.startswith("api/")]
+
+    def refuse(self, status, code, message="no"):
+        return web.Response(status=status, headers={"X-Error-Code": code, "X-Error-Message": message})
+
+    async def handle(self, http):
+        path = http.path.strip("/")
+        self.requests.append((http.method, re.sub(r".*?/resolve/[^/]+/", "", path), http.headers.get("Range"),
+                              http.headers.get("Authorization")))
+        if self.status:
+            return web.Response(status=self.status)
+        if path.startswith("files/"):
+            _, org, name, file = path.split("/", 3)
+            return await self.send(http, f"{org}/{name}", file)
+        match = re.fullmatch(r"api/models/([^/]+/[^/]+)", path) or re.fullmatch(r"([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
+        repository = match and match[1]
+        if self.token and http.headers.get("Authorization") not in (None, f"Bearer {self.token}"):
+            return self.refuse(401, "", "Invalid credentials in Authorization header")
+        if repository not in self.repositories:
+            return self.refuse(404 if self.token else 401, "RepoNotFound")
+        files = self.repositories[repository]
+        if path.startswith("api/"):
+            return web.json_response({
+                "id": repository, "modelId": repository, "sha": self.revision(repository), "private": False, "gated": repository in self.gated,
+                "tags": [], "downloads": 0, "siblings": [
+                    {"rfilename": name, "size": self.sizes.get(name, len(data)), "blobId": "0" * 40} for name, data in files.items()]})
+        if repository in self.gated and http.headers.get("Authorization") is None:
+            return self.refuse(401, "GatedRepo", "Access to model is restricted")
+        if match[2] not in files:
+            return self.refuse(404, "EntryNotFound")
+        data = files[match[2]]
+        headers = {"X-Repo-Commit": self.revision(repository), "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}
+        if len(data) < 1 << 20:
+            return await self.send(http, repository, match[2], headers)
+        return web.Response(status=302, headers=headers | {
+            # the real hub also offers its large files by another protocol, which needs a library in Rust and another server
+            "X-Xet-Hash": "a" * 64, "X-Xet-Refresh-Route": f"{self.url}/api/models/{repository}/xet-read-token/main",
+            "X-Linked-Size": str(len(data)), "X-Linked-ETag": f'"{hashlib.sha256(data).hexdigest()}"',
+            "Location": f"{self.url.replace('localhost', '127.0.0.1')}/files/{repository}/{match[2]}"})
+
+    async def send(self, http, repository, file, headers=None):
+        data, start = self.repositories[repository][file], 0
+        if match := re.fullmatch(r"bytes=(\d+)-", http.headers.get("Range", "")):
+            start = int(match[1])
+        more = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}
+        response = web.StreamResponse(status=206 if start else 200, headers={**(headers or {}), **more, "Content-Length": str(len(data) - start)})
+        await response.prepare(http)
+        if http.method == "HEAD":
+            return response
+        cut = self.cuts.get(file)
+        await response.write(data[start:] if cut is None else data[start:start + cut])
+        if cut is not None and start + cut < len(data):
+            if self.reset:
+                http.transport.abort()
+            else:
+                http.transport.close()
+        return response
+
+
+@contextmanager
+def fake_hub(**repositories):
+    """A FakeHub that runs in a thread; the names of repositories have __ for the slash."""
+    hub = FakeHub({name.replace("__", "/"): files for name, files in repositories.items()})
+    loop, ready = asyncio.new_event_loop(), threading.Event()
+
+    async def serve():
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", hub.handle)
+        runner = web.AppRunner(app, handler_cancellation=True)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        hub.url = f"http://localhost:{runner.addresses[0][1]}"
+        hub.end = asyncio.Event()
+        ready.set()
+        await hub.end.wait()
+        await runner.cleanup()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),), daemon=True)
+    thread.start()
+    assert ready.wait(30)
+    try:
+        yield hub
+    finally:
+        loop.call_soon_threadsafe(hub.end.set)
+        thread.join(30)

@@ -1,0 +1,149 @@
+"""Tiny random models of each family, made and saved by transformers: what a Hugging Face folder and a GGUF must compute."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+TINY = dict(vocab_size=288, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=512, bos_token_id=256, eos_token_id=257, pad_token_id=None,
+            rms_norm_eps=1e-3)
+LONG = {"rope_type": "longrope", "short_factor": [1.0 + i / 8 for i in range(6)], "long_factor": [2.0 + i for i in range(6)],
+        "rope_theta": 10_000.0, "partial_rotary_factor": 0.75}
+MODELS = {                  # name -> (model_type, what differs from TINY)
+    "llama2": ("llama", dict(num_key_value_heads=4)),
+    "llama3.1": ("llama", dict(attention_bias=True, mlp_bias=True, num_key_value_heads=1, rope_parameters=dict(
+        rope_type="llama3", rope_theta=500_000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=64))),
+    "llama3.2": ("llama", dict(tie_word_embeddings=True, head_dim=32)),
+    "mistral": ("mistral", dict(head_dim=32, sliding_window=24)),
+    "qwen2": ("qwen2", dict(use_sliding_window=True, sliding_window=20, max_window_layers=2)),
+    "qwen2.5": ("qwen2", dict(tie_word_embeddings=True, sliding_window=16)),
+    "qwen3": ("qwen3", dict(head_dim=32, attention_bias=True, rope_parameters=dict(
+        rope_type="yarn", rope_theta=1e6, factor=4.0, original_max_position_embeddings=128))),
+    "smollm3": ("smollm3", dict(num_hidden_layers=5, mlp_bias=True)),
+    "gemma2": ("gemma2", dict(head_dim=32, query_pre_attn_scalar=20, sliding_window=24, attn_logit_softcapping=5.0,
+                              final_logit_softcapping=20.0)),
+    "gemma3": ("gemma3_text", dict(head_dim=32, num_hidden_layers=6, query_pre_attn_scalar=24, sliding_window=24, rope_parameters={
+        "full_attention": dict(rope_type="linear", factor=8.0, rope_theta=1e6),
+        "sliding_attention": dict(rope_type="default", rope_theta=1e4)})),
+    "phi3": ("phi3", dict(sliding_window=47)),
+    "phi3-long": ("phi3", dict(rope_parameters=LONG, original_max_position_embeddings=128)),
+    "nanochat": ("nanochat", dict(attention_bias=True)),
+}
+
+
+def make_model(name, seed=0, **changes):
+    """A transformers model whose every norm and bias is off its default."""
+    import transformers
+    kind, own = MODELS[name]
+    config = transformers.AutoConfig.for_model(kind, **{**TINY, **own, **changes})
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            if weight.ndim > 1:
+                weight.normal_(0, 0.45 if "embed" in key or "lm_head" in key else 0.12)
+            elif key.endswith("bias"):
+                weight.normal_(0, 0.3)
+            else:
+                weight.mul_(0.5).add_(torch.randn_like(weight), alpha=0.3).add_(0.4 if kind.startswith("gemma") else 0.6)
+    return model
+
+
+@torch.no_grad()
+def greedy(model, prompts, count):
+    """(tokens (B, count), logits (B, count, V)) of prompts of one length, by transformers with its own cache."""
+    tokens, logits = [], []
+    out = model(torch.tensor(prompts), use_cache=True)
+    for _ in range(count):
+        logits.append(out.logits[:, -1].clone())
+        tokens.append(logits[-1].argmax(-1))
+        out = model(tokens[-1][:, None], past_key_values=out.past_key_values, use_cache=True)
+    return torch.stack(tokens, 1), torch.stack(logits, 1)
+
+
+def clear_cases(model, lengths=(9, 40, 300), count=64, tried=8, seed=1, margin=0.01):
+    """One case for each prompt length in which the two likeliest tokens are never closer than `margin`."""
+    random, cases = np.random.default_rng(seed), []
+    for length in lengths:
+        prompts = random.integers(0, 256, (tried, length)).tolist()
+        tokens, logits = greedy(model, prompts, count)
+        best = logits.topk(2, -1).values
+        gaps = (best[..., 0] - best[..., 1]).amin(-1)
+        i = int(gaps.argmax())
+        assert gaps[i] > margin and logits.std(-1).min() > 1, (length, gaps, logits.std())
+        cases.append(SimpleNamespace(prompt=prompts[i], tokens=tokens[i].tolist(), logits=logits[i]))
+    return cases
+
+
+CHAT = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
+
+
+def write_tokenizer(folder, template=CHAT):
+    """A byte-level tokenizer.json: 256 bytes, then <s>, <|end|>, <|user|> and <|assistant|>."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.add_special_tokens(["<s>", "<|end|>", "<|user|>", "<|assistant|>"])
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "<|end|>"}))
+    if template:
+        (folder / "chat_template.jinja").write_text(template)
+
+
+def save(model, folder, **options):
+    model.save_pretrained(folder, **options)
+    write_tokenizer(folder)
+    return folder
+
+
+def as_gguf(path, model, quantized=False):
+    """What llama.cpp's converter writes of a model: conversion/llama.py, gemma.py, phi.py and so on."""
+    import gguf
+    from tiny_gguf import small_gguf_metadata, write_gguf
+    config = model.config
+    arch = {"mistral": "llama", "gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config.num_hidden_layers)
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if arch.startswith("gemma") and name.endswith("norm.weight"):
+            tensor = tensor + 1
+        if arch in ("llama", "smollm3") and re.search("[qk]_proj", name):
+            tensor = tensor.view(-1, 2, head_size // 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+        tensors[names.get_name(name, (".weight", ".bias"))] = tensor.numpy()
+    if quantized:
+        kind = gguf.GGMLQuantizationType.Q8_0
+        tensors = {name: (gguf.quantize(tensor, kind), kind) if tensor.ndim == 2 else tensor for name, tensor in tensors.items()}
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    numbers = {
+        "block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings, "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size, "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads, "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "attention.key_length": head_size, "attention.value_length": head_size, "rope.freq_base": float(rope["rope_theta"]),
+        "rope.dimension_count": int(head_size * rope.get("partial_rotary_factor", 1)), "vocab_size": config.vocab_size}
+    if arch != "qwen2" and getattr(config, "sliding_window", None):
+        numbers["attention.sliding_window"] = config.sliding_window
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, key, None):
+            numbers[key] = getattr(config, key)
+    if rope["rope_type"] in ("linear", "yarn"):
+        numbers |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": float(rope["factor"])}
+    if rope["rope_type"] in ("yarn", "longrope"):
+        numbers["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+    if rope["rope_type"] == "llama3":
+        plain = rope["rope_theta"] ** -(np.arange(0, head_size, 2) / head_size)
+        tensors["rope_freqs.weight"] = (plain / model.model.rotary_emb.inv_freq.numpy()).astype(np.float32)
+    if rope["rope_type"] == "longrope":
+        numbers["rope.scaling.attn_factor"] = model.model.rotary_emb.attention_scaling
+        tensors |= {f"rope_factors_{kind}.weight": np.array(rope[f"{kind}_factor"], np.float32) for kind in ("long", "short")}
+    metadata = small_gguf_metadata("gpt-2", **{"general.architecture": arch})
+    return write_gguf(path, tensors, {f"{arch}.{key}": value for key, value in numbers.items()}, metadata)

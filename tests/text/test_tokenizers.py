@@ -1,0 +1,335 @@
+"""Every tokenizer that the families of models use: ids, and the way back.
+
+Each family's pipeline is written here a second time, as its tokenizer.json has it, and trained on a few texts. Its
+vocabulary goes into a GGUF file, which knows the pipeline only by name.
+"""
+
+import itertools
+import json
+import random
+import re
+import unicodedata
+from pathlib import Path
+
+import families
+import pytest
+import tokenizers
+from chat_server import (ConfigError, StreamDecoder, TextSpec, fill_template, gguf_text, hf_text, open_tokenizer,
+                         openai_messages, read_gguf)
+from tiny_gguf import small_gguf_metadata, write_gguf
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+CORPUS = [*(REPOSITORY / "README.md").read_text().splitlines(), *Path(__file__).read_text().splitlines(),
+          *["日本語のテキスト 中文 한국어 텍스트 français, naïve Zürich don't WE'LL i'm 1234 567 ½ ² ٣٤٥", "  \t  \n\n", "HTTPServer iPhone"] * 9]
+DIFFICULT = [
+    "", " ", "  ", "   x", "x   ", "a  b   c    d", "\t\tif x:\n\t\t\treturn 1\n", "\n\n\n a\r\n\r\n b", "a\u00a0b\u3000c\u2003",
+    "1", "12", "1234567", "3.14159e-10", "٣٤٥ ½ ² Ⅷ", "x1y22z333", "don't WE'LL I'M it'S 'twas ''s 'ſ", "Ünïcödé ÀÉ ŽŠ ǅ ﬁn",
+    "e\u0301 a\u0308 \u1112\u1161\u11ab ﬀ Å", "日本語とEnglishの12混在。中文，标点！한국어 ", "नमस्ते दुनिया กำลัง العربية עברית",
+    "🎉👩‍👩‍👧🏳️‍🌈🇩🇪 🦙.cpp ☺️", "\x00\x01\x1c\x7f\x85\ufeff\ufffd\U0010ffff", "<|im_start|>user\n<s>[INST]</s><0x0A>", "HTTPServerError camelCaseXMLHttp",
+    "def f(x):\n    return {'a': [1, 2], \"b\": x**2}  # ok\n", "/usr/bin/env\n//comment/\n", "___ --- === !!! ...\n...", "x" * 300, " " * 100 + "y",
+    "".join(CORPUS[:40])]
+
+
+def noise(count=150):
+    dice = random.Random(4)
+    alphabets = [" \t\n\r", "ab 'sS", "0189 ,.½", "日本 中é", "e\u0301a\u0308ﬁ", "🎉👩\u200d\ufe0f ", "<|>/s_- ", "\x00\x1c\x85\u3000 a", "Aa Bb \u01c5ß"]
+    for _ in range(count):
+        letters = dice.choice(alphabets) + dice.choice(alphabets)
+        yield "".join(dice.choices(letters, k=dice.randrange(1, 40)))
+    for _ in range(20):
+        yield "".join(chr(dice.choice([dice.randrange(32, 127), dice.randrange(0x80, 0xd800), dice.randrange(0xe000, 0x1fa00)]))
+                      for _ in range(60))
+
+
+TEXTS = [*DIFFICULT, *noise()]
+
+
+def split(pattern):
+    return pre_tokenizers.Split(Regex(pattern), "isolated")
+
+
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+TEKKEN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
+          r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+O200K = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?"
+         r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*"
+         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+WORDS, GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), pre_tokenizers.ByteLevel(add_prefix_space=False)
+BYTE_LEVEL = {      # tokenizer.ggml.pre -> the steps of the family's tokenizer.json
+    "gpt-2": [GPT2], "smollm": [pre_tokenizers.Digits(individual_digits=True), GPT2], "llama-bpe": [split(LLAMA3), WORDS],
+    "dbrx": [split(LLAMA3), WORDS], "qwen2": [split(LLAMA3.replace("{1,3}", "")), WORDS], "tekken": [split(TEKKEN), WORDS],
+    "gpt-4o": [split(O200K), WORDS], "llama4": [split(O200K), WORDS], "deepseek-r1-qwen": [split(LLAMA3.replace("{1,3}", "")), WORDS],
+    "deepseek-coder": [split(r"[\r\n]"), split(r"\s?\p{L}+"), split(r"\s?\p{P}+"), split("[一-龥ࠀ-一가-퟿]+"),
+                       pre_tokenizers.Digits(individual_digits=True), WORDS],
+    "default": [split(r"[\p{P}\$\+<=>\^~\|]+"), split(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"),
+                pre_tokenizers.Digits(individual_digits=False), split("[0-9][0-9][0-9]"), WORDS]}
+
+
+def trained(pre):
+    """A tokenizer of the family that llama.cpp calls `pre`."""
+    family = tokenizers.Tokenizer(models.BPE(ignore_merges=pre in ("llama-bpe", "tekken", "gpt-4o", "llama4")))
+    if "qwen" in pre:
+        family.normalizer = normalizers.NFC()
+    family.pre_tokenizer, family.decoder = pre_tokenizers.Sequence(BYTE_LEVEL[pre]), decoders.ByteLevel()
+    family.train_from_iterator(CORPUS, trainers.BpeTrainer(
+        vocab_size=900, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|im_start|>", "<|im_end|>"], show_progress=False))
+    family.add_tokens([AddedToken("<think>", normalized=False)])
+    return family
+
+
+def gguf_of(family, tmp_path, **more):
+    """Write a byte-level tokenizer as the converters of llama.cpp do; the TextSpec of what was written."""
+    model = json.loads(family.to_str())["model"]
+    added = family.get_added_tokens_decoder()
+    tokens = [family.id_to_token(i) for i in range(family.get_vocab_size())]
+    metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": [" ".join(m) for m in model["merges"]],
+                "tokenizer.ggml.token_type": [(3 if added[i].special else 4) if i in added else 1 for i in range(len(tokens))],
+                "tokenizer.ggml.eos_token_id": 1, **{f"tokenizer.ggml.{key}": value for key, value in more.items()}}
+    path = write_gguf(tmp_path / "vocabulary.gguf", {}, {}, metadata)
+    return gguf_text(path, read_gguf(path)[0])
+
+
+def check_way_back(ours, text, tokens, expected):
+    assert ours.decode(tokens) == expected
+    decoder = StreamDecoder(ours)
+    streamed = "".join(map(decoder.push, tokens))
+    assert streamed in (expected, " " * ours.drops_space + expected), text
+
+
+@pytest.mark.parametrize("pre", BYTE_LEVEL)
+def test_a_byte_level_tokenizer_of_a_gguf_file_gives_the_ids_of_the_family_s_own(pre, tmp_path):
+    family = trained(pre)
+    ours = open_tokenizer(gguf_of(family, tmp_path, pre=pre))
+    family.encode_special_tokens = True
+    for text in [*TEXTS, "a<think>\n\nb</think>"]:
+        tokens = ours.encode(text)
+        assert tokens == family.encode(text, add_special_tokens=False).ids, text
+        check_way_back(ours, text, tokens, unicodedata.normalize("NFC", text) if "qwen" in pre else text)
+
+
+@pytest.mark.parametrize("left, right", list(itertools.combinations(
+    ["gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "gpt-4o", "deepseek-coder", "default"], 2)))
+def test_the_corpus_tells_every_two_families_apart(left, right):
+    pieces = [[pre_tokenizers.Sequence(BYTE_LEVEL[pre]).pre_tokenize_str(text) for text in TEXTS] for pre in (left, right)]
+    assert pieces[0] != pieces[1]
+
+
+def test_a_file_that_names_no_pre_tokenizer_is_cut_as_llama_cpp_cuts_it(tmp_path):
+    family = trained("default")
+    ours = open_tokenizer(gguf_of(family, tmp_path))
+    assert all(ours.encode(text) == family.encode(text).ids for text in TEXTS if "<|im_" not in text)
+
+
+@pytest.mark.parametrize("pre, begins", [("llama-bpe", True), ("tekken", True), ("qwen2", False), ("gpt-4o", False), ("smollm", False)])
+def test_bos_begins_a_raw_prompt_where_the_family_has_it_so(pre, begins):
+    tokenizer = open_tokenizer(gguf_text("x.gguf", small_gguf_metadata(pre) | {"tokenizer.ggml.bos_token_id": 3}))
+    assert (tokenizer.encode_prompt("hello")[0] == 3) == begins
+
+
+@pytest.mark.parametrize("pre", ["viking", "Qwen2", ""])
+def test_an_unknown_pre_tokenizer_is_named_with_those_that_are_known(pre):
+    with pytest.raises(ConfigError, match=f'tokenizer.ggml.pre is "{pre}"; it must be one of default, .*llama-bpe.*tekken.*gpt-4o'):
+        gguf_text("x.gguf", small_gguf_metadata(pre))
+
+
+# --- sentencepiece -------------------------------------------------------------------------------------------
+
+
+PREFIXED, PLAIN = {}, {"add_space_prefix": False}
+
+
+def sentencepiece_vocabulary():
+    """Pieces with scores, as BPE training by sentencepiece leaves them: merges in their order, then letters."""
+    family = tokenizers.Tokenizer(models.BPE())
+    family.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    family.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=900, limit_alphabet=120, show_progress=False))
+    tokens = sorted(family.get_vocab(), key=family.token_to_id)
+    tokens = [token for token in tokens if len(token) > 1] + [token for token in tokens if len(token) == 1]
+    return {token: -float(i) for i, token in enumerate(tokens)}
+
+
+def sentencepiece_gguf(tmp_path, users=(), architecture="llama", **more):
+    pieces = sentencepiece_vocabulary()
+    tokens = ["<unk>", "<s>", "</s>", "<|user|>", "<|end|>", "<|endoftext|>", *users, *(f"<0x{byte:02X}>" for byte in range(256))]
+    scores = [-1000.0] * len(tokens) + list(pieces.values())
+    types = [2, 3, 3, 3, 3, 3] + [4] * len(users) + [6] * 256 + [1] * len(pieces)
+    metadata = {"general.architecture": architecture, "tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default",
+                "tokenizer.ggml.tokens": tokens + list(pieces), "tokenizer.ggml.scores": scores, "tokenizer.ggml.token_type": types,
+                "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0,
+                **{f"tokenizer.ggml.{key}": value for key, value in more.items()}}
+    path = write_gguf(tmp_path / "vocabulary.gguf", {}, {}, metadata)
+    return open_tokenizer(gguf_text(path, read_gguf(path)[0])), tokens, pieces
+
+
+def sentencepiece_ids(text, tokens, pieces, users, prefix):
+    """Sentencepiece's own rule: the best neighbours merge, the leftmost first; what is no piece becomes bytes."""
+    ids = {token: i for i, token in enumerate([*tokens, *pieces])}
+    found = []
+    for part in filter(None, re.split("(" + "|".join(map(re.escape, sorted(users, key=len, reverse=True))) + ")" if users else "(?!)", text)):
+        if part in users:
+            found.append(ids[part])
+            continue
+        symbols = list(("▁" * prefix + part).replace(" ", "▁"))
+        while True:
+            scores = [pieces.get(a + b, -1e9) for a, b in itertools.pairwise(symbols)]
+            if not scores or max(scores) == -1e9:
+                break
+            best = scores.index(max(scores))
+            symbols[best:best + 2] = [symbols[best] + symbols[best + 1]]
+        for symbol in symbols:
+            found += [ids[symbol]] if symbol in pieces else [ids[f"<0x{byte:02X}>"] for byte in symbol.encode()]
+    return found
+
+
+SPACES, GEMMA_USERS = [" " * n for n in range(2, 32)], ["<table>", "</table>", *("\n" * n for n in range(1, 32))]
+
+
+@pytest.mark.parametrize("family, users", [(PREFIXED, ()), (PLAIN, ()), (PLAIN, (*SPACES, *GEMMA_USERS))],
+                         ids=["llama 2, mistral", "without a space before", "gemma"])
+def test_a_sentencepiece_tokenizer_of_a_gguf_file_gives_sentencepiece_s_ids(family, users, tmp_path):
+    ours, tokens, pieces = sentencepiece_gguf(tmp_path, users, **family)
+    for text in [*TEXTS, "x<table>\n\n\n  y</table>"]:
+        found = ours.encode(text)
+        assert found == sentencepiece_ids(text, tokens, pieces, users, family is PREFIXED), text
+        check_way_back(ours, text, found, text.replace("▁", " "))
+
+
+def test_after_phi_3_s_special_tokens_white_space_is_gone(tmp_path):
+    ours, *_ = sentencepiece_gguf(tmp_path, architecture="phi3")
+    ids = ours.specials
+    assert ours.encode_with_specials("<s> <|user|>\n \u3000Hi<|end|>\n<|endoftext|>\nx") == [
+        ids["<s>"], *ours.encode(" "), ids["<|user|>"], *ours.encode("Hi"), ids["<|end|>"], ids["<|endoftext|>"], *ours.encode("\nx")]
+    other, *_ = sentencepiece_gguf(tmp_path)
+    assert other.encode_with_specials("<|user|>\nHi") == [ids["<|user|>"], *other.encode("\nHi")]
+
+
+# --- tokenizer.json as it is ---------------------------------------------------------------------------------
+
+
+def llama_json(**metaspace):
+    """A tokenizer.json of Llama's kind, whose pipeline puts a space before the text by Metaspace."""
+    family = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    family.pre_tokenizer = pre_tokenizers.Metaspace(split=False, **metaspace)
+    family.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    family.train_from_iterator(CORPUS, trainers.BpeTrainer(
+        vocab_size=900, limit_alphabet=120, special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))], show_progress=False))
+    state = json.loads(family.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if not token["content"].startswith("<0x")]
+    return with_tokens(tokenizers.Tokenizer.from_str(json.dumps(state)))
+
+
+def with_tokens(family):
+    family.add_special_tokens([AddedToken("[INST]"), AddedToken("<|left|>", lstrip=True, normalized=False),
+                               AddedToken("<|right|>", rstrip=True, normalized=False), AddedToken("<|both|>", lstrip=True, rstrip=True)])
+    family.add_tokens([AddedToken("<think>", normalized=False), AddedToken("<wide>", normalized=False, rstrip=True)])
+    return family
+
+
+@pytest.mark.parametrize("family", [
+    lambda: llama_json(prepend_scheme="first"), lambda: llama_json(prepend_scheme="always"), lambda: llama_json(prepend_scheme="never"),
+    lambda: with_tokens(trained("qwen2")), lambda: with_tokens(trained("gpt-4o"))], ids=["first", "always", "never", "qwen2", "o200k"])
+def test_a_tokenizer_json_gives_the_ids_of_the_tokenizers_library_with_its_special_tokens(family):
+    family = family()
+    ours = open_tokenizer(TextSpec("hf", family.to_str().encode()))
+    written = [f"{a}{b}{c}" for a, b, c in itertools.product(
+        ["", " ", "Hi", "  Hi ", "<think>", "▁"], ["[INST]", "<|left|>", "<|right|>", "<|both|>", "<think>", "<wide>", "<s>[INST] ", "\u3000<|both|>\x1c"],
+        ["", " ", "\n there", "there", "[INST]", "<|left|>x", "<think> y"])]
+    for text in [*TEXTS, *written]:
+        assert ours.encode_with_specials(text) == family.encode(text, add_special_tokens=False).ids, text
+        if not any(name in text for name in ours.specials):
+            assert ours.decode(ours.encode(text)) == family.decode(family.encode(text, add_special_tokens=False).ids)
+
+
+# --- chat templates as transformers renders them ------------------------------------------------------------------
+
+
+TEMPLATE = """{%- macro shown(value, depth=0) %}
+    {%- if value is mapping %}{% for key, each in value | items %}{{ key }}={{ shown(each, depth + 1) }};{% endfor %}
+    {%- elif value is iterable and value is not string %}[{% for each in value %}{{ shown(each, depth + 1) }}{% endfor %}]
+    {%- else %}{{ value | string | upper }}{% endif %}
+{%- endmacro %}
+{{- bos_token }}{% set ns = namespace(count=0, system='') %}
+{%- if strftime_now is defined %}Today: {{ strftime_now("%d %b %Y, week %V") }}
+{% endif %}
+{% if tools is not none %}
+    {% for tool in tools %}
+{{ tool | tojson(indent=2) }} {{ shown(tool.function.parameters) }}
+    {% endfor %}
+{% endif %}
+{% for message in messages %}
+    {% if message.role == 'system' %}{% set ns.system = message.content %}{% continue %}{% endif %}
+    {% set ns.count = ns.count + 1 %}
+[{{ message['role'] }} {{ loop.index0 }}] {% set kept = 'outside' %}{% generation %}{% set kept = 'inside' %}{{ message.content | trim }}{% endgeneration %} {{ kept }}
+    {% for call in message.tool_calls or [] %}
+{{ call.function | tojson }}{{ call.id is defined }}{{ call.function.arguments.city }}
+    {% endfor %}
+    {% if message.tool_call_id is defined %}{{ message.tool_call_id }}{% endif %}
+    {% if ns.count > 8 %}{% break %}{% endif %}
+{% endfor %}
+{{ ns.system }}{{ documents is none }}{{ custom is defined }}
+{% if add_generation_prompt %}<assistant>{{ eos_token }}{% endif %}
+"""
+WEATHER = {"type": "function", "function": {"name": "weather", "description": "<é> \"now\"", "parameters": {
+    "type": "object", "properties": {"city": {"type": "string", "enum": ["Zürich", "Bonn"]}, "when": {"type": "string"}}, "required": ["city"]}}}
+CHATS = {
+    "a question": [{"role": "user", "content": "  Hi\n\nthere {{ x }} "}],
+    "turns": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "é"}, {"role": "assistant", "content": "日本"},
+              {"role": "user", "content": "<b>"}],
+    "calls": [{"role": "user", "content": "Weather?"},
+              {"role": "assistant", "content": "", "tool_calls": [
+                  {"id": "a1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Zürich"}}},
+                  {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bonn", "when": "now"}}}]},
+              {"role": "tool", "name": "weather", "tool_call_id": "a1", "content": "{\"t\": 20}"}]}
+
+
+@pytest.mark.parametrize("tools", [[], [WEATHER]], ids=["without tools", "with tools"])
+@pytest.mark.parametrize("chat", CHATS)
+def test_a_chat_is_rendered_as_apply_chat_template_renders_it(chat, tools):
+    from transformers import PreTrainedTokenizerFast
+    family = trained("qwen2")
+    theirs = PreTrainedTokenizerFast(tokenizer_object=family, bos_token="<|im_start|>", eos_token="<|im_end|>", chat_template=TEMPLATE)
+    ours = open_tokenizer(TextSpec("hf", family.to_str().encode(), TEMPLATE, bos_token=0, eos_token=1))
+    sent = json.loads(json.dumps(CHATS[chat]))
+    for message in sent:        # clients of the API send arguments as text
+        for call in message.get("tool_calls", ()):
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+    messages = openai_messages(sent, True)
+    for _ in range(2):          # the second time if the day changes in between
+        expected = theirs.apply_chat_template(CHATS[chat], tools or None, add_generation_prompt=True, tokenize=False)
+        rendered = fill_template(ours.template, ours.template_arguments(messages, tools))
+        if rendered == expected:
+            break
+    assert rendered == expected
+    assert ours.render(messages, tools) == theirs.apply_chat_template(
+        CHATS[chat], tools or None, add_generation_prompt=True, return_dict=False)
+
+
+PLAIN_TEMPLATE = "\n{% for m in messages %}\n  {{ m.role }}: {{ m.content }}\n{% endfor %}\n"
+TOOL_TEMPLATE = "\n   {% if tools %}\n{{ tools | tojson }}{% endif %}\n{% macro one(m) %}{{ m.role | upper }}{% endmacro %}{{ one(messages[0]) }}\n  "
+
+
+@pytest.mark.parametrize("tools", [[], [WEATHER]], ids=["without tools", "with tools"])
+@pytest.mark.parametrize("template", [
+    "{{ bos_token }}" + PLAIN_TEMPLATE, PLAIN_TEMPLATE,
+    [{"name": "default", "template": PLAIN_TEMPLATE}, {"name": "tool_use", "template": TOOL_TEMPLATE}],
+    [{"name": "tool_use", "template": "{{ bos_token }}" + TOOL_TEMPLATE}, {"name": "default", "template": TOOL_TEMPLATE}]])
+def test_a_folder_s_chat_has_the_tokens_of_apply_chat_template_with_a_template_for_tools_and_bos_only_from_it(tmp_path, template, tools):
+    from transformers import AutoTokenizer
+    families.write_tokenizer(tmp_path, template=None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+        "bos_token": "<s>", "eos_token": "<|end|>", "add_bos_token": True, "chat_template": template,
+        "tokenizer_class": "PreTrainedTokenizerFast"}))
+    ours, theirs = open_tokenizer(hf_text(tmp_path, 260)), AutoTokenizer.from_pretrained(tmp_path)
+    chat = CHATS["turns"]
+    assert ours.render(openai_messages(chat, True), tools) == theirs.apply_chat_template(
+        chat, tools or None, add_generation_prompt=True, return_dict=False)
+    assert ours.encode_prompt("hello")[0] == 256        # a raw prompt begins with bos
+
+
+def test_a_gguf_file_s_second_template_is_for_chats_with_tools():
+    metadata = small_gguf_metadata("gpt-2") | {"tokenizer.chat_template": "plain", "tokenizer.chat_template.tool_use": "with {{ tools | length }}"}
+    ours = open_tokenizer(gguf_text("x.gguf", metadata))
+    assert ours.tool_format == "json"
+    for tools, text in (([], "plain"), ([WEATHER], "with 1")):
+        assert ours.decode(ours.render(openai_messages(CHATS["a question"]), tools)) == text
