@@ -10155,7 +10155,7 @@ class Terminal:
             self.session = self._open_session(settings, complete)
         else:
             loop = asyncio.get_running_loop()
-            threading.Thread(target=self._read_lines, args=(loop,), daemon=True).start()
+            threading.Thread(target=self._read_lines, args=(loop,), name="stdin", daemon=True).start()
 
     def _open_session(self, settings: Settings, complete: Callable[[str], Iterable[str]]) -> Any:
         from prompt_toolkit import PromptSession, completion, history

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -237,19 +238,25 @@ class Typist:
     """stdin of `chat` as a pipe: the test types into it while `chat` runs as a task."""
 
     def __init__(self, monkeypatch):
-        read, self.descriptor = os.pipe()
+        read, write = os.pipe()
+        self.end = os.fdopen(write, "wb", buffering=0)
         monkeypatch.setattr(sys, "stdin", os.fdopen(read))
 
     def type(self, text):
-        os.write(self.descriptor, text.encode())
+        self.end.write(text.encode())
 
     def leave(self):
-        os.close(self.descriptor)
+        self.end.close()
 
 
 @pytest.fixture
 def typist(monkeypatch):
-    return Typist(monkeypatch)
+    typist = Typist(monkeypatch)
+    yield typist
+    typist.leave()
+    for thread in threading.enumerate():
+        if thread.name == "stdin":              # else it might read from the next test's pipe, if that gets the same number
+            thread.join()
 
 
 async def test_chat_keeps_the_conversation_until_it_is_cleared(local_pool, typist, capsys):

@@ -294,7 +294,7 @@ def test_the_default_model_is_hashed_once_a_change_and_a_damaged_one_is_to_be_de
     resolve_model(Settings())
     assert hashed == [path]
 
-    path.write_bytes(bytes(1) + index.content[1:])
+    path.write_bytes(bytes([index.content[0] ^ 1]) + index.content[1:])
     for _ in range(2):
         with pytest.raises(ConfigError, match=f"{path} is damaged: its SHA-256 is .* Delete it; the next "):
             resolve_model(Settings())
