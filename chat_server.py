@@ -157,6 +157,7 @@ class LazyModule:
 
 torch = LazyModule("torch")
 numpy = LazyModule("numpy")
+aiohttp = LazyModule("aiohttp")
 web = LazyModule("aiohttp.web", "web")
 
 log = logging.getLogger("chat_server")
@@ -9459,7 +9460,6 @@ class RemotePool:
         self.native = False                     # does it have only nanochat's route?
 
     async def start(self) -> None:
-        aiohttp = require_library("aiohttp", "--url")
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=6 * PING_S)
         self.client = aiohttp.ClientSession(timeout=timeout, headers=self.headers)
 
@@ -9484,20 +9484,21 @@ class RemotePool:
 
     async def _health(self) -> dict:
         """The body of /health; {} if the server answers with anything but a JSON object."""
-        import aiohttp
         try:
             async with self.client.get(f"{self.url}/health") as response:
                 health = await response.json(content_type=None)
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
-            raise ConfigError(f"no server answers at {self.url}: {reason_of(error)}") from None
+        except connection_errors() as error:
+            raise self._unreachable(error) from None
         except ValueError:
             health = None
         return health if isinstance(health, dict) else {}
 
+    def _unreachable(self, error: Exception) -> ConfigError:
+        return ConfigError(f"no server answers at {self.url}: {reason_of(error)}")
+
     async def get(self, path: str) -> Any:
         """The JSON that a route returns; None if it returns anything else."""
-        import aiohttp
-        with contextlib.suppress(aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError):
+        with contextlib.suppress(ValueError, *connection_errors()):
             async with self.client.get(f"{self.url}/{path}") as response:
                 return await response.json(content_type=None) if response.status == 200 else None
 
@@ -9514,7 +9515,6 @@ class RemotePool:
 
     async def answer(self, request: Request) -> AsyncIterator[Event]:
         """The server's stream as events. Raises what LocalPool would; ConfigError if no server answers."""
-        import aiohttp
         response, reader = await self._post(request), RemoteStream()
         try:
             yield Accepted(0, request.sampling.seed)
@@ -9524,7 +9524,7 @@ class RemotePool:
                         yield event
                     if reader.done is None:
                         raise aiohttp.ClientPayloadError("it ended early")
-                except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+                except connection_errors() as error:
                     response.close()
                     response = await self._take_up(request.id, reader, error)
             yield reader.finished(request)
@@ -9537,7 +9537,6 @@ class RemotePool:
 
     async def _post(self, request: Request) -> Any:
         """Send a request; the response, once the server has accepted it."""
-        import aiohttp
         post = functools.partial(self.client.post, headers={"X-Request-Id": request.id})
         route = "completions" if request.messages is None else "chat/completions"
         try:
@@ -9551,12 +9550,15 @@ class RemotePool:
                 self.native = True
             response = await post(f"{self.url}/chat/completions", json=native_body(request))
         except (aiohttp.ClientConnectorError, aiohttp.InvalidURL) as error:
-            raise ConfigError(f"no server answers at {self.url}: {reason_of(error)}") from None
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
-            raise EngineFailure(f"the connection to {self.url} broke: {reason_of(error)}") from None
+            raise self._unreachable(error) from None
+        except connection_errors() as error:
+            raise self._broken(error) from None
         if response.status != 200:
             raise await refusal(response)
         return response
+
+    def _broken(self, error: Exception) -> EngineFailure:
+        return EngineFailure(f"the connection to {self.url} broke: {reason_of(error)}")
 
     def _body(self, request: Request) -> dict[str, Any]:
         """A Request as the body of POST /v1/chat/completions or /v1/completions."""
@@ -9569,25 +9571,21 @@ class RemotePool:
 
     async def _take_up(self, request_id: str, reader: "RemoteStream", error: Exception) -> Any:
         """The response with the rest of a broken stream. EngineFailure if it cannot be resumed."""
-        import aiohttp
-        broke = EngineFailure(f"the connection to {self.url} broke: {reason_of(error)}")
         for pause_s in self.RESUME_S if reader.next is not None else ():
             await asyncio.sleep(pause_s)
-            with contextlib.suppress(aiohttp.ClientError, asyncio.TimeoutError, OSError):
+            with contextlib.suppress(*connection_errors()):
                 response = await self.client.get(f"{self.url}/v1/streams/{request_id}?from={reader.next}")
                 if response.status == 200:
                     return response
                 response.close()
                 if response.status < 500:
                     break
-        raise broke from None
+        raise self._broken(error) from None
 
     async def _cancel(self, request_id: str) -> None:
-        import aiohttp
-        with contextlib.suppress(aiohttp.ClientError, asyncio.TimeoutError, OSError):
+        with contextlib.suppress(*connection_errors()):
             timeout = aiohttp.ClientTimeout(total=5)
-            async with self.client.post(f"{self.url}/v1/cancel/{request_id}", timeout=timeout):
-                pass
+            (await self.client.post(f"{self.url}/v1/cancel/{request_id}", timeout=timeout)).close()
 
     async def close(self) -> None:
         if self.client:
@@ -9595,6 +9593,10 @@ class RemotePool:
 
 
 Pool = LocalPool | RemotePool
+
+
+def connection_errors() -> tuple[type[Exception], ...]:
+    return aiohttp.ClientError, asyncio.TimeoutError, OSError
 
 
 def reason_of(error: Exception) -> str:
@@ -9743,257 +9745,121 @@ async def interruptible(work: Any) -> Any:
             loop.remove_signal_handler(signal.SIGINT)
 
 
-# What an answer looks like on a terminal. Text is written once: what is above the cursor never changes.
+# What an answer looks like on a terminal.
 
 TERMINAL_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-BOLD, DIM, ITALIC, UNDERLINED, RED, ACCENT = "1", "2", "3", "4", "31", "36"      # SGR codes; ";" joins them
 
 
-def write(text: str) -> None:
-    """Write part of the answer to stdout; the model's control characters never reach a terminal."""
-    show(text.translate(TERMINAL_CONTROLS) if sys.stdout.isatty() else text)
+@functools.cache
+def markdown_library() -> tuple[Any, Any]:
+    """(parser, rich's class) for Markdown as models write it: HTML, LaTeX and line breaks stay."""
+    from markdown_it import MarkdownIt
+    from rich import markdown
+    from rich.text import Text
+
+    class Heading(markdown.Heading):
+        LEVEL_ALIGN = dict.fromkeys(("h1", "h2", "h3", "h4", "h5", "h6"), "default")
+
+    class Code(markdown.CodeBlock):
+        def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+            whole = options.max_width == console.width      # not in a list: long lines stay, fit to copy
+            code, overflow = str(self.text).rstrip("\n"), "ignore" if whole else "fold"
+            yield Text(code, "cyan", no_wrap=whole, overflow=overflow)
+
+    class Markdown(markdown.Markdown):
+        elements = markdown.Markdown.elements | {"heading_open": Heading, "fence": Code}
+
+    rewriting = ["html_block", "html_inline", "entity", "code", "lheading", "reference", "image", "text_join"]
+    return MarkdownIt("commonmark").enable("table").disable(rewriting, True), Markdown
 
 
-def show(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def screen_width() -> int:
-    return shutil.get_terminal_size().columns
-
-
-def use_colours(stream: Any) -> bool:
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-
-def in_style(style: str, text: str) -> str:
-    return f"\x1b[{style}m{text}\x1b[0m" if style and text else text
-
-
-def cells(text: str) -> int:
-    """How many terminal columns a text takes."""
-    none = "\u200d\ufe0f"      # emoji joiners and variation selectors
-    return sum(0 if unicodedata.combining(c) or c in none else 1 + (unicodedata.east_asian_width(c) in "WF")
-               for c in text)
-
-
-class WordWriter:
-    """Writes whole words as they arrive. Lines break at spaces, or between letters in CJK scripts."""
-
-    CJK = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff\uff00-\uff60"
-    PARTS = re.compile(rf"\n|[^\S\n]+|[{CJK}][、。，．！？：；」』）】]*|[^\s{CJK}]+")
-
-    def __init__(self, out: Callable[[str], None], columns: Callable[[], int]):
-        self.out, self.columns = out, columns
-        self.column = 0                                 # where the cursor is
-        self.gap, self.word = ("", ""), []              # (style, spaces) and [(style, text)], not yet written
-        self.hang = ""                                  # what a continuation line starts with
-
-    def put(self, text: str, style: str = "") -> None:
-        for part in self.PARTS.findall(text):
-            if part == "\n":
-                self.end_line()
-            elif part.isspace():
-                self.end_word()
-                self.gap = style, self.gap[1] + part
-            else:
-                if re.match(f"[{self.CJK}]", part):
-                    self.end_word()
-                self.word.append((style, part))
-
-    def end_word(self) -> None:
-        if not self.word:
-            return
-        width, columns = sum(cells(text) for _, text in self.word), max(self.columns(), 20)
-        if self.column > len(self.hang) and self.column + cells(self.gap[1]) + width > columns:
-            self.out("\n" + self.hang)
-            self.column, self.gap = cells(self.hang), ("", "")
-        self._write(self.word)
-        if self.column > columns:           # a word longer than a line: the terminal breaks it
-            self.column %= columns
-
-    def _write(self, parts: list[tuple[str, str]]) -> None:
-        """Write the pending spaces, then the parts; neighbours of one style share an escape sequence."""
-        runs = [(style, "".join(text for _, text in run)) for style, run in
-                itertools.groupby([self.gap, *parts], key=lambda part: part[0])]
-        self.out("".join(in_style(*run) for run in runs))
-        self.column += sum(cells(text) for _, text in runs)
-        self.gap, self.word = ("", ""), []
-
-    def end_line(self) -> None:
-        self.end_word()
-        self.out("\n")
-        self.column, self.gap, self.hang = 0, ("", ""), ""
-
-    def put_whole(self, text: str, style: str = "") -> None:
-        """Write text without breaking lines, such as code."""
-        self.end_word()
-        self._write([(style, text)])
-
-    def close(self) -> None:
-        self.end_word()
-        if self.column:
-            self.end_line()
+def markdown_blocks(text: str, style: str) -> list[tuple[int, Any]]:
+    """[(the line where a block begins, what rich can draw)]."""
+    parser, renderer = markdown_library()
+    blocks: list[tuple[int, Any]] = []
+    for token in parser.parse(text):
+        if token.level == 0 and token.nesting >= 0:
+            blocks.append((token.map[0], renderer("", justify="default", style=style, hyperlinks=False)))
+        for part in token.children or ():
+            if part.type == "softbreak":
+                part.type = "hardbreak"
+            elif part.type == "text_special":       # a backslash before anything else is LaTeX's
+                part.type, part.content = "text", part.content if part.content in "*_`#~|>" else part.markup
+        blocks[-1][1].parsed.append(token)
+    return blocks
 
 
 class MarkdownWriter:
-    """Writes Markdown while it streams. Text that may yet prove to be markup is held back, up to HELD
-    characters, because written text cannot be changed; tables are held until they are complete.
+    """Draws an answer as it arrives. A block is written once; only the last one is redrawn as it grows."""
 
-    Without colours the marks are written as they are: they are the only emphasis there is.
-    """
+    def __init__(self, console: Any):
+        from rich import live, segment
+        self.console, self.segment = console, segment
+        self.text, self.style, self.begun = "", "dim", False
+        self.live = live.Live(self, console=console, refresh_per_second=10, transient=True,
+                              vertical_overflow="visible")
+        self.live.start(refresh=True)
 
-    HELD = 200
-    UNDECIDED = re.compile(r"\s*([#>*+\-_`~=.)\d]*\s*|(```|~~~).*|\|.*)")   # the line's kind is still open
-    FENCE = re.compile(r"\s*(`{3,}(?=[^`]*$)|~{3,})")
-    RULE = re.compile(r"\s*([-*_])(\s*\1){2,}\s*")
-    HEADING = re.compile(r"\s{0,3}#{1,6}\s+")
-    ITEM = re.compile(r"(\s*)([-*+]|\d{1,9}[.)])(\s+)")
-    QUOTE = re.compile(r"\s{0,3}((> ?)+)")
-    OPENING = re.compile(
-        r"`+|(?<!\w)\*(?=[^\s*]|$)|(?<!\*)\*{2,3}(?=[^\s*]|$)|(?<!\w)_{1,3}(?=[^\s_]|$)"
-        r"|(?<!!)\[(?=[^\]\s]|$)|\\(?=[!-/:-@[-`{-~]|$)")
-    SPAN = re.compile(
-        r"(?P<ticks>`+)(?!`)(?P<code>.+?)(?<!`)(?P=ticks)(?!`)"
-        r"|(?P<marks>\*{1,3}(?![\s*])|_{1,3}(?![\s_]))(?P<text>.+?)(?<![\s*_])(?P=marks)(?![*_])(?!(?<=_)\w)"
-        r"|\[(?P<label>[^\]\n]+)\]\((?P<url>[^)\s]+)\)|\\(?P<escaped>[*_`#~|>])")
+    def push(self, event: Piece) -> None:
+        for text, style in ((event.reasoning, "dim"), (event.text, "none")):
+            if text and style != self.style:
+                self._write(markdown_blocks(self.text, self.style), "")
+                self.style = style
+            self.text += text.translate(TERMINAL_CONTROLS)
+            if "\n" in text:
+                *blocks, (line, _) = markdown_blocks(self.text, style) or [(0, None)]
+                self._write(blocks, self.text.split("\n", line)[-1])
 
-    def __init__(self, out: Callable[[str], None], columns: Callable[[], int], colours: bool):
-        self.words, self.colours = WordWriter(out, columns), colours
-        self.held, self.before = "", ""         # the unwritten rest of a line, and the character before it
-        self.style, self.fence, self.table = "", "", []     # this line's; what opened the code block; rows
-        self.begun = False                      # do we know what kind of line this is?
+    def _write(self, blocks: list[tuple[int, Any]], rest: str) -> None:
+        """Write blocks for good; `rest` is the text after them."""
+        self.text, lines = rest, self._lines(blocks)
+        if lines:
+            self.begun = True
+            self.console.print(self.segment.SegmentLines(lines, new_lines=True), crop=False)
 
-    def push(self, text: str, last: bool = False) -> None:
-        """Write what is certain, or everything if this is the last text."""
-        self.held += text.translate(TERMINAL_CONTROLS)
-        while True:
-            line, newline, rest = self.held.partition("\n")
-            used = self._line(line, bool(newline) or last)
-            if not newline:
-                self.held = line[used:]
-                break
-            self.held, self.begun, self.style, self.before = rest, False, "", ""
-            if not self.table:
-                self.words.end_line()
-        if last:
-            self._end_table()
-            self.words.close()
+    def _lines(self, blocks: list[tuple[int, Any]]) -> list[list[Any]]:
+        """Lines of rich's segments, with one empty line between blocks."""
+        found: list[list[Any]] = []
+        for _, drawn in blocks:
+            lines = [[*line] for line in self.segment.Segment.split_lines(self.console.render(drawn))]
+            full = [i for i, line in enumerate(lines) if any(part.text.strip() for part in line)] or [0]
+            found += [[]] * (self.begun or bool(found)) + lines[full[0]:full[-1] + 1]
+        return found
 
-    def _line(self, line: str, whole: bool) -> int:
-        """Write as much of a line as is certain; returns the number of characters used."""
-        used = 0
-        if not self.begun:
-            undecided = re.fullmatch(r"\s*[`~]*", line) if self.fence else self.UNDECIDED.fullmatch(line)
-            if undecided and not whole:
-                return 0
-            if line.lstrip().startswith("|") and not self.fence and self.colours:
-                self.table.append(line)
-                return len(line)
-            self._end_table()
-            used, self.begun = self._begin(line), True
-        if self.fence:
-            self.words.put_whole(line[used:], ACCENT if self.colours else "")
-            return len(line)
-        end = used + self._inline(line[used:], self.style, whole)
-        self.before = line[end - 1:end] or self.before
-        return end
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        """The last lines, as many as fit on the screen: what has scrolled away is never drawn again."""
+        lines = self._lines(markdown_blocks(self.text, self.style))[1 - options.size.height:]
+        cut = functools.partial(self.segment.Segment.adjust_line_length, length=options.max_width, pad=False)
+        yield self.segment.SegmentLines(map(cut, lines), new_lines=True) if lines or self.begun else "..."
 
-    def _begin(self, line: str) -> int:
-        """Write a line's opening mark, which tells its kind; returns the number of characters used."""
-        mark = line.strip()
-        if self.fence and not (set(mark) == {self.fence[0]} and len(mark) >= len(self.fence)):
-            return 0
-        if self.fence or (fence := self.FENCE.match(line)):
-            self.words.put_whole(line, DIM if self.colours else "")
-            self.fence = "" if self.fence else fence[1]
-            return len(line)
-        if item := self.ITEM.match(line):
-            bullet = "•" if self.colours and item[2] in "-*+" else item[2]
-            self.words.put(item[1] + bullet + " ", ACCENT if self.colours else "")
-            self.words.hang = " " * cells(item[1] + bullet + " ")
-            return item.end()
-        if not self.colours:
-            return 0
-        if self.RULE.fullmatch(line):
-            self.words.put_whole("─" * min(40, self.words.columns()), DIM)
-            return len(line)
-        if heading := self.HEADING.match(line):
-            self.style = BOLD + (";" + UNDERLINED) * (line.strip().count("#", 0, 2) == 1)
-            return heading.end()
-        if quote := self.QUOTE.match(line):
-            self.words.hang = "│ " * quote[1].count(">")
-            self.words.put(self.words.hang)
-            return quote.end()
-        return 0
+    def close(self) -> None:
+        self.live.stop()
+        self._write(markdown_blocks(self.text, self.style), "")
 
-    def _inline(self, text: str, style: str, whole: bool) -> int:
-        """Write text with emphasis, code and links; returns the number of characters used."""
-        if not self.colours:
-            self.words.put(text)
-            return len(text)
-        text, at = self.before + text, len(self.before)
-        start = at
-        while opening := self.OPENING.search(text, at):
-            self.words.put(text[at:opening.start()], style)
-            at = opening.start()
-            span = self.SPAN.match(text, at)
-            if not whole and len(text) - at < self.HELD and (span is None or span.end() == len(text)):
-                return at - start
-            if span:
-                self._span(span, style)
-            else:
-                self.words.put(opening[0], style)
-            at = (span or opening).end()
-        self.words.put(text[at:], style)
-        return len(text) - start
 
-    def _span(self, span: re.Match, style: str) -> None:
-        also = lambda code: f"{style};{code}".strip(";")      # noqa: E731
-        if span["code"]:
-            self.words.put(span["code"], also(ACCENT))
-        elif span["text"]:
-            self.before = ""
-            emphasis = {1: ITALIC, 2: BOLD, 3: f"{BOLD};{ITALIC}"}[len(span["marks"])]
-            self._inline(span["text"], also(emphasis), True)
-        elif span["label"]:
-            self.words.put(span["label"], also(UNDERLINED))
-            if span["url"] != span["label"]:
-                self.words.put(f" ({span['url']})", also(DIM))
-        else:
-            self.words.put(span["escaped"], style)
+class PlainWriter:
+    """Writes an answer as it arrives; a model's control characters never reach a terminal."""
 
-    def _end_table(self) -> None:
-        """Write the held rows in columns, or as they came if the columns are wider than the screen."""
-        if not self.table:
-            return
-        words = lambda span: span["code"] or span["text"] or span["label"] or span["escaped"]    # noqa: E731
-        rows = [[self.SPAN.sub(words, cell.strip())
-                 for cell in re.split(r"(?<!\\)\|", row.strip().strip("|"))] for row in self.table]
-        rows = [row for row in rows if not all(re.fullmatch(r":?-+:?", cell) for cell in row)]
-        widths = [max(map(cells, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
-        fits = sum(widths) + 3 * len(widths) <= self.words.columns()
-        for index, row in enumerate(rows if fits else self.table):
-            padded = [cell + " " * (width - cells(cell)) for cell, width in zip(row, widths)]
-            text = "   ".join(padded) if fits else row
-            self.words.put_whole(text.rstrip(), BOLD * fits * (index == 0))
-            self.words.end_line()
-        self.table = []
+    def __init__(self, silent: bool):
+        self.silent, self.last = silent, "\n"
+
+    def push(self, event: Piece) -> None:
+        if not self.silent:
+            text = event.text.translate(TERMINAL_CONTROLS) if sys.stdout.isatty() else event.text
+            print(text, end="", flush=True)
+            self.last = text or self.last
+
+    def close(self) -> None:
+        if not self.last.endswith("\n"):
+            print(flush=True)
 
 
 # Conversations, in the format that the page exports and imports (static/tree.js).
 
 CHAT_FORMAT = {"format": "chat_server chats", "version": 2}
-A_TIME = {"type": "number", "minimum": 1, "maximum": 8.64e15}           # milliseconds since 1970
-CHAT_FIELDS = {"title": A_TEXT, "created": A_TIME, "updated": A_TIME, "pinned": {"type": "boolean"},
-               "system": A_TEXT, "parameters": {"type": "object"}, "leaf": A_TEXT}
-NODE_FIELDS = {"role": {"enum": ["user", "assistant"]}, "content": A_TEXT, "created": A_TIME,
-               "reasoning": A_TEXT, "model": A_TEXT, "seed": {"type": "integer"},
-               "parameters": {"type": "object"}, "timings": {"type": "object"}, "note": A_TEXT,
-               "error": A_TEXT, "edited": {"enum": [True]}, "attachments": {"type": "array"}}
 PARAMETERS = {option_field(option): option for option in OPTIONS
               if option.name.split()[0] in ("temperature", "top-k", "top-p", "min-p", "max-tokens", "seed")}
+SETTABLE = (*PARAMETERS, "stop")
 
 
 def now_ms() -> int:
@@ -10006,14 +9872,9 @@ def title_of(text: str) -> str:
     return line if len(line) <= 60 else re.sub(r"\s+\S*$", "", line[:60]) + "…"
 
 
-def known_fields(given: dict, fields: Mapping[str, dict]) -> dict[str, Any]:
-    return {name: given[name] for name, schema in fields.items()
-            if name in given and fits(schema, given[name])}
-
-
-def known_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
+def known_parameters(given: Any) -> dict[str, Any]:
     """The parameters that exist and whose values are valid."""
-    known = {}
+    given, known = given if isinstance(given, dict) else {}, {}
     for name, option in PARAMETERS.items():
         with contextlib.suppress(ValueError, TypeError, argparse.ArgumentTypeError):
             if not isinstance(value := given.get(name), (dict, list, bool)):
@@ -10027,30 +9888,30 @@ def known_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
 class Conversation:
     """The tree of a chat's messages. The path to `leaf` is current; other answers and versions branch off."""
 
-    def __init__(self, system: str = "", parameters: Mapping[str, Any] | None = None):
-        self.fields: dict[str, Any] = {"title": "", "created": now_ms(), "pinned": False}
+    def __init__(self, system: str = "", parameters: Mapping[str, Any] | None = None, fields: Any = None):
+        self.fields = {"title": "", "created": now_ms(), "pinned": False, **(fields or {})}
         self.system, self.parameters = system, dict(parameters or {})
         self.nodes: dict[str, dict] = {}
         self.leaf: str | None = None
 
     def path(self) -> list[dict]:
-        """The nodes from the first message to the leaf."""
-        path, node = [], self.nodes.get(self.leaf)
-        while node and len(path) < len(self.nodes):
-            path.append(node)
+        """The nodes from the first message to the leaf; in a file, their parents may form a cycle."""
+        path, node = {}, self.nodes.get(self.leaf)
+        while node and node["id"] not in path:
+            path[node["id"]] = node
             node = self.nodes.get(node["parent"])
-        return path[::-1]
+        return list(path.values())[::-1]
 
-    def add(self, role: str, content: str, parent: str | None, **more: Any) -> dict:
-        node = {"id": secrets.token_hex(16), "parent": parent, "role": role, "content": content,
-                "created": now_ms()} | more
+    def add(self, node: dict[str, Any]) -> dict:
+        """Add a node, and go on from it. It has a role, a content and a parent."""
+        node = {"id": secrets.token_hex(16), "created": now_ms()} | node
         self.nodes[node["id"]], self.leaf = node, node["id"]
-        self.fields["title"] = self.fields["title"] or title_of(content)
+        self.fields["title"] = self.title or title_of(node["content"])
         return node
 
     @property
     def title(self) -> str:
-        return self.fields["title"]
+        return str(self.fields["title"])
 
     def last(self, role: str) -> dict | None:
         return next((node for node in reversed(self.path()) if node["role"] == role), None)
@@ -10058,16 +9919,13 @@ class Conversation:
     def messages(self) -> tuple[Message, ...]:
         """What is sent. Empty messages are dropped and neighbours of one role joined: templates alternate."""
         found = [Message("system", self.system)] if self.system.strip() else []
-        for node in self.path():
-            if found[-1:] and found[-1].role == node["role"] and node["content"]:
-                found[-1] = Message(node["role"], f"{found[-1].content}\n\n{node['content']}")
-            elif node["content"]:
-                found.append(Message(node["role"], node["content"]))
+        texts = (node for node in self.path() if node["content"])
+        for role, nodes in itertools.groupby(texts, key=lambda node: node["role"]):
+            found.append(Message(role, "\n\n".join(node["content"] for node in nodes)))
         return tuple(found)
 
     def exported(self) -> dict:
-        updated = max((node["created"] for node in self.nodes.values()), default=self.fields["created"])
-        chat = {**self.fields, "updated": updated, "system": self.system, "parameters": self.parameters,
+        chat = {**self.fields, "updated": now_ms(), "system": self.system, "parameters": self.parameters,
                 "leaf": self.leaf or "", "nodes": list(self.nodes.values())}
         exported = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         return {**CHAT_FORMAT, "exported": exported, "conversations": [chat]}
@@ -10080,49 +9938,33 @@ def read_chats(text: str) -> list[Conversation]:
     except (ValueError, RecursionError):
         raise ValueError("it is not valid JSON") from None
     file = {"messages": file} if isinstance(file, list) else file
-    chats = file.get("conversations", [file]) if isinstance(file, dict) else [None]
+    chats = file.get("conversations", [file]) if isinstance(file, dict) else None
+    chats = chats if isinstance(chats, list) else [None]
     return [read_chat(chat, index) for index, chat in enumerate(chats, 1)]
 
 
 def read_chat(chat: Any, index: int) -> Conversation:
-    listed = isinstance(chat, dict) and chat.get("nodes", chat.get("messages"))
+    chat = dict(chat) if isinstance(chat, dict) else {}
+    listed, leaf = chat.pop("nodes", chat.pop("messages", None)), chat.pop("leaf", None)
     if not isinstance(listed, list):
         raise ValueError('there is no list "messages" of {role, content}, and no "nodes", in it')
-    old = chat["settings"] if isinstance(chat.get("settings"), dict) else {}        # format version 1
-    fields = known_fields({"system": old.get("system"), "parameters": old} | chat, CHAT_FIELDS)
-    found = Conversation(fields.pop("system", ""), known_parameters(fields.pop("parameters", {})))
-    leaf = fields.pop("leaf", None)
+    old = chat.pop("settings", None)        # format version 1
+    system = chat.pop("system", old.get("system") if isinstance(old, dict) else None)
+    parameters = known_parameters(chat.pop("parameters", old))
+    found = Conversation(system if is_text(system) else "", parameters, chat)
     for number_, message in enumerate(listed, 1):
-        if not isinstance(message, dict) or message.get("role") not in ("user", "assistant", "system") or \
-                not is_text(message.get("content") or ""):
+        message = {"content": None, "parent": found.leaf, **message} if isinstance(message, dict) else {}
+        message["content"] = text = message.get("content") or ""
+        if message.get("role") not in ("user", "assistant", "system") or not is_text(text):
             raise ValueError(f"message {number_} of chat {index} lacks a role or a text")
         if message["role"] == "system":
-            found.system = message.get("content") or ""
-            continue
-        tree = {"id": message.get("id"), "parent": message.get("parent")} if "nodes" in chat else {}
-        if tree and (not is_text(tree["id"]) or tree["id"] in found.nodes):
+            found.system = text
+        elif is_text(message.get("id", "")) and message.get("id") not in found.nodes:
+            found.add(message if is_text(message["parent"]) else message | {"parent": None})
+        else:
             raise ValueError(f"message {number_} of chat {index} has no id, or the id of another")
-        node = {"content": "", **known_fields({"timings": message.get("stats"), **message}, NODE_FIELDS)}
-        found.add(**{"parent": found.leaf} | node | tree)
-    found.fields |= fields
-    mend_parents(found.nodes)
-    newest = max(found.nodes.values(), key=lambda node: node["created"], default={"id": None})["id"]
-    found.leaf = leaf if leaf in found.nodes else newest if "nodes" in chat else found.leaf
+    found.leaf = leaf if is_text(leaf) and leaf in found.nodes else found.leaf
     return found
-
-
-def mend_parents(nodes: dict[str, dict]) -> None:
-    """Turn a node whose parent is missing, or that closes a cycle, into a first message."""
-    good: set[str | None] = {None}
-    for start in nodes.values():
-        way, node = [], start
-        while node["id"] not in good and node["id"] not in way:
-            way.append(node["id"])
-            if not is_text(node["parent"]) or node["parent"] not in nodes or node["parent"] in way:
-                node["parent"] = None
-                break
-            node = nodes[node["parent"]]
-        good.update(way)
 
 
 # What the user types, and what happens then.
@@ -10144,28 +9986,32 @@ def history_path() -> Path:
 
 
 class Terminal:
-    """Where `chat` reads messages and writes answers: prompt_toolkit on a terminal, else plain lines."""
+    """Where `chat` reads and writes: with prompt_toolkit and rich on a terminal, else as plain lines."""
 
-    def __init__(self, settings: Settings, complete: Callable[[str], Iterable[str]]) -> None:
+    def __init__(self, settings: Settings, words: list[str]) -> None:
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
-        self.colours, self.as_json = use_colours(sys.stdout), settings.json
-        self.session: Any = None
+        self.session = self.console = None
+        self.as_json = settings.json
         self.lines: asyncio.Queue[str | None] = asyncio.Queue()
-        if self.interactive and importlib.util.find_spec("prompt_toolkit"):
-            self.session = self._open_session(settings, complete)
+        if self.interactive and all(map(importlib.util.find_spec, ("prompt_toolkit", "rich"))):
+            self.console = importlib.import_module("rich.console").Console(highlight=False)
+            self.session = self._open_session(settings, words)
         else:
             loop = asyncio.get_running_loop()
             threading.Thread(target=self._read_lines, args=(loop,), name="stdin", daemon=True).start()
 
-    def _open_session(self, settings: Settings, complete: Callable[[str], Iterable[str]]) -> Any:
-        from prompt_toolkit import PromptSession, completion, history
+    def _open_session(self, settings: Settings, words: list[str]) -> Any:
+        from prompt_toolkit import PromptSession, completion, document, history
         from prompt_toolkit.shortcuts import CompleteStyle
+        paths = completion.PathCompleter(expanduser=True)
+        commands = completion.WordCompleter(words, sentence=True)
 
         class Completer(completion.Completer):
-            def get_completions(self, document: Any, event: Any) -> Iterator[Any]:
-                text = document.text_before_cursor
-                yield from (completion.Completion(found, start_position=-len(text))
-                            for found in complete(text))
+            def get_completions(self, typed: Any, event: Any) -> Iterator[Any]:
+                name, _, path = typed.text_before_cursor.partition(" ")
+                if name in ("/load", "/save", "/read"):
+                    return paths.get_completions(document.Document(path), event)
+                return commands.get_completions(typed, event)
 
         past = history.InMemoryHistory()
         if settings.history:
@@ -10216,8 +10062,7 @@ class Terminal:
         """The next message; None if the user leaves (end of file, Ctrl-C)."""
         try:
             if self.session:
-                style = [("bold" if self.colours else "", "> ")]
-                return await self.session.prompt_async(style, default=default)
+                return await self.session.prompt_async([("bold", "> ")], default=default)
             return await self._read_block()
         except (EOFError, KeyboardInterrupt):
             return None
@@ -10234,12 +10079,15 @@ class Terminal:
             text += "\n" + line
         return text
 
-    def note(self, text: str, style: str = DIM) -> None:
+    def note(self, text: str, style: str = "dim") -> None:
         """Our own lines: among the messages on a terminal, else on stderr, as stdout carries only answers."""
-        if not self.interactive:
-            return print(text, file=sys.stderr, flush=True)
-        words = WordWriter(show, screen_width)
-        words.put(text.translate(TERMINAL_CONTROLS) + "\n", style if self.colours else "")
+        if self.console:
+            self.console.print(text.translate(TERMINAL_CONTROLS), style=style, markup=False, emoji=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def writer(self) -> MarkdownWriter | PlainWriter:
+        return MarkdownWriter(self.console) if self.console else PlainWriter(self.as_json)
 
     @contextlib.contextmanager
     def unechoed(self) -> Iterator[None]:
@@ -10310,56 +10158,19 @@ class Reply:
                         "usage": self.usage(), "timings": self.timings()})
 
 
-class AnswerWriter:
-    """Shows an answer as it arrives: in a chat as Markdown, else as plain text; with --json not at all."""
-
-    def __init__(self, settings: Settings, chatting: bool):
-        self.last, self.silent = "", settings.json
-        self.colours = chatting and use_colours(sys.stdout)
-        self.markdown = MarkdownWriter(self._show, screen_width, self.colours) if chatting else None
-        self.thoughts = WordWriter(self._show, screen_width) if chatting else None
-        self.waiting = self.colours
-        if self.waiting:
-            show(in_style(DIM, "..."))
-
-    def _show(self, text: str) -> None:
-        show("\r\x1b[K" * self.waiting + text)
-        self.waiting = False
-
-    def push(self, event: Piece) -> None:
-        if event.reasoning and self.thoughts:
-            self.thoughts.put(event.reasoning.translate(TERMINAL_CONTROLS), DIM if self.colours else "")
-        if event.text and self.thoughts and (self.thoughts.column or self.thoughts.word):
-            self.thoughts.put("\n\n")
-        if event.text and self.markdown:
-            self.markdown.push(event.text)
-        elif event.text and not self.silent:
-            write(event.text)
-        self.last = event.text or self.last
-
-    def close(self) -> None:
-        if self.markdown:
-            self.thoughts.close()
-            self.markdown.push("", last=True)
-            self._show("")
-        elif self.last and not self.last.endswith("\n") and not self.silent:
-            write("\n")
-
-
-async def receive(pool: Pool, request: Request, reply: Reply, writer: AnswerWriter) -> Reply:
+async def receive(pool: Pool, request: Request, reply: Reply, writer: Any) -> None:
     """Show an answer as it arrives; `reply` keeps what came, even if the answer fails or is cancelled."""
     began_s = time.monotonic()
-    async with contextlib.aclosing(pool.answer(request)) as events:
-        try:
+    try:
+        async with contextlib.aclosing(pool.answer(request)) as events:
             async for event in events:
                 if isinstance(event, Piece):
                     reply.text, reply.reasoning = reply.text + event.text, reply.reasoning + event.reasoning
                     writer.push(event)
                 elif isinstance(event, Finished):
                     reply.done, reply.seconds = event, time.monotonic() - began_s
-        finally:
-            writer.close()
-    return reply
+    finally:
+        writer.close()
 
 
 class Chat:
@@ -10367,7 +10178,8 @@ class Chat:
 
     def __init__(self, pool: Pool, settings: Settings):
         self.pool, self.settings = pool, settings
-        self.terminal = Terminal(settings, self.complete)
+        self.terminal = Terminal(settings, [*(f"/{name} " for name in COMMANDS),
+                                            *(f"/set {name} " for name in SETTABLE)])
         self.note = self.terminal.note
         self.conversation = Conversation(settings.system or "")
         self.files: set[Path] = set()   # files that hold only this conversation: /save may overwrite them
@@ -10386,7 +10198,7 @@ class Chat:
                 await self.take(whole_unicode(text).strip())
             except (ChatServerError, OSError, ValueError) as error:
                 self.failed = True
-                self.note(f"error: {error}", RED)
+                self.note(f"error: {error}", "red")
                 if self.settings.json:
                     print(as_json({"error": {"message": str(error)}}), flush=True)
         return int(self.failed and not self.terminal.interactive)
@@ -10403,7 +10215,7 @@ class Chat:
                 near = did_you_mean(name, COMMANDS, "/")
                 raise ValueError(f"there is no command /{name}{near}; /help lists them, "
                                  "and // sends a text that begins with a slash")
-            if asyncio.iscoroutine(work := command.run(self, value.strip())):
+            if asyncio.iscoroutine(work := command(self, value.strip())):
                 await work
         elif text:
             await self.ask(text)
@@ -10411,7 +10223,8 @@ class Chat:
     async def ask(self, text: str, parent: str | None = "") -> None:
         """Send a message below the leaf, or below `parent`. It is dropped if no answer comes."""
         chat, before = self.conversation, self.conversation.leaf
-        question = chat.add("user", text, before if parent == "" else parent)
+        parent = before if parent == "" else parent
+        question = chat.add({"role": "user", "content": text, "parent": parent})
         try:
             await self.answer(question)
         finally:
@@ -10427,7 +10240,7 @@ class Chat:
         chat.leaf, note = before, "interrupted"
         try:
             with self.terminal.unechoed():
-                writer = AnswerWriter(self.settings, self.terminal.interactive)
+                writer = self.terminal.writer()
                 await interruptible(receive(self.pool, request, reply, writer))
             note = "stopped"
         finally:
@@ -10440,61 +10253,66 @@ class Chat:
             print(reply.as_json(request), flush=True)
 
     def keep(self, question: dict, request: Request, reply: Reply, note: str) -> None:
-        more: dict[str, Any] = {"model": self.pool.model_name, "seed": request.sampling.seed,
-                                "parameters": dict(self.conversation.parameters)}
+        node = {"role": "assistant", "content": reply.text, "parent": question["id"],
+                "model": self.pool.model_name, "seed": request.sampling.seed,
+                "parameters": dict(self.conversation.parameters)}
         if reply.reasoning:
-            more["reasoning"] = reply.reasoning
+            node["reasoning"] = reply.reasoning
         if reply.done:
-            more["timings"] = reply.timings() | reply.usage() | {"finish_reason": reply.done.reason}
+            node["timings"] = reply.timings() | reply.usage() | {"finish_reason": reply.done.reason}
             self.answers, self.tokens = self.answers + 1, self.tokens + reply.done.completion_tokens
         else:
-            more["note"] = note
-        self.conversation.add("assistant", reply.text, question["id"], **more)
+            node["note"] = note
+        self.conversation.add(node)
 
     # commands
 
-    def help(self, value: str) -> None:
-        width = max(len(f"{name} {command.argument}") for name, command in COMMANDS.items())
-        rows = [f"/{f'{name} {each.argument}':{width}}  {each.help}" for name, each in COMMANDS.items()]
+    def slash_help(self, value: str) -> None:
+        """/help: this list"""
+        rows = [run.__doc__.split(": ", 1) for run in dict.fromkeys(COMMANDS.values())]
         keys = 'Alt-Enter or """ ... """: several lines. Ctrl-C: stop the answer, clear the line, leave.'
-        self.note("\n".join([*rows, keys]))
+        self.note("\n".join([*(f"{name:17}  {help}" for name, help in rows), keys]))
 
-    def clear(self, value: str) -> None:
+    def slash_clear(self, value: str) -> None:
+        """/clear: forget the conversation"""
         self.conversation = Conversation(self.conversation.system, self.conversation.parameters)
         self.files = set()
         self.note("The conversation is forgotten.")
 
-    def system(self, value: str) -> None:
+    def slash_system(self, value: str) -> None:
+        """/system TEXT: set the system message; without TEXT there is none"""
         self.conversation.system = value
         self.note(f"The system message is now {shown(value) if value else 'empty'}.")
 
-    def set(self, value: str) -> None:
+    def slash_set(self, value: str) -> None:
+        """/set NAME VALUE: set a parameter (/show lists them); without VALUE the default"""
         name, _, text = value.partition(" ")
-        spelled = {known.replace("_", ""): known for known in (*PARAMETERS, "stop")}
+        spelled = {known.replace("_", ""): known for known in SETTABLE}
         if (known := spelled.get(re.sub("[-_]", "", name.lower()))) is None:
-            raise ValueError(f"/set takes one of {', '.join(PARAMETERS)}, "
-                             f"stop{did_you_mean(name, PARAMETERS)}")
+            raise ValueError(f"/set takes one of {', '.join(SETTABLE)}{did_you_mean(name, SETTABLE)}")
         try:
             chosen = {known: PARAMETERS[known].parse(text) if known in PARAMETERS else [text]} if text else {}
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"/set {name}: {error}") from None
-        others = {each: old for each, old in self.conversation.parameters.items() if each != known}
-        self.conversation.parameters = others | chosen
+        self.conversation.parameters.pop(known, None)
+        self.conversation.parameters |= chosen
         self.note(f"{known} is now {text or 'the default'}.")
 
-    def show(self, value: str) -> None:
+    def slash_show(self, value: str) -> None:
+        """/show: model, system message, parameters, context"""
         chat, default = self.conversation, dataclasses.asdict(self.settings)
         default |= {name: value for name, (value, origin) in sampling_of(self.pool, self.settings).items()
                     if origin != "usual" or not self.settings.url}
         rows = {"model": self.pool.model_name, "system": chat.system, "messages": len(chat.path())}
-        rows |= {name: chat.parameters.get(name, default.get(name)) for name in (*PARAMETERS, "stop")}
-        facts = next((node["timings"] for node in reversed(chat.path()) if "timings" in node), {})
-        used = facts.get("prompt_tokens", 0) + facts.get("completion_tokens", 0)
-        length = self.pool.context_length
+        rows |= {name: chat.parameters.get(name, default.get(name)) for name in SETTABLE}
+        facts = [node["timings"] for node in chat.path() if isinstance(node.get("timings"), dict)] or [{}]
+        used = [facts[-1].get(name, 0) for name in ("prompt_tokens", "completion_tokens")]
+        length, used = self.pool.context_length, sum(count for count in used if isinstance(count, int))
         rows["context"] = f"{used:,}{f' of {length:,}' if isinstance(length, int) else ''} tokens"
         self.note("\n".join(f"{name:12} {'-' if row in (None, '') else row}" for name, row in rows.items()))
 
-    def save(self, value: str) -> None:
+    def slash_save(self, value: str) -> None:
+        """/save FILE: keep the conversation; the page can import it"""
         title = re.sub(r"\W+", "-", self.conversation.title).strip("-") or "chat"
         path = Path(value or f"{title}.json").expanduser()
         if path.exists() and path.resolve() not in self.files:
@@ -10506,8 +10324,8 @@ class Chat:
         self.files.add(path.resolve())
         self.note(f"Saved as {path}; the page's Import and /load read it.")
 
-    def load(self, value: str) -> None:
-        """FILE, or FILE N for the N-th of several conversations."""
+    def slash_load(self, value: str) -> None:
+        """/load FILE: continue a saved conversation, or one that the page exported; FILE N: its N-th chat"""
         name, number_ = re.fullmatch(r"(.*?)(?:\s+(\d+))?", value).groups()
         name, number_ = (value, None) if Path(value).expanduser().exists() else (name, number_)
         try:
@@ -10525,78 +10343,51 @@ class Chat:
             self.note(f"> {node['content']}" if node["role"] == "user" else node["content"] + "\n")
         self.note(f"Loaded “{self.conversation.title}”.")
 
-    async def retry(self, value: str) -> None:
+    def _question(self) -> dict:
         if (question := self.conversation.last("user")) is None:
-            raise ValueError("there is nothing to answer again")
-        await self.answer(question)
+            raise ValueError("there is no message yet")
+        return question
 
-    async def edit(self, value: str) -> None:
-        if (question := self.conversation.last("user")) is None:
-            raise ValueError("there is no message to edit")
+    async def slash_retry(self, value: str) -> None:
+        """/retry: another answer to the last message"""
+        await self.answer(self._question())
+
+    async def slash_edit(self, value: str) -> None:
+        """/edit TEXT: change the last message and send it again"""
+        question = self._question()
         if not value and self.terminal.session:
             value = await self.terminal.read(question["content"]) or ""
         if not value.strip():
             raise ValueError("/edit TEXT: the new text of your last message")
         await self.ask(value, question["parent"])
 
-    async def read(self, value: str) -> None:
-        await self.ask(read_text(value))
-
-    async def go_on(self, value: str) -> None:
+    async def slash_continue(self, value: str) -> None:
+        """/continue: continue an answer that was cut"""
         await self.ask("Please continue.")
 
-    async def stats(self, value: str) -> None:
+    async def slash_read(self, value: str) -> None:
+        """/read FILE: send a file's text as a message"""
+        await self.ask(read_text(value))
+
+    async def slash_stats(self, value: str) -> None:
+        """/stats: answers, tokens and workers"""
         remote = isinstance(self.pool, RemotePool)
         stats = await self.pool.get("stats") if remote else self.pool.stats()
-        said = f"answers {self.answers}, tokens {self.tokens:,}"
         names = {"gpu_id": "worker", "state": "", "device": "on",
                  "running": "running", "kv_pages_used": "KV pages"}
         workers = stats.get("workers") if isinstance(stats, dict) else None
         rows = [" ".join(f"{name} {each[key]}".strip() for key, name in names.items() if key in each)
                 for each in workers or ()]
-        self.note("\n".join([said, *rows]))
+        self.note("\n".join([f"answers {self.answers}, tokens {self.tokens:,}", *rows]))
 
-    def leave(self, value: str) -> None:
+    def slash_quit(self, value: str) -> None:
+        """/quit, /exit: leave"""
         self.left = True
 
-    def complete(self, text: str) -> Iterator[str]:
-        """Completions of a half-typed command."""
-        name, space, value = text.partition(" ")
-        if not space:
-            yield from (f"/{each} " for each in COMMANDS if f"/{each}".startswith(text) and text)
-        elif name == "/set":
-            yield from (f"{name} {each} " for each in (*PARAMETERS, "stop") if each.startswith(value))
-        elif name in ("/load", "/save", "/read"):
-            folder, _, begin = value.rpartition("/")
-            with contextlib.suppress(OSError, RuntimeError):
-                where = Path(folder or ("/" if value.startswith("/") else ".")).expanduser()
-                for path in sorted(where.iterdir()):
-                    if path.name.startswith(begin) and (begin or not path.name.startswith(".")):
-                        yield f"{name} {value[:len(value) - len(begin)]}{path.name}{'/' * path.is_dir()}"
+    slash_exit = slash_quit
 
 
-class Command(NamedTuple):
-    run: Callable[[Chat, str], Any]
-    argument: str
-    help: str
-
-
-COMMANDS = {
-    "help": Command(Chat.help, "", "this list"),
-    "clear": Command(Chat.clear, "", "forget the conversation"),
-    "system": Command(Chat.system, "TEXT", "set the system message; without TEXT there is none"),
-    "set": Command(Chat.set, "NAME VALUE", "set a parameter (/show lists them); without VALUE the default"),
-    "show": Command(Chat.show, "", "model, system message, parameters, context"),
-    "save": Command(Chat.save, "FILE", "keep the conversation; the page can import it"),
-    "load": Command(Chat.load, "FILE", "continue a saved conversation, or one that the page exported"),
-    "retry": Command(Chat.retry, "", "another answer to the last message"),
-    "edit": Command(Chat.edit, "TEXT", "change the last message and send it again"),
-    "continue": Command(Chat.go_on, "", "continue an answer that was cut"),
-    "read": Command(Chat.read, "FILE", "send a file's text as a message"),
-    "stats": Command(Chat.stats, "", "answers, tokens and workers"),
-    "quit": Command(Chat.leave, "", "leave"),
-    "exit": Command(Chat.leave, "", "leave"),
-}
+COMMANDS = {name.removeprefix("slash_"): run for name, run in vars(Chat).items() if name.startswith("slash_")}
 
 
 def read_text(name: str) -> str:
@@ -10630,7 +10421,7 @@ def prompt_text(settings: Settings) -> str:
 
 async def generate(settings: Settings) -> int:
     """The `generate` command: one answer on stdout, its speed on stderr. No template: text completion."""
-    text, reply, writer = prompt_text(settings), Reply(), AnswerWriter(settings, chatting=False)
+    text, reply, writer = prompt_text(settings), Reply(), PlainWriter(silent=settings.json)
     turns = [Message("system", settings.system)] if settings.system else []
     async with open_pool(settings) as pool:
         settings = with_model(settings, pool)

@@ -363,7 +363,7 @@ async def test_a_pasted_text_is_one_message(local_pool, monkeypatch):
 
 def test_a_terminal_gets_no_control_characters_of_the_model(monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    chat_server.write("a\x1b[31mb\x07\n\tc\x9b")
+    chat_server.PlainWriter(silent=False).push(chat_server.Piece("", (), "a\x1b[31mb\x07\n\tc\x9b"))
     assert capsys.readouterr().out == "a[31mb\n\tc"
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import fcntl
+import io
 import json
 import os
 import re
@@ -13,76 +14,58 @@ import termios
 import time
 
 import pytest
+from rich.cells import cell_len
+from rich.console import Console
 
 import chat_server
 from browsing import HeldFront, fake_front
-from chat_server import MarkdownWriter, Piece, Settings, cells, read_chats
+from chat_server import MarkdownWriter, Piece, Settings, read_chats
 from fake_pool import FakePool, finished
-from page_server import BLOCKS, MARKDOWN
+from page_server import BLOCKS, HOSTILE, MARKDOWN
 
 # Markdown as it streams
 
 
-def drawn(text, size, colours=True, columns=60):
-    """What is written of a text that comes in pieces of `size` characters."""
-    parts = []
-    writer = MarkdownWriter(parts.append, lambda: columns, colours)
+def drawn(text, size, columns=60, rows=20, each=lambda writer: None, styles=False):
+    """What is written for good of a text that comes in pieces of `size` characters, without spaces at the ends of lines."""
+    console = Console(file=io.StringIO(), width=columns, height=rows, highlight=False, record=True, color_system="standard", force_terminal=False)
+    writer = MarkdownWriter(console)
     for start in range(0, len(text), size):
-        writer.push(text[start:start + size])
-    writer.push("", last=True)
-    return "".join(parts)
+        writer.push(Piece("", (), text[start:start + size]))
+        each(writer)
+    writer.close()
+    return re.sub(r" +$", "", console.export_text(styles=styles), flags=re.MULTILINE)
 
 
-def styled(written):
-    """[(character, SGR codes)]; any other control sequence fails the test."""
-    style, found = "", []
-    for code, character in re.findall(r"\x1b\[([\d;]*)m|(.|\n)", written):
-        assert character != "\x1b", "only colours may be set: what is on the screen stays"
-        if character:
-            found.append((character, style))
-        else:
-            style = code.removeprefix("0")
-    return found
+TRICKY = ("snake_case_name, __init__ and **kwargs alone; `a*b` **bold `c` x** [x](http://a) [1] 5 \\* 3 ***both*** _it_"
+          "\n** no**\n`open\n\\[ x \\]\n\n1. \u2028a\n- b\n\n      <b>c\x0b\n```\n")
 
 
-def plain(written):
-    return "".join(character for character, _ in styled(written))
-
-
-def in_style(written, style):
-    return "".join(character for character, its in styled(written) if its == style)
-
-
-TRICKY = ("2*3*4 is snake_case_name, __init__ and **kwargs alone; `a*b` **bold `c` x** [x](http://a) [1] 5 \\* 3 ***both*** _it_"
-          "\n** no**\n`open\n\\[ x \\]")
-
-
-@pytest.mark.parametrize("text", [MARKDOWN, BLOCKS.replace("\r", ""), TRICKY], ids=["markdown", "blocks", "tricky"])
-@pytest.mark.parametrize("colours", [True, False])
-def test_an_answer_looks_the_same_however_it_is_cut(text, colours):
-    whole = styled(drawn(text, len(text), colours))
-    for size in (1, 2, 3, 7, 64):
-        assert styled(drawn(text, size, colours)) == whole
+@pytest.mark.parametrize("text", [MARKDOWN, BLOCKS, HOSTILE, TRICKY], ids=["markdown", "blocks", "hostile", "tricky"])
+def test_an_answer_looks_the_same_however_it_is_cut(text):
+    whole = drawn(text, len(text), styles=True)
+    for size in (1, 3, 64):
+        assert drawn(text, size, styles=True) == whole
 
 
 def test_headings_emphasis_lists_and_fences_are_drawn_without_their_marks():
-    text = "# Title\n\nA **bold** and *soft* `word`.\n\n- one\n2. two\n\n```py\nx = **1**\n```\n> said\n---\n"
-    written = drawn(text, 4)
-    assert plain(written) == "Title\n\nA bold and soft word.\n\n• one\n2. two\n\n```py\nx = **1**\n```\n│ said\n" + "─" * 40 + "\n"
-    assert (in_style(written, "1;4"), in_style(written, "1"), in_style(written, "3")) == ("Title", "bold", "soft")
-    assert "x = **1**" in in_style(written, "36")
+    text = "# Title\nA **bold** and *soft* `word`.\n\n- one\n2. two\n\n```py\nx = **1**\n```\n> said\n---\n"
+    assert drawn(text, 4) == ("Title\n\nA bold and soft word.\n\n • one\n\n 2 two\n\nx = **1**\n\n▌ said\n\n" + "-" * 60 + "\n")
+    styled = drawn(text, 4, styles=True)
+    assert "\x1b[1mbold\x1b[0m" in styled and "\x1b[3msoft\x1b[0m" in styled and "\x1b[36mx = **1**\x1b[0m" in styled
 
 
-def test_what_is_no_markup_stays_as_it_is():
-    text = "2*3*4 and snake_case_name, * alone, **not closed, $a_1 * b_2$, \\(x\\), f(*args, **kwargs)"
-    assert plain(drawn(text, 3, columns=200)) == text + "\n"
+def test_what_is_no_markup_and_every_line_break_stays_as_it_is():
+    text = ("2*3 and snake_case_name, * alone, **not closed, $a_1 * b_2$, \\(x\\), C:\\new &lt; [1]\nroses are <b>red</b>\n"
+            "    violets are blue\n====\n")
+    assert drawn(text, 3, columns=200) == text.replace("    ", "")
 
 
-def test_a_table_is_drawn_in_columns_and_as_it_came_where_it_is_too_wide():
+def test_a_table_is_drawn_in_columns_that_fit():
     table = "| a | long name |\n|---|:-:|\n| **bee** | 2 |\n\nafter"
-    assert plain(drawn(table, 5)) == "a     long name\nbee   2\n\nafter\n"
-    wide = f"| {'x' * 40} | {'y' * 40} |"
-    assert plain(drawn(wide, 5)) == wide + "\n"
+    assert drawn(table, 5) == " a    long name\n ──────────────\n bee      2\n\nafter\n"
+    wide = drawn(f"| a | b |\n|---|---|\n| {'x ' * 40} | {'y ' * 40} |", 5)
+    assert max(map(cell_len, wide.split("\n"))) <= 60 and (wide.count("x"), wide.count("y")) == (40, 40)
 
 
 @pytest.mark.parametrize("text, columns", [
@@ -90,29 +73,43 @@ def test_a_table_is_drawn_in_columns_and_as_it_came_where_it_is_too_wide():
     ("- " + "An item that goes on for long enough to be broken in several places. " * 2, 32),
     ("日本の首都は東京です。" * 8, 31), ("exactly ten x" * 3, 20)])
 def test_lines_break_at_spaces_and_between_letters_of_scripts_without_them(text, columns):
-    lines = plain(drawn(text, 3, columns=columns)).rstrip("\n").split("\n")
-    assert len(lines) > 1 and all(cells(line) <= columns for line in lines)
-    assert all(not line.startswith(("。", " ")) or line.startswith("  ") and text.startswith("-") for line in lines)
+    lines = drawn(text, 3, columns=columns).rstrip("\n").split("\n")
+    assert len(lines) > 1 and all(cell_len(line) <= columns for line in lines)
     words = " ".join(line.strip() for line in lines).replace("•", "-") if " " in text else "".join(lines)
     assert words == text.strip()
 
 
-def test_what_may_become_markup_is_held_back_only_so_far():
-    parts = []
-    writer = MarkdownWriter(parts.append, lambda: 80, True)
-    writer.push("an **open mark, and no end of it ")
-    assert plain("".join(parts)) == "an" or plain("".join(parts)) == "an "
-    writer.push("in sight " * 40)
-    assert "**open mark, and no end of it in sight" in plain("".join(parts)).replace("\n", " ")
+def test_long_lines_of_code_are_not_broken_and_none_is_lost_in_a_list():
+    code = "value = " + " + ".join(f"part_{number}" for number in range(20))
+    assert drawn(f"```\n{code}\n```", 7) == code + "\n"
+    assert re.findall(r"part_\d+", drawn(f"- so:\n  ```\n  {code}\n  ```", 7)) == re.findall(r"part_\d+", code)
 
 
-def test_without_colours_the_marks_are_the_emphasis():
-    text = "# Title\n\nA **bold** `word`\n\n- one\n\n| a | b |\n"
-    assert drawn(text, 3, colours=False) == text
+def test_what_is_drawn_again_fits_on_the_screen_and_ends_with_the_newest():
+    heights = []
+
+    def each(writer):
+        lines = writer.console.render_lines(writer, pad=False)
+        heights.append(len(lines))
+        newest = re.findall(r"item \d+", writer.text)[-1:]
+        assert not newest or newest[0] in "".join(part.text for line in lines[-2:] for part in line)
+    items = "".join(f"- item {number}\n" for number in range(100))
+    written = drawn(items, 5, rows=12, each=each)
+    assert max(heights) in (11, 12) and written == items.replace("-", " •")
+
+
+def test_reasoning_is_drawn_dim_before_the_answer():
+    console = Console(file=io.StringIO(), width=60, record=True, color_system="standard", force_terminal=False)
+    writer = MarkdownWriter(console)
+    for piece in (Piece("", (), "", reasoning="Let me "), Piece("", (), "", reasoning="see.\n\nYes."), Piece("", (), "It is **42**.")):
+        writer.push(piece)
+    writer.close()
+    assert console.export_text(styles=True) == "\x1b[2mLet me see.\x1b[0m\n\n\x1b[2mYes.\x1b[0m\n\nIt is \x1b[1m42\x1b[0m.\n"
 
 
 def test_a_model_cannot_send_control_sequences():
-    assert styled(drawn("a\x1b[31mb\x07\x9b2Jc\rd\n```\n\x1b]0;title\x07\n```\n", 2))
+    text = "a\x1b[31mb\x07\x9b2Jc\rd\n```\n\x1b]0;title\x07\n```\n| \x1b[2J |\n|--|\n"
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", drawn(text, 2))
 
 
 # chats in files
@@ -174,14 +171,15 @@ def test_a_file_that_is_no_conversation_is_refused_with_the_reason(text, words):
 
 
 def test_a_hostile_file_is_made_harmless():
-    nodes = [{"id": "a", "parent": "b", "role": "user", "content": "A", "created": "soon", "timings": [], "extra": "\x1b[2J"},
+    nodes = [{"id": "a", "parent": "b", "role": "user", "content": "A", "created": "soon", "timings": [], "self": "\x1b[2J"},
              {"id": "b", "parent": "a", "role": "assistant", "content": "B", "parameters": {"top_k": 1e9}},
              {"id": "c", "parent": {"x": 1}, "role": "user", "content": "C", "created": 1e15}]
-    chat = {"nodes": nodes, "leaf": "b", "parameters": {"temperature": "inf", "top_k": 5, "seed": True, "stop": ["", 1]}, "created": -5}
+    chat = {"nodes": nodes, "leaf": "b", "parameters": {"temperature": "inf", "top_k": 5, "seed": True, "stop": ["", 1]}, "created": -5,
+            "system": 7, "title": ["x"], "self": 1}
     found, = read_chats(json.dumps({"conversations": [chat]}))
-    assert found.parameters == {"top_k": 5} and [node["content"] for node in found.path()][-1] == "B"
-    assert len(found.path()) <= 2 and "extra" not in found.nodes["a"] and isinstance(found.nodes["a"]["created"], int)
-    assert read_chats(json.dumps(found.exported()))[0].nodes.keys() == found.nodes.keys()
+    assert found.parameters == {"top_k": 5} and [node["content"] for node in found.path()] == ["A", "B"]
+    assert (found.system, found.title, found.nodes["c"]["parent"]) == ("", "['x']", None)
+    assert read_chats(json.dumps(found.exported()))[0].nodes == found.nodes
 
 
 def test_lists_of_messages_and_files_of_version_1_are_read():
@@ -436,21 +434,36 @@ def test_a_loaded_chat_is_shown_without_control_sequences(front, tmp_path):
         assert "\x1b]0;evil" not in pty.raw[start:] and "\x1b[2J" not in pty.raw[start:]
 
 
+def screen(raw, rows):
+    """The lines that a terminal shows and has scrolled, of what was sent to it; its cursor may never leave the screen's top."""
+    lines, row, lowest = [""], 0, 0
+    for code, text in re.findall(r"(\x1b\[[0-9;?]*[a-zA-Z]|\r|\n)|([^\x1b\r\n]+)", raw):
+        if code.endswith("A") and code.startswith("\x1b"):
+            row -= int(code[2:-1] or 1)
+            assert row > lowest - rows
+        elif code == "\n":
+            row, lowest = row + 1, max(row + 1, lowest)
+            lines += [""] * (len(lines) == row)
+        elif code == "\x1b[2K":
+            lines[row] = ""
+        lines[row] += text
+    return lines
+
+
 @pytest.mark.parametrize("no_color", [None, "1"])
-def test_an_answer_is_drawn_once_and_its_words_are_not_broken(tmp_path, no_color):
+def test_an_answer_stays_on_the_screen_once_and_its_words_are_not_broken(tmp_path, no_color):
     words = " ".join(f"word{number}" for number in range(60))
     with fake_front(["# Title\n\n", "Some **bo", "ld** text: ", words, "\n\n```py\nx = 1\n```\n"]) as url:
-        with chatting(url, tmp_path=tmp_path, columns=50, **({"NO_COLOR": no_color} if no_color else {})) as pty:
+        with chatting(url, tmp_path=tmp_path, columns=50, rows=12, **({"NO_COLOR": no_color} if no_color else {})) as pty:
             start = len(pty.raw)
             pty.type("Go\r")
             pty.expect("first token after")
             answer = pty.raw[start:]
-            answer = answer[answer.index("Title"):answer.rindex("word59")]
-            assert not re.search(r"\x1b\[[0-9;]*[^0-9;m]", answer)         # nothing but colours
-            assert ("**bold**" in answer, "\x1b[1mbold" in answer) == (bool(no_color), not no_color)
-            lines = pty.text.replace("\r", "").split("\n")
+            assert "\x1b[1mbold" in answer and ("\x1b[36m" in answer) != bool(no_color)
+            lines = screen(answer[answer.index("Go"):], 12)
+            shown = "\n".join(lines)
+            assert re.findall(r"word\d+", shown) == words.split() and shown.count("x = 1") == shown.count("Title") == 1
             assert max(len(line) for line in lines if "word" in line) <= 50
-            assert re.findall(r"word\d+", pty.text) == words.split()
 
 
 def test_a_pipe_gets_nothing_but_the_answers(front, tmp_path):
