@@ -739,6 +739,7 @@ class Request(AnswerParams):
     max_tokens: int | None = None                   # None: up to the context
     n: int = 1                                      # answers to each prompt
     tools: tuple[dict, ...] = ()                    # functions that the model may call
+    template_options: Mapping[str, Any] = field(default_factory=dict)   # the TEMPLATE_OPTIONS that are set
     grammar_param: str = ""                         # the field that the grammar comes from
     low_priority: bool = False                      # waits until nothing else does
     truncate: bool = False                          # drop the oldest turns if it does not fit
@@ -1150,6 +1151,9 @@ def dump(value: Any) -> bytes:
 # ------------------------------------------------------------------------------------------------------------
 
 
+NO_OPTIONS: Mapping[str, Any] = types.MappingProxyType({})
+
+
 class ToolTokens(NamedTuple):
     """nanochat's calculator: <|python_start|> code <|python_end|> <|output_start|> result <|output_end|>."""
 
@@ -1192,8 +1196,12 @@ class Tokenizer:
     def encode(self, text: str, begins: bool = True) -> list[int]:
         """Encode ordinary text; nothing in it becomes a special token. Does it begin the whole text?"""
 
-    def render(self, messages: Seq[Message], tools: Seq[dict] = ()) -> list[int]:
-        """The conversation in the model's chat format, up to the assistant's turn, or RequestError."""
+    def render(self, messages: Seq[Message], tools: Seq[dict] = (),
+               options: Mapping[str, Any] = NO_OPTIONS) -> list[int]:
+        """The conversation in the model's chat format, up to the assistant's turn, or RequestError.
+
+        `options` is Request.template_options.
+        """
 
     def piece(self, token: int) -> bytes:
         """The bytes a token adds to the text; b"" for special or unknown ids. Cached as `token_bytes`."""
@@ -1284,7 +1292,8 @@ class NanochatTokenizer(Tokenizer):
     def piece(self, token: int) -> bytes:
         return self.pieces.get(token, b"")
 
-    def render(self, messages: Seq[Message], tools: Seq[dict] = ()) -> list[int]:
+    def render(self, messages: Seq[Message], tools: Seq[dict] = (),
+               options: Mapping[str, Any] = NO_OPTIONS) -> list[int]:
         bos, user_start, user_end, assistant_start, assistant_end = map(
             self.specials.get, NANOCHAT_CHAT_TOKENS)
         tokens = [bos]
@@ -1292,7 +1301,9 @@ class NanochatTokenizer(Tokenizer):
             is_user = message.role == "user"
             tokens += [user_start if is_user else assistant_start, *self.encode(message.content),
                        user_end if is_user else assistant_end]
-        return tokens + [assistant_start]
+        if options.get("continue_final_message"):
+            return tokens[:-1]
+        return tokens + [assistant_start] * options.get("add_generation_prompt", True)
 
 
 def merge_system_message(messages: Seq[Message]) -> Seq[Message]:
@@ -1381,7 +1392,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def _special_text(self, token: int | None) -> str:
         return "" if token is None else self.pipeline.id_to_token(token) or ""
 
-    def template_arguments(self, messages: Seq[Message], tools: Seq[dict]) -> dict[str, Any]:
+    def template_arguments(self, messages: Seq[Message], tools: Seq[dict],
+                           options: Mapping[str, Any] = NO_OPTIONS) -> dict[str, Any]:
         """What the chat template gets, as plain data."""
         if not self.has_chat_template:
             raise RequestError("this model has no chat template; use /v1/completions",
@@ -1389,14 +1401,22 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             dialogue = self._mark_specials(
                 [{"role": each.role, "content": each.content, **(each.more or {})} for each in messages])
+            if goes_on := options.get("continue_final_message", False):
+                dialogue[-1]["content"] += 2 * self.mark
             return {"messages": dialogue, "tools": self._mark_specials(tools) or None, "documents": None,
-                    "add_generation_prompt": True, "bos_token": self._special_text(self.spec.bos_token),
+                    "add_generation_prompt": not goes_on and options.get("add_generation_prompt", True),
+                    "bos_token": self._special_text(self.spec.bos_token),
                     "eos_token": self._special_text(self.spec.eos_token)}
         except RecursionError:
             raise RequestError("messages or tools are nested too deeply", param="messages") from None
 
-    def encode_rendered(self, text: str) -> list[int]:
-        """The tokens of a rendered chat template."""
+    def encode_rendered(self, text: str, options: Mapping[str, Any] = NO_OPTIONS) -> list[int]:
+        """The tokens of a rendered chat template: all, or up to the text of the last message."""
+        if options.get("continue_final_message"):
+            text, shown_last, _ = text.rpartition(2 * self.mark)
+            if not shown_last:
+                raise RequestError("the model's chat template leaves out the last message, so it cannot be "
+                                   "continued", param="continue_final_message")
         tokens = self.encode_with_specials(text)
         return self.with_bos(tokens) if self.spec.chat_bos else tokens
 
@@ -1404,9 +1424,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def template(self) -> Any:
         return compile_chat_template(self.spec.chat_template)
 
-    def render(self, messages: Seq[Message], tools: Seq[dict] = ()) -> list[int]:
-        arguments = self.template_arguments(messages, tools)
-        return self.encode_rendered(fill_template(self.template, arguments))
+    def render(self, messages: Seq[Message], tools: Seq[dict] = (),
+               options: Mapping[str, Any] = NO_OPTIONS) -> list[int]:
+        arguments = self.template_arguments(messages, tools, options)
+        return self.encode_rendered(fill_template(self.template, arguments), options)
 
     def piece(self, token: int) -> bytes:
         text = self.pipeline.id_to_token(token) if token >= 0 else None
@@ -5815,20 +5836,23 @@ class PromptMaker:
         return tuple(tuple(self.tokenizer.encode_prompt(prompt)) if is_text(prompt) else prompt
                      for prompt in prompts)
 
-    async def render(self, messages: Seq[Message], tools: Seq[dict], client: str) -> tuple[int, ...]:
+    async def render(self, messages: Seq[Message], tools: Seq[dict], client: str,
+                     options: Mapping[str, Any] = NO_OPTIONS) -> tuple[int, ...]:
         """The tokens of a conversation."""
         tokenizer, size = self.tokenizer, sum(len(message.content) + 50 for message in messages)
         await self.run(
             lambda messages: self._refuse_far_too_long("".join(m.content for m in messages), "messages"),
             messages, size)
         if not tokenizer.templated:
-            return tuple(await self.run(functools.partial(tokenizer.render, tools=tools), messages, size))
-        text = await self.fill(tokenizer.template_arguments(messages, tools), client)
-        return tuple(await self.run(self._encode_rendered, text, len(text)))
+            render = functools.partial(tokenizer.render, tools=tools, options=options)
+            return tuple(await self.run(render, messages, size))
+        text = await self.fill(tokenizer.template_arguments(messages, tools, options), client)
+        return tuple(await self.run(
+            functools.partial(self._encode_rendered, options=options), text, len(text)))
 
-    def _encode_rendered(self, text: str) -> list[int]:
+    def _encode_rendered(self, text: str, options: Mapping[str, Any]) -> list[int]:
         self._refuse_far_too_long(text, "messages")
-        return self.tokenizer.encode_rendered(text)
+        return self.tokenizer.encode_rendered(text, options)
 
     async def _cut_to_fit(self, request: Request) -> tuple[tuple[tuple[int, ...], ...], int]:
         """The prompt of a conversation, and how many messages `truncate` dropped to make it fit: as few of
@@ -5844,8 +5868,8 @@ class PromptMaker:
             if turns not in rendered:
                 kept = [message for index, message in enumerate(messages)
                         if message.role == "system" or index >= starts[turns]]
-                rendered[turns] = (await self.render(kept, request.tools, request.client),
-                                   len(messages) - len(kept))
+                ids = await self.render(kept, request.tools, request.client, request.template_options)
+                rendered[turns] = ids, len(messages) - len(kept)
             return rendered[turns]
 
         async def fits(turns: int) -> bool:     # with room for max_tokens, or for a quarter of the context
@@ -6598,6 +6622,7 @@ class LocalPool:
     PLACE_S = 0.25              # seconds between updates of a waiting client's place in the queue
     TURN_S = 0.005              # one request's events are handled for this long before others get their turn
     PREFIXES = 10_000           # remembered per worker
+    continues = True            # can it continue the last message of a conversation?
 
     def __init__(self, settings: Settings, *, worker_command: Seq[str] = PROCESS_COMMAND):
         self.settings, self.worker_command = settings, worker_command
@@ -7268,6 +7293,12 @@ COMMON_FIELDS = (       # for every route that generates
                               "and how many are computed"),
 )
 
+TEMPLATE_OPTIONS = (    # how the prompt of a conversation ends
+    Field("continue_final_message", SWITCH, "true: continue the last message, an assistant's, instead of "
+          "answering; `prefix: true` in that message means the same"),
+    Field("add_generation_prompt", SWITCH, "false: do not begin an answer after the last message"),
+)
+
 NATIVE_FIELDS = (
     Field("messages", NATIVE_MESSAGES, "the conversation", required=True),
     Field("temperature", NUMBER, "0 = greedy", *LIMITS.temperature, clamp=True),
@@ -7276,7 +7307,7 @@ NATIVE_FIELDS = (
     Field("top_p", NUMBER, "1 = off", 0, 1, clamp=True),
     Field("min_p", NUMBER, "0 = off", 0, 1, clamp=True),
     Field("seed", SEED, "same seed, same answer; random when absent"),
-    *COMMON_FIELDS,
+    *TEMPLATE_OPTIONS, *COMMON_FIELDS,
 )
 
 SHARED_FIELDS = (       # for both OpenAI routes
@@ -7310,6 +7341,7 @@ OPENAI_FIELDS = (
     Field("parallel_tool_calls", SWITCH, "false: at most one call when tool_choice requires calls"),
     Field("functions", LIST, "refused: use tools instead"),
     Field("response_format", RESPONSE_FORMAT, "format of the answer: text, json_object or json_schema"),
+    *TEMPLATE_OPTIONS,
 )
 
 COMPLETION_FIELDS = (
@@ -7331,7 +7363,7 @@ TOKENIZE_FIELDS = (
 )
 DETOKENIZE_FIELDS = (Field("tokens", TOKENS, "token ids", required=True),)
 TEMPLATE_FIELDS = (Field("messages", OPENAI_MESSAGES, "the conversation", required=True),
-                   Field("tools", TOOLS, "functions"))
+                   Field("tools", TOOLS, "functions"), *TEMPLATE_OPTIONS)
 
 
 class Budget:
@@ -7489,6 +7521,30 @@ def named_messages(messages: list, roles: Seq[str]) -> Iterator[tuple[str, str, 
         yield name, role, message
 
 
+def template_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The TEMPLATE_OPTIONS of a body whose messages are checked. RequestError if they do not go together."""
+    *earlier, last = values["messages"]
+    for index, message in enumerate(earlier):
+        if message.get("prefix"):
+            raise RequestError(f"messages[{index}].prefix: only the last message can be continued",
+                               code="invalid_value", param=f"messages[{index}].prefix")
+    chosen = {each.name: values[each.name] for each in TEMPLATE_OPTIONS if each.name in values}
+    param = "continue_final_message"
+    if last.get("prefix") is not None:
+        param = f"messages[{len(earlier)}].prefix"
+        chosen["continue_final_message"] = Field(param, SWITCH, "").read(last["prefix"])
+    if not chosen.get("continue_final_message"):
+        return chosen
+    reason = ("add_generation_prompt begins a new answer: leave it out or send false"
+              if chosen.get("add_generation_prompt") else
+              f"the last message must be the assistant's, not of role {last['role']}"
+              if last["role"] != "assistant" else
+              "the last message calls functions, so it is complete" if last.get("tool_calls") else "")
+    if reason:
+        raise RequestError(f"{param}: {reason}", code="invalid_value", param=param)
+    return chosen
+
+
 def native_messages(messages: list, truncate: bool = False) -> tuple[tuple[Message, ...], int]:
     """Messages within the native API's limits, and how many of the oldest were dropped to fit."""
     within_limit("messages", len(messages), LIMITS.truncated_messages if truncate else LIMITS.messages,
@@ -7579,6 +7635,7 @@ def parse_chat_request(body: dict, settings: Settings) -> Request:
     values = parse_fields(body, NATIVE_FIELDS)
     messages, dropped = native_messages(values["messages"], values.get("truncate", False))
     return make_request(values, settings, messages=messages, dropped_messages=dropped,
+                        template_options=template_options(values),
                         max_tokens=values.get("max_tokens", settings.max_tokens or DEFAULT_MAX_TOKENS))
 
 
@@ -7607,6 +7664,7 @@ def parse_openai_request(values: Mapping[str, Any], settings: Settings,
             tools, choice, tool_format, values.get("parallel_tool_calls", True)), "tools"
     return openai_request(
         values, settings, messages=openai_messages(values["messages"], tool_format is not None),
+        template_options=template_options(values),
         logprobs=top if logprobs else None, grammar=grammar, grammar_param=param, tools=tools,
         tool_names=tuple(tool["function"]["name"] for tool in tools))
 
@@ -7702,7 +7760,8 @@ async def apply_template(body: dict, prompts: PromptMaker, client: str = "") -> 
     messages = openai_messages(values["messages"], tokenizer.tool_format is not None)
     within_limit("characters in all messages", sum(len(message.content) for message in messages),
                  LIMITS.tokenized_characters, "messages")
-    tokens = await prompts.render(messages, values.get("tools", ()) if tokenizer.tool_format else (), client)
+    tokens = await prompts.render(messages, values.get("tools", ()) if tokenizer.tool_format else (), client,
+                                  template_options(values))
     return dump({"prompt": tokenizer.show(tokens)})
 
 
@@ -8637,6 +8696,7 @@ class Front:
         tokenizer = self.tokenizer()
         able = {"chat": tokenizer.has_chat_template, "completions": True, "logprobs": True,
                 "tools": tokenizer.tool_format is not None,
+                "continue_final_message": tokenizer.has_chat_template,
                 "json_schema": importlib.util.find_spec("llguidance") is not None}
         return {"id": self.pool.model_name, "object": "model", "created": self.pool.created,
                 "owned_by": "chat_server",

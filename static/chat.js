@@ -295,7 +295,8 @@ function messagesToSend(path, system) {
 async function connect(run, messages, onAccepted, goOn = false) {
   const {node, controller: {signal}} = run;
   run.dropped = messages.dropped;
-  const response = await postAnswer({messages, parameters: node.parameters, id: node.stream.id, signal, goOn}).catch(error => {
+  const seed = goOn && Number.isSafeInteger(node.seed) ? {seed: node.seed} : {};
+  const response = await postAnswer({messages, parameters: {...seed, ...node.parameters}, id: node.stream.id, signal, goOn}).catch(error => {
     if (error.name !== "AbortError" && (error.status === undefined || error.status === 503)) watchServer();
     throw error;
   });
@@ -309,8 +310,8 @@ async function connect(run, messages, onAccepted, goOn = false) {
 function goOn(node) {
   if (!canAsk()) return;
   if (!state.model.can.continue_final_message) return ask(TEXT.pleaseContinue);
-  const before = {note: node.note, error: node.error, timings: node.timings};
-  Object.assign(node, {stream: {id: newId(), next: 0}, note: null, error: null, timings: null});
+  const before = {note: node.note, error: node.error, timings: node.timings, parameters: node.parameters};
+  Object.assign(node, {stream: {id: newId(), next: 0}, note: null, error: null, timings: null, parameters: state.chat.parameters});
   const messages = messagesToSend(pathTo(state.nodes, node.id), state.chat.system);
   runAnswer(node, state.chat, run => connect(run, messages, () => {}, true), error => {
     Object.assign(node, before);

@@ -10,6 +10,7 @@ const PAGE_HOME = location.protocol === "file:" ? "http://127.0.0.1:8000/"
   : location.origin + location.pathname.replace(/(\/static)?\/[^/]*$/, "/");
 const SILENCE_MS = 30000;         // the server pings every 10 s
 const FOREVER_MS = 2 ** 31 - 1;
+const CONTINUING = ["vllm", "sglang", "llamacpp"];     // these continue a last message, but their models do not say so
 const wait = ms => new Promise(resolve => setTimeout(resolve, ms));
 
 // where it is ---------------------------------------------------------------------------------------------------------
@@ -114,8 +115,9 @@ async function describeServer() {
   if (home !== serverHome()) return;
   const first = models?.data?.[0] ?? {};
   const devices = new Set((stats?.workers ?? []).map(worker => worker.device));
+  const can = {continue_final_message: CONTINUING.includes(first.owned_by), ...first.capabilities};
   state.model = {name: first.id ?? stats?.model ?? "", context: first.context_length ?? stats?.context_length ?? 0,
-    device: [...devices].join(", "), workers: stats?.workers?.length ?? 0, can: first.capabilities ?? {},
+    device: [...devices].join(", "), workers: stats?.workers?.length ?? 0, can,
     defaults: first.defaults ?? {}, ours: first.owned_by === "chat_server", api: models?.data ? "v1" : "native"};
   render();
 }

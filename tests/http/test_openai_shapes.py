@@ -239,6 +239,44 @@ def test_n_choices_differ_and_the_first_is_that_of_n_1(url, exact):
 # shapes of answers
 
 
+@pytest.mark.parametrize("route", [CHAT, "/chat/completions", "prefix"])
+def test_a_cut_answer_is_continued_where_it_stopped(url, exact, route):
+    """What was cut and what continues it are together the answer that was not cut: same seed, same noise at each place."""
+    path = CHAT if route == "prefix" else route
+    question = [{"role": "user", "content": "Count from one to ten, in words."}]
+
+    def answer(messages, **more):
+        body = call(url, path, {"messages": messages, "seed": 11, "temperature": 0.7, **more})[2]
+        if path == CHAT:
+            return content(body)
+        events = [json.loads(line[6:]) for line in body.split("\n") if line.startswith("data: ")]
+        return "".join(event.get("token", "") for event in events)
+
+    whole = answer(question, max_tokens=24)
+    for count in (1, 9):
+        cut = answer(question, max_tokens=count)
+        last = {"role": "assistant", "content": cut}
+        how = {"continue_final_message": True, "add_generation_prompt": False}
+        rest = answer([*question, last | {"prefix": True}] if route == "prefix" else [*question, last],
+                      max_tokens=24 - count, **({} if route == "prefix" else how))
+        assert whole.startswith(cut) and rest and not rest.startswith(cut)
+        if exact:
+            assert cut + rest == whole
+
+
+@pytest.mark.parametrize("more, messages, words", [
+    ({"continue_final_message": True, "add_generation_prompt": True}, [("user", {}), ("assistant", {})], "add_generation_prompt"),
+    ({"continue_final_message": True}, [("user", {})], "must be the assistant's, not of role user"),
+    ({}, [("user", {"prefix": True})], "messages[0].prefix: the last message must be the assistant's"),
+    ({}, [("user", {}), ("assistant", {"prefix": True}), ("user", {})], "messages[1].prefix: only the last message"),
+    ({}, [("user", {}), ("assistant", {"prefix": 3})], "messages[1].prefix must be true or false"),
+    ({"continue_final_message": "yes"}, [("user", {})], "continue_final_message must be true or false")])
+@pytest.mark.parametrize("path", [CHAT, "/chat/completions", "/apply-template"])
+def test_what_cannot_be_continued_is_400(url, path, more, messages, words):
+    status, _, body = call(url, path, {"messages": [{"role": role, "content": "x", **extra} for role, extra in messages], **more})
+    assert status == 400 and words in (body.get("detail") or body["error"]["message"])
+
+
 def test_json_mode_gives_json(url):
     body = ask(url, response_format={"type": "json_object"}, temperature=1, seed=2, max_tokens=200)
     assert body["choices"][0]["finish_reason"] == "length" or type(json.loads(content(body))) is dict

@@ -114,8 +114,13 @@ def test_the_real_server_counts_a_draft_and_an_answer_that_was_cut_can_go_on(pag
     command(page, "/maxtokens 4")
     before = said(answers(page)).inner_text()
     button(page, "Continue").click()
-    expect(answers(page).last).to_contain_text("tok/s", timeout=SLOW_MS)
-    expect(answers(page).first).to_contain_text(before)
+    expect(said(answers(page))).to_have_text(re.compile(f"{re.escape(before)}.+", re.DOTALL), timeout=SLOW_MS)
+    expect(answers(page)).to_contain_text("4 tokens", timeout=SLOW_MS)
+    cut = page.evaluate("() => state.path.at(-1)")
+    # together they are what the same seed gives in one go
+    whole = page.evaluate("""seed => post("v1/chat/completions", {messages: [{role: "user", content: "Tell me about Japan."}], seed,
+        max_tokens: 9}).then(response => response.json()).then(body => body.choices[0].message.content)""", cut["seed"])
+    assert cut["content"] == whole and questions(page).count() == 1
 
 
 # streams --------------------------------------------------------------------------------------------------------------
@@ -376,9 +381,11 @@ def test_an_answer_can_be_edited_and_is_sent_as_edited(page, stand_in):
     assert stand_in.bodies[-1]["messages"][1]["content"] == "I said **nothing**."
 
 
-@pytest.mark.parametrize("able", [True, False])
-def test_continue_goes_on_with_a_cut_answer(page, stand_in, able):
-    stand_in.model["capabilities"]["continue_final_message"] = able
+@pytest.mark.parametrize("able, model", [
+    (True, {"capabilities": {"continue_final_message": True}}), (False, {"capabilities": {"continue_final_message": False}}),
+    (True, {"capabilities": None, "owned_by": "vllm"}), (False, {"capabilities": None, "owned_by": "someone"})])
+def test_continue_goes_on_with_a_cut_answer(page, stand_in, able, model):
+    stand_in.model |= model
     open_page(page, stand_in.url)
     ask(page, "half")
     expect(answers(page)).to_contain_text("cut at the length limit")
@@ -386,7 +393,8 @@ def test_continue_goes_on_with_a_cut_answer(page, stand_in, able):
     if able:                                    # the stand-in takes the last message for a question
         expect(said(answers(page))).to_have_text("Once upon a timeYou said: Once upon a time (answer 2)")
         assert stand_in.bodies[-1]["messages"][-1] == {"role": "assistant", "content": "Once upon a time"}
-        assert stand_in.bodies[-1]["continue_final_message"] is True
+        sent = stand_in.bodies[-1]
+        assert (sent["continue_final_message"], sent["add_generation_prompt"], sent["seed"]) == (True, False, 7)
         expect(button(page, "Continue")).to_be_hidden()
     else:
         expect(answers(page).last).to_contain_text("You said: Please continue.")

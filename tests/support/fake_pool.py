@@ -27,7 +27,7 @@ class Letters(chat_server.Tokenizer):
 
     encode_with_specials = encode
 
-    def render(self, messages, tools=()):
+    def render(self, messages, tools=(), options=None):
         return self.encode("".join(f"{message.role}: {message.content}\n" for message in messages))
 
     def piece(self, token):
@@ -44,7 +44,7 @@ class FakePool:
 
     admission = property(lambda self: self)
     model_name, created, context_length, tokenizer = "fake-model", 1_700_000_000, 4096, Letters()
-    own_sampling = {}, ""
+    own_sampling, continues = ({}, ""), True
     prompts = chat_server.PromptMaker(tokenizer, context_length, run=chat_server.run_in_thread_if_long)
 
     def __init__(self, pieces=("Hello", ", ", "world!"), *, reason="stop", stop_reason="eos", refuse=None, gate=None):
@@ -83,6 +83,10 @@ class FakePool:
                         await self._gate_or_cancel(request)
                     if isinstance(piece, Exception):
                         raise piece
+                    if isinstance(piece, chat_server.PromptProgress):
+                        if request.progress:
+                            yield piece
+                        continue
                     piece = piece if isinstance(piece, Piece) else Piece("", (1,), piece)
                     if reader:
                         reader.push(piece.text)

@@ -47,6 +47,13 @@ def test_a_system_message_is_merged_into_the_first_user_message(nanochat):
                             Message("user", "Go")]) == merged
 
 
+def test_a_last_message_is_continued_without_its_end(nanochat):
+    question, answer = Message("user", "Hi"), Message("assistant", "Hello, w")
+    opened, ends = nanochat.render([question]), nanochat.specials["<|assistant_end|>"]
+    assert nanochat.render([question, answer], options={"continue_final_message": True}) == opened + nanochat.encode("Hello, w")
+    assert nanochat.render([question, answer], options={"add_generation_prompt": False}) == opened + nanochat.encode("Hello, w") + [ends]
+
+
 @pytest.mark.parametrize("roles", [["system"], ["user", "system"], ["system", "assistant"], ["system", "system", "user"]])
 def test_a_system_message_elsewhere_is_the_clients_error(nanochat, roles):
     with pytest.raises(RequestError) as caught:

@@ -305,6 +305,50 @@ def test_a_chat_is_rendered_as_apply_chat_template_renders_it(chat, tools):
         CHATS[chat], tools or None, add_generation_prompt=True, return_dict=False)
 
 
+TURNS = CHATS["turns"][:2]
+TEMPLATES = {       # how families write a chat: ChatML, Llama 3, Mistral, Gemma, and Qwen 3's way with thoughts
+    "chatml": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+              "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "llama": "{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m.role + '\n\n' + m.content | trim + '<|im_end|>' }}{% endfor %}"
+             "{% if add_generation_prompt %}<|start|>assistant\n\n{% endif %}",
+    "mistral": "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% elif m.role == 'assistant' %}"
+               "{{ m.content + eos_token }}{% endif %}{% endfor %}",
+    "gemma": "{% if messages[0].role == 'system' %}{% set first = messages[0].content + '\n\n' %}{% set rest = messages[1:] %}"
+             "{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}{% for m in rest %}"
+             "{{ (first if loop.first else '') + '<turn>' + m.role.replace('assistant', 'model') + '\n' + m.content | trim }}"
+             "<turn|>\n{% endfor %}{% if add_generation_prompt %}<turn>model\n{% endif %}",
+    "thoughts": "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if '</think>' in m.content %}"
+                "{{ m.content.split('</think>')[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+                "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("answer", ["The sky", "The sky\n\n", "", " 日本", "no <|im_end|> here", "<think>so</think>\n\nYes", "é"])
+def test_a_last_message_is_continued_where_apply_chat_template_continues_it(name, answer):
+    """White space at its end stays, also where the template trims and transformers drops it: the answer ended there."""
+    from transformers import PreTrainedTokenizerFast
+    family = trained("qwen2")
+    theirs = PreTrainedTokenizerFast(tokenizer_object=family, bos_token="<|im_start|>", eos_token="<|im_end|>", chat_template=TEMPLATES[name])
+    ours = open_tokenizer(TextSpec("hf", family.to_str().encode(), TEMPLATES[name], bos_token=0, eos_token=1))
+    chat = [*TURNS, {"role": "assistant", "content": answer}]
+    expected = theirs.apply_chat_template(chat, continue_final_message=True, tokenize=False)
+    if name in ("llama", "gemma"):
+        expected += answer[len(answer.rstrip()):]
+    options = {"continue_final_message": True, "add_generation_prompt": False}
+    tokens = ours.render(openai_messages(chat), options=options)
+    assert ours.show(tokens) == expected and expected.endswith(answer.split("</think>\n\n")[-1])
+    if "<|im_end|>" not in answer:                  # which is text to us, in a message
+        assert tokens == ours.encode_with_specials(expected)
+    closed = theirs.apply_chat_template(chat, add_generation_prompt=False, tokenize=False)
+    assert ours.show(ours.render(openai_messages(chat), options={"add_generation_prompt": False})) == closed
+
+
+def test_a_template_that_leaves_out_the_last_message_cannot_continue_it():
+    ours = open_tokenizer(TextSpec("hf", trained("qwen2").to_str().encode(), "{{ messages[0].content }}", bos_token=0, eos_token=1))
+    with pytest.raises(RequestError, match="leaves out the last message"):
+        ours.render(openai_messages([*TURNS, {"role": "assistant", "content": "x"}]), options={"continue_final_message": True})
+
+
 PLAIN_TEMPLATE = "\n{% for m in messages %}\n  {{ m.role }}: {{ m.content }}\n{% endfor %}\n"
 TOOL_TEMPLATE = "\n   {% if tools %}\n{{ tools | tojson }}{% endif %}\n{% macro one(m) %}{{ m.role | upper }}{% endmacro %}{{ one(messages[0]) }}\n  "
 
