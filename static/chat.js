@@ -81,10 +81,11 @@ function showLeaf(id) {
 
 let opening = 0;                  // only the newest request to open a chat counts
 
-async function openChat(id) {
+// `known` are the chat's nodes where they need not be read.
+async function openChat(id, known = null) {
   const mine = ++opening, chat = state.chats.get(id);
   if (!chat) return newChat();
-  const nodes = await store.read("nodes", id);
+  const nodes = known ?? await store.read("nodes", id);
   if (mine !== opening) return;
   state.nodes = new Map(nodes.map(node => [node.id, state.runs.get(node.id)?.node ?? node]));
   for (const run of state.runs.values()) if (run.chat.id === id) state.nodes.set(run.node.id, run.node);
@@ -496,21 +497,30 @@ async function adoptAll() {
   }
 }
 
-// A record that another tab has stored, or deleted (null).
-function hearNews(kind, id, record) {
-  if (kind === "conversations") hearChat(id, record);
-  if (kind !== "nodes" || state.runs.has(id) && record) return;
+// Records that another tab has stored, or deleted (null): a list of [kind, id, record].
+function hearNews(news) {
+  let leaf = null;                                      // a new one below the leaf that is shown
+  for (const [kind, id, record] of news) {
+    if (kind === "conversations") hearChat(id, record);
+    else if (kind === "nodes" && hearNode(id, record)) leaf = id;
+  }
+  if (leaf && !state.editing) state.leaf = leafBelow(childrenOf(state.nodes), leaf);
+  refresh();
+}
+
+// Takes over what another tab says of a node; true if it is a new one below the leaf.
+function hearNode(id, record) {
   const known = state.nodes.get(id);
+  if (state.runs.has(id) && record) return false;
   if (!record && known) {
     stopRun(id);
     state.nodes.delete(id);
     if (id === state.leaf) state.leaf = known.parent;
-    refresh();
   } else if (record?.conversation === state.chat.id && !(record.revision <= known?.revision)) {
     state.nodes.set(id, known ? Object.assign(known, record) : record);
-    if (!known && record.parent === state.leaf && !state.editing) state.leaf = leafBelow(childrenOf(state.nodes), id);
-    refresh();
+    return !known && record.parent === state.leaf;
   }
+  return false;
 }
 
 function hearChat(id, record) {
@@ -520,7 +530,6 @@ function hearChat(id, record) {
     if (known && state.chat.id === id) { newChat(); state.notice = TEXT.deletedElsewhere; }
   } else if (known) Object.assign(known, record);
   else state.chats.set(id, record);
-  render();
 }
 
 // commands ------------------------------------------------------------------------------------------------------------
@@ -570,7 +579,7 @@ function importAll(chats, name) {
   for (const {conversation, nodes} of chats) addChat(conversation, nodes);
   const messages = chats.reduce((count, {nodes}) => count + nodes.length, 0);
   const text = TEXT.imported(chats.length, messages, name);
-  return openChat(chats[0]?.conversation.id).then(() => say(text));
+  return openChat(chats[0]?.conversation.id, chats[0]?.nodes).then(() => say(text));
 }
 
 // Imports the one chat of an older version of the page, and deletes it there once it is stored here.

@@ -122,6 +122,7 @@ function onScroll() {
   if (atEnd(2)) state.following = true;
   else if (top < lastTop - 1) state.following = false;
   lastTop = top;
+  document.body.classList.toggle("scrolled", top > 2);
   $("latest").hidden = state.following || atEnd(40);
 }
 

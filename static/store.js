@@ -132,12 +132,13 @@ class Store {
 
   // Another tab has changed these records.
   async hear(changed) {
-    for (const [kind, id] of changed) {
-      if (!this.db || !KINDS.includes(kind)) continue;
-      const stored = await promised(this.db.transaction(kind).objectStore(kind).get(id)).catch(() => null);
+    if (!this.db) return;
+    const stored = this.db.transaction(KINDS);
+    const records = await Promise.all(changed.map(([kind, id]) => promised(stored.objectStore(kind).get(id)).catch(() => null)));
+    this.onNews(changed.map(([kind, id], i) => {
       const mine = [this.writing, this.waiting].map(changes => changes.get(`${kind} ${id}`)).filter(Boolean);
-      this.onNews(kind, id, mine.reduce((record, {patch}) => patched(record, patch), stored ?? null));
-    }
+      return [kind, id, mine.reduce((record, {patch}) => patched(record, patch), records[i] ?? null)];
+    }));
   }
 
   // Tells the other tabs something that is not stored.

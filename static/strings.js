@@ -27,7 +27,7 @@ const TEXT = {
   looking: "Looking for the server…", loadingLabel: "Loading", starting: "starting",
   loading: (stage, fraction) => `The model is not ready: ${stage}${fraction ? ` ${Math.round(fraction * 100)}\u00a0%` : ""}`,
   demonstration: code => ["This is a very small demonstration model, which is often wrong. Give the server another with ",
-    code("python chat_server.py MODEL"), ": a llama .gguf file or a nanochat checkpoint."],
+    code("python chat_server.py MODEL"), ": a .gguf file, a Hugging Face model's folder or name, or a nanochat checkpoint."],
   examples: ["What is the capital of Japan?", "Explain why the sky is blue to a ten-year-old",
     "Give three tips for a good night's sleep", "Show me a Python function that reverses a string"],
 

@@ -9,8 +9,24 @@ const views = new Map();          // id of a node -> its view
 let viewsOf = null;               // the chat they belong to
 
 const near = new IntersectionObserver(entries => {
-  for (const {target, isIntersecting} of entries) if (isIntersecting) complete(views.get(target.dataset.id));
+  for (const {target: {dataset: {id}}, isIntersecting} of entries) isIntersecting ? came.add(id) : came.delete(id);
+  drawing ||= requestAnimationFrame(completeSome);
 }, {root: document.getElementById("log"), rootMargin: "1000px 0px"});
+
+// Turns that came near are drawn for a few milliseconds a frame, so that scrolling stays smooth.
+const DRAW_MS = 3;
+const came = new Set();           // their ids, the nearest first
+let drawing = 0;
+
+function completeSome() {
+  const end = performance.now() + DRAW_MS;
+  for (const id of came) {
+    came.delete(id);
+    complete(views.get(id));
+    if (performance.now() > end) break;
+  }
+  drawing = came.size ? requestAnimationFrame(completeSome) : 0;
+}
 
 function button(label, icon, onclick, properties = {}) {
   return element("button", {type: "button", className: `icon plain i-${icon}`, textContent: label,

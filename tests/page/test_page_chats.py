@@ -369,6 +369,23 @@ def test_a_chat_with_all_its_branches_goes_out_and_in_again(page, stand_in, tmp_
     expect(answers(page)).to_contain_text("(answer 1)")
 
 
+def test_a_large_file_is_shown_before_it_is_written_and_other_tabs_take_it_over_at_once(page, stand_in):
+    open_page(page, stand_in.url)
+    other = new_tab(page, stand_in.url)
+    other.evaluate("""() => { const real = renderTurns; window.drawn = 0; renderTurns = () => { drawn++; return real(); }; }""")
+    nodes = [{"id": f"n{i}", "parent": None, "role": "user", "content": f"question {i}", "created": 10**12 + i} for i in range(5000)]
+    shown = page.evaluate("""text => { importAll(importOf(text), "it"); return [state.nodes.size, Boolean(store.flushing)]; }""",
+                          json.dumps({"title": "many", "nodes": nodes}))
+    assert shown == [5000, True]
+    expect(said(questions(page))).to_have_text(["question 4999"])
+    expect(chats(other)).to_have_text(["many"])
+    assert other.evaluate("drawn") < 5
+    settled(page)
+    chats(other).click()
+    expect(said(questions(other))).to_have_text(["question 4999"])
+    expect(questions(other)).to_contain_text("5000/5000")
+
+
 def test_chats_move_between_the_page_and_the_terminal(page, stand_in, tmp_path):
     open_page(page, stand_in.url)
     command(page, "/system Be brief")

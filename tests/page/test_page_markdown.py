@@ -43,6 +43,20 @@ def test_markdown_code_tables_and_formulas_are_drawn(page, stand_in):
     expect(answer.get_by_role("listitem")).to_have_text(["Compare neighbours", "Swap themuntil nothing moves", "until nothing moves"])
 
 
+@pytest.mark.parametrize("tex, spaces", [("n \\log n", "n_log_n"), ("2\\sin x", "2_sin_x"), ("\\log(n)", "log(n)"), ("x\\cos^2 y", "x_cos2_y"),
+                                         ("\\lim_{x\\to 0} f", "limx→0_f"), ("\\operatorname{rank} A", "rank_A"), ("ab", "ab")])
+def test_names_of_functions_stand_apart(page, stand_in, tex, spaces):
+    open_page(page, stand_in.url)
+    page.wait_for_function("() => typeof katex !== 'undefined'")
+    assert page.evaluate("""tex => {
+        const node = document.createElement("p");
+        node.append(mathNode(tex, false));
+        node.querySelector("annotation").remove();
+        for (const space of node.querySelectorAll("mspace")) space.textContent = space.getAttribute("width") === "0.17em" ? "_" : "?";
+        return node.textContent.replaceAll("\u2061", "");
+    }""", tex) == spaces
+
+
 def test_an_open_code_block_is_already_code_and_finished_blocks_are_not_drawn_again(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "held markdown")
@@ -233,6 +247,29 @@ def test_a_chat_of_a_thousand_turns_is_drawn_where_it_is_looked_at(page, stand_i
     ask(page, "one more")
     expect(answers(page)).to_have_count(1001)
     expect_answered(page, 1001)
+
+
+def test_turns_that_come_near_are_drawn_for_a_few_milliseconds_a_frame(page, stand_in):
+    open_page(page, stand_in.url)
+    most = page.evaluate("""async () => {
+        const messages = [];
+        for (let i = 0; i < 200; i++) messages.push({role: i % 2 ? "assistant" : "user", content: `**${i}**`});
+        await importAll(importOf(JSON.stringify({messages})), "it");
+        let clock = 0, drawn = 0, most = 0;
+        performance.now = () => clock += 10;                // as if each turn took long
+        const real = complete;
+        complete = view => { drawn++; real(view); };
+        $("log").scrollTop = 0;
+        for (let frame = 0; frame < 300 && state.path.some(node => !views.get(node.id).complete && near20(node)); frame++) {
+            await new Promise(requestAnimationFrame);
+            most = Math.max(most, drawn);
+            drawn = 0;
+        }
+        function near20(node) { return state.path.indexOf(node) < 20; }
+        return most;
+    }""")
+    assert most == 1 and answers(page).first.locator("strong").inner_text() == "1"
+    assert page.locator(".far").count() > 100
 
 
 DEEP = {        # thousands of elements inside each other crash a browser's tab

@@ -147,6 +147,34 @@ def test_nothing_sticks_out_of_the_window(page, stand_in, width):
     expect(button(page, "Keyboard shortcuts")).to_be_in_viewport(ratio=1)
 
 
+@pytest.mark.parametrize("width", [390, 1280])
+def test_what_belongs_together_stands_together(page, stand_in, width):
+    page.set_viewport_size({"width": width, "height": 700})
+    open_page(page, stand_in.url)
+    for count in (1, 2):
+        ask(page, "markdown")
+        expect_answered(page, count)
+    gaps = page.evaluate("""() => {
+        const box = node => node.getBoundingClientRect(), [first, answer, second] = document.querySelectorAll(".turn");
+        const last = answer.querySelector(".body").lastElementChild, [item] = answer.querySelectorAll("li > p");
+        return {below: box(answer).top - box(first.querySelector(".body")).bottom,
+                above: box(second).top - box(answer.querySelector(".speed")).bottom,
+                inside: box(answer.querySelector(".body")).bottom - box(last).bottom,
+                nested: box(answer.querySelector("li ul")).top - box(answer.querySelector("li:has(ul) > p")).bottom,
+                line: parseFloat(getComputedStyle(answer.querySelector("pre")).lineHeight)};
+    }""")
+    assert gaps["below"] < 40 and gaps["inside"] == 0 and gaps["nested"] < 8 and gaps["line"] < 23, gaps
+    assert width < 640 or gaps["below"] < gaps["above"] + 10, gaps
+    button(page, "Settings").click()
+    tops = page.locator("#settings-dialog > form > .row > button").evaluate_all("buttons => buttons.map(each => each.offsetTop + each.offsetHeight / 2)")
+    assert max(tops) - min(tops) < 4
+    button(page, "Done").click()
+    if width < 860:
+        button(page, "Show or hide chats").click()
+    widths = page.evaluate("['#search', '#chats li'].map(each => document.querySelector(each).getBoundingClientRect().right)")
+    assert abs(widths[0] - widths[1]) < 1
+
+
 def test_the_theme_is_the_systems_until_one_is_chosen(browser, stand_in):
     with visitor(browser, color_scheme="dark") as page:
         open_page(page, stand_in.url)
