@@ -6623,6 +6623,7 @@ class LocalPool:
     TURN_S = 0.005              # one request's events are handled for this long before others get their turn
     PREFIXES = 10_000           # remembered per worker
     continues = True            # can it continue the last message of a conversation?
+    continues = True            # can it continue the last message of a conversation?
 
     def __init__(self, settings: Settings, *, worker_command: Seq[str] = PROCESS_COMMAND):
         self.settings, self.worker_command = settings, worker_command
@@ -9507,6 +9508,7 @@ class RemotePool:
     """
 
     RESUME_S = (0.2, 0.5, 1, 2, 5, 5, 5, 5)     # pauses before each attempt to resume; GRACE_S is longer
+    CONTINUING = "vllm", "sglang", "llamacpp"   # continue a last message, but their models do not say so
     ready = True
 
     def __init__(self, settings: Settings):
@@ -9569,6 +9571,12 @@ class RemotePool:
     @property
     def context_length(self) -> int | None:
         return self.model.get("context_length") or self.model.get("max_model_len")
+
+    @property
+    def continues(self) -> bool:
+        able = self.model.get("capabilities")
+        return not self.native and (self.model.get("owned_by") in self.CONTINUING or
+                                    isinstance(able, dict) and able.get("continue_final_message") is True)
 
     def describe(self) -> list[str]:
         return [f"Server: {self.url}", *([f"Model: {self.model_name}"] if self.model_name else [])]
@@ -9676,8 +9684,8 @@ class RemoteStream:
         self.done: dict[str, Any] | None = None     # finish_reason, usage, timings ... once the answer ends
         self.pieces, self.begin_s, self.first_s = 0, time.monotonic(), 0.0
 
-    async def read(self, lines: Any) -> AsyncIterator[Piece]:
-        """The pieces in a connection's lines. ValueError for a malformed event; re-raises server errors."""
+    async def read(self, lines: Any) -> AsyncIterator[Piece | PromptProgress]:
+        """The events in a connection's lines. ValueError for a malformed one; re-raises server errors."""
         ending: dict[str, Any] = {}
         async for line in lines:
             if line.startswith(b"id:") and line[3:].strip().isdigit():
@@ -9686,8 +9694,8 @@ class RemoteStream:
                 break
             elif line.startswith(b"data:"):
                 body = json.loads(line[5:])
-                if piece := self._piece(body):
-                    yield piece
+                if event := self._event(body):
+                    yield event
                 ending |= {name: body[name] for name in ("usage", "timings", "gpu")
                            if body.get(name) is not None}
                 ending |= ending_of(body)
@@ -9696,11 +9704,14 @@ class RemoteStream:
         if "finish_reason" in ending:
             self.done = ending
 
-    def _piece(self, body: Any) -> Piece | None:
+    def _event(self, body: Any) -> Piece | PromptProgress | None:
         if not isinstance(body, dict):
             raise ValueError("an event is not a JSON object")
         if "error" in body:
             raise remote_error(body, 500)
+        if isinstance(told := body.get("progress"), dict):
+            names = "queue_position", "prompt_tokens", "prompt_tokens_done"
+            return PromptProgress(*(told[name] if type(told.get(name)) is int else 0 for name in names))
         choice = (body.get("choices") or [{}])[0]
         delta = choice.get("delta") or choice
         text = body.get("token") or delta.get("content") or delta.get("text") or ""
@@ -9744,7 +9755,7 @@ def native_body(request: Request) -> dict[str, Any]:
     messages = request.messages or (Message("user", str(request.prompts[0])),)
     return {"messages": [{"role": m.role, "content": m.content} for m in messages],
             "truncate": "oldest", "resumable": True, "stop": list(request.stop),
-            "ignore_eos": request.ignore_eos,
+            "ignore_eos": request.ignore_eos, "progress": request.progress, **request.template_options,
             **({} if request.max_tokens is None else {"max_tokens": request.max_tokens}),
             **{name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")
                if name not in request.unset}}
@@ -9850,15 +9861,27 @@ def markdown_blocks(text: str, style: str) -> list[tuple[int, Any]]:
 
 
 class MarkdownWriter:
-    """Draws an answer as it arrives. A block is written once; only the last one is redrawn as it grows."""
+    """Draws an answer as it arrives. A block is written once; only the last one is redrawn as it grows.
 
-    def __init__(self, console: Any):
+    An answer that continues the text `before` begins with its last block.
+    """
+
+    def __init__(self, console: Any, before: str = ""):
         from rich import live, segment
-        self.console, self.segment = console, segment
+        self.console, self.segment, self.waiting = console, segment, "..."
         self.text, self.style, self.begun = "", "dim", False
+        if blocks := markdown_blocks(before := before.translate(TERMINAL_CONTROLS), "none"):
+            self.text, self.style = before.split("\n", blocks[-1][0])[-1], "none"
         self.live = live.Live(self, console=console, refresh_per_second=10, transient=True,
                               vertical_overflow="visible")
         self.live.start(refresh=True)
+
+    def progress(self, event: PromptProgress) -> None:
+        """Say what the answer waits for, in the line where it will begin."""
+        share = min(1.0, event.prompt_tokens_done / max(1, event.prompt_tokens))
+        self.waiting = (f"in the queue, place {event.queue_position}" if event.queue_position else
+                        f"reading the prompt, {share:.0%}")
+        self.live.refresh()
 
     def push(self, event: Piece) -> None:
         for text, style in ((event.reasoning, "dim"), (event.text, "none")):
@@ -9890,7 +9913,8 @@ class MarkdownWriter:
         """The last lines, as many as fit on the screen: what has scrolled away is never drawn again."""
         lines = self._lines(markdown_blocks(self.text, self.style))[1 - options.size.height:]
         cut = functools.partial(self.segment.Segment.adjust_line_length, length=options.max_width, pad=False)
-        yield self.segment.SegmentLines(map(cut, lines), new_lines=True) if lines or self.begun else "..."
+        drawn = self.segment.SegmentLines(map(cut, lines), new_lines=True)
+        yield drawn if lines or self.begun else self.waiting
 
     def close(self) -> None:
         self.live.stop()
@@ -9902,6 +9926,9 @@ class PlainWriter:
 
     def __init__(self, silent: bool):
         self.silent, self.last = silent, "\n"
+
+    def progress(self, event: PromptProgress) -> None:
+        pass
 
     def push(self, event: Piece) -> None:
         if not self.silent:
@@ -10146,8 +10173,8 @@ class Terminal:
         else:
             print(text, file=sys.stderr, flush=True)
 
-    def writer(self) -> MarkdownWriter | PlainWriter:
-        return MarkdownWriter(self.console) if self.console else PlainWriter(self.as_json)
+    def writer(self, before: str) -> MarkdownWriter | PlainWriter:
+        return MarkdownWriter(self.console, before) if self.console else PlainWriter(self.as_json)
 
     @contextlib.contextmanager
     def unechoed(self) -> Iterator[None]:
@@ -10182,6 +10209,9 @@ def summary(done: Finished, seconds: float) -> str:
     if done.dropped_messages:
         parts.append(f"without the {done.dropped_messages} oldest messages, which no longer fit")
     return ", ".join(parts)
+
+
+CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
 
 
 def new_request(settings: Settings, parameters: Mapping[str, Any] | None = None, **source: Any) -> Request:
@@ -10227,6 +10257,8 @@ async def receive(pool: Pool, request: Request, reply: Reply, writer: Any) -> No
                 if isinstance(event, Piece):
                     reply.text, reply.reasoning = reply.text + event.text, reply.reasoning + event.reasoning
                     writer.push(event)
+                elif isinstance(event, PromptProgress):
+                    writer.progress(event)
                 elif isinstance(event, Finished):
                     reply.done, reply.seconds = event, time.monotonic() - began_s
     finally:
@@ -10292,28 +10324,32 @@ class Chat:
                 del chat.nodes[chat.leaf]
                 chat.leaf = before
 
-    async def answer(self, question: dict) -> None:
-        """Add an answer to a question. If it is stopped or fails, what came of it is kept."""
+    async def answer(self, last: dict) -> None:
+        """Answer a question, or continue an answer. If that is stopped or fails, what came of it is kept."""
         chat, reply, before = self.conversation, Reply(), self.conversation.leaf
-        chat.leaf = question["id"]
-        request = new_request(with_model(self.settings, self.pool), chat.parameters, messages=chat.messages())
+        chat.leaf, cut = last["id"], last["role"] == "assistant"
+        seed = {"seed": last["seed"]} if cut and type(last.get("seed")) is int else {}
+        request = new_request(with_model(self.settings, self.pool), seed | chat.parameters,
+                              messages=chat.messages(), template_options=CONTINUE if cut else {},
+                              progress=self.terminal.interactive)
         chat.leaf, note = before, "interrupted"
         try:
             with self.terminal.unechoed():
-                writer = self.terminal.writer()
+                writer = self.terminal.writer(last["content"] * cut)
                 await interruptible(receive(self.pool, request, reply, writer))
             note = "stopped"
         finally:
             if reply.text or reply.reasoning or reply.done:
-                self.keep(question, request, reply, note)
+                self.keep(last, request, reply, note)
         told = summary(reply.done, reply.seconds) if reply.done else "[stopped]"
         go_on = "; /continue continues it" if reply.done and reply.done.reason == "length" else ""
         self.note(told + go_on + "\n" * self.terminal.interactive)
         if self.settings.json and reply.done:
             print(reply.as_json(request), flush=True)
 
-    def keep(self, question: dict, request: Request, reply: Reply, note: str) -> None:
-        node = {"role": "assistant", "content": reply.text, "parent": question["id"],
+    def keep(self, last: dict, request: Request, reply: Reply, note: str) -> None:
+        """Store a reply as an answer to the question `last`, or as the rest of the answer `last`."""
+        node = {"role": "assistant", "content": reply.text, "parent": last["id"],
                 "model": self.pool.model_name, "seed": request.sampling.seed,
                 "parameters": dict(self.conversation.parameters)}
         if reply.reasoning:
@@ -10323,7 +10359,11 @@ class Chat:
             self.answers, self.tokens = self.answers + 1, self.tokens + reply.done.completion_tokens
         else:
             node["note"] = note
-        self.conversation.add(node)
+        if last["role"] == "user":
+            self.conversation.add(node)
+        else:
+            last.pop("note", None)
+            last |= node | {"content": last["content"] + reply.text, "parent": last["parent"]}
 
     # commands
 
@@ -10423,7 +10463,12 @@ class Chat:
 
     async def slash_continue(self, value: str) -> None:
         """/continue: continue an answer that was cut"""
-        await self.ask("Please continue.")
+        if not (path := self.conversation.path()) or path[-1]["role"] != "assistant":
+            raise ValueError("there is no answer to continue")
+        if self.pool.continues and path[-1]["content"]:
+            await self.answer(path[-1])
+        else:
+            await self.ask("Please continue.")
 
     async def slash_read(self, value: str) -> None:
         """/read FILE: send a file's text as a message"""

@@ -19,7 +19,7 @@ from rich.console import Console
 
 import chat_server
 from browsing import HeldFront, fake_front
-from chat_server import MarkdownWriter, Piece, Settings, read_chats
+from chat_server import MarkdownWriter, Piece, PromptProgress, Settings, read_chats
 from fake_pool import FakePool, finished
 from page_server import BLOCKS, HOSTILE, MARKDOWN
 
@@ -199,7 +199,7 @@ def test_each_command_does_what_help_says_and_an_unknown_one_is_an_error(tmp_pat
              "/set temperature 9", "/set colour red", "/read nowhere", "/load", "/exit", "not reached"]
     assert chat_with(pool, monkeypatch, lines) == 1
     asked = [messages[-1][1] for messages in turns(pool)]
-    assert asked == ["/slash", "Dear\nmodel\n", "Dear server", "Please continue."]
+    assert asked == ["/slash", "Dear\nmodel\n", "Dear server", "Hello, world!"]
     assert [content for _, content in turns(pool)[2]] == ["/slash", "Hello, world!", "Dear server"]
     out, err = capsys.readouterr()
     assert out == "Hello, world!\n" * 4
@@ -212,6 +212,43 @@ def test_retry_answers_again_with_another_seed_and_sends_nothing_twice(monkeypat
     pool = FakePool()
     chat_with(pool, monkeypatch, ["/retry", "One", "/retry"])
     assert turns(pool) == [[("user", "One")]] * 2 and len({request.sampling.seed for request in pool.requests}) == 2
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_continue_goes_on_in_the_same_answer_where_the_server_can(tmp_path, monkeypatch, capsys, able):
+    pool = FakePool(["Hello, ", "wor"], reason="length")
+    pool.continues = able
+    lines = ["/continue", "/set temperature 0.5", "One", "/continue", f"/save {tmp_path}/kept.json", "Two"]
+    assert chat_with(pool, monkeypatch, lines) == 1
+    assert "there is no answer to continue" in capsys.readouterr().err
+    first, second = pool.requests[:2]
+    nodes = json.loads((tmp_path / "kept.json").read_text())["conversations"][0]["nodes"]
+    if able:
+        assert dict(second.template_options) == {"continue_final_message": True, "add_generation_prompt": False}
+        assert (second.sampling, turns(pool)[1]) == (first.sampling, [("user", "One"), ("assistant", "Hello, wor")])
+        assert [node["content"] for node in nodes] == ["One", "Hello, worHello, wor"] and nodes[1]["timings"]["finish_reason"] == "length"
+        assert nodes[1]["parent"] == nodes[0]["id"] and not pool.requests[2].template_options
+    else:
+        assert turns(pool)[1][-1] == ("user", "Please continue.") and not second.template_options and len(nodes) == 4
+
+
+@pytest.mark.parametrize("model, able", [
+    ({"capabilities": {"continue_final_message": True}}, True), ({"owned_by": "vllm"}, True), ({"owned_by": "llamacpp"}, True),
+    ({"capabilities": {"continue_final_message": "no"}}, False), ({"capabilities": [], "owned_by": "someone"}, False), ({}, False)])
+def test_which_servers_can_continue_an_answer(model, able):
+    pool = chat_server.RemotePool(Settings(command="chat", url="http://127.0.0.1:1"))
+    pool.model = model
+    assert pool.continues is able
+    pool.native = True
+    assert not pool.continues
+
+
+def test_a_block_that_goes_on_is_drawn_from_its_beginning():
+    console = Console(file=io.StringIO(), width=60, height=20, record=True, force_terminal=False)
+    writer = MarkdownWriter(console, "First.\n\n```python\nx = 1\ny =")
+    writer.push(Piece("", (), " 2 * 3 * 4\n```\n*Done*"))
+    writer.close()
+    assert re.sub(r" +$", "", console.export_text(), flags=re.MULTILINE) == "x = 1\ny = 2 * 3 * 4\n\nDone\n"
 
 
 def test_a_block_is_one_message_also_in_a_pipe(monkeypatch):
@@ -448,6 +485,17 @@ def screen(raw, rows):
             lines[row] = ""
         lines[row] += text
     return lines
+
+
+def test_the_queue_and_the_reading_of_the_prompt_are_shown_where_the_answer_will_begin(tmp_path):
+    told = PromptProgress(3, 200), PromptProgress(0, 200, 84)
+    with fake_front([*told, "Hello."]) as url, chatting(url, tmp_path=tmp_path) as pty:
+        start = len(pty.raw)
+        pty.type("Go\r")
+        pty.expect("first token after")
+    shown = pty.raw[start:]
+    assert shown.index("...") < shown.index("in the queue, place 3") < shown.index("reading the prompt, 42%") < shown.index("Hello.")
+    assert [line for line in screen(shown[shown.index("Go"):], 40) if "prompt" in line] == []
 
 
 @pytest.mark.parametrize("no_color", [None, "1"])
