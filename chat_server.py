@@ -721,8 +721,10 @@ class AnswerParams:
     min_tokens: int = 0
     logprobs: int | None = None                     # likeliest tokens to list beside each; None: no logprobs
     prompt_logprobs: int | None = None              # the same for the prompt's tokens
-    grammar: str = ""                               # the answer must match it
+    grammar: str = ""                               # the answer, after its reasoning, must match it
+    grammar_param: str = ""                         # the field that the grammar comes from
     tool_names: tuple[str, ...] = ()                # functions whose calls are read from it
+    chat: bool = False                              # reasoning and calls are told apart from its content
     progress: bool = False                          # send progress events until the first token
     client: str = ""                                # who takes turns: a key's name or an address
     owner: str = ""                                 # who shares KV pages
@@ -740,7 +742,6 @@ class Request(AnswerParams):
     n: int = 1                                      # answers to each prompt
     tools: tuple[dict, ...] = ()                    # functions that the model may call
     template_options: Mapping[str, Any] = field(default_factory=dict)   # the TEMPLATE_OPTIONS that are set
-    grammar_param: str = ""                         # the field that the grammar comes from
     low_priority: bool = False                      # waits until nothing else does
     truncate: bool = False                          # drop the oldest turns if it does not fit
     dropped_messages: int = 0                       # how many were dropped so far
@@ -772,7 +773,11 @@ class CallDelta(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """The part of an answer that one step added: whole characters, and the token ids behind them."""
+    """The part of an answer that one step added: whole characters, and the token ids behind them.
+
+    What it adds comes in this order: `reasoning`, `text`, `calls`. A step that adds them in another order
+    makes several pieces; the first has the tokens and the last has the reason.
+    """
 
     id: str
     tokens: tuple[int, ...]
@@ -790,6 +795,7 @@ class Piece(NamedTuple):
     reasoning: str = ""                 # what the model thinks before it answers
     prompt_done: int = 0                # prompt tokens computed so far; such a piece has nothing else
     calls: tuple[CallDelta, ...] = ()   # what is new in the calls, which `text` leaves out
+    reasoning_tokens: int = 0           # of the whole answer so far
 
 
 @dataclass(frozen=True)
@@ -819,6 +825,7 @@ class Finished:
     drafted_tokens: int = 0
     accepted_tokens: int = 0            # drafted tokens that were right: steps saved
     dropped_messages: int = 0           # by `truncate`
+    reasoning_tokens: int = 0           # of the completion_tokens
 
 
 Event = Accepted | PromptProgress | Piece | Finished
@@ -1185,11 +1192,13 @@ class Tokenizer:
     templated = False                   # does render run the model's template, a program that may never end?
     tool_tokens: ToolTokens | None = None
     tool_format: str | None = None      # how it calls the client's functions, or None (see tool_format_of)
+    thoughts: tuple[str, str] | None = None     # what encloses its reasoning, one of THOUGHTS
 
     def __init__(self, spec: TextSpec):
         self.spec = spec
         self.stop_tokens = spec.stop_tokens
         self.specials: dict[str, int] = {}
+        self.added: dict[int, bytes] = {}       # tokens with text of their own that no merge makes
         self.swallows: dict[str, tuple[bool, bool]] = {}    # special -> white space before it, after it
         self.token_bytes: Callable[[int], bytes] = functools.cache(self.piece)
 
@@ -1236,6 +1245,19 @@ class Tokenizer:
     def special_names(self) -> dict[int, str]:
         return {token: name for name, token in self.specials.items()}
 
+    @property
+    def markers(self) -> dict[str, int]:
+        """The tokens among MARKS: where the vocabulary has a marker, the same spelled out is mere text."""
+        tokens = self.specials | {text.decode(): token for token, text in self.added.items()}
+        return {name: tokens[name] for name in MARKS.keys() & tokens.keys()}
+
+    def marks(self, with_calls: bool) -> dict[int, str]:
+        """The tokens that tell the parts of an answer apart, and the characters that stand for them."""
+        calls = (*CALLS.get(self.tool_format, ()), "[CALL_ID]", "[ARGS]") if with_calls else ()
+        harmony = HARMONY if self.tool_format == "harmony" else ()
+        wanted, markers = {*(self.thoughts or ()), *calls, *harmony}, self.markers
+        return {markers[name]: MARKS[name] for name in wanted & markers.keys()}
+
     def show(self, tokens: Iterable[int]) -> str:
         """Like `decode`, but shows special tokens by name."""
         return b"".join(
@@ -1247,11 +1269,14 @@ class Tokenizer:
         """The tokens in llguidance's form (0.2 s and 19 MB for 49,152 tokens)."""
         llguidance = require_library("llguidance", "constrained decoding")
         pieces = list(map(self.piece, range(self.vocab_size)))
+        special = [token for token, piece in enumerate(pieces) if not piece]
+        for name, token in self.specials.items():       # in llguidance, names of special tokens begin so
+            pieces[token] = b"\xff" + name.encode()
         ends = sorted(self.stop_tokens) or [self.spec.eos_token or 0]
 
         class Words:
             eos_token_id, bos_token_id, tokens = ends[0], self.spec.bos_token, pieces
-            special_token_ids = [token for token, piece in enumerate(pieces) if not piece]
+            special_token_ids = special
 
             def __call__(words, text: bytes) -> list[int]:
                 return self.encode(text.decode("utf-8", "replace"))
@@ -1359,7 +1384,11 @@ class HuggingFaceTokenizer(Tokenizer):
         self.pipeline.encode_special_tokens = True
         self.mark = f"\ue000{secrets.token_hex(8)}\ue001"
         self.has_chat_template = self.templated = bool(spec.chat_template)
-        self.tool_format = tool_format_of(spec.chat_template or "")
+        self.tool_format, self.thoughts = (find(spec.chat_template or "")
+                                           for find in (tool_format_of, thoughts_of))
+        if self.tool_format == "harmony":       # <|end|> ends a message, not the answer
+            names = ("<|return|>", "<|call|>", "<|endoftext|>")
+            self.stop_tokens = frozenset(self.specials[name] for name in names if name in self.specials)
 
     def encode(self, text: str, begins: bool = True) -> list[int]:
         text = whole_unicode(text.replace(self.mark, ""))
@@ -1442,15 +1471,42 @@ class HuggingFaceTokenizer(Tokenizer):
         return bytes([int(byte[1], 16)]) if byte else text.replace("\u2581", " ").encode()
 
 
+# Markers of reasoning and calls in the formats below. Where one is a token of the vocabulary, a character of
+# its own, a lone surrogate, stands for that token in the text of an answer: no decoded text has these, so the
+# same marker spelled out in ordinary tokens stays text.
+THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"),
+            ("<|START_THINKING|>", "<|END_THINKING|>"))
+CALLS = {"tagged": ("<tool_call>", "</tool_call>"), "json": ("<|python_tag|>", ""),
+         "mistral": ("[TOOL_CALLS]", ""), "mistral name": ("[TOOL_CALLS]", "")}
+HARMONY = tuple(f"<|{name}|>" for name in (
+    "start", "channel", "constrain", "message", "end", "return", "call"))
+MARKS = {name: chr(0xd800 + index) for index, name in enumerate(dict.fromkeys(filter(None, (
+    *itertools.chain(*THOUGHTS, *CALLS.values()), "[CALL_ID]", "[ARGS]", *HARMONY))))}
+A_MARK = re.compile("[\ud800-\udfff]")
+
+
 def tool_format_of(template: str) -> str | None:
     """How a chat template makes the model call functions; None if it does not support them.
 
     "tagged": <tool_call>{"name": ..., "arguments": ...}</tool_call> in the text (Hermes, Qwen);
-    "json": the whole answer is such an object, or a list of them (Llama 3, Mistral).
+    "json": the whole answer is such an object, or a list of them (Llama 3);
+    "mistral": [TOOL_CALLS] and a list of them; "mistral name": [TOOL_CALLS]name[ARGS]{...};
+    "harmony": messages to the recipient functions.name (gpt-oss).
     """
+    if "<|channel|>" in template and "<|message|>" in template:
+        return "harmony"
     if not re.search(r"{[{%][^{}%]*\btools\b", template):
         return None
+    if "[TOOL_CALLS]" in template:
+        return "mistral name" if "[ARGS]" in template else "mistral"
     return "tagged" if "<tool_call>" in template else "json"
+
+
+def thoughts_of(template: str) -> tuple[str, str] | None:
+    """What encloses the reasoning of a model with this chat template; None if it does not think."""
+    if tool_format_of(template) == "harmony":
+        return "<|message|>", "<|end|>"
+    return next((each for each in THOUGHTS if each[1] in template), None)
 
 
 def template_of(default: str | None, with_tools: str | None) -> str | None:
@@ -1535,35 +1591,18 @@ class StopMatcher:
         return self.matched == len(self.stop)
 
 
-NO_MARKS: Mapping[int, str] = types.MappingProxyType({})
+class StopFinder:
+    """Looks for stop strings in text that arrives in pieces; holds back at most the beginning of one.
 
-
-class StreamDecoder:
-    """Tokens in, whole characters out; holds back at most an unfinished character and a stop string's prefix.
-
-    Time is linear in the answer's length. Bytes that cannot become valid UTF-8 turn into U+FFFD at once.
-    After a stop string matches, `stopped_by` names it; its text and everything after it is dropped.
-    `marks` are characters that stand for special tokens, which have no text of their own.
+    After one matches, `stopped_by` names it; its text and everything after it is dropped.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Seq[str] = (), marks: Mapping[int, str] = NO_MARKS):
-        self.tokenizer, self.marks = tokenizer, marks
-        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+    def __init__(self, stop: Seq[str] = ()):
         self.matchers = [StopMatcher(text) for text in sorted(set(stop), key=len, reverse=True) if text]
-        self.held = ""                          # decoded, but possibly the beginning of a stop string
+        self.held = ""                          # possibly the beginning of a stop string
         self.stopped_by: str | None = None
 
-    def push(self, token: int) -> str:
-        if token in self.marks:
-            return self._release(self.utf8.decode(b"", True) + self.marks[token])
-        return self._release(self.utf8.decode(self.tokenizer.token_bytes(token)))
-
-    def finish(self) -> str:
-        """Release text held back as a possible stop string; drops the bytes of an unfinished character."""
-        text, self.held = self.held, ""
-        return text
-
-    def _release(self, text: str) -> str:
+    def push(self, text: str) -> str:
         if self.stopped_by is not None:
             return ""
         if not self.matchers:
@@ -1581,6 +1620,316 @@ class StreamDecoder:
         self.held = text[keep:]
         return text[:keep]
 
+    def finish(self) -> str:
+        """Release the text held back: no stop string goes on from here."""
+        text, self.held = self.held, ""
+        for matcher in self.matchers:
+            matcher.matched = 0
+        return text
+
+
+class StreamDecoder:
+    """Tokens in, whole characters out; holds back an unfinished character, and drops it at the end.
+
+    Bytes that cannot become valid UTF-8 turn into U+FFFD at once. `marks` are characters that stand for
+    tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, marks: Mapping[int, str] | None = None):
+        self.tokenizer, self.marks = tokenizer, marks or {}
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        if token in self.marks:
+            return self.utf8.decode(b"", True) + self.marks[token]
+        return self.utf8.decode(self.tokenizer.token_bytes(token))
+
+
+A_REFERENCE = re.compile(rf"<\[({'|'.join(map(re.escape, sorted(MARKS, key=len, reverse=True)))})\]>")
+
+
+def with_markers(grammar: str, markers: Mapping[str, int]) -> str:
+    """A grammar in which each <[marker]> is the token, or the text where the vocabulary has no such token."""
+    return A_REFERENCE.sub(lambda found: f"<[{markers[found[1]]}]>" if found[1] in markers
+                           else json.dumps(found[1]), grammar)
+
+
+class AnswerReader:
+    """Splits an answer's text, as it arrives, into reasoning, content and calls of functions.
+
+    `told` has (kind, text) for each part of reasoning ("reasoning") and content ("text"), and ("call",
+    CallDelta). A call that begins with its name is told as soon as its arguments begin, and they follow as
+    they arrive; any other call is told once it is complete. What looks like a call but is none stays text.
+    """
+
+    FIELD = r'"(?:type|id)"\s*:\s*"[^"\\]*"\s*,\s*'
+    HEAD = re.compile(rf'[\s,;\[]*{{\s*(?:{FIELD})*"name"\s*:\s*"([^"\\]*)"\s*,\s*(?:{FIELD})*'
+                      r'"(?:arguments|parameters)"\s*:\s*(?={)')
+    BEGINNING = re.compile(r'[\s,;\[]*(?:{\s*(?:"(\w*)("?).*)?)?', re.DOTALL)     # of a call in JSON
+    KEYS = ("name", "type", "id", "function", "arguments", "parameters")
+    HEADER_CHARACTERS = 300         # of a harmony message: more are none
+
+    def __init__(self, tokenizer: Tokenizer, names: Seq[str] = ()):
+        self.tokenizer, self.names, self.markers = tokenizer, names, tokenizer.markers
+        self.tool_format = tokenizer.tool_format if names else None
+        self.harmony = tokenizer.tool_format == "harmony"
+        self.told: list[tuple[str, Any]] = []
+        self.held, self.kind = "", "text"       # text not read yet; what kind is being told
+        self.space = ""                         # told before more reasoning, or between two parts
+        self.begins = False                     # is white space dropped until this part has text?
+        self.seen: list[str] = []               # the kinds told so far; the last one last
+        self.calling = ""                       # the sign that began calls, until they are over
+        self.header, self.closed = self.harmony, False      # closed: the prompt ended the reasoning
+        named = rf"\s*([\w.-]+)\s*(?:{re.escape(self.sign('[CALL_ID]'))}[\w\s-]*)?"
+        self.named_head = re.compile(named + re.escape(self.sign("[ARGS]")) + r"\s*(?={)")
+        self.reading = self._read_harmony() if self.harmony else self._read()
+
+    def sign(self, marker: str) -> str:
+        """How a marker looks in the text."""
+        return MARKS[marker] if marker in self.markers else marker
+
+    @property
+    def thinking(self) -> bool:
+        return self.kind == "reasoning"
+
+    def push(self, text: str) -> None:
+        self.held += text
+        next(self.reading)
+
+    def prime(self, text: str) -> None:
+        """Read how the prompt ends: the answer may begin inside reasoning."""
+        names, self.names = self.names, ()
+        self.push(text)
+        self.names, self.told, self.seen, self.space = names, [], [], ""
+        self.closed = bool(self.tokenizer.thoughts) and self.sign(self.tokenizer.thoughts[1]) in text
+        self.held = self.held if self.header else ""
+
+    def finish(self, cut: bool = False) -> None:
+        """Read the rest: no more text comes. A call that is cut before its arguments is dropped."""
+        if self.header:
+            self.held = self.held.rpartition(self.sign("<|start|>"))[2].removeprefix("assistant")
+            self.held *= not (cut or self.sign("<|channel|>") in self.held)
+        elif self.kind == "text" and self.calling and self._tell_whole(self.held):
+            self.held = ""
+        elif self.kind == "text" and self.calling:
+            self.held = "" if cut and self._may_be_call() else self.calling.strip() + self.held
+        self._say(len(self.held))
+
+    def take(self) -> list[tuple[str, Any]]:
+        told, self.told = self.told, []
+        return told
+
+    def _say(self, length: int) -> None:
+        """Tell `length` characters of what is held."""
+        text, self.held = A_MARK.sub(self._spelled, self.held[:length]), self.held[length:]
+        if self.kind == "call" and text:
+            self._tell_call(CallDelta(text))
+        text = text.lstrip() if self.begins else text
+        if not text or self.kind in ("call", "skipped"):
+            return
+        text, self.space, self.begins = self.space + text, "", False
+        if self.thinking:           # white space at its end is not told
+            self.space = text[len(text.rstrip()):]
+            text = text.rstrip()
+        if text:
+            self._note(self.kind)
+            self.told.append((self.kind, text))
+
+    def _spelled(self, mark: re.Match) -> str:
+        """The text of a marker that turned out to mark nothing: special tokens have none."""
+        name = next(name for name, each in MARKS.items() if each == mark[0])
+        return self.tokenizer.token_bytes(self.markers[name]).decode()
+
+    def _note(self, kind: str) -> None:
+        self.seen = [each for each in self.seen if each != kind] + [kind]
+
+    def _tell_call(self, delta: CallDelta) -> None:
+        self._note("call")
+        if not delta.name and self.told and self.told[-1][0] == "call":
+            last = self.told.pop()[1]
+            delta = last._replace(arguments=last.arguments + delta.arguments)
+        self.told.append(("call", delta))
+
+    def _part(self, kind: str) -> None:
+        """Another part begins; a blank line separates it from an earlier one, unless a call does."""
+        self.kind, self.begins = kind, True
+        self.space = "\n\n" if kind in self.seen and self.seen[-1] != "call" else ""
+
+    def _until(self, *signs: str) -> Iterator[None]:
+        """Tell text up to the first of these signs; removes and returns the sign."""
+        while True:
+            if found := [(place, sign) for sign in signs if (place := self.held.find(sign)) >= 0]:
+                place, sign = min(found)
+                self._say(place)
+                self.held = self.held[len(sign):]
+                return sign
+            # what is held may end with the beginning of a sign
+            self._say(len(self.held) - max((n for sign in signs for n in range(1, len(sign))
+                                            if self.held.endswith(sign[:n])), default=0))
+            yield
+
+    def _read(self) -> Iterator[None]:
+        """Read what is held; yield whenever more text is needed."""
+        think, end = map(self.sign, self.tokenizer.thoughts or ("", ""))
+        begin, close = map(self.sign, CALLS.get(self.tool_format, ("", "")))
+        while True:
+            signs = {end, begin, think if think in MARKS.values() else ""}
+            if not {"text", "call"} & set(self.seen):
+                # what can only come first: reasoning that is spelled out, and a call without a tag
+                while not (first := self.held.lstrip()) or first != think and think.startswith(first):
+                    yield
+                if self.tool_format == "json" and first[0] in "{[":
+                    yield from self._read_calls("", "")
+                    continue
+                if think and first.startswith(think):
+                    signs.add(think)
+            sign = yield from self._until(*filter(None, signs))
+            if sign == think:
+                self._part("reasoning")
+                yield from self._until(end)
+                self._part("text")
+            elif sign == begin:
+                yield from self._read_calls(begin, close)
+
+    def _read_calls(self, begin: str, close: str) -> Iterator[None]:
+        """Read calls up to `close`, or while there are more; `begin` was before them."""
+        self.calling = begin or " "
+        while True:
+            while not (head := self.HEAD.match(self.held) or self.named_head.match(self.held)) and (
+                    close not in self.held if close else self._may_be_call()):
+                yield
+            if not head or head[1] not in self.names:
+                return (yield from self._read_whole(begin, close))
+            self.held, self.kind = self.held[head.end():], "call"
+            self._tell_call(CallDelta("", head[1]))
+            yield from self._read_json(0, close)
+            self.kind = "skipped"       # the end of the call
+            if close:
+                yield from self._until(close)
+                break
+            if head.re is self.HEAD:
+                yield from self._read_json(1, close)
+            while not (rest := self.held.lstrip(" \r\n\t,;]")):
+                yield
+            self.held, self.kind = rest, "text"
+            if not rest.startswith("{"):
+                break
+        self.calling = ""
+        self._part("text")
+
+    def _read_whole(self, begin: str, close: str) -> Iterator[None]:
+        """Read what did not begin as a call does: it may be one once it is complete, or it is text."""
+        while close and close not in self.held:
+            yield
+        end = self.held.find(close) if close else len(self.held)
+        if close and self._tell_whole(self.held[:end]):
+            self.held, self.calling = self.held[end + len(close):], ""
+            self._part("text")
+        else:
+            self.held, self.calling = begin + self.held, ""
+            self._say(len(begin) + end + len(close))
+
+    def _may_be_call(self) -> bool:
+        """May what is held become a call in JSON? After a tag, anything may."""
+        beginning = self.BEGINNING.fullmatch(self.held)
+        key, quote = beginning.groups() if beginning else ("", "")
+        return bool(self.calling.strip() or beginning and (key is None or (
+            key in self.KEYS if quote else any(each.startswith(key) for each in self.KEYS))))
+
+    def _tell_whole(self, text: str) -> bool:
+        """Tell the text as calls if it is a call or a list of calls; False if it is neither."""
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            return False
+        calls = [call.get("function", call) if isinstance(call, dict) else call
+                 for call in (found if isinstance(found, list) else [found])]
+        if not calls or not all(isinstance(call, dict) and call.get("name") in self.names for call in calls):
+            return False
+        for call in calls:
+            arguments = call.get("arguments", call.get("parameters")) or {}
+            self._tell_call(CallDelta(
+                arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False),
+                call["name"]))
+        return True
+
+    def _read_json(self, depth: int, close: str) -> Iterator[None]:
+        """Tell text to the end of a JSON object, `depth` brackets from it. A token that closes ends even
+        what is not complete."""
+        quoted = escaped = False
+        while True:
+            length = 0
+            for length, character in enumerate(self.held, 1):
+                if character == close:
+                    length, depth = length - 1, 0
+                elif quoted:
+                    quoted, escaped = escaped or character != '"', character == "\\" and not escaped
+                else:
+                    quoted, depth = character == '"', depth + (character in "{[") - (character in "}]")
+                if depth == 0:
+                    break
+            self._say(length)
+            if depth == 0:
+                return
+            yield
+
+    def _read_harmony(self) -> Iterator[None]:
+        """The same for messages, of which each has a header: its role, its channel, who receives it."""
+        start, channel, constrain, message, *ends = map(self.sign, HARMONY)
+        while True:
+            self.header, self.kind = True, "text"
+            while message not in self.held and len(self.held) <= self.HEADER_CHARACTERS:
+                yield
+            header, found, rest = self.held.partition(message)
+            self.held, self.header = rest if found else self.held.removeprefix("assistant"), False
+            kind = (header.rpartition(start)[2].partition(channel)[2].split() or ["final"])[0]
+            recipient = re.search("to=([^\\s<\ud800-\udfff]+)", header) if found else None
+            name = recipient[1].removeprefix("functions.") if recipient else ""
+            if name in self.names:
+                self.kind, self.calling = "call", " "
+                self._tell_call(CallDelta("", name))
+            else:       # a call of what the request has no function for is nobody's content
+                self._part("reasoning" if found and (recipient or kind.startswith("analysis")) else "text")
+            yield from self._until(*ends, start)
+            self.calling = ""
+
+    def grammar(self, params: AnswerParams) -> str:
+        """The grammar of a whole answer, whose content, or calls, `params.grammar` describes."""
+        source, thoughts = with_markers(params.grammar, self.markers), self.tokenizer.thoughts
+        if not thoughts or self.closed or self.harmony and not self.header:
+            return source
+        start, channel, _, message, end, *_ = (f"<[{name}]>" for name in HARMONY)
+        opening, closing = (f"<[{name}]>" for name in thoughts)
+        ends = {self.markers.get(name) for name in (HARMONY if self.harmony else thoughts)} - {None}
+        text = f"<[^{','.join(map(str, sorted(ends | self.tokenizer.stop_tokens)))}]>*"
+        if self.harmony:
+            final = f'{channel} "final" {message}' if params.grammar_param != "tools" else ""
+            first = (f"start: thought* {final} content\n"
+                     f'thought: {channel} "analysis" {message} {text} {end} {start} "assistant"')
+        elif thoughts[1] in self.markers:
+            thought = f"{'' if self.thinking else opening} {text} {closing} BLANK"
+            first = f"start: {thought if self.thinking else f'({thought})?'} content\nBLANK: /\\n{{0,2}}/"
+        else:
+            mark = "" if self.thinking else opening
+            first = (f"start: {mark + ' thought' if self.thinking else f'({mark} thought)?'} content\n"
+                     f"thought[suffix={json.dumps(thoughts[1])}]: /(?s:.*)/")
+        return with_markers(f"{first}\ncontent: %lark {{\n{source}\n}}", self.markers)
+
+
+def answer_reader(tokenizer: Tokenizer, params: AnswerParams, prompt_ids: Seq[int]) -> AnswerReader | None:
+    """A reader for an answer to this prompt; None if there is nothing to tell apart from its text."""
+    may_call = tokenizer.tool_format and (not params.grammar or params.grammar_param == "tools")
+    names = params.tool_names if may_call else ()
+    if not params.chat or not (tokenizer.thoughts or names):
+        return None
+    reader = AnswerReader(tokenizer, names)
+    if tokenizer.thoughts:
+        marks = tokenizer.marks(with_calls=False)
+        ends = tokenizer.special_names.keys() - marks.keys() | {tokenizer.markers.get("<|start|>")}
+        first = next((i for i in range(len(prompt_ids), 0, -1) if prompt_ids[i - 1] in ends), 0)
+        decoder = StreamDecoder(tokenizer, marks)
+        reader.prime("".join(map(decoder.push, prompt_ids[first:])))
+    return reader
 
 JSON_STYLE = {          # leaves the model no choice of whitespace
     "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -1589,12 +1938,18 @@ JSON_STYLE = {          # leaves the model no choice of whitespace
 def json_grammar(schema: dict, param: str, start: str = "start: object") -> str:
     """A grammar for llguidance: `start`, in which `object` follows this JSON schema. RequestError, about the
     field `param`, if it is too large; check_grammar decides whether it is valid."""
+    return schema_grammar({"object": schema}, param, start)
+
+
+def schema_grammar(schemas: Mapping[str, dict], param: str, start: str) -> str:
+    """A grammar for llguidance: `start`, and a rule for each of these JSON schemas."""
     if importlib.util.find_spec("llguidance") is None:
         raise RequestError(
             "this server cannot constrain answers: the Python package llguidance is not installed there",
             code="unsupported_response_format", param=param)
     try:
-        grammar = f"{start}\nobject: %json {json.dumps({**schema, 'x-guidance': JSON_STYLE})}"
+        grammar = "\n".join([start, *(f"{name}: %json {json.dumps({**schema, 'x-guidance': JSON_STYLE})}"
+                                      for name, schema in schemas.items())])
     except RecursionError:
         raise unusable_schema("it is nested too deeply", param) from None
     if len(grammar) > LIMITS.grammar_characters:
@@ -1629,6 +1984,7 @@ def check_grammar(source: str, param: str) -> None:
     The check itself may take long, and as much memory as the same grammar takes in a worker.
     """
     llguidance, vocabulary = importlib.import_module("llguidance"), byte_vocabulary()
+    source = with_markers(source, {})
     limits, before = llguidance.LLParserLimits(**GRAMMAR_LIMITS), heap_bytes()
     matcher = llguidance.LLMatcher(vocabulary, source, log_level=0, limits=limits)
     matcher.compute_bitmask()
@@ -5100,134 +5456,28 @@ class CalculatorTool:
         return []
 
 
-# A tag that is a special token has no text. In the text of an answer this character stands for it, a lone
-# surrogate, which no decoded text has; so the same tag spelled out in ordinary tokens stays text.
-TAG_MARKS = {"<tool_call>": "\ud800", "</tool_call>": "\ud801"}
+class Said(NamedTuple):
+    """What an answer tells, in this order."""
 
-
-class ToolCallReader:
-    """Finds calls of functions in an answer's text as it arrives (see tool_format_of); all else stays text.
-
-    A tagged call that starts with its name is told as soon as its arguments begin, and they follow as they
-    arrive; any other call is told once it is complete.
-    """
-
-    HEAD = r'\s*{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?={)'
-
-    def __init__(self, tool_format: str, names: Seq[str], special: Seq[str] = ()):
-        self.tagged, self.names = tool_format == "tagged", names
-        self.open, self.close = (TAG_MARKS[tag] if tag in special else tag for tag in TAG_MARKS)
-        self.head = re.compile(re.escape(self.open) + self.HEAD)
-        self.reading = self._read_tagged() if self.tagged else self._read_json()
-        self.held, self.inside = "", False      # text not read yet; whether it is the rest of a call
-        self.text, self.calls = "", []          # read, but not taken yet
-
-    def push(self, text: str) -> None:
-        self.held += text
-        next(self.reading)
-
-    def finish(self) -> None:
-        """Read the rest: no more text comes."""
-        if not (self.inside or not self.tagged and self._tell_whole(self.held)):
-            self._say(len(self.held))
-
-    def take(self) -> tuple[str, tuple[CallDelta, ...]]:
-        """The text outside calls, and what is new in calls, since the last time."""
-        taken = self.text, tuple(self.calls)
-        self.text, self.calls = "", []
-        return taken
-
-    def _read_tagged(self) -> Iterator[None]:
-        """Read what is held; yield whenever more text is needed."""
-        while True:
-            while (begin := self.held.find(self.open)) < 0:         # the end may be the start of a tag
-                self._say(len(self.held) - max(n for n in range(len(self.open))
-                                               if self.held.endswith(self.open[:n])))
-                yield
-            self._say(begin)
-            while not (head := self.head.match(self.held)) and self.close not in self.held:
-                yield
-            if head and head[1] in self.names:
-                yield from self._tell_as_it_comes(head)
-            while (end := self.held.find(self.close)) < 0:
-                yield
-            if self.inside or self._tell_whole(self.held[len(self.open):end]):
-                while not (rest := self.held[end + len(self.close):].lstrip()):     # drop space after it
-                    yield
-                self.held, self.inside = rest, False
-            else:
-                self._say(end + len(self.close))
-
-    def _read_json(self) -> Iterator[None]:
-        """The same for untagged calls: only at its end is an answer known to be text, a call or a list."""
-        while not (begin := self.held.lstrip()[:1]):
-            yield
-        while begin in "{[":
-            yield
-        while True:
-            self._say(len(self.held))
-            yield
-
-    def _cut(self, length: int) -> str:
-        text, self.held = self.held[:length], self.held[length:]
-        return re.sub(f"[{''.join(TAG_MARKS.values())}]", "", text)
-
-    def _say(self, length: int) -> None:
-        self.text += self._cut(length)
-
-    def _tell_whole(self, text: str) -> bool:
-        """Tell the text as calls if it is a call or a list of calls; False if it is neither."""
-        try:
-            found = json.loads(text)
-        except (ValueError, RecursionError):
-            return False
-        calls = found if isinstance(found, list) else [found]
-        if not calls or not all(isinstance(call, dict) and call.get("name") in self.names for call in calls):
-            return False
-        self.inside = True
-        self.calls += [CallDelta(json.dumps(call.get("arguments", call.get("parameters")) or {},
-                                            ensure_ascii=False), call["name"]) for call in calls]
-        return True
-
-    def _tell_as_it_comes(self, head: re.Match) -> Iterator[None]:
-        """Tell a call's name, then its arguments as they arrive, up to the end of their JSON object."""
-        self.inside, self.calls = True, [*self.calls, CallDelta("", head[1])]
-        self.held, depth, quoted, escaped = self.held[head.end():], 0, False, False
-        while True:
-            length = 0
-            for length, character in enumerate(self.held, 1):
-                if character == self.close:         # a special token ends even what is not complete
-                    length, depth = length - 1, 0
-                elif quoted:
-                    quoted, escaped = escaped or character != '"', character == "\\" and not escaped
-                else:
-                    quoted, depth = character == '"', depth + (character in "{[") - (character in "}]")
-                if depth == 0:
-                    break
-            if text := self._cut(length):
-                *before, last = self.calls or [CallDelta("")]
-                self.calls = [*before, last._replace(arguments=last.arguments + text)]
-            if depth == 0:
-                return
-            yield
+    reasoning: str = ""
+    text: str = ""
+    calls: tuple[CallDelta, ...] = ()
 
 
 class Answer:
     """The text side of a sequence: token ids in, text pieces out, and the decision to stop.
 
-    Rebuilt from the ids alone when a sequence is resumed after a worker died.
+    Rebuilt from the ids alone when a sequence is resumed after a worker died. Stop strings are looked for in
+    the content, not in reasoning or calls.
     """
 
     def __init__(self, work: Assignment, tokenizer: Tokenizer, grammar: Grammar | None = None):
-        self.work, self.grammar = work, grammar
-        self.unsent, self.calls, marks = "", None, NO_MARKS
-        params = work.params
-        if params.tool_names and tokenizer.tool_format:
-            # a grammar spells the tags out in ordinary tokens
-            special = [] if params.grammar else [tag for tag in TAG_MARKS if tag in tokenizer.specials]
-            marks = {tokenizer.specials[tag]: TAG_MARKS[tag] for tag in special}
-            self.calls = ToolCallReader(tokenizer.tool_format, params.tool_names, special)
-        self.decoder = StreamDecoder(tokenizer, params.stop, marks)
+        self.work, self.grammar, params = work, grammar, work.params
+        self.reader = answer_reader(tokenizer, params, work.prompt_ids)
+        marks = tokenizer.marks(bool(self.reader.names)) if self.reader else {}
+        self.decoder, self.stops = StreamDecoder(tokenizer, marks), StopFinder(params.stop)
+        self.unsent: list[Said] = [Said()]
+        self.reasoning_tokens = 0
         self.tool = CalculatorTool(tokenizer) if tokenizer.tool_tokens else None
         self.eos_tokens = frozenset() if params.ignore_eos else tokenizer.stop_tokens
         self.stop_tokens = self.eos_tokens | frozenset(params.stop_token_ids)
@@ -5238,21 +5488,40 @@ class Answer:
                 self.tool.feed(token)       # the resumed ids already contain what it forced
             if self.grammar:
                 self.grammar.feed(token)
-            self._say(self.decoder.push(token))
+            self._read(token)
         self.take()                         # it went out together with the ids
 
-    def _say(self, text: str) -> None:
-        if self.calls:
-            self.calls.push(text)
-        else:
-            self.unsent += text
+    def _read(self, token: int) -> None:
+        """Turn a token into reasoning, content or calls; counts those of reasoning and of its markers."""
+        text, thinking = self.decoder.push(token), self.reader and self.reader.thinking
+        if not self.reader:
+            return self._say("text", self.stops.push(text))
+        self.reader.push(text)
+        self.reasoning_tokens += thinking or self.reader.thinking
+        return self._tell()
 
-    def take(self) -> tuple[str, tuple[CallDelta, ...]]:
-        """The text, and what is new in calls, since the last time."""
-        if self.calls:
-            return self.calls.take()
-        text, self.unsent = self.unsent, ""
-        return text, ()
+    def _tell(self) -> None:
+        """Take what the reader has read."""
+        for kind, what in self.reader.take():
+            if kind != "text":              # no stop string goes on across reasoning or a call
+                self._say("text", self.stops.finish())
+            if self.stops.stopped_by is None:
+                self._say(kind, self.stops.push(what) if kind == "text" else what)
+
+    def _say(self, kind: str, what: str | CallDelta) -> None:
+        """Add to what is unsent, in a new Said if this kind comes before what the last one has."""
+        last, name = self.unsent[-1], "calls" if kind == "call" else kind
+        if not what:
+            return
+        if any(last[Said._fields.index(name) + 1:]):
+            self.unsent.append(last := Said())
+        added = getattr(last, name) + ((what,) if kind == "call" else what)
+        self.unsent[-1] = last._replace(**{name: added})
+
+    def take(self) -> list[Said]:
+        """What is new since the last time, at least one."""
+        unsent, self.unsent = self.unsent, [Said()]
+        return unsent
 
     def push(self, token: int, generated: int, room: int) -> list[int]:
         """Add the `generated`-th token and its text, with room for `room` more; it may end the answer.
@@ -5262,13 +5531,14 @@ class Answer:
                                         "or it is too large")
         if token in self.stop_tokens and generated >= self.work.params.min_tokens:
             return self._end("stop", "eos" if token in self.eos_tokens else str(token))
-        self._say(self.decoder.push(token))
-        if self.decoder.stopped_by is not None:
-            return self._end("stop", self.decoder.stopped_by)
+        self._read(token)
+        if self.stops.stopped_by is not None:
+            return self._end("stop", self.stops.stopped_by)
         if self.grammar and self.grammar.complete:
             return self._end("stop", "grammar")
         forced = self.tool.feed(token)[:room] if self.tool else []
-        self._say("".join(map(self.decoder.push, forced)))
+        for each in forced:
+            self._read(each)
         if len(forced) >= room:
             self._end("length",
                       "max_tokens" if generated + room >= self.work.max_tokens else "context_length")
@@ -5276,9 +5546,12 @@ class Answer:
 
     def _end(self, reason: str, cause: str) -> list[int]:
         self.reason, self.stop_reason = reason, cause
-        self._say(self.decoder.finish())
-        if self.calls:
-            self.calls.finish()
+        if self.reader:
+            self.reader.finish(cut=reason == "length")
+            self._tell()
+        self._say("text", self.stops.finish())
+        if reason == "length" and self.stops.stopped_by is not None:
+            self.reason, self.stop_reason = "stop", self.stops.stopped_by
         return []
 
 
@@ -5333,22 +5606,24 @@ class Engine:
     def _prepare(self, sequence: Sequence) -> None:
         work = sequence.work
         try:
-            grammar = self._grammar(work.params).copy() if work.params.grammar else None
+            grammar = self._grammar(work).copy() if work.params.grammar else None
             sequence.text = Answer(work, self.tokenizer, grammar)
             if grammar:
                 grammar.mask.set_result(grammar.matcher.compute_bitmask())
         except Exception:       # `text` stays None, so the answer fails when its first token is drawn
             log.exception("failed to prepare an answer")
 
-    def _grammar(self, params: AnswerParams) -> Grammar:
+    def _grammar(self, work: Assignment) -> Grammar:
         """A request's grammar, compiled once; answers copy it. Runs only on the `compiling` thread."""
-        key = params.owner, params.grammar
+        reader = answer_reader(self.tokenizer, work.params, work.prompt_ids)
+        source = reader.grammar(work.params) if reader else work.params.grammar
+        key = work.params.owner, source
         if key in self.grammars:
             self.grammars.move_to_end(key)
             return self.grammars[key]
         self.tokenizer.grammar_vocabulary       # build it first: its memory belongs to no single grammar
         before = heap_bytes()
-        self.grammars[key] = grammar = Grammar(self.tokenizer, params.grammar)
+        self.grammars[key] = grammar = Grammar(self.tokenizer, source)
         grammar.matcher.compute_bitmask()       # makes it allocate all its memory
         grammar.size = heap_bytes() - before    # approximate: other threads allocate and free meanwhile
         while (len(self.grammars) > self.KEPT_GRAMMARS
@@ -5477,13 +5752,13 @@ class Engine:
             drawn = list(itertools.islice(tokens, 1 + len(draft)))
             if sequence and not sequence.finished:
                 try:
-                    self.pieces.append(self._accept(sequence, draft, drawn))
+                    self.pieces += self._accept(sequence, draft, drawn)
                 except Exception as error:      # in its text, tool or grammar: fails this answer alone
                     log.exception("failed to continue an answer")
                     self.pieces.append(Piece(sequence.work.id, (), "", "error", failure_text(error)))
                     self.scheduler.remove(sequence)
 
-    def _accept(self, sequence: Sequence, draft: tuple[int, ...], drawn: Seq[int]) -> Piece:
+    def _accept(self, sequence: Sequence, draft: tuple[int, ...], drawn: Seq[int]) -> list[Piece]:
         """Add the drawn tokens and their text until one ends the answer, forces others or differs from the
         draft (the rest are then void), and propose the next draft."""
         answer, tokens, right = sequence.text, sequence.tokens, 0
@@ -5509,12 +5784,18 @@ class Engine:
             sequence.draft = sequence.drafter.propose() if room and sequence.pending == 1 else []
         elif answer.grammar:
             self._think_ahead(sequence)
-        text, calls = answer.take()
         ended_it = answer.reason == "stop" and token in answer.stop_tokens
         logprobs = () if sequence.logprob is None or ended_it else (sequence.logprob,)
-        return Piece(sequence.work.id, tuple(tokens[known:]), text, answer.reason, answer.stop_reason,
+        *others, (reasoning, text, calls) = answer.take()
+        last = Piece(sequence.work.id, tuple(tokens[known:]), text, answer.reason, answer.stop_reason,
                      sequence.cached_tokens, sequence.queued_s, sequence.drafted_tokens,
-                     sequence.accepted_tokens, logprobs, calls=calls)
+                     sequence.accepted_tokens, logprobs, reasoning=reasoning, calls=calls,
+                     reasoning_tokens=answer.reasoning_tokens)
+        if not others:
+            return [last]
+        first, *rest = [last._replace(reasoning=reasoning, text=text, calls=calls, reason=None, tokens=(),
+                                      stop_reason=None, logprobs=()) for reasoning, text, calls in others]
+        return [first._replace(tokens=last.tokens), *rest, last._replace(tokens=())]
 
     def give_up(self) -> list[str]:
         """After a failed step: forget all it may have written; returns the ids of the dropped answers."""
@@ -6343,7 +6624,7 @@ class Job:
         """Turn a worker's piece into events for the reader."""
         if piece.reason in ("error", "refused"):
             failure = EngineFailure(piece.stop_reason) if piece.reason == "error" else \
-                RequestError(piece.stop_reason, code="invalid_json_schema", param="response_format")
+                RequestError(piece.stop_reason, code="invalid_json_schema", param=self.request.grammar_param)
             self.events.put_nowait(failure)
             return
         if piece.prompt_done:
@@ -6356,8 +6637,8 @@ class Job:
             self.events.put_nowait(piece)
             return
         if self.request.max_tokens == 0:        # only the prompt is wanted, but the worker draws a token
-            piece = piece._replace(tokens=(), text="", logprobs=(), calls=(), reason="length",
-                                   stop_reason="max_tokens")
+            piece = piece._replace(tokens=(), text="", logprobs=(), calls=(), reasoning="",
+                                   reasoning_tokens=0, reason="length", stop_reason="max_tokens")
         self.last_token_s = time.monotonic()
         if self.first_token_s is None:
             self.first_token_s = self.last_token_s
@@ -6378,7 +6659,8 @@ class Job:
                         tokens_per_second=(count - 1) / seconds if seconds >= TIMEABLE_S else None,
                         gpu=piece.gpu, choice=self.choice,
                         drafted_tokens=piece.drafted_tokens, accepted_tokens=piece.accepted_tokens,
-                        dropped_messages=self.request.dropped_messages)
+                        dropped_messages=self.request.dropped_messages,
+                        reasoning_tokens=piece.reasoning_tokens)
 
 
 class Worker:
@@ -7491,6 +7773,7 @@ def make_request(values: Mapping[str, Any], settings: Settings, **source: Any) -
     """A Request from the fields that every generating route shares, plus `source`."""
     names = ("stop", "stop_token_ids", "ignore_eos", "min_tokens", "n", "truncate", "resumable", "progress")
     return Request(sampling=sampling_params(values, settings), low_priority=values.get("priority", False),
+                   chat="messages" in source,
                    **{name: values[name] for name in names if name in values}, **source)
 
 
@@ -7670,25 +7953,41 @@ def parse_openai_request(values: Mapping[str, Any], settings: Settings,
         tool_names=tuple(tool["function"]["name"] for tool in tools))
 
 
+CALL_GRAMMARS = {       # tool_format -> the grammar of calls; the name's are `call` for each function
+    "tagged": 'start: call ("\\n" call)*\ncall: <[<tool_call>]> "\\n" object "\\n" <[</tool_call>]>',
+    "json": "start: object",
+    "mistral": 'start: <[[TOOL_CALLS]]> "[" object (", " object)* "]"',
+    "mistral name": "start: call+\ncall: {calls}", "harmony": "start: {calls}"}
+NAMED_CALLS = {         # of one function, with its arguments
+    "mistral name": '<[[TOOL_CALLS]]> "{name}" <[[ARGS]]> {arguments}',
+    "harmony": '<[<|channel|>]> "commentary to=functions.{name} " <[<|constrain|>]> "json" <[<|message|>]> '
+               "{arguments}"}
+
+
 def tool_grammar(tools: Seq[dict], choice: str, tool_format: str, parallel: bool) -> str:
-    """A grammar that allows only calls: of any of the tools, or of the one that `choice` names."""
+    """A grammar that allows only calls: of any of the tools, or one call of the tool that `choice` names."""
     functions = [tool["function"] for tool in tools
                  if choice == "required" or tool["function"]["name"] == choice[1:]]
     if not functions:
         raise RequestError(f"tool_choice names {shown(choice.removeprefix('='))}, which is not in tools",
                            code="invalid_value", param="tool_choice")
-    given = "arguments" if tool_format == "tagged" else "parameters"
-    calls = [{"type": "object", "required": ["name", given], "additionalProperties": False, "properties": {
-        # An $id of its own keeps "#" in a $ref pointing at the root of these parameters.
-        "name": {"const": function["name"]},
-        given: {**(function.get("parameters") or {"type": "object"}), "$id": f"urn:tool:{index}"}}}
-        for index, function in enumerate(functions)]
-    schema = {"anyOf": calls}
-    if tool_format == "json":
-        return json_grammar(schema, "tools")
-    start = r'start: call ("\n" call)*' if parallel else "start: call"
-    call = r'call: "<tool_call>\n" object "\n</tool_call>"'
-    return json_grammar(schema, "tools", f"{start}\n{call}")
+    start = CALL_GRAMMARS[tool_format]
+    if not parallel or choice != "required":
+        start = re.sub(r' \(("[^"]*") (call|object)\)\*|(?<=call)\+', "", start)
+    # An $id of its own keeps "#" in a $ref pointing at the root of these parameters.
+    parameters = [{**(function.get("parameters") or {"type": "object"}), "$id": f"urn:tool:{index}"}
+                  for index, function in enumerate(functions)]
+    if tool_format in NAMED_CALLS:
+        calls = [NAMED_CALLS[tool_format].format(
+            name=json.dumps(function["name"])[1:-1], arguments=f"arguments{index}")
+            for index, function in enumerate(functions)]
+        schemas = {f"arguments{index}": schema for index, schema in enumerate(parameters)}
+        return schema_grammar(schemas, "tools", start.replace("{calls}", " | ".join(calls)))
+    given = "parameters" if tool_format == "json" else "arguments"
+    calls = [{"type": "object", "required": ["name", given], "additionalProperties": False,
+              "properties": {"name": {"const": function["name"]}, given: schema}}
+             for function, schema in zip(functions, parameters)]
+    return json_grammar({"anyOf": calls}, "tools", start)
 
 
 def parse_completion_request(values: Mapping[str, Any], settings: Settings) -> Request:
@@ -7829,11 +8128,17 @@ class Choice:
         self.index = index
         self.done: Finished | None = None
         self.held: list[TokenLogprob] = []          # log-probabilities of tokens that have no text yet
-        self.calls: list[dict] = []                 # of functions, as a whole body has them
+        self.calls: list[ToldCall] = []             # of functions
         self.texts: list[str] = []                  # for a whole body,
+        self.thoughts: list[str] = []               # its text and reasoning,
         self.logprobs: dict[str, list[bytes]] = {}          # as are these lists of log-probabilities, in JSON
         self.echoed = False                         # whether the prompt has been put before its text
         self.utf8, self.offset = codecs.getincrementaldecoder("utf-8")("replace"), 0        # for text_offset
+
+    def add_call(self, part: CallDelta) -> None:
+        if part.name:
+            self.calls.append(ToldCall(part.name))
+        self.calls[-1].arguments += part.arguments
 
     def encoded_logprobs(self, beside: dict) -> Iterator[bytes]:
         """The `logprobs` member of an object, with the fields of `beside`; nothing if there are none."""
@@ -7880,7 +8185,8 @@ class Encoder:
         firsts = ends[::self.request.n]
         return {"prompt_tokens": sum(done.prompt_tokens for done in firsts),
                 "completion_tokens": sum(done.completion_tokens for done in ends),
-                "cached_tokens": sum(done.cached_tokens for done in firsts)}
+                "cached_tokens": sum(done.cached_tokens for done in firsts),
+                "reasoning_tokens": sum(done.reasoning_tokens for done in ends)}
 
 
 class NativeEncoder(Encoder):
@@ -7888,7 +8194,8 @@ class NativeEncoder(Encoder):
 
     def encode(self, event: Event) -> bytes:
         if isinstance(event, Piece):
-            return frame({"token": event.text, "gpu": event.gpu}) if event.text else b""
+            told = {"reasoning": event.reasoning, "token": event.text}      # old clients skip reasoning
+            return b"".join(frame({name: text, "gpu": event.gpu}) for name, text in told.items() if text)
         self.choices[0].done = event
         return frame({"done": True, "finish_reason": event.reason, "stop_reason": event.stop_reason,
                       "gpu": event.gpu, "usage": self.counts(), "timings": timings_body(event),
@@ -7925,22 +8232,27 @@ def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, list[int] | None]
 
 
 class Delta(NamedTuple):
-    """What one event adds to a choice."""
+    """What one event adds to a choice: reasoning, then text, then more of its calls, in this order.
+
+    Every API's stream is an encoding of these. A CallDelta with a name begins a call; what follows without
+    one are its arguments.
+    """
 
     text: str = ""
     logprobs: Seq[TokenLogprob] = ()
-    calls: Seq[dict] = ()           # only what is new in them
+    calls: Seq[CallDelta] = ()
+    reasoning: str = ""
 
 
-def call_body(choice: Choice, part: CallDelta) -> dict:
-    """What a chunk says about a call; adds it to the choice's calls."""
-    if part.name:
-        choice.calls.append({"id": f"call_{secrets.token_hex(12)}", "type": "function",
-                             "function": {"name": part.name, "arguments": ""}})
-    call, arguments = choice.calls[-1], {"arguments": part.arguments}
-    call["function"]["arguments"] += part.arguments
-    first = {**call, "function": {"name": part.name} | arguments}
-    return {"index": len(choice.calls) - 1} | (first if part.name else {"function": arguments})
+class ToldCall:
+    """A call of a choice, as far as the client knows it: its id, name and arguments."""
+
+    def __init__(self, name: str):
+        self.id, self.name, self.arguments = f"call_{secrets.token_hex(12)}", name, ""
+
+    def chat_body(self, arguments: str) -> dict:
+        """The call with these arguments, as /v1/chat/completions has it."""
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": arguments}}
 
 
 class OpenAIEncoder(Encoder):
@@ -7967,14 +8279,14 @@ class OpenAIEncoder(Encoder):
                 if part.logprobs else None)
 
     def take(self, choice: Choice, event: Event) -> Delta:
-        """What to send: text, calls, and the log-probabilities of their tokens, without a stop string's."""
+        """What to send, with the log-probabilities of its tokens, but not those of a stop string's."""
         held, choice.held = choice.held, []
         if isinstance(event, Finished):
             choice.done = event
             return Delta("", [] if event.stop_reason in self.request.stop else held)
         held += event.logprobs
-        if event.text or event.calls or not held:
-            return Delta(event.text, held, [call_body(choice, call) for call in event.calls])
+        if event.text or event.calls or event.reasoning or not held:
+            return Delta(event.text, held, event.calls, event.reasoning)
         choice.held = held
         return Delta()
 
@@ -8007,12 +8319,13 @@ class OpenAIEncoder(Encoder):
         return usage + b"data: [DONE]\n\n"
 
     def usage(self) -> dict:
-        prompt, completion, cached = self.counts().values()
+        prompt, completion, cached, reasoning = self.counts().values()
         drafted = sum(choice.done.drafted_tokens for choice in self.choices)
         accepted = sum(choice.done.accepted_tokens for choice in self.choices)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
                 "prompt_tokens_details": {"cached_tokens": cached},
-                "completion_tokens_details": {"accepted_prediction_tokens": accepted,
+                "completion_tokens_details": {"reasoning_tokens": reasoning,
+                                              "accepted_prediction_tokens": accepted,
                                               "rejected_prediction_tokens": drafted - accepted}}
 
     def collect(self, event: Event) -> int:
@@ -8020,7 +8333,10 @@ class OpenAIEncoder(Encoder):
         choice = self.choices[event.choice]
         part = self.take(choice, event)
         choice.texts.append(part.text)
-        size = 100 + len(part.text) + sum(len(call["function"]["arguments"]) for call in part.calls)
+        choice.thoughts.append(part.reasoning)
+        for call in part.calls:
+            choice.add_call(call)
+        size = 100 + len(part.text) + len(part.reasoning) + sum(len(call.arguments) for call in part.calls)
         if self.request.logprobs is not None:       # kept as JSON: 2 KB per token instead of 14
             for name, values in self.logprobs_body(choice, part.logprobs).items():
                 choice.logprobs.setdefault(name, []).append(data := dump(values)[1:-1])
@@ -8033,8 +8349,8 @@ class OpenAIEncoder(Encoder):
                 "timings": timings_body(self.choices[0].done)}
         separator = dump(body)[:-1] + b', "choices": ['
         for choice in self.choices:
-            body = {"index": choice.index, **self.body(choice, Delta("".join(choice.texts)), whole=True),
-                    **self.ending(choice)}
+            whole = Delta("".join(choice.texts), reasoning="".join(choice.thoughts))
+            body = {"index": choice.index, **self.body(choice, whole, whole=True), **self.ending(choice)}
             if choice.logprobs:
                 del body["logprobs"]
             yield separator + dump(body)[:-1]
@@ -8054,14 +8370,27 @@ class ChatEncoder(OpenAIEncoder):
         return b"".join(self.chunk(choice, opening) for choice in self.choices)
 
     def body(self, choice: Choice, part: Delta, whole: bool = False) -> dict:
-        calls = choice.calls if whole else part.calls
-        message: dict[str, Any] = {"content": part.text} if part.text or part.logprobs else {}
+        message: dict[str, Any] = {}
         if whole:
+            calls = [call.chat_body(call.arguments) for call in choice.calls]
             message = {"role": "assistant", "content": None if calls and not part.text else part.text,
                        "refusal": None}
+        else:
+            calls = [self.call_body(choice, call) for call in part.calls]
+            if part.text or part.logprobs and not part.reasoning:
+                message = {"content": part.text}
+        if part.reasoning:          # clients read one or the other
+            message |= {"reasoning_content": part.reasoning, "reasoning": part.reasoning}
         if calls:
             message["tool_calls"] = calls
         return {"message" if whole else "delta": message, "logprobs": self.logprobs(choice, part)}
+
+    def call_body(self, choice: Choice, part: CallDelta) -> dict:
+        """What a chunk says about a call: all of it when it begins, then only more arguments."""
+        choice.add_call(part)
+        first = choice.calls[-1].chat_body(part.arguments)
+        return {"index": len(choice.calls) - 1} | (
+            first if part.name else {"function": {"arguments": part.arguments}})
 
     def logprobs_body(self, choice: Choice, logprobs: Seq[TokenLogprob]) -> dict:
         def entry(token: int, logprob: float | None) -> dict:
@@ -9737,7 +10066,9 @@ class RemoteStream:
             usage.get("completion_tokens", self.pieces), cached, timings.get("queue_ms", 0.0),
             timings.get("ttft_ms", ttft_ms), speed, self.done.get("gpu", timings.get("gpu", 0)),
             **{name: timings.get(name, 0)
-               for name in ("drafted_tokens", "accepted_tokens", "dropped_messages")})
+               for name in ("drafted_tokens", "accepted_tokens", "dropped_messages")},
+            reasoning_tokens=usage.get("reasoning_tokens") or (
+                usage.get("completion_tokens_details") or {}).get("reasoning_tokens") or 0)
 
 
 def ending_of(body: dict[str, Any]) -> dict[str, Any]:
@@ -10222,7 +10553,7 @@ def new_request(settings: Settings, parameters: Mapping[str, Any] | None = None,
     length = settings.max_tokens or (DEFAULT_MAX_TOKENS if "prompts" in source else None)
     return Request(id=secrets.token_hex(16), sampling=sampling_params(parameters, settings), unset=unset,
                    max_tokens=parameters.get("max_tokens", length), stop=tuple(parameters.get("stop", ())),
-                   truncate="messages" in source, **source)
+                   truncate="messages" in source, chat="messages" in source, **source)
 
 
 @dataclass

@@ -285,8 +285,8 @@ def test_compiled_schemas_are_kept_only_as_far_as_memory_goes(engine):
     compiled = []
     for number in range(10):
         one = work(engine, f"a{number}", numbers(30, f"{number}"))
-        compiled.append(engine._grammar(one.params).size)
-        assert engine._grammar(one.params) is engine._grammar(one.params)         # the newest is kept
+        compiled.append(engine._grammar(one).size)
+        assert engine._grammar(one) is engine._grammar(one)         # the newest is kept
     assert all(8 << 20 < size < 16 << 20 for size in compiled)
     assert 2 <= len(engine.grammars) <= (64 << 20) // min(compiled)
     engine.grammars.clear()

@@ -48,7 +48,7 @@ async def test_the_native_stream_has_pieces_then_done(client):
     assert events[:2] == [{"token": "Mach", "gpu": 0}, {"token": "ine", "gpu": 0}]
     assert events[2].pop("seed") >= 0
     assert events[2:] == [{"done": True, "finish_reason": "stop", "stop_reason": "eos", "gpu": 0,
-                           "usage": {"prompt_tokens": 7, "completion_tokens": 3, "cached_tokens": 3},
+                           "usage": {"prompt_tokens": 7, "completion_tokens": 3, "cached_tokens": 3, "reasoning_tokens": 0},
                            "timings": {"queue_ms": 0.2, "ttft_ms": 8.1, "tokens_per_second": 212.3, "drafted_tokens": 0, "accepted_tokens": 0}}]
 
 
@@ -243,7 +243,7 @@ async def test_the_usage_chunk_comes_only_when_asked_for(client):
     assert all(chunk["usage"] is None for chunk in chunks) and done == "[DONE]"
     assert last["choices"] == [] and last["usage"] == {
         "prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10, "prompt_tokens_details": {"cached_tokens": 3},
-        "completion_tokens_details": {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}}
+        "completion_tokens_details": {"reasoning_tokens": 0, "accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}}
     assert b"usage" not in refused
 
 

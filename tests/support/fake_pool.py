@@ -22,7 +22,7 @@ class Letters(chat_server.Tokenizer):
         super().__init__(chat_server.TextSpec("letters", b"", stop_tokens=frozenset({256}), eos_token=256))
         self.specials = {"<|end|>": 256}
 
-    def encode(self, text):
+    def encode(self, text, begins=True):
         return list(text.encode())
 
     encode_with_specials = encode
@@ -77,7 +77,7 @@ class FakePool:
         try:
             yield Accepted(7, request.sampling.seed)
             for choice in range((len(request.prompts) or 1) * request.n):
-                reader = chat_server.ToolCallReader(self.tokenizer.tool_format, request.tool_names) if request.tool_names else None
+                reader = chat_server.answer_reader(self.tokenizer, request, ())
                 for number, piece in enumerate(self.pieces, 1):
                     if self.gate:
                         await self._gate_or_cancel(request)
@@ -91,9 +91,10 @@ class FakePool:
                     if reader:
                         reader.push(piece.text)
                         if number == len(self.pieces):
-                            reader.finish()
-                        text, calls = reader.take()
-                        piece = piece._replace(text=text, calls=calls)
+                            reader.finish(self.reason == "length")
+                        told = reader.take()
+                        piece = piece._replace(calls=tuple(what for kind, what in told if kind == "call"), **{
+                            each: "".join(what for kind, what in told if kind == each) for each in ("text", "reasoning")})
                     yield piece._replace(choice=choice)
                 yield finished(self.pieces, self.reason, self.stop_reason, choice)
         finally:

@@ -6,7 +6,7 @@ import random
 import threading
 
 import pytest
-from chat_server import (ConfigError, Message, RequestError, StopMatcher, StreamDecoder, TextSpec,
+from chat_server import (ConfigError, Message, RequestError, StopFinder, StopMatcher, StreamDecoder, TextSpec,
                          calculate, compile_chat_template, gguf_text, open_tokenizer, read_gguf, read_nanochat_tokenizer)
 from tiny_gguf import sentencepiece_metadata, small_gguf_metadata
 
@@ -222,9 +222,9 @@ class ByteTokens:
 
 
 def stream(data, stop=()):
-    decoder = StreamDecoder(ByteTokens(), stop)
-    pieces = [decoder.push(byte) for byte in data] + [decoder.finish()]
-    return pieces, decoder
+    decoder, stops = StreamDecoder(ByteTokens()), StopFinder(stop)
+    pieces = [stops.push(decoder.push(byte)) for byte in data] + [stops.finish()]
+    return pieces, stops
 
 
 def test_every_piece_is_whole_characters():
@@ -256,18 +256,18 @@ def test_special_tokens_do_not_break_a_character():
 
 
 def test_a_stop_string_split_over_tokens_is_cut_out():
-    pieces, decoder = stream(b"Answer.\nUser: more", ["\nUser:", "zzz"])
-    assert "".join(pieces) == "Answer." and decoder.stopped_by == "\nUser:"
-    assert decoder.push(65) == "" and decoder.finish() == ""
+    pieces, stops = stream(b"Answer.\nUser: more", ["\nUser:", "zzz"])
+    assert "".join(pieces) == "Answer." and stops.stopped_by == "\nUser:"
+    assert stops.push("A") == "" and stops.finish() == ""
 
 
 def test_only_a_proper_prefix_of_a_stop_string_is_held_back():
-    pieces, decoder = stream(b"abababac!", ["ababac"])
+    pieces, stops = stream(b"abababac!", ["ababac"])
     # at the second "abab" the first "ab" can no longer begin a stop string
     assert pieces == ["", "", "", "", "", "ab", "", "", "", ""]
-    assert decoder.stopped_by == "ababac"
-    pieces, decoder = stream(b"<x <s <st", ["<stop>"])
-    assert pieces == ["", "<x", " ", "", "", "<s ", "", "", "", "<st"] and decoder.stopped_by is None
+    assert stops.stopped_by == "ababac"
+    pieces, stops = stream(b"<x <s <st", ["<stop>"])
+    assert pieces == ["", "<x", " ", "", "", "<s ", "", "", "", "<st"] and stops.stopped_by is None
 
 
 def test_stop_strings_cut_where_the_first_one_ends_and_prefer_the_longest_there():
@@ -275,16 +275,16 @@ def test_stop_strings_cut_where_the_first_one_ends_and_prefer_the_longest_there(
     for _ in range(3000):
         text = "".join(dice.choice("ab") for _ in range(dice.randrange(14)))
         stops = ["".join(dice.choice("ab") for _ in range(dice.randrange(1, 5))) for _ in range(dice.randrange(1, 4))]
-        pieces, decoder = stream(text.encode(), stops)
+        pieces, finder = stream(text.encode(), stops)
         ends = [(text.index(stop) + len(stop), -len(stop), stop) for stop in stops if stop in text]
         if ends:
             end, length, stop = min(ends)
-            assert ("".join(pieces), decoder.stopped_by) == (text[:end + length], stop)
+            assert ("".join(pieces), finder.stopped_by) == (text[:end + length], stop)
         else:
-            assert ("".join(pieces), decoder.stopped_by) == (text, None)
+            assert ("".join(pieces), finder.stopped_by) == (text, None)
         # the text held back is the longest proper prefix of a stop string
         for i, piece in enumerate(pieces[:-1]):
-            if decoder.stopped_by is None:
+            if finder.stopped_by is None:
                 held = text[len("".join(pieces[:i + 1])):i + 1]
                 suffixes = [text[j:i + 1] for j in range(i + 2)]
                 assert held == next(s for s in suffixes if any(stop != s and stop.startswith(s) for stop in stops))
@@ -299,12 +299,12 @@ def test_decoding_work_grows_linearly_with_the_answer():
             return super().__getitem__(index)
 
     def work(count):
-        decoder = StreamDecoder(ByteTokens(), [])
+        decoder, stops = StreamDecoder(ByteTokens()), StopFinder()
         matcher = StopMatcher("a" * 50 + "b")
         matcher.stop, Counting.compared = Counting(matcher.stop), 0
-        decoder.matchers = [matcher]
+        stops.matchers = [matcher]
         for _ in range(count):
-            decoder.push(97)
+            stops.push(decoder.push(97))
         return Counting.compared
     assert work(4000) < 2.2 * work(2000)
 

@@ -7,7 +7,7 @@ import aiohttp
 import pytest
 
 import chat_server
-from chat_server import Answer, Message, SamplingParams, Settings, ToolCallReader
+from chat_server import Answer, AnswerReader, Message, SamplingParams, Settings
 from engines import load, make_engine, pieces
 from fake_pool import FakePool, Letters, frames, serving
 from works import assignment
@@ -36,22 +36,25 @@ def pool():
     return pool
 
 
-def read(tool_format, pieces):
-    reader, told = ToolCallReader(tool_format, ["weather", "time"]), []
+def read(tool_format, pieces, cut=False):
+    tokenizer = Letters()
+    tokenizer.tool_format = tool_format
+    reader, told = AnswerReader(tokenizer, ["weather", "time"]), []
     for piece in pieces:
         reader.push(piece)
-        told.append(reader.take())
-    reader.finish()
-    return together([*told, reader.take()])
+        told += reader.take()
+    reader.finish(cut)
+    told += reader.take()
+    return together([("".join(what for kind, what in told if kind == "text"), [what for kind, what in told if kind == "call"])])
 
 
 def together(told):
     """The text and the calls of an answer whose pieces had these texts and deltas of calls."""
     calls = []
-    for delta in (delta for _, deltas in told for delta in deltas):
+    for delta in (delta for *_, deltas in told for delta in deltas):
         calls += [{"name": delta.name, "arguments": ""}] if delta.name else []
         calls[-1]["arguments"] += delta.arguments
-    return "".join(text for text, _ in told), calls
+    return "".join(text for *_, text, _ in told), calls
 
 
 def joined(deltas):
@@ -109,7 +112,7 @@ ASKS = '\n{"name": "weather", "arguments": {"city": "Rome"}}\n'
 
 def told_by(ids, resumed=0, **params):
     """What an answer tells after each of its tokens; the first `resumed` were drawn by a worker that died."""
-    work = assignment("a", (1,), SamplingParams(), 999, resumed_ids=tuple(ids[:resumed]), tool_names=("weather", "time"), **params)
+    work = assignment("a", (1,), SamplingParams(), 999, resumed_ids=tuple(ids[:resumed]), tool_names=("weather", "time"), chat=True, **params)
     answer, told = Answer(work, Tags()), []
     for number, token in enumerate(ids[resumed:], resumed + 1):
         answer.push(token, number, 999 - number)
@@ -126,11 +129,11 @@ def told_by(ids, resumed=0, **params):
     ([OPEN, ASKS[:-6], OPEN, ASKS[-6:], CLOSE], {}, "", [ROME]),
     ([[0xe6], OPEN, ASKS, CLOSE, "日"], {}, "\ufffd日", [ROME]),                # a character that the tag cuts
     (["a", OPEN, ASKS, CLOSE, "bc"], {"stop": ('a\n', "ab", "bc")}, "a", [ROME]),
-    ([CALL], {"grammar": "of tags in ordinary tokens"}, "", [ROME])])
+    (["<tool_call> ", OPEN, ASKS, CLOSE], {"stop": ("Rome", "_call> ")}, "<tool", [])])
 def test_tags_that_are_special_tokens_are_seen_and_ordinary_text_like_them_is_text(parts, params, rest, calls):
     ids = [token for part in parts for token in (part if isinstance(part, list) else part.encode())]
     told = told_by(ids, **params)
-    assert together(told) == (rest, calls)
+    assert together([said for each in told for said in each]) == (rest, calls)
     for cut in range(len(ids)):         # a worker that takes over knows from the ids alone what has been told
         assert told_by(ids, cut, **params) == told[cut:]
 
@@ -200,8 +203,8 @@ async def test_in_a_stream_a_call_comes_by_its_name_and_then_its_arguments_in_pi
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["tool_calls"]
 
 
-@pytest.mark.parametrize("length, content, arguments", [(30, CALL[:30], None), (51, None, '{"city')])
-async def test_a_call_that_is_cut_is_length_and_text_or_its_beginning(pool, length, content, arguments):
+@pytest.mark.parametrize("length, content, arguments", [(30, "", None), (51, None, '{"city')])
+async def test_a_call_that_is_cut_is_length_and_its_beginning_but_never_text(pool, length, content, arguments):
     pool.pieces, pool.reason, pool.stop_reason = [CALL[:length]], "length", "max_tokens"
     async with serving(pool) as url, aiohttp.ClientSession() as client:
         body = await (await client.post(url + "/v1/chat/completions", json=ASK)).json()
@@ -247,6 +250,7 @@ def test_a_required_call_is_made_by_a_model_that_has_never_heard_of_tools(defaul
                                       chat_server.OPENAI_FIELDS)
     request = chat_server.parse_openai_request(values, Settings(), tool_format)
     prompt = tuple(engine.tokenizer.render([Message("user", "Weather in Rome?")]))
-    work = assignment("a", prompt, SamplingParams(0.0), 80, grammar=request.grammar, tool_names=request.tool_names)
+    work = assignment("a", prompt, SamplingParams(0.0), 80, grammar=request.grammar, grammar_param="tools",
+                      tool_names=request.tool_names, chat=True)
     text, calls = together([(piece.text, piece.calls) for piece in pieces(engine, [work])["a"]])
     assert text == "" and [call["name"] for call in calls] == ["weather"] and len(json.loads(calls[0]["arguments"])["city"]) <= 10
