@@ -30,7 +30,7 @@ Life of a request
         > LocalPool.dispatch > Worker.start > packed                                             front process
         > Inbox.obey > Engine.add > Scheduler.schedule > make_batch > EagerSteps.start
         > Transformer.forward > sample_reference > Scheduler.advance > Answer.push
-        > StreamDecoder.push > Piece > Stepped                                                  worker process
+        > StreamDecoder.push > AnswerReader.push > Piece > Stepped                              worker process
         > LocalPool.deliver > Job.take > NativeEncoder.encode | OpenAIEncoder.encode
         > EventStream.send                                                                       front process
 Glossary
@@ -58,6 +58,8 @@ Where do I change ...
     a request's field         the field tables of `bodies in` (they also make /openapi.json), `Request`, then
                               the code that reads it
     a flag                    `OPTIONS`: one row makes the flag, its variable, its config file key, its help
+    how a family calls or     `CALLS`, `THOUGHTS` and `tool_format_of`, read by `AnswerReader`, required by
+    thinks                    `CALL_GRAMMARS`
     a message                 a dataclass in section 3 with its size limit, an entry in `MESSAGES`, a case in
                               its receiver
 
@@ -622,7 +624,7 @@ def start_logging(settings: Settings) -> None:
 class Message:
     role: str       # system, user, assistant or tool (developer is mapped to system by HTTP parsing)
     content: str
-    more: Mapping[str, Any] | None = None       # for tool templates: tool_calls, tool_call_id, name
+    more: Mapping[str, Any] | None = None       # tool_calls, tool_call_id, name, reasoning_content
 
 
 @dataclass(frozen=True)
@@ -1428,16 +1430,48 @@ class HuggingFaceTokenizer(Tokenizer):
             raise RequestError("this model has no chat template; use /v1/completions",
                                code="no_chat_template")
         try:
-            dialogue = self._mark_specials(
-                [{"role": each.role, "content": each.content, **(each.more or {})} for each in messages])
+            dialogue = self.history(self._mark_specials(
+                [{"role": each.role, "content": each.content, **(each.more or {})} for each in messages]))
             if goes_on := options.get("continue_final_message", False):
                 dialogue[-1]["content"] += 2 * self.mark
-            return {"messages": dialogue, "tools": self._mark_specials(tools) or None, "documents": None,
+            if self.tool_format == "harmony":       # whose template needs descriptions
+                tools = [{**tool, "function": {"description": "", **tool["function"]}} for tool in tools]
+            return {**self._mark_specials(self.thinking_options(options)), "messages": dialogue,
+                    "tools": self._mark_specials(tools) or None, "documents": None,
                     "add_generation_prompt": not goes_on and options.get("add_generation_prompt", True),
                     "bos_token": self._special_text(self.spec.bos_token),
                     "eos_token": self._special_text(self.spec.eos_token)}
         except RecursionError:
             raise RequestError("messages or tools are nested too deeply", param="messages") from None
+
+    def thinking_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What a request tells the template about thinking: families have different names for it."""
+        effort, thinks = options.get("reasoning_effort"), {}
+        if effort:
+            told = HARMONY_EFFORTS.get(effort, effort) if self.tool_format == "harmony" else effort
+            thinks = {"reasoning_effort": told, "enable_thinking": effort != "none",
+                      "thinking": effort != "none"}
+        return thinks | dict(options.get("chat_template_kwargs", {}))
+
+    def history(self, dialogue: list[dict]) -> list[dict]:
+        """Messages as this template takes them: reasoning under its name, calls as many and with such ids as
+        it accepts."""
+        template = self.spec.chat_template
+        if "length != 9" in template:           # Mistral's ids of calls
+            for message in dialogue:
+                for holder, key in ((message, "tool_call_id"),
+                                    *((call, "id") for call in message.get("tool_calls", ()))):
+                    holder[key] = re.sub("[^A-Za-z0-9]", "", holder.get(key) or "")[-9:].rjust(9, "0")
+        if "tool_calls[0]" in template:
+            dialogue = single_calls(dialogue)
+        for message in dialogue:
+            if thought := message.get("reasoning_content"):
+                message["reasoning"] = message["thinking"] = thought
+                if self.tool_format == "harmony" and message["content"] and message.get("tool_calls"):
+                    message["thinking"] += ("<|end|><|start|>assistant<|channel|>commentary<|message|>"
+                                            + message["content"])
+                    message["content"] = ""     # the template takes one or the other
+        return dialogue
 
     def encode_rendered(self, text: str, options: Mapping[str, Any] = NO_OPTIONS) -> list[int]:
         """The tokens of a rendered chat template: all, or up to the text of the last message."""
@@ -1485,6 +1519,9 @@ MARKS = {name: chr(0xd800 + index) for index, name in enumerate(dict.fromkeys(fi
 A_MARK = re.compile("[\ud800-\udfff]")
 
 
+HARMONY_EFFORTS = {"none": "low", "minimal": "low", "xhigh": "high"}       # its template knows three
+
+
 def tool_format_of(template: str) -> str | None:
     """How a chat template makes the model call functions; None if it does not support them.
 
@@ -1507,6 +1544,23 @@ def thoughts_of(template: str) -> tuple[str, str] | None:
     if tool_format_of(template) == "harmony":
         return "<|message|>", "<|end|>"
     return next((each for each in THOUGHTS if each[1] in template), None)
+
+
+def single_calls(dialogue: list[dict]) -> list[dict]:
+    """The same conversation with one call in each message of the assistant, followed by its result."""
+    results = {each["tool_call_id"]: each for each in dialogue if each.get("tool_call_id")}
+    split, placed = [], set()
+    for message in dialogue:
+        first, *others = message.get("tool_calls", ()) or [None]
+        if not others and id(message) not in placed:
+            split.append(message)
+        for call in (first, *others) if others else ():
+            split.append({**(message if call is first else {"role": "assistant", "content": ""}),
+                          "tool_calls": [call]})
+            if result := results.get(call.get("id")):
+                split.append(result)
+                placed.add(id(result))
+    return split
 
 
 def template_of(default: str | None, with_tools: str | None) -> str | None:
@@ -1698,11 +1752,15 @@ class AnswerReader:
 
     def prime(self, text: str) -> None:
         """Read how the prompt ends: the answer may begin inside reasoning."""
-        names, self.names = self.names, ()
-        self.push(text)
-        self.names, self.told, self.seen, self.space = names, [], [], ""
-        self.closed = bool(self.tokenizer.thoughts) and self.sign(self.tokenizer.thoughts[1]) in text
-        self.held = self.held if self.header else ""
+        if self.harmony:
+            self.push(text)
+        else:
+            opening, closing = map(self.sign, self.tokenizer.thoughts)
+            begin, end = text.rfind(opening), text.rfind(closing)
+            self.closed = self.begins = end > begin
+            if begin > end:
+                self.push(text[begin:])
+        self.told, self.seen, self.space = [], [], ""
 
     def finish(self, cut: bool = False) -> None:
         """Read the rest: no more text comes. A call that is cut before its arguments is dropped."""
@@ -1904,7 +1962,7 @@ class AnswerReader:
         text = f"<[^{','.join(map(str, sorted(ends | self.tokenizer.stop_tokens)))}]>*"
         if self.harmony:
             final = f'{channel} "final" {message}' if params.grammar_param != "tools" else ""
-            first = (f"start: thought* {final} content\n"
+            first = (f"start: thought? {final} content\n"
                      f'thought: {channel} "analysis" {message} {text} {end} {start} "assistant"')
         elif thoughts[1] in self.markers:
             thought = f"{'' if self.thinking else opening} {text} {closing} BLANK"
@@ -7542,6 +7600,8 @@ PROMPTS = FieldType(f"a string, a list of at most {LIMITS.prompt_tokens:,} token
                     {"anyOf": [A_TEXT, SOME_TOKENS | {"minItems": 1},
                                list_schema({"anyOf": [A_TEXT, SOME_TOKENS]},
                                            minItems=1, maxItems=LIMITS.choices)]}, prompt_list)
+EFFORTS = ["none", "minimal", "low", "medium", "high", "xhigh"]
+EFFORT = FieldType(" or ".join([", ".join(EFFORTS[:-1]), EFFORTS[-1]]), {"enum": EFFORTS})
 PRIORITY = FieldType('"low", "normal" or an integer (above 0 means low)',      # vLLM takes numbers
                      {"anyOf": [{"enum": ["low", "normal"]}, {"type": "integer"}]},
                      lambda value: value == "low" or value != "normal" and value > 0)
@@ -7576,10 +7636,12 @@ COMMON_FIELDS = (       # for every route that generates
                               "and how many are computed"),
 )
 
-TEMPLATE_OPTIONS = (    # how the prompt of a conversation ends
+TEMPLATE_OPTIONS = (    # how a conversation becomes a prompt
     Field("continue_final_message", SWITCH, "true: continue the last message, an assistant's, instead of "
           "answering; `prefix: true` in that message means the same"),
     Field("add_generation_prompt", SWITCH, "false: do not begin an answer after the last message"),
+    Field("reasoning_effort", EFFORT, "how much the model thinks, if its template knows that"),
+    Field("chat_template_kwargs", OBJECT, "what else the template is told, such as `enable_thinking`"),
 )
 
 NATIVE_FIELDS = (
@@ -7840,9 +7902,9 @@ def native_messages(messages: list, truncate: bool = False) -> tuple[tuple[Messa
         content = Field(f"{name}.content", TEXT, "").read(message.get("content"))
         if role != "assistant":
             within_limit(f"characters in {name}", len(content), LIMITS.message_characters, f"{name}.content")
-        parsed.append(Message(role, content))
-    within_limit("characters in all messages", sum(len(m.content) for m in parsed),
-                 LIMITS.total_characters, "messages")
+        parsed.append(Message(role, content, reasoning_before(message, name) or None))
+    size = sum(len(m.content) + sum(map(len, (m.more or {}).values())) for m in parsed)
+    within_limit("characters in all messages", size, LIMITS.total_characters, "messages")
     return tuple(parsed), len(named) - len(kept)
 
 
@@ -7873,9 +7935,18 @@ def openai_messages(messages: list, with_tools: bool = False) -> tuple[Message, 
             more = {key: message[key] for key in ("name", "tool_call_id") if is_text(message.get(key))}
         if calls:
             more["tool_calls"] = called_before(calls, f"{name}.tool_calls")
+        more |= reasoning_before(message, name)
         content = content_text(message.get("content"), f"{name}.content")
         parsed.append(Message("system" if role == "developer" else role, content, more or None))
     return tuple(parsed)
+
+
+def reasoning_before(message: dict, name: str) -> dict[str, str]:
+    """What the assistant thought before this message, which clients send under either name."""
+    for key in ("reasoning_content", "reasoning"):
+        if message.get("role") == "assistant" and message.get(key):
+            return {"reasoning_content": Field(f"{name}.{key}", TEXT, "").read(message[key])}
+    return {}
 
 
 def called_before(calls: Any, name: str) -> list[dict]:
@@ -9026,6 +9097,8 @@ class Front:
         tokenizer = self.tokenizer()
         able = {"chat": tokenizer.has_chat_template, "completions": True, "logprobs": True,
                 "tools": tokenizer.tool_format is not None,
+                "reasoning": tokenizer.thoughts is not None,
+                "reasoning_history": "reasoning_content" in (tokenizer.spec.chat_template or ""),
                 "continue_final_message": tokenizer.has_chat_template,
                 "json_schema": importlib.util.find_spec("llguidance") is not None}
         return {"id": self.pool.model_name, "object": "model", "created": self.pool.created,

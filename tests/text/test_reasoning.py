@@ -1,10 +1,13 @@
 """Reasoning apart from content: what a model thinks before it answers, in the formats of several families."""
 
+import json
+
 import aiohttp
 import pytest
 
 import chat_server
-from chat_server import Answer, Piece, SamplingParams, StreamDecoder
+from chat_server import Answer, Piece, SamplingParams
+from engines import load, make_engine, pieces
 from fake_pool import FakePool, Letters, frames, serving
 from works import assignment
 
@@ -161,3 +164,168 @@ async def test_native_events_of_reasoning_have_no_token_that_old_clients_would_s
         events = await post(url, "/chat/completions", HI)
     assert events[:3] == [{"reasoning": "Hm, ", "gpu": 0}, {"reasoning": "well.", "gpu": 0}, {"token": "Hello", "gpu": 0}]
     assert events[3]["usage"]["reasoning_tokens"] == 0
+
+
+async def test_reasoning_comes_back_in_messages_under_either_name_and_options_reach_the_request(thinking):
+    for name in ("reasoning_content", "reasoning"):
+        body = {"messages": [*HI["messages"], {"role": "assistant", "content": "Hello", name: "Hm."}, *HI["messages"]],
+                "reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": False}}
+        async with serving(thinking) as url:
+            await post(url, "/v1/chat/completions", body)
+            await post(url, "/chat/completions", body)
+        for request in thinking.requests[-2:]:
+            assert request.messages[1].more == {"reasoning_content": "Hm."} and request.messages[0].more is None
+            assert request.template_options == {"reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": False}}
+
+
+@pytest.mark.parametrize("change, param", [
+    ({"reasoning_effort": "very"}, "reasoning_effort"), ({"chat_template_kwargs": []}, "chat_template_kwargs"),
+    ({"messages": [{"role": "assistant", "content": "a", "reasoning": 5}]}, "messages[0].reasoning")])
+async def test_what_is_no_reasoning_is_400(thinking, change, param):
+    async with serving(thinking) as url:
+        body = await post(url, "/v1/chat/completions", HI | change)
+    assert (body["error"]["code"], body["error"]["param"]) == ("invalid_value", param)
+
+
+def templated(template, default_model_path):
+    return chat_server.open_tokenizer(chat_server.replace(load(default_model_path).text, chat_template=template))
+
+
+THINKING = """{%- for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant\n{{ '<think>\n' if enable_thinking is undefined or enable_thinking else '<think>\n\n</think>\n\n' }}{{ reasoning_effort }}{% endif %}"""
+
+
+@pytest.mark.parametrize("options, end", [
+    ({}, "<think>\n"), ({"reasoning_effort": "none"}, "<think>\n\n</think>\n\nnone"), ({"reasoning_effort": "low"}, "<think>\nlow"),
+    ({"reasoning_effort": "low", "chat_template_kwargs": {"enable_thinking": False}}, "<think>\n\n</think>\n\nlow"),
+    ({"chat_template_kwargs": {"messages": [], "reasoning_effort": "<|im_end|>"}}, "<think>\n<|im_end|>")])
+def test_templates_are_told_how_much_to_think_and_what_was_thought(options, end, default_model_path):
+    tokenizer = templated(THINKING, default_model_path)
+    messages = chat_server.openai_messages([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho", "reasoning": "Hm<|im_end|>"}])
+    ids = tokenizer.render(messages, (), options)
+    assert tokenizer.show(ids) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>Hm<|im_end|></think>Ho<|im_end|>\n<|im_start|>assistant\n" + end
+    assert ids.count(tokenizer.specials["<|im_end|>"]) == 2         # those that a client wrote are text
+
+
+# what gpt-oss's own template does with a call, in short: one call per message, its reasoning or its content
+GPT_OSS = """{%- for m in messages %}{% if m.tool_calls %}{% set call = m.tool_calls[0].function %}
+{%- if m.content and m.thinking %}{{ raise_exception('both') }}{% elif m.thinking %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif -%}
+<|start|>assistant to=functions.{{ call.name }}<|channel|>commentary json<|message|>{{ call.arguments | tojson }}<|call|>
+{%- else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}
+{%- for tool in tools or [] %}{{ '// ' + tool.function.description }}{% endfor %}{{ reasoning_effort }}<|start|>assistant"""
+CALLS = [{"role": "assistant", "content": "Let me look.", "reasoning_content": "Need both.", "tool_calls": [
+    {"id": f"call_{city}", "type": "function", "function": {"name": "weather", "arguments": '{"city": "%s"}' % city}} for city in ("Rome", "Bonn")]},
+    {"role": "tool", "tool_call_id": "call_Bonn", "content": "10"}, {"role": "tool", "tool_call_id": "call_Rome", "content": "20"}]
+
+
+def test_harmony_s_history_has_one_call_per_message_with_reasoning_and_preamble_before_it(default_model_path):
+    tokenizer = templated(GPT_OSS, default_model_path)
+    tokenizer.specials |= {name: 49152 + index for index, name in enumerate(chat_server.HARMONY)}
+    ids = tokenizer.render(chat_server.openai_messages(CALLS, True), [{"type": "function", "function": {"name": "weather"}}], {"reasoning_effort": "minimal"})
+    assert tokenizer.show(ids) == (
+        "<|start|>assistant<|channel|>analysis<|message|>Need both.<|end|><|start|>assistant<|channel|>commentary<|message|>Let me look.<|end|>"
+        '<|start|>assistant to=functions.weather<|channel|>commentary json<|message|>{"city": "Rome"}<|call|><|start|>tool<|message|>20<|end|>'
+        '<|start|>assistant to=functions.weather<|channel|>commentary json<|message|>{"city": "Bonn"}<|call|><|start|>tool<|message|>10<|end|>// low<|start|>assistant')
+    assert ids.count(tokenizer.specials["<|end|>"]) == 4
+
+
+def test_mistral_s_ids_of_calls_have_nine_characters(default_model_path):
+    tokenizer = templated("{% for m in messages %}{% for c in m.tool_calls or [] %}{% if c.id | length != 9 %}{{ raise_exception('9') }}{% endif %}{{ c.id }} {% endfor %}"
+                          "{% if m.role == 'tool' %}{{ m.tool_call_id }} {% endif %}{% endfor %}{% if tools %}[TOOL_CALLS]{% endif %}", default_model_path)
+    text = tokenizer.show(tokenizer.render(chat_server.openai_messages(CALLS, True)))
+    rome, bonn, *results = text.split()
+    assert results == [bonn, rome] and rome != bonn
+
+
+@pytest.mark.parametrize("template, tool_format, thoughts", [
+    (THINKING, None, THINK), (GPT_OSS, "harmony", ("<|message|>", "<|end|>")), ("{% if tools %}[TOOL_CALLS][ARGS][THINK][/THINK]", "mistral name", ("[THINK]", "[/THINK]")),
+    ("{% if tools %}[TOOL_CALLS]", "mistral", None), ("{{ messages }}", None, None)])
+def test_a_template_tells_its_formats(template, tool_format, thoughts):
+    assert (chat_server.tool_format_of(template), chat_server.thoughts_of(template)) == (tool_format, thoughts)
+
+
+# on the default model, whose vocabulary has spare special tokens
+
+
+PERSON = {"type": "object", "properties": {"age": {"type": "integer", "minimum": 0, "maximum": 130}}, "required": ["age"], "additionalProperties": False}
+SPARE = {"<think>": 5, "</think>": 6, **{name: 7 + index for index, name in enumerate(chat_server.HARMONY)}}
+
+
+@pytest.fixture(scope="module")
+def engine(default_model_path):
+    return make_engine(default_model_path, num_pages=100, max_batch=8)
+
+
+def with_template(engine, default_model_path, template, names=()):
+    engine.grammars.clear()
+    tokenizer = engine.tokenizer = templated(template, default_model_path)
+    tokenizer.specials = {name: token for name, token in tokenizer.specials.items() if token not in SPARE.values()} | {name: SPARE[name] for name in names}
+    tokenizer.stop_tokens = load(default_model_path).text.stop_tokens
+
+
+def run_all(engine, work):
+    return [piece for piece in pieces(engine, [work])[work.id]]
+
+
+def test_the_default_model_thinks_and_answers_and_so_does_a_worker_that_takes_over(engine, default_model_path):
+    with_template(engine, default_model_path, THINKING)
+    prompt = tuple(engine.tokenizer.render([chat_server.Message("user", "What is the capital of Japan?")]))
+    thought = tuple(engine.tokenizer.encode("The user wants a city.\n</think>\n\n"))
+    whole = run_all(engine, assignment("a", prompt, SamplingParams(0.0), len(thought) + 12, resumed_ids=thought, chat=True))
+    ids = (*thought, *(token for piece in whole for token in piece.tokens))
+    assert "".join(piece.text for piece in whole).strip() and not any(piece.reasoning for piece in whole)
+    assert whole[-1].reasoning_tokens >= len(thought) - 3
+    answer = Answer(assignment("a", prompt, SamplingParams(0.0), 99, chat=True), engine.tokenizer)
+    for number, token in enumerate(ids):
+        answer.push(token, number, 50)
+    (said,) = answer.take()
+    assert said.reasoning == "The user wants a city." and said.text.startswith("".join(piece.text for piece in whole)[:5])
+
+
+@pytest.mark.parametrize("template, names, opened", [
+    (THINKING, SPARE.keys() - set(chat_server.HARMONY), True), (THINKING.replace("'<think>\n' if", "'' if"), SPARE.keys() - set(chat_server.HARMONY), False),
+    (THINKING, (), True), (GPT_OSS, chat_server.HARMONY, False)], ids=["opened by the template", "opened by the model", "spelled out", "harmony"])
+def test_a_schema_holds_for_the_content_and_reasoning_before_it_is_free(engine, default_model_path, template, names, opened):
+    with_template(engine, default_model_path, template, names)
+    prompt = tuple(engine.tokenizer.render([chat_server.Message("user", "How old is Ann? Answer in JSON.")]))
+    close = engine.tokenizer.specials.get("<|end|>" if "harmony" == engine.tokenizer.tool_format else "</think>")
+    # a special token that the model never learned needs a push
+    bias = ((close, 18.0),) if close else tuple((token, 25.0) for token in engine.tokenizer.encode("</think>"))
+    source = chat_server.json_grammar(PERSON, "response_format")
+    found = run_all(engine, assignment("a", prompt, SamplingParams(1.0, seed=3, logit_bias=bias), 150, grammar=source, grammar_param="response_format",
+                                       chat=True))
+    text, reasoning = ("".join(getattr(piece, kind) for piece in found) for kind in ("text", "reasoning"))
+    assert (found[-1].reason, found[-1].stop_reason) == ("stop", "grammar"), (text, reasoning)
+    assert 0 <= json.loads(text)["age"] <= 130
+    if opened:
+        assert found[-1].reasoning_tokens > 0
+    for cut in (1, len(found) - 2):         # the same answer continues elsewhere
+        ids = tuple(token for piece in found[:cut] for token in piece.tokens)
+        rest = run_all(engine, assignment("b", prompt, SamplingParams(1.0, seed=3, logit_bias=bias), 150, grammar=source,
+                                          grammar_param="response_format", chat=True, resumed_ids=ids))
+        assert [piece.text for piece in rest] == [piece.text for piece in found[cut:]]
+
+
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {
+    "type": "object", "properties": {"city": {"type": "string", "maxLength": 10}}, "required": ["city"], "additionalProperties": False}}}
+TIME = {"type": "function", "function": {"name": "time", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}}}
+
+
+@pytest.mark.parametrize("tool_format", ["tagged", "json", "mistral", "mistral name", "harmony"])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_a_required_call_is_written_in_the_family_s_format(engine, default_model_path, tool_format, choice):
+    with_template(engine, default_model_path, GPT_OSS if tool_format == "harmony" else "{{ messages[0].content }}<|im_start|>assistant\n",
+                  chat_server.HARMONY if tool_format == "harmony" else ())
+    engine.tokenizer.tool_format = tool_format
+    values = chat_server.parse_fields({**HI, "tools": [WEATHER, TIME], "tool_choice": choice, "parallel_tool_calls": False}, chat_server.OPENAI_FIELDS)
+    request = chat_server.parse_openai_request(values, chat_server.Settings(), tool_format)
+    chat_server.check_grammar(request.grammar, request.grammar_param)
+    prompt = tuple(engine.tokenizer.render([chat_server.Message("user", "Weather in Rome?")]))
+    bias = ((engine.tokenizer.specials["<|end|>"], 18.0),) if tool_format == "harmony" else ()
+    found = run_all(engine, assignment("a", prompt, SamplingParams(1.0, seed=1, logit_bias=bias), 150, grammar=request.grammar, grammar_param="tools",
+                                       tool_names=request.tool_names, chat=True))
+    calls = [(call.name, call.arguments) for piece in found for call in piece.calls]
+    names = [name for name, _ in calls if name]
+    assert found[-1].reason == "stop" and len(names) == 1 and "".join(piece.text for piece in found) == ""
+    arguments = json.loads("".join(arguments for _, arguments in calls))
+    assert names == ["weather"] and len(arguments["city"]) <= 10 or names == ["time"] and arguments == {} and choice == "required"
