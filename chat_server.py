@@ -3135,7 +3135,12 @@ class ModelSpec:
     qk_scale: float = 1.0                   # multiplies q and k, after norm and rope
     q_scale: float = 1.0                    # multiplies q alone, besides 1 / sqrt(D)
     attention_softcap: float = 0.0          # scores = c * tanh(scores / c), before the mask; 0 = none
-    activation: str = "swiglu"              # "swiglu" | "geglu" (by tanh) | "relu2" (without a gate)
+    activation: str = "swiglu"              # one of GATES, or "relu2" (without a gate)
+    experts: int = 0                        # of each layer, F wide; 0: its feed-forward part is one dense one
+    experts_per_token: int = 0              # those with the largest of the router's logits
+    shares_sum_to_one: bool = True          # softmax over the chosen experts' logits; else over all experts'
+    router_bias: bool = False
+    sinks: bool = False                     # a logit for each query head, which attends to no value
     windows: tuple[int, ...] = ()           # keys per layer, including the token's own; 0 = full, () = all
     softcap: float = 0.0                    # logits = c * tanh(logits / c); 0 = none
     residual_lambdas: bool = False          # x = resid_lambdas[l] * x + x0_lambdas[l] * x0 before layer l
@@ -3160,19 +3165,25 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     if spec.backout_layer is not None:
         shapes["backout_lambda"] = (1,)
     for l in range(spec.layers):
-        shapes |= {f"{l}.qkv": ((H + 2 * Hkv) * D, C), f"{l}.output": (C, H * D), f"{l}.down": (C, F)}
-        up, rows = ("up", F) if spec.activation == "relu2" else ("gate_up", 2 * F)
-        shapes[f"{l}.{up}"] = rows, C
+        shapes |= {f"{l}.qkv": ((H + 2 * Hkv) * D, C), f"{l}.output": (C, H * D)}
+        up, down, rows = ("up", "down", F) if spec.activation == "relu2" else ("gate_up", "down", 2 * F)
+        if E := spec.experts:       # below each other: the gates of all experts, then their ups
+            up, down = "expert_gate_up", "expert_down"
+            shapes |= {f"{l}.router": (E, C), f"{l}.{up}": (E * rows, C), f"{l}.{down}": (E * C, F)}
+        else:
+            shapes |= {f"{l}.{up}": (rows, C), f"{l}.{down}": (C, F)}
         if spec.norm_weights:
             shapes |= {f"{l}.attention_norm": (C,), f"{l}.ffn_norm": (C,)}
         if spec.post_norms:
             shapes |= {f"{l}.output_norm": (C,), f"{l}.down_norm": (C,)}
-        for part, biased in {"qkv": spec.qkv_bias, "output": spec.output_bias, up: spec.ffn_bias,
-                             "down": spec.ffn_bias}.items():
+        for part, biased in {"qkv": spec.qkv_bias, "output": spec.output_bias, "router": spec.router_bias,
+                             up: spec.ffn_bias, down: spec.ffn_bias}.items():
             if biased:
                 shapes[f"{l}.{part}_bias"] = shapes[f"{l}.{part}"][:1]
         if spec.qk_norm_weights:
             shapes |= {f"{l}.q_norm": (D,), f"{l}.k_norm": (D,)}
+        if spec.sinks:
+            shapes[f"{l}.sinks"] = (H,)
         if l in spec.value_embed_layers:
             shapes |= {f"{l}.value_embed": (V, Hkv * D), f"{l}.ve_gate": (Hkv, spec.ve_gate_channels)}
     return shapes
@@ -3247,7 +3258,8 @@ class Transformer:
                 large = weight.ndim > 1 and name != "smear_gate"
                 weight = weight.to(self.device, self.dtype if large else torch.float32)
             matrix = name.rpartition(".")[2] in ("embed", "qkv", "output", "gate_up", "up", "down", "head",
-                                                 "ve_gate", "gate_up_bias")
+                                                 "ve_gate", "gate_up_bias", "router", "expert_gate_up",
+                                                 "expert_down", "expert_gate_up_bias")
             weights[name] = self.kernels.pack(name, weight) if matrix else weight
         return weights
 
@@ -3261,7 +3273,7 @@ class Transformer:
             "previous": (T, C, f32), "added": (T, C, f32),
             "qkv": (T, (H + 2 * Hkv) * D, dtype), "q": (T, H * D, f32), "attended": (T, H * D, dtype),
             "gate": (T, Hkv, dtype), "value": (T, Hkv * D, dtype), "hidden": (T, F, dtype),
-            "last": (R, C, f32), "logits": (R, spec.vocab_size, f32),
+            "routing": (T, spec.experts, f32), "last": (R, C, f32), "logits": (R, spec.vocab_size, f32),
         }
         return {name: torch.empty(rows, columns, dtype=kind, device=self.device)
                 for name, (rows, columns, kind) in sizes.items()}
@@ -3346,13 +3358,19 @@ class Transformer:
                       eps=spec.norm_eps, post_scale=spec.qk_scale, q_scale=spec.q_scale,
                       value_embed=value, gate=gate, gate_scale=spec.ve_gate_scale)          # (T, H * D)
         k.paged_attention(b.q, cache, inputs.attention, window, out=b.attended,
-                          softcap=spec.attention_softcap)                                   # (T, H * D)
+                          softcap=spec.attention_softcap, sinks=layer.get("sinks"))         # (T, H * D)
         self._add(b, b.attended, layer, "output", b.x, out=b.between)
 
     def _feed_forward(self, b: SimpleNamespace, layer: dict) -> None:
         """x = between + down(activation(up(norm(between))))."""
         spec, k = self.spec, self.kernels
         norm = Norm(layer.get("ffn_norm"), spec.norm_eps)
+        if spec.experts:
+            k.linear(b.between, layer["router"], norm=norm, bias=layer.get("router_bias"), out=b.routing)
+            return k.experts(                                                               # (T, experts)
+                b.between, b.routing, layer["expert_gate_up"], layer["expert_down"], norm=norm,
+                biases=(layer.get("expert_gate_up_bias"), layer.get("expert_down_bias")), out=b.x,
+                activation=spec.activation, chosen=spec.experts_per_token, sum_to_one=spec.shares_sum_to_one)
         up = "up" if spec.activation == "relu2" else "gate_up"
         k.linear(b.between, layer[up], norm=norm, bias=layer.get(f"{up}_bias"), activation=spec.activation,
                  out=b.hidden)                                                              # (T, F)
@@ -3437,13 +3455,13 @@ def pack_reference(name, weight):
     """The matrix `name` (N, K) in the layout that `linear` reads fastest.
 
     On x86 that is oneDNN's blocked layout: 2.4 times faster than plain at one row (bfloat16, SmolLM2-135M's
-    layers, 2 threads: 4.7 ms, not 11.1), 1.2 times at 256 rows. `embed` needs the plain layout.
+    layers, 2 threads: 4.7 ms, not 11.1), 1.2 times at 256 rows. `embed` and `experts` need the plain layout.
     """
     x86 = weight.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
     able = (x86 and torch.backends.mkldnn.is_available()
             and (weight.dtype == torch.float32 or mkldnn_bfloat16()))
-    return (torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-            if able and name != "embed" and weight.ndim == 2 else weight)
+    plain = name == "embed" or "expert" in name or weight.ndim != 2
+    return weight if plain or not able else torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
 
 
 def mkldnn_bfloat16() -> bool:
@@ -3462,8 +3480,15 @@ class Norm(NamedTuple):
     eps: float
 
 
-GATES = {"swiglu": lambda gate: torch.nn.functional.silu(gate),
-         "geglu": lambda gate: torch.nn.functional.gelu(gate, approximate="tanh")}
+def clamped_swiglu(gate, up):
+    """gpt-oss's gate, with the constants of all its models."""
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+GATES = {"swiglu": lambda gate, up: torch.nn.functional.silu(gate) * up,
+         "geglu": lambda gate, up: torch.nn.functional.gelu(gate, approximate="tanh") * up,
+         "clamped_swiglu": clamped_swiglu}
 
 
 def linear_reference(x, weight, out, norm=None, bias=None, activation=None, residual=None):
@@ -3485,14 +3510,41 @@ def linear_reference(x, weight, out, norm=None, bias=None, activation=None, resi
 def finish_linear(y, out, activation, residual):
     """residual + activation(y) -> out."""
     if activation in GATES:
-        gate, up = y.chunk(2, dim=-1)
-        y = GATES[activation](gate) * up
+        y = GATES[activation](*y.chunk(2, dim=-1))
     elif activation == "relu2":
         y = torch.square(torch.relu(y))
     if residual is None:
         out.copy_(y)
     else:
         torch.add(residual, y, out=out)
+
+
+def experts_reference(x, logits, gate_up, down, out, *, norm, biases, activation, chosen, sum_to_one):
+    """x + a sum over each row's experts: share * (activation(norm(x) @ gate_up.T) @ down.T) -> out (T, C).
+
+    A row's experts are the `chosen` ones with the largest of its logits (T, E), lower ids first among equals;
+    their shares are the softmax over their logits, or over all unless `sum_to_one`. gate_up (2 * E * F, C)
+    holds the gates of all experts and then their ups, down (E * C, F); `biases` are of these two, or None.
+    """
+    logits = logits.float()
+    E, best = logits.shape[1], torch.sort(logits, descending=True, stable=True)
+    largest, ids = best.values[:, :chosen], best.indices[:, :chosen]                        # (T, chosen) each
+    shares = torch.softmax(largest, -1) if sum_to_one else torch.exp(largest - logits.logsumexp(-1, True))
+    y = torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.eps).to(gate_up.dtype)
+    gate_up, down = gate_up.unflatten(0, (2, E, -1)), down.unflatten(0, (E, -1))
+    up_bias, down_bias = (bias if bias is None else bias.to(y.dtype) for bias in biases)
+    total = torch.zeros_like(out)
+    for expert in ids.unique().tolist():
+        rows, places = (ids == expert).nonzero(as_tuple=True)
+        gate, up = (y[rows] @ each[expert].T for each in gate_up)                           # (rows, F) each
+        if up_bias is not None:
+            own = up_bias.view(2, E, -1)[:, expert]
+            gate, up = gate + own[0], up + own[1]
+        added = GATES[activation](gate, up) @ down[expert].T                                # (rows, C)
+        if down_bias is not None:
+            added = added + down_bias.view(E, -1)[expert]
+        total.index_add_(0, rows, shares[rows, places, None] * added)
+    torch.add(x, total, out=out)
 
 
 def copy_reference(x, out):
@@ -3658,41 +3710,57 @@ def make_span(batch, positions, table, group, window, dtype) -> Span:
     return Span(rows, table[group.start:group.stop, first:last].flatten(), mask)
 
 
-def paged_attention_reference(q, cache, plan, window, out, softcap=0.0):
+def paged_attention_reference(q, cache, plan, window, out, softcap=0.0, sinks=None):
     """softmax(q k / sqrt(D)) v over each row's own pages: q (T, H * D), one layer's cache -> out (T, H * D).
 
-    With a `softcap` c, scores become c * tanh(scores / c). Keys are never repeated in memory: query heads
-    that share a kv head are rows of one product in decode, and broadcast over its keys in prefill.
+    With a `softcap` c, scores become c * tanh(scores / c). `sinks` (H) are more scores, one for each query
+    head, whose value is 0. Keys are never repeated in memory: query heads that share a kv head are rows of
+    one product in decode, and broadcast over its keys in prefill.
     """
     Hkv, D = cache.shape[2:]
     q, scale = q.to(cache.dtype).unflatten(1, (-1, D)), D**-0.5                 # (T, H, D)
+    sinks = sinks if sinks is None else sinks.view(Hkv, -1)
     for rows, pages, mask in plan[window]:
         kv = torch.index_select(cache.view(-1, PAGE_SIZE, 2, Hkv, D), 0, pages).view(len(mask), -1, 2, Hkv, D)
         k, v = kv[:, :mask.shape[-1]].permute(2, 0, 3, 1, 4)                    # (B, Hkv, S, D) each
         grouped = q[rows].unflatten(1, (Hkv, -1))                               # (rows, Hkv, H / Hkv, D)
         if len(grouped) == len(mask):
-            y = attend(grouped, k, v, mask, scale, softcap)
+            y = attend(grouped, k, v, mask, scale, softcap, sinks)
         elif q.device.type == "cpu":
-            y = attend_chunk(grouped, k[0], v[0], mask, scale, softcap)
+            y = attend_chunk(grouped, k[0], v[0], mask, scale, softcap, sinks)
         else:
-            y = attend_prompt(grouped, k[0], v[0], mask, scale, softcap)
+            y = attend_prompt(grouped, k[0], v[0], mask, scale, softcap, sinks)
         out[rows].view(y.shape).copy_(y)
 
 
-def attend(q, k, v, mask, scale, softcap):
-    """torch's scaled_dot_product_attention, whose scores are capped if softcap is not 0."""
-    if not softcap:
+def attend(q, k, v, mask, scale, softcap, sinks=None):
+    """torch's scaled_dot_product_attention, whose scores are capped if softcap is not 0.
+
+    `sinks`: more scores, broadcast over all but the last axis of the others; their value is 0.
+    """
+    if not softcap and sinks is None:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    scores = softcap * torch.tanh((q * (scale / softcap)) @ k.transpose(-1, -2))
-    return torch.softmax(scores + mask, -1, dtype=torch.float32).to(v.dtype) @ v
+    scores = (q * (scale / (softcap or 1))) @ k.transpose(-1, -2)
+    scores = (softcap * torch.tanh(scores) if softcap else scores) + mask
+    y = torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype) @ v
+    return y if sinks is None else y * kept_share(scores, sinks).unsqueeze(-1).to(y.dtype)
 
 
-def attend_prompt(q, k, v, mask, scale, softcap=0.0):
-    """Rows of one sequence: q (t, Hkv, G, D), k and v (Hkv, S, D), mask (1, 1, t, S) -> (t, Hkv, G, D)."""
+def kept_share(scores, sinks):
+    """The values' share of each row of scores: the sum of exp(scores) / (that sum + exp(sinks))."""
+    return torch.sigmoid(torch.logsumexp(scores.float(), -1) - sinks)
+
+
+def attend_prompt(q, k, v, mask, scale, softcap=0.0, sinks=None):
+    """Rows of one sequence: q (t, Hkv, G, D), k and v (Hkv, S, D), mask (1, 1, t, S) -> (t, Hkv, G, D).
+
+    sinks: (Hkv, G) or None.
+    """
     q = q.permute(1, 2, 0, 3)
     # a stride of 0 lets all query heads of a kv head share its keys
     k, v = (x.unsqueeze(1).expand(-1, q.shape[1], -1, -1) for x in (k, v))
-    return attend(q, k, v, mask, scale, softcap).permute(2, 0, 1, 3)
+    sinks = sinks if sinks is None else sinks.unsqueeze(-1)
+    return attend(q, k, v, mask, scale, softcap, sinks).permute(2, 0, 1, 3)
 
 
 @functools.lru_cache(maxsize=1)
@@ -3701,7 +3769,7 @@ def scores_scratch(dtype, size):
     return torch.empty(size, dtype=dtype)
 
 
-def attend_chunk(q, k, v, mask, scale, softcap=0.0):
+def attend_chunk(q, k, v, mask, scale, softcap=0.0, sinks=None):
     """attend_prompt on CPU, with two products per kv head.
 
     The scores have the cache's dtype and go to scratch memory; one pass takes as many queries as fit there.
@@ -3721,8 +3789,10 @@ def attend_chunk(q, k, v, mask, scale, softcap=0.0):
             if softcap:
                 scores.tanh_().mul_(softcap)
             scores.view(G, -1, S).add_(mask[0, :, block])
+            kept = None if sinks is None else kept_share(scores.view(G, -1, S), sinks[h, :, None])
             torch.softmax(scores, -1, out=scores)
-            y[block, h] = torch.mm(scores, v[h]).view(G, -1, D).transpose(0, 1)
+            values = torch.mm(scores, v[h]).view(G, -1, D)
+            y[block, h] = (values if kept is None else values * kept.unsqueeze(-1)).transpose(0, 1)
     return y
 
 
@@ -3967,6 +4037,7 @@ class Kernels:
     rms_norm: Callable = rms_norm_reference
     pack: Callable = pack_reference
     linear: Callable = linear_reference
+    experts: Callable = experts_reference
     copy: Callable = copy_reference
     mix: Callable = mix_reference
     smear: Callable = smear_reference
@@ -4007,7 +4078,7 @@ def choose_backend(device, spec: ModelSpec | None) -> Any:
     return core and core.backend_for(spec, device, for_decode_core()) or Backend(device)
 
 
-SEAM = 4        # version of Backend and for_decode_core; a core with another version is not used
+SEAM = 5        # version of Backend and for_decode_core; a core with another version is not used
 
 
 def for_decode_core() -> SimpleNamespace:
@@ -4130,7 +4201,7 @@ def open_model(source: ModelSource, settings: Settings, dtype: torch.dtype | Non
 
 # Limits far above any real model; sizes beyond them would take long even to compare with the file.
 MOST_LAYERS, MOST_TENSORS, MOST_HEADS, MOST_CHANNELS = 10_000, 1 << 17, 1 << 16, 1 << 20
-MOST_TOKENS, MOST_POSITIONS = 1 << 24, 1 << 26
+MOST_TOKENS, MOST_POSITIONS, MOST_EXPERTS = 1 << 24, 1 << 26, 1 << 12
 
 
 class Rule(NamedTuple):
@@ -4250,9 +4321,10 @@ Sources = dict[str, tuple[tuple[int, ...], dict[str, tuple[int, ...]]]]
 def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded: int) -> Sources:
     """Our tensor -> (its shape, {the file's tensors whose rows it is made of: their shapes}).
 
-    The file's vocabulary tensors have `padded` rows.
+    The file's vocabulary tensors have `padded` rows. Of experts a file has either a tensor each, in whose
+    name a second {} of the `table` stands for the expert, or one of all (experts, rows of each, ...).
     """
-    query, key = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
+    query, key, E = spec.heads * spec.head_size, spec.kv_heads * spec.head_size, spec.experts
     qkv, gate_up, vocabulary = (query, key, key), (spec.ffn_size,) * 2, (padded,)
     split = {"qkv": qkv, "qkv_bias": qkv, "gate_up": gate_up, "gate_up_bias": gate_up,
              "embed": vocabulary, "head": vocabulary, "value_embed": vocabulary}
@@ -4261,6 +4333,12 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
         layer, _, part = ours.rpartition(".")
         if not (part == "head" and spec.tied_head):
             theirs, rows = table.get(part, (part,)), split.get(part, shape[:1])
+            if part.startswith("expert_"):
+                all_of_one = E, shape[0] // E // len(theirs), *shape[1:]
+                sources[ours] = shape, {
+                    name.format(layer, expert): all_of_one[1:] if name.count("{}") > 1 else all_of_one
+                    for name in theirs for expert in range(E)}
+                continue
             rows = rows if len(rows) == len(theirs) else shape[:1]      # phi3 has them in one
             sources[ours] = shape, {name.format(layer): (count, *shape[1:])
                                     for name, count in zip(theirs, rows)}
@@ -4493,6 +4571,7 @@ class Family(NamedTuple):
     tensors: dict[str, tuple[str, ...]] = {}        # where its files differ from HF_TENSORS
     has_window: Callable[[Mapping, int], Any] = lambda config, layer: config.get("sliding_window")
     one_more: bool = False              # its norms multiply by 1 + w
+    repack: Callable[[dict], dict] = lambda state: state        # a folder's tensors as `tensors` expects them
 
 
 HF_TENSORS = {              # our tensor (of layer {}) -> the folder's tensors whose rows it is made of
@@ -4501,6 +4580,7 @@ HF_TENSORS = {              # our tensor (of layer {}) -> the folder's tensors w
     "attention_norm": ("model.layers.{}.input_layernorm.weight",),
     "ffn_norm": ("model.layers.{}.post_attention_layernorm.weight",),
     **{name: (f"model.layers.{{}}.self_attn.{name}.weight",) for name in ("q_norm", "k_norm")},
+    "sinks": ("model.layers.{}.self_attn.sinks",),
     **{ours + ending: tuple(f"model.layers.{{}}.{each}_proj.{kind}" for each in theirs.split())
        for ending, kind in (("", "weight"), ("_bias", "bias"))
        for ours, theirs in (("qkv", "self_attn.q self_attn.k self_attn.v"), ("output", "self_attn.o"),
@@ -4519,6 +4599,66 @@ GEMMA = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_t
 GEMMA_TENSORS = {ours: (f"model.layers.{{}}.{theirs}_layernorm.weight",) for ours, theirs in (
     ("output_norm", "post_attention"), ("ffn_norm", "pre_feedforward"), ("down_norm", "post_feedforward"))}
 HEAD_NORMS = {"qk_norm": "before_rope", "qk_norm_weights": True}
+EXPERTS = dict.fromkeys(("num_experts", "num_local_experts", "moe_intermediate_size"))
+GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+                "original_max_position_embeddings": 4096}
+
+
+def expert_tensors(experts: str, router: str, kinds: Seq[str] = ("weight",)) -> dict[str, tuple[str, ...]]:
+    """Rows of HF_TENSORS for a family's router and experts; `experts` has {} if each has its own tensors."""
+    names = {"router": router, "expert_gate_up": f"{experts}.gate_proj {experts}.up_proj",
+             "expert_down": f"{experts}.down_proj"}
+    return {ours + "_bias" * (kind == "bias"): tuple(
+        f"model.layers.{{}}.mlp.{each}.{kind}" for each in theirs.split())
+        for ours, theirs in names.items() for kind in kinds}
+
+
+class Mxfp4:
+    """A safetensors file's experts (experts, rows, columns) as if they were a GGUF's tensor of type MXFP4.
+
+    `blocks` (experts, rows, columns / 32, 16) has the codes of two columns side by side in each byte, where
+    GGUF has those of column i and i + 16; `scales` (experts, rows, columns / 32) are exponents + 127.
+    """
+
+    tensor_type = SimpleNamespace(name="MXFP4")
+
+    def __init__(self, blocks: torch.Tensor, scales: torch.Tensor):
+        self.blocks, self.scales = blocks, scales
+        self.shape = *scales.shape[:2], 32 * scales.shape[2]
+
+    def __getitem__(self, index: Any) -> "Mxfp4":
+        return Mxfp4(self.blocks[index], self.scales[index])
+
+    @property
+    def data(self) -> "numpy.ndarray":
+        """(experts * rows, columns / 32 * 17) uint8: for each block its scale, then the codes."""
+        codes = torch.stack((self.blocks & 15, self.blocks >> 4), -1).flatten(-2)           # (.., 32)
+        packed = codes[..., :16] | codes[..., 16:] << 4
+        return torch.cat((self.scales.unsqueeze(-1), packed), -1).flatten(2).flatten(0, 1).numpy()
+
+
+def repack_gpt_oss(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Its folders alternate the rows of gate and up, and have matrices as (experts, in, out) or in MXFP4."""
+    found = dict(state)
+    for name, tensor in state.items():
+        stem, _, ending = name.rpartition("_proj")
+        scales = state.get(f"{stem}_proj_scales")
+        if ".mlp.experts." not in name:
+            continue
+        if (ending == "_blocks" and scales is not None and tensor.shape == (*scales.shape, 16)
+                and tensor.dtype == scales.dtype == torch.uint8):
+            tensor = Mxfp4(tensor, found.pop(f"{stem}_proj_scales"))
+        elif tensor.ndim != {"": 3, "_bias": 2}.get(ending):
+            continue                    # check_names_and_shapes names it
+        elif not ending:
+            tensor = tensor.mT
+        del found[name]
+        kind = "bias" if ending == "_bias" else "weight"
+        halves = {"down": tensor}
+        if stem.endswith("gate_up"):
+            halves = {"gate": tensor[:, ::2], "up": tensor[:, 1::2]}
+        found |= {f"{stem.rpartition('.')[0]}.{which}_proj.{kind}": half for which, half in halves.items()}
+    return found
 
 
 def qwen_window(config: Mapping, layer: int) -> bool:
@@ -4530,6 +4670,18 @@ FAMILIES = {                # by config.json's model_type
     "mistral": Family({"sliding_window": 4096, "num_key_value_heads": 8}),
     "qwen2": Family(QWEN, {"qkv_bias": True}, has_window=qwen_window),
     "qwen3": Family(QWEN | {"head_dim": 128, "attention_bias": False}, HEAD_NORMS, has_window=qwen_window),
+    "qwen3_moe": Family(
+        QWEN | EXPERTS | {"num_experts_per_tok": 8, "norm_topk_prob": False, "attention_bias": False},
+        HEAD_NORMS, expert_tensors("experts.{}", "gate"),
+        lambda config, layer: config["use_sliding_window"]),
+    "gpt_oss": Family(
+        EXPERTS | {"num_experts_per_tok": 4, "sliding_window": 128, "layer_types": None, "head_dim": 64,
+                   "attention_bias": True, "rope_theta": 150_000.0, "rope_parameters": GPT_OSS_ROPE,
+                   "rms_norm_eps": 1e-5, "quantization_config": None, "experts_per_token": None,
+                   "initial_context_length": None},
+        {"sinks": True, "router_bias": True, "ffn_bias": True, "activation": "clamped_swiglu"},
+        expert_tensors("experts", "router", ("weight", "bias")), lambda config, layer: layer % 2 == 0,
+        repack=repack_gpt_oss),
     "smollm3": Family(
         QWEN | {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True, "rope_theta": 2e6,
                 "sliding_window": None, "no_rope_layers": None, "no_rope_layer_interval": 4},
@@ -4564,16 +4716,20 @@ HF_KEYS = {                 # all others are bool
     "original_max_position_embeddings": Rule(int, 2, MOST_POSITIONS),
     "sliding_window": Rule(int, 1, MOST_POSITIONS, optional=True), "max_window_layers": Rule(int, 0),
     "layer_types": Rule(str, choices=LAYER_TYPES, many=True, optional=True),
+    **dict.fromkeys(("num_experts", "num_local_experts"), Rule(int, 1, MOST_EXPERTS, optional=True)),
+    "num_experts_per_tok": Rule(int, 1, MOST_EXPERTS),
+    "moe_intermediate_size": Rule(int, 1, MOST_CHANNELS, optional=True),
     "no_rope_layers": Rule(int, 0, 1, many=True, optional=True), "no_rope_layer_interval": Rule(int, 1)}
 HF_INERT = set("""architectures attention_dropout auto_map bos_token_id cache_implementation dtype embd_pdrop
     do_sample eos_token_id initializer_range is_llama_config max_length model_type neftune_noise_alpha
-    output_attentions output_hidden_states pad_token_id pretraining_tp resid_pdrop return_dict temperature
-    tokenizer_class top_p torch_dtype transformers.js_config transformers_version unsloth_fixed
-    unsloth_version use_cache
+    output_attentions output_hidden_states output_router_logits pad_token_id pretraining_tp resid_pdrop
+    return_dict router_aux_loss_coef temperature tokenizer_class top_p torch_dtype transformers.js_config
+    transformers_version unsloth_fixed unsloth_version use_cache
     _attn_implementation _attn_implementation_autoset _name_or_path _sliding_window_pattern""".split())
 HF_ONLY = {                 # what these must be where they are, unless the family has them
     **dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias", "rope_interleaved", "use_mrope",
-                     "use_bidirectional_attention"), False), "full_attn_mod": 1, "interpolate_factor": 1}
+                     "use_bidirectional_attention"), False), "full_attn_mod": 1, "interpolate_factor": 1,
+    "decoder_sparse_step": 1, "mlp_only_layers": [], "swiglu_alpha": 1.702, "swiglu_limit": 7.0}
 
 
 def family_config(path: Path, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -4598,6 +4754,9 @@ def family_config(path: Path, given: Mapping[str, Any]) -> tuple[str, dict[str, 
             config[key] = default
         if rule:
             checked(path, key, config[key], rule)
+    if packed := config.get("quantization_config"):
+        method = packed.get("quant_method") if isinstance(packed, dict) else None
+        checked(path, "quantization_config.quant_method", method, Rule(str, choices=("mxfp4",)))
     return kind, config
 
 
@@ -4619,7 +4778,8 @@ def family_spec(path: Path, kind: str, config: dict[str, Any], rope: Mapping[str
     """The spec of a checked config; `rope` has max_positions and the fields that begin with rope_."""
     family, layers = FAMILIES[kind], config["num_hidden_layers"]
     width, heads, head_size = config["hidden_size"], config["num_attention_heads"], config["head_dim"]
-    fields = {**family.fields, **rope}
+    fields = {"ffn_bias": config.get("mlp_bias", False),
+              "activation": HF_ACTIVATIONS[config["hidden_act"]], **family.fields, **rope}
     if "no_rope_layers" in config:
         every = config["no_rope_layer_interval"]
         config["no_rope_layers"] = rotated = config["no_rope_layers"] or [
@@ -4638,12 +4798,17 @@ def family_spec(path: Path, kind: str, config: dict[str, Any], rope: Mapping[str
     if "query_pre_attn_scalar" in config:
         fields["q_scale"] = (head_size / config["query_pre_attn_scalar"])**0.5
         fields["embedding_scale"] = width**0.5
+    if "num_experts" in config:         # 128: what transformers takes a missing number to mean
+        experts, chosen = config["num_experts"] or config["num_local_experts"] or 128, "num_experts_per_tok"
+        fields |= {"experts": experts, "experts_per_token": checked(
+            path, chosen, config[chosen], HF_KEYS[chosen]._replace(high=experts))}
+        fields["shares_sum_to_one"] = config.get("norm_topk_prob", True)
     return ModelSpec(
         vocab_size=config["vocab_size"], layers=layers, width=width, heads=heads,
         kv_heads=config["num_key_value_heads"], head_size=head_size,
-        ffn_size=config["intermediate_size"], norm_eps=config["rms_norm_eps"],
-        tied_head=config["tie_word_embeddings"], ffn_bias=config.get("mlp_bias", False),
-        activation=HF_ACTIVATIONS[config["hidden_act"]], softcap=config.get("final_logit_softcapping") or 0.0,
+        ffn_size=config.get("moe_intermediate_size") or config["intermediate_size"],
+        norm_eps=config["rms_norm_eps"], tied_head=config["tie_word_embeddings"],
+        softcap=config.get("final_logit_softcapping") or 0.0,
         attention_softcap=config.get("attn_logit_softcapping") or 0.0, **fields)
 
 
@@ -4753,11 +4918,13 @@ def open_hf(source: ModelSource, settings: Settings, dtype: torch.dtype, device:
     if spec.tied_head:
         state.pop("lm_head.weight", None)       # some files have it twice
     sources = tensor_sources(spec, HF_TENSORS | FAMILIES[kind].tensors, spec.vocab_size)
+    state = FAMILIES[kind].repack(state)
     check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()},
                            sources)
-    dtype = dtype or choose_backend(device, spec).dtype
+    backend = choose_backend(device, spec)
+    as_stored, dtype = None if dtype else backend.as_stored, dtype or backend.dtype
     with ThreadPoolExecutor(1) as pool:         # Python builds the tokenizer meanwhile
-        loading = pool.submit(assembled, sources, state, dtype, device, progress)
+        loading = pool.submit(assembled, sources, state, dtype, device, progress, as_stored)
         text = hf_text(source.path, spec.vocab_size)
         tensors = loading.result()
     for name in tensors:
@@ -4813,7 +4980,8 @@ def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
         except (SafetensorError, ValueError, RuntimeError) as error:
             raise ConfigError(f"{path} is not a readable safetensors file (cut?): {named(error)}") from None
     for name, tensor in state.items():
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        floats = tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        if not floats and not (tensor.dtype == torch.uint8 and name.endswith(("_blocks", "_scales"))):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ConfigError(f"{folder}: {shown(name)} is of type {kind}; it must be float32, float16 or "
                               "bfloat16")
@@ -4822,16 +4990,26 @@ def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
             if not re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.|.*\.rotary_emb\.", name)}
 
 
-def assembled(sources: Sources, state: Mapping[str, torch.Tensor], dtype: torch.dtype, device: Any,
-              progress: Progress) -> dict[str, torch.Tensor]:
-    """Our tensors made of the rows of theirs: matrices as `dtype`, vectors as float32."""
+def assembled(sources: Sources, state: Mapping[str, Any], dtype: torch.dtype, device: Any,
+              progress: Progress, as_stored: Callable | None = None) -> dict[str, Any]:
+    """Our tensors made of the rows of theirs: matrices as `dtype`, vectors as float32.
+
+    `as_stored`, if given, makes those of packed weights.
+    """
     tensors = {}
     for ours, (shape, theirs) in sources.items():
         progress("loading weights", len(tensors) / len(sources))
-        rows = [state[name][:shape[0]] for name in theirs]      # drops a vocabulary's padding
-        kind = torch.float32 if len(shape) == 1 else dtype
-        tensors[ours] = (torch.cat(rows).to(device, kind) if len(rows) > 1
-                         else rows[0].to(device, kind, copy=True))
+        parts, kind = [state[name] for name in theirs], torch.float32 if len(shape) == 1 else dtype
+        if isinstance(parts[0], Mxfp4):
+            packed = [(part, 0) for part in parts]
+            tensors[ours] = (as_stored(shape, packed) if as_stored
+                             else dequantized(shape, packed, dtype).to(device))
+            continue
+        tensors[ours], row = torch.empty(shape, dtype=kind, device=device), 0
+        for part in parts:
+            part = part.flatten(0, part.ndim - len(shape))[:shape[0]]       # drops a vocabulary's padding
+            tensors[ours][row:row + len(part)] = part
+            row += len(part)
     return tensors
 
 
@@ -4881,7 +5059,7 @@ def hf_text(folder: Path, vocab_size: int) -> TextSpec:
 # --- GGUF ---------------------------------------------------------------------------------------------------
 # general.architecture -> row of FAMILIES; mistral's files say llama
 GGUF_FAMILIES = {name: name for name in ("llama", "qwen2", "qwen3", "smollm3", "gemma2", "phi3")} | {
-    "gemma3": "gemma3_text"}
+    "gemma3": "gemma3_text", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss"}
 PERMUTED = ("llama", "smollm3")     # architectures whose q and k have rotary pairs side by side
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
@@ -5055,7 +5233,9 @@ GGUF_SIZES = {              # a key of config.json -> the metadata's, after the 
     "head_dim": "attention.key_length", "rms_norm_eps": "attention.layer_norm_rms_epsilon"}
 GGUF_OWN = {                # the same of keys that only some families have
     "sliding_window": "attention.sliding_window", "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping", "rope_local_base_freq": "rope.freq_base_swa"}
+    "final_logit_softcapping": "final_logit_softcapping", "rope_local_base_freq": "rope.freq_base_swa",
+    "num_experts": "expert_count", "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length"}
 GGUF_INERT = {"attention.sliding_window_pattern", "vocab_size", "rope.scaling.finetuned", "pooling_type",
               "tensor_data_layout"}
 GGUF_KEYS = {               # * stands for the architecture
@@ -5064,6 +5244,8 @@ GGUF_KEYS = {               # * stands for the architecture
     "*.attention.sliding_window": Rule(int, 0, MOST_POSITIONS, optional=True),
     "*.attention.value_length": Rule(int),
     "*.rope.dimension_count": Rule(int), "*.rope.freq_base": Rule(float, 1, 10**15),
+    **dict.fromkeys(("*.rope.scaling.yarn_beta_fast", "*.rope.scaling.yarn_beta_slow"),
+                    Rule(float, 0.01, 10**6, optional=True)),
     "*.rope.scaling.type": Rule(str, choices=("none", "linear", "yarn", "longrope")),
     "*.rope.scaling.factor": Rule(float, 0.01, 10**6),
     "*.rope.scaling.attn_factor": Rule(float, 0.01, 10**3, optional=True),
@@ -5097,11 +5279,13 @@ def gguf_value(path: Path, metadata: Mapping[str, Any], key: str, default: Any =
 def gguf_names(architecture: str, tensors: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
     """A table like HF_TENSORS in the names of GGUF, as far as the architecture has them."""
     gguf, found = require_library("gguf", "a GGUF file"), {}
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], 1)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper().replace("-", "_")], 1)
     for ours, theirs in tensors.items():
-        mapped = [names.get_name(name.format(0), (".weight", ".bias")) for name in theirs]
+        mapped = [names.get_name(name.replace("experts.{}", "experts").format(0), (".weight", ".bias"))
+                  for name in theirs]
         if all(mapped):
-            found[ours] = tuple(name.replace("blk.0.", "blk.{}.") for name in mapped)
+            found[ours] = tuple(name.replace("blk.0.", "blk.{}.") + ".weight" * name.endswith("sinks")
+                                for name in mapped)
     return found
 
 
@@ -5146,10 +5330,13 @@ def gguf_spec(path: Path, metadata: Mapping[str, Any], stored: Mapping[str, Any]
         largest = layers == {"gemma2": 46, "gemma3_text": 62}[kind]
         config["query_pre_attn_scalar"] = (
             width // config["num_attention_heads"] if largest else head_size)
+    if "norm_topk_prob" in config:              # nor this
+        config["norm_topk_prob"] = True
     config |= {"vocab_size": vocab_size, "tie_word_embeddings": "output.weight" not in stored}
     spec = family_spec(path, kind, config, gguf_rope(path, own, value, config, stored, context))
     return kind, replace(spec, **{field: f"blk.0.{name}.bias" in stored for field, name in (
-        ("qkv_bias", "attn_q"), ("output_bias", "attn_output"), ("ffn_bias", "ffn_down"))})
+        ("qkv_bias", "attn_q"), ("output_bias", "attn_output"),
+        ("ffn_bias", "ffn_down_exps" if spec.experts else "ffn_down"))})
 
 
 def gguf_rope(path: Path, own: str, value: Callable, config: Mapping[str, Any], stored: Mapping[str, Any],
@@ -5168,8 +5355,11 @@ def gguf_rope(path: Path, own: str, value: Callable, config: Mapping[str, Any], 
                  "long_factor": lists["rope_factors_long.weight"]}
     elif kind in ("linear", "yarn"):
         value(f"{own}rope.scaling.attn_factor", 1.0, low=1.0, high=1.0)
-        rope = {"rope_type": kind, "factor": value(f"{own}rope.scaling.factor", 1.0)} | (
-            rope if kind == "yarn" else {})
+        rope = {"rope_type": kind, "factor": value(f"{own}rope.scaling.factor", 1.0)} | (rope | {
+            beta: value(f"{own}rope.scaling.yarn_{beta}") for beta in ("beta_fast", "beta_slow")
+            } if kind == "yarn" else {})
+        if own == "gpt-oss.":           # whose makers do not round, which the metadata cannot say
+            rope["truncate"] = False
     else:
         rope = {}
     base = float(value(f"{own}rope.freq_base", 10_000.0))
@@ -5193,8 +5383,8 @@ def gguf_tensors(spec: ModelSpec, sources: Sources, stored: Mapping[str, Any], d
     """
     def load(ours: str) -> Any:
         shape, theirs = sources[ours]
-        parts = [(stored[name], spec.head_size if permuted and re.search(r"attn_[qk]\.", name) else 0)
-                 for name in theirs]
+        parts = [(below_each_other(stored[name], shape),
+                  spec.head_size if permuted and re.search(r"attn_[qk]\.", name) else 0) for name in theirs]
         if dtype is None and len(shape) == 2:
             return as_stored(shape, parts)
         return dequantized(shape, parts, torch.float32 if len(shape) == 1 else dtype).to(device)
@@ -5212,6 +5402,12 @@ def gguf_tensors(spec: ModelSpec, sources: Sources, stored: Mapping[str, Any], d
     return tensors
 
 
+def below_each_other(tensor: Any, shape: tuple[int, ...]) -> Any:
+    """A gguf.ReaderTensor as part of a tensor of this shape: the experts' rows are rows of one matrix."""
+    data = tensor.data.reshape(-1, *tensor.data.shape[-1:] * (len(shape) - 1))
+    return SimpleNamespace(tensor_type=tensor.tensor_type, data=data)
+
+
 DEQUANTIZE_ELEMENTS = 1 << 19       # at a time, to stay in cache and need no second copy of a large matrix
 
 
@@ -5221,7 +5417,7 @@ def dequantized(shape: tuple[int, ...], parts: Seq[tuple[Any, int]], dtype: torc
     The values are bit-equal to gguf.dequantize rounded to `dtype`.
     """
     out, row = torch.empty(shape, dtype=dtype), 0
-    step = max(1, DEQUANTIZE_ELEMENTS // shape[-1])
+    step = max(1, DEQUANTIZE_ELEMENTS // math.prod(shape[1:]))
     for tensor, head_size in parts:
         data = unpermute_rope(torch.from_numpy(numpy.asarray(tensor.data)), head_size)
         for chunk in data.split(step):
@@ -5240,6 +5436,7 @@ def unpermute_rope(rows: Any, head_size: int) -> Any:
 
 # bytes per block of 32 weights: float16 scale, float16 minimum (Q4_1 only), the weights
 BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
+MXFP4_VALUES = (0, .5, 1, 1.5, 2, 3, 4, 6, -0.0, -.5, -1, -1.5, -2, -3, -4, -6)      # by code
 
 
 def dequantize(kind: Any, data: torch.Tensor) -> torch.Tensor:
@@ -5249,6 +5446,10 @@ def dequantize(kind: Any, data: torch.Tensor) -> torch.Tensor:
     """
     if kind.name in ("F32", "F16", "BF16"):
         return data.view(torch.bfloat16) if kind.name == "BF16" else data
+    if kind.name == "MXFP4":
+        blocks = data.view(-1, 17)
+        codes = torch.cat((blocks[:, 1:] & 15, blocks[:, 1:] >> 4), -1)                             # (B, 32)
+        return torch.tensor(MXFP4_VALUES)[codes.int()] * torch.ldexp(torch.ones(1), blocks[:, :1].int() - 127)
     if kind.name not in BLOCK_BYTES:
         return torch.from_numpy(require_library("gguf", "a GGUF file").dequantize(data.numpy(), kind))
     blocks = data.view(-1, BLOCK_BYTES[kind.name])

@@ -186,9 +186,9 @@ template <class T>
 T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
 void paged_attention(dc::AttentionPlan& plan, int window, uintptr_t q, uintptr_t cache, int cache_type, uintptr_t out,
-                     int head_size, float softcap) {
+                     int head_size, float softcap, uintptr_t sinks) {
     const dc::AttentionJob job{at<const float>(q), at<const void>(cache), dc::Element(cache_type), at<float>(out),
-                               plan.heads, plan.kv_heads, head_size, window, softcap};
+                               plan.heads, plan.kv_heads, head_size, window, softcap, reinterpret_cast<const float*>(sinks)};
     const dc::AttentionPlan::Work& work = plan.work(window);
     Gil released;
     dc::paged_attention(job, work);

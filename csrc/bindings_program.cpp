@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/program/program.h"
+#include "cpu/program/rows.h"
 #include "cpu/program/width.h"
 #include "python_lists.h"
 
@@ -70,12 +71,30 @@ void rope_append(dc::Program& program, const dc::RopeJob& job, int64_t max_posit
 }
 
 void paged_attention(dc::Program& program, const Buffer& q, uintptr_t cache, int cache_type, int64_t num_pages, int heads, int kv_heads,
-                     int head_size, int window, float softcap, const Buffer& out) {
+                     int head_size, int window, float softcap, uintptr_t sinks, const Buffer& out) {
     dc::Op op = make_op(dc::OpKind::paged_attention, false, q, out);
     op.attention = {at<const float>(q.first), at<const void>(cache), dc::Element(cache_type), at<float>(out.first),
-                    heads, kv_heads, head_size, window, softcap};
+                    heads, kv_heads, head_size, window, softcap, at<const float>(sinks)};
     op.num_pages = num_pages;
     program.record(op);
+}
+
+void experts(dc::Program& program, const Buffer& x, const Buffer& logits, const dc::Tiles& gate_up, const dc::Tiles& down, const Buffer& out,
+             uintptr_t weight, float epsilon, uintptr_t up_bias, uintptr_t down_bias, int activation, int64_t chosen, bool sum_to_one) {
+    const auto routing = std::make_shared<dc::Routing>(logits.second, chosen, sum_to_one, program.max_tokens);
+    const auto record = [&](dc::OpKind kind, const Buffer& from, const Buffer& to, const dc::Tiles* tiles, uintptr_t bias) {
+        dc::Op op = make_op(kind, false, from, to);
+        op.routing = routing, op.bias = at<const float>(bias);
+        if (tiles) op.tiles = *tiles;
+        if (kind == dc::OpKind::gate_up)
+            op.activation = dc::Activation(activation), op.norm = true, op.weight = at<const float>(weight), op.epsilon = epsilon;
+        program.record(op);
+    };
+    record(dc::OpKind::route, logits, {}, nullptr, 0);
+    record(dc::OpKind::group, {}, {}, nullptr, 0);
+    record(dc::OpKind::gate_up, x, {0, down.columns}, &gate_up, up_bias);
+    record(dc::OpKind::down, {0, down.columns}, {0, out.second}, &down, down_bias);
+    record(dc::OpKind::combine, x, out, nullptr, 0);
 }
 
 template <class T>
@@ -136,6 +155,7 @@ void bind_program(py::module_& m) {
             delete program;
         }
     };
+    m.attr("MAX_EXPERTS") = dc::MAX_EXPERTS, m.attr("MAX_CHOSEN") = dc::MAX_CHOSEN;
     py::class_<dc::Width>(m, "Width")               // for tests
         .def(py::init<int>())
         .def("choose", &dc::Width::choose)
@@ -147,6 +167,7 @@ void bind_program(py::module_& m) {
         .def("copy", simple(OpKind::copy))
         .def("rms_norm", &rms_norm)
         .def("linear", &linear)
+        .def("experts", &experts)
         .def("mix", &mix)
         .def("smear", &smear)
         .def("softcap", &softcap)

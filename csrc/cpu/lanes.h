@@ -275,6 +275,13 @@ DC_INLINE Lanes gelu_tanh(Lanes g) {
     return times_sigmoid(g, g * fma(g * g, all(1.59576912f * 0.044715f), all(1.59576912f)));
 }
 
+DC_INLINE Lanes at_most(Lanes a, float limit) { return all(0.0f) - maximum(all(-limit), all(0.0f) - a); }     // NaN stays NaN
+
+DC_INLINE Lanes clamped_swiglu(Lanes gate, Lanes up) {
+    const Lanes g = at_most(gate, 7.0f), u = maximum(all(-7.0f), at_most(up, 7.0f));
+    return times_sigmoid(g, g * all(1.702f)) * (u + all(1.0f));
+}
+
 // cap tanh(x / cap), with tanh |x| = (1 - e) / (1 + e) and e = exp(-2 |x|)
 DC_INLINE Lanes capped(Lanes x, Lanes cap) {
     const Lanes zero = all(0.0f), one = all(1.0f), t = x / cap;

@@ -76,6 +76,10 @@ def check_together(one: str, first, other: str, second) -> None:
         raise ValueError(f"{other}: {one} and {other} come together or not at all")
 
 
+def sinks_at(sinks, heads: int) -> int:
+    return 0 if sinks is None else vector("sinks", sinks, "float32", heads)
+
+
 def check_softcap(softcap) -> float:
     if not 0 <= float(softcap) < float("inf"):
         raise ValueError(f"softcap: must be 0 or a positive number, not {softcap}")
@@ -91,11 +95,11 @@ def plan_attention(tables, lengths, starts, heads: int, kv_heads: int, num_pages
     return _core.plan_attention(tables, lengths, starts, heads, kv_heads, num_pages)
 
 
-def paged_attention(q, cache, plan, out, *, window=0, softcap=0.0):
+def paged_attention(q, cache, plan, out, *, window=0, softcap=0.0, sinks=None):
     """softmax(q k) v of each row over its own pages: q (T, H, D) float32 as rope_append left it -> out (T, H * D).
 
     out is float32; window counts the keys that a row sees, itself included, 0 or -1 = all; with a softcap c, scores
-    become c * tanh(scores / c). The bits of a row
+    become c * tanh(scores / c); sinks (H,) float32 are one more score for each head, whose value is 0. The bits of a row
     depend on its own q, keys and values alone: not on the batch, the chunk, the threads or the instruction set.
     """
     cache_at, cache_code, pages, Hkv, D = check_cache(cache)
@@ -107,4 +111,5 @@ def paged_attention(q, cache, plan, out, *, window=0, softcap=0.0):
     out_at, _, _, _ = look_at("out", out, FLOAT32, plan.rows, plan.heads * D, writable=True)
     if window < -1 or window > 2**31 - 1:
         raise ValueError(f"window: must be a number of keys, 0 or -1, not {window}")
-    _core.paged_attention(plan, max(window, 0), q_at, cache_at, cache_code, out_at, D, check_softcap(softcap))
+    _core.paged_attention(plan, max(window, 0), q_at, cache_at, cache_code, out_at, D, check_softcap(softcap),
+                          sinks_at(sinks, plan.heads))

@@ -18,7 +18,7 @@ from .tiles import Arena, Matrix, multiply
 from .weights import as_stored, converted, pack
 
 RECORDED = ("embed", "gather_rows", "rms_norm", "linear", "copy", "mix", "smear", "backout", "softcap",
-            "rope_append", "paged_attention")
+            "rope_append", "paged_attention", "experts")
 
 
 @functools.cache

@@ -98,7 +98,7 @@ class CudaBackend:
                             for group in groups] for window in set(windows)}
         return CudaPlan(decode, table, lengths, prompts, *workspace)
 
-    def paged_attention(self, q, cache, plan, window, out, softcap=0.0):
+    def paged_attention(self, q, cache, plan, window, out, softcap=0.0, sinks=None):
         """softmax(q k) v over each row's own pages: q (T, H * D) float32, scaled -> out (T, H * D)."""
         heads, first = q.unflatten(1, (-1, cache.shape[-1])), slice(plan.decode)        # (T, H, D)
         if plan.decode:

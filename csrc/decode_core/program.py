@@ -16,12 +16,13 @@ threads or the instruction set. A wrong argument is a ValueError that names it, 
 
 from . import _core
 from .arrays import CODES, FLOAT32, look_at, vector
-from .attention import check_cache, check_softcap, check_together, rope_job
+from .attention import check_cache, check_softcap, check_together, rope_job, sinks_at
 from .sampling import SampleBatch
-from .tiles import Matrix, check_linear, check_matrix
+from .tiles import ACTIVATIONS, GATES, TILE_ROWS, Matrix, check_linear, check_matrix
 
 NONE = (0, 0)               # no buffer
 TOKENS, LOGIT_ROWS = "max_tokens", "max_rows"
+MAX_EXPERTS, MAX_CHOSEN = _core.MAX_EXPERTS, _core.MAX_CHOSEN
 
 
 class Marker:
@@ -81,7 +82,7 @@ class Program:
         """out = residual + activation(norm(x) W^T + bias); residual may be out, x may not.
 
         norm        None, or (weight or None, eps): RMS norm over the whole width of x
-        activation  None, "relu2", "swiglu" or "geglu": a gate's tiles alternate gate and up, and out is half as wide
+        activation  None, "relu2" or one of GATES: a gate's tiles alternate gate and up, and out is half as wide
         A matrix narrower than x takes the first columns of (the normalized) x.
         """
         check_matrix(matrix)
@@ -99,6 +100,34 @@ class Program:
         residual_at = NONE if residual is None else self._read_like("residual", residual, kind, out_at[1])
         self._record(self._program.linear, kind == LOGIT_ROWS, x_at, matrix.tiles, out_at, *before, code, residual_at,
                      keep=(x, matrix, out, norm and norm[0], bias, residual))
+
+    def experts(self, x, logits, gate_up, down, out, *, norm, biases, activation, chosen: int, sum_to_one: bool) -> None:
+        """x + the sum over each row's experts of share * (activation(norm(x) gate_up^T + bias) down^T + bias) -> out, which may be x.
+
+        A row's experts are the `chosen` ones with the largest of its logits (max_tokens, E), of equal ones the lower ids; their
+        shares are the softmax over their logits, or over all E unless sum_to_one. gate_up (2 * E * F, C) holds all experts'
+        gates and ups, whose tiles alternate; down (E * C, F); biases of each, in the order of the tiles' rows, or None.
+        """
+        for name, matrix in (("gate_up", gate_up), ("down", down)):
+            check_matrix(matrix, name)
+        (x_at, kind), (logits_at, logits_kind) = self._read("x", x, 16), self._read("logits", logits)
+        (C, F), E = (x_at[1], down.columns), logits_at[1]
+        if kind != TOKENS or logits_kind != TOKENS or E > MAX_EXPERTS:
+            raise ValueError(f"logits: must be of tokens, for at most {MAX_EXPERTS} experts")
+        if not isinstance(chosen, int) or not 1 <= chosen <= min(E, MAX_CHOSEN):
+            raise ValueError(f"chosen: must be 1 to {min(E, MAX_CHOSEN)} experts, not {chosen!r}")
+        if activation not in GATES:
+            raise ValueError(f"activation: must be one of {', '.join(GATES)}, not {activation!r}")
+        for name, matrix, shape in (("gate_up", gate_up, (2 * E * F, C)), ("down", down, (E * C, F))):
+            if (matrix.rows, matrix.columns) != shape or F % TILE_ROWS:
+                raise ValueError(f"{name}: must be {shape} for {E} experts, F a multiple of {TILE_ROWS}, not {(matrix.rows, matrix.columns)}")
+        norm_at = 0 if norm[0] is None else vector("norm", norm[0], "float32", C)
+        biases_at = [0 if bias is None else vector("biases", bias, "float32", matrix.rows)
+                     for bias, matrix in zip(biases, (gate_up, down))]
+        out_at = self._written("out", out, TOKENS, C)
+        self._keep(x, logits, gate_up, down, out, norm[0], *biases)
+        self._program.experts(x_at, logits_at, gate_up.tiles, down.tiles, out_at, norm_at, float(norm[1]), *biases_at,
+                              ACTIVATIONS[activation], chosen, bool(sum_to_one))
 
     def copy(self, x, out) -> None:
         """x -> out."""
@@ -153,7 +182,7 @@ class Program:
         self._keep(qkv, cos, sin, cache, out, value_embed, gate, options.get("q_norm"), options.get("k_norm"))
         self._program.rope_append(job, max_positions, pages)
 
-    def paged_attention(self, q, cache, attention, window: int, out, softcap: float = 0.0) -> None:
+    def paged_attention(self, q, cache, attention, window: int, out, softcap: float = 0.0, sinks=None) -> None:
         """softmax(q k) v of each row over its own pages: q (max_tokens, H * D) as rope_append left it -> out, as wide."""
         _is_marker("attention", attention, self.attention)
         q_at, kind = self._read("q", q)
@@ -165,7 +194,7 @@ class Program:
             raise ValueError(f"window: must be a number of keys, 0 or -1, not {window!r}")
         out_at = self._written("out", out, kind, q_at[1])
         self._record(self._program.paged_attention, q_at, cache_at, cache_kind, pages, H, Hkv, D, max(window, 0),
-                     check_softcap(softcap), out_at, keep=(q, cache, out))
+                     check_softcap(softcap), sinks_at(sinks, H), out_at, keep=(q, cache, out, sinks))
 
     def sample(self, logits) -> None:
         """The last op: a token for each logit row, in the steps that bring a SampleBatch."""

@@ -34,14 +34,17 @@ from types import SimpleNamespace
 from typing import Any
 
 from . import _core, cuda
+from .program import MAX_CHOSEN, MAX_EXPERTS
 
-SEAM = 4        # one more whenever a name, an argument or a meaning above, or of `script`, changes
+SEAM = 5        # one more whenever a name, an argument or a meaning above, or of `script`, changes
 log = logging.getLogger("chat_server.decode_core")
 
 
 def backend_for(spec: Any, device: Any, script: SimpleNamespace) -> Any:
     """The backend for a model on a torch device; None where there are no kernels for its shape."""
     kind, _, index = str(device).partition(":")
+    if kind == "cuda" and (spec.experts or spec.sinks):
+        return say_once("decode_core has no experts and no attention sinks on CUDA")
     if kind == "cpu" and fits_cpu(spec):
         from . import cpu_backend
         slower = cpu_backend.slower_than_torch(spec.width)
@@ -66,7 +69,8 @@ def say_once(reason: str) -> None:
 
 def fits_cpu(spec: Any) -> bool:
     aligned = spec.width % 16 == spec.head_size % 16 == spec.ffn_size % 16 == 0
-    return aligned and spec.head_size <= 256 and spec.heads // spec.kv_heads <= 16
+    experts = spec.experts <= MAX_EXPERTS and spec.experts_per_token <= MAX_CHOSEN
+    return aligned and experts and spec.head_size <= 256 and spec.heads // spec.kv_heads <= 16
 
 
 def fits_cuda(spec: Any) -> bool:

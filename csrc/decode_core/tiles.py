@@ -17,8 +17,8 @@ from .arrays import FLOAT32, look_at, vector
 KINDS = {name: number for number, (name, _) in enumerate(_core.weight_types())}     # tiles.h's Weight
 COLUMNS = dict(_core.weight_types())            # of a block in a file: the columns of a matrix are a multiple of it
 SOURCES = {"f32": ("float32",), "f16": ("float16",), "bf16": ("bfloat16", "uint16")}    # what the rows may be besides uint8
-ACTIVATIONS = {None: 0, "swiglu": 1, "relu2": 2, "geglu": 3}
-GATES = ("swiglu", "geglu")
+ACTIVATIONS = {None: 0, "swiglu": 1, "relu2": 2, "geglu": 3, "clamped_swiglu": 4}
+GATES = ("swiglu", "geglu", "clamped_swiglu")
 TILE_ROWS, LIMIT = 16, 1 << 31
 
 
@@ -109,9 +109,9 @@ class Matrix:
         return out
 
 
-def check_matrix(matrix) -> None:
+def check_matrix(matrix, name: str = "matrix") -> None:
     if not isinstance(matrix, Matrix):
-        raise ValueError(f"matrix: must be a Matrix, not {type(matrix).__name__}")
+        raise ValueError(f"{name}: must be a Matrix, not {type(matrix).__name__}")
 
 
 def embed(matrix: Matrix, ids, out) -> None:
@@ -148,7 +148,7 @@ def multiply(x, matrix: Matrix, *, norm=None, bias=None, activation=None, residu
 
     norm        None, or (weight (K,) or None, eps): RMS norm of each row of x
     bias        (N,), in the order of the tiles' rows
-    activation  None, "relu2", "swiglu", or "geglu" (tanh approximation): a gate's tiles alternate gate and up, 16 rows each
+    activation  None, "relu2", or one of GATES ("geglu" by tanh): a gate's tiles alternate gate and up, 16 rows each
     residual    may be out itself; x may not share memory with out
     """
     check_matrix(matrix)

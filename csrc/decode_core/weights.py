@@ -98,7 +98,7 @@ def pack(arena: Arena, name: str, weight: torch.Tensor | QuantizedMatrix, quanti
             kinds[first:first + tiles * step:step] = [kind] * tiles
         matrix = Matrix(arena, kinds if len(set(kinds)) > 1 else kinds[0], N, K)
     else:
-        matrix = Matrix(arena, pieces[0][0] if name.endswith("ve_gate") else quantized_kind(quantize, pieces[0][0], K), N, K)
+        matrix = Matrix(arena, pieces[0][0] if name.endswith(("ve_gate", "router")) else quantized_kind(quantize, pieces[0][0], K), N, K)
     for kind, rows, first, step in placed:
         matrix.fill(rows, kind, first_tile=first, tile_step=step)
     return matrix

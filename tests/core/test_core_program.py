@@ -15,7 +15,7 @@ import pytest
 
 decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
 from decode_core import _core  # noqa: E402
-from row_ops import fma, rms_norm, sigmoid, softcap  # noqa: E402
+from row_ops import fma, rms_norm, route, sigmoid, softcap  # noqa: E402
 
 PAGE, MAX_TOKENS, MAX_ROWS, PAGES = 16, 128, 128, 64
 SHARE = float(os.environ.get("DECODE_CORE_TEST_SHARE", "1"))
@@ -74,6 +74,18 @@ class Eager:
             decode_core.multiply(x, matrix, norm=norm, bias=bias, activation=activation, out=out[:n],
                                  residual=None if residual is None else residual[:n])
 
+    def experts(self, x, logits, gate_up, down, out, norm, biases, activation, chosen, sum_to_one):
+        C, F = x.shape[1], down.columns
+        before = x[:self.T].copy()
+        for row, (ids, shares) in enumerate(zip(*route(logits[:self.T], chosen, sum_to_one))):
+            total = np.zeros(C, np.float32)
+            for expert, share in zip(ids, shares):
+                hidden, added = np.empty((1, gate_up.rows // 2), np.float32), np.empty((1, down.rows), np.float32)      # of all experts
+                decode_core.multiply(before[row:row + 1], gate_up, norm=norm, bias=biases[0], activation=activation, out=hidden)
+                decode_core.multiply(hidden[:, expert * F:(expert + 1) * F], down, bias=biases[1], out=added)
+                total = fma(share, added[0, expert * C:(expert + 1) * C], total)
+            out[row] = before[row] + total
+
     def copy(self, x, out):
         out[:self.rows(x)] = x[:self.rows(x)]
 
@@ -100,34 +112,39 @@ class Eager:
         rows = {} if gate is None else {"value_embed": value_embed[:self.T], "gate": gate[:self.T]}
         decode_core.rope_append(qkv[:self.T], cos, sin, self.at, self.into, cache, out[:self.T].reshape(self.T, -1, D), **rows, **more)
 
-    def paged_attention(self, q, cache, attention, window, out, softcap=0.0):
+    def paged_attention(self, q, cache, attention, window, out, softcap=0.0, sinks=None):
         decode_core.paged_attention(q[:self.T].reshape(self.T, self.plan.heads, -1), cache, self.plan, out[:self.T], window=window,
-                                    softcap=softcap)
+                                    softcap=softcap, sinks=sinks)
 
     def sample(self, logits):
         if self.R and self.step.sampling:
             self.tokens = decode_core.sample(logits[:self.R], self.step.sampling).tolist()
 
 
-# ---- two small models: a llama, and one with every feature of nanochat checkpoints
+# ---- three small models: a llama, one with every feature of nanochat checkpoints, and one with experts and sinks
 
 class Model:
+    E = 7                       # experts
+
     def __init__(self, name, seed=0):
         self.name, generator = name, np.random.default_rng(seed)
-        self.H, self.Hkv, self.D, self.C, self.F, self.V = (4, 2, 16, 64, 96, 320) if name == "llama" else (3, 3, 32, 96, 128, 163)
-        kind, self.arena = ("q4_1", decode_core.Arena(1 << 20)) if name == "llama" else ("bf16", decode_core.Arena(1 << 20))
+        self.H, self.Hkv, self.D, self.C, self.F, self.V = (3, 3, 32, 96, 128, 163) if name == "nanochat" else (4, 2, 16, 64, 96, 320)
+        kind, self.arena = "bf16" if name == "nanochat" else "q4_1", decode_core.Arena(1 << 20)
         qkv = (self.H + 2 * self.Hkv) * self.D
         shapes = {"qkv": (qkv, self.C), "output": (self.C, self.H * self.D), "down": (self.C, self.F)}
-        shapes |= {"up": (2 * self.F if name == "llama" else self.F, self.C)}
+        shapes |= {"up": (self.F if name == "nanochat" else 2 * self.F, self.C)}
+        if name == "experts":
+            shapes |= {"router": (self.E, self.C), "up": (self.E * 2 * self.F, self.C), "down": (self.E * self.C, self.F)}
         self.layers = [{key: self.matrix(kind, shape, generator) for key, shape in shapes.items()} for _ in range(3)]
-        self.head = self.matrix("q8_0" if name == "llama" else "bf16", (self.V, self.C), generator)
+        self.head = self.matrix("bf16" if name == "nanochat" else "q8_0", (self.V, self.C), generator)
         normal = lambda *shape: generator.standard_normal(shape, np.float32)
+        self.sinks, self.biases = normal(self.H), [normal(self.layers[0][key].rows) / 4 for key in ("up", "down")]
         self.norm, self.bias, self.table, self.gate = 1 + normal(self.C) / 8, normal(qkv) / 8, normal(self.V, self.C), normal(1, 24)
         self.values, self.ve_gate = normal(self.V, self.Hkv * self.D).astype(np.float16), self.matrix("f32", (self.Hkv, 12), generator)
         angles = np.outer(np.arange(PAGES * PAGE), 100.0 ** -(np.arange(self.D // 2) / self.D))
         self.cos, self.sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
         sizes = {"x": self.C, "x0": self.C, "middle": self.C, "previous": self.C, "qkv": qkv, "q": self.H * self.D, "attended": self.H * self.D,
-                 "hidden": self.F, "value": self.Hkv * self.D, "strength": self.Hkv}
+                 "hidden": self.F, "routing": self.E, "value": self.Hkv * self.D, "strength": self.Hkv}
         self.buffers = lambda: SimpleNamespace(
             **{key: np.full((MAX_TOKENS, columns), np.nan, np.float32) for key, columns in sizes.items()},
             last=np.full((MAX_ROWS, self.C), np.nan, np.float32), logits=np.full((MAX_ROWS, self.V), np.nan, np.float32))
@@ -145,7 +162,7 @@ class Model:
 
     def forward(self, k, b, cache):
         """The ops of a step, called on `k`: a Program that records them or an Eager that runs them."""
-        (self.llama if self.name == "llama" else self.nanochat)(k, b, cache)
+        (self.nanochat if self.name == "nanochat" else self.llama)(k, b, cache)
         k.sample(b.logits)
 
     def llama(self, k, b, cache):
@@ -153,6 +170,13 @@ class Model:
         for layer, pages in zip(self.layers, cache):
             k.linear(b.x, layer["qkv"], b.qkv, norm=(self.norm, 1e-5), bias=self.bias)
             k.rope_append(b.qkv, self.cos, self.sin, k.positions, k.slots, pages, b.q)
+            if self.name == "experts":
+                k.paged_attention(b.q, pages, k.attention, 20 if layer is self.layers[1] else 0, b.attended, sinks=self.sinks)
+                k.linear(b.attended, layer["output"], b.x, residual=b.x)
+                k.linear(b.x, layer["router"], b.routing, norm=(self.norm, 1e-5))
+                k.experts(b.x, b.routing, layer["up"], layer["down"], b.x, norm=(self.norm, 1e-5), biases=self.biases,
+                          activation="clamped_swiglu", chosen=3, sum_to_one=layer is self.layers[0])
+                continue
             k.paged_attention(b.q, pages, k.attention, 0, b.attended)
             k.linear(b.attended, layer["output"], b.x, residual=b.x)
             k.linear(b.x, layer["up"], b.hidden, norm=(self.norm, 1e-5), activation="swiglu")
@@ -187,7 +211,7 @@ class Model:
         k.softcap(b.logits, 2.0, b.logits)
 
 
-MODELS = {name: Model(name) for name in ("llama", "nanochat")}
+MODELS = {name: Model(name) for name in ("llama", "nanochat", "experts")}
 
 
 class Recorded:

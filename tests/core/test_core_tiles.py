@@ -242,22 +242,25 @@ def test_bias_activation_and_residual_come_in_this_order(isa, kind):
 
 @pytest.mark.parametrize("kind", ["f16", "q4_0", "q4_1"])
 @pytest.mark.parametrize("F", [16, 40, 96])
-@pytest.mark.parametrize("activation", ["swiglu", "geglu"])
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "clamped_swiglu"])
 def test_a_gate_and_its_up_come_from_alternate_tiles(isa, kind, F, activation):
-    gate_of = {"swiglu": row_ops.silu, "geglu": row_ops.gelu_tanh}[activation]
+    gate_of = {"swiglu": lambda gate, up: row_ops.silu(gate) * up, "geglu": lambda gate, up: row_ops.gelu_tanh(gate) * up,
+               "clamped_swiglu": row_ops.clamped_swiglu}[activation]
     gate, up, x, residual = random(F, 64, seed=1), random(F, 64, seed=2), random(9, 64, seed=3), random(9, F, seed=4)
     matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, 2 * -(-F // 16) * 16, 64)
     matrix.fill(gate, "f32", first_tile=0, tile_step=2)
     matrix.fill(up, "f32", first_tile=1, tile_step=2)
     gated, upped = product(x, make_matrix(kind, gate)), product(x, make_matrix(kind, up))
-    expected = gate_of(gated) * upped
+    expected = gate_of(gated, upped)
     np.testing.assert_array_equal(product(x, matrix, F, activation=activation), expected)
     np.testing.assert_array_equal(product(x, matrix, F, activation=activation, residual=residual), residual + expected)
     bias = random(matrix.rows, seed=5)
     biased = [half + bias.reshape(-1, 2, 16)[:, i].reshape(-1)[:F] for i, half in enumerate((gated, upped))]
     g = biased[0].astype(np.float64)
-    wide = g / (1 + np.exp(-g)) if activation == "swiglu" else g / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (g + 0.044715 * g**3)))
-    np.testing.assert_allclose(product(x, matrix, F, activation=activation, bias=bias), wide * biased[1], rtol=1e-5, atol=1e-5)
+    wide = {"swiglu": g / (1 + np.exp(-g)) * biased[1], "geglu": g / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (g + 0.044715 * g**3))) * biased[1],
+            "clamped_swiglu": np.minimum(g, 7) / (1 + np.exp(-1.702 * np.minimum(g, 7))) * (np.clip(biased[1], -7, 7) + 1)}[activation]
+    assert g.max() > 7 < abs(biased[1]).max()           # both limits are passed
+    np.testing.assert_allclose(product(x, matrix, F, activation=activation, bias=bias), wide, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["f32", "q8_0", "q4_1"])

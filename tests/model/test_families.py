@@ -113,6 +113,69 @@ def test_cuda_kernels_compute_what_transformers_computes(made, name, request):
     check(answers(steps, cases[1:2], chunk=30, count=12), cases[1:2], count=12)
 
 
+def packed_experts(folder):
+    """gpt-oss as OpenAI publishes it: the experts' matrices as blocks and scales of MXFP4. -> (folder, cases by transformers)"""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+    model, random = make_model("gpt-oss"), torch.Generator().manual_seed(4)
+    save(model, folder)
+    tensors, E = load_file(folder / "model.safetensors"), model.config.num_local_experts
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+                continue
+            rows, columns = weight.shape[2], weight.shape[1]
+            blocks = torch.randint(0, 256, (E, rows, columns // 32, 16), dtype=torch.uint8, generator=random)
+            scales = torch.randint(121, 125, (E, rows, columns // 32), dtype=torch.uint8, generator=random)
+            weight.copy_(convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
+            tensors.pop(name)
+            tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, clear_cases(model)
+
+
+def test_a_folder_of_mxfp4_blocks_computes_what_transformers_makes_of_them(tmp_path):
+    folder, cases = packed_experts(tmp_path)
+    model = load(folder)
+    check(answers(transformer(model, kernels_of("reference", model.spec)), cases), cases)
+
+
+@pytest.mark.skipif(cs.decode_core() is None, reason="weights stay as stored only where decode_core runs")
+def test_mxfp4_blocks_of_a_folder_stay_packed(tmp_path):
+    folder, cases = packed_experts(tmp_path)
+    model = load(folder, None)
+    assert model.dtype == torch.bfloat16 and {model.tensors[f"{l}.expert_{part}"].kind for l in range(4) for part in ("gate_up", "down")} == {"mxfp4"}
+    kernels, prompt = kernels_of("decode_core", model.spec), cases[1].prompt
+    packed = Transformer(model.spec, dict(model.tensors), kernels, num_pages=4, max_tokens=128, max_rows=8, dtype=model.dtype)
+    assert packed.weights["3.expert_down"].nbytes < 7 * 64 * 128 * 0.54         # columns are filled up to 4 blocks
+    logits = packed.forward(make_batch((prompt, 0, len(prompt), list(range(4)))))[0]
+    assert (logits - cases[1].logits[0]).norm() < 0.06 * cases[1].logits[0].norm()
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda t, at: t.update({at + "down_proj_scales": t[at + "down_proj_scales"][:, 1:]}), r"unknown .*down_proj_scales \(7, 63, 3\)"),
+    (lambda t, at: t.pop(at + "down_proj_scales"), r"missing model.layers.1.mlp.experts.down_proj.weight \(7, 64, 96\)"),
+    (lambda t, at: t.update({at + "gate_up_proj_bias": t[at + "gate_up_proj_bias"][:6]}), r"gate_proj.bias is \(6, 96\) instead of \(7, 96\)"),
+    (lambda t, at: t.update({at + "down_proj_blocks": t[at + "down_proj_blocks"][..., :8]}), r"unknown .*down_proj_blocks \(7, 64, 3, 8\)")])
+def test_mxfp4_tensors_that_do_not_fit_each_other_are_named(change, words, tmp_path):
+    folder, _ = packed_experts(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors, "model.layers.1.mlp.experts.")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    with pytest.raises(cs.ConfigError, match=words):
+        load(folder)
+
+
+def test_equal_router_logits_choose_the_experts_with_lower_ids(made):
+    x, logits, out = torch.ones(1, 4), torch.tensor([[1.0, 2.0, 2.0, 2.0]]), torch.empty(1, 4)
+    down = torch.arange(4.0).repeat_interleave(4)[:, None] * torch.ones(16, 2)      # expert e adds e times the same
+    cs.experts_reference(x, logits, torch.ones(16, 4), down, out, norm=cs.Norm(None, 0.0), biases=(None, None),
+                         activation="swiglu", chosen=2, sum_to_one=True)
+    gate = 4 * 4 * torch.sigmoid(torch.tensor(4.0))
+    assert torch.allclose(out, 1 + 1.5 * 2 * gate)          # the mean of experts 1 and 2
+
+
 def test_bfloat16_follows_float32_and_rounds_the_scale_of_gemmas_embedding(made):
     folder, cases = made("gemma2")
     model = load(folder, torch.bfloat16)
@@ -129,7 +192,8 @@ def test_bfloat16_follows_float32_and_rounds_the_scale_of_gemmas_embedding(made)
 
 GGUF_MODELS = {             # what of MODELS a file of each architecture can say; the window of qwen2 and biases of others it cannot
     **{name: {} for name in ("llama2", "llama3.1", "llama3.2", "mistral", "qwen2.5", "phi3", "phi3-long")},
-    "qwen3": {"attention_bias": False}, "smollm3": {"mlp_bias": False}, **dict.fromkeys(("gemma2", "gemma3"), {"query_pre_attn_scalar": 32})}
+    "qwen3": {"attention_bias": False}, "smollm3": {"mlp_bias": False}, **dict.fromkeys(("gemma2", "gemma3"), {"query_pre_attn_scalar": 32}),
+    "qwen3moe": {"norm_topk_prob": True}, "gpt-oss": {}}
 
 
 @pytest.mark.parametrize("name", GGUF_MODELS)
@@ -143,11 +207,13 @@ def test_the_same_model_as_gguf_computes_the_same(made, name, tmp_path):
 
 
 @pytest.mark.skipif(cs.decode_core() is None, reason="weights stay as stored only where decode_core runs")
-@pytest.mark.parametrize("name", ["smollm3", "gemma3", "phi3"])
+@pytest.mark.parametrize("name", ["smollm3", "gemma3", "phi3", "qwen3moe", "gpt-oss"])
 def test_matrices_that_stay_quantized_compute_what_their_values_say(made, name, tmp_path):
     path = as_gguf(tmp_path / "tiny.gguf", make_model(name, **GGUF_MODELS[name]), quantized=True)
     prompt, exact, packed = list(range(3, 43)), load(path), load(path, None)
-    assert packed.dtype is None and packed.tensors["0.gate_up"].kind == packed.tensors["1.qkv"].kind == "q8_0"
+    experts = packed.spec.experts and ("mxfp4" if name == "gpt-oss" else "q8_0")
+    assert packed.dtype is None and packed.tensors["1.qkv"].kind == "q8_0"
+    assert packed.tensors["0.expert_gate_up" if experts else "0.gate_up"].kind == (experts or "q8_0")
     batch = make_batch((prompt, 0, 40, [0, 1, 2]))
     expected = transformer(exact, kernels_of("reference", exact.spec)).forward(batch)[0]
     limits = {"max_tokens": 64, "max_rows": 8}
@@ -196,9 +262,12 @@ def test_published_configs_mean_what_transformers_takes_them_to_mean(name, tmp_p
     config = transformers.AutoConfig.from_pretrained(tmp_path).get_text_config()
     assert (spec.vocab_size, spec.layers, spec.width, spec.heads, spec.kv_heads, spec.ffn_size, spec.norm_eps, spec.tied_head) == (
         config.vocab_size, config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.num_key_value_heads,
-        config.intermediate_size, config.rms_norm_eps, config.tie_word_embeddings)
+        getattr(config, "moe_intermediate_size", config.intermediate_size), config.rms_norm_eps, config.tie_word_embeddings)
+    assert (spec.experts, spec.experts_per_token) == tuple(getattr(config, f"num_{which}", 0) for which in ("experts", "experts_per_tok"))
+    assert spec.shares_sum_to_one == getattr(config, "norm_topk_prob", True)
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    assert spec.head_size == head_size and spec.activation == {"silu": "swiglu", "relu2": "relu2"}.get(getattr(config, "hidden_act", ""), "geglu")
+    activations = {"silu": "clamped_swiglu" if hasattr(config, "swiglu_limit") else "swiglu", "relu2": "relu2"}
+    assert spec.head_size == head_size and spec.activation == activations.get(getattr(config, "hidden_act", ""), "geglu")
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     window = getattr(config, "sliding_window", None) or 0
     assert (spec.windows or (0,) * spec.layers) == tuple(window * (kind == "sliding_attention") for kind in kinds)
@@ -270,6 +339,15 @@ def test_every_option_of_a_rope_type_is_transformers(rope, tmp_path):
     ("gemma-3-1b", "rope_parameters", {"sliding_attention": {"rope_type": "yarn"}}, "rope_type default for sliding_attention"),
     ("gemma-3-4b, with images", "text_config", None, "text_config is null; it must be an object"),
     ("Phi-3-mini-128k", "rope_scaling", {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.0] * 47}, "must be a list of 48"),
+    ("Qwen3-30B-A3B", "mlp_only_layers", [0], "mlp_only_layers is a list of 1; in a qwen3_moe model it must be []"),
+    ("Qwen3-30B-A3B", "decoder_sparse_step", 2, "decoder_sparse_step is 2; in a qwen3_moe model it must be 1"),
+    ("Qwen3-30B-A3B", "num_experts_per_tok", 129, "num_experts_per_tok is 129; it must be an integer from 1 to 128"),
+    ("Qwen3-30B-A3B", "num_experts", 0, "num_experts is 0; it must be an integer from 1 to 4,096"),
+    ("Qwen3-30B-A3B", "shared_expert_intermediate_size", 512, "shared_expert_intermediate_size is 512; this key is not supported"),
+    ("gpt-oss-20b", "swiglu_limit", 10.0, "swiglu_limit is 10.0; in a gpt_oss model it must be 7.0"),
+    ("gpt-oss-20b", "swiglu_alpha", 1.5, "swiglu_alpha is 1.5; in a gpt_oss model it must be 1.702"),
+    ("gpt-oss-20b", "quantization_config", {"quant_method": "fp8"}, 'quantization_config.quant_method is "fp8"; it must be one of mxfp4'),
+    ("gpt-oss-20b", "quantization_config", [1], "quantization_config.quant_method is missing; it must be one of mxfp4"),
     ("Phi-4-mini", "full_attn_mod", 2, "full_attn_mod is 2; in a phi3 model it must be 1"),
     ("Phi-4-mini", "partial_rotary_factor", 0.01, "the number of rotated dimensions is 1; it must be a multiple of 2")])
 def test_a_key_that_would_change_the_arithmetic_is_named_with_what_is_known(base, key, value, words, tmp_path):

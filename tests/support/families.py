@@ -32,6 +32,12 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
     "phi3": ("phi3", dict(sliding_window=47)),
     "phi3-long": ("phi3", dict(rope_parameters=LONG, original_max_position_embeddings=128)),
     "nanochat": ("nanochat", dict(attention_bias=True)),
+    "qwen3moe": ("qwen3_moe", dict(head_dim=32, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=64)),
+    "qwen3moe-normed": ("qwen3_moe", dict(num_experts=9, num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=True,
+                                          num_key_value_heads=1, attention_bias=True)),
+    "gpt-oss": ("gpt_oss", dict(head_dim=32, num_local_experts=7, num_experts_per_tok=3, sliding_window=24, rope_parameters=dict(
+        rope_type="yarn", rope_theta=150_000.0, factor=8.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+        original_max_position_embeddings=64))),
 }
 
 
@@ -44,10 +50,10 @@ def make_model(name, seed=0, **changes):
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for key, weight in model.named_parameters():
-            if weight.ndim > 1:
+            if weight.ndim > 1 and not key.endswith("bias"):
                 weight.normal_(0, 0.45 if "embed" in key or "lm_head" in key else 0.12)
-            elif key.endswith("bias"):
-                weight.normal_(0, 0.3)
+            elif key.endswith(("bias", "sinks")):
+                weight.normal_(0, 1.0 if key.endswith("sinks") else 0.3)
             else:
                 weight.mul_(0.5).add_(torch.randn_like(weight), alpha=0.3).add_(0.4 if kind.startswith("gemma") else 0.6)
     return model
@@ -103,26 +109,45 @@ def save(model, folder, **options):
     return folder
 
 
+def apart(state, interleaved):
+    """A state dict whose experts' gates and ups are apart, and as (experts, out, in): llama.cpp's names and shapes."""
+    found = {}
+    for name, tensor in state.items():
+        if ".mlp.experts." not in name:
+            found[name] = tensor
+            continue
+        stem, _, part = name.rpartition(".")
+        bias = part.endswith("_bias")
+        if interleaved and not bias:
+            tensor = tensor.transpose(1, 2)
+        halves = (tensor[:, ::2], tensor[:, 1::2]) if interleaved else tensor.chunk(2, 1)
+        parts = zip(("gate", "up"), halves) if "gate_up" in part else (("down", tensor),)
+        found |= {f"{stem}.{which}_proj.{'bias' if bias else 'weight'}": each.contiguous() for which, each in parts}
+    return found
+
+
 def as_gguf(path, model, quantized=False):
     """What llama.cpp's converter writes of a model: conversion/llama.py, gemma.py, phi.py and so on."""
     import gguf
     from tiny_gguf import small_gguf_metadata, write_gguf
     config = model.config
-    arch = {"mistral": "llama", "gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config.num_hidden_layers)
+    arch = {"mistral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss"}.get(
+        config.model_type, config.model_type)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper().replace("-", "_")], config.num_hidden_layers)
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     tensors = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in apart(model.state_dict(), interleaved=arch == "gpt-oss").items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         if arch.startswith("gemma") and name.endswith("norm.weight"):
             tensor = tensor + 1
         if arch in ("llama", "smollm3") and re.search("[qk]_proj", name):
             tensor = tensor.view(-1, 2, head_size // 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
-        tensors[names.get_name(name, (".weight", ".bias"))] = tensor.numpy()
+        tensors[names.get_name(name, (".weight", ".bias")) + ".weight" * name.endswith("sinks")] = tensor.numpy()
     if quantized:
-        kind = gguf.GGMLQuantizationType.Q8_0
-        tensors = {name: (gguf.quantize(tensor, kind), kind) if tensor.ndim == 2 else tensor for name, tensor in tensors.items()}
+        kinds = {name: gguf.GGMLQuantizationType["MXFP4" if "_exps.weight" in name and arch == "gpt-oss" else "Q8_0"] for name in tensors}
+        tensors = {name: (gguf.quantize(tensor, kinds[name]), kinds[name])
+                   if tensor.ndim > 1 and not name.endswith((".bias", "gate_inp.weight")) else tensor for name, tensor in tensors.items()}
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     numbers = {
         "block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings, "embedding_length": config.hidden_size,
@@ -130,6 +155,9 @@ def as_gguf(path, model, quantized=False):
         "attention.head_count_kv": config.num_key_value_heads, "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "attention.key_length": head_size, "attention.value_length": head_size, "rope.freq_base": float(rope["rope_theta"]),
         "rope.dimension_count": int(head_size * rope.get("partial_rotary_factor", 1)), "vocab_size": config.vocab_size}
+    if experts := getattr(config, "num_local_experts", None):
+        width = getattr(config, "moe_intermediate_size", config.intermediate_size)
+        numbers |= {"expert_count": experts, "expert_used_count": config.num_experts_per_tok, "expert_feed_forward_length": width}
     if arch != "qwen2" and getattr(config, "sliding_window", None):
         numbers["attention.sliding_window"] = config.sliding_window
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):

@@ -51,6 +51,30 @@ def gelu_tanh(x):
     return times_sigmoid(x, x * fma(x * x, c * np.float32(0.044715), c))
 
 
+def clamped_swiglu(gate, up):
+    g = np.minimum(gate, np.float32(7))
+    return times_sigmoid(g, g * np.float32(1.702)) * (np.clip(up, np.float32(-7), np.float32(7)) + np.float32(1))
+
+
+def tree(x):
+    """The sum of (rows, 16), as 16 lanes are summed."""
+    for width in (8, 4, 2, 1):
+        x = x[:, :width] + x[:, width:2 * width]
+    return x[:, 0]
+
+
+def route(logits, chosen, sum_to_one):
+    """(ids, shares) (T, chosen) of each row's experts."""
+    ids = np.argsort(-logits, axis=1, kind="stable")[:, :chosen]
+    best = np.take_along_axis(logits, ids, 1)
+    among = best if sum_to_one else logits
+    lanes = np.zeros((len(logits), 16), np.float32)
+    for c in range(0, among.shape[1], 16):
+        exps = exp_negative(among[:, c:c + 16] - best[:, :1])
+        lanes[:, :exps.shape[1]] += exps
+    return ids, exp_negative(best - best[:, :1]) / tree(lanes)[:, None]
+
+
 def softcap(x, cap):
     t = x / np.float32(cap)
     e = exp_negative(np.abs(t) * np.float32(-2))

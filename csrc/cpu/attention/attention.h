@@ -60,6 +60,7 @@ struct AttentionJob {
     int heads, kv_heads, head_size;
     int window;                             // keys that a row sees, itself included; 0: all
     float softcap;                          // scores become softcap * tanh(score / softcap); 0: they stay
+    const float* sinks;                     // [Hq] one more score for each head, whose value is 0; or null
 };
 
 // `rows` consecutive rows of one sequence, one kv head, some of the chunks that these rows see.

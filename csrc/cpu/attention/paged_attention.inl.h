@@ -6,7 +6,7 @@
 //          2 * D fused multiply-adds per (query, position): the limit in prefill
 // numerics float32. A score is one chain over d; a value's sum one chain over the chunk's positions; exp's sum 16 lanes
 //          and a fixed tree. Chunks begin at multiples of 256 and merge in order. So the bits of a row depend on its
-//          own q, K and V alone: not on batch, threads, tiles or instruction set. Slots that a row does not see are
+//          own q, K, V and sinks alone: not on batch, threads, tiles or instruction set. Slots that a row does not see are
 //          never used, whatever they hold.
 #include "cpu/attention/attention.h"
 #include "cpu/lanes.h"
@@ -178,12 +178,19 @@ void merge_state(float* m, float* l, float* acc, float m2, float l2, const float
     for (int d = 0; d < D; d += 16) store(acc + d, fma(load(acc + d), all(a), load(acc2 + d) * all(b)));
 }
 
-void write_out(const AttentionJob& job, const AttentionItem& item, const float* l, const float* acc) {
+// What the values' sum is multiplied by: 1 / (the sum of exp, with the sink's).
+float share_of(const AttentionJob& job, int64_t head, float m, float l) {
+    if (l == 0.0f || !job.sinks) return l == 0.0f ? 0.0f : 1.0f / l;
+    const float sink = job.sinks[head], top = m > sink ? m : sink, own = exp_negative(m - top);
+    return own / fma1(l, own, exp_negative(sink - top));
+}
+
+void write_out(const AttentionJob& job, const AttentionItem& item, const float* m, const float* l, const float* acc) {
     const int D = job.head_size, G = job.heads / job.kv_heads;
     for (int i = 0; i < item.rows * G; i++) {
         const int64_t head = int64_t(item.row + i / G) * job.heads + item.kv_head * G + i % G;
         float* out = job.out + head * D;
-        const Lanes scale = all(l[i] == 0.0f ? 0.0f : 1.0f / l[i]);
+        const Lanes scale = all(share_of(job, item.kv_head * G + i % G, m[i], l[i]));
         for (int d = 0; d < D; d += 16) store(out + d, load(acc + i * D + d) * scale);
     }
 }
@@ -310,7 +317,7 @@ void attend_to(const AttentionJob& job, const AttentionItem& item, const Attenti
     float* total = l + work.queries;
     for (int i = 0; i < work.queries; i++) m[i] = LOWEST, l[i] = 0.0f;
     for (int chunk = item.chunk_begin; chunk < item.chunk_end; chunk++) work.add_chunk(chunk, following, m, l, total);
-    if (!state) write_out(job, item, l, total);
+    if (!state) write_out(job, item, m, l, total);
 }
 
 void attend(const AttentionJob& job, const AttentionItem& item, const AttentionItem* following, float* state) {
@@ -326,7 +333,7 @@ void merge(const AttentionJob& job, const AttentionItem& item, const float* stat
     for (int c = 0; c < count; c++, states += state_floats(queries, D))
         for (int i = 0; i < queries; i++)
             merge_state(m + i, l + i, total + i * D, states[i], states[queries + i], states + 2 * queries + i * D, D);
-    write_out(job, item, l, total);
+    write_out(job, item, m, l, total);
 }
 
 }  // namespace

@@ -150,14 +150,14 @@ public:
 
 const char* name_of(OpKind kind) {
     static const char* const names[] = {"embed", "gather_rows", "rms_norm", "linear", "copy", "mix", "smear", "softcap",
-                                        "rope_append", "paged_attention", "sample"};
+                                        "rope_append", "paged_attention", "sample", "route", "group", "gate_up", "down", "combine"};
     return names[int(kind)];
 }
 
 struct Program::Inside {
     std::vector<Op> ops;
-    Memory prepared;
-    size_t prepared_size = 0;
+    Memory prepared, panels, hidden, added;
+    size_t prepared_size = 0, panels_size = 0, hidden_size = 0, added_size = 0;
     int64_t vocab = INT32_MAX, max_positions = INT32_MAX, sampled_vocab = 0;    // the least of any table; of the logits
     int64_t tickets = 0;
     std::vector<bool> draws;                            // for each logit row of the step started last: does it draw a token?
@@ -237,6 +237,13 @@ void Program::record(const Op& op) {
         const int64_t rows = op.on_logit_rows ? max_rows : std::min(max_tokens, TOKENS_BY_ROWS);
         in.prepared_size = std::max(in.prepared_size, prepared_bytes(op, rows));
     }
+    if (op.kind == OpKind::gate_up || op.kind == OpKind::down) {
+        const int64_t pairs = max_tokens * op.routing->chosen;
+        const int64_t panels = Routing::most_panels(op.routing->experts, pairs);
+        in.panels_size = std::max(in.panels_size, size_t(panels * group_bytes(op.tiles.type, op.tiles.columns)));
+        size_t& size = op.kind == OpKind::down ? in.added_size : in.hidden_size;
+        size = std::max(size, size_t(pairs * op.out.columns) * sizeof(float));
+    }
     in.ops.push_back(op);
 }
 
@@ -252,7 +259,9 @@ int64_t Program::start(StepInput input) {
     in.check(input, max_tokens, max_rows);
     std::vector<bool> draws(input.samples ? input.logit_rows.size() : 0);
     for (size_t i = 0; i < draws.size(); i++) draws[i] = input.sample_rows[i].position >= 0;
-    const auto step = std::make_shared<Step>(in.ops, std::move(input), in.prepared.at_least(in.prepared_size), get_threads(), in.vocab);
+    const StepMemory memory{in.prepared.at_least(in.prepared_size), in.panels.at_least(in.panels_size),
+                            static_cast<float*>(in.hidden.at_least(in.hidden_size)), static_cast<float*>(in.added.at_least(in.added_size))};
+    const auto step = std::make_shared<Step>(in.ops, std::move(input), memory, get_threads(), in.vocab);
     step->ticket = ++in.tickets;
     in.draws = std::move(draws);
     in.leader->start(step);
@@ -276,12 +285,16 @@ std::vector<std::string> Program::describe() const {
         std::string line = name_of(op.kind);
         if (op.kind == OpKind::linear) line += " " + std::to_string(op.tiles.rows) + "x" + std::to_string(op.tiles.columns);
         if (op.norm && op.kind == OpKind::linear) line += " norm";
-        static const char* const activations[] = {"", " swiglu", " relu2", " geglu"};
+        if (op.routing && op.tiles.rows)
+            line += " " + std::to_string(op.routing->experts) + "x" + std::to_string(op.tiles.rows / op.routing->experts) + "x" +
+                    std::to_string(op.tiles.columns);
+        static const char* const activations[] = {"", " swiglu", " relu2", " geglu", " clamped_swiglu"};
         line += activations[int(op.activation)];
-        if (op.kind == OpKind::linear && op.bias) line += " bias";
+        if (op.bias) line += " bias";
         if (op.kind == OpKind::linear && op.other.at) line += " residual";
         if (op.kind == OpKind::paged_attention && op.attention.window) line += " window " + std::to_string(op.attention.window);
         if (op.kind == OpKind::paged_attention && op.attention.softcap) line += " softcap";
+        if (op.kind == OpKind::paged_attention && op.attention.sinks) line += " sinks";
         lines.push_back(line + (op.on_logit_rows ? " (logit rows)" : ""));
     }
     return lines;

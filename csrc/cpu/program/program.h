@@ -15,11 +15,13 @@
 
 #include "cpu/attention/attention.h"
 #include "cpu/tiles/tiles.h"
+#include "cpu/program/experts.h"
 #include "ops.h"
 
 namespace dc {
 
-enum class OpKind { embed, gather_rows, rms_norm, linear, copy, mix, smear, softcap, rope_append, paged_attention, sample };
+enum class OpKind { embed, gather_rows, rms_norm, linear, copy, mix, smear, softcap, rope_append, paged_attention, sample, route, group,
+                    gate_up, down, combine };
 const char* name_of(OpKind kind);
 
 struct Rows {                           // a buffer: contiguous rows of `columns`
@@ -49,6 +51,7 @@ struct Op {
     int64_t max_positions = 0;          // of the tables cos and sin
     AttentionJob attention{};
     int64_t num_pages = 0;              // of rope's and attention's cache
+    std::shared_ptr<Routing> routing;   // route (x: logits), group, gate_up (x), down, combine (x: what is added to): see experts.h
 };
 
 // What a step brings. Ids below 0: token_ids ~i (-1 - i) is the token that row i of the step before draws; previous_ids

@@ -1,4 +1,5 @@
-// What stands between two products besides attention, one row at a time: norm, mixing, the logits' cap, the plain embedding.
+// What stands between two products besides attention, one row at a time: norm, mixing, the logits' cap, the plain embedding, the
+// choice of experts and the sum of what they give.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +9,7 @@
 namespace dc {
 
 enum class Element : int;
+constexpr int64_t MAX_EXPERTS = 4096, MAX_CHOSEN = 64;
 
 struct RowKernels {             // `columns` a multiple of 16 except for soft_cap and widen; out may be x
     void (*rms_norm)(const float* x, const float* weight, float epsilon, int64_t columns, float* out);     // weight or null
@@ -16,6 +18,10 @@ struct RowKernels {             // `columns` a multiple of 16 except for soft_ca
     void (*smear)(const float* x, const float* previous, const float* gate, int64_t channels, float lambda, int64_t columns, float* out);
     void (*soft_cap)(const float* x, float cap, int64_t columns, float* out);                               // cap tanh(x / cap)
     void (*widen)(Element type, const void* from, int64_t columns, float* out);                            // exactly
+    // ids of the `chosen` largest logits, the larger first, of equal ones the lower id; shares: softmax over these, or over all
+    void (*route)(const float* logits, int64_t experts, int64_t chosen, bool sum_to_one, int32_t* ids, float* shares);
+    // x + shares[0] added[0] + ..., added up in this order
+    void (*combine)(const float* x, const float* const* added, const float* shares, int64_t chosen, int64_t columns, float* out);
 };
 
 DC_EACH_ISA(extern const RowKernels row_kernels)

@@ -1,5 +1,5 @@
-// op       rms_norm, mix (backout is a mix), smear, soft_cap, widen: rows between two products
-// shapes   x [C] float32 -> out [C] float32
+// op       rms_norm, mix (backout is a mix), smear, soft_cap, widen, route, combine: rows between two products
+// shapes   x [C] float32 -> out [C] float32; route: logits [E] -> ids and shares [chosen]
 // mapping  the caller's thread, one row; 16 lanes along it
 // cost     every value read and written once, from L1 or L2: estimated 0.1 us a row at C = 576, soft_cap 10 us at V = 32768
 // numerics float32, each product and sum rounded; sum of squares in 16 lanes, then a fixed tree; sigmoid and tanh by
@@ -65,9 +65,40 @@ void widen_any(Element type, const void* from, int64_t columns, float* out) {
     if (type == Element::bfloat16) widen_row<Bfloat>(from, columns, out);
 }
 
+float sum_of_exps(const float* x, int64_t count, float largest) {
+    Lanes sums = all(0.0f);
+    for (int64_t i = 0; i < count; i += 16) {
+        float some[16];
+        for (int64_t j = 0; j < 16; j++) some[j] = i + j < count ? x[i + j] - largest : -__builtin_inff();
+        sums = sums + exp_negative(load(some));
+    }
+    return sum(sums);
+}
+
+void route(const float* logits, int64_t experts, int64_t chosen, bool sum_to_one, int32_t* ids, float* shares) {
+    bool taken[MAX_EXPERTS] = {};
+    for (int64_t j = 0; j < chosen; j++) {
+        int64_t best = -1;
+        for (int64_t e = 0; e < experts; e++)
+            if (!taken[e] && (best < 0 || logits[e] > logits[best])) best = e;
+        taken[best] = true, ids[j] = int32_t(best), shares[j] = logits[best];
+    }
+    const float largest = shares[0];
+    const float total = sum_to_one ? sum_of_exps(shares, chosen, largest) : sum_of_exps(logits, experts, largest);
+    for (int64_t j = 0; j < chosen; j++) shares[j] = exp_negative(shares[j] - largest) / total;
+}
+
+void combine(const float* x, const float* const* added, const float* shares, int64_t chosen, int64_t columns, float* out) {
+    for (int64_t c = 0; c < columns; c += 16) {
+        Lanes total = all(0.0f);
+        for (int64_t j = 0; j < chosen; j++) total = fma(all(shares[j]), load(added[j] + c), total);
+        store(out + c, load(x + c) + total);
+    }
+}
+
 }  // namespace
 
-extern const RowKernels row_kernels = {rms_norm, mix, smear, soft_cap, widen_any};
+extern const RowKernels row_kernels = {rms_norm, mix, smear, soft_cap, widen_any, route, combine};
 
 }  // namespace DC_ISA
 }  // namespace dc

@@ -8,6 +8,7 @@
 //   T >= 32  rows are divided: everything from one attention to the next is one phase whose chunks take 8 to 32 rows through
 //            all products, so that a thread keeps its rows in its cache (KERNELS.md 9.4: 4,360-4,880 tok/s on two chips,
 //            2,960 with the products divided).
+// A layer's experts (experts.h) are phases of their own either way: their products are divided among the threads.
 // Logit rows are always treated the first way: the head is too large to be read again for each chunk.
 // After the last rope_append only tokens with logits are computed on: nothing else reads the others (a thirtieth of a prompt).
 // The bits of a row are the same either way (tiles.h, attention.h).
@@ -31,11 +32,16 @@ static inline int64_t unit_of(const Op& op) { return is_gate(op.activation) ? 2 
 
 size_t prepared_bytes(const Op& op, int64_t rows);      // a linear's x, made ready
 
+struct StepMemory {
+    void* prepared;                             // of any linear over TOKENS_BY_ROWS tokens or the most logit rows
+    void* panels;                               // of any layer's experts, for every token; and of their pairs:
+    float *hidden, *added;
+};
+
 class Step {
 public:
-    // `prepared` is large enough for any linear over TOKENS_BY_ROWS tokens or the most logit rows; every table that ids are
-    // looked up in has at least `vocab` rows.
-    Step(const std::vector<Op>& ops, StepInput input, void* prepared, int threads, int64_t vocab);
+    // Every table that ids are looked up in has at least `vocab` rows.
+    Step(const std::vector<Op>& ops, StepInput input, const StepMemory& memory, int threads, int64_t vocab);
     Step(const Step&) = delete;
     Step& operator=(const Step&) = delete;
 
@@ -72,6 +78,7 @@ private:
     void add_rows(int first, int end, int prepares, int64_t rows);
     void add_product(int op);
     void add_attention(int op);
+    void add_experts(int op);
     void make_phases();
     void find_slots();
     void plan_attention();
@@ -88,18 +95,25 @@ private:
     void put_attention(const Part& part, int64_t chunk, const float* staged) const;
     const AttentionRun& attention_of(const Part& part) const;
     void do_softcap(const Part& part, int64_t chunk) const;
+    void do_group(const Part& part, int64_t chunk) const;
+    void do_gather(const Part& part, int64_t chunk) const;
+    void do_experts(const Part& part, int64_t chunk, float* staged) const;
+    void put_experts(const Part& part, int64_t chunk, const float* staged) const;
+    struct Piece { Routing::Expert expert; int64_t tile_begin, tile_end, column_begin, column_end, width; };
+    template <class Visit> void each_piece(const Part& part, int64_t chunk, Visit visit) const;
     void do_sample(const Part& part, int64_t chunk) const;
 
     void do_row_op(const Op& op, int64_t begin, int64_t end) const;
     void embed(const Op& op, int64_t row) const;
     void append(const Op& op, int64_t begin, int64_t end) const;
     void linear_of_rows(const Op& op, int64_t begin, int64_t end) const;
+    void combine(const Op& op, int64_t row) const;
 
     int64_t count_of(const Op& op) const { return op.on_logit_rows ? logit_rows : tokens; }
 
     const std::vector<Op>& ops;
     StepInput input;
-    void* const prepared;
+    const StepMemory memory;
     const int threads;
     const int64_t vocab;
     std::vector<int64_t> positions, slots;

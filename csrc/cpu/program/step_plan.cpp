@@ -10,15 +10,17 @@ namespace {
 // (0.1 to 0.4 us, KERNELS.md 9.5). Chosen by this reckoning; other sizes were not tried.
 constexpr int64_t CHUNK_BYTES = 64 << 10;
 constexpr int64_t FREE_ROWS = 4;                // so many rows take the time of one: beyond, chunks take fewer tiles
+// A chunk of an expert's product in a prompt: its weights stay in the second cache while all of the expert's rows pass by.
+constexpr int64_t EXPERT_BYTES = 384 << 10;
 constexpr int64_t SMALL_CHUNK_ROWS = 4;         // rows of a chunk between two products: 0.7 us of prepare, 2 us of rope
 
 }  // namespace
 
 size_t prepared_bytes(const Op& op, int64_t rows) { return prepared_bytes(op.tiles.type, op.tiles.columns, rows); }
 
-Step::Step(const std::vector<Op>& ops, StepInput given, void* prepared, int threads, int64_t vocab)
+Step::Step(const std::vector<Op>& ops, StepInput given, const StepMemory& memory, int threads, int64_t vocab)
     : tokens(int64_t(given.token_ids.size())), logit_rows(int64_t(given.logit_rows.size())), ops(ops), input(std::move(given)),
-      prepared(prepared), threads(threads), vocab(vocab) {
+      memory(memory), threads(threads), vocab(vocab) {
     plan_attention();
     find_slots();
     find_needed();
@@ -141,6 +143,22 @@ void Step::add_attention(int index) {
     if (by_rows() && part.chunks) phases.back().put = nullptr;          // long chunks: one that is only slow would be done twice
 }
 
+// Routing decides how much there is to do: at most what `most` experts take.
+void Step::add_experts(int index) {
+    const Op& op = ops[size_t(index)];
+    const int64_t rows = count_of(op), E = op.routing->experts, pairs = rows * op.routing->chosen, most = std::min(E, pairs);
+    const bool needed_only = is_needed_only(index);
+    const int64_t per_chunk = by_rows() ? 4 * GROUP_ROWS : SMALL_CHUNK_ROWS;
+    add_plain<&Step::do_gather>({nullptr, index, index, index, rows, rows, (pairs + per_chunk - 1) / per_chunk, needed_only});
+    const int64_t units = tile_count(op.tiles.rows) / unit_of(op) / E * most, bytes = bytes_of(op.tiles) / E * most;
+    const int64_t each = (pairs + most - 1) / most, work = bytes * std::max(each, FREE_ROWS) / FREE_ROWS;
+    int64_t chunks = ((by_rows() ? bytes / EXPERT_BYTES : work / CHUNK_BYTES) / threads + 1) * threads;
+    chunks = std::min({chunks, units, MAX_CHUNKS});
+    const size_t staged_bytes = size_t(rows * (units / chunks + 1) * TILE_ROWS) * sizeof(float);
+    add_staged<&Step::do_experts, &Step::put_experts>({nullptr, index, index + 1, -1, rows, rows, chunks, needed_only}, staged_bytes);
+    if (by_rows()) phases.back().put = nullptr;                         // as in add_attention
+}
+
 void Step::make_phases() {
     int first = 0;                              // ops [first, i) are of the rows' phase that is being collected
     const auto flush = [&](int i, int prepares, int next) {
@@ -155,6 +173,8 @@ void Step::make_phases() {
         if (rows == 0 || (is_needed_only(i) && logit_rows == 0)) flush(i, -1, i + 1);
         else if (op.kind == OpKind::linear && (op.on_logit_rows || !by_rows())) flush(i, i, i + 1), add_product(i);
         else if (op.kind == OpKind::paged_attention) flush(i, -1, i + 1), add_attention(i);
+        else if (op.kind == OpKind::group) flush(i, -1, i + 1), add_plain<&Step::do_group>({nullptr, i, i + 1, -1, rows, rows, 1, is_needed_only(i)});
+        else if (op.kind == OpKind::gate_up || op.kind == OpKind::down) flush(i, -1, i + 1), add_experts(i);
         else if (op.kind == OpKind::softcap) {
             const int64_t segments = (op.x.columns + CAP_COLUMNS - 1) / CAP_COLUMNS;
             flush(i, -1, i + 1), add_plain<&Step::do_softcap>({nullptr, i, i + 1, -1, rows, segments, rows * segments});

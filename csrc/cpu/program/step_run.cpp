@@ -60,7 +60,7 @@ void Step::do_rows(const Part& part, int64_t chunk) const {
     for (int i = part.first; i < part.end; i++) do_row_op(ops[size_t(i)], begin, end);
     if (part.prepares < 0) return;
     const Op& op = ops[size_t(part.prepares)];
-    prepare_rows(op, begin, end, begin, prepared, static_cast<float*>(scratch(size_t(op.x.columns) * sizeof(float))));
+    prepare_rows(op, begin, end, begin, memory.prepared, static_cast<float*>(scratch(size_t(op.x.columns) * sizeof(float))));
 }
 
 void Step::do_row_op(const Op& op, int64_t begin, int64_t end) const {
@@ -81,6 +81,13 @@ void Step::do_row_op(const Op& op, int64_t begin, int64_t end) const {
                 use.smear(op.x.row(row), previous, op.weight, op.channels, op.a, columns, out);
                 break;
             }
+            case OpKind::route: {
+                Routing& to = *op.routing;
+                const int64_t first = row * to.chosen;
+                use.route(op.x.row(row), to.experts, to.chosen, to.sum_to_one, &to.ids[size_t(first)], &to.shares[size_t(first)]);
+                break;
+            }
+            case OpKind::combine: combine(op, row); break;
             default: break;
         }
     }
@@ -106,6 +113,77 @@ void Step::linear_of_rows(const Op& op, int64_t begin, int64_t end) const {
     multiply(product_of(op, memory, begin, end - begin), 0, tile_count(op.tiles.rows), 0, group_count(end - begin));
 }
 
+// ---- experts
+
+void Step::do_group(const Part& part, int64_t) const {
+    ops[size_t(part.first)].routing->group(part.rows, [&](int64_t row) { return !part.needed_only || needed[size_t(row)]; });
+}
+
+void Step::do_gather(const Part& part, int64_t chunk) const {
+    const Op& op = ops[size_t(part.first)];
+    const Routing& routing = *op.routing;
+    const int64_t begin = routing.pairs() * chunk / part.chunks, end = routing.pairs() * (chunk + 1) / part.chunks, K = op.tiles.columns;
+    for (const Routing::Expert& expert : routing.active)
+        for (int64_t i = std::max<int64_t>(begin, expert.first); i < std::min<int64_t>(end, expert.first + expert.count); i++) {
+            const float* x = op.kind == OpKind::down ? memory.hidden + i * K : op.x.row(routing.row_of[size_t(i)]);
+            const int64_t to = expert.panel * int64_t(GROUP_ROWS) + i - expert.first;
+            prepare(op.tiles.type, x - to * K, K, K, to, to + 1, op.norm, op.weight, op.epsilon, memory.panels);
+        }
+}
+
+// The chunk's part of the tiles of all experts that were chosen.
+template <class Visit>
+void Step::each_piece(const Part& part, int64_t chunk, Visit visit) const {
+    const Op& op = ops[size_t(part.first)];
+    const Routing& routing = *op.routing;
+    const int64_t unit = unit_of(op), each = tile_count(op.tiles.rows) / unit / routing.experts;
+    const int64_t all = each * int64_t(routing.active.size()), end = all * (chunk + 1) / part.chunks;
+    for (int64_t at = all * chunk / part.chunks, next; at < end; at = next) {
+        const Routing::Expert& expert = routing.active[size_t(at / each)];
+        const int64_t before = at / each * each, first = expert.id * each;      // of its units in `all`, and in the matrix
+        next = std::min(end, before + each);
+        visit(Piece{expert, (first + at - before) * unit, (first + next - before) * unit, (at - before) * TILE_ROWS,
+                    (next - before) * TILE_ROWS, each * TILE_ROWS});
+    }
+}
+
+void Step::do_experts(const Part& part, int64_t chunk, float* staged) const {
+    const Op& op = ops[size_t(part.first)];
+    float* const pairs = op.kind == OpKind::down ? memory.added : memory.hidden;
+    const int64_t panel_bytes = group_bytes(op.tiles.type, op.tiles.columns);
+    each_piece(part, chunk, [&](const Piece& piece) {
+        const int64_t columns = piece.column_end - piece.column_begin, before = piece.expert.id * piece.width;  // other experts' columns
+        Product product{op.tiles, static_cast<char*>(memory.panels) + piece.expert.panel * panel_bytes, piece.expert.count, op.bias,
+                        nullptr, 0, op.activation, pairs + piece.expert.first * piece.width - before, piece.width, before + piece.width};
+        if (staged) product.out = staged - before - piece.column_begin, product.out_stride = columns;
+        multiply(product, piece.tile_begin, piece.tile_end, 0, group_count(piece.expert.count));
+        if (staged) staged += columns * piece.expert.count;
+    });
+}
+
+void Step::put_experts(const Part& part, int64_t chunk, const float* staged) const {
+    float* const pairs = ops[size_t(part.first)].kind == OpKind::down ? memory.added : memory.hidden;
+    each_piece(part, chunk, [&](const Piece& piece) {
+        const int64_t columns = piece.column_end - piece.column_begin;
+        for (int64_t i = piece.expert.first; i < piece.expert.first + piece.expert.count; i++, staged += columns)
+            std::memcpy(pairs + i * piece.width + piece.column_begin, staged, size_t(columns) * sizeof(float));
+    });
+}
+
+void Step::combine(const Op& op, int64_t row) const {
+    const Routing& routing = *op.routing;
+    const int64_t first = row * routing.chosen;
+    const float* added[MAX_CHOSEN];
+    for (int64_t j = 0; j < routing.chosen; j++) {
+        const int64_t pair = routing.pair_of[size_t(first + j)];
+        if (pair < 0) return;                   // nobody needs the row
+        added[j] = memory.added + pair * op.out.columns;
+    }
+    row_kernels_here().combine(op.x.row(row), added, &routing.shares[size_t(first)], routing.chosen, op.out.columns, op.out.row(row));
+}
+
+// ---- products and attention
+
 Step::Range Step::tiles_of(const Part& part, int64_t chunk) const {
     const Op& op = ops[size_t(part.first)];
     const int64_t unit = unit_of(op), units = tile_count(op.tiles.rows) / unit;
@@ -121,7 +199,7 @@ Step::Range Step::columns_of(const Part& part, int64_t chunk) const {
 // `staged` is (rows, the chunk's columns), or null.
 void Step::do_product(const Part& part, int64_t chunk, float* staged) const {
     const Range tiles = tiles_of(part, chunk), columns = columns_of(part, chunk);
-    Product product = product_of(ops[size_t(part.first)], prepared, 0, part.rows);
+    Product product = product_of(ops[size_t(part.first)], memory.prepared, 0, part.rows);
     if (staged) product.out = staged - columns.begin, product.out_stride = columns.end - columns.begin;
     multiply(product, tiles.begin, tiles.end, 0, group_count(part.rows));
 }

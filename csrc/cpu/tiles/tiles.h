@@ -46,8 +46,10 @@ namespace dc {
 
 enum class Weight : int { f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k, iq4_nl, iq4_xs, mxfp4 };
 constexpr int WEIGHT_TYPES = int(Weight::mxfp4) + 1;
-enum class Activation : int { none, swiglu, relu2, geglu };     // gates: tiles alternate gate, up; columns 16 i.. from tiles 2 i, 2 i + 1
-static constexpr bool is_gate(Activation activation) { return activation == Activation::swiglu || activation == Activation::geglu; }
+// Gates: tiles alternate gate, up; columns 16 i.. from tiles 2 i, 2 i + 1. clamped_swiglu, with g = min(gate, 7) and
+// u = up within +-7: g * sigmoid(1.702 g) * (u + 1).
+enum class Activation : int { none, swiglu, relu2, geglu, clamped_swiglu };
+static constexpr bool is_gate(Activation activation) { return activation != Activation::none && activation != Activation::relu2; }
 
 constexpr int TILE_ROWS = 16;
 constexpr int BLOCK = 32;               // columns that share a scale of x

@@ -335,6 +335,7 @@ void finish_row(const Product& job, int64_t tile, int tiles, int64_t row, int r,
 
 void finish_gated_row(const Product& job, int64_t tile, int, int64_t row, int r, const Sums& in) {
     const Lanes gate = biased(job, tile, in.y[0][r]), up = biased(job, tile + 1, in.y[1][r]);
+    if (job.activation == Activation::clamped_swiglu) return write(job, row, tile / 2 * TILE_ROWS, clamped_swiglu(gate, up));
     write(job, row, tile / 2 * TILE_ROWS, (job.activation == Activation::geglu ? gelu_tanh(gate) : silu(gate)) * up);
 }
 

@@ -1,0 +1,71 @@
+// A layer's experts in a step: which rows go where, and the products by expert.
+//
+//     route        (row by row) ids and shares of each row's experts
+//     group        (one thread) the pairs (row, expert) in the order of experts, then of rows
+//     gather       x of each pair, made ready: an expert's pairs are the rows of panels of its own
+//     gate_up      hidden of each pair: activation(x W^T + bias) with its expert's W
+//     gather, down the same of hidden -> added
+//     combine      (row by row) x + the sum of share * added, in the order of the row's experts
+//
+// So every expert that any row chose is read once in a step, by one row or by hundreds. Chunks are laid out before the routing
+// is known: a product has a fixed number of them, and each takes its part of the tiles of the experts that turned out to be
+// chosen. Where a row lies among its expert's rows makes no difference to its bits (tiles.h).
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/tiles/tiles.h"
+
+namespace dc {
+
+// Of one layer. `group` alone writes what the chunks of the products index by, so a chunk that a thread does again, or late,
+// finds it as it was (pool.cpp); hence each layer has its own.
+struct Routing {
+    Routing(int64_t experts, int64_t chosen, bool sum_to_one, int64_t max_tokens);
+
+    const int64_t experts, chosen;
+    const bool sum_to_one;
+    std::vector<int32_t> ids;           // [T][chosen], by route
+    std::vector<float> shares;          // [T][chosen], by route
+
+    // Of the rows for which needed(row); others have no pairs.
+    template <class Needed>
+    void group(int64_t rows, Needed needed);
+
+    struct Expert { int32_t id, first, count, panel; };     // its pairs [first, first + count), from panel `panel` on
+    std::vector<Expert> active;         // those with pairs, by id
+    std::vector<int32_t> row_of;        // of pair i
+    std::vector<int32_t> pair_of;       // [T][chosen]: which pair this is; -1: none
+
+    int64_t pairs() const { return int64_t(row_of.size()); }
+    static int64_t most_panels(int64_t experts, int64_t pairs);     // that so many pairs can take
+
+private:
+    std::vector<int32_t> place;         // [experts + 1]
+};
+
+template <class Needed>
+void Routing::group(int64_t rows, Needed needed) {
+    place.assign(size_t(experts) + 1, 0);
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t j = 0; j < chosen && needed(row); j++) place[size_t(ids[size_t(row * chosen + j)]) + 1]++;
+    active.clear();
+    int32_t panel = 0;
+    for (int64_t e = 0; e < experts; e++) {
+        const int32_t count = place[size_t(e) + 1];
+        place[size_t(e) + 1] += place[size_t(e)];
+        if (!count) continue;
+        active.push_back({int32_t(e), place[size_t(e)], count, panel});
+        panel += int32_t(group_count(count));
+    }
+    row_of.resize(size_t(place[size_t(experts)]));
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t j = 0; j < chosen; j++) {
+            const size_t i = size_t(row * chosen + j);
+            pair_of[i] = needed(row) ? place[size_t(ids[i])]++ : -1;
+            if (pair_of[i] >= 0) row_of[size_t(pair_of[i])] = int32_t(row);
+        }
+}
+
+}  // namespace dc
