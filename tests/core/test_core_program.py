@@ -289,9 +289,9 @@ def test_a_step_has_the_bits_of_its_ops_called_one_by_one(name, tokens, logit_ro
         assert np.isnan(recorded.buffers.x[tokens:]).all() and np.isnan(recorded.buffers.logits[R:]).all()
 
 
-def run_thousands(threads, *schedule):
+def run_thousands(name, threads, *schedule):
     """Steps of changing shapes, each of which must give the tokens and logits of one thread."""
-    model, recorded = MODELS["llama"], Recorded("llama")
+    model, recorded = MODELS[name], Recorded(name)
     shapes = [MIXES[1], MIXES[2], MIXES[5], MIXES[33], [(0, 4)], [(9, 1)] * 6]
     steps = [make_step(model, shape, "all", seed) for seed, shape in enumerate(shapes)]
     decode_core.set_threads(1)
@@ -303,13 +303,14 @@ def run_thousands(threads, *schedule):
         expected.append((recorded.run(step), recorded.buffers.logits[:len(step.logit_rows)].copy()))
     decode_core.set_threads(threads)
     _core.force_schedule(*schedule)
-    for n in range(int(2500 * SHARE)):
+    for n in range(int((2500 if name == "llama" else 600) * SHARE)):
         step, (tokens, logits) = steps[n % len(steps)], expected[n % len(steps)]
         assert recorded.run(step) == tokens
         assert n % 50 or np.array_equal(recorded.buffers.logits[:len(tokens)], logits)
 
 
-@pytest.mark.parametrize("schedule", [(2, 0, False), (2, 2, True), (4, 4, False), (3, 2, False)])
+@pytest.mark.parametrize("schedule", [("llama", 2, 0, False), ("llama", 2, 2, True), ("llama", 4, 4, False), ("llama", 3, 2, False),
+                                      ("experts", 2, 2, True), ("experts", 4, 4, False)])
 def test_thousands_of_steps_of_changing_shapes_give_the_same_tokens_as_the_first_time(schedule):
     run_thousands(*schedule)
 
@@ -322,7 +323,7 @@ def run_until_chunks_were_done_again(*schedule):
     raise AssertionError("no chunk was ever done again")
 
 
-@pytest.mark.parametrize("schedule", [(2, 2, False, 0), (4, 4, True, 0)])
+@pytest.mark.parametrize("schedule", [("llama", 2, 2, False, 0), ("llama", 4, 4, True, 0), ("experts", 2, 2, False, 0)])
 def test_chunks_that_two_threads_do_at_once_count_once(schedule):
     run_until_chunks_were_done_again(*schedule)
 
