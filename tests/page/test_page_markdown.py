@@ -57,6 +57,26 @@ def test_names_of_functions_stand_apart(page, stand_in, tex, spaces):
     }""", tex) == spaces
 
 
+def test_formulas_have_large_sums_and_brackets_and_their_font_comes_with_the_first_one(page, stand_in):
+    fetched = []
+    page.on("request", lambda request: fetched.append(request.url) if "woff2" in request.url else None)
+    open_page(page, stand_in.url)
+    assert fetched == []
+    ask(page, "markdown")
+    expect_answered(page)
+    page.wait_for_function("() => [...document.fonts].some(font => font.status === 'loaded')")
+    assert len(fetched) == 1 and fetched[0].endswith("static/vendor/formulas.woff2")
+    heights = page.evaluate("""() => {
+        const node = document.createElement("p");
+        node.className = "markdown";
+        document.querySelector(".body.markdown").append(node);
+        node.append(mathNode("\\sum x \\begin{pmatrix} 1 \\\\ 2 \\\\ 3 \\end{pmatrix}", true));
+        return [...node.querySelectorAll("mo, mi")].map(each => each.getBoundingClientRect().height);
+    }""")
+    total, letter, opening, closing = heights
+    assert total > 1.5 * letter and opening > 3 * letter and opening == closing, heights
+
+
 def test_an_open_code_block_is_already_code_and_finished_blocks_are_not_drawn_again(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "held markdown")
