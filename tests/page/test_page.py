@@ -401,6 +401,22 @@ def test_continue_goes_on_with_a_cut_answer(page, stand_in, able, model):
         expect(questions(page)).to_have_count(2)
 
 
+def test_the_last_answer_can_be_continued_as_it_was_edited_and_no_other(page, stand_in):
+    stand_in.model["capabilities"]["continue_final_message"] = True
+    open_page(page, stand_in.url)
+    ask(page, "half")
+    expect(button(page, "Continue")).to_be_visible()
+    ask(page, "more")
+    expect_answered(page, 2)
+    expect(button(page, "Continue")).to_have_count(0)           # hidden ones are not in the accessibility tree
+    more(answers(page).last, "Edit")
+    page.get_by_role("textbox", name="Edited text").fill("You said so")
+    button(page, "Save").click()
+    button(page, "Continue").click()
+    expect(said(answers(page).last)).to_have_text("You said soYou said: You said so (answer 3)")
+    assert stand_in.bodies[-1]["messages"][-1] == {"role": "assistant", "content": "You said so"}
+
+
 # errors ---------------------------------------------------------------------------------------------------------------
 
 def test_a_text_that_the_server_refuses_returns_to_the_composer_with_its_words(page, stand_in):
