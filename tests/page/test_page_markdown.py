@@ -66,13 +66,13 @@ def test_formulas_have_large_sums_and_brackets_and_their_font_comes_with_the_fir
     expect_answered(page)
     page.wait_for_function("() => [...document.fonts].some(font => font.status === 'loaded')")
     assert len(fetched) == 1 and fetched[0].endswith("static/vendor/formulas.woff2")
-    heights = page.evaluate("""() => {
+    heights = page.evaluate("""tex => {
         const node = document.createElement("p");
         node.className = "markdown";
         document.querySelector(".body.markdown").append(node);
-        node.append(mathNode("\\sum x \\begin{pmatrix} 1 \\\\ 2 \\\\ 3 \\end{pmatrix}", true));
+        node.append(mathNode(tex, true));
         return [...node.querySelectorAll("mo, mi")].map(each => each.getBoundingClientRect().height);
-    }""")
+    }""", r"\sum x \begin{pmatrix} 1 \\ 2 \\ 3 \end{pmatrix}")
     total, letter, opening, closing = heights
     assert total > 1.5 * letter and opening > 3 * letter and opening == closing, heights
 
