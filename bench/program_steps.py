@@ -1,6 +1,7 @@
 """Whole steps of decode_core.Program on a model of random weights, without chat_server: tok/s and where each microsecond goes.
 
-    python bench/program_steps.py [--batches 1,4,16] [--context 256] [--prompt 256] [--threads 1,2,0] [--seconds 1] [--phases] [--plain]
+    python bench/program_steps.py [--batches 1,4,16] [--context 256] [--prompt 256] [--threads 1,2,0] [--pool 2] [--seconds 1] [--phases]
+                                   [--plain]
 
 The default is the default model's shape (SmolLM2-135M: Q4_1 layers, Q8_0 head). Thread counts alternate in
 short repeats. The best is printed beside the median, because the two CPUs of a virtual machine may be one
@@ -174,15 +175,16 @@ def show_phases(model, run, tokens, rounds):
     return sum(least)
 
 
-def set_schedule(threads):
-    decode_core.set_threads(threads or 2)
+def set_schedule(threads, pool):
+    decode_core.set_threads(threads or pool)
     decode_core._core.force_schedule(threads, False)
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--batches", default="1,4,16")
-    parser.add_argument("--threads", default="1,2,0", help="forced widths; 0: two threads, and the policy decides how many work")
+    parser.add_argument("--threads", default="1,2,0", help="forced widths; 0: the policy decides how many of the pool's threads work")
+    parser.add_argument("--pool", type=int, default=2, help="threads of the pool for --threads 0; may be more than CPUs")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=1.0)
@@ -204,7 +206,7 @@ def main():
         figures, plain_figures = {n: [] for n in threads}, {n: [] for n in threads}
         for _ in range(options.repeats):
             for n in threads:
-                set_schedule(n)
+                set_schedule(n, options.pool)
                 figures[n].append(1e6 / run())
                 if options.plain and n:                 # plain calls have no width policy
                     plain_figures[n].append(1e6 / plain())
@@ -214,7 +216,7 @@ def main():
                 ratio = statistics.median(figures[n]) / statistics.median(plain_figures[n])
                 print(f"   plain calls: median {statistics.median(plain_figures[n]):7.0f} best {max(plain_figures[n]):7.0f} tok/s; Program is {ratio:.2f} times")
             if options.phases:
-                set_schedule(n)
+                set_schedule(n, options.pool)
                 tokens = options.prompt if name == "prefill" else size
                 quiet = show_phases(model, lambda: run(16), tokens, options.rounds)
                 print(f"    quiet: {1e6 * tokens / quiet:.0f} tok/s")

@@ -5,8 +5,8 @@
 // `active`: a run does not return before all have left it.
 //
 // Redoing. Where the operating system stops a thread inside a staged chunk, one other thread does that chunk again: the first
-// that wins the chunk's word in `redoing`. It waits before that for twice the longest chunk which the phase has counted so far,
-// so that long chunks, or slow cores, are no reason to do a thing twice; while none is counted, UNKNOWN_US.
+// that wins the chunk's word in `redoing`. It waits before that for twice as long as a chunk of the phase has taken so far, in the
+// slowest of the shares that are done: long chunks, or slow cores, are no reason to do a thing twice. Before any is: UNKNOWN_US.
 //
 // Why it is safe to do a chunk twice:
 //   1. A chunk with `put` writes to memory of its thread's own only. So two threads that run it never write the same bytes.
@@ -129,7 +129,7 @@ class Pool {
     std::unique_ptr<Member[]> members;          // 0: whoever runs the phases
     std::unique_ptr<std::atomic<uint64_t>[]> written{new std::atomic<uint64_t>[MAX_CHUNKS]()};      // by chunk
     std::unique_ptr<std::atomic<uint64_t>[]> redoing{new std::atomic<uint64_t>[MAX_CHUNKS]()};      // the last phase that redid it
-    alignas(64) std::atomic<uint64_t> longest{0};       // number << 32 | us of the longest chunk counted in the phase
+    alignas(64) std::atomic<uint64_t> longest{0};       // number << 32 | us of the phase's longest chunk, the mean of a share's
     alignas(64) std::atomic<uint64_t> done{NOWHERE};     // number << 16 | chunks counted
     std::atomic<uint64_t> shared_out{0};        // the last phase whose shares are all out
     alignas(64) std::atomic<int> width{1};
@@ -192,8 +192,7 @@ class Pool {
     bool do_staged_chunk(int me, const Phase& phase, uint64_t number, int64_t chunk) noexcept {
         Member& mine = members[me];
         void* staged = mine.staged.at_least(phase.staged_bytes);        // there already: see make_room
-        const auto begin = Clock::now();
-        mine.doing.store(number << 16 | uint64_t(chunk));
+        mine.doing.store(number << 16 | uint64_t(chunk), std::memory_order_relaxed);     // to be seen late costs nothing
         const std::exception_ptr thrown = run_chunk(phase, chunk, staged);
         mine.is_back();
         uint64_t seen = written[chunk].load();
@@ -201,13 +200,13 @@ class Pool {
         if (thrown) note_failure(thrown);
         else phase.put(phase.context, chunk, staged);
         written[chunk].store(2 * number + 1);
-        note_time(number, Clock::now() - begin);
         return true;
     }
 
-    void note_time(uint64_t number, Clock::duration took) {
-        const int64_t us = std::chrono::duration_cast<std::chrono::microseconds>(took).count() + 1;
-        const uint64_t mine = number << 32 | uint64_t(std::min<int64_t>(us, UINT32_MAX));
+    // `took`: of `count` chunks of phase `index`. Once for a share, since two looks at the clock cost 2 % of a chunk of 3 us.
+    void note_time(int64_t index, Clock::duration took, int64_t count) {
+        const int64_t us = std::chrono::duration_cast<std::chrono::microseconds>(took).count() / count + 1;
+        const uint64_t mine = (first + uint64_t(index)) << 32 | uint64_t(std::min<int64_t>(us, UINT32_MAX));
         uint64_t seen = longest.load(std::memory_order_relaxed);
         while (seen >> 32 == mine >> 32 && seen < mine && !longest.compare_exchange_weak(seen, mine)) {}
     }
@@ -222,11 +221,13 @@ class Pool {
 
     bool do_own_share(int me, Coming& coming) {
         int64_t index = -1, count = 0;
+        Clock::time_point begin;
         for (Claim claim; (claim = take(members[me].share, false)).chunk >= 0;) {
-            if (index_of(claim.number) != index) index = index_of(claim.number), count = 0;     // others have ended the last one
+            if (index_of(claim.number) != index)                // others have ended the last one
+                index = index_of(claim.number), count = 0, begin = Clock::now();
             count += do_chunk(me, index, claim.chunk);
         }
-        if (count) count_done(me, index, count, coming);
+        if (count) note_time(index, Clock::now() - begin, count), count_done(me, index, count, coming);
         return index >= 0;
     }
 

@@ -9,6 +9,8 @@
 //          and less with AVX2.)
 //          bench/RESULTS.md has the figures
 // numerics cpu/tiles/tiles.h; integer sums exact, a fused multiply-add for each scale and minimum, so equal bits everywhere
+#include <utility>
+
 #include "cpu/lanes.h"
 #include "cpu/tiles/formats.h"
 #include "cpu/tiles/tiles.h"
@@ -26,7 +28,6 @@ constexpr int Q_ROWS = 4, FLOAT_ROWS = 3;
 constexpr int Q_ROWS = 2, FLOAT_ROWS = 4;           // q: with 4 the compiler takes more than a minute
 #endif
 
-constexpr int FINE_ROWS = 4;                        // rows that take a fine plane together: of 8 more often one has it; 2 gain nothing
 constexpr int PAIR = 2;                             // tiles at once: gate and up, or floats, of which one tile would wait for its sums
 constexpr int64_t GROUPS_BYTES = 256 << 10;         // of panels that pass by one tile: a quarter of the L2 cache
 constexpr int64_t AHEAD = 8 << 10;                  // bytes from what is read to what is prefetched; 4 KB cost 10 %, 16 KB nothing
@@ -51,6 +52,13 @@ DC_INLINE void store_some(float* p, Lanes a, int64_t count) {
 
 // ---- prepare
 
+template <int R>
+DC_INLINE bool any_fine(const uint8_t* has_fine) {
+    uint64_t flags = 0;
+    std::memcpy(&flags, has_fine, R);
+    return flags != 0;
+}
+
 struct Row {
     const Preparation& job;
     const float* x;
@@ -73,32 +81,42 @@ DC_INLINE Lanes rms_scale(const float* x, int64_t columns, float epsilon) {     
     return all(1.0f / __builtin_sqrtf(sum(squares) / float(columns) + epsilon));
 }
 
-DC_INLINE void put_sums(HalfSums sum, int32_t (*minus)[GROUP_ROWS], int r) {
+DC_INLINE void put_sums(HalfSums sum, int32_t (*minus)[SET_ROWS], int r) {
     minus[0][r] = -(sum.low + sum.high), minus[1][r] = -sum.low, minus[2][r] = -sum.high;
+}
+
+DC_INLINE void clear_fine(PanelBlock& block, int r) {
+    put_sums({0, 0}, block.fine_minus, r);
+    std::memset(block.fine[r], 0, BLOCK);
+}
+
+// Fine planes are cleared only in a set that has one: what no product reads is not written.
+DC_INLINE void quantize_finely(const Row& row, int64_t b, PanelBlock& to, int r) {
+    const HalfSums sum = quantize_rest(value_at(row, b * BLOCK), value_at(row, b * BLOCK + 16), to.fine[r]);
+    to.has_fine[r] = 1;
+    to.product[r] += to.scale[r] / 256 * float(sum.low + sum.high);
+    put_sums(sum, to.fine_minus, r);
+    for (int other = 0; other < SET_ROWS; other++)
+        if (!to.has_fine[other]) clear_fine(to, other);
 }
 
 DC_INLINE void quantize_row(const Row& row, PanelBlock* panel, int r) {
     const int64_t blocks = row.job.columns / BLOCK;
     float scales = 0;
     for (int64_t b = 0; b < blocks; b++) {
-        const Quantized q = quantize_block(value_at(row, b * BLOCK), value_at(row, b * BLOCK + 16), panel[b].x[r]);
         PanelBlock& to = panel[b];
+        const Quantized q = quantize_block(value_at(row, b * BLOCK), value_at(row, b * BLOCK + 16), to.x[r]);
         to.scale[r] = q.scale;
         to.product[r] = q.scale * float(q.sum.low + q.sum.high);
         to.has_fine[r] = 0;
         put_sums(q.sum, to.minus, r);
-        put_sums({0, 0}, to.fine_minus, r);
-        std::memset(to.fine[r], 0, BLOCK);
         scales += q.scale;
     }
     const float limit = FINE_ABOVE * (scales / float(blocks));
     for (int64_t b = 0; b < blocks; b++) {
         PanelBlock& to = panel[b];
-        if (!(to.scale[r] > limit)) continue;
-        const HalfSums sum = quantize_rest(value_at(row, b * BLOCK), value_at(row, b * BLOCK + 16), to.fine[r]);
-        to.has_fine[r] = 1;
-        to.product[r] += to.scale[r] / 256 * float(sum.low + sum.high);
-        put_sums(sum, to.fine_minus, r);
+        if (to.scale[r] > limit) quantize_finely(row, b, to, r);
+        else if (any_fine<SET_ROWS>(to.has_fine)) clear_fine(to, r);
     }
 }
 
@@ -113,7 +131,7 @@ void prepare(const Preparation& job, int64_t row_begin, int64_t row_end) {
         uint8_t* panel = job.prepared + i / GROUP_ROWS * group_bytes(job.type, job.columns);
         const int r = int(i % GROUP_ROWS);
         if (is_float(job.type)) copy_row(row, reinterpret_cast<float*>(panel), r);
-        else quantize_row(row, reinterpret_cast<PanelBlock*>(panel), r);
+        else quantize_row(row, reinterpret_cast<PanelBlock*>(panel) + r / SET_ROWS * (job.columns / BLOCK), r % SET_ROWS);
     }
 }
 
@@ -126,56 +144,63 @@ DC_INLINE void prefetch_block(const uint8_t* group, int64_t i, int64_t ahead) {
     fetch_once(group + i * STEP + ahead, STEP);
 }
 
+// The x8 or the fine values of some rows of a block; rows from SET_ROWS on are in the panel's other half.
+struct Plane {
+    const int8_t *x, *other_x;
+    const int32_t *minus, *other_minus;
+
+    const int8_t* values(int r) const { return (r < SET_ROWS ? x : other_x) + r % SET_ROWS * BLOCK; }
+    const int32_t& minus_of(int part, int r) const { return (r < SET_ROWS ? minus : other_minus)[part * SET_ROWS + r % SET_ROWS]; }
+};
+
+DC_INLINE Plane plane_of(const PanelBlock& block, const PanelBlock& other, int row) {
+    return {block.x[row], other.x[0], block.minus[0] + row, other.minus[0]};
+}
+DC_INLINE Plane fine_plane_of(const PanelBlock& block, int row) { return {block.fine[row], nullptr, block.fine_minus[0] + row, nullptr}; }
+
 // sums [PARTS][R] += a block's codes times R rows of x.
 template <class F, int R, int C>
-DC_INLINE void sum_chunk(const uint8_t* quants, const int8_t* x, Sum* sum) {
+DC_INLINE void sum_chunk(const uint8_t* quants, const Plane& plane, Sum* sum) {
     Words low, high;
     F::template unpack<C>(quants, low, high);
-    const typename F::Weights first = F::weights(low), second = F::weights(high);
-    for (int r = 0; r < R; r++) F::Dot::dot(sum[r], first, x + r * BLOCK + F::NEXT * C);
-    for (int r = 0; r < R; r++) F::Dot::dot(sum[(F::PARTS - 1) * R + r], second, x + r * BLOCK + F::SECOND + F::NEXT * C);
+    const typename F::Weights first = F::weights(low);
+    for (int r = 0; r < R; r++) F::Dot::dot(sum[r], first, plane.values(r) + F::NEXT * C);
+    const typename F::Weights second = F::weights(high);
+    for (int r = 0; r < R; r++) F::Dot::dot(sum[(F::PARTS - 1) * R + r], second, plane.values(r) + F::SECOND + F::NEXT * C);
 }
 
-// whole [PARTS][R] = a block's sums with R rows of x; `minus`: those rows' of PanelBlock.
+// whole [PARTS][R] = a block's sums with R rows of x.
 template <class F, int R>
-DC_INLINE void sum_block(const uint8_t* quants, const int8_t* x, const int32_t* minus, Whole* whole) {
+DC_INLINE void sum_block(const uint8_t* quants, const Plane& plane, Whole* whole) {
     constexpr int FIRST = F::PARTS - 1;                         // of all 32 columns, or of the first 16
     Sum sum[F::PARTS * R];
     for (int p = 0; p < F::PARTS; p++)
-        for (int r = 0; r < R; r++) sum[p * R + r] = F::Dot::template begin<F::OFFSET_SHIFT>(minus[(FIRST + p) * GROUP_ROWS + r]);
-    sum_chunk<F, R, 0>(quants, x, sum), sum_chunk<F, R, 1>(quants, x, sum);
-    sum_chunk<F, R, 2>(quants, x, sum), sum_chunk<F, R, 3>(quants, x, sum);
+        for (int r = 0; r < R; r++) sum[p * R + r] = F::Dot::template begin<F::OFFSET_SHIFT>(plane.minus_of(FIRST + p, r));
+    sum_chunk<F, R, 0>(quants, plane, sum), sum_chunk<F, R, 1>(quants, plane, sum);
+    sum_chunk<F, R, 2>(quants, plane, sum), sum_chunk<F, R, 3>(quants, plane, sum);
     for (int p = 0; p < F::PARTS; p++)
         for (int r = 0; r < R; r++)
-            whole[p * R + r] = F::Dot::template end<F::OFFSET_SHIFT>(sum[p * R + r], minus[(FIRST + p) * GROUP_ROWS + r]);
-}
-
-template <int R>
-DC_INLINE bool any_fine(const uint8_t* has_fine) {
-    uint64_t flags = 0;
-    std::memcpy(&flags, has_fine, R);
-    return flags != 0;
+            whole[p * R + r] = F::Dot::template end<F::OFFSET_SHIFT>(sum[p * R + r], plane.minus_of(FIRST + p, r));
 }
 
 template <int PARTS>
 struct Scales { Lanes of[PARTS]; };
 
-// A block's sums of R rows, and the fine plane's if one of these rows has it, onto the rows' totals. `apart` lies between two
-// parts of `whole`. To a row without a fine plane it makes no difference whether another has one: apart, it adds 0; else
+// A block's sums of R rows of a set, and the fine plane's if one of these rows has it, onto the rows' totals. `apart` lies between
+// two parts of `whole`. To a row without a fine plane it makes no difference whether another has one: apart, it adds 0; else
 // d * dx * sum is (d / 256) * dx * (256 * sum), to the bit.
 template <class F, int R>
 DC_INLINE void add_block(const uint8_t* quants, const PanelBlock& x, int row, Scales<F::PARTS> d, Whole* whole, int apart, Lanes* total) {
-    if constexpr (R > FINE_ROWS) {
-        add_block<F, FINE_ROWS>(quants, x, row, d, whole, apart, total);
-        return add_block<F, R - FINE_ROWS>(quants, x, row + FINE_ROWS, d, whole + FINE_ROWS, apart, total + FINE_ROWS);
-    }
     const bool fine = any_fine<R>(x.has_fine + row);
     Whole rest[F::PARTS * R];
     if (F::FINE_APART || !fine)
         for (int p = 0; p < F::PARTS; p++)
             for (int r = 0; r < R; r++) add_product(total[r], d.of[p] * all(x.scale[row + r]), to_floats(whole[p * apart + r]));
     if (!fine) return;
-    sum_block<F, R>(quants, x.fine[row], x.fine_minus[0] + row, rest);
+#if !defined(__AVX512F__)
+    asm("" : "+r"(quants));             // unpacked again: there are no registers to keep the first plane's weights in
+#endif
+    sum_block<F, R>(quants, fine_plane_of(x, row), rest);
     for (int p = 0; p < F::PARTS; p++) {
         const Lanes small = d.of[p] * all(1.0f / 256);
         for (int r = 0; r < R; r++) {
@@ -185,11 +210,15 @@ DC_INLINE void add_block(const uint8_t* quants, const PanelBlock& x, int row, Sc
     }
 }
 
-// Rows row .. row + R - 1 of the panel -> y [R][16]; `ahead`: prefetch what lies that many bytes further on, unless 0.
+// Rows row .. row + R - 1 of the panel -> y [R][16], beginning with a set if they are more than one holds; `ahead`: prefetch what
+// lies that many bytes further on, unless 0.
 template <Weight TYPE, int R>
 __attribute__((noinline)) void q_rows(const uint8_t* tile, int64_t blocks, int64_t ahead, const PanelBlock* panel, int row,
                                       float* y) {
     using F = Format<TYPE>;
+    constexpr int FIRST = R < SET_ROWS ? R : SET_ROWS, OTHERS = R - FIRST;
+    panel += row / SET_ROWS * blocks, row %= SET_ROWS;
+    const PanelBlock* const other = panel + (OTHERS ? blocks : 0);
     Lanes total[R] = {};                            // zeroed by a loop, GCC 12 would keep it in memory
     for (int64_t b = 0; b < blocks; b++) {
         const int64_t i = b % F::BLOCKS;
@@ -197,13 +226,15 @@ __attribute__((noinline)) void q_rows(const uint8_t* tile, int64_t blocks, int64
         const uint8_t* quants = quants_of<F>(group, i);
         if (ahead) prefetch_block<F>(group, i, ahead);
         Whole whole[F::PARTS * R];
-        sum_block<F, R>(quants, panel[b].x[row], panel[b].minus[0] + row, whole);
+        sum_block<F, R>(quants, plane_of(panel[b], other[b], row), whole);
         Scales<F::PARTS> d;
         for (int p = 0; p < F::PARTS; p++) d.of[p] = F::scale(group, int(i), p);
-        add_block<F, R>(quants, panel[b], row, d, whole, R, total);
+        add_block<F, FIRST>(quants, panel[b], row, d, whole, R, total);
+        if constexpr (OTHERS) add_block<F, OTHERS>(quants, other[b], 0, d, whole + FIRST, R, total + FIRST);
         if (!F::HAS_MINIMUM) continue;
         const Lanes m = F::minimum(group, int(i));
-        for (int r = 0; r < R; r++) add_product(total[r], m, all(panel[b].product[row + r]));
+        for (int r = 0; r < FIRST; r++) add_product(total[r], m, all(panel[b].product[row + r]));
+        for (int r = FIRST; r < R; r++) add_product(total[r], m, all(other[b].product[r - FIRST]));
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) store(y + 16 * r, total[r]);
@@ -251,12 +282,6 @@ __attribute__((noinline)) void float_rows(const uint8_t* tile, int64_t columns, 
 using QKernel = void (*)(const uint8_t*, int64_t, int64_t, const PanelBlock*, int, float*);
 using FloatKernel = void (*)(const uint8_t*, int64_t, int64_t, const float*, int, float*);
 
-template <Weight TYPE, int R = Q_ROWS>
-QKernel pick_q(int rows) {
-    if constexpr (R == 0) return nullptr;
-    else return rows == R ? &q_rows<TYPE, R> : pick_q<TYPE, R - 1>(rows);
-}
-
 template <class W, int T, int R = FLOAT_ROWS>
 FloatKernel pick_float(int rows) {
     if constexpr (R == 0) return nullptr;
@@ -266,11 +291,14 @@ FloatKernel pick_float(int rows) {
 template <class W>
 FloatKernel pick_float(int tiles, int rows) { return tiles == PAIR ? pick_float<W, PAIR>(rows) : pick_float<W, 1>(rows); }
 
-template <Weight TYPE>
-QKernel pick_type(Format<TYPE>, int rows) { return pick_q<TYPE>(rows); }
+template <Weight TYPE, int... ROWS>
+QKernel pick_q(Format<TYPE>, int rows, std::integer_sequence<int, ROWS...>) {
+    static constexpr QKernel kernels[] = {&q_rows<TYPE, ROWS + 1>...};
+    return kernels[rows - 1];
+}
 
 QKernel q_kernel(Weight type, int rows) {
-    return with_format(type, [&](auto format) { return pick_type(format, rows); });
+    return with_format(type, [&](auto format) { return pick_q(format, rows, std::make_integer_sequence<int, Q_ROWS>()); });
 }
 
 FloatKernel float_kernel(Weight type, int tiles, int rows) {
