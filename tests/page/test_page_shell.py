@@ -192,6 +192,11 @@ def test_the_theme_is_the_systems_until_one_is_chosen(browser, stand_in):
         assert page.evaluate(paper) == light and page.locator("html").get_attribute("data-theme") == ""
 
 
+def icon_of(turn, name):
+    """Is the icon of a turn's button painted?"""
+    return turn.get_by_role("button", name=name, exact=True).evaluate("node => getComputedStyle(node, '::before').visibility")
+
+
 def test_on_a_phone_the_chats_are_a_drawer(browser, stand_in):
     with visitor(browser, viewport={"width": 390, "height": 780}, has_touch=True, is_mobile=True) as page:
         open_page(page, stand_in.url)
@@ -214,7 +219,9 @@ def test_on_a_phone_the_chats_are_a_drawer(browser, stand_in):
         page.keyboard.press("Escape")
         expect(page.get_by_role("navigation", name="Chats")).to_be_hidden()
         expect(button(answers(page), "Copy")).to_be_visible()
-        assert answers(page).get_by_role("button", name="Copy", exact=True).evaluate("node => getComputedStyle(node).opacity") == "1"
+        ask(page, "two")
+        expect_answered(page, 2)            # also the buttons of turns before the last, which a mouse would have to find
+        assert icon_of(answers(page).first, "Copy") == icon_of(answers(page).last, "Copy") == "visible"
 
 
 # typing and scrolling -------------------------------------------------------------------------------------------------
@@ -597,5 +604,12 @@ def test_hidden_actions_leave_no_gap_before_the_speed(page, stand_in):
         expect_answered(page, count)
     page.mouse.move(0, 0)
     turn = answers(page).first
+    assert (icon_of(turn, "Copy"), icon_of(answers(page).last, "Copy")) == ("hidden", "visible")
+    turn.hover()
+    assert icon_of(turn, "Copy") == "visible"
+    page.mouse.move(0, 0)
+    button(turn, "Copy").focus()
+    assert icon_of(turn, "Copy") == "visible"
+    message_box(page).focus()
     left = lambda locator: locator.bounding_box()["x"]       # noqa: E731
     assert left(turn.locator(".speed")) - left(said(turn)) < 12
