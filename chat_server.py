@@ -5436,7 +5436,7 @@ def unpermute_rope(rows: Any, head_size: int) -> Any:
 
 # bytes per block of 32 weights: float16 scale, float16 minimum (Q4_1 only), the weights
 BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
-MXFP4_VALUES = (0, .5, 1, 1.5, 2, 3, 4, 6, -0.0, -.5, -1, -1.5, -2, -3, -4, -6)      # by code
+MXFP4_DOUBLED = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0)
 
 
 def dequantize(kind: Any, data: torch.Tensor) -> torch.Tensor:
@@ -5448,8 +5448,9 @@ def dequantize(kind: Any, data: torch.Tensor) -> torch.Tensor:
         return data.view(torch.bfloat16) if kind.name == "BF16" else data
     if kind.name == "MXFP4":
         blocks = data.view(-1, 17)
-        codes = torch.cat((blocks[:, 1:] & 15, blocks[:, 1:] >> 4), -1)                             # (B, 32)
-        return torch.tensor(MXFP4_VALUES)[codes.int()] * torch.ldexp(torch.ones(1), blocks[:, :1].int() - 127)
+        codes, power = torch.cat((blocks[:, 1:] & 15, blocks[:, 1:] >> 4), -1), blocks[:, :1].int()
+        bits = torch.where(power < 2, (1 << 21) << power, (power - 1) << 23)        # of 2^(power - 128)
+        return torch.tensor(MXFP4_DOUBLED)[codes.int()] * bits.view(torch.float32)
     if kind.name not in BLOCK_BYTES:
         return torch.from_numpy(require_library("gguf", "a GGUF file").dequantize(data.numpy(), kind))
     blocks = data.view(-1, BLOCK_BYTES[kind.name])

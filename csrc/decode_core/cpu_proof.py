@@ -71,16 +71,18 @@ class Chain:
             q = self.call("rope_append", qkv, cos, sin, p.positions, p.slots, cache, width=256, norm=norm_at)
             for window in WINDOWS:
                 self.call("paged_attention", q, cache, p.attention, window, width=256)
+                self.call("paged_attention", q, cache, p.attention, window, width=256, sinks=dice.normal(spec.heads))
             self.call("paged_attention", q, cache, p.attention, 0, width=256, softcap=2.0)
+        self.experts(x, norm)
         last = self.call("gather_rows", x, p.logit_rows, width=C, rows=R)
         logits = self.call("linear", last, head, width=5008, rows=R, label="linear f32")
         self.capped = self.call("softcap", logits, 15.0, width=5008, rows=R)
         p.sample(self.capped)
 
-    def matrix(self, kind: str, name: str, rows: int) -> Matrix:
+    def matrix(self, kind: str, name: str, rows: int, columns: int = 0) -> Matrix:
         """A matrix as a model has it; `floats` remembers what its reference multiplies with."""
         if kind in FLOATS:
-            given = weight = self.dice.normal(rows, self.spec.width).to(FLOATS[kind])
+            given = weight = self.dice.normal(rows, columns or self.spec.width).to(FLOATS[kind])
         else:
             blocks = random_blocks(kind, rows, self.spec.width, seed=rows)
             given = QuantizedMatrix(((kind, blocks),), self.spec.width)
@@ -88,6 +90,16 @@ class Chain:
         packed = pack(Arena(1 << 20), name, given, None, False)
         self.floats[packed] = weight.float()
         return packed
+
+    def experts(self, x: torch.Tensor, norm: Norm) -> None:
+        """Those of a layer, with everything before and after them, in floats: of packed weights the products are proved."""
+        E, F, dice = 6, 64, self.dice
+        gate_up, down = self.matrix("f32", "expert_gate_up", 2 * E * F), self.matrix("f32", "expert_down", E * self.spec.width, F)
+        biases = torch.full((2 * E * F,), 0.3), dice.normal(E * self.spec.width) / 4       # gates and ups have another order in tiles
+        logits = self.call("linear", x, self.matrix("f32", "router", E), width=E, label="linear f32")
+        for activation, sum_to_one in (("swiglu", False), ("clamped_swiglu", True)):
+            self.call("experts", x, logits, gate_up, down, width=self.spec.width, norm=norm, biases=biases, activation=activation, chosen=2,
+                      sum_to_one=sum_to_one)
 
     def products(self, kind: str, x: torch.Tensor, norm: Norm) -> None:
         """A product with everything before and after it, and one with gates."""

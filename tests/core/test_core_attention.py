@@ -80,14 +80,14 @@ class Cache:
         return (widen(keys[pages, :, :, offset]).astype(numpy.float64), widen(values[pages, :, offset]).astype(numpy.float64))
 
 
-def attend(q, cache, tables, lengths, starts, *, window=0, softcap=0.0, heads=None, out=None):
+def attend(q, cache, tables, lengths, starts, *, window=0, softcap=0.0, sinks=None, heads=None, out=None):
     out = numpy.full((len(q), q.shape[1] * q.shape[2]), NAN, numpy.float32) if out is None else out
     plan = decode_core.plan_attention(tables, lengths, starts, q.shape[1], cache.store.shape[1], len(cache.store))
-    decode_core.paged_attention(q, cache.array, plan, out, window=window, softcap=softcap)
+    decode_core.paged_attention(q, cache.array, plan, out, window=window, softcap=softcap, sinks=sinks)
     return out
 
 
-def attend_float64(q, k, v, first_position, window, softcap=0.0):
+def attend_float64(q, k, v, first_position, window, softcap=0.0, sinks=None):
     """q (T, H, D) at positions first_position ..., k and v (S, Hkv, D) -> (T, H * D)."""
     T, H, D = q.shape
     group, out = H // k.shape[1], numpy.empty(q.shape)
@@ -97,8 +97,10 @@ def attend_float64(q, k, v, first_position, window, softcap=0.0):
         for h in range(H):
             score = k[seen, h // group] @ q[t, h].astype(numpy.float64)
             score = softcap * numpy.tanh(score / softcap) if softcap else score
-            weight = numpy.exp(score - score.max())
-            out[t, h] = weight @ v[seen, h // group] / weight.sum()
+            sink = -numpy.inf if sinks is None else sinks[h].astype(numpy.float64)
+            top = max(score.max(), sink)
+            weight = numpy.exp(score - top)
+            out[t, h] = weight @ v[seen, h // group] / (weight.sum() + numpy.exp(sink - top))
     return out.reshape(T, H * D)
 
 
@@ -163,6 +165,21 @@ def test_capped_scores_are_float64s_for_decode_rows_chunks_and_windows(isa, soft
         q, (k, v) = 4 * q, cache.get(pages, 600)
         out = attend(q, cache, [pages], [600], [0, rows], window=window, softcap=softcap)
         numpy.testing.assert_allclose(out, attend_float64(q, k, v, 600 - rows, window, softcap), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])           # 30: a sink takes nearly all, or nothing
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_sinks_take_their_share_of_decode_rows_chunks_and_windows(isa, softcap, scale):
+    rng = numpy.random.default_rng(4)
+    cache = Cache(48, 2, 32)
+    pages, q = sequence(rng, cache, 600, 40, 6, list(range(48)))
+    k, v = cache.get(pages, 600)
+    sinks = (rng.standard_normal(6) * scale).astype(numpy.float32)
+    for rows, window in ((1, 0), (1, 128), (40, 0), (40, 20)):
+        out = attend(q[:rows], cache, [pages], [600], [0, rows], window=window, softcap=softcap, sinks=sinks)
+        expected = attend_float64(q[:rows], k, v, 600 - rows, window, softcap, sinks)
+        numpy.testing.assert_allclose(out, expected, rtol=0, atol=2e-5)
+    assert not attend(q[:1], cache, [[]], [0], [0, 1], sinks=sinks).any()         # padding
 
 
 @pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 255, 256, 257, 300, 599, 600, 601])
@@ -594,11 +611,12 @@ def test_a_wrong_plan_names_the_argument(name, changed):
     ("q", lambda x: numpy.concatenate([x, x])), ("q", lambda x: x[:, ::-1]), ("cache", lambda x: x[:-1].copy()),
     ("cache", lambda x: x[:, :1].copy()), ("plan", lambda x: None), ("out", lambda x: x.astype(numpy.float16)),
     ("out", lambda x: x[:, :-1]), ("window", lambda x: -2), ("softcap", lambda x: -1.0),
+    ("sinks", lambda x: numpy.zeros(3, numpy.float32)),
 ])
 def test_a_wrong_paged_attention_names_the_argument(name, wrong):
     call = dict(q=numpy.zeros((1, 4, 32), numpy.float32), cache=numpy.zeros((8, 2, 2, 16 * 32), numpy.float32),
                 plan=decode_core.plan_attention([[0, 1, 2]], [40], [0, 1], 4, 2, 8), out=numpy.zeros((1, 128), numpy.float32),
-                window=0, softcap=0.0)
+                window=0, softcap=0.0, sinks=None)
     decode_core.paged_attention(**call)
     with pytest.raises(ValueError, match=f"^{name}: "):
         decode_core.paged_attention(**(call | {name: wrong(call[name])}))

@@ -530,7 +530,16 @@ def wrong_ops(p, m):
     yield "window", lambda: p.paged_attention(q, cache, p.attention, -2, buffer(m.H * m.D))
     yield "attention", lambda: p.paged_attention(q, cache, None, 0, buffer(m.H * m.D))
     yield "q", lambda: p.paged_attention(x, np.zeros((4, 3, 2, 16 * 16), np.float16), p.attention, 0, buffer(m.C))
+    yield "sinks", lambda: p.paged_attention(q, cache, p.attention, 0, buffer(m.H * m.D), sinks=np.ones(3, np.float32))
     yield "logits", lambda: p.sample(x)
+    e, logits = MODELS["experts"], buffer(m.E)
+    p.linear(x, e.layers[0]["router"], logits)
+    good = dict(x=x, logits=logits, gate_up=e.layers[0]["up"], down=e.layers[0]["down"], out=x, norm=(None, 0.0), biases=(None, None),
+                activation="swiglu", chosen=2, sum_to_one=True)
+    for argument, wrong in (("x", last), ("logits", last), ("gate_up", m.table), ("gate_up", m.layers[0]["up"]), ("down", m.head),
+                            ("chosen", 0), ("chosen", 8), ("chosen", 1.0), ("activation", "relu2"), ("norm", (np.ones(3, np.float32), 0.0)),
+                            ("biases", (np.ones(3, np.float32), None)), ("out", q)):
+        yield ("" if argument == "x" else argument), lambda: p.experts(**(good | {argument: wrong}))
 
 
 def test_a_wrong_op_is_a_value_error_that_names_the_argument():
@@ -539,7 +548,7 @@ def test_a_wrong_op_is_a_value_error_that_names_the_argument():
         with pytest.raises(ValueError, match=f"^{complaint}"):
             call()
         count += 1
-    assert count > 30 and len(program.describe()) == 4
+    assert count > 40 and len(program.describe()) == 5
     for sizes in ((0, 1), (4, 5), (1 << 20, 1)):
         with pytest.raises(ValueError, match="max_"):
             decode_core.Program(*sizes)
