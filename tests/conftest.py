@@ -20,6 +20,17 @@ from browsing import browser, held_front, page, server_url, stand_in  # noqa: E4
 from pools import start_pool  # noqa: E402, F401
 
 
+shown = []      # the reports that the summary asks about again
+
+
+def pytest_report_teststatus(report, config):
+    """Show a failure at once: a run that a time limit cuts short never comes to its summary."""
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if report.failed and terminal and report not in shown:
+        shown.append(report)
+        terminal.write_line(f"\n{report.nodeid} failed in {report.when}:\n{report.longreprtext[-3000:]}")
+
+
 @pytest.fixture(scope="session")
 def default_model_path():
     """The embedded default model, fetched once by the server's own code into its normal cache."""
