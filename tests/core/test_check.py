@@ -64,8 +64,8 @@ sys.exit(chat_server.main(["check"]))
 
 @needs_core
 @pytest.mark.parametrize("op, body, found", [
-    ("rms_norm", "return original(self, x, None, rest[1], out)", {"rms_norm"}),
-    ("softcap", "return original(self, x, 14.0, out)", {"softcap"}),
+    pytest.param("rms_norm", "return original(self, x, None, rest[1], out)", {"rms_norm"}, marks=pytest.mark.slow),
+    pytest.param("softcap", "return original(self, x, 14.0, out)", {"softcap"}, marks=pytest.mark.slow),
     ("linear", "return original(self, x, rest[0], out, **more | {'norm': None})", None),
     ("paged_attention", "return original(self, x, *rest[:2], 0, out, **more)", {"paged_attention"})])
 def test_an_op_that_is_wrong_is_named_and_the_status_is_1(op, body, found):
@@ -141,6 +141,7 @@ def test_every_kernel_of_a_gpu_is_proved_and_measured(emulation_library, monkeyp
 
 
 @needs_core
+@pytest.mark.slow
 def test_a_wrong_kernel_of_a_gpu_is_not_measured(emulation_library, monkeypatch):
     from cuda_backends import wrong_ops
     place = Place(emulation_library, monkeypatch, wrong_ops(paged_attention=lambda out: out.add_(1)))

@@ -216,6 +216,7 @@ def test_a_files_matrices_stay_packed_and_logits_are_those_of_its_weights(emulat
                 assert (got - want).norm() < limit * want.norm()
 
 
+@pytest.mark.slow
 def test_graphs_of_packed_models_answer_as_ops_do(emulated, mixed_file, monkeypatch):
     """With 16 rows: graphs of 1 to 8 rows use the kernel, and the last one panels."""
     model = opened(mixed_file[0], monkeypatch, emulated.backend)
