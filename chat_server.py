@@ -1430,10 +1430,13 @@ class HuggingFaceTokenizer(Tokenizer):
             raise RequestError("this model has no chat template; use /v1/completions",
                                code="no_chat_template")
         try:
-            dialogue = self.history(self._mark_specials(
-                [{"role": each.role, "content": each.content, **(each.more or {})} for each in messages]))
+            dialogue = self._mark_specials(
+                [{"role": each.role, "content": each.content, **(each.more or {})} for each in messages])
             if goes_on := options.get("continue_final_message", False):
-                dialogue[-1]["content"] += 2 * self.mark
+                last = dialogue[-1]             # which was cut in its text, or before that in its thoughts
+                in_thoughts = not last["content"] and last.get("reasoning_content")
+                last["reasoning_content" if in_thoughts else "content"] += 2 * self.mark
+            dialogue = self.history(dialogue)
             if self.tool_format == "harmony":       # whose template needs descriptions
                 tools = [{**tool, "function": {"description": "", **tool["function"]}} for tool in tools]
             return {**self._mark_specials(self.thinking_options(options)), "messages": dialogue,

@@ -307,6 +307,8 @@ async function connect(run, messages, onAccepted, goOn = false) {
   return response;
 }
 
+const canGoOn = node => Boolean(node.content || node.reasoning && !node.error && state.model.can.reasoning_history && state.model.can.continue_final_message);
+
 // Continues an answer that was cut: in the same node if the server can, otherwise by asking for more.
 function goOn(node) {
   if (!canAsk()) return;
@@ -314,6 +316,7 @@ function goOn(node) {
   const before = {note: node.note, error: node.error, timings: node.timings, parameters: node.parameters};
   Object.assign(node, {stream: {id: newId(), next: 0}, note: null, error: null, timings: null, parameters: state.chat.parameters});
   const messages = messagesToSend(pathTo(state.nodes, node.id), state.chat.system);
+  if (!node.content) messages.push({role: "assistant", content: "", reasoning_content: node.reasoning});      // cut in its thoughts
   runAnswer(node, state.chat, run => connect(run, messages, () => {}, true), error => {
     Object.assign(node, before);
     state.refusal = error.message;

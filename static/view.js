@@ -192,7 +192,7 @@ function updateAnswer(view) {
   view.actions.classList.toggle("growing", growing);
   view.retry.disabled = view.goOn.disabled = !canAsk();
   view.copy.hidden = !node.content;
-  view.goOn.hidden = growing || !node.content || node !== lastNode() || !(node.error || node.edited ||
+  view.goOn.hidden = growing || !canGoOn(node) || node !== lastNode() || !(node.error || node.edited ||
     ["stopped", "interrupted"].includes(node.note) || node.timings?.finish_reason === "length");
   view.speed.textContent = growing ? "" : speedText(node);
   view.speed.title = detailText(node.timings);

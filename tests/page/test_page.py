@@ -417,6 +417,20 @@ def test_the_last_answer_can_be_continued_as_it_was_edited_and_no_other(page, st
     assert stand_in.bodies[-1]["messages"][-1] == {"role": "assistant", "content": "You said so"}
 
 
+@pytest.mark.parametrize("able", [True, False])
+def test_an_answer_that_was_cut_while_thinking_goes_on_thinking(page, stand_in, able):
+    stand_in.model["capabilities"] |= {"continue_final_message": True, "reasoning_history": able}
+    open_page(page, stand_in.url)
+    ask(page, "half a thought")
+    expect(answers(page)).to_contain_text("cut at the length limit")
+    expect(button(page, "Continue")).to_have_count(int(able))
+    if able:
+        button(page, "Continue").click()
+        expect(said(answers(page))).to_contain_text("(answer 2)")
+        assert stand_in.bodies[-1]["messages"][-1] == {"role": "assistant", "content": "", "reasoning_content": "Let me see"}
+        assert stand_in.bodies[-1]["continue_final_message"] is True and questions(page).count() == 1
+
+
 # errors ---------------------------------------------------------------------------------------------------------------
 
 def test_a_text_that_the_server_refuses_returns_to_the_composer_with_its_words(page, stand_in):

@@ -359,7 +359,13 @@ async def half(server, question):
     yield done(4, "length")
 
 
-SCRIPTS = {"thoughts": thoughts, "progress": progress, "half": half, "story": story, "markdown": markdown, "held markdown": held_markdown, "paragraphs": paragraphs,
+async def half_a_thought(server, question):
+    """An answer that ends at the length limit while it still thinks."""
+    yield {"reasoning": "Let me see"}
+    yield done(4, "length")
+
+
+SCRIPTS = {"half a thought": half_a_thought, "thoughts": thoughts, "progress": progress, "half": half, "story": story, "markdown": markdown, "held markdown": held_markdown, "paragraphs": paragraphs,
            "silence": silence, "world": world, "hostile": hostile, "broken": broken, "cut off": cut_off}
 
 

@@ -346,6 +346,20 @@ def test_a_last_message_is_continued_where_apply_chat_template_continues_it(name
     assert ours.show(ours.render(openai_messages(chat), options={"add_generation_prompt": False})) == closed
 
 
+@pytest.mark.parametrize("thought", ["Let me", "a\n", "<think>"])
+def test_an_answer_that_was_cut_in_its_thoughts_is_continued_there(thought):
+    from transformers import PreTrainedTokenizerFast
+    template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>\n{{ m.reasoning_content.lstrip('\n') }}"
+                "\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}")
+    family = trained("qwen2")
+    theirs = PreTrainedTokenizerFast(tokenizer_object=family, bos_token="<|im_start|>", eos_token="<|im_end|>", chat_template=template)
+    ours = open_tokenizer(TextSpec("hf", family.to_str().encode(), template, bos_token=0, eos_token=1))
+    chat = [*TURNS, {"role": "assistant", "content": "", "reasoning_content": thought}]
+    expected = theirs.apply_chat_template(chat, continue_final_message="reasoning_content", tokenize=False)
+    assert expected.endswith("<think>\n" + thought)
+    assert ours.show(ours.render(openai_messages(chat), options={"continue_final_message": True})) == expected
+
+
 def test_a_template_that_leaves_out_the_last_message_cannot_continue_it():
     ours = open_tokenizer(TextSpec("hf", trained("qwen2").to_str().encode(), "{{ messages[0].content }}", bos_token=0, eos_token=1))
     with pytest.raises(chat_server.RequestError, match="leaves out the last message"):
