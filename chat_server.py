@@ -5727,6 +5727,9 @@ class Said(NamedTuple):
     calls: tuple[CallDelta, ...] = ()
 
 
+NOTHING_SAID = Said()
+
+
 class Answer:
     """The text side of a sequence: token ids in, text pieces out, and the decision to stop.
 
@@ -5739,7 +5742,7 @@ class Answer:
         self.reader = answer_reader(tokenizer, params, work.prompt_ids)
         marks = tokenizer.marks(bool(self.reader.names)) if self.reader else {}
         self.decoder, self.stops = StreamDecoder(tokenizer, marks), StopFinder(params.stop)
-        self.unsent: list[Said] = [Said()]
+        self.unsent = [NOTHING_SAID]
         self.reasoning_tokens = 0
         self.tool = CalculatorTool(tokenizer) if tokenizer.tool_tokens else None
         self.eos_tokens = frozenset() if params.ignore_eos else tokenizer.stop_tokens
@@ -5757,8 +5760,9 @@ class Answer:
     def _read(self, token: int) -> None:
         """Turn a token into reasoning, content or calls; counts those of reasoning and of its markers."""
         text, thinking = self.decoder.push(token), self.reader and self.reader.thinking
-        if not self.reader:
-            return self._say("text", self.stops.push(text))
+        if not self.reader:             # all is text
+            self.unsent[-1] = Said("", self.unsent[-1].text + self.stops.push(text))
+            return None
         self.reader.push(text)
         self.reasoning_tokens += thinking or self.reader.thinking
         return self._tell()
@@ -5783,7 +5787,7 @@ class Answer:
 
     def take(self) -> list[Said]:
         """What is new since the last time, at least one."""
-        unsent, self.unsent = self.unsent, [Said()]
+        unsent, self.unsent = self.unsent, [NOTHING_SAID]
         return unsent
 
     def push(self, token: int, generated: int, room: int) -> list[int]:

@@ -95,29 +95,33 @@ async def test_a_worker_killed_at_any_moment_costs_a_pause_and_not_a_word(start_
     await idle(pool)
 
 
-async def test_a_worker_killed_in_the_middle_of_a_function_call_costs_no_letter_of_it(start_pool, tmp_path):
+@pytest.mark.parametrize("moment", ["arguments", "reasoning"])
+async def test_a_worker_killed_in_the_middle_of_a_function_call_or_of_reasoning_costs_no_letter_of_it(start_pool, tmp_path, moment):
     """The tags are special tokens; letters and other tokens are drawn at random, as are these tags in ordinary tokens."""
     words = ['{"name": "f", "arguments": {"', "<tool", "_call>"]
     metadata = tiny_gguf.small_gguf_metadata("gpt-2")
     first = len(metadata["tokenizer.ggml.tokens"])
-    metadata["tokenizer.ggml.tokens"] += ["<tool_call>", "</tool_call>", *words]
-    metadata["tokenizer.ggml.token_type"] += [3, 3, 4, 4, 4]
-    metadata["tokenizer.chat_template"] = "{% if tools %}<tool_call>{% endif %}"
-    path = tiny_gguf.write_gguf(tmp_path / "tags.gguf", tiny_gguf.random_llama(vocab=first + 5), tiny_gguf.LLAMA_NUMBERS, metadata)
+    metadata["tokenizer.ggml.tokens"] += ["<tool_call>", "</tool_call>", *words, "<think>", "</think>"]
+    metadata["tokenizer.ggml.token_type"] += [3, 3, 4, 4, 4, 3, 3]
+    metadata["tokenizer.chat_template"] = "{% if tools %}<tool_call>{% endif %}<think></think>"
+    path = tiny_gguf.write_gguf(tmp_path / "tags.gguf", tiny_gguf.random_llama(vocab=first + 7), tiny_gguf.LLAMA_NUMBERS, metadata)
     pool = await start_pool(model=str(path))
     letter = metadata["tokenizer.ggml.tokens"].index("h")
-    request = drawn_from([letter, *range(first, first + 5)], prompts=((1, 2),), tool_names=("f",), ignore_eos=True,
-                         max_tokens=110)
+    request = drawn_from([letter, *range(first, first + 7 if moment == "reasoning" else first + 5)], prompts=((1, 2),), tool_names=("f",),
+                         chat=True, ignore_eos=True, max_tokens=110)
 
     async def told(name):
         pieces = [event async for event in pool.answer(Request(name, **request)) if isinstance(event, Piece)]
-        return [(piece.tokens, piece.text, piece.calls) for piece in pieces]
+        return [(piece.tokens, piece.text, piece.calls, piece.reasoning, piece.reasoning_tokens) for piece in pieces]
 
-    disturbed, undisturbed = await told("kill-arguments"), await told("undisturbed")
-    assert (tmp_path / "kill-arguments").exists() and disturbed == undisturbed
-    calls = [call for _, _, calls in disturbed for call in calls]
-    assert any(call.name for call in calls) and sum(not call.name for call in calls) > 3
-    assert "<tool_call>" in "".join(text for _, text, _ in disturbed)
+    disturbed, undisturbed = await told(f"kill-{moment}"), await told("undisturbed")
+    assert (tmp_path / f"kill-{moment}").exists() and disturbed == undisturbed
+    calls = [call for _, _, calls, *_ in disturbed for call in calls]
+    if moment == "arguments":
+        assert any(call.name for call in calls) and sum(not call.name for call in calls) > 3
+        assert "<tool_call>" in "".join(text for _, text, *_ in disturbed)
+    else:
+        assert sum(bool(reasoning) for *_, reasoning, _ in disturbed) > 3 and 0 < disturbed[-1][-1] <= 110
     await idle(pool)
 
 

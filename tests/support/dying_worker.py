@@ -24,9 +24,10 @@ MOMENTS = {     # checked when the results of earlier steps have left through th
     "prefill": lambda s: s.computed > 40 and s.pending > 1,
     "decode": lambda s: s.generated >= 7,
     "character": lambda s: s.generated >= 7 and s.text.decoder.utf8.getstate()[0],
-    "stop": lambda s: s.generated >= 7 and len(s.text.decoder.held) > 1,
+    "stop": lambda s: s.generated >= 7 and len(s.text.stops.held) > 1,
     "call": lambda s: s.generated >= 7 and s.text.tool.expression,
-    "arguments": lambda s: s.generated >= 7 and s.text.calls.inside,
+    "arguments": lambda s: s.generated >= 7 and s.text.reader.kind == "call",
+    "reasoning": lambda s: s.generated >= 7 and s.text.reader.thinking,
     # the last may be a placeholder for the one being drawn
     "result": lambda s: s.generated >= 7 and OUTPUT_END in s.tokens[-2:],
     "aside": lambda s: s.generated >= 7 and not s.pages,

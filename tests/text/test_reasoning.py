@@ -9,6 +9,7 @@ import chat_server
 from chat_server import Answer, Piece, SamplingParams
 from engines import load, make_engine, pieces
 from fake_pool import FakePool, Letters, frames, serving
+from tiny_gguf import small_gguf_metadata
 from works import assignment
 
 THINK = ("<think>", "</think>")
@@ -329,3 +330,12 @@ def test_a_required_call_is_written_in_the_family_s_format(engine, default_model
     assert found[-1].reason == "stop" and len(names) == 1 and "".join(piece.text for piece in found) == ""
     arguments = json.loads("".join(arguments for _, arguments in calls))
     assert names == ["weather"] and len(arguments["city"]) <= 10 or names == ["time"] and arguments == {} and choice == "required"
+
+
+def test_the_end_of_a_harmony_message_is_not_the_end_of_the_answer():
+    metadata = small_gguf_metadata("gpt-4o", **{"tokenizer.chat_template": GPT_OSS})
+    first = len(metadata["tokenizer.ggml.tokens"]) - 1          # its last token is <|end|>, the file's eos
+    metadata["tokenizer.ggml.tokens"] += ["<|return|>", "<|call|>", "<|start|>"]
+    metadata["tokenizer.ggml.token_type"] += [3, 3, 3]
+    text = chat_server.gguf_text("x.gguf", metadata)
+    assert text.stop_tokens == {first} and chat_server.open_tokenizer(text).stop_tokens == {first + 1, first + 2}
