@@ -26,12 +26,12 @@ text of the last one is made.
 
 Life of a request
 
-    handle_chat > read_native_call > native_messages > LocalPool.answer > PromptMaker.admit > Tokenizer.render
-        > LocalPool.dispatch > Worker.start > packed                                             front process
+    handle_answer > read_native_call > native_messages > LocalPool.answer > PromptMaker.admit
+        > Tokenizer.render > LocalPool.dispatch > Worker.start > packed              front process
         > Inbox.obey > Engine.add > Scheduler.schedule > make_batch > EagerSteps.start
         > Transformer.forward > sample_reference > Scheduler.advance > Answer.push
         > StreamDecoder.push > AnswerReader.push > Piece > Stepped                              worker process
-        > LocalPool.deliver > Job.take > NativeEncoder.encode | OpenAIEncoder.encode
+        > LocalPool.deliver > Job.take > NativeEncoder.encode | OpenAIEncoder.encode | BlockEncoder.encode
         > EventStream.send                                                                       front process
 Glossary
 
@@ -1143,6 +1143,9 @@ class Call:
     stream: bool = True
     include_usage: bool = False
     echo: bool = False
+    api: str = "native"                                         # of ENCODERS
+    repeated: Mapping[str, Any] = field(default_factory=dict)   # what the answer repeats of the body
+    ignored_tools: tuple[str, ...] = ()                         # types of tools that no model here can have
 
 
 as_json = json.JSONEncoder(ensure_ascii=False).encode     # json.dumps makes an encoder per call: 2 us a token
@@ -1194,6 +1197,7 @@ class Tokenizer:
     templated = False                   # does render run the model's template, a program that may never end?
     tool_tokens: ToolTokens | None = None
     tool_format: str | None = None      # how it calls the client's functions, or None (see tool_format_of)
+    native_tools = False                # does its template tell it of them? else a system prompt does
     thoughts: tuple[str, str] | None = None     # what encloses its reasoning, one of THOUGHTS
 
     def __init__(self, spec: TextSpec):
@@ -1304,6 +1308,7 @@ class NanochatTokenizer(Tokenizer):
                                           special_tokens=self.specials)
         self.vocab_size = self.encoding.n_vocab
         self.pieces = {token: piece for piece, token in ranks.items()}
+        self.tool_format = GENERIC_FORMAT
         tool_tokens = ToolTokens(*(self.specials.get(f"<|{name}|>") for name in ToolTokens._fields))
         self.tool_tokens = None if None in tool_tokens else tool_tokens
 
@@ -1324,7 +1329,7 @@ class NanochatTokenizer(Tokenizer):
         bos, user_start, user_end, assistant_start, assistant_end = map(
             self.specials.get, NANOCHAT_CHAT_TOKENS)
         tokens = [bos]
-        for message in merge_system_message(messages):
+        for message in merge_system_message(with_generic_tools(messages, tools)):
             is_user = message.role == "user"
             tokens += [user_start if is_user else assistant_start, *self.encode(message.content),
                        user_end if is_user else assistant_end]
@@ -1391,6 +1396,9 @@ class HuggingFaceTokenizer(Tokenizer):
         if self.tool_format == "harmony":       # <|end|> ends a message, not the answer
             names = ("<|return|>", "<|call|>", "<|endoftext|>")
             self.stop_tokens = frozenset(self.specials[name] for name in names if name in self.specials)
+        self.native_tools = self.tool_format is not None
+        if self.has_chat_template and not self.native_tools:
+            self.tool_format = GENERIC_FORMAT
 
     def encode(self, text: str, begins: bool = True) -> list[int]:
         text = whole_unicode(text.replace(self.mark, ""))
@@ -1430,6 +1438,9 @@ class HuggingFaceTokenizer(Tokenizer):
             raise RequestError("this model has no chat template; use /v1/completions",
                                code="no_chat_template")
         try:
+            if not self.native_tools:
+                has_system = "ystem role not supported" not in self.spec.chat_template
+                messages, tools = with_generic_tools(messages, tools, has_system), ()
             dialogue = self._mark_specials(
                 [{"role": each.role, "content": each.content, **(each.more or {})} for each in messages])
             if goes_on := options.get("continue_final_message", False):
@@ -1520,6 +1531,42 @@ HARMONY = tuple(f"<|{name}|>" for name in (
 MARKS = {name: chr(0xd800 + index) for index, name in enumerate(dict.fromkeys(filter(None, (
     *itertools.chain(*THOUGHTS, *CALLS.values()), "[CALL_ID]", "[ARGS]", *HARMONY))))}
 A_MARK = re.compile("[\ud800-\udfff]")
+
+
+GENERIC_FORMAT = "tagged"       # of calls where the template knows no tools
+GENERIC_TOOLS = """You can call functions. Each line here describes one of them:
+{}
+
+To call a function, write
+<tool_call>
+{{"name": "its name", "arguments": {{"a parameter": "its value"}}}}
+</tool_call>
+You then get what it returns in <tool_response>. Where no function helps, answer in words."""
+
+
+def with_generic_tools(messages: Seq[Message], tools: Seq[dict], has_system: bool = True) -> list[Message]:
+    """A conversation for a template that knows no tools: the system message describes them (the first
+    message, if the model has no system role), and calls and what they return are text in tags."""
+    told: list[Message] = []
+    for message in messages:
+        role, content, more = message.role, message.content, {**(message.more or {})}
+        for call in more.pop("tool_calls", ()):
+            call = json.dumps(call["function"], ensure_ascii=False)
+            content += f"{chr(10) * bool(content)}<tool_call>\n{call}\n</tool_call>"
+        if role == "tool":
+            role, content, more = "user", f"<tool_response>\n{content}\n</tool_response>", {}
+        if role == "user" and told and told[-1].role == "user" and told[-1].content.endswith("response>"):
+            content = told.pop().content + "\n" + content      # many templates want roles to alternate
+        told.append(Message(role, content, more or None))
+    if tools:
+        prompt = GENERIC_TOOLS.format("\n".join(
+            json.dumps(tool["function"], ensure_ascii=False) for tool in tools))
+        if told[0].role == "system" or not has_system:
+            parts = [told[0].content, prompt][::1 if told[0].role == "system" else -1]
+            told[0] = replace(told[0], content="\n\n".join(parts).strip())
+        else:
+            told.insert(0, Message("system", prompt))
+    return told
 
 
 HARMONY_EFFORTS = {"none": "low", "minimal": "low", "xhigh": "high"}       # its template knows three
@@ -2004,15 +2051,20 @@ def json_grammar(schema: dict, param: str, start: str = "start: object") -> str:
 
 def schema_grammar(schemas: Mapping[str, dict], param: str, start: str) -> str:
     """A grammar for llguidance: `start`, and a rule for each of these JSON schemas."""
+    try:
+        return lark_grammar("\n".join([start, *(
+            f"{name}: %json {json.dumps({**schema, 'x-guidance': JSON_STYLE})}"
+            for name, schema in schemas.items())]), param)
+    except RecursionError:
+        raise unusable_schema("it is nested too deeply", param) from None
+
+
+def lark_grammar(grammar: str, param: str) -> str:
+    """The grammar; RequestError if it is too large, or nothing can enforce it."""
     if importlib.util.find_spec("llguidance") is None:
         raise RequestError(
             "this server cannot constrain answers: the Python package llguidance is not installed there",
             code="unsupported_response_format", param=param)
-    try:
-        grammar = "\n".join([start, *(f"{name}: %json {json.dumps({**schema, 'x-guidance': JSON_STYLE})}"
-                                      for name, schema in schemas.items())])
-    except RecursionError:
-        raise unusable_schema("it is nested too deeply", param) from None
     if len(grammar) > LIMITS.grammar_characters:
         raise unusable_schema(
             f"as a grammar it has {len(grammar)} characters, at most {LIMITS.grammar_characters} are allowed",
@@ -2021,7 +2073,8 @@ def schema_grammar(schemas: Mapping[str, dict], param: str, start: str) -> str:
 
 
 def unusable_schema(reason: str, param: str) -> RequestError:
-    return RequestError(f"the JSON schema is not usable: {reason}", code="invalid_json_schema", param=param)
+    return RequestError(f"{param} cannot be enforced: {reason}", code="invalid_json_schema",
+                        param=param)
 
 
 def heap_bytes() -> int:
@@ -6654,8 +6707,10 @@ class Admission:
 
     async def open(self, card: ModelCard, settings: Settings) -> None:
         """Get ready for a model's requests; ConfigError if its tokenizer or chat template is broken."""
+        native = tool_format_of(card.text.chat_template or "")
+        can_chat = card.text.kind == "nanochat" or card.text.chat_template
         known = Known(replace(settings, keys=(), api_key=()), card.name,
-                      tool_format_of(card.text.chat_template or ""))
+                      native or (GENERIC_FORMAT if can_chat else None))
         limits = {"templates": (self.TEMPLATE_S, 256 << 20, 0), "schemas": (self.SCHEMA_S, 256 << 20, 10),
                   "bodies": (self.BODY_S, 1 << 30, 5)}
         self.sandboxes = {
@@ -7709,11 +7764,12 @@ class Field(NamedTuple):
     high: float = math.inf
     clamp: bool = False                     # out of range: use the nearest bound instead of refusing
     required: bool = False
+    means: str = ""                         # the field of Chat Completions that this one is called here
 
     @property
     def schema(self) -> dict[str, Any]:
         bounds = {} if self.clamp or self.low == -math.inf else {"minimum": self.low, "maximum": self.high}
-        return self.kind.schema | bounds
+        return self.kind.schema | {name: bound for name, bound in bounds.items() if bound < math.inf}
 
     @property
     def described(self) -> dict[str, Any]:
@@ -7721,16 +7777,33 @@ class Field(NamedTuple):
         or_null = [] if self.required else [{"type": "null"}]
         return {"description": self.doc, "anyOf": [self.schema | self.kind.details, *or_null]}
 
+    @property
+    def bounds(self) -> str:
+        """In words, exact to the last digit."""
+        low, high = (str(int(bound)) if bound < math.inf and bound % 1 == 0 else f"{bound:g}"
+                     for bound in (self.low, self.high))
+        return f" from {low} to {high}" if self.high < math.inf else f" of at least {low}"
+
     def read(self, value: Any) -> Any:
         schema = self.schema
         if not fits(schema, value):
-            bounds = f" from {self.low:g} to {self.high:g}" if "minimum" in schema else ""
+            bounds = self.bounds if "minimum" in schema else ""
             raise bad_value(self.name, value, self.kind.allowed + bounds)
         return self.kind.made(min(max(value, self.low), self.high) if self.clamp else value)
 
 
+def left_out(reason: str) -> FieldType:
+    """A field that no request may have."""
+    return FieldType(f"left out: {reason}", {"enum": [None]})
+
+
 def bad_value(name: str, value: Any, allowed: str) -> RequestError:
     return RequestError(f"{name} must be {allowed}, not {shown(value)}", code="invalid_value", param=name)
+
+
+def as_count(value: float) -> int:
+    """A whole number; beyond 2**53 the exact value makes no difference to any answer."""
+    return min(int(value), 2**53)
 
 
 def listed(value: Any) -> list:
@@ -7744,22 +7817,125 @@ def prompt_list(value: Any) -> tuple[str | tuple[int, ...], ...]:
     return tuple(prompt if is_text(prompt) else tuple(prompt) for prompt in prompts)
 
 
-def response_grammar(value: dict) -> str:
-    """The grammar for response_format; "" for plain text."""
+def response_grammar(value: dict, param: str = "response_format") -> tuple[str, str]:
+    """The grammar for a format of answers ("" for plain text), and the field that asks for it."""
     kind = value.get("type")
     if kind == "text":
-        return ""
+        return "", param
     if kind not in ("json_object", "json_schema"):
-        raise bad_value("response_format", kind, "an object of type text, json_object or json_schema")
+        raise bad_value(param, kind, "an object of type text, json_object or json_schema")
     # llama-server takes {"type", "schema"} for both types.
     holder = value.get("json_schema") if kind == "json_schema" else value
     schema = holder.get("schema", value.get("schema")) if isinstance(holder, dict) else value.get("schema")
     if schema is None and kind == "json_object":
         schema = {"type": "object"}
     if not isinstance(schema, dict):
-        raise RequestError("response_format.json_schema.schema must be an object", code="invalid_json_schema",
-                           param="response_format")
-    return json_grammar(schema, "response_format")
+        raise RequestError(f"{param} needs a schema that is an object",
+                           code="invalid_json_schema", param=param)
+    return json_grammar(schema, param), param
+
+
+def nested_grammar(value: dict, param: str) -> tuple[str, str]:
+    """response_grammar of `format` in a field that says more about the answer."""
+    form = value.get("format")
+    if form is not None and not isinstance(form, dict):
+        raise bad_value(param, form, "an object whose format is an object")
+    return response_grammar(form or {"type": "text"}, param)
+
+
+GBNF_CHARACTERS = 16_384     # converted here, in 2 us a character
+
+
+def other_grammar(value: Any, kind: str, param: str) -> tuple[str, str]:
+    """The grammar for a constraint of vLLM's or llama-server's, and the field that asks for it."""
+    grammar = ""
+    try:
+        if kind == "json":
+            return json_grammar({**(json.loads(value) if is_text(value) else value)}, param), param
+        if kind == "choice":
+            grammar = "start: " + " | ".join(json.dumps(whole_unicode(each)) for each in value)
+        elif kind == "regex":
+            pattern = re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\/", whole_unicode(value))
+            grammar = f"start: /{pattern}/".replace("\n", "\\n")
+        elif len(value) <= GBNF_CHARACTERS:
+            convert = importlib.import_module("llguidance.gbnf_to_lark").any_to_lark
+            grammar = convert(whole_unicode(value)).removeprefix("%llguidance {}")
+        else:
+            raise ValueError(f"{len(value):,} characters, at most {GBNF_CHARACTERS:,} are allowed")
+    except RequestError:
+        raise
+    except Exception as error:      # a library's own, for a grammar or schema that does not parse
+        raise RequestError(f"{param} cannot be used: {printable(named(error))[:300]}",
+                           code="invalid_grammar", param=param) from None
+    return lark_grammar(grammar, param), param
+
+
+def structured_outputs(value: dict) -> tuple[str, str]:
+    """vLLM's structured_outputs: an object with one constraint."""
+    given = {name: each for name, each in value.items() if each is not None and each is not False}
+    fields = {field.name.removeprefix("guided_"): field.kind for field in CONSTRAINT_FIELDS[:4]}
+    (kind, constraint), *more = given.items() or [("", None)]
+    if kind == "json_object" and constraint is True and not more:
+        kind, constraint = "json", {"type": "object"}
+    if more or kind not in fields or not fits(fields[kind].schema, constraint):
+        raise bad_value("structured_outputs", value, "an object with one of json, regex, choice, grammar and "
+                                                     "json_object: true")
+    return other_grammar(constraint, kind, "structured_outputs")
+
+
+def one_constraint(values: Mapping[str, Any]) -> tuple[str, str]:
+    """The grammar that a request asks for, and the field that does; RequestError if several do."""
+    found = [values[name] for name in ("response_format", *(field.name for field in CONSTRAINT_FIELDS))
+             if name in values and values[name][0]]
+    if len(found) > 1:
+        raise RequestError(f"{found[0][1]} and {found[1][1]} exclude each other", code="invalid_value",
+                           param=found[1][1])
+    return found[0] if found else ("", "")
+
+
+class ToolChoice(NamedTuple):
+    """Whether the model calls functions, and which it may; `names` is None for all."""
+
+    mode: str = "auto"              # or none, required
+    names: tuple[str, ...] | None = None
+    parallel: bool = True
+
+
+def named_tool(tool: dict) -> str | None:
+    return tool["name"] if "name" in tool else tool.get("function", {}).get("name")
+
+
+def read_choice(value: str | dict) -> ToolChoice:
+    """tool_choice of any API. To choose a tool that is left out (see Call.ignored_tools) is no choice."""
+    if is_text(value):
+        return ToolChoice(value)
+    kind = value.get("type", "function")
+    if kind == "allowed_tools":
+        allowed = value.get("allowed_tools", value)
+        return ToolChoice(allowed["mode"], tuple(filter(None, map(named_tool, allowed["tools"]))))
+    if kind in ("function", "tool"):
+        return ToolChoice("required", (named_tool(value),), parallel=False)
+    mode = {"any": "required", "none": "none"}.get(kind, "auto")
+    return ToolChoice(mode, parallel=value.get("disable_parallel_tool_use") is not True)
+
+
+def known_tools(tools: Seq[dict], kinds: Seq[str | None],
+                schema: str) -> tuple[tuple[dict, ...], tuple[str, ...]]:
+    """The functions among tools, as Chat Completions has them, and the types of the others.
+
+    Functions are of the types `kinds`, and their parameters are in the member `schema`."""
+    functions, others = [], []
+    for index, tool in enumerate(tools):
+        if tool.get("type") not in kinds:
+            others.append(re.sub(r"[^A-Za-z0-9_.-]", "", str(tool["type"]))[:60])
+            continue
+        function = {"name": tool.get("name"), "description": tool.get("description"),
+                    "parameters": tool.get(schema)}
+        functions.append({"type": "function", "function": {
+            name: value for name, value in function.items() if value is not None}})
+        if not fits(A_FUNCTION, functions[-1]):
+            raise bad_value(f"tools[{index}]", tool, f"an object with a name and {schema}, an object")
+    return tuple(functions), tuple(dict.fromkeys(others))
 
 
 def list_schema(items: Mapping[str, Any], **more: int) -> dict[str, Any]:
@@ -7775,17 +7951,18 @@ A_TOKEN = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 TEXT_OR_TOKEN = {"anyOf": [A_TEXT, A_TOKEN]}
 A_FUNCTION = object_schema(
     ["function"], function=object_schema(["name"], name=A_TEXT, parameters={"type": ["object", "null"]}))
+TEXT_PARTS = ["text", "input_text", "output_text", "refusal", "reasoning_text", "summary_text"]
 A_PART = object_schema(
-    ["type"], type={"enum": ["text", "input_text", "refusal"]}, text=TEXT_OR_NULL, refusal=TEXT_OR_NULL)
+    ["type"], type={"enum": TEXT_PARTS}, text=TEXT_OR_NULL, refusal=TEXT_OR_NULL)
 NATIVE_ROLES = ["system", "user", "assistant"]
 OPENAI_ROLES = ["system", "developer", "user", "assistant"]     # plus tool, if the model's template has tools
 
 NUMBER = FieldType("a finite number", {"type": "number"}, float)
-INTEGER = FieldType("an integer", {"type": "integer"}, int)
+INTEGER = FieldType("an integer", {"type": "integer"}, as_count)
 SEED = INTEGER._replace(made=lambda value: int(value) % 2**64)         # OpenAI's seeds may be negative
 TOP_K = INTEGER._replace(made=lambda value: max(0, int(value)))
 CAP = FieldType("a positive integer, or -1 for no cap,",
-                {"anyOf": [{"enum": [-1]}, {"type": "integer", "minimum": 1}]}, int)
+                {"anyOf": [{"enum": [-1]}, {"type": "integer", "minimum": 1}]}, as_count)
 SWITCH = FieldType("true or false", {"enum": [True, False, "true", "false", "True", "False"]},
                    lambda value: str(value).lower() == "true")
 TEXT = FieldType("a string", A_TEXT, whole_unicode)
@@ -7819,17 +7996,49 @@ LOGIT_BIAS = FieldType(f"an object of at most {LIMITS.biases:,} token ids and bi
     "type": "object", "maxProperties": LIMITS.biases, "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"},
     "additionalProperties": {"type": ["number", "null"], "minimum": -100, "maximum": 100}},
     lambda value: tuple((int(token), float(bias)) for token, bias in value.items() if bias is not None))
+A_NAME = object_schema(["name"], name=A_TEXT)
+OTHER_TOOLS = ["custom", "mcp", "web_search", "web_search_preview", "file_search", "computer_use_preview",
+               "image_generation", "code_interpreter", "shell", "apply_patch", "namespace"]
 TOOLS = FieldType('a list of {"type": "function", "function": {"name", "description", "parameters"}}',
-                  list_schema(A_FUNCTION), tuple)
-# TOOL_CHOICE marks a function's name with "=", so that a function called "none" stays a function.
-TOOL_CHOICE = FieldType('"auto", "none", "required" or {"type": "function", "function": {"name"}}',
-                        {"anyOf": [{"enum": ["auto", "none", "required"]}, A_FUNCTION]},
-                        lambda value: value if is_text(value) else "=" + value["function"]["name"])
+                  list_schema({"anyOf": [A_FUNCTION, object_schema(["type"], type={"enum": OTHER_TOOLS})]}),
+                  tuple)
+FUNCTIONS = FieldType('a list of {"name", "description", "parameters"}',
+                      list_schema(A_FUNCTION["properties"]["function"]),
+                      lambda value: tuple({"type": "function", "function": each} for each in value))
+FUNCTION_CALL = FieldType('"auto", "none" or {"name"}',
+                          {"anyOf": [{"enum": ["auto", "none"]}, A_NAME]}, read_choice)
+MODES = {"enum": ["auto", "none", "required"]}
+A_TOOL_NAME = {"type": "object", "properties": {"name": A_TEXT, "function": A_NAME}}
+ALLOWED_TOOLS = object_schema(["mode", "tools"], type={"enum": ["allowed_tools"]}, mode=MODES,
+                              tools=list_schema(A_TOOL_NAME))
+TOOL_CHOICE = FieldType(
+    '"auto", "none", "required", {"type": "function", "function": {"name"}} or '
+    '{"type": "allowed_tools", "allowed_tools": {"mode", "tools"}}', {"anyOf": [
+        MODES, object_schema(["function"], type={"enum": ["function"]}, function=A_NAME),
+        object_schema(["type", "allowed_tools"], type={"enum": ["allowed_tools"]},
+                      allowed_tools=ALLOWED_TOOLS)]}, read_choice)
+FLAT_CHOICE = FieldType(
+    '"auto", "none", "required", {"type": "function", "name"} or {"type": "allowed_tools", "mode", "tools"}',
+    {"anyOf": [MODES, object_schema(["type", "name"], type={"enum": ["function"]}, name=A_TEXT),
+               ALLOWED_TOOLS | {"required": ["type", "mode", "tools"]},
+               object_schema(["type"], type={"enum": OTHER_TOOLS})]}, read_choice)
+MESSAGES_CHOICE = FieldType(
+    "an object of type auto, any or none, or of type tool with a name", {"anyOf": [
+        object_schema(["type"], type={"enum": ["auto", "any", "none"]}),
+        object_schema(["type", "name"], type={"enum": ["tool"]}, name=A_TEXT)]}, read_choice)
+SOME_TOOLS = FieldType("a list of objects", list_schema(object_schema([], type=TEXT_OR_NULL)), tuple)
 RESPONSE_FORMAT = OBJECT._replace(made=response_grammar)
+OLLAMA_NAME = FieldType("a string", A_TEXT, lambda value: whole_unicode(value).removesuffix(":latest"))
+OLLAMA_FORMAT = FieldType('"json" or a JSON schema', {"anyOf": [{"enum": ["", "json"]}, {"type": "object"}]},
+                          lambda value: ("" if value == "" else json_grammar(
+                              {"type": "object"} if is_text(value) else value, "format"), "format"))
+MODALITIES = FieldType('["text"], the only modality of this server', list_schema({"enum": ["text"]}))
+INPUT = FieldType("a text or a list of items", {"anyOf": [A_TEXT, {"type": "array"}]})
+SYSTEM = FieldType("a text or a list of text blocks", {"anyOf": [A_TEXT, list_schema({"type": "object"})]})
 NATIVE_MESSAGES = LIST._replace(details=list_schema(
     object_schema(["role", "content"], role={"enum": NATIVE_ROLES}, content=A_TEXT), minItems=1))
 OPENAI_MESSAGES = LIST._replace(details=list_schema(
-    object_schema(["role"], role={"enum": [*OPENAI_ROLES, "tool"]},
+    object_schema(["role"], role={"enum": [*OPENAI_ROLES, "tool", "function"]},
                   content={"anyOf": [TEXT_OR_NULL, list_schema(A_PART)]}),
     minItems=1))
 
@@ -7864,50 +8073,147 @@ NATIVE_FIELDS = (
     *TEMPLATE_OPTIONS, *COMMON_FIELDS,
 )
 
-SHARED_FIELDS = (       # for both OpenAI routes
+SAMPLING_FIELDS = (     # for all but nanochat's route
     Field("model", TEXT, "absent, empty or `default`: the loaded one"),
     Field("stream", SWITCH, "server-sent events"),
-    Field("stream_options", OBJECT, "include_usage: end with a chunk that has the usage"),
     Field("temperature", NUMBER, "0 = greedy", 0, 2),
     Field("top_p", NUMBER, "1 = off", 0, 1),
     Field("top_k", TOP_K, "0 or -1 = whole vocabulary", -1, 2**31 - 1),
     Field("min_p", NUMBER, "0 = off", 0, 1),
     Field("seed", SEED, "same seed, same answer; random when absent", -2**63, 2**64 - 1),
     Field("stop_token_ids", STOP_TOKENS, "tokens that end the answer; ignored like `stop`"),
-    Field("min_tokens", INTEGER, "do not end the answer before it has this many tokens", 0, 2**53),
+    Field("min_tokens", INTEGER, "do not end the answer before it has this many tokens", 0, math.inf),
     Field("presence_penalty", NUMBER, "penalty for tokens that occur in the answer", -2, 2),
     Field("frequency_penalty", NUMBER, "penalty for each time they occur", -2, 2),
     Field("repetition_penalty", NUMBER, "1 = off", 0.01, 10),
     Field("logit_bias", LOGIT_BIAS, "token id -> bias"),
-    Field("n", INTEGER, "choices", 1, LIMITS.choices),
     *COMMON_FIELDS,
+)
+
+SHARED_FIELDS = (       # for Completions and Chat Completions
+    *SAMPLING_FIELDS,
+    Field("stream_options", OBJECT, "include_usage: end with a chunk that has the usage"),
+    Field("n", INTEGER, "choices", 1, LIMITS.choices),
+)
+
+def constraint(name: str, kind: str, allowed: str, schema: dict) -> Field:
+    made = functools.partial(other_grammar, kind=kind, param=name)
+    return Field(name, FieldType(allowed, schema, made), f"the answer matches {allowed}")
+
+
+CONSTRAINT_FIELDS = (       # as vLLM and llama-server have them; a request may have one
+    constraint("guided_json", "json", "a JSON schema", {"anyOf": [{"type": "object"}, A_TEXT]}),
+    constraint("guided_regex", "regex", "a regular expression", A_TEXT),
+    constraint("guided_choice", "choice", "a list of 1 to 1,000 strings",
+               list_schema(A_TEXT, minItems=1, maxItems=1000)),
+    constraint("guided_grammar", "grammar", "a grammar in Lark or GBNF", A_TEXT),
+    constraint("grammar", "grammar", "a grammar in GBNF or Lark", A_TEXT),
+    constraint("json_schema", "json", "a JSON schema", {"type": "object"}),
+    Field("structured_outputs", OBJECT._replace(made=structured_outputs),
+          "one of json, regex, choice, grammar and json_object"),
 )
 
 OPENAI_FIELDS = (
     Field("messages", OPENAI_MESSAGES, "the conversation", required=True),
     *SHARED_FIELDS,
-    Field("max_tokens", CAP, "most tokens of the answer; -1 = up to the context", -1, 2**53),
-    Field("max_completion_tokens", CAP, "the same; it overrides max_tokens", -1, 2**53),
+    Field("max_tokens", CAP, "most tokens of the answer; -1 = up to the context"),
+    Field("max_completion_tokens", CAP, "the same; it overrides max_tokens", means="max_tokens"),
+    Field("modalities", MODALITIES, "what the answer is"),
     Field("logprobs", SWITCH, "log-probabilities of the answer"),
     Field("top_logprobs", INTEGER, "alternatives listed for each token", 0, 20),
     Field("tools", TOOLS, "functions the model may call"),
     Field("tool_choice", TOOL_CHOICE, "auto, none, required, or one of the tools"),
     Field("parallel_tool_calls", SWITCH, "false: at most one call when tool_choice requires calls"),
-    Field("functions", LIST, "refused: use tools instead"),
+    Field("functions", FUNCTIONS, "as tools, for older clients: a call comes as `function_call`",
+          means="tools"),
+    Field("function_call", FUNCTION_CALL, "as tool_choice", means="tool_choice"),
     Field("response_format", RESPONSE_FORMAT, "format of the answer: text, json_object or json_schema"),
-    *TEMPLATE_OPTIONS,
+    *TEMPLATE_OPTIONS, *CONSTRAINT_FIELDS,
 )
 
 COMPLETION_FIELDS = (
     Field("prompt", PROMPTS, "text, token ids, or a list of these", required=True),
     *SHARED_FIELDS,
     Field("max_tokens", INTEGER, "most tokens of the answer; -1 = up to the context, 0 = echo only",
-          -1, 2**53),
+          -1, math.inf),
     Field("logprobs", INTEGER, "log-probabilities, with this many alternatives", 0, 20),
     Field("echo", SWITCH, "put the prompt before the answer, in the log-probabilities too"),
     Field("best_of", INTEGER, "must equal n", 1, LIMITS.choices),
     Field("suffix", TEXT, "refused: no model here can fill in the middle"),
+    Field("response_format", RESPONSE_FORMAT, "format of the answer: text, json_object or json_schema"),
+    *CONSTRAINT_FIELDS,
 )
+
+RESPONSES_FIELDS = (
+    Field("input", INPUT, "a text, or a list of messages, calls, their outputs and reasoning"),
+    Field("instructions", TEXT, "a system message before the input"),
+    *SAMPLING_FIELDS,
+    Field("max_output_tokens", CAP, "most tokens of the answer; -1 = up to the context", means="max_tokens"),
+    Field("tools", SOME_TOOLS, "functions the model may call; tools of other types are left out, and named "
+                               "in the header X-Ignored-Tools"),
+    Field("tool_choice", FLAT_CHOICE, "auto, none, required, or which of the functions"),
+    Field("reasoning", FieldType(f"an object whose effort is {EFFORT.allowed}",
+                                 object_schema([], effort={"enum": [*EFFORTS, None]}),
+                                 lambda value: value.get("effort")),
+          "`effort`: how much the model thinks, if its template knows that", means="reasoning_effort"),
+    Field("parallel_tool_calls", SWITCH, "false: at most one call when tool_choice requires calls"),
+    Field("text", OBJECT._replace(made=functools.partial(nested_grammar, param="text")),
+          "`format`: text, json_object or json_schema", means="response_format"),
+    Field("truncation", FieldType('"auto" or "disabled"', {"enum": ["auto", "disabled"]}, "auto".__eq__),
+          "`auto` means `truncate: oldest`", means="truncate"),
+    Field("metadata", OBJECT, "comes back in the answer"),
+    *(Field(name, left_out("the server keeps no answers, so send the whole conversation as input"), "refused")
+      for name in ("previous_response_id", "conversation", "prompt")),
+    Field("background", FieldType("false, because the server keeps no answers", {"enum": [False]}),
+          "true is refused"),
+)
+
+COUNTED_FIELDS = (
+    Field("messages", LIST._replace(details=list_schema(object_schema(["role", "content"]), minItems=1)),
+          "the conversation", required=True),
+    Field("system", SYSTEM, "the system message, as a text or text blocks"),
+    Field("model", TEXT, "absent, empty or `default`: the loaded one"),
+    Field("tools", SOME_TOOLS, "functions the model may call; tools of other types are left out, and named "
+                               "in the header X-Ignored-Tools"),
+    Field("tool_choice", MESSAGES_CHOICE, "auto, any, none, or one of the tools"),
+)
+MESSAGES_FIELDS = (
+    *COUNTED_FIELDS,
+    *(field for field in SAMPLING_FIELDS if field.name != "model"),
+    Field("max_tokens", CAP, "most tokens of the answer; absent or -1 = up to the context"),
+    Field("stop_sequences", STOP, "strings that end the answer", means="stop"),
+    Field("thinking", FieldType(
+        "an object of type enabled, adaptive or disabled",
+        object_schema(["type"], type={"enum": ["enabled", "adaptive", "disabled"]}),
+        lambda value: value["type"] != "disabled"), "whether the model thinks, if its template knows that"),
+    Field("output_config", OBJECT._replace(made=functools.partial(nested_grammar, param="output_config")),
+          "`format`: json_schema; `effort`: how much the model thinks", means="response_format"),
+)
+
+OLLAMA_OPTIONS = (
+    *(field for field in SAMPLING_FIELDS if field.name in (
+        "temperature", "top_k", "top_p", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty")),
+    Field("repeat_penalty", NUMBER, "1 = off", 0.01, 10, means="repetition_penalty"),
+    Field("num_predict", INTEGER._replace(made=lambda value: int(value) if value > 0 else -1),
+          "most tokens of the answer; -1 and -2 = up to the context", -2, math.inf, means="max_tokens"),
+)
+OLLAMA_FIELDS = (       # for both of Ollama's routes
+    Field("model", OLLAMA_NAME, "absent, empty or `default`: the loaded one; `:latest` is left off"),
+    Field("stream", SWITCH, "one JSON object per line (the default); false: one object"),
+    Field("format", OLLAMA_FORMAT, '"json" or a JSON schema', means="response_format"),
+    Field("think", FieldType(f"true, false, {EFFORT.allowed}", {"enum": [True, False, *EFFORTS]}),
+          "whether, or how much, the model thinks, if its template knows that"),
+    Field("options", OBJECT._replace(details={"properties": {
+        field.name: field.described for field in OLLAMA_OPTIONS}}), "how to draw tokens, and when to stop"),
+)
+OLLAMA_CHAT_FIELDS = (
+    Field("messages", OPENAI_MESSAGES._replace(details={}), "the conversation; without any, an empty answer"),
+    Field("tools", TOOLS, "functions the model may call"), *OLLAMA_FIELDS)
+OLLAMA_GENERATE_FIELDS = (
+    Field("prompt", TEXT, "a question; without any, an empty answer"),
+    Field("system", TEXT, "the system message"), Field("raw", SWITCH, "the prompt is a text to continue"),
+    Field("suffix", left_out("no model here can fill in the middle"), "refused"), *OLLAMA_FIELDS)
+OLLAMA_SHOW_FIELDS = (Field("model", OLLAMA_NAME, "one of the served model's names"),)
 
 TOKENIZE_FIELDS = (
     Field("content", MIXED, "text, or a list of texts and token ids", required=True),
@@ -8029,7 +8335,8 @@ def parse_fields(body: dict, fields: Seq[Field]) -> dict[str, Any]:
     """The checked values of the fields that are set, by name; unknown fields are ignored."""
     if missing := [field.name for field in fields if field.required and body.get(field.name) is None]:
         raise RequestError(f"{missing[0]} is missing", code="missing_required_parameter", param=missing[0])
-    return {field.name: field.read(body[field.name]) for field in fields if body.get(field.name) is not None}
+    return {field.means or field.name: field.read(body[field.name])
+            for field in fields if body.get(field.name) is not None}
 
 
 def sampling_params(values: Mapping[str, Any], settings: Settings) -> SamplingParams:
@@ -8135,18 +8442,29 @@ def newest_turns(named: list[tuple[str, str, dict]]) -> list[tuple[str, str, dic
 
 
 def openai_messages(messages: list, with_tools: bool = False) -> tuple[Message, ...]:
+    roles = OPENAI_ROLES + ["tool", "function"] * with_tools
+    return chat_messages(named_messages(messages, roles), with_tools)
+
+
+def chat_messages(named: Iterable[tuple[str, str, dict]], with_tools: bool) -> tuple[Message, ...]:
+    """Messages of Chat Completions, each with its name for errors and its role."""
     parsed = []
-    for name, role, message in named_messages(messages, OPENAI_ROLES + ["tool"] * with_tools):
+    for name, role, message in named:
+        if role == "tool" and not with_tools:
+            raise no_tools(name)
         calls, more = message.get("tool_calls"), {}
+        if not calls and role == "assistant" and message.get("function_call"):
+            calls = [{"function": message["function_call"]}]
         if calls and not with_tools:
             raise no_tools(f"{name}.tool_calls")
         if with_tools:
             more = {key: message[key] for key in ("name", "tool_call_id") if is_text(message.get(key))}
+        role = {"developer": "system", "function": "tool"}.get(role, role)
         if calls:
             more["tool_calls"] = called_before(calls, f"{name}.tool_calls")
         more |= reasoning_before(message, name)
         content = content_text(message.get("content"), f"{name}.content")
-        parsed.append(Message("system" if role == "developer" else role, content, more or None))
+        parsed.append(Message(role, content, more or None))
     return tuple(parsed)
 
 
@@ -8156,6 +8474,89 @@ def reasoning_before(message: dict, name: str) -> dict[str, str]:
         if message.get("role") == "assistant" and message.get(key):
             return {"reasoning_content": Field(f"{name}.{key}", TEXT, "").read(message[key])}
     return {}
+
+
+def response_messages(values: Mapping[str, Any]) -> Iterator[tuple[str, str, dict]]:
+    """`instructions` and `input` of a response as messages of Chat Completions (see chat_messages)."""
+    if "instructions" in values:
+        yield "instructions", "system", {"content": values["instructions"]}
+    items = values.get("input", "")
+    for index, item in enumerate([{"role": "user", "content": items}] if is_text(items) else items):
+        name = f"input[{index}]" if items is not item else "input"
+        if not isinstance(item, dict):
+            raise bad_value(name, item, "an object with a type or a role")
+        kind = item.get("type") or "message"
+        if kind == "message":
+            if item.get("role") not in OPENAI_ROLES:
+                raise bad_value(f"{name}.role", item.get("role"), f"one of {', '.join(OPENAI_ROLES)}")
+            yield name, item["role"], {"content": item.get("content")}
+        elif kind == "function_call":
+            call = {"id": item.get("call_id"), "function": item}
+            yield name, "assistant", {"tool_calls": [call]}
+        elif kind == "function_call_output":
+            yield name, "tool", {"tool_call_id": item.get("call_id"), "content": item.get("output")}
+        elif kind == "reasoning":
+            thought = item.get("content") or item.get("summary")
+            yield name, "assistant", {"reasoning_content": content_text(thought, f"{name}.content")}
+        else:
+            raise RequestError(
+                f"{name} is of type {shown(kind)}; this server keeps no answers and reads items of type "
+                "message, function_call, function_call_output and reasoning",
+                code="unsupported_item", param=name)
+
+
+def joined_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
+    """One message for each turn of the assistant, whose reasoning, text and calls are items of their own, and
+    one for the system messages that begin the conversation; an empty question if there is none."""
+    turns: list[Message] = []
+    for message in messages:
+        last = turns[-1] if turns else None
+        if last and last.role == message.role and (
+                message.role == "system" and len(turns) == 1
+                or message.role == "assistant" and not (last.content and message.content)
+                and not ((last.more or {}).get("tool_calls") and message.content)):
+            blank = "\n\n" if message.role == "system" else ""
+            calls = [*(last.more or {}).get("tool_calls", ()), *(message.more or {}).get("tool_calls", ())]
+            more = {**(last.more or {}), **(message.more or {}), **({"tool_calls": calls} if calls else {})}
+            turns[-1] = Message(last.role, last.content + blank + message.content, more or None)
+        else:
+            turns.append(message)
+    if not turns or turns[0].role == "system" and len(turns) == 1:
+        turns.append(Message("user", ""))
+    return tuple(turns)
+
+
+BILLING = "x-anthropic-billing-header:"     # a block that changes each time: no prefix would be cached
+
+
+def anthropic_messages(values: Mapping[str, Any]) -> Iterator[tuple[str, str, dict]]:
+    """`system` and `messages` of Anthropic's API as messages of Chat Completions (see chat_messages)."""
+    system = values.get("system", "")
+    if not is_text(system):
+        system = [block for block in system if not str(block.get("text")).startswith(BILLING)]
+    if system:
+        yield "system", "system", {"content": system}
+    for name, role, message in named_messages(values["messages"], NATIVE_ROLES):
+        if not isinstance(message.get("content"), list):
+            yield name, role, {"content": message.get("content")}
+            continue
+        said: dict[str, list] = {"text": [], "thinking": [], "tool_use": [], "tool_result": []}
+        for index, block in enumerate(message["content"]):
+            kind = block.get("type") if isinstance(block, dict) else None
+            if kind == "redacted_thinking":
+                continue
+            # what is none of these is refused as a text
+            kind = kind if is_text(kind) and kind in said else "text"
+            said[kind].append((f"{name}.content[{index}]", block))
+        for place, block in said["tool_result"]:
+            yield place, "tool", {"tool_call_id": block.get("tool_use_id"), "content": block.get("content")}
+        calls = [{"id": block.get("id"), "function": {**block, "arguments": block.get("input")}}
+                 for _, block in said["tool_use"]]
+        thoughts = "".join(content_text(block.get("thinking"), place) for place, block in said["thinking"])
+        texts = [{"type": "text", "text": part_text(block, place)} for place, block in said["text"]]
+        if texts or calls or thoughts or not said["tool_result"]:
+            yield name, role, {"content": texts, **({"tool_calls": calls} if calls else {}),
+                               **({"reasoning_content": thoughts} if thoughts else {})}
 
 
 def called_before(calls: Any, name: str) -> list[dict]:
@@ -8184,7 +8585,7 @@ def content_text(content: Any, name: str) -> str:
 
 def part_text(part: Any, name: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind not in ("text", "input_text", "refusal"):
+    if kind not in TEXT_PARTS:
         raise RequestError(f"{name} must be a text part, not {shown(kind or part)}: "
                            "this model reads text only",
                            code="unsupported_content", param=name)
@@ -8204,33 +8605,51 @@ def parse_chat_request(body: dict, settings: Settings) -> Request:
 
 
 def openai_request(values: Mapping[str, Any], settings: Settings, **source: Any) -> Request:
-    """A Request from what both OpenAI routes share."""
-    cap = values.get("max_completion_tokens", values.get("max_tokens", settings.max_tokens))
+    """A Request from what all routes but nanochat's share."""
+    cap = values.get("max_tokens", settings.max_tokens)
     if source.get("grammar"):           # the grammar alone decides where the answer ends
         ends = ("stop", "stop_token_ids", "ignore_eos", "min_tokens")
         values = {name: value for name, value in values.items() if name not in ends}
     return make_request(values, settings, max_tokens=None if cap == -1 else cap, **source)
 
 
-def parse_openai_request(values: Mapping[str, Any], settings: Settings,
-                         tool_format: str | None = None) -> Request:
-    """The checked OPENAI_FIELDS as a Request; `tool_format` is how the model writes calls, if it can."""
+def parse_openai_request(values: Mapping[str, Any], settings: Settings, tool_format: str | None = None,
+                         messages: tuple[Message, ...] | None = None,
+                         options: Mapping[str, Any] = NO_OPTIONS) -> Request:
+    """The checked OPENAI_FIELDS as a Request; `tool_format` is how the model writes calls, if it can. Other
+    APIs have parsed their `messages` and template options."""
     logprobs, top = values.get("logprobs", False), values.get("top_logprobs", 0)
     if top and not logprobs:
         raise RequestError("top_logprobs needs logprobs: true", code="invalid_value", param="top_logprobs")
-    choice, tools = values.get("tool_choice", "auto"), values.get("tools", ())
-    if choice != "none" and (values.get("functions") or (tools or choice != "auto") and tool_format is None):
-        raise no_tools("tools" if tools else "functions" if values.get("functions") else "tool_choice")
-    tools = () if choice == "none" else tools
-    grammar, param = values.get("response_format", ""), "response_format"
-    if choice not in ("auto", "none"):
-        grammar, param = tool_grammar(
-            tools, choice, tool_format, values.get("parallel_tool_calls", True)), "tools"
+    choice, tools = values.get("tool_choice", ToolChoice()), values.get("tools", ())
+    calls = tools or choice.mode == "required"
+    if choice.mode != "none" and calls and tool_format is None:
+        raise no_tools("tools" if tools else "tool_choice")
+    tools = () if choice.mode == "none" else allowed_tools(tools, choice)
+    grammar, param = one_constraint(values)
+    if choice.mode == "required":
+        parallel = choice.parallel and values.get("parallel_tool_calls", True)
+        grammar, param = tool_grammar(tools, tool_format, parallel), "tools"
+    if messages is None:
+        messages = openai_messages(values["messages"], tool_format is not None)
+        options = template_options(values)
     return openai_request(
-        values, settings, messages=openai_messages(values["messages"], tool_format is not None),
-        template_options=template_options(values),
-        logprobs=top if logprobs else None, grammar=grammar, grammar_param=param, tools=tools,
+        values, settings, messages=messages, template_options=options, grammar=grammar, grammar_param=param,
+        logprobs=top if logprobs else None, tools=tools,
         tool_names=tuple(tool["function"]["name"] for tool in tools))
+
+
+def allowed_tools(tools: Seq[dict], choice: ToolChoice) -> tuple[dict, ...]:
+    """The tools that may be called; RequestError if the choice names others, or requires a call of none."""
+    names = [tool["function"]["name"] for tool in tools]
+    if strange := [name for name in choice.names or () if name not in names]:
+        raise RequestError(f"tool_choice names {shown(strange[0])}, which is not in tools",
+                           code="invalid_value", param="tool_choice")
+    allowed = tuple(tool for tool, name in zip(tools, names) if choice.names is None or name in choice.names)
+    if choice.mode == "required" and not allowed:
+        raise RequestError("tool_choice requires a call, but there are no tools", code="invalid_value",
+                           param="tool_choice")
+    return allowed
 
 
 CALL_GRAMMARS = {       # tool_format -> the grammar of calls; the name's are `call` for each function
@@ -8244,15 +8663,10 @@ NAMED_CALLS = {         # of one function, with its arguments
                "{arguments}"}
 
 
-def tool_grammar(tools: Seq[dict], choice: str, tool_format: str, parallel: bool) -> str:
-    """A grammar that allows only calls: of any of the tools, or one call of the tool that `choice` names."""
-    functions = [tool["function"] for tool in tools
-                 if choice == "required" or tool["function"]["name"] == choice[1:]]
-    if not functions:
-        raise RequestError(f"tool_choice names {shown(choice.removeprefix('='))}, which is not in tools",
-                           code="invalid_value", param="tool_choice")
-    start = CALL_GRAMMARS[tool_format]
-    if not parallel or choice != "required":
+def tool_grammar(tools: Seq[dict], tool_format: str, parallel: bool) -> str:
+    """A grammar that allows only calls of the tools: one, or with `parallel` any number."""
+    functions, start = [tool["function"] for tool in tools], CALL_GRAMMARS[tool_format]
+    if not parallel:
         start = re.sub(r' \(("[^"]*") (call|object)\)\*|(?<=call)\+', "", start)
     # An $id of its own keeps "#" in a $ref pointing at the root of these parameters.
     parameters = [{**(function.get("parameters") or {"type": "object"}), "$id": f"urn:tool:{index}"}
@@ -8279,31 +8693,138 @@ def parse_completion_request(values: Mapping[str, Any], settings: Settings) -> R
     if values.get("best_of", n) != n:
         raise RequestError("best_of must equal n", code="unsupported_best_of", param="best_of")
     within_limit("answers (prompts times n)", len(prompts) * n, LIMITS.choices, "prompt")
+    grammar, param = one_constraint(values)
     return openai_request(values, settings, prompts=prompts, logprobs=logprobs,
+                          grammar=grammar, grammar_param=param,
                           prompt_logprobs=logprobs if values.get("echo") else None)
 
 
 def read_native_call(body: dict, known: Known) -> Call:
+    """nanochat's body; one that names a model comes from a client of OpenAI whose base URL lacks /v1."""
+    if body.get("model") is not None:
+        return read_chat_call(body, known)
     return Call(parse_chat_request(body, known.settings))
 
 
 def read_chat_call(body: dict, known: Known) -> Call:
     values = parse_fields(body, OPENAI_FIELDS)
-    return openai_call(values, known, parse_openai_request(values, known.settings, known.tool_format))
+    if strange := [tool["type"] for tool in values.get("tools", ()) if "function" not in tool]:
+        raise RequestError(f"tools of type {shown(strange[0])} are not supported here, only functions",
+                           code="unsupported_tool", param="tools")
+    if body.get("functions") and known.tool_format is None:
+        raise no_tools("functions")
+    request = parse_openai_request(values, known.settings, known.tool_format)
+    return new_call("functions" if body.get("functions") else "chat", values, known, request)
 
 
 def read_completion_call(body: dict, known: Known) -> Call:
     values = parse_fields(body, COMPLETION_FIELDS)
-    return openai_call(values, known, parse_completion_request(values, known.settings))
+    return new_call("completion", values, known, parse_completion_request(values, known.settings))
 
 
-def openai_call(values: Mapping[str, Any], known: Known, request: Request) -> Call:
+REPEATED = {        # fields of a request that come back in its response, and what stands for absent ones
+    "instructions": None, "metadata": {}, "parallel_tool_calls": True, "tool_choice": "auto", "tools": [],
+    "text": {"format": {"type": "text"}}, "reasoning": {"effort": None, "summary": None},
+    "truncation": "disabled", "max_output_tokens": None, "user": None}
+
+
+def read_responses_call(body: dict, known: Known) -> Call:
+    """OpenAI's Responses API."""
+    values = parse_fields(body, RESPONSES_FIELDS)
+    tools, ignored = known_tools(values.get("tools", ()), ["function", None], "parameters")
+    messages = joined_turns(chat_messages(response_messages(values), known.tool_format is not None))
+    request = parse_openai_request(values | {"tools": tools}, known.settings, known.tool_format, messages,
+                                   thinking(values.get("reasoning_effort")))
+    repeated = {name: value if body.get(name) is None else body[name] for name, value in REPEATED.items()}
+    return new_call("responses", values, known, request, repeated, ignored)
+
+
+def read_messages_call(body: dict, known: Known) -> Call:
+    """Anthropic's Messages API."""
+    values = parse_fields(body, MESSAGES_FIELDS)
+    messages, tools, ignored = anthropic_prompt(values, known.tool_format)
+    options = (anthropic_options(messages) | thinking((body.get("output_config") or {}).get("effort"))
+               | thinking(values.get("thinking")))
+    request = parse_openai_request(values | {"tools": tools}, known.settings, known.tool_format, messages,
+                                   options)
+    return new_call("messages", values, known, request, ignored_tools=ignored)
+
+
+def anthropic_prompt(values: Mapping[str, Any], tool_format: str | None) -> tuple[
+        tuple[Message, ...], tuple[dict, ...], tuple[str, ...]]:
+    """The messages, the functions, and the types of the tools that are left out."""
+    messages = chat_messages(anthropic_messages(values), tool_format is not None)
+    return messages, *known_tools(values.get("tools", ()), [None, "custom"], "input_schema")
+
+
+def anthropic_options(messages: Seq[Message]) -> dict[str, Any]:
+    """The template options: in this API, a last message of the assistant is one to continue."""
+    last = messages[-1]
+    goes_on = last.role == "assistant" and last.content and "tool_calls" not in (last.more or {})
+    return {"continue_final_message": True} if goes_on else {}
+
+
+def thinking(wanted: Any) -> dict[str, Any]:
+    """The template options for an effort, or for whether to think; None leaves it to the template."""
+    if wanted is None or is_text(wanted):
+        return {"reasoning_effort": wanted} if wanted in EFFORTS else {}
+    return {"chat_template_kwargs": {"enable_thinking": wanted, "thinking": wanted}}
+
+
+def new_call(api: str, values: Mapping[str, Any], known: Known, request: Request,
+             repeated: Mapping[str, Any] | None = None, ignored_tools: tuple[str, ...] = ()) -> Call:
     known.check_model(values.get("model", ""))
     include_usage = values.get("stream_options", {}).get("include_usage") is True
-    return Call(request, values.get("stream", False), include_usage, values.get("echo", False))
+    return Call(request, values.get("stream", False), include_usage, values.get("echo", False), api,
+                repeated or {}, ignored_tools)
 
 
-CALL_READERS = {"native": read_native_call, "chat": read_chat_call, "completion": read_completion_call}
+def read_ollama_chat(body: dict, known: Known) -> Call:
+    """Ollama's /api/chat."""
+    values = parse_fields(body, OLLAMA_CHAT_FIELDS)
+    named = named_messages(values["messages"], [*OPENAI_ROLES, "tool"]) if values.get("messages") else ()
+    messages = chat_messages(map(ollama_message, named), known.tool_format is not None)
+    return ollama_call("ollama chat", values, known, messages=messages)
+
+
+def ollama_message(named: tuple[str, str, dict]) -> tuple[str, str, dict]:
+    """A message of Ollama's, with its name for errors and its role, as one of Chat Completions."""
+    name, role, message = named
+    if message.get("images"):
+        part_text({"type": "images"}, f"{name}.images")         # refuses it
+    return name, role, {"name": message.get("tool_name"), "reasoning_content": message.get("thinking"),
+                        "content": message.get("content"), "tool_calls": message.get("tool_calls")}
+
+
+def read_ollama_generate(body: dict, known: Known) -> Call:
+    """Ollama's /api/generate."""
+    values = parse_fields(body, OLLAMA_GENERATE_FIELDS)
+    prompt = values.get("prompt", "")
+    if values.get("raw", False) and prompt:
+        return ollama_call("ollama generate", values, known, prompts=(prompt,))
+    system = (Message("system", values["system"]),) if "system" in values else ()
+    messages = (*system, Message("user", prompt)) if prompt else ()
+    return ollama_call("ollama generate", values, known, messages=messages)
+
+
+def ollama_call(api: str, values: Mapping[str, Any], known: Known, **source: Any) -> Call:
+    values = {"stream": True} | values | parse_fields(values.get("options", {}), OLLAMA_OPTIONS)
+    if "prompts" in source:
+        grammar, param = values.get("response_format", ("", ""))
+        request = openai_request(values, known.settings, grammar=grammar, grammar_param=param, **source)
+    else:
+        messages = source["messages"] or (Message("user", ""),)
+        request = parse_openai_request(values, known.settings, known.tool_format, messages,
+                                       thinking(values.get("think")))
+    nothing = {"done_reason": "load"} if source.get("messages") == () else None
+    return new_call(api, values, known, request, nothing)
+
+
+CALL_READERS = {        # by route
+    "/api/chat": read_ollama_chat, "/api/generate": read_ollama_generate,
+    "/chat/completions": read_native_call, "/v1/chat/completions": read_chat_call,
+    "/v1/completions": read_completion_call, "/v1/responses": read_responses_call,
+    "/v1/messages": read_messages_call}
 
 
 async def tokenize(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
@@ -8345,7 +8866,22 @@ async def apply_template(body: dict, prompts: PromptMaker, client: str = "") -> 
     return dump({"prompt": tokenizer.show(tokens)})
 
 
-TEXT_ROUTES = {"/tokenize": tokenize, "/detokenize": detokenize, "/apply-template": apply_template}
+async def count_tokens(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
+    """The response of /v1/messages/count_tokens."""
+    values, tool_format = parse_fields(body, COUNTED_FIELDS), prompts.tokenizer.tool_format
+    messages, tools, _ = anthropic_prompt(values, tool_format)
+    if values.get("tool_choice", ToolChoice()).mode == "none":
+        tools = ()
+    if tools and not tool_format:
+        raise no_tools("tools")
+    within_limit("characters in all messages", sum(len(message.content) for message in messages),
+                 LIMITS.tokenized_characters, "messages")
+    ids = await prompts.render(messages, tools, client, anthropic_options(messages))
+    return dump({"input_tokens": len(ids)})
+
+
+TEXT_ROUTES = {"/tokenize": tokenize, "/detokenize": detokenize, "/apply-template": apply_template,
+               "/v1/messages/count_tokens": count_tokens}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -8357,8 +8893,7 @@ PING_S = 10.0               # a silent stream carries a comment this often
 GRACE_S = 30.0              # seconds a resumable answer continues without a reader
 KEPT_S = 600.0              # seconds a finished resumable answer can still be read
 SYSTEM_FINGERPRINT = f"chat_server-{__version__}"
-SSE_HEADERS = {
-    "Content-Type": "text/event-stream; charset=utf-8",
+STREAM_HEADERS = {
     "Cache-Control": "no-cache, no-transform",
     "X-Accel-Buffering": "no",
 }
@@ -8435,12 +8970,18 @@ class Choice:
 class Encoder:
     """Turns the events of an answer into the bytes its API sends."""
 
-    def __init__(self, request: Request):
-        self.request = request
+    ping, content_type = b": ping\n\n", "text/event-stream; charset=utf-8"
+
+    def __init__(self, call: Call, model: str, tokenizer: Tokenizer | None = None):
+        self.request = request = call.request
         self.choices = [Choice(index) for index in range((len(request.prompts) or 1) * request.n)]
 
-    def start(self) -> bytes:
+    def start(self, accepted: Accepted) -> bytes:
         return b""                          # the headers alone tell that the request was accepted
+
+    def failed(self, error: ChatServerError) -> bytes:
+        """What ends a stream that has begun."""
+        return frame(error_body(error))
 
     def encode(self, event: Event) -> bytes:
         raise NotImplementedError
@@ -8480,6 +9021,11 @@ class NativeEncoder(Encoder):
         return frame({"done": True, "finish_reason": event.reason, "stop_reason": event.stop_reason,
                       "gpu": event.gpu, "usage": self.counts(), "timings": timings_body(event),
                       "seed": self.request.sampling.seed})
+
+
+def tools_of(tokenizer: Tokenizer) -> str | None:
+    """How the model is told of functions that it may call."""
+    return ("native" if tokenizer.native_tools else "generic") if tokenizer.tool_format else None
 
 
 def piece_body(tokenizer: Tokenizer, token: int) -> str | list[int]:
@@ -8541,13 +9087,12 @@ class OpenAIEncoder(Encoder):
     id_prefix = chunk_object = whole_object = ""
     logprobs_beside: Mapping[str, Any] = {}     # fields of `logprobs` besides those of logprobs_body
 
-    def __init__(self, request: Request, model: str, tokenizer: Tokenizer | None = None,
-                 include_usage: bool = False):
-        super().__init__(request)
-        self.tokenizer, self.include_usage = tokenizer, include_usage
-        self.head = {"id": self.id_prefix + request.id, "object": self.chunk_object,
+    def __init__(self, call: Call, model: str, tokenizer: Tokenizer | None = None):
+        super().__init__(call, model)
+        self.tokenizer, self.include_usage, self.echo = tokenizer, call.include_usage, call.echo
+        self.head = {"id": self.id_prefix + call.request.id, "object": self.chunk_object,
                      "created": int(time.time()), "model": model, "system_fingerprint": SYSTEM_FINGERPRINT,
-                     "seed": request.sampling.seed}
+                     "seed": call.request.sampling.seed}
         self.begin = b"data: " + dump(self.head)[:-1] + b", "       # starts every frame
 
     def body(self, choice: Choice, part: Delta, whole: bool = False) -> dict:
@@ -8645,7 +9190,7 @@ class ChatEncoder(OpenAIEncoder):
     id_prefix, chunk_object, whole_object = "chatcmpl-", "chat.completion.chunk", "chat.completion"
     logprobs_beside = {"refusal": None}
 
-    def start(self) -> bytes:
+    def start(self, accepted: Accepted) -> bytes:
         opening = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
         return b"".join(self.chunk(choice, opening) for choice in self.choices)
 
@@ -8681,14 +9226,26 @@ class ChatEncoder(OpenAIEncoder):
             for each in logprobs]}
 
 
+class FunctionEncoder(ChatEncoder):
+    """`/v1/chat/completions` for clients that know `functions` only: a message has at most one call."""
+
+    def body(self, choice: Choice, part: Delta, whole: bool = False) -> dict:
+        body = super().body(choice, part, whole)
+        message = body["message" if whole else "delta"]
+        message |= {"function_call": call["function"]
+                    for call in message.pop("tool_calls", ())[:1] if not call.get("index")}
+        return body
+
+    def ending(self, choice: Choice) -> dict:
+        ending = super().ending(choice)
+        reason = {"tool_calls": "function_call"}.get(ending["finish_reason"], ending["finish_reason"])
+        return ending | {"finish_reason": reason}
+
+
 class CompletionEncoder(OpenAIEncoder):
     """`/v1/completions`; `echo` puts the prompt before each answer."""
 
     id_prefix, chunk_object, whole_object = "cmpl-", "text_completion", "text_completion"
-
-    def __init__(self, *arguments: Any, echo: bool = False, **options: Any):
-        super().__init__(*arguments, **options)
-        self.echo = echo
 
     def prompt(self, choice: Choice) -> str | tuple[int, ...]:
         return self.request.prompts[choice.index // self.request.n]
@@ -8725,15 +9282,309 @@ class CompletionEncoder(OpenAIEncoder):
                 "top_logprobs": tops, "text_offset": offsets}
 
 
+class Block:
+    """A part of an answer, where an API has a list of parts: text, reasoning, or a call of a function."""
+
+    def __init__(self, kind: str, index: int, name: str):
+        self.kind, self.index, self.name = kind, index, name
+        self.id, self.texts = secrets.token_hex(12), []     # type: str, list[str]
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+
+def deltas_of(piece: Piece) -> Iterator[tuple[str, str, str]]:
+    """(kind of block, what is new in it, the function's name where a call begins)."""
+    if piece.reasoning:
+        yield "reasoning", piece.reasoning, ""
+    if piece.text:
+        yield "text", piece.text, ""
+    for call in piece.calls:
+        yield "call", call.arguments, call.name
+
+
+class BlockEncoder(Encoder):
+    """Turns events into an answer that is a list of blocks: each begins, grows and ends before the next."""
+
+    def __init__(self, call: Call, model: str, tokenizer: Tokenizer | None = None):
+        super().__init__(call, model)
+        self.model, self.blocks = model, []         # type: str, list[Block]
+
+    def encode(self, event: Event) -> bytes:
+        if isinstance(event, Piece):
+            return b"".join(itertools.starmap(self._grow, deltas_of(event)))
+        self.choices[0].done = event
+        last = b"" if self.blocks else self._grow("text", "", "")       # clients expect a part
+        return last + self.closed(self.blocks[-1]) + self.end()
+
+    def _grow(self, kind: str, text: str, name: str) -> bytes:
+        more, last = b"", self.blocks[-1] if self.blocks else None
+        if last is None or last.kind != kind or name:
+            last, before = Block(kind, len(self.blocks), name), last
+            self.blocks.append(last)
+            more = (self.closed(before) if before else b"") + self.opened(last)
+        if not text:
+            return more
+        last.texts.append(text)
+        return more + self.grown(last, text)
+
+    def collect(self, event: Event) -> int:
+        """Keep an event for `completion`; returns roughly how many bytes that takes."""
+        self.encode(event)
+        return 100 + sum(len(text) for _, text, _ in deltas_of(event)) if isinstance(event, Piece) else 0
+
+    def completion(self) -> Iterator[bytes]:
+        """Yield the whole answer as one body, for a client that does not stream."""
+        yield dump(self.body())
+
+    def told(self, kind: str, **fields: Any) -> bytes:
+        return b"event: %s\n" % kind.encode() + frame({"type": kind} | fields)
+
+    def framed(self, body: dict) -> bytes:
+        return self.told(*body, **body)
+
+
+class ResponsesEncoder(BlockEncoder):
+    """`/v1/responses`: every block is an item; its text, unless it is a call, is the one part of the item."""
+
+    # kind of block -> its item's type and id, the part's type, and what its events' names begin with
+    ITEMS = {"text": ("message", "msg_", "output_text", "response.output_text"),
+             "reasoning": ("reasoning", "rs_", "reasoning_text", "response.reasoning_text"),
+             "call": ("function_call", "fc_", "", "response.function_call_arguments")}
+
+    def __init__(self, call: Call, model: str, tokenizer: Tokenizer | None = None):
+        super().__init__(call, model)
+        sampling = call.request.sampling
+        self.numbers = itertools.count()
+        self.head = {"id": "resp_" + call.request.id, "object": "response", "created_at": int(time.time()),
+                     "model": model, "error": None, "incomplete_details": None, **call.repeated,
+                     "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed,
+                     "background": False, "previous_response_id": None, "store": False, "usage": None}
+
+    def told(self, kind: str, **fields: Any) -> bytes:
+        return super().told(kind, sequence_number=next(self.numbers), **fields)
+
+    def response(self, status: str, **fields: Any) -> dict:
+        return self.head | {"status": status, "output": [self.item(block) for block in self.blocks]} | fields
+
+    def start(self, accepted: Accepted) -> bytes:
+        return b"".join(self.told(f"response.{kind}", response=self.response("in_progress"))
+                        for kind in ("created", "in_progress"))
+
+    def item(self, block: Block, begins: bool = False) -> dict:
+        kind, prefix, part, _ = self.ITEMS[block.kind]
+        cut = block is self.blocks[-1] and (done := self.choices[0].done) and done.reason == "length"
+        content = {"content": [] if begins else [self.part(block, part, block.text)]}
+        return {"id": prefix + block.id, "type": kind,
+                "status": "in_progress" if begins else "incomplete" if cut else "completed",
+                **{"text": {"role": "assistant", **content}, "reasoning": {"summary": [], **content},
+                   "call": {"call_id": "call_" + block.id, "name": block.name, "arguments": block.text},
+                   }[block.kind]}
+
+    @staticmethod
+    def part(block: Block, kind: str, text: str) -> dict:
+        more = {"annotations": [], "logprobs": []} if block.kind == "text" else {}
+        return {"type": kind, "text": text, **more}
+
+    def place(self, block: Block) -> dict:
+        part = {} if block.kind == "call" else {"content_index": 0}
+        return {"item_id": self.ITEMS[block.kind][1] + block.id, "output_index": block.index, **part}
+
+    def opened(self, block: Block) -> bytes:
+        item = self.told("response.output_item.added", output_index=block.index, item=self.item(block, True))
+        if not (kind := self.ITEMS[block.kind][2]):
+            return item
+        part = self.part(block, kind, "")
+        return item + self.told("response.content_part.added", **self.place(block), part=part)
+
+    def grown(self, block: Block, text: str) -> bytes:
+        logprobs = {"logprobs": []} if block.kind == "text" else {}
+        return self.told(self.ITEMS[block.kind][3] + ".delta", **self.place(block), delta=text, **logprobs)
+
+    def closed(self, block: Block) -> bytes:
+        _, _, kind, event = self.ITEMS[block.kind]
+        part = self.part(block, kind, block.text)
+        whole = {"text": block.text} | ({"logprobs": []} if block.kind == "text" else {}) if kind else {
+            "name": block.name, "arguments": block.text}
+        return b"".join((
+            self.told(event + ".done", **self.place(block), **whole),
+            self.told("response.content_part.done", **self.place(block), part=part) if kind else b"",
+            self.told("response.output_item.done", output_index=block.index, item=self.item(block))))
+
+    def body(self) -> dict:
+        prompt, completion, cached, reasoning = self.counts().values()
+        usage = {"input_tokens": prompt,
+                 "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+                 "output_tokens": completion, "output_tokens_details": {"reasoning_tokens": reasoning},
+                 "total_tokens": prompt + completion}
+        done = self.choices[0].done
+        cut = {"incomplete_details": {"reason": "max_output_tokens"}} if done.reason == "length" else {}
+        return self.response("incomplete" if cut else "completed", usage=usage, timings=timings_body(done),
+                             **cut)
+
+    def end(self) -> bytes:
+        body = self.body()
+        return self.told(f"response.{body['status']}", response=body)
+
+    def failed(self, error: ChatServerError) -> bytes:
+        body = {"code": error.code or error.type, "message": str(error)}
+        return self.told("response.failed", response=self.response("failed", error=body))
+
+
+class MessagesEncoder(BlockEncoder):
+    """`/v1/messages`, Anthropic's API."""
+
+    ping = b'event: ping\ndata: {"type": "ping"}\n\n'
+    # kind of block -> its type, its member that grows, and how the deltas call themselves and that member
+    BLOCKS = {"text": ("text", "text", "text_delta", "text"),
+              "reasoning": ("thinking", "thinking", "thinking_delta", "thinking"),
+              "call": ("tool_use", "input", "input_json_delta", "partial_json")}
+    REASONS = {"max_tokens": "max_tokens", "context_length": "model_context_window_exceeded"}
+
+    def message(self, content: list[dict], usage: dict, stop: Mapping[str, Any]) -> dict:
+        return {"id": "msg_" + self.request.id, "type": "message", "role": "assistant", "model": self.model,
+                "content": content, "stop_reason": None, "stop_sequence": None, **stop, "usage": usage,
+                "seed": self.request.sampling.seed}
+
+    @staticmethod
+    def usage(prompt: int, completion: int, cached: int, reasoning: int = 0) -> dict:
+        return {"input_tokens": prompt - cached, "cache_creation_input_tokens": 0,
+                "cache_read_input_tokens": cached, "output_tokens": completion}
+
+    def start(self, accepted: Accepted) -> bytes:
+        usage = self.usage(accepted.prompt_tokens, 0, 0)
+        return self.told("message_start", message=self.message([], usage, {}))
+
+    def content(self, block: Block, grown: Any) -> dict:
+        kind, member, _, _ = self.BLOCKS[block.kind]
+        call = {"id": "toolu_" + block.id, "name": block.name} if block.kind == "call" else {}
+        # nobody checks the signature, but clients send back no thinking without one
+        signature = {"signature": block.id} if block.kind == "reasoning" else {}
+        return {"type": kind, **call, member: grown, **signature}
+
+    def opened(self, block: Block) -> bytes:
+        empty = self.content(block, {} if block.kind == "call" else "")
+        return self.told("content_block_start", index=block.index, content_block=empty)
+
+    def grown(self, block: Block, text: str) -> bytes:
+        _, _, kind, member = self.BLOCKS[block.kind]
+        return self.told("content_block_delta", index=block.index, delta={"type": kind, member: text})
+
+    def closed(self, block: Block) -> bytes:
+        return self.told("content_block_stop", index=block.index)
+
+    def stop(self) -> dict:
+        done = self.choices[0].done
+        by_text = done.stop_reason in self.request.stop
+        reason = ("stop_sequence" if by_text else self.REASONS.get(done.stop_reason, "max_tokens")
+                  if done.reason == "length" else
+                  "tool_use" if self.blocks[-1].kind == "call" else "end_turn")
+        return {"stop_reason": reason, "stop_sequence": done.stop_reason if by_text else None}
+
+    def body(self) -> dict:
+        blocks = [self.content(block, arguments_of(block.text) if block.kind == "call" else block.text)
+                  for block in self.blocks]
+        return self.message(blocks, self.usage(*self.counts().values()), self.stop())
+
+    def end(self) -> bytes:
+        return self.told("message_delta", delta=self.stop(), usage=self.usage(*self.counts().values())) + \
+            self.told("message_stop")
+
+    def failed(self, error: ChatServerError) -> bytes:
+        return b"event: error\n" + frame(anthropic_error(error))
+
+
+def arguments_of(text: str) -> dict:
+    """The arguments of a call; {} where its JSON was cut."""
+    with contextlib.suppress(ValueError):
+        if isinstance(found := json.loads(text), dict):
+            return found
+    return {}
+
+
+class OllamaEncoder(BlockEncoder):
+    """Ollama's `/api/chat` and `/api/generate`: JSON objects, one on each line; a call comes whole."""
+
+    ping, content_type = b"", "application/x-ndjson"        # a line has to be an object
+
+    def __init__(self, call: Call, model: str, tokenizer: Tokenizer | None = None):
+        super().__init__(call, model)
+        self.chatting = call.api == "ollama chat"
+
+    def members(self, text: str = "", reasoning: str = "", calls: Seq[dict] = ()) -> dict:
+        more = {"thinking": reasoning} if reasoning else {}
+        if not self.chatting:
+            return {"response": text, **more}
+        more |= {"tool_calls": calls} if calls else {}
+        return {"message": {"role": "assistant", "content": text, **more}}
+
+    def line(self, members: dict, **more: Any) -> bytes:
+        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        return dump({"model": self.model, "created_at": at, **members, "done": False} | more) + b"\n"
+
+    @staticmethod
+    def called(block: Block) -> dict:
+        return {"function": {"name": block.name, "arguments": arguments_of(block.text)}}
+
+    def opened(self, block: Block) -> bytes:
+        return b""
+
+    def grown(self, block: Block, text: str) -> bytes:
+        return b"" if block.kind == "call" else self.line(self.members(**{block.kind: text}))
+
+    def closed(self, block: Block) -> bytes:
+        return self.line(self.members(calls=[self.called(block)])) if block.kind == "call" else b""
+
+    def ended(self) -> dict:
+        done, counts = self.choices[0].done, self.counts()
+        decoding_s = (done.completion_tokens - 1) / done.tokens_per_second if done.tokens_per_second else 0.0
+        return {"done": True, "done_reason": done.reason,
+                "total_duration": int(done.ttft_ms * 1e6 + decoding_s * 1e9),
+                "load_duration": 0, "prompt_eval_count": counts["prompt_tokens"],
+                "prompt_eval_duration": int((done.ttft_ms - done.queue_ms) * 1e6),
+                "eval_count": counts["completion_tokens"], "eval_duration": int(decoding_s * 1e9)}
+
+    def end(self) -> bytes:
+        return self.line(self.members(), **self.ended())
+
+    def completion(self) -> Iterator[bytes]:
+        text, reasoning = ("".join(block.text for block in self.blocks if block.kind == kind)
+                           for kind in ("text", "reasoning"))
+        calls = [self.called(block) for block in self.blocks if block.kind == "call"]
+        yield self.line(self.members(text, reasoning, calls), **self.ended())
+
+    def failed(self, error: ChatServerError) -> bytes:
+        return dump({"error": str(error)}) + b"\n"
+
+
+ANTHROPIC_ERRORS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
+                    404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
+                    500: "api_error", 503: "overloaded_error"}
+
+
+def anthropic_error(error: ChatServerError) -> dict:
+    kind = ANTHROPIC_ERRORS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": str(error)}}
+
+
+ENCODERS = {"native": NativeEncoder, "chat": ChatEncoder, "functions": FunctionEncoder,
+            "completion": CompletionEncoder,
+            "responses": ResponsesEncoder, "messages": MessagesEncoder,
+            "ollama chat": OllamaEncoder, "ollama generate": OllamaEncoder}
+
+
 class EventStream:
     """One Server-Sent-Events response: frames, and pings while silent.
 
     Raises ConnectionError if the reader has left or does not read.
     """
 
-    def __init__(self, http: web.Request, request_id: str, patient: bool = False):
-        self.http, self.patient = http, patient     # patient: sending may wait for the reader
-        self.response = web.StreamResponse(headers={**SSE_HEADERS, "X-Request-Id": request_id})
+    def __init__(self, http: web.Request, request_id: str, form: type[Encoder] | Encoder = Encoder,
+                 patient: bool = False):
+        self.http, self.form, self.patient = http, form, patient    # patient: sending may wait for the reader
+        self.response = web.StreamResponse(
+            headers={**STREAM_HEADERS, "Content-Type": form.content_type, "X-Request-Id": request_id})
         self.last_s = time.monotonic()
 
     async def __aenter__(self) -> "EventStream":
@@ -8772,7 +9623,7 @@ class EventStream:
             while True:
                 silent_s = time.monotonic() - self.last_s
                 if silent_s >= PING_S:
-                    await self.send(b": ping\n\n")
+                    await self.send(self.form.ping)
                     silent_s = 0.0
                 await asyncio.sleep(PING_S - silent_s)
 
@@ -9095,6 +9946,8 @@ class RequestLog:
     id: str             # X-Request-Id of the response
     client: str         # its address (see client_at), or the name of its API key once it has shown one
     note: str = ""      # goes into the access log line
+    as_openai: bool = False     # errors have OpenAI's shape on nanochat's route too
+    headers: dict[str, str] = field(default_factory=dict)       # more headers of the response
     counts: dict[str, Any] = field(default_factory=dict)        # goes into its JSON form
 
 
@@ -9159,8 +10012,9 @@ class Front:
         return client if self.settings.keys and not self.settings.share_prefixes else ""
 
     @contextlib.asynccontextmanager
-    async def answering(self, request: Request) -> AsyncIterator[AsyncIterator[Event]]:
-        """Yield the answer's events once it is accepted; leaving the block in any way ends its work."""
+    async def answering(self, request: Request) -> AsyncIterator[tuple[Accepted, AsyncIterator[Event]]]:
+        """Yield the answer's first event and the others once it is accepted; leaving the block in any way
+        ends its work."""
         events = self.pool.answer(request)
         if self.metrics:
             events = self.metrics.watch(events, request.n)
@@ -9168,42 +10022,50 @@ class Front:
             events = logged(request, events)
         self.running[request.id] = self.owner(request.id, request.client)
         try:
-            await anext(events)         # Accepted; a refusal raises here: an ordinary error response
-            yield events
+            # a refusal raises here: an ordinary error response
+            yield await anext(events), events
         finally:
             self.running.pop(request.id, None)
             await events.aclose()
 
-    async def read_call(self, http: web.Request, reader: str) -> Call:
+    async def read_call(self, http: web.Request) -> Call:
         """Read a request body with one of CALL_READERS: small bodies here, large ones in a sandbox."""
-        record = REQUEST_LOG.get()
+        record, route = REQUEST_LOG.get(), self.route_of(http)
         with Holding(self.budget, record.client) as holding:
             body = await read_bytes(http, holding)
+            record.as_openai = re.search(rb'(?<!\\)"model"\s*:', body) is not None
             if len(body) > LIMITS.inline_bytes:
                 self.tokenizer()
                 call = await self.pool.admission.read_large(
-                    reader, body, record.client, self.page_owner(record.client))
+                    route, body, record.client, self.page_owner(record.client))
             else:
-                call = CALL_READERS[reader](json_object(body), self.known())
+                call = CALL_READERS[route](json_object(body), self.known())
+        if call.ignored_tools:
+            record.headers["X-Ignored-Tools"] = names = ", ".join(call.ignored_tools)[:1000]
+            log.info("%s: the model has no tools of type %s", record.id, names)
         return replace(call, request=self.owned(call.request))
 
     def known(self) -> Known:
         return Known(with_model(self.settings, self.pool), self.pool.model_name,
                      self.pool.tokenizer and self.pool.tokenizer.tool_format, self.pool.ready)
 
-    async def handle_chat(self, http: web.Request) -> web.StreamResponse:
-        """POST /chat/completions: nanochat's API; it always streams."""
-        call = await self.read_call(http, "native")
-        return await self.stream(http, call.request, NativeEncoder(call.request))
-
-    async def handle_openai_chat(self, http: web.Request) -> web.StreamResponse:
-        """POST /v1/chat/completions."""
-        return await self.answer_openai(http, await self.read_call(http, "chat"), ChatEncoder)
-
-    async def handle_completions(self, http: web.Request) -> web.StreamResponse:
-        """POST /v1/completions."""
-        call = await self.read_call(http, "completion")
-        return await self.answer_openai(http, call, functools.partial(CompletionEncoder, echo=call.echo))
+    async def handle_answer(self, http: web.Request) -> web.StreamResponse:
+        """POST to a route of CALL_READERS."""
+        call = await self.read_call(http)
+        request, model = call.request, self.pool.model_name
+        encoder = ENCODERS[call.api](call, model, None if call.api == "native" else self.tokenizer())
+        if "done_reason" in call.repeated:      # without a question, Ollama only loads the model
+            return web.Response(body=encoder.line(encoder.members(), done=True, **call.repeated),
+                                content_type="application/json")
+        if call.stream:
+            return await self.stream(http, request, encoder)
+        async with self.answering(request) as (_, events):
+            with Holding(self.budget, request.client) as holding:
+                async for event in events:
+                    if not isinstance(event, PromptProgress):
+                        holding.grow(encoder.collect(event))
+                self.note_end(encoder)
+                return await send_whole(http, list(encoder.completion()), request.id)
 
     async def handle_text(self, http: web.Request) -> web.Response:
         """POST /tokenize, /detokenize and /apply-template, as in llama-server."""
@@ -9223,46 +10085,31 @@ class Front:
             raise Overloaded("the model is still loading", retry_after_s=2)
         return tokenizer
 
-    async def answer_openai(self, http: web.Request, call: Call,
-                            make_encoder: Callable[..., OpenAIEncoder]) -> web.StreamResponse:
-        request = call.request
-        encoder = make_encoder(request, self.pool.model_name, self.tokenizer(),
-                               include_usage=call.include_usage)
-        if call.stream:
-            return await self.stream(http, request, encoder)
-        async with self.answering(request) as events:
-            with Holding(self.budget, request.client) as holding:
-                async for event in events:
-                    if not isinstance(event, PromptProgress):
-                        holding.grow(encoder.collect(event))
-                self.note_end(encoder)
-                return await send_whole(http, list(encoder.completion()), request.id)
-
     async def stream(self, http: web.Request, request: Request, encoder: Encoder) -> web.StreamResponse:
         """Send an answer as it comes; record a resumable one, with this client as its first follower."""
         async with contextlib.AsyncExitStack() as work:
-            events = await work.enter_async_context(self.answering(request))
-            frames = self.frames(events, encoder)
+            frames = self.frames(*await work.enter_async_context(self.answering(request)), encoder)
             await work.enter_async_context(contextlib.aclosing(frames))
             if request.resumable:
                 owner = self.owner(request.id, request.client)
                 recording = self.recordings.start(request.id, owner, request.client, frames, work.pop_all())
                 return await self.follow(http, request.id, recording, 0)
-            async with EventStream(http, request.id) as stream:
+            async with EventStream(http, request.id, encoder) as stream:
                 async for data in frames:
                     await stream.send(data)
         return stream.response
 
-    async def frames(self, events: AsyncIterator[Event], encoder: Encoder) -> AsyncIterator[bytes]:
+    async def frames(self, accepted: Accepted, events: AsyncIterator[Event],
+                     encoder: Encoder) -> AsyncIterator[bytes]:
         """Encode an answer as frames. A failure after the headers is one error frame, not a normal end."""
         try:
-            yield encoder.start()
+            yield encoder.start(accepted)
             async for event in events:
                 yield encoder.progress(event) if isinstance(event, PromptProgress) else encoder.encode(event)
             self.note_end(encoder)
         except Exception as error:
             REQUEST_LOG.get().note = f"failed: {error}"
-            yield frame(error_body(public_error(error)))
+            yield encoder.failed(public_error(error))
 
     async def follow(self, http: web.Request, request_id: str, recording: Recording,
                      start: int) -> web.StreamResponse:
@@ -9311,7 +10158,7 @@ class Front:
                 "continue_final_message": tokenizer.has_chat_template,
                 "json_schema": importlib.util.find_spec("llguidance") is not None}
         return {"id": self.pool.model_name, "object": "model", "created": self.pool.created,
-                "owned_by": "chat_server",
+                "owned_by": "chat_server", "root": self.pool.model_name, "tools": tools_of(tokenizer),
                 "context_length": self.pool.context_length, "max_model_len": self.pool.context_length,
                 "capabilities": able,
                 "defaults": {"max_tokens": self.settings.max_tokens, **{
@@ -9325,6 +10172,38 @@ class Front:
         body = self.model_body()
         self.known().check_model(http.match_info["name"])
         return json_response(body)
+
+    async def handle_response(self, http: web.Request) -> web.Response:
+        """GET and DELETE /v1/responses/{id}."""
+        raise RequestError(f"there is no response {shown(http.match_info['id'])}: this server keeps none",
+                           status=404, code="not_found", param="id")
+
+    def ollama_model(self) -> dict:
+        """The model as Ollama's routes describe one."""
+        card, name = self.model_body(), self.pool.model_name
+        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(card["created"]))
+        return {"name": name, "model": name, "modified_at": at, "size": 0,
+                "digest": hashlib.sha256(name.encode()).hexdigest(),
+                "details": {"parent_model": "", "format": "", "family": "", "families": [],
+                            "parameter_size": "", "quantization_level": ""}}
+
+    async def handle_ollama_tags(self, http: web.Request) -> web.Response:
+        return json_response({"models": [self.ollama_model()]})
+
+    async def handle_ollama_version(self, http: web.Request) -> web.Response:
+        return json_response({"version": __version__})
+
+    async def handle_ollama_show(self, http: web.Request) -> web.Response:
+        """POST /api/show."""
+        with Holding(self.budget, REQUEST_LOG.get().client) as holding:
+            values = parse_fields(json_object(await read_bytes(http, holding)), OLLAMA_SHOW_FIELDS)
+        model, tokenizer = self.ollama_model(), self.tokenizer()
+        self.known().check_model(values.get("model", ""))
+        able = ["completion", *["tools"] * (tokenizer.tool_format is not None)]
+        return json_response({name: model[name] for name in ("modified_at", "details")} | {
+            "template": tokenizer.spec.chat_template or "", "parameters": "", "modelfile": "", "license": "",
+            "model_info": {"general.architecture": "chat_server",
+                           "chat_server.context_length": self.pool.context_length}, "capabilities": able})
 
     async def handle_cancel(self, http: web.Request) -> web.Response:
         """POST /v1/cancel/{id}: the id comes from the answer's X-Request-Id header or from its chunks."""
@@ -9391,7 +10270,8 @@ class Front:
     def client_of(self, http: web.Request) -> str:
         """The client's name: its key's name, else its address. RequestError 401 without a required key."""
         scheme, _, bearer = http.headers.get("Authorization", "").partition(" ")
-        given = bearer.strip() if scheme.lower() == "bearer" else http.headers.get("X-Api-Key", "")
+        given = bearer.strip() if scheme.lower() == "bearer" else next(
+            (http.headers[name] for name in ("X-Api-Key", "Api-Key") if name in http.headers), "")
         digest = ApiKey.hashed(given, "").digest
         # compare with every key, without stopping at a match
         found = [key.name for key in self.settings.keys if hmac.compare_digest(key.digest, digest)]
@@ -9403,7 +10283,7 @@ class Front:
     def route_of(self, http: web.Request) -> str:
         """The pattern of the route that will answer, or "" if none matches."""
         resource = http.match_info.route.resource
-        return resource.canonical.removeprefix(self.settings.prefix) or "/" if resource else ""
+        return resource.canonical.removeprefix(self.settings.prefix).rstrip("/") or "/" if resource else ""
 
     def check_host(self, http: web.Request) -> None:
         """Check the Host header: a foreign page can make its own name resolve to this server's address.
@@ -9423,7 +10303,7 @@ class Front:
         if given is None or not given.isascii() or not {given, "*"} & set(allowed):
             return {"Vary": "Origin"} if allowed else {}
         return {"Access-Control-Allow-Origin": given, "Vary": "Origin",
-                "Access-Control-Expose-Headers": "X-Request-Id, Retry-After"}
+                "Access-Control-Expose-Headers": "X-Request-Id, Retry-After, X-Ignored-Tools"}
 
     def is_own(self, http: web.Request, origin: str) -> bool:
         """Is this Origin the server's own: the address in the Host header, or an --allowed-host?
@@ -9456,7 +10336,7 @@ class Front:
         self.check_admitted(http)
         wanted = http.headers.get("Access-Control-Request-Headers", "Authorization, Content-Type")
         return web.Response(status=204, headers={
-            "Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": "600",
+            "Access-Control-Allow-Methods": "GET, POST, DELETE", "Access-Control-Max-Age": "600",
             "Access-Control-Allow-Headers": re.sub(r"[^A-Za-z0-9_, -]", "", wanted),
             "Access-Control-Allow-Private-Network": "true"})
 
@@ -9470,7 +10350,7 @@ class Front:
         return await handler(http)
 
     async def set_headers(self, http: web.Request, response: web.StreamResponse) -> None:
-        response.headers.update(SECURITY_HEADERS | self.cors_headers(http))
+        response.headers.update(SECURITY_HEADERS | self.cors_headers(http) | REQUEST_LOG.get().headers)
         if "Cache-Control" not in response.headers:     # files: revalidated each time, cheap with the ETag
             response.headers["Cache-Control"] = "no-cache" if http.method in ("GET", "HEAD") else "no-store"
 
@@ -9501,7 +10381,7 @@ class Front:
 
 def bare_id(shown_id: str) -> str:
     """The request id, from the id in its response's header or chunks."""
-    return re.sub("^(chat)?cmpl-", "", shown_id)
+    return re.sub("^((chat)?cmpl-|resp_|msg_)", "", shown_id)
 
 
 def public_error(error: Exception) -> ChatServerError:
@@ -9534,8 +10414,12 @@ def error_response(http: web.Request, failure: ChatServerError, **headers: str) 
     headers |= retry_header(failure)
     if failure.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    body = error_body(failure)
-    if not re.search(r"/v1/|/models$|tokenize$|/apply-template$", http.path):
+    body, record = error_body(failure), REQUEST_LOG.get()
+    if re.search(r"/api/\w+/?$", http.path):
+        body = {"error": str(failure)}
+    elif re.search(r"/v1/messages(/|$)", http.path):
+        body = anthropic_error(failure) | {"request_id": record.id}
+    elif not (record.as_openai or re.search(r"/v1/|/models/?$|tokenize/?$|/apply-template/?$", http.path)):
         # `chat --url` needs the code context_length_exceeded
         plain = failure.status == 400 and failure.code != "context_length_exceeded"
         body = {"detail": str(failure), **({} if plain else body)}
@@ -9563,12 +10447,25 @@ class Route(NamedTuple):
 ROUTES = (
     Route("GET", "/", "handle_page", "the page"),
     Route("GET", "/static/{name:.+}", "handle_static", "its files"),
-    Route("POST", "/chat/completions", "handle_chat",
-          "an answer in nanochat's format, streamed", NATIVE_FIELDS),
-    Route("POST", "/v1/chat/completions", "handle_openai_chat",
+    Route("POST", "/chat/completions", "handle_answer",
+          "an answer in nanochat's format, streamed; with `model` as /v1/chat/completions", NATIVE_FIELDS),
+    Route("POST", "/v1/chat/completions", "handle_answer",
           "an answer in OpenAI's format, streamed or whole", OPENAI_FIELDS),
-    Route("POST", "/v1/completions", "handle_completions",
+    Route("POST", "/v1/completions", "handle_answer",
           "the continuation of a text, streamed or whole", COMPLETION_FIELDS),
+    Route("POST", "/v1/responses", "handle_answer",
+          "an answer in the format of OpenAI's Responses, streamed or whole", RESPONSES_FIELDS),
+    Route("GET", "/v1/responses/{id}", "handle_response", "404: responses are not kept"),
+    Route("DELETE", "/v1/responses/{id}", "handle_response", "404: responses are not kept"),
+    Route("POST", "/v1/messages", "handle_answer",
+          "an answer in the format of Anthropic's Messages, streamed or whole", MESSAGES_FIELDS),
+    Route("POST", "/v1/messages/count_tokens", "handle_text", "how many tokens such a request has",
+          COUNTED_FIELDS),
+    Route("POST", "/api/chat", "handle_answer", "an answer in Ollama's format", OLLAMA_CHAT_FIELDS),
+    Route("POST", "/api/generate", "handle_answer", "an answer in Ollama's format", OLLAMA_GENERATE_FIELDS),
+    Route("GET", "/api/tags", "handle_ollama_tags", "the served model in Ollama's format"),
+    Route("POST", "/api/show", "handle_ollama_show", "more of it", OLLAMA_SHOW_FIELDS),
+    Route("GET", "/api/version", "handle_ollama_version", "this server's version in Ollama's format"),
     Route("POST", "/tokenize", "handle_text", "text to token ids", TOKENIZE_FIELDS),
     Route("POST", "/detokenize", "handle_text", "token ids to text", DETOKENIZE_FIELDS),
     Route("POST", "/apply-template", "handle_text",
@@ -9625,8 +10522,13 @@ def create_app(pool: Pool, settings: Settings) -> web.Application:
     app.on_response_prepare.append(front.set_headers)
     app.on_cleanup.append(lambda app: front.recordings.close())
     for route in ROUTES:
-        add = app.router.add_get if route.method == "GET" else app.router.add_post     # add_get adds HEAD too
-        add(settings.prefix + route.path, getattr(front, route.handler))
+        handler = getattr(front, route.handler)
+        slash = [] if route.path.endswith(("/", ":.+}")) else ["/"]     # clients may end the path with it
+        for path in (route.path, *(route.path + each for each in slash)):
+            if route.method == "GET":
+                app.router.add_get(settings.prefix + path, handler)     # adds HEAD too
+            else:
+                app.router.add_route(route.method, settings.prefix + path, handler)
     if settings.prefix:
         app.router.add_get(settings.prefix, front.handle_bare_prefix)
     return app

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -25,9 +26,9 @@ ANSWER = "The capital of Japan is Tokyo."
 pytestmark = pytest.mark.timeout(INSTALL_S + RUN_S + 60)
 
 
-def made(name, source, *commands):
-    """The folder build-peers/`name`, made by `commands` from the file `source`. Skips the tests if that fails
-    or takes too long."""
+def made(name, source, *commands, called=None):
+    """The folder build-peers/`name`, made by `commands` from the file `source`, there `called` so. Skips the
+    tests if that fails or takes too long."""
     folder, text = HOME / name, (HERE / source).read_bytes()
     stamp = folder / "made-from"
     digest = hashlib.sha256(text + sys.version.encode()).hexdigest()
@@ -35,7 +36,7 @@ def made(name, source, *commands):
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    (folder / source).write_bytes(text)
+    (folder / (called or source)).write_bytes(text)
     for command in commands:
         try:
             done = subprocess.run(command, cwd=folder, timeout=INSTALL_S, capture_output=True, text=True)
@@ -47,19 +48,49 @@ def made(name, source, *commands):
     return folder
 
 
-@pytest.fixture(scope="module")
-def python():
+def made_venv(name, source):
+    """The Python of a virtual environment that has the packages in the file `source`."""
     venv = [sys.executable, "-m", "venv", "--without-pip", "venv"]
     pip = [sys.executable, "-m", "pip", "--python", "venv/bin/python", "install", "--quiet", "--no-deps", "--no-compile",
-           "--disable-pip-version-check", "--retries", "1", "-r", "requirements.txt"]
-    return made("python", "requirements.txt", venv, pip) / "venv/bin/python"
+           "--disable-pip-version-check", "--retries", "1", "-r", source]
+    return made(name, source, venv, pip) / "venv/bin/python"
+
+
+NPM = ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock", "--loglevel=error"]
+
+
+@pytest.fixture(scope="module")
+def python():
+    return made_venv("python", "requirements.txt")
+
+
+@pytest.fixture(scope="module")
+def agents():
+    """The folder of the programs of the command-line agents."""
+    if not shutil.which("npm"):
+        pytest.skip("there is no npm")
+    return made("agents", "agents.json", NPM, called="package.json") / "node_modules/.bin"
+
+
+@pytest.fixture(scope="module")
+def roomy_url(default_model_path, tmp_path_factory):
+    """A server of the default model with a context, by its metadata, that holds the agents' prompts of 8,000
+    and 20,000 tokens; its answers are short."""
+    data, key = bytearray(default_model_path.read_bytes()), b"llama.context_length"
+    at = data.index(key) + len(key)
+    assert struct.unpack_from("<II", data, at) == (4, 8192)         # 4: an unsigned integer of 32 bits
+    struct.pack_into("<I", data, at + 4, 32768)
+    path = tmp_path_factory.mktemp("roomy") / "model.gguf"
+    path.write_bytes(data)
+    with server(path, "--temperature", "0", "--served-model-name", "gpt-5") as (_, url):
+        yield url
 
 
 @pytest.fixture(scope="module")
 def node():
     if not shutil.which("npm"):
         pytest.skip("there is no npm")
-    return made("node", "package.json", ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock", "--loglevel=error"])
+    return made("node", "package.json", NPM)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +114,7 @@ def test_langchain_chats_streams_scores_and_gets_objects(python, url):
     assert found["text"] == found["streamed"] == ANSWER and found["batch"] == [ANSWER, ANSWER] and found["with_system"]
     assert found["finish_reason"] == "stop" and found["usage"] == found["streamed_usage"] == 8 and found["logprobs"] == 7
     assert found["city"] is None or set(found["city"]) == {"city", "big"}
-    assert found["tools"] == "tools_not_supported"
+    assert found["tools"] is None
 
 
 @pytest.mark.slow
@@ -109,9 +140,45 @@ def test_lm_eval_scores_and_generates_alone_and_in_batches(python, url, tmp_path
         assert one == pytest.approx(other, abs=0 if chat_server.decode_core() else 0.3)
 
 
+def test_the_other_apis_packages_get_the_same_text_calls_and_objects(url):
+    """openai's Responses, anthropic's Messages and ollama's package."""
+    found = outcome([made_venv("apis", "apis.txt"), HERE / "apis_peer.py"], url)
+    responses, messages, ollama = found["responses"], found["messages"], found["ollama"]
+    assert responses["text"] == responses["streamed"] == responses["deltas"] == ANSWER and responses["last"] == "response.completed"
+    assert messages["text"] == messages["streamed"] == messages["final"] == ANSWER and messages["stop"] == ["end_turn", "tool_use"]
+    assert ollama["text"] == ollama["streamed"] == ollama["generated"] == ANSWER and ollama["models"] == 1
+    assert {each["tokens"] for each in found.values()} == {8} and responses["call"] == messages["call"] == ["add", ["a"]]
+    assert responses["with_system"] and responses["later"] and messages["later"] and messages["counted"] > 10
+    assert (responses["shaped"], ollama["shaped"]) == ("bool", ["big"]) and ollama["capabilities"] == ["completion", "tools"]
+    assert (responses["missing"], messages["missing"], ollama["missing"]) == (404, "not_found_error", 404)
+
+
+def run_agent(command, home, **environment):
+    """What a command-line agent prints; it has nothing of this machine's own settings."""
+    done = subprocess.run([*map(str, command)], cwd=home, capture_output=True, text=True, timeout=RUN_S, stdin=subprocess.DEVNULL,
+                          env={"PATH": os.environ["PATH"], "HOME": str(home), **environment})
+    assert done.returncode == 0 and done.stdout.strip(), done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_codex_answers_through_responses(agents, roomy_url, tmp_path):
+    provider = f'{{name="here", base_url="{roomy_url}/v1", wire_api="responses", request_max_retries=0, stream_max_retries=0}}'
+    run_agent([agents / "codex", "exec", "--skip-git-repo-check", "--sandbox", "read-only", "-c", "model=default", "-c", "model_provider=here",
+               "-c", f"model_providers.here={provider}", "What is the capital of Japan?"], tmp_path)
+
+
+@pytest.mark.slow
+def test_claude_code_answers_through_messages(agents, roomy_url, tmp_path):
+    run_agent([agents / "claude", "-p", "What is the capital of Japan?"], tmp_path, ANTHROPIC_BASE_URL=roomy_url, ANTHROPIC_AUTH_TOKEN="none",
+              ANTHROPIC_MODEL="default", ANTHROPIC_DEFAULT_HAIKU_MODEL="default", CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1",
+              DISABLE_AUTOUPDATER="1", CLAUDE_CODE_MAX_OUTPUT_TOKENS="64")
+
+
 def test_vercels_ai_package_generates_streams_and_gets_objects(node, url):
     script = shutil.copy(HERE / "vercel_peer.mjs", node)        # beside its node_modules, where node looks for them
     found = outcome(["node", script], url, cwd=node)
     assert found["text"] == found["streamed"] == ANSWER and found["finish_reason"] == found["streamed_finish"] == "stop"
     assert found["usage"] == found["streamed_usage"] == 8 and found["completion"]
-    assert found["shaped"]["city"] in ("Tokyo", "Kyoto") and found["tools"] == 400
+    assert found["shaped"]["city"] in ("Tokyo", "Kyoto") and found["tools"] is None
+    assert found["responses"] == found["responses_streamed"] == ANSWER      # its default provider asks for /v1/responses

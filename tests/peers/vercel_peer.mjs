@@ -1,5 +1,6 @@
 // Vercel's `ai` package with its openai-compatible provider against the server at argv[2]; prints what it got as JSON.
 import { createOpenAICompatible } from '@ai-sdk/openai-compatible';
+import { createOpenAI } from '@ai-sdk/openai';
 import { generateText, Output, streamText } from 'ai';
 import { z } from 'zod';
 
@@ -24,7 +25,12 @@ try {
 } catch (error) {
   refusal = error.statusCode;
 }
+const responses = { model: createOpenAI({ baseURL: process.argv[2] + '/v1', apiKey: 'none' })('default'), temperature: 0, maxOutputTokens: 40, maxRetries: 0 };
+const answered = await generateText({ ...responses, prompt });
+let responsesStreamed = '';
+for await (const piece of streamText({ ...responses, prompt }).textStream) responsesStreamed += piece;
 console.log(JSON.stringify({
+  responses: answered.text, responses_streamed: responsesStreamed,
   text: whole.text, finish_reason: whole.finishReason, usage: whole.usage.outputTokens,
   streamed, streamed_finish: await stream.finishReason, streamed_usage: (await stream.usage).outputTokens,
   shaped: shaped.output, completion: completion.text, tools: refusal,

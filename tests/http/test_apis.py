@@ -1,0 +1,658 @@
+"""The APIs that answer: the same conversation through each is the same request, and what holds for one holds
+for all."""
+
+import asyncio
+import contextlib
+import json
+import re
+
+import psutil
+import pytest
+from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
+
+import chat_server
+from chat_server import ApiKey, CallDelta, EngineFailure, Known, Piece, RequestError, Settings
+from fake_pool import FakePool, Letters, serving
+from real_server import get, server
+
+HI = "What is the capital of Japan?"
+CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
+BODIES = {          # what each API calls a question
+    "/chat/completions": {"messages": [{"role": "user", "content": HI}]},
+    CHAT: {"messages": [{"role": "user", "content": HI}]},
+    "/v1/completions": {"prompt": HI},
+    RESPONSES: {"input": HI},
+    MESSAGES: {"messages": [{"role": "user", "content": HI}], "max_tokens": 500},
+    "/api/chat": {"messages": [{"role": "user", "content": HI}], "stream": False},
+    "/api/generate": {"prompt": HI, "stream": False}}
+every_api = pytest.mark.parametrize("path", BODIES)
+KNOWN = Known(Settings(), "fake-model", "tagged")
+
+
+def text_of(event):
+    """The text that one event of any API adds."""
+    if event.get("choices"):
+        choice = event["choices"][0]
+        return choice.get("text", choice.get("delta", {}).get("content")) or ""
+    if event.get("type") == "response.output_text.delta":
+        return event["delta"]
+    if event.get("type") == "content_block_delta":
+        return event["delta"].get("text", "")
+    return event.get("message", {}).get("content", event.get("token", event.get("response", ""))) if "type" not in event else ""
+
+
+def whole_text(body):
+    """The text of an answer that came whole."""
+    if "choices" in body:
+        return body["choices"][0].get("text", body["choices"][0].get("message", {}).get("content"))
+    if "done" in body:
+        return text_of(body)
+    parts = body["output"][-1]["content"] if "output" in body else body["content"]
+    return "".join(part.get("text", "") for part in parts)
+
+
+def events_of(text):
+    """The events of a stream's text; each that names its type does so in its data too."""
+    found = [] if not text.startswith("{") else [json.loads(line) for line in text.splitlines()]
+    for block in filter(None, text.split("\n\n") if not found else ()):
+        lines = dict(line.split(": ", 1) for line in block.split("\n"))
+        if lines.get("data", "[DONE]") != "[DONE]":
+            found.append(json.loads(lines["data"]))
+            assert lines.get("event", found[-1].get("type")) == found[-1].get("type")
+    return found
+
+
+async def ask(client, url, path, headers=None, **changes):
+    """(status, headers, answer as text) of a request; Ollama has its own names for what `changes`."""
+    if path.startswith("/api/"):
+        changes |= {"options": {"num_predict": changes.get("max_tokens"), **{
+            name: changes[name] for name in ("temperature", "seed", "stop") if name in changes}}}
+    async with client.post(url + path, json=BODIES[path] | changes, headers=headers) as response:
+        return response.status, response.headers, await response.text()
+
+
+async def streamed(client, url, path, **changes):
+    status, _, text = await ask(client, url, path, stream=True, **changes)
+    assert status == 200, text
+    return events_of(text)
+
+
+def message_of(error, path):
+    """The text of an error in the API's own form."""
+    error = json.loads(error)
+    if path.startswith("/api/"):
+        return error["error"]
+    if path == MESSAGES:
+        assert error["type"] == "error" and error["request_id"] and set(error["error"]) == {"type", "message"}
+    return error["error"]["message"]
+
+
+# what holds for each
+
+
+@every_api
+async def test_headers_leave_before_the_first_piece_and_a_reader_that_leaves_ends_the_work(client, path):
+    pool = FakePool(gate=asyncio.Event())
+    async with serving(pool) as url:
+        response = await client.post(url + path, json=BODIES[path] | {"stream": True})
+        assert response.status == 200 and response.headers["X-Accel-Buffering"] == "no"
+        await pool.until_open(1)
+        response.close()
+        await pool.until_open(0)
+
+
+@every_api
+async def test_an_answer_is_cancelled_by_the_id_in_its_header(client, path):
+    pool = FakePool(gate=asyncio.Event())
+    async with serving(pool) as url:
+        async with client.post(url + path, json=BODIES[path] | {"stream": True}) as response:
+            async with client.post(f"{url}/v1/cancel/{response.headers['X-Request-Id']}") as cancelled:
+                assert cancelled.status == 200
+            assert "cancelled" in await response.text()
+        await pool.until_open(0)
+
+
+@pytest.mark.parametrize("path, prefix", [(CHAT, "chatcmpl-"), ("/v1/completions", "cmpl-"), (RESPONSES, "resp_"), (MESSAGES, "msg_")])
+async def test_an_answer_has_its_request_s_id_by_which_it_is_cancelled(client, path, prefix):
+    async with serving(FakePool()) as url:
+        _, headers, text = await ask(client, url, path)
+        assert json.loads(text)["id"] == prefix + headers["X-Request-Id"] == prefix + chat_server.bare_id(json.loads(text)["id"])
+
+
+@pytest.mark.parametrize("path", [path for path in BODIES if not path.startswith("/api/")])     # Ollama's have no events
+async def test_a_stream_is_taken_up_again(client, path):
+    async with serving(FakePool()) as url:
+        async with client.post(url + path, json=BODIES[path] | {"stream": True, "resumable": True}) as response:
+            frames, name = (await response.text()).split("\n\n"), response.headers["X-Request-Id"]
+        assert [frame.split("\n")[0] for frame in frames[:-1]] == [f"id: {number}" for number in range(len(frames) - 1)]
+        async with client.get(f"{url}/v1/streams/{name}", params={"from": 2}) as again:
+            assert (await again.text()).split("\n\n") == frames[2:]
+
+
+@every_api
+async def test_keys_are_asked_for_and_name_who_takes_turns(client, path):
+    pool = FakePool()
+    async with serving(pool, Settings(keys=(ApiKey.hashed("secret", "alice"),))) as url:
+        status, headers, text = await ask(client, url, path)
+        assert (status, headers["WWW-Authenticate"]) == (401, "Bearer") and "API key" in message_of(text, path)
+        for given in ({"Authorization": "Bearer secret"}, {"X-Api-Key": "secret"}, {"api-key": "secret"}):
+            assert (await ask(client, url, path, given))[0] == 200
+    assert {(request.client, request.owner) for request in pool.requests} == {("alice", "alice")} and len(pool.requests) == 3
+
+
+@every_api
+async def test_a_draining_server_refuses_and_says_when_to_come_back(client, path):
+    pool = FakePool()
+    pool.draining = True
+    async with serving(pool) as url:
+        status, headers, text = await ask(client, url, path)
+    assert status == 503 and headers["Retry-After"] and "loading" in message_of(text, path)
+    assert path != MESSAGES or json.loads(text)["error"]["type"] == "overloaded_error"
+
+
+@every_api
+async def test_a_failure_in_a_stream_is_its_last_event(client, path):
+    async with serving(FakePool(["Hel", EngineFailure("a worker died")])) as url:
+        *_, last = await streamed(client, url, path)
+    error = last["response"]["error"] if path == RESPONSES else last["error"]
+    assert "a worker died" in (error if path.startswith("/api/") else error["message"])
+    assert path != RESPONSES or (last["type"], last["response"]["status"]) == ("response.failed", "failed")
+    assert path != MESSAGES or (last["type"], error["type"]) == ("error", "api_error")
+
+
+@every_api
+async def test_a_slash_at_the_end_of_the_path_changes_nothing(client, path):
+    async with serving(FakePool()) as url:
+        status, _, text = await ask(client, url, path)
+        async with client.post(url + path + "/", json=BODIES[path]) as response:
+            assert response.status == status == 200
+        async with client.post(url + path + "/", json={"temperature": "hot"}) as response:
+            wrong = await response.text()
+            assert response.status == (200 if path.startswith("/api/") else 400) and ("detail" in wrong) == (path == "/chat/completions")
+
+
+@pytest.mark.parametrize("path", [path for path in BODIES if not path.startswith("/api/")])
+async def test_progress_is_told_to_who_asks(client, path):
+    class Slow(FakePool):
+        async def answer(self, request):
+            events = super().answer(request)
+            yield await anext(events)
+            yield chat_server.PromptProgress(2, 40)
+            async for event in events:
+                yield event
+
+    async with serving(Slow()) as url:
+        told = [event["progress"] for event in await streamed(client, url, path, progress=True) if "progress" in event]
+        assert (await ask(client, url, path, stream=False))[0] == 200
+    assert told == [{"queue_position": 2, "prompt_tokens": 40, "prompt_tokens_done": 0}]
+
+
+@pytest.fixture(scope="module")
+def url(default_model_path):
+    with server(default_model_path, "--max-concurrent-per-key", "5") as (_, url):
+        yield url
+
+
+@pytest.fixture
+def exact(url):
+    if not get(url + "/stats")["row_invariant"]:
+        pytest.skip("the reference ops are not row-invariant")
+
+
+every_chat = pytest.mark.parametrize("path", [path for path in BODIES if path != "/v1/completions"])
+DRAWN = {"temperature": 1, "seed": 12, "max_tokens": 40, "max_output_tokens": 40}
+
+
+@every_chat
+async def test_the_same_conversation_and_seed_give_the_same_text_whole_streamed_and_through_a_sandbox(client, url, exact, path):
+    wanted = whole_text(json.loads((await ask(client, url, CHAT, **DRAWN))[2]))
+    assert len(wanted) > 10
+    large = {"padding": "x" * (chat_server.LIMITS.inline_bytes + 1)}
+    for more in ({}, large):
+        assert "".join(map(text_of, await streamed(client, url, path, **DRAWN, **more))) == wanted
+        if path != "/chat/completions":
+            assert whole_text(json.loads((await ask(client, url, path, **DRAWN, **more))[2])) == wanted
+
+
+async def test_a_worker_s_death_is_a_pause_in_each(client, url, exact):
+    wanted = DRAWN | {"max_tokens": 200, "max_output_tokens": 200, "ignore_eos": True}
+    sse = [path for path in BODIES if not path.startswith("/api/")]
+    whole = {path: "".join(map(text_of, await streamed(client, url, path, **wanted))) for path in sse}
+    async with contextlib.AsyncExitStack() as open_streams:
+        begun = {}
+        for path in sse:
+            response = await open_streams.enter_async_context(
+                client.post(url + path, json=BODIES[path] | wanted | {"stream": True}))
+            begun[path] = response, await response.content.readuntil(b"\n\n")
+        psutil.Process(get(url + "/stats")["workers"][0]["pid"]).kill()
+        for path, (response, begin) in begun.items():
+            assert "".join(map(text_of, events_of((begin + await response.read()).decode()))) == whole[path]
+    assert get(url + "/stats")["workers"][0]["restarts"] == 1 and len(set(whole.values())) == 2
+
+
+@every_api
+async def test_more_answers_at_a_time_than_a_client_may_have_are_429(client, url, path):
+    slow = BODIES[CHAT] | {"stream": True, "ignore_eos": True, "max_tokens": 4000}
+    async with contextlib.AsyncExitStack() as open_streams:
+        for _ in range(5):
+            assert (await open_streams.enter_async_context(client.post(url + CHAT, json=slow))).status == 200
+        status, headers, text = await ask(client, url, path)
+    assert status == 429 and headers["Retry-After"] and "5" in message_of(text, path)
+    assert path != MESSAGES or json.loads(text)["error"]["type"] == "rate_limit_error"
+
+
+# the same request
+
+
+CALLS = [{"id": "call_1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}]
+ADD = {"name": "add", "description": "adds", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
+
+
+def test_a_conversation_with_calls_and_results_is_the_same_in_all_three():
+    chat = {"messages": [
+        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "1?\n2?"},
+        {"role": "assistant", "content": "Let me see.", "tool_calls": CALLS}, {"role": "tool", "tool_call_id": "call_1", "content": "2"},
+        {"role": "assistant", "content": "Two."}, {"role": "user", "content": "Sure?"}], "tools": [{"type": "function", "function": ADD}]}
+    responses = {"instructions": "Be brief.", "input": [
+        {"role": "user", "content": [{"type": "input_text", "text": "1?"}, {"type": "input_text", "text": "2?"}]},
+        {"type": "message", "role": "assistant", "id": "msg_1", "content": [{"type": "output_text", "text": "Let me see.", "annotations": []}]},
+        {"type": "function_call", "id": "fc_1", "call_id": "call_1", "name": "add", "arguments": '{"a": 1}'},
+        {"type": "function_call_output", "call_id": "call_1", "output": "2"},
+        {"role": "assistant", "content": "Two."}, {"role": "user", "content": "Sure?"}],
+        "tools": [{"type": "function", **ADD, "strict": True}, {"type": "web_search"}, {"type": "custom", "name": "patch"}]}
+    messages = {"system": [{"type": "text", "text": "x-anthropic-billing-header: cc_version=1"}, {"type": "text", "text": "Be brief."}], "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "1?", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "2?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "Let me see."}, {"type": "tool_use", "id": "call_1", "name": "add", "input": {"a": 1}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "call_1", "content": [{"type": "text", "text": "2"}]}]},
+        {"role": "assistant", "content": "Two."}, {"role": "user", "content": "Sure?"}],
+        "tools": [{"name": "add", "description": "adds", "input_schema": ADD["parameters"]}, {"type": "web_search_20250305", "name": "web_search"}]}
+    calls = [reader(body | {"seed": 1}, KNOWN) for reader, body in (
+        (chat_server.read_chat_call, chat), (chat_server.read_responses_call, responses), (chat_server.read_messages_call, messages))]
+    assert calls[0].request == calls[1].request == calls[2].request
+    assert len(calls[0].request.messages) == 6 and calls[0].request.tool_names == ("add",)
+    assert [call.ignored_tools for call in calls] == [(), ("web_search", "custom"), ("web_search_20250305",)]
+
+
+async def test_tools_that_are_left_out_are_named_in_a_header(client, caplog):
+    caplog.set_level("INFO")
+    tools = [{"type": "namespace", "name": "x"}, {"type": "web_search"}, {"type": "odd\r\ntype", "name": "y"}]
+    async with serving(FakePool()) as url:
+        for stream in (False, True):
+            _, headers, _ = await ask(client, url, RESPONSES, tools=tools, stream=stream)
+            assert headers["X-Ignored-Tools"] == "namespace, web_search, oddtype"
+        assert "X-Ignored-Tools" not in (await ask(client, url, RESPONSES))[1]
+    assert "namespace, web_search" in caplog.text
+
+
+@pytest.mark.parametrize("chat, responses, messages", [
+    ("auto", "auto", {"type": "auto"}), ("none", "none", {"type": "none"}), ("required", "required", {"type": "any"}),
+    ({"type": "function", "function": {"name": "b"}}, {"type": "function", "name": "b"}, {"type": "tool", "name": "b"}),
+    ({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"type": "function", "function": {"name": "b"}}]}},
+     {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "b"}]}, None),
+    ({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [{"type": "function", "function": {"name": "b"}}]}},
+     {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "b"}]}, None)])
+def test_a_choice_of_tools_is_the_same_in_all_three(chat, responses, messages):
+    functions = [ADD | {"name": name} for name in "ab"]
+    base = {"seed": 1}
+    first = chat_server.read_chat_call(base | BODIES[CHAT] | {"tool_choice": chat, "tools": [
+        {"type": "function", "function": each} for each in functions]}, KNOWN).request
+    second = chat_server.read_responses_call(base | BODIES[RESPONSES] | {"tool_choice": responses, "tools": [
+        {"type": "function", **each} for each in functions]}, KNOWN).request
+    assert first == second
+    named = not isinstance(chat, str)
+    assert first.tool_names == (() if chat == "none" else ("b",) if named else ("a", "b"))
+    assert bool(first.grammar) == ("required" in str(chat) or isinstance(chat, dict) and chat["type"] == "function")
+    if messages:
+        third = chat_server.read_messages_call(base | {"messages": BODIES[CHAT]["messages"], "tool_choice": messages, "tools": [
+            {"name": each["name"], "description": "adds", "input_schema": each["parameters"]} for each in functions]}, KNOWN).request
+        assert third == first
+
+
+def test_formats_and_parameters_are_the_same_in_all_three():
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    common = {"seed": 1, "temperature": 0.5, "top_p": 0.5}
+    question = BODIES[CHAT]["messages"]
+    first = chat_server.read_chat_call(common | {"messages": question, "max_completion_tokens": 9, "stop": ["x"], "response_format": {
+        "type": "json_schema", "json_schema": {"name": "n", "schema": schema}}}, KNOWN).request
+    second = chat_server.read_responses_call(common | {"input": question, "max_output_tokens": 9, "stop": ["x"], "text": {
+        "format": {"type": "json_schema", "name": "n", "schema": schema, "strict": True}, "verbosity": "low"}}, KNOWN).request
+    third = chat_server.read_messages_call(common | {"messages": question, "max_tokens": 9, "stop_sequences": ["x"], "output_config": {
+        "format": {"type": "json_schema", "schema": schema}}}, KNOWN).request
+    unlike = {"grammar_param": ""}
+    assert chat_server.replace(first, **unlike) == chat_server.replace(second, **unlike) == chat_server.replace(third, **unlike)
+    assert [each.grammar_param for each in (first, second, third)] == ["response_format", "text", "output_config"]
+    assert chat_server.read_responses_call({"input": "x", "truncation": "auto"}, KNOWN).request.truncate
+
+
+@pytest.mark.parametrize("given", [{}, {"input": ""}, {"input": []}, {"input": None, "instructions": "Be brief."}])
+def test_an_empty_input_is_answered(given):
+    messages = chat_server.read_responses_call(given, KNOWN).request.messages
+    assert (messages[-1].role, messages[-1].content) == ("user", "")
+
+
+@pytest.mark.parametrize("path, body, named", [
+    (RESPONSES, {"previous_response_id": "resp_1"}, "previous_response_id"), (RESPONSES, {"conversation": "conv_1"}, "conversation"),
+    (RESPONSES, {"background": True}, "background"), (RESPONSES, {"prompt": {"id": "x"}}, "prompt"), (RESPONSES, {"input": 5}, "input"),
+    (RESPONSES, {"input": [5]}, "input[0]"), (RESPONSES, {"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
+    (RESPONSES, {"input": [{"role": "tool", "content": "x"}]}, "input[0].role"),
+    (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
+    (RESPONSES, {"input": [{"type": "function_call", "call_id": "1"}]}, "input[0].tool_calls"),
+    (RESPONSES, {"tools": [{"type": "function"}]}, "tools[0]"), (RESPONSES, {"tools": ["x"]}, "tools"),
+    (RESPONSES, {"tool_choice": {"type": "function", "name": "x"}}, "tool_choice"), (RESPONSES, {"text": {"format": 5}}, "text"),
+    (RESPONSES, {"text": {"format": {"type": "xml"}}}, "text"), (RESPONSES, {"max_output_tokens": 0}, "max_output_tokens"),
+    (MESSAGES, {"messages": []}, "messages"), (MESSAGES, {"messages": [{"role": "alien"}]}, "messages[0].role"),
+    (MESSAGES, {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0]"),
+    (MESSAGES, {"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0]"),
+    (MESSAGES, {"messages": [{"role": "user", "content": [{"type": "tool_result", "content": 5}]}]}, "messages[0].content[0]"),
+    (MESSAGES, {"system": 5}, "system"), (MESSAGES, {"system": [{"type": "image"}]}, "system"), (MESSAGES, {"max_tokens": "x"}, "max_tokens"),
+    (MESSAGES, {"tools": [{"name": "x", "input_schema": 5}]}, "tools[0]"), (MESSAGES, {"tool_choice": "auto"}, "tool_choice"),
+    (MESSAGES, {"stop_sequences": [5]}, "stop_sequences"), (MESSAGES, {"output_config": {"format": {"type": "json_schema"}}}, "output_config"),
+    (CHAT, {"modalities": ["text", "audio"]}, "modalities"), (CHAT, {"tool_choice": {"type": "allowed_tools"}}, "tool_choice")])
+async def test_what_cannot_be_is_400_and_named(client, path, body, named):
+    pool = FakePool()
+    pool.tokenizer = Letters()
+    pool.tokenizer.tool_format = "tagged"
+    async with serving(pool) as url:
+        for stream in (False, True):
+            status, _, text = await ask(client, url, path, **body, stream=stream)
+            assert status == 400 and named in message_of(text, path) and not pool.requests, text
+
+
+@pytest.mark.parametrize("field, value, bounds", [
+    ("min_tokens", -1, "of at least 0"), ("seed", 2**64, "from -9223372036854775808 to 18446744073709551615"), ("temperature", 3, "from 0 to 2"),
+    ("repetition_penalty", 0, "from 0.01 to 10")])
+async def test_an_error_names_the_real_bound(client, field, value, bounds):
+    async with serving(FakePool()) as url:
+        assert bounds in message_of((await ask(client, url, CHAT, **{field: value}))[2], CHAT)
+
+
+json_values = st.recursive(st.none() | st.booleans() | st.integers(-2, 3) | st.text(max_size=3), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+    st.text(max_size=2), inner, max_size=2), max_leaves=4)
+MEMBERS = ["type", "role", "content", "text", "name", "id", "call_id", "arguments", "output", "summary", "thinking", "input", "tool_use_id",
+           "input_schema", "parameters", "tools", "mode", "function", "allowed_tools", "format", "schema", "disable_parallel_tool_use"]
+KINDS = ["message", "function_call", "function_call_output", "reasoning", "text", "tool_use", "tool_result", "thinking", "redacted_thinking", "function",
+         "custom", "tool", "any", "auto", "allowed_tools", "json_schema", "user", "assistant", "system", "input_text", "required", "x"]
+items = st.recursive(json_values | st.sampled_from(KINDS), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+    st.sampled_from(MEMBERS), inner | st.sampled_from(KINDS), max_size=5), max_leaves=25)
+
+
+@hypothesis_settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
+@given(body=st.dictionaries(st.sampled_from(["input", "messages", "system", "tools", "tool_choice", "text", "output_config", "instructions", "metadata"]),
+                            items, max_size=4), item=items)
+def test_nested_bodies_are_read_or_refused(body, item):
+    """Neither reader fails on any item or block; what they read crosses the pipe to a sandbox unharmed."""
+    for reader in chat_server.CALL_READERS.values():
+        for changed in (body, body | {"input": [item]}, body | {"messages": [item]},
+                        body | {"messages": [{"role": "user", "content": [item]}]}, body | {"tools": [item]}):
+            try:
+                call = reader(changed, KNOWN)
+            except RequestError as error:
+                assert error.status == 400 and str(error)
+            else:
+                assert chat_server.restorer(chat_server.Call)(json.loads(chat_server.as_plain_json(call))).request.sampling == call.request.sampling
+
+
+# answers
+
+
+THOUGHT = [Piece("", (1,), "", reasoning="Hm"), Piece("", (2,), "", reasoning="m"), Piece("", (3,), "So"), Piece("", (4,), "!"),
+           Piece("", (5,), "", calls=(CallDelta("", "add"),)), Piece("", (6,), "", calls=(CallDelta('{"a": '), CallDelta("1}"))),
+           Piece("", (7,), "", calls=(CallDelta("{}", "add"),))]
+
+
+async def test_a_response_streams_the_documented_sequence(client):
+    async with serving(FakePool(THOUGHT)) as url:
+        events = await streamed(client, url, RESPONSES)
+        whole = json.loads((await ask(client, url, RESPONSES))[2])
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    item, part = ["output_item.added", "content_part.added"], ["content_part.done", "output_item.done"]
+    call = "function_call_arguments"
+    assert [event["type"].removeprefix("response.") for event in events] == [
+        "created", "in_progress", *item, "reasoning_text.delta", "reasoning_text.delta", "reasoning_text.done", *part,
+        *item, "output_text.delta", "output_text.delta", "output_text.done", *part,
+        item[0], f"{call}.delta", f"{call}.delta", f"{call}.done", part[1], item[0], f"{call}.delta", f"{call}.done", part[1], "completed"]
+    done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+    assert events[-1]["response"]["output"] == done and [each["status"] for each in done] == ["completed"] * 4
+    assert [event["output_index"] for event in events if event["type"] == "response.output_item.added"] == [0, 1, 2, 3]
+    assert done[0]["content"] == [{"type": "reasoning_text", "text": "Hmm"}] and done[1]["content"][0]["text"] == "So!"
+    assert [(each["name"], each["arguments"]) for each in done[2:]] == [("add", '{"a": 1}'), ("add", "{}")]
+    strip = lambda found: [{name: value for name, value in each.items() if name not in ("id", "call_id")} for each in found]      # noqa: E731
+    assert strip(whole["output"]) == strip(done) and whole["status"] == "completed" and events[0]["response"]["output"] == []
+    assert whole["usage"] == {"input_tokens": 7, "input_tokens_details": {"cached_tokens": 3, "cache_write_tokens": 0},
+                              "output_tokens": 7, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 14}
+    ids = {event["item_id"] for event in events if "item_id" in event}
+    assert ids == {each["id"] for each in done}
+
+
+async def test_a_message_streams_the_documented_sequence(client):
+    async with serving(FakePool(THOUGHT)) as url:
+        events = await streamed(client, url, MESSAGES)
+        whole = json.loads((await ask(client, url, MESSAGES))[2])
+    start, delta, stop = "content_block_start", "content_block_delta", "content_block_stop"
+    assert [event["type"] for event in events] == ["message_start", *[start, delta, delta, stop] * 3, start, delta, stop, "message_delta", "message_stop"]
+    assert [event["content_block"]["type"] for event in events if event["type"] == start] == ["thinking", "text", "tool_use", "tool_use"]
+    assert [event["delta"]["type"] for event in events if event["type"] == delta][::2] == ["thinking_delta", "text_delta", "input_json_delta", "input_json_delta"]
+    assert events[0]["message"]["usage"]["input_tokens"] == 7 and events[-2]["delta"] == {"stop_reason": "tool_use", "stop_sequence": None}
+    assert events[-2]["usage"] == whole["usage"] == {
+        "input_tokens": 4, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 3, "output_tokens": 7}
+    assert [block["type"] for block in whole["content"]] == ["thinking", "text", "tool_use", "tool_use"] and whole["content"][0]["thinking"] == "Hmm"
+    assert [block["input"] for block in whole["content"][2:]] == [{"a": 1}, {}] and whole["stop_reason"] == "tool_use"
+
+
+@pytest.mark.parametrize("reason, stop_reason, status, stop", [
+    ("stop", "eos", "completed", ("end_turn", None)), ("length", "max_tokens", "incomplete", ("max_tokens", None)),
+    ("length", "context_length", "incomplete", ("model_context_window_exceeded", None)), ("stop", "END", "completed", ("stop_sequence", "END"))])
+async def test_how_an_answer_ended(client, reason, stop_reason, status, stop):
+    async with serving(FakePool(["Hi"], reason=reason, stop_reason=stop_reason)) as url:
+        last = (await streamed(client, url, RESPONSES, stop=["END"]))[-1]
+        message = json.loads((await ask(client, url, MESSAGES, stop_sequences=["END"]))[2])
+    assert last["type"] == f"response.{status}" and last["response"]["status"] == last["response"]["output"][0]["status"] == status
+    assert last["response"]["incomplete_details"] == ({"reason": "max_output_tokens"} if status == "incomplete" else None)
+    assert (message["stop_reason"], message["stop_sequence"]) == stop
+
+
+async def test_an_answer_without_text_has_an_empty_part(client):
+    async with serving(FakePool([])) as url:
+        assert whole_text(json.loads((await ask(client, url, RESPONSES))[2])) == ""
+        assert json.loads((await ask(client, url, MESSAGES))[2])["content"] == [{"type": "text", "text": ""}]
+
+
+async def test_a_silent_stream_of_messages_has_pings_of_its_own(client, monkeypatch):
+    monkeypatch.setattr(chat_server, "PING_S", 0.02)
+    pool = FakePool(gate=asyncio.Event())
+    async with serving(pool) as url:
+        async with client.post(url + MESSAGES, json=BODIES[MESSAGES] | {"stream": True}) as response:
+            while b"event: ping" not in await response.content.readline():
+                pass
+            assert await response.content.readline() == b'data: {"type": "ping"}\n'
+
+
+async def test_a_response_is_not_kept_and_a_body_with_a_model_is_openai_s(client):
+    async with serving(FakePool()) as url:
+        for method in ("GET", "DELETE"):
+            async with client.request(method, url + "/v1/responses/resp_1") as response:
+                error = (await response.json())["error"]
+                assert response.status == 404 and set(error) == {"message", "type", "param", "code"} and "resp_1" in error["message"]
+        async with client.post(url + "/chat/completions", json=BODIES[CHAT] | {"model": "fake-model"}) as response:
+            assert (await response.json())["object"] == "chat.completion"
+        for padding in ("", "x" * (chat_server.LIMITS.inline_bytes + 1)):
+            async with client.post(url + "/chat/completions", json={"model": "fake-model", "messages": [], "padding": padding}) as response:
+                assert response.status == 400 and "messages" in (await response.json())["error"]["message"]
+            async with client.post(url + "/chat/completions", json={"messages": [{"role": "user", "content": '"model": 5' * 99}] * 501}) as response:
+                assert response.status == 400 and list(await response.json()) == ["detail"]
+        async with client.head(url + "/") as response:
+            assert response.status == 200
+        async with client.get(url + "/v1/models") as response:
+            assert (await response.json())["data"][0]["root"] == "fake-model"
+
+
+async def test_tokens_of_a_message_are_counted_as_its_prompt_has_them(client):
+    pool = FakePool()
+    async with serving(pool) as url:
+        for body in (BODIES[MESSAGES], BODIES[MESSAGES] | {"system": "Be brief."}):
+            async with client.post(url + MESSAGES + "/count_tokens?beta=true", json=body) as response:
+                counted = (await response.json())["input_tokens"]
+            await client.post(url + MESSAGES + "?beta=true", json=body)
+            assert counted == len(pool.tokenizer.render(pool.requests[-1].messages)) > 10
+
+
+# tools where the template knows none, and those of older clients
+
+
+async def test_older_clients_functions_are_tools(client):
+    pool = FakePool(["Sure.", '<tool_call>{"name": "add", ', '"arguments": {"a"', ": 1}", "}</tool_call>"])
+    pool.tokenizer = Letters()
+    pool.tokenizer.tool_format = "tagged"
+    legacy = {"functions": [ADD], "function_call": "auto"}
+    async with serving(pool) as url:
+        events = await streamed(client, url, CHAT, **legacy)
+        (choice,) = json.loads((await ask(client, url, CHAT, **legacy))[2])["choices"]
+        again = [*BODIES[CHAT]["messages"], choice["message"], {"role": "function", "name": "add", "content": "2"}]
+        assert (await ask(client, url, CHAT, messages=again, **legacy))[0] == 200
+    assert choice["message"]["function_call"] == {"name": "add", "arguments": '{"a": 1}'} and choice["finish_reason"] == "function_call"
+    told = [event["choices"][0]["delta"]["function_call"] for event in events if "function_call" in event["choices"][0]["delta"]]
+    assert told[0]["name"] == "add" and "".join(each["arguments"] for each in told) == '{"a": 1}'
+    assert "tool_calls" not in json.dumps(events) + json.dumps(choice)
+    assert [(m.role, m.more) for m in pool.requests[-1].messages[1:]] == [
+        ("assistant", {"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]}), ("tool", {"name": "add"})]
+
+
+async def test_custom_tools_are_refused_by_name(client):
+    async with serving(FakePool()) as url:
+        status, _, text = await ask(client, url, CHAT, tools=[{"type": "custom", "custom": {"name": "patch"}}])
+        assert status == 400 and "custom" in message_of(text, CHAT)
+
+
+def test_a_template_without_tools_is_told_of_them_by_a_system_prompt(default_model_path):
+    from engines import load
+    tokenizer = chat_server.open_tokenizer(load(default_model_path).text)
+    assert tokenizer.tool_format == "tagged" and not tokenizer.native_tools
+    tools = [{"type": "function", "function": ADD}]
+    messages = chat_server.openai_messages([
+        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": None, "tool_calls": CALLS},
+        {"role": "tool", "tool_call_id": "call_1", "content": "2"}, {"role": "user", "content": "Well?"}], True)
+    text = tokenizer.show(tokenizer.render(messages, tools))
+    assert text.count('"name": "add"') == 2 and text.index("Be brief.") < text.index('"description": "adds"') < text.index("1 + 1?")
+    assert '<|im_start|>assistant\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>' in text
+    assert "<|im_start|>user\n<tool_response>\n2\n</tool_response>\nWell?<|im_end|>" in text
+    plain = [chat_server.Message("user", "Hi", {"name": "Ann"})]
+    assert chat_server.with_generic_tools(plain, ()) == plain
+    first = chat_server.with_generic_tools(plain, tools, has_system=False)
+    assert len(first) == 1 and first[0].content.endswith("\n\nHi") and "adds" in first[0].content
+
+
+async def test_a_model_whose_template_knows_no_tools_calls_them(client, url):
+    """A required call is made by the grammar; what was called can be told of in the next turn."""
+    tools = [{"type": "function", "function": ADD}]
+    (model,) = get(url + "/v1/models")["data"]
+    assert model["tools"] == "generic" and model["capabilities"]["tools"] is True
+    wanted = {"tools": tools, "tool_choice": {"type": "function", "function": {"name": "add"}}, "temperature": 0}
+    (choice,) = json.loads((await ask(client, url, CHAT, **wanted))[2])["choices"]
+    (call,) = choice["message"]["tool_calls"]
+    assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
+    assert call["function"]["name"] == "add" and set(json.loads(call["function"]["arguments"])) <= {"a"}
+    cut = json.loads((await ask(client, url, CHAT, **wanted, max_tokens=12))[2])["choices"][0]
+    assert cut["finish_reason"] == "length" and not cut["message"]["content"]
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "2"}
+    later = await ask(client, url, CHAT, messages=[*BODIES[CHAT]["messages"], choice["message"], result], tools=tools, max_tokens=5)
+    assert later[0] == 200
+    flat = [{"type": "function", **ADD}]
+    response = json.loads((await ask(client, url, RESPONSES, tools=flat, tool_choice="required", temperature=0))[2])
+    assert [item["type"] for item in response["output"]][0] == "function_call" and json.loads(response["output"][0]["arguments"]) is not None
+
+
+# Ollama
+
+
+async def test_ollama_s_answers_are_lines_of_json(client):
+    async with serving(FakePool(THOUGHT)) as url:
+        lines = await streamed(client, url, "/api/chat")
+        assert [line["message"].get("thinking") for line in lines][:2] == ["Hm", "m"] and [line["done"] for line in lines] == [False] * 6 + [True]
+        assert lines[4]["message"]["tool_calls"] == [{"function": {"name": "add", "arguments": {"a": 1}}}]
+        assert (lines[-1]["done_reason"], lines[-1]["prompt_eval_count"], lines[-1]["eval_count"]) == ("stop", 7, 7)
+        whole = json.loads((await ask(client, url, "/api/chat"))[2])
+        assert whole["message"]["content"] == "So!" and whole["message"]["thinking"] == "Hmm" and len(whole["message"]["tool_calls"]) == 2
+        async with client.post(url + "/api/chat", json=BODIES[CHAT]) as response:
+            assert response.headers["Content-Type"] == "application/x-ndjson"
+        for path in ("/api/chat", "/api/generate"):
+            async with client.post(url + path, json={"model": "fake-model:latest"}) as response:
+                assert (await response.json())["done_reason"] == "load"
+
+
+async def test_ollama_s_bodies_are_requests(client):
+    pool = FakePool()
+    async with serving(pool) as url:
+        options = {"temperature": 0.5, "num_predict": -2, "stop": "x", "repeat_penalty": 1.5, "num_ctx": 9}
+        assert (await ask(client, url, "/api/generate"))[0] == 200
+        for path, body in (("/api/chat", {}), ("/api/generate", {"system": "Be brief."}), ("/api/generate", {"raw": True}), ("/api/chat", {"format": "json"})):
+            async with client.post(url + path, json=BODIES[path] | body | {"options": options}) as response:
+                assert response.status == 200, await response.text()
+    for request in pool.requests[1:]:
+        assert (request.sampling.temperature, request.sampling.repetition_penalty, request.max_tokens) == (0.5, 1.5, None)
+    assert [m.role for m in pool.requests[2].messages] == ["system", "user"] and pool.requests[3].prompts == (HI,)
+    assert pool.requests[4].grammar and not pool.requests[1].grammar and pool.requests[1].stop == ("x",)
+
+
+async def test_what_ollama_tells_of_the_model(client):
+    async with serving(FakePool()) as url:
+        async with client.get(url + "/api/tags") as response:
+            assert (await response.json())["models"][0]["name"] == "fake-model"
+        async with client.get(url + "/api/version") as response:
+            assert await response.json() == {"version": chat_server.__version__}
+        async with client.post(url + "/api/show", json={"model": "fake-model"}) as response:
+            assert (await response.json())["model_info"]["chat_server.context_length"] == 4096
+        async with client.post(url + "/api/show", json={"model": "llama3"}) as response:
+            assert response.status == 404 and "llama3" in (await response.json())["error"]
+
+
+def test_thinking_is_asked_for_in_each_api_s_words():
+    options = lambda reader, **body: reader(body, KNOWN).request.template_options      # noqa: E731
+    question = BODIES[CHAT]["messages"]
+    assert options(chat_server.read_responses_call, input="x", reasoning={"effort": "low", "summary": "auto"}) == {"reasoning_effort": "low"}
+    assert options(chat_server.read_chat_call, messages=question, reasoning_effort="low") == {"reasoning_effort": "low"}
+    off = {"chat_template_kwargs": {"enable_thinking": False, "thinking": False}}
+    assert options(chat_server.read_messages_call, messages=question, thinking={"type": "disabled"}) == off
+    assert options(chat_server.read_ollama_chat, messages=question, think=False) == off
+    assert options(chat_server.read_ollama_chat, messages=question, think="high") == {"reasoning_effort": "high"}
+    assert options(chat_server.read_messages_call, messages=question, output_config={"effort": "high"}) == {"reasoning_effort": "high"}
+    assert options(chat_server.read_messages_call, messages=question) == options(chat_server.read_responses_call, input="x") == {}
+
+
+async def test_a_last_message_of_the_assistant_is_continued(client, url, exact):
+    """Anthropic's prefill is continue_final_message."""
+    messages = [*BODIES[CHAT]["messages"], {"role": "assistant", "content": "The capital of"}]
+    prefilled = json.loads((await ask(client, url, MESSAGES, messages=messages, temperature=0))[2])
+    assert whole_text(prefilled).strip() == "Japan is Tokyo."
+    counted = await ask(client, url, MESSAGES, messages=messages)
+    async with client.post(url + MESSAGES + "/count_tokens", json={"messages": messages}) as response:
+        usage = json.loads(counted[2])["usage"]
+        assert (await response.json())["input_tokens"] == usage["input_tokens"] + usage["cache_read_input_tokens"]
+
+
+# constraints in the words of vLLM and llama-server
+
+
+@pytest.mark.parametrize("constraint, fits", [
+    ({"guided_choice": ["Kyoto", 'Osa"ka']}, ["Kyoto", 'Osa"ka']), ({"structured_outputs": {"choice": ["Kyoto"]}}, ["Kyoto"]),
+    ({"guided_regex": "[0-9]{3}/[a-c]"}, None), ({"structured_outputs": {"regex": "[0-9]{3}/[a-c]"}}, None),
+    ({"grammar": 'root ::= "Kyoto" | "Osaka"'}, ["Kyoto", "Osaka"]), ({"guided_grammar": 'start: "Kyoto" | "Osaka"'}, ["Kyoto", "Osaka"]),
+    ({"guided_json": '{"enum": ["Kyoto"]}'}, ['"Kyoto"']), ({"json_schema": {"enum": ["Kyoto"]}}, ['"Kyoto"']),
+    ({"structured_outputs": {"json": {"enum": ["Kyoto"]}}}, ['"Kyoto"'])])
+async def test_a_constraint_is_kept_in_whatever_words(client, url, constraint, fits):
+    for path in (CHAT, "/v1/completions"):
+        text = whole_text(json.loads((await ask(client, url, path, **constraint, temperature=1, seed=1, max_tokens=20))[2]))
+        assert text in fits if fits else re.fullmatch("[0-9]{3}/[a-c]", text), text
+
+
+@pytest.mark.parametrize("constraint, named", [
+    ({"guided_choice": []}, "guided_choice"), ({"guided_regex": "("}, "guided_regex"), ({"grammar": "hello"}, "grammar"), ({"grammar": "root ::= ("}, "grammar"),
+    ({"guided_json": "no json"}, "guided_json"), ({"guided_json": "[]"}, "guided_json"), ({"structured_outputs": {"x": 1}}, "structured_outputs"),
+    ({"structured_outputs": {}}, "structured_outputs"), ({"structured_outputs": {"json": {}, "regex": "x"}}, "structured_outputs"),
+    ({"guided_choice": ["x"], "guided_regex": "x"}, "guided_choice"), ({"json_schema": {}, "response_format": {"type": "json_object"}}, "json_schema"),
+    ({"guided_grammar": "x" * 20_000}, "guided_grammar")])
+async def test_a_constraint_that_cannot_be_kept_is_400(client, constraint, named):
+    async with serving(FakePool()) as url:
+        for path in (CHAT, "/v1/completions"):
+            status, _, text = await ask(client, url, path, **constraint)
+            error = json.loads(text)["error"]
+            assert status == 400 and (named in error["message"] or named in error["param"]), text
