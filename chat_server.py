@@ -1539,7 +1539,7 @@ GENERIC_TOOLS = """You can call functions. Each line here describes one of them:
 
 To call a function, write
 <tool_call>
-{{"name": "its name", "arguments": {{"a parameter": "its value"}}}}
+{{"name": "the function", "arguments": {{...}}}}
 </tool_call>
 You then get what it returns in <tool_response>. Where no function helps, answer in words."""
 

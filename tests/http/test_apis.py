@@ -543,20 +543,21 @@ def test_a_template_without_tools_is_told_of_them_by_a_system_prompt(default_mod
 
 async def test_a_model_whose_template_knows_no_tools_calls_them(client, url):
     """A required call is made by the grammar; what was called can be told of in the next turn."""
-    tools = [{"type": "function", "function": ADD}]
+    strict = ADD | {"parameters": ADD["parameters"] | {"required": ["a"], "additionalProperties": False}}
+    tools = [{"type": "function", "function": strict}]
     (model,) = get(url + "/v1/models")["data"]
     assert model["tools"] == "generic" and model["capabilities"]["tools"] is True
     wanted = {"tools": tools, "tool_choice": {"type": "function", "function": {"name": "add"}}, "temperature": 0}
     (choice,) = json.loads((await ask(client, url, CHAT, **wanted))[2])["choices"]
     (call,) = choice["message"]["tool_calls"]
     assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
-    assert call["function"]["name"] == "add" and set(json.loads(call["function"]["arguments"])) <= {"a"}
+    assert call["function"]["name"] == "add" and set(json.loads(call["function"]["arguments"])) == {"a"}
     cut = json.loads((await ask(client, url, CHAT, **wanted, max_tokens=12))[2])["choices"][0]
     assert cut["finish_reason"] == "length" and not cut["message"]["content"]
     result = {"role": "tool", "tool_call_id": call["id"], "content": "2"}
     later = await ask(client, url, CHAT, messages=[*BODIES[CHAT]["messages"], choice["message"], result], tools=tools, max_tokens=5)
     assert later[0] == 200
-    flat = [{"type": "function", **ADD}]
+    flat = [{"type": "function", **strict}]
     response = json.loads((await ask(client, url, RESPONSES, tools=flat, tool_choice="required", temperature=0))[2])
     assert [item["type"] for item in response["output"]][0] == "function_call" and json.loads(response["output"][0]["arguments"]) is not None
 

@@ -132,7 +132,7 @@ def bodies(path):
     optional = {name: value_of(schema) | json_values for name, schema in properties.items() if name not in ("messages", "model")}
     optional |= {"tool_choice": json_values, "model": st.just("fake") | json_values, "unknown": json_values}
     valid = st.fixed_dictionaries({"messages": messages}, optional={name: each for name, each in optional.items()})
-    right = {name: value_of(schema) for name, schema in properties.items() if name not in ("messages", "model")}
+    right = {"unknown": json_values} | {name: value_of(schema) for name, schema in properties.items() if name not in ("messages", "model")}
     few = st.lists(st.sampled_from(sorted(right)), max_size=2).flatmap(lambda names: st.fixed_dictionaries(
         {"messages": st.just([{"role": "user", "content": "hi"}]), **{name: right[name] for name in names}}))
     return st.one_of(few, few, valid, json_values).map(lambda value: json.dumps(value).encode()) | st.binary(max_size=40)
