@@ -84,7 +84,7 @@ static inline TilePlace tile_of(const Tiles& tiles, int64_t tile, int64_t bytes)
 
 size_t prepared_bytes(Weight type, int64_t columns, int64_t rows);
 
-// Rows [row_begin, row_end) of x, `stride` floats apart; any sub-range at a time, sets of SET_ROWS by any thread. norm: x / rms(x) (* norm_weight
+// Rows [row_begin, row_end) of x, `stride` floats apart; any sub-range at a time, by any thread. norm: x / rms(x) (* norm_weight
 // [columns] unless null), the bits of rms_norm. `prepared` is aligned to 64 and holds prepared_bytes for all the rows.
 void prepare(Weight type, const float* x, int64_t stride, int64_t columns, int64_t row_begin, int64_t row_end, bool norm,
              const float* norm_weight, float epsilon, void* prepared);
@@ -140,8 +140,8 @@ struct TileKernels {
 DC_EACH_ISA(extern const TileKernels tile_kernels)
 
 // The panel of a group: for q types [2][K / 32] of these, each half for SET_ROWS rows; for float types f32 [K / 16, rounded up][8][16].
-// One thread makes x of a decode step ready, and every cache line that it writes moves to the others' caches and back: of up to 4
-// rows 4 lines a block, and 3 more where a row of its set has a fine plane. (All 8 rows side by side, with planes of 0, were 8.)
+// One thread makes x of a decode step ready, and every cache line that others read moves to their caches and back: of up to 4 rows
+// 3 lines a block that lie together, and 3 more where a row of its set has a fine plane. A row writes bytes of its own only.
 constexpr int SET_ROWS = 4;                             // rows that take a fine plane together: of 8 more often one has it; 2 gain nothing
 
 struct PanelBlock {
@@ -151,7 +151,7 @@ struct PanelBlock {
     uint8_t has_fine[SET_ROWS];                         // 1 or 0
     alignas(16) int32_t minus[3][SET_ROWS];             // minus the sum of x8: of all 32, of the first 16, of the others
     int32_t fine_minus[3][SET_ROWS];                    // and of fine
-    alignas(64) int8_t fine[SET_ROWS][BLOCK];           // at most +-127; this and fine_minus: 0 of rows without, unless the set has none
+    alignas(64) int8_t fine[SET_ROWS][BLOCK];           // 0 without has_fine, at most +-127
 };
 
 // Simulated on 510 positions: KL, and the share of the blocks that one row of 8 wants fine. 1.3: 4.5e-4, 45 %; 1.5: 5.3e-4, 36 %;

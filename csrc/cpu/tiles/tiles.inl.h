@@ -52,13 +52,6 @@ DC_INLINE void store_some(float* p, Lanes a, int64_t count) {
 
 // ---- prepare
 
-template <int R>
-DC_INLINE bool any_fine(const uint8_t* has_fine) {
-    uint64_t flags = 0;
-    std::memcpy(&flags, has_fine, R);
-    return flags != 0;
-}
-
 struct Row {
     const Preparation& job;
     const float* x;
@@ -85,21 +78,6 @@ DC_INLINE void put_sums(HalfSums sum, int32_t (*minus)[SET_ROWS], int r) {
     minus[0][r] = -(sum.low + sum.high), minus[1][r] = -sum.low, minus[2][r] = -sum.high;
 }
 
-DC_INLINE void clear_fine(PanelBlock& block, int r) {
-    put_sums({0, 0}, block.fine_minus, r);
-    std::memset(block.fine[r], 0, BLOCK);
-}
-
-// Fine planes are cleared only in a set that has one: what no product reads is not written.
-DC_INLINE void quantize_finely(const Row& row, int64_t b, PanelBlock& to, int r) {
-    const HalfSums sum = quantize_rest(value_at(row, b * BLOCK), value_at(row, b * BLOCK + 16), to.fine[r]);
-    to.has_fine[r] = 1;
-    to.product[r] += to.scale[r] / 256 * float(sum.low + sum.high);
-    put_sums(sum, to.fine_minus, r);
-    for (int other = 0; other < SET_ROWS; other++)
-        if (!to.has_fine[other]) clear_fine(to, other);
-}
-
 DC_INLINE void quantize_row(const Row& row, PanelBlock* panel, int r) {
     const int64_t blocks = row.job.columns / BLOCK;
     float scales = 0;
@@ -110,13 +88,18 @@ DC_INLINE void quantize_row(const Row& row, PanelBlock* panel, int r) {
         to.product[r] = q.scale * float(q.sum.low + q.sum.high);
         to.has_fine[r] = 0;
         put_sums(q.sum, to.minus, r);
+        put_sums({0, 0}, to.fine_minus, r);
+        std::memset(to.fine[r], 0, BLOCK);
         scales += q.scale;
     }
     const float limit = FINE_ABOVE * (scales / float(blocks));
     for (int64_t b = 0; b < blocks; b++) {
         PanelBlock& to = panel[b];
-        if (to.scale[r] > limit) quantize_finely(row, b, to, r);
-        else if (any_fine<SET_ROWS>(to.has_fine)) clear_fine(to, r);
+        if (!(to.scale[r] > limit)) continue;
+        const HalfSums sum = quantize_rest(value_at(row, b * BLOCK), value_at(row, b * BLOCK + 16), to.fine[r]);
+        to.has_fine[r] = 1;
+        to.product[r] += to.scale[r] / 256 * float(sum.low + sum.high);
+        put_sums(sum, to.fine_minus, r);
     }
 }
 
@@ -181,6 +164,13 @@ DC_INLINE void sum_block(const uint8_t* quants, const Plane& plane, Whole* whole
     for (int p = 0; p < F::PARTS; p++)
         for (int r = 0; r < R; r++)
             whole[p * R + r] = F::Dot::template end<F::OFFSET_SHIFT>(sum[p * R + r], plane.minus_of(FIRST + p, r));
+}
+
+template <int R>
+DC_INLINE bool any_fine(const uint8_t* has_fine) {
+    uint64_t flags = 0;
+    std::memcpy(&flags, has_fine, R);
+    return flags != 0;
 }
 
 template <int PARTS>
