@@ -53,7 +53,7 @@ def dequantized(kind: str, rows: torch.Tensor, script: SimpleNamespace) -> torch
     if name in ("Q8_0", "Q4_0", "Q4_1"):
         return script.dequantize(SimpleNamespace(name=name), rows).view(len(rows), -1)
     import gguf
-    return script.dequantize(gguf.GGMLQuantizationType[name], rows)
+    return script.dequantize(gguf.GGMLQuantizationType[name], rows).view(len(rows), -1)
 
 
 class PackedOps:

@@ -536,7 +536,7 @@ def wrong_ops(p, m):
     p.linear(x, e.layers[0]["router"], logits)
     good = dict(x=x, logits=logits, gate_up=e.layers[0]["up"], down=e.layers[0]["down"], out=x, norm=(None, 0.0), biases=(None, None),
                 activation="swiglu", chosen=2, sum_to_one=True)
-    for argument, wrong in (("x", last), ("logits", last), ("gate_up", m.table), ("gate_up", m.layers[0]["up"]), ("down", m.head),
+    for argument, wrong in (("x", last), ("logits", last), ("gate_up", m.table), ("gate_up", m.layers[0]["up"]), ("down", m.layers[0]["down"]),
                             ("chosen", 0), ("chosen", 8), ("chosen", 1.0), ("activation", "relu2"), ("norm", (np.ones(3, np.float32), 0.0)),
                             ("biases", (np.ones(3, np.float32), None)), ("out", q)):
         yield ("" if argument == "x" else argument), lambda: p.experts(**(good | {argument: wrong}))
