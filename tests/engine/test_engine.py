@@ -65,7 +65,7 @@ def test_the_default_model_knows_the_capital_of_japan_and_stops(default_model_pa
     assert result.end["a"].reason == "stop" and result.end["a"].stop_reason == "eos"
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("temperature", [0.0, pytest.param(0.8, marks=pytest.mark.slow)])
 def test_an_answer_alone_equals_the_answer_in_a_batch_of_32(smollm, temperature):
     works = [chat_work(smollm, f"w{i}", QUESTIONS[i % len(QUESTIONS)] + f" ({i})", 24, temperature=temperature, seed=i, top_k=0)
              for i in range(32)]
@@ -113,6 +113,7 @@ def test_conversations_a_b_a_reuse_their_prefix_and_answer_as_if_alone(smollm):
         same(smollm, warm, alone[name], name)
 
 
+@pytest.mark.slow
 def test_a_7000_token_prompt_never_holds_up_8_streaming_answers(smollm):
     smollm.pool.forget_cached()
     words = smollm.tokenizer.encode(" ".join(QUESTIONS) * 200)[:7000]

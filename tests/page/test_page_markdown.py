@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from browsing import answers, ask, button, expect, expect_answered, more, needs_browser, open_page, questions, said
+from browsing import (SLOW_MS, answers, ask, button, expect, expect_answered, more, needs_browser, open_page, questions,
+                      said)
 from page_server import BLOCKS, HOSTILE, MARKDOWN
 
 pytestmark = needs_browser
@@ -260,7 +261,7 @@ def test_a_chat_of_a_thousand_turns_is_drawn_where_it_is_looked_at(page, stand_i
     # not drawn, but a search in the page finds it
     expect(answers(page).first).to_contain_text("**answer** 0")
     page.get_by_role("log").evaluate("log => { log.scrollTop = 0; }")
-    expect(answers(page).first.locator("strong")).to_be_in_viewport()
+    expect(answers(page).first.locator("strong")).to_be_in_viewport(timeout=SLOW_MS)
     expect(button(page, "Jump to latest")).to_be_visible()
     button(page, "Jump to latest").click()
     expect(answers(page).last.locator("strong")).to_be_in_viewport()

@@ -97,7 +97,7 @@ def attach(page, name, text):
     expect(button(page, f"Remove {name}")).to_be_visible()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_axe_finds_nothing_on_any_screen(browser, stand_in, scheme):
     with visitor(browser, color_scheme=scheme) as page:
         for name, reach in SCREENS.items():
