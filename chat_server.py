@@ -6598,10 +6598,10 @@ class Sandbox:
     EXCESS = (-signal.SIGPROF, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGKILL)
     OUT_OF_MEMORY = 77
 
-    def __init__(self, command: Seq[str], config: SandboxConfig):
+    def __init__(self, command: Seq[str], config: SandboxConfig | None = None):
         self.command, self.config, self.turns = command, config, Turns()
         self.process: subprocess.Popen | None = None
-        self.closed = False
+        self.configured = self.closed = False
 
     async def call(self, client: str, task: str, *arguments: Any, body: bytes | None = None) -> Any:
         """Run a task and return its value. RequestError if it refuses or exceeds a limit."""
@@ -6616,8 +6616,9 @@ class Sandbox:
             del exchange        # it holds its exception, whose traceback holds this frame, and so the body
 
     async def start(self) -> None:
-        """Start the process unless it is running."""
+        """Start the process unless it is running. Its configuration follows with the first task."""
         if self.process is None:
+            self.configured = False
             ours, theirs = socket.socketpair()
             environment = os.environ | {
                 "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
@@ -6626,12 +6627,12 @@ class Sandbox:
                     [*self.command, "sandbox", str(theirs.fileno()), str(os.getpid())], env=environment,
                     pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True)
             self.reader, self.writer = await asyncio.open_connection(sock=ours)
-            self.writer.write(packed(self.config))
 
     async def _exchange(self, messages: Seq[Any]) -> Any:
         if self.closed:
             raise Overloaded("the server is shutting down", retry_after_s=10)
         await self.start()
+        messages, self.configured = messages if self.configured else [self.config, *messages], True
         try:
             for message in messages:
                 frame = memoryview(packed(message))
@@ -6701,7 +6702,7 @@ class Admission:
     def __init__(self, check_capacity: Callable[[str, str], None]):
         self.check_capacity = check_capacity
         self.prompts: PromptMaker | None = None     # set once there is a tokenizer
-        self.sandboxes: dict[str, Sandbox] = {}     # "templates", "schemas", "bodies"
+        self.sandboxes = {name: Sandbox(PROCESS_COMMAND) for name in ("templates", "schemas", "bodies")}
         self.preparing: dict[str, str] = {}         # request being read or rendered -> its client
         self.valid_grammars: OrderedDict[tuple[str, str], None] = OrderedDict()     # (owner, source)
 
@@ -6713,13 +6714,11 @@ class Admission:
                       native or (GENERIC_FORMAT if can_chat else None))
         limits = {"templates": (self.TEMPLATE_S, 256 << 20, 0), "schemas": (self.SCHEMA_S, 256 << 20, 10),
                   "bodies": (self.BODY_S, 1 << 30, 5)}
-        self.sandboxes = {
-            name: Sandbox(PROCESS_COMMAND, SandboxConfig(
-                known, card.text if name == "bodies" else replace(card.text, payload=b""),
-                card.context_length, *each))
-            for name, each in limits.items()}
-        if card.text.chat_template:
-            await self.sandboxes["templates"].start()
+        for name, each in limits.items():
+            text = card.text if name == "bodies" else replace(card.text, payload=b"")
+            self.sandboxes[name].config = SandboxConfig(known, text, card.context_length, *each)
+        if not card.text.chat_template:
+            await self.sandboxes["templates"].stop()
         tokenizer = await asyncio.to_thread(open_tokenizer, card.text)
         prompts = PromptMaker(tokenizer, card.context_length, fill=self._fill_template,
                               run=run_in_thread_if_long)
@@ -7281,6 +7280,7 @@ class LocalPool:
         self.source = await asyncio.to_thread(resolve_model, self.settings, report)
         for worker in self.workers:
             self._run(f"running worker {worker.gpu}", functools.partial(self._keep_alive, worker))
+        await self.admission.sandboxes["templates"].start()     # while the model loads
 
     def _give_up(self, error: ChatServerError) -> None:
         """End start-up with this error; it is not tried again."""
@@ -9915,7 +9915,8 @@ class Metrics:
                     if event.choice not in last_s:
                         self.ttft.observe(now - began_s)
                     else:
-                        self.itl.observe((now - last_s[event.choice]) / len(event.tokens))
+                        for _ in event.tokens:
+                            self.itl.observe((now - last_s[event.choice]) / len(event.tokens))
                     last_s[event.choice] = now
                 elif isinstance(event, Finished):
                     reason = event.reason
@@ -10861,9 +10862,14 @@ async def serve_forever(settings: Settings, pool: Pool | None = None) -> int:
         drain, now = stop_signals()
         pool = pool or LocalPool(settings)
         pool.on_progress = progress = ProgressDisplay()
+        try:        # the workers start while a thread imports aiohttp (0.2 s)
+            await pool.start()
+            await asyncio.to_thread(require_library, "aiohttp.web", "chat_server")
+        except Exception:
+            await pool.close()
+            raise
         async with serving(create_app(pool, settings), listener, room_for_connections(settings)):
             try:
-                await pool.start()
                 if await first_of(pool.wait_ready(), drain.wait()) == 0:
                     progress.close()
                     announce(pool, settings, listener.getsockname()[1])
