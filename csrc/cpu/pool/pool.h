@@ -25,7 +25,7 @@ namespace dc {
 
 constexpr int MAX_THREADS = 256;
 // Entering a futex costs 40-50 us here, so a shorter spin would cost more than it saves; of 20 and 100 us the longer did as
-// well or better (KERNELS.md 9.5, a prototype; not measured again in this pool).
+// well or better (measured on a prototype, not again in this pool).
 constexpr int SPIN_US = 100;
 // How long a thread waits for another's staged chunk before it does it itself: twice the time of one in the slowest share of the
 // phase so far, at least REDO_US (a chunk is meant to take 3 us), and UNKNOWN_US while no share is done.

@@ -6,7 +6,7 @@
 //            products (norm, mixing, rope, making x ready for the next product) is one phase of 4 rows a chunk, hence for
 //            T <= 4 no phase of its own: the thread that ends one product does it and begins the next.
 //   T >= 32  rows are divided: everything from one attention to the next is one phase whose chunks take 8 to 32 rows through
-//            all products, so that a thread keeps its rows in its cache (KERNELS.md 9.4: 4,360-4,880 tok/s on two chips,
+//            all products, so that a thread keeps its rows in its cache (measured: 4,360-4,880 tok/s on two chips,
 //            2,960 with the products divided).
 // A layer's experts (experts.h) are phases of their own either way: their products are divided among the threads.
 // Logit rows are always treated the first way: the head is too large to be read again for each chunk.

