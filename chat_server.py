@@ -2393,7 +2393,7 @@ def download_from_hub(hub: Any, repository: str, name: str, progress: Callable[[
     beside the cache's blobs, where the next start finds it; then the library finds a complete blob.
     """
     class Bar:
-        """What the library wants of a tqdm bar."""
+        """The part of tqdm's interface that the library uses."""
 
         def __init__(self, *_: Any, initial: int = 0, total: int | None = None, **__: Any):
             self.n, self.total = initial, total
@@ -2426,7 +2426,7 @@ def download_from_hub(hub: Any, repository: str, name: str, progress: Callable[[
                         headers=hub.utils.build_hf_headers())
                 except (hub.errors.HfHubHTTPError, InterruptedError):
                     raise
-                except Exception as error:      # the connection broke: again, as long as bytes come
+                except Exception as error:      # the connection broke: retry while bytes arrive
                     if getattr(error, "errno", None) in FULL:
                         raise
                     if file.tell() == before:
@@ -2741,7 +2741,7 @@ PROCESS_COMMAND = sys.executable, "-c", PROCESS_CODE
 
 
 def join_parent(descriptor: str, parent: str) -> Channel:
-    """The first thing a child process does: leave it to the front to end it, and die if the front dies."""
+    """The first thing a child process does: ignore signals, which are for the front, and die when it dies."""
     for number_ in (signal.SIGINT, signal.SIGTERM):     # a terminal or systemd signals the whole group
         signal.signal(number_, signal.SIG_IGN)
     die_with_parent(int(parent))
@@ -4080,7 +4080,7 @@ class Backend:
     activations = None          # dtype of every activation buffer; None: _allocate chooses
     faults: Mapping[str, str] = {}      # compiled ops that their references replace -> why
     as_stored = None            # loads a GGUF matrix in the file's own type; None: everything is dequantized
-    stored_dtype = None         # of activations and pages beside such matrices; None: the backend's affair
+    stored_dtype = None         # of activations and pages beside such matrices; None: the backend decides
 
     def __init__(self, device):
         self.dtype = fastest_dtype(device)      # of float weights, unless the user names one
