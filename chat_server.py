@@ -1316,7 +1316,7 @@ class NanochatTokenizer(Tokenizer):
     def encode(self, text: str, begins: bool = True) -> list[int]:
         try:
             return self.encoding.encode(whole_unicode(text), disallowed_special=())
-        except BaseException as error:      # 1 MB of spaces overflows its Rust regex: a panic, not an Exception
+        except BaseException as error:      # 1 MB of spaces overflows its Rust regex: a panic, no Exception
             if type(error).__name__ not in ("ValueError", "PanicException"):
                 raise
             raise RequestError("the text cannot be tokenized (too long a run of spaces?)",
