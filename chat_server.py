@@ -11049,7 +11049,7 @@ class RemotePool:
         self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
         self.client: Any = None
         self.model: dict[str, Any] = {}         # its entry in /v1/models
-        self.native = False                     # does it have only nanochat's route?
+        self.native = self.reached = False      # does it have only nanochat's route? has it answered yet?
 
     async def start(self) -> None:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=6 * PING_S)
@@ -11057,42 +11057,40 @@ class RemotePool:
 
     async def wait_ready(self) -> None:
         """Wait until the server is ready. ConfigError if there is no server."""
-        while not (health := await self._health()).get("ready", True):
+        while not (health := await self.get("health", 503)).get("ready", True):
             if "loading" not in health:
                 reason = health.get("status", "no reason given")
                 raise Overloaded(f"the server at {self.url} is not ready ({reason})")
             loading = health["loading"]
             self.on_progress(f"server: {loading.get('stage')}", float(loading.get("fraction") or 0))
             await asyncio.sleep(0.5)
-        models = await self.get("v1/models")
-        listed = models.get("data") if isinstance(models, dict) else None
+        listed = (await self.get("v1/models")).get("data")
         if not listed and "ready" not in health:
             raise ConfigError(f"{self.url} is not a chat server: "
                               "neither /health nor /v1/models answers like one")
-        self.model = listed[0] if listed and isinstance(listed[0], dict) else {}
+        self.model = listed[0] if listed and isinstance(listed, list) and isinstance(listed[0], dict) else {}
         told = self.model.get("defaults") if isinstance(self.model.get("defaults"), dict) else {}
         told = {name: told[name] for name in SAMPLING_DEFAULTS if type(told.get(name)) in (int, float)}
         self.own_sampling = told, "the server"
 
-    async def _health(self) -> dict:
-        """The body of /health; {} if the server answers with anything but a JSON object."""
+    async def _ask(self, method: str, path: str, **how: Any) -> Any:
+        """A response. ConfigError if no server answers, EngineFailure if one that did breaks off."""
         try:
-            async with self.client.get(f"{self.url}/health") as response:
-                health = await response.json(content_type=None)
+            response = await self.client.request(method, f"{self.url}/{path}", **how)
+            self.reached = True
+            return response
         except connection_errors() as error:
-            raise self._unreachable(error) from None
-        except ValueError:
-            health = None
-        return health if isinstance(health, dict) else {}
+            if self.reached and not isinstance(error, (aiohttp.ClientConnectorError, aiohttp.InvalidURL)):
+                raise self._broken(error) from None
+            raise ConfigError(f"no server answers at {self.url}: {reason_of(error)}") from None
 
-    def _unreachable(self, error: Exception) -> ConfigError:
-        return ConfigError(f"no server answers at {self.url}: {reason_of(error)}")
-
-    async def get(self, path: str) -> Any:
-        """The JSON that a route returns; None if it returns anything else."""
-        with contextlib.suppress(ValueError, *connection_errors()):
-            async with self.client.get(f"{self.url}/{path}") as response:
-                return await response.json(content_type=None) if response.status == 200 else None
+    async def get(self, path: str, *statuses: int) -> dict[str, Any]:
+        """The JSON object that a route returns with status 200 or one of these; {} for anything else."""
+        body: Any = None
+        async with await self._ask("GET", path) as response:
+            with contextlib.suppress(ValueError, *connection_errors()):
+                body = await response.json(content_type=None) if response.status in (200, *statuses) else None
+        return body if isinstance(body, dict) else {}
 
     @property
     def model_name(self) -> str:
@@ -11135,22 +11133,17 @@ class RemotePool:
 
     async def _post(self, request: Request) -> Any:
         """Send a request; the response, once the server has accepted it."""
-        post = functools.partial(self.client.post, headers={"X-Request-Id": request.id})
-        route = "completions" if request.messages is None else "chat/completions"
-        try:
-            if not self.native:
-                response = await post(f"{self.url}/v1/{route}", json=self._body(request))
-                error = None if response.status == 200 else await refusal(response)
-                if error is None:
-                    return response
-                if response.status not in (404, 405) or error.code == "model_not_found":
-                    raise error
-                self.native = True
-            response = await post(f"{self.url}/chat/completions", json=native_body(request))
-        except (aiohttp.ClientConnectorError, aiohttp.InvalidURL) as error:
-            raise self._unreachable(error) from None
-        except connection_errors() as error:
-            raise self._broken(error) from None
+        post = functools.partial(self._ask, "POST", headers={"X-Request-Id": request.id})
+        if not self.native:
+            route = "completions" if request.messages is None else "chat/completions"
+            response = await post(f"v1/{route}", json=self._body(request))
+            if response.status == 200:
+                return response
+            error = await refusal(response)
+            if response.status not in (404, 405) or error.code == "model_not_found":
+                raise error
+            self.native = True
+        response = await post("chat/completions", json=native_body(request))
         if response.status != 200:
             raise await refusal(response)
         return response
@@ -11171,8 +11164,8 @@ class RemotePool:
         """The response with the rest of a broken stream. EngineFailure if it cannot be resumed."""
         for pause_s in self.RESUME_S if reader.next is not None else ():
             await asyncio.sleep(pause_s)
-            with contextlib.suppress(*connection_errors()):
-                response = await self.client.get(f"{self.url}/v1/streams/{request_id}?from={reader.next}")
+            with contextlib.suppress(ChatServerError):
+                response = await self._ask("GET", f"v1/streams/{request_id}?from={reader.next}")
                 if response.status == 200:
                     return response
                 response.close()
@@ -11181,9 +11174,9 @@ class RemotePool:
         raise self._broken(error) from None
 
     async def _cancel(self, request_id: str) -> None:
-        with contextlib.suppress(*connection_errors()):
+        with contextlib.suppress(ChatServerError):
             timeout = aiohttp.ClientTimeout(total=5)
-            (await self.client.post(f"{self.url}/v1/cancel/{request_id}", timeout=timeout)).close()
+            (await self._ask("POST", f"v1/cancel/{request_id}", timeout=timeout)).close()
 
     async def close(self) -> None:
         if self.client:
@@ -12012,9 +12005,8 @@ class Chat:
         stats = await self.pool.get("stats") if remote else self.pool.stats()
         names = {"gpu_id": "worker", "state": "", "device": "on",
                  "running": "running", "kv_pages_used": "KV pages"}
-        workers = stats.get("workers") if isinstance(stats, dict) else None
         rows = [" ".join(f"{name} {each[key]}".strip() for key, name in names.items() if key in each)
-                for each in workers or ()]
+                for each in stats.get("workers") or ()]
         self.note("\n".join([f"answers {self.answers}, tokens {self.tokens:,}", *rows]))
 
     def slash_quit(self, value: str) -> None:
