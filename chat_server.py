@@ -7237,7 +7237,6 @@ class LocalPool:
     TURN_S = 0.005              # one request's events are handled for this long before others get their turn
     PREFIXES = 10_000           # remembered per worker
     continues = True            # can it continue the last message of a conversation?
-    continues = True            # can it continue the last message of a conversation?
 
     def __init__(self, settings: Settings, *, worker_command: Seq[str] = PROCESS_COMMAND):
         self.settings, self.worker_command = settings, worker_command
