@@ -9298,6 +9298,7 @@ class Block:
     def __init__(self, kind: str, index: int, name: str):
         self.kind, self.index, self.name = kind, index, name
         self.id, self.texts = secrets.token_hex(12), []     # type: str, list[str]
+        self.frame = b""            # how an event with more of its text begins
 
     @property
     def text(self) -> str:
@@ -9409,8 +9410,12 @@ class ResponsesEncoder(BlockEncoder):
         return item + self.told("response.content_part.added", **self.place(block), part=part)
 
     def grown(self, block: Block, text: str) -> bytes:
-        logprobs = {"logprobs": []} if block.kind == "text" else {}
-        return self.told(self.ITEMS[block.kind][3] + ".delta", **self.place(block), delta=text, **logprobs)
+        if not block.frame:         # to dump each whole event takes 13 us, its text alone 3
+            event = self.ITEMS[block.kind][3] + ".delta"
+            logprobs = {"logprobs": []} if block.kind == "text" else {}
+            fields = dump({"type": event, **self.place(block), **logprobs})[:-1]
+            block.frame = b"event: %s\ndata: %s, " % (event.encode(), fields)
+        return b'%s"sequence_number": %d, "delta": %s}\n\n' % (block.frame, next(self.numbers), dump(text))
 
     def closed(self, block: Block) -> bytes:
         _, _, kind, event = self.ITEMS[block.kind]
