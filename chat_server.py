@@ -7633,7 +7633,10 @@ class LocalPool:
         """Start-up log lines of a ready pool: the chosen model, the alternatives, where and how it runs."""
         sampling = ", ".join(f"{name} {value:g} ({origin})"
                              for name, (value, origin) in sampling_of(self, self.settings).items())
+        tools = {"native": "Tools: native, as its chat template tells them",
+                 "generic": "Tools: generic, told by a system prompt because its chat template knows none"}
         return [line for line in (self.source.chosen, self.source.alternatives, *self.card.lines,
+                                  self.settings.command == "serve" and tools.get(tools_of(self.tokenizer)),
                                   f"Sampling unless a request says otherwise: {sampling}") if line]
 
     def health(self) -> tuple[int, dict[str, Any]]:

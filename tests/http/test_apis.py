@@ -26,6 +26,7 @@ BODIES = {          # what each API calls a question
     "/api/chat": {"messages": [{"role": "user", "content": HI}], "stream": False},
     "/api/generate": {"prompt": HI, "stream": False}}
 every_api = pytest.mark.parametrize("path", BODIES)
+LOG = []            # of the module's server, up to its URL
 KNOWN = Known(Settings(), "fake-model", "tagged")
 
 
@@ -189,7 +190,7 @@ async def test_progress_is_told_to_who_asks(client, path):
 
 @pytest.fixture(scope="module")
 def url(default_model_path):
-    with server(default_model_path, "--max-concurrent-per-key", "5") as (_, url):
+    with server(default_model_path, "--max-concurrent-per-key", "5", log=LOG) as (_, url):
         yield url
 
 
@@ -546,6 +547,7 @@ async def test_a_model_whose_template_knows_no_tools_calls_them(client, url):
     strict = ADD | {"parameters": ADD["parameters"] | {"required": ["a"], "additionalProperties": False}}
     tools = [{"type": "function", "function": strict}]
     (model,) = get(url + "/v1/models")["data"]
+    assert any(line.startswith("Tools: generic") for line in LOG)
     assert model["tools"] == "generic" and model["capabilities"]["tools"] is True
     wanted = {"tools": tools, "tool_choice": {"type": "function", "function": {"name": "add"}}, "temperature": 0}
     (choice,) = json.loads((await ask(client, url, CHAT, **wanted))[2])["choices"]
