@@ -320,6 +320,8 @@ OPTIONS = (
            "quantize float weight matrices while loading, to 8 to 4 bits (CPU, with decode_core)",
            choices=("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0",
                     "iq4_nl", "iq4_xs", "mxfp4")),
+    Option("lora", None, (), str,
+           "peft's folder of a LoRA adapter to merge into the weights at load, may repeat", many=True),
     Option("drafts", None, True, None,
            "check several tokens per step where text repeats itself; --no-drafts: one (same answers)"),
     Option("device-type", None, "auto", str, "where the model runs", choices=("auto", "cuda", "cpu", "mps")),
@@ -354,7 +356,8 @@ OPTIONS = (
 
 FLAG_GROUPS = {         # headings of --help and of the README
     "Model and where it runs":
-        "source model-tag step softcap served-model-name num-gpus num-workers device-type dtype quantize",
+        "source model-tag step softcap lora served-model-name num-gpus num-workers device-type dtype "
+        "quantize",
     "Memory and speed":
         "context-length kv-cache-memory gpu-memory-utilization max-batch prefill-chunk drafts idle-unload",
     "Answers, unless a request says otherwise": "temperature top-k top-p min-p max-tokens seed system prompt",
@@ -3313,14 +3316,15 @@ class Transformer:
             self.recorded = kernels.backend.record(self)
 
     def _pack(self, tensors: dict, progress: "Progress") -> dict:
-        """Move each weight to the device, matrices in the kernels' layout; a tied head is the embedding."""
-        weights, names = {}, expected_tensors(self.spec)
-        for name in names:
-            progress("packing weights", len(weights) / len(names))
-            weight = tensors.pop(name)
-            if name == "head" and self.spec.tied_head:
-                weights[name] = weights["embed"]
-                continue
+        """Read each weight and move it to the device, matrices in the kernels' layout; a tied head is the
+        embedding."""
+        weights, names = {}, list(expected_tensors(self.spec))
+        if self.spec.tied_head:
+            names.remove("head")
+            tensors.pop("head", None)
+        for name, read, mapped in read_ahead(tensors, names):
+            progress("loading weights", len(weights) / len(names))
+            weight = read
             if isinstance(weight, torch.Tensor):        # otherwise as stored in the GGUF file
                 large = weight.ndim > 1 and name != "smear_gate"
                 weight = weight.to(self.device, self.dtype if large else torch.float32)
@@ -3328,22 +3332,29 @@ class Transformer:
                                                  "ve_gate", "gate_up_bias", "router", "expert_gate_up",
                                                  "expert_down", "expert_gate_up_bias")
             weights[name] = self.kernels.pack(name, weight) if matrix else weight
+            if weights[name] is read and any(part.data_ptr() == read.data_ptr() for part in mapped):
+                weights[name] = read.clone()        # a file in use may change
+        if self.spec.tied_head:
+            weights["head"] = weights["embed"]
         return weights
 
     def _allocate(self, T: int, R: int) -> dict:
-        """One buffer per activation: residual stream, q and logits float32, the rest in the weights' type."""
-        spec, f32 = self.spec, torch.float32
-        dtype = self.kernels.backend.activations or self.dtype
-        C, D, F, H, Hkv = spec.width, spec.head_size, spec.ffn_size, spec.heads, spec.kv_heads
-        sizes = {
+        sizes = self.buffer_sizes(self.spec, T, R, self.kernels.backend.activations or self.dtype)
+        return {name: torch.empty(rows, columns, dtype=kind, device=self.device)
+                for name, (rows, columns, kind) in sizes.items()}
+
+    @staticmethod
+    def buffer_sizes(spec: ModelSpec, T: int, R: int, dtype) -> dict:
+        """One buffer per activation: residual stream, q and logits float32, the rest of type `dtype`."""
+        C, D, F, H, Hkv, f32 = (
+            spec.width, spec.head_size, spec.ffn_size, spec.heads, spec.kv_heads, torch.float32)
+        return {
             "x": (T, C, f32), "between": (T, C, f32), "x0": (T, C, f32), "middle": (T, C, f32),
             "previous": (T, C, f32), "added": (T, C, f32),
             "qkv": (T, (H + 2 * Hkv) * D, dtype), "q": (T, H * D, f32), "attended": (T, H * D, dtype),
             "gate": (T, Hkv, dtype), "value": (T, Hkv * D, dtype), "hidden": (T, F, dtype),
             "routing": (T, spec.experts, f32), "last": (R, C, f32), "logits": (R, spec.vocab_size, f32),
         }
-        return {name: torch.empty(rows, columns, dtype=kind, device=self.device)
-                for name, (rows, columns, kind) in sizes.items()}
 
     def cut(self, T: int, R: int) -> SimpleNamespace:
         """The first T rows of each buffer, or R rows of those used after the last layer."""
@@ -4229,10 +4240,11 @@ def check_kernels() -> int:
 
 @dataclass
 class LoadedModel:
-    """A model in memory; `tensors` has exactly the names and shapes of `expected_tensors(spec)`."""
+    """A model whose weights are still in its files; `tensors` has the names and shapes of
+    `expected_tensors(spec)`, without a tied head."""
 
     spec: ModelSpec
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, "Unread"]
     text: TextSpec
     name: str
     context_length: int                 # tokens
@@ -4241,6 +4253,49 @@ class LoadedModel:
     sampling: dict[str, Any] = field(default_factory=dict)      # the makers' defaults
     sampling_origin: str = ""           # where they come from
     notes: tuple[str, ...] = ()         # more lines for the start-up log
+
+
+class Unread(NamedTuple):
+    """A tensor that is read from its file when it is packed."""
+
+    read: Callable[[], Any]
+    nbytes: int                         # of what `read` returns
+    mapped: tuple = ()                  # the file's tensors that it may share memory with
+
+
+def read_ahead(tensors: dict[str, Any], names: Iterable[str]) -> Iterator[tuple[str, Any, tuple]]:
+    """Pop each tensor -> (name, the tensor, the file's tensors that it may share memory with).
+
+    A thread reads the next one meanwhile, on one core: torch's own threads cost more than they gain here.
+    """
+    def read(given: Any) -> Any:
+        return given.read() if isinstance(given, Unread) else given
+
+    threads, last = torch.get_num_threads(), None
+    try:
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for name in (*names, None):
+                given = tensors.pop(name) if name else None
+                coming = name, getattr(given, "mapped", ()), pool.submit(read, given)
+                if last:
+                    before, mapped, future = last
+                    yield before, future.result(), mapped
+                    forget(mapped)
+                last = coming
+    finally:
+        torch.set_num_threads(threads)
+
+
+def forget(mapped: Iterable[Any]) -> None:
+    """Give back the memory of the file's pages in which these tensors lie; whoever reads them again gets them
+    from the file."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        for tensor in mapped:
+            begin = tensor.data_ptr()
+            first, last = -(-begin // mmap.PAGESIZE), (begin + tensor.nbytes) // mmap.PAGESIZE
+            if first < last:
+                ctypes.CDLL(None).madvise(ctypes.c_void_p(first * mmap.PAGESIZE),
+                                          ctypes.c_size_t((last - first) * mmap.PAGESIZE), mmap.MADV_DONTNEED)
 
 
 # --- opening: the worker's side -----------------------------------------------------------------------------
@@ -4452,7 +4507,8 @@ def open_nanochat(source: ModelSource, settings: Settings, dtype: torch.dtype, d
     check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()},
                            sources)
     dtype = dtype or choose_backend(device, spec).dtype
-    tensors = assembled(sources, state, dtype, device, progress)
+    refuse_adapters(settings, f"{source.path} is a nanochat checkpoint")
+    tensors = assembled(sources, state, dtype)
     since = GENERATIONS[number].since
     description = f"nanochat generation {number} ({since}), {spec.layers} layers, width {spec.width}"
     return LoadedModel(spec, tensors, text, source.name, spec.max_positions, description, dtype)
@@ -4789,9 +4845,9 @@ HF_KEYS = {                 # all others are bool
     "no_rope_layers": Rule(int, 0, 1, many=True, optional=True), "no_rope_layer_interval": Rule(int, 1)}
 HF_INERT = set("""architectures attention_dropout auto_map bos_token_id cache_implementation dtype embd_pdrop
     do_sample eos_token_id initializer_range is_llama_config max_length model_type neftune_noise_alpha
-    output_attentions output_hidden_states output_router_logits pad_token_id pretraining_tp resid_pdrop
-    return_dict router_aux_loss_coef temperature tokenizer_class top_p torch_dtype transformers.js_config
-    transformers_version unsloth_fixed unsloth_version use_cache
+    output_attentions output_hidden_states output_router_logits pad_token_id pretraining_tp
+    quantization_config resid_pdrop return_dict router_aux_loss_coef temperature tokenizer_class top_p
+    torch_dtype transformers.js_config transformers_version unsloth_fixed unsloth_version use_cache
     _attn_implementation _attn_implementation_autoset _name_or_path _sliding_window_pattern""".split())
 HF_ONLY = {                 # what these must be where they are, unless the family has them
     **dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias", "rope_interleaved", "use_mrope",
@@ -4802,6 +4858,8 @@ HF_ONLY = {                 # what these must be where they are, unless the fami
 def family_config(path: Path, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The family of a config.json, and all that its row and HF_DEFAULTS list, checked."""
     kind = checked(path, "model_type", given.get("model_type"), Rule(str, choices=(*FAMILIES, "gemma3")))
+    if "quantization_config" not in FAMILIES.get(kind, FAMILIES["llama"]).config:
+        fp8_block(path, given)
     if kind == "gemma3":        # with an image encoder, which is not loaded
         kind, given = "gemma3_text", given.get("text_config")
         if not isinstance(given, dict):
@@ -4980,8 +5038,9 @@ def hf_rope(path: Path, kind: str, config: Mapping[str, Any], context: int | Non
 
 def open_hf(source: ModelSource, settings: Settings, dtype: torch.dtype, device: Any,
             progress: Progress) -> LoadedModel:
-    kind, spec = hf_spec(source.path / "config.json", settings.context_length)
-    state = read_safetensors(source.path)
+    config = source.path / "config.json"
+    kind, spec = hf_spec(config, settings.context_length)
+    state, scales = read_safetensors(source.path)
     if spec.tied_head:
         state.pop("lm_head.weight", None)       # some files have it twice
     sources = tensor_sources(spec, HF_TENSORS | FAMILIES[kind].tensors, spec.vocab_size)
@@ -4990,16 +5049,19 @@ def open_hf(source: ModelSource, settings: Settings, dtype: torch.dtype, device:
                            sources)
     backend = choose_backend(device, spec)
     as_stored, dtype = None if dtype else backend.as_stored, dtype or backend.dtype
-    with ThreadPoolExecutor(1) as pool:         # Python builds the tokenizer meanwhile
-        loading = pool.submit(assembled, sources, state, dtype, device, progress, as_stored)
-        text = hf_text(source.path, spec.vocab_size)
-        tensors = loading.result()
-    for name in tensors:
-        if FAMILIES[kind].one_more and name.endswith("_norm"):
-            tensors[name] += 1
-    if spec.tied_head:
-        tensors["head"] = tensors["embed"]
-    description = f"{kind}, {spec.layers} layers, width {spec.width}"
+    added, adapted = read_adapters(settings, {name: shape for _, theirs in sources.values()
+                                              for name, shape in theirs.items() if len(shape) == 2})
+    block = fp8_block(config, read_json(config)) if scales else []
+
+    def changed(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = unscaled(config, scales, block, name, tensor) if name in scales else tensor
+        for change in added.get(name, ()):
+            tensor = tensor.float() + change.delta()
+        return tensor + 1 if FAMILIES[kind].one_more and name.endswith("norm.weight") else tensor
+
+    tensors = assembled(sources, state, dtype, changed, as_stored)
+    text = hf_text(source.path, spec.vocab_size)
+    description = f"{kind}, {spec.layers} layers, width {spec.width}{', from FP8' * bool(scales)}{adapted}"
     path = source.path / "generation_config.json"
     return LoadedModel(spec, tensors, text, source.name, spec.max_positions, description, dtype,
                        **own_sampling(path, read_json(path, needed=False)))
@@ -5027,8 +5089,9 @@ def read_json(path: Path, needed: bool = True) -> dict[str, Any]:
     return found
 
 
-def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
-    """A folder's tensors, mapped from its files; those of an image encoder are left out."""
+def read_safetensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A folder's tensors, mapped from its files, and the scales of those in FP8; an image encoder's are left
+    out."""
     require_library("safetensors", "a Hugging Face folder")
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -5039,45 +5102,223 @@ def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
                 isinstance(name, str) and Path(name).name == name for name in files.values()):
             raise ConfigError(f"{index}: weight_map must give each tensor the name of a file beside it")
     state = {}
-    for path in (folder / name for name in sorted(set(files.values()))):
-        try:
-            state |= load_file(path)
-        except OSError as error:
-            raise cannot_read(path, error) from None
-        except (SafetensorError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"{path} is not a readable safetensors file (cut?): {named(error)}") from None
-    for name, tensor in state.items():
+    for name in sorted(set(files.values())):
+        state |= read_safetensors_file(folder / name)
+    # gemma3's files with images name the text model apart; some old llama files hold rotary frequencies
+    state = {name.replace("language_model.", "", 1): tensor for name, tensor in state.items()
+             if not re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.|.*\.rotary_emb\.", name)}
+    scales = {name: state.pop(of) for name in list(state) for of in (f"{name}_scale_inv", f"{name}_scale")
+              if state[name].dtype in FP8 and of in state}
+    for name, tensor in list(state.items()):
         floats = tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        if not floats and not (tensor.dtype == torch.uint8 and name.endswith(("_blocks", "_scales"))):
+        mxfp4 = tensor.dtype == torch.uint8 and name.endswith(("_blocks", "_scales"))
+        if scales and re.search(r"\.(input|output|[kqv])_scale(_inv)?$", name):
+            del state[name]         # of activations and cached keys and values, which have other types here
+        elif not (floats or mxfp4 or name in scales):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ConfigError(f"{folder}: {shown(name)} is of type {kind}; it must be float32, float16 or "
-                              "bfloat16")
-    # gemma3's files with images name the text model apart; some old llama files hold rotary frequencies
-    return {name.replace("language_model.", "", 1): tensor for name, tensor in state.items()
-            if not re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.|.*\.rotary_emb\.", name)}
+                              "bfloat16, or FP8 with a tensor of scales")
+    return state, scales
 
 
-def assembled(sources: Sources, state: Mapping[str, Any], dtype: torch.dtype, device: Any,
-              progress: Progress, as_stored: Callable | None = None) -> dict[str, Any]:
-    """Our tensors made of the rows of theirs: matrices as `dtype`, vectors as float32.
+def read_safetensors_file(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one file, mapped."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise cannot_read(path, error) from None
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{path} is not a readable safetensors file (cut?): {named(error)}") from None
+
+
+def assembled(sources: Sources, state: Mapping[str, Any], dtype: torch.dtype,
+              changed: Callable[[str, Any], Any] = lambda name, tensor: tensor,
+              as_stored: Callable | None = None) -> dict[str, Unread]:
+    """Our tensors, to be made of the rows of theirs after each is `changed`: matrices as `dtype`, vectors as
+    float32.
 
     `as_stored`, if given, makes those of packed weights.
     """
-    tensors = {}
-    for ours, (shape, theirs) in sources.items():
-        progress("loading weights", len(tensors) / len(sources))
-        parts, kind = [state[name] for name in theirs], torch.float32 if len(shape) == 1 else dtype
-        if isinstance(parts[0], Mxfp4):
-            packed = [(part, 0) for part in parts]
-            tensors[ours] = (as_stored(shape, packed) if as_stored
-                             else dequantized(shape, packed, dtype).to(device))
-            continue
-        tensors[ours], row = torch.empty(shape, dtype=kind, device=device), 0
-        for part in parts:
-            part = part.flatten(0, part.ndim - len(shape))[:shape[0]]       # drops a vocabulary's padding
-            tensors[ours][row:row + len(part)] = part
+    def read(shape: tuple[int, ...], theirs: Mapping[str, Any]) -> Any:
+        kind = torch.float32 if len(shape) == 1 else dtype
+        if any(isinstance(state[name], Mxfp4) for name in theirs):
+            packed = [(state[name], 0) for name in theirs]
+            return as_stored(shape, packed) if as_stored else dequantized(shape, packed, dtype)
+        # a vocabulary's padding is dropped
+        parts = (changed(name, state[name]) for name in theirs)
+        rows = (part.flatten(0, part.ndim - len(shape))[:shape[0]] for part in parts)
+        if len(theirs) == 1:
+            return next(rows).to(kind)
+        whole, row = torch.empty(shape, dtype=kind), 0
+        for part in rows:
+            whole[row:row + len(part)] = part
             row += len(part)
-    return tensors
+        forget(mapped(theirs))
+        return whole
+
+    def mapped(theirs: Iterable[str]) -> tuple:
+        return tuple(each for name in theirs for part in [state[name]]
+                     for each in ((part.blocks, part.scales) if isinstance(part, Mxfp4) else (part,)))
+
+    def nbytes(shape: tuple[int, ...], theirs: Iterable[str]) -> int:
+        if as_stored and any(isinstance(state[name], Mxfp4) for name in theirs):
+            return math.prod(shape) * 17 // 32
+        return math.prod(shape) * (4 if len(shape) == 1 else dtype.itemsize)
+
+    return {ours: Unread(functools.partial(read, *source), nbytes(*source), mapped(source[1]))
+            for ours, source in sources.items()}
+
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2) if hasattr(torch, "float8_e4m3fn") else ()
+
+
+def fp8_block(path: Path, given: Mapping[str, Any]) -> list[int]:
+    """Rows and columns that share a scale where FP8 weights have one for each block; ConfigError if the
+    config.json tells of another quantization."""
+    found = given.get("quantization_config")
+    if found is None:
+        return [128, 128]
+    found = found if isinstance(found, dict) else {}
+    method, groups = found.get("quant_method"), found.get("config_groups")
+    weights = [group.get("weights") or {} for group in groups.values()] if isinstance(groups, dict) else [{}]
+    if method not in ("fp8", "fbgemm_fp8", "compressed-tensors") or method == "compressed-tensors" and any(
+            (each.get("type"), each.get("num_bits")) != ("float", 8) for each in weights):
+        kind = found.get("format", "")
+        raise ConfigError(f"{path}: quantization_config.quant_method is {shown(method)}"
+                          f"{kind and f' of format {shown(kind)}'}; only FP8 is supported (fp8, fbgemm_fp8, "
+                          "and compressed-tensors with 8-bit floats): take the unquantized model, or a GGUF "
+                          "file of it")
+    block = found.get("weight_block_size") or weights[0].get("block_structure") or [128, 128]
+    return checked(path, "quantization_config.weight_block_size", block, Rule(int, 1, many=True), 2)
+
+
+def unscaled(path: Path, scales: Mapping[str, torch.Tensor], block: Seq[int], name: str,
+             weight: torch.Tensor) -> torch.Tensor:
+    """FP8 weights (N, K) times their scales: one for all, one for each row, or one for each block."""
+    values, scale = weight.float(), scales[name].float()
+    N, K = weight.shape
+    if scale.numel() == 1:
+        return values * scale.reshape(())
+    if scale.shape in ((N,), (N, 1)):
+        return values * scale.view(N, 1)
+    if scale.shape != (-(-N // block[0]), -(-K // block[1])):
+        raise ConfigError(f"{path.parent}: the scales of {name} {(N, K)} are {tuple(scale.shape)}; there "
+                          f"must be 1, one for each row, or one for each block of {block[0]} x {block[1]}")
+    for first in range(0, N, block[0]):     # in place, by bands: no second matrix of float32
+        band = scale[first // block[0]].repeat_interleave(block[1])[:K]
+        values[first:first + block[0]] *= band
+    return values
+
+
+# --- LoRA adapters ------------------------------------------------------------------------------------------
+
+
+class Change(NamedTuple):
+    """What an adapter adds to a weight (N, K): scaling * b @ a, in the order of Hugging Face's rows."""
+
+    a: Any                              # (rank, K)
+    b: Any                              # (N, rank)
+    scaling: float
+    embedding: bool                     # its matrices are (rank, N) and (K, rank)
+
+    def delta(self) -> torch.Tensor:
+        product = self.b.float() @ self.a.float() * self.scaling
+        return product.T if self.embedding else product
+
+
+LORA_KEYS = {"r": Rule(int, 1, 1 << 16), "lora_alpha": Rule(float, -10**6, 10**6), "use_rslora": Rule(bool)}
+# The layout of the product, or how training went; all other keys must be empty or false.
+LORA_INERT = set("""alpha_pattern auto_mapping base_model_name_or_path corda_config ensure_weight_tying
+    eva_config exclude_modules inference_mode init_lora_weights layers_pattern layers_to_transform
+    loftq_config lora_dropout lora_ga_config megatron_core peft_type peft_version qalora_group_size
+    rank_pattern revision target_modules task_type""".split())
+
+
+def refuse_adapters(settings: Settings, base: str) -> None:
+    if settings.lora:
+        raise ConfigError(f"--lora {settings.lora[0]}: {base}; adapters merge into Hugging Face folders and "
+                          "GGUF files")
+
+
+def read_adapters(settings: Settings, targets: Mapping[str, tuple]) -> tuple[dict[str, list[Change]], str]:
+    """What the folders of --lora add to each of the model's matrices, and a description of them.
+
+    `targets` has their shapes by Hugging Face's names. See peft's tuners/lora: scaling is alpha / rank, or
+    alpha / sqrt(rank) with rslora.
+    """
+    added: dict[str, list[Change]] = {}
+    for folder in map(Path, settings.lora):
+        folder = folder.expanduser()
+        config, tensors = lora_config(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
+        require_library("safetensors", "a LoRA adapter")
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in read_safetensors_file(tensors).items():
+            match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(?:\.weight)?", name)
+            if not match or tensor.ndim != 2:
+                raise ConfigError(f"{tensors}: {shown(name)} is not a matrix lora_A or lora_B")
+            module = match[1].replace("language_model.", "", 1)
+            found.setdefault(module, {})[match[3] + (match[2] or "")] = tensor
+        for module, pair in found.items():
+            if f"{module}.weight" not in targets:
+                known = ", ".join(name.removesuffix(".weight") for name in list(targets)[:12])
+                raise ConfigError(f"{tensors}: {module} is no weight matrix of this model; it has {known} ..")
+            change = lora_change(tensors, config, module, pair, targets[f"{module}.weight"])
+            added.setdefault(f"{module}.weight", []).append(change)
+        if not found:
+            raise ConfigError(f"{tensors} has no tensors")
+    names = ", ".join(printable(Path(folder).name) for folder in settings.lora)
+    return added, f"; LoRA {names} merged into {len(added)} matrices" if added else ""
+
+
+def lora_config(path: Path) -> dict[str, Any]:
+    """An adapter_config.json that asks for nothing but the sum of the weights and a product."""
+    config = read_json(path)
+    checked(path, "peft_type", config.get("peft_type"), Rule(str, choices=("LORA",)))
+    for key, rule in LORA_KEYS.items():
+        checked(path, key, config.setdefault(key, False if rule.kind is bool else None), rule)
+    for key, value in config.items():
+        usual = value in (None, False, "none", {}, [])
+        if key not in LORA_INERT and not usual and key not in LORA_KEYS:
+            raise ConfigError(f"{path}: {key} is {shown(value)}; adapters with it are not supported")
+    start = config.get("init_lora_weights", True)
+    if not isinstance(start, bool) and start not in ("gaussian", "eva", "orthogonal"):
+        raise ConfigError(f"{path}: init_lora_weights is {shown(start)}, which changed the base model too; "
+                          "convert the adapter to plain LoRA as peft documents")
+    for key in ("rank_pattern", "alpha_pattern"):
+        config[key] = pattern = config.get(key) or {}
+        if not isinstance(pattern, dict):
+            raise ConfigError(f"{path}: {key} is {shown(pattern)}; it must be an object")
+        for each, value in pattern.items():
+            checked(path, f"{key}.{each}", value, LORA_KEYS["r" if key[0] == "r" else "lora_alpha"])
+    return config
+
+
+def lora_change(path: Path, config: Mapping[str, Any], module: str, pair: Mapping[str, torch.Tensor],
+                shape: tuple[int, ...]) -> Change:
+    """The change of one module, its rank and shapes checked against the config and the model."""
+    def own(pattern: str, usual: float) -> float:       # peft's keys are regular expressions of a name's end
+        fits = [value for key, value in config[pattern].items() if re.match(rf"(.*\.)?({key})$", module)]
+        return fits[0] if fits else usual
+
+    embedding, targets = "Aembedding_" in pair, config.get("target_modules")
+    end = "embedding_" * embedding
+    named_ = (re.fullmatch(targets, module) or targets == "all-linear" if isinstance(targets, str) else
+              any(module == each or module.endswith(f".{each}") for each in targets or ()))
+    if not named_:
+        targets = targets if isinstance(targets, str) else ", ".join(map(str, targets or ()))
+        raise ConfigError(f"{path}: {module} is not among the target_modules of adapter_config.json, which "
+                          f"are {printable(targets)}")
+    rank = own("rank_pattern", config["r"])
+    (N, K) = reversed(shape) if embedding else shape
+    expected = {f"A{end}": (rank, K), f"B{end}": (N, rank)}
+    if (shapes := {key: tuple(tensor.shape) for key, tensor in pair.items()}) != expected:
+        raise ConfigError(f"{path}: {module} has lora_A and lora_B of the shapes {[*shapes.values()]}; with "
+                          f"rank {rank} they must be {[*expected.values()]}")
+    alpha = own("alpha_pattern", config["lora_alpha"])
+    scaling = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
+    return Change(pair[f"A{end}"], pair[f"B{end}"], scaling, embedding)
 
 
 def hf_text(folder: Path, vocab_size: int) -> TextSpec:
@@ -5148,12 +5389,10 @@ def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, devic
         backend = choose_backend(device, spec)
         if not backend.as_stored:
             dtype = dtype or backend.dtype
-        # Python builds the tokenizer while torch fills the tensors without holding the interpreter lock
-        with ThreadPoolExecutor(1) as pool:
-            loading = pool.submit(gguf_tensors, spec, sources, stored, dtype, device, progress,
-                                  backend.as_stored, architecture in PERMUTED)
-            text = gguf_text(source.path, metadata)
-            tensors = loading.result()
+        added, adapted = gguf_adapters(settings, HF_TENSORS | FAMILIES[kind].tensors, names, sources)
+        tensors = gguf_tensors(spec, sources, stored, dtype, backend.as_stored, architecture in PERMUTED,
+                               added)
+        text = gguf_text(source.path, metadata)
     except OSError as error:
         raise cannot_read(source.path, error) from None
     except (ValueError, LookupError, TypeError, OverflowError, RecursionError, struct.error) as error:
@@ -5165,6 +5404,7 @@ def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, devic
         ", ".join(f"{count} {name}" for name, count in types.most_common())
     if dtype is None:
         description += backend.converted(sources, stored)
+    description += adapted
     return LoadedModel(spec, tensors, text, source.name, spec.max_positions, description, dtype,
                        **own_sampling(source.path, metadata, "general.sampling."))
 
@@ -5441,32 +5681,51 @@ def gguf_rope(path: Path, own: str, value: Callable, config: Mapping[str, Any], 
     return fields
 
 
+def gguf_adapters(settings: Settings, table: Mapping[str, tuple], names: Mapping[str, tuple],
+                  sources: Sources) -> tuple[dict[str, list[Change]], str]:
+    """As read_adapters, by the names of the GGUF's tensors; both tables are like HF_TENSORS."""
+    own, shapes = {}, {name: shape for _, theirs in sources.values() for name, shape in theirs.items()}
+    for ours in sources:
+        layer, _, part = ours.rpartition(".")
+        for theirs, name in zip(table.get(part, ()), names.get(part, ()) if "expert" not in part else ()):
+            if len(shapes.get(name := name.format(layer), ())) == 2:
+                own[theirs.format(layer)] = name
+    added, adapted = read_adapters(settings, {theirs: shapes[name] for theirs, name in own.items()})
+    return {own[theirs]: changes for theirs, changes in added.items()}, adapted
+
+
 def gguf_tensors(spec: ModelSpec, sources: Sources, stored: Mapping[str, Any], dtype: torch.dtype | None,
-                 device: Any, progress: Progress, as_stored: Callable | None,
-                 permuted: bool) -> dict[str, Any]:
-    """Load tensors as `dtype`; None: `as_stored` makes the matrices, in the file's type or one close to it.
+                 as_stored: Callable | None, permuted: bool,
+                 added: Mapping[str, list[Change]] = {}) -> dict[str, Unread]:
+    """Our tensors as `dtype`; None: `as_stored` makes the matrices, in the file's type or one close to it."""
+    def read(shape: tuple[int, ...], theirs: Iterable[str]) -> Any:
+        sizes = [spec.head_size if permuted and re.search(r"attn_[qk]\.", name) else 0 for name in theirs]
+        parts = [merged(stored[name], head_size, added[name], dtype is None) if name in added else
+                 (below_each_other(stored[name], shape), head_size) for name, head_size in zip(theirs, sizes)]
+        matrix = (as_stored(shape, parts) if dtype is None and len(shape) == 2 else
+                  dequantized(shape, parts, torch.float32 if len(shape) == 1 else dtype))
+        forget(torch.from_numpy(stored[name].data) for name in theirs)
+        return matrix
 
-    Uses two single-core threads, because torch's own threads cost more than they gain at these sizes.
-    """
-    def load(ours: str) -> Any:
-        shape, theirs = sources[ours]
-        parts = [(below_each_other(stored[name], shape),
-                  spec.head_size if permuted and re.search(r"attn_[qk]\.", name) else 0) for name in theirs]
+    def nbytes(shape: tuple[int, ...], theirs: Iterable[str]) -> int:
         if dtype is None and len(shape) == 2:
-            return as_stored(shape, parts)
-        return dequantized(shape, parts, torch.float32 if len(shape) == 1 else dtype).to(device)
+            return sum(int(stored[name].n_bytes) for name in theirs)
+        return math.prod(shape) * (4 if len(shape) == 1 else dtype.itemsize)
 
-    tensors, threads = {}, torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for ours, tensor in zip(sources, pool.map(load, sources)):
-                tensors[ours] = tensor
-                progress("loading weights", len(tensors) / len(sources))
-    finally:
-        torch.set_num_threads(threads)
-    if spec.tied_head:
-        tensors["head"] = tensors["embed"]
-    return tensors
+    return {ours: Unread(functools.partial(read, *source), nbytes(*source))
+            for ours, source in sources.items()}
+
+
+def merged(tensor: Any, head_size: int, changes: Iterable[Change], packed: bool) -> tuple[Any, int]:
+    """A part of a matrix after the changes of its adapters; a `packed` one becomes Q8_0."""
+    gguf = require_library("gguf", "a GGUF file")
+    rows, columns = reversed(tensor.shape.tolist())
+    values = dequantized((rows, columns), [(tensor, head_size)], torch.float32)
+    for change in changes:
+        values += change.delta()
+    kind = gguf.GGMLQuantizationType[
+        "Q8_0" if packed and tensor.tensor_type.name not in ("F32", "F16", "BF16") else "F32"]
+    return SimpleNamespace(tensor_type=kind, data=gguf.quantize(values.numpy(), kind), shape=tensor.shape), 0
 
 
 def below_each_other(tensor: Any, shape: tuple[int, ...]) -> Any:
@@ -6255,10 +6514,14 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
                               "or a driver that is too old); install a matching torch, "
                               "or use --device-type cpu")
         torch.cuda.set_device(device)       # decode_core launches on the current device
-    model, engine = build_engine(config.source, settings, device, lambda *at: channel.send(Loading(*at)))
+
+    def progress(stage: str, fraction: float) -> None:
+        channel.send(Loading(f"{stage} on {config.device}", fraction))
+
+    model, engine = build_engine(config.source, settings, device, progress)
     channel.send(describe_model(model, engine, config))
     del model
-    engine.warm_up(lambda fraction: channel.send(Loading("warming up", fraction)))
+    engine.warm_up(functools.partial(progress, "warming up"))
     give_memory_back()
     channel.send(Ready(gauges(engine), engine.kernels.backend.faults))
     return engine
@@ -6273,10 +6536,13 @@ def build_engine(source: ModelSource, settings: Settings, device: "torch.device"
         tokenizer = open_tokenizer(model.text)
     except ConfigError as error:
         raise ConfigError(f"{source.path}: {error}") from None
-    num_pages = kv_pages(model.spec, settings, device, model.dtype, model.context_length)
     rows = max(settings.max_batch, FREE_ROWS)
     limits = {"max_tokens": settings.prefill_chunk + rows, "max_rows": rows}
     kernels = load_kernels(device, model.spec, **limits, quantize=settings.quantize)
+    needs = memory_needs(model, settings.quantize, *limits.values())
+    num_pages = kv_pages(model.spec, settings, device, model.dtype, model.context_length, sum(needs.values()))
+    needs["KV cache"] = num_pages * Transformer.page_bytes(model.spec, model.dtype)
+    log.info("%s", memory_line(needs, free_memory(device), device, settings))
     transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device,
                               dtype=model.dtype, progress=progress, **limits)
     return model, Engine(transformer, tokenizer, kernels, num_pages=num_pages,
@@ -6284,17 +6550,55 @@ def build_engine(source: ModelSource, settings: Settings, device: "torch.device"
                          prefill_chunk=settings.prefill_chunk, drafts=settings.drafts)
 
 
+def free_memory(device: "torch.device") -> int:
+    """Bytes that the model may take on its device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+
+
+def memory_needs(model: LoadedModel, quantize: str | None, max_tokens: int, max_rows: int) -> dict[str, int]:
+    """About how many bytes the model will take besides its KV cache; --quantize is for matrices of floats."""
+    shapes, total = expected_tensors(model.spec), 0
+    for name, given in model.tensors.items():
+        count = math.prod(shapes[name])
+        if quantize and len(shapes[name]) > 1 and given.nbytes >= 2 * count:
+            gguf = require_library("gguf", "--quantize")
+            per_block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[quantize.upper()]]
+            total += count * block_bytes // per_block
+        else:
+            total += given.nbytes
+    buffers = Transformer.buffer_sizes(model.spec, max_tokens, max_rows, torch.float32).values()
+    return {"weights": total, "activations": sum(math.prod(rows) * kind.itemsize for *rows, kind in buffers)}
+
+
+def memory_line(needs: Mapping[str, int], free: int, device: "torch.device", settings: Settings) -> str:
+    """Whether the model fits, in words, with the flag that helps; ConfigError if its weights alone do not."""
+    total = sum(needs.values())
+    line = (" + ".join(f"{name} {count / 1e9:,.2f} GB" for name, count in needs.items())
+            + f" = {total / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free on {device}")
+    if total <= free:
+        return f"The model fits: {line}"
+    lighter = [flag for flag, helps in (
+        ("--dtype bfloat16", settings.dtype == "float32"), ("--num-workers 1", settings.num_workers > 1),
+        ("--quantize q4_0", device.type == "cpu" and not settings.quantize)) if helps]
+    if total - needs["KV cache"] > free:
+        raise ConfigError(f"the model does not fit: {line}. Try {' or '.join([*lighter, 'a smaller model'])}")
+    room = max(free - total + needs["KV cache"], 0) >> 20
+    return f"The model may not fit: {line}. --kv-cache-memory {room}M or a shorter --context-length helps"
+
+
 def kv_pages(spec: ModelSpec, settings: Settings, device: "torch.device", dtype: "torch.dtype | None",
-             context: int) -> int:
-    """KV pages to allocate: --kv-cache-memory, or a share of free memory; ConfigError below 64 tokens."""
+             context: int, taken: int) -> int:
+    """KV pages to allocate: --kv-cache-memory, or a share of free memory once `taken` bytes of it are the
+    weights'; ConfigError below 64 tokens."""
     page_bytes, full = Transformer.page_bytes(spec, dtype), -(-context // PAGE_SIZE)    # full context, pages
     if settings.kv_cache_memory is not None:
         budget = settings.kv_cache_memory
     elif device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        budget = int(free - total * (1 - settings.gpu_memory_utilization))
+        budget = int(free - taken - total * (1 - settings.gpu_memory_utilization))
     else:       # other programs want memory too: one full context or 1 GiB, at most an eighth of what is free
-        budget = min(max(1 << 30, full * page_bytes), available_memory() // (8 * settings.num_workers))
+        free = max(available_memory() // settings.num_workers - taken, 0)
+        budget = min(max(1 << 30, full * page_bytes), free // 8)
     pages = min(budget // page_bytes, settings.max_batch * full)        # more could not be used
     if pages < 4:
         raise ConfigError(f"{budget:,} bytes for the KV cache hold {max(pages, 0)} pages "

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import chat_server as cs
-from engines import make_batch
+from engines import make_batch, tensors_of
 from works import assignment
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="no compiled core is installed")
@@ -203,9 +203,9 @@ def test_a_files_matrices_stay_packed_and_logits_are_those_of_its_weights(emulat
     expected = transformer_of(exact, cs.load_kernels("cpu"), torch.float32)
     model = opened(path, monkeypatch, emulated.backend)
     assert "re-quantized" not in model.description and model.dtype is None
-    held = {id(weight): weight for weight in model.tensors.values() if isinstance(weight, PackedMatrix)}.values()
-    assert sum(weight.nbytes for weight in held) == packed_bytes
-    assert model.tensors["1.qkv"].kind == "q4_k with q5_1 with q6_k" and model.tensors["head"] is model.tensors["embed"]
+    tensors = tensors_of(model)
+    assert sum(weight.nbytes for weight in tensors.values() if isinstance(weight, PackedMatrix)) == packed_bytes
+    assert tensors["1.qkv"].kind == "q4_k with q5_1 with q6_k" and "head" not in tensors
     for dtype, few, many in ((torch.float32, 1e-4, 2e-2), (None, 3e-2, 3e-2)):
         ours = transformer_of(model, emulated.kernels(model.spec), dtype)
         assert ours.dtype == (dtype or torch.bfloat16) and "q4_k with q5_1 with q6_k, " in ours.weight_types
@@ -259,7 +259,7 @@ def test_where_the_product_is_wrong_weights_become_bfloat16(emulation_library, m
 def test_floats_of_a_file_become_bfloat16(emulated, tmp_path, monkeypatch):
     tensors = {name: tensor.astype(np.float16) if tensor.ndim == 2 else tensor for name, tensor in tiny_gguf.random_llama().items()}
     model = opened(tiny_gguf.write_gguf(tmp_path / "f16.gguf", tensors, tiny_gguf.LLAMA_NUMBERS), monkeypatch, emulated.backend)
-    assert {tensor.dtype for tensor in model.tensors.values() if tensor.ndim == 2} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in tensors_of(model).values() if tensor.ndim == 2} == {torch.bfloat16}
     ours = transformer_of(model, emulated.kernels(model.spec), model.dtype)
     assert ours.dtype == torch.bfloat16 and ours.weight_types.startswith("bfloat16 (")
 

@@ -16,7 +16,7 @@ import torch
 
 import chat_server as cs
 from chat_server import Batch, Engine, ModelSpec, SampleRow, SamplingParams, Transformer
-from engines import load, make_batch, run
+from engines import load, make_batch, run, tensors_of
 from near_tie import assert_same_tokens_or_near_tie
 from random_rows import random_logits, random_rows
 from works import assignment, changed
@@ -53,7 +53,7 @@ def llama_like():
 def model_of(name, fixtures):
     """(spec, tensors, tokenizer) of a nanochat fixture or of the llama-like model."""
     fixture = load(fixtures / ("gen5" if name == "llama" else name))
-    spec, tensors = llama_like() if name == "llama" else (fixture.spec, fixture.tensors)
+    spec, tensors = llama_like() if name == "llama" else (fixture.spec, tensors_of(fixture))
     return spec, dict(tensors), cs.open_tokenizer(fixture.text)
 
 

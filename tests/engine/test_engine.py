@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import chat_server
-from chat_server import Engine, Message, PAGE_SIZE, SamplingParams
+from chat_server import Message, PAGE_SIZE, SamplingParams
 from engines import TracedSteps, chat_work, load, make_engine, run
 from near_tie import assert_same_tokens_or_near_tie
 from works import assignment, changed
@@ -314,9 +314,8 @@ def test_requests_that_come_and_go_at_random_moments_leave_nothing_behind(gen5, 
 
 
 def test_weights_are_held_once(default_model_path):
-    model = load(default_model_path)
-    assert model.tensors["head"].data_ptr() == model.tensors["embed"].data_ptr()
-    assert isinstance(make_engine(default_model_path, num_pages=8), Engine)
+    engine = make_engine(default_model_path, num_pages=8)
+    assert engine.transformer.weights["head"] is engine.transformer.weights["embed"]
 
 
 def test_the_chosen_sampler_draws_what_the_reference_draws(gen5):

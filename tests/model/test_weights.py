@@ -25,6 +25,7 @@ import pytest
 import torch
 from chat_server import (PAGE_SIZE, Batch, ConfigError, Message, Settings, Transformer, expected_tensors, load_kernels, open_model,
                          open_tokenizer, resolve_model)
+from engines import tensors_of
 from tiny_gguf import LLAMA_NUMBERS, random_llama, small_gguf_metadata, write_gguf
 
 GENERATIONS = [f"gen{number}" for number in range(1, 6)]
@@ -650,7 +651,7 @@ def test_weights_stay_as_stored_or_the_log_says_what_they_became(tmp_path, name)
     stored["blk.0.attn_v.weight"] = random_llama()["blk.0.attn_v.weight"]
     model = load(write_gguf(tmp_path / "tiny.gguf", stored, LLAMA_NUMBERS), None)
     becomes = "Q8_0" if name in OTHERS else "BF16" if name == "F32" else name
-    down, exact = model.tensors["0.down"], torch.from_numpy(gguf.dequantize(*stored["blk.0.ffn_down.weight"])
+    down, exact = model.tensors["0.down"].read(), torch.from_numpy(gguf.dequantize(*stored["blk.0.ffn_down.weight"])
                                                             if name != "F32" else stored["blk.0.ffn_down.weight"])
     if becomes in ("F16", "BF16"):
         assert down.dtype == {"F16": torch.float16, "BF16": torch.bfloat16}[becomes]
@@ -665,7 +666,7 @@ def test_weights_stay_as_stored_or_the_log_says_what_they_became(tmp_path, name)
         assert "re-quantized from F32 to BF16: 8 tensors (token_embd.weight" in model.description
     else:
         assert "re-quantized from F32 to Q8_0: 1 tensors (blk.0.attn_v.weight" in model.description
-        qkv = model.tensors["0.qkv"]
+        qkv = model.tensors["0.qkv"].read()
         first = "q8_0" if name in (*OTHERS, "F16", "BF16") else name.lower()
         assert qkv.kind == " with ".join(sorted({first, "q8_0"})) and qkv.shape == (512, 256)
         changed = {"F16": "re-quantized from F16 to Q8_0: 2 tensors (blk.0.attn_q.weight", "BF16": "re-quantized from BF16 to Q8_0: 2 tensors"}
@@ -694,9 +695,10 @@ def test_a_file_of_many_types_computes_what_its_dequantized_weights_say(tmp_path
     path = write_gguf(tmp_path / "mixed.gguf", stored, LLAMA_NUMBERS | {"llama.block_count": 2})
     model = load(path, None)
     assert "re-quantized" not in model.description
-    assert model.tensors["0.qkv"].kind == "iq4_xs with q4_k with q6_k" and model.tensors["0.gate_up"].kind == "q4_k with q5_k"
+    tensors = tensors_of(model)
+    assert tensors["0.qkv"].kind == "iq4_xs with q4_k with q6_k" and tensors["0.gate_up"].kind == "q4_k with q5_k"
     packed_bytes = sum(tensor[0].nbytes for tensor in stored.values() if isinstance(tensor, tuple))
-    held = [tensor for tensor in model.tensors.values() if hasattr(tensor, "parts")]
+    held = [tensor for tensor in tensors.values() if hasattr(tensor, "parts")]
     assert sum(rows.nbytes for tensor in {id(tensor): tensor for tensor in held}.values() for _, rows in tensor.parts) == packed_bytes
     ids = list(range(3, 43))
     batch = Batch(token_ids=ids, previous_token_ids=[-1, *ids[:-1]], starts=[0, 40], lengths=[40], tables=[[0, 1, 2]],
@@ -717,7 +719,7 @@ def test_every_quantization_loads_bit_equal_to_the_packages_dequantization(tmp_p
     path = write_gguf(tmp_path / "tiny.gguf", stored, LLAMA_NUMBERS)
     expected = {key: gguf.dequantize(value[0], kind) if isinstance(value, tuple) else value for key, value in stored.items()}
     for dtype in (torch.float32, torch.bfloat16):
-        tensors = load(path, dtype).tensors
+        tensors = tensors_of(load(path, dtype))
         wanted = {"embed": expected["token_embd.weight"], "0.output": expected["blk.0.attn_output.weight"],
                   "0.down": expected["blk.0.ffn_down.weight"],
                   "0.gate_up": numpy.concatenate([expected[f"blk.0.ffn_{part}.weight"] for part in ("gate", "up")]),
@@ -726,13 +728,17 @@ def test_every_quantization_loads_bit_equal_to_the_packages_dequantization(tmp_p
         for ours, theirs in wanted.items():
             assert torch.equal(tensors[ours], torch.from_numpy(theirs).to(dtype)), ours
         assert torch.equal(tensors["0.ffn_norm"], torch.from_numpy(plain["blk.0.ffn_norm.weight"]))
-        assert tensors["0.ffn_norm"].dtype == torch.float32 and tensors["head"] is tensors["embed"]
+        assert tensors["0.ffn_norm"].dtype == torch.float32 and "head" not in tensors
 
 
 def test_the_default_models_tensors_are_exactly_those_the_model_expects(default_model_path):
     model = load(default_model_path, torch.bfloat16)
-    assert {name: tuple(tensor.shape) for name, tensor in model.tensors.items()} == expected_tensors(model.spec)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
+    assert shapes | {"head": shapes["embed"]} == expected_tensors(model.spec)
+    assert {name: given.read().nbytes for name, given in model.tensors.items()} == {
+        name: given.nbytes for name, given in model.tensors.items()}
     assert model.context_length == 8192 and model.spec.rope_base == 100_000 and "210 Q4_1" in model.description
+    del model
     mapped = [part for part in psutil.Process().memory_maps() if part.path == str(default_model_path)]
     assert not mapped, "the file is still mapped: weights are held twice"
 

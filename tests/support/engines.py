@@ -17,6 +17,11 @@ def load(path, as_stored=False):
     return chat_server.open_model(source, settings, None if as_stored else torch.float32, torch.device("cpu"))
 
 
+def tensors_of(model):
+    """Every tensor of a LoadedModel, read from its file."""
+    return {name: given.read() for name, given in model.tensors.items()}
+
+
 def make_engine(path, *, num_pages=600, max_batch=32, prefill_chunk=256, context_length=None, reference=False, as_stored=False):
     """A float32 engine over the model at `path` (the weights are read once per test session).
 

@@ -1,0 +1,216 @@
+"""LoRA adapters as peft saves them, merged at load, and FP8 weights: against peft and against plain arithmetic."""
+
+import json
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import chat_server as cs
+from engines import tensors_of
+from families import as_gguf, clear_cases, make_model, save
+from test_families import answers, check, kernels_of, load, one_thread, transformer     # noqa: F401 (a fixture)
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def adapt(model, folder, targets=LINEAR, **options):
+    """Save a random adapter of `model` in `folder` as peft does; returns the model with it, merged by peft."""
+    peft = pytest.importorskip("peft", reason="pip install '.[test]' brings it")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, **{"r": 4, "lora_alpha": 6} | options))
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_" in name:
+                weight.normal_(0, 0.2)
+    adapted.save_pretrained(folder, save_embedding_layers=False)
+    return adapted.merge_and_unload()
+
+
+OPTIONS = {         # model -> the options of its adapter
+    "llama3.1": {"use_rslora": True}, "gemma3": {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.down_proj": 8}, "alpha_pattern": {"v_proj": 1}},
+    "phi3": {"targets": ["qkv_proj", "gate_up_proj"]}, "qwen3": {"targets": r".*\.(q|up)_proj"},
+    "qwen2": {"targets": ["embed_tokens", "lm_head", "v_proj"]}, "nanochat": {"targets": "all-linear"}}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_adapter_is_merged_as_peft_merges_it(name, tmp_path):
+    model = make_model(name)
+    folder = save(model, tmp_path / "base")
+    merged = adapt(model, tmp_path / "adapter", **OPTIONS[name])
+    cases = clear_cases(merged, lengths=(40,), count=16)
+    plain, ours = load(folder), load(folder, lora=(str(tmp_path / "adapter"),))
+    assert "LoRA adapter merged into" in ours.description
+    check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16)
+    changed = [key for key, tensor in tensors_of(ours).items() if not torch.equal(tensor, tensors_of(plain)[key])]
+    assert changed and {key.rpartition(".")[2] for key in changed} <= {"embed", "head", "qkv", "output", "gate_up", "up", "down"}
+
+
+@pytest.mark.parametrize("name", ["llama3.1", "gemma3", "phi3"])        # whose q and k are permuted, or not; with one matrix for three
+def test_an_adapter_is_merged_into_the_same_model_as_gguf(name, tmp_path):
+    changes = {"query_pre_attn_scalar": 32} if name == "gemma3" else {}
+    lora = (str(tmp_path / "adapter"),)
+    model = make_model(name, **changes)
+    path, packed = (as_gguf(tmp_path / f"{name}{q}.gguf", model, quantized=q) for q in (False, True))
+    plain = tensors_of(load(packed))
+    merged = adapt(model, tmp_path / "adapter", **OPTIONS[name])
+    cases = clear_cases(merged, lengths=(40,), count=16)
+    ours = load(path, lora=lora)
+    check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16)
+    if cs.decode_core():        # a packed matrix is packed again
+        values, again = tensors_of(load(packed, lora=lora)), load(packed, None, lora=lora)
+        for key, given in again.tensors.items():
+            if torch.equal(values[key], plain[key]):
+                continue
+            matrix, row = given.read(), 0
+            assert matrix.kind == "q8_0"
+            for kind, rows in matrix.parts:
+                part = torch.from_numpy(gguf.dequantize(rows, gguf.GGMLQuantizationType.Q8_0))
+                exact = values[key][row:row + len(part)]
+                row += len(part)
+                assert (part - exact).abs().max() <= 0.57 * exact.abs().max() / 127      # half a step, and the rounding to float16
+
+
+def test_several_adapters_add_up_and_the_embedding_counts_once_where_the_head_is_tied(tmp_path):
+    model = make_model("llama3.2")
+    folder = save(model, tmp_path / "base")
+    for name, targets in (("one", ["down_proj"]), ("two", ["down_proj", "embed_tokens"])):
+        adapt(make_model("llama3.2"), tmp_path / name, targets=targets)
+    plain = tensors_of(load(folder))
+    sums = tensors_of(load(folder, lora=(str(tmp_path / "one"), str(tmp_path / "two"))))
+    for key in ("0.down", "embed"):
+        alone = [tensors_of(load(folder, lora=(str(tmp_path / name),)))[key] - plain[key] for name in ("one", "two")]
+        torch.testing.assert_close(sums[key] - plain[key], alone[0] + alone[1], atol=1e-6, rtol=0)
+    assert (sums["embed"] - plain["embed"]).abs().max() > 0.01
+
+
+def broken_adapters(folder):
+    """(the words of the error) after each change of a good adapter."""
+    path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    config, tensors, good = json.loads(path.read_text()), load_file(weights), weights.read_bytes()
+    for change, words in (
+            ({"peft_type": "IA3"}, 'peft_type is "IA3"; it must be one of LORA'), ({"r": 8}, r"shapes \[\(4, 64\), \(64, 4\)\]; with rank 8 they must"),
+            ({"r": 0}, "r is 0; it must be an integer from 1"), ({"r": None}, "r is missing"), ({"use_dora": True}, "use_dora is true; adapters with it"),
+            ({"modules_to_save": ["lm_head"]}, "modules_to_save is a list of 1"), ({"bias": "all"}, 'bias is "all"'),
+            ({"layer_replication": [[0, 2]]}, "layer_replication is"), ({"a_new_key": 0.5}, "a_new_key is 0.5; adapters with it are not supported"),
+            ({"init_lora_weights": "pissa"}, 'init_lora_weights is "pissa", which changed the base model too'),
+            ({"target_modules": ["k_proj"]}, "layers.0.self_attn.q_proj is not among the target_modules of adapter_config.json, which are k_proj"),
+            ({"rank_pattern": {"q_proj": "x"}}, 'rank_pattern.q_proj is "x"; it must be'), ({"rank_pattern": [1]}, "rank_pattern is a list of 1")):
+        path.write_text(json.dumps(config | change))
+        yield words
+    path.write_text(json.dumps(config))
+    first = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    for change, words in (({first: tensors[first][:, :5].clone()}, r"q_proj has lora_A and lora_B of the shapes"),
+                          ({first: None}, "q_proj has lora_A and lora_B of the shapes"),
+                          ({first.replace("layers.0", "layers.9").replace("_A", f"_{end}"): torch.zeros(4, 64) for end in "AB"},
+                           "layers.9.self_attn.q_proj is no weight matrix of this model; it has model.embed_tokens, "),
+                          ({first.replace("lora_A", "lora_magnitude_vector"): torch.zeros(4)}, "is not a matrix lora_A or lora_B"),
+                          (dict.fromkeys(tensors), "has no tensors")):
+        save_file({name: tensor for name, tensor in (tensors | change).items() if tensor is not None}, weights)
+        yield words
+    weights.write_bytes(good[:40])
+    yield "adapter_model.safetensors is not a readable safetensors file"
+    weights.unlink()
+    yield "cannot read .*adapter_model.safetensors"
+    path.unlink()
+    yield "cannot read .*adapter_config.json"
+
+
+def test_whatever_is_wrong_with_an_adapter_is_one_line_that_names_it(tmp_path, nanochat_fixtures):
+    folder, adapter = save(make_model("llama2"), tmp_path / "base"), tmp_path / "adapter"
+    adapt(make_model("llama2"), adapter, targets=["q_proj"])
+    load(folder, lora=(str(adapter),))
+    with pytest.raises(cs.ConfigError, match="is a nanochat checkpoint; adapters merge into"):
+        load(nanochat_fixtures / "gen5", lora=(str(adapter),))
+    for words in broken_adapters(adapter):
+        with pytest.raises(cs.ConfigError, match=words) as caught:
+            load(folder, lora=(str(adapter),))
+        assert str(adapter) in str(caught.value) and str(caught.value).isprintable()
+
+
+# --- FP8 ---------------------------------------------------------------------------------------------------------
+
+
+def to_fp8(weight, scheme, dtype=torch.float8_e4m3fn):
+    """(FP8 weights, their scales, what they mean): each scale is what its group's largest value needs."""
+    N, K = weight.shape
+    rows, columns = {"tensor": (N, K), "channel": (1, K), "block": (32, 32)}[scheme]
+    scale = torch.stack([torch.stack([block.abs().max() / 300 for block in band.split(columns, 1)]) for band in weight.split(rows)])
+    whole = scale.repeat_interleave(rows, 0)[:N].repeat_interleave(columns, 1)[:, :K]
+    packed = (weight / whole).to(dtype)
+    return packed, scale, packed.float() * whole
+
+
+SCHEMES = {         # name -> (groups of weights, name of the scales, quantization_config)
+    "deepseek": ("block", "weight_scale_inv", {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}),
+    "fp8": ("tensor", "weight_scale", {"quant_method": "fp8", "activation_scheme": "static"}),
+    "fbgemm": ("channel", "weight_scale", {"quant_method": "fbgemm_fp8", "modules_to_not_convert": ["lm_head"]}),
+    **{f"compressed-{kind}": (kind, "weight_scale", {"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"],
+       "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"type": "float", "num_bits": 8, "strategy": kind,
+                                                                        "block_structure": [32, 32] if kind == "block" else None}}}})
+       for kind in ("tensor", "channel", "block")}}
+
+
+def save_fp8(model, folder, scheme):
+    """Save `model` with its layers' matrices in FP8, and give it the values that those mean."""
+    kind, name, config = SCHEMES[scheme]
+    save(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    weights = dict(model.named_parameters())
+    for key in [key for key in tensors if key.endswith("_proj.weight")]:
+        tensors[key], scale, values = to_fp8(tensors[key], kind)
+        tensors[key.replace("weight", name)] = (scale.reshape(()) if kind == "tensor" else scale).contiguous()
+        if scheme == "fp8":
+            tensors[key.replace("weight", "input_scale")] = torch.tensor(0.5)
+        weights[key].data.copy_(values)
+    save_file(tensors, folder / "model.safetensors")
+    whole = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(whole | {"quantization_config": config}))
+    return folder
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_fp8_weights_are_what_they_are_times_their_scales(scheme, tmp_path):
+    model = make_model("llama2", intermediate_size=112)         # 112 is no multiple of 32: the last block is smaller
+    ours = load(save_fp8(model, tmp_path, scheme))
+    cases = clear_cases(model, lengths=(40,), count=16)
+    assert "from FP8" in ours.description
+    check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16)
+
+
+def test_an_adapter_is_added_to_what_fp8_weights_mean(tmp_path):
+    model = make_model("qwen3")
+    folder = save_fp8(model, tmp_path / "base", "deepseek")
+    cases = clear_cases(adapt(model, tmp_path / "adapter"), lengths=(9,), count=16)
+    ours = load(folder, lora=(str(tmp_path / "adapter"),))
+    check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16)
+
+
+INT8 = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"group_0": {"weights": {"type": "int", "num_bits": 8}}}}
+
+
+@pytest.mark.parametrize("config, words", [
+    ({"quant_method": "awq", "bits": 4}, 'quant_method is "awq"; only FP8 is supported .*take the unquantized model, or a GGUF'),
+    ({"quant_method": "gptq", "bits": 4}, 'quant_method is "gptq"'), ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 'is "bitsandbytes"'),
+    ({"load_in_4bit": True}, "quant_method is null"), ([1], "quant_method is null"),
+    (INT8, 'quant_method is "compressed-tensors" of format "int-quantized"'),
+    ({"quant_method": "fp8", "weight_block_size": [64]}, "weight_block_size is a list of 1; it must be a list of 2 integers"),
+    ({"quant_method": "fp8", "weight_block_size": [64, 32]}, r"the scales of model.layers.0.self_attn.q_proj.weight \(64, 64\) are \(2, 2\); "
+                                                             "there must be 1, one for each row, or one for each block of 64 x 32")])
+def test_other_quantizations_are_one_clear_line(config, words, tmp_path):
+    folder = save_fp8(make_model("llama2"), tmp_path, "deepseek")
+    whole = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(whole | {"quantization_config": config}))
+    with pytest.raises(cs.ConfigError, match=words) as caught:
+        tensors_of(load(folder))
+    assert str(folder) in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_fp8_weights_without_scales_are_refused(tmp_path):
+    folder = save_fp8(make_model("llama2"), tmp_path, "fp8")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight_scale"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(cs.ConfigError, match='"model.layers.1.mlp.up_proj.weight" is of type float8_e4m3fn; .*or FP8 with a tensor of scales'):
+        load(folder)
