@@ -5108,7 +5108,7 @@ def read_safetensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, t
     state = {name.replace("language_model.", "", 1): tensor for name, tensor in state.items()
              if not re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.|.*\.rotary_emb\.", name)}
     scales = {name: state.pop(of) for name in list(state) for of in (f"{name}_scale_inv", f"{name}_scale")
-              if state[name].dtype in FP8 and of in state}
+              if str(state[name].dtype) in FP8 and of in state}
     for name, tensor in list(state.items()):
         floats = tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
         mxfp4 = tensor.dtype == torch.uint8 and name.endswith(("_blocks", "_scales"))
@@ -5171,7 +5171,7 @@ def assembled(sources: Sources, state: Mapping[str, Any], dtype: torch.dtype,
             for ours, source in sources.items()}
 
 
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2) if hasattr(torch, "float8_e4m3fn") else ()
+FP8 = ("torch.float8_e4m3fn", "torch.float8_e5m2")
 
 
 def fp8_block(path: Path, given: Mapping[str, Any]) -> list[int]:

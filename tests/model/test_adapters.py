@@ -9,8 +9,17 @@ from safetensors.torch import load_file, save_file
 
 import chat_server as cs
 from engines import tensors_of
-from families import as_gguf, clear_cases, make_model, save
-from test_families import answers, check, kernels_of, load, one_thread, transformer     # noqa: F401 (a fixture)
+from families import answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, transformer
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Of torch, which is fastest with one at these sizes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -10,12 +10,10 @@ from safetensors.torch import load_file, save_file
 import chat_server as cs
 from chat_server import Transformer
 from engines import make_batch, tensors_of
-from families import CHAT, LONG, MODELS, as_gguf, clear_cases, greedy, make_model, save, write_tokenizer
+from families import (CHAT, LONG, MODELS, answers, as_gguf, check, clear_cases, greedy, kernels_of, load, make_model, save, transformer,
+                      write_tokenizer)
 from hub_configs import HUB_CONFIGS
 from real_server import ask, events, get, post, server
-
-TOLERANCE = 1e-4
-
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -43,44 +41,7 @@ def made(tmp_path_factory):
     return make
 
 
-def load(folder, dtype=torch.float32, **settings):
-    settings = cs.Settings(model=str(folder), **settings)
-    return cs.open_model(cs.resolve_model(settings), settings, dtype)
-
-
-def transformer(model, kernels, max_tokens=128, device="cpu"):
-    return Transformer(model.spec, dict(model.tensors), kernels, num_pages=80, max_tokens=max_tokens, max_rows=8,
-                       dtype=torch.float32, device=device)
-
-
-def answers(model, cases, chunk=100, count=64):
-    """Prompts in chunks and side by side, then all sequences decoded together -> (tokens, logits) of each."""
-    pages = [list(range(first, 80, len(cases))) for first in range(len(cases))]         # interleaved
-    texts, found = [list(case.prompt) for case in cases], [[] for _ in cases]
-    for text, table in zip(texts, pages):
-        for start in range(0, len(text) - 1, chunk):
-            model.forward(make_batch((text, start, min(chunk, len(text) - 1 - start), table)))
-    for _ in range(count):
-        logits = model.forward(make_batch(*((text, len(text) - 1, 1, table) for text, table in zip(texts, pages))))
-        for text, row, rows in zip(texts, logits, found):
-            rows.append(row.clone())
-            text.append(int(row.argmax()))
-    return [(text[-count:], torch.stack(rows)) for text, rows in zip(texts, found)]
-
-
-def check(found, cases, count=64):
-    for (tokens, logits), case in zip(found, cases):
-        assert (logits - case.logits[:count]).abs().max() < TOLERANCE
-        assert tokens == case.tokens[:count]
-
-
 BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(cs.decode_core() is None, reason="not built"))]
-
-
-def kernels_of(backend, spec):
-    kernels = cs.load_kernels("cpu", spec if backend == "decode_core" else None, max_tokens=128, max_rows=8)
-    assert kernels.row_invariant == (backend == "decode_core")
-    return kernels
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

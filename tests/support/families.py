@@ -7,6 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+import chat_server as cs
+from chat_server import Transformer
+from engines import make_batch
+
 TINY = dict(vocab_size=288, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=512, bos_token_id=256, eos_token_id=257, pad_token_id=None,
             rms_norm_eps=1e-3)
@@ -83,6 +87,46 @@ def clear_cases(model, lengths=(9, 40, 300), count=64, tried=8, seed=1, margin=0
         assert gaps[i] > margin and logits.std(-1).min() > 1, (length, gaps, logits.std())
         cases.append(SimpleNamespace(prompt=prompts[i], tokens=tokens[i].tolist(), logits=logits[i]))
     return cases
+
+
+TOLERANCE = 1e-4        # of logits
+
+
+def load(folder, dtype=torch.float32, **settings):
+    settings = cs.Settings(model=str(folder), **settings)
+    return cs.open_model(cs.resolve_model(settings), settings, dtype)
+
+
+def transformer(model, kernels, max_tokens=128, device="cpu"):
+    return Transformer(model.spec, dict(model.tensors), kernels, num_pages=80, max_tokens=max_tokens, max_rows=8,
+                       dtype=torch.float32, device=device)
+
+
+def answers(model, cases, chunk=100, count=64):
+    """Prompts in chunks and side by side, then all sequences decoded together -> (tokens, logits) of each."""
+    pages = [list(range(first, 80, len(cases))) for first in range(len(cases))]         # interleaved
+    texts, found = [list(case.prompt) for case in cases], [[] for _ in cases]
+    for text, table in zip(texts, pages):
+        for start in range(0, len(text) - 1, chunk):
+            model.forward(make_batch((text, start, min(chunk, len(text) - 1 - start), table)))
+    for _ in range(count):
+        logits = model.forward(make_batch(*((text, len(text) - 1, 1, table) for text, table in zip(texts, pages))))
+        for text, row, rows in zip(texts, logits, found):
+            rows.append(row.clone())
+            text.append(int(row.argmax()))
+    return [(text[-count:], torch.stack(rows)) for text, rows in zip(texts, found)]
+
+
+def check(found, cases, count=64):
+    for (tokens, logits), case in zip(found, cases):
+        assert (logits - case.logits[:count]).abs().max() < TOLERANCE
+        assert tokens == case.tokens[:count]
+
+
+def kernels_of(backend, spec):
+    kernels = cs.load_kernels("cpu", spec if backend == "decode_core" else None, max_tokens=128, max_rows=8)
+    assert kernels.row_invariant == (backend == "decode_core")
+    return kernels
 
 
 CHAT = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
