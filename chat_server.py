@@ -2213,6 +2213,7 @@ def refuse_choice(settings: Settings, what_it_is: str) -> None:
 
 
 def resolve_gguf(path: Path) -> ModelSource:
+    path = path.with_name(re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"-00001\1", path.name))     # the first part
     if path.exists() and not path.is_file():
         raise ConfigError(f"{path} is a pipe or a device, not a file, so it cannot be mapped into memory")
     with open(path, "rb") as file:
@@ -2222,7 +2223,8 @@ def resolve_gguf(path: Path) -> ModelSource:
                           "--help says what MODEL may be")
     others = sorted(other.name for other in path.parent.glob("*.gguf") if other.name != path.name)
     beside = f"beside it: {', '.join(others)}" if others else ""
-    return ModelSource("gguf", path, path.stem, f"GGUF file {path}", beside)
+    name = re.sub(SPLIT_GGUF, "", path.name).removesuffix(path.suffix)
+    return ModelSource("gguf", path, name, f"GGUF file {path}", beside)
 
 
 # --- the Hugging Face hub -----------------------------------------------------------------------------------
@@ -2241,6 +2243,7 @@ SHORT_NAMES = {         # of each row, the first size needs no name
         ("phi3.5", "microsoft/Phi-3.5-mini-instruct", ""), ("gpt-oss", "openai/gpt-oss-{}", "20b 120b"))
     for index, size in enumerate(sizes.split() or [""])
     for name in (short, f"{short}-{size.lower()}")[index > 0:1 + (size > "")]}
+SPLIT_GGUF = r"-\d{5}-of-\d{5}(?=\.gguf$)"     # of one part of a model in several files
 FOLDER_FILES = {"config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
                 "tokenizer_config.json", "chat_template.jinja"}
 
@@ -2319,21 +2322,24 @@ def hub_files(repository: str, file: str, names: Iterable[str]) -> list[str]:
 
     `file` is the GGUF file's name, or the end of it before .gguf: `Q8_0`.
     """
-    ggufs, names = sorted(name for name in names if name.lower().endswith(".gguf")), set(names)
+    parts, names = collections.defaultdict(list), set(names)
+    for name in sorted(name for name in names if name.lower().endswith(".gguf")):
+        parts[re.sub(SPLIT_GGUF, "", name, flags=re.IGNORECASE)].append(name)
+    ggufs = list(parts)             # without the numbers of parts
     if not file and "config.json" in names:
         weights = {name for name in names if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)}
         weights = {"model.safetensors"} & names or weights
         if weights:
             return sorted(FOLDER_FILES & names) + sorted(weights)
     end = (file or "q4_k_m").lower().removesuffix(".gguf")
-    fit = [name for name in ggufs if name == file] or \
+    fit = [name for name, its in parts.items() if file in (name, *its)] or \
           [name for name in ggufs if name.lower().removesuffix(".gguf").endswith(end)] or ggufs * (not file)
     if len(fit) != 1:
         there = f"its GGUF files: {', '.join(ggufs)}" if ggufs else "it has no GGUF file"
         what = f"no single file {file}" if file else "several GGUF files" if ggufs else "no model.safetensors"
         how = f". Name one: {repository}:FILE" * bool(ggufs)
         raise ConfigError(f"{repository} has {what}; {there}{how}")
-    return fit
+    return parts[fit[0]]
 
 
 def hub_path(hub: Any, repository: str, names: Seq[str], revision: str) -> Path:
@@ -2341,7 +2347,7 @@ def hub_path(hub: Any, repository: str, names: Seq[str], revision: str) -> Path:
     paths = [hub.try_to_load_from_cache(repository, name, revision=revision) for name in names]
     if not all(isinstance(path, str) for path in paths):
         raise ConfigError(f"{repository} changed while it was downloaded; start again")
-    return Path(paths[0]) if len(names) == 1 else Path(paths[names.index("config.json")]).parent
+    return Path(paths[names.index("config.json")]).parent if "config.json" in names else Path(paths[0])
 
 
 def hub_folder(hub: Any, repository: str) -> Path:
@@ -2772,26 +2778,66 @@ def trim_heap() -> None:
 #             | cached    refs == 0, in the prefix index, in `evictable` (least recently released first)
 #
 # Only full pages, with every slot computed, enter the index, so sharing needs no copy-on-write.
+#
+# Layers with a window need few pages of a long sequence. So where some layers have one and others do not,
+# the layers form groups of equal size, and a page holds 16 tokens' keys and values in the layers of one
+# group. All groups' pages come from one pool. A sequence's table lists a page of each group in turn; a page
+# that its window has passed goes back to the pool, and the table has a hole there.
+
+
+class LayerGroups(NamedTuple):
+    """Which layers share pages: of each layer its group and its place there, of each group its window."""
+
+    places: tuple[tuple[int, int], ...]
+    windows: tuple[int, ...] = (0,)     # keys that a token sees, its own included; 0 = all
+    depth: int = 0                      # layers of a page
+
+    @property
+    def holes(self) -> bool:
+        """May a table have holes? Then the cache has one page more, which stands for them."""
+        return any(self.windows)
+
+
+def group_layers(windows: Seq[int], layers: int, context: int, apart: bool = True) -> LayerGroups:
+    """The groups of a model for contexts of so many tokens; one group unless they may be `apart`."""
+    windows = [window if window < context else 0 for window in windows or (0,) * layers]
+    full, local = ([l for l in range(layers) if bool(windows[l]) == kind] for kind in (False, True))
+    if not (apart and local):
+        return LayerGroups(tuple((0, l) for l in range(layers)), (0,), layers)
+    depth = min(len(full), len(local)) or layers
+    groups = [kind[i:i + depth] for kind in (full, local) for i in range(0, len(kind), depth)]
+    places = {l: (group, place) for group, members in enumerate(groups) for place, l in enumerate(members)}
+    reach = tuple(max(windows[l] for l in members) for members in groups)
+    return LayerGroups(tuple(places[l] for l in range(layers)), reach, depth)
+
+
+@dataclass(eq=False)
+class Content:
+    """What the prefix index knows of 16 tokens after a prefix: the page that each group has of them."""
+
+    serial: int
+    pages: list[int]
 
 
 class PagePool:
     """Allocator of KV pages with reference counts and a prefix index over full pages. No tensors here.
 
-    The index maps (serial of the parent page's content, the page's own tokens) to the page. A serial names
-    one content of one page and is never reused, so a chain of keys determines the whole prefix. The
-    dictionary compares the tokens themselves, so a hash collision can never confuse two prefixes.
+    The index maps (serial of the parent's content, 16 tokens) to their Content. A serial names one content
+    and is never reused, so a chain of keys determines the whole prefix. The dictionary compares the tokens
+    themselves, so a hash collision can never confuse two prefixes.
     """
 
     ROOT = ""   # the serial before the first page; an owner who shares no pages uses their name instead
 
     page_size = PAGE_SIZE
 
-    def __init__(self, num_pages: int):
-        self.num_pages = num_pages
+    def __init__(self, num_pages: int, windows: Seq[int] = (0,)):
+        self.num_pages, self.windows, self.groups = num_pages, tuple(windows), len(windows)
+        self.hole = num_pages           # in tables, where there is no page (any more)
         self.free = list(range(num_pages - 1, -1, -1))
         self.refs = [0] * num_pages
-        self.keys: list[tuple[int | str, tuple[int, ...]] | None] = [None] * num_pages
-        self.index: dict[tuple[int | str, tuple[int, ...]], tuple[int, int]] = {}     # key -> (page, serial)
+        self.keys: list[tuple[int, tuple[int | str, tuple[int, ...]]] | None] = [None] * num_pages
+        self.index: dict[tuple[int | str, tuple[int, ...]], Content] = {}
         self.evictable: OrderedDict[int, None] = OrderedDict()
         self.last_serial = 0
 
@@ -2800,22 +2846,43 @@ class PagePool:
         """How many pages `allocate` could hand out now."""
         return len(self.free) + len(self.evictable)
 
+    def first_seen(self, position: int, window: int) -> int:
+        """The index of the first page that the token at `position` sees in layers of this window."""
+        return max(0, position + 1 - window) // self.page_size if window else 0
+
+    def pages_for(self, length: int, chunk: int) -> int:
+        """The most pages that a sequence of so many tokens holds, if computed in such chunks."""
+        whole, size = -(-length // self.page_size), self.page_size
+        return sum(min(whole, -(-(window + chunk) // size) + 1) if window else whole
+                   for window in self.windows)
+
     def match_prefix(self, tokens: Seq[int], root: str = ROOT) -> tuple[list[int], int | str]:
-        """Find the longest chain of indexed pages, from `root`, that `tokens` begin with; reference each.
+        """Find the longest indexed prefix of `tokens` below `root`; reference the pages seen by later tokens.
 
         The match never includes the last token, since its logits must be computed.
-        Returns the pages and the serial of the last one.
+        Returns its table and the serial of its last content.
         """
-        pages, serial = [], root
-        for start in range(0, len(tokens) - self.page_size, self.page_size):
-            entry = self.index.get((serial, tuple(tokens[start:start + self.page_size])))
-            if entry is None:
+        chain, begins, matched, serial, size = [], [0] * self.groups, 0, root, self.page_size
+        for start in range(0, len(tokens) - size, size):
+            content = self.index.get((serial, tuple(tokens[start:start + size])))
+            if content is None:
                 break
-            page, serial = entry
-            pages.append(page)
-            self.evictable.pop(page, None)
-            self.refs[page] += 1
-        return pages, serial
+            chain.append(content)
+            serial = content.serial
+            for group, page in enumerate(content.pages):
+                if page == self.hole:
+                    begins[group] = len(chain)
+            if all(begin <= self.first_seen(start + size, window)
+                   for begin, window in zip(begins, self.windows)):
+                matched = len(chain)
+        first = [self.first_seen(matched * size, window) for window in self.windows]
+        table = [page if index >= first[group] else self.hole for index, content in enumerate(chain[:matched])
+                 for group, page in enumerate(content.pages)]
+        for page in table:
+            if page != self.hole:
+                self.evictable.pop(page, None)
+                self.refs[page] += 1
+        return table, chain[matched - 1].serial if matched else root
 
     def allocate(self, count: int) -> list[int] | None:
         """Take `count` pages, one reference each, evicting cached ones as needed; None if too few exist."""
@@ -2830,25 +2897,35 @@ class PagePool:
 
     def _evict(self) -> None:
         page, _ = self.evictable.popitem(last=False)
-        del self.index[self.keys[page]]
+        group, key = self.keys[page]
+        pages = self.index[key].pages
+        pages[group] = self.hole
+        if pages.count(self.hole) == len(pages):
+            del self.index[key]
         self.keys[page] = None
         self.free.append(page)
 
-    def register(self, parent: int | str, tokens: Seq[int], page: int) -> int:
-        """Add a full, computed page to the index below the content `parent`; returns the content's serial.
+    def register(self, parent: int | str, tokens: Seq[int], pages: Seq[int]) -> int:
+        """Add full, computed pages, one of each group, to the index below the content `parent`; returns the
+        content's serial.
 
-        If the same prefix is already indexed, that entry stays and `page` remains private to its owner.
+        Where the same prefix is already indexed, that entry stays and the page remains private to its owner.
         """
         key = (parent, tuple(tokens))
-        if key not in self.index:
+        if (content := self.index.get(key)) is None:
             self.last_serial += 1
-            self.index[key] = (page, self.last_serial)
-            self.keys[page] = key
-        return self.index[key][1]
+            content = self.index[key] = Content(self.last_serial, [self.hole] * self.groups)
+        for group, page in enumerate(pages):
+            if content.pages[group] == self.hole != page:
+                content.pages[group] = page
+                self.keys[page] = group, key
+        return content.serial
 
     def release(self, pages: Seq[int]) -> None:
         """Drop one reference to each; at 0, indexed pages turn evictable (chain's end first), others free."""
         for page in reversed(pages):
+            if page == self.hole:
+                continue
             self.refs[page] -= 1
             if self.refs[page] == 0 and self.keys[page] is None:
                 self.free.append(page)
@@ -2862,7 +2939,7 @@ class PagePool:
 
     def check_integrity(self, owners: Iterable[Seq[int]]) -> None:
         """Check every page; AssertionError if one is lost, owned twice or wrongly indexed (tests, debug)."""
-        counted = Counter(page for pages in owners for page in pages)
+        counted = Counter(page for pages in owners for page in pages if page != self.hole)
         free, cached = set(self.free), set(self.evictable)
         assert len(free) == len(self.free), "a page is free twice"
         for page in range(self.num_pages):
@@ -2873,8 +2950,11 @@ class PagePool:
             assert page not in cached or self.keys[page] is not None, (
                 f"cached page {page} is not in the index")
             assert page not in free or self.keys[page] is None, f"free page {page} is in the index"
-        for key, (page, _) in self.index.items():
-            assert self.keys[page] == key, f"the index entry of page {page} is stale"
+        for key, content in self.index.items():
+            assert set(content.pages) != {self.hole}, "an index entry has no page"
+            for group, page in enumerate(content.pages):
+                assert page == self.hole or self.keys[page] == (group, key), (
+                    f"the index entry of page {page} is stale")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2925,7 +3005,8 @@ class Sequence:
     draft: list[int] = field(default_factory=list)      # guessed next tokens, verified in the same step
     drafted_tokens: int = 0
     accepted_tokens: int = 0                # how many of those were right
-    pages: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)      # its table: a page of each group in turn
+    filled: int = 0                         # table rows for which layers with a window have had pages
     serial: int | str = PagePool.ROOT       # content serial of its last full page, as in the prefix index
     cached_tokens: int = 0                  # prompt tokens found in the prefix cache at first admission
     added_s: float = 0.0
@@ -2984,6 +3065,7 @@ class Scheduler:
 
     def __init__(self, pool: PagePool, *, max_batch: int, prefill_chunk: int, max_rows: int | None = None):
         self.pool, self.max_batch, self.prefill_chunk = pool, max_batch, prefill_chunk
+        self.holes = any(pool.windows)          # may tables have holes?
         self.max_rows = max_rows or max_batch   # rows of logits in a step
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []       # in order of admission
@@ -3008,6 +3090,7 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
         sequence.pages, sequence.computed, sequence.serial = [], 0, sequence.work.params.owner
+        sequence.filled = 0
 
     def schedule(self) -> list[Chunk]:
         """Plan the next step: a one-token chunk for each decoding sequence, then chunks of prompts.
@@ -3024,22 +3107,47 @@ class Scheduler:
             plan += self._share_prefill(prefilling, self.max_rows - sum(chunk.draws for chunk in plan))
         return [chunk for chunk in plan if chunk.sequence.pages]        # a later one may have preempted it
 
-    def _grow(self, sequence: Sequence) -> bool:
-        """Give a running sequence pages for all its tokens, preempting others; False if it was preempted."""
-        needed = -(-len(sequence.tokens) // self.pool.page_size)
-        while sequence.pages and len(sequence.pages) < needed:
-            if (pages := self.pool.allocate(needed - len(sequence.pages))) is not None:
-                sequence.pages += pages
+    def _grow(self, sequence: Sequence, computed: int | None = None) -> bool:
+        """Give a running sequence pages for all its tokens, preempting others; False if it was preempted.
+
+        Layers with a window get theirs only for the first `computed` tokens, which are all by default.
+        """
+        size = self.pool.page_size
+        whole = -(-len(sequence.tokens) // size)
+        near = whole if computed is None else min(whole, -(-computed // size))
+        while sequence.pages and (missing := self._missing(sequence, whole, near)):
+            if (pages := self.pool.allocate(len(missing))) is not None:
+                self._fill(sequence, missing, pages, near)
             else:
                 holdings = self._holdings()
                 self._preempt(self._youngest(max(holdings, key=holdings.get)))
         return bool(sequence.pages)
 
+    def _missing(self, sequence: Sequence, whole: int, near: int) -> list[int]:
+        """The entries of a sequence's table that lack a page, up to row `whole`; with a window, to `near`."""
+        groups, have = self.pool.groups, len(sequence.pages) // self.pool.groups
+        if have >= whole and (sequence.filled >= near or not self.holes):
+            return []
+        return [index * groups + group for group, window in enumerate(self.pool.windows)
+                for index in (range(sequence.filled, near) if window else range(have, whole))]
+
+    def _fill(self, sequence: Sequence, entries: Seq[int], pages: Seq[int], near: int) -> None:
+        """Put pages into entries of a sequence's table, in layers with a window up to the row `near`."""
+        table, groups = sequence.pages, self.pool.groups
+        rows = max(entries, default=-1) // groups + 1
+        table += [self.pool.hole] * (rows * groups - len(table))
+        for entry, page in zip(entries, pages):
+            table[entry] = page
+        sequence.filled = max(sequence.filled, near)
+
+    def _held(self, sequence: Sequence) -> int:
+        return len(sequence.pages) - (sequence.pages.count(self.pool.hole) if self.holes else 0)
+
     def _holdings(self) -> Counter[str]:
         """How many pages each client's sequences hold; the youngest sequence's client comes first."""
         holdings = Counter()
         for sequence in reversed(self.running):
-            holdings[sequence.work.params.client] += len(sequence.pages)
+            holdings[sequence.work.params.client] += self._held(sequence)
         return holdings
 
     def _youngest(self, client: str) -> Sequence:
@@ -3052,7 +3160,7 @@ class Scheduler:
         """
         holdings = self._holdings()
         rich = max(holdings, key=holdings.get, default=client)
-        if (rich == client or holdings[rich] - len((victim := self._youngest(rich)).pages)
+        if (rich == client or holdings[rich] - self._held(victim := self._youngest(rich))
                 < holdings[client] + needed):
             return False
         self._preempt(victim)
@@ -3060,11 +3168,14 @@ class Scheduler:
 
     def _draft(self, sequence: Sequence, room: int) -> tuple[int, ...]:
         """As much of a sequence's draft as fits in the step's room, its token limit and its pages."""
-        size, length = self.pool.page_size, len(sequence.tokens)
+        groups, length = self.pool.groups, len(sequence.tokens)
         draft = sequence.draft[:max(0, min(room, sequence.limit - length - 1))]
-        if length + len(draft) > len(sequence.pages) * size and self.pool.available > len(self.running):
-            sequence.pages += self.pool.allocate(1)
-        return tuple(draft[:len(sequence.pages) * size - length])
+        slots = len(sequence.pages) // groups * self.pool.page_size
+        if length + len(draft) > slots and self.pool.available >= groups * (len(self.running) + 1):
+            sequence.pages += self.pool.allocate(groups)
+            sequence.filled += 1
+            slots += self.pool.page_size
+        return tuple(draft[:slots - length])
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a sequence's pages and put it at the head of the queue, to be recomputed from its tokens."""
@@ -3103,19 +3214,24 @@ class Scheduler:
             ready.remove(sequence := min(ready, key=lambda each: holdings[each.work.params.client]))
             matched, serial = self.pool.match_prefix([] if sequence.scoring else sequence.tokens,
                                                      sequence.work.params.owner)
-            needed = -(-len(sequence.tokens) // self.pool.page_size) - len(matched)
-            headroom = len(self.running)    # one page for each, so that a newcomer does not preempt at once
+            found, size, length = len(matched) // self.pool.groups, self.pool.page_size, len(sequence.tokens)
+            whole, near = -(-length // size), -(-min(length, found * size + self.prefill_chunk) // size)
+            sequence.pages, sequence.filled = matched, found
+            missing = self._missing(sequence, whole, near)
+            # a page of each group for each running one, so that a newcomer does not preempt at once; what the
+            # newcomer will hold in the end may be more than what it takes now
+            headroom = len(self.running) * self.pool.groups
+            needed = max(len(missing), self.pool.pages_for(length, self.prefill_chunk) - self._held(sequence))
             while (needed + headroom > self.pool.available
-                   and self._give_up_pages(sequence.work.params.client, needed + len(matched))):
-                headroom -= 1
-            pages = self.pool.allocate(needed) if needed + headroom <= self.pool.available else None
-            if pages is None:
-                self.pool.release(matched)
+                   and self._give_up_pages(sequence.work.params.client, needed + self._held(sequence))):
+                headroom -= self.pool.groups
+            if needed + headroom > self.pool.available:
+                self._release(sequence)
                 return
             self.waiting.remove(sequence)
             self.running.append(sequence)
-            sequence.pages, sequence.serial, sequence.computed = (
-                matched + pages, serial, len(matched) * self.pool.page_size)
+            self._fill(sequence, missing, self.pool.allocate(len(missing)), near)
+            sequence.serial, sequence.computed = serial, found * size
             if sequence.queued_s is None:
                 sequence.queued_s = time.monotonic() - sequence.added_s
                 sequence.cached_tokens = min(sequence.computed, len(sequence.work.prompt_ids))
@@ -3133,7 +3249,7 @@ class Scheduler:
         for sequence in (oldest, *others):
             share = max(left // 2, left - wanted) if sequence is oldest else left
             count = min(sequence.pending, share, 1 + rows if sequence.scoring else share)
-            if count > 0 and self._grow(sequence):
+            if count > 0 and self._grow(sequence, sequence.computed + count):
                 chunks.append(Chunk(sequence, count, int(count == sequence.pending)))
                 left -= count
                 rows -= count - 1 if sequence.scoring else 0
@@ -3144,11 +3260,17 @@ class Scheduler:
 
         Steps run in the order they start, so a later step that finds these pages reads them once written.
         """
-        sequence, size = chunk.sequence, self.pool.page_size
+        sequence, size, groups = chunk.sequence, self.pool.page_size, self.pool.groups
         before, sequence.computed = sequence.computed, sequence.computed + chunk.count
         for index in range(before // size, sequence.computed // size):
             tokens = sequence.tokens[index * size:(index + 1) * size]
-            sequence.serial = self.pool.register(sequence.serial, tokens, sequence.pages[index])
+            pages = sequence.pages[index * groups:(index + 1) * groups]
+            sequence.serial = self.pool.register(sequence.serial, tokens, pages)
+        for group, window in enumerate(self.pool.windows if self.holes else ()):
+            seen = (self.pool.first_seen(position, window) for position in (before, sequence.computed))
+            passed = slice(*(index * groups + group for index in seen), groups)     # seen by no later token
+            self.pool.release(sequence.pages[passed])
+            sequence.pages[passed] = [self.pool.hole] * len(sequence.pages[passed])
 
     @property
     def unready(self) -> list[Sequence]:
@@ -3266,12 +3388,15 @@ class Batch(NamedTuple):
     previous_token_ids: list[int]   # (T); -1 at position 0
     starts: list[int]               # (N + 1): tokens starts[i] .. starts[i + 1] - 1 belong to sequence i
     lengths: list[int]              # (N): number of keys of sequence i after this step
-    tables: list[list[int]]         # (N): pages of sequence i, in order
+    tables: list[list[int]]         # (N): pages of sequence i, in order; of each group of layers in turn
     logit_rows: list[int]           # (R): which of the T rows need logits
 
 
 class Inputs(NamedTuple):
-    """A Batch as the ops read it: int64 tensors on the device, and attention's plan."""
+    """A Batch as the ops read it: int64 tensors on the device, and attention's plan.
+
+    `parts[group]` has the slots and the plan of a group of layers; those of group 0 are also here.
+    """
 
     token_ids: Any                  # (T,)
     previous_token_ids: Any         # (T,)
@@ -3279,6 +3404,7 @@ class Inputs(NamedTuple):
     slots: Any                      # (T,) page * PAGE_SIZE + offset: where k and v are written
     logit_rows: Any                 # (R,)
     attention: Any                  # the kernels' plan: where each row finds its keys
+    parts: tuple = ()
 
 
 def token_places(batch: Batch) -> tuple[Seq[int], Seq[int]]:
@@ -3298,9 +3424,10 @@ class Transformer:
     """
 
     def __init__(self, spec: ModelSpec, tensors: dict, kernels: Kernels, *, num_pages: int, max_tokens: int,
-                 max_rows: int | None = None, device="cpu", dtype=None,
+                 max_rows: int | None = None, device="cpu", dtype=None, groups: LayerGroups | None = None,
                  progress=lambda stage, fraction: None):
         self.spec, self.kernels = spec, kernels
+        self.groups = groups or group_layers((), spec.layers, 0)
         self.device, self.dtype = torch.device(device), dtype or kernels.backend.stored_dtype
         self.windows = spec.windows or (0,) * spec.layers
         self.embedding_scale = torch.tensor(spec.embedding_scale, dtype=dtype or torch.float32).item()
@@ -3311,7 +3438,8 @@ class Transformer:
             kinds = [rope_frequencies(spec, layer) for layer in range(spec.layers)]
             tables = {kind: rope_tables(spec, self.device, kinds.index(kind)) for kind in {*kinds}}
             self.rope_tables = [tables[kind] for kind in kinds]     # of each layer
-            self.cache = kernels.make_cache(spec, num_pages, self.dtype, self.device)
+            self.cache = kernels.make_cache(replace(spec, layers=self.groups.depth),
+                                            num_pages + self.groups.holes, self.dtype, self.device)
             self.buffers = self._allocate(max_tokens, min(max_rows or max_tokens, max_tokens))
             self.recorded = kernels.backend.record(self)
 
@@ -3362,10 +3490,11 @@ class Transformer:
                                   for name, buffer in self.buffers.items()})
 
     @staticmethod
-    def page_bytes(spec: ModelSpec, dtype) -> int:
-        """Bytes of one KV page over all layers; dtype None (weights as in the file) means float16 pages."""
-        return (spec.layers * PAGE_SIZE * 2 * spec.kv_heads * spec.head_size
-                * (dtype or torch.float16).itemsize)
+    def page_bytes(spec: ModelSpec, dtype, groups: LayerGroups | None = None) -> int:
+        """Bytes of one KV page, over all layers or those of a group; dtype None (weights as in the file)
+        means float16 pages."""
+        depth = groups.depth if groups else spec.layers
+        return depth * PAGE_SIZE * 2 * spec.kv_heads * spec.head_size * (dtype or torch.float16).itemsize
 
     @property
     def weight_types(self) -> str:
@@ -3388,8 +3517,15 @@ class Transformer:
     def inputs(self, batch: Batch) -> Inputs:
         columns = (batch.token_ids, batch.previous_token_ids, *token_places(batch), batch.logit_rows)
         tensors = [torch.tensor(column, dtype=torch.int64, device=self.device) for column in columns]
-        return Inputs(*tensors, attention=self.kernels.plan_attention(
-            batch, tensors[2], self.windows, self.dtype))
+        count, parts = len(self.groups.windows), []
+        for group in range(count):
+            mine = batch
+            if count > 1:
+                mine = batch._replace(tables=[pages[group::count] for pages in batch.tables])
+                tensors[3] = torch.tensor(token_places(mine)[1], dtype=torch.int64, device=self.device)
+            windows = {self.windows[l] for l, (its, _) in enumerate(self.groups.places) if its == group}
+            parts.append(Inputs(*tensors, self.kernels.plan_attention(mine, tensors[2], windows, self.dtype)))
+        return parts[0]._replace(parts=tuple(parts))
 
     def compute(self, inputs: Inputs, b: SimpleNamespace) -> None:
         """The model: T new tokens -> b.logits (R, V).
@@ -3411,7 +3547,9 @@ class Transformer:
         for l, layer in enumerate(self.layers):
             if spec.residual_lambdas:
                 k.mix(b.x, b.x0, w["resid_lambdas"][l], w["x0_lambdas"][l], out=b.x)
-            self._attention(inputs, b, layer, self.rope_tables[l], self.cache[l], self.windows[l])
+            group, place = self.groups.places[l]
+            self._attention(inputs.parts[group] if group else inputs, b, layer, self.rope_tables[l],
+                            self.cache[place], self.windows[l])
             self._feed_forward(b, layer)
             if l == spec.backout_layer:
                 k.copy(b.x, out=b.middle)
@@ -4087,7 +4225,7 @@ def sample_on_host(logits, rows: Seq[SampleRow]) -> list[int]:
 class Backend:
     """Computes a model's steps: here torch, op by op. decode_core's backends have the same attributes."""
 
-    name, row_invariant, quantizes = "torch/reference", False, False
+    name, row_invariant, quantizes, groups_layers = "torch/reference", False, False, True
     activations = None          # dtype of every activation buffer; None: _allocate chooses
     faults: Mapping[str, str] = {}      # compiled ops that their references replace -> why
     as_stored = None            # loads a GGUF matrix in the file's own type; None: everything is dequantized
@@ -4156,7 +4294,7 @@ def choose_backend(device, spec: ModelSpec | None) -> Any:
     return core and core.backend_for(spec, device, for_decode_core()) or Backend(device)
 
 
-SEAM = 5        # version of Backend and for_decode_core; a core with another version is not used
+SEAM = 6        # version of Backend and for_decode_core; a core with another version is not used
 
 
 def for_decode_core() -> SimpleNamespace:
@@ -5378,7 +5516,6 @@ def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, devic
         metadata, stored = read_gguf(source.path)
         kind, spec = gguf_spec(source.path, metadata, stored, settings.context_length)
         architecture = metadata["general.architecture"]
-        check_bytes(source.path, {name: tensor.n_bytes for name, tensor in stored.items()})
         check_gguf_types(source.path, stored)
         names = gguf_names(architecture, HF_TENSORS | FAMILIES[kind].tensors)
         sources = tensor_sources(spec, names, spec.vocab_size)
@@ -5394,7 +5531,7 @@ def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, devic
                                added)
         text = gguf_text(source.path, metadata)
     except OSError as error:
-        raise cannot_read(source.path, error) from None
+        raise cannot_read(error.filename or source.path, error) from None
     except (ValueError, LookupError, TypeError, OverflowError, RecursionError, struct.error) as error:
         reason = "a tensor's shape does not fit its bytes" if "reshape" in str(error) else named(error)
         raise ConfigError(f"{source.path} is not a readable GGUF file (truncated?): {reason}") from None
@@ -5410,7 +5547,20 @@ def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, devic
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(metadata, name -> gguf.ReaderTensor mapped from the file)."""
+    """(metadata, name -> gguf.ReaderTensor mapped from the file), of all files if the model is split."""
+    metadata, stored = read_gguf_file(path)
+    count = checked(path, "split.count", metadata.get("split.count", 1), Rule(int, 0, 99_999))
+    for number_ in range(2, count + 1):
+        part = path.with_name(re.sub(SPLIT_GGUF, f"-{number_:05}-of-{count:05}", path.name))
+        if part == path:
+            raise ConfigError(f"{path}: split.count is {count}, so its name must end with "
+                              f"-00001-of-{count:05}.gguf")
+        stored |= read_gguf_file(part)[1]
+    return metadata, stored
+
+
+def read_gguf_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As read_gguf, of one file."""
     gguf = require_library("gguf", "a GGUF file")
     ARRAY, STRING = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING
 
@@ -5453,7 +5603,9 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     reader = Reader(path, "c")      # copy on write, because torch does not accept read-only memory
     metadata = {name: field.parts[-1] if isinstance(field.parts[-1], list) else field.contents()
                 for name, field in reader.fields.items()}
-    return metadata, {tensor.name: tensor for tensor in reader.tensors}
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    check_bytes(path, {name: tensor.n_bytes for name, tensor in stored.items()})
+    return metadata, stored
 
 
 def check_gguf_tensor(gguf: Any, room: int, name: Any, _: Any, sizes: Any, kind: Any, offset: Any) -> None:
@@ -6163,10 +6315,10 @@ class Engine:
     def __init__(self, transformer: Transformer, tokenizer: Tokenizer, kernels: Kernels, *, num_pages: int,
                  context_length: int, max_batch: int, prefill_chunk: int, drafts: bool = True):
         self.transformer, self.tokenizer, self.kernels = transformer, tokenizer, kernels
-        self.pool = PagePool(num_pages)
+        self.pool = PagePool(num_pages, transformer.groups.windows)
         self.scheduler = Scheduler(self.pool, max_batch=max_batch, prefill_chunk=prefill_chunk,
                                    max_rows=len(transformer.buffers["logits"]))
-        self.context_length = min(context_length, num_pages * PAGE_SIZE)
+        self.context_length = min(context_length, longest_context(self.pool, context_length, prefill_chunk))
         self.steps = kernels.backend.make_steps(transformer, max_batch, self.context_length)
         self.compiling, self.masking = FairThread("grammars", nice=10), FairThread("masks")
         self.grammars: OrderedDict[tuple[str, str], Grammar] = OrderedDict()    # LRU, by owner and source
@@ -6408,12 +6560,19 @@ class Engine:
         self.steps.prepare(lambda fraction: progress(fraction / 2))
         for done, (rows, length) in enumerate(shapes):
             progress(0.5 + done / len(shapes) / 2)
-            for row in range(min(rows, self.pool.num_pages // 2)):
+            for row in range(min(rows, self.pool.num_pages // 2 // self.pool.groups)):
                 ids = tuple((row + 7 * i) % self.tokenizer.vocab_size for i in range(length))
                 self.add(Assignment(f"warm-up {row}", ids, AnswerParams(), 1))
             while self.busy:
                 self.step()
         self.pool.forget_cached()
+
+
+def longest_context(pool: PagePool, most: int, chunk: int) -> int:
+    """How many tokens, of `most`, one sequence may have in the pool's pages."""
+    pages = range(-(-most // PAGE_SIZE) + 1)
+    fit = bisect.bisect_right(pages, pool.num_pages, key=lambda n: pool.pages_for(n * PAGE_SIZE, chunk)) - 1
+    return fit * PAGE_SIZE
 
 
 def failure_text(error: Exception) -> str:
@@ -6540,11 +6699,13 @@ def build_engine(source: ModelSource, settings: Settings, device: "torch.device"
     limits = {"max_tokens": settings.prefill_chunk + rows, "max_rows": rows}
     kernels = load_kernels(device, model.spec, **limits, quantize=settings.quantize)
     needs = memory_needs(model, settings.quantize, *limits.values())
-    num_pages = kv_pages(model.spec, settings, device, model.dtype, model.context_length, sum(needs.values()))
-    needs["KV cache"] = num_pages * Transformer.page_bytes(model.spec, model.dtype)
+    groups = group_layers(model.spec.windows, model.spec.layers, model.context_length,
+                          apart=kernels.backend.groups_layers)
+    num_pages = kv_pages(model, settings, device, groups, sum(needs.values()))
+    needs["KV cache"] = num_pages * Transformer.page_bytes(model.spec, model.dtype, groups)
     log.info("%s", memory_line(needs, free_memory(device), device, settings))
     transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device,
-                              dtype=model.dtype, progress=progress, **limits)
+                              dtype=model.dtype, groups=groups, progress=progress, **limits)
     return model, Engine(transformer, tokenizer, kernels, num_pages=num_pages,
                          max_batch=settings.max_batch, context_length=model.context_length,
                          prefill_chunk=settings.prefill_chunk, drafts=settings.drafts)
@@ -6586,11 +6747,14 @@ def memory_line(needs: Mapping[str, int], free: int, device: "torch.device", set
     return f"The model may not fit: {line}. --kv-cache-memory {room}M or a shorter --context-length helps"
 
 
-def kv_pages(spec: ModelSpec, settings: Settings, device: "torch.device", dtype: "torch.dtype | None",
-             context: int, taken: int) -> int:
+def kv_pages(model: LoadedModel, settings: Settings, device: "torch.device", groups: LayerGroups,
+             taken: int) -> int:
     """KV pages to allocate: --kv-cache-memory, or a share of free memory once `taken` bytes of it are the
     weights'; ConfigError below 64 tokens."""
-    page_bytes, full = Transformer.page_bytes(spec, dtype), -(-context // PAGE_SIZE)    # full context, pages
+    page_bytes = Transformer.page_bytes(model.spec, model.dtype, groups)
+    pages_for = PagePool(0, groups.windows).pages_for
+    full, least = (pages_for(length, settings.prefill_chunk)
+                   for length in (model.context_length, 4 * PAGE_SIZE))
     if settings.kv_cache_memory is not None:
         budget = settings.kv_cache_memory
     elif device.type == "cuda":
@@ -6600,10 +6764,10 @@ def kv_pages(spec: ModelSpec, settings: Settings, device: "torch.device", dtype:
         free = max(available_memory() // settings.num_workers - taken, 0)
         budget = min(max(1 << 30, full * page_bytes), free // 8)
     pages = min(budget // page_bytes, settings.max_batch * full)        # more could not be used
-    if pages < 4:
+    if pages < least:
         raise ConfigError(f"{budget:,} bytes for the KV cache hold {max(pages, 0)} pages "
-                          f"of {PAGE_SIZE} tokens; at least 4 ({4 * page_bytes:,} bytes) are needed: "
-                          "raise --kv-cache-memory"
+                          f"of {PAGE_SIZE} tokens; at least {least} ({least * page_bytes:,} bytes) are "
+                          "needed: raise --kv-cache-memory"
                           + (" or --gpu-memory-utilization" if device.type == "cuda" else ""))
     return pages
 
@@ -6614,12 +6778,16 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
     if device.type == "cuda":
         place += f" ({torch.cuda.get_device_name(device)})"
     kernels = engine.kernels.names
+    groups, context = engine.transformer.groups, engine.context_length
+    page_bytes = Transformer.page_bytes(model.spec, dtype, groups)
+    longest = engine.pool.pages_for(context, engine.scheduler.prefill_chunk)
+    holds = (f"of {PAGE_SIZE} tokens = {pages * PAGE_SIZE:,} tokens" if not groups.holes else
+             f"of {PAGE_SIZE} tokens in {groups.depth} layers, of which a sequence holds at most {longest:,}")
     lines = (f"Model {model.name}: {model.description}", kernels_line(),
              f"Running on {place}, weights in {engine.transformer.weight_types}; kernels: "
              + ", ".join(sorted(set(kernels.values()))),
-             f"KV cache: {pages:,} pages of {PAGE_SIZE} tokens = {pages * PAGE_SIZE:,} tokens ("
-             f"{pages * Transformer.page_bytes(model.spec, dtype) / 2**20:,.0f} MiB); "
-             f"context {engine.context_length:,} tokens", *model.notes)
+             f"KV cache: {pages:,} pages {holds} ({pages * page_bytes / 2**20:,.0f} MiB); "
+             f"context {context:,} tokens", *model.notes)
     return ModelCard(model.text, model.name, engine.context_length, lines, kernels,
                      engine.kernels.row_invariant, kernels_line(), dict(model.sampling),
                      model.sampling_origin)

@@ -64,18 +64,18 @@ void softcap(dc::Program& program, bool on_logit_rows, const Buffer& x, float ca
     program.record(op);
 }
 
-void rope_append(dc::Program& program, const dc::RopeJob& job, int64_t max_positions, int64_t num_pages) {
+void rope_append(dc::Program& program, const dc::RopeJob& job, int64_t max_positions, int64_t num_pages, int group) {
     dc::Op op = make_op(dc::OpKind::rope_append, false, {}, {});
-    op.rope = job, op.max_positions = max_positions, op.num_pages = num_pages;
+    op.rope = job, op.max_positions = max_positions, op.num_pages = num_pages, op.page_group = group;
     program.record(op);
 }
 
 void paged_attention(dc::Program& program, const Buffer& q, uintptr_t cache, int cache_type, int64_t num_pages, int heads, int kv_heads,
-                     int head_size, int window, float softcap, uintptr_t sinks, const Buffer& out) {
+                     int head_size, int window, float softcap, uintptr_t sinks, const Buffer& out, int group) {
     dc::Op op = make_op(dc::OpKind::paged_attention, false, q, out);
     op.attention = {at<const float>(q.first), at<const void>(cache), dc::Element(cache_type), at<float>(out.first),
                     heads, kv_heads, head_size, window, softcap, at<const float>(sinks)};
-    op.num_pages = num_pages;
+    op.num_pages = num_pages, op.page_group = group;
     program.record(op);
 }
 

@@ -70,7 +70,7 @@ class CpuBackend:
     else float32.
     """
 
-    row_invariant, quantizes = True, True
+    row_invariant, quantizes, groups_layers = True, True, True
     activations, dtype, stored_dtype = torch.float32, torch.bfloat16, None
     converted = staticmethod(converted)
 

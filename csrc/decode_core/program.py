@@ -14,6 +14,8 @@ over its R rows when what it reads came through `gather_rows`. The bits of a row
 threads or the instruction set. A wrong argument is a ValueError that names it, when recording and before anything runs.
 """
 
+from types import SimpleNamespace
+
 from . import _core
 from .arrays import CODES, FLOAT32, look_at, vector
 from .attention import check_cache, check_softcap, check_together, rope_job, sinks_at
@@ -26,17 +28,23 @@ MAX_EXPERTS, MAX_CHOSEN = _core.MAX_EXPERTS, _core.MAX_CHOSEN
 
 
 class Marker:
-    """A step's own data, in the place of an array when recording."""
+    """A step's own data, in the place of an array when recording; slots and attention are those of one group of layers."""
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, group: int = 0):
+        self.name, self.group = name, group
 
     def __repr__(self):
-        return f"<program.{self.name}>"
+        return f"<program.{self.name}>" if not self.group else f"<program.parts[{self.group}].{self.name}>"
+
+
+MOST_GROUPS = 64            # of layers whose pages have tables of their own
 
 
 class Program:
-    """See the module. Everything recorded is kept alive; a step under way is waited for when the Program goes."""
+    """See the module. Everything recorded is kept alive; a step under way is waited for when the Program goes.
+
+    Layers may form groups whose pages have tables of their own: `parts[group]` has a group's slots and attention.
+    """
 
     token_ids, previous_token_ids, positions, slots, attention, logit_rows = map(
         Marker, ("token_ids", "previous_token_ids", "positions", "slots", "attention", "logit_rows"))
@@ -167,7 +175,7 @@ class Program:
     def rope_append(self, qkv, cos, sin, positions, slots, cache, out, *, value_embed=None, gate=None, **options) -> None:
         """decode_core.rope_append with the step's positions and slots: qkv -> out (max_tokens, H * D) and one layer's cache."""
         _is_marker("positions", positions, self.positions)
-        _is_marker("slots", slots, self.slots)
+        _is_marker("slots", slots, self.parts[getattr(slots, "group", 0)].slots)
         qkv_at, kind = self._read("qkv", qkv)
         layer = _, _, pages, Hkv, D = check_cache(cache)
         H, rest = divmod(qkv_at[1] - 2 * Hkv * D, D)
@@ -180,11 +188,11 @@ class Program:
         job, max_positions = rope_job(layer, qkv_at, (out_at[0], 0, H), cos, sin, (0, 0),
                                       value_at, gate_at, **options)
         self._keep(qkv, cos, sin, cache, out, value_embed, gate, options.get("q_norm"), options.get("k_norm"))
-        self._program.rope_append(job, max_positions, pages)
+        self._program.rope_append(job, max_positions, pages, slots.group)
 
     def paged_attention(self, q, cache, attention, window: int, out, softcap: float = 0.0, sinks=None) -> None:
         """softmax(q k) v of each row over its own pages: q (max_tokens, H * D) as rope_append left it -> out, as wide."""
-        _is_marker("attention", attention, self.attention)
+        _is_marker("attention", attention, self.parts[getattr(attention, "group", 0)].attention)
         q_at, kind = self._read("q", q)
         cache_at, cache_kind, pages, Hkv, D = check_cache(cache)
         H, rest = divmod(q_at[1], D)
@@ -194,7 +202,7 @@ class Program:
             raise ValueError(f"window: must be a number of keys, 0 or -1, not {window!r}")
         out_at = self._written("out", out, kind, q_at[1])
         self._record(self._program.paged_attention, q_at, cache_at, cache_kind, pages, H, Hkv, D, max(window, 0),
-                     check_softcap(softcap), sinks_at(sinks, H), out_at, keep=(q, cache, out, sinks))
+                     check_softcap(softcap), sinks_at(sinks, H), out_at, attention.group, keep=(q, cache, out, sinks))
 
     def sample(self, logits) -> None:
         """The last op: a token for each logit row, in the steps that bring a SampleBatch."""
@@ -212,7 +220,7 @@ class Program:
         token_ids   T ids; ~i (-1 - i): what row i of the step started before draws, which may still be running
         previous    T ids of the tokens before those; -1: none (position 0); -2 - i: what row i of the step before draws
         starts, lengths, tables     rows starts[i] .. starts[i + 1] are the newest of the lengths[i] positions of sequence i,
-                    whose pages are tables[i]; length 0 is padding, which writes nothing
+                    whose pages are tables[i] (with groups of layers, a page of each in turn); length 0 is padding, which writes nothing
         logit_rows  R rows of the T that get logits, and a token each when `sampling`, a SampleBatch of R rows, is given; what
                     its penalties count is what it holds now. A row of position < 0 draws nothing.
         """
@@ -282,6 +290,10 @@ class Program:
             raise ValueError(f"sampling: is for {batch.vocab_size} ids, and logits have {self.logits.shape[1]}")
         records, count_ids, counts, bias_ids, bias_values, _ = batch._addresses
         return (records, len(batch.params), count_ids, counts, len(batch.counts), bias_ids, bias_values, len(batch.bias_values))
+
+
+Program.parts = (Program, *(SimpleNamespace(token_ids=Program.token_ids, positions=Program.positions, slots=Marker("slots", group),
+                                            attention=Marker("attention", group)) for group in range(1, MOST_GROUPS)))
 
 
 def _is_marker(name: str, value, wanted: Marker) -> None:

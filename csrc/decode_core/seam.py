@@ -9,6 +9,8 @@ place.
     activations                   torch dtype of every activation buffer; None: chat_server's own choice
     dtype                         torch dtype of float weights whose user names none
     stored_dtype                  of activations and cache beside matrices as stored; None: the backend's affair
+    groups_layers                 may pages hold some layers only, each group with a table of its own? (spec.layers of
+                                  make_cache is then a page's, and a step's tables list a page of each group in turn)
     quantizes                     does `ops` take a type for `quantize`?
     as_stored(shape, parts)       a matrix in its file's type, or one close to it; None: always dequantized
     converted(sources, stored)    which matrices cannot stay in the file's type, in words
@@ -36,7 +38,7 @@ from typing import Any
 from . import _core, cuda
 from .program import MAX_CHOSEN, MAX_EXPERTS
 
-SEAM = 5        # one more whenever a name, an argument or a meaning above, or of `script`, changes
+SEAM = 6        # one more whenever a name, an argument or a meaning above, or of `script`, changes
 log = logging.getLogger("chat_server.decode_core")
 
 

@@ -4,13 +4,13 @@ import random
 
 import pytest
 
-from chat_server import PAGE_SIZE, PagePool
+from chat_server import PAGE_SIZE, PagePool, group_layers
 
 
 def fill(pool, tokens, pages, serial=PagePool.ROOT, first=0):
     """Register the whole pages of `tokens`, as a sequence does once they are computed."""
     for i in range(first, len(tokens) // pool.page_size):
-        serial = pool.register(serial, tokens[i * pool.page_size:(i + 1) * pool.page_size], pages[i])
+        serial = pool.register(serial, tokens[i * pool.page_size:(i + 1) * pool.page_size], pages[i * pool.groups:(i + 1) * pool.groups])
     return serial
 
 
@@ -137,3 +137,66 @@ def test_those_who_share_no_pages_find_their_own_only():
     assert len(found["alice"]) == len(found[PagePool.ROOT]) == 2 and found["bob"] == []
     assert not set(found["alice"]) & set(found[PagePool.ROOT])
     pool.check_integrity(found.values())
+
+
+# --- layers with a window ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("windows, context, groups, depth, reach", [
+    ((), 99, [4], 4, (0,)), ((0, 0, 0, 0), 99, [4], 4, (0,)),
+    ((24,) * 4, 99, [4], 4, (24,)), ((24,) * 4, 24, [4], 4, (0,)),          # no token of this context leaves the window
+    ((24, 0, 24, 0), 99, [2, 2], 2, (0, 24)), ((0, 0, 0, 20), 99, [1, 1, 1, 1], 1, (0, 0, 0, 20)),
+    (tuple(512 * (l % 6 < 5) for l in range(26)), 32768, [4, 4, 4, 4, 4, 4, 2], 4, (0, *[512] * 6)),        # Gemma 3 1B
+    ((10, 20, 0, 300), 99, [2, 2], 2, (0, 20))])
+def test_layers_with_and_without_a_window_form_groups_of_equal_size(windows, context, groups, depth, reach):
+    layers = len(windows) or 4
+    made = group_layers(windows, layers, context)
+    members = [[l for l, (its, _) in enumerate(made.places) if its == group] for group in range(len(made.windows))]
+    assert [len(each) for each in members] == groups and (made.depth, made.windows) == (depth, reach)
+    for each in members:
+        assert [made.places[l][1] for l in each] == list(range(len(each)))
+    assert group_layers(windows, layers, context, apart=False).windows == (0,)
+
+
+def test_a_prefix_is_found_where_each_groups_window_is_whole_and_only_seen_pages_are_taken():
+    pool = PagePool(20, (0, 40))
+    tokens = list(range(6 * PAGE_SIZE))
+    table = pool.allocate(12)
+    fill(pool, tokens, table)
+    pool.release(table)
+    matched, _ = pool.match_prefix(tokens + [0])
+    assert matched == [page if i % 2 == 0 or i // 2 >= 3 else pool.hole for i, page in enumerate(table)]    # 57 to 96 are seen
+    pool.release(matched)
+    pool.check_integrity([])
+    lost = table[2 * 4 + 1]                                         # the window's page of the fifth row
+    while pool.keys[lost]:
+        pool._evict()
+    kept, _ = pool.match_prefix(tokens + [0])
+    pool.check_integrity([kept])
+    rows = len(kept) // 2
+    assert rows < 5 and all(page != pool.hole for page in kept[::2])
+
+
+def test_a_thousand_random_operations_with_windows_keep_the_cache_whole():
+    generator = random.Random(2)
+    pool = PagePool(40, (0, 20, 40))
+    owned = []
+    for _ in range(1000):
+        if owned and generator.random() < 0.5:
+            pool.release(owned.pop(generator.randrange(len(owned))))
+        else:
+            tokens = [generator.randrange(2)] * PAGE_SIZE + [generator.randrange(2) for _ in range(generator.randrange(1, 5 * PAGE_SIZE))]
+            table, serial = pool.match_prefix(tokens)
+            first = len(table) // 3
+            fresh = pool.allocate(3 * (-(-len(tokens) // PAGE_SIZE) - first))
+            if fresh is None:
+                pool.release(table)
+                continue
+            table += fresh
+            fill(pool, tokens, table, serial, first)
+            for group, window in enumerate(pool.windows):           # as a sequence gives back what it has passed
+                for row in range(pool.first_seen(len(tokens), window)):
+                    pool.release([table[3 * row + group]])
+                    table[3 * row + group] = pool.hole
+            owned.append(table)
+        pool.check_integrity(owned)

@@ -106,7 +106,7 @@ def test_a_folder_of_mxfp4_blocks_computes_what_transformers_makes_of_them(tmp_p
 def test_mxfp4_blocks_of_a_folder_stay_packed(tmp_path):
     folder, cases = packed_experts(tmp_path)
     model = load(folder, None)
-    assert model.dtype == torch.bfloat16 and {model.tensors[f"{l}.expert_{part}"].kind for l in range(4) for part in ("gate_up", "down")} == {"mxfp4"}
+    assert model.dtype == torch.bfloat16 and {model.tensors[f"{l}.expert_{part}"].read().kind for l in range(4) for part in ("gate_up", "down")} == {"mxfp4"}
     kernels, prompt = kernels_of("decode_core", model.spec), cases[1].prompt
     packed = Transformer(model.spec, dict(model.tensors), kernels, num_pages=4, max_tokens=128, max_rows=8, dtype=model.dtype)
     assert packed.weights["3.expert_down"].nbytes < 7 * 64 * 128 * 0.54         # columns are filled up to 4 blocks

@@ -124,6 +124,8 @@ def test_a_folder_or_file_here_wins_over_an_id(tmp_path, monkeypatch):
 
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
+PARTS = ["q8/a-Q8_0-00001-of-00002.gguf", "q8/a-Q8_0-00002-of-00002.gguf"]
+
 
 @pytest.mark.parametrize("file, names, found", [
     ("", ["README.md", "config.json", "model.safetensors", "tokenizer.json", "pytorch_model.bin", "onnx/model.onnx", "tokenizer_config.json",
@@ -131,7 +133,8 @@ SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
     ("", ["config.json", *SHARDS, "model.safetensors.index.json", "generation_config.json", "chat_template.jinja", "x.gguf"],
      ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors.index.json", *SHARDS]),
     ("x", ["config.json", "model.safetensors", "x.gguf"], ["x.gguf"]), ("", ["config.json", "only.gguf"], ["only.gguf"]),
-    ("", ["a-Q8_0.gguf", "a-Q4_K_M.gguf"], ["a-Q4_K_M.gguf"])])
+    ("", ["a-Q8_0.gguf", "a-Q4_K_M.gguf"], ["a-Q4_K_M.gguf"]), ("q8_0", ["a-Q4_0.gguf", *PARTS], PARTS),
+    ("", [*PARTS, "a-q4_k_m-00001-of-00001.gguf"], ["a-q4_k_m-00001-of-00001.gguf"]), (PARTS[1], [*PARTS, "b.gguf"], PARTS)])
 def test_only_the_files_that_make_up_a_model_are_fetched(file, names, found):
     assert hub_files("org/name", file, names) == found
 

@@ -743,6 +743,28 @@ def test_the_default_models_tensors_are_exactly_those_the_model_expects(default_
     assert not mapped, "the file is still mapped: weights are held twice"
 
 
+def test_a_model_split_into_several_files_is_one_model(tmp_path):
+    whole = load(write_gguf(tmp_path / "tiny.gguf", random_llama(), LLAMA_NUMBERS))
+    write_gguf(tmp_path / "split.gguf", random_llama(), LLAMA_NUMBERS, split_max_tensors=4)
+    parts = [tmp_path / f"split-{number:05}-of-00003.gguf" for number in (1, 2, 3)]
+    assert sorted(tmp_path.glob("split*")) == parts
+    for path in (parts[0], parts[2]):
+        model, theirs = load(path), tensors_of(whole)
+        assert model.name == "split" and model.spec == whole.spec
+        for name, tensor in tensors_of(model).items():
+            assert torch.equal(tensor, theirs[name]), name
+    data = parts[1].read_bytes()
+    for content, words in ((data[:-64], "split-00002-of-00003.gguf|truncated"), (None, "cannot read .*split-00002-of-00003.gguf: No such file")):
+        parts[1].unlink()
+        if content:
+            parts[1].write_bytes(content)
+        with pytest.raises(ConfigError, match=words):
+            load(parts[0])
+    parts[0].rename(tmp_path / "renamed.gguf")
+    with pytest.raises(ConfigError, match="renamed.gguf: split.count is 3, so its name must end with -00001-of-00003.gguf"):
+        load(tmp_path / "renamed.gguf")
+
+
 PROSE = """Tea reached Europe by sea. In 1610 a Dutch ship brought the first crates from Hirado to Amsterdam, and for decades it
 stayed a medicine, sold by the ounce. By 1750 the price had fallen twenty-fold; 4,000,000 pounds a year passed London's docks.
 "What is it about a cup of tea?" asked a clerk. Nobody knew, but everybody drank. def brew(minutes: int = 3) -> str:

@@ -32,7 +32,8 @@ def make_engine(path, *, num_pages=600, max_batch=32, prefill_chunk=256, context
     rows = max(max_batch, chat_server.FREE_ROWS)
     limits = {"max_tokens": prefill_chunk + rows, "max_rows": rows}
     kernels = chat_server.load_kernels("cpu", None if reference else model.spec, **limits)
-    transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=num_pages, dtype=model.dtype, **limits)
+    groups = chat_server.group_layers(model.spec.windows, model.spec.layers, context_length or model.context_length)
+    transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=num_pages, dtype=model.dtype, groups=groups, **limits)
     return Engine(transformer, chat_server.open_tokenizer(model.text), kernels, num_pages=num_pages, max_batch=max_batch,
                   context_length=context_length or model.context_length, prefill_chunk=prefill_chunk)
 

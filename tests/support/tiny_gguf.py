@@ -29,9 +29,9 @@ def sentencepiece_metadata():
             "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0}
 
 
-def write_gguf(path, tensors, numbers, metadata=None):
+def write_gguf(path, tensors, numbers, metadata=None, **options):
     """`tensors` is name -> array, or (raw bytes as uint8 rows, type); `numbers` are the llama.* metadata."""
-    writer = gguf.GGUFWriter(path, (metadata or {}).get("general.architecture", "llama"))
+    writer = gguf.GGUFWriter(path, (metadata or {}).get("general.architecture", "llama"), **options)
     for key, value in {**numbers, **(metadata or small_gguf_metadata("gpt-2"))}.items():
         if key == "general.architecture":
             continue

@@ -51,6 +51,7 @@ struct Op {
     int64_t max_positions = 0;          // of the tables cos and sin
     AttentionJob attention{};
     int64_t num_pages = 0;              // of rope's and attention's cache
+    int page_group = 0;                 // rope, attention: which of a table's pages are theirs, see StepInput
     std::shared_ptr<Routing> routing;   // route (x: logits), group, gate_up (x), down, combine (x: what is added to): see experts.h
 };
 
@@ -58,7 +59,7 @@ struct Op {
 // -1 is none, -2 - i the token that row i of the step before draws.
 struct StepInput {
     std::vector<int64_t> token_ids, previous_ids, starts, lengths, logit_rows;
-    std::vector<int32_t> pages;                                 // of all sequences; sequence i's from offsets[i]
+    std::vector<int32_t> pages;         // of all sequences; sequence i's from offsets[i]: a page of each group in turn
     std::vector<int64_t> offsets;
     bool samples = false;
     std::vector<SampleRow> sample_rows;                         // one for each logit row

@@ -66,7 +66,7 @@ private:
         int64_t rows, rows_per_chunk, chunks;
         bool needed_only = false;               // of the tokens, only those with logits
     };
-    static constexpr int LAST_LAYER = -1;
+    static constexpr std::pair<int, int> LAST_LAYER = {-1, -1};
     using Body = void (Step::*)(const Part&, int64_t chunk) const;
     using StagedBody = void (Step::*)(const Part&, int64_t chunk, float* staged) const;
     using Put = void (Step::*)(const Part&, int64_t chunk, const float* staged) const;
@@ -80,10 +80,10 @@ private:
     void add_attention(int op);
     void add_experts(int op);
     void make_phases();
-    void find_slots();
+    void find_slots(const std::vector<int32_t>& pages, const std::vector<int64_t>& offsets);
     void plan_attention();
     void find_needed();
-    void add_attention_run(int key, const AttentionPlan::Work& work, const AttentionJob& job);
+    void add_attention_run(std::pair<int, int> key, const AttentionPlan::Work& work, const AttentionJob& job);
     bool is_needed_only(int op) const { return op > last_append && !ops[size_t(op)].on_logit_rows; }
 
     void do_rows(const Part& part, int64_t chunk) const;
@@ -116,9 +116,11 @@ private:
     const StepMemory memory;
     const int threads;
     const int64_t vocab;
-    std::vector<int64_t> positions, slots;
-    std::unique_ptr<AttentionPlan> plan;
-    std::map<int, AttentionRun> attention;      // by window; LAST_LAYER: of the needed tokens only
+    std::vector<int64_t> positions;
+    std::vector<std::vector<int64_t>> slots;    // by group, as the plans are
+    std::vector<std::unique_ptr<AttentionPlan>> plans;
+    using Key = std::pair<int, int>;            // group and window
+    std::map<Key, AttentionRun> attention;      // LAST_LAYER: of the needed tokens only
     int last_append = INT32_MAX;
     std::vector<char> needed;                   // for each token: has it logits?
     AttentionPlan::Work needed_work;

@@ -22,43 +22,54 @@ Step::Step(const std::vector<Op>& ops, StepInput given, const StepMemory& memory
     : tokens(int64_t(given.token_ids.size())), logit_rows(int64_t(given.logit_rows.size())), ops(ops), input(std::move(given)),
       memory(memory), threads(threads), vocab(vocab) {
     plan_attention();
-    find_slots();
     find_needed();
     make_phases();
     drawn.resize(input.samples ? size_t(logit_rows) : 0);
     stamps.resize(phases.size() + 1);
 }
 
-void Step::find_slots() {
-    positions.resize(size_t(tokens)), slots.resize(size_t(tokens));
+// The slots of one group, whose pages these are.
+void Step::find_slots(const std::vector<int32_t>& all, const std::vector<int64_t>& offsets) {
+    std::vector<int64_t>& places = slots.emplace_back(size_t(tokens));
+    positions.resize(size_t(tokens));
     for (size_t i = 0; i < input.lengths.size(); i++) {
         const int64_t begin = input.starts[i], end = input.starts[i + 1], first = input.lengths[i] - (end - begin);
-        const int32_t* pages = input.pages.data() + input.offsets[i];
+        const int32_t* pages = all.data() + offsets[i];
         for (int64_t row = begin; row < end; row++) {
             const int64_t position = first + row - begin;
             const bool padding = input.lengths[i] == 0;
             positions[size_t(row)] = padding ? 0 : position;
-            slots[size_t(row)] = padding ? -1 : pages[page_of(position)] * int64_t(PAGE_SIZE) + place_of(position);
+            places[size_t(row)] = padding ? -1 : pages[page_of(position)] * int64_t(PAGE_SIZE) + place_of(position);
         }
     }
 }
 
 void Step::plan_attention() {
-    int heads = 1, kv_heads = 1;
+    int heads = 1, kv_heads = 1, groups = 1;
     int64_t num_pages = INT32_MAX;
     for (const Op& op : ops) {
+        groups = std::max(groups, op.page_group + 1);
         if (op.num_pages) num_pages = std::min(num_pages, op.num_pages);
         if (op.kind == OpKind::paged_attention) heads = op.attention.heads, kv_heads = op.attention.kv_heads;
     }
-    // throws for what is wrong, also without any attention; rows, lengths and tables are as it says from here on
-    plan = std::make_unique<AttentionPlan>(input.pages, input.offsets, input.lengths, input.starts, heads, kv_heads, num_pages);
+    std::vector<int64_t> offsets = input.offsets;
+    for (int64_t& offset : offsets) require(offset % groups == 0, "tables: a page of each group for every 16 tokens"), offset /= groups;
+    for (int group = 0; group < groups; group++) {
+        std::vector<int32_t> pages(input.pages.size() / size_t(groups));
+        for (size_t i = 0; i < pages.size(); i++) pages[i] = input.pages[i * size_t(groups) + size_t(group)];
+        // throws for what is wrong, also without any attention; rows, lengths and tables are as it says from here on
+        plans.push_back(std::make_unique<AttentionPlan>(pages, offsets, input.lengths, input.starts, heads, kv_heads, num_pages));
+        find_slots(pages, offsets);
+    }
     for (const Op& op : ops) {
         const AttentionJob& job = op.attention;
-        if (op.kind == OpKind::paged_attention && !attention.count(job.window)) add_attention_run(job.window, plan->work(job.window), job);
+        const Key key{op.page_group, job.window};
+        if (op.kind == OpKind::paged_attention && !attention.count(key))
+            add_attention_run(key, plans[size_t(op.page_group)]->work(job.window), job);
     }
 }
 
-void Step::add_attention_run(int key, const AttentionPlan::Work& work, const AttentionJob& job) {
+void Step::add_attention_run(Key key, const AttentionPlan::Work& work, const AttentionJob& job) {
     attention_memory.emplace_back();
     void* memory = attention_memory.back().at_least(AttentionRun::memory_bytes(work, job.head_size) + 64);
     attention.emplace(key, AttentionRun(work, memory, threads));
@@ -73,7 +84,7 @@ void Step::find_needed() {
     if (logit_rows == 0) return;
     for (size_t i = size_t(last_append); i < ops.size(); i++) {
         if (ops[i].kind != OpKind::paged_attention) continue;
-        needed_work = plan->work(ops[i].attention.window);
+        needed_work = plans[size_t(ops[i].page_group)]->work(ops[i].attention.window);
         const auto unneeded = [&](const AttentionItem& item) {
             return std::find(needed.begin() + item.row, needed.begin() + item.row + item.rows, 1) == needed.begin() + item.row + item.rows;
         };

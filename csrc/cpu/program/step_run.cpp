@@ -102,7 +102,7 @@ void Step::embed(const Op& op, int64_t row) const {
 
 void Step::append(const Op& op, int64_t begin, int64_t end) const {
     RopeJob job = op.rope;
-    job.rows = tokens, job.positions = positions.data(), job.slots = slots.data();
+    job.rows = tokens, job.positions = positions.data(), job.slots = slots[size_t(op.page_group)].data();
     DC_CHOSEN(attention_kernels).rope_rows(job, begin, end);
 }
 
@@ -212,7 +212,8 @@ void Step::put_product(const Part& part, int64_t chunk, const float* staged) con
 }
 
 const AttentionRun& Step::attention_of(const Part& part) const {
-    return attention.at(part.needed_only ? LAST_LAYER : ops[size_t(part.first)].attention.window);
+    const Op& op = ops[size_t(part.first)];
+    return attention.at(part.needed_only ? LAST_LAYER : Key{op.page_group, op.attention.window});
 }
 
 void Step::do_attention(const Part& part, int64_t chunk, float* staged) const {

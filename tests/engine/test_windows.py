@@ -1,0 +1,139 @@
+"""Layers with a sliding window give back the pages they have passed, and answers stay transformers'."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import chat_server as cs
+from chat_server import PAGE_SIZE, PagePool, SamplingParams, Scheduler, Sequence
+from engines import make_engine, run
+from families import clear_cases, make_model, save
+from works import assignment
+
+WINDOWED = ["gemma3", "gemma2", "mistral", "qwen2"]     # 5 of 6 layers, half of them in turn, all, the last ones
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    known = {}
+
+    def make(name):
+        if name not in known:
+            model = make_model(name)
+            known[name] = save(model, tmp_path_factory.mktemp(name)), clear_cases(model, lengths=(200, 90, 30))
+        return known[name]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield make
+    torch.set_num_threads(threads)
+
+
+def works_of(cases):
+    return [assignment(f"case {i}", tuple(case.prompt), SamplingParams(temperature=0), 64, ignore_eos=True) for i, case in enumerate(cases)]
+
+
+def check(engine, cases, works=None, **options):
+    """Run the cases together: their tokens are transformers', and no sequence holds more pages than it should."""
+    seen = SimpleNamespace(most=0)
+
+    def on_step(plan):
+        scheduler = engine.scheduler
+        for sequence in scheduler.running:
+            assert scheduler._held(sequence) <= engine.pool.pages_for(len(sequence.tokens), scheduler.prefill_chunk)
+        seen.most = max(seen.most, engine.pool.num_pages - engine.pool.available)
+    result = run(engine, works or works_of(cases), on_step=on_step, **options)
+    for i, case in enumerate(cases):
+        assert result.tokens[f"case {i}"] == case.tokens, i
+    return result, seen.most
+
+
+BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(cs.decode_core() is None, reason="not built"))]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", WINDOWED)
+def test_pages_are_given_back_and_answers_stay_transformers(made, name, backend):
+    folder, cases = made(name)
+    engine = make_engine(folder, num_pages=400, prefill_chunk=32, max_batch=4, reference=backend == "reference")
+    groups = engine.transformer.groups
+    assert groups.holes and engine.kernels.row_invariant == (backend == "decode_core")
+    _, most = check(engine, cases)
+    whole = sum(-(-(len(case.prompt) + 64) // PAGE_SIZE) for case in cases) * len(groups.windows)
+    assert most < {"gemma3": 0.6, "gemma2": 0.75, "mistral": 0.5, "qwen2": 0.75}[name] * whole
+    again, _ = check(engine, cases)         # from the prefix cache
+    assert all(end.cached_tokens > 0 for end in again.end.values())
+    check(engine, cases, ahead=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", WINDOWED)
+def test_preempted_answers_stay_the_same_when_pages_are_few(made, name, backend):
+    folder, cases = made(name)
+    groups = make_engine(folder, num_pages=400, prefill_chunk=32).transformer.groups
+    needed = PagePool(0, groups.windows).pages_for(264, 32)
+    engine = make_engine(folder, num_pages=needed + 3 * len(groups.windows), prefill_chunk=32, max_batch=4, context_length=264,
+                         reference=backend == "reference")
+    assert engine.context_length == 264
+    check(engine, cases)
+    assert engine.scheduler.preemptions > 0
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_alone_batched_and_cached_answers_are_the_same_to_the_bit(made, name):
+    folder, cases = made(name)
+    engine = make_engine(folder, num_pages=400, prefill_chunk=48, max_batch=8)
+    if not engine.kernels.row_invariant:
+        pytest.skip("the promise is decode_core's")
+    works = [assignment(f"w{i}", tuple(case.prompt), SamplingParams(temperature=1.0, seed=i), 40, ignore_eos=True)
+             for i, case in enumerate([*cases, *cases])]
+    together = run(engine, works).tokens
+    for work in works:
+        assert run(engine, [work]).tokens[work.id] == together[work.id]
+
+
+def test_a_longer_context_fits_into_the_same_pages(made):
+    folder, _ = made("gemma3")
+    few = make_engine(folder, num_pages=60, prefill_chunk=16)
+    windows = few.transformer.groups.windows
+    assert len(windows) == 6 and few.pool.windows == windows
+    assert few.context_length == (60 - 5 * (-(-(24 + 16) // PAGE_SIZE) + 1)) * PAGE_SIZE > 60 * PAGE_SIZE // 6
+    assert few.pool.pages_for(few.context_length, 16) <= 60 < few.pool.pages_for(few.context_length + 1, 16)
+    mistral = make_engine(made("mistral")[0], num_pages=6, prefill_chunk=16)
+    assert mistral.context_length == 512            # all that the model has: six pages last for ever
+
+
+def sequence(name, tokens, limit=700):
+    return Sequence(assignment(name, tuple(tokens), SamplingParams(), 1000), list(tokens), limit)
+
+
+@pytest.mark.parametrize("windows", [(0, 40), (40,), (0, 0, 24, 100)])
+def test_random_traffic_with_few_pages_loses_and_leaks_nothing(windows):
+    """Sequences come, share prefixes, are preempted, cancelled and end; each page is owned as the tables say."""
+    generator = random.Random(3)
+    pool = PagePool(12 + 45 * len(windows), windows)
+    s = Scheduler(pool, max_batch=6, prefill_chunk=64)
+    alive, ended = {}, 0
+    for turn in range(600):
+        if len(alive) < 10 and generator.random() < 0.5:
+            start = [generator.randrange(2)] * (PAGE_SIZE * generator.randrange(12))
+            alive[turn] = sequence(str(turn), start + [generator.randrange(50) for _ in range(generator.randrange(1, 150))])
+            s.add(alive[turn])
+        for chunk in s.schedule():
+            rows = len(chunk.sequence.pages) // pool.groups
+            assert chunk.sequence.computed + chunk.count <= rows * PAGE_SIZE
+            for group, window in enumerate(windows):        # all that this chunk sees is there
+                first, last = pool.first_seen(chunk.sequence.computed, window), (chunk.sequence.computed + chunk.count - 1) // PAGE_SIZE
+                assert pool.hole not in chunk.sequence.pages[first * pool.groups + group:(last + 1) * pool.groups:pool.groups]
+            s.advance(chunk)
+            if chunk.draws:
+                chunk.sequence.tokens.append(generator.randrange(50))
+        s.check_integrity()
+        for key, each in list(alive.items()):
+            if len(each.tokens) > len(each.work.prompt_ids) + 100 or generator.random() < 0.01:
+                s.remove(each)
+                del alive[key]
+                ended += 1
+                s.check_integrity()
+    assert ended > 20 and s.preemptions > 0
