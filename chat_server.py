@@ -6689,8 +6689,8 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
 def build_engine(source: ModelSource, settings: Settings, device: "torch.device",
                  progress: Progress = no_progress) -> tuple[LoadedModel, Engine]:
     """The model and its engine, built from the settings; not warmed up yet."""
-    model = open_model(source, settings, getattr(torch, settings.dtype) if settings.dtype else None, device,
-                       progress)
+    dtype = getattr(torch, settings.dtype) if settings.dtype else None
+    model = open_model(source, settings, dtype, device, progress)
     try:
         tokenizer = open_tokenizer(model.text)
     except ConfigError as error:
@@ -6702,6 +6702,10 @@ def build_engine(source: ModelSource, settings: Settings, device: "torch.device"
     groups = group_layers(model.spec.windows, model.spec.layers, model.context_length,
                           apart=kernels.backend.groups_layers)
     num_pages = kv_pages(model, settings, device, groups, sum(needs.values()))
+    context = longest_context(PagePool(num_pages, groups.windows), model.context_length,
+                              settings.prefill_chunk)
+    if context < model.context_length and model.spec.rope_factors:      # longrope's depend on the context
+        model = open_model(source, replace(settings, context_length=context), dtype, device, progress)
     needs["KV cache"] = num_pages * Transformer.page_bytes(model.spec, model.dtype, groups)
     log.info("%s", memory_line(needs, free_memory(device), device, settings))
     transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device,

@@ -31,7 +31,7 @@ class CudaBackend:
     not compute, and why.
     """
 
-    name, row_invariant, quantizes, groups_layers = "decode_core/cuda", False, False, False
+    name, row_invariant, quantizes, groups_layers = "decode_core/cuda", False, False, True
     activations, dtype, stored_dtype = None, torch.bfloat16, torch.bfloat16
     converted = staticmethod(converted)
 

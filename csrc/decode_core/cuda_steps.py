@@ -26,8 +26,8 @@ LIST_CAPACITY = 1 << 14         # penalised tokens, and biases, of one step; a g
 
 STEP_FIELDS = (                 # a step's inputs as they lie in memory, in order: name, type, shape by letter
     ("token_ids", "int64", "T"), ("previous_token_ids", "int64", "T"), ("positions", "int64", "T"),
-    ("slots", "int64", "T"), ("logit_rows", "int64", "R"), ("records", "int64", "R9"),
-    ("lengths", "int32", "N"), ("table", "int32", "NW"), ("count_ids", "int32", "C"),
+    ("slots", "int64", "GT"), ("logit_rows", "int64", "R"), ("records", "int64", "R9"),
+    ("lengths", "int32", "N"), ("table", "int32", "GNW"), ("count_ids", "int32", "C"),
     ("counts", "int32", "C"), ("bias_ids", "int32", "B"), ("bias_values", "float32", "B"))
 
 
@@ -48,9 +48,10 @@ class StepShape(NamedTuple):
     T: int                      # tokens
     N: int                      # sequences
     R: int                      # rows that sample
-    W: int                      # pages of the longest sequence
+    W: int                      # pages of the longest sequence, in each group of layers
     C: int = 0                  # entries of the penalties' lists
     B: int = 0                  # entries of the bias' lists
+    G: int = 1                  # groups of layers, each with pages of its own
 
     def places(self) -> Iterator[tuple[str, str, list[int], int, int]]:
         """Name, type, shape, first and last byte of each field."""
@@ -70,22 +71,32 @@ class StepShape(NamedTuple):
                                   for name, kind, shape, begin, end in self.places()})
 
 
-def fill_step(fields: SimpleNamespace, batch: Any, places: Sequence[Sequence[int]], sampling: Any) -> None:
-    """Write a batch, its tokens' positions and slots, and the SampleBatch of its rows (or None) into numpy
-    `fields`.
+def of_groups(batch: Any, count: int) -> list[Any]:
+    """The batch with the pages of each group of layers alone; its tables have a page of each in turn."""
+    if count == 1:
+        return [batch]
+    return [batch._replace(tables=[pages[group::count] for pages in batch.tables]) for group in range(count)]
+
+
+def fill_step(fields: SimpleNamespace, batches: Sequence[Any], places: Sequence[Sequence[Sequence[int]]],
+              sampling: Any) -> None:
+    """Write a batch (as `of_groups` has it), its tokens' positions and slots in each group, and the SampleBatch
+    of its rows (or None) into numpy `fields`.
 
     What is left over is padding: a row with slot -1, so that nothing is stored, length 0, so that it attends
     to nothing, and no position to draw at.
     """
-    positions, slots = places
+    batch, (positions, _) = batches[0], places[0]
     for column, values, padding in (
             (fields.token_ids, batch.token_ids, 0), (fields.previous_token_ids, batch.previous_token_ids, -1),
-            (fields.positions, positions, 0), (fields.slots, slots, -1),
+            (fields.positions, positions, 0),
+            *((column, slots, -1) for column, (_, slots) in zip(fields.slots, places)),
             (fields.logit_rows, batch.logit_rows, 0), (fields.lengths, batch.lengths, 0)):
         column[:len(values)] = values
         column[len(values):] = padding
-    for row, pages in zip(fields.table, batch.tables):
-        row[:len(pages)] = pages
+    for table, its in zip(fields.table, batches):
+        for row, pages in zip(table, its.tables):
+            row[:len(pages)] = pages
     fields.records[len(batch.logit_rows):, 1] = -1
     if sampling:
         fields.records[:len(batch.logit_rows)] = record_words(sampling)
@@ -96,6 +107,14 @@ def fill_step(fields: SimpleNamespace, batch: Any, places: Sequence[Sequence[int
 
 # a batch of padding
 NO_TOKENS = SimpleNamespace(token_ids=(), previous_token_ids=(), logit_rows=(), lengths=(), tables=())
+
+
+def with_parts(fields: SimpleNamespace, plans: Sequence[CudaPlan]) -> None:
+    """Make a step's `fields` on the device Inputs: with the plans of its groups, slots and plan of group 0
+    first."""
+    fields.parts = [SimpleNamespace(token_ids=fields.token_ids, positions=fields.positions, slots=slots, attention=plan)
+                    for slots, plan in zip(fields.slots, plans)]
+    fields.slots, fields.attention = fields.parts[0].slots, plans[0]
 
 
 class CudaQueue:
@@ -179,11 +198,11 @@ class GraphSteps:
         self.transformer, self.spec = transformer, transformer.spec
         self.backend, self.script = backend, backend.script
         self.queue = queue or CudaQueue(transformer.device)
-        self.windows = transformer.windows
+        self.windows, self.count = transformer.windows, len(transformer.groups.windows)
         most, max_pages = len(transformer.buffers["x"]), -(-context_length // self.script.PAGE_SIZE)
         # a graph's grid covers the longest table: 64 pages are 1,024 tokens
         self.buckets = list(itertools.product(doubling(1, max_batch, 2), doubling(64, max_pages, 4)))
-        largest = StepShape(most, max_batch, max_batch, max_pages, LIST_CAPACITY, LIST_CAPACITY)
+        largest = StepShape(most, max_batch, max_batch, max_pages, LIST_CAPACITY, LIST_CAPACITY, self.count)
         with torch.inference_mode():
             self.inputs = torch.empty(largest.bytes(), dtype=torch.uint8, device=transformer.device)
             # the newest step's
@@ -212,12 +231,14 @@ class GraphSteps:
             log.warning("CUDA graphs: %s; their steps run op by op", fault)
 
     def _capture(self, rows: int, pages: int) -> None:
-        shape, staging = StepShape(rows, rows, rows, pages, LIST_CAPACITY, LIST_CAPACITY), self.staging[0]
+        shape = StepShape(rows, rows, rows, pages, LIST_CAPACITY, LIST_CAPACITY, self.count)
+        staging = self.staging[0]
         with torch.inference_mode():
             fields = shape.views(self.inputs)
             no_prompts = dict.fromkeys(self.windows, ())
-            fields.attention = CudaPlan(rows, fields.table, fields.lengths, no_prompts, *self.workspace)
-            fill_step(self._host_fields(staging, shape), NO_TOKENS, ((), ()), None)
+            with_parts(fields, [CudaPlan(rows, table, fields.lengths, no_prompts, *self.workspace)
+                                for table in fields.table])
+            fill_step(self._host_fields(staging, shape), [NO_TOKENS] * self.count, [((), ())] * self.count, None)
             self.queue.wait(self.queue.submit(lambda: staging.send(self.inputs, shape.bytes())))
             self.graphs[rows, pages] = Graph(shape, self.queue.capture(lambda: self._compute(fields)))
 
@@ -229,10 +250,10 @@ class GraphSteps:
             self.queue.wait(staging.done)
         sampling = self.sampling = batch_of(rows, self.spec.vocab_size, self.sampling)
         lists = (len(sampling.count_ids), len(sampling.bias_ids)) if sampling else (0, 0)
-        graph = self._graph(batch, sampling)
+        graph, batches = self._graph(batch, sampling), of_groups(batch, self.count)
         shape = graph.shape if graph else StepShape(
-            len(batch.token_ids), len(batch.lengths), len(batch.logit_rows), max(map(len, batch.tables)),
-            *lists)
+            len(batch.token_ids), len(batch.lengths), len(batch.logit_rows),
+            max(map(len, batch.tables)) // self.count, *lists, self.count)
         with torch.inference_mode():
             inputs = self.inputs
             if shape.bytes() > len(inputs):         # very long lists: memory for this step alone
@@ -240,14 +261,14 @@ class GraphSteps:
                 inputs = inputs.new_empty(shape.bytes())
                 staging.fields.clear()
             host = self._host_fields(staging, shape, keep=graph is not None)
-            fill_step(host, batch, self.script.token_places(batch), sampling)
+            fill_step(host, batches, [self.script.token_places(each) for each in batches], sampling)
 
             def step() -> None:
                 staging.send(inputs, shape.bytes(lists=any(lists)))
                 if graph:
                     graph.replay()
                 else:
-                    self._run_ops(batch, shape.views(inputs))
+                    self._run_ops(batches, shape.views(inputs))
                 staging.tokens[:len(rows)].copy_(self.tokens[:len(rows)], non_blocking=True)
 
             staging.done = self.queue.submit(step)
@@ -260,7 +281,7 @@ class GraphSteps:
 
     def _graph(self, batch: Any, sampling: Any) -> Graph | None:
         """The smallest graph that holds a step of decode rows; None for any other step."""
-        rows, pages = len(batch.lengths), max(map(len, batch.tables))
+        rows, pages = len(batch.lengths), max(map(len, batch.tables)) // self.count
         if not len(batch.token_ids) == len(batch.logit_rows) == rows:
             return None
         if max(len(sampling.count_ids), len(sampling.bias_ids)) > LIST_CAPACITY:
@@ -268,9 +289,10 @@ class GraphSteps:
         fitting = [bucket for bucket in self.graphs if bucket[0] >= rows and bucket[1] >= pages]
         return self.graphs[min(fitting)] if fitting else None
 
-    def _run_ops(self, batch: Any, fields: SimpleNamespace) -> None:
-        fields.attention = self.backend.plan(batch, fields.positions, self.windows, self.transformer.dtype,
-                                             fields.table, fields.lengths, self.workspace)
+    def _run_ops(self, batches: Sequence[Any], fields: SimpleNamespace) -> None:
+        plans = [self.backend.plan(batch, fields.positions, self.windows, self.transformer.dtype, table,
+                                   fields.lengths, self.workspace) for batch, table in zip(batches, fields.table)]
+        with_parts(fields, plans)
         self._compute(fields)
 
     def _host_fields(self, staging: Staging, shape: StepShape, keep: bool = True) -> SimpleNamespace:

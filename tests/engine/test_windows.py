@@ -1,6 +1,7 @@
 """Layers with a sliding window give back the pages they have passed, and answers stay transformers'."""
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +9,8 @@ import torch
 
 import chat_server as cs
 from chat_server import PAGE_SIZE, PagePool, SamplingParams, Scheduler, Sequence
-from engines import make_engine, run
-from families import clear_cases, make_model, save
+from engines import make_engine, pieces, run
+from families import clear_cases, load, make_model, save
 from works import assignment
 
 WINDOWED = ["gemma3", "gemma2", "mistral", "qwen2"]     # 5 of 6 layers, half of them in turn, all, the last ones
@@ -71,13 +72,13 @@ def test_pages_are_given_back_and_answers_stay_transformers(made, name, backend)
 @pytest.mark.parametrize("name", WINDOWED)
 def test_preempted_answers_stay_the_same_when_pages_are_few(made, name, backend):
     folder, cases = made(name)
-    groups = make_engine(folder, num_pages=400, prefill_chunk=32).transformer.groups
-    needed = PagePool(0, groups.windows).pages_for(264, 32)
-    engine = make_engine(folder, num_pages=needed + 3 * len(groups.windows), prefill_chunk=32, max_batch=4, context_length=264,
+    windows = make_engine(folder, num_pages=400, prefill_chunk=32).transformer.groups.windows
+    prompts = sum(PagePool(0, windows).pages_for(len(case.prompt), 32) for case in cases[:2])      # the first two are admitted
+    engine = make_engine(folder, num_pages=prompts + len(windows), prefill_chunk=32, max_batch=4, context_length=264,
                          reference=backend == "reference")
     assert engine.context_length == 264
     check(engine, cases)
-    assert engine.scheduler.preemptions > 0
+    assert engine.scheduler.preemptions > 0 or name == "mistral"       # whose sequences do not grow
 
 
 @pytest.mark.parametrize("name", WINDOWED)
@@ -95,11 +96,11 @@ def test_alone_batched_and_cached_answers_are_the_same_to_the_bit(made, name):
 
 def test_a_longer_context_fits_into_the_same_pages(made):
     folder, _ = made("gemma3")
-    few = make_engine(folder, num_pages=60, prefill_chunk=16)
+    few = make_engine(folder, num_pages=40, prefill_chunk=16)
     windows = few.transformer.groups.windows
     assert len(windows) == 6 and few.pool.windows == windows
-    assert few.context_length == (60 - 5 * (-(-(24 + 16) // PAGE_SIZE) + 1)) * PAGE_SIZE > 60 * PAGE_SIZE // 6
-    assert few.pool.pages_for(few.context_length, 16) <= 60 < few.pool.pages_for(few.context_length + 1, 16)
+    assert few.context_length == (40 - 5 * (-(-(24 + 16) // PAGE_SIZE) + 1)) * PAGE_SIZE > 40 * PAGE_SIZE // 6
+    assert few.pool.pages_for(few.context_length, 16) <= 40 < few.pool.pages_for(few.context_length + 1, 16)
     mistral = make_engine(made("mistral")[0], num_pages=6, prefill_chunk=16)
     assert mistral.context_length == 512            # all that the model has: six pages last for ever
 
@@ -112,7 +113,7 @@ def sequence(name, tokens, limit=700):
 def test_random_traffic_with_few_pages_loses_and_leaks_nothing(windows):
     """Sequences come, share prefixes, are preempted, cancelled and end; each page is owned as the tables say."""
     generator = random.Random(3)
-    pool = PagePool(12 + 45 * len(windows), windows)
+    pool = PagePool(PagePool(0, windows).pages_for(500, 64) + 10, windows)
     s = Scheduler(pool, max_batch=6, prefill_chunk=64)
     alive, ended = {}, 0
     for turn in range(600):
@@ -136,4 +137,27 @@ def test_random_traffic_with_few_pages_loses_and_leaks_nothing(windows):
                 del alive[key]
                 ended += 1
                 s.check_integrity()
-    assert ended > 20 and s.preemptions > 0
+    assert ended > 20 and (s.preemptions > 0) == (0 in windows)        # without such layers sequences soon stop growing
+
+
+@pytest.mark.parametrize("name", ["gemma2", "mistral"])
+def test_cuda_steps_give_pages_back_too(made, name, request, monkeypatch):
+    """The kernels in their emulation, op by op and as graphs."""
+    backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="the compiled core is not installed")
+    from decode_core import cuda_steps
+    emulated = backends.Emulated(request.getfixturevalue("emulation_library"))
+    monkeypatch.setattr(cuda_steps, "CudaQueue", lambda device: backends.HostQueue())
+    folder, cases = made(name)
+    model = load(folder)
+    groups = cs.group_layers(model.spec.windows, model.spec.layers, 512)
+    kernels = emulated.kernels(model.spec)
+    transformer = cs.Transformer(model.spec, dict(model.tensors), kernels, num_pages=60, max_tokens=68, max_rows=8, dtype=torch.float32,
+                                 device=emulated.device, groups=groups)
+    engine = cs.Engine(transformer, cs.open_tokenizer(model.text), kernels, num_pages=60, max_batch=4, context_length=512, prefill_chunk=64)
+    works = [replace(work, max_tokens=12) for work in works_of(cases)[1:]]
+    with torch.inference_mode():
+        engine.steps.prepare(lambda fraction: None)
+    found = pieces(engine, works)
+    for work, case in zip(works, cases[1:]):
+        assert [token for piece in found[work.id] for token in piece.tokens] == case.tokens[:12]
+    assert engine.steps.queue.replays > 3 and engine.pool.available == engine.pool.num_pages

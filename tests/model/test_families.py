@@ -60,6 +60,11 @@ def test_longrope_takes_its_short_factors_where_the_context_is_no_longer_than_th
     check(answers(transformer(short, kernels_of(backend, short.spec)), cases), cases)
     long = load(tmp_path, context_length=129)
     assert short.spec.rope_factors != long.spec.rope_factors == load(tmp_path).spec.rope_factors
+    page = Transformer.page_bytes(short.spec, torch.float32)
+    for pages, spec in ((8, short.spec), (9, long.spec)):       # where the KV cache makes the context short
+        settings = cs.Settings(model=str(tmp_path), dtype="float32", kv_cache_memory=pages * page, max_batch=2)
+        made, engine = cs.build_engine(cs.resolve_model(settings), settings, torch.device("cpu"))
+        assert engine.context_length == pages * cs.PAGE_SIZE and made.spec.rope_factors == spec.rope_factors
 
 
 @pytest.mark.parametrize("name", ["qwen3", "smollm3", "gemma2", "gemma3", "phi3-long"])
@@ -206,6 +211,48 @@ def test_metadata_that_would_change_the_arithmetic_is_named(name, key, value, wo
     with pytest.raises(cs.ConfigError) as caught:
         cs.gguf_spec(tmp_path / "tiny.gguf", metadata | {key: value}, stored, None)
     assert words in str(caught.value) and key in str(caught.value)
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+def built(caplog, path, free, monkeypatch, **settings):
+    """What the log says about memory when this model is built with so many bytes free."""
+    monkeypatch.setattr(cs, "available_memory", lambda: free)
+    settings = cs.Settings(model=str(path), **{"kv_cache_memory": 16 << 20, **settings})
+    caplog.clear()
+    with caplog.at_level("INFO", logger="chat_server"):
+        model, engine = cs.build_engine(cs.resolve_model(settings), settings, torch.device("cpu"))
+    return model, engine, next(line for line in caplog.messages if line.startswith("The model"))
+
+
+def test_a_line_says_before_loading_whether_the_model_fits_and_which_flag_helps(default_model_path, caplog, monkeypatch):
+    model, engine, line = built(caplog, default_model_path, 4 << 30, monkeypatch)
+    needs = cs.memory_needs(model, None, 256 + 64, 64)
+    held = sum({id(weight): weight.nbytes for weight in engine.transformer.weights.values()}.values())
+    if cs.decode_core():
+        assert 0.97 < needs["weights"] / held < 1.03
+    assert needs["activations"] == sum(buffer.nbytes for buffer in engine.transformer.buffers.values())
+    assert "The model fits: weights 0.1 GB" in line.replace("0.10", "0.1").replace("0.09", "0.1") and line.endswith("4.29 GB are free on cpu")
+    reads = []
+    monkeypatch.setattr(cs, "read_ahead", lambda *_: reads.append(1) or iter(()))
+    with pytest.raises(cs.ConfigError, match=r"the model does not fit: weights .* free on cpu. Try --quantize q4_0 or a smaller model"):
+        built(caplog, default_model_path, 50 << 20, monkeypatch)
+    with pytest.raises(cs.ConfigError, match="Try --dtype bfloat16 or --num-workers 1 or --quantize q4_0 or a smaller model"):
+        built(caplog, default_model_path, 50 << 20, monkeypatch, dtype="float32", num_workers=2)
+    assert not reads
+    monkeypatch.undo()
+    *_, line = built(caplog, default_model_path, 300 << 20, monkeypatch, kv_cache_memory=1 << 30)
+    assert "The model may not fit: " in line and "M or a shorter --context-length helps" in line and "--kv-cache-memory 1" in line
+
+
+@pytest.mark.skipif(cs.decode_core() is None, reason="only decode_core quantizes")
+@pytest.mark.parametrize("kind", ["q8_0", "q4_k", "q4_0"])
+def test_what_quantized_floats_will_take_is_known_before_they_are_read(kind, tmp_path):
+    settings = cs.Settings(model=str(save(make_model("llama2", hidden_size=256, intermediate_size=512), tmp_path)), quantize=kind)
+    model, engine = cs.build_engine(cs.resolve_model(settings), settings, torch.device("cpu"))
+    held = sum({id(weight): weight.nbytes for weight in engine.transformer.weights.values()}.values())
+    assert 0.9 < cs.memory_needs(model, kind, 8, 8)["weights"] / held < 1.1
 
 
 # --- config.json as published ------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "checks.h"
+
 namespace dc {
 namespace {
 
