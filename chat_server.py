@@ -36,7 +36,8 @@ Life of a request
 
 Glossary
 
-    page        16 KV slots; a slot holds keys and values of one token. A worker's cache is a pool of pages.
+    page        16 KV slots; a slot holds keys and values of one token, in all layers or in a group of them
+                (`LayerGroups`). A worker's cache is a pool of pages.
     owner       who may share KV pages: one API key, or everybody where there are no keys
     client      who takes turns: one API key, or one address where there are no keys
     request     what a client asked, checked: `Request`. It may have several prompts and `n` answers to each.
@@ -2798,13 +2799,16 @@ class LayerGroups(NamedTuple):
         return any(self.windows)
 
 
+MOST_GROUPS = 16        # more would make long tables
+
+
 def group_layers(windows: Seq[int], layers: int, context: int, apart: bool = True) -> LayerGroups:
     """The groups of a model for contexts of so many tokens; one group unless they may be `apart`."""
     windows = [window if window < context else 0 for window in windows or (0,) * layers]
     full, local = ([l for l in range(layers) if bool(windows[l]) == kind] for kind in (False, True))
     if not (apart and local):
         return LayerGroups(tuple((0, l) for l in range(layers)), (0,), layers)
-    depth = min(len(full), len(local)) or layers
+    depth = max(min(len(full), len(local)), -(-layers // MOST_GROUPS)) if full else layers
     groups = [kind[i:i + depth] for kind in (full, local) for i in range(0, len(kind), depth)]
     places = {l: (group, place) for group, members in enumerate(groups) for place, l in enumerate(members)}
     reach = tuple(max(windows[l] for l in members) for members in groups)

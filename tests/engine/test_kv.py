@@ -147,7 +147,7 @@ def test_those_who_share_no_pages_find_their_own_only():
     ((24,) * 4, 99, [4], 4, (24,)), ((24,) * 4, 24, [4], 4, (0,)),          # no token of this context leaves the window
     ((24, 0, 24, 0), 99, [2, 2], 2, (0, 24)), ((0, 0, 0, 20), 99, [1, 1, 1, 1], 1, (0, 0, 0, 20)),
     (tuple(512 * (l % 6 < 5) for l in range(26)), 32768, [4, 4, 4, 4, 4, 4, 2], 4, (0, *[512] * 6)),        # Gemma 3 1B
-    ((10, 20, 0, 300), 99, [2, 2], 2, (0, 20))])
+    ((10, 20, 0, 300), 99, [2, 2], 2, (0, 20)), ((0,) + (9,) * 63, 99, [1, *[4] * 15, 3], 4, (0, *[9] * 16))])
 def test_layers_with_and_without_a_window_form_groups_of_equal_size(windows, context, groups, depth, reach):
     layers = len(windows) or 4
     made = group_layers(windows, layers, context)

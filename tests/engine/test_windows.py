@@ -42,7 +42,8 @@ def check(engine, cases, works=None, **options):
     def on_step(plan):
         scheduler = engine.scheduler
         for sequence in scheduler.running:
-            assert scheduler._held(sequence) <= engine.pool.pages_for(len(sequence.tokens), scheduler.prefill_chunk)
+            length = len(sequence.tokens) + PAGE_SIZE * (sequence.drafter is not None)      # room for a draft
+            assert scheduler._held(sequence) <= engine.pool.pages_for(length, scheduler.prefill_chunk)
         seen.most = max(seen.most, engine.pool.num_pages - engine.pool.available)
     result = run(engine, works or works_of(cases), on_step=on_step, **options)
     for i, case in enumerate(cases):
@@ -113,7 +114,7 @@ def sequence(name, tokens, limit=700):
 def test_random_traffic_with_few_pages_loses_and_leaks_nothing(windows):
     """Sequences come, share prefixes, are preempted, cancelled and end; each page is owned as the tables say."""
     generator = random.Random(3)
-    pool = PagePool(PagePool(0, windows).pages_for(500, 64) + 10, windows)
+    pool = PagePool(PagePool(0, windows).pages_for(700, 64) + 10, windows)
     s = Scheduler(pool, max_batch=6, prefill_chunk=64)
     alive, ended = {}, 0
     for turn in range(600):
@@ -132,12 +133,12 @@ def test_random_traffic_with_few_pages_loses_and_leaks_nothing(windows):
                 chunk.sequence.tokens.append(generator.randrange(50))
         s.check_integrity()
         for key, each in list(alive.items()):
-            if len(each.tokens) > len(each.work.prompt_ids) + 100 or generator.random() < 0.01:
+            if len(each.tokens) > len(each.work.prompt_ids) + 300 or generator.random() < 0.01:
                 s.remove(each)
                 del alive[key]
                 ended += 1
                 s.check_integrity()
-    assert ended > 20 and (s.preemptions > 0) == (0 in windows)        # without such layers sequences soon stop growing
+    assert ended > 20 and (s.preemptions > 0 or 0 not in windows)      # without such layers sequences soon stop growing
 
 
 @pytest.mark.parametrize("name", ["gemma2", "mistral"])
