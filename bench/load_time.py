@@ -24,13 +24,16 @@ LAYER = {"input_layernorm": (WIDTH,), "post_attention_layernorm": (WIDTH,), "sel
          "mlp.gate_proj": (FFN, WIDTH), "mlp.up_proj": (FFN, WIDTH), "mlp.down_proj": (WIDTH, FFN)}
 
 
+def part(random, shape):
+    return random[:shape[0]].clone() if len(shape) == 1 else random[:shape[0] * shape[1]].view(shape).clone()
+
+
 def make(folder, size):
     import torch
     from families import write_tokenizer
     from safetensors.torch import save_file
     folder.mkdir(parents=True)
-    random = torch.randn(FFN * WIDTH).mul_(0.02).bfloat16()
-    made = lambda shape: random[:shape[0]].clone() if len(shape) == 1 else random[:shape[0] * shape[1]].view(shape).clone()     # noqa: E731
+    random = torch.randn(VOCABULARY * WIDTH).mul_(0.02).bfloat16()
     per_layer = sum(2 * shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in LAYER.values())
     layers = round((size - 4 * VOCABULARY * WIDTH) / per_layer)
     shards = [{"model.embed_tokens.weight": (VOCABULARY, WIDTH), "lm_head.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,)}]
@@ -38,7 +41,7 @@ def make(folder, size):
     index = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file({key: made(shape) for key, shape in shard.items()}, folder / name)
+        save_file({key: part(random, shape) for key, shape in shard.items()}, folder / name)
         index |= dict.fromkeys(shard, name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     (folder / "config.json").write_text(json.dumps({
