@@ -538,7 +538,7 @@ def wrong_ops(p, m):
                 activation="swiglu", chosen=2, sum_to_one=True)
     for argument, wrong in (("x", last), ("logits", last), ("gate_up", m.table), ("gate_up", m.layers[0]["up"]), ("down", m.layers[0]["down"]),
                             ("chosen", 0), ("chosen", 8), ("chosen", 1.0), ("activation", "relu2"), ("norm", (np.ones(3, np.float32), 0.0)),
-                            ("biases", (np.ones(3, np.float32), None)), ("out", q)):
+                            ("biases", (np.ones(3, np.float32), None)), ("out", logits)):
         yield ("" if argument == "x" else argument), lambda: p.experts(**(good | {argument: wrong}))
 
 
