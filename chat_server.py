@@ -4443,23 +4443,22 @@ def forget(mapped: Iterable[Any]) -> None:
 # --- opening: the worker's side -----------------------------------------------------------------------------
 
 
-def open_model(source: ModelSource, settings: Settings, dtype: torch.dtype | None, device: Any = "cpu",
-               progress: Progress = no_progress) -> LoadedModel:
-    """Read the weights once, as `dtype` on `device`; None means the dtype that runs fastest.
+def open_model(source: ModelSource, settings: Settings, dtype: torch.dtype | None,
+               device: Any = "cpu") -> LoadedModel:
+    """All of a model but its weights, which are yet to be read: as `dtype`; None: what runs fastest here.
 
     Norms and per-layer scalars stay float32. Raises ConfigError naming file, keys and shapes when the files
     are not a complete model of a known kind.
     """
     opener = {"nanochat": open_nanochat, "gguf": open_gguf, "hf": open_hf}[source.kind]
-    model = opener(source, settings, dtype, device, progress)
+    model = opener(source, settings, dtype, device)
     if settings.context_length is not None:
         if settings.context_length > model.context_length:
             raise ConfigError(f"--context-length {settings.context_length} is more than the model's "
-                              f"{model.context_length}")
+                              f"{model.context_length}, its own rope scaling included")
         model.context_length = settings.context_length
     check_rotary_memory(source.path, model.spec, model.context_length)
     model.spec = replace(model.spec, max_positions=model.context_length)    # no table is longer than needed
-    progress("weights loaded", 1.0)
     return model
 
 
@@ -4637,8 +4636,7 @@ GENERATIONS = {
 }
 
 
-def open_nanochat(source: ModelSource, settings: Settings, dtype: torch.dtype, device: Any,
-                  progress: Progress) -> LoadedModel:
+def open_nanochat(source: ModelSource, settings: Settings, dtype: torch.dtype, device: Any) -> LoadedModel:
     config = read_nanochat_config(source.path)
     text = read_nanochat_tokenizer(source.path, config["vocab_size"])
     state = read_checkpoint(source.path)
@@ -5178,8 +5176,7 @@ def hf_rope(path: Path, kind: str, config: Mapping[str, Any], context: int | Non
 # --- Hugging Face folders -----------------------------------------------------------------------------------
 
 
-def open_hf(source: ModelSource, settings: Settings, dtype: torch.dtype, device: Any,
-            progress: Progress) -> LoadedModel:
+def open_hf(source: ModelSource, settings: Settings, dtype: torch.dtype, device: Any) -> LoadedModel:
     config = source.path / "config.json"
     kind, spec = hf_spec(config, settings.context_length)
     state, scales = read_safetensors(source.path)
@@ -5514,8 +5511,7 @@ PERMUTED = ("llama", "smollm3")     # architectures whose q and k have rotary pa
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
-def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, device: Any,
-              progress: Progress) -> LoadedModel:
+def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, device: Any) -> LoadedModel:
     try:
         metadata, stored = read_gguf(source.path)
         kind, spec = gguf_spec(source.path, metadata, stored, settings.context_length)
@@ -6694,7 +6690,7 @@ def build_engine(source: ModelSource, settings: Settings, device: "torch.device"
                  progress: Progress = no_progress) -> tuple[LoadedModel, Engine]:
     """The model and its engine, built from the settings; not warmed up yet."""
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
-    model = open_model(source, settings, dtype, device, progress)
+    model = open_model(source, settings, dtype, device)
     try:
         tokenizer = open_tokenizer(model.text)
     except ConfigError as error:
@@ -6709,7 +6705,7 @@ def build_engine(source: ModelSource, settings: Settings, device: "torch.device"
     context = longest_context(PagePool(num_pages, groups.windows), model.context_length,
                               settings.prefill_chunk)
     if context < model.context_length and model.spec.rope_factors:      # longrope's depend on the context
-        model = open_model(source, replace(settings, context_length=context), dtype, device, progress)
+        model = open_model(source, replace(settings, context_length=context), dtype, device)
     needs["KV cache"] = num_pages * Transformer.page_bytes(model.spec, model.dtype, groups)
     log.info("%s", memory_line(needs, free_memory(device), device, settings))
     transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device,

@@ -1,70 +1,45 @@
-"""The KV cache of a long context where most layers have a sliding window, beside the same without giving pages back.
+"""The KV pages that one sequence holds at most where layers have a sliding window, beside what it would take if none were given back.
 
-    python bench/windows.py [--tokens 32000]
+    python bench/windows.py
 
-The model has Gemma 3 1B's layers as the cache sees them (26, of which 22 have a window of 512 keys; one kv head of 256 values), and
-otherwise a random one that is quick to compute: width 64, 288 tokens.
+runs the scheduler alone, without tensors, over a prompt of the whole context but 100 tokens and those 100 tokens after it. Sizes are
+those of the published configs; keys and values have 16 bits.
 """
 
-import argparse
-import json
-import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "tests" / "support")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-CONFIG = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 288, "num_hidden_layers": 26, "num_attention_heads": 4,
-          "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512, "max_position_embeddings": 32768, "query_pre_attn_scalar": 256,
-          "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": None}
+import chat_server as cs  # noqa: E402
 
-
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+MODELS = {              # layers, kv heads, head size, window, every n-th layer has none, context
+    "Gemma 3 1B": (26, 1, 256, 512, 6, 32768), "Gemma 3 4B": (34, 4, 256, 1024, 6, 32768), "Gemma 3 12B": (48, 8, 256, 1024, 6, 32768),
+    "Gemma 3 27B": (62, 16, 128, 1024, 6, 32768), "Gemma 2 9B": (42, 8, 256, 4096, 2, 8192)}
 
 
-def measure(folder, tokens, apart):
-    import numpy
-    import torch
-
-    import chat_server as cs
-    if not apart:
-        cs.group_layers = lambda windows, layers, context, apart=True, group=cs.group_layers: group((), layers, context)
-    settings = cs.Settings(model=folder, kv_cache_memory=1 << 30, max_batch=2)
-    ids = tuple(numpy.random.default_rng(1).integers(0, 256, tokens).tolist())
+def most_held(windows, context, chunk=256):
+    scheduler = cs.Scheduler(cs.PagePool(100_000, windows), max_batch=1, prefill_chunk=chunk)
+    sequence = cs.Sequence(cs.Assignment("long", tuple(range(context - 100)), cs.AnswerParams(), 100), list(range(context - 100)), context)
+    scheduler.add(sequence)
     most = 0
-    with torch.inference_mode():
-        model, engine = cs.build_engine(cs.resolve_model(settings), settings, torch.device("cpu"))
-        before = resident()
-        engine.add(cs.Assignment("long", ids, cs.AnswerParams(), 64))
-        while engine.busy:
-            engine.step()
-            most = max(most, sum(map(engine.scheduler._held, engine.scheduler.running)))
-    groups = engine.transformer.groups
-    page = cs.Transformer.page_bytes(model.spec, engine.transformer.dtype, groups)
-    print(json.dumps({"groups": len(groups.windows), "pages": most, "MiB of pages": round(most * page / 2**20, 1),
-                      "pages_for": engine.pool.pages_for(tokens + 64, 256), "the process grew by MiB": round((resident() - before) / 2**20, 1),
-                      "longest context in 256 MiB": cs.longest_context(cs.PagePool((256 << 20) // page, groups.windows), 1 << 20, 256)}))
+    while len(sequence.tokens) < context:
+        for planned in scheduler.schedule():
+            most = max(most, scheduler._held(sequence))
+            scheduler.advance(planned)
+            sequence.tokens += [0] * planned.draws
+    scheduler.check_integrity()
+    assert most <= scheduler.pool.pages_for(context, chunk)
+    return most
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=32000)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
-    parser.add_argument("--whole", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.folder:
-        return measure(options.folder, options.tokens, not options.whole)
-    import transformers
-    from families import save
-    with tempfile.TemporaryDirectory() as folder:
-        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("gemma3_text", **CONFIG))
-        save(model, Path(folder))
-        for flags in ([], ["--whole"]):
-            subprocess.run([sys.executable, __file__, "--tokens", str(options.tokens), "--folder", folder, *flags], check=True)
-    return None
+    print(f"{'model':12} {'context':>7} {'groups':>6} {'layers of a page':>16} {'pages':>6} {'MiB':>8} {'all kept, MiB':>13}")
+    for name, (layers, kv_heads, head_size, window, every, context) in MODELS.items():
+        groups = cs.group_layers([window * ((layer + 1) % every > 0) for layer in range(layers)], layers, context)
+        slot, most = 2 * kv_heads * head_size * 2, most_held(groups.windows, context)
+        print(f"{name:12} {context:7,} {len(groups.windows):6} {groups.depth:16} {most:6,} "
+              f"{most * groups.depth * cs.PAGE_SIZE * slot / 2**20:8,.1f} {layers * context * slot / 2**20:13,.1f}")
 
 
 if __name__ == "__main__":
