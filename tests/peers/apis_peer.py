@@ -23,7 +23,7 @@ def responses():
     plain = client.responses.create(input=QUESTION, **wanted)
     events = list(client.responses.create(input=QUESTION, stream=True, **wanted))
     with client.responses.stream(input=QUESTION, **wanted) as stream:
-        final = stream.get_final_response() if not list(stream) else stream.get_final_response()
+        final = stream.until_done().get_final_response()
     shaped = client.responses.parse(input="Is Tokyo big?", text_format=City, **wanted)
     called = client.responses.create(input="Add 1.", tool_choice="required", **wanted, tools=[
         {"type": "function", "name": "add", "parameters": ADD, "strict": True}, {"type": "web_search"}])
@@ -42,7 +42,7 @@ def responses():
 
 def messages():
     client = anthropic.Anthropic(base_url=URL, api_key="none", max_retries=0)
-    wanted = {"model": "default", "max_tokens": 60, "temperature": 0}
+    wanted = {"model": "default", "max_tokens": 60, "extra_body": {"temperature": 0}}
     question = [{"role": "user", "content": QUESTION}]
     whole = client.messages.create(messages=question, **wanted)
     with client.messages.stream(messages=question, **wanted) as stream:
