@@ -81,14 +81,16 @@ def started_server(*flags):
 
 
 @contextlib.contextmanager
-def fake_front(pieces=("Hello", ", ", "world!"), **settings):
+def fake_front(pieces=("Hello", ", ", "world!"), tool_format=None, **settings):
     """The URL of the real HTTP side over a pool without a model, in a thread."""
     import chat_server
-    from fake_pool import FakePool, serving
-    loop, url, stop = asyncio.new_event_loop(), queue.SimpleQueue(), asyncio.Event()
+    from fake_pool import FakePool, Letters, serving
+    loop, url, stop, pool = asyncio.new_event_loop(), queue.SimpleQueue(), asyncio.Event(), FakePool(pieces)
+    pool.tokenizer = Letters()
+    pool.tokenizer.tool_format = tool_format
 
     async def serve():
-        async with serving(FakePool(pieces), chat_server.Settings(**settings)) as at:
+        async with serving(pool, chat_server.Settings(**settings)) as at:
             url.put(at + settings.get("prefix", "") + "/")
             await stop.wait()
 
