@@ -58,7 +58,7 @@ BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(cs
 @pytest.mark.parametrize("name", WINDOWED)
 def test_pages_are_given_back_and_answers_stay_transformers(made, name, backend):
     folder, cases = made(name)
-    engine = make_engine(folder, num_pages=400, prefill_chunk=32, max_batch=4, reference=backend == "reference")
+    engine = make_engine(folder, num_pages=400, prefill_chunk=32, max_batch=4, reference=backend == "reference", apart=True)
     groups = engine.transformer.groups
     assert groups.holes and engine.kernels.row_invariant == (backend == "decode_core")
     _, most = check(engine, cases)
@@ -73,10 +73,10 @@ def test_pages_are_given_back_and_answers_stay_transformers(made, name, backend)
 @pytest.mark.parametrize("name", WINDOWED)
 def test_preempted_answers_stay_the_same_when_pages_are_few(made, name, backend):
     folder, cases = made(name)
-    windows = make_engine(folder, num_pages=400, prefill_chunk=32).transformer.groups.windows
+    windows = make_engine(folder, num_pages=400, prefill_chunk=32, apart=True).transformer.groups.windows
     prompts = sum(PagePool(0, windows).pages_for(len(case.prompt), 32) for case in cases[:2])      # the first two are admitted
     engine = make_engine(folder, num_pages=prompts + len(windows), prefill_chunk=32, max_batch=4, context_length=264,
-                         reference=backend == "reference")
+                         reference=backend == "reference", apart=True)
     assert engine.context_length == 264
     check(engine, cases)
     assert engine.scheduler.preemptions > 0 or name == "mistral"       # whose sequences do not grow
@@ -85,7 +85,7 @@ def test_preempted_answers_stay_the_same_when_pages_are_few(made, name, backend)
 @pytest.mark.parametrize("name", WINDOWED)
 def test_alone_batched_and_cached_answers_are_the_same_to_the_bit(made, name):
     folder, cases = made(name)
-    engine = make_engine(folder, num_pages=400, prefill_chunk=48, max_batch=8)
+    engine = make_engine(folder, num_pages=400, prefill_chunk=48, max_batch=8, apart=True)
     if not engine.kernels.row_invariant:
         pytest.skip("the promise is decode_core's")
     works = [assignment(f"w{i}", tuple(case.prompt), SamplingParams(temperature=1.0, seed=i), 40, ignore_eos=True)
@@ -97,12 +97,12 @@ def test_alone_batched_and_cached_answers_are_the_same_to_the_bit(made, name):
 
 def test_a_longer_context_fits_into_the_same_pages(made):
     folder, _ = made("gemma3")
-    few = make_engine(folder, num_pages=40, prefill_chunk=16)
+    few = make_engine(folder, num_pages=40, prefill_chunk=16, apart=True)
     windows = few.transformer.groups.windows
     assert len(windows) == 6 and few.pool.windows == windows
     assert few.context_length == (40 - 5 * (-(-(24 + 16) // PAGE_SIZE) + 1)) * PAGE_SIZE > 40 * PAGE_SIZE // 6
     assert few.pool.pages_for(few.context_length, 16) <= 40 < few.pool.pages_for(few.context_length + 1, 16)
-    mistral = make_engine(made("mistral")[0], num_pages=6, prefill_chunk=16)
+    mistral = make_engine(made("mistral")[0], num_pages=6, prefill_chunk=16, apart=True)
     assert mistral.context_length == 512            # all that the model has: six pages last for ever
 
 

@@ -22,17 +22,18 @@ def tensors_of(model):
     return {name: given.read() for name, given in model.tensors.items()}
 
 
-def make_engine(path, *, num_pages=600, max_batch=32, prefill_chunk=256, context_length=None, reference=False, as_stored=False):
+def make_engine(path, *, num_pages=600, max_batch=32, prefill_chunk=256, context_length=None, reference=False, as_stored=False,
+                apart=False):
     """A float32 engine over the model at `path` (the weights are read once per test session).
 
     It runs the ops that a server would choose: decode_core's if it is built, unless `reference`. With
-    `as_stored` they run on the quantized weights.
+    `as_stored` they run on the quantized weights; `apart`, layers with a window give pages back, as in a server.
     """
     model = load(path, as_stored and chat_server.decode_core() is not None and not reference)
     rows = max(max_batch, chat_server.FREE_ROWS)
     limits = {"max_tokens": prefill_chunk + rows, "max_rows": rows}
     kernels = chat_server.load_kernels("cpu", None if reference else model.spec, **limits)
-    groups = chat_server.group_layers(model.spec.windows, model.spec.layers, context_length or model.context_length)
+    groups = chat_server.group_layers(model.spec.windows, model.spec.layers, context_length or model.context_length, apart)
     transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=num_pages, dtype=model.dtype, groups=groups, **limits)
     return Engine(transformer, chat_server.open_tokenizer(model.text), kernels, num_pages=num_pages, max_batch=max_batch,
                   context_length=context_length or model.context_length, prefill_chunk=prefill_chunk)
