@@ -344,7 +344,7 @@ def test_steps_go_on_without_threads_that_are_stopped_in_the_middle_of_a_chunk()
     stopping = threading.Thread(target=stop_them)
     stopping.start()
     try:
-        run_until_chunks_were_done_again(2, 2, False)
+        run_until_chunks_were_done_again("llama", 2, 2, False)
     finally:
         done.set()
         stopping.join()
