@@ -128,7 +128,8 @@ async def test_the_log_as_json_has_the_fields_of_each_request_and_no_text(client
     assert len(lines) == 2 and "secret" not in json.dumps(lines)
     assert lines[0] | {"ms": 0, "time": "", "message": ""} == {
         "time": "", "level": "info", "message": "", "method": "POST", "path": NATIVE, "status": 200, "ms": 0, "client": "127.0.0.1",
-        "id": "x", "prompt_tokens": 7, "completion_tokens": 3, "cached_tokens": 3, "reason": "stop"}
+        "id": "x", "prompt_tokens": 7, "completion_tokens": 3, "cached_tokens": 3, "reasoning_tokens": 0,
+        "reason": "stop"}
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", lines[0]["time"]) and lines[1]["status"] == 404
 
 

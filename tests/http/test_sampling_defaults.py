@@ -134,6 +134,6 @@ async def test_show_in_a_terminal_names_the_values_of_the_server(monkeypatch, ca
         pool = RemotePool(settings)
         await pool.start()
         await pool.wait_ready()
-        Chat(pool, settings).show("")
+        Chat(pool, settings).slash_show("")
         await pool.close()
     assert "temperature  0.3" in capsys.readouterr().err

@@ -227,8 +227,9 @@ def built(caplog, path, free, monkeypatch, **settings):
 
 
 def test_a_line_says_before_loading_whether_the_model_fits_and_which_flag_helps(default_model_path, caplog, monkeypatch):
-    model, engine, line = built(caplog, default_model_path, 4 << 30, monkeypatch)
-    needs = cs.memory_needs(model, None, 256 + 64, 64)
+    settings = cs.Settings(model=str(default_model_path))
+    needs = cs.memory_needs(cs.open_model(cs.resolve_model(settings), settings, None, torch.device("cpu")), None, 256 + 64, 64)
+    _, engine, line = built(caplog, default_model_path, 4 << 30, monkeypatch)
     held = sum({id(weight): weight.nbytes for weight in engine.transformer.weights.values()}.values())
     if cs.decode_core():
         assert 0.97 < needs["weights"] / held < 1.03
@@ -250,9 +251,11 @@ def test_a_line_says_before_loading_whether_the_model_fits_and_which_flag_helps(
 @pytest.mark.parametrize("kind", ["q8_0", "q4_k", "q4_0"])
 def test_what_quantized_floats_will_take_is_known_before_they_are_read(kind, tmp_path):
     settings = cs.Settings(model=str(save(make_model("llama2", hidden_size=256, intermediate_size=512), tmp_path)), quantize=kind)
-    model, engine = cs.build_engine(cs.resolve_model(settings), settings, torch.device("cpu"))
+    source = cs.resolve_model(settings)
+    needs = cs.memory_needs(cs.open_model(source, settings, None, torch.device("cpu")), kind, 8, 8)
+    _, engine = cs.build_engine(source, settings, torch.device("cpu"))
     held = sum({id(weight): weight.nbytes for weight in engine.transformer.weights.values()}.values())
-    assert 0.9 < cs.memory_needs(model, kind, 8, 8)["weights"] / held < 1.1
+    assert 0.9 < needs["weights"] / held < 1.1
 
 
 # --- config.json as published ------------------------------------------------------------------------------------
