@@ -560,7 +560,7 @@ async def test_a_model_whose_template_knows_no_tools_calls_them(client, url):
     later = await ask(client, url, CHAT, messages=[*BODIES[CHAT]["messages"], choice["message"], result], tools=tools, max_tokens=5)
     assert later[0] == 200
     flat = [{"type": "function", **strict}]
-    response = json.loads((await ask(client, url, RESPONSES, tools=flat, tool_choice="required", temperature=0))[2])
+    response = json.loads((await ask(client, url, RESPONSES, tools=flat, tool_choice="required", parallel_tool_calls=False, temperature=0))[2])
     assert [item["type"] for item in response["output"]][0] == "function_call" and json.loads(response["output"][0]["arguments"]) is not None
 
 
