@@ -135,7 +135,7 @@ async def test_with_one_worker_streams_wait_for_its_restart_and_go_on(start_pool
 
 
 async def test_a_worker_killed_when_an_answer_is_set_aside_for_its_pages_costs_not_a_word(start_pool, tmp_path):
-    pool = await start_pool(kv_cache_memory=44 * 16_384, max_batch=4)       # four need 68 pages, sharing none
+    pool = await start_pool(kv_cache_memory=37 * 16_384, max_batch=4)       # for some 150 tokens of each, and they share none
     works = [LONG_PROMPT | {"max_tokens": 150, "prompts": (tuple(range(100 + i, 220 + i)),)} for i in range(4)]
     worker = pool.workers[0]
     # until it has all four; the last is then set aside after some 45 tokens
