@@ -55,7 +55,7 @@ def build_engine(model, flags):
 
 def our_logits(transformer, ids, rows):
     """Logits (N, V) after each of the N ids, `rows` of them in a step."""
-    pages = list(range(-(-len(ids) // chat_server.PAGE_SIZE)))
+    pages = list(range(-(-len(ids) // chat_server.PAGE_SIZE) * len(transformer.groups.windows)))
     found = []
     for start in range(0, len(ids), rows):
         end = min(start + rows, len(ids))

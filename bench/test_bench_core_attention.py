@@ -107,7 +107,7 @@ def make_step(plan, cache, rows, positions, slots, qkv=None):
 
     def attend(layer, window):
         _core.paged_attention(plan, window, q.ctypes.data, cache.ctypes.data + layer * cache[0].nbytes, CODES["float16"],
-                              out.ctypes.data, D, 0.0)
+                              out.ctypes.data, D, 0.0, 0)
 
     return append, attend
 

@@ -81,7 +81,7 @@ async def test_many_short_messages_are_rendered_off_the_event_loop(start_pool, m
     pool = await start_pool()
     threads, render = [], pool.tokenizer.render
 
-    def watched(messages, tools=()):
+    def watched(messages, tools=(), options=None):
         threads.append(threading.current_thread() is threading.main_thread())
         return render(messages)
 
@@ -174,8 +174,8 @@ async def test_what_the_limits_drop_and_what_the_context_drops_is_said_together(
 async def test_with_hardly_any_kv_memory_every_answer_under_load_is_as_alone(start_pool, nanochat_fixtures):
     roomy = await start_pool()
     model = load(nanochat_fixtures / "gen5")
-    pool = await start_pool(kv_cache_memory=20 * chat_server.Transformer.page_bytes(model.spec, model.dtype), max_batch=8)
-    assert pool.context_length == 20 * PAGE_SIZE
+    pool = await start_pool(kv_cache_memory=18 * chat_server.Transformer.page_bytes(model.spec, model.dtype), max_batch=8)
+    assert pool.context_length == 18 * PAGE_SIZE
     requests = [Request(f"r{i}", prompts=(tuple(range(i, 120 + 10 * i)),), max_tokens=60 + 5 * i, ignore_eos=True,
                         sampling=SamplingParams(temperature=0.9, seed=i)) for i in range(8)]
     alone = [await collect(roomy, request) for request in requests]
@@ -184,8 +184,8 @@ async def test_with_hardly_any_kv_memory_every_answer_under_load_is_as_alone(sta
     together = await asyncio.gather(*(collect(pool, request) for request in requests))
     await asyncio.gather(*vanishing)
     assert [each[:2] for each in together] == [each[:2] for each in alone]
-    with pytest.raises(RequestError, match="has 320 tokens, but the context holds 320"):
-        await collect(pool, Request("too long", prompts=(tuple([5] * 320),)))
+    with pytest.raises(RequestError, match="has 288 tokens, but the context holds 288"):
+        await collect(pool, Request("too long", prompts=(tuple([5] * 288),)))
     await idle(pool)
     assert pool.workers[0].gauges["preemptions"] > 0 and pool.workers[0].restarts == 0
 
