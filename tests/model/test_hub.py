@@ -189,6 +189,7 @@ def test_a_download_that_breaks_goes_on_where_it_broke(tmp_path, reset):
         assert starts and sorted(set(starts)) == list(dict.fromkeys(starts)) and max(starts) > len(LARGE) // 2
 
 
+@pytest.mark.slow
 def test_a_start_that_failed_half_way_is_continued_by_the_next_one(tmp_path):
     with fake_hub(org__tiny={"tiny.gguf": LARGE}) as hub:
         env = environment(tmp_path, hub)
@@ -203,6 +204,7 @@ def test_a_start_that_failed_half_way_is_continued_by_the_next_one(tmp_path):
         assert not part.exists()
 
 
+@pytest.mark.slow
 def test_parts_that_do_not_fit_together_are_not_used(tmp_path):
     with fake_hub(org__tiny={"tiny.gguf": LARGE}) as hub:
         env = environment(tmp_path, hub)

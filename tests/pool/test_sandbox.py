@@ -154,6 +154,7 @@ async def test_a_template_that_takes_too_much_is_refused_and_the_server_starts(o
     assert await said(pool, Request("b", prompts=("x y z",), max_tokens=5)) == "3"
 
 
+@pytest.mark.slow
 async def test_what_compiling_a_template_takes_counts_against_no_request(open_pool):
     """jinja computes constants when it compiles: here for more than the half second that a request gets."""
     slow, took_s = "{{ ('abcdefgh' * 10000000) | upper | lower | length }}", 0.0
