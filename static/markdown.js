@@ -92,13 +92,27 @@ function closeTag(levels) {
   levels.at(-1).nodes.push(element(tag, {}, ...nodes));
 }
 
+// Formulas already made, the latest last: the unsettled rest of a growing line is drawn again for each frame.
+const formulas = new Map();
+const MOST_FORMULAS = 100;
+
 // Formulas that come before KaTeX is loaded show their source until then, and those that are too large always do.
 function mathNode(tex, display) {
-  const html = typeof katex === "undefined" || tex.length > MOST_TEX ? "" : mathOf(tex, display);
-  if (html && deepest(html) <= MOST_NESTED) return cleanFragment(html);
+  const key = `${display} ${tex}`, made = formulas.get(key) ?? newFormula(tex, display);
+  if (made) {
+    formulas.delete(key);
+    formulas.set(key, made);
+    if (formulas.size > MOST_FORMULAS) formulas.delete(formulas.keys().next().value);
+    return made.cloneNode(true);
+  }
   const node = element("code", {className: "tex", textContent: tex});
   if (display) node.dataset.display = "";
   return node;
+}
+
+function newFormula(tex, display) {
+  const html = typeof katex === "undefined" || tex.length > MOST_TEX ? "" : mathOf(tex, display);
+  return html && deepest(html) <= MOST_NESTED ? cleanFragment(html) : null;
 }
 
 // Chromium sets n \log n as nlogn: a function's name gets its thin spaces here.
