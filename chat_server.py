@@ -198,6 +198,7 @@ class Limits:
     biases: int = 4_096             # entries of logit_bias: each row applies them in each step
     prompt_tokens: int = 1 << 20    # in a prompt of token ids: no context is larger
     choices: int = 128              # answers per request
+    embeddings: int = 2048          # inputs per request
     grammar_characters: int = 1 << 16       # of a JSON schema: compiling this much takes up to 0.3 s
     grammar_bytes: int = 16 << 20           # memory of a compiled grammar; 65,536 usual characters take 8 MB
     body_bytes: int = 16 << 20
@@ -733,6 +734,7 @@ class AnswerParams:
     tool_names: tuple[str, ...] = ()                # functions whose calls are read from it
     chat: bool = False                              # reasoning and calls are told apart from its content
     progress: bool = False                          # send progress events until the first token
+    pooling: str = ""                               # mean or last: no answer, but an embedding of the prompt
     client: str = ""                                # who takes turns: a key's name or an address
     owner: str = ""                                 # who shares KV pages
 
@@ -754,6 +756,11 @@ class Request(AnswerParams):
     dropped_messages: int = 0                       # how many were dropped so far
     resumable: bool = False                         # a reader may leave its stream and come back
     unset: tuple[str, ...] = ()                     # of `sampling`, what a server at --url decides
+
+    @property
+    def source(self) -> str:
+        """The field of the body that its prompts come from."""
+        return "input" if self.pooling else "prompt" if self.messages is None else "messages"
 
 
 @dataclass(frozen=True)
@@ -803,6 +810,7 @@ class Piece(NamedTuple):
     prompt_done: int = 0                # prompt tokens computed so far; such a piece has nothing else
     calls: tuple[CallDelta, ...] = ()   # what is new in the calls, which `text` leaves out
     reasoning_tokens: int = 0           # of the whole answer so far
+    embedding: str = ""                 # of the prompt: float32, little-endian, in base64
 
 
 @dataclass(frozen=True)
@@ -3017,6 +3025,7 @@ class Sequence:
     queued_s: float | None = None           # seconds it waited here before it first ran
     logprob: TokenLogprob | None = None     # of the last token drawn, if requested
     scored: int = 0                         # prompt tokens whose log-probabilities were sent, by any worker
+    pooled: Any = 0.0                       # float64 (C,): sum of its hidden states, or only the last one
     text: "Answer | None" = None            # the engine's state of the answer's text
     drafter: "Drafter | None" = None        # proposes its drafts
     preparing: "Future | None" = None       # a thread's work that it must wait for
@@ -3035,8 +3044,12 @@ class Sequence:
 
     @property
     def scoring(self) -> bool:
-        """Does its whole prompt need log-probabilities, so that cached pages are of no use?"""
+        """Does its whole prompt need log-probabilities?"""
         return self.work.params.prompt_logprobs is not None and not self.generated
+
+    @property
+    def prefilling(self) -> bool:
+        return self.pending > (0 if self.work.params.pooling else 1)
 
 
 class Chunk(NamedTuple):
@@ -3054,6 +3067,12 @@ class Chunk(NamedTuple):
     def rows(self) -> int:
         """How many tokens, from the end, need logits: all if the prompt is being scored, else `draws`."""
         return self.count if self.sequence.scoring else self.draws
+
+    @property
+    def on_host(self) -> bool:
+        """Does the host have to see the logits, or the hidden states?"""
+        work = self.sequence.work
+        return bool(work.params.pooling) or work.needs_logits and self.rows > 0
 
 
 FREE_ROWS = 8       # rows in a decode_core step that take hardly longer than one
@@ -3107,7 +3126,7 @@ class Scheduler:
         room = (FREE_ROWS - len(self.running)) // max(1, sum(bool(s.draft) for s in decoding))
         drafts = [self._draft(s, room) if s.draft else () for s in decoding]
         plan = [Chunk(s, 1, 1 + len(draft), draft) for s, draft in zip(decoding, drafts)]
-        if prefilling := [s for s in self.running if s.pending > 1]:
+        if prefilling := [s for s in self.running if s.prefilling]:
             plan += self._share_prefill(prefilling, self.max_rows - sum(chunk.draws for chunk in plan))
         return [chunk for chunk in plan if chunk.sequence.pages]        # a later one may have preempted it
 
@@ -3216,7 +3235,8 @@ class Scheduler:
                and not any(running.suspect for running in self.running)):
             holdings = self._holdings()
             ready.remove(sequence := min(ready, key=lambda each: holdings[each.work.params.client]))
-            matched, serial = self.pool.match_prefix([] if sequence.scoring else sequence.tokens,
+            every = sequence.scoring or sequence.work.params.pooling == "mean"      # token is needed
+            matched, serial = self.pool.match_prefix([] if every else sequence.tokens,
                                                      sequence.work.params.owner)
             found, size, length = len(matched) // self.pool.groups, self.pool.page_size, len(sequence.tokens)
             whole, near = -(-length // size), -(-min(length, found * size + self.prefill_chunk) // size)
@@ -3254,7 +3274,8 @@ class Scheduler:
             share = max(left // 2, left - wanted) if sequence is oldest else left
             count = min(sequence.pending, share, 1 + rows if sequence.scoring else share)
             if count > 0 and self._grow(sequence, sequence.computed + count):
-                chunks.append(Chunk(sequence, count, int(count == sequence.pending)))
+                draws = count == sequence.pending and not sequence.work.params.pooling
+                chunks.append(Chunk(sequence, count, int(draws)))
                 left -= count
                 rows -= count - 1 if sequence.scoring else 0
         return chunks
@@ -3394,6 +3415,7 @@ class Batch(NamedTuple):
     lengths: list[int]              # (N): number of keys of sequence i after this step
     tables: list[list[int]]         # (N): pages of sequence i, in order; of each group of layers in turn
     logit_rows: list[int]           # (R): which of the T rows need logits
+    states: bool = False            # are the hidden states of all T rows needed?
 
 
 class Inputs(NamedTuple):
@@ -3517,6 +3539,16 @@ class Transformer:
         with torch.inference_mode():
             self.compute(self.inputs(batch), buffers)
         return buffers.logits
+
+    def hidden_states(self, first: int, last: int) -> "numpy.ndarray":
+        """The rows [first, last) of the last step, which had `states`, after the final norm -> (rows, C) float64.
+
+        The norm is computed here row by row, so it is the same in any batch and for all kernels.
+        """
+        x = self.buffers["x"][first:last].cpu().double().numpy()
+        x = x / numpy.sqrt((x * x).mean(axis=1, keepdims=True) + self.spec.norm_eps)
+        weight = self.weights.get("final_norm")
+        return x if weight is None else x * weight.cpu().double().numpy()
 
     def inputs(self, batch: Batch) -> Inputs:
         columns = (batch.token_ids, batch.previous_token_ids, *token_places(batch), batch.logit_rows)
@@ -4298,7 +4330,7 @@ def choose_backend(device, spec: ModelSpec | None) -> Any:
     return core and core.backend_for(spec, device, for_decode_core()) or Backend(device)
 
 
-SEAM = 6        # version of Backend and for_decode_core; a core with another version is not used
+SEAM = 7        # version of Backend and for_decode_core; a core with another version is not used
 
 
 def for_decode_core() -> SimpleNamespace:
@@ -6398,7 +6430,7 @@ class Engine:
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[Piece]:
         """Start the next step, call `meanwhile`, finish the previous step; returns the pieces it made."""
         plan = self.scheduler.schedule()
-        on_host = any(chunk.sequence.work.needs_logits and chunk.rows for chunk in plan)
+        on_host = any(chunk.on_host for chunk in plan)
         ticket = self._start(plan) if plan and not on_host else None
         meanwhile()
         if not plan and not self.under_way:     # every sequence here is still being prepared
@@ -6424,13 +6456,16 @@ class Engine:
                 for chunk in plan for i in range(chunk.draws)]
 
     def _run_on_host(self, plan: Seq[Chunk]) -> tuple[list[Chunk], list[int]]:
-        """Run a step whose logits are needed here: the chunks that advanced, the tokens drawn.
-
-        No other step may be under way.
+        """Run a step whose logits or hidden states are needed here: the chunks that advanced, the tokens
+        drawn. No other step may be under way.
         """
-        logits = self.transformer.forward(make_batch(plan))
+        batch = make_batch(plan)
+        logits = self.transformer.forward(batch)
         if logits.is_cuda:          # the next step may run on another stream
             torch.cuda.current_stream(logits.device).synchronize()
+        for chunk, (first, last) in zip(plan, itertools.pairwise(batch.starts)):
+            if chunk.sequence.work.params.pooling:
+                self._pool(chunk, first, last)
         late, deadline_s = [], time.monotonic() + self.MASK_PATIENCE_S
         for chunk in plan:
             if chunk.draws and not self._masked(chunk.sequence, deadline_s):
@@ -6439,6 +6474,24 @@ class Engine:
         spans = [(chunk, range(first, last))
                  for chunk, (first, last) in zip(plan, itertools.pairwise(rows)) if chunk not in late]
         return [chunk for chunk, _ in spans], self._draw_on_host(spans, logits)
+
+    def _pool(self, chunk: Chunk, first: int, last: int) -> None:
+        """Pool the hidden states of a chunk, the rows [first, last) of the step. They are added one by one:
+        the sum has the same bits however the prompt was cut."""
+        sequence, mean = chunk.sequence, chunk.sequence.work.params.pooling == "mean"
+        if not mean or sequence.computed == 0:      # a sequence that was preempted starts over
+            sequence.pooled = 0.0
+        for row in self.transformer.hidden_states(first if mean else last - 1, last):
+            sequence.pooled = sequence.pooled + row
+
+    def _embed(self, sequence: Sequence) -> None:
+        """End a sequence with its embedding: what was pooled, scaled to the length 1."""
+        self.scheduler.remove(sequence)
+        vector = (sequence.pooled / numpy.linalg.norm(sequence.pooled)).astype("<f4")
+        ending = ("stop", None) if numpy.isfinite(vector).all() else ("error", "the model computed no numbers")
+        self.pieces.append(Piece(
+            sequence.work.id, (), "", *ending, sequence.cached_tokens, sequence.queued_s,
+            embedding=base64.b64encode(vector.tobytes()).decode()))
 
     def _draw_on_host(self, spans: Seq[tuple[Chunk, range]], logits) -> list[int]:
         """Score prompts, ban tokens the grammars reject, draw, and record logprobs.
@@ -6480,6 +6533,8 @@ class Engine:
                 if valid:
                     sequence.tokens.append(~row)
                 row += chunk.draws
+            elif sequence.work.params.pooling and not sequence.pending:
+                self._embed(sequence)
             elif sequence.work.params.progress and not sequence.generated and not sequence.finished:
                 self.pieces.append(Piece(sequence.work.id, (), "", prompt_done=sequence.computed))
         self.under_way = StepUnderWay(ticket, drawing)
@@ -6581,8 +6636,8 @@ def failure_text(error: Exception) -> str:
 
 def make_batch(plan: Seq[Chunk]) -> Batch:
     """Flatten the plan into one forward pass, sequence after sequence."""
-    (token_ids, previous_token_ids, starts, lengths, tables,
-     logit_rows) = batch = Batch([], [], [0], [], [], [])
+    batch = Batch([], [], [0], [], [], [], any(chunk.sequence.work.params.pooling for chunk in plan))
+    token_ids, previous_token_ids, starts, lengths, tables, logit_rows, _ = batch
     for chunk in plan:
         first, tokens = chunk.sequence.computed, chunk.sequence.tokens
         ids = [*tokens[first:first + chunk.count], *chunk.draft]
@@ -6908,19 +6963,20 @@ class PromptMaker:
         """The request with its prompts as token ids."""
         if request.messages is None:
             prompts, dropped = await self.run(
-                self._encode_prompts, request.prompts, sum(map(len, request.prompts))), 0
+                functools.partial(self._encode_prompts, param=request.source), request.prompts,
+                sum(map(len, request.prompts))), 0
         else:
             prompts, dropped = await self._cut_to_fit(request)
-        for name, ids in (*(("prompt", ids) for ids in prompts), ("stop_token_ids", request.stop_token_ids),
+        for name, ids in (*((request.source, ids) for ids in prompts), ("stop_token_ids", request.stop_token_ids),
                           ("logit_bias", [token for token, _ in request.sampling.logit_bias])):
             checked_ids(ids, self.tokenizer, name)
         for ids in prompts:
             self.answer_length(request, ids)
         return replace(request, prompt_ids=prompts, dropped_messages=request.dropped_messages + dropped)
 
-    def _encode_prompts(self, prompts: Seq[str | tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    def _encode_prompts(self, prompts: Seq[str | tuple[int, ...]], param: str) -> tuple[tuple[int, ...], ...]:
         for prompt in prompts:
-            self._refuse_far_too_long(prompt, "prompt")
+            self._refuse_far_too_long(prompt, param)
         return tuple(tuple(self.tokenizer.encode_prompt(prompt)) if is_text(prompt) else prompt
                      for prompt in prompts)
 
@@ -6990,14 +7046,15 @@ class PromptMaker:
 
     def answer_length(self, request: Request, prompt_ids: tuple[int, ...]) -> int:
         """Most tokens the answer may have. RequestError 400 if the prompt is empty or leaves no room."""
-        limit = self.context_length
+        room, together = self.context_length - len(prompt_ids), " (prompt and answer together)"
         if not prompt_ids:
-            raise RequestError("the prompt is empty", param="prompt")
-        if len(prompt_ids) >= limit:
-            raise RequestError(f"the prompt has {len(prompt_ids):,} tokens, but the context holds {limit:,} "
-                               "(prompt and answer together)", code="context_length_exceeded",
-                               param="prompt" if request.messages is None else "messages")
-        room = limit - len(prompt_ids)
+            raise RequestError(f"the {request.source} is empty", param=request.source)
+        if room < (0 if request.pooling else 1):
+            raise RequestError(f"the prompt has {len(prompt_ids):,} tokens, but the context holds "
+                               f"{self.context_length:,}{'' if request.pooling else together}",
+                               code="context_length_exceeded", param=request.source)
+        if request.pooling:
+            return 0
         return room if request.max_tokens is None else max(1, min(request.max_tokens, room))
 
 
@@ -7935,8 +7992,9 @@ class LocalPool:
         prompts, length = request.prompt_ids, self.admission.prompts.answer_length
         jobs = [Job(request, ids, length(request, ids), events, arrived_s, choice)
                 for choice, ids in enumerate(ids for ids in prompts for _ in range(request.n))]
+        heads = deque(jobs[::request.n])        # no request has more prompts than this in the queue at a time
         try:
-            self._submit(jobs[::request.n])
+            self._submit([heads.popleft() for _ in range(min(len(heads), LIMITS.choices))])
             yield Accepted(sum(map(len, prompts)), request.sampling.seed)
             others = {job.choice: jobs[job.choice + 1:job.choice + request.n] for job in jobs[::request.n]}
             turn_s, left = time.monotonic(), len(jobs)
@@ -7957,6 +8015,8 @@ class LocalPool:
                     self._submit(others.pop(event.choice))      # they can share the prompt's pages now
                 yield event
                 left -= isinstance(event, Finished)
+                if heads and isinstance(event, Finished):
+                    self._submit([heads.popleft()])
         finally:
             event = None            # break the cycle: an exception refers to this frame and the frame to it
             self._abandon(*jobs)
@@ -8470,11 +8530,12 @@ MIXED = FieldType(f"a string, or a list of at most {LIMITS.tokenized_characters:
                   {"anyOf": [A_TEXT, list_schema(TEXT_OR_TOKEN, maxItems=LIMITS.tokenized_characters)]},
                   listed)
 SOME_TOKENS = list_schema(A_TOKEN, maxItems=LIMITS.prompt_tokens)
-PROMPTS = FieldType(f"a string, a list of at most {LIMITS.prompt_tokens:,} token ids, "
-                    f"or a list of at most {LIMITS.choices} of these",
-                    {"anyOf": [A_TEXT, SOME_TOKENS | {"minItems": 1},
-                               list_schema({"anyOf": [A_TEXT, SOME_TOKENS]},
-                                           minItems=1, maxItems=LIMITS.choices)]}, prompt_list)
+PROMPTS, INPUTS = (
+    FieldType(f"a string, a list of at most {LIMITS.prompt_tokens:,} token ids, "
+              f"or a list of at most {most:,} of these",
+              {"anyOf": [A_TEXT, SOME_TOKENS | {"minItems": 1},
+                         list_schema({"anyOf": [A_TEXT, SOME_TOKENS]}, minItems=1, maxItems=most)]}, prompt_list)
+    for most in (LIMITS.choices, LIMITS.embeddings))
 EFFORTS = ["none", "minimal", "low", "medium", "high", "xhigh"]
 EFFORT = FieldType(" or ".join([", ".join(EFFORTS[:-1]), EFFORTS[-1]]), {"enum": EFFORTS})
 PRIORITY = FieldType('"low", "normal" or an integer (above 0 means low)',      # vLLM takes numbers
@@ -8702,6 +8763,18 @@ OLLAMA_GENERATE_FIELDS = (
     Field("prompt", TEXT, "a question; without any, an empty answer"),
     Field("system", TEXT, "the system message"), Field("raw", SWITCH, "the prompt is a text to continue"),
     Field("suffix", left_out("no model here can fill in the middle"), "refused"), *OLLAMA_FIELDS)
+EMBEDDING_FIELDS = (
+    Field("input", INPUTS, "text, token ids, or a list of these", required=True),
+    Field("model", TEXT, "absent, empty or `default`: the loaded one"),
+    Field("encoding_format", FieldType('"float" or "base64"', {"enum": ["float", "base64"]}),
+          "numbers (the default), or float32, little-endian, in base64"),
+    Field("pooling", FieldType('"mean" or "last"', {"enum": ["mean", "last"]}),
+          "the mean over the tokens of an input (the default), or its last token"),
+    Field("dimensions", left_out("a chat model's vectors have the width of its hidden states"), "refused"),
+    Field("priority", PRIORITY, "`low`: wait until no other request does"),
+)
+OLLAMA_EMBED_FIELDS = (
+    EMBEDDING_FIELDS[0], Field("model", OLLAMA_NAME, OLLAMA_FIELDS[0].doc), *EMBEDDING_FIELDS[3:5])
 OLLAMA_SHOW_FIELDS = (Field("model", OLLAMA_NAME, "one of the served model's names"),)
 
 TOKENIZE_FIELDS = (
@@ -9309,8 +9382,22 @@ def ollama_call(api: str, values: Mapping[str, Any], known: Known, **source: Any
     return new_call(api, values, known, request, nothing)
 
 
+def read_embedding_call(body: dict, known: Known, api: str = "embeddings") -> Call:
+    """OpenAI's Embeddings API, or with the other `api` Ollama's."""
+    values = parse_fields(body, OLLAMA_EMBED_FIELDS if api == "ollama embed" else EMBEDDING_FIELDS)
+    if not all(values["input"]):
+        raise RequestError("the input is empty" if len(values["input"]) == 1 else
+                           f"input[{[*map(bool, values['input'])].index(False)}] is empty",
+                           code="invalid_value", param="input")
+    request = make_request(values, known.settings, prompts=values["input"],
+                           pooling=values.get("pooling", "mean"))
+    return new_call(api, values, known, request, {"encoding": values.get("encoding_format", "float")})
+
+
 CALL_READERS = {        # by route
     "/api/chat": read_ollama_chat, "/api/generate": read_ollama_generate,
+    "/api/embed": functools.partial(read_embedding_call, api="ollama embed"),
+    "/v1/embeddings": read_embedding_call,
     "/chat/completions": read_native_call, "/v1/chat/completions": read_chat_call,
     "/v1/completions": read_completion_call, "/v1/responses": read_responses_call,
     "/v1/messages": read_messages_call}
@@ -10052,6 +10139,42 @@ class OllamaEncoder(BlockEncoder):
         return dump({"error": str(error)}) + b"\n"
 
 
+class EmbeddingsEncoder(Encoder):
+    """`/v1/embeddings`, and Ollama's `/api/embed`: a vector for each input, whole."""
+
+    def __init__(self, call: Call, model: str, tokenizer: Tokenizer | None = None):
+        super().__init__(call, model)
+        self.model, self.call, self.vectors = model, call, [b""] * len(self.choices)
+
+    def collect(self, event: Event) -> int:
+        """Keep a vector as it will be sent; returns its size in bytes."""
+        if isinstance(event, Finished):
+            self.choices[event.choice].done = event
+            return 0
+        vector = dump(event.embedding)
+        if self.call.repeated["encoding"] == "float":       # nine digits tell all float32 numbers apart
+            numbers = struct.iter_unpack("<f", base64.b64decode(event.embedding))
+            vector = b"[%s]" % ",".join(["%.9g" % number for number, in numbers]).encode()
+        self.vectors[event.choice] = vector
+        return len(vector)
+
+    def completion(self) -> Iterator[bytes]:
+        count = self.counts()["prompt_tokens"]
+        if self.call.api == "ollama embed":
+            seconds = max(choice.done.ttft_ms for choice in self.choices) / 1e3
+            name, each = "embeddings", b"%(vector)s"
+            more = {"model": self.model, "total_duration": int(seconds * 1e9), "load_duration": 0,
+                    "prompt_eval_count": count}
+        else:
+            name, each = "data", b'{"object": "embedding", "index": %(index)d, "embedding": %(vector)s}'
+            more = {"object": "list", "model": self.model,
+                    "usage": {"prompt_tokens": count, "total_tokens": count}}
+        yield dump(more)[:-1] + b', "%s": [' % name.encode()
+        for index, vector in enumerate(self.vectors):
+            yield b", " * bool(index) + each % {b"index": index, b"vector": vector}
+        yield b"]}"
+
+
 ANTHROPIC_ERRORS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
                     404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
                     500: "api_error", 503: "overloaded_error"}
@@ -10065,7 +10188,8 @@ def anthropic_error(error: ChatServerError) -> dict:
 ENCODERS = {"native": NativeEncoder, "chat": ChatEncoder, "functions": FunctionEncoder,
             "completion": CompletionEncoder,
             "responses": ResponsesEncoder, "messages": MessagesEncoder,
-            "ollama chat": OllamaEncoder, "ollama generate": OllamaEncoder}
+            "ollama chat": OllamaEncoder, "ollama generate": OllamaEncoder,
+            "embeddings": EmbeddingsEncoder, "ollama embed": EmbeddingsEncoder}
 
 
 class EventStream:
@@ -10948,6 +11072,8 @@ ROUTES = (
           "an answer in OpenAI's format, streamed or whole", OPENAI_FIELDS),
     Route("POST", "/v1/completions", "handle_answer",
           "the continuation of a text, streamed or whole", COMPLETION_FIELDS),
+    Route("POST", "/v1/embeddings", "handle_answer",
+          "a vector for each input, from the model's final hidden states", EMBEDDING_FIELDS),
     Route("POST", "/v1/responses", "handle_answer",
           "an answer in the format of OpenAI's Responses, streamed or whole", RESPONSES_FIELDS),
     Route("GET", "/v1/responses/{id}", "handle_response", "404: responses are not kept"),
@@ -10958,6 +11084,7 @@ ROUTES = (
           COUNTED_FIELDS),
     Route("POST", "/api/chat", "handle_answer", "an answer in Ollama's format", OLLAMA_CHAT_FIELDS),
     Route("POST", "/api/generate", "handle_answer", "an answer in Ollama's format", OLLAMA_GENERATE_FIELDS),
+    Route("POST", "/api/embed", "handle_answer", "embeddings in Ollama's format", OLLAMA_EMBED_FIELDS),
     Route("GET", "/api/tags", "handle_ollama_tags", "the served model in Ollama's format"),
     Route("POST", "/api/show", "handle_ollama_show", "more of it", OLLAMA_SHOW_FIELDS),
     Route("GET", "/api/version", "handle_ollama_version", "this server's version in Ollama's format"),

@@ -102,8 +102,9 @@ std::vector<T> copied(uintptr_t address, size_t count) { return {at<const T>(add
 
 // `sampling`: None, or a SampleBatch's addresses and sizes as decode_core/program.py packs them.
 int64_t start(dc::Program& program, const py::object& token_ids, const py::object& previous, const py::object& starts, const py::object& lengths,
-              const py::object& tables, const py::object& logit_rows, const py::object& sampling) {
+              const py::object& tables, const py::object& logit_rows, const py::object& sampling, bool all_rows) {
     dc::StepInput in;
+    in.all_rows = all_rows;
     in.token_ids = dc::integers(token_ids, "token_ids: a list of integers");
     in.previous_ids = dc::integers(previous, "previous: a list of integers");
     in.starts = dc::integers(starts, "starts: a list of integers");

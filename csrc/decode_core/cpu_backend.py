@@ -100,7 +100,7 @@ class CpuBackend:
         program = self.program
         transformer.compute(program, SimpleNamespace(**transformer.buffers))
         program.sample(transformer.buffers["logits"])
-        return lambda batch: program.finish(program.start(*batch))
+        return lambda batch: program.finish(program.start(*batch[:6], all_rows=batch.states))
 
     def make_steps(self, transformer: Any, max_batch: int, context_length: int) -> ProgramSteps:
         return ProgramSteps(self.program, transformer.spec.vocab_size)
@@ -117,7 +117,7 @@ class ProgramSteps:
 
     def start(self, batch: Any, rows: Sequence[Any]) -> int:
         self.sampling = batch_of(rows, self.vocab_size, self.sampling)
-        return self.program.start(*batch, self.sampling)
+        return self.program.start(*batch[:6], self.sampling)
 
     def finish(self, ticket: int) -> list[int]:
         return self.program.finish(ticket)

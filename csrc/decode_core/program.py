@@ -214,7 +214,7 @@ class Program:
 
     # ---- running
 
-    def start(self, token_ids, previous, starts, lengths, tables, logit_rows, sampling=None) -> int:
+    def start(self, token_ids, previous, starts, lengths, tables, logit_rows, sampling=None, all_rows=False) -> int:
         """Queue a step and return its ticket; at most two may be unfinished. Lists of integers, copied:
 
         token_ids   T ids; ~i (-1 - i): what row i of the step started before draws, which may still be running
@@ -223,10 +223,11 @@ class Program:
                     whose pages are tables[i] (with groups of layers, a page of each in turn); length 0 is padding, which writes nothing
         logit_rows  R rows of the T that get logits, and a token each when `sampling`, a SampleBatch of R rows, is given; what
                     its penalties count is what it holds now. A row of position < 0 draws nothing.
+        all_rows    compute the last layer for every row, not only for those with logits: its output holds them until the next step
         """
         if sampling is not None:
             sampling = self._sampling(sampling)
-        return self._program.start(token_ids, previous, starts, lengths, tables, logit_rows, sampling)
+        return self._program.start(token_ids, previous, starts, lengths, tables, logit_rows, sampling, all_rows)
 
     def finish(self, ticket: int) -> list[int]:
         """Wait for a step (without the GIL) -> its tokens, one a logit row; [] for a step without sampling.

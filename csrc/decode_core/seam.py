@@ -15,7 +15,8 @@ place.
     as_stored(shape, parts)       a matrix in its file's type, or one close to it; None: always dequantized
     converted(sources, stored)    which matrices cannot stay in the file's type, in words
     ops(max_tokens, max_rows, quantize)     {name: op} in the place of chat_server's references
-    record(transformer)           None, or a function that runs a batch in place of Transformer.compute
+    record(transformer)           None, or a function that runs a batch in place of Transformer.compute; where
+                                  batch.states is true, buffer x then has the last layer's output of every row
     make_steps(transformer, max_batch, context_length)      what has the methods of chat_server's Steps
     faults                        {op: what is wrong}: the reference computes each of these; complete once the
                                   steps are prepared
@@ -38,7 +39,7 @@ from typing import Any
 from . import _core, cuda
 from .program import MAX_CHOSEN, MAX_EXPERTS
 
-SEAM = 6        # one more whenever a name, an argument or a meaning above, or of `script`, changes
+SEAM = 7        # one more whenever a name, an argument or a meaning above, or of `script`, changes
 log = logging.getLogger("chat_server.decode_core")
 
 

@@ -4,6 +4,7 @@ On a GPU if there is one, and everywhere in the emulation (tests/support/cuda_ba
 be those of the reference engine on the CPU.
 """
 
+import base64
 import functools
 import json
 from dataclasses import replace
@@ -16,7 +17,7 @@ import torch
 
 import chat_server as cs
 from chat_server import Batch, Engine, ModelSpec, SampleRow, SamplingParams, Transformer
-from engines import load, make_batch, run, tensors_of
+from engines import load, make_batch, pieces, run, tensors_of
 from near_tie import assert_same_tokens_or_near_tie
 from random_rows import random_logits, random_rows
 from works import assignment, changed
@@ -163,6 +164,18 @@ def test_penalties_and_biases_are_drawn_on_the_device(backend, nanochat_fixtures
     tight = cuda_engine(backend, model, monkeypatch, prefill_chunk=4, context_length=64, max_batch=4)
     same_answers(expected, answers(tight, works))
     assert tight.steps.queue.replays == 0
+
+
+def test_embeddings_among_answers_are_the_reference_engines(backend, nanochat_fixtures, monkeypatch):
+    for name in ("gen5", "llama"):
+        model = model_of(name, nanochat_fixtures)
+        works = [*some_works(model[0].vocab_size, 3, 8), *(
+            assignment(pooling, tuple(range(1, 150)), SamplingParams(), 0, pooling=pooling) for pooling in ("mean", "last"))]
+        expected, engine = engine_on(cs.load_kernels("cpu"), model), cuda_engine(backend, model, monkeypatch)
+        found = [pieces(each, works) for each in (expected, engine)]
+        for pooling in ("mean", "last"):
+            ours, theirs = (np.frombuffer(base64.b64decode(each[pooling][0].embedding), "<f4") for each in found)
+            assert np.abs(ours - theirs).max() < 1e-4 and np.linalg.norm(ours) == pytest.approx(1)
 
 
 def test_forced_tokens_and_answers_that_end_while_the_next_step_runs_leave_nothing_behind(backend, nanochat_fixtures, monkeypatch):

@@ -55,6 +55,7 @@ CASES = {       # moment and request: the state that another worker must rebuild
     "decode in a grammar": dict(sampling=SamplingParams(temperature=1.0, seed=3), max_tokens=60, grammar=GRAMMAR),
     "decode with log-probabilities": PLAIN | dict(prompts=(tuple(range(100, 140)),), messages=None, logprobs=2, prompt_logprobs=1),
     "prefill of a scored prompt": LONG_PROMPT | dict(messages=None, logprobs=0, prompt_logprobs=1),
+    "prefill of an embedding": LONG_PROMPT | dict(messages=None, pooling="mean"),
     "unsent": PLAIN,
     "character": drawn_from("日".encode(), max_tokens=60),
     "stop": drawn_from(b"abc", stop=("cbabcc", "zzz")),
@@ -71,7 +72,7 @@ async def answers(pool, request):
         if isinstance(event, Piece):
             text, tokens, scored = found.get(event.choice, ("", (), ()))
             scores = tuple(entry.token for entry in event.prompt_logprobs + event.logprobs)
-            found[event.choice] = text + event.text, tokens + event.tokens, scored + scores
+            found[event.choice] = text + event.text + event.embedding, tokens + event.tokens, scored + scores
         elif isinstance(event, Finished):
             found[event.choice] += event.reason, event.stop_reason
     return found

@@ -61,6 +61,7 @@ struct StepInput {
     std::vector<int64_t> token_ids, previous_ids, starts, lengths, logit_rows;
     std::vector<int32_t> pages;         // of all sequences; sequence i's from offsets[i]: a page of each group in turn
     std::vector<int64_t> offsets;
+    bool all_rows = false;              // compute all of the last layer, not only the rows that have logits
     bool samples = false;
     std::vector<SampleRow> sample_rows;                         // one for each logit row
     std::vector<int32_t> count_ids, counts, bias_ids;

@@ -81,7 +81,7 @@ void Step::find_needed() {
     needed.resize(size_t(tokens));
     for (const int64_t row : input.logit_rows) needed[size_t(row)] = true;
     const auto append = std::find_if(ops.rbegin(), ops.rend(), [](const Op& op) { return op.kind == OpKind::rope_append; });
-    if (append == ops.rend() || (!by_rows() && logit_rows > 0)) return;
+    if (append == ops.rend() || input.all_rows || (!by_rows() && logit_rows > 0)) return;
     last_append = int(ops.rend() - append) - 1;
     if (logit_rows == 0) return;
     for (size_t i = size_t(last_append); i < ops.size(); i++) {

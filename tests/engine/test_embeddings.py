@@ -1,0 +1,156 @@
+"""Embeddings: the mean of a prompt's final hidden states, or the last one, whatever else the steps compute."""
+
+import base64
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from chat_server import SamplingParams
+from engines import load, make_engine, pieces, tensors_of
+import families
+from works import assignment
+
+TOLERANCE = 1e-5        # of a vector of length 1
+
+
+def embedding(name, ids, pooling="mean", **more):
+    return assignment(name, tuple(ids), SamplingParams(), 0, pooling=pooling, **more)
+
+
+def vector(found):
+    """The vector that the last piece of a sequence has; the sequence draws nothing."""
+    assert [piece.tokens for piece in found] == [()] and found[0].reason == "stop"
+    return np.frombuffer(base64.b64decode(found[0].embedding), "<f4")
+
+
+def vectors(engine, *works, ahead=False):
+    found = pieces(engine, works, ahead)
+    assert engine.pool.available == engine.pool.num_pages
+    return [vector(found[work.id]) for work in works if work.params.pooling]
+
+
+def alone(engine, work):
+    engine.pool.forget_cached()
+    return vectors(engine, work)[0]
+
+
+@torch.no_grad()
+def pooled_by_transformers(model, ids, pooling):
+    states = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0].double()      # after the final norm
+    state = states.mean(0) if pooling == "mean" else states[-1]
+    return (state / state.norm()).numpy()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """{family: (transformers' model, its folder)}."""
+    made = {}
+    for name in ("llama2", "gemma2"):
+        model = families.make_model(name)
+        made[name] = model, families.save(model, tmp_path_factory.mktemp(name))
+    return made
+
+
+@pytest.mark.parametrize("reference", [True, False])
+@pytest.mark.parametrize("name", ["llama2", "gemma2"])
+def test_they_are_transformers_hidden_states(saved, name, reference):
+    """Prompts of one token, of a part of a chunk and of several chunks, side by side."""
+    model, folder = saved[name]
+    engine = make_engine(folder, num_pages=200, max_batch=4, prefill_chunk=64, reference=reference)
+    prompts = [np.random.default_rng(length).integers(0, 256, length).tolist() for length in (1, 17, 200, 64, 65)]
+    works = [embedding(f"{pooling} {i}", prompt, pooling) for i, prompt in enumerate(prompts) for pooling in ("mean", "last")]
+    found = iter(vectors(engine, *works))
+    for prompt in prompts:
+        for pooling in ("mean", "last"):
+            assert np.abs(next(found) - pooled_by_transformers(model, prompt, pooling)).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["gen1", "gen5"])
+def test_upstream_s_logits_follow_from_a_nanochat_model_s_last_state(name, nanochat_fixtures):
+    """Its final norm has no weights, so a state has the length sqrt(C), whatever the embedding's."""
+    path = nanochat_fixtures / name
+    engine, spec, head = make_engine(path, num_pages=200, max_batch=8), load(path).spec, tensors_of(load(path))["head"].double().numpy()
+    for case in json.loads((path / "oracle.json").read_text())["cases"]:
+        state = alone(engine, embedding("last", case["prompt_ids"], "last")) * spec.width ** 0.5
+        logits = spec.softcap * np.tanh(head @ state / spec.softcap)
+        assert np.abs(logits[:len(case["next_logits"])] - case["next_logits"]).max() < 2e-3
+
+
+PROMPTS = [np.random.default_rng(i).integers(0, 250, length).tolist() for i, length in enumerate((90, 33, 150, 1, 64))]
+
+
+@pytest.mark.parametrize("name", ["gen3", "gen5"])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_alone_in_a_batch_in_other_chunks_and_from_the_cache_they_are_the_same(nanochat_fixtures, name, ahead):
+    path = nanochat_fixtures / name
+    engine = make_engine(path, num_pages=200, max_batch=8, prefill_chunk=64)
+    whole = make_engine(path, num_pages=200, max_batch=8, prefill_chunk=256)
+    works = [embedding(f"{pooling} {i}", prompt, pooling) for i, prompt in enumerate(PROMPTS) for pooling in ("mean", "last")]
+    answer = assignment("answer", tuple(PROMPTS[0]), SamplingParams(0.9, seed=3), 40, ignore_eos=True)
+    expected = [alone(whole, work) for work in works]
+    drawn = [piece.tokens for piece in pieces(engine, [answer])["answer"]]
+    least = 0 if engine.kernels.row_invariant else TOLERANCE
+    for _ in range(2):          # the second time, their prompts are in the prefix cache
+        for found, wanted in zip(vectors(engine, answer, *works, ahead=ahead), expected, strict=True):
+            assert np.abs(found - wanted).max() <= least
+    assert [piece.tokens for piece in pieces(engine, [answer])["answer"]] == drawn      # from the pages they left behind
+
+
+def test_the_last_state_is_found_in_the_prefix_cache_and_the_mean_is_computed_whole(nanochat_fixtures):
+    engine = make_engine(nanochat_fixtures / "gen5", num_pages=200, max_batch=8, prefill_chunk=64)
+    for pooling, cached in (("mean", 0), ("last", 144), ("mean", 0)):
+        assert pieces(engine, [embedding("a", PROMPTS[2], pooling)])["a"][0].cached_tokens == cached
+
+
+def test_it_starts_over_when_its_pages_are_taken_or_a_step_failed(nanochat_fixtures, monkeypatch):
+    engine = make_engine(nanochat_fixtures / "gen5", num_pages=200, max_batch=8, prefill_chunk=16)
+    wanted = alone(engine, embedding("a", PROMPTS[0]))
+    engine.pool.forget_cached()
+    works = [embedding("a", PROMPTS[0]), assignment("b", (1, 2, 3), SamplingParams(), 30, ignore_eos=True)]
+    with torch.inference_mode():
+        for work in works:
+            engine.add(work)
+        engine.step()
+        [first] = [sequence for sequence in engine.scheduler.running if sequence.work.id == "a"]
+        assert first.computed
+        engine.scheduler._preempt(first)
+        engine.step(), engine.step()
+        pool = engine._pool
+        monkeypatch.setattr(engine, "_pool", lambda *chunk: pool(*chunk) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+        monkeypatch.undo()
+        assert first.computed and engine.give_up() == []        # not known yet which of the two it was
+        found = []
+        while engine.busy:
+            found += [piece for piece in engine.step() if piece.id == "a"]
+            engine.check_integrity()
+    assert np.abs(vector(found) - wanted).max() <= (0 if engine.kernels.row_invariant else TOLERANCE)
+
+
+def test_a_whole_context_fits_and_a_cancelled_one_frees_its_pages(nanochat_fixtures):
+    engine = make_engine(nanochat_fixtures / "gen5", num_pages=40, max_batch=2, prefill_chunk=64, context_length=256)
+    full = [i % 250 for i in range(engine.context_length)]
+    [found] = vectors(engine, embedding("full", full))
+    assert abs(np.linalg.norm(found) - 1) < 1e-6
+    with torch.inference_mode():
+        engine.add(embedding("left", full))
+        engine.step()
+        assert engine.cancel("left") and not engine.busy and engine.pool.available == engine.pool.num_pages
+
+
+def test_states_that_are_no_numbers_fail_it_alone(nanochat_fixtures, monkeypatch):
+    engine = make_engine(nanochat_fixtures / "gen5", num_pages=200, max_batch=8)
+    states = engine.transformer.hidden_states
+    monkeypatch.setattr(engine.transformer, "hidden_states", lambda first, last: states(first, last) * (np.nan if last - first == 33 else 1))
+    found = pieces(engine, [embedding("good", PROMPTS[0]), embedding("bad", PROMPTS[1])])
+    assert [piece.reason for piece in found["bad"]] == ["error"] and np.isfinite(vector(found["good"])).all()
+
+
+def test_low_precision_weights_give_nearly_the_same(nanochat_fixtures):
+    """As a server runs the model: in the types of its file."""
+    path = nanochat_fixtures / "gen5"
+    exact, stored = (alone(make_engine(path, num_pages=200, as_stored=each), embedding("a", PROMPTS[0])) for each in (False, True))
+    assert exact @ stored > 0.999
