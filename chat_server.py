@@ -3541,9 +3541,9 @@ class Transformer:
         return buffers.logits
 
     def hidden_states(self, first: int, last: int) -> "numpy.ndarray":
-        """The rows [first, last) of the last step, which had `states`, after the final norm -> (rows, C) float64.
+        """The rows [first, last) of the last step, whose batch had `states`, after the final norm.
 
-        The norm is computed here row by row, so it is the same in any batch and for all kernels.
+        (rows, C) float64. The norm is computed here, row by row: the same in any batch and for all kernels.
         """
         x = self.buffers["x"][first:last].cpu().double().numpy()
         x = x / numpy.sqrt((x * x).mean(axis=1, keepdims=True) + self.spec.norm_eps)
@@ -6488,7 +6488,8 @@ class Engine:
         """End a sequence with its embedding: what was pooled, scaled to the length 1."""
         self.scheduler.remove(sequence)
         vector = (sequence.pooled / numpy.linalg.norm(sequence.pooled)).astype("<f4")
-        ending = ("stop", None) if numpy.isfinite(vector).all() else ("error", "the model computed no numbers")
+        finite = numpy.isfinite(vector).all()
+        ending = ("stop", None) if finite else ("error", "the model's hidden states are not finite")
         self.pieces.append(Piece(
             sequence.work.id, (), "", *ending, sequence.cached_tokens, sequence.queued_s,
             embedding=base64.b64encode(vector.tobytes()).decode()))
@@ -6967,7 +6968,8 @@ class PromptMaker:
                 sum(map(len, request.prompts))), 0
         else:
             prompts, dropped = await self._cut_to_fit(request)
-        for name, ids in (*((request.source, ids) for ids in prompts), ("stop_token_ids", request.stop_token_ids),
+        for name, ids in (*((request.source, ids) for ids in prompts),
+                          ("stop_token_ids", request.stop_token_ids),
                           ("logit_bias", [token for token, _ in request.sampling.logit_bias])):
             checked_ids(ids, self.tokenizer, name)
         for ids in prompts:
@@ -8532,9 +8534,9 @@ MIXED = FieldType(f"a string, or a list of at most {LIMITS.tokenized_characters:
 SOME_TOKENS = list_schema(A_TOKEN, maxItems=LIMITS.prompt_tokens)
 PROMPTS, INPUTS = (
     FieldType(f"a string, a list of at most {LIMITS.prompt_tokens:,} token ids, "
-              f"or a list of at most {most:,} of these",
-              {"anyOf": [A_TEXT, SOME_TOKENS | {"minItems": 1},
-                         list_schema({"anyOf": [A_TEXT, SOME_TOKENS]}, minItems=1, maxItems=most)]}, prompt_list)
+              f"or a list of at most {most:,} of these", {"anyOf": [
+                  A_TEXT, SOME_TOKENS | {"minItems": 1},
+                  list_schema({"anyOf": [A_TEXT, SOME_TOKENS]}, minItems=1, maxItems=most)]}, prompt_list)
     for most in (LIMITS.choices, LIMITS.embeddings))
 EFFORTS = ["none", "minimal", "low", "medium", "high", "xhigh"]
 EFFORT = FieldType(" or ".join([", ".join(EFFORTS[:-1]), EFFORTS[-1]]), {"enum": EFFORTS})

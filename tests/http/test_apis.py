@@ -25,7 +25,10 @@ BODIES = {          # what each API calls a question
     MESSAGES: {"messages": [{"role": "user", "content": HI}], "max_tokens": 500},
     "/api/chat": {"messages": [{"role": "user", "content": HI}], "stream": False},
     "/api/generate": {"prompt": HI, "stream": False}}
+EMBEDDINGS, OLLAMA_EMBED = "/v1/embeddings", "/api/embed"
+WHOLE = {path: {"input": [HI, "Tokyo"]} for path in (EMBEDDINGS, OLLAMA_EMBED)}         # answered, but not streamed
 every_api = pytest.mark.parametrize("path", BODIES)
+every_route = pytest.mark.parametrize("path", [*BODIES, *WHOLE])
 LOG = []            # of the module's server, up to its URL
 KNOWN = Known(Settings(), "fake-model", "tagged")
 
@@ -65,10 +68,10 @@ def events_of(text):
 
 async def ask(client, url, path, headers=None, **changes):
     """(status, headers, answer as text) of a request; Ollama has its own names for what `changes`."""
-    if path.startswith("/api/"):
+    if path in ("/api/chat", "/api/generate"):
         changes |= {"options": {"num_predict": changes.get("max_tokens"), **{
             name: changes[name] for name in ("temperature", "seed", "stop") if name in changes}}}
-    async with client.post(url + path, json=BODIES[path] | changes, headers=headers) as response:
+    async with client.post(url + path, json=(BODIES | WHOLE)[path] | changes, headers=headers) as response:
         return response.status, response.headers, await response.text()
 
 
@@ -113,6 +116,27 @@ async def test_an_answer_is_cancelled_by_the_id_in_its_header(client, path):
         await pool.until_open(0)
 
 
+def test_every_route_that_answers_is_tested():
+    assert {*BODIES, *WHOLE} == {route.path for route in chat_server.ROUTES if route.handler == "handle_answer"}
+
+
+@every_route
+async def test_who_leaves_or_cancels_before_a_whole_answer_ends_the_work(client, path):
+    pool = FakePool(gate=asyncio.Event())
+    async with serving(pool) as url:
+        leaving = asyncio.create_task(ask(client, url, path, stream=False))
+        await pool.until_open(1)
+        leaving.cancel()
+        await pool.until_open(0)
+        cancelled = asyncio.create_task(ask(client, url, path, {"X-Request-Id": "mine"}, stream=False))
+        await pool.until_open(1)
+        async with client.post(f"{url}/v1/cancel/mine") as response:
+            assert response.status == 200
+        status, _, text = await cancelled
+        assert "cancelled" in text and (status == 499 or path == "/chat/completions")       # which always streams
+        await pool.until_open(0)
+
+
 @pytest.mark.parametrize("path, prefix", [(CHAT, "chatcmpl-"), ("/v1/completions", "cmpl-"), (RESPONSES, "resp_"), (MESSAGES, "msg_")])
 async def test_an_answer_has_its_request_s_id_by_which_it_is_cancelled(client, path, prefix):
     async with serving(FakePool()) as url:
@@ -130,7 +154,7 @@ async def test_a_stream_is_taken_up_again(client, path):
             assert (await again.text()).split("\n\n") == frames[2:]
 
 
-@every_api
+@every_route
 async def test_keys_are_asked_for_and_name_who_takes_turns(client, path):
     pool = FakePool()
     async with serving(pool, Settings(keys=(ApiKey.hashed("secret", "alice"),))) as url:
@@ -141,7 +165,7 @@ async def test_keys_are_asked_for_and_name_who_takes_turns(client, path):
     assert {(request.client, request.owner) for request in pool.requests} == {("alice", "alice")} and len(pool.requests) == 3
 
 
-@every_api
+@every_route
 async def test_a_draining_server_refuses_and_says_when_to_come_back(client, path):
     pool = FakePool()
     pool.draining = True
@@ -161,15 +185,22 @@ async def test_a_failure_in_a_stream_is_its_last_event(client, path):
     assert path != MESSAGES or (last["type"], error["type"]) == ("error", "api_error")
 
 
-@every_api
+@every_route
 async def test_a_slash_at_the_end_of_the_path_changes_nothing(client, path):
     async with serving(FakePool()) as url:
         status, _, text = await ask(client, url, path)
-        async with client.post(url + path + "/", json=BODIES[path]) as response:
+        async with client.post(url + path + "/", json=(BODIES | WHOLE)[path]) as response:
             assert response.status == status == 200
         async with client.post(url + path + "/", json={"temperature": "hot"}) as response:
             wrong = await response.text()
-            assert response.status == (200 if path.startswith("/api/") else 400) and ("detail" in wrong) == (path == "/chat/completions")
+            assert response.status == (200 if path in ("/api/chat", "/api/generate") else 400) and ("detail" in wrong) == (path == "/chat/completions")
+
+
+@pytest.mark.parametrize("path", WHOLE)
+async def test_a_failure_before_a_whole_answer_is_its_status(client, path):
+    async with serving(FakePool([EngineFailure("a worker died")])) as url:
+        status, _, text = await ask(client, url, path)
+    assert status == 500 and "a worker died" in message_of(text, path)
 
 
 @pytest.mark.parametrize("path", [path for path in BODIES if not path.startswith("/api/")])
@@ -190,7 +221,7 @@ async def test_progress_is_told_to_who_asks(client, path):
 
 @pytest.fixture(scope="module")
 def url(default_model_path):
-    with server(default_model_path, "--max-concurrent-per-key", "5", log=LOG) as (_, url):
+    with server(default_model_path, "--max-concurrent-per-key", "9", log=LOG) as (_, url):
         yield url
 
 
@@ -217,28 +248,47 @@ async def test_the_same_conversation_and_seed_give_the_same_text_whole_streamed_
 
 async def test_a_worker_s_death_is_a_pause_in_each(client, url, exact):
     wanted = DRAWN | {"max_tokens": 200, "max_output_tokens": 200, "ignore_eos": True}
-    sse = [path for path in BODIES if not path.startswith("/api/")]
-    whole = {path: "".join(map(text_of, await streamed(client, url, path, **wanted))) for path in sse}
-    async with contextlib.AsyncExitStack() as open_streams:
-        begun = {}
-        for path in sse:
-            response = await open_streams.enter_async_context(
-                client.post(url + path, json=BODIES[path] | wanted | {"stream": True}))
-            begun[path] = response, await response.content.readuntil(b"\n\n")
+    bodies = {path: body | wanted | {"stream": True} for path, body in BODIES.items()}
+    for path in ("/api/chat", "/api/generate"):
+        story = json.loads(json.dumps(BODIES[path]).replace(HI, "Tell me a long story about a fox."))     # no ignore_eos here
+        bodies[path] = story | {"stream": True, "options": {"temperature": 0, "num_predict": 200}}
+    inputs = {"input": [[(7 * i + j) % 5000 for j in range(100)] for i in range(8)]}
+
+    async def embedded(path):
+        async with client.post(url + path, json=inputs) as response:
+            body = await response.json()
+            return body.get("embeddings") or [each["embedding"] for each in body["data"]]
+
+    async def begun(stack, path):
+        response = await stack.enter_async_context(client.post(url + path, json=bodies[path]))
+        return response, await response.content.readuntil(b"\n" if path.startswith("/api/") else b"\n\n")
+
+    async with contextlib.AsyncExitStack() as stack:
+        whole = {path: await begun(stack, path) for path in BODIES}
+        for path, (response, begin) in whole.items():
+            whole[path] = "".join(map(text_of, events_of((begin + await response.read()).decode())))
+        assert min(map(len, whole.values())) > 300
+        vectors = await embedded(EMBEDDINGS)
+        streams = {path: await begun(stack, path) for path in BODIES}
+        tasks = [asyncio.create_task(embedded(path)) for path in WHOLE]
+        while get(url + "/stats")["workers"][0]["running"] <= len(streams):         # until an embedding runs
+            await asyncio.sleep(0.01)
         psutil.Process(get(url + "/stats")["workers"][0]["pid"]).kill()
-        for path, (response, begin) in begun.items():
+        assert not any(task.done() for task in tasks)
+        for path, (response, begin) in streams.items():
             assert "".join(map(text_of, events_of((begin + await response.read()).decode()))) == whole[path]
-    assert get(url + "/stats")["workers"][0]["restarts"] == 1 and len(set(whole.values())) == 2
+        assert await asyncio.gather(*tasks) == [vectors, vectors]
+    assert get(url + "/stats")["workers"][0]["restarts"] == 1 and len(vectors) == 8
 
 
-@every_api
+@every_route
 async def test_more_answers_at_a_time_than_a_client_may_have_are_429(client, url, path):
     slow = BODIES[CHAT] | {"stream": True, "ignore_eos": True, "max_tokens": 4000}
     async with contextlib.AsyncExitStack() as open_streams:
-        for _ in range(5):
+        for _ in range(9):
             assert (await open_streams.enter_async_context(client.post(url + CHAT, json=slow))).status == 200
         status, headers, text = await ask(client, url, path)
-    assert status == 429 and headers["Retry-After"] and "5" in message_of(text, path)
+    assert status == 429 and headers["Retry-After"] and "9" in message_of(text, path)
     assert path != MESSAGES or json.loads(text)["error"]["type"] == "rate_limit_error"
 
 

@@ -1,0 +1,134 @@
+"""`/v1/embeddings` and Ollama's `/api/embed` over the default model: the `openai` package, bodies, bounds."""
+
+import asyncio
+import base64
+import json
+
+import numpy as np
+import openai
+import pytest
+
+import chat_server
+from chat_server import Settings
+from fake_pool import FakePool, serving
+from pools import played_pool
+from real_server import get, post, server
+
+TEXTS = ["The cat sat on the mat.", "A kitten rested on a rug.", "Stock markets fell sharply on Monday."]
+
+
+@pytest.fixture(scope="module")
+def url(default_model_path):
+    with server(default_model_path) as (_, url):
+        yield url
+
+
+@pytest.fixture(scope="module")
+def package(url):
+    return openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+
+
+def embedded(url, **body):
+    return json.load(post(url + "/v1/embeddings", body))
+
+
+def vector_of(answer, index=0):
+    return np.array(answer["data"][index]["embedding"])
+
+
+def test_the_openai_package_gets_vectors_of_length_one_in_the_order_of_the_inputs(package, url):
+    """It asks for base64 unless it is told otherwise, and makes lists of it."""
+    answer = package.embeddings.create(model="default", input=TEXTS)
+    vectors = np.array([each.embedding for each in answer.data])
+    assert [each.index for each in answer.data] == [0, 1, 2] and (answer.object, answer.data[0].object) == ("list", "embedding")
+    assert np.abs(np.linalg.norm(vectors, axis=1) - 1).max() < 1e-6 and answer.model == get(url + "/v1/models")["data"][0]["id"]
+    cat, kitten, markets = vectors
+    assert cat @ kitten > cat @ markets + 0.1 and kitten @ markets < 0.9
+    tokens = sum(len(json.load(post(url + "/tokenize", {"content": text}))["tokens"]) for text in TEXTS)
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens == tokens
+    for text, vector in zip(TEXTS, vectors):
+        [alone] = package.embeddings.create(model="default", input=text, encoding_format="float").data
+        assert np.abs(np.array(alone.embedding) - vector).max() < (1e-7 if get(url + "/stats")["row_invariant"] else 1e-3)
+
+
+def test_numbers_and_base64_are_the_same_floats(url):
+    numbers, packed = (embedded(url, input=TEXTS[0], encoding_format=name)["data"][0]["embedding"] for name in ("float", "base64"))
+    assert np.array_equal(np.array(numbers, "<f4"), np.frombuffer(base64.b64decode(packed), "<f4"))
+
+
+def test_texts_and_token_ids_alone_and_listed_are_the_same_input(url):
+    ids = json.load(post(url + "/tokenize", {"content": TEXTS[0]}))["tokens"]
+    wanted = vector_of(embedded(url, input=TEXTS[0]))
+    for given in (ids, [ids], [TEXTS[0]], [TEXTS[0], ids], [[1], ids]):
+        assert np.abs(vector_of(embedded(url, input=given), -1) - wanted).max() < 1e-3
+
+
+def test_last_is_the_last_token_s_state(url):
+    ids = json.load(post(url + "/tokenize", {"content": TEXTS[0]}))["tokens"]
+    mean, last = (vector_of(embedded(url, input=ids, pooling=pooling)) for pooling in ("mean", "last"))
+    assert mean @ last < 0.99
+    assert np.abs(vector_of(embedded(url, input=[ids[0]], pooling="last")) - vector_of(embedded(url, input=[ids[0]]))).max() < 1e-6
+
+
+def test_ollama_s_route_has_the_same_vectors(url):
+    answer = json.load(post(url + "/api/embed", {"model": "default", "input": TEXTS}))
+    wanted = embedded(url, input=TEXTS)
+    assert np.abs(np.array(answer["embeddings"]) - [each["embedding"] for each in wanted["data"]]).max() < 1e-3
+    assert answer["prompt_eval_count"] == wanted["usage"]["prompt_tokens"] and answer["total_duration"] > 0
+
+
+def test_a_large_body_goes_through_a_sandbox(url):
+    texts = [f"number {number}" for number in range(200)]
+    answer = embedded(url, input=texts, padding="x" * chat_server.LIMITS.inline_bytes)
+    assert [each["index"] for each in answer["data"]] == list(range(200))
+    assert np.abs(vector_of(answer, 199) - vector_of(embedded(url, input=texts[199]))).max() < 1e-3
+    assert get(url + "/stats")["workers"][0]["running"] == get(url + "/stats")["queue_depth"] == 0
+
+
+@pytest.mark.parametrize("body, param, words", [
+    ({}, "input", "missing"), ({"input": ""}, "input", "empty"), ({"input": []}, "input", "2,048"), ({"input": [[]]}, "input", "empty"),
+    ({"input": ["a", ""]}, "input", "input[1] is empty"), ({"input": ["a"] * 2049}, "input", "at most 2,048"),
+    ({"input": [1, "a"]}, "input", "token ids"), ({"input": [[300]]}, "input", "0 to 256"), ({"input": {"text": "a"}}, "input", "a string"),
+    ({"input": "a" * 4097}, "input", "4,096"), ({"input": ["a", [97] * 5000]}, "input", "4,096"),
+    ({"input": "a", "dimensions": 256}, "dimensions", "left out"), ({"input": "a", "pooling": "max"}, "pooling", '"mean" or "last"'),
+    ({"input": "a", "encoding_format": "int8"}, "encoding_format", '"base64"'), ({"input": "a", "model": "gpt-4"}, "model", "fake-model"),
+])
+async def test_what_cannot_be_is_refused_and_named(client, body, param, words):
+    class Admitting(FakePool):
+        async def answer(self, request):
+            request = await self.prompts.admit(request)
+            async for event in super().answer(request):
+                yield event
+
+    async with serving(Admitting()) as url, client.post(url + "/v1/embeddings", json=body) as response:
+        error = (await response.json())["error"]
+        assert response.status == (404 if param == "model" else 400) and error["param"] == param and words in error["message"]
+
+
+def test_a_whole_context_is_one_input(url):
+    length = get(url + "/stats")["context_length"]
+    maker = chat_server.PromptMaker(FakePool.tokenizer, length)
+    request = chat_server.Request(pooling="mean")
+    assert maker.answer_length(request, (1,) * length) == 0
+    with pytest.raises(chat_server.RequestError, match=f"{length + 1:,} tokens"):
+        maker.answer_length(request, (1,) * (length + 1))
+
+
+async def test_many_inputs_leave_room_in_the_queue_for_others():
+    """At most LIMITS.choices of a request wait or run at a time."""
+    pool = played_pool(max_batch=4)
+    call = chat_server.read_embedding_call({"input": ["a"] * 1000}, chat_server.Known(Settings(), "fake", None))
+    events = pool.answer(chat_server.replace(call.request, id="many", client="a"))
+    await anext(events)
+    assert len(pool.jobs) == chat_server.LIMITS.choices
+    done = 0
+    waiting = asyncio.create_task(anext(events))
+    while done < 1000:
+        for job in list(pool.workers[0].jobs.values()):
+            pool.deliver(pool.workers[0], [chat_server.Piece(job.worker_id, (), "", "stop", embedding="AACAPw==")])
+            for _ in range(2):
+                event = await waiting
+                waiting = asyncio.create_task(anext(events, None))
+            done += isinstance(event, chat_server.Finished)
+            assert len(pool.jobs) <= chat_server.LIMITS.choices
+    assert await waiting is None and not pool.jobs and not len(pool.pending)
