@@ -9049,7 +9049,7 @@ def response_messages(values: Mapping[str, Any]) -> Iterator[tuple[str, str, dic
         name = f"input[{index}]" if items is not item else "input"
         if not isinstance(item, dict):
             raise bad_value(name, item, "an object with a type or a role")
-        kind = item.get("type") or "message"
+        kind = item.get("type") or ("message" if "role" in item or "id" not in item else "item_reference")
         if kind == "message":
             if item.get("role") not in OPENAI_ROLES:
                 raise bad_value(f"{name}.role", item.get("role"), f"one of {', '.join(OPENAI_ROLES)}")

@@ -1,5 +1,7 @@
-"""What it costs to encode a streamed answer of 500 tokens, in the format of each API."""
+"""What it costs to encode a streamed answer of 500 tokens in the format of each API, and 100 embeddings."""
 
+import base64
+import struct
 import sys
 from pathlib import Path
 
@@ -13,10 +15,29 @@ PIECES = [Piece("x", (5,), " word") for _ in range(500)]
 END = Finished("stop", "eos", 7, len(PIECES), 3, 0.25, 8.125, 212.34, 0)
 
 
-@pytest.mark.parametrize("api", chat_server.ENCODERS)
+STREAMED = [api for api, kind in chat_server.ENCODERS.items() if kind is not chat_server.EmbeddingsEncoder]
+
+
+@pytest.mark.parametrize("api", STREAMED)
 def test_a_streamed_answer_is_encoded(benchmark, api):
     def encode():
         encoder = chat_server.ENCODERS[api](Call(Request("x", messages=()), api=api), "model")
         return [encoder.start(Accepted(7, 1)), *map(encoder.encode, PIECES), encoder.encode(END)]
 
     assert b"".join(benchmark(encode)).count(b" word") >= len(PIECES)
+
+
+@pytest.mark.parametrize("encoding", ["float", "base64"])
+def test_embeddings_are_encoded(benchmark, encoding):
+    """100 vectors of 576 numbers, the width of the default model."""
+    vector = base64.b64encode(struct.pack("<576f", *(0.0123456789 * (i % 7 - 3) for i in range(576)))).decode()
+    request = Request("x", prompts=("a",) * 100, pooling="mean")
+
+    def encode():
+        encoder = chat_server.EmbeddingsEncoder(Call(request, api="embeddings", repeated={"encoding": encoding}), "model")
+        for choice in range(100):
+            encoder.collect(Piece("x", (), "", "stop", embedding=vector, choice=choice))
+            encoder.collect(chat_server.replace(END, choice=choice))
+        return list(encoder.completion())
+
+    assert b"".join(benchmark(encode)).count(b'"embedding": ') == 100

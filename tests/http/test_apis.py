@@ -385,6 +385,7 @@ def test_an_empty_input_is_answered(given):
     (RESPONSES, {"previous_response_id": "resp_1"}, "previous_response_id"), (RESPONSES, {"conversation": "conv_1"}, "conversation"),
     (RESPONSES, {"background": True}, "background"), (RESPONSES, {"prompt": {"id": "x"}}, "prompt"), (RESPONSES, {"input": 5}, "input"),
     (RESPONSES, {"input": [5]}, "input[0]"), (RESPONSES, {"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
+    (RESPONSES, {"input": [{"id": "msg_1"}]}, "item_reference"),
     (RESPONSES, {"input": [{"role": "tool", "content": "x"}]}, "input[0].role"),
     (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
     (RESPONSES, {"input": [{"type": "function_call", "call_id": "1"}]}, "input[0].tool_calls"),

@@ -11,8 +11,11 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import urllib.request
 from pathlib import Path
 
+import gguf
 import pytest
 
 import chat_server
@@ -21,7 +24,7 @@ from engines import load
 from real_server import server
 
 HERE, HOME = Path(__file__).parent, Path(__file__).parents[2] / "build-peers"
-INSTALL_S, RUN_S = 300, 170
+INSTALL_S, RUN_S, AGENT_S = 300, 170, 900
 ANSWER = "The capital of Japan is Tokyo."
 pytestmark = pytest.mark.timeout(INSTALL_S + RUN_S + 60)
 
@@ -78,6 +81,18 @@ def stand_in_url():
     the default model minutes on a busy machine."""
     with fake_front(ANSWER.partition("Tokyo"), tool_format="tagged") as url:
         yield url.rstrip("/")
+
+
+@pytest.fixture(scope="module")
+def long_url(default_model_path, tmp_path_factory):
+    """A server of the default model that says its context is 40,960 tokens: the agents' prompts have up to 20,000.
+    Beyond its own 8,192 it writes nonsense, of which each answer has 40 tokens."""
+    path = shutil.copy(default_model_path, tmp_path_factory.mktemp("long") / "long.gguf")
+    gguf.GGUFReader(path, "r+").get_field("llama.context_length").parts[-1][0] = 40_960
+    log = []
+    with server(path, "-m", "40", "--no-drafts", log=log) as (process, url):
+        threading.Thread(target=lambda: log.extend(process.stdout), daemon=True).start()
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -147,28 +162,65 @@ def test_the_other_apis_packages_get_the_same_text_calls_and_objects(url):
     assert (responses["missing"], messages["missing"], ollama["missing"]) == (404, "not_found_error", 404)
 
 
-def run_agent(command, home, **environment):
+def run_agent(command, home, limit_s=RUN_S, **environment):
     """What a command-line agent prints; it has nothing of this machine's own settings."""
-    done = subprocess.run([*map(str, command)], cwd=home, capture_output=True, text=True, timeout=RUN_S, stdin=subprocess.DEVNULL,
+    done = subprocess.run([*map(str, command)], cwd=home, capture_output=True, text=True, timeout=limit_s, stdin=subprocess.DEVNULL,
                           env={"PATH": os.environ["PATH"], "HOME": str(home), **environment})
     assert done.returncode == 0 and done.stdout.strip(), done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 
 
+def run_codex(agents, url, home, limit_s=RUN_S):
+    provider = f'{{name="here", base_url="{url.rstrip("/")}/v1", wire_api="responses", request_max_retries=0, stream_max_retries=0}}'
+    return run_agent([agents / "codex", "exec", "--skip-git-repo-check", "--sandbox", "read-only", "-c", "model=default", "-c", "model_provider=here",
+                      "-c", f"model_providers.here={provider}", "What is the capital of Japan?"], home, limit_s)
+
+
+def run_claude(agents, url, home, limit_s=RUN_S):
+    return run_agent([agents / "claude", "-p", "What is the capital of Japan?"], home, limit_s, ANTHROPIC_BASE_URL=url, ANTHROPIC_AUTH_TOKEN="none",
+                     ANTHROPIC_MODEL="default", ANTHROPIC_DEFAULT_HAIKU_MODEL="default", CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1",
+                     DISABLE_AUTOUPDATER="1", CLAUDE_CODE_MAX_OUTPUT_TOKENS="64")
+
+
 @pytest.mark.slow
 def test_codex_answers_through_responses(agents, stand_in_url, tmp_path):
-    provider = f'{{name="here", base_url="{stand_in_url}/v1", wire_api="responses", request_max_retries=0, stream_max_retries=0}}'
-    printed = run_agent([agents / "codex", "exec", "--skip-git-repo-check", "--sandbox", "read-only", "-c", "model=default", "-c", "model_provider=here",
-               "-c", f"model_providers.here={provider}", "What is the capital of Japan?"], tmp_path)
-    assert ANSWER in printed
+    assert ANSWER in run_codex(agents, stand_in_url, tmp_path)
 
 
 @pytest.mark.slow
 def test_claude_code_answers_through_messages(agents, stand_in_url, tmp_path):
-    printed = run_agent([agents / "claude", "-p", "What is the capital of Japan?"], tmp_path, ANTHROPIC_BASE_URL=stand_in_url, ANTHROPIC_AUTH_TOKEN="none",
-              ANTHROPIC_MODEL="default", ANTHROPIC_DEFAULT_HAIKU_MODEL="default", CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1",
-              DISABLE_AUTOUPDATER="1", CLAUDE_CODE_MAX_OUTPUT_TOKENS="64")
-    assert printed.strip() == ANSWER
+    assert run_claude(agents, stand_in_url, tmp_path).strip() == ANSWER
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(INSTALL_S + AGENT_S + 60)
+@pytest.mark.parametrize("run, route", [(run_codex, "/v1/responses"), (run_claude, "/v1/messages")])
+def test_the_agents_print_what_the_default_model_writes(agents, long_url, tmp_path, run, route):
+    """They exit with 0, and the model has computed their whole prompts."""
+    before = answered(long_url, route)
+    assert run(agents, long_url, tmp_path, AGENT_S).strip()
+    (count, tokens), (later, more) = before, answered(long_url, route)
+    assert later > count and more - tokens > 2000
+
+
+def answered(url, route):
+    """How many requests of a route the server has answered with 200, and how many prompt tokens it has computed."""
+    lines = urllib.request.urlopen(url + "/metrics").read().decode().splitlines()
+    count = [line for line in lines if f'route="{route}"' in line and 'status="200"' in line]
+    tokens = [line for line in lines if line.startswith('chat_server_tokens_total{kind="prompt')]
+    return sum(float(line.split()[-1]) for line in count), sum(float(line.split()[-1]) for line in tokens)
+
+
+@pytest.mark.slow
+def test_openai_agents_langchain_and_litellm_with_its_proxy_use_the_newer_routes(url):
+    found = outcome([made_venv("clients", "clients.txt"), HERE / "clients_peer.py"], url)
+    agents, langchain, litellm, proxy = (found[name] for name in ("agents", "langchain", "litellm", "proxy"))
+    assert agents["text"] == agents["streamed"] == ANSWER and agents["last"] == "response.completed"
+    assert agents["called"] in ("it is True", "it is False") and langchain["call"] == ["switch", ["on"]]
+    assert langchain["text"] == langchain["streamed"] == ANSWER and langchain["usage"] == 8
+    assert litellm["openai"] == litellm["anthropic"] == [ANSWER, ANSWER] and litellm["responses"] == ANSWER
+    assert proxy["text"] == proxy["streamed"] == proxy["responses"] == ANSWER
+    assert langchain["vectors"] == litellm["vectors"] == [2, 576] and proxy["vector"] == 576
 
 
 def test_vercels_ai_package_generates_streams_and_gets_objects(node, url):
