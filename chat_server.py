@@ -3478,16 +3478,16 @@ class Transformer:
             tensors.pop("head", None)
         for name, read, mapped in read_ahead(tensors, names):
             progress("loading weights", len(weights) / len(names))
-            weight = read
-            if isinstance(weight, torch.Tensor):        # otherwise as stored in the GGUF file
-                large = weight.ndim > 1 and name != "smear_gate"
-                weight = weight.to(self.device, self.dtype if large else torch.float32)
+            read = read if isinstance(read, tuple) else (read,)
+            kind = self.dtype if len(read[0].shape) > 1 and name != "smear_gate" else torch.float32
+            parts = [part.to(self.device, kind) if isinstance(part, torch.Tensor) else part for part in read]
             matrix = name.rpartition(".")[2] in ("embed", "qkv", "output", "gate_up", "up", "down", "head",
                                                  "ve_gate", "gate_up_bias", "router", "expert_gate_up",
                                                  "expert_down", "expert_gate_up_bias")
-            weights[name] = self.kernels.pack(name, weight) if matrix else weight
-            if weights[name] is read and any(part.data_ptr() == read.data_ptr() for part in mapped):
-                weights[name] = read.clone()        # a file in use may change
+            weights[name] = weight = self.kernels.pack(name, *parts) if matrix else parts[0]
+            if weight is read[0] and isinstance(weight, torch.Tensor) and any(
+                    part.data_ptr() == weight.data_ptr() for part in mapped):
+                weights[name] = weight.clone()      # a file in use may change
         if self.spec.tied_head:
             weights["head"] = weights["embed"]
         return weights
@@ -3703,12 +3703,13 @@ def rms_norm_reference(x, weight, eps, out):
     out.copy_(torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps))
 
 
-def pack_reference(name, weight):
-    """The matrix `name` (N, K) in the layout that `linear` reads fastest.
+def pack_reference(name, *parts):
+    """The matrix `name` (N, K), its rows those of all `parts`, in the layout that `linear` reads fastest.
 
     On x86 that is oneDNN's blocked layout: 2.4 times faster than plain at one row (bfloat16, SmolLM2-135M's
     layers, 2 threads: 4.7 ms, not 11.1), 1.2 times at 256 rows. `embed` and `experts` need the plain layout.
     """
+    weight = parts[0] if len(parts) == 1 else torch.cat(parts)
     x86 = weight.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
     able = (x86 and torch.backends.mkldnn.is_available()
             and (weight.dtype == torch.float32 or mkldnn_bfloat16()))
@@ -4432,44 +4433,50 @@ class LoadedModel:
 class Unread(NamedTuple):
     """A tensor that is read from its file when it is packed."""
 
-    read: Callable[[], Any]
+    read: Callable[[], Any]             # -> the tensor, or a tuple of the tensors that form it, in order
     nbytes: int                         # of what `read` returns
     mapped: tuple = ()                  # the file's tensors that it may share memory with
 
 
-def read_ahead(tensors: dict[str, Any], names: Iterable[str]) -> Iterator[tuple[str, Any, tuple]]:
-    """Pop each tensor -> (name, the tensor, the file's tensors that it may share memory with).
+READ_AHEAD = 1 << 28        # bytes that are read from the disk while others are packed
 
-    A thread reads the next one meanwhile, on one core: torch's own threads cost more than they gain here.
+
+def read_ahead(tensors: dict[str, Any], names: Iterable[str]) -> Iterator[tuple[str, Any, tuple]]:
+    """Pop each tensor -> (name, what its `read` returns, the file's tensors that it may share memory with).
+
+    A thread reads the next ones meanwhile, on one core: torch's own threads cost more than they gain here.
     """
-    def read(given: Any) -> Any:
+    def read(given: Any, mapped: tuple) -> Any:
+        advise(mapped, "MADV_WILLNEED")
         return given.read() if isinstance(given, Unread) else given
 
-    threads, last = torch.get_num_threads(), None
+    threads, coming = torch.get_num_threads(), deque()
     try:
         with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             for name in (*names, None):
-                given = tensors.pop(name) if name else None
-                coming = name, getattr(given, "mapped", ()), pool.submit(read, given)
-                if last:
-                    before, mapped, future = last
+                if name:
+                    given = tensors.pop(name)
+                    mapped = getattr(given, "mapped", ())
+                    coming.append((name, pool.submit(read, given, mapped), mapped, given.nbytes))
+                while len(coming) > bool(name) and (not name or sum(each[3] for each in coming) > READ_AHEAD):
+                    before, future, mapped, _ = coming.popleft()
                     yield before, future.result(), mapped
-                    forget(mapped)
-                last = coming
+                    advise(mapped, "MADV_DONTNEED")
     finally:
         torch.set_num_threads(threads)
 
 
-def forget(mapped: Iterable[Any]) -> None:
-    """Give back the memory of the file's pages in which these tensors lie; whoever reads them again gets them
-    from the file."""
-    if hasattr(mmap, "MADV_DONTNEED"):
+def advise(mapped: Iterable[Any], advice: str) -> None:
+    """Tell the system about the pages of files in which these tensors lie: MADV_WILLNEED reads them ahead,
+    MADV_DONTNEED gives their memory back (whoever reads them again gets them from the file)."""
+    if hasattr(mmap, advice):
         for tensor in mapped:
-            begin = tensor.data_ptr()
-            first, last = -(-begin // mmap.PAGESIZE), (begin + tensor.nbytes) // mmap.PAGESIZE
+            begin, steps = tensor.data_ptr(), zip(tensor.shape, tensor.stride())    # or every other row
+            end = begin + tensor.itemsize * (1 + sum((count - 1) * step for count, step in steps))
+            first, last = -(-begin // mmap.PAGESIZE), end // mmap.PAGESIZE
             if first < last:
-                ctypes.CDLL(None).madvise(ctypes.c_void_p(first * mmap.PAGESIZE),
-                                          ctypes.c_size_t((last - first) * mmap.PAGESIZE), mmap.MADV_DONTNEED)
+                ctypes.CDLL(None).madvise(ctypes.c_void_p(first * mmap.PAGESIZE), ctypes.c_size_t(
+                    (last - first) * mmap.PAGESIZE), getattr(mmap, advice))
 
 
 # --- opening: the worker's side -----------------------------------------------------------------------------
@@ -4927,9 +4934,13 @@ class Mxfp4:
     @property
     def data(self) -> "numpy.ndarray":
         """(experts * rows, columns / 32 * 17) uint8: for each block its scale, then the codes."""
-        codes = torch.stack((self.blocks & 15, self.blocks >> 4), -1).flatten(-2)           # (.., 32)
-        packed = codes[..., :16] | codes[..., 16:] << 4
-        return torch.cat((self.scales.unsqueeze(-1), packed), -1).flatten(2).flatten(0, 1).numpy()
+        made = torch.empty(*self.scales.shape, 17, dtype=torch.uint8)
+        made[..., 0] = self.scales
+        for blocks, to in zip(self.blocks, made):       # each expert: no large matrices in between
+            first, second = blocks.split(8, -1)         # columns 0 to 15, 16 to 31
+            to[..., 1::2] = first & 15 | second << 4
+            to[..., 2::2] = first >> 4 | second & 240
+        return made.flatten(2).flatten(0, 1).numpy()
 
 
 def repack_gpt_oss(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -5264,8 +5275,6 @@ def read_safetensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, t
     """A folder's tensors, mapped from its files, and the scales of those in FP8; an image encoder's are left
     out."""
     require_library("safetensors", "a Hugging Face folder")
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
     index, files = folder / "model.safetensors.index.json", {"": "model.safetensors"}
     if index.exists():
         files = read_json(index).get("weight_map")
@@ -5312,34 +5321,22 @@ def assembled(sources: Sources, state: Mapping[str, Any], dtype: torch.dtype,
 
     `as_stored`, if given, makes those of packed weights.
     """
-    def read(shape: tuple[int, ...], theirs: Mapping[str, Any]) -> Any:
-        kind = torch.float32 if len(shape) == 1 else dtype
-        if any(isinstance(state[name], Mxfp4) for name in theirs):
-            packed = [(state[name], 0) for name in theirs]
-            return as_stored(shape, packed) if as_stored else dequantized(shape, packed, dtype)
-        # a vocabulary's padding is dropped
-        parts = (changed(name, state[name]) for name in theirs)
-        rows = (part.flatten(0, part.ndim - len(shape))[:shape[0]] for part in parts)
-        if len(theirs) == 1:
-            return next(rows).to(kind)
-        whole, row = torch.empty(shape, dtype=kind), 0
-        for part in rows:
-            whole[row:row + len(part)] = part
-            row += len(part)
-        forget(mapped(theirs))
-        return whole
+    def read(shape: tuple[int, ...], theirs: Iterable[str], kind: torch.dtype) -> Any:
+        parts = (changed(name, state[name]) for name in theirs)     # a vocabulary's padding is dropped
+        rows = tuple(part.flatten(0, part.ndim - len(shape))[:shape[0]].to(kind) for part in parts)
+        return rows if len(shape) > 1 else torch.cat(rows)
 
-    def mapped(theirs: Iterable[str]) -> tuple:
-        return tuple(each for name in theirs for part in [state[name]]
-                     for each in ((part.blocks, part.scales) if isinstance(part, Mxfp4) else (part,)))
+    def unread(shape: tuple[int, ...], theirs: Iterable[str]) -> Unread:
+        parts, kind = [state[name] for name in theirs], torch.float32 if len(shape) == 1 else dtype
+        size = math.prod(shape) * kind.itemsize
+        if not isinstance(parts[0], Mxfp4):
+            return Unread(functools.partial(read, shape, theirs, kind), size, tuple(parts))
+        make = as_stored or functools.partial(dequantized, dtype=dtype)
+        return Unread(lambda: make(shape, [(part, 0) for part in parts]),
+                      math.prod(shape) * 17 // 32 if as_stored else size,
+                      tuple(each for part in parts for each in (part.blocks, part.scales)))
 
-    def nbytes(shape: tuple[int, ...], theirs: Iterable[str]) -> int:
-        if as_stored and any(isinstance(state[name], Mxfp4) for name in theirs):
-            return math.prod(shape) * 17 // 32
-        return math.prod(shape) * (4 if len(shape) == 1 else dtype.itemsize)
-
-    return {ours: Unread(functools.partial(read, *source), nbytes(*source), mapped(source[1]))
-            for ours, source in sources.items()}
+    return {ours: unread(*source) for ours, source in sources.items()}
 
 
 FP8 = ("torch.float8_e4m3fn", "torch.float8_e5m2")
@@ -5886,18 +5883,16 @@ def gguf_tensors(spec: ModelSpec, sources: Sources, stored: Mapping[str, Any], d
         sizes = [spec.head_size if permuted and re.search(r"attn_[qk]\.", name) else 0 for name in theirs]
         parts = [merged(stored[name], head_size, added[name], dtype is None) if name in added else
                  (below_each_other(stored[name], shape), head_size) for name, head_size in zip(theirs, sizes)]
-        matrix = (as_stored(shape, parts) if dtype is None and len(shape) == 2 else
-                  dequantized(shape, parts, torch.float32 if len(shape) == 1 else dtype))
-        forget(torch.from_numpy(stored[name].data) for name in theirs)
-        return matrix
+        return (as_stored(shape, parts) if dtype is None and len(shape) == 2 else
+                dequantized(shape, parts, torch.float32 if len(shape) == 1 else dtype))
 
-    def nbytes(shape: tuple[int, ...], theirs: Iterable[str]) -> int:
-        if dtype is None and len(shape) == 2:
-            return sum(int(stored[name].n_bytes) for name in theirs)
-        return math.prod(shape) * (4 if len(shape) == 1 else dtype.itemsize)
+    def unread(shape: tuple[int, ...], theirs: Iterable[str]) -> Unread:
+        mapped = tuple(torch.from_numpy(stored[name].data) for name in theirs)
+        size = (sum(part.nbytes for part in mapped) if dtype is None and len(shape) == 2 else
+                math.prod(shape) * (4 if len(shape) == 1 else dtype.itemsize))
+        return Unread(functools.partial(read, shape, theirs), size, mapped)
 
-    return {ours: Unread(functools.partial(read, *source), nbytes(*source))
-            for ours, source in sources.items()}
+    return {ours: unread(*source) for ours, source in sources.items()}
 
 
 def merged(tensor: Any, head_size: int, changes: Iterable[Change], packed: bool) -> tuple[Any, int]:
@@ -6751,6 +6746,8 @@ def build_engine(source: ModelSource, settings: Settings, device: "torch.device"
         tokenizer = open_tokenizer(model.text)
     except ConfigError as error:
         raise ConfigError(f"{source.path}: {error}") from None
+    if model.text.chat_template and not importlib.util.find_spec("jinja2"):
+        require_library("jinja2", "a chat template")        # the front needs it once the weights are there
     rows = max(settings.max_batch, FREE_ROWS)
     limits = {"max_tokens": settings.prefill_chunk + rows, "max_rows": rows}
     kernels = load_kernels(device, model.spec, **limits, quantize=settings.quantize)

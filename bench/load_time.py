@@ -1,16 +1,20 @@
-"""How long a large Hugging Face folder takes to load, beside the time that its disk takes, and the memory at the peak.
+"""How long a large model takes to load, beside the time that its disk takes, and the memory at the peak.
 
-    python bench/load_time.py FOLDER [--gigabytes 10] [--device-type cpu]
+    python bench/load_time.py FOLDER [--gigabytes 10] [--rounds 3] [flags of serve]
+    python bench/load_time.py MODEL.gguf
 
-makes FOLDER (random bfloat16 weights of Llama 8B's shape, as many layers as make up the size) unless it is there, then, three
-times, drops the files from the page cache, reads them with read(2), drops them again, and loads the model in a fresh process.
-Delete FOLDER afterwards.
+makes FOLDER (random bfloat16 weights of Llama 8B's shape, as many layers as make up the size) unless it is there, then, in each
+round: takes the files out of the page cache, reads them with read(2), takes them out again, loads the model in a fresh process;
+and with the files now in the page cache reads and loads once more. The peak is the process's VmHWM, mapped files included; of it
+the memory of its own (RssAnon, looked at every 10 ms). First it writes as much new memory as the files have bytes, in huge pages:
+what the system takes to hand that out, no loader can save. Delete FOLDER afterwards.
 """
 
 import argparse
 import json
+import mmap
 import os
-import resource
+import re
 import subprocess
 import sys
 import time
@@ -67,16 +71,46 @@ def read(files):
     return time.perf_counter() - begin
 
 
+def new_memory(size):
+    """Seconds to write `size` bytes of memory that this process never had, on one core."""
+    import numpy
+    memory, begin = mmap.mmap(-1, size), time.perf_counter()
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    numpy.frombuffer(memory, numpy.uint8)[::4096] = 1
+    return time.perf_counter() - begin
+
+
+def memory(pid, name):
+    """A line of /proc/PID/status in bytes; 0 where the process has ended."""
+    try:
+        found = re.search(rf"^{name}:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found else 0
+
+
 def load(folder, flags):
-    """In a process of its own: build the engine as a worker does."""
+    """In a process of its own: build the engine as a worker does, but with a small KV cache."""
     import torch
 
     import chat_server
     settings = chat_server.parse_command_line(["serve", str(folder), "--kv-cache-memory", "64M", *flags], os.environ)
-    before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, begin, used = memory("self", "VmRSS"), time.perf_counter(), time.process_time()
     with torch.inference_mode():
-        chat_server.build_engine(chat_server.resolve_model(settings), settings, torch.device("cpu"))
-    print(json.dumps([time.perf_counter() - begin, before * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+        _, engine = chat_server.build_engine(chat_server.resolve_model(settings), settings, torch.device("cpu"))
+    seconds = time.perf_counter() - begin, time.process_time() - used
+    print(json.dumps([*seconds, before, memory("self", "VmHWM"), memory("self", "VmRSS"), engine.transformer.weight_types]))
+
+
+def measure(folder, flags):
+    """load() in a fresh process -> what it prints, and its largest RssAnon."""
+    child = subprocess.Popen([sys.executable, __file__, str(folder), "--load", *flags], stdout=subprocess.PIPE, text=True,
+                             stderr=subprocess.DEVNULL)
+    own = 0
+    while child.poll() is None:
+        own = max(own, memory(child.pid, "RssAnon"))
+        time.sleep(0.01)
+    return *json.loads(child.stdout.read().splitlines()[-1]), own
 
 
 def main():
@@ -93,16 +127,19 @@ def main():
         make(options.folder, options.gigabytes * 1e9)
     if options.make:
         return None
-    files = sorted(options.folder.glob("*.safetensors"))
+    files = sorted(options.folder.glob("*.safetensors")) if options.folder.is_dir() else [options.folder]
     size = sum(path.stat().st_size for path in files)
-    for _ in range(options.rounds):
-        drop(files)
+    print(f"{size / 1e9:.2f} GB in {len(files)} files; as much new memory takes {new_memory(size):.1f} s", flush=True)
+    for cached in (False, True) * options.rounds:
+        if not cached:
+            drop(files)
         disk_s = read(files)
-        drop(files)
-        command = [sys.executable, __file__, str(options.folder), "--load", *flags]
-        load_s, before, peak = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-        print(f"{size / 1e9:.2f} GB: read(2) {disk_s:.1f} s ({size / 1e9 / disk_s:.2f} GB/s), load {load_s:.1f} s ({load_s / disk_s:.2f} times), "
-              f"peak {peak / 1e9:.2f} GB ({before / 1e9:.2f} before): the files and {(peak - size) / 1e9:.2f} GB", flush=True)
+        if not cached:
+            drop(files)
+        load_s, cpu_s, before, peak, after, kinds, own = measure(options.folder, flags)
+        print(f"{'cached' if cached else 'cold  '} read(2) {disk_s:.1f} s ({size / 1e9 / disk_s:.2f} GB/s), load {load_s:.1f} s "
+              f"({load_s / disk_s:.2f} times; {cpu_s:.1f} s of CPU), peak {peak / 1e9:.2f} GB, the files and {(peak - size) / 1e9:.2f} GB; "
+              f"without mapped files {own / 1e9:.2f}; loaded {after / 1e9:.2f}, {before / 1e9:.2f} before; {kinds}", flush=True)
     return None
 
 

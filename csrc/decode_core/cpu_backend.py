@@ -87,7 +87,7 @@ class CpuBackend:
         program = self.program = Program(max_tokens, max_rows)
         arena = Arena(64 << 20)
         return {name: getattr(program, name) for name in RECORDED} | {
-            "pack": lambda name, weight: pack(arena, name, weight, quantize, self.spec.tied_head),
+            "pack": lambda name, *parts: pack(arena, name, parts, quantize, self.spec.tied_head),
             "make_cache": self.make_cache, "plan_attention": lambda *_: program.attention,
             "sample": Sampler()}
 

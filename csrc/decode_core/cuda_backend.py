@@ -60,11 +60,11 @@ class CudaBackend:
             return self.script.EagerSteps(transformer)
         return GraphSteps(transformer, self, max_batch=max_batch, context_length=context_length)
 
-    def pack(self, name: str, weight: torch.Tensor | PackedMatrix) -> Any:
+    def pack(self, name: str, *parts: torch.Tensor | PackedMatrix) -> Any:
         """What `linear` and `embed` read: packed weights stay so, unless their product is not right here."""
-        if not isinstance(weight, PackedMatrix):
-            return self.script.references["pack"](name, weight)
-        return unpacked(weight, self.script) if "linear" in self.faults else weight
+        if not isinstance(parts[0], PackedMatrix):
+            return self.script.references["pack"](name, *parts)
+        return unpacked(parts[0], self.script) if "linear" in self.faults else parts[0]
 
     def make_cache(self, spec, num_pages, dtype, device):
         shape = (spec.layers, 2, num_pages, spec.kv_heads, self.script.PAGE_SIZE, spec.head_size)

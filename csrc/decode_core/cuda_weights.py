@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +36,9 @@ def as_stored(shape: tuple[int, int], parts: Sequence[tuple[Any, int]], script: 
     if weights.becomes([tensor for tensor, _ in parts])[0] in weights.FLOATS:
         return script.dequantized(shape, parts, torch.bfloat16).to(device)
     kept = weights.as_stored(shape, parts, script)
-    return PackedMatrix([(kind, torch.from_numpy(rows).to(device)) for kind, rows in kept.parts], shape[1])
+    joined = [(kind, torch.cat([torch.from_numpy(rows).to(device) for _, rows in group]))      # one kernel for each kind
+              for kind, group in itertools.groupby(kept.parts, key=lambda part: part[0])]
+    return PackedMatrix(joined, shape[1])
 
 
 def unpacked(matrix: PackedMatrix, script: SimpleNamespace) -> torch.Tensor:

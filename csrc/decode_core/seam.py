@@ -12,7 +12,8 @@ place.
     groups_layers                 may pages hold some layers only, each group with a table of its own? (spec.layers of
                                   make_cache is then a page's, and a step's tables list a page of each group in turn)
     quantizes                     does `ops` take a type for `quantize`?
-    as_stored(shape, parts)       a matrix in its file's type, or one close to it; None: always dequantized
+    as_stored(shape, parts)       a matrix in its file's type, or one close to it, or a tuple of matrices below each
+                                  other; None: always dequantized
     converted(sources, stored)    which matrices cannot stay in the file's type, in words
     ops(max_tokens, max_rows, quantize)     {name: op} in the place of chat_server's references
     record(transformer)           None, or a function that runs a batch in place of Transformer.compute; where

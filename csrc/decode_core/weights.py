@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -59,17 +58,17 @@ def converted(sources: Mapping[str, tuple], stored: Mapping[str, Any]) -> str:
 
 
 def as_stored(shape: tuple[int, int], parts: Sequence[tuple[Any, int]],
-              script: SimpleNamespace) -> torch.Tensor | QuantizedMatrix:
-    """The (tensor, head size to turn or 0) below each other in a matrix, each in the file's type or one close to it."""
+              script: SimpleNamespace) -> tuple[torch.Tensor, ...] | QuantizedMatrix:
+    """The (tensor, head size to turn or 0) below each other in a matrix, each in the file's type or one close to it.
+
+    Rows that need no change lie in the file's mapped memory.
+    """
     kinds = becomes([tensor for tensor, _ in parts])
     if kinds[0] in FLOATS:
-        return script.dequantized(shape, parts, FLOATS[kinds[0]])
-    rows = [(kind.lower(), rows_of(tensor, head_size, kind, shape[1], script))
-            for (tensor, head_size), kind in zip(parts, kinds)]
-    joined: list[tuple[str, Any]] = []
-    for kind, group in itertools.groupby(rows, key=lambda part: part[0]):
-        joined.append((kind, numpy.concatenate([data for _, data in group])))
-    return QuantizedMatrix(tuple(joined), shape[1])
+        return tuple(script.unpermute_rope(script.dequantize(tensor.tensor_type, torch.from_numpy(tensor.data)), head_size)
+                     .to(FLOATS[kinds[0]]) for tensor, head_size in parts)
+    return QuantizedMatrix(tuple((kind.lower(), rows_of(tensor, head_size, kind, shape[1], script))
+                                 for (tensor, head_size), kind in zip(parts, kinds)), shape[1])
 
 
 def rows_of(tensor: Any, head_size: int, kind: str, columns: int, script: SimpleNamespace) -> Any:
@@ -81,15 +80,19 @@ def rows_of(tensor: Any, head_size: int, kind: str, columns: int, script: Simple
     return gguf.quantize(values, gguf.GGMLQuantizationType[kind])
 
 
-def pack(arena: Arena, name: str, weight: torch.Tensor | QuantizedMatrix, quantize: str | None,
+def pack(arena: Arena, name: str, parts: Sequence[torch.Tensor | QuantizedMatrix], quantize: str | None,
          tied_head: bool) -> Any:
-    """The matrix `name` (N, K) in tiles, or gate_up's bias (N,) in their order; `quantize` names the type that large float matrices become."""
+    """The matrix `name` (N, K) in tiles, or gate_up's bias (N,) in their order; `quantize` names the type that large float matrices become.
+
+    parts: one QuantizedMatrix, or tensors of one type below each other.
+    """
+    weight = parts[0]
     if name.endswith("_bias"):          # gates and ups alternate as their tiles do
         return weight.view(2, -1, TILE_ROWS).transpose(0, 1).reshape(-1)
-    (N, K), given = weight.shape, isinstance(weight, QuantizedMatrix)
+    given, (_, K), N = isinstance(weight, QuantizedMatrix), weight.shape, sum(part.shape[0] for part in parts)
     if name == "embed" and not (given or tied_head):
         return weight           # rows are only looked up
-    pieces = weight.parts if given else [(KINDS[weight.dtype], weight)]
+    pieces = weight.parts if given else [(KINDS[part.dtype], part) for part in parts]
     placed = place(pieces, N // 2 if name.endswith("gate_up") else N)
     if given:
         kinds = [""] * -(-N // TILE_ROWS)

@@ -174,6 +174,33 @@ def test_the_same_model_as_gguf_computes_the_same(made, name, backend, tmp_path)
     check(answers(transformer(ours, kernels_of(backend, ours.spec)), cases), cases)
 
 
+def in_file(rows, path):
+    """Whether an array or a tensor lies in memory that is mapped from this file, or from one in this folder."""
+    begin = torch.as_tensor(rows).data_ptr()
+    spans = ((line.split()[0].split("-"), line) for line in open("/proc/self/maps"))
+    return any(int(first, 16) <= begin < int(last, 16) and str(path) in line for (first, last), line in spans)
+
+
+@pytest.mark.skipif(cs.decode_core() is None, reason="the reference reorders its matrices")
+@pytest.mark.parametrize("form", ["folder", "blocks"])
+def test_matrices_are_packed_from_the_mapped_file_without_a_copy_in_between(form, tmp_path):
+    """Neither q, k and v nor gate and up, nor all experts, are joined first; of what is kept nothing lies in the file."""
+    path, matrices = tmp_path / "tiny.gguf", {"0.qkv": 3, "0.gate_up": 2, "0.output": 1}
+    if form == "folder":
+        path = save(make_model("qwen2").bfloat16(), tmp_path / "folder")
+    else:
+        as_gguf(path, make_model("gpt-oss"), quantized=True)
+        matrices = {"0.qkv": 3, "0.expert_gate_up": 2, "0.expert_down": 1}
+    model = load(path, torch.bfloat16 if form == "folder" else None)
+    for name, count in matrices.items():
+        read = model.tensors[name].read()
+        parts = read if form == "folder" else [rows for _, rows in read.parts]
+        assert len(parts) == count and all(in_file(part, path) for part in parts), name
+    kernels = cs.load_kernels("cpu", model.spec, max_tokens=8, max_rows=8)
+    weights = Transformer(model.spec, model.tensors, kernels, num_pages=2, max_tokens=8, max_rows=8, dtype=model.dtype).weights
+    assert not [name for name, weight in weights.items() if isinstance(weight, torch.Tensor) and in_file(weight, path)]
+
+
 @pytest.mark.skipif(cs.decode_core() is None, reason="weights stay as stored only where decode_core runs")
 @pytest.mark.parametrize("name", ["smollm3", "gemma3", "phi3", "qwen3moe", "gpt-oss"])
 def test_matrices_that_stay_quantized_compute_what_their_values_say(made, name, tmp_path):

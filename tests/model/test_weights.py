@@ -654,6 +654,7 @@ def test_weights_stay_as_stored_or_the_log_says_what_they_became(tmp_path, name)
     down, exact = model.tensors["0.down"].read(), torch.from_numpy(gguf.dequantize(*stored["blk.0.ffn_down.weight"])
                                                             if name != "F32" else stored["blk.0.ffn_down.weight"])
     if becomes in ("F16", "BF16"):
+        [down] = down
         assert down.dtype == {"F16": torch.float16, "BF16": torch.bfloat16}[becomes]
         assert torch.equal(down, exact.to(down.dtype))
     else:

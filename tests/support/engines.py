@@ -19,7 +19,8 @@ def load(path, as_stored=False):
 
 def tensors_of(model):
     """Every tensor of a LoadedModel, read from its file."""
-    return {name: given.read() for name, given in model.tensors.items()}
+    read = {name: given.read() for name, given in model.tensors.items()}
+    return {name: torch.cat(given) if isinstance(given, tuple) else given for name, given in read.items()}
 
 
 def make_engine(path, *, num_pages=600, max_batch=32, prefill_chunk=256, context_length=None, reference=False, as_stored=False,

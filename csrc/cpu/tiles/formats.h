@@ -29,6 +29,14 @@ constexpr int NO_OFFSET = -1;
 template <int BITS>
 struct Quants;
 
+// Four codes at once, a byte each: shifts and masks of a word leave the bytes apart.
+static inline uint32_t four(const uint8_t* codes) {
+    uint32_t word;
+    std::memcpy(&word, codes, 4);
+    return word;
+}
+static inline void put_four(uint32_t word, uint8_t* to) { std::memcpy(to, &word, 4); }
+
 struct NibbleOrder { static constexpr int NEXT = 4, SECOND = 16; };
 
 template <>
@@ -41,7 +49,8 @@ struct Quants<4> : NibbleOrder {            // 4 chunks of 64 B: lane r = 4 byte
         low = low_nibbles(both), high = high_nibbles(both);
     }
     static void put(const uint8_t* codes, uint8_t* quants, int r) {
-        for (int k = 0; k < 16; k++) quants[k / 4 * 64 + 4 * r + k % 4] = uint8_t((codes[k] & 15) | (codes[k + 16] & 15) << 4);
+        for (int c = 0; c < 4; c++)
+            put_four((four(codes + 4 * c) & 0x0f0f0f0f) | (four(codes + 16 + 4 * c) & 0x0f0f0f0f) << 4, quants + 64 * c + 4 * r);
     }
     static int code(const uint8_t* quants, int r, int k) {
         const int both = quants[k % 16 / 4 * 64 + 4 * r + k % 4];
@@ -61,11 +70,9 @@ struct Quants<5> : NibbleOrder {            // after the nibbles 64 B of fifth b
     }
     static void put(const uint8_t* codes, uint8_t* quants, int r) {
         Quants<4>::put(codes, quants, r);
-        for (int i = 0; i < 4; i++) {
-            int bits = 0;
-            for (int c = 0; c < 8; c++) bits |= (codes[4 * c + i] >> 4 & 1) << c;
-            quants[256 + 4 * r + i] = uint8_t(bits);
-        }
+        uint32_t fifth = 0;
+        for (int c = 0; c < 8; c++) fifth |= (four(codes + 4 * c) >> 4 & 0x01010101) << c;
+        put_four(fifth, quants + 256 + 4 * r);
     }
     static int code(const uint8_t* quants, int r, int k) {
         return Quants<4>::code(quants, r, k) | (quants[256 + 4 * r + k % 4] >> k / 4 & 1) << 4;
@@ -84,12 +91,11 @@ struct Quants<6> : NibbleOrder {            // after the nibbles two chunks of u
     }
     static void put(const uint8_t* codes, uint8_t* quants, int r) {
         Quants<4>::put(codes, quants, r);
-        for (int half = 0; half < 2; half++)
-            for (int i = 0; i < 4; i++) {
-                int bits = 0;
-                for (int c = 0; c < 4; c++) bits |= (codes[16 * half + 4 * c + i] >> 4 & 3) << 2 * c;
-                quants[256 + 64 * half + 4 * r + i] = uint8_t(bits);
-            }
+        for (int half = 0; half < 2; half++) {
+            uint32_t pairs = 0;
+            for (int c = 0; c < 4; c++) pairs |= (four(codes + 16 * half + 4 * c) >> 4 & 0x03030303) << 2 * c;
+            put_four(pairs, quants + 256 + 64 * half + 4 * r);
+        }
     }
     static int code(const uint8_t* quants, int r, int k) {
         return Quants<4>::code(quants, r, k) | (quants[256 + k / 16 * 64 + 4 * r + k % 4] >> k % 16 / 4 * 2 & 3) << 4;
@@ -106,7 +112,7 @@ struct Quants<8> {                          // 8 chunks of 64 B: lane r = column
         low = load_words(quants + 128 * C), high = load_words(quants + 128 * C + 64);
     }
     static void put(const uint8_t* codes, uint8_t* quants, int r) {
-        for (int k = 0; k < 32; k++) quants[k / 4 * 64 + 4 * r + k % 4] = codes[k];
+        for (int c = 0; c < 8; c++) put_four(four(codes + 4 * c), quants + 64 * c + 4 * r);
     }
     static int code(const uint8_t* quants, int r, int k) { return quants[k / 4 * 64 + 4 * r + k % 4]; }
 };
@@ -172,7 +178,8 @@ struct KScales {
 };
 
 static inline void nibble_codes_of_pairs(const uint8_t* from, uint8_t* codes) {     // 128 bytes: each 32 hold two blocks of 32
-    for (int k = 0; k < 256; k++) codes[k] = uint8_t(from[k / 64 * 32 + k % 32] >> k / 32 % 2 * 4 & 15);
+    for (int i = 0; i < 4; i++)
+        for (int k = 0; k < 32; k++) codes[64 * i + k] = from[32 * i + k] & 15, codes[64 * i + 32 + k] = from[32 * i + k] >> 4;
 }
 
 // ---- the types
@@ -264,7 +271,8 @@ struct Format<Weight::q5_k> : Plain<5, NO_OFFSET, UnsignedDot>, KScales {
 
     static void codes(const uint8_t* block, uint8_t* codes) {
         nibble_codes_of_pairs(block + 48, codes);
-        for (int k = 0; k < 256; k++) codes[k] = uint8_t(codes[k] | (block[16 + k % 32] >> k / 32 & 1) << 4);
+        for (int i = 0; i < 8; i++)
+            for (int k = 0; k < 32; k++) codes[32 * i + k] = uint8_t(codes[32 * i + k] | (block[16 + k] >> i & 1) << 4);
     }
 };
 
@@ -276,10 +284,11 @@ struct Format<Weight::q6_k> : Plain<6, 5, UnsignedDot> {
     static constexpr bool FINE_APART = true;
 
     static void codes(const uint8_t* block, uint8_t* codes) {
-        for (int k = 0; k < 256; k++) {             // 128 columns at a time: nibbles in 64 bytes, pairs of bits in 32
-            const int half = k / 128, within = k % 128;
-            const int nibble = block[64 * half + within % 64] >> within / 64 * 4 & 15;
-            codes[k] = uint8_t(nibble | (block[128 + 32 * half + within % 32] >> within / 32 * 2 & 3) << 4);
+        for (int i = 0; i < 8; i++) {               // 128 columns at a time: nibbles in 64 bytes, pairs of bits in 32
+            const uint8_t* nibbles = block + i / 4 * 64 + i % 2 * 32;
+            const uint8_t* pairs = block + 128 + i / 4 * 32;
+            for (int k = 0; k < 32; k++)
+                codes[32 * i + k] = uint8_t((nibbles[k] >> i % 4 / 2 * 4 & 15) | (pairs[k] >> i % 4 * 2 & 3) << 4);
         }
     }
     static void put_scales(const uint8_t* block, uint8_t* group, int, int r) {

@@ -23,31 +23,36 @@ T read(const uint8_t* p) {
     return value;
 }
 
-float value_at(const uint8_t* row, Weight type, int64_t column) {
-    if (type == Weight::f32) return read<float>(row + 4 * column);
-    return type == Weight::f16 ? widen(read<Half>(row + 2 * column)) : widen(read<Bfloat>(row + 2 * column));
+template <class S>
+float value_at(const uint8_t* row, int64_t column) { return widen(read<S>(row + column * int64_t(sizeof(S)))); }
+
+// visit(S()) of a float type's element S.
+template <class Visit>
+void with_element(Weight type, Visit visit) {
+    if (type == Weight::f32) return visit(float());
+    return type == Weight::f16 ? visit(Half()) : visit(Bfloat());
 }
 
-// Block j of a row of floats or of GGUF blocks, as a GGUF block of F's type; `made` has room for one.
+// Block j of a row of floats as a GGUF block of F's type, into `made`.
 template <class F>
-const uint8_t* block_at(const uint8_t* row, Weight source_type, int64_t j, Weight type, uint8_t* made) {
-    if (!is_float(source_type)) return row + j * F::FILE_BYTES;
+void make_block(const uint8_t* row, Weight source_type, int64_t j, Weight type, uint8_t* made) {
     float x[F::FILE_COLUMNS];
-    for (int64_t k = 0; k < F::FILE_COLUMNS; k++) x[k] = value_at(row, source_type, j * F::FILE_COLUMNS + k);
+    with_element(source_type, [&](auto element) {
+        for (int64_t k = 0; k < F::FILE_COLUMNS; k++) x[k] = value_at<decltype(element)>(row, j * F::FILE_COLUMNS + k);
+    });
     quantize_block(type, x, made);
-    return made;
 }
 
 template <class F>
 void fill_q_tile(TilePlace to, int64_t columns, const uint8_t* source, Weight source_type, int64_t row_stride, int rows) {
     constexpr int64_t EACH = F::FILE_COLUMNS / BLOCK;           // blocks of 32 columns in one of the file's
     const int64_t blocks = columns / BLOCK, padded = (blocks + F::BLOCKS - 1) / F::BLOCKS * F::BLOCKS;
-    const uint8_t nothing[F::FILE_BYTES] = {};
-    uint8_t made[F::FILE_BYTES], codes[F::FILE_COLUMNS];
+    uint8_t nothing[F::FILE_BYTES] = {}, made[F::FILE_BYTES], codes[F::FILE_COLUMNS];
     for (int64_t b = 0; b < padded; b += EACH)
         for (int r = 0; r < TILE_ROWS; r++) {
-            const bool real = r < rows && b < blocks;
-            const uint8_t* block = real ? block_at<F>(source + r * row_stride, source_type, b / EACH, to.type, made) : nothing;
+            const bool real = r < rows && b < blocks, floats = real && is_float(source_type);
+            const uint8_t *row = source + r * row_stride, *block = floats ? made : real ? row + b / EACH * F::FILE_BYTES : nothing;
+            if (floats) make_block<F>(row, source_type, b / EACH, to.type, made);
             uint8_t* group = to.memory + b / F::BLOCKS * group_of_blocks_bytes<F>();
             F::codes(block, codes);
             F::put_scales(block, group, int(b % F::BLOCKS), r);
@@ -55,26 +60,52 @@ void fill_q_tile(TilePlace to, int64_t columns, const uint8_t* source, Weight so
         }
 }
 
+#if defined(__SSE2__)
+// 8 columns of 8 rows, 16 bits each -> 8 rows' side of 8 lines of TILE_ROWS.
+void turn_8_by_8(const uint8_t* source, int64_t row_stride, uint16_t* out) {
+    __m128i a[8], b[8];
+    for (int r = 0; r < 8; r++) a[r] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + r * row_stride));
+    for (int i = 0; i < 4; i++) b[2 * i] = _mm_unpacklo_epi16(a[i], a[i + 4]), b[2 * i + 1] = _mm_unpackhi_epi16(a[i], a[i + 4]);
+    for (int i = 0; i < 4; i++) a[2 * i] = _mm_unpacklo_epi16(b[i], b[i + 4]), a[2 * i + 1] = _mm_unpackhi_epi16(b[i], b[i + 4]);
+    for (int i = 0; i < 4; i++) b[2 * i] = _mm_unpacklo_epi16(a[i], a[i + 4]), b[2 * i + 1] = _mm_unpackhi_epi16(a[i], a[i + 4]);
+    for (int k = 0; k < 8; k++) _mm_storeu_si128(reinterpret_cast<__m128i*>(out + k * TILE_ROWS), b[k]);
+}
+#endif
+
+// Columns that need no conversion, as far as vectors of 16 bits take them; returns how many.
+int64_t turn_columns(TilePlace to, int64_t columns, const uint8_t* source, Weight source_type, int64_t row_stride, int rows) {
+    int64_t k = 0;
+#if defined(__SSE2__)
+    if (to.type == source_type && to.type != Weight::f32 && rows == TILE_ROWS)
+        for (; k + 8 <= columns; k += 8)
+            for (int r = 0; r < TILE_ROWS; r += 8)
+                turn_8_by_8(source + r * row_stride + 2 * k, row_stride, reinterpret_cast<uint16_t*>(to.memory) + k * TILE_ROWS + r);
+#endif
+    return k;
+}
+
 template <class W>
 void fill_float_tile(TilePlace to, int64_t columns, const uint8_t* source, Weight source_type, int64_t row_stride, int rows) {
     constexpr int64_t AT_ONCE = 64;         // columns: what is written stays in the L1 cache until its lines are full
     W* out = reinterpret_cast<W*>(to.memory);
-    for (int64_t begin = 0; begin < columns; begin += AT_ONCE)
-        for (int r = 0; r < TILE_ROWS; r++)
-            for (int64_t k = begin; k < std::min(begin + AT_ONCE, columns); k++)
-                narrow(r < rows ? value_at(source + r * row_stride, source_type, k) : 0.0f, out + k * TILE_ROWS + r);
+    with_element(source_type, [&](auto element) {
+        for (int64_t begin = turn_columns(to, columns, source, source_type, row_stride, rows); begin < columns; begin += AT_ONCE)
+            for (int r = 0; r < TILE_ROWS; r++) {
+                const int64_t count = std::min(AT_ONCE, columns - begin);
+                W line[AT_ONCE] = {};
+                for (int64_t k = 0; r < rows && k < count; k++)
+                    narrow(value_at<decltype(element)>(source + r * row_stride, begin + k), line + k);
+                for (int64_t k = 0; k < count; k++) out[(begin + k) * TILE_ROWS + r] = line[k];
+            }
+    });
 }
 
 void fill_tile(TilePlace to, int64_t columns, const uint8_t* source, Weight source_type, int64_t row_stride, int rows) {
-    switch (to.type) {
-        case Weight::f32: return fill_float_tile<float>(to, columns, source, source_type, row_stride, rows);
-        case Weight::f16: return fill_float_tile<Half>(to, columns, source, source_type, row_stride, rows);
-        case Weight::bf16: return fill_float_tile<Bfloat>(to, columns, source, source_type, row_stride, rows);
-        default:
-            with_format(to.type, [&](auto format) {
-                fill_q_tile<decltype(format)>(to, columns, source, source_type, row_stride, rows);
-            });
-    }
+    if (is_float(to.type))
+        return with_element(to.type, [&](auto element) {
+            fill_float_tile<decltype(element)>(to, columns, source, source_type, row_stride, rows);
+        });
+    with_format(to.type, [&](auto format) { fill_q_tile<decltype(format)>(to, columns, source, source_type, row_stride, rows); });
 }
 
 template <class W>
