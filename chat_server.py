@@ -4331,7 +4331,7 @@ def choose_backend(device, spec: ModelSpec | None) -> Any:
     return core and core.backend_for(spec, device, for_decode_core()) or Backend(device)
 
 
-SEAM = 7        # version of Backend and for_decode_core; a core with another version is not used
+SEAM = 8        # version of Backend and for_decode_core; a core with another version is not used
 
 
 def for_decode_core() -> SimpleNamespace:
