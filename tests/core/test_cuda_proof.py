@@ -16,6 +16,7 @@ from works import assignment
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="no compiled core is installed")
 from decode_core import cuda, cuda_steps, proof  # noqa: E402
+from integrity import check_sequences
 
 MARGIN = 2e-3           # as in tests/engine/test_engine.py
 FAULTY = (sys.executable, str(Path(__file__).parents[1] / "support" / "faulty_worker.py"))
@@ -71,7 +72,7 @@ def assert_reference_answers(engine, fixture, monkeypatch):
         while engine.busy:
             for piece in engine.step():
                 tokens[piece.id] += piece.tokens
-            engine.check_integrity()
+            check_sequences(engine.scheduler)
     for name, got in tokens.items():
         traced = expected.traced(name)
         assert len(got) == 12

@@ -25,6 +25,7 @@ from works import assignment, changed
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="the compiled core is not installed")
 decode_core = backends.decode_core
 from decode_core import cuda_backend, cuda_steps, seam  # noqa: E402
+from integrity import check_sequences
 
 MARGIN = 2e-3           # as in tests/engine/test_engine.py
 
@@ -86,7 +87,7 @@ def answers(engine, works, arrivals=None, on_step=lambda: None):
             engine.add(work)
         for piece in engine.step():
             tokens[piece.id] += piece.tokens
-        engine.check_integrity()
+        check_sequences(engine.scheduler)
         on_step()
         step += 1
     assert engine.pool.available == engine.pool.num_pages

@@ -10,6 +10,7 @@ import torch
 from chat_server import SamplingParams
 from engines import load, make_engine, pieces, tensors_of
 import families
+from integrity import check_sequences
 from works import assignment
 
 TOLERANCE = 1e-5        # of a vector of length 1
@@ -126,7 +127,7 @@ def test_it_starts_over_when_its_pages_are_taken_or_a_step_failed(nanochat_fixtu
         found = []
         while engine.busy:
             found += [piece for piece in engine.step() if piece.id == "a"]
-            engine.check_integrity()
+            check_sequences(engine.scheduler)
     assert np.abs(vector(found) - wanted).max() <= (0 if engine.kernels.row_invariant else TOLERANCE)
 
 

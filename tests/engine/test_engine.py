@@ -16,6 +16,7 @@ from chat_server import Message, PAGE_SIZE, SamplingParams
 from engines import TracedSteps, chat_work, load, make_engine, run
 from near_tie import assert_same_tokens_or_near_tie
 from works import assignment, changed
+from integrity import check_sequences
 
 # far above float32 rounding errors of a logit here (1e-4), far below a typical gap (0.1 .. 5)
 MARGIN = 2e-3
@@ -54,7 +55,7 @@ def answers(engine, works):
     while engine.busy:
         for piece in engine.step():
             tokens[piece.id] += piece.tokens
-        engine.check_integrity()
+        check_sequences(engine.scheduler)
     return tokens
 
 
@@ -283,7 +284,7 @@ def test_nanochats_calculator_is_forced_into_the_answer(gen5, expression, answer
                 text += piece.text
     assert tokens == expected
     assert text == expression + (answer or "") + "ok"
-    gen5.check_integrity()
+    check_sequences(gen5.scheduler)
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -305,7 +306,7 @@ def test_requests_that_come_and_go_at_random_moments_leave_nothing_behind(gen5, 
                 gone = generator.choice(sorted(alive))
                 assert gen5.cancel(gone)
                 alive.discard(gone)
-            gen5.check_integrity()
+            check_sequences(gen5.scheduler)
         for name in alive:
             gen5.cancel(name)
     gen5.step()         # what is under way

@@ -13,6 +13,7 @@ from chat_server import Message, RequestError, SamplingParams
 from engines import make_engine, pieces
 from pools import work_of
 from works import assignment, changed
+from integrity import check_sequences
 
 PERSON = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0, "maximum": 130},
                                            "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 3}},
@@ -134,7 +135,7 @@ def test_others_go_on_while_a_grammar_is_made_and_cancelling_does_not_wait_for_i
     assert {piece.id for piece in found} == {"f"} and len(found) >= 9
     assert engine.cancel("b") and engine.cancel("f") and engine.busy
     assert engine.step() == engine.step() == []
-    engine.check_integrity()
+    check_sequences(engine.scheduler)
     gate.set()
     found = []
     while engine.busy:
@@ -196,7 +197,7 @@ def test_others_go_on_while_a_mask_is_computed_and_the_answer_is_the_same(engine
     while sum(len(piece.tokens) for piece in found if piece.id == "f") < 30:
         found += engine.step()
     assert 1 <= len([piece for piece in found if piece.id == "a"]) < 3          # it waits for its second mask
-    engine.check_integrity()
+    check_sequences(engine.scheduler)
     slow.set()
     while engine.busy:
         found += engine.step()

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from chat_server import PAGE_SIZE, PagePool, group_layers
+from integrity import check_pages
 
 
 def fill(pool, tokens, pages, serial=PagePool.ROOT, first=0):
@@ -20,7 +21,7 @@ def test_allocate_gives_distinct_pages_or_none_at_all():
     assert len(set(pages)) == 5
     assert pool.allocate(4) is None
     assert pool.available == 3
-    pool.check_integrity([pages])
+    check_pages(pool, [pages])
 
 
 def test_a_released_prefix_is_found_again_and_only_whole_pages_of_it():
@@ -31,7 +32,7 @@ def test_a_released_prefix_is_found_again_and_only_whole_pages_of_it():
     pool.release(pages)
     matched, _ = pool.match_prefix(tokens)
     assert matched == pages[:2]
-    pool.check_integrity([matched])
+    check_pages(pool, [matched])
 
 
 def test_the_last_token_is_never_matched_because_its_logits_are_needed():
@@ -69,7 +70,7 @@ def test_a_prefix_computed_twice_is_indexed_once_and_the_copy_stays_private():
     assert fill(pool, tokens, first) == fill(pool, tokens, second)
     pool.release(second)
     assert pool.match_prefix(tokens + [0])[0] == first
-    pool.check_integrity([first, first])
+    check_pages(pool, [first, first])
 
 
 def test_eviction_takes_the_least_recently_released_and_the_end_of_a_chain_first():
@@ -116,14 +117,14 @@ def test_a_thousand_random_operations_keep_the_cache_whole():
             else:
                 fill(pool, tokens, matched + fresh, serial, first=len(matched))
                 owned.append((tokens, matched + fresh))
-        pool.check_integrity(pages for _, pages in owned)
+        check_pages(pool, (pages for _, pages in owned))
 
 
-def test_check_integrity_notices_a_leak():
+def test_a_leak_is_noticed():
     pool = PagePool(4)
     pool.allocate(1)
     with pytest.raises(AssertionError, match="1 refs, 0 owners"):
-        pool.check_integrity([])
+        check_pages(pool, [])
 
 
 def test_those_who_share_no_pages_find_their_own_only():
@@ -136,7 +137,7 @@ def test_those_who_share_no_pages_find_their_own_only():
     found = {owner: pool.match_prefix(tokens, owner)[0] for owner in ("alice", "bob", PagePool.ROOT)}
     assert len(found["alice"]) == len(found[PagePool.ROOT]) == 2 and found["bob"] == []
     assert not set(found["alice"]) & set(found[PagePool.ROOT])
-    pool.check_integrity(found.values())
+    check_pages(pool, found.values())
 
 
 # --- layers with a window ------------------------------------------------------------------------------------------
@@ -167,12 +168,12 @@ def test_a_prefix_is_found_where_each_groups_window_is_whole_and_only_seen_pages
     matched, _ = pool.match_prefix(tokens + [0])
     assert matched == [page if i % 2 == 0 or i // 2 >= 3 else pool.hole for i, page in enumerate(table)]    # 57 to 96 are seen
     pool.release(matched)
-    pool.check_integrity([])
+    check_pages(pool, [])
     lost = table[2 * 4 + 1]                                         # the window's page of the fifth row
     while pool.keys[lost]:
         pool._evict()
     kept, _ = pool.match_prefix(tokens + [0])
-    pool.check_integrity([kept])
+    check_pages(pool, [kept])
     rows = len(kept) // 2
     assert rows < 5 and all(page != pool.hole for page in kept[::2])
 
@@ -199,4 +200,4 @@ def test_a_thousand_random_operations_with_windows_keep_the_cache_whole():
                     pool.release([table[3 * row + group]])
                     table[3 * row + group] = pool.hole
             owned.append(table)
-        pool.check_integrity(owned)
+        check_pages(pool, owned)

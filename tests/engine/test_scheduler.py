@@ -10,6 +10,7 @@ import pytest
 import chat_server
 from chat_server import PAGE_SIZE, PagePool, SamplingParams, Scheduler, Sequence
 from works import assignment
+from integrity import check_sequences
 
 
 def scheduler(num_pages=64, max_batch=8, prefill_chunk=64):
@@ -32,7 +33,7 @@ def step(s, next_token=1):
         s.advance(chunk)
         if samples:
             chunk.sequence.tokens.append(next_token)
-    s.check_integrity()
+    check_sequences(s)
     return {chunk.sequence.work.id: chunk.count for chunk in plan}
 
 
@@ -123,7 +124,7 @@ def test_cancel_frees_pages_wherever_the_request_is():
     step(s)
     for name in ("decoding", "prefilling", "queued"):
         assert len(s.cancel(name)) == 1
-        s.check_integrity()
+        check_sequences(s)
     assert s.cancel("queued") == []
     assert s.pool.available == s.pool.num_pages
 

@@ -12,6 +12,7 @@ from chat_server import PAGE_SIZE, PagePool, SamplingParams, Scheduler, Sequence
 from engines import make_engine, pieces, run
 from families import clear_cases, load, make_model, save
 from works import assignment
+from integrity import check_sequences
 
 WINDOWED = ["gemma3", "gemma2", "mistral", "qwen2"]     # 5 of 6 layers, half of them in turn, all, the last ones
 
@@ -131,13 +132,13 @@ def test_random_traffic_with_few_pages_loses_and_leaks_nothing(windows):
             s.advance(chunk)
             if chunk.draws:
                 chunk.sequence.tokens.append(generator.randrange(50))
-        s.check_integrity()
+        check_sequences(s)
         for key, each in list(alive.items()):
             if len(each.tokens) > len(each.work.prompt_ids) + 300 or generator.random() < 0.01:
                 s.remove(each)
                 del alive[key]
                 ended += 1
-                s.check_integrity()
+                check_sequences(s)
     assert ended > 20 and (s.preemptions > 0 or 0 not in windows)      # without such layers sequences soon stop growing
 
 

@@ -15,13 +15,7 @@ from families import (CHAT, LONG, MODELS, answers, as_gguf, check, clear_cases, 
 from hub_configs import HUB_CONFIGS
 from real_server import ask, events, get, post, server
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Of torch, which is fastest with one at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="session")

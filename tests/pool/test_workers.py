@@ -1,5 +1,6 @@
 """Processes, pipes, supervision. Real worker processes with a tiny real nanochat model."""
 
+import argparse
 import asyncio
 import errno
 import json
@@ -357,7 +358,7 @@ def test_replicas_on_gpus_are_counted_without_torch(monkeypatch):
 
 
 def test_sizes_are_parsed_with_suffixes_and_nonsense_is_refused():
-    assert [chat_server.parse_bytes(text) for text in ("65536", "512M", "1.5G", "2gib")] == [65536, 512 << 20, 3 << 29, 2 << 30]
+    assert [chat_server.size(text) for text in ("65536", "512M", "1.5G", "2gib")] == [65536, 512 << 20, 3 << 29, 2 << 30]
     for text in ("", "lots", "-1G", "1X", "9" * 400, "8388608T"):
-        with pytest.raises(ValueError):
-            chat_server.parse_bytes(text)
+        with pytest.raises(argparse.ArgumentTypeError):
+            chat_server.size(text)

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resolve().parents[2]))
 
 import chat_server      # noqa: E402
+from integrity import check_sequences
 
 OUTPUT_END = 283
 SIGNALS = {"kill": signal.SIGKILL, "hang": signal.SIGSTOP}
@@ -58,7 +59,7 @@ def step(engine, report=lambda: None, original=chat_server.Engine.step):
     pieces = original(engine, report_and_strike)
     # the pieces of this step are lost
     strike(engine, {"unsent": MOMENTS["decode"], "lost": MOMENTS["result"]})
-    engine.check_integrity()
+    check_sequences(engine.scheduler)
     return pieces
 
 

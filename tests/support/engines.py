@@ -8,6 +8,7 @@ import chat_server
 from chat_server import Batch, EagerSteps, Engine, SamplingParams, Settings, Transformer
 from near_tie import Traced, draw_gap
 from works import assignment
+from integrity import check_sequences
 
 
 @functools.cache
@@ -102,7 +103,7 @@ def run(engine, works, *, check=True, on_step=lambda plan: None, ahead=False):
                 if piece.reason:
                     result.end[piece.id] = piece
             if check:
-                engine.check_integrity()
+                check_sequences(engine.scheduler)
     finally:
         engine.steps, engine.scheduler.schedule = steps, schedule
     assert engine.pool.available == engine.pool.num_pages
@@ -137,5 +138,5 @@ def pieces(engine, works, ahead=False):
     while engine.busy:
         for piece in engine.step():
             found[piece.id].append(piece)
-        engine.check_integrity()
+        check_sequences(engine.scheduler)
     return found
