@@ -39,7 +39,7 @@ async def with_agents():
     running = agents.Runner.run_streamed(plain, QUESTION)
     kinds = [event.data.type async for event in running.stream_events() if event.type == "raw_response_event"]
     calling = agents.Agent(name="calling", model="default", tools=[switch], model_settings=agents.ModelSettings(
-        temperature=0, max_tokens=60, tool_choice="required"), tool_use_behavior="stop_on_first_tool")
+        temperature=0, max_tokens=60, tool_choice="required", parallel_tool_calls=False), tool_use_behavior="stop_on_first_tool")
     called = await agents.Runner.run(calling, "Switch the light on.")
     return {"text": whole.final_output, "streamed": running.final_output, "last": kinds[-1], "called": called.final_output}
 
