@@ -8333,7 +8333,7 @@ NUMBER = FieldType("a finite number", {"type": "number"}, float)
 INTEGER = FieldType("an integer", {"type": "integer"}, as_count)
 SEED = INTEGER._replace(made=lambda value: int(value) % 2**64)  # OpenAI's seeds may be negative
 TOP_K = INTEGER._replace(made=lambda value: max(0, int(value)))
-CAP = FieldType("a positive integer, or -1 for no cap,",
+CAP = FieldType("a positive integer, or -1 for no cap",
                 {"anyOf": [{"enum": [-1]}, {"type": "integer", "minimum": 1}]}, as_count)
 SWITCH = FieldType("true or false", {"enum": [True, False, "true", "false", "True", "False"]},
                    lambda value: str(value).lower() == "true")
@@ -8490,6 +8490,8 @@ CONSTRAINT_FIELDS = (  # as vLLM and llama-server have them; a request may have 
     constraint("json_schema", "json", "a JSON schema", {"type": "object"}),
     Field("structured_outputs", OBJECT._replace(made=structured_outputs),
           "one of json, regex, choice, grammar and json_object"),
+    *(Field(name, left_out("answers cannot be held to it"), "refused") for name in (
+        "guided_whitespace_pattern", "structural_tag", "regex", "ebnf")),
 )
 
 OPENAI_FIELDS = (

@@ -703,7 +703,8 @@ async def test_a_constraint_is_kept_in_whatever_words(client, url, constraint, f
     ({"guided_json": "no json"}, "guided_json"), ({"guided_json": "[]"}, "guided_json"), ({"structured_outputs": {"x": 1}}, "structured_outputs"),
     ({"structured_outputs": {}}, "structured_outputs"), ({"structured_outputs": {"json": {}, "regex": "x"}}, "structured_outputs"),
     ({"guided_choice": ["x"], "guided_regex": "x"}, "guided_choice"), ({"json_schema": {}, "response_format": {"type": "json_object"}}, "json_schema"),
-    ({"guided_grammar": "x" * 20_000}, "guided_grammar")])
+    ({"guided_grammar": "x" * 20_000}, "guided_grammar"), ({"guided_whitespace_pattern": " "}, "guided_whitespace_pattern"),
+    ({"regex": "[0-9]"}, "regex"), ({"ebnf": "root ::= 1"}, "ebnf"), ({"structural_tag": {}}, "structural_tag")])
 async def test_a_constraint_that_cannot_be_kept_is_400(client, constraint, named):
     async with serving(FakePool()) as url:
         for path in (CHAT, "/v1/completions"):

@@ -1,0 +1,45 @@
+"""How fast a server embeds inputs, beside how fast it reads the same token ids as prompts (answers of one token).
+
+    python bench/embeddings.py [MODEL] [--inputs 32] [--tokens 256] [--rounds 5]
+
+The two take turns; each round has ids of its own, so that no prefix is cached. The medians are printed.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "tests" / "support")]
+import chat_server      # noqa: E402
+from real_server import post, server        # noqa: E402
+
+BODIES = {"/v1/embeddings": ("input", {}), "/v1/embeddings of the last token": ("input", {"pooling": "last"}),
+          "/v1/completions": ("prompt", {"max_tokens": 1})}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", nargs="?")
+    for name, default in (("inputs", 32), ("tokens", 256), ("rounds", 5)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    asked, dice = parser.parse_args(), random.Random(1)
+    found = {name: [] for name in BODIES}
+    with server(asked.model or chat_server.fetch_default_model()) as (_, url):
+        for _ in range(asked.rounds + 1):           # the first one warms up
+            for name, (field, more) in BODIES.items():
+                ids = [[dice.randrange(5000) for _ in range(asked.tokens)] for _ in range(asked.inputs)]
+                began_s = time.perf_counter()
+                answer = json.load(post(url + name.split()[0], {field: ids, **more}))
+                found[name].append(time.perf_counter() - began_s)
+                assert len(answer.get("data") or answer["choices"]) == asked.inputs
+    for name, seconds in found.items():
+        rate = asked.inputs * asked.tokens / statistics.median(seconds[1:])
+        print(f"{name}: {rate:,.0f} tokens a second")
+
+
+if __name__ == "__main__":
+    main()
