@@ -1804,7 +1804,7 @@ class AnswerReader:
         self.told, self.seen, self.space = [], [], ""
 
     def finish(self, cut: bool = False):
-        """Read the rest: no more text comes. A call that is cut before its arguments is dropped."""
+        """Read the rest: no more text comes. A call cut before its arguments, or in its tag, is dropped."""
         if self.header:
             self.held = self.held.rpartition(self.sign("<|start|>"))[2].removeprefix("assistant")
             self.held *= not (cut or self.sign("<|channel|>") in self.held)
@@ -1812,6 +1812,9 @@ class AnswerReader:
             self.held = ""
         elif self.kind == "text" and self.calling:
             self.held = "" if cut and self._may_be_call() else self.calling.strip() + self.held
+        elif cut and self.kind == "text":
+            begin = self.sign(CALLS.get(self.tool_format, ("",))[0])
+            self.held = "" if begin.startswith(self.held) else self.held
         self._say(len(self.held))
 
     def take(self) -> list[tuple[str, Any]]:

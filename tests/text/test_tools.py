@@ -203,6 +203,16 @@ async def test_in_a_stream_a_call_comes_by_its_name_and_then_its_arguments_in_pi
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["tool_calls"]
 
 
+@pytest.mark.parametrize("tool_format, text", [
+    ("tagged", 'Sure. <tool_call>{"name": "time", "arguments": {}}</tool_call>\n<tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>'),
+    ("mistral", 'Sure. [TOOL_CALLS][{"name": "time", "arguments": {}}, {"name": "weather", "arguments": {"city": "Rome"}}]')])
+def test_wherever_calls_are_cut_no_part_of_their_tags_is_text(tool_format, text):
+    for cut in range(len(text)):
+        told, calls = read(tool_format, [text[:cut]], cut=True)
+        assert told == "Sure. "[:cut], text[:cut]
+        assert [call["name"] for call in calls] == ["time", "weather"][:len(calls)]
+
+
 @pytest.mark.parametrize("length, content, arguments", [(30, "", None), (51, None, '{"city')])
 async def test_a_call_that_is_cut_is_length_and_its_beginning_but_never_text(pool, length, content, arguments):
     pool.pieces, pool.reason, pool.stop_reason = [CALL[:length]], "length", "max_tokens"
