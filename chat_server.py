@@ -62,7 +62,7 @@ Where do I change ...
     a flag                    `OPTIONS`: one row makes the flag, its variable, its config file key, its help
     how a family calls or     `CALLS`, `THOUGHTS` and `tool_format_of`, read by `AnswerReader`, required by
     thinks                    `CALL_GRAMMARS`
-    a message                 a dataclass in section 3 with its size limit, an entry in `MESSAGES`, a case in
+    a message                 a `wire_message` class in section 3 with its size limit, then a case in
                               its receiver
 
 A copy of this file and static/ runs alone. Without csrc/ (or an installed decode_core) it computes with the
@@ -151,17 +151,18 @@ class LazyModule:
 
     The front must not import torch (1 s, 220 MB); the workers bind the same names."""
 
-    def __init__(self, name: str, bound: str | None = None):
-        self._name, self._bound = name, bound or name
+    def __init__(self, name: str, bound: str | None = None, purpose: str = "chat_server"):
+        self._name, self._bound, self._purpose = name, bound or name, purpose
 
     def __getattr__(self, attribute: str):
-        module = require_library(self._name, "chat_server")
+        module = require_library(self._name, self._purpose)
         globals()[self._bound] = module  # later uses find the module itself
         return getattr(module, attribute)
 
 
 torch = LazyModule("torch")
 numpy = LazyModule("numpy")
+gguf = LazyModule("gguf", purpose="a GGUF file")
 aiohttp = LazyModule("aiohttp")
 web = LazyModule("aiohttp.web", "web")
 
@@ -839,42 +840,49 @@ Event = Accepted | PromptProgress | Piece | Finished
 # Messages between the front and a worker travel as frames: one byte for the index in MESSAGES, four bytes for
 # the length, then a JSON list of the fields. They hold only plain data, so reading one cannot run code.
 
+MESSAGES: list[type] = []
 
-@dataclass(frozen=True)
+
+def wire_message(max_bytes: int) -> Callable[[type], type]:
+    """Makes a class one of the MESSAGES: a frozen dataclass, whose frame has at most `max_bytes` bytes."""
+    def register(kind: type) -> type:
+        kind.MAX_BYTES = max_bytes
+        MESSAGES.append(kind)
+        return dataclass(frozen=True)(kind)
+    return register
+
+
+@wire_message(1 << 20)
 class WorkerConfig:
     """Front to worker, first: load this model."""
 
-    MAX_BYTES = 1 << 20
     settings: Settings  # without API keys
     source: ModelSource
     device: str         # for torch
     threads: int
 
 
-@dataclass(frozen=True)
+@wire_message(8 << 20)
 class NewRequest:
     """Front to worker: what all answers of a request share; sent once, before the first of them."""
 
-    MAX_BYTES = 8 << 20
     id: str
     params: AnswerParams
 
 
-@dataclass(frozen=True)
+@wire_message(64 << 20)
 class NewPrompt:
     """Front to worker: one of a request's prompts; sent once, before the first answer to it."""
 
-    MAX_BYTES = 64 << 20
     id: str  # of the request
     index: int
     ids: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@wire_message(64 << 20)
 class NewAnswer:
     """Front to worker: compute this answer of a request, continuing from the tokens it already has."""
 
-    MAX_BYTES = 64 << 20
     id: str          # of the answer
     request_id: str
     prompt: int
@@ -884,43 +892,37 @@ class NewAnswer:
     scored: int = 0  # prompt tokens whose log-probabilities were already sent
 
 
-@dataclass(frozen=True)
+@wire_message(1 << 10)
 class Cancel:
     """Front to worker: nobody wants this answer any more."""
 
-    MAX_BYTES = 1 << 10
     id: str
 
 
-@dataclass(frozen=True)
+@wire_message(1 << 10)
 class EndOfRequest:
     """Front to worker: this request has no more answers to come."""
 
-    MAX_BYTES = 1 << 10
     id: str
 
 
-@dataclass(frozen=True)
+@wire_message(16)
 class Ping:
     """Front to worker: run a step, even an empty one, and report it."""
 
-    MAX_BYTES = 16
 
-
-@dataclass(frozen=True)
+@wire_message(1 << 16)
 class Loading:
     """Worker to front: loading progress."""
 
-    MAX_BYTES = 1 << 16
     stage: str
     fraction: float
 
 
-@dataclass(frozen=True)
+@wire_message(256 << 20)
 class ModelCard:
     """Worker to front: what the front must know about a loaded model."""
 
-    MAX_BYTES = 256 << 20
     text: TextSpec
     name: str
     context_length: int
@@ -932,37 +934,33 @@ class ModelCard:
     sampling_origin: str = ""  # where they come from
 
 
-@dataclass(frozen=True)
+@wire_message(1 << 16)
 class Ready:
     """Worker to front: steps can begin."""
 
-    MAX_BYTES = 1 << 16
     gauges: dict[str, int]
     faults: dict[str, str] = field(default_factory=dict)  # compiled ops that do not run here -> why
 
 
-@dataclass(frozen=True)
+@wire_message(256 << 20)
 class Stepped:
     """Worker to front: what a step added to each answer."""
 
-    MAX_BYTES = 256 << 20
     pieces: list[Piece]
     gauges: dict[str, int]
 
 
-@dataclass(frozen=True)
+@wire_message(1 << 20)
 class Unusable:
     """Worker to front: the model or the flags are wrong; the operator must act."""
 
-    MAX_BYTES = 1 << 20
     message: str
 
 
-@dataclass(frozen=True)
+@wire_message(256 << 20)
 class SandboxConfig:
     """Front to sandbox, first: what its tasks need to know."""
 
-    MAX_BYTES = 256 << 20
     server: Known
     text: TextSpec
     context_length: int
@@ -971,45 +969,39 @@ class SandboxConfig:
     nice: int = 0  # its niceness: how far it yields when the processors are busy
 
 
-@dataclass(frozen=True)
+@wire_message(64 << 20)
 class Task:
     """Front to sandbox: call the method `name` of Tasks."""
 
-    MAX_BYTES = 64 << 20
     name: str
     arguments: list
 
 
-@dataclass(frozen=True)
+@wire_message(64 << 20)
 class Body:
     """A raw HTTP body. Front to sandbox: the client's, after the task that reads it; back: the reply."""
 
-    MAX_BYTES = 64 << 20
     RAW = True
     data: bytes
 
 
-@dataclass(frozen=True)
+@wire_message(64 << 20)
 class Result:
     """Sandbox to front: what a task returned."""
 
-    MAX_BYTES = 64 << 20
     value: Any
 
 
-@dataclass(frozen=True)
+@wire_message(1 << 20)
 class Refused:
     """Sandbox to front: a RequestError, or a ConfigError if `code` is that error's type."""
 
-    MAX_BYTES = 1 << 20
     message: str
     status: int
     code: str | None
     param: str | None
 
 
-MESSAGES = (WorkerConfig, NewRequest, NewPrompt, NewAnswer, Cancel, EndOfRequest, Ping, Loading, ModelCard,
-            Ready, Stepped, Unusable, SandboxConfig, Task, Body, Result, Refused)
 KIND_OF = {kind: index for index, kind in enumerate(MESSAGES)}
 HEADER = struct.Struct("<BI")  # kind, length of the body in bytes
 
@@ -1434,7 +1426,7 @@ class HuggingFaceTokenizer(Tokenizer):
             dialogue = self._mark_specials(
                 [{"role": each.role, "content": each.content, **(each.more or {})} for each in messages])
             if goes_on := options.get("continue_final_message", False):
-                last = dialogue[-1]  # which was cut in its text, or before that in its thoughts
+                last = dialogue[-1]  # cut in its text, or already in its reasoning
                 in_thoughts = not last["content"] and last.get("reasoning_content")
                 last["reasoning_content" if in_thoughts else "content"] += 2 * self.mark
             dialogue = self.history(dialogue)
@@ -1762,7 +1754,7 @@ class AnswerReader:
                       r'"(?:arguments|parameters)"\s*:\s*(?={)')
     BEGINNING = re.compile(r'[\s,;\[]*(?:{\s*(?:"(\w*)("?).*)?)?', re.DOTALL)  # of a call in JSON
     KEYS = ("name", "type", "id", "function", "arguments", "parameters")
-    HEADER_CHARACTERS = 300  # of a harmony message: more are none
+    HEADER_CHARACTERS = 300  # a harmony message's header has fewer
 
     def __init__(self, tokenizer: Tokenizer, names: Seq[str] = ()):
         self.tokenizer, self.names, self.markers = tokenizer, names, tokenizer.markers
@@ -1990,7 +1982,7 @@ class AnswerReader:
             if name in self.names:
                 self.kind, self.calling = "call", " "
                 self._tell_call(CallDelta("", name))
-            else:  # a call of what the request has no function for is nobody's content
+            else:  # a call of an unknown function is not content
                 self._part("reasoning" if found and (recipient or kind.startswith("analysis")) else "text")
             yield from self._until(*ends, start)
             self.calling = ""
@@ -4508,7 +4500,7 @@ def check_rotary_memory(path: Path, spec: ModelSpec, context_length: int):
 
 
 def check_names_and_shapes(path: Path, found: Mapping[str, tuple], sources: Sources):
-    expected = {name: shape for _, theirs in sources.values() for name, shape in theirs.items()}
+    expected = file_shapes(sources)
     problems = [f"missing {name} {expected[name]}" for name in expected if name not in found]
     problems += [f"unknown {name} {found[name]}" for name in found if name not in expected]
     problems += [f"{name} is {found[name]} instead of {expected[name]}"
@@ -4519,6 +4511,10 @@ def check_names_and_shapes(path: Path, found: Mapping[str, tuple], sources: Sour
 
 
 Sources = dict[str, tuple[tuple[int, ...], dict[str, tuple[int, ...]]]]
+
+
+def file_shapes(sources: Sources) -> dict[str, tuple[int, ...]]:
+    return {name: shape for _, theirs in sources.values() for name, shape in theirs.items()}
 
 
 def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded: int) -> Sources:
@@ -4764,7 +4760,7 @@ def read_nanochat_tokenizer(model_path: Path, vocab_size: int) -> TextSpec:
 class Family(NamedTuple):
     """How a family differs from llama, as transformers' modeling_<name>.py has it: a row of FAMILIES."""
 
-    config: dict       # its own keys of config.json; values: what a missing one means
+    config: dict       # its own keys of config.json, and what a missing one means
     fields: dict = {}  # of ModelSpec
     tensors: dict[str, tuple[str, ...]] = {}  # where its files differ from HF_TENSORS
     has_window: Callable[[Mapping, int], Any] = lambda config, layer: config.get("sliding_window")
@@ -4927,7 +4923,7 @@ HF_INERT = set("""architectures attention_dropout auto_map bos_token_id cache_im
     quantization_config resid_pdrop return_dict router_aux_loss_coef temperature tokenizer_class top_p
     torch_dtype transformers.js_config transformers_version unsloth_fixed unsloth_version use_cache
     _attn_implementation _attn_implementation_autoset _name_or_path _sliding_window_pattern""".split())
-HF_ONLY = {  # what these must be where they are, unless the family has them
+HF_ONLY = {  # the only value these may have, unless the family has them
     **dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias", "rope_interleaved", "use_mrope",
                      "use_bidirectional_attention"), False), "full_attn_mod": 1, "interpolate_factor": 1,
     "decoder_sparse_step": 1, "mlp_only_layers": [], "swiglu_alpha": 1.702, "swiglu_limit": 7.0}
@@ -5125,8 +5121,8 @@ def open_hf(source: ModelSource, settings: Settings, dtype: torch.dtype, device)
                            sources)
     backend = choose_backend(device, spec)
     as_stored, dtype = None if dtype else backend.as_stored, dtype or backend.dtype
-    added, adapted = read_adapters(settings, {name: shape for _, theirs in sources.values()
-                                              for name, shape in theirs.items() if len(shape) == 2})
+    matrices = {name: shape for name, shape in file_shapes(sources).items() if len(shape) == 2}
+    added, adapted = read_adapters(settings, matrices)
     block = fp8_block(config, read_json(config)) if scales else []
 
     def changed(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -5482,7 +5478,6 @@ def read_gguf(path: Path) -> tuple[dict, dict]:
 
 def read_gguf_file(path: Path) -> tuple[dict, dict]:
     """As read_gguf, of one file."""
-    gguf = require_library("gguf", "a GGUF file")
     ARRAY, STRING = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING
 
     class Reader(gguf.GGUFReader):
@@ -5518,7 +5513,7 @@ def read_gguf_file(path: Path) -> tuple[dict, dict]:
 
         def _build_tensors(self, start: int, fields: list):
             for field in fields:
-                check_gguf_tensor(gguf, len(self.data) - start, *field.parts[1:])
+                check_gguf_tensor(len(self.data) - start, *field.parts[1:])
             super()._build_tensors(start, fields)
 
     reader = Reader(path, "c")  # copy on write, because torch does not accept read-only memory
@@ -5529,7 +5524,7 @@ def read_gguf_file(path: Path) -> tuple[dict, dict]:
     return metadata, stored
 
 
-def check_gguf_tensor(gguf, room: int, name, _, sizes, kind, offset):
+def check_gguf_tensor(room: int, name, _, sizes, kind, offset):
     """ValueError for an impossible tensor, or one not within the `room` bytes after the file's header.
 
     The other arguments are arrays from gguf's reader: name in bytes, sizes (columns first), type, offset."""
@@ -5546,7 +5541,6 @@ def check_gguf_tensor(gguf, room: int, name, _, sizes, kind, offset):
 
 def check_gguf_types(path: Path, stored: Mapping):
     """ConfigError for a tensor whose type the gguf package knows but cannot dequantize."""
-    gguf = require_library("gguf", "a GGUF file")
     for kind, name in {tensor.tensor_type: name for name, tensor in stored.items()}.items():
         try:
             gguf.dequantize(numpy.zeros(gguf.GGML_QUANT_SIZES[kind][1], numpy.uint8), kind)
@@ -5655,7 +5649,7 @@ def gguf_value(path: Path, metadata: Mapping, key: str, default=None, length: in
 
 def gguf_names(architecture: str, tensors: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
     """A table like HF_TENSORS in the names of GGUF, as far as the architecture has them."""
-    gguf, found = require_library("gguf", "a GGUF file"), {}
+    found = {}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper().replace("-", "_")], 1)
     for ours, theirs in tensors.items():
         mapped = [names.get_name(name.replace("experts.{}", "experts").format(0), (".weight", ".bias"))
@@ -5733,7 +5727,7 @@ def gguf_rope(path: Path, own: str, value: Callable, config: Mapping, stored: Ma
         rope = {"rope_type": kind, "factor": value(f"{own}rope.scaling.factor", 1.0)} | (rope | {
             beta: value(f"{own}rope.scaling.yarn_{beta}") for beta in ("beta_fast", "beta_slow")
             } if kind == "yarn" else {})
-        if own == "gpt-oss.":  # whose makers do not round, which the metadata cannot say
+        if own == "gpt-oss.":  # its makers do not round; the metadata cannot say so
             rope["truncate"] = False
     else:
         rope = {}
@@ -5752,7 +5746,7 @@ def gguf_rope(path: Path, own: str, value: Callable, config: Mapping, stored: Ma
 def gguf_adapters(settings: Settings, table: Mapping[str, tuple], names: Mapping[str, tuple],
                   sources: Sources) -> tuple[dict[str, list[Change]], str]:
     """As read_adapters, by the names of the GGUF's tensors; both tables are like HF_TENSORS."""
-    own, shapes = {}, {name: shape for _, theirs in sources.values() for name, shape in theirs.items()}
+    own, shapes = {}, file_shapes(sources)
     for ours in sources:
         layer, _, part = ours.rpartition(".")
         for theirs, name in zip(table.get(part, ()), names.get(part, ()) if "expert" not in part else ()):
@@ -5784,7 +5778,6 @@ def gguf_tensors(spec: ModelSpec, sources: Sources, stored: Mapping, dtype: torc
 
 def merged(tensor, head_size: int, changes: Iterable[Change], packed: bool) -> tuple[Any, int]:
     """A part of a matrix after the changes of its adapters; a `packed` one becomes Q8_0."""
-    gguf = require_library("gguf", "a GGUF file")
     rows, columns = reversed(tensor.shape.tolist())
     values = dequantized((rows, columns), [(tensor, head_size)], torch.float32)
     for change in changes:
@@ -5842,7 +5835,7 @@ def dequantize(kind, data: torch.Tensor) -> torch.Tensor:
         bits = torch.where(power < 2, (1 << 21) << power, (power - 1) << 23)  # of 2^(power - 128)
         return torch.tensor(MXFP4_DOUBLED)[codes.int()] * bits.view(torch.float32)
     if kind.name not in BLOCK_BYTES:
-        return torch.from_numpy(require_library("gguf", "a GGUF file").dequantize(data.numpy(), kind))
+        return torch.from_numpy(gguf.dequantize(data.numpy(), kind))
     blocks = data.view(-1, BLOCK_BYTES[kind.name])
     scale, minimum = blocks[:, :4].contiguous().view(torch.float16).float().split(1, dim=1)  # (B, 1) each
     if kind.name == "Q8_0":
@@ -6101,7 +6094,7 @@ class CalculatorTool:
 
 
 class Said(NamedTuple):
-    """What an answer tells, in this order."""
+    """What is new in an answer, in this order."""
 
     reasoning: str = ""
     text: str = ""
@@ -7229,7 +7222,7 @@ def sandbox_main(arguments: Seq[str]) -> int:
             bodies = ([message.data for message in channel.receive(wait=True, most=1)]
                       if task.name in ("read_call", "answer_text") else [])
             signal.setitimer(signal.ITIMER_PROF, PREPARE_S)
-            do_task(tasks.prepare, task.name)  # an error shows when the task needs the same
+            do_task(tasks.prepare, task.name)  # an error shows when the task itself fails
             signal.setitimer(signal.ITIMER_PROF, config.cpu_s)
             reply = packed(do_task(getattr(tasks, task.name), *task.arguments, *bodies))
             if len(reply) > Result.MAX_BYTES:
@@ -8933,7 +8926,7 @@ def anthropic_messages(values: Mapping) -> Iterator[tuple[str, str, dict]]:
             kind = block.get("type") if isinstance(block, dict) else None
             if kind == "redacted_thinking":
                 continue
-            # what is none of these is refused as a text
+            # anything else is refused as text parts are
             kind = kind if is_text(kind) and kind in said else "text"
             said[kind].append((f"{name}.content[{index}]", block))
         for place, block in said["tool_result"]:
@@ -9889,7 +9882,7 @@ def arguments_of(text: str) -> dict:
 class OllamaEncoder(BlockEncoder):
     """Ollama's `/api/chat` and `/api/generate`: JSON objects, one on each line; a call comes whole."""
 
-    ping, content_type = b"", "application/x-ndjson"  # a line has to be an object
+    ping, content_type = b"", "application/x-ndjson"  # each line must be an object, so none is a ping
 
     def members(self, text: str = "", reasoning: str = "", calls: Seq[dict] = ()) -> dict:
         more = {"thinking": reasoning} if reasoning else {}
@@ -11482,7 +11475,7 @@ class RemotePool:
                 except connection_errors() as error:
                     response.close()
                     response = await self._take_up(request.id, reader, error)
-            yield reader.finished(request)
+            yield reader.finished()
         except ValueError as error:
             raise EngineFailure(f"{self.url} does not answer like a chat server: {error}") from None
         finally:
@@ -11602,7 +11595,7 @@ class RemoteStream:
         self.pieces += 1
         return Piece("", (), text, gpu=body.get("gpu", 0), reasoning=reasoning)
 
-    def finished(self, request: Request) -> Finished:
+    def finished(self) -> Finished:
         """The server's final figures; those it left out are measured here, counting a piece as a token."""
         usage, timings = self.done.get("usage") or {}, self.done.get("timings") or {}
         details = usage.get("prompt_tokens_details") or {}
