@@ -59,7 +59,7 @@ Where do I change ...
                               `answers out`
     a request's field         the field tables of `bodies in` (they also make /openapi.json), `Request`, then
                               the code that reads it
-    a flag                    `OPTIONS`: one row makes the flag, its variable, its config file key, its help
+    a flag                    `FLAGS`: one row makes the flag, its variable, its config file key, its help
     how a family calls or     `CALLS`, `THOUGHTS` and `tool_format_of`, read by `AnswerReader`, required by
     thinks                    `CALL_GRAMMARS`
     a message                 a `wire_message` class in section 3 with its size limit, then a case in
@@ -271,14 +271,39 @@ class Option(NamedTuple):
     many: bool = False
 
 
-OPTIONS = (
-    Option("num-gpus", "n", "1", str, "model replicas, one per GPU; `auto` = all"),
-    Option("num-workers", None, 1, number(int, 1, 256), "model replicas on CPU, each its own process"),
+FLAGS = (  # each below its heading in --help and in the README
+    "Model and where it runs",
     Option("source", "i", None, str, "nanochat checkpoint folder", choices=("sft", "rl", "mid", "base")),
     Option("model-tag", "g", None, str, "nanochat model tag, such as d20 (default: the largest)"),
     Option("step", "s", None, number(int, 0), "nanochat checkpoint step (default: the last)"),
     Option("softcap", None, None, number(float, 0.1, 1000),
            "override a nanochat model's logit softcap (15; 20 for one week of generation 3)"),
+    Option("lora", None, (), str,
+           "peft's folder of a LoRA adapter to merge into the weights at load, may repeat", many=True),
+    Option("served-model-name", None, (), str, "extra names for the model, may repeat", "serve", many=True),
+    Option("num-gpus", "n", "1", str, "model replicas, one per GPU; `auto` = all"),
+    Option("num-workers", None, 1, number(int, 1, 256), "model replicas on CPU, each its own process"),
+    Option("device-type", None, "auto", str, "where the model runs", choices=("auto", "cuda", "cpu", "mps")),
+    Option("dtype", "d", None, str,
+           "type of weights and KV cache (default: the file's if the kernels support it, else bfloat16)",
+           choices=("bfloat16", "float32")),
+    Option("quantize", None, None, str,
+           "quantize float weight matrices while loading, to 8 to 4 bits (CPU, with decode_core)",
+           choices=("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0",
+                    "iq4_nl", "iq4_xs", "mxfp4")),
+    "Memory and speed",
+    Option("context-length", None, None, number(int, 16), "tokens per sequence (default: the model's)"),
+    Option("kv-cache-memory", None, None, size, "bytes for KV pages per replica (suffixes K, M, G)"),
+    Option("gpu-memory-utilization", None, 0.90, number(float, 0.05, 1.0),
+           "share of device memory for weights and KV pages"),
+    Option("max-batch", None, 64, number(int, 1, 1024), "sequences decoded together per replica"),
+    Option("prefill-chunk", None, 256, number(int, 16, 65536), "prompt tokens computed in one step"),
+    Option("drafts", None, True, None,
+           "check several tokens per step where text repeats itself; --no-drafts: one (same answers)"),
+    Option("idle-unload", None, 0.0, number(float, 0),
+           "seconds without a request before the model is unloaded until the next one, 0 = never",
+           "serve"),
+    "Answers, unless a request says otherwise",
     Option("temperature", "t", None, number(float, 0, 2),
            "temperature, 0 = greedy (default: the model's own, else 0.8; chat: 0.6)"),
     Option("top-k", "k", None, number(int, 0),
@@ -289,79 +314,47 @@ OPTIONS = (
            "default answer length in tokens (512; chat, generate and /v1: up to the context)"),
     Option("seed", None, None, number(int, 0, 2**64 - 1),
            "fixed seed (default: random per answer)", "chat generate"),
-    Option("prompt", "p", None, str, "one prompt, one answer; `-` reads stdin", "chat generate"),
     Option("system", None, None, str, "system message", "chat generate"),
+    Option("prompt", "p", None, str, "one prompt, one answer; `-` reads stdin", "chat generate"),
+    "In the terminal",
     Option("url", None, None, str, "talk to a running server instead of loading a model", "chat generate"),
     Option("json", None, False, None,
            "answers as JSON, one object per line with text, usage and timings", "chat generate"),
     Option("history", None, True, None, "keep typed lines in ~/.local/state/chat_server/history", "chat"),
-    Option("port", "p", 8000, number(int, 0, 65535), "port to listen on, 0 = any free one", "serve"),
+    "Network and who may use it",
     Option("host", None, "0.0.0.0", str, "address to listen on", "serve"),
+    Option("port", "p", 8000, number(int, 0, 65535), "port to listen on, 0 = any free one", "serve"),
     Option("prefix", None, "", url_prefix, "path to serve under, such as /chat", "serve"),
     Option("api-key", None, (), str,
            "key that requests must have, may repeat; chat and generate send it to --url; other "
            "users can see it in `ps`, so prefer CHAT_SERVER_API_KEY or --api-key-file", many=True),
     Option("api-key-file", None, None, str, "file of more keys, one per line: `name: key` or `key`", "serve"),
-    Option("cors-origin", None, (), origin,
-           "web origin whose pages may use the server, may repeat; `null` = pages opened "
-           "from files, `*` = any", "serve", many=True),
     Option("allowed-host", None, (), str.lower,
            "host name of this server, may repeat: its pages may use the server, and requests for other "
            "names are refused (addresses and names without a dot only if --host is loopback)",
            "serve", many=True),
-    Option("dtype", "d", None, str,
-           "type of weights and KV cache (default: the file's if the kernels support it, else bfloat16)",
-           choices=("bfloat16", "float32")),
-    Option("quantize", None, None, str,
-           "quantize float weight matrices while loading, to 8 to 4 bits (CPU, with decode_core)",
-           choices=("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0",
-                    "iq4_nl", "iq4_xs", "mxfp4")),
-    Option("lora", None, (), str,
-           "peft's folder of a LoRA adapter to merge into the weights at load, may repeat", many=True),
-    Option("drafts", None, True, None,
-           "check several tokens per step where text repeats itself; --no-drafts: one (same answers)"),
-    Option("device-type", None, "auto", str, "where the model runs", choices=("auto", "cuda", "cpu", "mps")),
-    Option("gpu-memory-utilization", None, 0.90, number(float, 0.05, 1.0),
-           "share of device memory for weights and KV pages"),
-    Option("kv-cache-memory", None, None, size, "bytes for KV pages per replica (suffixes K, M, G)"),
-    Option("max-batch", None, 64, number(int, 1, 1024), "sequences decoded together per replica"),
+    Option("cors-origin", None, (), origin,
+           "web origin whose pages may use the server, may repeat; `null` = pages opened "
+           "from files, `*` = any", "serve", many=True),
     Option("share-prefixes", None, False, None,
            "API keys share the cached beginnings of prompts, so the holder of one may notice what another "
            "asked (without keys, everybody shares)", "serve"),
+    "Operation",
     Option("max-queue", None, 256, number(int, 0),
            "requests that may wait, in the whole server; any more get 429", "serve"),
     Option("max-concurrent-per-key", None, 0, number(int, 0),
            "requests of one API key (without keys: of one address) at a time, 0 = any number; more get 429",
            "serve"),
-    Option("idle-unload", None, 0.0, number(float, 0),
-           "seconds without a request before the model is unloaded until the next one, 0 = never",
-           "serve"),
     Option("drain-timeout", None, 30.0, number(float, 0),
            "seconds that running answers get after SIGTERM", "serve"),
-    Option("context-length", None, None, number(int, 16), "tokens per sequence (default: the model's)"),
-    Option("prefill-chunk", None, 256, number(int, 16, 65536), "prompt tokens computed in one step"),
     Option("config", None, None, str,
            "TOML file of flags: `max-batch = 8`; flags and environment variables override it"),
-    Option("served-model-name", None, (), str, "extra names for the model, may repeat", "serve", many=True),
     Option("log-format", None, "text", str, "format of log lines", "serve",
            choices=("text", "json")),
     Option("log-conversations", None, False, None,
            "log the texts of messages too, not only metadata", "serve"),
 )
-
-
-FLAG_GROUPS = {  # headings of --help and of the README
-    "Model and where it runs":
-        "source model-tag step softcap lora served-model-name num-gpus num-workers device-type dtype "
-        "quantize",
-    "Memory and speed":
-        "context-length kv-cache-memory gpu-memory-utilization max-batch prefill-chunk drafts idle-unload",
-    "Answers, unless a request says otherwise": "temperature top-k top-p min-p max-tokens seed system prompt",
-    "In the terminal": "url json history",
-    "Network and who may use it":
-        "host port prefix api-key api-key-file allowed-host cors-origin share-prefixes",
-    "Operation": "max-queue max-concurrent-per-key drain-timeout config log-format log-conversations",
-}
+OPTIONS = tuple(flag for flag in FLAGS if isinstance(flag, Option))
 
 
 def option_field(option: Option) -> str:
@@ -11360,11 +11353,11 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
         parser.add_argument("model", metavar="MODEL", nargs="?", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--version", action="store_true", help="print the version and which kernels run")
     options = {option_field(option): option for option in OPTIONS if command in option.commands.split()}
-    for title, flags in FLAG_GROUPS.items():
-        group = parser.add_argument_group(title)
-        for name in flags.replace("-", "_").split():
-            if name in options:
-                add_option(group, options[name])
+    for flag in FLAGS:
+        if isinstance(flag, str):
+            group = parser.add_argument_group(flag)
+        elif flag in options.values():
+            add_option(group, flag)
     values = vars(parser.parse_args(words))
     if values.pop("version"):
         print(f"chat_server {__version__}; {kernels_line()}")
