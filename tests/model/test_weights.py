@@ -911,6 +911,7 @@ def test_a_type_the_package_cannot_dequantize_is_named(tmp_path):
 @pytest.mark.parametrize(("library", "model"), [("gguf", "gguf"), ("tokenizers", "gguf"), ("tiktoken", "nanochat"), ("jinja2", "gguf")])
 def test_a_missing_library_is_an_error_with_the_pip_line(monkeypatch, default_model_path, nanochat_fixtures, library, model):
     monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.setattr(chat_server, "gguf", chat_server.LazyModule("gguf", purpose="a GGUF file"))      # not imported yet
     with pytest.raises(ConfigError, match=f"pip install {library}"):
         loaded = load(default_model_path if model == "gguf" else nanochat_fixtures / "gen1")
         open_tokenizer(loaded.text)
