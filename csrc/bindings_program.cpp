@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/pool/pool.h"
 #include "cpu/program/program.h"
 #include "cpu/program/rows.h"
 #include "cpu/program/width.h"
@@ -97,6 +98,21 @@ void experts(dc::Program& program, const Buffer& x, const Buffer& logits, const 
     record(dc::OpKind::combine, x, out, nullptr, 0);
 }
 
+void exchange(dc::Program& program, dc::OpKind kind, bool on_logit_rows, const Buffer& x, const std::shared_ptr<dc::Ranks>& ranks,
+              const Buffer& out, const Buffer& residual) {
+    dc::Op op = make_op(kind, on_logit_rows, x, out);
+    op.ranks = ranks, op.other = rows_of(residual);
+    program.record(op);
+}
+
+// At once, on the caller's thread.
+void exchange_now(dc::Ranks& ranks, bool sums, int64_t rows, const Buffer& x, const Buffer& out, const Buffer& residual) {
+    const dc::Exchange all{&ranks, sums, rows, x.second, at<const float>(x.first), at<const float>(residual.first), out.second, at<float>(out.first)};
+    Gil released;
+    const dc::DefaultFloatMode mode;
+    dc::run_exchange(all);
+}
+
 template <class T>
 std::vector<T> copied(uintptr_t address, size_t count) { return {at<const T>(address), at<const T>(address) + count}; }
 
@@ -161,6 +177,16 @@ void bind_program(py::module_& m) {
         .def(py::init<int>())
         .def("choose", &dc::Width::choose)
         .def("learn", &dc::Width::learn);
+    m.attr("LOOK_MS") = dc::LOOK_MS, m.attr("MAX_RANKS") = dc::MAX_RANKS;
+    m.def("prepare_ranks", &dc::Ranks::prepare, py::arg("fd"), py::arg("count"), py::arg("part_bytes"));
+    py::class_<dc::Ranks, std::shared_ptr<dc::Ranks>>(m, "Ranks")
+        .def(py::init<int, int, double>())
+        .def("exchange", &exchange_now)
+        .def("poison", [](dc::Ranks& ranks) { ranks.poison(); })
+        .def("why", &dc::Ranks::why)
+        .def_readonly("rank", &dc::Ranks::rank)
+        .def_readonly("count", &dc::Ranks::count)
+        .def_readonly("part_bytes", &dc::Ranks::part_bytes);
     py::class_<Program, std::unique_ptr<Program, Delete>>(m, "Program")
         .def(py::init([](int64_t max_tokens, int64_t max_rows) { return std::unique_ptr<Program, Delete>(new Program(max_tokens, max_rows)); }))
         .def("embed", &embed)
@@ -174,6 +200,10 @@ void bind_program(py::module_& m) {
         .def("softcap", &softcap)
         .def("rope_append", &rope_append)
         .def("paged_attention", &paged_attention)
+        .def("all_reduce", [](Program& p, bool logit_rows, const Buffer& x, const std::shared_ptr<dc::Ranks>& ranks, const Buffer& out,
+                              const Buffer& residual) { exchange(p, OpKind::all_reduce, logit_rows, x, ranks, out, residual); })
+        .def("all_gather", [](Program& p, bool logit_rows, const Buffer& x, const std::shared_ptr<dc::Ranks>& ranks,
+                              const Buffer& out) { exchange(p, OpKind::all_gather, logit_rows, x, ranks, out, {}); })
         .def("sample", simple(OpKind::sample))
         .def("start", &start)
         .def("finish", &Program::finish, py::call_guard<Gil>())

@@ -14,6 +14,7 @@ except ImportError as failure:
 from . import cuda
 from .attention import paged_attention, plan_attention, rope_append
 from .program import Program
+from .ranks import RankMemory, Ranks
 from .sampling import SampleBatch, Sampler, batch_of, sample
 from .seam import SEAM, backend_for, check, cuda_ops
 from .tiles import Arena, Matrix, embed, multiply

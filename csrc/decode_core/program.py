@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from . import _core
 from .arrays import CODES, FLOAT32, look_at, vector
 from .attention import check_cache, check_softcap, check_together, rope_job, sinks_at
+from .ranks import Ranks, check_gathered
 from .sampling import SampleBatch
 from .tiles import ACTIVATIONS, GATES, TILE_ROWS, Matrix, check_linear, check_matrix
 
@@ -204,6 +205,22 @@ class Program:
         self._record(self._program.paged_attention, q_at, cache_at, cache_kind, pages, H, Hkv, D, max(window, 0),
                      check_softcap(softcap), sinks_at(sinks, H), out_at, attention.group, keep=(q, cache, out, sinks))
 
+    def all_reduce(self, x, ranks, out, residual=None) -> None:
+        """residual + the sum of all ranks' x -> out; both may be out. Every rank's program has it at the same place."""
+        x_at, kind = self._read("x", x, 16)
+        residual_at = NONE if residual is None else self._read_like("residual", residual, kind, x_at[1])
+        self._record(self._program.all_reduce, kind == LOGIT_ROWS, x_at, self._handle(ranks), self._written("out", out, kind, x_at[1]),
+                     residual_at, keep=(x, ranks, out, residual))
+
+    def all_gather(self, x, ranks, out) -> None:
+        """All ranks' x side by side -> out, which may lack some at its end and is not x."""
+        x_at, kind = self._read("x", x)
+        handle, out_at = self._handle(ranks), self._written("out", out, kind)
+        check_gathered(out_at[1], x_at[1], ranks.count)
+        if out_at[0] == x_at[0]:
+            raise ValueError("out: may not be x")
+        self._record(self._program.all_gather, kind == LOGIT_ROWS, x_at, handle, out_at, keep=(x, ranks, out))
+
     def sample(self, logits) -> None:
         """The last op: a token for each logit row, in the steps that bring a SampleBatch."""
         x_at, kind = self._read("logits", logits)
@@ -281,6 +298,11 @@ class Program:
         if its != kind or buffer[1] != columns:
             raise ValueError(f"{name}: must be ({kind} = {self._limits[kind]}, {columns}), as what it goes with")
         return buffer
+
+    def _handle(self, ranks):
+        if not isinstance(ranks, Ranks):
+            raise ValueError(f"ranks: must be Ranks, not {type(ranks).__name__}")
+        return ranks.handle
 
     def _sampling(self, batch) -> tuple:
         if not isinstance(batch, SampleBatch):

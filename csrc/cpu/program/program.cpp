@@ -80,6 +80,7 @@ class Leader {
                     run(*step, [&] { tell(untold); });
                 } catch (const std::exception& failure) {   // std::bad_alloc, or ids that a failed step did not draw
                     step->error = failure.what();
+                    step->poison_ranks();
                 }
                 drawn = step->error.empty() ? step->drawn : std::vector<int32_t>();
             }
@@ -150,7 +151,8 @@ public:
 
 const char* name_of(OpKind kind) {
     static const char* const names[] = {"embed", "gather_rows", "rms_norm", "linear", "copy", "mix", "smear", "softcap",
-                                        "rope_append", "paged_attention", "sample", "route", "group", "gate_up", "down", "combine"};
+                                        "rope_append", "paged_attention", "sample", "route", "group", "gate_up", "down", "combine",
+                                        "all_reduce", "all_gather"};
     return names[int(kind)];
 }
 
@@ -237,6 +239,9 @@ void Program::record(const Op& op) {
         const int64_t rows = op.on_logit_rows ? max_rows : std::min(max_tokens, TOKENS_BY_ROWS);
         in.prepared_size = std::max(in.prepared_size, prepared_bytes(op, rows));
     }
+    if (op.ranks)
+        require(int64_t(op.on_logit_rows ? max_rows : max_tokens) * op.x.columns * int64_t(sizeof(float)) <= op.ranks->part_bytes,
+                "x: is more than the ranks' memory file has for a part");
     if (op.kind == OpKind::gate_up || op.kind == OpKind::down) {
         const int64_t pairs = max_tokens * op.routing->chosen;
         const int64_t panels = Routing::most_panels(op.routing->experts, pairs);

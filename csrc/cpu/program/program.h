@@ -16,12 +16,13 @@
 #include "cpu/attention/attention.h"
 #include "cpu/tiles/tiles.h"
 #include "cpu/program/experts.h"
+#include "cpu/ranks/ranks.h"
 #include "ops.h"
 
 namespace dc {
 
 enum class OpKind { embed, gather_rows, rms_norm, linear, copy, mix, smear, softcap, rope_append, paged_attention, sample, route, group,
-                    gate_up, down, combine };
+                    gate_up, down, combine, all_reduce, all_gather };
 const char* name_of(OpKind kind);
 
 struct Rows {                           // a buffer: contiguous rows of `columns`
@@ -34,7 +35,7 @@ struct Op {
     OpKind kind{};
     bool on_logit_rows = false;         // runs over the R rows that have logits, else over the T tokens
     Rows x, out;
-    Rows other;                         // linear: residual; mix: x0 (or backout's middle); smear: previous
+    Rows other;                         // linear: residual; mix: x0 (or backout's middle); smear: previous; all_reduce: residual
     bool norm = false;                  // linear: of x first; weight and epsilon are the norm's
     const float* weight = nullptr;      // smear: the gate
     float epsilon = 0;
@@ -53,6 +54,7 @@ struct Op {
     int64_t num_pages = 0;              // of rope's and attention's cache
     int page_group = 0;                 // rope, attention: which of a table's pages are theirs, see StepInput
     std::shared_ptr<Routing> routing;   // route (x: logits), group, gate_up (x), down, combine (x: what is added to): see experts.h
+    std::shared_ptr<Ranks> ranks;       // all_reduce, all_gather
 };
 
 // What a step brings. Ids below 0: token_ids ~i (-1 - i) is the token that row i of the step before draws; previous_ids

@@ -1,5 +1,5 @@
 // What stands between two products besides attention, one row at a time: norm, mixing, the logits' cap, the plain embedding, the
-// choice of experts and the sum of what they give.
+// choice of experts and the sum of what they give, and the sum over ranks.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +22,8 @@ struct RowKernels {             // `columns` a multiple of 16 except for soft_ca
     void (*route)(const float* logits, int64_t experts, int64_t chosen, bool sum_to_one, int32_t* ids, float* shares);
     // x + shares[0] added[0] + ..., added up in this order
     void (*combine)(const float* x, const float* const* added, const float* shares, int64_t chosen, int64_t columns, float* out);
+    // (parts[0] + parts[1] + ...), added up in this order; then x + that, unless x is null
+    void (*add_up)(const float* const* parts, int64_t count, const float* x, int64_t columns, float* out);
 };
 
 DC_EACH_ISA(extern const RowKernels row_kernels)

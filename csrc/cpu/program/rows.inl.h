@@ -1,4 +1,4 @@
-// op       rms_norm, mix (backout is a mix), smear, soft_cap, widen, route, combine: rows between two products
+// op       rms_norm, mix (backout is a mix), smear, soft_cap, widen, route, combine, add_up: rows between two products
 // shapes   x [C] float32 -> out [C] float32; route: logits [E] -> ids and shares [chosen]
 // mapping  the caller's thread, one row; 16 lanes along it
 // cost     every value read and written once, from L1 or L2: estimated 0.1 us a row at C = 576, soft_cap 10 us at V = 32768
@@ -96,9 +96,17 @@ void combine(const float* x, const float* const* added, const float* shares, int
     }
 }
 
+void add_up(const float* const* parts, int64_t count, const float* x, int64_t columns, float* out) {
+    for (int64_t c = 0; c < columns; c += 16) {
+        Lanes total = load(parts[0] + c);
+        for (int64_t i = 1; i < count; i++) total = total + load(parts[i] + c);
+        store(out + c, x ? load(x + c) + total : total);
+    }
+}
+
 }  // namespace
 
-extern const RowKernels row_kernels = {rms_norm, mix, smear, soft_cap, widen_any, route, combine};
+extern const RowKernels row_kernels = {rms_norm, mix, smear, soft_cap, widen_any, route, combine, add_up};
 
 }  // namespace DC_ISA
 }  // namespace dc

@@ -8,12 +8,15 @@
 //   T >= 32  rows are divided: everything from one attention to the next is one phase whose chunks take 8 to 32 rows through
 //            all products, so that a thread keeps its rows in its cache (measured: 4,360-4,880 tok/s on two chips,
 //            2,960 with the products divided).
+// Where ranks sum (all_reduce) or put side by side (all_gather) what each has, one chunk copies, meets (ranks.h) and joins; where
+// that is much, copying and joining are phases around the meeting, in which all threads take part.
 // A layer's experts (experts.h) are phases of their own either way: their products are divided among the threads.
 // Logit rows are always treated the first way: the head is too large to be read again for each chunk.
 // After the last rope_append only tokens with logits are computed on: nothing else reads the others (a thirtieth of a prompt).
 // The bits of a row are the same either way (tiles.h, attention.h).
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <map>
 #include <memory>
@@ -48,6 +51,7 @@ public:
     // Ids below 0 become what the step before drew; std::out_of_range if it drew none, or one that has no row in some table.
     void resolve_ids(const std::vector<int32_t>& drawn);
     void run(int width, const std::function<void()>& begun);
+    void poison_ranks() const;                  // of a step that failed: the other ranks wait for it
     StepTimes times() const;
     bool by_rows() const { return tokens >= TOKENS_BY_ROWS; }
 
@@ -72,6 +76,7 @@ private:
     using Put = void (Step::*)(const Part&, int64_t chunk, const float* staged) const;
     struct Range { int64_t begin, end; };
 
+    template <class Work> void note_failure(Work work) const;     // of a chunk, before the phase ends
     Phase& add_phase(Part part);
     template <Body body> void add_plain(Part part);
     template <StagedBody body, Put put> void add_staged(Part part, size_t staged_bytes);
@@ -79,6 +84,7 @@ private:
     void add_product(int op);
     void add_attention(int op);
     void add_experts(int op);
+    void add_exchange(int op);
     void make_phases();
     void find_slots(const std::vector<int32_t>& pages, const std::vector<int64_t>& offsets);
     void plan_attention();
@@ -102,6 +108,11 @@ private:
     struct Piece { Routing::Expert expert; int64_t tile_begin, tile_end, column_begin, column_end, width; };
     template <class Visit> void each_piece(const Part& part, int64_t chunk, Visit visit) const;
     void do_sample(const Part& part, int64_t chunk) const;
+    void do_offer(const Part& part, int64_t chunk) const;
+    void do_meet(const Part& part, int64_t chunk) const;
+    void do_join(const Part& part, int64_t chunk) const;
+    Exchange exchange_of(const Part& part) const;
+    void do_exchange(const Part& part, int64_t chunk) const;
 
     void do_row_op(const Op& op, int64_t begin, int64_t end) const;
     void embed(const Op& op, int64_t row) const;
@@ -128,6 +139,7 @@ private:
     std::vector<Part> parts;
     std::vector<Phase> phases;
     std::vector<uint64_t> stamps;
+    mutable std::atomic<bool> failed{false};    // a chunk has thrown: what comes after it is nonsense, and not for other ranks
 };
 
 }  // namespace dc

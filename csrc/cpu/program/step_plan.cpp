@@ -14,6 +14,7 @@ constexpr int64_t CHUNK_BYTES = 64 << 10;
 constexpr int64_t FREE_ROWS = 4;                // so many rows take the time of one: beyond, chunks take fewer tiles
 // A chunk of an expert's product in a prompt: its weights stay in the second cache while all of the expert's rows pass by.
 constexpr int64_t EXPERT_BYTES = 384 << 10;
+constexpr int64_t EXCHANGED_BYTES = 32 << 10;   // of a rank's part, copied or joined by a chunk: estimated 3 us
 constexpr int64_t SMALL_CHUNK_ROWS = 4;         // rows of a chunk between two products: 0.7 us of prepare, 2 us of rope
 
 }  // namespace
@@ -95,6 +96,16 @@ void Step::find_needed() {
     }
 }
 
+template <class Work>
+void Step::note_failure(Work work) const {
+    try {
+        work();
+    } catch (...) {
+        failed.store(true);
+        throw;
+    }
+}
+
 Phase& Step::add_phase(Part part) {
     part.step = this;
     part.chunks = std::min(part.chunks, MAX_CHUNKS);
@@ -107,7 +118,7 @@ template <Step::Body body>
 void Step::add_plain(Part part) {
     add_phase(part).run = [](const void* context, int64_t chunk, void*) {
         const Part& its = *static_cast<const Part*>(context);
-        (its.step->*body)(its, chunk);
+        its.step->note_failure([&] { (its.step->*body)(its, chunk); });
     };
 }
 
@@ -116,7 +127,7 @@ void Step::add_staged(Part part, size_t staged_bytes) {
     Phase& phase = add_phase(part);
     phase.run = [](const void* context, int64_t chunk, void* staged) {
         const Part& its = *static_cast<const Part*>(context);
-        (its.step->*body)(its, chunk, static_cast<float*>(staged));
+        its.step->note_failure([&] { (its.step->*body)(its, chunk, static_cast<float*>(staged)); });
     };
     phase.put = [](const void* context, int64_t chunk, const void* staged) {
         const Part& its = *static_cast<const Part*>(context);
@@ -172,6 +183,18 @@ void Step::add_experts(int index) {
     if (by_rows()) phases.back().put = nullptr;                         // as in add_attention
 }
 
+// The meeting is in a phase of one chunk: one thread waits for the other ranks.
+void Step::add_exchange(int index) {
+    const Op& op = ops[size_t(index)];
+    const int64_t rows = count_of(op), bytes = rows * op.x.columns * int64_t(sizeof(float));
+    const int64_t chunks = threads == 1 ? 1 : std::min({rows, bytes / EXCHANGED_BYTES, MAX_CHUNKS});
+    Part part{nullptr, index, index + 1, -1, rows, rows, 1};
+    if (chunks <= 1) return add_plain<&Step::do_exchange>(part);
+    part.chunks = chunks, add_plain<&Step::do_offer>(part);
+    part.chunks = 1, add_plain<&Step::do_meet>(part);
+    part.chunks = chunks, add_plain<&Step::do_join>(part);
+}
+
 void Step::make_phases() {
     int first = 0;                              // ops [first, i) are of the rows' phase that is being collected
     const auto flush = [&](int i, int prepares, int next) {
@@ -188,6 +211,7 @@ void Step::make_phases() {
         else if (op.kind == OpKind::paged_attention) flush(i, -1, i + 1), add_attention(i);
         else if (op.kind == OpKind::group) flush(i, -1, i + 1), add_plain<&Step::do_group>({nullptr, i, i + 1, -1, rows, rows, 1, is_needed_only(i)});
         else if (op.kind == OpKind::gate_up || op.kind == OpKind::down) flush(i, -1, i + 1), add_experts(i);
+        else if (op.ranks) flush(i, -1, i + 1), add_exchange(i);
         else if (op.kind == OpKind::softcap) {
             const int64_t segments = (op.x.columns + CAP_COLUMNS - 1) / CAP_COLUMNS;
             flush(i, -1, i + 1), add_plain<&Step::do_softcap>({nullptr, i, i + 1, -1, rows, segments, rows * segments});

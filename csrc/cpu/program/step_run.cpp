@@ -242,6 +242,35 @@ void Step::do_sample(const Part& part, int64_t row) const {
     DC_CHOSEN(sample_row)(args, row);
 }
 
+// ---- what ranks exchange
+
+Exchange Step::exchange_of(const Part& part) const {
+    const Op& op = ops[size_t(part.first)];
+    return {op.ranks.get(), op.kind == OpKind::all_reduce, part.rows, op.x.columns, op.x.at, op.other.at, op.out.columns, op.out.at};
+}
+
+void Step::do_offer(const Part& part, int64_t chunk) const {
+    offer(exchange_of(part), part.rows * chunk / part.chunks, part.rows * (chunk + 1) / part.chunks);
+}
+
+void Step::do_meet(const Part& part, int64_t) const {
+    if (failed.load()) poison_ranks();          // then meet() throws, here and in the others
+    meet(exchange_of(part));
+}
+
+void Step::do_join(const Part& part, int64_t chunk) const {
+    join(exchange_of(part), part.rows * chunk / part.chunks, part.rows * (chunk + 1) / part.chunks);
+}
+
+void Step::do_exchange(const Part& part, int64_t) const {
+    do_offer(part, 0), do_meet(part, 0), do_join(part, 0);
+}
+
+void Step::poison_ranks() const {
+    for (const Op& op : ops)
+        if (op.ranks) return op.ranks->poison();
+}
+
 // ---- after it
 
 StepTimes Step::times() const {

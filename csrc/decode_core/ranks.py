@@ -1,0 +1,112 @@
+"""Ranks: processes that compute one model together on one host, each with a shard of its weights.
+
+    memory = RankMemory(count=2, part_bytes=max_tokens * C * 4)         # the parent's; starts the ranks with memory.path
+    ranks = Ranks(memory.path, rank)                                    # in each rank's process
+    program.all_reduce(partial, ranks, x, residual=x)                   # recorded; or at once: ranks.all_reduce(...)
+    memory.poison()                                                     # all ranks leave their waits with a RuntimeError
+
+A sum is added in the order of the ranks, so its bits depend on their number alone. Nobody waits for ever: a rank that waits
+sees within a moment that another's process has ended or that the memory is poisoned, and gives up after `patience_s`. From
+then on every exchange fails at once; whoever goes on begins anew, with new processes and a new memory.
+
+What is still to be done before a model is served this way: chat_server.py's shards (`shard_of`) become what each rank loads,
+Transformer.compute records all_reduce after the products that are divided by columns and all_gather of the logits, and rank 0
+sends each step's batch to the others.
+"""
+
+import os
+import tempfile
+
+from . import _core
+from .arrays import FLOAT32, look_at
+
+PATIENCE_S = 60.0           # more than the longest that a rank computes between two exchanges
+
+
+class RankMemory:
+    """The parent's end: a file in memory that goes with the last process that has it open."""
+
+    def __init__(self, count: int, part_bytes: int):
+        if hasattr(os, "memfd_create"):
+            self._fd, self._file = os.memfd_create("decode_core-ranks"), None
+            self.path = f"/proc/{os.getpid()}/fd/{self._fd}"
+        else:
+            self._file = tempfile.NamedTemporaryFile(prefix="decode_core-ranks-")
+            self._fd, self.path = self._file.fileno(), self._file.name
+        try:
+            _core.prepare_ranks(self._fd, count, part_bytes)
+            self._ranks = _core.Ranks(self._fd, -1, PATIENCE_S)
+        except BaseException:
+            self._close()
+            raise
+
+    def poison(self) -> None:
+        """Make every rank leave its wait, and fail from now on."""
+        self._ranks.poison()
+
+    def why(self) -> str:
+        """Why the ranks can no longer exchange anything, "" while they can."""
+        return self._ranks.why()
+
+    def _close(self) -> None:
+        self._file.close() if self._file else os.close(self._fd)
+
+    def __del__(self):
+        if hasattr(self, "_ranks"):
+            self._close()
+
+
+class Ranks:
+    """A rank's end. Every rank makes the same calls, in the same order and with the same shapes, from one thread at a time."""
+
+    def __init__(self, path: str, rank: int, patience_s: float = PATIENCE_S):
+        if not isinstance(rank, int) or rank < 0:
+            raise ValueError(f"rank: must be an integer from 0, not {rank!r}")
+        fd = os.open(path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+        try:
+            self.handle = _core.Ranks(fd, rank, patience_s)         # maps the file
+        finally:
+            os.close(fd)
+        self.rank, self.count, self.part_bytes = self.handle.rank, self.handle.count, self.handle.part_bytes
+
+    def all_reduce(self, x, out, residual=None) -> None:
+        """residual + the sum of all ranks' x (rows, C) -> out; both may be out, rows * C a multiple of 16."""
+        rows, columns = self._shape(x)
+        if rows * columns % 16:
+            raise ValueError(f"x: must be a multiple of 16 numbers, not {(rows, columns)}")
+        others = [(0, 0) if array is None else (look_at(name, array, FLOAT32, rows, columns, writable=name == "out")[0], columns)
+                  for name, array in (("out", out), ("residual", residual))]
+        self.handle.exchange(True, rows, (look_at("x", x, FLOAT32, rows, columns)[0], columns), *others)
+
+    def all_gather(self, x, out) -> None:
+        """All ranks' x (rows, C) side by side -> out (rows, at most count * C), whose end may lack some."""
+        rows, columns = self._shape(x)
+        out_at, _, (_, width), _ = look_at("out", out, FLOAT32, rows, None, writable=True)
+        check_gathered(width, columns, self.count)
+        self.handle.exchange(False, rows, (look_at("x", x, FLOAT32, rows, columns)[0], columns), (out_at, width), (0, 0))
+
+    def poison(self) -> None:
+        """What this rank has to do cannot be done: let the others know."""
+        self.handle.poison()
+
+    def why(self) -> str:
+        return self.handle.why()
+
+    def _shape(self, x) -> tuple[int, int]:
+        rows, columns = look_at("x", x, FLOAT32, None, None)[2]
+        if not rows * columns or rows * columns * 4 > self.part_bytes:
+            raise ValueError(f"x: must have 4 to {self.part_bytes} bytes, as the ranks' memory was made for, not {4 * rows * columns}")
+        return rows, columns
+
+
+def check_gathered(width: int, columns: int, count: int) -> None:
+    if not 0 < width <= count * columns:
+        raise ValueError(f"out: must have 1 to {count * columns} columns, not {width}")
+
+
+def all_reduce_reference(parts: list, residual=None):
+    """What all_reduce gives to every rank: numpy arrays, float32, one a rank."""
+    total = parts[0].copy()
+    for part in parts[1:]:
+        total = total + part
+    return total if residual is None else residual + total
