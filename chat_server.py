@@ -5004,6 +5004,87 @@ def family_spec(path: Path, kind: str, config: dict, rope: Mapping) -> ModelSpec
         attention_softcap=config.get("attn_logit_softcapping") or 0.0, **fields)
 
 
+# --- shards: what each of several ranks holds ---
+
+# No rank loads its shards yet. To come: `assembled` and the GGUF reader read what `shard_of` says, and zeros
+# for a bias of which it says None; Transformer has the sizes of `shard_spec`, sums over all ranks after
+# `output` and `down` (decode_core's all_reduce), and puts logits side by side (all_gather); every rank draws
+# by itself. tests/support/rank_model.py does this for a small llama.
+
+
+class RankShare(NamedTuple):
+    """What a rank has: of the vocabulary, of the heads, and of the F of each feed-forward part or expert.
+
+    Where there are more ranks than kv heads, several have the same one, and each some of its query heads.
+    """
+
+    rank: int
+    vocabulary: range
+    heads: range
+    kv_heads: range
+    ffn: range
+
+
+def share_of(spec: ModelSpec, rank: int, tp: int, block: int = 1) -> RankShare:
+    """The share of one of `tp` ranks, or ConfigError where some rank would get nothing.
+
+    `block`: so many columns of `down` are packed together. The vocabulary and the blocks are given out in
+    ceil(n / tp), so that only the last ranks have fewer.
+    """
+    def equal(count: int, unit: int = 1) -> range:
+        each = -(-count // (unit * tp)) * unit
+        return range(count)[rank * each:(rank + 1) * each]
+
+    group, firsts = spec.heads // spec.kv_heads, [each * spec.kv_heads // tp for each in range(tp)]
+    first, sharing = firsts[rank], firsts.count(firsts[rank])
+    kv_heads = range(first, max(first + 1, (rank + 1) * spec.kv_heads // tp))
+    place = rank - firsts.index(first)
+    heads = range(first * group + group * place // sharing,
+                  kv_heads[-1] * group + group * (place + 1) // sharing)
+    blocks = -(-spec.ffn_size // block)
+    if tp > spec.heads or -(-blocks // tp) * (tp - 1) >= blocks:
+        raise ConfigError(f"the model cannot be divided among {tp} ranks: it has {spec.heads} query heads, "
+                          f"and its feed-forward part {blocks} blocks of {block} columns")
+    return RankShare(rank, equal(spec.vocab_size), heads, kv_heads, equal(spec.ffn_size, block))
+
+
+def rows_of(heads: range, size: int, before: int = 0) -> range:
+    """The rows of some heads of `size` rows each, in a matrix where `before` rows precede the first head."""
+    return range(before + heads.start * size, before + heads.stop * size)
+
+
+SPLITS: dict[str, tuple[int, Callable[[ModelSpec, RankShare], list[range]]]] = {
+    # our tensor -> (its axis that is divided, what of that a rank has); of all others it has everything
+    "embed": (0, lambda s, my: [my.vocabulary]), "head": (0, lambda s, my: [my.vocabulary]),
+    "qkv": (0, lambda s, my: [
+        rows_of(my.heads, s.head_size),
+        *(rows_of(my.kv_heads, s.head_size, n * s.head_size) for n in (s.heads, s.heads + s.kv_heads))]),
+    "sinks": (0, lambda s, my: [my.heads]), "output": (1, lambda s, my: [rows_of(my.heads, s.head_size)]),
+    "value_embed": (1, lambda s, my: [rows_of(my.kv_heads, s.head_size)]),
+    "ve_gate": (0, lambda s, my: [my.kv_heads]),
+    "up": (0, lambda s, my: [my.ffn]), "down": (1, lambda s, my: [my.ffn]),
+    "gate_up": (0, lambda s, my: [rows_of(my.ffn, 1, n * s.ffn_size) for n in range(2)]),
+    "expert_gate_up": (0, lambda s, my: [rows_of(my.ffn, 1, n * s.ffn_size) for n in range(2 * s.experts)]),
+    "expert_down": (1, lambda s, my: [my.ffn])}
+
+
+def shard_of(name: str, spec: ModelSpec, share: RankShare) -> tuple[int, list[range]] | None:
+    """(an axis of the tensor, ranges of it that together are the rank's); no ranges: all of it is.
+
+    None: nothing is. Where the columns of a matrix are divided, rank 0 alone adds the bias.
+    """
+    matrix, bias, _ = name.rpartition(".")[2].partition("_bias")
+    axis, ranges_of = SPLITS.get(matrix, (0, lambda spec, share: []))
+    if bias and axis == 1:
+        return None if share.rank else (0, [])
+    return axis, ranges_of(spec, share)
+
+
+def shard_spec(spec: ModelSpec, share: RankShare) -> ModelSpec:
+    """The sizes of a rank's layers. `vocab_size` stays: its logits, put side by side, are of all tokens."""
+    return replace(spec, heads=len(share.heads), kv_heads=len(share.kv_heads), ffn_size=len(share.ffn))
+
+
 # --- rotary frequencies scaled to longer contexts ---
 ROPE_TYPES = {  # rope_type -> its parameters
     "default": "", "linear": "factor",

@@ -1,0 +1,235 @@
+"""Shards of a model's tensors: each is given out once, and the ranks together are the whole model."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import chat_server as cs
+import rank_model
+from chat_server import ModelSpec, Transformer
+from engines import make_batch
+from families import MODELS, load, make_model, save
+
+GENERATIONS = ("gen1", "gen2", "gen3", "gen4", "gen5")
+SEED = 3
+
+
+def shard(tensor, where):
+    """The rank's part; a bias that another rank adds is zeros."""
+    if where is None:
+        return torch.zeros_like(tensor)
+    axis, ranges = where
+    return torch.cat([tensor.narrow(axis, part.start, len(part)) for part in ranges], axis) if ranges else tensor
+
+
+def shares_of(spec, tp, block=1):
+    return [cs.share_of(spec, rank, tp, block) for rank in range(tp)]
+
+
+def check_every_part_is_given_out_once(spec, tp, block=1):
+    shares = shares_of(spec, tp, block)
+    local = [cs.shard_spec(spec, share) for share in shares]
+    for name, shape in cs.expected_tensors(spec).items():
+        kind, given = name.rpartition(".")[2], [cs.shard_of(name, spec, share) for share in shares]
+        if given[0] is not None and not given[0][1]:        # whole, or rank 0's bias
+            assert all(other in (None, given[0]) for other in given)
+            assert (kind in ("output_bias", "down_bias", "expert_down_bias")) == (None in given) or tp == 1, name
+            continue
+        axis, counts = given[0][0], torch.zeros(shape[given[0][0]], dtype=torch.int64)
+        for (its, ranges), share, own in zip(given, shares, local):
+            assert its == axis and all(0 <= part.start < part.stop <= shape[axis] for part in ranges)
+            vocabulary = kind in ("embed", "head")
+            count = len(share.vocabulary) if vocabulary else cs.expected_tensors(own)[name][axis]
+            assert sum(map(len, ranges)) == count, name     # as the rank's own sizes say
+            for part in ranges:
+                counts[part.start:part.stop] += 1
+        replicated = slice(0, 0)                            # kv heads that several ranks have
+        if tp > spec.kv_heads and kind in ("qkv", "qkv_bias", "value_embed", "ve_gate"):
+            replicated = slice(spec.heads * spec.head_size if kind.startswith("qkv") else 0, None)
+        assert (counts[replicated] >= 1).all(), name
+        counts[replicated] = 1
+        assert (counts == 1).all(), name
+
+
+PUBLISHED = {
+    "gpt-oss-120b": (ModelSpec(vocab_size=201_088, layers=1, width=2880, heads=64, kv_heads=8, head_size=64, ffn_size=2880,
+                               max_positions=64, experts=4, experts_per_token=4, qkv_bias=True, output_bias=True, ffn_bias=True,
+                               router_bias=True, sinks=True, activation="clamped_swiglu"), 32),
+    "llama-8b": (ModelSpec(vocab_size=128_256, layers=1, width=4096, heads=32, kv_heads=8, head_size=128, ffn_size=14_336,
+                           max_positions=64), 256),
+    "smollm2": (ModelSpec(vocab_size=49_152, layers=1, width=576, heads=9, kv_heads=3, head_size=64, ffn_size=1536,
+                          max_positions=64), 32),
+    "relu2": (ModelSpec(vocab_size=65_536, layers=2, width=1280, heads=10, kv_heads=10, head_size=128, ffn_size=5120,
+                        max_positions=64, activation="relu2", value_embed_layers=(1,), smear_channels=24), 1)}
+
+
+@pytest.mark.parametrize("tp", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_shards_of_published_sizes_cover_each_tensor_once(name, tp):
+    check_every_part_is_given_out_once(*PUBLISHED[name][:1], tp, PUBLISHED[name][1])
+
+
+def test_blocks_that_do_not_divide_are_given_out_in_equal_numbers_but_for_the_last_ranks():
+    spec, block = PUBLISHED["gpt-oss-120b"]
+    for tp, blocks in ((4, [23, 23, 23, 21]), (8, [12] * 7 + [6])):
+        assert [len(share.ffn) // block for share in shares_of(spec, tp, block)] == blocks
+
+
+def test_more_ranks_than_kv_heads_share_them():
+    spec, _ = PUBLISHED["smollm2"]
+    shares = shares_of(spec, 4)
+    assert [list(share.kv_heads) for share in shares] == [[0], [0], [1], [2]]
+    assert [list(share.heads) for share in shares] == [[0], [1, 2], [3, 4, 5], [6, 7, 8]]
+    assert [list(share.kv_heads) for share in shares_of(spec, 2)] == [[0], [1, 2]]
+
+
+@pytest.mark.parametrize("tp, block", [(10, 32), (7, 512), (4, 512)])
+def test_a_model_that_cannot_be_divided_is_refused_by_every_rank(tp, block):
+    for rank in range(tp):
+        with pytest.raises(cs.ConfigError, match=f"divided among {tp} ranks: it has 9 query heads"):
+            cs.share_of(PUBLISHED["smollm2"][0], rank, tp, block)
+
+
+# ---- whole models, a thread for each rank
+
+class Together:
+    """What `count` threads bring becomes a list that all of them have, in the order of the ranks."""
+
+    def __init__(self, count):
+        self.parts, self.barrier, self.lock = [None] * count, threading.Barrier(count, timeout=60), threading.Lock()
+
+    def alone(self, op):
+        def run(*args, **kwargs):
+            with self.lock:
+                return op(*args, **kwargs)
+        return run
+
+    def all(self, rank, part):
+        self.parts[rank] = part.clone()
+        self.barrier.wait()
+        parts = list(self.parts)
+        self.barrier.wait()
+        return parts
+
+    def sum(self, rank, part):
+        first, *others = self.all(rank, part)
+        return sum(others, first)
+
+
+def kernels_of(share, spec, together):
+    """The references, which add up what the ranks have where SPLITS divides columns or the vocabulary."""
+    own, by_columns, vocabulary = cs.load_kernels("cpu"), [], []
+    names = [field.name for field in dataclasses.fields(own) if callable(getattr(own, field.name))]
+    own = dataclasses.replace(own, **{name: together.alone(getattr(own, name)) for name in names})
+
+    def pack(name, weight):
+        packed, kind = own.pack(name, weight), name.rpartition(".")[2]
+        if kind in ("embed", "head"):
+            vocabulary.append(packed)
+        if kind in ("output", "down"):
+            by_columns.append(packed)
+        return packed
+
+    def embed(table, ids, out):
+        if not any(table is each for each in vocabulary):
+            return own.embed(table, ids, out=out)
+        first, last = share.vocabulary.start, share.vocabulary.stop
+        mine = (ids.clamp(min=0) >= first) & (ids.clamp(min=0) < last)
+        part = torch.empty_like(out)
+        own.embed(table, torch.where(mine, ids.clamp(min=0) - first, 0), out=part)
+        out.copy_(together.sum(share.rank, part * mine[:, None]))
+
+    def linear(x, weight, out, residual=None, **more):
+        if any(weight is each for each in vocabulary):      # the head
+            part = torch.empty(len(out), len(share.vocabulary))
+            own.linear(x, weight, out=part, **more)
+            return out.copy_(torch.cat(together.all(share.rank, part), 1))
+        if not any(weight is each for each in by_columns):
+            return own.linear(x, weight, out=out, residual=residual, **more)
+        part = torch.empty_like(out)
+        own.linear(x, weight, out=part, **more)
+        total = together.sum(share.rank, part)
+        out.copy_(total if residual is None else residual + total)
+
+    def experts(x, *weights, out, **more):
+        part, before = torch.empty_like(out), x.clone()
+        own.experts(x, *weights, out=part, **more)
+        out.copy_(before + together.sum(share.rank, part - before))
+
+    return dataclasses.replace(own, pack=pack, embed=embed, linear=linear, experts=experts)
+
+
+def logits_of(spec, tensors, kernels, steps, results, rank):
+    try:
+        model = Transformer(spec, dict(tensors), kernels, num_pages=20, max_tokens=64, dtype=torch.float32)
+        results[rank] = torch.cat([model.forward(step).clone() for step in steps])
+    except BaseException as failure:
+        results[rank] = failure
+        raise
+
+
+def check_the_ranks_together_are_the_model(spec, tensors, tp):
+    tensors = {name: tensors[name].float() for name in cs.expected_tensors(spec) if name in tensors}
+    random, pages = torch.Generator().manual_seed(SEED), list(range(3, 9))
+    tokens = torch.randint(0, spec.vocab_size, (41,), generator=random).tolist()
+    steps = [make_batch((tokens, 0, 40, pages)), make_batch((tokens, 40, 1, pages))]
+    expected, found, together = {}, {}, Together(tp)
+    logits_of(spec, tensors, cs.load_kernels("cpu"), steps, expected, 0)
+    threads = []
+    for share in shares_of(spec, tp):
+        own = {name: shard(tensor, cs.shard_of(name, spec, share)).contiguous() for name, tensor in tensors.items()}
+        threads.append(threading.Thread(target=logits_of, args=(
+            cs.shard_spec(spec, share), own, kernels_of(share, spec, together), steps, found, share.rank)))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for rank in range(tp):
+        assert isinstance(found[rank], torch.Tensor), found[rank]
+        assert torch.equal(found[rank], found[0])
+    assert (found[0] - expected[0]).abs().max() < 1e-4 * max(1.0, expected[0].abs().max().item())
+
+
+def check_model(model):
+    tensors = {name: each.read() if isinstance(each, cs.Unread) else each for name, each in model.tensors.items()}
+    for tp in (2, 4):
+        check_every_part_is_given_out_once(model.spec, tp)
+        check_the_ranks_together_are_the_model(model.spec, tensors, tp)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_ranks_of_every_family_together_are_the_model(name, tmp_path):
+    check_model(load(save(make_model(name), tmp_path)))
+
+
+@pytest.mark.parametrize("name", GENERATIONS)
+def test_the_ranks_of_every_nanochat_generation_together_are_the_model(name, nanochat_fixtures):
+    settings = cs.Settings(model=str(nanochat_fixtures / name))
+    check_model(cs.open_model(cs.resolve_model(settings), settings, torch.float32))
+
+
+# ---- recorded steps, a process for each rank
+
+def test_two_ranks_compute_the_bits_of_a_text_alone_chunked_and_batched_and_the_logits_of_one(tmp_path):
+    decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
+    memory = decode_core.RankMemory(2, rank_model.MAX_TOKENS * rank_model.SPEC.width * 4)
+    processes = [subprocess.Popen([sys.executable, rank_model.__file__, memory.path, str(rank), "2", str(tmp_path / f"{rank}.npz")],
+                                  env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}) for rank in range(2)]
+    try:
+        assert [process.wait(timeout=100) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    expected = rank_model.logits_of(0, 1)["alone"]
+    both = [dict(np.load(tmp_path / f"{rank}.npz")) for rank in range(2)]
+    for way in ("alone", "chunked", "batched"):
+        for found in both:
+            assert found[way].tobytes() == both[0]["alone"].tobytes(), way
+    assert np.abs(both[0]["alone"] - expected).max() < 1e-4 * max(1.0, np.abs(expected).max())
+    assert both[0]["alone"].tobytes() != expected.tobytes()         # it is another order of sums
