@@ -197,7 +197,11 @@ def check_the_ranks_together_are_the_model(spec, tensors, tp):
 
 
 def check_model(model):
-    tensors = {name: each.read() if isinstance(each, cs.Unread) else each for name, each in model.tensors.items()}
+    tensors, shapes = {}, cs.expected_tensors(model.spec)
+    for name, each in model.tensors.items():
+        read = each.read() if isinstance(each, cs.Unread) else each
+        parts = read if isinstance(read, tuple) else (read,)        # one below the other
+        tensors[name] = torch.cat([part.reshape(-1, *shapes[name][1:]) for part in parts])
     for tp in (2, 4):
         check_every_part_is_given_out_once(model.spec, tp)
         check_the_ranks_together_are_the_model(model.spec, tensors, tp)
