@@ -1,6 +1,6 @@
 """How fast a server embeds inputs, beside how fast it reads the same token ids as prompts (answers of one token).
 
-    python bench/embeddings.py [MODEL] [--inputs 32] [--tokens 256] [--rounds 5]
+    python bench/embeddings.py [MODEL] [--inputs 8] [--tokens 256] [--rounds 5]
 
 The two take turns; each round has ids of its own, so that no prefix is cached. The medians are printed.
 """
@@ -24,7 +24,7 @@ BODIES = {"/v1/embeddings": ("input", {}), "/v1/embeddings of the last token": (
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", nargs="?")
-    for name, default in (("inputs", 32), ("tokens", 256), ("rounds", 5)):
+    for name, default in (("inputs", 8), ("tokens", 256), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
     asked, dice = parser.parse_args(), random.Random(1)
     found = {name: [] for name in BODIES}
