@@ -323,7 +323,8 @@ class Pty:
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         start = lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0))      # noqa: E731
         variables = {**os.environ, "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", **environment}
-        variables.pop("NO_COLOR", None) if "NO_COLOR" not in environment else None
+        for name in {"NO_COLOR", "COLUMNS", "LINES"} - environment.keys():      # xdist sets the last two
+            variables.pop(name, None)
         self.process = subprocess.Popen([sys.executable, chat_server.__file__, *words], stdin=slave, stdout=slave, stderr=slave,
                                         env=variables, preexec_fn=start)
         os.close(slave)
