@@ -87,7 +87,7 @@ class Chain:
             blocks = random_blocks(kind, rows, self.spec.width, seed=rows)
             given = QuantizedMatrix(((kind, blocks),), self.spec.width)
             weight = dequantized(kind, torch.from_numpy(blocks), self.script)
-        packed = pack(Arena(1 << 20), name, given, None, False)
+        packed = pack(Arena(1 << 20), name, (given,), None, False)
         self.floats[packed] = weight.float()
         return packed
 
