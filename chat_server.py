@@ -3637,6 +3637,7 @@ class Norm(NamedTuple):
     def __call__(self, x):
         return torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
+
 def clamped_swiglu(gate, up):
     """gpt-oss's gate, with the constants of all its models."""
     gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
@@ -4233,8 +4234,8 @@ def for_decode_core() -> SimpleNamespace:
         decode_rows=decode_rows, make_span=make_span, attend=attend, attend_prompt=attend_prompt,
         dequantized=dequantized, dequantize=dequantize, unpermute_rope=unpermute_rope,
         references=references, finish_linear=finish_linear, rope_tables=rope_tables,
-        ModelSpec=ModelSpec, SampleRow=SampleRow, SamplingParams=SamplingParams, EagerSteps=EagerSteps,
-        ConfigError=ConfigError)
+        ModelSpec=ModelSpec, Norm=Norm, SampleRow=SampleRow, SamplingParams=SamplingParams,
+        EagerSteps=EagerSteps, ConfigError=ConfigError)
 
 
 @functools.cache

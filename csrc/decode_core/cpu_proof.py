@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy
 import torch
@@ -20,11 +20,6 @@ FLOATS = {name: dtype for dtype, name in KINDS.items()}
 PACKED_TOLERANCE = 3e-2         # x is int8 there, of which 1e-2 would be usual
 WINDOWS = (0, 20)
 T, R, PAGES = 32, 4, 40         # tokens and logit rows that the proof's buffers hold; pages of its cache
-
-
-class Norm(NamedTuple):
-    weight: Any
-    eps: float
 
 
 class Chain:
@@ -59,7 +54,7 @@ class Chain:
         self.call("mix", x, normed, *one, width=C)
         self.call("smear", x, previous, p.previous_token_ids, dice.normal(1, 24), one[0], width=C)
         self.call("backout", x, normed, one[1], width=C)
-        norm = Norm(weight, 1e-5)
+        norm = self.script.Norm(weight, 1e-5)
         for kind in COLUMNS:
             self.products(kind, x, norm)
         qkv_weight, head = self.matrix("f32", "qkv", qkv_size), self.matrix("f32", "head", 5008)
@@ -91,7 +86,7 @@ class Chain:
         self.floats[packed] = weight.float()
         return packed
 
-    def experts(self, x: torch.Tensor, norm: Norm) -> None:
+    def experts(self, x: torch.Tensor, norm: Any) -> None:
         """Those of a layer, with everything before and after them, in floats: of packed weights the products are proved."""
         E, F, dice = 6, 64, self.dice
         gate_up, down = self.matrix("f32", "expert_gate_up", 2 * E * F), self.matrix("f32", "expert_down", E * self.spec.width, F)
@@ -101,7 +96,7 @@ class Chain:
             self.call("experts", x, logits, gate_up, down, width=self.spec.width, norm=norm, biases=biases, activation=activation, chosen=2,
                       sum_to_one=sum_to_one)
 
-    def products(self, kind: str, x: torch.Tensor, norm: Norm) -> None:
+    def products(self, kind: str, x: torch.Tensor, norm: Any) -> None:
         """A product with everything before and after it, and one with gates."""
         label, N = f"linear {kind}", 80
         try:
