@@ -2018,6 +2018,7 @@ def answer_reader(tokenizer: Tokenizer, params: AnswerParams, prompt_ids: Seq[in
         reader.prime("".join(map(decoder.push, prompt_ids[first:])))
     return reader
 
+
 JSON_STYLE = {  # leaves the model no choice of whitespace
     "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -2969,8 +2970,12 @@ class Sequence:
         return self.work.params.prompt_logprobs is not None and not self.generated
 
     @property
+    def pooling(self) -> str:
+        return self.work.params.pooling
+
+    @property
     def prefilling(self) -> bool:
-        return self.pending > (0 if self.work.params.pooling else 1)
+        return self.pending > (0 if self.pooling else 1)
 
 
 class Chunk(NamedTuple):
@@ -2991,8 +2996,7 @@ class Chunk(NamedTuple):
     @property
     def on_host(self) -> bool:
         """Does the host have to see the logits, or the hidden states?"""
-        work = self.sequence.work
-        return bool(work.params.pooling) or work.needs_logits and self.rows > 0
+        return bool(self.sequence.pooling) or self.sequence.work.needs_logits and self.rows > 0
 
 
 FREE_ROWS = 8  # rows in a decode_core step that take hardly longer than one
@@ -3150,8 +3154,9 @@ class Scheduler:
                and not any(running.suspect for running in self.running)):
             holdings = self._holdings()
             ready.remove(sequence := min(ready, key=lambda each: holdings[each.work.params.client]))
-            every = sequence.scoring or sequence.work.params.pooling == "mean"  # token is needed
-            matched, serial = self.pool.match_prefix([] if every else sequence.tokens,
+            # scores and means need every token computed here
+            uncached = sequence.scoring or sequence.pooling == "mean"
+            matched, serial = self.pool.match_prefix([] if uncached else sequence.tokens,
                                                      sequence.work.params.owner)
             found, size, length = len(matched) // self.pool.groups, self.pool.page_size, len(sequence.tokens)
             whole, near = -(-length // size), -(-min(length, found * size + self.prefill_chunk) // size)
@@ -3188,7 +3193,7 @@ class Scheduler:
             share = max(left // 2, left - wanted) if sequence is oldest else left
             count = min(sequence.pending, share, 1 + rows if sequence.scoring else share)
             if count > 0 and self._grow(sequence, sequence.computed + count):
-                draws = count == sequence.pending and not sequence.work.params.pooling
+                draws = count == sequence.pending and not sequence.pooling
                 chunks.append(Chunk(sequence, count, int(draws)))
                 left -= count
                 rows -= count - 1 if sequence.scoring else 0
@@ -6401,7 +6406,7 @@ class Engine:
         if logits.is_cuda:  # the next step may run on another stream
             torch.cuda.current_stream(logits.device).synchronize()
         for chunk, (first, last) in zip(plan, itertools.pairwise(batch.starts)):
-            if chunk.sequence.work.params.pooling:
+            if chunk.sequence.pooling:
                 self._pool(chunk, first, last)
         late, deadline_s = [], time.monotonic() + self.MASK_PATIENCE_S
         for chunk in plan:
@@ -6415,7 +6420,7 @@ class Engine:
     def _pool(self, chunk: Chunk, first: int, last: int):
         """Pool the hidden states of a chunk, the rows [first, last) of the step. They are added one by one:
         the sum has the same bits however the prompt was cut."""
-        sequence, mean = chunk.sequence, chunk.sequence.work.params.pooling == "mean"
+        sequence, mean = chunk.sequence, chunk.sequence.pooling == "mean"
         if not mean or sequence.computed == 0:  # a sequence that was preempted starts over
             sequence.pooled = 0.0
         for row in self.transformer.hidden_states(first if mean else last - 1, last):
@@ -6470,7 +6475,7 @@ class Engine:
                 if valid:
                     sequence.tokens.append(~row)
                 row += chunk.draws
-            elif sequence.work.params.pooling and not sequence.pending:
+            elif sequence.pooling and not sequence.pending:
                 self._embed(sequence)
             elif sequence.work.params.progress and not sequence.generated and not sequence.finished:
                 self.pieces.append(Piece(sequence.work.id, (), "", prompt_done=sequence.computed))
@@ -6570,7 +6575,7 @@ def failure_text(error: Exception) -> str:
 
 def make_batch(plan: Seq[Chunk]) -> Batch:
     """Flatten the plan into one forward pass, sequence after sequence."""
-    batch = Batch([], [], [0], [], [], [], any(chunk.sequence.work.params.pooling for chunk in plan))
+    batch = Batch([], [], [0], [], [], [], any(chunk.sequence.pooling for chunk in plan))
     token_ids, previous_token_ids, starts, lengths, tables, logit_rows, _ = batch
     for chunk in plan:
         first, tokens = chunk.sequence.computed, chunk.sequence.tokens
@@ -8546,6 +8551,7 @@ SHARED_FIELDS = (  # for Completions and Chat Completions
     Field("n", INTEGER, "choices", 1, LIMITS.choices),
 )
 
+
 def constraint(name: str, kind: str, allowed: str, schema: dict) -> Field:
     made = partial(other_grammar, kind=kind, param=name)
     return Field(name, FieldType(allowed, schema, made), f"the answer matches {allowed}")
@@ -8662,7 +8668,7 @@ OLLAMA_GENERATE_FIELDS = (
     Field("suffix", left_out("no model here can fill in the middle"), "refused"), *OLLAMA_FIELDS)
 EMBEDDING_FIELDS = (
     Field("input", INPUTS, "text, token ids, or a list of these", required=True),
-    Field("model", TEXT, "absent, empty or `default`: the loaded one"),
+    MODEL,
     Field("encoding_format", FieldType('"float" or "base64"', {"enum": ["float", "base64"]}),
           "numbers (the default), or float32, little-endian, in base64"),
     Field("pooling", FieldType('"mean" or "last"', {"enum": ["mean", "last"]}),
@@ -9433,7 +9439,6 @@ class Encoder:
     def __init__(self, call: Call, model: str, tokenizer: Tokenizer | None = None):
         self.call, self.model, self.tokenizer, self.request = call, model, tokenizer, call.request
         self.choices = [Choice(index) for index in range((len(self.request.prompts) or 1) * self.request.n)]
-        self.blocks: list[Block] = []  # for BlockEncoder
 
     def start(self, accepted: Accepted) -> bytes:
         return b""                     # the headers alone tell that the request was accepted
@@ -9759,6 +9764,10 @@ def deltas_of(piece: Piece) -> Iterator[tuple[str, str, str]]:
 
 class BlockEncoder(Encoder):
     """Turns events into an answer that is a list of blocks: each begins, grows and ends before the next."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.blocks: list[Block] = []
 
     def encode(self, event: Event) -> bytes:
         if isinstance(event, Piece):
@@ -10637,6 +10646,7 @@ class Front:
     async def show(self, body: Callable[[Front], dict], http: web.Request) -> web.Response:
         """The routes that need nothing of their request."""
         return json_response(body(self))
+
     async def handle_model(self, http: web.Request) -> web.Response:
         body = self.model_body()
         self.known().check_model(http.match_info["name"])
@@ -10971,8 +10981,8 @@ def create_app(pool: Pool, settings: Settings) -> web.Application:
     app.on_response_prepare.append(front.set_headers)
     app.on_cleanup.append(lambda app: front.recordings.close())
     for route in ROUTES:
-        shown = callable(route.handler)
-        handler = partial(front.show, route.handler) if shown else getattr(front, route.handler)
+        handler = (partial(front.show, route.handler) if callable(route.handler) else
+                   getattr(front, route.handler))
         slash = [] if route.path.endswith(("/", ":.+}")) else ["/"]  # clients may end the path with it
         for path in (route.path, *(route.path + each for each in slash)):
             if route.method == "GET":
