@@ -319,7 +319,8 @@ FLAGS = (  # each below its heading in --help and in the README
     Option("gpu-memory-utilization", None, 0.90, number(float, 0.05, 1.0),
            "share of device memory for weights and KV pages"),
     Option("max-batch", None, 64, number(int, 1, 1024), "sequences decoded together per replica"),
-    Option("prefill-chunk", None, 256, number(int, 16, 65536), "prompt tokens computed in one step"),
+    Option("prefill-chunk", None, None, number(int, 16, 65536),
+           "prompt tokens computed in one step (default: 2048 on CUDA, else 256)"),
     Option("drafts", None, True, None,
            "check several tokens per step where text repeats itself; --no-drafts: one (same answers)"),
     Option("idle-unload", None, 0.0, number(float, 0),
@@ -3909,6 +3910,9 @@ class Steps(typing.Protocol):
     def finish(self, ticket) -> list[int]:
         """Wait for the drawn tokens and return them."""
 
+    def forward(self, batch: Batch):
+        """Compute a batch while no step is under way -> logits (R, V) float32, valid until the next step."""
+
 
 class EagerSteps:
     """Runs a transformer op by op, on any device: `start` computes and draws, `finish` returns the tokens."""
@@ -3927,6 +3931,9 @@ class EagerSteps:
 
     def finish(self, ticket: list[int]) -> list[int]:
         return ticket
+
+    def forward(self, batch: Batch):
+        return self.transformer.forward(batch)
 
     def prepare(self, progress: Callable[[float], None]):
         pass  # the first steps are as fast as later ones
@@ -4581,7 +4588,7 @@ def choose_backend(device, spec: ModelSpec | None):
     return core and core.backend_for(spec, device, for_decode_core()) or Backend(device)
 
 
-SEAM = 9  # version of Backend and for_decode_core; a core with another version is not used
+SEAM = 10  # version of Backend and for_decode_core; a core with another version is not used
 
 
 def for_decode_core() -> SimpleNamespace:
@@ -4589,7 +4596,7 @@ def for_decode_core() -> SimpleNamespace:
     references = {op.name: op.default for op in dataclasses.fields(Kernels) if callable(op.default)}
     return SimpleNamespace(
         PAGE_SIZE=PAGE_SIZE, zeroed=zeroed, token_places=token_places, page_table=page_table,
-        decode_rows=decode_rows, make_span=make_span, attend=attend, attend_prompt=attend_prompt,
+        decode_rows=decode_rows, attend=attend, attend_prompt=attend_prompt,
         dequantized=dequantized, dequantize=dequantize, unpermute_rope=unpermute_rope,
         references=references, finish_linear=finish_linear, rope_tables=rope_tables,
         ModelSpec=ModelSpec, Norm=Norm, SampleRow=SampleRow, SamplingParams=SamplingParams,
@@ -6888,7 +6895,7 @@ class Engine:
         """Run a step whose logits or hidden states are needed here: the chunks that advanced, the tokens
         drawn. No other step may be under way."""
         batch = make_batch(plan)
-        logits = (self.steps if self.ranks else self.transformer).forward(batch)
+        logits = self.steps.forward(batch)
         if logits.is_cuda:  # the next step may run on another stream
             torch.cuda.current_stream(logits.device).synchronize()
         for chunk, (first, last) in zip(plan, itertools.pairwise(batch.starts)):
@@ -7413,7 +7420,7 @@ class RankSteps:
     def forward(self, batch: Batch):
         """Compute a batch whose logits rank 0 uses."""
         self.tell(RankStep(batch, None))
-        return self.transformer.forward(batch)
+        return self.steps.forward(batch)
 
 
 class Stage:
@@ -7444,7 +7451,7 @@ class Stage:
                 self.ranks.after.sendall(bytes_of(transformer.buffers[name][:T]))
             return None
         if rows is None:
-            return transformer.forward(batch)
+            return self.steps.forward(batch)
         ticket = self.steps.start(batch, rows)
         return ticket if isinstance(ticket, list) else self.steps.finish(ticket)
 
@@ -7503,7 +7510,7 @@ def run_rank(channel: Channel, config: RankConfig):
     model = open_model(config.source, settings, chosen_dtype(settings), device)
     model, transformer, num_pages = build_transformer(model, config.source, settings, device, progress, ranks)
     context = longest_context(PagePool(num_pages, transformer.groups.windows), model.context_length,
-                              settings.prefill_chunk)
+                              prefill_chunk(settings, device))
     steps = transformer.kernels.backend.make_steps(transformer, settings.max_batch, context)
     give_memory_back()
     channel.send(Ready({}))
@@ -7662,6 +7669,11 @@ def chosen_dtype(settings: Settings) -> torch.dtype | None:
     return getattr(torch, settings.dtype) if settings.dtype else None
 
 
+def prefill_chunk(settings: Settings, device: torch.device) -> int:
+    """A GPU needs more rows than a CPU to be busy."""
+    return settings.prefill_chunk or (2048 if device.type == "cuda" else 256)
+
+
 def build_engine(source: ModelSource, settings: Settings, device: torch.device,
                  progress: Progress = no_progress,
                  ranks: RankZero | None = None) -> tuple[LoadedModel, Engine]:
@@ -7675,14 +7687,14 @@ def build_engine(source: ModelSource, settings: Settings, device: torch.device,
     model, transformer, num_pages = build_transformer(model, source, settings, device, progress, ranks)
     return model, Engine(transformer, tokenizer, transformer.kernels, num_pages=num_pages,
                          max_batch=settings.max_batch, context_length=model.context_length,
-                         prefill_chunk=settings.prefill_chunk, drafts=settings.drafts, ranks=ranks)
+                         prefill_chunk=prefill_chunk(settings, device), drafts=settings.drafts, ranks=ranks)
 
 
 def build_transformer(model: LoadedModel, source: ModelSource, settings: Settings, device: torch.device,
                       progress: Progress, ranks: RankAlone | None) -> tuple[LoadedModel, Transformer, int]:
     """Load the weights, or a rank's shards of them, and allocate the KV pages."""
     rows = max(settings.max_batch, FREE_ROWS)
-    limits = {"max_tokens": settings.prefill_chunk + rows, "max_rows": rows}
+    limits = {"max_tokens": prefill_chunk(settings, device) + rows, "max_rows": rows}
     ranks, kv_heads = ranks or RankAlone(), max(model.spec.kv_heads, settings.tensor_parallel_size)
 
     def shard(model: LoadedModel) -> LoadedModel:
@@ -7703,7 +7715,7 @@ def build_transformer(model: LoadedModel, source: ModelSource, settings: Setting
         needs = {name: count * ranks.tp * ranks.stages for name, count in needs.items()}
     num_pages = ranks.least(kv_pages(model, settings, device, groups, page_bytes, sum(needs.values())))
     context = longest_context(PagePool(num_pages, groups.windows), model.context_length,
-                              settings.prefill_chunk)
+                              prefill_chunk(settings, device))
     if context < model.context_length and spec.rope_factors:  # longrope's depend on the context
         model = shard(open_model(source, replace(settings, context_length=context), chosen_dtype(settings),
                                  device))
@@ -7753,7 +7765,7 @@ def kv_pages(model: LoadedModel, settings: Settings, device: torch.device, group
     """KV pages to allocate: --kv-cache-memory, or a share of free memory once `taken` bytes of it are the
     weights'; ConfigError below 64 tokens."""
     pages_for = PagePool(0, groups.windows).pages_for
-    full, least = (pages_for(length, settings.prefill_chunk)
+    full, least = (pages_for(length, prefill_chunk(settings, device))
                    for length in (model.context_length, 4 * PAGE_SIZE))
     if settings.kv_cache_memory is not None:
         budget = settings.kv_cache_memory

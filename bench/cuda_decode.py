@@ -94,7 +94,8 @@ def seconds_per_replay(steps, batch, replays=50):
 
     def replay():
         for _ in range(replays):
-            graph.replay()
+            graph.compute()
+            graph.draw()
 
     steps.queue.wait(steps.queue.submit(replay))
     return (time.perf_counter() - begin) / replays

@@ -112,7 +112,7 @@ class CpuBackend:
         return lambda batch: program.finish(program.start(*batch[:6], all_rows=batch.states))
 
     def make_steps(self, transformer: Any, max_batch: int, context_length: int) -> ProgramSteps:
-        return ProgramSteps(self.program, transformer.spec.vocab_size)
+        return ProgramSteps(self.program, transformer)
 
 
 class ProgramSteps:
@@ -120,16 +120,19 @@ class ProgramSteps:
 
     ahead = True
 
-    def __init__(self, program: Program, vocab_size: int):
-        self.program, self.vocab_size = program, vocab_size
+    def __init__(self, program: Program, transformer: Any):
+        self.program, self.transformer = program, transformer
         self.sampling: Any = None           # the SampleBatch of the step before
 
     def start(self, batch: Any, rows: Sequence[Any]) -> int:
-        self.sampling = batch_of(rows, self.vocab_size, self.sampling)
+        self.sampling = batch_of(rows, self.transformer.spec.vocab_size, self.sampling)
         return self.program.start(*batch[:6], self.sampling)
 
     def finish(self, ticket: int) -> list[int]:
         return self.program.finish(ticket)
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        return self.transformer.forward(batch)
 
     def prepare(self, progress: Callable[[float], None]) -> None:
         """A recorded program has nothing left to prepare."""

@@ -11,7 +11,8 @@ import torch
 
 from . import cuda
 from .cuda_experts import ExpertOps, fits_experts
-from .cuda_references import SCRATCH, CudaReferences
+from .cuda_prompts import PromptAttention, prompts_of
+from .cuda_references import CudaReferences
 from .cuda_weights import PackedMatrix, PackedOps, as_stored, unpacked
 from .cuda_steps import LISTS, CudaPlan, GraphSteps, record_words
 from .proof import prove_cuda
@@ -41,12 +42,14 @@ class CudaBackend:
                  stream: Callable[[], int] = current_stream, device: Any = "cuda"):
         self.spec, self.script, self.kernels, self.stream = spec, script, kernels, stream
         self.device, self.references = device, CudaReferences(spec, script)
+        self.prompts = PromptAttention(script, device)
         self.packed, self.mixture = PackedOps(kernels, script, stream), ExpertOps(kernels, script, stream)
         self.as_stored = functools.partial(as_stored, script=script, device=device)
         self.faults: dict[str, str] = {}
 
     def ops(self, max_tokens: int, max_rows: int, quantize: None) -> dict[str, Callable]:
         self.faults |= prove_cuda(self, self.device)
+        self.prompts.fused = "prompt_attention" not in self.faults
         ops = {name: getattr(self, name) for name in
                ("pack", "make_cache", "rope_append", "plan_attention", "paged_attention", "sample")}
         if "linear" not in self.faults:
@@ -95,14 +98,12 @@ class CudaBackend:
         table = self.script.page_table(batch, torch.int32, device)
         lengths = torch.tensor(batch.lengths, dtype=torch.int32, device=device)
         workspace = self.workspace(*table.shape, device)
-        return self.plan(batch, positions, windows, dtype, table, lengths, workspace)
+        return self.plan(batch, windows, table, lengths, workspace)
 
-    def plan(self, batch, positions, windows, dtype, table, lengths, workspace) -> CudaPlan:
+    def plan(self, batch, windows, table, lengths, workspace) -> CudaPlan:
         """The plan of a step whose tables and lengths are on the device already; waits for nothing."""
-        decode = self.script.decode_rows(batch)
-        groups = [range(i, i + 1) for i in range(decode, len(batch.lengths))]
-        prompts = {window: [self.script.make_span(batch, positions, table, group, window, dtype)
-                            for group in groups] for window in set(windows)}
+        decode, size = self.script.decode_rows(batch), self.script.PAGE_SIZE
+        prompts = {window: prompts_of(batch, decode, table, window, size) for window in set(windows)}
         return CudaPlan(decode, table, lengths, prompts, *workspace)
 
     def paged_attention(self, q, cache, plan, window, out, softcap=0.0, sinks=None):
@@ -117,17 +118,10 @@ class CudaBackend:
                 workspace = plan.states, plan.tickets
                 self.attend(heads[first], cache, table, lengths, *workspace, out[first], window, **more)
         grouped_sinks = None if sinks is None else sinks.view(cache.shape[2], -1)       # (Hkv, H / Hkv)
-        for rows, pages, mask in plan.prompts[window]:
-            kv = torch.index_select(cache.transpose(1, 2), 2, pages)            # (2, Hkv, n, PAGE_SIZE, D)
-            k, v = kv.flatten(2, 3)[:, :, :mask.shape[-1]]
-            grouped = heads[rows].to(cache.dtype).unflatten(1, (len(k), -1))    # (rows, Hkv, H / Hkv, D)
-            # torch's fused attention takes neither caps nor sinks; without it, scores need memory
-            scored = softcap or sinks is not None
-            step = max(1, SCRATCH // (heads.shape[1] * mask.shape[-1])) if scored else len(grouped)
-            for begin in range(0, len(grouped), step):
-                some = slice(begin, begin + step)
-                y = self.script.attend_prompt(grouped[some], k, v, mask[:, :, some], 1.0, softcap, grouped_sinks)
-                out[rows][some].view(y.shape).copy_(y)
+        for prompt in plan.prompts[window]:
+            kv = torch.index_select(cache.transpose(1, 2), 2, prompt.pages)     # (2, Hkv, n, PAGE_SIZE, D)
+            kv = kv.flatten(2, 3)[:, :, :prompt.end - prompt.first]
+            self.prompts.attend(heads[prompt.rows].to(cache.dtype), kv, prompt, out[prompt.rows], window, softcap, grouped_sinks)
 
     def attend(self, q, cache, table, lengths, states, tickets, out, window: int, softcap=0.0,
                sinks=None) -> None:

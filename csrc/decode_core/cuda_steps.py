@@ -1,7 +1,8 @@
 """Steps on CUDA: decode steps are graphs, replayed once each; tokens are drawn on the device.
 
-    start   fill pinned memory > copy it to the device > replay (with prompts: the ops) > tokens come back
+    start   fill pinned memory > copy it to the device > replay (with prompts: the ops) > draw > tokens come back
     finish  wait for that
+    forward the same without the draw, for a step whose logits the host wants
 
 One stream runs it all in order, so one piece of device memory serves every step's inputs, and one its tokens.
 """
@@ -154,10 +155,11 @@ class CudaQueue:
 
 
 class Graph(NamedTuple):
-    """A decode step of fixed shape."""
+    """A decode step of fixed shape, in two graphs: a step whose logits are looked at replays the first alone."""
 
     shape: StepShape
-    replay: Callable[[], None]
+    compute: Callable[[], None]
+    draw: Callable[[], None]
 
 
 class Staging:
@@ -240,19 +242,30 @@ class GraphSteps:
                                 for table in fields.table])
             fill_step(self._host_fields(staging, shape), [NO_TOKENS] * self.count, [((), ())] * self.count, None)
             self.queue.wait(self.queue.submit(lambda: staging.send(self.inputs, shape.bytes())))
-            self.graphs[rows, pages] = Graph(shape, self.queue.capture(lambda: self._compute(fields)))
+            self.graphs[rows, pages] = Graph(shape, self.queue.capture(lambda: self._compute(fields)),
+                                             self.queue.capture(lambda: self._draw(fields)))
 
     def start(self, batch: Any, rows: Sequence[Any]) -> Ticket:
         """Queue a step; `rows` say how to draw at batch.logit_rows. At most two steps may be under way."""
+        self.sampling = batch_of(rows, self.spec.vocab_size, self.sampling)
+        return self._queue(batch, self._graph(batch, self.sampling), self.sampling)
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        """The logits of a step alone; no other may be under way."""
+        if (graph := self._graph(batch, None)) is None:
+            return self.transformer.forward(batch)
+        self.queue.wait(self._queue(batch, graph, None, draws=False).done)
+        return self.transformer.buffers["logits"][:len(batch.logit_rows)]
+
+    def _queue(self, batch: Any, graph: Graph | None, sampling: Any, draws: bool = True) -> Ticket:
         self.staging.reverse()
-        staging = self.staging[0]
+        staging, count = self.staging[0], len(batch.logit_rows)
         if staging.done:            # long since, unless that step was given up
             self.queue.wait(staging.done)
-        sampling = self.sampling = batch_of(rows, self.spec.vocab_size, self.sampling)
         lists = (len(sampling.count_ids), len(sampling.bias_ids)) if sampling else (0, 0)
-        graph, batches = self._graph(batch, sampling), of_groups(batch, self.count)
+        batches = of_groups(batch, self.count)
         shape = graph.shape if graph else StepShape(
-            len(batch.token_ids), len(batch.lengths), len(batch.logit_rows),
+            len(batch.token_ids), len(batch.lengths), count,
             max(map(len, batch.tables)) // self.count, *lists, self.count)
         with torch.inference_mode():
             inputs = self.inputs
@@ -266,13 +279,15 @@ class GraphSteps:
             def step() -> None:
                 staging.send(inputs, shape.bytes(lists=any(lists)))
                 if graph:
-                    graph.replay()
+                    graph.compute()
                 else:
                     self._run_ops(batches, shape.views(inputs))
-                staging.tokens[:len(rows)].copy_(self.tokens[:len(rows)], non_blocking=True)
+                if graph and draws:
+                    graph.draw()
+                staging.tokens[:count].copy_(self.tokens[:count], non_blocking=True)
 
             staging.done = self.queue.submit(step)
-        return Ticket(staging, len(rows), staging.done)
+        return Ticket(staging, count, staging.done)
 
     def finish(self, ticket: Ticket) -> list[int]:
         assert ticket.staging.done is ticket.done, "more than two steps were under way"
@@ -284,16 +299,18 @@ class GraphSteps:
         rows, pages = len(batch.lengths), max(map(len, batch.tables)) // self.count
         if not len(batch.token_ids) == len(batch.logit_rows) == rows:
             return None
-        if max(len(sampling.count_ids), len(sampling.bias_ids)) > LIST_CAPACITY:
+        if sampling and max(len(sampling.count_ids), len(sampling.bias_ids)) > LIST_CAPACITY:
             return None
         fitting = [bucket for bucket in self.graphs if bucket[0] >= rows and bucket[1] >= pages]
         return self.graphs[min(fitting)] if fitting else None
 
     def _run_ops(self, batches: Sequence[Any], fields: SimpleNamespace) -> None:
-        plans = [self.backend.plan(batch, fields.positions, self.windows, self.transformer.dtype, table,
-                                   fields.lengths, self.workspace) for batch, table in zip(batches, fields.table)]
+        plans = [self.backend.plan(batch, self.windows, table, fields.lengths, self.workspace)
+                 for batch, table in zip(batches, fields.table)]
         with_parts(fields, plans)
         self._compute(fields)
+        if len(fields.logit_rows):
+            self._draw(fields)
 
     def _host_fields(self, staging: Staging, shape: StepShape, keep: bool = True) -> SimpleNamespace:
         """A step's inputs in pinned memory as numpy arrays, to be written."""
@@ -305,23 +322,22 @@ class GraphSteps:
         return fields
 
     def _compute(self, fields: SimpleNamespace) -> None:
-        """The model and the draw: everything here is captured, so it reads tensors on the device and shapes
-        only.
+        """The model: everything here is captured, so it reads tensors on the device and shapes only.
 
         `fields` are what StepShape names, and `attention`, which makes them Inputs.
         """
-        T, R = len(fields.token_ids), len(fields.logit_rows)
         drawn = torch.index_select(self.tokens, 0, (~fields.token_ids).clamp(min=0))
         fields.token_ids.copy_(torch.where(fields.token_ids < 0, drawn, fields.token_ids))
-        buffers = self.transformer.cut(T, R)
         self.backend.mixture.slots = fields.slots
         try:
-            self.transformer.compute(fields, buffers)
+            self.transformer.compute(fields, self.transformer.cut(len(fields.token_ids), len(fields.logit_rows)))
         finally:
             self.backend.mixture.slots = None
-        if R:
-            lists = [getattr(fields, name) for name in LISTS]
-            self.backend.draw(buffers.logits, fields.records, lists, self.tokens[:R])
+
+    def _draw(self, fields: SimpleNamespace) -> None:
+        """A token for each row of the logits; captured too."""
+        R, lists = len(fields.logit_rows), [getattr(fields, name) for name in LISTS]
+        self.backend.draw(self.transformer.buffers["logits"][:R], fields.records, lists, self.tokens[:R])
 
 
 def doubling(first: int, last: int, factor: int) -> list[int]:

@@ -18,6 +18,7 @@ import numpy
 import torch
 
 from . import cuda
+from .cuda_prompts import prompts_of
 from .cuda_weights import PackedMatrix, dequantized
 
 log = logging.getLogger("chat_server.decode_core")
@@ -130,13 +131,13 @@ def prove_rope_append(backend: Any, device: torch.device) -> str:
 
 
 def prove_attention(backend: Any, device: torch.device) -> str:
-    """Rows of one key to several chunks of 256, and padding, through every window of the model; also with its sinks."""
+    """Rows of one key to several merges, and padding, through every window of the model; also with its sinks."""
     spec, script, dice = backend.spec, backend.script, Dice(device, 2)
     H, D = spec.heads, spec.head_size
-    lengths = torch.tensor([1, 523, 0, 33], dtype=torch.int32, device=device)
+    lengths = torch.tensor([1, 1100, 0, 33], dtype=torch.int32, device=device)
     for dtype in DTYPES:
         cache, q = cache_of(spec, dice, dtype, script), dice.normal(4, H, D) * D**-0.5
-        table = torch.stack([dice.order(PAGES, torch.int32)[:34] for _ in range(4)])
+        table = torch.stack([dice.order(PAGES, torch.int32).repeat(2)[:70] for _ in range(4)])
         states, tickets = backend.workspace(*table.shape, device)
         sinks = [None] + [dice.normal(H)] * spec.sinks
         for window, extra in itertools.product({*spec.windows} or {0}, sinks):
@@ -150,6 +151,30 @@ def prove_attention(backend: Any, device: torch.device) -> str:
                 return f"{fault} ({str(dtype)[6:]}, window {window}{', sinks' * (extra is not None)})"
             if int(tickets.abs().max()):
                 return "its tickets are not zero afterwards"
+    return ""
+
+
+def prove_prompts(backend: Any, device: torch.device) -> str:
+    """A first chunk and a later one through every window of the model, without and with its sinks: each token as a decode row."""
+    spec, script, dice = backend.spec, backend.script, Dice(device, 6)
+    H, D, size = spec.heads, spec.head_size, script.PAGE_SIZE
+    batch = SimpleNamespace(starts=[0, 70, 90], lengths=[70, 301])
+    places = [[0, 70], [281, 301]]                              # of the new tokens
+    for dtype in DTYPES:
+        cache, q = cache_of(spec, dice, dtype, script), (dice.normal(90, H, D) * D**-0.5).to(dtype)
+        table = torch.stack([dice.order(PAGES, torch.int32)[:19] for _ in places])
+        sinks = [None] + [dice.normal(H)] * spec.sinks
+        for window, extra in itertools.product({*spec.windows} or {0}, sinks):
+            grouped = None if extra is None else extra.view(spec.kv_heads, -1)
+            for number, prompt in enumerate(prompts_of(batch, 0, table, window, size)):
+                rows, lengths = q[prompt.rows], torch.arange(*places[number], device=device) + 1
+                got, want = (torch.empty(len(rows), H * D, dtype=kind, device=device) for kind in (dtype, torch.float32))
+                backend.references.attend(rows.float(), cache.float(), table[number].expand(len(rows), -1), lengths, want, window,
+                                          spec.attention_softcap, extra)
+                kv = cache.transpose(1, 2)[:, :, prompt.pages.long()].flatten(2, 3)[:, :, :prompt.end - prompt.first]
+                backend.prompts.attend(rows, kv, prompt, got, window, spec.attention_softcap, grouped)
+                if fault := differs(got, want, "the output"):
+                    return f"{fault} ({str(dtype)[6:]}, window {window}{', sinks' * (extra is not None)})"
     return ""
 
 
@@ -224,4 +249,5 @@ def prove_experts(backend: Any, device: torch.device) -> str:
 
 
 CUDA_PROOFS = {"linear": prove_linear, "experts": prove_experts, "rope_append": prove_rope_append, "paged_attention": prove_attention,
+               "prompt_attention": prove_prompts,
                "sample": prove_sample}

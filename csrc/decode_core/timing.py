@@ -13,6 +13,7 @@ import torch
 from . import _core
 from . import cuda
 from .cpu_proof import FLOATS
+from .cuda_prompts import Prompt
 from .cuda_weights import PackedMatrix
 from .proof import Dice, random_blocks
 from .program import Program
@@ -188,6 +189,9 @@ def time_cuda(backend: Any, queue: Any, ops: Iterable[str], cold: int = 1 << 30,
         yield Timed("experts", what, replayed(queue, work) / calls_, moved)
     timers = {"paged_attention": time_cuda_attention, "rope_append": time_cuda_rope,
               "sample": time_cuda_sample}
+    if "prompt_attention" in ops:
+        work, what, moved = time_cuda_prompt(backend, queue.device)
+        yield Timed("prompt_attention", what, replayed(queue, work), moved)
     for rows in batches:
         for op in timers.keys() & {*ops}:
             work, what, calls_, moved = timers[op](backend, queue.device, rows, cold, calls)
@@ -212,6 +216,16 @@ def time_cuda_attention(backend: Any, device: torch.device, rows: int, cold: int
     workspace = backend.workspace(rows, width, device)
     return (lambda: [backend.attend(q, layer, table, lengths, *workspace, out, 0) for layer in cache],
             f"{rows} x {CONTEXT} keys, {H}/{Hkv} heads of {D}", len(cache), 4 * rows * CONTEXT * Hkv * D)
+
+
+def time_cuda_prompt(backend: Any, device: torch.device) -> tuple:
+    """A prompt without a prefix. Long ones are bound by their arithmetic, not by the bytes that are counted."""
+    spec, dice = backend.spec, Dice(device, 9)
+    H, Hkv, D, half = spec.heads, spec.kv_heads, spec.head_size, torch.bfloat16
+    q, kv = dice.normal(CONTEXT, H, D, dtype=half), dice.normal(2, Hkv, CONTEXT, D, dtype=half)
+    prompt, out = Prompt(slice(0, CONTEXT), None, 0, 0, CONTEXT), torch.empty(CONTEXT, H * D, dtype=half, device=device)
+    return (lambda: backend.prompts.attend(q, kv, prompt, out, 0), f"{CONTEXT} tokens, {H}/{Hkv} heads of {D}",
+            2 * q.nbytes + kv.nbytes)
 
 
 def time_cuda_linear(backend: Any, device: torch.device, rows: int, cold: int, calls: int,

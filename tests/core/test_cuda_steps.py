@@ -7,6 +7,7 @@ be those of the reference engine on the CPU.
 import base64
 import functools
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,8 @@ from works import assignment, changed
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="the compiled core is not installed")
 decode_core = backends.decode_core
-from decode_core import cuda_backend, cuda_steps, seam  # noqa: E402
+from decode_core import cuda_backend, cuda_prompts, cuda_steps, seam  # noqa: E402
+from decode_core.proof import prove_prompts  # noqa: E402
 from integrity import check_sequences
 
 MARGIN = 2e-3           # as in tests/engine/test_engine.py
@@ -167,6 +169,24 @@ def test_penalties_and_biases_are_drawn_on_the_device(backend, nanochat_fixtures
     assert tight.steps.queue.replays == 0
 
 
+def test_steps_whose_logits_are_looked_at_replay_graphs_without_the_draw(backend, nanochat_fixtures, monkeypatch):
+    """Log-probabilities, with penalties too, and a grammar beside an answer that needs none of it: only prompts run op by op."""
+    model = model_of("gen5", nanochat_fixtures)
+    schema = cs.json_grammar({"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}, "response_format")
+    works = [assignment("looked at", tuple(range(20, 60)), SamplingParams(0.9, seed=1, repetition_penalty=1.3), 14, ignore_eos=True, logprobs=3),
+             assignment("plain", tuple(range(5, 30)), SamplingParams(0.8, seed=2), 20, ignore_eos=True),
+             assignment("bound", tuple(range(7, 19)), SamplingParams(1.0, seed=3), 12, grammar=schema)]
+    reference, engine = engine_on(cs.load_kernels("cpu"), model), cuda_engine(backend, model, monkeypatch)
+    by_op, forward = [], engine.transformer.forward
+    engine.transformer.forward = lambda batch: by_op.append(len(batch.token_ids) > len(batch.logit_rows)) or forward(batch)
+    got, want = pieces(engine, works), pieces(reference, works)
+    found, expected = ({name: [token for piece in its for token in piece.tokens] for name, its in answer.items()} for answer in (got, want))
+    assert found == expected and by_op and all(by_op) and engine.steps.queue.replays >= 19
+    for ours, theirs in zip(got["looked at"], want["looked at"], strict=True):
+        for one, other in zip(ours.logprobs, theirs.logprobs, strict=True):
+            assert one.token == other.token and one.logprob == pytest.approx(other.logprob, abs=MARGIN)
+
+
 def test_embeddings_among_answers_are_the_reference_engines(backend, nanochat_fixtures, monkeypatch):
     for name in ("gen5", "llama"):
         model = model_of(name, nanochat_fixtures)
@@ -276,7 +296,7 @@ def test_padding_draws_nothing_and_stores_nothing(backend, nanochat_fixtures, mo
     steps = steps_on(backend, model_of("gen5", nanochat_fixtures), monkeypatch)
     before = steps.transformer.cache.clone()
     ticket = steps.start(decode_batch([-1] * 3, [5, 6, 7], [1] * 3, [[3], [9], [7]]), sampled_rows([1] * 3))
-    assert len(steps.finish(ticket)) == 3 and steps.queue.replays == 1
+    assert len(steps.finish(ticket)) == 3 and steps.queue.replays == 2       # the model and the draw
     assert steps.tokens.tolist()[:4][3] == -1
     changed = (steps.transformer.cache != before).any(-1).any(3).any(0).any(0)      # (P, PAGE_SIZE)
     assert changed.nonzero().tolist() == [[3, 0], [7, 0], [9, 0]]
@@ -331,7 +351,7 @@ def test_prompts_with_sinks_or_caps_compute_few_scores_at_once(backend, monkeypa
     spec = replace(spec, sinks=True, windows=(24, 0), attention_softcap=4.0)
     tensors = tensors | {f"{l}.sinks": torch.linspace(-2, 3, 6) for l in range(2)}
     tokens, logits, most = np.random.default_rng(4).integers(0, spec.vocab_size, 100).tolist(), [], 6 * 100 * 30
-    monkeypatch.setattr(cuda_backend, "SCRATCH", most)
+    monkeypatch.setattr(cuda_prompts, "SCRATCH", most)
     for kernels, device in ((cs.load_kernels("cpu"), "cpu"), (backend.kernels(spec), backend.device)):
         model = Transformer(spec, {name: t.to(device) for name, t in tensors.items()}, kernels, num_pages=8, max_tokens=100,
                             dtype=torch.float32, device=device)
@@ -343,6 +363,65 @@ def test_prompts_with_sinks_or_caps_compute_few_scores_at_once(backend, monkeypa
     assert max(sizes) <= most and len(sizes) > 4
     for expected, got in zip(*logits):
         assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def flash_attention(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+    """torch's varlen_attn by its documentation, row by row: its kernel needs a GPU. Queries are the last of the keys, and a
+    window (n, 0) is the n keys before a query's own, and that."""
+    assert (cu_seq_q.tolist(), cu_seq_k.tolist()) == ([0, max_q], [0, max_k]) == ([0, len(q)], [0, len(k)])
+    assert q.dtype == k.dtype == v.dtype == torch.bfloat16 and cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert enable_gqa == (q.shape[1] != k.shape[1]) and window_size[1] == 0
+    k, v = (x.float().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    rows = []
+    for i, query in enumerate(q.float()):
+        last = len(k) - len(q) + i
+        first = max(0, last - window_size[0]) if window_size[0] >= 0 else 0
+        weights = torch.softmax(scale * (query * k[first:last + 1]).sum(-1), 0)                     # (keys, H)
+        rows.append((weights[..., None] * v[first:last + 1]).sum(0))
+    return torch.stack(rows).to(q.dtype)
+
+
+def test_prompts_are_attended_by_varlen_attn_where_torch_has_it(emulation_library, monkeypatch):
+    """With the window that flash means; caps and sinks, and what fails its proof, do without."""
+    monkeypatch.setattr(decode_core.cuda, "SAMPLE_THREADS", 32)
+    spec, calls = replace(llama_like()[0], windows=(24, 0)), []
+    emulated = backends.Emulated(emulation_library)
+
+    def proved(varlen, **changes):
+        backend = emulated.backend(replace(spec, **changes))
+        assert backend.prompts.varlen is None           # the device is a CPU
+        backend.prompts.varlen = varlen and (lambda *arguments, **more: calls.append(more["window_size"]) or varlen(*arguments, **more))
+        backend.ops(0, 0, None)
+        return backend
+
+    assert proved(flash_attention).faults == {} and {*calls} == {(23, 0), (-1, 0)}
+    calls.clear()
+    assert proved(flash_attention, attention_softcap=5.0).faults == proved(None).faults == {} and not calls
+    off_by_one = proved(lambda *arguments, window_size, **more: flash_attention(
+        *arguments, window_size=(window_size[0] + (window_size[0] >= 0), 0), **more))
+    assert [*off_by_one.faults] == ["prompt_attention"] and "(bfloat16, window 24)" in off_by_one.faults["prompt_attention"]
+    assert not off_by_one.prompts.fused and prove_prompts(off_by_one, torch.device("cpu")) == ""
+
+
+def test_flash_is_taken_only_with_all_that_is_asked_of_it(monkeypatch):
+    assert callable(cuda_prompts.flash())
+    module = SimpleNamespace(varlen_attn=lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False: None)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)       # torch 2.9's
+    assert cuda_prompts.flash() is None
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)         # older ones have none
+    assert cuda_prompts.flash() is None
+
+
+def test_a_long_prompts_masks_are_bounded(emulation_library):
+    """131,072 keys: a mask of 2,048 rows of them would be 268 million elements."""
+    prompt = cuda_prompts.Prompt(slice(0, 2048), None, 0, 129024, 131072)
+    backend, made = backends.Emulated(emulation_library).backend(llama_like()[0]), []
+    backend.prompts.mask = lambda prompt, some, window, like: made.append(some) or None
+    backend.prompts.script.attend_prompt = lambda q, k, v, mask, *rest: q
+    q, kv = torch.empty(2048, 6, 16), torch.empty(1).expand(2, 2, 131072, 16)
+    backend.prompts.attend(q, kv, prompt, torch.empty(2048, 96), 0, 4.0)
+    assert made[0].start == 0 and made[-1].stop == 2048 and all(a.stop == b.start for a, b in zip(made, made[1:]))
+    assert max(some.stop - some.start for some in made) * 131072 * 6 <= cuda_prompts.SCRATCH
 
 
 def test_bfloat16_follows_float32(backend, nanochat_fixtures):
@@ -422,7 +501,7 @@ def test_the_decode_bench_runs(backend):
         spec = replace(shape, layers=1, width=64, heads=4, kv_heads=2, head_size=16, ffn_size=96, vocab_size=200, max_positions=400)
         steps = bench.make_steps(spec, backend.kernels(spec), backend.device, torch.bfloat16, 3, 200, backend.queue())
         assert bench.seconds_per_step(bench.Decoding(steps, 3, 100, 60), 40) > 0
-        assert steps.queue.replays == 40 and bench.seconds_per_replay(steps, 3, 2) > 0
+        assert steps.queue.replays == 2 * 40 and bench.seconds_per_replay(steps, 3, 2) > 0
         weights = 64 * (4 + 4) * 16 + 64 * 64 + 64 * 96 * (2 if spec.activation == "relu2" else 3) + 200 * 64
         norms = 3 * 64 * 4 if spec.norm_weights else 0
         assert bench.bytes_of_a_step(steps.transformer, 3, 100) == 2 * weights + norms + 3 * 100 * 2 * 2 * 16 * 2

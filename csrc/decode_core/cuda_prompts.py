@@ -1,0 +1,99 @@
+"""Attention of prompts on CUDA, by torch over keys and values gathered from the pages.
+
+With a chunk of 2,048 tokens and a context of 131,072, a mask would be 268 million elements, so the fused ways have none:
+varlen_attn (flash, for half precision; it knows windows), or causal_lower_right where there is no window. All else
+computes a bounded number of scores at once, each with its own mask.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.attention.bias import causal_lower_right
+
+from .cuda_references import SCRATCH
+
+HALVES = (torch.float16, torch.bfloat16)
+causal = functools.lru_cache(64)(causal_lower_right)        # of two lengths; it holds no mask
+
+
+class Prompt(NamedTuple):
+    """The new tokens of a sequence and where their keys are."""
+
+    rows: slice         # of the T rows
+    pages: Any          # (n,) int32 page ids
+    first: int          # position of the first key of those pages
+    start: int          # position of the first new token
+    end: int            # behind the last new token, and so the number of keys of the sequence
+
+
+def prompts_of(batch: Any, first: int, table: torch.Tensor, window: int, page_size: int) -> list[Prompt]:
+    """The sequences from number `first` on. With a window, the pages are those that it overlaps."""
+    found = []
+    for i in range(first, len(batch.lengths)):
+        rows, end = slice(batch.starts[i], batch.starts[i + 1]), batch.lengths[i]
+        start = end - (rows.stop - rows.start)
+        page = max(0, start + 1 - window) // page_size if window else 0
+        found.append(Prompt(rows, table[i, page:-(-end // page_size)], page * page_size, start, end))
+    return found
+
+
+def flash() -> Callable | None:
+    """torch's varlen_attn, where it has one with all that is used here."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    able = {"scale", "window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
+    return varlen_attn if able else None
+
+
+class PromptAttention:
+    """softmax(q k) v of one prompt. `fused` is False once a proof has failed; `varlen` is None where torch lacks it
+    or the device is no GPU: there is no such kernel for a CPU."""
+
+    def __init__(self, script: SimpleNamespace, device: Any):
+        self.script, self.fused = script, True
+        self.varlen = flash() if torch.device(device).type == "cuda" else None
+
+    def attend(self, q, kv, prompt: Prompt, out, window: int, softcap=0.0, sinks=None) -> None:
+        """q (t, H, D) in the cache's type, scaled; kv (2, Hkv, S, D) from prompt.first on -> out (t, H * D).
+
+        sinks: (Hkv, H / Hkv) or None.
+        """
+        plain = self.fused and not softcap and sinks is None
+        if plain and self.varlen and q.dtype in HALVES:
+            out.copy_(self.by_varlen(q, kv, window).flatten(1))
+        elif plain and not window:
+            self.by_parts(q, kv, out, lambda some: causal(len(q), kv.shape[2]), len(q))
+        else:
+            step = max(1, SCRATCH // (q.shape[1] * kv.shape[2]))
+            self.by_parts(q, kv, out, lambda some: self.mask(prompt, some, window, q), step, softcap, sinks)
+
+    def by_varlen(self, q, kv, window: int):
+        """A flash window of n keys to the left is one of n + 1: the token's own key does not count."""
+        k, v = kv.transpose(1, 2)                                               # (S, Hkv, D) each
+        ends = [torch.arange(0, len(x) + 1, len(x), dtype=torch.int32, device=x.device) for x in (q, k)]
+        return self.varlen(q, k, v, *ends, len(q), len(k), scale=1.0, window_size=(window - 1, 0) if window else (-1, 0),
+                           enable_gqa=q.shape[1] != k.shape[1])
+
+    def by_parts(self, q, kv, out, mask_of, step: int, softcap=0.0, sinks=None) -> None:
+        grouped = q.unflatten(1, (kv.shape[1], -1))                             # (t, Hkv, H / Hkv, D)
+        for begin in range(0, len(q), step):
+            some = slice(begin, min(begin + step, len(q)))
+            y = self.script.attend_prompt(grouped[some], *kv, mask_of(some), 1.0, softcap, sinks)
+            out[some].view(y.shape).copy_(y)
+
+    @staticmethod
+    def mask(prompt: Prompt, some: slice, window: int, like):
+        """Additive (1, 1, queries, S), for the new tokens of a slice."""
+        places = dict(dtype=torch.int32, device=like.device)
+        keys = torch.arange(prompt.first, prompt.end, **places)
+        age = torch.arange(prompt.start + some.start, prompt.start + some.stop, **places)[:, None] - keys
+        hidden = (age < 0) | (age >= window) if window else age < 0             # age < 0: future
+        return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)[None, None]
