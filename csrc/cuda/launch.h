@@ -45,14 +45,15 @@ const char *dc_cuda_rope_append(int64_t qkv, int64_t qkv_type, int64_t row_strid
 
 // Decode attention: q (rows, heads, head_size) f32, scaled already; block_table (rows, table_width) i32; lengths (rows) i32,
 // <= 0 = inactive: its output is left alone; window 0 = every key; softcap 0 = none; sinks (heads) f32 or 0. max_chunks: chunks
-// of 256 positions that a row can see.
-// states: rows * heads * max_chunks * (2 + head_size) f32, any content; tickets: rows * kv_heads i32, zero before the first
-// launch and after every one. out (rows, heads * head_size), type 0 = f32 or 2 = bf16.
+// of 64 positions that a row can see; most_spans, up to 256: the parts that are computed side by side, of each row, whatever its
+// length. With S = min(max_chunks, most_spans) and G = S / 16 rounded up: states has rows * heads * (S + G) * (2 + head_size) f32,
+// any content; tickets rows * kv_heads * (1 + G) i32, zero before the first launch and after every one. out (rows, heads *
+// head_size), type 0 = f32 or 2 = bf16.
 const char *dc_cuda_paged_attention(int64_t q, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_size,
                                     int64_t k_pages, int64_t v_pages, int64_t cache_type, int64_t num_pages,
                                     int64_t page_stride, int64_t head_stride, int64_t slot_stride, int64_t block_table,
                                     int64_t table_stride, int64_t table_width, int64_t lengths, int64_t window, double softcap,
-                                    int64_t sinks, int64_t max_chunks, int64_t states, int64_t tickets, int64_t out, int64_t out_type,
+                                    int64_t sinks, int64_t max_chunks, int64_t most_spans, int64_t states, int64_t tickets, int64_t out, int64_t out_type,
                                     int64_t stream);
 
 // out (rows, outputs) f32 = x (rows, columns) f32 times the transpose of W, rows 1 .. 8. W has `outputs` rows of blocks of

@@ -3,14 +3,16 @@
 // shapes   q (B, Hq, D) f32, scaled already; K and V pages of 16 slots, f32, f16 or bf16, strides as arguments; block_table
 //          (B, W) i32; lengths (B) i32, the row itself included, <= 0 = inactive; sinks (Hq) f32 -> out (B, Hq * D) f32 or bf16.
 //          D a multiple of 16 up to 256, Hq / Hk up to 64.
-// mapping  Block = (chunk of 256 positions at absolute borders, kv head, row), 128 threads, all query heads of the group
-//          (8 at a time). Scores: 8 lanes share a key, so the block takes a page at once. Values: a thread owns 16 bytes of
-//          columns and every n-th position. The grid covers the longest row the table allows; blocks beyond a
-//          row's length leave at once. The block that arrives last at the (row, head) ticket merges the chunks in order.
+// mapping  A row's keys are chunks of 64 positions at absolute borders; a span is one chunk, or as many as it takes to have no
+//          more than most_spans (8,192 keys are 128 spans of one). Block = (span, kv head, row), 128 threads, all query heads
+//          of the group (8 at a time). Scores: 8 lanes share a key, so the block takes a page at once. Values: a thread owns
+//          16 bytes of columns and every n-th position. The grid covers the longest row the table allows; blocks beyond a
+//          row's length leave at once. Of each 16 spans, the block that arrives last at their ticket merges them, a warp a
+//          head; of these groups, the last one merges the groups. So no merge is longer than 16 states, and 8 may run at once.
 // cost     2 * D * bytes per (position, kv head) read, once per group of up to 8 query heads; bound by memory bandwidth.
-// numerics Scores, softmax and sums in f32; every sum has an order fixed by lane and position, so a row's bits depend on
-//          nothing but the row. Window W: a row at position i sees 0 <= i - j < W. Pages left of it are not read.
-//          A page id out of range is skipped like a masked one.
+// numerics Scores, softmax and sums in f32; every sum has an order fixed by lane, position and the row's length, so a row's
+//          bits depend on nothing but the row. Window W: a row at position i sees 0 <= i - j < W. Pages left of it are not
+//          read. A page id out of range is skipped like a masked one.
 
 #include "launch.h"
 
@@ -21,7 +23,8 @@ namespace {
 using namespace dc_device;
 
 constexpr int ATTENTION_THREADS = 128, ATTENTION_WARPS = ATTENTION_THREADS / 32;
-constexpr int CHUNK = 256, PAGE = 16, CHUNK_PAGES = CHUNK / PAGE;
+constexpr int CHUNK = 64, PAGE = 16, CHUNK_PAGES = CHUNK / PAGE;
+constexpr int MERGED = 16;                  // states in one merge
 constexpr int KEY_LANES = 8;                // lanes that share a key
 static_assert(ATTENTION_THREADS == KEY_LANES * PAGE, "a pass of the block scores one page");
 
@@ -29,14 +32,16 @@ struct AttentionJob {                       // by value into the kernel; strides
     const float *q;
     const int32_t *block_table, *lengths;
     int64_t table_stride, num_pages;
-    int table_width, heads, kv_heads, head_size, window, max_chunks;
+    int table_width, heads, kv_heads, head_size, window;
+    int most_spans;                         // of any row
+    int max_spans, max_groups;              // of a row of this table: the grid, and the states of a head
     float softcap;                          // scores become softcap * tanh(score / softcap); 0: they stay
     const float *sinks;                     // (Hq) or null; neither scaled nor capped
     int64_t page_stride, head_stride, slot_stride;
     void *out;
     int64_t out_type;
-    float *states;                          // (B, Hq, max_chunks, 2 + D): largest score, sum of weights, weighted values
-    int32_t *tickets;                       // (B, Hk), zero between launches
+    float *states;                          // (B, Hq, spans and then groups, 2 + D): largest score, sum of weights, weighted values
+    int32_t *tickets;                       // (B, Hk, 1 + max_groups): of the groups together, of each; zero between launches
 };
 
 template <class Stored, int MAX_SIZE, int HEADS> struct Shape {
@@ -49,14 +54,15 @@ template <class Stored, int MAX_SIZE, int HEADS> struct Shape {
     struct Shared {
         int32_t pages[CHUNK_PAGES];         // -1: masked
         float scores[HEADS][CHUNK];         // then the weights
-        float largest[HEADS], sum[HEADS];
+        float largest[HEADS], sum[HEADS], factor[HEADS];        // factor: of what the chunks before have added up
         float values[PARTS][HEADS][MAX_SIZE];
+        float totals[HEADS][MAX_SIZE];      // of the span
         bool last;
     };
 };
 
-struct Range {                              // of one block: absolute positions [begin, end) of one chunk
-    int begin, end, chunk, chunks;          // index among the chunks that the row sees
+struct Range {                              // of one block: absolute positions [begin, end) of one span
+    int begin, end, span, spans;            // index among the spans that the row sees
 };
 
 DC_DEVICE bool find_range(const AttentionJob &job, Range &range) {
@@ -64,13 +70,15 @@ DC_DEVICE bool find_range(const AttentionJob &job, Range &range) {
     if (length > job.table_width * PAGE) length = job.table_width * PAGE;
     if (length <= 0) return false;
     const int first_key = job.window > 0 && length > job.window ? length - job.window : 0;
-    const int first_chunk = first_key / CHUNK;
-    range.chunk = static_cast<int>(blockIdx.x);
-    range.chunks = (length + CHUNK - 1) / CHUNK - first_chunk;
-    const int start = (first_chunk + range.chunk) * CHUNK;
+    const int first_chunk = first_key / CHUNK, chunks = (length + CHUNK - 1) / CHUNK - first_chunk;
+    const int span_chunks = (chunks + job.most_spans - 1) / job.most_spans;
+    range.span = static_cast<int>(blockIdx.x);
+    range.spans = (chunks + span_chunks - 1) / span_chunks;
+    if (range.span >= range.spans) return false;
+    const int start = (first_chunk + range.span * span_chunks) * CHUNK, after = start + span_chunks * CHUNK;
     range.begin = start > first_key ? start : first_key;
-    range.end = start + CHUNK < length ? start + CHUNK : length;
-    return range.chunk < range.chunks;
+    range.end = after < length ? after : length;
+    return true;
 }
 
 template <class T, int N> DC_DEVICE void load_pack(const T *from, float (&to)[N]) {
@@ -103,13 +111,13 @@ template <int HEADS> DC_DEVICE float sum_over_lanes(float (&x)[HEADS], unsigned 
     return x[0];
 }
 
-// scores[h][p] = q_h k_p for the positions of the chunk, -infinity where masked.
+// scores[h][p] = q_h k_p for the positions of the chunk that begins at `first`, -infinity where masked.
 template <class Stored, int MAX_SIZE, int HEADS>
-DC_DEVICE void score(const AttentionJob &job, const Range &range, const Stored *k_pages, const float *q, int heads,
+DC_DEVICE void score(const AttentionJob &job, const Range &range, int first, const Stored *k_pages, const float *q, int heads,
                      typename Shape<Stored, MAX_SIZE, HEADS>::Shared &shared) {
     using S = Shape<Stored, MAX_SIZE, HEADS>;
     const unsigned lane = threadIdx.x % KEY_LANES;
-    const int slot = threadIdx.x / KEY_LANES, first = range.begin / CHUNK * CHUNK;
+    const int slot = threadIdx.x / KEY_LANES;
     float query[HEADS][S::KEY_PACKS][S::PACK];
     DC_UNROLL
     for (int h = 0; h < HEADS; h++) {
@@ -144,11 +152,12 @@ DC_DEVICE void score(const AttentionJob &job, const Range &range, const Stored *
     }
 }
 
-// scores -> weights exp(score - largest), a warp per head.
-template <class Shared> DC_DEVICE void soften(Shared &shared, int heads) {
+// scores -> weights exp(score - largest), a warp per head; `largest` and `sum` are those of the span so far.
+template <class Shared> DC_DEVICE void soften(Shared &shared, int heads, bool first) {
     const unsigned lane = threadIdx.x % 32;
     for (int h = threadIdx.x / 32; h < heads; h += ATTENTION_WARPS) {
-        float largest = -INFINITY;
+        const float before = first ? -INFINITY : shared.largest[h], sum_before = first ? 0.0f : shared.sum[h];
+        float largest = before;
         for (int p = lane; p < CHUNK; p += 32) largest = fmaxf(largest, shared.scores[h][p]);
         for (int distance = 16; distance > 0; distance /= 2)
             largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, distance));
@@ -161,19 +170,20 @@ template <class Shared> DC_DEVICE void soften(Shared &shared, int heads) {
         }
         sum = warp_sum(sum);
         if (lane == 0) {
+            const float factor = before == -INFINITY ? 0.0f : expf(before - largest);
             shared.largest[h] = largest;
-            shared.sum[h] = sum;
+            shared.factor[h] = factor;
+            shared.sum[h] = factor * sum_before + sum;
         }
     }
 }
 
 // values[part][h] = sums of weight * v over a part of the positions; the parts' own sum is left to the reader.
 template <class Stored, int MAX_SIZE, int HEADS>
-DC_DEVICE void weigh(const AttentionJob &job, const Range &range, const Stored *v_pages,
+DC_DEVICE void weigh(const AttentionJob &job, const Range &range, int first, const Stored *v_pages,
                      typename Shape<Stored, MAX_SIZE, HEADS>::Shared &shared) {
     using S = Shape<Stored, MAX_SIZE, HEADS>;
     const int column = threadIdx.x % S::COLUMNS * S::PACK, row = threadIdx.x / S::COLUMNS;
-    const int first = range.begin / CHUNK * CHUNK;
     float sums[HEADS][S::PACK] = {};
     DC_UNROLL_4
     for (int p = row; p < CHUNK; p += S::VALUE_ROWS) {
@@ -214,23 +224,51 @@ DC_DEVICE void write_out(const AttentionJob &job, int64_t index, float largest, 
     }
 }
 
-// The states of a head's chunks, in order, to its D outputs.
-DC_DEVICE void merge(const AttentionJob &job, int64_t head, int chunks) {
-    const int size = job.head_size;
-    const float *states = job.states + head * job.max_chunks * (2 + size);
-    float largest = -INFINITY;
-    for (int c = 0; c < chunks; c++) largest = fmaxf(largest, load_fresh(states + c * (2 + size)));
-    for (int d = threadIdx.x; d < size; d += ATTENTION_THREADS) {
-        float sum = 0, value = 0;
-        for (int c = 0; c < chunks; c++) {
-            const float *state = states + c * (2 + size);
-            const float chunk_largest = load_fresh(state);
-            const float factor = chunk_largest == -INFINITY ? 0.0f : expf(chunk_largest - largest);
-            sum += factor * load_fresh(state + 1);
-            value += factor * load_fresh(state + 2 + d);
+// Up to MERGED states of a head, in order, become one: `into`, or the head's D outputs. By a warp.
+template <int MAX_SIZE>
+DC_DEVICE void merge(const AttentionJob &job, int64_t head, const float *states, int count, float *into) {
+    const int lane = threadIdx.x % 32, size = job.head_size, stride = 2 + size;
+    const float own = lane < count ? load_fresh(states + lane * stride) : -INFINITY;            // the largest score of a state
+    float largest = own;
+    for (int distance = 16; distance > 0; distance /= 2)
+        largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, distance));
+    const float own_factor = own == -INFINITY ? 0.0f : expf(own - largest);
+    const float sum = warp_sum(lane < count ? own_factor * load_fresh(states + lane * stride + 1) : 0.0f);
+    float values[MAX_SIZE / 32] = {};
+    DC_UNROLL
+    for (int c = 0; c < MERGED; c++) {
+        const float factor = __shfl_sync(ALL_LANES, own_factor, c);
+        DC_UNROLL
+        for (int i = 0; i < MAX_SIZE / 32; i++) {
+            const int d = lane + 32 * i;
+            if (c < count && d < size) values[i] = fmaf(factor, load_fresh(states + c * stride + 2 + d), values[i]);
         }
-        write_out(job, head * size + d, largest, sum, value);
     }
+    DC_UNROLL
+    for (int i = 0; i < MAX_SIZE / 32; i++) {
+        const int d = lane + 32 * i;
+        if (d >= size) continue;
+        if (into == nullptr) write_out(job, head * size + d, largest, sum, values[i]);
+        else into[2 + d] = values[i];
+    }
+    if (into != nullptr && lane == 0) {
+        into[0] = largest;
+        into[1] = sum;
+    }
+}
+
+// Whether this block is the last of `count` at a ticket. What the others wrote before can be read then.
+template <class Shared> DC_DEVICE bool arrives_last(int32_t *ticket, int count, Shared &shared) {
+    __threadfence();                        // this block's states, before its ticket
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        shared.last = atomicAdd(ticket, 1) == count - 1;
+        if (shared.last) *ticket = 0;       // ready for the next launch
+    }
+    __syncthreads();
+    if (!shared.last) return false;
+    __threadfence();                        // the others' states, after their tickets
+    return true;
 }
 
 template <class Stored, int MAX_SIZE, int HEADS>
@@ -242,54 +280,65 @@ DC_KERNEL(ATTENTION_THREADS) attention_kernel(AttentionJob job, const Stored *k_
     const int64_t row = blockIdx.z, kv_head = blockIdx.y;
     const int group = job.heads / job.kv_heads, D = job.head_size;
     const int64_t first_head = row * job.heads + kv_head * group;
+    const int64_t head_states = static_cast<int64_t>(job.max_spans + job.max_groups) * (2 + D);
     k_pages += kv_head * job.head_stride;
     v_pages += kv_head * job.head_stride;
 
-    if (threadIdx.x < CHUNK_PAGES) {
-        const int index = range.begin / CHUNK * CHUNK_PAGES + threadIdx.x;
-        const bool wanted = index >= range.begin / PAGE && index <= (range.end - 1) / PAGE;
-        const int page = wanted ? job.block_table[row * job.table_stride + index] : -1;
-        shared.pages[threadIdx.x] = page < job.num_pages ? page : -1;
-    }
     for (int done = 0; done < group; done += HEADS) {
         const int heads = group - done < HEADS ? group - done : HEADS;
-        __syncthreads();                    // the pages are there; the last round's weights and values are done with
-        score<Stored, MAX_SIZE, HEADS>(job, range, k_pages, job.q + (first_head + done) * D, heads, shared);
-        __syncthreads();
-        soften(shared, HEADS);              // heads past the group have query 0: harmless, and no branch in `weigh`
-        __syncthreads();
-        weigh<Stored, MAX_SIZE, HEADS>(job, range, v_pages, shared);
-        __syncthreads();
+        const int begin = range.begin / CHUNK * CHUNK;
+        for (int first = begin; first < range.end; first += CHUNK) {
+            __syncthreads();                // the last chunk's weights and values are done with
+            if (threadIdx.x < CHUNK_PAGES) {
+                const int index = first / PAGE + threadIdx.x;
+                const bool wanted = index >= range.begin / PAGE && index <= (range.end - 1) / PAGE;
+                const int page = wanted ? job.block_table[row * job.table_stride + index] : -1;
+                shared.pages[threadIdx.x] = page < job.num_pages ? page : -1;
+            }
+            __syncthreads();
+            score<Stored, MAX_SIZE, HEADS>(job, range, first, k_pages, job.q + (first_head + done) * D, heads, shared);
+            __syncthreads();
+            soften(shared, HEADS, first == begin);      // heads past the group have query 0: harmless, and no branch in `weigh`
+            __syncthreads();
+            weigh<Stored, MAX_SIZE, HEADS>(job, range, first, v_pages, shared);
+            __syncthreads();
+            for (int i = threadIdx.x; i < heads * D; i += ATTENTION_THREADS) {      // each time by the same thread
+                const int h = i / D, d = i % D;
+                float value = shared.values[0][h][d];
+                for (int part = 1; part < S::PARTS; part++) value += shared.values[part][h][d];
+                shared.totals[h][d] = first == begin ? value : fmaf(shared.factor[h], shared.totals[h][d], value);
+            }
+        }
         for (int i = threadIdx.x; i < heads * D; i += ATTENTION_THREADS) {
             const int h = i / D, d = i % D;
             const int64_t head = first_head + done + h;
-            float value = shared.values[0][h][d];
-            for (int part = 1; part < S::PARTS; part++) value += shared.values[part][h][d];
-            if (range.chunks == 1) {
-                write_out(job, head * D + d, shared.largest[h], shared.sum[h], value);
+            if (range.spans == 1) {
+                write_out(job, head * D + d, shared.largest[h], shared.sum[h], shared.totals[h][d]);
                 continue;
             }
-            float *state = job.states + (head * job.max_chunks + range.chunk) * (2 + D);
-            state[2 + d] = value;
+            float *state = job.states + head * head_states + range.span * (2 + D);
+            state[2 + d] = shared.totals[h][d];
             if (d == 0) {
                 state[0] = shared.largest[h];
                 state[1] = shared.sum[h];
             }
         }
     }
-    if (range.chunks == 1) return;
+    if (range.spans == 1) return;
 
-    __threadfence();                        // this block's states, before its ticket
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        int32_t *ticket = job.tickets + row * job.kv_heads + kv_head;
-        shared.last = atomicAdd(ticket, 1) == range.chunks - 1;
-        if (shared.last) *ticket = 0;       // ready for the next launch
+    int32_t *tickets = job.tickets + (row * job.kv_heads + kv_head) * (1 + job.max_groups);
+    const int mine = range.span / MERGED, groups = (range.spans + MERGED - 1) / MERGED, left = range.spans - mine * MERGED;
+    const int members = left < MERGED ? left : MERGED;
+    if (!arrives_last(tickets + 1 + mine, members, shared)) return;
+    const int warp = threadIdx.x / 32;
+    for (int h = warp; h < group; h += ATTENTION_WARPS) {
+        float *states = job.states + (first_head + h) * head_states;
+        float *into = groups == 1 ? nullptr : states + (job.max_spans + mine) * (2 + D);
+        merge<MAX_SIZE>(job, first_head + h, states + mine * MERGED * (2 + D), members, into);
     }
-    __syncthreads();
-    if (!shared.last) return;
-    __threadfence();                        // the others' states, after their tickets
-    for (int h = 0; h < group; h++) merge(job, first_head + h, range.chunks);
+    if (groups == 1 || !arrives_last(tickets, groups, shared)) return;
+    for (int h = warp; h < group; h += ATTENTION_WARPS)
+        merge<MAX_SIZE>(job, first_head + h, job.states + (first_head + h) * head_states + job.max_spans * (2 + D), groups, nullptr);
 }
 
 // --- which instance ----------------------------------------------------------------------------------------------
@@ -301,7 +350,7 @@ struct AttentionLaunch {
 };
 
 template <class Stored, int MAX_SIZE, int HEADS> const char *launch_instance(const AttentionLaunch &l) {
-    const dim3 grid(static_cast<unsigned>(l.job.max_chunks), static_cast<unsigned>(l.job.kv_heads), l.rows);
+    const dim3 grid(static_cast<unsigned>(l.job.max_spans), static_cast<unsigned>(l.job.kv_heads), l.rows);
     const auto kernel = attention_kernel<Stored, MAX_SIZE, HEADS>;
     return DC_LAUNCH(kernel, grid, ATTENTION_THREADS, as_pointer<void>(l.stream), l.job, as_pointer<const Stored>(l.k_pages),
                      as_pointer<const Stored>(l.v_pages));
@@ -329,7 +378,7 @@ const char *dc_cuda_paged_attention(int64_t q, int64_t rows, int64_t heads, int6
                                     int64_t k_pages, int64_t v_pages, int64_t cache_type, int64_t num_pages,
                                     int64_t page_stride, int64_t head_stride, int64_t slot_stride, int64_t block_table,
                                     int64_t table_stride, int64_t table_width, int64_t lengths, int64_t window, double softcap,
-                                    int64_t sinks, int64_t max_chunks, int64_t states, int64_t tickets, int64_t out, int64_t out_type,
+                                    int64_t sinks, int64_t max_chunks, int64_t most_spans, int64_t states, int64_t tickets, int64_t out, int64_t out_type,
                                     int64_t stream) {
     if (rows == 0) return nullptr;
     AttentionLaunch l{};
@@ -345,7 +394,10 @@ const char *dc_cuda_paged_attention(int64_t q, int64_t rows, int64_t heads, int6
     l.job.window = static_cast<int>(window);
     l.job.softcap = static_cast<float>(softcap);
     l.job.sinks = as_pointer<const float>(sinks);
-    l.job.max_chunks = static_cast<int>(max_chunks);
+    if (most_spans < 1 || most_spans > MERGED * MERGED) return "there must be 1 to 256 spans";
+    l.job.most_spans = static_cast<int>(most_spans);
+    l.job.max_spans = static_cast<int>(max_chunks < most_spans ? max_chunks : most_spans);
+    l.job.max_groups = (l.job.max_spans + MERGED - 1) / MERGED;
     l.job.page_stride = page_stride;
     l.job.head_stride = head_stride;
     l.job.slot_stride = slot_stride;

@@ -8,7 +8,8 @@ torch is not imported: a tensor is anything with is_cuda, device, dtype, shape, 
 
 from types import SimpleNamespace
 
-PAGE_SIZE, CHUNK_SIZE = 16, 256
+PAGE_SIZE, CHUNK_SIZE = 16, 64
+MOST_SPANS, MERGED = 128, 16            # of attention: parts of a row side by side, and in one merge; a row's bits depend on both
 MAX_VOCABULARY, MAX_ROWS, MAX_HEAD_SIZE = 1 << 18, 65535, 256
 LEAST_CAPABILITY = 80                   # ten times the least that setup.py's NVCC_FLAGS compile for
 SAMPLE_THREADS = 1024                   # of a row's block; tests try others, which must give the same tokens
@@ -32,11 +33,13 @@ def attention_workspace(rows: int, heads: int, kv_heads: int, head_size: int, ta
 
     The integers must be zero before the first call; each call leaves them zero. Calls in order may share both.
     """
-    return rows * heads * max_chunks(table_width, 0) * (2 + head_size), rows * kv_heads
+    spans = min(max_chunks(table_width, 0), MOST_SPANS)
+    groups = -(-spans // MERGED)
+    return rows * heads * (spans + groups) * (2 + head_size), rows * kv_heads * (1 + groups)
 
 
 def max_chunks(table_width: int, window: int) -> int:
-    """Chunks of 256 positions that a row of at most `table_width` pages can see through `window` (0: all)."""
+    """Chunks of 64 positions that a row of at most `table_width` pages can see through `window` (0: all)."""
     chunks = -(-table_width * PAGE_SIZE // CHUNK_SIZE)
     return min(chunks, (window + CHUNK_SIZE - 2) // CHUNK_SIZE + 1) if window else chunks
 
@@ -215,7 +218,7 @@ class CudaOps:
         y = self.tensor("out", out, LOGITS, B, H * D)
         call(self.core.cuda_paged_attention, query.address, B, H, Hkv, D, k.address, v.address, CODES[k.dtype], P,
              *k.strides[:3], table.address, table.strides[0], W, sizes.address, window, float(softcap), extra,
-             max_chunks(W, window), state.address, ticket.address, y.address, CODES[y.dtype], stream)
+             max_chunks(W, window), MOST_SPANS, state.address, ticket.address, y.address, CODES[y.dtype], stream)
 
     def multiply(self, x, blocks, out, *, kind: str, stream: int):
         """x (B, K) float32 times packed weights -> out (B, N) float32, B up to MAX_PRODUCT_ROWS.

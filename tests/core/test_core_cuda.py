@@ -453,6 +453,23 @@ def test_a_rows_attention_has_the_same_bits_in_any_batch_table_and_order_of_thre
                 assert attend(backend, q, k, v, dtype, table, sizes, window).tobytes() == expected.tobytes()
 
 
+@pytest.mark.parametrize("most_spans", [1, 3, 20])
+def test_long_rows_are_spans_of_several_chunks_which_are_merged_in_groups(backend, monkeypatch, most_spans):
+    """With 20 spans and 1,200 keys, two groups of spans of one chunk; with 1, nothing is merged."""
+    monkeypatch.setattr(wrappers, "MOST_SPANS", most_spans)
+    lengths = [40, 64, 65, 0, 700, 1200, 1300, 2600]
+    q, k, v, dtype, table, sizes = attention_case(5, len(lengths), 3, 1, 16, "torch.float32", lengths)
+    for window in (0, 1000):
+        backend.order(RANDOM, window)
+        got = attend(backend, q, k, v, dtype, table, sizes, window)
+        for r, length in enumerate(lengths):
+            if length:
+                expected = attention_oracle(q[r], k, v, dtype, table[r], length, window)
+                np.testing.assert_allclose(got[r].reshape(3, 16), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+        for some in ([6], [5, 2]):
+            assert attend(backend, q[some], k, v, dtype, table[some], sizes[some], window).tobytes() == got[some].tobytes()
+
+
 def test_page_ids_out_of_range_are_masked_and_never_followed(backend):
     q, k, v, dtype, table, sizes = attention_case(2, 2, 2, 1, 32, "torch.float32", [40, 600])
     good = attend(backend, q, k, v, dtype, table, sizes, 0)
