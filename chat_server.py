@@ -2806,6 +2806,50 @@ def threads_per_worker(workers: int) -> int:
     return max(1, int(min(physical_cores(cpus), cpu_quota())) // workers)
 
 
+class Torchrun(NamedTuple):
+    """What torchrun tells a process: which of a replica's ranks it is, and where all of them meet."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    master_addr: str
+    master_port: int
+
+
+def torchrun(settings: Settings) -> Torchrun | None:
+    """How torchrun started this process, as one rank of a replica; None if it did not."""
+    ranks, count = ranks_per_replica(settings), os.environ.get("WORLD_SIZE", "1")
+    elastic, wanted = "TORCHELASTIC_RUN_ID", [name.upper() for name in Torchrun._fields]
+    if settings.url or count == "1" or ranks == 1 and elastic not in os.environ:
+        return None
+    if missing := [name for name in (*wanted, elastic) if not os.environ.get(name)]:
+        raise ConfigError(f"WORLD_SIZE is {count}, but torchrun did not start this process: "
+                          f"{', '.join(missing)} missing. Start it with torchrun, or unset WORLD_SIZE")
+    if count != str(ranks):
+        raise ConfigError(f"torchrun starts {count} processes (--nnodes times --nproc-per-node), but "
+                          f"--tp {settings.tensor_parallel_size} --pp {settings.pipeline_parallel_size} "
+                          f"are {ranks} rank(s)")
+    if settings.ray_address or settings.num_workers != 1 or settings.num_gpus not in (None, "1"):
+        raise ConfigError("torchrun starts the ranks of one replica: leave out --num-gpus, --num-workers "
+                          "and --ray-address")
+    return Torchrun(*(os.environ[name] if name == "MASTER_ADDR" else int(os.environ[name])
+                      for name in wanted))
+
+
+def ranks_here(settings: Settings) -> int:
+    """How many ranks of a replica are on this machine."""
+    started = torchrun(settings)
+    return started.local_world_size if started else ranks_per_replica(settings)
+
+
+def process_environment(threads: int) -> dict[str, str]:
+    """OpenMP by default spins for milliseconds at each barrier: with one core taken by another program,
+    decoding was 25 times slower (1.6, not 40 tok/s). One malloc arena saves 60 MB over one per thread."""
+    return ({"GOMP_SPINCOUNT": "2000", "MALLOC_ARENA_MAX": "1"} | os.environ
+            | {"OMP_NUM_THREADS": str(threads)})
+
+
 def die_with_parent(parent: int):
     """Ask Linux to kill this process when its parent dies; elsewhere only the pipe's end of file ends it."""
     if sys.platform == "linux":
@@ -2868,25 +2912,63 @@ def admit_front(where: str) -> socket.socket:
     first that knows the secret. Nothing that came from anybody else has been decoded."""
     host, _, folder = where.partition(",")
     secret, context, deadline_s = secrets.token_bytes(32), tls_context(folder, True), time.monotonic() + 60
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, 0), family=family) as listener:
+    with listen(host) as listener:
         print(json.dumps([listener.getsockname()[1], secret.hex()]), flush=True)
         while (left_s := deadline_s - time.monotonic()) > 0:
-            listener.settimeout(left_s)
-            with suppress(OSError):
-                connection, _ = listener.accept()
-                try:
-                    connection.settimeout(5)
-                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    if context:
-                        connection = context.wrap_socket(connection, server_side=True)
-                    prove_worker(connection, secret)
-                    connection.settimeout(None)
-                    return connection
-                except (OSError, EOFError) as error:
-                    log.warning("a connection was refused: %s", error)
-                    connection.close()
+            if connection := admit(listener, secret, left_s, context):
+                return connection
     raise SystemExit("the front did not come within a minute")
+
+
+def listen(host: str) -> socket.socket:
+    """A listening socket with any free port."""
+    return socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+
+
+def admit(listener: socket.socket, secret: bytes, wait_s: float, context=None) -> socket.socket | None:
+    """The next connection, if it comes within `wait_s` and knows the secret."""
+    listener.settimeout(wait_s)
+    with suppress(TimeoutError):
+        connection, _ = listener.accept()
+        try:
+            connection.settimeout(5)
+            watch_peer(connection)
+            if context:
+                connection = context.wrap_socket(connection, server_side=True)
+            prove_worker(connection, secret)
+            connection.settimeout(None)
+            return connection
+        except (OSError, EOFError) as error:
+            log.warning("a connection was refused: %s", error)
+            connection.close()
+    return None
+
+
+def dial(host: str, port: int, secret: bytes) -> socket.socket:
+    """A connection to a process that admits who knows the secret, and knows it too."""
+    connection = socket.create_connection((host, port), timeout=20)
+    try:
+        watch_peer(connection)
+        theirs, nonce, proven = bytearray(32), secrets.token_bytes(32), bytearray(32)
+        receive_into(connection, theirs)
+        connection.sendall(nonce + proof(secret, "front", theirs + nonce))
+        receive_into(connection, proven)
+        if not hmac.compare_digest(proven, proof(secret, "worker", theirs + nonce)):
+            raise ConnectionError(f"{host}:{port} does not know the secret")
+    except BaseException:
+        connection.close()
+        raise
+    connection.settimeout(None)
+    return connection
+
+
+def watch_peer(connection: socket.socket):
+    """Send small messages at once, and notice within 30 s that the other machine is gone."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_NODELAY", 1), ("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4),
+                        ("TCP_USER_TIMEOUT", 30_000)):
+        if hasattr(socket, name):  # not all systems have all
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def prove_worker(connection: socket.socket, secret: bytes):
@@ -7134,6 +7216,9 @@ def sample_row(sequence: Sequence, eos_tokens: frozenset[int], offset: int = 0) 
 # With stages, rank s * tp + t has shard t of the layers of stage s. A batch passes through the stages one
 # after the other, from each rank to the same one of the next stage; the last stage draws and tells rank 0.
 # Batches of different sequences follow each other, so that all stages are busy.
+#
+# Under torchrun, which starts a process for each rank on one or several nodes, the process of rank 0 is the
+# front, and its worker starts no ranks: those of the other processes come by TCP (`Nodes`, `serve_rank`).
 
 RANK_PATIENCE_S = 20.0  # how long a rank waits for another; the front gives up a worker later than that
 COMPARED_STEPS = 64     # after so many the ranks compare what they drew
@@ -7148,7 +7233,7 @@ class RankConfig:
     """Rank 0 to another, first: load your shard."""
 
     settings: Settings
-    source: ModelSource
+    source: ModelSource | None  # None: find it on this machine
     device: str
     threads: int
     rank: int
@@ -7156,6 +7241,18 @@ class RankConfig:
     environment: dict[str, str]
     before: int | None = None   # descriptors of the sockets to the stages before and
     after: int | None = None    # after this one
+
+
+@wire_message(1 << 10)
+class RankPlace:
+    """A rank that torchrun started to rank 0, first: where it is."""
+
+    rank: int
+    host: str
+    local_rank: int
+    threads: int
+    before: int | None = None  # see RankConfig
+    after: int | None = None
 
 
 @wire_message(64)
@@ -7198,7 +7295,7 @@ class RankLogits:
 class RankAlone:
     """The ranks of a model that one process computes."""
 
-    rank, tp, stages, pids = 0, 1, 1, ("self",)
+    rank, tp, stages, here, pids = 0, 1, 1, 1, ("self",)  # here: of them on this machine
     join: Any = None  # makes the ops that exchange with other ranks of the stage
     before: socket.socket | None = None
     after: socket.socket | None = None
@@ -7214,6 +7311,7 @@ class RankAlone:
 
     def divide(self, settings: Settings):
         self.tp, self.stages = settings.tensor_parallel_size, settings.pipeline_parallel_size
+        self.here = ranks_here(settings)
 
 
 class OtherRank(RankAlone):
@@ -7237,21 +7335,23 @@ class OtherRank(RankAlone):
 class RankZero(RankAlone):
     """The ranks as rank 0 sees them: it starts the others, which die with it."""
 
-    def __init__(self, config: WorkerConfig):
+    def __init__(self, config: WorkerConfig, progress: Progress = no_progress):
         self.config = config
         self.divide(config.settings)
-        count = self.tp * self.stages
         self.checksums: list[deque[int]] = [deque() for _ in range(self.tp)]  # of the ranks that draw
-        links = [socket.socketpair() for _ in range(count - self.tp)]  # from rank n to rank n + tp
-        self.after = links[0][0] if links else None
         self.processes: list[subprocess.Popen] = []
         self.channels: list[Channel] = []
-        self.links: list[tuple] = []
+        self.places: list[RankPlace] = []
+        self.gather(self.tp * self.stages, progress)
+
+    def gather(self, count: int, progress: Progress):
+        links = [socket.socketpair() for _ in range(count - self.tp)]  # from rank n to rank n + tp
+        self.after = links[0][0] if links else None
         for rank in range(1, count):
             ours, theirs = socket.socketpair()
             before = links[rank - self.tp][1].fileno() if rank >= self.tp else None
             after = links[rank][0].fileno() if rank < len(links) else None
-            self.links.append((before, after))
+            self.places.append(RankPlace(rank, "", rank, self.config.threads, before, after))
             passed = [theirs.fileno(), *(each for each in (before, after) if each is not None)]
             with theirs:
                 self.processes.append(subprocess.Popen(
@@ -7276,12 +7376,18 @@ class RankZero(RankAlone):
             self.meeting = [core.RankMemory(self.tp, part_bytes) for _ in range(self.stages)]
             addresses = [memory.path for memory in self.meeting]
         else:
-            self.meeting = tempfile.TemporaryDirectory(prefix="chat_server-")
-            addresses = [f"{self.meeting.name}/{stage}" for stage in range(self.stages)]
-        for rank, (channel, links) in enumerate(zip(self.channels, self.links), 1):
-            channel.send(RankConfig(config.settings, config.source, rank_device(config.device, rank),
-                                    config.threads, rank, addresses[rank // self.tp], environment, *links))
+            folder = self.meet_in()
+            addresses = [f"{folder}/{stage}" for stage in range(self.stages)]
+        for rank, (channel, at) in enumerate(zip(self.channels, self.places), 1):
+            source = None if at.host else config.source
+            channel.send(RankConfig(config.settings, source, rank_device(config.device, at.local_rank),
+                                    at.threads, rank, addresses[rank // self.tp], environment,
+                                    at.before, at.after))
         return join_ranks(backend, addresses[0], 0, self.tp, config.device)
+
+    def meet_in(self) -> str:
+        self.meeting = tempfile.TemporaryDirectory(prefix="chat_server-")
+        return self.meeting.name
 
     def least(self, pages: int) -> int:
         least = min(pages, *(message.count for message in self._hear_all(RankPages)))
@@ -7306,7 +7412,8 @@ class RankZero(RankAlone):
         for rank in range(1, len(self.channels) + 1):
             while not isinstance(message := self._hear(rank, wait=True)[0], kind):
                 if isinstance(message, Unusable):
-                    raise ConfigError(message.message)
+                    at = self.places[rank - 1].host
+                    raise ConfigError(f"rank {rank} on {at}: " * bool(at) + message.message)
                 progress(f"{message.stage}, rank {rank}", message.fraction)
             heard.append(message)
         return heard
@@ -7314,8 +7421,11 @@ class RankZero(RankAlone):
     def _hear(self, rank: int, wait: bool) -> list:
         try:
             return self.channels[rank - 1].receive(wait, most=1)
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):  # also a timeout, where a machine is gone
             raise self._ended(rank) from None
+
+    def has_ended(self, rank: int) -> bool:
+        return self.processes[rank - 1].poll() is not None
 
     def _ended(self, rank: int) -> RanksFailed:
         with suppress(subprocess.TimeoutExpired):
@@ -7330,7 +7440,7 @@ class RankZero(RankAlone):
 
     def check(self):
         for rank in range(1, len(self.channels) + 1):
-            if self.processes[rank - 1].poll() is not None:
+            if self.has_ended(rank):
                 raise self._ended(rank)
             if rank != self.last:  # which speaks when it is asked
                 for message in self._hear(rank, wait=False):
@@ -7354,6 +7464,157 @@ class RankZero(RankAlone):
         return message
 
 
+class RankStore:
+    """torchrun's store, where the ranks of a replica find each other. `life` counts the workers so far: each
+    has keys of its own, and a new secret."""
+
+    def __init__(self):
+        self.distributed = importlib.import_module("torch.distributed")
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self.whole = self.distributed.TCPStore(host, port, is_master=False,
+                                               timeout=datetime.timedelta(minutes=1))
+        self.store = self.part("chat_server")
+
+    def part(self, name: str):
+        return self.distributed.PrefixStore(name, self.whole)
+
+    @property
+    def life(self) -> int:
+        return self.store.add("life", 0)
+
+    def put(self, key: str, value):
+        self.store.set(key, json.dumps(value))
+
+    def look(self, key: str):
+        return json.loads(self.store.get(key)) if self.store.check([key]) else None
+
+    def wait(self, life: int, find: Callable[[], Any], say: Callable[[], Any] = lambda: None):
+        """What `find` finds at last, for which it may wait a moment. EOFError if another life has begun."""
+        while (found := find()) is None:
+            if self.life != life:
+                raise EOFError("rank 0 has ended")
+            say()
+            time.sleep(0.05)  # a store cannot wait for one of two keys
+        return found
+
+
+class RankZeroOfNodes(RankZero):
+    """Rank 0 under torchrun: the other ranks come by TCP, from this machine or others."""
+
+    def gather(self, count: int, progress: Progress):
+        start, store, secret = torchrun(self.config.settings), RankStore(), secrets.token_bytes(32)
+        if self.here < count and self.tp > 1 and self.config.device == "cpu":
+            log.warning("Ranks on several nodes sum through Gloo, with torch's reference ops: decode_core's "
+                        "ranks meet in the memory of one machine")
+            os.environ["CHAT_SERVER_KERNELS"] = "reference"
+            installed_core.cache_clear()
+        self.life = life = store.store.add("life", 1)
+        places: dict[int, RankPlace] = {}
+        channels: dict[int, Channel] = {}
+
+        def come() -> bool | None:
+            with suppress(EOFError, OSError):  # it may come again
+                if self.stages > 1 and not self.after and (at := store.look(f"{life}/{self.tp}")):
+                    self.after = dial(*at, secret)
+                if connection := admit(listener, secret, 0.2):
+                    [place] = (channel := Channel(connection)).receive(wait=True, most=1)
+                    places[place.rank], channels[place.rank] = place, channel
+            return len(places) == count - 1 or None
+
+        def say():
+            missing = sorted({*range(1, count)} - {*places})
+            progress(f"waiting for rank {', '.join(map(str, missing))} of torchrun", len(places) / count)
+
+        with listen_as_master(start.master_addr) as listener:
+            store.put(f"{life}/0", [start.master_addr, listener.getsockname()[1], secret.hex()])
+            store.wait(life, come, say)
+        self.places, self.channels = ([each[rank] for rank in range(1, count)] for each in (places, channels))
+
+    pids = ("self",)
+
+    def meet_in(self) -> str:
+        return f"chat_server/{self.life}"
+
+    def has_ended(self, rank: int) -> bool:
+        channel = self.channels[rank - 1]
+        with suppress(OSError):
+            return bool(channel.poll.poll(0)) and not channel.connection.recv(1, socket.MSG_PEEK)
+        return True
+
+    def _ended(self, rank: int) -> RanksFailed:
+        return RanksFailed(f"rank {rank} on {self.places[rank - 1].host} has ended")
+
+
+def listen_as_master(host: str) -> socket.socket:
+    try:  # a name may mean another address to other machines
+        return listen(host if re.fullmatch(r"[0-9.]+|.*:.*", host) else "")
+    except OSError as error:
+        raise ConfigError(f"MASTER_ADDR {host} is no address of this machine, which has rank 0: "
+                          f"{error.strerror or error}") from None
+
+
+def serve_rank(settings: Settings, start: Torchrun) -> int:
+    """A process of torchrun's that is not rank 0: be this rank for one worker after another, each time in a
+    process of its own, until the front ends. Returns its exit status."""
+    life, problem = 0, None
+    try:
+        store = RankStore()
+        over = store.look("over")  # of a front before
+        while (ended := store.look("over")) == over:
+            if store.life != life and store.look(f"{store.life}/0"):
+                try:
+                    live_as_rank(settings, start, store, coming := store.life)
+                    life, problem = coming, None
+                except (EOFError, OSError) as error:  # rank 0 may have ended: wait for the next one
+                    if problem != (problem := str(error)):
+                        log.warning("rank %d does not reach the others: %s", start.rank, problem)
+            time.sleep(0.2)
+        return ended[1]
+    except RuntimeError as error:
+        log.error("torchrun's store on %s:%d is gone, and with it the node of rank 0: %s", start.master_addr,
+                  start.master_port, str(error).splitlines()[0])
+        return 1
+
+
+def live_as_rank(settings: Settings, start: Torchrun, store: RankStore, life: int):
+    """Connect with rank 0 and the stages before and after, and compute in another process until it ends."""
+    (host, port, secret), rank = store.look(f"{life}/0"), start.rank
+    secret, next_rank = bytes.fromhex(secret), rank + settings.tensor_parallel_size
+    before = after = None
+    with contextlib.ExitStack() as stack:
+        if rank >= settings.tensor_parallel_size:
+            with listen(address_towards(host, port)) as listener:
+                store.put(f"{life}/{rank}", listener.getsockname()[:2])
+                before = stack.enter_context(store.wait(life, lambda: admit(listener, secret, 0.2)))
+        if next_rank < start.world_size:
+            at = store.wait(life, lambda: store.look(f"{life}/{next_rank}"))
+            after = stack.enter_context(dial(*at, secret))
+        connection = stack.enter_context(dial(host, port, secret))
+        links = [None if each is None else each.fileno() for each in (before, after)]
+        threads = threads_per_worker(start.local_world_size)
+        Channel(connection).send(RankPlace(rank, socket.gethostname(), start.local_rank, threads, *links))
+        process = subprocess.Popen(
+            [*PROCESS_COMMAND, "rank", str(connection.fileno()), str(os.getpid())], stdin=subprocess.DEVNULL,
+            pass_fds=[connection.fileno(), *(each for each in links if each is not None)],
+            env=process_environment(threads))
+        watcher = select.poll()
+        watcher.register(connection, getattr(select, "POLLRDHUP", 0))
+        while process.poll() is None:
+            if watcher.poll(200):  # rank 0 is gone; this one may hang
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(2)
+                process.kill()
+        if process.returncode:
+            log.error("rank %d: %s", rank, exit_in_words(process.returncode))
+
+
+def address_towards(host: str, port: int) -> str:
+    """This machine's address on the way to another."""
+    with socket.socket(socket.getaddrinfo(host, port)[0][0], socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))
+        return probe.getsockname()[0]
+
+
 def rank_device(device: str, rank: int) -> str:
     """The device of a rank, where rank 0 has `device`: the GPUs of a replica follow each other."""
     kind, _, index = device.partition(":")
@@ -7367,10 +7628,13 @@ def join_ranks(backend, address: str, rank: int, count: int, device: str) -> dic
     if backend.join:
         return backend.join(address, rank, RANK_PATIENCE_S)
     distributed = importlib.import_module("torch.distributed")
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    on_disk = address.startswith("/")
+    if on_disk or os.environ["MASTER_ADDR"].startswith("127."):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    store = distributed.FileStore(address, count) if on_disk else RankStore().part(address)
     distributed.init_process_group(
-        "nccl" if device.startswith("cuda") else "gloo", store=distributed.FileStore(address, count),
-        rank=rank, world_size=count, timeout=datetime.timedelta(seconds=RANK_PATIENCE_S))
+        "nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank,
+        world_size=count, timeout=datetime.timedelta(seconds=RANK_PATIENCE_S))
 
     def all_reduce(x, out, residual=None):
         distributed.all_reduce(x)
@@ -7507,8 +7771,9 @@ def run_rank(channel: Channel, config: RankConfig):
         channel.send(Loading(stage, fraction))
 
     settings = config.settings
-    model = open_model(config.source, settings, chosen_dtype(settings), device)
-    model, transformer, num_pages = build_transformer(model, config.source, settings, device, progress, ranks)
+    source = config.source or resolve_model(settings, progress)
+    model = open_model(source, settings, chosen_dtype(settings), device)
+    model, transformer, num_pages = build_transformer(model, source, settings, device, progress, ranks)
     context = longest_context(PagePool(num_pages, transformer.groups.windows), model.context_length,
                               prefill_chunk(settings, device))
     steps = transformer.kernels.backend.make_steps(transformer, settings.max_batch, context)
@@ -7531,7 +7796,7 @@ def run_rank(channel: Channel, config: RankConfig):
 def told_steps(channel: Channel) -> Iterator[RankStep]:
     """The steps that rank 0 tells, until it is gone."""
     same = functools.lru_cache(1024)(lambda params: params)  # so that decode_core knows the rows again
-    with suppress(EOFError, ConnectionError):
+    with suppress(EOFError, ConnectionError, TimeoutError):
         while True:
             [step] = channel.receive(wait=True, most=1)
             rows = step.rows and [row._replace(params=same(row.params)) for row in step.rows]
@@ -7580,7 +7845,7 @@ def worker_main(run: Callable[[Channel, Any], None], arguments: Seq[str]) -> int
         numpy.ndarray  # raises ConfigError if numpy is missing; torch would only warn
         with torch.inference_mode():
             run(channel, config)
-    except (EOFError, ConnectionError, ssl.SSLError):
+    except (EOFError, ConnectionError, TimeoutError, ssl.SSLError):
         pass
     except RanksFailed as error:
         log.error("%s", error)
@@ -7607,18 +7872,20 @@ def prepare_device(config: WorkerConfig | RankConfig) -> torch.device:
 
 def run_worker(channel: Channel, config: WorkerConfig):
     source = config.source or resolve_model(config.settings, lambda *at: channel.send(Loading(*at)))
-    threads = min(config.threads, threads_per_worker(ranks_per_replica(config.settings)))
+    threads = min(config.threads, threads_per_worker(ranks_here(config.settings)))
     config = replace(config, source=source, threads=threads)
     run_engine(channel, start_engine(channel, config), config)
 
 
 def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
-    ranks = RankZero(config) if ranks_per_replica(config.settings) > 1 else None
-    settings, device = config.settings, prepare_device(config)
+    settings, ranks = config.settings, None
 
     def progress(stage: str, fraction: float):
         channel.send(Loading(f"{stage} on {config.device}", fraction))
 
+    if ranks_per_replica(settings) > 1:
+        ranks = (RankZeroOfNodes if torchrun(settings) else RankZero)(config, progress)
+    device = prepare_device(config)
     model, engine = build_engine(config.source, settings, device, progress, ranks)
     channel.send(describe_model(model, engine, config))
     del model
@@ -7712,7 +7979,8 @@ def build_transformer(model: LoadedModel, source: ModelSource, settings: Setting
     if device.type != "cuda":  # the ranks of a replica share the machine's memory
         depth = groups.depth if ranks.stages == 1 else whole.layers
         page_bytes = Transformer.page_bytes(replace(whole, layers=depth, kv_heads=kv_heads), model.dtype)
-        needs = {name: count * ranks.tp * ranks.stages for name, count in needs.items()}
+        page_bytes = -(-page_bytes * ranks.here // (ranks.tp * ranks.stages))
+        needs = {name: count * ranks.here for name, count in needs.items()}
     num_pages = ranks.least(kv_pages(model, settings, device, groups, page_bytes, sum(needs.values())))
     context = longest_context(PagePool(num_pages, groups.windows), model.context_length,
                               prefill_chunk(settings, device))
@@ -8530,17 +8798,13 @@ class Worker:
 
     def spawn(self, threads: int) -> socket.socket:
         self.state = "loading"
-        # OpenMP by default spins for milliseconds at each barrier: with one core taken by another program,
-        # decoding was 25 times slower (1.6, not 40 tok/s). One malloc arena saves 60 MB over one per thread
-        environment = ({"GOMP_SPINCOUNT": "2000", "MALLOC_ARENA_MAX": "1"} | os.environ
-                       | {"OMP_NUM_THREADS": str(threads)})
-        self.process, ours = start_child(self.pool.worker_command, "worker", environment)
+        self.process, ours = start_child(self.pool.worker_command, "worker", process_environment(threads))
         self.spawned_s = self.awaited_s = time.monotonic()
         return ours
 
     async def open(self) -> tuple[asyncio.StreamReader, WorkerConfig]:
         """Start the process and connect; returns what it says, and what it must be told first."""
-        threads = threads_per_worker(len(self.pool.workers) * ranks_per_replica(self.pool.settings))
+        threads = threads_per_worker(len(self.pool.workers) * ranks_here(self.pool.settings))
         reader, self.writer = await asyncio.open_connection(sock=self.spawn(threads))
         secretless = replace(self.pool.settings, keys=(), api_key=())
         return reader, WorkerConfig(secretless, self.pool.source, self.device, threads)
@@ -9388,7 +9652,7 @@ def choose_devices(settings: Settings) -> list[str]:
 
     Raises ConfigError for more than one GPU replica without CUDA."""
     cuda = cuda_device_count() if settings.device_type in ("auto", "cuda") else 0
-    wanted, ranks = settings.num_gpus or "1", ranks_per_replica(settings)
+    wanted, ranks = settings.num_gpus or "1", ranks_here(settings)
     if wanted != "auto" and not (re.fullmatch("[0-9]{1,4}", wanted) and 1 <= int(wanted) <= 1024):
         raise ConfigError(f"--num-gpus {wanted}: must be a number from 1, or `auto`")
     if cuda:
@@ -13815,6 +14079,21 @@ def hide_api_keys() -> bool:
         return False
 
 
+def run_command(settings: Settings) -> int:
+    """serve, chat or generate; in a process of torchrun's that is not rank 0, that rank."""
+    start, status = torchrun(settings), 1
+    if start and start.rank:
+        return serve_rank(settings, start)
+    try:
+        status = asyncio.run({"serve": serve_forever, "chat": chat,
+                              "generate": generate}[settings.command](settings))
+        return status
+    finally:
+        if start:  # the other ranks end too; torch is imported only now
+            with suppress(RuntimeError):
+                RankStore().put("over", [time.time(), status])
+
+
 def main(argv: Seq[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, 1 (no answer), 2 (ConfigError), 130 (Ctrl-C)."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -13840,8 +14119,7 @@ def main(argv: Seq[str] | None = None) -> int:
             return check_kernels()
         if settings.command == "serve":
             calm_collector()
-        return asyncio.run({"serve": serve_forever, "chat": chat,
-                            "generate": generate}[settings.command](settings))
+        return run_command(settings)
     except BrokenPipeError:  # as in `generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

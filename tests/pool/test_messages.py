@@ -29,7 +29,7 @@ EXAMPLES = [
     Stepped([], {}), Stepped([Piece("r", (1, 2), "a\U0001f600\x00", "stop", "eos", 3, 0.5, 4, 2, SCORES, SCORES[:1]), Piece("s", (), "", calls=(CallDelta("{", "f"),))],
             {"queued": 1}),
     chat_server.RankConfig(Settings(model="a.gguf"), ModelSource("gguf", Path("/m/a.gguf"), "a", "GGUF"), "cpu", 1, 3, "/proc/1/fd/7", {"A": "b"}),
-    chat_server.RankTokens([1, 2**31]), chat_server.RankLogits(bytes(range(256))), chat_server.RankPages(77), chat_server.RankDrew(2**32 - 1), chat_server.RankStep(chat_server.Batch([~0, 5], [-1, 4], [0, 1, 2], [1, 9], [[3], [1, 2]], [0, 1]), None),
+    chat_server.RankPlace(3, "node", 1, 2, None, 7), chat_server.RankTokens([1, 2**31]), chat_server.RankLogits(bytes(range(256))), chat_server.RankPages(77), chat_server.RankDrew(2**32 - 1), chat_server.RankStep(chat_server.Batch([~0, 5], [-1, 4], [0, 1, 2], [1, 9], [[3], [1, 2]], [0, 1]), None),
     chat_server.RankStep(chat_server.Batch([7], [-1], [0, 1], [1], [[]], []), [chat_server.SampleRow(SamplingParams(logit_bias=((3, -float("inf")),)), 9, [4, 5], 1)])]
 
 

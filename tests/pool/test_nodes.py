@@ -1,0 +1,181 @@
+"""Ranks that torchrun starts: two real agents on this machine stand for two nodes."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+import chat_server as cs
+from real_server import SCRIPT, ask, events, get, post, wait_for
+
+pytestmark = pytest.mark.timeout(180)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+class Agents:
+    """Two agents of torchrun, `each` processes on both."""
+
+    def __init__(self, model, *arguments, each=1, folders=(None, None)):
+        self.model, self.arguments, self.each, self.folders, self.port = str(model), arguments, each, folders, free_port()
+        self.agents = {node: self.start(node) for node in (1, 0)}
+
+    def start(self, node):
+        port = str(free_port())
+        return subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node), "--master-addr", "127.0.0.1",
+             "--master-port", str(self.port), "--nproc-per-node", str(self.each), str(SCRIPT), "serve", self.model, "--port", port,
+             "--host", "127.0.0.1", "--kv-cache-memory", "8M", *self.arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=self.folders[node])
+
+    def processes(self, node, word):
+        return [process for process in psutil.Process(self.agents[node].pid).children(recursive=True) if word in process.cmdline()]
+
+    def end(self, node):
+        """Kill an agent and all that it has started, as a machine that loses its power."""
+        processes = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            processes = [(agent := psutil.Process(self.agents[node].pid)), *agent.children(recursive=True)]
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.agents[node].wait()
+        return processes
+
+
+@contextlib.contextmanager
+def agents(model, *arguments, **options):
+    """Yields the agents and the server's address."""
+    both = Agents(model, *arguments, **options)
+    try:
+        yield both, wait_for(both.agents[0], r"(http://127\.0\.0\.1:\d+)")
+    finally:
+        for node, agent in both.agents.items():
+            both.end(node)
+            agent.stdout.close()
+
+
+def text_of(url, on_piece=lambda count: None, tokens=60):
+    """An answer's text; `on_piece` gets the number of pieces so far."""
+    text = ""
+    for count, line in enumerate(line for line in post(f"{url}/chat/completions", ask("hello", max_tokens=tokens)) if line.startswith(b"data: ")):
+        text += json.loads(line[6:]).get("token", "")
+        on_piece(count)
+    return text
+
+
+LAYOUTS = [pytest.param(("--tp", "2"), 1, "torch/reference", id="tp2"),
+           pytest.param(("--pp", "2"), 1, "decode_core", id="pp2", marks=pytest.mark.slow),
+           pytest.param(("--tp", "2", "--pp", "2"), 2, "torch/reference", id="tp2-pp2", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("layout, each, kernels", LAYOUTS)
+def test_two_nodes_serve_and_go_on_with_the_same_text_when_a_rank_dies(layout, each, kernels, nanochat_fixtures):
+    with agents(nanochat_fixtures / "gen5", *layout, each=each) as (both, url):
+        expected = text_of(url)
+        assert len(expected) > 20
+        ranks = both.processes(1, "rank")
+        listening = {node: sum(each.status == psutil.CONN_LISTEN and each.laddr.port == int(url.rpartition(":")[2])
+                               for process in psutil.Process(agent.pid).children(recursive=True) for each in process.net_connections())
+                     for node, agent in both.agents.items()}
+        assert len(ranks) == each and listening == {0: 1, 1: 0}
+        assert text_of(url, lambda count: count == 5 and ranks[-1].kill()) == expected
+        [worker] = (stats := get(f"{url}/stats"))["workers"]
+        assert worker["restarts"] == 1 and not any(rank.is_running() for rank in ranks)
+        assert kernels in stats["kernels"].values() or cs.decode_core() is None
+
+        ranks = both.processes(1, "rank")
+        [front] = [process for process in psutil.Process(both.agents[0].pid).children() if process.environ()["RANK"] == "0"]
+        front.send_signal(signal.SIGTERM)
+        assert [agent.wait(90) for agent in both.agents.values()] == [0, 0]
+        assert not any(rank.is_running() for rank in ranks)
+
+
+@pytest.mark.slow
+def test_a_node_that_was_lost_comes_back_by_the_same_command(nanochat_fixtures):
+    with agents(nanochat_fixtures / "gen5", "--pp", "2") as (both, url):
+        expected = text_of(url)
+
+        def lose(count):
+            if count == 5:
+                both.end(1)
+                both.agents[1].stdout.close()
+                both.agents[1] = both.start(1)
+        assert text_of(url, lose) == expected
+        lost = both.end(0)
+        assert both.agents[1].wait(60) and not any(process.is_running() for process in lost)
+        assert "is gone, and with it the node of rank 0" in both.agents[1].stdout.read()
+
+
+@pytest.mark.slow
+def test_a_model_that_a_node_does_not_have_is_told_in_one_line(nanochat_fixtures, tmp_path):
+    both = Agents("gen5", "--tp", "2", folders=(nanochat_fixtures, tmp_path))
+    try:
+        line = wait_for(both.agents[0], "^chat_server: .*")
+        assert line.startswith(f"chat_server: rank 1 on {socket.gethostname()}: ") and "gen5" in line
+        assert [agent.wait(60) for agent in both.agents.values()] == [1, 1]
+    finally:
+        for node, agent in both.agents.items():
+            both.end(node)
+            agent.stdout.close()
+
+
+STARTED = dict(RANK="1", LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", MASTER_ADDR="10.0.0.1", MASTER_PORT="29500", TORCHELASTIC_RUN_ID="x")
+
+
+@pytest.fixture
+def started(monkeypatch):
+    def start(**changes):
+        for name, value in (STARTED | changes).items():
+            monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+        sizes = dict(tensor_parallel_size=2)
+        return lambda **settings: cs.torchrun(cs.Settings(**sizes | settings))
+    return start
+
+
+def test_what_torchrun_says_is_read_and_without_it_nothing_is(started):
+    assert started()() == cs.Torchrun(1, 0, 2, 1, "10.0.0.1", 29500)
+    assert started()(url="http://a") is None and started(WORLD_SIZE="1")() is None and started(WORLD_SIZE=None)() is None
+    assert started(TORCHELASTIC_RUN_ID=None)(tensor_parallel_size=1) is None         # some clusters set the others everywhere
+    assert cs.ranks_here(cs.Settings(tensor_parallel_size=2, pipeline_parallel_size=3)) == 6
+
+
+@pytest.mark.parametrize("changes, settings, message", [
+    (dict(WORLD_SIZE="3"), {}, "torchrun starts 3 processes .* but --tp 2 --pp 1 are 2 rank"),
+    (dict(WORLD_SIZE="4"), dict(tensor_parallel_size=1), "torchrun starts 4 processes .* but --tp 1 --pp 1 are 1 rank"),
+    (dict(MASTER_ADDR=None), {}, "MASTER_ADDR missing. Start it with torchrun"),
+    (dict(TORCHELASTIC_RUN_ID=None, MASTER_PORT=None), {}, "MASTER_PORT, TORCHELASTIC_RUN_ID missing"),
+    ({}, dict(num_workers=2), "leave out --num-gpus, --num-workers"), ({}, dict(ray_address="auto"), "leave out .* --ray-address")])
+def test_a_start_that_cannot_work_is_refused(started, changes, settings, message):
+    with pytest.raises(cs.ConfigError, match=message):
+        started(**changes)(**settings)
+
+
+def test_the_refusal_is_one_line(default_model_path):
+    run = subprocess.run([sys.executable, SCRIPT, "serve", str(default_model_path), "--tp", "2"], capture_output=True, text=True,
+                         timeout=60, env=os.environ | STARTED | {"WORLD_SIZE": "5"})
+    assert run.returncode == 2 and len(run.stderr.splitlines()) == 1 and "torchrun starts 5 processes" in run.stderr
+
+
+def test_a_connection_is_admitted_only_with_the_secret():
+    secret, other = b"a" * 32, b"b" * 32
+    with cs.listen("127.0.0.1") as listener, cs.ThreadPoolExecutor(1) as thread:
+        host, port = listener.getsockname()
+        assert cs.admit(listener, secret, 0.01) is None
+        for theirs, ours in ((other, secret), (secret, secret)):
+            dialed = thread.submit(cs.dial, host, port, theirs)
+            admitted = cs.admit(listener, ours, 10)
+            if theirs != ours:
+                assert admitted is None and isinstance(dialed.exception(), (EOFError, ConnectionError))
+        with admitted, dialed.result() as peer:
+            peer.sendall(b"x")
+            assert admitted.recv(9) == b"x" and admitted.gettimeout() is None
