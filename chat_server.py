@@ -7336,15 +7336,15 @@ class RankZero(RankAlone):
     """The ranks as rank 0 sees them: it starts the others, which die with it."""
 
     def __init__(self, config: WorkerConfig, progress: Progress = no_progress):
-        self.config = config
+        self.config, self.progress = config, progress
         self.divide(config.settings)
         self.checksums: list[deque[int]] = [deque() for _ in range(self.tp)]  # of the ranks that draw
         self.processes: list[subprocess.Popen] = []
         self.channels: list[Channel] = []
         self.places: list[RankPlace] = []
-        self.gather(self.tp * self.stages, progress)
+        self.gather(self.tp * self.stages)
 
-    def gather(self, count: int, progress: Progress):
+    def gather(self, count: int):
         links = [socket.socketpair() for _ in range(count - self.tp)]  # from rank n to rank n + tp
         self.after = links[0][0] if links else None
         for rank in range(1, count):
@@ -7383,6 +7383,8 @@ class RankZero(RankAlone):
             channel.send(RankConfig(config.settings, source, rank_device(config.device, at.local_rank),
                                     at.threads, rank, addresses[rank // self.tp], environment,
                                     at.before, at.after))
+        if self.places[0].host:  # a download may take longer than ranks wait for each other
+            self._hear_all(Ready, self.progress)
         return join_ranks(backend, addresses[0], 0, self.tp, config.device)
 
     def meet_in(self) -> str:
@@ -7501,7 +7503,7 @@ class RankStore:
 class RankZeroOfNodes(RankZero):
     """Rank 0 under torchrun: the other ranks come by TCP, from this machine or others."""
 
-    def gather(self, count: int, progress: Progress):
+    def gather(self, count: int):
         start, store, secret = torchrun(self.config.settings), RankStore(), secrets.token_bytes(32)
         if self.here < count and self.tp > 1 and self.config.device == "cpu":
             log.warning("Ranks on several nodes sum through Gloo, with torch's reference ops: decode_core's "
@@ -7523,7 +7525,7 @@ class RankZeroOfNodes(RankZero):
 
         def say():
             missing = sorted({*range(1, count)} - {*places})
-            progress(f"waiting for rank {', '.join(map(str, missing))} of torchrun", len(places) / count)
+            self.progress(f"waiting for rank {', '.join(map(str, missing))} of torchrun", len(places) / count)
 
         with listen_as_master(start.master_addr) as listener:
             store.put(f"{life}/0", [start.master_addr, listener.getsockname()[1], secret.hex()])
@@ -7773,6 +7775,8 @@ def run_rank(channel: Channel, config: RankConfig):
     settings = config.settings
     source = config.source or resolve_model(settings, progress)
     model = open_model(source, settings, chosen_dtype(settings), device)
+    if not config.source:
+        channel.send(Ready({}))
     model, transformer, num_pages = build_transformer(model, source, settings, device, progress, ranks)
     context = longest_context(PagePool(num_pages, transformer.groups.windows), model.context_length,
                               prefill_chunk(settings, device))
