@@ -2981,6 +2981,14 @@ def prove_worker(connection: socket.socket, secret: bytes):
     connection.sendall(proof(secret, "worker", nonces))
 
 
+def script_stamp() -> tuple[int, int] | None:
+    """Tells one version of this file from the next, as our other processes would read it now."""
+    with suppress(OSError):
+        now = os.stat(__file__)
+        return now.st_mtime_ns, now.st_size
+    return None
+
+
 def exit_in_words(status: int | None) -> str:
     """How a process ended: "exit status 1", "killed by SIGSEGV"."""
     if status is None or status >= 0:
@@ -2994,18 +3002,27 @@ def replica_actor() -> type:
     no copy of this file: hence the imports inside."""
     class Replica:
         def __init__(self, script: bytes, tls: str):
+            import hashlib
             import json
             import os
             import pathlib
+            import shutil
             import subprocess
             import sys
-            import tempfile
             import threading
             import time
             import ray
-            self.host, folder = ray.util.get_node_ip_address(), tempfile.TemporaryDirectory("chat_server")
-            path = pathlib.Path(folder.name, "chat_server.py")
-            path.write_bytes(script)
+            self.host, home = ray.util.get_node_ip_address(), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+            # one folder for each version, used again: an actor that is killed could not remove its own
+            folders = pathlib.Path(home, "chat_server", "ray").expanduser()
+            folder = folders / hashlib.sha256(script).hexdigest()[:16]
+            folder.mkdir(parents=True, exist_ok=True)
+            for old in folders.iterdir():
+                if old != folder and old.stat().st_mtime < time.time() - 7 * 86400:
+                    shutil.rmtree(old, ignore_errors=True)
+            path, part = folder / "chat_server.py", folder / str(os.getpid())
+            part.write_bytes(script)
+            part.replace(path)
             environment = {"GOMP_SPINCOUNT": "2000", "MALLOC_ARENA_MAX": "1"} | os.environ
             self.process = subprocess.Popen(
                 [sys.executable, str(path), "worker", f"{self.host},{tls}", str(os.getpid())],
@@ -3015,7 +3032,6 @@ def replica_actor() -> type:
             def end():  # nobody else ends a detached actor
                 self.process.wait()
                 time.sleep(5)
-                folder.cleanup()
                 os._exit(0)
             threading.Thread(target=end, daemon=True).start()
 
@@ -7903,11 +7919,18 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
 
 def check_gpu(device: torch.device):
     """ConfigError if this GPU is missing, too old for this torch, or cannot be used now."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    among = "" if visible is None else f", with CUDA_VISIBLE_DEVICES={visible}"
     if not torch.cuda.is_available():
-        raise ConfigError(f"torch {torch.__version__} cannot use the CUDA device (a build without CUDA, or a "
-                          "driver that is too old); install a matching torch, or use --device-type cpu")
+        try:
+            torch.cuda.init()
+            why = "no GPU is available"
+        except (RuntimeError, AssertionError) as error:  # a build without CUDA, no driver or an old one
+            why = str(error).splitlines()[0]
+        raise ConfigError(f"torch {torch.__version__} cannot use {device}{among}: {why.rstrip('.')}. Install "
+                          "a torch and a driver that match, or use --device-type cpu")
     if device.index >= (count := torch.cuda.device_count()):
-        raise ConfigError(f"{device} is missing: the driver shows {count} GPU(s)")
+        raise ConfigError(f"{device} is missing: the driver shows {count} GPU(s){among}")
     try:
         name, has = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
         built_for = [int(each) for each in re.findall("[0-9]+", " ".join(torch.cuda.get_arch_list()))]
@@ -8105,7 +8128,7 @@ def busy_share(device: torch.device) -> Callable[[], float | None]:
         handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         nvml.nvmlDeviceGetUtilizationRates(handle)
     except Exception as error:  # not installed, a driver without it, a slice of a GPU (MIG)
-        log.info("no utilization of %s: %s", device, error)
+        log.info("no utilization of %s, which needs nvidia-ml-py and a whole GPU: %s", device, error)
         return lambda: None
     return lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
 
@@ -8216,7 +8239,7 @@ class PromptMaker:
     async def admit(self, request: Request) -> Request:
         if request.messages is None:
             prompts, dropped = await self.run(
-                partial(self._encode_prompts, param=request.source), request.prompts,
+                partial(self._encode_prompts, request), request.prompts,
                 sum(map(len, request.prompts))), 0
         else:
             prompts, dropped = await self._cut_to_fit(request)
@@ -8228,17 +8251,18 @@ class PromptMaker:
             self.answer_length(request, ids)
         return replace(request, prompt_ids=prompts, dropped_messages=request.dropped_messages + dropped)
 
-    def _encode_prompts(self, prompts: Seq[str | tuple[int, ...]], param: str) -> tuple[tuple[int, ...], ...]:
-        for prompt in prompts:
-            self._refuse_far_too_long(prompt, param)
-        return tuple(tuple(self.tokenizer.encode_prompt(prompt)) if is_text(prompt) else prompt
-                     for prompt in prompts)
+    def _encode_prompts(self, request: Request, prompts: Seq[str | tuple[int, ...]]) -> tuple[tuple, ...]:
+        """With `truncate`, which only embeddings have here, a prompt loses what is beyond the context."""
+        most = self.context_length if request.truncate else None
+        starts = [self._start_of(prompt, request.source, request.truncate) for prompt in prompts]
+        return tuple(tuple(self.tokenizer.encode_prompt(start) if is_text(start) else start)[:most]
+                     for start in starts)
 
     async def render(self, messages: Seq[Message], tools: Seq[dict], client: str,
                      options: Mapping = NO_OPTIONS) -> tuple[int, ...]:
         tokenizer, size = self.tokenizer, sum(len(message.content) + 50 for message in messages)
         await self.run(
-            lambda messages: self._refuse_far_too_long("".join(m.content for m in messages), "messages"),
+            lambda messages: self._start_of("".join(m.content for m in messages), "messages"),
             messages, size)
         if not tokenizer.templated:
             render = partial(tokenizer.render, tools=tools, options=options)
@@ -8246,7 +8270,7 @@ class PromptMaker:
         text = await self.fill(tokenizer.template_arguments(messages, tools, options), client)
 
         def encode(text: str) -> list[int]:
-            self._refuse_far_too_long(text, "messages")
+            self._start_of(text, "messages")
             return tokenizer.encode_rendered(text, options)
 
         return tuple(await self.run(encode, text, len(text)))
@@ -8285,17 +8309,20 @@ class PromptMaker:
         ids, dropped = await without(turns)
         return (ids,), dropped
 
-    def _refuse_far_too_long(self, text: str | Seq[int], param: str):
-        """RequestError 400 if a long text has over twice the context's tokens. Counts in slices: tokenizing
-        the whole takes about 700 bytes a token, 2.5 GB for a 15 MB body."""
+    def _start_of(self, text: str | Seq[int], param: str, cut: bool = False) -> str | Seq[int]:
+        """The text; of one that has over twice the context's tokens its start, with `cut`, else RequestError
+        400. Counts in slices: tokenizing the whole takes about 700 bytes a token, 2.5 GB for a 15 MB body."""
         count = 0
         for start in range(0, len(text) if is_text(text) and len(text) > self.SLICE_CHARACTERS else 0,
                            self.SLICE_CHARACTERS):
             count += len(self.tokenizer.encode(text[start:start + self.SLICE_CHARACTERS]))
             if count > 2 * self.context_length:
+                if cut:
+                    return text[:start + self.SLICE_CHARACTERS]
                 raise RequestError(f"the prompt has more than {count - count % 1000:,} tokens, "
                                    f"but the context holds {self.context_length:,}",
                                    code="context_length_exceeded", param=param)
+        return text
 
     def answer_length(self, request: Request, prompt_ids: tuple[int, ...]) -> int:
         """Most tokens the answer may have. RequestError 400 if the prompt is empty or leaves no room."""
@@ -8822,6 +8849,8 @@ class Worker:
                 while True:
                     kind, size = kind_and_size(await reader.readexactly(HEADER.size))
                     self.hear(unpacked(kind, await reader.readexactly(size)))
+        except BadMessage as error:
+            log.error("%s: %s", self.where, error)
         finally:
             self.awaited_s = None
             if self.state not in ("unloaded", "left out"):
@@ -9012,7 +9041,7 @@ class LocalPool:
     continues = True     # can it continue the last message of a conversation?
 
     def __init__(self, settings: Settings, *, worker_command: Seq[str] = PROCESS_COMMAND):
-        self.settings, self.worker_command = settings, worker_command
+        self.settings, self.worker_command, self.script = settings, worker_command, script_stamp()
         self.workers = self._workers()
         self.jobs: dict[str, Job] = {}
         self.pending = WaitingQueue()
@@ -9083,6 +9112,8 @@ class LocalPool:
             self.asleep = False
             worker.crashes_in_row += 1
             how = worker.end_in_words()
+            if self.script != script_stamp():  # another version's messages may be others
+                how += f"; {Path(__file__).name} has changed since this server started: restart the server"
             if worker.crashes_in_row >= 3 and not worker.ready_s:
                 return self.leave_out(worker, EngineFailure(
                     f"worker {worker.gpu} died {worker.crashes_in_row} times while starting, the last time "
@@ -9634,7 +9665,7 @@ class RayPool(LocalPool):
             wanted = 0 if settings.num_gpus in (None, "auto") else int(settings.num_gpus)
             rows = [[(node, 0.0, ranks, 1 << 10)] * (node.gpus // ranks) for node in nodes]
         else:
-            nodes = [node for node in nodes if node.cpus >= 1]
+            nodes = [node for node in nodes if node.cpus >= ranks]
             wanted = settings.num_workers
             each = max(-(-wanted // max(len(nodes), 1)), 1)
             rows = [[(node, node.cpus // each, 0, max(int(node.cpus) // (each * ranks), 1))] * each
@@ -9663,13 +9694,13 @@ def choose_devices(settings: Settings) -> list[str]:
         count = max(cuda // ranks, 1) if wanted == "auto" else int(wanted)
         if count * ranks > cuda:
             each = f" of {ranks} ranks each" * (ranks > 1)
-            raise ConfigError(f"--num-gpus {count}{each}, but this machine has {cuda} CUDA device(s)")
+            most = f"; at most --num-gpus {cuda // ranks}" * (cuda >= ranks)
+            raise ConfigError(f"--num-gpus {count}{each}, but {shown_gpus(cuda)}{most}")
         return [f"cuda:{gpu}" for gpu in range(0, count * ranks, ranks)]
     if settings.device_type == "cuda":
-        raise ConfigError("--device-type cuda, but no CUDA device was found (nvidia-smi -L lists none)")
+        raise ConfigError(f"--device-type cuda, but {shown_gpus(0)}; --device-type cpu needs none")
     if wanted not in ("auto", "1"):
-        raise ConfigError(f"--num-gpus {wanted} needs CUDA devices, and none was found; "
-                          f"on CPU use --num-workers {wanted}")
+        raise ConfigError(f"--num-gpus {wanted}, but {shown_gpus(0)}; on CPU use --num-workers {wanted}")
     if settings.device_type == "mps" and ranks > 1:
         raise ConfigError("--device-type mps: several ranks need CUDA devices or the CPU")
     metal = settings.device_type == "mps" or settings.device_type == "auto" and sys.platform == "darwin"
@@ -9677,13 +9708,27 @@ def choose_devices(settings: Settings) -> list[str]:
     return ["mps"] if metal and workers == ranks == 1 else ["cpu"] * workers
 
 
+def device_files() -> int:
+    return sum(bool(re.fullmatch(r"nvidia\d+", path.name)) for path in Path("/dev").glob("nvidia*"))
+
+
 def cuda_device_count() -> int:
     """How many GPUs this process may use: CUDA_VISIBLE_DEVICES, else device files (the driver takes 1 s)."""
-    files = [path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    files, visible = device_files(), os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return len(files)
-    return min(len(files), len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1")]))
+        return files
+    # the driver shows those before the first that is not there: -1, nothing, 9 where there are 8
+    there = itertools.takewhile(lambda entry: int(entry) < files if entry.isdigit() else entry[:1].isalpha(),
+                                map(str.strip, visible.split(",")))
+    return min(files, len([*there]))
+
+
+def shown_gpus(count: int) -> str:
+    """For errors: how many GPUs there are, and whether it is CUDA_VISIBLE_DEVICES that hides the others."""
+    visible, files = os.environ.get("CUDA_VISIBLE_DEVICES"), device_files()
+    if visible is not None and files > count:
+        return f"CUDA_VISIBLE_DEVICES={visible} shows {count} of {files} GPU(s)"
+    return f"this machine has {count} CUDA device(s)" if count else "no CUDA device was found (nvidia-smi -L)"
 
 
 # --------------------------------------------------
@@ -10226,7 +10271,8 @@ EMBEDDING_FIELDS = (
     Field("priority", PRIORITY, "`low`: wait until no other request does"),
 )
 OLLAMA_EMBED_FIELDS = (
-    EMBEDDING_FIELDS[0], Field("model", OLLAMA_NAME, OLLAMA_FIELDS[0].doc), *EMBEDDING_FIELDS[3:5])
+    EMBEDDING_FIELDS[0], Field("model", OLLAMA_NAME, OLLAMA_FIELDS[0].doc), *EMBEDDING_FIELDS[3:5],
+    Field("truncate", SWITCH, "a longer input than the context loses its end (default); false: refused"))
 OLLAMA_SHOW_FIELDS = (Field("model", OLLAMA_NAME, "one of the served model's names"),)
 
 TOKENIZE_FIELDS = (
@@ -10837,8 +10883,8 @@ def read_embedding_call(body: dict, known: Known, api: str = "embeddings") -> Ca
         raise RequestError("the input is empty" if len(values["input"]) == 1 else
                            f"input[{[*map(bool, values['input'])].index(False)}] is empty",
                            code="invalid_value", param="input")
-    request = make_request(values, known.settings, prompts=values["input"],
-                           pooling=values.get("pooling", "mean"))
+    request = make_request({"truncate": api == "ollama embed"} | values, known.settings,
+                           prompts=values["input"], pooling=values.get("pooling", "mean"))
     return new_call(api, values, known, request, {"encoding": values.get("encoding_format", "float")})
 
 

@@ -3,6 +3,7 @@ nothing.
 
     python bench/load_front.py [--streams 1000] [--rate 20] [--seconds 20] [--workers 1]
     python bench/load_front.py --streams 20 --seconds 10 --slow-readers 5 --piece-bytes 100000
+    python bench/load_front.py --ray                  the fake workers are on a Ray cluster of this machine (needs Ray)
 
 The front has a core to itself; the fake workers and the clients share the others. The text of each piece is
 the time at which its worker sent it, so a client measures all the delay that pipe, front, socket and client
@@ -24,26 +25,27 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(os.environ.setdefault("CHAT_SERVER_DIR", str(Path(__file__).resolve().parent.parent)))   # Ray runs a copy of this file
 sys.path.insert(0, str(ROOT))
 import chat_server      # noqa: E402
-from chat_server import Cancel, Channel, LocalPool, ModelCard, NewAnswer, Ready, Settings, Stepped, Piece    # noqa: E402
+from chat_server import Cancel, LocalPool, ModelCard, NewAnswer, Piece, RayPool, Ready, Settings, Stepped    # noqa: E402
 
 CORES = sorted(os.sched_getaffinity(0))
 FRONT_CORE, OTHER_CORES = CORES[:1], CORES[1:] or CORES
 STAMP = re.compile(rb'"token": "([\d.]+)')
 
 
-def fake_worker(descriptor):
+def fake_worker(where, parent):
     """A worker that sends each request a time stamp in every step, --rate steps a second, one message a
     step."""
     os.sched_setaffinity(0, OTHER_CORES)
-    channel = Channel(socket.socket(fileno=descriptor))
+    channel = chat_server.join_parent(where, parent)
     config, *_ = channel.receive(wait=True)
     rate, filler = float(os.environ["FAKE_RATE"]), "x" * int(os.environ["FAKE_PIECE_BYTES"])
-    text = chat_server.read_nanochat_tokenizer(config.source.path, 284)
+    source = config.source or chat_server.resolve_model(config.settings)
+    text = chat_server.read_nanochat_tokenizer(source.path, 284)
     gauges = dict.fromkeys(("running", "queued", "kv_pages_used", "kv_pages_total", "preemptions", "memory_used", "memory_total"), 0)
-    channel.send(ModelCard(text, "fake", 1 << 20, (), {}, False))
+    channel.send(ModelCard(text, "fake", 1 << 20, (), {}, False, source=source))
     channel.send(Ready(gauges))
     left, tick = {}, time.monotonic()
     while True:
@@ -69,8 +71,8 @@ def front(port, workers, parent):
     chat_server.calm_collector()
     os.sched_setaffinity(0, FRONT_CORE)
     settings = Settings(model=str(ROOT / "tests/fixtures/nanochat/gen5"), host="127.0.0.1", port=port, num_workers=workers,
-                        device_type="cpu", max_batch=1024, max_queue=1024)
-    pool = LocalPool(settings, worker_command=(sys.executable, __file__))
+                        device_type="cpu", max_batch=1024, max_queue=1024, ray_address=os.environ.get("FAKE_RAY"))
+    pool = (RayPool if settings.ray_address else LocalPool)(settings, worker_command=(sys.executable, __file__))
     asyncio.run(chat_server.serve_forever(settings, pool))
 
 
@@ -150,11 +152,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("streams", 1000), ("rate", 20.0), ("seconds", 20.0), ("workers", 1), ("slow-readers", 0), ("piece-bytes", 0)):
         parser.add_argument(f"--{name}", type=type(default), default=default)
+    parser.add_argument("--ray", action="store_true")
     args = parser.parse_args()
     with chat_server.listen_on("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
-    environment = os.environ | {"FAKE_RATE": str(args.rate), "FAKE_PIECE_BYTES": str(args.piece_bytes)}
-    server = subprocess.Popen([sys.executable, __file__, "front", str(port), str(args.workers), str(os.getpid())], env=environment,
+    os.environ |= {"FAKE_RATE": str(args.rate), "FAKE_PIECE_BYTES": str(args.piece_bytes)}
+    if args.ray:    # its nodes hand these variables to the workers
+        os.sched_setaffinity(0, OTHER_CORES)
+        os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+        from ray.cluster_utils import Cluster
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": args.workers})
+        os.environ["FAKE_RAY"] = cluster.address
+    server = subprocess.Popen([sys.executable, __file__, "front", str(port), str(args.workers), str(os.getpid())],
                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         next(line for line in server.stdout if "startup complete" in line)
@@ -164,11 +173,17 @@ def main():
     finally:
         server.terminate()
         server.wait(60)
+        if args.ray:
+            cluster.shutdown()
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
-        fake_worker(int(sys.argv[2]))
+        fake_worker(*sys.argv[2:])
+    elif sys.argv[1:2] == ["ray"]:
+        chat_server.__file__ = __file__     # the actors get this file
+        os.sched_setaffinity(0, OTHER_CORES)
+        sys.exit(chat_server.ray_main(sys.argv[2:]))
     elif sys.argv[1:2] == ["front"]:
         front(*map(int, sys.argv[2:]))
     else:

@@ -2,7 +2,8 @@
 
     python bench/scale_model.py measure > box.json                        step times on this machine's CPUs
     python bench/scale_model.py predict box.json --clients 256            a table for 1 to 64 GPUs
-    python bench/scale_model.py check box.json --clients 16               replicas 1 and 2 of the real server beside it
+    python bench/scale_model.py check box.json --clients 1,16             one replica, two, and one of --tp 2, of the real
+                                                                          server, beside what the model says of them
 
 The JSON file says what was measured; for a box of GPUs, write it from bench/cuda_decode.py and the links' figures:
 
@@ -108,12 +109,12 @@ def table(box, most, clients):
 ROWS = (1, 2, 4, 8, 16, 32)
 
 
-def measured_steps(threads, rows, context=128, steps=30):
-    """rows -> median ms of Engine.step on the default model: scheduling, computing, drawing, text."""
+def measured_steps(model, threads, rows, context, steps):
+    """rows -> median ms of Engine.step: scheduling, computing, drawing, text."""
     import chat_server
     import torch
     torch.set_num_threads(threads)
-    settings = chat_server.Settings(model=str(chat_server.fetch_default_model()), kv_cache_memory=512 << 20, drafts=False)
+    settings = chat_server.Settings(model=model or str(chat_server.fetch_default_model()), kv_cache_memory=512 << 20, drafts=False)
     model, engine = chat_server.build_engine(chat_server.resolve_model(settings), settings, torch.device("cpu"))
     engine.warm_up(lambda fraction: None)
     found = {}
@@ -134,77 +135,84 @@ def measured_steps(threads, rows, context=128, steps=30):
     return {"step_ms": found, "layers": model.spec.layers, "hidden": model.spec.width, "vocabulary": model.spec.vocab_size}
 
 
-def in_processes(count, threads, rows):
+def in_processes(count, threads, arguments):
     """The same in `count` processes at once; of each figure the mean."""
-    command = [sys.executable, __file__, "steps", "--threads", str(threads), "--rows", ",".join(map(str, rows))]
+    command = [sys.executable, __file__, "steps", "--threads", str(threads), "--rows", ",".join(map(str, arguments.rows)),
+               "--context", str(arguments.context), "--steps", str(arguments.steps), "--model", arguments.model]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "2000"}
     started = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(count)]
     results = [json.loads(process.communicate()[0]) for process in started]
     return results[0] | {"step_ms": {rows: statistics.fmean(each["step_ms"][rows] for each in results) for rows in results[0]["step_ms"]}}
 
 
-def measure():
-    """What the model needs, of this machine: one thread is one rank. The exchange is that of bench/ranks.py, 64 KB."""
-    one, two, both = in_processes(1, 1, ROWS), in_processes(1, 2, ROWS), in_processes(2, 1, ROWS)
+def measure(arguments):
+    """What the model needs, of this machine: one thread is one rank. The exchanges are those of bench/ranks.py."""
+    one, two, both = (in_processes(count, threads, arguments) for count, threads in ((1, 1), (1, 2), (2, 1)))
     serial = {rows: max(2 * two["step_ms"][rows] - ms, 0.0) for rows, ms in one["step_ms"].items()}  # Amdahl's law
     ratios = [both["step_ms"][rows] / ms for rows, ms in one["step_ms"].items()]
     printed = subprocess.run([sys.executable, Path(__file__).with_name("ranks.py"), "--bytes", "4096,1048576"],
                              capture_output=True, text=True, check=True).stdout
     small, large = (float(line.split("median")[1].split("us")[0]) for line in printed.splitlines())
     link = {"latency_us": small, "GB_per_s": round((1048576 - 4096) / (large - small) / 1e3, 2)}
-    return one | {"serial_ms": serial, "two_threads_ms": two["step_ms"], "together": round(statistics.median(ratios), 3),
+    return one | {"model": arguments.model, "serial_ms": serial, "two_threads_ms": two["step_ms"], "together": round(statistics.median(ratios), 3),
                   "links": {"node": link, "net": link}, "ranks_per_node": 2, "front_us": 34.0}  # load_front.py: 55 % of a core at 16,000 events a second
 
 
 # 3. the check ----------------------------------------------------------------------------------------------------
 
 
-async def delivered(workers, clients, tokens, rounds):
-    """Tokens a second of the real server with one thread for each worker, through HTTP: the best of some rounds."""
+async def delivered(model, replicas, tp, clients, tokens, rounds):
+    """Tokens a second of the real server, with one thread for each rank, through HTTP, for each number of clients: medians."""
     import aiohttp
     import load
     sys.path.insert(0, str(ROOT / "tests" / "support"))
     import real_server
-    command = ("serve", "--num-workers", workers, "--no-drafts", "--max-batch", max(clients, 1), "--device-type", "cpu")
-    environment = os.environ | {"CHAT_SERVER_CONFIG": ""}
-    with real_server.server(*command, env=environment) as (process, url):
+    command = ("serve", *filter(None, [model]), "--num-workers", replicas, "--tp", tp, "--no-drafts", "--max-batch", max(clients),
+               "--device-type", "cpu", "--kv-cache-memory", "512M")
+    cpus, found = os.sched_getaffinity(0), {}
+    os.sched_setaffinity(0, sorted(cpus)[:replicas * tp])      # a thread for each, as in step_ms
+    with real_server.server(*command, env=os.environ | {"CHAT_SERVER_CONFIG": ""}) as (process, url):
+        os.sched_setaffinity(0, cpus)
         arguments = load.parse_command_line([url, "--output-tokens", str(tokens), "--input-tokens", "32"])
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True)) as session:
-            server, best = await load.open_server(url, session, arguments), []
-            for turn in range(rounds):
-                texts = tuple(load.prompt(32, 1000 * turn + each) for each in range(clients))
-                answers = await load.Load("check", texts, clients).run(server)
-                first, last = max(each.pieces[0] for each in answers), min(each.pieces[-1] for each in answers)
-                span = [sum(first < at_s <= last for at_s in each.pieces) for each in answers]
-                best.append(sum(span) / (last - first))
-    return statistics.median(best)
+            server, seeds = await load.open_server(url, session, arguments), iter(range(1, 1 << 30))
+            for count in clients:
+                found[count] = []
+                for _ in range(rounds):
+                    answers = await load.Load("check", tuple(load.prompt(32, next(seeds)) for _ in range(count)), count).run(server)
+                    first, last = max(each.pieces[0] for each in answers), min(each.pieces[-1] for each in answers)
+                    span = [sum(first < at_s <= last for at_s in each.pieces) * each.tokens / len(each.pieces) for each in answers]
+                    found[count].append(sum(span) / (last - first))
+    return {count: statistics.median(each) for count, each in found.items()}
 
 
 def check(box, clients, tokens, rounds):
     """Prints predicted and delivered throughput of decoding, while all clients' answers run."""
-    two_threads = box | {"step_ms": box["two_threads_ms"], "together": 1, "ranks_per_node": 1}
-    for workers, said in ((1, predicted(two_threads, 1, 1, 1, clients)[0]), (2, predicted(box, 2, 1, 1, clients)[0])):
-        got = asyncio.run(delivered(workers, clients, tokens, rounds))
-        print(f"replicas {workers}, {clients} clients: predicted {said:,.1f} tok/s, delivered {got:,.1f}, ratio {got / said:.2f}", flush=True)
+    for replicas, tp in ((1, 1), (2, 1), (1, 2)):
+        for count, got in asyncio.run(delivered(box.get("model"), replicas, tp, clients, tokens, rounds)).items():
+            said = predicted(box, replicas * tp, tp, 1, count)[0]
+            print(f"replicas {replicas}, tp {tp}, {count} clients: predicted {said:,.1f} tok/s, delivered {got:,.1f}, ratio {got / said:.2f}", flush=True)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("measure", "predict", "check", "steps"))
     parser.add_argument("box", nargs="?", type=Path, help="the JSON file")
-    for name, default in (("gpus", 64), ("clients", 64), ("tokens", 96), ("rounds", 3), ("threads", 1)):
+    for name, default in (("gpus", 64), ("tokens", 96), ("rounds", 3), ("threads", 1), ("context", 128), ("steps", 30)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--rows", type=lambda text: [int(each) for each in text.split(",")], default=ROWS)
+    for name, default in (("rows", ROWS), ("clients", [64])):
+        parser.add_argument(f"--{name}", type=lambda text: [int(each) for each in text.split(",")], default=default)
+    parser.add_argument("--model", default="", help="to measure (default: the default model)")
     arguments = parser.parse_args(argv)
     if arguments.action in ("predict", "check") and not arguments.box:
         parser.error(f"{arguments.action} needs the JSON file that `measure` prints")
     box = json.loads(arguments.box.read_text()) if arguments.box else None
     if arguments.action == "steps":
-        print(json.dumps(measured_steps(arguments.threads, arguments.rows)))
+        print(json.dumps(measured_steps(arguments.model, arguments.threads, arguments.rows, arguments.context, arguments.steps)))
     elif arguments.action == "measure":
-        print(json.dumps(measure(), indent=1))
+        print(json.dumps(measure(arguments), indent=1))
     elif arguments.action == "predict":
-        print(table(box, arguments.gpus, arguments.clients))
+        print(table(box, arguments.gpus, arguments.clients[0]))
     else:
         check(box, arguments.clients, arguments.tokens, arguments.rounds)
 

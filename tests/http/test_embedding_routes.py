@@ -105,6 +105,36 @@ async def test_what_cannot_be_is_refused_and_named(client, body, param, words):
         assert response.status == (404 if param == "model" else 400) and error["param"] == param and words in error["message"]
 
 
+@pytest.mark.parametrize("text", ["abc" * 2000, "x" * (3 << 16), [97] * 5000])
+async def test_ollama_s_truncate_cuts_the_end_of_an_input_that_is_too_long(client, text):
+    """It is on by default; false refuses such an input, and so does /v1/embeddings, which does not know the field."""
+    admitted = []
+
+    class Admitting(FakePool):
+        async def answer(self, request):
+            admitted.append(await self.prompts.admit(request))
+            async for event in super().answer(admitted[-1]):
+                yield event
+
+    start = tuple(text[:4096]) if isinstance(text, list) else tuple(FakePool.tokenizer.encode_prompt(text[:4096]))[:4096]
+    async with serving(Admitting()) as url:
+        for path, changes, status in (("/api/embed", {}, 200), ("/api/embed", {"truncate": True}, 200), ("/api/embed", {"truncate": False}, 400),
+                                      ("/v1/embeddings", {"truncate": True}, 400)):
+            async with client.post(url + path, json={"input": [text, "short"], **changes}) as response:
+                assert response.status == status and (status == 200 or "4,096" in await response.text())
+        async with client.post(url + "/api/embed", json={"input": "a", "truncate": "oldest"}) as response:
+            assert response.status == 400 and "truncate" in await response.text()
+    assert len(admitted) == 2 and all(each.prompt_ids[0] == start and len(each.prompt_ids[1]) < 10 for each in admitted)
+
+
+def test_the_default_model_embeds_the_start_of_a_long_input(default_model_path):
+    with server(default_model_path, "--context-length", 256) as (_, url):
+        ids = json.load(post(url + "/tokenize", {"content": "The river runs. " * 200}))["tokens"]
+        cut, wanted = (json.load(post(url + "/api/embed", {"input": [given]})) for given in (ids, ids[:256]))
+    assert len(ids) > 256 == cut["prompt_eval_count"]
+    assert np.abs(np.array(cut["embeddings"]) - wanted["embeddings"]).max() < 1e-3
+
+
 def test_a_whole_context_is_one_input(url):
     length = get(url + "/stats")["context_length"]
     maker = chat_server.PromptMaker(FakePool.tokenizer, length)

@@ -323,6 +323,23 @@ async def test_an_answer_survives_more_deaths_than_a_request_may_cause(start_poo
     await idle(pool)
 
 
+async def test_a_worker_s_death_says_when_the_program_has_changed_on_disk(start_pool, caplog, monkeypatch, tmp_path):
+    """Its successor is of another version, which may send messages that the front does not know; that is a death too."""
+    pool = await start_pool()
+    (worker,) = pool.workers
+    changed = "chat_server.py has changed since this server started: restart the server"
+    (tmp_path / "chat_server.py").write_text("another version")
+    monkeypatch.setattr(chat_server, "__file__", str(tmp_path / "chat_server.py"))
+
+    def hear(message):
+        del worker.hear
+        raise chat_server.BadMessage("unknown message 99")
+    worker.hear = hear
+    while worker.restarts != 1 or worker.state != "ready":
+        await asyncio.sleep(0.02)
+    assert changed in caplog.text and "worker 0 (cpu): unknown message 99" in caplog.text and worker.crashes_in_row == 1
+
+
 async def test_a_crash_loop_backs_off_and_shows_until_an_answer_is_finished(start_pool, caplog):
     pool = await start_pool()
     (worker,) = pool.workers
@@ -333,6 +350,7 @@ async def test_a_crash_loop_backs_off_and_shows_until_an_answer_is_finished(star
         status, body = pool.health()
         loops = [{"gpu_id": 0, "crashes_in_row": crash}] if crash > 1 else None
         assert (status, body["status"], body.get("crash_loops")) == (200, "degraded" if crash > 1 else "ok", loops)
+    assert "has changed" not in caplog.text
     assert [record.getMessage().split()[-2] for record in caplog.records if "restarting it" in record.message] == ["0.5", "1.0"]
     await collect(pool, greedy("a", max_tokens=3))
     assert pool.health()[1]["status"] == "ok" and pool.stats()["workers"][0]["crashes_in_row"] == 0

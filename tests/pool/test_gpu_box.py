@@ -83,6 +83,24 @@ async def test_a_prefill_that_runs_out_of_gpu_memory_fails_alone_and_the_flag_is
     assert "needed, and of its 85.90 GB 1.07 are free. --gpu-memory-utilization 0.79 would leave it free" in "".join(capfd.readouterr())
 
 
+@pytest.mark.parametrize("words, why, visible, told", [
+    ([], RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nUpdate it"), None,
+     "cannot use cuda:1: The NVIDIA driver on your system is too old (found version 11040). Install"),
+    ([], AssertionError("Torch not compiled with CUDA enabled"), None, "cannot use cuda:1: Torch not compiled with CUDA enabled. Install"),
+    ([], RuntimeError("No CUDA GPUs are available"), "GPU-x", "cannot use cuda:1, with CUDA_VISIBLE_DEVICES=GPU-x: No CUDA GPUs are available. Install"),
+    (["fine"], None, "MIG-a,MIG-b", "cuda:1 is missing: the driver shows 1 GPU(s), with CUDA_VISIBLE_DEVICES=MIG-a,MIG-b")])
+def test_what_hides_a_gpu_is_named(box, monkeypatch, words, why, visible, told):
+    box(*words)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible) if visible else monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def init():
+        raise why
+    torch.cuda.init, torch.cuda.is_available = init, lambda: bool(words)
+    with pytest.raises(ConfigError) as error:
+        chat_server.check_gpu(torch.device("cuda:1"))
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
 def config(**changes):
     return WorkerConfig(Settings(**changes), ModelSource("gguf", Path("m.gguf"), "m", ""), "cuda:0", 1)
 

@@ -32,6 +32,7 @@ async def cluster(nanochat_fixtures, tmp_path, monkeypatch):
     """A function that makes the nodes and starts a pool on them; at the end no process may be left."""
     file, pools = tmp_path / "cluster", []
     monkeypatch.setenv("FAKE_RAY", str(file))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def set_nodes(**cpus):
         part = file.with_suffix(".part")
@@ -81,7 +82,8 @@ async def test_replicas_on_two_nodes_serve_as_local_ones_do(cluster, start_pool)
     assert any("nanochat" in line for line in pool.describe())      # the nodes found the model, not the front
 
 
-async def test_a_node_that_dies_in_mid_answer_changes_no_text_and_one_that_comes_serves(cluster, start_pool):
+async def test_a_node_that_dies_in_mid_answer_changes_no_text_and_one_that_comes_serves(cluster, start_pool, tmp_path):
+    cache = tmp_path / "cache"
     [wanted] = await answers(await start_pool(), greedy("local", 200, ignore_eos=True))
     pool = await cluster({"a": 1, "b": 1})
     died = []
@@ -96,6 +98,15 @@ async def test_a_node_that_dies_in_mid_answer_changes_no_text_and_one_that_comes
     await until(lambda: {worker.node for worker in pool.workers if worker.state == "ready"} == {
         "host of c", *({"host of a", "host of b"} - {died[0].node})})
     assert await answers(pool, greedy("x", 200, ignore_eos=True), greedy("y", 200, ignore_eos=True)) == [wanted] * 2
+    [script] = filter(Path.is_file, cache.rglob("*"))       # all used the same file, and those that were killed left nothing else
+    assert script.name == "chat_server.py" and script.read_bytes() == Path(chat_server.__file__).read_bytes()
+
+
+async def test_a_replica_of_two_ranks_is_on_one_node_that_has_cpus_for_both(cluster):
+    pool = await cluster({"a": 1, "b": 2}, tensor_parallel_size=2)
+    [worker] = pool.workers
+    assert worker.node == "host of b" and "2 ranks (--pp 1 --tp 2)" in worker.place
+    assert len(set(await answers(pool, greedy("x"), greedy("y")))) == 1
 
 
 async def test_without_its_head_what_runs_goes_on_and_new_places_wait(cluster):
@@ -143,7 +154,8 @@ async def test_no_node_yet_is_a_state_and_the_first_that_comes_serves(cluster):
     ({"num_gpus": "2"}, [("a", 4, 2), ("c", 8, 1)], (2, ["a0", "c0", "a0"])),
     ({"num_gpus": "9"}, [("a", 4, 2)], (9, ["a0", "a0"])),
     ({"device_type": "cpu", "num_workers": 0}, [("a", 4, 2)], (1, ["a4"])),
-    ({"tensor_parallel_size": 2}, [("a", 4, 5), ("c", 8, 1)], (2, ["a0", "a0"]))])
+    ({"tensor_parallel_size": 2}, [("a", 4, 5), ("c", 8, 1)], (2, ["a0", "a0"])),
+    ({"tensor_parallel_size": 2, "num_workers": 0}, [("a", 1, 0), ("c", 3, 0)], (1, ["c3"]))])
 def test_places_are_gpus_or_nodes_and_spread(changes, nodes, expected):
     wanted, places = RayPool(Settings(ray_address="auto", **changes))._places([chat_server.Node(name, name, cpus, gpus) for name, cpus, gpus in nodes])
     assert (wanted, [f"{node.id}{cpus:g}" for node, cpus, _, _ in places]) == expected

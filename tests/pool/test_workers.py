@@ -338,7 +338,7 @@ def test_threads_follow_physical_cores_affinity_and_quota(tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"num_gpus": "2"}, "--num-gpus 2 needs CUDA"), ({"num_gpus": "many"}, "--num-gpus many"),
+    ({"num_gpus": "2"}, "--num-gpus 2, but no CUDA device .* --num-workers 2$"), ({"num_gpus": "many"}, "--num-gpus many"),
     ({"num_gpus": "0"}, "--num-gpus 0"), ({"num_gpus": "\u00b2"}, "--num-gpus \u00b2"),
     ({"num_gpus": "9" * 5000}, "--num-gpus 9"), ({"device_type": "cuda"}, "no CUDA device"),
 ])
@@ -348,12 +348,29 @@ def test_more_gpus_than_there_are_is_a_config_error(changes, message, monkeypatc
         chat_server.choose_devices(Settings(**changes))
 
 
+@pytest.mark.parametrize("visible, count", [
+    (None, 8), ("", 0), ("-1", 0), ("0,1", 2), (" 0 , 1", 2), ("0,9", 1), ("9", 0), ("0,-1,2", 1), ("0,,1", 1), ("GPU-5,GPU-6,GPU-7", 3), ("MIG-5", 1)])
+def test_gpus_that_are_hidden_or_not_there_are_told_by_the_variable(visible, count, monkeypatch):
+    """As the driver reads it: what follows an entry that is not there does not count."""
+    monkeypatch.setattr(chat_server, "device_files", lambda: 8)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert chat_server.cuda_device_count() == count
+    said = "this machine has 8 CUDA" if visible is None else f"CUDA_VISIBLE_DEVICES={visible} shows {count} of 8 GPU"
+    with pytest.raises(chat_server.ConfigError, match=f"--num-gpus 9, but {said}"):
+        chat_server.choose_devices(Settings(num_gpus="9"))
+    if not count:
+        with pytest.raises(chat_server.ConfigError, match=f"--device-type cuda, but {said}"):
+            chat_server.choose_devices(Settings(device_type="cuda"))
+
+
 def test_replicas_on_gpus_are_counted_without_torch(monkeypatch):
     monkeypatch.setattr(chat_server, "cuda_device_count", lambda: 8)
     assert chat_server.choose_devices(Settings(num_gpus="auto")) == [f"cuda:{gpu}" for gpu in range(8)]
     assert chat_server.choose_devices(Settings(num_gpus="3")) == ["cuda:0", "cuda:1", "cuda:2"]
     assert chat_server.choose_devices(Settings(device_type="cpu", num_workers=2)) == ["cpu", "cpu"]
-    with pytest.raises(chat_server.ConfigError, match="has 8 CUDA"):
+    with pytest.raises(chat_server.ConfigError, match="has 8 CUDA.*; at most --num-gpus 8$"):
         chat_server.choose_devices(Settings(num_gpus="9"))
 
 
