@@ -5,8 +5,8 @@ import re
 import pytest
 
 from browsing import (SLOW_MS, answers, ask, button, expect, expect_answered, more, needs_browser, open_page, questions,
-                      said)
-from page_server import BLOCKS, HOSTILE, MARKDOWN
+                      said, visitor)
+from page_server import BLOCKS, HOSTILE, MARKDOWN, StandIn
 
 pytestmark = needs_browser
 
@@ -28,6 +28,17 @@ def drawn(page, text, step=1):
     return page.evaluate(DRAWN, [text, step])
 
 
+@pytest.fixture(scope="module")
+def opened_page(browser):
+    """One page for all tests that only call its functions: to open one takes a second."""
+    server = StandIn()
+    with visitor(browser) as page:
+        open_page(page, server.url)
+        page.wait_for_function("() => typeof hljs === 'object' && typeof katex === 'object'")
+        yield page
+    server.close()
+
+
 def test_markdown_code_tables_and_formulas_are_drawn(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "markdown")
@@ -46,10 +57,8 @@ def test_markdown_code_tables_and_formulas_are_drawn(page, stand_in):
 
 @pytest.mark.parametrize("tex, spaces", [("n \\log n", "n_log_n"), ("2\\sin x", "2_sin_x"), ("\\log(n)", "log(n)"), ("x\\cos^2 y", "x_cos2_y"),
                                          ("\\lim_{x\\to 0} f", "limx→0_f"), ("\\operatorname{rank} A", "rank_A"), ("ab", "ab")])
-def test_names_of_functions_stand_apart(page, stand_in, tex, spaces):
-    open_page(page, stand_in.url)
-    page.wait_for_function("() => typeof katex !== 'undefined'")
-    assert page.evaluate("""tex => {
+def test_names_of_functions_stand_apart(opened_page, tex, spaces):
+    assert opened_page.evaluate("""tex => {
         const node = document.createElement("p");
         node.append(mathNode(tex, false));
         node.querySelector("annotation").remove();
@@ -107,11 +116,9 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_text_drawn_piece_by_piece_equals_text_drawn_at_once(page, stand_in, name):
-    open_page(page, stand_in.url)
-    page.wait_for_function("() => typeof hljs === 'object' && typeof katex === 'object'")
+def test_text_drawn_piece_by_piece_equals_text_drawn_at_once(opened_page, name):
     for step in (1, 3, 17):
-        grown, whole, _ = drawn(page, TEXTS[name], step)
+        grown, whole, _ = drawn(opened_page, TEXTS[name], step)
         assert grown == whole
     assert whole
 
@@ -130,11 +137,9 @@ def test_text_drawn_piece_by_piece_equals_text_drawn_at_once(page, stand_in, nam
     ("| a | b |\n|---|---|\n" + "".join(f"| {i} | some words |\n" for i in range(800)), 100, 20),
     ("a *never closed emphasis and more " * 500, 5000, 200),
 ], ids=["words", "marks", "code", "long string", "plain code", "list", "code in a list", "quote", "table", "unclosed"])
-def test_the_work_of_a_frame_does_not_grow_with_the_answer(page, stand_in, text, characters, nodes):
+def test_the_work_of_a_frame_does_not_grow_with_the_answer(opened_page, text, characters, nodes):
     assert len(text) > 8000
-    open_page(page, stand_in.url)
-    page.wait_for_function("() => typeof hljs === 'object'")
-    _, _, most = drawn(page, text, 12)
+    _, _, most = drawn(opened_page, text, 12)
     assert most["characters"] <= characters and most["nodes"] <= nodes, most
 
 
@@ -300,23 +305,23 @@ DEEP = {        # thousands of elements inside each other crash a browser's tab
 
 
 @pytest.mark.parametrize("name", DEEP)
-def test_what_is_nested_in_thousands_is_shown_and_the_page_goes_on(page, stand_in, name):
-    open_page(page, stand_in.url)
-    deepest, shown = page.evaluate("""text => {
+def test_what_is_nested_in_thousands_is_shown_and_the_page_goes_on(opened_page, name):
+    deepest, shown = opened_page.evaluate("""text => {
         const root = document.createElement("div");
         document.body.append(root);
         new MarkdownView(root).update(text, true);
         const depth = node => Math.max(0, ...Array.from(node.children, each => 1 + depth(each)));
-        return [depth(root), root.offsetHeight >= 0 && root.textContent.length > 0];
+        const found = [depth(root), root.offsetHeight >= 0 && root.textContent.length > 0];
+        root.remove();
+        return found;
     }""", DEEP[name])
     assert shown and deepest < 200
-    page.get_by_role("textbox", name="Message").fill("still here")
+    opened_page.get_by_role("textbox", name="Message").fill("still here")
 
 
-def test_what_is_nested_as_people_do_is_drawn_as_before(page, stand_in):
-    open_page(page, stand_in.url)
+def test_what_is_nested_as_people_do_is_drawn_as_before(opened_page):
     text = "".join("  " * depth + f"- {depth}\n" for depth in range(20)) + "\n" + "> " * 20 + "deep\n\n"
     text += "$\\sqrt{\\sqrt{\\frac{1}{\\sqrt{\\frac{x^{2^{2^2}}}{y}}}}}$"
-    html, whole, _ = drawn(page, text)
+    html, whole, _ = drawn(opened_page, text)
     assert html == whole and html.count("<li>") == 20 and html.count("<blockquote>") == 20
     assert html.count("<msqrt>") == 3 and html.count("<mfrac>") == 2
