@@ -250,7 +250,7 @@ def test_a_copy_of_the_script_and_the_page_is_a_working_deployment(form, copied,
 
 
 @pytest.mark.parametrize("form, missing", [("nanochat", "tiktoken"), ("nanochat", "aiohttp"), ("nanochat", "torch"), ("nanochat", "numpy"),
-                                           ("gguf", "gguf"), ("gguf", "tokenizers"), ("gguf", "jinja2")])
+                                           ("gguf", "gguf"), ("gguf", "jinja2"), pytest.param("gguf", "tokenizers", marks=pytest.mark.slow)])
 def test_each_missing_library_is_one_line_with_the_pip_command(form, missing, copied, tmp_path, nanochat_fixtures, default_model_path):
     python = bare_python(tmp_path / "venv", LIBRARIES[form])
     (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")

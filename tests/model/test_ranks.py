@@ -204,7 +204,7 @@ async def embedding_of(pool):
 
 
 @needs_core
-@pytest.mark.parametrize("tp, pp", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("tp, pp", [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 async def test_the_text_of_two_ranks_is_the_same_alone_batched_cached_and_after_a_rank_was_killed(tp, pp, default_model_path):
     async with started_pool(default_model_path, tp, pp) as pool:
         worker = pool.workers[0]

@@ -245,7 +245,7 @@ def chi_square_p(counts, probabilities):
 def test_tokens_follow_the_softmax_law_of_the_survivors(params):
     """False alarms: 1e-4 for the chi-square; the total variation bound is 1.3 times its expectation at K bins."""
     logits = (np.random.default_rng(11).standard_normal(200) * 1.5).astype(np.float32)
-    draws = 200_000
+    draws = 60_000
     tokens = many_draws(logits, draws, seed=21, **params)
     ids, z = cs.survivors(logits, SamplingParams(**params))
     law = np.zeros(200)

@@ -782,10 +782,12 @@ Die Kanne war heiß, der Löffel aus Silber, und draußen regnete es. 日本で�
 
 def test_logits_of_the_default_model_agree_with_transformers(default_model_path, monkeypatch):
     from transformers import AutoModelForCausalLM
-    # it makes the same table of names once for each of 400 modules
-    monkeypatch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
-    theirs = AutoModelForCausalLM.from_pretrained(str(default_model_path.parent), gguf_file=default_model_path.name,
-                                                  dtype=torch.float32)
+    with monkeypatch.context() as patch:
+        # it makes the same table of names once for each of 400 modules, and reads the file's 100,000 words three times
+        for name in ("get_tensor_name_map", "GGUFReader"):
+            patch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
+        theirs = AutoModelForCausalLM.from_pretrained(str(default_model_path.parent), gguf_file=default_model_path.name,
+                                                      dtype=torch.float32)
     model = load(default_model_path)
     tokenizer = open_tokenizer(model.text)
     tokens = tokenizer.render([Message("user", PROSE)]) + tokenizer.encode(PROSE)
