@@ -749,6 +749,7 @@ class AnswerParams:
     grammar: str = ""                   # the answer, after its reasoning, must match it
     grammar_param: str = ""             # the field that the grammar comes from
     tool_names: tuple[str, ...] = ()    # functions whose calls are read from it
+    tool_types: tuple[dict, ...] = ()   # of each: parameter -> JSON types, if the format leaves them out
     chat: bool = False                  # reasoning and calls are told apart from its content
     progress: bool = False              # send progress events until the first token
     pooling: str = ""                   # mean or last: no answer, but an embedding of the prompt
@@ -1618,17 +1619,24 @@ THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "
 DEEPSEEK = tuple(f"<｜tool▁{name}｜>" for name in (
     "call▁begin", "call▁end", "calls▁begin", "calls▁end"))
 CALLS = {  # tool_format -> what begins a call, what ends it, what may enclose all calls
-    "tagged": ("<tool_call>", "</tool_call>"), "json": ("<|python_tag|>", ""),
+    **dict.fromkeys(("tagged", "qwen tags", "glm tags"), ("<tool_call>", "</tool_call>")),
+    "seed tags": ("<seed:tool_call>", "</seed:tool_call>"), "json": ("<|python_tag|>", ""),
     "mistral": ("[TOOL_CALLS]", ""), "mistral name": ("[TOOL_CALLS]", ""),
     "deepseek fenced": DEEPSEEK, "deepseek": DEEPSEEK,
     "kimi": ("<|tool_call_begin|>", "<|tool_call_end|>",
              "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>")}
-IN_CALLS = ("[CALL_ID]", "[ARGS]", "<｜tool▁sep｜>", "<|tool_call_argument_begin|>")
+IN_CALLS = ("[CALL_ID]", "[ARGS]", "<｜tool▁sep｜>", "<|tool_call_argument_begin|>",
+            "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+TAGGED_ARGUMENTS = {  # tool_format -> a function's name, a parameter's, the end of its value, of all of them
+    "qwen tags": ("<function={}>\n", "<parameter={}>\n", "\n</parameter>\n", "</function>\n"),
+    "seed tags": ("<function={}>\n", "<parameter={}>", "</parameter>\n", "</function>\n"),
+    "glm tags": ("{}\n", "<arg_key>{}</arg_key>\n<arg_value>", "</arg_value>\n", "")}
 HARMONY = tuple(f"<|{name}|>" for name in (
     "start", "channel", "constrain", "message", "end", "return", "call"))
 MARKS = {name: chr(0xd800 + index) for index, name in enumerate(dict.fromkeys(filter(None, (
     *itertools.chain(*THOUGHTS, *CALLS.values()), *IN_CALLS, *HARMONY))))}
 A_MARK = re.compile("[\ud800-\udfff]")
+A_MARKER = re.compile(f"({'|'.join(map(re.escape, sorted(MARKS, key=len, reverse=True)))})")
 
 
 GENERIC_FORMAT = "tagged"  # of calls where the template knows no tools
@@ -1678,6 +1686,9 @@ def tool_format_of(template: str) -> str | None:
     "mistral": [TOOL_CALLS] and a list of them; "mistral name": [TOOL_CALLS]name[ARGS]{...};
     "deepseek": its markers around name, separator, {...} (V3.1); "deepseek fenced": function, separator,
     name and {...} as a block of code (V3, R1); "kimi": functions.name:0, a marker, {...};
+    "qwen tags": <tool_call><function=name><parameter=key>value</parameter></function></tool_call>
+    (Qwen3-Coder, Qwen3.5), "seed tags": nearly the same (Seed-OSS); "glm tags": <tool_call>name, then for
+    each parameter <arg_key>key</arg_key><arg_value>value</arg_value> (GLM-4.5);
     "harmony": messages to the recipient functions.name (gpt-oss)."""
     if "<|channel|>" in template and "<|message|>" in template:
         return "harmony"
@@ -1689,7 +1700,9 @@ def tool_format_of(template: str) -> str | None:
         return "deepseek fenced" if "```json" in template else "deepseek"
     if CALLS["kimi"][0] in template:
         return "kimi"
-    return "tagged" if "<tool_call>" in template else "json"
+    if "<parameter=" in template:
+        return "seed tags" if CALLS["seed tags"][0] in template else "qwen tags"
+    return "glm tags" if "<arg_key>" in template else "tagged" if "<tool_call>" in template else "json"
 
 
 def calls_of(spec: TextSpec) -> tuple[str | None, bool]:
@@ -1855,13 +1868,41 @@ class StreamDecoder:
         return self.utf8.decode(self.tokenizer.token_bytes(token))
 
 
-A_REFERENCE = re.compile(rf"<\[({'|'.join(map(re.escape, sorted(MARKS, key=len, reverse=True)))})\]>")
+A_REFERENCE = re.compile(rf"<\[{A_MARKER.pattern}\]>")
 
 
 def with_markers(grammar: str, markers: Mapping[str, int]) -> str:
     """A grammar in which each <[marker]> is the token, or the text where the vocabulary has no such token."""
+    # text that ends with a marker: a suffix is looked for in text alone
+    grammar = re.sub(rf"\[suffix={A_REFERENCE.pattern}\]: (.*)", lambda found:
+                     f": {found[2]} <[{found[1]}]>" if found[1] in markers else found[0], grammar)
     return A_REFERENCE.sub(lambda found: f"<[{markers[found[1]]}]>" if found[1] in markers
                            else json.dumps(found[1]), grammar)
+
+
+def is_number(value) -> bool:
+    return type(value) is int or type(value) is float and math.isfinite(value)
+
+
+def is_text(value) -> bool:
+    return isinstance(value, str)
+
+
+JSON_TYPES = {"null": lambda value: value is None, "boolean": lambda value: isinstance(value, bool),
+              "string": is_text,
+              "number": is_number, "integer": lambda value: is_number(value) and value % 1 == 0,
+              "array": lambda value: isinstance(value, list), "object": lambda value: isinstance(value, dict)}
+
+
+def typed_value(text: str, types: str) -> str:
+    """The JSON of a parameter's value whose tags do not say its type: of one of these JSON types ("": of any)
+    if it can be read so, else a string."""
+    for read in (json.loads, ast.literal_eval):  # templates write Python's True and None too
+        with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            value = read(text.strip())
+            if not is_text(value) and any(JSON_TYPES[name](value) for name in types.split() or JSON_TYPES):
+                return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return as_json(text)
 
 
 class AnswerReader:
@@ -1878,8 +1919,9 @@ class AnswerReader:
     KEYS = ("name", "type", "id", "function", "arguments", "parameters")
     HEADER_CHARACTERS = 300  # a harmony message's header has fewer
 
-    def __init__(self, tokenizer: Tokenizer, names: Seq[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, names: Seq[str] = (), types: Seq[Mapping[str, str]] = ()):
         self.tokenizer, self.names, self.markers = tokenizer, names, tokenizer.markers
+        self.types = dict(zip(names, types))  # of the functions' parameters
         self.tool_format = tokenizer.tool_format if names else None
         self.harmony = tokenizer.tool_format == "harmony"
         self.told: list[tuple[str, Any]] = []
@@ -1889,7 +1931,9 @@ class AnswerReader:
         self.seen: list[str] = []          # the kinds told so far; the last one last
         self.calling = ""                  # the sign that began calls, until they are over
         self.header, self.closed = self.harmony, False  # closed: the prompt ended the reasoning
-        call_id, arguments, separator, begin = map(re.escape, map(self.sign, IN_CALLS))
+        self.tags = tuple(A_MARKER.sub(lambda found: self.sign(found[0]), tag)
+                          for tag in TAGGED_ARGUMENTS.get(self.tool_format, ()))
+        call_id, arguments, separator, begin, *_ = map(re.escape, map(self.sign, IN_CALLS))
         self.named_head = re.compile(
             rf"\s*(?:functions\.|\w+{separator})?([\w.-]+)(?::\d+)?\s*(?:{call_id}[\w\s-]*)?"
             rf"(?:{arguments}|{separator}|```json|{begin})\s*(?={{)")
@@ -1921,6 +1965,9 @@ class AnswerReader:
 
     def finish(self, cut: bool = False):
         """Read the rest: no more text comes. A call cut before its arguments, or in its tag, is dropped."""
+        if self.tags and self.kind not in ("text", "reasoning"):  # in the arguments of a call
+            self.held = "" if cut else self.held + self.sign(CALLS[self.tool_format][1])
+            next(self.reading)
         if self.header:
             self.held = self.held.rpartition(self.sign("<|start|>"))[2].removeprefix("assistant")
             self.held *= not (cut or self.sign("<|channel|>") in self.held)
@@ -1940,10 +1987,10 @@ class AnswerReader:
     def _say(self, length: int):
         """Tell `length` characters of what is held."""
         text, self.held = A_MARK.sub(self._spelled, self.held[:length]), self.held[length:]
-        if self.kind == "call" and text:
-            self._tell_call(CallDelta(text))
+        if self.kind in ("call", "string") and text:
+            self._tell_call(CallDelta(text if self.kind == "call" else as_json(text)[1:-1]))
         text = text.lstrip() if self.begins else text
-        if not text or self.kind in ("call", "skipped"):
+        if not text or self.kind in ("call", "string", "skipped"):
             return
         text, self.space, self.begins = self.space + text, "", False
         if self.thinking:  # white space at its end is not told
@@ -1991,7 +2038,9 @@ class AnswerReader:
         think, end = map(self.sign, self.tokenizer.thoughts or ("", ""))
         begin, close, *around = map(self.sign, CALLS.get(self.tool_format, ("", "")))
         while True:
-            signs = {end, begin, *around, think if think in MARKS.values() else ""}
+            # Qwen3-Coder may leave out <tool_call>
+            bare = self.tags[0].partition("{")[0] if self.tags else ""
+            signs = {end, begin, bare, *around, think if think in MARKS.values() else ""}
             if not {"text", "call"} & set(self.seen):
                 # what can only come first: reasoning that is spelled out, and a call without a tag
                 while not (first := self.held.lstrip()) or first != think and think.startswith(first):
@@ -2006,8 +2055,12 @@ class AnswerReader:
                 self._part("reasoning")
                 yield from self._until(end)
                 self._part("text")
+            elif sign == bare:
+                self.held = bare + self.held
+                yield from self._read_tags("", bare, close)
             elif sign == begin:
-                yield from self._read_calls(begin, close)
+                yield from (self._read_tags(begin, bare, close) if self.tags
+                            else self._read_calls(begin, close))
 
     def _read_calls(self, begin: str, close: str) -> Iterator[None]:
         """Read calls up to `close`, or while there are more; `begin` was before them."""
@@ -2034,6 +2087,66 @@ class AnswerReader:
                 break
         self.calling = ""
         self._part("text")
+
+    def _read_tags(self, begin: str, bare: str, close: str) -> Iterator[None]:
+        """The same for calls with TAGGED_ARGUMENTS, told as JSON; without `begin`, `bare` was there."""
+        name, parameter, end, last = map(str.strip, self.tags)
+        pattern = r"\s*" + re.escape(name).replace(r"\{\}", r"\s*([^\s<>\ud800-\udfff]+)\s*")
+        head = re.compile(pattern if bare else rf"{pattern}(?=[<\ud800-\udfff])")
+        self.calling = begin or " "
+        while not (found := head.match(self.held)) and (
+                close not in self.held if begin else not re.search("[\n>]", self.held)):
+            yield
+        while found and found[1] in self.names:
+            self.held, self.kind = self.held[found.end():], "skipped"
+            self._tell_call(CallDelta("", found[1]))
+            yield from self._read_parameters(self.types.get(found[1], {}), parameter, end, last, close)
+            if self.held.startswith(close):
+                break
+            # the end of the call, or another one in the same tags
+            while not (rest := self.held.lstrip()) or rest != close and close.startswith(rest) or (
+                    bare.startswith(rest) or rest.startswith(bare) and ">" not in rest):
+                yield
+            found = head.match(self.held)
+            if rest.startswith(close):
+                self.held = rest
+                break
+        if self.kind != "skipped":  # no call
+            return (yield from self._read_whole(begin, close if begin else bare))
+        self.held, self.calling = self.held.removeprefix(close), ""
+        self._part("text")
+
+    def _read_parameters(self, types: Mapping[str, str], parameter: str, end: str, last: str,
+                         close: str) -> Iterator[None]:
+        """Read parameters up to `last`, which is removed, or `close`, which is not. Strings are told as they
+        arrive, other values once they are complete."""
+        key = re.escape(parameter).replace(r"\{\}", r"\s*([^<>\ud800-\udfff]+?)\s*").replace("\\\n", r"\s*")
+        newline = "\n" * self.tags[2].startswith("\n")
+        first = "(?:\n|(?=[^\n]))" * len(newline)  # a value's own line break before it is dropped
+        step = re.compile(rf"{key}{first}|{re.escape(last) or '(?!)'}|(?={re.escape(close)})")
+        stops = tuple(before + sign for sign in (end, close) for before in {newline, ""})
+        stop, lead = re.compile(rf"(?:{newline})?(?:{re.escape(end)}|(?={re.escape(close)}))"), "{"
+        while True:
+            while not (found := step.search(self.held)):
+                yield
+            self.held = self.held[found.end():]
+            if not found[1]:
+                return self._tell_call(CallDelta("{}" if lead == "{" else "}"))
+            lead, said = ", ", f"{lead}{as_json(found[1])}: "
+            if (wanted := types.get(found[1], "")) == "string":
+                self._tell_call(CallDelta(said + '"'))
+                self.kind = "string"
+                sign = yield from self._until(*stops)
+                self.held = close * sign.endswith(close) + self.held
+                said = '"'
+            else:
+                while not (ended := stop.search(self.held)):
+                    yield
+                value = A_MARK.sub(self._spelled, self.held[:ended.start()])
+                self.held = self.held[ended.end():]
+                said += typed_value(value, wanted)
+            self.kind = "skipped"
+            self._tell_call(CallDelta(said))
 
     def _read_whole(self, begin: str, close: str) -> Iterator[None]:
         """Read what did not begin as a call does: it may be one once it is complete, or it is text."""
@@ -2140,7 +2253,7 @@ def answer_reader(tokenizer: Tokenizer, params: AnswerParams, prompt_ids: Seq[in
     names = params.tool_names if may_call else ()
     if not params.chat or not (tokenizer.thoughts or names):
         return None
-    reader = AnswerReader(tokenizer, names)
+    reader = AnswerReader(tokenizer, names, params.tool_types)
     if tokenizer.thoughts:
         marks = tokenizer.marks(with_calls=False)
         ends = tokenizer.special_names.keys() - marks.keys() | {tokenizer.markers.get("<|start|>")}
@@ -9740,20 +9853,6 @@ BODY_S = 30.0              # seconds a body may pause, or wait for memory
 BODY_BYTES_PER_S = 32_768  # a body may not be slower than this for longer than BODY_S
 
 
-def is_number(value) -> bool:
-    return type(value) is int or type(value) is float and math.isfinite(value)
-
-
-def is_text(value) -> bool:
-    return isinstance(value, str)
-
-
-JSON_TYPES = {"null": lambda value: value is None, "boolean": lambda value: isinstance(value, bool),
-              "string": is_text,
-              "number": is_number, "integer": lambda value: is_number(value) and value % 1 == 0,
-              "array": lambda value: isinstance(value, list), "object": lambda value: isinstance(value, dict)}
-
-
 def fits(schema: Mapping, value) -> bool:
     """Does a JSON value match a schema? Covers the part of JSON Schema that the tables below use."""
     if not schema:  # allows anything, at any depth
@@ -10692,7 +10791,8 @@ def parse_openai_request(values: Mapping, settings: Settings, tool_format: str |
     return openai_request(
         values, settings, messages=messages, template_options=options, grammar=grammar, grammar_param=param,
         logprobs=top if logprobs else None, tools=tools,
-        tool_names=tuple(tool["function"]["name"] for tool in tools))
+        tool_names=tuple(tool["function"]["name"] for tool in tools),
+        tool_types=tuple(map(parameter_types, tools)) if tool_format in TAGGED_ARGUMENTS else ())
 
 
 def allowed_tools(tools: Seq[dict], choice: ToolChoice) -> tuple[dict, ...]:
@@ -10715,7 +10815,15 @@ CALL_GRAMMARS = {  # tool_format -> the grammar of calls; the name's are `call` 
     "mistral name": "start: call+\ncall: {calls}", "harmony": "start: {calls}",
     **dict.fromkeys(("deepseek", "deepseek fenced"), "start: <[{2}]> call+ <[{3}]>\ncall: {{calls}}".format(
         *DEEPSEEK)),
-    "kimi": "start: <[{2}]> call+ <[{3}]>\ncall: {{calls}}".format(*CALLS["kimi"])}
+    "kimi": "start: <[{2}]> call+ <[{3}]>\ncall: {{calls}}".format(*CALLS["kimi"]),
+    **dict.fromkeys(TAGGED_ARGUMENTS, 'start: call ("\\n" call)*\ncall: {calls}')}
+def tag_text(text: str, tool_format: str) -> str:
+    """Text of a call in a grammar. Line breaks in GLM's are left to the model: GLM-4.7 writes none."""
+    parts = re.split(rf"{A_MARKER.pattern}|(\n)" if tool_format == "glm tags" else A_MARKER, text)
+    return " ".join(f"<[{part}]>" if part in MARKS else json.dumps(part) + "?" * (part == "\n")
+                    for part in parts if part)
+
+
 NAMED_CALLS = {  # of one function, with its arguments
     "mistral name": '<[[TOOL_CALLS]]> "{name}" <[[ARGS]]> {arguments}',
     "deepseek": '<[<｜tool▁call▁begin｜>]> "{name}" <[<｜tool▁sep｜>]> {arguments} <[<｜tool▁call▁end｜>]>',
@@ -10724,7 +10832,108 @@ NAMED_CALLS = {  # of one function, with its arguments
     "kimi": '<[<|tool_call_begin|>]> "functions.{name}:" /[0-9]/ <[<|tool_call_argument_begin|>]> '
             "{arguments} <[<|tool_call_end|>]>",
     "harmony": '<[<|channel|>]> "commentary to=functions.{name} " <[<|constrain|>]> "json" <[<|message|>]> '
-               "{arguments}"}
+               "{arguments}",
+    **{name: " ".join((
+        tag_text(CALLS[name][0] + "\n" * (name != "glm tags") + head.format("{name}"), name), "{arguments}",
+        tag_text(last + CALLS[name][1], name))) for name, (head, *_, last) in TAGGED_ARGUMENTS.items()}}
+
+
+def leaves_of(schema, root: Mapping) -> Iterator[dict]:
+    """The schemas without $ref, anyOf and oneOf of which a value must fit one. $refs are in `root`."""
+    found, seen = [schema], set()
+    for _ in range(64):  # a schema from anywhere must not cost much
+        if not found:
+            return
+        schema = {} if found[0] is True else found[0]
+        branches, found = [*schema.get("anyOf", ()), *schema.get("oneOf", ())], found[1:]
+        if is_text(place := schema.get("$ref")):
+            steps = (step.replace("~1", "/").replace("~0", "~") for step in place.split("/")[1:])
+            try:
+                found += [functools.reduce(operator.getitem, steps, root)] * (place not in seen)
+            except (LookupError, TypeError):
+                raise LookupError(f"$ref {shown(place)} leads nowhere") from None
+            seen.add(place)
+        elif branches:
+            found += branches[:64]
+        elif len(schema.get("allOf", ())) == 1:  # as some libraries write a $ref
+            found += schema["allOf"]
+        elif isinstance(kinds := schema.get("type"), list):
+            found += [{**schema, "type": kind} for kind in kinds[:7]]
+        else:
+            yield schema
+    yield {}
+
+
+def types_of(leaf: Mapping) -> set[str]:
+    """The JSON types that a schema without branches allows; none if it does not say."""
+    if values := leaf.get("enum", [leaf["const"]] if "const" in leaf else [])[:64]:
+        return {name for name, fits_it in JSON_TYPES.items() if any(map(fits_it, values))}
+    return {leaf.get("type")} & JSON_TYPES.keys()
+
+
+def parameter_types(tool: dict) -> dict[str, str]:
+    """The JSON types of each of a function's parameters; "" where its schema does not say them."""
+    parameters, types = tool["function"].get("parameters") or {}, {}
+    with suppress(TypeError, AttributeError, LookupError):
+        for name, schema in (parameters.get("properties") or {}).items():
+            types[name] = ""
+            with suppress(TypeError, AttributeError, LookupError):
+                each = [types_of(leaf) for leaf in leaves_of(schema, parameters)]
+                types[name] = " ".join(sorted(set().union(*each))) if all(each) else ""
+    return types
+
+
+def text_terminal(leaf: Mapping, ends: Seq[str]) -> str:
+    """What a string of this schema may be where no quotes enclose it, so it has none of `ends`."""
+    if values := leaf.get("enum", [leaf["const"]] if "const" in leaf else ()):
+        return " | ".join(json.dumps(value) for value in values if is_text(value))
+    escaped = [re.escape(end).replace("/", r"\/") for end in ends]
+    bounds = "{%d,%s}" % (leaf.get("minLength", 0), leaf.get("maxLength", ""))
+    parts = [f"/(?s:.{bounds})/".replace("{0,}", "*"), f"~/(?s:.*)({'|'.join(escaped)})(?s:.*)/"]
+    if pattern := leaf.get("pattern", "").replace("/", r"\/"):  # is found anywhere in the text
+        first, last = "^" if pattern[0] == "^" else "", "$" if pattern[-1] == "$" else ""
+        inside = pattern.removeprefix(first).removesuffix(last) if "|" not in pattern else pattern
+        parts.append(f"/{'' if first else '(?s:.*)'}(?:{inside}){'' if last else '(?s:.*)'}/")
+    return " & ".join(parts)
+
+
+def tag_rules(rule: str, root: Mapping, tool_format: str) -> Iterator[str]:
+    """Lines of a grammar in which `rule` is the arguments of a function with these parameters."""
+    _, start, end, _ = TAGGED_ARGUMENTS[tool_format]
+    ((parameters,), wanted), marker = (leaves_of(root, root), []), A_MARKER.match(end)
+    end, after = (marker[0], end[marker.end():]) if marker else (end, "")
+    required = parameters.get("required", ())
+    for name, schema in (dict.fromkeys(required, {}) | parameters.get("properties", {})).items():
+        if re.search(r"[<>\n]|^\s|\s$", name):
+            raise unusable_schema(f"this model's calls cannot have a parameter {shown(name)}", "tools")
+        wanted.append((each := f"{rule}_{len(wanted)}") + "?" * (name not in required))
+        leaves = {f"{each}_{number}": leaf for number, leaf in enumerate(leaves_of(schema, root))}
+        for place, leaf in leaves.items():
+            if "string" in (types_of(leaf) or {"string"}):
+                yield f"{place}[suffix={tag_text(end, '')}]: {place.upper()}"
+                yield f"{place.upper()}: {text_terminal(leaf, (end.strip(), CALLS[tool_format][1]))}"
+            else:
+                if '"$ref"' in json.dumps(leaf):
+                    moved = json.dumps({**leaf, "$defs": {"_": root}})
+                    leaf = json.loads(moved.replace('"$ref": "#', '"$ref": "#/$defs/_'))
+                yield f"{place}: {place}_value {tag_text(end, '')}"
+                yield f"{place}_value: %json {json.dumps({**leaf, 'x-guidance': JSON_STYLE})}"
+        head, tail = (tag_text(text, tool_format) for text in (start.format(name), after))
+        yield f"{each}: {head} ({' | '.join(leaves)}) {tail}"
+    yield f"{rule}: {' '.join(wanted) or json.dumps('')}"
+
+
+def tag_grammar(start: str, functions: Seq[dict], tool_format: str) -> str:
+    """The same as schema_grammar for TAGGED_ARGUMENTS."""
+    try:
+        rules = [line for index, function in enumerate(functions)
+                 for line in tag_rules(f"arguments{index}", function.get("parameters") or {}, tool_format)]
+    except RecursionError:
+        raise unusable_schema("it is nested too deeply", "tools") from None
+    except (TypeError, AttributeError, ValueError, LookupError) as error:
+        raise unusable_schema("parameters must be properties of one object, each with a schema: "
+                              + named(error), "tools") from None
+    return lark_grammar("\n".join([start, *rules]), "tools")
 
 
 def tool_grammar(tools: Seq[dict], tool_format: str, parallel: bool) -> str:
@@ -10739,8 +10948,11 @@ def tool_grammar(tools: Seq[dict], tool_format: str, parallel: bool) -> str:
         calls = [NAMED_CALLS[tool_format].format(
             name=json.dumps(function["name"])[1:-1], arguments=f"arguments{index}")
             for index, function in enumerate(functions)]
+        start = start.replace("{calls}", " | ".join(calls))
+        if tool_format in TAGGED_ARGUMENTS:
+            return tag_grammar(start, functions, tool_format)
         schemas = {f"arguments{index}": schema for index, schema in enumerate(parameters)}
-        return schema_grammar(schemas, "tools", start.replace("{calls}", " | ".join(calls)))
+        return schema_grammar(schemas, "tools", start)
     given = "parameters" if tool_format == "json" else "arguments"
     calls = [{"type": "object", "required": ["name", given], "additionalProperties": False,
               "properties": {"name": {"const": function["name"]}, given: schema}}

@@ -163,6 +163,28 @@ async def test_a_worker_with_experts_killed_in_a_harmony_channel_costs_no_letter
     await idle(pool)
 
 
+async def test_a_worker_killed_in_one_of_several_calls_in_tags_costs_no_letter_of_their_json(start_pool, tmp_path):
+    metadata = tiny_gguf.small_gguf_metadata("gpt-2")
+    metadata["tokenizer.chat_template"] = "{% if tools %}<tool_call><function=f><parameter=city>{% endif %}"
+    vocab = len(metadata["tokenizer.ggml.tokens"])
+    path = tiny_gguf.write_gguf(tmp_path / "tags.gguf", tiny_gguf.random_llama(vocab=vocab), tiny_gguf.LLAMA_NUMBERS | {"llama.context_length": 1024}, metadata)
+    pool = await start_pool(model=str(path))
+    properties = {"days": {"type": "integer", "minimum": 100, "maximum": 999}, **TOOL["function"]["parameters"]["properties"]}
+    tool = {"function": {"name": "f", "parameters": TOOL["function"]["parameters"] | {"required": ["days", "city"], "properties": properties}}}
+    grammar = chat_server.tool_grammar([tool], "qwen tags", True).replace('("\\n" call)*', '"\\n" call "\\n" call')
+    chat_server.check_grammar(grammar, "tools")
+    request = dict(prompts=((1, 2),), chat=True, tool_names=("f",), tool_types=({"days": "integer", "city": "string"},), grammar_param="tools",
+                   grammar=grammar, max_tokens=600, sampling=SamplingParams(temperature=1.0, seed=1))
+
+    disturbed, undisturbed = [await told(pool, name, request) for name in ("kill-arguments", "undisturbed")]
+    assert (tmp_path / "kill-arguments").exists() and disturbed == undisturbed
+    calls = [call for _, _, calls, *_ in disturbed for call in calls]
+    assert [call.name for call in calls if call.name] == ["f"] * 3 and len(calls) > 40
+    arguments = [json.loads(text) for text in "".join(("|" * bool(call.name)) + call.arguments for call in calls)[1:].split("|")]
+    assert all(20 <= len(each["city"]) <= 30 and 100 <= each["days"] <= 999 for each in arguments) and not any(text for _, text, *_ in disturbed)
+    await idle(pool)
+
+
 async def test_with_one_worker_streams_wait_for_its_restart_and_go_on(start_pool):
     pool = await start_pool(max_batch=2)
     names = ["kill-prefill", "kill-decode", "bystander 1", "bystander 2"]       # two in the batch, two in the queue

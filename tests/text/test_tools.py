@@ -191,6 +191,105 @@ def test_calls_in_the_words_of_a_family_are_read_as_its_template_writes_them(def
         assert told_by(ids, cut, tokenizer=Marked(tool_format, words)) == told[cut:]
 
 
+# What the templates of these families say about calls (Qwen/Qwen3-Coder-30B-A3B-Instruct, zai-org/GLM-4.6, zai-org/GLM-4.7, ByteDance-Seed/Seed-OSS).
+TAG_FAMILIES = {
+    "qwen tags": TELLS + """{{- message.content }}{%- for tool_call in message.tool_calls or [] %}{%- set tool_call = tool_call.function %}{{- '\n<tool_call>\n<function=' + tool_call.name + '>\n' }}
+{%- for args_name, args_value in tool_call.arguments|items %}{{- '<parameter=' + args_name + '>\n' }}
+{%- set args_value = args_value | tojson | safe if args_value is mapping or (args_value is sequence and args_value is not string) else args_value | string %}{{- args_value }}{{- '\n</parameter>\n' }}
+{%- endfor %}{{- '</function>\n</tool_call>' }}{%- endfor %}""" + ENDS,
+    "seed tags": TELLS + """{{- message.content }}{%- for tool_call in message.tool_calls or [] %}{%- set tool_call = tool_call.function %}{{ "\n<seed:tool_call>\n<function=" + tool_call.name + ">\n" }}
+{%- for arg_name, arg_value in tool_call.arguments | items %}{{ "<parameter=" + arg_name + ">" }}{%- set arg_value = arg_value if arg_value is string else arg_value | string %}{{ arg_value+"</parameter>\n" }}
+{%- endfor %}{{ "</function>\n</seed:tool_call>" }}{%- endfor %}""" + ENDS,
+    "glm tags": TELLS + """{{- message.content }}{% for tc in message.tool_calls or [] %}{%- set tc = tc.function %}{{ '\n<tool_call>' + tc.name }}
+{% set _args = tc.arguments or {} %}
+{% for k, v in _args.items() %}
+<arg_key>{{ k }}</arg_key>
+<arg_value>{{ v | tojson(ensure_ascii=False) if v is not string else v }}</arg_value>
+{% endfor %}
+</tool_call>{% endfor %}""" + ENDS,
+    "glm tags without lines": TELLS + """{{- message.content }}{% for tc in message.tool_calls or [] %}{%- set tc = tc.function %}{{ '<tool_call>' + tc.name }}
+{%- for k, v in tc.arguments.items() %}<arg_key>{{ k }}</arg_key><arg_value>{{ v | tojson if v is not string else v }}</arg_value>{% endfor %}</tool_call>{% endfor %}""" + ENDS}
+TRIP = {"type": "function", "function": {"name": "trip", "parameters": {
+    "type": "object", "required": ["text", "days"], "$defs": {"Unit": {"enum": ["C", "F"]}, "Stop": {"type": "object", "properties": {"at": {"type": "string"}}}},
+    "properties": {"text": {"type": "string"}, "days": {"type": "integer"}, "share": {"type": "number"}, "far": {"type": "boolean"}, "unit": {"$ref": "#/$defs/Unit"},
+                   "note": {"anyOf": [{"type": "string"}, {"type": "null"}]}, "stops": {"type": "array", "items": {"$ref": "#/$defs/Stop"}},
+                   "first": {"$ref": "#/$defs/Stop"}, "number": {"type": "string"}, "anything": {}}}}}
+GO = {"text": 'Say "hi" to\n\n<b>Ro & \\ Bonn</b>, é日\n', "days": 3, "share": 0.5, "far": True, "unit": "F", "note": None, "stops": [{"at": "Rome"}, {"at": "</p>"}],
+      "first": {"at": "Ulm"}, "number": "007", "anything": [1, {"a": None}]}
+TRIPS = [{"name": "trip", "arguments": json.dumps(GO)}, NOW, {"name": "trip", "arguments": '{"text": "", "days": -1}'}]
+
+
+def told_with_types(ids, tokenizer, resumed=0, reason="stop"):
+    tools = (TRIP, TIME)
+    work = assignment("a", (1,), SamplingParams(), 999, resumed_ids=tuple(ids[:resumed]), chat=True, tool_names=("trip", "time"),
+                      tool_types=tuple(map(chat_server.parameter_types, tools)))
+    answer, told = Answer(work, tokenizer), []
+    for number, token in enumerate(ids[resumed:], resumed + 1):
+        answer.push(token, number, 999)
+        told.append(answer.take())
+    answer._end(reason, "eos")
+    return [*told, answer.take()]
+
+
+@pytest.mark.parametrize("family", TAG_FAMILIES)
+@pytest.mark.parametrize("tokens", [True, False], ids=["markers are tokens", "markers are text"])
+def test_calls_in_tags_are_told_as_json_of_the_types_that_the_tools_say(default_model_path, family, tokens):
+    tokenizer = chat_server.open_tokenizer(chat_server.replace(load(default_model_path).text, chat_template=TAG_FAMILIES[family]))
+    tool_format = tokenizer.tool_format
+    assert tool_format == " ".join(family.split()[:2]) and tokenizer.native_tools
+    history = [HISTORY[0], HISTORY[1] | {"tool_calls": [{"type": "function", "id": "c", "function": call} for call in TRIPS]}]
+    shown = tokenizer.show(tokenizer.render(chat_server.openai_messages(history, with_tools=True), [TRIP, TIME]))
+    written = shown.partition("assistant: ")[2].removesuffix("assistant: ").strip()
+    marks = [mark for mark in (*chat_server.CALLS[tool_format], *chat_server.IN_CALLS) if mark in written and tokens]
+    reader = Marked(tool_format, words := {mark: 300 + number for number, mark in enumerate(marks)})
+    parts = chat_server.re.split("(" + "|".join(map(chat_server.re.escape, words)) + ")", "Well. " + written + "\n") if words else ["Well. " + written]
+    ids = [token for part in parts for token in ([words[part]] if part in words else part.encode())]
+    told = told_with_types(ids, reader)
+    text, calls = together([said for each in told for said in each])
+    assert (text.strip(), [(call["name"], json.loads(call["arguments"])) for call in calls]) == (
+        "Well.", [(call["name"], json.loads(call["arguments"])) for call in TRIPS])
+    # the name comes first, and each letter of a string as soon as it is read
+    deltas = [call for each in told for *_, calls in each for call in calls]
+    assert deltas[0].name == "trip" and len(deltas) > len(GO["text"])
+    for cut in range(1, len(ids), 5 if tokens else 17):      # a worker that takes over knows from the ids alone what has been told
+        assert told_with_types(ids, reader, cut) == told[cut:]
+        text, calls = together([said for each in told_with_types(ids[:cut], reader, reason="length") for said in each])
+        assert not chat_server.re.search("<.*(tool|func|arg|param)", text) and [call["name"] for call in calls] == [call["name"] for call in TRIPS][:len(calls)]
+        assert all(json.loads(call["arguments"]) for call in calls[:-1] if call["name"] == "trip")
+        if calls and calls[-1]["name"] == "trip" and tokens:        # what the model leaves open is closed
+            whole = together([said for each in told_with_types(ids[:cut], reader) for said in each])[1]
+            assert isinstance(json.loads(whole[-1]["arguments"]), dict)
+
+
+@pytest.mark.parametrize("text, rest, calls", [
+    ("<function=time>\n</function>\n</tool_call> Done.", "Done.", [NOW]),                         # Qwen3-Coder may leave out the first tag
+    ("<tool_call><function=trip>\n<parameter=text>\nRome", "", [TRIPS[0] | {"arguments": '{"text": "Rome"}'}]),
+    ("<tool_call> <function = trip> <parameter=text> **/a  </tool_call>!", "<tool_call> <function = trip> <parameter=text> **/a  </tool_call>!", []),
+    ("<tool_call> <function=trip> <parameter=text> **/a  </tool_call>!", "!", [TRIPS[0] | {"arguments": '{"text": " **/a  "}'}]),
+    ("<tool_call>\n<function=time>\n</function>\n<function=trip>\n<parameter=days>\nabout 3\n</parameter></function></tool_call>", "",
+     [NOW, TRIPS[0] | {"arguments": '{"days": "about 3"}'}]),
+    ("<tool_call>\n<function=rm>\n</function>\n</tool_call>", "<tool_call>\n<function=rm>\n</function>\n</tool_call>", []),
+    ("a <function=rm> b <fun", "a <function=rm> b <fun", []), ("<tool_call>\n<function=time>\n</function>\nWell", "Well", [NOW]),
+    ("<tool_call>\n<function=trip>\n<parameter=stops>\n[{'at': None}]\n</parameter>\n<parameter=far>\nFalse\n</parameter>\n<parameter=new>\nNaN\n</parameter></function></tool_call>",
+     "", [TRIPS[0] | {"arguments": '{"stops": [{"at": null}], "far": false, "new": "NaN"}'}])])
+def test_what_models_write_amiss_in_tags_is_read_as_far_as_it_can_be(text, rest, calls):
+    for tokens in ({}, {"<tool_call>": 300, "</tool_call>": 301}):
+        reader = Marked("qwen tags", tokens)
+        parts = chat_server.re.split("(</?tool_call>)", text)
+        ids = [token for part in parts for token in ([tokens[part]] if part in tokens else part.encode())]
+        told, found = together([said for each in told_with_types(ids, reader) for said in each])
+        lost = chat_server.re.compile("</?tool_call>" if tokens else "$^")      # a special token that marks nothing has no text
+        assert (told, found) == (lost.sub("", rest), calls)
+
+
+@pytest.mark.parametrize("parameters", [
+    5, {"properties": 5}, {"properties": {"a": 5, "b": True}}, {"properties": {"a": {"$ref": "#/nope"}, "b": {"$ref": "#/properties/b"}, "c": {"type": [{}]}}},
+    {"properties": {"a": {"anyOf": 5}, "b": {"enum": 5}, "c": {"enum": [1e999]}, "d": {"anyOf": [{"$ref": "#/properties/d"}] * 9}}}])
+def test_schemas_that_say_no_types_leave_values_to_how_they_look(parameters):
+    types = chat_server.parameter_types({"function": {"name": "f", "parameters": parameters}})
+    assert set(types.values()) <= {""}
+
+
 class Marked(Letters):
     """Letters, and markers that are special tokens."""
 
@@ -301,7 +400,7 @@ async def test_what_is_no_tool_is_400(pool, change, code):
             assert (response.status, (await response.json())["error"]["code"]) == (400, code)
 
 
-@pytest.mark.parametrize("tool_format", ["tagged", "json", "deepseek", "deepseek fenced", "kimi"])
+@pytest.mark.parametrize("tool_format", ["tagged", "json", "deepseek", "deepseek fenced", "kimi", *chat_server.TAGGED_ARGUMENTS])
 def test_references_in_a_tool_s_parameters_are_to_these_parameters(tool_format):
     """Nested models as pydantic writes them: $defs, and $refs to them that start at the parameters' root."""
     parameters = {"$defs": {"City": {"enum": ["Rome"]}}, "type": "object", "required": ["city"], "additionalProperties": False,
@@ -313,7 +412,8 @@ def test_references_in_a_tool_s_parameters_are_to_these_parameters(tool_format):
         chat_server.check_grammar(chat_server.tool_grammar([{"function": {"name": "go", "parameters": wrong}}], tool_format, True), "tools")
 
 
-@pytest.mark.parametrize("tool_format", ["tagged", "json", "tagged by special tokens", "deepseek", "deepseek fenced", "kimi"])
+@pytest.mark.parametrize("tool_format", ["tagged", "json", "tagged by special tokens", "deepseek", "deepseek fenced", "kimi",
+                                         *chat_server.TAGGED_ARGUMENTS])
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
 def test_a_required_call_is_made_by_a_model_that_has_never_heard_of_tools(default_model_path, tool_format, choice):
     engine = make_engine(default_model_path, num_pages=100, max_batch=8)
@@ -328,3 +428,39 @@ def test_a_required_call_is_made_by_a_model_that_has_never_heard_of_tools(defaul
                       tool_names=request.tool_names, chat=True)
     text, calls = together([(piece.text, piece.calls) for piece in pieces(engine, [work])["a"]])
     assert text == "" and [call["name"] for call in calls] == ["weather"] and len(json.loads(calls[0]["arguments"])["city"]) <= 10
+
+
+def test_the_default_model_makes_several_calls_in_tags_and_so_does_a_worker_that_takes_over(default_model_path):
+    engine = make_engine(default_model_path, num_pages=200, max_batch=8)
+    engine.tokenizer = chat_server.open_tokenizer(chat_server.replace(load(default_model_path).text, chat_template=TAG_FAMILIES["qwen tags"]))
+    tool = {"type": "function", "function": {"name": "trip", "parameters": {
+        "type": "object", "required": ["city", "days", "kind"], "properties": {
+            "city": {"type": "string", "minLength": 3, "maxLength": 12, "pattern": "^[A-Z][a-z ]+$"}, "days": {"type": "integer", "minimum": 2, "maximum": 9},
+            "kind": {"enum": ["beach", "5", 5]}, "with": {"type": ["array", "null"], "items": {"type": "string", "maxLength": 9}, "maxItems": 2}}}}}
+    values = chat_server.parse_fields(ASK | {"tools": [tool], "tool_choice": "required"}, chat_server.OPENAI_FIELDS)
+    request = chat_server.parse_openai_request(values, Settings(), "qwen tags")
+    assert request.tool_types == ({"city": "string", "days": "integer", "kind": "integer number string", "with": "array null"},)
+    chat_server.check_grammar(request.grammar, "tools")
+    prompt = tuple(engine.tokenizer.render([Message("user", "Two days in Rome, then three in Bonn.")], [tool]))
+    work = assignment("a", prompt, SamplingParams(0.7, seed=2), 400, grammar=request.grammar.replace('("\\n" call)*', '"\\n" call'), grammar_param="tools",
+                      tool_names=request.tool_names, tool_types=request.tool_types, chat=True)
+    found = pieces(engine, [work])["a"]
+    text, calls = together([(piece.text, piece.calls) for piece in found])
+    assert text == "" and [call["name"] for call in calls] == ["trip", "trip"] and found[-1].stop_reason == "grammar"
+    for call in calls:
+        arguments = json.loads(call["arguments"])
+        assert chat_server.re.fullmatch("[A-Z][a-z ]{2,11}", arguments["city"]) and 2 <= arguments["days"] <= 9 and arguments["kind"] in ("beach", 5)
+        assert len(arguments.get("with") or ()) <= 2
+    for cut in (3, len(found) // 2, len(found) - 9):
+        ids = tuple(token for piece in found[:cut] for token in piece.tokens)
+        rest = pieces(engine, [chat_server.replace(work, id="b", resumed_ids=ids)])["b"]
+        assert [(piece.tokens, piece.calls) for piece in rest] == [(piece.tokens, piece.calls) for piece in found[cut:]]
+
+
+@pytest.mark.parametrize("parameters, reason", [
+    ({"anyOf": [{"type": "object"}, {"type": "object"}]}, "properties of one object"), ({"properties": {"a": 5}}, ""), ({"properties": []}, "properties of one object"),
+    ({"properties": {"a>b": {}}}, "a>b"), ({"properties": {"a": {"type": "string", "pattern": "^a|(b$"}}}, "regex"),
+    ({"properties": {"a": {"type": "integer", "minimum": 5, "maximum": 4}}, "required": ["a"]}, "")])
+def test_parameters_that_tags_cannot_have_are_refused_where_a_call_is_required(parameters, reason):
+    with pytest.raises(chat_server.RequestError, match="(?i)tools.*" + reason):
+        chat_server.check_grammar(chat_server.tool_grammar([{"function": {"name": "f", "parameters": parameters}}], "glm tags", True), "tools")
