@@ -1567,10 +1567,14 @@ class HuggingFaceTokenizer(Tokenizer):
         for message in dialogue:
             if thought := message.get("reasoning_content"):
                 message["reasoning"] = message["thinking"] = thought
-                if self.tool_format == "harmony" and message["content"] and message.get("tool_calls"):
-                    message["thinking"] += ("<|end|><|start|>assistant<|channel|>commentary<|message|>"
-                                            + message["content"])
-                    message["content"] = ""  # the template takes one or the other
+            if self.tool_format == "harmony":  # see as_harmony
+                said, result = self.harmony_marks
+                if message["role"] == "tool":
+                    message["content"] = result + message["content"] + result
+                elif message["content"] and message.get("tool_calls"):
+                    message["tool_calls"][0]["function"]["name"] = (
+                        said + message["content"] + said + message["tool_calls"][0]["function"]["name"])
+                    message["content"] = ""  # its template takes reasoning or content
             if message.get("tool_calls") and (self.tool_format or "").startswith("deepseek"):
                 message["content"] = message["content"] or None
                 for call in message["tool_calls"]:  # it adds the arguments to text
@@ -1579,8 +1583,25 @@ class HuggingFaceTokenizer(Tokenizer):
                         function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
         return dialogue
 
+    @property
+    def harmony_marks(self) -> tuple[str, str]:
+        """What encloses text before a call, put before the function's name, and the result of a call."""
+        return self.mark + "\ue002", self.mark + "\ue003"
+
+    def as_harmony(self, text: str) -> str:
+        """Mend where gpt-oss's template writes a conversation otherwise than OpenAI's renderer: results of
+        calls in quotes, text before a call as reasoning or not at all, blank lines after instructions."""
+        (said, result), resolve = self.harmony_marks, partial(re.sub, flags=re.DOTALL)
+        text = resolve(f'"{result}(.*?){result}"', lambda found: json.loads(f'"{found[1]}"'), text)
+        text = resolve(rf"(<\|start\|>assistant(?:(?!<\|start\|>).)*?){said}(.*?){said}",
+                       r"<|start|>assistant<|channel|>commentary<|message|>\2<|end|>\1", text)
+        text = resolve(f"{said}.*?{said}|{result}", "", text)
+        return resolve(r"(<\|start\|>developer<\|message\|>(?:(?!<\|end\|>).)*?)\n\n<\|end\|>", r"\1<|end|>",
+                       text)
+
     def encode_rendered(self, text: str, options: Mapping = NO_OPTIONS) -> list[int]:
         """The tokens of a rendered chat template: all, or up to the text of the last message."""
+        text = self.as_harmony(text) if self.tool_format == "harmony" else text
         if options.get("continue_final_message"):
             text, shown_last, _ = text.rpartition(2 * self.mark)
             if not shown_last:
@@ -2214,7 +2235,8 @@ class AnswerReader:
             header, found, rest = self.held.partition(message)
             self.held, self.header = rest if found else self.held.removeprefix("assistant"), False
             kind = (header.rpartition(start)[2].partition(channel)[2].split() or ["final"])[0]
-            recipient = re.search("to=([^\\s<\ud800-\udfff]+)", header) if found else None
+            # openai-harmony too accepts a function without `to=`
+            recipient = re.search("(?:to=|(?=functions\\.))([^\\s<\ud800-\udfff]+)", header) if found else None
             name = recipient[1].removeprefix("functions.") if recipient else ""
             if name in self.names:
                 self.kind, self.calling = "call", " "
