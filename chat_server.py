@@ -2236,7 +2236,7 @@ class AnswerReader:
             self.held, self.header = rest if found else self.held.removeprefix("assistant"), False
             kind = (header.rpartition(start)[2].partition(channel)[2].split() or ["final"])[0]
             # openai-harmony too accepts a function without `to=`
-            recipient = re.search("(?:to=|(?=functions\\.))([^\\s<\ud800-\udfff]+)", header) if found else None
+            recipient = found and re.search("(?:to=|(?=functions\\.))([^\\s<\ud800-\udfff]+)", header)
             name = recipient[1].removeprefix("functions.") if recipient else ""
             if name in self.names:
                 self.kind, self.calling = "call", " "

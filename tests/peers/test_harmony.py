@@ -18,7 +18,7 @@ import pytest
 
 import chat_server
 from chat_server import Answer, SamplingParams
-from test_peers import INSTALL_S, NPM, made, made_venv
+from peer_packages import INSTALL_S, NPM, made, made_venv
 from works import assignment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * INSTALL_S + 300)]

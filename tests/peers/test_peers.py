@@ -5,7 +5,6 @@ node_modules. Both are in build-peers/ and are made again when the list of packa
 the tests are skipped with that reason. (test_openai_client.py tests the `openai` package.)
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,45 +20,12 @@ import pytest
 import chat_server
 from browsing import fake_front
 from engines import load
+from peer_packages import INSTALL_S, NPM, made, made_venv
 from real_server import server
 
-HERE, HOME = Path(__file__).parent, Path(__file__).parents[2] / "build-peers"
-INSTALL_S, RUN_S, AGENT_S = 300, 170, 900
+HERE, RUN_S, AGENT_S = Path(__file__).parent, 170, 900
 ANSWER = "The capital of Japan is Tokyo."
 pytestmark = pytest.mark.timeout(INSTALL_S + RUN_S + 60)
-
-
-def made(name, source, *commands, called=None):
-    """The folder build-peers/`name`, made by `commands` from the file `source`, there `called` so. Skips the
-    tests if that fails or takes too long."""
-    folder, text = HOME / name, (HERE / source).read_bytes()
-    stamp = folder / "made-from"
-    digest = hashlib.sha256(text + sys.version.encode()).hexdigest()
-    if stamp.exists() and stamp.read_text() == digest:
-        return folder
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    (folder / (called or source)).write_bytes(text)
-    for command in commands:
-        try:
-            done = subprocess.run(command, cwd=folder, timeout=INSTALL_S, capture_output=True, text=True)
-        except (subprocess.TimeoutExpired, OSError) as error:
-            pytest.skip(f"the peers' packages could not be installed: {error}")
-        if done.returncode:
-            pytest.skip(f"the peers' packages could not be installed: {done.stderr.strip()[-300:]}")
-    stamp.write_text(digest)
-    return folder
-
-
-def made_venv(name, source):
-    """The Python of a virtual environment that has the packages in the file `source`."""
-    venv = [sys.executable, "-m", "venv", "--without-pip", "venv"]
-    pip = [sys.executable, "-m", "pip", "--python", "venv/bin/python", "install", "--quiet", "--no-deps", "--no-compile",
-           "--disable-pip-version-check", "--retries", "1", "-r", source]
-    return made(name, source, venv, pip) / "venv/bin/python"
-
-
-NPM = ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock", "--loglevel=error"]
 
 
 @pytest.fixture(scope="module")
