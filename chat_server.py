@@ -132,7 +132,6 @@ import threading
 import time
 import types
 import typing
-import unicodedata
 import zipfile
 import zlib
 from collections import Counter, OrderedDict, deque
@@ -683,9 +682,6 @@ class Lanes:
     def append_first(self, client: str, thing):
         self.by_client.setdefault(client, deque()).appendleft(thing)
 
-    def heads(self) -> Iterator[Any]:
-        return (things[0] for things in self.by_client.values())
-
     def pop(self):
         return self.take(next(iter(self.by_client)))
 
@@ -786,7 +782,6 @@ class Accepted:
     """The first event: rendered, tokenized, fits, queued. The HTTP headers can go out."""
 
     prompt_tokens: int
-    seed: int
 
 
 class TokenLogprob(NamedTuple):
@@ -867,13 +862,12 @@ Event = Accepted | PromptProgress | Piece | Finished
 # the length, then a JSON list of the fields. They hold only plain data, so reading one cannot run code.
 
 MESSAGES: list[type] = []
-KIND_OF: dict[type, int] = {}
 
 
 def wire_message(max_bytes: int) -> Callable[[type], type]:
     """Makes a class one of the MESSAGES: a frozen dataclass, whose frame has at most `max_bytes` bytes."""
     def register(kind: type) -> type:
-        kind.MAX_BYTES, KIND_OF[kind] = max_bytes, len(MESSAGES)
+        kind.MAX_BYTES, kind.INDEX = max_bytes, len(MESSAGES)
         MESSAGES.append(kind)
         return dataclass(frozen=True)(kind)
     return register
@@ -1130,10 +1124,10 @@ def restorer(annotation) -> Callable[[Any], Any] | None:
 def object_restorer(kind: type) -> Callable[[list], Any]:
     named_tuple, hints = hasattr(kind, "_fields"), typing.get_type_hints(kind)
     names = kind._fields if named_tuple else [each.name for each in dataclasses.fields(kind)]
-    changed = [(index, restore) for index, name in enumerate(names) if (restore := restorer(hints[name]))]
+    restores = [(index, restore) for index, name in enumerate(names) if (restore := restorer(hints[name]))]
 
     def restore_object(values: list):
-        for index, restore in changed:
+        for index, restore in restores:
             values[index] = restore(values[index])
         return kind._make(values) if named_tuple else kind(**dict(zip(names, values, strict=True)))
 
@@ -1146,7 +1140,7 @@ as_plain_json = json.JSONEncoder(default=plain, check_circular=False, separators
 def packed(message) -> bytes:
     """A message as a frame. A RAW message has one field, whose bytes are the body."""
     body = message.data if hasattr(message, "RAW") else as_plain_json(message).encode()
-    return HEADER.pack(KIND_OF[type(message)], len(body)) + body
+    return HEADER.pack(message.INDEX, len(body)) + body
 
 
 def kind_and_size(header: bytes) -> tuple[type, int]:
@@ -8352,8 +8346,8 @@ def run_engine(channel: Channel, engine: Engine, config: WorkerConfig):
 # Small bodies are read here, in the event loop. Work that a client can make slow runs in sandboxes, processes
 # with limits on time and memory: chat templates, JSON schemas, and every body above LIMITS.inline_bytes.
 
-async def run_here(work: Callable[[Any], Any], argument, size: float):
-    return work(argument)
+async def run_here(work: Callable[[], Any], size: float):
+    return work()
 
 
 class PromptMaker:
@@ -8373,42 +8367,39 @@ class PromptMaker:
 
     async def admit(self, request: Request) -> Request:
         if request.messages is None:
-            prompts, dropped = await self.run(
-                partial(self._encode_prompts, request), request.prompts,
-                sum(map(len, request.prompts))), 0
+            encode = partial(self._encode_prompts, request)
+            prompts, dropped = await self.run(encode, sum(map(len, request.prompts))), 0
         else:
             prompts, dropped = await self._cut_to_fit(request)
-        for name, ids in (*((request.source, ids) for ids in prompts),
-                          ("stop_token_ids", request.stop_token_ids),
-                          ("logit_bias", [token for token, _ in request.sampling.logit_bias])):
-            checked_ids(ids, self.tokenizer, name)
         for ids in prompts:
+            checked_ids(ids, self.tokenizer, request.source)
             self.answer_length(request, ids)
+        checked_ids(request.stop_token_ids, self.tokenizer, "stop_token_ids")
+        checked_ids([token for token, _ in request.sampling.logit_bias], self.tokenizer, "logit_bias")
         return replace(request, prompt_ids=prompts, dropped_messages=request.dropped_messages + dropped)
 
-    def _encode_prompts(self, request: Request, prompts: Seq[str | tuple[int, ...]]) -> tuple[tuple, ...]:
+    def _encode_prompts(self, request: Request) -> tuple[tuple[int, ...], ...]:
         """With `truncate`, which only embeddings have here, a prompt loses what is beyond the context."""
         most = self.context_length if request.truncate else None
-        starts = [self._start_of(prompt, request.source, request.truncate) for prompt in prompts]
+        starts = [self._start_of(prompt, request.source, request.truncate) for prompt in request.prompts]
         return tuple(tuple(self.tokenizer.encode_prompt(start) if is_text(start) else start)[:most]
                      for start in starts)
 
     async def render(self, messages: Seq[Message], tools: Seq[dict], client: str,
                      options: Mapping = NO_OPTIONS) -> tuple[int, ...]:
-        tokenizer, size = self.tokenizer, sum(len(message.content) + 50 for message in messages)
-        await self.run(
-            lambda messages: self._start_of("".join(m.content for m in messages), "messages"),
-            messages, size)
+        tokenizer, texts = self.tokenizer, [message.content for message in messages]
+        size = sum(map(len, texts)) + 50 * len(texts)
+        await self.run(lambda: self._start_of("".join(texts), "messages"), size)
         if not tokenizer.templated:
-            render = partial(tokenizer.render, tools=tools, options=options)
-            return tuple(await self.run(render, messages, size))
+            render = partial(tokenizer.render, messages, tools=tools, options=options)
+            return tuple(await self.run(render, size))
         text = await self.fill(tokenizer.template_arguments(messages, tools, options), client)
 
-        def encode(text: str) -> list[int]:
+        def encode() -> list[int]:
             self._start_of(text, "messages")
             return tokenizer.encode_rendered(text, options)
 
-        return tuple(await self.run(encode, text, len(text)))
+        return tuple(await self.run(encode, len(text)))
 
     async def _cut_to_fit(self, request: Request) -> tuple[tuple[tuple[int, ...], ...], int]:
         """The prompt of a conversation, and how many messages `truncate` dropped to make it fit: as few of
@@ -8438,50 +8429,45 @@ class PromptMaker:
             return (length + min(request.max_tokens or math.inf, self.context_length // 4)
                     <= self.context_length)
 
-        turns = 0
+        low = high = 0
         if request.truncate and len(starts) > 1 and not await fits(0):
-            turns = await first_true(1, len(starts) - 1, fits)
-        ids, dropped = await without(turns)
+            low, high = 1, len(starts) - 1
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if await fits(middle) else (middle + 1, high)
+        ids, dropped = await without(low)
         return (ids,), dropped
 
     def _start_of(self, text: str | Seq[int], param: str, cut: bool = False) -> str | Seq[int]:
         """The text; of one that has over twice the context's tokens its start, with `cut`, else RequestError
         400. Counts in slices: tokenizing the whole takes about 700 bytes a token, 2.5 GB for a 15 MB body."""
+        if not is_text(text) or len(text) <= self.SLICE_CHARACTERS:
+            return text
         count = 0
-        for start in range(0, len(text) if is_text(text) and len(text) > self.SLICE_CHARACTERS else 0,
-                           self.SLICE_CHARACTERS):
+        for start in range(0, len(text), self.SLICE_CHARACTERS):
             count += len(self.tokenizer.encode(text[start:start + self.SLICE_CHARACTERS]))
             if count > 2 * self.context_length:
                 if cut:
                     return text[:start + self.SLICE_CHARACTERS]
-                raise RequestError(f"the prompt has more than {count - count % 1000:,} tokens, "
-                                   f"but the context holds {self.context_length:,}",
-                                   code="context_length_exceeded", param=param)
+                raise self._too_long(f"more than {count - count % 1000:,}", param)
         return text
+
+    def _too_long(self, count: str, param: str, whose: str = "") -> RequestError:
+        return RequestError(
+            f"the prompt has {count} tokens, but the context holds {self.context_length:,}{whose}",
+            code="context_length_exceeded", param=param)
 
     def answer_length(self, request: Request, prompt_ids: tuple[int, ...]) -> int:
         """Most tokens the answer may have. RequestError 400 if the prompt is empty or leaves no room."""
-        room, together = self.context_length - len(prompt_ids), " (prompt and answer together)"
+        room, pooling = self.context_length - len(prompt_ids), bool(request.pooling)
         if not prompt_ids:
             raise RequestError(f"the {request.source} is empty", param=request.source)
-        if room < (0 if request.pooling else 1):
-            raise RequestError(f"the prompt has {len(prompt_ids):,} tokens, but the context holds "
-                               f"{self.context_length:,}{'' if request.pooling else together}",
-                               code="context_length_exceeded", param=request.source)
-        if request.pooling:
+        if room < 1 - pooling:
+            raise self._too_long(f"{len(prompt_ids):,}", request.source,
+                                 "" if pooling else " (prompt and answer together)")
+        if pooling:
             return 0
         return room if request.max_tokens is None else max(1, min(request.max_tokens, room))
-
-
-async def first_true(low: int, high: int, holds: Callable[[int], Any]) -> int:
-    """The first number from `low` where the awaited `holds` is true, or `high`. Once true, it stays so."""
-    while low < high:
-        middle = (low + high) // 2
-        if await holds(middle):
-            high = middle
-        else:
-            low = middle + 1
-    return low
 
 
 def turn_starts(roles: Seq[str]) -> list[int]:
@@ -8492,18 +8478,18 @@ def turn_starts(roles: Seq[str]) -> list[int]:
 LONG_TEXTS = ThreadPoolExecutor(1, "tokenizer")  # one at a time: each takes a lot of memory
 
 
-def then_trim(work: Callable[[Any], Any], argument):
-    try:
-        return work(argument)
-    finally:
-        trim_heap()
-
-
-async def run_in_thread_if_long(work: Callable[[Any], Any], argument, size: float):
-    """work(argument), in a thread when the text is long, so that other streams continue."""
+async def run_in_thread_if_long(work: Callable[[], Any], size: float):
+    """work(), in a thread when the text is long, so that other streams continue."""
     if size <= LIMITS.inline_characters:
-        return work(argument)
-    return await asyncio.get_running_loop().run_in_executor(LONG_TEXTS, then_trim, work, argument)
+        return work()
+
+    def work_then_trim():
+        try:
+            return work()
+        finally:
+            trim_heap()
+
+    return await asyncio.get_running_loop().run_in_executor(LONG_TEXTS, work_then_trim)
 
 
 def checked_ids(tokens: Seq[int], tokenizer: Tokenizer, name: str) -> Seq[int]:
@@ -8511,8 +8497,7 @@ def checked_ids(tokens: Seq[int], tokenizer: Tokenizer, name: str) -> Seq[int]:
     size = tokenizer.vocab_size
     if tokens and not 0 <= min(tokens) <= max(tokens) < size:
         wrong = next(token for token in tokens if not 0 <= token < size)
-        raise RequestError(f"{name} has the token id {wrong}; this model's ids are 0 to {size - 1}",
-                           code="invalid_value", param=name)
+        raise invalid(name, f"{name} has the token id {wrong}; this model's ids are 0 to {size - 1}")
     return tokens
 
 
@@ -8544,6 +8529,18 @@ class Turns:
         self.held = False
 
 
+async def next_message(reader: asyncio.StreamReader):
+    """The next message from a pipe. Read in parts: readexactly would copy 20 MB twice in one go."""
+    kind, size = kind_and_size(await reader.readexactly(HEADER.size))
+    parts = []
+    while size:
+        if not (part := await reader.read(min(size, WRITE_BYTES))):
+            raise asyncio.IncompleteReadError(b"", size)
+        parts.append(part)
+        size -= len(part)
+    return unpacked(kind, b"".join(parts))
+
+
 def start_child(command: Seq[str], role: str, environment: Mapping[str, str]):
     """Start one of our processes; returns it and our end of the pipe to it."""
     ours, theirs = socket.socketpair()
@@ -8556,8 +8553,8 @@ def start_child(command: Seq[str], role: str, environment: Mapping[str, str]):
 class Sandbox:
     """A process for tasks that a client can make slow: one at a time, clients in turn.
 
-    A task that exceeds its processor time or memory ends the process and is refused; the next task gets a new
-    process."""
+    A task that exceeds its processor time or memory is refused; it ends the process, and the next gets a new
+    one."""
 
     PATIENCE_S = 60.0  # longest wait for a reply: a busy machine may give the task no processor
     EXIT_S = 2.0       # longest wait for a process that has closed its pipe to exit
@@ -8601,9 +8598,7 @@ class Sandbox:
                 for begin in range(0, len(frame), WRITE_BYTES):
                     self.writer.write(frame[begin:begin + WRITE_BYTES])
                     await self.writer.drain()
-            kind, size = kind_and_size(
-                await asyncio.wait_for(self.reader.readexactly(HEADER.size), self.PATIENCE_S))
-            reply = unpacked(kind, await self._read(size))
+            reply = await asyncio.wait_for(next_message(self.reader), self.PATIENCE_S)
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.TimeoutError, BadMessage) as error:
             code = await self.stop(0.0 if isinstance(error, asyncio.TimeoutError) else self.EXIT_S)
             if code not in (*self.EXCESS, self.OUT_OF_MEMORY):
@@ -8620,16 +8615,6 @@ class Sandbox:
             case Refused(message, status, code, param):
                 raise RequestError(message, status=status, code=code, param=param)
         raise BadMessage(f"unexpected message from a sandbox: {type(reply).__name__}")
-
-    async def _read(self, size: int) -> bytes:
-        """As StreamReader.readexactly, which copies 20 MB twice in one callback of the event loop."""
-        parts = []
-        while size:
-            if not (part := await self.reader.read(min(size, WRITE_BYTES))):
-                raise asyncio.IncompleteReadError(b"", size)
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
 
     async def stop(self, patience_s: float = 0.0) -> int | None:
         """Kill the process, if any, unless it exits within patience_s; returns its exit status."""
@@ -8653,8 +8638,7 @@ PREPARE_S = 5.0  # processor seconds a sandbox may take to compile a template or
 class Admission:
     """What happens to requests before they are queued: large bodies are read, schemas checked, prompts made.
 
-    A request counts as waiting while this lasts; `check_capacity` refuses those for which there is no place.
-    """
+    Meanwhile they count as waiting; `check_capacity` refuses those for which there is no place."""
 
     TEMPLATE_S = 0.5      # processor seconds for filling in a chat template,
     SCHEMA_S = 1.0        # for checking a JSON schema,
@@ -8690,8 +8674,11 @@ class Admission:
         self.prompts = prompts
 
     @contextmanager
-    def _prepare(self, request_id: str, client: str) -> Iterator[None]:
-        """Reserve a place for a request while it is read and rendered: it counts as waiting."""
+    def _prepare(self, client: str, request_id: str = "") -> Iterator[None]:
+        """Reserve a place for a request while it is read and rendered: it counts as waiting.
+
+        The id of one in a large body is not known yet, so another request may take it."""
+        request_id = request_id or secrets.token_hex(16)
         self.check_capacity(request_id, client)
         self.preparing[request_id] = client
         try:
@@ -8700,7 +8687,7 @@ class Admission:
             del self.preparing[request_id]
 
     async def admit(self, request: Request) -> Request:
-        with self._prepare(request.id, request.client):
+        with self._prepare(request.client, request.id):
             await self._check_grammar(request, request.client, request.owner)
             return await self.prompts.admit(request)
 
@@ -8717,15 +8704,14 @@ class Admission:
             self.valid_grammars.popitem(last=False)
 
     async def read_large(self, reader: str, body: bytes, client: str, owner: str) -> Call:
-        """Read a large body of a route that answers, and check its grammar. The request's id is not known
-        until then, so another request may take it."""
-        with self._prepare(secrets.token_hex(16), client):
+        """Read a large body of a route that answers, and check its grammar."""
+        with self._prepare(client):
             call = restorer(Call)(await self.sandboxes["bodies"].call(client, "read_call", reader, body=body))
             await self._check_grammar(call.request, client, owner)
             return call
 
     async def answer_text(self, route: str, body: bytes, client: str) -> bytes:
-        with self._prepare(secrets.token_hex(16), client):
+        with self._prepare(client):
             return await self.sandboxes["bodies"].call(client, "answer_text", route, body=body)
 
     async def close(self):
@@ -8790,9 +8776,9 @@ def sandbox_main(arguments: Seq[str]) -> int:
             bodies = ([message.data for message in channel.receive(wait=True, most=1)]
                       if task.name in ("read_call", "answer_text") else [])
             signal.setitimer(signal.ITIMER_PROF, PREPARE_S)
-            do_task(tasks.prepare, task.name)  # an error shows when the task itself fails
+            run_task(tasks.prepare, task.name)  # an error shows when the task itself fails
             signal.setitimer(signal.ITIMER_PROF, config.cpu_s)
-            reply = packed(do_task(getattr(tasks, task.name), *task.arguments, *bodies))
+            reply = packed(run_task(getattr(tasks, task.name), *task.arguments, *bodies))
             if len(reply) > Result.MAX_BYTES:
                 reply = packed(Refused("too complex: the result is too large", 400, "too_complex", None))
             signal.setitimer(signal.ITIMER_PROF, 0)
@@ -8800,7 +8786,7 @@ def sandbox_main(arguments: Seq[str]) -> int:
     return 0
 
 
-def do_task(task: Callable[..., Any], *arguments):
+def run_task(task: Callable[..., Any], *arguments):
     try:
         return task(*arguments)
     except RequestError as error:
@@ -8813,8 +8799,8 @@ def do_task(task: Callable[..., Any], *arguments):
 
 def limit_memory(more: int):
     """Limit this process to `more` bytes of address space beyond what it has now; Linux only."""
-    with suppress(ImportError, OSError, ValueError):
-        resource = importlib.import_module("resource")
+    import resource
+    with suppress(OSError, ValueError):
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + more, hard))
@@ -8827,6 +8813,10 @@ def limit_memory(more: int):
 
 RECENT_S = 5        # seconds over which /stats averages the speed
 TIMEABLE_S = 0.001  # report no speed for an answer whose tokens took less time than this
+
+
+# What is known before a worker has told about its model.
+NO_CARD = ModelCard(TextSpec("", b""), "loading", 0, (), {}, False)
 
 
 @dataclass(eq=False)
@@ -8850,11 +8840,6 @@ class Job:
     set_aside: int = 0  # how often it gave up its row to another client
 
     @property
-    def suspect(self) -> bool:
-        """Did two workers in a row die with it? It may be the cause, so no job joins it until it advances."""
-        return self.failovers > 1
-
-    @property
     def id(self) -> str:
         # no id from a client contains a #
         return f"{self.request.id}#{self.choice}" if self.choice else self.request.id
@@ -8863,12 +8848,6 @@ class Job:
     def worker_id(self) -> str:
         """Its name in a worker: new after each set-aside, so that late pieces of the old run do not match."""
         return f"{self.id}##{self.set_aside}" if self.set_aside else self.id
-
-    @property
-    def outstanding_tokens(self) -> int:
-        """Upper bound on the tokens left to compute, for routing."""
-        done = len(self.output_ids)
-        return self.max_tokens - done + (0 if done else len(self.prompt_ids))
 
     @cached_property
     def prefixes(self) -> dict[int, int]:
@@ -8939,9 +8918,7 @@ class Worker:
     """The front's handle on one worker process: its pipe, its state, and the jobs it holds."""
 
     OUTBOX_BYTES = 4 << 20  # a worker with this many unread bytes gets no more answers for now
-
     EXIT_S = 2.0            # a process that has closed its pipe is killed if it has not exited by then
-
     BROKEN = asyncio.IncompleteReadError, ConnectionError
     node = ""               # the machine it is on, if it is on Ray
 
@@ -8962,16 +8939,13 @@ class Worker:
         self.prefixes: dict[int, int] = {}   # Job.prefixes of the jobs it was given
         self.told: dict[str, set[int]] = {}  # the requests it knows, and which of their prompts
 
-    def spawn(self, threads: int) -> socket.socket:
-        self.state = "loading"
-        self.process, ours = start_child(self.pool.worker_command, "worker", process_environment(threads))
-        self.spawned_s = self.awaited_s = time.monotonic()
-        return ours
-
     async def open(self) -> tuple[asyncio.StreamReader, WorkerConfig]:
         """Start the process and connect; returns what it says, and what it must be told first."""
+        self.state = "loading"
         threads = threads_per_worker(len(self.pool.workers) * ranks_here(self.pool.settings))
-        reader, self.writer = await asyncio.open_connection(sock=self.spawn(threads))
+        self.process, ours = start_child(self.pool.worker_command, "worker", process_environment(threads))
+        self.spawned_s = self.awaited_s = time.monotonic()
+        reader, self.writer = await asyncio.open_connection(sock=ours)
         secretless = replace(self.pool.settings, keys=(), api_key=())
         return reader, WorkerConfig(secretless, self.pool.source, self.device, threads)
 
@@ -8982,8 +8956,7 @@ class Worker:
                 reader, config = await self.open()
                 self.send(config)
                 while True:
-                    kind, size = kind_and_size(await reader.readexactly(HEADER.size))
-                    self.hear(unpacked(kind, await reader.readexactly(size)))
+                    self.hear(await next_message(reader))
         except BadMessage as error:
             log.error("%s: %s", self.where, error)
         finally:
@@ -9004,6 +8977,10 @@ class Worker:
     @property
     def where(self) -> str:
         return f"worker {self.gpu} ({self.device}{self.node and ' on '}{self.node})"
+
+    @property
+    def left_out(self) -> str:
+        return f"{self.where} is left out: {self.problem}"
 
     def end_in_words(self) -> str:
         return exit_in_words(self.process.returncode)
@@ -9027,11 +9004,12 @@ class Worker:
 
     @property
     def takes_jobs(self) -> bool:
-        """Is it ready, without a suspect job, and has it read its messages? (If not, we ask again after its
-        next step.)"""
+        """Is it ready, and has it read its messages? (If not, we ask again after its next step.)
+
+        A job with which two workers in a row died may be the cause: until it advances, none joins it."""
         unread = self.writer.transport.get_write_buffer_size() if self.writer else 0
         return (self.state == "ready" and unread < self.OUTBOX_BYTES
-                and not any(job.suspect for job in self.jobs.values()))
+                and not any(job.failovers > 1 for job in self.jobs.values()))
 
     @property
     def can_take(self) -> bool:
@@ -9054,9 +9032,10 @@ class Worker:
             self.awaited_s = None
 
     def cost(self, job: Job) -> int:
-        """Tokens it still has to compute, minus those of the job's prompt that its cache may hold."""
+        """Most tokens it still has to compute, minus those of the job's prompt that its cache may hold."""
         spared = max((length for key, length in job.prefixes.items() if key in self.prefixes), default=0)
-        return sum(each.outstanding_tokens for each in self.jobs.values()) - spared
+        return sum(each.max_tokens - len(each.output_ids) + (0 if each.output_ids else len(each.prompt_ids))
+                   for each in self.jobs.values()) - spared
 
     @property
     def hung(self) -> bool:
@@ -9088,51 +9067,46 @@ class Worker:
                 "batch_fill": round(len(self.jobs) / self.pool.settings.max_batch, 3)}
 
 
-NO_ROWS: Mapping[str, int] = types.MappingProxyType({})
-
-
 class WaitingQueue:
     """Jobs that wait for a row. First come those whose worker died; then those of the client with the fewest
     rows, where clients with equally many take turns; last, in the same order, those of low priority."""
 
     def __init__(self):
-        self.lanes = (Lanes(), Lanes(), Lanes())
+        self.lanes = Lanes()
 
     def __len__(self) -> int:
-        return sum(map(len, self.lanes))
+        return len(self.lanes)
 
     def __iter__(self) -> Iterator[Job]:
-        return itertools.chain.from_iterable(self.lanes)
+        ranked = sorted(self.lanes.by_client, key=operator.itemgetter(0))
+        return itertools.chain.from_iterable(map(self.lanes.by_client.get, ranked))
 
-    def _place(self, job: Job) -> tuple[Lanes, str]:
-        """A job's lanes, and its client there; jobs whose worker died share one line."""
-        if job.failovers:
-            return self.lanes[0], ""
-        return self.lanes[2 if job.request.low_priority else 1], job.request.client
+    @staticmethod
+    def _lane_of(job: Job) -> tuple[int, str]:
+        """A job's rank and client; jobs whose worker died share one line."""
+        return (0, "") if job.failovers else (1 + job.request.low_priority, job.request.client)
 
     def append(self, job: Job):
-        lanes, client = self._place(job)
-        lanes.append(client, job)
+        self.lanes.append(self._lane_of(job), job)
 
     def append_first(self, job: Job):
-        lanes, client = self._place(job)
-        lanes.append_first(client, job)
+        self.lanes.append_first(self._lane_of(job), job)
 
-    def first(self, rows: Mapping[str, int] = NO_ROWS) -> Job | None:
-        lanes = next(filter(len, self.lanes), Lanes())
-        return min(lanes.heads(), key=lambda job: rows.get(job.request.client, 0), default=None)
+    def first(self, rows: Mapping[str, int] = types.MappingProxyType({})) -> Job | None:
+        lanes = self.lanes.by_client
+        lane = min(lanes, key=lambda lane: (lane[0], rows.get(lane[1], 0)), default=None)
+        return lanes[lane][0] if lane else None
 
     def take(self, job: Job):
         """Remove the job, which must be the first of its client."""
-        lanes, client = self._place(job)
-        lanes.take(client)
+        self.lanes.take(self._lane_of(job))
 
     def remove(self, job: Job):
-        lanes, client = self._place(job)
-        lanes.remove(client, job)
+        self.lanes.remove(self._lane_of(job), job)
 
 
-async def supervised(what: str, work: Callable[[], Any], failed: Callable[[Exception], bool]):
+async def supervised(what: str, work: Callable[[], Any],
+                     failed: Callable[[Exception], bool] = lambda error: False):
     """Run background work. Log what it raises and pass it to `failed`, which returns True to run it again.
 
     Nobody would see an exception left in its task, and the server would wait forever for the work."""
@@ -9181,7 +9155,7 @@ class LocalPool:
         self.jobs: dict[str, Job] = {}
         self.pending = WaitingQueue()
         self.source: ModelSource | None = None
-        self.card: ModelCard | None = None
+        self.card = NO_CARD
         self.admission = Admission(self._check_capacity)
         self.draining = self.closing = False
         self.wanted = asyncio.Event()   # cleared: workers stay unloaded until the next request
@@ -9264,11 +9238,7 @@ class LocalPool:
         if all(each.problem for each in self.workers):
             self._give_up(error)
         elif self.became_ready.is_set():
-            log.error("%s", self._left_out(worker))
-
-    @staticmethod
-    def _left_out(worker: Worker) -> str:
-        return f"{worker.where} is left out: {worker.problem}"
+            log.error("%s", worker.left_out)
 
     def orphan(self, worker: Worker):
         """A worker died: its jobs go to the front of the queue and continue elsewhere."""
@@ -9330,13 +9300,13 @@ class LocalPool:
         self.closing = self.draining = True
         self.fail(EngineFailure("the server is shutting down"), *self.jobs.values())
         processes = [worker.process for worker in self.workers if worker.process]
-        for process in processes:
-            process.kill()
+        for each in processes:
+            each.kill()
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, self.admission.close(), return_exceptions=True)
-        for process in processes:
-            await asyncio.to_thread(process.wait)  # harmless if its task has waited for it already
+        for each in processes:
+            await asyncio.to_thread(each.wait)  # harmless if its task has waited for it already
 
     # what workers report
 
@@ -9346,7 +9316,7 @@ class LocalPool:
                 self.progress(stage, fraction)
             case ModelCard():
                 worker.place, self.source = message.place, self.source or message.source
-                if self.card is None:  # the first card: build our tokenizer while the workers warm up
+                if self.card is NO_CARD:  # build our tokenizer while the workers warm up
                     self.card = message
                     self._run("opening the tokenizer", partial(self._open_tokenizer, message))
             case Ready(gauges_, faults):
@@ -9417,7 +9387,7 @@ class LocalPool:
         heads = deque(jobs[::request.n])  # no request has more prompts than this in the queue at a time
         try:
             self._submit([heads.popleft() for _ in range(min(len(heads), LIMITS.choices))])
-            yield Accepted(sum(map(len, prompts)), request.sampling.seed)
+            yield Accepted(sum(map(len, prompts)))
             others = {job.choice: jobs[job.choice + 1:job.choice + request.n] for job in jobs[::request.n]}
             turn_s, left = time.monotonic(), len(jobs)
             while left:
@@ -9469,15 +9439,18 @@ class LocalPool:
             raise Overloaded("the server is shutting down", retry_after_s=10)
         if self.tokenizer is None or not self.became_ready.is_set():
             raise Overloaded(f"the model is still loading ({self.loading[0]})", retry_after_s=2)
-        waiting = len(self.pending) + len(self.admission.preparing)
+        preparing = self.admission.preparing  # the id of each request that is being read -> its client
+        waiting = len(self.pending) + len(preparing)
         free_rows = sum(self.settings.max_batch - len(worker.jobs) for worker in self._free_workers())
         if waiting >= self.settings.max_queue + free_rows and not self._has_a_place(client, waiting):
             raise Overloaded(f"{waiting} requests are already waiting (--max-queue)",
                              retry_after_s=5, status=429)
-        if (limit := self.settings.max_concurrent_per_key) and len(self._requests_of(client)) >= limit:
+        if (limit := self.settings.max_concurrent_per_key) and limit <= len(
+                {job.request.id for job in self.jobs.values() if job.request.client == client}
+                | {each for each, owner in preparing.items() if owner == client}):
             raise Overloaded(f"at most {limit} of your requests may run at a time (--max-concurrent-per-key)",
                              status=429)
-        if request_id in self.jobs or request_id in self.admission.preparing:
+        if request_id in self.jobs or request_id in preparing:
             raise RequestError(f"a request with the id {request_id!r} is already running",
                                status=409, code="duplicate_id")
 
@@ -9487,10 +9460,6 @@ class LocalPool:
         mine = (sum(job.request.client == client for job in self.pending)
                 + list(self.admission.preparing.values()).count(client))
         return mine < self.settings.max_queue // 4 and waiting < 2 * self.settings.max_queue
-
-    def _requests_of(self, client: str) -> set[str]:
-        return {job.request.id for job in self.jobs.values() if job.request.client == client} | \
-            {request_id for request_id, owner in self.admission.preparing.items() if owner == client}
 
     def dispatch(self):
         """Hand waiting jobs to workers that have a free row, or a row that another client can spare."""
@@ -9577,15 +9546,15 @@ class LocalPool:
 
     @property
     def model_name(self) -> str:
-        return self.card.name if self.card else self.source.name if self.source else "loading"
+        return self.source.name if self.source and self.card is NO_CARD else self.card.name
 
     @property
     def context_length(self) -> int:
-        return self.card.context_length if self.card else 0
+        return self.card.context_length
 
     @property
     def own_sampling(self) -> tuple[dict, str]:
-        return (self.card.sampling, self.card.sampling_origin) if self.card else ({}, "")
+        return self.card.sampling, self.card.sampling_origin
 
     def describe(self) -> list[str]:
         sampling = ", ".join(f"{name} {value:g} ({origin})"
@@ -9597,7 +9566,7 @@ class LocalPool:
         return [line for line in (self.source.chosen, self.source.alternatives, *self.card.lines,
                                   gpus > 1 and self.settings.num_gpus is None and
                                   f"One of {gpus} GPUs is used; --num-gpus auto uses all",
-                                  *(self._left_out(worker) for worker in self.workers if worker.problem),
+                                  *(worker.left_out for worker in self.workers if worker.problem),
                                   self.settings.command == "serve" and tools.get(tools_of(self.tokenizer)),
                                   f"Sampling unless a request says otherwise: {sampling}") if line]
 
@@ -9621,9 +9590,8 @@ class LocalPool:
                 "busy_workers": busy, "tensor_parallel_size": self.settings.tensor_parallel_size,
                 "pipeline_parallel_size": self.settings.pipeline_parallel_size,
                 "workers": [worker.stats() for worker in self.workers], "model": self.model_name,
-                "kernels": self.card.kernels if self.card else {},
-                "decode_core": self.card.core if self.card else "",
-                "row_invariant": self.card.row_invariant if self.card else False,
+                "kernels": self.card.kernels, "decode_core": self.card.core,
+                "row_invariant": self.card.row_invariant,
                 "sampling": {name: {"value": value, "from": origin} for name, (value, origin)
                              in sampling_of(self, self.settings).items()},
                 "context_length": self.context_length, "queue_depth": len(self.pending),
@@ -9961,8 +9929,12 @@ def left_out(reason: str) -> FieldType:
     return FieldType(f"left out: {reason}", {"enum": [None]})
 
 
+def invalid(name: str, message: str) -> RequestError:
+    return RequestError(message, code="invalid_value", param=name)
+
+
 def bad_value(name: str, value, allowed: str) -> RequestError:
-    return RequestError(f"{name} must be {allowed}, not {shown(value)}", code="invalid_value", param=name)
+    return invalid(name, f"{name} must be {allowed}, not {shown(value)}")
 
 
 def as_count(value: float) -> int:
@@ -10052,16 +10024,15 @@ def one_constraint(values: Mapping) -> tuple[str, str]:
     found = [values[name] for name in ("response_format", *(field.name for field in CONSTRAINT_FIELDS))
              if name in values and values[name][0]]
     if len(found) > 1:
-        raise RequestError(f"{found[0][1]} and {found[1][1]} exclude each other", code="invalid_value",
-                           param=found[1][1])
+        raise invalid(found[1][1], f"{found[0][1]} and {found[1][1]} exclude each other")
     return found[0] if found else ("", "")
 
 
 class ToolChoice(NamedTuple):
-    """Whether the model calls functions, and which it may; `names` is None for all."""
+    """Whether the model calls functions, and which it may."""
 
-    mode: str = "auto"  # or none, required
-    names: tuple[str, ...] | None = None
+    mode: str = "auto"                    # or none, required
+    names: tuple[str, ...] | None = None  # None: all
     parallel: bool = True
 
 
@@ -10155,7 +10126,6 @@ EFFORT = FieldType(" or ".join([", ".join(EFFORTS[:-1]), EFFORTS[-1]]), {"enum":
 PRIORITY = FieldType('"low", "normal" or an integer (above 0 means low)',  # vLLM takes numbers
                      {"anyOf": [{"enum": ["low", "normal"]}, {"type": "integer"}]},
                      lambda value: value == "low" or value != "normal" and value > 0)
-TRUNCATE = FieldType('"oldest" or "none"', {"enum": ["oldest", "none"]}, lambda value: value == "oldest")
 LOGIT_BIAS = FieldType(f"an object of at most {LIMITS.biases:,} token ids and biases from -100 to 100", {
     "type": "object", "maxProperties": LIMITS.biases, "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"},
     "additionalProperties": {"type": ["number", "null"], "minimum": -100, "maximum": 100}},
@@ -10202,8 +10172,6 @@ OLLAMA_NAME = FieldType("a string", A_TEXT, lambda value: whole_unicode(value).r
 OLLAMA_FORMAT = FieldType('"json" or a JSON schema', {"anyOf": [{"enum": ["", "json"]}, {"type": "object"}]},
                           lambda value: ("" if value == "" else json_grammar(
                               {"type": "object"} if is_text(value) else value, "format"), "format"))
-MODALITIES = FieldType('["text"], the only modality of this server', list_schema({"enum": ["text"]}))
-INPUT = FieldType("a text or a list of items", {"anyOf": [A_TEXT, {"type": "array"}]})
 SYSTEM = FieldType("a text or a list of text blocks", {"anyOf": [A_TEXT, list_schema({"type": "object"})]})
 NATIVE_MESSAGES = LIST._replace(details=list_schema(
     object_schema(["role", "content"], role={"enum": NATIVE_ROLES}, content=A_TEXT), minItems=1))
@@ -10217,7 +10185,7 @@ COMMON_FIELDS = (  # for every route that generates
                         "ignored when response_format or tool_choice constrains the answer"),
     Field("ignore_eos", SWITCH, "do not let the model end the answer before max_tokens"),
     Field("priority", PRIORITY, "`low`: wait until no other request does"),
-    Field("truncate", TRUNCATE,
+    Field("truncate", FieldType('"oldest" or "none"', {"enum": ["oldest", "none"]}, "oldest".__eq__),
           "`oldest`: drop the oldest turns if not all fit; the timings say how many messages that were"),
     Field("resumable", SWITCH, "number the events; GET /v1/streams/{id} continues a stream that broke off"),
     Field("progress", SWITCH, "send events before the first token: place in the queue, tokens of the prompt, "
@@ -10291,7 +10259,8 @@ OPENAI_FIELDS = (
     *SHARED_FIELDS,
     Field("max_tokens", CAP, "most tokens of the answer; -1 = up to the context"),
     Field("max_completion_tokens", CAP, "the same; it overrides max_tokens", means="max_tokens"),
-    Field("modalities", MODALITIES, "what the answer is"),
+    Field("modalities", FieldType('["text"], the only modality of this server',
+                                  list_schema({"enum": ["text"]})), "what the answer is"),
     Field("logprobs", SWITCH, "log-probabilities of the answer"),
     Field("top_logprobs", INTEGER, "alternatives listed for each token", 0, 20),
     Field("tools", TOOLS, "functions the model may call"),
@@ -10316,7 +10285,8 @@ COMPLETION_FIELDS = (
 )
 
 RESPONSES_FIELDS = (
-    Field("input", INPUT, "a text, or a list of messages, calls, their outputs and reasoning"),
+    Field("input", FieldType("a text or a list of items", {"anyOf": [A_TEXT, {"type": "array"}]}),
+          "a text, or a list of messages, calls, their outputs and reasoning"),
     Field("instructions", TEXT, "a system message before the input"),
     *SAMPLING_FIELDS,
     Field("max_output_tokens", CAP, "most tokens of the answer; -1 = up to the context", means="max_tokens"),
@@ -10324,8 +10294,8 @@ RESPONSES_FIELDS = (
     Field("tool_choice", FLAT_CHOICE, "auto, none, required, or which of the functions"),
     Field("reasoning", FieldType(f"an object whose effort is {EFFORT.allowed}",
                                  object_schema([], effort={"enum": [*EFFORTS, None]}),
-                                 lambda value: value.get("effort")),
-          "`effort`: how much the model thinks, if its template knows that", means="reasoning_effort"),
+                                 lambda value: thinking(value.get("effort"))),
+          "`effort`: how much the model thinks, if its template knows that", means="template_options"),
     PARALLEL,
     Field("text", OBJECT._replace(made=partial(nested_grammar, param="text")),
           "`format`: text, json_object or json_schema", means="response_format"),
@@ -10353,7 +10323,8 @@ MESSAGES_FIELDS = (
     Field("thinking", FieldType(
         "an object of type enabled, adaptive or disabled",
         object_schema(["type"], type={"enum": ["enabled", "adaptive", "disabled"]}),
-        lambda value: value["type"] != "disabled"), "whether the model thinks, if its template knows that"),
+        lambda value: thinking(value["type"] != "disabled")),
+        "whether the model thinks, if its template knows that", means="template_options"),
     Field("output_config", OBJECT._replace(made=partial(nested_grammar, param="output_config")),
           "`format`: json_schema; `effort`: how much the model thinks", means="response_format"),
 )
@@ -10369,8 +10340,9 @@ OLLAMA_FIELDS = (  # for both of Ollama's routes
     Field("model", OLLAMA_NAME, "absent, empty or `default`: the loaded one; `:latest` is left off"),
     Field("stream", SWITCH, "one JSON object per line (the default); false: one object"),
     Field("format", OLLAMA_FORMAT, '"json" or a JSON schema', means="response_format"),
-    Field("think", FieldType(f"true, false, {EFFORT.allowed}", {"enum": [True, False, *EFFORTS]}),
-          "whether, or how much, the model thinks, if its template knows that"),
+    Field("think", FieldType(f"true, false, {EFFORT.allowed}", {"enum": [True, False, *EFFORTS]},
+                             lambda value: thinking(value)),
+          "whether, or how much, the model thinks, if its template knows that", means="template_options"),
     Field("options", OBJECT._replace(details={"properties": {
         field.name: field.described for field in OLLAMA_OPTIONS}}), "how to draw tokens, and when to stop"),
 )
@@ -10416,29 +10388,21 @@ class Budget:
         self.total, self.used, self.freed = total, 0, asyncio.Event()
         self.of_client: Counter[str] = Counter()
 
-    def fits(self, client: str, size: int) -> bool:
-        return self.used + size <= self.total and self.of_client[client] + size <= self.total // 4
-
-    def take(self, client: str, size: int):
+    def take(self, client: str, size: int) -> bool:
+        """Take `size` bytes, if that many are free."""
+        if self.used + size > self.total or self.of_client[client] + size > self.total // 4:
+            return False
         self.used += size
         self.of_client[client] += size
+        return True
 
     def give_back(self, client: str, size: int):
-        self.take(client, -size)
+        self.used -= size
+        self.of_client[client] -= size
         if not self.of_client[client]:
             del self.of_client[client]
         self.freed.set()
         self.freed = asyncio.Event()
-
-    async def room(self, client: str, size: int, patience_s: float):
-        """Take `size` bytes once they are free; raises Overloaded if that takes over `patience_s`."""
-        deadline_s = time.monotonic() + patience_s
-        while not self.fits(client, size):
-            try:
-                await asyncio.wait_for(self.freed.wait(), deadline_s - time.monotonic())
-            except asyncio.TimeoutError:
-                raise Overloaded("too many large bodies are being read", retry_after_s=10) from None
-        self.take(client, size)  # no await since the check, so it still fits
 
 
 class Holding:
@@ -10455,20 +10419,26 @@ class Holding:
     def __exit__(self, *error):
         self.budget.give_back(self.client, self.size)
 
+    def _take(self, size: int) -> bool:
+        taken = self.budget.take(self.client, size)
+        self.size += size * taken
+        return taken
+
     async def room(self, size: int):
-        await self.budget.room(self.client, size, BODY_S)
-        self.size += size
+        """Take `size` bytes once they are free; raises Overloaded if that takes over BODY_S."""
+        deadline_s = time.monotonic() + BODY_S
+        while not self._take(size):
+            try:
+                await asyncio.wait_for(self.budget.freed.wait(), deadline_s - time.monotonic())
+            except asyncio.TimeoutError:
+                raise Overloaded("too many large bodies are being read", retry_after_s=10) from None
 
     def grow(self, size: int):
         """Take `size` more bytes; raises Overloaded if there is no room."""
         self.free -= size
-        if self.free > 0:
-            return
-        if not self.budget.fits(self.client, size):
+        if self.free <= 0 and not self._take(size):
             raise Overloaded("answers waiting to be sent whole have become too large: "
                              "stream them, or ask for less at a time")
-        self.budget.take(self.client, size)
-        self.size += size
 
 
 async def read_bytes(http: web.Request, holding: Holding) -> bytearray:
@@ -10497,9 +10467,9 @@ async def read_bytes(http: web.Request, holding: Holding) -> bytearray:
                        status=413, code="request_entity_too_large")
 
 
-def json_object(data: bytes | bytearray) -> dict:
+def json_object(raw: bytes | bytearray) -> dict:
     try:
-        body = json.loads(data.decode("utf-8-sig"))
+        body = json.loads(raw.decode("utf-8-sig"))
     except RecursionError:
         raise RequestError("the body is not valid JSON: nested too deeply") from None
     except ValueError as error:  # not UTF-8, not JSON, or a number of 5,000 digits
@@ -10566,8 +10536,8 @@ def template_options(values: Mapping) -> dict:
     *earlier, last = values["messages"]
     for index, message in enumerate(earlier):
         if message.get("prefix"):
-            raise RequestError(f"messages[{index}].prefix: only the last message can be continued",
-                               code="invalid_value", param=f"messages[{index}].prefix")
+            param = f"messages[{index}].prefix"
+            raise invalid(param, f"{param}: only the last message can be continued")
     chosen = {each.name: values[each.name] for each in TEMPLATE_OPTIONS if each.name in values}
     param = "continue_final_message"
     if last.get("prefix") is not None:
@@ -10581,7 +10551,7 @@ def template_options(values: Mapping) -> dict:
               if last["role"] != "assistant" else
               "the last message calls functions, so it is complete" if last.get("tool_calls") else "")
     if reason:
-        raise RequestError(f"{param}: {reason}", code="invalid_value", param=param)
+        raise invalid(param, f"{param}: {reason}")
     return chosen
 
 
@@ -10688,18 +10658,17 @@ def joined_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
     one for the system messages that begin the conversation; an empty question if there is none."""
     turns: list[Message] = []
     for message in messages:
-        last = turns[-1] if turns else None
-        if last and last.role == message.role and (
-                message.role == "system" and len(turns) == 1
-                or message.role == "assistant" and not (last.content and message.content)
-                and not ((last.more or {}).get("tool_calls") and message.content)):
-            blank = "\n\n" if message.role == "system" else ""
-            calls = [*(last.more or {}).get("tool_calls", ()), *(message.more or {}).get("tool_calls", ())]
-            more = {**(last.more or {}), **(message.more or {}), **({"tool_calls": calls} if calls else {})}
-            turns[-1] = Message(last.role, last.content + blank + message.content, more or None)
+        last = turns[-1] if turns and turns[-1].role == message.role else Message("", "")
+        before, more = last.more or {}, message.more or {}
+        if last.role == "system" and len(turns) == 1:
+            turns[-1] = replace(last, content=f"{last.content}\n\n{message.content}")
+        elif last.role == "assistant" and not (message.content and (last.content or "tool_calls" in before)):
+            calls = [*before.get("tool_calls", ()), *more.get("tool_calls", ())]
+            more = {**before, **more, **({"tool_calls": calls} if calls else {})}
+            turns[-1] = Message(last.role, last.content + message.content, more or None)
         else:
             turns.append(message)
-    if not turns or turns[0].role == "system" and len(turns) == 1:
+    if [turn.role for turn in turns] in ([], ["system"]):
         turns.append(Message("user", ""))
     return tuple(turns)
 
@@ -10791,22 +10760,22 @@ def openai_request(values: Mapping, settings: Settings, **source) -> Request:
 
 
 def parse_openai_request(values: Mapping, settings: Settings, tool_format: str | None = None,
-                         messages: tuple[Message, ...] | None = None,
-                         options: Mapping = NO_OPTIONS) -> Request:
+                         messages: tuple[Message, ...] | None = None) -> Request:
     """The checked OPENAI_FIELDS as a Request; `tool_format` is how the model writes calls, if it can. Other
     APIs have parsed their `messages` and template options."""
     logprobs, top = values.get("logprobs", False), values.get("top_logprobs", 0)
     if top and not logprobs:
-        raise RequestError("top_logprobs needs logprobs: true", code="invalid_value", param="top_logprobs")
+        raise invalid("top_logprobs", "top_logprobs needs logprobs: true")
     choice, tools = values.get("tool_choice", ToolChoice()), values.get("tools", ())
-    calls = tools or choice.mode == "required"
-    if choice.mode != "none" and calls and tool_format is None:
+    required = choice.mode == "required"
+    if choice.mode != "none" and (tools or required) and tool_format is None:
         raise no_tools("tools" if tools else "tool_choice")
     tools = () if choice.mode == "none" else allowed_tools(tools, choice)
     grammar, param = one_constraint(values)
-    if choice.mode == "required":
+    if required:
         parallel = choice.parallel and values.get("parallel_tool_calls", True)
         grammar, param = tool_grammar(tools, tool_format, parallel), "tools"
+    options = values.get("template_options", {})
     if messages is None:
         messages = openai_messages(values["messages"], tool_format is not None)
         options = template_options(values)
@@ -10821,12 +10790,10 @@ def allowed_tools(tools: Seq[dict], choice: ToolChoice) -> tuple[dict, ...]:
     """The tools that may be called; RequestError if the choice names others, or requires a call of none."""
     names = [tool["function"]["name"] for tool in tools]
     if strange := [name for name in choice.names or () if name not in names]:
-        raise RequestError(f"tool_choice names {shown(strange[0])}, which is not in tools",
-                           code="invalid_value", param="tool_choice")
+        raise invalid("tool_choice", f"tool_choice names {shown(strange[0])}, which is not in tools")
     allowed = tuple(tool for tool, name in zip(tools, names) if choice.names is None or name in choice.names)
     if choice.mode == "required" and not allowed:
-        raise RequestError("tool_choice requires a call, but there are no tools", code="invalid_value",
-                           param="tool_choice")
+        raise invalid("tool_choice", "tool_choice requires a call, but there are no tools")
     return allowed
 
 
@@ -11025,8 +10992,7 @@ def read_responses_call(body: dict, known: Known) -> Call:
     values = parse_fields(body, RESPONSES_FIELDS)
     tools, ignored = known_tools(values.get("tools", ()), ["function", None], "parameters")
     messages = joined_turns(chat_messages(response_messages(values), known.tool_format is not None))
-    request = parse_openai_request(values | {"tools": tools}, known.settings, known.tool_format, messages,
-                                   thinking(values.get("reasoning_effort")))
+    request = parse_openai_request(values | {"tools": tools}, known.settings, known.tool_format, messages)
     repeated = {name: value if body.get(name) is None else body[name] for name, value in REPEATED.items()}
     return new_call("responses", values, known, request, repeated, ignored)
 
@@ -11036,9 +11002,9 @@ def read_messages_call(body: dict, known: Known) -> Call:
     values = parse_fields(body, MESSAGES_FIELDS)
     messages, tools, ignored = anthropic_prompt(values, known.tool_format)
     options = (anthropic_options(messages) | thinking((body.get("output_config") or {}).get("effort"))
-               | thinking(values.get("thinking")))
-    request = parse_openai_request(values | {"tools": tools}, known.settings, known.tool_format, messages,
-                                   options)
+               | values.get("template_options", {}))
+    request = parse_openai_request(values | {"tools": tools, "template_options": options}, known.settings,
+                                   known.tool_format, messages)
     return new_call("messages", values, known, request, ignored_tools=ignored)
 
 
@@ -11104,8 +11070,7 @@ def ollama_call(api: str, values: Mapping, known: Known, **source) -> Call:
         request = openai_request(values, known.settings, grammar=grammar, grammar_param=param, **source)
     else:
         messages = source["messages"] or (Message("user", ""),)
-        request = parse_openai_request(values, known.settings, known.tool_format, messages,
-                                       thinking(values.get("think")))
+        request = parse_openai_request(values, known.settings, known.tool_format, messages)
     nothing = {"done_reason": "load"} if source.get("messages") == () else None
     return new_call(api, values, known, request, nothing)
 
@@ -11114,21 +11079,12 @@ def read_embedding_call(body: dict, known: Known, api: str = "embeddings") -> Ca
     """OpenAI's Embeddings API, or with the other `api` Ollama's."""
     values = parse_fields(body, OLLAMA_EMBED_FIELDS if api == "ollama embed" else EMBEDDING_FIELDS)
     if not all(values["input"]):
-        raise RequestError("the input is empty" if len(values["input"]) == 1 else
-                           f"input[{[*map(bool, values['input'])].index(False)}] is empty",
-                           code="invalid_value", param="input")
+        empty = [*map(bool, values["input"])].index(False)
+        raise invalid("input", "the input is empty" if len(values["input"]) == 1 else
+                      f"input[{empty}] is empty")
     request = make_request({"truncate": api == "ollama embed"} | values, known.settings,
                            prompts=values["input"], pooling=values.get("pooling", "mean"))
     return new_call(api, values, known, request, {"encoding": values.get("encoding_format", "float")})
-
-
-CALL_READERS = {  # by route
-    "/api/chat": read_ollama_chat, "/api/generate": read_ollama_generate,
-    "/api/embed": partial(read_embedding_call, api="ollama embed"),
-    "/v1/embeddings": read_embedding_call,
-    "/chat/completions": read_native_call, "/v1/chat/completions": read_chat_call,
-    "/v1/completions": read_completion_call, "/v1/responses": read_responses_call,
-    "/v1/messages": read_messages_call}
 
 
 async def tokenize(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
@@ -11136,7 +11092,7 @@ async def tokenize(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
     parts = values["content"]
     size = sum(len(part) for part in parts if is_text(part))
     within_limit("characters in content", size, LIMITS.tokenized_characters, "content")
-    return await prompts.run(partial(tokenized, prompts.tokenizer, values), parts, size + len(parts))
+    return await prompts.run(partial(tokenized, prompts.tokenizer, values, parts), size + len(parts))
 
 
 def tokenized(tokenizer: Tokenizer, values: Mapping, parts: Seq[str | int]) -> bytes:
@@ -11151,10 +11107,9 @@ def tokenized(tokenizer: Tokenizer, values: Mapping, parts: Seq[str | int]) -> b
 
 async def detokenize(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
     """The response of /detokenize; special tokens appear by name."""
-    tokens = parse_fields(body, DETOKENIZE_FIELDS)["tokens"]
-    text = lambda tokens: dump({  # noqa: E731
-        "content": prompts.tokenizer.show(checked_ids(tokens, prompts.tokenizer, "tokens"))})
-    return await prompts.run(text, tokens, len(tokens))
+    tokens, tokenizer = parse_fields(body, DETOKENIZE_FIELDS)["tokens"], prompts.tokenizer
+    checked_ids(tokens, tokenizer, "tokens")
+    return await prompts.run(lambda: dump({"content": tokenizer.show(tokens)}), len(tokens))
 
 
 async def apply_template(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
@@ -11184,10 +11139,6 @@ async def count_tokens(body: dict, prompts: PromptMaker, client: str = "") -> by
     return dump({"input_tokens": len(ids)})
 
 
-TEXT_ROUTES = {"/tokenize": tokenize, "/detokenize": detokenize, "/apply-template": apply_template,
-               "/v1/messages/count_tokens": count_tokens}
-
-
 # --------------------------------------------------
 # 19. answers out: encoders and streams   [front]
 # --------------------------------------------------
@@ -11204,22 +11155,10 @@ def json_response(value, status: int = 200, headers: Mapping[str, str] | None = 
     return web.Response(body=dump(value), status=status, headers=headers, content_type="application/json")
 
 
-async def send_whole(http: web.Request, pieces: list[bytes], request_id: str) -> web.StreamResponse:
-    """Send a JSON body that may be large, in parts, so that other tasks run in between."""
-    size = sum(map(len, pieces))
-    if size <= WRITE_BYTES:
-        return web.Response(body=b"".join(pieces), content_type="application/json")
-    response = web.StreamResponse(headers={
-        "Content-Type": "application/json", "Content-Length": str(size), "X-Request-Id": request_id})
-    await response.prepare(http)
-    part = bytearray()
-    for index, piece in enumerate(pieces, 1):
-        part += piece
-        if len(part) >= WRITE_BYTES or index == len(pieces):
-            await response.write(part)
-            await asyncio.sleep(0)  # a write that does not block does not yield
-            part = bytearray()
-    return response
+def whole_response(body: bytes) -> web.Response:
+    """Up to 20 MB of JSON. aiohttp sends a BytesIO in parts, between which other tasks run."""
+    return web.Response(body=body if len(body) <= WRITE_BYTES else io.BytesIO(body),
+                        content_type="application/json")
 
 
 def frame(value) -> bytes:
@@ -11232,40 +11171,71 @@ def error_body(error: ChatServerError) -> dict:
 
 def timings_body(done: Finished) -> dict:
     return {"queue_ms": round(done.queue_ms, 1), "ttft_ms": round(done.ttft_ms, 1),
-            "tokens_per_second": None if done.tokens_per_second is None else round(done.tokens_per_second, 1),
+            "tokens_per_second": done.tokens_per_second and round(done.tokens_per_second, 1),
             "drafted_tokens": done.drafted_tokens, "accepted_tokens": done.accepted_tokens,
             **({"dropped_messages": done.dropped_messages} if done.dropped_messages else {})}
 
 
+class Block:
+    """A part of an answer: text, reasoning, or a call of a function."""
+
+    def __init__(self, kind: str, index: int, name: str):
+        self.kind, self.index, self.name = kind, index, name
+        self.id, self.texts = secrets.token_hex(12), []  # type: str, list[str]
+        self.frame = b""  # how an event with more of its text begins
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+
+def deltas_of(piece: Piece) -> Iterator[tuple[str, str, str]]:
+    """(kind of block, what is new in it, the function's name where a call begins)."""
+    if piece.reasoning:
+        yield "reasoning", piece.reasoning, ""
+    if piece.text:
+        yield "text", piece.text, ""
+    for call in piece.calls:
+        yield "call", call.arguments, call.name
+
+
 class Choice:
-    """What an encoder keeps of one choice of an answer: its end and, for OpenAI's APIs, what is below."""
+    """What an encoder keeps of one choice of an answer: its end, its blocks (of which OpenAI's streams keep
+    the calls) and, for OpenAI's APIs, what is below."""
 
     def __init__(self, index: int):
         self.index = index
         self.done: Finished | None = None
-        self.held: list[TokenLogprob] = []  # log-probabilities of tokens that have no text yet
-        self.calls: list[ToldCall] = []     # of functions
-        self.texts: list[str] = []          # for a whole body,
-        self.thoughts: list[str] = []       # its text and reasoning,
-        self.logprobs: dict[str, list[bytes]] = {}  # as are these lists of log-probabilities, in JSON
-        self.echoed = False                 # whether the prompt has been put before its text
+        self.blocks: list[Block] = []
+        self.held: tuple[TokenLogprob, ...] = ()    # log-probabilities of tokens that have no text yet
+        self.logprobs: dict[str, list[bytes]] = {}  # for a whole body, in JSON
+        self.echoed = False                         # whether the prompt has been put before its text
         self.utf8, self.offset = codecs.getincrementaldecoder("utf-8")("replace"), 0  # for text_offset
 
-    def add_call(self, part: CallDelta):
-        if part.name:
-            self.calls.append(ToldCall(part.name))
-        self.calls[-1].arguments += part.arguments
+    def block(self, kind: str, name: str = "") -> Block:
+        """The block that grows: the last one or, for another kind or a call that begins, a new one."""
+        if name or not self.blocks or self.blocks[-1].kind != kind:
+            self.blocks.append(Block(kind, len(self.blocks), name))
+        return self.blocks[-1]
+
+    def text(self, kind: str) -> str:
+        return "".join(block.text for block in self.blocks if block.kind == kind)
+
+    @property
+    def calls(self) -> list[Block]:
+        return [block for block in self.blocks if block.kind == "call"]
 
     def encoded_logprobs(self, beside: dict) -> Iterator[bytes]:
         """The `logprobs` member of an object, with the fields of `beside`; nothing if there are none."""
         separator = b', "logprobs": ' + dump(beside)[:-1] + b", " * bool(beside)
         for name, parts in self.logprobs.items():
-            yield separator + dump(name) + b": ["
-            for index, part in enumerate(filter(None, parts)):
-                yield b", " * bool(index) + part
+            yield separator + dump(name) + b": [" + b", ".join(filter(None, parts))
             separator = b"], "
         if self.logprobs:
             yield b"]}"
+
+
+PROGRESS_FIELDS = "queue_position", "prompt_tokens", "prompt_tokens_done"
 
 
 class Encoder:
@@ -11288,9 +11258,7 @@ class Encoder:
         raise NotImplementedError
 
     def progress(self, event: PromptProgress) -> bytes:
-        told = {name: getattr(event, name)
-                for name in ("queue_position", "prompt_tokens", "prompt_tokens_done")}
-        return self.framed({"progress": told})
+        return self.framed({"progress": {name: getattr(event, name) for name in PROGRESS_FIELDS}})
 
     def framed(self, body: dict) -> bytes:
         return frame(body)
@@ -11329,11 +11297,11 @@ def tools_of(tokenizer: Tokenizer) -> str | None:
 
 def piece_body(tokenizer: Tokenizer, token: int) -> str | list[int]:
     """llama-server's `piece`: a string, or a list of bytes if they are not whole characters."""
-    data = tokenizer.shown_bytes(token)
+    spelled = tokenizer.shown_bytes(token)
     try:
-        return data.decode()
+        return spelled.decode()
     except UnicodeDecodeError:
-        return list(data)
+        return list(spelled)
 
 
 def logprob_number(logprob: float | None) -> float | None:
@@ -11347,33 +11315,14 @@ def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, list[int] | None]
     Special tokens show their name; a piece of a character is escaped as OpenAI does."""
     if name := tokenizer.special_names.get(token):
         return name, None
-    data = tokenizer.token_bytes(token)
+    spelled = tokenizer.token_bytes(token)
     try:
-        return data.decode(), list(data)
+        return spelled.decode(), list(spelled)
     except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data), list(data)
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled), list(spelled)
 
 
-class Delta(NamedTuple):
-    """What one event adds to a choice: reasoning, then text, then more of its calls, in this order.
-
-    Every API's stream is an encoding of these. A CallDelta with a name begins a call; what follows without
-    one are its arguments."""
-
-    text: str = ""
-    logprobs: Seq[TokenLogprob] = ()
-    calls: Seq[CallDelta] = ()
-    reasoning: str = ""
-
-
-class ToldCall:
-    """A call of a choice, as far as the client knows it: its id, name and arguments."""
-
-    def __init__(self, name: str):
-        self.id, self.name, self.arguments = f"call_{secrets.token_hex(12)}", name, ""
-
-    def chat_body(self, arguments: str) -> dict:
-        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": arguments}}
+NOTHING = Piece("", (), "")  # says nothing new
 
 
 class OpenAIEncoder(Encoder):
@@ -11389,32 +11338,32 @@ class OpenAIEncoder(Encoder):
                      "system_fingerprint": SYSTEM_FINGERPRINT, "seed": self.request.sampling.seed}
         self.begin = b"data: " + dump(self.head)[:-1] + b", "  # starts every frame
 
-    def body(self, choice: Choice, part: Delta, whole: bool = False) -> dict:
+    def body(self, choice: Choice, part: Piece, whole: bool = False) -> dict:
         """The fields of a choice besides index and finish_reason, for a chunk or for one whole body."""
         raise NotImplementedError
 
-    def logprobs(self, choice: Choice, part: Delta) -> dict | None:
+    def logprobs(self, choice: Choice, part: Piece) -> dict | None:
         return ({**self.logprobs_body(choice, part.logprobs), **self.logprobs_beside}
                 if part.logprobs else None)
 
-    def take(self, choice: Choice, event: Event) -> Delta:
+    def take(self, choice: Choice, event: Event) -> Piece:
         """What to send, with the log-probabilities of its tokens, but not those of a stop string's."""
-        held, choice.held = choice.held, []
+        held, choice.held = choice.held, ()
         if isinstance(event, Finished):
             choice.done = event
-            return Delta("", [] if event.stop_reason in self.request.stop else held)
+            return NOTHING if event.stop_reason in self.request.stop else NOTHING._replace(logprobs=held)
         held += event.logprobs
-        if event.text or event.calls or event.reasoning or not held:
-            return Delta(event.text, held, event.calls, event.reasoning)
+        if event.text or event.calls or event.reasoning:
+            return event._replace(logprobs=held) if held else event
         choice.held = held
-        return Delta()
+        return NOTHING
 
     def encode(self, event: Event) -> bytes:
         choice = self.choices[event.choice]
         part = self.take(choice, event)
-        more = self.chunk(choice, self.body(choice, part)) if any(part) else b""
+        more = b"" if part == NOTHING else self.chunk(choice, self.body(choice, part))
         if choice.done:
-            more += self.chunk(choice, self.body(choice, Delta()), last=True) + self.end()
+            more += self.chunk(choice, self.body(choice, NOTHING), last=True) + self.end()
         return more
 
     def chunk(self, choice: Choice, body: dict, last: bool = False) -> bytes:
@@ -11450,16 +11399,14 @@ class OpenAIEncoder(Encoder):
     def collect(self, event: Event) -> int:
         """Keep an event for `completion`; returns roughly how many bytes that takes."""
         choice = self.choices[event.choice]
-        part = self.take(choice, event)
-        choice.texts.append(part.text)
-        choice.thoughts.append(part.reasoning)
-        for call in part.calls:
-            choice.add_call(call)
-        size = 100 + len(part.text) + len(part.reasoning) + sum(len(call.arguments) for call in part.calls)
+        part, size = self.take(choice, event), 100
+        for kind, text, name in deltas_of(part):
+            choice.block(kind, name).texts.append(text)
+            size += len(text)
         if self.request.logprobs is not None:  # kept as JSON: 2 KB per token instead of 14
             for name, values in self.logprobs_body(choice, part.logprobs).items():
-                choice.logprobs.setdefault(name, []).append(data := dump(values)[1:-1])
-                size += len(data)
+                choice.logprobs.setdefault(name, []).append(encoded := dump(values)[1:-1])
+                size += len(encoded)
         return size
 
     def completion(self) -> Iterator[bytes]:
@@ -11468,7 +11415,7 @@ class OpenAIEncoder(Encoder):
                 "timings": timings_body(self.choices[0].done)}
         separator = dump(body)[:-1] + b', "choices": ['
         for choice in self.choices:
-            whole = Delta("".join(choice.texts), reasoning="".join(choice.thoughts))
+            whole = NOTHING._replace(text=choice.text("text"), reasoning=choice.text("reasoning"))
             body = {"index": choice.index, **self.body(choice, whole, whole=True), **self.ending(choice)}
             if choice.logprobs:
                 del body["logprobs"]
@@ -11488,14 +11435,14 @@ class ChatEncoder(OpenAIEncoder):
         opening = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
         return b"".join(self.chunk(choice, opening) for choice in self.choices)
 
-    def body(self, choice: Choice, part: Delta, whole: bool = False) -> dict:
+    def body(self, choice: Choice, part: Piece, whole: bool = False) -> dict:
         message: dict = {}
         if whole:
-            calls = [call.chat_body(call.arguments) for call in choice.calls]
+            calls = [self.call_body(call, call.text) for call in choice.calls]
             message = {"role": "assistant", "content": None if calls and not part.text else part.text,
                        "refusal": None}
         else:
-            calls = [self.call_body(choice, call) for call in part.calls]
+            calls = [self.call_delta(choice, call) for call in part.calls]
             if part.text or part.logprobs and not part.reasoning:
                 message = {"content": part.text}
         if part.reasoning:  # clients read one or the other
@@ -11504,17 +11451,20 @@ class ChatEncoder(OpenAIEncoder):
             message["tool_calls"] = calls
         return {"message" if whole else "delta": message, "logprobs": self.logprobs(choice, part)}
 
-    def call_body(self, choice: Choice, part: CallDelta) -> dict:
+    @staticmethod
+    def call_body(call: Block, arguments: str) -> dict:
+        return {"id": "call_" + call.id, "type": "function",
+                "function": {"name": call.name, "arguments": arguments}}
+
+    def call_delta(self, choice: Choice, part: CallDelta) -> dict:
         """What a chunk says about a call: all of it when it begins, then only more arguments."""
-        choice.add_call(part)
-        first = choice.calls[-1].chat_body(part.arguments)
-        return {"index": len(choice.calls) - 1} | (
-            first if part.name else {"function": {"arguments": part.arguments}})
+        call, more = choice.block("call", part.name), {"function": {"arguments": part.arguments}}
+        return {"index": call.index} | (self.call_body(call, part.arguments) if part.name else more)
 
     def logprobs_body(self, choice: Choice, logprobs: Seq[TokenLogprob]) -> dict:
         def entry(token: int, logprob: float | None) -> dict:
-            text, data = token_text(self.tokenizer, token)
-            return {"token": text, "logprob": logprob_number(logprob), "bytes": data}
+            text, spelled = token_text(self.tokenizer, token)
+            return {"token": text, "logprob": logprob_number(logprob), "bytes": spelled}
         return {"content": [
             {**entry(each.token, each.logprob), "top_logprobs": [entry(*top) for top in each.top]}
             for each in logprobs]}
@@ -11523,7 +11473,7 @@ class ChatEncoder(OpenAIEncoder):
 class FunctionEncoder(ChatEncoder):
     """`/v1/chat/completions` for clients that know `functions` only: a message has at most one call."""
 
-    def body(self, choice: Choice, part: Delta, whole: bool = False) -> dict:
+    def body(self, choice: Choice, part: Piece, whole: bool = False) -> dict:
         body = super().body(choice, part, whole)
         message = body["message" if whole else "delta"]
         message |= {"function_call": call["function"]
@@ -11532,8 +11482,8 @@ class FunctionEncoder(ChatEncoder):
 
     def ending(self, choice: Choice) -> dict:
         ending = super().ending(choice)
-        reason = {"tool_calls": "function_call"}.get(ending["finish_reason"], ending["finish_reason"])
-        return ending | {"finish_reason": reason}
+        called = ending["finish_reason"] == "tool_calls"
+        return ending | ({"finish_reason": "function_call"} if called else {})
 
 
 class CompletionEncoder(OpenAIEncoder):
@@ -11544,17 +11494,16 @@ class CompletionEncoder(OpenAIEncoder):
     def prompt(self, choice: Choice) -> str | tuple[int, ...]:
         return self.request.prompts[choice.index // self.request.n]
 
-    def take(self, choice: Choice, event: Event) -> Delta:
+    def take(self, choice: Choice, event: Event) -> Piece:
         part = super().take(choice, event)
-        if isinstance(event, Piece) and event.prompt_logprobs:
-            part = Delta(part.text, event.prompt_logprobs)  # such a piece carries nothing else
+        if isinstance(event, Piece) and event.prompt_logprobs:  # such a piece carries nothing else
+            part = part._replace(logprobs=event.prompt_logprobs)
         if not self.call.echo or choice.echoed:
             return part
         choice.echoed, prompt = True, self.prompt(choice)  # its first event is a Piece, maybe with no text
-        text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
-        return part._replace(text=text + part.text)
+        return part._replace(text=(prompt if is_text(prompt) else self.tokenizer.decode(prompt)) + part.text)
 
-    def body(self, choice: Choice, part: Delta, whole: bool = False) -> dict:
+    def body(self, choice: Choice, part: Piece, whole: bool = False) -> dict:
         return {"text": part.text, "logprobs": self.logprobs(choice, part)}
 
     def logprobs_body(self, choice: Choice, logprobs: Seq[TokenLogprob]) -> dict:
@@ -11576,35 +11525,12 @@ class CompletionEncoder(OpenAIEncoder):
                 "top_logprobs": tops, "text_offset": offsets}
 
 
-class Block:
-    """A part of an answer, where an API has a list of parts: text, reasoning, or a call of a function."""
-
-    def __init__(self, kind: str, index: int, name: str):
-        self.kind, self.index, self.name = kind, index, name
-        self.id, self.texts = secrets.token_hex(12), []  # type: str, list[str]
-        self.frame = b""  # how an event with more of its text begins
-
-    @property
-    def text(self) -> str:
-        return "".join(self.texts)
-
-
-def deltas_of(piece: Piece) -> Iterator[tuple[str, str, str]]:
-    """(kind of block, what is new in it, the function's name where a call begins)."""
-    if piece.reasoning:
-        yield "reasoning", piece.reasoning, ""
-    if piece.text:
-        yield "text", piece.text, ""
-    for call in piece.calls:
-        yield "call", call.arguments, call.name
-
-
 class BlockEncoder(Encoder):
     """Turns events into an answer that is a list of blocks: each begins, grows and ends before the next."""
 
-    def __init__(self, *given):
-        super().__init__(*given)
-        self.blocks: list[Block] = []
+    @property
+    def blocks(self) -> list[Block]:
+        return self.choices[0].blocks
 
     def encode(self, event: Event) -> bytes:
         if isinstance(event, Piece):
@@ -11614,15 +11540,14 @@ class BlockEncoder(Encoder):
         return last + self.closed(self.blocks[-1]) + self.end()
 
     def _grow(self, kind: str, text: str, name: str) -> bytes:
-        more, last = b"", self.blocks[-1] if self.blocks else None
-        if last is None or last.kind != kind or name:
-            last, before = Block(kind, len(self.blocks), name), last
-            self.blocks.append(last)
-            more = (self.closed(before) if before else b"") + self.opened(last)
+        before = self.blocks[-1] if self.blocks else None
+        block, more = self.choices[0].block(kind, name), b""
+        if block is not before:
+            more = (self.closed(before) if before else b"") + self.opened(block)
         if not text:
             return more
-        last.texts.append(text)
-        return more + self.grown(last, text)
+        block.texts.append(text)
+        return more + self.grown(block, text)
 
     def collect(self, event: Event) -> int:
         self.encode(event)
@@ -11666,19 +11591,18 @@ class ResponsesEncoder(BlockEncoder):
                         for kind in ("created", "in_progress"))
 
     def item(self, block: Block, begins: bool = False) -> dict:
-        kind, prefix, part, _ = self.ITEMS[block.kind]
+        kind, prefix, _, _ = self.ITEMS[block.kind]
         cut = block is self.blocks[-1] and (done := self.choices[0].done) and done.reason == "length"
-        content = {"content": [] if begins else [self.part(block, part, block.text)]}
-        return {"id": prefix + block.id, "type": kind,
-                "status": "in_progress" if begins else "incomplete" if cut else "completed",
-                **{"text": {"role": "assistant", **content}, "reasoning": {"summary": [], **content},
-                   "call": {"call_id": "call_" + block.id, "name": block.name, "arguments": block.text},
-                   }[block.kind]}
+        item = {"id": prefix + block.id, "type": kind,
+                "status": "in_progress" if begins else "incomplete" if cut else "completed"}
+        if block.kind == "call":
+            return item | {"call_id": "call_" + block.id, "name": block.name, "arguments": block.text}
+        more = {"role": "assistant"} if block.kind == "text" else {"summary": []}
+        return item | more | {"content": [] if begins else [self.part(block, block.text)]}
 
-    @staticmethod
-    def part(block: Block, kind: str, text: str) -> dict:
+    def part(self, block: Block, text: str) -> dict:
         more = {"annotations": [], "logprobs": []} if block.kind == "text" else {}
-        return {"type": kind, "text": text, **more}
+        return {"type": self.ITEMS[block.kind][2], "text": text, **more}
 
     def place(self, block: Block) -> dict:
         part = {} if block.kind == "call" else {"content_index": 0}
@@ -11686,10 +11610,9 @@ class ResponsesEncoder(BlockEncoder):
 
     def opened(self, block: Block) -> bytes:
         item = self.told("response.output_item.added", output_index=block.index, item=self.item(block, True))
-        if not (kind := self.ITEMS[block.kind][2]):
+        if block.kind == "call":
             return item
-        part = self.part(block, kind, "")
-        return item + self.told("response.content_part.added", **self.place(block), part=part)
+        return item + self.told("response.content_part.added", **self.place(block), part=self.part(block, ""))
 
     def grown(self, block: Block, text: str) -> bytes:
         if not block.frame:  # to dump each whole event takes 13 us, its text alone 3
@@ -11700,14 +11623,14 @@ class ResponsesEncoder(BlockEncoder):
         return b'%s"sequence_number": %d, "delta": %s}\n\n' % (block.frame, next(self.numbers), dump(text))
 
     def closed(self, block: Block) -> bytes:
-        _, _, kind, event = self.ITEMS[block.kind]
-        part = self.part(block, kind, block.text)
-        whole = {"text": block.text} | ({"logprobs": []} if block.kind == "text" else {}) if kind else {
-            "name": block.name, "arguments": block.text}
-        return b"".join((
-            self.told(event + ".done", **self.place(block), **whole),
-            self.told("response.content_part.done", **self.place(block), part=part) if kind else b"",
-            self.told("response.output_item.done", output_index=block.index, item=self.item(block))))
+        event, place, text = self.ITEMS[block.kind][3] + ".done", self.place(block), block.text
+        if block.kind == "call":
+            done = self.told(event, **place, name=block.name, arguments=text)
+        else:
+            logprobs = {"logprobs": []} if block.kind == "text" else {}
+            done = self.told(event, **place, text=text, **logprobs) + self.told(
+                "response.content_part.done", **place, part=self.part(block, text))
+        return done + self.told("response.output_item.done", output_index=block.index, item=self.item(block))
 
     def body(self) -> dict:
         prompt, completion, cached, reasoning = self.counts().values()
@@ -11841,10 +11764,10 @@ class OllamaEncoder(BlockEncoder):
         return self.line(self.members(), **self.ended())
 
     def completion(self) -> Iterator[bytes]:
-        text, reasoning = ("".join(block.text for block in self.blocks if block.kind == kind)
-                           for kind in ("text", "reasoning"))
-        calls = [self.called(block) for block in self.blocks if block.kind == "call"]
-        yield self.line(self.members(text, reasoning, calls), **self.ended())
+        choice = self.choices[0]
+        members = self.members(choice.text("text"), choice.text("reasoning"),
+                               [self.called(block) for block in choice.calls])
+        yield self.line(members, **self.ended())
 
     def failed(self, error: ChatServerError) -> bytes:
         return dump({"error": str(error)}) + b"\n"
@@ -11922,15 +11845,15 @@ class EventStream:
         # Never wait for a slow reader: events would pile up.
         if self.http.transport is not None and not self.patient:
             self.http.transport.set_write_buffer_limits(high=2 * LIMITS.outbox_bytes)
-        self.pings = asyncio.create_task(supervised("sending pings", self._ping, lambda error: False))
+        self.pings = asyncio.create_task(supervised("sending pings", self._ping))
         return self
 
     async def __aexit__(self, *error):
         self.pings.cancel()
         del self.pings  # breaks a cycle that would keep the connection until the next collection
 
-    async def send(self, data: bytes):
-        if not data:
+    async def send(self, frames: bytes):
+        if not frames:
             return
         transport = self.http.transport
         if transport is None:
@@ -11939,7 +11862,7 @@ class EventStream:
         try:
             if not self.patient and transport.get_write_buffer_size() > LIMITS.outbox_bytes:
                 raise asyncio.TimeoutError
-            write = self.response.write(data)
+            write = self.response.write(frames)
             await (asyncio.wait_for(write, BODY_S) if self.patient else write)
         except asyncio.TimeoutError:
             transport.abort()
@@ -11963,13 +11886,15 @@ class Recording:
     PART = 32                          # frames compressed together
     OWN_BYTES, FRAME_BYTES = 1000, 50  # Python's overhead per recording and per frame, in bytes
 
-    def __init__(self, owner: str, client: str):
-        self.owner, self.client, self.size, self.length, self.task = owner, client, self.OWN_BYTES, 0, None
+    def __init__(self, request_id: str, owner: str, client: str):
+        self.id, self.owner, self.client = request_id, owner, client
+        self.size, self.length, self.task = self.OWN_BYTES, 0, None
         self.dropped, self.parts, self.tail = 0, [], []  # parts forgotten, parts kept, newest frames
-        self.followers, self.ended, self.ended_s, self.news = 0, False, 0.0, asyncio.Event()
+        self.followers, self.ended, self.news = 0, False, asyncio.Event()
+        self.timer: asyncio.TimerHandle  # forgets it KEPT_S after its end
 
-    def append(self, data: bytes):
-        for event in data.split(b"\n\n")[:-1]:
+    def append(self, frames: bytes):
+        for event in frames.split(b"\n\n")[:-1]:
             self.tail.append(b"id: %d\n%s\n\n" % (self.length, event))
             self.length += 1
             self.size += len(self.tail[-1]) + self.FRAME_BYTES
@@ -11979,7 +11904,7 @@ class Recording:
         self.news = asyncio.Event()
 
     def end(self):
-        self.ended, self.ended_s = True, time.monotonic()
+        self.ended = True
         while self.tail:
             self._pack()
         self.news.set()
@@ -12025,23 +11950,16 @@ class Recording:
             yield frame(error_body(error))
 
 
-class Share:
-    """One client's recordings and their total bytes; `ended` is in order of ending."""
-
-    def __init__(self):
-        self.size, self.running, self.ended = 0, {}, {}
-
-
 class Recordings:
     """The resumable answers by id, at most LIMITS.recorded_bytes in all.
 
     When full, the client with the most bytes loses its oldest ended answer, else the oldest part of its
     largest running one."""
 
-    SWEEP_S = 30.0
-
-    def __init__(self, cancel: Callable[[str], Any]):
-        self.cancel, self.all, self.shares, self.size, self.sweeping = cancel, {}, {}, 0, False
+    def __init__(self):
+        self.all: dict[str, Recording] = {}  # those that have ended, in order of ending
+        self.size = 0                        # in bytes, of all and
+        self.sizes: Counter[str] = Counter()  # of each client's
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self.all
@@ -12056,35 +11974,32 @@ class Recordings:
     def start(self, request_id: str, owner: str, client: str, frames: AsyncIterator[bytes],
               work: contextlib.AsyncExitStack) -> Recording:
         """Record an answer in its own task, which closes `work` when it ends."""
-        recording = self.all[request_id] = Recording(owner, client)
-        self.shares.setdefault(client, Share()).running[request_id] = recording
+        recording = self.all[request_id] = Recording(request_id, owner, client)
         self._resize(client, recording.size)
-        record = partial(self._record, request_id, recording, frames, work)
-        what = f"recording {request_id}"
-        recording.task = asyncio.create_task(supervised(what, record, lambda error: False))
+        record = partial(self._record, recording, frames, work)
+        recording.task = asyncio.create_task(supervised(f"recording {request_id}", record))
         return recording
 
-    async def _record(self, request_id: str, recording: Recording, frames: AsyncIterator[bytes],
+    async def _record(self, recording: Recording, frames: AsyncIterator[bytes],
                       work: contextlib.AsyncExitStack):
         try:
             async with work:
-                async for data in frames:
-                    self._change(recording, recording.append, data)
+                async for part in frames:
+                    self._change(recording, recording.append, part)
         except Exception:  # errors of the answer itself are already frames
             failure = error_body(EngineFailure("the recording failed"))
             self._change(recording, recording.append, frame(failure))
             raise
         finally:
-            if not self.sweeping:
-                self.sweeping = True
-                asyncio.get_running_loop().call_later(self.SWEEP_S, self._sweep)
-            share = self.shares[recording.client]
-            share.ended[request_id] = share.running.pop(request_id)
+            self.all[recording.id] = self.all.pop(recording.id)
+            recording.timer = asyncio.get_running_loop().call_later(KEPT_S, self._forget, recording.id)
             self._change(recording, recording.end)
 
     def _resize(self, client: str, more: int):
         self.size += more
-        self.shares[client].size += more
+        self.sizes[client] += more
+        if not self.sizes[client]:
+            del self.sizes[client]
 
     def _change(self, recording: Recording, change: Callable[..., None], *arguments):
         """Apply `change` to a recording, then make room until the limit holds."""
@@ -12095,45 +12010,32 @@ class Recordings:
             pass
 
     def _make_room(self) -> bool:
-        for client, share in sorted(self.shares.items(), key=lambda each: -each[1].size):
-            if share.ended:
-                self._forget(next(iter(share.ended)))
-                return True
-            if long := [each for each in share.running.values() if each.parts or len(each.tail) >= each.PART]:
-                largest = max(long, key=lambda each: each.size)
-                before = largest.size
-                largest.forget_oldest()
-                self._resize(client, largest.size - before)
-                return True
-        return False
+        able = [each for each in self.all.values()
+                if each.ended or each.parts or len(each.tail) >= each.PART]
+        if not able:
+            return False
+        client = max(able, key=lambda each: self.sizes[each.client]).client
+        mine = [each for each in able if each.client == client]
+        if ended := next((each for each in mine if each.ended), None):
+            self._forget(ended.id)
+        else:
+            largest = max(mine, key=lambda each: each.size)
+            before = largest.size
+            largest.forget_oldest()
+            self._resize(client, largest.size - before)
+        return True
 
     def _forget(self, request_id: str):
         """Remove a recording: current readers keep it, new ones no longer find it."""
         recording = self.all.pop(request_id)
-        del self.shares[recording.client].ended[request_id]
+        recording.timer.cancel()
         self._resize(recording.client, -recording.size)
-        if not self.shares[recording.client].size:
-            del self.shares[recording.client]
-
-    def _sweep(self):
-        """Forget what ended KEPT_S ago; one timer for all, as one each would keep dropped answers alive."""
-        for request_id in [name for name, each in self.all.items()
-                           if each.ended and each.ended_s + KEPT_S <= time.monotonic()]:
-            self._forget(request_id)
-        if self.all:
-            asyncio.get_running_loop().call_later(self.SWEEP_S, self._sweep)
-        else:
-            self.sweeping = False
 
     async def close(self):
         tasks = [recording.task for recording in self.all.values() if not recording.ended]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-    def expire(self, request_id: str, recording: Recording):
-        if not recording.followers and not recording.ended:
-            self.cancel(request_id)
 
 
 # --------------------------------------------------
@@ -12213,8 +12115,7 @@ class Metrics:
                 ("kv_pages_used", "KV pages in use", total("kv_pages_used")),
                 ("kv_pages", "KV pages", total("kv_pages_total")),
                 ("workers", "configured workers", stats["total_workers"]),
-                ("workers_up", "workers that are ready",
-                 sum(worker["state"] == "ready" for worker in workers)),
+                ("workers_up", "workers that are ready", sum(w["state"] == "ready" for w in workers)),
                 ("workers_in_crash_loop", "workers that keep dying",
                  sum(w["crashes_in_row"] > 1 for w in workers))):
             yield families.GaugeMetricFamily(f"chat_server_{name}", doc, value)
@@ -12225,8 +12126,8 @@ class Metrics:
                 ("memory_total", "bytes of its GPU, else of the machine"),
                 ("utilization", "share of time in which its GPU computed (needs nvidia-ml-py)"),
                 ("batch_fill", "share of --max-batch in use")):
-            labels = ["worker", "device"]
-            family = families.GaugeMetricFamily(f"chat_server_worker_{name}", doc, labels=labels)
+            family = families.GaugeMetricFamily(
+                f"chat_server_worker_{name}", doc, labels=["worker", "device"])
             for worker in workers:
                 if worker[name] is not None:
                     family.add_metric([str(worker["gpu_id"]), worker["device"]], worker[name])
@@ -12248,31 +12149,27 @@ class Metrics:
                     last_s[event.choice] = now
                 elif isinstance(event, Finished):
                     reason = event.reason
-                    self.count_tokens(event, event.choice % n == 0)
+                    self.queue.observe(event.queue_ms / 1e3)
+                    self.tokens.labels("generated").inc(event.completion_tokens)
+                    if event.choice % n == 0:  # as in `usage`, a prompt counts once
+                        self.tokens.labels("prompt").inc(event.prompt_tokens - event.cached_tokens)
+                        self.tokens.labels("prompt_cached").inc(event.cached_tokens)
                 yield event
         except Exception as error:
-            reason = {"cancelled": "cancelled"}.get(getattr(error, "code", None)) or \
-                ("refused" if isinstance(error, (Overloaded, RequestError)) else "error")
+            refused = isinstance(error, (Overloaded, RequestError))
+            reason = "error" if not refused else "cancelled" if error.code == "cancelled" else "refused"
             raise
         finally:
             await events.aclose()
             self.requests.labels(reason).inc()
             self.whole.labels(reason).observe(time.monotonic() - began_s)
 
-    def count_tokens(self, done: Finished, first: bool):
-        """Count as `usage` does: a prompt counts only with its first answer."""
-        self.queue.observe(done.queue_ms / 1e3)
-        self.tokens.labels("generated").inc(done.completion_tokens)
-        if first:
-            self.tokens.labels("prompt").inc(done.prompt_tokens - done.cached_tokens)
-            self.tokens.labels("prompt_cached").inc(done.cached_tokens)
-
 
 @dataclass
 class RequestLog:
     """What the front knows about one HTTP request that aiohttp does not."""
 
-    id: str         # X-Request-Id of the response
+    id: str         # X-Request-Id of the response: the request's, unless another answer has it
     client: str     # its address (see client_at), or the name of its API key once it has shown one
     note: str = ""  # goes into the access log line
     as_openai: bool = False  # errors have OpenAI's shape on nanochat's route too
@@ -12305,19 +12202,13 @@ class Front:
     def __init__(self, pool: Pool, settings: Settings):
         self.pool, self.settings = pool, settings
         self.running: dict[str, str] = {}       # id of each running answer -> its owner
-        self.recordings = Recordings(pool.cancel)
+        self.recordings = Recordings()
         self.budget = Budget(LIMITS.held_bytes)
         self.metrics: Metrics | None = None
         with suppress(ConfigError):  # prometheus_client is missing: /metrics says so
             self.metrics = Metrics(pool)
         self.files = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*")
                       if path.is_file() and not path.is_symlink()}
-
-    def record(self, http: web.Request) -> RequestLog:
-        """Use the client's X-Request-Id if it is valid and no other answer has it, else 128 random bits."""
-        named = re.sub(r"[^A-Za-z0-9._-]", "", http.headers.get("X-Request-Id", ""))[:64]
-        return RequestLog(named if named and not self.taken(named) else secrets.token_hex(16),
-                          client_at(http.remote))
 
     def taken(self, request_id: str) -> bool:
         return request_id in self.running or request_id in self.recordings
@@ -12392,7 +12283,7 @@ class Front:
                     if not isinstance(event, PromptProgress):
                         holding.grow(encoder.collect(event))
                 self.note_end(encoder)
-                return await send_whole(http, list(encoder.completion()), request.id)
+                return whole_response(b"".join(encoder.completion()))
 
     async def handle_text(self, http: web.Request) -> web.Response:
         self.tokenizer()
@@ -12403,8 +12294,7 @@ class Front:
                 answer = await self.pool.admission.answer_text(route, body, client)
             else:
                 answer = await TEXT_ROUTES[route](json_object(body), self.pool.admission.prompts, client)
-        # of 20 MB at most; aiohttp sends a BytesIO in parts, between which other tasks run
-        return web.Response(body=io.BytesIO(answer), content_type="application/json")
+        return whole_response(answer)
 
     def tokenizer(self) -> Tokenizer:
         if (tokenizer := self.pool.tokenizer) is None:
@@ -12421,8 +12311,8 @@ class Front:
                 recording = self.recordings.start(request.id, owner, request.client, frames, work.pop_all())
                 return await self.follow(http, request.id, recording, 0)
             async with EventStream(http, request.id, encoder) as stream:
-                async for data in frames:
-                    await stream.send(data)
+                async for part in frames:
+                    await stream.send(part)
         return stream.response
 
     async def frames(self, accepted: Accepted, events: AsyncIterator[Event],
@@ -12444,13 +12334,14 @@ class Front:
         try:
             async with (EventStream(http, request_id, patient=True) as stream,
                         aclosing(recording.follow(start)) as parts):
-                async for data in parts:
-                    await stream.send(data)
+                async for part in parts:
+                    await stream.send(part)
             return stream.response
         finally:
             recording.followers -= 1
             if not recording.ended:
-                asyncio.get_running_loop().call_later(GRACE_S, self.recordings.expire, request_id, recording)
+                asyncio.get_running_loop().call_later(GRACE_S, lambda: (
+                    recording.followers or recording.ended or self.pool.cancel(request_id)))
 
     async def handle_stream(self, http: web.Request) -> web.StreamResponse:
         """GET /v1/streams/{id}: from event ?from=N, or after a reconnecting EventSource's Last-Event-ID."""
@@ -12491,9 +12382,11 @@ class Front:
                     name: value for name, (value, _) in sampling_of(self.pool, self.settings).items()}},
                 "meta": {"n_vocab": tokenizer.vocab_size, "n_ctx": self.pool.context_length}}
 
-    async def show(self, body: Callable[[Front], dict], http: web.Request) -> web.Response:
-        """The routes that need nothing of their request."""
-        return json_response(body(self))
+    async def show(self, body: Callable[[Front], Any], http: web.Request) -> web.Response:
+        """The routes that need nothing of their request: `body` makes the JSON, maybe after a status."""
+        told = body(self)
+        status, told = told if isinstance(told, tuple) else (200, told)
+        return json_response(told, status)
 
     async def handle_model(self, http: web.Request) -> web.Response:
         body = self.model_body()
@@ -12532,14 +12425,9 @@ class Front:
                                param="id")
         return json_response({"id": request_id, "cancelled": True})
 
-    async def handle_health(self, http: web.Request) -> web.Response:
+    def readiness(self) -> tuple[int, dict]:
         status, body = self.pool.health()
-        return json_response(body, status)
-
-    async def handle_readyz(self, http: web.Request) -> web.Response:
-        status, body = self.pool.health()
-        reason = {} if status == 200 else {"reason": body.get("status")}
-        return json_response({"ready": status == 200, **reason}, status)
+        return status, {"ready": True} if status == 200 else {"ready": False, "reason": body.get("status")}
 
     async def handle_metrics(self, http: web.Request) -> web.Response:
         if self.metrics is None:
@@ -12579,8 +12467,8 @@ class Front:
     def client_of(self, http: web.Request) -> str:
         """The client's name: its key's name, else its address. RequestError 401 without a required key."""
         scheme, _, bearer = http.headers.get("Authorization", "").partition(" ")
-        given = bearer.strip() if scheme.lower() == "bearer" else next(
-            (http.headers[name] for name in ("X-Api-Key", "Api-Key") if name in http.headers), "")
+        given = (bearer.strip() if scheme.lower() == "bearer" else
+                 http.headers.get("X-Api-Key", http.headers.get("Api-Key", "")))
         digest = ApiKey.hashed(given, "").digest
         # compare with every key, without stopping at a match
         found = [key.name for key in self.settings.keys if hmac.compare_digest(key.digest, digest)]
@@ -12662,8 +12550,9 @@ class Front:
     async def access_log(self, http: web.Request, handler: Callable) -> web.StreamResponse:
         """Log one line per request, polls only at debug level. 499: the client left before the response."""
         began_s, status = time.monotonic(), 499
-        record = self.record(http)
-        REQUEST_LOG.set(record)
+        named = re.sub(r"[^A-Za-z0-9._-]", "", http.headers.get("X-Request-Id", ""))[:64]
+        unique = named if named and not self.taken(named) else secrets.token_hex(16)
+        REQUEST_LOG.set(record := RequestLog(unique, client_at(http.remote)))
         try:
             response = await handler(http)
             status = response.status
@@ -12671,17 +12560,16 @@ class Front:
                 response.headers["X-Request-Id"] = record.id
             return response
         finally:
-            self.log_access(http, record, status, 1000 * (time.monotonic() - began_s))
-
-    def log_access(self, http: web.Request, record: RequestLog, status: int, ms: float):
-        path = http.rel_url.raw_path[:200]  # without the query, which may hold secrets
-        poll = self.route_of(http) in POLLED_ROUTES and status not in (401, 403)
-        log.log(logging.DEBUG if poll else logging.INFO, "%s %s %d %.0f ms %s [%s %s]",
-                http.method, path, status, ms, record.note, record.client or "-", record.id,
-                extra={"fields": {"method": http.method, "path": path, "status": status, "ms": round(ms, 1),
-                                  "client": record.client, "id": record.id, **record.counts}})
-        if self.metrics:
-            self.metrics.responses.labels(self.route_of(http), status).inc()
+            route, ms = self.route_of(http), 1000 * (time.monotonic() - began_s)
+            path = http.rel_url.raw_path[:200]  # without the query, which may hold secrets
+            poll = route in POLLED_ROUTES and status not in (401, 403)
+            log.log(logging.DEBUG if poll else logging.INFO, "%s %s %d %.0f ms %s [%s %s]",
+                    http.method, path, status, ms, record.note, record.client or "-", record.id,
+                    extra={"fields": {"method": http.method, "path": path, "status": status,
+                                      "ms": round(ms, 1), "client": record.client, "id": record.id,
+                                      **record.counts}})
+            if self.metrics:
+                self.metrics.responses.labels(route, status).inc()
 
 
 def bare_id(shown_id: str) -> str:
@@ -12740,9 +12628,10 @@ class Route(NamedTuple):
 
     method: str
     path: str
-    handler: str | Callable[[Front], dict]  # a method, or what makes the JSON body
+    handler: str | Callable[[Front], Any]  # a method, or what makes the JSON body (see Front.show)
     doc: str
     fields: tuple[Field, ...] = ()
+    read: Callable | None = None  # makes of the body a Call, or for handle_text the answer
 
     @property
     def pattern(self) -> str:
@@ -12753,47 +12642,56 @@ ROUTES = (
     Route("GET", "/", "handle_page", "the page"),
     Route("GET", "/static/{name:.+}", "handle_static", "its files"),
     Route("POST", "/chat/completions", "handle_answer",
-          "an answer in nanochat's format, streamed; with `model` as /v1/chat/completions", NATIVE_FIELDS),
+          "an answer in nanochat's format, streamed; with `model` as /v1/chat/completions",
+          NATIVE_FIELDS, read_native_call),
     Route("POST", "/v1/chat/completions", "handle_answer",
-          "an answer in OpenAI's format, streamed or whole", OPENAI_FIELDS),
+          "an answer in OpenAI's format, streamed or whole", OPENAI_FIELDS, read_chat_call),
     Route("POST", "/v1/completions", "handle_answer",
-          "the continuation of a text, streamed or whole", COMPLETION_FIELDS),
+          "the continuation of a text, streamed or whole", COMPLETION_FIELDS, read_completion_call),
     Route("POST", "/v1/embeddings", "handle_answer",
-          "a vector for each input, from the model's final hidden states", EMBEDDING_FIELDS),
+          "a vector for each input, from the model's final hidden states",
+          EMBEDDING_FIELDS, read_embedding_call),
     Route("POST", "/v1/responses", "handle_answer",
-          "an answer in the format of OpenAI's Responses, streamed or whole", RESPONSES_FIELDS),
-    Route("GET", "/v1/responses/{id}", "handle_response", "404: responses are not kept"),
-    Route("DELETE", "/v1/responses/{id}", "handle_response", "404: responses are not kept"),
+          "an answer in the format of OpenAI's Responses, streamed or whole",
+          RESPONSES_FIELDS, read_responses_call),
+    *(Route(method, "/v1/responses/{id}", "handle_response", "404: responses are not kept")
+      for method in ("GET", "DELETE")),
     Route("POST", "/v1/messages", "handle_answer",
-          "an answer in the format of Anthropic's Messages, streamed or whole", MESSAGES_FIELDS),
+          "an answer in the format of Anthropic's Messages, streamed or whole",
+          MESSAGES_FIELDS, read_messages_call),
     Route("POST", "/v1/messages/count_tokens", "handle_text", "how many tokens such a request has",
-          COUNTED_FIELDS),
-    Route("POST", "/api/chat", "handle_answer", "an answer in Ollama's format", OLLAMA_CHAT_FIELDS),
-    Route("POST", "/api/generate", "handle_answer", "an answer in Ollama's format", OLLAMA_GENERATE_FIELDS),
-    Route("POST", "/api/embed", "handle_answer", "embeddings in Ollama's format", OLLAMA_EMBED_FIELDS),
+          COUNTED_FIELDS, count_tokens),
+    Route("POST", "/api/chat", "handle_answer", "an answer in Ollama's format",
+          OLLAMA_CHAT_FIELDS, read_ollama_chat),
+    Route("POST", "/api/generate", "handle_answer", "an answer in Ollama's format",
+          OLLAMA_GENERATE_FIELDS, read_ollama_generate),
+    Route("POST", "/api/embed", "handle_answer", "embeddings in Ollama's format",
+          OLLAMA_EMBED_FIELDS, partial(read_embedding_call, api="ollama embed")),
     Route("GET", "/api/tags", lambda front: {"models": [front.ollama_model()]},
           "the served model in Ollama's format"),
     Route("POST", "/api/show", "handle_ollama_show", "more of it", OLLAMA_SHOW_FIELDS),
     Route("GET", "/api/version", lambda front: {"version": __version__},
           "this server's version in Ollama's format"),
-    Route("POST", "/tokenize", "handle_text", "text to token ids", TOKENIZE_FIELDS),
-    Route("POST", "/detokenize", "handle_text", "token ids to text", DETOKENIZE_FIELDS),
+    Route("POST", "/tokenize", "handle_text", "text to token ids", TOKENIZE_FIELDS, tokenize),
+    Route("POST", "/detokenize", "handle_text", "token ids to text", DETOKENIZE_FIELDS, detokenize),
     Route("POST", "/apply-template", "handle_text",
-          "a conversation to the text of its prompt", TEMPLATE_FIELDS),
+          "a conversation to the text of its prompt", TEMPLATE_FIELDS, apply_template),
     *(Route("GET", path, lambda front: {"object": "list", "data": [front.model_body()]}, "the served model")
       for path in ("/v1/models", "/models")),
     Route("GET", "/v1/models/{name:.+}", "handle_model", "the served model, by one of its names"),
     Route("POST", "/v1/cancel/{id}", "handle_cancel", "stop an answer by the X-Request-Id of its response"),
     Route("GET", "/v1/streams/{id}", "handle_stream",
           "a resumable stream, from event ?from=N or after Last-Event-ID"),
-    Route("GET", "/health", "handle_health", "200 when ready, else 503 with the stage"),
+    Route("GET", "/health", lambda front: front.pool.health(), "200 when ready, else 503 with the stage"),
     Route("GET", "/livez", lambda front: {"alive": True}, "200 as long as the event loop runs"),
-    Route("GET", "/readyz", "handle_readyz",
+    Route("GET", "/readyz", Front.readiness,
           "200 when a request would be served now, else 503 with the reason"),
     Route("GET", "/stats", lambda front: front.pool.stats(), "workers, KV pages, speed, kernels, queue"),
     Route("GET", "/metrics", "handle_metrics", "Prometheus metrics"),
     Route("GET", "/openapi.json", lambda front: openapi_document(front.settings), "this description"),
 )
+CALL_READERS, TEXT_ROUTES = ({route.path: route.read for route in ROUTES if route.handler == handler}
+                             for handler in ("handle_answer", "handle_text"))
 
 
 def openapi_operation(route: Route) -> dict:
@@ -12831,8 +12729,7 @@ def create_app(pool: Pool, settings: Settings) -> web.Application:
     for route in ROUTES:
         handler = (partial(front.show, route.handler) if callable(route.handler) else
                    getattr(front, route.handler))
-        slash = [] if route.path.endswith(("/", ":.+}")) else ["/"]  # clients may end the path with it
-        for path in (route.path, *(route.path + each for each in slash)):
+        for path in {route.path, route.path if route.path.endswith(("/", ":.+}")) else route.path + "/"}:
             if route.method == "GET":
                 app.router.add_get(settings.prefix + path, handler)  # adds HEAD too
             else:
@@ -12899,22 +12796,19 @@ class ConnectionTable:
     def add(self, connection):
         mine = self.networks.get(connection.network, {})
         crowded = bool(connection.network) and len(mine) >= self.limit_of_network
-        if crowded or len(self.all) >= self.limit:
-            idle = next((each for each in (mine if crowded else self.all) if each.idle), None)
-            if idle is None:
-                return self._add_surplus(connection)
+        if not crowded and len(self.all) < self.limit:
+            return self._append(connection)
+        if idle := next((each for each in (mine if crowded else self.all) if each.idle), None):
             log.warning("too many connections: closing idle ones for new ones")
             self._close(idle)
-        self._append(connection)
-
-    def _append(self, connection):
-        self.all[connection] = self.networks.setdefault(connection.network, {})[connection] = None
-
-    def _add_surplus(self, connection):
+            return self._append(connection)
         log.warning("too many connections, none idle: answering new ones with 503")
         if len(self.surplus) >= self.SURPLUS:
             self._close(next(iter(self.surplus)))
         self.surplus[connection], connection.surplus = None, True
+
+    def _append(self, connection):
+        self.all[connection] = self.networks.setdefault(connection.network, {})[connection] = None
 
     def _close(self, connection):
         self.remove(connection)
@@ -13022,13 +12916,9 @@ def room_for_connections(settings: Settings) -> int:
 
     A connection may take two descriptors: its own, and a file being sent. Some are reserved for pipes,
     surplus connections, connections being accepted or closed, and whatever else the process opens."""
+    import resource
     kept = 128 + 2 * settings.num_workers + ConnectionTable.SURPLUS + 2 * ACCEPTED_AT_ONCE
-    wanted = kept + 2 * LIMITS.connections
-    try:
-        resource = importlib.import_module("resource")
-    except ImportError:  # Windows, which has no such limit
-        return LIMITS.connections
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted, limits = kept + 2 * LIMITS.connections, resource.getrlimit(resource.RLIMIT_NOFILE)
     soft, hard = (wanted if limit == resource.RLIM_INFINITY else min(limit, wanted) for limit in limits)
     with suppress(OSError, ValueError):
         if soft < hard:
@@ -13140,9 +13030,8 @@ def stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
     """(drain, now): the first SIGINT or SIGTERM sets drain, the next one sets now."""
     drain, now = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        with suppress(NotImplementedError):  # Windows: Ctrl-C ends asyncio.run instead
-            asyncio.get_running_loop().add_signal_handler(
-                number, lambda: (now if drain.is_set() else drain).set())
+        asyncio.get_running_loop().add_signal_handler(
+            number, lambda: (now if drain.is_set() else drain).set())
     return drain, now
 
 
@@ -13211,15 +13100,12 @@ class CommandLine(argparse.ArgumentParser):
 
     def error(self, message: str):
         if message.startswith("unrecognized arguments: -"):
-            message += self._explained(message.split()[2].partition("=")[0])
+            flag = message.split()[2].partition("=")[0]
+            commands = [option.commands.split() for option in OPTIONS
+                        if flag.removeprefix("--") in option.name.split()]
+            message += (f"; {flag} is a flag of {' and '.join(commands[0])}, and the command comes first"
+                        if commands else did_you_mean(flag, self._option_string_actions))
         raise ConfigError(f"{self.place}{message} (--help lists the flags)")
-
-    def _explained(self, flag: str) -> str:
-        for option in OPTIONS:
-            if flag in [f"--{name}" for name in option.name.split()]:
-                return (f"; {flag} is a flag of {' and '.join(option.commands.split())}, "
-                        "and the command comes first")
-        return did_you_mean(flag, self._option_string_actions)
 
 
 SWITCH_WORDS = {"1": True, "true": True, "yes": True, "on": True,
@@ -13398,7 +13284,7 @@ class RemotePool:
         """The server's stream as events. Raises what LocalPool would; ConfigError if no server answers."""
         response, reader = await self._post(request), RemoteStream()
         try:
-            yield Accepted(0, request.sampling.seed)
+            yield Accepted(0)
             while reader.done is None:
                 try:
                     async for event in reader.read(response.content):
@@ -13494,16 +13380,16 @@ class RemoteStream:
         """The events in a connection's lines. ValueError for a malformed one; re-raises server errors."""
         ending: dict = {}
         async for line in lines:
-            if line.startswith(b"id:") and line[3:].strip().isdigit():
-                self.next = int(line[3:]) + 1
-            elif line.startswith(b"data:") and line[5:].strip() == b"[DONE]":
+            name, _, value = line.partition(b":")
+            value = value.strip()
+            if name == b"id" and value.isdigit():
+                self.next = int(value) + 1
+            elif name == b"data" and value == b"[DONE]":
                 break
-            elif line.startswith(b"data:"):
-                body = json.loads(line[5:])
+            elif name == b"data":
+                body = json.loads(value)
                 if event := self._event(body):
                     yield event
-                ending |= {name: body[name] for name in ("usage", "timings", "gpu")
-                           if body.get(name) is not None}
                 ending |= ending_of(body)
                 if body.get("done"):
                     break
@@ -13516,8 +13402,8 @@ class RemoteStream:
         if "error" in body:
             raise remote_error(body, 500)
         if isinstance(told := body.get("progress"), dict):
-            names = "queue_position", "prompt_tokens", "prompt_tokens_done"
-            return PromptProgress(*(told[name] if type(told.get(name)) is int else 0 for name in names))
+            return PromptProgress(*(told[name] if type(told.get(name)) is int else 0
+                                    for name in PROGRESS_FIELDS))
         choice = (body.get("choices") or [{}])[0]
         delta = choice.get("delta") or choice
         text = body.get("token") or delta.get("content") or delta.get("text") or ""
@@ -13531,30 +13417,28 @@ class RemoteStream:
     def finished(self) -> Finished:
         """The server's final figures; those it left out are measured here, counting a piece as a token."""
         usage, timings = self.done.get("usage") or {}, self.done.get("timings") or {}
-        details = usage.get("prompt_tokens_details") or {}
-        cached = usage.get("cached_tokens") or details.get("cached_tokens") or 0
+        prompt, completion = (usage.get(f"{name}_tokens_details") or {} for name in ("prompt", "completion"))
         since_first_s = time.monotonic() - self.first_s
         speed = (self.pieces - 1) / since_first_s if self.pieces > 1 and since_first_s > 0.1 else None
-        if "tokens_per_second" in timings:
-            speed = timings["tokens_per_second"]
         ttft_ms = (self.first_s - self.begin_s) * 1e3 if self.first_s else 0.0
         return Finished(
             self.done["finish_reason"], self.done.get("stop_reason"), usage.get("prompt_tokens", 0),
-            usage.get("completion_tokens", self.pieces), cached, timings.get("queue_ms", 0.0),
-            timings.get("ttft_ms", ttft_ms), speed, self.done.get("gpu", timings.get("gpu", 0)),
+            usage.get("completion_tokens", self.pieces),
+            usage.get("cached_tokens") or prompt.get("cached_tokens") or 0, timings.get("queue_ms", 0.0),
+            timings.get("ttft_ms", ttft_ms), timings.get("tokens_per_second", speed),
+            self.done.get("gpu", timings.get("gpu", 0)),
             **{name: timings.get(name, 0)
                for name in ("drafted_tokens", "accepted_tokens", "dropped_messages")},
-            reasoning_tokens=usage.get("reasoning_tokens") or (
-                usage.get("completion_tokens_details") or {}).get("reasoning_tokens") or 0)
+            reasoning_tokens=usage.get("reasoning_tokens") or completion.get("reasoning_tokens") or 0)
 
 
 def ending_of(body: dict) -> dict:
-    """finish_reason and stop_reason if this event, of either API, ends the answer; else {}."""
+    """What an event of either API tells about the end of the answer."""
     choice = (body.get("choices") or [{}])[0]
-    if not (reason := body.get("finish_reason") or choice.get("finish_reason")
-            or "stop" * bool(body.get("done"))):
-        return {}
-    return {"finish_reason": reason, "stop_reason": body.get("stop_reason", choice.get("stop_reason"))}
+    told = {name: body[name] for name in ("usage", "timings", "gpu") if body.get(name) is not None}
+    if reason := body.get("finish_reason") or choice.get("finish_reason") or "stop" * bool(body.get("done")):
+        told |= {"finish_reason": reason, "stop_reason": body.get("stop_reason", choice.get("stop_reason"))}
+    return told
 
 
 def native_body(request: Request) -> dict:
@@ -13608,8 +13492,7 @@ async def open_pool(settings: Settings) -> AsyncIterator[Pool]:
 async def interruptible(work):
     """The result of an awaitable, or None if Ctrl-C cancelled it. Nothing else is cancelled."""
     task, loop, stopped = asyncio.ensure_future(work), asyncio.get_running_loop(), asyncio.Event()
-    with suppress(NotImplementedError):  # Windows: Ctrl-C ends the program
-        loop.add_signal_handler(signal.SIGINT, lambda: (stopped.set(), task.cancel()))
+    loop.add_signal_handler(signal.SIGINT, lambda: (stopped.set(), task.cancel()))
     try:
         return await task
     except asyncio.CancelledError:
@@ -13617,8 +13500,7 @@ async def interruptible(work):
             raise
         return None
     finally:
-        with suppress(NotImplementedError):
-            loop.remove_signal_handler(signal.SIGINT)
+        loop.remove_signal_handler(signal.SIGINT)
 
 
 # What an answer looks like on a terminal.
@@ -13936,14 +13818,13 @@ class Terminal:
 
     def _read_lines(self, loop: asyncio.AbstractEventLoop):
         """Runs in a daemon thread: stdin may be a file, a pipe or a terminal, and must not delay the exit."""
-        rest, descriptor = b"", sys.stdin.fileno()
-        with suppress(OSError, RuntimeError):  # RuntimeError: the loop has ended
-            while data := os.read(descriptor, 1 << 16):
-                *lines, rest = (rest + data).split(b"\n")
-                for line in lines:
-                    loop.call_soon_threadsafe(self.lines.put_nowait, line.decode("utf-8", "replace"))
-            for last in ([rest.decode("utf-8", "replace")] if rest else []) + [None]:
-                loop.call_soon_threadsafe(self.lines.put_nowait, last)
+        put = partial(loop.call_soon_threadsafe, self.lines.put_nowait)
+        # not sys.stdin itself: at its exit, Python waits for a thread that reads from it
+        own = partial(open, sys.stdin.fileno(), encoding="utf-8", errors="replace", newline="\n")
+        with suppress(OSError, RuntimeError), own(closefd=False) as lines:  # RuntimeError: the loop has ended
+            for line in lines:
+                put(line.removesuffix("\n"))
+            put(None)
 
     async def read(self, default: str = "") -> str | None:
         """The next message; None if the user leaves (end of file, Ctrl-C)."""
@@ -13979,10 +13860,10 @@ class Terminal:
     @contextmanager
     def unechoed(self) -> Iterator[None]:
         """Keep what is typed during an answer out of it; the input waits for the next prompt."""
+        import termios
         try:
-            import termios
             before = termios.tcgetattr(descriptor := sys.stdin.fileno())
-        except (ImportError, OSError, ValueError, termios.error):  # Windows; a pipe
+        except (OSError, ValueError, termios.error):  # not a terminal
             yield
             return
         silent = before[:3] + [before[3] & ~termios.ECHO] + before[4:]
@@ -14330,8 +14211,8 @@ async def generate(settings: Settings) -> int:
         settings = with_model(settings, pool)
         if not settings.url and decode_core() is None:
             print(kernels_line(), file=sys.stderr)
+        request = new_request(settings, messages=(*turns, Message("user", text)))
         try:
-            request = new_request(settings, messages=(*turns, Message("user", text)))
             await receive(pool, request, reply, writer)
         except RequestError as error:
             if error.code != "no_chat_template":
@@ -14381,12 +14262,10 @@ def run_command(settings: Settings) -> int:
 def main(argv: Seq[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, 1 (no answer), 2 (ConfigError), 130 (Ctrl-C)."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] in (["worker"], ["rank"]):
-        return worker_main(run_worker if argv[0] == "worker" else run_rank, argv[1:])
-    if argv[:1] == ["sandbox"]:
-        return sandbox_main(argv[1:])
-    if argv[:1] == ["ray"]:
-        return ray_main(argv[1:])
+    roles = {"worker": partial(worker_main, run_worker), "rank": partial(worker_main, run_rank),
+             "sandbox": sandbox_main, "ray": ray_main}
+    if argv and argv[0] in roles:
+        return roles[argv[0]](argv[1:])
     keys_given = any(word.partition("=")[0] == "--api-key" for word in argv)
     hidden = keys_given and hide_api_keys()
     for stream in (sys.stdout, sys.stderr):

@@ -22,7 +22,7 @@ STREAMED = [api for api, kind in chat_server.ENCODERS.items() if kind is not cha
 def test_a_streamed_answer_is_encoded(benchmark, api):
     def encode():
         encoder = chat_server.ENCODERS[api](Call(Request("x", messages=()), api=api), "model")
-        return [encoder.start(Accepted(7, 1)), *map(encoder.encode, PIECES), encoder.encode(END)]
+        return [encoder.start(Accepted(7)), *map(encoder.encode, PIECES), encoder.encode(END)]
 
     assert b"".join(benchmark(encode)).count(b" word") >= len(PIECES)
 

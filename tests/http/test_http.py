@@ -394,7 +394,7 @@ async def test_an_error_after_the_first_byte_is_one_error_frame_and_the_end(clie
 async def test_an_answer_without_an_end_is_an_error_not_an_end(client, path):
     class Forgetful(FakePool):
         async def answer(self, request):
-            yield chat_server.Accepted(7, 0)
+            yield chat_server.Accepted(7)
             yield chat_server.Piece("", (1,), "Hel")
     async with serving(Forgetful()) as url:
         _, body = await ask(client, url + path, conversation() | {"stream": True})
@@ -465,7 +465,7 @@ async def test_a_client_that_leaves_just_before_the_headers_is_no_error_in_the_l
     class Quick(FakePool):
         # never waits, so the handler finds the closed connection before it is cancelled
         async def answer(self, request):
-            yield chat_server.Accepted(7, 0)
+            yield chat_server.Accepted(7)
     async with serving(Quick()) as url:
         monkeypatch.setattr(chat_server.web, "StreamResponse", Leaving)
         with pytest.raises(aiohttp.ClientError):

@@ -69,7 +69,8 @@ async def test_a_body_that_comes_too_slowly_is_408(limits, monkeypatch):
         writer.close()
 
 
-async def test_one_client_holds_a_quarter_and_everything_is_given_back(limits):
+async def test_one_client_holds_a_quarter_and_everything_is_given_back(limits, monkeypatch):
+    monkeypatch.setattr(chat_server, "BODY_S", 0.01)
     limits(inline_bytes=0)
     budget = Budget(400)
     with Holding(budget, "a") as mine:
@@ -77,7 +78,7 @@ async def test_one_client_holds_a_quarter_and_everything_is_given_back(limits):
         with pytest.raises(Overloaded, match="stream them"):
             mine.grow(20)
         with pytest.raises(Overloaded):
-            await budget.room("a", 20, 0.01)
+            await mine.room(20)
         with Holding(budget, "b") as other:
             await other.room(100)
             assert budget.used == 190
@@ -91,10 +92,10 @@ async def test_bodies_that_wait_for_the_same_room_never_take_more_than_there_is(
 
     async def read(client):
         nonlocal most
-        await budget.room(client, 100, 60)
-        most = max(most, budget.used)
-        await asyncio.sleep(0)
-        budget.give_back(client, 100)
+        with Holding(budget, client) as holding:
+            await holding.room(100)
+            most = max(most, budget.used)
+            await asyncio.sleep(0)
 
     waiting = [asyncio.ensure_future(read(f"client {number}")) for number in range(20)]
     await asyncio.sleep(0)

@@ -301,16 +301,17 @@ async def test_what_is_no_longer_kept_is_nowhere_in_memory(client, front, monkey
 
 
 async def test_an_ended_answer_is_forgotten_after_its_time(client, front, monkeypatch):
-    monkeypatch.setattr(chat_server.Recordings, "SWEEP_S", 0.02)
     pool, url = front
-    pool.gate.admit(5)
-    async with client.post(url + NATIVE, json=RESUMABLE) as response:
-        await read_all(response)
-    address = f"{url}/v1/streams/{response.headers['X-Request-Id']}"
-    assert (await client.get(address)).status == 200
-    monkeypatch.setattr(chat_server, "KEPT_S", 0.0)
-    while (await client.get(address)).status != 404:
+    addresses = []
+    for kept_s in (600.0, 0.0):
+        monkeypatch.setattr(chat_server, "KEPT_S", kept_s)
+        pool.gate.admit(5)
+        async with client.post(url + NATIVE, json=RESUMABLE) as response:
+            await read_all(response)
+        addresses.append(f"{url}/v1/streams/{response.headers['X-Request-Id']}")
+    while (await client.get(addresses[1])).status != 404:
         await asyncio.sleep(0.01)
+    assert (await client.get(addresses[0])).status == 200
 
 
 async def test_many_answers_at_once_share_what_may_be_kept(client, front, monkeypatch):
@@ -371,7 +372,7 @@ async def test_a_recording_that_breaks_off_says_so_to_its_reader_and_in_the_log(
         yield b'data: {"token": "one"}\n\n'
         raise ZeroDivisionError("a fault")
 
-    recordings = chat_server.Recordings(lambda request_id: None)
+    recordings = chat_server.Recordings()
     recording = recordings.start("some-id", "", "", frames(), contextlib.AsyncExitStack())
     text = b"".join([part async for part in recording.follow(0)]).decode()
     assert text.startswith('id: 0\ndata: {"token": "one"}\n\nid: 1\ndata: {"error": ')

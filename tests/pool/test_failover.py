@@ -1,6 +1,7 @@
 """Workers that die or hang at every moment of an answer: real processes with a tiny real nanochat model."""
 
 import asyncio
+import contextlib
 import functools
 import json
 import os
@@ -236,9 +237,10 @@ async def stopped_worker(pool):
     """The worker whose process is stopped, as soon as there is one."""
     while True:
         for worker in pool.workers:
-            if worker.process and worker.process.poll() is None and \
-                    psutil.Process(worker.process.pid).status() == psutil.STATUS_STOPPED:
-                return worker
+            with contextlib.suppress(psutil.NoSuchProcess):     # a thread may have seen its end before poll()
+                if worker.process and worker.process.poll() is None and \
+                        psutil.Process(worker.process.pid).status() == psutil.STATUS_STOPPED:
+                    return worker
         await asyncio.sleep(0.02)
 
 

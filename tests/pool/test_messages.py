@@ -64,7 +64,7 @@ def test_there_is_an_example_of_every_message_and_each_has_a_limit():
 
 
 @pytest.mark.parametrize("header", [HEADER.pack(len(chat_server.MESSAGES), 0), HEADER.pack(255, 5), b"\x80\x04\x95\x10\x00",
-                                    HEADER.pack(chat_server.KIND_OF[Cancel], Cancel.MAX_BYTES + 1), HEADER.pack(0, 2**32 - 1)])
+                                    HEADER.pack(Cancel.INDEX, Cancel.MAX_BYTES + 1), HEADER.pack(0, 2**32 - 1)])
 def test_a_header_of_an_unknown_kind_or_size_is_refused_before_its_body_is_read(header):
     with pytest.raises(BadMessage):
         chat_server.kind_and_size(header)

@@ -75,7 +75,7 @@ class FakePool:
         self.cancelled[request.id] = asyncio.Event()
         await self._count(+1)
         try:
-            yield Accepted(7, request.sampling.seed)
+            yield Accepted(7)
             for choice in range((len(request.prompts) or 1) * request.n):
                 reader = chat_server.answer_reader(self.tokenizer, request, ())
                 for number, piece in enumerate(self.pieces, 1):
