@@ -76,7 +76,8 @@ torch references, several times slower, and says so at start; nothing else chang
 Exactness: the next token depends on the logits, the request's parameters, its seed and the token's position
 (counter-based noise), never on the rest of the batch. With decode_core on a CPU, a row's logits are identical
 to the bit alone or batched, cached or cold, drafted or not, so the same request gives the same tokens.
-Elsewhere the last bits may vary with the batch. `/stats` reports which as `row_invariant`.
+Elsewhere the last bits may vary with the batch; with decode_core on CUDA they do not in steps of up to 8
+tokens that all draw, so drafts are checked there. `/stats` reports the former as `row_invariant`.
 
 Sections: grep -A1 '^# ---' chat_server.py
 """
@@ -3544,8 +3545,9 @@ class Scheduler:
     the rest goes to the shortest prompts, so that a long one never stalls them."""
 
     def __init__(self, pool: PagePool, *, max_batch: int, prefill_chunk: int, max_rows: int | None = None,
-                 stages: int = 1):
+                 stages: int = 1, mixes_drafts: bool = True):
         self.pool, self.max_batch, self.prefill_chunk = pool, max_batch, prefill_chunk
+        self.mixes_drafts = mixes_drafts       # may a step have drafts and prompts?
         self.stages = stages                   # of the model: as many batches are under way
         self.holes = any(pool.windows)         # may tables have holes?
         self.max_rows = max_rows or max_batch  # rows of logits in a step
@@ -3583,9 +3585,11 @@ class Scheduler:
         able = [s for s in self.running if s.pending == 1 and len(s.tokens) < s.limit and self._may_run(s)]
         decoding = [s for s in able[:share] if self._grow(s)]
         room = (FREE_ROWS - len(self.running)) // max(1, sum(bool(s.draft) for s in decoding))
-        drafts = [self._draft(s, room) if s.draft else () for s in decoding]
+        prefilling = [s for s in self.running if s.prefilling]
+        apart = prefilling and not self.mixes_drafts
+        drafts = [self._draft(s, room) if s.draft and not apart else () for s in decoding]
         plan = [Chunk(s, 1, 1 + len(draft), draft) for s, draft in zip(decoding, drafts)]
-        if prefilling := [s for s in self.running if s.prefilling]:
+        if prefilling:
             plan += self._share_prefill(prefilling, self.max_rows - sum(chunk.draws for chunk in plan))
         return [chunk for chunk in plan if chunk.sequence.pages]  # a later one may have preempted it
 
@@ -4744,6 +4748,7 @@ class Backend:
     """Computes a model's steps: here torch, op by op. decode_core's backends have the same attributes."""
 
     name, row_invariant, quantizes, groups_layers = "torch/reference", False, False, True
+    few_rows_invariant = False  # is a row's as above in a step of up to FREE_ROWS that all draw?
     activations = None   # dtype of every activation buffer; None: _allocate chooses
     faults: Mapping[str, str] = {}  # compiled ops that their references replace -> why
     as_stored = None     # loads a GGUF matrix in the file's own type; None: everything is dequantized
@@ -4815,7 +4820,7 @@ def choose_backend(device, spec: ModelSpec | None):
     return core and core.backend_for(spec, device, for_decode_core()) or Backend(device)
 
 
-SEAM = 10  # version of Backend and for_decode_core; a core with another version is not used
+SEAM = 11  # version of Backend and for_decode_core; a core with another version is not used
 
 
 def for_decode_core() -> SimpleNamespace:
@@ -7008,7 +7013,7 @@ class Engine:
         self.pool = PagePool(num_pages, transformer.groups.windows)
         self.scheduler = Scheduler(self.pool, max_batch=max_batch, prefill_chunk=prefill_chunk,
                                    max_rows=len(transformer.buffers["logits"]),
-                                   stages=ranks.stages if ranks else 1)
+                                   stages=ranks.stages if ranks else 1, mixes_drafts=kernels.row_invariant)
         self.context_length = longest_context(self.pool, context_length, prefill_chunk)
         self.steps = kernels.backend.make_steps(transformer, max_batch, self.context_length)
         self.ranks = ranks
@@ -7018,7 +7023,8 @@ class Engine:
         self.grammars: OrderedDict[tuple[str, str], Grammar] = OrderedDict()  # LRU, by owner and source
         self.under_way: deque[StepUnderWay] = deque()  # one, or as many as there are other stages
         self.pieces: list[Piece] = []  # `step` returns these, even if the step that made them failed
-        self.drafts = drafts and kernels.row_invariant  # else a drafted row may differ from it alone
+        exact = kernels.row_invariant or kernels.backend.few_rows_invariant and not ranks
+        self.drafts = drafts and exact  # else a drafted row may differ from it alone
         self.drafted_tokens = self.accepted_tokens = 0
 
     @property

@@ -24,7 +24,6 @@ constexpr int ROUTE_WARPS = 4, GROUP_THREADS = 1024, MOST_EXPERTS = 1024;
 constexpr int FEW = 4, MANY = 64;           // pairs of an item
 constexpr int STEP = 64, STRIDE = STEP + 8; // columns at once; a row of them in shared memory, clear of bank conflicts
 static_assert(GROUP_THREADS == MOST_EXPERTS, "a thread for each expert");
-enum Gate : int64_t { NO_GATE, SWIGLU, GEGLU, CLAMPED_SWIGLU };
 
 // --- which row goes where ----------------------------------------------------------------------------------------
 
@@ -155,19 +154,12 @@ DC_DEVICE int64_t weight_row(const ExpertJob &job, int64_t expert, int64_t outpu
     return ((up ? job.experts : 0) + expert) * job.outputs + output;
 }
 
-DC_DEVICE float gated(int64_t gate, float g, float up) {
-    if (gate == SWIGLU) return g / (1.0f + expf(-g)) * up;
-    if (gate == GEGLU) return 0.5f * g * (1.0f + tanhf(0.7978845608f * (g + 0.044715f * g * g * g))) * up;
-    g = g > 7.0f ? 7.0f : g;
-    up = up > 7.0f ? 7.0f : up < -7.0f ? -7.0f : up;
-    return g / (1.0f + expf(-1.702f * g)) * (up + 1.0f);
-}
-
 // `up` is read with a gate alone.
 DC_DEVICE void write_output(const ExpertJob &job, int64_t expert, int64_t pair, int64_t output, float y, float up) {
     const int64_t row = weight_row(job, expert, output, false);
     if (job.bias != nullptr) y += job.bias[row];
-    if (job.gate != NO_GATE) y = gated(job.gate, y, job.bias != nullptr ? up + job.bias[weight_row(job, expert, output, true)] : up);
+    if (job.gate != NO_ACTIVATION)
+        y = activated(job.gate, y, job.bias != nullptr ? up + job.bias[weight_row(job, expert, output, true)] : up);
     if (job.shares != nullptr) y *= job.shares[pair];
     const int64_t at = pair * job.out_stride + output;
     if (job.out_type == F32) {
@@ -179,7 +171,7 @@ DC_DEVICE void write_output(const ExpertJob &job, int64_t expert, int64_t pair, 
 
 template <class B, int ROWS>
 DC_DEVICE void multiply_few(const ExpertJob &job, const Item &item, ProductShared<FEW> &shared) {
-    const int made = job.gate == NO_GATE ? OUTPUTS : OUTPUTS / 2;
+    const int made = job.gate == NO_ACTIVATION ? OUTPUTS : OUTPUTS / 2;
     const int64_t first = static_cast<int64_t>(blockIdx.x) * made;
     const float *x[ROWS];
     const uint8_t *w[OUTPUTS];
@@ -195,12 +187,13 @@ DC_DEVICE void multiply_few(const ExpertJob &job, const Item &item, ProductShare
         w[r] = output < job.outputs ? row_of<B>(job.blocks, weight_row(job, item.expert, output, up), job.columns) : nullptr;
     }
     float sums[OUTPUTS][ROWS] = {};
-    add_products<B, ROWS>([&](int b) { return x[b]; }, [&](int r) { return w[r]; }, job.columns, sums);
+    add_products<B, ROWS>([&](int b, int64_t piece, float (&eight)[8]) { load_eight(x[b] + 8 * piece, eight); },
+                          [&](int r) { return w[r]; }, job.columns, sums);
     join_products(sums, shared);
     const int r = threadIdx.x % made, b = threadIdx.x / made;
     if (b >= item.pairs || first + r >= job.outputs) return;
     const float *found = shared.sums[0] + b * OUTPUTS + r;
-    write_output(job, item.expert, job.order[item.first + b], first + r, found[0], job.gate == NO_GATE ? 0.0f : found[made]);
+    write_output(job, item.expert, job.order[item.first + b], first + r, found[0], job.gate == NO_ACTIVATION ? 0.0f : found[made]);
 }
 
 template <class B> DC_KERNEL(PRODUCT_WARPS * 32) few_kernel(ExpertJob job) {
@@ -227,7 +220,7 @@ template <class B> DC_KERNEL(PRODUCT_WARPS * 32) many_kernel(ExpertJob job) {
     DC_SHARED(ManyShared, shared);
     const Item item = item_of(job);
     if (item.pairs == 0) return;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, made = job.gate == NO_GATE ? MANY : MANY / 2;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, made = job.gate == NO_ACTIVATION ? MANY : MANY / 2;
     const int64_t first = static_cast<int64_t>(blockIdx.x) * made;
     float sums[8][4] = {};                  // of 16 x 64 outputs, as the tensor cores lay out 8 parts of 16 x 8
     for (int64_t begin = 0; begin < job.columns; begin += STEP) {
@@ -274,7 +267,7 @@ template <class B> DC_KERNEL(PRODUCT_WARPS * 32) many_kernel(ExpertJob job) {
         const int r = i / made, n = i % made;
         if (first + n >= job.outputs) continue;
         const float *found = &shared.sums[r][n];
-        write_output(job, item.expert, job.order[item.first + r], first + n, found[0], job.gate == NO_GATE ? 0.0f : found[made]);
+        write_output(job, item.expert, job.order[item.first + r], first + n, found[0], job.gate == NO_ACTIVATION ? 0.0f : found[made]);
     }
 }
 
@@ -317,7 +310,7 @@ const char *dc_cuda_multiply_experts(int64_t x, int64_t x_type, int64_t pairs_pe
     job.out_type = out_type;
     job.out_stride = out_stride;
     const bool many = x_type == BF16;
-    const int64_t made = (many ? MANY : OUTPUTS) / (gate == NO_GATE ? 1 : 2);
+    const int64_t made = (many ? MANY : OUTPUTS) / (gate == NO_ACTIVATION ? 1 : 2);
     const dim3 grid(static_cast<unsigned>((outputs + made - 1) / made), static_cast<unsigned>(most_items));
     return with_block_or_floats(type, [&](auto block) {
         using B = decltype(block);

@@ -56,11 +56,17 @@ const char *dc_cuda_paged_attention(int64_t q, int64_t rows, int64_t heads, int6
                                     int64_t sinks, int64_t max_chunks, int64_t most_spans, int64_t states, int64_t tickets, int64_t out, int64_t out_type,
                                     int64_t stream);
 
-// out (rows, outputs) f32 = x (rows, columns) f32 times the transpose of W, rows 1 .. 8. W has `outputs` rows of blocks of
-// a `type` of blocks.h, of whose COLUMNS `columns` is a multiple, as a GGUF file has them; W begins at an even address (MXFP4 at any),
-// rows of x at multiples of 16 bytes. Strides count elements.
-const char *dc_cuda_multiply(int64_t x, int64_t x_stride, int64_t rows, int64_t blocks, int64_t type, int64_t outputs,
-                             int64_t columns, int64_t out, int64_t out_stride, int64_t stream);
+// out (rows, outputs) = residual + activation(norm(x) times the transpose of W + bias), rows 1 .. 8. x: type 0 = f32 or 2 = bf16, rows
+// at multiples of 16 bytes, of which the first `columns` are multiplied. norm 1: x is divided by its root mean square over `width`
+// columns (epsilon under the root), times norm_weight (width) f32, or 0. W has `outputs` rows of blocks of a `type` of blocks.h, of
+// whose COLUMNS `columns` is a multiple, as a GGUF file has them, beginning at an even address (MXFP4 at any), or floats of type 11
+// (bf16), 12 (f16) or 13 (f32) at a multiple of 16 bytes. activation: 0 none; 1 swiglu, 2 geglu, 3 clamped_swiglu of that and of
+// `outputs` rows further down; 4 relu2. bias: f32 of each row of W, or 0. residual: f32 (rows, outputs), or 0. out: type 0 or 2.
+// Strides count elements.
+const char *dc_cuda_multiply(int64_t x, int64_t x_type, int64_t x_stride, int64_t rows, int64_t norm, int64_t width,
+                             int64_t norm_weight, double epsilon, int64_t blocks, int64_t type, int64_t outputs, int64_t columns,
+                             int64_t bias, int64_t activation, int64_t residual, int64_t residual_stride, int64_t out,
+                             int64_t out_type, int64_t out_stride, int64_t stream);
 
 // The rows of such a W as floats: out (rows, columns), type 0 = f32 or 2 = bf16, contiguous.
 const char *dc_cuda_dequantize(int64_t blocks, int64_t type, int64_t rows, int64_t columns, int64_t out, int64_t out_type,

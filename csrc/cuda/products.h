@@ -1,4 +1,4 @@
-// What the products with packed weights share: a block of threads makes OUTPUTS outputs of a few rows of x.
+// What the products of few rows share: a block of threads makes OUTPUTS outputs of each.
 //
 // Thread t of 128 takes columns 8 t .. 8 t + 7 of each 1,024, so that what it loads of x serves 4 rows of W. A sum is 128
 // sums, each fused multiply-adds in the order of the columns, then a butterfly in each warp, then the warps in order: a row's
@@ -11,6 +11,19 @@
 namespace dc_device {
 
 constexpr int PRODUCT_WARPS = 4, OUTPUTS = 4;
+
+enum Activation : int64_t { NO_ACTIVATION, SWIGLU, GEGLU, CLAMPED_SWIGLU, RELU2 };
+
+// `up` is read with a gate alone.
+DC_DEVICE float activated(int64_t activation, float g, float up) {
+    if (activation == NO_ACTIVATION) return g;
+    if (activation == RELU2) return g > 0.0f ? g * g : g != g ? g : 0.0f;
+    if (activation == SWIGLU) return g / (1.0f + expf(-g)) * up;
+    if (activation == GEGLU) return 0.5f * g * (1.0f + tanhf(0.7978845608f * (g + 0.044715f * g * g * g))) * up;
+    g = g > 7.0f ? 7.0f : g;
+    up = up > 7.0f ? 7.0f : up < -7.0f ? -7.0f : up;
+    return g / (1.0f + expf(-1.702f * g)) * (up + 1.0f);
+}
 
 template <int ROWS> struct ProductShared {         // or of fewer rows
     float sums[PRODUCT_WARPS][OUTPUTS * ROWS];
@@ -25,25 +38,35 @@ template <class B> DC_DEVICE void unpack(const uint8_t *row, int64_t piece, floa
     B::unpack(row + piece / PIECES * B::BYTES, static_cast<int>(piece % PIECES), w);
 }
 
-// sums[r][b]: this thread's part of W's row w_row(r) times x_row(b); a null row of W is not there.
-template <class B, int ROWS, class XRow, class WRow>
-DC_DEVICE void add_products(XRow x_row, WRow w_row, int64_t columns, float (&sums)[OUTPUTS][ROWS]) {
+// Eight values at a multiple of 16 bytes.
+DC_DEVICE void load_eight(const float *from, float (&to)[8]) {
+    DC_UNROLL
+    for (int half = 0; half < 2; half++) {
+        const Bytes16 four = *reinterpret_cast<const Bytes16 *>(from + 4 * half);
+        DC_UNROLL
+        for (int i = 0; i < 4; i++) {
+            union { uint32_t bits; float value; } one;
+            one.bits = four.words[i];
+            to[4 * half + i] = one.value;
+        }
+    }
+}
+
+DC_DEVICE void load_eight(const bf16 *from, float (&to)[8]) {
+    union { Bytes16 bytes; bf16 values[8]; } eight;
+    eight.bytes = *reinterpret_cast<const Bytes16 *>(from);
+    DC_UNROLL
+    for (int i = 0; i < 8; i++) to[i] = to_float(eight.values[i]);
+}
+
+// sums[r][b]: this thread's part of W's row w_row(r) times the row of x of which load_x(b, piece, x) gives columns 8 * piece
+// on; a null row of W is not there.
+template <class B, int ROWS, class LoadX, class WRow>
+DC_DEVICE void add_products(LoadX load_x, WRow w_row, int64_t columns, float (&sums)[OUTPUTS][ROWS]) {
     for (int64_t piece = threadIdx.x; piece < columns / 8; piece += PRODUCT_WARPS * 32) {
         float x[ROWS][8];
         DC_UNROLL
-        for (int b = 0; b < ROWS; b++) {
-            const float *from = x_row(b) + 8 * piece;
-            DC_UNROLL
-            for (int half = 0; half < 2; half++) {
-                const Bytes16 four = *reinterpret_cast<const Bytes16 *>(from + 4 * half);
-                DC_UNROLL
-                for (int i = 0; i < 4; i++) {
-                    union { uint32_t bits; float value; } one;
-                    one.bits = four.words[i];
-                    x[b][4 * half + i] = one.value;
-                }
-            }
-        }
+        for (int b = 0; b < ROWS; b++) load_x(b, piece, x[b]);
         DC_UNROLL
         for (int r = 0; r < OUTPUTS; r++) {
             const uint8_t *row = w_row(r);

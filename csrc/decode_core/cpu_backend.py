@@ -71,7 +71,7 @@ class CpuBackend:
     else float32.
     """
 
-    row_invariant, quantizes, groups_layers = True, True, True
+    row_invariant = few_rows_invariant = quantizes = groups_layers = True
     activations, dtype, stored_dtype = torch.float32, torch.bfloat16, None
     converted = staticmethod(converted)
 

@@ -25,6 +25,7 @@ BLOCK_CODES = {kind: code for code, kind in enumerate([*BLOCKS, *FLOATS])}
 MAX_PRODUCT_ROWS = 8                    # of x in one multiply
 MAX_EXPERTS, FEW_PAIRS, MANY_PAIRS = 1024, 4, 64            # pairs: of one item, for x in float32 and in bfloat16
 GATES = {None: 0, "swiglu": 1, "geglu": 2, "clamped_swiglu": 3}
+ACTIVATIONS = GATES | {"relu2": 4}
 LOGITS, CACHES = ("float32", "bfloat16"), ("float32", "float16", "bfloat16")
 
 
@@ -220,20 +221,38 @@ class CudaOps:
              *k.strides[:3], table.address, table.strides[0], W, sizes.address, window, float(softcap), extra,
              max_chunks(W, window), MOST_SPANS, state.address, ticket.address, y.address, CODES[y.dtype], stream)
 
-    def multiply(self, x, blocks, out, *, kind: str, stream: int):
-        """x (B, K) float32 times packed weights -> out (B, N) float32, B up to MAX_PRODUCT_ROWS.
+    def multiply(self, x, blocks, out, *, kind: str, norm=None, bias=None, activation=None, residual=None,
+                 stream: int):
+        """residual + activation(norm(x) W^T + bias) -> out (B, N) float32 or bfloat16, B up to MAX_PRODUCT_ROWS.
 
-        blocks (N, bytes of a row) uint8: rows as a GGUF file of the type `kind` has them, see `packed`.
+        x (B, >= K) float32 or bfloat16, of which the first K columns are multiplied. blocks: W's rows, N or with a gate 2 N, uint8: as
+        a GGUF file of the type `kind` has them, or floats; see `packed`. norm: (weight float32 or None, eps), the RMS norm of
+        all columns of x. bias: float32, of each row of W; residual (B, N) float32.
         """
-        w, columns = self.packed(blocks, kind)
-        given = self.tensor("x", x, ("float32",), None, columns, loose=1)
-        if given.shape[0] > MAX_PRODUCT_ROWS:
-            raise ValueError(f"x: must have at most {MAX_PRODUCT_ROWS} rows, not {given.shape[0]}")
-        if given.address % 16 or given.shape[0] > 1 and given.strides[0] % 4:
-            raise ValueError("x: rows must start at multiples of 16 bytes")
-        y = self.tensor("out", out, ("float32",), given.shape[0], w.shape[0], loose=1)
-        call(self.core.cuda_multiply, given.address, given.strides[0], given.shape[0], w.address, BLOCK_CODES[kind],
-             w.shape[0], columns, y.address, y.strides[0], stream)
+        w, columns = self.packed(blocks, kind, BLOCKS | FLOATS)
+        given = self.tensor("x", x, LOGITS, None, None, loose=1)
+        (B, width), per_load = given.shape, 16 // SIZES[given.dtype]
+        if width < columns:
+            raise ValueError(f"x: must have at least {columns} columns, not {width}")
+        if B > MAX_PRODUCT_ROWS:
+            raise ValueError(f"x: must have at most {MAX_PRODUCT_ROWS} rows, not {B}")
+        if given.address % 16 or width % 8 or B > 1 and given.strides[0] % per_load:
+            raise ValueError("x: rows must start at multiples of 16 bytes and have a multiple of 8 columns")
+        if kind in FLOATS and w.address % 16:
+            raise ValueError("blocks: floats must start at a multiple of 16 bytes")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: must be one of {', '.join(map(str, ACTIVATIONS))}, not {activation!r}")
+        halves = 2 if GATES.get(activation) else 1
+        if w.shape[0] % halves:
+            raise ValueError(f"blocks: must be gates and as many ups, not {w.shape[0]} rows")
+        y = self.tensor("out", out, LOGITS, B, w.shape[0] // halves, loose=1)
+        weight, eps = norm or (None, 0.0)
+        scale = 0 if weight is None else self.tensor("norm", weight, ("float32",), width).address
+        added = 0 if bias is None else self.tensor("bias", bias, ("float32",), w.shape[0]).address
+        before = self.tensor("residual", residual, ("float32",), *y.shape, loose=1) if residual is not None else None
+        call(self.core.cuda_multiply, given.address, CODES[given.dtype], given.strides[0], B, int(norm is not None), width, scale,
+             float(eps), w.address, BLOCK_CODES[kind], y.shape[1], columns, added, ACTIVATIONS[activation],
+             before.address if before else 0, before.strides[0] if before else 0, y.address, CODES[y.dtype], y.strides[0], stream)
 
     def dequantize(self, blocks, out, *, kind: str, stream: int):
         """Packed weights (N, bytes of a row) -> out (N, K) float32 or bfloat16."""

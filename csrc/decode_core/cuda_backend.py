@@ -13,7 +13,7 @@ from . import cuda
 from .cuda_experts import ExpertOps, fits_experts
 from .cuda_prompts import PromptAttention, prompts_of
 from .cuda_references import CudaReferences
-from .cuda_weights import PackedMatrix, PackedOps, as_stored, unpacked
+from .cuda_weights import PackedMatrix, ProductOps, as_stored, padded, unpacked
 from .cuda_steps import LISTS, CudaPlan, GraphSteps, record_words
 from .proof import prove_cuda
 from .sampling import SampleBatch
@@ -43,7 +43,7 @@ class CudaBackend:
         self.spec, self.script, self.kernels, self.stream = spec, script, kernels, stream
         self.device, self.references = device, CudaReferences(spec, script)
         self.prompts = PromptAttention(script, device)
-        self.packed, self.mixture = PackedOps(kernels, script, stream), ExpertOps(kernels, script, stream)
+        self.products, self.mixture = ProductOps(kernels, script, stream), ExpertOps(kernels, script, stream)
         self.as_stored = functools.partial(as_stored, script=script, device=device)
         self.faults: dict[str, str] = {}
 
@@ -53,11 +53,18 @@ class CudaBackend:
         ops = {name: getattr(self, name) for name in
                ("pack", "make_cache", "rope_append", "plan_attention", "paged_attention", "sample")}
         if "linear" not in self.faults:
-            ops |= {"linear": self.packed.linear, "embed": self.packed.embed}
+            ops |= {"linear": self.products.linear, "embed": self.products.embed}
         if self.spec.experts and "experts" not in self.faults:
             ops["experts"] = self.mixture.experts
         instead = {"rope_append": self.references.rope_append, "sample": self.script.references["sample"]}
         return ops | {name: op for name, op in instead.items() if name in self.faults}
+
+    @property
+    def few_rows_invariant(self) -> bool:
+        """Where each op of such a step is a kernel of ours, or torch's over single rows. Once ops are proved."""
+        spec, ours = self.spec, {"linear", "rope_append", "paged_attention"}
+        fits = spec.width % 8 == spec.ffn_size % 8 == 0 and not (spec.experts or spec.smear_channels)
+        return fits and not ours & self.faults.keys()
 
     def record(self, transformer: Any) -> None:
         """Whole steps are graphs, and make_steps' affair."""
@@ -71,7 +78,7 @@ class CudaBackend:
         """What `linear`, `embed` and `experts` read: packed weights stay so, unless their product is not right
         here."""
         if not isinstance(parts[0], PackedMatrix):
-            return self.script.references["pack"](name, *parts)
+            return padded(torch.cat(parts)) if name.endswith("ve_gate") or len(parts) > 1 else parts[0]
         expert = "expert" in name
         able = fits_experts(name, parts[0]) and "experts" not in self.faults if expert else "linear" not in self.faults
         return parts[0] if able else unpacked(parts[0], self.script)

@@ -14,18 +14,11 @@ from typing import Any
 import torch
 
 from . import cuda
-from .cuda_weights import PackedMatrix
+from .cuda_weights import PackedMatrix, parts_of
 
 # Pairs of a row and an expert, for each expert, up to which every pair is multiplied in float32. Reckoned, not measured:
 # such items are bound by the memory of W, and of more pairs W would be read again for every 4.
 FEW_PAIRS = 4
-
-
-def parts_of(matrix: PackedMatrix | torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """(kind, rows of blocks) below each other in a matrix; those of floats are their bytes."""
-    if isinstance(matrix, PackedMatrix):
-        return list(matrix.parts)
-    return [(str(matrix.dtype).removeprefix("torch."), matrix.view(torch.uint8))]
 
 
 def fits_experts(name: str, matrix: PackedMatrix) -> bool:

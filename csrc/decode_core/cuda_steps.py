@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 
+from .cuda import MAX_PRODUCT_ROWS
 from .sampling import batch_of
 
 log = logging.getLogger("chat_server.decode_core")
@@ -202,15 +203,17 @@ class GraphSteps:
         self.queue = queue or CudaQueue(transformer.device)
         self.windows, self.count = transformer.windows, len(transformer.groups.windows)
         most, max_pages = len(transformer.buffers["x"]), -(-context_length // self.script.PAGE_SIZE)
+        drafted = MAX_PRODUCT_ROWS if backend.few_rows_invariant else 0
+        self.max_rows = max(max_batch, min(drafted, len(transformer.buffers["logits"])))
         # a graph's grid covers the longest table: 64 pages are 1,024 tokens
-        self.buckets = list(itertools.product(doubling(1, max_batch, 2), doubling(64, max_pages, 4)))
-        largest = StepShape(most, max_batch, max_batch, max_pages, LIST_CAPACITY, LIST_CAPACITY, self.count)
+        self.buckets = list(itertools.product(doubling(1, self.max_rows, 2), doubling(64, max_pages, 4)))
+        largest = StepShape(most, self.max_rows, self.max_rows, max_pages, LIST_CAPACITY, LIST_CAPACITY, self.count)
         with torch.inference_mode():
             self.inputs = torch.empty(largest.bytes(), dtype=torch.uint8, device=transformer.device)
             # the newest step's
-            self.tokens = torch.zeros(max_batch, dtype=torch.int32, device=transformer.device)
-            self.workspace = self.backend.workspace(max_batch, max_pages, transformer.device)
-        self.staging = [Staging(self.queue, largest.bytes(), max_batch) for _ in range(2)]
+            self.tokens = torch.zeros(self.max_rows, dtype=torch.int32, device=transformer.device)
+            self.workspace = self.backend.workspace(self.max_rows, max_pages, transformer.device)
+        self.staging = [Staging(self.queue, largest.bytes(), self.max_rows) for _ in range(2)]
         self.graphs: dict[tuple[int, int], Graph] = {}
         self.sampling: Any = None           # the SampleBatch of the step before
 
@@ -247,11 +250,12 @@ class GraphSteps:
 
     def start(self, batch: Any, rows: Sequence[Any]) -> Ticket:
         """Queue a step; `rows` say how to draw at batch.logit_rows. At most two steps may be under way."""
-        self.sampling = batch_of(rows, self.spec.vocab_size, self.sampling)
+        self.sampling, batch = batch_of(rows, self.spec.vocab_size, self.sampling), self._apart(batch)
         return self._queue(batch, self._graph(batch, self.sampling), self.sampling)
 
     def forward(self, batch: Any) -> torch.Tensor:
         """The logits of a step alone; no other may be under way."""
+        batch = self._apart(batch)
         if (graph := self._graph(batch, None)) is None:
             return self.transformer.forward(batch)
         self.queue.wait(self._queue(batch, graph, None, draws=False).done)
@@ -293,6 +297,16 @@ class GraphSteps:
         assert ticket.staging.done is ticket.done, "more than two steps were under way"
         self.queue.wait(ticket.done)
         return ticket.staging.tokens[:ticket.rows].tolist()
+
+    def _apart(self, batch: Any) -> Any:
+        """Where few tokens all draw, drafts among them: each as a decode row of its own, with its sequence's pages."""
+        count = len(batch.token_ids)
+        if not len(batch.lengths) < count == len(batch.logit_rows) <= self.max_rows:
+            return batch
+        sizes = [end - start for start, end in itertools.pairwise(batch.starts)]
+        lengths = [length - left for size, length in zip(sizes, batch.lengths) for left in reversed(range(size))]
+        tables = [pages for size, pages in zip(sizes, batch.tables) for _ in range(size)]
+        return batch._replace(starts=[*range(count + 1)], lengths=lengths, tables=tables)
 
     def _graph(self, batch: Any, sampling: Any) -> Graph | None:
         """The smallest graph that holds a step of decode rows; None for any other step."""

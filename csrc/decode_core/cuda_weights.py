@@ -1,4 +1,4 @@
-"""Packed weights on a CUDA device: a GGUF file's blocks as they are, and the products with them."""
+"""Weights on a CUDA device, a GGUF file's blocks as they are or floats, and the products with them."""
 
 from __future__ import annotations
 
@@ -59,8 +59,24 @@ def dequantized(kind: str, rows: torch.Tensor, script: SimpleNamespace) -> torch
     return script.dequantize(gguf.GGMLQuantizationType[name], rows).view(len(rows), -1)
 
 
-class PackedOps:
-    """`linear` and `embed` as their references are, also for packed matrices; `kernels` is a cuda.CudaOps."""
+def parts_of(matrix: PackedMatrix | torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """(kind, rows of blocks) below each other in a matrix; those of floats are their bytes."""
+    if isinstance(matrix, PackedMatrix):
+        return list(matrix.parts)
+    return [(str(matrix.dtype).removeprefix("torch."), matrix.view(torch.uint8))]
+
+
+def padded(matrix: torch.Tensor) -> torch.Tensor:
+    """The same with columns of zeros up to a multiple of 8, which is what a kernel loads at once."""
+    return torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % 8)) if matrix.ndim == 2 else matrix
+
+
+class ProductOps:
+    """`linear` and `embed` as their references are, also for packed matrices; `kernels` is a cuda.CudaOps.
+
+    Up to MAX_PRODUCT_ROWS rows are one kernel for each type of W, with all that linear does before and after its product; a
+    row's bits do not depend on the others. More are torch's product, of packed weights panel by panel.
+    """
 
     def __init__(self, kernels: Any, script: SimpleNamespace, stream: Callable[[], int]):
         self.kernels, self.script, self.stream = kernels, script, stream
@@ -75,26 +91,46 @@ class PackedOps:
         out.copy_(rows)
 
     def linear(self, x, weight, out, norm=None, bias=None, activation=None, residual=None) -> None:
+        if len(x) <= cuda.MAX_PRODUCT_ROWS and fits_product(x, weight, out):
+            return self.few(x, weight, out, norm, bias, activation, residual)
         if not isinstance(weight, PackedMatrix):
             return self.script.references["linear"](x, weight, out, norm, bias, activation, residual)
         if norm:
             x = torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
-        y = self.product(x[:, :weight.shape[1]], weight)
+        y = self.many(x[:, :weight.shape[1]], weight)
         self.script.finish_linear(y if bias is None else y + bias.to(y.dtype), out, activation, residual)
 
-    def product(self, x, weight: PackedMatrix):
-        """x (T, K) W^T: float32 for few rows, which one kernel takes; more take panels of bfloat16."""
-        few, begin = len(x) <= cuda.MAX_PRODUCT_ROWS, 0
-        x = x.to(torch.float32 if few else torch.bfloat16)
+    def few(self, x, weight, out, norm=None, bias=None, activation=None, residual=None) -> None:
+        parts, begin = parts_of(weight), 0
+        if len(parts) > 1 and cuda.GATES.get(activation):       # gates and ups of different types
+            both = torch.empty(len(x), weight.shape[0], device=x.device)
+            self.few(x, weight, both, norm, bias)
+            return self.script.finish_linear(both, out, activation, residual)
+        alone = len(parts) == 1
+        for kind, blocks in parts:
+            some = slice(begin, begin := begin + len(blocks))
+            self.kernels.multiply(
+                x, blocks, out if alone else out[:, some], kind=kind, norm=norm and (norm.weight, norm.eps),
+                bias=bias if alone or bias is None else bias[some], activation=activation,
+                residual=residual if alone or residual is None else residual[:, some], stream=self.stream())
+
+    def many(self, x, weight: PackedMatrix) -> torch.Tensor:
+        """x (T, K) W^T in bfloat16."""
+        x, begin = x.to(torch.bfloat16), 0
         y = torch.empty(len(x), weight.shape[0], dtype=x.dtype, device=x.device)
         for kind, blocks in weight.parts:
-            for rows in blocks.split(len(blocks) if few else max(1, PANEL // weight.shape[1])):
-                into = y[:, begin:begin + len(rows)]
-                if few:
-                    self.kernels.multiply(x, rows, into, kind=kind, stream=self.stream())
-                else:
-                    panel = torch.empty(len(rows), weight.shape[1], dtype=torch.bfloat16, device=x.device)
-                    self.kernels.dequantize(rows, panel, kind=kind, stream=self.stream())
-                    into.copy_(torch.nn.functional.linear(x, panel))
-                begin += len(rows)
+            for rows in blocks.split(max(1, PANEL // weight.shape[1])):
+                panel = torch.empty(len(rows), weight.shape[1], dtype=torch.bfloat16, device=x.device)
+                self.kernels.dequantize(rows, panel, kind=kind, stream=self.stream())
+                y[:, begin:(begin := begin + len(rows))].copy_(torch.nn.functional.linear(x, panel))
         return y
+
+
+def fits_product(x, weight: PackedMatrix | torch.Tensor, out) -> bool:
+    """Whether a kernel can take these types and places; x and out are whole buffers' first rows."""
+    floats = torch.float32, torch.bfloat16
+    plain = isinstance(weight, torch.Tensor)
+    if plain and (weight.dtype not in (*floats, torch.float16) or weight.shape[1] % 8 or not weight.is_contiguous()
+                  or weight.data_ptr() % 16):
+        return False
+    return x.dtype in floats and out.dtype in floats and x.shape[1] % 8 == 0 and x.data_ptr() % 16 == 0

@@ -8,9 +8,11 @@ A tolerance counts from the largest value of a tensor and is that of rounding to
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import logging
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -193,25 +195,46 @@ def prove_sample(backend: Any, device: torch.device) -> str:
     return "" if got == want else f"draws the tokens {got}, not {want}"
 
 
-def prove_linear(backend: Any, device: torch.device) -> str:
-    """Packed weights of every type: as floats bit for bit, a row of the embedding, few and many rows of x."""
-    script, dice, N, K = backend.script, Dice(device, 4), 20, 512
-    ids = torch.tensor([3, -1, 19], device=device)
-    for kind in cuda.BLOCKS:
-        blocks = torch.from_numpy(random_blocks(kind, N, K))
-        try:
-            want = dequantized(kind, blocks, script).to(device)
-        except ImportError:             # the gguf package is missing, so no file of this type can be read
+def matrices(script: SimpleNamespace, dice: Dice, N: int, K: int, kinds: Any) -> Iterator[tuple[str, Any, torch.Tensor]]:
+    """(kind, matrix as `linear` takes it, the same in float32) of each type, but for those that need the missing gguf package."""
+    for kind in kinds:
+        if kind in cuda.FLOATS:
+            floats = dice.normal(N, K, dtype=getattr(torch, kind)) / 32
+            yield kind, floats, floats.float()
             continue
-        matrix, rows = PackedMatrix([(kind, blocks.to(device))], K), torch.empty(3, K, device=device)
-        backend.packed.embed(matrix, ids, rows)
-        if not torch.equal(rows, want[ids.clamp(min=0)]):
-            return f"{kind}: weights differ from the reference's"
+        blocks = torch.from_numpy(random_blocks(kind, N, K))
+        with contextlib.suppress(ImportError):          # then no file of this type can be read
+            wide = dequantized(kind, blocks, script)
+            yield kind, PackedMatrix([(kind, blocks.to(dice.device))], K), wide.to(dice.device)
+
+
+def prove_linear(backend: Any, device: torch.device) -> str:
+    """Weights of every type: packed ones as floats bit for bit, a row of the embedding, few and many rows of x; then all that
+    comes before and after a product, where the norm has more columns than W."""
+    script, dice, N, K = backend.script, Dice(device, 4), 20, 512
+    ids, linear = torch.tensor([3, -1, 19], device=device), script.references["linear"]
+    for kind, matrix, want in matrices(script, dice, N, K, (*cuda.BLOCKS, *cuda.FLOATS)):
+        if kind in cuda.BLOCKS:
+            rows = torch.empty(3, K, device=device)
+            backend.products.embed(matrix, ids, rows)
+            if not torch.equal(rows, want[ids.clamp(min=0)]):
+                return f"{kind}: weights differ from the reference's"
         for count in (1, 2, 3, cuda.MAX_PRODUCT_ROWS, cuda.MAX_PRODUCT_ROWS + 1):
-            x = dice.normal(count, K)
-            got = backend.packed.product(x, matrix)
-            if fault := differs(got, x @ want.T, f"{kind}: the product of {count} rows"):
+            x, got = dice.normal(count, K), torch.empty(count, N, device=device)
+            backend.products.linear(x, matrix, got)
+            many = 2e-2 if count > cuda.MAX_PRODUCT_ROWS else 0.0           # in bfloat16
+            if fault := differs(got, x @ want.T, f"{kind}: the product of {count} rows", many):
                 return fault
+    for kind, matrix, want in matrices(script, dice, N, K, ("bfloat16", "float32", "q4_0")):
+        for dtype, activation in itertools.product(DTYPES, cuda.ACTIVATIONS):
+            outputs = N // 2 if cuda.GATES.get(activation) else N
+            x, bias, residual = dice.normal(3, K + 64, dtype=dtype), dice.normal(N), dice.normal(3, outputs)
+            norm = script.Norm(1 + dice.normal(K + 64) / 4 if kind == "float32" else None, 1e-5)
+            got, expected = (torch.empty(3, outputs, device=device, dtype=each) for each in (dtype, torch.float32))
+            backend.products.linear(x, matrix, got, norm, bias, activation, residual)
+            linear(x.float(), want, expected, norm, bias, activation, residual)
+            if fault := differs(got, expected, f"{kind}: {activation or 'no activation'}"):
+                return f"{fault} ({str(dtype)[6:]})"
     return ""
 
 

@@ -6,6 +6,7 @@ place.
 
     name                          for /stats: "decode_core/avx512"
     row_invariant                 the bits of a row depend on nothing else in the batch
+    few_rows_invariant            they do not in a step of up to 8 tokens that all draw, drafts among them
     activations                   torch dtype of every activation buffer; None: chat_server's own choice
     dtype                         torch dtype of float weights whose user names none
     stored_dtype                  of activations and cache beside matrices as stored; None: the backend's affair
@@ -44,7 +45,7 @@ from typing import Any
 from . import _core, cuda
 from .program import MAX_CHOSEN, MAX_EXPERTS
 
-SEAM = 10       # one more whenever a name, an argument or a meaning above, or of `script`, changes
+SEAM = 11       # one more whenever a name, an argument or a meaning above, or of `script`, changes
 log = logging.getLogger("chat_server.decode_core")
 
 

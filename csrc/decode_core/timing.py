@@ -181,7 +181,7 @@ def time_cuda(backend: Any, queue: Any, ops: Iterable[str], cold: int = 1 << 30,
               batches: tuple[int, ...] = (1, 32)) -> Iterator[Timed]:
     """Each kernel in a graph of many calls; pages come from memory, logits from the L2 cache."""
     for rows in batches[:1] + (cuda.MAX_PRODUCT_ROWS,) if "linear" in ops else ():
-        for kind in cuda.BLOCKS:
+        for kind in ("bfloat16", *cuda.BLOCKS):
             work, what, calls_, moved = time_cuda_linear(backend, queue.device, rows, cold, calls, kind)
             yield Timed("linear", f"{kind}: {what}", replayed(queue, work) / calls_, moved)
     for rows in (*batches, 16 * batches[-1]) if "experts" in ops else ():
@@ -232,12 +232,15 @@ def time_cuda_linear(backend: Any, device: torch.device, rows: int, cold: int, c
                      kind: str) -> tuple:
     width = max(256, backend.spec.width // 256 * 256)
     outputs, few = min(8192, 2 * backend.spec.ffn_size), 128
-    part = torch.from_numpy(random_blocks(kind, few, width)).to(device)
+    if kind in cuda.FLOATS:
+        part = Dice(device, 9).normal(few, width, dtype=getattr(torch, kind))
+    else:
+        part = torch.from_numpy(random_blocks(kind, few, width)).to(device)
     blocks = part.repeat(-(-outputs // few), 1)[:outputs]
     count = min(calls, -(-cold // blocks.nbytes))
-    copies = [PackedMatrix([(kind, blocks.clone())], width) for _ in range(count)]
-    x = Dice(device, 9).normal(rows, width)
-    return (lambda: [backend.packed.product(x, matrix) for matrix in copies],
+    copies = [blocks.clone() if kind in cuda.FLOATS else PackedMatrix([(kind, blocks.clone())], width) for _ in range(count)]
+    x, out = Dice(device, 9).normal(rows, width), torch.empty(rows, outputs, device=device)
+    return (lambda: [backend.products.linear(x, matrix, out) for matrix in copies],
             f"{rows} x {width} -> {outputs}", count, blocks.nbytes)
 
 

@@ -1,8 +1,9 @@
-"""Packed weights on CUDA: the kernels in the emulation (and on a GPU) against GGUF's own dequantization in float64."""
+"""Products on CUDA, with packed weights and floats: in the emulation (and on a GPU) against float64 and GGUF's own dequantization."""
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import chat_server as cs
 from engines import make_batch, tensors_of, tokens_of
@@ -102,6 +103,49 @@ def test_a_rows_bits_depend_on_it_alone(gpu, kind):
     np.testing.assert_array_equal(np.delete(spoiled, 2, 0), np.delete(together, 2, 0))
 
 
+# what surrounds products in models: norm (columns beyond W's, its weight), bias, activation, residual, type of out
+EPILOGUES = [(None, False, None, False, torch.bfloat16), ((0, True), True, None, False, torch.bfloat16), ((0, False), False, "relu2", False, torch.bfloat16),
+             ((0, True), True, "swiglu", False, torch.float32), ((0, True), False, "geglu", False, torch.bfloat16), (None, True, "clamped_swiglu", True, torch.float32),
+             (None, True, None, True, torch.float32), ((1064, False), False, None, False, torch.bfloat16), ((24, True), False, None, True, torch.float32)]
+
+
+def surrounded(gpu, kind, x, blocks, norm, bias, activation, residual, out_dtype, rows):
+    out = torch.full((len(rows), len(blocks) // (2 if cuda.GATES.get(activation) else 1)), 7.0, dtype=out_dtype, device=gpu.device)
+    gpu.ops.multiply(x[rows], blocks, out, kind=kind, norm=norm, bias=bias, activation=activation,
+                     residual=None if residual is None else residual[rows], stream=gpu.stream())
+    return out.cpu()
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float32", "float16", "q4_k", "mxfp4"])
+@pytest.mark.parametrize("epilogue", EPILOGUES, ids=str)
+def test_what_surrounds_a_product_is_computed_with_it_and_a_rows_bits_depend_on_it_alone(gpu, kind, epilogue):
+    norm, biased, activation, adds, out_dtype = epilogue
+    N, K, dice = 22, 1280, proof.Dice(gpu.device, 3)                # 11 outputs with a gate
+    [(_, matrix, wide)] = proof.matrices(cs.for_decode_core(), dice, N, K, [kind])
+    [(_, blocks)], outputs = cuda_weights.parts_of(matrix), N // 2 if cuda.GATES.get(activation) else N
+    x_dtype = torch.float32 if norm else torch.bfloat16             # as in models
+    x = (3 * dice.normal(8, K + (norm[0] if norm else 0))).to(x_dtype)
+    x[3] *= 100
+    given = norm and (1 + dice.normal(x.shape[1]) / 2 if norm[1] else None, 1e-5)
+    bias, residual = dice.normal(N) if biased else None, dice.normal(8, outputs) if adds else None
+    rest = given, bias, activation, residual, out_dtype
+    gpu.order(0)
+    got = surrounded(gpu, kind, x, blocks, *rest, list(range(8)))
+    want = x.double()
+    if norm:
+        want = torch.nn.functional.rms_norm(want, want.shape[-1:], None if given[0] is None else given[0].double(), 1e-5)
+    want = want[:, :K] @ wide.double().T + (bias.double() if biased else 0)
+    y = torch.empty(8, outputs, dtype=torch.float64, device=gpu.device)
+    cs.finish_linear(want, y, activation, residual if residual is None else residual.double())
+    error = 2**-8 * y.cpu().abs() if out_dtype == torch.bfloat16 else 0
+    # a gate of a large row multiplies the errors of two sums
+    scale = y.abs().amax(1, keepdim=True).cpu()
+    assert ((got.double() - y.cpu()).abs() <= error + 1e-5 * scale).all()
+    for number, rows in enumerate(([3], [7, 0], [4, 3, 2], [1, 2, 3, 4, 5])):
+        gpu.order(ORDERS[number % 3])
+        assert torch.equal(surrounded(gpu, kind, x, blocks, *rest, rows), got[rows])
+
+
 def test_no_rows_are_no_work(gpu):
     blocks = proof.random_blocks("q4_0", 16, 64)
     assert product(gpu, "q4_0", blocks, np.empty((0, 64), np.float32)).shape == (0, 16)
@@ -118,13 +162,52 @@ def test_a_wrong_argument_is_a_value_error_that_names_it(gpu):
     odd = torch.zeros(577, dtype=torch.uint8, device=gpu.device)[1:].view(16, 36)
     for name, wrong in (("kind", {"kind": "q5_9"}), ("blocks", {"kind": "q8_0"}), ("blocks", {"blocks": blocks.float()}),
                         ("blocks", {"blocks": odd}), ("blocks", {"blocks": blocks[:, :0]}),
-                        ("x", {"x": x.bfloat16()}), ("x", {"x": x[:, :32]}), ("x", {"x": many, "out": many[:, :16]}),
+                        ("x", {"x": x.half()}), ("x", {"x": x[:, :32]}), ("norm", {"norm": (x[0, :32], 1e-5)}),
+                        ("bias", {"bias": x[0, :15]}), ("residual", {"residual": x}), ("activation", {"activation": "tanh"}),
+                        ("out", {"activation": "swiglu"}), ("blocks", {"blocks": blocks[:15], "out": out[:, :7], "activation": "geglu"}),
+                        ("blocks", {"kind": "bfloat16", "blocks": odd}), ("x", {"x": many, "out": many[:, :16]}),
                         ("x", {"x": shifted}), ("x", {"x": torch.zeros(2, 65, device=gpu.device)[:, :64]}),
-                        ("out", {"out": out[:1]}), ("out", {"out": out[:, :15]}), ("out", {"out": out.bfloat16()})):
+                        ("out", {"out": out[:1]}), ("out", {"out": out[:, :15]}), ("out", {"out": out.half()})):
         with pytest.raises(ValueError, match=f"^{name}: "):
             gpu.ops.multiply(**good | wrong, stream=gpu.stream())
     with pytest.raises(ValueError, match="^out: must"):
         gpu.ops.dequantize(blocks, torch.zeros(16, 32, device=gpu.device), kind="q4_0", stream=gpu.stream())
+
+
+class Counting(TorchDispatchMode):
+    """Counts what torch computes, views apart."""
+
+    computed = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.computed += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_layer_of_a_decode_step_is_six_kernels_and_a_rows_bits_do_not_depend_on_the_others(emulation_library, monkeypatch):
+    """Of a llama: qkv, rope_append, attention, output, gate and up, down. Torch computes nothing between them, of up to 8 rows."""
+    monkeypatch.setattr(cuda, "SAMPLE_THREADS", 32)
+    emulated, dice = backends.Emulated(emulation_library, products=True), proof.Dice(torch.device("cpu"), 8)
+    launches, launch = [], backends.RecordedCore.launch
+    monkeypatch.setattr(backends.RecordedCore, "launch", lambda core, work: launches.append(work) or launch(core, work))
+    counts, logits = [], {}
+    for layers in (1, 3):
+        spec = cs.replace(tiny_spec(), layers=layers, width=64, qkv_bias=True, heads=4, kv_heads=2)
+        tensors = {name: dice.normal(*shape, dtype=torch.bfloat16 if len(shape) > 1 else torch.float32) / (8 if len(shape) > 1 else 1)
+                   for name, shape in cs.expected_tensors(spec).items()}
+        model = cs.Transformer(spec, tensors, emulated.kernels(spec), num_pages=8, max_tokens=8, max_rows=8, dtype=torch.bfloat16)
+        with torch.inference_mode():
+            model.cache.copy_(dice.normal(*model.cache.shape))
+        for rows in ([0, 1, 2, 3, 4, 5, 6, 7], [6], [5, 2]):
+            batch = make_batch(*(([9 + row] * 12, 11, 1, [row]) for row in rows))
+            inputs, before = model.inputs(batch), len(launches)
+            with torch.inference_mode(), Counting() as torchs:
+                model.compute(inputs, model.cut(len(rows), len(rows)))
+            counts.append((len(launches) - before, torchs.computed))
+            found = model.buffers["logits"][:len(rows)].clone()
+            together = logits.setdefault(layers, found)
+            assert torch.equal(found, together[rows])
+    assert [three - one for one, three in zip(counts[0], counts[3])] == [2 * 6, 0] and counts[:3] == counts[:1] * 3
 
 
 # --- whole models ------------------------------------------------------------------------------------------------
@@ -249,10 +332,10 @@ def test_large_matrices_are_dequantized_in_panels(emulated, monkeypatch, kind):
     blocks = proof.random_blocks(kind.lower(), 33, 256)
     matrix = PackedMatrix([(kind.lower(), torch.from_numpy(blocks[:20])), (kind.lower(), torch.from_numpy(blocks[20:]))], 256)
     x = torch.randn(9, 256, generator=torch.Generator().manual_seed(1))
-    packed = emulated.backend(tiny_spec()).packed
-    want = x @ torch.from_numpy(values(kind.lower(), blocks)).T
-    assert (packed.product(x, matrix) - want).norm() < 1e-2 * want.norm()
-    assert (packed.product(x[:8], matrix) - want[:8]).norm() < 1e-5 * want.norm()
+    want, out = x @ torch.from_numpy(values(kind.lower(), blocks)).T, torch.empty(9, 33)
+    for rows, tolerance in ((9, 1e-2), (8, 1e-5)):
+        emulated.backend(tiny_spec()).products.linear(x[:rows], matrix, out[:rows])
+        assert (out[:rows] - want[:rows]).norm() < tolerance * want.norm()
 
 
 def tiny_spec():

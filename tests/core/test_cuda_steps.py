@@ -149,6 +149,44 @@ def test_graphs_give_what_the_ops_one_by_one_give(backend, nanochat_fixtures, mo
     assert graphs.steps.queue.replays > 0 or backend.name == "gpu"
 
 
+@pytest.mark.parametrize("name", [pytest.param("gen1", marks=pytest.mark.slow), pytest.param("gen4", marks=pytest.mark.slow), "llama"])
+def test_drafts_change_no_token(backend, name, nanochat_fixtures, monkeypatch, request):
+    """Prompts that repeat themselves; steps of up to 8 rows are graphs, drafts among them, and none runs beside a prompt."""
+    if backend.name == "emulation":
+        backend = backends.Emulated(request.getfixturevalue("emulation_library"), products=True)
+    model, tokens, rng = model_of(name, nanochat_fixtures), {}, np.random.default_rng(2)
+    works = [assignment(f"w{i}", tuple(rng.integers(0, 200, 9).tolist() * (4 + i)), SamplingParams(seed=i, **params), 28, ignore_eos=True)
+             for i, params in enumerate((dict(temperature=0.0), dict(temperature=0.3), dict(temperature=0.7, repetition_penalty=1.1)))]
+    for drafts in (False, True):
+        engine = cuda_engine(backend, model, monkeypatch, max_batch=8)
+        assert engine.drafts and not engine.kernels.row_invariant
+        engine.drafts, start, by_op = drafts, engine.steps._run_ops, []
+        engine.steps._run_ops = lambda batches, fields: by_op.append(len(batches[0].token_ids)) or start(batches, fields)
+        tokens[drafts] = answers(engine, works, [0, 0, 12])
+        assert min(by_op) > 8 and (engine.drafted_tokens > 5) is drafts
+    assert tokens[True] == tokens[False] and engine.accepted_tokens > 0
+
+
+def test_drafts_wait_for_prompts_where_only_few_rows_are_alike(nanochat_fixtures):
+    """And there are none where a row's bits may depend on the others."""
+    assert cs.FREE_ROWS <= decode_core.cuda.MAX_PRODUCT_ROWS
+    drafted = {}
+    for mixes in (True, False):
+        scheduler = cs.Scheduler(cs.PagePool(40), max_batch=4, prefill_chunk=16, mixes_drafts=mixes)
+        for i, length in enumerate((4, 40)):
+            scheduler.add(cs.Sequence(assignment(str(i), tuple(range(length)), SamplingParams(), 30), [*range(length)], 70))
+        scheduler.schedule()
+        scheduler.running[0].computed, scheduler.running[0].draft = 3, [1, 2]
+        drafted[mixes] = [chunk.draft for chunk in scheduler.schedule()]
+    assert drafted == {True: [(1, 2), ()], False: [(), ()]}
+    gen5 = load(nanochat_fixtures / "gen5").spec                # torch multiplies the smear's gate
+    for spec, able in ((llama_like()[0], True), (gen5, False), (replace(llama_like()[0], experts=4, experts_per_token=2), False)):
+        backend = backends.CudaBackend(spec, cs.for_decode_core(), None, device="cpu")
+        assert backend.few_rows_invariant is able
+        backend.faults["linear"] = "differs"
+        assert not backend.few_rows_invariant
+
+
 def test_penalties_and_biases_are_drawn_on_the_device(backend, nanochat_fixtures, monkeypatch):
     """Penalties count all tokens, so the engine waits for each. Their lists are tensors of the graph, or too
     large for it."""

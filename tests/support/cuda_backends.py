@@ -159,18 +159,33 @@ def wrong_ops(**how):
     return type("WrongOps", (WrongOps,), {"wrong": how})
 
 
+class TorchProducts(CudaBackend):
+    """The products of floats in torch: emulated ones would take most of a test's time. They are proved nevertheless."""
+
+    few_rows_invariant = False
+
+    def ops(self, *sizes):
+        found = super().ops(*sizes)
+        return found | ({"linear": self.linear} if "linear" in found else {})
+
+    def linear(self, x, weight, *rest, **more):
+        product = cs.linear_reference if isinstance(weight, torch.Tensor) else self.products.linear
+        product(x, weight, *rest, **more)
+
+
 class Emulated:
     name, device = "emulation", torch.device("cpu")
 
-    def __init__(self, library, ops=EmulatedOps, faults=()):
-        """`faults`: the ops of the class `ops` that must be found wrong, and no others."""
+    def __init__(self, library, ops=EmulatedOps, faults=(), products=False):
+        """`faults`: the ops of the class `ops` that must be found wrong, and no others. products: emulate those of floats too."""
         self.ops, self.faults = ops(RecordedCore(library)), {*faults}
+        self.made = CudaBackend if products else TorchProducts
 
     def backend(self, spec):
-        return CudaBackend(spec, cs.for_decode_core(), self.ops, stream=lambda: 0, device=self.device)
+        return self.made(spec, cs.for_decode_core(), self.ops, stream=lambda: 0, device=self.device)
 
     def kernels(self, spec):
-        """The kernels that load_kernels chooses for CUDA, with the reference's products."""
+        """The kernels that load_kernels chooses for CUDA."""
         backend = self.backend(spec)
         kernels = replace(cs.load_kernels("cpu"), **backend.ops(0, 0, None), backend=backend)
         assert {*backend.faults} == self.faults, backend.faults
