@@ -7373,6 +7373,7 @@ def sample_row(sequence: Sequence, eos_tokens: frozenset[int], offset: int = 0) 
 
 RANK_PATIENCE_S = 20.0  # how long a rank waits for another; the front gives up a worker later than that
 COMPARED_STEPS = 64     # after so many the ranks compare what they drew
+ROWS_SENT = 16          # rows of logits in a message: 16 MB where the vocabulary has 262,144 tokens
 
 
 class RanksFailed(Exception):
@@ -7437,7 +7438,8 @@ class RankTokens:
 
 @wire_message(256 << 20)
 class RankLogits:
-    """The last stage to rank 0: float32 logits of a step without rows, then its hidden states if needed."""
+    """The last stage to rank 0: some rows of the float32 logits of a step without rows, or once they are all
+    sent some of its hidden states, if needed."""
 
     RAW = True
     data: bytes
@@ -7904,14 +7906,14 @@ class StagedSteps:
     def forward(self, batch: Batch):
         self.ranks.tell(RankStep(batch, None))
         self.thread.submit(self.stage.compute, batch, None).result()
-        found = torch.frombuffer(bytearray(self.ranks.found(RankLogits).data), dtype=torch.float32)
-        buffers, R = self.stage.transformer.buffers, len(batch.logit_rows)
-        count = R * buffers["logits"].shape[1]
-        logits, states = found[:count], found[count:]
-        if len(states):
-            rows = buffers["x"][:len(batch.token_ids)]
-            rows.copy_(states.view(rows.shape))
-        return buffers["logits"][:R].copy_(logits.view(buffers["logits"][:R].shape))
+        buffers, found = self.stage.transformer.buffers, bytearray()
+        logits = buffers["logits"][:len(batch.logit_rows)]
+        states = buffers["x"][:len(batch.token_ids) * batch.states]
+        while len(found) < 4 * (logits.numel() + states.numel()):
+            found += self.ranks.found(RankLogits).data
+        found = torch.frombuffer(found, dtype=torch.float32)
+        states.copy_(found[logits.numel():].view(states.shape))
+        return logits.copy_(found[:logits.numel()].view(logits.shape))
 
 
 def run_rank(channel: Channel, config: RankConfig):
@@ -7928,9 +7930,7 @@ def run_rank(channel: Channel, config: RankConfig):
     model = open_model(source, settings, chosen_dtype(settings), device)
     if not config.source:
         channel.send(Ready({}))
-    model, transformer, num_pages = build_transformer(model, source, settings, device, progress, ranks)
-    context = longest_context(PagePool(num_pages, transformer.groups.windows), model.context_length,
-                              prefill_chunk(settings, device))
+    transformer, _, context = build_transformer(model, source, settings, device, progress, ranks)[1:]
     steps = transformer.kernels.backend.make_steps(transformer, settings.max_batch, context)
     give_memory_back()
     channel.send(Ready({}))
@@ -7979,7 +7979,8 @@ def follow_stage(channel: Channel, stage: Stage, drawn: DrawnTokens):
             continue
         if step.rows is None and speaks:
             states = stage.transformer.buffers["x"][:len(step.batch.token_ids) * step.batch.states]
-            channel.send(RankLogits(bytes_of(found) + bytes_of(states)))
+            for rows in filter(len, (*found.split(ROWS_SENT), *states.split(ROWS_SENT))):
+                channel.send(RankLogits(bytes_of(rows)))
         elif step.rows is not None:
             channel.send(RankTokens(found)) if speaks else drawn.add(found)
 
@@ -8113,15 +8114,18 @@ def build_engine(source: ModelSource, settings: Settings, device: torch.device,
         raise ConfigError(f"{source.path}: {error}") from None
     if model.text.chat_template and not importlib.util.find_spec("jinja2"):
         require_library("jinja2", "a chat template")  # the front needs it once the weights are there
-    model, transformer, num_pages = build_transformer(model, source, settings, device, progress, ranks)
+    model, transformer, num_pages, context = build_transformer(
+        model, source, settings, device, progress, ranks)
     return model, Engine(transformer, tokenizer, transformer.kernels, num_pages=num_pages,
-                         max_batch=settings.max_batch, context_length=model.context_length,
+                         max_batch=settings.max_batch, context_length=context,
                          prefill_chunk=prefill_chunk(settings, device), drafts=settings.drafts, ranks=ranks)
 
 
-def build_transformer(model: LoadedModel, source: ModelSource, settings: Settings, device: torch.device,
-                      progress: Progress, ranks: RankAlone | None) -> tuple[LoadedModel, Transformer, int]:
-    """Load the weights, or a rank's shards of them, and allocate the KV pages."""
+def build_transformer(
+        model: LoadedModel, source: ModelSource, settings: Settings, device: torch.device, progress: Progress,
+        ranks: RankAlone | None) -> tuple[LoadedModel, Transformer, int, int]:
+    """Load the weights, or a rank's shards of them, and allocate the KV pages. Returns also the number of
+    pages and the longest context that they hold."""
     rows = max(settings.max_batch, FREE_ROWS)
     limits = {"max_tokens": prefill_chunk(settings, device) + rows, "max_rows": rows}
     ranks, kv_heads = ranks or RankAlone(), max(model.spec.kv_heads, settings.tensor_parallel_size)
@@ -8154,7 +8158,7 @@ def build_transformer(model: LoadedModel, source: ModelSource, settings: Setting
     log.info("%s", memory_line(needs, free, device, settings))
     transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device,
                               dtype=model.dtype, groups=groups, progress=progress, **limits)
-    return model, transformer, num_pages
+    return model, transformer, num_pages, context
 
 
 def memory_needs(model: LoadedModel, quantize: str | None, max_tokens: int, max_rows: int) -> dict[str, int]:
@@ -8236,7 +8240,8 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> 
     cache = (f"KV cache: {pages:,} pages {holds} ({pages * page_bytes / 2**20:,.0f} MiB); "
              f"context {context:,} tokens")
     lines = (f"Model {model.name}: {model.description}", kernels_line(),
-             f"Running on {place}, weights in {engine.transformer.weight_types}; kernels: "
+             f"Running on {place}, weights in {engine.transformer.weight_types}"
+             + " in rank 0" * bool(engine.ranks) + "; kernels: "
              + ", ".join(sorted(set(kernels.values()))), cache, *model.notes)
     return ModelCard(model.text, model.name, engine.context_length, lines, kernels,
                      engine.kernels.row_invariant, kernels_line(), dict(model.sampling),
