@@ -1,4 +1,5 @@
 """How long an all_reduce takes between processes of one thread each, without checks of its arguments: medians over blocks of 200, as rank 0 sees them.
+Its input is copied to where the other ranks read, or written there at once, as a recorded product does; both ways in turns.
 
     python bench/ranks.py [--ranks 2] [--bytes 4096,8192,65536,1048576] [--blocks 40] [--hog]
     python bench/ranks.py --model FILE [--layouts 1x1,2x1] [--streams 1,16] [--tokens 48] [--rounds 5]
@@ -9,6 +10,7 @@
 
 import argparse
 import asyncio
+import ctypes
 import statistics
 import subprocess
 import sys
@@ -25,18 +27,37 @@ BLOCK = 200
 def run_rank(path: str, rank: int, sizes: list[int], blocks: int) -> None:
     ranks = Ranks(path, rank)
     for size in sizes:
-        x, out = np.full((1, size // 4), 1.0, np.float32), np.empty((1, size // 4), np.float32)
-        at = [(array.ctypes.data, size // 4) for array in (x, out)]
-        each = []
+        count = size // 4
+        x, out = np.full(count, 1.0, np.float32), np.empty(count, np.float32)
+        shared = {}                                 # where the other ranks read: two places, in turns
+        for _ in range(2):
+            shared[ranks.handle.next] = np.ctypeslib.as_array((ctypes.c_float * count).from_address(ranks.handle.next))
+            ranks.handle.exchange(True, 1, (x.ctypes.data, count), (out.ctypes.data, count), (0, 0))
+
+        def exchange(at: int) -> None:              # as a recorded step does: nothing is checked again
+            ranks.handle.exchange(True, 1, (at, count), (out.ctypes.data, count), (0, 0))
+
+        def written_and_copied() -> None:
+            x.fill(1.0)
+            exchange(x.ctypes.data)
+
+        def written_in_place() -> None:
+            shared[at := ranks.handle.next].fill(1.0)
+            exchange(at)
+
+        ways = {"copied": lambda: exchange(x.ctypes.data), "written and copied": written_and_copied, "written in place": written_in_place,
+                "written alone": lambda: x.fill(1.0)}
+        times = {way: [] for way in ways}
         for _ in range(blocks + 1):
-            begin = time.perf_counter()
-            for _ in range(BLOCK):
-                ranks.handle.exchange(True, 1, *at, (0, 0))         # as a recorded step does: nothing is checked again
-            each.append((time.perf_counter() - begin) / BLOCK * 1e6)
-        each = sorted(each[1:])                     # the first warms up
+            for way, run in ways.items():
+                begin = time.perf_counter()
+                for _ in range(BLOCK):
+                    run()
+                times[way].append((time.perf_counter() - begin) / BLOCK * 1e6)
         assert (out == ranks.count).all()
-        if rank == 0:
-            print(f"{size:>8} bytes, {ranks.count} ranks: median {statistics.median(each):6.1f} us, best {each[0]:6.1f}, "
+        for way, each in times.items() if rank == 0 else ():
+            each = sorted(each[1:])                 # the first warms up
+            print(f"{size:>8} bytes, {ranks.count} ranks, {way:18}: median {statistics.median(each):6.1f} us, best {each[0]:6.1f}, "
                   f"worst block {each[-1]:6.1f}", flush=True)
 
 

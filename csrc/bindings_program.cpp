@@ -183,6 +183,7 @@ void bind_program(py::module_& m) {
     py::class_<dc::Ranks, std::shared_ptr<dc::Ranks>>(m, "Ranks")
         .def(py::init<int, int, double>())
         .def("exchange", &exchange_now)
+        .def_property_readonly("next", [](const dc::Ranks& ranks) { return uintptr_t(ranks.next()); })
         .def("poison", [](dc::Ranks& ranks) { ranks.poison(); })
         .def("why", &dc::Ranks::why)
         .def_readonly("rank", &dc::Ranks::rank)

@@ -50,6 +50,7 @@ void paged_attention(const AttentionJob& job, const AttentionPlan::Work& work);
 //                 and x may be out; rows * columns a multiple of 16. So the bits are fixed for a number of ranks.
 //   all_gather    rank i's x becomes columns [i * columns, (i + 1) * columns) of out [rows][out_columns]; what is beyond its end
 //                 is left out
+// x may be ranks->next(), which saves the copy.
 // All ranks run the same ones in the same order. run_exchange throws std::runtime_error if the others cannot come (ranks.h); a
 // step shares offer and join out by rows, with one meet between them.
 struct Exchange {

@@ -54,6 +54,7 @@ class Program:
         self._program = _core.Program(max_tokens, max_rows)
         self._limits = {TOKENS: max_tokens, LOGIT_ROWS: max_rows}
         self._rows_of: dict[int, str] = {}      # a buffer that has been written -> TOKENS or LOGIT_ROWS
+        self._lost: set[int] = set()            # buffers that the other ranks may have instead
         self._kept: list = []
         self._logits, self.logits = None, None
 
@@ -212,15 +213,19 @@ class Program:
                      check_softcap(softcap), sinks_at(sinks, H), out_at, attention.group, keep=(q, cache, out, sinks))
 
     def all_reduce(self, x, ranks, out, residual=None) -> None:
-        """residual + the sum of all ranks' x -> out; both may be out. Every rank's program has it at the same place."""
+        """residual + the sum of all ranks' x -> out; both may be out. Every rank's program has it at the same place.
+
+        After it, or an all_gather, x must be written again before it is read: a product writes where other ranks read it."""
         x_at, kind = self._read("x", x, 16)
         residual_at = NONE if residual is None else self._read_like("residual", residual, kind, x_at[1])
+        self._lost.add(x_at[0])
         self._record(self._program.all_reduce, kind == LOGIT_ROWS, x_at, self._handle(ranks), self._written("out", out, kind, x_at[1]),
                      residual_at, keep=(x, ranks, out, residual))
 
     def all_gather(self, x, ranks, out) -> None:
         """All ranks' x side by side -> out, which may lack some at its end and is not x."""
         x_at, kind = self._read("x", x)
+        self._lost.add(x_at[0])
         handle, out_at = self._handle(ranks), self._written("out", out, kind)
         check_gathered(out_at[1], x_at[1], ranks.count)
         if out_at[0] == x_at[0]:
@@ -287,6 +292,7 @@ class Program:
         buffer = self._buffer(name, array, kind, columns, writable=True)
         if self._rows_of.setdefault(buffer[0], kind) != kind:
             raise ValueError(f"{name}: holds rows of {self._rows_of[buffer[0]]} already")
+        self._lost.discard(buffer[0])
         return buffer
 
     def _read(self, name: str, array, multiple: int = 1) -> tuple:
@@ -294,6 +300,8 @@ class Program:
         address = look_at(name, array, FLOAT32, None, None)[0]
         if (kind := self._rows_of.get(address)) is None:
             raise ValueError(f"{name}: no op has written it yet")
+        if address in self._lost:
+            raise ValueError(f"{name}: the other ranks have it; no op has written it since")
         buffer = self._buffer(name, array, kind)
         if buffer[1] % multiple:
             raise ValueError(f"{name}: must have a multiple of {multiple} columns, not {buffer[1]}")

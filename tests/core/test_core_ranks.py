@@ -244,6 +244,52 @@ EXACT = """
 """
 
 
+PRODUCTS = """
+    def steps(summed):                              # what two products give, of which each rank has a part of the columns
+        program = decode_core.Program(T, T)
+        program.embed(tables[rank], program.token_ids, x)
+        program.rms_norm(x, None, 1e-5, sums)
+        program.linear(sums, matrix, y)
+        if summed:
+            program.all_reduce(y, ranks, y, residual=x)
+        program.gather_rows(y, program.logit_rows, last)
+        program.linear(last, matrix, own)
+        if summed:
+            program.all_gather(own, ranks, wide)
+        found = {}
+        for T_ in (64, 1, 33, 5, 64, 2) * 3:        # by rows and by tiles
+            ids = list(range(T_))
+            program.finish(program.start(ids, [-1] * T_, [0, T_], [T_], [list(range(4))], ids))
+            found[T_] = [buffer[:T_].copy() for buffer in (x, y, own, wide)]
+        return found
+
+    own, generator = np.empty((T, C), np.float32), np.random.default_rng(0)
+    matrix = decode_core.Matrix(decode_core.Arena(4 << 20), "f32", C, C)
+    matrix.fill(generator.standard_normal((C, C)).astype(np.float32), "f32")
+    me, alone = rank, {}
+    for rank in range(ranks.count):
+        alone[rank] = steps(False)
+    rank = me
+    for T_, (_, y_, own_, wide_) in steps(True).items():
+        residual = alone[rank][T_][0]
+        assert y_.tobytes() == all_reduce_reference([alone[each][T_][1] for each in range(ranks.count)], residual).tobytes(), T_
+        program = decode_core.Program(T, T)         # the second product, of the sum
+        program.given(y)
+        program.linear(y, matrix, own)
+        y[:T_] = y_
+        program.finish(program.start(list(range(T_)), [-1] * T_, [0, T_], [T_], [list(range(4))], [0]))
+        assert np.array_equal(wide_[:, rank * C:(rank + 1) * C], own[:T_, :wide_.shape[1] - rank * C]), T_
+    say("the same")
+"""
+
+
+@pytest.mark.parametrize("count, threads", [(2, 1), (2, 3)])
+def test_products_that_are_written_where_the_others_read_them_give_the_same_bits(count, threads):
+    code = textwrap.dedent(PROGRAM.format(threads=threads)) + textwrap.dedent(PRODUCTS)
+    with Started(count, code) as started:
+        assert started.said() == [["the same"]] * count
+
+
 @pytest.mark.parametrize("count, threads", [(2, 1), (2, 3), (3, 2)])
 def test_a_recorded_step_gives_the_bits_of_its_ops_however_it_is_divided(count, threads):
     code = textwrap.dedent(PROGRAM.format(threads=threads)) + textwrap.dedent(EXACT)
@@ -309,10 +355,12 @@ def test_wrong_arguments_are_named():
             "out: must have 1 to 32 columns": lambda: ranks.all_gather(floats(1, 16), floats(1, 33))}.items():
         with pytest.raises(ValueError, match=message):
             call()
-    program, x, wide = decode_core.Program(4, 4), floats(4, 80), floats(4, 161)
+    program, x, wide, few, sums = decode_core.Program(4, 4), floats(4, 80), floats(4, 161), floats(4, 16), floats(4, 16)
     program.embed(floats(9, 80), program.token_ids, x)
+    program.embed(floats(9, 16), program.token_ids, few)
     for message, call in {
             "ranks: must be Ranks": lambda: program.all_reduce(x, 2, x),
+            "x: the other ranks have it": lambda: (program.all_reduce(few, ranks, sums), program.rms_norm(few, None, 1e-5, sums)),
             "x: is more than the ranks' memory": lambda: program.all_reduce(x, ranks, x),
             "out: must have 1 to 160": lambda: program.all_gather(x, ranks, wide)}.items():
         with pytest.raises(ValueError, match=message):

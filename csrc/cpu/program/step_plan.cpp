@@ -190,7 +190,7 @@ void Step::add_exchange(int index) {
     const int64_t chunks = threads == 1 ? 1 : std::min({rows, bytes / EXCHANGED_BYTES, MAX_CHUNKS});
     Part part{nullptr, index, index + 1, -1, rows, rows, 1};
     if (chunks <= 1) return add_plain<&Step::do_exchange>(part);
-    part.chunks = chunks, add_plain<&Step::do_offer>(part);
+    if (!is_offered(index - 1)) part.chunks = chunks, add_plain<&Step::do_offer>(part);
     part.chunks = 1, add_plain<&Step::do_meet>(part);
     part.chunks = chunks, add_plain<&Step::do_join>(part);
 }

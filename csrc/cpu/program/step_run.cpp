@@ -25,13 +25,26 @@ void prepare_rows(const Op& op, int64_t begin, int64_t end, int64_t to, void* pr
     }
 }
 
-// The product of `rows` rows, whose outputs begin at row `first`.
-Product product_of(const Op& op, const void* prepared, int64_t first, int64_t rows) {
+// The product of `rows` rows, of which the first is `first`; its outputs begin at `out`.
+Product product_of(const Op& op, const void* prepared, int64_t first, int64_t rows, float* out) {
     return {op.tiles, prepared, rows, op.bias, op.other.at ? op.other.row(first) : nullptr, op.other.columns, op.activation,
-            op.out.row(first), op.out.columns, op.out.columns};
+            out, op.out.columns, op.out.columns};
 }
 
 }  // namespace
+
+// Does the op after this one exchange the product that this one gives? Then it is written where the other ranks read it.
+bool Step::is_offered(int64_t index) const {
+    if (index < 0 || index + 1 >= int64_t(ops.size()) || ops[size_t(index)].kind != OpKind::linear) return false;
+    const Op &op = ops[size_t(index)], &next = ops[size_t(index + 1)];
+    return next.ranks && next.on_logit_rows == op.on_logit_rows && next.x.at == op.out.at && next.x.columns == op.out.columns &&
+           next.other.at != op.out.at;
+}
+
+float* Step::product_row(const Op& op, int64_t row) const {
+    const int64_t index = &op - ops.data();
+    return is_offered(index) ? ops[size_t(index + 1)].ranks->next() + row * op.out.columns : op.out.row(row);
+}
 
 void Step::resolve_ids(const std::vector<int32_t>& before) {
     const auto drawn_by = [&](int64_t row) {
@@ -110,7 +123,7 @@ void Step::linear_of_rows(const Op& op, int64_t begin, int64_t end) const {
     const size_t bytes = (prepared_bytes(op, end - begin) + 63) / 64 * 64;
     char* memory = static_cast<char*>(scratch(bytes + size_t(op.x.columns) * sizeof(float)));
     prepare_rows(op, begin, end, 0, memory, reinterpret_cast<float*>(memory + bytes));
-    multiply(product_of(op, memory, begin, end - begin), 0, tile_count(op.tiles.rows), 0, group_count(end - begin));
+    multiply(product_of(op, memory, begin, end - begin, product_row(op, begin)), 0, tile_count(op.tiles.rows), 0, group_count(end - begin));
 }
 
 // ---- experts
@@ -199,7 +212,8 @@ Step::Range Step::columns_of(const Part& part, int64_t chunk) const {
 // `staged` is (rows, the chunk's columns), or null.
 void Step::do_product(const Part& part, int64_t chunk, float* staged) const {
     const Range tiles = tiles_of(part, chunk), columns = columns_of(part, chunk);
-    Product product = product_of(ops[size_t(part.first)], memory.prepared, 0, part.rows);
+    const Op& op = ops[size_t(part.first)];
+    Product product = product_of(op, memory.prepared, 0, part.rows, product_row(op, 0));
     if (staged) product.out = staged - columns.begin, product.out_stride = columns.end - columns.begin;
     multiply(product, tiles.begin, tiles.end, 0, group_count(part.rows));
 }
@@ -208,7 +222,7 @@ void Step::put_product(const Part& part, int64_t chunk, const float* staged) con
     const Range columns = columns_of(part, chunk);
     const int64_t width = columns.end - columns.begin;
     for (int64_t row = 0; row < part.rows; row++)
-        std::memcpy(ops[size_t(part.first)].out.row(row) + columns.begin, staged + row * width, size_t(width) * sizeof(float));
+        std::memcpy(product_row(ops[size_t(part.first)], row) + columns.begin, staged + row * width, size_t(width) * sizeof(float));
 }
 
 const AttentionRun& Step::attention_of(const Part& part) const {
@@ -246,7 +260,8 @@ void Step::do_sample(const Part& part, int64_t row) const {
 
 Exchange Step::exchange_of(const Part& part) const {
     const Op& op = ops[size_t(part.first)];
-    return {op.ranks.get(), op.kind == OpKind::all_reduce, part.rows, op.x.columns, op.x.at, op.other.at, op.out.columns, op.out.at};
+    const float* x = is_offered(part.first - 1) ? op.ranks->next() : op.x.at;
+    return {op.ranks.get(), op.kind == OpKind::all_reduce, part.rows, op.x.columns, x, op.other.at, op.out.columns, op.out.at};
 }
 
 void Step::do_offer(const Part& part, int64_t chunk) const {
