@@ -16,8 +16,9 @@ The two houses
           | one socket pair per worker: typed JSON messages, one per engine step with all answers' pieces
     worker house: one process per replica of the model (per GPU; one on a CPU; or on a Ray cluster)
               loads the weights, then schedules, computes and samples step by step, turns tokens into text;
-              never opens a network socket (on Ray one, for a front that proves to know its secret)
-          | with --tp or --pp one socket pair per other rank: the steps to compute
+              never opens a network socket (on Ray one, for a front that proves to know its secret;
+              under torchrun one, for ranks that do)
+          | with --tp or --pp one socket pair per other rank, TCP under torchrun: the steps to compute
     ranks     the worker is rank 0; each has a shard of the weights, and they sum in shared memory
 
 Neither house uses a name of the other's. What both use, above all the messages, is in the shared sections at
@@ -7674,14 +7675,15 @@ class RankZeroOfNodes(RankZero):
                 if connection := admit(listener, secret, 0.2):
                     [place] = (channel := Channel(connection)).receive(wait=True, most=1)
                     places[place.rank], channels[place.rank] = place, channel
-            return len(places) == count - 1 or None
+            return len(places) == count - 1 and bool(self.after or self.stages == 1) or None
 
         def say():
             missing = sorted({*range(1, count)} - {*places})
             self.progress(f"waiting for rank {', '.join(map(str, missing))} of torchrun", len(places) / count)
 
         with listen_as_master(start.master_addr) as listener:
-            store.put(f"{life}/0", [start.master_addr, listener.getsockname()[1], secret.hex()])
+            store.put(f"{life}/0", [start.master_addr, listener.getsockname()[1], secret.hex(),
+                                    f"--tp {self.tp} --pp {self.stages}"])
             store.wait(life, come, say)
         self.places, self.channels = ([each[rank] for rank in range(1, count)] for each in (places, channels))
 
@@ -7733,7 +7735,9 @@ def serve_rank(settings: Settings, start: Torchrun) -> int:
 
 def live_as_rank(settings: Settings, start: Torchrun, store: RankStore, life: int):
     """Connect with rank 0 and the stages before and after, and compute in another process until it ends."""
-    (host, port, secret), rank = store.look(f"{life}/0"), start.rank
+    (host, port, secret, sizes), rank = store.look(f"{life}/0"), start.rank
+    if sizes != (own := f"--tp {settings.tensor_parallel_size} --pp {settings.pipeline_parallel_size}"):
+        raise ConfigError(f"rank 0 has {sizes}, and rank {rank} {own}: all nodes need the same")
     secret, next_rank = bytes.fromhex(secret), rank + settings.tensor_parallel_size
     before = after = None
     with contextlib.ExitStack() as stack:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 
 import psutil
 import pytest
@@ -165,6 +166,13 @@ def test_the_refusal_is_one_line(default_model_path):
     run = subprocess.run([sys.executable, SCRIPT, "serve", str(default_model_path), "--tp", "2"], capture_output=True, text=True,
                          timeout=60, env=os.environ | STARTED | {"WORLD_SIZE": "5"})
     assert run.returncode == 2 and len(run.stderr.splitlines()) == 1 and "torchrun starts 5 processes" in run.stderr
+
+
+def test_nodes_with_other_sizes_are_refused(started):
+    start = started()()
+    store = types.SimpleNamespace(look=lambda key: ["127.0.0.1", 1, "00", "--tp 1 --pp 2"])
+    with pytest.raises(cs.ConfigError, match="rank 0 has --tp 1 --pp 2, and rank 1 --tp 2 --pp 1"):
+        cs.live_as_rank(cs.Settings(tensor_parallel_size=2), start, store, 1)
 
 
 def test_a_connection_is_admitted_only_with_the_secret():
