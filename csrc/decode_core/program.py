@@ -218,19 +218,19 @@ class Program:
         After it, or an all_gather, x must be written again before it is read: a product writes where other ranks read it."""
         x_at, kind = self._read("x", x, 16)
         residual_at = NONE if residual is None else self._read_like("residual", residual, kind, x_at[1])
-        self._lost.add(x_at[0])
-        self._record(self._program.all_reduce, kind == LOGIT_ROWS, x_at, self._handle(ranks), self._written("out", out, kind, x_at[1]),
-                     residual_at, keep=(x, ranks, out, residual))
+        handle, out_at = self._handle(ranks), self._written("out", out, kind, x_at[1])
+        self._record(self._program.all_reduce, kind == LOGIT_ROWS, x_at, handle, out_at, residual_at, keep=(x, ranks, out, residual))
+        self._lost |= {x_at[0]} - {out_at[0]}
 
     def all_gather(self, x, ranks, out) -> None:
         """All ranks' x side by side -> out, which may lack some at its end and is not x."""
         x_at, kind = self._read("x", x)
-        self._lost.add(x_at[0])
         handle, out_at = self._handle(ranks), self._written("out", out, kind)
         check_gathered(out_at[1], x_at[1], ranks.count)
         if out_at[0] == x_at[0]:
             raise ValueError("out: may not be x")
         self._record(self._program.all_gather, kind == LOGIT_ROWS, x_at, handle, out_at, keep=(x, ranks, out))
+        self._lost.add(x_at[0])
 
     def sample(self, logits) -> None:
         """The last op: a token for each logit row, in the steps that bring a SampleBatch."""
