@@ -36,9 +36,10 @@ def pytest_report_teststatus(report, config):
 
 # The modules that take longest, the longest first: two processes then end together.
 LONGEST = [f"tests/{name}.py" for name in (
-    "pool/test_failover", "pool/test_workers", "core/test_cuda_steps", "http/test_apis", "http/test_server", "model/test_weights", "model/test_families",
-    "page/test_page_shell", "page/test_page", "page/test_page_chats", "page/test_page_markdown", "core/test_check", "model/test_hub", "engine/test_engine",
-    "peers/test_peers", "core/test_cuda_proof", "http/test_http", "http/test_hostile", "pool/test_sandbox", "core/test_seam")]
+    "model/test_families", "pool/test_failover", "http/test_server", "model/test_ranks", "page/test_page", "model/test_weights", "pool/test_workers",
+    "page/test_page_chats", "page/test_page_shell", "model/test_hub", "core/test_check", "page/test_page_markdown", "http/test_apis",
+    "core/test_cuda_steps", "engine/test_engine", "core/test_cuda_experts", "text/test_tools", "pool/test_ray", "pool/test_sandbox",
+    "pool/test_overflow", "text/test_reasoning", "engine/test_grammar", "core/test_cuda_proof", "core/test_seam", "http/test_hostile")]
 
 
 def pytest_configure(config):
