@@ -254,7 +254,7 @@ SPARE = {"<think>": 5, "</think>": 6, **{name: 7 + index for index, name in enum
 
 @pytest.fixture(scope="module")
 def engine(default_model_path):
-    return make_engine(default_model_path, num_pages=100, max_batch=8)
+    return make_engine(default_model_path, num_pages=100, max_batch=8, as_stored=True)
 
 
 def with_template(engine, default_model_path, template, names=()):

@@ -412,14 +412,19 @@ def test_references_in_a_tool_s_parameters_are_to_these_parameters(tool_format):
         chat_server.check_grammar(chat_server.tool_grammar([{"function": {"name": "go", "parameters": wrong}}], tool_format, True), "tools")
 
 
+@pytest.fixture(scope="module")
+def engine(default_model_path):
+    return make_engine(default_model_path, num_pages=100, max_batch=8, as_stored=True)
+
+
 @pytest.mark.parametrize("tool_format", ["tagged", "json", "tagged by special tokens", "deepseek", "deepseek fenced", "kimi",
                                          *chat_server.TAGGED_ARGUMENTS])
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
-def test_a_required_call_is_made_by_a_model_that_has_never_heard_of_tools(default_model_path, tool_format, choice):
-    engine = make_engine(default_model_path, num_pages=100, max_batch=8)
+def test_a_required_call_is_made_by_a_model_that_has_never_heard_of_tools(engine, tool_format, choice, monkeypatch):
     if tool_format == "tagged by special tokens":
-        tool_format, engine.tokenizer.specials["<tool_call>"] = "tagged", 1
-    engine.tokenizer.tool_format = tool_format
+        tool_format = "tagged"
+        monkeypatch.setitem(engine.tokenizer.specials, "<tool_call>", 1)
+    monkeypatch.setattr(engine.tokenizer, "tool_format", tool_format)
     values = chat_server.parse_fields(ASK | {"tools": [WEATHER], "tool_choice": choice, "parallel_tool_calls": False},
                                       chat_server.OPENAI_FIELDS)
     request = chat_server.parse_openai_request(values, Settings(), tool_format)
@@ -431,7 +436,7 @@ def test_a_required_call_is_made_by_a_model_that_has_never_heard_of_tools(defaul
 
 
 def test_the_default_model_makes_several_calls_in_tags_and_so_does_a_worker_that_takes_over(default_model_path):
-    engine = make_engine(default_model_path, num_pages=200, max_batch=8)
+    engine = make_engine(default_model_path, num_pages=200, max_batch=8, as_stored=True)
     engine.tokenizer = chat_server.open_tokenizer(chat_server.replace(load(default_model_path).text, chat_template=TAG_FAMILIES["qwen tags"]))
     tool = {"type": "function", "function": {"name": "trip", "parameters": {
         "type": "object", "required": ["city", "days", "kind"], "properties": {
