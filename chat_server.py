@@ -3033,6 +3033,9 @@ def tls_context(folder: str | None, server: bool) -> ssl.SSLContext | None:
     return context
 
 
+TRANSIT_BYTES = 1 << 17  # of a worker's messages in each socket; by default megabytes would wait there
+
+
 def proof(secret: bytes, side: str, nonces: bytes) -> bytes:
     """Shows that a side of a connection knows the secret; good for these nonces (32 bytes of each side)."""
     return hmac.digest(secret, side.encode() + nonces, "sha256")
@@ -3047,6 +3050,7 @@ def admit_front(where: str) -> socket.socket:
         print(json.dumps([listener.getsockname()[1], secret.hex()]), flush=True)
         while (left_s := deadline_s - time.monotonic()) > 0:
             if connection := admit(listener, secret, left_s, context):
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, TRANSIT_BYTES)
                 return connection
     raise SystemExit("the front did not come within a minute")
 
@@ -9672,6 +9676,7 @@ class RayWorker(Worker):
     async def _connect(self, placed: Placed) -> asyncio.StreamReader:
         context = tls_context(self.pool.settings.ray_tls, False)
         reader, self.writer = await asyncio.open_connection(placed.host, placed.port, ssl=context)
+        self.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, TRANSIT_BYTES)
         secret, nonce = bytes.fromhex(placed.secret), secrets.token_bytes(32)
         nonces = await reader.readexactly(32) + nonce
         self.writer.write(nonce + proof(secret, "front", nonces))

@@ -163,6 +163,9 @@ def main():
         from ray.cluster_utils import Cluster
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": args.workers})
         os.environ["FAKE_RAY"] = cluster.address
+        for _ in range(10):     # its dashboard and agents start for many seconds, on the clients' core
+            if psutil.cpu_percent(2.0) < 20:
+                break
     server = subprocess.Popen([sys.executable, __file__, "front", str(port), str(args.workers), str(os.getpid())],
                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:

@@ -77,6 +77,8 @@ def test_links_that_cost_nothing_scale_as_the_arithmetic_says():
     assert scale_model.predicted(BOX, 2, 2, 1, 11) == pytest.approx((1100, 100, 10))        # or half the time on two ranks
     assert scale_model.predicted(BOX, 2, 1, 2, 22) == pytest.approx((1100, 50, 20))         # or two batches in flight
     assert scale_model.predicted(BOX, 4, 1, 1, 2)[0] == pytest.approx(200)                  # two replicas have nothing to do
+    slower = BOX | {"together": 2}
+    assert [scale_model.predicted(slower, 2, 1, 1, count)[0] for count in (1, 2)] == pytest.approx([100, 100])      # and delay nobody
 
 
 def test_what_cannot_be_shared_and_the_links_bound_it():
