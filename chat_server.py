@@ -16,10 +16,11 @@ The two houses
           | one socket pair per worker: typed JSON messages, one per engine step with all answers' pieces
     worker house: one process per replica of the model (per GPU; one on a CPU; or on a Ray cluster)
               loads the weights, then schedules, computes and samples step by step, turns tokens into text;
-              never opens a network socket (on Ray one, for a front that proves to know its secret;
-              under torchrun one, for ranks that do)
+              never opens a network socket, but for processes that prove to know its secret: a front where
+              Ray placed it, and ranks on other machines
           | with --tp or --pp one socket pair per other rank, TCP under torchrun: the steps to compute
     ranks     the worker is rank 0; each has a shard of the weights, and they sum in shared memory
+              (GPUs by NCCL, nodes without them by Gloo)
 
 Neither house uses a name of the other's. What both use, above all the messages, is in the shared sections at
 the top. When a worker dies it is restarted, and its answers continue elsewhere from the tokens they have: the
@@ -3063,7 +3064,7 @@ def listen(host: str) -> socket.socket:
 def admit(listener: socket.socket, secret: bytes, wait_s: float, context=None) -> socket.socket | None:
     """The next connection, if it comes within `wait_s` and knows the secret."""
     listener.settimeout(wait_s)
-    with suppress(TimeoutError):
+    with suppress(OSError):  # above all a timeout
         connection, _ = listener.accept()
         try:
             connection.settimeout(5)
@@ -3098,10 +3099,11 @@ def dial(host: str, port: int, secret: bytes) -> socket.socket:
 
 
 def watch_peer(connection: socket.socket):
-    """Send small messages at once, and notice within 30 s that the other machine is gone."""
+    """Send small messages at once, and notice that the other machine is gone: within 30 s, or within
+    minutes while it has not acknowledged what was sent. One that is slow to read does not either."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_NODELAY", 1), ("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4),
-                        ("TCP_USER_TIMEOUT", 30_000)):
+                        ("TCP_USER_TIMEOUT", 300_000)):
         if hasattr(socket, name):  # not all systems have all
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
@@ -3137,6 +3139,7 @@ def replica_actor() -> type:
     no copy of this file: hence the imports inside."""
     class Replica:
         def __init__(self, script: bytes, tls: str):
+            import contextlib
             import hashlib
             import json
             import os
@@ -3152,9 +3155,10 @@ def replica_actor() -> type:
             folders = pathlib.Path(home, "chat_server", "ray").expanduser()
             folder = folders / hashlib.sha256(script).hexdigest()[:16]
             folder.mkdir(parents=True, exist_ok=True)
-            for old in folders.iterdir():
-                if old != folder and old.stat().st_mtime < time.time() - 7 * 86400:
-                    shutil.rmtree(old, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another actor may remove the same
+                for old in folders.iterdir():
+                    if old != folder and old.stat().st_mtime < time.time() - 7 * 86400:
+                        shutil.rmtree(old, ignore_errors=True)
             path, part = folder / "chat_server.py", folder / str(os.getpid())
             part.write_bytes(script)
             part.replace(path)
@@ -3184,7 +3188,7 @@ def ray_main(arguments: Seq[str]) -> int:
     It is a process of its own because Ray ends processes that have lost the cluster's head; the front and its
     connections must outlive that. The actors are detached for the same reason, and end with their workers."""
     channel = join_parent(*arguments)
-    [config] = channel.receive(wait=True)
+    [config] = channel.receive(wait=True, most=1)
     try:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         ray = require_library("ray", "--ray-address")
@@ -4866,6 +4870,8 @@ def kernels_line() -> str:
         info = core.info()
         return (f"decode_core runs with {info['isa']} instructions"
                 + ", compiled with CUDA too" * info["cuda_compiled"])
+    if os.environ.get("CHAT_SERVER_KERNELS") == "reference":
+        return "CHAT_SERVER_KERNELS=reference, so slower reference ops run"
     if core := installed_core():
         version = getattr(core, "SEAM", "unknown")
         return f"decode_core has another version (seam {version} instead of {SEAM}), {build} again"
@@ -7374,7 +7380,8 @@ def sample_row(sequence: Sequence, eos_tokens: frozenset[int], offset: int = 0) 
 # Batches of different sequences follow each other, so that all stages are busy.
 #
 # Under torchrun, which starts a process for each rank on one or several nodes, the process of rank 0 is the
-# front, and its worker starts no ranks: those of the other processes come by TCP (`Nodes`, `serve_rank`).
+# front, and its worker starts no ranks: those of the other processes come by TCP (`RankZeroOfNodes`,
+# `serve_rank`).
 
 RANK_PATIENCE_S = 20.0  # how long a rank waits for another; the front gives up a worker later than that
 COMPARED_STEPS = 64     # after so many the ranks compare what they drew
@@ -7394,7 +7401,8 @@ class RankConfig:
     device: str
     threads: int
     rank: int
-    address: str                # of decode_core's RankMemory, or a file in which torch.distributed meets
+    address: str                # of decode_core's RankMemory, or a file or keys of torchrun's store, where
+                                # torch.distributed meets
     environment: dict[str, str]
     before: int | None = None   # descriptors of the sockets to the stages before and
     after: int | None = None    # after this one
@@ -7543,6 +7551,7 @@ class RankZero(RankAlone):
                                     at.before, at.after))
         if self.places[0].host:  # a download may take longer than ranks wait for each other
             self._hear_all(Ready, self.progress)
+            self.tell(Ready({}))
         return join_ranks(backend, addresses[0], 0, self.tp, config.device)
 
     def meet_in(self) -> str:
@@ -7668,27 +7677,38 @@ class RankZeroOfNodes(RankZero):
                         "ranks meet in the memory of one machine")
             os.environ["CHAT_SERVER_KERNELS"] = "reference"
             installed_core.cache_clear()
-        self.life = life = store.store.add("life", 1)
         places: dict[int, RankPlace] = {}
         channels: dict[int, Channel] = {}
 
         def come() -> bool | None:
+            """Whether all are here; False if one of them has left."""
             with suppress(EOFError, OSError):  # it may come again
-                if self.stages > 1 and not self.after and (at := store.look(f"{life}/{self.tp}")):
+                if self.stages > 1 and not self.after and (at := store.look(f"{self.life}/{self.tp}")):
                     self.after = dial(*at, secret)
                 if connection := admit(listener, secret, 0.2):
                     [place] = (channel := Channel(connection)).receive(wait=True, most=1)
                     places[place.rank], channels[place.rank] = place, channel
+            if any(map(has_hung_up, connections())):
+                return False
             return len(places) == count - 1 and bool(self.after or self.stages == 1) or None
+
+        def connections() -> list[socket.socket]:
+            return [channel.connection for channel in channels.values()] + [self.after] * bool(self.after)
 
         def say():
             missing = sorted({*range(1, count)} - {*places})
             self.progress(f"waiting for rank {', '.join(map(str, missing))} of torchrun", len(places) / count)
 
         with listen_as_master(start.master_addr) as listener:
-            store.put(f"{life}/0", [start.master_addr, listener.getsockname()[1], secret.hex(),
-                                    f"--tp {self.tp} --pp {self.stages}"])
-            store.wait(life, come, say)
+            together = False
+            while not together:  # who has left comes again, and meets the others in a new life
+                for connection in connections():
+                    connection.close()
+                places.clear(), channels.clear()
+                self.after, self.life = None, store.store.add("life", 1)
+                store.put(f"{self.life}/0", [start.master_addr, listener.getsockname()[1], secret.hex(),
+                                             same_on_all_nodes(self.config.settings)])
+                together = store.wait(self.life, come, say)
         self.places, self.channels = ([each[rank] for rank in range(1, count)] for each in (places, channels))
 
     pids = ("self",)
@@ -7697,13 +7717,25 @@ class RankZeroOfNodes(RankZero):
         return f"chat_server/{self.life}"
 
     def has_ended(self, rank: int) -> bool:
-        channel = self.channels[rank - 1]
-        with suppress(OSError):
-            return bool(channel.poll.poll(0)) and not channel.connection.recv(1, socket.MSG_PEEK)
-        return True
+        return has_hung_up(self.channels[rank - 1].connection)
 
     def _ended(self, rank: int) -> RanksFailed:
         return RanksFailed(f"rank {rank} on {self.places[rank - 1].host} has ended")
+
+
+def has_hung_up(connection: socket.socket) -> bool:
+    try:
+        return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def same_on_all_nodes(settings: Settings) -> str:
+    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    return (f"--tp {settings.tensor_parallel_size} --pp {settings.pipeline_parallel_size} and "
+            f"version {version} of chat_server.py")
 
 
 def listen_as_master(host: str) -> socket.socket:
@@ -7718,6 +7750,9 @@ def serve_rank(settings: Settings, start: Torchrun) -> int:
     """A process of torchrun's that is not rank 0: be this rank for one worker after another, each time in a
     process of its own, until the front ends. Returns its exit status."""
     life, problem = 0, None
+    if os.environ.get("GROUP_RANK") == "0":  # torchrun also signals the front, which ends after its answers
+        for number_ in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number_, signal.SIG_IGN)
     try:
         store = RankStore()
         over = store.look("over")  # of a front before
@@ -7739,9 +7774,9 @@ def serve_rank(settings: Settings, start: Torchrun) -> int:
 
 def live_as_rank(settings: Settings, start: Torchrun, store: RankStore, life: int):
     """Connect with rank 0 and the stages before and after, and compute in another process until it ends."""
-    (host, port, secret, sizes), rank = store.look(f"{life}/0"), start.rank
-    if sizes != (own := f"--tp {settings.tensor_parallel_size} --pp {settings.pipeline_parallel_size}"):
-        raise ConfigError(f"rank 0 has {sizes}, and rank {rank} {own}: all nodes need the same")
+    (host, port, secret, theirs), rank = store.look(f"{life}/0"), start.rank
+    if theirs != (own := same_on_all_nodes(settings)):
+        raise ConfigError(f"rank 0 has {theirs}, and rank {rank} {own}: all nodes need the same")
     secret, next_rank = bytes.fromhex(secret), rank + settings.tensor_parallel_size
     before = after = None
     with contextlib.ExitStack() as stack:
@@ -7928,6 +7963,9 @@ def run_rank(channel: Channel, config: RankConfig):
     """A rank's life: load the shard, then compute the steps that rank 0 tells, until that is gone."""
     log.setLevel(logging.ERROR)  # rank 0 has said it
     os.environ.update({name: value for name, value in config.environment.items() if value})
+    if (isa := os.environ.get("DECODE_CORE_ISA")) and decode_core() is None:
+        raise ConfigError(f"rank 0 computes by decode_core with {isa} instructions, and this machine cannot: "
+                          "install it here, or set DECODE_CORE_ISA or CHAT_SERVER_KERNELS for rank 0")
     device, ranks = prepare_device(config), OtherRank(channel, config)
 
     def progress(stage: str, fraction: float):
@@ -7938,6 +7976,7 @@ def run_rank(channel: Channel, config: RankConfig):
     model = open_model(source, settings, chosen_dtype(settings), device)
     if not config.source:
         channel.send(Ready({}))
+        channel.receive(wait=True, most=1)  # all others have found theirs
     transformer, _, context = build_transformer(model, source, settings, device, progress, ranks)[1:]
     steps = transformer.kernels.backend.make_steps(transformer, settings.max_batch, context)
     give_memory_back()
@@ -9333,6 +9372,8 @@ class LocalPool:
         match message:
             case Loading(stage, fraction):
                 self.progress(stage, fraction)
+                if stage.startswith("waiting"):  # for another machine
+                    worker.spawned_s = time.monotonic()
             case ModelCard():
                 worker.place, self.source = message.place, self.source or message.source
                 if self.card is NO_CARD:  # build our tokenizer while the workers warm up
@@ -11175,10 +11216,17 @@ def json_response(value, status: int = 200, headers: Mapping[str, str] | None = 
     return web.Response(body=dump(value), status=status, headers=headers, content_type="application/json")
 
 
-def whole_response(body: bytes) -> web.Response:
-    """Up to 20 MB of JSON. aiohttp sends a BytesIO in parts, between which other tasks run."""
-    return web.Response(body=body if len(body) <= WRITE_BYTES else io.BytesIO(body),
-                        content_type="application/json")
+async def send_whole(http: web.Request, body: bytes) -> web.Response:
+    """Send up to 20 MB of JSON; aiohttp sends a BytesIO in parts, between which other tasks run.
+
+    The caller holds the body's bytes of a budget, hence a large one is sent before this returns."""
+    if len(body) <= WRITE_BYTES:
+        return web.Response(body=body, content_type="application/json")
+    response = web.Response(body=io.BytesIO(body), content_type="application/json",
+                            headers={"X-Request-Id": REQUEST_LOG.get().id})
+    await response.prepare(http)
+    await response.write_eof()
+    return response
 
 
 def frame(value) -> bytes:
@@ -12303,7 +12351,7 @@ class Front:
                     if not isinstance(event, PromptProgress):
                         holding.grow(encoder.collect(event))
                 self.note_end(encoder)
-                return whole_response(b"".join(encoder.completion()))
+                return await send_whole(http, b"".join(encoder.completion()))
 
     async def handle_text(self, http: web.Request) -> web.Response:
         self.tokenizer()
@@ -12314,7 +12362,7 @@ class Front:
                 answer = await self.pool.admission.answer_text(route, body, client)
             else:
                 answer = await TEXT_ROUTES[route](json_object(body), self.pool.admission.prompts, client)
-        return whole_response(answer)
+            return await send_whole(http, answer)
 
     def tokenizer(self) -> Tokenizer:
         if (tokenizer := self.pool.tokenizer) is None:
@@ -14287,7 +14335,8 @@ def main(argv: Seq[str] | None = None) -> int:
     if argv and argv[0] in roles:
         return roles[argv[0]](argv[1:])
     keys_given = any(word.partition("=")[0] == "--api-key" for word in argv)
-    hidden = keys_given and hide_api_keys()
+    # torchrun, which started us, shows the key still
+    hidden = keys_given and hide_api_keys() and "TORCHELASTIC_RUN_ID" not in os.environ
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
     try:

@@ -121,3 +121,19 @@ async def test_a_whole_answer_beyond_the_budget_is_an_error_and_a_streamed_one_g
             choice = json.loads(await response.text())["choices"][0]
             assert len(choice["logprobs"].get("content") or choice["logprobs"]["tokens"]) == 5
         assert pool.open == 0
+
+
+async def test_a_whole_answer_counts_until_it_is_sent(monkeypatch):
+    budget = Budget(chat_server.LIMITS.held_bytes)
+    monkeypatch.setattr(chat_server, "Budget", lambda total: budget)
+    question = json.dumps(conversation("Hi")).encode()
+    async with serving(FakePool(["x" * 500_000] * 60)) as url:         # more than sockets hold
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(question) + question)
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        assert head.startswith("HTTP/1.1 200") and "X-Request-Id: " in head and budget.used > 29_000_000
+        body = await reader.readexactly(int(head.partition("Content-Length: ")[2].split("\r\n")[0]))
+        assert len(json.loads(body)["choices"][0]["message"]["content"]) == 30_000_000
+        while budget.used:
+            await asyncio.sleep(0.01)
+        writer.close()

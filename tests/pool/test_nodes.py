@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 import types
 
 import psutil
@@ -170,9 +172,60 @@ def test_the_refusal_is_one_line(default_model_path):
 
 def test_nodes_with_other_sizes_are_refused(started):
     start = started()()
-    store = types.SimpleNamespace(look=lambda key: ["127.0.0.1", 1, "00", "--tp 1 --pp 2"])
-    with pytest.raises(cs.ConfigError, match="rank 0 has --tp 1 --pp 2, and rank 1 --tp 2 --pp 1"):
+    store = types.SimpleNamespace(look=lambda key: ["127.0.0.1", 1, "00", "--tp 1 --pp 2 and version 0 of chat_server.py"])
+    with pytest.raises(cs.ConfigError, match="rank 0 has --tp 1 --pp 2 and version 0 of .*, and rank 1 --tp 2 --pp 1 and version [0-9a-f]{8} of"):
         cs.live_as_rank(cs.Settings(tensor_parallel_size=2), start, store, 1)
+
+
+class StoreInMemory(cs.RankStore):
+    """torchrun's store, for threads of this process."""
+
+    def __init__(self):
+        self.keys, self.store = {"life": 0}, types.SimpleNamespace(add=self.add)
+
+    def add(self, key, count):
+        self.keys[key] += count
+        return self.keys[key]
+
+    life = property(lambda self: self.keys["life"])
+
+    def put(self, key, value):
+        self.keys[key] = value
+
+    def look(self, key):
+        return self.keys.get(key)
+
+
+def test_a_rank_that_leaves_before_all_have_come_meets_them_in_a_new_life(started, monkeypatch):
+    started(RANK="0", WORLD_SIZE="3", MASTER_ADDR="127.0.0.1")
+    store, one_is_there = StoreInMemory(), threading.Event()
+    monkeypatch.setattr(cs, "RankStore", lambda: store)
+    zero = object.__new__(cs.RankZeroOfNodes)
+    zero.config, zero.tp, zero.stages, zero.here, zero.after = types.SimpleNamespace(settings=cs.Settings(tensor_parallel_size=3), device="cuda"), 3, 1, 1, None
+    zero.progress = lambda stage, fraction: stage.startswith("waiting for rank 2 ") and one_is_there.set()
+
+    def come(life, rank):
+        host, port, secret, _ = store.wait(store.life, lambda: store.life >= life and store.look(f"{life}/0") or None)
+        connection = cs.dial(host, port, bytes.fromhex(secret))
+        cs.Channel(connection).send(cs.RankPlace(rank, f"node {rank}", 0, 1))
+        return connection
+
+    with cs.ThreadPoolExecutor(1) as thread:
+        gathered = thread.submit(zero.gather, 3)
+        lost = come(1, 1)
+        assert one_is_there.wait(30)
+        lost.close()
+        while store.life < 2:
+            time.sleep(0.01)
+        with come(2, 1) as one, come(2, 2) as two:
+            gathered.result(30)
+            assert zero.life == 2 and [place.host for place in zero.places] == ["node 1", "node 2"]
+            zero.tell(cs.Ready({}))
+            assert [cs.Channel(each).receive(wait=True) for each in (one, two)] == [[cs.Ready({})]] * 2
+            one.close()
+            assert zero.has_ended(1) and not zero.has_ended(2)
+            for channel in zero.channels:
+                channel.connection.close()
 
 
 def test_a_connection_is_admitted_only_with_the_secret():

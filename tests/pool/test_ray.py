@@ -217,6 +217,19 @@ async def exchange(worker, port, secret):
     return heard
 
 
+def test_places_that_are_asked_for_before_ray_runs_are_left_for_it(monkeypatch):
+    ours, theirs = map(chat_server.Channel, socket.socketpair())
+    monkeypatch.setattr(chat_server, "join_parent", lambda *arguments: theirs)
+    monkeypatch.setattr(chat_server, "require_library", lambda name, purpose: (_ for _ in ()).throw(chat_server.ConfigError("no ray")))
+    for message in (chat_server.RayConfig("auto", ""), chat_server.Place("w", "n", 1, 0)):
+        ours.send(message)
+    assert chat_server.ray_main(("0", "0")) == 1
+    [refusal] = ours.receive(wait=True)
+    assert refusal.message == "--ray-address auto: no ray" and isinstance(theirs.receive(wait=True)[0], chat_server.Place)
+    for channel in (ours, theirs):
+        channel.connection.close()
+
+
 async def test_messages_pass_once_both_know_the_secret_after_others_were_refused(waiting_worker):
     process, port, secret = waiting_worker()
     wrong = front_worker()
