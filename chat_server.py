@@ -211,6 +211,8 @@ class Limits:
     choices: int = 128              # answers per request
     embeddings: int = 2048          # inputs per request
     grammar_characters: int = 1 << 16  # of a JSON schema: compiling this much takes up to 0.3 s
+    parameter_characters: int = 200    # of a parameter's name, in calls whose arguments are in tags
+    tool_name_bytes: int = 1 << 20     # of all names of functions and parameters: workers are told them
     grammar_bytes: int = 16 << 20      # memory of a compiled grammar; 65,536 usual characters take 8 MB
     body_bytes: int = 16 << 20
     held_bytes: int = 256 << 20     # total of large bodies and of answers sent whole
@@ -748,7 +750,8 @@ class AnswerParams:
     grammar: str = ""                   # the answer, after its reasoning, must match it
     grammar_param: str = ""             # the field that the grammar comes from
     tool_names: tuple[str, ...] = ()    # functions whose calls are read from it
-    tool_types: tuple[dict, ...] = ()   # of each: parameter -> JSON types, if the format leaves them out
+    tool_types: tuple[dict, ...] = ()   # of each: parameter -> JSON types, if its format leaves them out;
+                                        # any type where it is "" or the parameter is not in it
     chat: bool = False                  # reasoning and calls are told apart from its content
     progress: bool = False              # send progress events until the first token
     pooling: str = ""                   # mean or last: no answer, but an embedding of the prompt
@@ -1915,7 +1918,9 @@ JSON_TYPES = {"null": lambda value: value is None, "boolean": lambda value: isin
 def typed_value(text: str, types: str) -> str:
     """The JSON of a parameter's value whose tags do not say its type: of one of these JSON types ("": of any)
     if it can be read so, else a string."""
-    for read in (json.loads, ast.literal_eval):  # templates write Python's True and None too
+    # templates write Python's True and None too; reading 450 KB of it takes 0.6 s
+    python = len(text) < 10_000 and re.search("True|False|None|'", text)
+    for read in (json.loads, ast.literal_eval) if python else (json.loads,):
         with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             value = read(text.strip())
             if not is_text(value) and any(JSON_TYPES[name](value) for name in types.split() or JSON_TYPES):
@@ -1984,7 +1989,8 @@ class AnswerReader:
     def finish(self, cut: bool = False):
         """Read the rest: no more text comes. A call cut before its arguments, or in its tag, is dropped."""
         if self.tags and self.kind not in ("text", "reasoning"):  # in the arguments of a call
-            self.held = "" if cut else self.held + self.sign(CALLS[self.tool_format][1])
+            close = self.sign(CALLS[self.tool_format][1]) * (self.kind != "ended")
+            self.held = "" if cut else self.held + close
             next(self.reading)
         if self.header:
             self.held = self.held.rpartition(self.sign("<|start|>"))[2].removeprefix("assistant")
@@ -2008,7 +2014,7 @@ class AnswerReader:
         if self.kind in ("call", "string") and text:
             self._tell_call(CallDelta(text if self.kind == "call" else as_json(text)[1:-1]))
         text = text.lstrip() if self.begins else text
-        if not text or self.kind in ("call", "string", "skipped"):
+        if not text or self.kind in ("call", "string", "skipped", "ended"):
             return
         text, self.space, self.begins = self.space + text, "", False
         if self.thinking:  # white space at its end is not told
@@ -2109,8 +2115,8 @@ class AnswerReader:
     def _read_tags(self, begin: str, bare: str, close: str) -> Iterator[None]:
         """The same for calls with TAGGED_ARGUMENTS, told as JSON; without `begin`, `bare` was there."""
         name, parameter, end, last = map(str.strip, self.tags)
-        pattern = r"\s*" + re.escape(name).replace(r"\{\}", r"\s*([^\s<>\ud800-\udfff]+)\s*")
-        head = re.compile(pattern if bare else rf"{pattern}(?=[<\ud800-\udfff])")
+        pattern = re.escape(name).replace(r"\{\}", r"\s*([^\s<>\ud800-\udfff]+)\s*")
+        head = re.compile(rf"\s*{pattern}" if bare else rf"{pattern}(?=[<\ud800-\udfff])")
         self.calling = begin or " "
         while not (found := head.match(self.held)) and (
                 close not in self.held if begin else not re.search("[\n>]", self.held)):
@@ -2119,6 +2125,7 @@ class AnswerReader:
             self.held, self.kind = self.held[found.end():], "skipped"
             self._tell_call(CallDelta("", found[1]))
             yield from self._read_parameters(self.types.get(found[1], {}), parameter, end, last, close)
+            self.kind = "ended"
             if self.held.startswith(close):
                 break
             # the end of the call, or another one in the same tags
@@ -2129,7 +2136,7 @@ class AnswerReader:
             if rest.startswith(close):
                 self.held = rest
                 break
-        if self.kind != "skipped":  # no call
+        if self.kind != "ended":  # no call
             return (yield from self._read_whole(begin, close if begin else bare))
         self.held, self.calling = self.held.removeprefix(close), ""
         self._part("text")
@@ -2138,7 +2145,9 @@ class AnswerReader:
                          close: str) -> Iterator[None]:
         """Read parameters up to `last`, which is removed, or `close`, which is not. Strings are told as they
         arrive, other values once they are complete."""
-        key = re.escape(parameter).replace(r"\{\}", r"\s*([^<>\ud800-\udfff]+?)\s*").replace("\\\n", r"\s*")
+        most = LIMITS.parameter_characters
+        key = re.escape(parameter).replace("\\\n", r"\s*")
+        key = key.replace(r"\{\}", rf"([^<>\ud800-\udfff]{{1,{most}}})")
         newline = "\n" * self.tags[2].startswith("\n")
         first = "(?:\n|(?=[^\n]))" * len(newline)  # a value's own line break before it is dropped
         step = re.compile(rf"{key}{first}|{re.escape(last) or '(?!)'}|(?={re.escape(close)})")
@@ -2146,19 +2155,23 @@ class AnswerReader:
         stop, lead = re.compile(rf"(?:{newline})?(?:{re.escape(end)}|(?={re.escape(close)}))"), "{"
         while True:
             while not (found := step.search(self.held)):
+                self.held = self.held[-2 * most:]  # no parameter began before
                 yield
             self.held = self.held[found.end():]
             if not found[1]:
                 return self._tell_call(CallDelta("{}" if lead == "{" else "}"))
-            lead, said = ", ", f"{lead}{as_json(found[1])}: "
-            if (wanted := types.get(found[1], "")) == "string":
+            name, before, lead = found[1].strip(), lead, ", "
+            said = f"{before}{as_json(name)}: "
+            if (wanted := types.get(name, "")) == "string":
                 self._tell_call(CallDelta(said + '"'))
                 self.kind = "string"
                 sign = yield from self._until(*stops)
                 self.held = close * sign.endswith(close) + self.held
                 said = '"'
             else:
-                while not (ended := stop.search(self.held)):
+                seen = 0
+                while not (ended := stop.search(self.held, seen)):
+                    seen = max(0, len(self.held) - max(map(len, stops)))
                     yield
                 value = A_MARK.sub(self._spelled, self.held[:ended.start()])
                 self.held = self.held[ended.end():]
@@ -2302,6 +2315,11 @@ def schema_grammar(schemas: Mapping[str, dict], param: str, start: str) -> str:
         raise unusable_schema("it is nested too deeply", param) from None
 
 
+def in_slashes(pattern: str) -> str:
+    """A regular expression as it is written between slashes, on one line."""
+    return re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\/", pattern).replace("\n", "\\n")
+
+
 def lark_grammar(grammar: str, param: str) -> str:
     """The grammar; RequestError if it is too large, or nothing can enforce it."""
     if importlib.util.find_spec("llguidance") is None:
@@ -2310,8 +2328,7 @@ def lark_grammar(grammar: str, param: str) -> str:
             code="unsupported_response_format", param=param)
     if len(grammar) > LIMITS.grammar_characters:
         raise unusable_schema(
-            f"as a grammar it has {len(grammar)} characters, at most {LIMITS.grammar_characters} are allowed",
-            param)
+            f"as a grammar it has over {LIMITS.grammar_characters} characters, the most allowed", param)
     return grammar
 
 
@@ -10052,8 +10069,7 @@ def other_grammar(value, kind: str, param: str) -> tuple[str, str]:
         if kind == "choice":
             grammar = "start: " + " | ".join(json.dumps(whole_unicode(each)) for each in value)
         elif kind == "regex":
-            pattern = re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\/", whole_unicode(value))
-            grammar = f"start: /{pattern}/".replace("\n", "\\n")
+            grammar = f"start: /{in_slashes(whole_unicode(value))}/"
         elif len(value) <= GBNF_CHARACTERS:
             convert = importlib.import_module("llguidance.gbnf_to_lark").any_to_lark
             grammar = convert(whole_unicode(value)).removeprefix("%llguidance {}")
@@ -10840,11 +10856,16 @@ def parse_openai_request(values: Mapping, settings: Settings, tool_format: str |
     if messages is None:
         messages = openai_messages(values["messages"], tool_format is not None)
         options = template_options(values)
+    names, types = tuple(tool["function"]["name"] for tool in tools), ()
+    if tool_format in TAGGED_ARGUMENTS:
+        steps = iter(range(8192))  # of 11 us: a small schema can say much
+        types = tuple(parameter_types(tool, steps) for tool in tools)
+    if (size := len(as_plain_json((names, types)))) > LIMITS.tool_name_bytes:
+        raise invalid("tools", f"the names of all functions and parameters in tools take {size:,} bytes, "
+                               f"at most {LIMITS.tool_name_bytes:,} are allowed")
     return openai_request(
         values, settings, messages=messages, template_options=options, grammar=grammar, grammar_param=param,
-        logprobs=top if logprobs else None, tools=tools,
-        tool_names=tuple(tool["function"]["name"] for tool in tools),
-        tool_types=tuple(map(parameter_types, tools)) if tool_format in TAGGED_ARGUMENTS else ())
+        logprobs=top if logprobs else None, tools=tools, tool_names=names, tool_types=types)
 
 
 def allowed_tools(tools: Seq[dict], choice: ToolChoice) -> tuple[dict, ...]:
@@ -10867,6 +10888,8 @@ CALL_GRAMMARS = {  # tool_format -> the grammar of calls; the name's are `call` 
         *DEEPSEEK)),
     "kimi": "start: <[{2}]> call+ <[{3}]>\ncall: {{calls}}".format(*CALLS["kimi"]),
     **dict.fromkeys(TAGGED_ARGUMENTS, 'start: call ("\\n" call)*\ncall: {calls}')}
+
+
 def tag_text(text: str, tool_format: str) -> str:
     """Text of a call in a grammar. Line breaks in GLM's are left to the model: GLM-4.7 writes none."""
     parts = re.split(rf"{A_MARKER.pattern}|(\n)" if tool_format == "glm tags" else A_MARKER, text)
@@ -10888,102 +10911,154 @@ NAMED_CALLS = {  # of one function, with its arguments
         tag_text(last + CALLS[name][1], name))) for name, (head, *_, last) in TAGGED_ARGUMENTS.items()}}
 
 
-def leaves_of(schema, root: Mapping) -> Iterator[dict]:
-    """The schemas without $ref, anyOf and oneOf of which a value must fit one. $refs are in `root`."""
-    found, seen = [schema], set()
-    for _ in range(64):  # a schema from anywhere must not cost much
+def leaves_of(schema, root: Mapping, steps: Iterator = itertools.repeat(0)) -> Iterator[dict]:
+    """The schemas without $ref, anyOf and oneOf of which a value must fit one; {} if there are too many.
+
+    $refs are in `root`. Each schema on the way uses up one of `steps`, and at most 64 are used here."""
+    found, seen = [({}, schema)], set()  # found: what is said beside a branch, and the branch
+    for _ in itertools.islice(steps, 64):  # a schema from anywhere must not cost much
+        schema = both_schemas(*found.pop(0))
+        keyword = next(filter(schema.get, ("$ref", "anyOf", "oneOf", "allOf")), "")
+        branches = schema.get(keyword)
+        if keyword == "$ref":
+            place, branches = branches, [referred(branches, root)] * (branches not in seen)
+            seen.add(place)
+        # some libraries write a $ref as the only member of an allOf
+        if not keyword or keyword == "allOf" and len(branches) > 1:
+            yield schema
+        else:
+            rest = {name: value for name, value in schema.items() if name != keyword}
+            found += [(rest, branch) for branch in branches[:64]]
         if not found:
             return
-        schema = {} if found[0] is True else found[0]
-        branches, found = [*schema.get("anyOf", ()), *schema.get("oneOf", ())], found[1:]
-        if is_text(place := schema.get("$ref")):
-            steps = (step.replace("~1", "/").replace("~0", "~") for step in place.split("/")[1:])
-            try:
-                found += [functools.reduce(operator.getitem, steps, root)] * (place not in seen)
-            except (LookupError, TypeError):
-                raise LookupError(f"$ref {shown(place)} leads nowhere") from None
-            seen.add(place)
-        elif branches:
-            found += branches[:64]
-        elif len(schema.get("allOf", ())) == 1:  # as some libraries write a $ref
-            found += schema["allOf"]
-        elif isinstance(kinds := schema.get("type"), list):
-            found += [{**schema, "type": kind} for kind in kinds[:7]]
-        else:
-            yield schema
     yield {}
+
+
+def both_schemas(schema: Mapping, branch) -> dict:
+    """What a value must be that fits both; where they contradict each other, the branch counts."""
+    branch = {} if branch is True else branch
+    both = {**schema, **branch}
+    if len(both) > 64:
+        raise LookupError("a schema has more than 64 keywords")
+    for name in schema.keys() & branch.keys() & {"properties", "required"}:
+        both[name] = ({**schema[name], **branch[name]} if name == "properties"
+                      else [*schema[name], *branch[name]])
+    return both
+
+
+def referred(place: str, root: Mapping):
+    """The schema that a $ref leads to."""
+    steps = (step.replace("~1", "/").replace("~0", "~") for step in place.split("/", 64)[1:])
+    try:
+        return functools.reduce(operator.getitem, steps, root)
+    except (LookupError, TypeError):
+        raise LookupError(f"$ref {shown(place)} leads nowhere") from None
+
+
+def listed_values(leaf: Mapping) -> list:
+    return leaf.get("enum", [leaf["const"]] if "const" in leaf else [])
 
 
 def types_of(leaf: Mapping) -> set[str]:
     """The JSON types that a schema without branches allows; none if it does not say."""
-    if values := leaf.get("enum", [leaf["const"]] if "const" in leaf else [])[:64]:
-        return {name for name, fits_it in JSON_TYPES.items() if any(map(fits_it, values))}
-    return {leaf.get("type")} & JSON_TYPES.keys()
+    kinds = leaf.get("type", ())
+    said = ({kinds} if is_text(kinds) else set(kinds)) & JSON_TYPES.keys()
+    if examples := {type(value): value for value in listed_values(leaf)[:64]}.values():
+        found = {name for name, fits_it in JSON_TYPES.items() if any(map(fits_it, examples))}
+        return found & said if said else found
+    return said
 
 
-def parameter_types(tool: dict) -> dict[str, str]:
-    """The JSON types of each of a function's parameters; "" where its schema does not say them."""
+def parameter_types(tool: dict, steps: Iterator = itertools.repeat(0)) -> dict[str, str]:
+    """The JSON types of each of a function's parameters; "" where its schema does not say them, or no
+    `steps` (see leaves_of) are left."""
     parameters, types = tool["function"].get("parameters") or {}, {}
     with suppress(TypeError, AttributeError, LookupError):
         for name, schema in (parameters.get("properties") or {}).items():
+            if len(name) > LIMITS.parameter_characters:
+                continue
             types[name] = ""
             with suppress(TypeError, AttributeError, LookupError):
-                each = [types_of(leaf) for leaf in leaves_of(schema, parameters)]
+                each = [types_of(leaf) for leaf in leaves_of(schema, parameters, steps)]
                 types[name] = " ".join(sorted(set().union(*each))) if all(each) else ""
     return types
 
 
 def text_terminal(leaf: Mapping, ends: Seq[str]) -> str:
     """What a string of this schema may be where no quotes enclose it, so it has none of `ends`."""
-    if values := leaf.get("enum", [leaf["const"]] if "const" in leaf else ()):
+    if values := listed_values(leaf):
         return " | ".join(json.dumps(value) for value in values if is_text(value))
-    escaped = [re.escape(end).replace("/", r"\/") for end in ends]
     bounds = "{%d,%s}" % (leaf.get("minLength", 0), leaf.get("maxLength", ""))
-    parts = [f"/(?s:.{bounds})/".replace("{0,}", "*"), f"~/(?s:.*)({'|'.join(escaped)})(?s:.*)/"]
-    if pattern := leaf.get("pattern", "").replace("/", r"\/"):  # is found anywhere in the text
-        first, last = "^" if pattern[0] == "^" else "", "$" if pattern[-1] == "$" else ""
+    parts = [f"/(?s:.{bounds})/".replace("{0,}", "*"),
+             f"~/(?s:.*)({'|'.join(in_slashes(re.escape(end)) for end in ends)})(?s:.*)/"]
+    if pattern := in_slashes(leaf.get("pattern", "")):  # is found anywhere in the text
+        first, last = "^" * (pattern[0] == "^"), re.search(r"(?<!\\)(?:\\\\)*(\$?)\Z", pattern)[1]
         inside = pattern.removeprefix(first).removesuffix(last) if "|" not in pattern else pattern
         parts.append(f"/{'' if first else '(?s:.*)'}(?:{inside}){'' if last else '(?s:.*)'}/")
     return " & ".join(parts)
 
 
+def leaf_rules(place: str, leaf: dict, root: Mapping, sign: str, ends: Seq[str]) -> Iterator[tuple[str, ...]]:
+    """A rule's name and its lines for the strings, and for the other values, of this schema without branches;
+    `sign` ends a value."""
+    kinds = types_of(leaf) or {"string"}
+    if "string" in kinds:
+        yield (f"{place}t", f"{place}t[suffix={sign}]: {place.upper()}",
+               f"{place.upper()}: {text_terminal(leaf, ends)}")
+    if kinds := sorted(kinds - {"string"}):
+        leaf = {**leaf, "type": kinds}
+        if "enum" in leaf:
+            leaf["enum"] = [value for value in leaf["enum"] if not is_text(value)]
+        if '"$ref"' in json.dumps(leaf):
+            moved = json.dumps({**leaf, "$defs": {"_": root}})
+            leaf = json.loads(moved.replace('"$ref": "#', '"$ref": "#/$defs/_'))
+        yield (place, f"{place}: {place}_value {sign}",
+               f"{place}_value: %json {json.dumps({**leaf, 'x-guidance': JSON_STYLE})}")
+
+
 def tag_rules(rule: str, root: Mapping, tool_format: str) -> Iterator[str]:
     """Lines of a grammar in which `rule` is the arguments of a function with these parameters."""
     _, start, end, _ = TAGGED_ARGUMENTS[tool_format]
-    ((parameters,), wanted), marker = (leaves_of(root, root), []), A_MARKER.match(end)
+    marker, choices = A_MARKER.match(end), []
     end, after = (marker[0], end[marker.end():]) if marker else (end, "")
-    required = parameters.get("required", ())
-    for name, schema in (dict.fromkeys(required, {}) | parameters.get("properties", {})).items():
-        if re.search(r"[<>\n]|^\s|\s$", name):
-            raise unusable_schema(f"this model's calls cannot have a parameter {shown(name)}", "tools")
-        wanted.append((each := f"{rule}_{len(wanted)}") + "?" * (name not in required))
-        leaves = {f"{each}_{number}": leaf for number, leaf in enumerate(leaves_of(schema, root))}
-        for place, leaf in leaves.items():
-            if "string" in (types_of(leaf) or {"string"}):
-                yield f"{place}[suffix={tag_text(end, '')}]: {place.upper()}"
-                yield f"{place.upper()}: {text_terminal(leaf, (end.strip(), CALLS[tool_format][1]))}"
-            else:
-                if '"$ref"' in json.dumps(leaf):
-                    moved = json.dumps({**leaf, "$defs": {"_": root}})
-                    leaf = json.loads(moved.replace('"$ref": "#', '"$ref": "#/$defs/_'))
-                yield f"{place}: {place}_value {tag_text(end, '')}"
-                yield f"{place}_value: %json {json.dumps({**leaf, 'x-guidance': JSON_STYLE})}"
-        head, tail = (tag_text(text, tool_format) for text in (start.format(name), after))
-        yield f"{each}: {head} ({' | '.join(leaves)}) {tail}"
-    yield f"{rule}: {' '.join(wanted) or json.dumps('')}"
+    sign, ends = tag_text(end, ""), (end.strip(), CALLS[tool_format][1])
+    allowed_name = rf"(?!\s)[^<>\n]{{1,{LIMITS.parameter_characters}}}(?<!\s)"
+    for parameters in leaves_of(root, root):
+        required, wanted = dict.fromkeys(parameters.get("required", ()), {}), []
+        for name, schema in (required | parameters.get("properties", {})).items():
+            if not re.fullmatch(allowed_name, name):
+                raise unusable_schema(
+                    f"this model's calls cannot have a parameter {shown(name)}; a name has 1 to "
+                    f"{LIMITS.parameter_characters} characters, no <, > or line break, no space at its ends",
+                    "tools")
+            each, values = f"{rule}_{len(choices)}_{len(wanted)}", []
+            wanted.append(each + "?" * (name not in required))
+            for number, leaf in enumerate(leaves_of(schema, root)):
+                for value, *lines in leaf_rules(f"{each}_{number}", leaf, root, sign, ends):
+                    values.append(value)
+                    yield from lines
+            head, tail = (tag_text(text, tool_format) for text in (start.format(name), after))
+            yield f"{each}: {head} ({' | '.join(values)}) {tail}"
+        choices.append(" ".join(wanted) or json.dumps(""))
+    yield f"{rule}: {' | '.join(choices)}"
 
 
 def tag_grammar(start: str, functions: Seq[dict], tool_format: str) -> str:
     """The same as schema_grammar for TAGGED_ARGUMENTS."""
+    lines, characters = [start], 0
     try:
-        rules = [line for index, function in enumerate(functions)
-                 for line in tag_rules(f"arguments{index}", function.get("parameters") or {}, tool_format)]
+        for index, function in enumerate(functions):
+            for line in tag_rules(f"arguments{index}", function.get("parameters") or {}, tool_format):
+                lines.append(line)
+                characters += len(line)
+                if characters > LIMITS.grammar_characters:  # a $ref repeats all parameters
+                    return lark_grammar("\n".join(lines), "tools")
     except RecursionError:
         raise unusable_schema("it is nested too deeply", "tools") from None
     except (TypeError, AttributeError, ValueError, LookupError) as error:
         raise unusable_schema("parameters must be properties of one object, each with a schema: "
                               + named(error), "tools") from None
-    return lark_grammar("\n".join([start, *rules]), "tools")
+    return lark_grammar("\n".join(lines), "tools")
 
 
 def tool_grammar(tools: Seq[dict], tool_format: str, parallel: bool) -> str:

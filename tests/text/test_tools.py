@@ -463,9 +463,144 @@ def test_the_default_model_makes_several_calls_in_tags_and_so_does_a_worker_that
 
 
 @pytest.mark.parametrize("parameters, reason", [
-    ({"anyOf": [{"type": "object"}, {"type": "object"}]}, "properties of one object"), ({"properties": {"a": 5}}, ""), ({"properties": []}, "properties of one object"),
+    ({"type": "object", "required": 5}, "properties of one object"), ({"properties": {"a": 5}}, ""), ({"properties": {"a" * 201: {}}}, "1 to 200 characters"), ({"properties": []}, "properties of one object"),
     ({"properties": {"a>b": {}}}, "a>b"), ({"properties": {"a": {"type": "string", "pattern": "^a|(b$"}}}, "regex"),
     ({"properties": {"a": {"type": "integer", "minimum": 5, "maximum": 4}}, "required": ["a"]}, "")])
 def test_parameters_that_tags_cannot_have_are_refused_where_a_call_is_required(parameters, reason):
     with pytest.raises(chat_server.RequestError, match="(?i)tools.*" + reason):
         chat_server.check_grammar(chat_server.tool_grammar([{"function": {"name": "f", "parameters": parameters}}], "glm tags", True), "tools")
+
+
+def pushed(tool_format, start, rest, types=()):
+    """What is told of an answer after its start, and a reader that has read it."""
+    tokenizer = Letters()
+    tokenizer.tool_format = tool_format
+    reader = AnswerReader(tokenizer, ["f"], types)
+    reader.push(start)
+    for piece in rest:
+        reader.push(piece)
+    reader.finish()
+    return together([("".join(what for kind, what in reader.told if kind == "text"), [what for kind, what in reader.told if kind == "call"])])
+
+
+def test_an_answer_costs_little_to_read_where_a_model_repeats_itself(monkeypatch):
+    """Each piece that arrives has the reader search what is new, not all that it holds."""
+    searched = []
+
+    class Counted:
+        def __init__(self, pattern):
+            self.pattern = pattern
+
+        def search(self, text, start=0):
+            searched.append(len(text) - start)
+            return self.pattern.search(text, start)
+
+        def __getattr__(self, name):
+            return getattr(self.pattern, name)
+
+    class CountingRe:
+        def compile(self, *pattern):
+            return Counted(chat_server_re.compile(*pattern))
+
+        def __getattr__(self, name):
+            return getattr(chat_server_re, name)
+    chat_server_re = chat_server.re
+    monkeypatch.setattr(chat_server, "re", CountingRe())
+    listed = ", ".join(["1"] * 3000)
+    assert pushed("qwen tags", "<tool_call><function=f>", [*" " * 3000, "<parameter=a>\n[", *listed, "]\n</parameter></function>"]) == (
+        "", [{"name": "f", "arguments": '{"a": [' + listed + "]}"}])
+    assert len(searched) > 10_000 and max(searched) < 600
+
+
+@pytest.mark.parametrize("tool_format, start, end", [("qwen tags", "<tool_call>\n<function=f>\n<parameter=", ">\n1\n</parameter>\n</function>"),
+                                                     ("glm tags", "<tool_call>f\n<arg_key>", "</arg_key>\n<arg_value>1</arg_value>\n</tool_call>")])
+def test_names_of_parameters_in_tags_have_a_length_and_white_space_in_them_costs_little(tool_format, start, end):
+    # 20,000 spaces: a search whose cost grows with their square takes minutes
+    assert pushed(tool_format, start, [" " * 20_000, "a" + " " * 20_000 + "b", end, end])[1][0]["arguments"] == "{}"
+    assert pushed(tool_format, start, [" a  b ", end])[1] == [{"name": "f", "arguments": '{"a  b": 1}'}]
+    assert pushed(tool_format, "<tool_call>" + " " * 20_000, ["!"])[1] == []
+
+
+@pytest.mark.parametrize("rest", ["", "\n", "<", "\n</tool", "<func"])
+def test_an_answer_that_ends_after_a_call_in_tags_gets_no_text_that_the_model_did_not_write(rest):
+    assert pushed("qwen tags", "<function=f>\n</function>", [rest]) == ("", [{"name": "f", "arguments": "{}"}])
+
+
+def test_long_values_and_expressions_are_not_read_as_python():
+    assert chat_server.typed_value("[True, 'a', None]", "") == '[true, "a", null]'
+    for text in ("0x10", "1_000", "(1)", "[" + "'a'," * 3000 + "]"):
+        assert chat_server.typed_value(text, "") == json.dumps(text)
+
+
+class Counted(dict):
+    """A schema that counts how often it is read."""
+    reads = 0
+
+    def get(self, *key):
+        Counted.reads += 1
+        return super().get(*key)
+
+    def keys(self):
+        Counted.reads += 1
+        return super().keys()
+
+
+def test_schemas_that_are_small_but_say_much_cost_little(monkeypatch):
+    parameters = {"properties": {f"p{number}": {"$ref": "#/$defs/x"} for number in range(600)},
+                  "$defs": {"x": {"anyOf": [Counted(enum=[*range(64)])] * 62}}}
+    tools = [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in "fg"]
+    values = chat_server.parse_fields(ASK | {"tools": tools}, chat_server.OPENAI_FIELDS)
+    types = chat_server.parse_openai_request(values, Settings(), "qwen tags").tool_types
+    assert types[0]["p0"] == "integer number" and types[1]["p599"] == "" and 100 < Counted.reads < 100_000
+    # each $ref in a required call's grammar repeats all parameters
+    made, dumped = [], json.dumps
+    monkeypatch.setattr(chat_server.json, "dumps", lambda *given, **more: made.append(dumped(*given, **more)) or made[-1])
+    item = {"type": "array", "items": {"$ref": "#/$defs/x"}}
+    parameters = {"properties": {f"p{number}": {"anyOf": [item] * 62} for number in range(10)}, "$defs": {"x": {"enum": ["x" * 30_000]}}}
+    with pytest.raises(chat_server.RequestError, match="over 65536 characters"):
+        chat_server.tool_grammar([{"function": {"name": "f", "parameters": parameters}}], "qwen tags", True)
+    assert sum(map(len, made)) < 1_000_000
+    with pytest.raises(LookupError, match="64 keywords"):
+        list(chat_server.leaves_of({str(number): 0 for number in range(65)}, {}))
+
+
+@pytest.mark.parametrize("tool_format", ["tagged", "qwen tags"])
+def test_names_that_do_not_fit_into_a_message_to_a_worker_are_refused(tool_format):
+    long = {"type": "function", "function": {"name": "f" * 1_400_000}}
+    many = {"type": "function", "function": {"name": "f", "parameters": {"properties": {f"{number:0199d}": {} for number in range(6_000)}}}}
+    for tool in (long, *[many] * (tool_format == "qwen tags")):
+        values = chat_server.parse_fields(ASK | {"tools": [tool]}, chat_server.OPENAI_FIELDS)
+        with pytest.raises(chat_server.RequestError, match=r"names.* in tools take 1,\d+,\d+ bytes, at most 1,048,576"):
+            chat_server.parse_openai_request(values, Settings(), tool_format)
+    assert chat_server.parameter_types({"function": {"parameters": {"properties": {"a" * 201: {}, "b": {}}}}}) == {"b": ""}
+
+
+@pytest.mark.parametrize("schema, types", [
+    ({"type": "string", "anyOf": [{"format": "date"}, {"format": "time"}]}, "string"), ({"type": "string", "allOf": [{"minLength": 1}]}, "string"),
+    ({"type": ["string", "null"], "enum": ["x", None]}, "null string"), ({"type": "integer", "enum": [1, 2]}, "integer"),
+    ({"type": "string", "$ref": "#/$defs/few"}, "string")])
+def test_what_a_schema_says_beside_its_branches_counts(schema, types):
+    assert chat_server.parameter_types({"function": {"parameters": {"properties": {"a": schema}, "$defs": {"few": {"maxLength": 3}}}}}) == {"a": types}
+
+
+@pytest.mark.parametrize("parameters, allowed, refused", [
+    ({"properties": {"a": {"type": ["string", "null"], "enum": ["x", None]}}}, [{"a": "x"}, {"a": "null"}], [{"a": "y"}, {"a": "5"}]),
+    ({"properties": {"a": {"enum": [1, "x", {"b": 2}]}}}, [{"a": "x"}, {"a": "1"}, {"a": '{"b": 2}'}], [{"a": "2"}, {"a": '"x"'}]),
+    ({"properties": {"a": {"type": "string", "pattern": r"^https?:\/\/"}}}, [{"a": "http://b"}], [{"a": "b"}]),
+    ({"properties": {"a": {"type": "string", "pattern": "^a//b/$"}}}, [{"a": "a//b/"}], [{"a": "a/b/"}]),
+    ({"properties": {"a": {"type": "string", "pattern": r"^\d+\$"}}}, [{"a": "5$"}, {"a": "5$ each"}], [{"a": "5"}]),
+    ({"properties": {"a": {"type": "string", "pattern": "^a\nb$"}}}, [{"a": "a\nb"}], [{"a": "ab"}]),
+    ({"properties": {"a": {"type": "string", "allOf": [{"minLength": 2}]}}}, [{"a": "xy"}], [{"a": "x"}]),
+    ({"properties": {"a": {}, "b": {}}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]}, [{"a": "x"}, {"b": "x"}, {"a": "x", "b": "x"}], [{}]),
+    ({"properties": {"a": {}}, "required": ["a"], "anyOf": [{"properties": {"b": {"type": "null"}}, "required": ["b"]}, {}]},
+     [{"a": "x"}, {"a": "x", "b": "null"}], [{"b": "null"}, {"a": "x", "b": "y"}])])
+def test_a_required_call_in_tags_has_the_values_that_its_schema_allows(parameters, allowed, refused):
+    import llguidance
+    grammar = chat_server.tool_grammar([{"function": {"name": "f", "parameters": parameters}}], "qwen tags", False)
+    chat_server.check_grammar(grammar, "tools")
+
+    def fits(arguments):
+        matcher = llguidance.LLMatcher(chat_server.byte_vocabulary(), chat_server.with_markers(grammar, {}), log_level=0)
+        values = "".join(f"<parameter={name}>\n{value}\n</parameter>\n" for name, value in arguments.items())
+        return matcher.consume_tokens(list(f"<tool_call>\n<function=f>\n{values}</function>\n</tool_call>".encode())) and matcher.is_accepting()
+    assert all(map(fits, allowed)) and not any(map(fits, refused))
