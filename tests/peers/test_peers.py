@@ -20,7 +20,7 @@ import pytest
 import chat_server
 from browsing import fake_front
 from engines import load
-from peer_packages import INSTALL_S, NPM, made, made_venv
+from peer_packages import HOME, INSTALL_S, NPM, made, made_venv
 from real_server import server
 
 HERE, RUN_S, AGENT_S = Path(__file__).parent, 170, 900
