@@ -2328,7 +2328,7 @@ def lark_grammar(grammar: str, param: str) -> str:
             code="unsupported_response_format", param=param)
     if len(grammar) > LIMITS.grammar_characters:
         raise unusable_schema(
-            f"as a grammar it has over {LIMITS.grammar_characters} characters, the most allowed", param)
+            f"as a grammar it must have at most {LIMITS.grammar_characters} characters", param)
     return grammar
 
 

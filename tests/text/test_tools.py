@@ -557,7 +557,7 @@ def test_schemas_that_are_small_but_say_much_cost_little(monkeypatch):
     monkeypatch.setattr(chat_server.json, "dumps", lambda *given, **more: made.append(dumped(*given, **more)) or made[-1])
     item = {"type": "array", "items": {"$ref": "#/$defs/x"}}
     parameters = {"properties": {f"p{number}": {"anyOf": [item] * 62} for number in range(10)}, "$defs": {"x": {"enum": ["x" * 30_000]}}}
-    with pytest.raises(chat_server.RequestError, match="over 65536 characters"):
+    with pytest.raises(chat_server.RequestError, match="at most 65536 characters"):
         chat_server.tool_grammar([{"function": {"name": "f", "parameters": parameters}}], "qwen tags", True)
     assert sum(map(len, made)) < 1_000_000
     with pytest.raises(LookupError, match="64 keywords"):
