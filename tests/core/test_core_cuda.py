@@ -447,7 +447,7 @@ def test_a_rows_attention_has_the_same_bits_in_any_batch_table_and_order_of_thre
             wide = np.pad(table[some], ((0, 0), (0, 40)), constant_values=-1)          # a longer bucket
             got = attend(backend, q[some], k, v, dtype, wide, sizes[some], window)
             assert got.tobytes() == expected[some].tobytes()
-        for order, seeds in ((DESCENDING, 1), (RANDOM, 20)):
+        for order, seeds in ((DESCENDING, 1), (RANDOM, 5)):
             for seed in range(seeds):
                 backend.order(order, seed)
                 assert attend(backend, q, k, v, dtype, table, sizes, window).tobytes() == expected.tobytes()

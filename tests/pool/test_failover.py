@@ -72,8 +72,7 @@ CASES = {       # moment and request: the state that another worker must rebuild
     "result of a call": CALLS,
     "lost result of a call": CALLS,
 }
-FEW = ["queued for a grammar", "prefill of a scored prompt", "decode with penalties", "decode of the third of three", "character", "stop",
-       "lost result of a call"]
+FEW = ["queued for a grammar", "prefill of a scored prompt", "decode of the third of three", "character", "lost result of a call"]
 
 
 async def answers(pool, request):
