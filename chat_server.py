@@ -323,7 +323,7 @@ FLAGS = (  # each below its heading in --help and in the README
     Option("gpu-memory-utilization", None, 0.90, number(float, 0.05, 1.0),
            "share of device memory for weights and KV pages"),
     Option("max-batch", None, 64, number(int, 1, 1024), "sequences decoded together per replica"),
-    Option("prefill-chunk", None, None, number(int, 16, 65536),
+    Option("prefill-chunk", None, None, number(int, 16, 32768),
            "prompt tokens computed in one step (default: 2048 on CUDA, else 256)"),
     Option("drafts", None, True, None,
            "check several tokens per step where text repeats itself; --no-drafts: one (same answers)"),
@@ -3560,7 +3560,7 @@ class Chunk(NamedTuple):
         return bool(self.sequence.pooling) or self.sequence.work.needs_logits and self.rows > 0
 
 
-FREE_ROWS = 8  # rows in a decode_core step that take hardly longer than one
+FREE_ROWS = 8  # rows in a decode_core step that take hardly longer than one on a CPU; no GPU was measured
 
 
 class Scheduler:
@@ -4774,7 +4774,7 @@ class Backend:
     """Computes a model's steps: here torch, op by op. decode_core's backends have the same attributes."""
 
     name, row_invariant, quantizes, groups_layers = "torch/reference", False, False, True
-    few_rows_invariant = False  # is a row's as above in a step of up to FREE_ROWS that all draw?
+    few_rows_invariant = False  # do no others of a step of up to FREE_ROWS that all draw change a row's bits?
     activations = None   # dtype of every activation buffer; None: _allocate chooses
     faults: Mapping[str, str] = {}  # compiled ops that their references replace -> why
     as_stored = None     # loads a GGUF matrix in the file's own type; None: everything is dequantized

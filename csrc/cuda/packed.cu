@@ -4,7 +4,8 @@
 // mapping  multiply: a block makes 4 outputs (2 with a gate) of each row of x (products.h). Few outputs a block put many blocks on
 //          every SM, which hides the latency of memory for matrices of a few thousand rows. dequantize: a thread makes 8 values.
 // cost     multiply reads W once, whatever B is, and x from the caches; 2 B flops a weight and some 2 to unpack it. So
-//          few rows are bound by the memory of W. dequantize reads W and writes 2 or 4 bytes a weight.
+//          one row is bound by the memory of W; 8 rows of 4 bits a weight have 32 flops a byte and may not be. Not measured
+//          on a GPU. dequantize reads W and writes 2 or 4 bytes a weight.
 // numerics f32: a weight has the bits that the gguf package gives; sums as in products.h, and that of the squares of x likewise. The
 //          norm divides a row's finished sums, so x is read once. A row's bits do not depend on the other rows.
 

@@ -20,6 +20,10 @@ from .sampling import SampleBatch
 from .weights import converted
 
 
+# before 2.9, torch makes an RMS norm of pow and mean, and how mean splits a row depends on the number of rows
+NORMS_ROW_BY_ROW = torch.__version__ >= (2, 9)
+
+
 def current_stream() -> int:
     return torch.cuda.current_stream().cuda_stream
 
@@ -49,7 +53,11 @@ class CudaBackend:
 
     def ops(self, max_tokens: int, max_rows: int, quantize: None) -> dict[str, Callable]:
         self.faults |= prove_cuda(self, self.device)
-        self.prompts.fused = "prompt_attention" not in self.faults
+        fault = self.faults.get("prompt_attention")
+        if fault and self.prompts.varlen:           # perhaps varlen_attn alone is wrong
+            self.prompts.varlen = None
+            fault = prove_cuda(self, self.device, ["prompt_attention"])
+        self.prompts.fused = not fault
         ops = {name: getattr(self, name) for name in
                ("pack", "make_cache", "rope_append", "plan_attention", "paged_attention", "sample")}
         if "linear" not in self.faults:
@@ -61,10 +69,14 @@ class CudaBackend:
 
     @property
     def few_rows_invariant(self) -> bool:
-        """Where each op of such a step is a kernel of ours, or torch's over single rows. Once ops are proved."""
-        spec, ours = self.spec, {"linear", "rope_append", "paged_attention"}
+        """Where each op of such a step is a kernel of ours, or torch's over single rows. Once ops are proved.
+
+        Not without `sample`: GraphSteps alone makes each draft a row of its own.
+        """
+        spec, ours = self.spec, {"linear", "rope_append", "paged_attention", "sample"}
         fits = spec.width % 8 == spec.ffn_size % 8 == 0 and not (spec.experts or spec.smear_channels)
-        return fits and not ours & self.faults.keys()
+        norms = NORMS_ROW_BY_ROW or not (spec.embedding_norm or spec.post_norms)      # all others are in a kernel of ours
+        return fits and norms and not ours & self.faults.keys()
 
     def record(self, transformer: Any) -> None:
         """Whole steps are graphs, and make_steps' affair."""

@@ -76,7 +76,7 @@ class PromptAttention:
             self.by_parts(q, kv, out, lambda some: self.mask(prompt, some, window, q), step, softcap, sinks)
 
     def by_varlen(self, q, kv, window: int):
-        """A flash window of n keys to the left is one of n + 1: the token's own key does not count."""
+        """Flash counts the keys left of a token's own, so our window w is (w - 1, 0)."""
         k, v = kv.transpose(1, 2)                                               # (S, Hkv, D) each
         ends = [torch.arange(0, len(x) + 1, len(x), dtype=torch.int32, device=x.device) for x in (q, k)]
         return self.varlen(q, k, v, *ends, len(q), len(k), scale=1.0, window_size=(window - 1, 0) if window else (-1, 0),

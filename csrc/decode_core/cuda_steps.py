@@ -288,9 +288,14 @@ class GraphSteps:
                     self._run_ops(batches, shape.views(inputs))
                 if graph and draws:
                     graph.draw()
-                staging.tokens[:count].copy_(self.tokens[:count], non_blocking=True)
+                if draws:
+                    staging.tokens[:count].copy_(self.tokens[:count], non_blocking=True)
 
-            staging.done = self.queue.submit(step)
+            try:
+                staging.done = self.queue.submit(step)
+            except BaseException:           # what the step had queued by then still uses this memory
+                staging.done = self.queue.submit(lambda: None)
+                raise
         return Ticket(staging, count, staging.done)
 
     def finish(self, ticket: Ticket) -> list[int]:
@@ -301,7 +306,7 @@ class GraphSteps:
     def _apart(self, batch: Any) -> Any:
         """Where few tokens all draw, drafts among them: each as a decode row of its own, with its sequence's pages."""
         count = len(batch.token_ids)
-        if not len(batch.lengths) < count == len(batch.logit_rows) <= self.max_rows:
+        if not len(batch.lengths) < count == len(batch.logit_rows) <= min(self.max_rows, MAX_PRODUCT_ROWS):
             return batch
         sizes = [end - start for start, end in itertools.pairwise(batch.starts)]
         lengths = [length - left for size, length in zip(sizes, batch.lengths) for left in reversed(range(size))]

@@ -6,7 +6,8 @@ place.
 
     name                          for /stats: "decode_core/avx512"
     row_invariant                 the bits of a row depend on nothing else in the batch
-    few_rows_invariant            they do not in a step of up to 8 tokens that all draw, drafts among them
+    few_rows_invariant            a row's bits do not depend on the other rows of a step of up to 8 tokens that all draw,
+                                  drafts among them
     activations                   torch dtype of every activation buffer; None: chat_server's own choice
     dtype                         torch dtype of float weights whose user names none
     stored_dtype                  of activations and cache beside matrices as stored; None: the backend's affair

@@ -25,7 +25,7 @@ from works import assignment, changed
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="the compiled core is not installed")
 decode_core = backends.decode_core
-from decode_core import cuda_backend, cuda_prompts, cuda_steps, seam  # noqa: E402
+from decode_core import cuda_backend, cuda_prompts, cuda_steps, proof, seam  # noqa: E402
 from decode_core.proof import prove_prompts  # noqa: E402
 from integrity import check_sequences
 
@@ -167,7 +167,7 @@ def test_drafts_change_no_token(backend, name, nanochat_fixtures, monkeypatch, r
     assert tokens[True] == tokens[False] and engine.accepted_tokens > 0
 
 
-def test_drafts_wait_for_prompts_where_only_few_rows_are_alike(nanochat_fixtures):
+def test_drafts_wait_for_prompts_where_only_few_rows_are_alike(nanochat_fixtures, monkeypatch):
     """And there are none where a row's bits may depend on the others."""
     assert cs.FREE_ROWS <= decode_core.cuda.MAX_PRODUCT_ROWS
     drafted = {}
@@ -180,11 +180,16 @@ def test_drafts_wait_for_prompts_where_only_few_rows_are_alike(nanochat_fixtures
         drafted[mixes] = [chunk.draft for chunk in scheduler.schedule()]
     assert drafted == {True: [(1, 2), ()], False: [(), ()]}
     gen5 = load(nanochat_fixtures / "gen5").spec                # torch multiplies the smear's gate
-    for spec, able in ((llama_like()[0], True), (gen5, False), (replace(llama_like()[0], experts=4, experts_per_token=2), False)):
+    llama, gen1 = llama_like()[0], load(nanochat_fixtures / "gen1").spec
+    for spec, able, older in ((llama, True, True), (gen5, False, False), (replace(llama, experts=4, experts_per_token=2), False, False),
+                              (gen1, True, False), (replace(llama, post_norms=True), True, False)):
         backend = backends.CudaBackend(spec, cs.for_decode_core(), None, device="cpu")
-        assert backend.few_rows_invariant is able
-        backend.faults["linear"] = "differs"
-        assert not backend.few_rows_invariant
+        for norms, expected in ((False, older), (True, able)):          # an RMS norm alone is torch's; see NORMS_ROW_BY_ROW
+            monkeypatch.setattr(cuda_backend, "NORMS_ROW_BY_ROW", norms)
+            assert backend.few_rows_invariant is expected
+        for op in ("linear", "rope_append", "paged_attention", "sample"):
+            backend.faults = {op: "differs"}
+            assert not backend.few_rows_invariant
 
 
 def test_penalties_and_biases_are_drawn_on_the_device(backend, nanochat_fixtures, monkeypatch):
@@ -270,6 +275,15 @@ def test_a_step_that_was_given_up_does_not_stop_the_next_ones(backend, nanochat_
     same_answers(expected, answers(engine, works))
 
 
+def test_only_steps_of_few_tokens_become_decode_rows(emulation_library, nanochat_fixtures, monkeypatch):
+    """A prompt whose every token's logits are asked for is a prompt, also where a batch may have as many rows."""
+    backend = backends.Emulated(emulation_library, products=True)
+    steps = steps_on(backend, model_of("llama", nanochat_fixtures), monkeypatch, max_batch=16, prepare=False)
+    for count, rows in ((2, 2), (8, 8), (9, 1), (16, 1)):
+        asked = Batch([*range(count)], [-1] * count, [0, count], [count], [[3]], [*range(count)])
+        assert len(steps._apart(asked).lengths) == rows
+
+
 # --- start and finish --------------------------------------------------------------------------------------------
 
 
@@ -328,6 +342,39 @@ def test_rows_may_change_places_and_number_between_steps_that_are_begun_ahead(ba
         b = steps.finish(second) if ahead else b
         results.append((a, b, steps.finish(third)))
     assert results[0] == results[1]
+
+
+class Halfway(backends.HostQueue):
+    """A submit that fails after it has queued work, as where the device has no memory left for a step's last ops."""
+
+    fails = False
+
+    def submit(self, work):
+        done = super().submit(work)
+        if self.fails:
+            self.fails = False
+            raise RuntimeError("out of memory")
+        return done
+
+
+def test_a_step_that_fails_halfway_keeps_its_memory_until_its_work_is_done(emulation_library, nanochat_fixtures, monkeypatch):
+    backend = backends.Emulated(emulation_library)
+    backend.queue = Halfway
+    steps = steps_on(backend, model_of("gen1", nanochat_fixtures), monkeypatch, max_batch=2)
+
+    def start(page):
+        return steps.start(decode_batch([-1], [5], [1], [[page]]), sampled_rows([1]))
+
+    steps.finish(start(3))
+    steps.queue.fails = True
+    with pytest.raises(RuntimeError, match="out of memory"):
+        start(5)
+    behind = start(7)
+    assert len(steps.queue.waiting) == 3            # the failed step, what marks its end, and the next
+    last = start(9)
+    assert len(steps.queue.waiting) == 2            # the failed step's inputs were read before others took their place
+    assert steps.finish(behind) == steps.finish(last)
+    assert steps.transformer.cache[:, :, 5].any() and not steps.transformer.cache[:, :, 6].any()
 
 
 def test_padding_draws_nothing_and_stores_nothing(backend, nanochat_fixtures, monkeypatch):
@@ -421,7 +468,7 @@ def flash_attention(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, wi
 
 def test_prompts_are_attended_by_varlen_attn_where_torch_has_it(emulation_library, monkeypatch):
     """With the window that flash means; caps and sinks, and what fails its proof, do without."""
-    monkeypatch.setattr(decode_core.cuda, "SAMPLE_THREADS", 32)
+    monkeypatch.setattr(proof, "CUDA_PROOFS", {"prompt_attention": prove_prompts})
     spec, calls = replace(llama_like()[0], windows=(24, 0)), []
     emulated = backends.Emulated(emulation_library)
 
@@ -435,10 +482,33 @@ def test_prompts_are_attended_by_varlen_attn_where_torch_has_it(emulation_librar
     assert proved(flash_attention).faults == {} and {*calls} == {(23, 0), (-1, 0)}
     calls.clear()
     assert proved(flash_attention, attention_softcap=5.0).faults == proved(None).faults == {} and not calls
-    off_by_one = proved(lambda *arguments, window_size, **more: flash_attention(
-        *arguments, window_size=(window_size[0] + (window_size[0] >= 0), 0), **more))
+
+    def off_by_one_window(*arguments, window_size, **more):
+        return flash_attention(*arguments, window_size=(window_size[0] + (window_size[0] >= 0), 0), **more)
+
+    off_by_one = proved(off_by_one_window)
     assert [*off_by_one.faults] == ["prompt_attention"] and "(bfloat16, window 24)" in off_by_one.faults["prompt_attention"]
-    assert not off_by_one.prompts.fused and prove_prompts(off_by_one, torch.device("cpu")) == ""
+    # torch's other fused way is right, and stays
+    assert off_by_one.prompts.varlen is None and off_by_one.prompts.fused and prove_prompts(off_by_one, torch.device("cpu")) == ""
+    monkeypatch.setattr(cuda_prompts, "causal", lambda rows, keys: None)            # sees the future
+    none_right = proved(off_by_one_window)
+    assert [*none_right.faults] == ["prompt_attention"] and not (none_right.prompts.varlen or none_right.prompts.fused)
+    assert prove_prompts(none_right, torch.device("cpu")) == ""
+
+
+def test_large_windows_are_proved_too(emulation_library, monkeypatch):
+    """Larger than what a proof has keys: an attention that knows no window is found."""
+    monkeypatch.setattr(decode_core.cuda, "SAMPLE_THREADS", 32)
+    spec = replace(llama_like()[0], windows=(4096, 0))
+
+    class NoWindow(backends.EmulatedOps):
+        def paged_attention(self, *arguments, window, **more):
+            super().paged_attention(*arguments, window=0, **more)
+
+    backend = backends.Emulated(emulation_library, NoWindow).backend(spec)
+    backend.prompts.varlen = lambda *arguments, window_size, **more: flash_attention(*arguments, window_size=(-1, 0), **more)
+    backend.ops(0, 0, None)
+    assert {*backend.faults} == {"paged_attention", "prompt_attention"}
 
 
 def test_flash_is_taken_only_with_all_that_is_asked_of_it(monkeypatch):
