@@ -4503,15 +4503,15 @@ def paged_attention_reference(q, cache, plan, window, out, softcap=0.0, sinks=No
         out[rows].view(y.shape).copy_(y)
 
 
-def attend(q, k, v, mask, scale, softcap, sinks=None):
+def attend(q, k, v, mask, scale, softcap, sinks=None, product=torch.matmul):
     """torch's scaled_dot_product_attention, whose scores are capped if softcap is not 0.
 
     `sinks`: more scores, broadcast over all but the last axis of the others; their value is 0."""
     if not softcap and sinks is None:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    scores = (q * (scale / (softcap or 1))) @ k.transpose(-1, -2)
+    scores = product(q * (scale / (softcap or 1)), k.transpose(-1, -2))
     scores = (softcap * torch.tanh(scores) if softcap else scores) + mask
-    y = torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype) @ v
+    y = product(torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype), v)
     return y if sinks is None else y * kept_share(scores, sinks).unsqueeze(-1).to(y.dtype)
 
 
@@ -4525,10 +4525,15 @@ def attend_prompt(q, k, v, mask, scale, softcap=0.0, sinks=None):
 
     sinks: (Hkv, G) or None."""
     q = q.permute(1, 2, 0, 3)
-    # a stride of 0 lets all query heads of a kv head share its keys
-    k, v = (x.unsqueeze(1).expand(-1, q.shape[1], -1, -1) for x in (k, v))
+    if not softcap and sinks is None:  # a stride of 0 lets all query heads of a kv head share its keys
+        k, v = (x.unsqueeze(1).expand(-1, q.shape[1], -1, -1) for x in (k, v))
     sinks = sinks if sinks is None else sinks.unsqueeze(-1)
-    return attend(q, k, v, mask, scale, softcap, sinks).permute(2, 0, 1, 3)
+    return attend(q, k, v, mask, scale, softcap, sinks, shared_product).permute(2, 0, 1, 3)
+
+
+def shared_product(x, shared):
+    """x (Hkv, G, t, I) @ shared (Hkv, I, O) -> (Hkv, G, t, O); `@` of an expanded one would copy it G times."""
+    return (x.flatten(1, 2) @ shared).unflatten(1, x.shape[1:3])
 
 
 @functools.lru_cache(maxsize=1)

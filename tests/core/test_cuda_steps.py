@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import chat_server as cs
 from chat_server import Batch, Engine, ModelSpec, SampleRow, SamplingParams, Transformer
@@ -448,6 +449,35 @@ def test_prompts_with_sinks_or_caps_compute_few_scores_at_once(backend, monkeypa
     assert max(sizes) <= most and len(sizes) > 4
     for expected, got in zip(*logits):
         assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+class Memory(TorchDispatchMode):
+    """The most bytes that any result of torch's operations holds."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.most = max(self.most, result.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("softcap, sinks", [(4.0, False), (0.0, True), (4.0, True)])
+def test_the_query_heads_of_a_kv_head_share_its_keys_without_a_copy(softcap, sinks):
+    """Keys and values for each query head would take gigabytes of a long context, and be written again for each slice."""
+    (Hkv, G, t, S, D), random = (2, 8, 3, 1000, 32), torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(shape, generator=random) for shape in ((t, Hkv, G, D), (Hkv, S, D), (Hkv, S, D)))
+    mask = torch.zeros(1, 1, t, S).masked_fill_(torch.rand(t, S, generator=random) < 0.3, -torch.inf)
+    extra = torch.linspace(-1, 4, Hkv * G).view(Hkv, G) if sinks else None
+    with Memory() as memory:
+        got = cs.attend_prompt(q, k, v, mask, D**-0.5, softcap, extra)
+    assert 4 * Hkv * G * t * S <= memory.most < 4 * Hkv * G * S * D
+    scores = torch.einsum("thgd,hsd->hgts", q.double(), k.double()) * D**-0.5
+    scores = (softcap * torch.tanh(scores / softcap) if softcap else scores) + mask
+    if sinks:
+        scores = torch.cat([scores, extra.double()[:, :, None, None].expand(-1, -1, t, 1)], -1)
+    expected = torch.einsum("hgts,hsd->thgd", torch.softmax(scores, -1)[..., :S], v.double())
+    assert (got - expected).abs().max() < 1e-5
 
 
 def flash_attention(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
