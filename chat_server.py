@@ -4779,7 +4779,7 @@ class Backend:
     """Computes a model's steps: here torch, op by op. decode_core's backends have the same attributes."""
 
     name, row_invariant, quantizes, groups_layers = "torch/reference", False, False, True
-    few_rows_invariant = False  # do no others of a step of up to FREE_ROWS that all draw change a row's bits?
+    few_rows_invariant = False  # does a row keep its bits in any step of up to FREE_ROWS that all draw?
     activations = None   # dtype of every activation buffer; None: _allocate chooses
     faults: Mapping[str, str] = {}  # compiled ops that their references replace -> why
     as_stored = None     # loads a GGUF matrix in the file's own type; None: everything is dequantized
