@@ -4532,7 +4532,7 @@ def attend_prompt(q, k, v, mask, scale, softcap=0.0, sinks=None):
 
 
 def shared_product(x, shared):
-    """x (Hkv, G, t, I) @ shared (Hkv, I, O) -> (Hkv, G, t, O); `@` of an expanded one would copy it G times."""
+    """x (Hkv, G, t, I) @ shared (Hkv, I, O) -> (Hkv, G, t, O); `@` of an expanded one copies it G times."""
     return (x.flatten(1, 2) @ shared).unflatten(1, x.shape[1:3])
 
 
