@@ -4503,7 +4503,7 @@ def paged_attention_reference(q, cache, plan, window, out, softcap=0.0, sinks=No
         out[rows].view(y.shape).copy_(y)
 
 
-def attend(q, k, v, mask, scale, softcap, sinks=None, product=torch.matmul):
+def attend(q, k, v, mask, scale, softcap, sinks=None, product=operator.matmul):
     """torch's scaled_dot_product_attention, whose scores are capped if softcap is not 0.
 
     `sinks`: more scores, broadcast over all but the last axis of the others; their value is 0."""
