@@ -673,7 +673,7 @@ class Lanes:
     """A queue with a lane per client. Clients take turns, so nobody's backlog holds up the others."""
 
     def __init__(self):
-        self.by_client: OrderedDict[str, deque] = OrderedDict()
+        self.by_client: OrderedDict[Any, deque] = OrderedDict()  # by name, or rank and name
 
     def __len__(self) -> int:
         return sum(map(len, self.by_client.values()))
@@ -681,23 +681,23 @@ class Lanes:
     def __iter__(self) -> Iterator[Any]:
         return itertools.chain.from_iterable(self.by_client.values())
 
-    def append(self, client: str, thing):
+    def append(self, client, thing):
         self.by_client.setdefault(client, deque()).append(thing)
 
-    def append_first(self, client: str, thing):
+    def append_first(self, client, thing):
         self.by_client.setdefault(client, deque()).appendleft(thing)
 
     def pop(self):
         return self.take(next(iter(self.by_client)))
 
-    def take(self, client: str):
+    def take(self, client):
         """Remove and return a client's first thing; the client goes to the end of the line."""
         things = self.by_client[client]
         self.by_client.move_to_end(client)
         self.remove(client, thing := things[0])
         return thing
 
-    def remove(self, client: str, thing):
+    def remove(self, client, thing):
         things = self.by_client[client]
         things.remove(thing)
         if not things:
@@ -7660,18 +7660,17 @@ class RankStore:
     has keys of its own, and a new secret."""
 
     def __init__(self):
-        self.distributed = importlib.import_module("torch.distributed")
+        distributed = importlib.import_module("torch.distributed")
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self.whole = self.distributed.TCPStore(host, port, is_master=False,
-                                               timeout=datetime.timedelta(minutes=1))
-        self.store = self.part("chat_server")
-
-    def part(self, name: str):
-        return self.distributed.PrefixStore(name, self.whole)
+        self.store = distributed.PrefixStore("chat_server", distributed.TCPStore(
+            host, port, is_master=False, timeout=datetime.timedelta(minutes=1)))
 
     @property
     def life(self) -> int:
         return self.store.add("life", 0)
+
+    def begin_life(self) -> int:
+        return self.store.add("life", 1)
 
     def put(self, key: str, value):
         self.store.set(key, json.dumps(value))
@@ -7691,6 +7690,8 @@ class RankStore:
 
 class RankZeroOfNodes(RankZero):
     """Rank 0 under torchrun: the other ranks come by TCP, from this machine or others."""
+
+    pids = ("self",)
 
     def gather(self, count: int):
         start, store, secret = torchrun(self.config.settings), RankStore(), secrets.token_bytes(32)
@@ -7727,16 +7728,14 @@ class RankZeroOfNodes(RankZero):
                 for connection in connections():
                     connection.close()
                 places.clear(), channels.clear()
-                self.after, self.life = None, store.store.add("life", 1)
+                self.after, self.life = None, store.begin_life()
                 store.put(f"{self.life}/0", [start.master_addr, listener.getsockname()[1], secret.hex(),
                                              same_on_all_nodes(self.config.settings)])
                 together = store.wait(self.life, come, say)
         self.places, self.channels = ([each[rank] for rank in range(1, count)] for each in (places, channels))
 
-    pids = ("self",)
-
     def meet_in(self) -> str:
-        return f"chat_server/{self.life}"
+        return f"{self.life}/ranks"
 
     def has_ended(self, rank: int) -> bool:
         return has_hung_up(self.channels[rank - 1].connection)
@@ -7779,9 +7778,9 @@ def serve_rank(settings: Settings, start: Torchrun) -> int:
         store = RankStore()
         over = store.look("over")  # of a front before
         while (ended := store.look("over")) == over:
-            if store.life != life and store.look(f"{store.life}/0"):
+            if (coming := store.life) != life and store.look(f"{coming}/0"):
                 try:
-                    live_as_rank(settings, start, store, coming := store.life)
+                    live_as_rank(settings, start, store, coming)
                     life, problem = coming, None
                 except (EOFError, OSError) as error:  # rank 0 may have ended: wait for the next one
                     if problem != (problem := str(error)):
@@ -7851,7 +7850,8 @@ def join_ranks(backend, address: str, rank: int, count: int, device: str) -> dic
     on_disk = address.startswith("/")
     if on_disk or os.environ["MASTER_ADDR"].startswith("127."):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    store = distributed.FileStore(address, count) if on_disk else RankStore().part(address)
+    store = (distributed.FileStore(address, count) if on_disk else
+             distributed.PrefixStore(address, RankStore().store))
     distributed.init_process_group(
         "nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank,
         world_size=count, timeout=datetime.timedelta(seconds=RANK_PATIENCE_S))
@@ -12105,7 +12105,7 @@ class Recordings:
     largest running one."""
 
     def __init__(self):
-        self.all: dict[str, Recording] = {}  # those that have ended, in order of ending
+        self.all: dict[str, Recording] = {}  # one that ends moves behind all others
         self.size = 0                        # in bytes, of all and
         self.sizes: Counter[str] = Counter()  # of each client's
 

@@ -6,7 +6,6 @@ import contextlib
 import json
 import re
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 import chat_server
 from chat_server import Settings, parse_command_line
 from fake_pool import FakePool, conversation, frames, serving
+from real_server import free_port
 
 README = (Path(chat_server.__file__).parent / "README.md").read_text(encoding="utf-8")
 DEPLOYMENT = README.split("## Deployment")[1].split("## Troubleshooting")[0]
@@ -26,11 +26,6 @@ needs_nginx = pytest.mark.skipif(NGINX is None, reason="no nginx (Debian: apt in
 
 def block(language):
     return re.search(rf"```{language}\n(.*?)```", DEPLOYMENT, re.DOTALL)[1]
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 @contextlib.asynccontextmanager

@@ -15,14 +15,9 @@ import psutil
 import pytest
 
 import chat_server as cs
-from real_server import SCRIPT, ask, events, get, post, wait_for
+from real_server import SCRIPT, ask, events, free_port, get, post, wait_for
 
 pytestmark = pytest.mark.timeout(180)
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 class Agents:
