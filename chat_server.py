@@ -1928,6 +1928,15 @@ def typed_value(text: str, types: str) -> str:
     return as_json(text)
 
 
+def in_json_string(text: str) -> bool | None:
+    """Does the text end inside a string of a JSON list or object? None if it does not begin as JSON does."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return text.lstrip()[:1] in ("[", "{") and str(error).startswith("Unterminated string") or None
+    return False
+
+
 class AnswerReader:
     """Splits an answer's text, as it arrives, into reasoning, content and calls of functions.
 
@@ -1954,6 +1963,7 @@ class AnswerReader:
         self.seen: list[str] = []          # the kinds told so far; the last one last
         self.calling = ""                  # the sign that began calls, until they are over
         self.header, self.closed = self.harmony, False  # closed: the prompt ended the reasoning
+        self.over = False                  # no more text comes
         self.tags = tuple(A_MARKER.sub(lambda found: self.sign(found[0]), tag)
                           for tag in TAGGED_ARGUMENTS.get(self.tool_format, ()))
         call_id, arguments, separator, begin, *_ = map(re.escape, map(self.sign, IN_CALLS))
@@ -1988,6 +1998,7 @@ class AnswerReader:
 
     def finish(self, cut: bool = False):
         """Read the rest: no more text comes. A call cut before its arguments, or in its tag, is dropped."""
+        self.over = True
         if self.tags and self.kind not in ("text", "reasoning"):  # in the arguments of a call
             close = self.sign(CALLS[self.tool_format][1]) * (self.kind != "ended")
             self.held = "" if cut else self.held + close
@@ -2152,7 +2163,7 @@ class AnswerReader:
         first = "(?:\n|(?=[^\n]))" * len(newline)  # a value's own line break before it is dropped
         step = re.compile(rf"{key}{first}|{re.escape(last) or '(?!)'}|(?={re.escape(close)})")
         stops = tuple(before + sign for sign in (end, close) for before in {newline, ""})
-        stop, lead = re.compile(rf"(?:{newline})?(?:{re.escape(end)}|(?={re.escape(close)}))"), "{"
+        stop, lead = re.compile(rf"(?:{newline})?({re.escape(end)}|(?={re.escape(close)}))"), "{"
         while True:
             while not (found := step.search(self.held)):
                 self.held = self.held[-2 * most:]  # no parameter began before
@@ -2162,22 +2173,35 @@ class AnswerReader:
                 return self._tell_call(CallDelta("{}" if lead == "{" else "}"))
             name, before, lead = found[1].strip(), lead, ", "
             said = f"{before}{as_json(name)}: "
-            if (wanted := types.get(name, "")) == "string":
+            if (wanted := types.get(name, types.get("", ""))) == "string":
                 self._tell_call(CallDelta(said + '"'))
                 self.kind = "string"
                 sign = yield from self._until(*stops)
                 self.held = close * sign.endswith(close) + self.held
                 said = '"'
             else:
-                seen = 0
-                while not (ended := stop.search(self.held, seen)):
-                    seen = max(0, len(self.held) - max(map(len, stops)))
-                    yield
-                value = A_MARK.sub(self._spelled, self.held[:ended.start()])
-                self.held = self.held[ended.end():]
+                last, rest = yield from self._find_end(stop, max(map(len, stops)))
+                value, self.held = A_MARK.sub(self._spelled, self.held[:last]), self.held[rest:]
                 said += typed_value(value, wanted)
             self.kind = "skipped"
             self._tell_call(CallDelta(said))
+
+    def _find_end(self, stop: re.Pattern, most: int) -> Iterator[None]:
+        """Where a value ends, and where the sign that ends it does: the first that is not spelled out inside
+        a string of JSON, or the first of all if this string never ends."""
+        first, seen = None, 0
+        while True:
+            if found := stop.search(self.held, seen):
+                first, (sign, seen) = first or found, found.span(1)
+                seen += sign == seen
+                inside = in_json_string(self.held[:found.start()])
+                if not inside or A_MARK.match(self.held, sign):
+                    return (found if inside is False else first).span()
+            elif self.over and first:
+                return first.span()
+            else:
+                seen = max(seen, len(self.held) - most)
+                yield
 
     def _read_whole(self, begin: str, close: str) -> Iterator[None]:
         """Read what did not begin as a call does: it may be one once it is complete, or it is text."""
@@ -10916,41 +10940,6 @@ NAMED_CALLS = {  # of one function, with its arguments
         tag_text(last + CALLS[name][1], name))) for name, (head, *_, last) in TAGGED_ARGUMENTS.items()}}
 
 
-def leaves_of(schema, root: Mapping, steps: Iterator = itertools.repeat(0)) -> Iterator[dict]:
-    """The schemas without $ref, anyOf and oneOf of which a value must fit one; {} if there are too many.
-
-    $refs are in `root`. Each schema on the way uses up one of `steps`, and at most 64 are used here."""
-    found, seen = [({}, schema)], set()  # found: what is said beside a branch, and the branch
-    for _ in itertools.islice(steps, 64):  # a schema from anywhere must not cost much
-        schema = both_schemas(*found.pop(0))
-        keyword = next(filter(schema.get, ("$ref", "anyOf", "oneOf", "allOf")), "")
-        branches = schema.get(keyword)
-        if keyword == "$ref":
-            place, branches = branches, [referred(branches, root)] * (branches not in seen)
-            seen.add(place)
-        # some libraries write a $ref as the only member of an allOf
-        if not keyword or keyword == "allOf" and len(branches) > 1:
-            yield schema
-        else:
-            rest = {name: value for name, value in schema.items() if name != keyword}
-            found += [(rest, branch) for branch in branches[:64]]
-        if not found:
-            return
-    yield {}
-
-
-def both_schemas(schema: Mapping, branch) -> dict:
-    """What a value must be that fits both; where they contradict each other, the branch counts."""
-    branch = {} if branch is True else branch
-    both = {**schema, **branch}
-    if len(both) > 64:
-        raise LookupError("a schema has more than 64 keywords")
-    for name in schema.keys() & branch.keys() & {"properties", "required"}:
-        both[name] = ({**schema[name], **branch[name]} if name == "properties"
-                      else [*schema[name], *branch[name]])
-    return both
-
-
 def referred(place: str, root: Mapping):
     """The schema that a $ref leads to."""
     steps = (step.replace("~1", "/").replace("~0", "~") for step in place.split("/", 64)[1:])
@@ -10960,65 +10949,134 @@ def referred(place: str, root: Mapping):
         raise LookupError(f"$ref {shown(place)} leads nowhere") from None
 
 
-def listed_values(leaf: Mapping) -> list:
-    return leaf.get("enum", [leaf["const"]] if "const" in leaf else [])
+def choices_of(schema: Mapping, root: Mapping) -> list[list]:
+    """Lists of schemas; a value of this schema must also fit one schema of each list. $refs are in `root`."""
+    found = [[member] for member in schema.get("allOf") or ()]
+    if place := schema.get("$ref"):
+        found.append([referred(place, root)])
+    return found + [schema[name] for name in ("anyOf", "oneOf") if schema.get(name)]
 
 
-def types_of(leaf: Mapping) -> set[str]:
-    """The JSON types that a schema without branches allows; none if it does not say."""
-    kinds = leaf.get("type", ())
-    said = ({kinds} if is_text(kinds) else set(kinds)) & JSON_TYPES.keys()
-    if examples := {type(value): value for value in listed_values(leaf)[:64]}.values():
-        found = {name for name, fits_it in JSON_TYPES.items() if any(map(fits_it, examples))}
-        return found & said if said else found
-    return said
+def listed_values(schema: Mapping) -> list | None:
+    return schema.get("enum", [schema["const"]] if "const" in schema else None)
+
+
+def types_of(schema, root: Mapping, steps: Iterator) -> set[str]:
+    """The JSON types that values of a schema have: all where it does not say, or no `steps` are left. Each
+    schema on the way uses up one: a schema from anywhere must not cost much."""
+    found = set(JSON_TYPES)
+    if schema is True or next(steps, None) is None:
+        return found
+    if kinds := schema.get("type"):
+        kinds = {kinds} if is_text(kinds) else set(kinds)
+        found &= kinds | ({"integer"} if "number" in kinds else set())
+    if (values := listed_values(schema)) is not None:
+        examples = {type(value): value for value in values[:64]}.values()
+        found &= {name for name, fits_it in JSON_TYPES.items() if any(map(fits_it, examples))}
+    for choices in choices_of(schema, root):
+        found &= set().union(*(types_of(each, root, steps) for each in choices))
+    return found
+
+
+def objects_of(schema, root: Mapping, steps: Iterator) -> list[dict]:
+    """What this schema says of objects' members, without $ref, allOf, anyOf and oneOf: an object must fit one
+    of the results. LookupError if there are too many."""
+    if next(steps, None) is None:
+        raise LookupError("they refer to too many schemas")
+    if schema is not True and "object" not in (schema.get("type") or "object"):
+        return []
+    names = ("properties", "required", "additionalProperties")
+    found = [{} if schema is True else {name: schema[name] for name in names if name in schema}]
+    for choices in choices_of(schema, root):
+        more = [each for choice in choices for each in objects_of(choice, root, steps)]
+        found = [both_objects(*pair) for pair in itertools.islice(itertools.product(found, more), 65)]
+        if len(found) > 64:
+            raise LookupError("they have more than 64 forms")
+    return found
+
+
+def both_objects(first: Mapping, second: Mapping) -> dict:
+    """What an object must be that fits both."""
+    members = dict(first.get("properties", {}))
+    for name, schema in second.get("properties", {}).items():
+        members[name] = {"allOf": [members[name], schema]} if name in members else schema
+    required = [*first.get("required", ()), *second.get("required", ())]
+    return {**first, **second, "properties": members, "required": required}
 
 
 def parameter_types(tool: dict, steps: Iterator = itertools.repeat(0)) -> dict[str, str]:
-    """The JSON types of each of a function's parameters; "" where its schema does not say them, or no
-    `steps` (see leaves_of) are left."""
+    """The JSON types of each of a function's parameters, and under "" of all others; "" where its schema does
+    not say them, or no `steps` (see types_of) are left."""
     parameters, types = tool["function"].get("parameters") or {}, {}
     with suppress(TypeError, AttributeError, LookupError):
-        for name, schema in (parameters.get("properties") or {}).items():
-            if len(name) > LIMITS.parameter_characters:
-                continue
-            types[name] = ""
-            with suppress(TypeError, AttributeError, LookupError):
-                each = [types_of(leaf) for leaf in leaves_of(schema, parameters, steps)]
-                types[name] = " ".join(sorted(set().union(*each))) if all(each) else ""
-    return types
+        for each in objects_of(parameters, parameters, itertools.islice(steps, 64)):
+            others = {"": each["additionalProperties"]} if each.get("additionalProperties") else {}
+            for name, schema in {**(each.get("properties") or {}), **others}.items():
+                if len(name) > LIMITS.parameter_characters:
+                    continue
+                known = types.setdefault(name, set())
+                try:
+                    known |= types_of(schema, parameters, itertools.islice(steps, 64))
+                except (TypeError, AttributeError, LookupError):
+                    known |= JSON_TYPES.keys()
+    return {name: " ".join(sorted(known)) if len(known) < len(JSON_TYPES) else ""
+            for name, known in types.items()}
 
 
-def text_terminal(leaf: Mapping, ends: Seq[str]) -> str:
-    """What a string of this schema may be where no quotes enclose it, so it has none of `ends`."""
-    if values := listed_values(leaf):
-        return " | ".join(json.dumps(value) for value in values if is_text(value))
-    bounds = "{%d,%s}" % (leaf.get("minLength", 0), leaf.get("maxLength", ""))
-    parts = [f"/(?s:.{bounds})/".replace("{0,}", "*"),
-             f"~/(?s:.*)({'|'.join(in_slashes(re.escape(end)) for end in ends)})(?s:.*)/"]
-    if pattern := in_slashes(leaf.get("pattern", "")):  # is found anywhere in the text
+A_DAY = "[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
+A_TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:([0-5][0-9]|60)(\.[0-9]+)?([Zz]|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
+A_LABEL = "[0-9A-Za-z]([0-9A-Za-z-]{0,61}[0-9A-Za-z])?"
+A_HOST = rf"{A_LABEL}(\.{A_LABEL})*"
+A_BYTE, A_WORD = "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])", "[0-9A-Fa-f]{1,4}"
+STRING_FORMATS = {  # those that JSON grammars know
+    "date": A_DAY, "time": A_TIME, "date-time": f"{A_DAY}[Tt]{A_TIME}", "hostname": A_HOST,
+    "duration": "P([0-9]+[YMWD])+(T([0-9]+[HMS])+)?|PT([0-9]+[HMS])+",
+    "email": rf"[0-9A-Za-z!#$%&'*+/=?^_`{{|}}~.-]+@{A_HOST}",
+    "ipv4": rf"({A_BYTE}\.){{3}}{A_BYTE}",
+    "ipv6": "|".join((f"({A_WORD}:){{7}}({A_WORD}|:)", f":(:{A_WORD}){{7}}", *(
+        f"({A_WORD}(:{A_WORD}){{0,{n}}})?::({A_WORD}(:{A_WORD}){{0,{5 - n}}})?" for n in range(6)))),
+    "uuid": "[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}",
+    "uri": r"[A-Za-z][0-9A-Za-z+.-]*:[0-9A-Za-z:/?#\[\]@!$&'()*+,;=%._~-]*", "unknown": "(?s:.*)"}
+
+
+def text_terminal(schema, root: Mapping, steps: Iterator) -> str:
+    """What a string of this schema may be where no quotes enclose it; "" if it can be no string."""
+    if schema is True or next(steps, None) is None:
+        return "/(?s:.*)/"
+    if "string" not in (schema.get("type") or "string"):
+        return ""
+    allowed = [[text_terminal(each, root, steps) for each in choices] for choices in choices_of(schema, root)]
+    if (values := listed_values(schema)) is not None:
+        allowed.append([json.dumps(value) for value in values if is_text(value)])
+    if "minLength" in schema or "maxLength" in schema:
+        allowed.append(["/(?s:.{%d,%s})/" % (schema.get("minLength", 0), schema.get("maxLength", ""))])
+    if pattern := in_slashes(schema.get("pattern", "")):  # is found anywhere in the text
         first, last = "^" * (pattern[0] == "^"), re.search(r"(?<!\\)(?:\\\\)*(\$?)\Z", pattern)[1]
         inside = pattern.removeprefix(first).removesuffix(last) if "|" not in pattern else pattern
-        parts.append(f"/{'' if first else '(?s:.*)'}(?:{inside}){'' if last else '(?s:.*)'}/")
-    return " & ".join(parts)
+        allowed.append([f"/{'' if first else '(?s:.*)'}(?:{inside}){'' if last else '(?s:.*)'}/"])
+    if (kind := schema.get("format")) is not None:
+        if kind not in STRING_FORMATS:
+            raise ValueError(f"unknown format: {shown(kind)}")
+        allowed.append([f"/{in_slashes(STRING_FORMATS[kind])}/"])
+    choices = [" | ".join(filter(None, each)) for each in allowed]
+    return f"({' & '.join(f'({each})' for each in choices) or '/(?s:.*)/'})" if all(choices) else ""
 
 
-def leaf_rules(place: str, leaf: dict, root: Mapping, sign: str, ends: Seq[str]) -> Iterator[tuple[str, ...]]:
-    """A rule's name and its lines for the strings, and for the other values, of this schema without branches;
-    `sign` ends a value."""
-    kinds = types_of(leaf) or {"string"}
-    if "string" in kinds:
+def value_rules(place: str, schema, root: Mapping, sign: str, ends: Seq[str]) -> Iterator[tuple[str, ...]]:
+    """A rule's name and its lines for the strings, and for the other values, of this schema; `sign` ends a
+    value, and a string has none of `ends`."""
+    kinds = types_of(schema, root, iter(range(64)))
+    kinds = kinds if len(kinds) < len(JSON_TYPES) else {"string"}
+    if "string" in kinds and (text := text_terminal(schema, root, iter(range(64)))):
+        refused = "|".join(in_slashes(re.escape(end)) for end in ends)
         yield (f"{place}t", f"{place}t[suffix={sign}]: {place.upper()}",
-               f"{place.upper()}: {text_terminal(leaf, ends)}")
+               f"{place.upper()}: {text} & ~/(?s:.*)({refused})(?s:.*)/")
     if kinds := sorted(kinds - {"string"}):
-        leaf = {**leaf, "type": kinds}
-        if "enum" in leaf:
-            leaf["enum"] = [value for value in leaf["enum"] if not is_text(value)]
-        if '"$ref"' in json.dumps(leaf):
-            moved = json.dumps({**leaf, "$defs": {"_": root}})
-            leaf = json.loads(moved.replace('"$ref": "#', '"$ref": "#/$defs/_'))
-        yield (place, f"{place}: {place}_value {sign}",
-               f"{place}_value: %json {json.dumps({**leaf, 'x-guidance': JSON_STYLE})}")
+        schema = {"type": kinds, "allOf": [schema], "x-guidance": JSON_STYLE}
+        if '"$ref"' in json.dumps(schema):
+            moved = json.dumps({**schema, "$defs": {"_": root}})
+            schema = json.loads(moved.replace('"$ref": "#', '"$ref": "#/$defs/_'))
+        yield place, f"{place}: {place}_value {sign}", f"{place}_value: %json {json.dumps(schema)}"
 
 
 def tag_rules(rule: str, root: Mapping, tool_format: str) -> Iterator[str]:
@@ -11028,23 +11086,35 @@ def tag_rules(rule: str, root: Mapping, tool_format: str) -> Iterator[str]:
     end, after = (marker[0], end[marker.end():]) if marker else (end, "")
     sign, ends = tag_text(end, ""), (end.strip(), CALLS[tool_format][1])
     allowed_name = rf"(?!\s)[^<>\n]{{1,{LIMITS.parameter_characters}}}(?<!\s)"
-    for parameters in leaves_of(root, root):
+    head, middle, tail = (tag_text(text, tool_format) for text in (*start.split("{}"), after))
+    for parameters in objects_of(root, root, iter(range(64))):
         required, wanted = dict.fromkeys(parameters.get("required", ()), {}), []
-        for name, schema in (required | parameters.get("properties", {})).items():
-            if not re.fullmatch(allowed_name, name):
+        known = {**required, **parameters.get("properties", {})}
+        more = parameters.get("additionalProperties", False)
+        for name, schema in [*known.items(), *[(None, more)] * (more is not False)]:
+            each = f"{rule}_{len(choices)}_{len(wanted)}"
+            if name is None:
+                others = "|".join(in_slashes(re.escape(name)) for name in known)
+                yield (rf"{each.upper()}_NAME: /[^<>\s]([^<>\n]{{0,{LIMITS.parameter_characters - 2}}}[^<>\s])?/"
+                       + f" & ~/({others})/")
+            elif not re.fullmatch(allowed_name, name):
                 raise unusable_schema(
                     f"this model's calls cannot have a parameter {shown(name)}; a name has 1 to "
                     f"{LIMITS.parameter_characters} characters, no <, > or line break, no space at its ends",
                     "tools")
-            each, values = f"{rule}_{len(choices)}_{len(wanted)}", []
-            wanted.append(each + "?" * (name not in required))
-            for number, leaf in enumerate(leaves_of(schema, root)):
-                for value, *lines in leaf_rules(f"{each}_{number}", leaf, root, sign, ends):
-                    values.append(value)
-                    yield from lines
-            head, tail = (tag_text(text, tool_format) for text in (start.format(name), after))
-            yield f"{each}: {head} ({' | '.join(values)}) {tail}"
+            written, often = (f"{each.upper()}_NAME", "*") if name is None else (
+                json.dumps(name), "?" * (name not in required))
+            wanted.append(each + often)
+            values = []
+            for value, *lines in value_rules(f"{each}v", schema, root, sign, ends):
+                values.append(value)
+                yield from lines
+            if not values:
+                raise ValueError(f"no value fits {shown(name)}")
+            yield f"{each}: {head} {written} {middle} ({' | '.join(values)}) {tail}"
         choices.append(" ".join(wanted) or json.dumps(""))
+    if not choices:
+        raise ValueError("no object fits them")
     yield f"{rule}: {' | '.join(choices)}"
 
 

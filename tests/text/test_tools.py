@@ -465,7 +465,8 @@ def test_the_default_model_makes_several_calls_in_tags_and_so_does_a_worker_that
 @pytest.mark.parametrize("parameters, reason", [
     ({"type": "object", "required": 5}, "properties of one object"), ({"properties": {"a": 5}}, ""), ({"properties": {"a" * 201: {}}}, "1 to 200 characters"), ({"properties": []}, "properties of one object"),
     ({"properties": {"a>b": {}}}, "a>b"), ({"properties": {"a": {"type": "string", "pattern": "^a|(b$"}}}, "regex"),
-    ({"properties": {"a": {"type": "integer", "minimum": 5, "maximum": 4}}, "required": ["a"]}, "")])
+    ({"properties": {"a": {"type": "integer", "minimum": 5, "maximum": 4}}, "required": ["a"]}, ""), ({"properties": {"a": {"format": "x"}}}, "unknown format"),
+    ({"properties": {"a": {"type": "nope"}}}, "no value fits"), ({"type": "string"}, "no object fits")])
 def test_parameters_that_tags_cannot_have_are_refused_where_a_call_is_required(parameters, reason):
     with pytest.raises(chat_server.RequestError, match="(?i)tools.*" + reason):
         chat_server.check_grammar(chat_server.tool_grammar([{"function": {"name": "f", "parameters": parameters}}], "glm tags", True), "tools")
@@ -521,6 +522,29 @@ def test_names_of_parameters_in_tags_have_a_length_and_white_space_in_them_costs
     assert pushed(tool_format, "<tool_call>" + " " * 20_000, ["!"])[1] == []
 
 
+VALUE = '{"a": ["x</parameter>\\"\\n</parameter>\\n</tool_call>"]}'
+
+
+@pytest.mark.parametrize("value, more, told", [
+    (VALUE, "\n</parameter>\n<parameter=b>\n2\n</parameter>\n", f'{{"p": {VALUE}, "b": 2}}'), (VALUE, "</tool_call>", f'{{"p": {VALUE}}}'),
+    (VALUE, "", f'{{"p": {VALUE}}}'),       # the answer ends in the value
+    ('{"a": "x', '\n</parameter>\n<parameter=b>\n2\n</parameter>\n', '{"p": "{\\"a\\": \\"x", "b": 2}'),    # its string never ends
+    ('say "x', "</parameter>\n<parameter=b>\n2</parameter>\n", '{"p": "say \\"x", "b": 2}')])
+@pytest.mark.parametrize("tokens", [{}, {"<tool_call>": 300, "</tool_call>": 301}], ids=["text", "tokens"])
+def test_a_value_ends_at_the_first_tag_that_is_not_inside_a_string_of_its_json(value, more, told, tokens):
+    text = f"<tool_call><function=f><parameter=p>\n{value}{more}" + "</function></tool_call>Done." * (more != "" and more != "</tool_call>")
+    tokenizer = Marked("qwen tags", tokens)
+    outer = chat_server.re.split("(^<tool_call>|</tool_call>(?=Done|$))", text)
+    ids = [token for part in outer for token in ([tokens[part]] if part in tokens else part.encode())]
+    work = assignment("a", (1,), SamplingParams(), 999, chat=True, tool_names=("f",))
+    answer = Answer(work, tokenizer)
+    for number, token in enumerate(ids, 1):
+        answer.push(token, number, 999)
+    answer._end("stop", "eos")
+    rest, calls = together(answer.take())
+    assert (rest, calls) == ("Done." * text.endswith("Done."), [{"name": "f", "arguments": told}])
+
+
 @pytest.mark.parametrize("rest", ["", "\n", "<", "\n</tool", "<func"])
 def test_an_answer_that_ends_after_a_call_in_tags_gets_no_text_that_the_model_did_not_write(rest):
     assert pushed("qwen tags", "<function=f>\n</function>", [rest]) == ("", [{"name": "f", "arguments": "{}"}])
@@ -551,7 +575,7 @@ def test_schemas_that_are_small_but_say_much_cost_little(monkeypatch):
     tools = [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in "fg"]
     values = chat_server.parse_fields(ASK | {"tools": tools}, chat_server.OPENAI_FIELDS)
     types = chat_server.parse_openai_request(values, Settings(), "qwen tags").tool_types
-    assert types[0]["p0"] == "integer number" and types[1]["p599"] == "" and 100 < Counted.reads < 100_000
+    assert types[0]["p0"] == "integer number" and types[1].get("p599", "") == "" and 100 < Counted.reads < 100_000
     # each $ref in a required call's grammar repeats all parameters
     made, dumped = [], json.dumps
     monkeypatch.setattr(chat_server.json, "dumps", lambda *given, **more: made.append(dumped(*given, **more)) or made[-1])
@@ -560,8 +584,28 @@ def test_schemas_that_are_small_but_say_much_cost_little(monkeypatch):
     with pytest.raises(chat_server.RequestError, match="at most 65536 characters"):
         chat_server.tool_grammar([{"function": {"name": "f", "parameters": parameters}}], "qwen tags", True)
     assert sum(map(len, made)) < 1_000_000
-    with pytest.raises(LookupError, match="64 keywords"):
-        list(chat_server.leaves_of({str(number): 0 for number in range(65)}, {}))
+    for parameters in ({"allOf": [{"anyOf": [{}, {}]}] * 10}, {"$ref": "#"}):       # 1024 forms; one without end
+        with pytest.raises(chat_server.RequestError, match="64 forms|too many schemas"):
+            chat_server.tool_grammar([{"function": {"name": "f", "parameters": parameters}}], "qwen tags", True)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in chat_server.STRING_FORMATS if kind != "unknown"])
+def test_a_string_in_tags_has_the_format_that_it_has_in_json(kind):
+    """JSON grammars know more of months, and of IPv4 within IPv6."""
+    import llguidance
+    root = {"properties": {"a": {"type": "string", "format": kind}}}
+    grammars = {"<tool_call>\n<function=f>\n<parameter=a>\n%s\n</parameter>\n</function>\n</tool_call>": chat_server.tool_grammar(
+        [{"function": {"name": "f", "parameters": root}}], "qwen tags", False), '"%s"': chat_server.json_grammar(root["properties"]["a"], "a")}
+    texts = ("2026-11-21", "2026-13-01", "23:59:60Z", "12:00:00.5+02:00", "12:00:00", "24:00:00Z", "2026-11-21T12:00:00Z", "2026-11-21 12:00:00Z", "P1D", "P1Y2M", "PT1H2M", "P", "P1DT",
+             "a@b", "a.b+c@d-e.f", "a b@c.d", "@b.c", "a-b.c", "-a", "1.2.3.4", "256.1.1.1", "01.2.3.4", "::1", "2001:db8::ff00:42:8329", "g::1", "::", "1::", "1:2:3:4:5:6:7:8", "1:2:3:4:5:6:7::", "::2:3:4:5:6:7:8", "1::3:4:5:6:7:8", "1:2:3:4:5:6:7", "1::2::3",
+             "1:2::3:4:5:6:7:8",
+             "12345678-1234-1234-1234-1234567890aB", "http://a/b?c=d#e", "a:b", "//a", "http://a b", "")
+    said = []
+    for before, grammar in grammars.items():
+        compiled = llguidance.LLMatcher(chat_server.byte_vocabulary(), chat_server.with_markers(grammar, {}), log_level=0)
+        matchers = [(compiled.deep_copy(), before % text) for text in texts]
+        said.append([text for text, (matcher, whole) in zip(texts, matchers) if matcher.consume_tokens(list(whole.encode())) and matcher.is_accepting()])
+    assert said[0] == said[1] and said[0]
 
 
 @pytest.mark.parametrize("tool_format", ["tagged", "qwen tags"])
@@ -592,6 +636,17 @@ def test_what_a_schema_says_beside_its_branches_counts(schema, types):
     ({"properties": {"a": {"type": "string", "pattern": "^a\nb$"}}}, [{"a": "a\nb"}], [{"a": "ab"}]),
     ({"properties": {"a": {"type": "string", "allOf": [{"minLength": 2}]}}}, [{"a": "xy"}], [{"a": "x"}]),
     ({"properties": {"a": {}, "b": {}}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]}, [{"a": "x"}, {"b": "x"}, {"a": "x", "b": "x"}], [{}]),
+    ({"properties": {"a": {"type": "string", "format": "date"}}}, [{"a": "2026-11-21"}], [{"a": "2026-11"}, {"a": "today"}]),
+    ({"properties": {"a": {"allOf": [{"pattern": "^a"}, {"pattern": "b$"}, {"anyOf": [{"minLength": 3}, {"type": "null"}]}], "type": "string"}}},
+     [{"a": "acb"}], [{"a": "ab"}, {"a": "bca"}, {"a": "null"}]),
+    ({"properties": {"a": {"anyOf": [{"type": "string", "format": "ipv4"}, {"allOf": [{"minimum": 2}, {"maximum": 3}], "type": "integer"}]}}},
+     [{"a": "1.2.3.4"}, {"a": "2"}], [{"a": "4"}, {"a": "1.2.3.400"}]),
+    ({"properties": {"a": {"allOf": [{"$ref": "#/$defs/o"}, {"properties": {"c": {"const": 2}}}]}}, "$defs": {"o": {"type": "object", "properties": {"b": {"const": 1}}, "required": ["b"]}}},
+     [{"a": '{"b": 1, "c": 2}'}], [{"a": '{"c": 2}'}, {"a": '{"b": 1, "c": 3}'}, {"a": "b"}]),
+    ({"allOf": [{"$ref": "#/$defs/base"}, {"properties": {"b": {"type": "integer"}, "a": {"maxLength": 1}}, "required": ["b"]}],
+      "$defs": {"base": {"properties": {"a": {"type": "string"}}, "required": ["a"]}}}, [{"a": "x", "b": "1"}], [{"a": "x"}, {"a": "xy", "b": "1"}]),
+    ({"properties": {"a": {"type": "null"}}, "additionalProperties": {"type": "integer"}}, [{}, {"a": "null", "b": "1", "c d": "2"}], [{"b": "x"}, {"a": "1"}]),
+    ({"properties": {"a": {}}, "additionalProperties": False}, [{"a": "x"}], [{"b": "x"}]), ({"additionalProperties": True}, [{"a": "x"}], []),
     ({"properties": {"a": {}}, "required": ["a"], "anyOf": [{"properties": {"b": {"type": "null"}}, "required": ["b"]}, {}]},
      [{"a": "x"}, {"a": "x", "b": "null"}], [{"b": "null"}, {"a": "x", "b": "y"}])])
 def test_a_required_call_in_tags_has_the_values_that_its_schema_allows(parameters, allowed, refused):
