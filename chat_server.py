@@ -11095,8 +11095,8 @@ def tag_rules(rule: str, root: Mapping, tool_format: str) -> Iterator[str]:
             each = f"{rule}_{len(choices)}_{len(wanted)}"
             if name is None:
                 others = "|".join(in_slashes(re.escape(name)) for name in known)
-                yield (rf"{each.upper()}_NAME: /[^<>\s]([^<>\n]{{0,{LIMITS.parameter_characters - 2}}}[^<>\s])?/"
-                       + f" & ~/({others})/")
+                most = LIMITS.parameter_characters - 2
+                yield rf"{each.upper()}_NAME: /[^<>\s]([^<>\n]{{0,{most}}}[^<>\s])?/ & ~/({others})/"
             elif not re.fullmatch(allowed_name, name):
                 raise unusable_schema(
                     f"this model's calls cannot have a parameter {shown(name)}; a name has 1 to "
