@@ -10873,6 +10873,9 @@ def parse_openai_request(values: Mapping, settings: Settings, tool_format: str |
     if top and not logprobs:
         raise invalid("top_logprobs", "top_logprobs needs logprobs: true")
     choice, tools = values.get("tool_choice", ToolChoice()), values.get("tools", ())
+    if strange := [tool["type"] for tool in tools if "function" not in tool]:
+        raise RequestError(f"tools of type {shown(strange[0])} are not supported here, only functions",
+                           code="unsupported_tool", param="tools")
     required = choice.mode == "required"
     if choice.mode != "none" and (tools or required) and tool_format is None:
         raise no_tools("tools" if tools else "tool_choice")
@@ -11169,9 +11172,6 @@ def read_native_call(body: dict, known: Known) -> Call:
 
 def read_chat_call(body: dict, known: Known) -> Call:
     values = parse_fields(body, OPENAI_FIELDS)
-    if strange := [tool["type"] for tool in values.get("tools", ()) if "function" not in tool]:
-        raise RequestError(f"tools of type {shown(strange[0])} are not supported here, only functions",
-                           code="unsupported_tool", param="tools")
     if body.get("functions") and known.tool_format is None:
         raise no_tools("functions")
     request = parse_openai_request(values, known.settings, known.tool_format)
@@ -14510,6 +14510,7 @@ def main(argv: Seq[str] | None = None) -> int:
         if not isinstance(error, ChatServerError):
             raise
         wrong_use = isinstance(error, ConfigError)
+        logging.shutdown()  # the reason is the last line
         print(f"chat_server: {'' if wrong_use else 'error: '}{error}", file=sys.stderr)
         return 2 if wrong_use else 1
     except KeyboardInterrupt:

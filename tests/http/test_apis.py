@@ -8,7 +8,7 @@ import re
 
 import psutil
 import pytest
-from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
+from hypothesis import HealthCheck, example, given, settings as hypothesis_settings, strategies as st
 
 import chat_server
 from chat_server import ApiKey, CallDelta, EngineFailure, Known, Piece, RequestError, Settings
@@ -429,6 +429,7 @@ items = st.recursive(json_values | st.sampled_from(KINDS), lambda inner: st.list
 
 
 @hypothesis_settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
+@example(body={}, item={"type": "custom"})
 @given(body=st.dictionaries(st.sampled_from(["input", "messages", "system", "tools", "tool_choice", "text", "output_config", "instructions", "metadata"]),
                             items, max_size=4), item=items)
 def test_nested_bodies_are_read_or_refused(body, item):

@@ -157,15 +157,28 @@ class StandIn:
         self.model = {"id": "stand-in-135m", "context_length": 8192, "owned_by": "chat_server", "capabilities": {}, "defaults": {}}
         self.cancelled = threading.Event()
         self.loop = asyncio.new_event_loop()
-        self.held = None
+        self.held, self.holds = None, threading.Event()     # what answers wait for; whether any does
         started = threading.Event()
         self.thread = threading.Thread(target=self._serve, args=(started, port), daemon=True)
         self.thread.start()
         started.wait()
 
     def release(self):
-        """Let the held answer continue."""
-        self.loop.call_soon_threadsafe(lambda: self.held.set())
+        """Let the held answer continue, as soon as there is one: the page may not have sent its question yet."""
+        assert self.holds.wait(30)
+        self.holds.clear()
+        self.loop.call_soon_threadsafe(self.held.set)
+
+    async def hold(self):
+        """Wait until the test calls `release`, together with other answers that wait."""
+        if self.held is None or self.held.is_set():
+            self.held = asyncio.Event()
+        self.holds.set()
+        try:
+            await self.held.wait()
+        except asyncio.CancelledError:
+            self.holds.clear()
+            raise
 
     def close(self):
         """End the server and its thread."""
@@ -233,8 +246,6 @@ class StandIn:
             raise web.HTTPNotFound
         body = await request.json()
         self.bodies.append(body)
-        if self.held is None or self.held.is_set():         # otherwise it is held with the others
-            self.held = asyncio.Event()
         question = body["messages"][-1]["content"]
         if refusal := self._refusal(question):
             return refusal
@@ -287,7 +298,7 @@ async def held_markdown(server, question):
     """Held in the middle of a code block."""
     cut = MARKDOWN.index("both at")
     yield {"token": MARKDOWN[:cut], "gpu": 0}
-    await server.held.wait()
+    await server.hold()
     yield {"token": MARKDOWN[cut:], "gpu": 0}
     yield done(99)
 
@@ -296,7 +307,7 @@ async def paragraphs(server, question):
     """More than a screen, held, then more again."""
     for i in range(40):
         yield {"token": f"Paragraph {i}.\n\n", "gpu": 0}
-    await server.held.wait()
+    await server.hold()
     for i in range(40, 80):
         yield {"token": f"Paragraph {i}.\n\n", "gpu": 0}
     yield done(80)
@@ -305,7 +316,7 @@ async def paragraphs(server, question):
 async def silence(server, question):
     """Held before the first token, with pings."""
     yield b": ping\n\n"
-    await server.held.wait()
+    await server.hold()
     yield b": ping\r\n\r\n" + openai({"token": "Here I am."}).replace(b"\n", b"\r\n")
     yield done(1)
 
@@ -338,7 +349,7 @@ async def thoughts(server, question):
     """Thinks, is held, then answers."""
     for word in ("Let me ", "think about **it**", ", slowly."):
         yield {"reasoning": word, "gpu": 0}
-    await server.held.wait()
+    await server.hold()
     yield {"token": "It is 42.", "gpu": 0}
     yield done(9)
 
@@ -347,8 +358,7 @@ async def progress(server, question):
     """Waits in the queue, then the prompt is computed; held after each."""
     for event in ({"queue_position": 3}, {"queue_position": 0, "prompt_tokens": 2000, "prompt_tokens_done": 860}):
         yield {"progress": event}
-        await server.held.wait()
-        server.held.clear()
+        await server.hold()
     yield {"token": "Done.", "gpu": 1}
     yield done(1, gpu=1)
 
