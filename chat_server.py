@@ -3871,7 +3871,8 @@ class ModelSpec:
     ve_gate_channels: int = 32
     smear_channels: int = 0           # > 0: add the previous embedding, gated by this many channels
     backout_layer: int | None = None  # subtract backout_lambda * (x after it) before the final norm
-    head_rows: int = 0                # > 0: the rows of the head that this one of several ranks has
+    own_rows: int = 0                 # > 0: of embedding and head, those that this one of several ranks has,
+    first_row: int = 0                # from this one on
     opens: bool = True                # False: another stage computes the layers before these,
     closes: bool = True               # and here those after them
 
@@ -3880,9 +3881,9 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor in a model of this spec, and no others (weights are (out, in))."""
     V, C, D, F = spec.vocab_size, spec.width, spec.head_size, spec.ffn_size
     H, Hkv = spec.heads, spec.kv_heads
-    shapes: dict[str, tuple[int, ...]] = {"embed": (V, C)} if spec.opens else {}
+    shapes: dict[str, tuple[int, ...]] = {"embed": (spec.own_rows or V, C)} if spec.opens else {}
     if spec.closes:
-        shapes["head"] = spec.head_rows or V, C
+        shapes["head"] = spec.own_rows or V, C
     if spec.norm_weights:
         shapes["final_norm"] = (C,)
     if spec.residual_lambdas:
@@ -4017,7 +4018,7 @@ class Transformer:
             "qkv": (T, (H + 2 * Hkv) * D, dtype), "q": (T, H * D, f32), "attended": (T, H * D, dtype),
             "gate": (T, Hkv, dtype), "value": (T, Hkv * D, dtype), "hidden": (T, F, dtype),
             "routing": (T, spec.experts, f32), "last": (R, C, f32), "logits": (R, spec.vocab_size, f32),
-            "own_logits": (R, spec.head_rows, f32),
+            "own_logits": (R, spec.own_rows, f32),
         }
 
     def cut(self, T: int, R: int) -> SimpleNamespace:
@@ -4094,9 +4095,9 @@ class Transformer:
         if spec.backout_layer is not None:
             k.backout(b.x, b.middle, w["backout_lambda"], out=b.x)
         k.gather_rows(b.x, inputs.logit_rows, out=b.last)  # (R, C)
-        logits = b.own_logits if spec.head_rows else b.logits
+        logits = b.own_logits if spec.own_rows else b.logits
         k.linear(b.last, w["head"], norm=Norm(w.get("final_norm"), spec.norm_eps), out=logits)  # (R, V)
-        if spec.head_rows:  # those of other ranks lie beside them
+        if spec.own_rows:  # those of other ranks lie beside them
             k.all_gather(logits, out=b.logits)
         if spec.softcap:
             k.softcap(b.logits, spec.softcap, out=b.logits)
@@ -4104,17 +4105,25 @@ class Transformer:
     def _embed(self, inputs: Inputs, b: SimpleNamespace):
         """x = what the first layer reads (T, C)."""
         spec, k, w = self.spec, self.kernels, self.weights
-        k.embed(w["embed"], inputs.token_ids, out=b.x)
+        self._look_up(inputs.token_ids, out=b.x)
         if spec.embedding_scale != 1:
             k.mix(b.x, b.x, self.embedding_scale, 0.0, out=b.x)
         if spec.embedding_norm:
             k.rms_norm(b.x, None, spec.norm_eps, out=b.x)
         if spec.smear_channels:  # mixes in the previous token's embedding, before its own smearing
-            k.embed(w["embed"], inputs.previous_token_ids, out=b.previous)
+            self._look_up(inputs.previous_token_ids, out=b.previous)
             k.rms_norm(b.previous, None, spec.norm_eps, out=b.previous)
             k.smear(b.x, b.previous, inputs.previous_token_ids, w["smear_gate"], w["smear_lambda"], out=b.x)
         if spec.residual_lambdas:
             k.copy(b.x, out=b.x0)
+
+    def _look_up(self, ids, out):
+        """The embeddings (T, C) of some ids, of which each of several ranks has its rows' alone."""
+        spec, k, table = self.spec, self.kernels, self.weights["embed"]
+        if not spec.own_rows:
+            return k.embed(table, ids, out=out)
+        k.embed(table, ids, out=out, part=(spec.first_row, spec.vocab_size))
+        k.all_reduce(out, out=out)
 
     def passed_on(self, layer: int) -> list[str]:
         """The buffers that the layers from `layer` need of those before them."""
@@ -4230,9 +4239,17 @@ class EagerSteps:
 # values lie side by side.
 
 
-def embed_reference(table, ids, out):
-    """Rows `ids` (T,) of table (V, C) -> out (T, C); a negative id gives row 0, which the caller ignores."""
-    out.copy_(torch.index_select(table, 0, ids.clamp(min=0)))
+def embed_reference(table, ids, out, part=None):
+    """Rows `ids` (T,) of table (V, C) -> out (T, C); a negative id gives row 0, which the caller ignores.
+
+    `part`: (first, V), if the table has only the rows from `first` on. All other ids give -0.0, the only
+    number that changes nothing it is added to: so the sum over ranks has the bits of the whole table's row."""
+    ids = ids.clamp(min=0)
+    if part is None:
+        out.copy_(torch.index_select(table, 0, ids))
+        return
+    row = (ids - part[0]).clamp(0, len(table) - 1)
+    out.copy_(torch.index_select(table, 0, row)).masked_fill_((row + part[0] != ids)[:, None], -0.0)
 
 
 def gather_rows_reference(x, rows, out):
@@ -4875,7 +4892,7 @@ def choose_backend(device, spec: ModelSpec | None):
     return core and core.backend_for(spec, device, for_decode_core()) or Backend(device)
 
 
-SEAM = 11  # version of Backend and for_decode_core; a core with another version is not used
+SEAM = 12  # version of Backend and for_decode_core; a core with another version is not used
 
 
 def for_decode_core() -> SimpleNamespace:
@@ -5719,7 +5736,7 @@ class RankShare(NamedTuple):
     heads: range
     kv_heads: range
     ffn: range
-    head_rows: int  # with those that the last ranks have too few of: as many for every rank
+    own_rows: int  # of it, with those that the last ranks have too few of: as many for every rank
 
 
 def divide(spec: ModelSpec, rank: int, tp: int, block: int) -> RankShare:
@@ -5759,7 +5776,7 @@ def rows_of(heads: range, size: int, before: int = 0) -> range:
 
 SPLITS: dict[str, tuple[int, Callable[[ModelSpec, RankShare], list[range]]]] = {
     # our tensor -> (its axis that is divided, what of that a rank has); of all others it has everything
-    "head": (0, lambda s, my: [my.vocabulary]),
+    "embed": (0, lambda s, my: [my.vocabulary]), "head": (0, lambda s, my: [my.vocabulary]),
     "qkv": (0, lambda s, my: [
         rows_of(my.heads, s.head_size),
         *(rows_of(my.kv_heads, s.head_size, n * s.head_size) for n in (s.heads, s.heads + s.kv_heads))]),
@@ -5785,9 +5802,9 @@ def shard_of(name: str, spec: ModelSpec, share: RankShare) -> tuple[int, list[ra
 
 
 def shard_spec(spec: ModelSpec, share: RankShare) -> ModelSpec:
-    """The sizes of what a rank has; the embedding is whole, and its logits join those of the others."""
+    """The sizes of what a rank has; embeddings are added up over the ranks, logits put side by side."""
     return replace(spec, heads=len(share.heads), kv_heads=len(share.kv_heads), ffn_size=len(share.ffn),
-                   head_rows=share.head_rows, tied_head=False)
+                   own_rows=share.own_rows, first_row=share.rank * share.own_rows)
 
 
 def shard_model(model: LoadedModel, rank: int, tp: int, quantize: str | None = None) -> LoadedModel:
@@ -5798,13 +5815,11 @@ def shard_model(model: LoadedModel, rank: int, tp: int, quantize: str | None = N
     packed_together = 256 if "_k" in (quantize or "") else 32 if quantize else 0
     share = divide(spec, rank, tp, max(model.block, packed_together))
     own, tensors = shard_spec(spec, share), dict(model.tensors)
-    if spec.tied_head:
-        tensors["head"] = tensors["embed"]
     for name, shape in expected_tensors(own).items():
         where = shard_of(name, spec, share)
         if where is None:
             tensors[name] = torch.zeros(shape)
-        elif where[1]:
+        elif where[1] and name in tensors:  # a tied head is not
             tensors[name] = tensors[name].less(Cut(shapes[name], shape, *where))
     return replace(model, spec=own, tensors=tensors)
 
@@ -8230,7 +8245,7 @@ def build_transformer(
     whole, model = model.spec, shard(model)
     spec = model.spec
     kernels = load_kernels(device, spec, **limits, quantize=settings.quantize, join=ranks.join and partial(
-        ranks.join, part_bytes=4 * max(limits["max_tokens"] * spec.width, rows * spec.head_rows)))
+        ranks.join, part_bytes=4 * max(limits["max_tokens"] * spec.width, rows * spec.own_rows)))
     needs = memory_needs(model, settings.quantize, *limits.values())
     groups = group_layers(spec.windows, spec.layers, model.context_length,  # all stages have the same tables
                           apart=kernels.backend.groups_layers and ranks.stages == 1)

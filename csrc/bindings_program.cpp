@@ -26,10 +26,12 @@ dc::Op make_op(dc::OpKind kind, bool on_logit_rows, const Buffer& x, const Buffe
     return op;
 }
 
-void embed(dc::Program& program, const py::object& tiles, uintptr_t table, int type, int64_t table_rows, bool previous, const Buffer& out) {
+void embed(dc::Program& program, const py::object& tiles, uintptr_t table, int type, int64_t rows, int64_t first, int64_t vocabulary,
+           bool previous, const Buffer& out) {
     dc::Op op = make_op(dc::OpKind::embed, false, {}, out);
     if (!tiles.is_none()) op.tiles = tiles.cast<const dc::Tiles&>();
-    op.table = at<const void>(table), op.table_type = dc::Element(type), op.table_rows = table_rows, op.previous_ids = previous;
+    op.table = at<const void>(table), op.table_type = dc::Element(type), op.previous_ids = previous;
+    op.table_rows = rows, op.first_row = first, op.vocabulary = vocabulary;
     program.record(op);
 }
 

@@ -81,13 +81,16 @@ class ProductOps:
     def __init__(self, kernels: Any, script: SimpleNamespace, stream: Callable[[], int]):
         self.kernels, self.script, self.stream = kernels, script, stream
 
-    def embed(self, table, ids, out) -> None:
+    def embed(self, table, ids, out, part=None) -> None:
         if not isinstance(table, PackedMatrix):
-            return self.script.references["embed"](table, ids, out)
+            return self.script.references["embed"](table, ids, out, part)
         [(kind, blocks)] = table.parts          # an embedding is one tensor of a file
         rows = torch.empty(len(ids), table.shape[1], device=ids.device)
-        chosen = torch.index_select(blocks, 0, ids.clamp(min=0))
-        self.kernels.dequantize(chosen, rows, kind=kind, stream=self.stream())
+        ids = ids.clamp(min=0)
+        at = ids if part is None else (ids - part[0]).clamp(0, len(blocks) - 1)
+        self.kernels.dequantize(torch.index_select(blocks, 0, at), rows, kind=kind, stream=self.stream())
+        if part:
+            rows.masked_fill_((at + part[0] != ids)[:, None], -0.0)
         out.copy_(rows)
 
     def linear(self, x, weight, out, norm=None, bias=None, activation=None, residual=None) -> None:

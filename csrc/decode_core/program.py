@@ -60,8 +60,11 @@ class Program:
 
     # ---- recording
 
-    def embed(self, table, ids, out) -> None:
-        """Rows `ids` (token_ids or previous_token_ids) of a Matrix or a plain (V, C) table -> out; a negative id: row 0."""
+    def embed(self, table, ids, out, part=None) -> None:
+        """Rows `ids` (token_ids or previous_token_ids) of a Matrix or a plain (V, C) table -> out; a negative id: row 0.
+
+        part        (first, V): the table has only the rows from `first` on, of V; other ids give -0.0, which changes no sum
+        """
         if ids not in (self.token_ids, self.previous_token_ids):
             raise ValueError(f"ids: must be program.token_ids or program.previous_token_ids, not {ids!r}")
         if isinstance(table, Matrix):
@@ -69,9 +72,12 @@ class Program:
         else:
             address, kind, shape, _ = look_at("table", table, tuple(CODES), None, None)
             tiles, kind = None, CODES[kind]
+        first, vocabulary = part or (0, shape[0])
+        if not 0 <= first < vocabulary:
+            raise ValueError(f"part: must be a row and a larger number of rows, not {part!r}")
         buffer = self._written("out", out, TOKENS, shape[1])
         self._keep(table, out)
-        self._program.embed(tiles, address, kind, shape[0], ids is self.previous_token_ids, buffer)
+        self._program.embed(tiles, address, kind, shape[0], first, vocabulary, ids is self.previous_token_ids, buffer)
 
     def given(self, x) -> None:
         """x (max_tokens, C): whoever starts a step has written its rows, and no earlier step is under way then."""

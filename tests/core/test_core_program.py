@@ -499,6 +499,8 @@ def wrong_ops(p, m):
     p.rope_append(qkv, m.cos, m.sin, p.positions, p.slots, cache, q)
     yield "ids", lambda: p.embed(m.head, [1], x)
     yield "table", lambda: p.embed(np.zeros(3, np.float32), p.token_ids, x)
+    yield "part", lambda: p.embed(m.head, p.token_ids, x, part=(-1, 100))
+    yield "part", lambda: p.embed(m.head, p.token_ids, x, part=(100, 100))
     yield "out", lambda: p.embed(m.head, p.token_ids, buffer(m.C + 1))
     yield "out", lambda: p.embed(m.head, p.token_ids, buffer(m.C, rows=7))
     yield "out", lambda: p.embed(m.head, p.token_ids, buffer(m.C, dtype=np.float64))

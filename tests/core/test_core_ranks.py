@@ -283,6 +283,46 @@ PRODUCTS = """
 """
 
 
+TABLES = """
+    from decode_core.tiles import COLUMNS
+    T, C, V = 64, 512, 97
+    decode_core.set_threads({threads})
+    values = np.random.default_rng(1).standard_normal((V, C)).astype(np.float32)
+    values[3, :9], values[4] = -0.0, 0.0
+    each, token_ids, previous = -(-V // ranks.count), [3, 4, 96, 0, 48, 49, 32, 33] * 8, [-1, 3, 4, 96, 0, 48, 49, 32] * 8
+    x, y = np.empty((T, C), np.float32), np.empty((T, C), np.float32)
+
+    def table(kind, rows):
+        if kind in ("float32", "float16"):
+            return rows.astype(kind)
+        matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, len(rows), C)
+        matrix.fill(rows, "f32")
+        return matrix
+
+    def looked_up(table, part):
+        program, found = decode_core.Program(T, T), []
+        for ids, out in ((program.token_ids, x), (program.previous_token_ids, y)):
+            program.embed(table, ids, out, part)
+            if part:
+                program.all_reduce(out, ranks, out)
+            program.mix(out, out, 0.5, 0.0, out)        # what follows reads the sum
+        for T_ in (64, 1, 33, 5, 64, 2):                # by rows and by tiles
+            program.finish(program.start(token_ids[:T_], previous[:T_], [0, T_], [T_], [list(range(4))], []))
+            found.append((x[:T_].tobytes(), y[:T_].tobytes()))
+        return found
+
+    for kind in ("float32", "float16", *COLUMNS):
+        whole, own = table(kind, values), table(kind, values[rank * each:(rank + 1) * each])
+        say(looked_up(own, (rank * each, V)) == looked_up(whole, None))
+"""
+
+
+@pytest.mark.parametrize("count, threads", [(2, 1), (3, 2)])
+def test_ranks_that_have_some_rows_of_a_table_each_look_up_the_bits_of_the_whole(count, threads):
+    with Started(count, textwrap.dedent(TABLES.format(threads=threads))) as started:
+        assert started.said() == [["True"] * (2 + len(_core.weight_types()))] * count
+
+
 @pytest.mark.parametrize("count, threads", [(2, 1), (2, 3)])
 def test_products_that_are_written_where_the_others_read_them_give_the_same_bits(count, threads):
     code = textwrap.dedent(PROGRAM.format(threads=threads)) + textwrap.dedent(PRODUCTS)

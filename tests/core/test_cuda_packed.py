@@ -72,6 +72,18 @@ def test_weights_have_the_bits_that_the_gguf_package_gives(gpu, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_some_rows_of_a_table_are_looked_up_as_the_whole_and_other_ids_change_no_sum(gpu, kind):
+    blocks, ids = wild_blocks(kind, 10, K := fitting(kind, 64)), torch.tensor([7, -1, 2, 9, 4, 3], device=gpu.device)
+    products = cuda_weights.ProductOps(gpu.ops, cs.for_decode_core(), gpu.stream)
+    whole, parts = torch.empty(6, K, device=gpu.device), torch.empty(3, 6, K, device=gpu.device)
+    table = torch.from_numpy(blocks).to(gpu.device)
+    products.embed(PackedMatrix([(kind, table)], K), ids, whole)
+    for part, at in zip(parts, (0, 4, 8)):
+        products.embed(PackedMatrix([(kind, table[at:at + 4])], K), ids, part, part=(at, 10))
+    assert (parts[0] + parts[1] + parts[2]).cpu().numpy().tobytes() == whole.cpu().numpy().tobytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("N, K", [(16, 32), (49, 576), (33, 1536)])
 def test_a_product_is_that_of_the_dequantized_weights_in_float64(gpu, kind, N, K):
     K = fitting(kind, K)

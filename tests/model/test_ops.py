@@ -44,6 +44,20 @@ def test_embed_takes_rows_and_widens_them_and_survives_the_id_before_the_first()
     assert torch.equal(out[[0, 2]], table[[7, 2]].float()) and out.isfinite().all()
 
 
+@pytest.mark.parametrize("rows", [4, 5, 9])
+def test_the_embeddings_of_ranks_add_up_to_the_bits_of_the_whole_table(rows):
+    table, ids = random(10, 6, dtype=torch.bfloat16), torch.tensor([7, -1, 2, 0, 9, 3, 4])
+    table[3, 2], table[4, :2] = -0.0, torch.tensor([-0.0, 0.0])
+    whole, parts = torch.empty(7, 6), torch.empty(-(-10 // rows), 7, 6)
+    KERNELS.embed(table, ids, out=whole)
+    for i, part in enumerate(parts):
+        KERNELS.embed(table[i * rows:(i + 1) * rows], ids, out=part, part=(i * rows, 10))
+        own = (ids.clamp(min=0) // rows == i)[:, None]
+        assert torch.equal(part.signbit() & (part == 0) | own, torch.ones(7, 6, dtype=torch.bool))
+    first, *others = parts
+    assert torch.equal(sum(others, first).view(torch.int32), whole.view(torch.int32))
+
+
 @pytest.mark.parametrize("weight", [None, random(24, seed=3)])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_rms_norm(weight, kind):

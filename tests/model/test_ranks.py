@@ -133,6 +133,10 @@ def test_every_family_and_generation_gives_the_logits_and_tokens_of_one_process(
         for name in names:
             engine = ranks.engine(folders(name), dtype="float32")
             expected, tokens = alone(folders(name))
+            weights, spec = engine.transformer.weights, engine.transformer.spec
+            table = weights["embed"]
+            assert (len(table) if isinstance(table, torch.Tensor) else table.rows) == -(-spec.vocab_size // tp), name    # its rows alone
+            assert (weights["embed"] is weights.get("head")) == spec.tied_head, name
             assert (logits_of(engine) - expected).abs().max() < 1e-4 * max(1.0, expected.abs().max().item()), name
             assert tokens_of(engine) == tokens, name
             engine.ranks.check()

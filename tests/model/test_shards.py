@@ -31,7 +31,7 @@ def check_every_part_is_given_out_once(spec, tp, block=1):
         axis, counts = given[0][0], torch.zeros(shape[given[0][0]], dtype=torch.int64)
         for (its, ranges), share, own in zip(given, shares, local):
             assert its == axis and all(0 <= part.start < part.stop <= shape[axis] for part in ranges)
-            count = len(share.vocabulary) if kind == "head" else cs.expected_tensors(own)[name][axis]
+            count = len(share.vocabulary) if kind in ("embed", "head") else cs.expected_tensors(own)[name][axis]
             assert sum(map(len, ranges)) == count, name     # as the rank's own sizes say
             for part in ranges:
                 counts[part.start:part.stop] += 1
@@ -124,9 +124,11 @@ def kernels_of(rank, together):
                                all_reduce=all_reduce, all_gather=all_gather)
 
 
-def logits_of(model, kernels, steps, results, rank):
+def logits_of(model, kernels, steps, results, rank, tables):
     try:
         transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=20, max_tokens=64, dtype=torch.float32)
+        assert (transformer.weights["head"] is transformer.weights["embed"]) == model.spec.tied_head
+        tables[rank] = transformer.weights["embed"]
         results[rank] = torch.cat([transformer.forward(step).clone() for step in steps])
     except BaseException as failure:
         results[rank] = failure
@@ -137,9 +139,10 @@ def check_the_ranks_together_are_the_model(model, tp):
     random, pages = torch.Generator().manual_seed(SEED), list(range(3, 9))
     tokens = torch.randint(0, model.spec.vocab_size, (41,), generator=random).tolist()
     steps = [make_batch((tokens, 0, 40, pages)), make_batch((tokens, 40, 1, pages))]
-    expected, found, together = {}, {}, Together(tp)
-    logits_of(model, cs.load_kernels("cpu"), steps, expected, 0)
-    threads = [threading.Thread(target=logits_of, args=(cs.shard_model(model, rank, tp), kernels_of(rank, together), steps, found, rank))
+    expected, found, together, whole, tables = {}, {}, Together(tp), {}, {}
+    logits_of(model, cs.load_kernels("cpu"), steps, expected, 0, whole)
+    threads = [threading.Thread(target=logits_of,
+                                args=(cs.shard_model(model, rank, tp), kernels_of(rank, together), steps, found, rank, tables))
                for rank in range(tp)]
     for thread in threads:
         thread.start()
@@ -149,6 +152,9 @@ def check_the_ranks_together_are_the_model(model, tp):
         assert isinstance(found[rank], torch.Tensor), found[rank]
         assert torch.equal(found[rank], found[0])
     assert (found[0] - expected[0]).abs().max() < 1e-4 * max(1.0, expected[0].abs().max().item())
+    rows = -(-model.spec.vocab_size // tp)
+    assert {len(table) for table in tables.values()} == {rows}          # none holds more of the embedding
+    assert torch.equal(torch.cat([tables[rank] for rank in range(tp)])[:model.spec.vocab_size], whole[0])
 
 
 def check_model(model):

@@ -42,9 +42,9 @@ struct Op {
     Tiles tiles{};                      // linear; embed unless memory is null
     const float* bias = nullptr;
     Activation activation = Activation::none;
-    const void* table = nullptr;        // embed: plain (table_rows, columns)
+    const void* table = nullptr;        // embed: (table_rows, columns), plain unless there are tiles
     Element table_type{};
-    int64_t table_rows = 0;
+    int64_t table_rows = 0, first_row = 0, vocabulary = 0;      // its rows are those from first_row on, of so many ids
     bool previous_ids = false;          // embed: of the tokens before
     int64_t channels = 0;               // smear
     float a = 0, b = 0;                 // mix: a x + b other; smear: lambda; softcap: cap

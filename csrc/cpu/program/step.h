@@ -9,8 +9,8 @@
 //            all products, so that a thread keeps its rows in its cache (measured: 4,360-4,880 tok/s on two chips,
 //            2,960 with the products divided).
 // Where ranks sum (all_reduce) or put side by side (all_gather) what each has, one chunk copies, meets (ranks.h) and joins; where
-// that is much, copying and joining are phases around the meeting, in which all threads take part. A product right before it is
-// written where the others read it, and nothing is copied: so what it would have been written to stays as it was.
+// that is much, copying and joining are phases around the meeting, in which all threads take part. A product or an embedding
+// right before it is written where the others read it, and nothing is copied: so what it would have been written to stays as it was.
 // A layer's experts (experts.h) are phases of their own either way: their products are divided among the threads.
 // Logit rows are always treated the first way: the head is too large to be read again for each chunk.
 // After the last rope_append only tokens with logits are computed on: nothing else reads the others (a thirtieth of a prompt).

@@ -33,9 +33,10 @@ Product product_of(const Op& op, const void* prepared, int64_t first, int64_t ro
 
 }  // namespace
 
-// Does the op after this one exchange the product that this one gives? Then it is written where the other ranks read it.
+// Does the op after this one exchange the product or embedding that this one gives? Then it is written where the other ranks read it.
 bool Step::is_offered(int64_t index) const {
-    if (index < 0 || index + 1 >= int64_t(ops.size()) || ops[size_t(index)].kind != OpKind::linear) return false;
+    if (index < 0 || index + 1 >= int64_t(ops.size())) return false;
+    if (ops[size_t(index)].kind != OpKind::linear && ops[size_t(index)].kind != OpKind::embed) return false;
     const Op &op = ops[size_t(index)], &next = ops[size_t(index + 1)];
     return next.ranks && next.on_logit_rows == op.on_logit_rows && next.x.at == op.out.at && next.x.columns == op.out.columns &&
            next.other.at != op.out.at;
@@ -107,10 +108,12 @@ void Step::do_row_op(const Op& op, int64_t begin, int64_t end) const {
 }
 
 void Step::embed(const Op& op, int64_t row) const {
-    const int64_t id = std::max<int64_t>((op.previous_ids ? input.previous_ids : input.token_ids)[size_t(row)], 0);
-    if (op.tiles.memory) return embed_row(op.tiles, id, op.out.row(row));
+    const int64_t id = std::max<int64_t>((op.previous_ids ? input.previous_ids : input.token_ids)[size_t(row)], 0) - op.first_row;
+    float* const out = product_row(op, row);
+    if (id < 0 || id >= op.table_rows) return std::fill_n(out, op.out.columns, -0.0f), void();      // another rank has it
+    if (op.tiles.memory) return embed_row(op.tiles, id, out);
     const char* from = static_cast<const char*>(op.table) + id * op.out.columns * bytes_of(op.table_type);
-    row_kernels_here().widen(op.table_type, from, op.out.columns, op.out.row(row));
+    row_kernels_here().widen(op.table_type, from, op.out.columns, out);
 }
 
 void Step::append(const Op& op, int64_t begin, int64_t end) const {
