@@ -4242,8 +4242,8 @@ class EagerSteps:
 def embed_reference(table, ids, out, part=None):
     """Rows `ids` (T,) of table (V, C) -> out (T, C); a negative id gives row 0, which the caller ignores.
 
-    `part`: (first, V), if the table has only the rows from `first` on. All other ids give -0.0, the only
-    number that changes nothing it is added to: so the sum over ranks has the bits of the whole table's row."""
+    `part`: (first, V), if the table has only the rows from `first` on. All other ids give -0.0, which changes
+    nothing it is added to: so the sum over ranks has the bits of the whole table's row."""
     ids = ids.clamp(min=0)
     if part is None:
         out.copy_(torch.index_select(table, 0, ids))
