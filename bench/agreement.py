@@ -17,6 +17,7 @@ The rows, with what each tool calls them:
     seconds          of a message, from its sending to its end
     tok/s            output tokens of all answers by the seconds of the run
     tool's CPU s     of the tool itself, with its start
+    by /metrics'     beside what the server's histograms gained meanwhile: what is left of the tool, whatever the machine does
 
 Where they differ by definition: load.py and aiperf begin with the request, and so with opening the connection, which load.py does for each
 question; guidellm begins when the connection is there and the request's head goes out. All three take text that is
@@ -42,7 +43,8 @@ import load
 sys.path[:0] = [str(load.ROOT), str(load.ROOT / "tests" / "support")]
 import real_server      # noqa: E402
 
-ROWS = ("TTFT mean, ms", "TTFT p50, ms", "TPOT mean, ms", "TPOT p50, ms", "chunk gap mean, ms", "chunk gap p50, ms", "seconds mean", "tok/s", "tool's CPU s")
+ROWS = ("TTFT mean, ms", "TTFT p50, ms", "TPOT mean, ms", "TPOT p50, ms", "chunk gap mean, ms", "chunk gap p50, ms", "seconds mean", "tok/s", "tool's CPU s",
+        "TTFT mean over /metrics', ms", "TPOT mean by /metrics'", "seconds by /metrics'")
 
 
 def write_tokenizer(model, folder):
@@ -139,9 +141,10 @@ def server_times(url):
             for stem in ("time_to_first_token", "inter_token_latency", "request_duration")]
 
 
-def server_means(before, after):
-    ttft, between, whole = ((now - then) / (later - earlier) for (then, earlier), (now, later) in zip(before, after))
-    return (1e3 * ttft, None, 1e3 * between, None, None, None, whole, None, None)
+def beside_server(values, before, after):
+    """The same means as the server measured them meanwhile: TTFT over it in ms, TPOT and seconds by it."""
+    ttft_s, between_s, whole_s = ((now - then) / (later - earlier) for (then, earlier), (now, later) in zip(before, after))
+    return values[0] - 1e3 * ttft_s, values[2] / 1e3 / between_s, values[6] / whole_s
 
 
 def shown(values):
@@ -151,7 +154,7 @@ def shown(values):
 
 
 def table(found, streams):
-    """Markdown: medians of the rounds, least and most; of /metrics the means of what load.py, guidellm and aiperf sent."""
+    """Markdown: medians of the rounds, least and most."""
     lines = [f"| {streams} streams | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
     return "\n".join(lines + [f"| {row} | " + " | ".join(shown([each[index] for each in rounds]) for rounds in found.values()) + " |"
                               for index, row in enumerate(ROWS)])
@@ -182,7 +185,7 @@ def main():
                 if venv := getattr(arguments, name):
                     tools[name] = lambda url, *rest, run=run, venv=venv.absolute(): run(venv, url, model, *rest)
             for streams in arguments.streams:
-                found = {heading: [] for name in tools for heading in (name, f"/metrics beside {name}")}
+                found = {name: [] for name in tools}
                 for index in range(arguments.rounds):
                     order = [*tools][index % len(tools):] + [*tools][:index % len(tools)]
                     for name in order:
@@ -190,8 +193,8 @@ def main():
                         place.mkdir()
                         texts = [load.prompt(arguments.input_tokens, next(seeds)) for _ in range(max(8, arguments.questions * streams))]
                         before, values = tools[name](url, texts, streams, tokens, place)
+                        values += beside_server(values, before, server_times(url))
                         found[name].append(values)
-                        found[f"/metrics beside {name}"].append(server_means(before, server_times(url)))
                         print(f"{streams} streams, {name}:", *(f"{row} {load.cell(value)};" for row, value in zip(ROWS, values)), file=sys.stderr, flush=True)
                 print(f"\n{table(found, streams)}", flush=True)
 
