@@ -2,22 +2,25 @@
 
     python bench/scale_model.py measure > box.json                        step times on this machine's CPUs
     python bench/scale_model.py predict box.json --clients 256            a table for 1 to 64 GPUs
-    python bench/scale_model.py check box.json --clients 1,16             one replica, two, and one of --tp 2, of the real
-                                                                          server, beside what the model says of them
+    python bench/scale_model.py check --clients 1,16                      one replica, two, and one of --tp 2, of the real server,
+                                                                          beside what the model says of them; each round measures again
 
 The JSON file says what was measured; for a box of GPUs, write it from bench/cuda_decode.py and the links' figures:
 
     layers, hidden, vocabulary       of the model
     step_ms       rows -> ms of a decode step on one rank (one GPU; here one thread)
     serial_ms     rows -> the part of it that no second rank shortens: scheduling, text, launches, draws
+    told_ms       rows -> ms in which rank 0 tells the others what to compute
     together      by how much a step is longer when the machine's other ranks are busy too (GPUs: 1)
+    uneven        tp -> by how much the rank with most weights has more than its share (KV heads are not cut); may be left out
     links         "node" within a machine, "net" between machines: latency_us of one exchange, GB_per_s
     ranks_per_node
-    front_us      of the front's one core for one token; it bounds the sum of all replicas
+    front_ms      rows -> ms of the front's one core for one step of a replica; it bounds the sum of all replicas
+    beside_ms     rows -> ms of CPU that front and clients take for such a step where the ranks are CPUs and leave them none; may be left out
 
 The model. A replica has tp x pp ranks and serves its share of the clients in pp batches, one in each stage. A stage takes
 
-    serial + (step - serial) x together / (tp x pp) + tensor / pp + hop
+    serial + (step - serial) x uneven x together / (tp x pp) + told + tensor / pp + hop + beside
 
 where tensor = 2 all_reduces (hidden, float32) a layer and a gather of the logits, each latency + bytes x 2 (tp - 1) / tp / bandwidth,
 and hop = latency + the rows of hidden states in 16 bits / bandwidth. Every stage's time yields one token for each row of a batch. Times
@@ -27,8 +30,12 @@ much as prompts are long, and uneven arrivals: it is a bound for answers that ar
 
 import argparse
 import asyncio
+import bisect
+import contextlib
+import itertools
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -36,8 +43,11 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import aiohttp
+import load
+
+sys.path[:0] = [str(load.ROOT), str(load.ROOT / "tests" / "support")]
+import real_server      # noqa: E402
 
 # 1. the model ----------------------------------------------------------------------------------------------------
 
@@ -63,6 +73,7 @@ def stage_ms(box, rows, tp, pp):
     between = links["node" if tp * pp <= box["ranks_per_node"] else "net"]
     step, serial = at(rows, box["step_ms"]), at(rows, box["serial_ms"])
     together = box["together"] if tp * pp > 1 else 1
+    told = at(rows, box["told_ms"]) if tp * pp > 1 else 0.0
     tensor = hop = 0.0
     if tp > 1:
         ring = 2 * (tp - 1) / tp
@@ -70,22 +81,27 @@ def stage_ms(box, rows, tp, pp):
                   + exchange_ms(within, 4 * rows * box["vocabulary"], (tp - 1) / tp))
     if pp > 1:
         hop = exchange_ms(between, 2 * rows * box["hidden"], 1)
-    return serial + max(step - serial, 0) * together / (tp * pp) + tensor / pp + hop
+    shared = max(step - serial, 0) * box.get("uneven", {}).get(str(tp), 1) / (tp * pp)
+    return serial + shared * together + told + tensor / pp + hop
 
 
 def predicted(box, gpus, tp, pp, clients):
     """(tokens a second in all, tokens a second of one client, ms between two tokens) of gpus / (tp pp) replicas."""
     replicas = gpus // (tp * pp)
     shares = [clients // replicas + (replica < clients % replicas) for replica in range(replicas)]
-    total = slowest = 0.0
+    busy = sum(map(bool, shares))       # one without clients delays nobody
+    total = slowest = front = 0.0
     for share in filter(None, shares):
         batch = -(-share // pp)
         stage = stage_ms(box, batch, tp, pp)
-        if tp * pp == 1 and min(sum(map(bool, shares)), box["ranks_per_node"]) > 1:     # one without clients delays nobody
+        if tp * pp == 1 and min(busy, box["ranks_per_node"]) > 1:
             stage += max(at(batch, box["step_ms"]) - at(batch, box["serial_ms"]), 0) * (box["together"] - 1)
+        if busy * tp * pp >= box["ranks_per_node"]:     # no CPU is left for others
+            stage += at(batch, box.get("beside_ms", {1: 0.0}))
         total += share / (pp * stage) * 1e3
         slowest = max(slowest, pp * stage)
-    total = min(total, 1e6 / box["front_us"])
+        front += at(batch, box["front_ms"]) / (pp * stage) * pp
+    total /= max(front, 1.0)
     return total, total / clients, slowest
 
 
@@ -110,14 +126,19 @@ ROWS = (1, 2, 4, 8, 16, 32)
 
 
 def measured_steps(model, threads, rows, context, steps):
-    """rows -> median ms of Engine.step: scheduling, computing, drawing, text."""
+    """rows -> median ms of Engine.step: scheduling, computing, drawing, text; and of telling such a step to another rank."""
     import chat_server
     import torch
     torch.set_num_threads(threads)
     settings = chat_server.Settings(model=model or str(chat_server.fetch_default_model()), kv_cache_memory=512 << 20, drafts=False)
     model, engine = chat_server.build_engine(chat_server.resolve_model(settings), settings, torch.device("cpu"))
     engine.warm_up(lambda fraction: None)
-    found = {}
+    start, orders = engine.steps.start, {}
+
+    def noted(batch, each):
+        orders[len(each)] = chat_server.packed(chat_server.rank_step(batch, each)), batch, each
+        return start(batch, each)
+    found, told = {}, {}
     for count in rows:
         params = chat_server.AnswerParams(sampling=chat_server.SamplingParams(temperature=0.0), ignore_eos=True)
         for row in range(count):
@@ -129,10 +150,34 @@ def measured_steps(model, threads, rows, context, steps):
             began = time.perf_counter()
             engine.step()
             times.append(1e3 * (time.perf_counter() - began))
+        engine.steps.start = noted
+        engine.step()
+        engine.steps.start = start
         while engine.busy:
             engine.step()
-        found[count] = round(statistics.median(times[2:]), 3)
-    return {"step_ms": found, "layers": model.spec.layers, "hidden": model.spec.width, "vocabulary": model.spec.vocab_size}
+        found[count], told[count] = round(statistics.median(times[2:]), 3), round(telling_ms(chat_server, *orders[count][1:]), 3)
+    return {"step_ms": found, "told_ms": told, "layers": model.spec.layers, "hidden": model.spec.width, "vocabulary": model.spec.vocab_size,
+            "uneven": {str(tp): round(unevenness(model.spec, tp), 3) for tp in (2, 4, 8)}}
+
+
+def telling_ms(chat_server, batch, rows):
+    """Median ms from rank 0's packing of a step to another rank's having read it, without the waking of its process."""
+    times, (ours, theirs) = [], socket.socketpair()
+    with ours, theirs:
+        channel = chat_server.Channel(theirs)
+        for _ in range(30):
+            began = time.perf_counter()
+            ours.sendall(chat_server.packed(chat_server.rank_step(batch, rows)))
+            channel.receive(wait=True)
+            times.append(1e3 * (time.perf_counter() - began))
+    return statistics.median(times)
+
+
+def unevenness(spec, tp):
+    """What the rank with most of the KV heads computes, over an even share, by weights."""
+    attention = 2 * spec.width * spec.head_size * (spec.heads + spec.kv_heads) * spec.layers
+    even = 3 * spec.width * spec.ffn_size * spec.layers + spec.width * spec.vocab_size
+    return (attention * max(-(-spec.kv_heads // tp), 1) / spec.kv_heads * tp + even) / (attention + even)
 
 
 def in_processes(count, threads, arguments):
@@ -145,78 +190,137 @@ def in_processes(count, threads, arguments):
     return results[0] | {"step_ms": {rows: statistics.fmean(each["step_ms"][rows] for each in results) for rows in results[0]["step_ms"]}}
 
 
-def measure(arguments):
-    """What the model needs, of this machine: one thread is one rank. The exchanges are those of bench/ranks.py."""
-    found = [[in_processes(*how, arguments) for how in ((1, 1), (1, 2), (2, 1))] for _ in range(arguments.rounds)]
-    one, two, both = (runs[0] | {"step_ms": {rows: min(each["step_ms"][rows] for each in runs) for rows in runs[0]["step_ms"]}}
-                      for runs in zip(*found))        # the best: the host may put both CPUs on one core for minutes
-    serial = {rows: max(2 * two["step_ms"][rows] - ms, 0.0) for rows, ms in one["step_ms"].items()}  # Amdahl's law
-    ratios = [both["step_ms"][rows] / ms for rows, ms in one["step_ms"].items()]
+WAYS = ((1, 1), (2, 1), (1, 2))     # processes, threads of each
+
+
+def measured_link():
+    """The exchanges between two ranks, as bench/ranks.py measures those of a recorded step: the medians."""
     printed = subprocess.run([sys.executable, Path(__file__).with_name("ranks.py"), "--bytes", "4096,1048576"],
                              capture_output=True, text=True, check=True).stdout
-    small, large = (float(line.split("best")[1].split(",")[0]) for line in printed.splitlines())
-    link = {"latency_us": small, "GB_per_s": round((1048576 - 4096) / (large - small) / 1e3, 2)}
-    return one | {"model": arguments.model, "serial_ms": serial, "two_threads_ms": two["step_ms"], "together": round(statistics.median(ratios), 3),
-                  "links": {"node": link, "net": link}, "ranks_per_node": 2, "front_us": 34.0}  # load_front.py: 55 % of a core at 16,000 events a second
+    small, large = (float(line.split("median")[1].split(" us")[0]) for line in printed.splitlines() if "copied" in line and "written" not in line)
+    return {"latency_us": small, "GB_per_s": round((1048576 - 4096) / max(large - small, 1e-3) / 1e3, 2)}
+
+
+def box_of(one, both, two, link):
+    """What the model needs, of this machine, where one thread is one rank: steps alone, beside another's, with two threads."""
+    serial = {rows: max(2 * two["step_ms"][rows] - ms, 0.0) for rows, ms in one["step_ms"].items()}  # Amdahl's law
+    ratios = [both["step_ms"][rows] / ms for rows, ms in one["step_ms"].items()]
+    return one | {"serial_ms": serial, "two_threads_ms": two["step_ms"], "together": round(statistics.median(ratios), 3),
+                  "links": {"node": link, "net": link}, "ranks_per_node": 2,
+                  "front_ms": {1: 0.034, 2: 0.068}}     # load_front.py: 55 % of a core at 16,000 events a second
+
+
+def measure(arguments):
+    found = [[in_processes(*how, arguments) for how in WAYS] for _ in range(arguments.rounds)]
+    best = (runs[0] | {"step_ms": {rows: min(each["step_ms"][rows] for each in runs) for rows in runs[0]["step_ms"]}}
+            for runs in zip(*found))        # the best: the host may put both CPUs on one core for minutes
+    return box_of(*best, measured_link()) | {"model": arguments.model}
 
 
 # 3. the check ----------------------------------------------------------------------------------------------------
 
 
-async def delivered(model, replicas, tp, clients, tokens, rounds):
-    """Tokens a second of the real server, with one thread for each rank, through HTTP, for each number of clients: the best of rounds."""
-    import aiohttp
-    import load
-    sys.path.insert(0, str(ROOT / "tests" / "support"))
-    import real_server
-    command = ("serve", *filter(None, [model]), "--num-workers", replicas, "--tp", tp, "--no-drafts", "--max-batch", max(clients),
+LAYOUTS = ((1, 1), (2, 1), (1, 2))      # replicas, tp
+
+
+def thread_ms(process):
+    """CPU time of its main thread, in which the front has its event loop."""
+    return int(Path(f"/proc/{process}/schedstat").read_text().split()[0]) / 1e6
+
+
+async def delivered(server, front, texts):
+    """(tokens a second of decoding while all clients' answers run, ms of CPU a step: of the front, of front and clients)."""
+    used = []
+
+    async def watch(clock):
+        while True:
+            used.append((clock(), thread_ms(front), 1e3 * time.process_time()))
+            await asyncio.sleep(0.02)
+    began_s = time.perf_counter()
+    watching = asyncio.ensure_future(watch(lambda: time.perf_counter() - began_s))
+    answers = await load.Load("check", tuple(texts), len(texts)).run(server)
+    watching.cancel()
+    if errors := {each.error for each in answers if each.error}:
+        sys.exit(f"the server answers {errors}")
+    first, last = max(each.pieces[0] for each in answers), min(each.pieces[-1] for each in answers)
+    tokens = sum(sum(first < at_s <= last for at_s in each.pieces) * each.tokens / len(each.pieces) for each in answers)
+    times, *spent = zip(*used)
+    taken = [at_time(last, times, each) - at_time(first, times, each) for each in spent]
+    steps = tokens / len(texts)
+    return tokens / (last - first), taken[0] / steps, sum(taken) / steps
+
+
+def at_time(at_s, times, values):
+    """Straight between the samples."""
+    index = min(max(bisect.bisect(times, at_s), 1), len(times) - 1)
+    (before, after), (low, high) = times[index - 1:index + 1], values[index - 1:index + 1]
+    return low + (high - low) * (at_s - before) / (after - before)
+
+
+@contextlib.contextmanager
+def layout_server(model, replicas, tp, most):
+    """(url, process id) of a real server with one thread for each rank. Its front may use every CPU: so it has one where a rank leaves it one."""
+    command = ("serve", *filter(None, [model]), "--num-workers", replicas, "--tp", tp, "--no-drafts", "--max-batch", most,
                "--device-type", "cpu", "--kv-cache-memory", "512M")
-    cpus, found = os.sched_getaffinity(0), {}
-    os.sched_setaffinity(0, sorted(cpus)[:replicas * tp])      # a thread for each, as in step_ms
+    cpus = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cpus[:replicas * tp])
     with real_server.server(*command, env=os.environ | {"CHAT_SERVER_CONFIG": ""}) as (process, url):
         os.sched_setaffinity(0, cpus)
-        arguments = load.parse_command_line([url, "--output-tokens", str(tokens), "--input-tokens", "32"])
+        os.sched_setaffinity(process.pid, cpus[replicas * tp:] or cpus)
+        yield url, process.pid
+
+
+async def check(arguments):
+    """Prints predicted and delivered throughput. Each round measures steps and links anew, in turns with what the servers deliver."""
+    seeds, ratios = itertools.count(1), {}
+    with contextlib.ExitStack() as stack:
+        servers = {layout: stack.enter_context(layout_server(arguments.model, *layout, max(arguments.clients))) for layout in LAYOUTS}
+        options = load.parse_command_line(["-", "--output-tokens", str(arguments.tokens), "--input-tokens", "32"])
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True)) as session:
-            server, seeds = await load.open_server(url, session, arguments), iter(range(1, 1 << 30))
-            for count in clients:
-                found[count] = []
-                for _ in range(rounds):
-                    answers = await load.Load("check", tuple(load.prompt(32, next(seeds)) for _ in range(count)), count).run(server)
-                    first, last = max(each.pieces[0] for each in answers), min(each.pieces[-1] for each in answers)
-                    span = [sum(first < at_s <= last for at_s in each.pieces) * each.tokens / len(each.pieces) for each in answers]
-                    found[count].append(sum(span) / (last - first))
-    return {count: max(each) for count, each in found.items()}
-
-
-def check(box, clients, tokens, rounds):
-    """Prints predicted and delivered throughput of decoding, while all clients' answers run."""
-    for replicas, tp in ((1, 1), (2, 1), (1, 2)):
-        for count, got in asyncio.run(delivered(box.get("model"), replicas, tp, clients, tokens, rounds)).items():
-            said = predicted(box, replicas * tp, tp, 1, count)[0]
-            print(f"replicas {replicas}, tp {tp}, {count} clients: predicted {said:,.1f} tok/s, delivered {got:,.1f}, ratio {got / said:.2f}", flush=True)
+            opened = {layout: (await load.open_server(url, session, options), front) for layout, (url, front) in servers.items()}
+            for turn in range(arguments.rounds):
+                steps, got = [], {}
+                for way, layout in zip(WAYS, LAYOUTS):
+                    steps.append(await asyncio.to_thread(in_processes, *way, arguments))
+                    for count in arguments.clients:
+                        got[*layout, count] = await delivered(*opened[layout], [load.prompt(32, next(seeds)) for _ in range(count)])
+                box = box_of(*steps, await asyncio.to_thread(measured_link))
+                box |= {name: {count: got[1, 1, count][column] for count in arguments.clients} for name, column in (("front_ms", 1), ("beside_ms", 2))}
+                if arguments.box:
+                    arguments.box.write_text(json.dumps(box, indent=1) + "\n")
+                for (replicas, tp, count), (rate, *_) in got.items():
+                    said = predicted(box, replicas * tp, tp, 1, count)[0]
+                    ratios.setdefault((replicas, tp, count), []).append((said, rate))
+                    print(f"round {turn}: replicas {replicas}, tp {tp}, {count} clients: predicted {said:,.1f} tok/s, delivered {rate:,.1f}, "
+                          f"ratio {rate / said:.2f}", flush=True)
+                print(f"  together {box['together']}, exchange {box['links']['node']}, told {box['told_ms']}, beside {box['beside_ms']}, "
+                      f"step {box['step_ms']}, two threads {box['two_threads_ms']}", flush=True)
+    for (replicas, tp, count), pairs in ratios.items():
+        each = sorted(rate / said for said, rate in pairs)
+        said, rate = map(statistics.median, zip(*pairs))
+        print(f"| {replicas} | {tp} | {count} | {said:,.0f} | {rate:,.0f} | {statistics.median(each):.2f} ({each[0]:.2f} to {each[-1]:.2f}) |")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("measure", "predict", "check", "steps"))
-    parser.add_argument("box", nargs="?", type=Path, help="the JSON file")
+    parser.add_argument("box", nargs="?", type=Path, help="the JSON file; check writes there what its last round measured")
     for name, default in (("gpus", 64), ("tokens", 96), ("rounds", 3), ("threads", 1), ("context", 128), ("steps", 30)):
         parser.add_argument(f"--{name}", type=int, default=default)
     for name, default in (("rows", ROWS), ("clients", [64])):
         parser.add_argument(f"--{name}", type=lambda text: [int(each) for each in text.split(",")], default=default)
     parser.add_argument("--model", default="", help="to measure (default: the default model)")
     arguments = parser.parse_args(argv)
-    if arguments.action in ("predict", "check") and not arguments.box:
-        parser.error(f"{arguments.action} needs the JSON file that `measure` prints")
-    box = json.loads(arguments.box.read_text()) if arguments.box else None
+    if arguments.action == "predict" and not arguments.box:
+        parser.error("predict needs the JSON file that `measure` prints")
     if arguments.action == "steps":
         print(json.dumps(measured_steps(arguments.model, arguments.threads, arguments.rows, arguments.context, arguments.steps)))
     elif arguments.action == "measure":
         print(json.dumps(measure(arguments), indent=1))
     elif arguments.action == "predict":
-        print(table(box, arguments.gpus, arguments.clients[0]))
+        print(table(json.loads(arguments.box.read_text()), arguments.gpus, arguments.clients[0]))
     else:
-        check(box, arguments.clients, arguments.tokens, arguments.rounds)
+        asyncio.run(check(arguments))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as tree
 from pathlib import Path
+from types import SimpleNamespace
 
 import load
 import pytest
@@ -66,8 +67,8 @@ def test_every_load_against_the_real_server(tmp_path):
     assert "goodput" in done.stdout and tree.fromstring(files["svg"].read_text()).tag.endswith("svg")
 
 
-BOX = {"step_ms": {"1": 10.0, "11": 20.0}, "serial_ms": {"1": 0.0}, "layers": 4, "hidden": 1000, "vocabulary": 0, "together": 1.0,
-       "links": {"node": {"latency_us": 0, "GB_per_s": 1e9}, "net": {"latency_us": 1000, "GB_per_s": 1e9}}, "ranks_per_node": 8, "front_us": 1e-3}
+BOX = {"step_ms": {"1": 10.0, "11": 20.0}, "serial_ms": {"1": 0.0}, "told_ms": {"1": 0.0}, "layers": 4, "hidden": 1000, "vocabulary": 0, "together": 1.0,
+       "links": {"node": {"latency_us": 0, "GB_per_s": 1e9}, "net": {"latency_us": 1000, "GB_per_s": 1e9}}, "ranks_per_node": 8, "front_ms": {"1": 1e-6}}
 
 
 def test_links_that_cost_nothing_scale_as_the_arithmetic_says():
@@ -85,8 +86,23 @@ def test_what_cannot_be_shared_and_the_links_bound_it():
     serial = BOX | {"serial_ms": {"1": 10.0}}
     assert scale_model.predicted(serial, 8, 8, 1, 1)[2] == pytest.approx(10)
     assert scale_model.predicted(BOX | {"ranks_per_node": 1}, 2, 2, 1, 1)[2] == pytest.approx(5 + 2 * 4 + 1)    # 9 exchanges of 1 ms
-    assert scale_model.predicted(BOX | {"front_us": 10_000}, 64, 1, 1, 64)[0] == pytest.approx(100)
+    assert scale_model.predicted(BOX | {"front_ms": {"1": 10.0}}, 64, 1, 1, 64)[0] == pytest.approx(100)
     assert scale_model.table(BOX, 64, 256).count("\n| 64 |") == 4 * 3
+
+
+def test_what_else_takes_time_from_the_ranks():
+    told, uneven = BOX | {"told_ms": {"1": 3.0}}, BOX | {"uneven": {"2": 1.2}}
+    assert [scale_model.predicted(told, 2, tp, pp, 1)[2] for tp, pp in ((1, 1), (2, 1))] == pytest.approx([10, 8])
+    assert [scale_model.predicted(uneven, 4, tp, 1, 1)[2] for tp in (2, 4)] == pytest.approx([6, 2.5])
+    shared = BOX | {"ranks_per_node": 2, "beside_ms": {"1": 4.0}}      # only where no CPU is left
+    assert [scale_model.predicted(shared, gpus, tp, 1, clients)[2] for gpus, tp, clients in ((1, 1, 1), (2, 1, 1), (2, 1, 2), (2, 2, 1))] \
+        == pytest.approx([10, 10, 14, 9])
+
+
+def test_a_steps_uneven_shares_and_times_between_samples():
+    spec = SimpleNamespace(width=4, head_size=2, heads=3, kv_heads=3, layers=1, ffn_size=8, vocab_size=0)      # 96 weights in attention, 96 beside
+    assert [scale_model.unevenness(spec, tp) for tp in (1, 2, 3)] == pytest.approx([1, (96 * 4 / 3 + 96) / 192, 1])
+    assert [scale_model.at_time(at_s, (0.0, 1.0, 3.0), (5, 6, 10)) for at_s in (0.5, 2.0, 4.0)] == [5.5, 8.0, 12.0]
 
 
 def test_a_missing_measurement_is_told():
