@@ -12354,13 +12354,16 @@ class Metrics:
             yield families.GaugeMetricFamily(f"chat_server_{name}", doc, value)
         yield families.CounterMetricFamily("chat_server_worker_restarts", "restarts of workers",
                                            total("restarts"))
-        for name, doc in (
-                ("memory_used", "bytes of its GPU in use, else of its process"),
-                ("memory_total", "bytes of its GPU, else of the machine"),
-                ("utilization", "share of time in which its GPU computed (needs nvidia-ml-py)"),
-                ("batch_fill", "share of --max-batch in use")):
-            family = families.GaugeMetricFamily(
-                f"chat_server_worker_{name}", doc, labels=["worker", "device"])
+        gauge, counter = families.GaugeMetricFamily, families.CounterMetricFamily
+        for kind, name, doc in (
+                (gauge, "memory_used", "bytes of its GPU in use, else of its process"),
+                (gauge, "memory_total", "bytes of its GPU, else of the machine"),
+                (gauge, "utilization", "share of time in which its GPU computed (needs nvidia-ml-py)"),
+                (gauge, "batch_fill", "share of --max-batch in use"),
+                (counter, "preemptions", "answers whose KV pages were taken for others"),
+                (counter, "drafted_tokens", "tokens that drafts proposed"),
+                (counter, "accepted_tokens", "drafted tokens that were right")):
+            family = kind(f"chat_server_worker_{name}", doc, labels=["worker", "device"])
             for worker in workers:
                 if worker[name] is not None:
                     family.add_metric([str(worker["gpu_id"]), worker["device"]], worker[name])

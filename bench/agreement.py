@@ -6,7 +6,8 @@
 
 It starts our server with the default model, without drafts, on the first half of the CPUs (--same-cpus: on all), and the tools
 on the others: guidellm and aiperf take more CPU time than the server of a small model. They take turns, in another order in each round.
-Each gets as many new questions of the same length, streams, tokens and sampling; --questions times the streams, at least 8.
+Each gets as many new questions of the same length, streams, tokens and sampling; --questions times the streams, at least 8. A turn in
+which other programs took more than a tenth of a CPU is told and repeated, --retries times at most.
 
 The rows, with what each tool calls them:
 
@@ -33,12 +34,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 from itertools import count
 from pathlib import Path
 
 import aiohttp
 import load
+import psutil
 
 sys.path[:0] = [str(load.ROOT), str(load.ROOT / "tests" / "support")]
 import real_server      # noqa: E402
@@ -141,6 +144,29 @@ def server_times(url):
             for stem in ("time_to_first_token", "inter_token_latency", "request_duration")]
 
 
+def busy_s(server):
+    """(CPU time that everything took, that the server and we took)"""
+    with open("/proc/stat") as file:
+        user, nice, system, _, _, irq, softirq, *_ = map(int, file.readline().split()[1:])
+    own = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    ours = [each.cpu_times() for each in (server, *server.children(recursive=True))]
+    return ((user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK"),
+            sum(each.ru_utime + each.ru_stime for each in own) + sum(each.user + each.system for each in ours))
+
+
+def undisturbed(turn, server, retries, name):
+    """What `turn` returns, of the first try in which nobody else took a tenth of a CPU, or of the last."""
+    for left in reversed(range(retries + 1)):
+        before, began_s = busy_s(server), time.monotonic()
+        values = turn()
+        everything, ours = (now - then for then, now in zip(before, busy_s(server)))
+        share = (everything - ours) / (time.monotonic() - began_s)
+        if share < 0.1:
+            return values
+        print(f"{name}: other programs took {share:.2f} CPUs{', again' * bool(left)}", file=sys.stderr, flush=True)
+    return values
+
+
 def beside_server(values, before, after):
     """The same means as the server measured them meanwhile: TTFT over it in ms, TPOT and seconds by it."""
     ttft_s, between_s, whole_s = ((now - then) / (later - earlier) for (then, earlier), (now, later) in zip(before, after))
@@ -165,7 +191,7 @@ def main():
     for name in ("guidellm", "aiperf"):
         parser.add_argument(f"--{name}", type=Path, help="its virtual environment (default: without it)")
     parser.add_argument("--streams", type=lambda text: [int(each) for each in text.split(",")], default=[1, 4, 10])
-    for name, default in (("rounds", 3), ("questions", 3), ("input-tokens", 128), ("output-tokens", 64)):
+    for name, default in (("rounds", 3), ("retries", 2), ("questions", 3), ("input-tokens", 128), ("output-tokens", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--model", default="", help="(default: the default model)")
     parser.add_argument("--same-cpus", action="store_true", help="server and tools share all CPUs")
@@ -177,7 +203,7 @@ def main():
         write_tokenizer(arguments.model, folder / "tokenizer")
         os.sched_setaffinity(0, cpus if arguments.same_cpus else cpus[:half])
         command = ("serve", *filter(None, [arguments.model]), "--device-type", "cpu", "--no-drafts")
-        with real_server.server(*command, env=os.environ | {"CHAT_SERVER_CONFIG": ""}) as (_, url):
+        with real_server.server(*command, env=os.environ | {"CHAT_SERVER_CONFIG": ""}) as (process, url):
             os.sched_setaffinity(0, cpus if arguments.same_cpus else cpus[half:] or cpus)
             model = real_server.get(f"{url}/v1/models")["data"][0]["id"]
             tools = {"load.py": by_load}
@@ -189,11 +215,12 @@ def main():
                 for index in range(arguments.rounds):
                     order = [*tools][index % len(tools):] + [*tools][:index % len(tools)]
                     for name in order:
-                        place = folder / f"{streams}-{index}-{name}"
-                        place.mkdir()
-                        texts = [load.prompt(arguments.input_tokens, next(seeds)) for _ in range(max(8, arguments.questions * streams))]
-                        before, values = tools[name](url, texts, streams, tokens, place)
-                        values += beside_server(values, before, server_times(url))
+                        def turn(name=name, streams=streams):
+                            place = Path(tempfile.mkdtemp(dir=folder))
+                            texts = [load.prompt(arguments.input_tokens, next(seeds)) for _ in range(max(8, arguments.questions * streams))]
+                            before, values = tools[name](url, texts, streams, tokens, place)
+                            return values + beside_server(values, before, server_times(url))
+                        values = undisturbed(turn, psutil.Process(process.pid), arguments.retries, name)
                         found[name].append(values)
                         print(f"{streams} streams, {name}:", *(f"{row} {load.cell(value)};" for row, value in zip(ROWS, values)), file=sys.stderr, flush=True)
                 print(f"\n{table(found, streams)}", flush=True)
