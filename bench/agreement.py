@@ -144,19 +144,27 @@ def server_times(url):
             for stem in ("time_to_first_token", "inter_token_latency", "request_duration")]
 
 
-def busy_s(server):
-    """(CPU time that everything took, that the server and we took)"""
+def busy_s(*servers):
+    """(CPU time that everything took, that the servers and we took)"""
     with open("/proc/stat") as file:
         user, nice, system, _, _, irq, softirq, *_ = map(int, file.readline().split()[1:])
     own = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    ours = [each.cpu_times() for each in (server, *server.children(recursive=True))]
+    ours = [each.cpu_times() for server in servers for each in (server, *server.children(recursive=True))]
     return ((user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK"),
             sum(each.ru_utime + each.ru_stime for each in own) + sum(each.user + each.system for each in ours))
+
+
+def wait_for_quiet(patience_s=60):
+    """Until the machine has been idle for a second."""
+    deadline_s = time.monotonic() + patience_s
+    while psutil.cpu_percent(1.0) * psutil.cpu_count() > 10 and time.monotonic() < deadline_s:
+        pass
 
 
 def undisturbed(turn, server, retries, name):
     """What `turn` returns, of the first try in which nobody else took a tenth of a CPU, or of the last."""
     for left in reversed(range(retries + 1)):
+        wait_for_quiet()
         before, began_s = busy_s(server), time.monotonic()
         values = turn()
         everything, ours = (now - then for then, now in zip(before, busy_s(server)))

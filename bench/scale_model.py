@@ -43,8 +43,10 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import agreement
 import aiohttp
 import load
+import psutil
 
 sys.path[:0] = [str(load.ROOT), str(load.ROOT / "tests" / "support")]
 import real_server      # noqa: E402
@@ -271,31 +273,37 @@ def layout_server(model, replicas, tp, most):
 
 
 async def check(arguments):
-    """Prints predicted and delivered throughput. Each round measures steps and links anew, in turns with what the servers deliver."""
+    """Prints predicted and delivered throughput. Each round measures steps and links anew, in turns with what the servers deliver;
+    rounds in which other programs took a tenth of a CPU do not count, unless there are no others."""
     seeds, ratios = itertools.count(1), {}
     with contextlib.ExitStack() as stack:
         servers = {layout: stack.enter_context(layout_server(arguments.model, *layout, max(arguments.clients))) for layout in LAYOUTS}
         options = load.parse_command_line(["-", "--output-tokens", str(arguments.tokens), "--input-tokens", "32"])
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True)) as session:
+            processes = [psutil.Process(front) for _, front in servers.values()]
             opened = {layout: (await load.open_server(url, session, options), front) for layout, (url, front) in servers.items()}
             for turn in range(arguments.rounds):
-                steps, got = [], {}
+                agreement.wait_for_quiet()
+                steps, got, before, began_s = [], {}, agreement.busy_s(*processes), time.monotonic()
                 for way, layout in zip(WAYS, LAYOUTS):
                     steps.append(await asyncio.to_thread(in_processes, *way, arguments))
                     for count in arguments.clients:
                         got[*layout, count] = await delivered(*opened[layout], [load.prompt(32, next(seeds)) for _ in range(count)])
                 box = box_of(*steps, await asyncio.to_thread(measured_link))
                 box |= {name: {count: got[1, 1, count][column] for count in arguments.clients} for name, column in (("front_ms", 1), ("beside_ms", 2))}
+                everything, ours = (now - then for then, now in zip(before, agreement.busy_s(*processes)))
+                others = (everything - ours) / (time.monotonic() - began_s)
                 if arguments.box:
                     arguments.box.write_text(json.dumps(box, indent=1) + "\n")
                 for (replicas, tp, count), (rate, *_) in got.items():
                     said = predicted(box, replicas * tp, tp, 1, count)[0]
-                    ratios.setdefault((replicas, tp, count), []).append((said, rate))
+                    ratios.setdefault((replicas, tp, count), []).append((others, said, rate))
                     print(f"round {turn}: replicas {replicas}, tp {tp}, {count} clients: predicted {said:,.1f} tok/s, delivered {rate:,.1f}, "
                           f"ratio {rate / said:.2f}", flush=True)
-                print(f"  together {box['together']}, exchange {box['links']['node']}, told {box['told_ms']}, beside {box['beside_ms']}, "
+                print(f"  other programs took {others:.2f} CPUs; together {box['together']}, exchange {box['links']['node']}, told {box['told_ms']}, beside {box['beside_ms']}, "
                       f"step {box['step_ms']}, two threads {box['two_threads_ms']}", flush=True)
-    for (replicas, tp, count), pairs in ratios.items():
+    for (replicas, tp, count), rounds in ratios.items():
+        pairs = [pair for others, *pair in rounds if others < 0.1] or [pair for _, *pair in rounds]
         each = sorted(rate / said for said, rate in pairs)
         said, rate = map(statistics.median, zip(*pairs))
         print(f"| {replicas} | {tp} | {count} | {said:,.0f} | {rate:,.0f} | {statistics.median(each):.2f} ({each[0]:.2f} to {each[-1]:.2f}) |")
