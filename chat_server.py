@@ -752,6 +752,7 @@ class AnswerParams:
     tool_names: tuple[str, ...] = ()    # functions whose calls are read from it
     tool_types: tuple[dict, ...] = ()   # of each: parameter -> JSON types, if its format leaves them out;
                                         # any type where it is "" or the parameter is not in it
+    call_grammars: tuple[str, ...] = ()  # of each: what its arguments must match; "" if it is not strict
     chat: bool = False                  # reasoning and calls are told apart from its content
     progress: bool = False              # send progress events until the first token
     pooling: str = ""                   # mean or last: no answer, but an embedding of the prompt
@@ -1946,7 +1947,7 @@ class AnswerReader:
 
     FIELD = r'"(?:type|id)"\s*:\s*"[^"\\]*"\s*,\s*'
     HEAD = re.compile(rf'[\s,;\[]*{{\s*(?:{FIELD})*"name"\s*:\s*"([^"\\]*)"\s*,\s*(?:{FIELD})*'
-                      r'"(?:arguments|parameters)"\s*:\s*(?={)')
+                      r'"(?:arguments|parameters)"\s*:\s*(?={|\Z)')
     BEGINNING = re.compile(r'[\s,;\[]*(?:{\s*(?:"(\w*)("?).*)?)?', re.DOTALL)  # of a call in JSON
     KEYS = ("name", "type", "id", "function", "arguments", "parameters")
     HEADER_CHARACTERS = 300  # a harmony message's header has fewer
@@ -1964,12 +1965,13 @@ class AnswerReader:
         self.calling = ""                  # the sign that began calls, until they are over
         self.header, self.closed = self.harmony, False  # closed: the prompt ended the reasoning
         self.over = False                  # no more text comes
+        self.called: tuple[str, str] | None = None  # a function whose arguments begin; what is read of them
         self.tags = tuple(A_MARKER.sub(lambda found: self.sign(found[0]), tag)
                           for tag in TAGGED_ARGUMENTS.get(self.tool_format, ()))
         call_id, arguments, separator, begin, *_ = map(re.escape, map(self.sign, IN_CALLS))
         self.named_head = re.compile(
             rf"\s*(?:functions\.|\w+{separator})?([\w.-]+)(?::\d+)?\s*(?:{call_id}[\w\s-]*)?"
-            rf"(?:{arguments}|{separator}|```json|{begin})\s*(?={{)")
+            rf"(?:{arguments}|{separator}|```json|{begin})\s*(?={{|\Z)")
         self.reading = self._read_harmony() if self.harmony else self._read()
 
     def sign(self, marker: str) -> str:
@@ -2101,12 +2103,17 @@ class AnswerReader:
         """Read calls up to `close`, or while there are more; `begin` was before them."""
         self.calling = begin or " "
         while True:
-            while not (head := self.HEAD.match(self.held) or self.named_head.match(self.held)) and (
-                    close not in self.held if close else self._may_be_call()):
+            while not (head := self.HEAD.match(self.held) or self.named_head.match(self.held)) or (
+                    head.end() == len(self.held)):
+                self.called = head and (head[1], "")
+                if not head and (close in self.held if close else not self._may_be_call()):
+                    head = None
+                    break
                 yield
             if not head or head[1] not in self.names:
                 return (yield from self._read_whole(begin, close))
             self.held, self.kind = self.held[head.end():], "call"
+            self.called = head[1], self.held
             self._tell_call(CallDelta("", head[1]))
             yield from self._read_json(0, close)
             self.kind = "skipped"  # the end of the call
@@ -2127,13 +2134,14 @@ class AnswerReader:
         """The same for calls with TAGGED_ARGUMENTS, told as JSON; without `begin`, `bare` was there."""
         name, parameter, end, last = map(str.strip, self.tags)
         pattern = re.escape(name).replace(r"\{\}", r"\s*([^\s<>\ud800-\udfff]+)\s*")
-        head = re.compile(rf"\s*{pattern}" if bare else rf"{pattern}(?=[<\ud800-\udfff])")
+        head = re.compile(rf"\s*{pattern}" if bare else rf"{pattern}(?=[<\n\ud800-\udfff])")
         self.calling = begin or " "
         while not (found := head.match(self.held)) and (
                 close not in self.held if begin else not re.search("[\n>]", self.held)):
             yield
         while found and found[1] in self.names:
             self.held, self.kind = self.held[found.end():], "skipped"
+            self.called = found[1], self.held
             self._tell_call(CallDelta("", found[1]))
             yield from self._read_parameters(self.types.get(found[1], {}), parameter, end, last, close)
             self.kind = "ended"
@@ -2273,7 +2281,7 @@ class AnswerReader:
             recipient = found and re.search("(?:to=|(?=functions\\.))([^\\s<\ud800-\udfff]+)", header)
             name = recipient[1].removeprefix("functions.") if recipient else ""
             if name in self.names:
-                self.kind, self.calling = "call", " "
+                self.kind, self.calling, self.called = "call", " ", (name, self.held)
                 self._tell_call(CallDelta("", name))
             else:  # a call of an unknown function is not content
                 self._part("reasoning" if found and (recipient or kind.startswith("analysis")) else "text")
@@ -3508,7 +3516,7 @@ class Assignment:
     @cached_property
     def needs_tokens(self) -> bool:
         """Must its last token be known before the step for the next one can start?"""
-        return self.needs_logits or self.sampling.counts_tokens
+        return self.needs_logits or self.sampling.counts_tokens or any(self.params.call_grammars)
 
 
 @dataclass(eq=False)
@@ -3540,6 +3548,11 @@ class Sequence:
     @property
     def ready(self) -> bool:
         return self.preparing is None or self.preparing.done()
+
+    @property
+    def needs_logits(self) -> bool:
+        """Does the host have to see its logits for its next token?"""
+        return self.work.needs_logits or self.text is not None and self.text.grammar is not None
 
     @property
     def pending(self) -> int:
@@ -3581,7 +3594,7 @@ class Chunk(NamedTuple):
     @property
     def on_host(self) -> bool:
         """Does the host have to see the logits, or the hidden states?"""
-        return bool(self.sequence.pooling) or self.sequence.work.needs_logits and self.rows > 0
+        return bool(self.sequence.pooling) or self.sequence.needs_logits and self.rows > 0
 
 
 FREE_ROWS = 8  # rows in a decode_core step that take hardly longer than one on a CPU; no GPU was measured
@@ -6805,7 +6818,7 @@ class Grammar:
         llguidance = require_library("llguidance", "constrained decoding")
         limits = llguidance.LLParserLimits(**GRAMMAR_LIMITS)
         self.matcher = llguidance.LLMatcher(tokenizer.grammar_vocabulary, source, log_level=0, limits=limits)
-        self.ends = tokenizer.stop_tokens
+        self.tokenizer, self.ends = tokenizer, tokenizer.stop_tokens
         self.size = 0                 # bytes, shared with its copies
         self.mask: Future = Future()  # the next token's mask, as bytes
 
@@ -6823,6 +6836,13 @@ class Grammar:
     def feed(self, token: int) -> bool:
         """False if the grammar rejects the token, has grown too large to follow, or cannot be satisfied."""
         return self.matcher.is_accepting() if token in self.ends else self.matcher.consume_token(token)
+
+    def feed_text(self, text: str) -> bool:
+        """The same for text, in which some characters are marks of tokens."""
+        marks = {MARKS[name]: [token] for name, token in self.tokenizer.markers.items()}
+        tokenize = self.tokenizer.grammar_vocabulary.greedy_tokenize
+        parts = (marks.get(part) or tokenize(part) for part in re.split(f"({A_MARK.pattern})", text))
+        return self.matcher.consume_tokens([*itertools.chain(*parts)])
 
     @property
     def complete(self) -> bool:
@@ -6980,8 +7000,12 @@ class Answer:
     Rebuilt from the ids alone when a sequence is resumed after a worker died. Stop strings are looked for in
     the content, not in reasoning or calls."""
 
-    def __init__(self, work: Assignment, tokenizer: Tokenizer, grammar: Grammar | None = None):
+    def __init__(self, work: Assignment, tokenizer: Tokenizer, grammar: Grammar | None = None,
+                 compiled: Callable[[str], Grammar] | None = None):
         self.work, self.grammar, params = work, grammar, work.params
+        self.compiled = compiled       # makes a grammar of its source
+        self.call_grammars = {name: with_markers(source, tokenizer.markers) for name, source in zip(
+            params.tool_names, params.call_grammars) if source}
         self.reader = answer_reader(tokenizer, params, work.prompt_ids)
         marks = tokenizer.marks(bool(self.reader.names)) if self.reader else {}
         self.decoder, self.stops = StreamDecoder(tokenizer, marks), StopFinder(params.stop)
@@ -6998,6 +7022,8 @@ class Answer:
             if self.grammar:
                 self.grammar.feed(token)
             self._read(token)
+            if self.awaits_grammar:
+                self.hold_call()
         self.take()                    # it went out together with the ids
 
     def _read(self, token: int):
@@ -7008,7 +7034,24 @@ class Answer:
             return None
         self.reader.push(text)
         self.reasoning_tokens += thinking or self.reader.thinking
+        if self.grammar and self.call_grammars:
+            self.reader.called = None  # its own call
+            if self.grammar.complete:
+                self.grammar = None
         return self._tell()
+
+    @property
+    def awaits_grammar(self) -> bool:
+        """Has a call begun whose arguments must match a grammar?"""
+        called = self.call_grammars and self.reader.called
+        return bool(called and called[0] in self.call_grammars)
+
+    def hold_call(self):
+        """Hold the arguments that begin to their grammar, unless one token began the call and broke it."""
+        (name, read), self.reader.called = self.reader.called, None
+        grammar = self.compiled(self.call_grammars[name])
+        if grammar.feed_text(read):
+            self.grammar = grammar
 
     def _tell(self):
         for kind, what in self.reader.take():
@@ -7107,34 +7150,41 @@ class Engine:
         """Queue an answer; its prompt must fit the context (the front has checked this)."""
         limit = min(len(work.prompt_ids) + work.max_tokens, self.context_length)
         sequence = Sequence(work, [*work.prompt_ids, *work.resumed_ids], limit, scored=work.scored)
-        if work.params.grammar:  # compiled in a thread (once with the vocabulary): no other answer waits
+        if work.params.grammar or work.resumed_ids and any(work.params.call_grammars):  # compiled in a thread (once with the vocabulary): no other answer waits
             sequence.preparing = self.compiling.submit(work.params.client, self._prepare, sequence)
         else:
             self._prepare(sequence)
-        sequence.drafter = Drafter(sequence.tokens) if self.drafts and not work.needs_tokens else None
+        free = not work.needs_logits and not work.sampling.counts_tokens
+        sequence.drafter = Drafter(sequence.tokens) if self.drafts and free else None
         self.scheduler.add(sequence)
 
     KEPT_GRAMMARS, KEPT_GRAMMAR_BYTES = 16, 64 << 20
     MASK_PATIENCE_S = 0.004  # how long a step waits for the masks of its rows
 
     def _prepare(self, sequence: Sequence):
-        work = sequence.work
+        work, answer = sequence.work, sequence.text
         try:
-            grammar = self._grammar(work).copy() if work.params.grammar else None
-            sequence.text = Answer(work, self.tokenizer, grammar)
-            if grammar:
-                grammar.mask.set_result(grammar.matcher.compute_bitmask())
-        except Exception:  # `text` stays None, so the answer fails when its first token is drawn
+            compiled = partial(self._grammar, work.params.owner)
+            if answer:
+                answer.hold_call()
+            else:
+                reader = answer_reader(self.tokenizer, work.params, work.prompt_ids)
+                source = reader.grammar(work.params) if reader else work.params.grammar
+                grammar = compiled(source) if source else None
+                answer = Answer(work, self.tokenizer, grammar, compiled)
+            if answer.grammar:
+                answer.grammar.mask.set_result(answer.grammar.matcher.compute_bitmask())
+            sequence.text = answer
+        except Exception:
+            sequence.text = None  # so the answer fails when its next token is drawn
             log.exception("failed to prepare an answer")
 
-    def _grammar(self, work: Assignment) -> Grammar:
-        """A request's grammar, compiled once; answers copy it. Runs only on the `compiling` thread."""
-        reader = answer_reader(self.tokenizer, work.params, work.prompt_ids)
-        source = reader.grammar(work.params) if reader else work.params.grammar
-        key = work.params.owner, source
+    def _grammar(self, owner: str, source: str) -> Grammar:
+        """A grammar, compiled once; answers copy it. Runs only on the `compiling` thread."""
+        key = owner, source
         if key in self.grammars:
             self.grammars.move_to_end(key)
-            return self.grammars[key]
+            return self.grammars[key].copy()
         self.tokenizer.grammar_vocabulary     # build it first: its memory belongs to no single grammar
         before = heap_bytes()
         self.grammars[key] = grammar = Grammar(self.tokenizer, source)
@@ -7143,7 +7193,7 @@ class Engine:
         while (len(self.grammars) > self.KEPT_GRAMMARS
                or sum(each.size for each in self.grammars.values()) > self.KEPT_GRAMMAR_BYTES):
             self.grammars.popitem(last=False)
-        return grammar
+        return grammar.copy()
 
     def _think_ahead(self, sequence: Sequence):
         """Start computing the next token's mask; if the queue is long, sit out steps until it is ready."""
@@ -7253,7 +7303,7 @@ class Engine:
         params = [owner.work.params for owner in owners]
         lines = {i: host_row(logits[i]) for i, each in enumerate(params) if each.logprobs is not None}
         for line, text in ((logits[i], owner.text) for i, owner in enumerate(owners)
-                           if params[i].grammar and owner.text):
+                           if owner.text and owner.text.grammar):
             line.masked_fill_(~torch.from_numpy(text.grammar.allowed(len(line))).to(line.device), -math.inf)
         tokens = self.kernels.sample(logits, rows)
         for i, line in lines.items():
@@ -7305,7 +7355,7 @@ class Engine:
             tokens.append(token)
             forced = answer.push(token, sequence.generated, sequence.limit - len(tokens))
             tokens += forced
-            if forced or answer.reason is not None or token != guess:
+            if forced or answer.reason is not None or token != guess or answer.awaits_grammar:
                 break
             right += 1
             self.scheduler.advance(Chunk(sequence, 1))  # the step has computed this token too
@@ -7314,13 +7364,16 @@ class Engine:
             for owner in (self, sequence):
                 owner.drafted_tokens += len(draft)
                 owner.accepted_tokens += right
+        sequence.draft = []
         if answer.reason is not None:
             self.scheduler.remove(sequence)
+        elif answer.awaits_grammar:
+            sequence.preparing = self.compiling.submit(sequence.work.params.client, self._prepare, sequence)
+        elif answer.grammar:
+            self._think_ahead(sequence)
         elif sequence.drafter:
             room = 2 * len(self.scheduler.running) <= FREE_ROWS  # else a draft only delays the next step
             sequence.draft = sequence.drafter.propose() if room and sequence.pending == 1 else []
-        elif answer.grammar:
-            self._think_ahead(sequence)
         ended_it = answer.reason == "stop" and token in answer.stop_tokens
         logprobs = () if sequence.logprob is None or ended_it else (sequence.logprob,)
         *others, (reasoning, text, calls) = answer.take()
@@ -8814,11 +8867,10 @@ class Admission:
         """Raise RequestError for a grammar that cannot be enforced or costs too much to check.
 
         Results are remembered per owner, so that a check's duration does not reveal what others asked."""
-        key = owner, request.grammar
-        if not request.grammar or key in self.valid_grammars:
-            return
-        await self.sandboxes["schemas"].call(client, "check_grammar", request.grammar, request.grammar_param)
-        self.valid_grammars[key] = None
+        for source in filter(None, (request.grammar, *request.call_grammars)):
+            if (owner, source) not in self.valid_grammars:
+                await self.sandboxes["schemas"].call(client, "check_grammar", source, request.grammar_param)
+                self.valid_grammars[owner, source] = None
         while len(self.valid_grammars) > self.VALID_GRAMMARS:
             self.valid_grammars.popitem(last=False)
 
@@ -10186,7 +10238,7 @@ def known_tools(tools: Seq[dict], kinds: Seq[str | None],
             others.append(re.sub(r"[^A-Za-z0-9_.-]", "", str(tool["type"]))[:60])
             continue
         function = {"name": tool.get("name"), "description": tool.get("description"),
-                    "parameters": tool.get(schema)}
+                    "parameters": tool.get(schema), "strict": tool.get("strict") or None}
         functions.append({"type": "function", "function": {
             name: value for name, value in function.items() if value is not None}})
         if not fits(A_FUNCTION, functions[-1]):
@@ -10903,7 +10955,14 @@ def parse_openai_request(values: Mapping, settings: Settings, tool_format: str |
     if messages is None:
         messages = openai_messages(values["messages"], tool_format is not None)
         options = template_options(values)
-    names, types = tuple(tool["function"]["name"] for tool in tools), ()
+    functions = [tool["function"] for tool in tools]
+    names, types, strict = tuple(each["name"] for each in functions), (), ()
+    if not grammar and any(each.get("strict") is True for each in functions):
+        param = "tools"
+        strict = tuple(call_grammar(each, tool_format) if each.get("strict") is True else ""
+                       for each in functions)
+        if sum(map(len, strict)) > 16 * LIMITS.grammar_characters:
+            raise unusable_schema("the parameters of all strict functions are too long", param)
     if tool_format in TAGGED_ARGUMENTS:
         steps = iter(range(8192))  # of 11 us: a small schema can say much
         types = tuple(parameter_types(tool, steps) for tool in tools)
@@ -10912,7 +10971,8 @@ def parse_openai_request(values: Mapping, settings: Settings, tool_format: str |
                                f"at most {LIMITS.tool_name_bytes:,} are allowed")
     return openai_request(
         values, settings, messages=messages, template_options=options, grammar=grammar, grammar_param=param,
-        logprobs=top if logprobs else None, tools=tools, tool_names=names, tool_types=types)
+        logprobs=top if logprobs else None, tools=tools, tool_names=names, tool_types=types,
+        call_grammars=strict)
 
 
 def allowed_tools(tools: Seq[dict], choice: ToolChoice) -> tuple[dict, ...]:
@@ -11176,6 +11236,16 @@ def tool_grammar(tools: Seq[dict], tool_format: str, parallel: bool) -> str:
               "properties": {"name": {"const": function["name"]}, given: schema}}
              for function, schema in zip(functions, parameters)]
     return json_grammar({"anyOf": calls}, "tools", start)
+
+
+def call_grammar(function: Mapping, tool_format: str) -> str:
+    """A grammar for the arguments of one call, and what ends them."""
+    start = 'start: (" " | "\\n")?'
+    if tool_format in TAGGED_ARGUMENTS:
+        end = tag_text(TAGGED_ARGUMENTS[tool_format][-1].strip() or CALLS[tool_format][1], tool_format)
+        return tag_grammar(f"{start} arguments0 {end}", [function], tool_format)
+    parameters = {"type": "object", **(function.get("parameters") or {})}
+    return json_grammar(parameters, "tools", f"{start} object")
 
 
 def read_native_call(body: dict, known: Known) -> Call:

@@ -65,8 +65,8 @@ class FakePool:
         return await chat_server.TEXT_ROUTES[route](chat_server.json_object(body), self.prompts)
 
     async def answer(self, request):
-        if request.grammar:
-            chat_server.check_grammar(request.grammar, request.grammar_param)
+        for source in filter(None, (request.grammar, *request.call_grammars)):
+            chat_server.check_grammar(source, request.grammar_param)
         if self.draining or not self.ready:
             raise Overloaded("the model is still loading", retry_after_s=2)
         if self.refuse:

@@ -5,6 +5,7 @@ import random
 
 import aiohttp
 import pytest
+import torch
 
 import chat_server
 from chat_server import Answer, AnswerReader, Message, SamplingParams, Settings
@@ -659,3 +660,98 @@ def test_a_required_call_in_tags_has_the_values_that_its_schema_allows(parameter
         values = "".join(f"<parameter={name}>\n{value}\n</parameter>\n" for name, value in arguments.items())
         return matcher.consume_tokens(list(f"<tool_call>\n<function=f>\n{values}</function>\n</tool_call>".encode())) and matcher.is_accepting()
     assert all(map(fits, allowed)) and not any(map(fits, refused))
+
+
+STRICT = {"type": "function", "function": {"name": "weather", "strict": True, "parameters": {
+    "type": "object", "required": ["city", "days"], "additionalProperties": False,
+    "properties": {"city": {"enum": ["Oslo", "Bonn"]}, "days": {"type": "integer", "minimum": 7, "maximum": 9}}}}}
+
+
+def strictly(tool_format, tools=(STRICT,), **more):
+    values = chat_server.parse_fields(ASK | {"tools": list(tools)} | more, chat_server.OPENAI_FIELDS)
+    return chat_server.parse_openai_request(values, Settings(), tool_format)
+
+
+def strict_work(engine, name, messages, tokens, **more):
+    request = strictly(engine.tokenizer.tool_format)
+    prompt = tuple(engine.tokenizer.render([Message(role, text) for role, text in messages]))
+    return assignment(name, prompt, SamplingParams(0.0), tokens, chat=True, tool_names=request.tool_names, tool_types=request.tool_types,
+                      call_grammars=request.call_grammars, grammar_param=request.grammar_param, **more)
+
+
+def test_a_call_that_the_default_model_makes_on_its_own_of_a_strict_function_follows_its_schema(engine):
+    """The model repeats a call that the schema forbids; drafts propose it too. Preempted or taken over by another worker, it is the same."""
+    say = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome", "days": 3}}\n</tool_call>'
+    work = strict_work(engine, "a", [("user", "Repeat this:\n" + say), ("assistant", say), ("user", "Repeat this:\n" + say)], 100)
+    free = pieces(engine, [chat_server.replace(work, params=chat_server.replace(work.params, call_grammars=()))])["a"]
+    assert together([(piece.text, piece.calls) for piece in free]) == ("", [ROME | {"arguments": '{"city": "Rome", "days": 3}'}])
+    drafted = engine.drafted_tokens
+    found = pieces(engine, [work])["a"]
+    text, calls = together([(piece.text, piece.calls) for piece in found])
+    assert text == "" and [call["name"] for call in calls] == ["weather"] and found[-1].stop_reason == "eos" and engine.drafted_tokens > drafted
+    said = json.loads(calls[0]["arguments"])
+    assert said["city"] in ("Oslo", "Bonn") and 7 <= said["days"] <= 9
+    ids = [token for piece in found for token in piece.tokens]
+    for cut in range(9, len(ids), 9):
+        rest = pieces(engine, [chat_server.replace(work, resumed_ids=tuple(ids[:cut]))])["a"]
+        assert [token for piece in rest for token in piece.tokens] == ids[cut:]
+    engine.add(work)
+    again, preempted = [], engine.scheduler.preemptions
+    with torch.inference_mode():
+        while engine.busy:
+            again += [token for piece in engine.step() for token in piece.tokens]
+            if engine.scheduler.running and len(again) >= 12 and engine.scheduler.preemptions < preempted + 9:
+                engine.scheduler._preempt(engine.scheduler.running[0])
+    assert again == ids and engine.scheduler.preemptions == preempted + 9
+
+
+@pytest.mark.parametrize("tool_format, opening", [
+    ("mistral", '[TOOL_CALLS][{"name": "weather", "arguments":'), ("mistral name", "[TOOL_CALLS]weather[ARGS]"), ("json", '{"name": "weather", "parameters":'),
+    ("kimi", "<|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>"), ("deepseek", "<｜tool▁call▁begin｜>weather<｜tool▁sep｜>"),
+    ("deepseek fenced", "<｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"), ("qwen tags", "<tool_call>\n<function=weather>"),
+    ("seed tags", "<seed:tool_call>\n<function=weather>"), ("glm tags", "<tool_call>weather\n")])
+def test_arguments_of_a_strict_function_follow_its_schema_in_the_words_of_every_family(engine, tool_format, opening, monkeypatch):
+    monkeypatch.setattr(engine.tokenizer, "tool_format", tool_format)
+    begun = tuple(engine.tokenizer.encode(opening))
+    work = strict_work(engine, "a", [("user", "Weather in Rome for 3 days?")], len(begun) + 60, resumed_ids=begun)
+    found = pieces(engine, [work])["a"]
+    calls = "".join(call.arguments for piece in found for call in piece.calls)
+    assert chat_server.re.match(r'{"city": "(Oslo|Bonn)", "days": [789]', calls)
+
+
+def test_a_strict_function_of_harmony_s_is_held_from_the_marker_that_begins_its_arguments():
+    tokenizer = Marked("harmony", {name: 300 + number for number, name in enumerate(chat_server.HARMONY)})
+    channel, constrain, message = (tokenizer.specials[f"<|{name}|>"] for name in ("channel", "constrain", "message"))
+    request = strictly("harmony")
+    work = assignment("a", (1,), SamplingParams(), 999, chat=True, tool_names=request.tool_names, call_grammars=request.call_grammars)
+    answer = Answer(work, tokenizer, None, lambda source: chat_server.Grammar(tokenizer, source))
+    for number, token in enumerate([channel, *b"commentary to=functions.weather ", constrain, *b"json", message], 1):
+        assert not answer.awaits_grammar
+        answer.push(token, number, 999)
+    assert answer.awaits_grammar
+    answer.hold_call()
+    for token in b'{"city": "Oslo", "days": 7}':
+        assert not answer.grammar.copy().feed(ord("x")) and answer.push(token, 99, 999) == [] and answer.reason is None
+    assert not answer.grammar and not answer.awaits_grammar
+
+
+def test_what_begins_a_strict_call_and_breaks_its_schema_in_one_token_is_left_as_it_is(engine):
+    answer = Answer(strict_work(engine, "a", [("user", "x")], 99), engine.tokenizer, None, lambda source: chat_server.Grammar(engine.tokenizer, source))
+    answer.reader.called = "weather", '{"town'
+    answer.hold_call()
+    assert answer.grammar is None and not answer.awaits_grammar
+
+
+async def test_only_calls_of_strict_functions_are_held_to_their_schemas_and_what_cannot_be_enforced_is_400(pool):
+    loose = {"type": "function", "function": STRICT["function"] | {"name": "loose", "strict": False}}
+    request = strictly("tagged", [loose, STRICT, TIME], stop=["x"])
+    assert [bool(source) for source in request.call_grammars] == [False, True, False] and request.stop == ("x",) and not request.grammar
+    assert strictly("tagged", [loose, TIME]).call_grammars == () == strictly("tagged", tool_choice="required").call_grammars
+    wrong = {"name": "f", "strict": True, "parameters": {"type": "object", "properties": {"a": {"not": {}}}}}
+    flat = {"name": "f", "strict": True}
+    async with serving(pool) as url, aiohttp.ClientSession() as client:
+        for path, body in (("chat/completions", ASK | {"tools": [{"type": "function", "function": wrong}]}),
+                           ("responses", {"input": "x", "tools": [{"type": "function"} | wrong]}),
+                           ("messages", {"max_tokens": 9, "messages": ASK["messages"], "tools": [flat | {"input_schema": wrong["parameters"]}]})):
+            async with client.post(f"{url}/v1/{path}", json=body) as response:
+                assert response.status == 400 and "tools cannot be enforced" in (await response.json())["error"]["message"]
