@@ -7168,9 +7168,7 @@ class Engine:
             if answer:
                 answer.hold_call()
             else:
-                reader = answer_reader(self.tokenizer, work.params, work.prompt_ids)
-                source = reader.grammar(work.params) if reader else work.params.grammar
-                grammar = compiled(source) if source else None
+                grammar = compiled(self._source(work)) if work.params.grammar else None
                 answer = Answer(work, self.tokenizer, grammar, compiled)
             if answer.grammar:
                 answer.grammar.mask.set_result(answer.grammar.matcher.compute_bitmask())
@@ -7178,6 +7176,11 @@ class Engine:
         except Exception:
             sequence.text = None  # so the answer fails when its next token is drawn
             log.exception("failed to prepare an answer")
+
+    def _source(self, work: Assignment) -> str:
+        """The grammar of a whole answer."""
+        reader = answer_reader(self.tokenizer, work.params, work.prompt_ids)
+        return reader.grammar(work.params) if reader else work.params.grammar
 
     def _grammar(self, owner: str, source: str) -> Grammar:
         """A grammar, compiled once; answers copy it. Runs only on the `compiling` thread."""
