@@ -6812,21 +6812,32 @@ def merges_of_scores(tokens: Seq[str], scores: Seq[float], types: Seq[int]) -> l
 
 
 class Grammar:
-    """Which tokens may come next. A thread computes the next token's mask in the background."""
+    """Which tokens may come next. A thread computes the next token's mask in the background.
+
+    Copies share the states of a lexer, whose number is limited: what answers of hours have added to it may
+    break another's grammar, which then starts over once with a lexer of its own (`renew`)."""
 
     def __init__(self, tokenizer: Tokenizer, source: str):
         llguidance = require_library("llguidance", "constrained decoding")
         limits = llguidance.LLParserLimits(**GRAMMAR_LIMITS)
         self.matcher = llguidance.LLMatcher(tokenizer.grammar_vocabulary, source, log_level=0, limits=limits)
         self.tokenizer, self.ends = tokenizer, tokenizer.stop_tokens
+        self.source, self.lexer = source, object()  # lexer: the same one in its copies
+        self.fed, self.renewed = [], False          # fed: the tokens so far
         self.size = 0                 # bytes, shared with its copies
         self.mask: Future = Future()  # the next token's mask, as bytes
 
     def copy(self) -> Grammar:
         """An independent copy in the same state (10 us; compiling takes up to 1 s)."""
         twin = copy.copy(self)
-        twin.matcher, twin.mask = self.matcher.deep_copy(), Future()
+        twin.matcher, twin.mask, twin.fed = self.matcher.deep_copy(), Future(), []
         return twin
+
+    def renew(self, fresh: Grammar) -> Grammar:
+        """A copy of the same grammar brought to where this one is."""
+        fresh.renewed, fresh.fed = True, self.fed
+        fresh.matcher.consume_tokens(fresh.fed)
+        return fresh
 
     def allowed(self, vocab_size: int) -> numpy.ndarray:
         """The mask as one flag per token (vocab_size,)."""
@@ -6835,14 +6846,18 @@ class Grammar:
 
     def feed(self, token: int) -> bool:
         """False if the grammar rejects the token, has grown too large to follow, or cannot be satisfied."""
-        return self.matcher.is_accepting() if token in self.ends else self.matcher.consume_token(token)
+        if token in self.ends:
+            return self.matcher.is_accepting()
+        self.fed.append(token)
+        return self.matcher.consume_token(token)
 
     def feed_text(self, text: str) -> bool:
         """The same for text, in which some characters are marks of tokens."""
         marks = {MARKS[name]: [token] for name, token in self.tokenizer.markers.items()}
         tokenize = self.tokenizer.grammar_vocabulary.greedy_tokenize
         parts = (marks.get(part) or tokenize(part) for part in re.split(f"({A_MARK.pattern})", text))
-        return self.matcher.consume_tokens([*itertools.chain(*parts)])
+        self.fed += itertools.chain(*parts)
+        return self.matcher.consume_tokens(self.fed)
 
     @property
     def complete(self) -> bool:
@@ -7150,7 +7165,8 @@ class Engine:
         """Queue an answer; its prompt must fit the context (the front has checked this)."""
         limit = min(len(work.prompt_ids) + work.max_tokens, self.context_length)
         sequence = Sequence(work, [*work.prompt_ids, *work.resumed_ids], limit, scored=work.scored)
-        if work.params.grammar or work.resumed_ids and any(work.params.call_grammars):  # compiled in a thread (once with the vocabulary): no other answer waits
+        # compiled in a thread (once with the vocabulary): no other answer waits
+        if work.params.grammar or work.resumed_ids and any(work.params.call_grammars):
             sequence.preparing = self.compiling.submit(work.params.client, self._prepare, sequence)
         else:
             self._prepare(sequence)
@@ -7165,8 +7181,13 @@ class Engine:
         work, answer = sequence.work, sequence.text
         try:
             compiled = partial(self._grammar, work.params.owner)
-            if answer:
+            if answer and answer.awaits_grammar:
                 answer.hold_call()
+            elif answer:
+                broken = answer.grammar
+                if compiled(broken.source).lexer is broken.lexer:
+                    del self.grammars[work.params.owner, broken.source]
+                answer.grammar = broken.renew(compiled(broken.source))
             else:
                 grammar = compiled(self._source(work)) if work.params.grammar else None
                 answer = Answer(work, self.tokenizer, grammar, compiled)
@@ -7208,9 +7229,14 @@ class Engine:
     def _masked(self, sequence: Sequence, deadline_s: float) -> bool:
         """Is the next mask ready by the deadline, or not needed? If not, sit out steps until it is."""
         grammar = sequence.text and sequence.text.grammar
-        if not grammar or wait([grammar.mask], max(0.0, deadline_s - time.monotonic())).done:
+        if not grammar:
             return True
-        sequence.preparing = grammar.mask
+        if not wait([grammar.mask], max(0.0, deadline_s - time.monotonic())).done:
+            sequence.preparing = grammar.mask
+        elif grammar.renewed or not grammar.matcher.is_error():
+            return True
+        else:
+            sequence.preparing = self.compiling.submit(sequence.work.params.client, self._prepare, sequence)
         return False
 
     def cancel(self, answer_id: str) -> bool:

@@ -286,8 +286,23 @@ def test_compiled_schemas_are_kept_only_as_far_as_memory_goes(engine):
     compiled = []
     for number in range(10):
         one = work(engine, f"a{number}", numbers(30, f"{number}"))
-        compiled.append(engine._grammar(one).size)
-        assert engine._grammar(one) is engine._grammar(one)         # the newest is kept
+        compiled.append(engine._grammar("", one.params.grammar).size)
+        assert engine._grammar("", one.params.grammar).lexer is engine._grammar("", one.params.grammar).lexer  # the newest is kept
     assert all(8 << 20 < size < 16 << 20 for size in compiled)
     assert 2 <= len(engine.grammars) <= (64 << 20) // min(compiled)
     engine.grammars.clear()
+
+
+def test_what_earlier_answers_added_to_a_grammar_does_not_break_later_ones(default_model_path, monkeypatch):
+    """Copies of a grammar share its lexer's states, whose number is limited."""
+    engine = make_engine(default_model_path, num_pages=100, max_batch=8, as_stored=True)
+    prompt = tuple(engine.tokenizer.render([Message("user", "Toss a coin.")]))
+    works = [assignment("a", prompt, SamplingParams(2.0, seed=seed, top_k=0), 20, grammar="start: /[01]*1[01]{12}[01]*/") for seed in range(6)]
+    roomy = [pieces(engine, [each])["a"] for each in works]
+    engine.grammars.clear()
+    monkeypatch.setitem(chat_server.GRAMMAR_LIMITS, "max_lexer_states", 150)        # one answer adds some 40
+    made, original = [], chat_server.Grammar.__init__
+    monkeypatch.setattr(chat_server.Grammar, "__init__", lambda self, *given: made.append(self) or original(self, *given))
+    tight = [pieces(engine, [each])["a"] for each in works]
+    assert 1 < len(made) < 6 and [text_of(each) for each in tight] == [text_of(each) for each in roomy]
+    assert all(each[-1].reason == "length" for each in tight)
