@@ -7025,7 +7025,7 @@ class Answer:
         marks = tokenizer.marks(bool(self.reader.names)) if self.reader else {}
         self.decoder, self.stops = StreamDecoder(tokenizer, marks), StopFinder(params.stop)
         self.unsent = [NOTHING_SAID]
-        self.reasoning_tokens = 0
+        self.reasoning_tokens = self.count = 0  # count: all tokens so far
         self.tool = CalculatorTool(tokenizer) if tokenizer.tool_tokens else None
         self.eos_tokens = frozenset() if params.ignore_eos else tokenizer.stop_tokens
         self.stop_tokens = self.eos_tokens | frozenset(params.stop_token_ids)
@@ -7044,8 +7044,9 @@ class Answer:
     def _read(self, token: int):
         """Turn a token into reasoning, content or calls; counts those of reasoning and of its markers."""
         text, thinking = self.decoder.push(token), self.reader and self.reader.thinking
+        self.count += 1
         if not self.reader:  # all is text
-            self.unsent[-1] = Said("", self.unsent[-1].text + self.stops.push(text))
+            self.unsent[-1] = Said("", self.unsent[-1].text + self._search(text))
             return None
         self.reader.push(text)
         self.reasoning_tokens += thinking or self.reader.thinking
@@ -7073,7 +7074,11 @@ class Answer:
             if kind != "text":  # no stop string goes on across reasoning or a call
                 self._say("text", self.stops.finish())
             if self.stops.stopped_by is None:
-                self._say(kind, self.stops.push(what) if kind == "text" else what)
+                self._say(kind, self._search(what) if kind == "text" else what)
+
+    def _search(self, text: str) -> str:
+        """Text without a stop string and what follows it; the first `min_tokens` tokens may have them."""
+        return self.stops.push(text) if self.count > self.work.params.min_tokens else text
 
     def _say(self, kind: str, what: str | CallDelta):
         """Add to what is unsent, in a new Said if this kind comes before what the last one has."""
@@ -7094,8 +7099,8 @@ class Answer:
         """Add the `generated`-th token and its text, with room for `room` more; it may end the answer.
         Returns the tokens to force after it, whose text is added too."""
         if self.grammar and not self.grammar.feed(token):
-            return self._end("refused", "no answer can follow the JSON schema: no value satisfies it, "
-                                        "or it is too large")
+            return self._end("refused", f"no answer can follow {self.work.params.grammar_param}: nothing "
+                                        "satisfies it, or it is too large")
         if token in self.stop_tokens and generated >= self.work.params.min_tokens:
             return self._end("stop", "eos" if token in self.eos_tokens else str(token))
         self._read(token)
@@ -11096,9 +11101,9 @@ def objects_of(schema, root: Mapping, steps: Iterator) -> list[dict]:
     found = [{} if schema is True else {name: schema[name] for name in names if name in schema}]
     for choices in choices_of(schema, root):
         more = [each for choice in choices for each in objects_of(choice, root, steps)]
-        found = [both_objects(*pair) for pair in itertools.islice(itertools.product(found, more), 65)]
-        if len(found) > 64:
-            raise LookupError("they have more than 64 forms")
+        found = [both_objects(*pair) for pair in itertools.islice(itertools.product(found, more), 513)]
+        if len(found) > 1 and sum(1 + len(each["properties"]) for each in found) > 1024:
+            raise LookupError("they have too many forms")
     return found
 
 

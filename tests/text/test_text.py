@@ -6,9 +6,11 @@ import random
 import threading
 
 import pytest
-from chat_server import (ConfigError, Message, RequestError, StopFinder, StopMatcher, StreamDecoder, TextSpec,
-                         calculate, compile_chat_template, gguf_text, open_tokenizer, read_gguf, read_nanochat_tokenizer)
+from chat_server import (Answer, ConfigError, Message, RequestError, SamplingParams, StopFinder, StopMatcher, StreamDecoder, TextSpec,
+                         calculate, compile_chat_template, gguf_text, open_tokenizer, read_gguf, read_nanochat_tokenizer, replace)
+from fake_pool import Letters
 from tiny_gguf import sentencepiece_metadata, small_gguf_metadata
+from works import assignment
 
 REAL_TEXT = """The Shinkansen (新幹線) opened on 1 October 1964; 2,764 km of lines now carry 420,000+ people a day.
     def f(x):\n\treturn x**2 + 3.14159  # café, naïve, Zürich\r\n\n\n
@@ -360,3 +362,20 @@ def test_the_calculator_works_in_any_thread():
     for thread in threads:
         thread.join()
     assert results == ["42"] * 4
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_stop_string_ends_no_answer_before_its_min_tokens(chat):
+    """As eos does not. What the first tokens have of a stop string does not count for it either."""
+    tokenizer = Letters()
+    tokenizer.tool_format = "tagged"
+    for min_tokens, text in ((0, "x"), (1, "x"), (2, "xabc"), (4, "xabc"), (5, "xabcabcac")):
+        work = assignment("a", (1,), SamplingParams(), 99, stop=("ab",), min_tokens=min_tokens, chat=chat, tool_names=("f",) * chat)
+        for cut in range(3):
+            ids = b"xabcabcacab"
+            answer = Answer(replace(work, resumed_ids=tuple(ids[:cut])), tokenizer)
+            for number, token in enumerate(ids[cut:], cut + 1):
+                answer.push(token, number, 99)
+                if answer.reason:
+                    break
+            assert answer.stop_reason == "ab" and "".join(said.text for said in answer.take()) == text[cut:] and number > min_tokens
