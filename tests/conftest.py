@@ -58,6 +58,14 @@ def default_model_path():
     return chat_server.fetch_default_model()
 
 
+@pytest.fixture(autouse=True)
+def forked_processes(monkeypatch):
+    """Workers and sandboxes of the pools that a test starts in this process are forked."""
+    if sys.platform == "linux":
+        import forked
+        monkeypatch.setattr("chat_server.start_child", forked.start_child)
+
+
 @pytest.fixture
 async def client():
     """An HTTP client."""

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 import chat_server
+import forked
 import fake_ray
 from chat_server import ConfigError, RayPool, Settings
 from pools import collect, greedy, tiny_settings
@@ -55,6 +56,7 @@ async def cluster(nanochat_fixtures, tmp_path, monkeypatch):
     yield start
     for pool in pools:
         await pool.close()
+    before |= {template.process.pid for template in forked.templates.values()}
     started = [each for each in psutil.Process().children(recursive=True) if each.pid not in before]
     await asyncio.to_thread(psutil.wait_procs, started, 30)
     assert not [each for each in started if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]

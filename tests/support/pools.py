@@ -1,8 +1,6 @@
 """Pools of real workers, and pools whose workers a test plays itself, for tests that look inside."""
 
 import asyncio
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -11,9 +9,7 @@ import pytest
 import chat_server
 from chat_server import Finished, LocalPool, Message, Piece, Request, SamplingParams, Settings
 from fake_pool import Letters
-
-# checks its KV cache after every step
-DYING = (sys.executable, str(Path(__file__).with_name("dying_worker.py")))
+from forked import DYING
 
 
 def tiny_settings(nanochat_fixtures, generation="gen5", **changes):
