@@ -7902,7 +7902,8 @@ def serve_rank(settings: Settings, start: Torchrun) -> int:
             signal.signal(number_, signal.SIG_IGN)
     try:
         store = RankStore()
-        over = store.look("over")  # of a front before
+        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        over = store.look("over") if again else None  # of the front before; the first one's may have ended
         while (ended := store.look("over")) == over:
             if (coming := store.life) != life and store.look(f"{coming}/0"):
                 try:

@@ -5,7 +5,8 @@ Its input is copied to where the other ranks read, or written there at once, as 
     python bench/ranks.py --model FILE [--layouts 1x1,2x1] [--streams 1,16] [--tokens 48] [--rounds 5]
 
 --hog: one more process takes a CPU all the time.
---model: tokens per second of a whole replica in each layout (tp x pp) of the machine's threads, in turns; medians over rounds.
+--model: tokens per second of a whole replica in each layout (tp x pp) of the machine's threads, in turns; medians over rounds,
+         and over those during which other programs, and other guests of the host, took less than --others of the CPUs' time.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from decode_core.ranks import RankMemory, Ranks
 
@@ -78,6 +80,23 @@ async def streams_per_second(cs, pool, count: int, tokens: int) -> float:
     return count * (tokens - 1) / (max(ends) - statistics.fmean(firsts))
 
 
+class Others:
+    """The share of the CPUs' time that goes to programs that are not ours, or that the host takes."""
+
+    def __init__(self):
+        self.me, self.before = psutil.Process(), self.now()
+
+    def now(self) -> tuple[float, float]:
+        all_, ours = psutil.cpu_times(), [process.cpu_times() for process in (self.me, *self.me.children(recursive=True))]
+        busy = sum(all_) - all_.idle - all_.iowait - getattr(all_, "guest", 0) - getattr(all_, "guest_nice", 0)
+        return busy - sum(each.user + each.system for each in ours), sum(all_) - getattr(all_, "guest", 0) - getattr(all_, "guest_nice", 0)
+
+    def share(self) -> float:
+        """Since the last call."""
+        (busy, total), self.before = [now - before for now, before in zip(after := self.now(), self.before)], after
+        return busy / total
+
+
 async def compare_layouts(args) -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import chat_server as cs
@@ -89,12 +108,22 @@ async def compare_layouts(args) -> None:
         await pool.start()
         await pool.wait_ready()
     for count in map(int, args.streams.split(",")):
-        rates = {layout: [] for layout in pools}
+        rates, calm, others = {layout: [] for layout in pools}, [], Others()
         for turn in range(args.rounds + 1):
-            for layout, pool in pools.items():
-                rate = await streams_per_second(cs, pool, count, args.tokens)
-                if turn:                        # the first warms up
-                    rates[layout].append(rate)
+            found = {layout: await streams_per_second(cs, pool, count, args.tokens) for layout, pool in pools.items()}
+            share = others.share()
+            print(f"{count:>3} streams, round {turn}: " + ", ".join(f"{layout} {rate:.2f}" for layout, rate in found.items())
+                  + f" tok/s; others took {share:.1%}", flush=True)
+            for layout, rate in found.items() if turn else ():          # the first warms up
+                rates[layout].append(rate)
+            if turn and share < args.others:
+                calm.append(found)
+        if calm:
+            first, *_ = pools
+            for layout in pools:
+                ratios = [each[layout] / each[first] for each in calm]
+                print(f"{count:>3} streams, {layout}, {len(calm)} rounds without others: median {statistics.median(each[layout] for each in calm):6.2f} "
+                      f"tok/s, of the first in the same round {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
         base = statistics.median(next(iter(rates.values())))
         for layout, each in rates.items():
             print(f"{count:>3} streams, {layout}: median {statistics.median(each):6.2f} tok/s ({min(each):.2f} to {max(each):.2f}), "
@@ -114,6 +143,7 @@ def main() -> None:
     options.add_argument("--streams", default="1,16")
     options.add_argument("--tokens", type=int, default=48)
     options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--others", type=float, default=0.03)
     options.add_argument("--rank", nargs=2, help=argparse.SUPPRESS)
     args = options.parse_args()
     if args.model:

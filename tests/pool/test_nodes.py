@@ -99,6 +99,17 @@ def test_two_nodes_serve_and_go_on_with_the_same_text_when_a_rank_dies(layout, e
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="POSIX")
+@pytest.mark.parametrize("layout", [("--tp", "2"), ("--pp", "2")])
+def test_a_rank_of_another_node_that_hangs_is_replaced_and_the_text_goes_on(layout, nanochat_fixtures):
+    with agents(nanochat_fixtures / "gen5", *layout) as (both, url):
+        expected, [rank] = text_of(url), both.processes(1, "rank")
+        assert text_of(url, lambda count: count == 5 and rank.suspend()) == expected
+        [worker] = get(f"{url}/stats")["workers"]
+        assert worker["restarts"] == 1 and not rank.is_running() and len(both.processes(1, "rank")) == 1
+
+
+@pytest.mark.slow
 def test_a_node_that_was_lost_comes_back_by_the_same_command(nanochat_fixtures):
     with agents(nanochat_fixtures / "gen5", "--pp", "2") as (both, url):
         expected = text_of(url)
@@ -221,6 +232,17 @@ def test_a_rank_that_leaves_before_all_have_come_meets_them_in_a_new_life(starte
             assert zero.has_ended(1) and not zero.has_ended(2)
             for channel in zero.channels:
                 channel.connection.close()
+
+
+def test_a_rank_that_comes_after_its_front_has_ended_ends_too(started, monkeypatch):
+    start, store = started()(), StoreInMemory()
+    monkeypatch.setattr(cs, "RankStore", lambda: store)
+    store.put("over", [1.0, 3])
+    assert cs.serve_rank(cs.Settings(tensor_parallel_size=2), start) == 3
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")       # then it may be the front before that has ended
+    looks = iter(range(3))
+    monkeypatch.setattr(cs.time, "sleep", lambda seconds: next(looks) == 2 and store.put("over", [2.0, 0]))
+    assert cs.serve_rank(cs.Settings(tensor_parallel_size=2), start) == 0 and next(looks, None) is None
 
 
 def test_a_connection_is_admitted_only_with_the_secret():
