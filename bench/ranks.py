@@ -84,7 +84,8 @@ class Others:
     """The share of the CPUs' time that goes to programs that are not ours, or that the host takes."""
 
     def __init__(self):
-        self.me, self.before = psutil.Process(), self.now()
+        self.me = psutil.Process()
+        self.before = self.now()
 
     def now(self) -> tuple[float, float]:
         all_, ours = psutil.cpu_times(), [process.cpu_times() for process in (self.me, *self.me.children(recursive=True))]
@@ -93,8 +94,8 @@ class Others:
 
     def share(self) -> float:
         """Since the last call."""
-        (busy, total), self.before = [now - before for now, before in zip(after := self.now(), self.before)], after
-        return busy / total
+        before, self.before = self.before, self.now()
+        return (self.before[0] - before[0]) / (self.before[1] - before[1])
 
 
 async def compare_layouts(args) -> None:
