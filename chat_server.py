@@ -11102,9 +11102,10 @@ def objects_of(schema, root: Mapping, steps: Iterator) -> list[dict]:
     found = [{} if schema is True else {name: schema[name] for name in names if name in schema}]
     for choices in choices_of(schema, root):
         more = [each for choice in choices for each in objects_of(choice, root, steps)]
-        found = [both_objects(*pair) for pair in itertools.islice(itertools.product(found, more), 513)]
-        if len(found) > 1 and sum(1 + len(each["properties"]) for each in found) > 1024:
-            raise LookupError("they have too many forms")
+        found = [both_objects(*pair) for pair in itertools.islice(itertools.product(found, more), 65)]
+        for form in found[1:]:
+            if next(steps, None) is None or len(form["properties"]) > 64:
+                raise LookupError("they have too many forms")
     return found
 
 
