@@ -303,7 +303,7 @@ def test_a_conversation_with_calls_and_results_is_the_same_in_all_three():
     chat = {"messages": [
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": "1?\n2?"},
         {"role": "assistant", "content": "Let me see.", "tool_calls": CALLS}, {"role": "tool", "tool_call_id": "call_1", "content": "2"},
-        {"role": "assistant", "content": "Two."}, {"role": "user", "content": "Sure?"}], "tools": [{"type": "function", "function": ADD}]}
+        {"role": "assistant", "content": "Two."}, {"role": "user", "content": "Sure?"}], "tools": [{"type": "function", "function": ADD | {"strict": True}}]}
     responses = {"instructions": "Be brief.", "input": [
         {"role": "user", "content": [{"type": "input_text", "text": "1?"}, {"type": "input_text", "text": "2?"}]},
         {"type": "message", "role": "assistant", "id": "msg_1", "content": [{"type": "output_text", "text": "Let me see.", "annotations": []}]},
@@ -316,7 +316,7 @@ def test_a_conversation_with_calls_and_results_is_the_same_in_all_three():
         {"role": "assistant", "content": [{"type": "text", "text": "Let me see."}, {"type": "tool_use", "id": "call_1", "name": "add", "input": {"a": 1}}]},
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "call_1", "content": [{"type": "text", "text": "2"}]}]},
         {"role": "assistant", "content": "Two."}, {"role": "user", "content": "Sure?"}],
-        "tools": [{"name": "add", "description": "adds", "input_schema": ADD["parameters"]}, {"type": "web_search_20250305", "name": "web_search"}]}
+        "tools": [{"name": "add", "description": "adds", "input_schema": ADD["parameters"], "strict": True}, {"type": "web_search_20250305", "name": "web_search"}]}
     calls = [reader(body | {"seed": 1}, KNOWN) for reader, body in (
         (chat_server.read_chat_call, chat), (chat_server.read_responses_call, responses), (chat_server.read_messages_call, messages))]
     assert calls[0].request == calls[1].request == calls[2].request
