@@ -242,7 +242,7 @@ def test_a_files_experts_stay_packed_and_logits_are_those_of_its_weights(emulate
         assert (got - want).norm() < 2e-3 * want.norm()     # routers are bfloat16
 
 
-@pytest.mark.parametrize("name, prompt, count, rows, num_pages", [("gpt-oss", 15, 19, 2, 5), ("qwen3moe", 40, 6, 4, 60)])
+@pytest.mark.parametrize("name, prompt, count, rows, num_pages", [("gpt-oss", 15, 19, 2, 5), pytest.param("qwen3moe", 40, 6, 4, 60, marks=pytest.mark.slow)])
 def test_graphs_of_experts_answer_as_ops_do(emulated, expert_files, monkeypatch, name, prompt, count, rows, num_pages):
     """Steps that are begun ahead, with preemption where pages are few, else with a row of padding."""
     model = opened(expert_files[name], monkeypatch, emulated.backend)

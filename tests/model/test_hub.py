@@ -68,8 +68,8 @@ def test_an_id_ends_in_a_server_that_answers_and_the_next_start_needs_no_hub(tmp
     assert "cannot be reached" in "".join(log) and "serving the cached files of org/tiny" in "".join(log)
 
 
-@pytest.mark.parametrize("model, file", [("org/many:b-Q8_0.gguf", "b-Q8_0.gguf"), ("org/many:q8_0", "b-Q8_0.gguf"),
-                                         ("org/many:sub/c.gguf", "sub/c.gguf")])
+@pytest.mark.parametrize("model, file", [pytest.param("org/many:b-Q8_0.gguf", "b-Q8_0.gguf", marks=pytest.mark.slow), ("org/many:q8_0", "b-Q8_0.gguf"),
+                                         pytest.param("org/many:sub/c.gguf", "sub/c.gguf", marks=pytest.mark.slow)])
 def test_a_file_of_several_is_named_after_a_colon(tmp_path, model, file):
     with fake_hub(org__many={"a-Q4_0.gguf": b"x", "b-Q8_0.gguf": b"x", "sub/c.gguf": b"x"}) as hub:
         hub.repositories["org/many"][file] = TINY
@@ -179,7 +179,7 @@ def test_a_hub_that_fails_is_one_line(tmp_path):
         assert "cannot be reached" in refused("org/tiny", environment(tmp_path, hub))
 
 
-@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("reset", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_download_that_breaks_goes_on_where_it_broke(tmp_path, reset):
     with fake_hub(org__tiny={"tiny.gguf": LARGE}) as hub:
         hub.cuts, hub.reset = {"tiny.gguf": 12 << 20}, reset

@@ -238,7 +238,7 @@ async def test_the_text_of_two_ranks_is_the_same_alone_batched_cached_and_after_
     assert psutil.wait_procs(last, 10)[1] == []
 
 
-@pytest.mark.parametrize("kernels_name", ["", "reference"])
+@pytest.mark.parametrize("kernels_name", ["", pytest.param("reference", marks=pytest.mark.slow)])
 def test_no_rank_outlives_a_front_that_was_killed(kernels_name, nanochat_fixtures):
     with server(nanochat_fixtures / "gen5", "--tp", "2", "--pp", "2", "--kv-cache-memory", "8M",
                 env=os.environ | {"CHAT_SERVER_KERNELS": kernels_name}) as (front, url):
