@@ -11250,13 +11250,19 @@ def tag_grammar(start: str, functions: Seq[dict], tool_format: str) -> str:
     return lark_grammar("\n".join(lines), "tools")
 
 
+def arguments_schema(function: Mapping) -> dict:
+    """A function's parameters; where they do not say so, they are an object too."""
+    parameters = function.get("parameters") or {}
+    return {**parameters, "type": parameters.get("type") or "object"}
+
+
 def tool_grammar(tools: Seq[dict], tool_format: str, parallel: bool) -> str:
     """A grammar that allows only calls of the tools: one, or with `parallel` any number."""
     functions, start = [tool["function"] for tool in tools], CALL_GRAMMARS[tool_format]
     if not parallel:
         start = re.sub(r' \(("[^"]*") (call|object)\)\*|(?<=call)\+', "", start)
     # An $id of its own keeps "#" in a $ref pointing at the root of these parameters.
-    parameters = [{**(function.get("parameters") or {"type": "object"}), "$id": f"urn:tool:{index}"}
+    parameters = [{**arguments_schema(function), "$id": f"urn:tool:{index}"}
                   for index, function in enumerate(functions)]
     if tool_format in NAMED_CALLS:
         calls = [NAMED_CALLS[tool_format].format(
@@ -11280,8 +11286,7 @@ def call_grammar(function: Mapping, tool_format: str) -> str:
     if tool_format in TAGGED_ARGUMENTS:
         end = tag_text(TAGGED_ARGUMENTS[tool_format][-1].strip() or CALLS[tool_format][1], tool_format)
         return tag_grammar(f"{start} arguments0 {end}", [function], tool_format)
-    parameters = {"type": "object", **(function.get("parameters") or {})}
-    return json_grammar(parameters, "tools", f"{start} object")
+    return json_grammar(arguments_schema(function), "tools", f"{start} object")
 
 
 def read_native_call(body: dict, known: Known) -> Call:

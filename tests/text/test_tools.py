@@ -756,3 +756,15 @@ async def test_only_calls_of_strict_functions_are_held_to_their_schemas_and_what
                            ("messages", {"max_tokens": 9, "messages": ASK["messages"], "tools": [flat | {"input_schema": wrong["parameters"]}]})):
             async with client.post(f"{url}/v1/{path}", json=body) as response:
                 assert response.status == 400 and "tools cannot be enforced" in (await response.json())["error"]["message"]
+
+
+@pytest.mark.parametrize("parameters", [None, {}, {"properties": {"a": {"type": "integer"}}}, {"type": None}, {"anyOf": [{"properties": {"a": {}}}, {"required": ["b"]}]},
+                                        {"$ref": "#/$defs/x", "$defs": {"x": {"properties": {"a": {}}}}}])
+def test_arguments_are_an_object_even_where_the_schema_does_not_say_so(parameters):
+    import llguidance
+    function = {"name": "f", "parameters": parameters}
+    for grammar, text in ((chat_server.call_grammar(function, "tagged"), "%s"), (chat_server.tool_grammar([{"function": function}], "mistral name", False), "[TOOL_CALLS]f[ARGS]%s"),
+                          (chat_server.tool_grammar([{"function": function}], "tagged", False), '<tool_call>\n{"name": "f", "arguments": %s}\n</tool_call>')):
+        for arguments in ('{"a": 1, "b": 2}', "5", '"x"', "[]", "null"):
+            matcher = llguidance.LLMatcher(chat_server.byte_vocabulary(), chat_server.with_markers(grammar, {}), log_level=0)
+            assert (matcher.consume_tokens(list((text % arguments).encode())) and matcher.is_accepting()) == arguments.startswith("{")
