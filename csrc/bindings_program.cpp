@@ -190,7 +190,8 @@ void bind_program(py::module_& m) {
         .def("why", &dc::Ranks::why)
         .def_readonly("rank", &dc::Ranks::rank)
         .def_readonly("count", &dc::Ranks::count)
-        .def_readonly("part_bytes", &dc::Ranks::part_bytes);
+        .def_readonly("part_bytes", &dc::Ranks::part_bytes)
+        .def_readonly("moves", &dc::Ranks::moves);
     py::class_<Program, std::unique_ptr<Program, Delete>>(m, "Program")
         .def(py::init([](int64_t max_tokens, int64_t max_rows) { return std::unique_ptr<Program, Delete>(new Program(max_tokens, max_rows)); }))
         .def("embed", &embed)

@@ -192,6 +192,26 @@ def test_a_rank_that_does_not_come_is_not_waited_for_for_ever():
         assert started.said(0) == [["rank 1 has not come for too long"]]
 
 
+@pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda process: ())(0)) < 2, reason="Linux, with two CPUs")
+def test_a_rank_that_waits_for_one_on_the_same_cpu_goes_to_another_and_is_not_bound_to_it():
+    code = """
+        import time
+        x, cpus = np.ones((1, 16), np.float32), os.sched_getaffinity(0)
+        for _ in range(20):
+            os.sched_setaffinity(0, {min(cpus)})
+            if rank == 0:
+                os.sched_setaffinity(0, cpus)
+            ranks.all_reduce(x, x.copy())
+            if rank == 1:
+                time.sleep(0.01)
+            ranks.all_reduce(x, x.copy())
+        say(ranks.handle.moves > 0 if rank == 0 else ranks.handle.moves)
+        say(os.sched_getaffinity(0) == (cpus if rank == 0 else {min(cpus)}))
+    """
+    with Started(2, code) as started:
+        assert started.said() == [["True", "True"], ["0", "True"]]
+
+
 def test_ranks_that_run_different_steps_notice():
     code = """
         x = np.ones((1, 16 * (rank + 1)), np.float32)

@@ -7,7 +7,8 @@
 // twice, and phases take turns. So one wait for each other rank is enough: who begins phase n + 1 may overwrite the parts of n - 1,
 // because everyone who has come to phase n has read them.
 // Who waits spins for SPIN_US, since entering a futex costs 40-50 us, and then sleeps until the other one has come: another program
-// may have its CPU, and Linux moves it to one that is idle. Where there are more ranks than CPUs nobody spins.
+// may have its CPU, and Linux moves it to one that is idle. Two ranks on one CPU part. Where there are more ranks than CPUs nobody
+// spins.
 // Nobody waits for ever: a wait ends with std::runtime_error when someone has poisoned the file (the parent, or a rank whose step
 // failed), when the other process has ended (looked at every LOOK_MS), or after `patience_s`. Whoever notices one of the latter
 // poisons the file, so all ranks leave, and every later phase fails at once. A new file begins anew.
@@ -47,6 +48,7 @@ public:
     const int rank;
     int count = 0;
     int64_t part_bytes = 0;
+    int64_t moves = 0;                  // how often this rank went to another CPU, because the one it waited for was on the same
 
 private:
     struct Line;
@@ -57,6 +59,7 @@ private:
     float* part_of(int of, uint32_t of_phase) const;
     bool has_come(int of) const;
     void wait_for(int other);
+    bool spins_until_come(int other) const;
     void sleep_until(int other);
     bool has_ended(int of) const;
     void poison(Cause cause, int whose);
