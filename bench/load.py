@@ -301,7 +301,10 @@ def plot(results, goal):
         parts += [f'<path d="M{left} {top - 4}h24" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"/>',
                   f'<text x="{left + 30}" y="{top}">{escape(" ".join(key))}: {said["tok/s total"]:.0f} tok/s, '
                   f'{said["goodput, share"]:.0%} good</text>']
-    width, height = MARGIN + 3 * (PANEL + GAP), below + 18 * math.ceil(len(styles) / 4)
+    top = below + 18 * math.ceil(len(styles) / 4) + 6
+    parts.append(f'<text x="{MARGIN}" y="{top}" fill="#555">Up: the share of answers (ITL: of gaps between two pieces) that took at most '
+                 f'the time below; dotted: the goal. good: the share of answers that met both goals.</text>')
+    width, height = MARGIN + 3 * (PANEL + GAP), top + 14
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height:.0f}" font-family="sans-serif" font-size="11">\n'
             f'<rect width="100%" height="100%" fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n")
 
