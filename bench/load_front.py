@@ -30,7 +30,8 @@ sys.path.insert(0, str(ROOT))
 import chat_server      # noqa: E402
 from chat_server import Cancel, LocalPool, ModelCard, NewAnswer, Piece, RayPool, Ready, Settings, Stepped    # noqa: E402
 
-CORES = sorted(os.sched_getaffinity(0))
+# of the first process: the others inherit fewer
+CORES = list(map(int, os.environ.setdefault("FAKE_CORES", ",".join(map(str, sorted(os.sched_getaffinity(0))))).split(",")))
 FRONT_CORE, OTHER_CORES = CORES[:1], CORES[1:] or CORES
 STAMP = re.compile(rb'"token": "([\d.]+)')
 
@@ -159,7 +160,7 @@ def main():
     os.environ |= {"FAKE_RATE": str(args.rate), "FAKE_PIECE_BYTES": str(args.piece_bytes)}
     if args.ray:    # its nodes hand these variables to the workers
         os.sched_setaffinity(0, OTHER_CORES)
-        os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+        os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
         from ray.cluster_utils import Cluster
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": args.workers})
         os.environ["FAKE_RAY"] = cluster.address
