@@ -7822,8 +7822,8 @@ class RankZeroOfNodes(RankZero):
     def gather(self, count: int):
         start, store, secret = torchrun(self.config.settings), RankStore(), secrets.token_bytes(32)
         if self.here < count and self.tp > 1 and self.config.device == "cpu":
-            log.warning("A replica on several nodes sums through Gloo, with torch's slower reference ops, also "
-                        "among the ranks of one node: decode_core needs all ranks on one machine")
+            log.warning("A replica on several nodes sums through Gloo, with slower reference ops, also among "
+                        "the ranks of one node: decode_core needs all ranks on one machine")
             os.environ["CHAT_SERVER_KERNELS"] = "reference"
             installed_core.cache_clear()
         places: dict[int, RankPlace] = {}
