@@ -36,10 +36,12 @@ def pytest_report_teststatus(report, config):
 
 # The modules that take longest, the longest first: two processes then end together.
 LONGEST = [f"tests/{name}.py" for name in (
-    "model/test_families", "pool/test_failover", "http/test_server", "model/test_ranks", "page/test_page", "model/test_weights", "pool/test_workers",
-    "page/test_page_chats", "page/test_page_shell", "model/test_hub", "core/test_check", "page/test_page_markdown", "http/test_apis",
-    "core/test_cuda_steps", "engine/test_engine", "core/test_cuda_experts", "text/test_tools", "pool/test_ray", "pool/test_sandbox",
-    "pool/test_overflow", "text/test_reasoning", "engine/test_grammar", "core/test_cuda_proof", "core/test_seam", "http/test_hostile")]
+    "model/test_ranks", "page/test_page", "core/test_cuda_experts", "http/test_server", "model/test_weights", "model/test_families",
+    "model/test_hub", "core/test_cuda_steps", "pool/test_failover", "page/test_page_shell", "pool/test_ray", "core/test_check",
+    "engine/test_engine", "http/test_apis", "pool/test_workers", "core/test_core_sample", "page/test_page_chats", "engine/test_grammar",
+    "core/test_cuda_proof", "page/test_page_markdown", "test_terminal", "core/test_core_program", "pool/test_nodes", "core/test_core_cuda",
+    "core/test_cuda_packed", "pool/test_overflow", "pool/test_sandbox", "http/test_connections", "peers/test_peers", "model/test_bad_models",
+    "http/test_hostile")]
 
 
 def pytest_configure(config):
