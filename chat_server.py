@@ -69,8 +69,8 @@ Where do I change ...
     how a family calls or     `CALLS`, `THOUGHTS` and `tool_format_of`, read by `AnswerReader`, required by
     thinks                    `CALL_GRAMMARS`
     what a rank has           `SPLITS`, `layers_of`
-    a message                 a `wire_message` class in section 3 with its size limit, then a case in
-                              its receiver
+    a message                 a `wire_message` class in section 3 with its size limit, its place in a `Pipe`,
+                              then a case in its receiver
 
 A copy of this file and static/ runs alone. Without csrc/ (or an installed decode_core) it computes with the
 torch references, several times slower, and says so at start; nothing else changes.
@@ -865,17 +865,14 @@ class Finished:
 Event = Accepted | PromptProgress | Piece | Finished
 
 
-# Messages between the front and a worker travel as frames: one byte for the index in MESSAGES, four bytes for
+# Messages between our processes travel as frames: one byte for the type's place in its `Pipe`, four bytes for
 # the length, then a JSON list of the fields. They hold only plain data, so reading one cannot run code.
-
-MESSAGES: list[type] = []
 
 
 def wire_message(max_bytes: int) -> Callable[[type], type]:
-    """Makes a class one of the MESSAGES: a frozen dataclass, whose frame has at most `max_bytes` bytes."""
+    """Makes a class a message: a frozen dataclass, whose frame has at most `max_bytes` bytes."""
     def register(kind: type) -> type:
-        kind.MAX_BYTES, kind.INDEX = max_bytes, len(MESSAGES)
-        MESSAGES.append(kind)
+        kind.MAX_BYTES = max_bytes
         return dataclass(frozen=True)(kind)
     return register
 
@@ -1091,7 +1088,7 @@ class Refused:
     param: str | None
 
 
-HEADER = struct.Struct("<BI")  # kind, length of the body in bytes
+HEADER = struct.Struct("<BI")  # number of the message's type in its pipe, length of the body in bytes
 
 
 class BadMessage(Exception):
@@ -1144,18 +1141,26 @@ def object_restorer(kind: type) -> Callable[[list], Any]:
 as_plain_json = json.JSONEncoder(default=plain, check_circular=False, separators=(",", ":")).encode
 
 
-def packed(message) -> bytes:
-    """A message as a frame. A RAW message has one field, whose bytes are the body."""
-    body = message.data if hasattr(message, "RAW") else as_plain_json(message).encode()
-    return HEADER.pack(message.INDEX, len(body)) + body
+class Pipe:
+    """The types of message that one sort of pipe carries, in either direction; no other is read from it.
 
+    A type's number in a frame is its place here, so it is the same in every process, whichever modules the
+    process has imported and in whichever order."""
 
-def kind_and_size(header: bytes) -> tuple[type, int]:
-    """Decode a frame's header. BadMessage for an unknown kind, or a size above that kind's limit."""
-    index, size = HEADER.unpack(header)
-    if index >= len(MESSAGES) or size > MESSAGES[index].MAX_BYTES:
-        raise BadMessage(f"unknown or too large: message kind {index}, {size:,} bytes")
-    return MESSAGES[index], size
+    def __init__(self, *kinds: type):
+        self.kinds, self.numbers = kinds, {kind: number for number, kind in enumerate(kinds)}
+
+    def packed(self, message) -> bytes:
+        """A message as a frame. A RAW message has one field, whose bytes are the body."""
+        body = message.data if hasattr(message, "RAW") else as_plain_json(message).encode()
+        return HEADER.pack(self.numbers[type(message)], len(body)) + body
+
+    def kind_and_size(self, header: bytes) -> tuple[type, int]:
+        """Decode a frame's header. BadMessage for an unknown type, or a size above that type's limit."""
+        number, size = HEADER.unpack(header)
+        if number >= len(self.kinds) or size > self.kinds[number].MAX_BYTES:
+            raise BadMessage(f"unknown or too large: message type {number}, {size:,} bytes")
+        return self.kinds[number], size
 
 
 def unpacked(kind: type, body: bytes):
@@ -1175,21 +1180,21 @@ def receive_into(connection: socket.socket, data):
 
 
 class Channel:
-    """The worker's end of its pipe: sends block, receives wait only on request."""
+    """A child process's end of its pipe: sends block, receives wait only on request."""
 
-    def __init__(self, connection: socket.socket):
-        self.connection, self.poll = connection, select.poll()
+    def __init__(self, connection: socket.socket, pipe: Pipe):
+        self.connection, self.pipe, self.poll = connection, pipe, select.poll()
         self.poll.register(connection, select.POLLIN)
 
     def send(self, message):
-        self.connection.sendall(packed(message))
+        self.connection.sendall(self.pipe.packed(message))
 
     def receive(self, wait: bool, most: float = math.inf) -> list[Any]:
         """Waiting messages, at most `most`; with `wait`, at least one. EOFError if the front is gone."""
         messages = []
         unread = getattr(self.connection, "pending", lambda: 0)  # what TLS has decrypted ahead
         while len(messages) < most and (unread() or self.poll.poll(None if wait and not messages else 0)):
-            kind, size = kind_and_size(self._read(HEADER.size))
+            kind, size = self.pipe.kind_and_size(self._read(HEADER.size))
             messages.append(unpacked(kind, self._read(size)))
         return messages
 
@@ -1197,6 +1202,12 @@ class Channel:
         data = bytearray(size)
         receive_into(self.connection, data)
         return bytes(data)
+
+
+WORKER_PIPE = Pipe(WorkerConfig, NewRequest, NewPrompt, NewAnswer, Cancel, EndOfRequest, Ping,
+                   Loading, ModelCard, Ready, Stepped, Unusable)
+SANDBOX_PIPE = Pipe(SandboxConfig, Task, Body, Result, Refused)
+RAY_PIPE = Pipe(RayConfig, Place, Release, Nodes, Placed, Gone, Unusable)
 
 
 NO_GAUGES = dict.fromkeys((  # of a worker that is not running
@@ -3058,12 +3069,13 @@ sys.exit(importlib.import_module({Path(__file__).stem!r}).main())
 PROCESS_COMMAND = sys.executable, "-c", PROCESS_CODE
 
 
-def join_parent(descriptor: str, parent: str) -> Channel:
+def join_parent(descriptor: str, parent: str, pipe: Pipe) -> Channel:
     """The first thing a child process does: ignore signals, which are for the front, and die when it dies."""
     for number_ in (signal.SIGINT, signal.SIGTERM):  # a terminal or systemd signals the whole group
         signal.signal(number_, signal.SIG_IGN)
     die_with_parent(int(parent))
-    return Channel(socket.socket(fileno=int(descriptor)) if descriptor.isdigit() else admit_front(descriptor))
+    return Channel(socket.socket(fileno=int(descriptor)) if descriptor.isdigit() else admit_front(descriptor),
+                   pipe)
 
 
 def tls_context(folder: str | None, server: bool) -> ssl.SSLContext | None:
@@ -3236,7 +3248,7 @@ def ray_main(arguments: Seq[str]) -> int:
 
     It is a process of its own because Ray ends processes that have lost the cluster's head; the front and its
     connections must outlive that. The actors are detached for the same reason, and end with their workers."""
-    channel = join_parent(*arguments)
+    channel = join_parent(*arguments, RAY_PIPE)
     [config] = channel.receive(wait=True, most=1)
     try:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -7568,6 +7580,9 @@ class RankPlace:
     after: int | None = None
 
 
+ARRIVAL_PIPE = Pipe(RankPlace)  # what comes before a RankConfig; afterwards it is a RANK_PIPE
+
+
 @wire_message(64)
 class RankPages:
     """A rank to rank 0: the KV pages it has room for; back: how many all have."""
@@ -7604,6 +7619,9 @@ class RankLogits:
 
     RAW = True
     data: bytes
+
+
+RANK_PIPE = Pipe(RankConfig, RankPages, RankStep, RankDrew, RankTokens, RankLogits, Loading, Ready, Unusable)
 
 
 class RankAlone:
@@ -7671,7 +7689,7 @@ class RankZero(RankAlone):
                 self.processes.append(subprocess.Popen(
                     [*PROCESS_COMMAND, "rank", str(theirs.fileno()), str(os.getpid())], pass_fds=passed,
                     stdin=subprocess.DEVNULL))
-            self.channels.append(Channel(ours))
+            self.channels.append(Channel(ours, RANK_PIPE))
         for end in [end for link in links for end in link if end is not self.after]:
             end.close()
 
@@ -7716,7 +7734,7 @@ class RankZero(RankAlone):
         self.meeting = None  # memory stays while a rank has it
 
     def tell(self, message):
-        frame = packed(message)
+        frame = RANK_PIPE.packed(message)
         for rank, channel in enumerate(self.channels, 1):
             try:
                 channel.connection.sendall(frame)
@@ -7835,8 +7853,9 @@ class RankZeroOfNodes(RankZero):
                 if self.stages > 1 and not self.after and (at := store.look(f"{self.life}/{self.tp}")):
                     self.after = dial(*at, secret)
                 if connection := admit(listener, secret, 0.2):
-                    [place] = (channel := Channel(connection)).receive(wait=True, most=1)
-                    places[place.rank], channels[place.rank] = place, channel
+                    [place] = Channel(connection, ARRIVAL_PIPE).receive(wait=True, most=1)
+                    places[place.rank] = place
+                    channels[place.rank] = Channel(connection, RANK_PIPE)
             if any(map(has_hung_up, connections())):
                 return False
             return len(places) == count - 1 and bool(self.after or self.stages == 1) or None
@@ -7938,7 +7957,8 @@ def live_as_rank(settings: Settings, start: Torchrun, store: RankStore, life: in
         connection = stack.enter_context(dial(host, port, secret))
         links = [None if each is None else each.fileno() for each in (before, after)]
         threads = threads_per_worker(start.local_world_size)
-        Channel(connection).send(RankPlace(rank, socket.gethostname(), start.local_rank, threads, *links))
+        place = RankPlace(rank, socket.gethostname(), start.local_rank, threads, *links)
+        Channel(connection, ARRIVAL_PIPE).send(place)
         process = subprocess.Popen(
             [*PROCESS_COMMAND, "rank", str(connection.fileno()), str(os.getpid())], stdin=subprocess.DEVNULL,
             pass_fds=[connection.fileno(), *(each for each in links if each is not None)],
@@ -8186,9 +8206,9 @@ def follow_stage(channel: Channel, stage: Stage, drawn: DrawnTokens):
 # --------------------------------------------------
 
 
-def worker_main(run: Callable[[Channel, Any], None], arguments: Seq[str]) -> int:
+def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[str]) -> int:
     """The hidden commands `worker FD PARENT` and `rank FD PARENT`: `run` until the other end is gone."""
-    channel = join_parent(*arguments)
+    channel = join_parent(*arguments, pipe)
     reserve = mmap.mmap(-1, 32 << 20)  # address space kept back to report that memory ran out
     try:
         [config] = channel.receive(wait=True, most=1)
@@ -8736,9 +8756,9 @@ class Turns:
         self.held = False
 
 
-async def next_message(reader: asyncio.StreamReader):
+async def next_message(reader: asyncio.StreamReader, pipe: Pipe):
     """The next message from a pipe. Read in parts: readexactly would copy 20 MB twice in one go."""
-    kind, size = kind_and_size(await reader.readexactly(HEADER.size))
+    kind, size = pipe.kind_and_size(await reader.readexactly(HEADER.size))
     parts = []
     while size:
         if not (part := await reader.read(min(size, WRITE_BYTES))):
@@ -8801,11 +8821,11 @@ class Sandbox:
         messages, self.configured = messages if self.configured else [self.config, *messages], True
         try:
             for message in messages:
-                frame = memoryview(packed(message))
+                frame = memoryview(SANDBOX_PIPE.packed(message))
                 for begin in range(0, len(frame), WRITE_BYTES):
                     self.writer.write(frame[begin:begin + WRITE_BYTES])
                     await self.writer.drain()
-            reply = await asyncio.wait_for(next_message(self.reader), self.PATIENCE_S)
+            reply = await asyncio.wait_for(next_message(self.reader, SANDBOX_PIPE), self.PATIENCE_S)
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.TimeoutError, BadMessage) as error:
             code = await self.stop(0.0 if isinstance(error, asyncio.TimeoutError) else self.EXIT_S)
             if code not in (*self.EXCESS, self.OUT_OF_MEMORY):
@@ -8969,7 +8989,7 @@ class Tasks:
 
 def sandbox_main(arguments: Seq[str]) -> int:
     """The hidden `sandbox FD PARENT` command: run tasks until the front is gone."""
-    channel = join_parent(*arguments)
+    channel = join_parent(*arguments, SANDBOX_PIPE)
     with suppress(EOFError, ConnectionError):
         [config] = channel.receive(wait=True, most=1)
         os.nice(config.nice)
@@ -8984,9 +9004,10 @@ def sandbox_main(arguments: Seq[str]) -> int:
             signal.setitimer(signal.ITIMER_PROF, PREPARE_S)
             run_task(tasks.prepare, task.name)  # an error shows when the task itself fails
             signal.setitimer(signal.ITIMER_PROF, config.cpu_s)
-            reply = packed(run_task(getattr(tasks, task.name), *task.arguments, *bodies))
+            reply = SANDBOX_PIPE.packed(run_task(getattr(tasks, task.name), *task.arguments, *bodies))
             if len(reply) > Result.MAX_BYTES:
-                reply = packed(Refused("too complex: the result is too large", 400, "too_complex", None))
+                reply = SANDBOX_PIPE.packed(
+                    Refused("too complex: the result is too large", 400, "too_complex", None))
             signal.setitimer(signal.ITIMER_PROF, 0)
             channel.connection.sendall(reply)
     return 0
@@ -9162,7 +9183,7 @@ class Worker:
                 reader, config = await self.open()
                 self.send(config)
                 while True:
-                    self.hear(await next_message(reader))
+                    self.hear(await next_message(reader, WORKER_PIPE))
         except BadMessage as error:
             log.error("%s: %s", self.where, error)
         finally:
@@ -9195,7 +9216,7 @@ class Worker:
         """Queue a message, for which the worker owes at least one back; never blocks."""
         if self.awaited_s is None:
             self.awaited_s = time.monotonic()
-        self.writer.write(packed(message))
+        self.writer.write(WORKER_PIPE.packed(message))
 
     def start(self, job: Job):
         """Have it compute an answer; send only what it does not know about the request yet."""
@@ -9899,7 +9920,7 @@ class RayPool(LocalPool):
 
     def tell_ray(self, message):
         if self.ray_writer:
-            self.ray_writer.write(packed(message))
+            self.ray_writer.write(RAY_PIPE.packed(message))
 
     async def _follow_ray(self):
         """Speak with one Ray process after another, each until it ends."""
@@ -9913,8 +9934,7 @@ class RayPool(LocalPool):
                         self.tell_ray(worker.place_wanted)
                 with suppress(asyncio.IncompleteReadError, ConnectionError):
                     while True:
-                        kind, size = kind_and_size(await reader.readexactly(HEADER.size))
-                        self._hear_ray(unpacked(kind, await reader.readexactly(size)))
+                        self._hear_ray(await next_message(reader, RAY_PIPE))
             finally:
                 self.ray_problem = self.ray_problem or "its head does not answer"
                 if self.ray_writer:
@@ -14609,7 +14629,8 @@ def run_command(settings: Settings) -> int:
 def main(argv: Seq[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, 1 (no answer), 2 (ConfigError), 130 (Ctrl-C)."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    roles = {"worker": partial(worker_main, run_worker), "rank": partial(worker_main, run_rank),
+    roles = {"worker": partial(worker_main, run_worker, WORKER_PIPE),
+             "rank": partial(worker_main, run_rank, RANK_PIPE),
              "sandbox": sandbox_main, "ray": ray_main}
     if argv and argv[0] in roles:
         return roles[argv[0]](argv[1:])

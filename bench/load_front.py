@@ -40,7 +40,7 @@ def fake_worker(where, parent):
     """A worker that sends each request a time stamp in every step, --rate steps a second, one message a
     step."""
     os.sched_setaffinity(0, OTHER_CORES)
-    channel = chat_server.join_parent(where, parent)
+    channel = chat_server.join_parent(where, parent, chat_server.WORKER_PIPE)
     config, *_ = channel.receive(wait=True)
     rate, filler = float(os.environ["FAKE_RATE"]), "x" * int(os.environ["FAKE_PIECE_BYTES"])
     source = config.source or chat_server.resolve_model(config.settings)

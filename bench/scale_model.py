@@ -138,7 +138,7 @@ def measured_steps(model, threads, rows, context, steps):
     start, orders = engine.steps.start, {}
 
     def noted(batch, each):
-        orders[len(each)] = chat_server.packed(chat_server.rank_step(batch, each)), batch, each
+        orders[len(each)] = chat_server.RANK_PIPE.packed(chat_server.rank_step(batch, each)), batch, each
         return start(batch, each)
     found, told = {}, {}
     for count in rows:
@@ -166,10 +166,10 @@ def telling_ms(chat_server, batch, rows):
     """Median ms from rank 0's packing of a step to another rank's having read it, without the waking of its process."""
     times, (ours, theirs) = [], socket.socketpair()
     with ours, theirs:
-        channel = chat_server.Channel(theirs)
+        channel = chat_server.Channel(theirs, chat_server.RANK_PIPE)
         for _ in range(30):
             began = time.perf_counter()
-            ours.sendall(chat_server.packed(chat_server.rank_step(batch, rows)))
+            ours.sendall(chat_server.RANK_PIPE.packed(chat_server.rank_step(batch, rows)))
             channel.receive(wait=True)
             times.append(1e3 * (time.perf_counter() - began))
     return statistics.median(times)

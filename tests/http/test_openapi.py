@@ -48,7 +48,7 @@ class EchoWorker(Worker):
     """Answers at once, in this process: whatever the front accepts becomes one token."""
 
     def send(self, message):
-        chat_server.packed(message)
+        chat_server.WORKER_PIPE.packed(message)
         if isinstance(message, chat_server.NewPrompt):
             assert all(0 <= token < 300 for token in message.ids)
         if isinstance(message, chat_server.NewAnswer):

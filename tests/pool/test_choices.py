@@ -26,8 +26,8 @@ class KeepingWorker(PlayedWorker):
 
     def send(self, message):
         self.sent.append(type(message).__name__)
-        frame = chat_server.packed(message)
-        kind, size = chat_server.kind_and_size(frame[:chat_server.HEADER.size])
+        frame = chat_server.WORKER_PIPE.packed(message)
+        kind, size = chat_server.WORKER_PIPE.kind_and_size(frame[:chat_server.HEADER.size])
         self.inbox.obey(chat_server.unpacked(kind, frame[chat_server.HEADER.size:]))
 
     def says(self, name, token, reason=None):

@@ -33,9 +33,17 @@ EXAMPLES = [
     chat_server.RankStep(chat_server.Batch([7], [-1], [0, 1], [1], [[]], []), [chat_server.SampleRow(SamplingParams(logit_bias=((3, -float("inf")),)), 9, [4, 5], 1)])]
 
 
+PIPES = chat_server.WORKER_PIPE, chat_server.SANDBOX_PIPE, chat_server.RAY_PIPE, chat_server.ARRIVAL_PIPE, chat_server.RANK_PIPE
+
+
+def pipe_of(kind):
+    return next(pipe for pipe in PIPES if kind in pipe.kinds)
+
+
 def through_the_pipe(message):
-    frame = chat_server.packed(message)
-    kind, size = chat_server.kind_and_size(frame[:HEADER.size])
+    pipe = pipe_of(type(message))
+    frame = pipe.packed(message)
+    kind, size = pipe.kind_and_size(frame[:HEADER.size])
     assert size == len(frame) - HEADER.size
     return chat_server.unpacked(kind, frame[HEADER.size:])
 
@@ -59,15 +67,26 @@ def test_a_request_comes_out_of_a_sandbox_as_it_went_in():
 
 
 def test_there_is_an_example_of_every_message_and_each_has_a_limit():
-    assert {type(message) for message in EXAMPLES} == set(chat_server.MESSAGES)
-    assert all(0 < kind.MAX_BYTES <= 256 << 20 for kind in chat_server.MESSAGES)
+    kinds = {kind for pipe in PIPES for kind in pipe.kinds}
+    assert {type(message) for message in EXAMPLES} == kinds and len(kinds) > 25
+    assert all(0 < kind.MAX_BYTES <= 256 << 20 for kind in kinds)
 
 
-@pytest.mark.parametrize("header", [HEADER.pack(len(chat_server.MESSAGES), 0), HEADER.pack(255, 5), b"\x80\x04\x95\x10\x00",
-                                    HEADER.pack(Cancel.INDEX, Cancel.MAX_BYTES + 1), HEADER.pack(0, 2**32 - 1)])
+@pytest.mark.parametrize("header", [HEADER.pack(len(chat_server.WORKER_PIPE.kinds), 0), HEADER.pack(255, 5), b"\x80\x04\x95\x10\x00",
+                                    HEADER.pack(chat_server.WORKER_PIPE.numbers[Cancel], Cancel.MAX_BYTES + 1), HEADER.pack(0, 2**32 - 1)])
 def test_a_header_of_an_unknown_kind_or_size_is_refused_before_its_body_is_read(header):
     with pytest.raises(BadMessage):
-        chat_server.kind_and_size(header)
+        chat_server.WORKER_PIPE.kind_and_size(header)
+
+
+@pytest.mark.parametrize("pipe", PIPES, ids=lambda pipe: pipe.kinds[0].__name__)
+def test_a_pipe_carries_its_own_messages_alone(pipe):
+    """A worker can send nothing that a sandbox or a rank could, whatever the numbers in its frames."""
+    for message in EXAMPLES:
+        if type(message) not in pipe.kinds:
+            with pytest.raises(KeyError):
+                pipe.packed(message)
+    assert {pipe.kind_and_size(HEADER.pack(number, 0))[0] for number in range(len(pipe.kinds))} == set(pipe.kinds)
 
 
 @pytest.mark.parametrize("kind, body", [
@@ -82,7 +101,7 @@ def test_a_body_that_is_not_of_its_kind_is_refused(kind, body):
 def test_whatever_bytes_come_the_result_is_a_message_or_a_refusal():
     generator = random.Random(5)
     for message in EXAMPLES * 40:
-        body = bytearray(chat_server.packed(message)[HEADER.size:])
+        body = bytearray(pipe_of(type(message)).packed(message)[HEADER.size:])
         for _ in range(generator.randint(1, 4)):
             if body:
                 body[generator.randrange(len(body))] = generator.choice(b'[]{}",:0-9eEntf\\\xff')
@@ -91,7 +110,7 @@ def test_whatever_bytes_come_the_result_is_a_message_or_a_refusal():
         except BadMessage:
             continue
         assert type(found) is type(message)
-    assert json.loads(chat_server.packed(Ping())[HEADER.size:]) == []
+    assert json.loads(chat_server.WORKER_PIPE.packed(Ping())[HEADER.size:]) == []
 
 
 def test_an_answer_that_came_at_once_has_no_speed(monkeypatch):

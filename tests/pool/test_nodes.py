@@ -213,7 +213,7 @@ def test_a_rank_that_leaves_before_all_have_come_meets_them_in_a_new_life(starte
     def come(life, rank):
         host, port, secret, _ = store.wait(store.life, lambda: store.life >= life and store.look(f"{life}/0") or None)
         connection = cs.dial(host, port, bytes.fromhex(secret))
-        cs.Channel(connection).send(cs.RankPlace(rank, f"node {rank}", 0, 1))
+        cs.Channel(connection, cs.ARRIVAL_PIPE).send(cs.RankPlace(rank, f"node {rank}", 0, 1))
         return connection
 
     with cs.ThreadPoolExecutor(1) as thread:
@@ -227,7 +227,7 @@ def test_a_rank_that_leaves_before_all_have_come_meets_them_in_a_new_life(starte
             gathered.result(30)
             assert zero.life == 2 and [place.host for place in zero.places] == ["node 1", "node 2"]
             zero.tell(cs.Ready({}))
-            assert [cs.Channel(each).receive(wait=True) for each in (one, two)] == [[cs.Ready({})]] * 2
+            assert [cs.Channel(each, cs.RANK_PIPE).receive(wait=True) for each in (one, two)] == [[cs.Ready({})]] * 2
             one.close()
             assert zero.has_ended(1) and not zero.has_ended(2)
             for channel in zero.channels:

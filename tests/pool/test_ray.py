@@ -186,7 +186,7 @@ def waiting_worker():
     processes = []
 
     def start(tls=""):
-        code = ("import sys, chat_server; channel = chat_server.join_parent(sys.argv[1], sys.argv[2]);\n"
+        code = ("import sys, chat_server; channel = chat_server.join_parent(*sys.argv[1:], chat_server.WORKER_PIPE);\n"
                 "[channel.send(message) for message in channel.receive(wait=True)]; channel.send(chat_server.Ping())\n"
                 "[print(message, flush=True) for message in channel.receive(wait=True)]")
         process = subprocess.Popen([sys.executable, "-c", code, f"127.0.0.1,{tls}", str(os.getpid())], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -210,17 +210,15 @@ async def exchange(worker, port, secret):
     sent = [chat_server.Loading("a stage", 0.5), chat_server.NewPrompt("r", 0, tuple(range(200_000)))]
     heard = []
     for message in sent:        # the second is larger than a TLS record and a socket's buffer
-        worker.writer.write(chat_server.packed(message))
+        worker.writer.write(chat_server.WORKER_PIPE.packed(message))
         if len(heard) == 0:
-            kind, size = chat_server.kind_and_size(await reader.readexactly(chat_server.HEADER.size))
-            heard.append(chat_server.unpacked(kind, await reader.readexactly(size)))
-    kind, size = chat_server.kind_and_size(await reader.readexactly(chat_server.HEADER.size))
-    heard.append(chat_server.unpacked(kind, await reader.readexactly(size)))
+            heard.append(await chat_server.next_message(reader, chat_server.WORKER_PIPE))
+    heard.append(await chat_server.next_message(reader, chat_server.WORKER_PIPE))
     return heard
 
 
 def test_places_that_are_asked_for_before_ray_runs_are_left_for_it(monkeypatch):
-    ours, theirs = map(chat_server.Channel, socket.socketpair())
+    ours, theirs = (chat_server.Channel(end, chat_server.RAY_PIPE) for end in socket.socketpair())
     monkeypatch.setattr(chat_server, "join_parent", lambda *arguments: theirs)
     monkeypatch.setattr(chat_server, "require_library", lambda name, purpose: (_ for _ in ()).throw(chat_server.ConfigError("no ray")))
     for message in (chat_server.RayConfig("auto", ""), chat_server.Place("w", "n", 1, 0)):
@@ -238,7 +236,7 @@ async def test_messages_pass_once_both_know_the_secret_after_others_were_refused
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
         await wrong._connect(chat_server.Placed("x", "127.0.0.1", port, SECRET.hex()))
     with socket.create_connection(("127.0.0.1", port)) as liar:     # sends a message instead of a proof
-        liar.sendall(chat_server.packed(chat_server.NewPrompt("r", 0, tuple(range(100)))))
+        liar.sendall(chat_server.WORKER_PIPE.packed(chat_server.NewPrompt("r", 0, tuple(range(100)))))
         assert liar.recv(32)
         with suppress(ConnectionResetError):
             assert liar.recv(1) == b""

@@ -38,4 +38,4 @@ def run(channel, config):
 if __name__ == "__main__":
     cs.Channel = Configs
     Configs.computing = False
-    sys.exit(cs.worker_main(run, sys.argv[2:]))
+    sys.exit(cs.worker_main(run, cs.RANK_PIPE, sys.argv[2:]))
