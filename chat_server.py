@@ -2998,6 +2998,36 @@ def threads_per_worker(workers: int) -> int:
     return max(1, int(min(physical_cores(cpus), cpu_quota())) // workers)
 
 
+def program_root() -> Path:
+    """The folder with the program's sources and its page."""
+    return Path(__file__).resolve().parent
+
+
+def program_bytes() -> bytes:
+    """The sources, as another machine needs them to run a role."""
+    return Path(__file__).read_bytes()
+
+
+def program_digest() -> str:
+    """Tells one version of the sources from another, also between machines."""
+    return hashlib.sha256(program_bytes()).hexdigest()
+
+
+def program_stamp() -> tuple[int, int] | None:
+    """Tells one version of the sources from the next, as our other processes would read them now."""
+    with suppress(OSError):
+        now = os.stat(__file__)
+        return now.st_mtime_ns, now.st_size
+    return None
+
+
+def page_files() -> dict[str, bytes]:
+    """The files of the page by name, such as "chat.js" or "vendor/katex.min.js"; none without a page."""
+    folder = program_root() / "static"
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and not path.is_symlink()}
+
+
 class Torchrun(NamedTuple):
     """What torchrun tells a process: which of a replica's ranks it is, and where all of them meet."""
 
@@ -3056,7 +3086,7 @@ def die_with_parent(parent: int):
 # in the current folder cannot shadow anything. A worker maps torch's largest library (0.3 s) meanwhile.
 PROCESS_CODE = f"""
 import contextlib, ctypes, importlib.util, sys, threading
-sys.path[0] = {str(Path(__file__).resolve().parent)!r}
+sys.path[0] = {str(program_root())!r}
 
 def preload(folder):
     with contextlib.suppress(OSError):
@@ -3179,13 +3209,6 @@ def prove_worker(connection: socket.socket, secret: bytes):
     connection.sendall(proof(secret, "worker", nonces))
 
 
-def script_stamp() -> tuple[int, int] | None:
-    """Tells one version of this file from the next, as our other processes would read it now."""
-    with suppress(OSError):
-        now = os.stat(__file__)
-        return now.st_mtime_ns, now.st_size
-    return None
-
 
 def exit_in_words(status: int | None) -> str:
     """How a process ended: "exit status 1", "killed by SIGSEGV"."""
@@ -3267,7 +3290,7 @@ class RayCluster:
     def __init__(self, ray, channel: Channel, tls: str):
         self.ray, self.channel, self.tls, self.told_s = ray, channel, tls, 0.0
         self.strategies = importlib.import_module("ray.util.scheduling_strategies")
-        self.actor, self.script = ray.remote(replica_actor()), ray.put(Path(__file__).read_bytes())
+        self.actor, self.script = ray.remote(replica_actor()), ray.put(program_bytes())
         self.awaited: dict[Any, tuple[str, Any]] = {}  # reference -> worker, its actor if it is the address
 
     def run(self):
@@ -7899,7 +7922,7 @@ def has_hung_up(connection: socket.socket) -> bool:
 
 
 def same_on_all_nodes(settings: Settings) -> str:
-    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    version = program_digest()[:8]
     return (f"--tp {settings.tensor_parallel_size} --pp {settings.pipeline_parallel_size} and "
             f"version {version} of chat_server.py")
 
@@ -9359,6 +9382,24 @@ def sampling_of(pool, settings: Settings) -> dict[str, tuple[float, str]]:
     return sampling_defaults(with_model(settings, pool))
 
 
+class Pool(typing.Protocol):
+    """What answers requests: workers here (`LocalPool`) or on Ray (`RayPool`), or a server at --url
+    (`RemotePool`)."""
+
+    ready: bool
+    model_name: str
+    context_length: int | None
+    on_progress: Callable[[str, float], None]
+
+    async def start(self): ...
+
+    async def wait_ready(self): ...
+
+    def answer(self, request: Request) -> AsyncIterator[Event]: ...
+
+    async def close(self): ...
+
+
 class LocalPool:
     """The replicas on this machine behind one `answer`: routing, queueing, supervision, failover.
 
@@ -9377,7 +9418,7 @@ class LocalPool:
     continues = True     # can it continue the last message of a conversation?
 
     def __init__(self, settings: Settings, *, worker_command: Seq[str] = PROCESS_COMMAND):
-        self.settings, self.worker_command, self.script = settings, worker_command, script_stamp()
+        self.settings, self.worker_command, self.script = settings, worker_command, program_stamp()
         self.workers = self._workers()
         self.jobs: dict[str, Job] = {}
         self.pending = WaitingQueue()
@@ -9448,7 +9489,7 @@ class LocalPool:
             self.asleep = False
             worker.crashes_in_row += 1
             how = worker.end_in_words()
-            if self.script != script_stamp():  # another version's messages may be others
+            if self.script != program_stamp():  # another version's messages may be others
                 how += f"; {Path(__file__).name} has changed since this server started: restart the server"
             if worker.crashes_in_row >= 3 and not worker.ready_s:
                 return self.leave_out(worker, EngineFailure(
@@ -11496,6 +11537,26 @@ async def count_tokens(body: dict, prompts: PromptMaker, client: str = "") -> by
     return dump({"input_tokens": len(ids)})
 
 
+# What reads the body of each route: for handle_answer it makes a Call, for handle_text the answer itself.
+CALL_READERS: dict[str, Callable[..., Call]] = {
+    "/chat/completions": read_native_call,
+    "/v1/chat/completions": read_chat_call,
+    "/v1/completions": read_completion_call,
+    "/v1/embeddings": read_embedding_call,
+    "/v1/responses": read_responses_call,
+    "/v1/messages": read_messages_call,
+    "/api/chat": read_ollama_chat,
+    "/api/generate": read_ollama_generate,
+    "/api/embed": partial(read_embedding_call, api="ollama embed"),
+}
+TEXT_ROUTES: dict[str, Callable] = {
+    "/v1/messages/count_tokens": count_tokens,
+    "/tokenize": tokenize,
+    "/detokenize": detokenize,
+    "/apply-template": apply_template,
+}
+
+
 # --------------------------------------------------
 # 19. answers out: encoders and streams   [front]
 # --------------------------------------------------
@@ -12414,7 +12475,6 @@ BACKLOG = 1024         # connections the system queues until they are accepted
 ACCEPTED_AT_ONCE = 32  # connections accepted before the event loop runs other work; each takes 0.1 ms
 OPEN_ROUTES = ("/", "/static/{name}", "/livez", "/readyz", "/health")   # need no API key
 POLLED_ROUTES = ("/health", "/livez", "/readyz", "/stats", "/metrics")  # logged only at level debug
-STATIC = Path(__file__).resolve().parent / "static"
 SECURITY_HEADERS = {
     "Content-Security-Policy":
         "default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src *; "
@@ -12547,289 +12607,45 @@ class RequestLog:
 REQUEST_LOG: contextvars.ContextVar[RequestLog] = contextvars.ContextVar("REQUEST_LOG")  # of this task
 
 
-@functools.cache
-def gzip_of(path: Path, changed_ns: int) -> bytes:
-    return gzip.compress(path.read_bytes())
+class Page:
+    """The page's files, in memory: a bundle has no folder to send them from, and no path is ever built from
+    a request. Scripts and styles are compressed once, at the first request for them."""
 
+    COMPRESSED = (".js", ".css")
 
-def compressed_file(http: web.Request, path: Path) -> web.Response:
-    """Send a file gzipped, a third of its bytes; it is compressed once, on the first request for it."""
-    found = path.stat()
-    headers = {"ETag": f'"{found.st_mtime_ns:x}-{found.st_size:x}-gzip"', "Vary": "Accept-Encoding"}
-    if headers["ETag"] in http.headers.get("If-None-Match", ""):
-        return web.Response(status=304, headers=headers)
-    kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-    return web.Response(body=gzip_of(path, found.st_mtime_ns), headers=headers | {"Content-Encoding": "gzip"},
-                        content_type=kind)
+    def __init__(self, files: Mapping[str, bytes]):
+        self.files, self.compressed = files, {}
+        self.tags = {name: hashlib.sha256(data).hexdigest()[:16] for name, data in files.items()}
 
-
-class Front:
-    """The HTTP side of a pool: each route is a method here; `errors_to_responses` answers every error."""
-
-    def __init__(self, pool: Pool, settings: Settings):
-        self.pool, self.settings = pool, settings
-        self.running: dict[str, str] = {}       # id of each running answer -> its owner
-        self.recordings = Recordings()
-        self.budget = Budget(LIMITS.held_bytes)
-        self.metrics: Metrics | None = None
-        with suppress(ConfigError):  # prometheus_client is missing: /metrics says so
-            self.metrics = Metrics(pool)
-        self.files = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*")
-                      if path.is_file() and not path.is_symlink()}
-
-    def taken(self, request_id: str) -> bool:
-        return request_id in self.running or request_id in self.recordings
-
-    def owner(self, request_id: str, client: str) -> str:
-        """Who owns an answer: the client's key. Without keys, whoever knows its id if that cannot be guessed.
-
-        Otherwise the client's address, which comes last because a phone's changes with the network."""
-        return "" if not self.settings.keys and re.fullmatch("[0-9a-f]{32}", request_id) else client
-
-    def owned(self, request: Request) -> Request:
-        """Add client and owner to the request, and a new id if its own was taken while the body arrived."""
-        record = REQUEST_LOG.get()
-        if self.taken(record.id):
-            record.id = secrets.token_hex(16)
-        return replace(request, id=record.id, client=record.client, owner=self.page_owner(record.client))
-
-    def page_owner(self, client: str) -> str:
-        """Clients of one owner share KV pages and checked grammars; share_prefixes gives all keys one."""
-        return client if self.settings.keys and not self.settings.share_prefixes else ""
-
-    @asynccontextmanager
-    async def answering(self, request: Request) -> AsyncIterator[tuple[Accepted, AsyncIterator[Event]]]:
-        """Yield the answer's first event and the others once it is accepted; leaving the block in any way
-        ends its work."""
-        events = self.pool.answer(request)
-        if self.metrics:
-            events = self.metrics.watch(events, request.n)
-        if self.settings.log_conversations:
-            events = logged(request, events)
-        self.running[request.id] = self.owner(request.id, request.client)
-        try:
-            # a refusal raises here: an ordinary error response
-            yield await anext(events), events
-        finally:
-            self.running.pop(request.id, None)
-            await events.aclose()
-
-    async def read_call(self, http: web.Request) -> Call:
-        """Read a request body with one of CALL_READERS: small bodies here, large ones in a sandbox."""
-        record, route = REQUEST_LOG.get(), self.route_of(http)
-        with Holding(self.budget, record.client) as holding:
-            body = await read_bytes(http, holding)
-            record.as_openai = re.search(rb'(?<!\\)"model"\s*:', body) is not None
-            if len(body) > LIMITS.inline_bytes:
-                self.tokenizer()
-                call = await self.pool.admission.read_large(
-                    route, body, record.client, self.page_owner(record.client))
-            else:
-                call = CALL_READERS[route](json_object(body), self.known())
-        if call.ignored_tools:
-            record.headers["X-Ignored-Tools"] = names = ", ".join(call.ignored_tools)[:1000]
-            log.info("%s: the model has no tools of type %s", record.id, names)
-        return replace(call, request=self.owned(call.request))
-
-    def known(self) -> Known:
-        return Known(with_model(self.settings, self.pool), self.pool.model_name,
-                     self.pool.tokenizer and self.pool.tokenizer.tool_format, self.pool.ready)
-
-    async def handle_answer(self, http: web.Request) -> web.StreamResponse:
-        call = await self.read_call(http)
-        request, model = call.request, self.pool.model_name
-        encoder = ENCODERS[call.api](call, model, None if call.api == "native" else self.tokenizer())
-        if "done_reason" in call.repeated:  # without a question, Ollama only loads the model
-            return web.Response(body=encoder.line(encoder.members(), done=True, **call.repeated),
-                                content_type="application/json")
-        if call.stream:
-            return await self.stream(http, request, encoder)
-        async with self.answering(request) as (_, events):
-            with Holding(self.budget, request.client) as holding:
-                async for event in events:
-                    if not isinstance(event, PromptProgress):
-                        holding.grow(encoder.collect(event))
-                self.note_end(encoder)
-                return await send_whole(http, b"".join(encoder.completion()))
-
-    async def handle_text(self, http: web.Request) -> web.Response:
-        self.tokenizer()
-        client, route = REQUEST_LOG.get().client, self.route_of(http)
-        with Holding(self.budget, client) as holding:
-            body = await read_bytes(http, holding)
-            if len(body) > LIMITS.inline_bytes:
-                answer = await self.pool.admission.answer_text(route, body, client)
-            else:
-                answer = await TEXT_ROUTES[route](json_object(body), self.pool.admission.prompts, client)
-            return await send_whole(http, answer)
-
-    def tokenizer(self) -> Tokenizer:
-        if (tokenizer := self.pool.tokenizer) is None:
-            raise Overloaded("the model is still loading", retry_after_s=2)
-        return tokenizer
-
-    async def stream(self, http: web.Request, request: Request, encoder: Encoder) -> web.StreamResponse:
-        """Send an answer as it comes; record a resumable one, with this client as its first follower."""
-        async with contextlib.AsyncExitStack() as work:
-            frames = self.frames(*await work.enter_async_context(self.answering(request)), encoder)
-            await work.enter_async_context(aclosing(frames))
-            if request.resumable:
-                owner = self.owner(request.id, request.client)
-                recording = self.recordings.start(request.id, owner, request.client, frames, work.pop_all())
-                return await self.follow(http, request.id, recording, 0)
-            async with EventStream(http, request.id, encoder) as stream:
-                async for part in frames:
-                    await stream.send(part)
-        return stream.response
-
-    async def frames(self, accepted: Accepted, events: AsyncIterator[Event],
-                     encoder: Encoder) -> AsyncIterator[bytes]:
-        """Encode an answer as frames. A failure after the headers is one error frame, not a normal end."""
-        try:
-            yield encoder.start(accepted)
-            async for event in events:
-                yield encoder.progress(event) if isinstance(event, PromptProgress) else encoder.encode(event)
-            self.note_end(encoder)
-        except Exception as error:
-            REQUEST_LOG.get().note = f"failed: {error}"
-            yield encoder.failed(public_error(error))
-
-    async def follow(self, http: web.Request, request_id: str, recording: Recording,
-                     start: int) -> web.StreamResponse:
-        """Send a recording as it grows; cancel a running answer GRACE_S after its last reader leaves."""
-        recording.followers += 1
-        try:
-            async with (EventStream(http, request_id, patient=True) as stream,
-                        aclosing(recording.follow(start)) as parts):
-                async for part in parts:
-                    await stream.send(part)
-            return stream.response
-        finally:
-            recording.followers -= 1
-            if not recording.ended:
-                asyncio.get_running_loop().call_later(GRACE_S, lambda: (
-                    recording.followers or recording.ended or self.pool.cancel(request_id)))
-
-    async def handle_stream(self, http: web.Request) -> web.StreamResponse:
-        """GET /v1/streams/{id}: from event ?from=N, or after a reconnecting EventSource's Last-Event-ID."""
-        request_id = bare_id(http.match_info["id"])
-        last, wanted = http.headers.get("Last-Event-ID", ""), http.query.get("from", "0")
-        if not re.fullmatch("[0-9]{1,15}", last or wanted):
-            raise bad_value("Last-Event-ID" if last else "from", last or wanted, "the number of an event")
-        recording = self.recordings.find(request_id, self.owner(request_id, REQUEST_LOG.get().client))
-        start = int(last) + 1 if last else int(wanted)
-        recording.check_kept(start)
-        if recording.ended and start >= recording.length:
-            return web.Response(status=204)  # tells an EventSource to stop reconnecting
-        return await self.follow(http, request_id, recording, start)
-
-    def note_end(self, encoder: Encoder):
-        """Note for the access log how many tokens all choices had and why they ended."""
-        counts = encoder.counts()
-        reasons = ",".join(sorted({choice.done.reason for choice in encoder.choices}))
-        record = REQUEST_LOG.get()
-        record.note = f"{counts['prompt_tokens']}+{counts['completion_tokens']} tokens {reasons}"
-        record.counts = counts | {"reason": reasons}
-
-    def model_body(self) -> dict:
-        if not self.pool.ready:
-            raise Overloaded("the model is not ready")
-        tokenizer = self.tokenizer()
-        able = {"chat": tokenizer.has_chat_template, "completions": True, "logprobs": True,
-                "tools": tokenizer.tool_format is not None,
-                "reasoning": tokenizer.thoughts is not None,
-                "reasoning_history": "reasoning_content" in (tokenizer.spec.chat_template or ""),
-                "continue_final_message": tokenizer.has_chat_template,
-                "json_schema": importlib.util.find_spec("llguidance") is not None}
-        return {"id": self.pool.model_name, "object": "model", "created": self.pool.created,
-                "owned_by": "chat_server", "root": self.pool.model_name, "tools": tools_of(tokenizer),
-                "context_length": self.pool.context_length, "max_model_len": self.pool.context_length,
-                "capabilities": able,
-                "defaults": {"max_tokens": self.settings.max_tokens, **{
-                    name: value for name, (value, _) in sampling_of(self.pool, self.settings).items()}},
-                "meta": {"n_vocab": tokenizer.vocab_size, "n_ctx": self.pool.context_length}}
-
-    async def show(self, body: Callable[[Front], Any], http: web.Request) -> web.Response:
-        """The routes that need nothing of their request: `body` makes the JSON, maybe after a status."""
-        told = body(self)
-        status, told = told if isinstance(told, tuple) else (200, told)
-        return json_response(told, status)
-
-    async def handle_model(self, http: web.Request) -> web.Response:
-        body = self.model_body()
-        self.known().check_model(http.match_info["name"])
-        return json_response(body)
-
-    async def handle_response(self, http: web.Request) -> web.Response:
-        raise RequestError(f"there is no response {shown(http.match_info['id'])}: this server keeps none",
-                           status=404, code="not_found", param="id")
-
-    def ollama_model(self) -> dict:
-        """The model as Ollama's routes describe one."""
-        card, name = self.model_body(), self.pool.model_name
-        return {"name": name, "model": name, "modified_at": utc(card["created"]), "size": 0,
-                "digest": hashlib.sha256(name.encode()).hexdigest(),
-                "details": {"parent_model": "", "format": "", "family": "", "families": [],
-                            "parameter_size": "", "quantization_level": ""}}
-
-    async def handle_ollama_show(self, http: web.Request) -> web.Response:
-        with Holding(self.budget, REQUEST_LOG.get().client) as holding:
-            values = parse_fields(json_object(await read_bytes(http, holding)), OLLAMA_SHOW_FIELDS)
-        model, tokenizer = self.ollama_model(), self.tokenizer()
-        self.known().check_model(values.get("model", ""))
-        able = ["completion", *["tools"] * (tokenizer.tool_format is not None)]
-        return json_response({name: model[name] for name in ("modified_at", "details")} | {
-            "template": tokenizer.spec.chat_template or "", "parameters": "", "modelfile": "", "license": "",
-            "model_info": {"general.architecture": "chat_server",
-                           "chat_server.context_length": self.pool.context_length}, "capabilities": able})
-
-    async def handle_cancel(self, http: web.Request) -> web.Response:
-        """POST /v1/cancel/{id}: the id comes from the answer's X-Request-Id header or from its chunks."""
-        request_id = bare_id(http.match_info["id"])
-        owner = self.owner(request_id, REQUEST_LOG.get().client)
-        if self.running.get(request_id) != owner or not self.pool.cancel(request_id):
-            raise RequestError("no answer with this id is running", status=404, code="not_running",
-                               param="id")
-        return json_response({"id": request_id, "cancelled": True})
-
-    def readiness(self) -> tuple[int, dict]:
-        status, body = self.pool.health()
-        return status, {"ready": True} if status == 200 else {"ready": False, "reason": body.get("status")}
-
-    async def handle_metrics(self, http: web.Request) -> web.Response:
-        if self.metrics is None:
-            raise RequestError("the Python package prometheus_client is not installed", status=501,
-                               code="no_metrics")
-        library = self.metrics.library
-        return web.Response(body=library.generate_latest(self.metrics.registry),
-                            headers={"Content-Type": library.CONTENT_TYPE_LATEST})
-
-    async def handle_page(self, http: web.Request) -> web.Response:
-        try:
-            page = (STATIC / "index.html").read_bytes()
-        except OSError:
-            return web.Response(text="chat_server is running, "
-                                     "but its page is missing (no static/ beside chat_server.py).\n")
+    async def handle_index(self, http: web.Request) -> web.Response:
+        if (page := self.files.get("index.html")) is None:
+            return web.Response(text="chat_server is running, but its page is missing (no static/).\n")
         page = page.replace(b"<head>", b'<head>\n<base href="static/">', 1)
         return web.Response(body=page, content_type="text/html", charset="utf-8")
 
-    async def handle_static(self, http: web.Request) -> web.StreamResponse:
-        """Serve only files that existed at start-up, by exact name: no path is ever built from a request."""
-        if (path := self.files.get(http.match_info["name"])) is None:
+    async def handle_file(self, http: web.Request) -> web.Response:
+        name = http.match_info["name"]
+        if (body := self.files.get(name)) is None:
             raise web.HTTPNotFound
-        # aiohttp would send the whole file
-        if re.fullmatch(r"bytes=-0+", http.headers.get("Range", ""), re.IGNORECASE):
-            failure = RequestError("the range selects no bytes", status=416, code="range_not_satisfiable")
-            return error_response(http, failure, **{"Content-Range": f"bytes */{path.stat().st_size}"})
-        wanted = http.headers.get("Accept-Encoding", "")
-        if (path.suffix not in (".js", ".css") or "Range" in http.headers
-                or not re.search(r"\bgzip\b(?!;q=0)", wanted)):
-            return web.FileResponse(path, headers={"Vary": "Accept-Encoding"})
-        return compressed_file(http, path)
+        tag, headers = self.tags[name], {"Vary": "Accept-Encoding"}
+        if name.endswith(self.COMPRESSED) and re.search(r"\bgzip\b(?!;q=0)",
+                                                        http.headers.get("Accept-Encoding", "")):
+            if name not in self.compressed:
+                self.compressed[name] = gzip.compress(body)
+            body, tag = self.compressed[name], f"{tag}-gzip"
+            headers["Content-Encoding"] = "gzip"
+        headers["ETag"] = f'"{tag}"'
+        if headers["ETag"] in http.headers.get("If-None-Match", ""):
+            return web.Response(status=304, headers=headers)
+        kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
+        return web.Response(body=body, headers=headers, content_type=kind)
 
-    async def handle_bare_prefix(self, http: web.Request) -> web.Response:
-        """Redirect /chat to /chat/, so that the page's relative URLs work."""
-        return web.Response(status=308, headers={"Location": self.settings.prefix + "/"})
+
+class Access:
+    """Who may use the server: API keys, names in the Host header, pages of other origins."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
 
     def client_of(self, http: web.Request) -> str:
         """The client's name: its key's name, else its address. RequestError 401 without a required key."""
@@ -12914,7 +12730,14 @@ class Front:
         if "Cache-Control" not in response.headers:  # files: revalidated each time, cheap with the ETag
             response.headers["Cache-Control"] = "no-cache" if http.method in ("GET", "HEAD") else "no-store"
 
-    async def access_log(self, http: web.Request, handler: Callable) -> web.StreamResponse:
+
+class AccessLog:
+    """A middleware: one line in the log per request."""
+
+    def __init__(self, access: Access, taken: Callable[[str], bool], metrics: Metrics | None):
+        self.access, self.taken, self.metrics = access, taken, metrics
+
+    async def log(self, http: web.Request, handler: Callable) -> web.StreamResponse:
         """Log one line per request, polls only at debug level. 499: the client left before the response."""
         began_s, status = time.monotonic(), 499
         named = re.sub(r"[^A-Za-z0-9._-]", "", http.headers.get("X-Request-Id", ""))[:64]
@@ -12927,7 +12750,7 @@ class Front:
                 response.headers["X-Request-Id"] = record.id
             return response
         finally:
-            route, ms = self.route_of(http), 1000 * (time.monotonic() - began_s)
+            route, ms = self.access.route_of(http), 1000 * (time.monotonic() - began_s)
             path = http.rel_url.raw_path[:200]  # without the query, which may hold secrets
             poll = route in POLLED_ROUTES and status not in (401, 403)
             log.log(logging.DEBUG if poll else logging.INFO, "%s %s %d %.0f ms %s [%s %s]",
@@ -12938,6 +12761,224 @@ class Front:
             if self.metrics:
                 self.metrics.responses.labels(route, status).inc()
 
+
+class Front:
+    """The HTTP side of a pool: each route is a method here; `errors_to_responses` answers every error."""
+
+    def __init__(self, pool: Pool, settings: Settings):
+        self.pool, self.settings = pool, settings
+        self.running: dict[str, str] = {}       # id of each running answer -> its owner
+        self.recordings = Recordings()
+        self.budget = Budget(LIMITS.held_bytes)
+        self.metrics: Metrics | None = None
+        with suppress(ConfigError):  # prometheus_client is missing: /metrics says so
+            self.metrics = Metrics(pool)
+        self.page, self.access = Page(page_files()), Access(settings)
+
+    def taken(self, request_id: str) -> bool:
+        return request_id in self.running or request_id in self.recordings
+
+    def owner(self, request_id: str, client: str) -> str:
+        """Who owns an answer: the client's key. Without keys, whoever knows its id if that cannot be guessed.
+
+        Otherwise the client's address, which comes last because a phone's changes with the network."""
+        return "" if not self.settings.keys and re.fullmatch("[0-9a-f]{32}", request_id) else client
+
+    def owned(self, request: Request) -> Request:
+        """Add client and owner to the request, and a new id if its own was taken while the body arrived."""
+        record = REQUEST_LOG.get()
+        if self.taken(record.id):
+            record.id = secrets.token_hex(16)
+        return replace(request, id=record.id, client=record.client, owner=self.page_owner(record.client))
+
+    def page_owner(self, client: str) -> str:
+        """Clients of one owner share KV pages and checked grammars; share_prefixes gives all keys one."""
+        return client if self.settings.keys and not self.settings.share_prefixes else ""
+
+    @asynccontextmanager
+    async def answering(self, request: Request) -> AsyncIterator[tuple[Accepted, AsyncIterator[Event]]]:
+        """Yield the answer's first event and the others once it is accepted; leaving the block in any way
+        ends its work."""
+        events = self.pool.answer(request)
+        if self.metrics:
+            events = self.metrics.watch(events, request.n)
+        if self.settings.log_conversations:
+            events = logged(request, events)
+        self.running[request.id] = self.owner(request.id, request.client)
+        try:
+            # a refusal raises here: an ordinary error response
+            yield await anext(events), events
+        finally:
+            self.running.pop(request.id, None)
+            await events.aclose()
+
+    async def read_call(self, http: web.Request) -> Call:
+        """Read a request body with one of CALL_READERS: small bodies here, large ones in a sandbox."""
+        record, route = REQUEST_LOG.get(), self.access.route_of(http)
+        with Holding(self.budget, record.client) as holding:
+            body = await read_bytes(http, holding)
+            record.as_openai = re.search(rb'(?<!\\)"model"\s*:', body) is not None
+            if len(body) > LIMITS.inline_bytes:
+                self.tokenizer()
+                call = await self.pool.admission.read_large(
+                    route, body, record.client, self.page_owner(record.client))
+            else:
+                call = CALL_READERS[route](json_object(body), self.known())
+        if call.ignored_tools:
+            record.headers["X-Ignored-Tools"] = names = ", ".join(call.ignored_tools)[:1000]
+            log.info("%s: the model has no tools of type %s", record.id, names)
+        return replace(call, request=self.owned(call.request))
+
+    def known(self) -> Known:
+        return Known(with_model(self.settings, self.pool), self.pool.model_name,
+                     self.pool.tokenizer and self.pool.tokenizer.tool_format, self.pool.ready)
+
+    async def handle_answer(self, http: web.Request) -> web.StreamResponse:
+        call = await self.read_call(http)
+        request, model = call.request, self.pool.model_name
+        encoder = ENCODERS[call.api](call, model, None if call.api == "native" else self.tokenizer())
+        if "done_reason" in call.repeated:  # without a question, Ollama only loads the model
+            return web.Response(body=encoder.line(encoder.members(), done=True, **call.repeated),
+                                content_type="application/json")
+        if call.stream:
+            return await self.stream(http, request, encoder)
+        async with self.answering(request) as (_, events):
+            with Holding(self.budget, request.client) as holding:
+                async for event in events:
+                    if not isinstance(event, PromptProgress):
+                        holding.grow(encoder.collect(event))
+                self.note_end(encoder)
+                return await send_whole(http, b"".join(encoder.completion()))
+
+    async def handle_text(self, http: web.Request) -> web.Response:
+        self.tokenizer()
+        client, route = REQUEST_LOG.get().client, self.access.route_of(http)
+        with Holding(self.budget, client) as holding:
+            body = await read_bytes(http, holding)
+            if len(body) > LIMITS.inline_bytes:
+                answer = await self.pool.admission.answer_text(route, body, client)
+            else:
+                answer = await TEXT_ROUTES[route](json_object(body), self.pool.admission.prompts, client)
+            return await send_whole(http, answer)
+
+    def tokenizer(self) -> Tokenizer:
+        if (tokenizer := self.pool.tokenizer) is None:
+            raise Overloaded("the model is still loading", retry_after_s=2)
+        return tokenizer
+
+    async def stream(self, http: web.Request, request: Request, encoder: Encoder) -> web.StreamResponse:
+        """Send an answer as it comes; record a resumable one, with this client as its first follower."""
+        async with contextlib.AsyncExitStack() as work:
+            frames = self.frames(*await work.enter_async_context(self.answering(request)), encoder)
+            await work.enter_async_context(aclosing(frames))
+            if request.resumable:
+                owner = self.owner(request.id, request.client)
+                recording = self.recordings.start(request.id, owner, request.client, frames, work.pop_all())
+                return await self.follow(http, request.id, recording, 0)
+            async with EventStream(http, request.id, encoder) as stream:
+                async for part in frames:
+                    await stream.send(part)
+        return stream.response
+
+    async def frames(self, accepted: Accepted, events: AsyncIterator[Event],
+                     encoder: Encoder) -> AsyncIterator[bytes]:
+        """Encode an answer as frames. A failure after the headers is one error frame, not a normal end."""
+        try:
+            yield encoder.start(accepted)
+            async for event in events:
+                yield encoder.progress(event) if isinstance(event, PromptProgress) else encoder.encode(event)
+            self.note_end(encoder)
+        except Exception as error:
+            REQUEST_LOG.get().note = f"failed: {error}"
+            yield encoder.failed(public_error(error))
+
+    async def follow(self, http: web.Request, request_id: str, recording: Recording,
+                     start: int) -> web.StreamResponse:
+        """Send a recording as it grows; cancel a running answer GRACE_S after its last reader leaves."""
+        recording.followers += 1
+        try:
+            async with (EventStream(http, request_id, patient=True) as stream,
+                        aclosing(recording.follow(start)) as parts):
+                async for part in parts:
+                    await stream.send(part)
+            return stream.response
+        finally:
+            recording.followers -= 1
+            if not recording.ended:
+                asyncio.get_running_loop().call_later(GRACE_S, lambda: (
+                    recording.followers or recording.ended or self.pool.cancel(request_id)))
+
+    async def handle_stream(self, http: web.Request) -> web.StreamResponse:
+        """GET /v1/streams/{id}: from event ?from=N, or after a reconnecting EventSource's Last-Event-ID."""
+        request_id = bare_id(http.match_info["id"])
+        last, wanted = http.headers.get("Last-Event-ID", ""), http.query.get("from", "0")
+        if not re.fullmatch("[0-9]{1,15}", last or wanted):
+            raise bad_value("Last-Event-ID" if last else "from", last or wanted, "the number of an event")
+        recording = self.recordings.find(request_id, self.owner(request_id, REQUEST_LOG.get().client))
+        start = int(last) + 1 if last else int(wanted)
+        recording.check_kept(start)
+        if recording.ended and start >= recording.length:
+            return web.Response(status=204)  # tells an EventSource to stop reconnecting
+        return await self.follow(http, request_id, recording, start)
+
+    def note_end(self, encoder: Encoder):
+        """Note for the access log how many tokens all choices had and why they ended."""
+        counts = encoder.counts()
+        reasons = ",".join(sorted({choice.done.reason for choice in encoder.choices}))
+        record = REQUEST_LOG.get()
+        record.note = f"{counts['prompt_tokens']}+{counts['completion_tokens']} tokens {reasons}"
+        record.counts = counts | {"reason": reasons}
+
+    async def show(self, body: Callable[[Front], Any], http: web.Request) -> web.Response:
+        """The routes that need nothing of their request: `body` makes the JSON, maybe after a status."""
+        told = body(self)
+        status, told = told if isinstance(told, tuple) else (200, told)
+        return json_response(told, status)
+
+    async def handle_model(self, http: web.Request) -> web.Response:
+        body = model_body(self.pool, self.settings)
+        self.known().check_model(http.match_info["name"])
+        return json_response(body)
+
+    async def handle_response(self, http: web.Request) -> web.Response:
+        raise RequestError(f"there is no response {shown(http.match_info['id'])}: this server keeps none",
+                           status=404, code="not_found", param="id")
+
+    async def handle_ollama_show(self, http: web.Request) -> web.Response:
+        with Holding(self.budget, REQUEST_LOG.get().client) as holding:
+            values = parse_fields(json_object(await read_bytes(http, holding)), OLLAMA_SHOW_FIELDS)
+        model, tokenizer = ollama_model(self.pool, self.settings), self.tokenizer()
+        self.known().check_model(values.get("model", ""))
+        able = ["completion", *["tools"] * (tokenizer.tool_format is not None)]
+        return json_response({name: model[name] for name in ("modified_at", "details")} | {
+            "template": tokenizer.spec.chat_template or "", "parameters": "", "modelfile": "", "license": "",
+            "model_info": {"general.architecture": "chat_server",
+                           "chat_server.context_length": self.pool.context_length}, "capabilities": able})
+
+    async def handle_cancel(self, http: web.Request) -> web.Response:
+        """POST /v1/cancel/{id}: the id comes from the answer's X-Request-Id header or from its chunks."""
+        request_id = bare_id(http.match_info["id"])
+        owner = self.owner(request_id, REQUEST_LOG.get().client)
+        if self.running.get(request_id) != owner or not self.pool.cancel(request_id):
+            raise RequestError("no answer with this id is running", status=404, code="not_running",
+                               param="id")
+        return json_response({"id": request_id, "cancelled": True})
+
+    def readiness(self) -> tuple[int, dict]:
+        status, body = self.pool.health()
+        return status, {"ready": True} if status == 200 else {"ready": False, "reason": body.get("status")}
+
+    async def handle_metrics(self, http: web.Request) -> web.Response:
+        if self.metrics is None:
+            raise RequestError("the Python package prometheus_client is not installed", status=501,
+                               code="no_metrics")
+        library = self.metrics.library
+        return web.Response(body=library.generate_latest(self.metrics.registry),
+                            headers={"Content-Type": library.CONTENT_TYPE_LATEST})
+
+    async def handle_bare_prefix(self, http: web.Request) -> web.Response:
+        """Redirect /chat to /chat/, so that the page's relative URLs work."""
+        return web.Response(status=308, headers={"Location": self.settings.prefix + "/"})
 
 def bare_id(shown_id: str) -> str:
     """The request id, from the id in its response's header or chunks."""
@@ -12990,6 +13031,35 @@ def retry_header(failure: ChatServerError) -> dict[str, str]:
     return {"Retry-After": str(failure.retry_after_s)} if isinstance(failure, Overloaded) else {}
 
 
+def model_body(pool: Pool, settings: Settings) -> dict:
+    """The served model as /v1/models describes it. Overloaded while it loads."""
+    tokenizer = pool.tokenizer
+    if not pool.ready or tokenizer is None:
+        raise Overloaded("the model is not ready")
+    able = {"chat": tokenizer.has_chat_template, "completions": True, "logprobs": True,
+            "tools": tokenizer.tool_format is not None,
+            "reasoning": tokenizer.thoughts is not None,
+            "reasoning_history": "reasoning_content" in (tokenizer.spec.chat_template or ""),
+            "continue_final_message": tokenizer.has_chat_template,
+            "json_schema": importlib.util.find_spec("llguidance") is not None}
+    return {"id": pool.model_name, "object": "model", "created": pool.created,
+            "owned_by": "chat_server", "root": pool.model_name, "tools": tools_of(tokenizer),
+            "context_length": pool.context_length, "max_model_len": pool.context_length,
+            "capabilities": able,
+            "defaults": {"max_tokens": settings.max_tokens, **{
+                name: value for name, (value, _) in sampling_of(pool, settings).items()}},
+            "meta": {"n_vocab": tokenizer.vocab_size, "n_ctx": pool.context_length}}
+
+
+def ollama_model(pool: Pool, settings: Settings) -> dict:
+    """The model as Ollama's routes describe one."""
+    card, name = model_body(pool, settings), pool.model_name
+    return {"name": name, "model": name, "modified_at": utc(card["created"]), "size": 0,
+            "digest": hashlib.sha256(name.encode()).hexdigest(),
+            "details": {"parent_model": "", "format": "", "family": "", "families": [],
+                        "parameter_size": "", "quantization_level": ""}}
+
+
 class Route(NamedTuple):
     """One route: the router and /openapi.json are built from this row."""
 
@@ -12997,8 +13067,7 @@ class Route(NamedTuple):
     path: str
     handler: str | Callable[[Front], Any]  # a method, or what makes the JSON body (see Front.show)
     doc: str
-    fields: tuple[Field, ...] = ()
-    read: Callable | None = None  # makes of the body a Call, or for handle_text the answer
+    fields: tuple[Field, ...] = ()         # of the body, which CALL_READERS or TEXT_ROUTES has a reader for
 
     @property
     def pattern(self) -> str:
@@ -13006,45 +13075,45 @@ class Route(NamedTuple):
 
 
 ROUTES = (
-    Route("GET", "/", "handle_page", "the page"),
-    Route("GET", "/static/{name:.+}", "handle_static", "its files"),
+    Route("GET", "/", "page.handle_index", "the page"),
+    Route("GET", "/static/{name:.+}", "page.handle_file", "its files"),
     Route("POST", "/chat/completions", "handle_answer",
           "an answer in nanochat's format, streamed; with `model` as /v1/chat/completions",
-          NATIVE_FIELDS, read_native_call),
+          NATIVE_FIELDS),
     Route("POST", "/v1/chat/completions", "handle_answer",
-          "an answer in OpenAI's format, streamed or whole", OPENAI_FIELDS, read_chat_call),
+          "an answer in OpenAI's format, streamed or whole", OPENAI_FIELDS),
     Route("POST", "/v1/completions", "handle_answer",
-          "the continuation of a text, streamed or whole", COMPLETION_FIELDS, read_completion_call),
+          "the continuation of a text, streamed or whole", COMPLETION_FIELDS),
     Route("POST", "/v1/embeddings", "handle_answer",
           "a vector for each input, from the model's final hidden states",
-          EMBEDDING_FIELDS, read_embedding_call),
+          EMBEDDING_FIELDS),
     Route("POST", "/v1/responses", "handle_answer",
           "an answer in the format of OpenAI's Responses, streamed or whole",
-          RESPONSES_FIELDS, read_responses_call),
+          RESPONSES_FIELDS),
     *(Route(method, "/v1/responses/{id}", "handle_response", "404: responses are not kept")
       for method in ("GET", "DELETE")),
     Route("POST", "/v1/messages", "handle_answer",
           "an answer in the format of Anthropic's Messages, streamed or whole",
-          MESSAGES_FIELDS, read_messages_call),
+          MESSAGES_FIELDS),
     Route("POST", "/v1/messages/count_tokens", "handle_text", "how many tokens such a request has",
-          COUNTED_FIELDS, count_tokens),
+          COUNTED_FIELDS),
     Route("POST", "/api/chat", "handle_answer", "an answer in Ollama's format",
-          OLLAMA_CHAT_FIELDS, read_ollama_chat),
+          OLLAMA_CHAT_FIELDS),
     Route("POST", "/api/generate", "handle_answer", "an answer in Ollama's format",
-          OLLAMA_GENERATE_FIELDS, read_ollama_generate),
+          OLLAMA_GENERATE_FIELDS),
     Route("POST", "/api/embed", "handle_answer", "embeddings in Ollama's format",
-          OLLAMA_EMBED_FIELDS, partial(read_embedding_call, api="ollama embed")),
-    Route("GET", "/api/tags", lambda front: {"models": [front.ollama_model()]},
+          OLLAMA_EMBED_FIELDS),
+    Route("GET", "/api/tags", lambda front: {"models": [ollama_model(front.pool, front.settings)]},
           "the served model in Ollama's format"),
     Route("POST", "/api/show", "handle_ollama_show", "more of it", OLLAMA_SHOW_FIELDS),
     Route("GET", "/api/version", lambda front: {"version": __version__},
           "this server's version in Ollama's format"),
-    Route("POST", "/tokenize", "handle_text", "text to token ids", TOKENIZE_FIELDS, tokenize),
-    Route("POST", "/detokenize", "handle_text", "token ids to text", DETOKENIZE_FIELDS, detokenize),
+    Route("POST", "/tokenize", "handle_text", "text to token ids", TOKENIZE_FIELDS),
+    Route("POST", "/detokenize", "handle_text", "token ids to text", DETOKENIZE_FIELDS),
     Route("POST", "/apply-template", "handle_text",
-          "a conversation to the text of its prompt", TEMPLATE_FIELDS, apply_template),
-    *(Route("GET", path, lambda front: {"object": "list", "data": [front.model_body()]}, "the served model")
-      for path in ("/v1/models", "/models")),
+          "a conversation to the text of its prompt", TEMPLATE_FIELDS),
+    *(Route("GET", path, lambda front: {"object": "list", "data": [model_body(front.pool, front.settings)]},
+            "the served model") for path in ("/v1/models", "/models")),
     Route("GET", "/v1/models/{name:.+}", "handle_model", "the served model, by one of its names"),
     Route("POST", "/v1/cancel/{id}", "handle_cancel", "stop an answer by the X-Request-Id of its response"),
     Route("GET", "/v1/streams/{id}", "handle_stream",
@@ -13055,10 +13124,8 @@ ROUTES = (
           "200 when a request would be served now, else 503 with the reason"),
     Route("GET", "/stats", lambda front: front.pool.stats(), "workers, KV pages, speed, kernels, queue"),
     Route("GET", "/metrics", "handle_metrics", "Prometheus metrics"),
-    Route("GET", "/openapi.json", lambda front: openapi_document(front.settings), "this description"),
+    Route("GET", "/openapi.json", lambda front: openapi_document(ROUTES, front.settings), "this description"),
 )
-CALL_READERS, TEXT_ROUTES = ({route.path: route.read for route in ROUTES if route.handler == handler}
-                             for handler in ("handle_answer", "handle_text"))
 
 
 def openapi_operation(route: Route) -> dict:
@@ -13074,10 +13141,10 @@ def openapi_operation(route: Route) -> dict:
     return operation | ({"security": []} if route.pattern in OPEN_ROUTES else {})
 
 
-def openapi_document(settings: Settings) -> dict:
+def openapi_document(routes: Iterable[Route], settings: Settings) -> dict:
     """Every route and every body field, from the same tables that the server uses."""
     paths: dict[str, dict] = {}
-    for route in ROUTES:
+    for route in routes:
         paths.setdefault(route.pattern, {})[route.method.lower()] = openapi_operation(route)
     schemes = {"bearer": {"type": "http", "scheme": "bearer"},
                "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"}}
@@ -13089,13 +13156,14 @@ def openapi_document(settings: Settings) -> dict:
 
 def create_app(pool: Pool, settings: Settings) -> web.Application:
     front = Front(pool, settings)
-    middlewares = [partial(Front.access_log, front), errors_to_responses, partial(Front.guard, front)]
+    access_log = AccessLog(front.access, front.taken, front.metrics)
+    middlewares = [partial(access_log.log), errors_to_responses, partial(front.access.guard)]
     app = web.Application(middlewares=[web.middleware(each) for each in middlewares])
-    app.on_response_prepare.append(front.set_headers)
+    app.on_response_prepare.append(front.access.set_headers)
     app.on_cleanup.append(lambda app: front.recordings.close())
     for route in ROUTES:
         handler = (partial(front.show, route.handler) if callable(route.handler) else
-                   getattr(front, route.handler))
+                   operator.attrgetter(route.handler)(front))
         for path in {route.path, route.path if route.path.endswith(("/", ":.+}")) else route.path + "/"}:
             if route.method == "GET":
                 app.router.add_get(settings.prefix + path, handler)  # adds HEAD too
@@ -13717,9 +13785,6 @@ class RemotePool:
     async def close(self):
         if self.client:
             await self.client.close()
-
-
-Pool = LocalPool | RemotePool
 
 
 def connection_errors() -> tuple[type[Exception], ...]:

@@ -475,8 +475,7 @@ async def come_and_go(attacker):
 
 async def unread(attacker):
     """Responses of every kind whose readers take only a few KB: are those dropped?"""
-    files = [path for path in chat_server.STATIC.rglob("*") if path.is_file()]
-    file = max(files, key=lambda path: path.stat().st_size).relative_to(chat_server.STATIC).as_posix()
+    file = max(chat_server.page_files().items(), key=lambda item: len(item[1]))[0]
     get = functools.partial(attacker.request, method="GET")
     long = HI | {"max_tokens": 200, "ignore_eos": True, "logprobs": True, "top_logprobs": 20}
     requests = 5 * [get(f"/static/{file}"), 20 * get("/openapi.json")]

@@ -17,7 +17,7 @@ import chat_server
 from chat_server import ConnectionTable, Settings, client_at, network_of
 from fake_pool import FakePool, conversation, serving
 
-SCRIPT = chat_server.STATIC.parent / "chat_server.py"
+SCRIPT = chat_server.program_root() / "chat_server.py"
 LIVEZ = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
 ALIVE = b'{"alive": true}'
 PATIENCE_S = 60            # far more than anything here takes
@@ -340,14 +340,13 @@ def get(path):
     return f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
 
 
-STATIC_FILES = [path for path in chat_server.STATIC.rglob("*") if path.is_file()]
-LARGEST = max(STATIC_FILES, key=lambda path: path.stat().st_size).relative_to(chat_server.STATIC.parent)
+LARGEST = max(chat_server.page_files().items(), key=lambda item: len(item[1]))[0]
 UNREAD = {      # the request, and whether its answer never ends
     "whole": (posted(b"/v1/chat/completions"), False), "native": (posted(b"/chat/completions"), False),
     "stream": (posted(b"/v1/chat/completions", stream=True), False),
     "resumable": (posted(b"/chat/completions", resumable=True), False),
     "between pieces": (posted(b"/chat/completions"), True), "pipelined": (32 * get("/openapi.json"), False),
-    "a file": (get(f"/{LARGEST.as_posix()}"), False), "files": (20 * get(f"/{LARGEST.as_posix()}"), False)}
+    "a file": (get(f"/static/{LARGEST}"), False), "files": (20 * get(f"/static/{LARGEST}"), False)}
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="only Linux ends such connections")

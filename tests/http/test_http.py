@@ -561,7 +561,7 @@ async def test_health_while_loading_is_503_with_the_stage(client):
 async def test_scripts_and_styles_come_compressed_to_those_who_take_it():
     import aiohttp
     async with serving(FakePool()) as url, aiohttp.ClientSession(auto_decompress=False) as client:
-        whole = (chat_server.STATIC / "chat.js").read_bytes()
+        whole = chat_server.page_files()["chat.js"]
         for accepted, encoding in (("gzip, br", "gzip"), ("br", None), ("gzip;q=0", None), ("", None)):
             answer = await client.get(url + "/static/chat.js", headers={"Accept-Encoding": accepted})
             body = await answer.read()
@@ -571,8 +571,7 @@ async def test_scripts_and_styles_come_compressed_to_those_who_take_it():
                                      headers={"Accept-Encoding": accepted, "If-None-Match": answer.headers["ETag"]})
             assert again.status == 304 and again.headers["ETag"] == answer.headers["ETag"]
         total = 0
-        for path in [*chat_server.STATIC.glob("*.[jc]*s*"), *chat_server.STATIC.glob("vendor/*.js")]:
-            name = path.relative_to(chat_server.STATIC).as_posix()
+        for name in [name for name in chat_server.page_files() if name.endswith((".js", ".css"))]:
             total += len(await (await client.get(f"{url}/static/{name}", headers={"Accept-Encoding": "gzip"})).read())
         assert 50_000 < total < 250 * 1024      # all of it, before the first answer
 
@@ -583,7 +582,7 @@ async def test_the_page_comes_with_a_base_a_strict_policy_and_fresh_files(client
     (tmp_path / "static/chat.js").write_text("let a;")
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "static/link").symlink_to(tmp_path / "secret")
-    monkeypatch.setattr(chat_server, "STATIC", tmp_path / "static")
+    monkeypatch.setattr(chat_server, "program_root", lambda: tmp_path)
     async with serving(FakePool()) as url:
         page, script = await client.get(url + "/"), await client.get(url + "/static/chat.js")
         assert '<head>\n<base href="static/">' in await page.text() and page.content_type == "text/html"
@@ -591,14 +590,9 @@ async def test_the_page_comes_with_a_base_a_strict_policy_and_fresh_files(client
         assert "default-src 'self'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
         assert page.headers["X-Content-Type-Options"] == "nosniff"
         assert "javascript" in script.content_type and script.headers["Cache-Control"] == "no-cache"
-        for ranges, status, body in (       # RFC 9110, 14.1.2: a suffix of length 0 is not satisfiable
-                ("bytes=-0", 416, None), ("bytes=-000", 416, None), ("Bytes=-0", 416, None),
-                ("bytes=6-", 416, None), ("bytes=-2", 206, "a;"), ("bytes=-99", 206, "let a;"),
-                ("bytes=0-", 206, "let a;"), ("bytes=4-4", 206, "a")):
+        for ranges in ("bytes=-0", "bytes=6-", "bytes=4-4", "lines=1"):     # RFC 9110, 14.2: a server may ignore them
             part = await client.get(url + "/static/chat.js", headers={"Range": ranges})
-            text = await part.text()
-            assert part.status == status and (body is None or text == body), ranges
-            assert status == 206 or part.headers["Content-Range"] == "bytes */6", ranges
+            assert (part.status, await part.text()) == (200, "let a;"), ranges
         again = await client.get(url + "/static/chat.js", headers={"If-None-Match": script.headers["ETag"]})
         assert again.status == 304
         port = int(url.rsplit(":", 1)[1])
@@ -611,7 +605,7 @@ async def test_the_page_comes_with_a_base_a_strict_policy_and_fresh_files(client
 
 
 async def test_without_a_page_the_root_says_so_in_one_line(client, tmp_path, monkeypatch):
-    monkeypatch.setattr(chat_server, "STATIC", tmp_path / "nothing")
+    monkeypatch.setattr(chat_server, "program_root", lambda: tmp_path)
     async with serving(FakePool()) as url:
         response = await client.get(url + "/")
         assert response.status == 200 and "static/" in await response.text()

@@ -20,7 +20,7 @@ BODY_ROUTES = {route.path: route.fields for route in chat_server.ROUTES if route
 
 
 def document():
-    return chat_server.openapi_document(Settings(prefix="/prefix"))
+    return chat_server.openapi_document(chat_server.ROUTES, Settings(prefix="/prefix"))
 
 
 def test_every_route_and_field_is_described():
@@ -34,14 +34,14 @@ def test_every_route_and_field_is_described():
     assert paths["/v1/models/{name}"]["get"]["parameters"][0]["name"] == "name"
     assert paths["/livez"]["get"]["security"] == [] and "security" not in paths["/stats"]["get"]
     assert document()["servers"] == [{"url": "/prefix"}] and document()["security"] == []
-    locked = chat_server.openapi_document(Settings(keys=(chat_server.ApiKey.hashed("key", "alice"),)))
+    locked = chat_server.openapi_document(chat_server.ROUTES, Settings(keys=(chat_server.ApiKey.hashed("key", "alice"),)))
     assert [list(each) for each in locked["security"]] == [["bearer"], ["header"]]
 
 
 async def test_the_server_offers_it():
     async with serving(FakePool()) as url, chat_server.importlib.import_module("aiohttp").ClientSession() as client:
         async with client.get(url + "/openapi.json") as response:
-            assert await response.json() == chat_server.openapi_document(Settings())
+            assert await response.json() == chat_server.openapi_document(chat_server.ROUTES, Settings())
 
 
 class EchoWorker(Worker):

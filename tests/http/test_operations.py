@@ -180,7 +180,7 @@ def test_a_json_line_holds_a_whole_traceback_and_stays_one_line():
 @pytest.mark.parametrize("format_, wanted", [("json", r'\{"time": .*"message": "hello"\}\n'), ("text", r"\d{4}-.* hello\n")])
 def test_log_format_chooses_the_format(format_, wanted):
     code = f"import chat_server; chat_server.start_logging(chat_server.Settings(log_format={format_!r})); chat_server.log.info('hello')"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=chat_server.STATIC.parent)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=chat_server.program_root())
     assert re.fullmatch(wanted, run.stderr)
 
 
