@@ -6701,6 +6701,7 @@ def cut_stored(parts: Seq[tuple[Any, int]], cut: Cut) -> list[tuple[Any, int]]:
         rows = [(len(tensor.data), cut.of[1]) for tensor, _ in parts]
         floats = [dequantized(shape, [part], torch.float32)[:, first:last].contiguous().numpy()
                   for shape, part in zip(rows, parts)]
+        gguf = require_library("gguf", "packed weights")
         kind = gguf.GGMLQuantizationType["F32" if (last - first) % 32 else "Q8_0"]
         return [(SimpleNamespace(tensor_type=kind, data=gguf.quantize(each, kind)), 0) for each in floats]
     return [(SimpleNamespace(tensor_type=parts[i][0].tensor_type, data=numpy.ascontiguousarray(data)),
@@ -6708,6 +6709,7 @@ def cut_stored(parts: Seq[tuple[Any, int]], cut: Cut) -> list[tuple[Any, int]]:
 
 
 def packed_together(tensor) -> int:
+    gguf = require_library("gguf", "packed weights")
     return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[tensor.tensor_type.name]][0]
 
 
@@ -6753,6 +6755,7 @@ def dequantize(kind, data: torch.Tensor) -> torch.Tensor:
         bits = torch.where(power < 2, (1 << 21) << power, (power - 1) << 23)  # of 2^(power - 128)
         return torch.tensor(MXFP4_DOUBLED)[codes.int()] * bits.view(torch.float32)
     if kind.name not in BLOCK_BYTES:
+        gguf = require_library("gguf", "packed weights")
         return torch.from_numpy(gguf.dequantize(data.numpy(), kind))
     blocks = data.view(-1, BLOCK_BYTES[kind.name])
     scale, minimum = blocks[:, :4].contiguous().view(torch.float16).float().split(1, dim=1)  # (B, 1) each
