@@ -1,6 +1,7 @@
 """Whatever a model file holds, it is a model or one line that names the file and what is wrong."""
 
 import json
+import math
 import os
 import pickle
 import re
@@ -9,13 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
+import numpy
 import pytest
 import torch
 
 import chat_server
 from chat_server import ConfigError, Settings, resolve_model
 from tiny_gguf import (LLAMA_NUMBERS, gguf_bytes, packed_text, random_llama, sentencepiece_metadata,
-                       small_gguf_metadata, tensor_info)
+                       small_gguf_metadata, tensor_info, write_gguf)
 
 METADATA = {**LLAMA_NUMBERS, **small_gguf_metadata("gpt-2")}
 TOKENS = METADATA["tokenizer.ggml.tokens"]
@@ -372,3 +375,279 @@ def test_a_mutated_file_is_a_model_or_one_line_and_takes_little_time_and_memory(
                          timeout=170)
     assert run.returncode == 0, run.stdout[-500:] + run.stderr[-3000:]
     assert re.search(rf"\n([1-9]\d*) of {count} became models\n$", run.stdout)
+
+
+# --- NaN and infinity in weights -----------------------------------------------------------------------
+
+
+needs_core = pytest.mark.skipif(chat_server.decode_core() is None, reason="weights stay packed only where decode_core runs")
+
+
+@pytest.fixture(params=[pytest.param("decode_core", marks=needs_core), "reference"])
+def kernels(request, monkeypatch):
+    """Both ways to compute: weights in tiles as they are stored, and torch's matrices."""
+    monkeypatch.setenv("CHAT_SERVER_KERNELS", request.param)
+    chat_server.installed_core.cache_clear()
+    yield request.param
+    monkeypatch.undo()
+    chat_server.installed_core.cache_clear()
+
+
+def refusal(path, **changes):
+    """The error line for a model whose weights are not all finite: (the tensor's name, what it has)."""
+    with pytest.raises(ConfigError) as caught:
+        load(path, **changes)
+    text = str(caught.value)
+    assert "\n" not in text and len(text) < 500
+    found = re.fullmatch(rf"{re.escape(str(path))}\S*: (\S+) has (.+)", text)
+    assert found, text
+    return found.groups()
+
+
+def in_type(kind):
+    return f"a value that is NaN or infinite in {kind}"
+
+
+CHECKPOINT = "lm_head.weight transformer.wte.weight value_embeds.1.weight resid_lambdas x0_lambdas smear_gate.weight " \
+    "smear_lambda backout_lambda".split() + [f"transformer.h.3.{name}.weight" for name in (
+        "attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "attn.ve_gate", "mlp.c_fc", "mlp.c_proj")]
+
+
+@pytest.mark.parametrize("name", CHECKPOINT)
+def test_a_checkpoint_s_tensor_with_nan_or_infinity_is_named(nanochat, name, kernels):
+    state = torch.load(nanochat.model, weights_only=True)
+    for value in (NAN, INFINITY, -INFINITY) if name == "transformer.h.3.attn.c_v.weight" else (NAN, -INFINITY):
+        spoilt = state[name].clone()
+        spoilt.view(-1)[spoilt.numel() * 2 // 3] = value        # the last rows may only fill up the vocabulary
+        torch.save(state | {name: spoilt}, nanochat.model)
+        found, fault = refusal(nanochat.path)
+        assert found == name and "NaN or infinite in " in fault
+
+
+def test_rows_that_fill_up_a_vocabulary_may_hold_anything(nanochat, kernels):
+    state = torch.load(nanochat.model, weights_only=True)
+    for name in ("lm_head.weight", "transformer.wte.weight"):
+        assert len(state[name]) > 284
+        state[name][284:] = NAN
+    torch.save(state, nanochat.model)
+    load(nanochat.path)
+
+
+def test_what_a_type_cannot_hold_is_refused_and_its_largest_number_is_not(nanochat, kernels):
+    state, name = torch.load(nanochat.model, weights_only=True), "transformer.h.0.mlp.c_fc.weight"
+
+    def spoil(value, kind=torch.float64):
+        spoilt = state[name].to(kind)
+        spoilt[7, 9] = value
+        torch.save(state | {name: spoilt}, nanochat.model)
+
+    spoil(1e39)
+    for kind in ("float32", "bfloat16", "float16"):
+        assert refusal(nanochat.path, dtype=kind) == (name, in_type(kind))
+    spoil(-3.4e38)
+    assert refusal(nanochat.path, dtype="bfloat16") == (name, in_type("bfloat16"))
+    load(nanochat.path, dtype="float32")
+    spoil(65_520.0)
+    assert refusal(nanochat.path, dtype="float16") == (name, in_type("float16"))
+    load(nanochat.path, dtype="bfloat16")
+    for kind in (torch.float16, torch.bfloat16, torch.float32):
+        spoil(-torch.finfo(kind).max, kind)
+        load(nanochat.path, dtype=str(kind).removeprefix("torch."))
+
+
+@needs_core
+@pytest.mark.parametrize("quantize", ["q8_0", "q4_1", "q4_k"])
+def test_what_quantizing_cannot_hold_is_refused(nanochat, quantize):
+    state, name = torch.load(nanochat.model, weights_only=True), "transformer.h.0.attn.c_k.weight"
+    for value, fault in ((-9e6, "a value of 65,520 or more, which --quantize cannot pack"), (NAN, in_type("bfloat16")), (60_000.0, None)):
+        spoilt = state[name].clone()
+        spoilt[3, 5] = value
+        torch.save(state | {name: spoilt}, nanochat.model)
+        if fault:
+            assert refusal(nanochat.path, quantize=quantize) == (name, fault)
+        else:
+            _, engine = load(nanochat.path, quantize=quantize)
+            assert torch.from_numpy(engine.transformer.weights["0.qkv"].dequantize()).isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A function that gives a fresh folder of a tiny random model of transformers', and its tensors."""
+    import families
+    from safetensors.torch import load_file
+    made = {}
+
+    def folder(name, to):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            (families.save_packed(made[name]) if name == "gpt-oss" else families.save(families.make_model(name), made[name]))
+        shutil.copytree(made[name], to, dirs_exist_ok=True)
+        return to, load_file(to / "model.safetensors")
+    return folder
+
+
+def rewrite(folder, tensors):
+    from safetensors.torch import save_file
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
+LAYER = "model.layers.2."
+@pytest.mark.parametrize("family, name, kind", [
+    ("llama3.1", "lm_head.weight", torch.bfloat16), ("llama3.1", "model.embed_tokens.weight", torch.float16),
+    ("llama3.1", "model.norm.weight", torch.bfloat16), ("llama3.1", LAYER + "input_layernorm.weight", torch.float32),
+    ("llama3.1", LAYER + "self_attn.v_proj.weight", torch.float32), ("llama3.1", LAYER + "self_attn.k_proj.bias", torch.bfloat16),
+    ("llama3.1", LAYER + "mlp.up_proj.weight", torch.float16), ("llama3.1", LAYER + "mlp.gate_proj.bias", torch.float16),
+    ("llama3.1", LAYER + "mlp.down_proj.weight", torch.bfloat16), ("llama3.2", "model.embed_tokens.weight", torch.bfloat16),
+    ("qwen3", LAYER + "self_attn.q_norm.weight", torch.bfloat16), ("gemma3", LAYER + "post_feedforward_layernorm.weight", torch.float32),
+    ("qwen3moe", LAYER + "mlp.experts.4.up_proj.weight", torch.bfloat16), ("qwen3moe", LAYER + "mlp.gate.weight", torch.float32),
+    ("phi3", LAYER + "mlp.gate_up_proj.weight", torch.float16), ("gpt-oss", LAYER + "self_attn.sinks", torch.bfloat16),
+    ("gpt-oss", LAYER + "mlp.router.bias", torch.bfloat16)])
+def test_a_folder_s_tensor_with_nan_or_infinity_is_named(folders, tmp_path, family, name, kind, kernels):
+    folder, tensors = folders(family, tmp_path)
+    for value in (NAN, -INFINITY):
+        spoilt = tensors[name].to(kind)
+        spoilt.view(-1)[spoilt.numel() * 2 // 3] = value
+        rewrite(folder, tensors | {name: spoilt})
+        found, fault = refusal(folder)
+        assert found == name and "NaN or infinite in" in fault
+
+
+def test_a_head_that_is_tied_is_not_looked_at(folders, tmp_path, kernels):
+    folder, tensors = folders("llama3.2", tmp_path)
+    rewrite(folder, tensors | {"lm_head.weight": torch.full_like(tensors["model.embed_tokens.weight"], NAN)})
+    load(folder)
+
+
+@pytest.mark.parametrize("what", ["scale", "code", "row's scale"])
+def test_fp8_weights_with_nan_are_named(folders, tmp_path, what, kernels):
+    folder, tensors = folders("llama3.1", tmp_path)
+    name = LAYER + "self_attn.k_proj.weight"
+    codes, scale = tensors[name].to(torch.float8_e4m3fn), torch.ones(len(tensors[name]) if "row" in what else 1)
+    if what == "code":
+        codes.view(torch.uint8)[3, 4] = 0xFF
+    else:
+        scale[-1] = NAN
+    rewrite(folder, tensors | {name: codes, name + "_scale": scale})
+    assert refusal(folder, dtype="float32") == (name, in_type("float32"))
+    rewrite(folder, tensors | {name: tensors[name].to(torch.float8_e4m3fn), name + "_scale": torch.ones(1)})
+    load(folder)
+
+
+def test_mxfp4_scales_that_are_no_number_are_named(folders, tmp_path, kernels):
+    folder, tensors = folders("gpt-oss", tmp_path)
+    name = LAYER + "mlp.experts.gate_up_proj"
+    for exponent, good in ((255, False), (254, False), (252, True), (0, True)):
+        scales, blocks = tensors[name + "_scales"].clone(), tensors[name + "_blocks"].clone()
+        scales[6, 33, 1], blocks[6, 33, 1] = exponent, 0x77
+        rewrite(folder, tensors | {name + "_scales": scales, name + "_blocks": blocks})
+        if good:
+            load(folder)
+        else:
+            assert refusal(folder)[0] == LAYER + "mlp.experts.up_proj.weight"       # odd rows
+
+
+def test_an_adapter_s_tensor_with_nan_is_named_and_what_it_makes_of_the_model_s(folders, tmp_path, kernels):
+    from safetensors.torch import save_file
+    folder, tensors = folders("llama3.1", tmp_path / "base")
+    adapter, module = tmp_path / "adapter", LAYER + "self_attn.v_proj"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["v_proj"]}))
+    rows, columns = tensors[module + ".weight"].shape
+
+    def save(a, b):
+        save_file({f"base_model.model.{module}.lora_{end}.weight": torch.full(shape, value).bfloat16()
+                   for end, shape, value in (("A", (1, columns), a), ("B", (rows, 1), b))}, adapter / "adapter_model.safetensors")
+
+    for a, b, end in ((NAN, 1.0, "A"), (1.0, -INFINITY, "B")):
+        save(a, b)
+        with pytest.raises(ConfigError) as caught:
+            load(folder, lora=(str(adapter),))
+        words = f"adapter_model.safetensors: base_model.model.{module}.lora_{end}.weight has a value that is NaN or infinite"
+        assert str(caught.value).endswith(words)
+    save(1e30, 1e30)
+    assert refusal(folder, lora=(str(adapter),))[0] == module + ".weight"
+    save(1.0, 1.0)
+    load(folder, lora=(str(adapter),))
+
+
+F16_SCALES = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2],
+              "Q5_K": [0, 2], "Q6_K": [208], "IQ4_NL": [0], "IQ4_XS": [0], "TQ1_0": [52], "TQ2_0": [64]}
+
+
+def blocks_of(kind, shape):
+    """(rows, bytes) whose codes are all ones, as NaN's bits are, with scales of 2^-10; and the offsets of the scales in a block."""
+    size, length = gguf.GGML_QUANT_SIZES[kind]
+    blocks = numpy.full((math.prod(shape) // size, length), 255, numpy.uint8)
+    for offset in F16_SCALES[kind.name]:
+        blocks[:, offset:offset + 2] = numpy.array([2.0**-10], "<f2").view(numpy.uint8)
+    return blocks.reshape(shape[0], -1)
+
+
+@pytest.mark.parametrize("name", F16_SCALES)
+def test_a_gguf_s_packed_tensor_whose_scale_is_no_number_is_named(tmp_path, name, kernels):
+    kind, path = gguf.GGMLQuantizationType[name], tmp_path / "tiny.gguf"
+    good = {key: (blocks_of(kind, each.shape), kind) if each.ndim == 2 else each for key, each in random_llama().items()}
+    load(write_gguf(path, good, LLAMA_NUMBERS))
+    size = gguf.GGML_QUANT_SIZES[kind][1]
+    for tensor, offset, bits in zip(("blk.0.attn_k.weight", "token_embd.weight", "blk.0.ffn_up.weight"), F16_SCALES[name] * 3,
+                                    (0x7E00, 0xFC00, 0x7C00)):
+        blocks = good[tensor][0].copy()
+        blocks.reshape(-1, size)[-3, offset:offset + 2] = numpy.array([bits], "<u2").view(numpy.uint8)
+        write_gguf(path, good | {tensor: (blocks, kind)}, LLAMA_NUMBERS)
+        found, fault = refusal(path)
+        assert found == tensor and "NaN or infinite" in fault
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("name", ["blk.0.attn_q.weight", "token_embd.weight", "blk.0.attn_norm.weight", "blk.0.ffn_down.weight"])
+def test_a_gguf_s_floats_with_nan_or_infinity_are_named(tmp_path, kind, name, kernels):
+    kind, path = gguf.GGMLQuantizationType[kind], tmp_path / "tiny.gguf"
+    for value in (NAN, -INFINITY):
+        tensors = random_llama()
+        tensors[name].flat[-5] = value
+        tensors = {key: (gguf.quantize(each, kind), kind) if each.ndim == 2 else each for key, each in tensors.items()}
+        assert refusal(write_gguf(path, tensors, LLAMA_NUMBERS))[0] == name
+
+
+def test_what_becomes_another_type_in_loading_and_overflows_there_is_refused(tmp_path, kernels):
+    path, q4, tensors = tmp_path / "tiny.gguf", gguf.GGMLQuantizationType["Q4_0"], random_llama()
+    tensors["blk.0.attn_v.weight"][3, 5] = 1e8      # a float32 matrix beside packed ones becomes Q8_0
+    for name in ("blk.0.attn_q.weight", "blk.0.attn_k.weight"):
+        tensors[name] = gguf.quantize(tensors[name], q4), q4
+    write_gguf(path, tensors, LLAMA_NUMBERS)
+    if kernels == "decode_core":
+        assert refusal(path)[1] == "a Q8_0 scale that is NaN or infinite"
+    else:
+        load(path)
+        assert refusal(path, dtype="float16") == ("blk.0.attn_v.weight", in_type("float16"))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_each_rank_refuses_what_it_has_a_part_of(folders, tmp_path, tp):
+    folder, tensors = folders("qwen3", tmp_path)
+    for name, index, guilty in ((LAYER + "self_attn.o_proj.weight", (5, -1), 1), (LAYER + "mlp.gate_proj.weight", (0, 3), 0),
+                                ("lm_head.weight", (287, 0), 1)):
+        spoilt = tensors[name].clone()
+        spoilt[index] = NAN
+        rewrite(folder, tensors | {name: spoilt})
+        for rank in range(tp):
+            settings = Settings(model=str(folder))
+            model = chat_server.open_model(resolve_model(settings), settings, torch.float32)
+            model = chat_server.shard_model(chat_server.stage_model(model, 0 if tp == 1 else 1, tp), rank, tp)
+            if tp == 1 or rank == guilty:
+                with pytest.raises(ConfigError, match=f": {name} has a value that is NaN or infinite in float32"):
+                    list(chat_server.read_ahead(dict(model.tensors), list(model.tensors)))
+            else:
+                list(chat_server.read_ahead(dict(model.tensors), list(model.tensors)))
+
+
+@pytest.mark.slow
+def test_a_rank_s_refusal_reaches_the_operator_in_one_line(nanochat):
+    state, name = torch.load(nanochat.model, weights_only=True), "transformer.h.3.mlp.c_fc.weight"
+    state[name][-1, -1] = NAN                   # of rank 1
+    torch.save(state, nanochat.model)
+    for layout in (["--tp", "2"], ["--pp", "2"], []):
+        run = subprocess.run([sys.executable, chat_server.__file__, "generate", str(nanochat.path), "--prompt", "x", *layout],
+                             capture_output=True, text=True, timeout=120)
+        assert run.returncode == 2 and "Traceback" not in run.stderr
+        assert f": {name} has {in_type('bfloat16')}" in run.stderr.splitlines()[-1]
