@@ -221,7 +221,7 @@ async def test_without_keys_an_unguessable_id_is_enough_and_another_belongs_to_i
     pool.gate.admit(5)
     response = await client.post(url + NATIVE, json=RESUMABLE, headers={"X-Request-Id": name})
     assert response.headers["X-Request-Id"] == name
-    monkeypatch.setattr(chat_server.Front, "client_of", lambda self, http: "192.0.2.7")      # a phone in another network
+    monkeypatch.setattr(chat_server.Access, "client_of", lambda self, http: "192.0.2.7")      # a phone in another network
     assert (await client.get(f"{url}/v1/streams/{name}")).status == status
 
 
