@@ -10100,7 +10100,7 @@ class RayPool(LocalPool):
             self.workers.remove(worker)
             worker.gone("its node is gone")
         taken = Counter(worker.place_wanted.node for worker in self.workers)
-        wanted, places = self._places(nodes)
+        wanted, places = self._places_on(nodes)
         for node, cpus, gpus, threads in places:
             if len(self.workers) == wanted:
                 break
@@ -10113,7 +10113,7 @@ class RayPool(LocalPool):
         if not self.workers:
             self.progress("waiting for a node of Ray's cluster", 0.0)
 
-    def _places(self, nodes: Seq[Node]) -> tuple[int, list[tuple[Node, float, int, int]]]:
+    def _places_on(self, nodes: Seq[Node]) -> tuple[int, list[tuple[Node, float, int, int]]]:
         """How many replicas are wanted, and the places there are, spread over the nodes: each a node, its
         CPUs and GPUs for the replica, and threads."""
         settings, ranks, rows = self.settings, ranks_per_replica(self.settings), []

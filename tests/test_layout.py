@@ -1,9 +1,11 @@
 """chat_server.py reads from top to bottom: banners in order, and a manual whose names exist."""
 
 import ast
+import inspect
 import pickle
 import re
 import symtable
+import sys
 from pathlib import Path
 
 import chat_server
@@ -67,6 +69,73 @@ def test_functions_stay_small():
                      if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
     assert lengths[-1] <= 80
     assert lengths[len(lengths) * 9 // 10] <= 40
+
+
+# A private name of a base class looks free to who writes the subclass: those that are replaced on purpose.
+PRIVATE_OVERRIDES = {("RayPool", "_workers"), ("RayPool", "_start_workers"), ("RankZeroOfNodes", "_ended")}
+
+
+def our_classes():
+    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] in ("chat_server", "chatlm")]
+    return {value for module in modules for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__}
+
+
+def shape(function):
+    """How it is called: each parameter's name, kind and whether it may be left out; and whether it is awaited or iterated."""
+    calls = [(each.name, each.kind, each.default is each.empty) for each in inspect.signature(function).parameters.values()]
+    return calls, [is_one(function) for is_one in (inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isgeneratorfunction)]
+
+
+def accidents(kind):
+    """What a class replaces of a base class and probably does not mean to."""
+    for name, own in vars(kind).items():
+        base = next((vars(each)[name] for each in kind.__mro__[1:-1] if name in vars(each)), own)
+        if base is own or re.fullmatch("__.*__", name):
+            continue
+        if inspect.isfunction(base) and not (inspect.isfunction(own) and shape(own) == shape(base)):
+            yield kind.__name__, name
+        elif inspect.isfunction(own) and not inspect.isfunction(base) and base is not None:
+            yield kind.__name__, name
+        elif name.startswith("_") and inspect.isfunction(own) and (kind.__name__, name) not in PRIVATE_OVERRIDES:
+            yield kind.__name__, name
+
+
+def hidden_methods(node, kind):
+    """Methods that an attribute of the same name hides in each object."""
+    stored = {each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store)
+              and isinstance(each.value, ast.Name) and each.value.id == "self"}
+    return {(kind.__name__, name) for name in stored if inspect.isfunction(inspect.getattr_static(kind, name, None))}
+
+
+def test_no_class_replaces_a_method_of_its_base_by_accident():
+    classes = our_classes()
+    assert len(classes) > 100 and [each for kind in classes for each in accidents(kind)] == []
+    nodes = [(node, kind) for node in ast.parse(SOURCE).body if isinstance(node, ast.ClassDef) for kind in classes if kind.__name__ == node.name]
+    assert set().union(*(hidden_methods(node, kind) for node, kind in nodes)) == set()
+    for node, _ in nodes:
+        names = [item.name for item in node.body if isinstance(item, (ast.FunctionDef, ast.AsyncFunctionDef)) and not item.decorator_list]
+        assert len(names) == len(set(names)), node.name
+
+
+def test_the_accidents_that_happen_are_found():
+    class Base:
+        place = None
+        def take(self, job): pass
+        async def live(self): pass
+        def _go(self): pass
+        def ready(self): pass
+
+    class Same(Base):
+        def take(self, job): return 1
+        async def live(self): return 2
+        def place(self, job): pass
+
+    assert list(accidents(Same)) == []
+    for body in ({"take": lambda self, nodes: 0}, {"take": lambda self, job=None: 0}, {"live": lambda self: 0}, {"_go": lambda self: 0}, {"ready": True},
+                 {"ready": property(lambda self: 0)}):
+        assert list(accidents(type("Other", (Same,), body))) == [("Other", *body)]
+    [node] = ast.parse("class Base:\n  def __init__(self):\n    self.other, self.take = 1, 2").body
+    assert hidden_methods(node, Base) == {("Base", "take")}
 
 
 def test_every_background_task_is_supervised():

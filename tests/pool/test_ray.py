@@ -104,6 +104,19 @@ async def test_a_node_that_dies_in_mid_answer_changes_no_text_and_one_that_comes
     assert script.name == "chat_server.py" and script.read_bytes() == Path(chat_server.__file__).read_bytes()
 
 
+async def test_who_waits_for_a_row_is_told_the_place_as_on_one_machine(cluster):
+    pool = await cluster({"a": 1}, max_batch=1)
+    holding = pool.answer(greedy("first", 10_000, ignore_eos=True))
+    assert await anext(holding) and await anext(holding)
+    waiting = [pool.answer(greedy(name, 5, client="c", progress=True)) for name in ("second", "third")]
+    for events in waiting:
+        await anext(events)
+    assert [(await anext(events)).queue_position for events in waiting] == [1, 2]
+    await holding.aclose()
+    for events in waiting:
+        assert isinstance([event async for event in events][-1], chat_server.Finished)
+
+
 async def test_a_replica_of_two_ranks_is_on_one_node_that_has_cpus_for_both(cluster):
     pool = await cluster({"a": 1, "b": 2}, tensor_parallel_size=2)
     [worker] = pool.workers
@@ -159,7 +172,7 @@ async def test_no_node_yet_is_a_state_and_the_first_that_comes_serves(cluster):
     ({"tensor_parallel_size": 2}, [("a", 4, 5), ("c", 8, 1)], (2, ["a0", "a0"])),
     ({"tensor_parallel_size": 2, "num_workers": 0}, [("a", 1, 0), ("c", 3, 0)], (1, ["c3"]))])
 def test_places_are_gpus_or_nodes_and_spread(changes, nodes, expected):
-    wanted, places = RayPool(Settings(ray_address="auto", **changes))._places([chat_server.Node(name, name, cpus, gpus) for name, cpus, gpus in nodes])
+    wanted, places = RayPool(Settings(ray_address="auto", **changes))._places_on([chat_server.Node(name, name, cpus, gpus) for name, cpus, gpus in nodes])
     assert (wanted, [f"{node.id}{cpus:g}" for node, cpus, _, _ in places]) == expected
 
 
