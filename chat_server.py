@@ -122,6 +122,7 @@ import pickle
 import re
 import secrets
 import select
+import selectors
 import shutil
 import signal
 import socket
@@ -138,7 +139,7 @@ import typing
 import zipfile
 import zlib
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence as Seq
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -1170,10 +1171,12 @@ def unpacked(kind: type, body: bytes):
         raise BadMessage(f"{kind.__name__}: {error}") from None
 
 
-def receive_into(connection: socket.socket, data):
-    """Fill all of a writable buffer; EOFError if the other end closes before."""
+def receive_into(connection: socket.socket, data, deadline_s: float | None = None):
+    """Fill all of a writable buffer; EOFError if the other end closes first, TimeoutError if it is late."""
     view = memoryview(data).cast("B")
     while len(view):
+        if deadline_s is not None:  # a socket's own timeout begins anew with each byte
+            connection.settimeout(max(deadline_s - time.monotonic(), 0.001))
         if not (count := connection.recv_into(view)):
             raise EOFError("the other end has closed the connection")
         view = view[count:]
@@ -3135,15 +3138,19 @@ def proof(secret: bytes, side: str, nonces: bytes) -> bytes:
 
 def admit_front(where: str) -> socket.socket:
     """A worker on another machine: listen, tell port and secret on stdout, and return the connection of the
-    first that knows the secret. Nothing that came from anybody else has been decoded."""
+    first that knows the secret."""
     host, _, folder = where.partition(",")
-    secret, context, deadline_s = secrets.token_bytes(32), tls_context(folder, True), time.monotonic() + 60
-    with listen(host) as listener:
-        print(json.dumps([listener.getsockname()[1], secret.hex()]), flush=True)
-        while (left_s := deadline_s - time.monotonic()) > 0:
-            if connection := admit(listener, secret, left_s, context):
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, TRANSIT_BYTES)
-                return connection
+    secret, context, calm = secrets.token_bytes(32), tls_context(folder, True), CalmLog()
+    log.addHandler(calm)  # for as long as anybody can connect: the front's settings have not come yet
+    try:
+        with listen(host) as listener, Door(listener, secret, context) as door:
+            print(json.dumps([listener.getsockname()[1], secret.hex()]), flush=True)
+            if came := door.admit(60):
+                came[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, TRANSIT_BYTES)
+                return came[0]
+    finally:
+        log.removeHandler(calm)
+        calm.close()
     raise SystemExit("the front did not come within a minute")
 
 
@@ -3152,34 +3159,140 @@ def listen(host: str) -> socket.socket:
     return socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
 
 
-def admit(listener: socket.socket, secret: bytes, wait_s: float, context=None) -> socket.socket | None:
-    """The next connection, if it comes within `wait_s` and knows the secret."""
-    listener.settimeout(wait_s)
-    with suppress(OSError):  # above all a timeout
-        connection, _ = listener.accept()
-        try:
-            connection.settimeout(5)
-            watch_peer(connection)
-            if context:
-                connection = context.wrap_socket(connection, server_side=True)
-            prove_worker(connection, secret)
-            connection.settimeout(None)
-            return connection
-        except (OSError, EOFError) as error:
-            log.warning("a connection was refused: %s", error)
+class Newcomer(NamedTuple):
+    """Who has connected, and has not proven yet to know the secret."""
+
+    proof: Generator[None, None, Any]  # goes on when bytes have come; returns the first message
+    host: str
+    deadline_s: float
+
+
+class Door:
+    """Where processes come in that know a secret: a listening socket, and those who are still proving it.
+
+    They prove it side by side, each with one deadline for all of it, so that nobody keeps others waiting by
+    sending nothing, or a byte now and then. Where they crowd, the address with the most gives up its oldest.
+    Nothing has been decoded of what came from those who are not admitted."""
+
+    PROOF_S, MOST = 5.0, 256
+
+    def __init__(self, listener: socket.socket, secret: bytes, context=None, first: Pipe | None = None):
+        self.listener, self.secret, self.context = listener, secret, context
+        self.first = first  # of this pipe a message has to follow the proof, within the same time
+        self.newcomers: dict[socket.socket, Newcomer] = {}  # the oldest first
+        self.selector = selectors.DefaultSelector()
+        listener.setblocking(False)
+        self.selector.register(listener, selectors.EVENT_READ)
+
+    def __enter__(self) -> Door:
+        return self
+
+    def __exit__(self, *error):
+        for connection in self.newcomers:
             connection.close()
-    return None
+        self.selector.close()
+
+    def admit(self, wait_s: float) -> tuple[socket.socket, Any] | None:
+        """The next who has proven it, with its first message, if somebody does so within `wait_s`."""
+        end_s = time.monotonic() + wait_s
+        while (now_s := time.monotonic()) < end_s:
+            until_s = min([end_s, *(each.deadline_s for each in self.newcomers.values())])
+            for key, _ in self.selector.select(max(until_s - now_s, 0)):
+                connection = self._welcome() if key.fileobj is self.listener else key.fileobj
+                if connection in self.newcomers and (came := self._hear(connection)):
+                    return came
+            now_s = time.monotonic()
+            for late in [each for each, who in self.newcomers.items() if who.deadline_s <= now_s]:
+                self._refuse(late, f"no proof within {self.PROOF_S:g} s")
+        return None
+
+    def _welcome(self) -> socket.socket | None:
+        try:
+            connection, (host, *_) = self.listener.accept()
+        except OSError:  # it has left again
+            return None
+        if len(self.newcomers) >= self.MOST:
+            [(crowd, _)] = Counter(each.host for each in self.newcomers.values()).most_common(1)
+            self._refuse(next(each for each, who in self.newcomers.items() if who.host == crowd), "a crowd")
+        try:
+            watch_peer(connection)
+            connection.setblocking(False)
+            if self.context:
+                connection = self.context.wrap_socket(connection, server_side=True,
+                                                      do_handshake_on_connect=False)
+        except OSError:
+            connection.close()
+            return None
+        deadline_s = time.monotonic() + self.PROOF_S
+        self.newcomers[connection] = Newcomer(self._proof(connection), host, deadline_s)
+        self.selector.register(connection, selectors.EVENT_READ)
+        return connection
+
+    def _hear(self, connection: socket.socket) -> tuple[socket.socket, Any] | None:
+        """Go on with its proof; what `admit` returns, once that is complete."""
+        try:
+            next(self.newcomers[connection].proof)
+        except StopIteration as end:
+            self._forget(connection)
+            connection.setblocking(True)
+            return connection, end.value
+        except (OSError, EOFError, BadMessage) as error:
+            self._refuse(connection, error)
+        return None
+
+    def _proof(self, connection: socket.socket) -> Generator[None, None, Any]:
+        if self.context:
+            yield from patiently(connection.do_handshake)
+        nonce = secrets.token_bytes(32)
+        connection.sendall(nonce)  # a new connection has room for it
+        theirs = yield from receive_patiently(connection, 64)
+        nonces = nonce + theirs[:32]
+        if not hmac.compare_digest(theirs[32:], proof(self.secret, "front", nonces)):
+            raise ConnectionError("it does not know the secret")
+        connection.sendall(proof(self.secret, "worker", nonces))
+        if self.first is None:
+            return None
+        kind, size = self.first.kind_and_size((yield from receive_patiently(connection, HEADER.size)))
+        return unpacked(kind, (yield from receive_patiently(connection, size)))
+
+    def _refuse(self, connection: socket.socket, why):
+        log.warning("a connection was refused: %s", why)
+        self._forget(connection)
+        connection.close()
+
+    def _forget(self, connection: socket.socket):
+        self.selector.unregister(connection)
+        del self.newcomers[connection]
+
+
+def patiently(read: Callable[[], Any]) -> Generator[None, None, Any]:
+    """What `read` returns once all bytes that it needs have come; yields until then."""
+    while True:
+        try:
+            return read()
+        except (BlockingIOError, ssl.SSLWantReadError):
+            yield
+
+
+def receive_patiently(connection: socket.socket, size: int) -> Generator[None, None, bytes]:
+    data = b""
+    while len(data) < size:
+        if not (part := (yield from patiently(partial(connection.recv, size - len(data))))):
+            raise EOFError("the other end has closed the connection")
+        data += part
+    return data
 
 
 def dial(host: str, port: int, secret: bytes) -> socket.socket:
-    """A connection to a process that admits who knows the secret, and knows it too."""
+    """A connection to the Door of a process that knows the secret too."""
+    deadline_s = time.monotonic() + 20
     connection = socket.create_connection((host, port), timeout=20)
     try:
         watch_peer(connection)
         theirs, nonce, proven = bytearray(32), secrets.token_bytes(32), bytearray(32)
-        receive_into(connection, theirs)
+        receive_into(connection, theirs, deadline_s)
         connection.sendall(nonce + proof(secret, "front", theirs + nonce))
-        receive_into(connection, proven)
+        receive_into(connection, proven, deadline_s)
         if not hmac.compare_digest(proven, proof(secret, "worker", theirs + nonce)):
             raise ConnectionError(f"{host}:{port} does not know the secret")
     except BaseException:
@@ -3197,17 +3310,6 @@ def watch_peer(connection: socket.socket):
                         ("TCP_USER_TIMEOUT", 300_000)):
         if hasattr(socket, name):  # not all systems have all
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-def prove_worker(connection: socket.socket, secret: bytes):
-    nonce, theirs = secrets.token_bytes(32), bytearray(64)
-    connection.sendall(nonce)
-    receive_into(connection, theirs)
-    nonces = nonce + theirs[:32]
-    if not hmac.compare_digest(theirs[32:], proof(secret, "front", nonces)):
-        raise ConnectionError("it does not know the secret")
-    connection.sendall(proof(secret, "worker", nonces))
-
 
 
 def exit_in_words(status: int | None) -> str:
@@ -7685,6 +7787,10 @@ class RankPlace:
     before: int | None = None  # see RankConfig
     after: int | None = None
 
+    def __post_init__(self):
+        if {*map(type, (self.rank, self.local_rank, self.threads))} != {int}:
+            raise TypeError("not all of rank, local_rank and threads are integers")
+
 
 ARRIVAL_PIPE = Pipe(RankPlace)  # what comes before a RankConfig; afterwards it is a RANK_PIPE
 
@@ -7953,15 +8059,19 @@ class RankZeroOfNodes(RankZero):
         places: dict[int, RankPlace] = {}
         channels: dict[int, Channel] = {}
 
-        def come() -> bool | None:
+        def come(door: Door) -> bool | None:
             """Whether all are here; False if one of them has left."""
             with suppress(EOFError, OSError):  # it may come again
                 if self.stages > 1 and not self.after and (at := store.look(f"{self.life}/{self.tp}")):
                     self.after = dial(*at, secret)
-                if connection := admit(listener, secret, 0.2):
-                    [place] = Channel(connection, ARRIVAL_PIPE).receive(wait=True, most=1)
-                    places[place.rank] = place
-                    channels[place.rank] = Channel(connection, RANK_PIPE)
+                if came := door.admit(0.2):
+                    connection, place = came
+                    if place.rank in range(1, count):
+                        places[place.rank] = place
+                        channels[place.rank] = Channel(connection, RANK_PIPE)
+                    else:
+                        log.warning("a connection was refused: there is no rank %s", shown(place.rank))
+                        connection.close()
             if any(map(has_hung_up, connections())):
                 return False
             return len(places) == count - 1 and bool(self.after or self.stages == 1) or None
@@ -7982,7 +8092,8 @@ class RankZeroOfNodes(RankZero):
                 self.after, self.life = None, store.begin_life()
                 store.put(f"{self.life}/0", [start.master_addr, listener.getsockname()[1], secret.hex(),
                                              same_on_all_nodes(self.config.settings)])
-                together = store.wait(self.life, come, say)
+                with Door(listener, secret, first=ARRIVAL_PIPE) as door:
+                    together = store.wait(self.life, partial(come, door), say)
         self.places, self.channels = ([each[rank] for rank in range(1, count)] for each in (places, channels))
 
     def meet_in(self) -> str:
@@ -8054,9 +8165,10 @@ def live_as_rank(settings: Settings, start: Torchrun, store: RankStore, life: in
     before = after = None
     with contextlib.ExitStack() as stack:
         if rank >= settings.tensor_parallel_size:
-            with listen(address_towards(host, port)) as listener:
+            with listen(address_towards(host, port)) as listener, Door(listener, secret) as door:
                 store.put(f"{life}/{rank}", listener.getsockname()[:2])
-                before = stack.enter_context(store.wait(life, lambda: admit(listener, secret, 0.2)))
+                before, _ = store.wait(life, lambda: door.admit(0.2))
+                stack.enter_context(before)
         if next_rank < start.world_size:
             at = store.wait(life, lambda: store.look(f"{life}/{next_rank}"))
             after = stack.enter_context(dial(*at, secret))
@@ -8318,6 +8430,8 @@ def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[
     reserve = mmap.mmap(-1, 32 << 20)  # address space kept back to report that memory ran out
     try:
         [config] = channel.receive(wait=True, most=1)
+        if not isinstance(config, (WorkerConfig, RankConfig)):
+            raise BadMessage(f"its first message is {type(config).__name__}")
         start_logging(config.settings)
         channel.send(Loading("importing torch", 0.0))
         numpy.ndarray  # raises ConfigError if numpy is missing; torch would only warn
@@ -8325,6 +8439,9 @@ def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[
             run(channel, config)
     except (EOFError, ConnectionError, TimeoutError, ssl.SSLError):
         pass
+    except BadMessage as error:
+        log.error("the other end of the connection sends no messages of ours: %s", error)
+        return 1
     except RanksFailed as error:
         log.error("%s", error)
         os._exit(1)  # a thread may still wait for another rank

@@ -202,28 +202,38 @@ class StoreInMemory(cs.RankStore):
         return self.keys.get(key)
 
 
-def test_a_rank_that_leaves_before_all_have_come_meets_them_in_a_new_life(started, monkeypatch):
-    started(RANK="0", WORLD_SIZE="3", MASTER_ADDR="127.0.0.1")
-    store, one_is_there = StoreInMemory(), threading.Event()
-    monkeypatch.setattr(cs, "RankStore", lambda: store)
-    zero = object.__new__(cs.RankZeroOfNodes)
+def rank_zero():
+    """Rank 0 of three before it has gathered them, and an event that is set when only rank 2 is missing."""
+    zero, one_is_there = object.__new__(cs.RankZeroOfNodes), threading.Event()
     zero.config, zero.tp, zero.stages, zero.here, zero.after = types.SimpleNamespace(settings=cs.Settings(tensor_parallel_size=3), device="cuda"), 3, 1, 1, None
     zero.progress = lambda stage, fraction: stage.startswith("waiting for rank 2 ") and one_is_there.set()
+    return zero, one_is_there
 
-    def come(life, rank):
-        host, port, secret, _ = store.wait(store.life, lambda: store.life >= life and store.look(f"{life}/0") or None)
-        connection = cs.dial(host, port, bytes.fromhex(secret))
-        cs.Channel(connection, cs.ARRIVAL_PIPE).send(cs.RankPlace(rank, f"node {rank}", 0, 1))
-        return connection
+
+def come(store, life, frame):
+    """Prove to know the secret that is in the store since a life, and send a first frame."""
+    host, port, secret, _ = store.wait(store.life, lambda: store.life >= life and store.look(f"{store.life}/0") or None)
+    connection = cs.dial(host, port, bytes.fromhex(secret))
+    connection.sendall(frame)
+    return connection
+
+
+def test_a_rank_that_leaves_before_all_have_come_meets_them_in_a_new_life(started, monkeypatch):
+    started(RANK="0", WORLD_SIZE="3", MASTER_ADDR="127.0.0.1")
+    store, (zero, one_is_there) = StoreInMemory(), rank_zero()
+    monkeypatch.setattr(cs, "RankStore", lambda: store)
+
+    def rank(number, life):
+        return come(store, life, cs.ARRIVAL_PIPE.packed(cs.RankPlace(number, f"node {number}", 0, 1)))
 
     with cs.ThreadPoolExecutor(1) as thread:
         gathered = thread.submit(zero.gather, 3)
-        lost = come(1, 1)
+        lost = rank(1, 1)
         assert one_is_there.wait(30)
         lost.close()
         while store.life < 2:
             time.sleep(0.01)
-        with come(2, 1) as one, come(2, 2) as two:
+        with rank(1, 2) as one, rank(2, 2) as two:
             gathered.result(30)
             assert zero.life == 2 and [place.host for place in zero.places] == ["node 1", "node 2"]
             zero.tell(cs.Ready({}))
@@ -245,16 +255,154 @@ def test_a_rank_that_comes_after_its_front_has_ended_ends_too(started, monkeypat
     assert cs.serve_rank(cs.Settings(tensor_parallel_size=2), start) == 0 and next(looks, None) is None
 
 
-def test_a_connection_is_admitted_only_with_the_secret():
-    secret, other = b"a" * 32, b"b" * 32
-    with cs.listen("127.0.0.1") as listener, cs.ThreadPoolExecutor(1) as thread:
-        host, port = listener.getsockname()
-        assert cs.admit(listener, secret, 0.01) is None
-        for theirs, ours in ((other, secret), (secret, secret)):
-            dialed = thread.submit(cs.dial, host, port, theirs)
-            admitted = cs.admit(listener, ours, 10)
-            if theirs != ours:
-                assert admitted is None and isinstance(dialed.exception(), (EOFError, ConnectionError))
+SECRET = b"a" * 32
+
+
+@pytest.fixture
+def door():
+    """A function that opens a Door on this machine."""
+    with contextlib.ExitStack() as stack:
+        def make(**changes):
+            listener = stack.enter_context(cs.listen("127.0.0.1"))
+            return stack.enter_context(cs.Door(listener, SECRET, **changes))
+        yield make
+
+
+@pytest.fixture
+def connect():
+    """A function that connects with a door, from an address of this machine, and sends something."""
+    with contextlib.ExitStack() as stack:
+        def make(door, data=b"", source="127.0.0.1"):
+            newcomer = stack.enter_context(socket.create_connection(door.listener.getsockname(), 10, (source, 0)))
+            newcomer.sendall(data)
+            return newcomer
+        yield make
+
+
+def prove(newcomer, secret=SECRET, first=b""):
+    """What `dial` sends, and more."""
+    theirs = newcomer.recv(32, socket.MSG_WAITALL)
+    newcomer.sendall(b"n" * 32 + cs.proof(secret, "front", theirs + b"n" * 32) + first)
+
+
+def test_a_connection_is_admitted_only_with_the_secret(door):
+    door = door()
+    with cs.ThreadPoolExecutor(1) as thread:
+        host, port = door.listener.getsockname()
+        assert door.admit(0.01) is None
+        dialed = thread.submit(cs.dial, host, port, b"b" * 32)
+        assert door.admit(0.5) is None and isinstance(dialed.exception(), (EOFError, ConnectionError))
+        dialed = thread.submit(cs.dial, host, port, SECRET)
+        admitted, first = door.admit(10)
         with admitted, dialed.result() as peer:
             peer.sendall(b"x")
-            assert admitted.recv(9) == b"x" and admitted.gettimeout() is None
+            assert admitted.recv(9) == b"x" and admitted.gettimeout() is peer.gettimeout() is first is None
+
+
+def test_who_knows_the_secret_waits_for_nobody_who_stands_in_the_door(door, connect):
+    door = door()
+    idle = [connect(door, b"x" * sent) for sent in (0, 1, 31, 63, 0, 63)]
+    with cs.ThreadPoolExecutor(1) as thread:
+        dialed = thread.submit(cs.dial, *door.listener.getsockname(), SECRET)
+        admitted, _ = door.admit(door.PROOF_S / 2)
+        admitted.close(), dialed.result().close()
+    assert len(door.newcomers) == len(idle)
+
+
+def test_a_byte_now_and_then_does_not_keep_a_newcomer_in_the_door(door, connect, monkeypatch, caplog):
+    """Bytes come as often as you like; the clock, which each look moves on, is all that counts."""
+    door, clock, sent = door(), iter(range(0, 10**6, 2)), 0
+    dripping = connect(door)
+    monkeypatch.setattr(cs, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    door.PROOF_S = 60
+    assert door.admit(3) is None and len(door.newcomers) == 1
+    while door.newcomers:
+        dripping.sendall(b"x")
+        sent += 1
+        assert door.admit(3) is None
+    assert 5 < sent < 30 and caplog.messages == ["a connection was refused: no proof within 60 s"]
+
+
+def test_where_newcomers_crowd_the_address_with_the_most_makes_room(door, connect):
+    door = door()
+    door.MOST = 8
+    honest = connect(door, source="127.0.0.2")
+    assert door.admit(0.05) is None
+    crowd = [connect(door) for _ in range(40)]
+    while crowd[-1].getsockname() not in [each.getpeername() for each in door.newcomers]:
+        assert door.admit(0.05) is None
+    assert len(door.newcomers) == 8
+    prove(honest)
+    assert door.admit(10)[0].getpeername() == honest.getsockname()
+
+
+PLACE = cs.ARRIVAL_PIPE.packed(cs.RankPlace(1, "a", 0, 1))
+GARBAGE = {name: cs.HEADER.pack(0, len(body)) + body for name, body in {
+    "no JSON": b"\xff\n[", "too few fields": b"[]", "a list as rank": b'[[1],"a",0,1,null,null]', "text as rank": b'["1","a",0,1,null,null]',
+    "no number of threads": b'[1,"a",0,1e999,null,null]'}.items()} | {
+    "of an unknown kind": b"\xff" * 5, "too large": cs.HEADER.pack(0, 1 << 30), "of another kind": cs.RANK_PIPE.packed(cs.RankPages(5)),
+    "HTTP": b"GET / HTTP/1.1\r\n\r\n"}
+
+
+@pytest.mark.parametrize("frame", GARBAGE.values(), ids=GARBAGE)
+def test_a_first_frame_of_garbage_is_refused_in_one_line(frame, door, connect, caplog):
+    door = door(first=cs.ARRIVAL_PIPE)
+    prove(connect_and_see(door, connect), first=frame)
+    assert door.admit(0.05) is None and not door.newcomers
+    [line] = caplog.messages
+    assert line.startswith("a connection was refused: ") and "\n" not in line and "Traceback" not in caplog.text
+    prove(connect_and_see(door, connect), first=PLACE)
+    connection, place = door.admit(10)
+    connection.close()
+    assert place == cs.RankPlace(1, "a", 0, 1)
+
+
+def connect_and_see(door, connect):
+    """A newcomer that the door has sent its nonce."""
+    newcomer = connect(door)
+    while newcomer.getsockname() not in [each.getpeername() for each in door.newcomers]:
+        assert door.admit(0.02) is None
+    return newcomer
+
+
+@pytest.mark.parametrize("data", [b"", b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" + b"x" * 99, bytes(range(64)), b"\x16\x03\x01" + bytes(200)])
+def test_who_sends_no_proof_and_leaves_is_refused_in_one_line(data, door, connect, caplog):
+    door = door(first=cs.ARRIVAL_PIPE)
+    newcomer = connect(door, data)
+    newcomer.shutdown(socket.SHUT_WR)
+    assert door.admit(0.05) is None and not door.newcomers
+    assert len(caplog.messages) == 1 and "\n" not in caplog.text.strip()
+
+
+def test_ranks_find_each_other_beside_some_who_know_the_secret_and_send_nonsense(started, monkeypatch, caplog):
+    """torchrun's store gives the secret to whoever reaches it."""
+    started(RANK="0", WORLD_SIZE="3", MASTER_ADDR="127.0.0.1")
+    store, (zero, seen) = StoreInMemory(), rank_zero()
+    monkeypatch.setattr(cs, "RankStore", lambda: store)
+    intruders = [PLACE[:-1], cs.ARRIVAL_PIPE.packed(cs.RankPlace(7, "a", 0, 1)), cs.ARRIVAL_PIPE.packed(cs.RankPlace(0, "a", 0, 1)), cs.RANK_PIPE.packed(cs.RankPages(5)), b"\xff" * 99]
+    with cs.ThreadPoolExecutor(1) as thread, contextlib.ExitStack() as stack:
+        gathered = thread.submit(zero.gather, 3)
+        for frame in intruders:
+            stack.enter_context(come(store, 1, frame))
+        ranks = [stack.enter_context(come(store, 1, cs.ARRIVAL_PIPE.packed(cs.RankPlace(rank, f"node {rank}", 0, 1)))) for rank in (1, 2)]
+        gathered.result(30)
+        assert zero.life == 1 and [place.host for place in zero.places] == ["node 1", "node 2"]
+        for rank, channel in zip(ranks, zero.channels):
+            assert channel.connection.getpeername() == rank.getsockname()
+            channel.connection.close()
+    assert len([line for line in caplog.messages if "refused" in line]) >= 4 and "Traceback" not in caplog.text
+
+
+def test_who_drips_to_one_that_dials_has_one_deadline_too():
+    """A socket's own timeout begins anew with each byte."""
+    class Dripping:
+        timeouts = []
+        settimeout = timeouts.append
+
+        def recv_into(self, view):
+            view[0] = 5
+            return 1
+    data = bytearray(64)
+    cs.receive_into(Dripping(), data, time.monotonic() + 20)
+    assert data == b"\5" * 64 and len(Dripping.timeouts) == 64
+    assert sorted(Dripping.timeouts, reverse=True) == Dripping.timeouts and Dripping.timeouts[-1] < Dripping.timeouts[0] < 20

@@ -4,13 +4,13 @@ CI has no Ray: tests/support/fake_ray.py stands for it, with real workers behind
 Ray itself, where it is installed."""
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
 import ssl
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -195,8 +195,9 @@ def certificates(tmp_path):
 
 @pytest.fixture
 def waiting_worker():
-    """A function that starts what a worker does before its first message: returns (process, port, secret)."""
-    processes = []
+    """A function that starts what a worker does before its first message, with 15 connections that stay and say
+    nothing: returns (process, port, secret)."""
+    processes, connections = [], contextlib.ExitStack()
 
     def start(tls=""):
         code = ("import sys, chat_server; channel = chat_server.join_parent(*sys.argv[1:], chat_server.WORKER_PIPE);\n"
@@ -206,8 +207,11 @@ def waiting_worker():
                                    text=True, cwd=Path(chat_server.__file__).parent)
         processes.append(process)
         port, secret = json.loads(process.stdout.readline())
+        for _ in range(15):     # one after another they would take longer than the minute that a worker waits
+            connections.enter_context(socket.create_connection(("127.0.0.1", port)))
         return process, port, secret
     yield start
+    connections.close()
     for process in processes:
         process.kill()
         process.communicate()
@@ -251,7 +255,7 @@ async def test_messages_pass_once_both_know_the_secret_after_others_were_refused
     with socket.create_connection(("127.0.0.1", port)) as liar:     # sends a message instead of a proof
         liar.sendall(chat_server.WORKER_PIPE.packed(chat_server.NewPrompt("r", 0, tuple(range(100)))))
         assert liar.recv(32)
-        with suppress(ConnectionResetError):
+        with contextlib.suppress(ConnectionResetError):
             assert liar.recv(1) == b""
     worker = front_worker()
     assert await exchange(worker, port, secret) == [chat_server.Loading("a stage", 0.5), chat_server.Ping()]
@@ -288,6 +292,17 @@ async def test_with_certificates_it_is_tls_and_another_authority_is_refused(wait
     assert worker.writer.get_extra_info("ssl_object").version() == "TLSv1.3"
     assert "NewPrompt" in await asyncio.to_thread(process.stdout.readline)
     worker.writer.close()
+
+
+@pytest.mark.parametrize("frame", [b"GET / HTTP/1.1\r\n\r\n", chat_server.WORKER_PIPE.packed(chat_server.Ping()), chat_server.HEADER.pack(0, 3) + b"[5]"])
+def test_a_worker_refuses_a_first_frame_of_garbage_in_one_line(frame):
+    with subprocess.Popen([*chat_server.PROCESS_COMMAND, "worker", "127.0.0.1,", str(os.getpid())], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        port, secret = json.loads(process.stdout.readline())
+        with chat_server.dial("127.0.0.1", port, bytes.fromhex(secret)) as front:
+            front.sendall(frame)
+            assert process.wait(30) == 1
+        [line] = process.stderr.read().splitlines()
+        assert line.startswith(b"the other end of the connection sends no messages of ours: ")
 
 
 def test_a_folder_without_certificates_is_a_config_error(tmp_path):
