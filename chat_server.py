@@ -1064,6 +1064,11 @@ class Task:
     arguments: list
 
 
+@wire_message(16)
+class Begun:
+    """Sandbox to front: it has read the task. If it ends from now on, the task is why."""
+
+
 @wire_message(64 << 20)
 class Body:
     """A raw HTTP body. Front to sandbox: the client's, after the task that reads it; back: the reply."""
@@ -1209,7 +1214,7 @@ class Channel:
 
 WORKER_PIPE = Pipe(WorkerConfig, NewRequest, NewPrompt, NewAnswer, Cancel, EndOfRequest, Ping,
                    Loading, ModelCard, Ready, Stepped, Unusable)
-SANDBOX_PIPE = Pipe(SandboxConfig, Task, Body, Result, Refused)
+SANDBOX_PIPE = Pipe(SandboxConfig, Task, Body, Begun, Result, Refused)
 RAY_PIPE = Pipe(RayConfig, Place, Release, Nodes, Placed, Gone, Unusable)
 
 
@@ -9004,10 +9009,11 @@ class Sandbox:
     """A process for tasks that a client can make slow: one at a time, clients in turn.
 
     A task that exceeds its processor time or memory is refused; it ends the process, and the next gets a new
-    one."""
+    one. A process that ends before it has begun a task is replaced, and the task done."""
 
     PATIENCE_S = 60.0  # longest wait for a reply: a busy machine may give the task no processor
     EXIT_S = 2.0       # longest wait for a process that has closed its pipe to exit
+    PROCESSES = 3      # that may end before they have begun a task, until the server gives it up
     # Exit statuses of a process that exceeded a limit.
     EXCESS = (-signal.SIGPROF, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGKILL)
     OUT_OF_MEMORY = 77
@@ -9038,23 +9044,27 @@ class Sandbox:
             self.reader, self.writer = await asyncio.open_connection(sock=ours)
 
     async def _exchange(self, messages: Seq[Any]):
-        if self.closed:
-            raise Overloaded("the server is shutting down", retry_after_s=10)
-        await self.start()
-        messages, self.configured = messages if self.configured else [self.config, *messages], True
-        try:
-            for message in messages:
-                frame = memoryview(SANDBOX_PIPE.packed(message))
-                for begin in range(0, len(frame), WRITE_BYTES):
-                    self.writer.write(frame[begin:begin + WRITE_BYTES])
-                    await self.writer.drain()
-            reply = await asyncio.wait_for(next_message(self.reader, SANDBOX_PIPE), self.PATIENCE_S)
-        except (asyncio.IncompleteReadError, ConnectionError, asyncio.TimeoutError, BadMessage) as error:
-            code = await self.stop(0.0 if isinstance(error, asyncio.TimeoutError) else self.EXIT_S)
-            if code not in (*self.EXCESS, self.OUT_OF_MEMORY):
-                raise EngineFailure(f"the process that reads requests ended (exit status {code})") from error
-            raise RequestError(f"too complex: this takes more than {self.config.cpu_s:g} s of processor time "
-                               f"or {self.config.memory >> 20} MiB", code="too_complex") from None
+        for process in range(1, self.PROCESSES + 1):
+            if self.closed:
+                raise Overloaded("the server is shutting down", retry_after_s=10)
+            await self.start()
+            begun = False
+            try:
+                begun = await asyncio.wait_for(self._hand_over(messages), self.PATIENCE_S)
+                reply = await asyncio.wait_for(next_message(self.reader, SANDBOX_PIPE), self.PATIENCE_S)
+                break
+            except (asyncio.IncompleteReadError, ConnectionError, asyncio.TimeoutError, BadMessage) as error:
+                code = await self.stop(0.0 if isinstance(error, asyncio.TimeoutError) else self.EXIT_S)
+                if code == self.OUT_OF_MEMORY or begun and code in self.EXCESS:
+                    raise RequestError(
+                        f"too complex: this takes more than {self.config.cpu_s:g} s of processor time "
+                        f"or {self.config.memory >> 20} MiB", code="too_complex") from None
+                if begun or process == self.PROCESSES:
+                    when = "" if begun else f" before it began, as {process - 1} before it"
+                    raise EngineFailure(
+                        f"the process that reads requests ended{when} (exit status {code})") from error
+                log.warning("a sandbox ended before it began its task: another takes it (%s)",
+                            exit_in_words(code))
         match reply:
             case Result(value):
                 return value
@@ -9065,6 +9075,18 @@ class Sandbox:
             case Refused(message, status, code, param):
                 raise RequestError(message, status=status, code=code, param=param)
         raise BadMessage(f"unexpected message from a sandbox: {type(reply).__name__}")
+
+    async def _hand_over(self, messages: Seq[Any]) -> bool:
+        """Send a task; True once the process has read it."""
+        messages, self.configured = messages if self.configured else [self.config, *messages], True
+        for message in messages:
+            frame = memoryview(SANDBOX_PIPE.packed(message))
+            for begin in range(0, len(frame), WRITE_BYTES):
+                self.writer.write(frame[begin:begin + WRITE_BYTES])
+                await self.writer.drain()
+        if not isinstance(message := await next_message(self.reader, SANDBOX_PIPE), Begun):
+            raise BadMessage(f"a sandbox said {type(message).__name__} before it had begun a task")
+        return True
 
     async def stop(self, patience_s: float = 0.0) -> int | None:
         """Kill the process, if any, unless it exits within patience_s; returns its exit status."""
@@ -9221,9 +9243,10 @@ def sandbox_main(arguments: Seq[str]) -> int:
         tasks = Tasks(config)
         give_memory_back()
         while True:
-            [task] = channel.receive(wait=True, most=1)
-            bodies = ([message.data for message in channel.receive(wait=True, most=1)]
+            [task] = run_task(channel.receive, True, 1)
+            bodies = ([message.data for message in run_task(channel.receive, True, 1)]
                       if task.name in ("read_call", "answer_text") else [])
+            channel.send(Begun())
             signal.setitimer(signal.ITIMER_PROF, PREPARE_S)
             run_task(tasks.prepare, task.name)  # an error shows when the task itself fails
             signal.setitimer(signal.ITIMER_PROF, config.cpu_s)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import chat_server
-from chat_server import (AnswerParams, BadMessage, Body, Call, CallDelta, Cancel, EndOfRequest, Gone, Known, Loading, Message, ModelCard, ModelSource,
+from chat_server import (AnswerParams, BadMessage, Begun, Body, Call, CallDelta, Cancel, EndOfRequest, Gone, Known, Loading, Message, ModelCard, ModelSource,
                          NewAnswer, NewPrompt, NewRequest, Node, Nodes, Ping, Place, Placed, RayConfig, Ready, Release, Refused, Request, Result, SamplingParams, SandboxConfig,
                          Settings, Stepped, Task, TextSpec, TokenLogprob, Unusable, Piece, WorkerConfig)
 
@@ -23,7 +23,7 @@ EXAMPLES = [
     NewRequest("s", AnswerParams()), NewPrompt("r", 127, tuple(range(3000))), NewPrompt("r", 0, ()),
     NewAnswer("r#3", "r", 0, 3, 2**40, (1, 2, 3), 5), Cancel("r#3"), EndOfRequest("r"), Ping(), Loading("weights", 0.25),
     ModelCard(TEXT, "a", 4096, ("one", "two"), {"sample": "numpy"}, True), Ready({"running": 0}), Unusable("no such file"),
-    SandboxConfig(Known(Settings(), "m", None), TEXT, 4096, 1.5, 1 << 30), Task("fill", [{"a": [1, None]}, "x"]),
+    SandboxConfig(Known(Settings(), "m", None), TEXT, 4096, 1.5, 1 << 30), Task("fill", [{"a": [1, None]}, "x"]), Begun(),
     Body(bytes(range(256)) * 3), Body(b""), Result(None), Result([1, {"a": "\ud800"}]), Refused("no", 400, None, "tools"),
     RayConfig("auto", ""), Nodes([Node("f0", "a", 2.0, 8)]), Place("x", "f0", 0.5, 1), Placed("x", "10.0.0.1", 4242, "00"), Release("x"), Gone("x", "died"),
     Stepped([], {}), Stepped([Piece("r", (1, 2), "a\U0001f600\x00", "stop", "eos", 3, 0.5, 4, 2, SCORES, SCORES[:1]), Piece("s", (), "", calls=(CallDelta("{", "f"),))],

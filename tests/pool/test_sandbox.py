@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import signal
+import sys
 import time
 import weakref
 
@@ -258,15 +259,127 @@ async def test_a_client_that_leaves_costs_no_process_and_mixes_up_no_replies(ope
     assert sandbox.process.pid == pid
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-async def test_a_sandbox_that_is_killed_from_outside_is_replaced(open_pool, number):
+@pytest.fixture
+def started(monkeypatch):
+    """The processes that sandboxes start from now on."""
+    processes, start_child = [], chat_server.start_child
+
+    def start(*arguments):
+        process, ours = start_child(*arguments)
+        processes.append(process)
+        return process, ours
+    monkeypatch.setattr(chat_server, "start_child", start)
+    return processes
+
+
+def answered(body):
+    return json.loads(body)["content"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV, signal.SIGPROF, signal.SIGABRT])
+async def test_a_sandbox_that_is_killed_from_outside_is_replaced_and_the_task_done(open_pool, number):
     pool = await open_pool()
     sandbox = pool.admission.sandboxes["templates"]
     os.kill(sandbox.process.pid, number)
-    if number == signal.SIGKILL:        # as the kernel does when memory runs out
+    assert await said(pool, ask("a")) == await said(pool, ask("b"))     # it ignores SIGTERM: the front decides
+
+
+async def test_all_sandboxes_may_be_killed_between_two_requests(open_pool, monkeypatch):
+    pool = await open_pool()
+    monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(chat_server.LIMITS, inline_bytes=100))
+    small, large = conversation("hi"), conversation("x " * 100) | {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "boolean"}}}}
+    async with serving(pool) as url, aiohttp.ClientSession() as client:
+        for _ in range(3):
+            for body in (small, large, large):
+                async with client.post(url + "/v1/chat/completions", json=body) as response:
+                    assert response.status == 200, await response.text()
+            pool.admission.valid_grammars.clear()       # else the schema would be checked only once
+            killed = [sandbox.process for sandbox in pool.admission.sandboxes.values()]
+            for process in killed:
+                process.kill()
+
+
+async def test_a_sandbox_that_dies_while_it_is_told_its_task_is_replaced_and_the_task_done(open_pool, started):
+    pool = await open_pool()
+    sandbox = pool.admission.sandboxes["bodies"]
+    small, large = (json.dumps({"tokens": [5] * count}).encode() for count in (1, 100_000))
+    expected = [answered(await sandbox.call("a", "answer_text", "/detokenize", body=body)) for body in (small, large)]
+    for body, text in zip((small, large), expected):
+        os.kill(sandbox.process.pid, signal.SIGSTOP)
+        task = asyncio.ensure_future(sandbox.call("a", "answer_text", "/detokenize", body=body))
+        for _ in range(20):     # until it has sent what the pipe holds; the rest waits
+            await asyncio.sleep(0)
+        assert sandbox.turns.held and (body is small or sandbox.writer.transport.get_write_buffer_size())
+        os.kill(sandbox.process.pid, signal.SIGKILL)
+        assert answered(await task) == text
+    assert len(started) == 4        # two that opening the pool has started
+
+
+class Impatient(Sandbox):
+    """It waits only a moment for the first process, and long enough for the others."""
+
+    PATIENCE_S = property(lambda self: next(self.waits, 60.0))
+
+
+@pytest.mark.parametrize("count", [1, 200_000])
+async def test_a_sandbox_that_hangs_before_it_has_read_its_task_is_replaced_and_the_task_done(chat_text, count):
+    sandbox = Impatient(chat_server.PROCESS_COMMAND, SandboxConfig(chat_server.Known(Settings(), "m", None), chat_text, 64, 5.0, 1 << 30))
+    sandbox.waits, body = iter(()), json.dumps({"tokens": [5] * count}).encode()
+    expected = await sandbox.call("a", "answer_text", "/detokenize", body=body)
+    hangs = sandbox.process
+    os.kill(hangs.pid, signal.SIGSTOP)
+    sandbox.waits = iter([0.1])
+    assert await sandbox.call("a", "answer_text", "/detokenize", body=body) == expected and hangs.returncode == -signal.SIGKILL
+    await sandbox.close()
+
+
+async def test_a_task_that_ends_its_sandbox_is_refused_at_once(open_pool, started):
+    pool = await open_pool(chat_template="{% if messages[0].content == 'trap' %}" + SLOW_TEMPLATE + "{% endif %}hi")
+    before = len(started)
+    with pytest.raises(RequestError, match="too complex"):
+        await said(pool, ask("a", "trap"))
+    assert len(started) == before
+    assert await said(pool, ask("b")) and len(started) == before + 1
+
+
+async def test_a_sandbox_that_is_killed_while_it_works_is_not_asked_again(open_pool, started, monkeypatch):
+    """The kernel kills it like this when the task has taken the machine's memory."""
+    pool = await open_pool()
+    await pool.admission.close()
+    sandbox = Sandbox(chat_server.PROCESS_COMMAND, chat_server.replace(
+        pool.admission.sandboxes["templates"].config, cpu_s=60.0, text=chat_server.replace(pool.card.text, payload=b"", chat_template=SLOW_TEMPLATE)))
+    begun, hand_over = asyncio.Event(), sandbox._hand_over
+
+    async def and_tell(messages):
+        await hand_over(messages)
+        begun.set()
+        return True
+    monkeypatch.setattr(sandbox, "_hand_over", and_tell)
+    before, task = len(started), asyncio.ensure_future(sandbox.call("a", "fill_template", {}))
+    await begun.wait()
+    sandbox.process.kill()
+    with pytest.raises(RequestError, match="too complex"):
+        await task
+    assert len(started) == before + 1
+
+
+async def test_a_task_too_large_for_its_sandbox_to_read_is_refused_at_once(chat_text, started):
+    known = chat_server.Known(Settings(), "m", None)
+    sandbox = Sandbox(chat_server.PROCESS_COMMAND, SandboxConfig(known, chat_server.replace(chat_text, payload=b""), 64, 5.0, 32 << 20))
+    for task in (["check_grammar", "x" * (40 << 20), "a"], ["check_grammar", "\ud800" * (6 << 20), "a"]):
         with pytest.raises(RequestError, match="too complex"):
-            await said(pool, ask("a"))
-    assert await said(pool, ask("b")) == await said(pool, ask("c"))     # it ignores SIGTERM: the front decides
+            await sandbox.call("a", *task)
+    assert len(started) == 2
+    await sandbox.close()
+
+
+async def test_a_sandbox_that_never_begins_is_given_up(chat_text, started):
+    known = chat_server.Known(Settings(), "m", None)
+    sandbox = Sandbox((sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"), SandboxConfig(known, chat_text, 64, 1.0, 1 << 30))
+    with pytest.raises(chat_server.EngineFailure, match="before it began, as 2 before it .*-9"):
+        await sandbox.call("a", "check_grammar", "x", "a")
+    assert len(started) == 3 and not sandbox.turns.held
+    await sandbox.close()
 
 
 async def test_a_task_that_is_broken_is_an_honest_500(open_pool):
