@@ -1379,7 +1379,9 @@ class Tokenizer:
         llguidance = require_library("llguidance", "constrained decoding")
         pieces = list(map(self.piece, range(self.vocab_size)))
         special = [token for token, piece in enumerate(pieces) if not piece]
-        for name, token in self.specials.items():  # in llguidance, names of special tokens begin so
+        for token in special:  # in llguidance, names of special tokens begin so; it needs one for each
+            pieces[token] = b"\xff<%d>" % token
+        for name, token in self.specials.items():
             pieces[token] = b"\xff" + name.encode()
         ends = sorted(self.stop_tokens) or [self.spec.eos_token or 0]
 
