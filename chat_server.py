@@ -10534,13 +10534,14 @@ def named_tool(tool: dict) -> str | None:
     return tool["name"] if "name" in tool else tool.get("function", {}).get("name")
 
 
-def read_choice(value: str | dict) -> ToolChoice:
-    """tool_choice of any API. To choose a tool that is left out (see Call.ignored_tools) is no choice."""
+def read_choice(value: str | dict, inside: str = "") -> ToolChoice:
+    """tool_choice of any API, in which allowed_tools are the object itself or its member `inside`. To choose
+    a tool that is left out (see Call.ignored_tools) is no choice."""
     if is_text(value):
         return ToolChoice(value)
     kind = value.get("type", "function")
     if kind == "allowed_tools":
-        allowed = value.get("allowed_tools", value)
+        allowed = value[inside] if inside else value
         return ToolChoice(allowed["mode"], tuple(filter(None, map(named_tool, allowed["tools"]))))
     if kind in ("function", "tool"):
         return ToolChoice("required", (named_tool(value),), parallel=False)
@@ -10634,7 +10635,8 @@ FUNCTIONS = FieldType('a list of {"name", "description", "parameters"}',
                       list_schema(A_FUNCTION["properties"]["function"]),
                       lambda value: tuple({"type": "function", "function": each} for each in value))
 FUNCTION_CALL = FieldType('"auto", "none" or {"name"}',
-                          {"anyOf": [{"enum": ["auto", "none"]}, A_NAME]}, read_choice)
+                          {"anyOf": [{"enum": ["auto", "none"]}, A_NAME]},
+                          lambda value: read_choice(value if is_text(value) else {"name": value["name"]}))
 MODES = {"enum": ["auto", "none", "required"]}
 A_TOOL_NAME = {"type": "object", "properties": {"name": A_TEXT, "function": A_NAME}}
 ALLOWED_TOOLS = object_schema(["mode", "tools"], type={"enum": ["allowed_tools"]}, mode=MODES,
@@ -10644,11 +10646,12 @@ TOOL_CHOICE = FieldType(
     '{"type": "allowed_tools", "allowed_tools": {"mode", "tools"}}', {"anyOf": [
         MODES, object_schema(["function"], type={"enum": ["function"]}, function=A_NAME),
         object_schema(["type", "allowed_tools"], type={"enum": ["allowed_tools"]},
-                      allowed_tools=ALLOWED_TOOLS)]}, read_choice)
+                      allowed_tools=ALLOWED_TOOLS)]}, partial(read_choice, inside="allowed_tools"))
 FLAT_CHOICE = FieldType(
     '"auto", "none", "required", {"type": "function", "name"} or {"type": "allowed_tools", "mode", "tools"}',
     {"anyOf": [MODES, object_schema(["type", "name"], type={"enum": ["function"]}, name=A_TEXT),
-               ALLOWED_TOOLS | {"required": ["type", "mode", "tools"]},
+               object_schema(["type", "mode", "tools"], **ALLOWED_TOOLS["properties"],
+                             allowed_tools={"enum": [None]}),
                object_schema(["type"], type={"enum": OTHER_TOOLS})]}, read_choice)
 MESSAGES_CHOICE = FieldType(
     "an object of type auto, any or none, or of type tool with a name", {"anyOf": [
