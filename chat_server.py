@@ -2362,10 +2362,21 @@ def schema_grammar(schemas: Mapping[str, dict], param: str, start: str) -> str:
     """A grammar for llguidance: `start`, and a rule for each of these JSON schemas."""
     try:
         return lark_grammar("\n".join([start, *(
-            f"{name}: %json {json.dumps({**schema, 'x-guidance': JSON_STYLE})}"
+            f"{name}: %json {schema_json({**schema, 'x-guidance': JSON_STYLE})}"
             for name, schema in schemas.items())]), param)
     except RecursionError:
         raise unusable_schema("it is nested too deeply", param) from None
+    except ValueError as error:
+        raise unusable_schema(str(error), param) from None
+
+
+def schema_json(schema: Mapping) -> str:
+    """A schema as JSON for a grammar: lone surrogates stay, for lark_grammar to replace, and what with_markers
+    would take for a marker is escaped. ValueError for numbers that Python reads and JSON does not have."""
+    try:
+        return json.dumps(schema, ensure_ascii=False, allow_nan=False).replace("<[", "\\u003c[")
+    except ValueError:
+        raise ValueError("it has a number that is not finite, such as NaN or 1e999") from None
 
 
 def in_slashes(pattern: str) -> str:
@@ -2374,7 +2385,7 @@ def in_slashes(pattern: str) -> str:
 
 
 def lark_grammar(grammar: str, param: str) -> str:
-    """The grammar; RequestError if it is too large, or nothing can enforce it."""
+    """The grammar in whole Unicode; RequestError if it is too large, or nothing can enforce it."""
     if importlib.util.find_spec("llguidance") is None:
         raise RequestError(
             "this server cannot constrain answers: the Python package llguidance is not installed there",
@@ -2382,7 +2393,7 @@ def lark_grammar(grammar: str, param: str) -> str:
     if len(grammar) > LIMITS.grammar_characters:
         raise unusable_schema(
             f"as a grammar it must have at most {LIMITS.grammar_characters} characters", param)
-    return grammar
+    return whole_unicode(grammar)
 
 
 def unusable_schema(reason: str, param: str) -> RequestError:
@@ -11351,27 +11362,67 @@ def referred(place: str, root: Mapping):
         raise LookupError(f"$ref {shown(place)} leads nowhere") from None
 
 
+KEYWORDS = {  # of JSON Schema, those that are read here: what each must be, and the check of that
+    **dict.fromkeys(("allOf", "anyOf", "oneOf"), ("a list of schemas", JSON_TYPES["array"])),
+    "enum": ("a list", JSON_TYPES["array"]),
+    "type": (f"one of {', '.join(JSON_TYPES)}, or a list of these", lambda value: (
+        is_text(value) and value in JSON_TYPES
+        or isinstance(value, list) and len(value) <= 9
+        and all(is_text(each) and each in JSON_TYPES for each in value))),
+    "properties": ("an object of schemas", JSON_TYPES["object"]),
+    "required": ("a list of strings", lambda value: isinstance(value, list) and all(map(is_text, value))),
+    **dict.fromkeys(("minLength", "maxLength"), (
+        "an integer of at least 0", lambda value: JSON_TYPES["integer"](value) and value >= 0)),
+    **dict.fromkeys(("$ref", "pattern", "format"), ("a string", is_text))}
+
+
+def keyword(schema: Mapping, name: str):
+    """A schema's member; None if it is absent or null. ValueError if it is not what it must be."""
+    allowed, is_right = KEYWORDS[name]
+    if (value := schema.get(name)) is not None and not is_right(value):
+        raise ValueError(f"{name} must be {allowed}, not {shown(value)}")
+    return value
+
+
+def named_types(schema: Mapping) -> Iterable[str]:
+    """The JSON types that the schema itself names: all where it names none."""
+    kinds = keyword(schema, "type")
+    return JSON_TYPES if kinds is None else [kinds] if is_text(kinds) else kinds
+
+
+def schema_object(schema) -> Mapping:
+    """A schema that may be true (anything fits) or false as the object that says the same."""
+    if not isinstance(schema, (dict, bool)):
+        raise ValueError(f"a schema must be an object, true or false, not {shown(schema)}")
+    return schema if isinstance(schema, dict) else {} if schema else {"type": []}
+
+
 def choices_of(schema: Mapping, root: Mapping) -> list[list]:
     """Lists of schemas; a value of this schema must also fit one schema of each list. $refs are in `root`."""
-    found = [[member] for member in schema.get("allOf") or ()]
-    if place := schema.get("$ref"):
+    found = [[member] for member in keyword(schema, "allOf") or ()]
+    if place := keyword(schema, "$ref"):
         found.append([referred(place, root)])
-    return found + [schema[name] for name in ("anyOf", "oneOf") if schema.get(name)]
+    return found + [choices for name in ("anyOf", "oneOf") if (choices := keyword(schema, name))]
 
 
 def listed_values(schema: Mapping) -> list | None:
-    return schema.get("enum", [schema["const"]] if "const" in schema else None)
+    return [schema["const"]] if schema.get("enum") is None and "const" in schema else keyword(schema, "enum")
+
+
+def spend(steps: Iterator, count: int):
+    """Use up more steps: a large member of a schema costs as much as several schemas."""
+    next(itertools.islice(steps, count, count), None)
 
 
 def types_of(schema, root: Mapping, steps: Iterator) -> set[str]:
     """The JSON types that values of a schema have: all where it does not say, or no `steps` are left. Each
     schema on the way uses up one: a schema from anywhere must not cost much."""
     found = set(JSON_TYPES)
-    if schema is True or next(steps, None) is None:
+    if next(steps, None) is None:
         return found
-    if kinds := schema.get("type"):
-        kinds = {kinds} if is_text(kinds) else set(kinds)
-        found &= kinds | ({"integer"} if "number" in kinds else set())
+    schema = schema_object(schema)
+    kinds = set(named_types(schema))
+    found &= kinds | ({"integer"} if "number" in kinds else set())
     if (values := listed_values(schema)) is not None:
         examples = {type(value): value for value in values[:64]}.values()
         found &= {name for name, fits_it in JSON_TYPES.items() if any(map(fits_it, examples))}
@@ -11385,10 +11436,13 @@ def objects_of(schema, root: Mapping, steps: Iterator) -> list[dict]:
     of the results. LookupError if there are too many."""
     if next(steps, None) is None:
         raise LookupError("they refer to too many schemas")
-    if schema is not True and "object" not in (schema.get("type") or "object"):
+    schema = schema_object(schema)
+    if "object" not in named_types(schema):
         return []
-    names = ("properties", "required", "additionalProperties")
-    found = [{} if schema is True else {name: schema[name] for name in names if name in schema}]
+    said = {"properties": keyword(schema, "properties"), "required": keyword(schema, "required"),
+            "additionalProperties": schema.get("additionalProperties")}
+    found = [{name: value for name, value in said.items() if value is not None}]
+    spend(steps, (len(said["properties"] or ()) + len(said["required"] or ())) // 100)
     for choices in choices_of(schema, root):
         more = [each for choice in choices for each in objects_of(choice, root, steps)]
         found = [both_objects(*pair) for pair in itertools.islice(itertools.product(found, more), 65)]
@@ -11411,7 +11465,7 @@ def parameter_types(tool: dict, steps: Iterator = itertools.repeat(0)) -> dict[s
     """The JSON types of each of a function's parameters, and under "" of all others; "" where its schema does
     not say them, or no `steps` (see types_of) are left."""
     parameters, types = tool["function"].get("parameters") or {}, {}
-    with suppress(TypeError, AttributeError, LookupError):
+    with suppress(ValueError, LookupError):
         for each in objects_of(parameters, parameters, itertools.islice(steps, 64)):
             others = {"": each["additionalProperties"]} if each.get("additionalProperties") else {}
             for name, schema in {**(each.get("properties") or {}), **others}.items():
@@ -11420,7 +11474,7 @@ def parameter_types(tool: dict, steps: Iterator = itertools.repeat(0)) -> dict[s
                 known = types.setdefault(name, set())
                 try:
                     known |= types_of(schema, parameters, itertools.islice(steps, 64))
-                except (TypeError, AttributeError, LookupError):
+                except (ValueError, LookupError):
                     known |= JSON_TYPES.keys()
     return {name: " ".join(sorted(known)) if len(known) < len(JSON_TYPES) else ""
             for name, known in types.items()}
@@ -11444,20 +11498,24 @@ STRING_FORMATS = {  # those that JSON grammars know
 
 def text_terminal(schema, root: Mapping, steps: Iterator) -> str:
     """What a string of this schema may be where no quotes enclose it; "" if it can be no string."""
-    if schema is True or next(steps, None) is None:
+    if next(steps, None) is None:
         return "/(?s:.*)/"
-    if "string" not in (schema.get("type") or "string"):
+    schema = schema_object(schema)
+    if "string" not in named_types(schema):
         return ""
     allowed = [[text_terminal(each, root, steps) for each in choices] for choices in choices_of(schema, root)]
     if (values := listed_values(schema)) is not None:
         allowed.append([json.dumps(value) for value in values if is_text(value)])
-    if "minLength" in schema or "maxLength" in schema:
-        allowed.append(["/(?s:.{%d,%s})/" % (schema.get("minLength", 0), schema.get("maxLength", ""))])
-    if pattern := in_slashes(schema.get("pattern", "")):  # is found anywhere in the text
+        spend(steps, len(values) // 100)
+    least, most = keyword(schema, "minLength"), keyword(schema, "maxLength")
+    if least is not None or most is not None:
+        allowed.append(["/(?s:.{%d,%s})/" % (least or 0, "" if most is None else int(most))])
+    if pattern := in_slashes(keyword(schema, "pattern") or ""):  # is found anywhere in the text
+        spend(steps, len(pattern) // 1000)
         first, last = "^" * (pattern[0] == "^"), re.search(r"(?<!\\)(?:\\\\)*(\$?)\Z", pattern)[1]
         inside = pattern.removeprefix(first).removesuffix(last) if "|" not in pattern else pattern
         allowed.append([f"/{'' if first else '(?s:.*)'}(?:{inside}){'' if last else '(?s:.*)'}/"])
-    if (kind := schema.get("format")) is not None:
+    if (kind := keyword(schema, "format")) is not None:
         if kind not in STRING_FORMATS:
             raise ValueError(f"unknown format: {shown(kind)}")
         allowed.append([f"/{in_slashes(STRING_FORMATS[kind])}/"])
@@ -11476,10 +11534,11 @@ def value_rules(place: str, schema, root: Mapping, sign: str, ends: Seq[str]) ->
                f"{place.upper()}: {text} & ~/(?s:.*)({refused})(?s:.*)/")
     if kinds := sorted(kinds - {"string"}):
         schema = {"type": kinds, "allOf": [schema], "x-guidance": JSON_STYLE}
-        if '"$ref"' in json.dumps(schema):
-            moved = json.dumps({**schema, "$defs": {"_": root}})
-            schema = json.loads(moved.replace('"$ref": "#', '"$ref": "#/$defs/_'))
-        yield place, f"{place}: {place}_value {sign}", f"{place}_value: %json {json.dumps(schema)}"
+        said = schema_json(schema)
+        if '"$ref"' in said:
+            moved = schema_json({**schema, "$defs": {"_": root}})
+            said = moved.replace('"$ref": "#', '"$ref": "#/$defs/_')
+        yield place, f"{place}: {place}_value {sign}", f"{place}_value: %json {said}"
 
 
 def tag_rules(rule: str, root: Mapping, tool_format: str) -> Iterator[str]:
@@ -11533,7 +11592,7 @@ def tag_grammar(start: str, functions: Seq[dict], tool_format: str) -> str:
                     return lark_grammar("\n".join(lines), "tools")
     except RecursionError:
         raise unusable_schema("it is nested too deeply", "tools") from None
-    except (TypeError, AttributeError, ValueError, LookupError) as error:
+    except (ValueError, LookupError) as error:
         raise unusable_schema("parameters must be properties of one object, each with a schema: "
                               + named(error), "tools") from None
     return lark_grammar("\n".join(lines), "tools")

@@ -467,7 +467,7 @@ def test_the_default_model_makes_several_calls_in_tags_and_so_does_a_worker_that
     ({"type": "object", "required": 5}, "properties of one object"), ({"properties": {"a": 5}}, ""), ({"properties": {"a" * 201: {}}}, "1 to 200 characters"), ({"properties": []}, "properties of one object"),
     ({"properties": {"a>b": {}}}, "a>b"), ({"properties": {"a": {"type": "string", "pattern": "^a|(b$"}}}, "regex"),
     ({"properties": {"a": {"type": "integer", "minimum": 5, "maximum": 4}}, "required": ["a"]}, ""), ({"properties": {"a": {"format": "x"}}}, "unknown format"),
-    ({"properties": {"a": {"type": "nope"}}}, "no value fits"), ({"type": "string"}, "no object fits")])
+    ({"properties": {"a": {"type": "nope"}}}, "type must be one of"), ({"type": "string"}, "no object fits")])
 def test_parameters_that_tags_cannot_have_are_refused_where_a_call_is_required(parameters, reason):
     with pytest.raises(chat_server.RequestError, match="(?i)tools.*" + reason):
         chat_server.check_grammar(chat_server.tool_grammar([{"function": {"name": "f", "parameters": parameters}}], "glm tags", True), "tools")
@@ -661,6 +661,61 @@ def test_a_required_call_in_tags_has_the_values_that_its_schema_allows(parameter
         values = "".join(f"<parameter={name}>\n{value}\n</parameter>\n" for name, value in arguments.items())
         return matcher.consume_tokens(list(f"<tool_call>\n<function=f>\n{values}</function>\n</tool_call>".encode())) and matcher.is_accepting()
     assert all(map(fits, allowed)) and not any(map(fits, refused))
+
+
+@pytest.mark.parametrize("tool_format", chat_server.TAGGED_ARGUMENTS)
+@pytest.mark.parametrize("parameters, said", [
+    ({"allOf": 5}, "allOf must be a list of schemas, not 5"), ({"allOf": [5]}, "a schema must be an object, true or false, not 5"),
+    ({"properties": ["a"]}, "properties must be an object of schemas, not a list of 1"), ({"properties": {"a": None}}, "a schema must be an object, true or false, not null"),
+    ({"properties": {"a": {}}, "required": [["a"]]}, "required must be a list of strings, not a list of 1"), ({"required": "a"}, "required must be a list of strings, not \"a\""),
+    ({"type": "objects"}, "type must be one of null, boolean, string, number, integer, array, object, or a list of these, not \"objects\""),
+    *(({"properties": {"a": {"type": "string", **wrong}}}, said) for wrong, said in (
+        ({"minLength": 1e999}, "minLength must be an integer of at least 0, not Infinity"), ({"maxLength": "5"}, "maxLength must be an integer of at least 0, not \"5\""),
+        ({"minLength": -1}, "minLength must be an integer of at least 0, not -1"), ({"anyOf": {}}, "anyOf must be a list of schemas, not an object of 0"),
+        ({"oneOf": "x"}, "oneOf must be a list of schemas, not \"x\""), ({"pattern": 5}, "pattern must be a string, not 5"), ({"format": []}, "format must be a string, not a list of 0"),
+        ({"enum": {"x": 1}}, "enum must be a list, not an object of 1"), ({"$ref": 5}, "$ref must be a string, not 5"), ({"allOf": [False]}, "no value fits \"a\""))),
+    ({"properties": {"a": {"type": "number", "maximum": float("nan")}}}, "it has a number that is not finite, such as NaN or 1e999")])
+def test_parameters_in_tags_with_a_wrong_keyword_are_refused_by_it(tool_format, parameters, said):
+    """As for required calls, so for strict functions; what the model may call freely is only described to it."""
+    function = {"name": "f", "parameters": parameters}
+    for make in (lambda: chat_server.tool_grammar([{"function": function}], tool_format, True), lambda: chat_server.call_grammar(function, tool_format)):
+        with pytest.raises(chat_server.RequestError) as refused:
+            make()
+        assert str(refused.value).startswith("tools cannot be enforced: ") and str(refused.value).endswith(said)
+    assert set(chat_server.parameter_types({"function": function}).values()) <= {"", "string", "number", "integer number"}
+
+
+def test_large_members_of_a_schema_that_is_referred_to_often_are_read_a_few_times_only(monkeypatch):
+    """A pattern of 50,000 slashes, referred to 60 times, held up the event loop for 1.5 s."""
+    read, in_slashes = [], chat_server.in_slashes
+    monkeypatch.setattr(chat_server, "in_slashes", lambda pattern: read.append(len(pattern)) or in_slashes(pattern))
+    often = [{"$ref": "#/$defs/e"}] * 60
+
+    def refused(parameters):
+        with pytest.raises(chat_server.RequestError, match="at most 65536 characters|too many schemas"):
+            chat_server.tool_grammar([{"function": {"name": "f", "parameters": parameters}}], "qwen tags", True)
+    refused({"properties": {"p": {"allOf": often}}, "$defs": {"e": {"pattern": "/" * 50_000}}})
+    assert 1 <= read.count(50_000) <= 2
+    for large in ({"properties": {str(number): {} for number in range(6000)}}, {"required": ["a"] * 12_000}):
+        steps = iter(range(64))
+        with pytest.raises(LookupError, match="too many schemas"):
+            chat_server.objects_of({"allOf": often, "$defs": {"e": large}}, {"allOf": often, "$defs": {"e": large}}, steps)
+    steps = iter(range(64))
+    assert chat_server.text_terminal({"enum": ["a"] * 6_300}, {}, steps).count("a") == 6_300 and next(steps, None) is None
+
+
+def test_lone_surrogates_in_a_schema_are_enforced_as_whole_unicode():
+    for parameters in ({"properties": {"\ud800": {"type": "string", "pattern": "\udc00"}}, "additionalProperties": True}, {"properties": {"a": {"enum": ["\ud800"]}}}):
+        for tool_format in chat_server.CALL_GRAMMARS:
+            chat_server.check_grammar(chat_server.tool_grammar([{"function": {"name": "f\ud800", "parameters": parameters}}], tool_format, True), "tools")
+
+
+def test_a_token_without_a_text_or_a_name_fits_no_grammar():
+    """The mask allowed such a token wherever one of several special tokens may come, and an answer that drew it failed."""
+    for grammar in ('start: (<[300]> | <[301]>) "a"', 'start: (<[300]> | "b")'):
+        made = chat_server.Grammar(Marked("tagged", {"<a>": 300, "<b>": 301}), grammar)
+        made.mask.set_result(made.matcher.compute_bitmask())
+        assert set(made.allowed(320).nonzero()[0]) <= {300, 301, ord("b")}
 
 
 STRICT = {"type": "function", "function": {"name": "weather", "strict": True, "parameters": {
