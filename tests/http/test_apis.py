@@ -3,16 +3,21 @@ for all."""
 
 import asyncio
 import contextlib
+import functools
+import http.client
 import json
+import random
 import re
+from functools import partial
 
 import psutil
 import pytest
 from hypothesis import HealthCheck, example, given, settings as hypothesis_settings, strategies as st
 
 import chat_server
+import odd_bodies
 from chat_server import ApiKey, CallDelta, EngineFailure, Known, Piece, RequestError, Settings
-from fake_pool import FakePool, Letters, serving
+from fake_pool import FakePool, Letters, finished, serving
 from real_server import get, server
 
 HI = "What is the capital of Japan?"
@@ -381,6 +386,9 @@ def test_an_empty_input_is_answered(given):
     assert (messages[-1].role, messages[-1].content) == ("user", "")
 
 
+ALLOWED = {"type": "allowed_tools", "mode": "auto", "tools": []}
+
+
 @pytest.mark.parametrize("path, body, named", [
     (RESPONSES, {"previous_response_id": "resp_1"}, "previous_response_id"), (RESPONSES, {"conversation": "conv_1"}, "conversation"),
     (RESPONSES, {"background": True}, "background"), (RESPONSES, {"prompt": {"id": "x"}}, "prompt"), (RESPONSES, {"input": 5}, "input"),
@@ -399,7 +407,14 @@ def test_an_empty_input_is_answered(given):
     (MESSAGES, {"system": 5}, "system"), (MESSAGES, {"system": [{"type": "image"}]}, "system"), (MESSAGES, {"max_tokens": "x"}, "max_tokens"),
     (MESSAGES, {"tools": [{"name": "x", "input_schema": 5}]}, "tools[0]"), (MESSAGES, {"tool_choice": "auto"}, "tool_choice"),
     (MESSAGES, {"stop_sequences": [5]}, "stop_sequences"), (MESSAGES, {"output_config": {"format": {"type": "json_schema"}}}, "output_config"),
-    (CHAT, {"modalities": ["text", "audio"]}, "modalities"), (CHAT, {"tool_choice": {"type": "allowed_tools"}}, "tool_choice")])
+    (CHAT, {"modalities": ["text", "audio"]}, "modalities"), (CHAT, {"tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+    (RESPONSES, {"tool_choice": ALLOWED | {"allowed_tools": {}}}, '{"type": "allowed_tools", "mode", "tools"}'),
+    (RESPONSES, {"tool_choice": ALLOWED | {"allowed_tools": "x"}}, "tool_choice"), (RESPONSES, {"tool_choice": ALLOWED | {"tools": [5]}}, "tool_choice"),
+    (CHAT, {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "any", "tools": []}}}, "tool_choice"),
+    (CHAT, {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": ["x"]}}}, "tool_choice"),
+    (CHAT, {"functions": [{"name": "x"}], "function_call": {"name": "y", "type": {"any": 1}}}, "tool_choice names \"y\""),
+    (CHAT, {"functions": [{"name": "x"}], "function_call": {"name": "y", "type": "allowed_tools"}}, "tool_choice names \"y\""),
+    (CHAT, {"response_format": {"type": "json_object", "schema": {"minimum": float("inf")}}}, "response_format cannot be enforced: it has a number that is not finite")])
 async def test_what_cannot_be_is_400_and_named(client, path, body, named):
     pool = FakePool()
     pool.tokenizer = Letters()
@@ -443,6 +458,105 @@ def test_nested_bodies_are_read_or_refused(body, item):
                 assert error.status == 400 and str(error)
             else:
                 assert chat_server.restorer(chat_server.Call)(json.loads(chat_server.as_plain_json(call))).request.sampling == call.request.sampling
+
+
+class Marked(Letters):
+    """Letters, and every marker as a special token."""
+
+    vocab_size = 257 + len(chat_server.MARKS)
+
+    def __init__(self, tool_format, thoughts=None):
+        super().__init__()
+        self.tool_format, self.thoughts = tool_format, thoughts
+        self.specials = {"<|stop|>": 256, **{name: number for number, name in enumerate(chat_server.MARKS, 257)}}
+
+
+@functools.cache
+def tokenizers(tool_format):
+    thoughts = ("<|message|>", "<|end|>") if tool_format == "harmony" else ("<think>", "</think>")
+    plain = Letters()
+    plain.tool_format = tool_format
+    return plain, Marked(tool_format), Marked(tool_format, thoughts)
+
+
+def follow(grammar, tokenizer, drawn):
+    """Tokens drawn among those that the grammar allows: a worker must never find one that it does not take."""
+    for _ in range(25):
+        grammar.mask = chat_server.Future()
+        grammar.mask.set_result(grammar.matcher.compute_bitmask())
+        token = int(drawn.choice(grammar.allowed(tokenizer.vocab_size).nonzero()[0]))
+        assert grammar.feed(token), (token, grammar.source, grammar.matcher.get_error())
+        if grammar.complete or token in tokenizer.stop_tokens:
+            return
+
+
+def read_check_and_follow(path, body, tool_format, drawn):
+    """What the front, a sandbox and a worker do with a body, up to its first tokens. RequestError if it is refused."""
+    call = chat_server.CALL_READERS[path](chat_server.json_object(json.dumps(body).encode()), Known(Settings(), "m", tool_format))
+    request = chat_server.restorer(chat_server.Call)(json.loads(chat_server.as_plain_json(call))).request
+    encoder = chat_server.ENCODERS[call.api](call, "m", tokenizers(tool_format)[0])
+    encoder.collect(finished(["a"]))
+    assert json.loads(b"".join(encoder.completion()))
+    chat_server.with_generic_tools(request.messages or (chat_server.Message("user", "x"),), request.tools)
+    for source in filter(None, (request.grammar, *request.call_grammars)):
+        chat_server.check_grammar(source, request.grammar_param)
+    for tokenizer in tokenizers(tool_format):
+        reader = chat_server.answer_reader(tokenizer, request, ())
+        whole = [reader.grammar(request) if reader else request.grammar] * bool(request.grammar)
+        for source in (*whole, *(chat_server.with_markers(each, tokenizer.markers) for each in request.call_grammars if each)):
+            follow(chat_server.Grammar(tokenizer, source), tokenizer, drawn)
+
+
+def check_odd_body(asked, seed):
+    (path, body), tool_format = asked
+    try:
+        read_check_and_follow(path, body, tool_format, random.Random(seed))
+    except RequestError as error:
+        assert error.status == 400 and error.param, error
+        # what is wrong and what is allowed, not what Python says of it
+        assert re.search(r"must be|needs|requires|names|not supported|cannot|excludes?|ha[sv]e", str(error)) and not re.search(
+            "object has no attribute|TypeError|AttributeError|KeyError|OverflowError|unhashable|subscriptable|surrogates", str(error)), error
+
+
+odd = given(asked=odd_bodies.asked, seed=st.integers(0, 2**32))
+relaxed = partial(hypothesis_settings, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@relaxed(max_examples=150, derandomize=True)
+@odd
+def test_odd_tools_and_formats_are_answered_or_refused_by_name_in_every_api_and_tool_format(asked, seed):
+    check_odd_body(asked, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@relaxed(max_examples=25_000)
+@odd
+def test_many_odd_tools_and_formats_are_answered_or_refused_by_name(asked, seed):
+    check_odd_body(asked, seed)
+
+
+@pytest.mark.parametrize("examples", [60, pytest.param(3000, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
+async def test_no_odd_tools_or_formats_are_answered_with_5xx(examples):
+    pool = FakePool()
+    pool.tokenizer = Letters()
+
+    def post_all(port):
+        @relaxed(max_examples=examples, derandomize=examples < 100)
+        @example(asked=(("/v1/responses", {"input": "hi", "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [], "allowed_tools": {}}}), "tagged"))
+        @example(asked=(odd_bodies.required_call({"name": "f", "parameters": {"properties": {"a": {"type": "string", "minLength": 1e999}}}}), "qwen tags"))
+        @example(asked=(odd_bodies.required_call({"name": "f", "parameters": {"allOf": [{"properties": ["a"]}] * 2}}), "glm tags"))
+        @given(asked=odd_bodies.asked)
+        def post(asked):
+            (path, body), pool.tokenizer.tool_format = asked
+            with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+                connection.request("POST", path, json.dumps(body))
+                response = connection.getresponse()
+                answer = response.read()
+                assert response.status in (200, 400), answer
+        post()
+    async with serving(pool) as url:
+        await asyncio.to_thread(post_all, int(url.rsplit(":", 1)[1]))
 
 
 # answers
