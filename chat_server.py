@@ -2371,8 +2371,8 @@ def schema_grammar(schemas: Mapping[str, dict], param: str, start: str) -> str:
 
 
 def schema_json(schema: Mapping) -> str:
-    """A schema as JSON for a grammar: lone surrogates stay, for lark_grammar to replace, and what with_markers
-    would take for a marker is escaped. ValueError for numbers that Python reads and JSON does not have."""
+    """A schema as JSON for a grammar, in which lone surrogates stay, for lark_grammar to see, and what
+    with_markers would take for a marker is escaped. ValueError for numbers that JSON does not have."""
     try:
         return json.dumps(schema, ensure_ascii=False, allow_nan=False).replace("<[", "\\u003c[")
     except ValueError:
@@ -2385,7 +2385,7 @@ def in_slashes(pattern: str) -> str:
 
 
 def lark_grammar(grammar: str, param: str) -> str:
-    """The grammar in whole Unicode; RequestError if it is too large, or nothing can enforce it."""
+    """The grammar; RequestError if it is too large or no whole Unicode, or nothing can enforce it."""
     if importlib.util.find_spec("llguidance") is None:
         raise RequestError(
             "this server cannot constrain answers: the Python package llguidance is not installed there",
@@ -2393,7 +2393,10 @@ def lark_grammar(grammar: str, param: str) -> str:
     if len(grammar) > LIMITS.grammar_characters:
         raise unusable_schema(
             f"as a grammar it must have at most {LIMITS.grammar_characters} characters", param)
-    return whole_unicode(grammar)
+    if surrogate := A_MARK.search(grammar):
+        raise unusable_schema(
+            f"it has a lone surrogate, {json.dumps(surrogate[0])}, which no text has", param)
+    return grammar
 
 
 def unusable_schema(reason: str, param: str) -> RequestError:
@@ -11505,7 +11508,7 @@ def text_terminal(schema, root: Mapping, steps: Iterator) -> str:
         return ""
     allowed = [[text_terminal(each, root, steps) for each in choices] for choices in choices_of(schema, root)]
     if (values := listed_values(schema)) is not None:
-        allowed.append([json.dumps(value) for value in values if is_text(value)])
+        allowed.append([as_json(value) for value in values if is_text(value)])
         spend(steps, len(values) // 100)
     least, most = keyword(schema, "minLength"), keyword(schema, "maxLength")
     if least is not None or most is not None:
@@ -11565,7 +11568,7 @@ def tag_rules(rule: str, root: Mapping, tool_format: str) -> Iterator[str]:
                     f"{LIMITS.parameter_characters} characters, no <, > or line break, no space at its ends",
                     "tools")
             written, often = (f"{each.upper()}_NAME", "*") if name is None else (
-                json.dumps(name), "?" * (name not in required))
+                as_json(name), "?" * (name not in required))
             wanted.append(each + often)
             values = []
             for value, *lines in value_rules(f"{each}v", schema, root, sign, ends):
@@ -11614,7 +11617,7 @@ def tool_grammar(tools: Seq[dict], tool_format: str, parallel: bool) -> str:
                   for index, function in enumerate(functions)]
     if tool_format in NAMED_CALLS:
         calls = [NAMED_CALLS[tool_format].format(
-            name=json.dumps(function["name"])[1:-1], arguments=f"arguments{index}")
+            name=as_json(function["name"])[1:-1], arguments=f"arguments{index}")
             for index, function in enumerate(functions)]
         start = start.replace("{calls}", " | ".join(calls))
         if tool_format in TAGGED_ARGUMENTS:

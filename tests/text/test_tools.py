@@ -1,5 +1,6 @@
 """Tools: what templates are told about the client's functions, and which calls are found in answers."""
 
+import contextlib
 import json
 import random
 
@@ -704,10 +705,14 @@ def test_large_members_of_a_schema_that_is_referred_to_often_are_read_a_few_time
     assert chat_server.text_terminal({"enum": ["a"] * 6_300}, {}, steps).count("a") == 6_300 and next(steps, None) is None
 
 
-def test_lone_surrogates_in_a_schema_are_enforced_as_whole_unicode():
-    for parameters in ({"properties": {"\ud800": {"type": "string", "pattern": "\udc00"}}, "additionalProperties": True}, {"properties": {"a": {"enum": ["\ud800"]}}}):
-        for tool_format in chat_server.CALL_GRAMMARS:
-            chat_server.check_grammar(chat_server.tool_grammar([{"function": {"name": "f\ud800", "parameters": parameters}}], tool_format, True), "tools")
+@pytest.mark.parametrize("tool_format", chat_server.CALL_GRAMMARS)
+def test_lone_surrogates_in_the_names_and_values_of_a_function_are_refused_as_such_and_whole_pairs_are_not(tool_format):
+    half, whole = "\ud83d", "\U0001f600"
+    for sign in (half, whole):
+        for name, parameters in (("f" + sign, {}), ("f", {"properties": {sign: {}}, "additionalProperties": True}),
+                                 ("f", {"properties": {"a": {"enum": [sign]}}}), ("f", {"properties": {"a": {"type": "string", "pattern": sign}}})):
+            with pytest.raises(chat_server.RequestError, match=r"tools cannot be enforced: it has a lone surrogate, \"\\ud83d\"") if sign is half else contextlib.nullcontext():
+                chat_server.check_grammar(chat_server.tool_grammar([{"function": {"name": name, "parameters": parameters}}], tool_format, True), "tools")
 
 
 def test_a_token_without_a_text_or_a_name_fits_no_grammar():
