@@ -9037,7 +9037,7 @@ class Sandbox:
     def __init__(self, command: Seq[str], config: SandboxConfig | None = None):
         self.command, self.config, self.turns = command, config, Turns()
         self.process: subprocess.Popen | None = None
-        self.configured = self.closed = False
+        self.configured = self.closed = self.begun = False
 
     async def call(self, client: str, task: str, *arguments, body: bytes | None = None):
         """Run a task and return its value. RequestError if it refuses or exceeds a limit."""
@@ -9064,19 +9064,17 @@ class Sandbox:
             if self.closed:
                 raise Overloaded("the server is shutting down", retry_after_s=10)
             await self.start()
-            begun = False
             try:
-                begun = await asyncio.wait_for(self._hand_over(messages), self.PATIENCE_S)
-                reply = await asyncio.wait_for(next_message(self.reader, SANDBOX_PIPE), self.PATIENCE_S)
+                reply = await asyncio.wait_for(self._ask(messages), self.PATIENCE_S)
                 break
             except (asyncio.IncompleteReadError, ConnectionError, asyncio.TimeoutError, BadMessage) as error:
                 code = await self.stop(0.0 if isinstance(error, asyncio.TimeoutError) else self.EXIT_S)
-                if code == self.OUT_OF_MEMORY or begun and code in self.EXCESS:
+                if code == self.OUT_OF_MEMORY or self.begun and code in self.EXCESS:
                     raise RequestError(
                         f"too complex: this takes more than {self.config.cpu_s:g} s of processor time "
                         f"or {self.config.memory >> 20} MiB", code="too_complex") from None
-                if begun or process == self.PROCESSES:
-                    when = "" if begun else f" before it began, as {process - 1} before it"
+                if self.begun or process == self.PROCESSES:
+                    when = "" if self.begun else f" before it began, as {process - 1} before it"
                     raise EngineFailure(
                         f"the process that reads requests ended{when} (exit status {code})") from error
                 log.warning("a sandbox ended before it began its task: another takes it (%s)",
@@ -9092,8 +9090,9 @@ class Sandbox:
                 raise RequestError(message, status=status, code=code, param=param)
         raise BadMessage(f"unexpected message from a sandbox: {type(reply).__name__}")
 
-    async def _hand_over(self, messages: Seq[Any]) -> bool:
-        """Send a task; True once the process has read it."""
+    async def _ask(self, messages: Seq[Any]):
+        """Send a task; returns the reply."""
+        self.begun = False
         messages, self.configured = messages if self.configured else [self.config, *messages], True
         for message in messages:
             frame = memoryview(SANDBOX_PIPE.packed(message))
@@ -9102,7 +9101,8 @@ class Sandbox:
                 await self.writer.drain()
         if not isinstance(message := await next_message(self.reader, SANDBOX_PIPE), Begun):
             raise BadMessage(f"a sandbox said {type(message).__name__} before it had begun a task")
-        return True
+        self.begun = True
+        return await next_message(self.reader, SANDBOX_PIPE)
 
     async def stop(self, patience_s: float = 0.0) -> int | None:
         """Kill the process, if any, unless it exits within patience_s; returns its exit status."""
