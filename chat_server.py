@@ -11515,7 +11515,9 @@ def text_terminal(schema, root: Mapping, steps: Iterator) -> str:
         allowed.append(["/(?s:.{%d,%s})/" % (least or 0, "" if most is None else int(most))])
     if pattern := in_slashes(keyword(schema, "pattern") or ""):  # is found anywhere in the text
         spend(steps, len(pattern) // 1000)
-        first, last = "^" * (pattern[0] == "^"), re.search(r"(?<!\\)(?:\\\\)*(\$?)\Z", pattern)[1]
+        if not (end := re.search(r"(?<!\\)(?:\\\\)*(\$?)\Z", pattern)):
+            raise ValueError(f"the pattern {shown(pattern)} ends within an escape")
+        first, last = "^" * (pattern[0] == "^"), end[1]
         inside = pattern.removeprefix(first).removesuffix(last) if "|" not in pattern else pattern
         allowed.append([f"/{'' if first else '(?s:.*)'}(?:{inside}){'' if last else '(?s:.*)'}/"])
     if (kind := keyword(schema, "format")) is not None:

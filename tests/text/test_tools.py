@@ -673,7 +673,7 @@ def test_a_required_call_in_tags_has_the_values_that_its_schema_allows(parameter
     *(({"properties": {"a": {"type": "string", **wrong}}}, said) for wrong, said in (
         ({"minLength": 1e999}, "minLength must be an integer of at least 0, not Infinity"), ({"maxLength": "5"}, "maxLength must be an integer of at least 0, not \"5\""),
         ({"minLength": -1}, "minLength must be an integer of at least 0, not -1"), ({"anyOf": {}}, "anyOf must be a list of schemas, not an object of 0"),
-        ({"oneOf": "x"}, "oneOf must be a list of schemas, not \"x\""), ({"pattern": 5}, "pattern must be a string, not 5"), ({"format": []}, "format must be a string, not a list of 0"),
+        ({"oneOf": "x"}, "oneOf must be a list of schemas, not \"x\""), ({"pattern": 5}, "pattern must be a string, not 5"), ({"pattern": "a\\"}, 'the pattern "a\\\\" ends within an escape'), ({"format": []}, "format must be a string, not a list of 0"),
         ({"enum": {"x": 1}}, "enum must be a list, not an object of 1"), ({"$ref": 5}, "$ref must be a string, not 5"), ({"allOf": [False]}, "no value fits \"a\""))),
     ({"properties": {"a": {"type": "number", "maximum": float("nan")}}}, "it has a number that is not finite, such as NaN or 1e999")])
 def test_parameters_in_tags_with_a_wrong_keyword_are_refused_by_it(tool_format, parameters, said):
