@@ -5220,10 +5220,10 @@ class Unread(NamedTuple):
         return Unread(cut, self.made, self.nbytes * math.prod(cut.shape) // math.prod(cut.of), mapped)
 
 
-# packed type -> bytes of a block, and where in it the float16 scales are
-SCALES = {"q4_0": (18, slice(2)), "q4_1": (20, slice(4)), "q5_0": (22, slice(2)), "q5_1": (24, slice(4)),
-          "q8_0": (34, slice(2)), "q4_k": (144, slice(4)), "q5_k": (176, slice(4)),
-          "q6_k": (210, slice(208, 210)), "iq4_nl": (18, slice(2)), "iq4_xs": (136, slice(2))}
+# packed type -> bytes of a block, of what precedes its float16 scale, of the scale (and minimum, if any)
+SCALES = {"q4_0": (18, 0, 2), "q4_1": (20, 0, 4), "q5_0": (22, 0, 2), "q5_1": (24, 0, 4), "q8_0": (34, 0, 2),
+          "q4_k": (144, 0, 4), "q5_k": (176, 0, 4), "q6_k": (210, 208, 2), "iq4_nl": (18, 0, 2),
+          "iq4_xs": (136, 0, 2)}
 MOST_QUANTIZED = 65_520.0  # as a scale or minimum of a block, a float16, it becomes infinite
 
 
@@ -5248,9 +5248,10 @@ def scales_are_finite(kind: str, rows) -> bool:
     """Of packed rows (n, bytes of a row) uint8, torch or numpy."""
     if kind == "mxfp4":  # exponents: 255 is NaN, and the largest code times 253 or 254 leaves float32
         return bool(torch.as_tensor(rows).reshape(-1, 17)[:, 0].max() < 253)
-    size, where = SCALES[kind]
-    scales = torch.as_tensor(rows).reshape(-1, size)[:, where].view(torch.int16)
-    return bool((scales & 0x7C00).max() < 0x7C00)
+    size, first, count = SCALES[kind]
+    whole, exponents = (torch.int16, 0x7C00) if count == 2 else (torch.int32, 0x7C007C00)
+    scales = torch.as_tensor(rows).reshape(-1, size)[:, first:first + count].view(whole) & exponents
+    return bool(scales.view(torch.int16).max() < 0x7C00)
 
 
 def fault_of(made, most: float) -> str:
