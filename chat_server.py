@@ -138,10 +138,11 @@ import types
 import typing
 import zipfile
 import zlib
+from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -218,6 +219,7 @@ class Limits:
     body_bytes: int = 16 << 20
     held_bytes: int = 256 << 20     # total of large bodies and of answers sent whole
     inline_bytes: int = 1 << 16     # larger bodies are read in a sandbox
+    repeated_bytes: int = 1 << 19   # of a request, as JSON, in its response: three events of a stream have it
     inline_characters: int = 4_000  # longer texts are tokenized in a thread
     rendered_characters: int = 1 << 22   # of a conversation rendered by the chat template
     tokenized_characters: int = 1 << 19  # by /tokenize and /apply-template; each may take 3 KB of memory
@@ -779,6 +781,11 @@ class Request(AnswerParams):
     resumable: bool = False        # a reader may leave its stream and come back
     unset: tuple[str, ...] = ()    # of `sampling`, what a server at --url decides
 
+    def lasting(self) -> Request:
+        """Without what nobody needs once the prompts are token ids: tools may take 25 times their JSON."""
+        return replace(self, messages=self.messages and (), prompts=("",) * len(self.prompts), tools=(),
+                       template_options={})
+
     @property
     def source(self) -> str:
         """The field of the body that its prompts come from."""
@@ -1249,18 +1256,35 @@ class Call:
     include_usage: bool = False
     echo: bool = False
     api: str = "native"                  # of ENCODERS
-    repeated: Mapping = field(default_factory=dict)  # what the answer repeats of the body
+    details: Mapping = field(default_factory=dict)  # what else its encoder must know
     ignored_tools: tuple[str, ...] = ()  # types of tools that no model here can have
+    repeated: bytes = b""                # what the answer repeats of the body: members of a JSON object
+
+    def lasting(self) -> Call:
+        """What the encoder of the answer needs; only an echo repeats prompts."""
+        request = self.request.lasting()
+        return replace(self, request=replace(request, prompts=self.request.prompts) if self.echo else request)
+
+    @property
+    def size(self) -> int:
+        """Roughly how many bytes it takes here until its answer ends, if it was read in a sandbox."""
+        request = self.request
+        texts = [*[prompt for prompt in request.prompts if isinstance(prompt, str)], request.grammar,
+                 *[message.content for message in request.messages or ()], *request.call_grammars]
+        names = sum(map(len, request.tool_types)) + len(request.tool_names) + len(request.tool_types)
+        return (sum(map(len, texts)) + 8 * sum(map(len, request.prompt_ids or ())) + 150 * names
+                + 4 * len(self.repeated))  # itself, and three events that the client has not read
 
 
 as_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder per call: 2 us a token
-LINE_ENDS = re.compile("[\x85\u2028\u2029]")
 
 
 def dump(value) -> bytes:
     """JSON on one line for every reader: some also split lines at U+0085, U+2028 and U+2029."""
     text = as_json(value)
-    return LINE_ENDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text).encode("utf-8", "replace")
+    for character, escaped in ("\x85", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"):
+        text = text.replace(character, escaped)
+    return text.encode("utf-8", "replace")
 
 
 # --------------------------------------------------
@@ -8848,7 +8872,8 @@ class PromptMaker:
             self.answer_length(request, ids)
         checked_ids(request.stop_token_ids, self.tokenizer, "stop_token_ids")
         checked_ids([token for token, _ in request.sampling.logit_bias], self.tokenizer, "logit_bias")
-        return replace(request, prompt_ids=prompts, dropped_messages=request.dropped_messages + dropped)
+        return replace(request.lasting(), prompt_ids=prompts,
+                       dropped_messages=request.dropped_messages + dropped)
 
     def _encode_prompts(self, request: Request) -> tuple[tuple[int, ...], ...]:
         """With `truncate`, which only embeddings have here, a prompt loses what is beyond the context."""
@@ -9002,7 +9027,9 @@ class Turns:
 
 
 async def next_message(reader: asyncio.StreamReader, pipe: Pipe):
-    """The next message from a pipe. Read in parts: readexactly would copy 20 MB twice in one go."""
+    """The next message from a pipe. Read in parts: readexactly would copy 20 MB twice in one go.
+
+    A large one is decoded in a thread, so that others get a turn."""
     kind, size = pipe.kind_and_size(await reader.readexactly(HEADER.size))
     parts = []
     while size:
@@ -9010,7 +9037,8 @@ async def next_message(reader: asyncio.StreamReader, pipe: Pipe):
             raise asyncio.IncompleteReadError(b"", size)
         parts.append(part)
         size -= len(part)
-    return unpacked(kind, b"".join(parts))
+    body = b"".join(parts)
+    return unpacked(kind, body) if len(body) <= WRITE_BYTES else await asyncio.to_thread(unpacked, kind, body)
 
 
 def start_child(command: Seq[str], role: str, environment: Mapping[str, str]):
@@ -9194,7 +9222,9 @@ class Admission:
     async def read_large(self, reader: str, body: bytes, client: str, owner: str) -> Call:
         """Read a large body of a route that answers, and check its grammar."""
         with self._prepare(client):
-            call = restorer(Call)(await self.sandboxes["bodies"].call(client, "read_call", reader, body=body))
+            values = await self.sandboxes["bodies"].call(client, "read_call", reader, body=body)
+            call = await asyncio.to_thread(unpacked_call, values, self.prompts.tokenizer.vocab_size)
+            del values
             await self._check_grammar(call.request, client, owner)
             return call
 
@@ -9204,6 +9234,33 @@ class Admission:
 
     async def close(self):
         await asyncio.gather(*(sandbox.close() for sandbox in self.sandboxes.values()))
+
+
+def packed_call(call: Call, prompt_ids: Seq[Seq[int]]) -> list:
+    """A call for the front: millions of ids as JSON numbers would stop its event loop while they are read.
+
+    Prompts that are ids are sent once."""
+    prompts = tuple(prompt if is_text(prompt) else () for prompt in call.request.prompts)
+    return [replace(call, request=replace(call.request, prompts=prompts, prompt_ids=None)),
+            [array("I", ids).tobytes() for ids in prompt_ids]]
+
+
+def unpacked_call(values: list, vocab_size: int) -> Call:
+    """What packed_call packed. Equal ids are one object, so that each takes 8 bytes. Made piece by piece:
+    other threads get no turn within one call."""
+    call, object_of, prompts = restorer(Call)(values[0]), integers(vocab_size).__getitem__, []
+    for data in map(base64.b64decode, values[1]):
+        prompts.append(prompt := [])
+        for begin in range(0, len(data), WRITE_BYTES):
+            prompt.extend(map(object_of, array("I", data[begin:begin + WRITE_BYTES])))
+    ids = tuple(map(tuple, prompts))
+    prompts = tuple(prompt if is_text(prompt) else own for prompt, own in zip(call.request.prompts, ids))
+    return replace(call, request=replace(call.request, prompts=prompts, prompt_ids=ids))
+
+
+@functools.cache
+def integers(end: int) -> list[int]:
+    return list(range(end))
 
 
 class Tasks:
@@ -9240,10 +9297,12 @@ class Tasks:
 
     def read_call(self, reader: str, body: bytes) -> Result:
         call = CALL_READERS[reader](json_object(body), self.config.server)
-        request = asyncio.run(self.prompts.admit(call.request))
-        if not self.config.server.settings.log_conversations and request.messages is not None:
-            request = replace(request, messages=())
-        return Result(replace(call, request=request))
+        admitted, lasting = asyncio.run(self.prompts.admit(call.request)), call.lasting()
+        request = replace(lasting.request, dropped_messages=admitted.dropped_messages)
+        if self.config.server.settings.log_conversations and request.messages is not None:
+            texts = tuple(Message(message.role, message.content) for message in call.request.messages)
+            request = replace(request, messages=texts)
+        return Result(packed_call(replace(lasting, request=request), admitted.prompt_ids))
 
     def answer_text(self, route: str, body: bytes) -> Body:
         return Body(asyncio.run(TEXT_ROUTES[route](json_object(body), self.prompts)))
@@ -10580,7 +10639,7 @@ def known_tools(tools: Seq[dict], kinds: Seq[str | None],
             name: value for name, value in function.items() if value is not None}})
         if not fits(A_FUNCTION, functions[-1]):
             raise bad_value(f"tools[{index}]", tool, f"an object with a name and {schema}, an object")
-    return tuple(functions), tuple(dict.fromkeys(others))
+    return tuple(functions), tuple(dict.fromkeys(others))[:64]
 
 
 def list_schema(items: Mapping, **more: int) -> dict:
@@ -10612,6 +10671,10 @@ SWITCH = FieldType("true or false", {"enum": [True, False, "true", "false", "Tru
 TEXT = FieldType("a string", A_TEXT, whole_unicode)
 LIST = FieldType("a list", {"type": "array"})
 OBJECT = FieldType("an object", {"type": "object"})
+METADATA = FieldType(  # OpenAI's limits
+    "an object of at most 16 names of up to 64 characters, each with a string of at most 512", {
+        "type": "object", "maxProperties": 16, "propertyNames": {"pattern": r"^[\s\S]{0,64}$"},
+        "additionalProperties": {"type": "string", "maxLength": 512}})
 TOKENS = FieldType(f"a list of at most {LIMITS.tokenized_characters:,} token ids",
                    list_schema(A_TOKEN, maxItems=LIMITS.tokenized_characters), tuple)
 STOP_TOKENS = FieldType(f"a list of at most {LIMITS.stop_tokens:,} token ids",
@@ -10813,7 +10876,9 @@ RESPONSES_FIELDS = (
           "`format`: text, json_object or json_schema", means="response_format"),
     Field("truncation", FieldType('"auto" or "disabled"', {"enum": ["auto", "disabled"]}, "auto".__eq__),
           "`auto` means `truncate: oldest`", means="truncate"),
-    Field("metadata", OBJECT, "comes back in the answer"),
+    Field("metadata", METADATA, "comes back in the answer"),
+    Field("user", FieldType("a string of at most 512 characters", {"type": "string", "maxLength": 512}),
+          "comes back in the answer"),
     *(Field(name, left_out("the server keeps no answers, so send the whole conversation as input"), "refused")
       for name in ("previous_response_id", "conversation", "prompt")),
     Field("background", FieldType("false, because the server keeps no answers", {"enum": [False]}),
@@ -10892,7 +10957,8 @@ TEMPLATE_FIELDS = (Field("messages", OPENAI_MESSAGES, "the conversation", requir
 
 
 class Budget:
-    """Bytes that requests hold in this process: large bodies being read, and whole answers being collected.
+    """Bytes that requests hold in this process: large bodies while they are read, what stays of them until
+    they are answered, and whole answers being collected.
 
     One client may hold a quarter of them."""
 
@@ -10931,6 +10997,12 @@ class Holding:
     def __exit__(self, *error):
         self.budget.give_back(self.client, self.size)
 
+    def handed_over(self) -> Holding:
+        """Another that holds these bytes from now on."""
+        other = Holding(self.budget, self.client)
+        other.size, self.size = self.size, 0
+        return other
+
     def _take(self, size: int) -> bool:
         taken = self.budget.take(self.client, size)
         self.size += size * taken
@@ -10944,6 +11016,12 @@ class Holding:
                 await asyncio.wait_for(self.budget.freed.wait(), deadline_s - time.monotonic())
             except asyncio.TimeoutError:
                 raise Overloaded("too many large bodies are being read", retry_after_s=10) from None
+
+    def keep(self, size: int):
+        """Take `size` bytes for as long as the request lasts; raises Overloaded if there is no room."""
+        if not self._take(size):
+            raise Overloaded("requests with large bodies hold too much memory until they are answered",
+                             retry_after_s=10)
 
     def grow(self, size: int):
         """Take `size` more bytes; raises Overloaded if there is no room."""
@@ -10977,6 +11055,17 @@ async def read_bytes(http: web.Request, holding: Holding) -> bytearray:
                                status=408, code="body_timeout")
     raise RequestError(f"the body has more than {LIMITS.body_bytes:,} bytes",
                        status=413, code="request_entity_too_large")
+
+
+def names_model(body: bytes | bytearray) -> bool:
+    """Does a body have a member `model`? Only the first texts "model" in it are looked at."""
+    at = -1
+    for _ in range(64):
+        if (at := body.find(b'"model"', at + 1)) < 0:
+            return False
+        if body[max(0, at - 1):at] != b"\\" and re.match(rb"\s{0,8}:", body[at + 7:at + 16]):
+            return True
+    return False
 
 
 def json_object(raw: bytes | bytearray) -> dict:
@@ -11679,13 +11768,28 @@ REPEATED = {  # fields of a request that come back in its response, and what sta
     "truncation": "disabled", "max_output_tokens": None, "user": None}
 
 
+def repeated_json(body: Mapping) -> bytes:
+    """The members of a body that its response repeats in several events, encoded once for all of them."""
+    try:
+        texts = {name: dump(value if body.get(name) is None else body[name])
+                 for name, value in REPEATED.items()}
+    except RecursionError:
+        raise RequestError("the body is nested too deeply") from None
+    if (size := sum(map(len, texts.values()))) > LIMITS.repeated_bytes:
+        name = max(texts, key=lambda name: len(texts[name]))
+        raise RequestError(f"{name} is too large: what the response repeats of the request takes {size:,} "
+                           f"bytes as JSON, at most {LIMITS.repeated_bytes:,} are allowed",
+                           code="limit_exceeded", param=name)
+    return b", ".join(b'"%s": %s' % (name.encode(), text) for name, text in texts.items())
+
+
 def read_responses_call(body: dict, known: Known) -> Call:
     values = parse_fields(body, RESPONSES_FIELDS)
     tools, ignored = known_tools(values.get("tools", ()), ["function", None], "parameters")
     messages = joined_turns(chat_messages(response_messages(values), known.tool_format is not None))
     request = parse_openai_request(values | {"tools": tools}, known.settings, known.tool_format, messages)
-    repeated = {name: value if body.get(name) is None else body[name] for name, value in REPEATED.items()}
-    return new_call("responses", values, known, request, repeated, ignored)
+    return replace(new_call("responses", values, known, request, ignored_tools=ignored),
+                   repeated=repeated_json(body))
 
 
 def read_messages_call(body: dict, known: Known) -> Call:
@@ -11721,11 +11825,11 @@ def thinking(wanted) -> dict:
 
 
 def new_call(api: str, values: Mapping, known: Known, request: Request,
-             repeated: Mapping | None = None, ignored_tools: tuple[str, ...] = ()) -> Call:
+             details: Mapping | None = None, ignored_tools: tuple[str, ...] = ()) -> Call:
     known.check_model(values.get("model", ""))
     include_usage = values.get("stream_options", {}).get("include_usage") is True
     return Call(request, values.get("stream", False), include_usage, values.get("echo", False), api,
-                repeated or {}, ignored_tools)
+                details or {}, ignored_tools)
 
 
 def read_ollama_chat(body: dict, known: Known) -> Call:
@@ -11819,6 +11923,11 @@ async def rendered(prompts: PromptMaker, messages: Seq[Message], tools: Seq[dict
     return await prompts.render(messages, tools, client, options)
 
 
+async def read_ollama_show(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
+    """The model's name; the start of a very long one is as unknown as all of it."""
+    return parse_fields(body, OLLAMA_SHOW_FIELDS).get("model", "")[:1000].encode()
+
+
 async def count_tokens(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
     values, tool_format = parse_fields(body, COUNTED_FIELDS), prompts.tokenizer.tool_format
     messages, tools, _ = anthropic_prompt(values, tool_format)
@@ -11830,7 +11939,7 @@ async def count_tokens(body: dict, prompts: PromptMaker, client: str = "") -> by
     return dump({"input_tokens": len(ids)})
 
 
-# What reads the body of each route: for handle_answer it makes a Call, for handle_text the answer itself.
+# What reads the body of each route: for handle_answer it makes a Call, for others a text, mostly the answer.
 CALL_READERS: dict[str, Callable[..., Call]] = {
     "/chat/completions": read_native_call,
     "/v1/chat/completions": read_chat_call,
@@ -11847,6 +11956,7 @@ TEXT_ROUTES: dict[str, Callable] = {
     "/tokenize": tokenize,
     "/detokenize": detokenize,
     "/apply-template": apply_template,
+    "/api/show": read_ollama_show,
 }
 
 
@@ -11960,9 +12070,11 @@ class Encoder:
     """Turns the events of an answer into the bytes its API sends."""
 
     ping, content_type = b": ping\n\n", "text/event-stream; charset=utf-8"
+    repeated_bytes = 0
 
     def __init__(self, call: Call, model: str, tokenizer: Tokenizer | None = None):
         self.call, self.model, self.tokenizer, self.request = call, model, tokenizer, call.request
+        self.repeated_bytes = len(call.repeated)
         self.choices = [Choice(index) for index in range((len(self.request.prompts) or 1) * self.request.n)]
 
     def start(self, accepted: Accepted) -> bytes:
@@ -12294,18 +12406,23 @@ class ResponsesEncoder(BlockEncoder):
         sampling = self.request.sampling
         self.numbers = itertools.count()
         self.head = {"id": "resp_" + self.request.id, "object": "response", "created_at": int(time.time()),
-                     "model": self.model, "error": None, "incomplete_details": None, **self.call.repeated,
+                     "model": self.model, "error": None, "incomplete_details": None,
                      "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed,
                      "background": False, "previous_response_id": None, "store": False, "usage": None}
 
     def told(self, kind: str, **fields) -> bytes:
         return super().told(kind, sequence_number=next(self.numbers), **fields)
 
-    def response(self, status: str, **fields) -> dict:
-        return self.head | {"status": status, "output": [self.item(block) for block in self.blocks]} | fields
+    def response(self, status: str, **fields) -> bytes:
+        body = self.head | {"status": status, "output": [self.item(block) for block in self.blocks]} | fields
+        return b"%s, %s}" % (dump(body)[:-1], self.call.repeated)
+
+    def told_response(self, kind: str, response: bytes) -> bytes:
+        event = dump({"type": f"response.{kind}", "sequence_number": next(self.numbers)})[:-1]
+        return b'event: response.%s\ndata: %s, "response": %s}\n\n' % (kind.encode(), event, response)
 
     def start(self, accepted: Accepted) -> bytes:
-        return b"".join(self.told(f"response.{kind}", response=self.response("in_progress"))
+        return b"".join(self.told_response(kind, self.response("in_progress"))
                         for kind in ("created", "in_progress"))
 
     def item(self, block: Block, begins: bool = False) -> dict:
@@ -12350,7 +12467,8 @@ class ResponsesEncoder(BlockEncoder):
                 "response.content_part.done", **place, part=self.part(block, text))
         return done + self.told("response.output_item.done", output_index=block.index, item=self.item(block))
 
-    def body(self) -> dict:
+    def whole(self) -> tuple[str, bytes]:
+        """The response's status, and all of it."""
         prompt, completion, cached, reasoning = self.counts().values()
         usage = {"input_tokens": prompt,
                  "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
@@ -12358,16 +12476,18 @@ class ResponsesEncoder(BlockEncoder):
                  "total_tokens": prompt + completion}
         done = self.choices[0].done
         cut = {"incomplete_details": {"reason": "max_output_tokens"}} if done.reason == "length" else {}
-        return self.response("incomplete" if cut else "completed", usage=usage, timings=timings_body(done),
-                             **cut)
+        status = "incomplete" if cut else "completed"
+        return status, self.response(status, usage=usage, timings=timings_body(done), **cut)
 
     def end(self) -> bytes:
-        body = self.body()
-        return self.told(f"response.{body['status']}", response=body)
+        return self.told_response(*self.whole())
+
+    def completion(self) -> Iterator[bytes]:
+        yield self.whole()[1]
 
     def failed(self, error: ChatServerError) -> bytes:
         body = {"code": error.code or error.type, "message": str(error)}
-        return self.told("response.failed", response=self.response("failed", error=body))
+        return self.told_response("failed", self.response("failed", error=body))
 
 
 class MessagesEncoder(BlockEncoder):
@@ -12504,7 +12624,7 @@ class EmbeddingsEncoder(Encoder):
             self.choices[event.choice].done = event
             return 0
         vector = dump(event.embedding)
-        if self.call.repeated["encoding"] == "float":  # nine digits tell all float32 numbers apart
+        if self.call.details["encoding"] == "float":  # nine digits tell all float32 numbers apart
             numbers = struct.iter_unpack("<f", base64.b64decode(event.embedding))
             vector = b"[%s]" % ",".join(["%.9g" % number for number, in numbers]).encode()
         self.vectors[event.choice] = vector
@@ -12554,6 +12674,7 @@ class EventStream:
         self.http, self.form, self.patient = http, form, patient  # patient: sending may wait for the reader
         self.response = web.StreamResponse(
             headers={**STREAM_HEADERS, "Content-Type": form.content_type, "X-Request-Id": request_id})
+        self.most_unsent = LIMITS.outbox_bytes + 2 * form.repeated_bytes  # a stream begins with two of them
         self.last_s = time.monotonic()
 
     async def __aenter__(self) -> EventStream:
@@ -12562,7 +12683,7 @@ class EventStream:
         await self.response.prepare(self.http)  # sends the headers now, before any prefill
         # Never wait for a slow reader: events would pile up.
         if self.http.transport is not None and not self.patient:
-            self.http.transport.set_write_buffer_limits(high=2 * LIMITS.outbox_bytes)
+            self.http.transport.set_write_buffer_limits(high=2 * self.most_unsent)
         self.pings = asyncio.create_task(supervised("sending pings", self._ping))
         return self
 
@@ -12578,7 +12699,7 @@ class EventStream:
             raise ConnectionResetError("the client has left")
         self.last_s = time.monotonic()
         try:
-            if not self.patient and transport.get_write_buffer_size() > LIMITS.outbox_bytes:
+            if not self.patient and transport.get_write_buffer_size() > self.most_unsent:
                 raise asyncio.TimeoutError
             write = self.response.write(frames)
             await (asyncio.wait_for(write, BODY_S) if self.patient else write)
@@ -12784,6 +12905,8 @@ SECURITY_HEADERS = {
 async def logged(request: Request, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
     """--log-conversations: pass the events on, then log the texts of the conversation."""
     answers: dict[int, list[str]] = collections.defaultdict(list)
+    request_id, turns = request.id, [[message.role, message.content] for message in request.messages or ()]
+    del request  # its tools are not logged
     try:
         async for event in events:
             if isinstance(event, Piece):
@@ -12791,10 +12914,9 @@ async def logged(request: Request, events: AsyncIterator[Event]) -> AsyncIterato
             yield event
     finally:
         await events.aclose()
-        turns = [[message.role, message.content] for message in request.messages or ()]
         turns += [["assistant", "".join(texts)] for _, texts in sorted(answers.items())]
-        log.info("conversation %s %s", request.id, dump(turns).decode(),
-                 extra={"fields": {"id": request.id, "turns": turns}})
+        log.info("conversation %s %s", request_id, dump(turns).decode(),
+                 extra={"fields": {"id": request_id, "turns": turns}})
 
 
 class Metrics:
@@ -13097,46 +13219,66 @@ class Front:
             events = self.metrics.watch(events, request.n)
         if self.settings.log_conversations:
             events = logged(request, events)
-        self.running[request.id] = self.owner(request.id, request.client)
+        request_id, client = request.id, request.client
+        del request  # the pool drops most of it when it is admitted
+        self.running[request_id] = self.owner(request_id, client)
         try:
             # a refusal raises here: an ordinary error response
             yield await anext(events), events
         finally:
-            self.running.pop(request.id, None)
+            self.running.pop(request_id, None)
             await events.aclose()
 
-    async def read_call(self, http: web.Request) -> Call:
-        """Read a request body with one of CALL_READERS: small bodies here, large ones in a sandbox."""
-        record, route = REQUEST_LOG.get(), self.access.route_of(http)
-        with Holding(self.budget, record.client) as holding:
-            body = await read_bytes(http, holding)
-            record.as_openai = re.search(rb'(?<!\\)"model"\s*:', body) is not None
-            if len(body) > LIMITS.inline_bytes:
-                self.tokenizer()
-                call = await self.pool.admission.read_large(
-                    route, body, record.client, self.page_owner(record.client))
-            else:
-                call = CALL_READERS[route](json_object(body), self.known())
+    async def read_body(self, http: web.Request, holding: Holding, read: Callable, read_large: Callable):
+        """Every body of JSON is read by this: `read` gets a small one here, `read_large` has the bytes of a
+        large one read in a sandbox."""
+        body, route = await read_bytes(http, holding), self.access.route_of(http)
+        REQUEST_LOG.get().as_openai = names_model(body)
+        if len(body) <= LIMITS.inline_bytes:
+            return read(route, json_object(body))
+        self.tokenizer()
+        return await read_large(route, body, REQUEST_LOG.get().client)
+
+    async def read_call(self, http: web.Request, holding: Holding) -> Call:
+        """Read a request body with one of CALL_READERS. `holding` then holds what stays of a large one."""
+        record, admission = REQUEST_LOG.get(), self.pool.admission
+        with Holding(self.budget, record.client) as reading:
+            call = await self.read_body(
+                http, reading, lambda route, body: CALL_READERS[route](body, self.known()),
+                partial(admission.read_large, owner=self.page_owner(record.client)))
+        if call.request.prompt_ids is not None:
+            holding.keep(call.size)
         if call.ignored_tools:
             record.headers["X-Ignored-Tools"] = names = ", ".join(call.ignored_tools)[:1000]
             log.info("%s: the model has no tools of type %s", record.id, names)
         return replace(call, request=self.owned(call.request))
+
+    async def read_text(self, http: web.Request, holding: Holding) -> bytes:
+        """What one of TEXT_ROUTES makes of the body."""
+        self.tokenizer()
+        client, admission = REQUEST_LOG.get().client, self.pool.admission
+        text = await self.read_body(
+            http, holding, lambda route, body: TEXT_ROUTES[route](body, admission.prompts, client),
+            admission.answer_text)
+        return text if isinstance(text, bytes) else await text
 
     def known(self) -> Known:
         return Known(with_model(self.settings, self.pool), self.pool.model_name,
                      self.pool.tokenizer and self.pool.tokenizer.tool_format, self.pool.ready)
 
     async def handle_answer(self, http: web.Request) -> web.StreamResponse:
-        call = await self.read_call(http)
-        request, model = call.request, self.pool.model_name
-        encoder = ENCODERS[call.api](call, model, None if call.api == "native" else self.tokenizer())
-        if "done_reason" in call.repeated:  # without a question, Ollama only loads the model
-            return web.Response(body=encoder.line(encoder.members(), done=True, **call.repeated),
-                                content_type="application/json")
-        if call.stream:
-            return await self.stream(http, request, encoder)
-        async with self.answering(request) as (_, events):
-            with Holding(self.budget, request.client) as holding:
+        with Holding(self.budget, REQUEST_LOG.get().client) as holding:
+            call = await self.read_call(http, holding)
+            # the whole request, with its messages and tools, ends when it is admitted
+            answering, call = self.answering(call.request), call.lasting()
+            encoder = ENCODERS[call.api](call, self.pool.model_name,
+                                         None if call.api == "native" else self.tokenizer())
+            if "done_reason" in call.details:  # without a question, Ollama only loads the model
+                return web.Response(body=encoder.line(encoder.members(), done=True, **call.details),
+                                    content_type="application/json")
+            if call.stream:
+                return await self.stream(http, answering, encoder, holding)
+            async with answering as (_, events):
                 async for event in events:
                     if not isinstance(event, PromptProgress):
                         holding.grow(encoder.collect(event))
@@ -13144,25 +13286,23 @@ class Front:
                 return await send_whole(http, b"".join(encoder.completion()))
 
     async def handle_text(self, http: web.Request) -> web.Response:
-        self.tokenizer()
-        client, route = REQUEST_LOG.get().client, self.access.route_of(http)
-        with Holding(self.budget, client) as holding:
-            body = await read_bytes(http, holding)
-            if len(body) > LIMITS.inline_bytes:
-                answer = await self.pool.admission.answer_text(route, body, client)
-            else:
-                answer = await TEXT_ROUTES[route](json_object(body), self.pool.admission.prompts, client)
-            return await send_whole(http, answer)
+        with Holding(self.budget, REQUEST_LOG.get().client) as holding:
+            return await send_whole(http, await self.read_text(http, holding))
 
     def tokenizer(self) -> Tokenizer:
         if (tokenizer := self.pool.tokenizer) is None:
             raise Overloaded("the model is still loading", retry_after_s=2)
         return tokenizer
 
-    async def stream(self, http: web.Request, request: Request, encoder: Encoder) -> web.StreamResponse:
-        """Send an answer as it comes; record a resumable one, with this client as its first follower."""
+    async def stream(self, http: web.Request, answering: AbstractAsyncContextManager, encoder: Encoder,
+                     holding: Holding) -> web.StreamResponse:
+        """Send an answer as it comes; record a resumable one, with this client as its first follower.
+
+        `holding` holds its request, which a recording keeps when its client leaves."""
+        request = encoder.request
         async with contextlib.AsyncExitStack() as work:
-            frames = self.frames(*await work.enter_async_context(self.answering(request)), encoder)
+            work.enter_context(holding.handed_over())
+            frames = self.frames(*await work.enter_async_context(answering), encoder)
             await work.enter_async_context(aclosing(frames))
             if request.resumable:
                 owner = self.owner(request.id, request.client)
@@ -13239,9 +13379,9 @@ class Front:
 
     async def handle_ollama_show(self, http: web.Request) -> web.Response:
         with Holding(self.budget, REQUEST_LOG.get().client) as holding:
-            values = parse_fields(json_object(await read_bytes(http, holding)), OLLAMA_SHOW_FIELDS)
+            name = (await self.read_text(http, holding)).decode("utf-8")
         model, tokenizer = ollama_model(self.pool, self.settings), self.tokenizer()
-        self.known().check_model(values.get("model", ""))
+        self.known().check_model(name)
         able = ["completion", *["tools"] * (tokenizer.tool_format is not None)]
         return json_response({name: model[name] for name in ("modified_at", "details")} | {
             "template": tokenizer.spec.chat_template or "", "parameters": "", "modelfile": "", "license": "",

@@ -46,6 +46,7 @@ import chat_server      # noqa: E402
 
 CHAT, OPENAI, COMPLETIONS = "/chat/completions", "/v1/chat/completions", "/v1/completions"
 TOKENIZE, DETOKENIZE, APPLY_TEMPLATE = "/tokenize", "/detokenize", "/apply-template"
+RESPONSES, SHOW = "/v1/responses", "/api/show"
 MIB = 1 << 20
 SETTLE_S = 30.0             # after an attack; a server that does not serve by then counts as broken
 TEMPLATE = """{%- if tools %}{% for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}{% endif -%}
@@ -407,6 +408,8 @@ async def large_schemas(attacker):
 
 
 HI_AND = json.dumps(HI)[:-1] + ', "x": '
+RESPOND = '{"input": "Hi", "max_output_tokens": 8, "stream": true, '
+LONG_STREAM = json.dumps(HI | {"stream": True, "max_tokens": 200, "ignore_eos": True})[:-1]
 LARGE_BODIES = (    # route, name; a body in which * is repeated as often as fits, the separator, and the end
     (TOKENIZE, "7 M token ids", '{"content":[*]}', "1", ",", ""),
     (TOKENIZE, "7 M token ids with pieces", '{"with_pieces":true,"content":[*]}', "1", ",", ""),
@@ -435,14 +438,45 @@ LARGE_BODIES = (    # route, name; a body in which * is repeated as often as fit
     (OPENAI, "an integer", HI_AND + "*}", "9", "", ""),
     (OPENAI, "a fraction", HI_AND + "0.*}", "9", "", ""),
     (OPENAI, "no JSON", "*", "{", "", ""),
+    (OPENAI, "quotation marks", HI_AND + '"*"}', '\\"', "", ""),
+    (OPENAI, "the word model", HI_AND + "[*]}", '"model"', ",", ""),
+    (RESPONSES, "metadata of line ends", RESPOND + '"metadata": {"a": "*"}}', "\u2028", "", ""),
+    (RESPONSES, "a user of line ends", RESPOND + '"user": "*"}', "\u2028", "", ""),
+    (RESPONSES, "instructions of spaces", RESPOND + '"instructions": "*"}', " ", "", ""),
+    (RESPONSES, "text with unknown members", RESPOND + '"text": {"x": [*]}}', "[]", ",", ""),
+    (RESPONSES, "reasoning with unknown members", RESPOND + '"reasoning": {"x": [*]}}', "[]", ",", ""),
+    (RESPONSES, "tools with unknown members",
+     RESPOND + '"tools": [{"type": "function", "name": "a", "x": [*]}]}', "[]", ",", ""),
+    (RESPONSES, "tools of 1 M other types", RESPOND + '"tools": [*]}', '{"type":"a"}', ",", ""),
+    (SHOW, "7 M numbers", '{"model": "default", "x": [*]}', "1", ",", ""),
+    (SHOW, "a name", '{"model": "*"}', "a", "", ""),
 )
+STAYING = {  # what a request could hold until its answer ends, of which * is repeated
+    "unknown members of tools": LONG_STREAM + ', "tools": [{"function": {"name": "a", "x": [*]}}]}',
+    "parameters of tools": LONG_STREAM + ', "tools": [{"function": {"name": "a", "parameters": {"x": [*]}}}]}',
+    "options of the template": LONG_STREAM + ', "chat_template_kwargs": {"x": [*]}}',
+    "metadata": LONG_STREAM + ', "metadata": {"x": [*]}}'}
+
+
+def body_of(size, body, each, between, after):
+    count = int(size / len((each + between + after).encode()))
+    begin, end = body.split("*")
+    return "".join((begin, (each + between) * (count - 1), each, after * count, end)).encode()
 
 
 async def large_body(path, body, each, between, after, attacker):
-    count = int(15 * MIB * attacker.scale / len(each + between + after))
-    begin, end = body.split("*")
-    parts = begin, (each + between) * (count - 1), each, after * count, end
-    await attacker.post(path, "".join(parts).encode())
+    await attacker.post(path, body_of(15 * MIB * attacker.scale, body, each, between, after))
+
+
+async def staying(body, attacker):
+    """Eight streams of 15 MB each, and then 200 of 60 KB at once."""
+    large = body_of(15 * MIB * attacker.scale, body, "[]", ",", "")
+    await attacker.posts(8, OPENAI, large)
+    await attacker.posts(attacker.many(200), OPENAI, body_of(60_000, body, "[]", ",", ""), leave_after_s=10)
+
+
+async def shows(attacker):
+    await attacker.posts(4, SHOW, body_of(15 * MIB * attacker.scale, '{"x": [*]}', "1", ",", ""))
 
 
 async def many_keys(attacker):
@@ -639,6 +673,8 @@ ATTACKS = {
     **{f"15 MB to {path}: {what}": functools.partial(large_body, path, *how)
        for path, what, *how in LARGE_BODIES},
     f"15 MB to {OPENAI}: an object of 1 M keys": many_keys,
+    f"4 x 15 MB to {SHOW}": shows,
+    **{f"streams that hold {name}": functools.partial(staying, body) for name, body in STAYING.items()},
     "500,000 characters to /tokenize, with pieces": pieces,
     "245,000 spellings in logit_bias, n: 128": biases,
     "3,000 idle connections": idle,

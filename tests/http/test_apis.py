@@ -10,6 +10,7 @@ import random
 import re
 from functools import partial
 
+import aiohttp
 import psutil
 import pytest
 from hypothesis import HealthCheck, example, given, settings as hypothesis_settings, strategies as st
@@ -119,6 +120,35 @@ async def test_an_answer_is_cancelled_by_the_id_in_its_header(client, path):
                 assert cancelled.status == 200
             assert "cancelled" in await response.text()
         await pool.until_open(0)
+
+
+@pytest.mark.parametrize("route", [each for each in chat_server.ROUTES if each.method not in ("GET", "HEAD")],
+                         ids=lambda route: f"{route.method} {route.path}")
+async def test_no_route_reads_a_large_body_on_the_event_loop(client, route, monkeypatch):
+    """A route that reads JSON at all reads it with the one reader, which sends large bodies to a sandbox."""
+    pool, sent, read, reads = FakePool(), [], [], route.path in chat_server.CALL_READERS | chat_server.TEXT_ROUTES
+
+    async def in_sandbox(path, body, *more, **named):
+        sent.append((path, len(body)))
+        raise RequestError("read elsewhere", status=418)
+
+    pool.read_large = pool.answer_text = in_sandbox
+    decode, payload = json.loads, json.dumps({"model": "default", "x": [1] * 40_000}).encode()
+    monkeypatch.setattr(json, "loads", lambda text, **how: read.append(len(text)) or decode(text, **how))
+    async with serving(pool) as url:
+        for slash in "", "/":
+            async with client.request(route.method, url + route.path.replace("{id}", "x") + slash, data=payload) as response:
+                assert response.status == (418 if reads else 404), await response.text()
+    assert sent == [(route.path, len(payload))] * 2 * reads and max(read, default=0) < 1000
+    assert bool(route.fields) == reads
+
+
+@pytest.mark.parametrize("body, names", [
+    (b'{"model": "a"}', True), (b'{"messages": [], "model"\n  : null}', True), (b'{"x": "\\"model\\": 1"}', False),
+    (b'{"x": "model"}', False), (b'{"x": ["model", "model"], "model": 1}', True), (b'{"x": [' + b'"model",' * 1000, False),
+    (b'"model":', True), (b"{}", False), (b'"model"', False)])
+def test_a_body_names_a_model_or_not(body, names):
+    assert chat_server.names_model(body) is chat_server.names_model(bytearray(body)) is names
 
 
 def test_every_route_that_answers_is_tested():
@@ -632,6 +662,66 @@ async def test_a_silent_stream_of_messages_has_pings_of_its_own(client, monkeypa
             while b"event: ping" not in await response.content.readline():
                 pass
             assert await response.content.readline() == b'data: {"type": "ping"}\n'
+
+
+TOLD = {    # what a legal client sends, and a response repeats
+    "metadata": {"k" * 64: "v" * 512, **{f"key {number}": "line\u2028end \x85 \u00e9" for number in range(15)}}, "user": "\U0001f600" * 512,
+    "instructions": "Be brief.\u2029", "parallel_tool_calls": False, "truncation": "auto", "max_output_tokens": 9,
+    "tools": [{"type": "function", "name": "f", "strict": True, "description": "d", "parameters": {"type": "object", "properties": {}}},
+              {"type": "web_search", "user_location": {"type": "approximate", "city": "Paris"}}],
+    "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]},
+    "text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "object"}}, "verbosity": "low"},
+    "reasoning": {"effort": "low", "summary": "auto"}}
+
+
+@pytest.mark.parametrize("inline", [True, False])
+async def test_a_response_repeats_what_it_was_asked(client, inline, monkeypatch):
+    pool = FakePool(["{}"])
+    pool.tokenizer = Letters()
+    pool.tokenizer.tool_format = "tagged"
+    body = BODIES[RESPONSES] | TOLD
+    async with serving(pool) as url:
+        if not inline:
+            monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(chat_server.LIMITS, inline_bytes=0))
+        for given, wanted in ((body, TOLD), (BODIES[RESPONSES], chat_server.REPEATED)):
+            async with client.post(url + RESPONSES, json=given) as response:
+                whole = await response.json()
+            async with client.post(url + RESPONSES, json=given | {"stream": True}) as response:
+                events = events_of(await response.text())
+            found = [whole, *[event["response"] for event in events if "response" in event]]
+            assert len(found) == 4 and all({name: each[name] for name in wanted} == wanted for each in found)
+            assert found[3]["status"] == "completed" and [event["sequence_number"] for event in events] == [*range(len(events))]
+
+
+@pytest.mark.parametrize("name, value", [
+    ("metadata", dict.fromkeys(map(str, range(17)), "")), ("metadata", {"k" * 65: ""}), ("metadata", {"k": "v" * 513}),
+    ("metadata", {"k": 1}), ("metadata", {"k": ["v"]}), ("user", "u" * 513), ("user", ["u"]), ("user", {"u": "u"}),
+    ("tools", [{"type": "function", "name": "f", "other": [[]] * 500}]), ("tools", [{"type": "mcp", "other": "\u2028" * 200}]),
+    ("text", {"other": [{}] * 500}), ("reasoning", {"other": "\x85" * 200}), ("instructions", "i" * 1200),
+    ("tool_choice", {"type": "function", "name": "f", "other": "x" * 1200}),
+    ("tool_choice", {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "mcp"}] * 100})])
+async def test_what_a_response_repeats_is_bounded(client, name, value, monkeypatch):
+    monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(chat_server.LIMITS, repeated_bytes=1000))
+    pool = FakePool()
+    pool.tokenizer = Letters()
+    pool.tokenizer.tool_format = "tagged"
+    body = BODIES[RESPONSES] | {"tools": [{"type": "function", "name": "f"}]} | {name: value}
+    async with serving(pool) as url, client.post(url + RESPONSES, json=body) as response:
+        error = (await response.json())["error"]
+        assert response.status == 400 and error["param"] == name and name in error["message"] and not pool.requests
+
+
+async def test_a_stream_may_begin_with_more_than_a_reader_may_leave_unread(client, monkeypatch):
+    """A reader whom the first event alone would make too slow: what it sent itself does not count."""
+    monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(chat_server.LIMITS, outbox_bytes=1000))
+    monkeypatch.setattr(asyncio.selector_events._SelectorSocketTransport, "get_write_buffer_size", lambda self: 100_000)
+    body = BODIES[RESPONSES] | {"stream": True}
+    async with serving(FakePool()) as url:
+        async with client.post(url + RESPONSES, json=body | {"instructions": "i" * 60_000}) as response:
+            assert events_of(await response.text())[-1]["type"] == "response.completed"
+        with pytest.raises(aiohttp.ClientError):
+            async with client.post(url + RESPONSES, json=body) as response:
+                await response.read()
 
 
 async def test_a_response_is_not_kept_and_a_body_with_a_model_is_openai_s(client):

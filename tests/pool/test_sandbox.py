@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import weakref
 
@@ -212,6 +213,107 @@ async def test_a_text_route_with_a_body_of_millions_of_items_is_refused(open_poo
                             ("/v1/completions", {"prompt": ["a"] * 3_000_000})):
             async with client.post(url + route, json=body) as response:
                 assert response.status == 400 and "at most" in await response.text()
+
+
+def junk(**more):
+    """A body whose tools, template options and unknown members are lists."""
+    many = [[12345.5, "secret"]] * 9
+    return conversation("secret question") | {
+        "tools": [{"type": "function", "other": many, "function": {"name": "f", "other": many, "parameters": {"x": many}}}],
+        "chat_template_kwargs": {"x": many}, "metadata": {"x": many}, "stream": True} | more
+
+
+@pytest.mark.parametrize("route, inline", [
+    ("/v1/responses", 1 << 20), ("/v1/chat/completions", 0),
+    *[pytest.param(route, inline, marks=pytest.mark.slow) for route, inline in (
+        ("/v1/responses", 0), ("/v1/chat/completions", 1 << 20), ("/v1/messages", 0), ("/api/chat", 1 << 20))]])
+async def test_what_made_the_prompt_does_not_stay_until_the_answer_ends(open_pool, route, inline, monkeypatch):
+    monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(chat_server.LIMITS, inline_bytes=inline))
+    pool = await open_pool()
+    pool.tokenizer.tool_format = "tagged"
+    worker = pool.workers[0]
+    worker.send = lambda message: None        # no answer comes
+    tools = junk()["tools"]
+    body = junk(max_tokens=4321)
+    if route == "/v1/responses":
+        body = {"input": "secret question", "stream": True, "max_output_tokens": 4321, "reasoning": {"x": tools},
+                "tools": [{"type": "function", "name": "f", "parameters": {"x": tools}, "other": tools}]}
+    elif route == "/v1/messages":
+        body = body | {"tools": [{"name": "f", "input_schema": {"x": tools}, "other": tools}], "metadata": {"x": tools}}
+    elif route == "/api/chat":
+        body = body | {"options": {"num_predict": 4321, "x": tools}}
+    body = json.dumps(body).encode()
+    del tools
+    async with serving(pool) as url, aiohttp.ClientSession() as client, client.post(url + route, data=body) as response:
+        assert response.status == 200, await response.text()
+        gc.collect()
+        requests = [each for each in gc.get_objects() if isinstance(each, Request) and each.max_tokens == 4321]
+        assert requests and not any(each.tools or each.messages or each.template_options for each in requests)
+        assert not [each for each in gc.get_objects() if type(each) is list and each and type(each[0]) is float and each[0] == 12345.5]
+
+
+async def test_what_stays_of_large_bodies_is_in_the_budget_until_their_answers_end(open_pool, monkeypatch):
+    budget, followed = chat_server.Budget(4 * 650_000), asyncio.Event()
+    monkeypatch.setattr(chat_server, "Budget", lambda total: budget)
+    pool = await open_pool(context_length=50_000)
+    worker, unanswered = pool.workers[0], []
+    answer, worker.send = worker.send, lambda message: unanswered.append(message)
+    follow = chat_server.Front.follow
+
+    async def following(*given):
+        try:
+            return await follow(*given)
+        finally:
+            followed.set()
+
+    monkeypatch.setattr(chat_server.Front, "follow", following)
+    body = {"input": "Hi", "instructions": "a " * 34_000, "stream": True}        # twice this finds no room
+    async with serving(pool) as url, aiohttp.ClientSession() as client:
+        url += "/v1/responses"
+        for more, leaves in (({}, False), ({}, True), ({"resumable": True}, True)):
+            async with client.post(url, json=body | more) as response:
+                assert response.status == 200 and 4 * 68_000 + 8 * 30_000 < budget.used < 580_000
+                async with client.post(url, json=body) as refused:
+                    assert refused.status == 503 and int(refused.headers["Retry-After"]) > 0
+                    assert "large bodies" in (await refused.json())["error"]["message"]
+                if leaves:
+                    response.close()
+                if more:                    # its answer goes on, and so does what it holds
+                    await followed.wait()
+                    assert budget.used > 500_000
+                if more or not leaves:
+                    for message in unanswered:
+                        answer(message)
+                if not leaves:
+                    assert b"response.completed" in await response.read()
+            unanswered.clear()
+            while budget.used:
+                await asyncio.sleep(0.01)
+    assert not budget.of_client
+
+
+@pytest.mark.parametrize("call", [
+    chat_server.Call(Request(prompts=("a", (1, 2), ()), prompt_ids=((3,), (1, 2), ())), echo=True),
+    chat_server.Call(Request(messages=(), prompt_ids=(tuple(range(300)) * 300,)), repeated=b"\xff{}", ignored_tools=("x",)),
+    chat_server.Call(Request(prompts=("",), prompt_ids=((2**16,) * 70_000,)), api="completion", details={"a": [1]})])
+async def test_a_call_comes_from_its_sandbox_as_it_was_and_ids_are_shared(call):
+    result = chat_server.Result(chat_server.packed_call(call, call.request.prompt_ids))
+    values = chat_server.unpacked(chat_server.Result, chat_server.SANDBOX_PIPE.packed(result)[chat_server.HEADER.size:]).value
+    came = chat_server.unpacked_call(values, 2**16 + 1)
+    assert came == call
+    ids = [each for prompt in came.request.prompt_ids for each in prompt]
+    assert len(set(map(id, ids))) == len(set(ids))
+    assert all(prompt is own for prompt, own in zip(came.request.prompts, came.request.prompt_ids) if not isinstance(prompt, str))
+
+
+async def test_a_large_message_is_decoded_in_a_thread_and_a_small_one_is_not(monkeypatch):
+    decoded, unpacked = [], chat_server.unpacked
+    monkeypatch.setattr(chat_server, "unpacked", lambda *given: decoded.append(threading.current_thread()) or unpacked(*given))
+    for size, here in ((10, True), (300_000, False)):
+        reader = asyncio.StreamReader()
+        reader.feed_data(chat_server.SANDBOX_PIPE.packed(chat_server.Result("x" * size)))
+        assert (await chat_server.next_message(reader, chat_server.SANDBOX_PIPE)).value == "x" * size
+        assert (decoded.pop() is threading.current_thread()) is here
 
 
 async def test_a_refused_body_is_freed_without_the_garbage_collector(open_pool):
