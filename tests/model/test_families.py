@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import chat_server as cs
 from chat_server import Transformer
 from engines import make_batch, tensors_of
-from families import (CHAT, LONG, MODELS, answers, as_gguf, check, clear_cases, greedy, kernels_of, load, make_model, save, save_packed, transformer,
+from families import (CHAT, LONG, MODELS, TOLERANCE, answers, as_gguf, check, clear_cases, greedy, kernels_of, load, make_model, save, save_packed, transformer,
                       write_tokenizer)
 from hub_configs import HUB_CONFIGS
 from real_server import ask, events, get, post, server
@@ -81,7 +81,8 @@ def packed_experts(folder):
 def test_a_folder_of_mxfp4_blocks_computes_what_transformers_makes_of_them(tmp_path):
     folder, cases = packed_experts(tmp_path)
     model = load(folder)
-    check(answers(transformer(model, kernels_of("reference", model.spec)), cases), cases)
+    # these logits have a standard deviation of 4: with AVX-512 one of 49,152 is 1.2e-4 away
+    check(answers(transformer(model, kernels_of("reference", model.spec)), cases), cases, tolerance=4 * TOLERANCE)
 
 
 @pytest.mark.skipif(cs.decode_core() is None, reason="weights stay as stored only where decode_core runs")

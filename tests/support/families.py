@@ -117,9 +117,9 @@ def answers(model, cases, chunk=100, count=64):
     return [(text[-count:], torch.stack(rows)) for text, rows in zip(texts, found)]
 
 
-def check(found, cases, count=64):
+def check(found, cases, count=64, tolerance=TOLERANCE):
     for (tokens, logits), case in zip(found, cases):
-        assert (logits - case.logits[:count]).abs().max() < TOLERANCE
+        assert (logits - case.logits[:count]).abs().max() < tolerance
         assert tokens == case.tokens[:count]
 
 
