@@ -36,12 +36,13 @@ def pytest_report_teststatus(report, config):
 
 # The modules that take longest, the longest first: two processes then end together.
 LONGEST = [f"tests/{name}.py" for name in (
-    "model/test_ranks", "page/test_page", "core/test_cuda_experts", "http/test_server", "model/test_weights", "model/test_families",
-    "model/test_hub", "core/test_cuda_steps", "pool/test_failover", "page/test_page_shell", "pool/test_ray", "core/test_check",
-    "engine/test_engine", "http/test_apis", "pool/test_workers", "core/test_core_sample", "page/test_page_chats", "engine/test_grammar",
-    "core/test_cuda_proof", "page/test_page_markdown", "test_terminal", "core/test_core_program", "pool/test_nodes", "core/test_core_cuda",
-    "core/test_cuda_packed", "pool/test_overflow", "pool/test_sandbox", "http/test_connections", "peers/test_peers", "model/test_bad_models",
-    "http/test_hostile")]
+    "worker/ranks/test_ranks", "page/test_page", "core/test_cuda_experts", "front/server/test_server", "worker/weights/test_weights",
+    "worker/weights/test_families", "common/test_hub", "core/test_cuda_steps", "front/pool/test_failover", "page/test_page_shell",
+    "front/pool/test_ray", "core/test_check", "worker/engine/test_engine", "front/api/test_apis", "front/pool/test_workers",
+    "core/test_core_sample", "page/test_page_chats", "worker/engine/test_grammar", "core/test_cuda_proof", "page/test_page_markdown",
+    "terminal/test_terminal", "core/test_core_program", "worker/ranks/test_nodes", "core/test_core_cuda", "core/test_cuda_packed",
+    "front/pool/test_overflow", "front/pool/test_sandbox", "front/server/test_connections", "peers/test_peers",
+    "worker/weights/test_bad_models", "front/server/test_hostile")]
 
 
 def pytest_configure(config):

@@ -18,7 +18,7 @@ backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="no
 from decode_core import cuda, cuda_steps, proof  # noqa: E402
 from integrity import check_sequences
 
-MARGIN = 2e-3           # as in tests/engine/test_engine.py
+MARGIN = 2e-3           # as in tests/worker/engine/test_engine.py
 FAULTY = (sys.executable, str(Path(__file__).parents[1] / "support" / "faulty_worker.py"))
 
 

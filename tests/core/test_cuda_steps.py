@@ -30,7 +30,7 @@ from decode_core import cuda_backend, cuda_prompts, cuda_steps, proof, seam  # n
 from decode_core.proof import prove_prompts  # noqa: E402
 from integrity import check_sequences
 
-MARGIN = 2e-3           # as in tests/engine/test_engine.py
+MARGIN = 2e-3           # as in tests/worker/engine/test_engine.py
 
 
 @pytest.fixture(params=["emulation", "gpu"])

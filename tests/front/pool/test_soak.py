@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "soak.py"
+SCRIPT = Path(__file__).resolve().parents[3] / "bench" / "soak.py"
 
 
 @pytest.mark.slow

@@ -737,7 +737,7 @@ def test_an_ipv6_address_is_listened_on_and_printed_in_brackets():
 def test_the_front_of_a_server_needs_neither_torch_nor_numpy():
     code = f"""
 import asyncio, sys
-sys.path[:0] = [{str(Path(chat_server.__file__).parent)!r}, {str(Path(__file__).parents[1] / "support")!r}]
+sys.path[:0] = [{str(Path(chat_server.__file__).parent)!r}, {str(Path(__file__).parents[2] / "support")!r}]
 import chat_server, fake_pool, aiohttp
 async def use():
     async with fake_pool.serving(fake_pool.FakePool()) as url, aiohttp.ClientSession() as client:

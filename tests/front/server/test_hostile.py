@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "hostile.py"
+SCRIPT = Path(__file__).resolve().parents[3] / "bench" / "hostile.py"
 # A few kinds of large bodies are enough here. The rest starts servers of its own, or does nothing when small.
 ATTACKS = [
     "14 patterns in a format", "18 patterns in a format", "26 patterns in tools", "64 patterns in a format",
