@@ -1,0 +1,158 @@
+"""Words on the command line, environment variables and --config become `Settings`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence as Seq
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chatlm import __version__
+from chatlm.common.config import FLAGS, OPTIONS, PROGRAM_COMMANDS, Settings, option_field, read_api_keys
+from chatlm.common.core import kernels_line
+from chatlm.common.errors import ConfigError, did_you_mean, require_library
+from chatlm.common.hub.find import SUPPORTED_MODELS
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Option
+
+
+USAGE = """python chat_server.py [serve|chat|generate|check] [MODEL] [flags]"""
+ABOUT = (
+    "serve (the default) offers the page and the APIs, chat talks in the terminal, "
+    "generate answers one prompt, check proves and measures the compiled kernels.\n\n"
+    f"MODEL may be: {SUPPORTED_MODELS}.\n\n"
+    "Each flag has an environment variable: --max-tokens is CHAT_SERVER_MAX_TOKENS. "
+    "--config FILE.toml may set them too.")
+
+
+class CommandLine(argparse.ArgumentParser):
+    """An argparse parser that raises ConfigError: one line, exit status 2."""
+
+    place = ""  # where the words come from, if not the command line
+
+    def error(self, message: str):
+        if message.startswith("unrecognized arguments: -"):
+            flag = message.split()[2].partition("=")[0]
+            commands = [option.commands.split() for option in OPTIONS
+                        if flag.removeprefix("--") in option.name.split()]
+            message += (f"; {flag} is a flag of {' and '.join(commands[0])}, and the command comes first"
+                        if commands else did_you_mean(flag, self._option_string_actions))
+        raise ConfigError(f"{self.place}{message} (--help lists the flags)")
+
+
+SWITCH_WORDS = {"1": True, "true": True, "yes": True, "on": True,
+                "0": False, "false": False, "no": False, "off": False}
+
+
+def read_config(path: str | None) -> dict[str, list[str]]:
+    """The flags of a --config TOML file, as words by field name. ConfigError for unknown names."""
+    if path is None:
+        return {}
+    tomllib = require_library("tomllib" if sys.version_info >= (3, 11) else "tomli", "--config")
+    fields = {name: option_field(option)
+              for option in OPTIONS for name in option.name.split()} | {"model": "model"}
+    words = {}
+    try:
+        for name, value in tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8")).items():
+            if isinstance(value, dict):
+                raise ValueError(f"[{name}] is a table, but flags stand outside tables: `port = 8000`, "
+                                 "or for one that may repeat `served-model-name = [\"a\", \"b\"]`")
+            if (flag := name.replace("_", "-")) not in fields:
+                raise ValueError(f"there is no flag --{name}{did_you_mean(flag, fields, '--')}")
+            words[fields[flag]] = [str(each) for each in (value if isinstance(value, list) else [value])]
+    except (OSError, RuntimeError, ValueError, RecursionError) as error:  # str() refuses 5,000-digit ints
+        raise ConfigError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from None
+    return words
+
+
+def unflagged_value(parser: CommandLine, option: Option, environment: Mapping[str, str],
+                    config: Mapping[str, list[str]]):
+    """The value of a flag that was not given: from its environment variable, --config, or its default."""
+    name = option_field(option)
+    place, words = f"--config: {name}", config.get(name)
+    if text := environment.get(f"CHAT_SERVER_{name.upper()}", "").strip():
+        place, words = f"CHAT_SERVER_{name.upper()}", re.split(r"\s*,\s*", text) if option.many else [text]
+    if words is None:
+        return option.default
+    if len(words) != 1 and not option.many:
+        raise ConfigError(f"{place} must be one value")
+    if option.parse is None:
+        if words[0].lower() not in SWITCH_WORDS:
+            raise ConfigError(f"{place}={words[0]!r} must be one of {', '.join(SWITCH_WORDS)}")
+        return SWITCH_WORDS[words[0].lower()]
+    if option.choices:
+        words = [word.lower() for word in words]
+    parser.place = f"{place}: "
+    return getattr(parser.parse_args([f"--{option.name.split()[0]}={word}" for word in words]), name)
+
+
+def add_option(group, option: Option):
+    flags = [f"-{option.short}"] if option.short else []
+    flags += [f"--{name}" for name in option.name.split()]
+    known = option.default in (None, (), False) or "default" in option.help
+    how: dict = {"action": argparse.BooleanOptionalAction}
+    if option.parse:
+        how = {"action": "append" if option.many else "store", "type": option.parse,
+               "choices": option.choices or None,
+               "metavar": None if option.choices else option_field(option).upper()}
+    group.add_argument(*flags, dest=option_field(option), default=None, **how,
+                        help=option.help + ("" if known else f" (default: {option.default})"))
+
+
+def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settings:
+    """Settings from words and environment. ConfigError if invalid; SystemExit for --help and --version."""
+    words, command = list(argv), "serve"
+    if words and words[0] in PROGRAM_COMMANDS:
+        command = words.pop(0).replace("server", "serve")
+    about = "\n\n".join(textwrap.fill(part, 96) for part in ABOUT.split("\n\n"))
+    parser = CommandLine(prog="chat_server.py", usage=USAGE, description=about, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+    if command != "check":
+        parser.add_argument("model", metavar="MODEL", nargs="?", default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="store_true", help="print the version and which kernels run")
+    options = {option_field(option): option for option in OPTIONS if command in option.commands.split()}
+    for flag in FLAGS:
+        if isinstance(flag, str):
+            group = parser.add_argument_group(flag)
+        elif flag in options.values():
+            add_option(group, flag)
+    values = vars(parser.parse_args(words))
+    if values.pop("version"):
+        print(f"chat_server {__version__}; {kernels_line()}")
+        raise SystemExit(0)
+    if command == "check":  # it has no flags
+        return Settings(command=command)
+    config = read_config(values["config"] or environment.get("CHAT_SERVER_CONFIG") or None)
+    values["model"] = (values["model"] or environment.get("CHAT_SERVER_MODEL")
+                       or (config.get("model") or [None])[0])
+    for name, option in options.items():
+        if values[name] is None:
+            values[name] = unflagged_value(parser, option, environment, config)
+    values |= {name: tuple(values[name] or ()) for name in options if options[name].many}
+    if command == "serve":  # from here on we keep only the hashes
+        values["keys"] = read_api_keys(values.pop("api_key"), values["api_key_file"])
+    return Settings(command=command, **values)
+
+
+def hide_api_keys() -> bool:
+    """Overwrite the keys of --api-key where other users see them (`ps`). False if that is not possible.
+
+    Linux reads a command line from the process's memory, from arg_start to arg_end (proc_pid_stat(5)).
+    We write through /proc/self/mem, which rejects wrong addresses; Python has its own copy by then."""
+    try:
+        start, end = map(int, Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()[45:47])
+        with open("/proc/self/mem", "r+b", buffering=0) as memory:
+            memory.seek(start)
+            words = memory.read(end - start)
+            if words != b"".join(os.fsencode(word) + b"\0" for word in sys.orig_argv):
+                return False
+            memory.seek(start)
+            memory.write(re.sub(rb"(?<=\0--api-key[\0=])[^\0]+", lambda key: b"*" * len(key[0]), words))
+        return True
+    except (OSError, ValueError):
+        return False

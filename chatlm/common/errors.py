@@ -1,0 +1,136 @@
+"""The errors that users see, the wording they share, and libraries that may be missing."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import importlib
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from chatlm.common.memory import available_memory
+
+
+class ChatServerError(Exception):
+    """Base of the four errors below; `status` is the HTTP status of the response."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = None
+    param: str | None = None
+
+
+class RequestError(ChatServerError):
+    """The client's fault: a 4xx status, a machine-readable code, and the name of the wrong parameter."""
+
+    type = "invalid_request_error"
+
+    def __init__(self, message: str, *, status: int = 400, code: str | None = None, param: str | None = None):
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param
+
+
+def printable(text: str) -> str:
+    """Text from a file or a library, on one line that a terminal can show."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text)[:4000]
+
+
+class ConfigError(ChatServerError):
+    """The operator's fault: one clear line on stderr, exit status 2, no traceback."""
+
+    type = "config_error"
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+class Overloaded(ChatServerError):
+    """No capacity now: 503 (or 429) with Retry-After."""
+
+    status = 503
+    type = "overloaded_error"
+    code = "overloaded"
+
+    def __init__(self, message: str, *, retry_after_s: int = 1, status: int = 503):
+        super().__init__(message)
+        self.retry_after_s, self.status = retry_after_s, status
+
+
+class EngineFailure(ChatServerError):
+    """Our fault: a worker died or broke, and the answer could not continue."""
+
+    code = "engine_failure"
+
+
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """The words "; did you mean X?", or nothing if no known word is close."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def named(error: BaseException) -> str:
+    """An exception in words, with its type where the text alone says too little, as for a KeyError."""
+    kind = "" if type(error) in (Exception, ValueError, RuntimeError) else f"{type(error).__name__}: "
+    return f"{kind}{error}".strip(": ")
+
+
+def shown(value) -> str:
+    """A value from a client or a file, for an error text: short and on one line."""
+    if isinstance(value, (dict, list)):
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
+PACKAGES = ("aiohttp", "numpy", "torch", "gguf", "jinja2", "tokenizers")  # the default model needs these
+
+
+def require_library(name: str, purpose: str):
+    """Import `name`, or raise a ConfigError whose pip line lists everything that is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        missing = [name.split(".")[0]]
+        if missing[0] in (*PACKAGES, "tiktoken") and not purpose.startswith("--"):
+            missing += [each for each in PACKAGES
+                        if each not in missing and importlib.util.find_spec(each) is None]
+        raise lack_of_memory(error) or ConfigError(
+            f"{purpose} needs the Python package{'s' * (len(missing) > 1)} {', '.join(missing)} ({error}); "
+            f"install with: {sys.executable} -m pip install {' '.join(missing)}") from None
+
+
+def cannot_read(path: Path | str, error: Exception) -> ConfigError:
+    reason = getattr(error, "strerror", None) or error
+    return lack_of_memory(error) or ConfigError(f"cannot read {path}: {reason}")
+
+
+def lack_of_memory(error: Exception) -> ConfigError | None:
+    """What to tell the operator where an exception means "out of memory"; None for any other.
+
+    Python (a SystemError if it cannot even say that), the system, torch, C++ and the dynamic loader each word
+    it differently."""
+    words = r"(allocate|out of|enough) memory|bad_alloc|map segment|start new thread|temporarily unavailable"
+    if isinstance(error, ChatServerError) or not (
+            isinstance(error, (MemoryError, SystemError)) or getattr(error, "errno", None) == errno.ENOMEM
+            or re.search(words, str(error), re.IGNORECASE)):
+        return None
+    reason, free = named(error).splitlines()[0], available_memory() >> 20
+    return ConfigError(f"not enough memory ({reason}): {free:,} MiB are free within this process's limits "
+                       "(ulimit -v, cgroup). Raise them, or give a smaller model, --context-length, "
+                       "--kv-cache-memory or, on a GPU, --gpu-memory-utilization")
+
+
+class RanksFailed(Exception):
+    """The ranks of this replica can no longer work together."""
+
+
+def invalid(name: str, message: str) -> RequestError:
+    return RequestError(message, code="invalid_value", param=name)
+
+
+def bad_value(name: str, value, allowed: str) -> RequestError:
+    return invalid(name, f"{name} must be {allowed}, not {shown(value)}")

@@ -1,0 +1,106 @@
+"""MODEL becomes a `ModelSource`.
+
+    resolve_model (front, paths only, no torch) > ModelSource > open_model (worker) > LoadedModel"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chatlm.common.config import DEFAULT_MODEL_NAME, PROGRAM_COMMANDS
+from chatlm.common.errors import ConfigError, cannot_read, did_you_mean
+from chatlm.common.hub.default_model import fetch_default_model
+from chatlm.common.hub.huggingface import SHORT_NAMES, SPLIT_GGUF, fetch_from_hub, hub_model
+from chatlm.common.hub.local import (
+    choose_checkpoint, explicit_choice, find_checkpoints, home_folder, no_progress)
+from chatlm.common.messages.requests import ModelSource
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+    from chatlm.common.hub.local import Progress
+
+
+SUPPORTED_MODELS = ("nothing (a nanochat checkpoint under $NANOCHAT_BASE_DIR or ~/.cache/nanochat, else the "
+                    f"default model {DEFAULT_MODEL_NAME}), a nanochat base folder, <tag> folder or "
+                    "model_*.pt, a Hugging Face folder, a .gguf file, a Hugging Face id (org/name or "
+                    "org/name:file.gguf), or a short name such as llama3.2-1b or qwen3:0.6b")
+
+
+def resolve_model(settings: Settings, progress: Progress = no_progress) -> ModelSource:
+    """Find the model that MODEL, -i, -g and -s ask for, or download the default model. Needs no torch.
+
+    Raises ConfigError if it is missing (the message lists what is there) or unreadable."""
+    try:
+        return (find_default if settings.model is None else find_model)(settings, progress)
+    except (OSError, RuntimeError, ValueError) as error:  # no permission; ~nobody or a symlink loop; a NUL
+        raise cannot_read(getattr(error, "filename", None) or settings.model, error) from None
+
+
+def find_default(settings: Settings, progress: Progress) -> ModelSource:
+    named_base = os.environ.get("NANOCHAT_BASE_DIR")
+    base = Path(named_base or home_folder() / ".cache" / "nanochat")
+    if named_base and not base.is_dir():
+        raise ConfigError(f"NANOCHAT_BASE_DIR is {base}, which is not a folder")
+    if find_checkpoints(base) or explicit_choice(settings):
+        return choose_checkpoint(base, settings)
+    path = fetch_default_model(progress)
+    reason = f"the default model {path.name}: no nanochat checkpoint in {base}"
+    return ModelSource("gguf", path, DEFAULT_MODEL_NAME, reason)
+
+
+def find_model(settings: Settings, progress: Progress = no_progress) -> ModelSource:
+    given = Path(settings.model).expanduser().absolute()
+    path = given.resolve()
+    if not path.exists() and (wanted := hub_model(settings.model)):
+        refuse_choice(settings, f"{settings.model} is a Hugging Face id")
+        return find_on_hub(*wanted, settings, progress)
+    if step := re.fullmatch(r"model_(\d+)\.pt", path.name):
+        if settings.step not in (None, int(step[1])):
+            raise ConfigError(f"-s {settings.step}: MODEL is the checkpoint of step {int(step[1])}")
+        return choose_checkpoint(path.parent, replace(settings, step=int(step[1])))
+    if path.is_dir():
+        if find_checkpoints(path):
+            return choose_checkpoint(path, settings)
+        if (path / "config.json").exists() and any(path.glob("*.safetensors*")):
+            refuse_choice(settings, f"{path} is a Hugging Face folder")
+            return ModelSource("hf", path, path.name, f"Hugging Face folder {path}")
+        files = sorted(path.glob("*.gguf"))
+        hint = (f". It has GGUF files; give one of them: {', '.join(map(str, files))}" if files else
+                ". It has a config.json, but no *.safetensors" if (path / "config.json").exists() else "")
+        raise ConfigError(f"no nanochat checkpoints in {path}{hint}. MODEL may be: {SUPPORTED_MODELS}")
+    if path.suffix.lower() == ".gguf" or path.is_file():
+        refuse_choice(settings, f"{path} is a GGUF file")
+        return resolve_gguf(given)
+    near = did_you_mean(settings.model, PROGRAM_COMMANDS, "the command ") \
+        or did_you_mean(settings.model, SHORT_NAMES)
+    raise ConfigError(f"no model at {settings.model!r}{near or '.'} MODEL may be: {SUPPORTED_MODELS}")
+
+
+def refuse_choice(settings: Settings, what_it_is: str):
+    if choice := explicit_choice(settings):
+        raise ConfigError(f"{choice}: only for nanochat checkpoints, and {what_it_is}")
+
+
+def resolve_gguf(path: Path) -> ModelSource:
+    path = path.with_name(re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"-00001\1", path.name))  # the first part
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is a pipe or a device, not a file, so it cannot be mapped into memory")
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ConfigError(f"{path} is not a GGUF file (it begins with {magic!r}); "
+                          "--help says what MODEL may be")
+    others = sorted(other.name for other in path.parent.glob("*.gguf") if other.name != path.name)
+    beside = f"beside it: {', '.join(others)}" if others else ""
+    name = re.sub(SPLIT_GGUF, "", path.name).removesuffix(path.suffix)
+    return ModelSource("gguf", path, name, f"GGUF file {path}", beside)
+
+
+def find_on_hub(repository: str, file: str, settings: Settings, progress: Progress) -> ModelSource:
+    path = fetch_from_hub(repository, file, progress)
+    source = find_model(replace(settings, model=str(path)))
+    return replace(source, name=f"{repository}:{file}" if file else repository, alternatives="",
+                   chosen=f"{repository} of the Hugging Face hub: {source.chosen}")

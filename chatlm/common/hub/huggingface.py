@@ -1,0 +1,228 @@
+"""Models from the Hugging Face hub."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import importlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Sequence as Seq
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chatlm.common.errors import ConfigError, named, require_library
+from chatlm.common.hub.local import FULL, download_lock, has_room, sha256_of
+from chatlm.common.log import log
+
+if TYPE_CHECKING:
+    from chatlm.common.hub.local import Progress
+
+
+SHORT_NAMES = {  # of each row, the first size needs no name
+    name: repository.format(size) for short, repository, sizes in (
+        ("llama3.1", "meta-llama/Llama-3.1-{}-Instruct", "8B 70B"),
+        ("llama3.2", "meta-llama/Llama-3.2-{}-Instruct", "3B 1B"),
+        ("llama3.3", "meta-llama/Llama-3.3-{}-Instruct", "70B"),
+        ("qwen2.5", "Qwen/Qwen2.5-{}-Instruct", "7B 0.5B 1.5B 3B 14B 32B 72B"),
+        ("qwen3", "Qwen/Qwen3-{}", "8B 0.6B 1.7B 4B 14B 32B 30B-A3B 235B-A22B"),
+        ("gemma2", "google/gemma-2-{}-it", "9b 2b 27b"),
+        ("gemma3", "google/gemma-3-{}-it", "1b 270m 4b 12b 27b"),
+        ("smollm2", "HuggingFaceTB/SmolLM2-{}-Instruct", "1.7B 135M 360M"),
+        ("smollm3", "HuggingFaceTB/SmolLM3-{}", "3B"),
+        ("mistral", "mistralai/Mistral-{}-Instruct-v0.3", "7B"),
+        ("mistral-nemo", "mistralai/Mistral-Nemo-Instruct-2407", ""),
+        ("phi3.5", "microsoft/Phi-3.5-mini-instruct", ""), ("gpt-oss", "openai/gpt-oss-{}", "20b 120b"))
+    for index, size in enumerate(sizes.split() or [""])
+    for name in (short, f"{short}-{size.lower()}")[index > 0:1 + (size > "")]}
+SPLIT_GGUF = r"-\d{5}-of-\d{5}(?=\.gguf$)"  # of one part of a model in several files
+FOLDER_FILES = {"config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
+                "tokenizer_config.json", "chat_template.jinja"}
+
+
+def hub_model(text: str) -> tuple[str, str] | None:
+    """(repository, file or "") if MODEL is a short name or has the form of a Hugging Face id."""
+    if repository := SHORT_NAMES.get(text.lower().replace(":", "-")):
+        return repository, ""
+    match = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([^:\\]+))?", text, re.ASCII)
+    is_id = match and (match[2] or Path(text).suffix.lower() != ".gguf")
+    return (match[1], match[2] or "") if is_id else None
+
+
+def fetch_from_hub(repository: str, file: str, progress: Progress) -> Path:
+    """A GGUF file or a folder of safetensors in huggingface_hub's cache; what is missing is downloaded.
+
+    The library honours HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and HF_HOME. Without a connection the cached
+    files serve. Raises ConfigError saying what is missing, or what the user must do."""
+    hub = require_library("huggingface_hub", f"the Hugging Face model {repository}")
+    for part in ("constants", "errors", "file_download"):
+        importlib.import_module(f"huggingface_hub.{part}")
+    logging.getLogger("huggingface_hub").handlers.clear()  # our log has these lines already
+    for name in ("httpx", "httpx2"):  # its HTTP client logs every request
+        logging.getLogger(name).setLevel(logging.WARNING)
+    errors, endpoint = hub.errors, hub.constants.ENDPOINT
+    progress(f"looking for {repository}", 0.0)
+    try:
+        try:
+            info = hub.HfApi().model_info(repository, files_metadata=True, timeout=10)
+        except InterruptedError:
+            raise
+        except Exception as error:  # no connection, in the words of whatever HTTP library it uses
+            if isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 500:
+                raise
+            return cached_from_hub(hub, repository, file, error)
+        sizes = {each.rfilename: each.size or 0 for each in info.siblings or ()}
+        names = hub_files(repository, file, sizes)
+        missing = [name for name in names
+                   if not isinstance(hub.try_to_load_from_cache(repository, name, revision=info.sha), str)]
+        done, whole = 0, sum(sizes[name] for name in missing) or 1
+        folder = Path(hub.constants.HF_HUB_CACHE)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not has_room(folder, whole):
+            raise no_hub_room(hub, repository, f"{whole:,} bytes")
+        for name in missing:
+            download_from_hub(hub, repository, name, lambda count: progress(
+                f"downloading {repository}", min(1.0, (done + count) / whole)))
+            done += sizes[name]
+        return hub_path(hub, repository, names, info.sha)
+    except (ConfigError, InterruptedError):
+        raise
+    except errors.GatedRepoError:
+        reason = (f"it is gated: accept its licence at {endpoint}/{repository}, "
+                  "then run `hf auth login` or set HF_TOKEN")
+    except errors.RepositoryNotFoundError:
+        reason = (f"no file or folder of that name is here, and {endpoint} has no such model (if it is "
+                  "private: run `hf auth login` or set HF_TOKEN)")
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        reason = f"{endpoint} answers with HTTP status {status}" + \
+            "; check HF_TOKEN, or run `hf auth login`" * (status in (401, 403))
+    except Exception as error:
+        if getattr(error, "errno", None) in FULL:
+            raise no_hub_room(hub, repository, "more") from None
+        reason = named(error)
+    raise ConfigError(f"{repository} cannot be downloaded: {reason}")
+
+
+def hub_files(repository: str, file: str, names: Iterable[str]) -> list[str]:
+    """Those of a repository's files that make up the model: a GGUF file, or config.json, weights and so on.
+
+    `file` is the GGUF file's name, or the end of it before .gguf: `Q8_0`."""
+    parts, names = collections.defaultdict(list), set(names)
+    for name in sorted(name for name in names if name.lower().endswith(".gguf")):
+        parts[re.sub(SPLIT_GGUF, "", name, flags=re.IGNORECASE)].append(name)
+    ggufs = list(parts)  # without the numbers of parts
+    if not file and "config.json" in names:
+        weights = {name for name in names if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)}
+        weights = {"model.safetensors"} & names or weights
+        if weights:
+            return sorted(FOLDER_FILES & names) + sorted(weights)
+    end = (file or "q4_k_m").lower().removesuffix(".gguf")
+    fit = [name for name, its in parts.items() if file in (name, *its)] or \
+          [name for name in ggufs if name.lower().removesuffix(".gguf").endswith(end)] or ggufs * (not file)
+    if len(fit) != 1:
+        there = f"its GGUF files: {', '.join(ggufs)}" if ggufs else "it has no GGUF file"
+        what = f"no single file {file}" if file else "several GGUF files" if ggufs else "no model.safetensors"
+        how = f". Name one: {repository}:FILE" * bool(ggufs)
+        raise ConfigError(f"{repository} has {what}; {there}{how}")
+    return parts[fit[0]]
+
+
+def hub_path(hub, repository: str, names: Seq[str], revision: str) -> Path:
+    """The GGUF file, or the folder, that these files of the cache make."""
+    paths = [hub.try_to_load_from_cache(repository, name, revision=revision) for name in names]
+    if not all(isinstance(path, str) for path in paths):
+        raise ConfigError(f"{repository} changed while it was downloaded; start again")
+    return Path(paths[names.index("config.json")]).parent if "config.json" in names else Path(paths[0])
+
+
+def hub_folder(hub, repository: str) -> Path:
+    name = hub.file_download.repo_folder_name(repo_id=repository, repo_type="model")
+    return Path(hub.constants.HF_HUB_CACHE) / name
+
+
+def cached_from_hub(hub, repository: str, file: str, error: Exception) -> Path:
+    """What the cache has of a model, without a connection; ConfigError if that is not all of it."""
+    cache = hub_folder(hub, repository)
+    why = "HF_HUB_OFFLINE is set" if hub.constants.is_offline_mode() else \
+        f"{hub.constants.ENDPOINT} cannot be reached ({named(error)})"
+    lacks = ConfigError(f"no file or folder {repository} is here, {why}, and the cache {cache.parent} does "
+                        "not have all files of that model")
+    try:
+        revision = (cache / "refs" / "main").read_text().strip()
+        folder = cache / "snapshots" / revision
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        if not names:
+            raise lacks
+        path = hub_path(hub, repository, hub_files(repository, file, names), revision)
+        index = path / "model.safetensors.index.json"
+        shards = json.loads(index.read_bytes())["weight_map"].values() if index.exists() else ()
+        if not {*shards} <= {*names}:
+            raise lacks
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise lacks from None
+    log.warning("%s: serving the cached files of %s", why, repository)
+    return path
+
+
+def no_hub_room(hub, repository: str, what: str) -> ConfigError:
+    folder = hub.constants.HF_HUB_CACHE
+    return ConfigError(f"no room for {repository} in {folder}: {what} must be downloaded, and "
+                       f"{shutil.disk_usage(folder).free:,} bytes are free. Make room, or set HF_HOME to a "
+                       "folder on a larger disk")
+
+
+def download_from_hub(hub, repository: str, name: str, progress: Callable[[int], None]):
+    """Put a file into huggingface_hub's cache.
+
+    The library itself begins a file again when its process ended in the middle. So a file is first written
+    beside the cache's blobs, where the next start finds it; then the library finds a complete blob."""
+    class Bar(contextlib.AbstractContextManager):
+        """The part of tqdm's interface that the library uses."""
+
+        def __init__(self, *_, initial: int = 0, total: int | None = None, **__):
+            self.n, self.total = initial, total
+
+        def update(self, count: int = 1):
+            self.n += count
+            progress(self.n)
+
+        def __exit__(self, *_):
+            pass
+
+        def __getattr__(self, name: str):
+            return lambda *_, **__: None
+
+    url, cache = hub.hf_hub_url(repository, name), hub_folder(hub, repository)
+    found = hub.get_hf_file_metadata(url, timeout=10)
+    blob, part = cache / "blobs" / str(found.etag), cache / f".chat_server.{found.etag}"
+    largest = hub.constants.MAX_HTTP_DOWNLOAD_SIZE  # beyond it the library uses a protocol of its own
+    if found.etag and 1 << 20 < (found.size or 0) <= largest and not blob.exists():
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        with download_lock(cache, lambda stage, fraction: progress(0)), open(part, "ab") as file:
+            resumed = file.tell()
+            while (before := file.tell()) < found.size:
+                try:
+                    hub.file_download.http_get(
+                        url, file, resume_size=before, tqdm_class=Bar, expected_size=found.size,
+                        headers=hub.utils.build_hf_headers())
+                except (hub.errors.HfHubHTTPError, InterruptedError):
+                    raise
+                except Exception as error:  # the connection broke: retry while bytes arrive
+                    if getattr(error, "errno", None) in FULL:
+                        raise
+                    if file.tell() == before:
+                        raise ConfigError(
+                            f"the download of {name} of {repository} broke at byte {before:,} of "
+                            f"{found.size:,}: {named(error)}. The next start continues there") from None
+            file.flush()
+            os.fsync(file.fileno())
+            if resumed and re.fullmatch("[0-9a-f]{64}", found.etag) and sha256_of(part) != found.etag:
+                part.unlink()
+                raise ConfigError(f"{name} of {repository} was downloaded in parts that do not fit together; "
+                                  "start again")
+            os.replace(part, blob)
+    hub.hf_hub_download(repository, name, tqdm_class=Bar)

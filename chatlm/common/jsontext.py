@@ -1,0 +1,36 @@
+"""JSON on one line, and the types of its values."""
+
+from __future__ import annotations
+
+import json
+import math
+
+
+as_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder per call: 2 us a token
+
+
+def dump(value) -> bytes:
+    """JSON on one line for every reader: some also split lines at U+0085, U+2028 and U+2029."""
+    text = as_json(value)
+    for character, escaped in ("\x85", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"):
+        text = text.replace(character, escaped)
+    return text.encode("utf-8", "replace")
+
+
+def whole_unicode(text: str) -> str:
+    """Replace lone surrogates, which JSON can carry and UTF-8 cannot, with U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def is_number(value) -> bool:
+    return type(value) is int or type(value) is float and math.isfinite(value)
+
+
+def is_text(value) -> bool:
+    return isinstance(value, str)
+
+
+JSON_TYPES = {"null": lambda value: value is None, "boolean": lambda value: isinstance(value, bool),
+              "string": is_text,
+              "number": is_number, "integer": lambda value: is_number(value) and value % 1 == 0,
+              "array": lambda value: isinstance(value, list), "object": lambda value: isinstance(value, dict)}

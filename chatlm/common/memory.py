@@ -1,0 +1,60 @@
+"""Free memory, and giving back what is no longer used."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+
+
+def available_memory() -> int:
+    """Bytes this process may still take: what the machine has free (without Linux: all it has), within the
+    limits of its cgroup, of the enclosing cgroups, and of the process (ulimit -v)."""
+    import resource
+    page = os.sysconf("SC_PAGE_SIZE")
+    free, (limit, _) = os.sysconf("SC_PHYS_PAGES") * page, resource.getrlimit(resource.RLIMIT_AS)
+    with suppress(OSError):  # not Linux
+        free = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+        if limit != resource.RLIM_INFINITY:
+            free = min(free, limit - int(Path("/proc/self/statm").read_text().split()[0]) * page)
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kinds, path = line.split(":", 2)  # v2 has no kinds
+            if kinds in ("", "memory"):
+                folder = Path("/sys/fs/cgroup", kinds, path[1:])
+                free = min(free, *map(cgroup_memory, (folder, *folder.parents[:path.count("/")])))
+    return max(int(free), 0)
+
+
+def cgroup_memory(folder: Path) -> float:
+    """Bytes a cgroup (v2, v1) may still take, counting its file cache as free; infinity without a limit."""
+    for limit, used, prefix in (("max", "current", ""), ("limit_in_bytes", "usage_in_bytes", "total_")):
+        with suppress(OSError, ValueError):
+            most, now, stat = ((folder / f"memory.{name}").read_text() for name in (limit, used, "stat"))
+            files = re.findall(rf"^{prefix}(?:in)?active_file (\d+)", stat, re.MULTILINE)
+            return int(most) - int(now) + sum(map(int, files))
+    return math.inf
+
+
+def heap_bytes() -> int:
+    """Bytes of heap this process uses (mallinfo2(3)); 0 if the C library is not glibc."""
+    with suppress(OSError, AttributeError):
+        tell = ctypes.CDLL(None).mallinfo2
+        tell.restype = type("mallinfo2", (ctypes.Structure,),
+                            {"_fields_": [(f"n{i}", ctypes.c_size_t) for i in range(10)]})
+        return tell().n4 + tell().n7  # hblkhd (large blocks) and uordblks (the rest)
+    return 0
+
+
+def give_memory_back():
+    """Return to the system what loading freed: file metadata, tokenizer parts, copies of weights."""
+    gc.collect()
+    trim_heap()
+
+
+def trim_heap():
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)

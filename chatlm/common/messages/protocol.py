@@ -1,0 +1,285 @@
+"""The messages between the front and its workers, sandboxes and Ray process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from chatlm.common.config import Settings
+from chatlm.common.errors import RequestError, shown
+from chatlm.common.messages.requests import AnswerParams, ModelSource, Piece, Request, TextSpec
+from chatlm.common.messages.wire import Pipe, wire_message
+
+
+@wire_message(1 << 20)
+class WorkerConfig:
+    """Front to worker, first: load this model."""
+
+    settings: Settings  # without API keys
+    source: ModelSource | None  # None: find it on this machine
+    device: str         # for torch
+    threads: int        # at most
+
+
+@wire_message(8 << 20)
+class NewRequest:
+    """Front to worker: what all answers of a request share; sent once, before the first of them."""
+
+    id: str
+    params: AnswerParams
+
+
+@wire_message(64 << 20)
+class NewPrompt:
+    """Front to worker: one of a request's prompts; sent once, before the first answer to it."""
+
+    id: str  # of the request
+    index: int
+    ids: tuple[int, ...]
+
+
+@wire_message(64 << 20)
+class NewAnswer:
+    """Front to worker: compute this answer of a request, continuing from the tokens it already has."""
+
+    id: str          # of the answer
+    request_id: str
+    prompt: int
+    choice: int      # index among the answers to its prompt; the noise depends on it
+    max_tokens: int
+    resumed_ids: tuple[int, ...] = ()
+    scored: int = 0  # prompt tokens whose log-probabilities were already sent
+
+
+@wire_message(1 << 10)
+class Cancel:
+    """Front to worker: nobody wants this answer any more."""
+
+    id: str
+
+
+@wire_message(1 << 10)
+class EndOfRequest:
+    """Front to worker: this request has no more answers to come."""
+
+    id: str
+
+
+@wire_message(16)
+class Ping:
+    """Front to worker: run a step, even an empty one, and report it."""
+
+
+@wire_message(1 << 16)
+class Loading:
+    """Worker to front: loading progress."""
+
+    stage: str
+    fraction: float
+
+
+@wire_message(256 << 20)
+class ModelCard:
+    """Worker to front: what the front must know about a loaded model."""
+
+    text: TextSpec
+    name: str
+    context_length: int
+    lines: tuple[str, ...]     # for the start-up log
+    kernels: dict[str, str]    # which implementation computes each op
+    row_invariant: bool
+    core: str = ""             # which decode_core runs, or why none does
+    sampling: dict = field(default_factory=dict)  # the model's own defaults
+    sampling_origin: str = ""  # where they come from
+    place: str = ""            # this worker's device, and what it holds there
+    source: ModelSource | None = None
+
+
+@wire_message(1 << 16)
+class Ready:
+    """Worker to front: steps can begin."""
+
+    gauges: dict[str, float | None]
+    faults: dict[str, str] = field(default_factory=dict)  # compiled ops that do not run here -> why
+
+
+@wire_message(256 << 20)
+class Stepped:
+    """Worker to front: what a step added to each answer."""
+
+    pieces: list[Piece]
+    gauges: dict[str, float | None]
+
+
+@wire_message(1 << 20)
+class Unusable:
+    """Worker to front: the model or the flags are wrong; the operator must act."""
+
+    message: str
+
+
+@wire_message(1 << 12)
+class RayConfig:
+    """Front to its Ray process, first: which cluster."""
+
+    address: str
+    tls: str
+
+
+class Node(NamedTuple):
+    """A machine of a Ray cluster that is alive."""
+
+    id: str
+    name: str
+    cpus: float
+    gpus: int
+
+
+@wire_message(16 << 20)
+class Nodes:
+    """Ray process to front, every second: the cluster's nodes."""
+
+    nodes: list[Node]
+
+
+@wire_message(1 << 12)
+class Place:
+    """Front to Ray process: start a worker on this node, which gets so much of it."""
+
+    worker: str  # new for each life of a worker
+    node: str
+    cpus: float
+    gpus: int
+
+
+@wire_message(1 << 12)
+class Placed:
+    """Ray process to front: where the worker waits for the front, and what both then prove to know."""
+
+    worker: str
+    host: str
+    port: int
+    secret: str
+
+
+@wire_message(1 << 10)
+class Release:
+    """Front to Ray process: end this worker, wherever it is."""
+
+    worker: str
+
+
+@wire_message(1 << 20)
+class Gone:
+    """Ray process to front: this worker has ended, or could not be placed."""
+
+    worker: str
+    reason: str
+
+
+@wire_message(256 << 20)
+class SandboxConfig:
+    """Front to sandbox, first: what its tasks need to know."""
+
+    server: Known
+    text: TextSpec
+    context_length: int
+    cpu_s: float   # limit per task
+    memory: int    # bytes the process may take beyond what it starts with
+    nice: int = 0  # its niceness: how far it yields when the processors are busy
+
+
+@wire_message(64 << 20)
+class Task:
+    """Front to sandbox: call the method `name` of Tasks."""
+
+    name: str
+    arguments: list
+
+
+@wire_message(16)
+class Begun:
+    """Sandbox to front: it has read the task. If it ends from now on, the task is why."""
+
+
+@wire_message(64 << 20)
+class Body:
+    """A raw HTTP body. Front to sandbox: the client's, after the task that reads it; back: the reply."""
+
+    RAW = True
+    data: bytes
+
+
+@wire_message(64 << 20)
+class Result:
+    """Sandbox to front: what a task returned."""
+
+    value: Any
+
+
+@wire_message(1 << 20)
+class Refused:
+    """Sandbox to front: a RequestError, or a ConfigError if `code` is that error's type."""
+
+    message: str
+    status: int
+    code: str | None
+    param: str | None
+
+
+WORKER_PIPE = Pipe(WorkerConfig, NewRequest, NewPrompt, NewAnswer, Cancel, EndOfRequest, Ping,
+                   Loading, ModelCard, Ready, Stepped, Unusable)
+SANDBOX_PIPE = Pipe(SandboxConfig, Task, Body, Begun, Result, Refused)
+RAY_PIPE = Pipe(RayConfig, Place, Release, Nodes, Placed, Gone, Unusable)
+
+
+NO_GAUGES = dict.fromkeys((  # of a worker that is not running
+    "running", "queued", "kv_pages_used", "kv_pages_total", "preemptions", "drafted_tokens",
+    "accepted_tokens", "memory_used", "memory_total"), 0) | {"utilization": None}
+
+
+@dataclass(frozen=True)
+class Known:
+    """What you must know about the server to read a request body."""
+
+    settings: Settings
+    model: str               # the served model's name
+    tool_format: str | None  # see tool_format_of
+    ready: bool = True       # False: the model's names are not known yet
+
+    def check_model(self, name: str):
+        names = (self.model, *self.settings.served_model_name, self.settings.model or "")
+        known = {"", "default", *names, *(n.rstrip("/").rsplit("/", 1)[-1] for n in names if n)}
+        if self.ready and name not in known:
+            raise RequestError(f"the model {shown(name)} does not exist; this server has {self.model!r}",
+                               status=404, code="model_not_found", param="model")
+
+
+@dataclass(frozen=True)
+class Call:
+    """The parsed body of a route that answers: what it asks, and how to write the answer."""
+
+    request: Request
+    stream: bool = True
+    include_usage: bool = False
+    echo: bool = False
+    api: str = "native"                  # of ENCODERS
+    details: Mapping = field(default_factory=dict)  # what else its encoder must know
+    ignored_tools: tuple[str, ...] = ()  # types of tools that no model here can have
+    repeated: bytes = b""                # what the answer repeats of the body: members of a JSON object
+
+    def lasting(self) -> Call:
+        """What the encoder of the answer needs; only an echo repeats prompts."""
+        request = self.request.lasting()
+        return replace(self, request=replace(request, prompts=self.request.prompts) if self.echo else request)
+
+    @property
+    def size(self) -> int:
+        """Roughly how many bytes it takes here until its answer ends, if it was read in a sandbox."""
+        request = self.request
+        texts = [*[prompt for prompt in request.prompts if isinstance(prompt, str)], request.grammar,
+                 *[message.content for message in request.messages or ()], *request.call_grammars]
+        names = sum(map(len, request.tool_types)) + len(request.tool_names) + len(request.tool_types)
+        return (sum(map(len, texts)) + 8 * sum(map(len, request.prompt_ids or ())) + 150 * names
+                + 4 * len(self.repeated))  # itself, and three events that the client has not read

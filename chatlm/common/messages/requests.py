@@ -1,0 +1,197 @@
+"""What a client asked, and the events that answer it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class Message:
+    role: str  # system, user, assistant or tool (developer is mapped to system by HTTP parsing)
+    content: str
+    more: Mapping | None = None  # tool_calls, tool_call_id, name, reasoning_content
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """What it takes to render and tokenize, as plain data read once from the model. `payload` is
+    tokenizer.json (kind "hf"), or tiktoken's pattern, ranks (bytes as Latin-1) and specials in JSON
+    ("nanochat")."""
+
+    kind: str
+    payload: bytes
+    chat_template: str | None = None
+    stop_tokens: frozenset[int] = frozenset()  # ids that end an answer
+    bos_token: int | None = None
+    eos_token: int | None = None
+    add_bos: bool = False                      # a raw completion prompt begins with bos
+    chat_bos: bool = True                      # with add_bos, a chat too if its template writes none
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to draw tokens. Off: top_k 0, top_p 1, min_p 0. Temperature 0 is greedy."""
+
+    temperature: float = 0.8
+    top_k: int = 50
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0    # 64 bits
+    choice: int = 0  # index among the `n` answers: each has its own noise
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Do the text's tokens so far change what is drawn?"""
+        return bool(self.repetition_penalty != 1 or self.frequency_penalty or self.presence_penalty)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which files make up the model, and in words what was chosen and what else was available."""
+
+    kind: str               # "nanochat" | "gguf" | "hf"
+    path: Path              # model_<step>.pt, .gguf, or a Hugging Face folder
+    name: str
+    chosen: str             # one line for the start-up log
+    alternatives: str = ""  # one line, "" when there were none
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerParams:
+    """What a request wants of each of its answers. In a worker they share one of these."""
+
+    sampling: SamplingParams = SamplingParams()
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    logprobs: int | None = None         # likeliest tokens to list beside each; None: no logprobs
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens
+    grammar: str = ""                   # the answer, after its reasoning, must match it
+    grammar_param: str = ""             # the field that the grammar comes from
+    tool_names: tuple[str, ...] = ()    # functions whose calls are read from it
+    tool_types: tuple[dict, ...] = ()   # of each: parameter -> JSON types, if its format leaves them out;
+                                        # any type where it is "" or the parameter is not in it
+    call_grammars: tuple[str, ...] = ()  # of each: what its arguments must match; "" if it is not strict
+    chat: bool = False                  # reasoning and calls are told apart from its content
+    progress: bool = False              # send progress events until the first token
+    pooling: str = ""                   # mean or last: no answer, but an embedding of the prompt
+    client: str = ""                    # who takes turns: a key's name or an address
+    owner: str = ""                     # who shares KV pages
+
+
+@dataclass(frozen=True)
+class Request(AnswerParams):
+    """What a client asked, parsed and checked: either `messages` or `prompts` is set."""
+
+    id: str = ""
+    messages: tuple[Message, ...] | None = None
+    prompts: tuple[str | tuple[int, ...], ...] = ()  # raw completions: text or token ids
+    prompt_ids: tuple[tuple[int, ...], ...] | None = None  # of each prompt; set at admission
+    max_tokens: int | None = None  # None: up to the context
+    n: int = 1                     # answers to each prompt
+    tools: tuple[dict, ...] = ()   # functions that the model may call
+    template_options: Mapping = field(default_factory=dict)  # the TEMPLATE_OPTIONS that are set
+    low_priority: bool = False     # waits until nothing else does
+    truncate: bool = False         # drop the oldest turns if it does not fit
+    dropped_messages: int = 0      # how many were dropped so far
+    resumable: bool = False        # a reader may leave its stream and come back
+    unset: tuple[str, ...] = ()    # of `sampling`, what a server at --url decides
+
+    def lasting(self) -> Request:
+        """Without what nobody needs once the prompts are token ids: tools may take 25 times their JSON."""
+        return replace(self, messages=self.messages and (), prompts=("",) * len(self.prompts), tools=(),
+                       template_options={})
+
+    @property
+    def source(self) -> str:
+        """The field of the body that its prompts come from."""
+        return "input" if self.pooling else "prompt" if self.messages is None else "messages"
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The first event: rendered, tokenized, fits, queued. The HTTP headers can go out."""
+
+    prompt_tokens: int
+
+
+class TokenLogprob(NamedTuple):
+    """A token's log-probability, after bias and penalties, before temperature, and the likeliest tokens."""
+
+    token: int
+    logprob: float | None  # None: the first token, which nothing precedes
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class CallDelta(NamedTuple):
+    """More of a call of a function: its first one has the name, then the arguments follow as JSON text."""
+
+    arguments: str
+    name: str = ""
+
+
+class Piece(NamedTuple):
+    """The part of an answer that one step added: whole characters, and the token ids behind them.
+
+    What it adds comes in the order `reasoning`, `text`, `calls`. A step that adds them in another order makes
+    several pieces; the first has the tokens and the last has the reason."""
+
+    id: str
+    tokens: tuple[int, ...]
+    text: str
+    reason: str | None = None       # on the last piece: OpenAI's finish_reason, or "error" or "refused"
+    stop_reason: str | None = None  # the cause, or what went wrong
+    cached_tokens: int = 0
+    queued_s: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()         # of the drawn tokens, except one that ended the answer
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of prompt tokens; such a piece has nothing else
+    gpu: int = 0                       # the front sets these two: which worker made it,
+    choice: int = 0                    # and which answer it belongs to: prompt * n + index
+    reasoning: str = ""                # what the model thinks before it answers
+    prompt_done: int = 0               # prompt tokens computed so far; such a piece has nothing else
+    calls: tuple[CallDelta, ...] = ()  # what is new in the calls, which `text` leaves out
+    reasoning_tokens: int = 0          # of the whole answer so far
+    embedding: str = ""                # of the prompt: float32, little-endian, in base64
+
+
+@dataclass(frozen=True)
+class PromptProgress:
+    """Progress before the first token: place in the queue (0: on a worker), prompt tokens computed."""
+
+    queue_position: int
+    prompt_tokens: int
+    prompt_tokens_done: int = 0
+    choice: int = 0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last event. `reason` is OpenAI's finish_reason; `stop_reason` names the cause."""
+
+    reason: str
+    stop_reason: str | None
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    queue_ms: float
+    ttft_ms: float
+    tokens_per_second: float | None  # None: too short to measure
+    gpu: int
+    choice: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0         # drafted tokens that were right: steps saved
+    dropped_messages: int = 0        # by `truncate`
+    reasoning_tokens: int = 0        # of the completion_tokens
+
+
+Event = Accepted | PromptProgress | Piece | Finished

@@ -1,0 +1,149 @@
+"""How messages cross a pipe: as frames, each pipe with its own types of message.
+
+A frame is one byte for the type's place in its `Pipe`, four bytes for the length, then a JSON list of the
+fields: plain data alone, so reading one cannot run code."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import functools
+import json
+import math
+import select
+import socket
+import struct
+import time
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+
+def wire_message(max_bytes: int) -> Callable[[type], type]:
+    """Makes a class a message: a frozen dataclass, whose frame has at most `max_bytes` bytes."""
+    def register(kind: type) -> type:
+        kind.MAX_BYTES = max_bytes
+        return dataclass(frozen=True)(kind)
+    return register
+
+
+HEADER = struct.Struct("<BI")  # number of the message's type in its pipe, length of the body in bytes
+
+
+class BadMessage(Exception):
+    """The bytes from a pipe are not one of our messages."""
+
+
+def plain(value):
+    """Convert what JSON cannot encode into something it can; NamedTuples already encode as lists."""
+    if dataclasses.is_dataclass(value):
+        return [getattr(value, each.name) for each in dataclasses.fields(value)]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return sorted(value) if isinstance(value, frozenset) else str(value)  # a Path
+
+
+@functools.cache
+def restorer(annotation) -> Callable[[Any], Any] | None:
+    """A function that undoes `plain` and JSON for a value of this type; None where nothing needs undoing."""
+    kind, inside = typing.get_origin(annotation), typing.get_args(annotation)
+    if kind in (typing.Union, types.UnionType):  # at most one of its types needs restoring
+        restore = next(filter(None, map(restorer, inside)), None)
+        as_it_is = tuple(each for each in inside if each in (type(None), str, int, float))
+        return restore and (lambda value: value if isinstance(value, as_it_is) else restore(value))
+    if kind is tuple and inside[-1] is not ...:
+        restores = [restorer(each) or (lambda value: value) for each in inside]
+        return lambda values: tuple(restore(value) for restore, value in zip(restores, values, strict=True))
+    if kind in (tuple, list, frozenset):
+        restore = restorer(inside[0])
+        if restore:
+            return lambda values: kind(map(restore, values)) if values else kind()
+        return None if kind is list else kind
+    if dataclasses.is_dataclass(annotation) or hasattr(annotation, "_fields"):
+        return object_restorer(annotation)
+    return {bytes: partial(base64.b64decode, validate=True), Path: Path}.get(annotation)
+
+
+def object_restorer(kind: type) -> Callable[[list], Any]:
+    named_tuple, hints = hasattr(kind, "_fields"), typing.get_type_hints(kind)
+    names = kind._fields if named_tuple else [each.name for each in dataclasses.fields(kind)]
+    restores = [(index, restore) for index, name in enumerate(names) if (restore := restorer(hints[name]))]
+
+    def restore_object(values: list):
+        for index, restore in restores:
+            values[index] = restore(values[index])
+        return kind._make(values) if named_tuple else kind(**dict(zip(names, values, strict=True)))
+
+    return restore_object
+
+
+as_plain_json = json.JSONEncoder(default=plain, check_circular=False, separators=(",", ":")).encode
+
+
+class Pipe:
+    """The types of message that one sort of pipe carries, in either direction; no other is read from it.
+
+    A type's number in a frame is its place here, so it is the same in every process, whichever modules the
+    process has imported and in whichever order."""
+
+    def __init__(self, *kinds: type):
+        self.kinds, self.numbers = kinds, {kind: number for number, kind in enumerate(kinds)}
+
+    def packed(self, message) -> bytes:
+        """A message as a frame. A RAW message has one field, whose bytes are the body."""
+        body = message.data if hasattr(message, "RAW") else as_plain_json(message).encode()
+        return HEADER.pack(self.numbers[type(message)], len(body)) + body
+
+    def kind_and_size(self, header: bytes) -> tuple[type, int]:
+        """Decode a frame's header. BadMessage for an unknown type, or a size above that type's limit."""
+        number, size = HEADER.unpack(header)
+        if number >= len(self.kinds) or size > self.kinds[number].MAX_BYTES:
+            raise BadMessage(f"unknown or too large: message type {number}, {size:,} bytes")
+        return self.kinds[number], size
+
+
+def unpacked(kind: type, body: bytes):
+    try:
+        return kind(body) if hasattr(kind, "RAW") else restorer(kind)(json.loads(body))
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise BadMessage(f"{kind.__name__}: {error}") from None
+
+
+def receive_into(connection: socket.socket, data, deadline_s: float | None = None):
+    """Fill all of a writable buffer; EOFError if the other end closes first, TimeoutError if it is late."""
+    view = memoryview(data).cast("B")
+    while len(view):
+        if deadline_s is not None:  # a socket's own timeout begins anew with each byte
+            connection.settimeout(max(deadline_s - time.monotonic(), 0.001))
+        if not (count := connection.recv_into(view)):
+            raise EOFError("the other end has closed the connection")
+        view = view[count:]
+
+
+class Channel:
+    """A child process's end of its pipe: sends block, receives wait only on request."""
+
+    def __init__(self, connection: socket.socket, pipe: Pipe):
+        self.connection, self.pipe, self.poll = connection, pipe, select.poll()
+        self.poll.register(connection, select.POLLIN)
+
+    def send(self, message):
+        self.connection.sendall(self.pipe.packed(message))
+
+    def receive(self, wait: bool, most: float = math.inf) -> list[Any]:
+        """Waiting messages, at most `most`; with `wait`, at least one. EOFError if the front is gone."""
+        messages = []
+        unread = getattr(self.connection, "pending", lambda: 0)  # what TLS has decrypted ahead
+        while len(messages) < most and (unread() or self.poll.poll(None if wait and not messages else 0)):
+            kind, size = self.pipe.kind_and_size(self._read(HEADER.size))
+            messages.append(unpacked(kind, self._read(size)))
+        return messages
+
+    def _read(self, size: int) -> bytes:
+        data = bytearray(size)
+        receive_into(self.connection, data)
+        return bytes(data)

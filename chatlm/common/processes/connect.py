@@ -1,0 +1,240 @@
+"""TCP between our processes on several machines: both ends prove to know a secret."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import secrets
+import selectors
+import socket
+import ssl
+import time
+from collections import Counter
+from collections.abc import Callable, Generator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TYPE_CHECKING
+
+from chatlm.common.errors import ConfigError
+from chatlm.common.log import CalmLog, log
+from chatlm.common.messages.wire import HEADER, BadMessage, receive_into, unpacked
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.wire import Pipe
+
+
+def tls_context(folder: str | None, server: bool) -> ssl.SSLContext | None:
+    """--ray-tls: each side shows its certificate, and must have one of the folder's authority."""
+    if not folder:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version, context.check_hostname = ssl.TLSVersion.TLSv1_3, False  # nodes have addresses
+    context.verify_mode = ssl.CERT_REQUIRED
+    if server:
+        context.num_tickets = 0  # else the worker could find bytes to read that are no message
+    try:
+        context.load_verify_locations(Path(folder, "ca.pem"))
+        context.load_cert_chain(Path(folder, "cert.pem"), Path(folder, "key.pem"))
+    except OSError as error:
+        raise ConfigError(f"--ray-tls {folder}: no usable ca.pem, cert.pem and key.pem ({error})") from None
+    return context
+
+
+TRANSIT_BYTES = 1 << 17  # of a worker's messages in each socket; by default megabytes would wait there
+
+
+def proof(secret: bytes, side: str, nonces: bytes) -> bytes:
+    """Shows that a side of a connection knows the secret; good for these nonces (32 bytes of each side)."""
+    return hmac.digest(secret, side.encode() + nonces, "sha256")
+
+
+def admit_front(where: str) -> socket.socket:
+    """A worker on another machine: listen, tell port and secret on stdout, and return the connection of the
+    first that knows the secret."""
+    host, _, folder = where.partition(",")
+    secret, context, calm = secrets.token_bytes(32), tls_context(folder, True), CalmLog()
+    log.addHandler(calm)  # for as long as anybody can connect: the front's settings have not come yet
+    try:
+        with listen(host) as listener, Door(listener, secret, context) as door:
+            print(json.dumps([listener.getsockname()[1], secret.hex()]), flush=True)
+            if came := door.admit(60):
+                came[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, TRANSIT_BYTES)
+                return came[0]
+    finally:
+        log.removeHandler(calm)
+        calm.close()
+    raise SystemExit("the front did not come within a minute")
+
+
+def listen(host: str) -> socket.socket:
+    """A listening socket with any free port."""
+    return socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+
+
+class Newcomer(NamedTuple):
+    """Who has connected, and has not proven yet to know the secret."""
+
+    proof: Generator[None, None, Any]  # goes on when bytes have come; returns the first message
+    host: str
+    deadline_s: float
+
+
+class Door:
+    """Where processes come in that know a secret: a listening socket, and those who are still proving it.
+
+    They prove it side by side, each with one deadline for all of it, so that nobody keeps others waiting by
+    sending nothing, or a byte now and then. Where they crowd, the address with the most gives up its oldest.
+    Nothing has been decoded of what came from those who are not admitted."""
+
+    PROOF_S, MOST = 5.0, 256
+
+    def __init__(self, listener: socket.socket, secret: bytes, context=None, first: Pipe | None = None):
+        self.listener, self.secret, self.context = listener, secret, context
+        self.first = first  # of this pipe a message has to follow the proof, within the same time
+        self.newcomers: dict[socket.socket, Newcomer] = {}  # the oldest first
+        self.selector = selectors.DefaultSelector()
+        listener.setblocking(False)
+        self.selector.register(listener, selectors.EVENT_READ)
+
+    def __enter__(self) -> Door:
+        return self
+
+    def __exit__(self, *error):
+        for connection in self.newcomers:
+            connection.close()
+        self.selector.close()
+
+    def admit(self, wait_s: float) -> tuple[socket.socket, Any] | None:
+        """The next who has proven it, with its first message, if somebody does so within `wait_s`."""
+        end_s = time.monotonic() + wait_s
+        while (now_s := time.monotonic()) < end_s:
+            until_s = min([end_s, *(each.deadline_s for each in self.newcomers.values())])
+            for key, _ in self.selector.select(max(until_s - now_s, 0)):
+                connection = self._welcome() if key.fileobj is self.listener else key.fileobj
+                if connection in self.newcomers and (came := self._hear(connection)):
+                    return came
+            now_s = time.monotonic()
+            for late in [each for each, who in self.newcomers.items() if who.deadline_s <= now_s]:
+                self._refuse(late, f"no proof within {self.PROOF_S:g} s")
+        return None
+
+    def _welcome(self) -> socket.socket | None:
+        try:
+            connection, (host, *_) = self.listener.accept()
+        except OSError:  # it has left again
+            return None
+        if len(self.newcomers) >= self.MOST:
+            [(crowd, _)] = Counter(each.host for each in self.newcomers.values()).most_common(1)
+            self._refuse(next(each for each, who in self.newcomers.items() if who.host == crowd), "a crowd")
+        try:
+            watch_peer(connection)
+            connection.setblocking(False)
+            if self.context:
+                connection = self.context.wrap_socket(connection, server_side=True,
+                                                      do_handshake_on_connect=False)
+        except OSError:
+            connection.close()
+            return None
+        deadline_s = time.monotonic() + self.PROOF_S
+        self.newcomers[connection] = Newcomer(self._proof(connection), host, deadline_s)
+        self.selector.register(connection, selectors.EVENT_READ)
+        return connection
+
+    def _hear(self, connection: socket.socket) -> tuple[socket.socket, Any] | None:
+        """Go on with its proof; what `admit` returns, once that is complete."""
+        try:
+            next(self.newcomers[connection].proof)
+        except StopIteration as end:
+            self._forget(connection)
+            connection.setblocking(True)
+            return connection, end.value
+        except (OSError, EOFError, BadMessage) as error:
+            self._refuse(connection, error)
+        return None
+
+    def _proof(self, connection: socket.socket) -> Generator[None, None, Any]:
+        if self.context:
+            yield from patiently(connection.do_handshake)
+        nonce = secrets.token_bytes(32)
+        connection.sendall(nonce)  # a new connection has room for it
+        theirs = yield from receive_patiently(connection, 64)
+        nonces = nonce + theirs[:32]
+        if not hmac.compare_digest(theirs[32:], proof(self.secret, "front", nonces)):
+            raise ConnectionError("it does not know the secret")
+        connection.sendall(proof(self.secret, "worker", nonces))
+        if self.first is None:
+            return None
+        kind, size = self.first.kind_and_size((yield from receive_patiently(connection, HEADER.size)))
+        return unpacked(kind, (yield from receive_patiently(connection, size)))
+
+    def _refuse(self, connection: socket.socket, why):
+        log.warning("a connection was refused: %s", why)
+        self._forget(connection)
+        connection.close()
+
+    def _forget(self, connection: socket.socket):
+        self.selector.unregister(connection)
+        del self.newcomers[connection]
+
+
+def patiently(read: Callable[[], Any]) -> Generator[None, None, Any]:
+    """What `read` returns once all bytes that it needs have come; yields until then."""
+    while True:
+        try:
+            return read()
+        except (BlockingIOError, ssl.SSLWantReadError):
+            yield
+
+
+def receive_patiently(connection: socket.socket, size: int) -> Generator[None, None, bytes]:
+    data = b""
+    while len(data) < size:
+        if not (part := (yield from patiently(partial(connection.recv, size - len(data))))):
+            raise EOFError("the other end has closed the connection")
+        data += part
+    return data
+
+
+def dial(host: str, port: int, secret: bytes) -> socket.socket:
+    """A connection to the Door of a process that knows the secret too."""
+    deadline_s = time.monotonic() + 20
+    connection = socket.create_connection((host, port), timeout=20)
+    try:
+        watch_peer(connection)
+        theirs, nonce, proven = bytearray(32), secrets.token_bytes(32), bytearray(32)
+        receive_into(connection, theirs, deadline_s)
+        connection.sendall(nonce + proof(secret, "front", theirs + nonce))
+        receive_into(connection, proven, deadline_s)
+        if not hmac.compare_digest(proven, proof(secret, "worker", theirs + nonce)):
+            raise ConnectionError(f"{host}:{port} does not know the secret")
+    except BaseException:
+        connection.close()
+        raise
+    connection.settimeout(None)
+    return connection
+
+
+def watch_peer(connection: socket.socket):
+    """Send small messages at once, and notice that the other machine is gone: within 30 s, or within
+    minutes while it has not acknowledged what was sent. One that is slow to read does not either."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_NODELAY", 1), ("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4),
+                        ("TCP_USER_TIMEOUT", 300_000)):
+        if hasattr(socket, name):  # not all systems have all
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def has_hung_up(connection: socket.socket) -> bool:
+    try:
+        return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def address_towards(host: str, port: int) -> str:
+    """This machine's address on the way to another."""
+    with socket.socket(socket.getaddrinfo(host, port)[0][0], socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))
+        return probe.getsockname()[0]

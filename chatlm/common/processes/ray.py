@@ -1,0 +1,142 @@
+"""The Ray process: places workers on a cluster and tells the front how they are."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import time
+from collections.abc import Sequence as Seq
+from contextlib import suppress
+from typing import Any, TYPE_CHECKING
+
+from chatlm.common.errors import named, require_library
+from chatlm.common.messages.protocol import RAY_PIPE, Gone, Node, Nodes, Place, Placed, Release, Unusable
+from chatlm.common.messages.wire import BadMessage
+from chatlm.common.processes.start import PROCESS_CODE, exit_in_words, join_parent
+from chatlm.common.program import program_bytes
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.wire import Channel
+
+
+def replica_actor() -> type:
+    """The class of the actors. Ray sends it by value, so that a node needs Ray and the model's libraries, but
+    no copy of the program: hence the imports inside."""
+    class Replica:
+        def __init__(self, program: bytes, code: str, tls: str):
+            import contextlib
+            import hashlib
+            import json
+            import os
+            import pathlib
+            import shutil
+            import subprocess
+            import sys
+            import threading
+            import time
+            import ray
+            self.host, home = ray.util.get_node_ip_address(), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+            # one folder for each version, used again: an actor that is killed could not remove its own
+            folders = pathlib.Path(home, "chat_server", "ray").expanduser()
+            folder = folders / hashlib.sha256(program).hexdigest()[:16]
+            folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(OSError):  # another actor may remove the same
+                for old in folders.iterdir():
+                    if old != folder and old.stat().st_mtime < time.time() - 7 * 86400:
+                        shutil.rmtree(old, ignore_errors=True)
+            path, part = folder / "chatlm.pyz", folder / str(os.getpid())
+            part.write_bytes(program)
+            part.replace(path)
+            environment = {"GOMP_SPINCOUNT": "2000", "MALLOC_ARENA_MAX": "1"} | os.environ
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code, str(path), "worker", f"{self.host},{tls}", str(os.getpid())],
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment, start_new_session=True)
+            self.told = json.loads(self.process.stdout.readline())
+
+            def end():  # nobody else ends a detached actor
+                self.process.wait()
+                time.sleep(5)
+                os._exit(0)
+            threading.Thread(target=end, daemon=True).start()
+
+        def address(self) -> list:
+            return [self.host, *self.told]
+
+        def wait(self) -> int:
+            return self.process.wait()
+    return Replica
+
+
+def ray_main(arguments: Seq[str]) -> int:
+    """The role `ray FD PARENT`: place workers on a Ray cluster and tell the front how they are.
+
+    It is a process of its own because Ray ends processes that have lost the cluster's head; the front and its
+    connections must outlive that. The actors are detached for the same reason, and end with their workers."""
+    channel = join_parent(*arguments, RAY_PIPE)
+    [config] = channel.receive(wait=True, most=1)
+    try:
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        ray = require_library("ray", "--ray-address")
+        ray.init(config.address, namespace="chat_server", log_to_driver=False, logging_level=logging.ERROR)
+        RayCluster(ray, channel, config.tls).run()
+    except Exception as error:
+        with suppress(OSError):  # the front may be what is gone
+            channel.send(Unusable(f"--ray-address {config.address}: {str(error).strip() or named(error)}"))
+    return 1
+
+
+class RayCluster:
+    """In the Ray process: what the front wants of the cluster."""
+
+    def __init__(self, ray, channel: Channel, tls: str):
+        self.ray, self.channel, self.tls, self.told_s = ray, channel, tls, 0.0
+        self.strategies = importlib.import_module("ray.util.scheduling_strategies")
+        self.actor, self.program = ray.remote(replica_actor()), ray.put(program_bytes())
+        self.awaited: dict[Any, tuple[str, Any]] = {}  # reference -> worker, its actor if it is the address
+
+    def run(self):
+        while True:
+            for message in self.channel.receive(wait=False):
+                self.obey(message)
+            if time.monotonic() - self.told_s > 1:
+                self.tell_nodes()
+            if not self.awaited:
+                self.channel.poll.poll(500)
+                continue
+            done, _ = self.ray.wait(list(self.awaited), timeout=0.2)
+            for reference in done:
+                self.tell(reference, *self.awaited.pop(reference))
+
+    def obey(self, message):
+        match message:
+            case Place(worker, node, cpus, gpus):
+                where = self.strategies.NodeAffinitySchedulingStrategy(node, soft=False)
+                actor = self.actor.options(
+                    num_cpus=cpus, num_gpus=gpus, scheduling_strategy=where, lifetime="detached",
+                    name=worker).remote(self.program, PROCESS_CODE, self.tls)
+                self.awaited[actor.address.remote()] = worker, actor
+            case Release(worker):
+                self.awaited = {key: value for key, value in self.awaited.items() if value[0] != worker}
+                with suppress(Exception):  # it may have ended by itself
+                    self.ray.kill(self.ray.get_actor(worker))
+            case _:
+                raise BadMessage(f"unexpected message from the front: {type(message).__name__}")
+
+    def tell(self, reference, worker: str, actor):
+        try:
+            value = self.ray.get(reference)
+        except Exception as error:  # the actor has ended, with its node or by itself
+            self.channel.send(Gone(worker, (str(error).strip() or named(error)).splitlines()[0]))
+            return
+        if actor:
+            self.channel.send(Placed(worker, *value))
+            self.awaited[actor.wait.remote()] = worker, None
+        else:
+            self.channel.send(Gone(worker, exit_in_words(value)))
+
+    def tell_nodes(self):
+        self.told_s = time.monotonic()
+        self.channel.send(Nodes([
+            Node(each["NodeID"], each["NodeName"], each["Resources"].get("CPU", 0.0),
+                 int(each["Resources"].get("GPU", 0))) for each in self.ray.nodes() if each["Alive"]]))

@@ -1,0 +1,123 @@
+"""Starting our other processes by role, and connections that admit who knows a secret."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence as Seq
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chatlm.common.messages.wire import Channel
+from chatlm.common.processes.connect import admit_front
+from chatlm.common.program import program_root
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.wire import Pipe
+
+
+def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float:
+    """How many CPUs the cgroup allows (v2 `cpu.max`, v1 `cpu.cfs_*`); infinity without a limit."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with suppress(OSError, ValueError):
+            quota, period = " ".join((root / name).read_text() for name in names).split()
+            return math.inf if quota in ("max", "-1") else int(quota) / int(period)
+    return math.inf
+
+
+def physical_cores(cpus: Iterable[int], root: Path = Path("/sys/devices/system/cpu")) -> int:
+    """How many physical cores the logical `cpus` are on; hyper-threads of one core count once."""
+    def core(cpu: int) -> str:
+        with suppress(OSError):
+            return (root / f"cpu{cpu}/topology/thread_siblings_list").read_text()
+        return str(cpu)
+    return len({core(cpu) for cpu in cpus})
+
+
+def threads_per_worker(workers: int) -> int:
+    """Physical cores per worker, within the affinity mask and the cgroup quota; at least 1."""
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return max(1, int(min(physical_cores(cpus), cpu_quota())) // workers)
+
+
+def process_environment(threads: int) -> dict[str, str]:
+    """OpenMP by default spins for milliseconds at each barrier: with one core taken by another program,
+    decoding was 25 times slower (1.6, not 40 tok/s). One malloc arena saves 60 MB over one per thread."""
+    return ({"GOMP_SPINCOUNT": "2000", "MALLOC_ARENA_MAX": "1"} | os.environ
+            | {"OMP_NUM_THREADS": str(threads)})
+
+
+def die_with_parent(parent: int):
+    """Ask Linux to kill this process when its parent dies; elsewhere only the pipe's end of file ends it."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # the parent died before the call above
+        os._exit(1)
+
+
+# What our other processes run: the module and its function. By name, so that neither house imports the other.
+ROLES = {
+    "worker": "chatlm.worker.entry:worker_role",
+    "rank": "chatlm.worker.entry:rank_role",
+    "sandbox": "chatlm.front.api.sandboxed:sandbox_main",
+    "ray": "chatlm.common.processes.ray:ray_main",
+    "check": "chatlm.worker.model.kernels:check_main",
+}
+
+# Their command: `python -c PROCESS_CODE ROOT ROLE ARGUMENTS`. The root of the program, a folder or a bundle,
+# replaces the current folder in sys.path, so that modules there cannot shadow anything. A worker maps torch's
+# largest library (0.3 s) meanwhile.
+PROCESS_CODE = """
+import contextlib, ctypes, importlib.util, sys, threading
+sys.path[0] = sys.argv.pop(1)
+
+def preload(folder):
+    with contextlib.suppress(OSError):
+        ctypes.CDLL(folder + "/lib/libtorch_cpu.so")
+
+if sys.argv[1] in ("worker", "rank") and (torch := importlib.util.find_spec("torch")):
+    threading.Thread(target=preload, args=torch.submodule_search_locations, daemon=True).start()
+from chatlm.common.processes.start import run_role
+sys.exit(run_role(*sys.argv[1:]))
+"""
+PROCESS_COMMAND = sys.executable, "-c", PROCESS_CODE, str(program_root())
+
+
+def run_role(role: str, *arguments: str) -> int:
+    """Run one of ROLES in this process; returns its exit status."""
+    module, _, function = ROLES[role].partition(":")
+    return getattr(importlib.import_module(module), function)(arguments)
+
+
+def join_parent(descriptor: str, parent: str, pipe: Pipe) -> Channel:
+    """The first thing a child process does: ignore signals, which are for the front, and die when it dies."""
+    for number_ in (signal.SIGINT, signal.SIGTERM):  # a terminal or systemd signals the whole group
+        signal.signal(number_, signal.SIG_IGN)
+    die_with_parent(int(parent))
+    return Channel(socket.socket(fileno=int(descriptor)) if descriptor.isdigit() else admit_front(descriptor),
+                   pipe)
+
+
+def exit_in_words(status: int | None) -> str:
+    """How a process ended: "exit status 1", "killed by SIGSEGV"."""
+    if status is None or status >= 0:
+        return f"exit status {status}"
+    name = next((each.name for each in signal.Signals if each == -status), f"signal {-status}")
+    return f"killed by {name}{', as the system does when memory runs out' if name == 'SIGKILL' else ''}"
+
+
+def start_child(command: Seq[str], role: str, environment: Mapping[str, str]):
+    """Start one of our processes; returns it and our end of the pipe to it."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        command = [*command, role, str(theirs.fileno()), str(os.getpid())]
+        return subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                                env=environment, start_new_session=True), ours

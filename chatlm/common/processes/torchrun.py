@@ -1,0 +1,187 @@
+"""Processes that torchrun started: which rank each is, and how they meet."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NamedTuple, TYPE_CHECKING
+
+from chatlm.common.config import ranks_per_replica
+from chatlm.common.errors import ConfigError
+from chatlm.common.log import log
+from chatlm.common.messages.wire import Channel, Pipe, wire_message
+from chatlm.common.processes.connect import Door, address_towards, dial, listen
+from chatlm.common.processes.start import (
+    PROCESS_COMMAND, exit_in_words, process_environment, threads_per_worker)
+from chatlm.common.program import program_digest
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+
+
+class Torchrun(NamedTuple):
+    """What torchrun tells a process: which of a replica's ranks it is, and where all of them meet."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    master_addr: str
+    master_port: int
+
+
+def torchrun(settings: Settings) -> Torchrun | None:
+    """How torchrun started this process, as one rank of a replica; None if it did not."""
+    ranks, count = ranks_per_replica(settings), os.environ.get("WORLD_SIZE", "1")
+    elastic, wanted = "TORCHELASTIC_RUN_ID", [name.upper() for name in Torchrun._fields]
+    if settings.url or count == "1" or ranks == 1 and elastic not in os.environ:
+        return None
+    if missing := [name for name in (*wanted, elastic) if not os.environ.get(name)]:
+        raise ConfigError(f"WORLD_SIZE is {count}, but torchrun did not start this process: "
+                          f"{', '.join(missing)} missing. Start it with torchrun, or unset WORLD_SIZE")
+    if count != str(ranks):
+        raise ConfigError(f"torchrun starts {count} processes (--nnodes times --nproc-per-node), but "
+                          f"--tp {settings.tensor_parallel_size} --pp {settings.pipeline_parallel_size} "
+                          f"are {ranks} rank(s)")
+    if settings.ray_address or settings.num_workers != 1 or settings.num_gpus not in (None, "1"):
+        raise ConfigError("torchrun starts the ranks of one replica: leave out --num-gpus, --num-workers "
+                          "and --ray-address")
+    return Torchrun(*(os.environ[name] if name == "MASTER_ADDR" else int(os.environ[name])
+                      for name in wanted))
+
+
+def ranks_here(settings: Settings) -> int:
+    """How many ranks of a replica are on this machine."""
+    started = torchrun(settings)
+    return started.local_world_size if started else ranks_per_replica(settings)
+
+
+@wire_message(1 << 10)
+class RankPlace:
+    """A rank that torchrun started to rank 0, first: where it is."""
+
+    rank: int
+    host: str
+    local_rank: int
+    threads: int
+    before: int | None = None  # see RankConfig
+    after: int | None = None
+
+    def __post_init__(self):
+        if {*map(type, (self.rank, self.local_rank, self.threads))} != {int}:
+            raise TypeError("not all of rank, local_rank and threads are integers")
+
+
+ARRIVAL_PIPE = Pipe(RankPlace)  # what comes before a RankConfig; afterwards it is a RANK_PIPE
+
+
+class RankStore:
+    """torchrun's store, where the ranks of a replica find each other. `life` counts the workers so far: each
+    has keys of its own, and a new secret."""
+
+    def __init__(self):
+        distributed = importlib.import_module("torch.distributed")
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self.store = distributed.PrefixStore("chat_server", distributed.TCPStore(
+            host, port, is_master=False, timeout=datetime.timedelta(minutes=1)))
+
+    @property
+    def life(self) -> int:
+        return self.store.add("life", 0)
+
+    def begin_life(self) -> int:
+        return self.store.add("life", 1)
+
+    def put(self, key: str, value):
+        self.store.set(key, json.dumps(value))
+
+    def look(self, key: str):
+        return json.loads(self.store.get(key)) if self.store.check([key]) else None
+
+    def wait(self, life: int, find: Callable[[], Any], say: Callable[[], Any] = lambda: None):
+        """What `find` finds at last, for which it may wait a moment. EOFError if another life has begun."""
+        while (found := find()) is None:
+            if self.life != life:
+                raise EOFError("rank 0 has ended")
+            say()
+            time.sleep(0.05)  # a store cannot wait for one of two keys
+        return found
+
+
+def same_on_all_nodes(settings: Settings) -> str:
+    version = program_digest()[:8]
+    return (f"--tp {settings.tensor_parallel_size} --pp {settings.pipeline_parallel_size} and "
+            f"version {version} of chat_server")
+
+
+def serve_rank(settings: Settings, start: Torchrun) -> int:
+    """A process of torchrun's that is not rank 0: be this rank for one worker after another, each time in a
+    process of its own, until the front ends. Returns its exit status."""
+    life, problem = 0, None
+    if os.environ.get("GROUP_RANK") == "0":  # torchrun also signals the front, which ends after its answers
+        for number_ in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number_, signal.SIG_IGN)
+    try:
+        store = RankStore()
+        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        over = store.look("over") if again else None  # of the front before; the first one's may have ended
+        while (ended := store.look("over")) == over:
+            if (coming := store.life) != life and store.look(f"{coming}/0"):
+                try:
+                    live_as_rank(settings, start, store, coming)
+                    life, problem = coming, None
+                except (EOFError, OSError) as error:  # rank 0 may have ended: wait for the next one
+                    if problem != (problem := str(error)):
+                        log.warning("rank %d does not reach the others: %s", start.rank, problem)
+            time.sleep(0.2)
+        return ended[1]
+    except RuntimeError as error:
+        log.error("torchrun's store on %s:%d is gone, and with it the node of rank 0: %s", start.master_addr,
+                  start.master_port, str(error).splitlines()[0])
+        return 1
+
+
+def live_as_rank(settings: Settings, start: Torchrun, store: RankStore, life: int):
+    """Connect with rank 0 and the stages before and after, and compute in another process until it ends."""
+    (host, port, secret, theirs), rank = store.look(f"{life}/0"), start.rank
+    if theirs != (own := same_on_all_nodes(settings)):
+        raise ConfigError(f"rank 0 has {theirs}, and rank {rank} {own}: all nodes need the same")
+    secret, next_rank = bytes.fromhex(secret), rank + settings.tensor_parallel_size
+    before = after = None
+    with contextlib.ExitStack() as stack:
+        if rank >= settings.tensor_parallel_size:
+            with listen(address_towards(host, port)) as listener, Door(listener, secret) as door:
+                store.put(f"{life}/{rank}", listener.getsockname()[:2])
+                before, _ = store.wait(life, lambda: door.admit(0.2))
+                stack.enter_context(before)
+        if next_rank < start.world_size:
+            at = store.wait(life, lambda: store.look(f"{life}/{next_rank}"))
+            after = stack.enter_context(dial(*at, secret))
+        connection = stack.enter_context(dial(host, port, secret))
+        links = [None if each is None else each.fileno() for each in (before, after)]
+        threads = threads_per_worker(start.local_world_size)
+        place = RankPlace(rank, socket.gethostname(), start.local_rank, threads, *links)
+        Channel(connection, ARRIVAL_PIPE).send(place)
+        process = subprocess.Popen(
+            [*PROCESS_COMMAND, "rank", str(connection.fileno()), str(os.getpid())], stdin=subprocess.DEVNULL,
+            pass_fds=[connection.fileno(), *(each for each in links if each is not None)],
+            env=process_environment(threads))
+        watcher = select.poll()
+        watcher.register(connection, getattr(select, "POLLRDHUP", 0))
+        while process.poll() is None:
+            if watcher.poll(200):  # rank 0 is gone; this one may hang
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(2)
+                process.kill()
+        if process.returncode:
+            log.error("rank %d: %s", rank, exit_in_words(process.returncode))

@@ -1,0 +1,293 @@
+"""nanochat's and Hugging Face's tokenizers, read from a `TextSpec`."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import re
+import secrets
+from collections.abc import Iterable, Mapping, Sequence as Seq
+from functools import cached_property, partial
+from typing import TYPE_CHECKING
+
+from chatlm.common.errors import ConfigError, RequestError, lack_of_memory, named, require_library
+from chatlm.common.jsontext import whole_unicode
+from chatlm.common.messages.requests import Message
+from chatlm.common.text.formats import (
+    HARMONY_EFFORTS, calls_of, single_calls, thoughts_of, with_generic_tools)
+from chatlm.common.text.tokenizer import (
+    NO_OPTIONS, Tokenizer, ToolTokens, compile_chat_template, fill_template)
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.requests import TextSpec
+
+
+NANOCHAT_CHAT_TOKENS = (
+    "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
+
+
+class NanochatTokenizer(Tokenizer):
+    """nanochat's tokenizer (tiktoken) and fixed chat format (upstream: tokenizer.py, render_conversation)."""
+
+    def __init__(self, spec: TextSpec):
+        super().__init__(spec)
+        tiktoken = require_library("tiktoken", "a nanochat model")
+        pattern, ranks, self.specials = json.loads(spec.payload)
+        ranks = {piece.encode("latin-1"): token for piece, token in ranks.items()}
+        self.encoding = tiktoken.Encoding("nanochat", pat_str=pattern, mergeable_ranks=ranks,
+                                          special_tokens=self.specials)
+        self.vocab_size = self.encoding.n_vocab
+        self.pieces = {token: piece for piece, token in ranks.items()}
+        self.tool_format, _ = calls_of(spec)
+        tool_tokens = ToolTokens(*(self.specials.get(f"<|{name}|>") for name in ToolTokens._fields))
+        self.tool_tokens = None if None in tool_tokens else tool_tokens
+
+    def encode(self, text: str, begins: bool = True) -> list[int]:
+        try:
+            return self.encoding.encode(whole_unicode(text), disallowed_special=())
+        except BaseException as error:  # 1 MB of spaces overflows its Rust regex: a panic, no Exception
+            if type(error).__name__ not in ("ValueError", "PanicException"):
+                raise
+            raise RequestError("the text cannot be tokenized (too long a run of spaces?)",
+                               param="messages") from None
+
+    def piece(self, token: int) -> bytes:
+        return self.pieces.get(token, b"")
+
+    def render(self, messages: Seq[Message], tools: Seq[dict] = (),
+               options: Mapping = NO_OPTIONS) -> list[int]:
+        bos, user_start, user_end, assistant_start, assistant_end = map(
+            self.specials.get, NANOCHAT_CHAT_TOKENS)
+        tokens = [bos]
+        for message in merge_system_message(with_generic_tools(messages, tools)):
+            is_user = message.role == "user"
+            tokens += [user_start if is_user else assistant_start, *self.encode(message.content),
+                       user_end if is_user else assistant_end]
+        if options.get("continue_final_message"):
+            return tokens[:-1]
+        return tokens + [assistant_start] * options.get("add_generation_prompt", True)
+
+
+def merge_system_message(messages: Seq[Message]) -> Seq[Message]:
+    """nanochat has no system role: put a leading system message and a blank line before the first user's."""
+    if len(messages) > 1 and messages[0].role == "system" and messages[1].role == "user":
+        merged = Message("user", messages[0].content + "\n\n" + messages[1].content)
+        messages = [merged, *messages[2:]]
+    if any(message.role not in ("user", "assistant") for message in messages):
+        raise RequestError(
+            "this model accepts a system message only as the first message, before a user's",
+            param="messages")
+    return messages
+
+
+@functools.cache
+def byte_of_character() -> dict[str, int]:
+    """GPT-2's byte-level BPE alphabet: printable bytes stand for themselves, the others for U+0100 and up."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizers` pipeline and a jinja chat template.
+
+    The pipeline takes special tokens for ordinary text (`encode_special_tokens`), so the template's own are
+    split off first. Until then a mark inside messages, random so that nobody can type it, keeps the same
+    characters from looking like them. What follows a special token is encoded by itself, so `encode` puts the
+    space that some pipelines put only before the whole text."""
+
+    def __init__(self, spec: TextSpec):
+        super().__init__(spec)
+        tokenizers = require_library("tokenizers", "this model's tokenizer")
+        self.pipeline = tokenizers.Tokenizer.from_buffer(spec.payload)
+        self.vocab_size = self.pipeline.get_vocab_size()
+        added = self.pipeline.get_added_tokens_decoder()
+        self.specials = {token.content: id for id, token in added.items() if token.special}
+        self.added = {id: token.content.encode() for id, token in added.items() if not token.special}
+        self.swallows = {token.content: (token.lstrip, token.rstrip) for token in added.values()
+                         if token.special and (token.lstrip or token.rstrip)}
+        decoder = self.pipeline.decoder.__getstate__() if self.pipeline.decoder else b""
+        self.byte_level = b"ByteLevel" in decoder
+        # the decoder removes the space that the pipeline puts before a text
+        self.drops_space = re.search(rb'"Strip","content":" ","start":1|"prepend_scheme":"(always|first)"',
+                                     decoder) is not None
+        splitter = self.pipeline.pre_tokenizer
+        state = splitter.__getstate__() if splitter else b""
+        self.space_first = b'"prepend_scheme":"first"' in state
+        if self.space_first:
+            splitter.__setstate__(state.replace(b'"prepend_scheme":"first"', b'"prepend_scheme":"never"'))
+            self.pipeline.pre_tokenizer = splitter
+        self.pipeline.encode_special_tokens = True
+        self.mark = f"\ue000{secrets.token_hex(8)}\ue001"
+        self.has_chat_template = self.templated = bool(spec.chat_template)
+        self.tool_format, self.native_tools = calls_of(spec)
+        self.thoughts = thoughts_of(spec.chat_template or "")
+        if self.tool_format == "harmony":  # <|end|> ends a message, not the answer
+            names = ("<|return|>", "<|call|>", "<|endoftext|>")
+            self.stop_tokens = frozenset(self.specials[name] for name in names if name in self.specials)
+
+    def encode(self, text: str, begins: bool = True) -> list[int]:
+        text = whole_unicode(text.replace(self.mark, ""))
+        if self.space_first and begins and text and not self.no_space_before.match(text):
+            text = " " + text
+        # a batch of one: unlike `encode`, it lets other Python threads run meanwhile
+        return self.pipeline.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    @cached_property
+    def no_space_before(self) -> re.Pattern:
+        """What gets no space before it: a space, and text that is a token by itself."""
+        return re.compile("|".join(map(re.escape, (" ", "\u2581", *map(bytes.decode, self.added.values())))))
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return super().decode(tokens).removeprefix(" " * self.drops_space)
+
+    def show(self, tokens: Iterable[int]) -> str:
+        return super().show(tokens).removeprefix(" " * self.drops_space)
+
+    def _mark_specials(self, content):
+        """Break up the names of special tokens in the strings of a JSON value."""
+        if isinstance(content, dict):
+            return {self._mark_specials(name): self._mark_specials(value) for name, value in content.items()}
+        if isinstance(content, (list, tuple)):
+            return [self._mark_specials(value) for value in content]
+        if not isinstance(content, str):
+            return content
+        return self.special_pattern.sub(lambda match: match[0][0] + self.mark + match[0][1:], content)
+
+    def _special_text(self, token: int | None) -> str:
+        return "" if token is None else self.pipeline.id_to_token(token) or ""
+
+    def template_arguments(self, messages: Seq[Message], tools: Seq[dict],
+                           options: Mapping = NO_OPTIONS) -> dict:
+        if not self.has_chat_template:
+            raise RequestError("this model has no chat template; use /v1/completions",
+                               code="no_chat_template")
+        try:
+            if not self.native_tools:
+                has_system = "ystem role not supported" not in self.spec.chat_template
+                messages, tools = with_generic_tools(messages, tools, has_system), ()
+            dialogue = self._mark_specials(
+                [{"role": each.role, "content": each.content, **(each.more or {})} for each in messages])
+            if goes_on := options.get("continue_final_message", False):
+                last = dialogue[-1]  # cut in its text, or already in its reasoning
+                in_thoughts = not last["content"] and last.get("reasoning_content")
+                last["reasoning_content" if in_thoughts else "content"] += 2 * self.mark
+            dialogue = self.history(dialogue)
+            if self.tool_format == "harmony":  # whose template needs descriptions
+                tools = [{**tool, "function": {"description": "", **tool["function"]}} for tool in tools]
+            return {**self._mark_specials(self.thinking_options(options)), "messages": dialogue,
+                    "tools": self._mark_specials(tools) or None, "documents": None,
+                    "add_generation_prompt": not goes_on and options.get("add_generation_prompt", True),
+                    "bos_token": self._special_text(self.spec.bos_token),
+                    "eos_token": self._special_text(self.spec.eos_token)}
+        except RecursionError:
+            raise RequestError("messages or tools are nested too deeply", param="messages") from None
+
+    def thinking_options(self, options: Mapping) -> dict:
+        """What a request tells the template about thinking: families have different names for it."""
+        effort, thinks = options.get("reasoning_effort"), {}
+        if effort:
+            told = HARMONY_EFFORTS.get(effort, effort) if self.tool_format == "harmony" else effort
+            thinks = {"reasoning_effort": told, "enable_thinking": effort != "none",
+                      "thinking": effort != "none"}
+        return thinks | dict(options.get("chat_template_kwargs", {}))
+
+    def history(self, dialogue: list[dict]) -> list[dict]:
+        """Messages as this template takes them: reasoning under its name, calls as many and with such ids as
+        it accepts."""
+        template = self.spec.chat_template
+        if "length != 9" in template:  # Mistral's ids of calls
+            for message in dialogue:
+                for holder, key in ((message, "tool_call_id"),
+                                    *((call, "id") for call in message.get("tool_calls", ()))):
+                    holder[key] = re.sub("[^A-Za-z0-9]", "", holder.get(key) or "")[-9:].rjust(9, "0")
+        if "tool_calls[0]" in template:
+            dialogue = single_calls(dialogue)
+        if self.tool_format == "kimi":  # whose ids count the calls
+            ids, numbers = {}, itertools.count()
+            for call in itertools.chain(*(message.get("tool_calls", ()) for message in dialogue)):
+                given, name = call.get("id"), call["function"]["name"]
+                call["id"] = ids[given] = f"functions.{name}:{next(numbers)}"
+            for message in dialogue:
+                if (given := message.get("tool_call_id")) in ids:
+                    message["tool_call_id"] = ids[given]
+        for message in dialogue:
+            if thought := message.get("reasoning_content"):
+                message["reasoning"] = message["thinking"] = thought
+            if self.tool_format == "harmony":  # see as_harmony
+                said, result = self.harmony_marks
+                if message["role"] == "tool":
+                    message["content"] = result + message["content"] + result
+                elif message["content"] and message.get("tool_calls"):
+                    message["tool_calls"][0]["function"]["name"] = (
+                        said + message["content"] + said + message["tool_calls"][0]["function"]["name"])
+                    message["content"] = ""  # its template takes reasoning or content
+            if message.get("tool_calls") and (self.tool_format or "").startswith("deepseek"):
+                message["content"] = message["content"] or None
+                for call in message["tool_calls"]:  # it adds the arguments to text
+                    function = call["function"]
+                    if not isinstance(function["arguments"], str):
+                        function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+        return dialogue
+
+    @property
+    def harmony_marks(self) -> tuple[str, str]:
+        """What encloses text before a call, put before the function's name, and the result of a call."""
+        return self.mark + "\ue002", self.mark + "\ue003"
+
+    def as_harmony(self, text: str) -> str:
+        """Mend where gpt-oss's template writes a conversation otherwise than OpenAI's renderer: results of
+        calls in quotes, text before a call as reasoning or not at all, blank lines after instructions."""
+        (said, result), resolve = self.harmony_marks, partial(re.sub, flags=re.DOTALL)
+        text = resolve(f'"{result}(.*?){result}"', lambda found: json.loads(f'"{found[1]}"'), text)
+        text = resolve(rf"(<\|start\|>assistant(?:(?!<\|start\|>).)*?){said}(.*?){said}",
+                       r"<|start|>assistant<|channel|>commentary<|message|>\2<|end|>\1", text)
+        text = resolve(f"{said}.*?{said}|{result}", "", text)
+        return resolve(r"(<\|start\|>developer<\|message\|>(?:(?!<\|end\|>).)*?)\n\n<\|end\|>", r"\1<|end|>",
+                       text)
+
+    def encode_rendered(self, text: str, options: Mapping = NO_OPTIONS) -> list[int]:
+        """The tokens of a rendered chat template: all, or up to the text of the last message."""
+        text = self.as_harmony(text) if self.tool_format == "harmony" else text
+        if options.get("continue_final_message"):
+            text, shown_last, _ = text.rpartition(2 * self.mark)
+            if not shown_last:
+                raise RequestError("the model's chat template leaves out the last message, so it cannot be "
+                                   "continued", param="continue_final_message")
+        tokens = self.encode_with_specials(text)
+        return self.with_bos(tokens) if self.spec.chat_bos else tokens
+
+    @cached_property
+    def template(self):
+        return compile_chat_template(self.spec.chat_template)
+
+    def render(self, messages: Seq[Message], tools: Seq[dict] = (),
+               options: Mapping = NO_OPTIONS) -> list[int]:
+        arguments = self.template_arguments(messages, tools, options)
+        return self.encode_rendered(fill_template(self.template, arguments), options)
+
+    def piece(self, token: int) -> bytes:
+        text = self.pipeline.id_to_token(token) if token >= 0 else None
+        if text is None or text in self.specials:
+            return b""
+        if token in self.added:
+            return self.added[token]
+        if self.byte_level:
+            table = byte_of_character()
+            return bytes(table[character] for character in text if character in table)
+        byte = re.fullmatch(r"<0x([0-9A-F]{2})>", text)  # sentencepiece's byte fallback
+        return bytes([int(byte[1], 16)]) if byte else text.replace("\u2581", " ").encode()
+
+
+def open_tokenizer(spec: TextSpec) -> Tokenizer:
+    """The tokenizer for a TextSpec; does not need torch. ConfigError if the spec is broken."""
+    try:
+        return (NanochatTokenizer if spec.kind == "nanochat" else HuggingFaceTokenizer)(spec)
+    except ConfigError:
+        raise
+    except BaseException as error:  # the libraries may raise a Rust panic, which is not an Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise lack_of_memory(error) or ConfigError(
+            f"the model's tokenizer is broken: {named(error)}") from None

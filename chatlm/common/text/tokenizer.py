@@ -1,0 +1,187 @@
+"""`Tokenizer`: text to ids and back, and a conversation to text by its chat template."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import time
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
+from functools import cached_property
+from typing import NamedTuple, TYPE_CHECKING
+
+from chatlm.common.errors import ConfigError, RequestError, named, require_library
+from chatlm.common.text.formats import CALLS, HARMONY, IN_CALLS, MARKS
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.requests import Message, TextSpec
+
+
+NO_OPTIONS: Mapping = types.MappingProxyType({})
+
+
+class ToolTokens(NamedTuple):
+    """nanochat's calculator: <|python_start|> code <|python_end|> <|output_start|> result <|output_end|>."""
+
+    python_start: int
+    python_end: int
+    output_start: int
+    output_end: int
+
+
+# What `tokenizers` calls white space: unlike str.strip, without U+001C to U+001F.
+WHITE_SPACE = ("\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+               "\u2028\u2029\u202f\u205f\u3000")
+WHITE_SPACES = re.compile(f"[{WHITE_SPACE}]*")
+
+
+class Tokenizer:
+    """Text to token ids and back; safe to use from several threads at once.
+
+    Only templates and `encode_prompt` write special tokens: the same characters in a message stay text."""
+
+    vocab_size: int
+    has_chat_template = True
+    templated = False               # does render run the model's template, a program that may never end?
+    tool_tokens: ToolTokens | None = None
+    tool_format: str | None = None  # how it calls the client's functions, or None (see tool_format_of)
+    native_tools = False            # does its template tell it of them? else a system prompt does
+    thoughts: tuple[str, str] | None = None  # what encloses its reasoning, one of THOUGHTS
+
+    def __init__(self, spec: TextSpec):
+        self.spec = spec
+        self.stop_tokens = spec.stop_tokens
+        self.specials: dict[str, int] = {}
+        self.added: dict[int, bytes] = {}  # tokens with text of their own that no merge makes
+        self.swallows: dict[str, tuple[bool, bool]] = {}  # special -> white space before it, after it
+        self.token_bytes: Callable[[int], bytes] = functools.cache(self.piece)
+
+    def encode(self, text: str, begins: bool = True) -> list[int]:
+        """Encode ordinary text; nothing in it becomes a special token. Does it begin the whole text?"""
+
+    def render(self, messages: Seq[Message], tools: Seq[dict] = (),
+               options: Mapping = NO_OPTIONS) -> list[int]:
+        """The conversation in the model's chat format, up to the assistant's turn, or RequestError. `options`
+        is Request.template_options."""
+
+    def piece(self, token: int) -> bytes:
+        """The bytes a token adds to the text; b"" for special or unknown ids. Cached as `token_bytes`."""
+
+    def encode_with_specials(self, text: str) -> list[int]:
+        """Encode text in which the names of special tokens mean the tokens."""
+        tokens, end = [], 0
+        for special in self.special_pattern.finditer(text):
+            before, after = self.swallows.get(special[0], (False, False))
+            part = text[end:special.start()]
+            tokens += self.encode(part.rstrip(WHITE_SPACE) if before else part, not end)
+            tokens.append(self.specials[special[0]])
+            end = WHITE_SPACES.match(text, special.end()).end() if after else special.end()
+        return tokens + self.encode(text[end:], not end)
+
+    @cached_property
+    def special_pattern(self) -> re.Pattern:
+        return re.compile("|".join(map(re.escape, sorted(self.specials, key=len, reverse=True))) or r"(?!)")
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Encode a raw completion prompt: parses specials as llama-server does, adds bos once if wanted."""
+        return self.with_bos(self.encode_with_specials(text))
+
+    def with_bos(self, tokens: list[int]) -> list[int]:
+        wanted = [self.spec.bos_token] if self.spec.add_bos and self.spec.bos_token is not None else []
+        return tokens if tokens[:1] == wanted else wanted + tokens
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return b"".join(map(self.token_bytes, tokens)).decode("utf-8", "replace")
+
+    @cached_property
+    def special_names(self) -> dict[int, str]:
+        return {token: name for name, token in self.specials.items()}
+
+    @property
+    def markers(self) -> dict[str, int]:
+        """The tokens among MARKS: where the vocabulary has a marker, the same spelled out is mere text."""
+        tokens = self.specials | {text.decode(): token for token, text in self.added.items()}
+        return {name: tokens[name] for name in MARKS.keys() & tokens.keys()}
+
+    def marks(self, with_calls: bool) -> dict[int, str]:
+        """The tokens that tell the parts of an answer apart, and the characters that stand for them."""
+        calls = (*CALLS.get(self.tool_format, ()), *IN_CALLS) if with_calls else ()
+        harmony = HARMONY if self.tool_format == "harmony" else ()
+        wanted, markers = {*(self.thoughts or ()), *calls, *harmony}, self.markers
+        return {markers[name]: MARKS[name] for name in wanted & markers.keys()}
+
+    def show(self, tokens: Iterable[int]) -> str:
+        """Like `decode`, but shows special tokens by name."""
+        return b"".join(map(self.shown_bytes, tokens)).decode("utf-8", "replace")
+
+    def shown_bytes(self, token: int) -> bytes:
+        return self.special_names.get(token, "").encode() or self.token_bytes(token)
+
+    @cached_property
+    def grammar_vocabulary(self):
+        """The tokens in llguidance's form (0.2 s and 19 MB for 49,152 tokens)."""
+        llguidance = require_library("llguidance", "constrained decoding")
+        pieces = list(map(self.piece, range(self.vocab_size)))
+        special = [token for token, piece in enumerate(pieces) if not piece]
+        for token in special:  # in llguidance, names of special tokens begin so; it needs one for each
+            pieces[token] = b"\xff<%d>" % token
+        for name, token in self.specials.items():
+            pieces[token] = b"\xff" + name.encode()
+        ends = sorted(self.stop_tokens) or [self.spec.eos_token or 0]
+
+        class Words:
+            eos_token_id, bos_token_id, tokens = ends[0], self.spec.bos_token, pieces
+            special_token_ids = special
+
+            def __call__(words, text: bytes) -> list[int]:
+                return self.encode(text.decode("utf-8", "replace"))
+
+        # two calls, so that other Python threads can run in between: each call blocks them
+        tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(Words()), eos_token=ends, slices=[])
+        return tokenizer.with_slices(tokenizer.general_slices())
+
+
+def compile_chat_template(source: str):
+    """Compile a chat template in jinja's sandbox, with the functions and options that transformers offers."""
+    require_library("jinja2", "a chat template")
+    from jinja2 import TemplateError, TemplateSyntaxError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str):
+        raise TemplateError(message)
+
+    def tojson(value, ensure_ascii: bool = False, indent: int | None = None,
+               separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = tojson
+    environment.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
+    # {% generation %} marks the assistant's text for training; here it only groups
+    source = re.sub(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})",
+                    lambda match: f"{match[1]}{match[2] or ''}with{match[3]}", source)
+    try:
+        return environment.from_string(source)
+    except TemplateSyntaxError as error:
+        raise ConfigError(
+            f"the model's chat template does not parse: line {error.lineno}: {error.message}") from None
+    except Exception as error:  # from Python's compiler: nested too deeply, too many nested blocks
+        raise ConfigError(f"the model's chat template cannot be compiled: {named(error)}") from None
+
+
+def fill_template(template, arguments: dict) -> str:
+    try:
+        return template.render(**arguments)
+    except MemoryError:
+        raise
+    except Exception as error:  # from jinja, raise_exception or the template's code; nested too deeply
+        raise RequestError(f"the model's chat template refused the messages: {error}",
+                           param="messages") from None
+
+
+def tools_of(tokenizer: Tokenizer) -> str | None:
+    """How the model is told of functions that it may call."""
+    return ("native" if tokenizer.native_tools else "generic") if tokenizer.tool_format else None

@@ -1,0 +1,292 @@
+"""Admission: a request becomes token ids that fit, or a refusal.
+
+Small bodies are read here, in the event loop. Work that a client can make slow runs in sandboxes, processes
+with limits on time and memory: chat templates, JSON schemas, and every body above LIMITS.inline_bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import functools
+import os
+import secrets
+import signal
+import subprocess
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence as Seq
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any, TYPE_CHECKING
+
+from chatlm.common.errors import ConfigError, EngineFailure, Overloaded, RequestError, printable
+from chatlm.common.jsontext import is_text
+from chatlm.common.lanes import Lanes
+from chatlm.common.log import log
+from chatlm.common.messages.protocol import (
+    SANDBOX_PIPE, Begun, Body, Call, Known, Refused, Result, SandboxConfig, Task)
+from chatlm.common.messages.requests import Message
+from chatlm.common.messages.wire import HEADER, BadMessage, restorer, unpacked
+from chatlm.common.processes.start import PROCESS_COMMAND, exit_in_words, start_child
+from chatlm.common.text.formats import calls_of
+from chatlm.common.text.load import open_tokenizer
+from chatlm.front.admission.prompts import PromptMaker, run_in_thread_if_long
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+    from chatlm.common.messages.protocol import ModelCard
+    from chatlm.common.messages.requests import Request
+    from chatlm.common.messages.wire import Pipe
+
+
+WRITE_BYTES = 1 << 18  # large data is written in pieces of this size, so that others get a turn
+
+
+class Turns:
+    """A lock that clients hold in turn."""
+
+    def __init__(self):
+        self.held, self.lanes = False, Lanes()
+
+    async def take(self, client: str):
+        if not self.held:
+            self.held = True
+            return
+        self.lanes.append(client, turn := asyncio.get_running_loop().create_future())
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():  # it got the lock at the moment it was cancelled
+                self.give_back()
+            raise
+
+    def give_back(self):
+        while len(self.lanes):
+            if not (turn := self.lanes.pop()).done():
+                return turn.set_result(None)
+        self.held = False
+
+
+async def next_message(reader: asyncio.StreamReader, pipe: Pipe):
+    """The next message from a pipe. Read in parts: readexactly would copy 20 MB twice in one go.
+
+    A large one is decoded in a thread, so that others get a turn."""
+    kind, size = pipe.kind_and_size(await reader.readexactly(HEADER.size))
+    parts = []
+    while size:
+        if not (part := await reader.read(min(size, WRITE_BYTES))):
+            raise asyncio.IncompleteReadError(b"", size)
+        parts.append(part)
+        size -= len(part)
+    body = b"".join(parts)
+    return unpacked(kind, body) if len(body) <= WRITE_BYTES else await asyncio.to_thread(unpacked, kind, body)
+
+
+class Sandbox:
+    """A process for tasks that a client can make slow: one at a time, clients in turn.
+
+    A task that exceeds its processor time or memory is refused; it ends the process, and the next gets a new
+    one. A process that ends before it has begun a task is replaced, and the task done."""
+
+    PATIENCE_S = 60.0  # longest wait for a reply: a busy machine may give the task no processor
+    EXIT_S = 2.0       # longest wait for a process that has closed its pipe to exit
+    PROCESSES = 3      # that may end before they have begun a task, until the server gives it up
+    # Exit statuses of a process that exceeded a limit.
+    EXCESS = (-signal.SIGPROF, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGKILL)
+    OUT_OF_MEMORY = 77
+
+    def __init__(self, command: Seq[str], config: SandboxConfig | None = None):
+        self.command, self.config, self.turns = command, config, Turns()
+        self.process: subprocess.Popen | None = None
+        self.configured = self.closed = self.begun = False
+
+    async def call(self, client: str, task: str, *arguments, body: bytes | None = None):
+        """Run a task and return its value. RequestError if it refuses or exceeds a limit."""
+        await self.turns.take(client)
+        messages = [Task(task, list(arguments)), *([] if body is None else [Body(body)])]
+        exchange = asyncio.ensure_future(self._exchange(messages))  # continues if its client leaves
+        exchange.add_done_callback(
+            lambda done: (done.cancelled() or done.exception(), self.turns.give_back()))
+        try:
+            return await asyncio.shield(exchange)
+        finally:
+            del exchange  # it holds its exception, whose traceback holds this frame, and so the body
+
+    async def start(self):
+        """Start the process unless it is running. Its configuration follows with the first task."""
+        if self.process is None:
+            self.configured = False
+            environment = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+            self.process, ours = start_child(self.command, "sandbox", os.environ | environment)
+            self.reader, self.writer = await asyncio.open_connection(sock=ours)
+
+    async def _exchange(self, messages: Seq[Any]):
+        for process in range(1, self.PROCESSES + 1):
+            if self.closed:
+                raise Overloaded("the server is shutting down", retry_after_s=10)
+            await self.start()
+            try:
+                reply = await asyncio.wait_for(self._ask(messages), self.PATIENCE_S)
+                break
+            except (asyncio.IncompleteReadError, ConnectionError, asyncio.TimeoutError, BadMessage) as error:
+                code = await self.stop(0.0 if isinstance(error, asyncio.TimeoutError) else self.EXIT_S)
+                if code == self.OUT_OF_MEMORY or self.begun and code in self.EXCESS:
+                    raise RequestError(
+                        f"too complex: this takes more than {self.config.cpu_s:g} s of processor time "
+                        f"or {self.config.memory >> 20} MiB", code="too_complex") from None
+                if self.begun or process == self.PROCESSES:
+                    when = "" if self.begun else f" before it began, as {process - 1} before it"
+                    raise EngineFailure(
+                        f"the process that reads requests ended{when} (exit status {code})") from error
+                log.warning("a sandbox ended before it began its task: another takes it (%s)",
+                            exit_in_words(code))
+        match reply:
+            case Result(value):
+                return value
+            case Body(data):
+                return data
+            case Refused(message, _, ConfigError.type, _):
+                raise ConfigError(message)
+            case Refused(message, status, code, param):
+                raise RequestError(message, status=status, code=code, param=param)
+        raise BadMessage(f"unexpected message from a sandbox: {type(reply).__name__}")
+
+    async def _ask(self, messages: Seq[Any]):
+        """Send a task; returns the reply."""
+        self.begun = False
+        messages, self.configured = messages if self.configured else [self.config, *messages], True
+        for message in messages:
+            frame = memoryview(SANDBOX_PIPE.packed(message))
+            for begin in range(0, len(frame), WRITE_BYTES):
+                self.writer.write(frame[begin:begin + WRITE_BYTES])
+                await self.writer.drain()
+        if not isinstance(message := await next_message(self.reader, SANDBOX_PIPE), Begun):
+            raise BadMessage(f"a sandbox said {type(message).__name__} before it had begun a task")
+        self.begun = True
+        return await next_message(self.reader, SANDBOX_PIPE)
+
+    async def stop(self, patience_s: float = 0.0) -> int | None:
+        """Kill the process, if any, unless it exits within patience_s; returns its exit status."""
+        process, self.process = self.process, None
+        if process is None:
+            return None
+        self.writer.close()
+        with suppress(subprocess.TimeoutExpired):
+            await asyncio.to_thread(process.wait, patience_s)
+        process.kill()
+        return await asyncio.to_thread(process.wait)
+
+    async def close(self):
+        self.closed = True
+        await self.stop()
+
+
+class Admission:
+    """What happens to requests before they are queued: large bodies are read, schemas checked, prompts made.
+
+    Meanwhile they count as waiting; `check_capacity` refuses those for which there is no place."""
+
+    TEMPLATE_S = 0.5      # processor seconds for filling in a chat template,
+    SCHEMA_S = 1.0        # for checking a JSON schema,
+    BODY_S = 5.0          # and for reading a large body
+    VALID_GRAMMARS = 256  # remember this many valid grammars, to check none of them twice
+
+    def __init__(self, check_capacity: Callable[[str, str], None]):
+        self.check_capacity = check_capacity
+        self.prompts: PromptMaker | None = None  # set once there is a tokenizer
+        self.sandboxes = {name: Sandbox(PROCESS_COMMAND) for name in ("templates", "schemas", "bodies")}
+        self.preparing: dict[str, str] = {}      # request being read or rendered -> its client
+        self.valid_grammars: OrderedDict[tuple[str, str], None] = OrderedDict()  # (owner, source)
+
+    async def open(self, card: ModelCard, settings: Settings):
+        """Get ready for a model's requests; ConfigError if its tokenizer or chat template is broken."""
+        known = Known(replace(settings, keys=(), api_key=()), card.name, calls_of(card.text)[0])
+        limits = {"templates": (self.TEMPLATE_S, 256 << 20, 0), "schemas": (self.SCHEMA_S, 256 << 20, 10),
+                  "bodies": (self.BODY_S, 1 << 30, 5)}
+        for name, each in limits.items():
+            text = card.text if name == "bodies" else replace(card.text, payload=b"")
+            self.sandboxes[name].config = SandboxConfig(known, text, card.context_length, *each)
+        if not card.text.chat_template:
+            await self.sandboxes["templates"].stop()
+        tokenizer = await asyncio.to_thread(open_tokenizer, card.text)
+        prompts = PromptMaker(
+            tokenizer, card.context_length, run=run_in_thread_if_long, fill=lambda arguments, client:
+            self.sandboxes["templates"].call(client, "fill_template", arguments))
+        if tokenizer.templated:
+            try:
+                await prompts.render([Message("user", "hello")], (), "")  # compiles the template
+            except RequestError as error:  # the template may accept other chats
+                log.warning("chats may be refused, as the message \"hello\" was: %s", printable(str(error)))
+        self.prompts = prompts
+
+    @contextmanager
+    def _prepare(self, client: str, request_id: str = "") -> Iterator[None]:
+        """Reserve a place for a request while it is read and rendered: it counts as waiting.
+
+        The id of one in a large body is not known yet, so another request may take it."""
+        request_id = request_id or secrets.token_hex(16)
+        self.check_capacity(request_id, client)
+        self.preparing[request_id] = client
+        try:
+            yield
+        finally:
+            del self.preparing[request_id]
+
+    async def admit(self, request: Request) -> Request:
+        with self._prepare(request.client, request.id):
+            await self._check_grammar(request, request.client, request.owner)
+            return await self.prompts.admit(request)
+
+    async def _check_grammar(self, request: Request, client: str, owner: str):
+        """Raise RequestError for a grammar that cannot be enforced or costs too much to check.
+
+        Results are remembered per owner, so that a check's duration does not reveal what others asked."""
+        for source in filter(None, (request.grammar, *request.call_grammars)):
+            if (owner, source) not in self.valid_grammars:
+                await self.sandboxes["schemas"].call(client, "check_grammar", source, request.grammar_param)
+                self.valid_grammars[owner, source] = None
+        while len(self.valid_grammars) > self.VALID_GRAMMARS:
+            self.valid_grammars.popitem(last=False)
+
+    async def read_large(self, reader: str, body: bytes, client: str, owner: str) -> Call:
+        """Read a large body of a route that answers, and check its grammar."""
+        with self._prepare(client):
+            values = await self.sandboxes["bodies"].call(client, "read_call", reader, body=body)
+            call = await asyncio.to_thread(unpacked_call, values, self.prompts.tokenizer.vocab_size)
+            del values
+            await self._check_grammar(call.request, client, owner)
+            return call
+
+    async def answer_text(self, route: str, body: bytes, client: str) -> bytes:
+        with self._prepare(client):
+            return await self.sandboxes["bodies"].call(client, "answer_text", route, body=body)
+
+    async def close(self):
+        await asyncio.gather(*(sandbox.close() for sandbox in self.sandboxes.values()))
+
+
+def packed_call(call: Call, prompt_ids: Seq[Seq[int]]) -> list:
+    """A call for the front: millions of ids as JSON numbers would stop its event loop while they are read.
+
+    Prompts that are ids are sent once."""
+    prompts = tuple(prompt if is_text(prompt) else () for prompt in call.request.prompts)
+    return [replace(call, request=replace(call.request, prompts=prompts, prompt_ids=None)),
+            [array("I", ids).tobytes() for ids in prompt_ids]]
+
+
+def unpacked_call(values: list, vocab_size: int) -> Call:
+    """What packed_call packed. Equal ids are one object, so that each takes 8 bytes. Made piece by piece:
+    other threads get no turn within one call."""
+    call, object_of, prompts = restorer(Call)(values[0]), integers(vocab_size).__getitem__, []
+    for data in map(base64.b64decode, values[1]):
+        prompts.append(prompt := [])
+        for begin in range(0, len(data), WRITE_BYTES):
+            prompt.extend(map(object_of, array("I", data[begin:begin + WRITE_BYTES])))
+    ids = tuple(map(tuple, prompts))
+    prompts = tuple(prompt if is_text(prompt) else own for prompt, own in zip(call.request.prompts, ids))
+    return replace(call, request=replace(call.request, prompts=prompts, prompt_ids=ids))
+
+
+@functools.cache
+def integers(end: int) -> list[int]:
+    return list(range(end))

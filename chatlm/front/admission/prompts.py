@@ -1,0 +1,177 @@
+"""Prompts that fit: rendered, tokenized, cut."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Mapping, Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Any, TYPE_CHECKING
+
+from chatlm.common.config import LIMITS
+from chatlm.common.errors import RequestError, invalid
+from chatlm.common.jsontext import is_text
+from chatlm.common.memory import trim_heap
+from chatlm.common.text.tokenizer import NO_OPTIONS, fill_template
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.requests import Message, Request
+    from chatlm.common.text.tokenizer import Tokenizer
+
+
+async def run_here(work: Callable[[], Any], size: float):
+    return work()
+
+
+class PromptMaker:
+    """Turns a request's prompts into token ids that fit the context, or refuses it and says why.
+
+    `fill` fills in the model's chat template; `run` does work that grows with the text, maybe in a thread."""
+
+    SLICE_CHARACTERS = 1 << 16  # longer texts have their tokens counted, slice by slice, before encoding
+
+    def __init__(self, tokenizer: Tokenizer, context_length: int, *,
+                 fill: Callable[[dict, str], Any] | None = None, run: Callable[..., Any] = run_here):
+        self.tokenizer, self.context_length, self.run = tokenizer, context_length, run
+        self.fill = fill or self._fill_here
+
+    async def _fill_here(self, arguments: dict, client: str) -> str:
+        return fill_template(self.tokenizer.template, arguments)
+
+    async def admit(self, request: Request) -> Request:
+        if request.messages is None:
+            encode = partial(self._encode_prompts, request)
+            prompts, dropped = await self.run(encode, sum(map(len, request.prompts))), 0
+        else:
+            prompts, dropped = await self._cut_to_fit(request)
+        for ids in prompts:
+            checked_ids(ids, self.tokenizer, request.source)
+            self.answer_length(request, ids)
+        checked_ids(request.stop_token_ids, self.tokenizer, "stop_token_ids")
+        checked_ids([token for token, _ in request.sampling.logit_bias], self.tokenizer, "logit_bias")
+        return replace(request.lasting(), prompt_ids=prompts,
+                       dropped_messages=request.dropped_messages + dropped)
+
+    def _encode_prompts(self, request: Request) -> tuple[tuple[int, ...], ...]:
+        """With `truncate`, which only embeddings have here, a prompt loses what is beyond the context."""
+        most = self.context_length if request.truncate else None
+        starts = [self._start_of(prompt, request.source, request.truncate) for prompt in request.prompts]
+        return tuple(tuple(self.tokenizer.encode_prompt(start) if is_text(start) else start)[:most]
+                     for start in starts)
+
+    async def render(self, messages: Seq[Message], tools: Seq[dict], client: str,
+                     options: Mapping = NO_OPTIONS) -> tuple[int, ...]:
+        tokenizer, texts = self.tokenizer, [message.content for message in messages]
+        size = sum(map(len, texts)) + 50 * len(texts)
+        await self.run(lambda: self._start_of("".join(texts), "messages"), size)
+        if not tokenizer.templated:
+            render = partial(tokenizer.render, messages, tools=tools, options=options)
+            return tuple(await self.run(render, size))
+        text = await self.fill(tokenizer.template_arguments(messages, tools, options), client)
+
+        def encode() -> list[int]:
+            self._start_of(text, "messages")
+            return tokenizer.encode_rendered(text, options)
+
+        return tuple(await self.run(encode, len(text)))
+
+    async def _cut_to_fit(self, request: Request) -> tuple[tuple[tuple[int, ...], ...], int]:
+        """The prompt of a conversation, and how many messages `truncate` dropped to make it fit: as few of
+        the oldest turns as possible, never a system message or the last turn."""
+        messages = request.messages
+        if len(messages) > self.context_length:  # refused unrendered: each is at least one token
+            raise RequestError(f"the conversation has {len(messages):,} messages, but the context holds "
+                               f"{self.context_length:,} tokens",
+                               code="context_length_exceeded", param="messages")
+        starts, rendered = turn_starts([message.role for message in messages]), {}
+
+        async def without(turns: int) -> tuple[tuple[int, ...], int]:
+            if turns not in rendered:
+                kept = [message for index, message in enumerate(messages)
+                        if message.role == "system" or index >= starts[turns]]
+                ids = await self.render(kept, request.tools, request.client, request.template_options)
+                rendered[turns] = ids, len(messages) - len(kept)
+            return rendered[turns]
+
+        async def fits(turns: int) -> bool:  # with room for max_tokens, or for a quarter of the context
+            try:
+                length = len((await without(turns))[0])
+            except RequestError as error:
+                if error.code != "context_length_exceeded":
+                    raise
+                return False
+            return (length + min(request.max_tokens or math.inf, self.context_length // 4)
+                    <= self.context_length)
+
+        low = high = 0
+        if request.truncate and len(starts) > 1 and not await fits(0):
+            low, high = 1, len(starts) - 1
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if await fits(middle) else (middle + 1, high)
+        ids, dropped = await without(low)
+        return (ids,), dropped
+
+    def _start_of(self, text: str | Seq[int], param: str, cut: bool = False) -> str | Seq[int]:
+        """The text; of one that has over twice the context's tokens its start, with `cut`, else RequestError
+        400. Counts in slices: tokenizing the whole takes about 700 bytes a token, 2.5 GB for a 15 MB body."""
+        if not is_text(text) or len(text) <= self.SLICE_CHARACTERS:
+            return text
+        count = 0
+        for start in range(0, len(text), self.SLICE_CHARACTERS):
+            count += len(self.tokenizer.encode(text[start:start + self.SLICE_CHARACTERS]))
+            if count > 2 * self.context_length:
+                if cut:
+                    return text[:start + self.SLICE_CHARACTERS]
+                raise self._too_long(f"more than {count - count % 1000:,}", param)
+        return text
+
+    def _too_long(self, count: str, param: str, whose: str = "") -> RequestError:
+        return RequestError(
+            f"the prompt has {count} tokens, but the context holds {self.context_length:,}{whose}",
+            code="context_length_exceeded", param=param)
+
+    def answer_length(self, request: Request, prompt_ids: tuple[int, ...]) -> int:
+        """Most tokens the answer may have. RequestError 400 if the prompt is empty or leaves no room."""
+        room, pooling = self.context_length - len(prompt_ids), bool(request.pooling)
+        if not prompt_ids:
+            raise RequestError(f"the {request.source} is empty", param=request.source)
+        if room < 1 - pooling:
+            raise self._too_long(f"{len(prompt_ids):,}", request.source,
+                                 "" if pooling else " (prompt and answer together)")
+        if pooling:
+            return 0
+        return room if request.max_tokens is None else max(1, min(request.max_tokens, room))
+
+
+def turn_starts(roles: Seq[str]) -> list[int]:
+    """The index where each turn begins: a turn is a user message and what follows it."""
+    return [0, *[index for index, role in enumerate(roles) if role == "user"][1:]]
+
+
+LONG_TEXTS = ThreadPoolExecutor(1, "tokenizer")  # one at a time: each takes a lot of memory
+
+
+async def run_in_thread_if_long(work: Callable[[], Any], size: float):
+    """work(), in a thread when the text is long, so that other streams continue."""
+    if size <= LIMITS.inline_characters:
+        return work()
+
+    def work_then_trim():
+        try:
+            return work()
+        finally:
+            trim_heap()
+
+    return await asyncio.get_running_loop().run_in_executor(LONG_TEXTS, work_then_trim)
+
+
+def checked_ids(tokens: Seq[int], tokenizer: Tokenizer, name: str) -> Seq[int]:
+    """RequestError for token ids outside the vocabulary: in the engine they would fail the whole batch."""
+    size = tokenizer.vocab_size
+    if tokens and not 0 <= min(tokens) <= max(tokens) < size:
+        wrong = next(token for token in tokens if not 0 <= token < size)
+        raise invalid(name, f"{name} has the token id {wrong}; this model's ids are 0 to {size - 1}")
+    return tokens

@@ -1,0 +1,57 @@
+"""Tasks that are watched, and awaiting the first of several."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable
+from typing import Any
+
+from chatlm.common.errors import ChatServerError, lack_of_memory
+from chatlm.common.log import log
+
+
+async def supervised(what: str, work: Callable[[], Any],
+                     failed: Callable[[Exception], bool] = lambda error: False):
+    """Run background work. Log what it raises and pass it to `failed`, which returns True to run it again.
+
+    Nobody would see an exception left in its task, and the server would wait forever for the work."""
+    while True:
+        try:
+            return await work()
+        except Exception as error:
+            error = lack_of_memory(error) or error
+            again, known = failed(error), isinstance(error, ChatServerError)
+            if again or not known:  # otherwise the program ends with this error and prints it
+                log.error("%s failed: %s", what, error, exc_info=None if known else error)
+            if not again:
+                return
+        await asyncio.sleep(1)
+
+
+async def first_of(*works) -> int:
+    """Run awaitables until the first ends, then cancel the others; return its index or raise its error."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        first = next(index for index, task in enumerate(tasks) if task.done())
+        tasks[first].result()
+        return first
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def interruptible(work):
+    """The result of an awaitable, or None if Ctrl-C cancelled it. Nothing else is cancelled."""
+    task, loop, stopped = asyncio.ensure_future(work), asyncio.get_running_loop(), asyncio.Event()
+    loop.add_signal_handler(signal.SIGINT, lambda: (stopped.set(), task.cancel()))
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if not stopped.is_set():
+            raise
+        return None
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)

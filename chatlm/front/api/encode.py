@@ -1,0 +1,202 @@
+"""The native encoder, what all encoders share (`Encoder`, `BlockEncoder`), and an error's body."""
+
+from __future__ import annotations
+
+import codecs
+import itertools
+import json
+import secrets
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from chatlm import __version__
+from chatlm.common.errors import EngineFailure
+from chatlm.common.jsontext import dump
+from chatlm.common.messages.requests import Piece
+
+if TYPE_CHECKING:
+    from chatlm.common.errors import ChatServerError
+    from chatlm.common.messages.protocol import Call
+    from chatlm.common.messages.requests import Accepted, Event, Finished, PromptProgress, TokenLogprob
+    from chatlm.common.text.tokenizer import Tokenizer
+
+
+SYSTEM_FINGERPRINT = f"chat_server-{__version__}"
+
+
+def frame(value) -> bytes:
+    return b"data: " + dump(value) + b"\n\n"
+
+
+def error_body(error: ChatServerError) -> dict:
+    return {"error": {"message": str(error), "type": error.type, "param": error.param, "code": error.code}}
+
+
+def timings_body(done: Finished) -> dict:
+    return {"queue_ms": round(done.queue_ms, 1), "ttft_ms": round(done.ttft_ms, 1),
+            "tokens_per_second": done.tokens_per_second and round(done.tokens_per_second, 1),
+            "drafted_tokens": done.drafted_tokens, "accepted_tokens": done.accepted_tokens,
+            **({"dropped_messages": done.dropped_messages} if done.dropped_messages else {})}
+
+
+class Block:
+    """A part of an answer: text, reasoning, or a call of a function."""
+
+    def __init__(self, kind: str, index: int, name: str):
+        self.kind, self.index, self.name = kind, index, name
+        self.id, self.texts = secrets.token_hex(12), []  # type: str, list[str]
+        self.frame = b""  # how an event with more of its text begins
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+
+def deltas_of(piece: Piece) -> Iterator[tuple[str, str, str]]:
+    """(kind of block, what is new in it, the function's name where a call begins)."""
+    if piece.reasoning:
+        yield "reasoning", piece.reasoning, ""
+    if piece.text:
+        yield "text", piece.text, ""
+    for call in piece.calls:
+        yield "call", call.arguments, call.name
+
+
+class Choice:
+    """What an encoder keeps of one choice of an answer: its end, its blocks (of which OpenAI's streams keep
+    the calls) and, for OpenAI's APIs, what is below."""
+
+    def __init__(self, index: int):
+        self.index = index
+        self.done: Finished | None = None
+        self.blocks: list[Block] = []
+        self.held: tuple[TokenLogprob, ...] = ()    # log-probabilities of tokens that have no text yet
+        self.logprobs: dict[str, list[bytes]] = {}  # for a whole body, in JSON
+        self.echoed = False                         # whether the prompt has been put before its text
+        self.utf8, self.offset = codecs.getincrementaldecoder("utf-8")("replace"), 0  # for text_offset
+
+    def block(self, kind: str, name: str = "") -> Block:
+        """The block that grows: the last one or, for another kind or a call that begins, a new one."""
+        if name or not self.blocks or self.blocks[-1].kind != kind:
+            self.blocks.append(Block(kind, len(self.blocks), name))
+        return self.blocks[-1]
+
+    def text(self, kind: str) -> str:
+        return "".join(block.text for block in self.blocks if block.kind == kind)
+
+    @property
+    def calls(self) -> list[Block]:
+        return [block for block in self.blocks if block.kind == "call"]
+
+    def encoded_logprobs(self, beside: dict) -> Iterator[bytes]:
+        """The `logprobs` member of an object, with the fields of `beside`; nothing if there are none."""
+        separator = b', "logprobs": ' + dump(beside)[:-1] + b", " * bool(beside)
+        for name, parts in self.logprobs.items():
+            yield separator + dump(name) + b": [" + b", ".join(filter(None, parts))
+            separator = b"], "
+        if self.logprobs:
+            yield b"]}"
+
+
+PROGRESS_FIELDS = "queue_position", "prompt_tokens", "prompt_tokens_done"
+
+
+class Encoder:
+    """Turns the events of an answer into the bytes its API sends."""
+
+    ping, content_type = b": ping\n\n", "text/event-stream; charset=utf-8"
+    repeated_bytes = 0
+
+    def __init__(self, call: Call, model: str, tokenizer: Tokenizer | None = None):
+        self.call, self.model, self.tokenizer, self.request = call, model, tokenizer, call.request
+        self.repeated_bytes = len(call.repeated)
+        self.choices = [Choice(index) for index in range((len(self.request.prompts) or 1) * self.request.n)]
+
+    def start(self, accepted: Accepted) -> bytes:
+        return b""                     # the headers alone tell that the request was accepted
+
+    def failed(self, error: ChatServerError) -> bytes:
+        """What ends a stream that has begun."""
+        return frame(error_body(error))
+
+    def encode(self, event: Event) -> bytes:
+        raise NotImplementedError
+
+    def progress(self, event: PromptProgress) -> bytes:
+        return self.framed({"progress": {name: getattr(event, name) for name in PROGRESS_FIELDS}})
+
+    def framed(self, body: dict) -> bytes:
+        return frame(body)
+
+    def counts(self) -> dict[str, int]:
+        """Tokens of all choices: each prompt counts once, each answer separately.
+
+        Raises EngineFailure if a choice has not ended."""
+        ends = [choice.done for choice in self.choices]
+        if None in ends:
+            raise EngineFailure("the answer ended early")
+        firsts = ends[::self.request.n]
+        return {"prompt_tokens": sum(done.prompt_tokens for done in firsts),
+                "completion_tokens": sum(done.completion_tokens for done in ends),
+                "cached_tokens": sum(done.cached_tokens for done in firsts),
+                "reasoning_tokens": sum(done.reasoning_tokens for done in ends)}
+
+
+class NativeEncoder(Encoder):
+    """Turns events into frames of the native API."""
+
+    def encode(self, event: Event) -> bytes:
+        if isinstance(event, Piece):
+            told = {"reasoning": event.reasoning, "token": event.text}  # old clients skip reasoning
+            return b"".join(frame({name: text, "gpu": event.gpu}) for name, text in told.items() if text)
+        self.choices[0].done = event
+        return frame({"done": True, "finish_reason": event.reason, "stop_reason": event.stop_reason,
+                      "gpu": event.gpu, "usage": self.counts(), "timings": timings_body(event),
+                      "seed": self.request.sampling.seed})
+
+
+class BlockEncoder(Encoder):
+    """Turns events into an answer that is a list of blocks: each begins, grows and ends before the next."""
+
+    @property
+    def blocks(self) -> list[Block]:
+        return self.choices[0].blocks
+
+    def encode(self, event: Event) -> bytes:
+        if isinstance(event, Piece):
+            return b"".join(itertools.starmap(self._grow, deltas_of(event)))
+        self.choices[0].done = event
+        last = b"" if self.blocks else self._grow("text", "", "")  # clients expect a part
+        return last + self.closed(self.blocks[-1]) + self.end()
+
+    def _grow(self, kind: str, text: str, name: str) -> bytes:
+        before = self.blocks[-1] if self.blocks else None
+        block, more = self.choices[0].block(kind, name), b""
+        if block is not before:
+            more = (self.closed(before) if before else b"") + self.opened(block)
+        if not text:
+            return more
+        block.texts.append(text)
+        return more + self.grown(block, text)
+
+    def collect(self, event: Event) -> int:
+        self.encode(event)
+        return 100 + sum(len(text) for _, text, _ in deltas_of(event)) if isinstance(event, Piece) else 0
+
+    def completion(self) -> Iterator[bytes]:
+        yield dump(self.body())
+
+    def told(self, kind: str, **fields) -> bytes:
+        return b"event: %s\n" % kind.encode() + frame({"type": kind} | fields)
+
+    def framed(self, body: dict) -> bytes:
+        return self.told(*body, **body)
+
+
+def arguments_of(text: str) -> dict:
+    """The arguments of a call; {} where its JSON was cut."""
+    with suppress(ValueError):
+        if isinstance(found := json.loads(text), dict):
+            return found
+    return {}

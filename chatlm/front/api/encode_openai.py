@@ -1,0 +1,237 @@
+"""Answers as OpenAI's Completions and Chat Completions write them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence as Seq
+from typing import TYPE_CHECKING
+
+from chatlm.common.jsontext import dump, is_text
+from chatlm.common.messages.requests import Finished, Piece
+from chatlm.front.api.encode import SYSTEM_FINGERPRINT, Encoder, deltas_of, timings_body
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.requests import Accepted, CallDelta, Event, TokenLogprob
+    from chatlm.common.text.tokenizer import Tokenizer
+    from chatlm.front.api.encode import Block, Choice
+
+
+def logprob_number(logprob: float | None) -> float | None:
+    """JSON has no infinity, so use OpenAI's floor of -9999."""
+    return None if logprob is None else max(logprob, -9999.0)
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, list[int] | None]:
+    """A token as log-probabilities show it, and its bytes.
+
+    Special tokens show their name; a piece of a character is escaped as OpenAI does."""
+    if name := tokenizer.special_names.get(token):
+        return name, None
+    spelled = tokenizer.token_bytes(token)
+    try:
+        return spelled.decode(), list(spelled)
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled), list(spelled)
+
+
+NOTHING = Piece("", (), "")  # says nothing new
+
+
+class OpenAIEncoder(Encoder):
+    """Turns events into chunks of a stream, or all of them into one body: what both OpenAI routes share."""
+
+    id_prefix = chunk_object = whole_object = ""
+    logprobs_beside: Mapping = {}  # fields of `logprobs` besides those of logprobs_body
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.head = {"id": self.id_prefix + self.request.id, "object": self.chunk_object,
+                     "created": int(time.time()), "model": self.model,
+                     "system_fingerprint": SYSTEM_FINGERPRINT, "seed": self.request.sampling.seed}
+        self.begin = b"data: " + dump(self.head)[:-1] + b", "  # starts every frame
+
+    def body(self, choice: Choice, part: Piece, whole: bool = False) -> dict:
+        """The fields of a choice besides index and finish_reason, for a chunk or for one whole body."""
+        raise NotImplementedError
+
+    def logprobs(self, choice: Choice, part: Piece) -> dict | None:
+        return ({**self.logprobs_body(choice, part.logprobs), **self.logprobs_beside}
+                if part.logprobs else None)
+
+    def take(self, choice: Choice, event: Event) -> Piece:
+        """What to send, with the log-probabilities of its tokens, but not those of a stop string's."""
+        held, choice.held = choice.held, ()
+        if isinstance(event, Finished):
+            choice.done = event
+            return NOTHING if event.stop_reason in self.request.stop else NOTHING._replace(logprobs=held)
+        held += event.logprobs
+        if event.text or event.calls or event.reasoning:
+            return event._replace(logprobs=held) if held else event
+        choice.held = held
+        return NOTHING
+
+    def encode(self, event: Event) -> bytes:
+        choice = self.choices[event.choice]
+        part = self.take(choice, event)
+        more = b"" if part == NOTHING else self.chunk(choice, self.body(choice, part))
+        if choice.done:
+            more += self.chunk(choice, self.body(choice, NOTHING), last=True) + self.end()
+        return more
+
+    def chunk(self, choice: Choice, body: dict, last: bool = False) -> bytes:
+        ending = self.ending(choice) if last else {"finish_reason": None}
+        return self.framed({"choices": [{"index": choice.index, **body, **ending}],
+                            **({"usage": None} if self.call.include_usage else {}),
+                            **({"timings": timings_body(choice.done)} if last else {})})
+
+    def ending(self, choice: Choice) -> dict:
+        reason = "tool_calls" if choice.calls and choice.done.reason == "stop" else choice.done.reason
+        return {"finish_reason": reason, "stop_reason": choice.done.stop_reason}
+
+    def framed(self, body: dict) -> bytes:
+        return self.begin + dump({"choices": []} | body)[1:] + b"\n\n"
+
+    def end(self) -> bytes:
+        """What follows the last chunk of the last choice: usage if asked for, and [DONE]."""
+        if not all(choice.done for choice in self.choices):
+            return b""
+        usage = self.framed({"choices": [], "usage": self.usage()}) if self.call.include_usage else b""
+        return usage + b"data: [DONE]\n\n"
+
+    def usage(self) -> dict:
+        prompt, completion, cached, reasoning = self.counts().values()
+        drafted = sum(choice.done.drafted_tokens for choice in self.choices)
+        accepted = sum(choice.done.accepted_tokens for choice in self.choices)
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
+                "prompt_tokens_details": {"cached_tokens": cached},
+                "completion_tokens_details": {"reasoning_tokens": reasoning,
+                                              "accepted_prediction_tokens": accepted,
+                                              "rejected_prediction_tokens": drafted - accepted}}
+
+    def collect(self, event: Event) -> int:
+        """Keep an event for `completion`; returns roughly how many bytes that takes."""
+        choice = self.choices[event.choice]
+        part, size = self.take(choice, event), 100
+        for kind, text, name in deltas_of(part):
+            choice.block(kind, name).texts.append(text)
+            size += len(text)
+        if self.request.logprobs is not None:  # kept as JSON: 2 KB per token instead of 14
+            for name, values in self.logprobs_body(choice, part.logprobs).items():
+                choice.logprobs.setdefault(name, []).append(encoded := dump(values)[1:-1])
+                size += len(encoded)
+        return size
+
+    def completion(self) -> Iterator[bytes]:
+        """Yield the pieces of the whole answer as one body, for a client that does not stream."""
+        body = {**self.head, "object": self.whole_object, "usage": self.usage(),
+                "timings": timings_body(self.choices[0].done)}
+        separator = dump(body)[:-1] + b', "choices": ['
+        for choice in self.choices:
+            whole = NOTHING._replace(text=choice.text("text"), reasoning=choice.text("reasoning"))
+            body = {"index": choice.index, **self.body(choice, whole, whole=True), **self.ending(choice)}
+            if choice.logprobs:
+                del body["logprobs"]
+            yield separator + dump(body)[:-1]
+            yield from choice.encoded_logprobs(self.logprobs_beside)
+            separator = b"}, "
+        yield b"}]}"
+
+
+class ChatEncoder(OpenAIEncoder):
+    """`/v1/chat/completions`."""
+
+    id_prefix, chunk_object, whole_object = "chatcmpl-", "chat.completion.chunk", "chat.completion"
+    logprobs_beside = {"refusal": None}
+
+    def start(self, accepted: Accepted) -> bytes:
+        opening = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
+        return b"".join(self.chunk(choice, opening) for choice in self.choices)
+
+    def body(self, choice: Choice, part: Piece, whole: bool = False) -> dict:
+        message: dict = {}
+        if whole:
+            calls = [self.call_body(call, call.text) for call in choice.calls]
+            message = {"role": "assistant", "content": None if calls and not part.text else part.text,
+                       "refusal": None}
+        else:
+            calls = [self.call_delta(choice, call) for call in part.calls]
+            if part.text or part.logprobs and not part.reasoning:
+                message = {"content": part.text}
+        if part.reasoning:  # clients read one or the other
+            message |= {"reasoning_content": part.reasoning, "reasoning": part.reasoning}
+        if calls:
+            message["tool_calls"] = calls
+        return {"message" if whole else "delta": message, "logprobs": self.logprobs(choice, part)}
+
+    @staticmethod
+    def call_body(call: Block, arguments: str) -> dict:
+        return {"id": "call_" + call.id, "type": "function",
+                "function": {"name": call.name, "arguments": arguments}}
+
+    def call_delta(self, choice: Choice, part: CallDelta) -> dict:
+        """What a chunk says about a call: all of it when it begins, then only more arguments."""
+        call, more = choice.block("call", part.name), {"function": {"arguments": part.arguments}}
+        return {"index": call.index} | (self.call_body(call, part.arguments) if part.name else more)
+
+    def logprobs_body(self, choice: Choice, logprobs: Seq[TokenLogprob]) -> dict:
+        def entry(token: int, logprob: float | None) -> dict:
+            text, spelled = token_text(self.tokenizer, token)
+            return {"token": text, "logprob": logprob_number(logprob), "bytes": spelled}
+        return {"content": [
+            {**entry(each.token, each.logprob), "top_logprobs": [entry(*top) for top in each.top]}
+            for each in logprobs]}
+
+
+class FunctionEncoder(ChatEncoder):
+    """`/v1/chat/completions` for clients that know `functions` only: a message has at most one call."""
+
+    def body(self, choice: Choice, part: Piece, whole: bool = False) -> dict:
+        body = super().body(choice, part, whole)
+        message = body["message" if whole else "delta"]
+        message |= {"function_call": call["function"]
+                    for call in message.pop("tool_calls", ())[:1] if not call.get("index")}
+        return body
+
+    def ending(self, choice: Choice) -> dict:
+        ending = super().ending(choice)
+        called = ending["finish_reason"] == "tool_calls"
+        return ending | ({"finish_reason": "function_call"} if called else {})
+
+
+class CompletionEncoder(OpenAIEncoder):
+    """`/v1/completions`; `echo` puts the prompt before each answer."""
+
+    id_prefix, chunk_object, whole_object = "cmpl-", "text_completion", "text_completion"
+
+    def prompt(self, choice: Choice) -> str | tuple[int, ...]:
+        return self.request.prompts[choice.index // self.request.n]
+
+    def take(self, choice: Choice, event: Event) -> Piece:
+        part = super().take(choice, event)
+        if isinstance(event, Piece) and event.prompt_logprobs:  # such a piece carries nothing else
+            part = part._replace(logprobs=event.prompt_logprobs)
+        if not self.call.echo or choice.echoed:
+            return part
+        choice.echoed, prompt = True, self.prompt(choice)  # its first event is a Piece, maybe with no text
+        return part._replace(text=(prompt if is_text(prompt) else self.tokenizer.decode(prompt)) + part.text)
+
+    def body(self, choice: Choice, part: Piece, whole: bool = False) -> dict:
+        return {"text": part.text, "logprobs": self.logprobs(choice, part)}
+
+    def logprobs_body(self, choice: Choice, logprobs: Seq[TokenLogprob]) -> dict:
+        """Four lists; text_offset is where each token begins in the choice's text, in characters."""
+        prompt = self.prompt(choice)
+        # Special tokens appear as text only in an echoed prompt.
+        written = prompt if self.call.echo and isinstance(prompt, str) else ""
+        texts, offsets, tops = [], [], []
+        for token, logprob, top in logprobs:
+            texts.append(token_text(self.tokenizer, token)[0])
+            offsets.append(choice.offset)
+            name = self.tokenizer.special_names.get(token)
+            choice.offset += len(name) if name and written.startswith(name, choice.offset) else \
+                len(choice.utf8.decode(self.tokenizer.token_bytes(token)))
+            tops.append(None if logprob is None else {
+                token_text(self.tokenizer, each)[0]: logprob_number(number_)
+                for each, number_ in (*top, (token, logprob))})
+        return {"tokens": texts, "token_logprobs": [logprob_number(each.logprob) for each in logprobs],
+                "top_logprobs": tops, "text_offset": offsets}

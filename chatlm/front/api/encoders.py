@@ -1,0 +1,284 @@
+"""Answers as Responses, Messages, Ollama and embeddings write them; the table of encoders."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import struct
+import time
+from collections.abc import Iterator, Mapping, Sequence as Seq
+from typing import TYPE_CHECKING
+
+from chatlm.common.jsontext import dump
+from chatlm.common.log import utc
+from chatlm.common.messages.requests import Finished
+from chatlm.front.api.encode import BlockEncoder, Encoder, NativeEncoder, arguments_of, frame, timings_body
+from chatlm.front.api.encode_openai import ChatEncoder, CompletionEncoder, FunctionEncoder
+
+if TYPE_CHECKING:
+    from chatlm.common.errors import ChatServerError
+    from chatlm.common.messages.requests import Accepted, Event
+    from chatlm.front.api.encode import Block
+
+
+class ResponsesEncoder(BlockEncoder):
+    """`/v1/responses`: every block is an item; its text, unless it is a call, is the one part of the item."""
+
+    # kind of block -> its item's type and id, the part's type, and what its events' names begin with
+    ITEMS = {"text": ("message", "msg_", "output_text", "response.output_text"),
+             "reasoning": ("reasoning", "rs_", "reasoning_text", "response.reasoning_text"),
+             "call": ("function_call", "fc_", "", "response.function_call_arguments")}
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        sampling = self.request.sampling
+        self.numbers = itertools.count()
+        self.head = {"id": "resp_" + self.request.id, "object": "response", "created_at": int(time.time()),
+                     "model": self.model, "error": None, "incomplete_details": None,
+                     "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed,
+                     "background": False, "previous_response_id": None, "store": False, "usage": None}
+
+    def told(self, kind: str, **fields) -> bytes:
+        return super().told(kind, sequence_number=next(self.numbers), **fields)
+
+    def response(self, status: str, **fields) -> bytes:
+        body = self.head | {"status": status, "output": [self.item(block) for block in self.blocks]} | fields
+        return b"%s, %s}" % (dump(body)[:-1], self.call.repeated)
+
+    def told_response(self, kind: str, response: bytes) -> bytes:
+        event = dump({"type": f"response.{kind}", "sequence_number": next(self.numbers)})[:-1]
+        return b'event: response.%s\ndata: %s, "response": %s}\n\n' % (kind.encode(), event, response)
+
+    def start(self, accepted: Accepted) -> bytes:
+        return b"".join(self.told_response(kind, self.response("in_progress"))
+                        for kind in ("created", "in_progress"))
+
+    def item(self, block: Block, begins: bool = False) -> dict:
+        kind, prefix, _, _ = self.ITEMS[block.kind]
+        cut = block is self.blocks[-1] and (done := self.choices[0].done) and done.reason == "length"
+        item = {"id": prefix + block.id, "type": kind,
+                "status": "in_progress" if begins else "incomplete" if cut else "completed"}
+        if block.kind == "call":
+            return item | {"call_id": "call_" + block.id, "name": block.name, "arguments": block.text}
+        more = {"role": "assistant"} if block.kind == "text" else {"summary": []}
+        return item | more | {"content": [] if begins else [self.part(block, block.text)]}
+
+    def part(self, block: Block, text: str) -> dict:
+        more = {"annotations": [], "logprobs": []} if block.kind == "text" else {}
+        return {"type": self.ITEMS[block.kind][2], "text": text, **more}
+
+    def place(self, block: Block) -> dict:
+        part = {} if block.kind == "call" else {"content_index": 0}
+        return {"item_id": self.ITEMS[block.kind][1] + block.id, "output_index": block.index, **part}
+
+    def opened(self, block: Block) -> bytes:
+        item = self.told("response.output_item.added", output_index=block.index, item=self.item(block, True))
+        if block.kind == "call":
+            return item
+        return item + self.told("response.content_part.added", **self.place(block), part=self.part(block, ""))
+
+    def grown(self, block: Block, text: str) -> bytes:
+        if not block.frame:  # to dump each whole event takes 13 us, its text alone 3
+            event = self.ITEMS[block.kind][3] + ".delta"
+            logprobs = {"logprobs": []} if block.kind == "text" else {}
+            fields = dump({"type": event, **self.place(block), **logprobs})[:-1]
+            block.frame = b"event: %s\ndata: %s, " % (event.encode(), fields)
+        return b'%s"sequence_number": %d, "delta": %s}\n\n' % (block.frame, next(self.numbers), dump(text))
+
+    def closed(self, block: Block) -> bytes:
+        event, place, text = self.ITEMS[block.kind][3] + ".done", self.place(block), block.text
+        if block.kind == "call":
+            done = self.told(event, **place, name=block.name, arguments=text)
+        else:
+            logprobs = {"logprobs": []} if block.kind == "text" else {}
+            done = self.told(event, **place, text=text, **logprobs) + self.told(
+                "response.content_part.done", **place, part=self.part(block, text))
+        return done + self.told("response.output_item.done", output_index=block.index, item=self.item(block))
+
+    def whole(self) -> tuple[str, bytes]:
+        """The response's status, and all of it."""
+        prompt, completion, cached, reasoning = self.counts().values()
+        usage = {"input_tokens": prompt,
+                 "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+                 "output_tokens": completion, "output_tokens_details": {"reasoning_tokens": reasoning},
+                 "total_tokens": prompt + completion}
+        done = self.choices[0].done
+        cut = {"incomplete_details": {"reason": "max_output_tokens"}} if done.reason == "length" else {}
+        status = "incomplete" if cut else "completed"
+        return status, self.response(status, usage=usage, timings=timings_body(done), **cut)
+
+    def end(self) -> bytes:
+        return self.told_response(*self.whole())
+
+    def completion(self) -> Iterator[bytes]:
+        yield self.whole()[1]
+
+    def failed(self, error: ChatServerError) -> bytes:
+        body = {"code": error.code or error.type, "message": str(error)}
+        return self.told_response("failed", self.response("failed", error=body))
+
+
+class MessagesEncoder(BlockEncoder):
+    """`/v1/messages`, Anthropic's API."""
+
+    ping = b'event: ping\ndata: {"type": "ping"}\n\n'
+    # kind of block -> its type, its member that grows, and how the deltas call themselves and that member
+    BLOCKS = {"text": ("text", "text", "text_delta", "text"),
+              "reasoning": ("thinking", "thinking", "thinking_delta", "thinking"),
+              "call": ("tool_use", "input", "input_json_delta", "partial_json")}
+    REASONS = {"max_tokens": "max_tokens", "context_length": "model_context_window_exceeded"}
+
+    def message(self, content: list[dict], usage: dict, stop: Mapping) -> dict:
+        return {"id": "msg_" + self.request.id, "type": "message", "role": "assistant", "model": self.model,
+                "content": content, "stop_reason": None, "stop_sequence": None, **stop, "usage": usage,
+                "seed": self.request.sampling.seed}
+
+    @staticmethod
+    def usage(prompt: int, completion: int, cached: int, reasoning: int = 0) -> dict:
+        return {"input_tokens": prompt - cached, "cache_creation_input_tokens": 0,
+                "cache_read_input_tokens": cached, "output_tokens": completion}
+
+    def start(self, accepted: Accepted) -> bytes:
+        usage = self.usage(accepted.prompt_tokens, 0, 0)
+        return self.told("message_start", message=self.message([], usage, {}))
+
+    def content(self, block: Block, grown) -> dict:
+        kind, member, _, _ = self.BLOCKS[block.kind]
+        call = {"id": "toolu_" + block.id, "name": block.name} if block.kind == "call" else {}
+        # nobody checks the signature, but clients send back no thinking without one
+        signature = {"signature": block.id} if block.kind == "reasoning" else {}
+        return {"type": kind, **call, member: grown, **signature}
+
+    def opened(self, block: Block) -> bytes:
+        empty = self.content(block, {} if block.kind == "call" else "")
+        return self.told("content_block_start", index=block.index, content_block=empty)
+
+    def grown(self, block: Block, text: str) -> bytes:
+        _, _, kind, member = self.BLOCKS[block.kind]
+        return self.told("content_block_delta", index=block.index, delta={"type": kind, member: text})
+
+    def closed(self, block: Block) -> bytes:
+        return self.told("content_block_stop", index=block.index)
+
+    def stop(self) -> dict:
+        done = self.choices[0].done
+        by_text = done.stop_reason in self.request.stop
+        reason = ("stop_sequence" if by_text else self.REASONS.get(done.stop_reason, "max_tokens")
+                  if done.reason == "length" else
+                  "tool_use" if self.blocks[-1].kind == "call" else "end_turn")
+        return {"stop_reason": reason, "stop_sequence": done.stop_reason if by_text else None}
+
+    def body(self) -> dict:
+        blocks = [self.content(block, arguments_of(block.text) if block.kind == "call" else block.text)
+                  for block in self.blocks]
+        return self.message(blocks, self.usage(*self.counts().values()), self.stop())
+
+    def end(self) -> bytes:
+        return self.told("message_delta", delta=self.stop(), usage=self.usage(*self.counts().values())) + \
+            self.told("message_stop")
+
+    def failed(self, error: ChatServerError) -> bytes:
+        return b"event: error\n" + frame(anthropic_error(error))
+
+
+class OllamaEncoder(BlockEncoder):
+    """Ollama's `/api/chat` and `/api/generate`: JSON objects, one on each line; a call comes whole."""
+
+    ping, content_type = b"", "application/x-ndjson"  # each line must be an object, so none is a ping
+
+    def members(self, text: str = "", reasoning: str = "", calls: Seq[dict] = ()) -> dict:
+        more = {"thinking": reasoning} if reasoning else {}
+        if self.call.api != "ollama chat":
+            return {"response": text, **more}
+        more |= {"tool_calls": calls} if calls else {}
+        return {"message": {"role": "assistant", "content": text, **more}}
+
+    def line(self, members: dict, **more) -> bytes:
+        return dump({"model": self.model, "created_at": utc(), **members, "done": False} | more) + b"\n"
+
+    @staticmethod
+    def called(block: Block) -> dict:
+        return {"function": {"name": block.name, "arguments": arguments_of(block.text)}}
+
+    def opened(self, block: Block) -> bytes:
+        return b""
+
+    def grown(self, block: Block, text: str) -> bytes:
+        return b"" if block.kind == "call" else self.line(self.members(**{block.kind: text}))
+
+    def closed(self, block: Block) -> bytes:
+        return self.line(self.members(calls=[self.called(block)])) if block.kind == "call" else b""
+
+    def ended(self) -> dict:
+        done, counts = self.choices[0].done, self.counts()
+        decoding_s = (done.completion_tokens - 1) / done.tokens_per_second if done.tokens_per_second else 0.0
+        return {"done": True, "done_reason": done.reason,
+                "total_duration": int(done.ttft_ms * 1e6 + decoding_s * 1e9),
+                "load_duration": 0, "prompt_eval_count": counts["prompt_tokens"],
+                "prompt_eval_duration": int((done.ttft_ms - done.queue_ms) * 1e6),
+                "eval_count": counts["completion_tokens"], "eval_duration": int(decoding_s * 1e9)}
+
+    def end(self) -> bytes:
+        return self.line(self.members(), **self.ended())
+
+    def completion(self) -> Iterator[bytes]:
+        choice = self.choices[0]
+        members = self.members(choice.text("text"), choice.text("reasoning"),
+                               [self.called(block) for block in choice.calls])
+        yield self.line(members, **self.ended())
+
+    def failed(self, error: ChatServerError) -> bytes:
+        return dump({"error": str(error)}) + b"\n"
+
+
+class EmbeddingsEncoder(Encoder):
+    """`/v1/embeddings`, and Ollama's `/api/embed`: a vector for each input, whole."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.vectors = [b""] * len(self.choices)
+
+    def collect(self, event: Event) -> int:
+        """Keep a vector as it will be sent; returns its size in bytes."""
+        if isinstance(event, Finished):
+            self.choices[event.choice].done = event
+            return 0
+        vector = dump(event.embedding)
+        if self.call.details["encoding"] == "float":  # nine digits tell all float32 numbers apart
+            numbers = struct.iter_unpack("<f", base64.b64decode(event.embedding))
+            vector = b"[%s]" % ",".join(["%.9g" % number for number, in numbers]).encode()
+        self.vectors[event.choice] = vector
+        return len(vector)
+
+    def completion(self) -> Iterator[bytes]:
+        count = self.counts()["prompt_tokens"]
+        if self.call.api == "ollama embed":
+            seconds = max(choice.done.ttft_ms for choice in self.choices) / 1e3
+            name, each = "embeddings", b"%(vector)s"
+            more = {"model": self.model, "total_duration": int(seconds * 1e9), "load_duration": 0,
+                    "prompt_eval_count": count}
+        else:
+            name, each = "data", b'{"object": "embedding", "index": %(index)d, "embedding": %(vector)s}'
+            more = {"object": "list", "model": self.model,
+                    "usage": {"prompt_tokens": count, "total_tokens": count}}
+        yield dump(more)[:-1] + b', "%s": [' % name.encode()
+        for index, vector in enumerate(self.vectors):
+            yield b", " * bool(index) + each % {b"index": index, b"vector": vector}
+        yield b"]}"
+
+
+ANTHROPIC_ERRORS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
+                    404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
+                    500: "api_error", 503: "overloaded_error"}
+
+
+def anthropic_error(error: ChatServerError) -> dict:
+    kind = ANTHROPIC_ERRORS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": str(error)}}
+
+
+ENCODERS = {"native": NativeEncoder, "chat": ChatEncoder, "functions": FunctionEncoder,
+            "completion": CompletionEncoder,
+            "responses": ResponsesEncoder, "messages": MessagesEncoder,
+            "ollama chat": OllamaEncoder, "ollama generate": OllamaEncoder,
+            "embeddings": EmbeddingsEncoder, "ollama embed": EmbeddingsEncoder}

@@ -1,0 +1,211 @@
+"""The types of fields that the APIs share, also of those that ask for a grammar."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from functools import partial
+
+from chatlm.common.config import LIMITS
+from chatlm.common.errors import RequestError, bad_value, invalid, named, printable
+from chatlm.common.jsontext import is_text, whole_unicode
+from chatlm.common.text.grammar import in_slashes, json_grammar, lark_grammar
+from chatlm.front.api.fields import (
+    A_FUNCTION, A_TEXT, A_TOKEN, TEXT_OR_NULL, TEXT_OR_TOKEN, Field, FieldType, as_count, fits, left_out,
+    list_schema, listed, object_schema, prompt_list, read_choice)
+
+
+def response_grammar(value: dict, param: str = "response_format") -> tuple[str, str]:
+    """The grammar for a format of answers ("" for plain text), and the field that asks for it."""
+    kind = value.get("type")
+    if kind == "text":
+        return "", param
+    if kind not in ("json_object", "json_schema"):
+        raise bad_value(param, kind, "an object of type text, json_object or json_schema")
+    # llama-server takes {"type", "schema"} for both types.
+    holder = value.get("json_schema") if kind == "json_schema" else value
+    schema = holder.get("schema", value.get("schema")) if isinstance(holder, dict) else value.get("schema")
+    if schema is None and kind == "json_object":
+        schema = {"type": "object"}
+    if not isinstance(schema, dict):
+        raise RequestError(f"{param} needs a schema that is an object",
+                           code="invalid_json_schema", param=param)
+    return json_grammar(schema, param), param
+
+
+def nested_grammar(value: dict, param: str) -> tuple[str, str]:
+    """response_grammar of `format` in a field that says more about the answer."""
+    form = value.get("format")
+    if form is not None and not isinstance(form, dict):
+        raise bad_value(param, form, "an object whose format is an object")
+    return response_grammar(form or {"type": "text"}, param)
+
+
+GBNF_CHARACTERS = 16_384  # converted here, in 2 us a character
+
+
+def other_grammar(value, kind: str, param: str) -> tuple[str, str]:
+    """The grammar for a constraint of vLLM's or llama-server's, and the field that asks for it."""
+    grammar = ""
+    try:
+        if kind == "json":
+            return json_grammar({**(json.loads(value) if is_text(value) else value)}, param), param
+        if kind == "choice":
+            grammar = "start: " + " | ".join(json.dumps(whole_unicode(each)) for each in value)
+        elif kind == "regex":
+            grammar = f"start: /{in_slashes(whole_unicode(value))}/"
+        elif len(value) <= GBNF_CHARACTERS:
+            convert = importlib.import_module("llguidance.gbnf_to_lark").any_to_lark
+            grammar = convert(whole_unicode(value)).removeprefix("%llguidance {}")
+        else:
+            raise ValueError(f"{len(value):,} characters, at most {GBNF_CHARACTERS:,} are allowed")
+    except RequestError:
+        raise
+    except Exception as error:  # a library's own, for a grammar or schema that does not parse
+        raise RequestError(f"{param} cannot be used: {printable(named(error))[:300]}",
+                           code="invalid_grammar", param=param) from None
+    return lark_grammar(grammar, param), param
+
+
+def structured_outputs(value: dict) -> tuple[str, str]:
+    """vLLM's structured_outputs: an object with one constraint."""
+    given = {name: each for name, each in value.items() if each is not None and each is not False}
+    fields = {field.name.removeprefix("guided_"): field.kind for field in CONSTRAINT_FIELDS[:4]}
+    (kind, constraint), *more = given.items() or [("", None)]
+    if kind == "json_object" and constraint is True and not more:
+        kind, constraint = "json", {"type": "object"}
+    if more or kind not in fields or not fits(fields[kind].schema, constraint):
+        raise bad_value("structured_outputs", value, "an object with one of json, regex, choice, grammar and "
+                                                     "json_object: true")
+    return other_grammar(constraint, kind, "structured_outputs")
+
+
+def one_constraint(values: Mapping) -> tuple[str, str]:
+    """The grammar that a request asks for, and the field that does; RequestError if several do."""
+    found = [values[name] for name in ("response_format", *(field.name for field in CONSTRAINT_FIELDS))
+             if name in values and values[name][0]]
+    if len(found) > 1:
+        raise invalid(found[1][1], f"{found[0][1]} and {found[1][1]} exclude each other")
+    return found[0] if found else ("", "")
+
+
+TEXT_PARTS = ["text", "input_text", "output_text", "refusal", "reasoning_text", "summary_text"]
+A_PART = object_schema(["type"], type={"enum": TEXT_PARTS}, text=TEXT_OR_NULL, refusal=TEXT_OR_NULL)
+NATIVE_ROLES = ["system", "user", "assistant"]
+OPENAI_ROLES = ["system", "developer", "user", "assistant"]  # plus tool, if the model's template has tools
+
+NUMBER = FieldType("a finite number", {"type": "number"}, float)
+INTEGER = FieldType("an integer", {"type": "integer"}, as_count)
+SEED = INTEGER._replace(made=lambda value: int(value) % 2**64)  # OpenAI's seeds may be negative
+TOP_K = INTEGER._replace(made=lambda value: max(0, int(value)))
+CAP = FieldType("a positive integer, or -1 for no cap",
+                {"anyOf": [{"enum": [-1]}, {"type": "integer", "minimum": 1}]}, as_count)
+SWITCH = FieldType("true or false", {"enum": [True, False, "true", "false", "True", "False"]},
+                   lambda value: str(value).lower() == "true")
+TEXT = FieldType("a string", A_TEXT, whole_unicode)
+LIST = FieldType("a list", {"type": "array"})
+OBJECT = FieldType("an object", {"type": "object"})
+METADATA = FieldType(  # OpenAI's limits
+    "an object of at most 16 names of up to 64 characters, each with a string of at most 512", {
+        "type": "object", "maxProperties": 16, "propertyNames": {"pattern": r"^[\s\S]{0,64}$"},
+        "additionalProperties": {"type": "string", "maxLength": 512}})
+TOKENS = FieldType(f"a list of at most {LIMITS.tokenized_characters:,} token ids",
+                   list_schema(A_TOKEN, maxItems=LIMITS.tokenized_characters), tuple)
+STOP_TOKENS = FieldType(f"a list of at most {LIMITS.stop_tokens:,} token ids",
+                        list_schema(A_TOKEN, maxItems=LIMITS.stop_tokens), tuple)
+STOP_TEXT = {"type": "string", "maxLength": LIMITS.stop_characters}
+STOP = FieldType(f"a string or a list of at most {LIMITS.stop_strings} strings, "
+                 f"none above {LIMITS.stop_characters:,} characters",
+                 {"anyOf": [STOP_TEXT, list_schema(STOP_TEXT, maxItems=LIMITS.stop_strings)]},
+                 lambda value: tuple(stop for stop in listed(value) if stop))
+MIXED = FieldType(f"a string, or a list of at most {LIMITS.tokenized_characters:,} strings and token ids",
+                  {"anyOf": [A_TEXT, list_schema(TEXT_OR_TOKEN, maxItems=LIMITS.tokenized_characters)]},
+                  listed)
+SOME_TOKENS = list_schema(A_TOKEN, maxItems=LIMITS.prompt_tokens)
+PROMPTS, INPUTS = (
+    FieldType(f"a string, a list of at most {LIMITS.prompt_tokens:,} token ids, "
+              f"or a list of at most {most:,} of these", {"anyOf": [
+                  A_TEXT, SOME_TOKENS | {"minItems": 1},
+                  list_schema({"anyOf": [A_TEXT, SOME_TOKENS]}, minItems=1, maxItems=most)]}, prompt_list)
+    for most in (LIMITS.choices, LIMITS.embeddings))
+EFFORTS = ["none", "minimal", "low", "medium", "high", "xhigh"]
+EFFORT = FieldType(" or ".join([", ".join(EFFORTS[:-1]), EFFORTS[-1]]), {"enum": EFFORTS})
+PRIORITY = FieldType('"low", "normal" or an integer (above 0 means low)',  # vLLM takes numbers
+                     {"anyOf": [{"enum": ["low", "normal"]}, {"type": "integer"}]},
+                     lambda value: value == "low" or value != "normal" and value > 0)
+LOGIT_BIAS = FieldType(f"an object of at most {LIMITS.biases:,} token ids and biases from -100 to 100", {
+    "type": "object", "maxProperties": LIMITS.biases, "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"},
+    "additionalProperties": {"type": ["number", "null"], "minimum": -100, "maximum": 100}},
+    lambda value: tuple((int(token), float(bias)) for token, bias in value.items() if bias is not None))
+A_NAME = object_schema(["name"], name=A_TEXT)
+OTHER_TOOLS = ["custom", "mcp", "web_search", "web_search_preview", "file_search", "computer_use_preview",
+               "image_generation", "code_interpreter", "shell", "apply_patch", "namespace"]
+TOOLS = FieldType('a list of {"type": "function", "function": {"name", "description", "parameters"}}',
+                  list_schema({"anyOf": [A_FUNCTION, object_schema(["type"], type={"enum": OTHER_TOOLS})]}),
+                  tuple)
+FUNCTIONS = FieldType('a list of {"name", "description", "parameters"}',
+                      list_schema(A_FUNCTION["properties"]["function"]),
+                      lambda value: tuple({"type": "function", "function": each} for each in value))
+FUNCTION_CALL = FieldType('"auto", "none" or {"name"}',
+                          {"anyOf": [{"enum": ["auto", "none"]}, A_NAME]},
+                          lambda value: read_choice(value if is_text(value) else {"name": value["name"]}))
+MODES = {"enum": ["auto", "none", "required"]}
+A_TOOL_NAME = {"type": "object", "properties": {"name": A_TEXT, "function": A_NAME}}
+ALLOWED_TOOLS = object_schema(["mode", "tools"], type={"enum": ["allowed_tools"]}, mode=MODES,
+                              tools=list_schema(A_TOOL_NAME))
+TOOL_CHOICE = FieldType(
+    '"auto", "none", "required", {"type": "function", "function": {"name"}} or '
+    '{"type": "allowed_tools", "allowed_tools": {"mode", "tools"}}', {"anyOf": [
+        MODES, object_schema(["function"], type={"enum": ["function"]}, function=A_NAME),
+        object_schema(["type", "allowed_tools"], type={"enum": ["allowed_tools"]},
+                      allowed_tools=ALLOWED_TOOLS)]}, partial(read_choice, inside="allowed_tools"))
+FLAT_CHOICE = FieldType(
+    '"auto", "none", "required", {"type": "function", "name"} or {"type": "allowed_tools", "mode", "tools"}',
+    {"anyOf": [MODES, object_schema(["type", "name"], type={"enum": ["function"]}, name=A_TEXT),
+               object_schema(["type", "mode", "tools"], **ALLOWED_TOOLS["properties"],
+                             allowed_tools={"enum": [None]}),
+               object_schema(["type"], type={"enum": OTHER_TOOLS})]}, read_choice)
+MESSAGES_CHOICE = FieldType(
+    "an object of type auto, any or none, or of type tool with a name", {"anyOf": [
+        object_schema(["type"], type={"enum": ["auto", "any", "none"]}),
+        object_schema(["type", "name"], type={"enum": ["tool"]}, name=A_TEXT)]}, read_choice)
+
+OLLAMA_NAME = FieldType("a string", A_TEXT, lambda value: whole_unicode(value).removesuffix(":latest"))
+OLLAMA_FORMAT = FieldType('"json" or a JSON schema', {"anyOf": [{"enum": ["", "json"]}, {"type": "object"}]},
+                          lambda value: ("" if value == "" else json_grammar(
+                              {"type": "object"} if is_text(value) else value, "format"), "format"))
+SYSTEM = FieldType("a text or a list of text blocks", {"anyOf": [A_TEXT, list_schema({"type": "object"})]})
+NATIVE_MESSAGES = LIST._replace(details=list_schema(
+    object_schema(["role", "content"], role={"enum": NATIVE_ROLES}, content=A_TEXT), minItems=1))
+OPENAI_MESSAGES = LIST._replace(details=list_schema(
+    object_schema(["role"], role={"enum": [*OPENAI_ROLES, "tool", "function"]},
+                  content={"anyOf": [TEXT_OR_NULL, list_schema(A_PART)]}),
+    minItems=1))
+
+
+def constraint(name: str, kind: str, allowed: str, schema: dict) -> Field:
+    made = partial(other_grammar, kind=kind, param=name)
+    return Field(name, FieldType(allowed, schema, made), f"the answer matches {allowed}")
+
+
+CONSTRAINT_FIELDS = (  # as vLLM and llama-server have them; a request may have one
+    constraint("guided_json", "json", "a JSON schema", {"anyOf": [{"type": "object"}, A_TEXT]}),
+    constraint("guided_regex", "regex", "a regular expression", A_TEXT),
+    constraint("guided_choice", "choice", "a list of 1 to 1,000 strings",
+               list_schema(A_TEXT, minItems=1, maxItems=1000)),
+    constraint("guided_grammar", "grammar", "a grammar in Lark or GBNF", A_TEXT),
+    constraint("grammar", "grammar", "a grammar in GBNF or Lark", A_TEXT),
+    constraint("json_schema", "json", "a JSON schema", {"type": "object"}),
+    Field("structured_outputs", OBJECT._replace(made=structured_outputs),
+          "one of json, regex, choice, grammar and json_object"),
+    *(Field(name, left_out("answers cannot be held to it"), "refused") for name in (
+        "guided_whitespace_pattern", "structural_tag", "regex", "ebnf")),
+)
+
+
+def thinking(wanted) -> dict:
+    """The template options for an effort, or for whether to think; None leaves it to the template."""
+    if wanted is None or is_text(wanted):
+        return {"reasoning_effort": wanted} if wanted in EFFORTS else {}
+    return {"chat_template_kwargs": {"enable_thinking": wanted, "thinking": wanted}}

@@ -1,0 +1,355 @@
+"""The body of each route becomes a `Call`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence as Seq
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from chatlm.common.config import DEFAULT_MAX_TOKENS, LIMITS, sampling_defaults
+from chatlm.common.errors import RequestError, invalid, shown
+from chatlm.common.jsontext import dump, is_text
+from chatlm.common.messages.protocol import Call
+from chatlm.common.messages.requests import Message, Request, SamplingParams
+from chatlm.common.messages.wire import as_plain_json
+from chatlm.common.text.formats import TAGGED_ARGUMENTS
+from chatlm.common.text.grammar import unusable_schema
+from chatlm.front.admission.prompts import checked_ids
+from chatlm.front.api.call_grammars import call_grammar, parameter_types, tool_grammar
+from chatlm.front.api.conversation import (
+    anthropic_messages, chat_messages, joined_turns, named_messages, native_messages, openai_messages,
+    part_text, response_messages, template_options)
+from chatlm.front.api.fields import (
+    ToolChoice, allowed_tools, known_tools, no_tools, parse_fields, within_limit)
+from chatlm.front.api.kinds import OPENAI_ROLES, one_constraint, thinking
+from chatlm.front.api.tables import (
+    COMPLETION_FIELDS, COUNTED_FIELDS, DETOKENIZE_FIELDS, EMBEDDING_FIELDS, MESSAGES_FIELDS, NATIVE_FIELDS,
+    OLLAMA_CHAT_FIELDS, OLLAMA_EMBED_FIELDS, OLLAMA_GENERATE_FIELDS, OLLAMA_OPTIONS, OLLAMA_SHOW_FIELDS,
+    OPENAI_FIELDS, RESPONSES_FIELDS, TEMPLATE_FIELDS, TOKENIZE_FIELDS)
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+    from chatlm.common.messages.protocol import Known
+    from chatlm.common.text.tokenizer import Tokenizer
+    from chatlm.front.admission.prompts import PromptMaker
+
+
+def names_model(body: bytes | bytearray) -> bool:
+    """Does a body have a member `model`? Only the first texts "model" in it are looked at."""
+    at = -1
+    for _ in range(64):
+        if (at := body.find(b'"model"', at + 1)) < 0:
+            return False
+        if body[max(0, at - 1):at] != b"\\" and re.match(rb"\s{0,8}:", body[at + 7:at + 16]):
+            return True
+    return False
+
+
+def sampling_params(values: Mapping, settings: Settings) -> SamplingParams:
+    """The request's values, else those that hold without; the seed is random if nobody sets one."""
+    seed = settings.seed if settings.seed is not None else secrets.randbits(53)  # exact in JavaScript
+    chosen = {name: value for name, (value, _) in sampling_defaults(settings).items()} | {"seed": seed}
+    names = {f.name for f in dataclasses.fields(SamplingParams)}
+    return SamplingParams(**chosen | {name: value for name, value in values.items() if name in names})
+
+
+def make_request(values: Mapping, settings: Settings, **source) -> Request:
+    """A Request from the fields that every generating route shares, plus `source`."""
+    names = ("stop", "stop_token_ids", "ignore_eos", "min_tokens", "n", "truncate", "resumable", "progress")
+    return Request(sampling=sampling_params(values, settings), low_priority=values.get("priority", False),
+                   chat="messages" in source,
+                   **{name: values[name] for name in names if name in values}, **source)
+
+
+def parse_chat_request(body: dict, settings: Settings) -> Request:
+    values = parse_fields(body, NATIVE_FIELDS)
+    messages, dropped = native_messages(values["messages"], values.get("truncate", False))
+    return make_request(values, settings, messages=messages, dropped_messages=dropped,
+                        template_options=template_options(values),
+                        max_tokens=values.get("max_tokens", settings.max_tokens or DEFAULT_MAX_TOKENS))
+
+
+def openai_request(values: Mapping, settings: Settings, **source) -> Request:
+    """A Request from what all routes but nanochat's share."""
+    cap = values.get("max_tokens", settings.max_tokens)
+    if source.get("grammar"):  # the grammar alone decides where the answer ends
+        ends = ("stop", "stop_token_ids", "ignore_eos", "min_tokens")
+        values = {name: value for name, value in values.items() if name not in ends}
+    return make_request(values, settings, max_tokens=None if cap == -1 else cap, **source)
+
+
+def parse_openai_request(values: Mapping, settings: Settings, tool_format: str | None = None,
+                         messages: tuple[Message, ...] | None = None) -> Request:
+    """The checked OPENAI_FIELDS as a Request; `tool_format` is how the model writes calls, if it can. Other
+    APIs have parsed their `messages` and template options."""
+    logprobs, top = values.get("logprobs", False), values.get("top_logprobs", 0)
+    if top and not logprobs:
+        raise invalid("top_logprobs", "top_logprobs needs logprobs: true")
+    choice, tools = values.get("tool_choice", ToolChoice()), values.get("tools", ())
+    if strange := [tool["type"] for tool in tools if "function" not in tool]:
+        raise RequestError(f"tools of type {shown(strange[0])} are not supported here, only functions",
+                           code="unsupported_tool", param="tools")
+    required = choice.mode == "required"
+    if choice.mode != "none" and (tools or required) and tool_format is None:
+        raise no_tools("tools" if tools else "tool_choice")
+    tools = () if choice.mode == "none" else allowed_tools(tools, choice)
+    grammar, param = one_constraint(values)
+    if required:
+        parallel = choice.parallel and values.get("parallel_tool_calls", True)
+        grammar, param = tool_grammar(tools, tool_format, parallel), "tools"
+    options = values.get("template_options", {})
+    if messages is None:
+        messages = openai_messages(values["messages"], tool_format is not None)
+        options = template_options(values)
+    functions = [tool["function"] for tool in tools]
+    names, types, strict = tuple(each["name"] for each in functions), (), ()
+    if not grammar and any(each.get("strict") is True for each in functions):
+        param = "tools"
+        strict = tuple(call_grammar(each, tool_format) if each.get("strict") is True else ""
+                       for each in functions)
+        if sum(map(len, strict)) > 16 * LIMITS.grammar_characters:
+            raise unusable_schema("the parameters of all strict functions are too long", param)
+    if tool_format in TAGGED_ARGUMENTS:
+        steps = iter(range(8192))  # of 11 us: a small schema can say much
+        types = tuple(parameter_types(tool, steps) for tool in tools)
+    if (size := len(as_plain_json((names, types)))) > LIMITS.tool_name_bytes:
+        raise invalid("tools", f"the names of all functions and parameters in tools take {size:,} bytes, "
+                               f"at most {LIMITS.tool_name_bytes:,} are allowed")
+    return openai_request(
+        values, settings, messages=messages, template_options=options, grammar=grammar, grammar_param=param,
+        logprobs=top if logprobs else None, tools=tools, tool_names=names, tool_types=types,
+        call_grammars=strict)
+
+
+def read_native_call(body: dict, known: Known) -> Call:
+    """nanochat's body; one that names a model comes from a client of OpenAI whose base URL lacks /v1."""
+    if body.get("model") is not None:
+        return read_chat_call(body, known)
+    return Call(parse_chat_request(body, known.settings))
+
+
+def read_chat_call(body: dict, known: Known) -> Call:
+    values = parse_fields(body, OPENAI_FIELDS)
+    if body.get("functions") and known.tool_format is None:
+        raise no_tools("functions")
+    request = parse_openai_request(values, known.settings, known.tool_format)
+    return new_call("functions" if body.get("functions") else "chat", values, known, request)
+
+
+def read_completion_call(body: dict, known: Known) -> Call:
+    values = parse_fields(body, COMPLETION_FIELDS)
+    prompts, n, logprobs = values["prompt"], values.get("n", 1), values.get("logprobs")
+    if values.get("suffix"):
+        raise RequestError("suffix is not supported: this model cannot fill in the middle",
+                           code="unsupported_suffix", param="suffix")
+    if values.get("best_of", n) != n:
+        raise RequestError("best_of must equal n", code="unsupported_best_of", param="best_of")
+    within_limit("answers (prompts times n)", len(prompts) * n, LIMITS.choices, "prompt")
+    grammar, param = one_constraint(values)
+    request = openai_request(values, known.settings, prompts=prompts, logprobs=logprobs, grammar=grammar,
+                             grammar_param=param, prompt_logprobs=logprobs if values.get("echo") else None)
+    return new_call("completion", values, known, request)
+
+
+REPEATED = {  # fields of a request that come back in its response, and what stands for absent ones
+    "instructions": None, "metadata": {}, "parallel_tool_calls": True, "tool_choice": "auto", "tools": [],
+    "text": {"format": {"type": "text"}}, "reasoning": {"effort": None, "summary": None},
+    "truncation": "disabled", "max_output_tokens": None, "user": None}
+
+
+def repeated_json(body: Mapping) -> bytes:
+    """The members of a body that its response repeats in several events, encoded once for all of them."""
+    try:
+        texts = {name: dump(value if body.get(name) is None else body[name])
+                 for name, value in REPEATED.items()}
+    except RecursionError:
+        raise RequestError("the body is nested too deeply") from None
+    if (size := sum(map(len, texts.values()))) > LIMITS.repeated_bytes:
+        name = max(texts, key=lambda name: len(texts[name]))
+        raise RequestError(f"{name} is too large: what the response repeats of the request takes {size:,} "
+                           f"bytes as JSON, at most {LIMITS.repeated_bytes:,} are allowed",
+                           code="limit_exceeded", param=name)
+    return b", ".join(b'"%s": %s' % (name.encode(), text) for name, text in texts.items())
+
+
+def read_responses_call(body: dict, known: Known) -> Call:
+    values = parse_fields(body, RESPONSES_FIELDS)
+    tools, ignored = known_tools(values.get("tools", ()), ["function", None], "parameters")
+    messages = joined_turns(chat_messages(response_messages(values), known.tool_format is not None))
+    request = parse_openai_request(values | {"tools": tools}, known.settings, known.tool_format, messages)
+    return replace(new_call("responses", values, known, request, ignored_tools=ignored),
+                   repeated=repeated_json(body))
+
+
+def read_messages_call(body: dict, known: Known) -> Call:
+    """Anthropic's Messages API."""
+    values = parse_fields(body, MESSAGES_FIELDS)
+    messages, tools, ignored = anthropic_prompt(values, known.tool_format)
+    options = (anthropic_options(messages) | thinking((body.get("output_config") or {}).get("effort"))
+               | values.get("template_options", {}))
+    request = parse_openai_request(values | {"tools": tools, "template_options": options}, known.settings,
+                                   known.tool_format, messages)
+    return new_call("messages", values, known, request, ignored_tools=ignored)
+
+
+def anthropic_prompt(values: Mapping, tool_format: str | None) -> tuple[
+        tuple[Message, ...], tuple[dict, ...], tuple[str, ...]]:
+    """The messages, the functions, and the types of the tools that are left out."""
+    messages = chat_messages(anthropic_messages(values), tool_format is not None)
+    return messages, *known_tools(values.get("tools", ()), [None, "custom"], "input_schema")
+
+
+def anthropic_options(messages: Seq[Message]) -> dict:
+    """The template options: in this API, a last message of the assistant is one to continue."""
+    last = messages[-1]
+    goes_on = last.role == "assistant" and last.content and "tool_calls" not in (last.more or {})
+    return {"continue_final_message": True} if goes_on else {}
+
+
+def new_call(api: str, values: Mapping, known: Known, request: Request,
+             details: Mapping | None = None, ignored_tools: tuple[str, ...] = ()) -> Call:
+    known.check_model(values.get("model", ""))
+    include_usage = values.get("stream_options", {}).get("include_usage") is True
+    return Call(request, values.get("stream", False), include_usage, values.get("echo", False), api,
+                details or {}, ignored_tools)
+
+
+def read_ollama_chat(body: dict, known: Known) -> Call:
+    values = parse_fields(body, OLLAMA_CHAT_FIELDS)
+    named = named_messages(values["messages"], [*OPENAI_ROLES, "tool"]) if values.get("messages") else ()
+    messages = chat_messages(map(ollama_message, named), known.tool_format is not None)
+    return ollama_call("ollama chat", values, known, messages=messages)
+
+
+def ollama_message(named: tuple[str, str, dict]) -> tuple[str, str, dict]:
+    """A message of Ollama's, with its name for errors and its role, as one of Chat Completions."""
+    name, role, message = named
+    if message.get("images"):
+        part_text({"type": "images"}, f"{name}.images")  # refuses it
+    return name, role, {"name": message.get("tool_name"), "reasoning_content": message.get("thinking"),
+                        "content": message.get("content"), "tool_calls": message.get("tool_calls")}
+
+
+def read_ollama_generate(body: dict, known: Known) -> Call:
+    values = parse_fields(body, OLLAMA_GENERATE_FIELDS)
+    prompt = values.get("prompt", "")
+    if values.get("raw", False) and prompt:
+        return ollama_call("ollama generate", values, known, prompts=(prompt,))
+    system = (Message("system", values["system"]),) if "system" in values else ()
+    messages = (*system, Message("user", prompt)) if prompt else ()
+    return ollama_call("ollama generate", values, known, messages=messages)
+
+
+def ollama_call(api: str, values: Mapping, known: Known, **source) -> Call:
+    values = {"stream": True} | values | parse_fields(values.get("options", {}), OLLAMA_OPTIONS)
+    if "prompts" in source:
+        grammar, param = values.get("response_format", ("", ""))
+        request = openai_request(values, known.settings, grammar=grammar, grammar_param=param, **source)
+    else:
+        messages = source["messages"] or (Message("user", ""),)
+        request = parse_openai_request(values, known.settings, known.tool_format, messages)
+    nothing = {"done_reason": "load"} if source.get("messages") == () else None
+    return new_call(api, values, known, request, nothing)
+
+
+def read_embedding_call(body: dict, known: Known, api: str = "embeddings") -> Call:
+    """OpenAI's Embeddings API, or with the other `api` Ollama's."""
+    values = parse_fields(body, OLLAMA_EMBED_FIELDS if api == "ollama embed" else EMBEDDING_FIELDS)
+    if not all(values["input"]):
+        empty = [*map(bool, values["input"])].index(False)
+        raise invalid("input", "the input is empty" if len(values["input"]) == 1 else
+                      f"input[{empty}] is empty")
+    request = make_request({"truncate": api == "ollama embed"} | values, known.settings,
+                           prompts=values["input"], pooling=values.get("pooling", "mean"))
+    return new_call(api, values, known, request, {"encoding": values.get("encoding_format", "float")})
+
+
+async def tokenize(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
+    values = parse_fields(body, TOKENIZE_FIELDS)
+    parts = values["content"]
+    size = sum(len(part) for part in parts if is_text(part))
+    within_limit("characters in content", size, LIMITS.tokenized_characters, "content")
+    return await prompts.run(partial(tokenized, prompts.tokenizer, values, parts), size + len(parts))
+
+
+def tokenized(tokenizer: Tokenizer, values: Mapping, parts: Seq[str | int]) -> bytes:
+    encode = tokenizer.encode_with_specials if values.get("parse_special", True) else tokenizer.encode
+    tokens = [token for part in parts for token in (encode(part) if is_text(part) else [part])]
+    tokens = checked_ids(tokenizer.with_bos(tokens) if values.get("add_special") else tokens,
+                         tokenizer, "content")
+    if values.get("with_pieces"):
+        tokens = [{"id": token, "piece": piece_body(tokenizer, token)} for token in tokens]
+    return dump({"tokens": tokens})
+
+
+async def detokenize(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
+    """The response of /detokenize; special tokens appear by name."""
+    tokens, tokenizer = parse_fields(body, DETOKENIZE_FIELDS)["tokens"], prompts.tokenizer
+    checked_ids(tokens, tokenizer, "tokens")
+    return await prompts.run(lambda: dump({"content": tokenizer.show(tokens)}), len(tokens))
+
+
+async def apply_template(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
+    values, tokenizer = parse_fields(body, TEMPLATE_FIELDS), prompts.tokenizer
+    messages = openai_messages(values["messages"], tokenizer.tool_format is not None)
+    tools = values.get("tools", ()) if tokenizer.tool_format else ()
+    tokens = await rendered(prompts, messages, tools, client, template_options(values))
+    return dump({"prompt": tokenizer.show(tokens)})
+
+
+async def rendered(prompts: PromptMaker, messages: Seq[Message], tools: Seq[dict], client: str,
+                   options: Mapping) -> tuple[int, ...]:
+    """The tokens of a conversation, which must not be too long to wait for."""
+    within_limit("characters in all messages", sum(len(message.content) for message in messages),
+                 LIMITS.tokenized_characters, "messages")
+    return await prompts.render(messages, tools, client, options)
+
+
+async def read_ollama_show(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
+    """The model's name; the start of a very long one is as unknown as all of it."""
+    return parse_fields(body, OLLAMA_SHOW_FIELDS).get("model", "")[:1000].encode()
+
+
+async def count_tokens(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
+    values, tool_format = parse_fields(body, COUNTED_FIELDS), prompts.tokenizer.tool_format
+    messages, tools, _ = anthropic_prompt(values, tool_format)
+    if values.get("tool_choice", ToolChoice()).mode == "none":
+        tools = ()
+    if tools and not tool_format:
+        raise no_tools("tools")
+    ids = await rendered(prompts, messages, tools, client, anthropic_options(messages))
+    return dump({"input_tokens": len(ids)})
+
+
+# What reads the body of each route: for handle_answer it makes a Call, for others a text, mostly the answer.
+CALL_READERS: dict[str, Callable[..., Call]] = {
+    "/chat/completions": read_native_call,
+    "/v1/chat/completions": read_chat_call,
+    "/v1/completions": read_completion_call,
+    "/v1/embeddings": read_embedding_call,
+    "/v1/responses": read_responses_call,
+    "/v1/messages": read_messages_call,
+    "/api/chat": read_ollama_chat,
+    "/api/generate": read_ollama_generate,
+    "/api/embed": partial(read_embedding_call, api="ollama embed"),
+}
+TEXT_ROUTES: dict[str, Callable] = {
+    "/v1/messages/count_tokens": count_tokens,
+    "/tokenize": tokenize,
+    "/detokenize": detokenize,
+    "/apply-template": apply_template,
+    "/api/show": read_ollama_show,
+}
+
+
+def piece_body(tokenizer: Tokenizer, token: int) -> str | list[int]:
+    """llama-server's `piece`: a string, or a list of bytes if they are not whole characters."""
+    spelled = tokenizer.shown_bytes(token)
+    try:
+        return spelled.decode()
+    except UnicodeDecodeError:
+        return list(spelled)

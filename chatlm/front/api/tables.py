@@ -1,0 +1,205 @@
+"""The fields of each route's body."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+from chatlm.common.config import LIMITS
+from chatlm.front.api.fields import (
+    A_TEXT, TEXT_OR_NULL, Field, FieldType, left_out, list_schema, object_schema)
+from chatlm.front.api.kinds import (
+    CAP, CONSTRAINT_FIELDS, EFFORT, EFFORTS, FLAT_CHOICE, FUNCTION_CALL, FUNCTIONS, INPUTS, INTEGER, LIST,
+    LOGIT_BIAS, MESSAGES_CHOICE, METADATA, MIXED, NATIVE_MESSAGES, NUMBER, OBJECT, OLLAMA_FORMAT, OLLAMA_NAME,
+    OPENAI_MESSAGES, PRIORITY, PROMPTS, SEED, STOP, STOP_TOKENS, SWITCH, SYSTEM, TEXT, TOKENS, TOOL_CHOICE,
+    TOOLS, TOP_K, nested_grammar, response_grammar, thinking)
+
+
+SOME_TOOLS = Field(
+    "tools", FieldType("a list of objects", list_schema(object_schema([], type=TEXT_OR_NULL)), tuple),
+    "functions the model may call; tools of other types are left out, and named in the header "
+    "X-Ignored-Tools")
+MODEL = Field("model", TEXT, "absent, empty or `default`: the loaded one")
+PARALLEL = Field("parallel_tool_calls", SWITCH, "false: at most one call when tool_choice requires calls")
+RESPONSE_FORMAT = Field("response_format", OBJECT._replace(made=response_grammar),
+                        "format of the answer: text, json_object or json_schema")
+
+COMMON_FIELDS = (  # for every route that generates
+    Field("stop", STOP, "strings that end the answer; "
+                        "ignored when response_format or tool_choice constrains the answer"),
+    Field("ignore_eos", SWITCH, "do not let the model end the answer before max_tokens"),
+    Field("priority", PRIORITY, "`low`: wait until no other request does"),
+    Field("truncate", FieldType('"oldest" or "none"', {"enum": ["oldest", "none"]}, "oldest".__eq__),
+          "`oldest`: drop the oldest turns if not all fit; the timings say how many messages that were"),
+    Field("resumable", SWITCH, "number the events; GET /v1/streams/{id} continues a stream that broke off"),
+    Field("progress", SWITCH, "send events before the first token: place in the queue, tokens of the prompt, "
+                              "and how many are computed"),
+)
+
+TEMPLATE_OPTIONS = (  # how a conversation becomes a prompt
+    Field("continue_final_message", SWITCH, "true: continue the last message, an assistant's, instead of "
+          "answering; `prefix: true` in that message means the same"),
+    Field("add_generation_prompt", SWITCH, "false: do not begin an answer after the last message"),
+    Field("reasoning_effort", EFFORT, "how much the model thinks, if its template knows that"),
+    Field("chat_template_kwargs", OBJECT, "what else the template is told, such as `enable_thinking`"),
+)
+
+NATIVE_FIELDS = (
+    Field("messages", NATIVE_MESSAGES, "the conversation", required=True),
+    Field("temperature", NUMBER, "0 = greedy", *LIMITS.temperature, clamp=True),
+    Field("max_tokens", INTEGER, "most tokens of the answer", *LIMITS.max_tokens, clamp=True),
+    Field("top_k", TOP_K, "0 = whole vocabulary", *LIMITS.top_k, clamp=True),
+    Field("top_p", NUMBER, "1 = off", 0, 1, clamp=True),
+    Field("min_p", NUMBER, "0 = off", 0, 1, clamp=True),
+    Field("seed", SEED, "same seed, same answer; random when absent"),
+    *TEMPLATE_OPTIONS, *COMMON_FIELDS,
+)
+
+SAMPLING_FIELDS = (  # for all but nanochat's route
+    MODEL,
+    Field("stream", SWITCH, "server-sent events"),
+    Field("temperature", NUMBER, "0 = greedy", 0, 2),
+    Field("top_p", NUMBER, "1 = off", 0, 1),
+    Field("top_k", TOP_K, "0 or -1 = whole vocabulary", -1, 2**31 - 1),
+    Field("min_p", NUMBER, "0 = off", 0, 1),
+    Field("seed", SEED, "same seed, same answer; random when absent", -2**63, 2**64 - 1),
+    Field("stop_token_ids", STOP_TOKENS, "tokens that end the answer; ignored like `stop`"),
+    Field("min_tokens", INTEGER, "do not end the answer before it has this many tokens", 0, math.inf),
+    Field("presence_penalty", NUMBER, "penalty for tokens that occur in the answer", -2, 2),
+    Field("frequency_penalty", NUMBER, "penalty for each time they occur", -2, 2),
+    Field("repetition_penalty", NUMBER, "1 = off", 0.01, 10),
+    Field("logit_bias", LOGIT_BIAS, "token id -> bias"),
+    *COMMON_FIELDS,
+)
+
+SHARED_FIELDS = (  # for Completions and Chat Completions
+    *SAMPLING_FIELDS,
+    Field("stream_options", OBJECT, "include_usage: end with a chunk that has the usage"),
+    Field("n", INTEGER, "choices", 1, LIMITS.choices),
+)
+
+OPENAI_FIELDS = (
+    Field("messages", OPENAI_MESSAGES, "the conversation", required=True),
+    *SHARED_FIELDS,
+    Field("max_tokens", CAP, "most tokens of the answer; -1 = up to the context"),
+    Field("max_completion_tokens", CAP, "the same; it overrides max_tokens", means="max_tokens"),
+    Field("modalities", FieldType('["text"], the only modality of this server',
+                                  list_schema({"enum": ["text"]})), "what the answer is"),
+    Field("logprobs", SWITCH, "log-probabilities of the answer"),
+    Field("top_logprobs", INTEGER, "alternatives listed for each token", 0, 20),
+    Field("tools", TOOLS, "functions the model may call"),
+    Field("tool_choice", TOOL_CHOICE, "auto, none, required, or one of the tools"),
+    PARALLEL,
+    Field("functions", FUNCTIONS, "as tools, for older clients: a call comes as `function_call`",
+          means="tools"),
+    Field("function_call", FUNCTION_CALL, "as tool_choice", means="tool_choice"),
+    RESPONSE_FORMAT, *TEMPLATE_OPTIONS, *CONSTRAINT_FIELDS,
+)
+
+COMPLETION_FIELDS = (
+    Field("prompt", PROMPTS, "text, token ids, or a list of these", required=True),
+    *SHARED_FIELDS,
+    Field("max_tokens", INTEGER, "most tokens of the answer; -1 = up to the context, 0 = echo only",
+          -1, math.inf),
+    Field("logprobs", INTEGER, "log-probabilities, with this many alternatives", 0, 20),
+    Field("echo", SWITCH, "put the prompt before the answer, in the log-probabilities too"),
+    Field("best_of", INTEGER, "must equal n", 1, LIMITS.choices),
+    Field("suffix", TEXT, "refused: no model here can fill in the middle"),
+    RESPONSE_FORMAT, *CONSTRAINT_FIELDS,
+)
+
+RESPONSES_FIELDS = (
+    Field("input", FieldType("a text or a list of items", {"anyOf": [A_TEXT, {"type": "array"}]}),
+          "a text, or a list of messages, calls, their outputs and reasoning"),
+    Field("instructions", TEXT, "a system message before the input"),
+    *SAMPLING_FIELDS,
+    Field("max_output_tokens", CAP, "most tokens of the answer; -1 = up to the context", means="max_tokens"),
+    SOME_TOOLS,
+    Field("tool_choice", FLAT_CHOICE, "auto, none, required, or which of the functions"),
+    Field("reasoning", FieldType(f"an object whose effort is {EFFORT.allowed}",
+                                 object_schema([], effort={"enum": [*EFFORTS, None]}),
+                                 lambda value: thinking(value.get("effort"))),
+          "`effort`: how much the model thinks, if its template knows that", means="template_options"),
+    PARALLEL,
+    Field("text", OBJECT._replace(made=partial(nested_grammar, param="text")),
+          "`format`: text, json_object or json_schema", means="response_format"),
+    Field("truncation", FieldType('"auto" or "disabled"', {"enum": ["auto", "disabled"]}, "auto".__eq__),
+          "`auto` means `truncate: oldest`", means="truncate"),
+    Field("metadata", METADATA, "comes back in the answer"),
+    Field("user", FieldType("a string of at most 512 characters", {"type": "string", "maxLength": 512}),
+          "comes back in the answer"),
+    *(Field(name, left_out("the server keeps no answers, so send the whole conversation as input"), "refused")
+      for name in ("previous_response_id", "conversation", "prompt")),
+    Field("background", FieldType("false, because the server keeps no answers", {"enum": [False]}),
+          "true is refused"),
+)
+
+COUNTED_FIELDS = (
+    Field("messages", LIST._replace(details=list_schema(object_schema(["role", "content"]), minItems=1)),
+          "the conversation", required=True),
+    Field("system", SYSTEM, "the system message, as a text or text blocks"),
+    MODEL, SOME_TOOLS,
+    Field("tool_choice", MESSAGES_CHOICE, "auto, any, none, or one of the tools"),
+)
+MESSAGES_FIELDS = (
+    *COUNTED_FIELDS,
+    *(field for field in SAMPLING_FIELDS if field.name != "model"),
+    Field("max_tokens", CAP, "most tokens of the answer; absent or -1 = up to the context"),
+    Field("stop_sequences", STOP, "strings that end the answer", means="stop"),
+    Field("thinking", FieldType(
+        "an object of type enabled, adaptive or disabled",
+        object_schema(["type"], type={"enum": ["enabled", "adaptive", "disabled"]}),
+        lambda value: thinking(value["type"] != "disabled")),
+        "whether the model thinks, if its template knows that", means="template_options"),
+    Field("output_config", OBJECT._replace(made=partial(nested_grammar, param="output_config")),
+          "`format`: json_schema; `effort`: how much the model thinks", means="response_format"),
+)
+
+OLLAMA_OPTIONS = (
+    *(field for field in SAMPLING_FIELDS if field.name in (
+        "temperature", "top_k", "top_p", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty")),
+    Field("repeat_penalty", NUMBER, "1 = off", 0.01, 10, means="repetition_penalty"),
+    Field("num_predict", INTEGER._replace(made=lambda value: int(value) if value > 0 else -1),
+          "most tokens of the answer; -1 and -2 = up to the context", -2, math.inf, means="max_tokens"),
+)
+OLLAMA_FIELDS = (  # for both of Ollama's routes
+    Field("model", OLLAMA_NAME, "absent, empty or `default`: the loaded one; `:latest` is left off"),
+    Field("stream", SWITCH, "one JSON object per line (the default); false: one object"),
+    Field("format", OLLAMA_FORMAT, '"json" or a JSON schema', means="response_format"),
+    Field("think", FieldType(f"true, false, {EFFORT.allowed}", {"enum": [True, False, *EFFORTS]},
+                             lambda value: thinking(value)),
+          "whether, or how much, the model thinks, if its template knows that", means="template_options"),
+    Field("options", OBJECT._replace(details={"properties": {
+        field.name: field.described for field in OLLAMA_OPTIONS}}), "how to draw tokens, and when to stop"),
+)
+OLLAMA_CHAT_FIELDS = (
+    Field("messages", OPENAI_MESSAGES._replace(details={}), "the conversation; without any, an empty answer"),
+    Field("tools", TOOLS, "functions the model may call"), *OLLAMA_FIELDS)
+OLLAMA_GENERATE_FIELDS = (
+    Field("prompt", TEXT, "a question; without any, an empty answer"),
+    Field("system", TEXT, "the system message"), Field("raw", SWITCH, "the prompt is a text to continue"),
+    Field("suffix", left_out("no model here can fill in the middle"), "refused"), *OLLAMA_FIELDS)
+EMBEDDING_FIELDS = (
+    Field("input", INPUTS, "text, token ids, or a list of these", required=True),
+    MODEL,
+    Field("encoding_format", FieldType('"float" or "base64"', {"enum": ["float", "base64"]}),
+          "numbers (the default), or float32, little-endian, in base64"),
+    Field("pooling", FieldType('"mean" or "last"', {"enum": ["mean", "last"]}),
+          "the mean over the tokens of an input (the default), or its last token"),
+    Field("dimensions", left_out("a chat model's vectors have the width of its hidden states"), "refused"),
+    Field("priority", PRIORITY, "`low`: wait until no other request does"),
+)
+OLLAMA_EMBED_FIELDS = (
+    EMBEDDING_FIELDS[0], Field("model", OLLAMA_NAME, OLLAMA_FIELDS[0].doc), *EMBEDDING_FIELDS[3:5],
+    Field("truncate", SWITCH, "a longer input than the context loses its end (default); false: refused"))
+OLLAMA_SHOW_FIELDS = (Field("model", OLLAMA_NAME, "one of the served model's names"),)
+
+TOKENIZE_FIELDS = (
+    Field("content", MIXED, "text, or a list of texts and token ids", required=True),
+    Field("add_special", SWITCH, "begin with bos if the model expects it"),
+    Field("parse_special", SWITCH, "read the names of special tokens as the tokens (the default)"),
+    Field("with_pieces", SWITCH, "return each token's text too"),
+)
+DETOKENIZE_FIELDS = (Field("tokens", TOKENS, "token ids", required=True),)
+TEMPLATE_FIELDS = (Field("messages", OPENAI_MESSAGES, "the conversation", required=True),
+                   Field("tools", TOOLS, "functions"), *TEMPLATE_OPTIONS)

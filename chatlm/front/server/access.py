@@ -1,0 +1,214 @@
+"""Who may use the server, where it listens, and its access log."""
+
+from __future__ import annotations
+
+import errno
+import hmac
+import ipaddress
+import logging
+import re
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from chatlm.common.config import ApiKey
+from chatlm.common.errors import ConfigError, RequestError, shown
+from chatlm.common.log import log
+from chatlm.front.lazy import web
+from chatlm.front.server.responses import REQUEST_LOG, SECURITY_HEADERS, RequestLog
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+    from chatlm.front.server.metrics import Metrics
+
+
+BACKLOG = 1024         # connections the system queues until they are accepted
+
+OPEN_ROUTES = ("/", "/static/{name}", "/livez", "/readyz", "/health")   # need no API key
+POLLED_ROUTES = ("/health", "/livez", "/readyz", "/stats", "/metrics")  # logged only at level debug
+
+
+class Access:
+    """Who may use the server: API keys, names in the Host header, pages of other origins."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+
+    def client_of(self, http: web.Request) -> str:
+        """The client's name: its key's name, else its address. RequestError 401 without a required key."""
+        scheme, _, bearer = http.headers.get("Authorization", "").partition(" ")
+        given = (bearer.strip() if scheme.lower() == "bearer" else
+                 http.headers.get("X-Api-Key", http.headers.get("Api-Key", "")))
+        digest = ApiKey.hashed(given, "").digest
+        # compare with every key, without stopping at a match
+        found = [key.name for key in self.settings.keys if hmac.compare_digest(key.digest, digest)]
+        if self.settings.keys and not found and self.route_of(http) not in OPEN_ROUTES:
+            raise RequestError("this server needs an API key: Authorization: Bearer KEY" if not given else
+                               "this server does not know the API key", status=401, code="invalid_api_key")
+        return found[0] if found else client_at(http.remote)
+
+    def route_of(self, http: web.Request) -> str:
+        """The pattern of the route that will answer, or "" if none matches."""
+        resource = http.match_info.route.resource
+        return resource.canonical.removeprefix(self.settings.prefix).rstrip("/") or "/" if resource else ""
+
+    def check_host(self, http: web.Request):
+        """Check the Host header: a foreign page can make its own name resolve to this server's address.
+
+        On loopback, accept only names of this machine; with --allowed-host, no other public names."""
+        name, _ = split_address(http.headers.get("Host", "localhost"))
+        strange = not is_loopback(name) and name not in self.settings.allowed_host
+        if strange and (is_loopback(self.settings.host)
+                        or self.settings.allowed_host and is_public_name(name)):
+            raise RequestError(f"this server does not answer to the name {shown(name)} (--allowed-host)",
+                               status=403, code="host_not_allowed")
+
+    def cors_headers(self, http: web.Request) -> dict[str, str]:
+        """Headers that let a page of another origin read the response, if --cors-origin names that origin."""
+        allowed, given = self.settings.cors_origin, http.headers.get("Origin")
+        if given is None or not given.isascii() or not {given, "*"} & set(allowed):
+            return {"Vary": "Origin"} if allowed else {}
+        return {"Access-Control-Allow-Origin": given, "Vary": "Origin",
+                "Access-Control-Expose-Headers": "X-Request-Id, Retry-After, X-Ignored-Tools"}
+
+    def is_own(self, http: web.Request, origin: str) -> bool:
+        """Is this Origin the server's own: the address in the Host header, or an --allowed-host?
+
+        The scheme is ignored, because a proxy may have terminated TLS."""
+        scheme, _, address = origin.partition("://")
+        asked, own = split_address(address), split_address(http.headers.get("Host", ""))
+        named = asked[0] in self.settings.allowed_host and not asked[1]
+        return scheme in ("http", "https") and (asked == own or named)
+
+    def check_origin(self, http: web.Request):
+        """Refuse pages of other origins: a page can post even where it cannot read the response.
+
+        Browsers send Origin with every post, but Sec-Fetch-Site only to addresses that they trust."""
+        given, site = http.headers.get("Origin"), http.headers.get("Sec-Fetch-Site", "none")
+        foreign = given is not None and not self.is_own(http, given)
+        if foreign or http.method not in ("GET", "HEAD") and site not in ("none", "same-origin"):
+            self.check_admitted(http)
+
+    def check_admitted(self, http: web.Request):
+        if "Access-Control-Allow-Origin" not in self.cors_headers(http):
+            raise RequestError("pages of this origin may not use the server (--cors-origin allows them; "
+                               "if it is the server's own, a proxy is not passing on the Host header)",
+                               status=403, code="origin_not_allowed")
+
+    def preflight(self, http: web.Request) -> web.Response:
+        """Tell a browser whether a page may send its request. Preflights carry no key, so need none."""
+        self.check_admitted(http)
+        wanted = http.headers.get("Access-Control-Request-Headers", "Authorization, Content-Type")
+        return web.Response(status=204, headers={
+            "Access-Control-Allow-Methods": "GET, POST, DELETE", "Access-Control-Max-Age": "600",
+            "Access-Control-Allow-Headers": re.sub(r"[^A-Za-z0-9_, -]", "", wanted),
+            "Access-Control-Allow-Private-Network": "true"})
+
+    async def guard(self, http: web.Request, handler: Callable) -> web.StreamResponse:
+        self.check_host(http)
+        if http.method == "OPTIONS" and "Access-Control-Request-Method" in http.headers:
+            return self.preflight(http)
+        self.check_origin(http)
+        REQUEST_LOG.get().client = self.client_of(http)
+        return await handler(http)
+
+    async def set_headers(self, http: web.Request, response: web.StreamResponse):
+        response.headers.update(SECURITY_HEADERS | self.cors_headers(http) | REQUEST_LOG.get().headers)
+        if "Cache-Control" not in response.headers:  # files: revalidated each time, cheap with the ETag
+            response.headers["Cache-Control"] = "no-cache" if http.method in ("GET", "HEAD") else "no-store"
+
+
+class AccessLog:
+    """A middleware: one line in the log per request."""
+
+    def __init__(self, access: Access, taken: Callable[[str], bool], metrics: Metrics | None):
+        self.access, self.taken, self.metrics = access, taken, metrics
+
+    async def log(self, http: web.Request, handler: Callable) -> web.StreamResponse:
+        """Log one line per request, polls only at debug level. 499: the client left before the response."""
+        began_s, status = time.monotonic(), 499
+        named = re.sub(r"[^A-Za-z0-9._-]", "", http.headers.get("X-Request-Id", ""))[:64]
+        unique = named if named and not self.taken(named) else secrets.token_hex(16)
+        REQUEST_LOG.set(record := RequestLog(unique, client_at(http.remote)))
+        try:
+            response = await handler(http)
+            status = response.status
+            if not response.prepared:
+                response.headers["X-Request-Id"] = record.id
+            return response
+        finally:
+            route, ms = self.access.route_of(http), 1000 * (time.monotonic() - began_s)
+            path = http.rel_url.raw_path[:200]  # without the query, which may hold secrets
+            poll = route in POLLED_ROUTES and status not in (401, 403)
+            log.log(logging.DEBUG if poll else logging.INFO, "%s %s %d %.0f ms %s [%s %s]",
+                    http.method, path, status, ms, record.note, record.client or "-", record.id,
+                    extra={"fields": {"method": http.method, "path": path, "status": status,
+                                      "ms": round(ms, 1), "client": record.client, "id": record.id,
+                                      **record.counts}})
+            if self.metrics:
+                self.metrics.responses.labels(route, status).inc()
+
+
+def network_of(address: str) -> str:
+    """The network whose connections count together: an IPv4 address, or the IPv6 /64 that one client has.
+
+    "" is this machine, since a local proxy forwards everyone's connections."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    ip = getattr(ip, "ipv4_mapped", None) or ip  # an IPv4 client of a listener on ::
+    if ip.is_loopback:
+        return ""
+    return str(ip if ip.version == 4 else ipaddress.ip_network((ip, 64), strict=False))
+
+
+def client_at(address: str | None) -> str:
+    """The client's name without a key: requests are counted per network, as connections are."""
+    return address and (network_of(address) or address) or ""
+
+
+def listen_on(host: str, port: int) -> socket.socket:
+    """A listening socket, opened before any model loads; ConfigError if the address is unavailable."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = host == "::" and socket.has_dualstack_ipv6()
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=both)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(f"port {port} on {host} is already in use; choose another with --port, "
+                              "or stop the program that uses it") from None
+        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
+    except (TypeError, ValueError) as error:  # a name that IDNA cannot encode, or with a NUL
+        raise ConfigError(f"cannot listen on {host}: {error}") from None
+
+
+def split_address(address: str) -> tuple[str, str]:
+    """(name, port) of a Host header, or of an Origin without its scheme, normalised for comparison.
+
+    Lower case, no brackets, no trailing dot; the port is "" for 80 and 443."""
+    name, port = re.fullmatch(r"(.*?)(?::(\d*))?", address.lower(), re.DOTALL).groups()
+    return name.strip("[]").removesuffix("."), "" if port in (None, "80", "443") else port
+
+
+def is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or re.fullmatch(r"127(\.\d+){1,3}", host) is not None
+
+
+def is_public_name(host: str) -> bool:
+    """Could anyone point this name at an address of their choice? Not if it is an address or has no dot."""
+    try:
+        return not ipaddress.ip_address(host)
+    except ValueError:
+        return "." in host
+
+
+def server_urls(host: str, port: int) -> list[str]:
+    """The server's URLs; if it listens on all interfaces, the local one and the one on the network."""
+    if host not in ("", "0.0.0.0", "::"):
+        return [f"http://{f'[{host}]' if ':' in host else host}:{port}"]
+    urls = [f"http://127.0.0.1:{port}"]
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # sends nothing, only picks the interface
+        urls.append(f"http://{probe.getsockname()[0]}:{port}")
+    return urls

@@ -1,0 +1,212 @@
+"""Limits on connections, and serving an application on a socket."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import Any, TYPE_CHECKING
+
+from chatlm.common.config import LIMITS
+from chatlm.common.errors import Overloaded, RequestError
+from chatlm.common.log import log
+from chatlm.front.lazy import web
+from chatlm.front.server.access import BACKLOG, POLLED_ROUTES, network_of
+from chatlm.front.server.responses import early_response, public_error
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+
+
+HEADER_S = 15.0        # seconds a request's header may take to arrive
+WRITE_S = 30.0         # seconds a client may read nothing of what it is sent
+KEEP_ALIVE_S = 75.0    # seconds an idle connection is kept between requests
+
+ACCEPTED_AT_ONCE = 32  # connections accepted before the event loop runs other work; each takes 0.1 ms
+
+
+async def at_the_door(application: Callable, http: web.Request) -> web.StreamResponse:
+    """Runs before the application: refuses most requests on surplus connections, and unknown Expect headers.
+
+    aiohttp fails on an Expect that is not ASCII."""
+    if http.protocol.surplus and not http.path.endswith(POLLED_ROUTES):
+        return early_response(Overloaded("the server has as many connections as it can serve"))
+    if http.headers.get("Expect", "").lower() not in ("", "100-continue"):
+        failure = RequestError("Expect must be 100-continue", status=417, code="expectation_failed")
+        return early_response(failure)
+    response = await application(http)
+    if http.protocol.surplus:
+        response.force_close()
+    return response
+
+
+class ConnectionTable:
+    """Client connections, limited in total, and to a quarter of that per network (this machine excepted).
+
+    At a limit, a new connection replaces the one that has been idle longest. If all are busy, the new one is
+    surplus: it may ask for health and metrics, and anything else gets a 503. When there are SURPLUS of these,
+    the oldest makes room for the next."""
+
+    SURPLUS = 32
+
+    def __init__(self, limit: int):
+        self.limit, self.limit_of_network = limit, max(1, limit // 4)
+        self.all: dict[Any, None] = {}  # a set ordered by last request, like the next two
+        self.networks: dict[str, dict[Any, None]] = {}
+        self.surplus: dict[Any, None] = {}
+
+    def add(self, connection):
+        mine = self.networks.get(connection.network, {})
+        crowded = bool(connection.network) and len(mine) >= self.limit_of_network
+        if not crowded and len(self.all) < self.limit:
+            return self._append(connection)
+        if idle := next((each for each in (mine if crowded else self.all) if each.idle), None):
+            log.warning("too many connections: closing idle ones for new ones")
+            self._close(idle)
+            return self._append(connection)
+        log.warning("too many connections, none idle: answering new ones with 503")
+        if len(self.surplus) >= self.SURPLUS:
+            self._close(next(iter(self.surplus)))
+        self.surplus[connection], connection.surplus = None, True
+
+    def _append(self, connection):
+        self.all[connection] = self.networks.setdefault(connection.network, {})[connection] = None
+
+    def _close(self, connection):
+        self.remove(connection)
+        connection.line.abort()
+
+    def renew(self, connection):
+        """The connection sent a request: move it to the end of the order."""
+        if connection in self.all:
+            self.remove(connection)
+            self._append(connection)
+
+    def remove(self, connection):
+        """The connection ended; does nothing if it was already removed."""
+        self.surplus.pop(connection, None)
+        if self.all.pop(connection, connection) is None:
+            mine = self.networks[connection.network]
+            del mine[connection]
+            if not mine:
+                del self.networks[connection.network]
+
+
+@functools.cache
+def connection_class() -> type[web.RequestHandler]:
+    class Connection(web.RequestHandler):
+        """A client's connection, closed if a request's header is not complete within HEADER_S.
+
+        The time runs from the connection's start, or from the first byte of a later request. aiohttp itself
+        only times out connections that are silent between requests."""
+
+        header_timer: asyncio.TimerHandle | None = None
+        surplus = False  # see ConnectionTable
+
+        def __init__(self, table: ConnectionTable, *more, **options):
+            super().__init__(*more, **options)
+            self.table = table
+
+        def connection_made(self, transport: asyncio.BaseTransport):
+            super().connection_made(transport)
+            self.line, (address, *_) = transport, transport.get_extra_info("peername")
+            self.network = network_of(address)
+            limit_unread(transport.get_extra_info("socket"))
+            self.table.add(self)
+            self.await_header()
+
+        def connection_lost(self, error: Exception | None):
+            self.table.remove(self)
+            self.end_header()  # the timer would keep this connection alive
+            super().connection_lost(error)
+
+        @property
+        def idle(self) -> bool:
+            """True if no request is being answered; a response that the client has not read may remain."""
+            waits = self._waiter is not None and not self._waiter.done()
+            return waits or not self._request_count or self.line.is_closing()
+
+        def data_received(self, data: bytes):
+            asked = self._request_count
+            super().data_received(data)
+            if self._request_count != asked:
+                self.table.renew(self)
+            if self._waiter is not None and not self._waiter.done():  # still waiting for a header
+                self.await_header()
+            else:
+                self.end_header()
+
+        def await_header(self):
+            self.header_timer = (self.header_timer or
+                                 asyncio.get_running_loop().call_later(HEADER_S, self.force_close))
+
+        def end_header(self):
+            if self.header_timer:
+                self.header_timer.cancel()
+                self.header_timer = None
+
+        async def finish_response(self, *arguments) -> tuple[web.StreamResponse, bool]:
+            try:
+                return await super().finish_response(*arguments)
+            except TimeoutError as error:  # from the system (limit_unread), while sending a file
+                raise ConnectionResetError("the client has stopped reading") from error
+
+        def handle_error(self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None,
+                         message: str | None = None) -> web.Response:
+            """Answer what aiohttp could not parse; it is not logged, because it may contain a secret."""
+            if request.writer.output_size > 0:
+                raise ConnectionResetError("the response has begun, so it cannot become an error")
+            if status >= 500:
+                return early_response(public_error(exc))
+            log.warning("a request from %s is not HTTP", request.remote)
+            return early_response(RequestError("this is not an HTTP request, or it has a line above 8 KB",
+                                               code="bad_request"))
+
+    return Connection
+
+
+def limit_unread(connection: socket.socket):
+    """Have the system end a connection if the client accepts no data for WRITE_S, whatever code is sending.
+
+    Only Linux can do this; elsewhere LIMITS.outbox_bytes limits streams."""
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * WRITE_S))
+
+
+def room_for_connections(settings: Settings) -> int:
+    """Raise the process's descriptor limit as far as needed and allowed; return how many connections fit.
+
+    A connection may take two descriptors: its own, and a file being sent. Some are reserved for pipes,
+    surplus connections, connections being accepted or closed, and whatever else the process opens."""
+    import resource
+    kept = 128 + 2 * settings.num_workers + ConnectionTable.SURPLUS + 2 * ACCEPTED_AT_ONCE
+    wanted, limits = kept + 2 * LIMITS.connections, resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (wanted if limit == resource.RLIM_INFINITY else min(limit, wanted) for limit in limits)
+    with suppress(OSError, ValueError):
+        if soft < hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, limits[1]))
+            soft = hard
+    return max(16, (soft - kept) // 2)
+
+
+@asynccontextmanager
+async def serving(app: web.Application, listener: socket.socket,
+                  connections: int = LIMITS.connections) -> AsyncIterator[web.AppRunner]:
+    """Serve `app` on a socket. When a client leaves, its handler is cancelled at once, and so is its work."""
+    runner, loop = (web.AppRunner(app, handler_cancellation=True, shutdown_timeout=2.0),
+                    asyncio.get_running_loop())
+    await runner.setup()
+    runner.server.request_handler = partial(at_the_door, runner.server.request_handler)
+    how = {"access_log": None, "auto_decompress": False, "keepalive_timeout": KEEP_ALIVE_S, "logger": log}
+    table = ConnectionTable(connections)
+    connect = partial(connection_class(), table, runner.server, loop=loop, **how)
+    server = await loop.create_server(connect, sock=listener, backlog=ACCEPTED_AT_ONCE)
+    listener.listen(BACKLOG)  # asyncio uses one number for both
+    try:
+        yield runner
+    finally:
+        server.close()
+        await runner.cleanup()

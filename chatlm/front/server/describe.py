@@ -1,0 +1,97 @@
+"""What the server says of itself: models, routes, fields."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TYPE_CHECKING
+
+from chatlm import __version__
+from chatlm.common.errors import Overloaded
+from chatlm.common.log import utc
+from chatlm.common.text.tokenizer import tools_of
+from chatlm.front.api.fields import A_TEXT
+from chatlm.front.pool.local import sampling_of
+from chatlm.front.server.access import OPEN_ROUTES
+
+if TYPE_CHECKING:
+    from chat_server import Front
+    from chatlm.common.config import Settings
+    from chatlm.front.api.fields import Field
+    from chatlm.front.pool.local import Pool
+
+
+def bare_id(shown_id: str) -> str:
+    """The request id, from the id in its response's header or chunks."""
+    return re.sub("^((chat)?cmpl-|resp_|msg_)", "", shown_id)
+
+
+def model_body(pool: Pool, settings: Settings) -> dict:
+    """The served model as /v1/models describes it. Overloaded while it loads."""
+    tokenizer = pool.tokenizer
+    if not pool.ready or tokenizer is None:
+        raise Overloaded("the model is not ready")
+    able = {"chat": tokenizer.has_chat_template, "completions": True, "logprobs": True,
+            "tools": tokenizer.tool_format is not None,
+            "reasoning": tokenizer.thoughts is not None,
+            "reasoning_history": "reasoning_content" in (tokenizer.spec.chat_template or ""),
+            "continue_final_message": tokenizer.has_chat_template,
+            "json_schema": importlib.util.find_spec("llguidance") is not None}
+    return {"id": pool.model_name, "object": "model", "created": pool.created,
+            "owned_by": "chat_server", "root": pool.model_name, "tools": tools_of(tokenizer),
+            "context_length": pool.context_length, "max_model_len": pool.context_length,
+            "capabilities": able,
+            "defaults": {"max_tokens": settings.max_tokens, **{
+                name: value for name, (value, _) in sampling_of(pool, settings).items()}},
+            "meta": {"n_vocab": tokenizer.vocab_size, "n_ctx": pool.context_length}}
+
+
+def ollama_model(pool: Pool, settings: Settings) -> dict:
+    """The model as Ollama's routes describe one."""
+    card, name = model_body(pool, settings), pool.model_name
+    return {"name": name, "model": name, "modified_at": utc(card["created"]), "size": 0,
+            "digest": hashlib.sha256(name.encode()).hexdigest(),
+            "details": {"parent_model": "", "format": "", "family": "", "families": [],
+                        "parameter_size": "", "quantization_level": ""}}
+
+
+class Route(NamedTuple):
+    """One route: the router and /openapi.json are built from this row."""
+
+    method: str
+    path: str
+    handler: str | Callable[[Front], Any]  # a method, or what makes the JSON body (see Front.show)
+    doc: str
+    fields: tuple[Field, ...] = ()         # of the body, which CALL_READERS or TEXT_ROUTES has a reader for
+
+    @property
+    def pattern(self) -> str:
+        return re.sub(r":[^}]*", "", self.path)
+
+
+def openapi_operation(route: Route) -> dict:
+    error = {"description": "what is wrong", "content": {"application/json": {"schema": {"type": "object"}}}}
+    operation = {"summary": route.doc, "responses": {"200": {"description": route.doc}, "default": error},
+                 "parameters": [{"name": name, "in": "path", "required": True, "schema": A_TEXT}
+                                for name in re.findall(r"{(\w+)", route.path)]}
+    if route.fields:
+        required = [field.name for field in route.fields if field.required]
+        schema = {"type": "object", "required": required,
+                  "properties": {field.name: field.described for field in route.fields}}
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    return operation | ({"security": []} if route.pattern in OPEN_ROUTES else {})
+
+
+def openapi_document(routes: Iterable[Route], settings: Settings) -> dict:
+    """Every route and every body field, from the same tables that the server uses."""
+    paths: dict[str, dict] = {}
+    for route in routes:
+        paths.setdefault(route.pattern, {})[route.method.lower()] = openapi_operation(route)
+    schemes = {"bearer": {"type": "http", "scheme": "bearer"},
+               "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"}}
+    return {"openapi": "3.1.0", "info": {"title": "chat_server", "version": __version__},
+            "servers": [{"url": settings.prefix or "/"}],
+            "security": [{name: []} for name in schemes] if settings.keys else [],
+            "paths": paths, "components": {"securitySchemes": schemes}}

@@ -1,0 +1,103 @@
+"""What /metrics shows, for Prometheus."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
+from typing import Any, TYPE_CHECKING
+
+from chatlm.common.errors import Overloaded, RequestError, require_library
+from chatlm.common.messages.requests import Finished, Piece
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.requests import Event
+    from chatlm.front.pool.local import Pool
+
+
+class Metrics:
+    """What /metrics shows: `watch` feeds histograms and counters; a scrape reads the rest from the pool."""
+
+    SECONDS = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+    REASONS = ("stop", "length", "cancelled", "refused", "error")
+
+    def __init__(self, pool: Pool):
+        self.pool, self.library = pool, require_library("prometheus_client", "/metrics")
+        self.library.disable_created_metrics()  # else each counter also exports its start time
+        self.registry = self.library.CollectorRegistry()
+        self.registry.register(self)
+        how = {"namespace": "chat_server", "registry": self.registry}
+        seconds = partial(self.library.Histogram, **how, unit="seconds", buckets=self.SECONDS)
+        counter = partial(self.library.Counter, **how)
+        self.ttft = seconds("time_to_first_token", "time from a request to its first token")
+        self.itl = seconds("inter_token_latency", "time between two tokens of an answer")
+        self.queue = seconds("queue", "time a request waited before it ran")
+        self.whole = seconds("request_duration", "time from a request to its end", ["finish_reason"])
+        self.requests = counter("requests", "requests by how they ended", ["finish_reason"])
+        self.tokens = counter("tokens", "prompt (computed or cached) and generated tokens", ["kind"])
+        self.responses = counter("http_responses", "responses by route and status", ["route", "status"])
+        for reason in self.REASONS:
+            self.requests.labels(reason)
+
+    def collect(self) -> Iterator[Any]:
+        """prometheus_client calls this on each scrape; it returns what the pool counts."""
+        stats, families = self.pool.stats(), self.library.metrics_core
+        workers = stats["workers"]
+        total = lambda name: sum(worker[name] for worker in workers)  # noqa: E731
+        for name, doc, value in (
+                ("running", "requests on workers", total("running")),
+                ("queued", "requests waiting for a worker", stats["queue_depth"]),
+                ("kv_pages_used", "KV pages in use", total("kv_pages_used")),
+                ("kv_pages", "KV pages", total("kv_pages_total")),
+                ("workers", "configured workers", stats["total_workers"]),
+                ("workers_up", "workers that are ready", sum(w["state"] == "ready" for w in workers)),
+                ("workers_in_crash_loop", "workers that keep dying",
+                 sum(w["crashes_in_row"] > 1 for w in workers))):
+            yield families.GaugeMetricFamily(f"chat_server_{name}", doc, value)
+        yield families.CounterMetricFamily("chat_server_worker_restarts", "restarts of workers",
+                                           total("restarts"))
+        gauge, counter = families.GaugeMetricFamily, families.CounterMetricFamily
+        for kind, name, doc in (
+                (gauge, "memory_used", "bytes of its GPU in use, else of its process"),
+                (gauge, "memory_total", "bytes of its GPU, else of the machine"),
+                (gauge, "utilization", "share of time in which its GPU computed (needs nvidia-ml-py)"),
+                (gauge, "batch_fill", "share of --max-batch in use"),
+                (counter, "preemptions", "answers whose KV pages were taken for others"),
+                (counter, "drafted_tokens", "tokens that drafts proposed"),
+                (counter, "accepted_tokens", "drafted tokens that were right")):
+            family = kind(f"chat_server_worker_{name}", doc, labels=["worker", "device"])
+            for worker in workers:
+                if worker[name] is not None:
+                    family.add_metric([str(worker["gpu_id"]), worker["device"]], worker[name])
+            yield family
+
+    async def watch(self, events: AsyncIterator[Event], n: int) -> AsyncIterator[Event]:
+        """Pass the events on, count and time them; each prompt has `n` answers."""
+        began_s, reason = time.monotonic(), "cancelled"
+        last_s: dict[int, float] = {}  # by choice
+        try:
+            async for event in events:
+                if isinstance(event, Piece) and event.tokens:
+                    now = time.monotonic()
+                    if event.choice not in last_s:
+                        self.ttft.observe(now - began_s)
+                    else:
+                        for _ in event.tokens:
+                            self.itl.observe((now - last_s[event.choice]) / len(event.tokens))
+                    last_s[event.choice] = now
+                elif isinstance(event, Finished):
+                    reason = event.reason
+                    self.queue.observe(event.queue_ms / 1e3)
+                    self.tokens.labels("generated").inc(event.completion_tokens)
+                    if event.choice % n == 0:  # as in `usage`, a prompt counts once
+                        self.tokens.labels("prompt").inc(event.prompt_tokens - event.cached_tokens)
+                        self.tokens.labels("prompt_cached").inc(event.cached_tokens)
+                yield event
+        except Exception as error:
+            refused = isinstance(error, (Overloaded, RequestError))
+            reason = "error" if not refused else "cancelled" if error.code == "cancelled" else "refused"
+            raise
+        finally:
+            await events.aclose()
+            self.requests.labels(reason).inc()
+            self.whole.labels(reason).observe(time.monotonic() - began_s)

@@ -1,0 +1,45 @@
+"""The page's files, sent from memory."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import mimetypes
+import re
+from collections.abc import Mapping
+
+from chatlm.front.lazy import web
+
+
+class Page:
+    """The page's files, in memory: a bundle has no folder to send them from, and no path is ever built from
+    a request. Scripts and styles are compressed once, at the first request for them."""
+
+    COMPRESSED = (".js", ".css")
+
+    def __init__(self, files: Mapping[str, bytes]):
+        self.files, self.compressed = files, {}
+        self.tags = {name: hashlib.sha256(data).hexdigest()[:16] for name, data in files.items()}
+
+    async def handle_index(self, http: web.Request) -> web.Response:
+        if (page := self.files.get("index.html")) is None:
+            return web.Response(text="chat_server is running, but its page is missing (no static/).\n")
+        page = page.replace(b"<head>", b'<head>\n<base href="static/">', 1)
+        return web.Response(body=page, content_type="text/html", charset="utf-8")
+
+    async def handle_file(self, http: web.Request) -> web.Response:
+        name = http.match_info["name"]
+        if (body := self.files.get(name)) is None:
+            raise web.HTTPNotFound
+        tag, headers = self.tags[name], {"Vary": "Accept-Encoding"}
+        if name.endswith(self.COMPRESSED) and re.search(r"\bgzip\b(?!;q=0)",
+                                                        http.headers.get("Accept-Encoding", "")):
+            if name not in self.compressed:
+                self.compressed[name] = gzip.compress(body)
+            body, tag = self.compressed[name], f"{tag}-gzip"
+            headers["Content-Encoding"] = "gzip"
+        headers["ETag"] = f'"{tag}"'
+        if headers["ETag"] in http.headers.get("If-None-Match", ""):
+            return web.Response(status=304, headers=headers)
+        kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
+        return web.Response(body=body, headers=headers, content_type=kind)

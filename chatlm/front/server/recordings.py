@@ -1,0 +1,179 @@
+"""Resumable answers: recorded, so that a reader may leave and come back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import zlib
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+
+from chatlm.common.config import LIMITS
+from chatlm.common.errors import EngineFailure, RequestError
+from chatlm.front.aio import supervised
+from chatlm.front.api.encode import error_body, frame
+
+
+GRACE_S = 30.0  # seconds a resumable answer continues without a reader
+KEPT_S = 600.0  # seconds a finished resumable answer can still be read
+
+
+class Recording:
+    """A resumable answer: its events as frames numbered from 0, for any number of followers.
+
+    All but the newest frames are compressed."""
+
+    PART = 32                          # frames compressed together
+    OWN_BYTES, FRAME_BYTES = 1000, 50  # Python's overhead per recording and per frame, in bytes
+
+    def __init__(self, request_id: str, owner: str, client: str):
+        self.id, self.owner, self.client = request_id, owner, client
+        self.size, self.length, self.task = self.OWN_BYTES, 0, None
+        self.dropped, self.parts, self.tail = 0, [], []  # parts forgotten, parts kept, newest frames
+        self.followers, self.ended, self.news = 0, False, asyncio.Event()
+        self.timer: asyncio.TimerHandle  # forgets it KEPT_S after its end
+
+    def append(self, frames: bytes):
+        for event in frames.split(b"\n\n")[:-1]:
+            self.tail.append(b"id: %d\n%s\n\n" % (self.length, event))
+            self.length += 1
+            self.size += len(self.tail[-1]) + self.FRAME_BYTES
+        while len(self.tail) >= 2 * self.PART:  # readers who keep up never decompress
+            self._pack()
+        self.news.set()
+        self.news = asyncio.Event()
+
+    def end(self):
+        self.ended = True
+        while self.tail:
+            self._pack()
+        self.news.set()
+        self.news = self.task = None  # thousands may be kept, so free what nobody needs
+
+    def _pack(self):
+        frames, self.tail = self.tail[:self.PART], self.tail[self.PART:]
+        text = b"".join(frames)
+        self.parts.append(zlib.compress(text, 1))
+        self.size += len(self.parts[-1]) - len(text) - len(frames) * self.FRAME_BYTES
+
+    def forget_oldest(self):
+        """Drop the oldest part that is still kept."""
+        if not self.parts:
+            self._pack()
+        self.size -= len(self.parts.pop(0))
+        self.dropped += 1
+
+    def check_kept(self, position: int):
+        if position < (first := self.dropped * self.PART):
+            raise RequestError(f"the events before {first} are no longer kept",
+                               status=410, code="gone", param="from")
+
+    def frames_from(self, position: int) -> list[bytes]:
+        """Some of the frames from a position on; [] if there are none yet."""
+        part, first = divmod(position, self.PART)
+        if part - self.dropped < len(self.parts):
+            text = zlib.decompress(self.parts[part - self.dropped])
+            return [event + b"\n\n" for event in text.split(b"\n\n")[first:-1]]
+        return self.tail[position - (self.dropped + len(self.parts)) * self.PART:]
+
+    async def follow(self, position: int) -> AsyncIterator[bytes]:
+        """The frames from a position on; an error frame if the reader is so slow that they are gone."""
+        try:
+            while not self.ended or position < self.length:
+                self.check_kept(position)
+                if frames := self.frames_from(position):
+                    position += len(frames)
+                    yield b"".join(frames)
+                else:
+                    await self.news.wait()
+        except RequestError as error:
+            yield frame(error_body(error))
+
+
+class Recordings:
+    """The resumable answers by id, at most LIMITS.recorded_bytes in all.
+
+    When full, the client with the most bytes loses its oldest ended answer, else the oldest part of its
+    largest running one."""
+
+    def __init__(self):
+        self.all: dict[str, Recording] = {}  # one that ends moves behind all others
+        self.size = 0                        # in bytes, of all and
+        self.sizes: Counter[str] = Counter()  # of each client's
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self.all
+
+    def find(self, request_id: str, owner: str) -> Recording:
+        recording = self.all.get(request_id)
+        if recording is None or recording.owner != owner:
+            raise RequestError("there is no resumable stream with this id",
+                               status=404, code="not_found", param="id")
+        return recording
+
+    def start(self, request_id: str, owner: str, client: str, frames: AsyncIterator[bytes],
+              work: contextlib.AsyncExitStack) -> Recording:
+        """Record an answer in its own task, which closes `work` when it ends."""
+        recording = self.all[request_id] = Recording(request_id, owner, client)
+        self._resize(client, recording.size)
+        record = partial(self._record, recording, frames, work)
+        recording.task = asyncio.create_task(supervised(f"recording {request_id}", record))
+        return recording
+
+    async def _record(self, recording: Recording, frames: AsyncIterator[bytes],
+                      work: contextlib.AsyncExitStack):
+        try:
+            async with work:
+                async for part in frames:
+                    self._change(recording, recording.append, part)
+        except Exception:  # errors of the answer itself are already frames
+            failure = error_body(EngineFailure("the recording failed"))
+            self._change(recording, recording.append, frame(failure))
+            raise
+        finally:
+            self.all[recording.id] = self.all.pop(recording.id)
+            recording.timer = asyncio.get_running_loop().call_later(KEPT_S, self._forget, recording.id)
+            self._change(recording, recording.end)
+
+    def _resize(self, client: str, more: int):
+        self.size += more
+        self.sizes[client] += more
+        if not self.sizes[client]:
+            del self.sizes[client]
+
+    def _change(self, recording: Recording, change: Callable[..., None], *arguments):
+        """Apply `change` to a recording, then make room until the limit holds."""
+        before = recording.size
+        change(*arguments)
+        self._resize(recording.client, recording.size - before)
+        while self.size > LIMITS.recorded_bytes and self._make_room():
+            pass
+
+    def _make_room(self) -> bool:
+        able = [each for each in self.all.values()
+                if each.ended or each.parts or len(each.tail) >= each.PART]
+        if not able:
+            return False
+        client = max(able, key=lambda each: self.sizes[each.client]).client
+        mine = [each for each in able if each.client == client]
+        if ended := next((each for each in mine if each.ended), None):
+            self._forget(ended.id)
+        else:
+            largest = max(mine, key=lambda each: each.size)
+            before = largest.size
+            largest.forget_oldest()
+            self._resize(client, largest.size - before)
+        return True
+
+    def _forget(self, request_id: str):
+        """Remove a recording: current readers keep it, new ones no longer find it."""
+        recording = self.all.pop(request_id)
+        recording.timer.cancel()
+        self._resize(recording.client, -recording.size)
+
+    async def close(self):
+        tasks = [recording.task for recording in self.all.values() if not recording.ended]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,139 @@
+"""JSON and error responses, and what is noted of each request."""
+
+from __future__ import annotations
+
+import collections
+import contextvars
+import io
+import re
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from chatlm.common.errors import ChatServerError, EngineFailure, Overloaded, RequestError
+from chatlm.common.jsontext import dump
+from chatlm.common.log import log
+from chatlm.common.messages.requests import Piece
+from chatlm.front.admission.admission import WRITE_BYTES
+from chatlm.front.api.encode import error_body
+from chatlm.front.api.encoders import anthropic_error
+from chatlm.front.lazy import web
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.requests import Event, Request
+
+
+def json_response(value, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
+    return web.Response(body=dump(value), status=status, headers=headers, content_type="application/json")
+
+
+async def send_whole(http: web.Request, body: bytes) -> web.Response:
+    """Send up to 20 MB of JSON; aiohttp sends a BytesIO in parts, between which other tasks run.
+
+    The caller holds the body's bytes of a budget, hence a large one is sent before this returns."""
+    if len(body) <= WRITE_BYTES:
+        return web.Response(body=body, content_type="application/json")
+    response = web.Response(body=io.BytesIO(body), content_type="application/json",
+                            headers={"X-Request-Id": REQUEST_LOG.get().id})
+    await response.prepare(http)
+    await response.write_eof()
+    return response
+
+
+SECURITY_HEADERS = {
+    "Content-Security-Policy":
+        "default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src *; "
+        "object-src 'none'; base-uri 'self'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types dompurify",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Server": "chat_server",
+}
+
+
+async def logged(request: Request, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+    """--log-conversations: pass the events on, then log the texts of the conversation."""
+    answers: dict[int, list[str]] = collections.defaultdict(list)
+    request_id, turns = request.id, [[message.role, message.content] for message in request.messages or ()]
+    del request  # its tools are not logged
+    try:
+        async for event in events:
+            if isinstance(event, Piece):
+                answers[event.choice] += [event.text, *(call.name + call.arguments for call in event.calls)]
+            yield event
+    finally:
+        await events.aclose()
+        turns += [["assistant", "".join(texts)] for _, texts in sorted(answers.items())]
+        log.info("conversation %s %s", request_id, dump(turns).decode(),
+                 extra={"fields": {"id": request_id, "turns": turns}})
+
+
+@dataclass
+class RequestLog:
+    """What the front knows about one HTTP request that aiohttp does not."""
+
+    id: str         # X-Request-Id of the response: the request's, unless another answer has it
+    client: str     # its address (see client_at), or the name of its API key once it has shown one
+    note: str = ""  # goes into the access log line
+    as_openai: bool = False  # errors have OpenAI's shape on nanochat's route too
+    headers: dict[str, str] = field(default_factory=dict)  # more headers of the response
+    counts: dict = field(default_factory=dict)  # goes into its JSON form
+
+
+REQUEST_LOG: contextvars.ContextVar[RequestLog] = contextvars.ContextVar("REQUEST_LOG")  # of this task
+
+
+def public_error(error: Exception) -> ChatServerError:
+    """What a client may see of an exception: our own errors as they are; others only go to the log."""
+    if isinstance(error, ChatServerError):
+        return error
+    log.error("unexpected error", exc_info=error)
+    return EngineFailure("internal error; the server's log has the details")
+
+
+async def errors_to_responses(http: web.Request, handler: Callable) -> web.StreamResponse:
+    """The one place where an exception becomes a response, in the shape of the API that was called."""
+    try:
+        return await handler(http)
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        texts = {404: f"there is no {http.path}", 405: f"{http.path} does not accept {http.method}"}
+        text = texts.get(error.status, error.reason)
+        failure = RequestError(text, status=error.status, code=error.reason.lower().replace(" ", "_"))
+        return error_response(http, failure,
+                              **{"Allow": error.headers["Allow"]} if "Allow" in error.headers else {})
+    except ConnectionError as error:  # the client has left: this response only sets the access log's status
+        return error_response(http, RequestError(str(error), status=499))
+    except Exception as error:        # keep it in no variable: its traceback holds this frame
+        return error_response(http, public_error(error))
+
+
+def error_response(http: web.Request, failure: ChatServerError, **headers: str) -> web.Response:
+    headers |= retry_header(failure)
+    if failure.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    body, record = error_body(failure), REQUEST_LOG.get()
+    if re.search(r"/api/\w+/?$", http.path):
+        body = {"error": str(failure)}
+    elif re.search(r"/v1/messages(/|$)", http.path):
+        body = anthropic_error(failure) | {"request_id": record.id}
+    elif not (record.as_openai or re.search(r"/v1/|/models/?$|tokenize/?$|/apply-template/?$", http.path)):
+        # `chat --url` needs the code context_length_exceeded
+        plain = failure.status == 400 and failure.code != "context_length_exceeded"
+        body = {"detail": str(failure), **({} if plain else body)}
+    return json_response(body, failure.status, headers)
+
+
+def retry_header(failure: ChatServerError) -> dict[str, str]:
+    return {"Retry-After": str(failure.retry_after_s)} if isinstance(failure, Overloaded) else {}
+
+
+def early_response(failure: ChatServerError) -> web.Response:
+    """Answer a request that never reaches the application, in both APIs' shapes, and close the connection."""
+    headers = SECURITY_HEADERS | retry_header(failure)
+    response = json_response({"detail": str(failure), **error_body(failure)}, failure.status, headers)
+    response.force_close()
+    return response

@@ -1,0 +1,175 @@
+"""Bodies in and streams out, within a budget of memory."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from contextlib import suppress
+
+from chatlm.common.config import LIMITS, PING_S
+from chatlm.common.errors import Overloaded, RequestError
+from chatlm.front.aio import supervised
+from chatlm.front.api.encode import Encoder
+from chatlm.front.lazy import web
+
+
+BODY_S = 30.0              # seconds a body may pause, or wait for memory
+BODY_BYTES_PER_S = 32_768  # a body may not be slower than this for longer than BODY_S
+
+
+class Budget:
+    """Bytes that requests hold in this process: large bodies while they are read, what stays of them until
+    they are answered, and whole answers being collected.
+
+    One client may hold a quarter of them."""
+
+    def __init__(self, total: int):
+        self.total, self.used, self.freed = total, 0, asyncio.Event()
+        self.of_client: Counter[str] = Counter()
+
+    def take(self, client: str, size: int) -> bool:
+        """Take `size` bytes, if that many are free."""
+        if self.used + size > self.total or self.of_client[client] + size > self.total // 4:
+            return False
+        self.used += size
+        self.of_client[client] += size
+        return True
+
+    def give_back(self, client: str, size: int):
+        self.used -= size
+        self.of_client[client] -= size
+        if not self.of_client[client]:
+            del self.of_client[client]
+        self.freed.set()
+        self.freed = asyncio.Event()
+
+
+class Holding:
+    """The bytes one request holds of a budget; leaving the block gives them all back.
+
+    The first LIMITS.inline_bytes of an answer are free."""
+
+    def __init__(self, budget: Budget, client: str):
+        self.budget, self.client, self.size, self.free = budget, client, 0, LIMITS.inline_bytes
+
+    def __enter__(self) -> Holding:
+        return self
+
+    def __exit__(self, *error):
+        self.budget.give_back(self.client, self.size)
+
+    def handed_over(self) -> Holding:
+        """Another that holds these bytes from now on."""
+        other = Holding(self.budget, self.client)
+        other.size, self.size = self.size, 0
+        return other
+
+    def _take(self, size: int) -> bool:
+        taken = self.budget.take(self.client, size)
+        self.size += size * taken
+        return taken
+
+    async def room(self, size: int):
+        """Take `size` bytes once they are free; raises Overloaded if that takes over BODY_S."""
+        deadline_s = time.monotonic() + BODY_S
+        while not self._take(size):
+            try:
+                await asyncio.wait_for(self.budget.freed.wait(), deadline_s - time.monotonic())
+            except asyncio.TimeoutError:
+                raise Overloaded("too many large bodies are being read", retry_after_s=10) from None
+
+    def keep(self, size: int):
+        """Take `size` bytes for as long as the request lasts; raises Overloaded if there is no room."""
+        if not self._take(size):
+            raise Overloaded("requests with large bodies hold too much memory until they are answered",
+                             retry_after_s=10)
+
+    def grow(self, size: int):
+        """Take `size` more bytes; raises Overloaded if there is no room."""
+        self.free -= size
+        if self.free <= 0 and not self._take(size):
+            raise Overloaded("answers waiting to be sent whole have become too large: "
+                             "stream them, or ask for less at a time")
+
+
+async def read_bytes(http: web.Request, holding: Holding) -> bytearray:
+    """The body; RequestError 413 above LIMITS.body_bytes, 408 if it pauses for BODY_S or is too slow,
+    400 if its chunks are broken."""
+    if http.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise RequestError("compressed bodies are not supported", status=415, code="unsupported_encoding")
+    body, began_s = bytearray(), time.monotonic()
+    while max(len(body), length := http.content_length or 0) <= LIMITS.body_bytes:
+        if max(len(body), length) > LIMITS.inline_bytes and not holding.size:
+            await holding.room(length or LIMITS.body_bytes)
+        try:
+            chunk = await asyncio.wait_for(http.content.readany(), BODY_S)
+        except asyncio.TimeoutError:
+            raise RequestError(f"no part of the body arrived for {BODY_S:g} s",
+                               status=408, code="body_timeout") from None
+        except web.RequestPayloadError as error:
+            raise RequestError(f"the body cannot be read: {error}") from None
+        if not chunk:
+            return body
+        body += chunk
+        if time.monotonic() - began_s > BODY_S + len(body) / BODY_BYTES_PER_S:
+            raise RequestError(f"the body arrives at less than {BODY_BYTES_PER_S:,} bytes per second",
+                               status=408, code="body_timeout")
+    raise RequestError(f"the body has more than {LIMITS.body_bytes:,} bytes",
+                       status=413, code="request_entity_too_large")
+
+
+STREAM_HEADERS = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
+
+
+class EventStream:
+    """One Server-Sent-Events response: frames, and pings while silent.
+
+    Raises ConnectionError if the reader has left or does not read."""
+
+    def __init__(self, http: web.Request, request_id: str, form: type[Encoder] | Encoder = Encoder,
+                 patient: bool = False):
+        self.http, self.form, self.patient = http, form, patient  # patient: sending may wait for the reader
+        self.response = web.StreamResponse(
+            headers={**STREAM_HEADERS, "Content-Type": form.content_type, "X-Request-Id": request_id})
+        self.most_unsent = LIMITS.outbox_bytes + 2 * form.repeated_bytes  # a stream begins with two of them
+        self.last_s = time.monotonic()
+
+    async def __aenter__(self) -> EventStream:
+        if self.http.version < (1, 1):
+            self.response.force_close()         # HTTP/1.0 has no chunks: closing ends the stream
+        await self.response.prepare(self.http)  # sends the headers now, before any prefill
+        # Never wait for a slow reader: events would pile up.
+        if self.http.transport is not None and not self.patient:
+            self.http.transport.set_write_buffer_limits(high=2 * self.most_unsent)
+        self.pings = asyncio.create_task(supervised("sending pings", self._ping))
+        return self
+
+    async def __aexit__(self, *error):
+        self.pings.cancel()
+        del self.pings  # breaks a cycle that would keep the connection until the next collection
+
+    async def send(self, frames: bytes):
+        if not frames:
+            return
+        transport = self.http.transport
+        if transport is None:
+            raise ConnectionResetError("the client has left")
+        self.last_s = time.monotonic()
+        try:
+            if not self.patient and transport.get_write_buffer_size() > self.most_unsent:
+                raise asyncio.TimeoutError
+            write = self.response.write(frames)
+            await (asyncio.wait_for(write, BODY_S) if self.patient else write)
+        except asyncio.TimeoutError:
+            transport.abort()
+            raise ConnectionAbortedError("the client has stopped reading") from None
+
+    async def _ping(self):
+        with suppress(ConnectionError):
+            while True:
+                silent_s = time.monotonic() - self.last_s
+                if silent_s >= PING_S:
+                    await self.send(self.form.ping)
+                    silent_s = 0.0
+                await asyncio.sleep(PING_S - silent_s)

@@ -1,0 +1,385 @@
+"""The commands `chat` and `generate`: what the user types, and what happens then."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import json
+import re
+import secrets
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chatlm.common.config import DEFAULT_MAX_TOKENS, SAMPLING_DEFAULTS, with_model
+from chatlm.common.core import decode_core, kernels_line
+from chatlm.common.errors import ChatServerError, ConfigError, RequestError, did_you_mean, shown
+from chatlm.common.jsontext import as_json, whole_unicode
+from chatlm.common.messages.requests import Finished, Message, Piece, PromptProgress, Request
+from chatlm.front.aio import interruptible
+from chatlm.front.api.encode import timings_body
+from chatlm.front.api.readers import sampling_params
+from chatlm.front.pool.local import sampling_of
+from chatlm.terminal.conversation import PARAMETERS, SETTABLE, Conversation, read_chats
+from chatlm.terminal.remote import RemotePool, open_pool
+from chatlm.terminal.terminal import PlainWriter, Terminal
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+    from chatlm.front.pool.local import Pool
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 0.1 else f"{seconds * 1e3:.0f} ms"
+
+
+def summary(done: Finished, seconds: float) -> str:
+    """For example: 156 tokens in 4.2 s, 37 tok/s, first token after 0.2 s."""
+    count, speed = done.completion_tokens, done.tokens_per_second
+    parts = [f"{count} token{'s' * (count != 1)} in {duration(seconds)}"]
+    if speed:
+        parts.append(f"{speed:.{0 if speed >= 10 else 1}f} tok/s")
+    parts.append(f"first token after {duration(done.ttft_ms / 1e3)}")
+    if done.reason == "length":
+        parts.append("cut at the length limit")
+    if done.dropped_messages:
+        parts.append(f"without the {done.dropped_messages} oldest messages, which no longer fit")
+    return ", ".join(parts)
+
+
+CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
+
+
+def new_request(settings: Settings, parameters: Mapping | None = None, **source) -> Request:
+    """A Request. Its answer may fill the context; a raw prompt's may never end, so its length is capped."""
+    parameters = parameters or {}
+    unset = tuple(name for name in SAMPLING_DEFAULTS
+                  if name not in parameters and getattr(settings, name, None) is None)
+    length = settings.max_tokens or (DEFAULT_MAX_TOKENS if "prompts" in source else None)
+    return Request(id=secrets.token_hex(16), sampling=sampling_params(parameters, settings), unset=unset,
+                   max_tokens=parameters.get("max_tokens", length), stop=tuple(parameters.get("stop", ())),
+                   truncate="messages" in source, chat="messages" in source, **source)
+
+
+@dataclass
+class Reply:
+    """An answer as far as it has arrived."""
+
+    text: str = ""
+    reasoning: str = ""
+    done: Finished | None = None
+    seconds: float = 0.0
+
+    def usage(self) -> dict[str, int]:
+        return {name: getattr(self.done, name)
+                for name in ("prompt_tokens", "completion_tokens", "cached_tokens")}
+
+    def timings(self) -> dict:
+        return timings_body(self.done)
+
+    def as_json(self, request: Request) -> str:
+        """One line of --json output."""
+        return as_json({"text": self.text, **({"reasoning": self.reasoning} if self.reasoning else {}),
+                        "finish_reason": self.done.reason, "seed": request.sampling.seed,
+                        "usage": self.usage(), "timings": self.timings()})
+
+
+async def receive(pool: Pool, request: Request, reply: Reply, writer):
+    """Show an answer as it arrives; `reply` keeps what came, even if the answer fails or is cancelled."""
+    began_s = time.monotonic()
+    try:
+        async with aclosing(pool.answer(request)) as events:
+            async for event in events:
+                if isinstance(event, Piece):
+                    reply.text, reply.reasoning = reply.text + event.text, reply.reasoning + event.reasoning
+                    writer.push(event)
+                elif isinstance(event, PromptProgress):
+                    writer.progress(event)
+                elif isinstance(event, Finished):
+                    reply.done, reply.seconds = event, time.monotonic() - began_s
+    finally:
+        writer.close()
+
+
+class Chat:
+    """The `chat` command. The user types messages, or one of COMMANDS; each command is a method here."""
+
+    def __init__(self, pool: Pool, settings: Settings):
+        self.pool, self.settings = pool, settings
+        self.terminal = Terminal(settings, [*(f"/{name} " for name in COMMANDS),
+                                            *(f"/set {name} " for name in SETTABLE)])
+        self.note = self.terminal.note
+        self.conversation = Conversation(settings.system or "")
+        self.files: set[Path] = set()  # files that hold only this conversation: /save may overwrite them
+        self.draft = ""                # the text that the next prompt starts with
+        self.failed = self.left = False
+        self.answers = self.tokens = 0
+
+    async def run(self) -> int:
+        """Run until the user leaves. Returns the exit status: 1 if any message from a pipe failed."""
+        self.note("\n".join([*self.pool.describe(), "/help lists the commands; Ctrl-C stops the answer"]))
+        while not self.left:
+            draft, self.draft = self.draft, ""
+            if (text := await self.terminal.read(draft)) is None:
+                break
+            try:
+                await self.take(whole_unicode(text).strip())
+            except (ChatServerError, OSError, ValueError) as error:
+                self.failed = True
+                self.note(f"error: {error}", "red")
+                if self.settings.json:
+                    print(as_json({"error": {"message": str(error)}}), flush=True)
+        return int(self.failed and not self.terminal.interactive)
+
+    async def take(self, text: str):
+        """Handle a message, a command, or one of the words that need no slash."""
+        name, _, value = text.removeprefix("/").partition(" ")
+        if text.startswith('"""'):
+            await self.ask(text[3:].removesuffix('"""').strip("\n"))
+        elif text.startswith("//"):
+            await self.ask(text[1:])
+        elif text.startswith("/") or text.lower() in ("clear", "quit", "exit"):
+            if (command := COMMANDS.get(name.lower())) is None:
+                near = did_you_mean(name, COMMANDS, "/")
+                raise ValueError(f"there is no command /{name}{near}; /help lists them, "
+                                 "and // sends a text that begins with a slash")
+            if asyncio.iscoroutine(work := command(self, value.strip())):
+                await work
+        elif text:
+            await self.ask(text)
+
+    async def ask(self, text: str, parent: str | None = ""):
+        """Send a message below the leaf, or below `parent`. It is dropped if no answer comes."""
+        chat, before = self.conversation, self.conversation.leaf
+        parent = before if parent == "" else parent
+        question = chat.add({"role": "user", "content": text, "parent": parent})
+        try:
+            await self.answer(question)
+        finally:
+            if chat.leaf == question["id"]:
+                del chat.nodes[chat.leaf]
+                chat.leaf = before
+
+    async def answer(self, last: dict):
+        """Answer a question, or continue an answer. If that is stopped or fails, what came of it is kept."""
+        chat, reply, before = self.conversation, Reply(), self.conversation.leaf
+        chat.leaf, cut = last["id"], last["role"] == "assistant"
+        seed = {"seed": last["seed"]} if cut and type(last.get("seed")) is int else {}
+        request = new_request(with_model(self.settings, self.pool), seed | chat.parameters,
+                              messages=chat.messages(), template_options=CONTINUE if cut else {},
+                              progress=self.terminal.interactive)
+        chat.leaf, note = before, "interrupted"
+        try:
+            with self.terminal.unechoed():
+                writer = self.terminal.writer(last["content"] * cut)
+                await interruptible(receive(self.pool, request, reply, writer))
+            note = "stopped"
+        finally:
+            if reply.text or reply.reasoning or reply.done:
+                self.keep(last, request, reply, note)
+        told = summary(reply.done, reply.seconds) if reply.done else "[stopped]"
+        go_on = "; /continue continues it" if reply.done and reply.done.reason == "length" else ""
+        self.note(told + go_on + "\n" * self.terminal.interactive)
+        if self.settings.json and reply.done:
+            print(reply.as_json(request), flush=True)
+
+    def keep(self, last: dict, request: Request, reply: Reply, note: str):
+        """Store a reply as an answer to the question `last`, or as the rest of the answer `last`."""
+        node = {"role": "assistant", "content": reply.text, "parent": last["id"],
+                "model": self.pool.model_name, "seed": request.sampling.seed,
+                "parameters": dict(self.conversation.parameters)}
+        if reply.reasoning:
+            node["reasoning"] = reply.reasoning
+        if reply.done:
+            node["timings"] = reply.timings() | reply.usage() | {"finish_reason": reply.done.reason}
+            self.answers, self.tokens = self.answers + 1, self.tokens + reply.done.completion_tokens
+        else:
+            node["note"] = note
+        if last["role"] == "user":
+            self.conversation.add(node)
+        else:
+            last.pop("note", None)
+            last |= node | {"content": last["content"] + reply.text, "parent": last["parent"]}
+
+    # commands
+
+    def slash_help(self, value: str):
+        """/help: this list"""
+        rows = [run.__doc__.split(": ", 1) for run in dict.fromkeys(COMMANDS.values())]
+        keys = 'Alt-Enter or """ ... """: several lines. Ctrl-C: stop the answer, clear the line, leave.'
+        self.note("\n".join([*(f"{name:17}  {help}" for name, help in rows), keys]))
+
+    def slash_clear(self, value: str):
+        """/clear: forget the conversation"""
+        self.conversation = Conversation(self.conversation.system, self.conversation.parameters)
+        self.files = set()
+        self.note("The conversation is forgotten.")
+
+    def slash_system(self, value: str):
+        """/system TEXT: set the system message; without TEXT there is none"""
+        self.conversation.system = value
+        self.note(f"The system message is now {shown(value) if value else 'empty'}.")
+
+    def slash_set(self, value: str):
+        """/set NAME VALUE: set a parameter (/show lists them); without VALUE the default"""
+        name, _, text = value.partition(" ")
+        spelled = {known.replace("_", ""): known for known in SETTABLE}
+        if (known := spelled.get(re.sub("[-_]", "", name.lower()))) is None:
+            raise ValueError(f"/set takes one of {', '.join(SETTABLE)}{did_you_mean(name, SETTABLE)}")
+        try:
+            chosen = {known: PARAMETERS[known].parse(text) if known in PARAMETERS else [text]} if text else {}
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"/set {name}: {error}") from None
+        self.conversation.parameters.pop(known, None)
+        self.conversation.parameters |= chosen
+        self.note(f"{known} is now {text or 'the default'}.")
+
+    def slash_show(self, value: str):
+        """/show: model, system message, parameters, context"""
+        chat, default = self.conversation, dataclasses.asdict(self.settings)
+        default |= {name: value for name, (value, origin) in sampling_of(self.pool, self.settings).items()
+                    if origin != "usual" or not self.settings.url}
+        rows = {"model": self.pool.model_name, "system": chat.system, "messages": len(chat.path())}
+        rows |= {name: chat.parameters.get(name, default.get(name)) for name in SETTABLE}
+        facts = [node["timings"] for node in chat.path() if isinstance(node.get("timings"), dict)] or [{}]
+        used = [facts[-1].get(name, 0) for name in ("prompt_tokens", "completion_tokens")]
+        length, used = self.pool.context_length, sum(count for count in used if isinstance(count, int))
+        rows["context"] = f"{used:,}{f' of {length:,}' if isinstance(length, int) else ''} tokens"
+        self.note("\n".join(f"{name:12} {'-' if row in (None, '') else row}" for name, row in rows.items()))
+
+    def slash_save(self, value: str):
+        """/save FILE: keep the conversation; the page can import it"""
+        title = re.sub(r"\W+", "-", self.conversation.title).strip("-") or "chat"
+        path = Path(value or f"{title}.json").expanduser()
+        if path.exists() and path.resolve() not in self.files:
+            raise ValueError(f"{path} exists: choose another name")
+        part = path.with_name(path.name + ".part")
+        text = json.dumps(self.conversation.exported(), ensure_ascii=False, indent=2)
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+        self.files.add(path.resolve())
+        self.note(f"Saved as {path}; the page's Import and /load read it.")
+
+    def slash_load(self, value: str):
+        """/load FILE: continue a saved conversation, or one that the page exported; FILE N: its N-th chat"""
+        name, number_ = re.fullmatch(r"(.*?)(?:\s+(\d+))?", value).groups()
+        name, number_ = (value, None) if Path(value).expanduser().exists() else (name, number_)
+        try:
+            chats = read_chats(read_text(name))
+        except ValueError as error:
+            raise ValueError(f"{name} is not a conversation: {error}") from None
+        if len(chats) > 1 and number_ is None:
+            rows = [f"{index}  {chat.title}" for index, chat in enumerate(chats, 1)]
+            return self.note("\n".join([f"{name} has {len(chats)} chats: /load {name} N", *rows]))
+        if not 1 <= int(number_ or 1) <= len(chats):
+            raise ValueError(f"{name} has {len(chats)} chats")
+        self.conversation = chats[int(number_ or 1) - 1]
+        self.files = {Path(name).expanduser().resolve()} if len(chats) == 1 else set()
+        for node in self.conversation.path():
+            self.note(f"> {node['content']}" if node["role"] == "user" else node["content"] + "\n")
+        self.note(f"Loaded “{self.conversation.title}”.")
+
+    def _question(self) -> dict:
+        if (question := self.conversation.last("user")) is None:
+            raise ValueError("there is no message yet")
+        return question
+
+    async def slash_retry(self, value: str):
+        """/retry: another answer to the last message"""
+        await self.answer(self._question())
+
+    async def slash_edit(self, value: str):
+        """/edit TEXT: change the last message and send it again"""
+        question = self._question()
+        if not value and self.terminal.session:
+            value = await self.terminal.read(question["content"]) or ""
+        if not value.strip():
+            raise ValueError("/edit TEXT: the new text of your last message")
+        await self.ask(value, question["parent"])
+
+    async def slash_continue(self, value: str):
+        """/continue: continue an answer that was cut"""
+        if not (path := self.conversation.path()) or path[-1]["role"] != "assistant":
+            raise ValueError("there is no answer to continue")
+        if self.pool.continues and path[-1]["content"]:
+            await self.answer(path[-1])
+        else:
+            await self.ask("Please continue.")
+
+    async def slash_read(self, value: str):
+        """/read FILE: send a file's text as a message"""
+        await self.ask(read_text(value))
+
+    async def slash_stats(self, value: str):
+        """/stats: answers, tokens and workers"""
+        remote = isinstance(self.pool, RemotePool)
+        stats = await self.pool.get("stats") if remote else self.pool.stats()
+        names = {"gpu_id": "worker", "state": "", "device": "on",
+                 "running": "running", "kv_pages_used": "KV pages"}
+        rows = [" ".join(f"{name} {each[key]}".strip() for key, name in names.items() if key in each)
+                for each in stats.get("workers") or ()]
+        self.note("\n".join([f"answers {self.answers}, tokens {self.tokens:,}", *rows]))
+
+    def slash_quit(self, value: str):
+        """/quit, /exit: leave"""
+        self.left = True
+
+    slash_exit = slash_quit
+
+
+COMMANDS = {name.removeprefix("slash_"): run for name, run in vars(Chat).items() if name.startswith("slash_")}
+
+
+def read_text(name: str) -> str:
+    if not name:
+        raise ValueError("the name of a file is missing")
+    path = Path(name).expanduser()
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{name} is not a text file") from None
+
+
+async def chat(settings: Settings) -> int:
+    """The `chat` command: answer messages until the user leaves; with `-p`, answer once."""
+    if settings.prompt is not None:
+        return await generate(settings)
+    async with open_pool(settings) as pool:
+        return await Chat(pool, settings).run()
+
+
+def prompt_text(settings: Settings) -> str:
+    """--prompt, or stdin for `-` and for a pipe. ConfigError if there is no text."""
+    if settings.prompt is None and sys.stdin.isatty():
+        raise ConfigError("nothing to answer: give --prompt TEXT, or text on stdin")
+    text = settings.prompt if settings.prompt not in (None, "-") else sys.stdin.read().removesuffix("\n")
+    if not text.strip():
+        raise ConfigError("nothing to answer: the prompt is empty")
+    return whole_unicode(text)
+
+
+async def generate(settings: Settings) -> int:
+    """The `generate` command: one answer on stdout, its speed on stderr. No template: text completion."""
+    text, reply, writer = prompt_text(settings), Reply(), PlainWriter(silent=settings.json)
+    turns = [Message("system", settings.system)] if settings.system else []
+    async with open_pool(settings) as pool:
+        settings = with_model(settings, pool)
+        if not settings.url and decode_core() is None:
+            print(kernels_line(), file=sys.stderr)
+        request = new_request(settings, messages=(*turns, Message("user", text)))
+        try:
+            await receive(pool, request, reply, writer)
+        except RequestError as error:
+            if error.code != "no_chat_template":
+                raise
+            request = new_request(settings, prompts=(text,))
+            await receive(pool, request, reply, writer)
+    if settings.json:
+        print(reply.as_json(request), flush=True)
+    print(summary(reply.done, reply.seconds), file=sys.stderr)
+    return 0

@@ -1,0 +1,125 @@
+"""Conversations, in the format that the page exports and imports (static/tree.js)."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import secrets
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+
+from chatlm.common.config import LIMITS, OPTIONS, option_field
+from chatlm.common.jsontext import is_text
+from chatlm.common.log import utc
+from chatlm.common.messages.requests import Message
+
+
+CHAT_FORMAT = {"format": "chat_server chats", "version": 2}
+PARAMETERS = {option_field(option): option for option in OPTIONS
+              if option.name.split()[0] in ("temperature", "top-k", "top-p", "min-p", "max-tokens", "seed")}
+SETTABLE = (*PARAMETERS, "stop")
+
+
+def now_ms() -> int:
+    return int(time.time() * 1e3)
+
+
+def title_of(text: str) -> str:
+    line = next(filter(None, (re.sub(r"^[#>*\s-]+|`", "", line).strip() for line in text.split("\n"))), "")
+    return line if len(line) <= 60 else re.sub(r"\s+\S*$", "", line[:60]) + "…"
+
+
+def known_parameters(given) -> dict:
+    """The parameters that exist and whose values are valid."""
+    given, known = given if isinstance(given, dict) else {}, {}
+    for name, option in PARAMETERS.items():
+        with suppress(ValueError, TypeError, argparse.ArgumentTypeError):
+            if not isinstance(value := given.get(name), (dict, list, bool)):
+                known[name] = option.parse(str(value))
+    stop = given.get("stop")
+    if isinstance(stop, list) and stop and all(map(is_text, stop)):
+        known["stop"] = stop[:LIMITS.stop_strings]
+    return known
+
+
+class Conversation:
+    """The tree of a chat's messages. The path to `leaf` is current; other answers and versions branch off."""
+
+    def __init__(self, system: str = "", parameters: Mapping | None = None, fields=None):
+        self.fields = {"title": "", "created": now_ms(), "pinned": False, **(fields or {})}
+        self.system, self.parameters = system, dict(parameters or {})
+        self.nodes: dict[str, dict] = {}
+        self.leaf: str | None = None
+
+    def path(self) -> list[dict]:
+        """The nodes from the first message to the leaf; in a file, their parents may form a cycle."""
+        path, node = {}, self.nodes.get(self.leaf)
+        while node and node["id"] not in path:
+            path[node["id"]] = node
+            node = self.nodes.get(node["parent"])
+        return list(path.values())[::-1]
+
+    def add(self, node: dict) -> dict:
+        node = {"id": secrets.token_hex(16), "created": now_ms()} | node
+        self.nodes[node["id"]], self.leaf = node, node["id"]
+        self.fields["title"] = self.title or title_of(node["content"])
+        return node
+
+    @property
+    def title(self) -> str:
+        return str(self.fields["title"])
+
+    def last(self, role: str) -> dict | None:
+        return next((node for node in reversed(self.path()) if node["role"] == role), None)
+
+    def messages(self) -> tuple[Message, ...]:
+        """What is sent. Empty messages are dropped and neighbours of one role joined: templates alternate."""
+        found = [Message("system", self.system)] if self.system.strip() else []
+        texts = (node for node in self.path() if node["content"])
+        for role, nodes in itertools.groupby(texts, key=lambda node: node["role"]):
+            found.append(Message(role, "\n\n".join(node["content"] for node in nodes)))
+        return tuple(found)
+
+    def exported(self) -> dict:
+        chat = {**self.fields, "updated": now_ms(), "system": self.system, "parameters": self.parameters,
+                "leaf": self.leaf or "", "nodes": list(self.nodes.values())}
+        return {**CHAT_FORMAT, "exported": utc(), "conversations": [chat]}
+
+
+def read_chats(text: str) -> list[Conversation]:
+    """The conversations in an exported file, or in a list of messages. ValueError says what is wrong."""
+    try:
+        file = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError("it is not valid JSON") from None
+    file = {"messages": file} if isinstance(file, list) else file
+    chats = file.get("conversations", [file]) if isinstance(file, dict) else None
+    chats = chats if isinstance(chats, list) else [None]
+    return [read_chat(chat, index) for index, chat in enumerate(chats, 1)]
+
+
+def read_chat(chat, index: int) -> Conversation:
+    chat = dict(chat) if isinstance(chat, dict) else {}
+    listed, leaf = chat.pop("nodes", chat.pop("messages", None)), chat.pop("leaf", None)
+    if not isinstance(listed, list):
+        raise ValueError('there is no list "messages" of {role, content}, and no "nodes", in it')
+    old = chat.pop("settings", None)  # format version 1
+    system = chat.pop("system", old.get("system") if isinstance(old, dict) else None)
+    parameters = known_parameters(chat.pop("parameters", old))
+    found = Conversation(system if is_text(system) else "", parameters, chat)
+    for number_, message in enumerate(listed, 1):
+        message = {"content": None, "parent": found.leaf, **message} if isinstance(message, dict) else {}
+        message["content"] = text = message.get("content") or ""
+        if message.get("role") not in ("user", "assistant", "system") or not is_text(text):
+            raise ValueError(f"message {number_} of chat {index} lacks a role or a text")
+        if message["role"] == "system":
+            found.system = text
+        elif is_text(message.get("id", "")) and message.get("id") not in found.nodes:
+            found.add(message if is_text(message["parent"]) else message | {"parent": None})
+        else:
+            raise ValueError(f"message {number_} of chat {index} has no id, or the id of another")
+    found.leaf = leaf if is_text(leaf) and leaf in found.nodes else found.leaf
+    return found

@@ -1,0 +1,309 @@
+"""A server at --url behind the same interface as a pool here."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import Any, TYPE_CHECKING
+
+from chatlm.common.config import PING_S, SAMPLING_DEFAULTS
+from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded, RequestError
+from chatlm.common.log import ProgressDisplay
+from chatlm.common.messages.requests import Accepted, Finished, Message, Piece, PromptProgress
+from chatlm.front.api.encode import PROGRESS_FIELDS
+from chatlm.front.lazy import aiohttp
+from chatlm.front.pool.ray import pool_of
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+    from chatlm.common.messages.requests import Event, Request
+    from chatlm.front.pool.local import Pool
+
+
+class RemotePool:
+    """A running server (--url) behind the same `answer` as LocalPool.
+
+    Requests go to /v1, or to nanochat's /chat/completions if the server has only that. A broken stream is
+    resumed if the server kept it; an answer that nobody reads any more is cancelled on the server."""
+
+    RESUME_S = (0.2, 0.5, 1, 2, 5, 5, 5, 5)    # pauses before each attempt to resume; GRACE_S is longer
+    CONTINUING = "vllm", "sglang", "llamacpp"  # continue a last message, but their models do not say so
+    ready = True
+
+    def __init__(self, settings: Settings):
+        self.own_sampling: tuple[dict, str] = {}, ""
+        url = settings.url.rstrip("/").removesuffix("/v1")
+        self.url = url if "://" in url else f"http://{url}"
+        self.headers = {"Authorization": f"Bearer {key}" for key in settings.api_key[:1]}
+        self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
+        self.client: Any = None
+        self.model: dict = {}  # its entry in /v1/models
+        self.native = self.reached = False  # does it have only nanochat's route? has it answered yet?
+
+    async def start(self):
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=6 * PING_S)
+        self.client = aiohttp.ClientSession(timeout=timeout, headers=self.headers)
+
+    async def wait_ready(self):
+        """Wait until the server is ready. ConfigError if there is no server."""
+        while not (health := await self.get("health", 503)).get("ready", True):
+            if "loading" not in health:
+                reason = health.get("status", "no reason given")
+                raise Overloaded(f"the server at {self.url} is not ready ({reason})")
+            loading = health["loading"]
+            self.on_progress(f"server: {loading.get('stage')}", float(loading.get("fraction") or 0))
+            await asyncio.sleep(0.5)
+        listed = (await self.get("v1/models")).get("data")
+        if not listed and "ready" not in health:
+            raise ConfigError(f"{self.url} is not a chat server: "
+                              "neither /health nor /v1/models answers like one")
+        self.model = listed[0] if listed and isinstance(listed, list) and isinstance(listed[0], dict) else {}
+        told = self.model.get("defaults") if isinstance(self.model.get("defaults"), dict) else {}
+        told = {name: told[name] for name in SAMPLING_DEFAULTS if type(told.get(name)) in (int, float)}
+        self.own_sampling = told, "the server"
+
+    async def _ask(self, method: str, path: str, **how):
+        """A response. ConfigError if no server answers, EngineFailure if one that did breaks off."""
+        try:
+            response = await self.client.request(method, f"{self.url}/{path}", **how)
+            self.reached = True
+            return response
+        except connection_errors() as error:
+            if self.reached and not isinstance(error, (aiohttp.ClientConnectorError, aiohttp.InvalidURL)):
+                raise self._broken(error) from None
+            raise ConfigError(f"no server answers at {self.url}: {reason_of(error)}") from None
+
+    async def get(self, path: str, *statuses: int) -> dict:
+        """The JSON object that a route returns with status 200 or one of these; {} for anything else."""
+        body: Any = None
+        async with await self._ask("GET", path) as response:
+            with suppress(ValueError, *connection_errors()):
+                body = await response.json(content_type=None) if response.status in (200, *statuses) else None
+        return body if isinstance(body, dict) else {}
+
+    @property
+    def model_name(self) -> str:
+        return str(self.model.get("id", ""))
+
+    @property
+    def context_length(self) -> int | None:
+        return self.model.get("context_length") or self.model.get("max_model_len")
+
+    @property
+    def continues(self) -> bool:
+        able = self.model.get("capabilities")
+        return not self.native and (self.model.get("owned_by") in self.CONTINUING or
+                                    isinstance(able, dict) and able.get("continue_final_message") is True)
+
+    def describe(self) -> list[str]:
+        return [f"Server: {self.url}", *([f"Model: {self.model_name}"] if self.model_name else [])]
+
+    async def answer(self, request: Request) -> AsyncIterator[Event]:
+        """The server's stream as events. Raises what LocalPool would; ConfigError if no server answers."""
+        response, reader = await self._post(request), RemoteStream()
+        try:
+            yield Accepted(0)
+            while reader.done is None:
+                try:
+                    async for event in reader.read(response.content):
+                        yield event
+                    if reader.done is None:
+                        raise aiohttp.ClientPayloadError("it ended early")
+                except connection_errors() as error:
+                    response.close()
+                    response = await self._take_up(request.id, reader, error)
+            yield reader.finished()
+        except ValueError as error:
+            raise EngineFailure(f"{self.url} does not answer like a chat server: {error}") from None
+        finally:
+            response.close()
+            if reader.done is None:
+                await self._cancel(request.id)
+
+    async def _post(self, request: Request):
+        post = partial(self._ask, "POST", headers={"X-Request-Id": request.id})
+        if not self.native:
+            route = "completions" if request.messages is None else "chat/completions"
+            response = await post(f"v1/{route}", json=self._body(request))
+            if response.status == 200:
+                return response
+            error = await refusal(response)
+            if response.status not in (404, 405) or error.code == "model_not_found":
+                raise error
+            self.native = True
+        response = await post("chat/completions", json=native_body(request))
+        if response.status != 200:
+            raise await refusal(response)
+        return response
+
+    def _broken(self, error: Exception) -> EngineFailure:
+        return EngineFailure(f"the connection to {self.url} broke: {reason_of(error)}")
+
+    def _body(self, request: Request) -> dict:
+        body = native_body(request) | {"stream": True, "stream_options": {"include_usage": True}}
+        if request.messages is None:
+            body["prompt"] = body.pop("messages")[0]["content"]
+        if self.model_name and self.model.get("owned_by") != "chat_server":  # ours has only one model
+            body["model"] = self.model_name
+        return body
+
+    async def _take_up(self, request_id: str, reader: RemoteStream, error: Exception):
+        """The response with the rest of a broken stream. EngineFailure if it cannot be resumed."""
+        for pause_s in self.RESUME_S if reader.next is not None else ():
+            await asyncio.sleep(pause_s)
+            with suppress(ChatServerError):
+                response = await self._ask("GET", f"v1/streams/{request_id}?from={reader.next}")
+                if response.status == 200:
+                    return response
+                response.close()
+                if response.status < 500:
+                    break
+        raise self._broken(error) from None
+
+    async def _cancel(self, request_id: str):
+        with suppress(ChatServerError):
+            timeout = aiohttp.ClientTimeout(total=5)
+            (await self._ask("POST", f"v1/cancel/{request_id}", timeout=timeout)).close()
+
+    async def close(self):
+        if self.client:
+            await self.client.close()
+
+
+def connection_errors() -> tuple[type[Exception], ...]:
+    return aiohttp.ClientError, asyncio.TimeoutError, OSError
+
+
+def reason_of(error: Exception) -> str:
+    """Why a connection failed, without aiohttp's internals."""
+    cause = getattr(error, "os_error", error)
+    number_ = getattr(cause, "errno", None) or 0
+    if number_ > 0:
+        return os.strerror(number_)
+    return getattr(cause, "strerror", None) or str(cause) or "timed out"
+
+
+class RemoteStream:
+    """Reads the events of /v1 or of the native API, over several connections if necessary."""
+
+    def __init__(self):
+        self.next: int | None = None  # number of the next event, if the server numbers them
+        self.done: dict | None = None  # finish_reason, usage, timings ... once the answer ends
+        self.pieces, self.begin_s, self.first_s = 0, time.monotonic(), 0.0
+
+    async def read(self, lines) -> AsyncIterator[Piece | PromptProgress]:
+        """The events in a connection's lines. ValueError for a malformed one; re-raises server errors."""
+        ending: dict = {}
+        async for line in lines:
+            name, _, value = line.partition(b":")
+            value = value.strip()
+            if name == b"id" and value.isdigit():
+                self.next = int(value) + 1
+            elif name == b"data" and value == b"[DONE]":
+                break
+            elif name == b"data":
+                body = json.loads(value)
+                if event := self._event(body):
+                    yield event
+                ending |= ending_of(body)
+                if body.get("done"):
+                    break
+        if "finish_reason" in ending:
+            self.done = ending
+
+    def _event(self, body) -> Piece | PromptProgress | None:
+        if not isinstance(body, dict):
+            raise ValueError("an event is not a JSON object")
+        if "error" in body:
+            raise remote_error(body, 500)
+        if isinstance(told := body.get("progress"), dict):
+            return PromptProgress(*(told[name] if type(told.get(name)) is int else 0
+                                    for name in PROGRESS_FIELDS))
+        choice = (body.get("choices") or [{}])[0]
+        delta = choice.get("delta") or choice
+        text = body.get("token") or delta.get("content") or delta.get("text") or ""
+        reasoning = body.get("reasoning") or delta.get("reasoning_content") or delta.get("reasoning") or ""
+        if not text and not reasoning:
+            return None
+        self.first_s = self.first_s or time.monotonic()
+        self.pieces += 1
+        return Piece("", (), text, gpu=body.get("gpu", 0), reasoning=reasoning)
+
+    def finished(self) -> Finished:
+        """The server's final figures; those it left out are measured here, counting a piece as a token."""
+        usage, timings = self.done.get("usage") or {}, self.done.get("timings") or {}
+        prompt, completion = (usage.get(f"{name}_tokens_details") or {} for name in ("prompt", "completion"))
+        since_first_s = time.monotonic() - self.first_s
+        speed = (self.pieces - 1) / since_first_s if self.pieces > 1 and since_first_s > 0.1 else None
+        ttft_ms = (self.first_s - self.begin_s) * 1e3 if self.first_s else 0.0
+        return Finished(
+            self.done["finish_reason"], self.done.get("stop_reason"), usage.get("prompt_tokens", 0),
+            usage.get("completion_tokens", self.pieces),
+            usage.get("cached_tokens") or prompt.get("cached_tokens") or 0, timings.get("queue_ms", 0.0),
+            timings.get("ttft_ms", ttft_ms), timings.get("tokens_per_second", speed),
+            self.done.get("gpu", timings.get("gpu", 0)),
+            **{name: timings.get(name, 0)
+               for name in ("drafted_tokens", "accepted_tokens", "dropped_messages")},
+            reasoning_tokens=usage.get("reasoning_tokens") or completion.get("reasoning_tokens") or 0)
+
+
+def ending_of(body: dict) -> dict:
+    """What an event of either API tells about the end of the answer."""
+    choice = (body.get("choices") or [{}])[0]
+    told = {name: body[name] for name in ("usage", "timings", "gpu") if body.get(name) is not None}
+    if reason := body.get("finish_reason") or choice.get("finish_reason") or "stop" * bool(body.get("done")):
+        told |= {"finish_reason": reason, "stop_reason": body.get("stop_reason", choice.get("stop_reason"))}
+    return told
+
+
+def native_body(request: Request) -> dict:
+    sampling = request.sampling
+    messages = request.messages or (Message("user", str(request.prompts[0])),)
+    return {"messages": [{"role": m.role, "content": m.content} for m in messages],
+            "truncate": "oldest", "resumable": True, "stop": list(request.stop),
+            "ignore_eos": request.ignore_eos, "progress": request.progress, **request.template_options,
+            **({} if request.max_tokens is None else {"max_tokens": request.max_tokens}),
+            **{name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")
+               if name not in request.unset}}
+
+
+async def refusal(response) -> ChatServerError:
+    body = None
+    with suppress(ValueError):
+        body = await response.json(content_type=None)
+    response.close()
+    retry = response.headers.get("Retry-After", "")
+    return remote_error(body, response.status, int(retry) if retry.isdigit() else 1)
+
+
+def remote_error(body, status: int, retry_after_s: int = 1) -> ChatServerError:
+    """The server's error, from a body or a stream event, as the exception it was on the server."""
+    body = body if isinstance(body, dict) else {}
+    error = body.get("error") if isinstance(body.get("error"), dict) else {}
+    message = str(error.get("message") or body.get("detail") or body.get("error")
+                  or f"the server answered with {status}")
+    if status in (429, 503) or error.get("type") == Overloaded.type:
+        return Overloaded(message, retry_after_s=retry_after_s, status=429 if status == 429 else 503)
+    if status < 500 or error.get("type") == RequestError.type:
+        return RequestError(
+            message, status=min(status, 499), code=error.get("code"), param=error.get("param"))
+    return EngineFailure(message)
+
+
+@asynccontextmanager
+async def open_pool(settings: Settings) -> AsyncIterator[Pool]:
+    pool = RemotePool(settings) if settings.url else pool_of(settings)
+    pool.on_progress = progress = ProgressDisplay()
+    try:
+        await pool.start()
+        await pool.wait_ready()
+        progress.close()
+        yield pool
+    finally:
+        progress.close()
+        await pool.close()

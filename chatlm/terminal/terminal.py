@@ -1,0 +1,278 @@
+"""What an answer looks like on a terminal, and reading lines from it."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import importlib
+import importlib.util
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, TYPE_CHECKING
+
+from chatlm.front.aio import interruptible
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+    from chatlm.common.messages.requests import Piece, PromptProgress
+
+
+TERMINAL_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+@functools.cache
+def markdown_library() -> tuple[Any, Any]:
+    """(parser, rich's class) for Markdown as models write it: HTML, LaTeX and line breaks stay."""
+    from markdown_it import MarkdownIt
+    from rich import markdown
+    from rich.text import Text
+
+    class Heading(markdown.Heading):
+        LEVEL_ALIGN = dict.fromkeys(("h1", "h2", "h3", "h4", "h5", "h6"), "default")
+
+    class Code(markdown.CodeBlock):
+        def __rich_console__(self, console, options) -> Iterator[Any]:
+            whole = options.max_width == console.width  # not in a list: long lines stay, fit to copy
+            code, overflow = str(self.text).rstrip("\n"), "ignore" if whole else "fold"
+            yield Text(code, "cyan", no_wrap=whole, overflow=overflow)
+
+    class Markdown(markdown.Markdown):
+        elements = markdown.Markdown.elements | {"heading_open": Heading, "fence": Code}
+
+    rewriting = ["html_block", "html_inline", "entity", "code", "lheading", "reference", "image", "text_join"]
+    return MarkdownIt("commonmark").enable("table").disable(rewriting, True), Markdown
+
+
+def markdown_blocks(text: str, style: str) -> list[tuple[int, Any]]:
+    """[(the line where a block begins, what rich can draw)]."""
+    parser, renderer = markdown_library()
+    blocks: list[tuple[int, Any]] = []
+    for token in parser.parse(text):
+        if token.level == 0 and token.nesting >= 0:
+            blocks.append((token.map[0], renderer("", justify="default", style=style, hyperlinks=False)))
+        for part in token.children or ():
+            if part.type == "softbreak":
+                part.type = "hardbreak"
+            elif part.type == "text_special":  # a backslash before anything else is LaTeX's
+                part.type, part.content = "text", part.content if part.content in "*_`#~|>" else part.markup
+        blocks[-1][1].parsed.append(token)
+    return blocks
+
+
+class MarkdownWriter:
+    """Draws an answer as it arrives. A block is written once; only the last one is redrawn as it grows.
+
+    An answer that continues the text `before` begins with its last block."""
+
+    def __init__(self, console, before: str = ""):
+        from rich import live, segment
+        self.console, self.segment, self.waiting = console, segment, "..."
+        self.text, self.style, self.begun = "", "dim", False
+        if blocks := markdown_blocks(before := before.translate(TERMINAL_CONTROLS), "none"):
+            self.text, self.style = before.split("\n", blocks[-1][0])[-1], "none"
+        self.live = live.Live(self, console=console, refresh_per_second=10, transient=True,
+                              vertical_overflow="visible")
+        self.live.start(refresh=True)
+
+    def progress(self, event: PromptProgress):
+        share = min(1.0, event.prompt_tokens_done / max(1, event.prompt_tokens))
+        self.waiting = (f"in the queue, place {event.queue_position}" if event.queue_position else
+                        f"reading the prompt, {share:.0%}")
+        self.live.refresh()
+
+    def push(self, event: Piece):
+        for text, style in ((event.reasoning, "dim"), (event.text, "none")):
+            if text and style != self.style:
+                self._write(markdown_blocks(self.text, self.style), "")
+                self.style = style
+            self.text += text.translate(TERMINAL_CONTROLS)
+            if "\n" in text:
+                *blocks, (line, _) = markdown_blocks(self.text, style) or [(0, None)]
+                self._write(blocks, self.text.split("\n", line)[-1])
+
+    def _write(self, blocks: list[tuple[int, Any]], rest: str):
+        """Write blocks for good; `rest` is the text after them."""
+        self.text, lines = rest, self._lines(blocks)
+        if lines:
+            self.begun = True
+            self.console.print(self.segment.SegmentLines(lines, new_lines=True), crop=False)
+
+    def _lines(self, blocks: list[tuple[int, Any]]) -> list[list[Any]]:
+        """Lines of rich's segments, with one empty line between blocks."""
+        found: list[list[Any]] = []
+        for _, drawn in blocks:
+            lines = [[*line] for line in self.segment.Segment.split_lines(self.console.render(drawn))]
+            full = [i for i, line in enumerate(lines) if any(part.text.strip() for part in line)] or [0]
+            found += [[]] * (self.begun or bool(found)) + lines[full[0]:full[-1] + 1]
+        return found
+
+    def __rich_console__(self, console, options) -> Iterator[Any]:
+        """The last lines, as many as fit on the screen: what has scrolled away is never drawn again."""
+        lines = self._lines(markdown_blocks(self.text, self.style))[1 - options.size.height:]
+        cut = partial(self.segment.Segment.adjust_line_length, length=options.max_width, pad=False)
+        drawn = self.segment.SegmentLines(map(cut, lines), new_lines=True)
+        yield drawn if lines or self.begun else self.waiting
+
+    def close(self):
+        self.live.stop()
+        self._write(markdown_blocks(self.text, self.style), "")
+
+
+class PlainWriter:
+    """Writes an answer as it arrives; a model's control characters never reach a terminal."""
+
+    def __init__(self, silent: bool):
+        self.silent, self.last = silent, "\n"
+
+    def progress(self, event: PromptProgress):
+        pass
+
+    def push(self, event: Piece):
+        if not self.silent:
+            text = event.text.translate(TERMINAL_CONTROLS) if sys.stdout.isatty() else event.text
+            print(text, end="", flush=True)
+            self.last = text or self.last
+
+    def close(self):
+        if not self.last.endswith("\n"):
+            print(flush=True)
+
+
+def block_is_open(text: str) -> bool:
+    """Is a message in \""" still open? Enter then starts a new line."""
+    text = text.strip()
+    return text.startswith('"""') and (len(text) < 6 or not text.endswith('"""'))
+
+
+def history_path() -> Path:
+    """A file that only its owner can read. OSError if it cannot be created."""
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    path = state / "chat_server" / "history"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
+    return path
+
+
+class Terminal:
+    """Where `chat` reads and writes: with prompt_toolkit and rich on a terminal, else as plain lines."""
+
+    def __init__(self, settings: Settings, words: list[str]):
+        self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        self.session = self.console = None
+        self.as_json = settings.json
+        self.lines: asyncio.Queue[str | None] = asyncio.Queue()
+        if self.interactive and all(map(importlib.util.find_spec, ("prompt_toolkit", "rich"))):
+            self.console = importlib.import_module("rich.console").Console(highlight=False)
+            self.session = self._open_session(settings, words)
+        else:
+            loop = asyncio.get_running_loop()
+            threading.Thread(target=self._read_lines, args=(loop,), name="stdin", daemon=True).start()
+
+    def _open_session(self, settings: Settings, words: list[str]):
+        from prompt_toolkit import PromptSession, completion, document, history
+        from prompt_toolkit.shortcuts import CompleteStyle
+        paths = completion.PathCompleter(expanduser=True)
+        commands = completion.WordCompleter(words, sentence=True)
+
+        class Completer(completion.Completer):
+            def get_completions(self, typed, event) -> Iterator[Any]:
+                name, _, path = typed.text_before_cursor.partition(" ")
+                if name in ("/load", "/save", "/read"):
+                    return paths.get_completions(document.Document(path), event)
+                return commands.get_completions(typed, event)
+
+        past = history.InMemoryHistory()
+        if settings.history:
+            try:
+                past = history.FileHistory(str(history_path()))
+            except OSError as error:
+                self.note(f"no history will be kept: {error}")
+        return PromptSession(
+            history=past, key_bindings=self._keys(), multiline=True,
+            completer=Completer(), complete_while_typing=False,
+            complete_style=CompleteStyle.READLINE_LIKE, prompt_continuation="  ", reserve_space_for_menu=0)
+
+    @staticmethod
+    def _keys():
+        """Enter sends, except in an open block; Alt-Enter breaks a line; Ctrl-C clears the input or exits."""
+        keys = importlib.import_module("prompt_toolkit.key_binding").KeyBindings()
+
+        @keys.add("enter")
+        def enter(event):
+            buffer = event.current_buffer
+            if block_is_open(buffer.text):
+                buffer.insert_text("\n")
+            else:
+                buffer.validate_and_handle()
+
+        @keys.add("c-c")
+        def stop(event):
+            if event.current_buffer.text:
+                event.current_buffer.reset()
+            else:
+                event.app.exit(exception=KeyboardInterrupt)
+
+        keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+        return keys
+
+    def _read_lines(self, loop: asyncio.AbstractEventLoop):
+        """Runs in a daemon thread: stdin may be a file, a pipe or a terminal, and must not delay the exit."""
+        put = partial(loop.call_soon_threadsafe, self.lines.put_nowait)
+        # not sys.stdin itself: at its exit, Python waits for a thread that reads from it
+        own = partial(open, sys.stdin.fileno(), encoding="utf-8", errors="replace", newline="\n")
+        with suppress(OSError, RuntimeError), own(closefd=False) as lines:  # RuntimeError: the loop has ended
+            for line in lines:
+                put(line.removesuffix("\n"))
+            put(None)
+
+    async def read(self, default: str = "") -> str | None:
+        """The next message; None if the user leaves (end of file, Ctrl-C)."""
+        try:
+            if self.session:
+                return await self.session.prompt_async([("bold", "> ")], default=default)
+            return await self._read_block()
+        except (EOFError, KeyboardInterrupt):
+            return None
+
+    async def _read_block(self) -> str | None:
+        """One line, or several between \"""."""
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        text = await interruptible(self.lines.get())
+        while text is not None and block_is_open(text):
+            if (line := await interruptible(self.lines.get())) is None:
+                self.lines.put_nowait(None)  # return this message first, then the end of file
+                break
+            text += "\n" + line
+        return text
+
+    def note(self, text: str, style: str = "dim"):
+        """Our own lines: among the messages on a terminal, else on stderr, as stdout carries only answers."""
+        if self.console:
+            self.console.print(text.translate(TERMINAL_CONTROLS), style=style, markup=False, emoji=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def writer(self, before: str) -> MarkdownWriter | PlainWriter:
+        return MarkdownWriter(self.console, before) if self.console else PlainWriter(self.as_json)
+
+    @contextmanager
+    def unechoed(self) -> Iterator[None]:
+        """Keep what is typed during an answer out of it; the input waits for the next prompt."""
+        import termios
+        try:
+            before = termios.tcgetattr(descriptor := sys.stdin.fileno())
+        except (OSError, ValueError, termios.error):  # not a terminal
+            yield
+            return
+        silent = before[:3] + [before[3] & ~termios.ECHO] + before[4:]
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, silent)
+        try:
+            yield
+        finally:
+            termios.tcsetattr(descriptor, termios.TCSADRAIN, before)

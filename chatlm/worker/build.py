@@ -1,0 +1,217 @@
+"""Device, memory plan, transformer and engine of a worker or a rank."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from chatlm.common.config import PAGE_SIZE, size
+from chatlm.common.errors import ConfigError, require_library
+from chatlm.common.hub.local import no_progress
+from chatlm.common.log import log
+from chatlm.common.memory import available_memory
+from chatlm.common.text.load import open_tokenizer
+from chatlm.worker.engine.engine import Engine
+from chatlm.worker.engine.kvcache import PagePool, longest_context
+from chatlm.worker.engine.scheduler import FREE_ROWS
+from chatlm.worker.model.kernels import load_kernels
+from chatlm.worker.model.spec import expected_tensors, group_layers
+from chatlm.worker.model.transformer import Transformer
+from chatlm.worker.ranks.ranks import RankAlone
+from chatlm.worker.weights.load import open_model
+from chatlm.worker.weights.shards import shard_model, stage_model
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+    from chatlm.common.hub.local import Progress
+    from chatlm.common.messages.protocol import WorkerConfig
+    from chatlm.common.messages.requests import ModelSource
+    from chatlm.worker.model.spec import LayerGroups
+    from chatlm.worker.ranks.messages import RankConfig
+    from chatlm.worker.ranks.ranks import RankZero
+    from chatlm.worker.weights.rules import LoadedModel
+
+
+def prepare_device(config: WorkerConfig | RankConfig) -> torch.device:
+    torch.set_num_threads(config.threads)
+    device = torch.device(config.device)
+    if device.type == "cuda":
+        check_gpu(device)
+        torch.cuda.set_device(device)  # decode_core launches on the current device
+    return device
+
+
+def check_gpu(device: torch.device):
+    """ConfigError if this GPU is missing, too old for this torch, or cannot be used now."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    among = "" if visible is None else f", with CUDA_VISIBLE_DEVICES={visible}"
+    if not torch.cuda.is_available():
+        try:
+            torch.cuda.init()
+            why = "no GPU is available"
+        except (RuntimeError, AssertionError) as error:  # a build without CUDA, no driver or an old one
+            why = str(error).splitlines()[0]
+        raise ConfigError(f"torch {torch.__version__} cannot use {device}{among}: {why.rstrip('.')}. Install "
+                          "a torch and a driver that match, or use --device-type cpu")
+    if device.index >= (count := torch.cuda.device_count()):
+        raise ConfigError(f"{device} is missing: the driver shows {count} GPU(s){among}")
+    try:
+        name, has = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        built_for = [int(each) for each in re.findall("[0-9]+", " ".join(torch.cuda.get_arch_list()))]
+        if built_for and has < (needs := divmod(min(built_for), 10)):
+            raise ConfigError("{} ({}) is too old: its compute capability is {}.{}, this torch needs {}.{}"
+                              .format(device, name, *has, *needs))
+        torch.zeros(1, device=device)
+    except RuntimeError as error:  # in exclusive use by another program, off the bus, ...
+        raise ConfigError(f"{device} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def lack_of_gpu_memory(error: Exception, config: WorkerConfig) -> ConfigError | None:
+    """Where torch ran out of a GPU's memory: which flag and value leave room. None for other errors."""
+    match = re.search(r"CUDA out of memory. Tried to allocate ([\d.]+ [KMGT]?i?B)", str(error))
+    if not match:
+        return None
+    settings, wanted = config.settings, size(match[1])
+    free, total = torch.cuda.mem_get_info(torch.device(config.device))
+    lacking = max(wanted - free, 0) + total // 100  # 1 % for what fragmentation loses
+    cache = settings.kv_cache_memory
+    share = math.floor(100 * (settings.gpu_memory_utilization - lacking / total)) / 100
+    remedy = ("The model needs a larger GPU" if (lacking >= cache if cache else share < 0.05) else
+              f"--kv-cache-memory {cache - lacking >> 20}M would leave it free" if cache else
+              f"--gpu-memory-utilization {share:.2f} would leave it free")
+    return ConfigError(f"{config.device} is out of memory: {wanted / 1e9:,.2f} GB more were needed, and of "
+                       f"its {total / 1e9:,.2f} GB {free / 1e9:,.2f} are free. {remedy}")
+
+
+def chosen_dtype(settings: Settings) -> torch.dtype | None:
+    return getattr(torch, settings.dtype) if settings.dtype else None
+
+
+def prefill_chunk(settings: Settings, device: torch.device) -> int:
+    """A GPU needs more rows than a CPU to be busy."""
+    return settings.prefill_chunk or (2048 if device.type == "cuda" else 256)
+
+
+def build_engine(source: ModelSource, settings: Settings, device: torch.device,
+                 progress: Progress = no_progress,
+                 ranks: RankZero | None = None) -> tuple[LoadedModel, Engine]:
+    model = open_model(source, settings, chosen_dtype(settings), device)
+    try:
+        tokenizer = open_tokenizer(model.text)
+    except ConfigError as error:
+        raise ConfigError(f"{source.path}: {error}") from None
+    if model.text.chat_template and not importlib.util.find_spec("jinja2"):
+        require_library("jinja2", "a chat template")  # the front needs it once the weights are there
+    model, transformer, num_pages, context = build_transformer(
+        model, source, settings, device, progress, ranks)
+    return model, Engine(transformer, tokenizer, transformer.kernels, num_pages=num_pages,
+                         max_batch=settings.max_batch, context_length=context,
+                         prefill_chunk=prefill_chunk(settings, device), drafts=settings.drafts, ranks=ranks)
+
+
+def build_transformer(
+        model: LoadedModel, source: ModelSource, settings: Settings, device: torch.device, progress: Progress,
+        ranks: RankAlone | None) -> tuple[LoadedModel, Transformer, int, int]:
+    """Load the weights, or a rank's shards of them, and allocate the KV pages. Returns also the number of
+    pages and the longest context that they hold."""
+    rows = max(settings.max_batch, FREE_ROWS)
+    limits = {"max_tokens": prefill_chunk(settings, device) + rows, "max_rows": rows}
+    ranks, kv_heads = ranks or RankAlone(), max(model.spec.kv_heads, settings.tensor_parallel_size)
+
+    def shard(model: LoadedModel) -> LoadedModel:
+        model = stage_model(model, ranks.rank // ranks.tp, ranks.stages)  # the same for all its ranks
+        return shard_model(model, ranks.rank % ranks.tp, ranks.tp, settings.quantize)
+
+    whole, model = model.spec, shard(model)
+    spec = model.spec
+    kernels = load_kernels(device, spec, **limits, quantize=settings.quantize, join=ranks.join and partial(
+        ranks.join, part_bytes=4 * max(limits["max_tokens"] * spec.width, rows * spec.own_rows)))
+    needs = memory_needs(model, settings.quantize, *limits.values())
+    groups = group_layers(spec.windows, spec.layers, model.context_length,  # all stages have the same tables
+                          apart=kernels.backend.groups_layers and ranks.stages == 1)
+    page_bytes = Transformer.page_bytes(spec, model.dtype, groups)
+    if device.type != "cuda":  # the ranks of a replica share the machine's memory
+        depth = groups.depth if ranks.stages == 1 else whole.layers
+        page_bytes = Transformer.page_bytes(replace(whole, layers=depth, kv_heads=kv_heads), model.dtype)
+        page_bytes = -(-page_bytes * ranks.here // (ranks.tp * ranks.stages))
+        needs = {name: count * ranks.here for name, count in needs.items()}
+    num_pages = ranks.least(kv_pages(model, settings, device, groups, page_bytes, sum(needs.values())))
+    context = longest_context(PagePool(num_pages, groups.windows), model.context_length,
+                              prefill_chunk(settings, device))
+    if context < model.context_length and spec.rope_factors:  # longrope's depend on the context
+        model = shard(open_model(source, replace(settings, context_length=context), chosen_dtype(settings),
+                                 device))
+    needs["KV cache"] = num_pages * page_bytes
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    log.info("%s", memory_line(needs, free, device, settings))
+    transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device,
+                              dtype=model.dtype, groups=groups, progress=progress, **limits)
+    return model, transformer, num_pages, context
+
+
+def memory_needs(model: LoadedModel, quantize: str | None, max_tokens: int, max_rows: int) -> dict[str, int]:
+    """About how many bytes the model will take besides its KV cache; --quantize is for matrices of floats."""
+    shapes, total = expected_tensors(model.spec), 0
+    for name, given in model.tensors.items():
+        count = math.prod(shapes[name])
+        if quantize and len(shapes[name]) > 1 and given.nbytes >= 2 * count:
+            gguf = require_library("gguf", "--quantize")
+            per_block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[quantize.upper()]]
+            total += count * block_bytes // per_block
+        else:
+            total += given.nbytes
+    buffers = Transformer.buffer_sizes(model.spec, max_tokens, max_rows, torch.float32).values()
+    return {"weights": total, "activations": sum(math.prod(rows) * kind.itemsize for *rows, kind in buffers)}
+
+
+def memory_line(needs: Mapping[str, int], free: int, device: torch.device, settings: Settings) -> str:
+    """Whether the model fits, in words, with the flag that helps; ConfigError if its weights alone do not."""
+    total = sum(needs.values())
+    line = (" + ".join(f"{name} {count / 1e9:,.2f} GB" for name, count in needs.items())
+            + f" = {total / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free on {device}")
+    if device.type == "cuda":
+        line += f", of {torch.cuda.mem_get_info(device)[1] / 1e9:,.2f} GB; other programs hold the rest"
+    if total <= free:
+        return f"The model fits: {line}"
+    lighter = [flag for flag, helps in (
+        ("--dtype bfloat16", settings.dtype == "float32"), ("--num-workers 1", settings.num_workers > 1),
+        ("--quantize q4_0", device.type == "cpu" and not settings.quantize)) if helps]
+    if total - needs["KV cache"] > free:
+        raise ConfigError(f"the model does not fit: {line}. Try {' or '.join([*lighter, 'a smaller model'])}")
+    room = max(free - total + needs["KV cache"], 0) >> 20
+    return f"The model may not fit: {line}. --kv-cache-memory {room}M or a shorter --context-length helps"
+
+
+def kv_pages(model: LoadedModel, settings: Settings, device: torch.device, groups: LayerGroups,
+             page_bytes: int, taken: int) -> int:
+    """KV pages to allocate: --kv-cache-memory, or a share of free memory once `taken` bytes of it are the
+    weights'; ConfigError below 64 tokens."""
+    pages_for = PagePool(0, groups.windows).pages_for
+    full, least = (pages_for(length, prefill_chunk(settings, device))
+                   for length in (model.context_length, 4 * PAGE_SIZE))
+    if settings.kv_cache_memory is not None:
+        budget = settings.kv_cache_memory
+    elif device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        budget = int(free - taken - total * (1 - settings.gpu_memory_utilization))
+    else:  # other programs want memory too: one full context or 1 GiB, at most an eighth of what is free
+        free = max(available_memory() // max(settings.num_workers, 1) - taken, 0)
+        budget = min(max(1 << 30, full * page_bytes), free // 8)
+    pages = min(budget // page_bytes, settings.max_batch * full)  # more could not be used
+    if pages < least:
+        flag, value = "--kv-cache-memory", f"{(least * page_bytes >> 20) + 1}M"
+        if settings.kv_cache_memory is None and device.type == "cuda":
+            flag, share = "--gpu-memory-utilization", (total - free + taken + least * page_bytes) / total
+            value = f"{math.ceil(share * 100) / 100:.2f}" + " (more than there is)" * (share > 1)
+        raise ConfigError(f"{max(budget, 0):,} bytes for the KV cache hold {max(pages, 0)} pages "
+                          f"of {PAGE_SIZE} tokens; at least {least} ({least * page_bytes:,} bytes) are "
+                          f"needed: {flag} {value}")
+    return pages

@@ -1,0 +1,211 @@
+"""The text of an answer, from its tokens; nanochat's calculator."""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable
+from typing import NamedTuple, TYPE_CHECKING
+
+from chatlm.common.text.formats import with_markers
+from chatlm.common.text.reader import StopFinder, StreamDecoder, answer_reader
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.requests import CallDelta
+    from chatlm.common.text.tokenizer import Tokenizer
+    from chatlm.worker.engine.grammar import Grammar
+    from chatlm.worker.engine.scheduler import Assignment
+
+
+CALCULATOR_CHARACTERS = 1_000  # also bounds the digits of an integer and the length of a text
+CALCULATOR_DEPTH = 50
+CALCULATOR_OPERATORS = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv, ast.UAdd: operator.pos, ast.USub: operator.neg}
+
+
+def calculate(expression: str) -> str | None:
+    """nanochat's calculator: numbers, + - * / // and parentheses, or "text".count("x"); None if no result.
+
+    Drops commas first, as upstream does. Walks the syntax tree and never evaluates code. Size, depth and time
+    are bounded (without powers a product has no more digits than the expression), so any thread may run it.
+    """
+    expression = expression.replace(",", "").strip(" \t")
+    if len(expression) > CALCULATOR_CHARACTERS:
+        return None
+    try:
+        value = evaluate_node(ast.parse(expression, mode="eval").body, CALCULATOR_DEPTH)
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
+        return None
+    return None if isinstance(value, str) else str(value)
+
+
+def evaluate_node(node: ast.expr, depth: int) -> int | float | str:
+    """The value of one node of the calculator's syntax tree; ValueError for anything it does not support."""
+    if depth == 0:
+        raise ValueError("nested too deeply")
+    match node:
+        case ast.Constant(value) if type(value) in (int, float, str):
+            return value
+        case ast.UnaryOp() | ast.BinOp() if type(node.op) in CALCULATOR_OPERATORS:
+            parts = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
+            values = [evaluate_node(part, depth - 1) for part in parts]
+            if not any(isinstance(value, str) for value in values):
+                return CALCULATOR_OPERATORS[type(node.op)](*values)
+        case ast.Call(ast.Attribute(text, "count"), [part], []):
+            text, part = evaluate_node(text, depth - 1), evaluate_node(part, depth - 1)
+            if isinstance(text, str) and isinstance(part, str):
+                return text.count(part)
+    raise ValueError("not arithmetic and not a count")
+
+
+class CalculatorTool:
+    """nanochat's tool protocol: `<|python_start|>` expression `<|python_end|>` is answered by forced tokens
+    `<|output_start|>` result `<|output_end|>` (upstream nanochat/engine.py, Engine.generate)."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.expression: list[int] | None = None  # tokens since python_start
+
+    def feed(self, token: int) -> list[int]:
+        """Read one token of the answer; returns the tokens to force after it (usually none)."""
+        ids, expression = self.tokenizer.tool_tokens, self.expression
+        if token == ids.python_start:
+            self.expression = []
+        elif token == ids.python_end:
+            self.expression = None
+            if (expression is not None
+                    and (result := calculate(self.tokenizer.decode(expression))) is not None):
+                return [ids.output_start, *self.tokenizer.encode(result), ids.output_end]
+        elif expression is not None:
+            expression.append(token)
+        return []
+
+
+class Said(NamedTuple):
+    """What is new in an answer, in this order."""
+
+    reasoning: str = ""
+    text: str = ""
+    calls: tuple[CallDelta, ...] = ()
+
+
+NOTHING_SAID = Said()
+
+
+class Answer:
+    """The text side of a sequence: token ids in, text pieces out, and the decision to stop.
+
+    Rebuilt from the ids alone when a sequence is resumed after a worker died. Stop strings are looked for in
+    the content, not in reasoning or calls."""
+
+    def __init__(self, work: Assignment, tokenizer: Tokenizer, grammar: Grammar | None = None,
+                 compiled: Callable[[str], Grammar] | None = None):
+        self.work, self.grammar, params = work, grammar, work.params
+        self.compiled = compiled       # makes a grammar of its source
+        self.call_grammars = {name: with_markers(source, tokenizer.markers) for name, source in zip(
+            params.tool_names, params.call_grammars) if source}
+        self.reader = answer_reader(tokenizer, params, work.prompt_ids)
+        marks = tokenizer.marks(bool(self.reader.names)) if self.reader else {}
+        self.decoder, self.stops = StreamDecoder(tokenizer, marks), StopFinder(params.stop)
+        self.unsent = [NOTHING_SAID]
+        self.reasoning_tokens = self.count = 0  # count: all tokens so far
+        self.tool = CalculatorTool(tokenizer) if tokenizer.tool_tokens else None
+        self.eos_tokens = frozenset() if params.ignore_eos else tokenizer.stop_tokens
+        self.stop_tokens = self.eos_tokens | frozenset(params.stop_token_ids)
+        self.reason: str | None = None  # finish_reason; stop_reason is its cause
+        self.stop_reason: str | None = None
+        for token in work.resumed_ids:
+            if self.tool:
+                self.tool.feed(token)  # the resumed ids already contain what it forced
+            if self.grammar:
+                self.grammar.feed(token)
+            self._read(token)
+            if self.awaits_grammar:
+                self.hold_call()
+        self.take()                    # it went out together with the ids
+
+    def _read(self, token: int):
+        """Turn a token into reasoning, content or calls; counts those of reasoning and of its markers."""
+        text, thinking = self.decoder.push(token), self.reader and self.reader.thinking
+        self.count += 1
+        if not self.reader:  # all is text
+            self.unsent[-1] = Said("", self.unsent[-1].text + self._search(text))
+            return None
+        self.reader.push(text)
+        self.reasoning_tokens += thinking or self.reader.thinking
+        if self.grammar and self.call_grammars:
+            self.reader.called = None  # its own call
+            if self.grammar.complete:
+                self.grammar = None
+        return self._tell()
+
+    @property
+    def awaits_grammar(self) -> bool:
+        """Has a call begun whose arguments must match a grammar?"""
+        called = self.call_grammars and self.reader.called
+        return bool(called and called[0] in self.call_grammars)
+
+    def hold_call(self):
+        """Hold the arguments that begin to their grammar, unless one token began the call and broke it."""
+        (name, read), self.reader.called = self.reader.called, None
+        grammar = self.compiled(self.call_grammars[name])
+        if grammar.feed_text(read):
+            self.grammar = grammar
+
+    def _tell(self):
+        for kind, what in self.reader.take():
+            if kind != "text":  # no stop string goes on across reasoning or a call
+                self._say("text", self.stops.finish())
+            if self.stops.stopped_by is None:
+                self._say(kind, self._search(what) if kind == "text" else what)
+
+    def _search(self, text: str) -> str:
+        """Text without a stop string and what follows it; the first `min_tokens` tokens may have them."""
+        return self.stops.push(text) if self.count > self.work.params.min_tokens else text
+
+    def _say(self, kind: str, what: str | CallDelta):
+        """Add to what is unsent, in a new Said if this kind comes before what the last one has."""
+        last, name = self.unsent[-1], "calls" if kind == "call" else kind
+        if not what:
+            return
+        if any(last[Said._fields.index(name) + 1:]):
+            self.unsent.append(last := Said())
+        added = getattr(last, name) + ((what,) if kind == "call" else what)
+        self.unsent[-1] = last._replace(**{name: added})
+
+    def take(self) -> list[Said]:
+        """What is new since the last time, at least one."""
+        unsent, self.unsent = self.unsent, [NOTHING_SAID]
+        return unsent
+
+    def push(self, token: int, generated: int, room: int) -> list[int]:
+        """Add the `generated`-th token and its text, with room for `room` more; it may end the answer.
+        Returns the tokens to force after it, whose text is added too."""
+        if self.grammar and not self.grammar.feed(token):
+            return self._end("refused", f"no answer can follow {self.work.params.grammar_param}: nothing "
+                                        "satisfies it, or it is too large")
+        if token in self.stop_tokens and generated >= self.work.params.min_tokens:
+            return self._end("stop", "eos" if token in self.eos_tokens else str(token))
+        self._read(token)
+        if self.stops.stopped_by is not None:
+            return self._end("stop", self.stops.stopped_by)
+        if self.grammar and self.grammar.complete:
+            return self._end("stop", "grammar")
+        forced = self.tool.feed(token)[:room] if self.tool else []
+        for each in forced:
+            self._read(each)
+        if len(forced) >= room:
+            self._end("length",
+                      "max_tokens" if generated + room >= self.work.max_tokens else "context_length")
+        return forced
+
+    def _end(self, reason: str, cause: str) -> list[int]:
+        self.reason, self.stop_reason = reason, cause
+        if self.reader:
+            self.reader.finish(cut=reason == "length")
+            self._tell()
+        self._say("text", self.stops.finish())
+        if reason == "length" and self.stops.stopped_by is not None:
+            self.reason, self.stop_reason = "stop", self.stops.stopped_by
+        return []

@@ -1,0 +1,443 @@
+"""The engine of a replica: schedule, run, postprocess; also drafts, scores of prompts and embeddings."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import math
+import time
+from collections import deque, OrderedDict
+from collections.abc import Callable, Sequence as Seq
+from concurrent.futures import FIRST_COMPLETED, wait
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple, TYPE_CHECKING
+
+import numpy
+import torch
+
+from chatlm.common.log import log
+from chatlm.common.memory import heap_bytes
+from chatlm.common.messages.requests import AnswerParams, Piece, TokenLogprob
+from chatlm.common.text.reader import answer_reader
+from chatlm.worker.engine.answer import Answer
+from chatlm.worker.engine.grammar import FairThread, Grammar
+from chatlm.worker.engine.kvcache import PagePool, longest_context
+from chatlm.worker.engine.scheduler import FREE_ROWS, Assignment, Chunk, Scheduler, Sequence
+from chatlm.worker.model.spec import Batch
+from chatlm.worker.ops.rows import SampleRow
+from chatlm.worker.ops.sampling import clean_logits, penalize, top_ids
+
+if TYPE_CHECKING:
+    from chatlm.common.text.tokenizer import Tokenizer
+    from chatlm.worker.model.kernels import Kernels
+    from chatlm.worker.model.transformer import Transformer
+    from chatlm.worker.ranks.ranks import RankAlone
+
+
+class Drafter:
+    """Prompt lookup: proposes what followed the last tokens when they occurred before; pauses if often wrong.
+
+    (Saxena, "Prompt Lookup Decoding", 2023.) Costs one dictionary entry per token; no model."""
+
+    LENGTH, LONGEST = 3, 7  # tokens that must recur; tokens proposed
+    PATIENCE = 64           # tokens without a proposal after too many wrong proposals
+
+    def __init__(self, tokens: Seq[int]):
+        self.tokens = tokens                          # the sequence's own list
+        self.places: dict[tuple[int, ...], int] = {}  # LENGTH tokens -> where they last ended
+        self.seen = self.LENGTH                       # tokens already in `places`
+        self.right, self.silent_until = 0.5, 0  # moving average: proposals whose first token was right
+
+    def propose(self) -> list[int]:
+        """Tokens that may come next; call it after every token."""
+        tokens, n = self.tokens, self.LENGTH
+        for end in range(self.seen, len(tokens)):
+            self.places[tuple(tokens[end - n:end])] = end
+        self.seen = max(self.seen, len(tokens))
+        place = self.places.get(tuple(tokens[-n:]))
+        return tokens[place:place + self.LONGEST] if place and len(tokens) >= self.silent_until else []
+
+    def judge(self, accepted: int):
+        self.right += 0.2 * ((accepted > 0) - self.right)
+        if self.right < 0.25:
+            self.right, self.silent_until = 0.4, len(self.tokens) + self.PATIENCE
+
+
+class StepUnderWay(NamedTuple):
+    """A started step: its ticket, or its tokens if it is already done, and what it draws, in row order."""
+
+    ticket: Any
+    drawing: list[tuple[Sequence | None, tuple[int, ...]]]  # (None if ended or given forced tokens, draft)
+
+
+class Engine:
+    """One model replica: sequences in, pieces out, one `step` at a time.
+
+    Where the device works beside Python (`steps.ahead`), the next step starts before the last one's tokens
+    become text: it reads them where they were drawn. A sequence that has ended wastes one row. The exception:
+    a step that draws for a sequence whose tokens must be known first is finished at once."""
+
+    def __init__(self, transformer: Transformer, tokenizer: Tokenizer, kernels: Kernels, *, num_pages: int,
+                 context_length: int, max_batch: int, prefill_chunk: int, drafts: bool = True,
+                 ranks: RankAlone | None = None):
+        self.transformer, self.tokenizer, self.kernels = transformer, tokenizer, kernels
+        self.pool = PagePool(num_pages, transformer.groups.windows)
+        self.scheduler = Scheduler(self.pool, max_batch=max_batch, prefill_chunk=prefill_chunk,
+                                   max_rows=len(transformer.buffers["logits"]),
+                                   stages=ranks.stages if ranks else 1, mixes_drafts=kernels.row_invariant)
+        self.context_length = longest_context(self.pool, context_length, prefill_chunk)
+        self.steps = kernels.backend.make_steps(transformer, max_batch, self.context_length)
+        self.ranks = ranks
+        if ranks:
+            self.steps = ranks.steps(self.steps, transformer)
+        self.compiling, self.masking = FairThread("grammars", nice=10), FairThread("masks")
+        self.grammars: OrderedDict[tuple[str, str], Grammar] = OrderedDict()  # LRU, by owner and source
+        self.under_way: deque[StepUnderWay] = deque()  # one, or as many as there are other stages
+        self.pieces: list[Piece] = []  # `step` returns these, even if the step that made them failed
+        exact = kernels.row_invariant or kernels.backend.few_rows_invariant and not ranks
+        self.drafts = drafts and exact  # else a drafted row may differ from it alone
+        self.drafted_tokens = self.accepted_tokens = 0
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.under_way or self.scheduler.running or self.scheduler.waiting)
+
+    def add(self, work: Assignment):
+        """Queue an answer; its prompt must fit the context (the front has checked this)."""
+        limit = min(len(work.prompt_ids) + work.max_tokens, self.context_length)
+        sequence = Sequence(work, [*work.prompt_ids, *work.resumed_ids], limit, scored=work.scored)
+        # compiled in a thread (once with the vocabulary): no other answer waits
+        if work.params.grammar or work.resumed_ids and any(work.params.call_grammars):
+            sequence.preparing = self.compiling.submit(work.params.client, self._prepare, sequence)
+        else:
+            self._prepare(sequence)
+        free = not work.needs_logits and not work.sampling.counts_tokens
+        sequence.drafter = Drafter(sequence.tokens) if self.drafts and free else None
+        self.scheduler.add(sequence)
+
+    KEPT_GRAMMARS, KEPT_GRAMMAR_BYTES = 16, 64 << 20
+    MASK_PATIENCE_S = 0.004  # how long a step waits for the masks of its rows
+
+    def _prepare(self, sequence: Sequence):
+        work, answer = sequence.work, sequence.text
+        try:
+            compiled = partial(self._grammar, work.params.owner)
+            if answer and answer.awaits_grammar:
+                answer.hold_call()
+            elif answer:
+                broken = answer.grammar
+                if compiled(broken.source).lexer is broken.lexer:
+                    del self.grammars[work.params.owner, broken.source]
+                answer.grammar = broken.renew(compiled(broken.source))
+            else:
+                grammar = compiled(self._source(work)) if work.params.grammar else None
+                answer = Answer(work, self.tokenizer, grammar, compiled)
+            if answer.grammar:
+                answer.grammar.mask.set_result(answer.grammar.matcher.compute_bitmask())
+            sequence.text = answer
+        except Exception:
+            sequence.text = None  # so the answer fails when its next token is drawn
+            log.exception("failed to prepare an answer")
+
+    def _source(self, work: Assignment) -> str:
+        """The grammar of a whole answer."""
+        reader = answer_reader(self.tokenizer, work.params, work.prompt_ids)
+        return reader.grammar(work.params) if reader else work.params.grammar
+
+    def _grammar(self, owner: str, source: str) -> Grammar:
+        """A grammar, compiled once; answers copy it. Runs only on the `compiling` thread."""
+        key = owner, source
+        if key in self.grammars:
+            self.grammars.move_to_end(key)
+            return self.grammars[key].copy()
+        self.tokenizer.grammar_vocabulary     # build it first: its memory belongs to no single grammar
+        before = heap_bytes()
+        self.grammars[key] = grammar = Grammar(self.tokenizer, source)
+        grammar.matcher.compute_bitmask()     # makes it allocate all its memory
+        grammar.size = heap_bytes() - before  # approximate: other threads allocate and free meanwhile
+        while (len(self.grammars) > self.KEPT_GRAMMARS
+               or sum(each.size for each in self.grammars.values()) > self.KEPT_GRAMMAR_BYTES):
+            self.grammars.popitem(last=False)
+        return grammar.copy()
+
+    def _think_ahead(self, sequence: Sequence):
+        """Start computing the next token's mask; if the queue is long, sit out steps until it is ready."""
+        grammar, behind_s = sequence.text.grammar, self.masking.behind_s
+        grammar.mask = self.masking.submit(sequence.work.params.client, grammar.matcher.compute_bitmask)
+        if behind_s > self.MASK_PATIENCE_S:
+            sequence.preparing = grammar.mask
+
+    def _masked(self, sequence: Sequence, deadline_s: float) -> bool:
+        """Is the next mask ready by the deadline, or not needed? If not, sit out steps until it is."""
+        grammar = sequence.text and sequence.text.grammar
+        if not grammar:
+            return True
+        if not wait([grammar.mask], max(0.0, deadline_s - time.monotonic())).done:
+            sequence.preparing = grammar.mask
+        elif grammar.renewed or not grammar.matcher.is_error():
+            return True
+        else:
+            sequence.preparing = self.compiling.submit(sequence.work.params.client, self._prepare, sequence)
+        return False
+
+    def cancel(self, answer_id: str) -> bool:
+        gone = self.scheduler.cancel(answer_id)
+        for sequence in gone:
+            if sequence.preparing:
+                sequence.preparing.cancel()
+        return bool(gone)
+
+    def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[Piece]:
+        """Start the next step, call `meanwhile`, finish the previous step; returns the pieces it made."""
+        plan = self.scheduler.schedule()
+        on_host = any(chunk.on_host for chunk in plan)
+        ticket = self._start(plan) if plan and not on_host else None
+        meanwhile()
+        if not plan and not self.under_way:  # every sequence here is still being prepared
+            wait([s.preparing for s in self.scheduler.unready], 0.02, FIRST_COMPLETED)
+        several = len(self.under_way) >= self.scheduler.stages - 1 or not plan
+        for _ in range(len(self.under_way) if on_host else several):
+            self._finish()
+        if on_host:
+            plan = [chunk for chunk in plan if not chunk.sequence.finished]
+            plan, ticket = self._run_on_host(plan) if plan else ([], None)
+        if plan:
+            self._advance(plan, ticket)
+        if on_host or not self.steps.ahead or self.scheduler.stages == 1 and any(
+                c.sequence.draft or c.sequence.work.needs_tokens for c in plan if c.draws):
+            self._finish()
+        pieces, self.pieces = self.pieces, []
+        return pieces
+
+    def _start(self, plan: Seq[Chunk]):
+        return self.steps.start(make_batch(plan), self._sample_rows(plan))
+
+    def _sample_rows(self, plan: Seq[Chunk]) -> list[SampleRow]:
+        return [sample_row(chunk.sequence, self.tokenizer.stop_tokens, i)
+                for chunk in plan for i in range(chunk.draws)]
+
+    def _run_on_host(self, plan: Seq[Chunk]) -> tuple[list[Chunk], list[int]]:
+        """Run a step whose logits or hidden states are needed here: the chunks that advanced, the tokens
+        drawn. No other step may be under way."""
+        batch = make_batch(plan)
+        logits = self.steps.forward(batch)
+        if logits.is_cuda:  # the next step may run on another stream
+            torch.cuda.current_stream(logits.device).synchronize()
+        for chunk, (first, last) in zip(plan, itertools.pairwise(batch.starts)):
+            if chunk.sequence.pooling:
+                self._pool(chunk, first, last)
+        late, deadline_s = [], time.monotonic() + self.MASK_PATIENCE_S
+        for chunk in plan:
+            if chunk.draws and not self._masked(chunk.sequence, deadline_s):
+                late.append(chunk)  # computed again once its mask is ready
+        rows = list(itertools.accumulate((chunk.rows for chunk in plan), initial=0))
+        spans = [(chunk, range(first, last))
+                 for chunk, (first, last) in zip(plan, itertools.pairwise(rows)) if chunk not in late]
+        return [chunk for chunk, _ in spans], self._draw_on_host(spans, logits)
+
+    def _pool(self, chunk: Chunk, first: int, last: int):
+        """Pool the hidden states of a chunk, the rows [first, last) of the step. They are added one by one:
+        the sum has the same bits however the prompt was cut."""
+        sequence, mean = chunk.sequence, chunk.sequence.pooling == "mean"
+        if not mean or sequence.computed == 0:  # a sequence that was preempted starts over
+            sequence.pooled = 0.0
+        for row in self.transformer.hidden_states(first if mean else last - 1, last):
+            sequence.pooled = sequence.pooled + row
+
+    def _embed(self, sequence: Sequence):
+        """End a sequence with its embedding: what was pooled, scaled to the length 1."""
+        self.scheduler.remove(sequence)
+        vector = (sequence.pooled / numpy.linalg.norm(sequence.pooled)).astype("<f4")
+        finite = numpy.isfinite(vector).all()
+        ending = ("stop", None) if finite else ("error", "the model's hidden states are not finite")
+        self.pieces.append(Piece(
+            sequence.work.id, (), "", *ending, sequence.cached_tokens, sequence.queued_s,
+            embedding=base64.b64encode(vector.tobytes()).decode()))
+
+    def _draw_on_host(self, spans: Seq[tuple[Chunk, range]], logits) -> list[int]:
+        """Score prompts, ban tokens the grammars reject, draw, and record logprobs.
+
+        spans: chunks and their rows of the logits (R, V)."""
+        drawn, plan = [], [chunk for chunk, _ in spans]
+        for chunk, mine in spans:
+            if chunk.sequence.scoring:
+                if scores := score_prompt(chunk, logits[mine.start:mine.stop]):
+                    # Sent at once: the scores of a long prompt take 100 MB.
+                    self.pieces.append(Piece(chunk.sequence.work.id, (), "", prompt_logprobs=scores))
+            drawn += mine[len(mine) - chunk.draws:]
+        rows = self._sample_rows(plan)
+        if not rows:
+            return []
+        logits = logits if len(drawn) == len(logits) else logits[drawn]  # (len(rows), V)
+        owners = [chunk.sequence for chunk in plan for _ in range(chunk.draws)]
+        params = [owner.work.params for owner in owners]
+        lines = {i: host_row(logits[i]) for i, each in enumerate(params) if each.logprobs is not None}
+        for line, text in ((logits[i], owner.text) for i, owner in enumerate(owners)
+                           if owner.text and owner.text.grammar):
+            line.masked_fill_(~torch.from_numpy(text.grammar.allowed(len(line))).to(line.device), -math.inf)
+        tokens = self.kernels.sample(logits, rows)
+        for i, line in lines.items():
+            owners[i].logprob = logprob_of(penalize(line, rows[i]), tokens[i], params[i].logprobs)
+        return tokens
+
+    def _advance(self, plan: Seq[Chunk], ticket):
+        """Update sequences for the started step: slots count as computed, the last token is being drawn."""
+        drawing, row = [], 0
+        for chunk in plan:
+            sequence = chunk.sequence
+            if not sequence.finished:
+                self.scheduler.advance(chunk)
+            if chunk.draws:
+                valid = not sequence.finished and sequence.pending == 0  # no tokens were forced meanwhile
+                drawing.append((sequence if valid else None, chunk.draft))
+                if valid:
+                    sequence.tokens.append(~row)
+                row += chunk.draws
+            elif sequence.pooling and not sequence.pending:
+                self._embed(sequence)
+            elif sequence.work.params.progress and not sequence.generated and not sequence.finished:
+                self.pieces.append(Piece(sequence.work.id, (), "", prompt_done=sequence.computed))
+        self.under_way.append(StepUnderWay(ticket, drawing))
+
+    def _finish(self):
+        """Wait for the step under way, replace the marks with its tokens, and turn them into text."""
+        if not self.under_way:
+            return
+        ticket, drawing = self.under_way.popleft()
+        tokens = iter(ticket if isinstance(ticket, list) else self.steps.finish(ticket))
+        for sequence, draft in drawing:
+            drawn = list(itertools.islice(tokens, 1 + len(draft)))
+            if sequence and not sequence.finished:
+                try:
+                    self.pieces += self._accept(sequence, draft, drawn)
+                except Exception as error:  # in its text, tool or grammar: fails this answer alone
+                    log.exception("failed to continue an answer")
+                    self.pieces.append(Piece(sequence.work.id, (), "", "error", failure_text(error)))
+                    self.scheduler.remove(sequence)
+
+    def _accept(self, sequence: Sequence, draft: tuple[int, ...], drawn: Seq[int]) -> list[Piece]:
+        """Add the drawn tokens and their text until one ends the answer, forces others or differs from the
+        draft (the rest are then void), and propose the next draft."""
+        answer, tokens, right = sequence.text, sequence.tokens, 0
+        tokens.pop()  # the mark of the token being drawn
+        known, sequence.suspect = len(tokens), False
+        for token, guess in zip(drawn, (*draft, None)):
+            tokens.append(token)
+            forced = answer.push(token, sequence.generated, sequence.limit - len(tokens))
+            tokens += forced
+            if forced or answer.reason is not None or token != guess or answer.awaits_grammar:
+                break
+            right += 1
+            self.scheduler.advance(Chunk(sequence, 1))  # the step has computed this token too
+        if draft:
+            sequence.drafter.judge(right)
+            for owner in (self, sequence):
+                owner.drafted_tokens += len(draft)
+                owner.accepted_tokens += right
+        sequence.draft = []
+        if answer.reason is not None:
+            self.scheduler.remove(sequence)
+        elif answer.awaits_grammar:
+            sequence.preparing = self.compiling.submit(sequence.work.params.client, self._prepare, sequence)
+        elif answer.grammar:
+            self._think_ahead(sequence)
+        elif sequence.drafter:
+            room = 2 * len(self.scheduler.running) <= FREE_ROWS  # else a draft only delays the next step
+            sequence.draft = sequence.drafter.propose() if room and sequence.pending == 1 else []
+        ended_it = answer.reason == "stop" and token in answer.stop_tokens
+        logprobs = () if sequence.logprob is None or ended_it else (sequence.logprob,)
+        *others, (reasoning, text, calls) = answer.take()
+        last = Piece(sequence.work.id, tuple(tokens[known:]), text, answer.reason, answer.stop_reason,
+                     sequence.cached_tokens, sequence.queued_s, sequence.drafted_tokens,
+                     sequence.accepted_tokens, logprobs, reasoning=reasoning, calls=calls,
+                     reasoning_tokens=answer.reasoning_tokens)
+        if not others:
+            return [last]
+        first, *rest = [last._replace(reasoning=reasoning, text=text, calls=calls, reason=None, tokens=(),
+                                      stop_reason=None, logprobs=()) for reasoning, text, calls in others]
+        return [first._replace(tokens=last.tokens), *rest, last._replace(tokens=())]
+
+    def give_up(self) -> list[str]:
+        """After a failed step: forget all it may have written; returns the ids of the dropped answers."""
+        if self.under_way and not isinstance(self.under_way[0].ticket, list):
+            with suppress(Exception):  # the step before the failed one is repeated too
+                self.steps.finish(self.under_way[0].ticket)
+        self.under_way.clear()
+        blamed = self.scheduler.isolate()
+        self.pool.forget_cached()
+        return [sequence.work.id for sequence in blamed]
+
+    def warm_up(self, progress: Callable[[float], None]):
+        """Run a full prefill chunk and a step of each decode batch size, so no user pays for first calls."""
+        max_batch = self.scheduler.max_batch
+        chunk = min(self.scheduler.prefill_chunk, self.context_length // 2)
+        shapes = [(1, chunk), *((1 << n, 1) for n in range(10) if 1 << n < max_batch), (max_batch, 1)]
+        self.steps.prepare(lambda fraction: progress(fraction / 2))
+        for done, (rows, length) in enumerate(shapes):
+            progress(0.5 + done / len(shapes) / 2)
+            for row in range(min(rows, self.pool.num_pages // 2 // self.pool.groups)):
+                ids = tuple((row + 7 * i) % self.tokenizer.vocab_size for i in range(length))
+                self.add(Assignment(f"warm-up {row}", ids, AnswerParams(), 1))
+            while self.busy:
+                self.step()
+        self.pool.forget_cached()
+
+
+def failure_text(error: Exception) -> str:
+    return f"the model failed while computing this answer ({type(error).__name__})"
+
+
+def make_batch(plan: Seq[Chunk]) -> Batch:
+    """Flatten the plan into one forward pass, sequence after sequence."""
+    batch = Batch([], [], [0], [], [], [], any(chunk.sequence.pooling for chunk in plan))
+    token_ids, previous_token_ids, starts, lengths, tables, logit_rows, _ = batch
+    for chunk in plan:
+        first, tokens = chunk.sequence.computed, chunk.sequence.tokens
+        ids = [*tokens[first:first + chunk.count], *chunk.draft]
+        token_ids += ids
+        previous_token_ids += [tokens[first - 1] if first else -1, *ids[:-1]]
+        starts.append(len(token_ids))
+        lengths.append(first + len(ids))
+        tables.append(chunk.sequence.pages)
+        logit_rows += range(len(token_ids) - chunk.rows, len(token_ids))
+    return batch
+
+
+def host_row(logits) -> numpy.ndarray:
+    """A cleaned copy of one row of logits (V,), float32."""
+    return clean_logits(numpy.array(logits.float().cpu().numpy()))
+
+
+def logprob_of(logits: numpy.ndarray, token: int, top: int) -> TokenLogprob:
+    """A token's log-probability in its row of clean logits (V,), and the `top` most likely tokens."""
+    with numpy.errstate(over="ignore"):
+        weights = numpy.exp(logits - logits.max())
+    total = float(logits.max()) + math.log(float(weights.sum(dtype=numpy.float64)))
+    ids = top_ids(logits, top).tolist() if top else []
+    return TokenLogprob(token, float(logits[token]) - total,
+                        tuple((id_, float(logits[id_]) - total) for id_ in ids))
+
+
+def score_prompt(chunk: Chunk, logits) -> tuple[TokenLogprob, ...]:
+    """Log-probabilities of the prompt tokens after the chunk's own, from logits (rows of the chunk, V). Skips
+    those already scored: a sequence that was preempted, or whose worker died, starts over."""
+    sequence, first = chunk.sequence, chunk.sequence.computed
+    ids, top = sequence.work.prompt_ids, sequence.work.params.prompt_logprobs
+    scores = [TokenLogprob(ids[0], None)] if sequence.scored == 0 else []
+    for position, line in enumerate(logits, first + 1):
+        if max(1, sequence.scored) <= position < len(ids):
+            scores.append(logprob_of(host_row(line), ids[position], top))
+    sequence.scored += len(scores)
+    return tuple(scores)
+
+
+def sample_row(sequence: Sequence, eos_tokens: frozenset[int], offset: int = 0) -> SampleRow:
+    """How to draw a sequence's next token, or the one `offset` after it: parameters, absolute position, and
+    the tokens that penalties count."""
+    work, params, sampling = sequence.work, sequence.work.params, sequence.work.sampling
+    if sequence.generated + offset < params.min_tokens and not params.ignore_eos:
+        banned = tuple((token, -math.inf) for token in sorted(eos_tokens | set(params.stop_token_ids)))
+        sampling = replace(sampling, logit_bias=sampling.logit_bias + banned)
+    return SampleRow(sampling, len(sequence.tokens) + offset, sequence.tokens, len(work.prompt_ids))

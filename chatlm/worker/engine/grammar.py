@@ -1,0 +1,117 @@
+"""Which tokens a grammar allows next, worked out in threads."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy
+
+from chatlm.common.errors import require_library
+from chatlm.common.lanes import Lanes
+from chatlm.common.text.formats import A_MARK, MARKS
+from chatlm.common.text.grammar import GRAMMAR_LIMITS
+
+if TYPE_CHECKING:
+    from chatlm.common.text.tokenizer import Tokenizer
+
+
+class Grammar:
+    """Which tokens may come next. A thread computes the next token's mask in the background.
+
+    Copies share the states of a lexer, whose number is limited: what answers of hours have added to it may
+    break another's grammar, which then starts over once with a lexer of its own (`renew`)."""
+
+    def __init__(self, tokenizer: Tokenizer, source: str):
+        llguidance = require_library("llguidance", "constrained decoding")
+        limits = llguidance.LLParserLimits(**GRAMMAR_LIMITS)
+        self.matcher = llguidance.LLMatcher(tokenizer.grammar_vocabulary, source, log_level=0, limits=limits)
+        self.tokenizer, self.ends = tokenizer, tokenizer.stop_tokens
+        self.source, self.lexer = source, object()  # lexer: the same one in its copies
+        self.fed, self.renewed = [], False          # fed: the tokens so far
+        self.size = 0                 # bytes, shared with its copies
+        self.mask: Future = Future()  # the next token's mask, as bytes
+
+    def copy(self) -> Grammar:
+        """An independent copy in the same state (10 us; compiling takes up to 1 s)."""
+        twin = copy.copy(self)
+        twin.matcher, twin.mask, twin.fed = self.matcher.deep_copy(), Future(), []
+        return twin
+
+    def renew(self, fresh: Grammar) -> Grammar:
+        """A copy of the same grammar brought to where this one is."""
+        fresh.renewed, fresh.fed = True, self.fed
+        fresh.matcher.consume_tokens(fresh.fed)
+        return fresh
+
+    def allowed(self, vocab_size: int) -> numpy.ndarray:
+        """The mask as one flag per token (vocab_size,)."""
+        words = numpy.frombuffer(self.mask.result(), dtype=numpy.uint8)
+        return numpy.unpackbits(words, count=vocab_size, bitorder="little").astype(bool)
+
+    def feed(self, token: int) -> bool:
+        """False if the grammar rejects the token, has grown too large to follow, or cannot be satisfied."""
+        if token in self.ends:
+            return self.matcher.is_accepting()
+        self.fed.append(token)
+        return self.matcher.consume_token(token)
+
+    def feed_text(self, text: str) -> bool:
+        """The same for text, in which some characters are marks of tokens."""
+        marks = {MARKS[name]: [token] for name, token in self.tokenizer.markers.items()}
+        tokenize = self.tokenizer.grammar_vocabulary.greedy_tokenize
+        parts = (marks.get(part) or tokenize(part) for part in re.split(f"({A_MARK.pattern})", text))
+        self.fed += itertools.chain(*parts)
+        return self.matcher.consume_tokens(self.fed)
+
+    @property
+    def complete(self) -> bool:
+        return self.matcher.is_stopped()
+
+
+def stand_back(nice: int):
+    """Lower this thread's priority, on Linux: elsewhere threads have no niceness of their own."""
+    if nice and sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + nice)
+
+
+class FairThread:
+    """A thread that works for clients in turn."""
+
+    def __init__(self, name: str, nice: int = 0):
+        self.thread, self.lock, self.lanes = (
+            ThreadPoolExecutor(1, name, stand_back, (nice,)), threading.Lock(), Lanes())
+        self.mean_s = 0.0  # moving average of the time a task takes
+
+    def submit(self, client: str, work: Callable, *arguments) -> Future:
+        """Queue work(*arguments); the future can be cancelled until its turn comes."""
+        future: Future = Future()
+        with self.lock:
+            self.lanes.append(client, (future, work, arguments))
+        self.thread.submit(self._work)
+        return future
+
+    @property
+    def behind_s(self) -> float:
+        with self.lock:
+            return self.mean_s * len(self.lanes)
+
+    def _work(self):
+        with self.lock:
+            future, work, arguments = self.lanes.pop()
+        if not future.set_running_or_notify_cancel():
+            return
+        began_s = time.monotonic()
+        try:
+            future.set_result(work(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        self.mean_s += 0.1 * (time.monotonic() - began_s - self.mean_s)

@@ -1,0 +1,152 @@
+"""Who owns which page of the KV cache.
+
+    a page is   free      in `free`, content meaningless
+              | owned     by `refs` >= 1 sequences; a full page may be in the prefix index and shared
+              | cached    refs == 0, in the prefix index, in `evictable` (least recently released first)
+
+Only full pages, with every slot computed, enter the index, so sharing needs no copy-on-write.
+
+Layers with a window need few pages of a long sequence. So where some layers have one and others do not,
+the layers form groups of equal size, and a page holds 16 tokens' keys and values in the layers of one
+group. All groups' pages come from one pool. A sequence's table lists a page of each group in turn; a page
+that its window has passed goes back to the pool, and the table has a hole there."""
+
+from __future__ import annotations
+
+import bisect
+from collections import OrderedDict
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from chatlm.common.config import PAGE_SIZE
+
+
+@dataclass(eq=False)
+class Content:
+    """What the prefix index knows of 16 tokens after a prefix: the page that each group has of them."""
+
+    serial: int
+    pages: list[int]
+
+
+class PagePool:
+    """Allocator of KV pages with reference counts and a prefix index over full pages. No tensors here.
+
+    The index maps (serial of the parent's content, 16 tokens) to their Content. A serial names one content
+    and is never reused, so a chain of keys determines the whole prefix. The dictionary compares the tokens
+    themselves, so a hash collision can never confuse two prefixes."""
+
+    ROOT = ""  # the serial before the first page; an owner who shares no pages uses their name instead
+
+    page_size = PAGE_SIZE
+
+    def __init__(self, num_pages: int, windows: Seq[int] = (0,)):
+        self.num_pages, self.windows, self.groups = num_pages, tuple(windows), len(windows)
+        self.hole = num_pages  # in tables, where there is no page (any more)
+        self.free = list(range(num_pages - 1, -1, -1))
+        self.refs = [0] * num_pages
+        self.keys: list[tuple[int, tuple[int | str, tuple[int, ...]]] | None] = [None] * num_pages
+        self.index: dict[tuple[int | str, tuple[int, ...]], Content] = {}
+        self.evictable: OrderedDict[int, None] = OrderedDict()
+        self.last_serial = 0
+
+    @property
+    def available(self) -> int:
+        return len(self.free) + len(self.evictable)
+
+    def first_seen(self, position: int, window: int) -> int:
+        """The index of the first page that the token at `position` sees in layers of this window."""
+        return max(0, position + 1 - window) // self.page_size if window else 0
+
+    def pages_for(self, length: int, chunk: int) -> int:
+        """The most pages that a sequence of so many tokens holds, if computed in such chunks."""
+        whole, size = -(-length // self.page_size), self.page_size
+        return sum(min(whole, -(-(window + chunk) // size) + 1) if window else whole
+                   for window in self.windows)
+
+    def match_prefix(self, tokens: Seq[int], root: str = ROOT) -> tuple[list[int], int | str]:
+        """Find the longest indexed prefix of `tokens` below `root`; reference the pages seen by later tokens.
+
+        The match never includes the last token, since its logits must be computed.
+        Returns its table and the serial of its last content."""
+        chain, begins, matched, serial, size = [], [0] * self.groups, 0, root, self.page_size
+        for start in range(0, len(tokens) - size, size):
+            content = self.index.get((serial, tuple(tokens[start:start + size])))
+            if content is None:
+                break
+            chain.append(content)
+            serial = content.serial
+            for group, page in enumerate(content.pages):
+                if page == self.hole:
+                    begins[group] = len(chain)
+            if all(begin <= self.first_seen(start + size, window)
+                   for begin, window in zip(begins, self.windows)):
+                matched = len(chain)
+        first = [self.first_seen(matched * size, window) for window in self.windows]
+        table = [page if index >= first[group] else self.hole for index, content in enumerate(chain[:matched])
+                 for group, page in enumerate(content.pages)]
+        for page in table:
+            if page != self.hole:
+                self.evictable.pop(page, None)
+                self.refs[page] += 1
+        return table, chain[matched - 1].serial if matched else root
+
+    def allocate(self, count: int) -> list[int] | None:
+        """Take `count` pages, one reference each, evicting cached ones as needed; None if too few exist."""
+        if count > self.available:
+            return None
+        while len(self.free) < count:
+            self._evict()
+        pages = [self.free.pop() for _ in range(count)]
+        for page in pages:
+            self.refs[page] = 1
+        return pages
+
+    def _evict(self):
+        page, _ = self.evictable.popitem(last=False)
+        group, key = self.keys[page]
+        pages = self.index[key].pages
+        pages[group] = self.hole
+        if pages.count(self.hole) == len(pages):
+            del self.index[key]
+        self.keys[page] = None
+        self.free.append(page)
+
+    def register(self, parent: int | str, tokens: Seq[int], pages: Seq[int]) -> int:
+        """Add full, computed pages, one of each group, to the index below the content `parent`; returns the
+        content's serial.
+
+        Where the same prefix is already indexed, that entry stays and the page remains private to its owner.
+        """
+        key = (parent, tuple(tokens))
+        if (content := self.index.get(key)) is None:
+            self.last_serial += 1
+            content = self.index[key] = Content(self.last_serial, [self.hole] * self.groups)
+        for group, page in enumerate(pages):
+            if content.pages[group] == self.hole != page:
+                content.pages[group] = page
+                self.keys[page] = group, key
+        return content.serial
+
+    def release(self, pages: Seq[int]):
+        """Drop one reference to each; at 0, indexed pages turn evictable (chain's end first), others free."""
+        for page in reversed(pages):
+            if page == self.hole:
+                continue
+            self.refs[page] -= 1
+            if self.refs[page] == 0 and self.keys[page] is None:
+                self.free.append(page)
+            elif self.refs[page] == 0:
+                self.evictable[page] = None
+
+    def forget_cached(self):
+        """Free all cached pages: remove them from the prefix index (after warm-up)."""
+        while self.evictable:
+            self._evict()
+
+
+def longest_context(pool: PagePool, most: int, chunk: int) -> int:
+    """How many tokens, of `most`, one sequence may have in the pool's pages."""
+    pages = range(-(-most // PAGE_SIZE) + 1)
+    fit = bisect.bisect_right(pages, pool.num_pages, key=lambda n: pool.pages_for(n * PAGE_SIZE, chunk)) - 1
+    return min(most, fit * PAGE_SIZE)

@@ -1,0 +1,355 @@
+"""What the next step computes; no tensors here."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Sequence as Seq
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, NamedTuple, TYPE_CHECKING
+
+from chatlm.worker.engine.kvcache import PagePool
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.requests import AnswerParams, SamplingParams, TokenLogprob
+    from chatlm.worker.engine.answer import Answer
+    from chatlm.worker.engine.engine import Drafter
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One answer to compute, as sent to a worker; a worker that died had already generated `resumed_ids`."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    params: AnswerParams  # of its request
+    max_tokens: int
+    choice: int = 0
+    resumed_ids: tuple[int, ...] = ()
+    scored: int = 0       # prompt tokens whose log-probabilities were already sent
+
+    @cached_property
+    def sampling(self) -> SamplingParams:
+        return replace(self.params.sampling, choice=self.choice)
+
+    @cached_property
+    def needs_logits(self) -> bool:
+        """Does the host have to see its logits?"""
+        params = self.params
+        return params.logprobs is not None or params.prompt_logprobs is not None or bool(params.grammar)
+
+    @cached_property
+    def needs_tokens(self) -> bool:
+        """Must its last token be known before the step for the next one can start?"""
+        return self.needs_logits or self.sampling.counts_tokens or any(self.params.call_grammars)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Tokens being decoded: slots [0, computed) of its pages hold keys and values; the rest are pending."""
+
+    work: Assignment
+    tokens: list[int]                    # prompt and everything generated; ~row for one still being drawn
+    limit: int                           # maximum length of `tokens`
+    computed: int = 0
+    finished: bool = False               # it ended or was cancelled
+    suspect: bool = False                # was in a failed step: runs alone until it produces a token
+    draft: list[int] = field(default_factory=list)  # guessed next tokens, verified in the same step
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0             # how many of those were right
+    pages: list[int] = field(default_factory=list)  # its table: a page of each group in turn
+    filled: int = 0                      # table rows for which layers with a window have had pages
+    serial: int | str = PagePool.ROOT    # content serial of its last full page, as in the prefix index
+    cached_tokens: int = 0               # prompt tokens found in the prefix cache at first admission
+    added_s: float = 0.0
+    queued_s: float | None = None        # seconds it waited here before it first ran
+    logprob: TokenLogprob | None = None  # of the last token drawn, if requested
+    scored: int = 0                      # prompt tokens whose log-probabilities were sent, by any worker
+    pooled: Any = 0.0                    # float64 (C,): sum of its hidden states, or only the last one
+    text: Answer | None = None           # the engine's state of the answer's text
+    drafter: Drafter | None = None       # proposes its drafts
+    preparing: Future | None = None      # a thread's work that it must wait for
+
+    @property
+    def ready(self) -> bool:
+        return self.preparing is None or self.preparing.done()
+
+    @property
+    def needs_logits(self) -> bool:
+        """Does the host have to see its logits for its next token?"""
+        return self.work.needs_logits or self.text is not None and self.text.grammar is not None
+
+    @property
+    def pending(self) -> int:
+        return len(self.tokens) - self.computed
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - len(self.work.prompt_ids)
+
+    @property
+    def scoring(self) -> bool:
+        """Does its whole prompt need log-probabilities?"""
+        return self.work.params.prompt_logprobs is not None and not self.generated
+
+    @property
+    def pooling(self) -> str:
+        return self.work.params.pooling
+
+    @property
+    def prefilling(self) -> bool:
+        return self.pending > (0 if self.pooling else 1)
+
+
+class Chunk(NamedTuple):
+    """Compute `count` pending tokens of `sequence`; if none are left after these, draw the next token.
+
+    A draft's tokens are computed too, as if all were right, and the token after each is drawn."""
+
+    sequence: Sequence
+    count: int
+    draws: int = 0  # tokens to draw: 0 before the prompt's end, then 1 + len(draft)
+    draft: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """How many tokens, from the end, need logits: all if the prompt is being scored, else `draws`."""
+        return self.count if self.sequence.scoring else self.draws
+
+    @property
+    def on_host(self) -> bool:
+        """Does the host have to see the logits, or the hidden states?"""
+        return bool(self.sequence.pooling) or self.sequence.needs_logits and self.rows > 0
+
+
+FREE_ROWS = 8  # rows in a decode_core step that take hardly longer than one on a CPU; no GPU was measured
+
+
+class Scheduler:
+    """Continuous batching: which tokens of which sequences the next step computes.
+
+    Clients share pages fairly: the one with the fewest is admitted first, the one with the most is preempted.
+    Decode rows come first. Half of `prefill_chunk` goes to the oldest prompt, so that it never starves;
+    the rest goes to the shortest prompts, so that a long one never stalls them."""
+
+    def __init__(self, pool: PagePool, *, max_batch: int, prefill_chunk: int, max_rows: int | None = None,
+                 stages: int = 1, mixes_drafts: bool = True):
+        self.pool, self.max_batch, self.prefill_chunk = pool, max_batch, prefill_chunk
+        self.mixes_drafts = mixes_drafts       # may a step have drafts and prompts?
+        self.stages = stages                   # of the model: as many batches are under way
+        self.holes = any(pool.windows)         # may tables have holes?
+        self.max_rows = max_rows or max_batch  # rows of logits in a step
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []      # in order of admission
+        self.preemptions = 0
+
+    def add(self, sequence: Sequence):
+        sequence.added_s = time.monotonic()
+        self.waiting.append(sequence)
+
+    def cancel(self, request_id: str) -> list[Sequence]:
+        """Drop a request's sequences, running or waiting, and free their pages at once."""
+        gone = [s for s in (*self.running, *self.waiting) if s.work.id == request_id]
+        for sequence in gone:
+            self.remove(sequence)
+        return gone
+
+    def remove(self, sequence: Sequence):
+        (self.running if sequence.pages else self.waiting).remove(sequence)
+        sequence.finished = True
+        self._release(sequence)
+
+    def _release(self, sequence: Sequence):
+        self.pool.release(sequence.pages)
+        sequence.pages, sequence.computed, sequence.serial = [], 0, sequence.work.params.owner
+        sequence.filled = 0
+
+    def schedule(self) -> list[Chunk]:
+        """Plan the next step: a one-token chunk for each decoding sequence, then chunks of prompts.
+
+        A sequence is left out if the token being drawn brings it to its limit."""
+        self._admit()
+        share = -(-sum(s.pending == 1 for s in self.running) // self.stages)
+        able = [s for s in self.running if s.pending == 1 and len(s.tokens) < s.limit and self._may_run(s)]
+        decoding = [s for s in able[:share] if self._grow(s)]
+        room = (FREE_ROWS - len(self.running)) // max(1, sum(bool(s.draft) for s in decoding))
+        prefilling = [s for s in self.running if s.prefilling]
+        apart = prefilling and not self.mixes_drafts
+        drafts = [self._draft(s, room) if s.draft and not apart else () for s in decoding]
+        plan = [Chunk(s, 1, 1 + len(draft), draft) for s, draft in zip(decoding, drafts)]
+        if prefilling:
+            plan += self._share_prefill(prefilling, self.max_rows - sum(chunk.draws for chunk in plan))
+        return [chunk for chunk in plan if chunk.sequence.pages]  # a later one may have preempted it
+
+    def _may_run(self, sequence: Sequence) -> bool:
+        """Is it prepared, and with several stages its last token known?"""
+        return sequence.ready and (self.stages == 1 or sequence.tokens[-1] >= 0)
+
+    def _grow(self, sequence: Sequence, computed: int | None = None) -> bool:
+        """Give a running sequence pages for all its tokens, preempting others; False if it was preempted.
+
+        Layers with a window get theirs only for the first `computed` tokens, which are all by default."""
+        size = self.pool.page_size
+        whole = -(-len(sequence.tokens) // size)
+        near = whole if computed is None else min(whole, -(-computed // size))
+        while sequence.pages and (missing := self._missing(sequence, whole, near)):
+            if (pages := self.pool.allocate(len(missing))) is not None:
+                self._fill(sequence, missing, pages, near)
+            else:
+                holdings = self._holdings()
+                self._preempt(self._youngest(max(holdings, key=holdings.get)))
+        return bool(sequence.pages)
+
+    def _missing(self, sequence: Sequence, whole: int, near: int) -> list[int]:
+        """The entries of a sequence's table that lack a page, up to row `whole`; with a window, to `near`."""
+        groups, have = self.pool.groups, len(sequence.pages) // self.pool.groups
+        if have >= whole and (sequence.filled >= near or not self.holes):
+            return []
+        return [index * groups + group for group, window in enumerate(self.pool.windows)
+                for index in (range(sequence.filled, near) if window else range(have, whole))]
+
+    def _fill(self, sequence: Sequence, entries: Seq[int], pages: Seq[int], near: int):
+        """Put pages into entries of a sequence's table, in layers with a window up to the row `near`."""
+        table, groups = sequence.pages, self.pool.groups
+        rows = max(entries, default=-1) // groups + 1
+        table += [self.pool.hole] * (rows * groups - len(table))
+        for entry, page in zip(entries, pages):
+            table[entry] = page
+        sequence.filled = max(sequence.filled, near)
+
+    def _held(self, sequence: Sequence) -> int:
+        return len(sequence.pages) - (sequence.pages.count(self.pool.hole) if self.holes else 0)
+
+    def _holdings(self) -> Counter[str]:
+        """How many pages each client's sequences hold; the youngest sequence's client comes first."""
+        holdings = Counter()
+        for sequence in reversed(self.running):
+            holdings[sequence.work.params.client] += self._held(sequence)
+        return holdings
+
+    def _youngest(self, client: str) -> Sequence:
+        return next(sequence for sequence in reversed(self.running) if sequence.work.params.client == client)
+
+    def _give_up_pages(self, client: str, needed: int) -> bool:
+        """Preempt the youngest sequence of the client with the most pages.
+
+        Done only if it would still hold at least as many as `client` then does. Returns whether it was done.
+        """
+        holdings = self._holdings()
+        rich = max(holdings, key=holdings.get, default=client)
+        if (rich == client or holdings[rich] - self._held(victim := self._youngest(rich))
+                < holdings[client] + needed):
+            return False
+        self._preempt(victim)
+        return True
+
+    def _draft(self, sequence: Sequence, room: int) -> tuple[int, ...]:
+        """As much of a sequence's draft as fits in the step's room, its token limit and its pages."""
+        groups, length = self.pool.groups, len(sequence.tokens)
+        draft = sequence.draft[:max(0, min(room, sequence.limit - length - 1))]
+        slots = len(sequence.pages) // groups * self.pool.page_size
+        if length + len(draft) > slots and self.pool.available >= groups * (len(self.running) + 1):
+            sequence.pages += self.pool.allocate(groups)
+            sequence.filled += 1
+            slots += self.pool.page_size
+        return tuple(draft[:slots - length])
+
+    def _preempt(self, sequence: Sequence):
+        """Take a sequence's pages and put it at the head of the queue, to be recomputed from its tokens."""
+        self.running.remove(sequence)
+        self._release(sequence)
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def isolate(self) -> list[Sequence]:
+        """After a failed step, send each running sequence back to be recomputed alone, now as a suspect.
+
+        A sequence that ran alone, or was the only suspect, is dropped. Returns what was dropped."""
+        running = list(self.running)
+        blamed = [sequence for sequence in running if sequence.suspect] or running
+        for sequence in (*running, *self.waiting):
+            if sequence.tokens[-1] < 0:  # stands for the token that the step should have drawn
+                sequence.tokens.pop()
+        for sequence in reversed(running):
+            self._preempt(sequence)
+            sequence.suspect = True
+        if len(blamed) != 1:
+            return []
+        self.remove(blamed[0])
+        return blamed
+
+    def _admit(self):
+        """Move ready sequences from the queue into the batch while rows and pages last; suspects run alone.
+
+        The client with the fewest pages goes first; within a client, order is kept."""
+        ready = [sequence for sequence in self.waiting if self._may_run(sequence)]
+        while (ready and len(self.running) < self.max_batch
+               and not any(running.suspect for running in self.running)):
+            holdings = self._holdings()
+            ready.remove(sequence := min(ready, key=lambda each: holdings[each.work.params.client]))
+            # scores and means need every token computed here
+            uncached = sequence.scoring or sequence.pooling == "mean"
+            matched, serial = self.pool.match_prefix([] if uncached else sequence.tokens,
+                                                     sequence.work.params.owner)
+            found, size, length = len(matched) // self.pool.groups, self.pool.page_size, len(sequence.tokens)
+            whole, near = -(-length // size), -(-min(length, found * size + self.prefill_chunk) // size)
+            sequence.pages, sequence.filled = matched, found
+            missing = self._missing(sequence, whole, near)
+            # a page of each group for each running one, so that a newcomer does not preempt at once; what the
+            # newcomer will hold in the end may be more than what it takes now
+            headroom = len(self.running) * self.pool.groups
+            needed = max(len(missing), self.pool.pages_for(length, self.prefill_chunk) - self._held(sequence))
+            while (needed + headroom > self.pool.available
+                   and self._give_up_pages(sequence.work.params.client, needed + self._held(sequence))):
+                headroom -= self.pool.groups
+            if needed + headroom > self.pool.available:
+                self._release(sequence)
+                return
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+            self._fill(sequence, missing, self.pool.allocate(len(missing)), near)
+            sequence.serial, sequence.computed = serial, found * size
+            if sequence.queued_s is None:
+                sequence.queued_s = time.monotonic() - sequence.added_s
+                sequence.cached_tokens = min(sequence.computed, len(sequence.work.prompt_ids))
+
+    def _share_prefill(self, prefilling: list[Sequence], rows: int) -> list[Chunk]:
+        """Split the step's prefill budget: at least half to the oldest, the rest shortest first.
+
+        Each may need one of the `rows` rows of logits; prompts being scored share the rows that are left."""
+        oldest, *others = prefilling
+        others.sort(key=lambda sequence: sequence.pending)
+        wanted = sum(sequence.pending for sequence in others)
+        left, rows = self.prefill_chunk, rows - len(prefilling)
+        chunks = []
+        for sequence in (oldest, *others):
+            share = max(left // 2, left - wanted) if sequence is oldest else left
+            count = min(sequence.pending, share, 1 + rows if sequence.scoring else share)
+            if count > 0 and self._grow(sequence, sequence.computed + count):
+                draws = count == sequence.pending and not sequence.pooling
+                chunks.append(Chunk(sequence, count, int(draws)))
+                left -= count
+                rows -= count - 1 if sequence.scoring else 0
+        return chunks
+
+    def advance(self, chunk: Chunk):
+        """A chunk's step has started: add the pages that it fills to the prefix index.
+
+        Steps run in the order they start, so a later step that finds these pages reads them once written."""
+        sequence, size, groups = chunk.sequence, self.pool.page_size, self.pool.groups
+        before, sequence.computed = sequence.computed, sequence.computed + chunk.count
+        for index in range(before // size, sequence.computed // size):
+            tokens = sequence.tokens[index * size:(index + 1) * size]
+            pages = sequence.pages[index * groups:(index + 1) * groups]
+            sequence.serial = self.pool.register(sequence.serial, tokens, pages)
+        for group, window in enumerate(self.pool.windows if self.holes else ()):
+            seen = (self.pool.first_seen(position, window) for position in (before, sequence.computed))
+            passed = slice(*(index * groups + group for index in seen), groups)  # seen by no later token
+            self.pool.release(sequence.pages[passed])
+            sequence.pages[passed] = [self.pool.hole] * len(sequence.pages[passed])
+
+    @property
+    def unready(self) -> list[Sequence]:
+        return [sequence for sequence in (*self.running, *self.waiting) if not sequence.ready]

@@ -1,0 +1,71 @@
+"""The first code of a worker or a rank: it joins its parent before it imports torch."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import ssl
+import sys
+from collections.abc import Callable, Sequence as Seq
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from chatlm.common.errors import ConfigError, RanksFailed, lack_of_memory, require_library
+from chatlm.common.log import log, start_logging
+from chatlm.common.messages.protocol import WORKER_PIPE, Loading, Unusable
+from chatlm.common.processes.start import join_parent
+from chatlm.worker.ranks.messages import RANK_PIPE
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.wire import Channel, Pipe
+
+
+def worker_role(arguments: Seq[str]) -> int:
+    """The role `worker FD PARENT`: a replica, or rank 0 of one."""
+    def run(channel: Channel, config):
+        from chatlm.worker.process import run_worker
+        run_worker(channel, config)
+    return worker_main(run, WORKER_PIPE, arguments)
+
+
+def rank_role(arguments: Seq[str]) -> int:
+    """The role `rank FD PARENT`: another rank of a replica."""
+    def run(channel: Channel, config):
+        from chatlm.worker.process import run_rank
+        run_rank(channel, config)
+    return worker_main(run, RANK_PIPE, arguments)
+
+
+def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[str]) -> int:
+    """Join the parent, import torch, and `run` until the other end is gone."""
+    channel = join_parent(*arguments, pipe)
+    reserve = mmap.mmap(-1, 32 << 20)  # address space kept back to report that memory ran out
+    try:
+        [config] = channel.receive(wait=True, most=1)
+        start_logging(config.settings)
+        channel.send(Loading("importing torch", 0.0))
+        require_library("numpy", "chat_server")  # without it torch would only warn
+        torch = require_library("torch", "chat_server")
+        with torch.inference_mode():
+            run(channel, config)
+    except (EOFError, ConnectionError, TimeoutError, ssl.SSLError):
+        pass
+    except RanksFailed as error:
+        log.error("%s", error)
+        os._exit(1)  # a thread may still wait for another rank
+    except Exception as error:
+        reserve.close()
+        error = gpu_memory_error(error, config) or lack_of_memory(error) or error
+        if not isinstance(error, ConfigError):
+            raise
+        channel.send(Unusable(str(error)))
+        with suppress(EOFError, ConnectionError):
+            channel.receive(wait=True)  # wait until the front has read it and hung up
+    return 0
+
+
+def gpu_memory_error(error: Exception, config) -> ConfigError | None:
+    if "torch" not in sys.modules:
+        return None
+    from chatlm.worker.build import lack_of_gpu_memory
+    return lack_of_gpu_memory(error, config)

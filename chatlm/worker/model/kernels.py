@@ -1,0 +1,208 @@
+"""The ops a worker uses, compiled or reference, and the seam to decode_core."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence as Seq
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TYPE_CHECKING
+
+import numpy
+import torch
+
+from chatlm import __version__
+from chatlm.common.config import PAGE_SIZE
+from chatlm.common.core import SEAM, decode_core, installed_core, kernels_line
+from chatlm.common.errors import ConfigError, require_library
+from chatlm.common.messages.requests import SamplingParams
+from chatlm.common.processes.start import threads_per_worker
+from chatlm.worker.model.spec import ModelSpec, token_places
+from chatlm.worker.ops.attention import (
+    attend, attend_prompt, decode_rows, page_table, paged_attention_reference, plan_attention_reference,
+    rope_append_reference, rope_tables)
+from chatlm.worker.ops.basic import (
+    Norm, backout_reference, copy_reference, dequantize, dequantized, embed_reference, experts_reference,
+    fastest_dtype, finish_linear, gather_rows_reference, linear_reference, make_cache_reference,
+    mix_reference, pack_reference, rms_norm_reference, smear_reference, softcap_reference, unpermute_rope,
+    zeroed)
+from chatlm.worker.ops.rows import SampleRow
+from chatlm.worker.ops.sampling import sample_on_host
+
+if TYPE_CHECKING:
+    from chatlm.worker.model.spec import Batch
+    from chatlm.worker.model.transformer import Transformer
+
+
+class Steps(typing.Protocol):
+    """How steps run: EagerSteps here; decode_core has ProgramSteps (threads) and GraphSteps (CUDA graphs)."""
+
+    ahead: bool  # may a step start before the previous one is finished?
+
+    def prepare(self, progress: Callable[[float], None]):
+        """Pay one-time costs before the first step; `progress` receives the fraction done."""
+
+    def start(self, batch: Batch, rows: Seq[SampleRow]):
+        """Compute a batch, draw a token for each row of logits as `rows` say; returns a ticket for `finish`.
+
+        Token ~i in the batch stands for the token that row i of the previous step is still drawing."""
+
+    def finish(self, ticket) -> list[int]:
+        """Wait for the drawn tokens and return them."""
+
+    def forward(self, batch: Batch):
+        """Compute a batch while no step is under way -> logits (R, V) float32, valid until the next step."""
+
+
+class EagerSteps:
+    """Runs a transformer op by op, on any device: `start` computes and draws, `finish` returns the tokens."""
+
+    ahead = False
+
+    def __init__(self, transformer: Transformer):
+        self.transformer = transformer
+        self.drawn: list[int] = []
+
+    def start(self, batch: Batch, rows: Seq[SampleRow]) -> list[int]:
+        batch.token_ids[:] = [self.drawn[~token] if token < 0 else token for token in batch.token_ids]
+        logits = self.transformer.forward(batch)
+        self.drawn = self.transformer.kernels.sample(logits, rows) if rows else []
+        return self.drawn
+
+    def finish(self, ticket: list[int]) -> list[int]:
+        return ticket
+
+    def forward(self, batch: Batch):
+        return self.transformer.forward(batch)
+
+    def prepare(self, progress: Callable[[float], None]):
+        pass  # the first steps are as fast as later ones
+
+
+class Backend:
+    """Computes a model's steps: here torch, op by op. decode_core's backends have the same attributes."""
+
+    name, row_invariant, quantizes, groups_layers = "torch/reference", False, False, True
+    few_rows_invariant = False  # does a row keep its bits in any step of up to FREE_ROWS that all draw?
+    activations = None   # dtype of every activation buffer; None: _allocate chooses
+    faults: Mapping[str, str] = {}  # compiled ops that their references replace -> why
+    as_stored = None     # loads a GGUF matrix in the file's own type; None: everything is dequantized
+    stored_dtype = None  # of activations and pages beside such matrices; None: the backend decides
+    join = None          # how ranks exchange through shared memory; None: through torch.distributed
+
+    def __init__(self, device):
+        self.dtype = fastest_dtype(device)  # of float weights, unless the user names one
+
+    def ops(self, max_tokens: int, max_rows: int, quantize: str | None) -> dict[str, Callable]:
+        return {}  # no op replaces its reference
+
+    def record(self, transformer: Transformer) -> Callable[[Batch], None] | None:
+        """What runs a batch instead of Transformer.compute, which it may record; None: nothing does."""
+
+    def make_steps(self, transformer: Transformer, max_batch: int, context_length: int) -> Steps:
+        return EagerSteps(transformer)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The op chosen for each name, by default its reference; `forward` and the engine use no other ops."""
+
+    embed: Callable = embed_reference
+    gather_rows: Callable = gather_rows_reference
+    rms_norm: Callable = rms_norm_reference
+    pack: Callable = pack_reference
+    linear: Callable = linear_reference
+    experts: Callable = experts_reference
+    copy: Callable = copy_reference
+    mix: Callable = mix_reference
+    smear: Callable = smear_reference
+    backout: Callable = backout_reference
+    softcap: Callable = softcap_reference
+    make_cache: Callable = make_cache_reference
+    rope_append: Callable = rope_append_reference
+    plan_attention: Callable = plan_attention_reference
+    paged_attention: Callable = paged_attention_reference
+    sample: Callable = sample_on_host
+    all_reduce: Callable | None = None  # (x, out, residual=None): residual + the sum of all ranks' x -> out
+    all_gather: Callable | None = None  # (x, out): all ranks' x side by side -> out, which may lack some
+    names: Mapping[str, str] = field(default_factory=dict)  # what computes each op, for /stats
+    backend: Any = field(default_factory=lambda: Backend("cpu"))
+
+    @property
+    def row_invariant(self) -> bool:
+        """Whether a row's bits are the same whatever else is in the batch."""
+        return self.backend.row_invariant
+
+
+def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=None, join=None) -> Kernels:
+    """Choose each op for a device and a model: decode_core's if installed and able, else the reference.
+
+    Steps have at most `max_tokens` tokens and `max_rows` rows of logits; float weights are quantized to the
+    type `quantize`. CHAT_SERVER_KERNELS=reference disables decode_core. `join(backend)`, if given, makes the
+    ops that exchange with other ranks."""
+    backend = choose_backend(device, spec)
+    if quantize and not backend.quantizes:
+        raise ConfigError(f"--quantize needs decode_core and a CPU; {kernels_line()}")
+    ops = backend.ops(max_tokens, max_rows, quantize)
+    names = {op.name: "torch/reference" for op in dataclasses.fields(Kernels) if callable(op.default)}
+    names |= {"sample": "numpy/reference"} | dict.fromkeys(set(ops) - set(backend.faults), backend.name)
+    return Kernels(**ops, **(join(backend) if join else {}), names=names, backend=backend)
+
+
+def choose_backend(device, spec: ModelSpec | None):
+    """decode_core's backend if it runs this model on this device, else torch's (always without a spec)."""
+    core = decode_core() if spec else None
+    return core and core.backend_for(spec, device, for_decode_core()) or Backend(device)
+
+
+def for_decode_core() -> SimpleNamespace:
+    """The parts of the program that decode_core uses; it does not import chatlm."""
+    references = {op.name: op.default for op in dataclasses.fields(Kernels) if callable(op.default)}
+    return SimpleNamespace(
+        PAGE_SIZE=PAGE_SIZE, zeroed=zeroed, token_places=token_places, page_table=page_table,
+        decode_rows=decode_rows, attend=attend, attend_prompt=attend_prompt,
+        dequantized=dequantized, dequantize=dequantize, unpermute_rope=unpermute_rope,
+        references=references, finish_linear=finish_linear, rope_tables=rope_tables,
+        ModelSpec=ModelSpec, Norm=Norm, SampleRow=SampleRow, SamplingParams=SamplingParams,
+        EagerSteps=EagerSteps, ConfigError=ConfigError)
+
+
+def machine_report() -> str:
+    def line_of(path: str, words: str) -> str:
+        with suppress(OSError):
+            for line in Path(path).read_text(errors="replace").splitlines():
+                if line.startswith(words):
+                    return line.partition(":")[2].strip()
+        return ""
+
+    seam, info = getattr(installed_core(), "SEAM", "none"), (core.info() if (core := decode_core()) else {})
+    isa = " ".join([info.get("isa") or torch.backends.cpu.get_cpu_capability(), *info.get("features", ())])
+    cpu = line_of("/proc/cpuinfo", "model name") or os.uname().machine
+    return "\n".join((
+        f"chat_server {__version__} (seam {SEAM}), decode_core (seam {seam}); {kernels_line()}",
+        f"torch {torch.__version__}, numpy {numpy.__version__}, Python {sys.version.split()[0]}",
+        f"CUDA of torch: {torch.version.cuda or 'none'}; "
+        f"driver: {line_of('/proc/driver/nvidia/version', 'NVRM') or 'none'}",
+        f"{os.uname().sysname}, {cpu}, {isa}, {threads_per_worker(1)} threads"))
+
+
+def check_kernels() -> int:
+    """The `check` command: a report to paste into an issue. 0, or 1 if an op differs from its reference."""
+    print(machine_report(), flush=True)
+    if (core := decode_core()) is None:
+        print("no compiled kernels here, so there is nothing to compare")
+        return 0
+    say = partial(print, flush=True)
+    return 0 if core.check(for_decode_core(), threads_per_worker(1), say) else 1
+
+
+def check_main(arguments: Seq[str]) -> int:
+    """The role `check`: see `check_kernels`."""
+    require_library("torch", "check")
+    return check_kernels()

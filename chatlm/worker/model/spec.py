@@ -1,0 +1,170 @@
+"""What a model is made of (`ModelSpec`), and what one step computes (`Batch`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from chatlm.common.config import PAGE_SIZE
+
+
+class LayerGroups(NamedTuple):
+    """Which layers share pages: of each layer its group and its place there, of each group its window."""
+
+    places: tuple[tuple[int, int], ...]
+    windows: tuple[int, ...] = (0,)  # keys that a token sees, its own included; 0 = all
+    depth: int = 0                   # layers of a page
+
+    @property
+    def holes(self) -> bool:
+        """May a table have holes? Then the cache has one page more, which stands for them."""
+        return any(self.windows)
+
+
+MOST_GROUPS = 16  # more would make long tables
+
+
+def group_layers(windows: Seq[int], layers: int, context: int, apart: bool = True) -> LayerGroups:
+    """The groups of a model for contexts of so many tokens; one group unless they may be `apart`."""
+    windows = [window if window < context else 0 for window in windows or (0,) * layers]
+    full, local = ([l for l in range(layers) if bool(windows[l]) == kind] for kind in (False, True))
+    if not (apart and local):
+        return LayerGroups(tuple((0, l) for l in range(layers)), (0,), layers)
+    depth = max(min(len(full), len(local)), -(-layers // MOST_GROUPS)) if full else layers
+    groups = [kind[i:i + depth] for kind in (full, local) for i in range(0, len(kind), depth)]
+    places = {l: (group, place) for group, members in enumerate(groups) for place, l in enumerate(members)}
+    reach = tuple(max(windows[l] for l in members) for members in groups)
+    return LayerGroups(tuple(places[l] for l in range(layers)), reach, depth)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """All that distinguishes one model from another; a loader makes it, `Transformer.forward` reads it.
+
+    Sizes by letter: V vocab_size, L layers, C width, H heads, Hkv kv_heads, D head_size, F ffn_size.
+    The loader crops padded vocabularies to V rows and un-permutes interleaved rotary pairs to half-split."""
+
+    vocab_size: int
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    ffn_size: int
+    max_positions: int                # length of the rotary tables; the context cannot be longer
+    norm_eps: float = 1e-5
+    norm_weights: bool = True         # attention_norm, ffn_norm, final_norm have weights
+    post_norms: bool = False          # output_norm, down_norm: of what each block adds to x
+    embedding_norm: bool = False      # RMS norm (without weight) right after the embedding
+    embedding_scale: float = 1.0      # multiplies the embedding; itself rounded to the weights' type
+    tied_head: bool = False           # the head shares the embedding's weights
+    qkv_bias: bool = False
+    output_bias: bool = False
+    ffn_bias: bool = False            # gate_up_bias (or up_bias) and down_bias
+    rope_base: float = 10000.0
+    rope_size: int | None = None      # rotated dims of each head; None = all D
+    rope_direction: int = 1           # +1 textbook, -1 nanochat
+    rope_bfloat16: bool = False       # cos and sin rounded to bfloat16 (nanochat until 2026-03-04)
+    rope_factors: tuple[float, ...] | None = None  # divides each of the rope_size/2 frequencies
+    rope_scale: float = 1.0           # multiplies cos and sin (yarn, longrope)
+    local_rope_base: float = 0.0      # of layers with a window, which have no factors; 0: as the others
+    unrotated_layers: tuple[int, ...] = ()
+    qk_norm: str = "none"             # "none" | "before_rope" | "after_rope"
+    qk_norm_weights: bool = False
+    qk_scale: float = 1.0             # multiplies q and k, after norm and rope
+    q_scale: float = 1.0              # multiplies q alone, besides 1 / sqrt(D)
+    attention_softcap: float = 0.0    # scores = c * tanh(scores / c), before the mask; 0 = none
+    activation: str = "swiglu"        # one of GATES, or "relu2" (without a gate)
+    experts: int = 0                  # of each layer, F wide; 0: its feed-forward part is one dense one
+    experts_per_token: int = 0        # those with the largest of the router's logits
+    shares_sum_to_one: bool = True    # softmax over the chosen experts' logits; else over all experts'
+    router_bias: bool = False
+    sinks: bool = False               # a logit for each query head, which attends to no value
+    windows: tuple[int, ...] = ()     # keys per layer, including the token's own; 0 = full, () = all
+    softcap: float = 0.0              # logits = c * tanh(logits / c); 0 = none
+    residual_lambdas: bool = False    # x = resid_lambdas[l] * x + x0_lambdas[l] * x0 before layer l
+    value_embed_layers: tuple[int, ...] = ()  # layers with value_embed and ve_gate
+    ve_gate_scale: float = 2.0
+    ve_gate_channels: int = 32
+    smear_channels: int = 0           # > 0: add the previous embedding, gated by this many channels
+    backout_layer: int | None = None  # subtract backout_lambda * (x after it) before the final norm
+    own_rows: int = 0                 # > 0: of embedding and head, those that this one of several ranks has,
+    first_row: int = 0                # from this one on
+    opens: bool = True                # False: another stage computes the layers before these,
+    closes: bool = True               # and here those after them
+
+
+def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in a model of this spec, and no others (weights are (out, in))."""
+    V, C, D, F = spec.vocab_size, spec.width, spec.head_size, spec.ffn_size
+    H, Hkv = spec.heads, spec.kv_heads
+    shapes: dict[str, tuple[int, ...]] = {"embed": (spec.own_rows or V, C)} if spec.opens else {}
+    if spec.closes:
+        shapes["head"] = spec.own_rows or V, C
+    if spec.norm_weights:
+        shapes["final_norm"] = (C,)
+    if spec.residual_lambdas:
+        shapes |= {"resid_lambdas": (spec.layers,), "x0_lambdas": (spec.layers,)}
+    if spec.smear_channels and spec.opens:
+        shapes |= {"smear_gate": (1, spec.smear_channels), "smear_lambda": (1,)}
+    if spec.backout_layer is not None and spec.closes:
+        shapes["backout_lambda"] = (1,)
+    for l in range(spec.layers):
+        shapes |= {f"{l}.qkv": ((H + 2 * Hkv) * D, C), f"{l}.output": (C, H * D)}
+        up, down, rows = ("up", "down", F) if spec.activation == "relu2" else ("gate_up", "down", 2 * F)
+        if E := spec.experts:  # below each other: the gates of all experts, then their ups
+            up, down = "expert_gate_up", "expert_down"
+            shapes |= {f"{l}.router": (E, C), f"{l}.{up}": (E * rows, C), f"{l}.{down}": (E * C, F)}
+        else:
+            shapes |= {f"{l}.{up}": (rows, C), f"{l}.{down}": (C, F)}
+        if spec.norm_weights:
+            shapes |= {f"{l}.attention_norm": (C,), f"{l}.ffn_norm": (C,)}
+        if spec.post_norms:
+            shapes |= {f"{l}.output_norm": (C,), f"{l}.down_norm": (C,)}
+        for part, biased in {"qkv": spec.qkv_bias, "output": spec.output_bias, "router": spec.router_bias,
+                             up: spec.ffn_bias, down: spec.ffn_bias}.items():
+            if biased:
+                shapes[f"{l}.{part}_bias"] = shapes[f"{l}.{part}"][:1]
+        if spec.qk_norm_weights:
+            shapes |= {f"{l}.q_norm": (D,), f"{l}.k_norm": (D,)}
+        if spec.sinks:
+            shapes[f"{l}.sinks"] = (H,)
+        if l in spec.value_embed_layers:
+            shapes |= {f"{l}.value_embed": (V, Hkv * D), f"{l}.ve_gate": (Hkv, spec.ve_gate_channels)}
+    return shapes
+
+
+class Batch(NamedTuple):
+    """One flattened step: the T new tokens of N sequences, one after another; one-token sequences first."""
+
+    token_ids: list[int]           # (T); ~i stands for the token that row i of the previous step is drawing
+    previous_token_ids: list[int]  # (T); -1 at position 0
+    starts: list[int]              # (N + 1): tokens starts[i] .. starts[i + 1] - 1 belong to sequence i
+    lengths: list[int]             # (N): number of keys of sequence i after this step
+    tables: list[list[int]]        # (N): pages of sequence i, in order; of each group of layers in turn
+    logit_rows: list[int]          # (R): which of the T rows need logits
+    states: bool = False           # are the hidden states of all T rows needed?
+
+
+class Inputs(NamedTuple):
+    """A Batch as the ops read it: int64 tensors on the device, and attention's plan.
+
+    `parts[group]` has the slots and the plan of a group of layers; those of group 0 are also here."""
+
+    token_ids: Any           # (T,)
+    previous_token_ids: Any  # (T,)
+    positions: Any           # (T,)
+    slots: Any               # (T,) page * PAGE_SIZE + offset: where k and v are written
+    logit_rows: Any          # (R,)
+    attention: Any           # the kernels' plan: where each row finds its keys
+    parts: tuple = ()
+
+
+def token_places(batch: Batch) -> tuple[Seq[int], Seq[int]]:
+    """The absolute position of each new token, and the slot for its keys and values."""
+    counts = [end - start for start, end in zip(batch.starts, batch.starts[1:])]
+    places = [(position, table[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE)
+              for count, length, table in zip(counts, batch.lengths, batch.tables)
+              for position in range(length - count, length)]
+    return tuple(zip(*places))

@@ -1,0 +1,254 @@
+"""One forward for every family of models."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import numpy
+import torch
+
+from chatlm.common.config import PAGE_SIZE
+from chatlm.worker.model.spec import Inputs, expected_tensors, group_layers, token_places
+from chatlm.worker.model.tensors import read_ahead
+from chatlm.worker.ops.attention import rope_frequencies, rope_tables
+from chatlm.worker.ops.basic import Norm
+
+if TYPE_CHECKING:
+    from chatlm.common.hub.local import Progress
+    from chatlm.worker.model.kernels import Kernels
+    from chatlm.worker.model.spec import Batch, LayerGroups, ModelSpec
+
+
+class Transformer:
+    """A model's packed weights, KV pages and activation buffers, all allocated once, here.
+
+    `tensors` has the names and shapes of `expected_tensors`. It is emptied as weights are packed, so that
+    each is held once, in the kernels' layout. A step has at most `max_tokens` tokens, `max_rows` logit rows.
+    """
+
+    def __init__(self, spec: ModelSpec, tensors: dict, kernels: Kernels, *, num_pages: int, max_tokens: int,
+                 max_rows: int | None = None, device="cpu", dtype=None, groups: LayerGroups | None = None,
+                 progress=lambda stage, fraction: None):
+        self.spec, self.kernels = spec, kernels
+        self.groups = groups or group_layers((), spec.layers, 0)
+        self.device, self.dtype = torch.device(device), dtype or kernels.backend.stored_dtype
+        self.windows = spec.windows or (0,) * spec.layers
+        self.embedding_scale = torch.tensor(spec.embedding_scale, dtype=dtype or torch.float32).item()
+        with torch.inference_mode():
+            self.weights = self._pack(tensors, progress)
+            self.layers = [{name.partition(".")[2]: tensor for name, tensor in self.weights.items()
+                            if name.startswith(f"{l}.")} for l in range(spec.layers)]
+            kinds = [rope_frequencies(spec, layer) for layer in range(spec.layers)]
+            tables = {kind: rope_tables(spec, self.device, kinds.index(kind)) for kind in {*kinds}}
+            self.rope_tables = [tables[kind] for kind in kinds]  # of each layer
+            self.cache = kernels.make_cache(replace(spec, layers=self.groups.depth),
+                                            num_pages + self.groups.holes, self.dtype, self.device)
+            self.buffers = self._allocate(max_tokens, min(max_rows or max_tokens, max_tokens))
+            self.recorded = kernels.backend.record(self)
+
+    def _pack(self, tensors: dict, progress: Progress) -> dict:
+        """Read each weight and move it to the device, matrices in the kernels' layout; a tied head is the
+        embedding."""
+        weights, names = {}, list(expected_tensors(self.spec))
+        if self.spec.tied_head:
+            names.remove("head")
+            tensors.pop("head", None)
+        for name, read, mapped in read_ahead(tensors, names):
+            progress("loading weights", len(weights) / len(names))
+            read = read if isinstance(read, tuple) else (read,)
+            kind = self.dtype if len(read[0].shape) > 1 and name != "smear_gate" else torch.float32
+            parts = [part.to(self.device, kind) if isinstance(part, torch.Tensor) else part for part in read]
+            matrix = name.rpartition(".")[2] in ("embed", "qkv", "output", "gate_up", "up", "down", "head",
+                                                 "ve_gate", "gate_up_bias", "router", "expert_gate_up",
+                                                 "expert_down", "expert_gate_up_bias")
+            weights[name] = weight = self.kernels.pack(name, *parts) if matrix else parts[0]
+            if weight is read[0] and isinstance(weight, torch.Tensor) and any(
+                    part.data_ptr() == weight.data_ptr() for part in mapped):
+                weights[name] = weight.clone()  # a file in use may change
+        if self.spec.tied_head:
+            weights["head"] = weights["embed"]
+        return weights
+
+    def _allocate(self, T: int, R: int) -> dict:
+        sizes = self.buffer_sizes(self.spec, T, R, self.kernels.backend.activations or self.dtype)
+        return {name: torch.empty(rows, columns, dtype=kind, device=self.device)
+                for name, (rows, columns, kind) in sizes.items()}
+
+    @staticmethod
+    def buffer_sizes(spec: ModelSpec, T: int, R: int, dtype) -> dict:
+        """One buffer per activation: residual stream, q and logits float32, the rest of type `dtype`."""
+        C, D, F, H, Hkv, f32 = (
+            spec.width, spec.head_size, spec.ffn_size, spec.heads, spec.kv_heads, torch.float32)
+        return {
+            "x": (T, C, f32), "between": (T, C, f32), "x0": (T, C, f32), "middle": (T, C, f32),
+            "previous": (T, C, f32), "added": (T, C, f32),
+            "qkv": (T, (H + 2 * Hkv) * D, dtype), "q": (T, H * D, f32), "attended": (T, H * D, dtype),
+            "gate": (T, Hkv, dtype), "value": (T, Hkv * D, dtype), "hidden": (T, F, dtype),
+            "routing": (T, spec.experts, f32), "last": (R, C, f32), "logits": (R, spec.vocab_size, f32),
+            "own_logits": (R, spec.own_rows, f32),
+        }
+
+    def cut(self, T: int, R: int) -> SimpleNamespace:
+        """The first T rows of each buffer, or R rows of those used after the last layer."""
+        return SimpleNamespace(**{name: buffer[:R if name in ("last", "logits", "own_logits") else T]
+                                  for name, buffer in self.buffers.items()})
+
+    @staticmethod
+    def page_bytes(spec: ModelSpec, dtype, groups: LayerGroups | None = None) -> int:
+        """Bytes of one KV page, over all layers or those of a group; dtype None (weights as in the file)
+        means float16 pages."""
+        depth = groups.depth if groups else spec.layers
+        return depth * PAGE_SIZE * 2 * spec.kv_heads * spec.head_size * (dtype or torch.float16).itemsize
+
+    @property
+    def weight_types(self) -> str:
+        """The matrices' types, most common first, and the memory of all weights: "q4_1, q8_0 (93 MiB)"."""
+        size = sum({id(weight): weight.nbytes for weight in self.weights.values()}.values())
+        kinds = Counter(getattr(w, "kind", None) or str(w.dtype).removeprefix("torch.")
+                        for w in self.weights.values() if getattr(w, "kind", None) or w.ndim > 1)
+        return f"{', '.join(kind for kind, _ in kinds.most_common())} ({size / 2**20:,.0f} MiB)"
+
+    def forward(self, batch: Batch):
+        """Run a step's new tokens through the model -> logits (R, V) float32, valid until the next step."""
+        buffers = self.cut(len(batch.token_ids), len(batch.logit_rows))
+        if self.recorded:
+            self.recorded(batch)
+            return buffers.logits
+        with torch.inference_mode():
+            self.compute(self.inputs(batch), buffers)
+        return buffers.logits
+
+    def hidden_states(self, first: int, last: int) -> numpy.ndarray:
+        """The rows [first, last) of the last step, whose batch had `states`, after the final norm.
+
+        (rows, C) float64. The norm is computed here, row by row: the same in any batch and for all kernels.
+        """
+        x = self.buffers["x"][first:last].cpu().double().numpy()
+        x = x / numpy.sqrt((x * x).mean(axis=1, keepdims=True) + self.spec.norm_eps)
+        weight = self.weights.get("final_norm")
+        return x if weight is None else x * weight.cpu().double().numpy()
+
+    def inputs(self, batch: Batch) -> Inputs:
+        columns = (batch.token_ids, batch.previous_token_ids, *token_places(batch), batch.logit_rows)
+        tensors = [torch.tensor(column, dtype=torch.int64, device=self.device) for column in columns]
+        count, parts = len(self.groups.windows), []
+        for group in range(count):
+            mine = batch
+            if count > 1:
+                mine = batch._replace(tables=[pages[group::count] for pages in batch.tables])
+                tensors[3] = torch.tensor(token_places(mine)[1], dtype=torch.int64, device=self.device)
+            windows = {self.windows[l] for l, (its, _) in enumerate(self.groups.places) if its == group}
+            parts.append(Inputs(*tensors, self.kernels.plan_attention(mine, tensors[2], windows, self.dtype)))
+        return parts[0]._replace(parts=tuple(parts))
+
+    def compute(self, inputs: Inputs, b: SimpleNamespace):
+        """The model: T new tokens -> b.logits (R, V).
+
+        Every op writes into a given buffer, so that the steps can be recorded or captured as a CUDA graph."""
+        spec, k, w = self.spec, self.kernels, self.weights
+        if spec.opens:
+            self._embed(inputs, b)
+        for l, layer in enumerate(self.layers):
+            if spec.residual_lambdas:
+                k.mix(b.x, b.x0, w["resid_lambdas"][l], w["x0_lambdas"][l], out=b.x)
+            group, place = self.groups.places[l]
+            self._attention(inputs.parts[group] if group else inputs, b, layer, self.rope_tables[l],
+                            self.cache[place], self.windows[l])
+            self._feed_forward(b, layer)
+            if l == spec.backout_layer:
+                k.copy(b.x, out=b.middle)
+        if not spec.closes:
+            return
+        if spec.backout_layer is not None:
+            k.backout(b.x, b.middle, w["backout_lambda"], out=b.x)
+        k.gather_rows(b.x, inputs.logit_rows, out=b.last)  # (R, C)
+        logits = b.own_logits if spec.own_rows else b.logits
+        k.linear(b.last, w["head"], norm=Norm(w.get("final_norm"), spec.norm_eps), out=logits)  # (R, V)
+        if spec.own_rows:  # those of other ranks lie beside them
+            k.all_gather(logits, out=b.logits)
+        if spec.softcap:
+            k.softcap(b.logits, spec.softcap, out=b.logits)
+
+    def _embed(self, inputs: Inputs, b: SimpleNamespace):
+        """x = what the first layer reads (T, C)."""
+        spec, k, w = self.spec, self.kernels, self.weights
+        self._look_up(inputs.token_ids, out=b.x)
+        if spec.embedding_scale != 1:
+            k.mix(b.x, b.x, self.embedding_scale, 0.0, out=b.x)
+        if spec.embedding_norm:
+            k.rms_norm(b.x, None, spec.norm_eps, out=b.x)
+        if spec.smear_channels:  # mixes in the previous token's embedding, before its own smearing
+            self._look_up(inputs.previous_token_ids, out=b.previous)
+            k.rms_norm(b.previous, None, spec.norm_eps, out=b.previous)
+            k.smear(b.x, b.previous, inputs.previous_token_ids, w["smear_gate"], w["smear_lambda"], out=b.x)
+        if spec.residual_lambdas:
+            k.copy(b.x, out=b.x0)
+
+    def _look_up(self, ids, out):
+        """The embeddings (T, C) of some ids, of which each of several ranks has its rows' alone."""
+        spec, k, table = self.spec, self.kernels, self.weights["embed"]
+        if not spec.own_rows:
+            return k.embed(table, ids, out=out)
+        k.embed(table, ids, out=out, part=(spec.first_row, spec.vocab_size))
+        k.all_reduce(out, out=out)
+
+    def passed_on(self, layer: int) -> list[str]:
+        """The buffers that the layers from `layer` need of those before them."""
+        spec = self.spec
+        middle = spec.backout_layer is not None and spec.backout_layer < layer
+        return ["x", *["x0"] * spec.residual_lambdas, *["middle"] * middle]
+
+    def _attention(self, inputs: Inputs, b: SimpleNamespace, layer: dict, tables, cache, window: int):
+        """between = x + output(attention(norm(x))), once the new keys and values are in the layer's pages."""
+        spec, k, value, gate = self.spec, self.kernels, None, None
+        norm = Norm(layer.get("attention_norm"), spec.norm_eps)
+        k.linear(b.x, layer["qkv"], norm=norm, bias=layer.get("qkv_bias"), out=b.qkv)  # (T, (H + 2 Hkv) * D)
+        if "value_embed" in layer:
+            value, gate = b.value, b.gate
+            k.embed(layer["value_embed"], inputs.token_ids, out=value)  # (T, Hkv * D)
+            k.linear(b.x, layer["ve_gate"], norm=norm, out=gate)  # (T, Hkv) from the first few channels
+        k.rope_append(b.qkv, *tables, inputs.positions, inputs.slots, cache, out=b.q,
+                      norm=spec.qk_norm, q_norm=layer.get("q_norm"), k_norm=layer.get("k_norm"),
+                      eps=spec.norm_eps, post_scale=spec.qk_scale, q_scale=spec.q_scale,
+                      value_embed=value, gate=gate, gate_scale=spec.ve_gate_scale)   # (T, H * D)
+        k.paged_attention(b.q, cache, inputs.attention, window, out=b.attended,
+                          softcap=spec.attention_softcap, sinks=layer.get("sinks"))  # (T, H * D)
+        self._add(b, b.attended, layer, "output", b.x, out=b.between)
+
+    def _feed_forward(self, b: SimpleNamespace, layer: dict):
+        """x = between + down(activation(up(norm(between))))."""
+        spec, k = self.spec, self.kernels
+        norm = Norm(layer.get("ffn_norm"), spec.norm_eps)
+        if spec.experts:
+            k.linear(b.between, layer["router"], norm=norm, bias=layer.get("router_bias"), out=b.routing)
+            alone = k.all_reduce is None
+            k.experts(
+                b.between, b.routing, layer["expert_gate_up"], layer["expert_down"], norm=norm,
+                biases=(layer.get("expert_gate_up_bias"), layer.get("expert_down_bias")),
+                out=b.x if alone else b.added, activation=spec.activation, chosen=spec.experts_per_token,
+                sum_to_one=spec.shares_sum_to_one, residual=alone)
+            if not alone:
+                k.all_reduce(b.added, out=b.x, residual=b.between)
+            return
+        up = "up" if spec.activation == "relu2" else "gate_up"
+        k.linear(b.between, layer[up], norm=norm, bias=layer.get(f"{up}_bias"), activation=spec.activation,
+                 out=b.hidden)  # (T, F)
+        self._add(b, b.hidden, layer, "down", b.between, out=b.x)
+
+    def _add(self, b: SimpleNamespace, x, layer: dict, name: str, residual, out):
+        """out = residual + x @ layer[name].T + bias (T, C), or a norm of what is added in some families.
+
+        Each of several ranks has some columns of the matrix, so they add up their products."""
+        k, bias, norm = self.kernels, layer.get(f"{name}_bias"), layer.get(f"{name}_norm")
+        if norm is None and not k.all_reduce:
+            return k.linear(x, layer[name], bias=bias, residual=residual, out=out)
+        k.linear(x, layer[name], bias=bias, out=b.added)
+        if norm is None:
+            return k.all_reduce(b.added, out=out, residual=residual)
+        if k.all_reduce:
+            k.all_reduce(b.added, out=b.added)
+        k.rms_norm(b.added, norm, self.spec.norm_eps, out=b.added)
+        k.mix(residual, b.added, 1.0, 1.0, out=out)

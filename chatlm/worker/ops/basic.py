@@ -1,0 +1,238 @@
+"""Reference ops: products, norms, activations, experts, dequantizing.
+
+An op writes into the output it is given. `X_reference` uses torch (any device) or, for sampling, numpy; it
+defines what a faster `X` must compute."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Sequence as Seq
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+
+from chatlm.common.config import PAGE_SIZE
+from chatlm.common.errors import require_library
+
+
+def embed_reference(table, ids, out, part=None):
+    """Rows `ids` (T,) of table (V, C) -> out (T, C); a negative id gives row 0, which the caller ignores.
+
+    `part`: (first, V), if the table has only the rows from `first` on. All other ids give -0.0, which changes
+    nothing it is added to: so the sum over ranks has the bits of the whole table's row."""
+    ids = ids.clamp(min=0)
+    if part is None:
+        out.copy_(torch.index_select(table, 0, ids))
+        return
+    row = (ids - part[0]).clamp(0, len(table) - 1)
+    out.copy_(torch.index_select(table, 0, row)).masked_fill_((row + part[0] != ids)[:, None], -0.0)
+
+
+def gather_rows_reference(x, rows, out):
+    """x (T, C), rows (R,) -> out (R, C)."""
+    torch.index_select(x, 0, rows, out=out)
+
+
+def rms_norm_reference(x, weight, eps, out):
+    """x (T, C) float32 / its root mean square (* weight (C)) -> out (T, C), in out's dtype."""
+    out.copy_(torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps))
+
+
+def pack_reference(name, *parts):
+    """The matrix `name` (N, K), its rows those of all `parts`, in the layout that `linear` reads fastest.
+
+    On x86 that is oneDNN's blocked layout: 2.4 times faster than plain at one row (bfloat16, SmolLM2-135M's
+    layers, 2 threads: 4.7 ms, not 11.1), 1.2 times at 256 rows. `embed` and `experts` need the plain layout.
+    """
+    weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+    x86 = weight.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    able = (x86 and torch.backends.mkldnn.is_available()
+            and (weight.dtype == torch.float32 or mkldnn_bfloat16()))
+    plain = name == "embed" or "expert" in name or weight.ndim != 2
+    return weight if plain or not able else torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+
+
+def mkldnn_bfloat16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def fastest_dtype(device) -> torch.dtype:
+    """The dtype in which references run fastest: bfloat16, except on a CPU without instructions for it."""
+    return torch.float32 if torch.device(device).type == "cpu" and not mkldnn_bfloat16() else torch.bfloat16
+
+
+class Norm(NamedTuple):
+    """The RMS norm that `linear` applies to its input first; `weight` is (C) or None."""
+
+    weight: Any
+    eps: float
+
+    def __call__(self, x):
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+def clamped_swiglu(gate, up):
+    """gpt-oss's gate, with the constants of all its models."""
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+GATES = {"swiglu": lambda gate, up: torch.nn.functional.silu(gate) * up,
+         "geglu": lambda gate, up: torch.nn.functional.gelu(gate, approximate="tanh") * up,
+         "clamped_swiglu": clamped_swiglu}
+
+
+def linear_reference(x, weight, out, norm=None, bias=None, activation=None, residual=None):
+    """residual + activation(norm(x) @ weight.T + bias) -> out.
+
+    weight (N, K) is packed or plain; x (T, >= K), of which the first K columns are read. activation is None,
+    "relu2", or one of GATES, whose weight holds the gate rows first and whose output is (T, N / 2)."""
+    if norm:
+        x = norm(x)
+    x, bias = x[:, :weight.shape[1]].to(weight.dtype), bias if bias is None else bias.to(weight.dtype)
+    if weight.is_mkldnn:
+        y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    else:
+        y = torch.nn.functional.linear(x, weight, bias)
+    finish_linear(y, out, activation, residual)
+
+
+def finish_linear(y, out, activation, residual):
+    """residual + activation(y) -> out."""
+    if activation in GATES:
+        y = GATES[activation](*y.chunk(2, dim=-1))
+    elif activation == "relu2":
+        y = torch.square(torch.relu(y))
+    if residual is None:
+        out.copy_(y)
+    else:
+        torch.add(residual, y, out=out)
+
+
+def experts_reference(x, logits, gate_up, down, out, *, norm, biases, activation, chosen, sum_to_one,
+                      residual=True):
+    """x + a sum over each row's experts: share * (activation(norm(x) @ gate_up.T) @ down.T) -> out (T, C).
+
+    Without `residual` it is the sum alone.
+    A row's experts are the `chosen` ones with the largest of its logits (T, E), lower ids first among equals;
+    their shares are the softmax over their logits, or over all unless `sum_to_one`. gate_up (2 * E * F, C)
+    holds the gates of all experts and then their ups, down (E * C, F); `biases` are of these two, or None."""
+    logits = logits.float()
+    E, best = logits.shape[1], torch.sort(logits, descending=True, stable=True)
+    largest, ids = best.values[:, :chosen], best.indices[:, :chosen]  # (T, chosen) each
+    shares = torch.softmax(largest, -1) if sum_to_one else torch.exp(largest - logits.logsumexp(-1, True))
+    y = norm(x).to(gate_up.dtype)
+    gate_up, down = gate_up.unflatten(0, (2, E, -1)), down.unflatten(0, (E, -1))
+    up_bias, down_bias = (bias if bias is None else bias.to(y.dtype) for bias in biases)
+    total = torch.zeros_like(out)
+    for expert in ids.unique().tolist():
+        rows, places = (ids == expert).nonzero(as_tuple=True)
+        gate, up = (y[rows] @ each[expert].T for each in gate_up)  # (rows, F) each
+        if up_bias is not None:
+            own = up_bias.view(2, E, -1)[:, expert]
+            gate, up = gate + own[0], up + own[1]
+        added = GATES[activation](gate, up) @ down[expert].T       # (rows, C)
+        if down_bias is not None:
+            added = added + down_bias.view(E, -1)[expert]
+        total.index_add_(0, rows, shares[rows, places, None] * added)
+    torch.add(x if residual else torch.zeros_like(x), total, out=out)
+
+
+def copy_reference(x, out):
+    out.copy_(x)
+
+
+def mix_reference(x, x0, resid_lambda, x0_lambda, out):
+    """resid_lambda * x + x0_lambda * x0 -> out; the lambdas are one-element tensors; `out` may be x."""
+    torch.add(x * resid_lambda, x0 * x0_lambda, out=out)
+
+
+def smear_reference(x, previous, previous_ids, gate, smear_lambda, out):
+    """x + lambda * sigmoid(x[:, :channels] @ gate.T) * previous -> out (T, C).
+
+    The first position of a sequence has no previous one: its previous id is negative."""
+    strength = smear_lambda * torch.sigmoid(x[:, :gate.shape[1]] @ gate.T.to(x.dtype))  # (T, 1)
+    torch.add(x, strength * previous * (previous_ids >= 0).unsqueeze(1), out=out)
+
+
+def backout_reference(x, middle, backout_lambda, out):
+    """x - lambda * middle -> out (T, C)."""
+    torch.sub(x, backout_lambda * middle, out=out)
+
+
+def softcap_reference(logits, cap, out):
+    """cap * tanh(logits / cap) -> out (R, V)."""
+    torch.mul(torch.tanh(logits / cap), cap, out=out)
+
+
+def zeroed(shape: tuple[int, ...], dtype, device):
+    """A tensor of zeros. On CPU it takes memory only as it is written; torch.zeros writes it all at once."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux; 4-KiB page faults made the first prefill 15 % slower
+        with suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def make_cache_reference(spec, num_pages, dtype, device):
+    """KV pages of all layers: [layer][slot][k, v][Hkv][D], which rope_append and paged_attention share."""
+    return zeroed((spec.layers, num_pages * PAGE_SIZE, 2, spec.kv_heads, spec.head_size), dtype, device)
+
+
+DEQUANTIZE_ELEMENTS = 1 << 19  # at a time, to stay in cache and need no second copy of a large matrix
+
+
+def dequantized(shape: tuple[int, ...], parts: Seq[tuple[Any, int]], dtype: torch.dtype) -> torch.Tensor:
+    """Stack `parts`, each (tensor, head size to unpermute or 0), into one matrix of any float type `dtype`.
+
+    The values are bit-equal to gguf.dequantize rounded to `dtype`."""
+    out, row = torch.empty(shape, dtype=dtype), 0
+    step = max(1, DEQUANTIZE_ELEMENTS // math.prod(shape[1:]))
+    for tensor, head_size in parts:
+        data = unpermute_rope(torch.from_numpy(numpy.asarray(tensor.data)), head_size)
+        for chunk in data.split(step):
+            rows = out[row:row + len(chunk)]
+            rows.copy_(dequantize(tensor.tensor_type, chunk).view(rows.shape))
+            row += len(chunk)
+    return out
+
+
+def unpermute_rope(rows, head_size: int):
+    """Reorder each head's rows so that rotary pairs are (0, D/2), ..; PERMUTED ones have (0, 1), .."""
+    if not head_size:
+        return rows
+    return rows.reshape(-1, head_size // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+# bytes per block of 32 weights: float16 scale, float16 minimum (Q4_1 only), the weights
+BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
+MXFP4_DOUBLED = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0)
+
+
+def dequantize(kind, data: torch.Tensor) -> torch.Tensor:
+    """The values of some rows of a gguf.ReaderTensor's data, of gguf type `kind`.
+
+    Float types stay as they are; all others become float32."""
+    if kind.name in ("F32", "F16", "BF16"):
+        return data.view(torch.bfloat16) if kind.name == "BF16" else data
+    if kind.name == "MXFP4":
+        blocks = data.view(-1, 17)
+        codes, power = torch.cat((blocks[:, 1:] & 15, blocks[:, 1:] >> 4), -1), blocks[:, :1].int()
+        bits = torch.where(power < 2, (1 << 21) << power, (power - 1) << 23)  # of 2^(power - 128)
+        bits.masked_fill_(power == 255, 0x7FC00000)  # NaN; the gguf package makes 2^127 of it
+        return torch.tensor(MXFP4_DOUBLED)[codes.int()] * bits.view(torch.float32)
+    if kind.name not in BLOCK_BYTES:
+        gguf = require_library("gguf", "packed weights")
+        return torch.from_numpy(gguf.dequantize(data.numpy(), kind))
+    blocks = data.view(-1, BLOCK_BYTES[kind.name])
+    scale, minimum = blocks[:, :4].contiguous().view(torch.float16).float().split(1, dim=1)  # (B, 1) each
+    if kind.name == "Q8_0":
+        return blocks[:, 2:].view(torch.int8).float().mul_(scale)
+    packed = blocks[:, -16:]
+    values = torch.cat((packed & 15, packed >> 4), dim=-1).float()                           # (B, 32)
+    return values.mul_(scale).add_(minimum) if kind.name == "Q4_1" else values.sub_(8).mul_(scale)

@@ -1,0 +1,206 @@
+"""The reference of sampling, which compiled samplers equal to the bit.
+
+Order: repetition, frequency and presence penalties, bias -> temperature -> top-k -> top-p over what top-k
+kept -> min-p -> one draw. Precision: logits, penalties and z = (l - max) * (1/T) are float32. Weights e^z
+are fixed-point integers, 2^40 at the maximum, summed in uint64, so the order of the sum does not matter.
+Noise and z + noise are float64. Each multiplication and addition is rounded separately (no fma), and no
+library exp or log is used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING
+
+import numpy
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.requests import SamplingParams
+    from chatlm.worker.ops.rows import SampleRow
+
+
+EXP_CUTOFF = -27.7            # below this z the weight is 0 and the id is dropped
+LOG2_E = 1.44269504088896341  # as float32
+LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # as float32; n * LN2_HIGH is exact for n up to 40
+EXP_TERMS = tuple(1 / math.factorial(k) for k in range(7, -1, -1))  # as float32, highest power first
+LN2 = 0.6931471805599453      # float64, as are the constants below
+SQRT_HALF = 0.7071067811865476
+LOG_TERMS = (  # (log(1 + t) / t - 1) / t on [sqrt(1/2) - 1, sqrt(2) - 1], highest power first
+    0.03081756372437806, -0.06618773009678613, 0.07000691047584312, -0.0630658816887405, 0.06495252735766224,
+    -0.07112464720648483, 0.0770509701696896, -0.08336500776029371, 0.09090397053862845, -0.09999843911504927,
+    0.111111220155228, -0.12500003956286007, 0.14285714172623884, -0.16666666618490816, 0.20000000000466495,
+    -0.2500000000022147, 0.3333333333333285, -0.49999999999999833)
+# Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+FLOAT_MAX = 3.4028234663852886e38
+
+
+def philox(counters: numpy.ndarray, keys: numpy.ndarray) -> numpy.ndarray:
+    """Philox4x32-10: four counters, two keys -> (4, *shape) random words; all are 32-bit words in uint64."""
+    low, shift = numpy.uint64(0xFFFFFFFF), numpy.uint64(32)
+    m0, m1 = (numpy.uint64(m) for m in PHILOX_MULTIPLIERS)
+    c0, c1, c2, c3 = counters
+    k0, k1 = keys
+    for _ in range(10):
+        product0, product1 = c0 * m0, c2 * m1
+        c0, c1, c2, c3 = ((product1 >> shift) ^ c1 ^ k0, product1 & low,
+                          (product0 >> shift) ^ c3 ^ k1, product0 & low)
+        k0, k1 = ((k0 + numpy.uint64(PHILOX_KEY_STEPS[0])) & low,
+                  (k1 + numpy.uint64(PHILOX_KEY_STEPS[1])) & low)
+    return numpy.stack((c0, c1, c2, c3))
+
+
+def uniform_noise(ids, seed, position, choice) -> numpy.ndarray:
+    """u = (x + 1/2) / 2^32 in (0, 1), float64, for each id.
+
+    seed, position and choice are numbers, or arrays that broadcast with ids. x is lane id % 4 of Philox with
+    the seed as key and (id / 4, position, choice) as counter: random access, no state."""
+    low, shift = numpy.uint64(0xFFFFFFFF), numpy.uint64(32)
+    seed, position, choice = (numpy.asarray(value, dtype=numpy.uint64) for value in (seed, position, choice))
+    groups, lanes = (ids // 4).astype(numpy.uint64), ids % 4
+    words = philox((groups, position & low, position >> shift, choice), (seed & low, seed >> shift))
+    x = numpy.take_along_axis(words, lanes[None], axis=0)[0]
+    return (x.astype(numpy.float64) + 0.5) * 2.0**-32
+
+
+def log_contract(x: numpy.ndarray) -> numpy.ndarray:
+    """Natural logarithm of positive float64, using only * and + (relative error below 1e-15)."""
+    mantissa, exponent = numpy.frexp(x)  # [1/2, 1)
+    small = mantissa < SQRT_HALF
+    t = numpy.where(small, mantissa + mantissa, mantissa) - 1.0
+    series = numpy.full_like(t, LOG_TERMS[0])
+    for term in LOG_TERMS[1:]:
+        series = series * t + term
+    return (exponent - small) * LN2 + (t + (t * t) * series)
+
+
+def gumbel(u: numpy.ndarray) -> numpy.ndarray:
+    """-log(-log(1 - u)). Using 1 - u puts the finest steps of u where the noise is large (up to 22.9)."""
+    return -log_contract(-log_contract(1.0 - u))
+
+
+def exp_weights(z: numpy.ndarray) -> numpy.ndarray:
+    """e^z for float32 z <= 0 as uint64, fixed point with 2^40 = 1; 0 below EXP_CUTOFF."""
+    f32 = numpy.float32
+    alive = z >= f32(EXP_CUTOFF)
+    z = numpy.where(alive, z, f32(0))
+    n = numpy.floor(z * f32(LOG2_E) + f32(0.5))  # z = n ln 2 + r
+    r = (z - n * f32(LN2_HIGH)) - n * f32(LN2_LOW)
+    series = numpy.full_like(r, f32(EXP_TERMS[0]))
+    for term in EXP_TERMS[1:]:
+        series = series * r + f32(term)
+    mantissa = (series * f32(2**24)).astype(numpy.uint64)  # exact: series >= 1/2 has steps of 2^-24
+    shift = n.astype(numpy.int64) + 16  # -24 .. 16
+    weight = ((mantissa << numpy.maximum(shift, 0).astype(numpy.uint64))
+              >> numpy.maximum(-shift, 0).astype(numpy.uint64))
+    return numpy.where(alive, weight, numpy.uint64(0))
+
+
+def clean_logits(row: numpy.ndarray) -> numpy.ndarray:
+    """NaN -> -inf, +inf -> the largest float; returns the row itself when nothing changes."""
+    if math.isfinite(top := row.max()) or top == -math.inf:
+        return row
+    return numpy.minimum(numpy.where(numpy.isnan(row), numpy.float32(-math.inf), row),
+                         numpy.float32(FLOAT_MAX))
+
+
+def penalize(logits: numpy.ndarray, row: SampleRow) -> numpy.ndarray:
+    """Apply penalties and bias in float32, rounding after each; copies the logits if anything changes.
+
+    Repetition applies to prompt and answer tokens (positive logits * (1/r), others * r); then frequency *
+    count and presence are subtracted for the answer's tokens; then the bias is added."""
+    p, f32 = row.params, numpy.float32
+    if not (p.logit_bias or p.frequency_penalty or p.presence_penalty or p.repetition_penalty != 1):
+        return logits
+    logits = logits.copy()
+    with numpy.errstate(over="ignore", invalid="ignore"):  # clean_logits repairs overflow at the end
+        if p.repetition_penalty != 1.0:
+            ids = numpy.unique(numpy.asarray(row.tokens, dtype=numpy.int64))
+            old = logits[ids]
+            logits[ids] = numpy.where(old > 0, old * f32(1 / p.repetition_penalty),
+                                      old * f32(p.repetition_penalty))
+        if p.frequency_penalty or p.presence_penalty:
+            answer = numpy.asarray(row.tokens[row.prompt_tokens:], dtype=numpy.int64)
+            ids, counts = numpy.unique(answer, return_counts=True)
+            logits[ids] -= f32(p.frequency_penalty) * counts.astype(f32)
+            logits[ids] -= f32(p.presence_penalty)
+        for token, bias in p.logit_bias:
+            logits[token] += f32(bias)
+    return clean_logits(logits)
+
+
+def top_ids(logits: numpy.ndarray, k: int) -> numpy.ndarray:
+    """The ids of the k largest logits, largest first; the lower id wins a tie, so exactly k remain."""
+    bound = numpy.partition(logits, len(logits) - k)[len(logits) - k] if k < len(logits) else -math.inf
+    ids = numpy.flatnonzero(logits >= bound)
+    return ids[numpy.argsort(-logits[ids], kind="stable")[:k]]
+
+
+def survivors(logits: numpy.ndarray, params: SamplingParams) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """The ids that top-k, top-p and min-p keep, ascending, and their z (float32).
+
+    `logits` have been cleaned and penalized."""
+    f32, top = numpy.float32, logits.max()
+    if top == -math.inf:
+        return numpy.zeros(1, dtype=numpy.int64), numpy.zeros(1, dtype=f32)
+    inverse_temperature = f32(min(1 / params.temperature, FLOAT_MAX))
+    limited = 0 < params.top_k < len(logits)
+    ids = top_ids(logits, params.top_k) if limited else numpy.arange(len(logits))
+    with numpy.errstate(over="ignore"):  # z may be -inf far below the maximum
+        z = (logits[ids] - top) * inverse_temperature
+    weights = exp_weights(z)
+    if params.top_p < 1.0:
+        ids, z, weights = keep_top_p(ids, z, weights, params.top_p, logits)
+    keep = weights > 0
+    if params.min_p > 0:
+        keep &= z >= f32(math.log(min(params.min_p, 1.0)))
+    order = numpy.argsort(ids[keep])
+    return ids[keep][order], z[keep][order]
+
+
+def keep_top_p(ids, z, weights, top_p, logits):
+    """The shortest prefix, sorted by logit and then id, whose weights reach top_p of the sum."""
+    total = int(weights.sum())
+    target = max(1, total * round(top_p * 2**32) >> 32)  # exact: needs a 128-bit product
+    # all ids lighter than this together weigh less than what may be dropped
+    heavy = weights >= max(1, -(-(total - target) // len(ids)))
+    ids, z, weights = ids[heavy], z[heavy], weights[heavy]
+    order = numpy.lexsort((ids, -logits[ids]))
+    count = int(numpy.searchsorted(numpy.cumsum(weights[order]), numpy.uint64(target))) + 1
+    order = order[:count]
+    return ids[order], z[order], weights[order]
+
+
+def draw(kept: Seq[tuple], rows: Seq[SampleRow]) -> numpy.ndarray:
+    """argmax of z + Gumbel noise over each row's survivors (ids, z), ids ascending; lower ids win ties."""
+    longest = max(len(ids) for ids, _ in kept)
+    ids, z = numpy.zeros((len(rows), longest), dtype=numpy.int64), numpy.full((len(rows), longest), -math.inf)
+    for i, (some, their_z) in enumerate(kept):
+        ids[i, :len(some)], z[i, :len(some)] = some, their_z
+    streams = numpy.array([(row.params.seed, row.position, row.params.choice) for row in rows],
+                          dtype=numpy.uint64)
+    scores = z + gumbel(uniform_noise(ids, *streams.T[:, :, None]))  # (R, longest)
+    return ids[numpy.arange(len(rows)), scores.argmax(axis=1)]
+
+
+def sample_reference(logits: numpy.ndarray, rows: Seq[SampleRow]) -> numpy.ndarray:
+    """One token for each row of logits (B, V) float32 -> (B,) int32; each token depends on its row alone."""
+    tokens = numpy.zeros(len(rows), dtype=numpy.int32)
+    few = {}  # rows with few survivors are drawn together: numpy's calls cost more than the arithmetic
+    for i, row in enumerate(rows):
+        line = penalize(clean_logits(logits[i]), row)
+        if row.params.temperature <= 0:
+            tokens[i] = line.argmax()
+        elif len((kept := survivors(line, row.params))[0]) > 1000:
+            tokens[i] = draw([kept], [row])[0]
+        else:
+            few[i] = kept
+    if few:
+        tokens[list(few)] = draw(list(few.values()), [rows[i] for i in few])
+    return tokens
+
+
+def sample_on_host(logits, rows: Seq[SampleRow]) -> list[int]:
+    """`sample_reference` for logits (R, V) on any device."""
+    return sample_reference(logits.float().cpu().numpy(), rows).tolist()

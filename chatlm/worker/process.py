@@ -1,0 +1,238 @@
+"""The life of a worker, and of a rank: load, report, compute step after step."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from chatlm.common.config import PAGE_SIZE, ranks_per_replica
+from chatlm.common.core import decode_core, kernels_line
+from chatlm.common.errors import ConfigError, RanksFailed
+from chatlm.common.hub.find import resolve_model
+from chatlm.common.log import log
+from chatlm.common.memory import give_memory_back
+from chatlm.common.messages.protocol import (
+    Cancel, EndOfRequest, Loading, ModelCard, NewAnswer, NewPrompt, NewRequest, Ping, Ready, Stepped)
+from chatlm.common.messages.requests import Piece
+from chatlm.common.messages.wire import BadMessage
+from chatlm.common.processes.start import threads_per_worker
+from chatlm.common.processes.torchrun import ranks_here, torchrun
+from chatlm.worker.build import (
+    build_engine, build_transformer, chosen_dtype, lack_of_gpu_memory, prepare_device)
+from chatlm.worker.engine.engine import failure_text
+from chatlm.worker.engine.scheduler import Assignment
+from chatlm.worker.model.transformer import Transformer
+from chatlm.worker.ranks.messages import RankDrew
+from chatlm.worker.ranks.ranks import OtherRank, RankZero, RankZeroOfNodes
+from chatlm.worker.ranks.steps import DrawnTokens, RankSteps, Stage, follow, follow_stage
+from chatlm.worker.weights.load import open_model
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.protocol import WorkerConfig
+    from chatlm.common.messages.requests import AnswerParams
+    from chatlm.common.messages.wire import Channel
+    from chatlm.worker.engine.engine import Engine
+    from chatlm.worker.ranks.messages import RankConfig
+    from chatlm.worker.weights.rules import LoadedModel
+
+
+def run_rank(channel: Channel, config: RankConfig):
+    """A rank's life: load the shard, then compute the steps that rank 0 tells, until that is gone."""
+    log.setLevel(logging.ERROR)  # rank 0 has said it
+    os.environ.update({name: value for name, value in config.environment.items() if value})
+    if (isa := os.environ.get("DECODE_CORE_ISA")) and decode_core() is None:
+        raise ConfigError(f"rank 0 computes by decode_core with {isa} instructions, and this machine cannot: "
+                          "install it here, or set DECODE_CORE_ISA or CHAT_SERVER_KERNELS for rank 0")
+    device, ranks = prepare_device(config), OtherRank(channel, config)
+
+    def progress(stage: str, fraction: float):
+        channel.send(Loading(stage, fraction))
+
+    settings = config.settings
+    source = config.source or resolve_model(settings, progress)
+    model = open_model(source, settings, chosen_dtype(settings), device)
+    if not config.source:
+        channel.send(Ready({}))
+        channel.receive(wait=True, most=1)  # all others have found theirs
+    transformer, _, context = build_transformer(model, source, settings, device, progress, ranks)[1:]
+    steps = transformer.kernels.backend.make_steps(transformer, settings.max_batch, context)
+    give_memory_back()
+    channel.send(Ready({}))
+    steps.prepare(lambda fraction: None)
+
+    def note(checksum: int):
+        channel.send(RankDrew(checksum))
+
+    try:
+        if ranks.stages > 1:
+            follow_stage(channel, Stage(steps, transformer, ranks), DrawnTokens(note))
+        else:
+            follow(channel, RankSteps(steps, transformer, lambda step: None, note))
+    except (RuntimeError, EOFError) as error:
+        raise RanksFailed(f"rank {ranks.rank}: {error or 'another rank has ended'}") from error
+
+
+def run_worker(channel: Channel, config: WorkerConfig):
+    source = config.source or resolve_model(config.settings, lambda *at: channel.send(Loading(*at)))
+    threads = min(config.threads, threads_per_worker(ranks_here(config.settings)))
+    config = replace(config, source=source, threads=threads)
+    run_engine(channel, start_engine(channel, config), config)
+
+
+def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
+    settings, ranks = config.settings, None
+
+    def progress(stage: str, fraction: float):
+        channel.send(Loading(f"{stage} on {config.device}", fraction))
+
+    if ranks_per_replica(settings) > 1:
+        ranks = (RankZeroOfNodes if torchrun(settings) else RankZero)(config, progress)
+    device = prepare_device(config)
+    model, engine = build_engine(config.source, settings, device, progress, ranks)
+    channel.send(describe_model(model, engine, config))
+    del model
+    if ranks:
+        ranks.wait_ready(progress)
+    engine.warm_up(partial(progress, "warming up"))
+    give_memory_back()
+    channel.send(Ready(gauges(engine), engine.kernels.backend.faults))
+    return engine
+
+
+def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig) -> ModelCard:
+    pages, device, dtype = engine.pool.num_pages, engine.transformer.device, engine.transformer.dtype
+    groups, context = engine.transformer.groups, engine.context_length
+    page_bytes = Transformer.page_bytes(model.spec, dtype, groups)
+    place = f"{device} with {config.threads} thread(s)" if device.type == "cpu" else str(device)
+    if engine.ranks:
+        stages, tp = engine.ranks.stages, engine.ranks.tp
+        place = f"{stages * tp} ranks (--pp {stages} --tp {tp}), each on {place}"
+    if device.type == "cuda":
+        total, ours = torch.cuda.mem_get_info(device)[1], torch.cuda.memory_allocated(device)
+        place += (f" ({torch.cuda.get_device_name(device)}, {total / 1e9:,.1f} GB; "
+                  f"weights and buffers {(ours - pages * page_bytes) / 1e9:,.2f} GB)")
+    kernels = engine.kernels.names
+    longest = engine.pool.pages_for(context, engine.scheduler.prefill_chunk)
+    holds = (f"of {PAGE_SIZE} tokens = {pages * PAGE_SIZE:,} tokens" if not groups.holes else
+             f"of {PAGE_SIZE} tokens in {groups.depth} layers, of which a sequence holds at most {longest:,}")
+    cache = (f"KV cache: {pages:,} pages {holds} ({pages * page_bytes / 2**20:,.0f} MiB); "
+             f"context {context:,} tokens")
+    lines = (f"Model {model.name}: {model.description}", kernels_line(),
+             f"Running on {place}, weights in {engine.transformer.weight_types}"
+             + " in rank 0" * bool(engine.ranks) + "; kernels: "
+             + ", ".join(sorted(set(kernels.values()))), cache, *model.notes)
+    return ModelCard(model.text, model.name, engine.context_length, lines, kernels,
+                     engine.kernels.row_invariant, kernels_line(), dict(model.sampling),
+                     model.sampling_origin, f"{place}; {cache}", config.source)
+
+
+def gauges(engine: Engine) -> dict[str, float | None]:
+    pids = engine.ranks.pids if engine.ranks else ("self",)
+    used, total, utilization = device_use(engine.transformer.device, int(time.monotonic()), pids)
+    return {"running": len(engine.scheduler.running), "queued": len(engine.scheduler.waiting),
+            "kv_pages_used": engine.pool.num_pages - engine.pool.available,
+            "kv_pages_total": engine.pool.num_pages, "preemptions": engine.scheduler.preemptions,
+            "drafted_tokens": engine.drafted_tokens, "accepted_tokens": engine.accepted_tokens,
+            "memory_used": used, "memory_total": total, "utilization": utilization}
+
+
+@functools.cache
+def busy_share(device: torch.device) -> Callable[[], float | None]:
+    """How to read the share of time in which a GPU computed; without nvidia-ml-py it always says None."""
+    try:
+        nvml = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+        uuid = torch.cuda.get_device_properties(device).uuid
+        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        nvml.nvmlDeviceGetUtilizationRates(handle)
+    except Exception as error:  # not installed, a driver without it, a slice of a GPU (MIG)
+        log.info("no utilization of %s, which needs nvidia-ml-py and a whole GPU: %s", device, error)
+        return lambda: None
+    return lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
+
+
+@functools.lru_cache(1)
+def device_use(device: torch.device, second: int, pids: tuple) -> tuple[int, int, float | None]:
+    """(used bytes, total bytes, share of time busy) of the GPU; else these processes' resident sets, the
+    machine's memory and None. Cached by `second`, so read at most once a second, not every step."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return total - free, total, busy_share(device)()
+    used = 0
+    with suppress(OSError):  # not Linux
+        used = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
+    page = os.sysconf("SC_PAGE_SIZE")
+    return used * page, os.sysconf("SC_PHYS_PAGES") * page, None
+
+
+MAX_FAILURES = 3  # failed steps in a row that a worker survives; one more, and it is replaced
+
+
+class Inbox:
+    """What the answers of each request share, kept until the front says no more answers will come."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.params: dict[str, AnswerParams] = {}                 # by request
+        self.prompts: dict[str, dict[int, tuple[int, ...]]] = {}  # by request, then by index
+
+    def obey(self, message):
+        match message:
+            case NewRequest(id, params):
+                self.params[id], self.prompts[id] = params, {}
+            case NewPrompt(id, index, ids):
+                self.prompts[id][index] = ids
+            case NewAnswer(id, request, prompt, choice, max_tokens, resumed_ids, scored):
+                ids, params = self.prompts[request][prompt], self.params[request]
+                self.engine.add(Assignment(id, ids, params, max_tokens, choice, resumed_ids, scored))
+            case Cancel(id):
+                self.engine.cancel(id)
+            case EndOfRequest(id):
+                del self.params[id], self.prompts[id]
+            case Ping():
+                pass  # any message makes the loop step and report
+            case _:
+                raise BadMessage(f"unexpected message from the front: {type(message).__name__}")
+
+
+def run_engine(channel: Channel, engine: Engine, config: WorkerConfig):
+    """The worker's loop: handle messages, step, report, sleep when idle. EOFError when the front is gone."""
+    failures, pieces, inbox = 0, [], Inbox(engine)  # failed steps in a row; pieces not yet reported
+
+    def report():
+        nonlocal pieces
+        channel.send(Stepped(pieces, gauges(engine)))
+        pieces = []
+
+    while True:
+        for message in channel.receive(wait=not engine.busy):
+            inbox.obey(message)
+        try:
+            if engine.ranks:
+                engine.ranks.check()
+            pieces, failures = engine.step(report), 0
+        except Exception as error:  # one bad step fails one request, not the server
+            if engine.ranks:
+                raise RanksFailed(str(error)) from error
+            failures += 1
+            if failures > MAX_FAILURES or "CUDA error" in str(error):  # only a fresh process can help
+                raise
+            if advice := lack_of_gpu_memory(error, config):
+                log.error("a step failed: %s", advice)
+                torch.cuda.empty_cache()
+            else:
+                log.error("a step failed", exc_info=error)
+            pieces += [Piece(id_, (), "", "error", failure_text(error)) for id_ in engine.give_up()]
+        if not engine.busy:
+            report()

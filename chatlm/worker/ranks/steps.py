@@ -1,0 +1,220 @@
+"""How several ranks compute a step together, in shards and in stages."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import importlib
+import operator
+import os
+import socket
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence as Seq
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from chatlm.common.messages.wire import receive_into
+from chatlm.common.processes.torchrun import RankStore
+from chatlm.worker.ranks.messages import RankLogits, RankStep, RankTokens
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.wire import Channel
+    from chatlm.worker.model.kernels import Steps
+    from chatlm.worker.model.spec import Batch
+    from chatlm.worker.model.transformer import Transformer
+    from chatlm.worker.ops.rows import SampleRow
+    from chatlm.worker.ranks.ranks import RankAlone, RankZero
+
+
+RANK_PATIENCE_S = 20.0  # how long a rank waits for another; the front gives up a worker later than that
+COMPARED_STEPS = 64     # after so many the ranks compare what they drew
+ROWS_SENT = 16          # rows of logits in a message: 16 MB where the vocabulary has 262,144 tokens
+
+
+def rank_device(device: str, rank: int) -> str:
+    """The device of a rank, where rank 0 has `device`: the GPUs of a replica follow each other."""
+    kind, _, index = device.partition(":")
+    return f"{kind}:{int(index or 0) + rank}" if kind == "cuda" else device
+
+
+def join_ranks(backend, address: str, rank: int, count: int, device: str) -> dict[str, Callable]:
+    """The ops all_reduce and all_gather of a rank; see `Kernels`."""
+    if count == 1:
+        return {}
+    if backend.join:
+        return backend.join(address, rank, RANK_PATIENCE_S)
+    distributed = importlib.import_module("torch.distributed")
+    on_disk = address.startswith("/")
+    if on_disk or os.environ["MASTER_ADDR"].startswith("127."):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    store = (distributed.FileStore(address, count) if on_disk else
+             distributed.PrefixStore(address, RankStore().store))
+    distributed.init_process_group(
+        "nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank,
+        world_size=count, timeout=datetime.timedelta(seconds=RANK_PATIENCE_S))
+
+    def all_reduce(x, out, residual=None):
+        distributed.all_reduce(x)
+        out.copy_(x) if residual is None else torch.add(residual, x, out=out)
+
+    def all_gather(x, out):
+        parts = [torch.empty_like(x) for _ in range(count)]
+        distributed.all_gather(parts, x)
+        out.copy_(torch.cat(parts, 1)[:, :out.shape[1]])
+
+    return {"all_reduce": all_reduce, "all_gather": all_gather}
+
+
+class DrawnTokens:
+    """What the steps of a rank drew; `note` gets a checksum of it now and then."""
+
+    def __init__(self, note: Callable[[int], None]):
+        self.note, self.checksum, self.steps = note, 0, 0
+
+    def add(self, tokens: list[int]) -> list[int]:
+        self.checksum, self.steps = zlib.crc32(repr(tokens).encode(), self.checksum), self.steps + 1
+        if self.steps % COMPARED_STEPS == 0:
+            self.note(self.checksum)
+        return tokens
+
+
+def rank_step(batch: Batch, rows: Seq[SampleRow]) -> RankStep:
+    """A step without what its draws do not depend on."""
+    return RankStep(batch, [row if row.params.counts_tokens else row._replace(tokens=()) for row in rows])
+
+
+class RankSteps:
+    """The steps of a rank. `tell` passes each on to the other ranks."""
+
+    def __init__(self, steps: Steps, transformer: Transformer, tell: Callable, note: Callable[[int], None]):
+        self.steps, self.transformer, self.tell, self.drawn = steps, transformer, tell, DrawnTokens(note)
+        self.ahead, self.prepare = steps.ahead, steps.prepare
+
+    def start(self, batch: Batch, rows: Seq[SampleRow]):
+        self.tell(rank_step(batch, rows))
+        ticket = self.steps.start(batch, rows)
+        return self.drawn.add(ticket) if isinstance(ticket, list) else ticket
+
+    def finish(self, ticket) -> list[int]:
+        return self.drawn.add(self.steps.finish(ticket))
+
+    def forward(self, batch: Batch):
+        """Compute a batch whose logits rank 0 uses."""
+        self.tell(RankStep(batch, None))
+        return self.steps.forward(batch)
+
+
+class Stage:
+    """A rank's part of a step where the layers are divided: it takes what the stage before has computed, and
+    passes on what it computes, or draws."""
+
+    def __init__(self, steps: Steps, transformer: Transformer, ranks: RankAlone):
+        self.steps, self.transformer, self.ranks = steps, transformer, ranks
+
+    def compute(self, batch: Batch, rows: Seq[SampleRow] | None):
+        """The drawn tokens; without `rows` the logits; None before the last stage."""
+        try:
+            with torch.inference_mode():  # of each thread
+                return self._compute(batch, rows)
+        except BaseException:
+            for link in filter(None, (self.ranks.before, self.ranks.after)):
+                with suppress(OSError):
+                    link.shutdown(socket.SHUT_RDWR)  # the stages there end too
+            raise
+
+    def _compute(self, batch: Batch, rows: Seq[SampleRow] | None):
+        transformer, T = self.transformer, len(batch.token_ids)
+        for name in () if transformer.spec.opens else transformer.passed_on(0):
+            receive_rows(self.ranks.before, transformer.buffers[name][:T])
+        if not transformer.spec.closes:
+            transformer.forward(batch._replace(logit_rows=[], states=True))
+            for name in transformer.passed_on(transformer.spec.layers):
+                self.ranks.after.sendall(bytes_of(transformer.buffers[name][:T]))
+            return None
+        if rows is None:
+            return self.steps.forward(batch)
+        ticket = self.steps.start(batch, rows)
+        return ticket if isinstance(ticket, list) else self.steps.finish(ticket)
+
+
+def bytes_of(rows) -> bytes:
+    return rows.float().cpu().contiguous().numpy().tobytes()
+
+
+def receive_rows(link: socket.socket, rows):
+    """Fill some rows of a buffer with what the stage before has sent. EOFError if that is gone."""
+    found = torch.empty(rows.shape)
+    receive_into(link, found.numpy())
+    rows.copy_(found)
+
+
+class StagedSteps:
+    """Rank 0's steps where the layers are divided: a thread computes the first stage of each."""
+
+    ahead = True
+
+    def __init__(self, stage: Stage, ranks: RankZero, note: Callable[[int], None]):
+        self.stage, self.ranks, self.drawn = stage, ranks, DrawnTokens(note)
+        self.thread, self.prepare = ThreadPoolExecutor(1, "stage"), lambda progress: None
+
+    def start(self, batch: Batch, rows: Seq[SampleRow]) -> Future:
+        self.ranks.tell(rank_step(batch, rows))
+        return self.thread.submit(self.stage.compute, batch, rows)
+
+    def finish(self, ticket: Future) -> list[int]:
+        ticket.result()
+        return self.drawn.add(self.ranks.found(RankTokens).tokens)
+
+    def forward(self, batch: Batch):
+        self.ranks.tell(RankStep(batch, None))
+        self.thread.submit(self.stage.compute, batch, None).result()
+        buffers, found = self.stage.transformer.buffers, bytearray()
+        logits = buffers["logits"][:len(batch.logit_rows)]
+        states = buffers["x"][:len(batch.token_ids) * batch.states]
+        while len(found) < 4 * (logits.numel() + states.numel()):
+            found += self.ranks.found(RankLogits).data
+        found = torch.frombuffer(found, dtype=torch.float32)
+        states.copy_(found[logits.numel():].view(states.shape))
+        return logits.copy_(found[:logits.numel()].view(logits.shape))
+
+
+def told_steps(channel: Channel) -> Iterator[RankStep]:
+    """The steps that rank 0 tells, until it is gone."""
+    same = functools.lru_cache(1024)(lambda params: params)  # so that decode_core knows the rows again
+    with suppress(EOFError, ConnectionError, TimeoutError):
+        while True:
+            [step] = channel.receive(wait=True, most=1)
+            rows = step.rows and [row._replace(params=same(row.params)) for row in step.rows]
+            yield replace(step, rows=rows)
+
+
+def follow(channel: Channel, steps: RankSteps):
+    """Compute what rank 0 tells, one step ahead as it does."""
+    ticket = None
+    for batch, rows in map(operator.attrgetter("batch", "rows"), told_steps(channel)):
+        started = None if rows is None else steps.start(batch, rows)
+        if ticket is not None and not isinstance(ticket, list):
+            steps.finish(ticket)
+        ticket = started
+        if rows is None:
+            steps.forward(batch)
+
+
+def follow_stage(channel: Channel, stage: Stage, drawn: DrawnTokens):
+    """Compute this stage of what rank 0 tells; one rank of the last stage tells what it found."""
+    closes, speaks = stage.transformer.spec.closes, stage.ranks.rank % stage.ranks.tp == 0
+    for step in told_steps(channel):
+        found = stage.compute(step.batch, step.rows)
+        if not closes:
+            continue
+        if step.rows is None and speaks:
+            states = stage.transformer.buffers["x"][:len(step.batch.token_ids) * step.batch.states]
+            for rows in filter(len, (*found.split(ROWS_SENT), *states.split(ROWS_SENT))):
+                channel.send(RankLogits(bytes_of(rows)))
+        elif step.rows is not None:
+            channel.send(RankTokens(found)) if speaks else drawn.add(found)

@@ -1,0 +1,235 @@
+"""Which of a file's tensors make up ours, and reading them: safetensors, FP8, MXFP4, packed blocks."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TYPE_CHECKING
+
+import numpy
+import torch
+
+from chatlm.common.errors import ConfigError, cannot_read, named, require_library, shown
+from chatlm.worker.model.spec import expected_tensors
+from chatlm.worker.model.tensors import Cut, Unread
+from chatlm.worker.ops.basic import dequantized
+from chatlm.worker.weights.finite import only_finite
+from chatlm.worker.weights.rules import Rule, checked, read_json
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+    from chatlm.worker.model.spec import ModelSpec
+
+
+def check_names_and_shapes(path: Path, found: Mapping[str, tuple], sources: Sources):
+    expected = file_shapes(sources)
+    problems = [f"missing {name} {expected[name]}" for name in expected if name not in found]
+    problems += [f"unknown {name} {found[name]}" for name in found if name not in expected]
+    problems += [f"{name} is {found[name]} instead of {expected[name]}"
+                 for name in expected if name in found and found[name] != expected[name]]
+    if problems:
+        more = f" and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ConfigError(f"{path}: the tensors do not fit this model: {'; '.join(problems[:20])}{more}")
+
+
+Sources = dict[str, tuple[tuple[int, ...], dict[str, tuple[int, ...]]]]
+
+
+def file_shapes(sources: Sources) -> dict[str, tuple[int, ...]]:
+    return {name: shape for _, theirs in sources.values() for name, shape in theirs.items()}
+
+
+def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded: int) -> Sources:
+    """Our tensor -> (its shape, {the file's tensors whose rows it is made of: their shapes}).
+
+    The file's vocabulary tensors have `padded` rows. Of experts a file has either a tensor each, in whose
+    name a second {} of the `table` stands for the expert, or one of all (experts, rows of each, ...)."""
+    query, key, E = spec.heads * spec.head_size, spec.kv_heads * spec.head_size, spec.experts
+    qkv, gate_up, vocabulary = (query, key, key), (spec.ffn_size,) * 2, (padded,)
+    split = {"qkv": qkv, "qkv_bias": qkv, "gate_up": gate_up, "gate_up_bias": gate_up,
+             "embed": vocabulary, "head": vocabulary, "value_embed": vocabulary}
+    sources = {}
+    for ours, shape in expected_tensors(spec).items():
+        layer, _, part = ours.rpartition(".")
+        if not (part == "head" and spec.tied_head):
+            theirs, rows = table.get(part, (part,)), split.get(part, shape[:1])
+            if part.startswith("expert_"):
+                all_of_one = E, shape[0] // E // len(theirs), *shape[1:]
+                sources[ours] = shape, {
+                    name.format(layer, expert): all_of_one[1:] if name.count("{}") > 1 else all_of_one
+                    for name in theirs for expert in range(E)}
+                continue
+            rows = rows if len(rows) == len(theirs) else shape[:1]  # phi3 has them in one
+            sources[ours] = shape, {name.format(layer): (count, *shape[1:])
+                                    for name, count in zip(theirs, rows)}
+    return sources
+
+
+class Mxfp4:
+    """A safetensors file's experts (experts, rows, columns) as if they were a GGUF's tensor of type MXFP4.
+
+    `blocks` (experts, rows, columns / 32, 16) has the codes of two columns side by side in each byte, where
+    GGUF has those of column i and i + 16; `scales` (experts, rows, columns / 32) are exponents + 127."""
+
+    tensor_type = SimpleNamespace(name="MXFP4")
+
+    def __init__(self, blocks: torch.Tensor, scales: torch.Tensor):
+        self.blocks, self.scales = blocks, scales
+        self.shape = *scales.shape[:2], 32 * scales.shape[2]
+
+    def __getitem__(self, index) -> Mxfp4:
+        return Mxfp4(self.blocks[index], self.scales[index])
+
+    @property
+    def data(self) -> numpy.ndarray:
+        """(experts * rows, columns / 32 * 17) uint8: for each block its scale, then the codes."""
+        made = torch.empty(*self.scales.shape, 17, dtype=torch.uint8)
+        made[..., 0] = self.scales
+        for blocks, to in zip(self.blocks, made):  # each expert: no large matrices in between
+            first, second = blocks.split(8, -1)    # columns 0 to 15, 16 to 31
+            to[..., 1::2] = first & 15 | second << 4
+            to[..., 2::2] = first >> 4 | second & 240
+        return made.flatten(2).flatten(0, 1).numpy()
+
+
+def read_safetensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A folder's tensors, mapped from its files, and the scales of those in FP8; an image encoder's are left
+    out."""
+    require_library("safetensors", "a Hugging Face folder")
+    index, files = folder / "model.safetensors.index.json", {"": "model.safetensors"}
+    if index.exists():
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not files or not all(
+                isinstance(name, str) and Path(name).name == name for name in files.values()):
+            raise ConfigError(f"{index}: weight_map must give each tensor the name of a file beside it")
+    state = {}
+    for name in sorted(set(files.values())):
+        state |= read_safetensors_file(folder / name)
+    # gemma3's files with images name the text model apart; some old llama files hold rotary frequencies
+    state = {name.replace("language_model.", "", 1): tensor for name, tensor in state.items()
+             if not re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.|.*\.rotary_emb\.", name)}
+    scales = {name: state.pop(of) for name in list(state) for of in (f"{name}_scale_inv", f"{name}_scale")
+              if str(state[name].dtype) in FP8 and of in state}
+    for name, tensor in list(state.items()):
+        floats = tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        mxfp4 = tensor.dtype == torch.uint8 and name.endswith(("_blocks", "_scales"))
+        if scales and re.search(r"\.(input|output|[kqv])_scale(_inv)?$", name):
+            del state[name]  # of activations and cached keys and values, which have other types here
+        elif not (floats or mxfp4 or name in scales):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ConfigError(f"{folder}: {shown(name)} is of type {kind}; it must be float32, float16 or "
+                              "bfloat16, or FP8 with a tensor of scales")
+    return state, scales
+
+
+def read_safetensors_file(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one file, mapped."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise cannot_read(path, error) from None
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{path} is not a readable safetensors file (cut?): {named(error)}") from None
+
+
+def assembled(path: Path, settings: Settings, sources: Sources, state: Mapping, dtype: torch.dtype,
+              changed: Callable[[str, Any], Any] = lambda name, tensor: tensor,
+              as_stored: Callable | None = None) -> dict[str, Unread]:
+    """Our tensors, to be made of the rows of theirs after each is `changed`: matrices as `dtype`, vectors as
+    float32.
+
+    `as_stored`, if given, makes those of packed weights."""
+    def read(kind: torch.dtype, theirs: Iterable[str], cut: Cut):
+        parts = (changed(name, state[name]) for name in theirs)
+        parts = (part.flatten(0, part.ndim - len(cut.shape)) for part in parts)
+        rows = tuple(part.to(kind) for _, part in cut.parts(parts))  # a vocabulary's padding is dropped
+        return rows if len(cut.shape) > 1 and cut == Cut.whole(cut.of) else torch.cat(rows)
+
+    def read_packed(theirs: Iterable[str], cut: Cut):
+        make = as_stored or partial(dequantized, dtype=dtype)
+        return make(cut.shape, cut_stored([(state[name], 0) for name in theirs], cut))
+
+    def unread(shape: tuple[int, ...], theirs: Mapping[str, tuple[int, ...]]) -> Unread:
+        parts, kind = [state[name] for name in theirs], torch.float32 if len(shape) == 1 else dtype
+        size, whole = math.prod(shape) * kind.itemsize, Cut.whole(shape)
+        if not isinstance(parts[0], Mxfp4):
+            return Unread(whole, only_finite(path, settings, theirs, partial(read, kind)), size, tuple(parts))
+        return Unread(whole, only_finite(path, settings, theirs, read_packed),
+                      math.prod(shape) * 17 // 32 if as_stored else size,
+                      tuple(each for part in parts for each in (part.blocks, part.scales)))
+
+    return {ours: unread(*source) for ours, source in sources.items()}
+
+
+FP8 = ("torch.float8_e4m3fn", "torch.float8_e5m2")
+
+
+def fp8_block(path: Path, given: Mapping) -> list[int]:
+    """Rows and columns that share a scale where FP8 weights have one for each block; ConfigError if the
+    config.json tells of another quantization."""
+    found = given.get("quantization_config")
+    if found is None:
+        return [128, 128]
+    found = found if isinstance(found, dict) else {}
+    method, groups = found.get("quant_method"), found.get("config_groups")
+    weights = [group.get("weights") or {} for group in groups.values()] if isinstance(groups, dict) else [{}]
+    if method not in ("fp8", "fbgemm_fp8", "compressed-tensors") or method == "compressed-tensors" and any(
+            (each.get("type"), each.get("num_bits")) != ("float", 8) for each in weights):
+        kind = found.get("format", "")
+        raise ConfigError(f"{path}: quantization_config.quant_method is {shown(method)}"
+                          f"{kind and f' of format {shown(kind)}'}; only FP8 is supported (fp8, fbgemm_fp8, "
+                          "and compressed-tensors with 8-bit floats): take the unquantized model, or a GGUF "
+                          "file of it")
+    block = found.get("weight_block_size") or weights[0].get("block_structure") or [128, 128]
+    return checked(path, "quantization_config.weight_block_size", block, Rule(int, 1, many=True), 2)
+
+
+def unscaled(path: Path, scales: Mapping[str, torch.Tensor], block: Seq[int], name: str,
+             weight: torch.Tensor) -> torch.Tensor:
+    """FP8 weights (N, K) times their scales: one for all, one for each row, or one for each block."""
+    values, scale = weight.float(), scales[name].float()
+    N, K = weight.shape
+    if scale.numel() == 1:
+        return values * scale.reshape(())
+    if scale.shape in ((N,), (N, 1)):
+        return values * scale.view(N, 1)
+    if scale.shape != (-(-N // block[0]), -(-K // block[1])):
+        raise ConfigError(f"{path.parent}: the scales of {name} {(N, K)} are {tuple(scale.shape)}; there "
+                          f"must be 1, one for each row, or one for each block of {block[0]} x {block[1]}")
+    for first in range(0, N, block[0]):  # in place, by bands: no second matrix of float32
+        band = scale[first // block[0]].repeat_interleave(block[1])[:K]
+        values[first:first + block[0]] *= band
+    return values
+
+
+def below_each_other(tensor, shape: tuple[int, ...]):
+    """A gguf.ReaderTensor as part of a tensor of this shape: the experts' rows are rows of one matrix."""
+    data = tensor.data.reshape(-1, *tensor.data.shape[-1:] * (len(shape) - 1))
+    return SimpleNamespace(tensor_type=tensor.tensor_type, data=data)
+
+
+def cut_stored(parts: Seq[tuple[Any, int]], cut: Cut) -> list[tuple[Any, int]]:
+    """The cut of some (gguf.ReaderTensor, head size). Where it divides blocks they become Q8_0 or floats."""
+    if cut == Cut.whole(cut.of):
+        return list(parts)
+    first, last = cut.ranges[0].start, cut.ranges[0].stop
+    if cut.axis and any(edge % packed_together(tensor) for tensor, _ in parts for edge in (first, last)):
+        rows = [(len(tensor.data), cut.of[1]) for tensor, _ in parts]
+        floats = [dequantized(shape, [part], torch.float32)[:, first:last].contiguous().numpy()
+                  for shape, part in zip(rows, parts)]
+        gguf = require_library("gguf", "packed weights")
+        kind = gguf.GGMLQuantizationType["F32" if (last - first) % 32 else "Q8_0"]
+        return [(SimpleNamespace(tensor_type=kind, data=gguf.quantize(each, kind)), 0) for each in floats]
+    return [(SimpleNamespace(tensor_type=parts[i][0].tensor_type, data=numpy.ascontiguousarray(data)),
+             parts[i][1]) for i, data in cut.parts(tensor.data for tensor, _ in parts)]
+
+
+def packed_together(tensor) -> int:
+    gguf = require_library("gguf", "packed weights")
+    return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[tensor.tensor_type.name]][0]

@@ -1,0 +1,93 @@
+"""NaN and infinity in weights are refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TYPE_CHECKING
+
+import numpy
+import torch
+
+from chatlm.common.errors import ConfigError
+from chatlm.worker.model.tensors import Cut
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+
+
+# packed type -> bytes of a block, of what precedes its float16 scale, of the scale (and minimum, if any)
+SCALES = {"q4_0": (18, 0, 2), "q4_1": (20, 0, 4), "q5_0": (22, 0, 2), "q5_1": (24, 0, 4), "q8_0": (34, 0, 2),
+          "q4_k": (144, 0, 4), "q5_k": (176, 0, 4), "q6_k": (210, 208, 2), "iq4_nl": (18, 0, 2),
+          "iq4_xs": (136, 0, 2)}
+MOST_QUANTIZED = 65_520.0  # as a scale or minimum of a block, a float16, it becomes infinite
+
+
+def all_below(values: torch.Tensor, most: float = math.inf) -> bool:
+    """Whether no value is NaN, or `most` or more in magnitude.
+
+    On a CPU it compares the bits as integers, some rows at a time, so that the second pass finds them in the
+    cache: 10 GB/s on one core, where isfinite takes 0.4."""
+    plain = values.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    values, on_cpu = values.detach() if plain else values.float(), values.device.type == "cpu"
+    step = max(1, (1 << (16 if on_cpu else 24)) // math.prod(values.shape[1:]))
+    if not on_cpu:
+        return all(bool((rows.abs() < most).all()) for rows in values.split(step))
+    signed, unsigned, sign = {2: (torch.int16, "u2", 1 << 15), 4: (torch.int32, "u4", 1 << 31)}[
+        values.itemsize]
+    limit = torch.tensor(most, dtype=values.dtype).view(signed).item()
+    chunks = (rows.view(signed).numpy() for rows in values.split(step))
+    return all(bits.max() < limit and bits.view(unsigned).max() < sign + limit for bits in chunks)
+
+
+def scales_are_finite(kind: str, rows) -> bool:
+    """Of packed rows (n, bytes of a row) uint8, torch or numpy."""
+    if kind == "mxfp4":  # exponents: 255 is NaN, and the largest code times 253 or 254 leaves float32
+        return bool(torch.as_tensor(rows).reshape(-1, 17)[:, 0].max() < 253)
+    size, first, count = SCALES[kind]
+    whole, exponents = (torch.int16, 0x7C00) if count == 2 else (torch.int32, 0x7C007C00)
+    scales = torch.as_tensor(rows).reshape(-1, size)[:, first:first + count].view(whole) & exponents
+    return bool(scales.view(torch.int16).max() < 0x7C00)
+
+
+def fault_of(made, most: float) -> str:
+    """What is wrong with what an `Unread` made, in words, or "". Floats of matrices must be below `most`."""
+    for kind, rows in getattr(made, "parts", ()):
+        if not scales_are_finite(kind, rows):
+            return f"a {kind.upper()} scale that is NaN or infinite"
+    if hasattr(made, "parts"):
+        return ""
+    for each in made if isinstance(made, tuple) else (made,):
+        if not all_below(each, most if each.ndim > 1 else math.inf):
+            return (f"a value of {most:,.0f} or more, which --quantize cannot pack" if all_below(each) else
+                    f"a value that is NaN or infinite in {str(each.dtype).removeprefix('torch.')}")
+    return ""
+
+
+def only_finite(path: Path, settings: Settings, theirs: Mapping[str, tuple[int, ...]],
+                read: Callable[[Iterable[str], Cut], Any]) -> Callable[[Cut], Any]:
+    """What reads all of `theirs`, the file's tensors and their shapes: a ConfigError names the first that has
+    NaN or infinity, as it is packed.
+
+    Only the rank's part is looked at; rows that fill up a file's vocabulary are not."""
+    most = MOST_QUANTIZED if settings.quantize else math.inf
+
+    def made(names: Iterable[str], cut: Cut) -> tuple[Any, str]:
+        with numpy.errstate(all="ignore"):  # of what overflows the error tells
+            found = read(names, cut)
+        return found, fault_of(found, most)
+
+    def all_made(cut: Cut):
+        found, fault = made(theirs, cut)
+        if fault:
+            name, axes = next(iter(theirs)), len(cut.shape)
+            for each, shape in theirs.items() if len(theirs) > 1 else ():
+                rows = math.prod(shape[:len(shape) - axes + 1])  # of all experts
+                if alone := made([each], Cut.whole((rows, *shape[len(shape) - axes + 1:])))[1]:
+                    name, fault = each, alone
+                    break
+            raise ConfigError(f"{path}: {name} has {fault}")
+        return found
+
+    return all_made

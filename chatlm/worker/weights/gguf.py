@@ -1,0 +1,306 @@
+"""GGUF files as models: spec, tensors, tokenizer."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import operator
+import re
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TYPE_CHECKING
+
+import gguf
+import torch
+
+from chatlm.common.errors import ConfigError, cannot_read, named, printable, shown
+from chatlm.common.messages.requests import TextSpec
+from chatlm.common.text.formats import template_of
+from chatlm.worker.model.kernels import choose_backend
+from chatlm.worker.model.tensors import TILE_ROWS, Cut, Unread
+from chatlm.worker.ops.basic import dequantized
+from chatlm.worker.weights.assemble import (
+    below_each_other, check_names_and_shapes, cut_stored, file_shapes, packed_together, tensor_sources)
+from chatlm.worker.weights.families import (
+    FAMILIES, HF_DEFAULTS, HF_TENSORS, LAYER_TYPES, complete_heads, family_spec, scaled_rope)
+from chatlm.worker.weights.finite import only_finite
+from chatlm.worker.weights.gguf_file import (
+    GGUF_FAMILIES, GGUF_INERT, GGUF_KEYS, GGUF_OWN, GGUF_SIZES, PRE_TOKENIZERS, ROPE_TENSORS,
+    check_gguf_types, gguf_value, read_gguf)
+from chatlm.worker.weights.lora import read_adapters
+from chatlm.worker.weights.rules import LoadedModel, Rule, check_divides, checked, own_sampling
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+    from chatlm.common.messages.requests import ModelSource
+    from chatlm.worker.model.spec import ModelSpec
+    from chatlm.worker.weights.assemble import Sources
+    from chatlm.worker.weights.gguf_file import PreTokenizer
+    from chatlm.worker.weights.lora import Change
+
+
+PERMUTED = ("llama", "smollm3")  # architectures whose q and k have rotary pairs side by side
+
+
+def open_gguf(source: ModelSource, settings: Settings, dtype: torch.dtype, device) -> LoadedModel:
+    try:
+        metadata, stored = read_gguf(source.path)
+        kind, spec = gguf_spec(source.path, metadata, stored, settings.context_length)
+        architecture = metadata["general.architecture"]
+        check_gguf_types(source.path, stored)
+        names = gguf_names(architecture, HF_TENSORS | FAMILIES[kind].tensors)
+        sources = tensor_sources(spec, names, spec.vocab_size)
+        check_names_and_shapes(
+            source.path, {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in stored.items()
+                          if name not in ROPE_TENSORS},  # they became spec.rope_factors
+            sources)
+        backend = choose_backend(device, spec)
+        if not backend.as_stored:
+            dtype = dtype or backend.dtype
+        added, adapted = gguf_adapters(settings, HF_TENSORS | FAMILIES[kind].tensors, names, sources)
+        tensors = gguf_tensors(source.path, settings, spec, sources, stored, dtype, backend.as_stored,
+                               architecture in PERMUTED, added)
+        text = gguf_text(source.path, metadata)
+    except OSError as error:
+        raise cannot_read(error.filename or source.path, error) from None
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError, struct.error) as error:
+        reason = "a tensor's shape does not fit its bytes" if "reshape" in str(error) else named(error)
+        raise ConfigError(f"{source.path} is not a readable GGUF file (truncated?): {reason}") from None
+    types = Counter(tensor.tensor_type.name for tensor in stored.values())
+    name = printable(gguf_value(source.path, metadata, "general.name") or source.name)
+    description = f"{name}: {architecture}, {spec.layers} layers, width {spec.width}, " + \
+        ", ".join(f"{count} {name}" for name, count in types.most_common())
+    if dtype is None:
+        description += backend.converted(sources, stored)
+    description += adapted
+    block = max(packed_together(tensor) for name, tensor in stored.items() if ".ffn_down" in name)
+    return LoadedModel(spec, tensors, text, source.name, description, dtype, block=max(block, TILE_ROWS),
+                       **own_sampling(source.path, metadata, "general.sampling."))
+
+
+UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type
+END_TOKENS = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>",
+              "<end_of_turn>"}
+
+
+def gguf_names(architecture: str, tensors: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """A table like HF_TENSORS in the names of GGUF, as far as the architecture has them."""
+    found = {}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper().replace("-", "_")], 1)
+    for ours, theirs in tensors.items():
+        mapped = [names.get_name(name.replace("experts.{}", "experts").format(0), (".weight", ".bias"))
+                  for name in theirs]
+        if all(mapped):
+            found[ours] = tuple(name.replace("blk.0.", "blk.{}.") + ".weight" * name.endswith("sinks")
+                                for name in mapped)
+    return found
+
+
+def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | None) -> tuple[str, ModelSpec]:
+    """The row of FAMILIES and the spec, made as from a config.json that says what the metadata does."""
+    value = partial(gguf_value, path, metadata)
+    own = f"{value('general.architecture')}."
+    number = lambda key, *default, **bounds: value(own + key, *default, **bounds)
+    kind = GGUF_FAMILIES[own[:-1]]
+    if kind == "llama" and number("attention.sliding_window"):
+        kind = "mistral"
+    config = HF_DEFAULTS | FAMILIES[kind].config
+    unknown = {own + theirs for ours, theirs in GGUF_OWN.items() if ours not in config}
+    unknown |= {key for key in metadata if key.startswith(own) and f"*.{key[len(own):]}" not in GGUF_KEYS}
+    unknown -= {own + key for key in GGUF_INERT}
+    for key in (key for key in metadata if key in unknown and metadata[key]):
+        raise ConfigError(f"{path}: {key} is {shown(metadata[key])}; this key is not supported in a "
+                          f"{own[:-1]} model")
+    config |= {ours: number(theirs, 1e-5 if ours == "rms_norm_eps" else None)
+               for ours, theirs in GGUF_SIZES.items()}
+    config |= {ours: number(theirs, config[ours]) or None for ours, theirs in GGUF_OWN.items()
+               if ours in config}
+    complete_heads(path, config, {ours: own + theirs for ours, theirs in GGUF_SIZES.items()})
+    layers, width, head_size = config["num_hidden_layers"], config["hidden_size"], config["head_dim"]
+    number("attention.value_length", head_size, low=head_size, high=head_size)  # no other is supported
+    tokens = len(value("tokenizer.ggml.tokens"))
+    embedding = stored["token_embd.weight"].shape if "token_embd.weight" in stored else ()
+    vocab_size = int(embedding[1]) if len(embedding) > 1 else tokens
+    if not 1 <= tokens <= vocab_size:
+        raise ConfigError(f"{path}: tokenizer.ggml.tokens has {tokens:,} entries; it must have 1 to "
+                          f"{vocab_size:,}, the number of rows of token_embd.weight")
+    pattern = metadata.get(own + "attention.sliding_window_pattern")
+    if pattern is not None:  # every n-th layer without a window, or which layers have one
+        rule = Rule(bool, many=True) if isinstance(pattern, list) else Rule(int, 1)
+        pattern = checked(path, own + "attention.sliding_window_pattern", pattern, rule, layers)
+        config["layer_types"] = [LAYER_TYPES[pattern[layer] if isinstance(pattern, list) else
+                                             (layer + 1) % pattern > 0] for layer in range(layers)]
+    elif "layer_types" in config and not config["sliding_window"]:
+        config["layer_types"] = [LAYER_TYPES[0]] * layers
+    if "query_pre_attn_scalar" in config:  # not in the metadata: what llama.cpp assumes, by size
+        largest = layers == {"gemma2": 46, "gemma3_text": 62}[kind]
+        config["query_pre_attn_scalar"] = (width // config["num_attention_heads"] if largest else head_size)
+    if "norm_topk_prob" in config:         # nor this
+        config["norm_topk_prob"] = True
+    config |= {"vocab_size": vocab_size, "tie_word_embeddings": "output.weight" not in stored}
+    spec = family_spec(path, kind, config, gguf_rope(path, own, value, config, stored, context))
+    return kind, replace(spec, **{field: f"blk.0.{name}.bias" in stored for field, name in (
+        ("qkv_bias", "attn_q"), ("output_bias", "attn_output"),
+        ("ffn_bias", "ffn_down_exps" if spec.experts else "ffn_down"))})
+
+
+def gguf_rope(path: Path, own: str, value: Callable, config: Mapping, stored: Mapping,
+              context: int | None) -> dict:
+    """As hf_rope: the scaling's keys, phi3's two lists of factors, and llama 3's baked into one."""
+    head_size = config["head_dim"]
+    lists = {name: value(name, stored[name].data.tolist()) for name in ROPE_TENSORS if name in stored}
+    kind = value(f"{own}rope.scaling.type", "none")
+    rope = {"original_max_position_embeddings": value(f"{own}rope.scaling.original_context_length")}
+    least = 2 if own == "phi3." else head_size
+    size = value(f"{own}rope.dimension_count", head_size, low=least, high=head_size)
+    check_divides(path, f"{own}rope.dimension_count", size, 2)
+    if "rope_factors_long.weight" in lists:
+        rope |= {"rope_type": "longrope", "attention_factor": value(f"{own}rope.scaling.attn_factor", 1.0),
+                 "short_factor": lists.get("rope_factors_short.weight"),
+                 "long_factor": lists["rope_factors_long.weight"]}
+    elif kind in ("linear", "yarn"):
+        value(f"{own}rope.scaling.attn_factor", 1.0, low=1.0, high=1.0)
+        rope = {"rope_type": kind, "factor": value(f"{own}rope.scaling.factor", 1.0)} | (rope | {
+            beta: value(f"{own}rope.scaling.yarn_{beta}") for beta in ("beta_fast", "beta_slow")
+            } if kind == "yarn" else {})
+        if own == "gpt-oss.":  # its makers do not round; the metadata cannot say so
+            rope["truncate"] = False
+    else:
+        rope = {}
+    base = float(value(f"{own}rope.freq_base", 10_000.0))
+    fields = scaled_rope(path, f"{own}rope.scaling", rope, base, size, config["max_position_embeddings"],
+                         context)
+    if "rope_freqs.weight" in lists:
+        factors = value("rope_freqs.weight", lists["rope_freqs.weight"], size // 2)
+        scaled = fields.get("rope_factors", itertools.repeat(1.0))
+        fields["rope_factors"] = tuple(map(operator.mul, factors, scaled))
+    if "rope_local_base_freq" in config:
+        fields["local_rope_base"] = float(config["rope_local_base_freq"])
+    return fields
+
+
+def gguf_adapters(settings: Settings, table: Mapping[str, tuple], names: Mapping[str, tuple],
+                  sources: Sources) -> tuple[dict[str, list[Change]], str]:
+    """As read_adapters, by the names of the GGUF's tensors; both tables are like HF_TENSORS."""
+    own, shapes = {}, file_shapes(sources)
+    for ours in sources:
+        layer, _, part = ours.rpartition(".")
+        for theirs, name in zip(table.get(part, ()), names.get(part, ()) if "expert" not in part else ()):
+            if len(shapes.get(name := name.format(layer), ())) == 2:
+                own[theirs.format(layer)] = name
+    added, adapted = read_adapters(settings, {theirs: shapes[name] for theirs, name in own.items()})
+    return {own[theirs]: changes for theirs, changes in added.items()}, adapted
+
+
+def gguf_tensors(path: Path, settings: Settings, spec: ModelSpec, sources: Sources, stored: Mapping,
+                 dtype: torch.dtype | None, as_stored: Callable | None, permuted: bool,
+                 added: Mapping[str, list[Change]] = {}) -> dict[str, Unread]:
+    """Our tensors as `dtype`; None: `as_stored` makes the matrices, in the file's type or one close to it."""
+    def read(theirs: Iterable[str], cut: Cut):
+        sizes = [spec.head_size if permuted and re.search(r"attn_[qk]\.", name) else 0 for name in theirs]
+        parts = [merged(stored[name], head_size, added[name], dtype is None) if name in added else
+                 (below_each_other(stored[name], cut.shape), head_size)
+                 for name, head_size in zip(theirs, sizes)]
+        parts, matrix = cut_stored(parts, cut), len(cut.shape) == 2
+        return (as_stored(cut.shape, parts) if dtype is None and matrix else
+                dequantized(cut.shape, parts, dtype if matrix else torch.float32))
+
+    def unread(shape: tuple[int, ...], theirs: Mapping[str, tuple[int, ...]]) -> Unread:
+        mapped = tuple(torch.from_numpy(stored[name].data) for name in theirs)
+        size = (sum(part.nbytes for part in mapped) if dtype is None and len(shape) == 2 else
+                math.prod(shape) * (4 if len(shape) == 1 else dtype.itemsize))
+        return Unread(Cut.whole(shape), only_finite(path, settings, theirs, read), size, mapped)
+
+    return {ours: unread(*source) for ours, source in sources.items()}
+
+
+def merged(tensor, head_size: int, changes: Iterable[Change], packed: bool) -> tuple[Any, int]:
+    """A part of a matrix after the changes of its adapters; a `packed` one becomes Q8_0."""
+    rows, columns = reversed(tensor.shape.tolist())
+    values = dequantized((rows, columns), [(tensor, head_size)], torch.float32)
+    for change in changes:
+        values += change.delta()
+    kind = gguf.GGMLQuantizationType[
+        "Q8_0" if packed and tensor.tensor_type.name not in ("F32", "F16", "BF16") else "F32"]
+    return SimpleNamespace(tensor_type=kind, data=gguf.quantize(values.numpy(), kind), shape=tensor.shape), 0
+
+
+def gguf_text(path: Path, metadata: Mapping) -> TextSpec:
+    """The tokenizer (as the text of a tokenizer.json), chat template and stop tokens from the metadata."""
+    def value(name: str, *default, **bounds):
+        return gguf_value(path, metadata, f"tokenizer.{name}", *default, **bounds)
+
+    model, tokens = value("ggml.model"), value("ggml.tokens")
+    types = value("ggml.token_type", [1] * len(tokens), len(tokens))
+    last = len(tokens) - 1
+    bos, eos, *ends = (value(f"ggml.{name}_token_id", high=last) for name in ("bos", "eos", "eot", "eom"))
+    pre = PRE_TOKENIZERS[value("ggml.pre", "default")] if model == "gpt2" else None
+    if pre:
+        pipeline = byte_level_pipeline(tokens, value("ggml.merges"), pre)
+    else:
+        merges = value("ggml.merges", [])
+        merges = merges or merges_of_scores(tokens, value("ggml.scores", None, len(tokens)), types)
+        unknown = tokens[value("ggml.unknown_token_id", 0, high=last)]
+        pipeline = sentencepiece_pipeline(tokens, merges, unknown, value("ggml.add_space_prefix", True))
+    spaces = metadata.get("general.architecture") == "phi3" and not pre  # swallowed after these tokens
+    pipeline["added_tokens"] = [
+        {"id": i, "content": token, "special": kind == CONTROL, "normalized": False,
+         "single_word": False, "lstrip": False,
+         "rstrip": spaces and token not in ("<unk>", "<s>", "<|endoftext|>")}
+        for i, (token, kind) in enumerate(zip(tokens, types)) if token and kind in (CONTROL, USER_DEFINED)]
+    ends = {eos, *ends} - {None}
+    ends |= {entry["id"] for entry in pipeline["added_tokens"] if entry["content"] in END_TOKENS}
+    add_bos = value("ggml.add_bos_token", pre is None or pre.add_bos)
+    template = template_of(value("chat_template"), metadata.get("tokenizer.chat_template.tool_use"))
+    return TextSpec("hf", json.dumps(pipeline, ensure_ascii=False).encode(), template,
+                    stop_tokens=frozenset(ends), bos_token=bos, eos_token=eos, add_bos=add_bos)
+
+
+def bpe_pipeline(tokens: Seq[str], merges: list, normalizer, pre_tokenizer, decoder, **options) -> dict:
+    """The contents of a tokenizer.json, except its added tokens."""
+    model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges,
+             **options}
+    return {"version": "1.0", "normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "decoder": decoder,
+            "model": model}
+
+
+def byte_level_pipeline(tokens: Seq[str], merges: list, pre: PreTokenizer) -> dict:
+    steps = [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+             for pattern in pre.splits]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": pre.gpt2}
+    return bpe_pipeline(tokens, merges, {"type": "NFC"} if pre.nfc else None,
+                        {"type": "Sequence", "pretokenizers": [*steps, byte_level]}, byte_level,
+                        ignore_merges=pre.ignore_merges)
+
+
+def sentencepiece_pipeline(tokens: Seq[str], merges: list, unknown: str, space_prefix: bool) -> dict:
+    """llama's sentencepiece BPE: spaces are U+2581, the text gets a leading one if `space_prefix`.
+
+    Unknown characters become bytes."""
+    steps: list[dict] = [{"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]
+    undo = [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"},
+            {"type": "Fuse"}]
+    if space_prefix:
+        steps.insert(0, {"type": "Prepend", "prepend": "\u2581"})
+        undo.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return bpe_pipeline(tokens, merges, {"type": "Sequence", "normalizers": steps}, None,
+                        {"type": "Sequence", "decoders": undo},
+                        byte_fallback=True, fuse_unk=True, unk_token=unknown)
+
+
+def merges_of_scores(tokens: Seq[str], scores: Seq[float], types: Seq[int]) -> list[tuple[str, str]]:
+    """The merges that a sentencepiece vocabulary leaves out.
+
+    Two pieces merge if together they are a piece; the best score comes first."""
+    usable = {token: score for token, score, kind in zip(tokens, scores, types)
+              if kind not in (UNKNOWN, CONTROL, BYTE)}
+    merges = [(score, len(token[:i]), token[:i], token[i:]) for token, score in usable.items()
+              for i in range(1, len(token)) if token[:i] in usable and token[i:] in usable]
+    merges.sort(key=lambda merge: merge[:2], reverse=True)
+    return [(left, right) for _, _, left, right in merges]

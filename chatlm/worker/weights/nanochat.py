@@ -1,0 +1,238 @@
+"""nanochat's checkpoints, of every generation."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple, TYPE_CHECKING
+
+import torch
+
+from chatlm.common.errors import ConfigError, cannot_read, lack_of_memory, named, shown
+from chatlm.common.messages.requests import TextSpec
+from chatlm.common.text.load import NANOCHAT_CHAT_TOKENS
+from chatlm.worker.model.kernels import choose_backend
+from chatlm.worker.model.spec import ModelSpec
+from chatlm.worker.weights.assemble import assembled, check_names_and_shapes, tensor_sources
+from chatlm.worker.weights.lora import refuse_adapters
+from chatlm.worker.weights.rules import (
+    MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, LoadedModel, Rule, check_bytes,
+    check_divides, checked)
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+    from chatlm.common.messages.requests import ModelSource
+
+
+class Generation(NamedTuple):
+    """One version of upstream's gpt.py (git log -p nanochat/gpt.py).
+
+    It has a date, the ModelSpec fields that set it apart, and the size of its short window."""
+
+    since: str
+    fields: dict
+    window_of: Callable[[int], int] = lambda length: length // 2
+
+
+GENERATIONS = {
+    1: Generation("2025-10", dict(rope_bfloat16=True)),
+    2: Generation("2026-01-11", dict(rope_bfloat16=True, residual_lambdas=True)),
+    3: Generation("2026-01-17", dict(rope_bfloat16=True, residual_lambdas=True, ve_gate_channels=32,
+                                     ve_gate_scale=2.0)),
+    4: Generation("2026-03-09", dict(rope_base=100_000.0, residual_lambdas=True, ve_gate_channels=12,
+                                     ve_gate_scale=3.0, qk_scale=1.15),
+                  lambda length: -(-length // 3 // 128) * 128),
+    5: Generation("2026-03-14", dict(rope_base=100_000.0, residual_lambdas=True, ve_gate_channels=12,
+                                     ve_gate_scale=3.0, qk_scale=1.2, smear_channels=24),
+                  lambda length: -(-length // 4 // 128) * 128),
+}
+
+
+def open_nanochat(source: ModelSource, settings: Settings, dtype: torch.dtype, device) -> LoadedModel:
+    config = read_nanochat_config(source.path)
+    text = read_nanochat_tokenizer(source.path, config["vocab_size"])
+    state = read_checkpoint(source.path)
+    number = nanochat_generation(state)
+    spec = nanochat_spec(config, number, settings.softcap or 15.0)
+    padded = max(spec.vocab_size, len(state.get("transformer.wte.weight", ())))
+    sources = tensor_sources(spec, NANOCHAT_TENSORS, padded)
+    check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()},
+                           sources)
+    dtype = dtype or choose_backend(device, spec).dtype
+    refuse_adapters(settings, f"{source.path} is a nanochat checkpoint")
+    tensors = assembled(source.path, settings, sources, state, dtype)
+    since = GENERATIONS[number].since
+    description = f"nanochat generation {number} ({since}), {spec.layers} layers, width {spec.width}"
+    return LoadedModel(spec, tensors, text, source.name, description, dtype)
+
+
+NANOCHAT_KEYS = {  # of model_config
+    "sequence_len": Rule(int, 16, MOST_POSITIONS), "vocab_size": Rule(int, 1, MOST_TOKENS),
+    "n_layer": Rule(int, 1, MOST_LAYERS), "n_head": Rule(int, 1, MOST_HEADS),
+    "n_kv_head": Rule(int, 1, MOST_HEADS), "n_embd": Rule(int, 2, MOST_CHANNELS),
+    "window_pattern": Rule(str, optional=True)}
+
+
+def read_nanochat_config(model_path: Path) -> dict:
+    """`model_config` of meta_<step>.json beside the checkpoint."""
+    path = model_path.with_name(model_path.name.replace("model_", "meta_").replace(".pt", ".json"))
+    try:
+        found = dict(json.loads(path.read_text(encoding="utf-8"))["model_config"])
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; it must be beside {model_path.name}") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path} is not a nanochat meta file: {named(error)}") from None
+    if unknown := [key for key in found if key not in NANOCHAT_KEYS]:
+        known = ", ".join(NANOCHAT_KEYS)
+        raise ConfigError(f"{path}: model_config has the key {shown(unknown[0])}; known are {known}")
+    config = {key: checked(path, f"model_config.{key}", found.get(key), rule)
+              for key, rule in NANOCHAT_KEYS.items()}
+    pattern = (config["window_pattern"] or "L").upper()
+    if set(pattern) - set("SL"):
+        raise ConfigError(f"{path}: model_config.window_pattern is {shown(pattern)}; it must be of S and L")
+    check_divides(path, "model_config.n_embd", config["n_embd"], 2 * config["n_head"], "2 * n_head")
+    check_divides(path, "model_config.n_head", config["n_head"], config["n_kv_head"], "n_kv_head")
+    return config | {"window_pattern": pattern}
+
+
+def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict, mapped from the file; runs no code from it.
+
+    Names lose the `_orig_mod.` that torch.compile prepends."""
+    try:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except OSError as error:
+        raise cannot_read(path, error) from None
+    except Exception as error:  # UnpicklingError, RuntimeError (zip), EOFError, ValueError: a bad file
+        stranger = re.search(r"GLOBAL (\S+)", str(error))
+        told = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))  # torch puts bad advice before it
+        first = told[1] if told else named(error).split("\n")[0]
+        reason = f"it would load {stranger[1]}" if stranger else first
+        raise lack_of_memory(error) or ConfigError(
+            f"{path} is not a readable checkpoint (truncated, or not only tensors): {reason}") from None
+    if not isinstance(state, dict):
+        raise ConfigError(f"{path} holds {type(state).__name__} instead of a state dict")
+    for name, value in state.items():
+        if not (type(name) is str and tensor_kind(value) in PLAIN_TENSORS):
+            key = name if type(name) is str else f"a key of type {type(name).__name__}, not str,"
+            raise ConfigError(f"{path}: {key} is {tensor_kind(value)}; it must be one of "
+                              f"{', '.join(PLAIN_TENSORS)}")
+    check_bytes(path, {name: value.nbytes for name, value in state.items()})
+    return {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
+
+
+PLAIN_TENSORS = tuple(f"cpu strided {name}" for name in ("float32", "bfloat16", "float16", "float64"))
+
+
+def tensor_kind(value) -> str:
+    """What a state dict's value is, in words: "cpu strided float32", "cpu sparse_coo int64", "list"."""
+    if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_nested:
+        return f"{'nested ' * isinstance(value, torch.Tensor)}{type(value).__name__}"
+    kinds = (str(kind).removeprefix("torch.") for kind in (value.layout, value.dtype))
+    return " ".join((value.device.type, *kinds))
+
+
+def nanochat_generation(state: Mapping[str, torch.Tensor]) -> int:
+    """The checkpoint's generation, recognized by its keys and the gate's width.
+
+    check_names_and_shapes reports keys that do not fit it later, as unknown or missing."""
+    gates = {tensor.shape[-1:] for name, tensor in state.items() if name.endswith("ve_gate.weight")}
+    if any(name.startswith(("smear_", "backout_")) for name in state):
+        return 5
+    if gates or any(name.startswith("value_embeds.") for name in state):
+        return 3 if (32,) in gates else 4
+    return 2 if "resid_lambdas" in state or "x0_lambdas" in state else 1
+
+
+def nanochat_spec(config: Mapping, number: int, softcap: float) -> ModelSpec:
+    generation, L = GENERATIONS[number], config["n_layer"]
+    # upstream's window of W covers the token itself and the W before it; the last layer has no window
+    short = generation.window_of(config["sequence_len"]) + 1
+    pattern = config["window_pattern"] if number > 1 else "L"
+    windows = tuple(short if pattern[layer % len(pattern)] == "S" and layer < L - 1 else 0
+                    for layer in range(L))
+    return ModelSpec(
+        vocab_size=config["vocab_size"], layers=L, width=config["n_embd"], heads=config["n_head"],
+        kv_heads=config["n_kv_head"], head_size=config["n_embd"] // config["n_head"],
+        ffn_size=4 * config["n_embd"],
+        max_positions=config["sequence_len"],
+        norm_eps=1.1920929e-07,  # torch's default for rms_norm in float32
+        norm_weights=False, embedding_norm=True, rope_direction=-1, qk_norm="after_rope", activation="relu2",
+        windows=windows, softcap=softcap,
+        value_embed_layers=tuple(range((L - 1) % 2, L, 2)) if number >= 3 else (),
+        backout_layer=L // 2 if number >= 5 else None, **generation.fields)
+
+
+NANOCHAT_TENSORS = {  # our tensor (of layer {}) -> upstream's tensors whose rows it is made of
+    "qkv": ("transformer.h.{}.attn.c_q.weight", "transformer.h.{}.attn.c_k.weight",
+            "transformer.h.{}.attn.c_v.weight"),
+    "output": ("transformer.h.{}.attn.c_proj.weight",), "up": ("transformer.h.{}.mlp.c_fc.weight",),
+    "down": ("transformer.h.{}.mlp.c_proj.weight",), "ve_gate": ("transformer.h.{}.attn.ve_gate.weight",),
+    "value_embed": ("value_embeds.{}.weight",), "embed": ("transformer.wte.weight",),
+    "head": ("lm_head.weight",), "smear_gate": ("smear_gate.weight",)}
+
+
+class TokenizerUnpickler(pickle._Unpickler):
+    """Loads tiktoken's Encoding as a plain namespace and no other global: a hostile pickle can call nothing.
+
+    It extends pickle's Python class, because the C one allocates room for any memo index: six bytes took 4 GB
+    and 12 s."""
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+    del dispatch[pickle.BYTEARRAY8[0]]  # it too allocates any length it is told
+
+    def find_class(self, module: str, name: str):
+        if (module, name) == ("tiktoken.core", "Encoding"):
+            return SimpleNamespace  # if the state is a string, tiktoken fetches the encoding of that name
+        raise pickle.UnpicklingError(f"it would load {module}.{name}, which no nanochat tokenizer needs")
+
+
+def read_encoding(path: Path) -> tuple[str, dict[bytes, int], dict[str, int]]:
+    """(pattern, ranks, special tokens) of a pickled tiktoken Encoding; no two tokens share an id."""
+    state, ids = vars(TokenizerUnpickler(io.BytesIO(path.read_bytes())).load()), Rule(int, 0, MOST_TOKENS - 1)
+    names = {"name", "pat_str", "mergeable_ranks", "special_tokens"}
+    if set(state) != names or type(state["pat_str"]) is not str:
+        raise ValueError(f"its state is {sorted(state)}, or the pattern is not text")
+    pattern, ranks, specials = state["pat_str"], state["mergeable_ranks"], state["special_tokens"]
+    for table, kind in ((ranks, bytes), (specials, str)):
+        if type(table) is not dict or set(map(type, table)) != {kind} or not ids.fits(list(table.values())):
+            raise ValueError(f"a table is not a dict of {kind.__name__} to token ids, each {ids.allowed}")
+    [(token, count)] = Counter([*ranks.values(), *specials.values()]).most_common(1)
+    if count > 1:
+        raise ValueError(f"{count} tokens have the id {token}; each must have its own")
+    if bytes_without_token := set(range(256)) - {token[0] for token in ranks if len(token) == 1}:
+        raise ValueError(f"the byte {min(bytes_without_token)} has no token; each of the 256 must have one")
+    return pattern, ranks, specials
+
+
+def read_nanochat_tokenizer(model_path: Path, vocab_size: int) -> TextSpec:
+    """The TextSpec from tokenizer.pkl, which is beside the checkpoint or in <base>/tokenizer."""
+    places = [model_path.parent / "tokenizer.pkl", model_path.parent / "tokenizer" / "tokenizer.pkl",
+              model_path.parent.parent.parent / "tokenizer" / "tokenizer.pkl"]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise ConfigError(f"the tokenizer of {model_path} is missing; "
+                          f"looked for {', '.join(map(str, places))}")
+    try:
+        pattern, ranks, specials = read_encoding(path)
+    except OSError as error:
+        raise cannot_read(path, error) from None
+    except Exception as error:  # a hostile or truncated pickle can raise nearly anything
+        broken = ConfigError(f"{path} is not a tiktoken Encoding: {named(error)}")
+        raise lack_of_memory(error) or broken from None
+    missing = [name for name in NANOCHAT_CHAT_TOKENS if name not in specials]
+    size = max([*ranks.values(), *specials.values()]) + 1
+    if missing or size != vocab_size:
+        raise ConfigError(f"{path} does not fit {model_path}: it has {size} tokens, the model {vocab_size}; "
+                          f"missing special tokens: {', '.join(missing) or 'none'}")
+    bos, end = specials["<|bos|>"], specials["<|assistant_end|>"]
+    payload = json.dumps((pattern, {piece.decode("latin-1"): token for piece, token in ranks.items()},
+                          specials)).encode()
+    return TextSpec("nanochat", payload, bos_token=bos, eos_token=end,
+                    stop_tokens=frozenset((bos, end)), add_bos=True)

@@ -1,0 +1,160 @@
+"""What a model's files may say, checked key by key, and `LoadedModel`."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, TYPE_CHECKING
+
+from chatlm.common.errors import ConfigError, cannot_read, named, shown
+from chatlm.common.hub.default_model import DEFAULT_FILE
+from chatlm.common.memory import available_memory
+from chatlm.worker.model.tensors import TILE_ROWS
+from chatlm.worker.ops.attention import rope_frequencies
+
+if TYPE_CHECKING:
+    import torch
+    from chatlm.common.messages.requests import TextSpec
+    from chatlm.worker.model.spec import ModelSpec
+    from chatlm.worker.model.tensors import Unread
+
+
+@dataclass
+class LoadedModel:
+    """A model whose weights are still in its files; `tensors` has the names and shapes of
+    `expected_tensors(spec)`, without a tied head."""
+
+    spec: ModelSpec
+    tensors: dict[str, "Unread"]
+    text: TextSpec
+    name: str
+    description: str
+    dtype: torch.dtype | None    # of the weight matrices; None: as stored in the file
+    sampling: dict = field(default_factory=dict)  # the makers' defaults
+    sampling_origin: str = ""    # where they come from
+    notes: tuple[str, ...] = ()  # more lines for the start-up log
+    block: int = TILE_ROWS       # so many columns of `down` are packed together
+
+    @property
+    def context_length(self) -> int:
+        return self.spec.max_positions
+
+
+# Limits far above any real model; sizes beyond them would take long even to compare with the file.
+MOST_LAYERS, MOST_TENSORS, MOST_HEADS, MOST_CHANNELS = 10_000, 1 << 17, 1 << 16, 1 << 20
+MOST_TOKENS, MOST_POSITIONS, MOST_EXPERTS = 1 << 24, 1 << 26, 1 << 12
+
+
+class Rule(NamedTuple):
+    """What a model file may hold under one key; the check and its error text are made from this row."""
+
+    kind: type                     # int, float (accepts an int too), bool or str
+    low: float = -math.inf         # bounds of a number
+    high: float = math.inf
+    choices: tuple[str, ...] = ()  # allowed texts; () = any
+    many: bool = False             # the value is a list of these
+    optional: bool = False
+
+    def fits(self, values: list) -> bool:
+        types = set(map(type, values))
+        if self.kind in (str, bool):
+            return types <= {self.kind} and (not self.choices or set(values) <= set(self.choices))
+        low, high = max(self.low, -sys.float_info.max), min(self.high, sys.float_info.max)
+        return types <= {int, self.kind} and all(low <= value <= high for value in values)  # NaN fails
+
+    @property
+    def allowed(self) -> str:
+        if self.kind is bool or self.choices:
+            each = f"one of {', '.join(self.choices)}" if self.choices else "true or false"
+            return f"a list of entries, each {each}" if self.many else each
+        if self.low == self.high:
+            return f"{self.low:,}"
+        noun = {str: "text", int: "integer", float: "finite number"}[self.kind]
+        bounds = f" from {self.low:,} to {self.high:,}" if self.low > -math.inf else ""
+        return (f"a list of {noun}s" if self.many else f"{'an' if self.kind is int else 'a'} {noun}") + bounds
+
+
+def checked(path: Path, key: str, value, rule: Rule, length: int | None = None):
+    """A model file's value if `rule` allows it; a list must have `length` entries, if given.
+
+    Otherwise raises ConfigError naming the file, the key, the value and what is allowed."""
+    if value is None and rule.optional:
+        return None
+    must, values = rule.allowed, value if rule.many else [value]
+    if rule.many and (not isinstance(value, list) or len(value) != (length or len(value))):
+        must = must.replace("list of", f"list of {length:,}") if length else must
+    elif rule.fits(values):
+        return value
+    elif rule.many:
+        wrong = next(i for i, each in enumerate(values) if not rule.fits([each]))
+        key, value, must = f"{key}[{wrong}]", values[wrong], rule._replace(many=False).allowed
+    raise ConfigError(f"{path}: {key} is {'missing' if value is None else shown(value)}; it must be {must}")
+
+
+SAMPLING_KEYS = {  # ours -> in generation_config.json, in a GGUF's general.sampling, what is allowed
+    "temperature": ("temperature", "temp", Rule(float, 0, 2)),
+    "top_k": ("top_k", "top_k", Rule(int, 0, 2**31 - 1)),
+    "top_p": ("top_p", "top_p", Rule(float, 0, 1)), "min_p": ("min_p", "min_p", Rule(float, 0, 1)),
+    "repetition_penalty": ("repetition_penalty", "penalty_repeat", Rule(float, 0.01, 10))}
+
+
+def own_sampling(path: Path, found: Mapping, prefix: str = "") -> dict:
+    """The fields `sampling`, `sampling_origin` and `notes` of a LoadedModel, from the values in its file: a
+    generation_config.json, or with a `prefix` GGUF metadata. A bad value is left out, with a note."""
+    sampling, notes = {}, []
+    for ours, keys in SAMPLING_KEYS.items():
+        key = prefix + keys[bool(prefix)]
+        try:
+            if (value := checked(path, key, found.get(key), keys[2]._replace(optional=True))) is not None:
+                sampling[ours] = value if keys[2].kind is int else float(f"{value:.7g}")  # GGUF has float32
+        except ConfigError as error:
+            notes.append(f"Ignored: {error}")
+    if not prefix and found.get("do_sample") is False:
+        sampling = {"temperature": 0.0}
+    origin = (prefix.rstrip(".") or path.name) if sampling else ""
+    if not sampling and path.name == DEFAULT_FILE:
+        sampling, origin = {"temperature": 0.2, "top_p": 0.9}, "recommended by its makers"
+    return {"sampling": sampling, "sampling_origin": origin, "notes": tuple(notes)}
+
+
+def check_divides(path: Path, key: str, size: int, divisor: int, of: str = ""):
+    """ConfigError unless `size` is a multiple of `divisor`; `of` says which sizes the divisor comes from."""
+    if size % divisor:
+        of = of and f" ({of})"
+        raise ConfigError(f"{path}: {key} is {size:,}; it must be a multiple of {divisor:,}{of}")
+
+
+def check_bytes(path: Path, sizes: Mapping[str, int]):
+    """ConfigError if tensors need more bytes than their file has: some share memory, but copies would not."""
+    if (total := sum(sizes.values())) > path.stat().st_size:
+        largest = max(sizes, key=sizes.__getitem__)
+        raise ConfigError(f"{path} has {path.stat().st_size:,} bytes, but its tensors would take {total:,} "
+                          f"({largest} alone {sizes[largest]:,})")
+
+
+def check_rotary_memory(path: Path, spec: ModelSpec, context_length: int):
+    """ConfigError if the rotary tables of this context, computed in float64, do not fit into memory."""
+    tables = {rope_frequencies(spec, layer) for layer in range(spec.layers)}
+    needed, free = 32 * context_length * sum(len(table) for table, _ in tables), available_memory()
+    if needed > free:
+        raise ConfigError(f"{path}: a context of {context_length:,} tokens needs {needed:,} bytes for its "
+                          f"rotary tables, and {free:,} are free; give a shorter --context-length")
+
+
+def read_json(path: Path, needed: bool = True) -> dict:
+    """The object in a JSON file; {} if the file is missing and not needed."""
+    if not needed and not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise cannot_read(path, error) from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid JSON: {named(error)}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds {shown(found)}; it must hold an object")
+    return found
