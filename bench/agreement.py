@@ -52,10 +52,14 @@ ROWS = ("TTFT mean, ms", "TTFT p50, ms", "TPOT mean, ms", "TPOT p50, ms", "chunk
 
 def write_tokenizer(model, folder):
     """The model's tokenizer as a Hugging Face folder: both tools want one, though they take the server's counts."""
-    import chat_server
+    from chatlm.common.config import Settings
+    from chatlm.common.hub.default_model import fetch_default_model
+    from chatlm.common.hub.find import resolve_model
+    from chatlm.worker.build import chosen_dtype
+    from chatlm.worker.weights.load import open_model
     import torch
-    settings = chat_server.Settings(model=model or str(chat_server.fetch_default_model()))
-    text = chat_server.open_model(chat_server.resolve_model(settings), settings, chat_server.chosen_dtype(settings), torch.device("cpu")).text
+    settings = Settings(model=model or str(fetch_default_model()))
+    text = open_model(resolve_model(settings), settings, chosen_dtype(settings), torch.device("cpu")).text
     folder.mkdir()
     (folder / "tokenizer.json").write_bytes(text.payload)
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": text.chat_template}))

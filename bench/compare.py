@@ -448,8 +448,8 @@ def report(figures, competing, about, arguments):
 
 def default_model():
     sys.path.insert(0, str(ROOT))
-    import chat_server
-    return chat_server.fetch_default_model()
+    from chatlm.common.hub.default_model import fetch_default_model
+    return fetch_default_model()
 
 
 def parse_command_line():

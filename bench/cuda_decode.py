@@ -19,8 +19,12 @@ sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resol
 
 import torch  # noqa: E402
 
-import chat_server as cs  # noqa: E402
-from chat_server import Batch, ModelSpec, PAGE_SIZE, SampleRow, SamplingParams, Transformer  # noqa: E402
+from chatlm.common.config import PAGE_SIZE    # noqa: E402
+from chatlm.common.messages.requests import SamplingParams    # noqa: E402
+from chatlm.worker.model.kernels import load_kernels    # noqa: E402
+from chatlm.worker.model.spec import Batch, ModelSpec, expected_tensors    # noqa: E402
+from chatlm.worker.model.transformer import Transformer    # noqa: E402
+from chatlm.worker.ops.rows import SampleRow    # noqa: E402
 from decode_core.cuda_steps import GraphSteps  # noqa: E402
 
 SHAPES = {
@@ -36,7 +40,7 @@ def random_model(spec, kernels, device, dtype, **sizes):
     """A Transformer with small random weights, made on the device."""
     random = torch.Generator(device).manual_seed(1)
     tensors = {}
-    for name, shape in cs.expected_tensors(spec).items():
+    for name, shape in expected_tensors(spec).items():
         matrix = len(shape) > 1
         tensors[name] = torch.randn(shape, device=device, dtype=dtype if matrix else torch.float32, generator=random)
         tensors[name].mul_(0.02 if matrix else 1.0)
@@ -134,7 +138,7 @@ def main():
     print(f"{torch.cuda.get_device_name(device)}: copies {bandwidth / 1e12:.2f} TB/s")
     for shape in arguments.shapes:
         spec = SHAPES[shape]
-        kernels = cs.load_kernels(device, spec)
+        kernels = load_kernels(device, spec)
         assert kernels.backend.name == "decode_core/cuda", f"decode_core does not run here on CUDA: {kernels.names}"
         for batch in arguments.batches:
             length = arguments.context + arguments.steps + 20

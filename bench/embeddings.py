@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "tests" / "support")]
-import chat_server      # noqa: E402
+from chatlm.common.hub.default_model import fetch_default_model    # noqa: E402
 from real_server import post, server        # noqa: E402
 
 BODIES = {"/v1/embeddings": ("input", {}), "/v1/embeddings of the last token": ("input", {"pooling": "last"}),
@@ -28,7 +28,7 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=default)
     asked, dice = parser.parse_args(), random.Random(1)
     found = {name: [] for name in BODIES}
-    with server(asked.model or chat_server.fetch_default_model()) as (_, url):
+    with server(asked.model or fetch_default_model()) as (_, url):
         for _ in range(asked.rounds + 1):           # the first one warms up
             for name, (field, more) in BODIES.items():
                 ids = [[dice.randrange(5000) for _ in range(asked.tokens)] for _ in range(asked.inputs)]

@@ -18,7 +18,7 @@ import numpy
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-import chat_server      # noqa: E402
+from chatlm.common.hub.default_model import fetch_default_model    # noqa: E402
 
 LAYERS = 4
 SHAPES = {                  # name -> architecture's numbers; layers of the whole model
@@ -82,7 +82,7 @@ def random_blocks(kind, rows, columns, dice):
 def write(path, model):
     import gguf
     m, dice = SHAPES[model], numpy.random.default_rng(1)
-    default = gguf.GGUFReader(chat_server.fetch_default_model())
+    default = gguf.GGUFReader(fetch_default_model())
     writer = gguf.GGUFWriter(path, m["arch"])
     known = default.fields["tokenizer.ggml.tokens"].contents()
     unused = [f"<|unused{i}|>" for i in range(m["vocab"] - len(known))]

@@ -43,6 +43,11 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(ROOT))
 import chat_server      # noqa: E402
+from chatlm.common import config    # noqa: E402
+from chatlm.common.config import LIMITS    # noqa: E402
+from chatlm.common.hub.default_model import fetch_default_model    # noqa: E402
+from chatlm.common.processes.start import die_with_parent    # noqa: E402
+from chatlm.common.program import page_files    # noqa: E402
 
 CHAT, OPENAI, COMPLETIONS = "/chat/completions", "/v1/chat/completions", "/v1/completions"
 TOKENIZE, DETOKENIZE, APPLY_TEMPLATE = "/tokenize", "/detokenize", "/apply-template"
@@ -77,7 +82,7 @@ def shared_number(path):
 
 def serve(parent, pauses_path, *words):
     """chat_server with a task that records the longest pause of the event loop, in seconds."""
-    chat_server.die_with_parent(int(parent))
+    die_with_parent(int(parent))
     longest_s, serve_forever = shared_number(pauses_path), chat_server.serve_forever
 
     async def watch():
@@ -108,7 +113,7 @@ class Server:
         (folder / "pauses").write_bytes(bytes(8))
         self.pause_s = shared_number(folder / "pauses")
         copy = ["-m", "gguf.scripts.gguf_new_metadata", "--force", "--chat-template", template]
-        copy += [chat_server.fetch_default_model(), self.model]
+        copy += [fetch_default_model(), self.model]
         subprocess.run([sys.executable, *copy], check=True, capture_output=True)
 
     def begin(self):
@@ -485,7 +490,7 @@ async def many_keys(attacker):
 
 async def pieces(attacker):
     """A text as long as /tokenize allows."""
-    text = "a b" * attacker.many(chat_server.LIMITS.tokenized_characters // 3)
+    text = "a b" * attacker.many(LIMITS.tokenized_characters // 3)
     await attacker.post(TOKENIZE, {"content": text, "with_pieces": True})
 
 
@@ -509,7 +514,7 @@ async def come_and_go(attacker):
 
 async def unread(attacker):
     """Responses of every kind whose readers take only a few KB: are those dropped?"""
-    file = max(chat_server.page_files().items(), key=lambda item: len(item[1]))[0]
+    file = max(page_files().items(), key=lambda item: len(item[1]))[0]
     get = functools.partial(attacker.request, method="GET")
     long = HI | {"max_tokens": 200, "ignore_eos": True, "logprobs": True, "top_logprobs": 20}
     requests = 5 * [get(f"/static/{file}"), 20 * get("/openapi.json")]
@@ -802,7 +807,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[""], help="attacks with one of these in their names")
     parser.add_argument("--seconds", type=float, default=40)
-    parser.add_argument("--memory", type=chat_server.size, default=4 << 30)
+    parser.add_argument("--memory", type=config.size, default=4 << 30)
     parser.add_argument("--scale", type=float, default=1.0, help="of sizes and counts")
     parser.add_argument("--json", help="a file for the rows")
     parser.add_argument("--list", action="store_true")

@@ -27,7 +27,7 @@ import numpy
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-import chat_server      # noqa: E402
+from chatlm.common.hub.default_model import fetch_default_model    # noqa: E402
 
 LAYERS, WIDTH, HEADS, KV_HEADS, FFN = 16, 2048, 32, 8, 8192
 TYPES = ["F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS"]
@@ -37,7 +37,7 @@ COPIED = ("tokenizer.",)            # metadata of the default model
 def write_f16(path):
     """The file that all others are made from."""
     import gguf
-    default = gguf.GGUFReader(chat_server.fetch_default_model())
+    default = gguf.GGUFReader(fetch_default_model())
     vocab = len(default.fields["tokenizer.ggml.tokens"].data)
     writer, dice = gguf.GGUFWriter(path, "llama"), numpy.random.default_rng(1)
     for name, field in default.fields.items():

@@ -28,7 +28,16 @@ import psutil
 ROOT = Path(os.environ.setdefault("CHAT_SERVER_DIR", str(Path(__file__).resolve().parent.parent)))   # Ray runs a copy of this file
 sys.path.insert(0, str(ROOT))
 import chat_server      # noqa: E402
-from chat_server import Cancel, LocalPool, ModelCard, NewAnswer, Piece, RayPool, Ready, Settings, Stepped    # noqa: E402
+from chatlm.common.config import Settings    # noqa: E402
+from chatlm.common.hub.find import resolve_model    # noqa: E402
+from chatlm.common.messages.protocol import WORKER_PIPE, Cancel, ModelCard, NewAnswer, Ready, Stepped    # noqa: E402
+from chatlm.common.messages.requests import Piece    # noqa: E402
+from chatlm.common.processes.ray import ray_main    # noqa: E402
+from chatlm.common.processes.start import die_with_parent, join_parent    # noqa: E402
+from chatlm.front.pool.local import LocalPool    # noqa: E402
+from chatlm.front.pool.ray import RayPool    # noqa: E402
+from chatlm.front.server.access import listen_on    # noqa: E402
+from chatlm.worker.weights.nanochat import read_nanochat_tokenizer    # noqa: E402
 
 # of the first process: the others inherit fewer
 CORES = list(map(int, os.environ.setdefault("FAKE_CORES", ",".join(map(str, sorted(os.sched_getaffinity(0))))).split(",")))
@@ -40,11 +49,11 @@ def fake_worker(where, parent):
     """A worker that sends each request a time stamp in every step, --rate steps a second, one message a
     step."""
     os.sched_setaffinity(0, OTHER_CORES)
-    channel = chat_server.join_parent(where, parent, chat_server.WORKER_PIPE)
+    channel = join_parent(where, parent, WORKER_PIPE)
     config, *_ = channel.receive(wait=True)
     rate, filler = float(os.environ["FAKE_RATE"]), "x" * int(os.environ["FAKE_PIECE_BYTES"])
-    source = config.source or chat_server.resolve_model(config.settings)
-    text = chat_server.read_nanochat_tokenizer(source.path, 284)
+    source = config.source or resolve_model(config.settings)
+    text = read_nanochat_tokenizer(source.path, 284)
     gauges = dict.fromkeys(("running", "queued", "kv_pages_used", "kv_pages_total", "preemptions", "memory_used", "memory_total"), 0)
     channel.send(ModelCard(text, "fake", 1 << 20, (), {}, False, source=source))
     channel.send(Ready(gauges))
@@ -68,7 +77,7 @@ def fake_worker(where, parent):
 
 def front(port, workers, parent):
     """The real server with fake workers behind it."""
-    chat_server.die_with_parent(parent)
+    die_with_parent(parent)
     chat_server.calm_collector()
     os.sched_setaffinity(0, FRONT_CORE)
     settings = Settings(model=str(ROOT / "tests/fixtures/nanochat/gen5"), host="127.0.0.1", port=port, num_workers=workers,
@@ -155,7 +164,7 @@ def main():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     parser.add_argument("--ray", action="store_true")
     args = parser.parse_args()
-    with chat_server.listen_on("127.0.0.1", 0) as free:
+    with listen_on("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
     os.environ |= {"FAKE_RATE": str(args.rate), "FAKE_PIECE_BYTES": str(args.piece_bytes)}
     if args.ray:    # its nodes hand these variables to the workers
@@ -187,7 +196,7 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["ray"]:
         chat_server.__file__ = __file__     # the actors get this file
         os.sched_setaffinity(0, OTHER_CORES)
-        sys.exit(chat_server.ray_main(sys.argv[2:]))
+        sys.exit(ray_main(sys.argv[2:]))
     elif sys.argv[1:2] == ["front"]:
         front(*map(int, sys.argv[2:]))
     else:

@@ -93,11 +93,13 @@ def load(folder, flags):
     """In a process of its own: build the engine as a worker does, but with a small KV cache."""
     import torch
 
-    import chat_server
-    settings = chat_server.parse_command_line(["serve", str(folder), "--kv-cache-memory", "64M", *flags], os.environ)
+    from chatlm.cli import parse_command_line
+    from chatlm.common.hub.find import resolve_model
+    from chatlm.worker.build import build_engine
+    settings = parse_command_line(["serve", str(folder), "--kv-cache-memory", "64M", *flags], os.environ)
     before, begin, used = memory("self", "VmRSS"), time.perf_counter(), time.process_time()
     with torch.inference_mode():
-        _, engine = chat_server.build_engine(chat_server.resolve_model(settings), settings, torch.device("cpu"))
+        _, engine = build_engine(resolve_model(settings), settings, torch.device("cpu"))
     seconds = time.perf_counter() - begin, time.process_time() - used
     print(json.dumps([*seconds, before, memory("self", "VmHWM"), memory("self", "VmRSS"), engine.transformer.weight_types]))
 

@@ -21,8 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(ROOT))
 import chat_server      # noqa: E402
+from chatlm.common.config import LIMITS, Settings    # noqa: E402
 
-LIMITS = chat_server.LIMITS
 NATIVE, CHAT, COMPLETIONS, TOKENIZE = "/chat/completions", "/v1/chat/completions", "/v1/completions", "/tokenize"
 HI = '"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2'
 
@@ -103,7 +103,7 @@ def watched_server():
 
     asyncio.events.Handle._run = timed
     chat_server.calm_collector()
-    asyncio.run(serve(chat_server.Settings(host="127.0.0.1", port=0)))
+    asyncio.run(serve(Settings(host="127.0.0.1", port=0)))
 
 
 def post(port, route, body):

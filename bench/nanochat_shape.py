@@ -16,15 +16,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import chat_server as cs
+from chatlm.common.config import PAGE_SIZE
+from chatlm.common.core import kernels_line
+from chatlm.worker.model.kernels import load_kernels
+from chatlm.worker.model.spec import Batch, ModelSpec, expected_tensors
+from chatlm.worker.model.transformer import Transformer
 
 KINDS = {"bfloat16": None, "q8_0": "q8_0", "q4_0": "q4_0"}
 
 
-def shape(depth: int) -> cs.ModelSpec:
+def shape(depth: int) -> ModelSpec:
     """Generation 5 of nanochat at a depth: width 64 * depth, heads of 128, vocabulary 32,768."""
     width = 64 * depth
-    return cs.ModelSpec(
+    return ModelSpec(
         vocab_size=32768, layers=depth, width=width, heads=width // 128, kv_heads=width // 128, head_size=128, ffn_size=4 * width,
         max_positions=2048, norm_weights=False, embedding_norm=True, rope_base=100_000.0, rope_direction=-1, qk_norm="after_rope",
         qk_scale=1.2, activation="relu2", softcap=15.0, residual_lambdas=True,
@@ -32,20 +36,20 @@ def shape(depth: int) -> cs.ModelSpec:
         backout_layer=depth // 2)
 
 
-def build(spec: cs.ModelSpec, quantize: str | None) -> cs.Transformer:
+def build(spec: ModelSpec, quantize: str | None) -> Transformer:
     random = torch.Generator().manual_seed(1)
-    tensors = {name: torch.randn(size, generator=random).mul_(0.02) for name, size in cs.expected_tensors(spec).items()}
-    kernels = cs.load_kernels("cpu", spec, max_tokens=264, max_rows=8, quantize=quantize)
-    return cs.Transformer(spec, tensors, kernels, num_pages=130, max_tokens=264, max_rows=8, dtype=torch.bfloat16)
+    tensors = {name: torch.randn(size, generator=random).mul_(0.02) for name, size in expected_tensors(spec).items()}
+    kernels = load_kernels("cpu", spec, max_tokens=264, max_rows=8, quantize=quantize)
+    return Transformer(spec, tensors, kernels, num_pages=130, max_tokens=264, max_rows=8, dtype=torch.bfloat16)
 
 
-def batch(length: int, new: int) -> cs.Batch:
+def batch(length: int, new: int) -> Batch:
     ids = [(7 * i) % 32768 for i in range(length)]
-    return cs.Batch(ids[length - new:], [ids[length - new - 1] if length > new else -1, *ids[length - new:-1]], [0, new], [length],
-                    [list(range(-(-length // cs.PAGE_SIZE)))], [new - 1])
+    return Batch(ids[length - new:], [ids[length - new - 1] if length > new else -1, *ids[length - new:-1]], [0, new], [length],
+                 [list(range(-(-length // PAGE_SIZE)))], [new - 1])
 
 
-def decode_speed(model: cs.Transformer, tokens: int = 64, context: int = 256) -> float:
+def decode_speed(model: Transformer, tokens: int = 64, context: int = 256) -> float:
     """tok/s of one answer at about `context` tokens."""
     began = time.perf_counter()
     for i in range(tokens):
@@ -53,7 +57,7 @@ def decode_speed(model: cs.Transformer, tokens: int = 64, context: int = 256) ->
     return tokens / (time.perf_counter() - began)
 
 
-def first_token_ms(model: cs.Transformer, prompt: int = 256) -> float:
+def first_token_ms(model: Transformer, prompt: int = 256) -> float:
     began = time.perf_counter()
     model.forward(batch(prompt, prompt))
     return (time.perf_counter() - began) * 1e3
@@ -68,8 +72,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     spec = shape(arguments.depth)
     models = {kind: build(spec, quantize) for kind, quantize in KINDS.items()}
-    parameters = sum(torch.Size(size).numel() for size in cs.expected_tensors(spec).values())
-    print(f"d{arguments.depth}: {parameters / 1e6:.0f} M parameters, {arguments.threads} threads, {cs.kernels_line()}")
+    parameters = sum(torch.Size(size).numel() for size in expected_tensors(spec).values())
+    print(f"d{arguments.depth}: {parameters / 1e6:.0f} M parameters, {arguments.threads} threads, {kernels_line()}")
     speeds, firsts = {kind: [] for kind in models}, {kind: [] for kind in models}
     for _ in range(arguments.rounds + 1):
         for kind, model in models.items():

@@ -35,7 +35,16 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import chat_server      # noqa: E402
+from chatlm import cli    # noqa: E402
+from chatlm.common.config import PAGE_SIZE    # noqa: E402
+from chatlm.common.hub.default_model import fetch_default_model    # noqa: E402
+from chatlm.common.hub.find import resolve_model    # noqa: E402
+from chatlm.common.processes.start import threads_per_worker    # noqa: E402
+from chatlm.worker import build    # noqa: E402
+from chatlm.worker.model.kernels import load_kernels    # noqa: E402
+from chatlm.worker.model.spec import Batch    # noqa: E402
+from chatlm.worker.model.transformer import Transformer    # noqa: E402
+from chatlm.worker.weights.load import open_model    # noqa: E402
 
 CHUNK = 512                         # tokens; positions FIRST .. CHUNK - 2 are judged, as in llama-perplexity
 FIRST = CHUNK // 2
@@ -47,20 +56,20 @@ SPAN = 16.0                         # llama-perplexity keeps logits within this 
 
 def build_engine(model, flags):
     """The engine that `chat_server.py MODEL flags` would run on the CPU, in this process."""
-    settings = chat_server.parse_command_line(["serve", *([model] if model else []), *flags], os.environ)
-    source = chat_server.resolve_model(settings)
-    torch.set_num_threads(chat_server.threads_per_worker(1))
-    return chat_server.build_engine(source, settings, torch.device("cpu"))[1]
+    settings = cli.parse_command_line(["serve", *([model] if model else []), *flags], os.environ)
+    source = resolve_model(settings)
+    torch.set_num_threads(threads_per_worker(1))
+    return build.build_engine(source, settings, torch.device("cpu"))[1]
 
 
 def our_logits(transformer, ids, rows):
     """Logits (N, V) after each of the N ids, `rows` of them in a step."""
-    pages = list(range(-(-len(ids) // chat_server.PAGE_SIZE) * len(transformer.groups.windows)))
+    pages = list(range(-(-len(ids) // PAGE_SIZE) * len(transformer.groups.windows)))
     found = []
     for start in range(0, len(ids), rows):
         end = min(start + rows, len(ids))
-        batch = chat_server.Batch(ids[start:end], [ids[i - 1] if i else -1 for i in range(start, end)], starts=[0, end - start],
-                                  lengths=[end], tables=[pages], logit_rows=list(range(end - start)))
+        batch = Batch(ids[start:end], [ids[i - 1] if i else -1 for i in range(start, end)], starts=[0, end - start],
+                      lengths=[end], tables=[pages], logit_rows=list(range(end - start)))
         found.append(transformer.forward(batch).float().clone())
     return torch.cat(found)
 
@@ -77,9 +86,9 @@ class ReferenceOps:
     """The reference ops in float32 on `tensors`, named and shaped as chat_server.expected_tensors says."""
 
     def __init__(self, name, spec, tensors):
-        kernels = chat_server.load_kernels("cpu")           # without a model's spec: the references
-        self.name, self.transformer = name, chat_server.Transformer(
-            spec, tensors, kernels, num_pages=CHUNK // chat_server.PAGE_SIZE, max_tokens=CHUNK, dtype=torch.float32)
+        kernels = load_kernels("cpu")           # without a model's spec: the references
+        self.name, self.transformer = name, Transformer(
+            spec, tensors, kernels, num_pages=CHUNK // PAGE_SIZE, max_tokens=CHUNK, dtype=torch.float32)
 
     def logprobs(self, index, ids):
         return torch.log_softmax(our_logits(self.transformer, ids[:-1], CHUNK)[FIRST:].double(), 1)
@@ -87,8 +96,8 @@ class ReferenceOps:
 
 def on_checkpoint(model, flags):
     """The judge of the nanochat checkpoint that these flags choose: its weights as they are in the file."""
-    settings = chat_server.parse_command_line(["serve", model, *flags], os.environ)
-    loaded = chat_server.open_model(chat_server.resolve_model(settings), settings, torch.float32)
+    settings = cli.parse_command_line(["serve", model, *flags], os.environ)
+    loaded = open_model(resolve_model(settings), settings, torch.float32)
     return ReferenceOps("float32", loaded.spec, loaded.tensors)
 
 
@@ -230,7 +239,7 @@ def cut(tokenizer, text, chunks):
 
 def main(arguments):
     text = "\n\n".join(path.read_text() for path in arguments.text)
-    model = arguments.model or str(chat_server.fetch_default_model())
+    model = arguments.model or str(fetch_default_model())
     ours = Ours(model, arguments.server_args, arguments.rows)
     judges = [Transformers(Path(model)) if Path(model).suffix == ".gguf" else on_checkpoint(model, arguments.server_args)]
     judges += [on_own_weights(ours.engine.transformer)] if arguments.own_weights else []

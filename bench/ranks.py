@@ -63,16 +63,17 @@ def run_rank(path: str, rank: int, sizes: list[int], blocks: int) -> None:
                   f"worst block {each[-1]:6.1f}", flush=True)
 
 
-async def streams_per_second(cs, pool, count: int, tokens: int) -> float:
+async def streams_per_second(pool, count: int, tokens: int) -> float:
     """Tokens per second of so many answers, from the moment when each has its first token."""
+    from chatlm.common.messages.requests import Piece, Request, SamplingParams
     firsts, ends = [], []
 
     async def one(index: int) -> None:
         ids, first = tuple((11 * index + 7 * i) % 1000 + 10 for i in range(16)), None
-        request = cs.Request(prompts=(ids,), max_tokens=tokens, ignore_eos=True, id=f"{time.monotonic()}-{index}",
-                             sampling=cs.SamplingParams(seed=index))
+        request = Request(prompts=(ids,), max_tokens=tokens, ignore_eos=True, id=f"{time.monotonic()}-{index}",
+                          sampling=SamplingParams(seed=index))
         async for event in pool.answer(request):
-            if isinstance(event, cs.Piece) and first is None:
+            if isinstance(event, Piece) and first is None:
                 firsts.append(first := time.monotonic())
         ends.append(time.monotonic())
 
@@ -100,18 +101,19 @@ class Others:
 
 async def compare_layouts(args) -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import chat_server as cs
+    from chatlm.common.config import Settings
+    from chatlm.front.pool.local import LocalPool
     pools = {}
     for layout in args.layouts.split(","):
         sizes = dict(zip(("tensor_parallel_size", "pipeline_parallel_size"), map(int, layout.split("x"))))
         known = {name: size for name, size in sizes.items() if size > 1}
-        pools[layout] = pool = cs.LocalPool(cs.Settings(model=args.model, kv_cache_memory=256 << 20, max_batch=16, drafts=False, **known))
+        pools[layout] = pool = LocalPool(Settings(model=args.model, kv_cache_memory=256 << 20, max_batch=16, drafts=False, **known))
         await pool.start()
         await pool.wait_ready()
     for count in map(int, args.streams.split(",")):
         rates, calm, others = {layout: [] for layout in pools}, [], Others()
         for turn in range(args.rounds + 1):
-            found = {layout: await streams_per_second(cs, pool, count, args.tokens) for layout, pool in pools.items()}
+            found = {layout: await streams_per_second(pool, count, args.tokens) for layout, pool in pools.items()}
             share = others.share()
             print(f"{count:>3} streams, round {turn}: " + ", ".join(f"{layout} {rate:.2f}" for layout, rate in found.items())
                   + f" tok/s; others took {share:.1%}", flush=True)

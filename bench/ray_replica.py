@@ -19,8 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "CHAT_SERVER_CONFIG": ""}
 
-import chat_server      # noqa: E402
-from chat_server import LocalPool, RayPool, Settings    # noqa: E402
+from chatlm.common.config import Settings    # noqa: E402
+from chatlm.common.messages.requests import Piece    # noqa: E402
+from chatlm.common.processes.start import threads_per_worker    # noqa: E402
+from chatlm.front.pool.local import LocalPool    # noqa: E402
+from chatlm.front.pool.ray import RayPool    # noqa: E402
 
 
 async def answer(pool, name, tokens):
@@ -28,7 +31,7 @@ async def answer(pool, name, tokens):
     from pools import greedy
     began_s, times, count = time.perf_counter(), [], 0
     async for event in pool.answer(greedy(name, tokens, f"{name}: tell me about rivers.", ignore_eos=True)):
-        if isinstance(event, chat_server.Piece):
+        if isinstance(event, Piece):
             times.append(time.perf_counter())
             count += len(event.tokens)
     return times[0] - began_s, times, count
@@ -58,7 +61,7 @@ async def compare(pools, streams, rounds, tokens):
 
 async def main(arguments):
     from ray.cluster_utils import Cluster
-    threads = chat_server.threads_per_worker(1)
+    threads = threads_per_worker(1)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     cluster.add_node(num_cpus=threads)
     common = dict(device_type="cpu", kv_cache_memory=256 << 20, max_batch=16, command="chat", drafts=False)

@@ -129,22 +129,29 @@ ROWS = (1, 2, 4, 8, 16, 32)
 
 def measured_steps(model, threads, rows, context, steps):
     """rows -> median ms of Engine.step: scheduling, computing, drawing, text; and of telling such a step to another rank."""
-    import chat_server
+    from chatlm.common.config import Settings
+    from chatlm.common.hub.default_model import fetch_default_model
+    from chatlm.common.hub.find import resolve_model
+    from chatlm.common.messages.requests import AnswerParams, SamplingParams
+    from chatlm.worker.build import build_engine
+    from chatlm.worker.engine.scheduler import Assignment
+    from chatlm.worker.ranks.messages import RANK_PIPE
+    from chatlm.worker.ranks.steps import rank_step
     import torch
     torch.set_num_threads(threads)
-    settings = chat_server.Settings(model=model or str(chat_server.fetch_default_model()), kv_cache_memory=512 << 20, drafts=False)
-    model, engine = chat_server.build_engine(chat_server.resolve_model(settings), settings, torch.device("cpu"))
+    settings = Settings(model=model or str(fetch_default_model()), kv_cache_memory=512 << 20, drafts=False)
+    model, engine = build_engine(resolve_model(settings), settings, torch.device("cpu"))
     engine.warm_up(lambda fraction: None)
     start, orders = engine.steps.start, {}
 
     def noted(batch, each):
-        orders[len(each)] = chat_server.RANK_PIPE.packed(chat_server.rank_step(batch, each)), batch, each
+        orders[len(each)] = RANK_PIPE.packed(rank_step(batch, each)), batch, each
         return start(batch, each)
     found, told = {}, {}
     for count in rows:
-        params = chat_server.AnswerParams(sampling=chat_server.SamplingParams(temperature=0.0), ignore_eos=True)
+        params = AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True)
         for row in range(count):
-            engine.add(chat_server.Assignment(f"{count}-{row}", tuple((row * 31 + i * 7) % 900 + 100 for i in range(context)), params, steps + 8))
+            engine.add(Assignment(f"{count}-{row}", tuple((row * 31 + i * 7) % 900 + 100 for i in range(context)), params, steps + 8))
         while engine.scheduler.waiting or any(each.prefilling for each in engine.scheduler.running):
             engine.step()
         times = []
@@ -157,19 +164,22 @@ def measured_steps(model, threads, rows, context, steps):
         engine.steps.start = start
         while engine.busy:
             engine.step()
-        found[count], told[count] = round(statistics.median(times[2:]), 3), round(telling_ms(chat_server, *orders[count][1:]), 3)
+        found[count], told[count] = round(statistics.median(times[2:]), 3), round(telling_ms(*orders[count][1:]), 3)
     return {"step_ms": found, "told_ms": told, "layers": model.spec.layers, "hidden": model.spec.width, "vocabulary": model.spec.vocab_size,
             "uneven": {str(tp): round(unevenness(model.spec, tp), 3) for tp in (2, 4, 8)}}
 
 
-def telling_ms(chat_server, batch, rows):
+def telling_ms(batch, rows):
     """Median ms from rank 0's packing of a step to another rank's having read it, without the waking of its process."""
+    from chatlm.common.messages.wire import Channel
+    from chatlm.worker.ranks.messages import RANK_PIPE
+    from chatlm.worker.ranks.steps import rank_step
     times, (ours, theirs) = [], socket.socketpair()
     with ours, theirs:
-        channel = chat_server.Channel(theirs, chat_server.RANK_PIPE)
+        channel = Channel(theirs, RANK_PIPE)
         for _ in range(30):
             began = time.perf_counter()
-            ours.sendall(chat_server.RANK_PIPE.packed(chat_server.rank_step(batch, rows)))
+            ours.sendall(RANK_PIPE.packed(rank_step(batch, rows)))
             channel.receive(wait=True)
             times.append(1e3 * (time.perf_counter() - began))
     return statistics.median(times)

@@ -18,7 +18,9 @@ sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resol
 
 import torch  # noqa: E402
 
-import chat_server as cs  # noqa: E402
+from chatlm.common.messages.requests import SamplingParams    # noqa: E402
+from chatlm.worker.ops.rows import SampleRow    # noqa: E402
+from chatlm.worker.ops.sampling import sample_reference    # noqa: E402
 
 core = pytest.importorskip("decode_core", exc_type=ImportError, reason="the compiled core is not installed")
 
@@ -42,7 +44,7 @@ def one_thread():
 def make_case(setting, V, B):
     logits = (np.random.default_rng(V + B).standard_normal((B, V)) * 3).astype(np.float32)
     context = list(range(0, 3000, 3))
-    return logits, [cs.SampleRow(cs.SamplingParams(seed=i, **SETTINGS[setting]), 1000 + i, context, 500) for i in range(B)]
+    return logits, [SampleRow(SamplingParams(seed=i, **SETTINGS[setting]), 1000 + i, context, 500) for i in range(B)]
 
 
 def torch_top_k(logits, temperature=0.8, k=50):
@@ -58,7 +60,7 @@ def contestant(name, logits, rows):
     if name == "torch":
         return torch_top_k(logits)
     if name == "reference":
-        return lambda: cs.sample_reference(logits, rows)
+        return lambda: sample_reference(logits, rows)
     core.set_isa(name)
     sampler = core.Sampler()
     return lambda: sampler(logits, rows)        # as the engine calls it: rows in, a list of tokens out

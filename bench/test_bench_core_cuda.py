@@ -19,7 +19,10 @@ sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resol
 
 import torch  # noqa: E402
 
-import chat_server as cs  # noqa: E402
+from chatlm.common.messages.requests import SamplingParams    # noqa: E402
+from chatlm.worker.model.kernels import for_decode_core    # noqa: E402
+from chatlm.worker.ops.basic import Norm    # noqa: E402
+from chatlm.worker.ops.rows import SampleRow    # noqa: E402
 
 core = pytest.importorskip("decode_core", exc_type=ImportError, reason="the compiled core is not installed")
 from decode_core import cuda_experts, cuda_steps  # noqa: E402
@@ -87,7 +90,7 @@ def test_sample(benchmark, ops, copy_bandwidth, setting, V, B):
             ids.gather(1, torch.multinomial(torch.softmax(values / 0.8, dim=-1), 1))
     else:
         context = list(range(0, 3000, 3))
-        batch = core.SampleBatch([cs.SampleRow(cs.SamplingParams(seed=i, **SETTINGS[setting]), 1000 + i, context, 500)
+        batch = core.SampleBatch([SampleRow(SamplingParams(seed=i, **SETTINGS[setting]), 1000 + i, context, 500)
                                   for i in range(B)], V)
         records, *lists = (torch.tensor(array, device="cuda") for array in (
             batch.records.view(numpy.uint8), batch.count_ids, batch.counts, batch.bias_ids, batch.bias_values))
@@ -124,11 +127,11 @@ def test_experts(benchmark, ops, copy_bandwidth, name, kind, E, chosen, C, F, ro
     block, size = core.cuda.BLOCKS[kind]
     gate_up, down = (PackedMatrix([(kind, torch.full((n, k // block * size), 0x22, dtype=torch.uint8, device="cuda"))], k)
                      for n, k in ((2 * E * F, C), (E * C, F)))
-    experts = cuda_experts.ExpertOps(ops, cs.for_decode_core(), stream).experts
+    experts = cuda_experts.ExpertOps(ops, for_decode_core(), stream).experts
     x, out, calls = torch.randn(rows, C, device="cuda"), torch.empty(rows, C, device="cuda"), E // chosen
     places = torch.arange(rows * chosen, device="cuda").view(rows, chosen)
     logits = [torch.zeros(rows, E, device="cuda").scatter_(1, (places + call * rows * chosen) % E, 1.0) for call in range(calls)]
-    more = dict(norm=cs.Norm(None, 1e-5), biases=(None, None), activation="swiglu", chosen=chosen, sum_to_one=True)
+    more = dict(norm=Norm(None, 1e-5), biases=(None, None), activation="swiglu", chosen=chosen, sum_to_one=True)
     read = (gate_up.nbytes + down.nbytes) * min(E, rows * chosen) // E
     measure(benchmark, lambda: [experts(x, each, gate_up, down, out, **more) for each in logits], calls, read, copy_bandwidth)
 

@@ -3,25 +3,27 @@
 import base64
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import chat_server      # noqa: E402
-from chat_server import Accepted, Call, Finished, Piece, Request      # noqa: E402
+from chatlm.common.messages.protocol import Call    # noqa: E402
+from chatlm.common.messages.requests import Accepted, Finished, Piece, Request    # noqa: E402
+from chatlm.front.api.encoders import ENCODERS, EmbeddingsEncoder    # noqa: E402
 
 PIECES = [Piece("x", (5,), " word") for _ in range(500)]
 END = Finished("stop", "eos", 7, len(PIECES), 3, 0.25, 8.125, 212.34, 0)
 
 
-STREAMED = [api for api, kind in chat_server.ENCODERS.items() if kind is not chat_server.EmbeddingsEncoder]
+STREAMED = [api for api, kind in ENCODERS.items() if kind is not EmbeddingsEncoder]
 
 
 @pytest.mark.parametrize("api", STREAMED)
 def test_a_streamed_answer_is_encoded(benchmark, api):
     def encode():
-        encoder = chat_server.ENCODERS[api](Call(Request("x", messages=()), api=api), "model")
+        encoder = ENCODERS[api](Call(Request("x", messages=()), api=api), "model")
         return [encoder.start(Accepted(7)), *map(encoder.encode, PIECES), encoder.encode(END)]
 
     assert b"".join(benchmark(encode)).count(b" word") >= len(PIECES)
@@ -34,10 +36,10 @@ def test_embeddings_are_encoded(benchmark, encoding):
     request = Request("x", prompts=("a",) * 100, pooling="mean")
 
     def encode():
-        encoder = chat_server.EmbeddingsEncoder(Call(request, api="embeddings", repeated={"encoding": encoding}), "model")
+        encoder = EmbeddingsEncoder(Call(request, api="embeddings", repeated={"encoding": encoding}), "model")
         for choice in range(100):
             encoder.collect(Piece("x", (), "", "stop", embedding=vector, choice=choice))
-            encoder.collect(chat_server.replace(END, choice=choice))
+            encoder.collect(replace(END, choice=choice))
         return list(encoder.completion())
 
     assert b"".join(benchmark(encode)).count(b'"embedding": ') == 100

@@ -16,27 +16,36 @@ sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resol
 
 import torch  # noqa: E402
 
-import chat_server as cs  # noqa: E402
+from chatlm.common.config import PAGE_SIZE, Settings    # noqa: E402
+from chatlm.common.hub.default_model import fetch_default_model    # noqa: E402
+from chatlm.common.messages.requests import ModelSource, SamplingParams    # noqa: E402
+from chatlm.worker.model.kernels import load_kernels    # noqa: E402
+from chatlm.worker.model.spec import Batch    # noqa: E402
+from chatlm.worker.model.transformer import Transformer    # noqa: E402
+from chatlm.worker.ops.basic import fastest_dtype    # noqa: E402
+from chatlm.worker.ops.rows import SampleRow    # noqa: E402
+from chatlm.worker.ops.sampling import sample_reference    # noqa: E402
+from chatlm.worker.weights.load import open_model    # noqa: E402
 
 NUM_PAGES = 1100
 
 
 @pytest.fixture(scope="module")
 def model():
-    settings = cs.Settings()
-    source = cs.ModelSource("gguf", cs.fetch_default_model(), "default", "")
-    kernels, dtype = cs.load_kernels("cpu"), cs.fastest_dtype("cpu")
-    loaded = cs.open_model(source, settings, dtype)
-    return cs.Transformer(loaded.spec, loaded.tensors, kernels, num_pages=NUM_PAGES, max_tokens=256, dtype=dtype)
+    settings = Settings()
+    source = ModelSource("gguf", fetch_default_model(), "default", "")
+    kernels, dtype = load_kernels("cpu"), fastest_dtype("cpu")
+    loaded = open_model(source, settings, dtype)
+    return Transformer(loaded.spec, loaded.tensors, kernels, num_pages=NUM_PAGES, max_tokens=256, dtype=dtype)
 
 
 def make_batch(rows, context, new):
     """`rows` sequences that each compute `new` tokens and are then `context` long."""
-    pages = -(-context // cs.PAGE_SIZE)
+    pages = -(-context // PAGE_SIZE)
     positions = [*range(context - new, context)] * rows
-    return cs.Batch([(p * 37 + 5) % 40000 for p in positions], [(p * 37 + 4) % 40000 for p in positions],
-                    [new * i for i in range(rows + 1)], [context] * rows,
-                    [list(range(i * pages, (i + 1) * pages)) for i in range(rows)], [new * i + new - 1 for i in range(rows)])
+    return Batch([(p * 37 + 5) % 40000 for p in positions], [(p * 37 + 4) % 40000 for p in positions],
+                 [new * i for i in range(rows + 1)], [context] * rows,
+                 [list(range(i * pages, (i + 1) * pages)) for i in range(rows)], [new * i + new - 1 for i in range(rows)])
 
 
 def record(benchmark, tokens):
@@ -48,7 +57,7 @@ def record(benchmark, tokens):
 def test_decode_step(benchmark, model, rows, context):
     """Forward and sampling with the default parameters."""
     batch = make_batch(rows, context, 1)
-    draws = [cs.SampleRow(cs.SamplingParams(seed=seed), context) for seed in range(rows)]
+    draws = [SampleRow(SamplingParams(seed=seed), context) for seed in range(rows)]
     benchmark.group = "decode step"
     tokens = benchmark(lambda: model.kernels.sample(model.forward(batch), draws))
     assert len(tokens) == rows
@@ -69,9 +78,9 @@ def test_prefill_chunk_of_256(benchmark, model, context):
 def test_sampling(benchmark, rows, params):
     """The numpy reference at V = 49152."""
     logits = (np.random.default_rng(0).standard_normal((rows, 49152)) * 3).astype(np.float32)
-    draws = [cs.SampleRow(cs.SamplingParams(seed=seed, **params), 100) for seed in range(rows)]
+    draws = [SampleRow(SamplingParams(seed=seed, **params), 100) for seed in range(rows)]
     benchmark.group = f"sampling {params}"
-    assert len(benchmark(cs.sample_reference, logits, draws)) == rows
+    assert len(benchmark(sample_reference, logits, draws)) == rows
     record(benchmark, rows)
 
 

@@ -57,16 +57,18 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def default_model_path():
     """The embedded default model, fetched once by the server's own code into its normal cache."""
-    import chat_server
-    return chat_server.fetch_default_model()
+    from chatlm.common.hub.default_model import fetch_default_model
+    return fetch_default_model()
 
 
 @pytest.fixture(autouse=True)
 def forked_processes(monkeypatch):
     """Workers and sandboxes of the pools that a test starts in this process are forked."""
     if sys.platform == "linux":
+        from chatlm.common.processes import start
+        from patching import patch
         import forked
-        monkeypatch.setattr("chat_server.start_child", forked.start_child)
+        patch(monkeypatch, start, "start_child", forked.start_child)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import chat_server
+from chatlm.common.config import FLAGS, OPTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,8 +18,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_every_flag_is_in_the_table_with_its_default_and_meaning():
     rows = {row[0]: row for row in re.findall(r"^\| `--([a-z-]+)`[^|]*\| ([^|]*)\| ([^|]*)\| ([^|]*)\|$", README, re.MULTILINE)}
-    assert set(rows) == {option.name.split()[0] for option in chat_server.OPTIONS}
-    for option in chat_server.OPTIONS:
+    assert set(rows) == {option.name.split()[0] for option in OPTIONS}
+    for option in OPTIONS:
         _, short, default, meaning = (cell.strip() for cell in rows[option.name.split()[0]])
         assert short == (f"`-{option.short}`" if option.short else "")
         assert default == ("" if option.default in (None, (), False) else f"`{option.default}`")
@@ -27,7 +28,7 @@ def test_every_flag_is_in_the_table_with_its_default_and_meaning():
 
 def test_the_flags_are_grouped_as_in_the_help():
     groups = {}
-    for flag in chat_server.FLAGS:
+    for flag in FLAGS:
         if isinstance(flag, str):
             names = groups[flag] = []
         else:

@@ -1,13 +1,19 @@
 """SECURITY.md says what is: its limits are the program's, and what it names exists."""
 
 import dataclasses
+import importlib
+import pkgutil
 import re
+import sys
 from functools import reduce
 from pathlib import Path
 
 import pytest
 
 import chat_server
+import chatlm
+from chatlm.common.config import OPTIONS, Limits, Settings, option_field
+from chatlm.front.server.access import OPEN_ROUTES
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
@@ -15,10 +21,17 @@ LIMITS = re.findall(r"^\| ([^|]+) \| ([\d,.]+)( [A-Za-z/]+)? \| `([A-Za-z_.]+)` 
 UNITS = {"": 1, "s": 1, "KiB/s": 1 << 10, "MiB": 1 << 20}
 
 
+def defined(name):
+    for module in pkgutil.walk_packages(chatlm.__path__, "chatlm."):
+        if hasattr(importlib.import_module(module.name), name):
+            return getattr(sys.modules[module.name], name)
+    raise LookupError(name)
+
+
 @pytest.mark.parametrize("what, number, unit, name", LIMITS)
 def test_its_limits_are_the_program_s(what, number, unit, name):
     first, *rest = name.split(".")
-    found = chat_server.Settings() if first == "Settings" else getattr(chat_server, first)      # without any flag
+    found = Settings() if first == "Settings" else defined(first)      # without any flag
     assert float(number.replace(",", "")) * UNITS[unit.strip()] == reduce(getattr, rest, found), what
 
 
@@ -28,17 +41,17 @@ def test_every_limit_of_the_program_is_in_it():
     clamped = {"temperature", "top_k", "max_tokens"}        # moved to the edge, not refused
     inner = {"truncated_messages", "stop_characters", "stop_tokens", "inline_bytes", "inline_characters"}
     named = {name.removeprefix("LIMITS.") for *_, name in LIMITS if name.startswith("LIMITS.")}
-    assert named == {field.name for field in dataclasses.fields(chat_server.Limits)} - clamped - inner
+    assert named == {field.name for field in dataclasses.fields(Limits)} - clamped - inner
 
 
 def test_the_flags_routes_and_files_that_it_names_exist():
-    flags = {f"--{name}" for option in chat_server.OPTIONS for name in option.name.split()} | {"--version"}
+    flags = {f"--{name}" for option in OPTIONS for name in option.name.split()} | {"--version"}
     assert set(re.findall(r"`(--[a-z-]+)", TEXT)) <= flags
-    variables = {f"CHAT_SERVER_{chat_server.option_field(option).upper()}" for option in chat_server.OPTIONS}
+    variables = {f"CHAT_SERVER_{option_field(option).upper()}" for option in OPTIONS}
     assert set(re.findall(r"`(CHAT_SERVER_[A-Z_]+)`", TEXT)) <= variables
     assert set(re.findall(r"`(/[a-z-]+)`", TEXT)) <= {route.pattern for route in chat_server.ROUTES}
     for name in re.findall(r"`([a-z_/]+\.py)`", TEXT):
         assert (ROOT / name).exists(), name
-    open_ = {route for route in chat_server.OPEN_ROUTES if route not in ("/", "/static/{name}")}
+    open_ = {route for route in OPEN_ROUTES if route not in ("/", "/static/{name}")}
     (row,) = re.findall(r"^\| anybody who reaches the port, keys set \| ([^|]+) \|", TEXT, re.MULTILINE)
     assert set(re.findall(r"`([^`]+)`", row)) == open_

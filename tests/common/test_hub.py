@@ -6,11 +6,13 @@ import resource
 import subprocess
 import sys
 
-import chat_server
 import families
 import pytest
 import real_server
-from chat_server import ConfigError, SHORT_NAMES, hub_files, hub_model
+from chatlm.common.config import Settings
+from chatlm.common.errors import ConfigError
+from chatlm.common.hub.find import resolve_model
+from chatlm.common.hub.huggingface import SHORT_NAMES, hub_files, hub_model
 from fake_hub import fake_hub
 from tiny_gguf import LLAMA_NUMBERS, gguf_bytes, random_llama, small_gguf_metadata
 
@@ -119,7 +121,7 @@ def test_a_folder_or_file_here_wins_over_an_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org").mkdir()
     (tmp_path / "org" / "name").write_bytes(TINY)
-    assert chat_server.resolve_model(chat_server.Settings(model="org/name")).path == tmp_path / "org" / "name"
+    assert resolve_model(Settings(model="org/name")).path == tmp_path / "org" / "name"
 
 
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -219,10 +221,10 @@ def test_parts_that_do_not_fit_together_are_not_used(tmp_path):
 def test_without_the_library_one_line_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ConfigError, match=r"^the Hugging Face model org/name needs the Python package.* huggingface_hub.*pip install"):
-        chat_server.resolve_model(chat_server.Settings(model="org/name"))
+        resolve_model(Settings(model="org/name"))
 
 
 @pytest.mark.parametrize("flag", [{"source": "sft"}, {"model_tag": "d20"}, {"step": 4}])
 def test_flags_of_nanochat_checkpoints_are_refused_for_an_id(flag):
     with pytest.raises(ConfigError, match="only for nanochat checkpoints, and org/name is a Hugging Face id"):
-        chat_server.resolve_model(chat_server.Settings(model="org/name", **flag))
+        resolve_model(Settings(model="org/name", **flag))

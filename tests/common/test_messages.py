@@ -4,16 +4,24 @@ import asyncio
 import dataclasses
 import json
 import random
+import time
 from pathlib import Path
 
 import pytest
 
-import chat_server
-from chat_server import (AnswerParams, BadMessage, Begun, Body, Call, CallDelta, Cancel, EndOfRequest, Gone, Known, Loading, Message, ModelCard, ModelSource,
-                         NewAnswer, NewPrompt, NewRequest, Node, Nodes, Ping, Place, Placed, RayConfig, Ready, Release, Refused, Request, Result, SamplingParams, SandboxConfig,
-                         Settings, Stepped, Task, TextSpec, TokenLogprob, Unusable, Piece, WorkerConfig)
+from chatlm.common.config import Settings
+from chatlm.common.messages.protocol import (RAY_PIPE, SANDBOX_PIPE, WORKER_PIPE, Begun, Body, Call, Cancel, EndOfRequest, Gone, Known, Loading,
+                                             ModelCard, NewAnswer, NewPrompt, NewRequest, Node, Nodes, Ping, Place, Placed, RayConfig, Ready,
+                                             Refused, Release, Result, SandboxConfig, Stepped, Task, Unusable, WorkerConfig)
+from chatlm.common.messages.requests import AnswerParams, CallDelta, Message, ModelSource, Piece, Request, SamplingParams, TextSpec, TokenLogprob
+from chatlm.common.messages.wire import HEADER, BadMessage, restorer, unpacked
+from chatlm.common.processes.torchrun import ARRIVAL_PIPE, RankPlace
+from chatlm.front.api.encode import timings_body
+from chatlm.front.pool.worker import Job
+from chatlm.worker.model.spec import Batch
+from chatlm.worker.ops.rows import SampleRow
+from chatlm.worker.ranks.messages import RANK_PIPE, RankConfig, RankDrew, RankLogits, RankPages, RankStep, RankTokens
 
-HEADER = chat_server.HEADER
 SCORES = (TokenLogprob(5, None), TokenLogprob(7, -1.5, ((7, -1.5), (2**31, -float("inf")))))
 TEXT = TextSpec("hf", bytes(range(256)), "{{ messages }}", frozenset({2, 1, 999}), 1, None, True)
 EXAMPLES = [
@@ -28,12 +36,12 @@ EXAMPLES = [
     RayConfig("auto", ""), Nodes([Node("f0", "a", 2.0, 8)]), Place("x", "f0", 0.5, 1), Placed("x", "10.0.0.1", 4242, "00"), Release("x"), Gone("x", "died"),
     Stepped([], {}), Stepped([Piece("r", (1, 2), "a\U0001f600\x00", "stop", "eos", 3, 0.5, 4, 2, SCORES, SCORES[:1]), Piece("s", (), "", calls=(CallDelta("{", "f"),))],
             {"queued": 1}),
-    chat_server.RankConfig(Settings(model="a.gguf"), ModelSource("gguf", Path("/m/a.gguf"), "a", "GGUF"), "cpu", 1, 3, "/proc/1/fd/7", {"A": "b"}),
-    chat_server.RankPlace(3, "node", 1, 2, None, 7), chat_server.RankTokens([1, 2**31]), chat_server.RankLogits(bytes(range(256))), chat_server.RankPages(77), chat_server.RankDrew(2**32 - 1), chat_server.RankStep(chat_server.Batch([~0, 5], [-1, 4], [0, 1, 2], [1, 9], [[3], [1, 2]], [0, 1]), None),
-    chat_server.RankStep(chat_server.Batch([7], [-1], [0, 1], [1], [[]], []), [chat_server.SampleRow(SamplingParams(logit_bias=((3, -float("inf")),)), 9, [4, 5], 1)])]
+    RankConfig(Settings(model="a.gguf"), ModelSource("gguf", Path("/m/a.gguf"), "a", "GGUF"), "cpu", 1, 3, "/proc/1/fd/7", {"A": "b"}),
+    RankPlace(3, "node", 1, 2, None, 7), RankTokens([1, 2**31]), RankLogits(bytes(range(256))), RankPages(77), RankDrew(2**32 - 1), RankStep(Batch([~0, 5], [-1, 4], [0, 1, 2], [1, 9], [[3], [1, 2]], [0, 1]), None),
+    RankStep(Batch([7], [-1], [0, 1], [1], [[]], []), [SampleRow(SamplingParams(logit_bias=((3, -float("inf")),)), 9, [4, 5], 1)])]
 
 
-PIPES = chat_server.WORKER_PIPE, chat_server.SANDBOX_PIPE, chat_server.RAY_PIPE, chat_server.ARRIVAL_PIPE, chat_server.RANK_PIPE
+PIPES = WORKER_PIPE, SANDBOX_PIPE, RAY_PIPE, ARRIVAL_PIPE, RANK_PIPE
 
 
 def pipe_of(kind):
@@ -45,13 +53,13 @@ def through_the_pipe(message):
     frame = pipe.packed(message)
     kind, size = pipe.kind_and_size(frame[:HEADER.size])
     assert size == len(frame) - HEADER.size
-    return chat_server.unpacked(kind, frame[HEADER.size:])
+    return unpacked(kind, frame[HEADER.size:])
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
 def test_every_message_comes_out_as_it_went_in(message):
     found = through_the_pipe(message)
-    if not isinstance(message, (WorkerConfig, SandboxConfig, chat_server.RankConfig)):
+    if not isinstance(message, (WorkerConfig, SandboxConfig, RankConfig)):
         assert found == message and repr(found) == repr(message)
     elif not isinstance(message, SandboxConfig):        # flags have no declared types, so a tuple comes out as a list
         assert found.source == message.source and found.settings.served_model_name == [*message.settings.served_model_name]
@@ -63,7 +71,7 @@ def test_a_request_comes_out_of_a_sandbox_as_it_went_in():
     request = Request("r", (Message("user", "hi", {"tool_calls": [{"a": 1}]}), Message("assistant", "")), ("text", (1, 2, 3)), ((4, 5), ()),
                       tools=({"function": {"name": "f"}},), stop=("x",), grammar="g")
     for call in (Call(request, False, True, True), Call(Request("s", prompts=("a", "b")))):
-        assert chat_server.restorer(Call)(through_the_pipe(Result(call)).value) == call
+        assert restorer(Call)(through_the_pipe(Result(call)).value) == call
 
 
 def test_there_is_an_example_of_every_message_and_each_has_a_limit():
@@ -72,11 +80,11 @@ def test_there_is_an_example_of_every_message_and_each_has_a_limit():
     assert all(0 < kind.MAX_BYTES <= 256 << 20 for kind in kinds)
 
 
-@pytest.mark.parametrize("header", [HEADER.pack(len(chat_server.WORKER_PIPE.kinds), 0), HEADER.pack(255, 5), b"\x80\x04\x95\x10\x00",
-                                    HEADER.pack(chat_server.WORKER_PIPE.numbers[Cancel], Cancel.MAX_BYTES + 1), HEADER.pack(0, 2**32 - 1)])
+@pytest.mark.parametrize("header", [HEADER.pack(len(WORKER_PIPE.kinds), 0), HEADER.pack(255, 5), b"\x80\x04\x95\x10\x00",
+                                    HEADER.pack(WORKER_PIPE.numbers[Cancel], Cancel.MAX_BYTES + 1), HEADER.pack(0, 2**32 - 1)])
 def test_a_header_of_an_unknown_kind_or_size_is_refused_before_its_body_is_read(header):
     with pytest.raises(BadMessage):
-        chat_server.WORKER_PIPE.kind_and_size(header)
+        WORKER_PIPE.kind_and_size(header)
 
 
 @pytest.mark.parametrize("pipe", PIPES, ids=lambda pipe: pipe.kinds[0].__name__)
@@ -95,7 +103,7 @@ def test_a_pipe_carries_its_own_messages_alone(pipe):
     (ModelCard, b'[["hf", "%%%", null, [], 1, 2, true], "a", 1, [], {}, true]'), (NewRequest, b'["r", null]')])
 def test_a_body_that_is_not_of_its_kind_is_refused(kind, body):
     with pytest.raises(BadMessage):
-        chat_server.unpacked(kind, body)
+        unpacked(kind, body)
 
 
 def test_whatever_bytes_come_the_result_is_a_message_or_a_refusal():
@@ -106,18 +114,18 @@ def test_whatever_bytes_come_the_result_is_a_message_or_a_refusal():
             if body:
                 body[generator.randrange(len(body))] = generator.choice(b'[]{}",:0-9eEntf\\\xff')
         try:
-            found = chat_server.unpacked(type(message), bytes(body))
+            found = unpacked(type(message), bytes(body))
         except BadMessage:
             continue
         assert type(found) is type(message)
-    assert json.loads(chat_server.WORKER_PIPE.packed(Ping())[HEADER.size:]) == []
+    assert json.loads(WORKER_PIPE.packed(Ping())[HEADER.size:]) == []
 
 
 def test_an_answer_that_came_at_once_has_no_speed(monkeypatch):
     for seconds, speed in ((0.0, None), (0.00004, None), (0.5, 6.0)):
-        job = chat_server.Job(Request(id="r"), (1, 2), 9, asyncio.Queue(), 100.0, dispatched_s=100.0)
+        job = Job(Request(id="r"), (1, 2), 9, asyncio.Queue(), 100.0, dispatched_s=100.0)
         for at, piece in ((101.0, Piece("r", (5,), "a")), (101.0 + seconds, Piece("r", (6, 7, 8), "b", "stop", "eos"))):
-            monkeypatch.setattr(chat_server.time, "monotonic", lambda: at)
+            monkeypatch.setattr(time, "monotonic", lambda: at)
             job.take(piece, 0)
         done = [job.events.get_nowait() for _ in range(3)][-1]
-        assert done.tokens_per_second == speed and chat_server.timings_body(done)["tokens_per_second"] == speed
+        assert done.tokens_per_second == speed and timings_body(done)["tokens_per_second"] == speed

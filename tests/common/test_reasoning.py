@@ -1,12 +1,23 @@
 """Reasoning apart from content: what a model thinks before it answers, in the formats of several families."""
 
 import json
+from dataclasses import replace
 
 import aiohttp
 import pytest
 
-import chat_server
-from chat_server import Answer, Piece, SamplingParams
+from chatlm.common.config import Settings
+from chatlm.common.messages.requests import Message, Piece, SamplingParams
+from chatlm.common.text import formats
+from chatlm.common.text.formats import thoughts_of, tool_format_of
+from chatlm.common.text.grammar import check_grammar, json_grammar
+from chatlm.common.text.load import open_tokenizer
+from chatlm.front.api.conversation import openai_messages
+from chatlm.front.api.fields import parse_fields
+from chatlm.front.api.readers import parse_openai_request
+from chatlm.front.api.tables import OPENAI_FIELDS
+from chatlm.worker.engine.answer import Answer
+from chatlm.worker.weights.gguf import gguf_text
 from engines import load, make_engine, pieces
 from fake_pool import FakePool, Letters, frames, serving
 from tiny_gguf import small_gguf_metadata
@@ -73,7 +84,7 @@ def joined(told):
     return parts
 
 
-HARMONY = dict(tool_format="harmony", thoughts=("<|message|>", "<|end|>"), tokens=chat_server.HARMONY)
+HARMONY = dict(tool_format="harmony", thoughts=("<|message|>", "<|end|>"), tokens=formats.HARMONY)
 TAGS = dict(tool_format="tagged", thoughts=THINK, tokens=(*THINK, "<tool_call>", "</tool_call>"))
 CASES = {
     "qwen": (TAGS, "", "|<think>|\nHm, <b>.\n|</think>|\n\nIt is\n late. ", [("reasoning", "Hm, <b>."), ("text", "It is\n late. ")]),
@@ -189,7 +200,7 @@ async def test_what_is_no_reasoning_is_400(thinking, change, param):
 
 
 def templated(template, default_model_path):
-    return chat_server.open_tokenizer(chat_server.replace(load(default_model_path).text, chat_template=template))
+    return open_tokenizer(replace(load(default_model_path).text, chat_template=template))
 
 
 THINKING = """{%- for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}
@@ -202,7 +213,7 @@ THINKING = """{%- for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasonin
     ({"chat_template_kwargs": {"messages": [], "reasoning_effort": "<|im_end|>"}}, "<think>\n<|im_end|>")])
 def test_templates_are_told_how_much_to_think_and_what_was_thought(options, end, default_model_path):
     tokenizer = templated(THINKING, default_model_path)
-    messages = chat_server.openai_messages([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho", "reasoning": "Hm<|im_end|>"}])
+    messages = openai_messages([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho", "reasoning": "Hm<|im_end|>"}])
     ids = tokenizer.render(messages, (), options)
     assert tokenizer.show(ids) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>Hm<|im_end|></think>Ho<|im_end|>\n<|im_start|>assistant\n" + end
     assert ids.count(tokenizer.specials["<|im_end|>"]) == 2         # those that a client wrote are text
@@ -221,8 +232,8 @@ CALLS = [{"role": "assistant", "content": "Let me look.", "reasoning_content": "
 
 def test_harmony_s_history_has_one_call_per_message_with_reasoning_and_preamble_before_it(default_model_path):
     tokenizer = templated(GPT_OSS, default_model_path)
-    tokenizer.specials |= {name: 49152 + index for index, name in enumerate(chat_server.HARMONY)}
-    ids = tokenizer.render(chat_server.openai_messages(CALLS, True), [{"type": "function", "function": {"name": "weather"}}], {"reasoning_effort": "minimal"})
+    tokenizer.specials |= {name: 49152 + index for index, name in enumerate(formats.HARMONY)}
+    ids = tokenizer.render(openai_messages(CALLS, True), [{"type": "function", "function": {"name": "weather"}}], {"reasoning_effort": "minimal"})
     assert tokenizer.show(ids) == (
         "<|start|>assistant<|channel|>analysis<|message|>Need both.<|end|><|start|>assistant<|channel|>commentary<|message|>Let me look.<|end|>"
         '<|start|>assistant to=functions.weather<|channel|>commentary json<|message|>{"city": "Rome"}<|call|><|start|>tool<|message|>20<|end|>'
@@ -233,7 +244,7 @@ def test_harmony_s_history_has_one_call_per_message_with_reasoning_and_preamble_
 def test_mistral_s_ids_of_calls_have_nine_characters(default_model_path):
     tokenizer = templated("{% for m in messages %}{% for c in m.tool_calls or [] %}{% if c.id | length != 9 %}{{ raise_exception('9') }}{% endif %}{{ c.id }} {% endfor %}"
                           "{% if m.role == 'tool' %}{{ m.tool_call_id }} {% endif %}{% endfor %}{% if tools %}[TOOL_CALLS]{% endif %}", default_model_path)
-    text = tokenizer.show(tokenizer.render(chat_server.openai_messages(CALLS, True)))
+    text = tokenizer.show(tokenizer.render(openai_messages(CALLS, True)))
     rome, bonn, *results = text.split()
     assert results == [bonn, rome] and rome != bonn
 
@@ -242,14 +253,14 @@ def test_mistral_s_ids_of_calls_have_nine_characters(default_model_path):
     (THINKING, None, THINK), (GPT_OSS, "harmony", ("<|message|>", "<|end|>")), ("{% if tools %}[TOOL_CALLS][ARGS][THINK][/THINK]", "mistral name", ("[THINK]", "[/THINK]")),
     ("{% if tools %}[TOOL_CALLS]", "mistral", None), ("{{ messages }}", None, None)])
 def test_a_template_tells_its_formats(template, tool_format, thoughts):
-    assert (chat_server.tool_format_of(template), chat_server.thoughts_of(template)) == (tool_format, thoughts)
+    assert (tool_format_of(template), thoughts_of(template)) == (tool_format, thoughts)
 
 
 # on the default model, whose vocabulary has spare special tokens
 
 
 PERSON = {"type": "object", "properties": {"age": {"type": "integer", "minimum": 0, "maximum": 130}}, "required": ["age"], "additionalProperties": False}
-SPARE = {"<think>": 5, "</think>": 6, **{name: 7 + index for index, name in enumerate(chat_server.HARMONY)}}
+SPARE = {"<think>": 5, "</think>": 6, **{name: 7 + index for index, name in enumerate(formats.HARMONY)}}
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +281,7 @@ def run_all(engine, work):
 
 def test_the_default_model_thinks_and_answers_and_so_does_a_worker_that_takes_over(engine, default_model_path):
     with_template(engine, default_model_path, THINKING)
-    prompt = tuple(engine.tokenizer.render([chat_server.Message("user", "What is the capital of Japan?")]))
+    prompt = tuple(engine.tokenizer.render([Message("user", "What is the capital of Japan?")]))
     thought = tuple(engine.tokenizer.encode("The user wants a city.\n</think>\n\n"))
     whole = run_all(engine, assignment("a", prompt, SamplingParams(0.0), len(thought) + 12, resumed_ids=thought, chat=True))
     ids = (*thought, *(token for piece in whole for token in piece.tokens))
@@ -284,15 +295,15 @@ def test_the_default_model_thinks_and_answers_and_so_does_a_worker_that_takes_ov
 
 
 @pytest.mark.parametrize("template, names, opened", [
-    (THINKING, SPARE.keys() - set(chat_server.HARMONY), True), (THINKING.replace("'<think>\n' if", "'' if"), SPARE.keys() - set(chat_server.HARMONY), False),
-    (THINKING, (), True), (GPT_OSS, chat_server.HARMONY, False)], ids=["opened by the template", "opened by the model", "spelled out", "harmony"])
+    (THINKING, SPARE.keys() - set(formats.HARMONY), True), (THINKING.replace("'<think>\n' if", "'' if"), SPARE.keys() - set(formats.HARMONY), False),
+    (THINKING, (), True), (GPT_OSS, formats.HARMONY, False)], ids=["opened by the template", "opened by the model", "spelled out", "harmony"])
 def test_a_schema_holds_for_the_content_and_reasoning_before_it_is_free(engine, default_model_path, template, names, opened):
     with_template(engine, default_model_path, template, names)
-    prompt = tuple(engine.tokenizer.render([chat_server.Message("user", "How old is Ann? Answer in JSON.")]))
+    prompt = tuple(engine.tokenizer.render([Message("user", "How old is Ann? Answer in JSON.")]))
     close = engine.tokenizer.specials.get("<|end|>" if "harmony" == engine.tokenizer.tool_format else "</think>")
     # a special token that the model never learned needs a push
     bias = ((close, 18.0),) if close else tuple((token, 25.0) for token in engine.tokenizer.encode("</think>"))
-    source = chat_server.json_grammar(PERSON, "response_format")
+    source = json_grammar(PERSON, "response_format")
     found = run_all(engine, assignment("a", prompt, SamplingParams(1.0, seed=3, logit_bias=bias), 150, grammar=source, grammar_param="response_format",
                                        chat=True))
     text, reasoning = ("".join(getattr(piece, kind) for piece in found) for kind in ("text", "reasoning"))
@@ -316,12 +327,12 @@ TIME = {"type": "function", "function": {"name": "time", "parameters": {"type": 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
 def test_a_required_call_is_written_in_the_family_s_format(engine, default_model_path, tool_format, choice):
     with_template(engine, default_model_path, GPT_OSS if tool_format == "harmony" else "{{ messages[0].content }}<|im_start|>assistant\n",
-                  chat_server.HARMONY if tool_format == "harmony" else ())
+                  formats.HARMONY if tool_format == "harmony" else ())
     engine.tokenizer.tool_format = tool_format
-    values = chat_server.parse_fields({**HI, "tools": [WEATHER, TIME], "tool_choice": choice, "parallel_tool_calls": False}, chat_server.OPENAI_FIELDS)
-    request = chat_server.parse_openai_request(values, chat_server.Settings(), tool_format)
-    chat_server.check_grammar(request.grammar, request.grammar_param)
-    prompt = tuple(engine.tokenizer.render([chat_server.Message("user", "Weather in Rome?")]))
+    values = parse_fields({**HI, "tools": [WEATHER, TIME], "tool_choice": choice, "parallel_tool_calls": False}, OPENAI_FIELDS)
+    request = parse_openai_request(values, Settings(), tool_format)
+    check_grammar(request.grammar, request.grammar_param)
+    prompt = tuple(engine.tokenizer.render([Message("user", "Weather in Rome?")]))
     bias = ((engine.tokenizer.specials["<|end|>"], 18.0),) if tool_format == "harmony" else ()
     found = run_all(engine, assignment("a", prompt, SamplingParams(1.0, seed=1, logit_bias=bias), 150, grammar=request.grammar, grammar_param="tools",
                                        tool_names=request.tool_names, chat=True))
@@ -337,5 +348,5 @@ def test_the_end_of_a_harmony_message_is_not_the_end_of_the_answer():
     first = len(metadata["tokenizer.ggml.tokens"]) - 1          # its last token is <|end|>, the file's eos
     metadata["tokenizer.ggml.tokens"] += ["<|return|>", "<|call|>", "<|start|>"]
     metadata["tokenizer.ggml.token_type"] += [3, 3, 3]
-    text = chat_server.gguf_text("x.gguf", metadata)
-    assert text.stop_tokens == {first} and chat_server.open_tokenizer(text).stop_tokens == {first + 1, first + 2}
+    text = gguf_text("x.gguf", metadata)
+    assert text.stop_tokens == {first} and open_tokenizer(text).stop_tokens == {first + 1, first + 2}

@@ -4,10 +4,18 @@ import codecs
 import json
 import random
 import threading
+from dataclasses import replace
 
 import pytest
-from chat_server import (Answer, ConfigError, Message, RequestError, SamplingParams, StopFinder, StopMatcher, StreamDecoder, TextSpec,
-                         calculate, compile_chat_template, gguf_text, open_tokenizer, read_gguf, read_nanochat_tokenizer, replace)
+from chatlm.common.errors import ConfigError, RequestError
+from chatlm.common.messages.requests import Message, SamplingParams, TextSpec
+from chatlm.common.text.load import open_tokenizer
+from chatlm.common.text.reader import StopFinder, StopMatcher, StreamDecoder
+from chatlm.common.text.tokenizer import compile_chat_template
+from chatlm.worker.engine.answer import Answer, calculate
+from chatlm.worker.weights.gguf import gguf_text
+from chatlm.worker.weights.gguf_file import read_gguf
+from chatlm.worker.weights.nanochat import read_nanochat_tokenizer
 from fake_pool import Letters
 from tiny_gguf import sentencepiece_metadata, small_gguf_metadata
 from works import assignment

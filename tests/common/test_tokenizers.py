@@ -14,9 +14,15 @@ from pathlib import Path
 import families
 import pytest
 import tokenizers
-import chat_server
-from chat_server import (ConfigError, StreamDecoder, TextSpec, fill_template, gguf_text, hf_text, open_tokenizer,
-                         openai_messages, read_gguf)
+from chatlm.common.errors import ConfigError, RequestError
+from chatlm.common.messages.requests import TextSpec
+from chatlm.common.text.load import open_tokenizer
+from chatlm.common.text.reader import StreamDecoder
+from chatlm.common.text.tokenizer import fill_template
+from chatlm.front.api.conversation import openai_messages
+from chatlm.worker.weights.gguf import gguf_text
+from chatlm.worker.weights.gguf_file import read_gguf
+from chatlm.worker.weights.huggingface import hf_text
 from tiny_gguf import small_gguf_metadata, write_gguf
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -362,7 +368,7 @@ def test_an_answer_that_was_cut_in_its_thoughts_is_continued_there(thought):
 
 def test_a_template_that_leaves_out_the_last_message_cannot_continue_it():
     ours = open_tokenizer(TextSpec("hf", trained("qwen2").to_str().encode(), "{{ messages[0].content }}", bos_token=0, eos_token=1))
-    with pytest.raises(chat_server.RequestError, match="leaves out the last message"):
+    with pytest.raises(RequestError, match="leaves out the last message"):
         ours.render(openai_messages([*TURNS, {"role": "assistant", "content": "x"}]), options={"continue_final_message": True})
 
 

@@ -3,15 +3,31 @@
 import contextlib
 import json
 import random
+from dataclasses import replace
+import re
 
 import aiohttp
 import pytest
 import torch
 
-import chat_server
-from chat_server import Answer, AnswerReader, Message, SamplingParams, Settings
+from chatlm.common.config import Settings
+from chatlm.common.errors import RequestError
+from chatlm.common.messages.requests import Message, SamplingParams
+from chatlm.common.text import grammar as text_grammar, reader as text_reader
+from chatlm.common.text.formats import CALLS, HARMONY, IN_CALLS, TAGGED_ARGUMENTS, tool_format_of, with_markers
+from chatlm.common.text.grammar import byte_vocabulary, check_grammar, json_grammar
+from chatlm.common.text.load import open_tokenizer
+from chatlm.common.text.reader import AnswerReader, typed_value
+from chatlm.front.api.call_grammars import CALL_GRAMMARS, STRING_FORMATS, call_grammar, objects_of, parameter_types, text_terminal, tool_grammar
+from chatlm.front.api.conversation import openai_messages
+from chatlm.front.api.fields import parse_fields
+from chatlm.front.api.readers import parse_openai_request
+from chatlm.front.api.tables import OPENAI_FIELDS
+from chatlm.worker.engine.answer import Answer
+from chatlm.worker.engine.grammar import Grammar
 from engines import load, make_engine, pieces
 from fake_pool import FakePool, Letters, frames, serving
+from patching import patch
 from works import assignment
 
 WEATHER = {"type": "function", "function": {"name": "weather", "description": "Weather of a city", "parameters": {
@@ -27,7 +43,7 @@ ASK = {"messages": [{"role": "user", "content": "Weather in Rome?"}], "tools": [
 
 @pytest.fixture(scope="module")
 def tokenizer(default_model_path):
-    return chat_server.open_tokenizer(chat_server.replace(load(default_model_path).text, chat_template=TEMPLATE))
+    return open_tokenizer(replace(load(default_model_path).text, chat_template=TEMPLATE))
 
 
 @pytest.fixture
@@ -166,13 +182,13 @@ HISTORY = [{"role": "user", "content": "Weather?"},
 
 @pytest.mark.parametrize("tool_format", FAMILIES)
 def test_calls_in_the_words_of_a_family_are_read_as_its_template_writes_them(default_model_path, tool_format):
-    text = chat_server.replace(load(default_model_path).text, chat_template=FAMILIES[tool_format])
-    tokenizer = chat_server.open_tokenizer(text)
+    text = replace(load(default_model_path).text, chat_template=FAMILIES[tool_format])
+    tokenizer = open_tokenizer(text)
     assert tokenizer.tool_format == tool_format and tokenizer.native_tools
-    shown = tokenizer.show(tokenizer.render(chat_server.openai_messages(HISTORY, with_tools=True), [WEATHER]))
+    shown = tokenizer.show(tokenizer.render(openai_messages(HISTORY, with_tools=True), [WEATHER]))
     written = shown.partition("assistant: ")[2].partition("tool: ")[0]
     assert tool_format != "kimi" or "## Return of functions.time:1" in shown
-    marks = [mark for mark in (*chat_server.CALLS[tool_format], *chat_server.IN_CALLS) if mark in written]
+    marks = [mark for mark in (*CALLS[tool_format], *IN_CALLS) if mark in written]
     assert len(marks) == 5
     for text in (written, "Let me see. " + written):
         for size in (1, 3, 7, 1000):
@@ -183,7 +199,7 @@ def test_calls_in_the_words_of_a_family_are_read_as_its_template_writes_them(def
         assert (told, [call["name"] for call in calls]) == ("", ["weather", "time"][:len(calls)])
     # the same from ids, where the markers are tokens, and a worker takes over anywhere
     words = {mark: 300 + number for number, mark in enumerate(marks)}
-    pieces = chat_server.re.split("(" + "|".join(map(chat_server.re.escape, words)) + ")", written)
+    pieces = re.split("(" + "|".join(map(re.escape, words)) + ")", written)
     ids = [token for piece in pieces for token in ([words[piece]] if piece in words else piece.encode())]
     told = told_by(ids, tokenizer=Marked(tool_format, words))
     assert together([said for each in told for said in each]) == ("", [ROME, NOW])
@@ -224,7 +240,7 @@ TRIPS = [{"name": "trip", "arguments": json.dumps(GO)}, NOW, {"name": "trip", "a
 def told_with_types(ids, tokenizer, resumed=0, reason="stop"):
     tools = (TRIP, TIME)
     work = assignment("a", (1,), SamplingParams(), 999, resumed_ids=tuple(ids[:resumed]), chat=True, tool_names=("trip", "time"),
-                      tool_types=tuple(map(chat_server.parameter_types, tools)))
+                      tool_types=tuple(map(parameter_types, tools)))
     answer, told = Answer(work, tokenizer), []
     for number, token in enumerate(ids[resumed:], resumed + 1):
         answer.push(token, number, 999)
@@ -236,15 +252,15 @@ def told_with_types(ids, tokenizer, resumed=0, reason="stop"):
 @pytest.mark.parametrize("family", TAG_FAMILIES)
 @pytest.mark.parametrize("tokens", [True, False], ids=["markers are tokens", "markers are text"])
 def test_calls_in_tags_are_told_as_json_of_the_types_that_the_tools_say(default_model_path, family, tokens):
-    tokenizer = chat_server.open_tokenizer(chat_server.replace(load(default_model_path).text, chat_template=TAG_FAMILIES[family]))
+    tokenizer = open_tokenizer(replace(load(default_model_path).text, chat_template=TAG_FAMILIES[family]))
     tool_format = tokenizer.tool_format
     assert tool_format == " ".join(family.split()[:2]) and tokenizer.native_tools
     history = [HISTORY[0], HISTORY[1] | {"tool_calls": [{"type": "function", "id": "c", "function": call} for call in TRIPS]}]
-    shown = tokenizer.show(tokenizer.render(chat_server.openai_messages(history, with_tools=True), [TRIP, TIME]))
+    shown = tokenizer.show(tokenizer.render(openai_messages(history, with_tools=True), [TRIP, TIME]))
     written = shown.partition("assistant: ")[2].removesuffix("assistant: ").strip()
-    marks = [mark for mark in (*chat_server.CALLS[tool_format], *chat_server.IN_CALLS) if mark in written and tokens]
+    marks = [mark for mark in (*CALLS[tool_format], *IN_CALLS) if mark in written and tokens]
     reader = Marked(tool_format, words := {mark: 300 + number for number, mark in enumerate(marks)})
-    parts = chat_server.re.split("(" + "|".join(map(chat_server.re.escape, words)) + ")", "Well. " + written + "\n") if words else ["Well. " + written]
+    parts = re.split("(" + "|".join(map(re.escape, words)) + ")", "Well. " + written + "\n") if words else ["Well. " + written]
     ids = [token for part in parts for token in ([words[part]] if part in words else part.encode())]
     told = told_with_types(ids, reader)
     text, calls = together([said for each in told for said in each])
@@ -256,7 +272,7 @@ def test_calls_in_tags_are_told_as_json_of_the_types_that_the_tools_say(default_
     for cut in range(1, len(ids), 5 if tokens else 17):      # a worker that takes over knows from the ids alone what has been told
         assert told_with_types(ids, reader, cut) == told[cut:]
         text, calls = together([said for each in told_with_types(ids[:cut], reader, reason="length") for said in each])
-        assert not chat_server.re.search("<.*(tool|func|arg|param)", text) and [call["name"] for call in calls] == [call["name"] for call in TRIPS][:len(calls)]
+        assert not re.search("<.*(tool|func|arg|param)", text) and [call["name"] for call in calls] == [call["name"] for call in TRIPS][:len(calls)]
         assert all(json.loads(call["arguments"]) for call in calls[:-1] if call["name"] == "trip")
         if calls and calls[-1]["name"] == "trip" and tokens:        # what the model leaves open is closed
             whole = together([said for each in told_with_types(ids[:cut], reader) for said in each])[1]
@@ -277,10 +293,10 @@ def test_calls_in_tags_are_told_as_json_of_the_types_that_the_tools_say(default_
 def test_what_models_write_amiss_in_tags_is_read_as_far_as_it_can_be(text, rest, calls):
     for tokens in ({}, {"<tool_call>": 300, "</tool_call>": 301}):
         reader = Marked("qwen tags", tokens)
-        parts = chat_server.re.split("(</?tool_call>)", text)
+        parts = re.split("(</?tool_call>)", text)
         ids = [token for part in parts for token in ([tokens[part]] if part in tokens else part.encode())]
         told, found = together([said for each in told_with_types(ids, reader) for said in each])
-        lost = chat_server.re.compile("</?tool_call>" if tokens else "$^")      # a special token that marks nothing has no text
+        lost = re.compile("</?tool_call>" if tokens else "$^")      # a special token that marks nothing has no text
         assert (told, found) == (lost.sub("", rest), calls)
 
 
@@ -288,7 +304,7 @@ def test_what_models_write_amiss_in_tags_is_read_as_far_as_it_can_be(text, rest,
     5, {"properties": 5}, {"properties": {"a": 5, "b": True}}, {"properties": {"a": {"$ref": "#/nope"}, "b": {"$ref": "#/properties/b"}, "c": {"type": [{}]}}},
     {"properties": {"a": {"anyOf": 5}, "b": {"enum": 5}, "c": {"enum": [1e999]}, "d": {"anyOf": [{"$ref": "#/properties/d"}] * 9}}}])
 def test_schemas_that_say_no_types_leave_values_to_how_they_look(parameters):
-    types = chat_server.parameter_types({"function": {"name": "f", "parameters": parameters}})
+    types = parameter_types({"function": {"name": "f", "parameters": parameters}})
     assert set(types.values()) <= {""}
 
 
@@ -304,14 +320,14 @@ class Marked(Letters):
 
 
 def test_only_templates_that_read_tools_know_them(default_model_path):
-    assert not chat_server.open_tokenizer(load(default_model_path).text).native_tools
-    assert chat_server.tool_format_of(TEMPLATE) == "tagged"
-    assert chat_server.tool_format_of("{%- if not tools is defined %}{% endif %}") == "json"
-    assert chat_server.tool_format_of("You have no tools. {{ messages }}") is None
+    assert not open_tokenizer(load(default_model_path).text).native_tools
+    assert tool_format_of(TEMPLATE) == "tagged"
+    assert tool_format_of("{%- if not tools is defined %}{% endif %}") == "json"
+    assert tool_format_of("You have no tools. {{ messages }}") is None
 
 
 def test_the_template_is_told_of_tools_and_earlier_calls(tokenizer):
-    messages = chat_server.openai_messages([
+    messages = openai_messages([
         {"role": "user", "content": "Weather?"},
         {"role": "assistant", "content": None, "tool_calls": [
             {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome<|im_end|>"}'}}]},
@@ -330,7 +346,7 @@ def test_what_is_nested_too_deeply_for_the_template_is_refused(tokenizer):
     deep = {}
     for _ in range(3000):
         deep = {"a": deep}
-    with pytest.raises(chat_server.RequestError, match="nested too deeply"):
+    with pytest.raises(RequestError, match="nested too deeply"):
         tokenizer.render([Message("user", "x")], [deep])
 
 
@@ -402,16 +418,16 @@ async def test_what_is_no_tool_is_400(pool, change, code):
             assert (response.status, (await response.json())["error"]["code"]) == (400, code)
 
 
-@pytest.mark.parametrize("tool_format", ["tagged", "json", "deepseek", "deepseek fenced", "kimi", *chat_server.TAGGED_ARGUMENTS])
+@pytest.mark.parametrize("tool_format", ["tagged", "json", "deepseek", "deepseek fenced", "kimi", *TAGGED_ARGUMENTS])
 def test_references_in_a_tool_s_parameters_are_to_these_parameters(tool_format):
     """Nested models as pydantic writes them: $defs, and $refs to them that start at the parameters' root."""
     parameters = {"$defs": {"City": {"enum": ["Rome"]}}, "type": "object", "required": ["city"], "additionalProperties": False,
                   "properties": {"city": {"$ref": "#/$defs/City"}, "next": {"$ref": "#"}}}
     tools = [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in ("go", "fly")]
-    chat_server.check_grammar(chat_server.tool_grammar(tools, tool_format, True), "tools")
-    with pytest.raises(chat_server.RequestError, match="/nope"):
+    check_grammar(tool_grammar(tools, tool_format, True), "tools")
+    with pytest.raises(RequestError, match="/nope"):
         wrong = parameters | {"properties": {"city": {"$ref": "#/nope"}}}
-        chat_server.check_grammar(chat_server.tool_grammar([{"function": {"name": "go", "parameters": wrong}}], tool_format, True), "tools")
+        check_grammar(tool_grammar([{"function": {"name": "go", "parameters": wrong}}], tool_format, True), "tools")
 
 
 @pytest.fixture(scope="module")
@@ -420,16 +436,16 @@ def engine(default_model_path):
 
 
 @pytest.mark.parametrize("tool_format", ["tagged", "json", "tagged by special tokens", "deepseek", "deepseek fenced", "kimi",
-                                         *chat_server.TAGGED_ARGUMENTS])
+                                         *TAGGED_ARGUMENTS])
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
 def test_a_required_call_is_made_by_a_model_that_has_never_heard_of_tools(engine, tool_format, choice, monkeypatch):
     if tool_format == "tagged by special tokens":
         tool_format = "tagged"
         monkeypatch.setitem(engine.tokenizer.specials, "<tool_call>", 1)
     monkeypatch.setattr(engine.tokenizer, "tool_format", tool_format)
-    values = chat_server.parse_fields(ASK | {"tools": [WEATHER], "tool_choice": choice, "parallel_tool_calls": False},
-                                      chat_server.OPENAI_FIELDS)
-    request = chat_server.parse_openai_request(values, Settings(), tool_format)
+    values = parse_fields(ASK | {"tools": [WEATHER], "tool_choice": choice, "parallel_tool_calls": False},
+                          OPENAI_FIELDS)
+    request = parse_openai_request(values, Settings(), tool_format)
     prompt = tuple(engine.tokenizer.render([Message("user", "Weather in Rome?")]))
     work = assignment("a", prompt, SamplingParams(0.0), 80, grammar=request.grammar, grammar_param="tools",
                       tool_names=request.tool_names, chat=True)
@@ -439,15 +455,15 @@ def test_a_required_call_is_made_by_a_model_that_has_never_heard_of_tools(engine
 
 def test_the_default_model_makes_several_calls_in_tags_and_so_does_a_worker_that_takes_over(default_model_path):
     engine = make_engine(default_model_path, num_pages=200, max_batch=8, as_stored=True)
-    engine.tokenizer = chat_server.open_tokenizer(chat_server.replace(load(default_model_path).text, chat_template=TAG_FAMILIES["qwen tags"]))
+    engine.tokenizer = open_tokenizer(replace(load(default_model_path).text, chat_template=TAG_FAMILIES["qwen tags"]))
     tool = {"type": "function", "function": {"name": "trip", "parameters": {
         "type": "object", "required": ["city", "days", "kind"], "properties": {
             "city": {"type": "string", "minLength": 3, "maxLength": 12, "pattern": "^[A-Z][a-z ]+$"}, "days": {"type": "integer", "minimum": 2, "maximum": 9},
             "kind": {"enum": ["beach", "5", 5]}, "with": {"type": ["array", "null"], "items": {"type": "string", "maxLength": 9}, "maxItems": 2}}}}}
-    values = chat_server.parse_fields(ASK | {"tools": [tool], "tool_choice": "required"}, chat_server.OPENAI_FIELDS)
-    request = chat_server.parse_openai_request(values, Settings(), "qwen tags")
+    values = parse_fields(ASK | {"tools": [tool], "tool_choice": "required"}, OPENAI_FIELDS)
+    request = parse_openai_request(values, Settings(), "qwen tags")
     assert request.tool_types == ({"city": "string", "days": "integer", "kind": "integer number string", "with": "array null"},)
-    chat_server.check_grammar(request.grammar, "tools")
+    check_grammar(request.grammar, "tools")
     prompt = tuple(engine.tokenizer.render([Message("user", "Two days in Rome, then three in Bonn.")], [tool]))
     work = assignment("a", prompt, SamplingParams(0.7, seed=2), 400, grammar=request.grammar.replace('("\\n" call)*', '"\\n" call'), grammar_param="tools",
                       tool_names=request.tool_names, tool_types=request.tool_types, chat=True)
@@ -456,11 +472,11 @@ def test_the_default_model_makes_several_calls_in_tags_and_so_does_a_worker_that
     assert text == "" and [call["name"] for call in calls] == ["trip", "trip"] and found[-1].stop_reason == "grammar"
     for call in calls:
         arguments = json.loads(call["arguments"])
-        assert chat_server.re.fullmatch("[A-Z][a-z ]{2,11}", arguments["city"]) and 2 <= arguments["days"] <= 9 and arguments["kind"] in ("beach", 5)
+        assert re.fullmatch("[A-Z][a-z ]{2,11}", arguments["city"]) and 2 <= arguments["days"] <= 9 and arguments["kind"] in ("beach", 5)
         assert len(arguments.get("with") or ()) <= 2
     for cut in (3, len(found) // 2, len(found) - 9):
         ids = tuple(token for piece in found[:cut] for token in piece.tokens)
-        rest = pieces(engine, [chat_server.replace(work, id="b", resumed_ids=ids)])["b"]
+        rest = pieces(engine, [replace(work, id="b", resumed_ids=ids)])["b"]
         assert [(piece.tokens, piece.calls) for piece in rest] == [(piece.tokens, piece.calls) for piece in found[cut:]]
 
 
@@ -470,8 +486,8 @@ def test_the_default_model_makes_several_calls_in_tags_and_so_does_a_worker_that
     ({"properties": {"a": {"type": "integer", "minimum": 5, "maximum": 4}}, "required": ["a"]}, ""), ({"properties": {"a": {"format": "x"}}}, "unknown format"),
     ({"properties": {"a": {"type": "nope"}}}, "type must be one of"), ({"type": "string"}, "no object fits")])
 def test_parameters_that_tags_cannot_have_are_refused_where_a_call_is_required(parameters, reason):
-    with pytest.raises(chat_server.RequestError, match="(?i)tools.*" + reason):
-        chat_server.check_grammar(chat_server.tool_grammar([{"function": {"name": "f", "parameters": parameters}}], "glm tags", True), "tools")
+    with pytest.raises(RequestError, match="(?i)tools.*" + reason):
+        check_grammar(tool_grammar([{"function": {"name": "f", "parameters": parameters}}], "glm tags", True), "tools")
 
 
 def pushed(tool_format, start, rest, types=()):
@@ -507,8 +523,8 @@ def test_an_answer_costs_little_to_read_where_a_model_repeats_itself(monkeypatch
 
         def __getattr__(self, name):
             return getattr(chat_server_re, name)
-    chat_server_re = chat_server.re
-    monkeypatch.setattr(chat_server, "re", CountingRe())
+    chat_server_re = re
+    patch(monkeypatch, text_reader, "re", CountingRe())
     listed = ", ".join(["1"] * 3000)
     assert pushed("qwen tags", "<tool_call><function=f>", [*" " * 3000, "<parameter=a>\n[", *listed, "]\n</parameter></function>"]) == (
         "", [{"name": "f", "arguments": '{"a": [' + listed + "]}"}])
@@ -536,7 +552,7 @@ VALUE = '{"a": ["x</parameter>\\"\\n</parameter>\\n</tool_call>"]}'
 def test_a_value_ends_at_the_first_tag_that_is_not_inside_a_string_of_its_json(value, more, told, tokens):
     text = f"<tool_call><function=f><parameter=p>\n{value}{more}" + "</function></tool_call>Done." * (more != "" and more != "</tool_call>")
     tokenizer = Marked("qwen tags", tokens)
-    outer = chat_server.re.split("(^<tool_call>|</tool_call>(?=Done|$))", text)
+    outer = re.split("(^<tool_call>|</tool_call>(?=Done|$))", text)
     ids = [token for part in outer for token in ([tokens[part]] if part in tokens else part.encode())]
     work = assignment("a", (1,), SamplingParams(), 999, chat=True, tool_names=("f",))
     answer = Answer(work, tokenizer)
@@ -553,9 +569,9 @@ def test_an_answer_that_ends_after_a_call_in_tags_gets_no_text_that_the_model_di
 
 
 def test_long_values_and_expressions_are_not_read_as_python():
-    assert chat_server.typed_value("[True, 'a', None]", "") == '[true, "a", null]'
+    assert typed_value("[True, 'a', None]", "") == '[true, "a", null]'
     for text in ("0x10", "1_000", "(1)", "[" + "'a'," * 3000 + "]"):
-        assert chat_server.typed_value(text, "") == json.dumps(text)
+        assert typed_value(text, "") == json.dumps(text)
 
 
 class Counted(dict):
@@ -575,37 +591,37 @@ def test_schemas_that_are_small_but_say_much_cost_little(monkeypatch):
     parameters = {"properties": {f"p{number}": {"$ref": "#/$defs/x"} for number in range(600)},
                   "$defs": {"x": {"anyOf": [Counted(enum=[*range(64)])] * 62}}}
     tools = [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in "fg"]
-    values = chat_server.parse_fields(ASK | {"tools": tools}, chat_server.OPENAI_FIELDS)
-    types = chat_server.parse_openai_request(values, Settings(), "qwen tags").tool_types
+    values = parse_fields(ASK | {"tools": tools}, OPENAI_FIELDS)
+    types = parse_openai_request(values, Settings(), "qwen tags").tool_types
     assert types[0]["p0"] == "integer number" and types[1].get("p599", "") == "" and 100 < Counted.reads < 100_000
     # each $ref in a required call's grammar repeats all parameters
     made, dumped = [], json.dumps
-    monkeypatch.setattr(chat_server.json, "dumps", lambda *given, **more: made.append(dumped(*given, **more)) or made[-1])
+    monkeypatch.setattr(json, "dumps", lambda *given, **more: made.append(dumped(*given, **more)) or made[-1])
     item = {"type": "array", "items": {"$ref": "#/$defs/x"}}
     parameters = {"properties": {f"p{number}": {"anyOf": [item] * 62} for number in range(10)}, "$defs": {"x": {"enum": ["x" * 30_000]}}}
-    with pytest.raises(chat_server.RequestError, match="at most 65536 characters"):
-        chat_server.tool_grammar([{"function": {"name": "f", "parameters": parameters}}], "qwen tags", True)
+    with pytest.raises(RequestError, match="at most 65536 characters"):
+        tool_grammar([{"function": {"name": "f", "parameters": parameters}}], "qwen tags", True)
     assert sum(map(len, made)) < 1_000_000
     many = {"properties": {str(number): {} for number in range(2000)}}
     for parameters in ({"allOf": [{"anyOf": [{}, {}]}] * 10}, {"$ref": "#"}, many | {"anyOf": [{}, {}]}):       # 1024 forms; one without end; 4000 parameters
-        with pytest.raises(chat_server.RequestError, match="too many forms|too many schemas"):
-            chat_server.tool_grammar([{"function": {"name": "f", "parameters": parameters}}], "qwen tags", True)
+        with pytest.raises(RequestError, match="too many forms|too many schemas"):
+            tool_grammar([{"function": {"name": "f", "parameters": parameters}}], "qwen tags", True)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in chat_server.STRING_FORMATS if kind != "unknown"])
+@pytest.mark.parametrize("kind", [kind for kind in STRING_FORMATS if kind != "unknown"])
 def test_a_string_in_tags_has_the_format_that_it_has_in_json(kind):
     """JSON grammars know more of months, and of IPv4 within IPv6."""
     import llguidance
     root = {"properties": {"a": {"type": "string", "format": kind}}}
-    grammars = {"<tool_call>\n<function=f>\n<parameter=a>\n%s\n</parameter>\n</function>\n</tool_call>": chat_server.tool_grammar(
-        [{"function": {"name": "f", "parameters": root}}], "qwen tags", False), '"%s"': chat_server.json_grammar(root["properties"]["a"], "a")}
+    grammars = {"<tool_call>\n<function=f>\n<parameter=a>\n%s\n</parameter>\n</function>\n</tool_call>": tool_grammar(
+        [{"function": {"name": "f", "parameters": root}}], "qwen tags", False), '"%s"': json_grammar(root["properties"]["a"], "a")}
     texts = ("2026-11-21", "2026-13-01", "23:59:60Z", "12:00:00.5+02:00", "12:00:00", "24:00:00Z", "2026-11-21T12:00:00Z", "2026-11-21 12:00:00Z", "P1D", "P1Y2M", "PT1H2M", "P", "P1DT",
              "a@b", "a.b+c@d-e.f", "a b@c.d", "@b.c", "a-b.c", "-a", "1.2.3.4", "256.1.1.1", "01.2.3.4", "::1", "2001:db8::ff00:42:8329", "g::1", "::", "1::", "1:2:3:4:5:6:7:8", "1:2:3:4:5:6:7::", "::2:3:4:5:6:7:8", "1::3:4:5:6:7:8", "1:2:3:4:5:6:7", "1::2::3",
              "1:2::3:4:5:6:7:8",
              "12345678-1234-1234-1234-1234567890aB", "http://a/b?c=d#e", "a:b", "//a", "http://a b", "")
     said = []
     for before, grammar in grammars.items():
-        compiled = llguidance.LLMatcher(chat_server.byte_vocabulary(), chat_server.with_markers(grammar, {}), log_level=0)
+        compiled = llguidance.LLMatcher(byte_vocabulary(), with_markers(grammar, {}), log_level=0)
         matchers = [(compiled.deep_copy(), before % text) for text in texts]
         said.append([text for text, (matcher, whole) in zip(texts, matchers) if matcher.consume_tokens(list(whole.encode())) and matcher.is_accepting()])
     assert said[0] == said[1] and said[0]
@@ -616,10 +632,10 @@ def test_names_that_do_not_fit_into_a_message_to_a_worker_are_refused(tool_forma
     long = {"type": "function", "function": {"name": "f" * 1_400_000}}
     many = {"type": "function", "function": {"name": "f", "parameters": {"properties": {f"{number:0199d}": {} for number in range(6_000)}}}}
     for tool in (long, *[many] * (tool_format == "qwen tags")):
-        values = chat_server.parse_fields(ASK | {"tools": [tool]}, chat_server.OPENAI_FIELDS)
-        with pytest.raises(chat_server.RequestError, match=r"names.* in tools take 1,\d+,\d+ bytes, at most 1,048,576"):
-            chat_server.parse_openai_request(values, Settings(), tool_format)
-    assert chat_server.parameter_types({"function": {"parameters": {"properties": {"a" * 201: {}, "b": {}}}}}) == {"b": ""}
+        values = parse_fields(ASK | {"tools": [tool]}, OPENAI_FIELDS)
+        with pytest.raises(RequestError, match=r"names.* in tools take 1,\d+,\d+ bytes, at most 1,048,576"):
+            parse_openai_request(values, Settings(), tool_format)
+    assert parameter_types({"function": {"parameters": {"properties": {"a" * 201: {}, "b": {}}}}}) == {"b": ""}
 
 
 @pytest.mark.parametrize("schema, types", [
@@ -627,7 +643,7 @@ def test_names_that_do_not_fit_into_a_message_to_a_worker_are_refused(tool_forma
     ({"type": ["string", "null"], "enum": ["x", None]}, "null string"), ({"type": "integer", "enum": [1, 2]}, "integer"),
     ({"type": "string", "$ref": "#/$defs/few"}, "string")])
 def test_what_a_schema_says_beside_its_branches_counts(schema, types):
-    assert chat_server.parameter_types({"function": {"parameters": {"properties": {"a": schema}, "$defs": {"few": {"maxLength": 3}}}}}) == {"a": types}
+    assert parameter_types({"function": {"parameters": {"properties": {"a": schema}, "$defs": {"few": {"maxLength": 3}}}}}) == {"a": types}
 
 
 @pytest.mark.parametrize("parameters, allowed, refused", [
@@ -654,17 +670,17 @@ def test_what_a_schema_says_beside_its_branches_counts(schema, types):
      [{"a": "x"}, {"a": "x", "b": "null"}], [{"b": "null"}, {"a": "x", "b": "y"}])])
 def test_a_required_call_in_tags_has_the_values_that_its_schema_allows(parameters, allowed, refused):
     import llguidance
-    grammar = chat_server.tool_grammar([{"function": {"name": "f", "parameters": parameters}}], "qwen tags", False)
-    chat_server.check_grammar(grammar, "tools")
+    grammar = tool_grammar([{"function": {"name": "f", "parameters": parameters}}], "qwen tags", False)
+    check_grammar(grammar, "tools")
 
     def fits(arguments):
-        matcher = llguidance.LLMatcher(chat_server.byte_vocabulary(), chat_server.with_markers(grammar, {}), log_level=0)
+        matcher = llguidance.LLMatcher(byte_vocabulary(), with_markers(grammar, {}), log_level=0)
         values = "".join(f"<parameter={name}>\n{value}\n</parameter>\n" for name, value in arguments.items())
         return matcher.consume_tokens(list(f"<tool_call>\n<function=f>\n{values}</function>\n</tool_call>".encode())) and matcher.is_accepting()
     assert all(map(fits, allowed)) and not any(map(fits, refused))
 
 
-@pytest.mark.parametrize("tool_format", chat_server.TAGGED_ARGUMENTS)
+@pytest.mark.parametrize("tool_format", TAGGED_ARGUMENTS)
 @pytest.mark.parametrize("parameters, said", [
     ({"allOf": 5}, "allOf must be a list of schemas, not 5"), ({"allOf": [5]}, "a schema must be an object, true or false, not 5"),
     ({"properties": ["a"]}, "properties must be an object of schemas, not a list of 1"), ({"properties": {"a": None}}, "a schema must be an object, true or false, not null"),
@@ -679,46 +695,46 @@ def test_a_required_call_in_tags_has_the_values_that_its_schema_allows(parameter
 def test_parameters_in_tags_with_a_wrong_keyword_are_refused_by_it(tool_format, parameters, said):
     """As for required calls, so for strict functions; what the model may call freely is only described to it."""
     function = {"name": "f", "parameters": parameters}
-    for make in (lambda: chat_server.tool_grammar([{"function": function}], tool_format, True), lambda: chat_server.call_grammar(function, tool_format)):
-        with pytest.raises(chat_server.RequestError) as refused:
+    for make in (lambda: tool_grammar([{"function": function}], tool_format, True), lambda: call_grammar(function, tool_format)):
+        with pytest.raises(RequestError) as refused:
             make()
         assert str(refused.value).startswith("tools cannot be enforced: ") and str(refused.value).endswith(said)
-    assert set(chat_server.parameter_types({"function": function}).values()) <= {"", "string", "number", "integer number"}
+    assert set(parameter_types({"function": function}).values()) <= {"", "string", "number", "integer number"}
 
 
 def test_large_members_of_a_schema_that_is_referred_to_often_are_read_a_few_times_only(monkeypatch):
     """A pattern of 50,000 slashes, referred to 60 times, held up the event loop for 1.5 s."""
-    read, in_slashes = [], chat_server.in_slashes
-    monkeypatch.setattr(chat_server, "in_slashes", lambda pattern: read.append(len(pattern)) or in_slashes(pattern))
+    read, in_slashes = [], text_grammar.in_slashes
+    patch(monkeypatch, text_grammar, "in_slashes", lambda pattern: read.append(len(pattern)) or in_slashes(pattern))
     often = [{"$ref": "#/$defs/e"}] * 60
 
     def refused(parameters):
-        with pytest.raises(chat_server.RequestError, match="at most 65536 characters|too many schemas"):
-            chat_server.tool_grammar([{"function": {"name": "f", "parameters": parameters}}], "qwen tags", True)
+        with pytest.raises(RequestError, match="at most 65536 characters|too many schemas"):
+            tool_grammar([{"function": {"name": "f", "parameters": parameters}}], "qwen tags", True)
     refused({"properties": {"p": {"allOf": often}}, "$defs": {"e": {"pattern": "/" * 50_000}}})
     assert 1 <= read.count(50_000) <= 2
     for large in ({"properties": {str(number): {} for number in range(6000)}}, {"required": ["a"] * 12_000}):
         steps = iter(range(64))
         with pytest.raises(LookupError, match="too many schemas"):
-            chat_server.objects_of({"allOf": often, "$defs": {"e": large}}, {"allOf": often, "$defs": {"e": large}}, steps)
+            objects_of({"allOf": often, "$defs": {"e": large}}, {"allOf": often, "$defs": {"e": large}}, steps)
     steps = iter(range(64))
-    assert chat_server.text_terminal({"enum": ["a"] * 6_300}, {}, steps).count("a") == 6_300 and next(steps, None) is None
+    assert text_terminal({"enum": ["a"] * 6_300}, {}, steps).count("a") == 6_300 and next(steps, None) is None
 
 
-@pytest.mark.parametrize("tool_format", chat_server.CALL_GRAMMARS)
+@pytest.mark.parametrize("tool_format", CALL_GRAMMARS)
 def test_lone_surrogates_in_the_names_and_values_of_a_function_are_refused_as_such_and_whole_pairs_are_not(tool_format):
     half, whole = "\ud83d", "\U0001f600"
     for sign in (half, whole):
         for name, parameters in (("f" + sign, {}), ("f", {"properties": {sign: {}}, "additionalProperties": True}),
                                  ("f", {"properties": {"a": {"enum": [sign]}}}), ("f", {"properties": {"a": {"type": "string", "pattern": sign}}})):
-            with pytest.raises(chat_server.RequestError, match=r"tools cannot be enforced: it has a lone surrogate, \"\\ud83d\"") if sign is half else contextlib.nullcontext():
-                chat_server.check_grammar(chat_server.tool_grammar([{"function": {"name": name, "parameters": parameters}}], tool_format, True), "tools")
+            with pytest.raises(RequestError, match=r"tools cannot be enforced: it has a lone surrogate, \"\\ud83d\"") if sign is half else contextlib.nullcontext():
+                check_grammar(tool_grammar([{"function": {"name": name, "parameters": parameters}}], tool_format, True), "tools")
 
 
 def test_a_token_without_a_text_or_a_name_fits_no_grammar():
     """The mask allowed such a token wherever one of several special tokens may come, and an answer that drew it failed."""
     for grammar in ('start: (<[300]> | <[301]>) "a"', 'start: (<[300]> | "b")'):
-        made = chat_server.Grammar(Marked("tagged", {"<a>": 300, "<b>": 301}), grammar)
+        made = Grammar(Marked("tagged", {"<a>": 300, "<b>": 301}), grammar)
         made.mask.set_result(made.matcher.compute_bitmask())
         assert set(made.allowed(320).nonzero()[0]) <= {300, 301, ord("b")}
 
@@ -729,8 +745,8 @@ STRICT = {"type": "function", "function": {"name": "weather", "strict": True, "p
 
 
 def strictly(tool_format, tools=(STRICT,), **more):
-    values = chat_server.parse_fields(ASK | {"tools": list(tools)} | more, chat_server.OPENAI_FIELDS)
-    return chat_server.parse_openai_request(values, Settings(), tool_format)
+    values = parse_fields(ASK | {"tools": list(tools)} | more, OPENAI_FIELDS)
+    return parse_openai_request(values, Settings(), tool_format)
 
 
 def strict_work(engine, name, messages, tokens, **more):
@@ -744,7 +760,7 @@ def test_a_call_that_the_default_model_makes_on_its_own_of_a_strict_function_fol
     """The model repeats a call that the schema forbids; drafts propose it too. Preempted or taken over by another worker, it is the same."""
     say = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome", "days": 3}}\n</tool_call>'
     work = strict_work(engine, "a", [("user", "Repeat this:\n" + say), ("assistant", say), ("user", "Repeat this:\n" + say)], 100)
-    free = pieces(engine, [chat_server.replace(work, params=chat_server.replace(work.params, call_grammars=()))])["a"]
+    free = pieces(engine, [replace(work, params=replace(work.params, call_grammars=()))])["a"]
     assert together([(piece.text, piece.calls) for piece in free]) == ("", [ROME | {"arguments": '{"city": "Rome", "days": 3}'}])
     drafted = engine.drafted_tokens
     found = pieces(engine, [work])["a"]
@@ -754,7 +770,7 @@ def test_a_call_that_the_default_model_makes_on_its_own_of_a_strict_function_fol
     assert said["city"] in ("Oslo", "Bonn") and 7 <= said["days"] <= 9
     ids = [token for piece in found for token in piece.tokens]
     for cut in range(9, len(ids), 9):
-        rest = pieces(engine, [chat_server.replace(work, resumed_ids=tuple(ids[:cut]))])["a"]
+        rest = pieces(engine, [replace(work, resumed_ids=tuple(ids[:cut]))])["a"]
         assert [token for piece in rest for token in piece.tokens] == ids[cut:]
     engine.add(work)
     again, preempted = [], engine.scheduler.preemptions
@@ -777,15 +793,15 @@ def test_arguments_of_a_strict_function_follow_its_schema_in_the_words_of_every_
     work = strict_work(engine, "a", [("user", "Weather in Rome for 3 days?")], len(begun) + 60, resumed_ids=begun)
     found = pieces(engine, [work])["a"]
     calls = "".join(call.arguments for piece in found for call in piece.calls)
-    assert chat_server.re.match(r'{"city": "(Oslo|Bonn)", "days": [789]', calls)
+    assert re.match(r'{"city": "(Oslo|Bonn)", "days": [789]', calls)
 
 
 def test_a_strict_function_of_harmony_s_is_held_from_the_marker_that_begins_its_arguments():
-    tokenizer = Marked("harmony", {name: 300 + number for number, name in enumerate(chat_server.HARMONY)})
+    tokenizer = Marked("harmony", {name: 300 + number for number, name in enumerate(HARMONY)})
     channel, constrain, message = (tokenizer.specials[f"<|{name}|>"] for name in ("channel", "constrain", "message"))
     request = strictly("harmony")
     work = assignment("a", (1,), SamplingParams(), 999, chat=True, tool_names=request.tool_names, call_grammars=request.call_grammars)
-    answer = Answer(work, tokenizer, None, lambda source: chat_server.Grammar(tokenizer, source))
+    answer = Answer(work, tokenizer, None, lambda source: Grammar(tokenizer, source))
     for number, token in enumerate([channel, *b"commentary to=functions.weather ", constrain, *b"json", message], 1):
         assert not answer.awaits_grammar
         answer.push(token, number, 999)
@@ -797,7 +813,7 @@ def test_a_strict_function_of_harmony_s_is_held_from_the_marker_that_begins_its_
 
 
 def test_what_begins_a_strict_call_and_breaks_its_schema_in_one_token_is_left_as_it_is(engine):
-    answer = Answer(strict_work(engine, "a", [("user", "x")], 99), engine.tokenizer, None, lambda source: chat_server.Grammar(engine.tokenizer, source))
+    answer = Answer(strict_work(engine, "a", [("user", "x")], 99), engine.tokenizer, None, lambda source: Grammar(engine.tokenizer, source))
     answer.reader.called = "weather", '{"town'
     answer.hold_call()
     assert answer.grammar is None and not answer.awaits_grammar
@@ -823,8 +839,8 @@ async def test_only_calls_of_strict_functions_are_held_to_their_schemas_and_what
 def test_arguments_are_an_object_even_where_the_schema_does_not_say_so(parameters):
     import llguidance
     function = {"name": "f", "parameters": parameters}
-    for grammar, text in ((chat_server.call_grammar(function, "tagged"), "%s"), (chat_server.tool_grammar([{"function": function}], "mistral name", False), "[TOOL_CALLS]f[ARGS]%s"),
-                          (chat_server.tool_grammar([{"function": function}], "tagged", False), '<tool_call>\n{"name": "f", "arguments": %s}\n</tool_call>')):
+    for grammar, text in ((call_grammar(function, "tagged"), "%s"), (tool_grammar([{"function": function}], "mistral name", False), "[TOOL_CALLS]f[ARGS]%s"),
+                          (tool_grammar([{"function": function}], "tagged", False), '<tool_call>\n{"name": "f", "arguments": %s}\n</tool_call>')):
         for arguments in ('{"a": 1, "b": 2}', "5", '"x"', "[]", "null"):
-            matcher = llguidance.LLMatcher(chat_server.byte_vocabulary(), chat_server.with_markers(grammar, {}), log_level=0)
+            matcher = llguidance.LLMatcher(byte_vocabulary(), with_markers(grammar, {}), log_level=0)
             assert (matcher.consume_tokens(list((text % arguments).encode())) and matcher.is_accepting()) == arguments.startswith("{")

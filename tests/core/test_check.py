@@ -10,9 +10,15 @@ import pytest
 import torch
 
 import chat_server as cs
+from chatlm import __version__
+from chatlm.cli import parse_command_line
+from chatlm.common import core
+from chatlm.common.core import SEAM
+from chatlm.worker.model.kernels import for_decode_core
+from chatlm.worker.model.spec import ModelSpec
 
 SCRIPT = Path(cs.__file__).resolve()
-needs_core = pytest.mark.skipif(cs.decode_core() is None, reason="the compiled core is not installed")
+needs_core = pytest.mark.skipif(core.decode_core() is None, reason="the compiled core is not installed")
 CPU_OPS = {"embed", "gather_rows", "rms_norm", "copy", "mix", "smear", "backout", "softcap", "rope_append",
            "paged_attention", "sample"}
 
@@ -36,7 +42,7 @@ def test_the_report_proves_and_measures_every_op_of_the_cpu():
     from decode_core import tiles
     run = check()
     assert (run.returncode, run.stderr) == (0, "")
-    for words in (f"chat_server {cs.__version__} (seam {cs.SEAM}), decode_core (seam {cs.SEAM})",
+    for words in (f"chat_server {__version__} (seam {SEAM}), decode_core (seam {SEAM})",
                   f"torch {torch.__version__}", f"Python {sys.version.split()[0]}", "CUDA of torch: ", "driver: ", decode_core.info()["isa"],
                   "threads read", "no op is wrong"):
         assert words in run.stdout
@@ -94,7 +100,7 @@ def test_a_copied_file_says_that_there_are_only_references(tmp_path):
 
 
 def test_flags_of_the_environment_do_not_disturb_check(monkeypatch):
-    settings = cs.parse_command_line(["check"], {"CHAT_SERVER_PORT": "x", "CHAT_SERVER_CONFIG": "/nowhere"})
+    settings = parse_command_line(["check"], {"CHAT_SERVER_PORT": "x", "CHAT_SERVER_CONFIG": "/nowhere"})
     assert settings.command == "check"
 
 
@@ -102,11 +108,11 @@ def test_flags_of_the_environment_do_not_disturb_check(monkeypatch):
 def test_a_type_without_the_gguf_package_is_not_proved_and_no_failure(monkeypatch):
     from decode_core import cpu_proof, report
     monkeypatch.setitem(sys.modules, "gguf", None)
-    faults = cpu_proof.prove_cpu(cs.for_decode_core())
+    faults = cpu_proof.prove_cpu(for_decode_core())
     assert {op for op, fault in faults.items() if fault is None} >= {"linear q4_k", "linear mxfp4"}
     assert faults["linear q8_0"] == faults["linear q4_0"] == faults["sample"] == ""
     lines = []
-    done = report.Report(cs.for_decode_core(), 1, lines.append)
+    done = report.Report(for_decode_core(), 1, lines.append)
     done.table(faults, (), 1.0)
     assert done.wrong == 0 and any("linear q6_k" in line and "not proved: the gguf package" in line for line in lines)
 
@@ -122,12 +128,12 @@ class Place:
         from decode_core import cuda, report, timing
         monkeypatch.setattr(cuda, "SAMPLE_THREADS", 32)
         monkeypatch.setattr(timing, "CONTEXT", 64)
-        spec = cs.ModelSpec(vocab_size=300, layers=1, width=64, heads=4, kv_heads=2, head_size=16, ffn_size=128, max_positions=64, experts=4, experts_per_token=2, sinks=True)
+        spec = ModelSpec(vocab_size=300, layers=1, width=64, heads=4, kv_heads=2, head_size=16, ffn_size=128, max_positions=64, experts=4, experts_per_token=2, sinks=True)
         queue = queue or backends.HostQueue()
         queue.device = torch.device("cpu")
         emulated = backends.Emulated(library, ops or backends.EmulatedOps)
         self.lines = []
-        self.report = report.Report(cs.for_decode_core(), 1, self.lines.append)
+        self.report = report.Report(for_decode_core(), 1, self.lines.append)
         self.report.with_cuda(emulated.backend(spec), lambda: queue, "cuda:0: a GPU", cold=1 << 14, calls=2, batches=(1, 2))
         self.rows = rows_of("\n".join(self.lines))
 

@@ -14,8 +14,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import chat_server as cs
-from chat_server import SampleRow, SamplingParams
+from chatlm.common.messages.requests import SamplingParams
+from chatlm.worker.ops.rows import SampleRow
+from chatlm.worker.ops.sampling import EXP_CUTOFF, FLOAT_MAX, sample_reference
 from emulated_core import EmulatedCore
 from random_rows import NO_LOGIT, random_logits, random_rows
 
@@ -161,8 +162,8 @@ def pack_rows(rows):
             bias_ids.append(token)
             biases.append(bias)
         packed[i] = (p.seed, position, round(p.top_p * 2**32),
-                     min(1 / p.temperature, cs.FLOAT_MAX) if p.temperature > 0 else -1,
-                     max(np.log(np.float64(min(p.min_p, 1))) if p.min_p > 0 else -np.inf, cs.EXP_CUTOFF), p.top_k, p.choice,
+                     min(1 / p.temperature, FLOAT_MAX) if p.temperature > 0 else -1,
+                     max(np.log(np.float64(min(p.min_p, 1))) if p.min_p > 0 else -np.inf, EXP_CUTOFF), p.top_k, p.choice,
                      p.repetition_penalty, 1 / p.repetition_penalty, p.frequency_penalty, p.presence_penalty,
                      begin[0], len(count_ids), begin[1], len(bias_ids))
     as_array = [np.array(values or [0], kind) for values, kind in zip((count_ids, counts, bias_ids, biases), "iiif")]
@@ -190,7 +191,7 @@ def test_the_sampling_kernel_draws_the_references_tokens(backend, monkeypatch, v
     monkeypatch.setattr(wrappers, "SAMPLE_THREADS", threads)
     rng, count = np.random.default_rng(vocabulary), math.ceil(count * SHARE)
     logits, rows = random_logits(rng, count, vocabulary), random_rows(rng, count, vocabulary)
-    expected = cs.sample_reference(logits, rows)
+    expected = sample_reference(logits, rows)
     for order in (ASCENDING, DESCENDING, RANDOM):
         backend.order(order, vocabulary)
         assert drawn_tokens(backend, logits, rows).tolist() == expected.tolist()
@@ -199,7 +200,7 @@ def test_the_sampling_kernel_draws_the_references_tokens(backend, monkeypatch, v
 def test_tokens_ignore_the_row_index_the_batch_and_how_far_rows_lie_apart(backend):
     rng = np.random.default_rng(3)
     logits, rows = random_logits(rng, 12, 1001), random_rows(rng, 12, 1001)
-    expected = cs.sample_reference(logits, rows).tolist()
+    expected = sample_reference(logits, rows).tolist()
     for order, gap in (([11, 3, 7], 3), ([5], 2), (list(range(12)), 203)):
         got = drawn_tokens(backend, logits[order], [rows[i] for i in order], gap=gap)
         assert got.tolist() == [expected[i] for i in order]
@@ -208,7 +209,7 @@ def test_tokens_ignore_the_row_index_the_batch_and_how_far_rows_lie_apart(backen
 def test_a_row_without_a_position_gets_no_token_and_disturbs_nobody(backend):
     rng = np.random.default_rng(4)
     logits, rows = random_logits(rng, 3, 500), random_rows(rng, 3, 500)
-    expected = cs.sample_reference(logits, rows).tolist()
+    expected = sample_reference(logits, rows).tolist()
     idle = rows[1]._replace(position=-1)
     assert drawn_tokens(backend, logits, [rows[0], idle, rows[2]]).tolist() == [expected[0], -1, expected[2]]
 
@@ -220,7 +221,7 @@ def test_bfloat16_logits_draw_what_their_exact_widening_draws(backend):
     rows = [row._replace(params=replace(row.params, repetition_penalty=1.0, frequency_penalty=0.0, presence_penalty=0.0,
                                         logit_bias=())) for row in random_rows(rng, 60, 3000)]
     assert (drawn_tokens(backend, bits.astype(np.uint16), rows, dtype="torch.bfloat16").tolist()
-            == cs.sample_reference(wide, rows).tolist())
+            == sample_reference(wide, rows).tolist())
 
 
 def test_biases_of_one_id_add_up_in_order_and_overflowing_penalties_are_cleaned(backend):
@@ -230,7 +231,7 @@ def test_biases_of_one_id_add_up_in_order_and_overflowing_penalties_are_cleaned(
     rows = [SampleRow(SamplingParams(temperature=0, logit_bias=((3, 1e8), (3, 1.0), (3, -1e8), (4, 0.5))), 0),
             SampleRow(SamplingParams(temperature=0, logit_bias=((5, -3e38), (6, 3e37))), 0),
             SampleRow(SamplingParams(temperature=0, repetition_penalty=0.1, logit_bias=((7, -1e38), (8, 3.4e38))), 0, (3, 7, 9))]
-    assert cs.sample_reference(logits, rows).tolist() == [4, 5, 7]
+    assert sample_reference(logits, rows).tolist() == [4, 5, 7]
     for order in (ASCENDING, DESCENDING, RANDOM):
         backend.order(order, 5)
         assert drawn_tokens(backend, logits, rows).tolist() == [4, 5, 7]

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import chat_server as cs
-from chat_server import SampleRow, SamplingParams
+from chatlm.common.messages.requests import SamplingParams
+from chatlm.worker.ops.rows import SampleRow
+from chatlm.worker.ops.sampling import FLOAT_MAX, sample_reference, survivors
 
 core = pytest.importorskip("decode_core", exc_type=ImportError, reason="the compiled core is not installed")
 
@@ -47,7 +48,7 @@ def edge_rows(rng, V):
     spoiled[rng.integers(0, V, 3)], spoiled[rng.integers(0, V, 2)] = np.nan, np.inf
     rows = [np.zeros(V), np.full(V, NEG_INF), np.full(V, np.nan), one, spoiled, rng.integers(-2, 3, V),
             np.where(rng.random(V) < 0.5, 0.0, -0.0), rng.choice([1e30, -1e30, 0, 3e38, -3e38], V),
-            rng.choice([0, -0.0, 1e-45, -1e-45, 1e-39, -1e-39], V), np.full(V, cs.FLOAT_MAX), np.full(V, -cs.FLOAT_MAX),
+            rng.choice([0, -0.0, 1e-45, -1e-45, 1e-39, -1e-39], V), np.full(V, FLOAT_MAX), np.full(V, -FLOAT_MAX),
             np.sort(rng.standard_normal(V)) * 5, np.round(rng.standard_normal(V) * 4) / 2]
     rows += [rng.standard_normal(V) * scale for scale in (0.01, 1, 3, 3, 10, 1e4, 1e30)]
     with np.errstate(over="ignore"):
@@ -82,7 +83,7 @@ def test_tokens_equal_the_references_on_every_instruction_set(V, rows):
     for _ in range(math.ceil(rows * SHARE / 20)):           # 100,880 rows in all
         logits, batch = any_batch(rng, V)
         with np.errstate(all="ignore"):
-            expected = cs.sample_reference(logits, batch).tolist()
+            expected = sample_reference(logits, batch).tolist()
         for isa in ISAS:
             core.set_isa(isa)
             tokens = sampled(logits, batch)
@@ -100,7 +101,7 @@ def test_model_like_rows_equal_the_references_at_usual_settings(isa):
         logits = (rng.standard_normal((len(settings), V)) * scale).astype(np.float32)
         for position in range(math.ceil(4 * SHARE)):
             rows = [SampleRow(SamplingParams(**(dict(seed=position) | chosen)), position, [1, 2, 2], 1) for chosen in settings]
-            assert sampled(logits, rows) == cs.sample_reference(logits, rows).tolist()
+            assert sampled(logits, rows) == sample_reference(logits, rows).tolist()
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -109,9 +110,9 @@ def test_top_p_is_of_all_that_top_k_kept_whatever_min_p_will_drop(isa):
     line = np.random.default_rng(5).standard_normal(5000).astype(np.float32)
     falling = np.sort(line.astype(np.float64))[::-1]
     params = SamplingParams(temperature=1.0, top_k=700, top_p=0.5, min_p=math.exp(falling[500] - falling[0]))
-    assert len(cs.survivors(line, params)[0]) < 300         # 500 of the 700 pass min-p; top-p over all 5000 would keep more
+    assert len(survivors(line, params)[0]) < 300         # 500 of the 700 pass min-p; top-p over all 5000 would keep more
     logits, rows = np.repeat(line[None], 300, axis=0), [SampleRow(params, position) for position in range(300)]
-    assert sampled(logits, rows) == cs.sample_reference(logits, rows).tolist()
+    assert sampled(logits, rows) == sample_reference(logits, rows).tolist()
 
 
 def test_the_generator_gives_random123s_known_answers():
@@ -158,7 +159,7 @@ def test_a_sampler_keeps_up_with_answers_that_grow_and_batches_that_change():
         logits = (rng.standard_normal((len(some), V)) * 3).astype(np.float32)
         rows = [SampleRow(params[i], len(contexts[i]), contexts[i], 12) for i in some]
         with np.errstate(all="ignore"):
-            expected = cs.sample_reference(logits, rows).tolist()
+            expected = sample_reference(logits, rows).tolist()
         assert sampler(logits, rows) == expected
         for i, token in zip(some, expected):
             contexts[i].append(token)

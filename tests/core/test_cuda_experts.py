@@ -6,8 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-import chat_server as cs
 import families
+import patching
+from chatlm.common.config import Settings
+from chatlm.common.hub.find import resolve_model
+from chatlm.common.messages.requests import SamplingParams
+from chatlm.common.text.load import open_tokenizer
+from chatlm.worker.engine.engine import Engine
+from chatlm.worker.model import kernels as model_kernels
+from chatlm.worker.model.kernels import Backend, for_decode_core, load_kernels
+from chatlm.worker.model.transformer import Transformer
+from chatlm.worker.ops.basic import GATES, Norm, experts_reference
+from chatlm.worker.weights.load import open_model
 from engines import make_batch, tokens_of
 from works import assignment, changed
 
@@ -59,7 +69,7 @@ def product(gpu, x, routed, blocks, kind, outputs, gap=0, **options):
 
 
 def gate_in_float64(activation, gate, up):
-    return cs.GATES[activation](torch.from_numpy(gate), torch.from_numpy(up)).numpy()
+    return GATES[activation](torch.from_numpy(gate), torch.from_numpy(up)).numpy()
 
 
 @pytest.mark.parametrize("experts, chosen", [(1, 1), (7, 3), (32, 4), (33, 33), (128, 8), (1024, 64)])
@@ -181,12 +191,12 @@ def test_experts_compute_what_their_reference_computes(gpu, gates, ups, downs, r
     random = torch.Generator().manual_seed(rows)
     x, logits = (torch.randn(rows, n, generator=random).to(gpu.device) for n in (C, E))
     biases = [torch.randn(n, generator=random).to(gpu.device) for n in (2 * E * F, E * C)]
-    ours = cuda_experts.ExpertOps(gpu.ops, cs.for_decode_core(), gpu.stream)
+    ours = cuda_experts.ExpertOps(gpu.ops, for_decode_core(), gpu.stream)
     for activation, sum_to_one, given in (("swiglu", False, (None, None)), ("clamped_swiglu", True, biases)):
         norm = torch.full((C,), 1 / 16 / float(wide[0].std()), device=gpu.device)        # so that gates are of about 1
-        options = dict(norm=cs.Norm(norm, 1e-5), biases=given, activation=activation, chosen=chosen, sum_to_one=sum_to_one)
+        options = dict(norm=Norm(norm, 1e-5), biases=given, activation=activation, chosen=chosen, sum_to_one=sum_to_one)
         want, got = torch.empty_like(x), torch.empty_like(x)
-        cs.experts_reference(x, logits, torch.cat(wide[:2]), wide[2], want, **options)
+        experts_reference(x, logits, torch.cat(wide[:2]), wide[2], want, **options)
         ours.experts(x, logits, gate_up, down, got, **options)
         many = rows * chosen > cuda_experts.FEW_PAIRS * E
         assert (got - want).norm() < (2e-2 if many else 1e-5) * (want - x).norm()
@@ -216,10 +226,10 @@ def emulated(emulation_library, monkeypatch):
 
 def opened(path, monkeypatch, backend=None, dtype=None):
     """A file as a worker on a GPU loads it; without a backend in float32, for references."""
-    settings = cs.Settings(model=str(path))
+    settings = Settings(model=str(path))
     with monkeypatch.context() as patch:
-        patch.setattr(cs, "choose_backend", lambda device, spec: backend(spec) if backend else cs.Backend("cpu"))
-        return cs.open_model(cs.resolve_model(settings), settings, dtype, torch.device("cpu"))
+        patching.patch(patch, model_kernels, "choose_backend", lambda device, spec: backend(spec) if backend else Backend("cpu"))
+        return open_model(resolve_model(settings), settings, dtype, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name, kind", [("gpt-oss", "mxfp4"), ("qwen3moe", "q8_0"), ("folder", "mxfp4")])
@@ -231,8 +241,8 @@ def test_a_files_experts_stay_packed_and_logits_are_those_of_its_weights(emulate
     ids = np.random.default_rng(3).integers(0, 256, 80).tolist()
     steps = [[(first, 8, [3, 1, 4])] for first in range(0, 40, 8)] + [[(40, 1, [3, 1, 4]), (0, 7, [0])], [(41, 1, [3, 1, 4]), (7, 1, [0])]]
     logits = []
-    for each, kernels in ((exact, cs.load_kernels("cpu")), (model, emulated.kernels(model.spec))):
-        ours = cs.Transformer(each.spec, dict(each.tensors), kernels, num_pages=12, max_tokens=64, max_rows=8, dtype=torch.float32)
+    for each, kernels in ((exact, load_kernels("cpu")), (model, emulated.kernels(model.spec))):
+        ours = Transformer(each.spec, dict(each.tensors), kernels, num_pages=12, max_tokens=64, max_rows=8, dtype=torch.float32)
         with torch.inference_mode():
             logits.append([ours.forward(make_batch(*((ids, first, count, pages) for first, count, pages in step))).clone() for step in steps])
     experts = [weight for key, weight in ours.weights.items() if "expert" in key and not key.endswith("_bias")]
@@ -247,11 +257,11 @@ def test_graphs_of_experts_answer_as_ops_do(emulated, expert_files, monkeypatch,
     """Steps that are begun ahead, with preemption where pages are few, else with a row of padding."""
     model = opened(expert_files[name], monkeypatch, emulated.backend)
     monkeypatch.setattr(cuda_steps, "CudaQueue", lambda device: backends.HostQueue())
-    works = [assignment(f"w{i}", tuple(range(10 + i, 10 + prompt)), cs.SamplingParams(seed=i), count + i % 3, ignore_eos=True) for i in range(min(rows, 3))]
+    works = [assignment(f"w{i}", tuple(range(10 + i, 10 + prompt)), SamplingParams(seed=i), count + i % 3, ignore_eos=True) for i in range(min(rows, 3))]
     results, kernels = [], emulated.kernels(model.spec)
     for prepare in (False, True):
-        transformer = cs.Transformer(model.spec, dict(model.tensors), kernels, num_pages=num_pages, max_tokens=64, max_rows=rows)
-        engine = cs.Engine(transformer, cs.open_tokenizer(model.text), kernels, num_pages=num_pages, max_batch=rows, context_length=64, prefill_chunk=48)
+        transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=num_pages, max_tokens=64, max_rows=rows)
+        engine = Engine(transformer, open_tokenizer(model.text), kernels, num_pages=num_pages, max_batch=rows, context_length=64, prefill_chunk=48)
         if prepare:
             with torch.inference_mode():
                 engine.steps.prepare(lambda fraction: None)
@@ -267,11 +277,11 @@ def test_where_experts_are_wrong_their_weights_become_bfloat16_and_the_reference
     emulated = backends.Emulated(emulation_library, ops, faults=["experts"])
     model = opened(expert_files["gpt-oss"], monkeypatch, emulated.backend)
     kernels = emulated.kernels(model.spec)
-    ours = cs.Transformer(model.spec, dict(model.tensors), kernels, num_pages=4, max_tokens=32, max_rows=4, dtype=torch.float32)
-    assert kernels.experts is cs.experts_reference and ours.weights["0.expert_down"].dtype == torch.bfloat16
+    ours = Transformer(model.spec, dict(model.tensors), kernels, num_pages=4, max_tokens=32, max_rows=4, dtype=torch.float32)
+    assert kernels.experts is experts_reference and ours.weights["0.expert_down"].dtype == torch.bfloat16
     assert isinstance(ours.weights["0.qkv"], PackedMatrix) and "decode_core's experts on cpu: " in caplog.text
     exact = opened(expert_files["gpt-oss"], monkeypatch, dtype=torch.float32)
-    plain = cs.Transformer(exact.spec, dict(exact.tensors), cs.load_kernels("cpu"), num_pages=4, max_tokens=32, dtype=torch.float32)
+    plain = Transformer(exact.spec, dict(exact.tensors), load_kernels("cpu"), num_pages=4, max_tokens=32, dtype=torch.float32)
     ids = list(range(5, 35))
     want, got = (each.forward(make_batch((ids, 0, 30, [2, 1]))) for each in (plain, ours))
     assert (got - want).norm() < 0.5 * want.norm()      # roundings change which experts a row goes to
@@ -282,12 +292,12 @@ def test_answers_of_experts_go_on_on_another_gpu_from_their_ids_and_without_draf
     """Drafts are off: a row's last bits depend on its batch there. The same decides near ties when ids are computed again, in one chunk."""
     model = opened(expert_files[name], monkeypatch, emulated.backend)
     monkeypatch.setattr(cuda_steps, "CudaQueue", lambda device: backends.HostQueue())
-    works = [assignment(f"w{i}", (5, 6, 7, 8, 10 + i) * 3, cs.SamplingParams(temperature=i / 2, seed=i), 10, ignore_eos=True) for i in range(3)]
+    works = [assignment(f"w{i}", (5, 6, 7, 8, 10 + i) * 3, SamplingParams(temperature=i / 2, seed=i), 10, ignore_eos=True) for i in range(3)]
 
     def told(works, graphs):
         kernels = emulated.kernels(model.spec)
-        transformer = cs.Transformer(model.spec, dict(model.tensors), kernels, num_pages=12, max_tokens=64, max_rows=3)
-        engine = cs.Engine(transformer, cs.open_tokenizer(model.text), kernels, num_pages=12, max_batch=3, context_length=64, prefill_chunk=48)
+        transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=12, max_tokens=64, max_rows=3)
+        engine = Engine(transformer, open_tokenizer(model.text), kernels, num_pages=12, max_batch=3, context_length=64, prefill_chunk=48)
         if graphs:
             with torch.inference_mode():
                 engine.steps.prepare(lambda fraction: None)

@@ -1,11 +1,24 @@
 """Products on CUDA, with packed weights and floats: in the emulation (and on a GPU) against float64 and GGUF's own dequantization."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import chat_server as cs
+import patching
+from chatlm.common.config import Settings
+from chatlm.common.hub.find import resolve_model
+from chatlm.common.messages.requests import SamplingParams
+from chatlm.common.text.load import open_tokenizer
+from chatlm.worker.engine.engine import Engine
+from chatlm.worker.model import kernels as model_kernels
+from chatlm.worker.model.kernels import Backend, for_decode_core, load_kernels
+from chatlm.worker.model.spec import ModelSpec, expected_tensors
+from chatlm.worker.model.transformer import Transformer
+from chatlm.worker.ops.basic import finish_linear, linear_reference
+from chatlm.worker.weights.load import open_model
 from engines import make_batch, tensors_of, tokens_of
 from works import assignment
 
@@ -74,7 +87,7 @@ def test_weights_have_the_bits_that_the_gguf_package_gives(gpu, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_some_rows_of_a_table_are_looked_up_as_the_whole_and_other_ids_change_no_sum(gpu, kind):
     blocks, ids = wild_blocks(kind, 10, K := fitting(kind, 64)), torch.tensor([7, -1, 2, 9, 4, 3], device=gpu.device)
-    products = cuda_weights.ProductOps(gpu.ops, cs.for_decode_core(), gpu.stream)
+    products = cuda_weights.ProductOps(gpu.ops, for_decode_core(), gpu.stream)
     whole, parts = torch.empty(6, K, device=gpu.device), torch.empty(3, 6, K, device=gpu.device)
     table = torch.from_numpy(blocks).to(gpu.device)
     products.embed(PackedMatrix([(kind, table)], K), ids, whole)
@@ -133,7 +146,7 @@ def surrounded(gpu, kind, x, blocks, norm, bias, activation, residual, out_dtype
 def test_what_surrounds_a_product_is_computed_with_it_and_a_rows_bits_depend_on_it_alone(gpu, kind, epilogue):
     norm, biased, activation, adds, out_dtype = epilogue
     N, K, dice = 22, 1280, proof.Dice(gpu.device, 3)                # 11 outputs with a gate
-    [(_, matrix, wide)] = proof.matrices(cs.for_decode_core(), dice, N, K, [kind])
+    [(_, matrix, wide)] = proof.matrices(for_decode_core(), dice, N, K, [kind])
     [(_, blocks)], outputs = cuda_weights.parts_of(matrix), N // 2 if cuda.GATES.get(activation) else N
     x_dtype = torch.float32 if norm else torch.bfloat16             # as in models
     x = (3 * dice.normal(8, K + (norm[0] if norm else 0))).to(x_dtype)
@@ -148,7 +161,7 @@ def test_what_surrounds_a_product_is_computed_with_it_and_a_rows_bits_depend_on_
         want = torch.nn.functional.rms_norm(want, want.shape[-1:], None if given[0] is None else given[0].double(), 1e-5)
     want = want[:, :K] @ wide.double().T + (bias.double() if biased else 0)
     y = torch.empty(8, outputs, dtype=torch.float64, device=gpu.device)
-    cs.finish_linear(want, y, activation, residual if residual is None else residual.double())
+    finish_linear(want, y, activation, residual if residual is None else residual.double())
     error = 2**-8 * y.cpu().abs() if out_dtype == torch.bfloat16 else 0
     # a gate of a large row multiplies the errors of two sums
     scale = y.abs().amax(1, keepdim=True).cpu()
@@ -204,10 +217,10 @@ def test_a_layer_of_a_decode_step_is_six_kernels_and_a_rows_bits_do_not_depend_o
     monkeypatch.setattr(backends.RecordedCore, "launch", lambda core, work: launches.append(work) or launch(core, work))
     counts, logits = [], {}
     for layers in (1, 3):
-        spec = cs.replace(tiny_spec(), layers=layers, width=64, qkv_bias=True, heads=4, kv_heads=2)
+        spec = replace(tiny_spec(), layers=layers, width=64, qkv_bias=True, heads=4, kv_heads=2)
         tensors = {name: dice.normal(*shape, dtype=torch.bfloat16 if len(shape) > 1 else torch.float32) / (8 if len(shape) > 1 else 1)
-                   for name, shape in cs.expected_tensors(spec).items()}
-        model = cs.Transformer(spec, tensors, emulated.kernels(spec), num_pages=8, max_tokens=8, max_rows=8, dtype=torch.bfloat16)
+                   for name, shape in expected_tensors(spec).items()}
+        model = Transformer(spec, tensors, emulated.kernels(spec), num_pages=8, max_tokens=8, max_rows=8, dtype=torch.bfloat16)
         with torch.inference_mode():
             model.cache.copy_(dice.normal(*model.cache.shape))
         for rows in ([0, 1, 2, 3, 4, 5, 6, 7], [6], [5, 2]):
@@ -245,19 +258,19 @@ def mixed_file(tmp_path_factory):
 
 
 def references(spec):
-    return cs.Backend("cpu")
+    return Backend("cpu")
 
 
 def opened(path, monkeypatch, backend, dtype=None):
     """A GGUF file as a worker with this backend loads it."""
-    settings = cs.Settings(model=str(path))
+    settings = Settings(model=str(path))
     with monkeypatch.context() as patch:
-        patch.setattr(cs, "choose_backend", lambda device, spec: backend(spec))
-        return cs.open_model(cs.resolve_model(settings), settings, dtype, torch.device("cpu"))
+        patching.patch(patch, model_kernels, "choose_backend", lambda device, spec: backend(spec))
+        return open_model(resolve_model(settings), settings, dtype, torch.device("cpu"))
 
 
 def transformer_of(model, kernels, dtype):
-    return cs.Transformer(model.spec, dict(model.tensors), kernels, num_pages=12, max_tokens=64, max_rows=8, dtype=dtype)
+    return Transformer(model.spec, dict(model.tensors), kernels, num_pages=12, max_tokens=64, max_rows=8, dtype=dtype)
 
 
 STEPS = [[(slice(0, 40), [3, 1, 4]), (slice(0, 3), [0])], [(slice(40, 41), [3, 1, 4]), (slice(3, 4), [0])]]
@@ -279,7 +292,7 @@ def emulated(emulation_library, monkeypatch):
 def test_a_files_matrices_stay_packed_and_logits_are_those_of_its_weights(emulated, mixed_file, monkeypatch):
     path, packed_bytes = mixed_file
     exact = opened(path, monkeypatch, references, torch.float32)
-    expected = transformer_of(exact, cs.load_kernels("cpu"), torch.float32)
+    expected = transformer_of(exact, load_kernels("cpu"), torch.float32)
     model = opened(path, monkeypatch, emulated.backend)
     assert "re-quantized" not in model.description and model.dtype is None
     tensors = tensors_of(model)
@@ -300,13 +313,13 @@ def test_graphs_of_packed_models_answer_as_ops_do(emulated, mixed_file, monkeypa
     """With 16 rows: graphs of 1 to 8 rows use the kernel, and the last one panels."""
     model = opened(mixed_file[0], monkeypatch, emulated.backend)
     monkeypatch.setattr(cuda_steps, "CudaQueue", lambda device: backends.HostQueue())
-    works = [assignment(f"w{i}", tuple(range(10 + i, 40)), cs.SamplingParams(seed=i), 6 + i % 3, ignore_eos=True) for i in range(12)]
+    works = [assignment(f"w{i}", tuple(range(10 + i, 40)), SamplingParams(seed=i), 6 + i % 3, ignore_eos=True) for i in range(12)]
     results = []
     for prepare in (False, True):
         kernels = emulated.kernels(model.spec)
-        transformer = cs.Transformer(model.spec, dict(model.tensors), kernels, num_pages=60, max_tokens=64, max_rows=16)
-        engine = cs.Engine(transformer, cs.open_tokenizer(model.text), kernels, num_pages=60, max_batch=16, context_length=64,
-                           prefill_chunk=48)
+        transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=60, max_tokens=64, max_rows=16)
+        engine = Engine(transformer, open_tokenizer(model.text), kernels, num_pages=60, max_batch=16, context_length=64,
+                        prefill_chunk=48)
         if prepare:
             with torch.inference_mode():
                 engine.steps.prepare(lambda fraction: None)
@@ -323,8 +336,8 @@ def test_where_the_product_is_wrong_weights_become_bfloat16(emulation_library, m
     model = opened(path, monkeypatch, emulated.backend)
     kernels = emulated.kernels(model.spec)
     ours = transformer_of(model, kernels, None)
-    assert kernels.linear is cs.linear_reference and ours.weight_types.startswith("bfloat16 (")
-    exact = transformer_of(opened(path, monkeypatch, references, torch.float32), cs.load_kernels("cpu"), torch.float32)
+    assert kernels.linear is linear_reference and ours.weight_types.startswith("bfloat16 (")
+    exact = transformer_of(opened(path, monkeypatch, references, torch.float32), load_kernels("cpu"), torch.float32)
     for want, got in zip(logits_of(exact), logits_of(ours)):
         assert (got - want).norm() < 0.03 * want.norm()
 
@@ -351,4 +364,4 @@ def test_large_matrices_are_dequantized_in_panels(emulated, monkeypatch, kind):
 
 
 def tiny_spec():
-    return cs.ModelSpec(vocab_size=64, layers=1, width=32, heads=2, kv_heads=1, head_size=16, ffn_size=32, max_positions=64)
+    return ModelSpec(vocab_size=64, layers=1, width=32, heads=2, kv_heads=1, head_size=16, ffn_size=32, max_positions=64)

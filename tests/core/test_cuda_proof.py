@@ -7,9 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import chat_server as cs
 import engines
-from chat_server import SamplingParams, Transformer
+import patching
+from chatlm.common.errors import ConfigError
+from chatlm.common.messages.requests import SamplingParams
+from chatlm.common.text.load import open_tokenizer
+from chatlm.worker.engine.engine import Engine
+from chatlm.worker.model import kernels as model_kernels
+from chatlm.worker.model.kernels import for_decode_core, load_kernels
+from chatlm.worker.model.transformer import Transformer
 from near_tie import assert_same_tokens_or_near_tie
 from pools import collect, greedy
 from works import assignment
@@ -50,8 +56,8 @@ def engine_of(kernels, fixture, monkeypatch, queue=None):
     with torch.inference_mode():
         transformer = Transformer(fixture.spec, dict(fixture.tensors), kernels, num_pages=40, dtype=torch.float32,
                                   max_tokens=40, max_rows=4)
-        engine = cs.Engine(transformer, cs.open_tokenizer(fixture.text), kernels, num_pages=40, max_batch=4,
-                           context_length=128, prefill_chunk=32)
+        engine = Engine(transformer, open_tokenizer(fixture.text), kernels, num_pages=40, max_batch=4,
+                        context_length=128, prefill_chunk=32)
         engine.warm_up(lambda fraction: None)
     return engine
 
@@ -64,7 +70,7 @@ def some_works():
 
 def assert_reference_answers(engine, fixture, monkeypatch):
     """`engine` runs its own steps; engines.run would trace it op by op."""
-    expected = engines.run(engine_of(cs.load_kernels("cpu"), fixture, monkeypatch), some_works())
+    expected = engines.run(engine_of(load_kernels("cpu"), fixture, monkeypatch), some_works())
     tokens = {work.id: [] for work in some_works()}
     with torch.inference_mode():
         for work in some_works():
@@ -90,8 +96,8 @@ def test_a_kernel_that_is_wrong_or_raises_is_replaced_by_its_reference_and_named
     kernel = {"linear": "multiply"}.get(op, op)
     emulated = backends.Emulated(emulation_library, backends.wrong_ops(**{kernel: how}), faults=[op])
     with monkeypatch.context() as patch:
-        patch.setattr(cs, "choose_backend", lambda device, spec: emulated.backend(spec))
-        kernels = cs.load_kernels("cuda", fixture.spec)
+        patching.patch(patch, model_kernels, "choose_backend", lambda device, spec: emulated.backend(spec))
+        kernels = load_kernels("cuda", fixture.spec)
     assert kernels.names[op] == ("numpy/reference" if op == "sample" else "torch/reference")
     assert {name for name, by in kernels.names.items() if by == "decode_core/cuda"} == {
         "pack", "linear", "embed", "make_cache", "rope_append", "plan_attention", "paged_attention", "sample"
@@ -154,9 +160,9 @@ def test_steps_whose_graph_cannot_be_captured_run_op_by_op(emulation_library, na
 def test_a_device_that_is_lost_with_a_kernel_ends_the_start_in_one_line(nanochat_fixtures):
     """Nothing can be computed on torch's meta device, as on a GPU after an illegal access."""
     spec = engines.load(nanochat_fixtures / "gen1").spec
-    backend = backends.CudaBackend(spec, cs.for_decode_core(), None, device="meta")
+    backend = backends.CudaBackend(spec, for_decode_core(), None, device="meta")
     said = "^decode_core's linear raises .*CHAT_SERVER_KERNELS=reference serves"
-    with pytest.raises(cs.ConfigError, match=said):
+    with pytest.raises(ConfigError, match=said):
         backend.ops(0, 0, None)
 
 

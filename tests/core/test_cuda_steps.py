@@ -17,8 +17,19 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import chat_server as cs
-from chat_server import Batch, Engine, ModelSpec, SampleRow, SamplingParams, Transformer
+from chatlm.common.errors import ConfigError
+from chatlm.common.messages.requests import SamplingParams
+from chatlm.common.text.grammar import json_grammar
+from chatlm.common.text.load import open_tokenizer
+from chatlm.worker.engine.engine import Engine
+from chatlm.worker.engine.kvcache import PagePool
+from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler, Sequence
+from chatlm.worker.model.kernels import for_decode_core, load_kernels
+from chatlm.worker.model.spec import Batch, ModelSpec, expected_tensors
+from chatlm.worker.model.transformer import Transformer
+from chatlm.worker.ops.attention import attend_prompt
+from chatlm.worker.ops.rows import SampleRow
+from chatlm.worker.ops.sampling import sample_reference
 from engines import load, make_batch, pieces, run, tensors_of
 from near_tie import assert_same_tokens_or_near_tie
 from random_rows import random_logits, random_rows
@@ -51,7 +62,7 @@ def llama_like():
                      qkv_bias=True, tied_head=True, rope_size=8, qk_norm="before_rope", qk_norm_weights=True)
     random = torch.Generator().manual_seed(3)
     tensors = {name: torch.randn(shape, generator=random) * (0.15 if len(shape) > 1 else 1.0)
-               for name, shape in cs.expected_tensors(spec).items()}
+               for name, shape in expected_tensors(spec).items()}
     return spec, tensors
 
 
@@ -59,7 +70,7 @@ def model_of(name, fixtures):
     """(spec, tensors, tokenizer) of a nanochat fixture or of the llama-like model."""
     fixture = load(fixtures / ("gen5" if name == "llama" else name))
     spec, tensors = llama_like() if name == "llama" else (fixture.spec, tensors_of(fixture))
-    return spec, dict(tensors), cs.open_tokenizer(fixture.text)
+    return spec, dict(tensors), open_tokenizer(fixture.text)
 
 
 def engine_on(kernels, model, device="cpu", *, num_pages=200, max_batch=6, prefill_chunk=64, context_length=512):
@@ -121,7 +132,7 @@ def test_answers_that_come_and_go_are_the_reference_engines(backend, name, nanoc
     ahead."""
     model = model_of(name, nanochat_fixtures)
     works = some_works(model[0].vocab_size)
-    expected = run(engine_on(cs.load_kernels("cpu"), model), works)
+    expected = run(engine_on(load_kernels("cpu"), model), works)
     engine = cuda_engine(backend, model, monkeypatch)
     same_answers(expected, answers(engine, works, [0, 2, 2, 5, 9, 9, 14]))
     assert engine.steps.queue.replays > 30
@@ -170,12 +181,12 @@ def test_drafts_change_no_token(backend, name, nanochat_fixtures, monkeypatch, r
 
 def test_drafts_wait_for_prompts_where_only_few_rows_are_alike(nanochat_fixtures, monkeypatch):
     """And there are none where a row's bits may depend on the others."""
-    assert cs.FREE_ROWS <= decode_core.cuda.MAX_PRODUCT_ROWS
+    assert FREE_ROWS <= decode_core.cuda.MAX_PRODUCT_ROWS
     drafted = {}
     for mixes in (True, False):
-        scheduler = cs.Scheduler(cs.PagePool(40), max_batch=4, prefill_chunk=16, mixes_drafts=mixes)
+        scheduler = Scheduler(PagePool(40), max_batch=4, prefill_chunk=16, mixes_drafts=mixes)
         for i, length in enumerate((4, 40)):
-            scheduler.add(cs.Sequence(assignment(str(i), tuple(range(length)), SamplingParams(), 30), [*range(length)], 70))
+            scheduler.add(Sequence(assignment(str(i), tuple(range(length)), SamplingParams(), 30), [*range(length)], 70))
         scheduler.schedule()
         scheduler.running[0].computed, scheduler.running[0].draft = 3, [1, 2]
         drafted[mixes] = [chunk.draft for chunk in scheduler.schedule()]
@@ -184,7 +195,7 @@ def test_drafts_wait_for_prompts_where_only_few_rows_are_alike(nanochat_fixtures
     llama, gen1 = llama_like()[0], load(nanochat_fixtures / "gen1").spec
     for spec, able, older in ((llama, True, True), (gen5, False, False), (replace(llama, experts=4, experts_per_token=2), False, False),
                               (gen1, True, False), (replace(llama, post_norms=True), True, False)):
-        backend = backends.CudaBackend(spec, cs.for_decode_core(), None, device="cpu")
+        backend = backends.CudaBackend(spec, for_decode_core(), None, device="cpu")
         for norms, expected in ((False, older), (True, able)):          # an RMS norm alone is torch's; see NORMS_ROW_BY_ROW
             monkeypatch.setattr(cuda_backend, "NORMS_ROW_BY_ROW", norms)
             assert backend.few_rows_invariant is expected
@@ -201,7 +212,7 @@ def test_penalties_and_biases_are_drawn_on_the_device(backend, nanochat_fixtures
              dict(temperature=0.0, repetition_penalty=1.5), dict(temperature=1.0), dict(logit_bias=((3, 2.0), (3, 1.0)))]
     works = [assignment(f"w{i}", tuple(range(30 + i, 60)), SamplingParams(**(dict(seed=i) | params)), 20, ignore_eos=True)
              for i, params in enumerate(given)]
-    expected = run(engine_on(cs.load_kernels("cpu"), model), works)
+    expected = run(engine_on(load_kernels("cpu"), model), works)
     engine = cuda_engine(backend, model, monkeypatch)
     same_answers(expected, answers(engine, works))
     replays = engine.steps.queue.replays
@@ -216,11 +227,11 @@ def test_penalties_and_biases_are_drawn_on_the_device(backend, nanochat_fixtures
 def test_steps_whose_logits_are_looked_at_replay_graphs_without_the_draw(backend, nanochat_fixtures, monkeypatch):
     """Log-probabilities, with penalties too, and a grammar beside an answer that needs none of it: only prompts run op by op."""
     model = model_of("gen5", nanochat_fixtures)
-    schema = cs.json_grammar({"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}, "response_format")
+    schema = json_grammar({"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}, "response_format")
     works = [assignment("looked at", tuple(range(20, 60)), SamplingParams(0.9, seed=1, repetition_penalty=1.3), 14, ignore_eos=True, logprobs=3),
              assignment("plain", tuple(range(5, 30)), SamplingParams(0.8, seed=2), 20, ignore_eos=True),
              assignment("bound", tuple(range(7, 19)), SamplingParams(1.0, seed=3), 12, grammar=schema)]
-    reference, engine = engine_on(cs.load_kernels("cpu"), model), cuda_engine(backend, model, monkeypatch)
+    reference, engine = engine_on(load_kernels("cpu"), model), cuda_engine(backend, model, monkeypatch)
     by_op, forward = [], engine.transformer.forward
     engine.transformer.forward = lambda batch: by_op.append(len(batch.token_ids) > len(batch.logit_rows)) or forward(batch)
     got, want = pieces(engine, works), pieces(reference, works)
@@ -236,7 +247,7 @@ def test_embeddings_among_answers_are_the_reference_engines(backend, nanochat_fi
         model = model_of(name, nanochat_fixtures)
         works = [*some_works(model[0].vocab_size, 3, 8), *(
             assignment(pooling, tuple(range(1, 150)), SamplingParams(), 0, pooling=pooling) for pooling in ("mean", "last"))]
-        expected, engine = engine_on(cs.load_kernels("cpu"), model), cuda_engine(backend, model, monkeypatch)
+        expected, engine = engine_on(load_kernels("cpu"), model), cuda_engine(backend, model, monkeypatch)
         found = [pieces(each, works) for each in (expected, engine)]
         for pooling in ("mean", "last"):
             ours, theirs = (np.frombuffer(base64.b64decode(each[pooling][0].embedding), "<f4") for each in found)
@@ -247,7 +258,7 @@ def test_forced_tokens_and_answers_that_end_while_the_next_step_runs_leave_nothi
     model = model_of("gen5", nanochat_fixtures)
     works = [changed(work, ignore_eos=False, max_tokens=n, stop_token_ids=(100, 101, 102, 103, 104))
              for work, n in zip(some_works(model[0].vocab_size), (1, 2, 30, 1, 30, 3, 30))]
-    expected = run(engine_on(cs.load_kernels("cpu"), model), works)
+    expected = run(engine_on(load_kernels("cpu"), model), works)
     engine = cuda_engine(backend, model, monkeypatch)
     same_answers(expected, answers(engine, works, [0, 0, 1, 1, 2, 8, 8]))
 
@@ -256,7 +267,7 @@ def test_preempted_sequences_are_computed_again(backend, nanochat_fixtures, monk
     model = model_of("gen5", nanochat_fixtures)
     works = [assignment(f"w{i}", tuple(range(40 * i % 200 + 1, 40 * i % 200 + 21)), SamplingParams(temperature=0.9, seed=i), 40,
                   ignore_eos=True) for i in range(5)]
-    expected = run(engine_on(cs.load_kernels("cpu"), model), works)
+    expected = run(engine_on(load_kernels("cpu"), model), works)
     engine = cuda_engine(backend, model, monkeypatch, num_pages=12, context_length=192)
     same_answers(expected, answers(engine, works))
     assert engine.scheduler.preemptions > 0
@@ -272,7 +283,7 @@ def test_a_step_that_was_given_up_does_not_stop_the_next_ones(backend, nanochat_
             for _ in range(4):
                 engine.step()
             assert engine.give_up() == [works[0].id]
-    expected = run(engine_on(cs.load_kernels("cpu"), model), works)
+    expected = run(engine_on(load_kernels("cpu"), model), works)
     same_answers(expected, answers(engine, works))
 
 
@@ -420,7 +431,7 @@ def test_logits_of_prompts_chunks_and_decode_rows_are_the_references(backend, na
     pages = rng.permutation(60).tolist()
     pa, pb, pc = pages[:20], pages[20:30], pages[30:31]
     logits = {}
-    for kernels, device in ((cs.load_kernels("cpu"), "cpu"), (backend.kernels(spec), backend.device)):
+    for kernels, device in ((load_kernels("cpu"), "cpu"), (backend.kernels(spec), backend.device)):
         model = Transformer(spec, {n: t.to(device) for n, t in tensors.items()}, kernels, num_pages=60, max_tokens=400,
                             dtype=torch.float32, device=device)
         steps = [[(a, 0, 100, pa), (b, 0, 44, pb)], [(b, 44, 1, pb), (a, 100, 189, pa), (c, 0, 7, pc)],
@@ -438,7 +449,7 @@ def test_prompts_with_sinks_or_caps_compute_few_scores_at_once(backend, monkeypa
     tensors = tensors | {f"{l}.sinks": torch.linspace(-2, 3, 6) for l in range(2)}
     tokens, logits, most = np.random.default_rng(4).integers(0, spec.vocab_size, 100).tolist(), [], 6 * 100 * 30
     monkeypatch.setattr(cuda_prompts, "SCRATCH", most)
-    for kernels, device in ((cs.load_kernels("cpu"), "cpu"), (backend.kernels(spec), backend.device)):
+    for kernels, device in ((load_kernels("cpu"), "cpu"), (backend.kernels(spec), backend.device)):
         model = Transformer(spec, {name: t.to(device) for name, t in tensors.items()}, kernels, num_pages=8, max_tokens=100,
                             dtype=torch.float32, device=device)
         if logits:
@@ -470,7 +481,7 @@ def test_the_query_heads_of_a_kv_head_share_its_keys_without_a_copy(softcap, sin
     mask = torch.zeros(1, 1, t, S).masked_fill_(torch.rand(t, S, generator=random) < 0.3, -torch.inf)
     extra = torch.linspace(-1, 4, Hkv * G).view(Hkv, G) if sinks else None
     with Memory() as memory:
-        got = cs.attend_prompt(q, k, v, mask, D**-0.5, softcap, extra)
+        got = attend_prompt(q, k, v, mask, D**-0.5, softcap, extra)
     assert 4 * Hkv * G * t * S <= memory.most < 4 * Hkv * G * S * D
     scores = torch.einsum("thgd,hsd->hgts", q.double(), k.double()) * D**-0.5
     scores = (softcap * torch.tanh(scores / softcap) if softcap else scores) + mask
@@ -584,7 +595,7 @@ def test_sampling_on_the_device_draws_the_references_tokens_and_leaves_logits_al
     for vocabulary, count in ((284, 400), (5003, 60)):
         logits, rows = random_logits(rng, count, vocabulary), random_rows(rng, count, vocabulary)
         tensor = torch.from_numpy(logits.copy()).to(backend.device)
-        assert kernels.sample(tensor, rows) == cs.sample_reference(logits, rows).tolist()
+        assert kernels.sample(tensor, rows) == sample_reference(logits, rows).tolist()
         assert tensor.cpu().numpy().tobytes() == logits.tobytes()
 
 
@@ -595,17 +606,17 @@ def test_load_kernels_takes_decode_core_on_cuda_where_the_model_fits(monkeypatch
     spec = llama_like()[0]
     monkeypatch.setattr(seam, "cuda_ops", lambda _: SimpleNamespace())      # as where there is a GPU
     monkeypatch.setattr(cuda_backend, "prove_cuda", lambda backend, device: {})
-    kernels = cs.load_kernels("cuda", spec)
+    kernels = load_kernels("cuda", spec)
     names = kernels.names
     assert {name for name, by in names.items() if by == "decode_core/cuda"} >= {"linear", "rope_append", "paged_attention", "sample"}
     assert names["rms_norm"] == "torch/reference" and not kernels.row_invariant
     for unfit in (replace(spec, head_size=24), replace(spec, head_size=272), replace(spec, vocab_size=(1 << 18) + 1),
                   replace(spec, experts=1025, experts_per_token=2), replace(spec, experts=8, experts_per_token=2, ffn_size=60)):
-        assert set(cs.load_kernels("cuda", unfit).names.values()) == {"torch/reference", "numpy/reference"}
-    with pytest.raises(cs.ConfigError, match="--quantize needs decode_core and a CPU"):
-        cs.load_kernels("cuda", spec, quantize="q8_0")
+        assert set(load_kernels("cuda", unfit).names.values()) == {"torch/reference", "numpy/reference"}
+    with pytest.raises(ConfigError, match="--quantize needs decode_core and a CPU"):
+        load_kernels("cuda", spec, quantize="q8_0")
     monkeypatch.setattr(seam, "cuda_ops", lambda _: None)       # no driver, or no device
-    assert cs.load_kernels("cuda", spec).names["sample"] == "numpy/reference"
+    assert load_kernels("cuda", spec).names["sample"] == "numpy/reference"
 
 
 def test_the_core_says_whether_cuda_can_be_used():
@@ -619,9 +630,9 @@ def test_a_gpu_older_than_the_kernels_gets_torch_and_one_line(monkeypatch, caplo
     core = SimpleNamespace(cuda_compiled=True, cuda_devices=lambda: 2, cuda_capability=lambda device: [90, capability][device])
     monkeypatch.setattr(seam, "_core", core)
     seam.say_once.cache_clear()
-    spec = cs.ModelSpec(vocab_size=64, layers=1, width=32, heads=2, kv_heads=1, head_size=16, ffn_size=32, max_positions=64)
+    spec = ModelSpec(vocab_size=64, layers=1, width=32, heads=2, kv_heads=1, head_size=16, ffn_size=32, max_positions=64)
     for _ in range(2):
-        assert type(seam.backend_for(spec, "cuda:1", cs.for_decode_core())).__name__ == ("CudaBackend" if able else "NoneType")
+        assert type(seam.backend_for(spec, "cuda:1", for_decode_core())).__name__ == ("CudaBackend" if able else "NoneType")
     assert decode_core.cuda_ops(0) is not None and decode_core.cuda_ops(2) is None
     lines = [record.getMessage() for record in caplog.records if "8.0" in record.getMessage()]
     assert lines == [] if able else lines == ["decode_core's CUDA kernels need 8.0, the GPU has 7.5: torch computes instead"]

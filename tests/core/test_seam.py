@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -12,11 +13,14 @@ import pytest
 import torch
 
 import chat_server as cs
-from chat_server import ModelSpec
+from chatlm.common import core
+from chatlm.common.errors import ConfigError
+from chatlm.worker.model.kernels import Backend, EagerSteps, Steps, choose_backend, for_decode_core, load_kernels
+from chatlm.worker.model.spec import ModelSpec
 from real_server import ask, events, get, post, server
 
 SCRIPT = Path(cs.__file__)
-needs_core = pytest.mark.skipif(cs.decode_core() is None, reason="the compiled core is not installed")
+needs_core = pytest.mark.skipif(core.decode_core() is None, reason="the compiled core is not installed")
 SPEC = ModelSpec(vocab_size=64, layers=1, width=32, heads=2, kv_heads=1, head_size=16, ffn_size=32,
                  max_positions=64)
 
@@ -44,10 +48,10 @@ def test_no_module_of_decode_core_imports_the_script():
 def test_a_backend_has_what_the_references_backend_has():
     from decode_core.cpu_backend import CpuBackend
     from decode_core.cuda_backend import CudaBackend
-    names = {name for name in vars(cs.Backend("cpu")) | vars(cs.Backend) if not name.startswith("__")}
-    for backend in (CpuBackend(SPEC, cs.for_decode_core()), CudaBackend(SPEC, cs.for_decode_core(), None)):
+    names = {name for name in vars(Backend("cpu")) | vars(Backend) if not name.startswith("__")}
+    for backend in (CpuBackend(SPEC, for_decode_core()), CudaBackend(SPEC, for_decode_core(), None)):
         assert [name for name in names if not hasattr(backend, name)] == []
-        steps = {name for name in vars(cs.EagerSteps) if not name.startswith("__")}
+        steps = {name for name in vars(EagerSteps) if not name.startswith("__")}
         kind = backend.make_steps.__annotations__["return"]
         module = sys.modules[type(backend).__module__]
         assert [name for name in steps if not hasattr(getattr(module, kind), name)] == []
@@ -56,12 +60,12 @@ def test_a_backend_has_what_the_references_backend_has():
 
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), "mps", "cuda:1", torch.device("meta")])
 def test_a_device_or_shape_without_kernels_gets_the_references(device):
-    odd = cs.replace(SPEC, width=24)
-    backend = cs.choose_backend(device, odd)
-    assert type(backend) is cs.Backend and backend.as_stored is None
-    assert set(cs.load_kernels("cpu", odd).names.values()) == {"torch/reference", "numpy/reference"}
-    with pytest.raises(cs.ConfigError, match="--quantize needs decode_core and a CPU"):
-        cs.load_kernels("cpu", odd, quantize="q8_0")
+    odd = replace(SPEC, width=24)
+    backend = choose_backend(device, odd)
+    assert type(backend) is Backend and backend.as_stored is None
+    assert set(load_kernels("cpu", odd).names.values()) == {"torch/reference", "numpy/reference"}
+    with pytest.raises(ConfigError, match="--quantize needs decode_core and a CPU"):
+        load_kernels("cpu", odd, quantize="q8_0")
 
 
 @needs_core
@@ -75,12 +79,12 @@ def test_portable_kernels_compute_where_they_are_no_slower_than_torch(monkeypatc
     seam.say_once.cache_clear()
     try:
         for _ in range(2):
-            assert (type(cs.choose_backend("cpu", SPEC)) is not cs.Backend) is ours
+            assert (type(choose_backend("cpu", SPEC)) is not Backend) is ours
         assert [r.getMessage() for r in caplog.records] == ([] if ours else [
             "decode_core's portable kernels take 1.5 times as long here: torch computes instead"])
         monkeypatch.setenv("DECODE_CORE_ISA", "portable")       # but who names it gets it
         cpu_backend.slower_than_torch.cache_clear()
-        assert cs.choose_backend("cpu", SPEC).name == "decode_core/portable"
+        assert choose_backend("cpu", SPEC).name == "decode_core/portable"
     finally:
         cpu_backend.slower_than_torch.cache_clear()
 
@@ -138,7 +142,7 @@ def test_quantized_file_matrices_go_through_the_seam_unchanged():
     rows = gguf.quantize(dice.normal(0, 1, (48, 64)).astype(numpy.float32), kind)
     shape = numpy.array([64, 48])
     tensor = gguf.gguf_reader.ReaderTensor("w", kind, shape, rows.size, rows.nbytes, 0, rows, None)
-    kept = cs.choose_backend("cpu", SPEC).as_stored((48, 64), [(tensor, 0)])
+    kept = choose_backend("cpu", SPEC).as_stored((48, 64), [(tensor, 0)])
     assert isinstance(kept, QuantizedMatrix) and kept.kind == "q4_1" and kept.shape == (48, 64)
     assert numpy.array_equal(kept.parts[0][1], rows)
 
@@ -147,6 +151,6 @@ def test_quantized_file_matrices_go_through_the_seam_unchanged():
 def test_all_ways_to_run_steps_have_what_the_engine_calls():
     from decode_core.cpu_backend import ProgramSteps
     from decode_core.cuda_steps import GraphSteps
-    wanted = {*cs.Steps.__annotations__, "prepare", "start", "finish"}
-    for steps in (cs.EagerSteps, ProgramSteps, GraphSteps):
+    wanted = {*Steps.__annotations__, "prepare", "start", "finish"}
+    for steps in (EagerSteps, ProgramSteps, GraphSteps):
         assert wanted <= set(dir(steps)), steps

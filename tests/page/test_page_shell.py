@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import chat_server
 from browsing import (ROOT, answers, ask, button, chats, command, expect, expect_answered, fake_front, menu, message_box, more,
                       needs_browser, open_page, questions, reload, said, settled, visitor)
+from chatlm.common.config import ApiKey
 from page_server import StandIn
 
 pytestmark = needs_browser
@@ -537,7 +537,7 @@ def test_a_server_in_the_address_is_asked_about_before_it_gets_anything_and_neve
 
 
 def test_a_server_with_keys_asks_for_one_and_the_page_keeps_it(page):
-    keys = (chat_server.ApiKey.hashed("right key", "alice"),)
+    keys = (ApiKey.hashed("right key", "alice"),)
     with fake_front(keys=keys) as url:
         page.goto(url)
         expect(page.get_by_role("alert")).to_have_text("This server needs an API key.")
@@ -555,7 +555,7 @@ def test_a_server_with_keys_asks_for_one_and_the_page_keeps_it(page):
 
 
 def test_a_page_from_a_file_talks_to_a_server_that_admits_it(page):
-    with fake_front(cors_origin=("null",), keys=(chat_server.ApiKey.hashed("key", "alice"),)) as url:
+    with fake_front(cors_origin=("null",), keys=(ApiKey.hashed("key", "alice"),)) as url:
         page.route("http://127.0.0.1:8000/**", lambda route: route.abort())
         page.goto(page_file())
         menu(page, "Server")

@@ -18,8 +18,8 @@ sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1], "tests/support"))]
 
 from ray.cluster_utils import Cluster   # noqa: E402
 
-import chat_server      # noqa: E402
-from chat_server import Settings    # noqa: E402
+from chatlm.common.config import Settings    # noqa: E402
+from chatlm.front.pool.ray import RayPool    # noqa: E402
 from pools import collect, greedy   # noqa: E402
 
 LIMIT_S = 90
@@ -41,8 +41,8 @@ def question(name, tokens=80):
 
 
 async def started(cluster, nodes, **changes):
-    pool = chat_server.RayPool(Settings(**{"ray_address": cluster.address, "num_workers": 0, "device_type": "cpu", "kv_cache_memory": 128 << 20,
-                                           "max_batch": 4, "command": "chat", "drafts": False} | changes))
+    pool = RayPool(Settings(**{"ray_address": cluster.address, "num_workers": 0, "device_type": "cpu", "kv_cache_memory": 128 << 20,
+                               "max_batch": 4, "command": "chat", "drafts": False} | changes))
     pool.SILENT_S = 3.0
     await pool.start()
     await pool.wait_ready()

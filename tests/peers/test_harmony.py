@@ -16,8 +16,10 @@ from pathlib import Path
 
 import pytest
 
-import chat_server
-from chat_server import Answer, SamplingParams
+from chatlm.common.messages.requests import SamplingParams, TextSpec
+from chatlm.common.text.load import open_tokenizer
+from chatlm.front.api.conversation import openai_messages
+from chatlm.worker.engine.answer import Answer
 from peer_packages import INSTALL_S, NPM, made, made_venv
 from works import assignment
 
@@ -62,7 +64,7 @@ def tokenizer(ranks):
         template = files.extractfile(path).read().decode()
     specials = [f"<|{SPECIALS.get(token, f'reserved_{token}')}|>" for token in range(199998, 201088)]
     pipeline = TikTokenConverter(str(ranks / "o200k_base.tiktoken"), PATTERN, extra_special_tokens=specials).converted()
-    return chat_server.open_tokenizer(chat_server.TextSpec("hf", pipeline.to_str().encode(), template))
+    return open_tokenizer(TextSpec("hf", pipeline.to_str().encode(), template))
 
 
 PARAMETERS = {"type": "object", "required": ["location"], "properties": {
@@ -109,11 +111,11 @@ def test_prompts_have_the_ids_of_openai_harmony(ask, tokenizer):
     theirs = ask(conversations=[(messages, tools, effort, date) for _, messages, tools, effort in cases])["conversations"]
     assert time.strftime("%Y-%m-%d") == date, "midnight came in between"
     for (name, messages, tools, effort), ids in zip(cases, theirs):
-        ours = tokenizer.render(chat_server.openai_messages(messages, True), tools, {"reasoning_effort": effort})
+        ours = tokenizer.render(openai_messages(messages, True), tools, {"reasoning_effort": effort})
         assert tokenizer.show(ours) == tokenizer.show(ids) and ours == ids, name
     # where the template has one call per message, several are told one after another
     both = {"role": "assistant", "content": None, "tool_calls": [call(1, "get_weather", '{"location": "Rome"}'), call(2, "now", "{}")]}
-    ours = tokenizer.render(chat_server.openai_messages([ASK, both, result(2, "noon"), RESULT], True), [WEATHER, NOW])
+    ours = tokenizer.render(openai_messages([ASK, both, result(2, "noon"), RESULT], True), [WEATHER, NOW])
     assert ours == ask(conversations=[([ASK, calling(1), RESULT, calling(2, "now", "{}"), result(2, "noon")], [WEATHER, NOW], "medium", date)])["conversations"][0]
 
 

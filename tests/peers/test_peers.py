@@ -17,8 +17,8 @@ from pathlib import Path
 import gguf
 import pytest
 
-import chat_server
 from browsing import fake_front
+from chatlm.common.core import decode_core
 from engines import load
 from peer_packages import HOME, INSTALL_S, NPM, made, made_venv
 from real_server import server
@@ -112,7 +112,7 @@ def test_lm_eval_scores_and_generates_alone_and_in_batches(python, url, tmp_path
     assert single["acc"] == batched["acc"] == 1.0
     assert single["generated"][:2] == batched["generated"][:2] == [" Paris", " Tokyo"]
     for one, other in zip(single["loglikelihoods"], batched["loglikelihoods"], strict=True):
-        assert one == pytest.approx(other, abs=0 if chat_server.decode_core() else 0.3)
+        assert one == pytest.approx(other, abs=0 if decode_core() else 0.3)
 
 
 def test_the_other_apis_packages_get_the_same_text_calls_and_objects(url):

@@ -83,14 +83,14 @@ def started_server(*flags):
 @contextlib.contextmanager
 def fake_front(pieces=("Hello", ", ", "world!"), tool_format=None, **settings):
     """The URL of the real HTTP side over a pool without a model, in a thread."""
-    import chat_server
+    from chatlm.common.config import Settings
     from fake_pool import FakePool, Letters, serving
     loop, url, stop, pool = asyncio.new_event_loop(), queue.SimpleQueue(), asyncio.Event(), FakePool(pieces)
     pool.tokenizer = Letters()
     pool.tokenizer.tool_format = tool_format
 
     async def serve():
-        async with serving(pool, chat_server.Settings(**settings)) as at:
+        async with serving(pool, Settings(**settings)) as at:
             url.put(at + settings.get("prefix", "") + "/")
             await stop.wait()
 
@@ -117,12 +117,14 @@ class HeldFront:
 
     async def _serve(self, started, port):
         import chat_server
+        from chatlm.common.config import Settings
+        from chatlm.front.server import access, connections
         from fake_pool import FakePool
         self.stop, self.pool, self.gate = asyncio.Event(), FakePool(self.WORDS), asyncio.Semaphore(0)
         self.gate.wait, self.pool.gate = self.gate.acquire, self.gate
-        app = chat_server.create_app(self.pool, chat_server.Settings())
-        with chat_server.listen_on("127.0.0.1", port) as listener:
-            async with chat_server.serving(app, listener) as self.runner:
+        app = chat_server.create_app(self.pool, Settings())
+        with access.listen_on("127.0.0.1", port) as listener:
+            async with connections.serving(app, listener) as self.runner:
                 started.put(f"http://127.0.0.1:{listener.getsockname()[1]}/")
                 await self.stop.wait()
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import chat_server as cs
+from chatlm.worker.model.kernels import for_decode_core, load_kernels
+from chatlm.worker.ops.basic import linear_reference
 from emulated_core import EmulatedCore
 
 decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="the compiled core is not installed")
@@ -169,7 +170,7 @@ class TorchProducts(CudaBackend):
         return found | ({"linear": self.linear} if "linear" in found else {})
 
     def linear(self, x, weight, *rest, **more):
-        product = cs.linear_reference if isinstance(weight, torch.Tensor) else self.products.linear
+        product = linear_reference if isinstance(weight, torch.Tensor) else self.products.linear
         product(x, weight, *rest, **more)
 
 
@@ -182,12 +183,12 @@ class Emulated:
         self.made = CudaBackend if products else TorchProducts
 
     def backend(self, spec):
-        return self.made(spec, cs.for_decode_core(), self.ops, stream=lambda: 0, device=self.device)
+        return self.made(spec, for_decode_core(), self.ops, stream=lambda: 0, device=self.device)
 
     def kernels(self, spec):
         """The kernels that load_kernels chooses for CUDA."""
         backend = self.backend(spec)
-        kernels = replace(cs.load_kernels("cpu"), **backend.ops(0, 0, None), backend=backend)
+        kernels = replace(load_kernels("cpu"), **backend.ops(0, 0, None), backend=backend)
         assert {*backend.faults} == self.faults, backend.faults
         return kernels
 
@@ -223,7 +224,7 @@ class Gpu:
         self.device = torch.device("cuda", 0)
 
     def kernels(self, spec):
-        return cs.load_kernels(self.device, spec)
+        return load_kernels(self.device, spec)
 
     def queue(self):
         return CountingQueue(self.device)

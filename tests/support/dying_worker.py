@@ -15,8 +15,12 @@ from pathlib import Path
 
 sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resolve().parents[2]))
 
-import chat_server      # noqa: E402
+from chatlm.common.processes.start import run_role    # noqa: E402
+from chatlm.worker.engine.answer import Answer    # noqa: E402
+from chatlm.worker.engine.engine import Engine    # noqa: E402
+from chatlm.worker.weights import load    # noqa: E402
 from integrity import check_sequences
+from patching import replace_everywhere    # noqa: E402
 
 OUTPUT_END = 283
 SIGNALS = {"kill": signal.SIGKILL, "hang": signal.SIGSTOP}
@@ -50,7 +54,7 @@ def strike(engine, moments):
             os.kill(os.getpid(), SIGNALS[what])
 
 
-def step(engine, report=lambda: None, original=chat_server.Engine.step):
+def step(engine, report=lambda: None, original=Engine.step):
     def report_and_strike():
         report()
         strike(engine, MOMENTS)
@@ -64,19 +68,19 @@ def step(engine, report=lambda: None, original=chat_server.Engine.step):
     return pieces
 
 
-def start(engine, plan, original=chat_server.Engine._start):
+def start(engine, plan, original=Engine._start):
     if sum(chunk.sequence.work.id.startswith("crowd-") for chunk in plan) > 3:
         raise MemoryError
     return original(engine, plan)
 
 
-def push(answer, *arguments, original=chat_server.Answer.push):
+def push(answer, *arguments, original=Answer.push):
     if answer.work.id == "untranslatable" and arguments[1] == 5:
         raise RuntimeError("no text for this token")
     return original(answer, *arguments)
 
 
-def open_model(*arguments, original=chat_server.open_model):
+def open_model(*arguments, original=load.open_model):
     try:
         (Path(os.environ.get("STRUCK", "/none")) / "hang-load").unlink()
     except FileNotFoundError:
@@ -86,6 +90,6 @@ def open_model(*arguments, original=chat_server.open_model):
 
 
 if __name__ == "__main__":
-    chat_server.Engine.step, chat_server.Engine._start, chat_server.Answer.push = step, start, push
-    chat_server.open_model = open_model
-    sys.exit(chat_server.main())
+    Engine.step, Engine._start, Answer.push = step, start, push
+    replace_everywhere(load, "open_model", open_model)
+    sys.exit(run_role(*sys.argv[1:]))

@@ -4,8 +4,18 @@ import functools
 
 import torch
 
-import chat_server
-from chat_server import Batch, EagerSteps, Engine, SamplingParams, Settings, Transformer
+from chatlm.common import core
+from chatlm.common.config import Settings
+from chatlm.common.hub.find import resolve_model
+from chatlm.common.messages.requests import Message, SamplingParams
+from chatlm.common.text import load as text_load
+from chatlm.worker.engine.engine import Engine
+from chatlm.worker.engine.scheduler import FREE_ROWS
+from chatlm.worker.model.kernels import EagerSteps, load_kernels
+from chatlm.worker.model.spec import Batch, group_layers
+from chatlm.worker.model.transformer import Transformer
+from chatlm.worker.ops.sampling import sample_reference
+from chatlm.worker.weights.load import open_model
 from near_tie import Traced, draw_gap
 from works import assignment
 from integrity import check_sequences
@@ -14,8 +24,8 @@ from integrity import check_sequences
 @functools.cache
 def load(path, as_stored=False):
     settings = Settings(model=str(path))
-    source = chat_server.resolve_model(settings)
-    return chat_server.open_model(source, settings, None if as_stored else torch.float32, torch.device("cpu"))
+    source = resolve_model(settings)
+    return open_model(source, settings, None if as_stored else torch.float32, torch.device("cpu"))
 
 
 def tensors_of(model):
@@ -31,13 +41,13 @@ def make_engine(path, *, num_pages=600, max_batch=32, prefill_chunk=256, context
     It runs the ops that a server would choose: decode_core's if it is built, unless `reference`. With
     `as_stored` they run on the quantized weights; `apart`, layers with a window give pages back, as in a server.
     """
-    model = load(path, as_stored and chat_server.decode_core() is not None and not reference)
-    rows = max(max_batch, chat_server.FREE_ROWS)
+    model = load(path, as_stored and core.decode_core() is not None and not reference)
+    rows = max(max_batch, FREE_ROWS)
     limits = {"max_tokens": prefill_chunk + rows, "max_rows": rows}
-    kernels = chat_server.load_kernels("cpu", None if reference else model.spec, **limits)
-    groups = chat_server.group_layers(model.spec.windows, model.spec.layers, context_length or model.context_length, apart)
+    kernels = load_kernels("cpu", None if reference else model.spec, **limits)
+    groups = group_layers(model.spec.windows, model.spec.layers, context_length or model.context_length, apart)
     transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=num_pages, dtype=model.dtype, groups=groups, **limits)
-    return Engine(transformer, chat_server.open_tokenizer(model.text), kernels, num_pages=num_pages, max_batch=max_batch,
+    return Engine(transformer, text_load.open_tokenizer(model.text), kernels, num_pages=num_pages, max_batch=max_batch,
                   context_length=context_length or model.context_length, prefill_chunk=prefill_chunk)
 
 
@@ -68,7 +78,7 @@ class TracedSteps(EagerSteps):
         return self.drawn
 
     def draw(self, logits, rows):
-        return chat_server.sample_reference(logits, rows).tolist() if rows else []
+        return sample_reference(logits, rows).tolist() if rows else []
 
 
 @torch.inference_mode()
@@ -111,7 +121,7 @@ def run(engine, works, *, check=True, on_step=lambda plan: None, ahead=False):
 
 
 def chat_work(engine, name, text, max_tokens=48, **sampling):
-    ids = tuple(engine.tokenizer.render([chat_server.Message("user", text)]))
+    ids = tuple(engine.tokenizer.render([Message("user", text)]))
     return assignment(name, ids, SamplingParams(**({"temperature": 0.0} | sampling)), max_tokens)
 
 

@@ -5,7 +5,17 @@ import contextlib
 import json
 
 import chat_server
-from chat_server import Accepted, Finished, Overloaded, Piece, RequestError, Settings
+from chatlm.common.config import Settings
+from chatlm.common.errors import Overloaded, RequestError
+from chatlm.common.messages.protocol import Known
+from chatlm.common.messages.requests import Accepted, Finished, Piece, PromptProgress, TextSpec
+from chatlm.common.text.grammar import check_grammar
+from chatlm.common.text.reader import answer_reader
+from chatlm.common.text.tokenizer import Tokenizer
+from chatlm.front.admission.prompts import PromptMaker, run_in_thread_if_long
+from chatlm.front.api.fields import json_object
+from chatlm.front.api.readers import CALL_READERS, TEXT_ROUTES
+from chatlm.front.server import access, connections
 
 
 def finished(pieces, reason="stop", stop_reason="eos", choice=0):
@@ -13,13 +23,13 @@ def finished(pieces, reason="stop", stop_reason="eos", choice=0):
                     ttft_ms=8.125, tokens_per_second=212.34, gpu=0, choice=choice)
 
 
-class Letters(chat_server.Tokenizer):
+class Letters(Tokenizer):
     """Every byte is a token, and 256 is special."""
 
     vocab_size = 257
 
     def __init__(self):
-        super().__init__(chat_server.TextSpec("letters", b"", stop_tokens=frozenset({256}), eos_token=256))
+        super().__init__(TextSpec("letters", b"", stop_tokens=frozenset({256}), eos_token=256))
         self.specials = {"<|end|>": 256}
 
     def encode(self, text, begins=True):
@@ -45,7 +55,7 @@ class FakePool:
     admission = property(lambda self: self)
     model_name, created, context_length, tokenizer = "fake-model", 1_700_000_000, 4096, Letters()
     own_sampling, continues = ({}, ""), True
-    prompts = chat_server.PromptMaker(tokenizer, context_length, run=chat_server.run_in_thread_if_long)
+    prompts = PromptMaker(tokenizer, context_length, run=run_in_thread_if_long)
 
     def __init__(self, pieces=("Hello", ", ", "world!"), *, reason="stop", stop_reason="eos", refuse=None, gate=None):
         self.pieces, self.reason, self.stop_reason, self.refuse, self.gate = pieces, reason, stop_reason, refuse, gate
@@ -58,15 +68,15 @@ class FakePool:
         self.on_progress = lambda stage, fraction: None
 
     async def read_large(self, reader, body, client, owner):
-        known = chat_server.Known(Settings(), self.model_name, self.tokenizer.tool_format)
-        return await asyncio.to_thread(chat_server.CALL_READERS[reader], chat_server.json_object(body), known)
+        known = Known(Settings(), self.model_name, self.tokenizer.tool_format)
+        return await asyncio.to_thread(CALL_READERS[reader], json_object(body), known)
 
     async def answer_text(self, route, body, client):
-        return await chat_server.TEXT_ROUTES[route](chat_server.json_object(body), self.prompts)
+        return await TEXT_ROUTES[route](json_object(body), self.prompts)
 
     async def answer(self, request):
         for source in filter(None, (request.grammar, *request.call_grammars)):
-            chat_server.check_grammar(source, request.grammar_param)
+            check_grammar(source, request.grammar_param)
         if self.draining or not self.ready:
             raise Overloaded("the model is still loading", retry_after_s=2)
         if self.refuse:
@@ -77,13 +87,13 @@ class FakePool:
         try:
             yield Accepted(7)
             for choice in range((len(request.prompts) or 1) * request.n):
-                reader = chat_server.answer_reader(self.tokenizer, request, ())
+                reader = answer_reader(self.tokenizer, request, ())
                 for number, piece in enumerate(self.pieces, 1):
                     if self.gate:
                         await self._gate_or_cancel(request)
                     if isinstance(piece, Exception):
                         raise piece
-                    if isinstance(piece, chat_server.PromptProgress):
+                    if isinstance(piece, PromptProgress):
                         if request.progress:
                             yield piece
                         continue
@@ -163,8 +173,8 @@ class FakePool:
 @contextlib.asynccontextmanager
 async def serving(pool, settings=None, **limits):
     """`pool` behind the real routes on a port of 127.0.0.1, run as `serve_forever` runs them; yields the base URL."""
-    with chat_server.listen_on("127.0.0.1", 0) as listener:
-        async with chat_server.serving(chat_server.create_app(pool, settings or Settings()), listener, **limits):
+    with access.listen_on("127.0.0.1", 0) as listener:
+        async with connections.serving(chat_server.create_app(pool, settings or Settings()), listener, **limits):
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 

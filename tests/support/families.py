@@ -7,8 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-import chat_server as cs
-from chat_server import Transformer
+from chatlm.common.config import Settings
+from chatlm.common.hub.find import resolve_model
+from chatlm.worker.model.kernels import load_kernels
+from chatlm.worker.model.transformer import Transformer
+from chatlm.worker.weights.load import open_model
 from engines import make_batch
 
 TINY = dict(vocab_size=288, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
@@ -93,8 +96,8 @@ TOLERANCE = 1e-4        # of logits
 
 
 def load(folder, dtype=torch.float32, **settings):
-    settings = cs.Settings(model=str(folder), **settings)
-    return cs.open_model(cs.resolve_model(settings), settings, dtype)
+    settings = Settings(model=str(folder), **settings)
+    return open_model(resolve_model(settings), settings, dtype)
 
 
 def transformer(model, kernels, max_tokens=128, device="cpu"):
@@ -124,7 +127,7 @@ def check(found, cases, count=64, tolerance=TOLERANCE):
 
 
 def kernels_of(backend, spec):
-    kernels = cs.load_kernels("cpu", spec if backend == "decode_core" else None, max_tokens=128, max_rows=8)
+    kernels = load_kernels("cpu", spec if backend == "decode_core" else None, max_tokens=128, max_rows=8)
     assert kernels.row_invariant == (backend == "decode_core")
     return kernels
 

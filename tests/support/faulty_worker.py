@@ -7,8 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resolve().parents[2]))
 
-import chat_server                                  # noqa: E402
 import decode_core                                  # noqa: E402
+from chatlm.common.processes.start import run_role    # noqa: E402
 from cuda_backends import Emulated, HostQueue, wrong_ops        # noqa: E402
 from decode_core import cuda, cuda_steps            # noqa: E402
 
@@ -27,4 +27,4 @@ if __name__ == "__main__":
     emulated = Emulated(os.environ["EMULATION"], wrong_ops(paged_attention=lambda out: out.add_(1)))
     decode_core.backend_for = lambda spec, device, script: emulated.backend(spec)
     cuda_steps.CudaQueue, cuda.SAMPLE_THREADS = lambda device: SmallQueue(), 32
-    sys.exit(chat_server.main())
+    sys.exit(run_role(*sys.argv[1:]))

@@ -17,7 +17,9 @@ import sys
 import threading
 from pathlib import Path
 
-import chat_server
+from chatlm.common import core
+from chatlm.common.processes import start
+from chatlm.common.processes.start import die_with_parent
 
 NUMBER = struct.Struct("i")
 # Libraries read these when they are loaded, so each combination of their values has a template of its own.
@@ -27,9 +29,9 @@ DYING = sys.executable, str(Path(__file__).with_name("dying_worker.py"))
 templates = {}
 
 
-def start_child(command, role, environment, original=chat_server.start_child):
+def start_child(command, role, environment, original=start.start_child):
     """What chat_server.start_child does. Commands that change torch before it is used get processes of their own."""
-    if tuple(command) not in (chat_server.PROCESS_COMMAND, DYING):
+    if tuple(command) not in (start.PROCESS_COMMAND, DYING):
         return original(command, role, environment)
     kind = role == "worker", *sorted(item for item in environment.items() if item[0].startswith(READ_AT_LOAD))
     if kind not in templates:
@@ -156,9 +158,9 @@ def become(folder, command, environment, parent, descriptors):
 
 
 if __name__ == "__main__":
-    chat_server.die_with_parent(os.getppid())
+    die_with_parent(os.getppid())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.argv[3]:
         import torch        # noqa: F401
-        chat_server.decode_core()
+        core.decode_core()
     serve(*(socket.socket(fileno=int(each)) for each in sys.argv[1:3]))

@@ -13,7 +13,11 @@ from types import SimpleNamespace
 
 sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resolve().parents[2]))
 
-import chat_server      # noqa: E402
+from chatlm.common.processes.start import run_role    # noqa: E402
+from chatlm.worker import process    # noqa: E402
+from chatlm.worker.build import check_gpu    # noqa: E402
+from chatlm.worker.engine.engine import Engine    # noqa: E402
+from patching import replace_everywhere    # noqa: E402
 
 TOTAL = 80 << 30
 
@@ -42,14 +46,14 @@ def fake_cuda(box):
         memory_allocated=lambda device: 60 << 30, get_device_properties=lambda device: SimpleNamespace(uuid=f"uuid-{device.index}"))
 
 
-def start_engine(channel, config, original=chat_server.start_engine):
+def start_engine(channel, config, original=process.start_engine):
     """Judge the GPU as it is, then go on as on a CPU."""
     import torch
-    chat_server.check_gpu(torch.device(config.device))
+    check_gpu(torch.device(config.device))
     return original(channel, replace(config, device="cpu"))
 
 
-def start(engine, plan, original=chat_server.Engine._start):
+def start(engine, plan, original=Engine._start):
     if any(chunk.sequence.work.id.startswith("large") and chunk.sequence.prefilling for chunk in plan):
         raise RuntimeError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has a total capacity of 80.00 GiB of which 1.00 GiB is free.")
     return original(engine, plan)
@@ -58,5 +62,6 @@ def start(engine, plan, original=chat_server.Engine._start):
 if __name__ == "__main__":
     import torch
     torch.cuda = fake_cuda(json.loads(os.environ["GPU_BOX"]))
-    chat_server.start_engine, chat_server.Engine._start = start_engine, start
-    sys.exit(chat_server.main())
+    replace_everywhere(process, "start_engine", start_engine)
+    Engine._start = start
+    sys.exit(run_role(*sys.argv[1:]))

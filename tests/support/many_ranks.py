@@ -6,19 +6,24 @@ import sys
 
 import torch
 
-import chat_server as cs
+from chatlm.common.messages import wire
+from chatlm.common.messages.wire import Channel
+from chatlm.worker.entry import worker_main
+from chatlm.worker.process import run_rank
+from chatlm.worker.ranks.messages import RANK_PIPE, RankConfig
+from patching import replace_everywhere
 
 
 class NextModel(Exception):
     pass
 
 
-class Configs(cs.Channel):
+class Configs(Channel):
     """A channel on which another RankConfig ends the model."""
 
     def receive(self, wait, most):
         messages = super().receive(wait, most)
-        if isinstance(messages[0], cs.RankConfig) and self.computing:
+        if isinstance(messages[0], RankConfig) and self.computing:
             raise NextModel(messages[0])
         return messages
 
@@ -28,7 +33,7 @@ def run(channel, config):
     while True:
         try:
             links = {name: os.dup(at) for name in ("before", "after") if (at := getattr(config, name)) is not None}
-            cs.run_rank(channel, dataclasses.replace(config, **links))      # which close with the model
+            run_rank(channel, dataclasses.replace(config, **links))      # which close with the model
         except NextModel as following:
             [config] = following.args
         if torch.distributed.is_initialized():
@@ -36,6 +41,6 @@ def run(channel, config):
 
 
 if __name__ == "__main__":
-    cs.Channel = Configs
+    replace_everywhere(wire, "Channel", Configs)
     Configs.computing = False
-    sys.exit(cs.worker_main(run, cs.RANK_PIPE, sys.argv[2:]))
+    sys.exit(worker_main(run, RANK_PIPE, sys.argv[2:]))

@@ -18,7 +18,11 @@ sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resol
 
 import torch    # noqa: E402
 
-import chat_server      # noqa: E402
+from chatlm.common.config import Settings    # noqa: E402
+from chatlm.common.errors import ConfigError    # noqa: E402
+from chatlm.common.hub.find import resolve_model    # noqa: E402
+from chatlm.common.messages.requests import SamplingParams    # noqa: E402
+from chatlm.worker.build import build_engine    # noqa: E402
 from works import assignment    # noqa: E402
 from tiny_gguf import (LLAMA_NUMBERS, gguf_bytes, random_llama, sentencepiece_metadata,     # noqa: E402
                        small_gguf_metadata)
@@ -104,17 +108,17 @@ def mutate_nanochat(dice, folder, good=Path(__file__).parents[1] / "fixtures/nan
 
 def outcome_of(path):
     """Load a file: "model" if that answers, otherwise the line of the ConfigError."""
-    settings = chat_server.Settings(model=str(path), kv_cache_memory=4 << 20, max_batch=4, prefill_chunk=16)
-    source = chat_server.resolve_model(settings)
+    settings = Settings(model=str(path), kv_cache_memory=4 << 20, max_batch=4, prefill_chunk=16)
+    source = resolve_model(settings)
     try:
-        _, engine = chat_server.build_engine(source, settings, torch.device("cpu"))
-    except chat_server.ConfigError as error:
+        _, engine = build_engine(source, settings, torch.device("cpu"))
+    except ConfigError as error:
         assert str(error).isprintable() and str(path) in str(error), str(error)
         assert "not enough memory" not in str(error), str(error)
         return str(error)
     engine.warm_up(lambda fraction: None)
     prompt = tuple(engine.tokenizer.encode_prompt("hello 12"))[:8] or (0,)
-    engine.add(assignment("a", prompt, chat_server.SamplingParams(temperature=0.0), 3))
+    engine.add(assignment("a", prompt, SamplingParams(temperature=0.0), 3))
     while engine.busy:
         engine.step()
     return "model"

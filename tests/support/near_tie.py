@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy
 
-import chat_server
+from chatlm.worker.ops.sampling import clean_logits, gumbel, penalize, sample_reference, survivors, uniform_noise
 
 
 @dataclass
@@ -16,7 +16,7 @@ class Traced:
 
     def append(self, logits, row) -> int:
         """Draw a token from logits (V,) as the engine would, and record the gap."""
-        token = int(chat_server.sample_reference(logits[None], [row])[0])
+        token = int(sample_reference(logits[None], [row])[0])
         self.tokens.append(token)
         self.gaps.append(draw_gap(logits, row))
         return token
@@ -27,14 +27,14 @@ def draw_gap(logits, row) -> float:
     runner-up, the winner's distance from being filtered out, and the distance by which filtered ids that
     would have won missed."""
     params = row.params
-    logits = chat_server.penalize(chat_server.clean_logits(logits), row)
+    logits = penalize(clean_logits(logits), row)
     if params.temperature <= 0:
         second, first = numpy.partition(logits, -2)[-2:]
         return float(first - second)
-    ids, z = chat_server.survivors(logits, params)
+    ids, z = survivors(logits, params)
     everything = numpy.arange(len(logits))
     all_z = (logits - logits.max()) / params.temperature
-    noise = chat_server.gumbel(chat_server.uniform_noise(everything, params.seed, row.position, params.choice))
+    noise = gumbel(uniform_noise(everything, params.seed, row.position, params.choice))
     scores = z + noise[ids]
     order = numpy.argsort(scores)
     winner = order[-1]

@@ -2,9 +2,12 @@
 
 from hypothesis import strategies as st
 
-import chat_server
+from chatlm.common.jsontext import JSON_TYPES
+from chatlm.common.text.formats import TAGGED_ARGUMENTS
+from chatlm.front.api.call_grammars import CALL_GRAMMARS, STRING_FORMATS
+from chatlm.front.api.kinds import EFFORTS, OTHER_TOOLS
 
-TOOL_FORMATS = [None, *chat_server.CALL_GRAMMARS]
+TOOL_FORMATS = [None, *CALL_GRAMMARS]
 MARKERS = ["<[</tool_call>]>", "<[<think>]>", "</tool_call>", "</parameter>\n", "</think>"]
 ODD_TEXTS = ["", "x", "a b", "\ud800", "\0", '"', "/", "\\", "\n", "{", "}", "{calls}", "(", "[", "<", "é" * 70, "/a/ | start", "#", "weather", *MARKERS]
 texts = st.sampled_from(ODD_TEXTS) | st.text(max_size=4)
@@ -13,7 +16,7 @@ json_values = st.recursive(st.none() | st.booleans() | numbers | texts, lambda i
     texts | st.sampled_from(["type", "name", "properties", "$ref"]), inner, max_size=3), max_leaves=5)
 REFERENCES = ["#", "#/$defs/a", "#/$defs/b", "#/properties/a", "#/properties/a/items", "#/allOf/0", "#/nope", "#a", "urn:tool:0", "urn:tool:1", "http://x", ""]
 PATTERNS = ["", "^a", "b$", "^$", "a|b", "^a|b$", "(", "[", "*", "\\", "\\d+", "a/b", "\\/", "a{9}", "a{2,1}", "(?=a)", "(?i)a", "^", "$", "\\1", "\n", "^\\$", "[^\n]", "\ud800", "(?P<n>a)"]
-KINDS = [*chat_server.JSON_TYPES, "nope", ""]
+KINDS = [*JSON_TYPES, "nope", ""]
 names = st.sampled_from(["a", "b", "c"]) | texts
 
 
@@ -32,7 +35,7 @@ def keywords_of(inner):
         **dict.fromkeys(("allOf", "anyOf", "oneOf", "prefixItems"), some),
         **dict.fromkeys(("not", "if", "then", "propertyNames", "contains"), inner),
         "required": st.lists(names, max_size=3), "enum": st.lists(json_values, max_size=3), "const": json_values,
-        "$ref": st.sampled_from(REFERENCES), "pattern": st.sampled_from(PATTERNS), "format": st.sampled_from([*chat_server.STRING_FORMATS, "nope"]),
+        "$ref": st.sampled_from(REFERENCES), "pattern": st.sampled_from(PATTERNS), "format": st.sampled_from([*STRING_FORMATS, "nope"]),
         **dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties", "minimum", "maximum",
                          "exclusiveMinimum", "multipleOf"), numbers),
         "uniqueItems": st.booleans(), "$id": texts, "x-guidance": json_values}
@@ -65,7 +68,7 @@ def functions(schema):
 def tools_of(schema, inside):
     """The tools of an API: its functions' parameters are in `schema`, and maybe all of them in a member `function`."""
     right = functions(schema).map(lambda each: {"type": "function", "function": each} if inside else {**each, "type": "function"} if schema == "parameters" else each)
-    others = st.fixed_dictionaries({"type": mostly(st.sampled_from(chat_server.OTHER_TOOLS))})
+    others = st.fixed_dictionaries({"type": mostly(st.sampled_from(OTHER_TOOLS))})
     wrong = st.one_of(others, functions("parameters"), functions("input_schema"), json_values)
     return mostly(st.lists(mostly(right, wrong), min_size=1, max_size=2))
 
@@ -88,7 +91,7 @@ choices = {api: mostly(right if api == "messages" else right | modes, any_choice
 a_format = mostly(st.fixed_dictionaries({"type": mostly(st.sampled_from(["text", "json_object", "json_schema"]))}, optional={
     "schema": mostly(schemas), "json_schema": mostly(st.fixed_dictionaries({}, optional={"schema": mostly(schemas), "name": texts}))}))
 a_schema = mostly(schemas | st.just("json"))
-a_setting = mostly(st.fixed_dictionaries({}, optional={"format": a_format, "effort": mostly(st.sampled_from(chat_server.EFFORTS))}))
+a_setting = mostly(st.fixed_dictionaries({}, optional={"format": a_format, "effort": mostly(st.sampled_from(EFFORTS))}))
 constraints = {
     "functions": mostly(st.lists(mostly(functions("parameters")), min_size=1, max_size=2)), "function_call": mostly(a_tool | modes, any_choice),
     "guided_json": schemas | texts, "json_schema": schemas, "guided_regex": st.sampled_from(PATTERNS) | texts,
@@ -124,4 +127,4 @@ def required_call(function):
 
 
 # of a route, its body, and how the model calls functions
-asked = st.tuples(bodies, st.sampled_from(TOOL_FORMATS)) | st.tuples(functions("parameters").map(required_call), st.sampled_from([*chat_server.TAGGED_ARGUMENTS]))
+asked = st.tuples(bodies, st.sampled_from(TOOL_FORMATS)) | st.tuples(functions("parameters").map(required_call), st.sampled_from([*TAGGED_ARGUMENTS]))

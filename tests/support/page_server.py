@@ -13,10 +13,10 @@ from pathlib import Path
 
 from aiohttp import web
 
-import chat_server
+from chatlm.front.server.responses import SECURITY_HEADERS
 
 STATIC = Path(__file__).resolve().parents[2] / "static"
-POLICY = chat_server.SECURITY_HEADERS["Content-Security-Policy"].replace("connect-src *", "connect-src 'self'")
+POLICY = SECURITY_HEADERS["Content-Security-Policy"].replace("connect-src *", "connect-src 'self'")
 TIMINGS = {"queue_ms": 0.2, "ttft_ms": 81.4, "tokens_per_second": 212.3}
 MARKDOWN = """# Sorting
 

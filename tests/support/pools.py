@@ -6,8 +6,12 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-import chat_server
-from chat_server import Finished, LocalPool, Message, Piece, Request, SamplingParams, Settings
+from chatlm.common.config import Settings
+from chatlm.common.messages.protocol import ModelCard
+from chatlm.common.messages.requests import Finished, Message, Piece, Request, SamplingParams
+from chatlm.front.admission.prompts import PromptMaker
+from chatlm.front.pool.local import LocalPool
+from chatlm.front.pool.worker import Worker
 from fake_pool import Letters
 from forked import DYING
 
@@ -37,7 +41,7 @@ async def start_pool(nanochat_fixtures):
         assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
-class PlayedWorker(chat_server.Worker):
+class PlayedWorker(Worker):
     """A worker without a process: the test sees what it is sent, and says what comes back."""
 
     def __init__(self, pool):
@@ -52,8 +56,8 @@ def played_pool(worker_class=PlayedWorker, **settings):
     """A LocalPool with one played worker and a context of 64 letters."""
     pool = LocalPool(Settings(**settings))
     pool.workers = [worker_class(pool)]
-    pool.card = chat_server.ModelCard(None, "fake", 64, (), {}, False)
-    pool.admission.prompts = chat_server.PromptMaker(Letters(), 64)
+    pool.card = ModelCard(None, "fake", 64, (), {}, False)
+    pool.admission.prompts = PromptMaker(Letters(), 64)
     pool.became_ready.set()
     return pool
 
@@ -65,8 +69,9 @@ def greedy(name, max_tokens=40, text="hello", **changes):
 
 def work_of(job):
     """What a worker's engine gets for a job, through the messages that cross the pipe."""
+    from chatlm.worker.process import Inbox
     works = []
-    inbox = chat_server.Inbox(SimpleNamespace(add=works.append))
+    inbox = Inbox(SimpleNamespace(add=works.append))
     for message in job.messages(None):
         inbox.obey(message)
     return works[0]

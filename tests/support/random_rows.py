@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from chat_server import SampleRow, SamplingParams
+from chatlm.common.messages.requests import SamplingParams
+from chatlm.worker.ops.rows import SampleRow
 
 NO_LOGIT = np.float32(-np.inf)
 

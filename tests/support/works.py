@@ -2,8 +2,8 @@
 
 import dataclasses
 
-import chat_server
-from chat_server import AnswerParams
+from chatlm.common.messages.requests import AnswerParams
+from chatlm.worker.engine.scheduler import Assignment
 
 PARAMS = {each.name for each in dataclasses.fields(AnswerParams)}
 
@@ -11,10 +11,10 @@ PARAMS = {each.name for each in dataclasses.fields(AnswerParams)}
 def assignment(id, prompt_ids, sampling, max_tokens, **more):
     """An Assignment with parameters of its own; `more` may name fields of either class."""
     params = {name: more.pop(name) for name in PARAMS & more.keys()}
-    return chat_server.Assignment(id, prompt_ids, AnswerParams(sampling=sampling, **params), max_tokens, **more)
+    return Assignment(id, prompt_ids, AnswerParams(sampling=sampling, **params), max_tokens, **more)
 
 
 def changed(work, **more):
     """The assignment with other fields, of its own or of its parameters."""
     params = {name: more.pop(name) for name in PARAMS & more.keys()}
-    return chat_server.replace(work, params=chat_server.replace(work.params, **params), **more)
+    return dataclasses.replace(work, params=dataclasses.replace(work.params, **params), **more)

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,22 @@ import threading
 import pytest
 
 import chat_server
-from chat_server import (OPTIONS, ConfigError, EngineFailure, Finished, Overloaded, Piece, RemotePool, RequestError, Settings,
-                         parse_command_line)
+from chatlm import __version__
+from chatlm.cli import parse_command_line
+from chatlm.common import core
+from chatlm.common.config import FLAGS, OPTIONS, Settings
+from chatlm.common.core import kernels_line
+from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded, RequestError, require_library
+from chatlm.common.messages.requests import Finished, Message, Piece
+from chatlm.front.lazy import web
+from chatlm.front.pool import local as pool_local
+from chatlm.front.server import connections
+from chatlm.front.server.access import listen_on
+from chatlm.terminal.chat import chat, generate, new_request
+from chatlm.terminal.remote import RemotePool
+from chatlm.terminal.terminal import PlainWriter
 from fake_pool import FakePool, finished, serving
+from patching import patch
 
 
 def parsed(line="", **environment):
@@ -93,7 +107,7 @@ def test_a_config_error_is_one_line_and_status_2_and_the_version_is_printed():
     run = subprocess.run([sys.executable, chat_server.__file__, "chat", "--top-k", "x"], capture_output=True, text=True, timeout=60)
     assert run.returncode == 2 and run.stdout == "" and re.fullmatch(r"chat_server: [^\n]*--top-k[^\n]*\n", run.stderr)
     run = subprocess.run([sys.executable, chat_server.__file__, "--version"], capture_output=True, text=True, timeout=60)
-    assert (run.returncode, run.stdout) == (0, f"chat_server {chat_server.__version__}; {chat_server.kernels_line()}\n")
+    assert (run.returncode, run.stdout) == (0, f"chat_server {__version__}; {kernels_line()}\n")
 
 
 @pytest.mark.parametrize("flag", ["--config", "--api-key-file"])
@@ -134,7 +148,7 @@ def test_the_help_has_every_flag_in_its_group(capsys):
         parsed("serve --help")
     text = capsys.readouterr().out
     parts = {part.partition(":\n")[0]: part for part in re.split(r"\n(?=\S[^\n]*:\n)", text)}
-    for flag in chat_server.FLAGS:
+    for flag in FLAGS:
         if isinstance(flag, str):
             title = flag
         elif "serve" in flag.commands:
@@ -149,19 +163,19 @@ def test_all_packages_that_are_missing_are_named_at_once(monkeypatch):
     for name in gone:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match=r"packages gguf, tokenizers .*pip install gguf tokenizers$"):
-        chat_server.require_library("gguf", "a GGUF file")
+        require_library("gguf", "a GGUF file")
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     with pytest.raises(ConfigError, match=r"package prometheus_client .*pip install prometheus_client$"):
-        chat_server.require_library("prometheus_client", "/metrics")
+        require_library("prometheus_client", "/metrics")
 
 
 @pytest.mark.parametrize("compilers, words", [((), "install a C++ compiler (Debian: apt install g++), then `pip install .`"),
                                               (("g++",), "reference ops run; `pip install .`")])
 def test_without_kernels_the_missing_compiler_is_named(monkeypatch, local_pool, capsys, compilers, words):
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(chat_server, "decode_core", lambda: None)
-    monkeypatch.setattr(chat_server, "installed_core", lambda: None)
-    monkeypatch.setattr(chat_server.shutil, "which", lambda name: name if name in compilers else None)
+    patch(monkeypatch, core, "decode_core", lambda: None)
+    patch(monkeypatch, core, "installed_core", lambda: None)
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in compilers else None)
     assert run_main("generate", "--prompt", "Hi") == 0
     assert words in capsys.readouterr().err
 
@@ -173,7 +187,7 @@ def test_without_kernels_the_missing_compiler_is_named(monkeypatch, local_pool, 
 def local_pool(monkeypatch):
     """Every command starts this pool instead of one with a model."""
     pool = FakePool()
-    monkeypatch.setattr(chat_server, "LocalPool", lambda settings: pool)
+    patch(monkeypatch, pool_local, "LocalPool", lambda settings: pool)
     return pool
 
 
@@ -263,7 +277,7 @@ def typist(monkeypatch):
 
 async def test_chat_keeps_the_conversation_until_it_is_cleared(local_pool, typist, capsys):
     typist.type("One\n\n  \nTwo\n/clear\nThree\nclear\n/help\nquit\nnot reached\n")
-    assert await chat_server.chat(Settings(command="chat", system="Be brief")) == 0
+    assert await chat(Settings(command="chat", system="Be brief")) == 0
     turns = [[(m.role, m.content) for m in request.messages] for request in local_pool.requests]
     system, answer = ("system", "Be brief"), ("assistant", "Hello, world!")
     assert turns == [[system, ("user", "One")], [system, ("user", "One"), answer, ("user", "Two")], [system, ("user", "Three")]]
@@ -276,13 +290,13 @@ async def test_chat_keeps_the_conversation_until_it_is_cleared(local_pool, typis
 async def test_chat_ends_with_exit_quit_and_the_end_of_file(local_pool, typist, last):
     typist.type(last)
     typist.leave()
-    assert await chat_server.chat(Settings(command="chat")) == 0
+    assert await chat(Settings(command="chat")) == 0
     assert len(local_pool.requests) == (last[0] == "n")
 
 
 async def test_ctrl_c_stops_the_answer_but_not_the_program(local_pool, typist, capsys):
     local_pool.pieces, local_pool.gate = ["Hel", "lo"], Tickets(1)
-    task = asyncio.ensure_future(chat_server.chat(Settings(command="chat")))
+    task = asyncio.ensure_future(chat(Settings(command="chat")))
     typist.type("Hi\n")
     await local_pool.gate.used_up.wait()
     signal.raise_signal(signal.SIGINT)
@@ -309,7 +323,7 @@ class Tickets:
 
 
 async def test_ctrl_c_at_an_empty_prompt_leaves(local_pool, typist, capsys):
-    task = asyncio.ensure_future(chat_server.chat(Settings(command="chat")))
+    task = asyncio.ensure_future(chat(Settings(command="chat")))
     typist.type("Hi\n")
     while "tok/s" not in capsys.readouterr().err:
         await asyncio.sleep(0)
@@ -320,7 +334,7 @@ async def test_ctrl_c_at_an_empty_prompt_leaves(local_pool, typist, capsys):
 async def test_an_error_is_shown_and_its_message_is_not_kept(local_pool, typist, capsys):
     local_pool.pieces = [EngineFailure("a worker died")]
     typist.type("Hi\n")
-    task = asyncio.ensure_future(chat_server.chat(Settings(command="chat")))
+    task = asyncio.ensure_future(chat(Settings(command="chat")))
     await local_pool.until_open(1)
     await local_pool.until_open(0)
     local_pool.pieces = ["fine"]
@@ -333,7 +347,7 @@ async def test_an_error_is_shown_and_its_message_is_not_kept(local_pool, typist,
 async def test_an_answer_may_take_the_rest_of_the_context_and_old_turns_make_room(local_pool, typist, capsys):
     plain, local_pool.answer = local_pool.answer, lambda request: with_dropped(request, plain)
     typist.type("One\nquit\n")
-    assert await chat_server.chat(Settings(command="chat")) == 0
+    assert await chat(Settings(command="chat")) == 0
     assert (local_pool.requests[0].max_tokens, local_pool.requests[0].truncate) == (None, True)
     assert "without the 2 oldest messages, which no longer fit" in capsys.readouterr().err
 
@@ -346,7 +360,7 @@ async def with_dropped(request, answer):
 async def test_a_message_that_can_never_fit_is_refused_and_the_chat_goes_on(local_pool, typist, capsys):
     local_pool.refuse = RequestError("the prompt has 99 tokens, but the context holds 64", code="context_length_exceeded")
     typist.type("long\nquit\n")
-    assert await chat_server.chat(Settings(command="chat")) == 1
+    assert await chat(Settings(command="chat")) == 1
     assert "error: the prompt has 99 tokens" in capsys.readouterr().err
 
 
@@ -359,13 +373,13 @@ async def test_a_pasted_text_is_one_message(local_pool, monkeypatch):
     with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
         keys.send_text("\x1b[200~first line\nsecond line\x1b[201~\r")
         keys.send_text("\x03")                  # Ctrl-C at an empty prompt
-        assert await chat_server.chat(Settings(command="chat")) == 0
+        assert await chat(Settings(command="chat")) == 0
     assert [m.content for m in local_pool.requests[0].messages] == ["first line\nsecond line"]
 
 
 def test_a_terminal_gets_no_control_characters_of_the_model(monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    chat_server.PlainWriter(silent=False).push(chat_server.Piece("", (), "a\x1b[31mb\x07\n\tc\x9b"))
+    PlainWriter(silent=False).push(Piece("", (), "a\x1b[31mb\x07\n\tc\x9b"))
     assert capsys.readouterr().out == "a[31mb\n\tc"
 
 
@@ -382,7 +396,7 @@ async def test_a_remote_pool_yields_the_same_events():
         pool = RemotePool(remote(url + "/v1/"))
         await pool.start()
         await pool.wait_ready()
-        request = chat_server.new_request(remote(url), messages=(chat_server.Message("user", "Hi"),))
+        request = new_request(remote(url), messages=(Message("user", "Hi"),))
         events = [event async for event in pool.answer(request)]
         await pool.close()
     assert request.sampling.seed == local.requests[0].sampling.seed
@@ -401,8 +415,8 @@ async def test_a_remote_pool_raises_what_the_server_raised(error, late):
     async with serving(FakePool(["Hel", error]) if late else FakePool(refuse=error)) as url:
         pool = RemotePool(remote(url))
         await pool.start()
-        with pytest.raises(chat_server.ChatServerError) as caught:
-            async for _ in pool.answer(chat_server.new_request(remote(url), messages=(chat_server.Message("user", "Hi"),))):
+        with pytest.raises(ChatServerError) as caught:
+            async for _ in pool.answer(new_request(remote(url), messages=(Message("user", "Hi"),))):
                 pass
         await pool.close()
     assert (type(caught.value), str(caught.value), caught.value.code) == (type(error), str(error), error.code)
@@ -414,7 +428,7 @@ async def test_leaving_a_remote_answer_ends_it_on_the_server():
     async with serving(local) as url:
         pool = RemotePool(remote(url))
         await pool.start()
-        events = pool.answer(chat_server.new_request(remote(url), messages=(chat_server.Message("user", "Hi"),)))
+        events = pool.answer(new_request(remote(url), messages=(Message("user", "Hi"),)))
         await anext(events)
         await local.until_open(1)
         await events.aclose()
@@ -426,7 +440,7 @@ async def test_chat_talks_to_a_running_server(typist, capsys):
     typist.type("One\nTwo\nquit\n")
     local = FakePool()
     async with serving(local) as url:
-        assert await chat_server.chat(remote(url)) == 0
+        assert await chat(remote(url)) == 0
     assert [len(request.messages) for request in local.requests] == [1, 3]
     assert capsys.readouterr().err.count("212 tok/s") == 2
 
@@ -436,17 +450,17 @@ async def test_a_server_that_has_only_nanochat_s_route_is_asked_there(capsys):
 
     async def answer(http):
         bodies.append(await http.json())
-        response = chat_server.web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(http)
         await response.write(b'data: {"token": "x", "gpu": 2}\n\ndata: {"token": "y", "gpu": 2}\n\ndata: {"done": true}\n\n')
         return response
 
     async def health(http):
-        return chat_server.web.json_response({"status": "ok", "ready": True, "num_gpus": 1, "available_workers": 1})
+        return web.json_response({"status": "ok", "ready": True, "num_gpus": 1, "available_workers": 1})
 
-    routes = [chat_server.web.get("/health", health), chat_server.web.post("/chat/completions", answer)]
+    routes = [web.get("/health", health), web.post("/chat/completions", answer)]
     async with answering(routes) as url:
-        assert await chat_server.generate(Settings(command="generate", prompt="Hi", url=url)) == 0
+        assert await generate(Settings(command="generate", prompt="Hi", url=url)) == 0
     out, err = capsys.readouterr()
     assert out == "xy\n" and "2 tokens in" in err and "max_tokens" not in bodies[0]
     assert bodies[0]["messages"] == [{"role": "user", "content": "Hi"}]
@@ -455,15 +469,15 @@ async def test_a_server_that_has_only_nanochat_s_route_is_asked_there(capsys):
 @contextlib.asynccontextmanager
 async def answering(routes):
     """Some routes on a port of 127.0.0.1; yields the base URL."""
-    app = chat_server.web.Application()
+    app = web.Application()
     app.add_routes(routes)
-    with chat_server.listen_on("127.0.0.1", 0) as listener:
-        async with chat_server.serving(app, listener):
+    with listen_on("127.0.0.1", 0) as listener:
+        async with connections.serving(app, listener):
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 def test_no_server_is_one_line_that_names_the_url(capsys):
-    with chat_server.listen_on("127.0.0.1", 0) as listener:
+    with listen_on("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
     assert run_main("generate", "--prompt", "Hi", "--url", f"localhost:{port}") == 2
     out, err = capsys.readouterr()
@@ -472,10 +486,10 @@ def test_no_server_is_one_line_that_names_the_url(capsys):
 
 async def test_a_server_that_is_no_chat_server_is_named():
     async def no_json(http):
-        return chat_server.web.Response(text="welcome")
-    async with answering([chat_server.web.get("/health", no_json)]) as url:
+        return web.Response(text="welcome")
+    async with answering([web.get("/health", no_json)]) as url:
         with pytest.raises(ConfigError, match="not a chat server"):
-            await chat_server.generate(Settings(command="generate", prompt="Hi", url=url))
+            await generate(Settings(command="generate", prompt="Hi", url=url))
 
 
 @pytest.mark.parametrize("line, environment, drafts", [

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 import time
+from dataclasses import replace
 
 import pytest
 from rich.cells import cell_len
@@ -19,9 +20,17 @@ from rich.console import Console
 
 import chat_server
 from browsing import HeldFront, fake_front
-from chat_server import MarkdownWriter, Piece, PromptProgress, Settings, read_chats
+from chatlm.common.config import Settings
+from chatlm.common.messages.requests import Piece, PromptProgress
+from chatlm.front.pool import local
+from chatlm.terminal import chat as terminal_chat
+from chatlm.terminal.chat import generate, summary
+from chatlm.terminal.conversation import read_chats
+from chatlm.terminal.remote import RemotePool
+from chatlm.terminal.terminal import MarkdownWriter
 from fake_pool import FakePool, finished
 from page_server import BLOCKS, HOSTILE, MARKDOWN
+from patching import patch
 
 # Markdown as it streams
 
@@ -121,8 +130,8 @@ def chat_with(pool, monkeypatch, lines, **settings):
     os.write(write, ("\n".join(lines) + "\n").encode())
     os.close(write)
     monkeypatch.setattr(sys, "stdin", os.fdopen(read))
-    monkeypatch.setattr(chat_server, "LocalPool", lambda settings: pool)
-    return asyncio.run(chat_server.chat(Settings(command="chat", **settings)))
+    patch(monkeypatch, local, "LocalPool", lambda settings: pool)
+    return asyncio.run(terminal_chat.chat(Settings(command="chat", **settings)))
 
 
 def turns(pool):
@@ -236,7 +245,7 @@ def test_continue_goes_on_in_the_same_answer_where_the_server_can(tmp_path, monk
     ({"capabilities": {"continue_final_message": True}}, True), ({"owned_by": "vllm"}, True), ({"owned_by": "llamacpp"}, True),
     ({"capabilities": {"continue_final_message": "no"}}, False), ({"capabilities": [], "owned_by": "someone"}, False), ({}, False)])
 def test_which_servers_can_continue_an_answer(model, able):
-    pool = chat_server.RemotePool(Settings(command="chat", url="http://127.0.0.1:1"))
+    pool = RemotePool(Settings(command="chat", url="http://127.0.0.1:1"))
     pool.model = model
     assert pool.continues is able
     pool.native = True
@@ -268,7 +277,7 @@ def test_json_is_one_object_a_line_and_errors_are_too(monkeypatch, capsys):
 
 
 def test_generate_answers_as_json(monkeypatch, capsys):
-    monkeypatch.setattr(chat_server, "LocalPool", lambda settings: FakePool())
+    patch(monkeypatch, local, "LocalPool", lambda settings: FakePool())
     assert chat_server.main(["generate", "--prompt", "Hi", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["text"] == "Hello, world!"
 
@@ -283,7 +292,7 @@ def test_reasoning_is_told_apart_and_not_sent_back(monkeypatch, capsys):
 
 @pytest.mark.parametrize("speed, shown", [(None, "3 tokens in 2.0 s, first token after 8 ms"), (7.25, "7.2 tok/s"), (37.4, ", 37 tok/s,")])
 def test_the_line_below_an_answer(speed, shown):
-    assert shown in chat_server.summary(chat_server.replace(finished("abc"), tokens_per_second=speed), 2.0)
+    assert shown in summary(replace(finished("abc"), tokens_per_second=speed), 2.0)
 
 
 # a server that breaks
@@ -294,7 +303,7 @@ def test_a_stream_that_breaks_is_taken_up_again(capsys):
     try:
         async def run():
             settings = Settings(command="generate", prompt="Hi", url=front.url)
-            task = asyncio.ensure_future(chat_server.generate(settings))
+            task = asyncio.ensure_future(generate(settings))
             await asyncio.to_thread(front.until_open, 1)
             await asyncio.to_thread(front.admit, 2)
             while "two" not in (shown := "".join(seen) + capsys.readouterr().out):

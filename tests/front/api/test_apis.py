@@ -8,6 +8,8 @@ import http.client
 import json
 import random
 import re
+from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 
 import aiohttp
@@ -17,8 +19,26 @@ from hypothesis import HealthCheck, example, given, settings as hypothesis_setti
 
 import chat_server
 import odd_bodies
-from chat_server import ApiKey, CallDelta, EngineFailure, Known, Piece, RequestError, Settings
+from chatlm import __version__
+from chatlm.common import config
+from chatlm.common.config import ApiKey, Settings
+from chatlm.common.errors import EngineFailure, RequestError
+from chatlm.common.messages.protocol import Call, Known
+from chatlm.common.messages.requests import CallDelta, Message, Piece, PromptProgress
+from chatlm.common.messages.wire import as_plain_json, restorer
+from chatlm.common.text.formats import MARKS, with_generic_tools, with_markers
+from chatlm.common.text.grammar import check_grammar
+from chatlm.common.text.load import open_tokenizer
+from chatlm.common.text.reader import answer_reader
+from chatlm.front.api.conversation import openai_messages
+from chatlm.front.api.encoders import ENCODERS
+from chatlm.front.api.fields import json_object
+from chatlm.front.api.readers import (CALL_READERS, REPEATED, TEXT_ROUTES, names_model, read_chat_call, read_messages_call, read_ollama_chat,
+                                      read_responses_call)
+from chatlm.front.server.describe import bare_id
+from chatlm.worker.engine.grammar import Grammar
 from fake_pool import FakePool, Letters, finished, serving
+from patching import patch
 from real_server import get, server
 
 HI = "What is the capital of Japan?"
@@ -126,7 +146,7 @@ async def test_an_answer_is_cancelled_by_the_id_in_its_header(client, path):
                          ids=lambda route: f"{route.method} {route.path}")
 async def test_no_route_reads_a_large_body_on_the_event_loop(client, route, monkeypatch):
     """A route that reads JSON at all reads it with the one reader, which sends large bodies to a sandbox."""
-    pool, sent, read, reads = FakePool(), [], [], route.path in chat_server.CALL_READERS | chat_server.TEXT_ROUTES
+    pool, sent, read, reads = FakePool(), [], [], route.path in CALL_READERS | TEXT_ROUTES
 
     async def in_sandbox(path, body, *more, **named):
         sent.append((path, len(body)))
@@ -148,7 +168,7 @@ async def test_no_route_reads_a_large_body_on_the_event_loop(client, route, monk
     (b'{"x": "model"}', False), (b'{"x": ["model", "model"], "model": 1}', True), (b'{"x": [' + b'"model",' * 1000, False),
     (b'"model":', True), (b"{}", False), (b'"model"', False)])
 def test_a_body_names_a_model_or_not(body, names):
-    assert chat_server.names_model(body) is chat_server.names_model(bytearray(body)) is names
+    assert names_model(body) is names_model(bytearray(body)) is names
 
 
 def test_every_route_that_answers_is_tested():
@@ -176,7 +196,7 @@ async def test_who_leaves_or_cancels_before_a_whole_answer_ends_the_work(client,
 async def test_an_answer_has_its_request_s_id_by_which_it_is_cancelled(client, path, prefix):
     async with serving(FakePool()) as url:
         _, headers, text = await ask(client, url, path)
-        assert json.loads(text)["id"] == prefix + headers["X-Request-Id"] == prefix + chat_server.bare_id(json.loads(text)["id"])
+        assert json.loads(text)["id"] == prefix + headers["X-Request-Id"] == prefix + bare_id(json.loads(text)["id"])
 
 
 @pytest.mark.parametrize("path", [path for path in BODIES if not path.startswith("/api/")])     # Ollama's have no events
@@ -244,7 +264,7 @@ async def test_progress_is_told_to_who_asks(client, path):
         async def answer(self, request):
             events = super().answer(request)
             yield await anext(events)
-            yield chat_server.PromptProgress(2, 40)
+            yield PromptProgress(2, 40)
             async for event in events:
                 yield event
 
@@ -274,7 +294,7 @@ DRAWN = {"temperature": 1, "seed": 12, "max_tokens": 40, "max_output_tokens": 40
 async def test_the_same_conversation_and_seed_give_the_same_text_whole_streamed_and_through_a_sandbox(client, url, exact, path):
     wanted = whole_text(json.loads((await ask(client, url, CHAT, **DRAWN))[2]))
     assert len(wanted) > 10
-    large = {"padding": "x" * (chat_server.LIMITS.inline_bytes + 1)}
+    large = {"padding": "x" * (config.LIMITS.inline_bytes + 1)}
     for more in ({}, large):
         assert "".join(map(text_of, await streamed(client, url, path, **DRAWN, **more))) == wanted
         if path != "/chat/completions":
@@ -353,7 +373,7 @@ def test_a_conversation_with_calls_and_results_is_the_same_in_all_three():
         {"role": "assistant", "content": "Two."}, {"role": "user", "content": "Sure?"}],
         "tools": [{"name": "add", "description": "adds", "input_schema": ADD["parameters"], "strict": True}, {"type": "web_search_20250305", "name": "web_search"}]}
     calls = [reader(body | {"seed": 1}, KNOWN) for reader, body in (
-        (chat_server.read_chat_call, chat), (chat_server.read_responses_call, responses), (chat_server.read_messages_call, messages))]
+        (read_chat_call, chat), (read_responses_call, responses), (read_messages_call, messages))]
     assert calls[0].request == calls[1].request == calls[2].request
     assert len(calls[0].request.messages) == 6 and calls[0].request.tool_names == ("add",)
     assert [call.ignored_tools for call in calls] == [(), ("web_search", "custom"), ("web_search_20250305",)]
@@ -380,16 +400,16 @@ async def test_tools_that_are_left_out_are_named_in_a_header(client, caplog):
 def test_a_choice_of_tools_is_the_same_in_all_three(chat, responses, messages):
     functions = [ADD | {"name": name} for name in "ab"]
     base = {"seed": 1}
-    first = chat_server.read_chat_call(base | BODIES[CHAT] | {"tool_choice": chat, "tools": [
+    first = read_chat_call(base | BODIES[CHAT] | {"tool_choice": chat, "tools": [
         {"type": "function", "function": each} for each in functions]}, KNOWN).request
-    second = chat_server.read_responses_call(base | BODIES[RESPONSES] | {"tool_choice": responses, "tools": [
+    second = read_responses_call(base | BODIES[RESPONSES] | {"tool_choice": responses, "tools": [
         {"type": "function", **each} for each in functions]}, KNOWN).request
     assert first == second
     named = not isinstance(chat, str)
     assert first.tool_names == (() if chat == "none" else ("b",) if named else ("a", "b"))
     assert bool(first.grammar) == ("required" in str(chat) or isinstance(chat, dict) and chat["type"] == "function")
     if messages:
-        third = chat_server.read_messages_call(base | {"messages": BODIES[CHAT]["messages"], "tool_choice": messages, "tools": [
+        third = read_messages_call(base | {"messages": BODIES[CHAT]["messages"], "tool_choice": messages, "tools": [
             {"name": each["name"], "description": "adds", "input_schema": each["parameters"]} for each in functions]}, KNOWN).request
         assert third == first
 
@@ -398,21 +418,21 @@ def test_formats_and_parameters_are_the_same_in_all_three():
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     common = {"seed": 1, "temperature": 0.5, "top_p": 0.5}
     question = BODIES[CHAT]["messages"]
-    first = chat_server.read_chat_call(common | {"messages": question, "max_completion_tokens": 9, "stop": ["x"], "response_format": {
+    first = read_chat_call(common | {"messages": question, "max_completion_tokens": 9, "stop": ["x"], "response_format": {
         "type": "json_schema", "json_schema": {"name": "n", "schema": schema}}}, KNOWN).request
-    second = chat_server.read_responses_call(common | {"input": question, "max_output_tokens": 9, "stop": ["x"], "text": {
+    second = read_responses_call(common | {"input": question, "max_output_tokens": 9, "stop": ["x"], "text": {
         "format": {"type": "json_schema", "name": "n", "schema": schema, "strict": True}, "verbosity": "low"}}, KNOWN).request
-    third = chat_server.read_messages_call(common | {"messages": question, "max_tokens": 9, "stop_sequences": ["x"], "output_config": {
+    third = read_messages_call(common | {"messages": question, "max_tokens": 9, "stop_sequences": ["x"], "output_config": {
         "format": {"type": "json_schema", "schema": schema}}}, KNOWN).request
     unlike = {"grammar_param": ""}
-    assert chat_server.replace(first, **unlike) == chat_server.replace(second, **unlike) == chat_server.replace(third, **unlike)
+    assert replace(first, **unlike) == replace(second, **unlike) == replace(third, **unlike)
     assert [each.grammar_param for each in (first, second, third)] == ["response_format", "text", "output_config"]
-    assert chat_server.read_responses_call({"input": "x", "truncation": "auto"}, KNOWN).request.truncate
+    assert read_responses_call({"input": "x", "truncation": "auto"}, KNOWN).request.truncate
 
 
 @pytest.mark.parametrize("given", [{}, {"input": ""}, {"input": []}, {"input": None, "instructions": "Be brief."}])
 def test_an_empty_input_is_answered(given):
-    messages = chat_server.read_responses_call(given, KNOWN).request.messages
+    messages = read_responses_call(given, KNOWN).request.messages
     assert (messages[-1].role, messages[-1].content) == ("user", "")
 
 
@@ -479,7 +499,7 @@ items = st.recursive(json_values | st.sampled_from(KINDS), lambda inner: st.list
                             items, max_size=4), item=items)
 def test_nested_bodies_are_read_or_refused(body, item):
     """Neither reader fails on any item or block; what they read crosses the pipe to a sandbox unharmed."""
-    for reader in chat_server.CALL_READERS.values():
+    for reader in CALL_READERS.values():
         for changed in (body, body | {"input": [item]}, body | {"messages": [item]},
                         body | {"messages": [{"role": "user", "content": [item]}]}, body | {"tools": [item]}):
             try:
@@ -487,18 +507,18 @@ def test_nested_bodies_are_read_or_refused(body, item):
             except RequestError as error:
                 assert error.status == 400 and str(error)
             else:
-                assert chat_server.restorer(chat_server.Call)(json.loads(chat_server.as_plain_json(call))).request.sampling == call.request.sampling
+                assert restorer(Call)(json.loads(as_plain_json(call))).request.sampling == call.request.sampling
 
 
 class Marked(Letters):
     """Letters, and every marker as a special token."""
 
-    vocab_size = 257 + len(chat_server.MARKS)
+    vocab_size = 257 + len(MARKS)
 
     def __init__(self, tool_format, thoughts=None):
         super().__init__()
         self.tool_format, self.thoughts = tool_format, thoughts
-        self.specials = {"<|stop|>": 256, **{name: number for number, name in enumerate(chat_server.MARKS, 257)}}
+        self.specials = {"<|stop|>": 256, **{name: number for number, name in enumerate(MARKS, 257)}}
 
 
 @functools.cache
@@ -512,7 +532,7 @@ def tokenizers(tool_format):
 def follow(grammar, tokenizer, drawn):
     """Tokens drawn among those that the grammar allows: a worker must never find one that it does not take."""
     for _ in range(25):
-        grammar.mask = chat_server.Future()
+        grammar.mask = Future()
         grammar.mask.set_result(grammar.matcher.compute_bitmask())
         token = int(drawn.choice(grammar.allowed(tokenizer.vocab_size).nonzero()[0]))
         assert grammar.feed(token), (token, grammar.source, grammar.matcher.get_error())
@@ -522,19 +542,19 @@ def follow(grammar, tokenizer, drawn):
 
 def read_check_and_follow(path, body, tool_format, drawn):
     """What the front, a sandbox and a worker do with a body, up to its first tokens. RequestError if it is refused."""
-    call = chat_server.CALL_READERS[path](chat_server.json_object(json.dumps(body).encode()), Known(Settings(), "m", tool_format))
-    request = chat_server.restorer(chat_server.Call)(json.loads(chat_server.as_plain_json(call))).request
-    encoder = chat_server.ENCODERS[call.api](call, "m", tokenizers(tool_format)[0])
+    call = CALL_READERS[path](json_object(json.dumps(body).encode()), Known(Settings(), "m", tool_format))
+    request = restorer(Call)(json.loads(as_plain_json(call))).request
+    encoder = ENCODERS[call.api](call, "m", tokenizers(tool_format)[0])
     encoder.collect(finished(["a"]))
     assert json.loads(b"".join(encoder.completion()))
-    chat_server.with_generic_tools(request.messages or (chat_server.Message("user", "x"),), request.tools)
+    with_generic_tools(request.messages or (Message("user", "x"),), request.tools)
     for source in filter(None, (request.grammar, *request.call_grammars)):
-        chat_server.check_grammar(source, request.grammar_param)
+        check_grammar(source, request.grammar_param)
     for tokenizer in tokenizers(tool_format):
-        reader = chat_server.answer_reader(tokenizer, request, ())
+        reader = answer_reader(tokenizer, request, ())
         whole = [reader.grammar(request) if reader else request.grammar] * bool(request.grammar)
-        for source in (*whole, *(chat_server.with_markers(each, tokenizer.markers) for each in request.call_grammars if each)):
-            follow(chat_server.Grammar(tokenizer, source), tokenizer, drawn)
+        for source in (*whole, *(with_markers(each, tokenizer.markers) for each in request.call_grammars if each)):
+            follow(Grammar(tokenizer, source), tokenizer, drawn)
 
 
 def check_odd_body(asked, seed):
@@ -655,7 +675,7 @@ async def test_an_answer_without_text_has_an_empty_part(client):
 
 
 async def test_a_silent_stream_of_messages_has_pings_of_its_own(client, monkeypatch):
-    monkeypatch.setattr(chat_server, "PING_S", 0.02)
+    patch(monkeypatch, config, "PING_S", 0.02)
     pool = FakePool(gate=asyncio.Event())
     async with serving(pool) as url:
         async with client.post(url + MESSAGES, json=BODIES[MESSAGES] | {"stream": True}) as response:
@@ -682,8 +702,8 @@ async def test_a_response_repeats_what_it_was_asked(client, inline, monkeypatch)
     body = BODIES[RESPONSES] | TOLD
     async with serving(pool) as url:
         if not inline:
-            monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(chat_server.LIMITS, inline_bytes=0))
-        for given, wanted in ((body, TOLD), (BODIES[RESPONSES], chat_server.REPEATED)):
+            patch(monkeypatch, config, "LIMITS", replace(config.LIMITS, inline_bytes=0))
+        for given, wanted in ((body, TOLD), (BODIES[RESPONSES], REPEATED)):
             async with client.post(url + RESPONSES, json=given) as response:
                 whole = await response.json()
             async with client.post(url + RESPONSES, json=given | {"stream": True}) as response:
@@ -701,7 +721,7 @@ async def test_a_response_repeats_what_it_was_asked(client, inline, monkeypatch)
     ("tool_choice", {"type": "function", "name": "f", "other": "x" * 1200}),
     ("tool_choice", {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "mcp"}] * 100})])
 async def test_what_a_response_repeats_is_bounded(client, name, value, monkeypatch):
-    monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(chat_server.LIMITS, repeated_bytes=1000))
+    patch(monkeypatch, config, "LIMITS", replace(config.LIMITS, repeated_bytes=1000))
     pool = FakePool()
     pool.tokenizer = Letters()
     pool.tokenizer.tool_format = "tagged"
@@ -713,7 +733,7 @@ async def test_what_a_response_repeats_is_bounded(client, name, value, monkeypat
 
 async def test_a_stream_may_begin_with_more_than_a_reader_may_leave_unread(client, monkeypatch):
     """A reader whom the first event alone would make too slow: what it sent itself does not count."""
-    monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(chat_server.LIMITS, outbox_bytes=1000))
+    patch(monkeypatch, config, "LIMITS", replace(config.LIMITS, outbox_bytes=1000))
     monkeypatch.setattr(asyncio.selector_events._SelectorSocketTransport, "get_write_buffer_size", lambda self: 100_000)
     body = BODIES[RESPONSES] | {"stream": True}
     async with serving(FakePool()) as url:
@@ -732,7 +752,7 @@ async def test_a_response_is_not_kept_and_a_body_with_a_model_is_openai_s(client
                 assert response.status == 404 and set(error) == {"message", "type", "param", "code"} and "resp_1" in error["message"]
         async with client.post(url + "/chat/completions", json=BODIES[CHAT] | {"model": "fake-model"}) as response:
             assert (await response.json())["object"] == "chat.completion"
-        for padding in ("", "x" * (chat_server.LIMITS.inline_bytes + 1)):
+        for padding in ("", "x" * (config.LIMITS.inline_bytes + 1)):
             async with client.post(url + "/chat/completions", json={"model": "fake-model", "messages": [], "padding": padding}) as response:
                 assert response.status == 400 and "messages" in (await response.json())["error"]["message"]
             async with client.post(url + "/chat/completions", json={"messages": [{"role": "user", "content": '"model": 5' * 99}] * 501}) as response:
@@ -782,19 +802,19 @@ async def test_custom_tools_are_refused_by_name(client):
 
 def test_a_template_without_tools_is_told_of_them_by_a_system_prompt(default_model_path):
     from engines import load
-    tokenizer = chat_server.open_tokenizer(load(default_model_path).text)
+    tokenizer = open_tokenizer(load(default_model_path).text)
     assert tokenizer.tool_format == "tagged" and not tokenizer.native_tools
     tools = [{"type": "function", "function": ADD}]
-    messages = chat_server.openai_messages([
+    messages = openai_messages([
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": None, "tool_calls": CALLS},
         {"role": "tool", "tool_call_id": "call_1", "content": "2"}, {"role": "user", "content": "Well?"}], True)
     text = tokenizer.show(tokenizer.render(messages, tools))
     assert text.count('"name": "add"') == 2 and text.index("Be brief.") < text.index('"description": "adds"') < text.index("1 + 1?")
     assert '<|im_start|>assistant\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>' in text
     assert "<|im_start|>user\n<tool_response>\n2\n</tool_response>\nWell?<|im_end|>" in text
-    plain = [chat_server.Message("user", "Hi", {"name": "Ann"})]
-    assert chat_server.with_generic_tools(plain, ()) == plain
-    first = chat_server.with_generic_tools(plain, tools, has_system=False)
+    plain = [Message("user", "Hi", {"name": "Ann"})]
+    assert with_generic_tools(plain, ()) == plain
+    first = with_generic_tools(plain, tools, has_system=False)
     assert len(first) == 1 and first[0].content.endswith("\n\nHi") and "adds" in first[0].content
 
 
@@ -857,7 +877,7 @@ async def test_what_ollama_tells_of_the_model(client):
         async with client.get(url + "/api/tags") as response:
             assert (await response.json())["models"][0]["name"] == "fake-model"
         async with client.get(url + "/api/version") as response:
-            assert await response.json() == {"version": chat_server.__version__}
+            assert await response.json() == {"version": __version__}
         async with client.post(url + "/api/show", json={"model": "fake-model"}) as response:
             assert (await response.json())["model_info"]["chat_server.context_length"] == 4096
         async with client.post(url + "/api/show", json={"model": "llama3"}) as response:
@@ -867,14 +887,14 @@ async def test_what_ollama_tells_of_the_model(client):
 def test_thinking_is_asked_for_in_each_api_s_words():
     options = lambda reader, **body: reader(body, KNOWN).request.template_options      # noqa: E731
     question = BODIES[CHAT]["messages"]
-    assert options(chat_server.read_responses_call, input="x", reasoning={"effort": "low", "summary": "auto"}) == {"reasoning_effort": "low"}
-    assert options(chat_server.read_chat_call, messages=question, reasoning_effort="low") == {"reasoning_effort": "low"}
+    assert options(read_responses_call, input="x", reasoning={"effort": "low", "summary": "auto"}) == {"reasoning_effort": "low"}
+    assert options(read_chat_call, messages=question, reasoning_effort="low") == {"reasoning_effort": "low"}
     off = {"chat_template_kwargs": {"enable_thinking": False, "thinking": False}}
-    assert options(chat_server.read_messages_call, messages=question, thinking={"type": "disabled"}) == off
-    assert options(chat_server.read_ollama_chat, messages=question, think=False) == off
-    assert options(chat_server.read_ollama_chat, messages=question, think="high") == {"reasoning_effort": "high"}
-    assert options(chat_server.read_messages_call, messages=question, output_config={"effort": "high"}) == {"reasoning_effort": "high"}
-    assert options(chat_server.read_messages_call, messages=question) == options(chat_server.read_responses_call, input="x") == {}
+    assert options(read_messages_call, messages=question, thinking={"type": "disabled"}) == off
+    assert options(read_ollama_chat, messages=question, think=False) == off
+    assert options(read_ollama_chat, messages=question, think="high") == {"reasoning_effort": "high"}
+    assert options(read_messages_call, messages=question, output_config={"effort": "high"}) == {"reasoning_effort": "high"}
+    assert options(read_messages_call, messages=question) == options(read_responses_call, input="x") == {}
 
 
 async def test_a_last_message_of_the_assistant_is_continued(client, url, exact):

@@ -3,13 +3,18 @@
 import asyncio
 import base64
 import json
+from dataclasses import replace
 
 import numpy as np
 import openai
 import pytest
 
-import chat_server
-from chat_server import Settings
+from chatlm.common.config import LIMITS, Settings
+from chatlm.common.errors import RequestError
+from chatlm.common.messages.protocol import Known
+from chatlm.common.messages.requests import Finished, Piece, Request
+from chatlm.front.admission.prompts import PromptMaker
+from chatlm.front.api.readers import read_embedding_call
 from fake_pool import FakePool, serving
 from pools import played_pool
 from real_server import get, post, server
@@ -79,7 +84,7 @@ def test_ollama_s_route_has_the_same_vectors(url):
 
 def test_a_large_body_goes_through_a_sandbox(url):
     texts = [f"number {number}" for number in range(200)]
-    answer = embedded(url, input=texts, padding="x" * chat_server.LIMITS.inline_bytes)
+    answer = embedded(url, input=texts, padding="x" * LIMITS.inline_bytes)
     assert [each["index"] for each in answer["data"]] == list(range(200))
     assert np.abs(vector_of(answer, 199) - vector_of(embedded(url, input=texts[199]))).max() < 1e-3
     assert get(url + "/stats")["workers"][0]["running"] == get(url + "/stats")["queue_depth"] == 0
@@ -137,28 +142,28 @@ def test_the_default_model_embeds_the_start_of_a_long_input(default_model_path):
 
 def test_a_whole_context_is_one_input(url):
     length = get(url + "/stats")["context_length"]
-    maker = chat_server.PromptMaker(FakePool.tokenizer, length)
-    request = chat_server.Request(pooling="mean")
+    maker = PromptMaker(FakePool.tokenizer, length)
+    request = Request(pooling="mean")
     assert maker.answer_length(request, (1,) * length) == 0
-    with pytest.raises(chat_server.RequestError, match=f"{length + 1:,} tokens"):
+    with pytest.raises(RequestError, match=f"{length + 1:,} tokens"):
         maker.answer_length(request, (1,) * (length + 1))
 
 
 async def test_many_inputs_leave_room_in_the_queue_for_others():
     """At most LIMITS.choices of a request wait or run at a time."""
     pool = played_pool(max_batch=4)
-    call = chat_server.read_embedding_call({"input": ["a"] * 1000}, chat_server.Known(Settings(), "fake", None))
-    events = pool.answer(chat_server.replace(call.request, id="many", client="a"))
+    call = read_embedding_call({"input": ["a"] * 1000}, Known(Settings(), "fake", None))
+    events = pool.answer(replace(call.request, id="many", client="a"))
     await anext(events)
-    assert len(pool.jobs) == chat_server.LIMITS.choices
+    assert len(pool.jobs) == LIMITS.choices
     done = 0
     waiting = asyncio.create_task(anext(events))
     while done < 1000:
         for job in list(pool.workers[0].jobs.values()):
-            pool.deliver(pool.workers[0], [chat_server.Piece(job.worker_id, (), "", "stop", embedding="AACAPw==")])
+            pool.deliver(pool.workers[0], [Piece(job.worker_id, (), "", "stop", embedding="AACAPw==")])
             for _ in range(2):
                 event = await waiting
                 waiting = asyncio.create_task(anext(events, None))
-            done += isinstance(event, chat_server.Finished)
-            assert len(pool.jobs) <= chat_server.LIMITS.choices
+            done += isinstance(event, Finished)
+            assert len(pool.jobs) <= LIMITS.choices
     assert await waiting is None and not pool.jobs and not len(pool.pending)

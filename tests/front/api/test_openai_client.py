@@ -7,7 +7,8 @@ import openai
 import pytest
 import pytest_asyncio
 
-from chat_server import EngineFailure, Overloaded, Piece, RequestError, TokenLogprob
+from chatlm.common.errors import EngineFailure, Overloaded, RequestError
+from chatlm.common.messages.requests import Piece, TokenLogprob
 from fake_pool import FakePool, Letters, serving
 
 HI = [{"role": "user", "content": "Hi"}]

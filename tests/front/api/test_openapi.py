@@ -4,6 +4,7 @@
 import asyncio
 import contextlib
 import http.client
+import importlib
 import json
 import threading
 
@@ -11,16 +12,26 @@ import pytest
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 
 import chat_server
-from chat_server import LocalPool, Settings, Piece, Worker
+from chatlm.common.config import ApiKey, Settings
+from chatlm.common.errors import RequestError
+from chatlm.common.hub.find import resolve_model
+from chatlm.common.messages.protocol import WORKER_PIPE, ModelCard, NewAnswer, NewPrompt
+from chatlm.common.messages.requests import Piece
+from chatlm.front.api.fields import A_TOKEN, fits, list_schema
+from chatlm.front.api.kinds import CONSTRAINT_FIELDS
+from chatlm.front.pool.local import LocalPool
+from chatlm.front.pool.worker import Worker
+from chatlm.front.server.describe import openapi_document
+from chatlm.worker.weights.nanochat import read_nanochat_tokenizer
 from fake_pool import FakePool, serving
 
 METHODS = ["GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD", "PATCH", "TRACE", "BREW"]
-GRAMMARS = {"response_format", *(field.name for field in chat_server.CONSTRAINT_FIELDS)}      # more is checked than a schema says
+GRAMMARS = {"response_format", *(field.name for field in CONSTRAINT_FIELDS)}      # more is checked than a schema says
 BODY_ROUTES = {route.path: route.fields for route in chat_server.ROUTES if route.fields}
 
 
 def document():
-    return chat_server.openapi_document(chat_server.ROUTES, Settings(prefix="/prefix"))
+    return openapi_document(chat_server.ROUTES, Settings(prefix="/prefix"))
 
 
 def test_every_route_and_field_is_described():
@@ -34,24 +45,24 @@ def test_every_route_and_field_is_described():
     assert paths["/v1/models/{name}"]["get"]["parameters"][0]["name"] == "name"
     assert paths["/livez"]["get"]["security"] == [] and "security" not in paths["/stats"]["get"]
     assert document()["servers"] == [{"url": "/prefix"}] and document()["security"] == []
-    locked = chat_server.openapi_document(chat_server.ROUTES, Settings(keys=(chat_server.ApiKey.hashed("key", "alice"),)))
+    locked = openapi_document(chat_server.ROUTES, Settings(keys=(ApiKey.hashed("key", "alice"),)))
     assert [list(each) for each in locked["security"]] == [["bearer"], ["header"]]
 
 
 async def test_the_server_offers_it():
-    async with serving(FakePool()) as url, chat_server.importlib.import_module("aiohttp").ClientSession() as client:
+    async with serving(FakePool()) as url, importlib.import_module("aiohttp").ClientSession() as client:
         async with client.get(url + "/openapi.json") as response:
-            assert await response.json() == chat_server.openapi_document(chat_server.ROUTES, Settings())
+            assert await response.json() == openapi_document(chat_server.ROUTES, Settings())
 
 
 class EchoWorker(Worker):
     """Answers at once, in this process: whatever the front accepts becomes one token."""
 
     def send(self, message):
-        chat_server.WORKER_PIPE.packed(message)
-        if isinstance(message, chat_server.NewPrompt):
+        WORKER_PIPE.packed(message)
+        if isinstance(message, NewPrompt):
             assert all(0 <= token < 300 for token in message.ids)
-        if isinstance(message, chat_server.NewAnswer):
+        if isinstance(message, NewAnswer):
             assert message.max_tokens >= (0 if self.jobs[message.id].request.pooling else 1)
             piece = Piece(message.id, (5,), "x", "stop", "eos")
             asyncio.get_running_loop().call_soon(self.pool.deliver, self, [piece])
@@ -64,12 +75,12 @@ def port(nanochat_fixtures):
     found = []
 
     async def serve():
-        source = chat_server.resolve_model(Settings(model=str(nanochat_fixtures / "gen5")))
-        text = chat_server.read_nanochat_tokenizer(source.path, 284)
+        source = resolve_model(Settings(model=str(nanochat_fixtures / "gen5")))
+        text = read_nanochat_tokenizer(source.path, 284)
         pool = LocalPool(Settings())
         pool.workers = [EchoWorker(pool, 0)]
         pool.workers[0].state = "ready"
-        pool.card = chat_server.ModelCard(text, "fake", 64, (), {}, False)
+        pool.card = ModelCard(text, "fake", 64, (), {}, False)
         await pool._open_tokenizer(pool.card)
         pool.became_ready.set()
         async with serving(pool) as url:
@@ -145,13 +156,13 @@ def bodies(path):
     ({"type": ["string", "null"]}, ["", "x", None], [0, [], False]),
     ({"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "maxItems": 2, "items": {"type": "string"}}]},
      ["", ["a"], ["a", "b"]], [[], ["a", "b", "c"], [1], {}, None]),
-    (chat_server.list_schema(chat_server.A_TOKEN), [[], [0, 2**31 - 1]], [[-1], [2**31], [True], ["1"], [None], 5]),
+    (list_schema(A_TOKEN), [[], [0, 2**31 - 1]], [[-1], [2**31], [True], ["1"], [None], 5]),
     ({"type": "object", "required": ["a"], "properties": {"a": {"type": "string"}}}, [{"a": ""}, {"a": "", "b": 5}], [{}, {"a": 1}, [], "a"]),
     ({"type": "object", "propertyNames": {"pattern": "^[0-9]+$"}, "additionalProperties": {"type": "number"}}, [{}, {"1": 0.5}],
      [{"x": 1}, {"1": "x"}, {"-1": 1}])])
 def test_what_fits_a_schema(schema, fit, unfit):
-    assert [value for value in fit if not chat_server.fits(schema, value)] == []
-    assert [value for value in unfit if chat_server.fits(schema, value)] == []
+    assert [value for value in fit if not fits(schema, value)] == []
+    assert [value for value in unfit if fits(schema, value)] == []
 
 
 FUNCTION = st.dictionaries(st.sampled_from(["name", "parameters"]), st.none() | st.just({}) | st.text(max_size=2))
@@ -172,10 +183,10 @@ def test_a_field_is_read_or_refused_by_its_name(value):
     for field in (field for fields in BODY_ROUTES.values() for field in fields):
         try:
             field.read(value)
-        except chat_server.RequestError as error:
+        except RequestError as error:
             assert error.status == 400 and error.param == field.name and field.name in str(error)
             makes_grammar = field.means == "response_format" or field.name in GRAMMARS
-            assert not chat_server.fits(field.schema, value) or makes_grammar
+            assert not fits(field.schema, value) or makes_grammar
 
 
 requests = st.sampled_from(sorted(BODY_ROUTES)).flatmap(lambda path: st.tuples(st.just("POST"), st.just(path), bodies(path)))

@@ -6,8 +6,15 @@ import os
 
 import pytest
 import real_server
-from chat_server import (Chat, Message, RemotePool, Settings, new_request, open_model, own_sampling, parse_command_line,
-                         resolve_model, sampling_defaults, sampling_params)
+from chatlm.cli import parse_command_line
+from chatlm.common.config import Settings, sampling_defaults
+from chatlm.common.hub.find import resolve_model
+from chatlm.common.messages.requests import Message
+from chatlm.front.api.readers import sampling_params
+from chatlm.terminal.chat import Chat, new_request
+from chatlm.terminal.remote import RemotePool
+from chatlm.worker.weights.load import open_model
+from chatlm.worker.weights.rules import own_sampling
 from fake_pool import FakePool, serving
 from tiny_gguf import LLAMA_NUMBERS, random_llama, small_gguf_metadata, write_gguf
 

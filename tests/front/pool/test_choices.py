@@ -4,12 +4,18 @@ events."""
 import collections
 import contextlib
 import gc
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
-import chat_server
-from chat_server import EngineFailure, Finished, Overloaded, Piece, Request, RequestError, SamplingParams
+from chatlm.common.errors import EngineFailure, Overloaded, RequestError
+from chatlm.common.messages.protocol import WORKER_PIPE, NewAnswer
+from chatlm.common.messages.requests import Finished, Piece, Request, SamplingParams, TokenLogprob
+from chatlm.common.messages.wire import HEADER, unpacked
+from chatlm.front.pool.worker import Job
+from chatlm.worker.engine.scheduler import Sequence
+from chatlm.worker.process import Inbox
 from pools import PlayedWorker, played_pool, work_of
 
 
@@ -22,13 +28,13 @@ class KeepingWorker(PlayedWorker):
         super().__init__(pool)
         self.works, self.cancelled = {}, []
         keep = lambda work: self.works.__setitem__(work.id, work)       # noqa: E731
-        self.inbox = chat_server.Inbox(SimpleNamespace(add=keep, cancel=self.cancelled.append))
+        self.inbox = Inbox(SimpleNamespace(add=keep, cancel=self.cancelled.append))
 
     def send(self, message):
         self.sent.append(type(message).__name__)
-        frame = chat_server.WORKER_PIPE.packed(message)
-        kind, size = chat_server.WORKER_PIPE.kind_and_size(frame[:chat_server.HEADER.size])
-        self.inbox.obey(chat_server.unpacked(kind, frame[chat_server.HEADER.size:]))
+        frame = WORKER_PIPE.packed(message)
+        kind, size = WORKER_PIPE.kind_and_size(frame[:HEADER.size])
+        self.inbox.obey(unpacked(kind, frame[HEADER.size:]))
 
     def says(self, name, token, reason=None):
         self.pool.deliver(self, [Piece(name, (token,), chr(token), reason, reason and "eos")])
@@ -123,10 +129,10 @@ async def test_an_answer_that_fails_is_an_error_and_not_an_end(pool, changes):
 async def test_cancelling_by_the_request_s_id_stops_all_and_they_count_as_one_for_the_client(pool):
     (worker,) = pool.workers
     events = await with_its_first_token(pool, n=3)
-    second = pool.answer(chat_server.replace(request(), id="b"))
+    second = pool.answer(replace(request(), id="b"))
     await anext(second)
     with pytest.raises(Overloaded):
-        await anext(pool.answer(chat_server.replace(request(), id="c")))
+        await anext(pool.answer(replace(request(), id="c")))
     assert pool.cancel("a") and not pool.cancel("nobody")
     assert sorted(worker.cancelled) == ["a", "a#1", "a#2"]
     with pytest.raises(RequestError, match="cancelled"):
@@ -152,18 +158,18 @@ async def test_only_the_prompt_s_scores_are_wanted_with_max_tokens_0_and_a_resum
     events = pool.answer(request(max_tokens=0, prompt_logprobs=1))
     await anext(events)
     assert (worker.works["a"].max_tokens, worker.works["a"].params.prompt_logprobs) == (1, 1)
-    scores = (chat_server.TokenLogprob(1, None), chat_server.TokenLogprob(2, -1.0))
+    scores = (TokenLogprob(1, None), TokenLogprob(2, -1.0))
     for score in scores:            # as they are computed
         pool.deliver(worker, [Piece("a", (), "", prompt_logprobs=(score,))])
-    assert [message.scored for message in pool.jobs["a"].messages(None) if isinstance(message, chat_server.NewAnswer)] == [2]
+    assert [message.scored for message in pool.jobs["a"].messages(None) if isinstance(message, NewAnswer)] == [2]
     pool.deliver(worker, [Piece("a", (65,), "A", "length", "max_tokens")])
     *pieces, last, done = [event async for event in events]
     assert [piece.prompt_logprobs for piece in pieces] == [scores[:1], scores[1:]]
     assert all((piece.text, piece.tokens) == ("", ()) for piece in (*pieces, last)) and last.prompt_logprobs == ()
     assert (done.completion_tokens, done.reason, done.stop_reason) == (0, "length", "max_tokens")
-    job = chat_server.Job(request(prompt_logprobs=1), (1, 2), 5, None, 0.0, output_ids=[65])
+    job = Job(request(prompt_logprobs=1), (1, 2), 5, None, 0.0, output_ids=[65])
     work = work_of(job)
-    assert not chat_server.Sequence(work, [*work.prompt_ids, *work.resumed_ids], 9).scoring
+    assert not Sequence(work, [*work.prompt_ids, *work.resumed_ids], 9).scoring
 
 
 async def test_an_answer_that_fills_the_context_says_so(pool):

@@ -15,10 +15,21 @@ import psutil
 import pytest
 
 import chat_server
-from chat_server import EngineFailure, Finished, LocalPool, Message, Piece, Request, SamplingParams, Settings
+from chatlm.common import program
+from chatlm.common.config import Settings
+from chatlm.common.errors import EngineFailure
+from chatlm.common.messages.protocol import Loading
+from chatlm.common.messages.requests import Finished, Message, Piece, Request, SamplingParams
+from chatlm.common.messages.wire import BadMessage
+from chatlm.common.text.formats import HARMONY
+from chatlm.common.text.grammar import check_grammar, json_grammar
+from chatlm.front.admission import prompts
+from chatlm.front.api.call_grammars import tool_grammar
+from chatlm.front.pool.local import LocalPool
 from fake_pool import conversation, frames, serving
 import families
 import pools
+from patching import patch
 from pools import collect, idle
 import tiny_gguf
 
@@ -49,7 +60,7 @@ async def told(pool, name, request):
 
 PLAIN = dict(sampling=SamplingParams(temperature=1.0, seed=5), max_tokens=60)
 LONG_PROMPT = dict(prompts=(tuple(range(100, 220)),), max_tokens=40, ignore_eos=True, sampling=SamplingParams(temperature=0.0))
-GRAMMAR = chat_server.json_grammar({"type": "array", "items": {"enum": ["ab", "c"]}, "minItems": 9}, "")
+GRAMMAR = json_grammar({"type": "array", "items": {"enum": ["ab", "c"]}, "minItems": 9}, "")
 PENALTIES = SamplingParams(temperature=0.7, seed=5, presence_penalty=1.0, frequency_penalty=0.5, repetition_penalty=1.3)
 PYTHON_START, PYTHON_END, OUTPUT_START = 280, 281, 282
 CALLS = drawn_from([PYTHON_START, PYTHON_END, *b"12+"], max_tokens=100)
@@ -143,7 +154,7 @@ TOOL = {"function": {"name": "f", "parameters": {"type": "object", "properties":
 async def test_a_worker_with_experts_killed_in_a_harmony_channel_costs_no_letter_of_reasoning_or_call(start_pool, tmp_path, moment):
     """A tiny gpt-oss with experts in MXFP4 thinks in the analysis channel, then calls a function in the commentary channel."""
     metadata = tiny_gguf.small_gguf_metadata("gpt-4o", **{"tokenizer.chat_template": HARMONY_TEMPLATE})
-    metadata["tokenizer.ggml.tokens"] += [name for name in chat_server.HARMONY if name not in metadata["tokenizer.ggml.tokens"]]
+    metadata["tokenizer.ggml.tokens"] += [name for name in HARMONY if name not in metadata["tokenizer.ggml.tokens"]]
     vocab, analysis, end = (len(metadata["tokenizer.ggml.tokens"]), *map(metadata["tokenizer.ggml.tokens"].index, ("a", "<|end|>")))
     metadata["tokenizer.ggml.token_type"] += [3] * (vocab - len(metadata["tokenizer.ggml.token_type"]))
     metadata["tokenizer.ggml.eos_token_id"] = metadata["tokenizer.ggml.tokens"].index("<|return|>")
@@ -151,7 +162,7 @@ async def test_a_worker_with_experts_killed_in_a_harmony_channel_costs_no_letter
     path = families.as_gguf(tmp_path / "tiny.gguf", model, quantized=True, metadata=metadata)
     pool = await start_pool(model=str(path), kv_cache_memory=32 << 20)
     request = dict(messages=(Message("user", "hello"),), chat=True, tool_names=("f",), tools=(TOOL,), max_tokens=300, grammar_param="tools",
-                   grammar=chat_server.tool_grammar([TOOL], "harmony", False),
+                   grammar=tool_grammar([TOOL], "harmony", False),
                    sampling=SamplingParams(temperature=1.0, seed=1, logit_bias=((analysis, 4.0), (end, 4.0))))
 
     disturbed, undisturbed = [await told(pool, name, request) for name in (f"kill-{moment}", "undisturbed")]
@@ -171,8 +182,8 @@ async def test_a_worker_killed_in_one_of_several_calls_in_tags_costs_no_letter_o
     pool = await start_pool(model=str(path))
     properties = {"days": {"type": "integer", "minimum": 100, "maximum": 999}, **TOOL["function"]["parameters"]["properties"]}
     tool = {"function": {"name": "f", "parameters": TOOL["function"]["parameters"] | {"required": ["days", "city"], "properties": properties}}}
-    grammar = chat_server.tool_grammar([tool], "qwen tags", True).replace('("\\n" call)*', '"\\n" call "\\n" call')
-    chat_server.check_grammar(grammar, "tools")
+    grammar = tool_grammar([tool], "qwen tags", True).replace('("\\n" call)*', '"\\n" call "\\n" call')
+    check_grammar(grammar, "tools")
     request = dict(prompts=((1, 2),), chat=True, tool_names=("f",), tool_types=({"days": "integer", "city": "string"},), grammar_param="tools",
                    grammar=grammar, max_tokens=600, sampling=SamplingParams(temperature=1.0, seed=1))
 
@@ -315,7 +326,7 @@ def test_each_report_of_a_load_gives_it_the_whole_time_again():
     (worker,) = pool.workers
     worker.awaited_s = time.monotonic() - pool.LOAD_HANG_S - 1
     assert worker.state == "loading" and worker.hung
-    worker.hear(chat_server.Loading("weights", 0.5))
+    worker.hear(Loading("weights", 0.5))
     assert not worker.hung
 
 
@@ -346,17 +357,16 @@ async def test_an_answer_survives_more_deaths_than_a_request_may_cause(start_poo
     await idle(pool)
 
 
-async def test_a_worker_s_death_says_when_the_program_has_changed_on_disk(start_pool, caplog, monkeypatch, tmp_path):
+async def test_a_worker_s_death_says_when_the_program_has_changed_on_disk(start_pool, caplog, monkeypatch):
     """Its successor is of another version, which may send messages that the front does not know; that is a death too."""
     pool = await start_pool()
     (worker,) = pool.workers
-    changed = "chat_server.py has changed since this server started: restart the server"
-    (tmp_path / "chat_server.py").write_text("another version")
-    monkeypatch.setattr(chat_server, "__file__", str(tmp_path / "chat_server.py"))
+    changed = "the program has changed since this server started: restart the server"
+    patch(monkeypatch, program, "program_stamp", lambda: (0, 0))
 
     def hear(message):
         del worker.hear
-        raise chat_server.BadMessage("unknown message 99")
+        raise BadMessage("unknown message 99")
     worker.hear = hear
     while worker.restarts != 1 or worker.state != "ready":
         await asyncio.sleep(0.02)
@@ -392,7 +402,7 @@ async def test_an_answer_whose_text_fails_fails_alone(start_pool):
 
 async def test_a_step_that_fails_fails_only_the_request_that_is_its_cause(start_pool, monkeypatch):
     pool = await start_pool()
-    monkeypatch.setattr(chat_server, "checked_ids", lambda *request: None)
+    patch(monkeypatch, prompts, "checked_ids", lambda *request: None)
     undisturbed = await collect(pool, greedy("undisturbed", max_tokens=100))
     pid = pool.workers[0].process.pid
     bad = Request("bad", prompts=((10**9,),), max_tokens=5)         # a token id that the model does not have

@@ -7,8 +7,11 @@ import random
 import aiohttp
 import pytest
 
-import chat_server
-from chat_server import Cancel, Job, NewAnswer, Overloaded, Piece, Request, Settings, WaitingQueue
+from chatlm.common.config import ApiKey, Settings
+from chatlm.common.errors import Overloaded
+from chatlm.common.messages.protocol import Cancel, NewAnswer
+from chatlm.common.messages.requests import Piece, Request, SamplingParams
+from chatlm.front.pool.worker import Job, WaitingQueue
 from fake_pool import FakePool, conversation, serving
 from pools import played_pool
 
@@ -194,7 +197,7 @@ async def test_low_priority_takes_nobodys_row_and_gives_up_its_own_first():
 async def test_an_answer_that_was_set_aside_is_the_same_to_the_last_word(start_pool):
     async def said(pool, name, client, tokens):
         wanted = Request(name, prompts=("The sea is",), max_tokens=tokens, client=client, ignore_eos=True,
-                         sampling=chat_server.SamplingParams(seed=5, temperature=1.0))
+                         sampling=SamplingParams(seed=5, temperature=1.0))
         return "".join([event.text async for event in pool.answer(wanted) if isinstance(event, Piece)])
 
     pool = await start_pool(max_batch=2)
@@ -230,7 +233,7 @@ async def test_a_priority_that_is_none_is_400(priority):
 
 async def test_without_keys_a_client_is_its_address_and_with_keys_its_key():
     pool = FakePool()
-    keys = (chat_server.ApiKey.hashed("secret", "alice"),)
+    keys = (ApiKey.hashed("secret", "alice"),)
     async with aiohttp.ClientSession() as client:
         for settings in (Settings(), Settings(keys=keys)):
             async with serving(pool, settings) as url:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +12,20 @@ import psutil
 import pytest
 import torch
 
-import chat_server
 import gpu_box_worker
-from chat_server import ConfigError, LocalPool, ModelSource, Settings, WorkerConfig
+from chatlm.common.config import Settings
+from chatlm.common.errors import ConfigError, EngineFailure
+from chatlm.common.hub.find import resolve_model
+from chatlm.common.messages.protocol import ModelCard, WorkerConfig
+from chatlm.common.messages.requests import ModelSource
+from chatlm.front.pool import local
+from chatlm.front.pool.local import LocalPool
+from chatlm.worker.build import check_gpu, kv_pages, lack_of_gpu_memory
+from chatlm.worker.model.spec import group_layers
+from chatlm.worker.model.transformer import Transformer
+from chatlm.worker.process import busy_share, device_use
+from chatlm.worker.weights.load import open_model
+from patching import patch
 from pools import collect, greedy, tiny_settings
 
 BOX_WORKER = (sys.executable, str(Path(gpu_box_worker.__file__)))
@@ -28,7 +40,7 @@ def box(monkeypatch):
     def fake(*words):
         there = [word for word in words if word != "missing"]
         monkeypatch.setenv("GPU_BOX", json.dumps(there))
-        monkeypatch.setattr(chat_server, "cuda_device_count", lambda: len(words))
+        patch(monkeypatch, local, "cuda_device_count", lambda: len(words))
         monkeypatch.setattr(torch, "zeros", torch.zeros)        # fake_cuda replaces it
         monkeypatch.setattr(torch, "cuda", gpu_box_worker.fake_cuda(there))
         return [BAD[word].format(gpu, len(there)) if word in BAD else "" for gpu, word in enumerate(words)]
@@ -75,7 +87,7 @@ async def test_a_prefill_that_runs_out_of_gpu_memory_fails_alone_and_the_flag_is
     began = asyncio.Event()
     long = asyncio.create_task(collect(pool, greedy("long", 200, ignore_eos=True), lambda piece, count: began.set()))
     await began.wait()
-    with pytest.raises(chat_server.EngineFailure):
+    with pytest.raises(EngineFailure):
         await collect(pool, greedy("large"))
     _, tokens, _ = await long
     assert len(tokens) == 200 and pool.workers[0].restarts == 0
@@ -97,7 +109,7 @@ def test_what_hides_a_gpu_is_named(box, monkeypatch, words, why, visible, told):
         raise why
     torch.cuda.init, torch.cuda.is_available = init, lambda: bool(words)
     with pytest.raises(ConfigError) as error:
-        chat_server.check_gpu(torch.device("cuda:1"))
+        check_gpu(torch.device("cuda:1"))
     assert told in str(error.value) and "\n" not in str(error.value)
 
 
@@ -112,8 +124,8 @@ def config(**changes):
 def test_the_advice_names_the_flag_that_is_in_force_and_a_value_that_fits(box, changes, remedy):
     box("fine")
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has ...")
-    assert remedy in str(chat_server.lack_of_gpu_memory(error, config(**changes)))
-    assert chat_server.lack_of_gpu_memory(MemoryError("out of memory"), config()) is None
+    assert remedy in str(lack_of_gpu_memory(error, config(**changes)))
+    assert lack_of_gpu_memory(MemoryError("out of memory"), config()) is None
 
 
 @pytest.mark.parametrize("changes, needed", [
@@ -121,20 +133,20 @@ def test_the_advice_names_the_flag_that_is_in_force_and_a_value_that_fits(box, c
 def test_too_little_for_a_kv_cache_names_what_is_enough(box, nanochat_fixtures, changes, needed):
     box("fine")
     settings = tiny_settings(nanochat_fixtures, **{"kv_cache_memory": None} | changes)
-    model = chat_server.open_model(chat_server.resolve_model(settings), settings, torch.float32, torch.device("cpu"))
-    groups = chat_server.group_layers(model.spec.windows, model.spec.layers, model.context_length)
-    page_bytes = chat_server.Transformer.page_bytes(model.spec, model.dtype, groups)
+    model = open_model(resolve_model(settings), settings, torch.float32, torch.device("cpu"))
+    groups = group_layers(model.spec.windows, model.spec.layers, model.context_length)
+    page_bytes = Transformer.page_bytes(model.spec, model.dtype, groups)
     with pytest.raises(ConfigError, match=needed):
-        chat_server.kv_pages(model, settings, torch.device("cuda:0"), groups, page_bytes, 0)
+        kv_pages(model, settings, torch.device("cuda:0"), groups, page_bytes, 0)
 
 
 def test_one_of_several_gpus_is_told_unless_the_number_was_given(box):
     box("fine", "fine", "fine")
     for changes, told in (({}, True), ({"num_gpus": "1"}, False), ({"num_gpus": "auto"}, False), ({"device_type": "cpu"}, False)):
         pool = LocalPool(Settings(**changes))
-        pool.card = chat_server.ModelCard(None, "m", 64, (), {}, False)
+        pool.card = ModelCard(None, "m", 64, (), {}, False)
         pool.source, pool.admission.prompts = config().source, SimpleNamespace(tokenizer=None)
-        pool.settings = chat_server.replace(pool.settings, command="chat")
+        pool.settings = replace(pool.settings, command="chat")
         assert any(line == "One of 3 GPUs is used; --num-gpus auto uses all" for line in pool.describe()) is told
 
 
@@ -146,10 +158,10 @@ def test_utilization_is_the_driver_s_by_the_gpu_s_own_id_and_none_without_its_li
     first, second = (torch.device(f"cuda:{gpu}") for gpu in (0, 1))
     for module, found in ((nvml, (0.25, 1.0)), (None, (None, None)), (SimpleNamespace(), (None, None))):
         monkeypatch.setitem(sys.modules, "pynvml", module)
-        chat_server.busy_share.cache_clear()
-        chat_server.device_use.cache_clear()
-        assert tuple(chat_server.device_use(device, 1, ()) for device in (first, second)) == tuple(
+        busy_share.cache_clear()
+        device_use.cache_clear()
+        assert tuple(device_use(device, 1, ()) for device in (first, second)) == tuple(
             (79 << 30, 80 << 30, share) for share in found)
-    chat_server.busy_share.cache_clear()
-    used, total, share = chat_server.device_use(torch.device("cpu"), 1, (os.getpid(),))
+    busy_share.cache_clear()
+    used, total, share = device_use(torch.device("cpu"), 1, (os.getpid(),))
     assert 0 < used < total and share is None

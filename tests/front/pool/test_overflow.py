@@ -3,12 +3,16 @@ on."""
 
 import asyncio
 import threading
+from dataclasses import replace
 
 import aiohttp
 import pytest
 
-import chat_server
-from chat_server import Finished, Message, PAGE_SIZE, Request, RequestError, SamplingParams
+from chatlm.common.config import PAGE_SIZE
+from chatlm.common.errors import RequestError
+from chatlm.common.messages.requests import Finished, Message, Request, SamplingParams
+from chatlm.front.admission.prompts import PromptMaker
+from chatlm.worker.model.transformer import Transformer
 from engines import load
 from fake_pool import FakePool, conversation, frames, serving
 from pools import collect, idle
@@ -96,7 +100,7 @@ async def test_what_was_dropped_is_said_in_the_answer():
         async def answer(self, request):
             async for event in super().answer(request):
                 dropped = 2 * request.truncate
-                yield chat_server.replace(event, dropped_messages=dropped) if isinstance(event, Finished) else event
+                yield replace(event, dropped_messages=dropped) if isinstance(event, Finished) else event
 
     async with serving(Dropping()) as url, aiohttp.ClientSession() as client:
         for truncate, said in (("oldest", 2), ("none", None), (None, None)):
@@ -174,12 +178,12 @@ async def test_what_the_limits_drop_and_what_the_context_drops_is_said_together(
 async def test_with_hardly_any_kv_memory_every_answer_under_load_is_as_alone(start_pool, nanochat_fixtures):
     roomy = await start_pool()
     model = load(nanochat_fixtures / "gen5")
-    pool = await start_pool(kv_cache_memory=18 * chat_server.Transformer.page_bytes(model.spec, model.dtype), max_batch=8)
+    pool = await start_pool(kv_cache_memory=18 * Transformer.page_bytes(model.spec, model.dtype), max_batch=8)
     assert pool.context_length == 18 * PAGE_SIZE
     requests = [Request(f"r{i}", prompts=(tuple(range(i, 120 + 10 * i)),), max_tokens=60 + 5 * i, ignore_eos=True,
                         sampling=SamplingParams(temperature=0.9, seed=i)) for i in range(8)]
     alone = [await collect(roomy, request) for request in requests]
-    vanishing = [asyncio.ensure_future(leave_after(pool, chat_server.replace(request, id=f"v{i}"), 3 * i))
+    vanishing = [asyncio.ensure_future(leave_after(pool, replace(request, id=f"v{i}"), 3 * i))
                  for i, request in enumerate(requests)]
     together = await asyncio.gather(*(collect(pool, request) for request in requests))
     await asyncio.gather(*vanishing)
@@ -219,4 +223,4 @@ async def test_a_text_far_beyond_the_context_is_refused_before_all_of_it_is_toke
         assert refused.value.code == "context_length_exceeded" and refused.value.param == ("prompt" if request.prompts else "messages")
     _, _, done = await collect(pool, Request("d", talk(long, "a", "last?"), max_tokens=8, truncate=True))
     assert done.dropped_messages == 2
-    assert max(taken) == chat_server.PromptMaker.SLICE_CHARACTERS and sum(taken) < 10 * chat_server.PromptMaker.SLICE_CHARACTERS
+    assert max(taken) == PromptMaker.SLICE_CHARACTERS and sum(taken) < 10 * PromptMaker.SLICE_CHARACTERS

@@ -1,7 +1,6 @@
 """What a client is told before the first token: its place in the queue, and how much of its prompt was read."""
 
-import chat_server
-from chat_server import Finished, Message, Piece, PromptProgress, Request
+from chatlm.common.messages.requests import Finished, Message, Piece, PromptProgress, Request
 from fake_pool import frames, serving
 
 LONG = (Message("user", "word " * 60),)

@@ -19,7 +19,20 @@ import pytest
 import chat_server
 import forked
 import fake_ray
-from chat_server import ConfigError, RayPool, Settings
+from chatlm.common import errors
+from chatlm.common.config import Settings
+from chatlm.common.errors import ConfigError
+from chatlm.common.messages.protocol import RAY_PIPE, WORKER_PIPE, Loading, NewPrompt, Node, Ping, Place, Placed, RayConfig
+from chatlm.common.messages.requests import Finished
+from chatlm.common.messages.wire import HEADER, Channel
+from chatlm.common.processes import start as processes_start
+from chatlm.common.processes.connect import dial, tls_context
+from chatlm.common.processes.ray import ray_main
+from chatlm.common.processes.start import PROCESS_COMMAND
+from chatlm.common.program import program_bytes
+from chatlm.front.admission.admission import next_message
+from chatlm.front.pool.ray import RayPool, RayWorker
+from patching import patch
 from pools import collect, greedy, tiny_settings
 
 FAKE_RAY = (sys.executable, str(Path(fake_ray.__file__)))
@@ -101,7 +114,7 @@ async def test_a_node_that_dies_in_mid_answer_changes_no_text_and_one_that_comes
         "host of c", *({"host of a", "host of b"} - {died[0].node})})
     assert await answers(pool, greedy("x", 200, ignore_eos=True), greedy("y", 200, ignore_eos=True)) == [wanted] * 2
     [script] = filter(Path.is_file, cache.rglob("*"))       # all used the same file, and those that were killed left nothing else
-    assert script.name == "chat_server.py" and script.read_bytes() == Path(chat_server.__file__).read_bytes()
+    assert script.name == "chat_server.py" and script.read_bytes() == program_bytes()
 
 
 async def test_who_waits_for_a_row_is_told_the_place_as_on_one_machine(cluster):
@@ -114,7 +127,7 @@ async def test_who_waits_for_a_row_is_told_the_place_as_on_one_machine(cluster):
     assert [(await anext(events)).queue_position for events in waiting] == [1, 2]
     await holding.aclose()
     for events in waiting:
-        assert isinstance([event async for event in events][-1], chat_server.Finished)
+        assert isinstance([event async for event in events][-1], Finished)
 
 
 async def test_a_replica_of_two_ranks_is_on_one_node_that_has_cpus_for_both(cluster):
@@ -172,7 +185,7 @@ async def test_no_node_yet_is_a_state_and_the_first_that_comes_serves(cluster):
     ({"tensor_parallel_size": 2}, [("a", 4, 5), ("c", 8, 1)], (2, ["a0", "a0"])),
     ({"tensor_parallel_size": 2, "num_workers": 0}, [("a", 1, 0), ("c", 3, 0)], (1, ["c3"]))])
 def test_places_are_gpus_or_nodes_and_spread(changes, nodes, expected):
-    wanted, places = RayPool(Settings(ray_address="auto", **changes))._places_on([chat_server.Node(name, name, cpus, gpus) for name, cpus, gpus in nodes])
+    wanted, places = RayPool(Settings(ray_address="auto", **changes))._places_on([Node(name, name, cpus, gpus) for name, cpus, gpus in nodes])
     assert (wanted, [f"{node.id}{cpus:g}" for node, cpus, _, _ in places]) == expected
 
 
@@ -200,8 +213,11 @@ def waiting_worker():
     processes, connections = [], contextlib.ExitStack()
 
     def start(tls=""):
-        code = ("import sys, chat_server; channel = chat_server.join_parent(*sys.argv[1:], chat_server.WORKER_PIPE);\n"
-                "[channel.send(message) for message in channel.receive(wait=True)]; channel.send(chat_server.Ping())\n"
+        code = ("import sys; "
+                "from chatlm.common.messages.protocol import WORKER_PIPE, Ping; "
+                "from chatlm.common.processes.start import join_parent; "
+                "channel = join_parent(*sys.argv[1:], WORKER_PIPE);\n"
+                "[channel.send(message) for message in channel.receive(wait=True)]; channel.send(Ping())\n"
                 "[print(message, flush=True) for message in channel.receive(wait=True)]")
         process = subprocess.Popen([sys.executable, "-c", code, f"127.0.0.1,{tls}", str(os.getpid())], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                    text=True, cwd=Path(chat_server.__file__).parent)
@@ -219,30 +235,30 @@ def waiting_worker():
 
 def front_worker(tls=""):
     pool = RayPool(Settings(ray_address="auto", ray_tls=str(tls)))
-    return chat_server.RayWorker(pool, 0, chat_server.Node("a", "a", 1, 0), 1, 0, 1)
+    return RayWorker(pool, 0, Node("a", "a", 1, 0), 1, 0, 1)
 
 
 async def exchange(worker, port, secret):
-    reader = await worker._connect(chat_server.Placed("x", "127.0.0.1", port, secret))
-    sent = [chat_server.Loading("a stage", 0.5), chat_server.NewPrompt("r", 0, tuple(range(200_000)))]
+    reader = await worker._connect(Placed("x", "127.0.0.1", port, secret))
+    sent = [Loading("a stage", 0.5), NewPrompt("r", 0, tuple(range(200_000)))]
     heard = []
     for message in sent:        # the second is larger than a TLS record and a socket's buffer
-        worker.writer.write(chat_server.WORKER_PIPE.packed(message))
+        worker.writer.write(WORKER_PIPE.packed(message))
         if len(heard) == 0:
-            heard.append(await chat_server.next_message(reader, chat_server.WORKER_PIPE))
-    heard.append(await chat_server.next_message(reader, chat_server.WORKER_PIPE))
+            heard.append(await next_message(reader, WORKER_PIPE))
+    heard.append(await next_message(reader, WORKER_PIPE))
     return heard
 
 
 def test_places_that_are_asked_for_before_ray_runs_are_left_for_it(monkeypatch):
-    ours, theirs = (chat_server.Channel(end, chat_server.RAY_PIPE) for end in socket.socketpair())
-    monkeypatch.setattr(chat_server, "join_parent", lambda *arguments: theirs)
-    monkeypatch.setattr(chat_server, "require_library", lambda name, purpose: (_ for _ in ()).throw(chat_server.ConfigError("no ray")))
-    for message in (chat_server.RayConfig("auto", ""), chat_server.Place("w", "n", 1, 0)):
+    ours, theirs = (Channel(end, RAY_PIPE) for end in socket.socketpair())
+    patch(monkeypatch, processes_start, "join_parent", lambda *arguments: theirs)
+    patch(monkeypatch, errors, "require_library", lambda name, purpose: (_ for _ in ()).throw(ConfigError("no ray")))
+    for message in (RayConfig("auto", ""), Place("w", "n", 1, 0)):
         ours.send(message)
-    assert chat_server.ray_main(("0", "0")) == 1
+    assert ray_main(("0", "0")) == 1
     [refusal] = ours.receive(wait=True)
-    assert refusal.message == "--ray-address auto: no ray" and isinstance(theirs.receive(wait=True)[0], chat_server.Place)
+    assert refusal.message == "--ray-address auto: no ray" and isinstance(theirs.receive(wait=True)[0], Place)
     for channel in (ours, theirs):
         channel.connection.close()
 
@@ -251,14 +267,14 @@ async def test_messages_pass_once_both_know_the_secret_after_others_were_refused
     process, port, secret = waiting_worker()
     wrong = front_worker()
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
-        await wrong._connect(chat_server.Placed("x", "127.0.0.1", port, SECRET.hex()))
+        await wrong._connect(Placed("x", "127.0.0.1", port, SECRET.hex()))
     with socket.create_connection(("127.0.0.1", port)) as liar:     # sends a message instead of a proof
-        liar.sendall(chat_server.WORKER_PIPE.packed(chat_server.NewPrompt("r", 0, tuple(range(100)))))
+        liar.sendall(WORKER_PIPE.packed(NewPrompt("r", 0, tuple(range(100)))))
         assert liar.recv(32)
         with contextlib.suppress(ConnectionResetError):
             assert liar.recv(1) == b""
     worker = front_worker()
-    assert await exchange(worker, port, secret) == [chat_server.Loading("a stage", 0.5), chat_server.Ping()]
+    assert await exchange(worker, port, secret) == [Loading("a stage", 0.5), Ping()]
     assert "NewPrompt" in await asyncio.to_thread(process.stdout.readline)
     worker.writer.close()
 
@@ -275,7 +291,7 @@ async def test_a_worker_that_does_not_know_the_secret_is_told_nothing():
     async with await asyncio.start_server(impostor, "127.0.0.1", 0) as server:
         worker = front_worker()
         with pytest.raises(ConnectionError, match="does not know the secret"):
-            await worker._connect(chat_server.Placed("x", "127.0.0.1", server.sockets[0].getsockname()[1], SECRET.hex()))
+            await worker._connect(Placed("x", "127.0.0.1", server.sockets[0].getsockname()[1], SECRET.hex()))
         worker.writer.close()
         await until(lambda: len(told) == 2)
     assert told[1] == b""
@@ -286,19 +302,19 @@ async def test_with_certificates_it_is_tls_and_another_authority_is_refused(wait
     process, port, secret = waiting_worker(ours)
     for tls in (others, ""):
         with pytest.raises((OSError, asyncio.IncompleteReadError)):
-            await asyncio.wait_for(front_worker(tls)._connect(chat_server.Placed("x", "127.0.0.1", port, secret)), 20)
+            await asyncio.wait_for(front_worker(tls)._connect(Placed("x", "127.0.0.1", port, secret)), 20)
     worker = front_worker(ours)
-    assert await exchange(worker, port, secret) == [chat_server.Loading("a stage", 0.5), chat_server.Ping()]
+    assert await exchange(worker, port, secret) == [Loading("a stage", 0.5), Ping()]
     assert worker.writer.get_extra_info("ssl_object").version() == "TLSv1.3"
     assert "NewPrompt" in await asyncio.to_thread(process.stdout.readline)
     worker.writer.close()
 
 
-@pytest.mark.parametrize("frame", [b"GET / HTTP/1.1\r\n\r\n", chat_server.WORKER_PIPE.packed(chat_server.Ping()), chat_server.HEADER.pack(0, 3) + b"[5]"])
+@pytest.mark.parametrize("frame", [b"GET / HTTP/1.1\r\n\r\n", WORKER_PIPE.packed(Ping()), HEADER.pack(0, 3) + b"[5]"])
 def test_a_worker_refuses_a_first_frame_of_garbage_in_one_line(frame):
-    with subprocess.Popen([*chat_server.PROCESS_COMMAND, "worker", "127.0.0.1,", str(os.getpid())], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen([*PROCESS_COMMAND, "worker", "127.0.0.1,", str(os.getpid())], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         port, secret = json.loads(process.stdout.readline())
-        with chat_server.dial("127.0.0.1", port, bytes.fromhex(secret)) as front:
+        with dial("127.0.0.1", port, bytes.fromhex(secret)) as front:
             front.sendall(frame)
             assert process.wait(30) == 1
         [line] = process.stderr.read().splitlines()
@@ -307,5 +323,5 @@ def test_a_worker_refuses_a_first_frame_of_garbage_in_one_line(frame):
 
 def test_a_folder_without_certificates_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match="--ray-tls .*ca.pem"):
-        chat_server.tls_context(str(tmp_path), False)
-    assert chat_server.tls_context("", True) is None and ssl.HAS_TLSv1_3
+        tls_context(str(tmp_path), False)
+    assert tls_context("", True) is None and ssl.HAS_TLSv1_3

@@ -9,14 +9,31 @@ import sys
 import threading
 import time
 import weakref
+from dataclasses import replace
 
 import aiohttp
 import psutil
 import pytest
 
 import chat_server
-from chat_server import Message, Request, RequestError, Sandbox, SandboxConfig, Settings, Turns, Piece
+from chatlm.common import config
+from chatlm.common.config import Settings
+from chatlm.common.errors import EngineFailure, Overloaded, RequestError
+from chatlm.common.messages import wire
+from chatlm.common.messages.protocol import SANDBOX_PIPE, Call, Known, ModelCard, NewAnswer, NewPrompt, Result, SandboxConfig
+from chatlm.common.messages.requests import Message, Piece, Request
+from chatlm.common.messages.wire import HEADER
+from chatlm.common.processes import start as processes_start
+from chatlm.common.processes.start import PROCESS_COMMAND
+from chatlm.common.text.grammar import json_grammar
+from chatlm.common.text.tokenizer import compile_chat_template
+from chatlm.front.admission.admission import Sandbox, Turns, next_message, packed_call, unpacked_call
+from chatlm.front.pool.local import LocalPool
+from chatlm.front.server import streams
+from chatlm.worker.weights.gguf import gguf_text
+from chatlm.worker.weights.gguf_file import read_gguf
 from fake_pool import conversation, serving
+from patching import patch
 from pools import PlayedWorker
 
 pytestmark = pytest.mark.timeout(120)
@@ -30,8 +47,8 @@ def many_patterns(count):
 
 @pytest.fixture(scope="session")
 def chat_text(default_model_path):
-    metadata, _ = chat_server.read_gguf(default_model_path)
-    return chat_server.gguf_text(default_model_path, metadata)
+    metadata, _ = read_gguf(default_model_path)
+    return gguf_text(default_model_path, metadata)
 
 
 class EchoWorker(PlayedWorker):
@@ -42,9 +59,9 @@ class EchoWorker(PlayedWorker):
         self.prompts = []
 
     def send(self, message):
-        if isinstance(message, chat_server.NewPrompt):
+        if isinstance(message, NewPrompt):
             self.prompts.append(message.ids)
-        if isinstance(message, chat_server.NewAnswer):
+        if isinstance(message, NewAnswer):
             piece = Piece(message.id, (5,), str(len(self.prompts[-1])), "stop", "eos")
             asyncio.get_running_loop().call_soon(self.pool.deliver, self, [piece])
 
@@ -55,11 +72,11 @@ async def open_pool(chat_text):
     pools = []
 
     async def start(settings=Settings(), context_length=4096, **changes):
-        pool = chat_server.LocalPool(settings)
+        pool = LocalPool(settings)
         limits = pool.admission
         limits.BODY_S = limits.TEMPLATE_S = limits.SCHEMA_S = 0.5
         pool.workers = [EchoWorker(pool)]
-        pool.card = chat_server.ModelCard(chat_server.replace(chat_text, **changes), "fake", context_length, (), {}, False)
+        pool.card = ModelCard(replace(chat_text, **changes), "fake", context_length, (), {}, False)
         pools.append(pool)
         await pool._open_tokenizer(pool.card)
         pool.became_ready.set()
@@ -73,7 +90,7 @@ async def open_pool(chat_text):
 
 
 async def said(pool, request):
-    return "".join([event.text async for event in pool.answer(request) if isinstance(event, chat_server.Piece)])
+    return "".join([event.text async for event in pool.answer(request) if isinstance(event, Piece)])
 
 
 def ask(name, text="hello", **more):
@@ -106,17 +123,17 @@ async def test_a_schema_that_would_take_the_machine_is_a_400_and_others_go_on(op
 
 async def test_schemas_are_checked_after_the_limits_of_queue_and_key(open_pool):
     pool = await open_pool(Settings(max_concurrent_per_key=1, max_queue=0, max_batch=1))
-    hostile = ask("a", client="me", grammar=chat_server.json_grammar(many_patterns(24), ""))
+    hostile = ask("a", client="me", grammar=json_grammar(many_patterns(24), ""))
     first = asyncio.ensure_future(said(pool, hostile))
     while not pool.admission.preparing:
         await asyncio.sleep(0)
-    with pytest.raises(chat_server.Overloaded, match="already waiting"):
-        await said(pool, chat_server.replace(hostile, id="b"))
+    with pytest.raises(Overloaded, match="already waiting"):
+        await said(pool, replace(hostile, id="b"))
     pool.settings = Settings(max_concurrent_per_key=1)
-    with pytest.raises(chat_server.Overloaded, match="at most 1 of your requests"):
-        await said(pool, chat_server.replace(hostile, id="b"))
+    with pytest.raises(Overloaded, match="at most 1 of your requests"):
+        await said(pool, replace(hostile, id="b"))
     with pytest.raises(RequestError, match="409|running"):
-        await said(pool, chat_server.replace(hostile, client="other"))
+        await said(pool, replace(hostile, client="other"))
     with pytest.raises(RequestError, match="too complex"):
         await first
 
@@ -125,7 +142,7 @@ async def test_a_grammar_is_checked_once_for_each_owner(open_pool, monkeypatch):
     pool, checked = await open_pool(), []
     call = pool.admission.sandboxes["schemas"].call
     monkeypatch.setattr(pool.admission.sandboxes["schemas"], "call", lambda client, *task: checked.append(client) or call(client, *task))
-    grammar = chat_server.json_grammar({"type": "boolean"}, "")
+    grammar = json_grammar({"type": "boolean"}, "")
     for number, owner in enumerate("aabba"):
         await said(pool, ask(str(number), client=owner, owner=owner, grammar=grammar))
     assert checked == ["a", "b"]
@@ -138,7 +155,7 @@ async def test_requests_that_are_read_do_not_count_as_waiting_while_rows_are_fre
 
 async def test_large_bodies_may_come_under_the_same_id_of_several_clients(open_pool, monkeypatch):
     pool, bodies = await open_pool(), [json.dumps({"messages": [{"role": "user", "content": text}]}).encode() for text in "abc"]
-    monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(chat_server.LIMITS, inline_bytes=10))
+    patch(monkeypatch, config, "LIMITS", replace(config.LIMITS, inline_bytes=10))
     async with serving(pool) as url, aiohttp.ClientSession(headers={"X-Request-Id": "order-1"}) as session:
         responses = await asyncio.gather(*(session.post(url + "/chat/completions", data=body) for body in bodies))
         assert [response.status for response in responses] == [200] * 3
@@ -162,7 +179,7 @@ async def test_what_compiling_a_template_takes_counts_against_no_request(open_po
     slow, took_s = "{{ ('abcdefgh' * 10000000) | upper | lower | length }}", 0.0
     while took_s < 1:
         slow, began_s = slow + slow, time.process_time()
-        chat_server.compile_chat_template(slow)
+        compile_chat_template(slow)
         took_s = time.process_time() - began_s
     pool = await open_pool(chat_template=f"{{% if messages[0].content == 'x' %}}{slow}{{% endif %}}"
                                          f"{{% if messages[0].content == 'trap' %}}{SLOW_TEMPLATE}{{% endif %}}hi")
@@ -197,7 +214,7 @@ async def test_a_body_is_answered_alike_wherever_it_is_read(open_pool, route, bo
     answers = []
     async with serving(pool, pool.settings) as url, aiohttp.ClientSession() as client:
         for inline in (1 << 16, 0):
-            monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(chat_server.LIMITS, inline_bytes=inline))
+            patch(monkeypatch, config, "LIMITS", replace(config.LIMITS, inline_bytes=inline))
             async with client.post(url + route, json=body, headers={"X-Request-Id": "same"}) as response:
                 text = (await response.text()).replace("created", "")
                 answers.append((response.status, *[line for line in text.split(", ") if "_ms" not in line and "per_second" not in line and
@@ -228,7 +245,7 @@ def junk(**more):
     *[pytest.param(route, inline, marks=pytest.mark.slow) for route, inline in (
         ("/v1/responses", 0), ("/v1/chat/completions", 1 << 20), ("/v1/messages", 0), ("/api/chat", 1 << 20))]])
 async def test_what_made_the_prompt_does_not_stay_until_the_answer_ends(open_pool, route, inline, monkeypatch):
-    monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(chat_server.LIMITS, inline_bytes=inline))
+    patch(monkeypatch, config, "LIMITS", replace(config.LIMITS, inline_bytes=inline))
     pool = await open_pool()
     pool.tokenizer.tool_format = "tagged"
     worker = pool.workers[0]
@@ -253,8 +270,8 @@ async def test_what_made_the_prompt_does_not_stay_until_the_answer_ends(open_poo
 
 
 async def test_what_stays_of_large_bodies_is_in_the_budget_until_their_answers_end(open_pool, monkeypatch):
-    budget, followed = chat_server.Budget(4 * 650_000), asyncio.Event()
-    monkeypatch.setattr(chat_server, "Budget", lambda total: budget)
+    budget, followed = streams.Budget(4 * 650_000), asyncio.Event()
+    patch(monkeypatch, streams, "Budget", lambda total: budget)
     pool = await open_pool(context_length=50_000)
     worker, unanswered = pool.workers[0], []
     answer, worker.send = worker.send, lambda message: unanswered.append(message)
@@ -293,13 +310,13 @@ async def test_what_stays_of_large_bodies_is_in_the_budget_until_their_answers_e
 
 
 @pytest.mark.parametrize("call", [
-    chat_server.Call(Request(prompts=("a", (1, 2), ()), prompt_ids=((3,), (1, 2), ())), echo=True),
-    chat_server.Call(Request(messages=(), prompt_ids=(tuple(range(300)) * 300,)), repeated=b"\xff{}", ignored_tools=("x",)),
-    chat_server.Call(Request(prompts=("",), prompt_ids=((2**16,) * 70_000,)), api="completion", details={"a": [1]})])
+    Call(Request(prompts=("a", (1, 2), ()), prompt_ids=((3,), (1, 2), ())), echo=True),
+    Call(Request(messages=(), prompt_ids=(tuple(range(300)) * 300,)), repeated=b"\xff{}", ignored_tools=("x",)),
+    Call(Request(prompts=("",), prompt_ids=((2**16,) * 70_000,)), api="completion", details={"a": [1]})])
 async def test_a_call_comes_from_its_sandbox_as_it_was_and_ids_are_shared(call):
-    result = chat_server.Result(chat_server.packed_call(call, call.request.prompt_ids))
-    values = chat_server.unpacked(chat_server.Result, chat_server.SANDBOX_PIPE.packed(result)[chat_server.HEADER.size:]).value
-    came = chat_server.unpacked_call(values, 2**16 + 1)
+    result = Result(packed_call(call, call.request.prompt_ids))
+    values = wire.unpacked(Result, SANDBOX_PIPE.packed(result)[HEADER.size:]).value
+    came = unpacked_call(values, 2**16 + 1)
     assert came == call
     ids = [each for prompt in came.request.prompt_ids for each in prompt]
     assert len(set(map(id, ids))) == len(set(ids))
@@ -307,12 +324,12 @@ async def test_a_call_comes_from_its_sandbox_as_it_was_and_ids_are_shared(call):
 
 
 async def test_a_large_message_is_decoded_in_a_thread_and_a_small_one_is_not(monkeypatch):
-    decoded, unpacked = [], chat_server.unpacked
-    monkeypatch.setattr(chat_server, "unpacked", lambda *given: decoded.append(threading.current_thread()) or unpacked(*given))
+    decoded, unpacked = [], wire.unpacked
+    patch(monkeypatch, wire, "unpacked", lambda *given: decoded.append(threading.current_thread()) or unpacked(*given))
     for size, here in ((10, True), (300_000, False)):
         reader = asyncio.StreamReader()
-        reader.feed_data(chat_server.SANDBOX_PIPE.packed(chat_server.Result("x" * size)))
-        assert (await chat_server.next_message(reader, chat_server.SANDBOX_PIPE)).value == "x" * size
+        reader.feed_data(SANDBOX_PIPE.packed(Result("x" * size)))
+        assert (await next_message(reader, SANDBOX_PIPE)).value == "x" * size
         assert (decoded.pop() is threading.current_thread()) is here
 
 
@@ -364,13 +381,13 @@ async def test_a_client_that_leaves_costs_no_process_and_mixes_up_no_replies(ope
 @pytest.fixture
 def started(monkeypatch):
     """The processes that sandboxes start from now on."""
-    processes, start_child = [], chat_server.start_child
+    processes, start_child = [], processes_start.start_child
 
     def start(*arguments):
         process, ours = start_child(*arguments)
         processes.append(process)
         return process, ours
-    monkeypatch.setattr(chat_server, "start_child", start)
+    patch(monkeypatch, processes_start, "start_child", start)
     return processes
 
 
@@ -388,7 +405,7 @@ async def test_a_sandbox_that_is_killed_from_outside_is_replaced_and_the_task_do
 
 async def test_all_sandboxes_may_be_killed_between_two_requests(open_pool, monkeypatch):
     pool = await open_pool()
-    monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(chat_server.LIMITS, inline_bytes=100))
+    patch(monkeypatch, config, "LIMITS", replace(config.LIMITS, inline_bytes=100))
     small, large = conversation("hi"), conversation("x " * 100) | {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "boolean"}}}}
     async with serving(pool) as url, aiohttp.ClientSession() as client:
         for _ in range(3):
@@ -425,7 +442,7 @@ class Impatient(Sandbox):
 
 @pytest.mark.parametrize("count", [1, 200_000])
 async def test_a_sandbox_that_hangs_before_it_has_read_its_task_is_replaced_and_the_task_done(chat_text, count):
-    sandbox = Impatient(chat_server.PROCESS_COMMAND, SandboxConfig(chat_server.Known(Settings(), "m", None), chat_text, 64, 5.0, 1 << 30))
+    sandbox = Impatient(PROCESS_COMMAND, SandboxConfig(Known(Settings(), "m", None), chat_text, 64, 5.0, 1 << 30))
     sandbox.waits, body = iter(()), json.dumps({"tokens": [5] * count}).encode()
     expected = await sandbox.call("a", "answer_text", "/detokenize", body=body)
     hangs = sandbox.process
@@ -448,8 +465,8 @@ async def test_a_sandbox_that_is_killed_while_it_works_is_not_asked_again(open_p
     """The kernel kills it like this when the task has taken the machine's memory."""
     pool = await open_pool()
     await pool.admission.close()
-    sandbox = Sandbox(chat_server.PROCESS_COMMAND, chat_server.replace(
-        pool.admission.sandboxes["templates"].config, cpu_s=60.0, text=chat_server.replace(pool.card.text, payload=b"", chat_template=SLOW_TEMPLATE)))
+    sandbox = Sandbox(PROCESS_COMMAND, replace(
+        pool.admission.sandboxes["templates"].config, cpu_s=60.0, text=replace(pool.card.text, payload=b"", chat_template=SLOW_TEMPLATE)))
     before, task = len(started), asyncio.ensure_future(sandbox.call("a", "fill_template", {}))
     while not sandbox.begun:
         await asyncio.sleep(0)
@@ -460,8 +477,8 @@ async def test_a_sandbox_that_is_killed_while_it_works_is_not_asked_again(open_p
 
 
 async def test_a_task_too_large_for_its_sandbox_to_read_is_refused_at_once(chat_text, started):
-    known = chat_server.Known(Settings(), "m", None)
-    sandbox = Sandbox(chat_server.PROCESS_COMMAND, SandboxConfig(known, chat_server.replace(chat_text, payload=b""), 64, 5.0, 32 << 20))
+    known = Known(Settings(), "m", None)
+    sandbox = Sandbox(PROCESS_COMMAND, SandboxConfig(known, replace(chat_text, payload=b""), 64, 5.0, 32 << 20))
     for task in (["check_grammar", "x" * (40 << 20), "a"], ["check_grammar", "\ud800" * (6 << 20), "a"]):
         with pytest.raises(RequestError, match="too complex"):
             await sandbox.call("a", *task)
@@ -470,9 +487,9 @@ async def test_a_task_too_large_for_its_sandbox_to_read_is_refused_at_once(chat_
 
 
 async def test_a_sandbox_that_never_begins_is_given_up(chat_text, started):
-    known = chat_server.Known(Settings(), "m", None)
+    known = Known(Settings(), "m", None)
     sandbox = Sandbox((sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"), SandboxConfig(known, chat_text, 64, 1.0, 1 << 30))
-    with pytest.raises(chat_server.EngineFailure, match="before it began, as 2 before it .*-9"):
+    with pytest.raises(EngineFailure, match="before it began, as 2 before it .*-9"):
         await sandbox.call("a", "check_grammar", "x", "a")
     assert len(started) == 3 and not sandbox.turns.held
     await sandbox.close()
@@ -480,13 +497,13 @@ async def test_a_sandbox_that_never_begins_is_given_up(chat_text, started):
 
 async def test_a_task_that_is_broken_is_an_honest_500(open_pool):
     pool = await open_pool()
-    with pytest.raises(chat_server.EngineFailure, match="exit status 1"):
+    with pytest.raises(EngineFailure, match="exit status 1"):
         await pool.admission.sandboxes["bodies"].call("a", "no_such_task")
 
 
 async def test_a_sandbox_ends_with_its_front(chat_text):
-    known = chat_server.Known(Settings(), "m", None)
-    sandbox = Sandbox(chat_server.PROCESS_COMMAND, SandboxConfig(known, chat_text, 64, 1.0, 1 << 30))
+    known = Known(Settings(), "m", None)
+    sandbox = Sandbox(PROCESS_COMMAND, SandboxConfig(known, chat_text, 64, 1.0, 1 << 30))
     assert json.loads(await sandbox.call("a", "answer_text", "/detokenize", body=b'{"tokens": [1]}'))
     process = psutil.Process(sandbox.process.pid)
     sandbox.writer.close()

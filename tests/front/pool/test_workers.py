@@ -11,9 +11,17 @@ import sys
 import psutil
 import pytest
 
-import chat_server
-from chat_server import (Accepted, EngineFailure, Finished, LocalPool, Message, Overloaded, Piece, Request, RequestError,
-                         SamplingParams, Settings)
+import patching
+from chatlm.common.config import Settings, size
+from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded, RequestError, lack_of_memory
+from chatlm.common.memory import cgroup_memory
+from chatlm.common.messages.requests import Accepted, Finished, Message, Piece, Request, SamplingParams
+from chatlm.common.processes.start import cpu_quota, physical_cores, threads_per_worker
+from chatlm.common.text import load
+from chatlm.front.admission import prompts
+from chatlm.front.pool import local
+from chatlm.front.pool.local import LocalPool, choose_devices
+from chatlm.front.pool.worker import Worker
 from pools import collect, greedy, idle, tiny_settings
 from tiny_gguf import LLAMA_NUMBERS, gguf_bytes, random_llama, small_gguf_metadata
 
@@ -175,7 +183,7 @@ async def test_a_broken_checkpoint_is_a_config_error_from_the_worker(nanochat_fi
     model.write_bytes(model.read_bytes()[:1000])
     pool = LocalPool(Settings(model=str(tmp_path / "base")))
     await pool.start()
-    with pytest.raises(chat_server.ConfigError, match=model.name):
+    with pytest.raises(ConfigError, match=model.name):
         await pool.wait_ready()
     await pool.close()
 
@@ -188,7 +196,7 @@ async def outcome_of_start(pool):
     try:
         await pool.start()
         await pool.wait_ready()
-    except chat_server.ChatServerError as error:
+    except ChatServerError as error:
         return error
     finally:
         await pool.close()
@@ -225,12 +233,12 @@ async def test_a_template_that_cannot_be_compiled_ends_start_up(tmp_path, templa
     metadata, path = {**LLAMA_NUMBERS, **small_gguf_metadata("gpt-2")}, tmp_path / "tiny.gguf"
     path.write_bytes(gguf_bytes(metadata | {"tokenizer.chat_template": template}, random_llama()))
     error = await outcome_of_start(LocalPool(Settings(model=str(path), kv_cache_memory=8 << 20)))
-    assert isinstance(error, chat_server.ConfigError)
+    assert isinstance(error, ConfigError)
     assert str(error).startswith(f"{path}: the model's chat template {words}")
 
 
 async def test_a_tokenizer_that_fails_only_in_the_front_ends_start_up(nanochat_fixtures, monkeypatch, caplog):
-    monkeypatch.setattr(chat_server, "open_tokenizer", lambda text: {}["nothing"])
+    patching.patch(monkeypatch, load, "open_tokenizer", lambda text: {}["nothing"])
     error = await outcome_of_start(LocalPool(tiny_settings(nanochat_fixtures)))
     assert isinstance(error, EngineFailure) and str(error) == "opening the tokenizer failed: 'nothing'"
     (record,) = [record for record in caplog.records if "opening the tokenizer failed" in record.getMessage()]
@@ -259,7 +267,7 @@ async def test_a_fault_in_the_watch_is_logged_and_the_watch_goes_on(start_pool, 
     monkeypatch.setattr(worker, "check_health", check_health)
     while "a fault" not in caplog.text:
         await asyncio.sleep(0.02)
-    monkeypatch.setattr(chat_server.Worker, "hung", property(lambda worker: worker.process.pid == pid))
+    monkeypatch.setattr(Worker, "hung", property(lambda worker: worker.process.pid == pid))
     while worker.state != "ready" or worker.process.pid == pid:     # it was found, killed and replaced
         await asyncio.sleep(0.02)
     assert "watching the workers failed: a fault" in caplog.text and (await collect(pool, greedy("a")))[1]
@@ -279,20 +287,20 @@ async def test_a_fault_of_the_front_ends_a_worker_and_the_next_one_serves(start_
 
 
 def test_the_memory_that_is_left_is_that_of_the_narrowest_cgroup(tmp_path):
-    assert chat_server.cgroup_memory(tmp_path) == float("inf")
+    assert cgroup_memory(tmp_path) == float("inf")
     for name, text in (("memory.max", "max"), ("memory.current", "5"), ("memory.stat", "anon 3\n")):
         (tmp_path / name).write_text(text + "\n")
-    assert chat_server.cgroup_memory(tmp_path) == float("inf")
+    assert cgroup_memory(tmp_path) == float("inf")
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("900\n")
     (tmp_path / "memory.stat").write_text("anon 600\nfile 300\nshmem 50\ninactive_file 150\nactive_file 100")
-    assert chat_server.cgroup_memory(tmp_path) == 350
+    assert cgroup_memory(tmp_path) == 350
     old = tmp_path / "v1"
     old.mkdir()
     for name, text in (("limit", "2000"), ("usage", "1500")):
         (old / f"memory.{name}_in_bytes").write_text(text)
     (old / "memory.stat").write_text("active_file 2\ntotal_inactive_file 30\ntotal_active_file 40\n")
-    assert chat_server.cgroup_memory(old) == 570
+    assert cgroup_memory(old) == 570
 
 
 @pytest.mark.parametrize("error", [
@@ -301,19 +309,19 @@ def test_the_memory_that_is_left_is_that_of_the_narrowest_cgroup(tmp_path):
     ImportError("libtorch_cpu.so: failed to map segment from shared object"),
     RuntimeError("can't start new thread"), RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")])
 def test_no_memory_is_one_line_with_advice_whoever_says_it(error):
-    text = str(chat_server.lack_of_memory(error))
+    text = str(lack_of_memory(error))
     assert text.startswith("not enough memory (") and "ulimit -v" in text and text.isprintable()
 
 
 @pytest.mark.parametrize("error", [
-    ValueError("x"), OSError(errno.ENOENT, "No such file"), chat_server.ConfigError("out of memory")])
+    ValueError("x"), OSError(errno.ENOENT, "No such file"), ConfigError("out of memory")])
 def test_other_errors_are_not_taken_for_it(error):
-    assert chat_server.lack_of_memory(error) is None
+    assert lack_of_memory(error) is None
 
 
 async def test_a_step_that_fails_fails_its_requests_and_the_worker_goes_on(start_pool, monkeypatch):
     pool = await start_pool()
-    monkeypatch.setattr(chat_server, "checked_ids", lambda *request: None)
+    patching.patch(monkeypatch, prompts, "checked_ids", lambda *request: None)
     with pytest.raises(EngineFailure, match="failed while computing"):      # an id outside the vocabulary
         await collect(pool, Request("bad", prompts=((10**9,),), max_tokens=5))
     pid = pool.workers[0].process.pid
@@ -327,14 +335,14 @@ def test_threads_follow_physical_cores_affinity_and_quota(tmp_path):
         folder = tmp_path / f"cpu{cpu}/topology"
         folder.mkdir(parents=True)
         (folder / "thread_siblings_list").write_text(siblings + "\n")
-    assert chat_server.physical_cores(range(8), tmp_path) == 4
-    assert chat_server.physical_cores((0, 4), tmp_path) == 1
+    assert physical_cores(range(8), tmp_path) == 4
+    assert physical_cores((0, 4), tmp_path) == 1
     (tmp_path / "cpu.max").write_text("250000 100000\n")
-    assert chat_server.cpu_quota(tmp_path) == 2.5
+    assert cpu_quota(tmp_path) == 2.5
     (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert chat_server.cpu_quota(tmp_path) == float("inf")
-    assert 1 <= chat_server.threads_per_worker(1) <= os.cpu_count()
-    assert chat_server.threads_per_worker(1000) == 1
+    assert cpu_quota(tmp_path) == float("inf")
+    assert 1 <= threads_per_worker(1) <= os.cpu_count()
+    assert threads_per_worker(1000) == 1
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -343,39 +351,39 @@ def test_threads_follow_physical_cores_affinity_and_quota(tmp_path):
     ({"num_gpus": "9" * 5000}, "--num-gpus 9"), ({"device_type": "cuda"}, "no CUDA device"),
 ])
 def test_more_gpus_than_there_are_is_a_config_error(changes, message, monkeypatch):
-    monkeypatch.setattr(chat_server, "cuda_device_count", lambda: 0)
-    with pytest.raises(chat_server.ConfigError, match=message):
-        chat_server.choose_devices(Settings(**changes))
+    patching.patch(monkeypatch, local, "cuda_device_count", lambda: 0)
+    with pytest.raises(ConfigError, match=message):
+        choose_devices(Settings(**changes))
 
 
 @pytest.mark.parametrize("visible, count", [
     (None, 8), ("", 0), ("-1", 0), ("0,1", 2), (" 0 , 1", 2), ("0,9", 1), ("9", 0), ("0,-1,2", 1), ("0,,1", 1), ("GPU-5,GPU-6,GPU-7", 3), ("MIG-5", 1)])
 def test_gpus_that_are_hidden_or_not_there_are_told_by_the_variable(visible, count, monkeypatch):
     """As the driver reads it: what follows an entry that is not there does not count."""
-    monkeypatch.setattr(chat_server, "device_files", lambda: 8)
+    patching.patch(monkeypatch, local, "device_files", lambda: 8)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert chat_server.cuda_device_count() == count
+    assert local.cuda_device_count() == count
     said = "this machine has 8 CUDA" if visible is None else f"CUDA_VISIBLE_DEVICES={visible} shows {count} of 8 GPU"
-    with pytest.raises(chat_server.ConfigError, match=f"--num-gpus 9, but {said}"):
-        chat_server.choose_devices(Settings(num_gpus="9"))
+    with pytest.raises(ConfigError, match=f"--num-gpus 9, but {said}"):
+        choose_devices(Settings(num_gpus="9"))
     if not count:
-        with pytest.raises(chat_server.ConfigError, match=f"--device-type cuda, but {said}"):
-            chat_server.choose_devices(Settings(device_type="cuda"))
+        with pytest.raises(ConfigError, match=f"--device-type cuda, but {said}"):
+            choose_devices(Settings(device_type="cuda"))
 
 
 def test_replicas_on_gpus_are_counted_without_torch(monkeypatch):
-    monkeypatch.setattr(chat_server, "cuda_device_count", lambda: 8)
-    assert chat_server.choose_devices(Settings(num_gpus="auto")) == [f"cuda:{gpu}" for gpu in range(8)]
-    assert chat_server.choose_devices(Settings(num_gpus="3")) == ["cuda:0", "cuda:1", "cuda:2"]
-    assert chat_server.choose_devices(Settings(device_type="cpu", num_workers=2)) == ["cpu", "cpu"]
-    with pytest.raises(chat_server.ConfigError, match="has 8 CUDA.*; at most --num-gpus 8$"):
-        chat_server.choose_devices(Settings(num_gpus="9"))
+    patching.patch(monkeypatch, local, "cuda_device_count", lambda: 8)
+    assert choose_devices(Settings(num_gpus="auto")) == [f"cuda:{gpu}" for gpu in range(8)]
+    assert choose_devices(Settings(num_gpus="3")) == ["cuda:0", "cuda:1", "cuda:2"]
+    assert choose_devices(Settings(device_type="cpu", num_workers=2)) == ["cpu", "cpu"]
+    with pytest.raises(ConfigError, match="has 8 CUDA.*; at most --num-gpus 8$"):
+        choose_devices(Settings(num_gpus="9"))
 
 
 def test_sizes_are_parsed_with_suffixes_and_nonsense_is_refused():
-    assert [chat_server.size(text) for text in ("65536", "512M", "1.5G", "2gib")] == [65536, 512 << 20, 3 << 29, 2 << 30]
+    assert [size(text) for text in ("65536", "512M", "1.5G", "2gib")] == [65536, 512 << 20, 3 << 29, 2 << 30]
     for text in ("", "lots", "-1G", "1X", "9" * 400, "8388608T"):
         with pytest.raises(argparse.ArgumentTypeError):
-            chat_server.size(text)
+            size(text)

@@ -13,11 +13,15 @@ import sys
 import aiohttp
 import pytest
 
-import chat_server
-from chat_server import ConnectionTable, Settings, client_at, network_of
+from chatlm.common.config import Settings
+from chatlm.common.program import page_files, program_root
+from chatlm.front.server import access, connections
+from chatlm.front.server.access import client_at, network_of
+from chatlm.front.server.connections import ConnectionTable
 from fake_pool import FakePool, conversation, serving
+from patching import patch
 
-SCRIPT = chat_server.program_root() / "chat_server.py"
+SCRIPT = program_root() / "chat_server.py"
 LIVEZ = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
 ALIVE = b'{"alive": true}'
 PATIENCE_S = 60            # far more than anything here takes
@@ -156,7 +160,7 @@ async def test_more_surplus_connections_than_a_few_push_the_oldest_out():
 
 
 async def test_one_network_has_a_quarter_and_the_others_the_rest(monkeypatch):
-    monkeypatch.setattr(chat_server, "network_of", lambda address: "" if address == "127.0.0.1" else address)
+    patch(monkeypatch, access, "network_of", lambda address: "" if address == "127.0.0.1" else address)
     pool = FakePool(gate=asyncio.Event())
     async with serving(pool, connections=16) as url:
         old = await Client.connect(url, "127.0.0.3")
@@ -182,8 +186,8 @@ async def test_nothing_is_kept_of_connections_that_have_ended(monkeypatch):
             super().__init__(limit)
             tables.append(self)
 
-    monkeypatch.setattr(chat_server, "ConnectionTable", Kept)
-    monkeypatch.setattr(chat_server, "network_of", lambda address: address)
+    patch(monkeypatch, connections, "ConnectionTable", Kept)
+    patch(monkeypatch, access, "network_of", lambda address: address)
     pool = FakePool(gate=asyncio.Event())
     async with serving(pool, connections=16) as url:
         clients = await asking(url, pool, 4)
@@ -231,7 +235,10 @@ def limited(soft, hard):
 def test_the_limit_of_descriptors_is_raised_as_far_as_it_is_needed(soft, hard, raised, room):
     if hard > resource.getrlimit(resource.RLIMIT_NOFILE)[1]:
         pytest.skip("this process has a lower hard limit")
-    code = "import chat_server, resource; print(chat_server.room_for_connections(chat_server.Settings()), " \
+    code = "import resource; " \
+           "from chatlm.common.config import Settings; " \
+           "from chatlm.front.server.connections import room_for_connections; " \
+           "print(room_for_connections(Settings()), " \
            "*resource.getrlimit(resource.RLIMIT_NOFILE))"
     run = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, preexec_fn=limited(soft, hard),
                          capture_output=True, text=True, timeout=PATIENCE_S)
@@ -283,14 +290,16 @@ async def test_a_server_that_runs_out_of_descriptors_says_so_shortly_and_serves_
 
 
 def test_what_is_logged_again_and_again_is_written_once_a_second_with_its_number():
-    code = """import chat_server, logging
-chat_server.start_logging(chat_server.Settings())
+    code = """import logging
+from chatlm.common.config import Settings
+from chatlm.common.log import log, start_logging
+start_logging(Settings())
 for number in range(10_000):
     accept_error = "socket.accept() out of system resource\\nsocket: <fd=7>"
     logging.getLogger("asyncio").error(accept_error, exc_info=OSError(24, "many"))
-    chat_server.log.warning("a request from %s is not HTTP", number)
-    chat_server.log.info("line %d", number)
-chat_server.log.error("once")
+    log.warning("a request from %s is not HTTP", number)
+    log.info("line %d", number)
+log.error("once")
 """
     log = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True,
                          timeout=PATIENCE_S).stderr
@@ -319,8 +328,8 @@ async def counted(monkeypatch, pool):
         def renew(self, connection):        # not through remove, which would set the event
             none_left.clear()
 
-    monkeypatch.setattr(chat_server, "ConnectionTable", Counted)
-    monkeypatch.setattr(chat_server, "WRITE_S", 0.2)
+    patch(monkeypatch, connections, "ConnectionTable", Counted)
+    patch(monkeypatch, connections, "WRITE_S", 0.2)
     async with serving(pool) as url:
         yield url, none_left
 
@@ -340,7 +349,7 @@ def get(path):
     return f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
 
 
-LARGEST = max(chat_server.page_files().items(), key=lambda item: len(item[1]))[0]
+LARGEST = max(page_files().items(), key=lambda item: len(item[1]))[0]
 UNREAD = {      # the request, and whether its answer never ends
     "whole": (posted(b"/v1/chat/completions"), False), "native": (posted(b"/chat/completions"), False),
     "stream": (posted(b"/v1/chat/completions", stream=True), False),

@@ -13,7 +13,8 @@ import aiohttp
 import pytest
 
 import chat_server
-from chat_server import Settings, parse_command_line
+from chatlm.cli import parse_command_line
+from chatlm.common.config import OPTIONS, Settings
 from fake_pool import FakePool, conversation, frames, serving
 from real_server import free_port
 
@@ -144,7 +145,7 @@ async def test_an_upgrade_to_http2_does_not_hang_behind_nginx_nor_without(tmp_pa
 
 
 def test_the_flags_of_the_deployment_section_are_ours(tmp_path):
-    known = {name for option in chat_server.OPTIONS for name in option.name.split()}
+    known = {name for option in OPTIONS for name in option.name.split()}
     foreign = {"no-cache-dir", "no-install-recommends", "create-home"}
     assert set(re.findall(r"--([a-z][a-z-]+)", DEPLOYMENT)) <= known | foreign
     (tmp_path / "keys").write_text("alice: key\n")

@@ -5,9 +5,11 @@ import gzip
 import json
 import logging
 import re
+import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
@@ -15,8 +17,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 
 import chat_server
-from chat_server import ConfigError, EngineFailure, LIMITS, Overloaded, RequestError, Settings
+from chatlm.common import config, program
+from chatlm.common.config import LIMITS, Settings
+from chatlm.common.errors import ConfigError, EngineFailure, Overloaded, RequestError
+from chatlm.common.messages.requests import Accepted, Piece
+from chatlm.common.program import page_files
+from chatlm.front import lazy
+from chatlm.front.api.fields import parse_fields
+from chatlm.front.api.readers import parse_chat_request, parse_openai_request
+from chatlm.front.api.tables import OPENAI_FIELDS
+from chatlm.front.lazy import web
+from chatlm.front.server import access
+from chatlm.front.server.access import server_urls
 from fake_pool import FakePool, conversation, frames, serving
+from patching import patch
 
 NATIVE, OPENAI = "/chat/completions", "/v1/chat/completions"
 
@@ -186,7 +200,7 @@ async def test_a_compressed_body_is_refused_and_the_connection_goes_on(client):
 
 @pytest.mark.parametrize("path", [NATIVE, OPENAI])
 async def test_a_body_above_the_limit_is_413(client, path, monkeypatch):
-    monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(LIMITS, body_bytes=1000))
+    patch(monkeypatch, config, "LIMITS", replace(LIMITS, body_bytes=1000))
     async def pieces():
         for _ in range(40):
             yield b" " * 100
@@ -199,7 +213,7 @@ async def test_a_body_above_the_limit_is_413(client, path, monkeypatch):
 
 @hypothesis_settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(body=st.dictionaries(
-    st.sampled_from([field.name for field in chat_server.OPENAI_FIELDS] + ["x"]),
+    st.sampled_from([field.name for field in OPENAI_FIELDS] + ["x"]),
     st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None), max_size=5),
                  lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
                      st.sampled_from(["role", "content", "type", "text", "1", "include_usage"]), inner, max_size=3), max_leaves=8)))
@@ -207,12 +221,12 @@ def test_no_json_object_breaks_the_parsers(body):
     for with_messages in (body, body | conversation()):
         raw = json.loads(json.dumps(with_messages))
         try:
-            chat_server.parse_chat_request(raw, Settings())
+            parse_chat_request(raw, Settings())
         except RequestError as error:
             assert error.status == 400 and str(error)
         try:
-            values = chat_server.parse_fields(raw, chat_server.OPENAI_FIELDS)
-            chat_server.parse_openai_request(values, Settings(), "tagged")
+            values = parse_fields(raw, OPENAI_FIELDS)
+            parse_openai_request(values, Settings(), "tagged")
         except RequestError as error:
             assert error.status == 400 and str(error)
 
@@ -297,7 +311,7 @@ async def test_what_is_not_supported_or_out_of_range_is_400_with_a_code_and_name
         assert re.split(r"[.\[]", error["param"])[0] in body
 
 
-NAMES = [field.name for field in chat_server.OPENAI_FIELDS if field.name != "messages"]
+NAMES = [field.name for field in OPENAI_FIELDS if field.name != "messages"]
 
 
 @pytest.mark.parametrize("body", [
@@ -394,8 +408,8 @@ async def test_an_error_after_the_first_byte_is_one_error_frame_and_the_end(clie
 async def test_an_answer_without_an_end_is_an_error_not_an_end(client, path):
     class Forgetful(FakePool):
         async def answer(self, request):
-            yield chat_server.Accepted(7)
-            yield chat_server.Piece("", (1,), "Hel")
+            yield Accepted(7)
+            yield Piece("", (1,), "Hel")
     async with serving(Forgetful()) as url:
         _, body = await ask(client, url + path, conversation() | {"stream": True})
         assert frames(body)[-1]["error"]["message"] == "the answer ended early"
@@ -421,7 +435,7 @@ async def test_404_and_405_have_the_shape_of_their_api(client):
 
 
 async def test_a_silent_stream_carries_pings_of_their_own(client, monkeypatch):
-    monkeypatch.setattr(chat_server, "PING_S", 0.01)
+    patch(monkeypatch, config, "PING_S", 0.01)
     pool = FakePool(["one"], gate=asyncio.Event())
     async with serving(pool) as url:
         async with client.post(url + NATIVE, json=conversation()) as response:
@@ -457,7 +471,7 @@ async def test_a_client_that_leaves_in_the_middle_of_a_stream_ends_its_work():
 
 
 async def test_a_client_that_leaves_just_before_the_headers_is_no_error_in_the_log(client, caplog, monkeypatch):
-    class Leaving(chat_server.web.StreamResponse):
+    class Leaving(web.StreamResponse):
         async def prepare(self, http):
             http.transport.abort()
             return await super().prepare(http)
@@ -465,16 +479,16 @@ async def test_a_client_that_leaves_just_before_the_headers_is_no_error_in_the_l
     class Quick(FakePool):
         # never waits, so the handler finds the closed connection before it is cancelled
         async def answer(self, request):
-            yield chat_server.Accepted(7)
+            yield Accepted(7)
     async with serving(Quick()) as url:
-        monkeypatch.setattr(chat_server.web, "StreamResponse", Leaving)
+        monkeypatch.setattr(web, "StreamResponse", Leaving)
         with pytest.raises(aiohttp.ClientError):
             await ask(client, url + NATIVE, conversation())
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 async def test_a_reader_that_does_not_read_is_dropped_without_slowing_others(client, monkeypatch):
-    monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(LIMITS, outbox_bytes=1 << 16))
+    patch(monkeypatch, config, "LIMITS", replace(LIMITS, outbox_bytes=1 << 16))
     pool = FakePool(["x" * 10_000] * 5_000)         # 50 MB: more than any socket buffer
     async with serving(pool) as url:
         reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]), limit=1 << 16)
@@ -561,7 +575,7 @@ async def test_health_while_loading_is_503_with_the_stage(client):
 async def test_scripts_and_styles_come_compressed_to_those_who_take_it():
     import aiohttp
     async with serving(FakePool()) as url, aiohttp.ClientSession(auto_decompress=False) as client:
-        whole = chat_server.page_files()["chat.js"]
+        whole = page_files()["chat.js"]
         for accepted, encoding in (("gzip, br", "gzip"), ("br", None), ("gzip;q=0", None), ("", None)):
             answer = await client.get(url + "/static/chat.js", headers={"Accept-Encoding": accepted})
             body = await answer.read()
@@ -571,7 +585,7 @@ async def test_scripts_and_styles_come_compressed_to_those_who_take_it():
                                      headers={"Accept-Encoding": accepted, "If-None-Match": answer.headers["ETag"]})
             assert again.status == 304 and again.headers["ETag"] == answer.headers["ETag"]
         total = 0
-        for name in [name for name in chat_server.page_files() if name.endswith((".js", ".css"))]:
+        for name in [name for name in page_files() if name.endswith((".js", ".css"))]:
             total += len(await (await client.get(f"{url}/static/{name}", headers={"Accept-Encoding": "gzip"})).read())
         assert 50_000 < total < 250 * 1024      # all of it, before the first answer
 
@@ -582,7 +596,7 @@ async def test_the_page_comes_with_a_base_a_strict_policy_and_fresh_files(client
     (tmp_path / "static/chat.js").write_text("let a;")
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "static/link").symlink_to(tmp_path / "secret")
-    monkeypatch.setattr(chat_server, "program_root", lambda: tmp_path)
+    patch(monkeypatch, program, "program_root", lambda: tmp_path)
     async with serving(FakePool()) as url:
         page, script = await client.get(url + "/"), await client.get(url + "/static/chat.js")
         assert '<head>\n<base href="static/">' in await page.text() and page.content_type == "text/html"
@@ -605,7 +619,7 @@ async def test_the_page_comes_with_a_base_a_strict_policy_and_fresh_files(client
 
 
 async def test_without_a_page_the_root_says_so_in_one_line(client, tmp_path, monkeypatch):
-    monkeypatch.setattr(chat_server, "program_root", lambda: tmp_path)
+    patch(monkeypatch, program, "program_root", lambda: tmp_path)
     async with serving(FakePool()) as url:
         response = await client.get(url + "/")
         assert response.status == 200 and "static/" in await response.text()
@@ -649,8 +663,8 @@ class Server:
 
 
 async def test_the_server_listens_while_it_loads_and_says_when_it_is_ready(client, capsys, monkeypatch):
-    listeners, listen_on = [], chat_server.listen_on
-    monkeypatch.setattr(chat_server, "listen_on", lambda *at: listeners.append(listen_on(*at)) or listeners[-1])
+    listeners, listen_on = [], access.listen_on
+    patch(monkeypatch, access, "listen_on", lambda *at: listeners.append(listen_on(*at)) or listeners[-1])
     pool = FakePool()
     pool.loading = asyncio.Event()
     server = Server(pool, capsys)
@@ -662,7 +676,7 @@ async def test_the_server_listens_while_it_loads_and_says_when_it_is_ready(clien
     pool.loading.set()
     printed = await server.printed(r"(?s)Model: fake-model\nApplication startup complete\n  (http://127.0.0.1:\d+)\n")
     assert printed[1] == url
-    chat_server.signal.raise_signal(chat_server.signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
     assert await server.task == 0 and pool.closed
 
 
@@ -671,7 +685,7 @@ async def test_sigterm_lets_running_answers_finish_and_refuses_new_ones(client, 
     server = Server(pool, capsys)
     url = (await server.printed(r"  (http://\S+)\n"))[1]
     async with client.post(url + NATIVE, json=conversation()) as running:
-        chat_server.signal.raise_signal(chat_server.signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         await server.printed("second signal")
         status, body = await ask(client, url + NATIVE, conversation())
         assert status == 503
@@ -685,9 +699,9 @@ async def test_a_second_signal_stops_now(client, capsys):
     server = Server(pool, capsys)
     url = (await server.printed(r"  (http://\S+)\n"))[1]
     async with client.post(url + NATIVE, json=conversation()):
-        chat_server.signal.raise_signal(chat_server.signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         await server.printed("second signal")
-        chat_server.signal.raise_signal(chat_server.signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert await server.task == 0       # the gate never opened
     assert pool.open == 0
 
@@ -723,15 +737,15 @@ def test_a_busy_port_is_one_clear_line_and_status_2():
                                          ("\u00e4" * 70 + ".x", "cannot listen on"), ("a..b", "cannot listen on a..b")])
 def test_an_address_that_cannot_be_had_is_a_config_error(host, words):
     with pytest.raises(ConfigError, match=words):
-        chat_server.listen_on(host, 0)
+        access.listen_on(host, 0)
 
 
 def test_an_ipv6_address_is_listened_on_and_printed_in_brackets():
     if not socket.has_ipv6 or not Path("/proc/net/if_inet6").exists() or not Path("/proc/net/if_inet6").read_text():
         pytest.skip("this machine has no IPv6")
-    with chat_server.listen_on("::1", 0) as listener:
+    with access.listen_on("::1", 0) as listener:
         assert listener.family == socket.AF_INET6
-    assert chat_server.server_urls("::1", 80) == ["http://[::1]:80"]
+    assert server_urls("::1", 80) == ["http://[::1]:80"]
 
 
 def test_the_front_of_a_server_needs_neither_torch_nor_numpy():

@@ -4,13 +4,20 @@ import asyncio
 import json
 import logging
 import re
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 import chat_server
-from chat_server import ApiKey, ConfigError, EngineFailure, Overloaded, RequestError, Settings, parse_command_line
+from chatlm.cli import parse_command_line
+from chatlm.common.config import ApiKey, Settings
+from chatlm.common.errors import ConfigError, EngineFailure, Overloaded, RequestError
+from chatlm.common.log import JsonLines
+from chatlm.common.messages.requests import Finished
+from chatlm.common.program import program_root
 from fake_pool import FakePool, conversation, frames, serving
 
 NATIVE, OPENAI = "/chat/completions", "/v1/chat/completions"
@@ -122,7 +129,7 @@ async def test_the_id_of_a_completion_is_the_one_in_the_header_and_in_the_log(cl
 
 
 def json_lines(records):
-    return [json.loads(chat_server.JsonLines().format(record)) for record in records]
+    return [json.loads(JsonLines().format(record)) for record in records]
 
 
 async def test_the_log_as_json_has_the_fields_of_each_request_and_no_text(client, caplog):
@@ -145,8 +152,8 @@ async def test_the_log_counts_all_choices_and_says_in_which_ways_they_ended(clie
     class Cutting(FakePool):
         async def answer(self, request):        # choice 1 is cut; each prompt has 7 tokens, 3 of them cached
             async for event in super().answer(request):
-                cut = isinstance(event, chat_server.Finished) and event.choice == 1
-                yield chat_server.replace(event, reason="length") if cut else event
+                cut = isinstance(event, Finished) and event.choice == 1
+                yield replace(event, reason="length") if cut else event
 
     with caplog.at_level(logging.INFO, logger="chat_server"):
         async with serving(Cutting(["a", "b"])) as url:
@@ -173,14 +180,16 @@ def test_a_json_line_holds_a_whole_traceback_and_stays_one_line():
         raise ZeroDivisionError("one\ntwo")
     except ZeroDivisionError:
         record = logging.LogRecord("chat_server", logging.ERROR, "", 0, "broke: %s", ("x\ny",), sys.exc_info())
-    line = chat_server.JsonLines().format(record)
+    line = JsonLines().format(record)
     assert "\n" not in line and json.loads(line)["message"] == "broke: x\ny" and "ZeroDivisionError" in json.loads(line)["traceback"]
 
 
 @pytest.mark.parametrize("format_, wanted", [("json", r'\{"time": .*"message": "hello"\}\n'), ("text", r"\d{4}-.* hello\n")])
 def test_log_format_chooses_the_format(format_, wanted):
-    code = f"import chat_server; chat_server.start_logging(chat_server.Settings(log_format={format_!r})); chat_server.log.info('hello')"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=chat_server.program_root())
+    code = f"from chatlm.common.config import Settings; " \
+           f"from chatlm.common.log import log, start_logging; " \
+           f"start_logging(Settings(log_format={format_!r})); log.info('hello')"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=program_root())
     assert re.fullmatch(wanted, run.stderr)
 
 
@@ -205,7 +214,7 @@ async def test_answers_that_outlast_the_drain_time_out_end_with_an_error_event(c
         await asyncio.sleep(0)
         printed += capsys.readouterr().out
     async with client.post(found[1] + NATIVE, json=conversation()) as running:
-        chat_server.signal.raise_signal(chat_server.signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         last = frames(await running.read())[-1]
     assert "error" in last and await server == 0
 

@@ -10,8 +10,15 @@ import aiohttp
 import pytest
 
 import chat_server
-from chat_server import ApiKey, ConfigError, RemotePool, Settings, parse_command_line, read_api_keys
+from chatlm.cli import parse_command_line
+from chatlm.common.config import ApiKey, Settings, read_api_keys
+from chatlm.common.errors import ConfigError, RequestError
+from chatlm.common.messages.requests import Message
+from chatlm.front.server import connections, streams
+from chatlm.terminal.chat import new_request
+from chatlm.terminal.remote import RemotePool
 from fake_pool import FakePool, conversation, serving
+from patching import patch
 
 NATIVE, OPENAI = "/chat/completions", "/v1/chat/completions"
 KEYS = (ApiKey.hashed("alices-secret", "alice"), ApiKey.hashed("bobs-secret", "bob"))
@@ -97,11 +104,11 @@ async def test_the_terminal_chat_brings_its_key_to_a_server():
             settings = parse_command_line(["chat", "--url", url, "--api-key", key], {})
             pool = RemotePool(settings)
             await pool.start()
-            request = chat_server.new_request(settings, messages=(chat_server.Message("user", "Hi"),))
+            request = new_request(settings, messages=(Message("user", "Hi"),))
             try:
                 events = [event async for event in pool.answer(request)]
                 assert not fails and events
-            except chat_server.RequestError as error:
+            except RequestError as error:
                 assert fails and error.code == "invalid_api_key"
             await pool.close()
 
@@ -258,7 +265,7 @@ async def connect(url):
 
 @pytest.mark.parametrize("sent", [b"", b"POST /chat/compl", b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: "])
 async def test_a_connection_without_a_whole_header_is_closed(monkeypatch, sent):
-    monkeypatch.setattr(chat_server, "HEADER_S", 0.05)
+    patch(monkeypatch, connections, "HEADER_S", 0.05)
     async with serving(FakePool()) as url:
         reader, writer = await connect(url)
         writer.write(sent)
@@ -274,7 +281,7 @@ async def until_header_time_is_over(url):
 
 
 async def test_a_connection_that_has_brought_a_request_may_be_silent_for_longer(client, monkeypatch):
-    monkeypatch.setattr(chat_server, "HEADER_S", 0.05)
+    patch(monkeypatch, connections, "HEADER_S", 0.05)
     pool = FakePool(gate=asyncio.Event())
     async with serving(pool) as url:
         reader, writer = await connect(url)             # a running answer, while another connection is swept
@@ -288,7 +295,7 @@ async def test_a_connection_that_has_brought_a_request_may_be_silent_for_longer(
 
 
 async def test_every_later_request_has_no_longer_for_its_header(monkeypatch):
-    monkeypatch.setattr(chat_server, "HEADER_S", 0.05)
+    patch(monkeypatch, connections, "HEADER_S", 0.05)
     async with serving(FakePool()) as url:
         reader, writer = await connect(url)
         writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -313,7 +320,7 @@ async def test_every_later_request_has_no_longer_for_its_header(monkeypatch):
 
 
 async def test_a_connection_is_kept_between_requests_only_for_a_while(monkeypatch):
-    monkeypatch.setattr(chat_server, "KEEP_ALIVE_S", 0.05)
+    patch(monkeypatch, connections, "KEEP_ALIVE_S", 0.05)
     async with serving(FakePool()) as url:
         reader, writer = await connect(url)
         writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -322,7 +329,7 @@ async def test_a_connection_is_kept_between_requests_only_for_a_while(monkeypatc
 
 
 async def test_a_slow_body_and_an_answer_that_takes_long_are_not_taken_for_a_header(client, monkeypatch):
-    monkeypatch.setattr(chat_server, "HEADER_S", 0.05)
+    patch(monkeypatch, connections, "HEADER_S", 0.05)
     pool = FakePool(gate=asyncio.Event())
     async with serving(pool) as url:
         reader, writer = await connect(url)
@@ -344,7 +351,7 @@ async def test_a_slow_body_and_an_answer_that_takes_long_are_not_taken_for_a_hea
 
 
 async def test_a_body_that_pauses_is_408(monkeypatch):
-    monkeypatch.setattr(chat_server, "BODY_S", 0.05)
+    patch(monkeypatch, streams, "BODY_S", 0.05)
     async with serving(FakePool()) as url:
         reader, writer = await connect(url)
         writer.write(b'POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"messages"')

@@ -21,7 +21,11 @@ import psutil
 import pytest
 
 import chat_server
-from chat_server import LocalPool, Settings
+from chatlm.common.config import Settings
+from chatlm.common.core import decode_core
+from chatlm.front.pool.local import LocalPool
+from chatlm.front.server.access import listen_on
+from chatlm.front.server.connections import serving
 from pools import DYING, idle
 from real_server import SCRIPT, ask, events, get, gone, post, server, wait_for
 
@@ -37,7 +41,7 @@ def test_the_default_model_answers_over_both_apis_and_the_page_is_served(default
         with urllib.request.urlopen(url, timeout=10) as page:
             assert b"page.js" in page.read()
         stats = get(url + "/stats")
-        core = chat_server.decode_core()
+        core = decode_core()
         assert stats["workers"][0]["state"] == "ready" and stats["row_invariant"] is (core is not None)
         assert stats["kernels"]["sample"] == (f"decode_core/{core.info()['isa']}" if core else "numpy/reference")
 
@@ -113,7 +117,7 @@ def test_too_little_memory_is_one_line_wherever_it_runs_out(nanochat_fixtures, m
 
 
 def test_the_memory_that_is_left_is_within_the_process_s_limit():
-    code = "import chat_server; print(chat_server.available_memory())"
+    code = "from chatlm.common.memory import available_memory; print(available_memory())"
     run = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, preexec_fn=limited(500),
                          capture_output=True, text=True, timeout=60, check=True)
     assert 0 < int(run.stdout) < 500 << 20
@@ -136,8 +140,8 @@ def test_an_answer_whose_worker_is_killed_goes_on_where_it_was(nanochat_fixtures
 async def served(settings):
     """A LocalPool behind the real HTTP front in this process: (pool, url)."""
     pool = LocalPool(settings, worker_command=DYING)
-    with chat_server.listen_on("127.0.0.1", 0) as listener:
-        async with chat_server.serving(chat_server.create_app(pool, settings), listener):
+    with listen_on("127.0.0.1", 0) as listener:
+        async with serving(chat_server.create_app(pool, settings), listener):
             try:
                 await pool.start()
                 await pool.wait_ready()

@@ -6,13 +6,20 @@ import gc
 import json
 import random
 import weakref
+from dataclasses import replace
 
 import aiohttp
 import pytest
 
-import chat_server
-from chat_server import LIMITS, Settings
+from chatlm.common import config
+from chatlm.common.config import LIMITS, Settings, read_api_keys
+from chatlm.common.errors import Overloaded
+from chatlm.front.lazy import web
+from chatlm.front.server import recordings as server_recordings
+from chatlm.front.server.access import Access
+from chatlm.front.server.recordings import Recordings
 from fake_pool import FakePool, conversation, serving
+from patching import patch
 
 NATIVE, OPENAI = "/chat/completions", "/v1/chat/completions"
 WORDS = ["one ", "two ", "three ", "four ", "five"]
@@ -125,7 +132,7 @@ async def test_a_reader_at_the_end_is_told_that_there_is_no_more(client, front):
 
 
 async def test_without_a_reader_the_answer_ends_after_the_grace_and_what_it_had_stays(client, front, monkeypatch):
-    monkeypatch.setattr(chat_server, "GRACE_S", 0.05)
+    patch(monkeypatch, server_recordings, "GRACE_S", 0.05)
     pool, url = front
     response = await client.post(url + NATIVE, json=RESUMABLE)
     pool.gate.admit(2)
@@ -138,7 +145,7 @@ async def test_without_a_reader_the_answer_ends_after_the_grace_and_what_it_had_
 
 
 async def test_a_reader_who_comes_back_in_time_keeps_the_answer_alive(client, front, monkeypatch):
-    monkeypatch.setattr(chat_server, "GRACE_S", 123)
+    patch(monkeypatch, server_recordings, "GRACE_S", 123)
     graces, pool, url = [], *front
     loop = asyncio.get_running_loop()
     monkeypatch.setattr(loop, "call_later", lambda s, act, *to: graces.append((act, to)) if s == 123 else
@@ -182,7 +189,7 @@ async def test_stop_works_after_the_connection_was_lost(client, front):
 
 async def test_what_the_pool_refuses_is_no_stream(client, front):
     pool, url = front
-    pool.refuse = chat_server.Overloaded("full", status=429)
+    pool.refuse = Overloaded("full", status=429)
     async with client.post(url + NATIVE, json=RESUMABLE) as response:
         assert response.status == 429
     assert (await client.get(f"{url}/v1/streams/{response.headers['X-Request-Id']}")).status == 404
@@ -202,7 +209,7 @@ async def test_a_position_that_is_none_is_400(client, front, query, headers):
 async def test_only_its_own_key_reads_and_stops_a_stream(client):
     pool = FakePool(WORDS)
     pool.gate = Turnstile()
-    keys = chat_server.read_api_keys(("key-a", "key-b"), None)
+    keys = read_api_keys(("key-a", "key-b"), None)
     a, b = ({"Authorization": f"Bearer {key}"} for key in ("key-a", "key-b"))
     async with serving(pool, Settings(keys=keys)) as url:
         response = await client.post(url + NATIVE, json=RESUMABLE, headers=a)
@@ -221,7 +228,7 @@ async def test_without_keys_an_unguessable_id_is_enough_and_another_belongs_to_i
     pool.gate.admit(5)
     response = await client.post(url + NATIVE, json=RESUMABLE, headers={"X-Request-Id": name})
     assert response.headers["X-Request-Id"] == name
-    monkeypatch.setattr(chat_server.Access, "client_of", lambda self, http: "192.0.2.7")      # a phone in another network
+    monkeypatch.setattr(Access, "client_of", lambda self, http: "192.0.2.7")      # a phone in another network
     assert (await client.get(f"{url}/v1/streams/{name}")).status == status
 
 
@@ -236,7 +243,7 @@ async def test_the_id_of_a_kept_stream_is_not_given_to_another(client, front):
 
 
 async def test_what_is_kept_is_bounded_and_the_oldest_goes_first(client, front, monkeypatch):
-    monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(LIMITS, recorded_bytes=20_000))
+    patch(monkeypatch, config, "LIMITS", replace(LIMITS, recorded_bytes=20_000))
     pool, url = front
     names = []
     for _ in range(20):
@@ -261,8 +268,8 @@ async def test_what_is_kept_is_bounded_and_the_oldest_goes_first(client, front, 
 
 
 async def test_one_client_s_answers_push_out_none_of_another(client, monkeypatch):
-    monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(LIMITS, recorded_bytes=20_000))
-    pool, keys = FakePool(WORDS), chat_server.read_api_keys(("key-a", "key-b"), None)
+    patch(monkeypatch, config, "LIMITS", replace(LIMITS, recorded_bytes=20_000))
+    pool, keys = FakePool(WORDS), read_api_keys(("key-a", "key-b"), None)
     a, b = ({"Authorization": f"Bearer {key}"} for key in ("key-a", "key-b"))
     async with serving(pool, Settings(keys=keys)) as url:
         async def record(headers):
@@ -284,10 +291,10 @@ async def test_one_client_s_answers_push_out_none_of_another(client, monkeypatch
 
 
 async def test_what_is_no_longer_kept_is_nowhere_in_memory(client, front, monkeypatch):
-    monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(LIMITS, recorded_bytes=8_000))
+    patch(monkeypatch, config, "LIMITS", replace(LIMITS, recorded_bytes=8_000))
     pool, url = front
-    made, make = [], chat_server.Recording
-    monkeypatch.setattr(chat_server, "Recording", lambda *whose: made.append(weakref.ref(recording := make(*whose))) or recording)
+    made, make = [], server_recordings.Recording
+    patch(monkeypatch, server_recordings, "Recording", lambda *whose: made.append(weakref.ref(recording := make(*whose))) or recording)
     gc.disable()                # and no reference cycles either
     try:
         for _ in range(30):
@@ -304,7 +311,7 @@ async def test_an_ended_answer_is_forgotten_after_its_time(client, front, monkey
     pool, url = front
     addresses = []
     for kept_s in (600.0, 0.0):
-        monkeypatch.setattr(chat_server, "KEPT_S", kept_s)
+        patch(monkeypatch, server_recordings, "KEPT_S", kept_s)
         pool.gate.admit(5)
         async with client.post(url + NATIVE, json=RESUMABLE) as response:
             await read_all(response)
@@ -315,7 +322,7 @@ async def test_an_ended_answer_is_forgotten_after_its_time(client, front, monkey
 
 
 async def test_many_answers_at_once_share_what_may_be_kept(client, front, monkeypatch):
-    monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(LIMITS, recorded_bytes=20_000))
+    patch(monkeypatch, config, "LIMITS", replace(LIMITS, recorded_bytes=20_000))
     pool, url = front
     responses = [await client.post(url + NATIVE, json=RESUMABLE) for _ in range(30)]
     pool.gate.admit(30 * 5)
@@ -325,7 +332,7 @@ async def test_many_answers_at_once_share_what_may_be_kept(client, front, monkey
 
 
 async def test_a_follower_who_reads_slowly_gets_everything(client, front, monkeypatch):
-    monkeypatch.setattr(chat_server, "LIMITS", chat_server.replace(LIMITS, outbox_bytes=1 << 16))
+    patch(monkeypatch, config, "LIMITS", replace(LIMITS, outbox_bytes=1 << 16))
     pool, url = front
     pool.pieces = ["x" * 10_000] * 1_000            # 10 MB: more than any socket buffer
     pool.gate.admit(1000)
@@ -358,7 +365,7 @@ async def test_a_client_that_leaves_at_the_very_end_is_no_error_in_the_log(clien
     async def gone(self, data=b""):
         raise aiohttp.ClientConnectionResetError("Cannot write to closing transport")
 
-    monkeypatch.setattr(chat_server.web.StreamResponse, "write_eof", gone)
+    monkeypatch.setattr(web.StreamResponse, "write_eof", gone)
     pool, url = front
     pool.gate.admit(10)
     for body in (RESUMABLE, conversation()):
@@ -372,7 +379,7 @@ async def test_a_recording_that_breaks_off_says_so_to_its_reader_and_in_the_log(
         yield b'data: {"token": "one"}\n\n'
         raise ZeroDivisionError("a fault")
 
-    recordings = chat_server.Recordings()
+    recordings = Recordings()
     recording = recordings.start("some-id", "", "", frames(), contextlib.AsyncExitStack())
     text = b"".join([part async for part in recording.follow(0)]).decode()
     assert text.startswith('id: 0\ndata: {"token": "one"}\n\nid: 1\ndata: {"error": ')

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from chat_server import SamplingParams
+from chatlm.common.messages.requests import SamplingParams
 from engines import load, make_engine, pieces, tensors_of
 import families
 from integrity import check_sequences

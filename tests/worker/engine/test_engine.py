@@ -11,8 +11,8 @@ import random
 import pytest
 import torch
 
-import chat_server
-from chat_server import Message, PAGE_SIZE, SamplingParams
+from chatlm.common.config import PAGE_SIZE
+from chatlm.common.messages.requests import Message, SamplingParams
 from engines import TracedSteps, chat_work, load, make_engine, run
 from near_tie import assert_same_tokens_or_near_tie
 from works import assignment, changed

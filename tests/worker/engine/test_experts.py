@@ -2,13 +2,13 @@
 
 import pytest
 
-import chat_server
-from chat_server import SamplingParams
+from chatlm.common.core import decode_core
+from chatlm.common.messages.requests import SamplingParams
 from engines import make_engine, run
 from families import as_gguf, make_model
 from works import assignment, changed
 
-pytestmark = pytest.mark.skipif(chat_server.decode_core() is None, reason="equal bits are decode_core's promise")
+pytestmark = pytest.mark.skipif(decode_core() is None, reason="equal bits are decode_core's promise")
 
 
 @pytest.fixture(scope="module", params=["gpt-oss", "qwen3moe"])

@@ -8,8 +8,17 @@ import threading
 import pytest
 import torch
 
-import chat_server
-from chat_server import Message, RequestError, SamplingParams
+from chatlm.common.config import Settings
+from chatlm.common.errors import RequestError
+from chatlm.common.memory import heap_bytes
+from chatlm.common.messages.requests import Message, SamplingParams
+from chatlm.common.text.grammar import GRAMMAR_LIMITS, check_grammar, json_grammar
+from chatlm.front.api.fields import parse_fields
+from chatlm.front.api.readers import parse_openai_request
+from chatlm.front.api.tables import OPENAI_FIELDS
+from chatlm.front.pool.worker import Job
+from chatlm.worker.engine.engine import Engine
+from chatlm.worker.engine.grammar import FairThread, Grammar
 from engines import make_engine, pieces
 from pools import work_of
 from works import assignment, changed
@@ -21,8 +30,8 @@ PERSON = {"type": "object", "properties": {"name": {"type": "string", "maxLength
 
 
 def grammar(schema):
-    source = chat_server.json_grammar(schema, "response_format")
-    chat_server.check_grammar(source, "response_format")
+    source = json_grammar(schema, "response_format")
+    check_grammar(source, "response_format")
     return source
 
 
@@ -83,10 +92,10 @@ def test_what_a_client_would_stop_at_does_not_cut_json(engine, shape):
     ids = [engine.tokenizer.encode(text)[0] for text in (*stops, '{"', '":')]
     body = {"messages": [{"role": "user", "content": "Describe a person as JSON."}], "response_format": shape, "temperature": 1,
             "stop": stops, "stop_token_ids": ids, "min_tokens": 50, "ignore_eos": True}
-    values = chat_server.parse_fields(body, chat_server.OPENAI_FIELDS)
-    request = chat_server.parse_openai_request(values, chat_server.Settings())
+    values = parse_fields(body, OPENAI_FIELDS)
+    request = parse_openai_request(values, Settings())
     prompt = tuple(engine.tokenizer.render(request.messages))
-    works = [changed(work_of(chat_server.Job(request, prompt, 120, asyncio.Queue(), 0.0, choice=seed)), id=str(seed), sampling=SamplingParams(1.0, seed=seed))
+    works = [changed(work_of(Job(request, prompt, 120, asyncio.Queue(), 0.0, choice=seed)), id=str(seed), sampling=SamplingParams(1.0, seed=seed))
              for seed in range(4)]
     found = pieces(engine, works)
     for each in works:
@@ -104,7 +113,7 @@ def test_a_top_level_number_ends_where_the_model_ends_it(engine):
 
 
 def test_a_grammar_that_cannot_be_followed_fails_its_request_only(engine, monkeypatch):
-    monkeypatch.setattr(chat_server.Grammar, "feed", lambda self, token: False)
+    monkeypatch.setattr(Grammar, "feed", lambda self, token: False)
     free = assignment("f", (5, 6, 7), SamplingParams(0.0), 5, ignore_eos=True)
     found = pieces(engine, [work(engine, "a", PERSON), free])
     assert found["a"][-1].reason == "refused" and text_of(found["a"]) == ""
@@ -114,13 +123,13 @@ def test_a_grammar_that_cannot_be_followed_fails_its_request_only(engine, monkey
 @pytest.fixture
 def gate(monkeypatch):
     """An event before which no grammar is compiled."""
-    event, original = threading.Event(), chat_server.Grammar.__init__
+    event, original = threading.Event(), Grammar.__init__
 
     def opened(*arguments):
         event.wait()
         original(*arguments)
 
-    monkeypatch.setattr(chat_server.Grammar, "__init__", opened)
+    monkeypatch.setattr(Grammar, "__init__", opened)
     yield event
     event.set()
 
@@ -144,13 +153,13 @@ def test_others_go_on_while_a_grammar_is_made_and_cancelling_does_not_wait_for_i
 
 
 def test_a_grammar_is_compiled_once_for_all_answers_of_a_request_and_of_the_same_owner(engine, monkeypatch):
-    made, original = [], chat_server.Grammar.__init__
+    made, original = [], Grammar.__init__
 
     def counted(*arguments):
         made.append(arguments[-1])
         original(*arguments)
 
-    monkeypatch.setattr(chat_server.Grammar, "__init__", counted)
+    monkeypatch.setattr(Grammar, "__init__", counted)
     engine.grammars.clear()
     alike = [work(engine, f"a#{choice}", PERSON, choice, client="alice", owner="alice") for choice in range(6)]
     found = pieces(engine, alike)
@@ -162,13 +171,13 @@ def test_a_grammar_is_compiled_once_for_all_answers_of_a_request_and_of_the_same
 
 @torch.inference_mode()
 def test_grammars_of_clients_are_compiled_in_turn_and_those_of_who_left_not_at_all(engine, gate, monkeypatch):
-    order, original = [], chat_server.Engine._prepare
+    order, original = [], Engine._prepare
 
     def noted(self, sequence):
         original(self, sequence)
         order.append(sequence.work.id)
 
-    monkeypatch.setattr(chat_server.Engine, "_prepare", noted)
+    monkeypatch.setattr(Engine, "_prepare", noted)
     engine.grammars.clear()
     for name in ("a1", "a2", "a3", "b1"):
         engine.add(work(engine, name, {"type": "string", "const": name}, client=name[0]))
@@ -182,13 +191,13 @@ def test_grammars_of_clients_are_compiled_in_turn_and_those_of_who_left_not_at_a
 @torch.inference_mode()
 def test_others_go_on_while_a_mask_is_computed_and_the_answer_is_the_same(engine, monkeypatch):
     undisturbed = pieces(engine, [work(engine, "a", PERSON, 3)])["a"]
-    slow, original = threading.Event(), chat_server.FairThread.submit
+    slow, original = threading.Event(), FairThread.submit
 
     def submit(thread, client, compute, *arguments):
         late = thread.thread._thread_name_prefix == "masks" and client == "slow"
         return original(thread, client, lambda *these: (late and slow.wait(), compute(*these))[1], *arguments)
 
-    monkeypatch.setattr(chat_server.FairThread, "submit", submit)
+    monkeypatch.setattr(FairThread, "submit", submit)
     engine.add(work(engine, "a", PERSON, 3, client="slow"))
     found = []
     while not found:
@@ -207,7 +216,7 @@ def test_others_go_on_while_a_mask_is_computed_and_the_answer_is_the_same(engine
 def test_an_answer_that_cannot_be_prepared_fails_alone(engine, monkeypatch, caplog):
     def broken(*arguments):
         raise MemoryError("no room for a grammar")
-    monkeypatch.setattr(chat_server.Grammar, "__init__", broken)
+    monkeypatch.setattr(Grammar, "__init__", broken)
     engine.grammars.clear()
     free = assignment("f", (5, 6, 7), SamplingParams(0.0), 20, ignore_eos=True)
     found = pieces(engine, [work(engine, "a", PERSON), free])
@@ -235,7 +244,7 @@ def test_a_schema_nested_too_deeply_is_refused():
 def test_a_schema_that_nothing_fulfils_is_an_error_and_not_an_answer(engine):
     with pytest.raises(RequestError, match="no value satisfies it"):
         grammar({"$ref": "#"})
-    one = changed(work(engine, "a", {}), grammar=chat_server.json_grammar({"$ref": "#"}, ""))
+    one = changed(work(engine, "a", {}), grammar=json_grammar({"$ref": "#"}, ""))
     found = pieces(engine, [one])["a"]
     assert found[-1].reason == "refused" and text_of(found) == ""
 
@@ -243,7 +252,7 @@ def test_a_schema_that_nothing_fulfils_is_an_error_and_not_an_answer(engine):
 def test_without_the_library_it_is_a_clear_400(monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(RequestError, match="llguidance is not installed") as refused:
-        chat_server.parse_fields({"messages": [1], "response_format": {"type": "json_object"}}, chat_server.OPENAI_FIELDS)
+        parse_fields({"messages": [1], "response_format": {"type": "json_object"}}, OPENAI_FIELDS)
     assert refused.value.code == "unsupported_response_format"
 
 
@@ -251,14 +260,14 @@ def test_without_the_library_it_is_a_clear_400(monkeypatch):
 def test_the_mask_is_exactly_what_the_grammar_takes(engine):
     """Token by token: the matcher consumes what the mask allows, and refuses what it forbids."""
     rules = grammar(PERSON)
-    guide = chat_server.Grammar(engine.tokenizer, rules)
+    guide = Grammar(engine.tokenizer, rules)
     for token in engine.tokenizer.encode('{"name": "Bo"'):
         assert guide.feed(token)
     guide.mask.set_result(guide.matcher.compute_bitmask())
     flags = guide.allowed(engine.tokenizer.vocab_size)
     assert 0 < flags.sum() < 20
     for token in [*flags.nonzero()[0].tolist(), 5, 65, 200]:
-        probe = chat_server.Grammar(engine.tokenizer, rules)
+        probe = Grammar(engine.tokenizer, rules)
         for before in engine.tokenizer.encode('{"name": "Bo"'):
             probe.feed(before)
         assert probe.feed(token) == bool(flags[token])
@@ -270,7 +279,7 @@ def numbers(count, title=""):
     return {"type": "object", "properties": properties, "required": list(properties), "title": title}
 
 
-@pytest.mark.skipif(not chat_server.heap_bytes(), reason="the heap of this system does not tell its size")
+@pytest.mark.skipif(not heap_bytes(), reason="the heap of this system does not tell its size")
 @pytest.mark.parametrize("schema", [
     numbers(100), {"type": "object", "properties": {"x": {"type": "integer", "multipleOf": 99_991}}, "required": ["x"]}])
 def test_a_schema_that_takes_too_much_memory_to_follow_is_refused(schema):
@@ -280,7 +289,7 @@ def test_a_schema_that_takes_too_much_memory_to_follow_is_refused(schema):
     grammar(numbers(30))
 
 
-@pytest.mark.skipif(not chat_server.heap_bytes(), reason="the heap of this system does not tell its size")
+@pytest.mark.skipif(not heap_bytes(), reason="the heap of this system does not tell its size")
 def test_compiled_schemas_are_kept_only_as_far_as_memory_goes(engine):
     engine.grammars.clear()
     compiled = []
@@ -300,9 +309,9 @@ def test_what_earlier_answers_added_to_a_grammar_does_not_break_later_ones(defau
     works = [assignment("a", prompt, SamplingParams(2.0, seed=seed, top_k=0), 20, grammar="start: /[01]*1[01]{12}[01]*/") for seed in range(6)]
     roomy = [pieces(engine, [each])["a"] for each in works]
     engine.grammars.clear()
-    monkeypatch.setitem(chat_server.GRAMMAR_LIMITS, "max_lexer_states", 150)        # one answer adds some 40
-    made, original = [], chat_server.Grammar.__init__
-    monkeypatch.setattr(chat_server.Grammar, "__init__", lambda self, *given: made.append(self) or original(self, *given))
+    monkeypatch.setitem(GRAMMAR_LIMITS, "max_lexer_states", 150)        # one answer adds some 40
+    made, original = [], Grammar.__init__
+    monkeypatch.setattr(Grammar, "__init__", lambda self, *given: made.append(self) or original(self, *given))
     tight = [pieces(engine, [each])["a"] for each in works]
     assert 1 < len(made) < 6 and [text_of(each) for each in tight] == [text_of(each) for each in roomy]
     assert all(each[-1].reason == "length" for each in tight)

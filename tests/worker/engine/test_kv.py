@@ -4,7 +4,9 @@ import random
 
 import pytest
 
-from chat_server import PAGE_SIZE, PagePool, group_layers
+from chatlm.common.config import PAGE_SIZE
+from chatlm.worker.engine.kvcache import PagePool
+from chatlm.worker.model.spec import group_layers
 from integrity import check_pages
 
 

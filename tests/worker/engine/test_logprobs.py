@@ -7,8 +7,13 @@ import numpy
 import pytest
 import torch
 
-import chat_server
-from chat_server import Batch, PAGE_SIZE, SampleRow, SamplingParams
+from chatlm.common.config import PAGE_SIZE
+from chatlm.common.messages.requests import SamplingParams, TokenLogprob
+from chatlm.front.api.encode_openai import logprob_number
+from chatlm.worker.engine.engine import logprob_of
+from chatlm.worker.model.spec import Batch
+from chatlm.worker.ops.rows import SampleRow
+from chatlm.worker.ops.sampling import penalize
 from engines import make_engine, pieces
 from works import assignment, changed
 
@@ -70,7 +75,7 @@ def test_penalties_and_bias_count_and_temperature_does_not(engine):
     tokens = [token for piece in found for token in piece.tokens]
     logits = logits_of(engine, [*PROMPT, *tokens])[len(PROMPT) - 1:-1].numpy()
     rows = [SampleRow(work.sampling, len(PROMPT) + i, [*PROMPT, *tokens[:i]], len(PROMPT)) for i in range(len(tokens))]
-    logits = torch.from_numpy(numpy.stack([chat_server.penalize(*pair) for pair in zip(logits, rows)]))
+    logits = torch.from_numpy(numpy.stack([penalize(*pair) for pair in zip(logits, rows)]))
     check([entry for piece in found for entry in piece.logprobs], logits, tokens, 3)
 
 
@@ -95,7 +100,7 @@ def test_prompts_are_scored_whole_also_when_their_pages_are_cached_and_steps_hav
     assert max(rows) <= engine.scheduler.max_rows == 8
     for i, work in enumerate(scored):
         scores, rest = scores_and_rest(found[work.id])
-        assert scores[0] == chat_server.TokenLogprob(PROMPT[i], None)
+        assert scores[0] == TokenLogprob(PROMPT[i], None)
         check(scores[1:], logits_of(engine, work.prompt_ids)[:-1], work.prompt_ids[1:], 2)
         assert len(rest[0].tokens) == 1 and rest[0].cached_tokens == 0
 
@@ -133,6 +138,6 @@ def test_the_token_that_ends_an_answer_has_no_logprob(engine):
 
 def test_the_largest_and_smallest_numbers_stay_numbers():
     line = numpy.array([-numpy.inf, 3.4e38, 0.0, -3.4e38], dtype=numpy.float32)
-    found = chat_server.logprob_of(line, 2, 4)
-    assert found.top[0] == (1, 0.0) and chat_server.logprob_number(found.logprob) == -9999.0
-    assert all(chat_server.logprob_number(logprob) >= -9999.0 for _, logprob in found.top)
+    found = logprob_of(line, 2, 4)
+    assert found.top[0] == (1, 0.0) and logprob_number(found.logprob) == -9999.0
+    assert all(logprob_number(logprob) >= -9999.0 for _, logprob in found.top)

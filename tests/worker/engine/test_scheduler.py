@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 import chat_server
-from chat_server import PAGE_SIZE, PagePool, SamplingParams, Scheduler, Sequence
+from chatlm.common.config import PAGE_SIZE
+from chatlm.common.messages.requests import SamplingParams
+from chatlm.worker.engine.kvcache import PagePool
+from chatlm.worker.engine.scheduler import Scheduler, Sequence
 from works import assignment
 from integrity import check_sequences
 
@@ -199,8 +202,10 @@ def test_random_traffic_loses_no_page_and_starves_nobody(clients):
 
 
 def test_scheduling_needs_no_torch():
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); import chat_server as c; "
-            "s = c.Scheduler(c.PagePool(9), max_batch=2, prefill_chunk=8); "
-            "s.add(c.Sequence(c.Assignment('a', (1, 2), c.AnswerParams(), 5), [1, 2], 7)); assert len(s.schedule()) == 1; "
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); from chatlm.common.messages.requests import AnswerParams; "
+            "from chatlm.worker.engine.kvcache import PagePool; "
+            "from chatlm.worker.engine.scheduler import Assignment, Scheduler, Sequence; "
+            "s = Scheduler(PagePool(9), max_batch=2, prefill_chunk=8); "
+            "s.add(Sequence(Assignment('a', (1, 2), AnswerParams(), 5), [1, 2], 7)); assert len(s.schedule()) == 1; "
             "assert not {'torch', 'numpy'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code, str(Path(chat_server.__file__).parent)], check=True, timeout=60)

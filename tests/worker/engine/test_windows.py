@@ -7,8 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import chat_server as cs
-from chat_server import PAGE_SIZE, PagePool, SamplingParams, Scheduler, Sequence
+from chatlm.common.config import PAGE_SIZE
+from chatlm.common.core import decode_core
+from chatlm.common.messages.requests import SamplingParams
+from chatlm.common.text.load import open_tokenizer
+from chatlm.worker.engine.engine import Engine
+from chatlm.worker.engine.kvcache import PagePool
+from chatlm.worker.engine.scheduler import Scheduler, Sequence
+from chatlm.worker.model.spec import group_layers
+from chatlm.worker.model.transformer import Transformer
 from engines import make_engine, pieces, run
 from families import clear_cases, load, make_model, save
 from works import assignment
@@ -52,7 +59,7 @@ def check(engine, cases, works=None, **options):
     return result, seen.most
 
 
-BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(cs.decode_core() is None, reason="not built"))]
+BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(decode_core() is None, reason="not built"))]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -151,11 +158,11 @@ def test_cuda_steps_give_pages_back_too(made, name, request, monkeypatch):
     monkeypatch.setattr(cuda_steps, "CudaQueue", lambda device: backends.HostQueue())
     folder, cases = made(name)
     model = load(folder)
-    groups = cs.group_layers(model.spec.windows, model.spec.layers, 512)
+    groups = group_layers(model.spec.windows, model.spec.layers, 512)
     kernels = emulated.kernels(model.spec)
-    transformer = cs.Transformer(model.spec, dict(model.tensors), kernels, num_pages=60, max_tokens=68, max_rows=8, dtype=torch.float32,
-                                 device=emulated.device, groups=groups)
-    engine = cs.Engine(transformer, cs.open_tokenizer(model.text), kernels, num_pages=60, max_batch=4, context_length=512, prefill_chunk=64)
+    transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=60, max_tokens=68, max_rows=8, dtype=torch.float32,
+                              device=emulated.device, groups=groups)
+    engine = Engine(transformer, open_tokenizer(model.text), kernels, num_pages=60, max_batch=4, context_length=512, prefill_chunk=64)
     works = [replace(work, max_tokens=12) for work in works_of(cases)[1:]]
     with torch.inference_mode():
         engine.steps.prepare(lambda fraction: None)

@@ -9,8 +9,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import chat_server as cs
-from chat_server import ModelSpec, Transformer
+from chatlm.common.config import Settings
+from chatlm.common.hub.find import resolve_model
+from chatlm.worker.model.kernels import load_kernels
+from chatlm.worker.model.spec import ModelSpec, expected_tensors
+from chatlm.worker.model.transformer import Transformer
+from chatlm.worker.weights.load import open_model
 from engines import make_batch
 
 GENERATIONS = ("gen1", "gen2", "gen3", "gen4", "gen5")
@@ -22,17 +26,17 @@ def llama_like(seed=0, **changes):
                      max_positions=512, qkv_bias=True, rope_factors=(1.0, 2.0, 4.0, 8.0), **changes)
     random = torch.Generator().manual_seed(seed)
     return spec, {name: torch.randn(shape, generator=random) * (0.15 if len(shape) > 1 else 1.0)
-                  for name, shape in cs.expected_tensors(spec).items()}
+                  for name, shape in expected_tensors(spec).items()}
 
 
 def nanochat_like(folder, name):
-    settings = cs.Settings(model=str(folder / name))
-    model = cs.open_model(cs.resolve_model(settings), settings, torch.float32)
+    settings = Settings(model=str(folder / name))
+    model = open_model(resolve_model(settings), settings, torch.float32)
     return model.spec, model.tensors
 
 
 def transformer(spec, tensors, kernels=None, num_pages=80, dtype=torch.float32):
-    kernels = kernels or cs.load_kernels("cpu")
+    kernels = kernels or load_kernels("cpu")
     return Transformer(spec, dict(tensors), kernels, num_pages=num_pages, max_tokens=400, dtype=dtype)
 
 
@@ -132,7 +136,7 @@ class NoArithmetic(TorchDispatchMode):
 
 def recording_kernels(calls, guard):
     """The reference ops; each call also appends (op, arguments) to `calls`."""
-    kernels = cs.load_kernels("cpu")
+    kernels = load_kernels("cpu")
 
     def recorded(op):
         def call(*args, **kwargs):
@@ -187,7 +191,7 @@ def test_weights_are_taken_over_and_a_tied_head_is_the_embedding():
     spec, tensors = llama_like(tied_head=True)
     tensors["head"] = tensors["embed"]
     given = dict(tensors)
-    model = Transformer(spec, given, cs.load_kernels("cpu"), num_pages=4, max_tokens=8, dtype=torch.float32)
+    model = Transformer(spec, given, load_kernels("cpu"), num_pages=4, max_tokens=8, dtype=torch.float32)
     assert not given and model.weights["head"] is model.weights["embed"]
 
 
@@ -200,5 +204,5 @@ def test_page_bytes_is_what_a_page_takes():
 def test_expected_tensors_counts_the_parameters_of_smollm2():
     spec = ModelSpec(vocab_size=49152, layers=30, width=576, heads=9, kv_heads=3, head_size=64, ffn_size=1536,
                      max_positions=8192, tied_head=True)
-    shapes = {name: shape for name, shape in cs.expected_tensors(spec).items() if name != "head"}
+    shapes = {name: shape for name, shape in expected_tensors(spec).items() if name != "head"}
     assert sum(map(math.prod, shapes.values())) == 134_515_008

@@ -7,10 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-import chat_server as cs
-from chat_server import PAGE_SIZE, ModelSpec
+from chatlm.common.config import PAGE_SIZE
+from chatlm.common.messages.requests import SamplingParams
+from chatlm.worker.model.kernels import load_kernels
+from chatlm.worker.model.spec import ModelSpec
+from chatlm.worker.ops import attention
+from chatlm.worker.ops.attention import rope_tables
+from chatlm.worker.ops.basic import GATES, Norm
+from chatlm.worker.ops.rows import SampleRow
+from patching import patch
 
-KERNELS = cs.load_kernels("cpu")
+KERNELS = load_kernels("cpu")
 
 
 def random(*shape, seed=0, scale=1.0, dtype=torch.float32):
@@ -79,7 +86,7 @@ def test_packed_and_plain_products_are_products(rows, kind, tolerance, bias):
         close(out, expected, tolerance)
 
 
-@pytest.mark.parametrize("norm", [None, cs.Norm(None, 1e-5), cs.Norm(random(96, seed=7), 1e-5)])
+@pytest.mark.parametrize("norm", [None, Norm(None, 1e-5), Norm(random(96, seed=7), 1e-5)])
 @pytest.mark.parametrize("activation", [None, "relu2", "swiglu", "geglu"])
 @pytest.mark.parametrize("channels", [96, 12])
 def test_linear_norms_first_and_activates_and_adds_afterwards(norm, activation, channels):
@@ -88,7 +95,7 @@ def test_linear_norms_first_and_activates_and_adds_afterwards(norm, activation, 
     y = normed[:, :channels] @ f64(weight).T
     if activation == "relu2":
         y = np.maximum(y, 0) ** 2
-    if activation in cs.GATES:
+    if activation in GATES:
         g = y[:, :40]
         gate = g * sigmoid(g) if activation == "swiglu" else g / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (g + 0.044715 * g**3)))
         y, residual = gate * y[:, 40:], residual[:, :40].contiguous()
@@ -166,7 +173,7 @@ def test_rope_append_normalizes_rotates_gates_and_appends(variant):
     value_embed, gate = (random(4, 16, seed=4), random(4, 2, seed=5)) if spec.value_embed_layers else (None, None)
     q, k, v = rope_reference(qkv, positions, spec, q_norm, k_norm, value_embed, gate)
     rotated = torch.full((4, 32), math.nan)
-    KERNELS.rope_append(qkv, *cs.rope_tables(spec, "cpu"), torch.tensor(positions), slots, cache, out=rotated, norm=spec.qk_norm,
+    KERNELS.rope_append(qkv, *rope_tables(spec, "cpu"), torch.tensor(positions), slots, cache, out=rotated, norm=spec.qk_norm,
                         q_norm=q_norm, k_norm=k_norm, eps=spec.norm_eps, post_scale=spec.qk_scale, value_embed=value_embed,
                         gate=gate, gate_scale=spec.ve_gate_scale)
     close(rotated.reshape(4, 4, 8), q)
@@ -223,7 +230,7 @@ def test_paged_attention_is_attention_over_each_rows_own_pages(sequences, window
             for table, length in zip(batch.tables, batch.lengths) for p in range(length)}
     cache[[slot for slot in range(40 * PAGE_SIZE) if slot not in used]] = 1e4       # others' keys must not leak in
     out = torch.full((len(q), 48), math.nan)
-    monkeypatch.setattr(cs, "SCRATCH_SCORES", 4 * 3 * 90)       # four queries at once of the longest
+    patch(monkeypatch, attention, "SCRATCH_SCORES", 4 * 3 * 90)       # four queries at once of the longest
     plan = KERNELS.plan_attention(batch, batch.positions, [window, 0], torch.float32)
     KERNELS.paged_attention(q.reshape(len(q), 48), cache, plan, window, out=out)
     close(out, expected)
@@ -247,6 +254,6 @@ def test_every_op_has_an_implementation_and_a_name():
 
 def test_sampling_takes_logits_of_any_type_and_returns_plain_ints():
     logits = torch.tensor([[0.0, 9, 1], [5, 0, 0]], dtype=torch.bfloat16)
-    rows = [cs.SampleRow(cs.SamplingParams(temperature=0), 0)] * 2
+    rows = [SampleRow(SamplingParams(temperature=0), 0)] * 2
     tokens = KERNELS.sample(logits, rows)
     assert tokens == [1, 0] and all(type(token) is int for token in tokens)

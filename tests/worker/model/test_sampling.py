@@ -7,8 +7,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-import chat_server as cs
-from chat_server import SampleRow, SamplingParams
+from chatlm.common.messages.requests import SamplingParams
+from chatlm.worker.ops import sampling
+from chatlm.worker.ops.rows import SampleRow
+from chatlm.worker.ops.sampling import (EXP_CUTOFF, FLOAT_MAX, clean_logits, exp_weights, gumbel, log_contract, penalize, philox, sample_reference,
+                                        survivors, uniform_noise)
 from near_tie import Traced, assert_same_tokens_or_near_tie
 
 NEG_INF = np.float32(-np.inf)
@@ -16,7 +19,7 @@ NEG_INF = np.float32(-np.inf)
 
 def draw(logits, position=0, **params):
     row = SampleRow(SamplingParams(**params), position)
-    return int(cs.sample_reference(np.asarray(logits, np.float32)[None], [row])[0])
+    return int(sample_reference(np.asarray(logits, np.float32)[None], [row])[0])
 
 
 def many_draws(logits, count, position=0, step=1, **params):
@@ -26,8 +29,8 @@ def many_draws(logits, count, position=0, step=1, **params):
     for start in range(0, count, 5000):
         end = min(count, start + 5000)
         rows = [SampleRow(SamplingParams(**params), position + step * i) for i in range(start, end)]
-        ids, z = cs.survivors(logits, rows[0].params)
-        tokens.append(cs.draw([(ids, z)] * len(rows), rows))
+        ids, z = survivors(logits, rows[0].params)
+        tokens.append(sampling.draw([(ids, z)] * len(rows), rows))
     return np.concatenate(tokens)
 
 
@@ -42,39 +45,39 @@ def many_draws(logits, count, position=0, step=1, **params):
 ])
 def test_philox_gives_random123s_known_answers(counter, key, words):
     columns = [np.array(values, np.uint64)[:, None].repeat(3, axis=1) for values in (counter, key)]
-    assert cs.philox(*columns).tolist() == [[word] * 3 for word in words]
+    assert philox(*columns).tolist() == [[word] * 3 for word in words]
 
 
 def test_the_noise_of_an_id_is_its_lane_of_the_counter_made_of_group_position_and_choice():
     seed, position, choice = 0xA409382212345678, 0x9876543210, 5
     ids = np.array([2, 3, 7, 49151])
     seeds = np.array([1, seed, seed, seed, seed], np.uint64)
-    u = cs.uniform_noise(np.concatenate(([2], ids)), seeds, position, choice)[1:]
+    u = uniform_noise(np.concatenate(([2], ids)), seeds, position, choice)[1:]
     for token, value in zip(ids.tolist(), u):
         counter = np.array([[token // 4], [position & 0xFFFFFFFF], [position >> 32], [choice]], np.uint64)
         key = np.array([[seed & 0xFFFFFFFF], [seed >> 32]], np.uint64)
-        assert value == (int(cs.philox(counter, key)[token % 4, 0]) + 0.5) / 2**32
+        assert value == (int(philox(counter, key)[token % 4, 0]) + 0.5) / 2**32
 
 
 def test_the_contracts_logarithm_is_accurate_near_one_and_far_from_it():
     rng = np.random.default_rng(1)
     x = np.concatenate([1 - (rng.integers(0, 2**32, 10000) + 0.5) / 2**32, 10.0 ** rng.uniform(-11, 2, 10000),
                         [1 - 2.0**-33, 2.0**-33, 0.7071067811865476, 0.70710678, 1.4142135]])
-    assert np.max(np.abs(cs.log_contract(x) / np.log(x) - 1)) < 1e-14
+    assert np.max(np.abs(log_contract(x) / np.log(x) - 1)) < 1e-14
 
 
 def test_exponential_weights_are_exact_at_the_ends_and_close_between():
     z = np.linspace(-30, 0, 100001, dtype=np.float32)
-    weights = cs.exp_weights(z)
-    assert weights[-1] == 2**40 and cs.exp_weights(np.float32([-np.inf, -27.71, -27.7])).tolist() == [0, 0, 1]
+    weights = exp_weights(z)
+    assert weights[-1] == 2**40 and exp_weights(np.float32([-np.inf, -27.71, -27.7])).tolist() == [0, 0, 1]
     exact = np.exp(z.astype(np.float64)) * 2.0**40
-    kept = z >= np.float32(cs.EXP_CUTOFF)
+    kept = z >= np.float32(EXP_CUTOFF)
     assert not weights[~kept].any() and (np.diff(weights.astype(np.int64)) >= 0).all()
     assert np.max(np.abs(weights[kept] - exact[kept]) / (1 + 4e-7 * exact[kept])) <= 1
 
 
 def test_uniform_noise_passes_a_chi_square_and_reaches_both_ends():
-    u = cs.uniform_noise(np.arange(1_000_000), 9, 77, 0)
+    u = uniform_noise(np.arange(1_000_000), 9, 77, 0)
     counts = np.bincount((u * 1000).astype(int), minlength=1000)
     assert chi_square_p(counts, np.full(1000, 1e-3)) > 1e-4
     assert 0 < u.min() < 1e-5 and 1 - 1e-5 < u.max() < 1
@@ -89,8 +92,8 @@ def brute_survivors(logits, top_k=0, top_p=1.0, min_p=0.0, temperature=1.0):
     if top == -math.inf:
         return [0]
     with np.errstate(over="ignore"):
-        z = (logits - top) * np.float32(min(1 / temperature, cs.FLOAT_MAX))
-    weight = cs.exp_weights(z).tolist()
+        z = (logits - top) * np.float32(min(1 / temperature, FLOAT_MAX))
+    weight = exp_weights(z).tolist()
     kept = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[:top_k or None]
     if top_p < 1:
         target = max(1, int(Fraction(sum(weight[i] for i in kept)) * round(top_p * 2**32) / 2**32))
@@ -128,23 +131,23 @@ def test_survivors_are_those_of_a_brute_force_sort(V):
                 dict(top_p=0.0), dict(top_p=0.5), dict(top_p=0.999999), dict(min_p=1.0), dict(min_p=0.05),
                 dict(temperature=1e-6), dict(temperature=2.0, top_p=0.3),
                 dict(top_k=40, top_p=0.95), dict(top_k=40, top_p=0.95, min_p=0.1), dict(top_p=0.9, min_p=0.2)]
-    rows = [cs.clean_logits(row) for _ in range(1 if V == 5000 else 4) for row in edge_rows(rng, V)]
+    rows = [clean_logits(row) for _ in range(1 if V == 5000 else 4) for row in edge_rows(rng, V)]
     for logits in rows:
         for chosen in settings:
-            ids, z = cs.survivors(logits, SamplingParams(**(dict(temperature=1.0, top_k=0) | chosen)))
+            ids, z = survivors(logits, SamplingParams(**(dict(temperature=1.0, top_k=0) | chosen)))
             assert ids.tolist() == brute_survivors(logits, **chosen), chosen
             assert (z <= 0).all()
 
 
 def test_exactly_k_survive_and_the_lower_ids_win_the_ties():
     logits = np.float32([1, 2, 2, 2, 2, 0])
-    assert cs.survivors(logits, SamplingParams(top_k=3))[0].tolist() == [1, 2, 3]
+    assert survivors(logits, SamplingParams(top_k=3))[0].tolist() == [1, 2, 3]
     wide = np.zeros(49152, np.float32)
-    assert cs.survivors(wide, SamplingParams(top_k=50))[0].tolist() == list(range(50))
+    assert survivors(wide, SamplingParams(top_k=50))[0].tolist() == list(range(50))
 
 
 def test_top_p_keeps_the_lowest_ids_among_ties_at_the_cut():
-    ids, _ = cs.survivors(np.zeros(8, np.float32), SamplingParams(temperature=1.0, top_k=0, top_p=0.5))
+    ids, _ = survivors(np.zeros(8, np.float32), SamplingParams(temperature=1.0, top_k=0, top_p=0.5))
     assert ids.tolist() == [0, 1, 2, 3]
 
 
@@ -172,14 +175,14 @@ def test_a_tiny_temperature_is_greedy_and_top_k_one_is_greedy():
 def test_penalties_and_bias_apply_in_the_documented_order():
     row = SampleRow(SamplingParams(repetition_penalty=2.0, frequency_penalty=0.5, presence_penalty=0.25,
                                    logit_bias=((1, 10.0), (4, -np.inf))), 5, [0, 3, 1, 1, 2], 2)
-    penalized = cs.penalize(np.float32([4, 4, -4, -4, 4]), row)
+    penalized = penalize(np.float32([4, 4, -4, -4, 4]), row)
     # 0 and 3 are prompt only: repetition alone; 1 twice and 2 once in the answer; 4 nowhere, but banned
     assert penalized.tolist() == [2, 2 - 1.0 - 0.25 + 10, -8 - 0.5 - 0.25, -8, -np.inf]
 
 
 def test_penalties_leave_the_callers_logits_alone():
     logits = np.ones((1, 8), np.float32)
-    cs.sample_reference(logits, [SampleRow(SamplingParams(logit_bias=((3, 5.0),)), 0)])
+    sample_reference(logits, [SampleRow(SamplingParams(logit_bias=((3, 5.0),)), 0)])
     assert (logits == 1).all()
 
 
@@ -200,19 +203,19 @@ def mixed_rows(rng, count, V):
 def test_a_row_draws_the_same_token_alone_and_in_any_batch():
     rng = np.random.default_rng(7)
     logits, rows = mixed_rows(rng, 32, 5000)
-    together = cs.sample_reference(logits, rows).tolist()
-    assert together == [int(cs.sample_reference(logits[i:i + 1], rows[i:i + 1])[0]) for i in range(32)]
+    together = sample_reference(logits, rows).tolist()
+    assert together == [int(sample_reference(logits[i:i + 1], rows[i:i + 1])[0]) for i in range(32)]
     order = rng.permutation(32)
-    assert [together[i] for i in order] == cs.sample_reference(logits[order], [rows[i] for i in order]).tolist()
+    assert [together[i] for i in order] == sample_reference(logits[order], [rows[i] for i in order]).tolist()
 
 
 def test_a_draw_is_the_argmax_of_exact_scores_over_all_survivors():
     rng = np.random.default_rng(8)
     logits, rows = mixed_rows(rng, 64, 3000)
-    for line, row, token in zip(logits, rows, cs.sample_reference(logits, rows).tolist()):
+    for line, row, token in zip(logits, rows, sample_reference(logits, rows).tolist()):
         if row.params.temperature > 0:
-            ids, z = cs.survivors(cs.penalize(line, row), row.params)
-            noise = cs.gumbel(cs.uniform_noise(ids, row.params.seed, row.position, row.params.choice))
+            ids, z = survivors(penalize(line, row), row.params)
+            noise = gumbel(uniform_noise(ids, row.params.seed, row.position, row.params.choice))
             assert token == ids[np.argmax(z.astype(np.float64) + noise)]
 
 
@@ -247,7 +250,7 @@ def test_tokens_follow_the_softmax_law_of_the_survivors(params):
     logits = (np.random.default_rng(11).standard_normal(200) * 1.5).astype(np.float32)
     draws = 60_000
     tokens = many_draws(logits, draws, seed=21, **params)
-    ids, z = cs.survivors(logits, SamplingParams(**params))
+    ids, z = survivors(logits, SamplingParams(**params))
     law = np.zeros(200)
     law[ids] = np.exp(z.astype(np.float64)) / np.exp(z.astype(np.float64)).sum()
     counts = np.bincount(tokens, minlength=200)

