@@ -1,0 +1,147 @@
+"""docs/architecture.md and the manual name what is there: each path exists, and each name is defined where they say."""
+
+import ast
+import configparser
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+SECTIONS = {part.split("\n")[0]: part for part in TEXT.split("\n## ")[1:]}
+CHANGES = dict(re.findall(r"^\| (an? [^|]+|what) \| (.*) \|$", SECTIONS["Where do I change ..."], re.MULTILINE))
+MANUAL = ast.get_docstring(ast.parse((ROOT / "chat_server.py").read_text(encoding="utf-8")), clean=False)
+MODULES = [ROOT / "chat_server.py", *sorted((ROOT / "chatlm").rglob("*.py"))]
+FILE = re.compile(r"[\w./-]+(?:/|\.(?:py|md|js|css|html|h|cpp|ini|toml))")
+
+
+@cache
+def definitions(path: Path) -> dict[str, int]:
+    """What a module defines -> its number of lines: functions, constants, classes with their methods and attributes."""
+    found = {}
+
+    def read(body, prefix):
+        for node in body:
+            targets = getattr(node, "targets", [getattr(node, "target", None)])
+            names = [node.name] if hasattr(node, "name") else [each.id for target in filter(None, targets) for each in ast.walk(target)
+                                                               if isinstance(each, ast.Name)]
+            found.update({prefix + name: node.end_lineno - node.lineno + 1 for name in names})
+            if isinstance(node, ast.ClassDef):
+                read(node.body, f"{node.name}.")
+
+    read(ast.parse(path.read_text(encoding="utf-8")).body, "")
+    return found
+
+
+def defines(place: Path, name: str) -> bool:
+    if place.is_dir():
+        return any(defines(path, name) for path in place.rglob("*.py"))
+    if place.suffix == ".py":
+        return name in definitions(place)
+    return re.search(rf"\b(?:const|let|function|class|struct|enum class|enum) {name}\b", place.read_text(encoding="utf-8")) is not None
+
+
+def named(text: str) -> list[tuple[str, str]]:
+    """(place, name) of each name in backticks, which follows its place; a place without names comes with ""."""
+    found, place = [], ""
+    for word in re.findall(r"`([^`\n]+)`", text):
+        if FILE.fullmatch(word):
+            place = word
+            found.append((place, ""))
+        elif re.fullmatch(r"[A-Za-z_]\w*(?:\.\w+)?", word) and place:
+            found.append((place, word))
+    return found
+
+
+def path_of(place: str) -> Path:
+    """A module of tests may be named without its folder."""
+    return next(ROOT.glob(f"tests/**/{place}"), ROOT / place) if place.startswith("test_") else ROOT / place
+
+
+def wrong(text: str) -> list[tuple[str, str]]:
+    return [(place, name) for place, name in named(text)
+            if not path_of(place).exists() or name and not defines(path_of(place), name)]
+
+
+@pytest.mark.parametrize("what", [what for what in CHANGES if what != "what"])
+def test_what_a_change_touches_is_where_the_table_says(what):
+    assert len(named(CHANGES[what])) > 3 and wrong(CHANGES[what]) == []
+
+
+def test_the_table_has_a_row_for_each_usual_change():
+    assert [*CHANGES][1:] == ["a route", "a field", "a flag", "a family", "a call format", "an op", "a message", "a metric", "an error",
+                              "a page element", "a rank's shard", "a weight type"]
+
+
+def test_a_name_that_is_not_there_is_found():
+    assert wrong("`chat_server.py`: `ROUTES`, `Front.handle_answer`; `chatlm/common/`: `FLAGS`; `static/strings.js`: `TEXT`") == []
+    assert wrong("`chat_server.py`: `FLAGS`") and wrong("`chatlm/front/`: `ModelSpec`") and wrong("`chatlm/nowhere.py`") and wrong(
+        "`static/strings.js`: `ROUTES`") and wrong("`csrc/cpu/tiles/tiles.h`: `Nothing`") and wrong("`test_nothing.py`")
+
+
+@pytest.mark.parametrize("title", ["Houses and rooms", "Processes", "Exactness and failover"])
+def test_the_other_sections_name_what_is_there(title):
+    text = re.sub("`(Settings|row_invariant|chat|generate)`", "", SECTIONS[title])      # words of users, a name said in passing
+    assert named(text) and wrong(text) == []
+
+
+def test_the_life_of_a_request_can_be_read_in_an_evening():
+    life = SECTIONS["The life of a request"].split("In the front:")[1]
+    places = [(place, name) for place, name in named(life) if name]
+    assert wrong(life) == [] and len(places) > 40
+    lines = sum(definitions(ROOT / place)[name] for place, name in dict.fromkeys(places))
+    assert lines <= 1500, f"{lines} lines"
+
+
+def test_every_room_is_on_both_maps():
+    rooms = {f"{path.parent.relative_to(ROOT)}/" for path in MODULES if path.name == "__init__.py"} - {"chatlm/"}
+    listed = {place for place, _ in named(SECTIONS["Houses and rooms"])}
+    drawn, house = set(), ""
+    for word in re.findall(r"^ +(\S+/)(?:\*\.py)? ", MANUAL.split("each above those that it may import")[1].split("Life of a request")[0], re.MULTILINE):
+        if word.startswith("chatlm/"):
+            house = "/".join(word.split("/")[:2]) + "/"
+        drawn |= {house, word if word.startswith("chatlm/") else house + word}
+    assert rooms == drawn and rooms <= listed
+
+
+def test_each_package_says_what_it_is_for():
+    for path in (path for path in MODULES if path.name == "__init__.py"):
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        assert text, path
+        if path.parent.parent.name == "chatlm":         # a house
+            assert "Never in here: " in text and 4 <= len(text.split("\n")) <= 7, path
+
+
+def test_the_layers_are_those_that_the_linter_checks():
+    linter = configparser.ConfigParser()
+    linter.read(ROOT / "importlinter.ini")
+    contracts = {section["containers"]: " > ".join(section["layers"].split("\n")[1:])
+                 for section in linter.values() if section.get("type") == "layers"}
+    assert dict(re.findall(r"^(chatlm[.a-z]*) +(\S.*)$", SECTIONS["What may import what"], re.MULTILINE)) == contracts
+
+
+def test_every_role_is_in_the_table_of_processes():
+    start = ast.parse((ROOT / "chatlm/common/processes/start.py").read_text(encoding="utf-8"))
+    (roles,) = (ast.literal_eval(node.value) for node in start.body if isinstance(node, ast.Assign) and node.targets[0].id == "ROLES")
+    rows = re.findall(r"^\| (\w+) \| `([\w/]+)\.py`: `(\w+)` \|", SECTIONS["Processes"], re.MULTILINE)
+    assert {role: f"{module.replace('/', '.')}:{function}" for role, module, function in rows if role != "front"} == roles
+
+
+def test_the_life_of_a_request_in_the_manual_names_real_functions():
+    life = MANUAL.split("Life of a request")[1].split("docs/architecture.md")[0]
+    names = re.findall(r"[A-Za-z_]+(?:\.[a-z_]+)?", re.sub(r"(front|worker) process", "", life))
+    known = {name for path in MODULES for name in definitions(path)}
+    assert len(names) > 25 and set(names) <= known
+
+
+def test_the_glossary_of_the_manual_names_what_is_there():
+    names = re.findall(r"`([A-Za-z_]+)`", MANUAL.split("Glossary")[1].split("A worker that dies")[0])
+    known = {known for path in MODULES for known in definitions(path)}
+    assert len(names) > 10 and [name for name in names if name not in known] == ["n"]
+
+
+def test_the_manual_fits_a_terminal():
+    lines = MANUAL.split("\n")
+    assert len(lines) <= 90 and max(map(len, lines)) <= 110
