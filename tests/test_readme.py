@@ -66,3 +66,15 @@ def test_the_pictures_and_files_it_names_exist():
 def test_every_route_is_in_the_readme():
     for route in chat_server.ROUTES:
         assert route.pattern + "`" in README, route
+
+
+def test_the_second_example_makes_a_bundle_and_runs_it_elsewhere():
+    examples = README.split("## Use")[1].split("```")[1].strip().split("\n")
+    assert examples[1].startswith("python chat_server.py bundle && scp chat_server.pyz gpu-box: ")
+    assert examples[2].startswith("python chat_server.pyz --num-gpus 8 ")
+
+
+def test_no_sentence_says_that_the_program_is_one_file():
+    for name in ("README.md", "SECURITY.md", "chat_server.py", "csrc/README.md", "docs/architecture.md", "pyproject.toml", "setup.py"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert re.findall(r"readable\s+file|copy\s+of\s+(?:this|the)\s+(?:file|script)|top\s+to\s+bottom|reference\s+in\s+the\s+file|not\s+this\s+file", text) == [], name
