@@ -460,7 +460,7 @@ def parse_command_line():
     names = [scenario.name for scenario in SCENARIOS] + [STARTUP]
     parser.add_argument("--only", type=lambda text: text.split(","), default=names, help=f"of {','.join(names)}")
     parser.add_argument("--ours-only", action="store_true", help="no llama-server")
-    parser.add_argument("--before", type=shlex.split, help="Python and chat_server.py of another version of ours, in one string")
+    parser.add_argument("--before", type=shlex.split, help="Python and chat_server.py (or a bundle) of another version of ours, in one string")
     parser.add_argument("--server-args", type=shlex.split, default=[], help="more flags for our server, in one string")
     parser.add_argument("--json", help="store every value in this file")
     arguments = parser.parse_args()

@@ -2,7 +2,7 @@
 
     python bench/kernels_end_to_end.py [--rounds 7] [--tokens 128]
 
-The same script on the same model, once with CHAT_SERVER_KERNELS=reference. Contestants alternate, and the
+The same program on the same model, once with CHAT_SERVER_KERNELS=reference. Contestants alternate, and the
 idle server takes no time. Prints medians and ratios. transformers in bfloat16 runs in the same rounds for
 comparison.
 """

@@ -83,7 +83,7 @@ class Ours:
 
 
 class ReferenceOps:
-    """The reference ops in float32 on `tensors`, named and shaped as chat_server.expected_tensors says."""
+    """The reference ops in float32 on `tensors`, named and shaped as `expected_tensors` (chatlm/worker/model/spec.py) says."""
 
     def __init__(self, name, spec, tensors):
         kernels = load_kernels("cpu")           # without a model's spec: the references

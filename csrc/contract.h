@@ -1,4 +1,4 @@
-// The arithmetic that every backend repeats bit for bit; `sample_reference` in chat_server.py is its definition.
+// The arithmetic that every backend repeats bit for bit; `sample_reference` in chatlm/worker/ops/sampling.py is its definition.
 // Plain functions for C++ and CUDA. Products and sums are rounded one by one (no fma): on the device by __fmul_rn and its
 // kin, on the host by -ffp-contract=off. Internal linkage throughout, because files with different instruction sets include it.
 #pragma once

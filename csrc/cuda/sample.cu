@@ -1,4 +1,4 @@
-// op       sample: one token per row, the same bits as chat_server.py's sample_reference on equal logits.
+// op       sample: one token per row, the same bits as chatlm's sample_reference on equal logits.
 // shapes   logits (B, V) f32 or bf16 with a row stride, V <= 2^18; parameters, tokens per row (launch.h).
 // mapping  One block per row, 1024 threads striding over the ids. An item is one u64 code, smaller is better:
 //          (distance of its key below the largest key) << id_bits | id. So top-k and top-p are each one number, the

@@ -1,4 +1,4 @@
-"""The seam between chat_server.py and this package. Both state its version; where those differ, chat_server
+"""The seam between chat_server and this package. Both state its version; where those differ, chat_server
 runs its references.
 
 `backend_for(spec, device, script)` returns None, or a backend: what computes a model's steps in chat_server's
@@ -30,8 +30,8 @@ place.
 
 `check(script, threads, say)` proves and measures every op that can run here: see report.py.
 
-`spec` is chat_server's ModelSpec. `script` holds what this package uses of chat_server.py
-(`for_decode_core`): that file runs as __main__ and is never imported here. torch is imported with a backend,
+`spec` is chat_server's ModelSpec. `script` holds what this package uses of chat_server (`for_decode_core` in
+chatlm/worker/model/kernels.py): nothing of chatlm is imported here. torch is imported with a backend,
 not with this package.
 """
 
