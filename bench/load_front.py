@@ -26,7 +26,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(os.environ.setdefault("CHAT_SERVER_DIR", str(Path(__file__).resolve().parent.parent)))   # Ray runs a copy of this file
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 import chat_server      # noqa: E402
 from chatlm.common.config import Settings    # noqa: E402
 from chatlm.common.hub.find import resolve_model    # noqa: E402
@@ -38,6 +38,7 @@ from chatlm.front.pool.local import LocalPool    # noqa: E402
 from chatlm.front.pool.ray import RayPool    # noqa: E402
 from chatlm.front.server.access import listen_on    # noqa: E402
 from chatlm.worker.weights.nanochat import read_nanochat_tokenizer    # noqa: E402
+from patching import replace_everywhere     # noqa: E402
 
 # of the first process: the others inherit fewer
 CORES = list(map(int, os.environ.setdefault("FAKE_CORES", ",".join(map(str, sorted(os.sched_getaffinity(0))))).split(",")))
@@ -45,11 +46,11 @@ FRONT_CORE, OTHER_CORES = CORES[:1], CORES[1:] or CORES
 STAMP = re.compile(rb'"token": "([\d.]+)')
 
 
-def fake_worker(where, parent):
+def worker_role(arguments):
     """A worker that sends each request a time stamp in every step, --rate steps a second, one message a
     step."""
     os.sched_setaffinity(0, OTHER_CORES)
-    channel = join_parent(where, parent, WORKER_PIPE)
+    channel = join_parent(*arguments, WORKER_PIPE)
     config, *_ = channel.receive(wait=True)
     rate, filler = float(os.environ["FAKE_RATE"]), "x" * int(os.environ["FAKE_PIECE_BYTES"])
     source = config.source or resolve_model(config.settings)
@@ -192,9 +193,11 @@ def main():
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
-        fake_worker(*sys.argv[2:])
+        worker_role(sys.argv[2:])
     elif sys.argv[1:2] == ["ray"]:
-        chat_server.__file__ = __file__     # the actors get this file
+        from chatlm.common import program
+        ours = {"chatlm/worker/entry.py": Path(__file__).read_bytes()}      # what the actors run as a worker
+        replace_everywhere(program, "program_bytes", lambda: program.archive(program.program_sources() | ours))
         os.sched_setaffinity(0, OTHER_CORES)
         sys.exit(ray_main(sys.argv[2:]))
     elif sys.argv[1:2] == ["front"]:

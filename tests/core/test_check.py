@@ -1,7 +1,6 @@
 """`chat_server.py check`: the report, its exit status, and that an op which is wrong is found."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from chatlm.common import core
 from chatlm.common.core import SEAM
 from chatlm.worker.model.kernels import for_decode_core
 from chatlm.worker.model.spec import ModelSpec
+from real_server import copy_program
 
 SCRIPT = Path(cs.__file__).resolve()
 needs_core = pytest.mark.skipif(core.decode_core() is None, reason="the compiled core is not installed")
@@ -90,10 +90,10 @@ def test_a_word_that_check_does_not_know_is_one_line_and_status_2(words):
     assert words[0] in run.stderr and "Traceback" not in run.stderr
 
 
-def test_a_copied_file_says_that_there_are_only_references(tmp_path):
-    shutil.copy(SCRIPT, tmp_path)
+def test_a_copied_program_says_that_there_are_only_references(tmp_path):
+    script = copy_program(tmp_path)
     (tmp_path / "decode_core.py").write_text("raise ImportError('not here')")
-    run = check(script=tmp_path / SCRIPT.name)
+    run = check(script=script)
     assert (run.returncode, run.stderr) == (0, "")
     assert "decode_core (seam none); decode_core is not installed" in run.stdout and "no compiled kernels here" in run.stdout
     assert f"torch {torch.__version__}" in run.stdout

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resolve().parents[2]))
 
-import chat_server      # noqa: E402
+from chatlm.common.processes.start import run_role      # noqa: E402
 
 actors = {}     # name -> Actor
 
@@ -104,4 +104,4 @@ if __name__ == "__main__":
     sys.modules |= {"ray": SimpleNamespace(init=init, nodes=nodes, remote=remote, put=lambda value: value, get=get, wait=wait, util=util,
                                            kill=Actor.kill, get_actor=actors.__getitem__),
                     "ray.util": util, "ray.util.scheduling_strategies": strategies}
-    os._exit(chat_server.main())        # without waiting for the actors
+    os._exit(run_role(*sys.argv[1:]))        # without waiting for the actors

@@ -30,7 +30,7 @@ templates = {}
 
 
 def start_child(command, role, environment, original=start.start_child):
-    """What chat_server.start_child does. Commands that change torch before it is used get processes of their own."""
+    """What start.start_child does. Commands that change torch before it is used get processes of their own."""
     if tuple(command) not in (start.PROCESS_COMMAND, DYING):
         return original(command, role, environment)
     kind = role == "worker", *sorted(item for item in environment.items() if item[0].startswith(READ_AT_LOAD))
@@ -161,6 +161,8 @@ if __name__ == "__main__":
     die_with_parent(os.getppid())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.argv[3]:
-        import torch        # noqa: F401
+        import chatlm.worker.process        # noqa: F401
         core.decode_core()
+    else:
+        import chatlm.common.processes.ray, chatlm.front.api.sandboxed      # noqa: E401, F401
     serve(*(socket.socket(fileno=int(each)) for each in sys.argv[1:3]))

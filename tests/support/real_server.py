@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,6 +15,13 @@ import psutil
 import chat_server
 
 SCRIPT = Path(chat_server.__file__).resolve()
+
+
+def copy_program(folder):
+    """chat_server.py with chatlm and static/, and nothing else of the checkout; returns the script."""
+    for name in ("chatlm", "static"):
+        shutil.copytree(SCRIPT.parent / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return Path(shutil.copy(SCRIPT, folder))
 
 
 def free_port():

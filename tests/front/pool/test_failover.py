@@ -14,13 +14,13 @@ import aiohttp
 import psutil
 import pytest
 
-import chat_server
 from chatlm.common import program
 from chatlm.common.config import Settings
 from chatlm.common.errors import EngineFailure
 from chatlm.common.messages.protocol import Loading
 from chatlm.common.messages.requests import Finished, Message, Piece, Request, SamplingParams
 from chatlm.common.messages.wire import BadMessage
+from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.text.formats import HARMONY
 from chatlm.common.text.grammar import check_grammar, json_grammar
 from chatlm.front.admission import prompts
@@ -267,7 +267,7 @@ async def test_a_worker_that_hangs_while_it_answers_is_replaced(start_pool, work
 
 
 async def test_an_idle_worker_that_hangs_is_replaced_before_anybody_asks(start_pool):
-    pool = await start_pool(worker_command=(sys.executable, chat_server.__file__))
+    pool = await start_pool(worker_command=(sys.executable, "-B", *PROCESS_COMMAND[1:]))        # not a forked one
     (worker,) = pool.workers
     os.kill(worker.process.pid, signal.SIGSTOP)
     assert await stopped_worker(pool) is worker

@@ -114,7 +114,7 @@ async def test_a_node_that_dies_in_mid_answer_changes_no_text_and_one_that_comes
         "host of c", *({"host of a", "host of b"} - {died[0].node})})
     assert await answers(pool, greedy("x", 200, ignore_eos=True), greedy("y", 200, ignore_eos=True)) == [wanted] * 2
     [script] = filter(Path.is_file, cache.rglob("*"))       # all used the same file, and those that were killed left nothing else
-    assert script.name == "chat_server.py" and script.read_bytes() == program_bytes()
+    assert script.name == "chatlm.pyz" and script.read_bytes() == program_bytes()
 
 
 async def test_who_waits_for_a_row_is_told_the_place_as_on_one_machine(cluster):

@@ -481,7 +481,7 @@ async def test_a_client_that_leaves_just_before_the_headers_is_no_error_in_the_l
         async def answer(self, request):
             yield Accepted(7)
     async with serving(Quick()) as url:
-        monkeypatch.setattr(web, "StreamResponse", Leaving)
+        monkeypatch.setattr(lazy.web, "StreamResponse", Leaving)
         with pytest.raises(aiohttp.ClientError):
             await ask(client, url + NATIVE, conversation())
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []

@@ -7,7 +7,6 @@ import os
 import random
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from chatlm.front.pool.local import LocalPool
 from chatlm.front.server.access import listen_on
 from chatlm.front.server.connections import serving
 from pools import DYING, idle
-from real_server import SCRIPT, ask, events, get, gone, post, server, wait_for
+from real_server import SCRIPT, ask, copy_program, events, get, gone, post, server, wait_for
 
 
 def test_the_default_model_answers_over_both_apis_and_the_page_is_served(default_model_path):
@@ -230,14 +229,12 @@ LIBRARIES = {"nanochat": ["torch", "aiohttp", "numpy", "tiktoken"],
 
 @pytest.fixture
 def copied(tmp_path):
-    """Only chat_server.py and static/, in an empty folder."""
-    shutil.copy(SCRIPT, tmp_path / "chat_server.py")
-    shutil.copytree(SCRIPT.parent / "static", tmp_path / "static")
-    return tmp_path / "chat_server.py"
+    """Only the program and its page, in an empty folder."""
+    return copy_program(tmp_path)
 
 
 @pytest.mark.parametrize("form", ["nanochat", "gguf"])
-def test_a_copy_of_the_script_and_the_page_is_a_working_deployment(form, copied, tmp_path, nanochat_fixtures, default_model_path):
+def test_a_copy_of_the_program_and_the_page_is_a_working_deployment(form, copied, tmp_path, nanochat_fixtures, default_model_path):
     python = bare_python(tmp_path / "venv", LIBRARIES[form])
     model = nanochat_fixtures / "gen5" if form == "nanochat" else default_model_path
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "GOMP_SPINCOUNT": "1000"}

@@ -1,0 +1,95 @@
+"""The walls between the houses: what import-linter refuses (importlinter.ini), and what it cannot see, imports by name."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from real_server import ask, post, server
+
+ROOT = Path(__file__).resolve().parent.parent
+LINT = "import sys; from importlinter.cli import lint_imports_command; lint_imports_command(['--no-cache', '--config', 'importlinter.ini'])"
+
+
+def lint(folder):
+    return subprocess.run([sys.executable, "-c", LINT], cwd=folder, capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(folder)})
+
+
+def test_every_import_keeps_to_the_walls():
+    found = lint(ROOT)
+    assert found.returncode == 0 and "9 kept, 0 broken" in found.stdout, found.stdout
+
+
+PLANTED = [     # module, import, the contract that it breaks
+    ("front/pool/local", "import chatlm.worker.engine.scheduler", "The two houses never meet"),
+    ("worker/engine/engine", "from chatlm.front import aio", "The two houses never meet"),
+    ("common/config", "from chatlm import cli", "common below the houses"),
+    ("common/text/reader", "import torch", "No tensors in the front"),
+    ("cli", "import gguf", "No tensors in the front"),
+    ("worker/process", "import aiohttp", "No HTTP in a worker"),
+    ("worker/ops/basic", "from chatlm.worker.model import spec", "A room of the worker house imports only rooms below it"),
+    ("front/admission/prompts", "from chatlm.front.api import fields", "A room of the front house imports only rooms below it"),
+    ("common/errors", "from chatlm.common import log", "A common room imports only rooms below it"),
+    ("terminal/chat", "import chat_server", "Nothing imports the script"),
+    ("worker/engine/kvcache", "from chatlm.worker.engine import scheduler", "No cycles among the modules of a package"),
+    ("worker/attic", "import os", "A room of the worker house imports only rooms below it")]      # a new room has to be placed
+
+
+def test_each_kind_of_forbidden_import_is_found(tmp_path):
+    """All are planted at once: a run of the linter takes a second."""
+    shutil.copytree(ROOT / "chatlm", tmp_path / "chatlm", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("chat_server.py", "importlinter.ini"):
+        shutil.copy(ROOT / name, tmp_path)
+    for module, line, _ in PLANTED:
+        with open(tmp_path / "chatlm" / f"{module}.py", "a") as file:
+            file.write(f"{line}\n")
+    found = lint(tmp_path)
+    broken = found.stdout.partition("Broken contracts")[2]
+    assert found.returncode == 1
+    for module, line, contract in PLANTED:
+        cycle = contract.startswith("No cycles")        # it names its modules within their package
+        place = module.rpartition("/")[2] if cycle else f"chatlm.{module.replace('/', '.')}"
+        assert contract in broken and place in broken.partition(contract)[2], (module, line, found.stdout)
+
+
+# In each process: at SIGUSR1 it writes the names of its modules
+SPY = """
+import os, signal, sys
+def tell(*_):
+    with open(os.path.join(os.environ["SPY"], f"{os.getpid()}.part"), "w") as file:
+        file.write(" ".join(sys.modules))
+    os.replace(file.name, os.path.join(os.environ["SPY"], str(os.getpid())))
+signal.signal(signal.SIGUSR1, tell)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads command lines in /proc")
+def test_no_process_has_imported_what_is_for_another_house(nanochat_fixtures, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(SPY)
+    spied = {"SPY": str(tmp_path), "PYTHONPATH": str(tmp_path)}
+    with server(nanochat_fixtures / "gen5", "--tp", "2", env=os.environ | spied) as (process, url):
+        long = ask("x" * 100, ignored="y" * 100_000, max_tokens=2)        # large: a sandbox reads it
+        assert b'"done": true' in post(url + "/chat/completions", long).read()
+        front = psutil.Process(process.pid)
+        roles = {front.pid: "front"}
+        for child in front.children(recursive=True):
+            words = child.cmdline()
+            roles[child.pid] = next(word for word in words if word in ("worker", "rank", "sandbox"))
+        for pid in roles:
+            os.kill(pid, signal.SIGUSR1)
+        modules = {}
+        while missing := [pid for pid in roles if not (tmp_path / str(pid)).exists()]:
+            assert all(map(psutil.pid_exists, missing))
+    for pid, role in roles.items():
+        modules.setdefault(role, set()).update((tmp_path / str(pid)).read_text().split())
+    assert set(modules) == {"front", "worker", "rank", "sandbox"}, json.dumps(roles)
+    for role, forbidden in {"front": ("torch", "numpy", "gguf", "chatlm.worker"), "sandbox": ("torch", "numpy", "gguf", "aiohttp", "chatlm.worker"),
+                            "worker": ("aiohttp", "chatlm.front", "chatlm.terminal"), "rank": ("aiohttp", "chatlm.front", "chatlm.terminal")}.items():
+        assert [name for name in sorted(modules[role]) if name.startswith(tuple(f"{each}." for each in forbidden)) or name in forbidden] == [], role
+    assert {"torch", "chatlm.worker.process"} <= modules["worker"] & modules["rank"] and "aiohttp" in modules["front"]
