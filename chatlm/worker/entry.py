@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from chatlm.common.errors import ConfigError, RanksFailed, lack_of_memory, require_library
 from chatlm.common.log import log, start_logging
 from chatlm.common.messages.protocol import WORKER_PIPE, Loading, Unusable
+from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.start import join_parent
 from chatlm.worker.ranks.messages import RANK_PIPE
 
@@ -42,6 +43,8 @@ def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[
     reserve = mmap.mmap(-1, 32 << 20)  # address space kept back to report that memory ran out
     try:
         [config] = channel.receive(wait=True, most=1)
+        if type(config) is not pipe.kinds[0]:
+            raise BadMessage(f"its first message is {type(config).__name__}")
         start_logging(config.settings)
         channel.send(Loading("importing torch", 0.0))
         require_library("numpy", "chat_server")  # without it torch would only warn
@@ -50,6 +53,9 @@ def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[
             run(channel, config)
     except (EOFError, ConnectionError, TimeoutError, ssl.SSLError):
         pass
+    except BadMessage as error:
+        log.error("the other end of the connection sends no messages of ours: %s", error)
+        return 1
     except RanksFailed as error:
         log.error("%s", error)
         os._exit(1)  # a thread may still wait for another rank

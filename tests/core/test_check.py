@@ -58,13 +58,14 @@ def test_the_report_proves_and_measures_every_op_of_the_cpu():
 WRONG = """
 import sys
 sys.path.insert(0, {folder!r})
-import chat_server, torch
+import torch
+from chatlm.common.processes.start import run_role
 from decode_core import program, report
 report.time_cpu = lambda script: ()
 def {op}(self, x, *rest, out=None, original=program.Program.{op}, **more):
     {body}
 program.Program.{op} = {op}
-sys.exit(chat_server.main(["check"]))
+sys.exit(run_role("check"))
 """
 
 

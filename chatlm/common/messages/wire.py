@@ -87,8 +87,8 @@ as_plain_json = json.JSONEncoder(default=plain, check_circular=False, separators
 class Pipe:
     """The types of message that one sort of pipe carries, in either direction; no other is read from it.
 
-    A type's number in a frame is its place here, so it is the same in every process, whichever modules the
-    process has imported and in whichever order."""
+    The first is what the parent of a child process sends first. A type's number in a frame is its place here,
+    so it is the same in every process, whichever modules the process has imported and in whichever order."""
 
     def __init__(self, *kinds: type):
         self.kinds, self.numbers = kinds, {kind: number for number, kind in enumerate(kinds)}
