@@ -115,7 +115,7 @@ def make_step(plan, cache, rows, positions, slots, qkv=None):
 @pytest.mark.parametrize("rows, context", [(256, 256), (256, 1024), (256, 4096), (64, 1024)])
 def test_prefill_attention(benchmark, rows, context):
     """The last `rows` of `context` positions at once, against torch's two products in bfloat16 (attend_chunk)."""
-    torch, cs = pytest.importorskip("torch"), pytest.importorskip("chat_server")
+    torch = pytest.importorskip("torch")
     torch.set_num_threads(THREADS)
     benchmark.group = f"prefill attention, {THREADS} threads, {_core.isa()}"
     pages = context // PAGE
@@ -133,8 +133,9 @@ def test_prefill_attention(benchmark, rows, context):
         positions = torch.arange(context)
         future = positions > positions[-rows:, None]
         mask = torch.zeros(1, 1, rows, context, dtype=torch.bfloat16).masked_fill_(future, -float("inf"))
+        from chatlm.worker.ops.attention import attend_chunk
         with torch.inference_mode():
-            ours, theirs = in_turns(attend, lambda: cs.attend_chunk(queries, k, v, mask, 0.125))
+            ours, theirs = in_turns(attend, lambda: attend_chunk(queries, k, v, mask, 0.125))
         seen = sum(range(context - rows + 1, context + 1))
         benchmark.extra_info["ms"] = round(ours * 1e3, 2)
         benchmark.extra_info["torch_ms"] = round(theirs * 1e3, 2)
@@ -146,7 +147,8 @@ def test_prefill_attention(benchmark, rows, context):
 def test_rope_append(benchmark, rows):
     """One layer's rows against the torch reference: decode rows with a page each, or a chunk of a
     prompt."""
-    torch, cs = pytest.importorskip("torch"), pytest.importorskip("chat_server")
+    torch = pytest.importorskip("torch")
+    from chatlm.worker.ops.attention import rope_append_reference
     torch.set_num_threads(THREADS)
     benchmark.group = f"rope and append, {THREADS} threads, {_core.isa()}"
     chunk = rows > 32
@@ -168,7 +170,7 @@ def test_rope_append(benchmark, rows):
 
     def reference():
         for _ in range(20):
-            cs.rope_append_reference(qkv, *cos_sin, order, slots, plain, out=q)
+            rope_append_reference(qkv, *cos_sin, order, slots, plain, out=q)
 
     reference()         # also where nothing is measured, so that it cannot rot
     benchmark(append)

@@ -36,7 +36,7 @@ def test_embeddings_are_encoded(benchmark, encoding):
     request = Request("x", prompts=("a",) * 100, pooling="mean")
 
     def encode():
-        encoder = EmbeddingsEncoder(Call(request, api="embeddings", repeated={"encoding": encoding}), "model")
+        encoder = EmbeddingsEncoder(Call(request, api="embeddings", details={"encoding": encoding}), "model")
         for choice in range(100):
             encoder.collect(Piece("x", (), "", "stop", embedding=vector, choice=choice))
             encoder.collect(replace(END, choice=choice))

@@ -15,13 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
-import chat_server as cs
 from chatlm.common.config import Settings
 from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.common.messages.protocol import Ready
 from chatlm.common.messages.wire import HEADER, Channel, receive_into
-from chatlm.common.processes import torchrun as processes_torchrun
+from chatlm.common.processes import connect as connect_module, torchrun as processes_torchrun
 from chatlm.common.processes.connect import Door, dial, listen, proof
 from chatlm.common.processes.torchrun import ARRIVAL_PIPE, RankPlace, Torchrun, live_as_rank, ranks_here, serve_rank, torchrun
 from chatlm.worker.ranks.messages import RANK_PIPE, RankPages
@@ -325,7 +324,7 @@ def test_a_byte_now_and_then_does_not_keep_a_newcomer_in_the_door(door, connect,
     """Bytes come as often as you like; the clock, which each look moves on, is all that counts."""
     door, clock, sent = door(), iter(range(0, 10**6, 2)), 0
     dripping = connect(door)
-    monkeypatch.setattr(cs, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(connect_module, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     door.PROOF_S = 60
     assert door.admit(3) is None and len(door.newcomers) == 1
     while door.newcomers:
