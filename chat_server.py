@@ -90,6 +90,17 @@ not in steps of up to 8 tokens that all draw, so drafts are checked there.
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+
+if sys.version_info < (3, 10):  # before the imports, which would fail with tracebacks
+    print(f"chat_server needs Python 3.10 or newer, and this is {sys.version.split()[0]}", file=sys.stderr)
+    sys.exit(2)
+if importlib.util.find_spec("chatlm") is None:
+    print("chat_server: the package chatlm is not beside this file. In the checkout, `python chat_server.py "
+          "bundle` makes chat_server.pyz, the one file to copy", file=sys.stderr)
+    sys.exit(2)
+
 import asyncio
 import contextlib
 import gc
@@ -100,7 +111,6 @@ import re
 import secrets
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence as Seq
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
@@ -109,7 +119,8 @@ from functools import partial
 from typing import Any, TYPE_CHECKING
 
 from chatlm import __version__
-from chatlm.cli import hide_api_keys, parse_command_line
+from chatlm.cli import hide_api_keys, parse_bundle_words, parse_command_line
+from chatlm.common.bundle import write_bundle
 from chatlm.common.config import LIMITS, with_model
 from chatlm.common.errors import (
     ChatServerError, ConfigError, Overloaded, RequestError, bad_value, lack_of_memory, require_library, shown)
@@ -118,7 +129,7 @@ from chatlm.common.messages.protocol import Known
 from chatlm.common.messages.requests import PromptProgress
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.processes.torchrun import RankStore, serve_rank, torchrun
-from chatlm.common.program import page_files
+from chatlm.common.program import other_program, page_files, program_root
 from chatlm.front.aio import first_of
 from chatlm.front.api.encoders import ENCODERS
 from chatlm.front.api.fields import json_object
@@ -478,6 +489,13 @@ def announce(pool: Pool, settings: Settings, port: int):
     print("\n".join(lines), flush=True)
 
 
+def warn_of_another_program():
+    """Tell which of two chatlm runs, if they differ: half of an edit may be in each."""
+    with suppress(OSError, SyntaxError):
+        if other := other_program():
+            log.warning("the chatlm in %s runs; the one in %s differs", program_root(), other)
+
+
 async def serve_forever(settings: Settings, pool: Pool | None = None) -> int:
     """Listen, load, serve until a signal, drain, stop; return the exit status. ConfigError: cannot start."""
     with listen_on(settings.host, settings.port) as listener:
@@ -495,6 +513,7 @@ async def serve_forever(settings: Settings, pool: Pool | None = None) -> int:
                 if await first_of(pool.wait_ready(), drain.wait()) == 0:
                     progress.close()
                     announce(pool, settings, listener.getsockname()[1])
+                    await asyncio.to_thread(warn_of_another_program)
                     await drain.wait()
                     print("Stopping: running answers may finish; a second signal stops now.",
                           file=sys.stderr, flush=True)
@@ -541,6 +560,9 @@ def main(argv: Seq[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
     try:
+        if argv[:1] == ["bundle"]:
+            print(write_bundle(*parse_bundle_words(argv[1:])))
+            return 0
         settings = parse_command_line(argv, os.environ)
         os.environ.pop("CHAT_SERVER_API_KEY", None)  # no process of ours needs it, nor any that they start
         start_logging(settings)

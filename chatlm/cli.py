@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from chatlm.common.config import Option
 
 
-USAGE = """python chat_server.py [serve|chat|generate|check] [MODEL] [flags]"""
+USAGE = """python chat_server.py [serve|chat|generate|check] [MODEL] [flags]
+       python chat_server.py bundle [FILE] [--without-core]"""
 ABOUT = (
     "serve (the default) offers the page and the APIs, chat talks in the terminal, "
-    "generate answers one prompt, check proves and measures the compiled kernels.\n\n"
+    "generate answers one prompt, check proves and measures the compiled kernels, "
+    "bundle writes all into one file to copy.\n\n"
     f"MODEL may be: {SUPPORTED_MODELS}.\n\n"
     "Each flag has an environment variable: --max-tokens is CHAT_SERVER_MAX_TOKENS. "
     "--config FILE.toml may set them too.")
@@ -137,6 +139,19 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
     if command == "serve":  # from here on we keep only the hashes
         values["keys"] = read_api_keys(values.pop("api_key"), values["api_key_file"])
     return Settings(command=command, **values)
+
+
+def parse_bundle_words(words: Seq[str]) -> tuple[Path, bool]:
+    """(FILE, whether to leave out the core) of the command `bundle`, which has no Settings."""
+    parser = CommandLine(prog="chat_server.py bundle", allow_abbrev=False, description=(
+        "Write the program into one file, with the page and the compiled core of this platform: "
+        "`python FILE` runs it on any machine that has the libraries."))
+    parser.add_argument("file", metavar="FILE", nargs="?", default="chat_server.pyz", type=Path,
+                        help="a new file, or a bundle to replace (default: chat_server.pyz)")
+    parser.add_argument("--without-core", action="store_true",
+                        help="leave out decode_core: a tenth of the size, and it runs on other platforms too")
+    values = parser.parse_args(words)
+    return values.file, values.without_core
 
 
 def hide_api_keys() -> bool:

@@ -1,4 +1,4 @@
-"""Which decode_core is installed, and what it says of itself."""
+"""Which decode_core there is, in a bundle or installed, and what it says of itself."""
 
 from __future__ import annotations
 
@@ -6,24 +6,38 @@ import functools
 import importlib
 import os
 import shutil
+from typing import Any
+
+from chatlm.common.unpack import UnfitCore, load_bundled_core
 
 
 SEAM = 12  # version of Backend and for_decode_core; a core with another version is not used
 
 
 @functools.cache
-def installed_core():
-    """The compiled core of any version (`pip install .` in the checkout builds it), or None."""
-    if os.environ.get("CHAT_SERVER_KERNELS") == "reference":
-        return None
+def find_core() -> tuple[Any, str]:
+    """(the compiled core or None, why the bundle's is not it or ""). Of a bundle the one it carries, else the
+    one that `pip install .` in a checkout builds and installs; of any version."""
+    problem = ""
     try:
-        return importlib.import_module("decode_core")
+        if core := load_bundled_core(SEAM):
+            return core, ""
+    except UnfitCore as error:
+        problem = f"the bundle's decode_core {error}"
+    try:
+        return importlib.import_module("decode_core"), problem
     except ImportError:
-        return None
+        return None, problem
+
+
+@functools.cache
+def installed_core():
+    """The compiled core of any version, or None."""
+    return None if os.environ.get("CHAT_SERVER_KERNELS") == "reference" else find_core()[0]
 
 
 def decode_core():
-    """The compiled core, or None if it is not installed or its SEAM differs from ours."""
+    """The compiled core, or None if there is none or its SEAM differs from ours."""
     core = installed_core()
     return core if getattr(core, "SEAM", None) == SEAM else None
 
@@ -33,12 +47,16 @@ def kernels_line() -> str:
     found = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     compiler = "" if found else "install a C++ compiler (Debian: apt install g++), then "
     build = f"so slower reference ops run; {compiler}`pip install .` in the checkout builds it"
+    if os.environ.get("CHAT_SERVER_KERNELS") == "reference":
+        return "CHAT_SERVER_KERNELS=reference, so slower reference ops run"
+    problem = find_core()[1]
     if core := decode_core():
         info = core.info()
         return (f"decode_core runs with {info['isa']} instructions"
-                + ", compiled with CUDA too" * info["cuda_compiled"])
-    if os.environ.get("CHAT_SERVER_KERNELS") == "reference":
-        return "CHAT_SERVER_KERNELS=reference, so slower reference ops run"
+                + ", compiled with CUDA too" * info["cuda_compiled"]
+                + (f"; it is the installed one, because {problem}" if problem else ""))
+    if problem:
+        return f"{problem}, so slower reference ops run"
     if core := installed_core():
         version = getattr(core, "SEAM", "unknown")
         return f"decode_core has another version (seam {version} instead of {SEAM}), {build} again"

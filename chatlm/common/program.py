@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.resources
+import importlib.machinery
 import io
 import os
+import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 FIXED_DATE = 1980, 1, 1, 0, 0, 0  # the first that a zip can have: equal files make equal archives
+SCRIPT = "chat_server.py"
 
 
 def program_root() -> Path:
     """The folder that has the package chatlm (a checkout, or site-packages), or the bundle."""
     return Path(__file__).resolve().parents[2]
+
+
+def in_program(root: Path, name: str):
+    """A file or folder of a program: its path on disk, or its place in a bundle."""
+    return (zipfile.Path(root) if root.is_file() else root) / name
 
 
 def files_below(folder, prefix: str = "") -> Iterator[tuple[str, bytes]]:
@@ -29,15 +36,17 @@ def files_below(folder, prefix: str = "") -> Iterator[tuple[str, bytes]]:
             yield prefix + entry.name, entry.read_bytes()
 
 
-def program_sources() -> dict[str, bytes]:
-    """The modules of chatlm, by their names in an archive."""
-    package = importlib.resources.files("chatlm")
+def program_sources(root: Path | None = None) -> dict[str, bytes]:
+    """The modules of chatlm, by their names in an archive; of this program unless told otherwise."""
+    package = in_program(root or program_root(), "chatlm")
     return {name: text for name, text in files_below(package, "chatlm/") if name.endswith(".py")}
 
 
-def archive(files: dict[str, bytes]) -> bytes:
-    """A zip of these files; the same files give the same bytes."""
+def archive(files: Mapping[str, bytes], first_lines: bytes = b"") -> bytes:
+    """A zip of these files, after the first lines if it is to be a program; the same files give the same
+    bytes."""
     data = io.BytesIO()
+    data.write(first_lines)
     with zipfile.ZipFile(data, "w") as target:
         for name in sorted(files):
             target.writestr(zipfile.ZipInfo(name, FIXED_DATE), files[name], zipfile.ZIP_DEFLATED)
@@ -45,17 +54,35 @@ def archive(files: dict[str, bytes]) -> bytes:
 
 
 def program_bytes() -> bytes:
-    """What another machine needs to run one of our roles: an archive of chatlm's modules."""
-    return archive(program_sources())
+    """What another machine needs to run one of our roles: the bundle, or an archive of chatlm's modules."""
+    root = program_root()
+    return root.read_bytes() if root.is_file() else archive(program_sources())
 
 
 @functools.cache
-def program_digest() -> str:
+def program_digest(root: Path | None = None) -> str:
     """Tells one version of the sources from another, on any machine, bundled or not."""
-    digest = hashlib.sha256()
-    for name, text in program_sources().items():
+    root, digest = root or program_root(), hashlib.sha256()
+    script = in_program(root, SCRIPT)
+    sources = program_sources(root) | ({SCRIPT: script.read_bytes()} if script.is_file() else {})
+    for name, text in sources.items():
         digest.update(f"{name} {len(text)}\n".encode() + text)
     return digest.hexdigest()
+
+
+def other_program() -> Path | None:
+    """Where else a chatlm is that differs from ours: installed while a checkout runs, or in the current
+    folder while the installation runs. None in a bundle, which is alone on purpose."""
+    ours = program_root()
+    if ours.is_file():
+        return None
+    for folder in dict.fromkeys([*sys.path[1:], os.getcwd()]):
+        spec = importlib.machinery.PathFinder.find_spec("chatlm", [folder])
+        if spec and spec.origin:
+            root = Path(spec.origin).resolve().parents[1]
+            if root != ours and program_digest(root) != program_digest(ours):
+                return root
+    return None
 
 
 def program_stamp() -> tuple:
@@ -70,9 +97,7 @@ def program_stamp() -> tuple:
 
 def page_files() -> dict[str, bytes]:
     """The files of the page by name, such as "chat.js" or "vendor/katex.min.js"; none without a page."""
-    package = importlib.resources.files("chatlm")
-    beside = zipfile.Path(program_root()) if program_root().is_file() else program_root()
-    for folder in (package / "static", beside / "static"):  # where pip installs it; a checkout or a bundle
-        if folder.is_dir():
+    for name in ("chatlm/static", "static"):  # where pip installs it; a checkout or a bundle
+        if (folder := in_program(program_root(), name)).is_dir():
             return dict(files_below(folder))
     return {}

@@ -73,11 +73,14 @@ ROLES = {
 }
 
 # Their command: `python -c PROCESS_CODE ROOT ROLE ARGUMENTS`. The root of the program, a folder or a bundle,
-# replaces the current folder in sys.path, so that modules there cannot shadow anything. A worker maps torch's
+# replaces the current folder in sys.path, so that modules there cannot shadow anything. The root of an
+# installation stays in its place: other packages there must not shadow Python's own. A worker maps torch's
 # largest library (0.3 s) meanwhile.
 PROCESS_CODE = """
-import contextlib, ctypes, importlib.util, sys, threading
-sys.path[0] = sys.argv.pop(1)
+import contextlib, ctypes, importlib.machinery, importlib.util, sys, threading
+root = sys.argv.pop(1)
+found = importlib.machinery.PathFinder.find_spec("chatlm", sys.path[1:])
+sys.path[:1] = [] if found and found.origin == root + "/chatlm/__init__.py" else [root]
 
 def preload(folder):
     with contextlib.suppress(OSError):

@@ -1,0 +1,172 @@
+"""The decode_core that a bundle carries. Python reads its modules from the bundle, but the system loads a
+compiled library from a file only: it is unpacked once, into the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.machinery
+import importlib.util
+import json
+import os
+import secrets
+import shutil
+import stat
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from chatlm.common.program import program_root
+
+FOLDER = "core"              # of the bundle: the package decode_core, and what it was made for
+ABOUT = f"{FOLDER}/about.json"
+UNUSED_S = 30 * 86400        # then an unpacked library is removed when another one comes
+# A library loads only there: the system, the processor, and the Python
+PLATFORM = " ".join((os.uname().sysname, os.uname().machine,
+                     importlib.machinery.EXTENSION_SUFFIXES[0].strip(".").partition(".")[0]))
+
+
+class AboutCore(NamedTuple):
+    """What a bundle says of its core, so that nothing need be loaded to see whether it fits."""
+
+    library: str             # the compiled half: its name in the bundle
+    sha256: str
+    platform: str
+    seam: int
+
+
+class UnfitCore(Exception):
+    """Why the bundle's core is not used, as the end of a sentence about it."""
+
+
+def about_core(bundle: zipfile.ZipFile) -> AboutCore | None:
+    """What the bundle says of its core; None if it has none."""
+    return AboutCore(*json.loads(bundle.read(ABOUT))) if ABOUT in bundle.namelist() else None
+
+
+def load_bundled_core(seam: int):
+    """Import the decode_core of the bundle that runs; None if that has none. UnfitCore: it cannot be used."""
+    root = program_root()
+    if not root.is_file():
+        return None
+    try:
+        with zipfile.ZipFile(root) as bundle:
+            if (about := about_core(bundle)) is None:
+                return None
+            if about.platform != PLATFORM:
+                raise UnfitCore(f"is for {about.platform}, not for {PLATFORM}")
+            if about.seam != seam:
+                raise UnfitCore(f"has another version (seam {about.seam} instead of {seam})")
+            return load_anywhere(root, about, lambda: bundle.read(about.library))
+    except UnfitCore:
+        raise
+    except Exception as error:  # whatever zipfile, zlib, json and the system say of damaged files
+        raise UnfitCore(f"cannot be read ({type(error).__name__}: {error}); copy the bundle again") from None
+
+
+def load_anywhere(root: Path, about: AboutCore, read: Callable[[], bytes]):
+    """Import the core with its library from the cache; from a private folder, which goes at once, where the
+    cache cannot be written, may be written by others, or where nothing may be executed in it."""
+    reasons = {}
+    for place in (cached_library, private_library):
+        try:
+            with place(about, read) as path:
+                return import_core(path, f"{root}/{FOLDER}")
+        except (OSError, ImportError) as error:
+            reasons[str(error)] = None
+    raise UnfitCore(f"cannot run here ({'; '.join(reasons)})")
+
+
+def import_core(library: Path, modules: str):
+    """Import the package decode_core from the archive `modules`, its compiled half from a file.
+
+    Loaded first, the library is what `import decode_core._core` finds."""
+    name = "decode_core._core"
+    spec = importlib.util.spec_from_file_location(name, library)
+    sys.path.insert(0, modules)
+    try:
+        sys.modules[name] = compiled = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(compiled)
+        return importlib.import_module("decode_core")
+    except BaseException:
+        for each in [each for each in sys.modules if each.partition(".")[0] == "decode_core"]:
+            del sys.modules[each]
+        raise
+    finally:
+        sys.path.remove(modules)
+
+
+@contextmanager
+def cached_library(about: AboutCore, read: Callable[[], bytes]) -> Iterator[Path]:
+    """The library in the cache, of which its SHA-256 is checked each time, and whether only we can change it.
+
+    Processes that start together may each write it: the last rename wins, with the same bytes."""
+    folder = cache_folder() / about.sha256
+    for each in (folder.parent, folder):
+        each.mkdir(mode=0o700, parents=True, exist_ok=True)
+        check_ours(each.lstat(), each)
+    path = folder / Path(about.library).name
+    try:
+        check_library(path, about)
+    except (OSError, UnfitCore):
+        remove_unused(folder)
+        part = folder / f".{secrets.token_hex(8)}"
+        try:
+            write_library(part, about, read)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    yield path
+
+
+@contextmanager
+def private_library(about: AboutCore, read: Callable[[], bytes]) -> Iterator[Path]:
+    """The library in a folder of this process. Once loaded it needs no file, so none is left, however the
+    process ends."""
+    with tempfile.TemporaryDirectory(prefix="chat_server-") as folder:
+        path = Path(folder, Path(about.library).name)
+        write_library(path, about, read)
+        yield path
+
+
+def cache_folder() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "chat_server" / "core"
+    except RuntimeError as error:  # this user has no home
+        raise OSError(str(error)) from None
+
+
+def check_ours(found: os.stat_result, path: Path):
+    if found.st_uid != os.geteuid() or stat.S_ISLNK(found.st_mode) or found.st_mode & 0o022:
+        raise PermissionError(f"{path} belongs to another user, or others may write there")
+
+
+def check_library(path: Path, about: AboutCore):
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        check_ours(os.fstat(file.fileno()), path)
+        check_digest(file.read(), about)
+
+
+def check_digest(data: bytes, about: AboutCore):
+    if hashlib.sha256(data).hexdigest() != about.sha256:
+        raise UnfitCore("is damaged; copy the bundle again")
+
+
+def write_library(path: Path, about: AboutCore, read: Callable[[], bytes]):
+    check_digest(data := read(), about)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o500), "wb") as file:
+        file.write(data)
+
+
+def remove_unused(folder: Path):
+    """Remove the libraries of other versions. One that still runs is in memory, and comes back if needed."""
+    with suppress(OSError):
+        for other in folder.parent.iterdir():
+            if other != folder and other.lstat().st_mtime < time.time() - UNUSED_S:
+                shutil.rmtree(other, ignore_errors=True)
