@@ -1,4 +1,4 @@
-"""Builds decode_core, the compiled core: `pip install .` with gcc (or clang) alone takes seconds and never needs torch.
+"""Installs chatlm, its page and decode_core, the compiled core, which `pip install .` builds with gcc (or clang) alone, without torch.
 
     sources    csrc/*.cpp, csrc/cpu/**/*.cpp; the end of a name gives its instruction set (ISA_FLAGS); never -march=native
     CUDA       csrc/cuda/*.cu and csrc/cuda/bindings*.cpp if nvcc is found; DECODE_CORE_CUDA=0 leaves it out, =1 requires it
@@ -19,7 +19,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
@@ -158,4 +158,5 @@ def extensions() -> list[Extension]:
     return built
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildCore})
+setup(packages=[*find_packages(include=["chatlm", "chatlm.*"]), "chatlm.static", "chatlm.static.vendor", "decode_core"],
+      ext_modules=extensions(), cmdclass={"build_ext": BuildCore})

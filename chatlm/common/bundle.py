@@ -114,18 +114,19 @@ def own_core_files() -> dict[str, bytes]:
 
 def write_bundle(path: Path, without_core: bool) -> str:
     """Write the bundle, under another name until it is whole. Returns what to tell the operator."""
-    check_target(path)
-    files = bundle_files()
-    core, problem = ({}, "as you asked") if without_core else core_files()
-    files |= core
-    data = archive(files | compiled(files) | {"__main__.py": MAIN}, FIRST_LINES)
-    part = path.parent / f".{path.name}.{secrets.token_hex(4)}"
+    target = Path(os.path.realpath(path))
+    part = target.parent / f".{target.name}.{secrets.token_hex(4)}"
     try:
+        check_target(target)
+        files = bundle_files()
+        core, problem = ({}, "as you asked") if without_core else core_files()
+        files |= core
+        data = archive(files | compiled(files) | {"__main__.py": MAIN}, FIRST_LINES)
         part.write_bytes(data)
         part.chmod(0o777 & ~current_umask())
-        part.replace(path)
+        part.replace(target)
     except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
@@ -134,13 +135,11 @@ def write_bundle(path: Path, without_core: bool) -> str:
 
 
 def check_target(path: Path):
-    """Only a bundle is replaced: the word after `bundle` may be a model's name, given by mistake."""
-    if path.is_dir() or path.exists() and not (path.is_file() and zipfile.is_zipfile(path)):
-        raise ConfigError(f"{path} exists and is no bundle: name another file, or remove it first")
+    """Only a bundle is replaced: the word after `bundle` may be the name of something else, by mistake."""
     if not path.parent.is_dir():
-        raise ConfigError(f"cannot write {path}: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"cannot write {path}: no permission to write in {path.parent}")
+        raise NotADirectoryError(f"there is no folder {path.parent}")
+    if path.is_dir() or path.exists() and not (path.is_file() and zipfile.is_zipfile(path)):
+        raise FileExistsError("it exists and is no bundle; name another file, or remove it first")
 
 
 def current_umask() -> int:

@@ -1,0 +1,356 @@
+"""`chat_server.py bundle`: one file that runs alone, and what it says where it cannot."""
+
+import ast
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import chat_server
+from chatlm.common import bundle, core, program, unpack
+from chatlm.common.errors import ConfigError
+from real_server import get, post, server
+
+CHECKOUT = Path(chat_server.__file__).resolve().parent
+BARE = "-S", "-E"            # without any library that pip installed
+needs_core = pytest.mark.skipif(core.decode_core() is None, reason="the compiled core is not installed")
+
+
+def run(*words, **more):
+    """A command with this Python, in another folder; its output is text."""
+    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=120,
+                          **{"cwd": "/", "env": clean_environment()} | more)
+
+
+def clean_environment(**more):
+    """Without what makes the code under test importable here."""
+    return {name: value for name, value in os.environ.items()
+            if name not in ("PYTHONPATH", "CHAT_SERVER_DIR", "CHAT_SERVER_KERNELS")} | {k: str(v) for k, v in more.items()}
+
+
+def one_line(done, status=2):
+    """What a command said that failed in one line."""
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (status, "") and "Traceback" not in line
+    return line
+
+
+def version(file, **more):
+    """What --version says of the kernels, from a bundle."""
+    done = run(file, "--version", env=clean_environment(**more))
+    (line,) = done.stdout.splitlines()
+    assert (done.returncode, done.stderr) == (0, "")
+    return line.partition("; ")[2]
+
+
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory):
+    """A bundle as the command makes it, with the core if there is one here."""
+    file = tmp_path_factory.mktemp("bundled") / "chat_server.pyz"
+    made = run(CHECKOUT / "chat_server.py", "bundle", file)
+    assert (made.returncode, made.stderr) == (0, "")
+    assert made.stdout.startswith(f"{file}: ") and (core.decode_core() is None or "with decode_core for Linux" in made.stdout)
+    return file
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """An empty cache for compiled cores."""
+    return tmp_path / "cache"
+
+
+def changed(file, target, changes):
+    """A copy of a bundle in which some files are others."""
+    with zipfile.ZipFile(file) as source:
+        files = {name: source.read(name) for name in source.namelist()} | changes
+    with zipfile.ZipFile(target, "w") as other:
+        for name, data in files.items():
+            other.writestr(name, data)
+    return target
+
+
+def about(file, **changes):
+    """What the bundle says of its core, changed, as a file of it."""
+    with zipfile.ZipFile(file) as source:
+        return {unpack.ABOUT: json.dumps(unpack.about_core(source)._replace(**changes)).encode()}
+
+
+# running from it
+
+
+@pytest.fixture
+def alone(bundled, tmp_path):
+    """The bundle in a read-only folder with nothing beside it."""
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    shutil.copy(bundled, folder)
+    folder.chmod(0o555)
+    yield folder / bundled.name
+    assert [path.name for path in folder.iterdir()] == [bundled.name]
+
+
+def test_a_bundle_alone_serves_the_page_and_the_apis_with_ranks_and_its_core_and_ends_on_ctrl_c(alone, cache, default_model_path, monkeypatch):
+    monkeypatch.chdir("/")
+    log = []
+    with server("--tp", 2, script=alone, env=clean_environment(XDG_CACHE_HOME=cache), log=log) as (process, url):
+        answer = json.load(post(url + "/v1/chat/completions", {
+            "messages": [{"role": "user", "content": "What is the capital of Japan?"}], "max_tokens": 4, "temperature": 0}))
+        assert "The capital of Japan" in answer["choices"][0]["message"]["content"]
+        large = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "stop": [], "metadata": {"x": "y" * 100_000}}
+        assert post(url + "/v1/chat/completions", large).status == 200      # a sandbox reads it
+        assert get(url + "/health")["ready"]
+        for path, words in (("/", b'<base href="static/">'), ("/static/chat.js", (CHECKOUT / "static/chat.js").read_bytes()),
+                            ("/static/vendor/LICENSE.katex", (CHECKOUT / "static/vendor/LICENSE.katex").read_bytes())):
+            with urllib.request.urlopen(url + path, timeout=20) as response:
+                assert words in response.read()
+        if core.decode_core():
+            assert "decode_core runs with" in "".join(log) and "decode_core/" in get(url + "/stats")["kernels"]["linear"]
+            assert [path.name for path in cache.rglob("*") if path.is_file()] == [Path(core.decode_core()._core.__file__).name]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 0
+
+
+@needs_core
+def test_check_runs_from_a_bundle(alone):
+    """Its report begins with which core runs; test_check.py reads the rest."""
+    process = subprocess.Popen([sys.executable, alone, "check"], stdout=subprocess.PIPE, text=True, cwd="/", env=clean_environment(),
+                               start_new_session=True)
+    try:
+        assert "decode_core runs with" in process.stdout.readline()
+        assert "torch " in process.stdout.readline()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.mark.slow
+def test_check_and_both_commands_of_the_terminal_run_from_a_bundle(alone, default_model_path):
+    assert "no op is wrong" in run(alone, "check").stdout or core.decode_core() is None
+    for command in ("generate", "chat"):
+        done = run(alone, command, "--prompt", "What is the capital of Japan?", "--temperature", "0", "--max-tokens", "12")
+        assert done.returncode == 0 and "capital of Japan" in done.stdout and "Traceback" not in done.stderr
+
+
+# making it
+
+
+def test_equal_inputs_make_equal_bytes_from_a_checkout_and_from_a_bundle_itself(bundled, tmp_path):
+    again, less = tmp_path / "again.pyz", tmp_path / "less.pyz"
+    made = run(*BARE, bundled, "bundle", again)                  # no library is needed to pass the core on
+    assert made.returncode == 0 and again.read_bytes() == bundled.read_bytes() and again.stat().st_mode & 0o700 == 0o700
+    made = run(bundled, "bundle", "--without-core", less, env=clean_environment(PYTHONHASHSEED=7, PYTHONOPTIMIZE=2))
+    assert made.returncode == 0 and "without decode_core, as you asked" in made.stdout
+    assert not any(name.startswith("core/") for name in zipfile.ZipFile(less).namelist())
+    bundle.write_bundle(again, without_core=True)                # in this process, with all that it has loaded
+    assert again.read_bytes() == less.read_bytes()
+
+
+def test_a_python_without_any_library_makes_a_bundle_without_the_core_and_runs_it(tmp_path):
+    file = tmp_path / "new.pyz"
+    made = run(*BARE, CHECKOUT / "chat_server.py", "bundle", file)
+    (line,) = made.stdout.splitlines()
+    assert made.returncode == 0 and "without decode_core, which is not installed" in line
+    assert "reference ops run" in run(*BARE, file, "--version").stdout
+
+
+def test_a_core_of_another_seam_is_not_bundled(monkeypatch):
+    class Core:
+        SEAM = core.SEAM + 1
+    monkeypatch.setattr(bundle, "find_core", lambda: (Core, ""))
+    assert bundle.core_files() == ({}, f"because the installed one has another version (seam {core.SEAM + 1} instead of {core.SEAM})")
+
+
+@pytest.mark.parametrize("target, words", [
+    ("missing/x.pyz", "there is no folder"), ("/proc/x.pyz", "No such file"), ("model.gguf", "exists and is no bundle"),
+    ("folder", "exists and is no bundle"), ("/dev/null", "exists and is no bundle"), ("x" * 300, "name too long")])
+def test_a_file_that_cannot_be_written_or_is_something_else_is_one_line(target, words, tmp_path):
+    (tmp_path / "model.gguf").write_text("GGUF")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match=f"^cannot write .*{words}"):
+        bundle.write_bundle(tmp_path / target, without_core=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "model.gguf"]
+    assert (tmp_path / "model.gguf").read_text() == "GGUF"
+
+
+def test_a_bundle_that_is_replaced_is_whole_at_every_moment(tmp_path, monkeypatch):
+    file, link = tmp_path / "x.pyz", tmp_path / "link.pyz"
+    bundle.write_bundle(file, without_core=True)
+    link.symlink_to(file)
+    before, write = file.read_bytes(), Path.write_bytes
+
+    def disk_full(path, data):
+        write(path, data[:1000])
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Path, "write_bytes", disk_full)
+    with pytest.raises(ConfigError, match="No space left"):
+        bundle.write_bundle(link, without_core=True)
+    assert file.read_bytes() == before and link.is_symlink() and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("words", [["--with-core"], ["a.pyz", "b.pyz"], ["--port", "80"]])
+def test_wrong_words_are_one_line(words, capsys):
+    assert chat_server.main(["bundle", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("chat_server: ")
+
+
+# what it says where it cannot run
+
+
+def test_the_script_copied_alone_names_the_command_that_makes_a_bundle(tmp_path):
+    shutil.copy(CHECKOUT / "chat_server.py", tmp_path)
+    assert "`python chat_server.py bundle`" in one_line(run(*BARE, tmp_path / "chat_server.py"))
+
+
+def test_an_old_python_reads_the_first_code_of_a_bundle():
+    tree = ast.parse(bundle.MAIN, feature_version=(3, 4))
+    assert not any(isinstance(node, (ast.JoinedStr, ast.NamedExpr, ast.AnnAssign)) for node in ast.walk(tree))
+    test, stop = tree.body[2].test, tree.body[2].body[0]
+    assert ast.unparse(test) == "sys.version_info < (3, 10)" and "needs Python 3.10" in ast.unparse(stop)
+    script = ast.parse((CHECKOUT / "chat_server.py").read_text())
+    imports = [number for number, node in enumerate(script.body) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    guards = [number for number, node in enumerate(script.body) if isinstance(node, ast.If)][:2]
+    assert [ast.unparse(script.body[number]) for number in imports[1:3]] == ["import importlib.util", "import sys"]
+    assert imports[2] < guards[0] < guards[1] < imports[3]
+
+
+@pytest.mark.parametrize("part", ["end", "half", "module", "bytecode", "page", "directory"])
+def test_a_damaged_bundle_is_one_line(part, bundled, tmp_path):
+    data = bytearray(bundled.read_bytes())
+    with zipfile.ZipFile(bundled) as source:
+        names = {"module": "chatlm/common/errors.py", "bytecode": "chatlm/front/pool/local.pyc", "page": "static/chat.js"}
+        if part in names:
+            entry = source.getinfo(names[part])
+            data[entry.header_offset + 30 + len(entry.filename) + entry.compress_size // 2] ^= 4
+        elif part == "directory":
+            data[data.index(b"chatlm/cli.py", source.start_dir)] ^= 4
+    file = tmp_path / "damaged.pyz"
+    file.write_bytes(data[:-1] if part == "end" else data[:len(data) // 2] if part == "half" else data)
+    done = run(file, "--version")
+    assert done.returncode in (1, 2) and "Traceback" not in done.stderr and "damaged" in done.stderr.splitlines()[-1]
+    assert len(done.stderr.splitlines()) == (1 if part not in ("end", "half") or sys.version_info < (3, 12) else 2)
+
+
+# its core
+
+
+@needs_core
+@pytest.mark.parametrize("changes, words", [
+    ({"platform": "Linux riscv64 cpython-311-riscv64-linux-gnu"}, "is for Linux riscv64 cpython-311-riscv64-linux-gnu, not for Linux"),
+    ({"seam": core.SEAM + 1}, f"has another version (seam {core.SEAM + 1} instead of {core.SEAM})"),
+    ({"sha256": "0" * 64}, "is damaged; copy the bundle again")])
+def test_a_core_for_another_platform_or_seam_or_damaged_is_one_line_and_references_run(changes, words, bundled, tmp_path, cache):
+    other = changed(bundled, tmp_path / "other.pyz", about(bundled, **changes))
+    line = run(*BARE, other, "--version", env=clean_environment(XDG_CACHE_HOME=cache)).stdout
+    assert f"the bundle's decode_core {words}" in line and line.endswith("so slower reference ops run\n")
+    assert not [path for path in cache.rglob("*") if path.is_file()]
+    # where a fitting one is installed, that runs; it is here
+    assert f"it is the installed one, because the bundle's decode_core {words}" in version(other, XDG_CACHE_HOME=cache)
+
+
+@needs_core
+def test_a_library_that_the_system_refuses_is_one_line(bundled, tmp_path, cache):
+    with zipfile.ZipFile(bundled) as source:
+        name = unpack.about_core(source).library
+    sums = {"sha256": hashlib.sha256(b"no library").hexdigest()}
+    other = changed(bundled, tmp_path / "other.pyz", {name: b"no library"} | about(bundled, **sums))
+    line = run(*BARE, other, "--version", env=clean_environment(XDG_CACHE_HOME=cache)).stdout
+    assert "the bundle's decode_core cannot run here (" in line and len(line.splitlines()) == 1
+
+
+@needs_core
+def test_a_byte_that_is_wrong_in_the_library_is_noticed(bundled, tmp_path, cache):
+    data = bytearray(bundled.read_bytes())
+    with zipfile.ZipFile(bundled) as source:
+        entry = source.getinfo(unpack.about_core(source).library)
+        data[entry.header_offset + 30 + len(entry.filename) + entry.compress_size // 2] ^= 255
+    file = tmp_path / "damaged.pyz"
+    file.write_bytes(data)
+    line = run(*BARE, file, "--version", env=clean_environment(XDG_CACHE_HOME=cache)).stdout
+    assert "the bundle's decode_core cannot be read (" in line and "copy the bundle again" in line and len(line.splitlines()) == 1
+
+
+@needs_core
+def test_processes_that_start_together_unpack_one_core_and_it_is_checked_each_time(bundled, cache):
+    environment = clean_environment(XDG_CACHE_HOME=cache)
+    started = [subprocess.Popen([sys.executable, bundled, "--version"], stdout=subprocess.PIPE, text=True, env=environment) for _ in range(3)]
+    assert all("decode_core runs with" in process.communicate(timeout=60)[0] for process in started)
+    (library,) = [path for path in cache.rglob("*") if path.is_file()]
+    folder = library.parent
+    assert [each.stat().st_mode & 0o777 for each in (folder, folder.parent, library)] == [0o700, 0o700, 0o500]
+    first, good = library.stat().st_ino, library.read_bytes()
+    assert "decode_core runs with" in version(bundled, XDG_CACHE_HOME=cache) and library.stat().st_ino == first
+    library.chmod(0o700)
+    library.write_bytes(good[:-1] + b"x")
+    assert "decode_core runs with" in version(bundled, XDG_CACHE_HOME=cache)
+    assert library.read_bytes() == good and list(folder.iterdir()) == [library]
+
+
+@needs_core
+@pytest.mark.parametrize("trouble", ["no folder", "others may write there", "a link"])
+def test_a_cache_that_cannot_be_used_or_trusted_is_replaced_by_a_private_folder_that_goes_at_once(trouble, bundled, tmp_path, cache):
+    private, place = tmp_path / "private", cache / "chat_server" / "core"
+    private.mkdir()
+    if trouble == "no folder":
+        cache.write_text("a file")
+    elif trouble == "a link":
+        place.parent.mkdir(parents=True)
+        (tmp_path / "elsewhere").mkdir()
+        place.symlink_to(tmp_path / "elsewhere")
+    else:
+        place.mkdir(parents=True)
+        place.chmod(0o777)
+    assert "decode_core runs with" in version(bundled, XDG_CACHE_HOME=cache, TMPDIR=private)
+    assert list(private.iterdir()) == [] and not [path for path in tmp_path.rglob("*.so")]
+
+
+@needs_core
+def test_without_any_folder_that_can_be_written_references_run(bundled, tmp_path, monkeypatch):
+    monkeypatch.setattr(unpack, "cache_folder", lambda: tmp_path / "file" / "core")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(unpack, "program_root", lambda: bundled)
+    with pytest.raises(unpack.UnfitCore, match=r"^cannot run here \(.*Not a directory.*; .*No such file"):
+        unpack.load_bundled_core(core.SEAM)
+
+
+@needs_core
+def test_the_core_of_another_user_is_not_loaded(bundled, cache, monkeypatch):
+    version(bundled, XDG_CACHE_HOME=cache)
+    with zipfile.ZipFile(bundled) as source:
+        found = unpack.about_core(source)
+        (library,) = cache.rglob("*.so")
+        unpack.check_library(library, found)
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+        with pytest.raises(PermissionError, match="belongs to another user"):
+            unpack.check_library(library, found)
+
+
+def test_libraries_of_other_versions_go_when_they_have_not_been_used(tmp_path):
+    for name, days in (("old", 40), ("new", 2), ("mine", 40)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "library.so").write_text("")
+        os.utime(tmp_path / name, (time.time() - days * 86400,) * 2)
+    unpack.remove_unused(tmp_path / "mine")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "new"]
+
+
+def test_ray_s_nodes_get_the_bundle_that_runs(bundled, monkeypatch):
+    sent = zipfile.ZipFile(io.BytesIO(program.program_bytes()))
+    assert set(sent.namelist()) == set(program.program_sources())
+    monkeypatch.setattr(program, "program_root", lambda: bundled)
+    assert program.program_bytes() == bundled.read_bytes()
+    assert program.program_sources() == program.program_sources(CHECKOUT)
+    assert program.program_digest(bundled) == program.program_digest(CHECKOUT)
