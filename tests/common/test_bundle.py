@@ -240,7 +240,7 @@ def test_a_damaged_bundle_is_one_line(part, bundled, tmp_path):
     file.write_bytes(data[:-1] if part == "end" else data[:len(data) // 2] if part == "half" else data)
     done = run(file, "--version")
     assert done.returncode in (1, 2) and "Traceback" not in done.stderr and "damaged" in done.stderr.splitlines()[-1]
-    assert len(done.stderr.splitlines()) == (1 if part not in ("end", "half") or sys.version_info < (3, 12) else 2)
+    assert len(done.stderr.splitlines()) == 1
 
 
 # its core
