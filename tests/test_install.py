@@ -64,7 +64,7 @@ def other_seen(*arguments, **more):
 
 def test_a_chatlm_elsewhere_that_differs_is_found_and_an_equal_one_is_not(checkout, tmp_path):
     site = installed(checkout, tmp_path / "site")
-    look = "import sys; sys.path.insert(0, {!r}); from chatlm.common.program import other_program; print(other_program())"
+    look = "import sys; sys.path[0] = {!r}; from chatlm.common.program import other_program; print(other_program())"
     ours, theirs, environment = look.format(str(checkout)), look.format(str(site)), os.environ | {"PYTHONPATH": str(site)}
     for changed in ("chatlm/common/log.py", "chat_server.py", "chatlm/new.py"):
         assert other_seen("-c", ours, env=environment, cwd="/") == "None"
