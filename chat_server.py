@@ -491,7 +491,7 @@ def announce(pool: Pool, settings: Settings, port: int):
 
 def warn_of_another_program():
     """Tell which of two chatlm runs, if they differ: half of an edit may be in each."""
-    with suppress(OSError, SyntaxError):
+    with suppress(OSError):
         if other := other_program():
             log.warning("the chatlm in %s runs; the one in %s differs", program_root(), other)
 

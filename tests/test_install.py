@@ -95,16 +95,22 @@ def test_a_bundle_does_not_look_for_another_chatlm(monkeypatch, tmp_path):
     assert program.other_program() is None
 
 
-def test_children_of_an_installation_find_pythons_own_modules_before_other_packages(tmp_path):
-    """The root of a checkout comes first; site-packages, the root of an installation, stays behind Python's library."""
-    shutil.copytree(CHECKOUT / "chatlm", tmp_path / "chatlm")
-    tell = PROCESS_CODE.partition("def preload")[0] + "print(sys.path)"
-    for early in ([], [str(tmp_path)]):
-        start = f"import sys; sys.path.append({str(tmp_path)!r})\n" if early else ""
-        (found,) = subprocess.run([sys.executable, "-c", start + tell, tmp_path], capture_output=True, text=True, check=True, cwd="/",
-                                  env=os.environ | {"PYTHONPATH": ""}).stdout.splitlines()
-        path = eval(found)
-        assert path.count(str(tmp_path)) == 1 and path.index(str(tmp_path)) == (len(path) - 1 if early else 0)
+@pytest.mark.parametrize("safe", ["", "1"])
+def test_children_find_pythons_own_modules_before_others(safe, tmp_path):
+    """The root of a checkout comes first; site-packages, the root of an installation, stays behind Python's library, and
+    the current folder is nowhere."""
+    root, here = tmp_path / "site", tmp_path / "here"
+    shutil.copytree(CHECKOUT / "chatlm", root / "chatlm")
+    here.mkdir()
+    for name in ("ctypes", "threading", "contextlib", "importlib", "chatlm"):
+        (here / f"{name}.py").write_text("raise SystemExit('shadowed')")
+    (root / "ctypes.py").write_text("raise SystemExit('shadowed')")
+    tell = PROCESS_CODE.partition("def preload")[0] + "print(*sys.path, sep='\\n')"
+    for appended in (False, True):
+        start = f"import sys; sys.path.append({str(root)!r})\n" * appended
+        found = other_seen("-c", start + tell, root, cwd=here, env=os.environ | {"PYTHONPATH": "/first", "PYTHONSAFEPATH": safe}).split("\n")
+        assert found.count(str(root)) == 1 and found.index(str(root)) == (len(found) - 1 if appended else 0)
+        assert "/first" in found and str(here) not in found
 
 
 @pytest.mark.slow

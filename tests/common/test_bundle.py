@@ -210,6 +210,11 @@ def test_wrong_words_are_one_line(words, capsys):
     assert line.startswith("chat_server: ")
 
 
+def test_a_mistyped_command_is_told_its_name(capsys):
+    assert chat_server.main(["bundel"]) == 2
+    assert "did you mean the command bundle?" in capsys.readouterr().err
+
+
 # what it says where it cannot run
 
 

@@ -74,7 +74,7 @@ def find_model(settings: Settings, progress: Progress = no_progress) -> ModelSou
     if path.suffix.lower() == ".gguf" or path.is_file():
         refuse_choice(settings, f"{path} is a GGUF file")
         return resolve_gguf(given)
-    near = did_you_mean(settings.model, PROGRAM_COMMANDS, "the command ") \
+    near = did_you_mean(settings.model, (*PROGRAM_COMMANDS, "bundle"), "the command ") \
         or did_you_mean(settings.model, SHORT_NAMES)
     raise ConfigError(f"no model at {settings.model!r}{near or '.'} MODEL may be: {SUPPORTED_MODELS}")
 

@@ -77,10 +77,14 @@ ROLES = {
 # installation stays in its place: other packages there must not shadow Python's own. A worker maps torch's
 # largest library (0.3 s) meanwhile.
 PROCESS_CODE = """
-import contextlib, ctypes, importlib.machinery, importlib.util, sys, threading
+import sys
 root = sys.argv.pop(1)
-found = importlib.machinery.PathFinder.find_spec("chatlm", sys.path[1:])
-sys.path[:1] = [] if found and found.origin == root + "/chatlm/__init__.py" else [root]
+sys.path[:] = filter(None, sys.path)
+
+import contextlib, ctypes, importlib.machinery, importlib.util, threading
+found = importlib.machinery.PathFinder.find_spec("chatlm")
+if not found or found.origin != root + "/chatlm/__init__.py":
+    sys.path.insert(0, root)
 
 def preload(folder):
     with contextlib.suppress(OSError):
