@@ -103,13 +103,11 @@ if importlib.util.find_spec("chatlm") is None:
 
 import asyncio
 import contextlib
-import gc
 import logging
 import operator
 import os
 import re
 import secrets
-import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Sequence as Seq
@@ -125,12 +123,13 @@ from chatlm.common.config import LIMITS, with_model
 from chatlm.common.errors import (
     ChatServerError, ConfigError, Overloaded, RequestError, bad_value, lack_of_memory, require_library, shown)
 from chatlm.common.log import ProgressDisplay, log, start_logging
+from chatlm.common.memory import calm_collector
 from chatlm.common.messages.protocol import Known
 from chatlm.common.messages.requests import PromptProgress
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.processes.torchrun import RankStore, serve_rank, torchrun
 from chatlm.common.program import other_program, page_files, program_root
-from chatlm.front.aio import first_of
+from chatlm.front.aio import first_of, stop_signals
 from chatlm.front.api.encoders import ENCODERS
 from chatlm.front.api.fields import json_object
 from chatlm.front.api.readers import CALL_READERS, TEXT_ROUTES, names_model
@@ -471,15 +470,6 @@ def create_app(pool: Pool, settings: Settings) -> web.Application:
     return app
 
 
-def stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
-    """(drain, now): the first SIGINT or SIGTERM sets drain, the next one sets now."""
-    drain, now = asyncio.Event(), asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(
-            number, lambda: (now if drain.is_set() else drain).set())
-    return drain, now
-
-
 def announce(pool: Pool, settings: Settings, port: int):
     urls = [f"  {url}{settings.prefix and settings.prefix + '/'}" for url in server_urls(settings.host, port)]
     lines = [*pool.describe(), "Application startup complete", *urls]
@@ -522,14 +512,6 @@ async def serve_forever(settings: Settings, pool: Pool | None = None) -> int:
                 progress.close()
                 await pool.close()
     return 0
-
-
-def calm_collector():
-    """Make full garbage collections rare: with 1,000 streams, each stops the event loop for 80 ms.
-
-    bench/load_front.py, p99 of the added delay, alternating runs: 101-129 ms with Python's thresholds,
-    41-49 ms with these."""
-    gc.set_threshold(20_000, 20, 100)
 
 
 def run_command(settings: Settings) -> int:

@@ -55,3 +55,12 @@ async def interruptible(work):
         return None
     finally:
         loop.remove_signal_handler(signal.SIGINT)
+
+
+def stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
+    """(drain, now): the first SIGINT or SIGTERM sets drain, the next one sets now."""
+    drain, now = asyncio.Event(), asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(
+            number, lambda: (now if drain.is_set() else drain).set())
+    return drain, now
