@@ -58,8 +58,8 @@ def test_everything_is_installed_and_makes_the_same_bundle(checkout, tmp_path):
 
 
 def other_seen(*arguments, **more):
-    """What a program says that looks for another chatlm."""
-    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, check=True, timeout=60, **more).stdout.strip()
+    """What a program says that looks for another chatlm, without the one that may be in site-packages."""
+    return subprocess.run([sys.executable, "-S", *map(str, arguments)], capture_output=True, text=True, check=True, timeout=60, **more).stdout.strip()
 
 
 def test_a_chatlm_elsewhere_that_differs_is_found_and_an_equal_one_is_not(checkout, tmp_path):
