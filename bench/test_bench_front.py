@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 def run(*flags):
     command = [sys.executable, Path(__file__).with_name("load_front.py"), *map(str, flags)]
@@ -18,6 +20,7 @@ def test_many_streams_lose_nothing():
     assert "lost events: 0; streams without their end: 0" in run("--streams", 50, "--seconds", 1, "--workers", 2)
 
 
+@pytest.mark.slow
 def test_readers_that_do_not_read_are_dropped_and_the_others_lose_nothing():
     printed = run("--streams", 5, "--seconds", 3, "--slow-readers", 2, "--piece-bytes", 300_000)
     assert "lost events: 0; streams without their end: 0" in printed

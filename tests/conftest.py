@@ -36,13 +36,13 @@ def pytest_report_teststatus(report, config):
 
 # The modules that take longest, the longest first: two processes then end together.
 LONGEST = [f"tests/{name}.py" for name in (
-    "worker/ranks/test_ranks", "page/test_page", "core/test_cuda_experts", "front/server/test_server", "worker/weights/test_weights",
-    "worker/weights/test_families", "common/test_hub", "core/test_cuda_steps", "front/pool/test_failover", "page/test_page_shell",
-    "front/pool/test_ray", "core/test_check", "worker/engine/test_engine", "front/api/test_apis", "front/pool/test_workers",
-    "core/test_core_sample", "page/test_page_chats", "worker/engine/test_grammar", "core/test_cuda_proof", "page/test_page_markdown",
-    "terminal/test_terminal", "core/test_core_program", "worker/ranks/test_nodes", "core/test_core_cuda", "core/test_cuda_packed",
-    "front/pool/test_overflow", "front/pool/test_sandbox", "front/server/test_connections", "peers/test_peers",
-    "worker/weights/test_bad_models", "front/server/test_hostile")]
+    "page/test_page", "worker/ranks/test_ranks", "page/test_page_shell", "front/server/test_server", "worker/weights/test_weights",
+    "worker/weights/test_families", "page/test_page_chats", "front/pool/test_failover", "core/test_cuda_experts",
+    "worker/engine/test_grammar", "worker/engine/test_engine", "core/test_cuda_steps", "core/test_check", "front/pool/test_ray",
+    "page/test_page_markdown", "front/api/test_apis", "common/test_tools", "worker/weights/test_bad_models", "front/pool/test_sandbox",
+    "core/test_core_sample", "front/server/test_hostile", "common/test_hub", "common/test_bundle", "peers/test_peers",
+    "front/pool/test_workers", "front/server/test_connections", "terminal/test_terminal", "core/test_cuda_packed", "common/test_reasoning",
+    "core/test_cuda_proof", "core/test_core_attention", "core/test_core_cuda", "core/test_core_tiles", "front/api/test_openai_shapes")]
 
 
 def pytest_configure(config):

@@ -44,6 +44,7 @@ def answer(url, model="default"):
     return json.loads(real_server.post(url + "/v1/chat/completions", body).read())
 
 
+@pytest.mark.slow
 def test_an_id_ends_in_a_server_that_answers_and_the_next_start_needs_no_hub(tmp_path):
     log = []
     with fake_hub(org__tiny={"README.md": b"# x", "tiny-Q4_K_M.gguf": TINY, "tiny-Q8_0.gguf": TINY[:100]}) as hub:
@@ -181,6 +182,7 @@ def test_a_hub_that_fails_is_one_line(tmp_path):
         assert "cannot be reached" in refused("org/tiny", environment(tmp_path, hub))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reset", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_download_that_breaks_goes_on_where_it_broke(tmp_path, reset):
     with fake_hub(org__tiny={"tiny.gguf": LARGE}) as hub:

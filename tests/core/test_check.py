@@ -139,6 +139,7 @@ class Place:
         self.rows = rows_of("\n".join(self.lines))
 
 
+@pytest.mark.slow
 @needs_core
 def test_every_kernel_of_a_gpu_is_proved_and_measured(emulation_library, monkeypatch):
     place = Place(emulation_library, monkeypatch)

@@ -232,7 +232,8 @@ def opened(path, monkeypatch, backend=None, dtype=None):
         return open_model(resolve_model(settings), settings, dtype, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name, kind", [("gpt-oss", "mxfp4"), ("qwen3moe", "q8_0"), ("folder", "mxfp4")])
+@pytest.mark.parametrize("name, kind", [
+    ("qwen3moe", "q8_0"), pytest.param("gpt-oss", "mxfp4", marks=pytest.mark.slow), pytest.param("folder", "mxfp4", marks=pytest.mark.slow)])
 def test_a_files_experts_stay_packed_and_logits_are_those_of_its_weights(emulated, expert_files, monkeypatch, name, kind):
     """Chunks of 8 rows, of which all products are in float32, and two sequences' decode rows, beyond gpt-oss' window of 24."""
     # a folder's floats are bfloat16 for both
@@ -252,6 +253,7 @@ def test_a_files_experts_stay_packed_and_logits_are_those_of_its_weights(emulate
         assert (got - want).norm() < 2e-3 * want.norm()     # routers are bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, prompt, count, rows, num_pages", [("gpt-oss", 15, 19, 2, 5), pytest.param("qwen3moe", 40, 6, 4, 60, marks=pytest.mark.slow)])
 def test_graphs_of_experts_answer_as_ops_do(emulated, expert_files, monkeypatch, name, prompt, count, rows, num_pages):
     """Steps that are begun ahead, with preemption where pages are few, else with a row of padding."""
@@ -287,6 +289,7 @@ def test_where_experts_are_wrong_their_weights_become_bfloat16_and_the_reference
     assert (got - want).norm() < 0.5 * want.norm()      # roundings change which experts a row goes to
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt-oss", pytest.param("qwen3moe", marks=pytest.mark.slow)])
 def test_answers_of_experts_go_on_on_another_gpu_from_their_ids_and_without_drafts(emulated, expert_files, monkeypatch, name):
     """Drafts are off: a row's last bits depend on its batch there. The same decides near ties when ids are computed again, in one chunk."""

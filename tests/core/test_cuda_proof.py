@@ -87,8 +87,7 @@ def assert_reference_answers(engine, fixture, monkeypatch):
 
 @pytest.mark.parametrize("how, said", [
     (lambda result: result.add_(1), None), (refuse, "raises RuntimeError: CUDA: no kernel image"),
-    (one_value, None),
-    (spoil_all, None)])
+    pytest.param(one_value, None, marks=pytest.mark.slow), pytest.param(spoil_all, None, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("op", ["linear", "rope_append", "paged_attention", "sample"])
 def test_a_kernel_that_is_wrong_or_raises_is_replaced_by_its_reference_and_named(
         emulation_library, nanochat_fixtures, monkeypatch, caplog, op, how, said):
@@ -174,6 +173,7 @@ def test_tolerances_know_nan_and_the_types():
     assert proof.differs(ones * 0, ones * 0, "x") == ""
 
 
+@pytest.mark.slow
 async def test_stats_and_log_name_what_does_not_run_and_answers_are_right(start_pool, emulation_library, monkeypatch, capfd):
     monkeypatch.setenv("EMULATION", str(emulation_library))
     sizes = dict(max_batch=2, context_length=128, prefill_chunk=32)

@@ -126,7 +126,7 @@ def same_answers(expected, got):
 # --- whole answers -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gen1", "gen3", "gen5", "llama"])
+@pytest.mark.parametrize("name", ["gen5", "llama", *(pytest.param(each, marks=pytest.mark.slow) for each in ("gen1", "gen3"))])
 def test_answers_that_come_and_go_are_the_reference_engines(backend, name, nanochat_fixtures, monkeypatch):
     """Seven sequences for six rows; prompts of several chunks arrive between decode steps that are started
     ahead."""
@@ -161,6 +161,7 @@ def test_graphs_give_what_the_ops_one_by_one_give(backend, nanochat_fixtures, mo
     assert graphs.steps.queue.replays > 0 or backend.name == "gpu"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("gen1", marks=pytest.mark.slow), pytest.param("gen4", marks=pytest.mark.slow), "llama"])
 def test_drafts_change_no_token(backend, name, nanochat_fixtures, monkeypatch, request):
     """Prompts that repeat themselves; steps of up to 8 rows are graphs, drafts among them, and none runs beside a prompt."""

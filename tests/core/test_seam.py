@@ -104,8 +104,9 @@ def foreign_core(folder, text):
 
 @pytest.mark.parametrize("text, said", [
     ("SEAM = 999", "decode_core has another version (seam 999 instead of"),
-    ("def info(): raise SystemError('old')", "decode_core has another version (seam unknown instead of"),
-    ("raise ImportError('no compiled half')", "decode_core is not installed, so slower")])
+    *(pytest.param(*each, marks=pytest.mark.slow) for each in (
+        ("def info(): raise SystemError('old')", "decode_core has another version (seam unknown instead of"),
+        ("raise ImportError('no compiled half')", "decode_core is not installed, so slower")))])
 def test_a_core_of_another_version_is_named_and_left_alone(text, said, tmp_path):
     env = foreign_core(tmp_path, text)
     run = subprocess.run([sys.executable, SCRIPT, "--version"], capture_output=True, text=True, env=env,
@@ -118,7 +119,7 @@ def test_a_core_of_another_version_is_named_and_left_alone(text, said, tmp_path)
     assert "Traceback" not in refused.stderr
 
 
-@pytest.mark.parametrize("model", ["gen3", "default"])
+@pytest.mark.parametrize("model", ["gen3", pytest.param("default", marks=pytest.mark.slow)])
 def test_a_server_beside_another_version_says_so_and_runs_references(model, tmp_path, nanochat_fixtures,
                                                                      default_model_path):
     log = []

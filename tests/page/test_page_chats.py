@@ -217,7 +217,7 @@ def test_when_the_tab_that_reads_is_closed_the_other_goes_on(page, held_front):
     assert len(held_front.pool.requests) == 1
 
 
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("order", [(0, 1), pytest.param((1, 0), marks=pytest.mark.slow)])
 def test_two_tabs_that_ask_at_once_keep_both_questions_and_both_answers(page, stand_in, order):
     open_page(page, stand_in.url)
     ask(page, "start")

@@ -252,6 +252,7 @@ def test_libraries_that_come_late_draw_what_was_drawn_without_them(page, stand_i
     expect(answers(page).locator("math")).to_have_count(3)
 
 
+@pytest.mark.slow
 def test_a_chat_of_a_thousand_turns_is_drawn_where_it_is_looked_at(page, stand_in):
     open_page(page, stand_in.url)
     page.evaluate("""() => {

@@ -130,6 +130,7 @@ async def test_who_waits_for_a_row_is_told_the_place_as_on_one_machine(cluster):
         assert isinstance([event async for event in events][-1], Finished)
 
 
+@pytest.mark.slow
 async def test_a_replica_of_two_ranks_is_on_one_node_that_has_cpus_for_both(cluster):
     pool = await cluster({"a": 1, "b": 2}, tensor_parallel_size=2)
     [worker] = pool.workers
@@ -137,6 +138,7 @@ async def test_a_replica_of_two_ranks_is_on_one_node_that_has_cpus_for_both(clus
     assert len(set(await answers(pool, greedy("x"), greedy("y")))) == 1
 
 
+@pytest.mark.slow
 async def test_without_its_head_what_runs_goes_on_and_new_places_wait(cluster):
     pool = await cluster({"a": 1})
     lost = []
@@ -166,6 +168,7 @@ async def test_a_node_without_the_model_is_named(cluster, tmp_path):
     assert pool.workers[0].state == "left out" and pool.workers[0].node == "host of a"
 
 
+@pytest.mark.slow
 async def test_no_node_yet_is_a_state_and_the_first_that_comes_serves(cluster):
     pool = await cluster({}, wait=False)
     await until(lambda: "waiting for a node" in pool.loading[0])

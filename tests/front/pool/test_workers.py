@@ -254,6 +254,7 @@ async def test_a_worker_that_cannot_run_ends_start_up_and_says_why(nanochat_fixt
     assert isinstance(error, EngineFailure) and re.search(words, str(error))
 
 
+@pytest.mark.slow
 async def test_a_fault_in_the_watch_is_logged_and_the_watch_goes_on(start_pool, monkeypatch, caplog):
     pool = await start_pool()
     (worker,) = pool.workers

@@ -54,8 +54,9 @@ def test_the_front_never_loads_torch_and_the_worker_opens_no_port(nanochat_fixtu
         assert worker.net_connections("inet") == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("answering", [False, True])
+@pytest.mark.parametrize("number, answering", [
+    (signal.SIGTERM, False), (signal.SIGINT, True), (signal.SIGKILL, True),
+    *(pytest.param(*each, marks=pytest.mark.slow) for each in ((signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGKILL, False)))])
 def test_however_the_front_ends_no_process_is_left(nanochat_fixtures, number, answering):
     with server(nanochat_fixtures / "gen5", "--num-workers", "2") as (process, url):
         children = psutil.Process(process.pid).children(recursive=True)
@@ -83,7 +84,7 @@ def test_killing_the_front_while_it_loads_leaves_nothing(nanochat_fixtures):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the process list stays as it is")
-@pytest.mark.parametrize("flags", [("--api-key", "sesame wörd"), ("--api-key=sesame wörd", "--api-key", "more")])
+@pytest.mark.parametrize("flags", [("--api-key=sesame wörd", "--api-key", "more"), pytest.param(("--api-key", "sesame wörd"), marks=pytest.mark.slow)])
 def test_an_api_key_of_the_command_line_leaves_the_process_list_and_still_opens(nanochat_fixtures, flags):
     log = []
     with server(nanochat_fixtures / "gen5", *flags, log=log) as (process, url):
@@ -233,7 +234,7 @@ def copied(tmp_path):
     return copy_program(tmp_path)
 
 
-@pytest.mark.parametrize("form", ["nanochat", "gguf"])
+@pytest.mark.parametrize("form", ["nanochat", pytest.param("gguf", marks=pytest.mark.slow)])
 def test_a_copy_of_the_program_and_the_page_is_a_working_deployment(form, copied, tmp_path, nanochat_fixtures, default_model_path):
     python = bare_python(tmp_path / "venv", LIBRARIES[form])
     model = nanochat_fixtures / "gen5" if form == "nanochat" else default_model_path
@@ -250,8 +251,8 @@ def test_a_copy_of_the_program_and_the_page_is_a_working_deployment(form, copied
             assert b"page.js" in page.read()
 
 
-@pytest.mark.parametrize("form, missing", [("nanochat", "tiktoken"), ("nanochat", "aiohttp"), ("nanochat", "torch"), ("nanochat", "numpy"),
-                                           ("gguf", "gguf"), ("gguf", "jinja2"), pytest.param("gguf", "tokenizers", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form, missing", [("nanochat", "torch"), ("gguf", "gguf"), *(pytest.param(*each, marks=pytest.mark.slow) for each in (
+    ("nanochat", "tiktoken"), ("nanochat", "aiohttp"), ("nanochat", "numpy"), ("gguf", "jinja2"), ("gguf", "tokenizers")))])
 def test_each_missing_library_is_one_line_with_the_pip_command(form, missing, copied, tmp_path, nanochat_fixtures, default_model_path):
     python = bare_python(tmp_path / "venv", LIBRARIES[form])
     (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")

@@ -87,6 +87,7 @@ LAYOUTS = [pytest.param(("--tp", "2"), 1, "torch/reference", id="tp2"),
            pytest.param(("--tp", "2", "--pp", "2"), 2, "torch/reference", id="tp2-pp2", marks=pytest.mark.slow)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout, each, kernels", LAYOUTS)
 def test_two_nodes_serve_and_go_on_with_the_same_text_when_a_rank_dies(layout, each, kernels, nanochat_fixtures):
     with agents(nanochat_fixtures / "gen5", *layout, each=each) as (both, url):

@@ -134,7 +134,7 @@ def kernels(monkeypatch):
     installed_core.cache_clear()
 
 
-CASES = [pytest.param(layout, names, id=f"{layout}-{kind}", marks=[pytest.mark.slow] if kind == "all" and layout not in ("tp2", "pp2") else [])
+CASES = [pytest.param(layout, names, id=f"{layout}-{kind}", marks=[] if (layout, kind) in (("tp2", "all"), ("tp2-pp2", "some")) else [pytest.mark.slow])
          for layout in LAYOUTS for kind, names in (("some", EACH_TIME), ("all", (*MODELS, *GENERATIONS)))
          if (kind == "all" or layout not in ("tp2", "pp2", "pp3", "tp2-pp2-gloo"))]
 
@@ -221,6 +221,7 @@ async def embedding_of(pool):
     return [event.embedding async for event in pool.answer(request) if isinstance(event, Piece) and event.embedding]
 
 
+@pytest.mark.slow
 @needs_core
 @pytest.mark.parametrize("tp, pp", [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 async def test_the_text_of_two_ranks_is_the_same_alone_batched_cached_and_after_a_rank_was_killed(tp, pp, default_model_path):
