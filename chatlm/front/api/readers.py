@@ -24,7 +24,7 @@ from chatlm.front.api.conversation import (
     anthropic_messages, chat_messages, joined_turns, named_messages, native_messages, openai_messages,
     part_text, response_messages, template_options)
 from chatlm.front.api.fields import (
-    ToolChoice, allowed_tools, known_tools, no_tools, parse_fields, within_limit)
+    A_FUNCTION, ToolChoice, allowed_tools, fits, known_tools, no_tools, parse_fields, within_limit)
 from chatlm.front.api.kinds import OPENAI_ROLES, one_constraint, thinking
 from chatlm.front.api.tables import (
     COMPLETION_FIELDS, COUNTED_FIELDS, DETOKENIZE_FIELDS, EMBEDDING_FIELDS, MESSAGES_FIELDS, NATIVE_FIELDS,
@@ -82,6 +82,15 @@ def openai_request(values: Mapping, settings: Settings, **source) -> Request:
     return make_request(values, settings, max_tokens=None if cap == -1 else cap, **source)
 
 
+def functions_among(values: Mapping) -> tuple[dict, ...]:
+    """The tools of a body, which must all be functions. The schema lets other types pass to name them here."""
+    tools = values.get("tools", ())
+    if strange := [tool["type"] for tool in tools if not fits(A_FUNCTION, tool)]:
+        raise RequestError(f"tools of type {shown(strange[0])} are not supported here, only functions",
+                           code="unsupported_tool", param="tools")
+    return tools
+
+
 def parse_openai_request(values: Mapping, settings: Settings, tool_format: str | None = None,
                          messages: tuple[Message, ...] | None = None) -> Request:
     """The checked OPENAI_FIELDS as a Request; `tool_format` is how the model writes calls, if it can. Other
@@ -89,10 +98,7 @@ def parse_openai_request(values: Mapping, settings: Settings, tool_format: str |
     logprobs, top = values.get("logprobs", False), values.get("top_logprobs", 0)
     if top and not logprobs:
         raise invalid("top_logprobs", "top_logprobs needs logprobs: true")
-    choice, tools = values.get("tool_choice", ToolChoice()), values.get("tools", ())
-    if strange := [tool["type"] for tool in tools if "function" not in tool]:
-        raise RequestError(f"tools of type {shown(strange[0])} are not supported here, only functions",
-                           code="unsupported_tool", param="tools")
+    choice, tools = values.get("tool_choice", ToolChoice()), functions_among(values)
     required = choice.mode == "required"
     if choice.mode != "none" and (tools or required) and tool_format is None:
         raise no_tools("tools" if tools else "tool_choice")
@@ -296,7 +302,7 @@ async def detokenize(body: dict, prompts: PromptMaker, client: str = "") -> byte
 async def apply_template(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
     values, tokenizer = parse_fields(body, TEMPLATE_FIELDS), prompts.tokenizer
     messages = openai_messages(values["messages"], tokenizer.tool_format is not None)
-    tools = values.get("tools", ()) if tokenizer.tool_format else ()
+    tools = functions_among(values) if tokenizer.tool_format else ()
     tokens = await rendered(prompts, messages, tools, client, template_options(values))
     return dump({"prompt": tokenizer.show(tokens)})
 

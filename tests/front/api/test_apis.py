@@ -495,6 +495,7 @@ items = st.recursive(json_values | st.sampled_from(KINDS), lambda inner: st.list
 
 @hypothesis_settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
 @example(body={}, item={"type": "custom"})
+@example(body={}, item={"type": "custom", "function": {}})
 @given(body=st.dictionaries(st.sampled_from(["input", "messages", "system", "tools", "tool_choice", "text", "output_config", "instructions", "metadata"]),
                             items, max_size=4), item=items)
 def test_nested_bodies_are_read_or_refused(body, item):
