@@ -54,7 +54,7 @@ def test_what_is_pinned_runs_on_every_python_that_is_claimed(minor):
 def test_there_are_exactly_two_set_up_and_go_commands_and_ci_runs_the_second():
     commands = re.findall(r"^python3 -m venv .*$", README, re.MULTILINE)
     assert len(commands) == 2
-    assert commands[0].endswith("chat_server.py") and commands[1].endswith("-m pytest -n 4 --dist loadfile")
+    assert commands[0].endswith("chat_server.py") and commands[1].endswith("-m pytest -n 2 --dist loadfile")
     assert "## Test" in (ROOT / ".ci/run").read_text() and README.index("## Test") < README.index(commands[1])
 
 

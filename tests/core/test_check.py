@@ -36,6 +36,7 @@ def rows_of(report):
     return rows
 
 
+@pytest.mark.slow
 @needs_core
 def test_the_report_proves_and_measures_every_op_of_the_cpu():
     import decode_core
