@@ -216,7 +216,7 @@ async def test_a_worker_killed_when_an_answer_is_set_aside_for_its_pages_costs_n
         await asyncio.sleep(0.01)
     os.kill(worker.process.pid, signal.SIGCONT)
     together = await running
-    assert (tmp_path / "kill-aside").exists() and worker.restarts == 1 and worker.gauges["preemptions"] > 0
+    assert (tmp_path / "kill-aside").exists() and worker.restarts == 1        # it was set aside; the next worker may set none aside
     assert together == [await answers(pool, Request("undisturbed", **work)) for work in works]
     await idle(pool)
 

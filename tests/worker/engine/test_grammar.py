@@ -298,7 +298,8 @@ def test_compiled_schemas_are_kept_only_as_far_as_memory_goes(engine):
         compiled.append(engine._grammar("", one.params.grammar).size)
         assert engine._grammar("", one.params.grammar).lexer is engine._grammar("", one.params.grammar).lexer  # the newest is kept
     assert all(8 << 20 < size < 16 << 20 for size in compiled)
-    assert 2 <= len(engine.grammars) <= (64 << 20) // min(compiled)
+    kept = [size for size in (each.size for each in engine.grammars.values()) if size in compiled]      # another test's may have come late
+    assert 2 <= len(kept) <= (64 << 20) // min(compiled)
     engine.grammars.clear()
 
 
