@@ -83,7 +83,7 @@ def openai_request(values: Mapping, settings: Settings, **source) -> Request:
 
 
 def functions_among(values: Mapping) -> tuple[dict, ...]:
-    """The tools of a body, which must all be functions. The schema lets other types pass to name them here."""
+    """The tools of a body, all functions. The schema lets other types pass, so that they are named here."""
     tools = values.get("tools", ())
     if strange := [tool["type"] for tool in tools if not fits(A_FUNCTION, tool)]:
         raise RequestError(f"tools of type {shown(strange[0])} are not supported here, only functions",
